@@ -1,4 +1,4 @@
-"""Who holds what: tensor-parallel rank -> latent group, head shard, widths.
+"""Settings, and who holds what: tensor-parallel rank -> latent group, head shard, widths.
 
 Notation of the design (TPLA, arXiv 2508.15881): T attention ranks, g latent groups, T/g head shards.
 Rank t belongs to group ``t % g`` and head shard ``t // g``; it computes ``H * g / T`` heads on its
@@ -7,7 +7,9 @@ group's slice of the latent. The replicated rotary key travels beside every slic
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
 
 
 class ConfigError(ValueError):
@@ -72,3 +74,96 @@ class Layout:
 def slice_width(latent_dim: int, groups: int, shared_dims: int) -> int:
     """Latent values one rank keeps a token and layer: w = r + ceil((d - r) / g)."""
     return shared_dims + -(-(latent_dim - shared_dims) // groups)
+
+
+ENV_PREFIX = "SGLANG_TPLA_"
+ROLES = ("prefill", "decode")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the launcher tells every process of a server, through its environment.
+
+    The engine spawns its schedulers as new processes; the environment is the one channel that reaches
+    them all before any plug-in code runs. A process without ``SGLANG_TPLA_ROLE`` is stock SGLang.
+
+    Args:
+        role: ``prefill`` (stock model, our transfer agent) or ``decode`` (TPLA layers and our agent).
+        groups: g, latent groups; 1 is plain MLA.
+        artifact: path of the calibration artifact; needed when ``groups`` > 1.
+        chunk_bytes: largest payload of one frame.
+        staging_bytes: ceiling of the staging memory of one rank.
+        heartbeat_s: seconds between heartbeats on an idle connection.
+        peer_timeout_s: seconds without a sign of life after which a peer is given up.
+        transfer_timeout_s: seconds a request may wait for its cache before it fails.
+
+    Raises:
+        ConfigError: a value out of range, or no artifact with ``groups`` > 1.
+    """
+
+    role: str
+    groups: int = 1
+    artifact: str | None = None
+    chunk_bytes: int = 4 << 20
+    staging_bytes: int = 256 << 20
+    heartbeat_s: float = 1.0
+    peer_timeout_s: float = 10.0
+    transfer_timeout_s: float = 120.0
+
+    def __post_init__(self) -> None:
+        if self.role not in ROLES:
+            raise ConfigError(f"role must be one of {ROLES}; got {self.role!r}")
+        if self.groups < 1:
+            raise ConfigError(f"--tpla-groups must be at least 1; got {self.groups}")
+        if self.role == "prefill" and (self.groups > 1 or self.artifact):
+            raise ConfigError(
+                "a prefill server is stock MLA and takes neither --tpla-groups nor --tpla-artifact: "
+                "decode servers hand over their projection when they register; drop the flag"
+            )
+        if self.groups > 1 and not self.artifact:
+            raise ConfigError(
+                f"--tpla-groups {self.groups} needs --tpla-artifact; make one with "
+                f"`python -m sglang_tpla.calibrate --model-path MODEL --groups {self.groups} "
+                "--transform shared --out FILE`"
+            )
+        if not 4096 <= self.chunk_bytes <= self.staging_bytes:
+            raise ConfigError(
+                f"chunk_bytes must lie between 4096 and staging_bytes={self.staging_bytes}; "
+                f"got {self.chunk_bytes}"
+            )
+        for name in ("heartbeat_s", "peer_timeout_s", "transfer_timeout_s"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name} must be positive; got {getattr(self, name)}")
+        if self.peer_timeout_s <= self.heartbeat_s:
+            raise ConfigError(
+                f"peer_timeout_s must exceed heartbeat_s={self.heartbeat_s}; got {self.peer_timeout_s}"
+            )
+
+    def to_environment(self) -> dict[str, str]:
+        """Variables that `from_environment` reads back."""
+        return {
+            ENV_PREFIX + field.name.upper(): str(value)
+            for field in fields(self)
+            if (value := getattr(self, field.name)) is not None
+        }
+
+    @classmethod
+    def from_environment(cls, environ: Mapping[str, str]) -> Settings | None:
+        """Settings of this process, or None where it is stock SGLang.
+
+        Raises:
+            ConfigError: an unreadable or invalid value.
+        """
+        if ENV_PREFIX + "ROLE" not in environ:
+            return None
+        values: dict[str, Any] = {}
+        for field in fields(cls):
+            name = ENV_PREFIX + field.name.upper()
+            if name not in environ:
+                continue
+            kind = {"int": int, "float": float}.get(str(field.type), str)
+            try:
+                values[field.name] = kind(environ[name])
+            except ValueError as error:
+                raise ConfigError(f"{name} must be of type {field.type}; got {environ[name]!r}") from error
+        return cls(**values)
