@@ -1,0 +1,1 @@
+"""Everything that touches SGLang's internals. No other folder imports ``sglang``."""
