@@ -1,0 +1,110 @@
+"""``python -m sglang_tpla.calibrate``: make the artifact that a TPLA decode server loads."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from sglang_tpla.calibrate import run
+from sglang_tpla.calibrate.artifact import Artifact, ArtifactError
+from sglang_tpla.calibrate.corpus import CorpusError
+from sglang_tpla.calibrate.statistics import StatisticsError
+from sglang_tpla.calibrate.transforms import TRANSFORMS, TransformError
+from sglang_tpla.models.checkpoint import Checkpoint, CheckpointError
+from sglang_tpla.models.plain import PlainModel
+
+ERRORS = (ArtifactError, CheckpointError, CorpusError, StatisticsError, TransformError, OSError)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    text = argparse.ArgumentParser(prog="python -m sglang_tpla.calibrate", description=__doc__)
+    text.add_argument("--model-path", required=True, help="checkpoint directory with config.json and safetensors")
+    text.add_argument("--out", required=True, type=Path, help="artifact file to write")
+    text.add_argument("--groups", type=int, default=2, help="latent groups g (default 2)")
+    text.add_argument("--transform", default="shared", choices=TRANSFORMS, help="default: shared")
+    text.add_argument("--shared-dims", type=int, help="latent values every group keeps (default: d/4 for shared)")
+    text.add_argument(
+        "--corpus", nargs="+", default=[], metavar="PATH", help="files or folders (default: Python's library)"
+    )
+    text.add_argument("--tokens", type=int, default=65536, help="calibration tokens (default 65536)")
+    text.add_argument(
+        "--held-out-tokens", type=int, default=8192, help="tokens of the error report; 0 for none (default 8192)"
+    )
+    text.add_argument("--prompt-tokens", type=int, default=512, help="exact prompt of the report (default 512)")
+    text.add_argument(
+        "--continuation-tokens", type=int, default=512, help="tokens decoded through TPLA after it (default 512)"
+    )
+    text.add_argument("--seed", type=int, default=0, help="decides the split and the order of the text")
+    text.add_argument("--device", default="cpu", help="torch device (default cpu)")
+    text.add_argument("--quiet", action="store_true", help="no progress bars")
+    return text
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; 0 on success, 2 on bad input."""
+    arguments = parser().parse_args(argv)
+    try:
+        artifact = make(arguments)
+        artifact.save(arguments.out)
+    except ERRORS as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(summary(artifact))
+    print(f"wrote {arguments.out} ({arguments.out.stat().st_size / 1e6:.2f} MB), hash {artifact.content_hash[:16]}")
+    return 0
+
+
+def make(arguments: argparse.Namespace) -> Artifact:
+    """Everything but writing the file."""
+    checkpoint = Checkpoint(arguments.model_path)
+    spec = run.ModelSpec.from_config(checkpoint.config)
+    shared_dims = arguments.shared_dims
+    if shared_dims is None:
+        shared_dims = run.default_shared_dims(arguments.transform, spec.latent_dim, arguments.groups)
+    run.check_settings(arguments.transform, arguments.groups, shared_dims, spec)
+    plan = run.TextPlan(
+        corpus=tuple(arguments.corpus),
+        seed=arguments.seed,
+        calibration_tokens=arguments.tokens,
+        held_out_tokens=arguments.held_out_tokens,
+        prompt_tokens=arguments.prompt_tokens,
+        continuation_tokens=arguments.continuation_tokens,
+    )
+    text = run.read_text(plan, checkpoint)
+    model = PlainModel(checkpoint, torch.float32, arguments.device)
+    show = not arguments.quiet
+    statistics = run.collect_statistics(model, text, plan.seed, show_progress=show)
+    artifact = run.closed_form(statistics, checkpoint, arguments.transform, arguments.groups, shared_dims)
+    if len(text.held_out):
+        artifact, _ = run.with_report(artifact, model, text.held_out, plan.prompt_tokens, show_progress=show)
+    return artifact
+
+
+def summary(artifact: Artifact) -> str:
+    """What was made and how far it is from plain MLA, in a few lines."""
+    meta = artifact.meta
+    widths = sorted(set(meta.widths))
+    kept = sum(meta.widths) / meta.num_layers + meta.rope_dim
+    share = kept / (meta.latent_dim + meta.rope_dim)
+    lines = [
+        f"{meta.model_name}: {meta.transform}, g = {meta.groups}, width {'/'.join(map(str, widths))} + "
+        f"{meta.rope_dim} of {meta.latent_dim} + {meta.rope_dim} values a token and layer ({share:.0%})",
+        f"calibrated on {meta.calibrated_tokens} tokens of {meta.corpus} (seed {meta.seed})",
+    ]
+    report = meta.error_report
+    if report is not None:
+        lines.append(
+            f"held-out, prompt exact, {report.tokens} decoded tokens: KL {report.kl_mean:.4f} a token "
+            f"(95% {report.kl_p95:.4f}, 99% {report.kl_p99:.4f}), perplexity x{report.perplexity_ratio:.4f} "
+            f"of {report.perplexity_mla:.3f}, same top token {report.top1_agreement:.1%}"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,166 @@
+"""Closed-form slicing maps of one layer from its second moments.
+
+Every transform is a basis of the latent space, dealt out to the groups, and two maps back:
+
+    Z_i [d, w]  the group's basis columns: z_i = c Z_i
+    A_i [w, d]  centred regression of the whole latent c on z_i. A constant key shifts a query's scores all by the
+                same amount, which its softmax ignores, so the mean needs no term of its own.
+    B_i [w, d]  rows of the inverse basis; those of shared columns count 1/g in each group, so that
+                sum_i Z_i B_i = I and the output is exact wherever the groups' probabilities are.
+
+Bases: ``identity``, ``hadamard`` (seeded signs, spreads energy evenly), ``pca`` (the paper's: eigenvectors of the
+latent's covariance), ``shared`` (ours: whitened latent, directions ordered by score energy
+S_K^1/2 S_Q S_K^1/2; every group keeps the first r).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from sglang_tpla.calibrate.statistics import LayerMoments
+
+TRANSFORMS = ("identity", "hadamard", "pca", "shared")
+Maps = list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+# directions of less variance than this share of the largest are noise of the arithmetic
+_RELATIVE_FLOOR = 1e-10
+
+
+class TransformError(ValueError):
+    """Settings that give no transform: what was expected, what came, what to do."""
+
+
+@dataclass(frozen=True)
+class Basis:
+    """An invertible basis: columns of ``forward`` [d, d] are kept values, rows of ``inverse`` [d, d] undo them.
+
+    Columns are in order of importance.
+    """
+
+    forward: torch.Tensor
+    inverse: torch.Tensor
+
+
+def layer_maps(
+    transform: str, moments: LayerMoments, w_uk: torch.Tensor, groups: int, shared_dims: int, seed: int
+) -> Maps:
+    """Maps (Z, A, B) of each group, float64.
+
+    Args:
+        transform: one of ``TRANSFORMS``.
+        moments: the layer's statistics.
+        w_uk: key half of kv_b_proj, [H, n, d].
+        groups: g.
+        shared_dims: r, columns every group keeps; only ``shared`` takes any.
+        seed: decides Hadamard's signs.
+
+    Raises:
+        TransformError: unknown transform, or r out of range for it.
+    """
+    latent_dim = moments.latent_sum.shape[0]
+    if not 0 <= shared_dims <= latent_dim:
+        raise TransformError(f"expected 0 <= --shared-dims <= {latent_dim}, got {shared_dims}")
+    if shared_dims and transform not in ("shared",) and groups > 1:
+        raise TransformError(f"--shared-dims {shared_dims} needs --transform shared, got {transform!r}")
+    basis = make_basis(transform, moments, w_uk, seed)
+    columns = deal(latent_dim, groups, shared_dims, interleave=transform in ("pca", "shared"))
+    return maps_from_basis(basis, moments.covariance, columns, shared_dims)
+
+
+def make_basis(transform: str, moments: LayerMoments, w_uk: torch.Tensor, seed: int) -> Basis:
+    """The basis of a transform, float64.
+
+    Raises:
+        TransformError: unknown transform, or a latent dimension Hadamard has no matrix for.
+    """
+    covariance = moments.covariance
+    latent_dim = covariance.shape[0]
+    if transform == "identity":
+        eye = torch.eye(latent_dim, dtype=torch.float64)
+        return Basis(eye, eye)
+    if transform == "hadamard":
+        rotation = hadamard(latent_dim, seed)
+        return Basis(rotation, rotation.T)
+    if transform == "pca":
+        vectors = torch.linalg.eigh(covariance)[1].flip(1)
+        return Basis(vectors, vectors.T)
+    if transform == "shared":
+        return score_basis(covariance, moments.absorbed_queries(w_uk))
+    raise TransformError(f"expected --transform to be one of {', '.join(TRANSFORMS)}, got {transform!r}")
+
+
+def score_basis(covariance: torch.Tensor, query_moment: torch.Tensor) -> Basis:
+    """Whitened directions in order of score energy; both arguments and both results [d, d]."""
+    values, vectors = torch.linalg.eigh(covariance)
+    values = values.clamp_min(values[-1] * _RELATIVE_FLOOR)
+    root = (vectors * values.sqrt()) @ vectors.T
+    root_inverse = (vectors / values.sqrt()) @ vectors.T
+    energy = root @ query_moment @ root
+    rotation = torch.linalg.eigh((energy + energy.T) / 2)[1].flip(1)
+    return Basis(root_inverse @ rotation, rotation.T @ root)
+
+
+def hadamard(size: int, seed: int) -> torch.Tensor:
+    """Orthogonal [size, size]: Sylvester's matrix with seeded column signs.
+
+    Raises:
+        TransformError: ``size`` is no power of two.
+    """
+    if size & (size - 1):
+        raise TransformError(f"hadamard needs a latent dimension that is a power of two, got {size}; use pca")
+    matrix = torch.ones(1, 1, dtype=torch.float64)
+    while matrix.shape[0] < size:
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+    signs = torch.randint(0, 2, (size,), generator=torch.Generator().manual_seed(seed)) * 2 - 1
+    return signs.double()[:, None] * matrix / size**0.5
+
+
+def deal(latent_dim: int, groups: int, shared_dims: int, *, interleave: bool) -> list[list[int]]:
+    """Basis columns of each group: the first ``shared_dims``, then its part of the rest.
+
+    Interleaved dealing goes back and forth, so that groups get equal shares of an ordered basis; otherwise groups
+    take consecutive blocks.
+    """
+    rest = list(range(shared_dims, latent_dim))
+    dealt: list[list[int]] = [list(range(shared_dims)) for _ in range(groups)]
+    per_group = -(-len(rest) // groups)
+    for position, column in enumerate(rest):
+        lap, seat = divmod(position, groups)
+        if not interleave:
+            group = position // per_group
+        else:
+            group = seat if lap % 2 == 0 else groups - 1 - seat
+        dealt[group].append(column)
+    return dealt
+
+
+def maps_from_basis(
+    basis: Basis, covariance: torch.Tensor, columns: list[list[int]], shared_dims: int
+) -> Maps:
+    """Maps of each group from its basis columns; short groups are padded with zero columns."""
+    groups = len(columns)
+    width = max(map(len, columns))
+    latent_dim = basis.forward.shape[0]
+    maps: Maps = []
+    for picked in columns:
+        z = torch.zeros(latent_dim, width, dtype=torch.float64)
+        b = torch.zeros(width, latent_dim, dtype=torch.float64)
+        a = torch.zeros(width, latent_dim, dtype=torch.float64)
+        used = len(picked)
+        z[:, :used] = basis.forward[:, picked]
+        b[:used] = basis.inverse[picked]
+        b[:shared_dims] /= groups
+        # all columns kept: the inverse is known, and exact where a regression would round
+        a[:used] = basis.inverse if used == latent_dim else regression(z[:, :used], covariance)
+        maps.append((z, a, b))
+    return maps
+
+
+def regression(z: torch.Tensor, covariance: torch.Tensor) -> torch.Tensor:
+    """Linear map [w, d] that predicts the centred latent best from the slice z = c Z; Z [d, w]."""
+    cross = z.T @ covariance  # [w, d]
+    gram = cross @ z
+    gram = (gram + gram.T) / 2
+    ridge = gram.diagonal().mean() * _RELATIVE_FLOOR
+    return torch.linalg.solve(gram + ridge * torch.eye(gram.shape[0], dtype=gram.dtype), cross)

@@ -1,0 +1,247 @@
+"""The artifact file: what is written is what is read, and nothing damaged or foreign gets through."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import msgspec
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from sglang_tpla.calibrate.artifact import FORMAT_VERSION, Artifact, ArtifactError, ArtifactMeta, ErrorReport, build
+from sglang_tpla.calibrate.identity import config_hash, weights_hash
+
+ROOT = Path(__file__).resolve().parents[2]
+NANO = ROOT / "examples" / "nano-mla"
+D, W, R = 8, 5, 2
+CONFIG = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "kv_lora_rank": D,
+    "q_lora_rank": None,
+    "qk_nope_head_dim": 4,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 4,
+}
+
+
+def make_meta(**changes: object) -> ArtifactMeta:
+    report = ErrorReport(
+        tokens=10,
+        prompt_tokens=5,
+        continuation_tokens=5,
+        kl_mean=0.01,
+        kl_p95=0.02,
+        kl_p99=0.03,
+        perplexity_mla=5.0,
+        perplexity_tpla=5.1,
+        perplexity_ratio=1.02,
+        top1_agreement=0.97,
+    )
+    meta = ArtifactMeta(
+        format_version=FORMAT_VERSION,
+        model_name="toy",
+        config_hash=config_hash(CONFIG),
+        weights_hash="w" * 64,
+        transform="shared",
+        groups=2,
+        num_layers=2,
+        latent_dim=D,
+        rope_dim=4,
+        shared_dims=(R, D),
+        widths=(W, D),
+        calibrated_tokens=100,
+        corpus="toy-text",
+        corpus_hash="c" * 64,
+        seed=3,
+        created_by="sglang_tpla test",
+        error_report=report,
+    )
+    return msgspec.structs.replace(meta, **changes)
+
+
+def make_artifact() -> Artifact:
+    generator = torch.Generator().manual_seed(0)
+    maps = []
+    for width, shared in ((W, R), (D, D)):
+        common = torch.randn(D, shared, generator=generator)
+        layer = []
+        for _ in range(2):
+            z = torch.cat([common, torch.randn(D, width - shared, generator=generator)], 1)
+            a, b = torch.randn(2, width, D, generator=generator)
+            layer.append((z, a, b))
+        maps.append(layer)
+    return build(make_meta(), maps)
+
+
+def rewrite(path: Path, change) -> None:
+    """Store the file again after ``change(tensors, metadata)``."""
+    with safe_open(path, framework="pt") as handle:
+        metadata = dict(handle.metadata())
+        tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+    change(tensors, metadata)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata=metadata)
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    artifact = make_artifact()
+    artifact.save(tmp_path / "a.safetensors")
+    loaded = Artifact.load(tmp_path / "a.safetensors")
+    assert loaded.meta == artifact.meta
+    for layer in range(2):
+        for group in range(2):
+            for ours, theirs in zip(artifact.maps(layer, group), loaded.maps(layer, group), strict=True):
+                assert torch.equal(ours, theirs)
+    assert loaded.content_hash == artifact.content_hash
+    assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_content_hash_follows_every_part(tmp_path: Path) -> None:
+    artifact = make_artifact()
+    hashes = {artifact.content_hash, build(make_meta(seed=4), _maps(artifact)).content_hash}
+    for which in range(3):
+        maps = _maps(artifact)
+        maps[1][1][which][0, -1] += 1e-3 if which else 0.0
+        if which == 0:
+            maps[0][1][0][0, -1] += 1e-3  # not a shared column
+        hashes.add(build(artifact.meta, maps).content_hash)
+    assert len(hashes) == 5
+
+
+def _maps(artifact: Artifact) -> list[list[tuple[torch.Tensor, ...]]]:
+    return [[tuple(t.clone() for t in artifact.maps(la, g)) for g in range(2)] for la in range(2)]
+
+
+def _drop(tensors, metadata):
+    del tensors["layers.1.groups.0.B"]
+
+
+def _extra(tensors, metadata):
+    tensors["layers.2.groups.0.B"] = torch.zeros(W, D)
+
+
+def _shape(tensors, metadata):
+    tensors["layers.0.groups.1.A"] = torch.zeros(W, D + 1)
+
+
+def _dtype(tensors, metadata):
+    tensors["layers.0.groups.1.A"] = tensors["layers.0.groups.1.A"].bfloat16()
+
+
+def _nan(tensors, metadata):
+    tensors["layers.0.groups.0.Z"][0, W - 1] = float("nan")
+
+
+def _shared(tensors, metadata):
+    tensors["layers.0.groups.1.Z"][3, R - 1] *= 1.0000002
+
+
+def _version(tensors, metadata):
+    metadata["format_version"] = "2"
+
+
+def _unknown(tensors, metadata):
+    metadata["colour"] = '"blue"'
+
+
+def _wrong_type(tensors, metadata):
+    metadata["groups"] = '"2"'
+
+
+def _not_json(tensors, metadata):
+    metadata["groups"] = "{"
+
+
+def _no_field(tensors, metadata):
+    del metadata["weights_hash"]
+
+
+def _widths(tensors, metadata):
+    metadata["widths"] = json.dumps([W])
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (_drop, r"missing \['layers.1.groups.0.B'\]"),
+        (_extra, "not known"),
+        (_shape, r"layers.0.groups.1.A as float32 \(5, 8\), got .*\(5, 9\)"),
+        (_dtype, "bfloat16"),
+        (_nan, "layers.0.groups.0.Z has values that are not finite"),
+        (_shared, "shared columns of layer 0 differ between groups 0 and 1"),
+        (_version, "format version 2"),
+        (_unknown, "colour"),
+        (_wrong_type, "groups"),
+        (_not_json, "damaged"),
+        (_no_field, "weights_hash"),
+        (_widths, "one of widths a layer"),
+    ],
+)
+def test_damage_is_refused(tmp_path: Path, change, says: str) -> None:
+    path = tmp_path / "a.safetensors"
+    make_artifact().save(path)
+    rewrite(path, change)
+    with pytest.raises(ArtifactError, match=says):
+        Artifact.load(path)
+
+
+def test_truncated_or_missing_file_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    with pytest.raises(ArtifactError, match="sglang_tpla.calibrate"):
+        Artifact.load(path)
+    make_artifact().save(path)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ArtifactError, match="not a readable safetensors file"):
+        Artifact.load(path)
+
+
+def test_another_model_is_refused() -> None:
+    artifact = make_artifact()
+    artifact.check_model(CONFIG, "w" * 64, 2)
+    with pytest.raises(ArtifactError, match="--tpla-groups 2"):
+        artifact.check_model(CONFIG, "w" * 64, 4)
+    with pytest.raises(ArtifactError, match="attention configuration"):
+        artifact.check_model({**CONFIG, "num_attention_heads": 8}, "w" * 64, 2)
+    with pytest.raises(ArtifactError, match="other weights"):
+        artifact.check_model(CONFIG, "v" * 64, 2)
+
+
+def test_config_hash_sees_attention_and_nothing_else() -> None:
+    base = config_hash(CONFIG)
+    assert config_hash({**CONFIG, "vocab_size": 7, "architectures": ["X"], "torch_dtype": "float16"}) == base
+    assert config_hash({**CONFIG, "rope_theta": 10000, "rms_norm_eps": 1e-6}) == base
+    assert config_hash({**CONFIG, "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"}}) == base
+    assert config_hash({**CONFIG, "q_lora_rank": 16}) != base
+    yarn = {"type": "yarn", "factor": 40, "mscale": 1.0}
+    stretched = config_hash({**CONFIG, "rope_scaling": yarn})
+    assert stretched != base
+    same = {"rope_type": "yarn", "factor": 40.0, "mscale": 1, "rope_theta": 10000.0}
+    assert config_hash({**CONFIG, "rope_parameters": same}) == stretched
+
+
+def test_weights_hash_reads_what_it_says(tmp_path: Path) -> None:
+    base = weights_hash(NANO)
+    with safe_open(NANO / "model.safetensors", framework="pt") as handle:
+        tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+    (tmp_path / "config.json").write_text((NANO / "config.json").read_text())
+    # the same weights in two shards have the same hash
+    names = sorted(tensors)
+    halves = {"one.safetensors": names[::2], "two.safetensors": names[1::2]}
+    for file, part in halves.items():
+        save_file({name: tensors[name] for name in part}, tmp_path / file)
+    weight_map = {name: file for file, part in halves.items() for name in part}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    assert weights_hash(tmp_path) == base
+    # 64 KiB of [512, 128] bf16 are its first 256 rows
+    for row, same in ((300, True), (255, False)):
+        changed = tensors["model.layers.3.self_attn.kv_b_proj.weight"].clone()
+        changed[row, 0] += 1
+        file = weight_map["model.layers.3.self_attn.kv_b_proj.weight"]
+        part = {name: tensors[name] for name in halves[file]}
+        part["model.layers.3.self_attn.kv_b_proj.weight"] = changed
+        save_file(part, tmp_path / file)
+        assert (weights_hash(tmp_path) == base) is same
