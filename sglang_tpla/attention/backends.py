@@ -1,0 +1,151 @@
+"""Which backend serves which attention shape, and the refusal of every other one. Needs no GPU.
+
+A backend is listed only for shapes on which it was measured to be right (relative error against float32 under
+3e-3, on an H200). FlashInfer 0.6.15's fa2 template computes wrong numbers without a word at widths 64, 192 and 320; its
+fa3 template faults at 256, 128 and 64 and does not compile at 192 and 320. Such widths are refused here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from sglang_tpla.attention.interface import AttentionInputError, DecodeShape
+
+Capability = tuple[int, int] | None  # CUDA compute capability; None is a CPU
+
+
+class BackendRefusal(AttentionInputError):
+    """No backend, or not the one asked for, computes this shape right."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One row of the table.
+
+    Args:
+        name: what ``choose`` returns.
+        widths: text for messages. has_width: whether w is served.
+        dtypes, page_sizes (None: any), heads (lowest, highest).
+        device: text for messages. has_device: whether a capability is served.
+        why_not: why other widths are refused.
+    """
+
+    name: str
+    widths: str
+    has_width: Callable[[int], bool]
+    dtypes: tuple[torch.dtype, ...]
+    page_sizes: tuple[int, ...] | None
+    heads: tuple[int, int]
+    device: str
+    has_device: Callable[[Capability], bool]
+    why_not: str
+    rope_dims: tuple[int, ...] | None = (64,)
+
+    def objection(self, shape: DecodeShape, capability: Capability) -> str | None:
+        """Why this backend must not serve ``shape`` there; None if it may."""
+        if not self.has_device(capability):
+            return f"it needs {self.device}, this is {_device_text(capability)}"
+        if not self.has_width(shape.latent_dim):
+            return f"latent width {shape.latent_dim} is not among its widths ({self.widths}): {self.why_not}"
+        if self.rope_dims is not None and shape.rope_dim not in self.rope_dims:
+            return f"rope width {shape.rope_dim} is not among {list(self.rope_dims)}"
+        if shape.dtype not in self.dtypes:
+            return f"dtype {shape.dtype} is not among {[str(dtype) for dtype in self.dtypes]}"
+        if self.page_sizes is not None and shape.page_size not in self.page_sizes:
+            return f"page size {shape.page_size} is not among {list(self.page_sizes)}"
+        if not self.heads[0] <= shape.heads <= self.heads[1]:
+            return f"{shape.heads} heads are outside of {self.heads[0]} to {self.heads[1]}"
+        return None
+
+
+def _device_text(capability: Capability) -> str:
+    return "a CPU" if capability is None else f"a GPU of compute capability {capability[0]}.{capability[1]}"
+
+
+# In the order of preference: FlashInfer wherever it is right and as fast.
+BACKENDS: tuple[Backend, ...] = (
+    Backend(
+        name="flashinfer_fa3",
+        widths="512",
+        has_width=lambda w: w == 512,
+        dtypes=(torch.bfloat16, torch.float16),
+        page_sizes=None,
+        heads=(1, 128),
+        device="compute capability 9.0",
+        has_device=lambda capability: capability == (9, 0),
+        why_not="FlashInfer's fa3 template faults or does not compile at other widths",
+    ),
+    Backend(
+        name="hopper",
+        widths="multiples of 32 from 64 to 512",
+        has_width=lambda w: 64 <= w <= 512 and w % 32 == 0,
+        dtypes=(torch.bfloat16,),
+        page_sizes=(1, 2, 4, 8, 16, 32, 64, 128),
+        heads=(1, 128),
+        device="compute capability 9.0",
+        has_device=lambda capability: capability == (9, 0),
+        why_not="its tiles are multiples of 32 columns; pad the slice (zero columns) to the next multiple",
+    ),
+    Backend(
+        name="flashinfer_fa2",
+        widths="128, 256, 512",
+        has_width=lambda w: w in (128, 256, 512),
+        dtypes=(torch.bfloat16, torch.float16),
+        page_sizes=None,
+        heads=(1, 128),
+        device="compute capability 8.0 or higher",
+        has_device=lambda capability: capability is not None and capability >= (8, 0),
+        why_not="FlashInfer's fa2 template silently computes wrong numbers at 64, 192 and 320, and no other was measured",
+    ),
+    Backend(
+        name="reference",
+        widths="any",
+        has_width=lambda w: True,
+        dtypes=(torch.float32, torch.float64, torch.bfloat16, torch.float16),
+        page_sizes=None,
+        heads=(1, 1 << 16),
+        device="a CPU (on a GPU it is for tests only)",
+        has_device=lambda capability: capability is None,
+        why_not="",
+        rope_dims=None,
+    ),
+)
+_BY_NAME = {backend.name: backend for backend in BACKENDS}
+
+
+def device_capability(device: torch.device) -> Capability:
+    """Compute capability of a CUDA device, None for a CPU."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+
+
+def require(name: str, shape: DecodeShape, capability: Capability) -> None:
+    """Refuse a backend that would compute ``shape`` wrong or not at all.
+
+    Raises:
+        BackendRefusal: says why, and which backend to use instead.
+    """
+    if name not in _BY_NAME:
+        raise BackendRefusal(f"attention backend must be one of {sorted(_BY_NAME)}; got {name!r}")
+    objection = _BY_NAME[name].objection(shape, capability)
+    if objection is not None:
+        able = [b.name for b in BACKENDS if b.objection(shape, capability) is None]
+        advice = f"use {able[0]!r}" if able else "change the width (groups, shared dims), the dtype or the device"
+        raise BackendRefusal(f"attention backend {name!r} cannot serve {shape}: {objection}; {advice}")
+
+
+def choose(shape: DecodeShape, capability: Capability) -> str:
+    """The first backend of the table that serves ``shape``.
+
+    Raises:
+        BackendRefusal: lists every backend's objection.
+    """
+    objections = []
+    for backend in BACKENDS:
+        objection = backend.objection(shape, capability)
+        if objection is None:
+            return backend.name
+        objections.append(f"{backend.name}: {objection}")
+    raise BackendRefusal(f"no attention backend serves {shape}: " + "; ".join(objections))

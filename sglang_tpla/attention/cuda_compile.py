@@ -1,0 +1,124 @@
+"""Compile CUDA source for Hopper with NVRTC, keep the binaries on disk, load and launch their kernels.
+
+NVRTC and the driver bindings (``cuda.bindings``) come with SGLang; no nvcc, host compiler or GPU is needed to
+compile. Binaries are cached under ``$SGLANG_TPLA_CACHE`` (default ``~/.cache/sglang_tpla``) by the hash of the
+source, the options and the compiler's version.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+ARCHITECTURE = "sm_90a"
+
+
+class KernelCompileError(RuntimeError):
+    """NVRTC or the driver refused a kernel; the message carries their log."""
+
+
+def cache_folder() -> Path:
+    """Where compiled kernels are kept."""
+    return Path(os.environ.get("SGLANG_TPLA_CACHE", Path.home() / ".cache" / "sglang_tpla")) / "cubin"
+
+
+def _nvrtc(result: tuple[Any, ...], what: str) -> Any:
+    if int(result[0]) != 0:
+        raise KernelCompileError(f"NVRTC failed in {what}: {result[0]!r}")
+    return result[1] if len(result) > 1 else None
+
+
+def compile_cubin(source: str, defines: dict[str, int], name: str) -> tuple[bytes, str]:
+    """Compile ``source`` with ``-D`` ``defines``; returns the binary and the compiler's log (registers, spills).
+
+    Raises:
+        KernelCompileError: with the compiler's log.
+    """
+    from cuda.bindings import nvrtc
+
+    options = [f"--gpu-architecture={ARCHITECTURE}", "--std=c++17", "-lineinfo", "--ptxas-options=-v"]
+    options += [f"-D{key}={value}" for key, value in sorted(defines.items())]
+    program = _nvrtc(nvrtc.nvrtcCreateProgram(source.encode(), name.encode(), 0, [], []), "nvrtcCreateProgram")
+    outcome = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])[0]
+    log = b" " * _nvrtc(nvrtc.nvrtcGetProgramLogSize(program), "nvrtcGetProgramLogSize")
+    _nvrtc(nvrtc.nvrtcGetProgramLog(program, log), "nvrtcGetProgramLog")
+    text = log.decode(errors="replace").replace("\0", "").strip()
+    if int(outcome) != 0:
+        raise KernelCompileError(f"{name} with {defines} does not compile:\n{text}")
+    cubin = b" " * _nvrtc(nvrtc.nvrtcGetCUBINSize(program), "nvrtcGetCUBINSize")
+    _nvrtc(nvrtc.nvrtcGetCUBIN(program, cubin), "nvrtcGetCUBIN")
+    return cubin, text
+
+
+def cached_cubin(source: str, defines: dict[str, int], name: str) -> bytes:
+    """``compile_cubin`` with the disk in front; safe with several processes starting at once."""
+    from cuda.bindings import nvrtc
+
+    version = nvrtc.nvrtcVersion()[1:]
+    digest = hashlib.sha256(repr((source, sorted(defines.items()), ARCHITECTURE, version)).encode()).hexdigest()[:32]
+    path = cache_folder() / f"{digest}.cubin"
+    if path.exists():
+        return path.read_bytes()
+    cubin, _ = compile_cubin(source, defines, name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+        file.write(cubin)
+    os.replace(file.name, path)  # atomic: another process sees all of it or nothing
+    return cubin
+
+
+def _driver(result: tuple[Any, ...], what: str) -> Any:
+    if int(result[0]) != 0:
+        raise KernelCompileError(f"the CUDA driver failed in {what}: {result[0]!r}")
+    return result[1] if len(result) > 1 else None
+
+
+class KernelModule:
+    """A loaded binary. The current CUDA context (PyTorch's) owns it; keep the object as long as its kernels run."""
+
+    def __init__(self, cubin: bytes) -> None:
+        from cuda.bindings import driver
+
+        self._driver = driver
+        self._module = _driver(driver.cuModuleLoadData(cubin), "cuModuleLoadData")
+
+    def kernel(self, name: str, shared_bytes: int = 0) -> Any:
+        """The kernel called ``name``, allowed ``shared_bytes`` of dynamic shared memory."""
+        driver = self._driver
+        function = _driver(driver.cuModuleGetFunction(self._module, name.encode()), f"cuModuleGetFunction({name})")
+        if shared_bytes > 48 * 1024:
+            attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            _driver(driver.cuFuncSetAttribute(function, attribute, shared_bytes), "cuFuncSetAttribute")
+        return function
+
+    def launch(
+        self,
+        kernel: Any,
+        grid: tuple[int, int],
+        threads: int,
+        arguments: Sequence[Any],
+        stream: int,
+        *,
+        shared_bytes: int = 0,
+        early: bool = False,
+    ) -> None:
+        """Launch with ctypes ``arguments``; ``early`` lets it start before its predecessor ends (it must wait itself)."""
+        driver = self._driver
+        config = driver.CUlaunchConfig()
+        config.gridDimX, config.gridDimY, config.gridDimZ = grid[0], grid[1], 1
+        config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
+        config.sharedMemBytes, config.hStream = shared_bytes, stream
+        if early:
+            attribute = driver.CUlaunchAttribute()
+            attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+            attribute.value.programmaticStreamSerializationAllowed = 1
+            config.attrs, config.numAttrs = [attribute], 1
+        else:
+            config.numAttrs = 0
+        pointers = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(argument) for argument in arguments))
+        _driver(driver.cuLaunchKernelEx(config, kernel, ctypes.addressof(pointers), 0), "cuLaunchKernelEx")

@@ -1,0 +1,172 @@
+"""The interface of decode attention over a paged latent cache.
+
+A cache row is one token's ``[latent | rope]``. The latent part is both key and value, the rope part only key:
+
+    p = softmax(scale * (q_latent z^T + q_rope k_rope^T)),    out = p z        (one latent group of TPLA, arXiv 2508.15881)
+
+Names and shapes, the same for every backend:
+
+    q_latent  [batch * query_len, heads, w]     absorbed queries, tokens of one request side by side
+    q_rope    [batch * query_len, heads, rope]
+    kv_cache  [slots, w + rope]                 slots = pages * page_size (a middle dimension of 1 is accepted)
+    lengths   [batch] int32                     cached tokens a request has, the query tokens included
+    out       [batch * query_len, heads, w]
+
+Query token j of a request sees the first ``length - query_len + 1 + j`` tokens. A request of length 0 gets zeros:
+CUDA graphs pad batches with such requests. A request with 0 < length < query_len has query tokens that see
+nothing; they get zeros too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+MAX_QUERY_LEN = 4
+
+
+class AttentionInputError(ValueError):
+    """An input that no backend could serve right: what was expected, what came, where, what to do."""
+
+
+@dataclass(frozen=True)
+class DecodeShape:
+    """What one attention layer of one rank looks like; fixed for the life of a server.
+
+    Args:
+        latent_dim: w, latent values a token holds on this rank.
+        heads: query heads on this rank.
+        rope_dim: rotary values a token holds.
+        query_len: query tokens a request has in one step, 1 to 4 (above 1: speculative verification).
+        page_size: tokens a page, a power of two.
+        dtype: of queries, cache and output.
+
+    Raises:
+        AttentionInputError: a value outside of these ranges.
+    """
+
+    latent_dim: int
+    heads: int
+    rope_dim: int = 64
+    query_len: int = 1
+    page_size: int = 1
+    dtype: torch.dtype = torch.bfloat16
+
+    def __post_init__(self) -> None:
+        for name in ("latent_dim", "heads", "rope_dim", "query_len", "page_size"):
+            if getattr(self, name) < 1:
+                raise AttentionInputError(f"DecodeShape.{name} must be at least 1; got {getattr(self, name)}")
+        if self.query_len > MAX_QUERY_LEN:
+            raise AttentionInputError(
+                f"DecodeShape.query_len must be at most {MAX_QUERY_LEN}; got {self.query_len}; "
+                "verify fewer speculative tokens in a step"
+            )
+        if self.page_size & (self.page_size - 1):
+            raise AttentionInputError(f"DecodeShape.page_size must be a power of two; got {self.page_size}")
+
+    @property
+    def cache_dim(self) -> int:
+        """Values of one cache row, w + rope."""
+        return self.latent_dim + self.rope_dim
+
+
+@dataclass(frozen=True)
+class PageTable:
+    """Where the tokens of each request lie.
+
+    Token i of request b is slot ``indices[starts[b] + i // page_size] * page_size + i % page_size``.
+
+    Args:
+        indices: [any] int32, page numbers.
+        starts: [batch] int32, each request's first entry in ``indices``.
+        page_size: tokens a page.
+    """
+
+    indices: torch.Tensor
+    starts: torch.Tensor
+    page_size: int = 1
+
+    def __post_init__(self) -> None:
+        for name, tensor in (("indices", self.indices), ("starts", self.starts)):
+            if tensor.dtype != torch.int32 or tensor.dim() != 1 or not tensor.is_contiguous():
+                raise AttentionInputError(
+                    f"PageTable.{name} must be a contiguous int32 vector; got {tensor.dtype} {list(tensor.shape)}"
+                )
+
+    @property
+    def batch(self) -> int:
+        """Requests in the table."""
+        return self.starts.shape[0]
+
+    @classmethod
+    def from_csr(cls, indptr: torch.Tensor, indices: torch.Tensor, page_size: int = 1) -> PageTable:
+        """FlashInfer's form: request b has ``indices[indptr[b]:indptr[b + 1]]``. Nothing is copied.
+
+        Args:
+            indptr: [batch + 1] int32.
+            indices: [indptr[-1] or more] int32.
+        """
+        return cls(indices=indices, starts=indptr[:-1], page_size=page_size)
+
+    @classmethod
+    def from_req_to_token(cls, req_to_token: torch.Tensor, rows: torch.Tensor) -> PageTable:
+        """SGLang's form: request b's token slots are row ``rows[b]`` of ``req_to_token``, whatever the page size.
+
+        Args:
+            req_to_token: [requests, max_context] int32, contiguous.
+            rows: [batch] integer.
+
+        Raises:
+            AttentionInputError: a table whose positions do not fit in 32 bits.
+        """
+        if req_to_token.numel() >= 2**31:
+            raise AttentionInputError(
+                f"req_to_token must have fewer than 2**31 entries; got {list(req_to_token.shape)}; build a CSR "
+                "table of the running requests instead (PageTable.from_csr)"
+            )
+        starts = (rows.to(torch.int64) * req_to_token.shape[1]).to(torch.int32)
+        return cls(indices=req_to_token.reshape(-1), starts=starts)
+
+
+class DecodeAttention(Protocol):
+    """A backend made for one ``DecodeShape``; ``plan`` once a step, ``run`` once a layer."""
+
+    shape: DecodeShape
+
+    def plan(self, table: PageTable, lengths: torch.Tensor) -> None:
+        """Lay out the work of a step. Backends for CUDA graphs keep these tensors' addresses: refill, do not replace."""
+
+    def run(
+        self, q_latent: torch.Tensor, q_rope: torch.Tensor, kv_cache: torch.Tensor, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Attend; returns ``out`` [batch * query_len, heads, w], newly made when None is given."""
+
+
+def checked_inputs(
+    shape: DecodeShape, table: PageTable, q_latent: torch.Tensor, q_rope: torch.Tensor, kv_cache: torch.Tensor
+) -> torch.Tensor:
+    """Check what every backend needs, and return the cache as [slots, w + rope].
+
+    Raises:
+        AttentionInputError: a shape or dtype that does not fit ``shape`` and ``table``.
+    """
+    cache = kv_cache.squeeze(1) if kv_cache.dim() == 3 and kv_cache.shape[1] == 1 else kv_cache
+    tokens = table.batch * shape.query_len
+    expected = (
+        ("q_latent", q_latent, (tokens, shape.heads, shape.latent_dim)),
+        ("q_rope", q_rope, (tokens, shape.heads, shape.rope_dim)),
+        ("kv_cache", cache, (cache.shape[0], shape.cache_dim)),
+    )
+    for name, tensor, dims in expected:
+        if tuple(tensor.shape) != dims or tensor.dtype != shape.dtype:
+            raise AttentionInputError(
+                f"{name} must be {shape.dtype} {list(dims)} for {table.batch} requests; "
+                f"got {tensor.dtype} {list(tensor.shape)}"
+            )
+    if table.page_size != shape.page_size:
+        raise AttentionInputError(
+            f"the page table has page_size {table.page_size}, the backend was made for {shape.page_size}"
+        )
+    return cache

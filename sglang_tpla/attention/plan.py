@@ -1,0 +1,77 @@
+"""How a decode step's cache is cut into equal parts, one part a persistent block. Twin of the kernel ``latent_plan``.
+
+All requests' tiles (64 tokens) stand in one line. A part is a stretch of that line and costs its tiles plus
+``SEGMENT_COST`` for every request it touches (loading the query, joining and storing the result). The smallest
+capacity with which all requests fit into the parts wins; a greedy walk lays them. The plan depends on the lengths
+alone, so the merge order, and with it the result, is the same whenever the lengths are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+TILE_TOKENS = 64
+SEGMENT_COST = 2
+MAX_PARTS = 256
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Parts of a step.
+
+    Args:
+        part_begin: parts + 1 rows (request, tile, segments of that request in earlier parts, 0); a part ends where
+            the next begins.
+        split_start: batch + 1 numbers; request b's partial results are split_start[b] up to split_start[b + 1].
+            One split: the block writes the output itself. None: the request is empty.
+    """
+
+    part_begin: tuple[tuple[int, int, int, int], ...]
+    split_start: tuple[int, ...]
+
+
+def tiles_of(length: int) -> int:
+    """Tiles that hold ``length`` tokens."""
+    return -(-length // TILE_TOKENS)
+
+
+def _lay_parts(tiles: Sequence[int], parts: int, capacity: int) -> Plan | None:
+    part_begin, split_start = [], []
+    request = tile = before = splits = 0
+    for _ in range(parts):
+        part_begin.append((request, tile, before, 0))
+        left = capacity
+        while request < len(tiles):
+            rest = tiles[request] - tile
+            if tiles[request] == 0 or rest + SEGMENT_COST <= left:
+                split_start.append(splits)
+                if tiles[request]:
+                    splits += before + 1
+                    left -= rest + SEGMENT_COST
+                request, tile, before = request + 1, 0, 0
+            else:
+                take = left - SEGMENT_COST
+                if take > 0:
+                    tile, before = tile + take, before + 1
+                break
+    if request < len(tiles):
+        return None
+    return Plan((*part_begin, (request, tile, before, 0)), (*split_start, splits))
+
+
+def plan_parts(lengths: Sequence[int], parts: int) -> Plan:
+    """Cut requests of ``lengths`` tokens into ``parts`` parts of as equal a cost as whole tiles allow.
+
+    Raises:
+        ValueError: fewer than 1 or more than ``MAX_PARTS`` parts.
+    """
+    if not 1 <= parts <= MAX_PARTS:
+        raise ValueError(f"parts must be 1 to {MAX_PARTS}; got {parts}")
+    tiles = [tiles_of(length) for length in lengths]
+    capacity = -(-sum(n + SEGMENT_COST for n in tiles if n) // parts)
+    while True:
+        plan = _lay_parts(tiles, parts, capacity)
+        if plan is not None:
+            return plan
+        capacity += 1

@@ -1,0 +1,75 @@
+"""Paged latent decode attention in plain PyTorch: the twin that every kernel is compared with.
+
+Works on any device and any width; arithmetic in float32 (float64 for float64 inputs), one request at a time.
+Shapes, meaning and equation as in ``interface.py``.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from sglang_tpla.attention.interface import DecodeShape, PageTable, checked_inputs
+
+
+def token_slots(table: PageTable, request: int, length: int) -> torch.Tensor:
+    """Cache slots of a request's first ``length`` tokens, [length] int64."""
+    token = torch.arange(length, device=table.indices.device)
+    page = table.indices[table.starts[request].long() + token // table.page_size].long()
+    return page * table.page_size + token % table.page_size
+
+
+def latent_attention(
+    q_latent: torch.Tensor,
+    q_rope: torch.Tensor,
+    kv_cache: torch.Tensor,
+    table: PageTable,
+    lengths: torch.Tensor,
+    *,
+    scale: float,
+    query_len: int = 1,
+) -> torch.Tensor:
+    """Attend over the paged cache; see ``interface.py`` for names and shapes.
+
+    Returns:
+        out [batch * query_len, heads, w] in float32 (float64 for float64 queries), not rounded to the inputs' dtype.
+    """
+    compute = torch.float64 if q_latent.dtype == torch.float64 else torch.float32
+    latent_dim = q_latent.shape[-1]
+    out = torch.zeros(q_latent.shape, dtype=compute, device=q_latent.device)
+    query = torch.cat([q_latent, q_rope], dim=-1).to(compute)  # [tokens, heads, w + rope]
+    for request, length in enumerate(lengths.tolist()):
+        keys = kv_cache[token_slots(table, request, length)].to(compute)  # [length, w + rope]
+        for j in range(query_len):
+            seen = length - query_len + 1 + j
+            if seen <= 0:
+                continue
+            token = request * query_len + j
+            score = scale * (query[token] @ keys[:seen].T)  # [heads, seen]
+            out[token] = torch.softmax(score, dim=-1) @ keys[:seen, :latent_dim]
+    return out
+
+
+class ReferenceDecode:
+    """``latent_attention`` behind the ``DecodeAttention`` interface."""
+
+    def __init__(self, shape: DecodeShape, scale: float) -> None:
+        self.shape = shape
+        self.scale = scale
+        self._table: PageTable | None = None
+        self._lengths: torch.Tensor | None = None
+
+    def plan(self, table: PageTable, lengths: torch.Tensor) -> None:
+        """Remember the step's table and lengths."""
+        self._table, self._lengths = table, lengths
+
+    def run(
+        self, q_latent: torch.Tensor, q_rope: torch.Tensor, kv_cache: torch.Tensor, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Attend; ``out`` has the queries' dtype."""
+        if self._table is None or self._lengths is None:
+            raise RuntimeError("ReferenceDecode.run came before plan: plan the step first")
+        cache = checked_inputs(self.shape, self._table, q_latent, q_rope, kv_cache)
+        result = latent_attention(
+            q_latent, q_rope, cache, self._table, self._lengths, scale=self.scale, query_len=self.shape.query_len
+        ).to(q_latent.dtype)
+        return result if out is None else out.copy_(result)

@@ -1,0 +1,48 @@
+"""CUDA source of the two wgmma instructions that the decode kernel uses, written out for a given width.
+
+wgmma (sm_90a) multiplies a 64-row operand with an N-column one for a whole warpgroup; each of its 128 threads
+holds N/2 fp32 accumulators. Inline assembly has to name every accumulator, which is why this text is generated.
+"""
+
+from __future__ import annotations
+
+PRELUDE = """
+typedef unsigned int u32;
+typedef unsigned short u16;
+typedef unsigned long long u64;
+#define MODE_TOKENS 0
+#define MODE_ROWS 1
+#define MODE_WIDTH 2
+"""
+
+
+def _accumulators(count: int) -> tuple[str, str]:
+    names = ", ".join(f"%{i}" for i in range(count))
+    operands = ", ".join(f'"+f"(d[{i}])' for i in range(count))
+    return names, operands
+
+
+def scores_source() -> str:
+    """``wgmma_ss_64(d, a, b, accumulate)``: d [64, 64] (+)= a [64, 16] b [64, 16]^T, both in shared memory."""
+    names, operands = _accumulators(32)
+    return f"""
+__device__ __forceinline__ void wgmma_ss_64(float (&d)[32], u64 a, u64 b, int accumulate) {{
+    asm volatile("{{\\n.reg .pred p;\\nsetp.ne.b32 p, %34, 0;\\n"
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {{{names}}}, %32, %33, p, 1, 1, 0, 0;\\n}}"
+        : {operands} : "l"(a), "l"(b), "r"(accumulate));
+}}
+"""
+
+
+def values_source(columns: int) -> str:
+    """``wgmma_rs(d, a0..a3, b)``: d [64, columns] += a [64, 16] in registers times b [16, columns] (transposed)."""
+    count = columns // 2
+    names, operands = _accumulators(count)
+    return f"""
+__device__ __forceinline__ void wgmma_rs(float (&d)[{count}], u32 a0, u32 a1, u32 a2, u32 a3, u64 b) {{
+    asm volatile("{{\\n.reg .pred p;\\nsetp.eq.b32 p, 0, 0;\\n"
+        "wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.bf16.bf16 {{{names}}}, "
+        "{{%{count}, %{count + 1}, %{count + 2}, %{count + 3}}}, %{count + 4}, p, 1, 1, 1;\\n}}"
+        : {operands} : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b));
+}}
+"""
