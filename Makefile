@@ -1,0 +1,45 @@
+# Two commands matter: `make quickstart` shows the whole thing on a CPU, `make test` checks it.
+# Everything runs in an environment outside this folder, made on first use (.ci/environment.py).
+
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+
+# The first interpreter that can make an environment; override with PYTHON=/path/to/python3.11.
+PYTHON ?= $(shell for p in python3.11 python3 python; do \
+	"$$p" -c 'import sys, ensurepip; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null && echo "$$p" && break; done)
+ENVIRONMENT = $(if $(PYTHON),"$(PYTHON)" .ci/environment.py,{ echo "error: no Python 3.11 with ensurepip found; \
+	install python3.11 and python3.11-venv, or run make PYTHON=/path/to/python3.11" >&2; false; })
+WITH_PYTHON = python=$$($(ENVIRONMENT)) && "$$python"
+
+.PHONY: help quickstart test test-fast lint format python accuracy bench-transfer clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
+
+quickstart:  ## prefill, TPLA decode and router on this CPU: answers, agreement, cache and wire bytes (4 minutes)
+	@python=$$($(ENVIRONMENT)) && exec "$$python" examples/quickstart.py
+
+test:  ## the whole suite, but for what needs a GPU or an hour
+	@$(WITH_PYTHON) -m pytest -m "not gpu and not slow" $(PYTEST_ARGS)
+
+test-fast:  ## what needs no server: unit, parity and wire tests
+	@$(WITH_PYTHON) -m pytest -m "not gpu and not slow" $(wildcard tests/unit tests/wire) $(PYTEST_ARGS)
+
+lint:  ## ruff (rules, format) and mypy
+	@python=$$($(ENVIRONMENT)) && "$$python" -m ruff check . && "$$python" -m ruff format --check . && "$$python" -m mypy
+
+format:  ## put the code into shape
+	@python=$$($(ENVIRONMENT)) && "$$python" -m ruff check --fix . && "$$python" -m ruff format .
+
+python:  ## print the path of the environment's interpreter, making the environment first if need be
+	@$(ENVIRONMENT)
+
+accuracy:  ## the accuracy tables of docs/accuracy.md, from the checkpoints
+	@$(WITH_PYTHON) -m sglang_tpla.evaluate.tables $(ACCURACY_ARGS)
+
+bench-transfer:  ## goodput of the transfer agent beside raw TCP and memcpy; writes benchmarks/out/transfer.json
+	@$(WITH_PYTHON) benchmarks/transfer.py $(BENCH_ARGS)
+
+clean:  ## remove what tools left in this folder (the environment stays in the cache)
+	@rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist benchmarks/out *.egg-info
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,181 @@
+"""Flags as lists of tokens: own ones apart from those that pass through, and one layer over another.
+
+What this package does not know is handed to ``sglang.launch_server`` or ``sglang_router.launch_router`` token
+by token, so that every flag of theirs works, those of later releases too. Only names are compared, in one
+spelling.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sglang_tpla.config import ConfigError
+
+# Spellings that SGLang accepts for one flag: the alias must not survive beside the name.
+ALIASES = {
+    "tp": "tp-size",
+    "tensor-parallel-size": "tp-size",
+    "dp": "dp-size",
+    "data-parallel-size": "dp-size",
+    "pp": "pp-size",
+    "pipeline-parallel-size": "pp-size",
+    "model": "model-path",
+}
+# Flags of the router that stand once for every server.
+REPEATED = ("prefill", "decode")
+ROLE_SECTIONS = ("prefill", "decode", "router")
+
+
+@dataclass(frozen=True)
+class Argument:
+    """One flag as given.
+
+    Args:
+        name: the flag in one spelling: no leading dashes, ``-`` for ``_``, aliases resolved.
+        tokens: what the command line carries, the flag itself first.
+    """
+
+    name: str
+    tokens: tuple[str, ...]
+
+    @property
+    def value(self) -> str | None:
+        """The flag's only value, or None for a bare flag."""
+        first = self.tokens[0]
+        if "=" in first:
+            return first.split("=", 1)[1]
+        return self.tokens[1] if len(self.tokens) > 1 else None
+
+
+def canonical(flag: str) -> str:
+    """One spelling for a flag's name.
+
+    >>> canonical("--tensor_parallel_size=2")
+    'tp-size'
+    """
+    name = flag.lstrip("-").split("=", 1)[0].replace("_", "-")
+    return ALIASES.get(name, name)
+
+
+def is_flag(token: str) -> bool:
+    """Whether a token starts a flag; negative numbers are values."""
+    return bool(re.match(r"--?[A-Za-z]", token))
+
+
+def split_tokens(tokens: Iterable[str]) -> list[Argument]:
+    """Group a command line's tokens by flag.
+
+    Raises:
+        ConfigError: a value before any flag.
+    """
+    grouped: list[list[str]] = []
+    for token in tokens:
+        if is_flag(token):
+            grouped.append([token])
+        elif grouped:
+            grouped[-1].append(token)
+        else:
+            raise ConfigError(f"expected a flag such as --role on the command line; got {token!r} first")
+    return [Argument(canonical(group[0]), tuple(group)) for group in grouped]
+
+
+def for_section(arguments: Sequence[Argument], section: str) -> list[Argument]:
+    """The flags written ``--prefill.NAME``, ``--decode.NAME`` or ``--router.NAME``, without that prefix."""
+    prefix = section + "."
+    return [
+        Argument(
+            canonical(argument.name[len(prefix) :]), (_unprefixed(argument.tokens[0]), *argument.tokens[1:])
+        )
+        for argument in arguments
+        if argument.name.startswith(prefix)
+    ]
+
+
+def _unprefixed(token: str) -> str:
+    return "--" + token.lstrip("-").split(".", 1)[1]
+
+
+def outside_sections(arguments: Sequence[Argument]) -> list[Argument]:
+    """The flags that carry no section prefix."""
+    return [
+        argument
+        for argument in arguments
+        if "." not in argument.name or argument.name.partition(".")[0] not in ROLE_SECTIONS
+    ]
+
+
+def from_mapping(values: dict[str, Any], origin: str) -> list[Argument]:
+    """Flags of a YAML mapping: ``true`` is a bare flag, ``false`` and ``null`` are none, a list is several
+    values, a mapping travels as JSON. A list under ``prefill`` or ``decode`` repeats the flag for every
+    element.
+
+    Raises:
+        ConfigError: a key that is not a name.
+    """
+    arguments = []
+    for key, value in values.items():
+        if not isinstance(key, str) or not re.fullmatch(r"[A-Za-z][\w-]*", key):
+            raise ConfigError(f"{origin}: expected flag names as keys, such as tp-size; got {key!r}")
+        name = canonical(key)
+        flag = "--" + key.replace("_", "-")
+        if value is None or value is False:
+            continue
+        if value is True:
+            arguments.append(Argument(name, (flag,)))
+        elif isinstance(value, list) and name in REPEATED:
+            arguments += [Argument(name, (flag, *_words(item))) for item in value]
+        else:
+            arguments.append(Argument(name, (flag, *_words(value))))
+    return arguments
+
+
+def _words(value: Any) -> list[str]:
+    if isinstance(value, list):
+        return [word for item in value for word in _words(item)]
+    return [json.dumps(value) if isinstance(value, dict) else str(value)]
+
+
+def layered(*layers: Sequence[Argument]) -> list[Argument]:
+    """One list from several, the strongest last: a flag of a stronger layer removes its namesakes below."""
+    result: list[Argument] = []
+    for layer in layers:
+        names = {argument.name for argument in layer}
+        result = [argument for argument in result if argument.name not in names] + list(layer)
+    return result
+
+
+def value_of(arguments: Sequence[Argument], name: str) -> str | None:
+    """The last value given to a flag, or None."""
+    for argument in reversed(arguments):
+        if argument.name == name:
+            return argument.value
+    return None
+
+
+def has(arguments: Sequence[Argument], name: str) -> bool:
+    """Whether a flag is there."""
+    return any(argument.name == name for argument in arguments)
+
+
+def integer(arguments: Sequence[Argument], name: str, default: int) -> int:
+    """A flag's value as a number.
+
+    Raises:
+        ConfigError: it is not one.
+    """
+    value = value_of(arguments, name)
+    if value is None:
+        return default
+    try:
+        return int(value)
+    except ValueError as error:
+        raise ConfigError(f"--{name} must be a whole number; got {value!r}") from error
+
+
+def to_tokens(arguments: Sequence[Argument]) -> list[str]:
+    """The command line again."""
+    return [token for argument in arguments for token in argument.tokens]
