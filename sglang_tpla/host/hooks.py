@@ -1,0 +1,98 @@
+"""Apply the ledger's hooks in this process, prove that they are in place, or stop it.
+
+SGLang logs and swallows a hook that fails to apply and then serves unpatched. So the hooks are applied here, each
+target is looked up again, and anything missing ends the process: ``SystemExit`` is what SGLang's plug-in loader lets
+through.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import pkgutil
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+from sglang_tpla.config import ConfigError, Settings
+from sglang_tpla.host import ledger
+
+logger = logging.getLogger(__name__)
+_applied: list[str] = []
+
+
+def refuse(message: str) -> SystemExit:
+    """The exception that ends a process with one clear message."""
+    return SystemExit(f"sglang_tpla refuses to start: {message}")
+
+
+def implementation(hook: ledger.Hook) -> Callable[..., Any]:
+    """The function of this package that a ledger entry names."""
+    module, _, name = hook.implementation.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def applied() -> tuple[str, ...]:
+    """Targets hooked in this process."""
+    return tuple(_applied)
+
+
+def is_in_place(hook: ledger.Hook, function: Callable[..., Any]) -> bool:
+    """True where the target in SGLang now leads to ``function``."""
+    current = pkgutil.resolve_name(hook.target)
+    if isinstance(function, type):
+        return current is function
+    while current is not None:
+        cells = [cell.cell_contents for cell in getattr(current, "__closure__", None) or ()]
+        if any(content is function for content in cells):
+            return True
+        current = getattr(current, "__wrapped__", None)
+    return False
+
+
+def install(settings: Settings, environ: Mapping[str, str] = os.environ) -> tuple[str, ...]:
+    """Check, apply and verify every hook of the process's role; returns the targets.
+
+    Raises:
+        SystemExit: the host is unknown, or a hook is not in place.
+    """
+    hooks = [hook for hook in ledger.load() if settings.role in hook.roles]
+    problems = [problem for hook in hooks if (problem := ledger.check(hook))]
+    if problems and environ.get(ledger.UNCHECKED) == "1":
+        logger.warning("%s=1: going on although %s", ledger.UNCHECKED, "; ".join(problems))
+    elif problems:
+        raise refuse(
+            "the installed SGLang differs from what its hooks were written for: "
+            + "; ".join(problems)
+            + f". Install a supported release, or set {ledger.UNCHECKED}=1 to go on at your own risk"
+        )
+    functions = [implementation(hook) for hook in hooks]
+    for hook, function in zip(hooks, functions, strict=True):
+        HookRegistry.register(hook.target, function, HookType(hook.kind))
+    HookRegistry.apply_hooks()
+    missing = [h.target for h, f in zip(hooks, functions, strict=True) if not is_in_place(h, f)]
+    if missing:
+        raise refuse(f"these hooks did not apply: {', '.join(missing)} (SGLang's log above says why)")
+    _applied[:] = [hook.target for hook in hooks]
+    return applied()
+
+
+def register() -> None:
+    """Body of the plug-in's entry point.
+
+    Raises:
+        SystemExit: bad settings, or `install` refuses.
+    """
+    try:
+        settings = Settings.from_environment(os.environ)
+    except ConfigError as error:
+        raise refuse(str(error)) from error
+    if settings is None:
+        return
+    install(settings)
+    # The one choice list that SGLang lets a plug-in extend: without it the command line refuses the backend.
+    from sglang.srt.server_args import add_disagg_transfer_backend_choices
+
+    add_disagg_transfer_backend_choices(["tpla"])

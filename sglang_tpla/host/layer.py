@@ -1,0 +1,142 @@
+"""TPLA decode layers inside SGLang's DeepSeek models (V2, V3, Kimi K2).
+
+Rank t keeps group ``t % g``'s slice of the latent and computes the heads of shard ``t // g``:
+
+    z_i = RMSNorm(c) Z_i;   p_i = softmax(scale (q W_UK A_i^T z_i^T + q^R k^R^T));   o_i = (p_i z_i) B_i W_UV W_O
+
+The all-reduce after the attention block, which SGLang does anyway, adds the o_i over groups and head shards. A_i and
+B_i are folded into the absorbed weights (``w_kc`` [h, qk_nope, d] -> [h, qk_nope, w], ``w_vc`` [h, d, v] -> [h, w, v]),
+so the layer runs SGLang's own absorbed path with w in the place of d. Answers to ``DeepseekV2AttentionMLA`` in
+``sglang/srt/models/deepseek_v2.py``.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from sglang.srt.layers.radix_attention import RadixAttention
+from sglang.srt.models.deepseek_common.attention_forward_methods.forward_methods import AttnForwardMethod
+from sglang.srt.models.deepseek_common.utils import FORWARD_ABSORB_CORE_ATTENTION_BACKENDS
+from sglang.srt.runtime_context import get_parallel
+from torch import nn
+
+from sglang_tpla.host.state import make_slice
+from sglang_tpla.models.fold import fold_key_map, fold_value_map
+from sglang_tpla.transfer.projection import project_latent
+
+
+class SlicedNorm(nn.Module):
+    """SGLang's latent norm followed by the projection to this rank's slice: ``[..., d] -> [..., w]``.
+
+    The norm sees the whole latent, so it is exact. ``weight`` is the norm's own parameter under its own name: the
+    checkpoint loads as before.
+    """
+
+    def __init__(self, norm: nn.Module, z: torch.Tensor) -> None:
+        super().__init__()
+        self.weight = norm.weight
+        self.variance_epsilon = norm.variance_epsilon
+        self._norm = (norm,)  # in a tuple: not a submodule, or the weight would be listed twice
+        self.register_buffer("z", z.to(norm.weight.device), persistent=False)  # [d, w] float32
+
+    def forward(self, latent: torch.Tensor) -> torch.Tensor:
+        """Norm, then project."""
+        return project_latent(self._norm[0](latent), self.z)
+
+
+def build_attention(original: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -> None:
+    """Around ``DeepseekV2AttentionMLA.__init__``: head shards instead of ranks, and the slice's width."""
+    bound = inspect.signature(original).bind(self, *args, **kwargs)
+    bound.apply_defaults()
+    given = bound.arguments
+    parallel = get_parallel()
+    part = make_slice(given["num_heads"], parallel.attn_tp_rank, parallel.attn_tp_size)
+    self.tpla = None
+    if part is None or given["is_nextn"]:
+        original(self, *args, **kwargs)
+        return
+    shard, shards = part.layout.head_shard_of(part.rank), part.layout.head_shards
+    # The linear layers and the head count take their share from here: g ranks hold the same heads.
+    with parallel.override(attn_tp_rank=shard, attn_tp_size=shards):
+        original(self, *args, **kwargs)
+    z, a, b = part.artifact.maps(self.layer_id, part.group)
+    width = z.shape[1]
+    self.tpla = (a, b)
+    self.tpla_width = width
+    self.kv_a_layernorm = SlicedNorm(self.kv_a_layernorm, z)
+    self.attn_mqa = RadixAttention(
+        self.num_local_heads,
+        width + self.qk_rope_head_dim,
+        self.scaling,
+        num_kv_heads=1,
+        layer_id=self.layer_id,
+        v_head_dim=width,
+        quant_config=given["quant_config"],
+        prefix=f"{given['prefix']}.attn_mqa",
+    )
+
+
+def absorbed_only(original: Callable[..., Any], self: Any, forward_batch: Any) -> Any:
+    """Around ``dispatch_attn_forward_method``: a slice has no per-head keys, so every batch is absorbed."""
+    method = original(self, forward_batch)
+    return method if self.tpla is None else AttnForwardMethod.MLA
+
+
+def fold_weights(original: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -> None:
+    """Around ``post_load_weights``: SGLang makes ``w_kc`` and ``w_vc`` [.., d, ..], then the maps are folded in."""
+    sliced = [
+        module for module in self.modules() if getattr(module, "tpla", None) is not None and hasattr(module, "w_kc")
+    ]
+    folded = [(module.w_kc, module.w_vc) for module in sliced]
+    for module in sliced:  # SGLang copies into what is there, which has the slice's shape after a first load
+        module.w_kc = module.w_vc = None
+    original(self, *args, **kwargs)
+    for module, (old_kc, old_vc) in zip(sliced, folded, strict=True):
+        if module.w_kc is None:  # a partial reload that left this layer alone
+            module.w_kc, module.w_vc = old_kc, old_vc
+            continue
+        a, b = module.tpla
+        dtype = module.w_kc.dtype if module.w_kc.dtype.itemsize > 1 else torch.bfloat16
+        scale = float(module.w_scale) if module.w_kc.dtype.itemsize == 1 else 1.0
+        module.w_kc = _keep_storage(old_kc, fold_key_map(module.w_kc, a, scale).to(dtype))
+        module.w_vc = _keep_storage(old_vc, fold_value_map(module.w_vc, b, scale).to(dtype))
+        module.w_scale = 1.0
+
+
+def _keep_storage(old: torch.Tensor | None, new: torch.Tensor) -> torch.Tensor:
+    """Captured graphs hold the old tensor's address: reload in place."""
+    return new if old is None else old.copy_(new)
+
+
+def absorbed_core(
+    original: Callable[..., Any],
+    self: Any,
+    q_pe: torch.Tensor,  # [tokens, h, rope]
+    k_pe: torch.Tensor,  # [tokens, 1, rope]
+    q_nope_out: torch.Tensor,  # [tokens, h, w]
+    k_nope: torch.Tensor,  # [tokens, 1, w]
+    forward_batch: Any,
+    zero_allocator: Any,
+    positions: torch.Tensor,
+    topk_indices: Any,
+    llama_4_scaling: Any,
+    fusion_plan: Any = None,
+) -> torch.Tensor:
+    """Around ``forward_absorb_core``: the same steps at the slice's width."""
+    if self.tpla is None:
+        return original(
+            self, q_pe, k_pe, q_nope_out, k_nope, forward_batch, zero_allocator, positions, topk_indices,
+            llama_4_scaling, fusion_plan,
+        )  # fmt: skip
+    if self.current_attention_backend in FORWARD_ABSORB_CORE_ATTENTION_BACKENDS:
+        out = self.attn_mqa(q_nope_out, k_nope, k_nope, forward_batch, q_rope=q_pe, k_rope=k_pe)
+    else:
+        query = torch.cat((q_nope_out, q_pe), dim=-1)  # [tokens, h, w + rope]
+        key = torch.cat((k_nope, k_pe), dim=-1)  # [tokens, 1, w + rope]
+        out = self.attn_mqa(query, key, k_nope, forward_batch)
+    latent = out.view(-1, self.num_local_heads, self.tpla_width).transpose(0, 1)  # [h, tokens, w]
+    values = torch.bmm(latent, self.w_vc).transpose(0, 1).flatten(1, 2)  # [tokens, h * v]
+    return self.o_proj(values)[0]

@@ -1,0 +1,124 @@
+"""Combinations that cannot work are refused at start, in the first process, with one message each.
+
+Around ``ServerArgs.__post_init__`` in ``sglang/srt/server_args.py``: flags are looked at before SGLang rewrites them,
+the model and the attention backend after it has resolved them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sglang_tpla.attention.backends import device_capability
+from sglang_tpla.attention.interface import AttentionInputError, DecodeShape
+from sglang_tpla.calibrate.artifact import ArtifactError
+from sglang_tpla.calibrate.identity import weights_hash
+from sglang_tpla.config import ConfigError, Layout
+from sglang_tpla.host.attention_table import require_engine_backend
+from sglang_tpla.host.hooks import refuse
+from sglang_tpla.host.state import artifact, settings
+from sglang_tpla.models.checkpoint import Checkpoint, CheckpointError
+
+SPARSE = "index_topk"  # DSA models (DeepSeek V3.2, GLM-5) carry an indexer over the whole latent
+
+
+def check_server_args(original: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -> None:
+    """Refuse before and after SGLang resolves its arguments.
+
+    Raises:
+        SystemExit: with the reason.
+    """
+    try:
+        check_flags(self)
+        original(self, *args, **kwargs)
+        check_model(self)
+    except (ConfigError, ArtifactError, CheckpointError, AttentionInputError) as error:
+        raise refuse(str(error)) from error
+
+
+def check_flags(args: Any) -> None:
+    """What can be said from the flags alone.
+
+    Raises:
+        ConfigError: naming the flag and why.
+    """
+    role = settings().role
+    if args.disaggregation_mode != role or args.disaggregation_transfer_backend != "tpla":
+        raise ConfigError(
+            f"a {role} server runs with --disaggregation-mode {role} --disaggregation-transfer-backend tpla; got "
+            f"{args.disaggregation_mode!r} and {args.disaggregation_transfer_backend!r}: drop those flags, the "
+            "launcher sets them"
+        )
+    sliced = settings().artifact is not None
+    refusals = [
+        (sliced and args.dcp_size > 1, "--dcp-size", "decode context parallelism (DCP) gathers every rank's queries "
+         "against one whole latent, and TPLA ranks hold different slices"),
+        (args.enable_hierarchical_cache, "--enable-hierarchical-cache", "the hierarchical cache backs up rank 0's "
+         "cache for all ranks, and TPLA ranks hold different slices"),
+        (args.disaggregation_decode_enable_offload_kvcache, "--disaggregation-decode-enable-offload-kvcache",
+         "the offload manager assumes that all ranks hold the same latent cache"),
+        (args.enable_hisparse, "--enable-hisparse", "it indexes the whole latent"),
+        (args.speculative_algorithm is not None, "--speculative-algorithm", "the draft model's cache is not sliced "
+         "and not transferred yet"),
+        (args.pp_size > 1, "--pp-size", "pipeline stages are not transferred yet"),
+        (sliced and bool(args.enable_lora), "--enable-lora", "adapters on kv_b_proj correct the unfolded weights"),
+    ]  # fmt: skip
+    for bad, flag, why in refusals:
+        if bad:
+            raise ConfigError(f"{flag} does not go with sglang_tpla: {why}; drop {flag}")
+
+
+def check_model(args: Any) -> None:
+    """What needs the model's config, the artifact and the resolved backend.
+
+    Raises:
+        ConfigError, ArtifactError, CheckpointError, BackendRefusal: one message.
+    """
+    config = args.get_model_config()
+    text = config.hf_text_config
+    if getattr(text, SPARSE, None) is not None:
+        raise ConfigError(
+            f"{args.model_path} uses DeepSeek sparse attention (its config has {SPARSE!r}): the indexer needs the "
+            "whole latent on every rank; serve it with stock SGLang"
+        )
+    if getattr(text, "kv_lora_rank", None) is None:
+        raise ConfigError(
+            f"{args.model_path} has no latent cache (no kv_lora_rank in its config); sglang_tpla serves DeepSeek V2, "
+            "V3 and Kimi K2 shaped models"
+        )
+    if settings().role == "prefill":
+        return
+    attention_ranks = args.tp_size // (args.dp_size if args.enable_dp_attention else 1)
+    layout = Layout(attention_ranks, settings().groups, text.num_attention_heads)
+    loaded = artifact()
+    if loaded is None:
+        return
+    folder = local_checkpoint(args.model_path, args.revision)
+    loaded.check_model(Checkpoint(folder).config, weights_hash(folder), layout.groups)
+    if len(set(loaded.meta.widths)) != 1:
+        raise ConfigError(
+            f"{settings().artifact} has layers of widths {sorted(set(loaded.meta.widths))}; this release serves one "
+            "width for all layers: calibrate without a per-layer policy"
+        )
+    shape = DecodeShape(
+        latent_dim=loaded.meta.widths[0],
+        heads=layout.local_heads,
+        rope_dim=loaded.meta.rope_dim,
+        page_size=args.page_size,
+        dtype=config.dtype,
+    )
+    require_engine_backend(
+        args.get_attention_backends()[1], shape, device_capability(torch.device(args.device))
+    )
+
+
+def local_checkpoint(model_path: str, revision: str | None) -> Path:
+    """Folder of a checkpoint: the path itself, or its snapshot of the Hugging Face hub."""
+    if Path(model_path).is_dir():
+        return Path(model_path)
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(model_path, revision=revision))

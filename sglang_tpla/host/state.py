@@ -1,0 +1,109 @@
+"""What this process serves: settings, artifact and layout, worked out once from the environment."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from sglang_tpla.calibrate.artifact import Artifact
+from sglang_tpla.config import ConfigError, Layout, Settings
+
+
+@cache
+def settings() -> Settings:
+    """Settings of this server process.
+
+    Raises:
+        ConfigError: the process was not started by the launcher.
+    """
+    found = Settings.from_environment(os.environ)
+    if found is None:
+        raise ConfigError("this process has no SGLANG_TPLA_ROLE; start it with `python -m sglang_tpla.launch`")
+    return found
+
+
+@cache
+def artifact() -> Artifact | None:
+    """The calibration artifact of a decode server, or None for plain MLA."""
+    path = settings().artifact
+    return Artifact.load(path) if path else None
+
+
+@dataclass(frozen=True)
+class Slice:
+    """What one decode rank keeps of every layer: its group's maps and the widths."""
+
+    layout: Layout
+    rank: int
+    artifact: Artifact
+
+    @property
+    def group(self) -> int:
+        """This rank's latent group."""
+        return self.layout.group_of(self.rank)
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Latent values a token, one entry a layer."""
+        return tuple(self.artifact.meta.widths)
+
+    @property
+    def uniform_width(self) -> int:
+        """The one width of all layers.
+
+        Raises:
+            ConfigError: the artifact's layers differ in width.
+        """
+        widths = set(self.widths)
+        if len(widths) != 1:
+            raise ConfigError(
+                f"the artifact's layers have widths {sorted(widths)}; this release serves one width for all "
+                "layers: calibrate without a per-layer policy"
+            )
+        return widths.pop()
+
+
+def make_slice(heads: int, rank: int, tp_size: int) -> Slice | None:
+    """The slice of attention rank ``rank`` of ``tp_size``, or None where the server keeps the whole latent."""
+    loaded = artifact()
+    if loaded is None:
+        return None
+    return Slice(Layout(tp_size, settings().groups, heads), rank, loaded)
+
+
+def describe(layout: Layout, latent_dim: int, rope_dim: int, widths: tuple[int, ...], cell_bytes: int) -> dict[str, Any]:
+    """The ``tpla`` section of ``/server_info``: layout, widths, and cache bytes per token and rank."""
+    from sglang_tpla.host.hooks import applied
+
+    loaded = artifact()
+    return {
+        "role": settings().role,
+        "groups": layout.groups,
+        "head_shards": layout.head_shards,
+        "latent_dim": latent_dim,
+        "rope_dim": rope_dim,
+        "widths": list(widths),
+        "artifact": settings().artifact,
+        "artifact_sha256": loaded.content_hash if loaded else None,
+        "transform": loaded.meta.transform if loaded else "none",
+        "cache_bytes_per_token_and_rank": cell_bytes * sum(w + rope_dim for w in widths),
+        "mla_cache_bytes_per_token_and_rank": cell_bytes * len(widths) * (latent_dim + rope_dim),
+        "hooks": list(applied()),
+    }
+
+
+def current_slice(server_args: Any, rank: int, tp_size: int) -> Slice | None:
+    """`make_slice` for the model of a server."""
+    return make_slice(server_args.get_model_config().hf_text_config.num_attention_heads, rank, tp_size)
+
+
+def model_identity(server_args: Any) -> str:
+    """What a prefill and a decode server must share: hashes of the config and of the weights."""
+    from sglang_tpla.calibrate.identity import config_hash, weights_hash
+    from sglang_tpla.host.refusals import local_checkpoint
+    from sglang_tpla.models.checkpoint import Checkpoint
+
+    folder = local_checkpoint(server_args.model_path, server_args.revision)
+    return f"{config_hash(Checkpoint(folder).config)}:{weights_hash(folder)}"

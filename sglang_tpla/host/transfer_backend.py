@@ -1,0 +1,282 @@
+"""SGLang's scheduler-level disaggregation on the ZMQ transfer agents.
+
+SGLang gives a manager a rank, a sender a request on prefill and a receiver a request on decode
+(``sglang/srt/disaggregation/common/conn.py``). Here they are thin: the bootstrap server, rank mapping and heartbeat are
+SGLang's, everything that moves is `PrefillAgent` and `DecodeAgent`.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any, NoReturn
+
+import numpy as np
+from sglang.srt.disaggregation.base.conn import KVPoll, KVTransferMetric
+from sglang.srt.disaggregation.common.conn import (
+    CommonKVBootstrapServer,
+    CommonKVManager,
+    CommonKVReceiver,
+    CommonKVSender,
+    KVTransferError,
+)
+from sglang.srt.disaggregation.utils import DisaggregationMode
+
+from sglang_tpla.host.engine_memory import cache_pool, metadata_rows
+from sglang_tpla.host.state import current_slice, model_identity, settings
+from sglang_tpla.transfer.decode import DecodeAgent
+from sglang_tpla.transfer.prefill import PrefillAgent
+from sglang_tpla.transfer.projection import Projection
+from sglang_tpla.transfer.types import RoomState
+
+logger = logging.getLogger(__name__)
+_agents: list[PrefillAgent | DecodeAgent] = []
+
+
+def agents() -> tuple[PrefillAgent | DecodeAgent, ...]:
+    """Agents of this process: one a rank."""
+    return tuple(_agents)
+
+
+class TplaKVManager(CommonKVManager):
+    """One rank's agent, and what SGLang's common manager knows about its peers."""
+
+    def __init__(
+        self, args: Any, disaggregation_mode: DisaggregationMode, server_args: Any, is_mla_backend: bool = False
+    ) -> None:
+        self.agent: PrefillAgent | DecodeAgent
+        super().__init__(args, disaggregation_mode, server_args, is_mla_backend)
+        self.server_socket.close(linger=0)  # the agent has its own
+        if disaggregation_mode == DisaggregationMode.DECODE:
+            self.agent = self._decode_agent()
+            self._start_heartbeat_checker_thread()
+        _agents.append(self.agent)
+
+    def register_to_bootstrap(self) -> None:
+        """Start the prefill agent and register its address instead of the common manager's socket."""
+        # A server that only listens on loopback keeps its transfers there as well.
+        host = self.bootstrap_host if self.bootstrap_host in ("127.0.0.1", "localhost", "::1") else self.local_ip
+        self.agent = PrefillAgent(
+            cache_pool(self.kv_args, self.server_args),
+            metadata_rows(self.kv_args),
+            model_hash=model_identity(self.server_args),
+            settings=settings(),
+            bind_host=host,
+            rank=self.attn_tp_rank,
+            size=self.attn_tp_size,
+        )
+        self.local_ip, self.rank_port = self.agent.address
+        super().register_to_bootstrap()
+
+    def _decode_agent(self) -> DecodeAgent:
+        part = current_slice(self.server_args, self.attn_tp_rank, self.attn_tp_size)
+        projection = None
+        if part is not None:
+            meta = part.artifact.meta
+            matrices = [part.artifact.maps(layer, part.group)[0] for layer in range(meta.num_layers)]
+            projection = Projection(matrices, meta.shared_dims)
+        agent = DecodeAgent(
+            cache_pool(self.kv_args, self.server_args),
+            metadata_rows(self.kv_args),
+            projection,
+            model_hash=model_identity(self.server_args),
+            settings=settings(),
+            rank=self.attn_tp_rank,
+            size=self.attn_tp_size,
+            groups=settings().groups,
+        )
+        agent.on_peer_lost = self.forget_peer
+        return agent
+
+    def forget_peer(self, host: str, port: int) -> None:
+        """Drop cached addresses of a lost prefill rank, so that the next request asks its bootstrap server anew."""
+        with self.connection_lock:
+            stale = [
+                key
+                for key, infos in self.connection_pool.items()
+                if any(info["rank_ip"] == host and int(info["rank_port"]) == port for info in infos)
+            ]
+            for key in stale:
+                del self.connection_pool[key]
+                self.prefill_info_table.pop(key.split("_")[0], None)
+
+    def try_ensure_parallel_info(self, bootstrap_addr: str) -> bool:
+        """As SGLang's, but a prefill server that cannot fit fails the requests that name it, not this server."""
+        try:
+            return super().try_ensure_parallel_info(bootstrap_addr)
+        except (RuntimeError, AssertionError) as error:
+            logger.error("prefill server %s cannot serve this decode server: %s", bootstrap_addr, error)
+            for room in list(self.addr_to_rooms_tracker.get(bootstrap_addr, ())):
+                self.record_failure(room, str(error))
+                self.update_status(room, KVPoll.Failed)
+            return False
+
+
+class _Request:
+    """What sender and receiver share: the state of one room, and the reason it failed."""
+
+    kv_mgr: TplaKVManager
+    bootstrap_room: int
+    conclude_state: Any
+    opened: bool
+
+    def _state(self) -> Any:
+        """KVPoll of the room: a failure known to SGLang's side counts before the agent's view."""
+        if self.conclude_state is None:
+            state = self.kv_mgr.check_status(self.bootstrap_room)
+            if state != KVPoll.Failed and self.opened:
+                state = int(self.kv_mgr.agent.poll(self.bootstrap_room))
+            if state in (KVPoll.Success, KVPoll.Failed):
+                self.conclude_state = state
+            return state
+        return self.conclude_state
+
+    def _end(self, reason: str) -> None:
+        """Close the room; one that still moves is aborted first, so that its peers hear of it."""
+        if not self.opened:
+            return
+        agent, self.opened = self.kv_mgr.agent, False
+        if not RoomState(agent.poll(self.bootstrap_room)).ended:
+            agent.abort(self.bootstrap_room, reason)
+        agent.close_room(self.bootstrap_room)
+
+    def failure_exception(self) -> NoReturn:
+        """Raise why the request failed.
+
+        Raises:
+            KVTransferError: with the agent's reason, SGLang's, or the word that another rank failed.
+        """
+        self.conclude_state = KVPoll.Failed
+        agent = self.kv_mgr.agent
+        with self.kv_mgr.failure_lock:
+            reason = self.kv_mgr.failure_records.pop(self.bootstrap_room, None)
+        if reason is None and self.opened and agent.poll(self.bootstrap_room) == RoomState.FAILED:
+            reason = agent.failure(self.bootstrap_room)
+        self._end(reason or "another rank of this server failed the request")
+        raise KVTransferError(
+            self.bootstrap_room,
+            reason or "Failed due to an unknown reason from another rank",
+            is_from_another_rank=reason is None,
+        )
+
+
+class TplaKVSender(_Request, CommonKVSender):
+    """One request on a prefill rank."""
+
+    def __init__(
+        self,
+        mgr: TplaKVManager,
+        bootstrap_addr: str,
+        bootstrap_room: int,
+        dest_tp_ranks: list[int],
+        pp_rank: int,
+        req_has_disagg_prefill_dp_rank: bool = False,
+    ) -> None:
+        self.opened = False
+        super().__init__(
+            mgr, bootstrap_addr, bootstrap_room, dest_tp_ranks, pp_rank, req_has_disagg_prefill_dp_rank
+        )
+        self.init_time = time.time()
+        mgr.agent.open_room(bootstrap_room)
+        self.opened = True
+
+    def pop_decode_prefix_len(self) -> int:
+        """Tokens that the decode side has already."""
+        return self.kv_mgr.agent.prefix_tokens(self.bootstrap_room)
+
+    def send(self, kv_indices: Any, state_indices: Any = None, num_kv_tokens: int | None = None) -> None:
+        """Hand the next pages to the agent; the last call takes the metadata row along."""
+        self.curr_idx += len(kv_indices)
+        last = self.curr_idx == self.num_kv_indices
+        self.kv_mgr.agent.send(
+            self.bootstrap_room,
+            np.asarray(kv_indices, dtype=np.int32),
+            last=last,
+            metadata_row=self.aux_index if last else None,
+            num_tokens=num_kv_tokens,
+        )
+
+    def poll(self) -> Any:
+        """KVPoll of the request."""
+        state = self._state()
+        if state == KVPoll.Bootstrapping:
+            return self._check_bootstrap_timeout() or state
+        return state
+
+    def get_transfer_metric(self) -> KVTransferMetric:
+        """Bytes on the wire and seconds from the first send to the last confirmation."""
+        metric = self.kv_mgr.agent.metric(self.bootstrap_room)
+        return KVTransferMetric(transfer_latency_s=metric.seconds, transfer_total_bytes=metric.wire_bytes)
+
+    def clear(self) -> None:
+        """Forget the request."""
+        self._end("the prefill server dropped the request")
+        super().clear()
+
+    def abort(self) -> None:
+        """The client gave up."""
+        super().abort()
+        self._end("Aborted by AbortReq.")
+
+
+class TplaKVReceiver(_Request, CommonKVReceiver):
+    """One request on a decode rank."""
+
+    def __init__(self, mgr: TplaKVManager, bootstrap_addr: str, bootstrap_room: int | None = None) -> None:
+        self.opened = False
+        self.bootstrap_infos = None
+        super().__init__(mgr, bootstrap_addr, bootstrap_room)
+
+    def _register_kv_args(self) -> bool:
+        for info in self.bootstrap_infos or ():
+            self.kv_mgr.agent.connect(info["rank_ip"], int(info["rank_port"]))
+        return True
+
+    def send_metadata(
+        self,
+        kv_indices: Any,
+        aux_index: int | None = None,
+        state_indices: Any = None,
+        decode_prefix_len: int | None = None,
+    ) -> None:
+        """Ask the prefill ranks for the request's cache."""
+        if self.bootstrap_infos is None:
+            self.kv_mgr.record_failure(
+                self.bootstrap_room, f"no prefill address for bootstrap server {self.bootstrap_addr}"
+            )
+            self.kv_mgr.update_status(self.bootstrap_room, KVPoll.Failed)
+            return
+        peers = [
+            (info["rank_ip"], int(info["rank_port"]), bool(info["is_dummy"])) for info in self.bootstrap_infos
+        ]
+        agent = self.kv_mgr.agent
+        agent.open_room(self.bootstrap_room, peers)
+        self.opened = True
+        agent.request(
+            self.bootstrap_room,
+            np.asarray(kv_indices, dtype=np.int32),
+            metadata_row=aux_index,
+            expected_ranks=self.required_dst_info_num,
+            prefix_tokens=decode_prefix_len or 0,
+        )
+
+    def poll(self) -> Any:
+        """KVPoll of the request."""
+        return self._state()
+
+    def clear(self) -> None:
+        """Forget the request; after this no frame of it is written any more."""
+        self._end("the decode server dropped the request")
+        super().clear()
+        self.kv_mgr.addr_to_rooms_tracker.get(self.bootstrap_addr, set()).discard(self.bootstrap_room)
+
+    def abort(self) -> None:
+        """The client gave up."""
+        self.kv_mgr.record_failure(self.bootstrap_room, "Aborted by AbortReq.")
+        self.kv_mgr.update_status(self.bootstrap_room, KVPoll.Failed)
+        self.conclude_state = KVPoll.Failed
+        self._end("Aborted by AbortReq.")
+
+
+class TplaKVBootstrapServer(CommonKVBootstrapServer):
+    """SGLang's bootstrap server, as it is."""
