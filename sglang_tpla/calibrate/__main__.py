@@ -16,6 +16,7 @@ from sglang_tpla.calibrate.statistics import StatisticsError
 from sglang_tpla.calibrate.transforms import TRANSFORMS, TransformError
 from sglang_tpla.models.checkpoint import Checkpoint, CheckpointError
 from sglang_tpla.models.plain import PlainModel
+from sglang_tpla.models.spec import ModelSpec
 
 ERRORS = (ArtifactError, CheckpointError, CorpusError, StatisticsError, TransformError, OSError)
 
@@ -23,21 +24,36 @@ ERRORS = (ArtifactError, CheckpointError, CorpusError, StatisticsError, Transfor
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     text = argparse.ArgumentParser(prog="python -m sglang_tpla.calibrate", description=__doc__)
-    text.add_argument("--model-path", required=True, help="checkpoint directory with config.json and safetensors")
+    text.add_argument(
+        "--model-path", required=True, help="checkpoint directory with config.json and safetensors"
+    )
     text.add_argument("--out", required=True, type=Path, help="artifact file to write")
     text.add_argument("--groups", type=int, default=2, help="latent groups g (default 2)")
     text.add_argument("--transform", default="shared", choices=TRANSFORMS, help="default: shared")
-    text.add_argument("--shared-dims", type=int, help="latent values every group keeps (default: d/4 for shared)")
+    text.add_argument(
+        "--key-map", default="regression", choices=("regression", "scalar"), help="scalar: the paper's"
+    )
+    text.add_argument(
+        "--shared-dims", type=int, help="latent values every group keeps (default: d/4 for shared)"
+    )
     text.add_argument(
         "--corpus", nargs="+", default=[], metavar="PATH", help="files or folders (default: Python's library)"
     )
     text.add_argument("--tokens", type=int, default=65536, help="calibration tokens (default 65536)")
     text.add_argument(
-        "--held-out-tokens", type=int, default=8192, help="tokens of the error report; 0 for none (default 8192)"
+        "--held-out-tokens",
+        type=int,
+        default=8192,
+        help="tokens of the error report; 0 for none (default 8192)",
     )
-    text.add_argument("--prompt-tokens", type=int, default=512, help="exact prompt of the report (default 512)")
     text.add_argument(
-        "--continuation-tokens", type=int, default=512, help="tokens decoded through TPLA after it (default 512)"
+        "--prompt-tokens", type=int, default=512, help="exact prompt of the report (default 512)"
+    )
+    text.add_argument(
+        "--continuation-tokens",
+        type=int,
+        default=512,
+        help="tokens decoded through TPLA after it (default 512)",
     )
     text.add_argument("--seed", type=int, default=0, help="decides the split and the order of the text")
     text.add_argument("--device", default="cpu", help="torch device (default cpu)")
@@ -55,14 +71,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(summary(artifact))
-    print(f"wrote {arguments.out} ({arguments.out.stat().st_size / 1e6:.2f} MB), hash {artifact.content_hash[:16]}")
+    size_mb = arguments.out.stat().st_size / 1e6
+    print(f"wrote {arguments.out} ({size_mb:.2f} MB), hash {artifact.content_hash[:16]}")
     return 0
 
 
 def make(arguments: argparse.Namespace) -> Artifact:
     """Everything but writing the file."""
     checkpoint = Checkpoint(arguments.model_path)
-    spec = run.ModelSpec.from_config(checkpoint.config)
+    spec = ModelSpec.from_config(checkpoint.config)
     shared_dims = arguments.shared_dims
     if shared_dims is None:
         shared_dims = run.default_shared_dims(arguments.transform, spec.latent_dim, arguments.groups)
@@ -79,7 +96,9 @@ def make(arguments: argparse.Namespace) -> Artifact:
     model = PlainModel(checkpoint, torch.float32, arguments.device)
     show = not arguments.quiet
     statistics = run.collect_statistics(model, text, plan.seed, show_progress=show)
-    artifact = run.closed_form(statistics, checkpoint, arguments.transform, arguments.groups, shared_dims)
+    artifact = run.closed_form(
+        statistics, checkpoint, arguments.transform, arguments.groups, shared_dims, arguments.key_map
+    )
     if len(text.held_out):
         artifact, _ = run.with_report(artifact, model, text.held_out, plan.prompt_tokens, show_progress=show)
     return artifact

@@ -1,4 +1,5 @@
-"""The artifact: one safetensors file with the slicing maps of every layer and group, and where they came from.
+"""The artifact: one safetensors file with the slicing maps of every layer and group, and where they came
+from.
 
 Tensors, all float32, contiguous (d latent dims, w the layer's slice width, g groups):
 
@@ -95,7 +96,8 @@ class Artifact:
         source: where it came from, for messages.
 
     Raises:
-        ArtifactError: a tensor is missing, extra, of another shape or dtype, not finite, or the shared columns
+        ArtifactError: a tensor is missing, extra, of another shape or dtype, not finite, or the shared
+        columns
             differ between groups; or the metadata contradicts itself.
     """
 
@@ -182,7 +184,8 @@ class Artifact:
             )
         if weights_hash != self.meta.weights_hash:
             raise ArtifactError(
-                f"{self.source} was made from weights {self.meta.weights_hash[:12]} of {self.meta.model_name!r}, but "
+                f"{self.source} was made from weights {self.meta.weights_hash[:12]} of "
+                f"{self.meta.model_name!r}, but "
                 f"this checkpoint's are {weights_hash[:12]} (same configuration, other weights); {again}"
             )
 
@@ -225,7 +228,8 @@ def _decode_meta(raw: dict[str, str], source: str) -> ArtifactMeta:
             )
         if fields["format_version"] != FORMAT_VERSION:
             raise ArtifactError(
-                f"{source} has format version {fields['format_version']!r}, this release reads {FORMAT_VERSION}; "
+                f"{source} has format version {fields['format_version']!r}, this release reads "
+                f"{FORMAT_VERSION}; "
                 "make the artifact anew with `python -m sglang_tpla.calibrate`"
             )
         return msgspec.convert(fields, ArtifactMeta, strict=True)
@@ -238,7 +242,8 @@ def _decode_meta(raw: dict[str, str], source: str) -> ArtifactMeta:
 def _check_meta(meta: ArtifactMeta, source: str) -> None:
     if meta.groups < 1 or meta.num_layers < 1 or meta.latent_dim < 1:
         raise ArtifactError(
-            f"{source}: groups, num_layers and latent_dim must be positive, got {meta.groups}, {meta.num_layers}, "
+            f"{source}: groups, num_layers and latent_dim must be positive, got {meta.groups}, "
+            f"{meta.num_layers}, "
             f"{meta.latent_dim}"
         )
     for label, values in (("shared_dims", meta.shared_dims), ("widths", meta.widths)):
@@ -260,7 +265,8 @@ def _check_tensors(meta: ArtifactMeta, tensors: Mapping[str, torch.Tensor], sour
     extra = sorted(set(tensors) - set(names))
     if missing or extra:
         raise ArtifactError(
-            f"{source}: expected the {len(names)} tensors of {meta.num_layers} layers x {meta.groups} groups; "
+            f"{source}: expected the {len(names)} tensors of {meta.num_layers} layers x {meta.groups} "
+            f"groups; "
             f"missing {missing[:3]} ({len(missing)} in all), not known {extra[:3]} ({len(extra)} in all)"
         )
     for layer in range(meta.num_layers):
@@ -272,7 +278,8 @@ def _check_tensors(meta: ArtifactMeta, tensors: Mapping[str, torch.Tensor], sour
                 tensor = tensors[name]
                 if tensor.dtype != torch.float32 or tuple(tensor.shape) != shape:
                     raise ArtifactError(
-                        f"{source}: expected {name} as float32 {shape}, got {tensor.dtype} {tuple(tensor.shape)}"
+                        f"{source}: expected {name} as float32 {shape}, got {tensor.dtype} "
+                        f"{tuple(tensor.shape)}"
                     )
                 if not bool(torch.isfinite(tensor).all()):
                     raise ArtifactError(
@@ -283,5 +290,6 @@ def _check_tensors(meta: ArtifactMeta, tensors: Mapping[str, torch.Tensor], sour
             other = tensors[tensor_name(layer, group, "Z")][:, :shared].contiguous().view(torch.int32)
             if not torch.equal(first, other):
                 raise ArtifactError(
-                    f"{source}: the {shared} shared columns of layer {layer} differ between groups 0 and {group}"
+                    f"{source}: the {shared} shared columns of layer {layer} differ between groups 0 and "
+                    f"{group}"
                 )

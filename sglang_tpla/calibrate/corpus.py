@@ -1,8 +1,9 @@
 """Text to calibrate and measure on: files -> seeded disjoint split -> token sequences.
 
 The default corpus is the source of Python's standard library, so calibration works wherever Python does. A
-document is a file, or a piece of some 32 KiB of one when there are few files. Whether a document belongs to
-calibration or is held out depends on the seed and its name alone.
+document is a file, or a piece of some 32 KiB of one when there are few files. The seed and the documents'
+names
+decide which quarter of them is held out.
 """
 
 from __future__ import annotations
@@ -22,7 +23,15 @@ _PIECE_CHARS = 32768
 _FEW_FILES = 16
 _LARGEST_FILE_BYTES = 4 << 20
 # tables and tests say little about how code reads, and distributions leave the tests out
-_SKIPPED_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "encodings", "pydoc_data"}
+_SKIPPED_FOLDERS = {
+    "site-packages",
+    "dist-packages",
+    "__pycache__",
+    "test",
+    "tests",
+    "encodings",
+    "pydoc_data",
+}
 
 
 class CorpusError(ValueError):
@@ -92,12 +101,13 @@ class Corpus:
         Raises:
             CorpusError: one of the two would be empty.
         """
-        ranked = sorted((_rank(seed, document.name), document) for document in self.documents)
-        held_out = [document for rank, document in ranked if rank < HELD_OUT_SHARE]
-        calibration = [document for rank, document in ranked if rank >= HELD_OUT_SHARE]
+        ranked = sorted(self.documents, key=lambda document: _rank(seed, document.name))
+        cut = round(len(ranked) * HELD_OUT_SHARE)
+        held_out, calibration = ranked[:cut], ranked[cut:]
         if not held_out or not calibration:
             raise CorpusError(
-                f"the corpus {self.name} has {len(self.documents)} document(s), too few to hold some out; give "
+                f"the corpus {self.name} has {len(self.documents)} document(s), too few to hold some out; "
+                f"give "
                 "more or longer files to --corpus"
             )
         return calibration, held_out
@@ -121,7 +131,8 @@ def sequences(
             break
     if len(stream) < needed:
         raise CorpusError(
-            f"expected {needed} tokens ({count} sequences of {length}), the corpus has {len(stream)}; ask for "
+            f"expected {needed} tokens ({count} sequences of {length}), the corpus has {len(stream)}; ask "
+            f"for "
             "fewer tokens or give more text to --corpus"
         )
     return torch.tensor(stream[:needed], dtype=torch.long).view(count, length)
@@ -135,7 +146,7 @@ def load_tokenizer(model_path: str | Path) -> Tokenizer:
     """
     path = Path(model_path) / "tokenizer.json"
     if path.is_file():
-        from tokenizers import Tokenizer as FastTokenizer
+        from tokenizers import Tokenizer as FastTokenizer  # type: ignore[import-untyped]
 
         fast = FastTokenizer.from_file(str(path))
         return lambda text: list(fast.encode(text, add_special_tokens=False).ids)
@@ -148,9 +159,8 @@ def load_tokenizer(model_path: str | Path) -> Tokenizer:
     return lambda text: list(slow.encode(text, add_special_tokens=False))
 
 
-def _rank(seed: int, name: str) -> float:
-    digest = hashlib.sha256(f"{seed}\0{name}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") / 2**64
+def _rank(seed: int, name: str) -> bytes:
+    return hashlib.sha256(f"{seed}\0{name}".encode()).digest()
 
 
 def _read(files: Sequence[tuple[Path, Path]]) -> Iterator[Document]:

@@ -42,7 +42,9 @@ class TextPlan:
             if getattr(self, name) < 1:
                 raise CorpusError(f"expected {name} to be at least 1, got {getattr(self, name)}")
         if self.held_out_tokens < 0:
-            raise CorpusError(f"expected held_out_tokens to be 0 (no report) or more, got {self.held_out_tokens}")
+            raise CorpusError(
+                f"expected held_out_tokens to be 0 (no report) or more, got {self.held_out_tokens}"
+            )
 
     @property
     def length(self) -> int:
@@ -115,7 +117,12 @@ def key_weights(checkpoint: Checkpoint, layer: int) -> torch.Tensor:
 
 
 def closed_form(
-    statistics: Statistics, checkpoint: Checkpoint, transform: str, groups: int, shared_dims: int
+    statistics: Statistics,
+    checkpoint: Checkpoint,
+    transform: str,
+    groups: int,
+    shared_dims: int,
+    key_map: str = "regression",
 ) -> Artifact:
     """An artifact from second moments and kv_b_proj alone.
 
@@ -124,8 +131,9 @@ def closed_form(
     """
     spec = ModelSpec.from_config(checkpoint.config)
     check_settings(transform, groups, shared_dims, spec)
+    seed = statistics.meta.seed
     maps = [
-        layer_maps(transform, moments, key_weights(checkpoint, layer), groups, shared_dims, statistics.meta.seed)
+        layer_maps(transform, moments, key_weights(checkpoint, layer), groups, shared_dims, seed, key_map)
         for layer, moments in enumerate(statistics.layers)
     ]
     return package(maps, [shared_dims] * spec.layers, statistics, spec, transform)
@@ -178,7 +186,9 @@ def with_report(
 ) -> tuple[Artifact, DecodeErrors]:
     """The artifact with its decode error on held-out text [sequences, length], and the errors themselves."""
     with tqdm(total=held_out.numel(), desc="held-out error", unit="tok", disable=not show_progress) as bar:
-        (errors,) = measure(model, held_out, [model_maps(artifact, model)], prompt_tokens, progress=bar.update)
+        (errors,) = measure(
+            model, held_out, [model_maps(artifact, model)], prompt_tokens, progress=bar.update
+        )
     meta = msgspec.structs.replace(artifact.meta, error_report=errors.report())
     return replace(artifact, meta=meta), errors
 

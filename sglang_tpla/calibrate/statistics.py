@@ -8,7 +8,8 @@ Per layer, in float64 (d latent dims, H heads, n nope dims a head):
     query_count             queries
     query_outer    [H, n, n] sum of q^T q of the queries' nope part, each head by itself
 
-Absorbed queries are q W_UK, so their second moment [d, d] follows from ``query_outer`` and kv_b_proj. Memory does
+Absorbed queries are q W_UK, so their second moment [d, d] follows from ``query_outer`` and kv_b_proj. Memory
+does
 not grow with the text, and moments of two servers or ranks may be added.
 """
 
@@ -117,7 +118,9 @@ class Statistics:
         for index, layer in enumerate(self.layers):
             for name in _NAMES:
                 value = getattr(layer, name)
-                tensor = value if isinstance(value, torch.Tensor) else torch.tensor(value, dtype=torch.float64)
+                tensor = (
+                    value if isinstance(value, torch.Tensor) else torch.tensor(value, dtype=torch.float64)
+                )
                 tensors[f"layers.{index}.{name}"] = tensor.cpu().contiguous()
         save_file(tensors, str(path), metadata={"meta": msgspec.json.encode(self.meta).decode()})
 
@@ -138,7 +141,9 @@ class Statistics:
         except (SafetensorError, OSError, msgspec.MsgspecError) as error:
             raise StatisticsError(f"{path} is not a readable statistics file: {error}") from error
         if meta.format_version != FORMAT_VERSION:
-            raise StatisticsError(f"{path} has format {meta.format_version}, this release reads {FORMAT_VERSION}")
+            raise StatisticsError(
+                f"{path} has format {meta.format_version}, this release reads {FORMAT_VERSION}"
+            )
         count = len(tensors) // len(_NAMES)
         expected = {f"layers.{index}.{name}" for index in range(count) for name in _NAMES}
         if not count or set(tensors) != expected:

@@ -3,12 +3,14 @@
 Every transform is a basis of the latent space, dealt out to the groups, and two maps back:
 
     Z_i [d, w]  the group's basis columns: z_i = c Z_i
-    A_i [w, d]  centred regression of the whole latent c on z_i. A constant key shifts a query's scores all by the
+    A_i [w, d]  centred regression of the whole latent c on z_i. A constant key shifts a query's scores all
+    by the
                 same amount, which its softmax ignores, so the mean needs no term of its own.
     B_i [w, d]  rows of the inverse basis; those of shared columns count 1/g in each group, so that
                 sum_i Z_i B_i = I and the output is exact wherever the groups' probabilities are.
 
-Bases: ``identity``, ``hadamard`` (seeded signs, spreads energy evenly), ``pca`` (the paper's: eigenvectors of the
+Bases: ``identity``, ``hadamard`` (seeded signs, spreads energy evenly), ``pca`` (the paper's: eigenvectors
+of the
 latent's covariance), ``shared`` (ours: whitened latent, directions ordered by score energy
 S_K^1/2 S_Q S_K^1/2; every group keeps the first r).
 """
@@ -33,7 +35,8 @@ class TransformError(ValueError):
 
 @dataclass(frozen=True)
 class Basis:
-    """An invertible basis: columns of ``forward`` [d, d] are kept values, rows of ``inverse`` [d, d] undo them.
+    """An invertible basis: columns of ``forward`` [d, d] are kept values, rows of ``inverse`` [d, d] undo
+    them.
 
     Columns are in order of importance.
     """
@@ -43,7 +46,13 @@ class Basis:
 
 
 def layer_maps(
-    transform: str, moments: LayerMoments, w_uk: torch.Tensor, groups: int, shared_dims: int, seed: int
+    transform: str,
+    moments: LayerMoments,
+    w_uk: torch.Tensor,
+    groups: int,
+    shared_dims: int,
+    seed: int,
+    key_map: str = "regression",
 ) -> Maps:
     """Maps (Z, A, B) of each group, float64.
 
@@ -54,9 +63,11 @@ def layer_maps(
         groups: g.
         shared_dims: r, columns every group keeps; only ``shared`` takes any.
         seed: decides Hadamard's signs.
+        key_map: ``regression``, or ``scalar`` for the map the paper would take: the slice's own rows of the
+            inverse basis, times g for Hadamard, whose slices each hold 1/g of the energy.
 
     Raises:
-        TransformError: unknown transform, or r out of range for it.
+        TransformError: unknown transform or key map, or r out of range.
     """
     latent_dim = moments.latent_sum.shape[0]
     if not 0 <= shared_dims <= latent_dim:
@@ -64,8 +75,16 @@ def layer_maps(
     if shared_dims and transform not in ("shared",) and groups > 1:
         raise TransformError(f"--shared-dims {shared_dims} needs --transform shared, got {transform!r}")
     basis = make_basis(transform, moments, w_uk, seed)
-    columns = deal(latent_dim, groups, shared_dims, interleave=transform in ("pca", "shared"))
-    return maps_from_basis(basis, moments.covariance, columns, shared_dims)
+    columns = deal(latent_dim, groups, shared_dims, interleave=transform == "shared")
+    maps = maps_from_basis(basis, moments.covariance, columns, shared_dims)
+    if key_map == "regression":
+        return maps
+    if key_map != "scalar":
+        raise TransformError(f"expected --key-map regression or scalar, got {key_map!r}")
+    factor = groups if transform == "hadamard" else 1
+    shares = torch.ones(maps[0][0].shape[1], 1, dtype=torch.float64)
+    shares[:shared_dims] = groups  # undo the 1/g that shared columns count in B
+    return [(z, b * shares * factor, b) for z, _, b in maps]
 
 
 def make_basis(transform: str, moments: LayerMoments, w_uk: torch.Tensor, seed: int) -> Basis:
@@ -119,8 +138,11 @@ def hadamard(size: int, seed: int) -> torch.Tensor:
 def deal(latent_dim: int, groups: int, shared_dims: int, *, interleave: bool) -> list[list[int]]:
     """Basis columns of each group: the first ``shared_dims``, then its part of the rest.
 
-    Interleaved dealing goes back and forth, so that groups get equal shares of an ordered basis; otherwise groups
-    take consecutive blocks.
+    Interleaved dealing goes back and forth, so that groups get equal shares of an ordered basis; otherwise
+    groups
+    take consecutive blocks. The paper's PCA takes blocks, and should: half its error comes from groups that
+    each
+    see a poor score, and with blocks one of them sees a good one.
     """
     rest = list(range(shared_dims, latent_dim))
     dealt: list[list[int]] = [list(range(shared_dims)) for _ in range(groups)]

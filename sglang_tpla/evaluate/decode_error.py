@@ -1,7 +1,9 @@
 """Decode-phase error against plain MLA: the prompt exact, every later token through TPLA, by teacher forcing.
 
-Everything is measured at the positions whose attention went through the slices: a sequence of P + C tokens gives
-C predictions at positions P .. P+C-1 of the next token (the last of which has no next token and counts for KL and
+Everything is measured at the positions whose attention went through the slices: a sequence of P + C tokens
+gives
+C predictions at positions P .. P+C-1 of the next token (the last of which has no next token and counts for
+KL and
 agreement only).
 """
 
@@ -13,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from sglang_tpla.calibrate.artifact import Artifact, ErrorReport
-from sglang_tpla.models.plain import LayerMaps, PlainModel
+from sglang_tpla.models.plain import LayerCache, LayerMaps, PlainModel
 
 
 @dataclass(frozen=True)
@@ -62,19 +64,13 @@ def quantile(values: torch.Tensor, share: float) -> float:
 
 def model_maps(artifact: Artifact, model: PlainModel) -> list[LayerMaps]:
     """An artifact's maps in the model's dtype and on its device."""
-    return [
-        [
-            tuple(part.to(model.device, model.dtype) for part in artifact.maps(layer, group))  # type: ignore[misc]
-            for group in range(artifact.meta.groups)
-        ]
-        for layer in range(artifact.meta.num_layers)
-    ]
 
+    def convert(layer: int, group: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        z, a, b = (part.to(model.device, model.dtype) for part in artifact.maps(layer, group))
+        return z, a, b
 
-def reference_logprobs(model: PlainModel, tokens: torch.Tensor, prompt_tokens: int) -> torch.Tensor:
-    """Plain MLA's log-probabilities [B, continuation, vocab] of tokens [B, S]."""
-    hidden = model.hidden_states(tokens.to(model.device))
-    return model.logits(hidden[:, prompt_tokens:]).float().log_softmax(-1)
+    groups = range(artifact.meta.groups)
+    return [[convert(layer, group) for group in groups] for layer in range(artifact.meta.num_layers)]
 
 
 @torch.inference_mode()
@@ -99,11 +95,16 @@ def measure(
     rows: list[list[tuple[torch.Tensor, ...]]] = [[] for _ in candidates]
     for start in range(0, tokens.shape[0], batch):
         part = tokens[start : start + batch].to(model.device)
-        reference = reference_logprobs(model, part, prompt_tokens)
+        exact, cache = model.prefill(part)
+        reference = model.logits(exact[:, prompt_tokens:]).float().log_softmax(-1)
+        # the prompt is the same for plain MLA and for every candidate
+        past = [
+            LayerCache(layer.latent[:, :prompt_tokens], layer.k_rope[:, :prompt_tokens]) for layer in cache
+        ]
         following = part[:, prompt_tokens + 1 :]
         for index, maps in enumerate(candidates):
-            hidden = model.hidden_states(part, maps=maps, prompt_tokens=prompt_tokens)
-            found = model.logits(hidden[:, prompt_tokens:]).float().log_softmax(-1)
+            hidden = model.hidden_states(part[:, prompt_tokens:], maps=maps, past=past)
+            found = model.logits(hidden).float().log_softmax(-1)
             rows[index].append(tuple(value.cpu() for value in compare(reference, found, following)))
         if progress is not None:
             progress(part.numel())

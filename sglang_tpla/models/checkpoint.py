@@ -25,7 +25,8 @@ class Checkpoint:
     """A checkpoint directory.
 
     Args:
-        path: directory with ``config.json`` and ``*.safetensors`` (``model.safetensors.index.json`` when sharded).
+        path: directory with ``config.json`` and ``*.safetensors`` (``model.safetensors.index.json`` when
+        sharded).
 
     Raises:
         CheckpointError: a file is missing or unreadable, or the model has no multi-head latent attention.
@@ -57,7 +58,8 @@ class Checkpoint:
         files = sorted(self.path.glob("*.safetensors"))
         if not files:
             raise CheckpointError(
-                f"expected *.safetensors in {self.path}, found none; convert the checkpoint to safetensors first"
+                f"expected *.safetensors in {self.path}, found none; convert the checkpoint to safetensors "
+                f"first"
             )
         names: dict[str, str] = {}
         for file in files:
@@ -73,7 +75,8 @@ class Checkpoint:
             if name.endswith(_ATTENTION_PROBE):
                 return name[: -len(_ATTENTION_PROBE)]
         raise CheckpointError(
-            f"{self.path} has no tensor named *{_ATTENTION_PROBE}: not a model with multi-head latent attention "
+            f"{self.path} has no tensor named *{_ATTENTION_PROBE}: not a model with multi-head latent "
+            f"attention "
             "(expected a DeepSeek V2/V3 or Kimi K2 shaped checkpoint)"
         )
 
@@ -101,7 +104,8 @@ class Checkpoint:
         return tensor
 
     def stored_head(self, name: str, limit_bytes: int) -> bytes:
-        """The first ``limit_bytes`` of a tensor's stored bytes, row-major, reading no more rows than needed."""
+        """The first ``limit_bytes`` of a tensor's stored bytes, row-major, reading no more rows than "
+        "needed."""
         with safe_open(self._file_of(name), framework="pt") as handle:
             rows = handle.get_slice(name)
             shape = rows.get_shape()
@@ -140,7 +144,8 @@ def dequantise_blocks(weight: torch.Tensor, scale: torch.Tensor, block: tuple[in
     expected = (-(-weight.shape[0] // block[0]), -(-weight.shape[1] // block[1]))
     if tuple(scale.shape) != expected:
         raise CheckpointError(
-            f"expected block scales of shape {expected} for a weight {tuple(weight.shape)} in blocks {block}, "
+            f"expected block scales of shape {expected} for a weight {tuple(weight.shape)} in blocks "
+            f"{block}, "
             f"got {tuple(scale.shape)}"
         )
     rows = scale.float().repeat_interleave(block[0], 0)[: weight.shape[0]]

@@ -1,6 +1,7 @@
 """Feed-forward layers of the plain forward: dense, and mixtures of experts with V2's and V3's routing.
 
-Routing follows SGLang's ``srt/layers/moe/topk.py``: softmax ``greedy`` and ``group_limited_greedy`` (V2), sigmoid
+Routing follows SGLang's ``srt/layers/moe/topk.py``: softmax ``greedy`` and ``group_limited_greedy`` (V2),
+sigmoid
 ``noaux_tc`` with the correction bias deciding the choice but not the weight (V3, Kimi K2).
 """
 
@@ -9,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 
 from sglang_tpla.models.checkpoint import Checkpoint, CheckpointError
 from sglang_tpla.models.spec import ModelSpec, Routing

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 
 from sglang_tpla.models.checkpoint import Checkpoint
 from sglang_tpla.models.feed_forward import FeedForward, load_feed_forward
@@ -30,15 +30,49 @@ LayerMaps = Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 
 @dataclass(frozen=True)
 class AttentionInputs:
-    """What the attention of one layer sees.
+    """What the attention of one layer sees: S tokens, of which the last Q ask.
 
-    ``latent`` [B, S, d] after RMSNorm; ``q_nope`` [B, H, S, n]; ``q_rope`` [B, H, S, e] and ``k_rope`` [B, S, e]
-    rotated.
+    ``latent`` [B, S, d] after RMSNorm; ``k_rope`` [B, S, e] rotated; ``q_nope`` [B, H, Q, n] and ``q_rope``
+    [B, H, Q, e] rotated.
     """
 
     latent: torch.Tensor
     q_nope: torch.Tensor
     q_rope: torch.Tensor
+    k_rope: torch.Tensor
+
+    def first(self, tokens: int) -> AttentionInputs:
+        """The first ``tokens`` tokens and those of their queries that are here."""
+        kept = tokens - (self.latent.shape[1] - self.q_nope.shape[2])
+        return AttentionInputs(
+            self.latent[:, :tokens],
+            self.q_nope[:, :, :kept],
+            self.q_rope[:, :, :kept],
+            self.k_rope[:, :tokens],
+        )
+
+    def last_queries(self, queries: int) -> AttentionInputs:
+        """All tokens, but only the last ``queries`` ask."""
+        skipped = self.q_nope.shape[2] - queries
+        return AttentionInputs(
+            self.latent, self.q_nope[:, :, skipped:], self.q_rope[:, :, skipped:], self.k_rope
+        )
+
+    def after(self, past: LayerCache) -> AttentionInputs:
+        """The same queries with earlier tokens' latents in front."""
+        return AttentionInputs(
+            torch.cat([past.latent, self.latent], 1),
+            self.q_nope,
+            self.q_rope,
+            torch.cat([past.k_rope, self.k_rope], 1),
+        )
+
+
+@dataclass(frozen=True)
+class LayerCache:
+    """Exact cache of one layer: ``latent`` [B, P, d] after RMSNorm and ``k_rope`` [B, P, e]."""
+
+    latent: torch.Tensor
     k_rope: torch.Tensor
 
 
@@ -90,9 +124,9 @@ class Attention:
         )
 
     def heads_out(
-        self, inputs: AttentionInputs, key_latent: torch.Tensor, value_latent: torch.Tensor, first_query: int
+        self, inputs: AttentionInputs, key_latent: torch.Tensor, value_latent: torch.Tensor
     ) -> torch.Tensor:
-        """Causal attention of the queries from ``first_query`` on; returns [B, H, queries, v].
+        """Causal attention of all the queries; returns [B, H, Q, v].
 
         Keys come from ``key_latent`` and values from ``value_latent``, both [B, S, d].
         """
@@ -102,43 +136,53 @@ class Attention:
         value = torch.einsum("bsd,hvd->bhsv", value_latent, self.w_uv)
         k_rope = inputs.k_rope[:, None].expand(batch, spec.heads, tokens, spec.rope_dim)
         key = torch.cat([k_nope, k_rope], -1)
-        query = torch.cat([inputs.q_nope[:, :, first_query:], inputs.q_rope[:, :, first_query:]], -1)
-        if first_query == 0:
-            return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=spec.scale)
-        mask = torch.ones(tokens - first_query, tokens, dtype=torch.bool, device=key.device).tril(first_query)
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=spec.scale)
+        query = torch.cat([inputs.q_nope, inputs.q_rope], -1)
+        return causal_attention(query, key, value, spec.scale)
 
     def project(self, heads_out: torch.Tensor) -> torch.Tensor:
         """Output projection of [B, H, queries, v] to [B, queries, hidden]."""
         return F.linear(heads_out.transpose(1, 2).flatten(2), self.o, self.o_bias)
 
-    def tpla_heads_out(self, inputs: AttentionInputs, maps: LayerMaps, first_query: int) -> torch.Tensor:
-        """The same through the slices: the sum over the groups, [B, H, queries, v]."""
+    def tpla_heads_out(self, inputs: AttentionInputs, maps: LayerMaps) -> torch.Tensor:
+        """The same through the slices: the sum over the groups, [B, H, Q, v]."""
         total: torch.Tensor | None = None
         for z_map, a_map, b_map in maps:
             z = inputs.latent @ z_map  # [B, S, w]
-            part = self.heads_out(inputs, z @ a_map, z @ b_map, first_query)
+            part = self.heads_out(inputs, z @ a_map, z @ b_map)
             total = part if total is None else total + part
         if total is None:
             raise ValueError("expected maps for at least one group, got none")
         return total
 
     def __call__(self, inputs: AttentionInputs, maps: LayerMaps | None, prompt_tokens: int) -> torch.Tensor:
-        """[B, S, hidden]; exact, or exact before ``prompt_tokens`` and through ``maps`` from there on."""
-        tokens = inputs.latent.shape[1]
+        """[B, Q, hidden]; exact, or exact before ``prompt_tokens`` and through ``maps`` from there on."""
+        tokens, queries = inputs.latent.shape[1], inputs.q_nope.shape[2]
         if maps is None or prompt_tokens >= tokens:
-            return self.project(self.heads_out(inputs, inputs.latent, inputs.latent, 0))
-        decoded = self.tpla_heads_out(inputs, maps, prompt_tokens)
-        if prompt_tokens == 0:
+            return self.project(self.heads_out(inputs, inputs.latent, inputs.latent))
+        exact_queries = max(prompt_tokens - (tokens - queries), 0)
+        decoded = self.tpla_heads_out(inputs.last_queries(queries - exact_queries), maps)
+        if exact_queries == 0:
             return self.project(decoded)
-        prompt = AttentionInputs(
-            inputs.latent[:, :prompt_tokens],
-            inputs.q_nope[:, :, :prompt_tokens],
-            inputs.q_rope[:, :, :prompt_tokens],
-            inputs.k_rope[:, :prompt_tokens],
-        )
-        exact = self.heads_out(prompt, prompt.latent, prompt.latent, 0)
+        prompt = inputs.first(prompt_tokens)
+        exact = self.heads_out(prompt, prompt.latent, prompt.latent)
         return self.project(torch.cat([exact, decoded], 2))
+
+
+def causal_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """Attention of the last Q of S tokens: query [B, H, Q, k], key [B, H, S, k], value [B, H, S, v]."""
+    queries, tokens = query.shape[2], key.shape[2]
+    value_dim = value.shape[-1]
+    if value_dim < key.shape[-1]:
+        # the fused kernels want one width; without this the unfused one runs, some three times slower
+        value = F.pad(value, (0, key.shape[-1] - value_dim))
+    if queries == tokens:
+        out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale)
+    else:
+        mask = torch.ones(queries, tokens, dtype=torch.bool, device=key.device).tril(tokens - queries)
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+    return out[..., :value_dim]
 
 
 @dataclass(frozen=True)
@@ -192,11 +236,12 @@ class PlainModel:
             post_norm=get("post_attention_layernorm.weight"),
         )
 
-    def attention_inputs(self, index: int, hidden: torch.Tensor) -> AttentionInputs:
-        """Queries and latents of layer ``index`` for hidden states [B, S, hidden]."""
+    def attention_inputs(self, index: int, hidden: torch.Tensor, first_position: int = 0) -> AttentionInputs:
+        """Queries and latents of layer ``index`` for hidden states [B, Q, hidden]."""
         layer = self.layers[index]
-        cos, sin = self.rotary.tables(hidden.shape[1], hidden.dtype)
-        return layer.attention.inputs(rms_norm(hidden, layer.input_norm, self.spec.eps), cos, sin)
+        cos, sin = self.rotary.tables(first_position + hidden.shape[1], hidden.dtype)
+        normed = rms_norm(hidden, layer.input_norm, self.spec.eps)
+        return layer.attention.inputs(normed, cos[first_position:], sin[first_position:])
 
     def finish_layer(self, index: int, hidden: torch.Tensor, attention_out: torch.Tensor) -> torch.Tensor:
         """Residuals and feed-forward: the hidden states after layer ``index``."""
@@ -210,26 +255,41 @@ class PlainModel:
         *,
         maps: Sequence[LayerMaps | None] | None = None,
         prompt_tokens: int = 0,
+        past: Sequence[LayerCache] | None = None,
         observer: Observer | None = None,
     ) -> torch.Tensor:
-        """Normed hidden states [B, S, hidden] of tokens [B, S].
+        """Normed hidden states [B, Q, hidden] of tokens [B, Q].
 
         Args:
             tokens: token ids.
             maps: per layer, maps of every group, or None for an exact layer.
-            prompt_tokens: tokens whose attention is exact although ``maps`` are given.
-            observer: called with (layer, attention inputs, attention output [B, S, hidden]).
+            prompt_tokens: tokens whose attention is exact although ``maps`` are given, counted from the
+            start.
+            past: per layer, the exact cache of the tokens before these.
+            observer: called with (layer, attention inputs, attention output [B, Q, hidden]).
         """
         if maps is not None and len(maps) != self.spec.layers:
             raise ValueError(f"expected maps for {self.spec.layers} layers, got {len(maps)}")
+        first_position = past[0].latent.shape[1] if past is not None else 0
         hidden = self.embedding[tokens]
         for index, layer in enumerate(self.layers):
-            inputs = self.attention_inputs(index, hidden)
+            inputs = self.attention_inputs(index, hidden, first_position)
+            if past is not None:
+                inputs = inputs.after(past[index])
             out = layer.attention(inputs, maps[index] if maps is not None else None, prompt_tokens)
             if observer is not None:
                 observer(index, inputs, out)
             hidden = self.finish_layer(index, hidden, out)
         return rms_norm(hidden, self.final_norm, self.spec.eps)
+
+    def prefill(self, tokens: torch.Tensor) -> tuple[torch.Tensor, list[LayerCache]]:
+        """Exact normed hidden states [B, S, hidden] of tokens [B, S], and the cache they leave."""
+        cache: list[LayerCache] = []
+
+        def keep(_layer: int, inputs: AttentionInputs, _out: torch.Tensor) -> None:
+            cache.append(LayerCache(inputs.latent, inputs.k_rope))
+
+        return self.hidden_states(tokens, observer=keep), cache
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits [..., vocab] of normed hidden states [..., hidden]."""

@@ -1,6 +1,8 @@
-"""Rotary embedding with DeepSeek's interleaved pairs and yarn, as SGLang's ``DeepseekScalingRotaryEmbedding``.
+"""Rotary embedding with DeepSeek's interleaved pairs and yarn, as SGLang's
+``DeepseekScalingRotaryEmbedding``.
 
-Rotated vectors are laid out as (all first halves of the pairs, all second halves), as transformers does; scores
+Rotated vectors are laid out as (all first halves of the pairs, all second halves), as transformers does;
+scores
 do not depend on the layout, only on query and key sharing it.
 """
 
@@ -22,7 +24,9 @@ class Rotary:
         self.amplitude = 1.0
         if spec.yarn is not None:
             yarn = spec.yarn
-            self.amplitude = yarn_mscale(yarn.factor, yarn.mscale) / yarn_mscale(yarn.factor, yarn.mscale_all_dim)
+            self.amplitude = yarn_mscale(yarn.factor, yarn.mscale) / yarn_mscale(
+                yarn.factor, yarn.mscale_all_dim
+            )
 
     def tables(self, tokens: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin, each [tokens, e/2], for positions 0 .. tokens-1."""

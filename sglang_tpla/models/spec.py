@@ -114,7 +114,9 @@ def _read_yarn(rope: Mapping[str, Any], config: Mapping[str, Any]) -> Yarn | Non
     if kind == "default":
         return None
     if kind not in ("yarn", "deepseek_yarn"):
-        raise CheckpointError(f"expected rope scaling 'yarn' or none, got {kind!r}: not a model of this family")
+        raise CheckpointError(
+            f"expected rope scaling 'yarn' or none, got {kind!r}: not a model of this family"
+        )
     return Yarn(
         factor=float(rope["factor"]),
         original_positions=int(
@@ -131,7 +133,9 @@ def _read_routing(config: Mapping[str, Any]) -> Routing | None:
     experts = config.get("n_routed_experts")
     if not experts:
         return None
-    scoring = config.get("scoring_func", "sigmoid" if config.get("model_type") == "deepseek_v3" else "softmax")
+    scoring = config.get(
+        "scoring_func", "sigmoid" if config.get("model_type") == "deepseek_v3" else "softmax"
+    )
     if scoring not in ("softmax", "sigmoid"):
         raise CheckpointError(f"expected scoring_func 'softmax' or 'sigmoid', got {scoring!r}")
     return Routing(

@@ -11,7 +11,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from sglang_tpla.calibrate.artifact import FORMAT_VERSION, Artifact, ArtifactError, ArtifactMeta, ErrorReport, build
+from sglang_tpla.calibrate.artifact import (
+    FORMAT_VERSION,
+    Artifact,
+    ArtifactError,
+    ArtifactMeta,
+    ErrorReport,
+    build,
+)
 from sglang_tpla.calibrate.identity import config_hash, weights_hash
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -191,7 +198,7 @@ def test_damage_is_refused(tmp_path: Path, change, says: str) -> None:
 
 def test_truncated_or_missing_file_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
-    with pytest.raises(ArtifactError, match="sglang_tpla.calibrate"):
+    with pytest.raises(ArtifactError, match=r"sglang_tpla.calibrate"):
         Artifact.load(path)
     make_artifact().save(path)
     path.write_bytes(path.read_bytes()[:-100])

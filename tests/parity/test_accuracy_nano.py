@@ -1,0 +1,60 @@
+"""Decode-phase accuracy of the shipped artifact on held-out text, beside the transforms it replaces."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from sglang_tpla.calibrate import run
+from sglang_tpla.calibrate.artifact import Artifact
+from sglang_tpla.evaluate.decode_error import measure, model_maps
+from sglang_tpla.models.plain import PlainModel
+
+ROOT = Path(__file__).resolve().parents[2]
+NANO = ROOT / "examples" / "nano-mla"
+
+
+@pytest.fixture(scope="module")
+def model() -> PlainModel:
+    return PlainModel(str(NANO))
+
+
+def test_shipped_artifact_is_within_its_bar(model: PlainModel, capsys: pytest.CaptureFixture[str]) -> None:
+    """KL a token at most 0.02 over 8,192 decoded tokens, and far below the paper's transforms."""
+    text = run.read_text(run.TextPlan(calibration_tokens=16384, held_out_tokens=8192), model.checkpoint)
+    shipped = Artifact.load(ROOT / "examples" / "artifacts" / "nano-mla-g2.safetensors")
+    assert shipped.meta.seed == 0  # so that this text was held out from it
+    statistics = run.collect_statistics(model, text, 0, show_progress=False)
+    artifacts = {"shipped": shipped}
+    for transform in ("pca", "hadamard", "identity"):
+        artifacts[transform] = run.closed_form(statistics, model.checkpoint, transform, 2, 0, "scalar")
+    found = measure(model, text.held_out, [model_maps(a, model) for a in artifacts.values()], 512)
+    kl = {name: errors.report().kl_mean for name, errors in zip(artifacts, found, strict=True)}
+    with capsys.disabled():
+        print("\nKL a token, prompt exact:", {name: round(value, 4) for name, value in kl.items()})
+    assert found[0].tokens >= 8000
+    assert kl["shipped"] <= 0.02
+    assert kl["shipped"] < 0.2 * kl["pca"] < kl["hadamard"] < kl["identity"]
+
+
+def test_error_report_is_reproduced(model: PlainModel) -> None:
+    shipped = Artifact.load(ROOT / "examples" / "artifacts" / "nano-mla-g2.safetensors")
+    report = shipped.meta.error_report
+    assert report is not None
+    assert report.tokens >= 8000
+    text = run.read_text(run.TextPlan(calibration_tokens=1, held_out_tokens=1024), model.checkpoint)
+    (errors,) = measure(model, text.held_out, [model_maps(shipped, model)], 512)
+    assert errors.report().kl_mean == pytest.approx(report.kl_mean, rel=0.6)
+
+
+def test_exact_maps_measure_no_error(model: PlainModel) -> None:
+    eye = torch.eye(model.spec.latent_dim)
+    maps = [[(eye, eye, eye / 2)] * 2] * model.spec.layers
+    tokens = torch.randint(3, 4096, (1, 96), generator=torch.Generator().manual_seed(0))
+    (errors,) = measure(model, tokens, [maps], 48)
+    report = errors.report()
+    assert report.kl_mean < 1e-6
+    assert report.top1_agreement == 1
+    assert report.perplexity_ratio == pytest.approx(1, abs=1e-5)

@@ -1,0 +1,193 @@
+"""The plain forward against transformers' models, and its TPLA mode against a loop written from the "
+"equations."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from sglang_tpla.models.checkpoint import Checkpoint, CheckpointError, dequantise_blocks
+from sglang_tpla.models.plain import PlainModel
+
+transformers = pytest.importorskip("transformers")
+ROOT = Path(__file__).resolve().parents[2]
+NANO = ROOT / "examples" / "nano-mla"
+
+SMALL = {
+    "vocab_size": 97,
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "moe_intermediate_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "n_shared_experts": 1,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "n_group": 4,
+    "topk_group": 2,
+    "first_k_dense_replace": 1,
+    "kv_lora_rank": 16,
+    "q_lora_rank": 12,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 8,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 2.5,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-6,
+}
+YARN = {
+    "rope_type": "yarn",
+    "factor": 8.0,
+    "original_max_position_embeddings": 16,
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "mscale": 0.707,
+    "mscale_all_dim": 1.0,
+    "rope_theta": 10000.0,
+}
+
+
+def save_random(kind: str, path: Path, **changes: object):
+    """A random model of a family, saved where the plain forward can read it."""
+    torch.manual_seed(0)
+    config_class, model_class = {
+        "v3": (transformers.DeepseekV3Config, transformers.DeepseekV3ForCausalLM),
+        "v2": (transformers.DeepseekV2Config, transformers.DeepseekV2ForCausalLM),
+    }[kind]
+    config = config_class(**{**SMALL, **changes})
+    config._attn_implementation = "eager"
+    model = model_class(config).eval().float()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            # the default 0.02 leaves attention uniform, which would hide a wrong scale
+            if parameter.dim() > 1:
+                parameter.normal_(0, 1.5 / math.sqrt(parameter.shape[-1]))
+            elif "norm" in name:
+                parameter.uniform_(0.5, 1.5)
+        for name, buffer in model.named_buffers():
+            if "e_score_correction_bias" in name:
+                buffer.uniform_(-0.3, 0.3)
+    model.save_pretrained(path)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("v3", {}),
+        ("v3", {"q_lora_rank": None}),
+        ("v3", {"rope_parameters": YARN}),
+        ("v3", {"n_group": 1, "topk_group": 1, "norm_topk_prob": False}),
+        ("v2", {"topk_method": "greedy", "norm_topk_prob": False, "q_lora_rank": None}),
+        ("v2", {"topk_method": "greedy", "norm_topk_prob": False, "n_routed_experts": None}),
+    ],
+)
+def test_random_models_equal_transformers(kind: str, changes: dict, tmp_path: Path) -> None:
+    if kind == "v2" and changes.get("n_routed_experts", 1) is None:
+        changes = {**changes, "n_routed_experts": 8, "first_k_dense_replace": 3}
+    reference = save_random(kind, tmp_path, **changes)
+    tokens = torch.randint(0, 97, (2, 61), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = reference(tokens).logits
+    found = PlainModel(str(tmp_path)).forward(tokens)
+    assert expected.std() > 0.5
+    torch.testing.assert_close(found, expected, atol=2e-4, rtol=1e-4)
+
+
+def test_nano_equals_transformers() -> None:
+    reference = transformers.DeepseekV3ForCausalLM.from_pretrained(NANO, dtype=torch.float32).eval()
+    tokens = torch.randint(3, 4096, (2, 130), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        expected = reference(tokens).logits
+    torch.testing.assert_close(PlainModel(str(NANO)).forward(tokens), expected, atol=1e-4, rtol=1e-4)
+
+
+def random_maps(layers: int, groups: int, latent: int, width: int, seed: int):
+    generator = torch.Generator().manual_seed(seed)
+
+    def matrix(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator) / math.sqrt(shape[0])
+
+    return [
+        [(matrix(latent, width), matrix(width, latent), matrix(width, latent)) for _ in range(groups)]
+        for _ in range(layers)
+    ]
+
+
+def decode_by_the_book(model: PlainModel, tokens: torch.Tensor, maps, prompt: int) -> torch.Tensor:
+    """Logits of one sequence [S], token by token: absorbed queries, sliced cache, one softmax a group."""
+    spec = model.spec
+    exact_hidden, cache = model.prefill(tokens[None, :prompt])
+    latents = [list(layer.latent[0]) for layer in cache]
+    ropes = [list(layer.k_rope[0]) for layer in cache]
+    rows = list(model.logits(exact_hidden)[0])
+    for position in range(prompt, len(tokens)):
+        hidden = model.embedding[tokens[position]][None, None]
+        for index, layer in enumerate(model.layers):
+            inputs = model.attention_inputs(index, hidden, position)
+            latents[index].append(inputs.latent[0, 0])
+            ropes[index].append(inputs.k_rope[0, 0])
+            c, k_rope = torch.stack(latents[index]), torch.stack(ropes[index])
+            heads = []
+            for head in range(spec.heads):
+                w_uk, w_uv = layer.attention.w_uk[head], layer.attention.w_uv[head]
+                out = torch.zeros(spec.value_dim)
+                for z_map, a_map, b_map in maps[index]:
+                    z = c @ z_map
+                    absorbed = inputs.q_nope[0, head, 0] @ w_uk @ a_map.T
+                    scores = spec.scale * (z @ absorbed + k_rope @ inputs.q_rope[0, head, 0])
+                    out = out + scores.softmax(0) @ z @ b_map @ w_uv.T
+                heads.append(out)
+            hidden = model.finish_layer(
+                index, hidden, F.linear(torch.cat(heads), layer.attention.o)[None, None]
+            )
+        normed = hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + spec.eps) * model.final_norm
+        rows.append(F.linear(normed[0, 0], model.lm_head))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_teacher_forced_tpla_equals_token_by_token(groups: int, tmp_path: Path) -> None:
+    save_random("v3", tmp_path, rope_parameters=YARN)
+    model = PlainModel(str(tmp_path), torch.float32)
+    tokens = torch.randint(0, 97, (23,), generator=torch.Generator().manual_seed(3))
+    maps = random_maps(3, groups, 16, 7, seed=4)
+    expected = decode_by_the_book(model, tokens, maps, prompt=9)
+    found = model.forward(tokens[None], maps=maps, prompt_tokens=9)[0]
+    torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)
+    # the prompt is plain MLA, and the rest is not
+    plain = model.forward(tokens[None])[0]
+    torch.testing.assert_close(found[:9], plain[:9], atol=1e-4, rtol=1e-4)
+    assert (found[9:] - plain[9:]).abs().max() > 0.1
+    # the same from a cache of the prompt
+    _, cache = model.prefill(tokens[None, :9])
+    continued = model.logits(model.hidden_states(tokens[None, 9:], maps=maps, past=cache))[0]
+    torch.testing.assert_close(continued, found[9:], atol=1e-4, rtol=1e-4)
+
+
+def test_block_fp8_is_dequantised() -> None:
+    weight = torch.randn(200, 300).to(torch.float8_e4m3fn)
+    scale = torch.rand(2, 3) + 0.5
+    found = dequantise_blocks(weight, scale, (128, 128))
+    for row, column in ((0, 0), (127, 128), (128, 127), (199, 299)):
+        expected = weight[row, column].float() * scale[row // 128, column // 128]
+        assert found[row, column] == expected
+    with pytest.raises(CheckpointError, match=r"\(2, 3\)"):
+        dequantise_blocks(weight, scale[:, :2], (128, 128))
+
+
+def test_a_model_without_latent_attention_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        Checkpoint(tmp_path)
+    from safetensors.torch import save_file
+
+    (tmp_path / "config.json").write_text("{}")
+    save_file({"model.layers.0.self_attn.k_proj.weight": torch.zeros(2, 2)}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="multi-head latent attention"):
+        Checkpoint(tmp_path)

@@ -1,0 +1,82 @@
+"""The calibration command as a user runs it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from sglang_tpla.calibrate.artifact import Artifact
+from sglang_tpla.calibrate.identity import weights_hash
+from sglang_tpla.models.checkpoint import Checkpoint
+
+ROOT = Path(__file__).resolve().parents[2]
+NANO = ROOT / "examples" / "nano-mla"
+SMALL = [
+    "--tokens",
+    "2048",
+    "--held-out-tokens",
+    "128",
+    "--prompt-tokens",
+    "64",
+    "--continuation-tokens",
+    "64",
+]
+
+
+def calibrate(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "sglang_tpla.calibrate", *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=300)
+
+
+def test_makes_an_artifact_with_provenance_twice_the_same(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        done = calibrate("--model-path", NANO, "--groups", 4, "--out", tmp_path / name, "--seed", 5, *SMALL)
+        assert done.returncode == 0, done.stderr
+        assert "KL" in done.stdout
+        assert "statistics" in done.stderr
+    artifact = Artifact.load(tmp_path / "one")
+    assert artifact.content_hash == Artifact.load(tmp_path / "two").content_hash
+    meta = artifact.meta
+    assert (meta.transform, meta.groups, meta.widths) == ("shared", 4, (56,) * 4)
+    assert (meta.shared_dims, meta.seed, meta.calibrated_tokens) == ((32,) * 4, 5, 2048)
+    assert meta.corpus.endswith("stdlib")
+    assert len(meta.corpus_hash) == 64
+    assert meta.error_report is not None
+    assert meta.error_report.tokens == 128
+    artifact.check_model(Checkpoint(NANO).config, weights_hash(NANO), 4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--groups", "0"], "--groups"),
+        (["--shared-dims", "129"], "0 <= --shared-dims <= 128"),
+        (["--transform", "pca", "--shared-dims", "8"], "needs --transform shared"),
+        (["--transform", "fourier"], "--transform"),
+        (["--corpus", "/nonexistent/text"], "/nonexistent/text"),
+        (["--tokens", "0"], "at least 1"),
+        (["--tokens", "1000000000"], "fewer tokens"),
+        (["--model-path", "/nonexistent/model"], "config.json"),
+    ],
+)
+def test_bad_input_is_one_clear_error(arguments: list[str], says: str, tmp_path: Path) -> None:
+    done = calibrate("--model-path", NANO, "--out", tmp_path / "a", *SMALL, *arguments)
+    assert done.returncode == 2
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_shipped_artifact_is_of_the_shipped_model() -> None:
+    artifact = Artifact.load(ROOT / "examples" / "artifacts" / "nano-mla-g2.safetensors")
+    artifact.check_model(Checkpoint(NANO).config, weights_hash(NANO), 2)
+    assert artifact.meta.widths == (80,) * 4
+    for layer in range(4):
+        total = sum(z @ b for z, _, b in (artifact.maps(layer, group) for group in range(2)))
+        assert (total - torch.eye(128)).norm() / 128**0.5 < 0.35

@@ -1,0 +1,112 @@
+"""Streamed statistics and the text they come from."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sglang_tpla.calibrate.corpus import Corpus, CorpusError, load_tokenizer, sequences
+from sglang_tpla.calibrate.run import Text as CalibrationText
+from sglang_tpla.calibrate.run import collect_statistics
+from sglang_tpla.calibrate.statistics import LayerMoments, Statistics, StatisticsError
+from sglang_tpla.models.plain import PlainModel
+
+NANO = Path(__file__).resolve().parents[2] / "examples" / "nano-mla"
+
+
+@settings(max_examples=25, deadline=None)
+@given(cuts=st.lists(st.integers(1, 199), max_size=6), seed=st.integers(0, 1000))
+def test_streamed_equals_batch(cuts: list[int], seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    latent = torch.randn(200, 6, generator=generator) + 3
+    queries = torch.randn(200, 2, 4, generator=generator)
+    edges = [0, *sorted(set(cuts)), 200]
+    streamed = LayerMoments.zeros(6, 2, 4)
+    for start, end in itertools.pairwise(edges):
+        part = LayerMoments.zeros(6, 2, 4)
+        part.update(latent[start:end], queries[start:end])
+        streamed.merge(part)
+    wide, wide_queries = latent.double(), queries.double()
+    torch.testing.assert_close(streamed.mean, wide.mean(0))
+    torch.testing.assert_close(streamed.covariance, torch.cov(wide.T, correction=0), atol=1e-10, rtol=1e-9)
+    w_uk = torch.randn(2, 4, 6, generator=generator)
+    absorbed = torch.einsum("thn,hnd->thd", wide_queries, w_uk.double()).flatten(0, 1)
+    expected = absorbed.T @ absorbed / absorbed.shape[0]
+    torch.testing.assert_close(streamed.absorbed_queries(w_uk), expected)
+
+
+def test_collection_is_deterministic_and_does_not_grow(tmp_path: Path) -> None:
+    model = PlainModel(str(NANO))
+    tokens = torch.randint(3, 4096, (3, 40), generator=torch.Generator().manual_seed(0))
+    text = CalibrationText("toy", "hash", tokens, tokens[:0])
+    first = collect_statistics(model, text, 0, show_progress=False)
+    again = collect_statistics(model, text, 0, show_progress=False)
+    assert first.tokens == 120
+    first.save(tmp_path / "one")
+    again.save(tmp_path / "two")
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+    longer = CalibrationText("toy", "hash", tokens.repeat(4, 1), tokens[:0])
+    collect_statistics(model, longer, 0, show_progress=False).save(tmp_path / "three")
+    assert (tmp_path / "three").stat().st_size == (tmp_path / "one").stat().st_size
+
+    loaded = Statistics.load(tmp_path / "one")
+    assert loaded.meta == first.meta
+    for ours, theirs in zip(first.layers, loaded.layers, strict=True):
+        assert torch.equal(ours.latent_outer, theirs.latent_outer)
+        assert torch.equal(ours.query_outer, theirs.query_outer)
+        assert ours.latent_count == theirs.latent_count
+
+
+def test_damaged_statistics_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    with pytest.raises(StatisticsError, match="expected a statistics file"):
+        Statistics.load(path)
+    path.write_bytes(b"\0" * 50)
+    with pytest.raises(StatisticsError, match="not a readable"):
+        Statistics.load(path)
+
+
+def test_split_is_disjoint_seeded_and_stable() -> None:
+    corpus = Corpus.from_paths()
+    calibration, held_out = corpus.split(1)
+    names = {document.name for document in calibration}
+    assert not names & {document.name for document in held_out}
+    assert len(calibration) + len(held_out) == len(corpus.documents)
+    assert 0.15 < len(held_out) / len(corpus.documents) < 0.35
+    assert corpus.split(1) == (calibration, held_out)
+    assert corpus.split(2)[1] != held_out
+    assert Corpus.from_paths().content_hash == corpus.content_hash
+
+
+def test_corpus_from_files(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("alpha beta\n" * 20000)
+    (tmp_path / "b.bin").write_bytes(bytes(range(256)))
+    corpus = Corpus.from_paths([tmp_path])
+    assert all(document.name.startswith(f"{tmp_path.name}/a.txt#") for document in corpus.documents)
+    assert "".join(document.text for document in corpus.documents) == "alpha beta\n" * 20000
+    calibration, held_out = corpus.split(0)
+    assert calibration
+    assert held_out
+    with pytest.raises(CorpusError, match="found none"):
+        Corpus.from_paths([tmp_path / "missing"])
+    (tmp_path / "a.txt").unlink()
+    with pytest.raises(CorpusError, match="UTF-8"):
+        Corpus.from_paths([tmp_path])
+
+
+def test_sequences_join_documents_in_order() -> None:
+    corpus = Corpus.from_paths()
+    documents = corpus.split(0)[1][:3]
+    tokenizer = load_tokenizer(NANO)
+    found = sequences(documents, tokenizer, length=10, count=20, separator=1).flatten().tolist()
+    expected: list[int] = []
+    for document in documents:
+        expected += [*tokenizer(document.text), 1]
+    assert found == expected[:200]
+    with pytest.raises(CorpusError, match="fewer tokens"):
+        sequences(documents, tokenizer, length=1000, count=10**6, separator=1)
