@@ -1,11 +1,12 @@
-"""A rank's projection Z, one matrix a layer: what the prefill side applies before it sends (design, section 2).
+"""A rank's projection Z, one matrix a layer: what the prefill side applies before it sends (design, section
+2).
 
-``z = c_hat @ Z``: latent ``[tokens, d]`` to ``[tokens, w]``, computed in float32 and cast to the cache dtype. The
-decode layer projects new tokens with the same function, so both kinds of row are rounded alike.
+``z = c_hat @ Z``: latent ``[tokens, d]`` to ``[tokens, w]``, computed in float32 and cast to the cache dtype.
+The decode layer projects new tokens with the same function, so both kinds of row are rounded alike.
 
 The first ``shared[l]`` columns of Z are the same for all groups of a server; together with the rope they form
-the *common* part of a row, the other columns are a group's *own* part. Each part has a content hash, so the sender
-sees which ranks want the same bytes.
+the *common* part of a row, the other columns are a group's *own* part. Each part has a content hash, so the
+sender sees which ranks want the same bytes.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ IDENTITY_HASH = "identity"
 
 
 def project_latent(latent: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
-    """Project latent rows ``[..., d]`` with z ``[d, w]`` in float32; result ``[..., w]`` in the latent's dtype."""
+    """Project latent rows ``[..., d]`` with z ``[d, w]`` in float32; result ``[..., w]`` in the latent's
+    dtype.
+    """
     return (latent.to(torch.float32) @ z.to(torch.float32)).to(latent.dtype)
 
 
@@ -48,7 +51,8 @@ class Projection:
     def __post_init__(self) -> None:
         if not self.matrices or len(self.matrices) != len(self.shared):
             raise TransferError(
-                f"a projection needs one matrix and one shared width a layer; got {len(self.matrices)} matrices and "
+                "a projection needs one matrix and one shared width a layer; got "
+                f"{len(self.matrices)} matrices and "
                 f"{len(self.shared)} shared widths"
             )
         d = self.matrices[0].shape[0]
@@ -62,13 +66,15 @@ class Projection:
                 or not 0 <= shared <= matrix.shape[1]
             ):
                 raise TransferError(
-                    f"layer {self.first_layer + index} of a projection must be float32 [{d}, w] on the CPU with "
+                    f"layer {self.first_layer + index} of a projection must be "
+                    f"float32 [{d}, w] on the CPU with "
                     f"0 <= shared <= w <= {d}; got {matrix.dtype} {tuple(matrix.shape)} on {matrix.device}, "
                     f"shared={shared}"
                 )
             if not bool(torch.isfinite(matrix).all()):
                 raise TransferError(
-                    f"layer {self.first_layer + index} of the projection has values that are not finite; make the "
+                    f"layer {self.first_layer + index} of the projection has "
+                    "values that are not finite; make the "
                     "artifact anew"
                 )
 
@@ -93,9 +99,7 @@ class Projection:
     @cached_property
     def layer_bytes(self) -> tuple[bytes, ...]:
         """Each matrix as little-endian float32, row by row: what travels at registration."""
-        return tuple(
-            np.ascontiguousarray(matrix.numpy(), dtype="<f4").tobytes() for matrix in self.matrices
-        )
+        return tuple(np.ascontiguousarray(matrix.numpy(), dtype="<f4").tobytes() for matrix in self.matrices)
 
     @cached_property
     def content_hash(self) -> str:
@@ -114,10 +118,10 @@ class Projection:
 def projection_hash(
     first_layer: int, latent_dim: int, widths: Sequence[int], shared: Sequence[int], layers: Sequence[bytes]
 ) -> str:
-    """The hash under which a projection is registered: sha256 over its layout and little-endian float32 values."""
-    digest = hashlib.sha256(
-        f"projection {first_layer} {latent_dim} {tuple(widths)} {tuple(shared)}".encode()
-    )
+    """The hash under which a projection is registered: sha256 over its layout and little-endian float32
+    values.
+    """
+    digest = hashlib.sha256(f"projection {first_layer} {latent_dim} {tuple(widths)} {tuple(shared)}".encode())
     for data in layers:
         digest.update(data)
     return digest.hexdigest()

@@ -68,11 +68,13 @@ class CachePool:
             if not 1 <= width <= self.latent_dim or layer.stride(-1) != 1:
                 raise TransferError(
                     f"layer {index} of the pool must be [slots, width + {self.rope_dim}] with width in 1..."
-                    f"{self.latent_dim} and contiguous rows; got {tuple(layer.shape)}, strides {layer.stride()}"
+                    f"{self.latent_dim} and contiguous rows; got "
+                    f"{tuple(layer.shape)}, strides {layer.stride()}"
                 )
             if (layer.dtype, layer.device, layer.shape[0]) != (head.dtype, head.device, head.shape[0]):
                 raise TransferError(
-                    f"layers of one pool share dtype, device and slots: layer 0 has {head.dtype}, {head.device}, "
+                    "layers of one pool share dtype, device and slots: layer 0 "
+                    f"has {head.dtype}, {head.device}, "
                     f"{head.shape[0]}; layer {index} has {layer.dtype}, {layer.device}, {layer.shape[0]}"
                 )
 
@@ -111,7 +113,8 @@ class CachePool:
         tokens = capacity if num_tokens is None else num_tokens
         if not (0 <= tokens <= capacity and capacity - tokens < self.page_size):
             raise TransferError(
-                f"{pages.size} pages of {self.page_size} tokens hold {max(0, capacity - self.page_size + 1)} to "
+                f"{pages.size} pages of {self.page_size} tokens hold "
+                f"{max(0, capacity - self.page_size + 1)} to "
                 f"{capacity} tokens; got num_tokens={num_tokens}"
             )
         slots = pages[:, None] * self.page_size + np.arange(self.page_size, dtype=np.int64)
@@ -175,7 +178,7 @@ class MetadataRows:
 
 @dataclass(frozen=True)
 class TransferMetric:
-    """One room's transfer so far: payload bytes on the wire, seconds from first send (or request) to the end."""
+    """One room so far: payload bytes on the wire, seconds from first send (or request) to the end."""
 
     wire_bytes: int = 0
     seconds: float = 0.0

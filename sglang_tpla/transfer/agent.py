@@ -1,0 +1,167 @@
+"""What both agents are made of: an I/O thread, a worker thread, counters, and the rule that nothing fails in
+silence.
+
+Lock order: a room's own lock (decode only) is never taken while the agent's lock is held, and the agent's
+lock may be taken by any thread for a short time.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import zmq
+
+from sglang_tpla.config import Settings
+from sglang_tpla.transfer import frames
+from sglang_tpla.transfer.loop import IoLoop
+from sglang_tpla.transfer.types import TransferError
+
+QUEUE_FRAMES = 16384  # high-water mark of a socket, in messages; credits bound the bytes
+MAX_PARTS = 3
+
+
+class Agent:
+    """Base of `PrefillAgent` and `DecodeAgent`."""
+
+    role = ""
+
+    def __init__(self, settings: Settings, rank: int, size: int, logger: logging.Logger | None) -> None:
+        self._settings, self._rank, self._size = settings, rank, size
+        self._log = logger or logging.getLogger("sglang_tpla.transfer")
+        self._agent_id = uuid.uuid4().hex
+        self._chunk_bytes = min(settings.chunk_bytes, settings.staging_bytes // 2)
+        self._lock = threading.RLock()
+        self._work = threading.Condition(self._lock)
+        self._counts: Counter[str] = Counter()
+        self._death: str | None = None
+        self._closing = False
+        tick_s = min(settings.heartbeat_s / 2, 0.25)
+        self._io = IoLoop(f"tpla-{self.role}-io-{rank}", tick_s, self._tick, self._handler_failed, self._died)
+        self._worker = threading.Thread(
+            target=self._run_worker, name=f"tpla-{self.role}-work-{rank}", daemon=True
+        )
+
+    def close(self) -> None:
+        """End both threads and free every socket; rooms that are still alive fail. May be called twice."""
+        with self._work:
+            already = self._closing
+            self._closing = True
+            self._work.notify_all()
+        if not already:
+            self._io.post(self._say_goodbye)
+        if self._worker.is_alive() and threading.current_thread() is not self._worker:
+            self._worker.join(5.0)
+        self._io.stop()
+        with self._lock:
+            self._fail_all(f"the {self.role} agent was closed")
+
+    # Threads
+
+    def _start(self) -> None:
+        self._io.start()
+        self._worker.start()
+
+    def _run_worker(self) -> None:
+        try:
+            while self._work_once():
+                pass
+        except BaseException as error:
+            self._died(error)
+
+    def _work_once(self) -> bool:
+        """Wait for work and do one piece; False at the end."""
+        raise NotImplementedError
+
+    def _tick(self) -> None:
+        raise NotImplementedError
+
+    def _say_goodbye(self) -> None:
+        raise NotImplementedError
+
+    def _fail_all(self, reason: str) -> None:
+        raise NotImplementedError
+
+    def _died(self, error: BaseException) -> None:
+        name = threading.current_thread().name
+        self._log.critical("transfer thread %s ended", name, exc_info=error)
+        with self._work:
+            self._death = f"transfer thread {name} of {self.role} rank {self._rank} ended: {error!r}"
+            self._fail_all(self._death)
+            self._work.notify_all()
+
+    def _handler_failed(self, what: str, error: BaseException) -> None:
+        with self._lock:
+            self._counts["internal_errors"] += 1
+        self._log.error("transfer %s failed on %s rank %d", what, self.role, self._rank, exc_info=error)
+
+    def _check_alive(self) -> None:
+        if self._death is not None:
+            raise TransferError(self._death + "; restart this process")
+        if self._closing:
+            raise TransferError(f"the {self.role} agent of rank {self._rank} was closed")
+
+    # Sockets
+
+    def _configure(self, socket: zmq.Socket, max_message_bytes: int) -> None:
+        timeout_ms = int(self._settings.peer_timeout_s * 1000)
+        socket.setsockopt(zmq.LINGER, 0)
+        socket.setsockopt(zmq.SNDHWM, QUEUE_FRAMES)
+        socket.setsockopt(zmq.RCVHWM, QUEUE_FRAMES)
+        socket.setsockopt(zmq.MAXMSGSIZE, max_message_bytes)
+        socket.setsockopt(zmq.HEARTBEAT_IVL, max(1, int(self._settings.heartbeat_s * 1000)))
+        socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, timeout_ms)
+
+    def _receive_parts(self, socket: zmq.Socket) -> list[zmq.Frame] | None:
+        """One message without blocking, at most MAX_PARTS frames of it (one more says there was more), or
+        None.
+        """
+        try:
+            parts = [socket.recv(zmq.NOBLOCK, copy=False)]
+        except zmq.Again:
+            return None
+        while parts[-1].more if len(parts) <= MAX_PARTS else socket.getsockopt(zmq.RCVMORE):
+            part = socket.recv(zmq.NOBLOCK, copy=False)
+            if len(parts) <= MAX_PARTS:
+                parts.append(part)
+        return parts
+
+    def _parse(self, parts: list[zmq.Frame], sender: str) -> tuple[frames.Message, zmq.Frame | None] | None:
+        """Header and payload of a message, or None after counting and logging what was wrong with it."""
+        try:
+            if not 1 <= len(parts) <= 2:
+                raise frames.FrameError(
+                    f"a message has a header and at most one payload; got {len(parts)} frames"
+                )
+            message = frames.decode(parts[0].buffer, len(parts) == 2)
+        except frames.FrameError as error:
+            self._drop("malformed_dropped", f"malformed frame from {sender}: {error}")
+            return None
+        return message, parts[1] if len(parts) == 2 else None
+
+    def _drop(self, counter: str, why: str) -> None:
+        with self._lock:
+            self._counts[counter] += 1
+        self._log.warning("transfer dropped on %s rank %d: %s", self.role, self._rank, why)
+
+    def _log_transfer(self, **fields: Any) -> None:
+        self._log.info("transfer %s", json.dumps({"role": self.role, "rank": self._rank, **fields}))
+
+
+def endpoint(host: str, port: int | str) -> str:
+    """ZMQ address of a host (name, IPv4 or IPv6) and port."""
+    return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
+
+
+def seconds_since(start: float | None, end: float | None) -> float:
+    """Elapsed seconds, up to now while there is no end."""
+    return 0.0 if start is None else (time.monotonic() if end is None else end) - start
+
+
+Handler = Callable[..., None]

@@ -1,0 +1,86 @@
+"""How a room's rows are cut into chunks: rectangles of layers x tokens x one part of the row.
+
+A row is ``[own or shared latent columns | rope]``. The sender picks the part a rank gets:
+
+    FULL    [w_l + rope]   the whole row
+    COMMON  [r_l + rope]   the columns that every group has, and the rope
+    OWN     [w_l - r_l]    the columns of one group
+
+A chunk's payload is layer by layer, token by token, without padding.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+class Part(enum.IntEnum):
+    """Which columns of a row a chunk carries."""
+
+    FULL = 0
+    COMMON = 1
+    OWN = 2
+
+
+def part_width(width: int, shared: int, rope_dim: int, part: Part) -> int:
+    """Values a token and layer of one part."""
+    return sum(stop - start for start, stop in part_columns(width, shared, rope_dim, part))
+
+
+def part_columns(width: int, shared: int, rope_dim: int, part: Part) -> tuple[tuple[int, int], ...]:
+    """Column ranges of the row that a part fills, in payload order; empty ranges left out."""
+    ranges = {
+        Part.FULL: ((0, width + rope_dim),),
+        Part.COMMON: ((0, shared), (width, width + rope_dim)),
+        Part.OWN: ((shared, width),),
+    }[part]
+    return tuple((start, stop) for start, stop in ranges if stop > start)
+
+
+@dataclass(frozen=True)
+class Rectangle:
+    """Layers ``first_layer...`` (model layers) of tokens ``first_token...`` (after the cached prefix)."""
+
+    first_layer: int
+    layers: int
+    first_token: int
+    tokens: int
+    payload_bytes: int
+
+
+def cut(
+    first_layer: int,
+    widths: Sequence[int],
+    first_token: int,
+    tokens: int,
+    item_bytes: int,
+    max_bytes: int,
+) -> list[Rectangle]:
+    """Rectangles of at most ``max_bytes`` that cover ``tokens`` rows of ``widths`` values in every layer.
+
+    Few tokens: many layers a chunk. Many tokens: one layer a chunk, in blocks of like size. Layers of width 0
+    are covered without bytes. Raises ValueError if one row does not fit in ``max_bytes``.
+    """
+    row_bytes = max(widths) * item_bytes
+    if row_bytes > max_bytes:
+        raise ValueError(f"one row of {row_bytes} bytes does not fit in a chunk of {max_bytes} bytes")
+    if row_bytes == 0 or tokens == 0:
+        return []
+    blocks = -(-tokens // max(1, max_bytes // row_bytes))
+    rectangles = []
+    for block in range(blocks):
+        start, stop = tokens * block // blocks, tokens * (block + 1) // blocks
+        layer = 0
+        while layer < len(widths):
+            end, size = layer, 0
+            while end < len(widths) and size + widths[end] * (stop - start) * item_bytes <= max_bytes:
+                size += widths[end] * (stop - start) * item_bytes
+                end += 1
+            if size:
+                rectangles.append(
+                    Rectangle(first_layer + layer, end - layer, first_token + start, stop - start, size)
+                )
+            layer = end
+    return rectangles

@@ -1,0 +1,272 @@
+"""The wire format: one header frame, and for some messages one payload frame (PROTOCOL.md is the
+specification).
+
+A header is 5 bytes of prefix (``b"TPLA"`` and the framing version) and one msgpack array: a message tag, then
+the message's fields in order. Decoding is strict: unknown tags, missing or extra fields, wrong types and
+values out of range are all `FrameError`, and nothing larger than ``MAX_HEADER_BYTES`` is looked at.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, TypeAlias
+
+import msgspec
+import xxhash
+from msgspec import Meta
+
+FRAMING_VERSION = 1
+PROTOCOL_VERSIONS = (1, 1)  # lowest and highest protocol version this release speaks
+PREFIX = b"TPLA" + bytes([FRAMING_VERSION])
+MAX_HEADER_BYTES = 64 << 10
+MAX_LAYERS = 1024
+MAX_PROJECTION_BYTES = 64 << 20  # one layer's matrix: 4096 x 4096 float32
+MAX_METADATA_BYTES = 16 << 20
+MAX_ACKS = 4096
+
+Buffer: TypeAlias = bytes | bytearray | memoryview
+Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+Small = Annotated[int, Meta(ge=0, le=2**31 - 1)]
+Positive = Annotated[int, Meta(ge=1, le=2**31 - 1)]
+Layers = Annotated[tuple[Small, ...], Meta(min_length=1, max_length=MAX_LAYERS)]
+Name = Annotated[str, Meta(max_length=256)]
+Sentence = Annotated[str, Meta(max_length=2048)]
+Digest = Annotated[bytes, Meta(min_length=8, max_length=8)]
+
+
+class FrameError(ValueError):
+    """A frame that is not of this protocol; the text says what was wrong with it."""
+
+
+class _Message(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """Base of all messages: a msgpack array ``[tag, field, ...]``."""
+
+
+class CacheLayout(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """A decode rank's cache: what the prefill rank must agree to before it serves it."""
+
+    first_layer: Small
+    latent_dim: Positive
+    rope_dim: Small
+    dtype: Name
+    page_size: Positive
+    widths: Layers
+    shared: Layers
+    metadata_bytes: Annotated[tuple[Small, ...], Meta(max_length=64)]
+
+
+class Hello(_Message, frozen=True, tag=1):
+    """decode -> prefill, first message of a connection."""
+
+    versions: tuple[Small, Small]
+    agent: Name
+    model_hash: Name
+    rank: Small
+    size: Positive
+    host: Name
+    max_chunk_bytes: Positive
+    layout: CacheLayout
+    projection: Name
+    common: Name
+
+
+class Welcome(_Message, frozen=True, tag=2):
+    """prefill -> decode: registered, unless ``need_projection``, then after the projection has come."""
+
+    version: Small
+    agent: Name
+    need_projection: bool
+
+
+class Refused(_Message, frozen=True, tag=3):
+    """prefill -> decode: this rank will not be served. Keeps its form in every framing version."""
+
+    reason: Sentence
+
+
+class ProjectionLayer(_Message, frozen=True, tag=4):
+    """decode -> prefill, payload float32 ``[d, w]``: one layer of the projection, in order."""
+
+    projection: Name
+    index: Small
+    checksum: Digest
+
+
+class Ping(_Message, frozen=True, tag=5):
+    """Either way on an idle connection; answered with Pong."""
+
+    number: Count
+
+
+class Pong(_Message, frozen=True, tag=6):
+    """The answer to Ping."""
+
+    number: Count
+
+
+class Unregistered(_Message, frozen=True, tag=7):
+    """prefill -> decode: a message came from a peer that never said Hello; register again."""
+
+
+class Request(_Message, frozen=True, tag=8):
+    """decode -> prefill: pages are allocated, send this room."""
+
+    room: Count
+    generation: Count
+    expected_ranks: Positive
+    prefix_tokens: Small
+    num_tokens: int
+    dummy: bool
+
+
+class Want(_Message, frozen=True, tag=9):
+    """prefill -> decode: chunk bytes of this room that are ready or sent so far, in all."""
+
+    room: Count
+    generation: Count
+    total_bytes: Count
+
+
+class Credit(_Message, frozen=True, tag=10):
+    """decode -> prefill: chunk bytes of this room that may be sent so far, in all."""
+
+    room: Count
+    generation: Count
+    total_bytes: Count
+
+
+class Chunk(_Message, frozen=True, tag=11):
+    """prefill -> decode, payload: rows of some layers and tokens, layer by layer, token by token."""
+
+    room: Count
+    generation: Count
+    sequence: Small
+    part: Small
+    first_layer: Small
+    layers: Positive
+    first_token: Small
+    tokens: Positive
+    checksum: Digest
+
+
+class Ack(_Message, frozen=True, tag=12):
+    """decode -> prefill: these chunks are in the pool."""
+
+    room: Count
+    generation: Count
+    sequences: Annotated[tuple[Small, ...], Meta(min_length=1, max_length=MAX_ACKS)]
+
+
+class Nack(_Message, frozen=True, tag=13):
+    """decode -> prefill: this chunk came damaged, send it again."""
+
+    room: Count
+    generation: Count
+    sequence: Small
+
+
+class Finish(_Message, frozen=True, tag=14):
+    """prefill -> decode, payload metadata row: nothing more comes after ``chunks`` chunks of ``tokens``
+    tokens.
+    """
+
+    room: Count
+    generation: Count
+    chunks: Small
+    tokens: Small
+    checksum: Digest
+
+
+class Done(_Message, frozen=True, tag=15):
+    """decode -> prefill: every chunk and the metadata row are in place."""
+
+    room: Count
+    generation: Count
+
+
+class Abort(_Message, frozen=True, tag=16):
+    """Either way: this generation of the room is over."""
+
+    room: Count
+    generation: Count
+    reason: Sentence
+
+
+class Registered(_Message, frozen=True, tag=17):
+    """prefill -> decode: the projection has come whole; rooms may be asked for."""
+
+    projection: Name
+
+
+class Goodbye(_Message, frozen=True, tag=18):
+    """Either way: this agent closes; its rooms are over."""
+
+    reason: Sentence
+
+
+Message: TypeAlias = (
+    Hello
+    | Welcome
+    | Refused
+    | ProjectionLayer
+    | Ping
+    | Pong
+    | Unregistered
+    | Request
+    | Want
+    | Credit
+    | Chunk
+    | Ack
+    | Nack
+    | Finish
+    | Done
+    | Abort
+    | Registered
+    | Goodbye
+)
+WITH_PAYLOAD = (ProjectionLayer, Chunk, Finish)
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(Message)
+
+
+def checksum(data: Buffer) -> bytes:
+    """xxh3 (64 bits, big-endian) of a payload."""
+    return xxhash.xxh3_64_digest(data)
+
+
+def sentence(text: str) -> str:
+    """``text`` cut to what a `Sentence` field takes."""
+    return text if len(text) <= 2048 else text[:2045] + "..."
+
+
+def encode(message: Message) -> bytes:
+    """Header frame of a message."""
+    return PREFIX + _encoder.encode(message)
+
+
+def decode(header: Buffer, has_payload: bool) -> Message:
+    """The message in a header frame.
+
+    Raises:
+        FrameError: not of this protocol or framing version, malformed, or with a payload that it must not
+        have
+            (or without one that it must).
+    """
+    view = memoryview(header)
+    if view.nbytes > MAX_HEADER_BYTES:
+        raise FrameError(f"a header has at most {MAX_HEADER_BYTES} bytes; got {view.nbytes}")
+    if view.nbytes <= len(PREFIX) or bytes(view[:4]) != PREFIX[:4]:
+        raise FrameError(f"a header starts with {PREFIX[:4]!r}; got {bytes(view[:8])!r}")
+    try:
+        message: Message = _decoder.decode(view[len(PREFIX) :])
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+        if view[4] != FRAMING_VERSION:
+            raise FrameError(f"framing version is {FRAMING_VERSION}; got {view[4]}") from error
+        raise FrameError(f"malformed header: {error}") from error
+    if view[4] != FRAMING_VERSION and not isinstance(message, Refused):
+        raise FrameError(f"framing version is {FRAMING_VERSION}; got {view[4]}")
+    if has_payload != isinstance(message, WITH_PAYLOAD):
+        raise FrameError(
+            f"{type(message).__name__} comes {'with' if not has_payload else 'without'} a payload frame"
+        )
+    return message

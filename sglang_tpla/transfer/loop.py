@@ -1,0 +1,123 @@
+"""The I/O thread: owns every socket of an agent, runs what other threads post, and survives any one handler's
+error.
+
+An exception in a handler is the agent's to report (`on_error`) and the loop goes on. If the loop itself
+cannot go on, `on_death` is told why: nothing ends silently.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import zmq
+
+
+class IoLoop:
+    """One daemon thread around a poller.
+
+    Args:
+        name: of the thread.
+        tick_s: seconds between calls of ``on_tick``.
+        on_tick: periodic work (heartbeats, deadlines), in the thread.
+        on_error: told of an exception in a handler.
+        on_death: told of the exception that ended the thread.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        tick_s: float,
+        on_tick: Callable[[], None],
+        on_error: Callable[[str, BaseException], None],
+        on_death: Callable[[BaseException], None],
+    ) -> None:
+        self.context = zmq.Context()
+        self._tick_s = tick_s
+        self._on_tick = on_tick
+        self._on_error = on_error
+        self._on_death = on_death
+        self._posted: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()
+        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._handlers: dict[zmq.Socket, Callable[[zmq.Socket], None]] = {}
+        self._poller = zmq.Poller()
+        self._poller.register(self._wake, zmq.POLLIN)
+        self._stopping = False
+        self._closed = False
+        self._guard = threading.Lock()
+        self.thread = threading.Thread(target=self._run, name=name, daemon=True)
+
+    def start(self) -> None:
+        """Start the thread."""
+        self.thread.start()
+
+    def post(self, function: Callable[..., None], *args: Any) -> None:
+        """Run ``function(*args)`` in the thread, in order of posting. From any thread; ignored after the end."""
+        self._posted.append((function, args))
+        with self._guard:
+            if not self._closed:
+                os.eventfd_write(self._wake, 1)
+
+    def add(self, socket: zmq.Socket, handler: Callable[[zmq.Socket], None]) -> None:
+        """Call ``handler(socket)`` when it can be read. In the thread, or before it starts."""
+        self._handlers[socket] = handler
+        self._poller.register(socket, zmq.POLLIN)
+
+    def remove(self, socket: zmq.Socket, linger_ms: int = 0) -> None:
+        """Stop polling a socket and close it. In the thread."""
+        if self._handlers.pop(socket, None) is not None:
+            self._poller.unregister(socket)
+        socket.close(linger=linger_ms)
+
+    def stop(self, timeout_s: float = 5.0) -> None:
+        """End the thread, close every socket, free the context. From another thread."""
+        self._stopping = True
+        self.post(lambda: None)
+        if self.thread.is_alive() and threading.current_thread() is not self.thread:
+            self.thread.join(timeout_s)
+
+    def _run(self) -> None:
+        try:
+            self._serve()
+        except BaseException as error:
+            self._on_death(error)
+        finally:
+            for socket in list(self._handlers):
+                socket.close(linger=100)
+            self._handlers.clear()
+            self.context.destroy(linger=100)
+            with self._guard:
+                self._closed = True
+                os.close(self._wake)
+
+    def _serve(self) -> None:
+        next_tick = time.monotonic()
+        while True:
+            self._run_posted()
+            if self._stopping:
+                return
+            now = time.monotonic()
+            if now >= next_tick:
+                next_tick = now + self._tick_s
+                self._guarded("tick", self._on_tick)
+                continue
+            for ready, _ in self._poller.poll(max(1, int((next_tick - now) * 1000))):
+                if ready == self._wake:
+                    os.eventfd_read(self._wake)
+                elif (handler := self._handlers.get(ready)) is not None:  # type: ignore[call-overload]
+                    self._guarded("receive", handler, ready)
+
+    def _run_posted(self) -> None:
+        for _ in range(len(self._posted)):
+            function, args = self._posted.popleft()
+            self._guarded("send", function, *args)
+
+    def _guarded(self, what: str, function: Callable[..., None], *args: Any) -> None:
+        try:
+            function(*args)
+        except Exception as error:
+            self._on_error(what, error)

@@ -1,0 +1,169 @@
+"""The prefill side: one agent a rank, a ROUTER socket, and chunks out of the latent pool.
+
+The scheduler opens rooms and hands over pages; decode ranks ask for rooms and grant credit. The I/O thread
+answers and sends (`serving.PrefillServing`), the worker thread gathers, projects and checksums. Public calls
+return at once, from any thread, and raise `TransferError` for misuse or when a thread of the agent has ended.
+"""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+
+from sglang_tpla.transfer.agent import seconds_since
+from sglang_tpla.transfer.sending import Room, Segment
+from sglang_tpla.transfer.serving import PrefillServing
+from sglang_tpla.transfer.types import AgentStats, RoomState, TransferError, TransferMetric
+
+
+class PrefillAgent(PrefillServing):
+    """Serves one prefill rank's latent cache to decode ranks.
+
+    ``PrefillAgent(pool, metadata, *, model_hash, settings, bind_host, rank, size, logger=None)``; listens on
+    ``address`` (a port that the system chose) from construction to `close`.
+    """
+
+    def open_room(self, room: int) -> None:
+        """The scheduler has created a sender for ``room``.
+
+        Requests that came earlier are bound to it; if a decode rank aborted it earlier, it fails at once.
+
+        Raises:
+            TransferError: the room is open and has not ended.
+        """
+        with self._work:
+            self._check_alive()
+            old = self._rooms.get(room)
+            if old is not None and not old.state.ended:
+                raise TransferError(
+                    f"room {room} is open on prefill rank {self._rank}; close it before opening it anew"
+                )
+            if old is not None:
+                self._forget(old)
+            entry = self._rooms[room] = Room(room)
+            held = self._held.pop(room, {})
+            aborted = self._take_aborted(entry, held)
+            for ask in held.values():
+                ask.peer.held_requests -= 1
+                self._bind(entry, ask)
+            if aborted:
+                self._fail(entry, aborted)
+
+    def send(
+        self,
+        room: int,
+        pages: np.ndarray,
+        *,
+        last: bool,
+        metadata_row: int | None = None,
+        num_tokens: int | None = None,
+    ) -> None:
+        """Append rows to a room and send them as credit comes; does not block.
+
+        Args:
+            pages: page numbers, int32 ``[n]``, after those of earlier calls; they stay valid until the room
+            ends. last: no more rows follow; ``metadata_row`` is copied now. metadata_row: row of the metadata
+            buffers, with ``last``. num_tokens: tokens of this call, where its last page is not full.
+
+        Raises:
+            TransferError: unknown room, pages outside the pool, rows after the last, or no metadata row.
+        """
+        slots = self._pool.slots(pages, num_tokens)
+        if last and metadata_row is None and self._metadata.buffers:
+            raise TransferError(f"the last send of room {room} needs metadata_row; got None")
+        metadata = self._metadata.read(metadata_row) if last and metadata_row is not None else b""
+        ready = self._reader.ready_event()
+        with self._work:
+            self._check_alive()
+            entry = self._open(room)
+            if entry.state.ended:
+                return  # the scheduler learns from poll()
+            if entry.last:
+                raise TransferError(f"room {room} got rows after its last send")
+            segment = Segment(entry.tokens, slots, ready)
+            entry.segments.append(segment)
+            entry.tokens += slots.size
+            entry.progress = time.monotonic()
+            entry.first_send = entry.first_send or entry.progress
+            entry.last, entry.metadata = last, metadata
+            for plan in entry.plans.values():
+                plan.extend(self._pool, segment)
+            for stream in entry.streams:
+                self._offer(stream)
+            if entry.complete:
+                entry.state = RoomState.TRANSFERRING
+            self._conclude(entry)
+            self._work.notify_all()
+
+    def poll(self, room: int) -> RoomState:
+        """State of a room: BOOTSTRAPPING until every expected rank has asked, WAITING for rows, TRANSFERRING,
+        SUCCESS when every rank has confirmed, FAILED (see `failure`).
+
+        Raises:
+            TransferError: the room is not open.
+        """
+        with self._lock:
+            if self._death is not None:
+                return RoomState.FAILED
+            return self._open(room).state
+
+    def failure(self, room: int) -> str:
+        """Why a room failed; empty if it has not."""
+        with self._lock:
+            return self._death or self._open(room).reason
+
+    def prefix_tokens(self, room: int) -> int:
+        """Tokens that decode has cached already; pages given to `send` start after them. 0 before any
+        request.
+        """
+        with self._lock:
+            return next((ask.prefix_tokens for ask in self._open(room).asks.values() if not ask.dummy), 0)
+
+    def metric(self, room: int) -> TransferMetric:
+        """Bytes on the wire to all ranks so far, and seconds from first send to confirmation."""
+        with self._lock:
+            entry = self._open(room)
+            return TransferMetric(
+                wire_bytes=entry.wire_bytes,
+                seconds=seconds_since(entry.first_send, entry.ended),
+                chunks=sum(stream.acked for stream in entry.streams),
+                tokens=entry.tokens,
+                resent=sum(stream.resent for stream in entry.streams),
+            )
+
+    def abort(self, room: int, reason: str) -> None:
+        """Fail a room and tell its decode ranks; nothing for an unknown or ended one."""
+        with self._lock:
+            entry = self._rooms.get(room)
+            if entry is not None and not entry.state.ended:
+                self._fail(entry, reason)
+
+    def close_room(self, room: int) -> None:
+        """Forget a room; one that has not ended is aborted first."""
+        with self._lock:
+            entry = self._rooms.get(room)
+            if entry is None:
+                return
+            if not entry.state.ended:
+                self._fail(entry, "closed by the prefill scheduler before it ended")
+            self._forget(entry)
+
+    def stats(self) -> AgentStats:
+        """Counters and gauges of now."""
+        with self._lock:
+            self._staging.reap()
+            return AgentStats(
+                rooms=len(self._rooms) + len(self._held),
+                peers=len(self._peers),
+                staging_used_bytes=self._staging.used_bytes,
+                staging_limit_bytes=self._staging.limit_bytes,
+                threads_alive=int(self._io.thread.is_alive()) + int(self._worker.is_alive()),
+                **self._counts,
+            )
+
+    def _open(self, room: int) -> Room:
+        entry = self._rooms.get(room)
+        if entry is None:
+            raise TransferError(f"room {room} is not open on prefill rank {self._rank}; call open_room first")
+        return entry

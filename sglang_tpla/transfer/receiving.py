@@ -1,0 +1,115 @@
+"""What a decode agent remembers: connections, rooms, and for each (room, prefill rank) a source of numbered
+chunks.
+"""
+
+from __future__ import annotations
+
+import enum
+import threading
+import time
+from dataclasses import dataclass, field
+
+import numpy as np
+import zmq
+
+from sglang_tpla.transfer import frames
+from sglang_tpla.transfer.types import RoomState
+
+Address = tuple[str, int]
+
+
+class Link(enum.Enum):
+    """State of a connection."""
+
+    CONNECTING = "connecting"
+    REGISTERED = "registered"
+    REFUSED = "refused"
+    LOST = "lost"
+
+
+@dataclass(eq=False)
+class Connection:
+    """One DEALER socket to one prefill rank, with an identity of its own."""
+
+    address: Address
+    identity: bytes
+    socket: zmq.Socket | None = None
+    monitor: zmq.Socket | None = None
+    link: Link = Link.CONNECTING
+    reason: str = ""
+    last_seen: float = field(default_factory=time.monotonic)
+    last_ping: float = 0.0
+    pings: int = 0
+
+    @property
+    def name(self) -> str:
+        """For messages and logs."""
+        return f"prefill rank at {self.address[0]}:{self.address[1]}"
+
+
+@dataclass(eq=False)
+class Source:
+    """One prefill rank's part in a room."""
+
+    connection: Connection
+    dummy: bool
+    asked: bool = False
+    wanted_bytes: int = 0
+    granted_bytes: int = 0
+    received_bytes: int = 0
+    released_bytes: int = 0
+    pending: set[int] = field(default_factory=set)
+    applied: set[int] = field(default_factory=set)
+    chunks: int | None = None
+    tokens: int = 0
+    metadata: bytes = b""
+
+    @property
+    def outstanding_bytes(self) -> int:
+        """Credit that staging must be kept free for, and chunks in it."""
+        return self.granted_bytes - self.released_bytes
+
+    @property
+    def complete(self) -> bool:
+        """True when every announced chunk is in the pool."""
+        return self.dummy or (self.chunks is not None and len(self.applied) == self.chunks)
+
+
+@dataclass(eq=False)
+class Room:
+    """One generation of a room on a decode rank."""
+
+    room: int
+    generation: int
+    sources: dict[Address, Source]
+    state: RoomState = RoomState.BOOTSTRAPPING
+    reason: str = ""
+    slots: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    metadata_row: int = -1
+    expected_ranks: int = 1
+    prefix_tokens: int = 0
+    num_tokens: int = -1
+    requested: float | None = None
+    ended: float | None = None
+    progress: float = field(default_factory=time.monotonic)
+    wire_bytes: int = 0
+    resent: int = 0
+    writes: threading.Lock = field(default_factory=threading.Lock)
+    alive: bool = True  # guarded by ``writes``: nothing is written for the room once it is False
+
+    def end_writes(self) -> None:
+        """Wait for a write in progress and allow no more."""
+        with self.writes:
+            self.alive = False
+
+
+@dataclass(eq=False)
+class Arrival:
+    """A chunk in staging."""
+
+    room: Room
+    source: Source
+    chunk: frames.Chunk
+    payload: zmq.Frame
+    size: int
+    layers: range  # of the pool, by index
