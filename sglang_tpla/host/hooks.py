@@ -11,7 +11,7 @@ import importlib
 import logging
 import os
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
@@ -52,13 +52,13 @@ def is_in_place(hook: ledger.Hook, function: Callable[..., Any]) -> bool:
     return False
 
 
-def install(settings: Settings, environ: Mapping[str, str] = os.environ) -> tuple[str, ...]:
-    """Check, apply and verify every hook of the process's role; returns the targets.
+def install(roles: Collection[str], environ: Mapping[str, str] = os.environ) -> tuple[str, ...]:
+    """Check, apply and verify every hook of the process's roles; returns the targets.
 
     Raises:
         SystemExit: the host is unknown, or a hook is not in place.
     """
-    hooks = [hook for hook in ledger.load() if settings.role in hook.roles]
+    hooks = [hook for hook in ledger.load() if set(roles) & set(hook.roles)]
     problems = [problem for hook in hooks if (problem := ledger.check(hook))]
     if problems and environ.get(ledger.UNCHECKED) == "1":
         logger.warning("%s=1: going on although %s", ledger.UNCHECKED, "; ".join(problems))
@@ -89,9 +89,12 @@ def register() -> None:
         settings = Settings.from_environment(os.environ)
     except ConfigError as error:
         raise refuse(str(error)) from error
+    roles = {settings.role} if settings else set()
+    if os.environ.get("SGLANG_PLATFORM") == "sglang_tpla_cpu":
+        roles.add(ledger.CPU)
+    install(roles)
     if settings is None:
         return
-    install(settings)
     # The one choice list that SGLang lets a plug-in extend: without it the command line refuses the backend.
     from sglang.srt.server_args import add_disagg_transfer_backend_choices
 

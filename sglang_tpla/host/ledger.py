@@ -21,6 +21,7 @@ from typing import Any
 import sglang_tpla
 from sglang_tpla.config import ROLES
 
+CPU = "cpu"  # the CPU reference platform, in whatever role
 UNCHECKED = "SGLANG_TPLA_ALLOW_UNKNOWN_HOST"
 
 
@@ -36,7 +37,7 @@ class Hook:
         target: dotted path of the function, method or class in SGLang.
         kind: ``before``, ``after``, ``around`` or ``replace``.
         implementation: ``module:name`` in this package.
-        roles: server roles in which it is applied.
+        roles: server roles in which it is applied; ``cpu`` stands for the CPU reference platform.
         reason: what needs it.
         upstream: where the same seam is, or could be, in SGLang.
         remove_when: what makes it unnecessary.
@@ -55,8 +56,8 @@ class Hook:
     def __post_init__(self) -> None:
         if self.kind not in ("before", "after", "around", "replace"):
             raise LedgerError(f"{self.target}: kind must be before, after, around or replace; got {self.kind!r}")
-        if not set(self.roles) <= set(ROLES):
-            raise LedgerError(f"{self.target}: roles must be among {ROLES}; got {self.roles}")
+        if not set(self.roles) <= {*ROLES, CPU}:
+            raise LedgerError(f"{self.target}: roles must be among {(*ROLES, CPU)}; got {self.roles}")
 
 
 def ledger_path() -> Path:

@@ -1,0 +1,31 @@
+"""Rotary embedding without yarn on the CPU reference platform.
+
+SGLang's CPU path knows ``deepseek_yarn`` alone; its general factory has the plain embedding, in PyTorch. Answers to
+``get_rope_cpu`` in ``sglang/srt/layers/rotary_embedding/factory.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+
+def rope(
+    original: Callable[..., Any],
+    head_size: int,
+    rotary_dim: int,
+    max_position: int,
+    base: int,
+    is_neox_style: bool = True,
+    rope_scaling: dict[str, Any] | None = None,
+    dtype: Any = None,
+    partial_rotary_factor: float = 1.0,
+    device: str | None = None,
+) -> Any:
+    """Around ``get_rope_cpu``."""
+    common = (head_size, rotary_dim, max_position, base, is_neox_style, rope_scaling, dtype, partial_rotary_factor)
+    if rope_scaling is not None:
+        return original(*common, device)
+    from sglang.srt.layers.rotary_embedding.factory import get_rope
+
+    return get_rope(*common)

@@ -1,0 +1,53 @@
+"""SGLang in this process, on the CPU reference platform, with the decode layer's hooks and one real rank."""
+
+from __future__ import annotations
+
+import os
+import socket
+import warnings
+from collections.abc import Iterator
+
+import pytest
+
+os.environ.setdefault("SGLANG_PLATFORM", "sglang_tpla_cpu")
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+
+
+@pytest.fixture(scope="session")
+def engine(nano_mla: str) -> Iterator[None]:
+    """SGLang's process-wide state: published arguments, gloo, one tensor-parallel rank, hooked layers."""
+    with warnings.catch_warnings():  # SGLang's own imports warn of what a CPU lacks
+        warnings.simplefilter("ignore")
+        import sglang.srt.models.deepseek_v2  # noqa: F401
+        import torch
+    from sglang.srt.distributed.parallel_state import (
+        destroy_distributed_environment,
+        destroy_model_parallel,
+        init_distributed_environment,
+        initialize_model_parallel,
+    )
+    from sglang.srt.layers.dp_attention import initialize_dp_attention
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+    from sglang.srt.runtime_context import publish
+    from sglang.srt.server_args import ServerArgs
+
+    from sglang_tpla.host import hooks, ledger
+
+    torch.set_num_threads(1)
+    args = ServerArgs(model_path=nano_mla, device="cpu", dtype="float32", max_total_tokens=4096)
+    publish(args, role="test")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    init_distributed_environment(
+        backend="gloo", world_size=1, rank=0, local_rank=0, distributed_init_method=f"tcp://127.0.0.1:{port}"
+    )
+    initialize_model_parallel()
+    initialize_dp_attention(args, args.get_model_config())
+    for hook in ledger.load():
+        if hook.implementation.startswith(("sglang_tpla.host.layer:", "sglang_tpla.host.cpu_rope:")):
+            HookRegistry.register(hook.target, hooks.implementation(hook), HookType(hook.kind))
+    HookRegistry.apply_hooks()
+    yield
+    destroy_model_parallel()
+    destroy_distributed_environment()
