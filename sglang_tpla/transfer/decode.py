@@ -126,7 +126,7 @@ class DecodeAgent(DecodeFetching):
             )
 
     def abort(self, room: int, reason: str) -> None:
-        """Fail a room and tell its prefill ranks; when it returns, nothing is written for the room any more."""
+        """Fail a room and tell its prefill ranks; after the return nothing is written for it any more."""
         with self._lock:
             entry = self._rooms.get(room)
         if entry is None:

@@ -56,7 +56,7 @@ class IoLoop:
         self.thread.start()
 
     def post(self, function: Callable[..., None], *args: Any) -> None:
-        """Run ``function(*args)`` in the thread, in order of posting. From any thread; ignored after the end."""
+        """Run ``function(*args)`` in the thread, in order. From any thread; ignored after the end."""
         self._posted.append((function, args))
         with self._guard:
             if not self._closed:
@@ -108,7 +108,7 @@ class IoLoop:
             for ready, _ in self._poller.poll(max(1, int((next_tick - now) * 1000))):
                 if ready == self._wake:
                     os.eventfd_read(self._wake)
-                elif (handler := self._handlers.get(ready)) is not None:  # type: ignore[call-overload]
+                elif (handler := self._handlers.get(ready)) is not None:
                     self._guarded("receive", handler, ready)
 
     def _run_posted(self) -> None:

@@ -20,8 +20,9 @@ from sglang_tpla.transfer.types import AgentStats, RoomState, TransferError, Tra
 class PrefillAgent(PrefillServing):
     """Serves one prefill rank's latent cache to decode ranks.
 
-    ``PrefillAgent(pool, metadata, *, model_hash, settings, bind_host, rank, size, logger=None)``; listens on
-    ``address`` (a port that the system chose) from construction to `close`.
+    ``PrefillAgent(pool, metadata, *, model_hash, settings, bind_host, rank, size, bind_port=0,
+    logger=None)``; listens on ``address`` (a port that the system chose, where ``bind_port`` is 0) from
+    construction to `close`.
     """
 
     def open_room(self, room: int) -> None:

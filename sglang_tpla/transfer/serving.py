@@ -6,6 +6,7 @@ import hashlib
 import logging
 import time
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -54,6 +55,7 @@ class PrefillServing(Agent):
         bind_host: str,
         rank: int,
         size: int,
+        bind_port: int = 0,
         logger: logging.Logger | None = None,
     ) -> None:
         super().__init__(settings, rank, size, logger)
@@ -83,11 +85,11 @@ class PrefillServing(Agent):
         self._router.setsockopt(zmq.ROUTER_HANDOVER, 1)
         self._router.setsockopt(zmq.IPV6, int(":" in bind_host))
         try:
-            self._router.bind(endpoint(bind_host, "*"))
+            self._router.bind(endpoint(bind_host, bind_port or "*"))
         except zmq.ZMQError as error:
             self._io.context.destroy(linger=0)
             raise TransferError(
-                f"cannot listen on {bind_host}: {error}; set the host of this server"
+                f"cannot listen on {bind_host}:{bind_port or '*'}: {error}; set the host of this server"
             ) from error
         port = int(self._router.getsockopt_string(zmq.LAST_ENDPOINT).rsplit(":", 1)[1])
         self.address: tuple[str, int] = (bind_host, port)
@@ -533,7 +535,7 @@ class PrefillServing(Agent):
         self._send_parts(identity, parts)
 
     def _send_parts(
-        self, identity: bytes, parts: list[bytes | memoryview], track: bool = False
+        self, identity: bytes, parts: Sequence[bytes | memoryview], track: bool = False
     ) -> zmq.MessageTracker | None:
         try:
             return self._router.send_multipart(parts, zmq.NOBLOCK, copy=not track, track=track)
@@ -553,7 +555,7 @@ class PrefillServing(Agent):
     def _send_chunk(self, stream: Stream, header: bytes, slot: Slot, size: int) -> None:
         tracker = None
         if not stream.room.state.ended:
-            payload = memoryview(slot.buffer)[:size]
+            payload = slot.view[:size]
             tracker = self._send_parts(
                 stream.peer.identity, [stream.peer.identity, header, payload], track=True
             )
@@ -647,7 +649,7 @@ class PrefillServing(Agent):
             payload,
             segment.ready,
         )
-        digest = frames.checksum(memoryview(payload))
+        digest = frames.checksum(job.slot.view[: rectangle.payload_bytes])
         with self._work:
             self._counts["projections_computed"] += projection.matrices is not None
             for stream in job.streams:

@@ -16,10 +16,11 @@ import zmq
 class Slot:
     """One chunk's worth of staging."""
 
-    __slots__ = ("buffer", "holders", "pending", "trackers")
+    __slots__ = ("buffer", "holders", "pending", "trackers", "view")
 
     def __init__(self, buffer: np.ndarray) -> None:
         self.buffer = buffer
+        self.view: memoryview = buffer.data  # what the socket reads
         self.pending = 0  # frames not yet handed to the socket
         self.trackers: list[zmq.MessageTracker] = []
         self.holders: list[Callable[[], None]] = []  # told when the slot is free again

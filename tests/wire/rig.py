@@ -1,0 +1,184 @@
+"""Small prefill and decode ranks with real sockets on loopback, and one transfer between them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from sglang_tpla.config import Settings
+from sglang_tpla.transfer.decode import DecodeAgent
+from sglang_tpla.transfer.prefill import PrefillAgent
+from sglang_tpla.transfer.projection import Projection
+from sglang_tpla.transfer.types import CachePool, MetadataRows, RoomState
+
+LAYERS, LATENT, ROPE, PAGE, PAGES = 3, 64, 16, 4, 96
+ITEM_BYTES = (64, 512)
+SETTINGS = Settings(
+    role="prefill",
+    chunk_bytes=8 << 10,
+    staging_bytes=128 << 10,
+    heartbeat_s=0.1,
+    peer_timeout_s=1.0,
+    transfer_timeout_s=30.0,
+)
+
+
+def settings(**changes: float) -> Settings:
+    """The rig's settings with some changed."""
+    return replace(SETTINGS, **changes)
+
+
+def wait(condition: Callable[[], bool], what: str, timeout_s: float = 30.0) -> None:
+    """Return when the condition holds; fail with ``what`` if it does not come true."""
+    end = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < end, f"waited {timeout_s} s for {what}"
+        time.sleep(0.001)
+
+
+@dataclass
+class PrefillRank:
+    """A prefill agent and what it serves."""
+
+    agent: PrefillAgent
+    pool: CachePool
+    metadata: MetadataRows
+
+    @property
+    def peer(self) -> tuple[str, int, bool]:
+        """As a sending peer of ``open_room``."""
+        return (*self.agent.address, False)
+
+
+@dataclass
+class DecodeRank:
+    """A decode agent and what it fills."""
+
+    agent: DecodeAgent
+    pool: CachePool
+    metadata: MetadataRows
+    projection: Projection | None
+
+
+def prefill_rank(
+    dtype: torch.dtype = torch.bfloat16,
+    seed: int = 0,
+    rank: int = 0,
+    size: int = 1,
+    port: int = 0,
+    **changes: float,
+) -> PrefillRank:
+    """A prefill rank with random rows; equal seeds give equal rows."""
+    generator = torch.Generator().manual_seed(seed)
+    layers = [torch.randn(PAGES * PAGE, LATENT + ROPE, generator=generator).to(dtype) for _ in range(LAYERS)]
+    pool = CachePool(layers, LATENT, ROPE, PAGE)
+    rows = np.random.default_rng(seed)
+    metadata = MetadataRows([rows.integers(0, 256, (8, size_), dtype=np.uint8) for size_ in ITEM_BYTES])
+    agent = PrefillAgent(
+        pool,
+        metadata,
+        model_hash="model",
+        settings=settings(**changes),
+        bind_host="127.0.0.1",
+        rank=rank,
+        size=size,
+        bind_port=port,
+    )
+    return PrefillRank(agent, pool, metadata)
+
+
+def projection(group: int, width: int = 40, shared: int = 16) -> Projection:
+    """A random projection; groups share the leading columns."""
+    common = torch.Generator().manual_seed(1000)
+    own = torch.Generator().manual_seed(2000 + group)
+    matrices = [
+        torch.cat(
+            (
+                torch.randn(LATENT, shared, generator=common),
+                torch.randn(LATENT, width - shared, generator=own),
+            ),
+            dim=1,
+        )
+        for _ in range(LAYERS)
+    ]
+    return Projection(matrices, [shared] * LAYERS)
+
+
+def decode_rank(
+    z: Projection | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    rank: int = 0,
+    size: int = 1,
+    model_hash: str = "model",
+    page_size: int = PAGE,
+    **changes: float,
+) -> DecodeRank:
+    """A decode rank with zeroed rows."""
+    widths = z.widths if z is not None else (LATENT,) * LAYERS
+    pool = CachePool(
+        [torch.zeros(PAGES * PAGE, width + ROPE, dtype=dtype) for width in widths], LATENT, ROPE, page_size
+    )
+    metadata = MetadataRows([np.zeros((8, size_), dtype=np.uint8) for size_ in ITEM_BYTES])
+    agent = DecodeAgent(
+        pool,
+        metadata,
+        z,
+        model_hash=model_hash,
+        settings=settings(**changes),
+        rank=rank,
+        size=size,
+        groups=1 if z is None else 2,
+    )
+    return DecodeRank(agent, pool, metadata, z)
+
+
+def pages(seed: int, count: int) -> np.ndarray:
+    """Distinct pages in random order."""
+    return np.random.default_rng(seed).permutation(PAGES)[:count].astype(np.int32)
+
+
+def ask(
+    decode: DecodeRank,
+    prefills: Sequence[tuple[str, int, bool]],
+    room: int,
+    destination: np.ndarray,
+    expected: int = 1,
+    prefix: int = 0,
+    metadata_row: int = 3,
+) -> None:
+    """Open a room on a decode rank and ask for it once its prefill ranks have registered it."""
+    decode.agent.open_room(room, prefills)
+    wait(lambda: decode.agent.poll(room) != RoomState.BOOTSTRAPPING, f"registration for room {room}")
+    assert decode.agent.poll(room) == RoomState.WAITING, decode.agent.failure(room)
+    decode.agent.request(
+        room, destination, metadata_row=metadata_row, expected_ranks=expected, prefix_tokens=prefix
+    )
+
+
+def ended(agent: PrefillAgent | DecodeAgent, room: int) -> RoomState:
+    """Wait for the end of a room and return its last state."""
+    wait(lambda: agent.poll(room).ended, f"the end of room {room}")
+    return agent.poll(room)
+
+
+def check_rows(
+    prefill: PrefillRank, decode: DecodeRank, source: np.ndarray, destination: np.ndarray, tokens: int
+) -> None:
+    """Compare what arrived with the formula: raw rows to the bit, projected ones against float64."""
+    from_slots, to_slots = prefill.pool.slots(source, tokens), decode.pool.slots(destination, tokens)
+    for layer in range(LAYERS):
+        rows = prefill.pool.layers[layer][torch.from_numpy(from_slots)]
+        got = decode.pool.layers[layer][torch.from_numpy(to_slots)]
+        if decode.projection is None:
+            assert torch.equal(rows.view(torch.uint8), got.view(torch.uint8)), f"layer {layer} differs"
+            continue
+        z = decode.projection.matrices[layer].double()
+        want = rows[:, :LATENT].double() @ z
+        width = z.shape[1]
+        scale = {torch.bfloat16: 2**-8, torch.float32: 2**-20}[rows.dtype]
+        torch.testing.assert_close(got[:, :width].double(), want, rtol=scale, atol=scale)
+        assert torch.equal(rows[:, LATENT:], got[:, width:]), f"rope of layer {layer} differs"
