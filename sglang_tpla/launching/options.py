@@ -218,7 +218,7 @@ def parser() -> argparse.ArgumentParser:
         epilog=(
             "Every other flag goes to sglang.launch_server or sglang_router.launch_router unchanged; their\n"
             "own --help lists them. With --role all, --prefill.FLAG, --decode.FLAG and --router.FLAG reach\n"
-            "one of the three, --host and --port are the router's, and everything else reaches both servers.\n"
+            "one of the three, --host and --port are the router's, and everything else is both servers'.\n"
             "Order of precedence: command line, --config, environment (SGLANG_TPLA_*), default."
         ),
     )

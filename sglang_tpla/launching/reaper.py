@@ -1,0 +1,154 @@
+"""Sees to it that nothing outlives a supervised deployment, whatever ends it.
+
+    python -m sglang_tpla.launching.reaper
+
+The supervisor holds the other end of this process's standard input and writes one line a child: ``session
+PID`` for a process that leads a session of its own, ``folder PATH`` for the folder that holds its temporary
+files. When that pipe closes, by an orderly end or because the supervisor was killed, every process of those
+sessions is ended, and the folders and the shared memory that those processes had mapped are removed. SGLang
+leaves a segment behind at each start, under a name that only its processes know, hence the look at their
+mappings.
+
+Signals meant for the supervisor do not reach this process: it leads its own session and ignores them.
+Standard library only; Linux.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import select
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+TERM_GRACE_S = 5.0
+LOOK_EVERY_S = 1.0
+POLL_S = 0.05
+SHARED_MEMORY = Path("/dev/shm")
+GONE = (FileNotFoundError, ProcessLookupError, PermissionError)
+
+
+def numbered_processes() -> Iterator[tuple[int, Path]]:
+    """Every process of this machine with its folder."""
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            yield int(entry.name), entry
+
+
+def session_of(process: Path) -> int | None:
+    """The session of a process that lives; zombies only wait for their parent."""
+    with contextlib.suppress(*GONE):
+        # pid (name) state ppid pgrp session ...; the name may hold spaces and brackets.
+        state, _, _, session = (process / "stat").read_text().rpartition(")")[2].split()[:4]
+        if state not in "ZX":
+            return int(session)
+    return None
+
+
+def mentions(process: Path, folders: Iterable[str]) -> bool:
+    """Whether a process was started with one of the folders for its temporary files."""
+    with contextlib.suppress(*GONE):
+        variables = (process / "environ").read_bytes().split(b"\0")
+        return any(b"TMPDIR=" + os.fsencode(folder) in variables for folder in folders)
+    return False
+
+
+def mapped_segments(process: Path) -> set[Path]:
+    """Files in shared memory that a process has mapped."""
+    with contextlib.suppress(*GONE):
+        found = re.findall(rb" (/dev/shm/[^\n]+)\n", (process / "maps").read_bytes())
+        return {Path(os.fsdecode(path.removesuffix(b" (deleted)"))) for path in found}
+    return set()
+
+
+class Reaper:
+    """What belongs to the deployment, and its end."""
+
+    def __init__(self) -> None:
+        self.sessions: set[int] = set()
+        self.folders: list[str] = []
+        self.segments: set[Path] = set()
+        self.foreign = set(SHARED_MEMORY.iterdir())
+
+    def note(self, line: str) -> None:
+        """Take one line of the supervisor.
+
+        Raises:
+            ValueError: it is neither ``session PID`` nor ``folder PATH``.
+        """
+        kind, _, value = line.partition(" ")
+        if kind == "session":
+            self.sessions.add(int(value))
+        elif kind == "folder":
+            self.folders.append(value)
+        else:
+            raise ValueError(f"expected 'session PID' or 'folder PATH'; got {line!r}")
+
+    def living(self) -> list[int]:
+        """Processes of the deployment, this one excepted."""
+        return [
+            pid
+            for pid, process in numbered_processes()
+            if pid != os.getpid()
+            and (session := session_of(process)) is not None
+            and (session in self.sessions or mentions(process, self.folders))
+        ]
+
+    def look(self) -> None:
+        """Remember the shared memory that the processes hold."""
+        for pid, process in numbered_processes():
+            if pid != os.getpid() and session_of(process) in self.sessions:
+                self.segments |= mapped_segments(process) - self.foreign
+
+    def wait_for_end(self, descriptor: int) -> None:
+        """Read the supervisor's lines until it closes them."""
+        pending = b""
+        while True:
+            if not select.select([descriptor], [], [], LOOK_EVERY_S)[0]:
+                self.look()
+                continue
+            received = os.read(descriptor, 65536)
+            if not received:
+                return
+            *lines, pending = (pending + received).split(b"\n")
+            for line in lines:
+                self.note(os.fsdecode(line))
+
+    def end(self, grace_s: float = TERM_GRACE_S) -> None:
+        """Ask the session leaders to end, then end whoever lives, then remove what they left."""
+        self.look()
+        for pid in self.sessions & set(self.living()):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
+        deadline = time.monotonic() + grace_s
+        while living := self.living():
+            if time.monotonic() > deadline:
+                for pid in living:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
+            time.sleep(POLL_S)
+        for segment in self.segments:
+            segment.unlink(missing_ok=True)
+        for folder in self.folders:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def main() -> int:
+    """Wait for the supervisor's end, then clean up."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    reaper = Reaper()
+    try:
+        reaper.wait_for_end(sys.stdin.fileno())
+    finally:
+        reaper.end()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

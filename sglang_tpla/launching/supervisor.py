@@ -1,0 +1,289 @@
+"""Prefill, decode and router as one thing: started in order, watched, and ended together.
+
+Each child leads a session of its own and logs to a file. Its temporary files, SGLang's socket files among
+them, lie in one folder. A reaper process (`sglang_tpla.launching.reaper`) ends the sessions and removes the
+folder once this process lets go of it or dies.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+import httpx
+from rich.console import Console
+
+from sglang_tpla.launching.roles import Process
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+POLL_S = 0.2
+LAST_LINES = 20
+# A socket's path may have 107 bytes; SGLang's own names take some 20 of them.
+LONGEST_FOLDER = 80
+
+
+class ChildDied(Exception):
+    """A server ended while the others needed it; the message carries its last log lines."""
+
+
+class StartTimeout(Exception):
+    """A server was not healthy in time; the message carries its last log lines."""
+
+
+class StopRequested(BaseException):
+    """A signal asked this process to end. Not an `Exception`: nothing on the way may take it for an error."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"signal {number}")
+        self.number = number
+
+
+@contextlib.contextmanager
+def signals_held() -> Iterator[None]:
+    """Put off the stop signals, so that a child is never started without being written down."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextlib.contextmanager
+def stop_signals_raise() -> Iterator[None]:
+    """Within, SIGINT, SIGTERM and SIGHUP raise `StopRequested` in the main thread."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise StopRequested(number)
+
+    before = {number: signal.signal(number, stop) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _prepare_child() -> None:
+    """In the child, before exec: take signals again."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+
+
+class Supervisor:
+    """Starts processes and ends them all; use it in a ``with`` statement.
+
+    Args:
+        log_dir: where ``ROLE.log`` files stay; None keeps them only when a server fails.
+        environ: environment of the children, before their own changes.
+    """
+
+    def __init__(self, log_dir: str | None = None, environ: Mapping[str, str] | None = None) -> None:
+        self.keep_logs = log_dir is not None
+        self.log_dir = Path(log_dir) if log_dir else None
+        self.environ = dict(os.environ if environ is None else environ)
+        self.children: dict[str, subprocess.Popen[bytes]] = {}
+        self._reaper: subprocess.Popen[str] | None = None
+        self.folder = Path()
+
+    def __enter__(self) -> Supervisor:
+        try:
+            self._prepare()
+        except BaseException:
+            # A signal that came meanwhile is raised here, where no __exit__ follows.
+            with signals_held():
+                self.stop()
+            raise
+        return self
+
+    def _prepare(self) -> None:
+        """Start the reaper and make the folder."""
+        with signals_held():
+            self._reaper = subprocess.Popen(
+                [sys.executable, "-m", "sglang_tpla.launching.reaper"],
+                stdin=subprocess.PIPE,
+                text=True,
+                start_new_session=True,
+            )
+            short = tempfile.gettempdir()
+            parent = short if len(short) < LONGEST_FOLDER else "/tmp"
+            self.folder = Path(tempfile.mkdtemp(prefix="tpla-", dir=parent))
+            self._tell(f"folder {self.folder}")
+            self.log_dir = self.log_dir or self.folder / "log"
+            self.log_dir.mkdir(parents=True, exist_ok=True)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        # From here on a second Ctrl-C must not leave anything behind: the reaper finishes in any case.
+        with signals_held():
+            self.stop()
+
+    def _tell(self, line: str) -> None:
+        assert self._reaper is not None, "use the supervisor in a with statement"
+        assert self._reaper.stdin is not None
+        self._reaper.stdin.write(line + "\n")
+        self._reaper.stdin.flush()
+
+    def log_of(self, name: str) -> Path:
+        """A child's log file."""
+        assert self.log_dir is not None
+        return self.log_dir / f"{name}.log"
+
+    def start(self, process: Process, name: str | None = None) -> None:
+        """Start one process; its name is its role unless given."""
+        name = name or process.role
+        environment = process.full_environment(self.environ)
+        environment["TMPDIR"] = str(self.folder)
+        # Lines must be in the log when a child dies.
+        environment.setdefault("PYTHONUNBUFFERED", "1")
+        with signals_held(), self.log_of(name).open("ab") as log:
+            child = subprocess.Popen(
+                process.command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                start_new_session=True,
+                preexec_fn=_prepare_child,
+            )
+            self.children[name] = child
+            self._tell(f"session {child.pid}")
+
+    def last_lines(self, name: str) -> str:
+        """The end of a child's log."""
+        if not self.log_of(name).exists():
+            return "(it keeps no log)"
+        return "\n".join(self.log_of(name).read_text(errors="replace").splitlines()[-LAST_LINES:])
+
+    def check(self) -> None:
+        """Raise if a child has ended.
+
+        Raises:
+            ChildDied: which, how, and its last lines.
+        """
+        assert self._reaper is not None, "use the supervisor in a with statement"
+        watched: dict[str, subprocess.Popen[Any]] = {**self.children, "reaper": self._reaper}
+        for name, child in watched.items():
+            code = child.poll()
+            if code is not None:
+                how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with {code}"
+                raise ChildDied(f"the {name} process {how}; its last lines:\n{self.last_lines(name)}")
+
+    def wait_healthy(
+        self, urls: Mapping[str, str], timeout_s: float, on_wait: Callable[[str, float], None]
+    ) -> None:
+        """Wait until each URL answers 200, watching all children.
+
+        Args:
+            urls: name to health URL.
+            timeout_s: for all of them together.
+            on_wait: called now and then with what is waited for and the seconds so far.
+
+        Raises:
+            ChildDied: one ended.
+            StartTimeout: time is up.
+        """
+        start_s = time.monotonic()
+        waiting = dict(urls)
+        with httpx.Client(timeout=2.0, trust_env=False) as client:
+            while waiting:
+                self.check()
+                for name, url in list(waiting.items()):
+                    with contextlib.suppress(httpx.TransportError):
+                        if client.get(url).status_code == 200:
+                            del waiting[name]
+                waited_s = time.monotonic() - start_s
+                on_wait(", ".join(waiting), waited_s)
+                if waiting and waited_s > timeout_s:
+                    name = next(iter(waiting))
+                    raise StartTimeout(
+                        f"{', '.join(waiting)} not healthy after {timeout_s:.0f} s (--startup-timeout-s); "
+                        f"the last lines of {name}:\n{self.last_lines(name)}"
+                    )
+                if waiting:
+                    time.sleep(POLL_S)
+
+    def watch(self) -> None:
+        """Return never; raise when a child ends.
+
+        Raises:
+            ChildDied: which, how, and its last lines.
+        """
+        while True:
+            self.check()
+            time.sleep(POLL_S)
+
+    def save_logs(self) -> Path:
+        """Keep the logs beyond this supervisor; returns their folder."""
+        assert self.log_dir is not None
+        if self.keep_logs:
+            return self.log_dir
+        kept = Path(tempfile.mkdtemp(prefix="sglang_tpla-log-"))
+        shutil.copytree(self.log_dir, kept, dirs_exist_ok=True)
+        return kept
+
+    def stop(self) -> None:
+        """End every child: nothing of theirs is left when this returns."""
+        if self._reaper is None:
+            return
+        assert self._reaper.stdin is not None
+        self._reaper.stdin.close()
+        for child in self.children.values():
+            child.wait()
+        self._reaper.wait()
+        self._reaper = None
+        self.children.clear()
+
+
+def supervise(processes: Sequence[Process], log_dir: str | None, startup_timeout_s: float) -> int:
+    """Run a prefill server, a decode server and a router until a signal or a failure; returns the exit
+    code."""
+    console = Console(stderr=True, highlight=False)
+    try:
+        with stop_signals_raise(), Supervisor(log_dir) as supervisor:
+            try:
+                start_all(supervisor, processes, startup_timeout_s, console)
+                console.print(f"ready at {processes[-1].url}; logs in {supervisor.log_dir}; Ctrl-C ends it")
+                supervisor.watch()
+            except (ChildDied, StartTimeout) as error:
+                console.print(f"error: {error}", markup=False, style="red")
+                console.print(f"all logs are in {supervisor.save_logs()}")
+                return 1
+    except StopRequested as stop:
+        console.print("stopped; nothing is left running")
+        return 128 + stop.number
+    return 0
+
+
+def start_all(
+    supervisor: Supervisor, processes: Sequence[Process], startup_timeout_s: float, console: Console
+) -> None:
+    """Start the servers together, the router once they are healthy.
+
+    Raises:
+        ChildDied: one ended.
+        StartTimeout: one was not healthy in time.
+    """
+    servers = [process for process in processes if process.role != "router"]
+    routers = [process for process in processes if process.role == "router"]
+    with console.status("starting", spinner="line") as status:
+
+        def show(names: str, waited_s: float) -> None:
+            status.update(f"waiting for {names} ({waited_s:.0f} s)" if names else "ready")
+
+        for group in (servers, routers):
+            start_s = time.monotonic()
+            for process in group:
+                supervisor.start(process)
+            supervisor.wait_healthy({p.role: p.url + "/health" for p in group}, startup_timeout_s, show)
+            names = " and ".join(process.role for process in group)
+            console.print(f"{names} up after {time.monotonic() - start_s:.0f} s")
