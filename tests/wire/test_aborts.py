@@ -1,0 +1,213 @@
+"""Aborts, reused rooms and late requests: no write after an abort, and the next request is right."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from sglang_tpla.transfer.types import RoomState, TransferError
+from tests.wire import rig
+
+
+@pytest.fixture()
+def pair():
+    """A prefill and a decode rank."""
+    prefill, decode = rig.prefill_rank(), rig.decode_rank()
+    with contextlib.closing(prefill.agent), contextlib.closing(decode.agent):
+        yield prefill, decode
+
+
+def complete(prefill: rig.PrefillRank, decode: rig.DecodeRank, room: int) -> None:
+    """A whole transfer that must be right."""
+    source, destination = rig.pages(room, 5), rig.pages(room + 1, 5)
+    prefill.agent.open_room(room)
+    rig.ask(decode, [prefill.peer], room, destination)
+    prefill.agent.send(room, source, last=True, metadata_row=0)
+    assert rig.ended(decode.agent, room) == RoomState.SUCCESS, decode.agent.failure(room)
+    assert rig.ended(prefill.agent, room) == RoomState.SUCCESS, prefill.agent.failure(room)
+    rig.check_rows(prefill, decode, source, destination, 5 * rig.PAGE)
+    prefill.agent.close_room(room)
+    decode.agent.close_room(room)
+
+
+def test_no_write_after_an_abort(pair) -> None:
+    """500 aborts at random moments; pages are reused at once and must keep what the next owner wrote."""
+    prefill, decode = pair
+    moments = random.Random(5)
+    aborted = 0
+    for room in range(500):
+        destination = rig.pages(room, 24)
+        prefill.agent.open_room(room)
+        rig.ask(decode, [prefill.peer], room, destination)
+        prefill.agent.send(room, rig.pages(room + 1, 24), last=True, metadata_row=0)
+        for _ in range(moments.randrange(60)):
+            decode.agent.poll(room)
+        decode.agent.abort(room, "the user went away")
+        slots = torch.from_numpy(decode.pool.slots(destination))
+        marks = [torch.full((slots.numel(), layer.shape[1]), float(room % 100)) for layer in decode.pool.layers]
+        for layer, mark in zip(decode.pool.layers, marks, strict=True):
+            layer[slots] = mark.to(layer.dtype)
+        rig.ended(prefill.agent, room)  # its chunks are on their way or dropped
+        if decode.agent.poll(room) == RoomState.FAILED:
+            aborted += 1
+        for layer, mark in zip(decode.pool.layers, marks, strict=True):
+            assert torch.equal(layer[slots], mark.to(layer.dtype)), f"room {room} was written after its abort"
+        prefill.agent.close_room(room)
+        decode.agent.close_room(room)
+    assert aborted > 50
+    complete(prefill, decode, 1000)
+    rig.wait(lambda: prefill.agent.stats().staging_used_bytes == 0, "staging to be free")
+    assert decode.agent.stats().staging_used_bytes == 0
+    assert prefill.agent.stats().rooms == decode.agent.stats().rooms == 0
+
+
+def test_abort_by_prefill_reaches_decode(pair) -> None:
+    prefill, decode = pair
+    prefill.agent.open_room(1)
+    rig.ask(decode, [prefill.peer], 1, rig.pages(1, 4))
+    rig.wait(lambda: prefill.agent.poll(1) == RoomState.WAITING, "the request")
+    prefill.agent.abort(1, "prefill was cancelled")
+    assert rig.ended(decode.agent, 1) == RoomState.FAILED
+    assert "prefill was cancelled" in decode.agent.failure(1)
+    assert "prefill was cancelled" in prefill.agent.failure(1)
+
+
+def test_abort_of_one_rank_fails_the_room_on_all() -> None:
+    prefill = rig.prefill_rank()
+    ranks = [rig.decode_rank(rank=rank, size=4) for rank in range(4)]
+    with contextlib.ExitStack() as stack:
+        for item in (prefill, *ranks):
+            stack.enter_context(contextlib.closing(item.agent))
+        prefill.agent.open_room(1)
+        for rank in ranks:
+            rig.ask(rank, [prefill.peer], 1, rig.pages(1, 4), expected=4)
+        prefill.agent.send(1, rig.pages(2, 2), last=False)
+        ranks[2].agent.abort(1, "rank 2 gave up")
+        for item in (prefill, *ranks):
+            assert rig.ended(item.agent, 1) == RoomState.FAILED
+            assert "rank 2 gave up" in item.agent.failure(1)
+            item.agent.close_room(1)
+        prefill.agent.open_room(1)
+        for rank in ranks:
+            rig.ask(rank, [prefill.peer], 1, rig.pages(1, 4), expected=4)
+        prefill.agent.send(1, rig.pages(2, 4), last=True, metadata_row=0)
+        for item in (prefill, *ranks):
+            assert rig.ended(item.agent, 1) == RoomState.SUCCESS, item.agent.failure(1)
+
+
+def test_abort_before_the_prefill_request_fails_it_when_it_comes(pair) -> None:
+    prefill, decode = pair
+    rig.ask(decode, [prefill.peer], 7, rig.pages(1, 4))
+    rig.wait(lambda: prefill.agent.stats().rooms == 1, "the held request")
+    decode.agent.close_room(7)
+    rig.wait(lambda: prefill.agent.stats().rooms == 0, "the abort")
+    prefill.agent.open_room(7)
+    assert prefill.agent.poll(7) == RoomState.FAILED
+    assert "aborted by decode rank 0" in prefill.agent.failure(7)
+    prefill.agent.close_room(7)
+    complete(prefill, decode, 7)
+
+
+def test_room_reused_right_after_an_abort_by_decode(pair) -> None:
+    prefill, decode = pair
+    for _ in range(30):
+        prefill.agent.open_room(3)
+        rig.ask(decode, [prefill.peer], 3, rig.pages(1, 20))
+        prefill.agent.send(3, rig.pages(2, 20), last=True, metadata_row=0)
+        decode.agent.close_room(3)
+        rig.ask(decode, [prefill.peer], 3, rig.pages(4, 6))  # the new request overtakes the prefill scheduler
+        if rig.ended(prefill.agent, 3) == RoomState.FAILED:
+            prefill.agent.close_room(3)
+        else:
+            prefill.agent.close_room(3)
+        prefill.agent.open_room(3)
+        prefill.agent.send(3, rig.pages(5, 6), last=True, metadata_row=2)
+        assert rig.ended(decode.agent, 3) == RoomState.SUCCESS, decode.agent.failure(3)
+        assert rig.ended(prefill.agent, 3) == RoomState.SUCCESS, prefill.agent.failure(3)
+        rig.check_rows(prefill, decode, rig.pages(5, 6), rig.pages(4, 6), 6 * rig.PAGE)
+        assert decode.metadata.read(3) == prefill.metadata.read(2)
+        prefill.agent.close_room(3)
+        decode.agent.close_room(3)
+
+
+def test_request_is_held_until_the_scheduler_opens_the_room(pair) -> None:
+    prefill, decode = pair
+    rig.ask(decode, [prefill.peer], 7, rig.pages(1, 4))
+    rig.wait(lambda: prefill.agent.stats().rooms == 1, "the held request")
+    prefill.agent.open_room(7)
+    assert prefill.agent.poll(7) == RoomState.WAITING
+    prefill.agent.send(7, rig.pages(2, 4), last=True, metadata_row=0)
+    assert rig.ended(decode.agent, 7) == RoomState.SUCCESS
+
+
+def test_held_request_and_idle_room_expire() -> None:
+    prefill = rig.prefill_rank(transfer_timeout_s=0.5)
+    decode = rig.decode_rank()
+    with contextlib.closing(prefill.agent), contextlib.closing(decode.agent):
+        prefill.agent.open_room(8)
+        rig.ask(decode, [prefill.peer], 7, rig.pages(1, 4))
+        assert rig.ended(decode.agent, 7) == RoomState.FAILED
+        assert "no prefill request opened this room within 0.5 s" in decode.agent.failure(7)
+        assert rig.ended(prefill.agent, 8) == RoomState.FAILED
+        assert "0 of unknown decode ranks had asked" in prefill.agent.failure(8)
+
+
+def test_wrong_number_of_rows_fails_with_the_numbers(pair) -> None:
+    prefill, decode = pair
+    prefill.agent.open_room(7)
+    rig.ask(decode, [prefill.peer], 7, rig.pages(1, 4))
+    prefill.agent.send(7, rig.pages(2, 3), last=True, metadata_row=0)
+    assert rig.ended(decode.agent, 7) == RoomState.FAILED
+    assert "12 tokens where 16 or a part of the last page were asked for" in decode.agent.failure(7)
+
+
+def test_misuse_is_one_clear_error(pair) -> None:
+    prefill, decode = pair
+    with pytest.raises(TransferError, match="room 1 is not open on prefill rank 0; call open_room first"):
+        prefill.agent.poll(1)
+    with pytest.raises(TransferError, match="room 1 is not open on decode rank 0"):
+        decode.agent.request(1, rig.pages(1, 2), metadata_row=0, expected_ranks=1)
+    prefill.agent.open_room(1)
+    with pytest.raises(TransferError, match="is open on prefill rank 0"):
+        prefill.agent.open_room(1)
+    with pytest.raises(TransferError, match=r"pages must lie in 0\.\.\.95; got 96\.\.\.96"):
+        prefill.agent.send(1, np.array([96], dtype=np.int32), last=False)
+    with pytest.raises(TransferError, match="needs metadata_row"):
+        prefill.agent.send(1, rig.pages(1, 1), last=True)
+    with pytest.raises(TransferError, match=r"1 pages of 4 tokens hold 1 to 4 tokens; got num_tokens=9"):
+        prefill.agent.send(1, rig.pages(1, 1), last=False, num_tokens=9)
+    with pytest.raises(TransferError, match="metadata row must lie in 0...7; got 8"):
+        decode.agent.open_room(1, [prefill.peer])
+        decode.agent.request(1, rig.pages(1, 2), metadata_row=8, expected_ranks=1)
+    prefill.agent.close()
+    with pytest.raises(TransferError, match="was closed"):
+        prefill.agent.open_room(2)
+
+
+def test_closing_leaves_no_thread_socket_or_handle() -> None:
+    import os
+    import threading
+
+    def handles() -> set[str]:
+        found = set()
+        for name in os.listdir("/proc/self/fd"):
+            with contextlib.suppress(OSError):
+                found.add(os.readlink(f"/proc/self/fd/{name}"))
+        return found
+
+    def once() -> None:
+        prefill, decode = rig.prefill_rank(), rig.decode_rank()
+        complete(prefill, decode, 3)
+        decode.agent.close()
+        prefill.agent.close()
+
+    once()  # the messaging library opens some things once
+    before, threads = handles(), set(threading.enumerate())
+    for _ in range(5):
+        once()
+    assert set(threading.enumerate()) <= threads
+    assert len(handles()) <= len(before)
