@@ -1,0 +1,205 @@
+"""Dead, stopped, restarted and lying peers: rooms fail with a reason, survivors serve on."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from sglang_tpla.transfer.types import RoomState
+from tests.wire import rig
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Child:
+    """`tests.wire.child` in a process."""
+
+    def __init__(self, role: str, port: int = 0) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "tests.wire.child", role, str(port)],
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )
+        self.port = int(self.readline().split()[1])
+
+    def readline(self) -> str:
+        """One answer."""
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        assert line, "the child has ended"
+        return line.strip()
+
+    def say(self, command: str) -> str:
+        """Send a command and read its answer."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(command + "\n")
+        self.process.stdin.flush()
+        return self.readline()
+
+    def end(self) -> None:
+        """Kill it and free its pipes."""
+        self.process.kill()
+        self.process.communicate()
+
+
+@pytest.fixture()
+def prefill() -> Iterator[rig.PrefillRank]:
+    item = rig.prefill_rank()
+    with contextlib.closing(item.agent):
+        yield item
+
+
+@pytest.fixture()
+def decode() -> Iterator[rig.DecodeRank]:
+    item = rig.decode_rank()
+    with contextlib.closing(item.agent):
+        yield item
+
+
+def transfer(prefill: rig.PrefillRank, decode: rig.DecodeRank, room: int) -> None:
+    source, destination = rig.pages(room, 30), rig.pages(room + 1, 30)
+    prefill.agent.open_room(room)
+    rig.ask(decode, [prefill.peer], room, destination)
+    prefill.agent.send(room, source, last=True, metadata_row=0)
+    assert rig.ended(decode.agent, room) == RoomState.SUCCESS, decode.agent.failure(room)
+    assert rig.ended(prefill.agent, room) == RoomState.SUCCESS, prefill.agent.failure(room)
+    rig.check_rows(prefill, decode, source, destination, 30 * rig.PAGE)
+    for item in (prefill, decode):
+        item.agent.close_room(room)
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_decode_rank_dies_or_stops_in_mid_transfer(
+    how: signal.Signals, prefill: rig.PrefillRank, decode: rig.DecodeRank
+) -> None:
+    child = Child("decode", prefill.agent.address[1])
+    with contextlib.ExitStack() as stack:
+        stack.callback(child.end)
+        rooms = range(10, 14)
+        for room in rooms:
+            prefill.agent.open_room(room)
+            child.say(f"ask {room}")
+            rig.wait(lambda room=room: prefill.agent.poll(room) == RoomState.WAITING, "the request")
+        os.kill(child.process.pid, how)
+        for room in rooms:
+            prefill.agent.send(room, rig.pages(2, 30), last=False)
+        for room in range(20, 30):
+            transfer(prefill, decode, room)  # others are served meanwhile
+            assert prefill.agent.stats().staging_used_bytes <= rig.SETTINGS.staging_bytes
+        for room in rooms:
+            assert rig.ended(prefill.agent, room) == RoomState.FAILED
+            assert "decode rank 1 of 2" in prefill.agent.failure(room)
+            assert "was lost" in prefill.agent.failure(room)
+            prefill.agent.close_room(room)
+        rig.wait(lambda: prefill.agent.stats().staging_used_bytes == 0, "staging to be free")
+        assert prefill.agent.stats().peers == 1
+        if how is signal.SIGSTOP:
+            os.kill(child.process.pid, signal.SIGCONT)
+            prefill.agent.open_room(99)
+            rig.wait(lambda: child.say("state 13") == "FAILED", "the stopped rank to learn of it")
+            child.say("ask 99")
+            prefill.agent.send(99, rig.pages(2, 60), last=True, metadata_row=0)
+            assert rig.ended(prefill.agent, 99) == RoomState.SUCCESS, prefill.agent.failure(99)
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_prefill_rank_dies_and_comes_back_on_the_same_address(
+    how: signal.Signals, decode: rig.DecodeRank
+) -> None:
+    lost: list[tuple[str, int]] = []
+    decode.agent.on_peer_lost = lambda host, port: lost.append((host, port))
+    child = Child("prefill")
+    with contextlib.ExitStack() as stack:
+        stack.callback(child.end)
+        peer = ("127.0.0.1", child.port, False)
+        child.say("open 5")
+        rig.ask(decode, [peer], 5, rig.pages(1, 60))
+        child.say("send 5 part")
+        rig.wait(lambda: decode.agent.metric(5).chunks > 0, "the first chunk")
+        os.kill(child.process.pid, how)
+        assert rig.ended(decode.agent, 5) == RoomState.FAILED
+        assert f"prefill rank at 127.0.0.1:{child.port}" in decode.agent.failure(5)
+        rig.wait(lambda: lost == [("127.0.0.1", child.port)], "the callback")
+        decode.agent.close_room(5)
+        child.end()
+        child = Child("prefill", child.port)
+        stack.callback(child.end)
+        child.say("open 6")
+        rig.ask(decode, [peer], 6, rig.pages(1, 60))
+        child.say("send 6 last")
+        assert rig.ended(decode.agent, 6) == RoomState.SUCCESS, decode.agent.failure(6)
+        assert decode.agent.stats().staging_used_bytes == 0
+
+
+def test_nobody_listens(decode: rig.DecodeRank) -> None:
+    decode.agent.open_room(1, [("127.0.0.1", 9, False)])
+    assert rig.ended(decode.agent, 1) == RoomState.FAILED
+    assert "the prefill rank at 127.0.0.1:9 did not answer for 1 s" in decode.agent.failure(1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"model_hash": "other"}, "model: prefill has model, decode has other"),
+        ({"dtype": torch.float32}, "cache dtype: prefill has bfloat16, decode has float32"),
+        ({"page_size": 8}, "page size: prefill has 4, decode has 8"),
+        ({"chunk_bytes": 4096.0, "staging_bytes": 4096.0}, ""),
+    ],
+)
+def test_refusals_say_what_is_wrong(changes: dict, said: str, prefill: rig.PrefillRank) -> None:
+    if "chunk_bytes" in changes:
+        changes = {key: int(value) for key, value in changes.items()}
+    decode = rig.decode_rank(**changes)
+    with contextlib.closing(decode.agent):
+        if not said:  # small chunks are no reason to refuse
+            transfer(prefill, decode, 1)
+            return
+        decode.agent.open_room(1, [prefill.peer])
+        assert rig.ended(decode.agent, 1) == RoomState.FAILED
+        assert said in decode.agent.failure(1)
+        assert f"127.0.0.1:{prefill.agent.address[1]} refused decode rank 0" in decode.agent.failure(1)
+        decode.agent.close_room(1)
+        decode.agent.open_room(2, [prefill.peer])
+        assert decode.agent.poll(2) == RoomState.FAILED
+        assert prefill.agent.stats().refused == 1
+
+
+def test_an_ended_thread_is_not_silent(prefill: rig.PrefillRank, decode: rig.DecodeRank) -> None:
+    prefill.agent.open_room(1)
+    prefill.agent._died(RuntimeError("the loop broke"))
+    assert prefill.agent.poll(1) == RoomState.FAILED
+    assert "the loop broke" in prefill.agent.failure(1)
+    with pytest.raises(Exception, match="the loop broke"):
+        prefill.agent.open_room(2)
+
+
+def test_an_error_while_gathering_fails_the_room_alone(
+    prefill: rig.PrefillRank, decode: rig.DecodeRank, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(prefill.agent._reader, "read", lambda *args: 1 / 0)
+        prefill.agent.open_room(1)
+        rig.ask(decode, [prefill.peer], 1, rig.pages(1, 3))
+        prefill.agent.send(1, rig.pages(2, 3), last=True, metadata_row=0)
+        assert rig.ended(decode.agent, 1) == RoomState.FAILED
+        assert "division by zero" in decode.agent.failure(1)
+    with monkeypatch.context() as patch:
+        patch.setattr(decode.agent._writer, "write", lambda *args: 1 / 0)
+        prefill.agent.open_room(2)
+        rig.ask(decode, [prefill.peer], 2, rig.pages(1, 3))
+        prefill.agent.send(2, rig.pages(2, 3), last=True, metadata_row=0)
+        assert rig.ended(prefill.agent, 2) == RoomState.FAILED
+        assert "division by zero" in prefill.agent.failure(2)
+    assert prefill.agent.stats().internal_errors == decode.agent.stats().internal_errors == 1
+    transfer(prefill, decode, 3)
