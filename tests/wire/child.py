@@ -1,7 +1,7 @@
 """A rank in a process of its own, to be stopped and killed: ``python -m tests.wire.child ROLE PORT``.
 
-It says ``ready PORT`` and then obeys one command a line: ``ask ROOM``, ``open ROOM``, ``send ROOM last|part``,
-``state ROOM``, each answered with one line.
+It says ``ready PORT`` and then obeys one command a line: ``ask ROOM``, ``open ROOM``, ``send ROOM
+last|part``, ``state ROOM``, each answered with one line.
 """
 
 from __future__ import annotations

@@ -53,14 +53,14 @@ class Child:
         self.process.communicate()
 
 
-@pytest.fixture()
+@pytest.fixture
 def prefill() -> Iterator[rig.PrefillRank]:
     item = rig.prefill_rank()
     with contextlib.closing(item.agent):
         yield item
 
 
-@pytest.fixture()
+@pytest.fixture
 def decode() -> Iterator[rig.DecodeRank]:
     item = rig.decode_rank()
     with contextlib.closing(item.agent):

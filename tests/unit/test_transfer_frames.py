@@ -1,0 +1,131 @@
+"""The wire format to the byte, and what is not it."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+
+from sglang_tpla.transfer import frames
+
+DIGEST = bytes(range(8))
+# Changing one of these bytes is a new protocol version.
+GOLDEN = [
+    (
+        frames.Hello(
+            versions=(1, 1),
+            agent="a1",
+            model_hash="m1",
+            rank=3,
+            size=8,
+            host="h1",
+            max_chunk_bytes=4194304,
+            layout=frames.CacheLayout(
+                first_layer=0,
+                latent_dim=512,
+                rope_dim=64,
+                dtype="bfloat16",
+                page_size=64,
+                widths=(320, 288),
+                shared=(128, 64),
+                metadata_bytes=(64, 512),
+            ),
+            projection="p1",
+            common="c1",
+        ),
+        "54504c41019b01920101a26131a26d310308a26831ce004000009800cd020040a862666c6f617431364092cd0140cd012092cc80409240cd0200a27031a26331",
+    ),
+    (frames.Welcome(version=1, agent="a2", need_projection=True), "54504c4101940201a26132c3"),
+    (frames.Refused(reason="no"), "54504c41019203a26e6f"),
+    (
+        frames.ProjectionLayer(projection="p1", index=60, checksum=DIGEST),
+        "54504c41019404a270313cc4080001020304050607",
+    ),
+    (frames.Ping(number=1), "54504c4101920501"),
+    (frames.Pong(number=1099511627776), "54504c41019206cf0000010000000000"),
+    (frames.Unregistered(), "54504c41019107"),
+    (
+        frames.Request(
+            room=9223372036854775807,
+            generation=7,
+            expected_ranks=8,
+            prefix_tokens=64,
+            num_tokens=-1,
+            dummy=False,
+        ),
+        "54504c41019708cf7fffffffffffffff070840ffc2",
+    ),
+    (frames.Want(room=1, generation=2, total_bytes=3), "54504c41019409010203"),
+    (frames.Credit(room=1, generation=2, total_bytes=8589934592), "54504c4101940a0102cf0000000200000000"),
+    (
+        frames.Chunk(
+            room=1,
+            generation=2,
+            sequence=3,
+            part=0,
+            first_layer=5,
+            layers=6,
+            first_token=7,
+            tokens=8,
+            checksum=DIGEST,
+        ),
+        "54504c41019a0b0102030005060708c4080001020304050607",
+    ),
+    (frames.Ack(room=1, generation=2, sequences=(3, 4)), "54504c4101940c0102920304"),
+    (frames.Nack(room=1, generation=2, sequence=3), "54504c4101940d010203"),
+    (
+        frames.Finish(room=1, generation=2, chunks=3, tokens=4, checksum=DIGEST),
+        "54504c4101960e01020304c4080001020304050607",
+    ),
+    (frames.Done(room=1, generation=2), "54504c4101930f0102"),
+    (frames.Abort(room=1, generation=2, reason="why"), "54504c410194100102a3776879"),
+    (frames.Registered(projection="p1"), "54504c41019211a27031"),
+    (frames.Goodbye(reason="bye"), "54504c41019212a3627965"),
+]
+
+
+@pytest.mark.parametrize(("message", "golden"), GOLDEN, ids=lambda item: type(item).__name__)
+def test_golden_bytes(message: frames.Message, golden: str) -> None:
+    assert frames.encode(message).hex() == golden
+    has_payload = isinstance(message, frames.WITH_PAYLOAD)
+    assert frames.decode(bytes.fromhex(golden), has_payload) == message
+
+
+def test_every_message_has_golden_bytes() -> None:
+    assert {type(message) for message, _ in GOLDEN} == set(frames.Message.__args__)
+    tags = [msgspec.msgpack.decode(bytes.fromhex(golden)[5:])[0] for _, golden in GOLDEN]
+    assert sorted(tags) == list(range(1, len(GOLDEN) + 1))
+
+
+def test_checksum_is_xxh3() -> None:
+    assert frames.checksum(b"").hex() == "2d06800538d394c2"  # of the algorithm's own test vectors
+
+
+def test_refused_is_read_in_any_framing_version() -> None:
+    data = bytearray(frames.encode(frames.Refused("speak 9")))
+    data[4] = 9
+    assert frames.decode(bytes(data), False) == frames.Refused("speak 9")
+    data = bytearray(frames.encode(frames.Ping(1)))
+    data[4] = 9
+    with pytest.raises(frames.FrameError, match="framing version is 1; got 9"):
+        frames.decode(bytes(data), False)
+
+
+@pytest.mark.parametrize(
+    ("header", "payload", "said"),
+    [
+        (b"", False, "starts with"),
+        (b"GET / HTTP/1.1", False, "starts with"),
+        (frames.encode(frames.Ping(1)), True, "comes without a payload"),
+        (frames.encode(frames.Finish(1, 2, 3, 4, DIGEST)), False, "comes with a payload"),
+        (frames.encode(frames.Ping(1)) + b"\x00", False, "trailing"),
+        (frames.PREFIX + msgspec.msgpack.encode([5, -1]), False, "malformed"),
+        (frames.PREFIX + msgspec.msgpack.encode([5, 1.5]), False, "malformed"),
+        (frames.PREFIX + msgspec.msgpack.encode([12, 1, 2, []]), False, "malformed"),
+        (frames.PREFIX + msgspec.msgpack.encode([3, "x" * 3000]), False, "malformed"),
+        (frames.PREFIX + msgspec.msgpack.encode([15, 1, 2, 3]), False, "malformed"),
+        (frames.PREFIX + bytes(frames.MAX_HEADER_BYTES), False, "at most"),
+    ],
+)
+def test_what_is_not_a_frame(header: bytes, payload: bool, said: str) -> None:
+    with pytest.raises(frames.FrameError, match=said):
+        frames.decode(header, payload)

@@ -1,0 +1,295 @@
+"""Frames that no agent would send: each is counted and answered or dropped, and nothing else happens."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import msgspec
+import pytest
+import torch
+from hypothesis import HealthCheck, given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from sglang_tpla.transfer import frames
+from sglang_tpla.transfer.types import RoomState
+from tests.wire import rig
+from tests.wire.fakes import FakeDecode, FakePrefill, hello
+
+DIGEST = frames.checksum(b"")
+
+
+@pytest.fixture(scope="module")
+def prefill() -> Iterator[rig.PrefillRank]:
+    item = rig.prefill_rank(peer_timeout_s=5.0)
+    with contextlib.closing(item.agent):
+        yield item
+
+
+@pytest.fixture
+def fake(prefill: rig.PrefillRank) -> Iterator[FakeDecode]:
+    with contextlib.closing(FakeDecode(prefill.agent.address[1])) as item:
+        yield item
+
+
+@pytest.fixture
+def decode() -> Iterator[rig.DecodeRank]:
+    item = rig.decode_rank(peer_timeout_s=5.0)
+    with contextlib.closing(item.agent):
+        yield item
+
+
+def still_serves(prefill: rig.PrefillRank, room: int = 12345) -> None:
+    """A whole transfer of a new decode rank is right, and both threads live."""
+    decode = rig.decode_rank()
+    with contextlib.closing(decode.agent):
+        source, destination = rig.pages(1, 9), rig.pages(2, 9)
+        prefill.agent.open_room(room)
+        rig.ask(decode, [prefill.peer], room, destination)
+        prefill.agent.send(room, source, last=True, metadata_row=0)
+        assert rig.ended(decode.agent, room) == RoomState.SUCCESS
+        assert rig.ended(prefill.agent, room) == RoomState.SUCCESS
+        rig.check_rows(prefill, decode, source, destination, 9 * rig.PAGE)
+        prefill.agent.close_room(room)
+    assert prefill.agent.stats().threads_alive == 2
+    assert prefill.agent.stats().internal_errors == 0
+
+
+GOOD = frames.encode(frames.Request(1, 2, 1, 0, -1, False))
+MALFORMED = {
+    "empty": [b""],
+    "text": [b"hello"],
+    "prefix alone": [frames.PREFIX],
+    "truncated": [GOOD[:-1]],
+    "longer": [GOOD + b"\x00"],
+    "unknown tag": [frames.PREFIX + b"\x92\x7f\x01"],
+    "no tag": [frames.PREFIX + b"\x90"],
+    "a map": [frames.PREFIX + b"\x80"],
+    "wrong type": [frames.PREFIX + b"\x97\x08\xa1x\x02\x01\x00\xff\xc2"],
+    "negative room": [frames.PREFIX + b"\x97\x08\xff\x02\x01\x00\xff\xc2"],
+    "one field more": [frames.PREFIX + b"\x98\x08\x01\x02\x01\x00\xff\xc2\x00"],
+    "another framing version": [b"TPLA\x02" + GOOD[5:]],
+    "payload that must not be": [GOOD, b"payload"],
+    "no payload": [frames.encode(frames.ProjectionLayer("x", 0, DIGEST))],
+    "three frames": [GOOD, b"", b""],
+    "a thousand frames": [GOOD] * 1000,
+    "a header too large": [frames.PREFIX + b"\x91" + b"\x00" * frames.MAX_HEADER_BYTES],
+    "deep nesting": [frames.PREFIX + b"\x91" * 5000],
+}
+
+
+@pytest.mark.parametrize("what", MALFORMED)
+def test_malformed_frame_at_prefill(what: str, prefill: rig.PrefillRank, fake: FakeDecode) -> None:
+    fake.register()
+    before = prefill.agent.stats().malformed_dropped
+    fake.send(*MALFORMED[what])
+    fake.say(frames.Ping(77))
+    assert fake.expect(frames.Pong)[0] == frames.Pong(77)
+    assert prefill.agent.stats().malformed_dropped == before + 1
+
+
+def test_malformed_frames_leave_the_prefill_rank_serving(prefill: rig.PrefillRank) -> None:
+    still_serves(prefill)
+
+
+@pytest.mark.parametrize("what", MALFORMED)
+def test_malformed_frame_at_decode(what: str, decode: rig.DecodeRank) -> None:
+    with contextlib.closing(FakePrefill()) as fake:
+        decode.agent.open_room(1, [fake.peer])
+        fake.welcome()
+        rig.wait(lambda: decode.agent.poll(1) == RoomState.WAITING, "registration")
+        fake.send(*MALFORMED[what])
+        fake.say(frames.Ping(78))
+        assert fake.expect(frames.Pong) == frames.Pong(78)
+        assert decode.agent.stats().malformed_dropped == 1
+        assert decode.agent.poll(1) == RoomState.WAITING
+
+
+def test_unknown_peer_is_told_to_register(prefill: rig.PrefillRank, fake: FakeDecode) -> None:
+    before = prefill.agent.stats().unknown_peer
+    fake.say(frames.Request(1, 2, 1, 0, -1, False))
+    assert fake.read()[0] == frames.Unregistered()
+    assert prefill.agent.stats().unknown_peer == before + 1
+
+
+def test_oversized_message_ends_its_own_connection_only(prefill: rig.PrefillRank, fake: FakeDecode) -> None:
+    fake.register()
+    fake.send(GOOD, bytes(frames.MAX_PROJECTION_BYTES + 1))
+    still_serves(prefill)
+
+
+def test_version_mismatch_is_refused_with_both_numbers(fake: FakeDecode) -> None:
+    fake.say(hello(versions=(7, 9)))
+    message, _ = fake.expect(frames.Refused)
+    assert "prefill speaks 1 to 1, decode 7 to 9" in message.reason
+
+
+def test_projection_with_another_hash_is_refused(prefill: rig.PrefillRank, fake: FakeDecode) -> None:
+    z = rig.projection(0)
+    layout = frames.CacheLayout(
+        0, rig.LATENT, rig.ROPE, "bfloat16", rig.PAGE, z.widths, tuple(z.shared), rig.ITEM_BYTES
+    )
+    fake.register(layout=layout, projection="0" * 64)
+    for index, data in enumerate(z.layer_bytes):
+        fake.say(frames.ProjectionLayer("0" * 64, index, frames.checksum(data)), data)
+    assert "does not have the hash 000000000000" in fake.expect(frames.Refused)[0].reason
+
+
+def test_replays_and_late_messages_are_counted(prefill: rig.PrefillRank, fake: FakeDecode) -> None:
+    fake.register()
+    before = prefill.agent.stats()
+    fake.say(frames.Request(1, 5, 1, 0, -1, False))
+    fake.say(frames.Request(1, 5, 1, 0, -1, False))
+    fake.say(frames.Request(1, 4, 1, 0, -1, False))
+    for message in (frames.Ack(1, 5, (0,)), frames.Credit(9, 9, 9), frames.Done(1, 4), frames.Nack(2, 2, 2)):
+        fake.say(message)
+    fake.say(frames.Ping(1))
+    fake.expect(frames.Pong)
+    after = prefill.agent.stats()
+    assert after.replays_dropped - before.replays_dropped == 2
+    assert after.late_dropped - before.late_dropped == 4
+    fake.say(frames.Abort(1, 5, "enough"))
+
+
+def serve(fake: FakePrefill, decode: rig.DecodeRank, room: int, wanted: int) -> frames.Request:
+    """Let a decode agent ask the fake for two pages and grant it credit."""
+    decode.agent.open_room(room, [fake.peer])
+    if not fake.identity:
+        fake.welcome()
+    rig.wait(lambda: decode.agent.poll(room) == RoomState.WAITING, "registration")
+    decode.agent.request(room, rig.pages(1, 2), metadata_row=0, expected_ranks=1)
+    request = fake.expect(frames.Request)
+    fake.say(frames.Want(room, request.generation, wanted))
+    fake.expect(frames.Credit)
+    return request
+
+
+ROW = (rig.LATENT + rig.ROPE) * 2
+
+
+def chunk(request: frames.Request, payload: bytes, sequence: int = 0, **changes: object) -> frames.Chunk:
+    """A sound chunk of one layer and four tokens, changed."""
+    fields = {
+        "room": request.room,
+        "generation": request.generation,
+        "sequence": sequence,
+        "part": 0,
+        "first_layer": 0,
+        "layers": 1,
+        "first_token": 0,
+        "tokens": 4,
+        "checksum": frames.checksum(payload),
+    }
+    return frames.Chunk(**{**fields, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"first_layer": 2, "layers": 2}, "for layers 2...3 of 3"),
+        ({"first_token": 5}, "for tokens up to 9 where pages hold 8"),
+        ({"tokens": 3}, f"of {4 * ROW} bytes where {3 * ROW} were due"),
+        ({"part": 9}, "with unknown part 9"),
+    ],
+)
+def test_chunk_outside_what_was_asked_fails_its_room(
+    changes: dict, said: str, decode: rig.DecodeRank
+) -> None:
+    with contextlib.closing(FakePrefill()) as fake:
+        payload = bytes(4 * ROW)
+        request = serve(fake, decode, 1, 4 * ROW)
+        fake.say(chunk(request, payload, **changes), payload)
+        assert rig.ended(decode.agent, 1) == RoomState.FAILED
+        assert said in decode.agent.failure(1)
+        assert said in fake.expect(frames.Abort).reason
+
+
+def test_chunk_beyond_its_credit_fails_its_room(decode: rig.DecodeRank) -> None:
+    with contextlib.closing(FakePrefill()) as fake:
+        payload = bytes(4 * ROW)
+        request = serve(fake, decode, 1, 4 * ROW - 1)
+        fake.say(chunk(request, payload), payload)
+        assert rig.ended(decode.agent, 1) == RoomState.FAILED
+        assert f"beyond its credit of {4 * ROW - 1} bytes" in decode.agent.failure(1)
+
+
+def test_damaged_replayed_late_and_unordered_chunks(decode: rig.DecodeRank) -> None:
+    with contextlib.closing(FakePrefill()) as fake:
+        late = serve(fake, decode, 1, 4 * ROW)
+        decode.agent.close_room(1)
+        request = serve(fake, decode, 1, 12 * ROW)
+        payload, other = (bytes(range(256)) * 4)[: 4 * ROW], bytes(4 * ROW)
+        fake.say(chunk(late, other), other)  # of the generation before
+        fake.say(chunk(request, payload, 1, checksum=DIGEST, first_token=4), payload)
+        assert fake.expect(frames.Nack) == frames.Nack(1, request.generation, 1)
+        fake.say(frames.Want(1, request.generation, 16 * ROW))
+        fake.expect(frames.Credit)
+        fake.say(chunk(request, payload, 1, first_token=4), payload)
+        fake.expect(frames.Ack)
+        fake.say(chunk(request, other, 1, first_token=4), other)  # again, with other rows
+        fake.say(chunk(request, payload, 0), payload)
+        fake.expect(frames.Ack)
+        row = bytes(sum(rig.ITEM_BYTES))
+        fake.say(frames.Finish(1, request.generation, 2, 8, frames.checksum(row)), row)
+        fake.expect(frames.Done)
+        assert rig.ended(decode.agent, 1) == RoomState.SUCCESS
+        slots = decode.pool.slots(rig.pages(1, 2))
+        got = decode.pool.layers[0][slots].view(torch.uint8).numpy().tobytes()
+        assert got == payload * 2
+        stats = decode.agent.stats()
+        assert (stats.checksum_failures, stats.late_dropped, stats.replays_dropped) == (1, 1, 1)
+        assert stats.staging_used_bytes == 0
+
+
+def test_metadata_that_does_not_match_fails_its_room(decode: rig.DecodeRank) -> None:
+    with contextlib.closing(FakePrefill()) as fake:
+        request = serve(fake, decode, 1, 4 * ROW)
+        row = bytes(sum(rig.ITEM_BYTES))
+        fake.say(frames.Finish(1, request.generation, 0, 8, DIGEST), row)
+        assert rig.ended(decode.agent, 1) == RoomState.FAILED
+        assert "metadata that does not match its checksum" in decode.agent.failure(1)
+
+
+numbers = st.integers(0, 2**31 - 1) | st.integers(0, 3)
+words = st.text(max_size=8)
+anything = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**64 - 1)
+    | st.floats()
+    | st.binary(max_size=16)
+    | words,
+    lambda inner: st.lists(inner, max_size=12) | st.dictionaries(words, inner, max_size=4),
+    max_leaves=20,
+)
+
+
+@hypothesis_settings(
+    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    header=st.binary(max_size=200)
+    | st.builds(lambda tail: frames.PREFIX + tail, st.binary(max_size=200))
+    | st.builds(
+        lambda tag, body: frames.PREFIX + msgspec.msgpack.encode([tag, *body]),
+        st.integers(0, 20),
+        st.lists(anything, max_size=11),
+    ),
+    payload=st.none() | st.binary(max_size=64),
+)
+def test_random_frames_end_nothing(
+    prefill: rig.PrefillRank, fake: FakeDecode, header: bytes, payload: bytes | None
+) -> None:
+    fake.say(hello())
+    fake.send(header, *([] if payload is None else [payload]))
+    fake.say(hello())
+    fake.say(frames.Ping(5))
+    fake.expect(frames.Pong)
+    stats = prefill.agent.stats()
+    assert stats.threads_alive == 2
+    assert stats.internal_errors == 0
+
+
+def test_random_frames_leave_the_prefill_rank_serving(prefill: rig.PrefillRank) -> None:
+    still_serves(prefill)
