@@ -28,6 +28,7 @@ from sglang_tpla.launching.roles import Process
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 POLL_S = 0.2
 LAST_LINES = 20
+SAY_EVERY_S = 15.0  # where there is no terminal to redraw
 # A socket's path may have 107 bytes; SGLang's own names take some 20 of them.
 LONGEST_FOLDER = 80
 
@@ -278,10 +279,15 @@ def start_all(
     with console.status("starting", spinner="line") as status:
 
         def show(names: str, waited_s: float) -> None:
-            status.update(f"waiting for {names} ({waited_s:.0f} s)" if names else "ready")
+            nonlocal said_s
+            text = f"waiting for {names} ({waited_s:.0f} s)" if names else "ready"
+            status.update(text)
+            if not console.is_terminal and names and waited_s - said_s >= SAY_EVERY_S:
+                said_s = waited_s
+                console.print(text)
 
         for group in (servers, routers):
-            start_s = time.monotonic()
+            start_s, said_s = time.monotonic(), 0.0
             for process in group:
                 supervisor.start(process)
             supervisor.wait_healthy({p.role: p.url + "/health" for p in group}, startup_timeout_s, show)

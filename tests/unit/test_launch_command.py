@@ -1,0 +1,293 @@
+"""The launcher as people run it: precedence, refusals, and dry runs that a shell can execute."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from sglang_tpla.config import ConfigError, Settings
+from sglang_tpla.launching import options as launch_options
+from sglang_tpla.launching.roles import Process, check_installation, plan
+
+ROOT = Path(__file__).resolve().parents[2]
+NANO = "examples/nano-mla"
+ARTIFACT = "examples/artifacts/nano-mla-g2.safetensors"
+CLEAN = {
+    name: value
+    for name, value in os.environ.items()
+    if not name.startswith(("SGLANG_", "OMP_", "CUDA_VISIBLE"))
+}
+DECODE = [
+    "--role",
+    "decode",
+    "--model-path",
+    NANO,
+    "--tp",
+    "2",
+    "--tpla-groups",
+    "2",
+    "--tpla-artifact",
+    ARTIFACT,
+]
+
+
+@pytest.fixture(autouse=True)
+def in_the_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+
+
+def launch(*tokens: str, environ: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """Run the real command."""
+    return subprocess.run(
+        [sys.executable, "-m", "sglang_tpla.launch", *tokens],
+        capture_output=True,
+        text=True,
+        env={**CLEAN, **(environ or {})},
+        cwd=ROOT,
+        timeout=60,
+    )
+
+
+def planned(*tokens: str, environ: dict[str, str] | None = None) -> list[Process]:
+    return plan(launch_options.read(tokens, {**CLEAN, **(environ or {})}))
+
+
+def flags(process: Process) -> dict[str, list[str]]:
+    """Every flag of a command with its values."""
+    result: dict[str, list[str]] = {}
+    name = ""
+    for token in process.command[3:]:
+        if token.startswith("--"):
+            name = token
+            result[name] = []
+        else:
+            result[name].append(token)
+    return result
+
+
+def write(path: Path, values: dict[str, Any]) -> str:
+    path.write_text(yaml.safe_dump(values))
+    return str(path)
+
+
+def test_prefill_needs_no_artifact_and_passes_the_rest_through() -> None:
+    odd = ["--json-model-override-args", '{"a": "b c"}', "--no-such-flag-today", "x", "--enable-metrics"]
+    (process,) = planned("--role", "prefill", "--model-path", NANO, *odd)
+    assert process.command[1:3] == ("-m", "sglang.launch_server")
+    assert list(process.command[5 : 5 + len(odd)]) == odd
+    assert flags(process)["--disaggregation-mode"] == ["prefill"]
+    assert flags(process)["--disaggregation-transfer-backend"] == ["tpla"]
+    given = {name: value for name, value in process.environment.items() if value is not None}
+    assert Settings.from_environment(given) == Settings(role="prefill")
+
+
+def test_settings_reach_the_processes() -> None:
+    (process,) = planned(*DECODE, "--tpla-chunk-bytes", "65536", "--tpla-heartbeat-s", "0.5")
+    given = {name: value for name, value in process.environment.items() if value is not None}
+    assert Settings.from_environment(given) == Settings(
+        role="decode", groups=2, artifact=ARTIFACT, chunk_bytes=65536, heartbeat_s=0.5
+    )
+
+
+def test_command_line_over_file_over_environment_over_default(tmp_path: Path) -> None:
+    file = write(tmp_path / "c.yaml", {"tpla_heartbeat_s": 2, "tpla-peer-timeout-s": 20, "tp_size": 4})
+    environ = {
+        "SGLANG_TPLA_HEARTBEAT_S": "3",
+        "SGLANG_TPLA_PEER_TIMEOUT_S": "30",
+        "SGLANG_TPLA_TRANSFER_TIMEOUT_S": "33",
+    }
+    (process,) = planned(*DECODE, "--config", file, "--tpla-heartbeat-s", "1.5", environ=environ)
+    settings = Settings.from_environment({k: v for k, v in process.environment.items() if v is not None})
+    assert settings is not None
+    assert (settings.heartbeat_s, settings.peer_timeout_s, settings.transfer_timeout_s) == (1.5, 20.0, 33.0)
+    assert settings.staging_bytes == Settings(role="decode").staging_bytes
+    assert flags(process)["--tp"] == ["2"]
+    assert "--tp-size" not in flags(process)
+
+
+def test_the_role_may_come_from_the_file_or_the_environment(tmp_path: Path) -> None:
+    file = write(tmp_path / "c.yaml", {"role": "prefill", "model-path": NANO})
+    assert planned("--config", file)[0].role == "prefill"
+    assert planned("--model-path", NANO, environ={"SGLANG_TPLA_ROLE": "prefill"})[0].role == "prefill"
+    assert planned("--config", file, *DECODE)[0].role == "decode"
+
+
+def test_file_environment_gives_way_to_the_shell(tmp_path: Path) -> None:
+    file = write(
+        tmp_path / "c.yaml",
+        {"environment": {"A": 1, "B": 2, "C": 3}, "prefill": {"environment": {"B": 4}}, "model-path": NANO},
+    )
+    (process,) = planned("--role", "prefill", "--config", file, environ={"A": "shell"})
+    assert {name: process.environment.get(name) for name in "ABC"} == {"A": None, "B": "4", "C": "3"}
+    assert process.full_environment({"A": "shell"})["A"] == "shell"
+
+
+def test_one_file_serves_every_role(tmp_path: Path) -> None:
+    file = write(
+        tmp_path / "c.yaml",
+        {
+            "model-path": NANO,
+            "port": 4000,
+            "log-level": "warning",
+            "prefill": {"tp-size": 1},
+            "decode": {"tp-size": 2, "tpla-groups": 2, "tpla-artifact": ARTIFACT, "port": 5000},
+            "router": {"policy": "random"},
+        },
+    )
+    prefill, decode, router = planned("--role", "all", "--config", file)
+    assert (prefill.url, decode.url, router.url) == (
+        "http://127.0.0.1:4001",
+        "http://127.0.0.1:5000",
+        "http://127.0.0.1:4000",
+    )
+    assert flags(router)["--prefill"] == ["http://127.0.0.1:4001", "4003"]
+    assert flags(prefill)["--disaggregation-bootstrap-port"] == ["4003"]
+    assert flags(router)["--decode"] == ["http://127.0.0.1:5000"]
+    assert flags(router)["--policy"] == ["random"]
+    assert flags(prefill)["--log-level"] == ["warning"]
+    assert "--log-level" not in flags(router)
+    assert planned("--role", "decode", "--config", file)[0].url == "http://127.0.0.1:5000"
+
+
+def test_settings_of_a_trio_reach_the_decode_server_alone() -> None:
+    environ = {"SGLANG_TPLA_HEARTBEAT_S": "2", "SGLANG_TPLA_GROUPS": "4", "SGLANG_TPLA_ARTIFACT": "elsewhere"}
+    prefill, decode, _ = planned(
+        *("--role", "all", "--model-path", NANO, "--decode.tp", "2", "--tpla-groups", "2"),
+        *("--decode.tpla-artifact", ARTIFACT, "--prefill.port", "7", "--host", "0.0.0.0"),
+        environ=environ,
+    )
+    first = Settings.from_environment(prefill.full_environment(environ))
+    second = Settings.from_environment(decode.full_environment(environ))
+    assert first == Settings(role="prefill", heartbeat_s=2)
+    assert second == Settings(role="decode", groups=2, artifact=ARTIFACT, heartbeat_s=2)
+    assert prefill.url == "http://127.0.0.1:7"
+    assert "--tp" not in flags(prefill)
+
+
+def test_cpu_servers_get_their_platform() -> None:
+    (process,) = planned(*DECODE, "--device", "cpu")
+    assert process.environment["SGLANG_PLATFORM"] == "sglang_tpla_cpu"
+    assert process.environment["CUDA_VISIBLE_DEVICES"] == ""
+    assert str(process.environment["SGLANG_CPU_OMP_THREADS_BIND"]).count("|") == 1
+    (process,) = planned(*DECODE, "--device", "cuda")
+    assert "SGLANG_PLATFORM" not in process.environment
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        (["--model-path", NANO], "--role must be one of prefill, decode, router, all; got None"),
+        (["--role", "prefill"], "a prefill server needs --model-path"),
+        (["--role", "prefill", "--model-path", NANO, "--tpla-groups", "2"], "stock MLA and takes neither"),
+        (
+            DECODE[:-2],
+            "--tpla-groups 2 needs --tpla-artifact; make one with `python -m sglang_tpla.calibrate",
+        ),
+        ([*DECODE[:-1], "none.safetensors"], "no such file; make one with `python -m sglang_tpla.calibrate"),
+        ([*DECODE, "--tpla-groups", "3"], "must divide the attention tensor-parallel size: got groups=3"),
+        ([*DECODE, "--tp-size", "48", "--tpla-groups", "2"], "8 query heads cannot be split over 24"),
+        ([*DECODE, "--enable-dp-attention", "--dp-size", "2"], "got groups=2 with tp_size=1"),
+        ([*DECODE, "--tpla-groups", "two"], "--tpla-groups must be of type int; got 'two'"),
+        ([*DECODE, "--tpla-gruops", "2"], "there is no --tpla-gruops; did you mean --tpla-groups?"),
+        ([*DECODE, "--tpla-chunk-bytes", "1"], "chunk_bytes must lie between 4096"),
+        ([*DECODE, "--disaggregation-mode", "prefill"], "--role decode means --disaggregation-mode decode"),
+        ([*DECODE, "--disaggregation-transfer-backend=nixl"], "means --disaggregation-transfer-backend tpla"),
+        (["--role", "router", "--decode", "http://a"], "the router needs --prefill URL BOOTSTRAP_PORT"),
+        (["--role", "router", "--prefill", "http://a", "1"], "the router needs --decode URL"),
+        (["--role", "router", "--tpla-groups", "2"], "the router has no settings of its own"),
+        (["--config", "none.yaml"], "--config none.yaml: cannot be read: No such file"),
+    ],
+)
+def test_refusals(tokens: list[str], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        planned(*tokens)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: [", "expected YAML"),
+        ("- a", "expected a mapping of flags at the top; got list"),
+        ("7: 8", "expected flag names as keys, such as tp-size; got 7"),
+        ("environment: [A]", "environment must be a mapping"),
+        ("tpla-group: 2", "there is no --tpla-group; did you mean --tpla-groups?"),
+        ("decode: {tpla_artefact: f}", "there is no --tpla-artefact; did you mean --tpla-artifact?"),
+        (
+            "{role: decode, model-path: m, tpla-groups: [2]}",
+            "tpla-groups in FILE needs one value of type int",
+        ),
+        ("{role: decode, model-path: m, tpla-groups: x}", "tpla-groups in FILE must be of type int; got 'x'"),
+        ("{role: boss}", "--role must be one of prefill, decode, router, all; got 'boss'"),
+    ],
+)
+def test_refused_files(tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        planned("--config", str(file))
+    assert message.replace("FILE", str(file)) in str(caught.value)
+
+
+def test_a_mistake_is_one_line_and_exit_code_2() -> None:
+    done = launch(*DECODE, "--tpla-groups", "3")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("sglang_tpla.launch: error: --tpla-groups must divide")
+    assert done.stderr.count("\n") == 1
+
+
+def test_an_unknown_role_is_exit_code_2() -> None:
+    done = launch("--role", "boss")
+    assert done.returncode == 2
+    assert "invalid choice: 'boss'" in done.stderr
+
+
+def test_help_lists_every_setting() -> None:
+    done = launch("--help")
+    assert done.returncode == 0
+    for flag in launch_options.SETTING_FIELDS:
+        assert f"--{flag} " in done.stdout
+
+
+def test_a_dry_run_is_what_a_shell_can_execute(tmp_path: Path) -> None:
+    """The printed text, run by a shell with a stand-in for the interpreter, gives the planned process."""
+    tokens = [*DECODE, "--device", "cpu", "--json-model-override-args", '{"a": "it\'s $HOME"}']
+    environ = {"SGLANG_TPLA_GROUPS": "1", "OMP_NUM_THREADS": "1"}
+    done = launch(*tokens, "--dry-run", environ=environ)
+    assert done.returncode == 0, done.stderr
+    (process,) = planned(*tokens, environ=environ)
+    show = tmp_path / "show"
+    show.write_text(
+        f"#!{sys.executable}\nimport os, sys, json\njson.dump([sys.argv, dict(os.environ)], sys.stdout)\n"
+    )
+    show.chmod(0o755)
+    text = done.stdout.replace(f"{sys.executable} -m sglang.launch_server", shlex.quote(str(show)))
+    shell = subprocess.run(
+        ["bash", "-c", text], capture_output=True, text=True, env={**CLEAN, **environ}, timeout=60
+    )
+    assert shell.returncode == 0, shell.stderr
+    argv, seen = yaml.safe_load(shell.stdout)
+    assert argv[1:] == list(process.command[3:])
+    expected = process.full_environment({**CLEAN, **environ})
+    chosen = {name for name in {**expected, **seen} if name.startswith(("SGLANG_", "OMP_", "CUDA_"))}
+    assert {name: seen.get(name) for name in chosen} == {name: expected.get(name) for name in chosen}
+
+
+def test_a_single_role_becomes_the_server(tmp_path: Path) -> None:
+    """The launcher executes the server in its own process: SGLang itself answers, with its own exit code."""
+    done = launch("--role", "router", "--prefill", "http://a", "1", "--decode", "http://b", "--no-such-flag")
+    assert done.returncode == 2
+    assert "unrecognized arguments: --no-such-flag" in done.stderr
+
+
+def test_an_interpreter_without_the_plugin_is_refused() -> None:
+    with pytest.raises(ConfigError, match="SGLANG_PLUGINS=other keeps SGLang from loading sglang_tpla"):
+        check_installation({"SGLANG_PLUGINS": "other"})
+    check_installation({"SGLANG_PLUGINS": "other, sglang_tpla"})
