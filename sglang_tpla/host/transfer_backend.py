@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import numpy as np
@@ -27,7 +28,7 @@ from sglang_tpla.host.state import current_slice, model_identity, settings
 from sglang_tpla.transfer.decode import DecodeAgent
 from sglang_tpla.transfer.prefill import PrefillAgent
 from sglang_tpla.transfer.projection import Projection
-from sglang_tpla.transfer.types import RoomState
+from sglang_tpla.transfer.types import RoomState, TransferError, TransferMetric
 
 logger = logging.getLogger(__name__)
 _agents: list[PrefillAgent | DecodeAgent] = []
@@ -113,31 +114,50 @@ class TplaKVManager(CommonKVManager):
 
 
 class _Request:
-    """What sender and receiver share: the state of one room, and the reason it failed."""
+    """What sender and receiver share: the state of one room, and the reason it failed.
+
+    A refusal of the agent (a room number in use, pages outside the pool) fails this request alone; the scheduler,
+    which calls all this, goes on.
+    """
 
     kv_mgr: TplaKVManager
     bootstrap_room: int
     conclude_state: Any
-    opened: bool
+    _opened = False  # this request's room is open in the agent
+    _owner = True  # SGLang's tables under the room number are this request's
+    _reason: str | None = None
+    _metric = TransferMetric()
+
+    def _ask(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> bool:
+        """Call the agent; False where it refuses."""
+        try:
+            call(*args, **kwargs)
+        except TransferError as error:
+            self._reason = str(error)
+            self.conclude_state = KVPoll.Failed
+            logger.error("room %s: %s", self.bootstrap_room, error)
+            return False
+        return True
 
     def _state(self) -> Any:
         """KVPoll of the room: a failure known to SGLang's side counts before the agent's view."""
-        if self.conclude_state is None:
-            state = self.kv_mgr.check_status(self.bootstrap_room)
-            if state != KVPoll.Failed and self.opened:
-                state = int(self.kv_mgr.agent.poll(self.bootstrap_room))
-            if state in (KVPoll.Success, KVPoll.Failed):
-                self.conclude_state = state
-            return state
-        return self.conclude_state
+        if self.conclude_state is not None:
+            return self.conclude_state
+        state = self.kv_mgr.request_status.get(self.bootstrap_room, KVPoll.Bootstrapping)
+        if state != KVPoll.Failed and self._opened:
+            state = int(self.kv_mgr.agent.poll(self.bootstrap_room))
+        if state in (KVPoll.Success, KVPoll.Failed):
+            self.conclude_state = state
+        return state
 
     def _end(self, reason: str) -> None:
-        """Close the room; one that still moves is aborted first, so that its peers hear of it."""
-        if not self.opened:
+        """Close the room; one that still moves is aborted first, so that its peers hear why."""
+        if not self._opened:
             return
-        agent, self.opened = self.kv_mgr.agent, False
-        if not RoomState(agent.poll(self.bootstrap_room)).ended:
+        agent, self._opened = self.kv_mgr.agent, False
+        if not agent.poll(self.bootstrap_room).ended:
             agent.abort(self.bootstrap_room, reason)
+        self._metric = agent.metric(self.bootstrap_room)  # the scheduler asks for it after clear()
         agent.close_room(self.bootstrap_room)
 
     def failure_exception(self) -> NoReturn:
@@ -147,10 +167,11 @@ class _Request:
             KVTransferError: with the agent's reason, SGLang's, or the word that another rank failed.
         """
         self.conclude_state = KVPoll.Failed
-        agent = self.kv_mgr.agent
-        with self.kv_mgr.failure_lock:
-            reason = self.kv_mgr.failure_records.pop(self.bootstrap_room, None)
-        if reason is None and self.opened and agent.poll(self.bootstrap_room) == RoomState.FAILED:
+        agent, reason = self.kv_mgr.agent, self._reason
+        if reason is None and self._owner:
+            with self.kv_mgr.failure_lock:
+                reason = self.kv_mgr.failure_records.pop(self.bootstrap_room, None)
+        if reason is None and self._opened and agent.poll(self.bootstrap_room) == RoomState.FAILED:
             reason = agent.failure(self.bootstrap_room)
         self._end(reason or "another rank of this server failed the request")
         raise KVTransferError(
@@ -172,13 +193,11 @@ class TplaKVSender(_Request, CommonKVSender):
         pp_rank: int,
         req_has_disagg_prefill_dp_rank: bool = False,
     ) -> None:
-        self.opened = False
         super().__init__(
             mgr, bootstrap_addr, bootstrap_room, dest_tp_ranks, pp_rank, req_has_disagg_prefill_dp_rank
         )
         self.init_time = time.time()
-        mgr.agent.open_room(bootstrap_room)
-        self.opened = True
+        self._opened = self._owner = self._ask(mgr.agent.open_room, bootstrap_room)
 
     def pop_decode_prefix_len(self) -> int:
         """Tokens that the decode side has already."""
@@ -188,7 +207,8 @@ class TplaKVSender(_Request, CommonKVSender):
         """Hand the next pages to the agent; the last call takes the metadata row along."""
         self.curr_idx += len(kv_indices)
         last = self.curr_idx == self.num_kv_indices
-        self.kv_mgr.agent.send(
+        self._ask(
+            self.kv_mgr.agent.send,
             self.bootstrap_room,
             np.asarray(kv_indices, dtype=np.int32),
             last=last,
@@ -205,17 +225,20 @@ class TplaKVSender(_Request, CommonKVSender):
 
     def get_transfer_metric(self) -> KVTransferMetric:
         """Bytes on the wire and seconds from the first send to the last confirmation."""
-        metric = self.kv_mgr.agent.metric(self.bootstrap_room)
+        metric = self.kv_mgr.agent.metric(self.bootstrap_room) if self._opened else self._metric
         return KVTransferMetric(transfer_latency_s=metric.seconds, transfer_total_bytes=metric.wire_bytes)
 
     def clear(self) -> None:
         """Forget the request."""
         self._end("the prefill server dropped the request")
-        super().clear()
+        if self._owner:
+            super().clear()
 
     def abort(self) -> None:
         """The client gave up."""
-        super().abort()
+        if self._owner:
+            super().abort()
+        self.conclude_state = KVPoll.Failed
         self._end("Aborted by AbortReq.")
 
 
@@ -223,7 +246,6 @@ class TplaKVReceiver(_Request, CommonKVReceiver):
     """One request on a decode rank."""
 
     def __init__(self, mgr: TplaKVManager, bootstrap_addr: str, bootstrap_room: int | None = None) -> None:
-        self.opened = False
         self.bootstrap_infos = None
         super().__init__(mgr, bootstrap_addr, bootstrap_room)
 
@@ -250,15 +272,16 @@ class TplaKVReceiver(_Request, CommonKVReceiver):
             (info["rank_ip"], int(info["rank_port"]), bool(info["is_dummy"])) for info in self.bootstrap_infos
         ]
         agent = self.kv_mgr.agent
-        agent.open_room(self.bootstrap_room, peers)
-        self.opened = True
-        agent.request(
-            self.bootstrap_room,
-            np.asarray(kv_indices, dtype=np.int32),
-            metadata_row=aux_index,
-            expected_ranks=self.required_dst_info_num,
-            prefix_tokens=decode_prefix_len or 0,
-        )
+        self._opened = self._owner = self._ask(agent.open_room, self.bootstrap_room, peers)
+        if self._opened:
+            self._ask(
+                agent.request,
+                self.bootstrap_room,
+                np.asarray(kv_indices, dtype=np.int32),
+                metadata_row=aux_index,
+                expected_ranks=self.required_dst_info_num,
+                prefix_tokens=decode_prefix_len or 0,
+            )
 
     def poll(self) -> Any:
         """KVPoll of the request."""
@@ -267,13 +290,16 @@ class TplaKVReceiver(_Request, CommonKVReceiver):
     def clear(self) -> None:
         """Forget the request; after this no frame of it is written any more."""
         self._end("the decode server dropped the request")
+        if not self._owner:
+            return
         super().clear()
         self.kv_mgr.addr_to_rooms_tracker.get(self.bootstrap_addr, set()).discard(self.bootstrap_room)
 
     def abort(self) -> None:
         """The client gave up."""
-        self.kv_mgr.record_failure(self.bootstrap_room, "Aborted by AbortReq.")
-        self.kv_mgr.update_status(self.bootstrap_room, KVPoll.Failed)
+        if self._owner:
+            self.kv_mgr.record_failure(self.bootstrap_room, "Aborted by AbortReq.")
+            self.kv_mgr.update_status(self.bootstrap_room, KVPoll.Failed)
         self.conclude_state = KVPoll.Failed
         self._end("Aborted by AbortReq.")
 

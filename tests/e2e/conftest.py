@@ -1,0 +1,63 @@
+"""Servers shared by the end-to-end tests; each is started once, when the first test asks for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.servers import Pair, Server, free_ports, launcher, router, stock
+
+
+@dataclass
+class Trio:
+    """Prefill, TPLA decode with two ranks, router."""
+
+    prefill: Server
+    decode: Server
+    router: Server
+    bootstrap: int
+
+    @property
+    def pair(self) -> Pair:
+        return Pair(self.prefill, self.bootstrap, self.decode)
+
+
+@pytest.fixture(scope="session")
+def logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("logs")
+
+
+@pytest.fixture(scope="session")
+def trio(nano_mla: str, nano_artifact: str, logs: Path) -> Iterator[Trio]:
+    ports = free_ports(4)
+    servers = [
+        launcher("prefill", nano_mla, ports[0], logs / "prefill.log", "--disaggregation-bootstrap-port", str(ports[1]),
+                 "--chunked-prefill-size", "512"),
+        launcher("decode", nano_mla, ports[2], logs / "decode.log", "--tp", "2", "--tpla-groups", "2",
+                 "--tpla-artifact", nano_artifact),
+    ]  # fmt: skip
+    try:
+        for server in servers:
+            server.start()
+        for server in servers:
+            server.wait()
+        front = router(ports[3], logs / "router.log", servers[0].url, ports[1], servers[1].url).start()
+        servers.append(front)
+        front.wait("/readiness")
+        yield Trio(servers[0], servers[1], front, ports[1])
+    finally:
+        for server in servers:
+            server.stop()
+
+
+@pytest.fixture(scope="session")
+def reference(nano_mla: str, logs: Path) -> Iterator[Server]:
+    """Stock SGLang, plain MLA, one process."""
+    server = stock(nano_mla, free_ports(1)[0], logs / "stock.log", "--chunked-prefill-size", "512").start()
+    try:
+        yield server.wait()
+    finally:
+        server.stop()

@@ -1,0 +1,213 @@
+"""Real servers for the end-to-end tests: the launcher's own command line, loopback ports, logs in a folder.
+
+A server is a process group; `stop` and the end of the test session leave none of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+
+ROOT = Path(__file__).resolve().parents[2]
+START_S = 300.0
+# what every CPU server of these tests shares; float32 makes greedy answers reproducible
+COMMON = ("--device", "cpu", "--dtype", "float32", "--host", "127.0.0.1", "--max-total-tokens", "20000")
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports nobody listens on now."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+
+
+class ServerFailed(AssertionError):
+    """A server that ended or did not come up; carries the end of its log."""
+
+
+@dataclass
+class Server:
+    """One started command.
+
+    Args:
+        name: for messages and the log's name.
+        command: after the interpreter.
+        port: HTTP port.
+        log: where stdout and stderr go.
+        env: added to the environment.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    port: int
+    log: Path
+    env: dict[str, str] = field(default_factory=dict)
+    process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def start(self) -> Server:
+        environment = {**os.environ, **self.env, "PYTHONUNBUFFERED": "1"}
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        with self.log.open("ab") as out:
+            self.process = subprocess.Popen(
+                [sys.executable, *self.command],
+                stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, cwd=ROOT, env=environment,
+                start_new_session=True,
+            )  # fmt: skip
+        return self
+
+    def tail(self, lines: int = 40) -> str:
+        text = self.log.read_text(errors="replace").splitlines()
+        return "\n".join(line[:400] for line in text[-lines:] if "server_args=" not in line)
+
+    def wait(self, path: str = "/health", timeout_s: float = START_S) -> Server:
+        """Until ``path`` answers 200; the log's end when it ends or never does."""
+        assert self.process is not None
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            if self.process.poll() is not None:
+                raise ServerFailed(f"{self.name} ended with {self.process.returncode}:\n{self.tail()}")
+            with contextlib.suppress(httpx.HTTPError):
+                if httpx.get(self.url + path, timeout=5).status_code == 200:
+                    return self
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(0.5)
+        raise ServerFailed(f"{self.name} did not answer {path} within {timeout_s} s:\n{self.tail()}")
+
+    def tree(self) -> list[psutil.Process]:
+        """The process and its descendants."""
+        assert self.process is not None
+        with contextlib.suppress(psutil.NoSuchProcess):
+            root = psutil.Process(self.process.pid)
+            return [root, *root.children(recursive=True)]
+        return []
+
+    def schedulers(self) -> list[psutil.Process]:
+        """The rank processes."""
+        return [p for p in self.tree() if "scheduler" in " ".join([p.name(), *p.cmdline()]).lower()]
+
+    def kill(self) -> None:
+        """SIGKILL to the whole group, as a machine that loses power."""
+        assert self.process is not None
+        tree = self.tree()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        for process in tree:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(tree, timeout=20)
+        self.process.wait(20)
+
+    def stop(self) -> None:
+        """SIGTERM, then SIGKILL to what is left."""
+        if self.process is None:
+            return
+        tree = self.tree()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGTERM)
+        _, left = psutil.wait_procs(tree, timeout=15)
+        for process in left:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(left, timeout=15)
+        self.process.wait(20)
+
+    def get(self, path: str, timeout_s: float = 30) -> Any:
+        response = httpx.get(self.url + path, timeout=timeout_s)
+        response.raise_for_status()
+        return response.json()
+
+    def post(self, path: str, body: dict[str, Any], timeout_s: float = 240) -> httpx.Response:
+        return httpx.post(self.url + path, json=body, timeout=timeout_s)
+
+    def generate(self, prompt: str | list[int], tokens: int, timeout_s: float = 240, **extra: Any) -> dict[str, Any]:
+        """Greedy /generate; raises on any other answer than 200."""
+        response = self.post("/generate", request_body(prompt, tokens, **extra), timeout_s)
+        assert response.status_code == 200, f"{self.name}: {response.status_code} {response.text[:500]}\n{self.tail()}"
+        return response.json()
+
+
+def request_body(prompt: str | list[int] | list[str], tokens: int, **extra: Any) -> dict[str, Any]:
+    text = isinstance(prompt, str) or (bool(prompt) and isinstance(prompt[0], str))
+    return {
+        "text" if text else "input_ids": prompt,
+        "sampling_params": {"max_new_tokens": tokens, "temperature": 0, "ignore_eos": True},
+        **extra,
+    }
+
+
+def launcher(role: str, model: str, port: int, log: Path, *args: str) -> Server:
+    """A server of ours, not started yet."""
+    command = ("-m", "sglang_tpla.launch", "--role", role, "--model-path", model, *COMMON, "--port", str(port), *args)
+    return Server(role, command, port, log)
+
+
+def stock(model: str, port: int, log: Path, *args: str) -> Server:
+    """Stock SGLang on the CPU reference platform: no role, so none of the plug-in's serving hooks."""
+    env = {"SGLANG_PLATFORM": "sglang_tpla_cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1",
+           "SGLANG_CPU_OMP_THREADS_BIND": "0", "SGLANG_NCCL_SO_PATH": "no-nccl-on-a-cpu"}  # fmt: skip
+    command = ("-m", "sglang.launch_server", "--model-path", model, *COMMON, "--port", str(port), *args)
+    return Server("stock", command, port, log, env)
+
+
+def router(port: int, log: Path, prefill: str, bootstrap: int, decode: str, *args: str) -> Server:
+    """The real sglang_router in front of one prefill and one decode server."""
+    command = (
+        "-m", "sglang_tpla.launch", "--role", "router", "--host", "127.0.0.1", "--port", str(port),
+        "--prometheus-port", str(free_ports(1)[0]), "--prefill", prefill, str(bootstrap), "--decode", decode, *args,
+    )  # fmt: skip
+    return Server("router", command, port, log)
+
+
+@dataclass
+class Pair:
+    """A prefill and a decode server addressed without a router, as the router itself does it."""
+
+    prefill: Server
+    bootstrap: int
+    decode: Server
+    next_room: int = 1000
+
+    def generate(self, prompt: Any, tokens: int, timeout_s: float = 240, **extra: Any) -> tuple[Any, Any]:
+        """The answers of prefill and decode to one request (or one batch) in its own room(s)."""
+        batch = len(prompt) if isinstance(prompt, list) and not isinstance(prompt[0], int) else 0
+        rooms = list(range(self.next_room, self.next_room + max(batch, 1)))
+        self.next_room += max(batch, 1)
+        body = request_body(prompt, tokens, **extra)
+        body |= {
+            "bootstrap_host": ["127.0.0.1"] * batch if batch else "127.0.0.1",
+            "bootstrap_port": [self.bootstrap] * batch if batch else self.bootstrap,
+            "bootstrap_room": rooms if batch else rooms[0],
+        }
+        import concurrent.futures
+
+        with concurrent.futures.ThreadPoolExecutor(2) as pool:
+            first = pool.submit(self.prefill.post, "/generate", body, timeout_s)
+            second = pool.submit(self.decode.post, "/generate", body, timeout_s)
+            answers = first.result(), second.result()
+        for server, answer in zip((self.prefill, self.decode), answers, strict=True):
+            assert answer.status_code == 200, f"{server.name}: {answer.status_code} {answer.text[:400]}\n{server.tail()}"
+        return answers[0].json(), answers[1].json()
+
+
+def transfer_lines(server: Server) -> list[dict[str, Any]]:
+    """The structured log lines of a server's transfers."""
+    lines = [line for line in server.log.read_text(errors="replace").splitlines() if " transfer {" in line]
+    return [json.loads(line[line.index("transfer {") + len("transfer ") :]) for line in lines]
