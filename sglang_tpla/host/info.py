@@ -24,8 +24,32 @@ def startup_info(result: dict[str, Any], self: Any) -> dict[str, Any]:
 
 
 def live_info(result: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
-    """After ``get_internal_state``: counters of this rank's transfer agent."""
+    """After ``get_internal_state``: counters of this rank's transfer agent, and what its scheduler still holds."""
     from sglang_tpla.host.transfer_backend import agents
 
     result.internal_state["tpla_transfer"] = [asdict(agent.stats()) for agent in agents()]
+    result.internal_state["tpla_scheduler"] = scheduler_load(self)
     return result
+
+
+def scheduler_load(scheduler: Any) -> dict[str, int]:
+    """Requests in each of the disaggregation's queues, and cache slots and metadata rows in use.
+
+    All zero on an idle server, but for ``cached_tokens``: what the prefix cache keeps and would evict.
+    """
+    bootstrap = scheduler.disagg_prefill_bootstrap_queue
+    preallocation = scheduler.disagg_decode_prealloc_queue
+    transfer = scheduler.disagg_decode_transfer_queue
+    rows = scheduler.req_to_metadata_buffer_idx_allocator
+    cached = scheduler.tree_cache.evictable_size()
+    return {
+        "bootstrap_queue": len(bootstrap.queue) if bootstrap else 0,
+        "inflight_queue": len(scheduler.disagg_prefill_inflight_queue or ()),
+        "preallocation_queue": len(preallocation.queue) if preallocation else 0,
+        "transfer_queue": len(transfer.queue) if transfer else 0,
+        "waiting_queue": len(scheduler.waiting_queue),
+        "running_batch": len(scheduler.running_batch.reqs),
+        "used_tokens": scheduler.max_total_num_tokens - scheduler.token_to_kv_pool_allocator.available_size() - cached,
+        "cached_tokens": cached,
+        "used_metadata_rows": rows.size - rows.available_size(),
+    }

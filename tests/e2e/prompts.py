@@ -1,0 +1,32 @@
+"""Prompts for the end-to-end tests: pieces of the standard library's source, the same on every machine of a release."""
+
+from __future__ import annotations
+
+import inspect
+import random
+import textwrap
+from types import ModuleType
+
+import argparse, ast, bisect, calendar, collections, csv, dataclasses, difflib, fractions, heapq, inspect as _inspect  # noqa: E401, I001
+import json.decoder, pprint, queue, shlex, statistics, string, tarfile, tempfile, threading, zipfile  # noqa: E401, I001
+
+MODULES: tuple[ModuleType, ...] = (
+    argparse, ast, bisect, calendar, collections, csv, dataclasses, difflib, fractions, heapq, _inspect, json.decoder,
+    pprint, queue, shlex, statistics, string, tarfile, tempfile, threading, zipfile,
+)  # fmt: skip
+
+
+def source(seed: int, characters: int) -> str:
+    """A piece of source text of about ``characters``, cut at a line."""
+    chooser = random.Random(seed)
+    text = inspect.getsource(chooser.choice(MODULES))
+    while len(text) < characters + 1000:
+        text += "\n" + inspect.getsource(chooser.choice(MODULES))
+    start = text.index("\n", chooser.randrange(len(text) - characters)) + 1
+    return textwrap.dedent(text[start : start + characters])
+
+
+def short_prompts(count: int, seed: int = 0) -> list[str]:
+    """Prompts of a line to some 300 tokens."""
+    chooser = random.Random(seed)
+    return [source(seed * 1000 + n, chooser.choice((12, 40, 90, 200, 400, 900))) for n in range(count)]
