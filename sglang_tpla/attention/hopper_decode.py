@@ -54,9 +54,9 @@ class Variant:
 
     @property
     def shared_bytes(self) -> int:
-        """Dynamic shared memory: query, ring of tiles, barriers, and slack to align to 1,024."""
+        """Dynamic shared memory: query, ring of tiles, slots of two chunks, barriers, and slack to align to 1,024."""
         panels = -(-(self.latent_dim + self.rope_dim) // 64)
-        return panels * 128 * (self.rows + self.stages * TILE_TOKENS) + 16 * self.stages + 16 + 1024
+        return panels * 128 * (self.rows + self.stages * TILE_TOKENS) + 4096 + 16 * self.stages + 16 + 1024
 
     @property
     def defines(self) -> dict[str, int]:
@@ -70,6 +70,7 @@ class Variant:
             "OUT_COLUMNS": self.out_columns,
             "MAX_PARTS": MAX_PARTS,
             "SEGMENT_COST": SEGMENT_COST,
+            "PLAN_BATCH": 2048,  # requests whose lengths the planning kernel keeps in shared memory
         }
 
     def source(self) -> str:
@@ -97,7 +98,7 @@ class _Params(ctypes.Structure):
         [
             (name, ctypes.c_void_p)
             for name in (
-                "q_latent q_rope kv out partial_out partial_lse lengths page_indices page_starts part_begin split_start"
+                "q_latent q_rope kv out partial_out partial_lse lengths page_indices page_starts part_begin split_start arrived"
             ).split()
         ]
         + [
@@ -107,7 +108,7 @@ class _Params(ctypes.Structure):
                 "out_token_stride out_head_stride kv_stride"
             ).split()
         ]
-        + [(name, ctypes.c_int) for name in ("heads", "query_len", "page_bits")]
+        + [(name, ctypes.c_int) for name in ("heads", "query_len", "page_bits", "batch")]
         + [("scale_log2", ctypes.c_float)]
     )
 
@@ -119,7 +120,6 @@ def _loaded(variant: Variant, device_index: int) -> tuple[KernelModule, dict[str
         module = KernelModule(cached_cubin(variant.source(), variant.defines, SOURCE.name))
         kernels = {
             "decode": module.kernel("latent_decode", variant.shared_bytes),
-            "merge": module.kernel("latent_merge"),
             "plan": module.kernel("latent_plan"),
         }
     return module, kernels
@@ -159,6 +159,7 @@ class HopperDecode:
         splits = max_batch + self.parts
         self._part_begin = torch.zeros(self.parts + 1, 4, dtype=torch.int32, device=device)
         self._split_start = torch.zeros(max_batch + 1, dtype=torch.int32, device=device)
+        self._arrived = torch.zeros(self._row_blocks * max_batch, dtype=torch.int32, device=device)
         self._partial_out = torch.empty(splits * rows * shape.latent_dim, dtype=torch.float32, device=device)
         self._partial_lse = torch.empty(splits * rows, dtype=torch.float32, device=device)
         self._table: PageTable | None = None
@@ -183,6 +184,8 @@ class HopperDecode:
             ctypes.c_int(self.parts),
             ctypes.c_void_p(self._part_begin.data_ptr()),
             ctypes.c_void_p(self._split_start.data_ptr()),
+            ctypes.c_void_p(self._arrived.data_ptr()),
+            ctypes.c_int(self._arrived.numel()),
         )
         self._module.launch(self._kernels["plan"], (1, 1), 32, arguments, self._stream())
 
@@ -212,19 +215,24 @@ class HopperDecode:
             *(tensor.data_ptr() for tensor in (lengths, table.indices, table.starts)),
             self._part_begin.data_ptr(),
             self._split_start.data_ptr(),
+            self._arrived.data_ptr(),
             *(*q_latent.stride()[:2], *q_rope.stride()[:2], *out.stride()[:2], cache.stride(0)),
             shape.heads,
             shape.query_len,
             table.page_size.bit_length() - 1,
+            table.batch,
             self.scale * 1.4426950408889634,  # log2(e): the kernel works in base 2
         )
-        stream = self._stream()
         grid = (self.parts, self._row_blocks)
         self._module.launch(
-            self._kernels["decode"], grid, THREADS, (params,), stream, shared_bytes=self.variant.shared_bytes
+            self._kernels["decode"],
+            grid,
+            THREADS,
+            (params,),
+            self._stream(),
+            shared_bytes=self.variant.shared_bytes,
+            early=True,
         )
-        rows = shape.heads * shape.query_len
-        self._module.launch(self._kernels["merge"], (rows, table.batch), 256, (params,), stream, early=True)
         return out
 
     def _stream(self) -> int:

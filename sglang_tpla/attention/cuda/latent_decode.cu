@@ -10,8 +10,11 @@
 //     MODE_ROWS    up to 128 rows: each has 64 rows of every tile;
 //     MODE_WIDTH   latent wider than 256: each has half of the value columns and computes all scores.
 // The grid is persistent: block x runs part x of the plan (see plan.py), so its size never depends on the lengths.
+// A request that lies in several parts is merged at the end by the blocks that hold it: each waits until all have
+// stored their partial results, then adds up its share of the rows, in the order of the splits. All blocks must be
+// resident at once for that, so the grid never has more blocks than the GPU has multiprocessors.
 //
-// Compiled with -DLATENT -DROPE -DMODE -DSTAGES; wgmma_ss_64 and wgmma_rs come from wgmma.py.
+// Compiled with -DLATENT -DROPE -DMODE -DSTAGES (hopper_decode.py); wgmma_ss_64 and wgmma_rs come from wgmma.py.
 
 constexpr int kTile = 64;                                   // tokens a tile
 constexpr int kWidth = LATENT + ROPE;                       // columns of a cache row
@@ -26,6 +29,10 @@ constexpr int kStageBytes = kPanels * kPanelBytes;
 constexpr int kQBytes = kPanels * kQPanelBytes;
 constexpr int kSteps = kWidth / 16;                         // wgmma steps of the scores
 constexpr int kProducerThreads = 128;
+#define PRODUCER_REGISTERS 40
+#define CONSUMER_REGISTERS 232
+constexpr int kChunkTiles = 8;                              // tiles whose slots are looked up together
+constexpr int kSlotBytes = 2 * kChunkTiles * kTile * 4;
 static_assert(kWidth % 32 == 0 && LATENT % 32 == 0, "widths are multiples of 32");
 static_assert(kOutPanels == OUT_COLUMNS / 64, "wgmma_rs was generated for another width");
 
@@ -41,9 +48,10 @@ struct Params {
     const int* page_starts;    // [batch]
     const int* part_begin;     // [parts + 1, 4]: request, tile, segments of that request before this part, 0
     const int* split_start;    // [batch + 1]
+    u32* arrived;              // [row blocks, batch]: partial results stored since the plan was made
     long long q_latent_token_stride, q_latent_head_stride, q_rope_token_stride, q_rope_head_stride;
     long long out_token_stride, out_head_stride, kv_stride;
-    int heads, query_len, page_bits;
+    int heads, query_len, page_bits, batch;
     float scale_log2;
 };
 
@@ -87,6 +95,10 @@ template <int kCount> __device__ __forceinline__ void pin(float (&registers)[kCo
     for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(registers[i])::"memory");
 }
 __device__ __forceinline__ void sync_consumers() { asm volatile("bar.sync 1, 256;" ::: "memory"); }
+__device__ __forceinline__ void sync_producers() { asm volatile("bar.sync 2, 128;" ::: "memory"); }
+// MODE_ROWS: the warpgroups issue their matrix products in turn, so that one's softmax hides behind the other's.
+__device__ __forceinline__ void wait_turn(int group) { asm volatile("bar.sync %0, 256;" ::"r"(3 + group) : "memory"); }
+__device__ __forceinline__ void give_turn(int group) { asm volatile("bar.arrive %0, 256;" ::"r"(4 - group) : "memory"); }
 
 // wgmma descriptor of a swizzled panel: 8-row groups are 1,024 bytes apart (stride offset); for the transposed
 // operand, `leading_bytes` is the distance of the next 64 columns.
@@ -152,27 +164,28 @@ __device__ __forceinline__ void load_query(const Params& p, u32 q_smem, int requ
     }
 }
 
-constexpr int kRowsPerThread = kTile / (kProducerThreads / 8);   // cache rows one producer thread copies per tile
+constexpr int kRowsPerThread = kTile / (kProducerThreads / 8);             // cache rows a thread copies of a tile
+constexpr int kSlotsPerThread = kChunkTiles * kTile / kProducerThreads;    // slots a thread looks up of a chunk
 
-// Slots of the rows this thread copies of one tile; -1 beyond the end of the request.
+// Slots of a chunk's tokens, one thread every 128th; -1 beyond the end of the request.
 __device__ __forceinline__ void load_slots(const Params& p, int start, int length, int tile, int thread,
-                                           int (&slots)[kRowsPerThread]) {
+                                           int (&slots)[kSlotsPerThread]) {
     const int mask = (1 << p.page_bits) - 1;
 #pragma unroll
-    for (int i = 0; i < kRowsPerThread; ++i) {
-        const int token = tile * kTile + thread / 8 + i * (kProducerThreads / 8);
+    for (int i = 0; i < kSlotsPerThread; ++i) {
+        const int token = tile * kTile + thread + i * kProducerThreads;
         slots[i] = -1;
         if (token < length) slots[i] = (__ldg(p.page_indices + start + (token >> p.page_bits)) << p.page_bits) | (token & mask);
     }
 }
 
-__device__ __forceinline__ void load_tile(const Params& p, u32 stage, int thread, const int (&slots)[kRowsPerThread]) {
+__device__ __forceinline__ void load_tile(const Params& p, u32 stage, int thread, const int* slots) {
     const int column = thread % 8;
 #pragma unroll
     for (int i = 0; i < kRowsPerThread; ++i) {
-        const int row = thread / 8 + i * (kProducerThreads / 8);
-        const bool valid = slots[i] >= 0;
-        const u16* source = p.kv + (long long)(valid ? slots[i] : 0) * p.kv_stride + column * 8;
+        const int row = thread / 8 + i * (kProducerThreads / 8), slot = slots[row];
+        const bool valid = slot >= 0;
+        const u16* source = p.kv + (long long)(valid ? slot : 0) * p.kv_stride + column * 8;
         const u32 target = stage + row * 128 + ((column ^ (row & 7)) << 4);
 #pragma unroll
         for (int panel = 0; panel < kPanels; ++panel)
@@ -181,28 +194,31 @@ __device__ __forceinline__ void load_tile(const Params& p, u32 stage, int thread
     }
 }
 
-__device__ __forceinline__ void produce(const Params& p, u32 q_smem, u32 ring, u32 full, u32 empty, u32 q_full,
-                                        u32 q_empty, int thread) {
-    u32 stage = 0, phase = 0, q_phase = 0;
+__device__ __forceinline__ void produce(const Params& p, u32 q_smem, int* slot_buffer, u32 ring, u32 full, u32 empty,
+                                        u32 q_full, u32 q_empty, int thread) {
+    u32 stage = 0, phase = 0, q_phase = 0, chunk = 0;
     for (Segments s(p); s.more(); s.next()) {
         const int length = p.lengths[s.request], start = p.page_starts[s.request];
         const int end = s.end_tile(length);
         if (s.first_tile >= end) continue;
-        int slots[kRowsPerThread], next[kRowsPerThread], later[kRowsPerThread];
-        load_slots(p, start, length, s.first_tile, thread, slots);
-        load_slots(p, start, length, s.first_tile + 1, thread, next);
+        int ahead[kSlotsPerThread];                              // slots of the next chunk, on their way
+        load_slots(p, start, length, s.first_tile, thread, ahead);
         barrier_wait(q_empty, q_phase ^ 1);
         q_phase ^= 1;
         load_query(p, q_smem, s.request, thread);
         barrier_arrive_when_copied(q_full);
-        for (int tile = s.first_tile; tile < end; ++tile) {
-            load_slots(p, start, length, tile + 2, thread, later);
-            barrier_wait(empty + 8 * stage, phase ^ 1);
-            load_tile(p, ring + stage * kStageBytes, thread, slots);
-            barrier_arrive_when_copied(full + 8 * stage);
-            if (++stage == STAGES) stage = 0, phase ^= 1;
+        for (int first = s.first_tile; first < end; first += kChunkTiles, chunk ^= 1) {
+            int* slots = slot_buffer + chunk * (kChunkTiles * kTile);
 #pragma unroll
-            for (int i = 0; i < kRowsPerThread; ++i) slots[i] = next[i], next[i] = later[i];
+            for (int i = 0; i < kSlotsPerThread; ++i) slots[thread + i * kProducerThreads] = ahead[i];
+            sync_producers();
+            load_slots(p, start, length, first + kChunkTiles, thread, ahead);
+            for (int tile = first; tile < min(first + kChunkTiles, end); ++tile) {
+                barrier_wait(empty + 8 * stage, phase ^ 1);
+                load_tile(p, ring + stage * kStageBytes, thread, slots + (tile - first) * kTile);
+                barrier_arrive_when_copied(full + 8 * stage);
+                if (++stage == STAGES) stage = 0, phase ^= 1;
+            }
         }
     }
 }
@@ -279,51 +295,46 @@ __device__ __forceinline__ void pack_probability(u32 (&packed)[16], const float 
     for (int i = 0; i < 16; ++i) packed[i] = pack_bf16(s[2 * i], s[2 * i + 1]);
 }
 
-// MODE_TOKENS: adds the second warpgroup's sums to the first's, through the query's shared memory, half a row at a time.
-__device__ __forceinline__ void join(float (&o)[kOut], Softmax& state, float* buffer, int group, int thread) {
-    constexpr int kHalf = kOut / 2;
-    float* statistics = buffer + kHalf * 128;
-    sync_consumers();                                            // all scores done: the query may go
-    if (group == 1) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            statistics[i * 128 + thread] = state.highest[i];
-            statistics[(2 + i) * 128 + thread] = state.total[i];
-        }
-    }
+// MODE_TOKENS: the warpgroups add up their sums through the query's shared memory, which is free by then. Each ends with
+// half of the columns: accumulators [kGroup * kOut / 2, (kGroup + 1) * kOut / 2).
+template <int kGroup> __device__ __forceinline__ void join(float (&o)[kOut], Softmax& state, float* buffer, int thread) {
+    constexpr int kQuarter = kOut / 4;
+    float* theirs = buffer + (1 - kGroup) * (kQuarter + 4) * 128 + thread;
+    float* ours = buffer + kGroup * (kQuarter + 4) * 128 + thread;
     float mine[2], other[2];
+    sync_consumers();                                            // all scores done: the query may go
 #pragma unroll
-    for (int part = 0; part < 2; ++part) {
-        if (part == 1) sync_consumers();
-        if (group == 1) {
+    for (int i = 0; i < 2; ++i) ours[(kQuarter + i) * 128] = state.highest[i], ours[(kQuarter + 2 + i) * 128] = state.total[i];
 #pragma unroll
-            for (int i = 0; i < kHalf; ++i) buffer[i * 128 + thread] = o[part * kHalf + i];
-        }
+    for (int round = 0; round < 2; ++round) {
+        if (round == 1) sync_consumers();
+#pragma unroll
+        for (int i = 0; i < kQuarter; ++i) ours[i * 128] = o[(1 - kGroup) * (kOut / 2) + round * kQuarter + i];
         sync_consumers();
-        if (group == 0) {
-            if (part == 0) {
+        if (round == 0) {
 #pragma unroll
-                for (int i = 0; i < 2; ++i) {
-                    const float theirs = statistics[i * 128 + thread], top = fmaxf(state.highest[i], theirs);
-                    const bool nothing = top == negative_infinity();
-                    mine[i] = nothing ? 0.f : exp2_fast(state.highest[i] - top);
-                    other[i] = nothing ? 0.f : exp2_fast(theirs - top);
-                    state.highest[i] = top;
-                    state.total[i] = state.total[i] * mine[i] + statistics[(2 + i) * 128 + thread] * other[i];
-                }
+            for (int i = 0; i < 2; ++i) {
+                const float highest = theirs[(kQuarter + i) * 128], top = fmaxf(state.highest[i], highest);
+                const bool nothing = top == negative_infinity();
+                mine[i] = nothing ? 0.f : exp2_fast(state.highest[i] - top);
+                other[i] = nothing ? 0.f : exp2_fast(highest - top);
+                state.highest[i] = top;
+                state.total[i] = state.total[i] * mine[i] + theirs[(kQuarter + 2 + i) * 128] * other[i];
             }
+        }
 #pragma unroll
-            for (int i = 0; i < kHalf; ++i) {
-                const int at = part * kHalf + i;
-                o[at] = o[at] * mine[(at >> 1) & 1] + buffer[i * 128 + thread] * other[(at >> 1) & 1];
-            }
+        for (int i = 0; i < kQuarter; ++i) {
+            const int at = kGroup * (kOut / 2) + round * kQuarter + i, half = (at >> 1) & 1;
+            o[at] = o[at] * mine[half] + theirs[i * 128] * other[half];
         }
     }
 }
 
-// Writes a segment: straight to the output when it is the whole request, else as a partial result with its log-sum-exp.
+// Writes accumulators [kFirst, kFirst + kCount) of a segment: straight to the output when it is the whole request, else
+// as a partial result with its log-sum-exp.
+template <int kFirst, int kCount>
 __device__ __forceinline__ void store(const Params& p, const float (&o)[kOut], const Softmax& state, int request, int split,
-                                      bool whole, int first_row, int first_column, int group, int thread) {
+                                      bool whole, int first_row, int first_column, bool owns_row, int thread) {
     const int lane = thread % 32, rows = p.query_len * p.heads;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -334,34 +345,138 @@ __device__ __forceinline__ void store(const Params& p, const float (&o)[kOut], c
         u16* out = p.out + ((long long)request * p.query_len + token) * p.out_token_stride + head * p.out_head_stride;
         float* partial = p.partial_out + ((long long)split * rows + row) * LATENT;
 #pragma unroll
-        for (int i = 0; i < kOut; i += 4) {
+        for (int i = kFirst; i < kFirst + kCount; i += 4) {
             const int column = first_column + i * 2 + (lane % 4) * 2;
-            // In MODE_WIDTH the halves may overlap by a panel: the first warpgroup writes it.
-            const bool mine = column < LATENT && (MODE != MODE_WIDTH || group == 0 || column >= kOutPanels * 64);
-            if (!mine) continue;
+            // In MODE_WIDTH the warpgroups' columns may overlap by a panel: the first one writes it.
+            if (column >= LATENT || (MODE == MODE_WIDTH && !owns_row && column < kOutPanels * 64)) continue;
             const float x = o[i + 2 * half] * inverse, y = o[i + 2 * half + 1] * inverse;
             if (whole) *reinterpret_cast<u32*>(out + column) = pack_bf16(x, y);
             else *reinterpret_cast<float2*>(partial + column) = make_float2(x, y);
         }
-        if (!whole && lane % 4 == 0 && (MODE != MODE_WIDTH || group == 0))
+        if (!whole && owns_row && lane % 4 == 0)
             p.partial_lse[(long long)split * rows + row] =
                 state.total[half] > 0.f ? state.highest[half] + log2_fast(state.total[half]) : negative_infinity();
     }
 }
 
+// ---- merge --------------------------------------------------------------------------------------------------------
+
+// A request of which this block stored one of several partial results; kept in shared memory until the end.
+struct Shared {
+    int request, split;        // split: which of the request's
+    u32 target;                // value of `arrived` when all of them are stored
+};
+
+// Tells that this block's partial result of `request` is stored. Called by all consumers.
+__device__ __forceinline__ void announce(const Params& p, Shared& shared, int request, int split, int splits, int consumer) {
+    __threadfence();
+    sync_consumers();
+    if (consumer == 0) {
+        const u32 before = atomicAdd(p.arrived + blockIdx.y * p.batch + request, 1u);
+        shared = {request, split, (before / splits + 1) * splits};   // the counter runs on over the layers of a step
+    }
+}
+
+// Adds up this block's share of a request's rows. A unit is 128 columns of a row; a warp sums it over all splits, or,
+// where there are many splits and few units, eight warps share a unit's splits.
+__device__ __forceinline__ void merge(const Params& p, const Shared shared, float* buffer, int consumer) {
+    constexpr int kUnitsPerRow = (LATENT + 127) / 128;
+    const int warp = consumer / 32, lane = consumer % 32, rows = p.query_len * p.heads;
+    const int first = p.split_start[shared.request], splits = p.split_start[shared.request + 1] - first;
+    const int first_row = blockIdx.y * kRows, units = min(kRows, rows - first_row) * kUnitsPerRow;
+    const int begin = units * shared.split / splits, end = units * (shared.split + 1) / splits;
+    if (consumer == 0) {
+        const u32* arrived = p.arrived + blockIdx.y * p.batch + shared.request;
+        u32 now;
+        do {
+            asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(arrived) : "memory");
+        } while ((int)(now - shared.target) < 0);
+    }
+    sync_consumers();
+    const bool together = splits > 32;
+    const int step = together ? 8 : 1, offset = together ? warp : 0;
+    float* weight = buffer + warp * MAX_PARTS;
+    float4* sums = reinterpret_cast<float4*>(buffer + 8 * MAX_PARTS);
+    for (int unit = begin + (together ? 0 : warp); unit < end; unit += together ? 1 : 8) {
+        const int row = first_row + unit / kUnitsPerRow, column = (unit % kUnitsPerRow) * 128 + lane * 4;
+        float top = negative_infinity(), total = 0.f;
+        for (int i = lane; i < splits; i += 32) {
+            weight[i] = __ldcg(p.partial_lse + (long long)(first + i) * rows + row);
+            top = fmaxf(top, weight[i]);
+        }
+#pragma unroll
+        for (int distance = 16; distance; distance /= 2) top = fmaxf(top, __shfl_xor_sync(0xffffffff, top, distance));
+        for (int i = lane; i < splits; i += 32) {
+            weight[i] = top == negative_infinity() ? 0.f : exp2_fast(weight[i] - top);
+            total += weight[i];
+        }
+#pragma unroll
+        for (int distance = 16; distance; distance /= 2) total += __shfl_xor_sync(0xffffffff, total, distance);
+        const float inverse = total > 0.f ? 1.f / total : 0.f;
+        __syncwarp();
+        float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
+        if (column < LATENT) {
+            const float* partial = p.partial_out + ((long long)first * rows + row) * LATENT + column;
+#pragma unroll 8
+            for (int i = offset; i < splits; i += step) {
+                const float4 x = __ldcg(reinterpret_cast<const float4*>(partial + (long long)i * rows * LATENT));
+                const float factor = weight[i] * inverse;
+                sum.x += factor * x.x, sum.y += factor * x.y, sum.z += factor * x.z, sum.w += factor * x.w;
+            }
+        }
+        if (together) {
+            sums[consumer] = sum;
+            sync_consumers();
+            if (warp == 0) {
+#pragma unroll
+                for (int i = 1; i < 8; ++i) {
+                    const float4 x = sums[i * 32 + lane];
+                    sum.x += x.x, sum.y += x.y, sum.z += x.z, sum.w += x.w;
+                }
+            }
+            sync_consumers();
+        }
+        if (column < LATENT && (!together || warp == 0)) {
+            const int token = row / p.heads, head = row - token * p.heads;
+            u16* out = p.out + ((long long)shared.request * p.query_len + token) * p.out_token_stride + head * p.out_head_stride;
+            *reinterpret_cast<uint2*>(out + column) = make_uint2(pack_bf16(sum.x, sum.y), pack_bf16(sum.z, sum.w));
+        }
+        __syncwarp();
+    }
+    sync_consumers();                                            // the buffer may be used again
+}
+
+// An empty request's output.
+__device__ __forceinline__ void store_zeros(const Params& p, int request, int consumer) {
+    const int rows = p.query_len * p.heads;
+    for (int i = consumer; i < kRows * (LATENT / 8); i += 256) {
+        const int row = blockIdx.y * kRows + i / (LATENT / 8), token = row / p.heads, head = row - token * p.heads;
+        u16* out = p.out + ((long long)request * p.query_len + token) * p.out_token_stride + head * p.out_head_stride;
+        if (row < rows) *reinterpret_cast<uint4*>(out + (i % (LATENT / 8)) * 8) = make_uint4(0, 0, 0, 0);
+    }
+}
+
 __device__ __forceinline__ void consume(const Params& p, u32 q_smem, float* q_buffer, u32 ring, u32 full, u32 empty,
                                         u32 q_full, u32 q_empty, int group, int thread) {
-    constexpr int kStep = MODE == MODE_TOKENS ? 2 : 1;
+    [[maybe_unused]] constexpr int kStep = MODE == MODE_TOKENS ? 2 : 1;
     const int lane = thread % 32;
     const int first_row = MODE == MODE_ROWS ? group * 64 : 0;
     const int first_panel = MODE == MODE_WIDTH && group == 1 ? kValuePanels - kOutPanels : 0;
     const u32 q_rows = q_smem + first_row * 128;
+    const int consumer = group * 128 + thread;
     u32 base = 0, q_phase = 0;                                   // tiles of earlier segments; parity of the query
+    __shared__ Shared shared[2];                                 // only a part's first and last request can be shared
+    int pending = 0;
+    if (MODE == MODE_ROWS && group == 1) give_turn(group);
     for (Segments seg(p); seg.more(); seg.next()) {
         const int length = p.lengths[seg.request], end = seg.end_tile(length), tiles = end - seg.first_tile;
-        if (tiles <= 0) continue;
+        if (tiles <= 0) {
+            if (length <= 0) store_zeros(p, seg.request, consumer);
+            continue;
+        }
         const int first_split = p.split_start[seg.request];
-        const bool whole = p.split_start[seg.request + 1] - first_split == 1;
+        const int splits = p.split_start[seg.request + 1] - first_split;
+        const bool whole = splits == 1;
         int limit[2];                                            // tokens that each of the two rows may see
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
@@ -382,7 +497,9 @@ __device__ __forceinline__ void consume(const Params& p, u32 q_smem, float* q_bu
         u32 held = base % STAGES;
         barrier_wait(full + 8 * held, (base / STAGES) & 1);
         fence_async_proxy();
+        if (MODE == MODE_ROWS) wait_turn(group);
         scores(s, q_rows, ring + held * kStageBytes);
+        if (MODE == MODE_ROWS) give_turn(group);
         wgmma_wait<0>();
         pin(s);
         soften(s, state, factor, p.scale_log2, seg.first_tile * kTile, limit, (seg.first_tile + 1) * kTile > unmasked, lane);
@@ -391,9 +508,11 @@ __device__ __forceinline__ void consume(const Params& p, u32 q_smem, float* q_bu
             const u32 at = base + j, stage = at % STAGES;
             barrier_wait(full + 8 * stage, (at / STAGES) & 1);
             fence_async_proxy();
+            if (MODE == MODE_ROWS) wait_turn(group);
             scores(s, q_rows, ring + stage * kStageBytes);
             pin(o);
             add_values(o, probability, ring + held * kStageBytes + first_panel * kPanelBytes);
+            if (MODE == MODE_ROWS) give_turn(group);
             wgmma_wait<1>();
             pin(s);
             const int first_token = (seg.first_tile + j) * kTile;
@@ -437,18 +556,33 @@ __device__ __forceinline__ void consume(const Params& p, u32 q_smem, float* q_bu
             state.total[half] += __shfl_xor_sync(0xffffffff, state.total[half], 1);
             state.total[half] += __shfl_xor_sync(0xffffffff, state.total[half], 2);
         }
-        if (MODE == MODE_TOKENS) join(o, state, q_buffer, group, thread);
-        if (lane == 0) barrier_arrive(q_empty);
-        if (MODE != MODE_TOKENS || group == 0)
-            store(p, o, state, seg.request, first_split + seg.before, whole, first_row, first_panel * 64, group, thread);
+        const int split = first_split + seg.before;
+        if (MODE != MODE_TOKENS) {
+            if (lane == 0) barrier_arrive(q_empty);
+            store<0, kOut>(p, o, state, seg.request, split, whole, first_row, first_panel * 64, MODE == MODE_ROWS || group == 0, thread);
+        } else if (group == 0) {
+            join<0>(o, state, q_buffer, thread);
+            if (lane == 0) barrier_arrive(q_empty);
+            store<0, kOut / 2>(p, o, state, seg.request, split, whole, 0, 0, true, thread);
+        } else {
+            join<1>(o, state, q_buffer, thread);
+            if (lane == 0) barrier_arrive(q_empty);
+            store<kOut / 2, kOut / 2>(p, o, state, seg.request, split, whole, 0, 0, false, thread);
+        }
+        if (!whole) announce(p, shared[pending++ & 1], seg.request, seg.before, splits, consumer);
     }
+    if (MODE == MODE_ROWS && group == 0) wait_turn(group);
+    sync_consumers();                                            // the query's memory is free
+#pragma unroll 1
+    for (int i = 0; i < pending; ++i) merge(p, shared[i], q_buffer, consumer);
 }
 
 extern "C" __global__ void __launch_bounds__(384, 1) latent_decode(const __grid_constant__ Params p) {
     extern __shared__ char raw[];
     const u32 q_smem = (shared_address(raw) + 1023) & ~1023u;    // the swizzle repeats every 1,024 bytes
     float* q_buffer = reinterpret_cast<float*>(raw + (q_smem - shared_address(raw)));
-    const u32 ring = q_smem + kQBytes, full = ring + STAGES * kStageBytes;
+    const u32 ring = q_smem + kQBytes, full = ring + STAGES * kStageBytes + kSlotBytes;
+    int* slot_buffer = reinterpret_cast<int*>(raw + (full - kSlotBytes - shared_address(raw)));
     const u32 empty = full + 8 * STAGES, q_full = empty + 8 * STAGES, q_empty = q_full + 8;
     const int group = __shfl_sync(0xffffffff, threadIdx.x / 128, 0), thread = threadIdx.x % 128;
     if (threadIdx.x == 0) {
@@ -461,111 +595,70 @@ extern "C" __global__ void __launch_bounds__(384, 1) latent_decode(const __grid_
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
     __syncthreads();
+    // The next kernel of the stream may start to set up; this one reads nothing before its predecessor has ended.
+    asm volatile("griddepcontrol.wait;" ::: "memory");
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
     if (group == 0) {
         // The block starts with 3 x 168 registers a lane; a warpgroup that asks for more than is free waits forever.
-        static_assert(56 + 2 * 224 <= 3 * 168, "registers of the three warpgroups");
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 56;");
-        produce(p, q_smem, ring, full, empty, q_full, q_empty, thread);
+        static_assert(PRODUCER_REGISTERS + 2 * CONSUMER_REGISTERS <= 3 * 168, "registers of the three warpgroups");
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(PRODUCER_REGISTERS));
+        produce(p, q_smem, slot_buffer, ring, full, empty, q_full, q_empty, thread);
     } else {
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 224;");
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(CONSUMER_REGISTERS));
         consume(p, q_smem, q_buffer, ring, full, empty, q_full, q_empty, group - 1, thread);
-    }
-}
-
-// ---- merge --------------------------------------------------------------------------------------------------------
-
-// Adds a request's partial results in the order of its splits. Grid: (query_len * heads, batch), 256 threads.
-extern "C" __global__ void __launch_bounds__(256) latent_merge(const __grid_constant__ Params p) {
-    constexpr int kLanes = LATENT / 4, kGroups = 256 / kLanes;
-    __shared__ float weight[MAX_PARTS];
-    __shared__ float4 sums[kGroups * kLanes];
-    const int row = blockIdx.x, request = blockIdx.y, rows = gridDim.x, thread = threadIdx.x;
-    const int first = p.split_start[request], splits = p.split_start[request + 1] - first;
-    if (splits == 1) return;
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-    if (thread < 32) {
-        float top = negative_infinity(), total = 0.f;
-        for (int i = thread; i < splits; i += 32) {
-            weight[i] = p.partial_lse[(long long)(first + i) * rows + row];
-            top = fmaxf(top, weight[i]);
-        }
-#pragma unroll
-        for (int offset = 16; offset; offset /= 2) top = fmaxf(top, __shfl_xor_sync(0xffffffff, top, offset));
-        for (int i = thread; i < splits; i += 32) {
-            weight[i] = top == negative_infinity() ? 0.f : exp2_fast(weight[i] - top);
-            total += weight[i];
-        }
-#pragma unroll
-        for (int offset = 16; offset; offset /= 2) total += __shfl_xor_sync(0xffffffff, total, offset);
-        const float inverse = total > 0.f ? 1.f / total : 0.f;
-        for (int i = thread; i < splits; i += 32) weight[i] *= inverse;
-    }
-    __syncthreads();
-    const int group = thread / kLanes, lane = thread % kLanes;
-    if (group < kGroups) {
-        float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
-        const float4* partial = reinterpret_cast<const float4*>(p.partial_out + ((long long)first * rows + row) * LATENT) + lane;
-#pragma unroll 8
-        for (int i = group; i < splits; i += kGroups) {
-            const float4 x = __ldcg(partial + (long long)i * rows * kLanes);
-            const float factor = weight[i];
-            sum.x += factor * x.x, sum.y += factor * x.y, sum.z += factor * x.z, sum.w += factor * x.w;
-        }
-        sums[group * kLanes + lane] = sum;
-    }
-    __syncthreads();
-    if (group == 0) {
-        float4 sum = sums[lane];
-#pragma unroll
-        for (int i = 1; i < kGroups; ++i) {
-            const float4 x = sums[i * kLanes + lane];
-            sum.x += x.x, sum.y += x.y, sum.z += x.z, sum.w += x.w;
-        }
-        const int token = row / p.heads, head = row - token * p.heads;
-        u16* out = p.out + ((long long)request * p.query_len + token) * p.out_token_stride + head * p.out_head_stride;
-        *reinterpret_cast<uint2*>(out + lane * 4) = make_uint2(pack_bf16(sum.x, sum.y), pack_bf16(sum.z, sum.w));
     }
 }
 
 // ---- plan ---------------------------------------------------------------------------------------------------------
 
-// Lays parts of at most `capacity` over all requests; returns whether `parts` of them suffice. Twin: plan.py.
-__device__ bool lay_parts(const int* lengths, int batch, int parts, int capacity, int* part_begin, int* split_start) {
-    int request = 0, tile = 0, before = 0, splits = 0;
-    for (int part = 0; part < parts; ++part) {
-        if (part_begin) reinterpret_cast<int4*>(part_begin)[part] = make_int4(request, tile, before, 0);
-        int left = capacity;
-        while (request < batch) {
-            const int tiles = (__ldg(lengths + request) + kTile - 1) / kTile, rest = tiles - tile;
-            if (tiles == 0 || rest + SEGMENT_COST <= left) {
-                if (split_start) split_start[request] = splits;
-                if (tiles) splits += before + 1, left -= rest + SEGMENT_COST;
-                ++request, tile = 0, before = 0;
-            } else {
-                const int take = left - SEGMENT_COST;
-                if (take > 0) tile += take, ++before;
-                break;
-            }
+// Lays the requests into parts of `capacity`, see plan.py, its twin. Stores the plan when part_begin is given (the lanes of
+// the warp share the work then); returns whether `parts` of them suffice.
+__device__ __forceinline__ bool lay_parts(const int* lengths, int batch, int parts, int capacity, int* part_begin,
+                                          int* split_start, int lane) {
+    const int most = capacity - SEGMENT_COST;                    // tiles of a part that holds one segment
+    int part = 0, left = capacity, splits = 0;
+    if (most <= 0) return batch == 0;
+    if (part_begin && lane == 0) reinterpret_cast<int4*>(part_begin)[0] = make_int4(0, 0, 0, 0);
+    for (int request = 0; request < batch; ++request) {
+        const int tiles = (lengths[request] + kTile - 1) / kTile;
+        if (split_start && lane == 0) split_start[request] = splits;
+        if (tiles <= 0) continue;
+        if (tiles + SEGMENT_COST <= left) {
+            left -= tiles + SEGMENT_COST, ++splits;
+            continue;
         }
+        const int first = max(left - SEGMENT_COST, 0), before = first > 0 ? 1 : 0;
+        const int more = (tiles - first - 1) / most;             // parts that this request fills
+        if (part_begin)
+            for (int i = lane; i <= more; i += 32)
+                reinterpret_cast<int4*>(part_begin)[part + 1 + i] = make_int4(request, first + i * most, before + i, 0);
+        part += 1 + more, splits += before + more + 1;
+        left = most - (tiles - first - more * most);
+        if (part >= parts) return false;
     }
-    if (part_begin) reinterpret_cast<int4*>(part_begin)[parts] = make_int4(request, tile, before, 0);
-    if (split_start) split_start[request] = splits;
-    return request == batch;
+    if (part_begin)
+        for (int i = part + 1 + lane; i <= parts; i += 32) reinterpret_cast<int4*>(part_begin)[i] = make_int4(batch, 0, 0, 0);
+    if (split_start && lane == 0) split_start[batch] = splits;
+    return true;
 }
 
-// One warp; lane i tries the i-th larger capacity, the smallest that fits is laid.
+// One warp; lane i tries the i-th larger capacity, the smallest that fits is laid. Also sets `arrived` to zero.
 extern "C" __global__ void __launch_bounds__(32) latent_plan(const int* lengths, int batch, int parts, int* part_begin,
-                                                             int* split_start) {
+                                                             int* split_start, u32* arrived, int counters) {
+    __shared__ int copy[PLAN_BATCH];
     const int lane = threadIdx.x;
     int cost = 0;
+    for (int i = lane; i < counters; i += 32) arrived[i] = 0;
     for (int i = lane; i < batch; i += 32) {
-        const int tiles = (lengths[i] + kTile - 1) / kTile;
-        cost += tiles ? tiles + SEGMENT_COST : 0;
+        const int length = lengths[i], tiles = (length + kTile - 1) / kTile;
+        cost += tiles > 0 ? tiles + SEGMENT_COST : 0;
+        if (i < PLAN_BATCH) copy[i] = length;
     }
+    __syncwarp();
+    if (batch <= PLAN_BATCH) lengths = copy;
 #pragma unroll
     for (int offset = 16; offset; offset /= 2) cost += __shfl_xor_sync(0xffffffff, cost, offset);
-    const int capacity = (cost + parts - 1) / parts + lane;
-    const u32 fits = __ballot_sync(0xffffffff, lay_parts(lengths, batch, parts, capacity, nullptr, nullptr));
-    if (lane == __ffs(fits) - 1) lay_parts(lengths, batch, parts, capacity, part_begin, split_start);
+    const int capacity = (cost + parts - 1) / parts;
+    const u32 fits = __ballot_sync(0xffffffff, lay_parts(lengths, batch, parts, capacity + lane, nullptr, nullptr, lane));
+    lay_parts(lengths, batch, parts, capacity + __ffs(fits) - 1, part_begin, split_start, lane);
 }
