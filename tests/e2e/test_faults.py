@@ -1,0 +1,83 @@
+"""kill -9 of one side: the survivor stays healthy, fails what was in flight, and serves again when the peer is back."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.e2e.prompts import source
+from tests.e2e.servers import Pair, Server, free_ports, launcher, request_body
+from tests.e2e.test_trio import idle, wait_idle
+
+LONG = source(seed=9, characters=20000)  # some 6,000 tokens: many chunks of 128
+FAIL_WITHIN_S = 60.0
+
+
+@pytest.fixture(scope="module")
+def servers(nano_mla: str, nano_artifact: str, logs: Path) -> Iterator[tuple[Server, Server, int]]:
+    """A prefill and a decode server that may be killed; a short peer timeout."""
+    ports = free_ports(3)
+    timeout = ("--tpla-peer-timeout-s", "6")
+    prefill = launcher("prefill", nano_mla, ports[0], logs / "killed-prefill.log", "--disaggregation-bootstrap-port",
+                       str(ports[1]), "--chunked-prefill-size", "128", *timeout)  # fmt: skip
+    decode = launcher("decode", nano_mla, ports[2], logs / "killed-decode.log", "--tp", "2", "--tpla-groups", "2",
+                      "--tpla-artifact", nano_artifact, *timeout)  # fmt: skip
+    try:
+        prefill.start(), decode.start()
+        prefill.wait(), decode.wait()
+        yield prefill, decode, ports[1]
+    finally:
+        prefill.stop()
+        decode.stop()
+
+
+def until_in_flight(server: Server) -> None:
+    """Until the server has a room open and bytes of it have moved."""
+    start = server.get("/server_info")["internal_states"][0]["tpla_transfer"][0]["wire_bytes"]
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        (agent,) = server.get("/server_info")["internal_states"][0]["tpla_transfer"]
+        if agent["rooms"] and agent["wire_bytes"] > start:
+            return
+    raise AssertionError(f"nothing moved on {server.name}: {idle(server)}")
+
+
+def send_both(prefill: Server, decode: Server, bootstrap: int, room: int) -> list[concurrent.futures.Future[Any]]:
+    body = request_body(LONG, 8) | {
+        "bootstrap_host": "127.0.0.1", "bootstrap_port": bootstrap, "bootstrap_room": room,
+    }  # fmt: skip
+    pool = concurrent.futures.ThreadPoolExecutor(2)
+    calls = [pool.submit(server.post, "/generate", body, 200) for server in (prefill, decode)]
+    pool.shutdown(wait=False)
+    return calls
+
+
+@pytest.mark.parametrize("victim", ["decode", "prefill"])
+def test_survivor_of_a_kill(servers: tuple[Server, Server, int], victim: str) -> None:
+    prefill, decode, bootstrap = servers
+    pair = Pair(prefill, bootstrap, decode, next_room=50_000 if victim == "decode" else 60_000)
+    _, before = pair.generate("def f(x):\n", 12)
+    killed, survivor = (decode, prefill) if victim == "decode" else (prefill, decode)
+    survivor_pid = survivor.process.pid  # type: ignore[union-attr]
+
+    calls = send_both(prefill, decode, bootstrap, pair.next_room + 500)
+    until_in_flight(survivor)
+    killed.kill()
+    call = calls[0] if survivor is prefill else calls[1]
+    answer = call.result(FAIL_WITHIN_S)
+    assert answer.status_code >= 400 or answer.json()["meta_info"]["finish_reason"]["type"] == "abort", answer.text
+    assert "decode rank" in answer.text or "prefill" in answer.text, answer.text
+    assert httpx.get(survivor.url + "/health", timeout=30).status_code == 200
+    wait_idle(survivor)
+
+    killed.start().wait()
+    assert survivor.process.pid == survivor_pid and survivor.process.poll() is None  # type: ignore[union-attr]
+    _, after = pair.generate("def f(x):\n", 12)
+    assert after["text"] == before["text"]
+    wait_idle(prefill, decode)

@@ -1,0 +1,97 @@
+"""What cannot work is refused at start, by the real command, with one clear message and a failing exit code."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.servers import COMMON, ROOT
+
+
+def start(*args: str) -> str:
+    """Run the launcher until it refuses; its whole output."""
+    done = subprocess.run(
+        [sys.executable, "-m", "sglang_tpla.launch", *args],
+        capture_output=True, text=True, timeout=240, cwd=ROOT,
+    )  # fmt: skip
+    output = done.stdout + done.stderr
+    assert done.returncode != 0, output
+    return output
+
+
+def decode(model: str, artifact: str, *args: str) -> tuple[str, ...]:
+    return ("--role", "decode", "--model-path", model, *COMMON, "--tp", "2", "--tpla-groups", "2",
+            "--tpla-artifact", artifact, *args)  # fmt: skip
+
+
+def other_model(folder: Path, nano_mla: str, **changes: object) -> str:
+    """A copy of the checkpoint whose config says something else."""
+    shutil.copytree(nano_mla, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").chmod(0o644)
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--dcp-size", "2"), ("--dcp-size", "DCP", "slices")),
+        (("--enable-hierarchical-cache",), ("--enable-hierarchical-cache", "rank 0")),
+        (("--attention-backend", "flashinfer"), ("flashinfer", "80", "torch_native")),
+        (("--page-size", "16"), ("--page-size", "1")),
+        (("--speculative-algorithm", "EAGLE"), ("--speculative-algorithm", "draft")),
+    ],
+    ids=["dcp", "hierarchical-cache", "attention-backend", "page-size", "speculative"],
+)
+def test_flags(nano_mla: str, nano_artifact: str, flags: tuple[str, ...], words: tuple[str, ...]) -> None:
+    output = start(*decode(nano_mla, nano_artifact, *flags))
+    for word in words:
+        assert word in output, output[-2000:]
+    assert "Traceback" not in output, output[-2000:]
+
+
+def test_sparse_attention_model(tmp_path: Path, nano_mla: str, nano_artifact: str) -> None:
+    model = other_model(tmp_path / "dsa", nano_mla, index_topk=64, index_head_dim=32, index_n_heads=4)
+    output = start(*decode(model, nano_artifact))
+    assert "sparse attention" in output and "Traceback" not in output, output[-2000:]
+
+
+def test_artifact_of_another_model(tmp_path: Path, nano_mla: str, nano_artifact: str) -> None:
+    model = other_model(tmp_path / "other", nano_mla, rms_norm_eps=1e-5)
+    output = start(*decode(model, nano_artifact))
+    assert "nano-mla-g2" in output and "calibrate" in output and "Traceback" not in output, output[-2000:]
+
+
+def test_groups_that_do_not_divide(nano_mla: str, nano_artifact: str) -> None:
+    output = start(
+        "--role", "decode", "--model-path", nano_mla, *COMMON, "--tp", "4", "--tpla-groups", "3",
+        "--tpla-artifact", nano_artifact,
+    )  # fmt: skip
+    assert "--tpla-groups" in output and "[1, 2, 4]" in output and "Traceback" not in output, output[-2000:]
+
+
+def test_artifact_of_another_layout(nano_mla: str, nano_artifact: str) -> None:
+    output = start(
+        "--role", "decode", "--model-path", nano_mla, *COMMON, "--tp", "4", "--tpla-groups", "4",
+        "--tpla-artifact", nano_artifact,
+    )  # fmt: skip
+    assert "groups" in output and "calibrate" in output and "Traceback" not in output, output[-2000:]
+
+
+def test_missing_artifact_names_the_command(tmp_path: Path, nano_mla: str) -> None:
+    for extra in ((), ("--tpla-artifact", str(tmp_path / "none.safetensors"))):
+        output = start("--role", "decode", "--model-path", nano_mla, *COMMON, "--tp", "2", "--tpla-groups", "2", *extra)
+        assert "python -m sglang_tpla.calibrate" in output and "Traceback" not in output, output[-2000:]
+
+
+def test_damaged_artifact(tmp_path: Path, nano_mla: str, nano_artifact: str) -> None:
+    damaged = tmp_path / "damaged.safetensors"
+    damaged.write_bytes(Path(nano_artifact).read_bytes()[:-1000])
+    output = start(*decode(nano_mla, str(damaged)))
+    assert str(damaged) in output and "Traceback" not in output, output[-2000:]
