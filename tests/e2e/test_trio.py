@@ -56,7 +56,7 @@ def test_health(trio: Any, path: str) -> None:
 
 
 def test_router_serves_server_info(trio: Any) -> None:
-    assert httpx.get(trio.router.url + "/server_info", timeout=60).status_code == 200
+    assert httpx.get(trio.router.url + "/get_server_info", timeout=60).status_code == 200
 
 
 def test_generate_streams_what_it_answers(trio: Any) -> None:
