@@ -30,6 +30,8 @@ class CpuReferencePlatform(SRTPlatform):
         server_args.sampling_backend = "pytorch"
         # Overlap scheduling exists to hide CPU work behind a device; here both are the same cores.
         server_args.disable_overlap_schedule = True
+        # An idle scheduler otherwise spins on a core that its neighbours need.
+        server_args.sleep_on_idle = True
 
     def get_default_attention_backend(self) -> str:
         return "torch_native"

@@ -1,0 +1,127 @@
+"""The ledger is the applied set; whatever differs ends the process before it serves."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+LEDGER = tomllib.loads((ROOT / "patches" / "ledger.toml").read_text())["hook"]
+
+# What SGLang itself does in every process, then which hooks of ours the registry applied and whether each target's name
+# leads to our code. (The router's package brings a plug-in of its own.)
+PROBE = """
+import pkgutil
+from sglang.srt.plugins import load_plugins
+from sglang.srt.plugins.hook_registry import HookRegistry
+load_plugins()
+def ours(target):
+    value = pkgutil.resolve_name(target)
+    names = set()
+    while value is not None:
+        names.add(getattr(value, "__module__", ""))
+        for cell in getattr(value, "__closure__", None) or ():
+            names.add(getattr(cell.cell_contents, "__module__", ""))
+        value = getattr(value, "__wrapped__", None)
+    return any(str(name).startswith("sglang_tpla.") for name in names)
+for target in sorted(HookRegistry._patched):
+    if any(source.plugin_name == "sglang_tpla" for _, _, source in HookRegistry._hooks[target]):
+        print("PATCHED", target, ours(target))
+"""
+
+
+def run(code: str, tmp_path: Path | None = None, **env: str) -> subprocess.CompletedProcess[str]:
+    base = {k: v for k, v in os.environ.items() if not k.startswith("SGLANG_")}
+    path = os.pathsep.join(filter(None, [str(tmp_path or ""), str(ROOT), base.get("PYTHONPATH")]))
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=300, cwd=ROOT,
+        env=base | {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""} | env,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+def test_applied_set_is_the_ledger(role: str) -> None:
+    done = run(PROBE, SGLANG_TPLA_ROLE=role, SGLANG_PLATFORM="sglang_tpla_cpu")
+    assert done.returncode == 0, done.stderr[-2000:]
+    patched = dict(re.findall(r"^PATCHED (\S+) (\S+)$", done.stdout, re.M))
+    expected = {hook["target"] for hook in LEDGER if {role, "cpu"} & set(hook["roles"])}
+    assert set(patched) == expected
+    assert set(patched.values()) == {"True"}
+
+
+def test_without_a_role_nothing_is_hooked() -> None:
+    done = run(PROBE)
+    assert done.returncode == 0 and "PATCHED" not in done.stdout, done.stdout + done.stderr[-2000:]
+
+
+@pytest.mark.parametrize(
+    ("tamper", "words"),
+    [
+        (lambda text: re.sub(r'"0\.5\.17" = "\w{8}', '"0.5.17" = "00000000', text), ("expected syntax tree", "0.5.17")),
+        (lambda text: text.replace('"0.5.17"', '"0.4.0"'), ("not in the ledger", "0.4.0")),
+        (lambda text: text.replace("utils.get_kv_class", "utils.get_kv_klass"), ("get_kv_klass",)),
+    ],
+    ids=["changed-function", "unknown-release", "missing-function"],
+)
+def test_a_host_that_differs_stops_the_start(tmp_path: Path, tamper, words: tuple[str, ...]) -> None:
+    package = tmp_path / "sglang_tpla"
+    package.symlink_to(ROOT / "sglang_tpla")
+    (tmp_path / "patches").mkdir()
+    (tmp_path / "patches" / "ledger.toml").write_text(tamper((ROOT / "patches" / "ledger.toml").read_text()))
+    done = run(PROBE + "\nprint('SERVES')", tmp_path, SGLANG_TPLA_ROLE="prefill")
+    assert done.returncode != 0 and "SERVES" not in done.stdout
+    assert "refuses to start" in done.stderr
+    for word in words:
+        assert word in done.stderr, done.stderr[-2000:]
+    if "missing-function" not in os.environ.get("PYTEST_CURRENT_TEST", ""):
+        loud = run(PROBE + "\nprint('SERVES')", tmp_path, SGLANG_TPLA_ROLE="prefill", SGLANG_TPLA_ALLOW_UNKNOWN_HOST="1")
+        assert "SERVES" in loud.stdout and "SGLANG_TPLA_ALLOW_UNKNOWN_HOST" in loud.stderr
+
+
+def test_a_hook_that_does_not_apply_stops_the_start() -> None:
+    """SGLang swallows a failure to apply; we do not."""
+    code = """
+from sglang.srt.plugins.hook_registry import HookRegistry
+HookRegistry._apply_target = classmethod(lambda cls, target, hooks: None)
+"""
+    done = run(code + PROBE + "\nprint('SERVES')", SGLANG_TPLA_ROLE="prefill")
+    assert done.returncode != 0 and "SERVES" not in done.stdout
+    assert "did not apply" in done.stderr and "get_kv_class" in done.stderr
+
+
+def test_bad_settings_stop_the_start() -> None:
+    done = run(PROBE, SGLANG_TPLA_ROLE="decode", SGLANG_TPLA_GROUPS="two")
+    assert done.returncode != 0 and "SGLANG_TPLA_GROUPS" in done.stderr and "'two'" in done.stderr
+
+
+def test_every_entry_says_why_and_until_when() -> None:
+    for hook in LEDGER:
+        assert hook["reason"] and hook["remove_when"] and hook["upstream"].startswith("https://github.com/"), hook["target"]
+    assert len({hook["target"] for hook in LEDGER}) == len(LEDGER)
+
+
+def test_only_host_imports_sglang() -> None:
+    importing = re.compile(r"^\s*(from|import) sglang(\.|\s|$)", re.M)
+    offenders = [
+        path
+        for path in (ROOT / "sglang_tpla").rglob("*.py")
+        if "host" not in path.relative_to(ROOT / "sglang_tpla").parts[:1] and importing.search(path.read_text())
+    ]
+    assert not offenders
+
+
+def test_importing_the_package_is_free_of_side_effects() -> None:
+    code = """
+import sys, threading
+import sglang_tpla, sglang_tpla.config, sglang_tpla.plugin, sglang_tpla.calibrate, sglang_tpla.transfer
+assert threading.active_count() == 1
+assert not any(name == "sglang" or name.startswith("sglang.") for name in sys.modules)
+"""
+    done = run(code)
+    assert done.returncode == 0, done.stderr
