@@ -1,0 +1,71 @@
+"""Ranks, groups and head shards; settings through the environment."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sglang_tpla.config import ConfigError, Layout, Settings, slice_width
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4, 8])
+def test_every_head_meets_every_group_once(groups: int) -> None:
+    layout = Layout(tp_size=8, groups=groups, heads=128)
+    seen = {
+        (head, layout.group_of(rank))
+        for rank in range(8)
+        for head in range(
+            layout.head_shard_of(rank) * layout.local_heads, (layout.head_shard_of(rank) + 1) * layout.local_heads
+        )
+    }
+    assert seen == {(head, group) for head in range(128) for group in range(groups)}
+    assert layout.local_heads * 8 == 128 * groups  # so nothing is computed twice
+
+
+@pytest.mark.parametrize(
+    ("tp_size", "groups", "heads", "word"),
+    [(4, 3, 128, "--tpla-groups"), (8, 2, 6, "head shards"), (0, 1, 8, "at least 1"), (2, 0, 8, "at least 1")],
+)
+def test_layouts_that_cannot_work(tp_size: int, groups: int, heads: int, word: str) -> None:
+    with pytest.raises(ConfigError, match=word):
+        Layout(tp_size, groups, heads)
+
+
+@given(st.integers(1, 1024), st.integers(1, 16), st.data())
+def test_slices_cover_the_latent(latent: int, groups: int, data: st.DataObject) -> None:
+    shared = data.draw(st.integers(0, latent))
+    width = slice_width(latent, groups, shared)
+    assert shared + groups * (width - shared) >= latent
+    assert width <= latent and groups * (width - shared - 1) < latent - shared or width == shared
+
+
+def test_documented_widths() -> None:
+    assert [slice_width(512, g, r) for g, r in ((2, 0), (4, 0), (4, 128), (8, 0), (8, 64))] == [256, 128, 224, 64, 120]
+
+
+def test_settings_survive_the_environment() -> None:
+    settings = Settings("decode", groups=4, artifact="/models/a b.safetensors", peer_timeout_s=3.5)
+    assert Settings.from_environment(settings.to_environment()) == settings
+    assert Settings.from_environment({}) is None
+
+
+@pytest.mark.parametrize(
+    ("values", "word"),
+    [
+        ({"role": "router"}, "role"),
+        ({"role": "prefill", "groups": 2, "artifact": "a"}, "stock MLA"),
+        ({"role": "decode", "groups": 2}, "python -m sglang_tpla.calibrate"),
+        ({"role": "decode", "chunk_bytes": 1}, "chunk_bytes"),
+        ({"role": "decode", "peer_timeout_s": 0.5}, "heartbeat_s"),
+        ({"role": "decode", "transfer_timeout_s": float("nan")}, "transfer_timeout_s"),
+    ],
+)
+def test_bad_settings(values: dict[str, object], word: str) -> None:
+    with pytest.raises(ConfigError, match=word):
+        Settings(**values)  # type: ignore[arg-type]
+
+
+def test_unreadable_variable_is_named() -> None:
+    with pytest.raises(ConfigError, match="SGLANG_TPLA_CHUNK_BYTES.*'4MB'"):
+        Settings.from_environment({"SGLANG_TPLA_ROLE": "decode", "SGLANG_TPLA_CHUNK_BYTES": "4MB"})
