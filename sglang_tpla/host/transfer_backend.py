@@ -8,6 +8,7 @@ SGLang's, everything that moves is `PrefillAgent` and `DecodeAgent`.
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -31,6 +32,7 @@ from sglang_tpla.transfer.projection import Projection
 from sglang_tpla.transfer.types import RoomState, TransferError, TransferMetric
 
 logger = logging.getLogger(__name__)
+SWITCH_INTERVAL_S = 0.0002
 _agents: list[PrefillAgent | DecodeAgent] = []
 
 
@@ -46,6 +48,9 @@ class TplaKVManager(CommonKVManager):
         self, args: Any, disaggregation_mode: DisaggregationMode, server_args: Any, is_mla_backend: bool = False
     ) -> None:
         self.agent: PrefillAgent | DecodeAgent
+        # The scheduler's loop polls without rest while a transfer is under way; at Python's default of 5 ms each of
+        # the agent's threads would wait that long for the interpreter after every call into ZMQ or torch.
+        sys.setswitchinterval(SWITCH_INTERVAL_S)
         super().__init__(args, disaggregation_mode, server_args, is_mla_backend)
         self.server_socket.close(linger=0)  # the agent has its own
         if disaggregation_mode == DisaggregationMode.DECODE:
