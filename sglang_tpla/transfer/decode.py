@@ -1,7 +1,7 @@
 """The decode side: one agent a rank, a DEALER socket for each prefill rank, and chunks into the paged pool.
 
 The scheduler opens rooms and hands over pages; prefill ranks send what credit allows. The I/O thread keeps
-frames in staging, the worker thread checks and scatters them (`fetching.DecodeFetching`). Public calls return
+frames in staging, the worker thread checks and scatters them (`scattering`). Public calls return
 at once (`abort` and `close_room` wait for a write in progress, at most one chunk), from any thread, and raise
 `TransferError` for misuse or when a thread of the agent has ended.
 """
@@ -14,15 +14,16 @@ from collections.abc import Sequence
 import numpy as np
 
 from sglang_tpla.transfer.agent import seconds_since
-from sglang_tpla.transfer.fetching import DecodeFetching
 from sglang_tpla.transfer.receiving import Link, Room, Source
+from sglang_tpla.transfer.scattering import DecodeScattering
 from sglang_tpla.transfer.types import AgentStats, RoomState, TransferError, TransferMetric
 
 
-class DecodeAgent(DecodeFetching):
+class DecodeAgent(DecodeScattering):
     """Fetches latent caches for one decode rank.
 
-    ``DecodeAgent(pool, metadata, projection, *, model_hash, settings, rank, size, groups, logger=None)``;
+    ``DecodeAgent(pool, metadata, projection, *, model_hash, settings, rank, size, groups, host_id=None,
+    logger=None)``; ``host_id`` overrides what tells hosts apart;
     ``projection`` is None where the pool holds the whole latent. ``on_peer_lost(host, port)`` is called, from
     the I/O thread, for each prefill rank that is given up.
     """
@@ -119,6 +120,7 @@ class DecodeAgent(DecodeFetching):
             entry = self._open(room)
             return TransferMetric(
                 wire_bytes=entry.wire_bytes,
+                shared_memory_bytes=entry.shared_memory_bytes,
                 seconds=seconds_since(entry.requested, entry.ended),
                 chunks=sum(len(source.applied) for source in entry.sources.values()),
                 tokens=max(source.tokens for source in entry.sources.values()),

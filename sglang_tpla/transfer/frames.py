@@ -21,7 +21,8 @@ MAX_HEADER_BYTES = 64 << 10
 MAX_LAYERS = 1024
 MAX_PROJECTION_BYTES = 64 << 20  # one layer's matrix: 4096 x 4096 float32
 MAX_METADATA_BYTES = 16 << 20
-MAX_ACKS = 4096
+MAX_NEIGHBOURS = 256
+MAX_OFFSETS = 4096
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
 Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
@@ -54,6 +55,16 @@ class CacheLayout(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_f
     metadata_bytes: Annotated[tuple[Small, ...], Meta(max_length=64)]
 
 
+class Arena(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """Anonymous shared memory of an agent, which a process of the same host and user can map."""
+
+    agent: Name
+    pid: Positive
+    descriptor: Small
+    size_bytes: Count
+    cookie: Digest
+
+
 class Hello(_Message, frozen=True, tag=1):
     """decode -> prefill, first message of a connection."""
 
@@ -67,6 +78,7 @@ class Hello(_Message, frozen=True, tag=1):
     layout: CacheLayout
     projection: Name
     common: Name
+    arena: Arena | None
 
 
 class Welcome(_Message, frozen=True, tag=2):
@@ -74,7 +86,11 @@ class Welcome(_Message, frozen=True, tag=2):
 
     version: Small
     agent: Name
+    host: Name
+    first_layer: Small
+    layers: Positive
     need_projection: bool
+    arena: Arena | None
 
 
 class Refused(_Message, frozen=True, tag=3):
@@ -114,8 +130,10 @@ class Request(_Message, frozen=True, tag=8):
     generation: Count
     expected_ranks: Positive
     prefix_tokens: Small
-    num_tokens: int
+    num_tokens: Annotated[int, Meta(ge=-1, le=2**31 - 1)]
     dummy: bool
+    share_index: Small
+    share_count: Positive
 
 
 class Want(_Message, frozen=True, tag=9):
@@ -135,12 +153,16 @@ class Credit(_Message, frozen=True, tag=10):
 
 
 class Chunk(_Message, frozen=True, tag=11):
-    """prefill -> decode, payload: rows of some layers and tokens, layer by layer, token by token."""
+    """prefill -> decode, payload: rows of some layers and tokens, layer by layer, token by token.
+
+    With ``relay`` the receiver also keeps the payload in its arena, for its neighbours, and answers `Stored`.
+    """
 
     room: Count
     generation: Count
-    sequence: Small
     part: Small
+    sequence: Small
+    relay: bool
     first_layer: Small
     layers: Positive
     first_token: Small
@@ -149,11 +171,12 @@ class Chunk(_Message, frozen=True, tag=11):
 
 
 class Ack(_Message, frozen=True, tag=12):
-    """decode -> prefill: these chunks are in the pool."""
+    """decode -> prefill: this chunk is in the pool."""
 
     room: Count
     generation: Count
-    sequences: Annotated[tuple[Small, ...], Meta(min_length=1, max_length=MAX_ACKS)]
+    part: Small
+    sequence: Small
 
 
 class Nack(_Message, frozen=True, tag=13):
@@ -161,6 +184,7 @@ class Nack(_Message, frozen=True, tag=13):
 
     room: Count
     generation: Count
+    part: Small
     sequence: Small
 
 
@@ -203,6 +227,53 @@ class Goodbye(_Message, frozen=True, tag=18):
     reason: Sentence
 
 
+class Neighbours(_Message, frozen=True, tag=19):
+    """prefill -> decode: the other registered ranks of your host, whole list; answered with Mapped."""
+
+    number: Count
+    arenas: Annotated[tuple[Arena, ...], Meta(max_length=MAX_NEIGHBOURS)]
+
+
+class Mapped(_Message, frozen=True, tag=20):
+    """decode -> prefill: the agents whose arenas this rank can read, whole list."""
+
+    number: Count
+    agents: Annotated[tuple[Name, ...], Meta(max_length=MAX_NEIGHBOURS + 1)]
+
+
+class Share(_Message, frozen=True, tag=21):
+    """prefill -> decode: a chunk whose payload lies in an arena that this rank has mapped."""
+
+    room: Count
+    generation: Count
+    part: Small
+    sequence: Small
+    first_layer: Small
+    layers: Positive
+    first_token: Small
+    tokens: Positive
+    checksum: Digest
+    agent: Name
+    offset: Count
+    size_bytes: Positive
+
+
+class Stored(_Message, frozen=True, tag=22):
+    """decode -> prefill: this chunk is in the pool, and at ``offset`` of this rank's arena until released."""
+
+    room: Count
+    generation: Count
+    part: Small
+    sequence: Small
+    offset: Count
+
+
+class Release(_Message, frozen=True, tag=23):
+    """prefill -> decode: nobody reads these places of the arena any more."""
+
+    offsets: Annotated[tuple[Count, ...], Meta(min_length=1, max_length=MAX_OFFSETS)]
+
+
 Message: TypeAlias = (
     Hello
     | Welcome
@@ -222,6 +293,11 @@ Message: TypeAlias = (
     | Abort
     | Registered
     | Goodbye
+    | Neighbours
+    | Mapped
+    | Share
+    | Stored
+    | Release
 )
 WITH_PAYLOAD = (ProjectionLayer, Chunk, Finish)
 

@@ -1,8 +1,9 @@
 """The prefill side: one agent a rank, a ROUTER socket, and chunks out of the latent pool.
 
 The scheduler opens rooms and hands over pages; decode ranks ask for rooms and grant credit. The I/O thread
-answers and sends (`serving.PrefillServing`), the worker thread gathers, projects and checksums. Public calls
-return at once, from any thread, and raise `TransferError` for misuse or when a thread of the agent has ended.
+answers and sends (`greeting`, `serving`), the worker thread gathers, projects and checksums (`dispatch`).
+Public calls return at once, from any thread, and raise `TransferError` for misuse or when a thread of the
+agent has ended.
 """
 
 from __future__ import annotations
@@ -12,17 +13,17 @@ import time
 import numpy as np
 
 from sglang_tpla.transfer.agent import seconds_since
+from sglang_tpla.transfer.dispatch import PrefillDispatch
 from sglang_tpla.transfer.sending import Room, Segment
-from sglang_tpla.transfer.serving import PrefillServing
 from sglang_tpla.transfer.types import AgentStats, RoomState, TransferError, TransferMetric
 
 
-class PrefillAgent(PrefillServing):
+class PrefillAgent(PrefillDispatch):
     """Serves one prefill rank's latent cache to decode ranks.
 
     ``PrefillAgent(pool, metadata, *, model_hash, settings, bind_host, rank, size, bind_port=0,
-    logger=None)``; listens on ``address`` (a port that the system chose, where ``bind_port`` is 0) from
-    construction to `close`.
+    host_id=None, logger=None)``; listens on ``address`` (a port that the system chose, where ``bind_port`` is
+    0) from construction to `close`.
     """
 
     def open_room(self, room: int) -> None:
@@ -88,14 +89,12 @@ class PrefillAgent(PrefillServing):
             entry.progress = time.monotonic()
             entry.first_send = entry.first_send or entry.progress
             entry.last, entry.metadata = last, metadata
-            for plan in entry.plans.values():
+            for plan in entry.plans:
                 plan.extend(self._pool, segment)
-            for stream in entry.streams:
-                self._offer(stream)
             if entry.complete:
                 entry.state = RoomState.TRANSFERRING
+            self._proceed(entry)
             self._conclude(entry)
-            self._work.notify_all()
 
     def poll(self, room: int) -> RoomState:
         """State of a room: BOOTSTRAPPING until every expected rank has asked, WAITING for rows, TRANSFERRING,
@@ -127,6 +126,7 @@ class PrefillAgent(PrefillServing):
             entry = self._open(room)
             return TransferMetric(
                 wire_bytes=entry.wire_bytes,
+                shared_memory_bytes=entry.shared_memory_bytes,
                 seconds=seconds_since(entry.first_send, entry.ended),
                 chunks=sum(stream.acked for stream in entry.streams),
                 tokens=entry.tokens,

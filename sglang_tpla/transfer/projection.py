@@ -15,6 +15,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -104,7 +105,10 @@ class Projection:
     @cached_property
     def content_hash(self) -> str:
         """sha256 (hex) over layout and values."""
-        return projection_hash(self.first_layer, self.latent_dim, self.widths, self.shared, self.layer_bytes)
+        digest = projection_digest(self.first_layer, self.latent_dim, self.widths, self.shared)
+        for data in self.layer_bytes:
+            digest.update(data)
+        return str(digest.hexdigest())
 
     @cached_property
     def common_hash(self) -> str:
@@ -115,13 +119,10 @@ class Projection:
         return digest.hexdigest()
 
 
-def projection_hash(
-    first_layer: int, latent_dim: int, widths: Sequence[int], shared: Sequence[int], layers: Sequence[bytes]
-) -> str:
-    """The hash under which a projection is registered: sha256 over its layout and little-endian float32
-    values.
+def projection_digest(first_layer: int, latent_dim: int, widths: Sequence[int], shared: Sequence[int]) -> Any:
+    """The hash under which a projection is registered, before its values: sha256 over its layout.
+
+    Each layer's little-endian float32 values follow, in order.
     """
-    digest = hashlib.sha256(f"projection {first_layer} {latent_dim} {tuple(widths)} {tuple(shared)}".encode())
-    for data in layers:
-        digest.update(data)
-    return digest.hexdigest()
+    head = f"projection {first_layer} {latent_dim} {tuple(widths)} {tuple(shared)}"
+    return hashlib.sha256(head.encode())

@@ -13,9 +13,11 @@ import numpy as np
 import zmq
 
 from sglang_tpla.transfer import frames
+from sglang_tpla.transfer.staging import Slot
 from sglang_tpla.transfer.types import RoomState
 
 Address = tuple[str, int]
+ChunkId = tuple[int, int]  # part, sequence
 
 
 class Link(enum.Enum):
@@ -37,6 +39,9 @@ class Connection:
     monitor: zmq.Socket | None = None
     link: Link = Link.CONNECTING
     reason: str = ""
+    agent: str = ""
+    layers: tuple[int, int] = (0, 0)  # first layer and number of layers that the prefill rank holds
+    arenas: dict[str, memoryview] = field(default_factory=dict)  # by agent: its own and the neighbours'
     last_seen: float = field(default_factory=time.monotonic)
     last_ping: float = 0.0
     pings: int = 0
@@ -58,8 +63,8 @@ class Source:
     granted_bytes: int = 0
     received_bytes: int = 0
     released_bytes: int = 0
-    pending: set[int] = field(default_factory=set)
-    applied: set[int] = field(default_factory=set)
+    pending: set[ChunkId] = field(default_factory=set)
+    applied: set[ChunkId] = field(default_factory=set)
     chunks: int | None = None
     tokens: int = 0
     metadata: bytes = b""
@@ -93,6 +98,7 @@ class Room:
     ended: float | None = None
     progress: float = field(default_factory=time.monotonic)
     wire_bytes: int = 0
+    shared_memory_bytes: int = 0
     resent: int = 0
     writes: threading.Lock = field(default_factory=threading.Lock)
     alive: bool = True  # guarded by ``writes``: nothing is written for the room once it is False
@@ -105,11 +111,21 @@ class Room:
 
 @dataclass(eq=False)
 class Arrival:
-    """A chunk in staging."""
+    """A chunk in staging, or in an arena that this rank reads."""
 
     room: Room
     source: Source
-    chunk: frames.Chunk
-    payload: zmq.Frame
-    size: int
+    chunk: frames.Chunk | frames.Share
+    payload: memoryview
+    credit_bytes: int  # of staging that it holds; none in an arena
     layers: range  # of the pool, by index
+
+
+@dataclass(eq=False)
+class Kept:
+    """A payload in this rank's arena, for its neighbours."""
+
+    room: Room
+    connection: Connection
+    slot: Slot
+    size_bytes: int

@@ -1,12 +1,20 @@
-"""What a prefill agent remembers: peers, rooms, and for each (room, peer) a stream of numbered chunks.
+"""What a prefill agent remembers: peers, rooms, and how each room's chunks reach the ranks that want them.
 
-A stream is independent of every other: it waits for its own credit only, so a stalled rank stalls its own
-streams. Streams of one room with the same plan (ranks of one group) share a gathered chunk when both can take
-it at once.
+A *lane* is a run of chunks that some ranks of one host all want (the whole row, its common part, or a group's
+own part), and so travels to that host once:
+
+    LOCAL   the ranks are on this host: they read the chunk from this agent's arena
+    DIRECT  one rank: the chunk travels to it
+    RELAY   several ranks of another host: the chunk travels to one of them (they take turns), which keeps it
+    in
+            its arena for the others
+
+Lanes wait for their own credit and their own ranks only, so a stalled rank stalls its own rooms.
 """
 
 from __future__ import annotations
 
+import enum
 import time
 from collections import OrderedDict, deque
 from dataclasses import dataclass, field
@@ -17,7 +25,18 @@ import torch
 
 from sglang_tpla.transfer.chunks import Part, Rectangle, cut, part_width
 from sglang_tpla.transfer.frames import CacheLayout, Hello
+from sglang_tpla.transfer.staging import Slot
 from sglang_tpla.transfer.types import CachePool, RoomState
+
+ChunkId = tuple[int, int]  # part, sequence
+
+
+class Mode(enum.Enum):
+    """How a lane's chunks travel."""
+
+    LOCAL = "local"
+    DIRECT = "direct"
+    RELAY = "relay"
 
 
 @dataclass(eq=False)
@@ -51,9 +70,10 @@ class Peer:
     upload: Upload | None = None
     slots_held: int = 0
     held_requests: int = 0
-    ready: OrderedDict[int, Stream] = field(
-        default_factory=OrderedDict
-    )  # by room: streams with chunks to send
+    maps_asked: int = 0  # number of the newest list of arenas it was sent
+    maps_answered: int = -1
+    mapped: frozenset[str] = frozenset()
+    ready: OrderedDict[int, Lane] = field(default_factory=OrderedDict)  # lanes with chunks to send, by id()
 
     def release_slot(self) -> None:
         """A staging slot that held a chunk for this peer is free again."""
@@ -83,7 +103,7 @@ class Plan:
     max_bytes: int
     rectangles: list[Rectangle] = field(default_factory=list)
     segments: list[Segment] = field(default_factory=list)  # of each rectangle
-    total_bytes: int = 0
+    digests: dict[int, bytes] = field(default_factory=dict)  # of chunks that were made
 
     def extend(self, pool: CachePool, segment: Segment) -> None:
         """Number the chunks of another segment."""
@@ -101,47 +121,105 @@ class Plan:
         )
         self.rectangles += new
         self.segments += [segment] * len(new)
-        self.total_bytes += sum(rectangle.payload_bytes for rectangle in new)
+
+    def size(self, sequence: int) -> int:
+        """Payload bytes of a chunk."""
+        return self.rectangles[sequence].payload_bytes
 
 
 @dataclass(eq=False)
 class Stream:
-    """Chunks of one room to one peer."""
+    """One rank's part in a room."""
 
     room: Room
     peer: Peer
     generation: int
-    plan: Plan
-    next: int = 0
-    resend: deque[int] = field(default_factory=deque)
-    credit_bytes: int = 0
-    sent_bytes: int = 0
-    resend_bytes: int = 0
-    unacked: set[int] = field(default_factory=set)
+    lanes: list[Lane] = field(default_factory=list)
+    due: int = 0  # chunks planned for this rank so far
     acked: int = 0
     resent: int = 0
+    credit_bytes: int = 0
+    sent_bytes: int = 0
+    wanted_bytes: int = 0
+    wanted_told: int = 0
+    unacked: dict[ChunkId, Slot | None] = field(
+        default_factory=dict
+    )  # and the slot it is read from, if it is
     finish_sent: bool = False
     confirmed: bool = False
 
-    def peek(self) -> int | None:
-        """Number of the chunk to send next."""
-        if self.resend:
-            return self.resend[0]
-        return self.next if self.next < len(self.plan.rectangles) else None
+    def lane(self, part: int) -> Lane | None:
+        """The lane that carries a part to this rank."""
+        return next((lane for lane in self.lanes if lane.plan.part == part), None)
 
-    def advance(self, sequence: int) -> None:
-        """Mark a chunk as being sent."""
-        if self.resend and self.resend[0] == sequence:
-            self.resend.popleft()
-        else:
+    def settle(self, chunk: ChunkId) -> bool:
+        """Strike a chunk off what is under way, letting go of its slot; False if it was not."""
+        if chunk not in self.unacked:
+            return False
+        slot = self.unacked.pop(chunk)
+        if slot is not None:
+            slot.pending -= 1
+        return True
+
+
+@dataclass(eq=False)
+class Relay:
+    """A chunk that lies in a decode rank's arena until the others have read it."""
+
+    leader: Stream
+    offset: int
+    readers: set[Stream]
+
+
+@dataclass(eq=False)
+class Lane:
+    """Chunks of one plan to the ranks of one host."""
+
+    room: Room
+    plan: Plan
+    takers: list[Stream]
+    mode: Mode
+    share_index: int
+    share_count: int
+    planned: int = 0
+    next: int = 0
+    starved: bool = False  # its next chunk waits for credit
+    repeat: deque[tuple[int, Stream]] = field(default_factory=deque)  # chunks to send once more, to one rank
+    relays: dict[int, Relay | None] = field(default_factory=dict)  # passed on; None: no longer in an arena
+
+    def leader(self, sequence: int) -> Stream:
+        """The rank a chunk travels to."""
+        return self.takers[(sequence // self.share_count) % len(self.takers)]
+
+    def plan_more(self) -> None:
+        """Count the chunks that the plan has grown by."""
+        for sequence in range(self.planned, len(self.plan.rectangles)):
+            if sequence % self.share_count != self.share_index:
+                continue
+            for taker in self.takers:
+                taker.due += 1
+            if self.mode is not Mode.LOCAL:
+                self.leader(sequence).wanted_bytes += self.plan.size(sequence)
+        self.planned = len(self.plan.rectangles)
+
+    def peek(self) -> tuple[int, list[Stream]] | None:
+        """The next chunk and the ranks it goes to at once."""
+        if self.repeat:
+            sequence, stream = self.repeat[0]
+            return sequence, [stream]
+        while self.next < len(self.plan.rectangles) and self.next % self.share_count != self.share_index:
             self.next += 1
-        self.sent_bytes += self.plan.rectangles[sequence].payload_bytes
-        self.unacked.add(sequence)
+        if self.next == len(self.plan.rectangles):
+            return None
+        return self.next, self.takers if self.mode is Mode.LOCAL else [self.leader(self.next)]
 
-    @property
-    def wanted_bytes(self) -> int:
-        """Chunk bytes that are ready or sent so far, resends counted again."""
-        return self.plan.total_bytes + self.resend_bytes
+    def advance(self) -> bool:
+        """Take the chunk that `peek` named; True if it is a repetition."""
+        if self.repeat:
+            self.repeat.popleft()
+            return True
+        self.next += 1
+        return False
 
 
 @dataclass(eq=False)
@@ -154,6 +232,8 @@ class Ask:
     prefix_tokens: int
     num_tokens: int
     dummy: bool
+    share_index: int
+    share_count: int
     arrived: float
     stream: Stream | None = None
 
@@ -167,12 +247,16 @@ class Room:
     state: RoomState = RoomState.BOOTSTRAPPING
     reason: str = ""
     asks: dict[bytes, Ask] = field(default_factory=dict)
-    plans: dict[tuple[str, Part, int], Plan] = field(default_factory=dict)
+    plans: list[Plan] = field(default_factory=list)
+    lanes: list[Lane] = field(default_factory=list)
+    formed: bool = False
+    aborted_by: set[str] = field(default_factory=set)  # agents
     segments: list[Segment] = field(default_factory=list)
     tokens: int = 0
     last: bool = False
     metadata: bytes = b""
     wire_bytes: int = 0
+    shared_memory_bytes: int = 0
     first_send: float | None = None
     ended: float | None = None
     progress: float = field(default_factory=time.monotonic)

@@ -1,7 +1,8 @@
-"""Sender-side staging: fixed slots that the socket reads straight from.
+"""Sender-side staging: fixed slots that the socket and the ranks of this host read straight from.
 
-A slot is taken for one chunk, filled, handed to the socket without a copy, and free again when ZMQ has let go
-of it (its tracker says so). The ceiling is the memory of all slots; nothing is allocated beyond it.
+A slot is taken for one chunk and filled once. It is free again when nobody holds it: the maker, ZMQ (its
+tracker says so), and each rank that reads it through shared memory. The ceiling is the memory of all slots;
+nothing is allocated beyond it.
 """
 
 from __future__ import annotations
@@ -14,14 +15,15 @@ import zmq
 
 
 class Slot:
-    """One chunk's worth of staging."""
+    """One chunk's worth of staging, at ``offset`` of the whole."""
 
-    __slots__ = ("buffer", "holders", "pending", "trackers", "view")
+    __slots__ = ("buffer", "holders", "offset", "pending", "trackers", "view")
 
-    def __init__(self, buffer: np.ndarray) -> None:
+    def __init__(self, buffer: np.ndarray, offset: int) -> None:
         self.buffer = buffer
+        self.offset = offset
         self.view: memoryview = buffer.data  # what the socket reads
-        self.pending = 0  # frames not yet handed to the socket
+        self.pending = 0  # holds of this process: the maker, frames not yet handed over, readers
         self.trackers: list[zmq.MessageTracker] = []
         self.holders: list[Callable[[], None]] = []  # told when the slot is free again
 
@@ -29,17 +31,12 @@ class Slot:
 class Staging:
     """A pool of slots. Not thread-safe: the agent's lock guards it."""
 
-    def __init__(self, limit_bytes: int, slot_bytes: int, pinned: bool = False) -> None:
+    def __init__(self, memory: np.ndarray, slot_bytes: int) -> None:
         self.slot_bytes = slot_bytes
-        self.slots = max(1, limit_bytes // slot_bytes)
-        size = self.slots * slot_bytes
-        if pinned:
-            memory = torch.empty(size, dtype=torch.uint8, pin_memory=True).numpy()
-        else:
-            memory = np.empty(size, dtype=np.uint8)  # committed page by page as slots are first used
+        self.slots = memory.size // slot_bytes
         self._free = [
-            Slot(memory[index * slot_bytes : (index + 1) * slot_bytes])
-            for index in reversed(range(self.slots))
+            Slot(memory[start : start + slot_bytes], start)
+            for start in reversed(range(0, self.slots * slot_bytes, slot_bytes))
         ]
         self._busy: list[Slot] = []
 
@@ -80,3 +77,14 @@ class Staging:
                 still.append(slot)
         self._busy = still
         return freed
+
+
+def pin(memory: np.ndarray) -> None:
+    """Register host memory with CUDA, so that copies from the device run by themselves.
+
+    Raises:
+        RuntimeError: CUDA refused.
+    """
+    result = torch.cuda.cudart().cudaHostRegister(memory.ctypes.data, memory.nbytes, 0)
+    if int(result) != 0:
+        raise RuntimeError(f"cudaHostRegister of {memory.nbytes} bytes failed: {result}; lower staging_bytes")

@@ -181,6 +181,7 @@ class TransferMetric:
     """One room so far: payload bytes on the wire, seconds from first send (or request) to the end."""
 
     wire_bytes: int = 0
+    shared_memory_bytes: int = 0
     seconds: float = 0.0
     chunks: int = 0
     tokens: int = 0

@@ -92,7 +92,7 @@ class FakePrefill:
     def welcome(self) -> None:
         """Read Hello and accept it."""
         self.expect(frames.Hello)
-        self.say(frames.Welcome(1, "fake", False))
+        self.say(frames.Welcome(1, "fake", "elsewhere", 0, rig.LAYERS, False, None))
 
     def close(self) -> None:
         """Free the socket."""
@@ -123,5 +123,6 @@ def hello(**changes: object) -> frames.Hello:
         "layout": layout,
         "projection": "",
         "common": "",
+        "arena": None,
     }
     return frames.Hello(**{**fields, **changes})

@@ -115,9 +115,10 @@ def decode_rank(
     size: int = 1,
     model_hash: str = "model",
     page_size: int = PAGE,
+    host: str | None = None,
     **changes: float,
 ) -> DecodeRank:
-    """A decode rank with zeroed rows."""
+    """A decode rank with zeroed rows; on this host or on one of another name."""
     widths = z.widths if z is not None else (LATENT,) * LAYERS
     pool = CachePool(
         [torch.zeros(PAGES * PAGE, width + ROPE, dtype=dtype) for width in widths], LATENT, ROPE, page_size
@@ -132,6 +133,7 @@ def decode_rank(
         rank=rank,
         size=size,
         groups=1 if z is None else 2,
+        host_id=host,
     )
     return DecodeRank(agent, pool, metadata, z)
 

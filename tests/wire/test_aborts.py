@@ -13,10 +13,10 @@ from sglang_tpla.transfer.types import RoomState, TransferError
 from tests.wire import rig
 
 
-@pytest.fixture
-def pair():
-    """A prefill and a decode rank."""
-    prefill, decode = rig.prefill_rank(), rig.decode_rank()
+@pytest.fixture(params=[None, "far"], ids=["near", "far"])
+def pair(request):
+    """A prefill and a decode rank, on one host or on two."""
+    prefill, decode = rig.prefill_rank(), rig.decode_rank(host=request.param)
     with contextlib.closing(prefill.agent), contextlib.closing(decode.agent):
         yield prefill, decode
 
@@ -78,9 +78,10 @@ def test_abort_by_prefill_reaches_decode(pair) -> None:
     assert "prefill was cancelled" in prefill.agent.failure(1)
 
 
-def test_abort_of_one_rank_fails_the_room_on_all() -> None:
+@pytest.mark.parametrize("host", [None, "far", ""])
+def test_abort_of_one_rank_fails_the_room_on_all(host: str | None) -> None:
     prefill = rig.prefill_rank()
-    ranks = [rig.decode_rank(rank=rank, size=4) for rank in range(4)]
+    ranks = [rig.decode_rank(rank=rank, size=4, host=host) for rank in range(4)]
     with contextlib.ExitStack() as stack:
         for item in (prefill, *ranks):
             stack.enter_context(contextlib.closing(item.agent))
@@ -134,6 +135,18 @@ def test_room_reused_right_after_an_abort_by_decode(pair) -> None:
         assert decode.metadata.read(3) == prefill.metadata.read(2)
         prefill.agent.close_room(3)
         decode.agent.close_room(3)
+
+
+def test_request_that_comes_after_the_room_failed_is_told_why(pair) -> None:
+    prefill, decode = pair
+    prefill.agent.open_room(7)
+    prefill.agent.abort(7, "prefill was cancelled early")
+    prefill.agent.close_room(7)
+    rig.ask(decode, [prefill.peer], 7, rig.pages(1, 4))
+    assert rig.ended(decode.agent, 7) == RoomState.FAILED
+    assert "prefill was cancelled early" in decode.agent.failure(7)
+    decode.agent.close_room(7)
+    complete(prefill, decode, 7)
 
 
 def test_request_is_held_until_the_scheduler_opens_the_room(pair) -> None:

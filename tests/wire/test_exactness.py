@@ -11,11 +11,14 @@ import torch
 from sglang_tpla.transfer.types import RoomState
 from tests.wire import rig
 
+HOSTS = [None, "far", ""]  # memory shared with prefill, among decode ranks only, not at all
 
+
+@pytest.mark.parametrize("host", HOSTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn])
 @pytest.mark.parametrize("tokens", [1, 4, 63, 200])
-def test_raw_rows_arrive_to_the_bit(dtype: torch.dtype, tokens: int) -> None:
-    prefill, decode = rig.prefill_rank(dtype), rig.decode_rank(None, dtype)
+def test_raw_rows_arrive_to_the_bit(dtype: torch.dtype, tokens: int, host: str | None) -> None:
+    prefill, decode = rig.prefill_rank(dtype), rig.decode_rank(None, dtype, host=host)
     with contextlib.closing(prefill.agent), contextlib.closing(decode.agent):
         count = -(-tokens // rig.PAGE)
         source, destination = rig.pages(1, count), rig.pages(2, count)
@@ -30,19 +33,20 @@ def test_raw_rows_arrive_to_the_bit(dtype: torch.dtype, tokens: int) -> None:
         for layer in decode.pool.layers:
             assert not layer[torch.from_numpy(decode.pool.slots(untouched))].view(torch.uint8).any()
         row_bytes = rig.LAYERS * (rig.LATENT + rig.ROPE) * dtype.itemsize
-        assert prefill.agent.metric(5).wire_bytes == tokens * row_bytes
-        assert decode.agent.metric(5).wire_bytes == tokens * row_bytes
+        for metric in (prefill.agent.metric(5), decode.agent.metric(5)):
+            moved = (metric.wire_bytes, metric.shared_memory_bytes)
+            assert moved == ((0, tokens * row_bytes) if host is None else (tokens * row_bytes, 0))
 
 
-@pytest.mark.parametrize("groups", [1, 2])
-@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("host", HOSTS)
+@pytest.mark.parametrize(("ranks", "groups"), [(1, 1), (2, 1), (2, 2), (4, 1), (4, 2)])
 @pytest.mark.parametrize("prefills", [1, 2])
-def test_every_rank_gets_its_slice(prefills: int, ranks: int, groups: int) -> None:
-    if ranks % groups:
-        pytest.skip("groups divide ranks")
+def test_every_rank_gets_its_slice(prefills: int, ranks: int, groups: int, host: str | None) -> None:
     senders = [rig.prefill_rank(rank=rank, size=prefills) for rank in range(prefills)]
     receivers = [
-        rig.decode_rank(rig.projection(rank % groups) if groups > 1 else None, rank=rank, size=ranks)
+        rig.decode_rank(
+            rig.projection(rank % groups) if groups > 1 else None, rank=rank, size=ranks, host=host
+        )
         for rank in range(ranks)
     ]
     with contextlib.ExitStack() as stack:
@@ -74,20 +78,68 @@ def test_every_rank_gets_its_slice(prefills: int, ranks: int, groups: int) -> No
             assert receiver.metadata.read(3) == sender.metadata.read(1)
 
 
-def test_ranks_of_a_group_share_one_projection() -> None:
-    sender = rig.prefill_rank()
-    receivers = [rig.decode_rank(rig.projection(0), rank=rank, size=4) for rank in range(4)]
+@pytest.mark.parametrize("host", HOSTS)
+@pytest.mark.parametrize(("groups", "shared"), [(1, 0), (2, 16), (2, 0), (4, 16), (8, 8)])
+def test_every_byte_travels_once_to_a_host(groups: int, shared: int, host: str | None) -> None:
+    """Eight ranks of one host: the shared columns and the rope once, each group's own columns once."""
+    width = shared + (rig.LATENT - shared) // groups
+    prefill = rig.prefill_rank()
+    ranks = [
+        rig.decode_rank(
+            rig.projection(rank % groups, width, shared) if groups > 1 else None, rank=rank, size=8, host=host
+        )
+        for rank in range(8)
+    ]
     with contextlib.ExitStack() as stack:
-        for item in (sender, *receivers):
+        for item in (prefill, *ranks):
             stack.enter_context(contextlib.closing(item.agent))
-        sender.agent.open_room(1)
-        for rank, receiver in enumerate(receivers):
-            rig.ask(receiver, [sender.peer], 1, rig.pages(rank, 2), expected=4)
-        sender.agent.send(1, rig.pages(50, 2), last=True, metadata_row=0)
-        assert rig.ended(sender.agent, 1) == RoomState.SUCCESS
-        stats = sender.agent.stats()
-        assert stats.chunks == 4 * stats.projections_computed or stats.projections_computed <= 4
-        assert stats.chunks >= 4
+        prefill.agent.open_room(1)
+        targets = [rig.pages(rank, 20) for rank in range(8)]
+        for rank, target in zip(ranks, targets, strict=True):
+            rig.ask(rank, [prefill.peer], 1, target, expected=8)
+        source = rig.pages(50, 20)
+        prefill.agent.send(1, source[:12], last=False)
+        prefill.agent.send(1, source[12:], last=True, metadata_row=0)
+        for item in (prefill, *ranks):
+            assert rig.ended(item.agent, 1) == RoomState.SUCCESS, item.agent.failure(1)
+        for rank, target in zip(ranks, targets, strict=True):
+            rig.check_rows(prefill, rank, source, target, 20 * rig.PAGE)
+        metric = prefill.agent.metric(1)
+        per_token = (metric.wire_bytes + metric.shared_memory_bytes) / (2 * rig.LAYERS * 20 * rig.PAGE)
+        once = rig.LATENT + rig.ROPE if groups == 1 else shared + groups * (width - shared) + rig.ROPE
+        apart = 8 * ((rig.LATENT if groups == 1 else width) + rig.ROPE)
+        assert per_token == (apart if host == "" else once)
+        assert (metric.wire_bytes == 0) == (host is None)
+        rig.wait(
+            lambda: all(rank.agent.stats().staging_used_bytes == 0 for rank in ranks), "arenas to be free"
+        )
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_prefill_ranks_share_the_sending(host: str | None) -> None:
+    senders = [rig.prefill_rank(rank=rank, size=2) for rank in range(2)]
+    ranks = [rig.decode_rank(rig.projection(rank % 2), rank=rank, size=4, host=host) for rank in range(4)]
+    with contextlib.ExitStack() as stack:
+        for item in (*senders, *ranks):
+            stack.enter_context(contextlib.closing(item.agent))
+        targets = [rig.pages(rank, 30) for rank in range(4)]
+        for sender in senders:
+            sender.agent.open_room(1)
+        for rank, target in zip(ranks, targets, strict=True):
+            rig.ask(rank, [sender.peer for sender in senders], 1, target, expected=4)
+        for sender in senders:
+            sender.agent.send(1, rig.pages(50, 30), last=True, metadata_row=0)
+        for item in (*senders, *ranks):
+            assert rig.ended(item.agent, 1) == RoomState.SUCCESS, item.agent.failure(1)
+        for rank, target in zip(ranks, targets, strict=True):
+            rig.check_rows(senders[0], rank, rig.pages(50, 30), target, 30 * rig.PAGE)
+        moved = [
+            sender.agent.metric(1).wire_bytes + sender.agent.metric(1).shared_memory_bytes
+            for sender in senders
+        ]
+        assert min(moved) > 0.3 * max(moved)
+        if host != "":
+            assert sum(moved) == 2 * rig.LAYERS * 30 * rig.PAGE * (16 + 2 * 24 + rig.ROPE)
 
 
 def test_cached_prefix_is_announced_and_not_sent() -> None:
@@ -130,8 +182,9 @@ def test_rooms_to_an_all_dummy_prefill_rank_succeed_without_sending() -> None:
         rig.check_rows(sender, decode, source, destination, 24)
 
 
-def test_many_rooms_at_once_stay_within_staging() -> None:
-    prefill, decode = rig.prefill_rank(), rig.decode_rank()
+@pytest.mark.parametrize("host", HOSTS)
+def test_many_rooms_at_once_stay_within_staging(host: str | None) -> None:
+    prefill, decode = rig.prefill_rank(), rig.decode_rank(host=host)
     limit = rig.SETTINGS.staging_bytes
     with contextlib.closing(prefill.agent), contextlib.closing(decode.agent):
         rooms = range(100, 132)

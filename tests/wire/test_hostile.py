@@ -56,7 +56,7 @@ def still_serves(prefill: rig.PrefillRank, room: int = 12345) -> None:
     assert prefill.agent.stats().internal_errors == 0
 
 
-GOOD = frames.encode(frames.Request(1, 2, 1, 0, -1, False))
+GOOD = frames.encode(frames.Request(1, 2, 1, 0, -1, False, 0, 1))
 MALFORMED = {
     "empty": [b""],
     "text": [b"hello"],
@@ -66,9 +66,9 @@ MALFORMED = {
     "unknown tag": [frames.PREFIX + b"\x92\x7f\x01"],
     "no tag": [frames.PREFIX + b"\x90"],
     "a map": [frames.PREFIX + b"\x80"],
-    "wrong type": [frames.PREFIX + b"\x97\x08\xa1x\x02\x01\x00\xff\xc2"],
-    "negative room": [frames.PREFIX + b"\x97\x08\xff\x02\x01\x00\xff\xc2"],
-    "one field more": [frames.PREFIX + b"\x98\x08\x01\x02\x01\x00\xff\xc2\x00"],
+    "wrong type": [frames.PREFIX + b"\x99\x08\xa1x\x02\x01\x00\xff\xc2\x00\x01"],
+    "negative room": [frames.PREFIX + b"\x99\x08\xff\x02\x01\x00\xff\xc2\x00\x01"],
+    "one field more": [frames.PREFIX + b"\x9a\x08\x01\x02\x01\x00\xff\xc2\x00\x01\x00"],
     "another framing version": [b"TPLA\x02" + GOOD[5:]],
     "payload that must not be": [GOOD, b"payload"],
     "no payload": [frames.encode(frames.ProjectionLayer("x", 0, DIGEST))],
@@ -108,7 +108,7 @@ def test_malformed_frame_at_decode(what: str, decode: rig.DecodeRank) -> None:
 
 def test_unknown_peer_is_told_to_register(prefill: rig.PrefillRank, fake: FakeDecode) -> None:
     before = prefill.agent.stats().unknown_peer
-    fake.say(frames.Request(1, 2, 1, 0, -1, False))
+    fake.say(frames.Request(1, 2, 1, 0, -1, False, 0, 1))
     assert fake.read()[0] == frames.Unregistered()
     assert prefill.agent.stats().unknown_peer == before + 1
 
@@ -139,10 +139,15 @@ def test_projection_with_another_hash_is_refused(prefill: rig.PrefillRank, fake:
 def test_replays_and_late_messages_are_counted(prefill: rig.PrefillRank, fake: FakeDecode) -> None:
     fake.register()
     before = prefill.agent.stats()
-    fake.say(frames.Request(1, 5, 1, 0, -1, False))
-    fake.say(frames.Request(1, 5, 1, 0, -1, False))
-    fake.say(frames.Request(1, 4, 1, 0, -1, False))
-    for message in (frames.Ack(1, 5, (0,)), frames.Credit(9, 9, 9), frames.Done(1, 4), frames.Nack(2, 2, 2)):
+    fake.say(frames.Request(1, 5, 1, 0, -1, False, 0, 1))
+    fake.say(frames.Request(1, 5, 1, 0, -1, False, 0, 1))
+    fake.say(frames.Request(1, 4, 1, 0, -1, False, 0, 1))
+    for message in (
+        frames.Ack(1, 5, 0, 0),
+        frames.Credit(9, 9, 9),
+        frames.Done(1, 4),
+        frames.Nack(2, 2, 0, 2),
+    ):
         fake.say(message)
     fake.say(frames.Ping(1))
     fake.expect(frames.Pong)
@@ -173,8 +178,9 @@ def chunk(request: frames.Request, payload: bytes, sequence: int = 0, **changes:
     fields = {
         "room": request.room,
         "generation": request.generation,
-        "sequence": sequence,
         "part": 0,
+        "sequence": sequence,
+        "relay": False,
         "first_layer": 0,
         "layers": 1,
         "first_token": 0,
@@ -222,7 +228,7 @@ def test_damaged_replayed_late_and_unordered_chunks(decode: rig.DecodeRank) -> N
         payload, other = (bytes(range(256)) * 4)[: 4 * ROW], bytes(4 * ROW)
         fake.say(chunk(late, other), other)  # of the generation before
         fake.say(chunk(request, payload, 1, checksum=DIGEST, first_token=4), payload)
-        assert fake.expect(frames.Nack) == frames.Nack(1, request.generation, 1)
+        assert fake.expect(frames.Nack) == frames.Nack(1, request.generation, 0, 1)
         fake.say(frames.Want(1, request.generation, 16 * ROW))
         fake.expect(frames.Credit)
         fake.say(chunk(request, payload, 1, first_token=4), payload)

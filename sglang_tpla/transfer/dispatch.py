@@ -1,0 +1,179 @@
+"""Inside the prefill agent: the worker thread picks the next chunk, gathers and projects it, and sends it
+off.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sglang_tpla.transfer import frames
+from sglang_tpla.transfer.sending import Lane, Mode, Stream
+from sglang_tpla.transfer.serving import PrefillServing
+from sglang_tpla.transfer.staging import Slot
+
+
+@dataclass(eq=False)
+class Load:
+    """One chunk of a lane and the ranks it goes to now."""
+
+    lane: Lane
+    streams: list[Stream]
+
+
+@dataclass(eq=False)
+class Job:
+    """One chunk to make, and where it goes: lanes of several hosts may take the same one."""
+
+    sequence: int
+    loads: list[Load]
+    slot: Slot
+
+
+class PrefillDispatch(PrefillServing):
+    """The worker thread of `PrefillAgent`."""
+
+    def _work_once(self) -> bool:
+        with self._work:
+            if self._closing:
+                return False
+            job = self._next_job()
+            if job is None:
+                self._work.wait(0.002 if self._staging.used_bytes else 0.5)
+                return True
+        try:
+            self._make(job)
+        except Exception as error:
+            self._handler_failed("gather", error)
+            with self._work:
+                job.slot.pending -= 1
+                for load in job.loads:
+                    if not load.lane.room.state.ended:
+                        self._fail(load.lane.room, f"internal error while gathering: {error!r}")
+        return True
+
+    def _next_job(self) -> Job | None:
+        """The next chunk that some rank can take: peers in turn, and each peer's lanes in turn."""
+        cap = max(1, self._staging.slots // (len(self._peers) + 1))
+        for identity, peer in list(self._peers.items()):
+            for key, lane in list(peer.ready.items()):
+                found = lane.peek()
+                if found is None:
+                    del peer.ready[key]
+                    continue
+                sequence, streams = found
+                if not self._can_take(lane, sequence, streams, cap):
+                    continue
+                slot = self._staging.take()
+                if slot is None:
+                    return None
+                peer.ready.move_to_end(key)
+                self._peers.move_to_end(identity)
+                loads = [self._load(lane, sequence, streams, slot)]
+                if not lane.repeat:
+                    loads += self._same_chunk(lane, sequence, slot, cap)
+                return Job(sequence, loads, slot)
+        return None
+
+    def _can_take(self, lane: Lane, sequence: int, streams: list[Stream], cap: int) -> bool:
+        if any(stream.peer.slots_held >= cap for stream in streams):
+            return False
+        if lane.mode is Mode.LOCAL:
+            return True
+        size = lane.plan.size(sequence)
+        enough = all(stream.credit_bytes - stream.sent_bytes >= size for stream in streams)
+        if not enough and not lane.starved:
+            self._counts["credit_waits"] += 1
+        lane.starved = not enough
+        return enough
+
+    def _load(self, lane: Lane, sequence: int, streams: list[Stream], slot: Slot) -> Load:
+        """Mark a chunk as under way to some ranks."""
+        lane.advance()
+        local = lane.mode is Mode.LOCAL
+        chunk = (int(lane.plan.part), sequence)
+        for stream in streams:
+            stream.unacked[chunk] = slot if local else None
+            slot.pending += local  # until the rank has read it
+            stream.peer.slots_held += 1
+            slot.holders.append(stream.peer.release_slot)
+            if not local:
+                stream.sent_bytes += lane.plan.size(sequence)
+        return Load(lane, list(streams))
+
+    def _same_chunk(self, lane: Lane, sequence: int, slot: Slot, cap: int) -> list[Load]:
+        """Lanes of the room on other hosts that want the same chunk and can take it now."""
+        loads = []
+        for other in lane.room.lanes:
+            if other is lane or other.plan is not lane.plan or other.repeat:
+                continue
+            found = other.peek()
+            if found is not None and found[0] == sequence and self._can_take(other, sequence, found[1], cap):
+                loads.append(self._load(other, sequence, found[1], slot))
+        return loads
+
+    def _make(self, job: Job) -> None:
+        plan = job.loads[0].lane.plan
+        rectangle, segment = plan.rectangles[job.sequence], plan.segments[job.sequence]
+        projection = plan.projection
+        first = rectangle.first_layer - self._pool.first_layer
+        layers = slice(first, first + rectangle.layers)
+        start = rectangle.first_token - segment.first_token
+        size = rectangle.payload_bytes
+        self._reader.read(
+            rectangle,
+            segment.slots[start : start + rectangle.tokens],
+            None if projection.matrices is None else projection.matrices[layers],
+            projection.shared[layers],
+            plan.part,
+            job.slot.buffer[:size],
+            segment.ready,
+        )
+        digest = frames.checksum(job.slot.view[:size])
+        with self._work:
+            plan.digests[job.sequence] = digest
+            self._counts["projections_computed"] += projection.matrices is not None
+            for load in job.loads:
+                if not load.lane.room.state.ended:
+                    self._deliver(load, job.sequence, digest, job.slot)
+            job.slot.pending -= 1
+
+    def _deliver(self, load: Load, sequence: int, digest: bytes, slot: Slot) -> None:
+        lane, room = load.lane, load.lane.room
+        rectangle = lane.plan.rectangles[sequence]
+        self._counts["chunks"] += 1
+        if lane.mode is Mode.LOCAL:
+            room.shared_memory_bytes += rectangle.payload_bytes
+            self._counts["shared_memory_bytes"] += rectangle.payload_bytes
+            for stream in load.streams:
+                self._share(lane, sequence, stream, self._agent_id, slot.offset)
+            return
+        for stream in load.streams:
+            message = frames.Chunk(
+                room=room.room,
+                generation=stream.generation,
+                part=int(lane.plan.part),
+                sequence=sequence,
+                relay=lane.mode is Mode.RELAY and sequence not in lane.relays,
+                first_layer=rectangle.first_layer,
+                layers=rectangle.layers,
+                first_token=rectangle.first_token,
+                tokens=rectangle.tokens,
+                checksum=digest,
+            )
+            slot.pending += 1
+            room.wire_bytes += rectangle.payload_bytes
+            self._counts["wire_bytes"] += rectangle.payload_bytes
+            self._io.post(self._send_chunk, stream, frames.encode(message), slot, rectangle.payload_bytes)
+
+    def _send_chunk(self, stream: Stream, header: bytes, slot: Slot, size: int) -> None:
+        """Hand a chunk to the socket (I/O thread)."""
+        tracker = None
+        try:
+            if not stream.room.state.ended:
+                identity = stream.peer.identity
+                tracker = self._send_parts(identity, [identity, header, slot.view[:size]], track=True)
+        finally:
+            with self._lock:
+                if tracker is not None:
+                    slot.trackers.append(tracker)
+                slot.pending -= 1

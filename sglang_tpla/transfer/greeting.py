@@ -1,0 +1,308 @@
+"""Inside the prefill agent: the ROUTER socket, registration of decode ranks, their projections and arenas."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import zmq
+
+from sglang_tpla.config import Settings
+from sglang_tpla.transfer import frames
+from sglang_tpla.transfer.agent import Agent, endpoint
+from sglang_tpla.transfer.arena import host_identity, make_arena
+from sglang_tpla.transfer.projection import IDENTITY_HASH, projection_digest
+from sglang_tpla.transfer.registration import agreed_version, mismatch
+from sglang_tpla.transfer.rows import RowReader
+from sglang_tpla.transfer.sending import Peer, SenderProjection, Upload
+from sglang_tpla.transfer.staging import Staging, pin
+from sglang_tpla.transfer.types import CachePool, MetadataRows, TransferError
+
+MAX_PROJECTIONS = 64
+MAX_PEERS = 4096
+
+
+class PrefillGreeting(Agent):
+    """Sockets and peers of `PrefillAgent`."""
+
+    role = "prefill"
+
+    def __init__(
+        self,
+        pool: CachePool,
+        metadata: MetadataRows,
+        *,
+        model_hash: str,
+        settings: Settings,
+        bind_host: str,
+        rank: int,
+        size: int,
+        bind_port: int = 0,
+        host_id: str | None = None,
+        logger: logging.Logger | None = None,
+    ) -> None:
+        super().__init__(settings, rank, size, logger)
+        self._pool, self._metadata, self._model_hash = pool, metadata, model_hash
+        row_bytes = (pool.latent_dim + pool.rope_dim) * pool.dtype.itemsize
+        if any(width != pool.latent_dim for width in pool.widths) or row_bytes > self._chunk_bytes:
+            raise TransferError(
+                f"a prefill pool holds whole latents of {pool.latent_dim} "
+                f"values, got widths {set(pool.widths)}; "
+                f"one row of {row_bytes} bytes must fit in a chunk of "
+                f"{self._chunk_bytes} (raise chunk_bytes, "
+                "staging_bytes)"
+            )
+        self._reader = RowReader(pool)
+        self._host = host_identity() if host_id is None else host_id
+        slots_bytes = settings.staging_bytes // self._chunk_bytes * self._chunk_bytes
+        self._arena = make_arena(self._agent_id, slots_bytes)
+        # without shared memory: committed page by page as slots are first used
+        memory = self._arena.data if self._arena is not None else np.empty(slots_bytes, dtype=np.uint8)
+        if pool.device.type == "cuda":
+            pin(memory)
+        self._staging = Staging(memory, self._chunk_bytes)
+        self._peers: OrderedDict[bytes, Peer] = OrderedDict()
+        d, layers = pool.latent_dim, len(pool.layers)
+        identity = SenderProjection(IDENTITY_HASH, (d,) * layers, (d,) * layers, None)
+        self._projections = {IDENTITY_HASH: identity}
+        self._router = self._io.context.socket(zmq.ROUTER)
+        self._configure(self._router, frames.MAX_PROJECTION_BYTES)
+        self._router.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        self._router.setsockopt(zmq.ROUTER_HANDOVER, 1)
+        self._router.setsockopt(zmq.IPV6, int(":" in bind_host))
+        try:
+            self._router.bind(endpoint(bind_host, bind_port or "*"))
+        except zmq.ZMQError as error:
+            self._io.context.destroy(linger=0)
+            raise TransferError(
+                f"cannot listen on {bind_host}:{bind_port or '*'}: {error}; set the host of this server"
+            ) from error
+        port = int(self._router.getsockopt_string(zmq.LAST_ENDPOINT).rsplit(":", 1)[1])
+        self.address: tuple[str, int] = (bind_host, port)
+        self._prepare()
+        self._io.add(self._router, self._receive)
+        self._start()
+
+    def _prepare(self) -> None:
+        """Set up what the subclass keeps, before the threads start."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """End both threads and free socket and staging; rooms that are still alive fail."""
+        super().close()
+        if self._arena is not None:
+            self._arena.close()
+
+    # Messages in (I/O thread)
+
+    def _receive(self, socket: zmq.Socket) -> None:
+        for _ in range(64):  # then let the posted sends have a turn
+            parts = self._receive_parts(socket)
+            if parts is None:
+                return
+            identity = parts[0].bytes
+            sender = f"peer {identity.hex()[:8]}"
+            parsed = self._parse(parts[1:], sender)
+            if parsed is None:
+                continue
+            message, payload = parsed
+            with self._work:
+                peer = self._peers.get(identity)
+                try:
+                    self._handle(identity, peer, message, payload)
+                except Exception as error:
+                    self._handler_failed(f"message {type(message).__name__} from {sender}", error)
+                    self._room_failed(identity, getattr(message, "room", -1), message, error)
+
+    def _handle(
+        self, identity: bytes, peer: Peer | None, message: frames.Message, payload: zmq.Frame | None
+    ) -> None:
+        if isinstance(message, frames.Hello):
+            self._greet(identity, message)
+            return
+        if peer is None:
+            name = type(message).__name__
+            self._drop("unknown_peer", f"{name} from unregistered peer {identity.hex()[:8]}")
+            self._put(identity, frames.Unregistered())
+            return
+        peer.last_seen = time.monotonic()
+        match message:
+            case frames.Ping():
+                self._put(identity, frames.Pong(message.number))
+            case frames.Pong():
+                pass
+            case frames.ProjectionLayer() if payload is not None:
+                self._take_layer(peer, message, payload)
+            case frames.Mapped():
+                if message.number >= peer.maps_answered:
+                    peer.maps_answered, peer.mapped = message.number, frozenset(message.agents)
+                    self._maps_changed(peer)
+            case frames.Goodbye():
+                self._lose(peer, f"closed: {message.reason}")
+            case _:
+                self._handle_room(peer, message)
+
+    def _handle_room(self, peer: Peer, message: frames.Message) -> None:
+        raise NotImplementedError
+
+    def _room_failed(self, identity: bytes, room: int, message: frames.Message, error: Exception) -> None:
+        raise NotImplementedError
+
+    def _maps_changed(self, peer: Peer) -> None:
+        raise NotImplementedError
+
+    def _drop_rooms(self, peer: Peer, reason: str) -> None:
+        raise NotImplementedError
+
+    # Registration
+
+    def _greet(self, identity: bytes, hello: frames.Hello) -> None:
+        reason = mismatch(hello, self._pool, self._metadata, self._model_hash)
+        if reason is None and identity not in self._peers and len(self._peers) >= MAX_PEERS:
+            reason = f"peers: this rank serves at most {MAX_PEERS}; close unused decode servers"
+        if reason is not None:
+            self._counts["refused"] += 1
+            where = f"prefill rank {self._rank} at {self.address[0]}:{self.address[1]}"
+            text = f"{where} refused decode rank {hello.rank}: {reason}"
+            self._log.warning("%s", text)
+            self._put(identity, frames.Refused(frames.sentence(text)))
+            return
+        if (old := self._peers.get(identity)) is not None:
+            self._lose(old, "registered anew")
+        peer = Peer(identity, hello, time.monotonic())
+        peer.projection = self._projections.get(hello.projection or IDENTITY_HASH)
+        if peer.projection is None:
+            layout = hello.layout
+            digest = projection_digest(layout.first_layer, layout.latent_dim, layout.widths, layout.shared)
+            peer.upload = Upload(layout, digest)
+        self._peers[identity] = peer
+        version = agreed_version(hello.versions)
+        assert version is not None
+        arena = self._arena.announcement if self._arena is not None else None
+        welcome = frames.Welcome(
+            version=version,
+            agent=self._agent_id,
+            host=self._host,
+            first_layer=self._pool.first_layer,
+            layers=len(self._pool.layers),
+            need_projection=peer.projection is None,
+            arena=arena,
+        )
+        self._put(identity, welcome)
+        self._introduce(hello.host)
+
+    def _introduce(self, host: str) -> None:
+        """Tell the ranks of a host, unless it is this one, about each other's arenas."""
+        if not host or host == self._host:
+            return
+        peers = [peer for peer in self._peers.values() if peer.hello.host == host]
+        for peer in peers:
+            arenas = [
+                other.hello.arena for other in peers if other is not peer and other.hello.arena is not None
+            ]
+            peer.maps_asked += 1
+            self._put(
+                peer.identity, frames.Neighbours(peer.maps_asked, tuple(arenas[: frames.MAX_NEIGHBOURS]))
+            )
+
+    def _take_layer(self, peer: Peer, message: frames.ProjectionLayer, payload: zmq.Frame) -> None:
+        upload, layout = peer.upload, peer.hello.layout
+        expected = peer.hello.projection, upload.next_index if upload is not None else -1
+        if upload is None or (message.projection, message.index) != expected:
+            why = f"projection layer {message.index} of {peer.name} was not expected"
+            self._drop("malformed_dropped", why)
+            return
+        width = layout.widths[message.index]
+        data = payload.buffer
+        if data.nbytes != layout.latent_dim * width * 4 or frames.checksum(data) != message.checksum:
+            self._refuse(peer, f"projection layer {message.index} came damaged or cut; connect again")
+            return
+        upload.digest.update(data)
+        upload.next_index += 1
+        ours = range(self._pool.first_layer, self._pool.first_layer + len(self._pool.layers))
+        if layout.first_layer + message.index in ours:
+            values = np.frombuffer(data, dtype="<f4").astype(np.float32).reshape(layout.latent_dim, width)
+            upload.kept.append(torch.from_numpy(values).to(self._pool.device))
+        if upload.next_index == len(layout.widths):
+            self._finish_upload(peer, upload)
+
+    def _finish_upload(self, peer: Peer, upload: Upload) -> None:
+        peer.upload = None
+        key, layout = peer.hello.projection, peer.hello.layout
+        if upload.digest.hexdigest() != key:
+            self._refuse(peer, f"the projection does not have the hash {key[:12]} it was announced with")
+            return
+        if key not in self._projections:
+            used = {other.hello.projection for other in self._peers.values()} | {IDENTITY_HASH}
+            for unused in [other for other in self._projections if other not in used]:
+                del self._projections[unused]
+            if len(self._projections) > MAX_PROJECTIONS:
+                text = f"this rank keeps at most {MAX_PROJECTIONS} projections; close unused decode servers"
+                self._refuse(peer, text)
+                return
+            start = self._pool.first_layer - layout.first_layer
+            mine = slice(start, start + len(self._pool.layers))
+            self._projections[key] = SenderProjection(
+                key, tuple(layout.widths[mine]), tuple(layout.shared[mine]), upload.kept
+            )
+        peer.projection = self._projections[key]
+        self._put(peer.identity, frames.Registered(key))
+
+    def _refuse(self, peer: Peer, reason: str) -> None:
+        self._counts["refused"] += 1
+        self._log.warning("prefill rank %d refused %s: %s", self._rank, peer.name, reason)
+        self._put(peer.identity, frames.Refused(frames.sentence(reason)))
+        self._lose(peer, reason)
+
+    def _lose(self, peer: Peer, reason: str) -> None:
+        """Forget a connection; its rooms fail."""
+        if self._peers.pop(peer.identity, None) is None:
+            return
+        self._drop_rooms(peer, reason)
+        self._introduce(peer.hello.host)
+
+    def _expire_peers(self, now: float) -> None:
+        limit = self._settings.peer_timeout_s
+        for peer in list(self._peers.values()):
+            if now - peer.last_seen > limit:
+                self._counts["peers_lost"] += 1
+                text = f"no sign of life for {limit:g} s"
+                self._log.warning("prefill rank %d: %s: %s", self._rank, peer.name, text)
+                self._lose(peer, text)
+
+    # Sending
+
+    def _put(self, identity: bytes, message: frames.Message, payload: bytes | None = None) -> None:
+        """Queue a message; any thread."""
+        self._io.post(self._send_now, identity, message, payload)
+
+    def _send_now(self, identity: bytes, message: frames.Message, payload: bytes | None) -> None:
+        parts = [identity, frames.encode(message)] + ([] if payload is None else [payload])
+        self._send_parts(identity, parts)
+
+    def _send_parts(
+        self, identity: bytes, parts: Sequence[bytes | memoryview], track: bool = False
+    ) -> zmq.MessageTracker | None:
+        try:
+            return self._router.send_multipart(parts, zmq.NOBLOCK, copy=not track, track=track)
+        except zmq.ZMQError as error:
+            if error.errno not in (zmq.EHOSTUNREACH, zmq.EAGAIN):
+                raise
+            gone = error.errno == zmq.EHOSTUNREACH
+            with self._work:
+                peer = self._peers.get(identity)
+                if peer is not None:
+                    self._counts["peers_lost"] += 1
+                    text = "the connection is gone" if gone else "its queue is full and it does not read"
+                    self._lose(peer, text)
+            return None
+
+    def _say_goodbye(self) -> None:
+        with self._lock:
+            identities = list(self._peers)
+        for identity in identities:
+            self._send_now(identity, frames.Goodbye(f"prefill rank {self._rank} closes"), None)

@@ -1,0 +1,124 @@
+"""Inside the decode agent: the worker thread checks chunks and writes them into the pool.
+
+A chunk is written only under its room's ``writes`` lock while the room is alive, once, and acknowledged after
+that; the metadata row is written after the last chunk, and only then does the room succeed. A chunk that lies
+in an arena is checked after it was written: had its place been used anew meanwhile, the check would fail.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from sglang_tpla.transfer import frames
+from sglang_tpla.transfer.chunks import Part
+from sglang_tpla.transfer.fetching import DecodeFetching
+from sglang_tpla.transfer.receiving import Arrival, Kept, Room
+from sglang_tpla.transfer.types import RoomState
+
+
+class DecodeScattering(DecodeFetching):
+    """The worker thread of `DecodeAgent`."""
+
+    def _work_once(self) -> bool:
+        with self._work:
+            if self._closing:
+                return False
+            if not self._arrivals and not self._completed:
+                self._work.wait(0.5)
+                return True
+            arrival = self._arrivals.popleft() if self._arrivals else None
+            entry = arrival.room if arrival is not None else self._completed.popleft()
+        try:
+            if arrival is not None:
+                self._apply(arrival)
+            self._complete(entry)
+        except Exception as error:
+            self._handler_failed(f"write of room {entry.room}", error)
+            self._fail_from_io(entry, f"internal error while writing: {error!r}")
+        return True
+
+    def _apply(self, arrival: Arrival) -> None:
+        entry, source, chunk = arrival.room, arrival.source, arrival.chunk
+        shared = isinstance(chunk, frames.Share)
+        sound = shared or frames.checksum(arrival.payload) == chunk.checksum
+        written = False
+        if sound:
+            slots = entry.slots[chunk.first_token : chunk.first_token + chunk.tokens]
+            with entry.writes:
+                if entry.alive:
+                    part = Part(chunk.part)
+                    self._writer.write(arrival.layers, slots, self._shared, part, arrival.payload)
+                    written = True
+            sound = not shared or not written or frames.checksum(arrival.payload) == chunk.checksum
+        kept = self._keep(arrival) if written and isinstance(chunk, frames.Chunk) and chunk.relay else None
+        with self._work:
+            key = (chunk.part, chunk.sequence)
+            source.pending.discard(key)
+            if entry.state.ended:
+                self._counts["late_dropped"] += 1
+                if kept is not None:
+                    kept.slot.pending = 0
+                return
+            source.released_bytes += arrival.credit_bytes
+            if kept is None:
+                self._staging_used_bytes -= arrival.credit_bytes
+            if not sound:
+                self._damaged(arrival)
+            elif written:
+                source.applied.add(key)
+                self._counts["chunks"] += 1
+                if kept is not None:
+                    self._kept[kept.slot.offset] = kept
+                    stored = frames.Stored(entry.room, entry.generation, *key, kept.slot.offset)
+                    self._put(source.connection, stored)
+                else:
+                    self._put(source.connection, frames.Ack(entry.room, entry.generation, *key))
+            self._grant()
+
+    def _keep(self, arrival: Arrival) -> Kept | None:
+        """Copy a payload into the arena for the neighbours; None if there is no place for it."""
+        if self._kept_slots is None:
+            return None
+        with self._lock:
+            slot = self._kept_slots.take()
+        if slot is None:
+            return None
+        size = arrival.payload.nbytes
+        slot.buffer[:size] = np.frombuffer(arrival.payload, dtype=np.uint8)
+        return Kept(arrival.room, arrival.source.connection, slot, size)
+
+    def _damaged(self, arrival: Arrival) -> None:
+        """Ask for a chunk again. Under the lock."""
+        entry, chunk, connection = arrival.room, arrival.chunk, arrival.source.connection
+        self._counts["checksum_failures"] += 1
+        self._counts["resent"] += 1
+        entry.resent += 1
+        self._log.warning(
+            "decode rank %d: chunk %d of room %d came damaged from the %s; asking for it again",
+            self._rank,
+            chunk.sequence,
+            entry.room,
+            connection.name,
+        )
+        self._put(connection, frames.Nack(entry.room, entry.generation, chunk.part, chunk.sequence))
+
+    def _complete(self, entry: Room) -> None:
+        """Write the metadata row and succeed, once every source is complete."""
+        with self._work:
+            if entry.state.ended or not all(source.complete for source in entry.sources.values()):
+                return
+            rows = [source.metadata for source in entry.sources.values() if source.metadata]
+        with entry.writes:
+            if not entry.alive:
+                return
+            if rows:
+                self._metadata.write(entry.metadata_row, rows[-1])
+            entry.alive = False  # all that was due has been written
+        with self._work:
+            if entry.state.ended:
+                return
+            for source in entry.sources.values():
+                if not source.dummy:
+                    self._put(source.connection, frames.Done(entry.room, entry.generation))
+            self._end(entry, RoomState.SUCCESS, "")
+            self._counts["rooms_succeeded"] += 1
