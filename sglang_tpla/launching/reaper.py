@@ -27,6 +27,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 TERM_GRACE_S = 5.0
+ORPHAN_GRACE_S = 0.5
 LOOK_EVERY_S = 1.0
 POLL_S = 0.05
 SHARED_MEMORY = Path("/dev/shm")
@@ -127,7 +128,10 @@ class Reaper:
                 os.kill(pid, signal.SIGTERM)
         deadline = time.monotonic() + grace_s
         while living := self.living():
-            if time.monotonic() > deadline:
+            if not self.sessions.intersection(living):
+                # Without its leader a session has little to tidy up.
+                deadline = min(deadline, time.monotonic() + ORPHAN_GRACE_S)
+            if time.monotonic() >= deadline:
                 for pid in living:
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(pid, signal.SIGKILL)

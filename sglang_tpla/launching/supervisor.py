@@ -27,6 +27,7 @@ from sglang_tpla.launching.roles import Process
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 POLL_S = 0.2
+ASK_EVERY_S = 1.0
 LAST_LINES = 20
 SAY_EVERY_S = 15.0  # where there is no terminal to redraw
 # A socket's path may have 107 bytes; SGLang's own names take some 20 of them.
@@ -77,6 +78,14 @@ def stop_signals_raise() -> Iterator[None]:
 def _prepare_child() -> None:
     """In the child, before exec: take signals again."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+
+
+def _is_healthy(client: httpx.Client, url: str) -> bool:
+    """Whether a server answers 200; one that does not answer yet is not healthy."""
+    try:
+        return client.get(url).status_code == 200
+    except httpx.TransportError:
+        return False
 
 
 class Supervisor:
@@ -163,7 +172,8 @@ class Supervisor:
         """The end of a child's log."""
         if not self.log_of(name).exists():
             return "(it keeps no log)"
-        return "\n".join(self.log_of(name).read_text(errors="replace").splitlines()[-LAST_LINES:])
+        lines = self.log_of(name).read_text(errors="replace").splitlines()
+        return "\n".join([line for line in lines if "GET /health" not in line][-LAST_LINES:])
 
     def check(self) -> None:
         """Raise if a child has ended.
@@ -194,15 +204,14 @@ class Supervisor:
             StartTimeout: time is up.
         """
         start_s = time.monotonic()
-        waiting = dict(urls)
+        waiting, ask_at_s = dict(urls), 0.0
         with httpx.Client(timeout=2.0, trust_env=False) as client:
             while waiting:
                 self.check()
-                for name, url in list(waiting.items()):
-                    with contextlib.suppress(httpx.TransportError):
-                        if client.get(url).status_code == 200:
-                            del waiting[name]
                 waited_s = time.monotonic() - start_s
+                if waited_s >= ask_at_s:
+                    waiting = {name: url for name, url in waiting.items() if not _is_healthy(client, url)}
+                    ask_at_s = waited_s + ASK_EVERY_S
                 on_wait(", ".join(waiting), waited_s)
                 if waiting and waited_s > timeout_s:
                     name = next(iter(waiting))
@@ -276,6 +285,7 @@ def start_all(
     """
     servers = [process for process in processes if process.role != "router"]
     routers = [process for process in processes if process.role == "router"]
+    said_s = 0.0
     with console.status("starting", spinner="line") as status:
 
         def show(names: str, waited_s: float) -> None:
@@ -290,6 +300,8 @@ def start_all(
             start_s, said_s = time.monotonic(), 0.0
             for process in group:
                 supervisor.start(process)
-            supervisor.wait_healthy({p.role: p.url + "/health" for p in group}, startup_timeout_s, show)
+            # A router is healthy before it knows its workers, and ready afterwards.
+            path = "/readiness" if group is routers else "/health"
+            supervisor.wait_healthy({p.role: p.url + path for p in group}, startup_timeout_s, show)
             names = " and ".join(process.role for process in group)
             console.print(f"{names} up after {time.monotonic() - start_s:.0f} s")

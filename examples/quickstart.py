@@ -1,0 +1,246 @@
+"""The whole of it on a CPU, in minutes: prefill, TPLA decode on two ranks, router, beside plain MLA.
+
+    make quickstart
+
+Starts the deployment of ``launch/quickstart.yaml`` on free ports and, for comparison, a stock SGLang server
+with plain MLA; sends both the same prompts; prints every answer beside plain MLA's, where they part, the
+cache bytes of a token and rank, and what each transfer moved. Then it ends everything, and checks that
+nothing is left.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from sglang_tpla.launching import cpu
+from sglang_tpla.launching import options as launch_options
+from sglang_tpla.launching.reaper import Reaper
+from sglang_tpla.launching.roles import Process, check_installation, plan
+from sglang_tpla.launching.supervisor import (
+    ChildDied,
+    StartTimeout,
+    StopRequested,
+    Supervisor,
+    start_all,
+    stop_signals_raise,
+)
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIG = "launch/quickstart.yaml"
+START_TIMEOUT_S = 600.0
+NEW_TOKENS = 48
+PROMPTS = (
+    "def fibonacci(n):\n",
+    "import os\nimport sys\n\n\ndef main(argv):\n    parser = ",
+    "class Stack:\n    def __init__(self):\n        self.items = []\n\n    def push(self, item):\n",
+    (Path(__file__).parent / "quickstart.py").read_text()[:1500],
+)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a server said to a prompt.
+
+    Args:
+        text: the continuation.
+        tokens: its token numbers.
+        prompt_tokens: length of the prompt.
+    """
+
+    text: str
+    tokens: list[int]
+    prompt_tokens: int
+
+
+def free_base_port() -> int:
+    """A port with the next ones free as well: one for each address of the deployment."""
+    for base in range(31000, 60000, 16):
+        try:
+            for offset in range(6):
+                with socket.socket() as probe:
+                    probe.bind(("127.0.0.1", base + offset))
+        except OSError:
+            continue
+        return base
+    raise SystemExit("error: no six free ports in a row between 31000 and 60000")
+
+
+def stock_server(prefill: Process, port: int) -> Process:
+    """Plain MLA: the prefill server's own flags, without disaggregation and without this package's role."""
+    config = launch_options.read_file(CONFIG).common
+    flags = [f"--{name}={config[name]}" for name in ("model-path", "device", "dtype", "max-total-tokens")]
+    command = (sys.executable, "-m", "sglang.launch_server", *flags, f"--port={port}", "--host=127.0.0.1")
+    return Process("plain MLA", command, dict(cpu.environment(1, os.environ)), f"http://127.0.0.1:{port}")
+
+
+def ask(url: str, prompt: str) -> Answer:
+    """One greedy continuation.
+
+    Raises:
+        httpx.HTTPStatusError: the server refused.
+    """
+    body = {"text": prompt, "sampling_params": {"max_new_tokens": NEW_TOKENS, "temperature": 0}}
+    response = httpx.post(url + "/generate", json=body, timeout=120, trust_env=False)
+    response.raise_for_status()
+    said = response.json()
+    return Answer(said["text"], said["output_ids"], said["meta_info"]["prompt_tokens"])
+
+
+def same_tokens(ours: Answer, theirs: Answer) -> int:
+    """How many tokens agree before the first that does not."""
+    pairs = zip(ours.tokens, theirs.tokens, strict=False)
+    return next((at for at, (a, b) in enumerate(pairs) if a != b), min(len(ours.tokens), len(theirs.tokens)))
+
+
+def shortened(text: str, lines: int = 10) -> Text:
+    """The text as it is, without markup, cut after some lines."""
+    kept = text.splitlines()
+    return Text("\n".join(kept[:lines] + ["..."] * (len(kept) > lines)))
+
+
+def show_answers(console: Console, answers: list[tuple[str, Answer, Answer]]) -> None:
+    """Each prompt's two continuations side by side, and how far they agree."""
+    agreed = total = 0
+    for prompt, ours, theirs in answers:
+        same, length = same_tokens(ours, theirs), max(len(ours.tokens), len(theirs.tokens))
+        agreed, total = agreed + same, total + length
+        said = f"all {length} tokens agree" if same == length else f"tokens agree up to {same} of {length}"
+        last_line = prompt.rstrip("\n").splitlines()[-1]
+        table = Table(
+            title=Text(f"… {last_line}  ({ours.prompt_tokens} prompt tokens)"), box=box.ROUNDED, expand=True
+        )
+        table.add_column("TPLA, prefill → 2 decode ranks", ratio=1)
+        table.add_column("plain MLA, stock SGLang", ratio=1)
+        table.add_row(shortened(ours.text), shortened(theirs.text))
+        table.caption = said
+        console.print(table)
+    console.print(
+        f"Agreement: {agreed} of {total} greedy tokens before the first difference ({agreed / total:.1%}).\n"
+    )
+
+
+def show_cache(console: Console, decode: Process) -> None:
+    """Cache bytes of one token on one rank, from the decode server itself."""
+    info = httpx.get(decode.url + "/server_info", timeout=30, trust_env=False).json()["tpla"]
+    ours, mla = info["cache_bytes_per_token_and_rank"], info["mla_cache_bytes_per_token_and_rank"]
+    console.print(
+        f"Cache of a token on one rank, {len(info['widths'])} layers: TPLA {ours} bytes, plain MLA {mla} bytes, "
+        f"so {mla / ours:.2f} times the tokens in the same memory (g = {info['groups']}, latent "
+        f"{info['latent_dim']} → {sorted(set(info['widths']))[-1]}, rope {info['rope_dim']}, transform "
+        f"{info['transform']}).\n"
+    )
+
+
+def transfers(log: Path) -> list[dict[str, Any]]:
+    """The transfer agent's own lines, one for each finished request and rank."""
+    lines = log.read_text(errors="replace").splitlines()
+    return [json.loads(line.split(" transfer ", 1)[1]) for line in lines if " transfer {" in line]
+
+
+def show_transfers(console: Console, found: list[dict[str, Any]]) -> None:
+    """Bytes and time of each transfer, as its receiver saw it."""
+    table = Table(
+        title="Transfers from the prefill server, as each decode rank saw them", box=box.SIMPLE_HEAD
+    )
+    for name in (
+        "prompt tokens",
+        "decode rank",
+        "chunks",
+        "over TCP",
+        "through shared memory",
+        "time",
+        "result",
+    ):
+        table.add_column(name, justify="right")
+    for line in found:
+        table.add_row(
+            *(str(line[name]) for name in ("tokens", "rank", "chunks")),
+            *(f"{line[name]:,} bytes" for name in ("bytes", "shared_memory_bytes")),
+            f"{1000 * line['seconds']:.1f} ms",
+            line["result"],
+        )
+    console.print(table)
+
+
+def run(console: Console, supervisor: Supervisor) -> None:
+    """Start, ask, show.
+
+    Raises:
+        ChildDied, StartTimeout: a server did not come up or went away.
+    """
+    port = free_base_port()
+    tokens = ["--role", "all", "--config", CONFIG, "--port", str(port)]
+    trio = plan(launch_options.read(tokens, os.environ))
+    stock = stock_server(trio[0], port + 5)
+    console.print("Starting prefill (1 rank), decode (2 ranks, TPLA), router, and plain MLA to compare with.")
+    start_all(supervisor, [stock, *trio], START_TIMEOUT_S, console)
+    answers = []
+    for number, prompt in enumerate(PROMPTS, start=1):
+        with console.status(f"prompt {number} of {len(PROMPTS)}"):
+            answers.append((prompt, ask(trio[2].url, prompt), ask(stock.url, prompt)))
+        supervisor.check()
+    show_answers(console, answers)
+    show_cache(console, trio[1])
+    show_transfers(console, transfers(supervisor.log_of("decode")))
+
+
+def belongings(supervisor: Supervisor) -> Reaper:
+    """Every process of the servers and the shared memory that they hold now."""
+    found = Reaper()
+    found.foreign = set()
+    found.sessions = {child.pid for child in supervisor.children.values()}
+    found.look()
+    return found
+
+
+def leftovers(before: Reaper, folder: Path) -> list[str]:
+    """What of the servers is still there."""
+    found = [f"process {pid}" for pid in before.living()]
+    found += [str(segment) for segment in before.segments if segment.exists()]
+    return found + [str(folder)] * folder.exists()
+
+
+def main() -> int:
+    """Returns the exit code: 0 only if everything worked and nothing is left."""
+    os.chdir(ROOT)
+    check_installation()
+    console = Console(highlight=False)
+    start_s = time.monotonic()
+    try:
+        with stop_signals_raise(), Supervisor() as supervisor:
+            try:
+                run(console, supervisor)
+            except (ChildDied, StartTimeout, httpx.HTTPError) as error:
+                console.print(f"error: {error}", markup=False, style="red")
+                console.print(f"all logs are in {supervisor.save_logs()}")
+                return 1
+            started = belongings(supervisor)
+            console.print("Shutting down.")
+    except StopRequested as stop:
+        console.print("stopped; nothing is left running")
+        return 128 + stop.number
+    if left := leftovers(started, supervisor.folder):
+        console.print(f"error: left behind: {', '.join(left)}", style="red")
+        return 1
+    console.print(
+        f"Nothing is left: no process, no socket file, no shared memory. {time.monotonic() - start_s:.0f} s.\n"
+        "Next: README.md, 'From here to a real deployment'."
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,212 @@
+"""The supervisor with small real servers: failures, and that nothing outlives it however it ends."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from sglang_tpla.launching.roles import Process
+from sglang_tpla.launching.supervisor import ChildDied, StartTimeout, Supervisor
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# A server as bad as they come: it ignores SIGTERM, starts a child that does too and that outlives it, leaves
+# a socket file and a temporary file, and maps shared memory whose name nobody else knows.
+SERVER = textwrap.dedent(
+    """
+    import http.server, mmap, os, signal, socket, subprocess, sys, tempfile, uuid
+
+    if sys.argv[2:] != ["polite"]:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sleeper = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(1000)"
+    child = subprocess.Popen([sys.executable, "-c", sleeper])
+    tempfile.NamedTemporaryFile(delete=False)
+    unix = socket.socket(socket.AF_UNIX)
+    unix.bind(tempfile.gettempdir() + "/socket-" + uuid.uuid4().hex[:8])
+    path = "/dev/shm/test_supervisor_" + uuid.uuid4().hex
+    with open(path, "wb+") as file:
+        file.truncate(4096)
+        shared = mmap.mmap(file.fileno(), 4096)
+    print("shared memory", path, "child", child.pid, flush=True)
+
+    class Healthy(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.end_headers()
+
+    http.server.ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Healthy).serve_forever()
+    """
+)
+
+# A supervisor in a process of its own, to be killed.
+SUPERVISED = textwrap.dedent(
+    """
+    import sys
+    from sglang_tpla.launching.roles import Process
+    from sglang_tpla.launching.supervisor import supervise
+
+    program, *ports = sys.argv[1:]
+    sys.exit(supervise([
+        Process(role, (sys.executable, "-c", program, port, "polite"), {}, f"http://127.0.0.1:{port}")
+        for role, port in zip(("prefill", "decode", "router"), ports)
+    ], None, 60))
+    """
+)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def server(role: str, port: int, program: str = SERVER) -> Process:
+    return Process(role, (sys.executable, "-c", program, str(port)), {}, f"http://127.0.0.1:{port}")
+
+
+def alive(pid: int) -> bool:
+    try:
+        return (Path("/proc") / str(pid) / "stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def remains(log: Path) -> list[str]:
+    """What a server said that it made and that is still there."""
+    words = log.read_text().split("\n")[0].split()
+    path, child = words[2], int(words[4])
+    return [path] * Path(path).exists() + [f"process {child}"] * alive(child)
+
+
+def quiet(names: str, waited_s: float) -> None:
+    """Nobody watches."""
+
+
+def test_everything_is_gone_after_an_orderly_end(tmp_path: Path) -> None:
+    with Supervisor(str(tmp_path)) as supervisor:
+        for role in ("prefill", "decode"):
+            process = server(role, free_port())
+            supervisor.start(process)
+            supervisor.wait_healthy({role: process.url}, 60, quiet)
+        supervisor.check()
+        folder = supervisor.folder
+        assert len(list(folder.glob("socket-*"))) == 2
+        assert all(len(remains(tmp_path / f"{role}.log")) == 2 for role in ("prefill", "decode"))
+    assert not folder.exists()
+    assert not any(remains(tmp_path / f"{role}.log") for role in ("prefill", "decode"))
+
+
+def test_a_dead_child_is_named_with_its_last_words(tmp_path: Path) -> None:
+    with Supervisor(str(tmp_path)) as supervisor:
+        supervisor.start(server("decode", 1, "print('no memory for the pool'); raise SystemExit(7)"))
+        with pytest.raises(ChildDied, match=r"the decode process ended with 7; .*\nno memory for the pool"):
+            supervisor.wait_healthy({"decode": f"http://127.0.0.1:{free_port()}"}, 60, quiet)
+
+
+def test_a_crash_leaves_no_shared_memory(tmp_path: Path) -> None:
+    """The segment of a server that is gone by the time of the end is removed as well: it was seen before."""
+    with Supervisor(str(tmp_path)) as supervisor:
+        process = server("prefill", free_port())
+        supervisor.start(process)
+        supervisor.wait_healthy({"prefill": process.url}, 60, quiet)
+        log = tmp_path / "prefill.log"
+        wait_until_seen(supervisor)
+        supervisor.children["prefill"].kill()
+        supervisor.children["prefill"].wait(60)
+        assert len(remains(log)) == 2
+        with pytest.raises(ChildDied, match="the prefill process was ended by SIGKILL"):
+            supervisor.check()
+    assert not remains(log)
+
+
+def wait_until_seen(supervisor: Supervisor) -> None:
+    """Return once the reaper has looked at the processes: it wakes for nothing else, so naps are counted."""
+    reaper = supervisor._reaper
+    assert reaper is not None
+
+    def naps() -> int:
+        status = (Path("/proc") / str(reaper.pid) / "status").read_text()
+        return int(status.split("voluntary_ctxt_switches:\t")[1].split()[0])
+
+    before = naps()
+    while naps() < before + 2:
+        supervisor.check()
+
+
+def test_a_server_that_is_never_healthy_is_named(tmp_path: Path) -> None:
+    with Supervisor(str(tmp_path)) as supervisor:
+        process = server("decode", free_port())
+        supervisor.start(process)
+        supervisor.wait_healthy({"decode": process.url}, 60, quiet)
+        with pytest.raises(StartTimeout, match="decode not healthy after 0 s"):
+            supervisor.wait_healthy({"decode": f"http://127.0.0.1:{free_port()}"}, 0.2, quiet)
+    assert not remains(tmp_path / "decode.log")
+
+
+def test_logs_are_kept_when_asked(tmp_path: Path) -> None:
+    with Supervisor() as supervisor:
+        supervisor.start(server("decode", 1, "print('last words')"))
+        supervisor.children["decode"].wait(60)
+        kept = supervisor.save_logs()
+    try:
+        assert (kept / "decode.log").read_text() == "last words\n"
+    finally:
+        (kept / "decode.log").unlink()
+        kept.rmdir()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
+@pytest.mark.parametrize("when", ["while starting", "when ready"])
+def test_nothing_outlives_a_signal(number: signal.Signals, when: str, tmp_path: Path) -> None:
+    """Whatever ends the supervisor, at the start or later: processes, files and shared memory are gone."""
+    ports = [str(free_port()) for _ in range(3)]
+    environ = {**os.environ, "TMPDIR": str(tmp_path)}
+    supervisor = subprocess.Popen(
+        [sys.executable, "-c", SUPERVISED, SERVER, *ports],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environ,
+    )
+    assert supervisor.stderr is not None
+    wanted = "up after" if when == "while starting" else "ready at"
+    for line in supervisor.stderr:
+        if wanted in line:
+            break
+    logs = list(tmp_path.glob("tpla-*/log/*.log"))
+    said = [log.read_text().split("\n")[0].split() for log in logs]
+    supervisor.send_signal(number)
+    assert supervisor.wait(60) == (-number if number == signal.SIGKILL else 128 + number)
+    # The reaper holds this pipe open until it has finished.
+    supervisor.stderr.read()
+    supervisor.stderr.close()
+    assert len(said) >= 2
+    for words in filter(None, said):
+        assert not Path(words[2]).exists()
+        assert not alive(int(words[4]))
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_exit_code_and_the_logs_of_a_failure(tmp_path: Path) -> None:
+    program = "import sys; print('cannot bind'); sys.exit(5)"
+    done = subprocess.run(
+        [sys.executable, "-c", SUPERVISED, program, "1", "2", "3"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+        timeout=60,
+    )
+    assert done.returncode == 1
+    assert "ended with 5" in done.stderr
+    assert "cannot bind" in done.stderr
+    (kept,) = tmp_path.iterdir()
+    assert kept.name.startswith("sglang_tpla-log-")
+    assert (kept / "prefill.log").read_text() == "cannot bind\n"
