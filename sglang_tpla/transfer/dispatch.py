@@ -53,6 +53,7 @@ class PrefillDispatch(PrefillServing):
 
     def _next_job(self) -> Job | None:
         """The next chunk that some rank can take: peers in turn, and each peer's lanes in turn."""
+        self._staging.reap()
         cap = max(1, self._staging.slots // (len(self._peers) + 1))
         for identity, peer in list(self._peers.items()):
             for key, lane in list(peer.ready.items()):
