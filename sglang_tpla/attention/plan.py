@@ -1,9 +1,10 @@
 """How a decode step's cache is cut into equal parts, one part a persistent block. Twin of the kernel ``latent_plan``.
 
 All requests' tiles (64 tokens) stand in one line. A part is a stretch of that line and costs its tiles plus
-``SEGMENT_COST`` for every request it touches (loading the query, joining and storing the result). The smallest
-capacity with which all requests fit into the parts wins; a greedy walk lays them. The plan depends on the lengths
-alone, so the merge order, and with it the result, is the same whenever the lengths are.
+``SEGMENT_COST`` for every request it touches (loading the query, joining and storing the result). Where parts that
+do not cross requests are nearly as equal, they are laid that way: fewer partial results. Otherwise a greedy walk
+lays parts of the smallest capacity with which all requests fit. The plan depends on the lengths alone, so the merge
+order, and with it the result, is the same whenever the lengths are.
 """
 
 from __future__ import annotations
@@ -60,6 +61,20 @@ def _lay_parts(tiles: Sequence[int], parts: int, capacity: int) -> Plan | None:
     return Plan((*part_begin, (request, tile, before, 0)), (*split_start, splits))
 
 
+def _lay_whole(tiles: Sequence[int], parts: int, most: int) -> Plan | None:
+    counts = [-(-n // most) for n in tiles]
+    if sum(counts) > parts:
+        return None
+    split_start = [0]
+    part_begin = []
+    for request, (n, count) in enumerate(zip(tiles, counts, strict=True)):
+        part_begin += [(request, n * i // count, i, 0) for i in range(count)]
+        split_start.append(split_start[-1] + count)
+    part_begin += [(len(tiles), 0, 0, 0)] * (parts + 1 - len(part_begin))
+    part_begin[0] = (0, *part_begin[0][1:])  # the first part also walks over leading empty requests
+    return Plan(tuple(part_begin), tuple(split_start))
+
+
 def plan_parts(lengths: Sequence[int], parts: int) -> Plan:
     """Cut requests of ``lengths`` tokens into ``parts`` parts of as equal a cost as whole tiles allow.
 
@@ -70,6 +85,10 @@ def plan_parts(lengths: Sequence[int], parts: int) -> Plan:
         raise ValueError(f"parts must be 1 to {MAX_PARTS}; got {parts}")
     tiles = [tiles_of(length) for length in lengths]
     capacity = -(-sum(n + SEGMENT_COST for n in tiles if n) // parts)
+    for most in range(max(capacity - SEGMENT_COST, 1), capacity + SEGMENT_COST + 1):
+        plan = _lay_whole(tiles, parts, most)
+        if plan is not None:
+            return plan
     while True:
         plan = _lay_parts(tiles, parts, capacity)
         if plan is not None:

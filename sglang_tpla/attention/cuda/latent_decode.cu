@@ -29,10 +29,9 @@ constexpr int kStageBytes = kPanels * kPanelBytes;
 constexpr int kQBytes = kPanels * kQPanelBytes;
 constexpr int kSteps = kWidth / 16;                         // wgmma steps of the scores
 constexpr int kProducerThreads = 128;
-#define PRODUCER_REGISTERS 40
-#define CONSUMER_REGISTERS 232
 constexpr int kChunkTiles = 8;                              // tiles whose slots are looked up together
 constexpr int kSlotBytes = 2 * kChunkTiles * kTile * 4;
+constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
 static_assert(kWidth % 32 == 0 && LATENT % 32 == 0, "widths are multiples of 32");
 static_assert(kOutPanels == OUT_COLUMNS / 64, "wgmma_rs was generated for another width");
 
@@ -96,9 +95,6 @@ template <int kCount> __device__ __forceinline__ void pin(float (&registers)[kCo
 }
 __device__ __forceinline__ void sync_consumers() { asm volatile("bar.sync 1, 256;" ::: "memory"); }
 __device__ __forceinline__ void sync_producers() { asm volatile("bar.sync 2, 128;" ::: "memory"); }
-// MODE_ROWS: the warpgroups issue their matrix products in turn, so that one's softmax hides behind the other's.
-__device__ __forceinline__ void wait_turn(int group) { asm volatile("bar.sync %0, 256;" ::"r"(3 + group) : "memory"); }
-__device__ __forceinline__ void give_turn(int group) { asm volatile("bar.arrive %0, 256;" ::"r"(4 - group) : "memory"); }
 
 // wgmma descriptor of a swizzled panel: 8-row groups are 1,024 bytes apart (stride offset); for the transposed
 // operand, `leading_bytes` is the distance of the next 64 columns.
@@ -361,30 +357,108 @@ __device__ __forceinline__ void store(const Params& p, const float (&o)[kOut], c
 
 // ---- merge --------------------------------------------------------------------------------------------------------
 
-// A request of which this block stored one of several partial results; kept in shared memory until the end.
+// The request whose merge this block has a share in: at most one, that of the part's last segment.
 struct Shared {
-    int request, split;        // split: which of the request's
-    u32 target;                // value of `arrived` when all of them are stored
+    int request, share, shares;
+    u32 target;                // value of `arrived` when all partial results are stored
 };
 
 // Tells that this block's partial result of `request` is stored. Called by all consumers.
-__device__ __forceinline__ void announce(const Params& p, Shared& shared, int request, int split, int splits, int consumer) {
+__device__ __forceinline__ u32 announce(const Params& p, int request, int splits, int consumer) {
     __threadfence();
     sync_consumers();
-    if (consumer == 0) {
-        const u32 before = atomicAdd(p.arrived + blockIdx.y * p.batch + request, 1u);
-        shared = {request, split, (before / splits + 1) * splits};   // the counter runs on over the layers of a step
+    if (consumer != 0) return 0;
+    const u32 before = atomicAdd(p.arrived + blockIdx.y * p.batch + request, 1u);
+    return (before / splits + 1) * splits;                       // the counter runs on over the layers of a step
+}
+
+// A sum over splits on its way: values scaled to 2^-top, and the sum of weights.
+struct Sum {
+    float4 value;
+    float top, total;
+
+    __device__ __forceinline__ void rescale_to(float new_top) {
+        const float factor = top == negative_infinity() ? 0.f : exp2_fast(top - new_top);
+        value.x *= factor, value.y *= factor, value.z *= factor, value.w *= factor;
+        total *= factor, top = new_top;
+    }
+    __device__ __forceinline__ void add(const float4& x, float x_top, float weight) {   // top >= x_top
+        const float factor = x_top == negative_infinity() ? 0.f : exp2_fast(x_top - top);
+        value.x += factor * x.x, value.y += factor * x.y, value.z += factor * x.z, value.w += factor * x.w;
+        total += factor * weight;
+    }
+};
+
+// Adds up items [begin, end), four columns of a row each, in the order of the splits. With `together` (many splits, few
+// items) eight warps share an item's splits. Per step a thread has kItems * kBatch loads in flight.
+template <int kItems, int kBatch>
+__device__ __forceinline__ void merge_items(const Params& p, int request, int first, int splits, int begin, int end,
+                                            bool together, Sum* sums, int consumer) {
+    constexpr int kItemsPerRow = LATENT / 4;
+    const int rows = p.query_len * p.heads, first_row = blockIdx.y * kRows, warp = consumer / 32, lane = consumer % 32;
+    const int step = together ? 8 : 1, offset = together ? warp : 0, stride = together ? 32 : 256;
+    for (int base = begin + (together ? lane : consumer); base - (together ? lane : consumer) < end; base += stride * kItems) {
+        Sum sum[kItems];
+#pragma unroll
+        for (int q = 0; q < kItems; ++q) sum[q] = {make_float4(0.f, 0.f, 0.f, 0.f), negative_infinity(), 0.f};
+        for (int i = offset; i < splits; i += step * kBatch) {
+            float4 x[kItems][kBatch];
+            float lse[kItems][kBatch];
+#pragma unroll
+            for (int q = 0; q < kItems; ++q) {
+                const int item = base + q * stride, row = first_row + item / kItemsPerRow, column = item % kItemsPerRow * 4;
+#pragma unroll
+                for (int j = 0; j < kBatch; ++j) {
+                    const long long at = (long long)(first + i + j * step) * rows + row;
+                    x[q][j] = make_float4(0.f, 0.f, 0.f, 0.f), lse[q][j] = negative_infinity();
+                    if (item < end && i + j * step < splits) {
+                        lse[q][j] = __ldcg(p.partial_lse + at);
+                        x[q][j] = __ldcg(reinterpret_cast<const float4*>(p.partial_out + at * LATENT + column));
+                    }
+                }
+            }
+#pragma unroll
+            for (int q = 0; q < kItems; ++q) {
+                float top = sum[q].top;
+#pragma unroll
+                for (int j = 0; j < kBatch; ++j) top = fmaxf(top, lse[q][j]);
+                sum[q].rescale_to(top);
+#pragma unroll
+                for (int j = 0; j < kBatch; ++j) sum[q].add(x[q][j], lse[q][j], 1.f);
+            }
+        }
+        if (together) {
+            sums[consumer] = sum[0];
+            sync_consumers();
+            if (warp == 0) {
+#pragma unroll
+                for (int i = 1; i < 8; ++i) {
+                    const Sum other = sums[i * 32 + lane];
+                    sum[0].rescale_to(fmaxf(sum[0].top, other.top));
+                    sum[0].add(other.value, other.top, other.total);
+                }
+            }
+            sync_consumers();
+        }
+#pragma unroll
+        for (int q = 0; q < kItems; ++q) {
+            const int item = base + q * stride, row = first_row + item / kItemsPerRow, column = item % kItemsPerRow * 4;
+            if (item >= end || (together && warp > 0)) continue;
+            const int token = row / p.heads, head = row - token * p.heads;
+            const float inverse = sum[q].total > 0.f ? 1.f / sum[q].total : 0.f;
+            const float4 v = sum[q].value;
+            u16* out = p.out + ((long long)request * p.query_len + token) * p.out_token_stride + head * p.out_head_stride;
+            *reinterpret_cast<uint2*>(out + column) =
+                make_uint2(pack_bf16(v.x * inverse, v.y * inverse), pack_bf16(v.z * inverse, v.w * inverse));
+        }
     }
 }
 
-// Adds up this block's share of a request's rows. A unit is 128 columns of a row; a warp sums it over all splits, or,
-// where there are many splits and few units, eight warps share a unit's splits.
+// Waits until all partial results of the request are stored, and adds up this block's share of its rows.
 __device__ __forceinline__ void merge(const Params& p, const Shared shared, float* buffer, int consumer) {
-    constexpr int kUnitsPerRow = (LATENT + 127) / 128;
-    const int warp = consumer / 32, lane = consumer % 32, rows = p.query_len * p.heads;
     const int first = p.split_start[shared.request], splits = p.split_start[shared.request + 1] - first;
-    const int first_row = blockIdx.y * kRows, units = min(kRows, rows - first_row) * kUnitsPerRow;
-    const int begin = units * shared.split / splits, end = units * (shared.split + 1) / splits;
+    const int items = min(kRows, p.query_len * p.heads - (int)blockIdx.y * kRows) * (LATENT / 4);
+    const int begin = items * shared.share / shared.shares, end = items * (shared.share + 1) / shared.shares;
     if (consumer == 0) {
         const u32* arrived = p.arrived + blockIdx.y * p.batch + shared.request;
         u32 now;
@@ -393,57 +467,10 @@ __device__ __forceinline__ void merge(const Params& p, const Shared shared, floa
         } while ((int)(now - shared.target) < 0);
     }
     sync_consumers();
-    const bool together = splits > 32;
-    const int step = together ? 8 : 1, offset = together ? warp : 0;
-    float* weight = buffer + warp * MAX_PARTS;
-    float4* sums = reinterpret_cast<float4*>(buffer + 8 * MAX_PARTS);
-    for (int unit = begin + (together ? 0 : warp); unit < end; unit += together ? 1 : 8) {
-        const int row = first_row + unit / kUnitsPerRow, column = (unit % kUnitsPerRow) * 128 + lane * 4;
-        float top = negative_infinity(), total = 0.f;
-        for (int i = lane; i < splits; i += 32) {
-            weight[i] = __ldcg(p.partial_lse + (long long)(first + i) * rows + row);
-            top = fmaxf(top, weight[i]);
-        }
-#pragma unroll
-        for (int distance = 16; distance; distance /= 2) top = fmaxf(top, __shfl_xor_sync(0xffffffff, top, distance));
-        for (int i = lane; i < splits; i += 32) {
-            weight[i] = top == negative_infinity() ? 0.f : exp2_fast(weight[i] - top);
-            total += weight[i];
-        }
-#pragma unroll
-        for (int distance = 16; distance; distance /= 2) total += __shfl_xor_sync(0xffffffff, total, distance);
-        const float inverse = total > 0.f ? 1.f / total : 0.f;
-        __syncwarp();
-        float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
-        if (column < LATENT) {
-            const float* partial = p.partial_out + ((long long)first * rows + row) * LATENT + column;
-#pragma unroll 8
-            for (int i = offset; i < splits; i += step) {
-                const float4 x = __ldcg(reinterpret_cast<const float4*>(partial + (long long)i * rows * LATENT));
-                const float factor = weight[i] * inverse;
-                sum.x += factor * x.x, sum.y += factor * x.y, sum.z += factor * x.z, sum.w += factor * x.w;
-            }
-        }
-        if (together) {
-            sums[consumer] = sum;
-            sync_consumers();
-            if (warp == 0) {
-#pragma unroll
-                for (int i = 1; i < 8; ++i) {
-                    const float4 x = sums[i * 32 + lane];
-                    sum.x += x.x, sum.y += x.y, sum.z += x.z, sum.w += x.w;
-                }
-            }
-            sync_consumers();
-        }
-        if (column < LATENT && (!together || warp == 0)) {
-            const int token = row / p.heads, head = row - token * p.heads;
-            u16* out = p.out + ((long long)shared.request * p.query_len + token) * p.out_token_stride + head * p.out_head_stride;
-            *reinterpret_cast<uint2*>(out + column) = make_uint2(pack_bf16(sum.x, sum.y), pack_bf16(sum.z, sum.w));
-        }
-        __syncwarp();
-    }
-    sync_consumers();                                            // the buffer may be used again
+    Sum* sums = reinterpret_cast<Sum*>(buffer);
+    if (splits <= 4) merge_items<4, 4>(p, shared.request, first, splits, begin, end, false, sums, consumer);
+    else if (splits <= 8) merge_items<2, 8>(p, shared.request, first, splits, begin, end, false, sums, consumer);
+    else merge_items<1, 12>(p, shared.request, first, splits, begin, end, splits > 32, sums, consumer);
 }
 
 // An empty request's output.
@@ -465,9 +492,8 @@ __device__ __forceinline__ void consume(const Params& p, u32 q_smem, float* q_bu
     const u32 q_rows = q_smem + first_row * 128;
     const int consumer = group * 128 + thread;
     u32 base = 0, q_phase = 0;                                   // tiles of earlier segments; parity of the query
-    __shared__ Shared shared[2];                                 // only a part's first and last request can be shared
-    int pending = 0;
-    if (MODE == MODE_ROWS && group == 1) give_turn(group);
+    __shared__ Shared shared;
+    if (consumer == 0) shared.request = -1;
     for (Segments seg(p); seg.more(); seg.next()) {
         const int length = p.lengths[seg.request], end = seg.end_tile(length), tiles = end - seg.first_tile;
         if (tiles <= 0) {
@@ -497,9 +523,7 @@ __device__ __forceinline__ void consume(const Params& p, u32 q_smem, float* q_bu
         u32 held = base % STAGES;
         barrier_wait(full + 8 * held, (base / STAGES) & 1);
         fence_async_proxy();
-        if (MODE == MODE_ROWS) wait_turn(group);
         scores(s, q_rows, ring + held * kStageBytes);
-        if (MODE == MODE_ROWS) give_turn(group);
         wgmma_wait<0>();
         pin(s);
         soften(s, state, factor, p.scale_log2, seg.first_tile * kTile, limit, (seg.first_tile + 1) * kTile > unmasked, lane);
@@ -508,11 +532,9 @@ __device__ __forceinline__ void consume(const Params& p, u32 q_smem, float* q_bu
             const u32 at = base + j, stage = at % STAGES;
             barrier_wait(full + 8 * stage, (at / STAGES) & 1);
             fence_async_proxy();
-            if (MODE == MODE_ROWS) wait_turn(group);
             scores(s, q_rows, ring + stage * kStageBytes);
             pin(o);
             add_values(o, probability, ring + held * kStageBytes + first_panel * kPanelBytes);
-            if (MODE == MODE_ROWS) give_turn(group);
             wgmma_wait<1>();
             pin(s);
             const int first_token = (seg.first_tile + j) * kTile;
@@ -569,12 +591,17 @@ __device__ __forceinline__ void consume(const Params& p, u32 q_smem, float* q_bu
             if (lane == 0) barrier_arrive(q_empty);
             store<kOut / 2, kOut / 2>(p, o, state, seg.request, split, whole, 0, 0, false, thread);
         }
-        if (!whole) announce(p, shared[pending++ & 1], seg.request, seg.before, splits, consumer);
+        if (!whole) {
+            const u32 target = announce(p, seg.request, splits, consumer);
+            // The last of a request's parts, when it goes on to another request, leaves the merge to the others.
+            const int4 last = reinterpret_cast<const int4*>(p.part_begin)[blockIdx.x - seg.before + splits];
+            const bool goes_on = last.x > seg.request + 1 || last.y > 0;
+            if (consumer == 0 && !(goes_on && seg.before == splits - 1))
+                shared = {seg.request, seg.before, splits - (goes_on ? 1 : 0), target};
+        }
     }
-    if (MODE == MODE_ROWS && group == 0) wait_turn(group);
-    sync_consumers();                                            // the query's memory is free
-#pragma unroll 1
-    for (int i = 0; i < pending; ++i) merge(p, shared[i], q_buffer, consumer);
+    sync_consumers();                                            // the query's memory is free, `shared` is written
+    if (shared.request >= 0) merge(p, shared, q_buffer, consumer);
 }
 
 extern "C" __global__ void __launch_bounds__(384, 1) latent_decode(const __grid_constant__ Params p) {
@@ -600,11 +627,11 @@ extern "C" __global__ void __launch_bounds__(384, 1) latent_decode(const __grid_
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
     if (group == 0) {
         // The block starts with 3 x 168 registers a lane; a warpgroup that asks for more than is free waits forever.
-        static_assert(PRODUCER_REGISTERS + 2 * CONSUMER_REGISTERS <= 3 * 168, "registers of the three warpgroups");
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(PRODUCER_REGISTERS));
+        static_assert(kProducerRegisters + 2 * kConsumerRegisters <= 3 * 168, "registers of the three warpgroups");
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kProducerRegisters));
         produce(p, q_smem, slot_buffer, ring, full, empty, q_full, q_empty, thread);
     } else {
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(CONSUMER_REGISTERS));
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kConsumerRegisters));
         consume(p, q_smem, q_buffer, ring, full, empty, q_full, q_empty, group - 1, thread);
     }
 }
@@ -642,7 +669,37 @@ __device__ __forceinline__ bool lay_parts(const int* lengths, int batch, int par
     return true;
 }
 
-// One warp; lane i tries the i-th larger capacity, the smallest that fits is laid. Also sets `arrived` to zero.
+// Parts that do not cross requests: each request gets as many parts as `most` tiles a part ask for. Returns how many that are;
+// stores the plan when part_begin is given and they suffice. Twin: plan.py.
+__device__ __forceinline__ int lay_whole(const int* lengths, int batch, int parts, int most, int* part_begin, int* split_start,
+                                         int lane) {
+    int used = 0;
+    for (int base = 0; base < batch; base += 32) {
+        const int request = base + lane, tiles = request < batch ? (lengths[request] + kTile - 1) / kTile : 0;
+        const int count = tiles > 0 ? (tiles + most - 1) / most : 0;
+        int until = count;
+#pragma unroll
+        for (int offset = 1; offset < 32; offset *= 2) {
+            const int other = __shfl_up_sync(0xffffffff, until, offset);
+            if (lane >= offset) until += other;
+        }
+        if (part_begin && request < batch) {
+            split_start[request] = used + until - count;
+            for (int i = 0; i < count; ++i)
+                reinterpret_cast<int4*>(part_begin)[used + until - count + i] = make_int4(request, (int)((long long)tiles * i / count), i, 0);
+        }
+        used += __shfl_sync(0xffffffff, until, 31);
+    }
+    if (part_begin) {
+        for (int i = used + lane; i <= parts; i += 32) reinterpret_cast<int4*>(part_begin)[i] = make_int4(batch, 0, 0, 0);
+        __syncwarp();
+        if (lane == 0) split_start[batch] = used, part_begin[0] = 0;   // the first part also walks over leading empty requests
+    }
+    return used;
+}
+
+// One warp. Parts that do not cross requests, if they are nearly as equal; else lane i tries the i-th larger capacity, and
+// the smallest that fits is laid. Also sets `arrived` to zero.
 extern "C" __global__ void __launch_bounds__(32) latent_plan(const int* lengths, int batch, int parts, int* part_begin,
                                                              int* split_start, u32* arrived, int counters) {
     __shared__ int copy[PLAN_BATCH];
@@ -659,6 +716,11 @@ extern "C" __global__ void __launch_bounds__(32) latent_plan(const int* lengths,
 #pragma unroll
     for (int offset = 16; offset; offset /= 2) cost += __shfl_xor_sync(0xffffffff, cost, offset);
     const int capacity = (cost + parts - 1) / parts;
+    for (int most = max(capacity - SEGMENT_COST, 1); most <= capacity + SEGMENT_COST; ++most)
+        if (lay_whole(lengths, batch, parts, most, nullptr, nullptr, lane) <= parts) {
+            lay_whole(lengths, batch, parts, most, part_begin, split_start, lane);
+            return;
+        }
     const u32 fits = __ballot_sync(0xffffffff, lay_parts(lengths, batch, parts, capacity + lane, nullptr, nullptr, lane));
     lay_parts(lengths, batch, parts, capacity + __ffs(fits) - 1, part_begin, split_start, lane);
 }
