@@ -137,8 +137,8 @@ def show_cache(console: Console, decode: Process) -> None:
     info = httpx.get(decode.url + "/server_info", timeout=30, trust_env=False).json()["tpla"]
     ours, mla = info["cache_bytes_per_token_and_rank"], info["mla_cache_bytes_per_token_and_rank"]
     console.print(
-        f"Cache of a token on one rank, {len(info['widths'])} layers: TPLA {ours} bytes, plain MLA {mla} bytes, "
-        f"so {mla / ours:.2f} times the tokens in the same memory (g = {info['groups']}, latent "
+        f"Cache of a token on one rank, {len(info['widths'])} layers: TPLA {ours} bytes, plain MLA {mla}: "
+        f"{mla / ours:.2f} times the tokens in the same memory (g = {info['groups']}, latent "
         f"{info['latent_dim']} → {sorted(set(info['widths']))[-1]}, rope {info['rope_dim']}, transform "
         f"{info['transform']}).\n"
     )
@@ -236,7 +236,7 @@ def main() -> int:
         console.print(f"error: left behind: {', '.join(left)}", style="red")
         return 1
     console.print(
-        f"Nothing is left: no process, no socket file, no shared memory. {time.monotonic() - start_s:.0f} s.\n"
+        f"Nothing is left: no process, no socket file, no shared memory. {time.monotonic() - start_s:.0f} s\n"
         "Next: README.md, 'From here to a real deployment'."
     )
     return 0
