@@ -18,6 +18,5 @@ def slice_shape(result: None, self: Any, *args: Any, **kwargs: Any) -> None:
     loaded = artifact()
     if loaded is None or getattr(self, "is_draft_model", False):
         return
-    (width,) = set(loaded.meta.widths)
-    self.kv_lora_rank = width
+    self.kv_lora_rank = max(loaded.meta.widths)  # layers of other widths: sglang_tpla/host/pool.py
     self.num_attention_heads *= settings().groups

@@ -66,6 +66,11 @@ def check_flags(args: Any) -> None:
         (args.pp_size > 1, "--pp-size", "pipeline stages are not transferred yet"),
         (sliced and bool(args.enable_lora), "--enable-lora", "adapters on kv_b_proj correct the unfolded weights"),
     ]  # fmt: skip
+    if args.device == "cpu" and args.page_size not in (None, 1):
+        raise ConfigError(
+            f"the CPU reference platform pages its cache by single tokens; got --page-size {args.page_size}, use "
+            "--page-size 1"
+        )
     for bad, flag, why in refusals:
         if bad:
             raise ConfigError(f"{flag} does not go with sglang_tpla: {why}; drop {flag}")
@@ -98,21 +103,22 @@ def check_model(args: Any) -> None:
         return
     folder = local_checkpoint(args.model_path, args.revision)
     loaded.check_model(Checkpoint(folder).config, weights_hash(folder), layout.groups)
-    if len(set(loaded.meta.widths)) != 1:
+    backend = args.get_attention_backends()[1]
+    widths = sorted(set(loaded.meta.widths))
+    if len(widths) > 1 and backend == "flashinfer":
         raise ConfigError(
-            f"{settings().artifact} has layers of widths {sorted(set(loaded.meta.widths))}; this release serves one "
-            "width for all layers: calibrate without a per-layer policy"
+            f"{settings().artifact} has layers of widths {widths}, and --attention-backend flashinfer plans one width for "
+            "all layers; use another backend or an artifact without a per-layer policy"
         )
-    shape = DecodeShape(
-        latent_dim=loaded.meta.widths[0],
-        heads=layout.local_heads,
-        rope_dim=loaded.meta.rope_dim,
-        page_size=args.page_size,
-        dtype=config.dtype,
-    )
-    require_engine_backend(
-        args.get_attention_backends()[1], shape, device_capability(torch.device(args.device))
-    )
+    for width in widths:
+        shape = DecodeShape(
+            latent_dim=width,
+            heads=layout.local_heads,
+            rope_dim=loaded.meta.rope_dim,
+            page_size=args.page_size,
+            dtype=config.dtype,
+        )
+        require_engine_backend(backend, shape, device_capability(torch.device(args.device)))
 
 
 def local_checkpoint(model_path: str, revision: str | None) -> Path:

@@ -44,26 +44,6 @@ class Slice:
         """This rank's latent group."""
         return self.layout.group_of(self.rank)
 
-    @property
-    def widths(self) -> tuple[int, ...]:
-        """Latent values a token, one entry a layer."""
-        return tuple(self.artifact.meta.widths)
-
-    @property
-    def uniform_width(self) -> int:
-        """The one width of all layers.
-
-        Raises:
-            ConfigError: the artifact's layers differ in width.
-        """
-        widths = set(self.widths)
-        if len(widths) != 1:
-            raise ConfigError(
-                f"the artifact's layers have widths {sorted(widths)}; this release serves one width for all "
-                "layers: calibrate without a per-layer policy"
-            )
-        return widths.pop()
-
 
 def make_slice(heads: int, rank: int, tp_size: int) -> Slice | None:
     """The slice of attention rank ``rank`` of ``tp_size``, or None where the server keeps the whole latent."""
