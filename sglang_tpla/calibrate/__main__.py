@@ -12,7 +12,9 @@ import torch
 from sglang_tpla.calibrate import run
 from sglang_tpla.calibrate.artifact import Artifact, ArtifactError
 from sglang_tpla.calibrate.corpus import CorpusError
-from sglang_tpla.calibrate.statistics import StatisticsError
+from sglang_tpla.calibrate.learn import LearnPlan
+from sglang_tpla.calibrate.learned_run import learn_model
+from sglang_tpla.calibrate.statistics import Statistics, StatisticsError, combine
 from sglang_tpla.calibrate.transforms import TRANSFORMS, TransformError
 from sglang_tpla.models.checkpoint import Checkpoint, CheckpointError
 from sglang_tpla.models.plain import PlainModel
@@ -29,7 +31,9 @@ def parser() -> argparse.ArgumentParser:
     )
     text.add_argument("--out", required=True, type=Path, help="artifact file to write")
     text.add_argument("--groups", type=int, default=2, help="latent groups g (default 2)")
-    text.add_argument("--transform", default="shared", choices=TRANSFORMS, help="default: shared")
+    text.add_argument(
+        "--transform", default="shared", choices=(*TRANSFORMS, "learned"), help="default: shared"
+    )
     text.add_argument(
         "--key-map", default="regression", choices=("regression", "scalar"), help="scalar: the paper's"
     )
@@ -56,6 +60,28 @@ def parser() -> argparse.ArgumentParser:
         help="tokens decoded through TPLA after it (default 512)",
     )
     text.add_argument("--seed", type=int, default=0, help="decides the split and the order of the text")
+    text.add_argument(
+        "--learn-steps", type=int, default=400, help="Adam steps a layer for learned (default 400)"
+    )
+    text.add_argument(
+        "--refit-values",
+        action="store_true",
+        help="refit the value maps in closed form given the probabilities",
+    )
+    text.add_argument("--save-stats", type=Path, metavar="FILE", help="also write the second moments")
+    text.add_argument(
+        "--from-stats",
+        nargs="+",
+        type=Path,
+        metavar="FILE",
+        help="second moments collected elsewhere (files of several ranks or servers are put together); "
+        "of the checkpoint only kv_b_proj is read, and there is no error report",
+    )
+    text.add_argument(
+        "--one-layer-at-a-time",
+        action="store_true",
+        help="hold one layer's weights, for models that do not fit",
+    )
     text.add_argument("--device", default="cpu", help="torch device (default cpu)")
     text.add_argument("--quiet", action="store_true", help="no progress bars")
     return text
@@ -77,13 +103,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def make(arguments: argparse.Namespace) -> Artifact:
-    """Everything but writing the file."""
+    """Everything but writing the artifact."""
     checkpoint = Checkpoint(arguments.model_path)
     spec = ModelSpec.from_config(checkpoint.config)
+    transform, groups = arguments.transform, arguments.groups
     shared_dims = arguments.shared_dims
     if shared_dims is None:
-        shared_dims = run.default_shared_dims(arguments.transform, spec.latent_dim, arguments.groups)
-    run.check_settings(arguments.transform, arguments.groups, shared_dims, spec)
+        shared_dims = run.default_shared_dims(transform, spec.latent_dim, groups)
+    run.check_settings(transform, groups, shared_dims, spec)
+    closed = "shared" if transform == "learned" else transform
+    if arguments.from_stats:
+        if transform == "learned" or arguments.refit_values:
+            raise TransformError(
+                "--from-stats has second moments only; learned maps and "
+                "refits need the model and text: leave "
+                "out --from-stats, or take --transform shared"
+            )
+        statistics = combine([Statistics.load(path) for path in arguments.from_stats])
+        return run.closed_form(statistics, checkpoint, closed, groups, shared_dims, arguments.key_map)
     plan = run.TextPlan(
         corpus=tuple(arguments.corpus),
         seed=arguments.seed,
@@ -93,12 +130,25 @@ def make(arguments: argparse.Namespace) -> Artifact:
         continuation_tokens=arguments.continuation_tokens,
     )
     text = run.read_text(plan, checkpoint)
-    model = PlainModel(checkpoint, torch.float32, arguments.device)
+    resident = not arguments.one_layer_at_a_time
+    model = PlainModel(checkpoint, torch.float32, arguments.device, resident=resident)
     show = not arguments.quiet
     statistics = run.collect_statistics(model, text, plan.seed, show_progress=show)
-    artifact = run.closed_form(
-        statistics, checkpoint, arguments.transform, arguments.groups, shared_dims, arguments.key_map
-    )
+    if arguments.save_stats is not None:
+        statistics.save(arguments.save_stats)
+    artifact = run.closed_form(statistics, checkpoint, closed, groups, shared_dims, arguments.key_map)
+    if transform == "learned" or arguments.refit_values:
+        steps = arguments.learn_steps if transform == "learned" else 0
+        artifact, _ = learn_model(
+            model,
+            artifact,
+            statistics,
+            text.calibration,
+            LearnPlan(steps=steps, seed=plan.seed, first_query=plan.prompt_tokens // 2),
+            arguments.out.parent / f"{arguments.out.name}.work",
+            refit=arguments.refit_values,
+            show_progress=show,
+        )
     if len(text.held_out):
         artifact, _ = run.with_report(artifact, model, text.held_out, plan.prompt_tokens, show_progress=show)
     return artifact

@@ -20,7 +20,8 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -138,15 +139,9 @@ class Artifact:
         """Write the file whole or not at all (temporary file in the same folder, then rename)."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-        os.close(handle)
-        try:
-            tensors = {name: tensor.contiguous() for name, tensor in self.tensors.items()}
+        tensors = {name: tensor.contiguous() for name, tensor in self.tensors.items()}
+        with replace_into(path) as temporary:
             save_file(tensors, temporary, metadata=_encode_meta(self.meta))
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, path)
-        finally:
-            Path(temporary).unlink(missing_ok=True)
 
     def maps(self, layer: int, group: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Z [d, w], A [w, d], B [w, d] of one layer and group, float32."""
@@ -188,6 +183,19 @@ class Artifact:
                 f"{self.meta.model_name!r}, but "
                 f"this checkpoint's are {weights_hash[:12]} (same configuration, other weights); {again}"
             )
+
+
+@contextmanager
+def replace_into(path: Path) -> Iterator[str]:
+    """A temporary file in the same folder that takes ``path``'s place if the block ends well."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    os.close(handle)
+    try:
+        yield temporary
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
 
 
 def expected_names(meta: ArtifactMeta) -> list[str]:

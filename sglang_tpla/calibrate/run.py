@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import msgspec
 import torch
@@ -14,7 +13,7 @@ from sglang_tpla.calibrate.artifact import FORMAT_VERSION, Artifact, ArtifactMet
 from sglang_tpla.calibrate.corpus import Corpus, CorpusError, load_tokenizer, sequences
 from sglang_tpla.calibrate.identity import config_hash, weights_hash
 from sglang_tpla.calibrate.statistics import FORMAT_VERSION as STATISTICS_VERSION
-from sglang_tpla.calibrate.statistics import Statistics, StatisticsMeta, collect
+from sglang_tpla.calibrate.statistics import Statistics, StatisticsError, StatisticsMeta, collect
 from sglang_tpla.calibrate.transforms import TRANSFORMS, Maps, TransformError, layer_maps
 from sglang_tpla.evaluate.decode_error import DecodeErrors, measure, model_maps
 from sglang_tpla.models.checkpoint import Checkpoint
@@ -131,12 +130,42 @@ def closed_form(
     """
     spec = ModelSpec.from_config(checkpoint.config)
     check_settings(transform, groups, shared_dims, spec)
+    check_statistics(statistics, checkpoint)
     seed = statistics.meta.seed
     maps = [
         layer_maps(transform, moments, key_weights(checkpoint, layer), groups, shared_dims, seed, key_map)
         for layer, moments in enumerate(statistics.layers)
     ]
     return package(maps, [shared_dims] * spec.layers, statistics, spec, transform)
+
+
+def check_statistics(statistics: Statistics, checkpoint: Checkpoint) -> None:
+    """Refuse moments of another model.
+
+    Raises:
+        StatisticsError: another configuration or other weights, or too few layers, heads or tokens.
+    """
+    spec = ModelSpec.from_config(checkpoint.config)
+    found = (config_hash(checkpoint.config), weights_hash(checkpoint.path))
+    meta = statistics.meta
+    if (meta.config_hash, meta.weights_hash) != found:
+        raise StatisticsError(
+            f"the statistics are of {meta.model_name} (configuration {meta.config_hash[:12]}, weights "
+            f"{meta.weights_hash[:12]}), the checkpoint {checkpoint.path} has {found[0][:12]} and "
+            f"{found[1][:12]}; collect them from this model"
+        )
+    heads = statistics.layers[0].query_outer.shape[0]
+    if (len(statistics.layers), heads) != (spec.layers, spec.heads):
+        raise StatisticsError(
+            f"expected statistics of {spec.layers} layers and "
+            f"{spec.heads} heads, got {len(statistics.layers)} and "
+            f"{heads}; give the files of every tensor-parallel rank"
+        )
+    if statistics.tokens < spec.latent_dim:
+        raise StatisticsError(
+            f"expected statistics over at least {spec.latent_dim} tokens, one a latent dimension, got "
+            f"{statistics.tokens}; collect longer"
+        )
 
 
 def package(
@@ -171,13 +200,14 @@ def check_settings(transform: str, groups: int, shared_dims: int, spec: ModelSpe
     Raises:
         TransformError: unknown transform, groups or shared dims out of range.
     """
-    if transform not in TRANSFORMS:
-        raise TransformError(f"expected --transform to be one of {', '.join(TRANSFORMS)}, got {transform!r}")
+    known = (*TRANSFORMS, "learned")
+    if transform not in known:
+        raise TransformError(f"expected --transform to be one of {', '.join(known)}, got {transform!r}")
     if not 1 <= groups <= spec.latent_dim:
         raise TransformError(f"expected 1 <= --groups <= {spec.latent_dim}, got {groups}")
     if not 0 <= shared_dims <= spec.latent_dim:
         raise TransformError(f"expected 0 <= --shared-dims <= {spec.latent_dim}, got {shared_dims}")
-    if shared_dims and transform != "shared":
+    if shared_dims and transform not in ("shared", "learned"):
         raise TransformError(f"--shared-dims {shared_dims} needs --transform shared, got {transform!r}")
 
 
@@ -194,11 +224,5 @@ def with_report(
 
 
 def default_shared_dims(transform: str, latent_dim: int, groups: int) -> int:
-    """r when none is given: a quarter of the latent for ``shared``, nothing to share otherwise."""
-    return latent_dim // 4 if transform == "shared" and groups > 1 else 0
-
-
-def save_artifact(artifact: Artifact, path: Path) -> str:
-    """Write the artifact and return its content hash."""
-    artifact.save(path)
-    return artifact.content_hash
+    """r when none is given: a quarter of the latent where dims are shared at all, else none."""
+    return latent_dim // 4 if transform in ("shared", "learned") and groups > 1 else 0

@@ -24,6 +24,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from sglang_tpla.calibrate.attention_data import walk
 from sglang_tpla.models.plain import AttentionInputs, PlainModel
 
 _NAMES = ("latent_count", "latent_sum", "latent_outer", "query_count", "query_outer")
@@ -89,7 +90,10 @@ class LayerMoments:
 
 
 class StatisticsMeta(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Which model and text the moments are of."""
+    """Which model and text the moments are of.
+
+    A tensor-parallel rank that saw only some query heads says which with ``first_head``.
+    """
 
     format_version: int
     model_name: str
@@ -98,6 +102,7 @@ class StatisticsMeta(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     corpus: str
     corpus_hash: str
     seed: int
+    first_head: int = 0
 
 
 @dataclass
@@ -166,10 +171,63 @@ class Statistics:
         return cls(meta, layers)
 
 
+def combine(parts: Sequence[Statistics]) -> Statistics:
+    """Moments of several ranks and servers put together.
+
+    Parts of the same heads are added (several servers); parts of different heads are joined (ranks of one
+    server, which all saw the same latents).
+
+    Raises:
+        StatisticsError: the parts are of different models, or heads are missing between them.
+    """
+    if not parts:
+        raise StatisticsError("expected at least one statistics file, got none")
+    first = parts[0].meta
+    for part in parts[1:]:
+        if (part.meta.config_hash, part.meta.weights_hash) != (first.config_hash, first.weights_hash):
+            raise StatisticsError(
+                f"statistics of different models cannot be put together: {first.model_name} "
+                f"({first.weights_hash[:12]}) and {part.meta.model_name} ({part.meta.weights_hash[:12]})"
+            )
+        if len(part.layers) != len(parts[0].layers):
+            raise StatisticsError(
+                f"statistics of {len(parts[0].layers)} and of "
+                f"{len(part.layers)} layers cannot be put together"
+            )
+    by_head: dict[int, Statistics] = {}
+    for part in parts:
+        if part.meta.first_head in by_head:
+            for ours, theirs in zip(by_head[part.meta.first_head].layers, part.layers, strict=True):
+                ours.merge(theirs)
+        else:
+            by_head[part.meta.first_head] = part
+    ordered = [by_head[head] for head in sorted(by_head)]
+    expected = 0
+    for part in ordered:
+        if part.meta.first_head != expected:
+            raise StatisticsError(
+                f"expected statistics of the heads from {expected} on, got "
+                f"those from {part.meta.first_head} on; "
+                "give the files of every tensor-parallel rank"
+            )
+        expected += part.layers[0].query_outer.shape[0]
+    whole = ordered[0]
+    for part in ordered[1:]:
+        for ours, theirs in zip(whole.layers, part.layers, strict=True):
+            # means over queries are what counts, and ranks may have sampled different numbers of them
+            ratio = ours.query_count / max(theirs.query_count, 1)
+            ours.query_outer = torch.cat([ours.query_outer, theirs.query_outer * ratio])
+    return whole
+
+
 def collect(
     model: PlainModel, batches: Sequence[torch.Tensor], progress: Callable[[int], None] | None = None
 ) -> list[LayerMoments]:
-    """Moments of every layer over token batches [B, S], streamed; ``progress`` is told tokens done."""
+    """Moments of every layer over token batches [B, S], streamed; ``progress`` is told tokens done.
+
+    A model that keeps one layer in memory at a time is walked layer by layer, which holds the hidden states
+    of the whole text instead of the weights.
+    """
     spec = model.spec
     moments = [
         LayerMoments.zeros(spec.latent_dim, spec.heads, spec.nope_dim, str(model.device))
@@ -179,6 +237,14 @@ def collect(
     def observe(layer: int, inputs: AttentionInputs, _out: torch.Tensor) -> None:
         moments[layer].update(inputs.latent.flatten(0, 1), inputs.q_nope.transpose(1, 2).flatten(0, 1))
 
+    if not model.resident:
+        whole = torch.cat(list(batches))
+        for layer, data in walk(model, whole):
+            for latent, q_nope in zip(data.latent, data.q_nope, strict=True):
+                moments[layer].update(latent, q_nope.transpose(0, 1))
+            if progress is not None:
+                progress(whole.numel() // spec.layers)
+        return moments
     for tokens in batches:
         model.hidden_states(tokens.to(model.device), observer=observe)
         if progress is not None:

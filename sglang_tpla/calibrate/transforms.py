@@ -12,7 +12,7 @@ Every transform is a basis of the latent space, dealt out to the groups, and two
 Bases: ``identity``, ``hadamard`` (seeded signs, spreads energy evenly), ``pca`` (the paper's: eigenvectors
 of the
 latent's covariance), ``shared`` (ours: whitened latent, directions ordered by score energy
-S_K^1/2 S_Q S_K^1/2; every group keeps the first r).
+S_K^1/2 S_Q S_K^1/2; every group keeps the first r, and the rest goes out in blocks).
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def layer_maps(
     if shared_dims and transform not in ("shared",) and groups > 1:
         raise TransformError(f"--shared-dims {shared_dims} needs --transform shared, got {transform!r}")
     basis = make_basis(transform, moments, w_uk, seed)
-    columns = deal(latent_dim, groups, shared_dims, interleave=transform == "shared")
+    columns = deal(latent_dim, groups, shared_dims)
     maps = maps_from_basis(basis, moments.covariance, columns, shared_dims)
     if key_map == "regression":
         return maps
@@ -135,26 +135,17 @@ def hadamard(size: int, seed: int) -> torch.Tensor:
     return signs.double()[:, None] * matrix / size**0.5
 
 
-def deal(latent_dim: int, groups: int, shared_dims: int, *, interleave: bool) -> list[list[int]]:
-    """Basis columns of each group: the first ``shared_dims``, then its part of the rest.
+def deal(latent_dim: int, groups: int, shared_dims: int) -> list[list[int]]:
+    """Basis columns of each group: the first ``shared_dims``, then a block of the rest.
 
-    Interleaved dealing goes back and forth, so that groups get equal shares of an ordered basis; otherwise
-    groups
-    take consecutive blocks. The paper's PCA takes blocks, and should: half its error comes from groups that
-    each
-    see a poor score, and with blocks one of them sees a good one.
+    Blocks of an ordered basis, not columns in turn: a group with a poor score does harm in proportion to the
+    values it carries, so the first group should have both the good scores and the large values. On a
+    checkpoint of latent width 256 this halves the error at g = 2 against dealing in turn.
     """
     rest = list(range(shared_dims, latent_dim))
-    dealt: list[list[int]] = [list(range(shared_dims)) for _ in range(groups)]
     per_group = -(-len(rest) // groups)
-    for position, column in enumerate(rest):
-        lap, seat = divmod(position, groups)
-        if not interleave:
-            group = position // per_group
-        else:
-            group = seat if lap % 2 == 0 else groups - 1 - seat
-        dealt[group].append(column)
-    return dealt
+    blocks = [rest[group * per_group : (group + 1) * per_group] for group in range(groups)]
+    return [list(range(shared_dims)) + block for block in blocks]
 
 
 def maps_from_basis(

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import overload
 
 import torch
 import torch.nn.functional as F
@@ -195,6 +196,32 @@ class Layer:
     post_norm: torch.Tensor
 
 
+class _LastLayer(Sequence[Layer]):
+    """Layers read when asked for; only the last one read is kept."""
+
+    def __init__(self, model: PlainModel) -> None:
+        self._model = model
+        self._index: int | None = None
+        self._layer: Layer | None = None
+
+    def __len__(self) -> int:
+        return self._model.spec.layers
+
+    @overload
+    def __getitem__(self, index: int) -> Layer: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Layer]: ...
+    def __getitem__(self, index: int | slice) -> Layer | Sequence[Layer]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        if self._layer is None or self._index != index:
+            self._layer = None  # let go of the old weights before the new ones come
+            self._layer, self._index = self._model.load_layer(index), index
+        return self._layer
+
+
 class PlainModel:
     """A whole model in memory.
 
@@ -202,13 +229,21 @@ class PlainModel:
         checkpoint: the checkpoint directory, or a path to one.
         dtype: dtype of weights and arithmetic.
         device: torch device.
+        resident: keep every layer's weights in memory; otherwise only those of the layer used last.
 
     Raises:
         CheckpointError: a tensor is missing or the configuration is not of this family.
     """
 
+    layers: Sequence[Layer]
+
     def __init__(
-        self, checkpoint: Checkpoint | str, dtype: torch.dtype = torch.float32, device: str = "cpu"
+        self,
+        checkpoint: Checkpoint | str,
+        dtype: torch.dtype = torch.float32,
+        device: str = "cpu",
+        *,
+        resident: bool = True,
     ) -> None:
         self.checkpoint = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint(checkpoint)
         self.spec = ModelSpec.from_config(self.checkpoint.config)
@@ -218,7 +253,10 @@ class PlainModel:
         self.final_norm = self._tensor(f"{self.checkpoint.prefix}norm.weight")
         head = f"{self.checkpoint.prefix.removesuffix('model.')}lm_head.weight"
         self.lm_head = self._tensor(head) if head in self.checkpoint else self.embedding
-        self.layers = [self.load_layer(index) for index in range(self.spec.layers)]
+        self.resident = resident
+        self.layers = (
+            [self.load_layer(index) for index in range(self.spec.layers)] if resident else _LastLayer(self)
+        )
 
     def _tensor(self, name: str) -> torch.Tensor:
         return self.checkpoint.tensor(name, self.dtype).to(self.device)

@@ -124,10 +124,9 @@ def test_hadamard_is_orthogonal_and_follows_its_seed() -> None:
         hadamard(12, 0)
 
 
-@pytest.mark.parametrize("interleave", [True, False])
 @pytest.mark.parametrize(("groups", "shared"), [(1, 0), (2, 3), (3, 4), (4, 16), (5, 1)])
-def test_every_column_is_dealt_once(groups: int, shared: int, interleave: bool) -> None:
-    dealt = deal(D, groups, shared, interleave=interleave)
+def test_every_column_is_dealt_once(groups: int, shared: int) -> None:
+    dealt = deal(D, groups, shared)
     assert all(columns[:shared] == list(range(shared)) for columns in dealt)
     rest = sorted(column for columns in dealt for column in columns[shared:])
     assert rest == list(range(shared, D))
