@@ -38,12 +38,12 @@ def servers(nano_mla: str, nano_artifact: str, logs: Path) -> Iterator[tuple[Ser
 
 
 def until_in_flight(server: Server) -> None:
-    """Until the server has a room open and bytes of it have moved."""
-    start = server.get("/server_info")["internal_states"][0]["tpla_transfer"][0]["wire_bytes"]
+    """Until the server has a room open and chunks of it have moved."""
+    start = server.get("/server_info")["internal_states"][0]["tpla_transfer"][0]["chunks"]
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         (agent,) = server.get("/server_info")["internal_states"][0]["tpla_transfer"]
-        if agent["rooms"] and agent["wire_bytes"] > start:
+        if agent["rooms"] and agent["chunks"] > start:
             return
     raise AssertionError(f"nothing moved on {server.name}: {idle(server)}")
 
