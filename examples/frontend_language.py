@@ -10,12 +10,24 @@ from __future__ import annotations
 
 import argparse
 import sys
+from typing import Any
 
 import sglang as sgl
 from rich.console import Console
 
 TYPES = ["int", "str", "dict", "None"]
 NAMES = ["read", "write", "close"]
+
+
+class RouterEndpoint(sgl.RuntimeEndpoint):
+    """An endpoint behind ``sglang_router``, which takes one text a request where a server takes a list."""
+
+    def _generate_http_request(self, s: Any, data: dict[str, Any]) -> Any:
+        for name in ("text", "input_ids"):
+            if isinstance(data.get(name), list):
+                one_by_one = [{**data, name: one} for one in data[name]]
+                return [super(RouterEndpoint, self)._generate_http_request(s, one) for one in one_by_one]
+        return super()._generate_http_request(s, data)
 
 
 @sgl.function
@@ -57,7 +69,7 @@ def main() -> int:
     parser.add_argument("--url", default="http://127.0.0.1:30000", help="the router, or any SGLang server")
     url = parser.parse_args().url.rstrip("/")
     console = Console(highlight=False)
-    sgl.set_default_backend(sgl.RuntimeEndpoint(url))
+    sgl.set_default_backend(RouterEndpoint(url))
 
     state = complete.run(signature="def fibonacci(n):\n")
     check(bool(state["body"].strip()), "a function's body", state["body"])
