@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ class Trio:
     router: Server
     bootstrap: int
 
-    @property
+    @cached_property
     def pair(self) -> Pair:
         return Pair(self.prefill, self.bootstrap, self.decode)
 

@@ -1,0 +1,88 @@
+"""What the TPLA servers answer against the plain PyTorch model: prompt exact, every later token through the slices.
+
+The servers compute on shards, from caches that crossed the wire; the plain model has neither.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+
+from sglang_tpla.calibrate.artifact import Artifact, build
+from sglang_tpla.evaluate.decode_error import model_maps
+from sglang_tpla.models.plain import PlainModel
+from tests.e2e.prompts import short_prompts
+from tests.e2e.servers import Pair, free_ports, launcher
+
+TOKENS = 32
+
+
+def mixed_widths(path: str, folder: Path) -> Path:
+    """The shipped artifact's provenance with maps of four widths: coordinates dealt out, the last layer exact."""
+    shipped = Artifact.load(path)
+    d, maps, widths = shipped.meta.latent_dim, [], []
+    shared = (96, 64, 110, d)
+    for r in shared:
+        groups = []
+        for group in range(2):
+            columns = [*range(r), *range(r + group, d, 2)]
+            z = torch.eye(d)[:, columns]
+            weight = torch.tensor([0.5 if c < r else 1.0 for c in columns])
+            groups.append((z, z.T, z.T * weight[:, None]))
+        maps.append(groups)
+        widths.append(groups[0][0].shape[1])
+    import msgspec
+
+    meta = msgspec.structs.replace(
+        shipped.meta, transform="identity", shared_dims=shared, widths=tuple(widths), error_report=None
+    )
+    build(meta, maps).save(folder / "mixed.safetensors")
+    return folder / "mixed.safetensors"
+
+
+def assert_answers_follow_the_formula(pair: Pair, artifact: Artifact, model_path: str) -> None:
+    """Every greedy token's logprob, as the server said it, is the plain TPLA model's."""
+    tokenizer = Tokenizer.from_file(f"{model_path}/tokenizer.json")
+    model = PlainModel(model_path)
+    maps = model_maps(artifact, model)
+    differs = 0
+    for prompt in short_prompts(8, seed=3):
+        ids = tokenizer.encode(prompt).ids
+        _, answer = pair.generate(ids, TOKENS, return_logprob=True)
+        said = answer["meta_info"]["output_token_logprobs"]
+        tokens = torch.tensor([ids + [token for _, token, _ in said]])
+        with torch.no_grad():
+            sliced = model.forward(tokens[:, :-1], maps=maps, prompt_tokens=len(ids)).log_softmax(-1)[0]
+            exact = model.forward(tokens[:, :-1]).log_softmax(-1)[0]
+        at = torch.arange(len(ids) - 1, tokens.shape[1] - 1)
+        expected = sliced[at, tokens[0, at + 1]]
+        torch.testing.assert_close(torch.tensor([value for value, *_ in said]), expected, rtol=0, atol=2e-3)
+        differs += int(((exact[at, tokens[0, at + 1]] - expected).abs() > 1e-2).any())
+    assert differs >= 4  # the comparison can tell TPLA from plain MLA
+
+
+def test_shipped_artifact(trio: Any, nano_mla: str, nano_artifact: str) -> None:
+    assert_answers_follow_the_formula(trio.pair, Artifact.load(nano_artifact), nano_mla)
+
+
+@pytest.mark.parametrize(("ranks", "groups"), [(4, 2)])
+def test_layers_of_different_width_and_head_shards(
+    trio: Any, nano_mla: str, nano_artifact: str, logs: Path, tmp_path: Path, ranks: int, groups: int
+) -> None:
+    path = mixed_widths(nano_artifact, tmp_path)
+    decode = launcher(
+        "decode", nano_mla, free_ports(1)[0], logs / "decode-mixed.log", "--tp", str(ranks), "--tpla-groups", str(groups),
+        "--tpla-artifact", str(path),
+    )  # fmt: skip
+    with contextlib.ExitStack() as stack:
+        stack.callback(decode.stop)
+        tpla = decode.start().wait().get("/server_info")["tpla"]
+        assert (tpla["head_shards"], tpla["widths"]) == (2, [112, 96, 119, 128])
+        assert tpla["cache_bytes_per_token_and_rank"] == 4 * sum(w + 32 for w in tpla["widths"])
+        pair = Pair(trio.prefill, trio.bootstrap, decode, next_room=70_000)
+        assert_answers_follow_the_formula(pair, Artifact.load(path), nano_mla)
