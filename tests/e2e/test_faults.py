@@ -15,17 +15,20 @@ from tests.e2e.prompts import source
 from tests.e2e.servers import Pair, Server, free_ports, launcher, request_body
 from tests.e2e.test_trio import idle, wait_idle
 
-LONG = source(seed=9, characters=20000)  # some 6,000 tokens: many chunks of 128
+LONG = {  # some 6,000 tokens each: many chunks of 128, and no common prefix
+    "decode": source(seed=9, characters=20000),
+    "prefill": source(seed=10, characters=20000),
+}
 FAIL_WITHIN_S = 60.0
 
 
 @pytest.fixture(scope="module")
 def servers(nano_mla: str, nano_artifact: str, logs: Path) -> Iterator[tuple[Server, Server, int]]:
-    """A prefill and a decode server that may be killed; a short peer timeout."""
+    """A prefill and a decode server of two ranks each that may be killed; a short peer timeout."""
     ports = free_ports(3)
     timeout = ("--tpla-peer-timeout-s", "6")
     prefill = launcher("prefill", nano_mla, ports[0], logs / "killed-prefill.log", "--disaggregation-bootstrap-port",
-                       str(ports[1]), "--chunked-prefill-size", "128", *timeout)  # fmt: skip
+                       str(ports[1]), "--chunked-prefill-size", "128", "--tp", "2", *timeout)  # fmt: skip
     decode = launcher("decode", nano_mla, ports[2], logs / "killed-decode.log", "--tp", "2", "--tpla-groups", "2",
                       "--tpla-artifact", nano_artifact, *timeout)  # fmt: skip
     try:
@@ -48,8 +51,10 @@ def until_in_flight(server: Server) -> None:
     raise AssertionError(f"nothing moved on {server.name}: {idle(server)}")
 
 
-def send_both(prefill: Server, decode: Server, bootstrap: int, room: int) -> list[concurrent.futures.Future[Any]]:
-    body = request_body(LONG, 8) | {
+def send_both(
+    prefill: Server, decode: Server, bootstrap: int, room: int, prompt: str
+) -> list[concurrent.futures.Future[Any]]:
+    body = request_body(prompt, 8) | {
         "bootstrap_host": "127.0.0.1", "bootstrap_port": bootstrap, "bootstrap_room": room,
     }  # fmt: skip
     pool = concurrent.futures.ThreadPoolExecutor(2)
@@ -66,7 +71,7 @@ def test_survivor_of_a_kill(servers: tuple[Server, Server, int], victim: str) ->
     killed, survivor = (decode, prefill) if victim == "decode" else (prefill, decode)
     survivor_pid = survivor.process.pid  # type: ignore[union-attr]
 
-    calls = send_both(prefill, decode, bootstrap, pair.next_room + 500)
+    calls = send_both(prefill, decode, bootstrap, pair.next_room + 500, LONG[victim])
     until_in_flight(survivor)
     killed.kill()
     call = calls[0] if survivor is prefill else calls[1]
@@ -81,3 +86,21 @@ def test_survivor_of_a_kill(servers: tuple[Server, Server, int], victim: str) ->
     _, after = pair.generate("def f(x):\n", 12)
     assert after["text"] == before["text"]
     wait_idle(prefill, decode)
+
+
+def test_fewer_decode_than_prefill_ranks(servers: tuple[Server, Server, int], nano_mla: str, logs: Path) -> None:
+    """One plain MLA decode rank fetches from one of two prefill ranks; the other, which sends nothing, ends as well."""
+    prefill, decode, bootstrap = servers
+    prompt = source(seed=11, characters=3000)
+    _, expected = Pair(prefill, bootstrap, decode, next_room=80_000).generate(prompt, 1, return_logprob=True)
+    single = launcher("decode", nano_mla, free_ports(1)[0], logs / "one-rank.log", "--tpla-groups", "1")
+    try:
+        pair = Pair(prefill, bootstrap, single.start().wait(), next_room=90_000)
+        for number in range(3):
+            _, answer = pair.generate(prompt + "\n" * number, 6, return_logprob=True)
+            if number == 0:
+                first = answer["meta_info"]["output_token_logprobs"][0]
+                assert first[1] == expected["meta_info"]["output_token_logprobs"][0][1]
+        wait_idle(prefill, single)
+    finally:
+        single.stop()
