@@ -96,6 +96,9 @@ class Settings:
         heartbeat_s: seconds between heartbeats on an idle connection.
         peer_timeout_s: seconds without a sign of life after which a peer is given up.
         transfer_timeout_s: seconds a request may wait for its cache before it fails.
+        statistics_folder: where a prefill server keeps second moments of its traffic for ``calibrate --from-stats``;
+            None collects nothing.
+        statistics_every_tokens: prefilled tokens between two writes of them.
 
     Raises:
         ConfigError: a value out of range, or no artifact with ``groups`` > 1.
@@ -109,6 +112,8 @@ class Settings:
     heartbeat_s: float = 1.0
     peer_timeout_s: float = 10.0
     transfer_timeout_s: float = 120.0
+    statistics_folder: str | None = None
+    statistics_every_tokens: int = 8192
 
     def __post_init__(self) -> None:
         if self.role not in ROLES:
@@ -125,6 +130,14 @@ class Settings:
                 f"--tpla-groups {self.groups} needs --tpla-artifact; make one with "
                 f"`python -m sglang_tpla.calibrate --model-path MODEL --groups {self.groups} "
                 "--transform shared --out FILE`"
+            )
+        if self.role == "decode" and self.statistics_folder:
+            raise ConfigError(
+                "--tpla-statistics-folder is for prefill servers, which see the whole latent; drop it on decode"
+            )
+        if self.statistics_every_tokens < 1:
+            raise ConfigError(
+                f"--tpla-statistics-every-tokens must be at least 1; got {self.statistics_every_tokens}"
             )
         if not 4096 <= self.chunk_bytes <= self.staging_bytes:
             raise ConfigError(

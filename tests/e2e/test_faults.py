@@ -10,6 +10,7 @@ from typing import Any
 
 import httpx
 import pytest
+import torch
 
 from tests.e2e.prompts import source
 from tests.e2e.servers import Pair, Server, free_ports, launcher, request_body
@@ -27,8 +28,9 @@ def servers(nano_mla: str, nano_artifact: str, logs: Path) -> Iterator[tuple[Ser
     """A prefill and a decode server of two ranks each that may be killed; a short peer timeout."""
     ports = free_ports(3)
     timeout = ("--tpla-peer-timeout-s", "6")
+    statistics = ("--tpla-statistics-folder", str(logs / "statistics"), "--tpla-statistics-every-tokens", "1000")
     prefill = launcher("prefill", nano_mla, ports[0], logs / "killed-prefill.log", "--disaggregation-bootstrap-port",
-                       str(ports[1]), "--chunked-prefill-size", "128", "--tp", "2", *timeout)  # fmt: skip
+                       str(ports[1]), "--chunked-prefill-size", "128", "--tp", "2", *timeout, *statistics)  # fmt: skip
     decode = launcher("decode", nano_mla, ports[2], logs / "killed-decode.log", "--tp", "2", "--tpla-groups", "2",
                       "--tpla-artifact", nano_artifact, *timeout)  # fmt: skip
     try:
@@ -104,3 +106,21 @@ def test_fewer_decode_than_prefill_ranks(servers: tuple[Server, Server, int], na
         wait_idle(prefill, single)
     finally:
         single.stop()
+
+
+def test_statistics_of_live_traffic(servers: tuple[Server, Server, int], nano_mla: str, logs: Path) -> None:
+    """What the prefill ranks summed up while they served is what the plain model says of such text."""
+    from tokenizers import Tokenizer
+
+    from sglang_tpla.calibrate.statistics import Statistics, collect, combine
+    from sglang_tpla.models.plain import PlainModel
+
+    files = sorted((logs / "statistics").glob("*.safetensors"))
+    assert len(files) == 2  # one a rank
+    whole = combine([Statistics.load(path) for path in files])
+    assert whole.tokens >= 3000 and whole.layers[0].query_outer.shape == (8, 32, 32)
+    ids = Tokenizer.from_file(f"{nano_mla}/tokenizer.json").encode(LONG["decode"] + LONG["prefill"]).ids
+    text = torch.tensor(ids[: len(ids) // 512 * 512]).view(-1, 512)
+    for live, plain in zip(whole.layers, collect(PlainModel(nano_mla), [text]), strict=True):
+        for ours, theirs in ((live.covariance, plain.covariance), (live.query_outer, plain.query_outer)):
+            assert torch.nn.functional.cosine_similarity(ours.flatten(), theirs.flatten(), dim=0) > 0.97
