@@ -14,6 +14,7 @@ import json
 import os
 import socket
 import sys
+import textwrap
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,7 @@ from sglang_tpla.launching.supervisor import (
     StartTimeout,
     StopRequested,
     Supervisor,
+    end_with_parent,
     start_all,
     stop_signals_raise,
 )
@@ -46,7 +48,8 @@ PROMPTS = (
     "def fibonacci(n):\n",
     "import os\nimport sys\n\n\ndef main(argv):\n    parser = ",
     "class Stack:\n    def __init__(self):\n        self.items = []\n\n    def push(self, item):\n",
-    (Path(__file__).parent / "quickstart.py").read_text()[:1500],
+    # Long enough to travel in more than one chunk.
+    Path(textwrap.__file__).read_text()[:4200].rpartition("\n")[0] + "\n",
 )
 
 
@@ -57,11 +60,13 @@ class Answer:
     Args:
         text: the continuation.
         tokens: its token numbers.
+        logprobs: log-probability of each.
         prompt_tokens: length of the prompt.
     """
 
     text: str
     tokens: list[int]
+    logprobs: list[float]
     prompt_tokens: int
 
 
@@ -92,11 +97,14 @@ def ask(url: str, prompt: str) -> Answer:
     Raises:
         httpx.HTTPStatusError: the server refused.
     """
-    body = {"text": prompt, "sampling_params": {"max_new_tokens": NEW_TOKENS, "temperature": 0}}
+    sampling = {"max_new_tokens": NEW_TOKENS, "temperature": 0}
+    body = {"text": prompt, "sampling_params": sampling, "return_logprob": True}
     response = httpx.post(url + "/generate", json=body, timeout=120, trust_env=False)
     response.raise_for_status()
     said = response.json()
-    return Answer(said["text"], said["output_ids"], said["meta_info"]["prompt_tokens"])
+    meta = said["meta_info"]
+    logprobs = [value for value, _, _ in meta["output_token_logprobs"]]
+    return Answer(said["text"], said["output_ids"], logprobs, meta["prompt_tokens"])
 
 
 def same_tokens(ours: Answer, theirs: Answer) -> int:
@@ -114,9 +122,11 @@ def shortened(text: str, lines: int = 10) -> Text:
 def show_answers(console: Console, answers: list[tuple[str, Answer, Answer]]) -> None:
     """Each prompt's two continuations side by side, and how far they agree."""
     agreed = total = 0
+    distances: list[float] = []
     for prompt, ours, theirs in answers:
         same, length = same_tokens(ours, theirs), max(len(ours.tokens), len(theirs.tokens))
         agreed, total = agreed + same, total + length
+        distances += [abs(a - b) for a, b in zip(ours.logprobs[:same], theirs.logprobs[:same], strict=True)]
         said = f"all {length} tokens agree" if same == length else f"tokens agree up to {same} of {length}"
         last_line = prompt.rstrip("\n").splitlines()[-1]
         table = Table(
@@ -128,7 +138,8 @@ def show_answers(console: Console, answers: list[tuple[str, Answer, Answer]]) ->
         table.caption = said
         console.print(table)
     console.print(
-        f"Agreement: {agreed} of {total} greedy tokens before the first difference ({agreed / total:.1%}).\n"
+        f"Agreement: {agreed} of {total} greedy tokens before the first difference of each answer; the "
+        f"log-probabilities of these differ by {sum(distances) / max(agreed, 1):.4f} on average.\n"
     )
 
 
@@ -209,13 +220,14 @@ def belongings(supervisor: Supervisor) -> Reaper:
 def leftovers(before: Reaper, folder: Path) -> list[str]:
     """What of the servers is still there."""
     found = [f"process {pid}" for pid in before.living()]
-    found += [str(segment) for segment in before.segments if segment.exists()]
+    found += [str(segment) for segment in before.segments()]
     return found + [str(folder)] * folder.exists()
 
 
 def main() -> int:
     """Returns the exit code: 0 only if everything worked and nothing is left."""
     os.chdir(ROOT)
+    end_with_parent()
     check_installation()
     console = Console(highlight=False)
     start_s = time.monotonic()

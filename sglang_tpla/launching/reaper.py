@@ -27,7 +27,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 TERM_GRACE_S = 5.0
-ORPHAN_GRACE_S = 0.5
+ORPHAN_GRACE_S = 1.0
 LOOK_EVERY_S = 1.0
 POLL_S = 0.05
 SHARED_MEMORY = Path("/dev/shm")
@@ -59,12 +59,23 @@ def mentions(process: Path, folders: Iterable[str]) -> bool:
     return False
 
 
-def mapped_segments(process: Path) -> set[Path]:
-    """Files in shared memory that a process has mapped."""
+def mapped_segments(process: Path) -> set[int]:
+    """Index nodes of the shared memory that a process has mapped.
+
+    Not names: a semaphore is mapped under a first name and linked to its own afterwards.
+    """
     with contextlib.suppress(*GONE):
-        found = re.findall(rb" (/dev/shm/[^\n]+)\n", (process / "maps").read_bytes())
-        return {Path(os.fsdecode(path.removesuffix(b" (deleted)"))) for path in found}
+        return {int(node) for node in re.findall(rb" (\d+) +/dev/shm/", (process / "maps").read_bytes())}
     return set()
+
+
+def segments() -> dict[int, Path]:
+    """Every file in shared memory by its index node."""
+    found = {}
+    for path in SHARED_MEMORY.iterdir():
+        with contextlib.suppress(*GONE):
+            found[path.stat().st_ino] = path
+    return found
 
 
 class Reaper:
@@ -73,8 +84,8 @@ class Reaper:
     def __init__(self) -> None:
         self.sessions: set[int] = set()
         self.folders: list[str] = []
-        self.segments: set[Path] = set()
-        self.foreign = set(SHARED_MEMORY.iterdir())
+        self.mapped: set[int] = set()
+        self.foreign = set(segments())
 
     def note(self, line: str) -> None:
         """Take one line of the supervisor.
@@ -104,7 +115,11 @@ class Reaper:
         """Remember the shared memory that the processes hold."""
         for pid, process in numbered_processes():
             if pid != os.getpid() and session_of(process) in self.sessions:
-                self.segments |= mapped_segments(process) - self.foreign
+                self.mapped |= mapped_segments(process) - self.foreign
+
+    def segments(self) -> list[Path]:
+        """What of the deployment's shared memory is there."""
+        return [path for node, path in segments().items() if node in self.mapped]
 
     def wait_for_end(self, descriptor: int) -> None:
         """Read the supervisor's lines until it closes them."""
@@ -136,7 +151,7 @@ class Reaper:
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(pid, signal.SIGKILL)
             time.sleep(POLL_S)
-        for segment in self.segments:
+        for segment in self.segments():
             segment.unlink(missing_ok=True)
         for folder in self.folders:
             shutil.rmtree(folder, ignore_errors=True)

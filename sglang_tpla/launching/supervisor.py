@@ -8,6 +8,7 @@ folder once this process lets go of it or dies.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import shutil
 import signal
@@ -23,8 +24,11 @@ from typing import Any
 import httpx
 from rich.console import Console
 
+from sglang_tpla.launching.reaper import GONE, numbered_processes
 from sglang_tpla.launching.roles import Process
 
+PR_SET_PDEATHSIG = 1
+PR_SET_CHILD_SUBREAPER = 36
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 POLL_S = 0.2
 ASK_EVERY_S = 1.0
@@ -48,6 +52,17 @@ class StopRequested(BaseException):
     def __init__(self, number: int) -> None:
         super().__init__(f"signal {number}")
         self.number = number
+
+
+def _prctl(option: int, value: int) -> None:
+    """One of Linux's switches of this process (see prctl(2))."""
+    if ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0):
+        raise OSError(ctypes.get_errno(), f"prctl({option}, {value}) failed")
+
+
+def end_with_parent() -> None:
+    """Have the kernel send SIGTERM to this process when its parent ends: a `make` that is killed, for one."""
+    _prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 @contextlib.contextmanager
@@ -117,6 +132,8 @@ class Supervisor:
     def _prepare(self) -> None:
         """Start the reaper and make the folder."""
         with signals_held():
+            # Grandchildren that lose their parent become ours, so that we can bury them (`_bury`).
+            _prctl(PR_SET_CHILD_SUBREAPER, 1)
             self._reaper = subprocess.Popen(
                 [sys.executable, "-m", "sglang_tpla.launching.reaper"],
                 stdin=subprocess.PIPE,
@@ -250,8 +267,19 @@ class Supervisor:
         for child in self.children.values():
             child.wait()
         self._reaper.wait()
+        self._bury()
         self._reaper = None
         self.children.clear()
+
+    def _bury(self) -> None:
+        """Collect the exit codes of grandchildren that outlived their parents: not every init does."""
+        sessions = {child.pid for child in self.children.values()}
+        for pid, process in numbered_processes():
+            with contextlib.suppress(*GONE, ChildProcessError):
+                _, parent, _, session = (process / "stat").read_text().rpartition(")")[2].split()[:4]
+                if int(parent) == os.getpid() and int(session) in sessions:
+                    os.waitpid(pid, 0)
+        _prctl(PR_SET_CHILD_SUBREAPER, 0)
 
 
 def supervise(processes: Sequence[Process], log_dir: str | None, startup_timeout_s: float) -> int:

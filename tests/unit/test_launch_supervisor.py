@@ -31,9 +31,11 @@ SERVER = textwrap.dedent(
     unix = socket.socket(socket.AF_UNIX)
     unix.bind(tempfile.gettempdir() + "/socket-" + uuid.uuid4().hex[:8])
     path = "/dev/shm/test_supervisor_" + uuid.uuid4().hex
-    with open(path, "wb+") as file:
+    with open(path + "_first_name", "wb+") as file:
         file.truncate(4096)
         shared = mmap.mmap(file.fileno(), 4096)
+    os.link(path + "_first_name", path)
+    os.unlink(path + "_first_name")  # as the C library does for a semaphore
     print("shared memory", path, "child", child.pid, flush=True)
 
     class Healthy(http.server.BaseHTTPRequestHandler):
