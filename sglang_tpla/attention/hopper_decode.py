@@ -70,7 +70,7 @@ class Variant:
             "OUT_COLUMNS": self.out_columns,
             "MAX_PARTS": MAX_PARTS,
             "SEGMENT_COST": SEGMENT_COST,
-            "PLAN_BATCH": 2048,  # requests whose lengths the planning kernel keeps in shared memory
+            "PLAN_BATCH": 2048,
         }
 
     def source(self) -> str:
@@ -157,7 +157,7 @@ class HopperDecode:
         processors = torch.cuda.get_device_properties(device).multi_processor_count
         self.parts = min(MAX_PARTS, max(1, processors // self._row_blocks))
         splits = max_batch + self.parts
-        self._part_begin = torch.zeros(self.parts + 1, 4, dtype=torch.int32, device=device)
+        self._part_begin = torch.zeros(self.parts + 1, 8, dtype=torch.int32, device=device)
         self._split_start = torch.zeros(max_batch + 1, dtype=torch.int32, device=device)
         self._arrived = torch.zeros(self._row_blocks * max_batch, dtype=torch.int32, device=device)
         self._partial_out = torch.empty(splits * rows * shape.latent_dim, dtype=torch.float32, device=device)
@@ -180,6 +180,7 @@ class HopperDecode:
         self._table, self._lengths = table, lengths
         arguments = (
             ctypes.c_void_p(lengths.data_ptr()),
+            ctypes.c_void_p(table.starts.data_ptr()),
             ctypes.c_int(table.batch),
             ctypes.c_int(self.parts),
             ctypes.c_void_p(self._part_begin.data_ptr()),

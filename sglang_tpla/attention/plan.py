@@ -22,13 +22,13 @@ class Plan:
     """Parts of a step.
 
     Args:
-        part_begin: parts + 1 rows (request, tile, segments of that request in earlier parts, 0); a part ends where
+        part_begin: parts + 1 rows (request, tile, segments of that request in earlier parts); a part ends where
             the next begins.
         split_start: batch + 1 numbers; request b's partial results are split_start[b] up to split_start[b + 1].
             One split: the block writes the output itself. None: the request is empty.
     """
 
-    part_begin: tuple[tuple[int, int, int, int], ...]
+    part_begin: tuple[tuple[int, int, int], ...]
     split_start: tuple[int, ...]
 
 
@@ -41,7 +41,7 @@ def _lay_parts(tiles: Sequence[int], parts: int, capacity: int) -> Plan | None:
     part_begin, split_start = [], []
     request = tile = before = splits = 0
     for _ in range(parts):
-        part_begin.append((request, tile, before, 0))
+        part_begin.append((request, tile, before))
         left = capacity
         while request < len(tiles):
             rest = tiles[request] - tile
@@ -58,7 +58,7 @@ def _lay_parts(tiles: Sequence[int], parts: int, capacity: int) -> Plan | None:
                 break
     if request < len(tiles):
         return None
-    return Plan((*part_begin, (request, tile, before, 0)), (*split_start, splits))
+    return Plan((*part_begin, (request, tile, before)), (*split_start, splits))
 
 
 def _lay_whole(tiles: Sequence[int], parts: int, most: int) -> Plan | None:
@@ -68,10 +68,10 @@ def _lay_whole(tiles: Sequence[int], parts: int, most: int) -> Plan | None:
     split_start = [0]
     part_begin = []
     for request, (n, count) in enumerate(zip(tiles, counts, strict=True)):
-        part_begin += [(request, n * i // count, i, 0) for i in range(count)]
+        part_begin += [(request, n * i // count, i) for i in range(count)]
         split_start.append(split_start[-1] + count)
-    part_begin += [(len(tiles), 0, 0, 0)] * (parts + 1 - len(part_begin))
-    part_begin[0] = (0, *part_begin[0][1:])  # the first part also walks over leading empty requests
+    part_begin += [(len(tiles), 0, 0)] * (parts + 1 - len(part_begin))
+    part_begin[0] = (0, 0, 0)  # the first part also walks over leading empty requests
     return Plan(tuple(part_begin), tuple(split_start))
 
 

@@ -45,7 +45,8 @@ struct Params {
     const int* lengths;        // [batch]
     const int* page_indices;
     const int* page_starts;    // [batch]
-    const int* part_begin;     // [parts + 1, 4]: request, tile, segments of that request before this part, 0
+    const int* part_begin;     // [parts + 1, 8]: request, tile, segments of that request before this part; its length, its
+                               // entry of page_starts (spares a round trip to memory at the start); 3 unused
     const int* split_start;    // [batch + 1]
     u32* arrived;              // [row blocks, batch]: partial results stored since the plan was made
     long long q_latent_token_stride, q_latent_head_stride, q_rope_token_stride, q_rope_head_stride;
@@ -120,22 +121,30 @@ __device__ __forceinline__ float negative_infinity() { return __int_as_float(0xf
 
 // ---- the part of a block ------------------------------------------------------------------------------------------
 
+__device__ __forceinline__ int4 part_row(const Params& p, int part) {
+    return reinterpret_cast<const int4*>(p.part_begin)[2 * part];
+}
+
 // Walks the (request, tile range) segments of part blockIdx.x; every role walks the same list.
 struct Segments {
-    int request, last_request, last_tile, first_tile, before;
+    const Params& p;
+    int request, last_request, last_tile, first_tile, before, length, start;
 
-    __device__ __forceinline__ explicit Segments(const Params& p) {
-        const int4 begin = reinterpret_cast<const int4*>(p.part_begin)[blockIdx.x];
-        const int4 end = reinterpret_cast<const int4*>(p.part_begin)[blockIdx.x + 1];
-        request = begin.x, first_tile = begin.y, before = begin.z, last_request = end.x, last_tile = end.y;
+    __device__ __forceinline__ explicit Segments(const Params& params) : p(params) {
+        const int4 begin = part_row(p, blockIdx.x), end = part_row(p, blockIdx.x + 1);
+        request = begin.x, first_tile = begin.y, before = begin.z, last_request = end.x, last_tile = end.y, length = begin.w;
+        start = p.part_begin[8 * blockIdx.x + 4];
     }
     __device__ __forceinline__ bool more() const {
         return request < last_request || (request == last_request && first_tile < last_tile);
     }
-    __device__ __forceinline__ int end_tile(int length) const {
+    __device__ __forceinline__ int end_tile() const {
         return request == last_request ? last_tile : (length + kTile - 1) / kTile;
     }
-    __device__ __forceinline__ void next() { ++request, first_tile = 0, before = 0; }
+    __device__ __forceinline__ void next() {
+        ++request, first_tile = 0, before = 0;
+        if (more()) length = p.lengths[request], start = p.page_starts[request];
+    }
 };
 
 // ---- producer -----------------------------------------------------------------------------------------------------
@@ -194,8 +203,7 @@ __device__ __forceinline__ void produce(const Params& p, u32 q_smem, int* slot_b
                                         u32 q_full, u32 q_empty, int thread) {
     u32 stage = 0, phase = 0, q_phase = 0, chunk = 0;
     for (Segments s(p); s.more(); s.next()) {
-        const int length = p.lengths[s.request], start = p.page_starts[s.request];
-        const int end = s.end_tile(length);
+        const int length = s.length, start = s.start, end = s.end_tile();
         if (s.first_tile >= end) continue;
         int ahead[kSlotsPerThread];                              // slots of the next chunk, on their way
         load_slots(p, start, length, s.first_tile, thread, ahead);
@@ -459,14 +467,14 @@ __device__ __forceinline__ void merge(const Params& p, const Shared shared, floa
     const int first = p.split_start[shared.request], splits = p.split_start[shared.request + 1] - first;
     const int items = min(kRows, p.query_len * p.heads - (int)blockIdx.y * kRows) * (LATENT / 4);
     const int begin = items * shared.share / shared.shares, end = items * (shared.share + 1) / shared.shares;
-    if (consumer == 0) {
+    if (consumer % 32 == 0) {
         const u32* arrived = p.arrived + blockIdx.y * p.batch + shared.request;
         u32 now;
         do {
             asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(arrived) : "memory");
         } while ((int)(now - shared.target) < 0);
     }
-    sync_consumers();
+    __syncwarp();
     Sum* sums = reinterpret_cast<Sum*>(buffer);
     if (splits <= 4) merge_items<4, 4>(p, shared.request, first, splits, begin, end, false, sums, consumer);
     else if (splits <= 8) merge_items<2, 8>(p, shared.request, first, splits, begin, end, false, sums, consumer);
@@ -495,7 +503,7 @@ __device__ __forceinline__ void consume(const Params& p, u32 q_smem, float* q_bu
     __shared__ Shared shared;
     if (consumer == 0) shared.request = -1;
     for (Segments seg(p); seg.more(); seg.next()) {
-        const int length = p.lengths[seg.request], end = seg.end_tile(length), tiles = end - seg.first_tile;
+        const int length = seg.length, tiles = seg.end_tile() - seg.first_tile;
         if (tiles <= 0) {
             if (length <= 0) store_zeros(p, seg.request, consumer);
             continue;
@@ -594,7 +602,7 @@ __device__ __forceinline__ void consume(const Params& p, u32 q_smem, float* q_bu
         if (!whole) {
             const u32 target = announce(p, seg.request, splits, consumer);
             // The last of a request's parts, when it goes on to another request, leaves the merge to the others.
-            const int4 last = reinterpret_cast<const int4*>(p.part_begin)[blockIdx.x - seg.before + splits];
+            const int4 last = part_row(p, blockIdx.x - seg.before + splits);
             const bool goes_on = last.x > seg.request + 1 || last.y > 0;
             if (consumer == 0 && !(goes_on && seg.before == splits - 1))
                 shared = {seg.request, seg.before, splits - (goes_on ? 1 : 0), target};
@@ -638,17 +646,30 @@ extern "C" __global__ void __launch_bounds__(384, 1) latent_decode(const __grid_
 
 // ---- plan ---------------------------------------------------------------------------------------------------------
 
-// Lays the requests into parts of `capacity`, see plan.py, its twin. Stores the plan when part_begin is given (the lanes of
-// the warp share the work then); returns whether `parts` of them suffice.
-__device__ __forceinline__ bool lay_parts(const int* lengths, int batch, int parts, int capacity, int* part_begin,
-                                          int* split_start, int lane) {
+struct PlanBuffers {
+    const int *lengths, *page_starts;
+    int *part_begin, *split_start;
+    int batch, parts;
+
+    __device__ __forceinline__ int tiles(int request) const { return (lengths[request] + kTile - 1) / kTile; }
+    __device__ __forceinline__ void store_part(int part, int request, int tile, int before) const {
+        const bool real = request < batch;
+        int4* row = reinterpret_cast<int4*>(part_begin) + 2 * part;
+        row[0] = make_int4(request, tile, before, real ? lengths[request] : 0);
+        row[1] = make_int4(real ? page_starts[request] : 0, 0, 0, 0);
+    }
+};
+
+// Lays the requests into parts of `capacity`, see plan.py, its twin. With `keep` stores the plan (the lanes of the warp share
+// the work then); returns whether `parts` of them suffice.
+__device__ __forceinline__ bool lay_parts(const PlanBuffers& plan, int capacity, bool keep, int lane) {
     const int most = capacity - SEGMENT_COST;                    // tiles of a part that holds one segment
     int part = 0, left = capacity, splits = 0;
-    if (most <= 0) return batch == 0;
-    if (part_begin && lane == 0) reinterpret_cast<int4*>(part_begin)[0] = make_int4(0, 0, 0, 0);
-    for (int request = 0; request < batch; ++request) {
-        const int tiles = (lengths[request] + kTile - 1) / kTile;
-        if (split_start && lane == 0) split_start[request] = splits;
+    if (most <= 0) return plan.batch == 0;
+    if (keep && lane == 0) plan.store_part(0, 0, 0, 0);
+    for (int request = 0; request < plan.batch; ++request) {
+        const int tiles = plan.tiles(request);
+        if (keep && lane == 0) plan.split_start[request] = splits;
         if (tiles <= 0) continue;
         if (tiles + SEGMENT_COST <= left) {
             left -= tiles + SEGMENT_COST, ++splits;
@@ -656,26 +677,25 @@ __device__ __forceinline__ bool lay_parts(const int* lengths, int batch, int par
         }
         const int first = max(left - SEGMENT_COST, 0), before = first > 0 ? 1 : 0;
         const int more = (tiles - first - 1) / most;             // parts that this request fills
-        if (part_begin)
-            for (int i = lane; i <= more; i += 32)
-                reinterpret_cast<int4*>(part_begin)[part + 1 + i] = make_int4(request, first + i * most, before + i, 0);
+        if (keep)
+            for (int i = lane; i <= more; i += 32) plan.store_part(part + 1 + i, request, first + i * most, before + i);
         part += 1 + more, splits += before + more + 1;
         left = most - (tiles - first - more * most);
-        if (part >= parts) return false;
+        if (part >= plan.parts) return false;
     }
-    if (part_begin)
-        for (int i = part + 1 + lane; i <= parts; i += 32) reinterpret_cast<int4*>(part_begin)[i] = make_int4(batch, 0, 0, 0);
-    if (split_start && lane == 0) split_start[batch] = splits;
+    if (keep) {
+        for (int i = part + 1 + lane; i <= plan.parts; i += 32) plan.store_part(i, plan.batch, 0, 0);
+        if (lane == 0) plan.split_start[plan.batch] = splits;
+    }
     return true;
 }
 
 // Parts that do not cross requests: each request gets as many parts as `most` tiles a part ask for. Returns how many that are;
-// stores the plan when part_begin is given and they suffice. Twin: plan.py.
-__device__ __forceinline__ int lay_whole(const int* lengths, int batch, int parts, int most, int* part_begin, int* split_start,
-                                         int lane) {
+// with `keep` stores the plan. Twin: plan.py.
+__device__ __forceinline__ int lay_whole(const PlanBuffers& plan, int most, bool keep, int lane) {
     int used = 0;
-    for (int base = 0; base < batch; base += 32) {
-        const int request = base + lane, tiles = request < batch ? (lengths[request] + kTile - 1) / kTile : 0;
+    for (int base = 0; base < plan.batch; base += 32) {
+        const int request = base + lane, tiles = request < plan.batch ? plan.tiles(request) : 0;
         const int count = tiles > 0 ? (tiles + most - 1) / most : 0;
         int until = count;
 #pragma unroll
@@ -683,44 +703,45 @@ __device__ __forceinline__ int lay_whole(const int* lengths, int batch, int part
             const int other = __shfl_up_sync(0xffffffff, until, offset);
             if (lane >= offset) until += other;
         }
-        if (part_begin && request < batch) {
-            split_start[request] = used + until - count;
-            for (int i = 0; i < count; ++i)
-                reinterpret_cast<int4*>(part_begin)[used + until - count + i] = make_int4(request, (int)((long long)tiles * i / count), i, 0);
+        const int first = used + until - count;
+        if (keep && request < plan.batch) {
+            plan.split_start[request] = first;
+            for (int i = 0; i < count; ++i) plan.store_part(first + i, request, (int)((long long)tiles * i / count), i);
         }
         used += __shfl_sync(0xffffffff, until, 31);
     }
-    if (part_begin) {
-        for (int i = used + lane; i <= parts; i += 32) reinterpret_cast<int4*>(part_begin)[i] = make_int4(batch, 0, 0, 0);
+    if (keep) {
+        for (int i = used + lane; i <= plan.parts; i += 32) plan.store_part(i, plan.batch, 0, 0);
         __syncwarp();
-        if (lane == 0) split_start[batch] = used, part_begin[0] = 0;   // the first part also walks over leading empty requests
+        if (lane == 0) plan.split_start[plan.batch] = used, plan.store_part(0, 0, 0, 0);   // it walks over leading empty requests
     }
     return used;
 }
 
 // One warp. Parts that do not cross requests, if they are nearly as equal; else lane i tries the i-th larger capacity, and
 // the smallest that fits is laid. Also sets `arrived` to zero.
-extern "C" __global__ void __launch_bounds__(32) latent_plan(const int* lengths, int batch, int parts, int* part_begin,
-                                                             int* split_start, u32* arrived, int counters) {
+extern "C" __global__ void __launch_bounds__(32) latent_plan(const int* lengths, const int* page_starts, int batch, int parts,
+                                                             int* part_begin, int* split_start, u32* arrived, int counters) {
     __shared__ int copy[PLAN_BATCH];
+    PlanBuffers plan = {lengths, page_starts, part_begin, split_start, batch, parts};
     const int lane = threadIdx.x;
     int cost = 0;
     for (int i = lane; i < counters; i += 32) arrived[i] = 0;
     for (int i = lane; i < batch; i += 32) {
-        const int length = lengths[i], tiles = (length + kTile - 1) / kTile;
+        const int tiles = plan.tiles(i);
         cost += tiles > 0 ? tiles + SEGMENT_COST : 0;
-        if (i < PLAN_BATCH) copy[i] = length;
+        if (i < PLAN_BATCH) copy[i] = lengths[i];
     }
     __syncwarp();
-    if (batch <= PLAN_BATCH) lengths = copy;
+    if (batch <= PLAN_BATCH) plan.lengths = copy;
 #pragma unroll
     for (int offset = 16; offset; offset /= 2) cost += __shfl_xor_sync(0xffffffff, cost, offset);
     const int capacity = (cost + parts - 1) / parts;
     for (int most = max(capacity - SEGMENT_COST, 1); most <= capacity + SEGMENT_COST; ++most)
-        if (lay_whole(lengths, batch, parts, most, nullptr, nullptr, lane) <= parts) {
-            lay_whole(lengths, batch, parts, most, part_begin, split_start, lane);
+        if (lay_whole(plan, most, false, lane) <= parts) {
+            lay_whole(plan, most, true, lane);
             return;
         }
-    const u32 fits = __ballot_sync(0xffffffff, lay_parts(lengths, batch, parts, capacity + lane, nullptr, nullptr, lane));
-    lay_parts(lengths, batch, parts, capacity + __ffs(fits) - 1, part_begin, split_start, lane);
+    const u32 fits = __ballot_sync(0xffffffff, lay_parts(plan, capacity + lane, false, lane));
+    lay_parts(plan, capacity + __ffs(fits) - 1, true, lane);
 }

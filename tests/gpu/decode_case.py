@@ -1,0 +1,69 @@
+"""Random inputs of a decode step on the GPU, shared by tests, benchmark and sanitizer runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from sglang_tpla.attention.interface import DecodeShape, PageTable
+from sglang_tpla.attention.reference import latent_attention
+
+SCALE = 192**-0.5
+
+
+@dataclass(frozen=True)
+class Case:
+    """Inputs of one step; unused cache slots hold NaN, so reading one shows."""
+
+    shape: DecodeShape
+    table: PageTable
+    lengths: torch.Tensor
+    q_latent: torch.Tensor
+    q_rope: torch.Tensor
+    kv_cache: torch.Tensor
+
+    def reference(self) -> torch.Tensor:
+        """The float32 answer."""
+        return latent_attention(
+            self.q_latent,
+            self.q_rope,
+            self.kv_cache,
+            self.table,
+            self.lengths,
+            scale=SCALE,
+            query_len=self.shape.query_len,
+        )
+
+
+def random_case(shape: DecodeShape, lengths: list[int], seed: int, device: str = "cuda") -> Case:
+    """Pages in random order, rows beyond a request's end poisoned with NaN."""
+    generator = torch.Generator(device).manual_seed(seed)
+    pages = [-(-length // shape.page_size) for length in lengths]
+    indptr = torch.tensor([0, *pages], device=device).cumsum(0).to(torch.int32)
+    total = sum(pages)
+    order = torch.randperm(total + 5, generator=generator, device=device)[:total].to(torch.int32)
+    cache = torch.full(((total + 5) * shape.page_size, shape.cache_dim), float("nan"), dtype=shape.dtype, device=device)
+    for request, length in enumerate(lengths):
+        token = torch.arange(length, device=device)
+        page = order[indptr[request].long() + token // shape.page_size].long()
+        rows = torch.randn(length, shape.cache_dim, generator=generator, device=device)
+        cache[page * shape.page_size + token % shape.page_size] = rows.to(shape.dtype)
+    tokens = len(lengths) * shape.query_len
+
+    def query(width: int) -> torch.Tensor:
+        return torch.randn(tokens, shape.heads, width, generator=generator, device=device).to(shape.dtype)
+
+    return Case(
+        shape=shape,
+        table=PageTable.from_csr(indptr, order, shape.page_size),
+        lengths=torch.tensor(lengths, dtype=torch.int32, device=device),
+        q_latent=query(shape.latent_dim),
+        q_rope=query(shape.rope_dim),
+        kv_cache=cache,
+    )
+
+
+def relative_error(out: torch.Tensor, reference: torch.Tensor) -> float:
+    """||out - reference|| / ||reference||; NaN anywhere gives NaN, which passes no comparison."""
+    return ((out.float() - reference).norm() / reference.norm()).item()

@@ -1,0 +1,26 @@
+"""A small step in every mode of the kernel, to be run under compute-sanitizer:
+
+    compute-sanitizer --tool memcheck  python tests/gpu/sanitize_case.py
+    compute-sanitizer --tool racecheck python tests/gpu/sanitize_case.py
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from decode_case import SCALE, random_case, relative_error  # noqa: E402
+
+from sglang_tpla.attention.hopper_decode import HopperDecode  # noqa: E402
+from sglang_tpla.attention.interface import DecodeShape  # noqa: E402
+
+for latent_dim, heads, query_len, page_size in ((256, 32, 1, 1), (96, 64, 2, 64), (320, 16, 1, 1)):
+    case = random_case(DecodeShape(latent_dim, heads, 64, query_len, page_size), [700, 0, 65, 1300], latent_dim)
+    kernel = HopperDecode(case.shape, SCALE, 4, torch.device("cuda:0"))
+    kernel.plan(case.table, case.lengths)
+    out = torch.full_like(case.q_latent, float("nan"))
+    kernel.run(case.q_latent, case.q_rope, case.kv_cache, out)
+    torch.cuda.synchronize()
+    print(latent_dim, heads, query_len, page_size, f"{relative_error(out, case.reference()):.2e}", flush=True)
