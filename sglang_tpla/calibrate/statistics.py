@@ -72,6 +72,16 @@ class LayerMoments:
         self.latent_count += other.latent_count
         self.query_count += other.query_count
 
+    def on_cpu(self) -> LayerMoments:
+        """The same sums on the CPU, where maps are made."""
+        return LayerMoments(
+            self.latent_sum.cpu(),
+            self.latent_outer.cpu(),
+            self.query_outer.cpu(),
+            self.latent_count,
+            self.query_count,
+        )
+
     @property
     def mean(self) -> torch.Tensor:
         """Mean latent [d]."""
@@ -244,9 +254,9 @@ def collect(
                 moments[layer].update(latent, q_nope.transpose(0, 1))
             if progress is not None:
                 progress(whole.numel() // spec.layers)
-        return moments
+        return [part.on_cpu() for part in moments]
     for tokens in batches:
         model.hidden_states(tokens.to(model.device), observer=observe)
         if progress is not None:
             progress(tokens.numel())
-    return moments
+    return [part.on_cpu() for part in moments]

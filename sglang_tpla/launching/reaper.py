@@ -21,6 +21,7 @@ import re
 import select
 import shutil
 import signal
+import stat
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -59,14 +60,28 @@ def mentions(process: Path, folders: Iterable[str]) -> bool:
     return False
 
 
-def mapped_segments(process: Path) -> set[int]:
-    """Index nodes of the shared memory that a process has mapped.
+def held_segments(process: Path) -> set[int]:
+    """Index nodes of the shared memory that a process has mapped or is about to map.
 
     Not names: a semaphore is mapped under a first name and linked to its own afterwards.
     """
+    device = SHARED_MEMORY.stat().st_dev
+    held: set[int] = set()
     with contextlib.suppress(*GONE):
-        return {int(node) for node in re.findall(rb" (\d+) +/dev/shm/", (process / "maps").read_bytes())}
-    return set()
+        held |= {int(node) for node in re.findall(rb" (\d+) +/dev/shm/", (process / "maps").read_bytes())}
+        for descriptor in (process / "fd").iterdir():
+            with contextlib.suppress(*GONE):
+                status = descriptor.stat()
+                if status.st_dev == device and stat.S_ISREG(status.st_mode):
+                    held.add(status.st_ino)
+    return held
+
+
+def send(pids: Iterable[int], number: signal.Signals) -> None:
+    """Send a signal to whoever still lives."""
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
 
 
 def segments() -> dict[int, Path]:
@@ -84,7 +99,7 @@ class Reaper:
     def __init__(self) -> None:
         self.sessions: set[int] = set()
         self.folders: list[str] = []
-        self.mapped: set[int] = set()
+        self.held: set[int] = set()
         self.foreign = set(segments())
 
     def note(self, line: str) -> None:
@@ -115,11 +130,11 @@ class Reaper:
         """Remember the shared memory that the processes hold."""
         for pid, process in numbered_processes():
             if pid != os.getpid() and session_of(process) in self.sessions:
-                self.mapped |= mapped_segments(process) - self.foreign
+                self.held |= held_segments(process) - self.foreign
 
     def segments(self) -> list[Path]:
         """What of the deployment's shared memory is there."""
-        return [path for node, path in segments().items() if node in self.mapped]
+        return [path for node, path in segments().items() if node in self.held]
 
     def wait_for_end(self, descriptor: int) -> None:
         """Read the supervisor's lines until it closes them."""
@@ -137,19 +152,19 @@ class Reaper:
 
     def end(self, grace_s: float = TERM_GRACE_S) -> None:
         """Ask the session leaders to end, then end whoever lives, then remove what they left."""
+        living = self.living()
+        # Held still for the last look, or what they make after it would stay.
+        send(living, signal.SIGSTOP)
         self.look()
-        for pid in self.sessions & set(self.living()):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGTERM)
+        send(self.sessions.intersection(living), signal.SIGTERM)
+        send(living, signal.SIGCONT)
         deadline = time.monotonic() + grace_s
         while living := self.living():
             if not self.sessions.intersection(living):
                 # Without its leader a session has little to tidy up.
                 deadline = min(deadline, time.monotonic() + ORPHAN_GRACE_S)
             if time.monotonic() >= deadline:
-                for pid in living:
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(pid, signal.SIGKILL)
+                send(living, signal.SIGKILL)
             time.sleep(POLL_S)
         for segment in self.segments():
             segment.unlink(missing_ok=True)

@@ -25,8 +25,10 @@ from sglang_tpla.models.feed_forward import FeedForward, load_feed_forward
 from sglang_tpla.models.rotary import Rotary, rotate
 from sglang_tpla.models.spec import ModelSpec
 
-# maps of one layer: (Z [d, w], A [w, d], B [w, d]) for each group; None is exact attention
-LayerMaps = Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+# Z [d, w], or a function from latents [B, S, d] to slices [B, S, w] (only comparisons need one)
+Slicer = torch.Tensor | Callable[[torch.Tensor], torch.Tensor]
+# maps of one layer: (Z, A [w, d], B [w, d]) for each group; None is exact attention
+LayerMaps = Sequence[tuple[Slicer, torch.Tensor, torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -148,7 +150,8 @@ class Attention:
         """The same through the slices: the sum over the groups, [B, H, Q, v]."""
         total: torch.Tensor | None = None
         for z_map, a_map, b_map in maps:
-            z = inputs.latent @ z_map  # [B, S, w]
+            # [B, S, w]
+            z = inputs.latent @ z_map if isinstance(z_map, torch.Tensor) else z_map(inputs.latent)
             part = self.heads_out(inputs, z @ a_map, z @ b_map)
             total = part if total is None else total + part
         if total is None:

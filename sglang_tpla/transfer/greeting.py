@@ -262,6 +262,7 @@ class PrefillGreeting(Agent):
         """Forget a connection; its rooms fail."""
         if self._peers.pop(peer.identity, None) is None:
             return
+        self._log.info("prefill rank %d: %s is gone: %s", self._rank, peer.name, reason)
         self._drop_rooms(peer, reason)
         self._introduce(peer.hello.host)
 

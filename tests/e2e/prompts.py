@@ -22,8 +22,11 @@ def source(seed: int, characters: int) -> str:
     text = inspect.getsource(chooser.choice(MODULES))
     while len(text) < characters + 1000:
         text += "\n" + inspect.getsource(chooser.choice(MODULES))
-    start = text.index("\n", chooser.randrange(len(text) - characters)) + 1
-    return textwrap.dedent(text[start : start + characters])
+    while True:
+        start = text.index("\n", chooser.randrange(len(text) - characters - 200)) + 1
+        piece = textwrap.dedent(text[start : start + characters])
+        if piece.strip():
+            return piece
 
 
 def short_prompts(count: int, seed: int = 0) -> list[str]:

@@ -116,12 +116,11 @@ class Server:
         self.process.wait(20)
 
     def stop(self) -> None:
-        """SIGTERM, then SIGKILL to what is left."""
+        """SIGTERM to the server, which ends its ranks; then SIGKILL to what is left."""
         if self.process is None:
             return
         tree = self.tree()
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGTERM)
+        self.process.terminate()
         _, left = psutil.wait_procs(tree, timeout=15)
         for process in left:
             with contextlib.suppress(psutil.NoSuchProcess):
