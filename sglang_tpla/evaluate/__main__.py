@@ -1,0 +1,252 @@
+"""``python -m sglang_tpla.evaluate``: how far an artifact's decoding is from plain MLA, and why.
+
+Without servers: ``--model-path M --artifact A`` measures on one process and writes JSON and an HTML page.
+With two live servers: ``--stock-url U --tpla-url V`` compares their log-probabilities through the HTTP API.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import msgspec
+import torch
+from tqdm import tqdm
+
+from sglang_tpla.calibrate import run
+from sglang_tpla.calibrate.__main__ import ERRORS
+from sglang_tpla.calibrate.artifact import Artifact, ArtifactError
+from sglang_tpla.calibrate.corpus import Corpus, CorpusError, load_tokenizer
+from sglang_tpla.calibrate.identity import weights_hash
+from sglang_tpla.evaluate.decode_error import DecodeErrors, measure, model_maps, quantile
+from sglang_tpla.evaluate.endpoints import EndpointError, compare_endpoints
+from sglang_tpla.evaluate.generate import long_answers
+from sglang_tpla.evaluate.layers import kl_alone, layer_errors
+from sglang_tpla.evaluate.report import Bin, Evaluation, LayerRow, LongRow, NeedleRow, summary, write
+from sglang_tpla.evaluate.retrieval import retrieval
+from sglang_tpla.models.checkpoint import Checkpoint
+from sglang_tpla.models.plain import LayerMaps, PlainModel
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    text = argparse.ArgumentParser(prog="python -m sglang_tpla.evaluate", description=__doc__)
+    text.add_argument("--model-path", help="checkpoint directory")
+    text.add_argument("--artifact", type=Path, help="artifact to measure")
+    text.add_argument("--corpus", nargs="+", default=[], metavar="PATH", help="default: Python's library")
+    text.add_argument(
+        "--seed", type=int, help="split of the text (default: the artifact's, so it was held out)"
+    )
+    text.add_argument("--tokens", type=int, default=8192, help="decoded tokens measured (default 8192)")
+    text.add_argument("--prompt-tokens", type=int, default=512)
+    text.add_argument("--continuation-tokens", type=int, default=512)
+    text.add_argument("--long-tokens", type=int, default=0, help="also follow answers this long, up to 4096")
+    text.add_argument("--long-answers", type=int, default=4, help="how many of them (default 4)")
+    text.add_argument(
+        "--needle-tokens", type=int, nargs="*", default=[], help="retrieval prompts: 1024 2048 ..."
+    )
+    text.add_argument("--needle-cases", type=int, default=4, help="needles for each length and depth")
+    text.add_argument("--device", default="cpu")
+    text.add_argument("--out", type=Path, default=Path("evaluation"), help="folder for JSON and HTML")
+    text.add_argument("--quiet", action="store_true", help="no progress bars")
+    text.add_argument("--stock-url", help="a stock server (or its router)")
+    text.add_argument("--tpla-url", help="a TPLA deployment's router")
+    text.add_argument("--prompts", type=int, default=16, help="prompts sent to both servers (default 16)")
+    text.add_argument("--new-tokens", type=int, default=128, help="answer length there (default 128)")
+    return text
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; 0 on success, 2 on bad input."""
+    arguments = parser().parse_args(argv)
+    try:
+        if arguments.stock_url or arguments.tpla_url:
+            return _endpoints(arguments)
+        if not arguments.model_path or not arguments.artifact:
+            raise ArtifactError(
+                "expected --model-path and --artifact, or --stock-url and --tpla-url for two live servers"
+            )
+        evaluation = evaluate(arguments)
+    except (*ERRORS, EndpointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    data, page = write(evaluation, arguments.out)
+    print(summary(evaluation))
+    print(f"wrote {data} and {page}")
+    return 0
+
+
+def evaluate(arguments: argparse.Namespace) -> Evaluation:
+    """Everything but writing the files."""
+    checkpoint = Checkpoint(arguments.model_path)
+    artifact = Artifact.load(arguments.artifact)
+    artifact.check_model(checkpoint.config, weights_hash(checkpoint.path), artifact.meta.groups)
+    seed = artifact.meta.seed if arguments.seed is None else arguments.seed
+    plan = run.TextPlan(
+        corpus=tuple(arguments.corpus),
+        seed=seed,
+        calibration_tokens=1,
+        held_out_tokens=arguments.tokens,
+        prompt_tokens=arguments.prompt_tokens,
+        continuation_tokens=arguments.continuation_tokens,
+    )
+    text = run.read_text(plan, checkpoint)
+    if not len(text.held_out):
+        raise CorpusError("expected --tokens to be at least 1, got 0")
+    model = PlainModel(checkpoint, torch.float32, arguments.device)
+    maps = model_maps(artifact, model)
+    quiet = arguments.quiet
+    with tqdm(total=text.held_out.numel(), desc="held-out error", unit="tok", disable=quiet) as bar:
+        (errors,) = measure(model, text.held_out, [maps], plan.prompt_tokens, progress=bar.update)
+    return Evaluation(
+        model_name=artifact.meta.model_name,
+        artifact_hash=artifact.content_hash,
+        transform=artifact.meta.transform,
+        groups=artifact.meta.groups,
+        widths=artifact.meta.widths,
+        shared_dims=artifact.meta.shared_dims,
+        cache_values_per_token=sum(width + artifact.meta.rope_dim for width in artifact.meta.widths),
+        cache_values_mla=model.spec.layers * (model.spec.latent_dim + model.spec.rope_dim),
+        corpus=text.corpus,
+        corpus_hash=text.corpus_hash,
+        seed=seed,
+        report=errors.report(),
+        by_position=positions(errors),
+        layers=_layers(model, maps, text.held_out, artifact, plan.prompt_tokens, quiet),
+        long_answers=_long(model, maps, text.held_out, arguments),
+        needles=_needles(model, maps, plan, arguments),
+    )
+
+
+def positions(errors: DecodeErrors, bins: int = 16) -> tuple[Bin, ...]:
+    """KL against position after the prompt, in at most ``bins`` equal ranges."""
+    length = errors.kl.shape[1]
+    step = -(-length // bins)
+    return tuple(
+        Bin(
+            start,
+            min(start + step, length) - 1,
+            errors.kl[:, start : start + step].double().mean().item(),
+            quantile(errors.kl[:, start : start + step].flatten().double(), 0.95),
+        )
+        for start in range(0, length, step)
+    )
+
+
+def _layers(
+    model: PlainModel,
+    maps: list[LayerMaps],
+    tokens: torch.Tensor,
+    artifact: Artifact,
+    prompt_tokens: int,
+    quiet: bool,
+) -> tuple[LayerRow, ...]:
+    some = tokens[:4]
+    with tqdm(total=some.numel(), desc="layer by layer", unit="tok", disable=quiet) as bar:
+        alone = kl_alone(model, maps, some, prompt_tokens, bar.update)
+    return tuple(
+        LayerRow(
+            error.layer, artifact.meta.widths[error.layer], error.output, error.heads, alone[error.layer]
+        )
+        for error in layer_errors(model, maps, some, prompt_tokens)
+    )
+
+
+def _long(
+    model: PlainModel, maps: list[LayerMaps], tokens: torch.Tensor, arguments: argparse.Namespace
+) -> tuple[LongRow, ...]:
+    if arguments.long_tokens < 1:
+        return ()
+    prompts = tokens[: arguments.long_answers, : arguments.prompt_tokens]
+    rows = []
+    for temperature in (0.0, 1.0):
+        total = arguments.long_tokens * len(prompts)
+        with tqdm(total=total, desc="long answers", unit="tok", disable=arguments.quiet) as bar:
+            answer = long_answers(
+                model, maps, prompts, arguments.long_tokens, temperature=temperature, progress=bar.update
+            )
+        rows.append(
+            LongRow(
+                temperature,
+                arguments.long_tokens,
+                answer.errors.report(),
+                answer.agreement_tokens,
+                positions(answer.errors),
+            )
+        )
+    return tuple(rows)
+
+
+def _needles(
+    model: PlainModel, maps: list[LayerMaps], plan: run.TextPlan, arguments: argparse.Namespace
+) -> tuple[NeedleRow, ...]:
+    if not arguments.needle_tokens:
+        return ()
+    tokenizer = load_tokenizer(model.checkpoint.path)
+    filler: list[int] = []
+    for document in Corpus.from_paths(plan.corpus).split(plan.seed)[1]:
+        filler += tokenizer(document.text)
+        if len(filler) > 4 * max(arguments.needle_tokens):
+            break
+    depths = (0.1, 0.5, 0.9)
+    total = len(arguments.needle_tokens) * len(depths) * arguments.needle_cases
+    with tqdm(total=total, desc="needles", unit="case", disable=arguments.quiet) as bar:
+        found = retrieval(
+            model,
+            maps,
+            tokenizer,
+            filler,
+            lengths=arguments.needle_tokens,
+            depths=depths,
+            cases=arguments.needle_cases,
+            seed=plan.seed,
+            progress=bar.update,
+        )
+    return tuple(NeedleRow(**asdict(result)) for result in found)
+
+
+def _endpoints(arguments: argparse.Namespace) -> int:
+    if not (arguments.stock_url and arguments.tpla_url):
+        raise EndpointError("expected both --stock-url and --tpla-url, got one of them")
+    _, held_out = Corpus.from_paths(arguments.corpus).split(arguments.seed or 0)
+    # some 2,000 characters of text are some 500 tokens
+    prompts = [document.text[:2000] for document in held_out if len(document.text) >= 2000]
+    prompts = prompts[: arguments.prompts]
+    if not prompts:
+        raise CorpusError("expected held-out documents of 2,000 characters or more, found none")
+    with tqdm(total=len(prompts), desc="prompts", disable=arguments.quiet) as bar:
+        found = compare_endpoints(
+            arguments.stock_url,
+            arguments.tpla_url,
+            prompts,
+            new_tokens=arguments.new_tokens,
+            progress=bar.update,
+        )
+    kl = torch.tensor([value for comparison in found for value in comparison.kl], dtype=torch.float64)
+    result = {
+        "stock_url": arguments.stock_url,
+        "tpla_url": arguments.tpla_url,
+        "prompts": len(found),
+        "tokens_compared": kl.numel(),
+        "kl_mean": kl.mean().item(),
+        "kl_p95": quantile(kl, 0.95),
+        "kl_p99": quantile(kl, 0.99),
+        "departed": sum(comparison.departed for comparison in found),
+        "agreement_tokens": [comparison.agreement_tokens for comparison in found],
+        "largest_logprob_difference": max(comparison.largest_logprob_difference for comparison in found),
+    }
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    path = arguments.out / "endpoints.json"
+    path.write_bytes(msgspec.json.format(msgspec.json.encode(result), indent=1))
+    print(
+        f"{result['tokens_compared']} tokens of {len(found)} prompts: KL {result['kl_mean']:.5f} a token "
+        f"(99% {result['kl_p99']:.4f}), answers parted on {result['departed']} prompts; wrote {path}"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

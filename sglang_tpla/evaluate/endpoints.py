@@ -1,0 +1,121 @@
+"""Compare two live servers, stock and TPLA, through SGLang's native ``/generate`` API.
+
+Each prompt is continued greedily by both with the top log-probabilities of every token. While the answers are
+the same, the distributions at one position have the same context and are compared; the first different token
+ends the comparison of that prompt. KL is estimated over the stock server's top tokens that both list, with
+what is left over as one more outcome, so it is a lower bound that more ``top_tokens`` tighten.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+
+
+class EndpointError(RuntimeError):
+    """A server that did not answer as expected: which, what came, what to do."""
+
+
+@dataclass(frozen=True)
+class PromptComparison:
+    """One prompt: tokens compared before the answers part (or end), and the errors over them.
+
+    ``departed`` is whether they parted. The token at which they part still had the same context and counts.
+    """
+
+    answer_tokens: int
+    agreement_tokens: int
+    departed: bool
+    kl: tuple[float, ...]
+    largest_logprob_difference: float
+
+
+@dataclass(frozen=True)
+class Step:
+    """One generated token with its alternatives' log-probabilities by token id."""
+
+    token: int
+    top: dict[int, float]
+
+
+def compare_endpoints(
+    stock_url: str,
+    tpla_url: str,
+    prompts: Sequence[str],
+    *,
+    new_tokens: int = 128,
+    top_tokens: int = 20,
+    timeout_s: float = 300.0,
+    progress: Callable[[int], None] | None = None,
+) -> list[PromptComparison]:
+    """Continue every prompt on both servers and compare.
+
+    Raises:
+        EndpointError: a server is not there, refuses, or answers without log-probabilities.
+    """
+    results = []
+    with httpx.Client(timeout=timeout_s) as client:
+        for prompt in prompts:
+            stock, tpla = (
+                _steps(client, url, prompt, new_tokens, top_tokens) for url in (stock_url, tpla_url)
+            )
+            results.append(compare_steps(stock, tpla))
+            if progress is not None:
+                progress(1)
+    return results
+
+
+def compare_steps(stock: Sequence[Step], tpla: Sequence[Step]) -> PromptComparison:
+    """Compare two answers to the same prompt."""
+    kl: list[float] = []
+    largest = 0.0
+    agreement, departed = 0, False
+    for ours, theirs in zip(stock, tpla, strict=False):
+        kl.append(partial_kl(ours.top, theirs.top))
+        for token in ours.top.keys() & theirs.top.keys():
+            largest = max(largest, abs(ours.top[token] - theirs.top[token]))
+        if ours.token != theirs.token:
+            departed = True
+            break
+        agreement += 1
+    return PromptComparison(len(stock), agreement, departed, tuple(kl), largest)
+
+
+def partial_kl(reference: dict[int, float], found: dict[int, float]) -> float:
+    """KL over the listed tokens that both have and one outcome for everything else; at least 0."""
+    common = reference.keys() & found.keys()
+    total = sum(math.exp(reference[token]) * (reference[token] - found[token]) for token in common)
+    rest_p = max(1.0 - sum(math.exp(reference[token]) for token in common), 1e-12)
+    rest_q = max(1.0 - sum(math.exp(found[token]) for token in common), 1e-12)
+    return max(total + rest_p * math.log(rest_p / rest_q), 0.0)
+
+
+def _steps(client: httpx.Client, url: str, prompt: str, new_tokens: int, top_tokens: int) -> list[Step]:
+    body = {
+        "text": prompt,
+        "sampling_params": {"temperature": 0.0, "max_new_tokens": new_tokens},
+        "return_logprob": True,
+        "top_logprobs_num": top_tokens,
+    }
+    try:
+        answer = client.post(f"{url.rstrip('/')}/generate", json=body)
+    except httpx.HTTPError as error:
+        raise EndpointError(f"{url} did not answer: {error!r}; is the server up?") from error
+    if answer.status_code != 200:
+        raise EndpointError(f"{url} answered {answer.status_code}: {answer.text[:300]}")
+    try:
+        meta: dict[str, Any] = answer.json()["meta_info"]
+        chosen, tops = meta["output_token_logprobs"], meta["output_top_logprobs"]
+        # every entry is [log-probability, token id, text or null]
+        return [
+            Step(int(entry[1]), {int(alternative[1]): float(alternative[0]) for alternative in top})
+            for entry, top in zip(chosen, tops, strict=True)
+        ]
+    except (KeyError, ValueError, TypeError, IndexError) as error:
+        raise EndpointError(
+            f"{url} answered without usable log-probabilities ({error!r}); expected SGLang's /generate"
+        ) from error

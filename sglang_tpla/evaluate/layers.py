@@ -1,0 +1,90 @@
+"""Which layers and heads cause the error.
+
+``layer_errors``: the relative squared error of one layer's attention output, whole and head by head, on exact
+inputs. ``kl_alone``: the KL a token when only one layer decodes through slices and the rest are exact; the
+sum over layers is close to the whole, so it says where width would be best spent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from sglang_tpla.calibrate.attention_data import (
+    LayerData,
+    exact_context,
+    head_outputs,
+    sliced_slices,
+    walk,
+)
+from sglang_tpla.evaluate.decode_error import measure
+from sglang_tpla.models.plain import Attention, LayerMaps, PlainModel
+
+
+@dataclass(frozen=True)
+class LayerError:
+    """Relative squared errors of one layer: of its output, and of each head's share of it [H]."""
+
+    layer: int
+    output: float
+    heads: tuple[float, ...]
+
+
+@torch.no_grad()
+def layer_errors(
+    model: PlainModel, maps: Sequence[LayerMaps], tokens: torch.Tensor, first_query: int, *, queries: int = 64
+) -> list[LayerError]:
+    """Errors of every layer over ``queries`` sampled positions of each sequence of tokens [N, S]."""
+    return [
+        _layer_error(layer, model.layers[layer].attention, data, maps[layer], first_query, queries)
+        for layer, data in walk(model, tokens)
+    ]
+
+
+def _layer_error(
+    layer: int, attention: Attention, data: LayerData, maps: LayerMaps, first_query: int, queries: int
+) -> LayerError:
+    spec = attention.spec
+    generator = torch.Generator().manual_seed(layer)
+    device = data.latent.device
+    whole = torch.zeros(2, dtype=torch.float64)
+    heads = torch.zeros(2, spec.heads, dtype=torch.float64)
+    per_head = attention.o.view(-1, spec.heads, spec.value_dim)
+    for sequence in range(data.latent.shape[0]):
+        span = data.latent.shape[1] - first_query
+        positions = torch.randperm(span, generator=generator)[:queries][None].to(device) + first_query
+        batch = data.batch(attention, torch.tensor([sequence], device=device), positions)
+        rope = batch.rope_scores(spec.scale)
+        exact = exact_context(batch, rope, spec.scale)
+        found = torch.zeros_like(exact)
+        for z_map, a_map, b_map in maps:
+            if not isinstance(z_map, torch.Tensor):
+                raise TypeError("layer errors need linear slices (a matrix Z)")
+            found += sliced_slices(batch, rope, spec.scale, z_map, a_map) @ b_map
+        target = head_outputs(exact, attention)
+        wrong = head_outputs(found, attention) - target
+        for place, value in enumerate((wrong, target)):
+            whole[place] += (value @ attention.o.T).double().pow(2).sum().cpu()
+            # [B, Q, H, hidden] would be large: the norm goes through each head's Gram matrix instead
+            split = value.unflatten(-1, (spec.heads, spec.value_dim))
+            gram = torch.einsum("ohv,ohu->hvu", per_head, per_head)
+            heads[place] += torch.einsum("bqhv,hvu,bqhu->h", split, gram, split).double().cpu()
+    ratio = heads[0] / heads[1].clamp_min(1e-30)
+    return LayerError(layer, (whole[0] / whole[1]).item(), tuple(ratio.tolist()))
+
+
+def kl_alone(
+    model: PlainModel,
+    maps: Sequence[LayerMaps],
+    tokens: torch.Tensor,
+    prompt_tokens: int,
+    progress: Callable[[int], None] | None = None,
+) -> list[float]:
+    """KL a token of each layer's slicing by itself."""
+    candidates: list[list[LayerMaps | None]] = [
+        [maps[index] if index == layer else None for index in range(len(maps))] for layer in range(len(maps))
+    ]
+    found = measure(model, tokens, candidates, prompt_tokens, progress=progress)
+    return [errors.kl.double().mean().item() for errors in found]

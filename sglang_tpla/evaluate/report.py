@@ -1,0 +1,166 @@
+"""The evaluation's JSON and its one-page HTML with plots."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from pathlib import Path
+
+import msgspec
+
+from sglang_tpla.calibrate.artifact import ErrorReport
+
+
+class Bin(msgspec.Struct, frozen=True):
+    """KL over a range of positions after the prompt, [first, last]."""
+
+    first: int
+    last: int
+    kl_mean: float
+    kl_p95: float
+
+
+class LayerRow(msgspec.Struct, frozen=True):
+    """One layer: relative squared output error, by head, and KL a token when only this layer is sliced."""
+
+    layer: int
+    width: int
+    output_error: float
+    head_errors: tuple[float, ...]
+    kl_alone: float
+
+
+class LongRow(msgspec.Struct, frozen=True):
+    """Plain MLA's own continuations at one temperature."""
+
+    temperature: float
+    new_tokens: int
+    report: ErrorReport
+    agreement_tokens: tuple[int, ...]
+    by_position: tuple[Bin, ...]
+
+
+class NeedleRow(msgspec.Struct, frozen=True):
+    """Retrieval at one prompt length and depth."""
+
+    prompt_tokens: int
+    depth: float
+    cases: int
+    right_mla: float
+    right_tpla: float
+    same_top: float
+    kl_mean: float
+
+
+class Evaluation(msgspec.Struct, frozen=True):
+    """Everything measured of one artifact."""
+
+    model_name: str
+    artifact_hash: str
+    transform: str
+    groups: int
+    widths: tuple[int, ...]
+    shared_dims: tuple[int, ...]
+    cache_values_per_token: int
+    cache_values_mla: int
+    corpus: str
+    corpus_hash: str
+    seed: int
+    report: ErrorReport
+    by_position: tuple[Bin, ...]
+    layers: tuple[LayerRow, ...]
+    long_answers: tuple[LongRow, ...]
+    needles: tuple[NeedleRow, ...]
+
+
+def write(evaluation: Evaluation, folder: Path) -> tuple[Path, Path]:
+    """Write ``evaluation.json`` and ``evaluation.html``; returns their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    data, page = folder / "evaluation.json", folder / "evaluation.html"
+    data.write_bytes(msgspec.json.format(msgspec.json.encode(evaluation), indent=1))
+    page.write_text(_page(evaluation), encoding="utf-8")
+    return data, page
+
+
+def summary(evaluation: Evaluation) -> str:
+    """A few lines for the terminal."""
+    report = evaluation.report
+    worst = max(evaluation.layers, key=lambda row: row.kl_alone, default=None)
+    lines = [
+        f"{evaluation.model_name}: {evaluation.transform}, g = {evaluation.groups}, "
+        f"{evaluation.cache_values_per_token} of "
+        f"{evaluation.cache_values_mla} cached values a token and rank",
+        f"{report.tokens} decoded tokens of {evaluation.corpus} (seed {evaluation.seed}), prompt exact: "
+        f"KL {report.kl_mean:.5f} (95% {report.kl_p95:.4f}, 99% {report.kl_p99:.4f}), "
+        f"perplexity x{report.perplexity_ratio:.4f}, same top token {report.top1_agreement:.1%}",
+    ]
+    if worst is not None:
+        lines.append(f"layer {worst.layer} costs most: KL {worst.kl_alone:.5f} by itself")
+    for row in evaluation.long_answers:
+        kind = "greedy" if row.temperature == 0 else f"sampled at {row.temperature}"
+        mean = sum(row.agreement_tokens) / len(row.agreement_tokens)
+        lines.append(
+            f"{kind} answers of {row.new_tokens} tokens: KL {row.report.kl_mean:.5f}, "
+            f"first other choice after {mean:.0f} tokens on average"
+        )
+    for needle in evaluation.needles:
+        lines.append(
+            f"needle at {needle.depth:.0%} of {needle.prompt_tokens}: right {needle.right_tpla:.0%} "
+            f"(plain MLA {needle.right_mla:.0%}), same top token {needle.same_top:.1%}"
+        )
+    return "\n".join(lines)
+
+
+def _page(evaluation: Evaluation) -> str:
+    title = html.escape(f"TPLA against plain MLA: {evaluation.model_name}")
+    text = html.escape(summary(evaluation))
+    images = "\n".join(
+        f'<figure><img alt="{html.escape(name)}" src="data:image/png;base64,{png}">'
+        f"<figcaption>{html.escape(name)}</figcaption></figure>"
+        for name, png in _plots(evaluation)
+    )
+    return (
+        f"<!doctype html><html lang=en><meta charset=utf-8><title>{title}</title>"
+        "<style>body{font:16px sans-serif;max-width:60em;margin:2em auto}pre{white-space:pre-wrap}"
+        "img{max-width:100%}</style>"
+        f"<h1>{title}</h1><pre>{text}</pre>{images}</html>\n"
+    )
+
+
+def _plots(evaluation: Evaluation) -> list[tuple[str, str]]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    plots: list[tuple[str, str]] = []
+
+    def finish(name: str, figure: Figure) -> None:
+        target = io.BytesIO()
+        FigureCanvasAgg(figure).print_png(target)
+        plots.append((name, base64.b64encode(target.getvalue()).decode()))
+
+    figure = Figure(figsize=(8, 3.5), layout="constrained")
+    axes = figure.add_subplot()
+    series = [("held-out text", evaluation.by_position)]
+    series += [
+        ("greedy" if row.temperature == 0 else f"sampled, {row.temperature}", row.by_position)
+        for row in evaluation.long_answers
+    ]
+    for label, bins in series:
+        axes.plot([(b.first + b.last) / 2 for b in bins], [b.kl_mean for b in bins], label=label)
+    axes.set(xlabel="tokens after the prompt", ylabel="KL a token (nats)", ylim=(0, None))
+    axes.legend()
+    finish("KL a token against position", figure)
+    if evaluation.layers:
+        figure = Figure(figsize=(8, 3.5), layout="constrained")
+        axes = figure.add_subplot()
+        axes.bar([row.layer for row in evaluation.layers], [row.kl_alone for row in evaluation.layers])
+        axes.set(xlabel="layer", ylabel="KL with only this layer sliced")
+        finish("Which layers cost", figure)
+        figure = Figure(figsize=(8, 3.5), layout="constrained")
+        axes = figure.add_subplot()
+        image = axes.imshow([row.head_errors for row in evaluation.layers], aspect="auto")
+        axes.set(xlabel="head", ylabel="layer")
+        figure.colorbar(image, label="relative squared error")
+        finish("Output error by layer and head", figure)
+    return plots

@@ -1,0 +1,118 @@
+"""Retrieval from a long prompt: an identifier is planted at a depth, and asked for at the end.
+
+    filler ... `token_7f3a = "qk81zd"` ... filler ... `assert token_7f3a == "`  ->  qk81zd"
+
+The prompt is exact; only the answer is decoded through slices, which is where a sliced score would lose the
+needle. Plain MLA's own success is reported beside, since a small model may not retrieve at all.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from sglang_tpla.calibrate.corpus import Tokenizer
+from sglang_tpla.evaluate.decode_error import measure
+from sglang_tpla.models.plain import LayerMaps, PlainModel
+
+_LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
+
+
+@dataclass(frozen=True)
+class Needle:
+    """One case: tokens of prompt and answer, and where the needle lies (0 start, 1 end)."""
+
+    depth: float
+    prompt_tokens: int
+    tokens: torch.Tensor
+
+
+@dataclass(frozen=True)
+class NeedleResult:
+    """Over the cases of one depth and length: whole answers right, and KL a token of the answer."""
+
+    depth: float
+    prompt_tokens: int
+    cases: int
+    right_mla: float
+    right_tpla: float
+    same_top: float
+    kl_mean: float
+
+
+def make_needle(tokenizer: Tokenizer, filler: Sequence[int], length: int, depth: float, seed: int) -> Needle:
+    """A prompt of ``length`` tokens out of filler tokens with one planted assignment, and its answer."""
+    rng = random.Random(seed)
+    name = "token_" + "".join(rng.choices(_LETTERS, k=4))
+    value = "".join(rng.choices(_LETTERS, k=8))
+    needle = tokenizer(f'\n{name} = "{value}"\n')
+    question = tokenizer(f'\nassert {name} == "')
+    answer = tokenizer(value + '"')
+    room = length - len(needle) - len(question)
+    if room < 2 or len(filler) < room:
+        raise ValueError(f"expected at least {length} filler tokens and length, got {len(filler)}")
+    start = rng.randrange(len(filler) - room + 1)
+    body = list(filler[start : start + room])
+    cut = int(depth * room)
+    tokens = body[:cut] + needle + body[cut:] + question + answer
+    return Needle(depth, length, torch.tensor(tokens, dtype=torch.long))
+
+
+def retrieval(
+    model: PlainModel,
+    maps: Sequence[LayerMaps],
+    tokenizer: Tokenizer,
+    filler: Sequence[int],
+    *,
+    lengths: Sequence[int],
+    depths: Sequence[float],
+    cases: int,
+    seed: int,
+    progress: Callable[[int], None] | None = None,
+) -> list[NeedleResult]:
+    """Results for every length and depth, ``cases`` needles each."""
+    results = []
+    for length in lengths:
+        for depth in depths:
+            right = {"mla": 0, "tpla": 0}
+            kl: list[torch.Tensor] = []
+            same: list[torch.Tensor] = []
+            for case in range(cases):
+                needle = make_needle(tokenizer, filler, length, depth, seed * 7919 + case)
+                prompt = length - 1  # the question's last token asks for the answer's first
+                whole = needle.tokens[None, :-1]
+                expected = needle.tokens[length:]
+                (errors,) = measure(model, whole, [list(maps)], prompt)
+                kl.append(errors.kl[0])
+                same.append(errors.same_top[0].float())
+                tops = answers(model, maps, whole, prompt)
+                right["mla"] += bool((tops[0] == expected).all())
+                right["tpla"] += bool((tops[1] == expected).all())
+                if progress is not None:
+                    progress(1)
+            results.append(
+                NeedleResult(
+                    depth,
+                    length,
+                    cases,
+                    right["mla"] / cases,
+                    right["tpla"] / cases,
+                    torch.cat(same).mean().item(),
+                    torch.cat(kl).double().mean().item(),
+                )
+            )
+    return results
+
+
+@torch.inference_mode()
+def answers(
+    model: PlainModel, maps: Sequence[LayerMaps], tokens: torch.Tensor, prompt_tokens: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Most likely next tokens of plain MLA and of TPLA from ``prompt_tokens`` on, each [answer]."""
+    tokens = tokens.to(model.device)
+    exact = model.logits(model.hidden_states(tokens)[0, prompt_tokens:]).argmax(-1)
+    sliced = model.hidden_states(tokens, maps=list(maps), prompt_tokens=prompt_tokens)
+    return exact.cpu(), model.logits(sliced[0, prompt_tokens:]).argmax(-1).cpu()
