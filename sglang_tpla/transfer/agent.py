@@ -24,6 +24,7 @@ from sglang_tpla.transfer.loop import IoLoop
 from sglang_tpla.transfer.types import TransferError
 
 QUEUE_FRAMES = 16384  # high-water mark of a socket, in messages; credits bound the bytes
+SOCKET_BUFFER_BYTES = 4 << 20  # the system may give less
 MAX_PARTS = 3
 
 
@@ -40,6 +41,7 @@ class Agent:
         self._lock = threading.RLock()
         self._work = threading.Condition(self._lock)
         self._counts: Counter[str] = Counter()
+        self._transfer_seconds = 0.0
         self._death: str | None = None
         self._closing = False
         tick_s = min(settings.heartbeat_s / 2, 0.25)
@@ -61,6 +63,11 @@ class Agent:
         self._io.stop()
         with self._lock:
             self._fail_all(f"the {self.role} agent was closed")
+
+    @property
+    def rank(self) -> int:
+        """Of this agent among those of its server."""
+        return self._rank
 
     # Threads
 
@@ -114,6 +121,8 @@ class Agent:
         socket.setsockopt(zmq.LINGER, 0)
         socket.setsockopt(zmq.SNDHWM, QUEUE_FRAMES)
         socket.setsockopt(zmq.RCVHWM, QUEUE_FRAMES)
+        socket.setsockopt(zmq.SNDBUF, SOCKET_BUFFER_BYTES)
+        socket.setsockopt(zmq.RCVBUF, SOCKET_BUFFER_BYTES)
         socket.setsockopt(zmq.MAXMSGSIZE, max_message_bytes)
         socket.setsockopt(zmq.HEARTBEAT_IVL, max(1, int(self._settings.heartbeat_s * 1000)))
         socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, timeout_ms)

@@ -23,7 +23,7 @@ class DecodeAgent(DecodeScattering):
     """Fetches latent caches for one decode rank.
 
     ``DecodeAgent(pool, metadata, projection, *, model_hash, settings, rank, size, groups, host_id=None,
-    logger=None)``; ``host_id`` overrides what tells hosts apart;
+    security=None, logger=None)``; ``host_id`` overrides what tells hosts apart;
     ``projection`` is None where the pool holds the whole latent. ``on_peer_lost(host, port)`` is called, from
     the I/O thread, for each prefill rank that is given up.
     """
@@ -155,6 +155,7 @@ class DecodeAgent(DecodeScattering):
                 staging_used_bytes=self._staging_used_bytes,
                 staging_limit_bytes=self._settings.staging_bytes,
                 threads_alive=int(self._io.thread.is_alive()) + int(self._worker.is_alive()),
+                transfer_seconds=self._transfer_seconds,
                 **self._counts,
             )
 

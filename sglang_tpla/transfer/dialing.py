@@ -20,6 +20,7 @@ from sglang_tpla.transfer.projection import Projection
 from sglang_tpla.transfer.receiving import Address, Connection, Link
 from sglang_tpla.transfer.registration import dtype_name
 from sglang_tpla.transfer.rows import RowWriter
+from sglang_tpla.transfer.security import Security
 from sglang_tpla.transfer.staging import Staging
 from sglang_tpla.transfer.types import CachePool, MetadataRows, TransferError
 
@@ -41,8 +42,10 @@ class DecodeDialing(Agent):
         size: int,
         groups: int,
         host_id: str | None = None,
+        security: Security | None = None,
         logger: logging.Logger | None = None,
     ) -> None:
+        self._security = security if security is not None else Security.from_environment(self.role)
         super().__init__(settings, rank, size, logger)
         self._pool, self._metadata, self._projection, self._groups = pool, metadata, projection, groups
         first, widths = pool.first_layer, pool.widths
@@ -113,6 +116,7 @@ class DecodeDialing(Agent):
                 return connection
             connection = None  # the server there may have changed: ask again
         if connection is None or connection.link is Link.LOST:
+            self._security.check(address[0], "connecting to")
             connection = self._connections[address] = Connection(address, uuid.uuid4().bytes)
             self._io.post(self._dial, connection)
         return connection
@@ -122,6 +126,7 @@ class DecodeDialing(Agent):
         self._configure(socket, max(self._chunk_bytes, frames.MAX_METADATA_BYTES) + frames.MAX_HEADER_BYTES)
         socket.setsockopt(zmq.IDENTITY, connection.identity)
         socket.setsockopt(zmq.IPV6, int(":" in connection.address[0]))
+        self._security.apply_client(socket)
         connection.socket = socket
         connection.monitor = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         self._io.add(connection.monitor, lambda monitor: self._disconnected(connection, monitor))

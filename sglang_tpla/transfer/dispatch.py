@@ -7,7 +7,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sglang_tpla.transfer import frames
-from sglang_tpla.transfer.sending import Lane, Mode, Stream
+from sglang_tpla.transfer.sending import Lane, Mode, Room, Stream
 from sglang_tpla.transfer.serving import PrefillServing
 from sglang_tpla.transfer.staging import Slot
 
@@ -143,8 +143,7 @@ class PrefillDispatch(PrefillServing):
         rectangle = lane.plan.rectangles[sequence]
         self._counts["chunks"] += 1
         if lane.mode is Mode.LOCAL:
-            room.shared_memory_bytes += rectangle.payload_bytes
-            self._counts["shared_memory_bytes"] += rectangle.payload_bytes
+            self._count_bytes(room, rectangle.payload_bytes, shared=True)
             for stream in load.streams:
                 self._share(lane, sequence, stream, self._agent_id, slot.offset)
             return
@@ -162,9 +161,15 @@ class PrefillDispatch(PrefillServing):
                 checksum=digest,
             )
             slot.pending += 1
-            room.wire_bytes += rectangle.payload_bytes
-            self._counts["wire_bytes"] += rectangle.payload_bytes
+            self._count_bytes(room, rectangle.payload_bytes, shared=False)
             self._io.post(self._send_chunk, stream, frames.encode(message), slot, rectangle.payload_bytes)
+
+    def _count_bytes(self, room: Room, size: int, *, shared: bool) -> None:
+        room.wire_bytes += size
+        self._counts["wire_bytes"] += size
+        if shared:
+            room.shared_memory_bytes += size
+            self._counts["shared_memory_bytes"] += size
 
     def _send_chunk(self, stream: Stream, header: bytes, slot: Slot, size: int) -> None:
         """Hand a chunk to the socket (I/O thread)."""

@@ -115,10 +115,9 @@ class DecodeFetching(DecodeDialing):
                 source.pending.add(key)
                 source.received_bytes += credit_bytes
                 entry.progress = time.monotonic()
-                if credit_bytes:
-                    entry.wire_bytes += payload.nbytes
-                    self._counts["wire_bytes"] += payload.nbytes
-                else:
+                entry.wire_bytes += payload.nbytes
+                self._counts["wire_bytes"] += payload.nbytes
+                if not credit_bytes:
                     entry.shared_memory_bytes += payload.nbytes
                     self._counts["shared_memory_bytes"] += payload.nbytes
                 self._arrivals.append(Arrival(entry, source, chunk, payload, credit_bytes, layers))

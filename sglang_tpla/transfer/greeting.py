@@ -18,6 +18,7 @@ from sglang_tpla.transfer.arena import host_identity, make_arena
 from sglang_tpla.transfer.projection import IDENTITY_HASH, projection_digest
 from sglang_tpla.transfer.registration import agreed_version, mismatch
 from sglang_tpla.transfer.rows import RowReader
+from sglang_tpla.transfer.security import ZAP_ENDPOINT, Security
 from sglang_tpla.transfer.sending import Peer, SenderProjection, Upload
 from sglang_tpla.transfer.staging import Staging, pin
 from sglang_tpla.transfer.types import CachePool, MetadataRows, TransferError
@@ -43,8 +44,11 @@ class PrefillGreeting(Agent):
         size: int,
         bind_port: int = 0,
         host_id: str | None = None,
+        security: Security | None = None,
         logger: logging.Logger | None = None,
     ) -> None:
+        self._security = security if security is not None else Security.from_environment(self.role)
+        self._security.check(bind_host, "listening on")
         super().__init__(settings, rank, size, logger)
         self._pool, self._metadata, self._model_hash = pool, metadata, model_hash
         row_bytes = (pool.latent_dim + pool.rope_dim) * pool.dtype.itemsize
@@ -74,6 +78,11 @@ class PrefillGreeting(Agent):
         self._router.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self._router.setsockopt(zmq.ROUTER_HANDOVER, 1)
         self._router.setsockopt(zmq.IPV6, int(":" in bind_host))
+        self._security.apply_server(self._router)
+        if self._security.secret is not None:
+            guard = self._io.context.socket(zmq.REP)
+            guard.bind(ZAP_ENDPOINT)
+            self._io.add(guard, self._authenticate)
         try:
             self._router.bind(endpoint(bind_host, bind_port or "*"))
         except zmq.ZMQError as error:
@@ -96,6 +105,13 @@ class PrefillGreeting(Agent):
         super().close()
         if self._arena is not None:
             self._arena.close()
+
+    def _authenticate(self, guard: zmq.Socket) -> None:
+        """Answer ZMQ's question whether a key may connect (I/O thread)."""
+        reply, known = self._security.answer(guard.recv_multipart())
+        if not known:
+            self._drop("refused", "a connection with a key that is not in the allow-list")
+        guard.send_multipart(reply)
 
     # Messages in (I/O thread)
 

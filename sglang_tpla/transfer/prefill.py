@@ -22,8 +22,8 @@ class PrefillAgent(PrefillDispatch):
     """Serves one prefill rank's latent cache to decode ranks.
 
     ``PrefillAgent(pool, metadata, *, model_hash, settings, bind_host, rank, size, bind_port=0,
-    host_id=None, logger=None)``; listens on ``address`` (a port that the system chose, where ``bind_port`` is
-    0) from construction to `close`.
+    host_id=None, security=None, logger=None)``; listens on ``address`` (a port that the system chose, where
+    ``bind_port`` is 0) from construction to `close`.
     """
 
     def open_room(self, room: int) -> None:
@@ -160,6 +160,7 @@ class PrefillAgent(PrefillDispatch):
                 staging_used_bytes=self._staging.used_bytes,
                 staging_limit_bytes=self._staging.limit_bytes,
                 threads_alive=int(self._io.thread.is_alive()) + int(self._worker.is_alive()),
+                transfer_seconds=self._transfer_seconds,
                 **self._counts,
             )
 

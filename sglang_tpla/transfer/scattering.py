@@ -10,6 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from sglang_tpla.transfer import frames
+from sglang_tpla.transfer.agent import seconds_since
 from sglang_tpla.transfer.chunks import Part
 from sglang_tpla.transfer.fetching import DecodeFetching
 from sglang_tpla.transfer.receiving import Arrival, Kept, Room
@@ -122,3 +123,4 @@ class DecodeScattering(DecodeFetching):
                     self._put(source.connection, frames.Done(entry.room, entry.generation))
             self._end(entry, RoomState.SUCCESS, "")
             self._counts["rooms_succeeded"] += 1
+            self._transfer_seconds += seconds_since(entry.requested, entry.ended)

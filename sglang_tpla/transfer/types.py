@@ -178,7 +178,10 @@ class MetadataRows:
 
 @dataclass(frozen=True)
 class TransferMetric:
-    """One room so far: payload bytes on the wire, seconds from first send (or request) to the end."""
+    """One room so far: payload bytes that moved (on prefill once for each host), how many of them through
+    shared memory instead of the network, seconds from first send (or request) to the end, chunks, tokens,
+    resends.
+    """
 
     wire_bytes: int = 0
     shared_memory_bytes: int = 0
@@ -213,3 +216,4 @@ class AgentStats:
     rooms_failed: int = 0
     projections_computed: int = 0
     internal_errors: int = 0
+    transfer_seconds: float = 0.0

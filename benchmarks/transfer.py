@@ -1,0 +1,454 @@
+"""How fast a latent cache moves from a prefill to a decode process on loopback, beside what else could move
+it.
+
+One run measures, for each length and interleaved so that a busy machine hurts all alike (the best of the
+repetitions counts):
+
+    agent, two hosts   the transfer agents over TCP, as between machines: gather, checksum, send, check,
+    scatter agent, one host    the same through shared memory, ZMQ for control only raw TCP            one
+    socket moving the same bytes between two buffers cp through shm     the same bytes copied into shared
+    memory by one process, then out of it by another memcpy             one copy of the same bytes in one
+    process mooncake, NIXL     the engines' own TCP write between registered, contiguous buffers, where they
+    are installed
+
+Rows are V3-shaped (512 + 64 values, bfloat16); layers are as many of 61 as fit in --memory-gib a process.
+Pages are scattered in runs of 64 tokens. Writes a table, and JSON to --out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import mmap
+import multiprocessing
+import os
+import platform
+import resource
+import socket
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import engines
+import numpy as np
+import torch
+
+from sglang_tpla.config import Settings
+from sglang_tpla.transfer.decode import DecodeAgent
+from sglang_tpla.transfer.prefill import PrefillAgent
+from sglang_tpla.transfer.projection import Projection
+from sglang_tpla.transfer.types import CachePool, MetadataRows, RoomState
+
+LATENT, ROPE, LAYERS, PAGE = 512, 64, 61, 64
+ROW_BYTES = 2 * (LATENT + ROPE)
+PIECE = 4 << 20
+SETTINGS = Settings(role="prefill", peer_timeout_s=60.0)
+
+
+def cpu_seconds() -> float:
+    """Processor time of this process, all threads."""
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_utime + usage.ru_stime
+
+
+def random_bytes(size: int) -> np.ndarray:
+    """Bytes that no layer below can make cheap (uint8)."""
+    block = np.random.default_rng(0).integers(0, 256, PIECE, dtype=np.uint8)
+    return np.resize(block, size)
+
+
+# Children: each serves commands from a pipe and answers with (seconds, cpu_seconds) or a value.
+
+
+def prefill_child(pipe: Connection, tokens: int, layers: int) -> None:
+    """A prefill agent with random rows."""
+    torch.set_num_threads(1)
+    rows = torch.from_numpy(random_bytes(tokens * ROW_BYTES)).view(torch.bfloat16).view(tokens, LATENT + ROPE)
+    pool = CachePool([rows.clone() for _ in range(layers)], LATENT, ROPE, PAGE)
+    metadata = MetadataRows([np.zeros((8, 64), dtype=np.uint8)])
+    agent = PrefillAgent(
+        pool, metadata, model_hash="bench", settings=SETTINGS, bind_host="127.0.0.1", rank=0, size=1
+    )
+    pipe.send(agent.address)
+    while (command := pipe.recv()) is not None:
+        room, pages = command
+        agent.open_room(room)
+        while agent.poll(room) != RoomState.WAITING:
+            time.sleep(0.0002)
+        before, start = cpu_seconds(), time.perf_counter()
+        agent.send(room, pages, last=True, metadata_row=0)
+        while not agent.poll(room).ended:
+            time.sleep(0.0002)
+        seconds = time.perf_counter() - start
+        assert agent.poll(room) == RoomState.SUCCESS, agent.failure(room)
+        pipe.send((seconds, cpu_seconds() - before))
+        agent.close_room(room)
+    agent.close()
+
+
+def decode_child(pipe: Connection, tokens: int, layers: int, port: int, host_id: str | None) -> None:
+    """A decode agent with an empty pool."""
+    torch.set_num_threads(1)
+    pool = CachePool(
+        [torch.ones(tokens, LATENT + ROPE, dtype=torch.bfloat16) for _ in range(layers)], LATENT, ROPE, PAGE
+    )
+    metadata = MetadataRows([np.zeros((8, 64), dtype=np.uint8)])
+    agent = DecodeAgent(
+        pool,
+        metadata,
+        None,
+        model_hash="bench",
+        settings=SETTINGS,
+        rank=0,
+        size=1,
+        groups=1,
+        host_id=host_id,
+    )
+    pipe.send("ready")
+    while (command := pipe.recv()) is not None:
+        room, pages = command
+        agent.open_room(room, [("127.0.0.1", port, False)])
+        while agent.poll(room) == RoomState.BOOTSTRAPPING:
+            time.sleep(0.0002)
+        before = cpu_seconds()
+        agent.request(room, pages, metadata_row=0, expected_ranks=1)
+        while not agent.poll(room).ended:
+            time.sleep(0.001)
+        assert agent.poll(room) == RoomState.SUCCESS, agent.failure(room)
+        pipe.send(cpu_seconds() - before)
+        agent.close_room(room)
+    agent.close()
+
+
+def socket_child(pipe: Connection, size: int) -> None:
+    """The receiving end of the raw socket."""
+    target = random_bytes(size)
+    server = socket.create_server(("127.0.0.1", 0))
+    pipe.send(server.getsockname()[1])
+    stream, _ = server.accept()
+    with server, stream:
+        while (want := pipe.recv()) is not None:
+            before, view, got = cpu_seconds(), memoryview(target), 0
+            while got < want:
+                got += stream.recv_into(view[got : min(want, got + PIECE)])
+            stream.sendall(b"k")
+            pipe.send(cpu_seconds() - before)
+
+
+def copy_child(pipe: Connection, descriptor_path: str, size: int) -> None:
+    """Copies out of shared memory into its own."""
+    target = random_bytes(size)
+    with open(descriptor_path, "rb") as file:
+        shared = np.frombuffer(mmap.mmap(file.fileno(), size, prot=mmap.PROT_READ), dtype=np.uint8)
+    int(shared[:: mmap.PAGESIZE].sum())  # mapped page by page once, not in the measurement
+    pipe.send("ready")
+    while (want := pipe.recv()) is not None:
+        before = cpu_seconds()
+        np.copyto(target[:want], shared[:want])
+        pipe.send(cpu_seconds() - before)
+
+
+class Child:
+    """A process and the pipe to it."""
+
+    def __init__(self, target: Callable[..., None], *args: Any) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.pipe, other = context.Pipe()
+        self.process = context.Process(target=target, args=(other, *args), daemon=True)
+        self.process.start()
+        other.close()
+        self.first = self.pipe.recv()
+
+    def end(self) -> None:
+        """Tell it to stop and wait."""
+        with contextlib.suppress(BrokenPipeError):
+            self.pipe.send(None)
+        self.process.join(10)
+        if self.process.is_alive():
+            self.process.kill()
+            self.process.join()
+
+
+Measure = Callable[[int], tuple[float, float]]
+
+
+class Bench:
+    """All contestants, set up once for the largest size; each measures (wall seconds, CPU seconds) for a
+    length.
+    """
+
+    def __init__(self, tokens: int, layers: int, stack: contextlib.ExitStack) -> None:
+        self.layers, self.size = layers, tokens * layers * ROW_BYTES
+        self.stack, self.room = stack, 0
+        self.pages = np.random.default_rng(1).permutation(tokens // PAGE).astype(np.int32)
+        self.measures: dict[str, Measure] = {}
+        prefill = self.child(prefill_child, tokens, layers)
+        port = prefill.first[1]
+        for name, host_id in (("agent, two hosts", "far"), ("agent, one host", None)):
+            decode = self.child(decode_child, tokens, layers, port, host_id)
+            self.measures[name] = lambda count, decode=decode: self.agent(prefill, decode, count)
+        source = random_bytes(self.size)
+        self.measures["raw TCP"] = self.raw_tcp(source)
+        self.measures["cp through shm"] = self.shared_copy(source)
+        target = random_bytes(self.size)
+        self.measures["memcpy"] = lambda count: self.timed(
+            lambda: np.copyto(target[: self.bytes(count)], source[: self.bytes(count)])
+        )
+        self.missing: dict[str, str] = {}
+        for name, make in (("mooncake", engines.mooncake), ("NIXL", engines.nixl)):
+            try:
+                self.measures[name] = make(self.child, source, self.size, self.bytes)
+            except engines.NotHere as error:
+                self.missing[name] = str(error)
+
+    def child(self, target: Callable[..., None], *args: Any) -> Child:
+        """A child that ends with the run."""
+        item = Child(target, *args)
+        self.stack.callback(item.end)
+        return item
+
+    def bytes(self, tokens: int) -> int:
+        """Payload of a length."""
+        return tokens * self.layers * ROW_BYTES
+
+    @staticmethod
+    def timed(work: Callable[[], object]) -> tuple[float, float]:
+        """Wall and CPU seconds."""
+        before, start = cpu_seconds(), time.perf_counter()
+        work()
+        return time.perf_counter() - start, cpu_seconds() - before
+
+    def agent(self, prefill: Child, decode: Child, tokens: int) -> tuple[float, float]:
+        """One room."""
+        self.room += 1
+        count = tokens // PAGE
+        prefill.pipe.send((self.room, self.pages[:count]))
+        decode.pipe.send((self.room, self.pages[::-1][:count].copy()))
+        seconds, cpu = prefill.pipe.recv()
+        return seconds, cpu + decode.pipe.recv()
+
+    def raw_tcp(self, source: np.ndarray) -> Measure:
+        """One connection, large pieces, and one byte back at the end."""
+        child = self.child(socket_child, self.size)
+        stream = self.stack.enter_context(socket.create_connection(("127.0.0.1", child.first)))
+        view = memoryview(source)
+
+        def send(size: int) -> None:
+            for start in range(0, size, PIECE):
+                stream.sendall(view[start : min(size, start + PIECE)])
+            assert stream.recv(1) == b"k"
+
+        def measure(tokens: int) -> tuple[float, float]:
+            child.pipe.send(self.bytes(tokens))
+            seconds, cpu = self.timed(lambda: send(self.bytes(tokens)))
+            return seconds, cpu + child.pipe.recv()
+
+        return measure
+
+    def shared_copy(self, source: np.ndarray) -> Measure:
+        """Into an anonymous shared file, then out of it elsewhere."""
+        file = os.memfd_create("bench")
+        self.stack.callback(os.close, file)
+        os.ftruncate(file, self.size)
+        shared = np.frombuffer(mmap.mmap(file, self.size), dtype=np.uint8)
+        shared[:: mmap.PAGESIZE] = 1
+        child = self.child(copy_child, f"/proc/{os.getpid()}/fd/{file}", self.size)
+
+        def measure(tokens: int) -> tuple[float, float]:
+            size = self.bytes(tokens)
+            elsewhere = 0.0
+
+            def both() -> None:
+                nonlocal elsewhere
+                np.copyto(shared[:size], source[:size])
+                child.pipe.send(size)
+                elsewhere = child.pipe.recv()
+
+            seconds, cpu = self.timed(both)
+            return seconds, cpu + elsewhere
+
+        return measure
+
+
+def wire_values(ranks: int, groups: int, shared: int, host_id: str | None) -> float:
+    """Values a token and layer that travel (or lie in shared memory) for all ranks of one host."""
+    tokens, width = 1024, shared + -(-(LATENT - shared) // groups)
+    pool = CachePool([torch.randn(tokens, LATENT + ROPE).bfloat16() for _ in range(2)], LATENT, ROPE, PAGE)
+    metadata = MetadataRows([np.zeros((1, 64), dtype=np.uint8)])
+    settings = replace(SETTINGS, chunk_bytes=1 << 18, staging_bytes=16 << 20)
+    shared_columns = torch.randn(LATENT, shared)
+    projections = [
+        Projection([torch.cat((shared_columns, torch.randn(LATENT, width - shared)), 1)] * 2, [shared] * 2)
+        for _ in range(groups)
+    ]
+    pages = np.arange(tokens // PAGE, dtype=np.int32)
+    with contextlib.ExitStack() as stack:
+        prefill = stack.enter_context(
+            contextlib.closing(
+                PrefillAgent(
+                    pool, metadata, model_hash="", settings=settings, bind_host="127.0.0.1", rank=0, size=1
+                )
+            )
+        )
+        prefill.open_room(1)
+        agents = []
+        for rank in range(ranks):
+            z = projections[rank % groups] if groups > 1 else None
+            rows = (width if groups > 1 else LATENT) + ROPE
+            mine = CachePool([torch.zeros(tokens, rows).bfloat16() for _ in range(2)], LATENT, ROPE, PAGE)
+            own = MetadataRows([np.zeros((1, 64), dtype=np.uint8)])
+            agent = DecodeAgent(
+                mine,
+                own,
+                z,
+                model_hash="",
+                settings=settings,
+                rank=rank,
+                size=ranks,
+                groups=groups,
+                host_id=host_id,
+            )
+            agents.append(stack.enter_context(contextlib.closing(agent)))
+            agent.open_room(1, [(*prefill.address, False)])
+            agent.request(1, pages, metadata_row=0, expected_ranks=ranks)
+        prefill.send(1, pages, last=True, metadata_row=0)
+        done = threading.Event()
+        while not done.wait(0.001):
+            if all(agent.poll(1).ended for agent in (prefill, *agents)):
+                done.set()
+        assert prefill.poll(1) == RoomState.SUCCESS, prefill.failure(1)
+        metric = prefill.metric(1)
+        return metric.wire_bytes / (2 * 2 * tokens)
+
+
+def memory_bytes(limit_gib: float) -> int:
+    """What one process may hold: the limit, or an eighth of what is free."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable"):
+            return min(int(limit_gib * 2**30), int(line.split()[1]) * 1024 // 8)
+    return int(limit_gib * 2**30)
+
+
+def machine() -> dict[str, Any]:
+    """Where the numbers were read."""
+    cpu = next(
+        (
+            line.split(":", 1)[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ),
+        platform.processor(),
+    )
+    return {
+        "cpu": cpu,
+        "cores": len(os.sched_getaffinity(0)),
+        "load_average": os.getloadavg()[0],
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+    }
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 4096, 16384, 65536])
+    parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--without", nargs="+", default=[], help="contestants to leave out")
+    parser.add_argument("--memory-gib", type=float, default=1.0)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "out" / "transfer.json")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    most = max(args.tokens)
+    layers = max(1, min(LAYERS, memory_bytes(args.memory_gib) // (most * ROW_BYTES)))
+    if layers < LAYERS:
+        print(f"{layers} of {LAYERS} layers: memory for {most} tokens is limited (--memory-gib)")
+    rows: list[dict[str, Any]] = []
+    with contextlib.ExitStack() as stack:
+        bench = Bench(most, layers, stack)
+        for tokens in args.tokens:
+            best: dict[str, tuple[float, float]] = {}
+            for _ in range(args.repeat):
+                for name, measure in bench.measures.items():
+                    if name in args.without:
+                        continue
+                    best[name] = min(best.get(name, (float("inf"), 0.0)), measure(tokens))
+            gigabytes = bench.bytes(tokens) / 1e9
+            for name, (seconds, cpu) in best.items():
+                rows.append(
+                    {
+                        "contestant": name,
+                        "tokens": tokens,
+                        "bytes": bench.bytes(tokens),
+                        "seconds": seconds,
+                        "goodput_gb_s": gigabytes / seconds,
+                        "cpu_s_per_gb": cpu / gigabytes,
+                    }
+                )
+                print(
+                    f"{tokens:>6} tokens  {name:<17} {seconds * 1000:9.2f} ms "
+                    f"{gigabytes / seconds:7.2f} GB/s "
+                    f"{cpu / gigabytes:6.2f} CPU s/GB"
+                )
+        missing = bench.missing
+    goodput = {row["contestant"]: row["goodput_gb_s"] for row in rows if row["tokens"] == most}
+    far, near = goodput["agent, two hosts"], goodput["agent, one host"]
+    counts = [
+        {
+            "ranks": 8,
+            "groups": groups,
+            "shared": shared,
+            "host": place,
+            "values": wire_values(8, groups, shared, host),
+        }
+        for groups, shared in ((1, 0), (2, 128), (4, 128), (8, 64), (2, 0))
+        for place, host in (("other host", "far"), ("this host", None))
+    ]
+    for row in counts:
+        print(
+
+                f"{row['values']:7.1f} values a token for 8 ranks of {row['host']}, "
+                f"g={row['groups']}, r={row['shared']}"
+
+        )
+
+    def over(name: str, ours: float) -> float | None:
+        return ours / goodput[name] if name in goodput else None
+
+    result = {
+        "goodput_over_raw_tcp": over("raw TCP", far),
+        "goodput_over_memcpy": over("cp through shm", near),
+        "goodput_over_single_memcpy": over("memcpy", near),
+        "goodput_over_mooncake": over("mooncake", far),
+        "goodput_over_nixl": over("NIXL", far),
+        "one_host_goodput_over_raw_tcp": over("raw TCP", near),
+        "wire_values_per_token": next(
+            row["values"]
+            for row in counts
+            if (row["groups"], row["shared"], row["host"]) == (2, 128, "other host")
+        ),
+        "wire_values": counts,
+        "tokens": most,
+        "layers": layers,
+        "layers_of_model": LAYERS,
+        "row_bytes": ROW_BYTES,
+        "repetitions": args.repeat,
+        "not_installed": missing,
+        "machine": machine(),
+        "measurements": rows,
+    }
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(result, indent=1) + "\n")
+    for name in [key for key in result if key.startswith("goodput") or key == "wire_values_per_token"]:
+        print(f"{name}: {result[name] if result[name] is None else round(result[name], 3)}")
+    for name, why in missing.items():
+        print(f"{name} was not measured: {why}")
+    print(f"written to {args.out}")
+
+
+if __name__ == "__main__":
+    main()

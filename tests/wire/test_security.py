@@ -1,0 +1,101 @@
+"""Keys: allowed ones transfer as without, all others are refused and counted; plain TCP only on loopback."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+import pytest
+
+from sglang_tpla.transfer import keys
+from sglang_tpla.transfer.decode import DecodeAgent
+from sglang_tpla.transfer.prefill import PrefillAgent
+from sglang_tpla.transfer.security import INSECURE_VARIABLE, KEYS_VARIABLE, Security
+from sglang_tpla.transfer.types import RoomState, TransferError
+from tests.wire import rig
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Keys, named by the environment."""
+    keys.main([str(tmp_path / "keys")])
+    monkeypatch.setenv(KEYS_VARIABLE, str(tmp_path / "keys"))
+    return tmp_path / "keys"
+
+
+def fetch(prefill: rig.PrefillRank, decode: rig.DecodeRank, room: int) -> RoomState:
+    """Try one transfer."""
+    prefill.agent.open_room(room)
+    decode.agent.open_room(room, [prefill.peer])
+    rig.wait(lambda: decode.agent.poll(room) != RoomState.BOOTSTRAPPING, "registration")
+    if decode.agent.poll(room) == RoomState.FAILED:
+        return RoomState.FAILED
+    decode.agent.request(room, rig.pages(1, 9), metadata_row=0, expected_ranks=1)
+    prefill.agent.send(room, rig.pages(2, 9), last=True, metadata_row=0)
+    return rig.ended(decode.agent, room)
+
+
+def test_allowed_keys_transfer(folder: Path) -> None:
+    prefill, decode = rig.prefill_rank(), rig.decode_rank(host="far")
+    with contextlib.closing(prefill.agent), contextlib.closing(decode.agent):
+        assert fetch(prefill, decode, 1) == RoomState.SUCCESS, decode.agent.failure(1)
+        rig.check_rows(prefill, decode, rig.pages(2, 9), rig.pages(1, 9), 9 * rig.PAGE)
+
+
+def test_other_keys_and_no_keys_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prefill = rig.prefill_rank()
+    with contextlib.closing(prefill.agent):
+        (folder / "decode.secret").unlink()
+        keys.main([str(folder), "--decode", "stranger"])
+        text = (folder / "stranger.secret").read_text()
+        (folder / "decode.secret").write_text(text)  # a key made after prefill read its allow-list
+        (folder / "decode.secret").chmod(0o600)
+        stranger = rig.decode_rank()
+        monkeypatch.delenv(KEYS_VARIABLE)
+        bare = rig.decode_rank()
+        for decode in (stranger, bare):
+            with contextlib.closing(decode.agent):
+                assert fetch(prefill, decode, 1) == RoomState.FAILED
+                prefill.agent.close_room(1)
+        assert prefill.agent.stats().refused >= 1
+        assert prefill.agent.stats().peers == 0
+
+
+def test_decode_refuses_a_prefill_rank_with_another_key(folder: Path, tmp_path: Path) -> None:
+    keys.main([str(tmp_path / "others")])
+    decode = rig.decode_rank()
+    (folder / "prefill.secret").unlink()
+    (folder / "prefill.secret").write_text((tmp_path / "others" / "prefill.secret").read_text())
+    (folder / "prefill.secret").chmod(0o600)
+    prefill = rig.prefill_rank()
+    with contextlib.closing(prefill.agent), contextlib.closing(decode.agent):
+        assert fetch(prefill, decode, 1) == RoomState.FAILED
+
+
+def test_plain_tcp_beyond_loopback_needs_the_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    prefill, decode = rig.prefill_rank(), rig.decode_rank()
+    fields = {"model_hash": "model", "settings": rig.SETTINGS, "rank": 0, "size": 1}
+    with contextlib.closing(prefill.agent), contextlib.closing(decode.agent):
+        with pytest.raises(TransferError, match=r"listening on 0\.0\.0\.0 without keys .* SGLANG_TPLA_KEYS"):
+            PrefillAgent(prefill.pool, prefill.metadata, bind_host="0.0.0.0", **fields)
+        with pytest.raises(TransferError, match=r"connecting to 192\.0\.2\.1 without keys"):
+            decode.agent.connect("192.0.2.1", 1)
+        monkeypatch.setenv(INSECURE_VARIABLE, "1")
+        open_to_all = PrefillAgent(prefill.pool, prefill.metadata, bind_host="0.0.0.0", **fields)
+        open_to_all.close()
+        other = DecodeAgent(decode.pool, decode.metadata, None, groups=1, **fields)
+        other.connect("192.0.2.1", 1)
+        other.close()
+
+
+def test_key_files_are_checked(folder: Path) -> None:
+    (folder / "decode.secret").chmod(0o644)
+    with pytest.raises(TransferError, match="can be read by others; run `chmod 600"):
+        Security.from_environment("decode")
+    (folder / "decode.secret").chmod(0o600)
+    (folder / "prefill.public").write_text("short\n")
+    with pytest.raises(TransferError, match=r"expected 40 characters \(z85\), got 5"):
+        Security.from_environment("decode")
+    (folder / "allowed").unlink()
+    with pytest.raises(TransferError, match="expected the decode keys to serve"):
+        Security.from_environment("prefill")
