@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import re
+from pathlib import Path
 
 from prometheus_client import CollectorRegistry
 
 from sglang_tpla.transfer.metrics import COUNTERS, GAUGES, AgentCollector, AgentPublisher
 from sglang_tpla.transfer.types import RoomState
 from tests.wire import rig
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_series_after_a_transfer_to_two_ranks() -> None:
@@ -43,3 +48,15 @@ def test_series_after_a_transfer_to_two_ranks() -> None:
         for name in COUNTERS:
             labels = {"role": "prefill", "rank": "0"}
             assert read.get_sample_value(f"sglang_tpla:{name}_total", labels) is not None
+
+
+def test_dashboard_asks_for_series_that_exist() -> None:
+    dashboard = json.loads((ROOT / "launch" / "monitoring" / "dashboard.json").read_text())
+    asked = {
+        name
+        for panel in dashboard["panels"]
+        for target in panel["targets"]
+        for name in re.findall(r"sglang_tpla:(\w+)", target["expr"])
+    }
+    assert asked <= {*GAUGES, *(f"{name}_total" for name in COUNTERS)}
+    assert len(asked) > 15
