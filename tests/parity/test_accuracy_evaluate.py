@@ -1,0 +1,216 @@
+"""The evaluation: each figure against a direct computation, the command, and two live endpoints."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pytest
+import torch
+
+from sglang_tpla.calibrate.artifact import Artifact
+from sglang_tpla.evaluate.decode_error import compare, model_maps
+from sglang_tpla.evaluate.endpoints import EndpointError, compare_endpoints, partial_kl
+from sglang_tpla.evaluate.generate import generate, long_answers
+from sglang_tpla.evaluate.layers import kl_alone, layer_errors
+from sglang_tpla.models.plain import PlainModel
+
+ROOT = Path(__file__).resolve().parents[2]
+NANO = ROOT / "examples" / "nano-mla"
+SHIPPED = ROOT / "examples" / "artifacts" / "nano-mla-g2.safetensors"
+
+
+@pytest.fixture(scope="module")
+def model() -> PlainModel:
+    return PlainModel(str(NANO))
+
+
+@pytest.fixture(scope="module")
+def maps(model: PlainModel):
+    return model_maps(Artifact.load(SHIPPED), model)
+
+
+@pytest.fixture(scope="module")
+def tokens() -> torch.Tensor:
+    return torch.randint(3, 4096, (2, 80), generator=torch.Generator().manual_seed(0))
+
+
+def test_figures_equal_torch_s_own(tokens: torch.Tensor) -> None:
+    generator = torch.Generator().manual_seed(1)
+    exact, found = torch.randn(2, 1, 7, 11, generator=generator).log_softmax(-1)
+    following = torch.randint(0, 11, (1, 6), generator=generator)
+    kl, nll_exact, nll_found, same = compare(exact, found, following)
+    p, q = torch.distributions.Categorical(logits=exact), torch.distributions.Categorical(logits=found)
+    torch.testing.assert_close(kl, torch.distributions.kl_divergence(p, q))
+    for nll, logprobs in ((nll_exact, exact), (nll_found, found)):
+        expected = torch.nn.functional.nll_loss(logprobs[0, :-1], following[0], reduction="none")
+        torch.testing.assert_close(nll[0, :-1], expected)
+        assert nll[0, -1].isnan()
+    assert torch.equal(same, exact.argmax(-1) == found.argmax(-1))
+
+
+def test_layer_errors_are_of_the_layer_s_attention(model: PlainModel, maps, tokens: torch.Tensor) -> None:
+    seen = {}
+
+    def observe(layer, inputs, out) -> None:
+        seen[layer] = (inputs, out)
+
+    model.hidden_states(tokens[:1], observer=observe)
+    errors = layer_errors(model, maps, tokens[:1], 40, queries=40)
+    for error in errors:
+        inputs, exact = seen[error.layer]
+        sliced = model.layers[error.layer].attention(inputs, maps[error.layer], 40)
+        wrong = (sliced - exact)[0, 40:].pow(2).sum() / exact[0, 40:].pow(2).sum()
+        assert error.output == pytest.approx(wrong.item(), rel=1e-3)
+        assert len(error.heads) == 8
+
+
+def test_layers_alone_and_together(model: PlainModel, maps, tokens: torch.Tensor) -> None:
+    alone = kl_alone(model, maps, tokens, 40)
+    hidden = model.hidden_states(tokens, maps=[None, None, maps[2], None], prompt_tokens=40)
+    exact = model.forward(tokens)[:, 40:].log_softmax(-1)
+    found = model.logits(hidden)[:, 40:].log_softmax(-1)
+    expected = (exact.exp() * (exact - found)).sum(-1).mean().item()
+    assert alone[2] == pytest.approx(expected, rel=1e-3, abs=1e-7)
+
+
+def test_generation_is_greedy_and_sampling_is_seeded(model: PlainModel, tokens: torch.Tensor) -> None:
+    prompts = tokens[:, :20]
+    text = generate(model, prompts, 12)
+    assert torch.equal(text[:, :20], prompts)
+    # each token is what a whole forward of the text before it would choose
+    assert torch.equal(model.forward(text).argmax(-1)[:, 19:-1], text[:, 20:])
+    one, two = (generate(model, prompts, 12, temperature=1.0, seed=seed) for seed in (1, 2))
+    assert torch.equal(one, generate(model, prompts, 12, temperature=1.0, seed=1))
+    assert not torch.equal(one, two)
+
+
+def test_agreement_is_where_a_greedy_tpla_answer_departs(model: PlainModel, maps, tokens) -> None:
+    answer = long_answers(model, maps, tokens[:, :30], 24)
+    for row in range(2):
+        # decode greedily through the slices, one whole pass a token
+        mla, tpla = tokens[row : row + 1, :30], tokens[row : row + 1, :30]
+        mla = generate(model, mla, 24)
+        agreed = 0
+        for step in range(24):
+            hidden = model.hidden_states(
+                torch.cat([tpla, mla[:, 30 + step : 31 + step]], 1), maps=maps, prompt_tokens=30
+            )
+            # the token after position 30 + step is the first that decoding chose
+            chosen = model.logits(hidden[:, -1]).argmax(-1, keepdim=True)
+            tpla = torch.cat([tpla, mla[:, 30 + step : 31 + step]], 1)
+            exact = model.forward(mla[:, : 31 + step])[:, -1].argmax(-1, keepdim=True)
+            if not torch.equal(chosen, exact):
+                break
+            agreed += 1
+        assert answer.agreement_tokens[row] == agreed
+
+
+def test_command_writes_json_and_a_page_with_plots(tmp_path: Path) -> None:
+    command = [
+        *(sys.executable, "-m", "sglang_tpla.evaluate", "--model-path", NANO, "--artifact", SHIPPED),
+        *("--tokens", "128", "--prompt-tokens", "64", "--continuation-tokens", "64", "--long-tokens", "16"),
+        *("--long-answers", "2", "--needle-tokens", "128", "--needle-cases", "1", "--out", tmp_path),
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, env=environment, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "evaluation.json").read_text())
+    assert found["report"]["tokens"] == 128
+    assert found["report"]["kl_mean"] > 0
+    assert [row["layer"] for row in found["layers"]] == [0, 1, 2, 3]
+    assert [row["temperature"] for row in found["long_answers"]] == [0.0, 1.0]
+    assert [row["depth"] for row in found["needles"]] == [0.1, 0.5, 0.9]
+    assert sum(b["last"] - b["first"] + 1 for b in found["by_position"]) == 64
+    page = (tmp_path / "evaluation.html").read_text()
+    assert page.count("data:image/png;base64,") == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([], "--model-path and --artifact"),
+        (["--stock-url", "http://127.0.0.1:9"], "both --stock-url and --tpla-url"),
+        (["--model-path", NANO, "--artifact", "/nonexistent"], "expected an artifact file"),
+        (["--stock-url", "http://127.0.0.1:9", "--tpla-url", "http://127.0.0.1:9"], "did not answer"),
+    ],
+)
+def test_bad_input_is_one_clear_error(arguments, says: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "sglang_tpla.evaluate", *map(str, arguments), "--out", str(tmp_path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 2
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+class _Server:
+    """A loopback server that answers /generate with a fixed list of tokens and alternatives."""
+
+    def __init__(self, tokens: list[int], tops: list[dict[int, float]]) -> None:
+        meta = {
+            "output_token_logprobs": [[tops[i][t], t, None] for i, t in enumerate(tokens)],
+            "output_top_logprobs": [[[lp, t, None] for t, lp in top.items()] for top in tops],
+        }
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                length = int(self.headers["Content-Length"])
+                asked = json.loads(self.rfile.read(length))
+                good = asked["return_logprob"] and asked["sampling_params"]["temperature"] == 0
+                body = json.dumps({"text": "", "meta_info": meta if good else {}}).encode()
+                self.send_response(200)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self.server = HTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        self.thread = threading.Thread(target=self.server.serve_forever)
+
+    def __enter__(self) -> _Server:
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.server.shutdown()
+        self.thread.join()
+        self.server.server_close()
+
+
+def test_endpoints_are_compared_until_they_part() -> None:
+    stock = [{1: math.log(0.6), 2: math.log(0.3)}, {1: math.log(0.5), 2: math.log(0.4)}] * 2
+    tpla = [{1: math.log(0.5), 2: math.log(0.4)}, {1: math.log(0.4), 2: math.log(0.5)}] * 2
+    with _Server([1, 1, 1, 1], stock) as ours, _Server([1, 2, 1, 1], tpla) as theirs:
+        (found,) = compare_endpoints(ours.url, theirs.url, ["x"])
+        (same,) = compare_endpoints(ours.url, ours.url, ["x"])
+    assert (found.agreement_tokens, found.departed, len(found.kl)) == (1, True, 2)
+    expected = 0.6 * math.log(0.6 / 0.5) + 0.3 * math.log(0.3 / 0.4)
+    assert found.kl[0] == pytest.approx(expected, abs=1e-9)
+    assert (same.agreement_tokens, same.departed, same.kl) == (4, False, (0.0,) * 4)
+
+
+def test_partial_kl_is_a_lower_bound() -> None:
+    generator = torch.Generator().manual_seed(3)
+    exact, found = torch.randn(2, 50, generator=generator).log_softmax(-1)
+    whole = (exact.exp() * (exact - found)).sum().item()
+    listed = [{int(t): float(lp[t]) for t in lp.topk(20).indices} for lp in (exact, found)]
+    assert 0 <= partial_kl(*listed) <= whole
+
+
+def test_a_server_without_logprobs_is_named() -> None:
+    with _Server([], []) as server:
+        server.server.RequestHandlerClass.do_POST = lambda self: self.send_error(400)  # type: ignore[attr-defined]
+        with pytest.raises(EndpointError, match="answered 400"):
+            compare_endpoints(server.url, server.url, ["x"])

@@ -1,0 +1,276 @@
+"""Learned maps, the closed-form refit, resumption after a kill, and statistics from elsewhere."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import msgspec
+import pytest
+import torch
+import torch.nn.functional as F
+
+from sglang_tpla.calibrate import run
+from sglang_tpla.calibrate.artifact import Artifact, ArtifactError
+from sglang_tpla.calibrate.attention_data import LayerData, walk
+from sglang_tpla.calibrate.learn import LearnPlan, learn_layer, output_error
+from sglang_tpla.calibrate.learned_run import learn_model
+from sglang_tpla.calibrate.refit import refit_values
+from sglang_tpla.calibrate.statistics import LayerMoments, Statistics, StatisticsError, combine
+from sglang_tpla.models.plain import PlainModel
+
+ROOT = Path(__file__).resolve().parents[2]
+NANO = ROOT / "examples" / "nano-mla"
+PLAN = LearnPlan(steps=12, highest_rate=2e-4, sequences=2, queries=64, first_query=64, warmup_steps=2)
+
+
+@pytest.fixture(scope="module")
+def model() -> PlainModel:
+    return PlainModel(str(NANO))
+
+
+@pytest.fixture(scope="module")
+def text(model: PlainModel) -> run.Text:
+    plan = run.TextPlan(
+        calibration_tokens=4096, held_out_tokens=128, prompt_tokens=128, continuation_tokens=128
+    )
+    return run.read_text(plan, model.checkpoint)
+
+
+@pytest.fixture(scope="module")
+def statistics(model: PlainModel, text: run.Text) -> Statistics:
+    return run.collect_statistics(model, text, 0, show_progress=False)
+
+
+@pytest.fixture(scope="module")
+def start(model: PlainModel, statistics: Statistics) -> Artifact:
+    return run.closed_form(statistics, model.checkpoint, "shared", 2, 32)
+
+
+@pytest.fixture(scope="module")
+def last_layer(model: PlainModel, text: run.Text) -> LayerData:
+    *_, (layer, data) = walk(model, text.calibration)
+    assert layer == 3
+    return data
+
+
+def test_sampled_output_error_equals_the_model_s_own_attention(
+    model: PlainModel, start: Artifact, last_layer: LayerData
+) -> None:
+    attention = model.layers[3].attention
+    maps = [start.maps(3, group) for group in range(2)]
+    positions = torch.tensor([[70, 127, 200]])
+    batch = last_layer.batch(attention, torch.tensor([5]), positions)
+    found = output_error(attention, batch, maps)
+    # the same from the forward's own attention over the whole sequence
+    inputs = next(_inputs for layer, _inputs in _attention_inputs(model, last_layer) if layer == 5)
+    exact = attention(inputs, None, 0)[0, positions[0]]
+    sliced = attention(inputs, maps, 0)[0, positions[0]]
+    expected = (sliced - exact).pow(2).sum() / exact.pow(2).sum()
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-8)
+
+
+def _attention_inputs(model: PlainModel, data: LayerData):
+    from sglang_tpla.models.plain import AttentionInputs
+
+    for row in range(data.latent.shape[0]):
+        part = slice(row, row + 1)
+        yield row, AttentionInputs(data.latent[part], data.q_nope[part], data.q_rope[part], data.k_rope[part])
+
+
+def test_learning_lowers_the_layer_s_error_and_keeps_shared_bits(
+    model: PlainModel, statistics: Statistics, start: Artifact, last_layer: LayerData
+) -> None:
+    maps = [start.maps(3, group) for group in range(2)]
+    plan = replace(PLAN, steps=60, highest_rate=4e-4, queries=96, sequences=2, warmup_steps=5)
+    learned = learn_layer(
+        model.layers[3].attention, last_layer, maps, 32, statistics.layers[3].covariance, plan, 3
+    )
+    assert learned.error_after < 0.97 * learned.error_before
+    (first, _, _), (second, _, _) = learned.maps
+    assert torch.equal(first[:, :32], second[:, :32])
+    assert not torch.equal(first[:, 32:], second[:, 32:])
+
+
+def test_a_layer_that_would_get_worse_or_is_exact_stays(
+    model: PlainModel, statistics: Statistics, start: Artifact, last_layer: LayerData
+) -> None:
+    attention, covariance = model.layers[3].attention, statistics.layers[3].covariance
+    maps = [start.maps(3, group) for group in range(2)]
+    wild = replace(PLAN, rate=50.0, highest_rate=50.0)
+    kept = learn_layer(attention, last_layer, maps, 32, covariance, wild, 3)
+    assert kept.error_after == kept.error_before
+    for ours, theirs in zip(kept.maps, maps, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(ours, theirs, strict=True))
+    eye = torch.eye(128)
+    exact = learn_layer(attention, last_layer, [(eye, eye, eye / 2)] * 2, 128, covariance, PLAN, 3)
+    assert exact.error_before < 1e-8
+
+
+def test_refit_is_least_squares(model: PlainModel, start: Artifact, last_layer: LayerData) -> None:
+    attention = model.layers[3].attention
+    maps = [start.maps(3, group) for group in range(2)]
+    generator = torch.Generator().manual_seed(0)
+    batches = [
+        last_layer.sample(attention, generator, sequences=2, queries=32, first_query=64) for _ in range(6)
+    ]
+    refitted, before, after = refit_values(attention, batches, maps, iterations=15)
+    assert after < before
+    direct = sum(_squares(attention, batch, refitted)[0] for batch in batches)
+    energy = sum(_squares(attention, batch, refitted)[1] for batch in batches)
+    assert direct / energy == pytest.approx(after, rel=1e-3)
+    for (z, a, _), (new_z, new_a, _) in zip(maps, refitted, strict=True):
+        assert torch.equal(z, new_z)
+        assert torch.equal(a, new_a)
+    # no small change of B does better along its own gradient: conjugate gradients went past the first descent
+    _, _, further = refit_values(attention, batches, maps, iterations=30)
+    assert further <= after
+
+
+def _squares(attention, batch, maps) -> tuple[float, float]:
+    scale = attention.spec.scale
+    rope = batch.rope_scores(scale)
+    latent = batch.latent[:, None]
+    exact = (scale * batch.absorbed @ latent.transpose(-1, -2) + rope).softmax(-1) @ latent
+    found = 0
+    for z, a, b in maps:
+        scores = scale * batch.absorbed @ (latent @ z @ a).transpose(-1, -2) + rope
+        found = found + scores.softmax(-1) @ (latent @ z @ b)
+
+    def out(context: torch.Tensor) -> torch.Tensor:
+        return F.linear(torch.einsum("bhqd,hvd->bqhv", context, attention.w_uv).flatten(2), attention.o)
+
+    return (out(found) - out(exact)).pow(2).sum().item(), out(exact).pow(2).sum().item()
+
+
+def test_resumed_run_ends_with_the_same_bits(
+    model: PlainModel, statistics: Statistics, start: Artifact, text: run.Text, tmp_path: Path
+) -> None:
+    def learn(folder: Path, plan: LearnPlan = PLAN) -> Artifact:
+        return learn_model(model, start, statistics, text.calibration, plan, folder)[0]
+
+    whole = learn(tmp_path / "whole")
+    assert not (tmp_path / "whole").exists()
+    changed = [not torch.equal(whole.maps(la, 0)[1], start.maps(la, 0)[1]) for la in range(4)]
+    assert sum(changed) >= 2, "these steps must improve some layers, or this test shows nothing"
+
+    # stop after two layers, as a kill would
+    class Stop(Exception):
+        pass
+
+    done: list[int] = []
+    original = learn_layer
+
+    def stopping(*arguments, **keywords):
+        if len(done) == 2:
+            raise Stop
+        done.append(1)
+        return original(*arguments, **keywords)
+
+    import sglang_tpla.calibrate.learned_run as module
+
+    module.learn_layer = stopping
+    try:
+        with pytest.raises(Stop):
+            learn(tmp_path / "cut")
+    finally:
+        module.learn_layer = original
+    (folder,) = (tmp_path / "cut").iterdir()
+    kept = sorted(folder.iterdir())
+    assert [file.name for file in kept] == ["layer-0.safetensors", "layer-1.safetensors"]
+    resumed = learn(tmp_path / "cut")
+    assert resumed.content_hash == whole.content_hash
+    assert not (tmp_path / "cut").exists()
+
+    # a finished layer that is damaged is named, not used
+    module.learn_layer = stopping
+    done.clear()
+    try:
+        with pytest.raises(Stop):
+            learn(tmp_path / "cut")
+    finally:
+        module.learn_layer = original
+    (folder,) = (tmp_path / "cut").iterdir()
+    (folder / "layer-1.safetensors").write_bytes(b"\0" * 64)
+    with pytest.raises(ArtifactError, match="layer 1"):
+        learn(tmp_path / "cut")
+    # other settings do not touch it
+    assert learn(tmp_path / "cut", replace(PLAN, seed=1)).content_hash != whole.content_hash
+
+
+def test_killed_command_goes_on(tmp_path: Path) -> None:
+    out = tmp_path / "learned.safetensors"
+    command = [
+        *(sys.executable, "-m", "sglang_tpla.calibrate", "--model-path", NANO, "--transform", "learned"),
+        *("--learn-steps", "8", "--tokens", "1024", "--held-out-tokens", "0"),
+        *("--prompt-tokens", "128", "--continuation-tokens", "128", "--quiet"),
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen([*map(str, command), "--out", str(out)], env=environment)
+    work = tmp_path / "learned.safetensors.work"
+    try:
+        while process.poll() is None and not list(work.glob("*/layer-1.safetensors")):
+            time.sleep(0.02)  # only polls: the kill must come while layers are still missing
+        assert process.poll() is None
+        process.send_signal(signal.SIGKILL)
+    finally:
+        process.wait()
+    assert not out.exists()
+    for target in (out, tmp_path / "again.safetensors"):
+        subprocess.run([*map(str, command), "--out", str(target)], env=environment, check=True)
+    assert Artifact.load(out).content_hash == Artifact.load(tmp_path / "again.safetensors").content_hash
+    assert Artifact.load(out).meta.transform == "learned"
+    assert not work.exists()
+
+
+def test_from_statistics_alone_gives_the_same_maps(
+    model: PlainModel, statistics: Statistics, start: Artifact, tmp_path: Path
+) -> None:
+    statistics.save(tmp_path / "stats")
+    loaded = combine([Statistics.load(tmp_path / "stats")])
+    again = run.closed_form(loaded, model.checkpoint, "shared", 2, 32)
+    assert again.content_hash == start.content_hash
+
+
+def test_statistics_of_ranks_and_servers_are_put_together(statistics: Statistics) -> None:
+    def part(heads: slice, rows: float, first: int) -> Statistics:
+        layers = [
+            LayerMoments(
+                moments.latent_sum * rows,
+                moments.latent_outer * rows,
+                moments.query_outer[heads] * rows,
+                moments.latent_count * rows,
+                moments.query_count * rows,
+            )
+            for moments in statistics.layers
+        ]
+        return Statistics(msgspec.structs.replace(statistics.meta, first_head=first), layers)
+
+    joined = combine([part(slice(4, 8), 1, 4), part(slice(0, 4), 0.25, 0), part(slice(0, 4), 0.75, 0)])
+    for ours, theirs in zip(joined.layers, statistics.layers, strict=True):
+        torch.testing.assert_close(ours.covariance, theirs.covariance)
+        torch.testing.assert_close(ours.query_outer, theirs.query_outer)
+    with pytest.raises(StatisticsError, match="heads from 0"):
+        combine([part(slice(4, 8), 1, 4)])
+    other = Statistics(msgspec.structs.replace(statistics.meta, weights_hash="x" * 64), statistics.layers)
+    with pytest.raises(StatisticsError, match="different models"):
+        combine([statistics, other])
+
+
+def test_statistics_of_another_model_are_refused(model: PlainModel, statistics: Statistics) -> None:
+    other = Statistics(msgspec.structs.replace(statistics.meta, weights_hash="x" * 64), statistics.layers)
+    with pytest.raises(StatisticsError, match="collect them from this model"):
+        run.closed_form(other, model.checkpoint, "shared", 2, 32)
+
+
+def test_one_layer_at_a_time_gives_the_same_statistics(text: run.Text, statistics: Statistics) -> None:
+    frugal = PlainModel(str(NANO), resident=False)
+    found = run.collect_statistics(frugal, text, 0, show_progress=False)
+    for ours, theirs in zip(found.layers, statistics.layers, strict=True):
+        torch.testing.assert_close(ours.covariance, theirs.covariance, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(ours.query_outer, theirs.query_outer, rtol=1e-4, atol=1e-3)
