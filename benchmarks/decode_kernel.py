@@ -2,10 +2,10 @@
 
     python benchmarks/decode_kernel.py [--out FILE] [--page-size 1|64] [--layout random|linear]
 
-Each row is one attention layer of one decode step: B requests of S cached tokens, bfloat16, random data. "MLA" reads
-512 + 64 values a token with the heads that a rank has under plain tensor parallelism (H / T); TPLA reads w + 64
-with H * g / T heads. Times are medians over replays of a CUDA graph of calls, MLA and TPLA taken in turns. The plan,
-made once a step for all layers, is outside of both.
+Each row is one attention layer of one decode step: B requests of S cached tokens, bfloat16, random data.
+"MLA" reads 512 + 64 values a token with the heads that a rank has under plain tensor parallelism (H / T);
+TPLA reads w + 64 with H * g / T heads. Times are medians over replays of a CUDA graph of calls, MLA and TPLA
+taken in turns. The plan, made once a step for all layers, is outside of both.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from sglang_tpla.attention.flashinfer_paged import FlashInferDecode  # noqa: E402
-from sglang_tpla.attention.hopper_decode import HopperDecode  # noqa: E402
-from sglang_tpla.attention.interface import DecodeAttention, DecodeShape, PageTable  # noqa: E402
-from sglang_tpla.attention.reference import latent_attention  # noqa: E402
+from sglang_tpla.attention.flashinfer_paged import FlashInferDecode
+from sglang_tpla.attention.hopper_decode import HopperDecode
+from sglang_tpla.attention.interface import DecodeAttention, DecodeShape, PageTable
+from sglang_tpla.attention.reference import latent_attention
 
 SCALE = 192**-0.5
 MLA_DIM, ROPE_DIM = 512, 64
@@ -66,11 +66,17 @@ class Step:
     error: float
 
 
-def prepare(shape: DecodeShape, batch: int, tokens: int, layout: str, make: Callable[[DecodeShape], DecodeAttention]) -> Step:
-    """Random inputs, a planned backend, and its relative error against float32 on the first and last request."""
+def prepare(
+    shape: DecodeShape, batch: int, tokens: int, layout: str, make: Callable[[DecodeShape], DecodeAttention]
+) -> Step:
+    """Random inputs, a planned backend, and its relative error against float32 on the first and last
+    request.
+    """
     device = torch.device("cuda:0")
     pages = batch * tokens // shape.page_size
-    cache = torch.randn(pages * shape.page_size, shape.cache_dim, device=device, dtype=torch.float32).to(shape.dtype)
+    cache = torch.randn(pages * shape.page_size, shape.cache_dim, device=device, dtype=torch.float32).to(
+        shape.dtype
+    )
     order = torch.randperm(pages, device=device) if layout == "random" else torch.arange(pages, device=device)
     indptr = torch.arange(batch + 1, device=device, dtype=torch.int32) * (tokens // shape.page_size)
     table = PageTable.from_csr(indptr, order.to(torch.int32), shape.page_size)
@@ -115,7 +121,9 @@ def measure_row(row: Row, page_size: int, layout: str, rounds: int, calls: int) 
     device = torch.device("cuda:0")
     mla_shape = DecodeShape(MLA_DIM, row.mla_heads, ROPE_DIM, page_size=page_size)
     shape = DecodeShape(row.latent_dim, row.heads, ROPE_DIM, page_size=page_size)
-    mla = prepare(mla_shape, row.batch, row.tokens, layout, lambda s: FlashInferDecode(s, SCALE, device, "fa3"))
+    mla = prepare(
+        mla_shape, row.batch, row.tokens, layout, lambda s: FlashInferDecode(s, SCALE, device, "fa3")
+    )
     tpla = prepare(shape, row.batch, row.tokens, layout, lambda s: HopperDecode(s, SCALE, row.batch, device))
     timers = capture(mla.run, calls), capture(tpla.run, calls)
     samples: tuple[list[float], list[float]] = ([], [])
@@ -160,7 +168,7 @@ def environment() -> dict[str, str]:
     )
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": git.stdout.strip() or "unknown",
+        "commit": git.stdout.strip() if git.returncode == 0 else "unknown",
         "gpu_driver": driver.stdout.strip(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda or "none",
@@ -169,10 +177,14 @@ def environment() -> dict[str, str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "out" / "decode_kernel.json")
     parser.add_argument("--page-size", type=int, default=1, choices=(1, 64))
-    parser.add_argument("--layout", default="random", choices=("random", "linear"), help="order of the pages in memory")
+    parser.add_argument(
+        "--layout", default="random", choices=("random", "linear"), help="order of the pages in memory"
+    )
     parser.add_argument("--rounds", type=int, default=25)
     parser.add_argument("--calls", type=int, default=10, help="calls in one CUDA graph")
     args = parser.parse_args()
@@ -185,8 +197,10 @@ def main() -> None:
         rows.append(result)
         print(
             f"{row.latent_dim:<4} {row.heads:>5} ({row.mla_heads:>3})  {row.batch:>3} x {row.tokens:<8} "
-            f"{result['mla_ms']:8.4f} {result['tpla_ms']:8.4f}  {result['tpla_gb_s']:5.0f}  {result['tpla_error']:.1e}  "
-            f"{result['bytes_bound']:.2f}   {result['speedup']:.2f}   {row.bar:.2f} {'met' if result['met'] else 'MISSED'}",
+            f"{result['mla_ms']:8.4f} {result['tpla_ms']:8.4f}  {result['tpla_gb_s']:5.0f}  "
+            f"{result['tpla_error']:.1e}  "
+            f"{result['bytes_bound']:.2f}   {result['speedup']:.2f}   {row.bar:.2f} "
+            f"{'met' if result['met'] else 'MISSED'}",
             flush=True,
         )
     args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -1,1 +1,3 @@
-"""Decode attention over a paged latent cache: one interface, a PyTorch reference, FlashInfer, and our Hopper kernel."""
+"""Decode attention over a paged latent cache: one interface, a PyTorch reference, FlashInfer, and our Hopper
+kernel.
+"""

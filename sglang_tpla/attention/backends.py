@@ -1,8 +1,9 @@
 """Which backend serves which attention shape, and the refusal of every other one. Needs no GPU.
 
 A backend is listed only for shapes on which it was measured to be right (relative error against float32 under
-3e-3, on an H200). FlashInfer 0.6.15's fa2 template computes wrong numbers without a word at widths 64, 192 and 320; its
-fa3 template faults at 256, 128 and 64 and does not compile at 192 and 320. Such widths are refused here.
+3e-3, on an H200). FlashInfer 0.6.15's fa2 template computes wrong numbers without a word at widths 64, 192
+and 320; its fa3 template faults at 256, 128 and 64 and does not compile at 192 and 320. Such widths are
+refused here.
 """
 
 from __future__ import annotations
@@ -98,7 +99,8 @@ BACKENDS: tuple[Backend, ...] = (
         heads=(1, 128),
         device="compute capability 8.0 or higher",
         has_device=lambda capability: capability is not None and capability >= (8, 0),
-        why_not="FlashInfer's fa2 template silently computes wrong numbers at 64, 192 and 320, and no other was measured",
+        why_not="FlashInfer's fa2 template silently computes wrong numbers at 64, 192 and 320, "
+        "and no other was measured",
     ),
     Backend(
         name="reference",
@@ -132,7 +134,9 @@ def require(name: str, shape: DecodeShape, capability: Capability) -> None:
     objection = _BY_NAME[name].objection(shape, capability)
     if objection is not None:
         able = [b.name for b in BACKENDS if b.objection(shape, capability) is None]
-        advice = f"use {able[0]!r}" if able else "change the width (groups, shared dims), the dtype or the device"
+        advice = (
+            f"use {able[0]!r}" if able else "change the width (groups, shared dims), the dtype or the device"
+        )
         raise BackendRefusal(f"attention backend {name!r} cannot serve {shape}: {objection}; {advice}")
 
 

@@ -1,8 +1,8 @@
 """Compile CUDA source for Hopper with NVRTC, keep the binaries on disk, load and launch their kernels.
 
 NVRTC and the driver bindings (``cuda.bindings``) come with SGLang; no nvcc, host compiler or GPU is needed to
-compile. Binaries are cached under ``$SGLANG_TPLA_CACHE`` (default ``~/.cache/sglang_tpla``) by the hash of the
-source, the options and the compiler's version.
+compile. Binaries are cached under ``$SGLANG_TPLA_CACHE`` (default ``~/.cache/sglang_tpla``) by the hash of
+the source, the options and the compiler's version.
 """
 
 from __future__ import annotations
@@ -34,16 +34,19 @@ def _nvrtc(result: tuple[Any, ...], what: str) -> Any:
 
 
 def compile_cubin(source: str, defines: dict[str, int], name: str) -> tuple[bytes, str]:
-    """Compile ``source`` with ``-D`` ``defines``; returns the binary and the compiler's log (registers, spills).
+    """Compile ``source`` with ``-D`` ``defines``; returns the binary and the compiler's log (registers,
+    spills).
 
     Raises:
         KernelCompileError: with the compiler's log.
     """
-    from cuda.bindings import nvrtc
+    from cuda.bindings import nvrtc  # type: ignore[import-untyped]
 
     options = [f"--gpu-architecture={ARCHITECTURE}", "--std=c++17", "-lineinfo", "--ptxas-options=-v"]
     options += [f"-D{key}={value}" for key, value in sorted(defines.items())]
-    program = _nvrtc(nvrtc.nvrtcCreateProgram(source.encode(), name.encode(), 0, [], []), "nvrtcCreateProgram")
+    program = _nvrtc(
+        nvrtc.nvrtcCreateProgram(source.encode(), name.encode(), 0, [], []), "nvrtcCreateProgram"
+    )
     outcome = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])[0]
     log = b" " * _nvrtc(nvrtc.nvrtcGetProgramLogSize(program), "nvrtcGetProgramLogSize")
     _nvrtc(nvrtc.nvrtcGetProgramLog(program, log), "nvrtcGetProgramLog")
@@ -60,7 +63,9 @@ def cached_cubin(source: str, defines: dict[str, int], name: str) -> bytes:
     from cuda.bindings import nvrtc
 
     version = nvrtc.nvrtcVersion()[1:]
-    digest = hashlib.sha256(repr((source, sorted(defines.items()), ARCHITECTURE, version)).encode()).hexdigest()[:32]
+    digest = hashlib.sha256(
+        repr((source, sorted(defines.items()), ARCHITECTURE, version)).encode()
+    ).hexdigest()[:32]
     path = cache_folder() / f"{digest}.cubin"
     if path.exists():
         return path.read_bytes()
@@ -79,7 +84,9 @@ def _driver(result: tuple[Any, ...], what: str) -> Any:
 
 
 class KernelModule:
-    """A loaded binary. The current CUDA context (PyTorch's) owns it; keep the object as long as its kernels run."""
+    """A loaded binary. The current CUDA context (PyTorch's) owns it; keep the object as long as its kernels
+    run.
+    """
 
     def __init__(self, cubin: bytes) -> None:
         from cuda.bindings import driver
@@ -90,7 +97,9 @@ class KernelModule:
     def kernel(self, name: str, shared_bytes: int = 0) -> Any:
         """The kernel called ``name``, allowed ``shared_bytes`` of dynamic shared memory."""
         driver = self._driver
-        function = _driver(driver.cuModuleGetFunction(self._module, name.encode()), f"cuModuleGetFunction({name})")
+        function = _driver(
+            driver.cuModuleGetFunction(self._module, name.encode()), f"cuModuleGetFunction({name})"
+        )
         if shared_bytes > 48 * 1024:
             attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             _driver(driver.cuFuncSetAttribute(function, attribute, shared_bytes), "cuFuncSetAttribute")
@@ -107,7 +116,9 @@ class KernelModule:
         shared_bytes: int = 0,
         early: bool = False,
     ) -> None:
-        """Launch with ctypes ``arguments``; ``early`` lets it start before its predecessor ends (it must wait itself)."""
+        """Launch with ctypes ``arguments``; ``early`` lets it start before its predecessor ends (it must
+        wait itself).
+        """
         driver = self._driver
         config = driver.CUlaunchConfig()
         config.gridDimX, config.gridDimY, config.gridDimZ = grid[0], grid[1], 1

@@ -1,7 +1,8 @@
-"""FlashInfer's paged MLA decode (``flashinfer.mla.BatchMLAPagedAttentionWrapper``) behind the attention interface.
+"""FlashInfer's paged MLA decode (``flashinfer.mla.BatchMLAPagedAttentionWrapper``) behind the attention
+interface.
 
-Its templates take the latent width as a parameter, but compute right only at some (``backends.py``). Planning runs on
-the host and reads the lengths back; in a CUDA graph, capture ``run`` and plan outside of it.
+Its templates take the latent width as a parameter, but compute right only at some (``backends.py``).
+Planning runs on the host and reads the lengths back; in a CUDA graph, capture ``run`` and plan outside of it.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ class FlashInferDecode:
         self._table: PageTable | None = None
 
     def plan(self, table: PageTable, lengths: torch.Tensor) -> None:
-        """Plan a step. The table must be CSR with every request's pages in one run, as ``PageTable.from_csr`` makes it.
+        """Plan a step. The table must be CSR with every request's pages in one run, as
+        ``PageTable.from_csr`` makes it.
 
         Raises:
             AttentionInputError: a table whose starts do not follow from the lengths.
@@ -49,10 +51,12 @@ class FlashInferDecode:
         indptr = torch.cat([table.starts.long(), table.starts[-1:].long() + pages[-1:]]).to(torch.int32)
         if not torch.equal(indptr[1:] - indptr[:-1], pages.to(torch.int32)):
             raise AttentionInputError(
-                "FlashInfer needs a CSR page table without gaps: entry b + 1 of starts must be entry b plus the "
-                "request's pages; build it with PageTable.from_csr"
+                "FlashInfer needs a CSR page table without gaps: entry b + 1 of starts must be entry b plus "
+                "the request's pages; build it with PageTable.from_csr"
             )
-        query_indptr = torch.arange(table.batch + 1, dtype=torch.int32, device=indptr.device) * self.shape.query_len
+        query_indptr = (
+            torch.arange(table.batch + 1, dtype=torch.int32, device=indptr.device) * self.shape.query_len
+        )
         self._wrapper.plan(
             query_indptr,
             indptr,
@@ -70,7 +74,11 @@ class FlashInferDecode:
         self._table = table
 
     def run(
-        self, q_latent: torch.Tensor, q_rope: torch.Tensor, kv_cache: torch.Tensor, out: torch.Tensor | None = None
+        self,
+        q_latent: torch.Tensor,
+        q_rope: torch.Tensor,
+        kv_cache: torch.Tensor,
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Attend over the planned step; see ``interface.py``."""
         if self._table is None:

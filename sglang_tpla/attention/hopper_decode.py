@@ -1,8 +1,9 @@
-"""Our paged latent decode kernel for Hopper (``cuda/latent_decode.cu``) behind the attention interface.
+"""Our paged latent decode kernel for Hopper (``cuda/``) behind the attention interface.
 
-Serves w any multiple of 32 from 64 to 512 with a rope part of 64, up to 128 heads, query length 1 to 4, any page
-size that is a power of two, bfloat16. ``plan`` and ``run`` launch fixed grids on fixed buffers and never wait for
-the device, so a CUDA graph of them stays right when lengths, page table and queries are refilled in place.
+Serves w any multiple of 32 from 64 to 512 with a rope part of 64, up to 128 heads, query length 1 to 4, any
+page size that is a power of two, bfloat16. ``plan`` and ``run`` launch fixed grids on fixed buffers and
+never wait for the device, so a CUDA graph of them stays right when lengths, page table and queries are
+refilled in place.
 """
 
 from __future__ import annotations
@@ -19,7 +20,20 @@ from sglang_tpla.attention.cuda_compile import KernelModule, cached_cubin
 from sglang_tpla.attention.interface import AttentionInputError, DecodeShape, PageTable, checked_inputs
 from sglang_tpla.attention.plan import MAX_PARTS, SEGMENT_COST, TILE_TOKENS
 
-SOURCE = Path(__file__).parent / "cuda" / "latent_decode.cu"
+# Compiled as one text, in this order.
+SOURCES = tuple(
+    Path(__file__).parent / "cuda" / name
+    for name in (
+        "shapes.cuh",  # constants of a variant, parameters
+        "hopper.cuh",  # barriers, asynchronous copies, wgmma
+        "gather.cuh",  # a block's part; the producer, which gathers cache rows
+        "attend.cuh",  # scores, softmax, values, partial results
+        "merge.cuh",  # adding up partial results
+        "latent_decode.cu",  # the consumers' loop and the kernel
+        "latent_plan.cu",  # the planning kernel
+    )
+)
+NAME = "latent_decode.cu"
 SHARED_LIMIT_BYTES = 227 * 1024
 MAX_STAGES = 8
 THREADS = 384
@@ -54,7 +68,7 @@ class Variant:
 
     @property
     def shared_bytes(self) -> int:
-        """Dynamic shared memory: query, ring of tiles, slots of two chunks, barriers, and slack to align to 1,024."""
+        """Dynamic shared memory: query, ring of tiles, slots of two chunks, barriers, alignment."""
         panels = -(-(self.latent_dim + self.rope_dim) // 64)
         return panels * 128 * (self.rows + self.stages * TILE_TOKENS) + 4096 + 16 * self.stages + 16 + 1024
 
@@ -75,7 +89,12 @@ class Variant:
 
     def source(self) -> str:
         """The whole CUDA source."""
-        return wgmma.PRELUDE + wgmma.scores_source() + wgmma.values_source(self.out_columns) + SOURCE.read_text()
+        return (
+            wgmma.PRELUDE
+            + wgmma.scores_source()
+            + wgmma.values_source(self.out_columns)
+            + "\n".join(path.read_text() for path in SOURCES)
+        )
 
 
 def variant_for(shape: DecodeShape) -> Variant:
@@ -97,27 +116,43 @@ class _Params(ctypes.Structure):
     _fields_ = (
         [
             (name, ctypes.c_void_p)
-            for name in (
-                "q_latent q_rope kv out partial_out partial_lse lengths page_indices page_starts part_begin split_start arrived"
-            ).split()
+            for name in [
+                "q_latent",
+                "q_rope",
+                "kv",
+                "out",
+                "partial_out",
+                "partial_lse",
+                "lengths",
+                "page_indices",
+                "page_starts",
+                "part_begin",
+                "split_start",
+                "arrived",
+            ]
         ]
         + [
             (name, ctypes.c_longlong)
-            for name in (
-                "q_latent_token_stride q_latent_head_stride q_rope_token_stride q_rope_head_stride "
-                "out_token_stride out_head_stride kv_stride"
-            ).split()
+            for name in [
+                "q_latent_token_stride",
+                "q_latent_head_stride",
+                "q_rope_token_stride",
+                "q_rope_head_stride",
+                "out_token_stride",
+                "out_head_stride",
+                "kv_stride",
+            ]
         ]
         + [(name, ctypes.c_int) for name in ("heads", "query_len", "page_bits", "batch")]
         + [("scale_log2", ctypes.c_float)]
     )
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _loaded(variant: Variant, device_index: int) -> tuple[KernelModule, dict[str, object]]:
     with torch.cuda.device(device_index):
         torch.cuda.current_stream()  # PyTorch's context must be current before the driver loads into it
-        module = KernelModule(cached_cubin(variant.source(), variant.defines, SOURCE.name))
+        module = KernelModule(cached_cubin(variant.source(), variant.defines, NAME))
         kernels = {
             "decode": module.kernel("latent_decode", variant.shared_bytes),
             "plan": module.kernel("latent_plan"),
@@ -141,7 +176,12 @@ class HopperDecode:
     """
 
     def __init__(
-        self, shape: DecodeShape, scale: float, max_batch: int, device: torch.device, variant: Variant | None = None
+        self,
+        shape: DecodeShape,
+        scale: float,
+        max_batch: int,
+        device: torch.device,
+        variant: Variant | None = None,
     ) -> None:
         from sglang_tpla.attention.backends import require
 
@@ -169,7 +209,8 @@ class HopperDecode:
         """Lay out a step on the device, from lengths on the device; nothing is read back.
 
         Raises:
-            AttentionInputError: lengths that are not contiguous int32 [batch], or more requests than ``max_batch``.
+            AttentionInputError: lengths that are not contiguous int32 [batch], or more requests than
+            ``max_batch``.
         """
         if lengths.dtype != torch.int32 or lengths.shape != table.starts.shape or not lengths.is_contiguous():
             raise AttentionInputError(
@@ -191,12 +232,17 @@ class HopperDecode:
         self._module.launch(self._kernels["plan"], (1, 1), 32, arguments, self._stream())
 
     def run(
-        self, q_latent: torch.Tensor, q_rope: torch.Tensor, kv_cache: torch.Tensor, out: torch.Tensor | None = None
+        self,
+        q_latent: torch.Tensor,
+        q_rope: torch.Tensor,
+        kv_cache: torch.Tensor,
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Attend over the planned step; see ``interface.py``.
 
         Raises:
-            AttentionInputError: inputs that do not fit the shape, or rows that do not start at 16-byte borders.
+            AttentionInputError: inputs that do not fit the shape, or rows that do not start at 16-byte
+            borders.
         """
         table, lengths, shape = self._table, self._lengths, self.shape
         if table is None or lengths is None:
@@ -208,11 +254,14 @@ class HopperDecode:
             odd = any(stride % 8 for stride in tensor.stride()[:-1])
             if tensor.stride(-1) != 1 or odd or tensor.data_ptr() % 16:
                 raise AttentionInputError(
-                    f"{name} must have contiguous rows that start at 16-byte borders; got strides {tensor.stride()}; "
-                    "pass a contiguous tensor"
+                    f"{name} must have contiguous rows that start at 16-byte borders; "
+                    f"got strides {tensor.stride()}; pass a contiguous tensor"
                 )
         params = _Params(
-            *(tensor.data_ptr() for tensor in (q_latent, q_rope, cache, out, self._partial_out, self._partial_lse)),
+            *(
+                tensor.data_ptr()
+                for tensor in (q_latent, q_rope, cache, out, self._partial_out, self._partial_lse)
+            ),
             *(tensor.data_ptr() for tensor in (lengths, table.indices, table.starts)),
             self._part_begin.data_ptr(),
             self._split_start.data_ptr(),

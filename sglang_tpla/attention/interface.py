@@ -2,19 +2,19 @@
 
 A cache row is one token's ``[latent | rope]``. The latent part is both key and value, the rope part only key:
 
-    p = softmax(scale * (q_latent z^T + q_rope k_rope^T)),    out = p z        (one latent group of TPLA, arXiv 2508.15881)
+    p = softmax(scale * (q_latent z^T + q_rope k_rope^T)),    out = p z        (one group, arXiv 2508.15881)
 
 Names and shapes, the same for every backend:
 
     q_latent  [batch * query_len, heads, w]     absorbed queries, tokens of one request side by side
     q_rope    [batch * query_len, heads, rope]
-    kv_cache  [slots, w + rope]                 slots = pages * page_size (a middle dimension of 1 is accepted)
+    kv_cache  [slots, w + rope]                 slots = pages * page_size (or [slots, 1, w + rope])
     lengths   [batch] int32                     cached tokens a request has, the query tokens included
     out       [batch * query_len, heads, w]
 
-Query token j of a request sees the first ``length - query_len + 1 + j`` tokens. A request of length 0 gets zeros:
-CUDA graphs pad batches with such requests. A request with 0 < length < query_len has query tokens that see
-nothing; they get zeros too.
+Query token j of a request sees the first ``length - query_len + 1 + j`` tokens. A request of length 0 gets
+zeros: CUDA graphs pad batches with such requests. A request with 0 < length < query_len has query tokens
+that see nothing; they get zeros too.
 """
 
 from __future__ import annotations
@@ -92,7 +92,8 @@ class PageTable:
         for name, tensor in (("indices", self.indices), ("starts", self.starts)):
             if tensor.dtype != torch.int32 or tensor.dim() != 1 or not tensor.is_contiguous():
                 raise AttentionInputError(
-                    f"PageTable.{name} must be a contiguous int32 vector; got {tensor.dtype} {list(tensor.shape)}"
+                    f"PageTable.{name} must be a contiguous int32 vector; "
+                    f"got {tensor.dtype} {list(tensor.shape)}"
                 )
 
     @property
@@ -112,7 +113,8 @@ class PageTable:
 
     @classmethod
     def from_req_to_token(cls, req_to_token: torch.Tensor, rows: torch.Tensor) -> PageTable:
-        """SGLang's form: request b's token slots are row ``rows[b]`` of ``req_to_token``, whatever the page size.
+        """SGLang's form: request b's token slots are row ``rows[b]`` of ``req_to_token``, whatever the page
+        size.
 
         Args:
             req_to_token: [requests, max_context] int32, contiguous.
@@ -123,8 +125,8 @@ class PageTable:
         """
         if req_to_token.numel() >= 2**31:
             raise AttentionInputError(
-                f"req_to_token must have fewer than 2**31 entries; got {list(req_to_token.shape)}; build a CSR "
-                "table of the running requests instead (PageTable.from_csr)"
+                f"req_to_token must have fewer than 2**31 entries; got {list(req_to_token.shape)}; build a "
+                "CSR table of the running requests instead (PageTable.from_csr)"
             )
         starts = (rows.to(torch.int64) * req_to_token.shape[1]).to(torch.int32)
         return cls(indices=req_to_token.reshape(-1), starts=starts)
@@ -136,10 +138,16 @@ class DecodeAttention(Protocol):
     shape: DecodeShape
 
     def plan(self, table: PageTable, lengths: torch.Tensor) -> None:
-        """Lay out the work of a step. Backends for CUDA graphs keep these tensors' addresses: refill, do not replace."""
+        """Lay out the work of a step. Backends for CUDA graphs keep these tensors' addresses: refill, do not
+        replace.
+        """
 
     def run(
-        self, q_latent: torch.Tensor, q_rope: torch.Tensor, kv_cache: torch.Tensor, out: torch.Tensor | None = None
+        self,
+        q_latent: torch.Tensor,
+        q_rope: torch.Tensor,
+        kv_cache: torch.Tensor,
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Attend; returns ``out`` [batch * query_len, heads, w], newly made when None is given."""
 

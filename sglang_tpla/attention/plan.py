@@ -1,10 +1,11 @@
-"""How a decode step's cache is cut into equal parts, one part a persistent block. Twin of the kernel ``latent_plan``.
+"""How a decode step's cache is cut into equal parts, one part a persistent block. Twin of the kernel
+``latent_plan``.
 
 All requests' tiles (64 tokens) stand in one line. A part is a stretch of that line and costs its tiles plus
-``SEGMENT_COST`` for every request it touches (loading the query, joining and storing the result). Where parts that
-do not cross requests are nearly as equal, they are laid that way: fewer partial results. Otherwise a greedy walk
-lays parts of the smallest capacity with which all requests fit. The plan depends on the lengths alone, so the merge
-order, and with it the result, is the same whenever the lengths are.
+``SEGMENT_COST`` for every request it touches (loading the query, joining and storing the result). Where
+parts that do not cross requests are nearly as equal, they are laid that way: fewer partial results.
+Otherwise a greedy walk lays parts of the smallest capacity with which all requests fit. The plan depends on
+the lengths alone, so the merge order, and with it the result, is the same whenever the lengths are.
 """
 
 from __future__ import annotations
@@ -22,9 +23,11 @@ class Plan:
     """Parts of a step.
 
     Args:
-        part_begin: parts + 1 rows (request, tile, segments of that request in earlier parts); a part ends where
+        part_begin: parts + 1 rows (request, tile, segments of that request in earlier parts); a part ends
+        where
             the next begins.
-        split_start: batch + 1 numbers; request b's partial results are split_start[b] up to split_start[b + 1].
+        split_start: batch + 1 numbers; request b's partial results are split_start[b] up to split_start[b +
+        1].
             One split: the block writes the output itself. None: the request is empty.
     """
 

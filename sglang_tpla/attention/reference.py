@@ -31,7 +31,8 @@ def latent_attention(
     """Attend over the paged cache; see ``interface.py`` for names and shapes.
 
     Returns:
-        out [batch * query_len, heads, w] in float32 (float64 for float64 queries), not rounded to the inputs' dtype.
+        out [batch * query_len, heads, w] in float32 (float64 for float64 queries), not rounded to the
+        inputs' dtype.
     """
     compute = torch.float64 if q_latent.dtype == torch.float64 else torch.float32
     latent_dim = q_latent.shape[-1]
@@ -63,13 +64,23 @@ class ReferenceDecode:
         self._table, self._lengths = table, lengths
 
     def run(
-        self, q_latent: torch.Tensor, q_rope: torch.Tensor, kv_cache: torch.Tensor, out: torch.Tensor | None = None
+        self,
+        q_latent: torch.Tensor,
+        q_rope: torch.Tensor,
+        kv_cache: torch.Tensor,
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Attend; ``out`` has the queries' dtype."""
         if self._table is None or self._lengths is None:
             raise RuntimeError("ReferenceDecode.run came before plan: plan the step first")
         cache = checked_inputs(self.shape, self._table, q_latent, q_rope, kv_cache)
         result = latent_attention(
-            q_latent, q_rope, cache, self._table, self._lengths, scale=self.scale, query_len=self.shape.query_len
+            q_latent,
+            q_rope,
+            cache,
+            self._table,
+            self._lengths,
+            scale=self.scale,
+            query_len=self.shape.query_len,
         ).to(q_latent.dtype)
         return result if out is None else out.copy_(result)

@@ -1,7 +1,8 @@
 """CUDA source of the two wgmma instructions that the decode kernel uses, written out for a given width.
 
 wgmma (sm_90a) multiplies a 64-row operand with an N-column one for a whole warpgroup; each of its 128 threads
-holds N/2 fp32 accumulators. Inline assembly has to name every accumulator, which is why this text is generated.
+holds N/2 fp32 accumulators. Inline assembly has to name every accumulator, which is why this text is
+generated.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ def _accumulators(count: int) -> tuple[str, str]:
 
 
 def scores_source() -> str:
-    """``wgmma_ss_64(d, a, b, accumulate)``: d [64, 64] (+)= a [64, 16] b [64, 16]^T, both in shared memory."""
+    """``wgmma_ss_64(d, a, b, accumulate)``: d [64, 64] (+)= a [64, 16] b [64, 16]^T, both in shared
+    memory.
+    """
     names, operands = _accumulators(32)
     return f"""
 __device__ __forceinline__ void wgmma_ss_64(float (&d)[32], u64 a, u64 b, int accumulate) {{
@@ -35,7 +38,9 @@ __device__ __forceinline__ void wgmma_ss_64(float (&d)[32], u64 a, u64 b, int ac
 
 
 def values_source(columns: int) -> str:
-    """``wgmma_rs(d, a0..a3, b)``: d [64, columns] += a [64, 16] in registers times b [16, columns] (transposed)."""
+    """``wgmma_rs(d, a0..a3, b)``: d [64, columns] += a [64, 16] in registers times b [16, columns]
+    (transposed).
+    """
     count = columns // 2
     names, operands = _accumulators(count)
     return f"""

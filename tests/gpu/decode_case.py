@@ -43,7 +43,9 @@ def random_case(shape: DecodeShape, lengths: list[int], seed: int, device: str =
     indptr = torch.tensor([0, *pages], device=device).cumsum(0).to(torch.int32)
     total = sum(pages)
     order = torch.randperm(total + 5, generator=generator, device=device)[:total].to(torch.int32)
-    cache = torch.full(((total + 5) * shape.page_size, shape.cache_dim), float("nan"), dtype=shape.dtype, device=device)
+    cache = torch.full(
+        ((total + 5) * shape.page_size, shape.cache_dim), float("nan"), dtype=shape.dtype, device=device
+    )
     for request, length in enumerate(lengths):
         token = torch.arange(length, device=device)
         page = order[indptr[request].long() + token // shape.page_size].long()

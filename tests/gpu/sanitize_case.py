@@ -1,7 +1,7 @@
 """A small step in every mode of the kernel, to be run under compute-sanitizer:
 
-    compute-sanitizer --tool memcheck  python tests/gpu/sanitize_case.py
-    compute-sanitizer --tool racecheck python tests/gpu/sanitize_case.py
+compute-sanitizer --tool memcheck  python tests/gpu/sanitize_case.py
+compute-sanitizer --tool racecheck python tests/gpu/sanitize_case.py
 """
 
 import sys
@@ -11,13 +11,15 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from decode_case import SCALE, random_case, relative_error  # noqa: E402
+from decode_case import SCALE, random_case, relative_error
 
-from sglang_tpla.attention.hopper_decode import HopperDecode  # noqa: E402
-from sglang_tpla.attention.interface import DecodeShape  # noqa: E402
+from sglang_tpla.attention.hopper_decode import HopperDecode
+from sglang_tpla.attention.interface import DecodeShape
 
 for latent_dim, heads, query_len, page_size in ((256, 32, 1, 1), (96, 64, 2, 64), (320, 16, 1, 1)):
-    case = random_case(DecodeShape(latent_dim, heads, 64, query_len, page_size), [700, 0, 65, 1300], latent_dim)
+    case = random_case(
+        DecodeShape(latent_dim, heads, 64, query_len, page_size), [700, 0, 65, 1300], latent_dim
+    )
     kernel = HopperDecode(case.shape, SCALE, 4, torch.device("cuda:0"))
     kernel.plan(case.table, case.lengths)
     out = torch.full_like(case.q_latent, float("nan"))

@@ -13,7 +13,7 @@ from sglang_tpla.attention.interface import AttentionInputError, DecodeShape, Pa
 from sglang_tpla.attention.plan import plan_parts
 
 sys.path.insert(0, str(Path(__file__).parent))
-from decode_case import SCALE, Case, random_case, relative_error  # noqa: E402
+from decode_case import SCALE, Case, random_case, relative_error
 
 pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda:0")
@@ -44,13 +44,15 @@ def test_right_at_every_width(latent_dim: int) -> None:
         for query_len in (1, 2, 3, 4):
             page_size = dice.choice((1, 64))
             lengths = dice.choice(LENGTHS)
-            case = random_case(DecodeShape(latent_dim, heads, 64, query_len, page_size), lengths, dice.randrange(2**31))
+            case = random_case(
+                DecodeShape(latent_dim, heads, 64, query_len, page_size), lengths, dice.randrange(2**31)
+            )
             error = relative_error(run(case), case.reference())
             assert error <= BAR, (latent_dim, heads, query_len, page_size, lengths)
 
 
 @pytest.mark.parametrize("lengths", LENGTHS, ids=len)
-@pytest.mark.parametrize("latent_dim,heads", [(256, 32), (128, 64), (256, 128), (512, 16)])
+@pytest.mark.parametrize(("latent_dim", "heads"), [(256, 32), (128, 64), (256, 128), (512, 16)])
 def test_bit_identical_on_repetition(latent_dim: int, heads: int, lengths: list[int]) -> None:
     case = random_case(DecodeShape(latent_dim, heads), lengths, 7)
     first = run(case)
@@ -64,8 +66,18 @@ def test_bit_identical_on_repetition(latent_dim: int, heads: int, lengths: list[
 def test_device_plan_equals_its_twin() -> None:
     dice = random.Random(3)
     kernel = HopperDecode(DecodeShape(128, 16), SCALE, 300, DEVICE)
-    batches = [*LENGTHS, [32768] * 16, [4096] * 128, [131072], [0, 0], [dice.randrange(9000) for _ in range(299)]]
-    batches += [[dice.choice((0, 1, 64, 65, dice.randrange(70000))) for _ in range(dice.randrange(1, 60))] for _ in range(40)]
+    batches = [
+        *LENGTHS,
+        [32768] * 16,
+        [4096] * 128,
+        [131072],
+        [0, 0],
+        [dice.randrange(9000) for _ in range(299)],
+    ]
+    batches += [
+        [dice.choice((0, 1, 64, 65, dice.randrange(70000))) for _ in range(dice.randrange(1, 60))]
+        for _ in range(40)
+    ]
     for lengths in batches:
         tensor = torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
         indptr = torch.zeros(len(lengths) + 1, dtype=torch.int32, device=DEVICE)
@@ -134,5 +146,7 @@ def test_flashinfer_at_full_width(page_size: int) -> None:
     assert choose(case.shape, (9, 0)) == "flashinfer_fa3"
     flashinfer = FlashInferDecode(case.shape, SCALE, DEVICE, "fa3")
     flashinfer.plan(case.table, case.lengths)
-    error = relative_error(flashinfer.run(case.q_latent, case.q_rope, case.kv_cache.nan_to_num()), case.reference())
+    error = relative_error(
+        flashinfer.run(case.q_latent, case.q_rope, case.kv_cache.nan_to_num()), case.reference()
+    )
     assert error <= BAR

@@ -17,7 +17,9 @@ def test_hopper_serves_every_width(latent_dim: int) -> None:
 
 @pytest.mark.parametrize("latent_dim", [1, 60, 80, 88, 512])
 def test_a_cpu_has_the_reference_for_any_width(latent_dim: int) -> None:
-    assert choose(DecodeShape(latent_dim, 3, rope_dim=32, page_size=4, dtype=torch.float32), CPU) == "reference"
+    assert (
+        choose(DecodeShape(latent_dim, 3, rope_dim=32, page_size=4, dtype=torch.float32), CPU) == "reference"
+    )
 
 
 @pytest.mark.parametrize("latent_dim", [64, 192, 320, 96, 224, 384])
@@ -36,7 +38,7 @@ def test_fa3_is_refused_off_512(latent_dim: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "shape,capability,words",
+    ("shape", "capability", "words"),
     [
         (DecodeShape(80, 32), HOPPER, "pad the slice"),
         (DecodeShape(544, 32), HOPPER, "multiples of 32 from 64 to 512"),
@@ -68,6 +70,6 @@ def test_choice_and_requirement_agree() -> None:
 
 
 def test_unknown_name_and_cpu_device() -> None:
-    with pytest.raises(BackendRefusal, match="must be one of.*got 'triton'"):
+    with pytest.raises(BackendRefusal, match=r"must be one of.*got 'triton'"):
         require("triton", DecodeShape(256, 32), HOPPER)
     assert device_capability(torch.device("cpu")) is None

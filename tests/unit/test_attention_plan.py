@@ -8,9 +8,13 @@ from sglang_tpla.attention.plan import MAX_PARTS, SEGMENT_COST, Plan, plan_parts
 
 
 def segments(plan: Plan, lengths: list[int]) -> list[list[tuple[int, int, int, int]]]:
-    """What each part's block walks over: (request, first tile, end tile, split number), as the kernel does."""
+    """What each part's block walks over: (request, first tile, end tile, split number), as the kernel
+    does.
+    """
     parts = []
-    for (request, tile, before), (last, last_tile, _) in zip(plan.part_begin, plan.part_begin[1:], strict=False):
+    for (request, tile, before), (last, last_tile, _) in zip(
+        plan.part_begin, plan.part_begin[1:], strict=False
+    ):
         walked = []
         while request < last or (request == last and tile < last_tile):
             end = last_tile if request == last else tiles_of(lengths[request])
@@ -29,7 +33,8 @@ lengths_strategy = st.lists(
 @given(lengths_strategy, st.integers(1, 140))
 def test_every_tile_once(lengths: list[int], parts: int) -> None:
     plan = plan_parts(lengths, parts)
-    assert len(plan.part_begin) == parts + 1 and len(plan.split_start) == len(lengths) + 1
+    assert len(plan.part_begin) == parts + 1
+    assert len(plan.split_start) == len(lengths) + 1
     walked = [segment for part in segments(plan, lengths) for segment in part]
     assert [segment[0] for segment in walked] == sorted(segment[0] for segment in walked)
     for request, length in enumerate(lengths):
@@ -41,7 +46,8 @@ def test_every_tile_once(lengths: list[int], parts: int) -> None:
             splits = [segment[3] for segment in mine]
             assert splits == list(range(plan.split_start[request], plan.split_start[request + 1]))
         else:
-            assert len(mine) == 1 and plan.split_start[request] == plan.split_start[request + 1]
+            assert len(mine) == 1
+            assert plan.split_start[request] == plan.split_start[request + 1]
 
 
 @settings(max_examples=200, deadline=None)

@@ -16,7 +16,10 @@ def slow_attention(q, keys, values, scale):
     top = max(scores)
     weights = [math.exp(score - top) for score in scores]
     total = math.fsum(weights)
-    return [math.fsum(w * v[i] for w, v in zip(weights, values, strict=True)) / total for i in range(len(values[0]))]
+    return [
+        math.fsum(w * v[i] for w, v in zip(weights, values, strict=True)) / total
+        for i in range(len(values[0]))
+    ]
 
 
 @pytest.mark.parametrize("page_size", [1, 4])
@@ -52,7 +55,9 @@ def test_reference_is_the_definition(page_size: int, query_len: int) -> None:
                     continue
                 query = q_latent[token, head].tolist() + q_rope[token, head].tolist()
                 expected = slow_attention(query, seen, [row[:width] for row in seen], 0.3)
-                torch.testing.assert_close(got, torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=1e-12)
+                torch.testing.assert_close(
+                    got, torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=1e-12
+                )
 
 
 def test_req_to_token_equals_csr() -> None:
@@ -83,7 +88,7 @@ def test_wrong_inputs_are_named() -> None:
     backend.plan(table, torch.tensor([1], dtype=torch.int32))
     with pytest.raises(AttentionInputError, match=r"kv_cache must be .*\[4, 40\].*got .*\[4, 48\]"):
         backend.run(torch.zeros(1, 2, 32), torch.zeros(1, 2, 8), torch.zeros(4, 48))
-    with pytest.raises(AttentionInputError, match="q_latent must be torch.float32"):
+    with pytest.raises(AttentionInputError, match=r"q_latent must be torch.float32"):
         backend.run(torch.zeros(1, 2, 32).half(), torch.zeros(1, 2, 8), torch.zeros(4, 40))
     with pytest.raises(AttentionInputError, match="power of two"):
         DecodeShape(64, 8, page_size=3)
@@ -106,4 +111,5 @@ def test_scrambling_pages_changes_nothing() -> None:
         cache[torch.tensor(slots)] = rows
         table = PageTable(torch.tensor(slots, dtype=torch.int32), torch.zeros(1, dtype=torch.int32))
         answers.append(latent_attention(q_latent, q_rope, cache, table, torch.tensor([20]), scale=0.25))
-    assert torch.equal(answers[0], answers[1]) and torch.equal(answers[1], answers[2])
+    assert torch.equal(answers[0], answers[1])
+    assert torch.equal(answers[1], answers[2])

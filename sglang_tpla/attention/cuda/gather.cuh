@@ -1,0 +1,107 @@
+// ---- the part of a block ------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ int4 part_row(const Params& p, int part) {
+    return reinterpret_cast<const int4*>(p.part_begin)[2 * part];
+}
+
+// Walks the (request, tile range) segments of part blockIdx.x; every role walks the same list.
+struct Segments {
+    const Params& p;
+    int request, last_request, last_tile, first_tile, before, length, start;
+
+    __device__ __forceinline__ explicit Segments(const Params& params) : p(params) {
+        const int4 begin = part_row(p, blockIdx.x), end = part_row(p, blockIdx.x + 1);
+        request = begin.x, first_tile = begin.y, before = begin.z, last_request = end.x, last_tile = end.y, length = begin.w;
+        start = p.part_begin[8 * blockIdx.x + 4];
+    }
+    __device__ __forceinline__ bool more() const {
+        return request < last_request || (request == last_request && first_tile < last_tile);
+    }
+    __device__ __forceinline__ int end_tile() const {
+        return request == last_request ? last_tile : (length + kTile - 1) / kTile;
+    }
+    __device__ __forceinline__ void next() {
+        ++request, first_tile = 0, before = 0;
+        if (more()) length = p.lengths[request], start = p.page_starts[request];
+    }
+};
+
+// ---- producer -----------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ void load_query(const Params& p, u32 q_smem, int request, int thread) {
+    const int rows = p.query_len * p.heads, column = thread % 8;
+#pragma unroll 1
+    for (int row = thread / 8; row < kRows; row += kProducerThreads / 8) {
+        const int global_row = blockIdx.y * kRows + row;
+        const bool valid = global_row < rows;
+        const int token = valid ? global_row / p.heads : 0, head = valid ? global_row - token * p.heads : 0;
+        const long long query = (long long)request * p.query_len + token;
+        const u16* latent = p.q_latent + query * p.q_latent_token_stride + head * p.q_latent_head_stride;
+        const u16* rope = p.q_rope + query * p.q_rope_token_stride + head * p.q_rope_head_stride;
+        const u32 target = q_smem + row * 128 + ((column ^ (row & 7)) << 4);
+#pragma unroll
+        for (int panel = 0; panel < kPanels; ++panel) {
+            const int first = panel * 64 + column * 8;
+            if (first < kWidth)
+                copy16(target + panel * kQPanelBytes, first < LATENT ? latent + first : rope + (first - LATENT), valid);
+        }
+    }
+}
+
+constexpr int kRowsPerThread = kTile / (kProducerThreads / 8);             // cache rows a thread copies of a tile
+constexpr int kSlotsPerThread = kChunkTiles * kTile / kProducerThreads;    // slots a thread looks up of a chunk
+
+// Slots of a chunk's tokens, one thread every 128th; -1 beyond the end of the request.
+__device__ __forceinline__ void load_slots(const Params& p, int start, int length, int tile, int thread,
+                                           int (&slots)[kSlotsPerThread]) {
+    const int mask = (1 << p.page_bits) - 1;
+#pragma unroll
+    for (int i = 0; i < kSlotsPerThread; ++i) {
+        const int token = tile * kTile + thread + i * kProducerThreads;
+        slots[i] = -1;
+        if (token < length) slots[i] = (__ldg(p.page_indices + start + (token >> p.page_bits)) << p.page_bits) | (token & mask);
+    }
+}
+
+__device__ __forceinline__ void load_tile(const Params& p, u32 stage, int thread, const int* slots) {
+    const int column = thread % 8;
+#pragma unroll
+    for (int i = 0; i < kRowsPerThread; ++i) {
+        const int row = thread / 8 + i * (kProducerThreads / 8), slot = slots[row];
+        const bool valid = slot >= 0;
+        const u16* source = p.kv + (long long)(valid ? slot : 0) * p.kv_stride + column * 8;
+        const u32 target = stage + row * 128 + ((column ^ (row & 7)) << 4);
+#pragma unroll
+        for (int panel = 0; panel < kPanels; ++panel)
+            if (panel * 64 + 64 <= kWidth || panel * 64 + column * 8 < kWidth)
+                copy16(target + panel * kPanelBytes, source + panel * 64, valid);
+    }
+}
+
+__device__ __forceinline__ void produce(const Params& p, u32 q_smem, int* slot_buffer, u32 ring, u32 full, u32 empty,
+                                        u32 q_full, u32 q_empty, int thread) {
+    u32 stage = 0, phase = 0, q_phase = 0, chunk = 0;
+    for (Segments s(p); s.more(); s.next()) {
+        const int length = s.length, start = s.start, end = s.end_tile();
+        if (s.first_tile >= end) continue;
+        int ahead[kSlotsPerThread];                              // slots of the next chunk, on their way
+        load_slots(p, start, length, s.first_tile, thread, ahead);
+        barrier_wait(q_empty, q_phase ^ 1);
+        q_phase ^= 1;
+        load_query(p, q_smem, s.request, thread);
+        barrier_arrive_when_copied(q_full);
+        for (int first = s.first_tile; first < end; first += kChunkTiles, chunk ^= 1) {
+            int* slots = slot_buffer + chunk * (kChunkTiles * kTile);
+#pragma unroll
+            for (int i = 0; i < kSlotsPerThread; ++i) slots[thread + i * kProducerThreads] = ahead[i];
+            sync_producers();
+            load_slots(p, start, length, first + kChunkTiles, thread, ahead);
+            for (int tile = first; tile < min(first + kChunkTiles, end); ++tile) {
+                barrier_wait(empty + 8 * stage, phase ^ 1);
+                load_tile(p, ring + stage * kStageBytes, thread, slots + (tile - first) * kTile);
+                barrier_arrive_when_copied(full + 8 * stage);
+                if (++stage == STAGES) stage = 0, phase ^= 1;
+            }
+        }
+    }
+}
