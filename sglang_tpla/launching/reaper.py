@@ -128,9 +128,8 @@ class Reaper:
 
     def look(self) -> None:
         """Remember the shared memory that the processes hold."""
-        for pid, process in numbered_processes():
-            if pid != os.getpid() and session_of(process) in self.sessions:
-                self.held |= held_segments(process) - self.foreign
+        for pid in self.living():
+            self.held |= held_segments(Path("/proc") / str(pid)) - self.foreign
 
     def segments(self) -> list[Path]:
         """What of the deployment's shared memory is there."""
@@ -150,21 +149,28 @@ class Reaper:
             for line in lines:
                 self.note(os.fsdecode(line))
 
-    def end(self, grace_s: float = TERM_GRACE_S) -> None:
-        """Ask the session leaders to end, then end whoever lives, then remove what they left."""
+    def frozen_look(self, number: signal.Signals) -> None:
+        """Look at processes that are held still, then send them a signal: what they made later would stay.
+
+        SIGTERM goes to the leaders of the sessions alone, which end their own children.
+        """
         living = self.living()
-        # Held still for the last look, or what they make after it would stay.
         send(living, signal.SIGSTOP)
         self.look()
-        send(self.sessions.intersection(living), signal.SIGTERM)
+        leaders = [pid for pid in living if session_of(Path("/proc") / str(pid)) == pid]
+        send(leaders if number == signal.SIGTERM else living, number)
         send(living, signal.SIGCONT)
+
+    def end(self, grace_s: float = TERM_GRACE_S) -> None:
+        """Ask the session leaders to end, then end whoever lives, then remove what they left."""
+        self.frozen_look(signal.SIGTERM)
         deadline = time.monotonic() + grace_s
         while living := self.living():
-            if not self.sessions.intersection(living):
+            if not any(session_of(Path("/proc") / str(pid)) == pid for pid in living):
                 # Without its leader a session has little to tidy up.
                 deadline = min(deadline, time.monotonic() + ORPHAN_GRACE_S)
             if time.monotonic() >= deadline:
-                send(living, signal.SIGKILL)
+                self.frozen_look(signal.SIGKILL)
             time.sleep(POLL_S)
         for segment in self.segments():
             segment.unlink(missing_ok=True)

@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -67,12 +68,26 @@ def end_with_parent() -> None:
 
 @contextlib.contextmanager
 def signals_held() -> Iterator[None]:
-    """Put off the stop signals, so that a child is never started without being written down."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    """Put off the stop signals, so that a child is never started without being written down.
+
+    By handlers and not by a mask: a mask holds for one thread, and any thread may take a signal.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    pending: list[int] = []
+
+    def hold(number: int, frame: FrameType | None) -> None:
+        pending.append(number)
+
+    before = {number: signal.signal(number, hold) for number in STOP_SIGNALS}
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if pending:
+            signal.raise_signal(pending[0])
 
 
 @contextlib.contextmanager
@@ -88,11 +103,6 @@ def stop_signals_raise() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _prepare_child() -> None:
-    """In the child, before exec: take signals again."""
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
 
 def _is_healthy(client: httpx.Client, url: str) -> bool:
@@ -180,7 +190,6 @@ class Supervisor:
                 stderr=subprocess.STDOUT,
                 env=environment,
                 start_new_session=True,
-                preexec_fn=_prepare_child,
             )
             self.children[name] = child
             self._tell(f"session {child.pid}")

@@ -170,6 +170,7 @@ def test_nothing_outlives_a_signal(number: signal.Signals, when: str, tmp_path: 
     """Whatever ends the supervisor, at the start or later: processes, files and shared memory are gone."""
     ports = [str(free_port()) for _ in range(3)]
     environ = {**os.environ, "TMPDIR": str(tmp_path)}
+    segments = set(Path("/dev/shm").glob("test_supervisor_*"))
     supervisor = subprocess.Popen(
         [sys.executable, "-c", SUPERVISED, SERVER, *ports],
         cwd=ROOT,
@@ -194,6 +195,7 @@ def test_nothing_outlives_a_signal(number: signal.Signals, when: str, tmp_path: 
         assert not Path(words[2]).exists()
         assert not alive(int(words[4]))
     assert not list(tmp_path.iterdir())
+    assert set(Path("/dev/shm").glob("test_supervisor_*")) <= segments
 
 
 def test_the_exit_code_and_the_logs_of_a_failure(tmp_path: Path) -> None:
