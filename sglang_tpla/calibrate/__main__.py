@@ -9,17 +9,21 @@ from pathlib import Path
 
 import torch
 
+from sglang_tpla.attention.backends import BACKENDS
 from sglang_tpla.calibrate import run
 from sglang_tpla.calibrate.artifact import Artifact, ArtifactError
 from sglang_tpla.calibrate.corpus import CorpusError
+from sglang_tpla.calibrate.frontier import Search, point_maps, search, table
 from sglang_tpla.calibrate.learn import LearnPlan
 from sglang_tpla.calibrate.learned_run import learn_model
 from sglang_tpla.calibrate.statistics import Statistics, StatisticsError, combine
 from sglang_tpla.calibrate.transforms import TRANSFORMS, TransformError
+from sglang_tpla.evaluate.decode_error import measure, model_maps
 from sglang_tpla.models.checkpoint import Checkpoint, CheckpointError
 from sglang_tpla.models.plain import PlainModel
 from sglang_tpla.models.spec import ModelSpec
 
+_CHOICE_SEQUENCES = 8  # of calibration text, on which layouts are compared
 ERRORS = (ArtifactError, CheckpointError, CorpusError, StatisticsError, TransformError, OSError)
 
 
@@ -68,6 +72,17 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="refit the value maps in closed form given the probabilities",
     )
+    text.add_argument(
+        "--max-kl", type=float, help="choose the cheapest layout within this KL a token (needs --ranks)"
+    )
+    text.add_argument("--ranks", type=int, help="tensor-parallel ranks of the decode server, for --max-kl")
+    text.add_argument(
+        "--attention-backend",
+        metavar="NAME",
+        default="reference",
+        choices=[backend.name for backend in BACKENDS],
+        help="whose widths --max-kl may choose (default: reference, any)",
+    )
     text.add_argument("--save-stats", type=Path, metavar="FILE", help="also write the second moments")
     text.add_argument(
         "--from-stats",
@@ -112,6 +127,10 @@ def make(arguments: argparse.Namespace) -> Artifact:
         shared_dims = run.default_shared_dims(transform, spec.latent_dim, groups)
     run.check_settings(transform, groups, shared_dims, spec)
     closed = "shared" if transform == "learned" else transform
+    if arguments.max_kl is not None and arguments.ranks is None:
+        raise TransformError("--max-kl chooses g among the divisors of --ranks: give --ranks T as well")
+    if arguments.from_stats and arguments.max_kl is not None:
+        raise TransformError("--max-kl measures on text and needs the model: leave out --from-stats")
     if arguments.from_stats:
         if transform == "learned" or arguments.refit_values:
             raise TransformError(
@@ -136,7 +155,10 @@ def make(arguments: argparse.Namespace) -> Artifact:
     statistics = run.collect_statistics(model, text, plan.seed, show_progress=show)
     if arguments.save_stats is not None:
         statistics.save(arguments.save_stats)
-    artifact = run.closed_form(statistics, checkpoint, closed, groups, shared_dims, arguments.key_map)
+    if arguments.max_kl is not None:
+        artifact = choose(arguments, model, statistics, text.calibration, text.held_out, plan.prompt_tokens)
+    else:
+        artifact = run.closed_form(statistics, checkpoint, closed, groups, shared_dims, arguments.key_map)
     if transform == "learned" or arguments.refit_values:
         steps = arguments.learn_steps if transform == "learned" else 0
         artifact, _ = learn_model(
@@ -152,6 +174,51 @@ def make(arguments: argparse.Namespace) -> Artifact:
     if len(text.held_out):
         artifact, _ = run.with_report(artifact, model, text.held_out, plan.prompt_tokens, show_progress=show)
     return artifact
+
+
+def choose(
+    arguments: argparse.Namespace,
+    model: PlainModel,
+    statistics: Statistics,
+    tokens: torch.Tensor,
+    held_out: torch.Tensor,
+    prompt_tokens: int,
+) -> Artifact:
+    """The cheapest layout within the bound; prints what was looked at.
+
+    Raises:
+        TransformError: no layout keeps the bound.
+    """
+    backend = next(entry for entry in BACKENDS if entry.name == arguments.attention_backend)
+    wanted = Search(arguments.ranks or 0, arguments.max_kl, backend.has_width)
+
+    def tell(line: str) -> None:
+        if not arguments.quiet:
+            print(line, file=sys.stderr)
+
+    points, chosen = search(model, statistics, tokens[:_CHOICE_SEQUENCES], prompt_tokens, wanted, tell)
+    spec = model.spec
+    bytes_mla = 2 * spec.layers * (spec.latent_dim + spec.rope_dim)
+    for point in points:
+        if point.kl > wanted.max_kl:
+            continue
+        maps = point_maps(model, statistics, point.groups, point.shared_dims)
+        artifact = run.package(maps, list(point.shared_dims), statistics, spec, "shared")
+        # the bound is promised on text that neither the maps nor the choice have seen
+        if not len(held_out) or _held_out_kl(artifact, model, held_out, prompt_tokens) <= wanted.max_kl:
+            print(table(points, point, bytes_mla))
+            return artifact
+    print(table(points, chosen, bytes_mla))
+    best = min(points, key=lambda point: point.kl)
+    raise TransformError(
+        f"no layout over {arguments.ranks} ranks keeps KL within {arguments.max_kl}; the best looked at has "
+        f"{best.kl:.5f}: raise --max-kl, or serve plain MLA"
+    )
+
+
+def _held_out_kl(artifact: Artifact, model: PlainModel, held_out: torch.Tensor, prompt_tokens: int) -> float:
+    (errors,) = measure(model, held_out, [model_maps(artifact, model)], prompt_tokens)
+    return errors.kl.double().mean().item()
 
 
 def summary(artifact: Artifact) -> str:

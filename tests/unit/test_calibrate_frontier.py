@@ -1,0 +1,98 @@
+"""Choosing a layout under a bound: the walk over per-layer widths, what a backend serves, and the command."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from sglang_tpla.calibrate.artifact import Artifact
+from sglang_tpla.calibrate.frontier import Point, Search, table, widening_walk
+from sglang_tpla.calibrate.transforms import TransformError
+from sglang_tpla.config import slice_width
+
+ROOT = Path(__file__).resolve().parents[2]
+NANO = ROOT / "examples" / "nano-mla"
+
+
+def test_walk_is_as_good_as_trying_everything() -> None:
+    widths = [4, 6, 10]
+    alone = [[0.9, 0.1, 0.05], [0.2, 0.15, 0.0], [0.01, 0.009, 0.008]]
+
+    def cost(pick) -> tuple[int, float]:
+        return sum(widths[c] for c in pick), sum(alone[layer][c] for layer, c in enumerate(pick))
+
+    walk = widening_walk(alone, widths)
+    assert walk[0] == [0, 0, 0]
+    assert walk[-1] == [2, 2, 2]
+    everything = [cost(pick) for pick in itertools.product(range(3), repeat=3)]
+    for pick in walk:
+        width, error = cost(pick)
+        # these gains fall as widths grow, where the greedy walk is best at each of its own costs
+        assert error <= min(kl for w, kl in everything if w <= width) + 1e-12
+
+
+@pytest.mark.parametrize(("latent", "groups"), [(128, 2), (512, 8), (512, 3)])
+def test_only_served_widths_are_looked_at(latent: int, groups: int) -> None:
+    wanted = Search(groups, 0.01, lambda width: width % 32 == 0 and width >= 64)
+    choices = wanted.shared_choices(latent, groups)
+    widths = [slice_width(latent, groups, shared) for shared in choices]
+    assert widths == sorted(widths)
+    assert all(width % 32 == 0 for width in widths)
+    assert choices[-1] == latent
+    assert len(choices) == len(set(choices)) >= 2
+    with pytest.raises(TransformError, match="serves no slice width"):
+        Search(2, 0.01, lambda width: False).shared_choices(128, 2)
+    with pytest.raises(TransformError, match="--ranks of at least 2"):
+        Search(1, 0.01, lambda width: True)
+    assert Search(12, 0.01, lambda width: True).group_counts() == [2, 3, 4, 6, 12]
+
+
+def test_table_leaves_out_what_is_beaten_on_both_counts() -> None:
+    points = [
+        Point(4, (0,), (32,), 100, 0.5),
+        Point(2, (0,), (64,), 120, 0.6),
+        Point(2, (32,), (80,), 140, 0.01),
+    ]
+    text = table(points, points[2], 200)
+    assert "0.60000" not in text
+    assert text.count("<- chosen") == 1
+    assert "70.0%" in text
+
+
+def test_command_keeps_the_bound_on_held_out_text(tmp_path: Path) -> None:
+    sizes = [*("--tokens", "8192", "--held-out-tokens", "1024"), *("--prompt-tokens", "64")]
+    command = [
+        *(sys.executable, "-m", "sglang_tpla.calibrate", "--model-path", NANO, "--out", tmp_path / "a"),
+        *("--max-kl", "0.02", "--ranks", "2", "--continuation-tokens", "64", *sizes),
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+    def calibrate(*more: str) -> subprocess.CompletedProcess[str]:
+        everything = [*map(str, command), *more]
+        return subprocess.run(everything, capture_output=True, text=True, env=environment, timeout=500)
+
+    done = calibrate()
+    assert done.returncode == 0, done.stderr
+    assert "<- chosen" in done.stdout
+    assert "plain MLA" in done.stdout
+    artifact = Artifact.load(tmp_path / "a")
+    report = artifact.meta.error_report
+    assert report is not None
+    assert report.kl_mean <= 0.02
+    assert sum(artifact.meta.widths) < 4 * 128
+    for layer, (shared, width) in enumerate(
+        zip(artifact.meta.shared_dims, artifact.meta.widths, strict=True)
+    ):
+        assert artifact.maps(layer, 1)[0].shape == (128, width)
+        if shared == 128:
+            assert torch.equal(artifact.maps(layer, 0)[0], artifact.maps(layer, 1)[0])
+    for more, says in ((("--ranks", "1"), "--ranks of at least 2"), (("--from-stats", "x"), "--from-stats")):
+        refused = calibrate(*more)
+        assert refused.returncode == 2
+        assert says in refused.stderr
