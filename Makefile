@@ -35,7 +35,7 @@ python:  ## print the path of the environment's interpreter, making the environm
 	@$(ENVIRONMENT)
 
 accuracy:  ## the accuracy tables of docs/accuracy.md, from the checkpoints
-	@$(WITH_PYTHON) -m sglang_tpla.evaluate.tables $(ACCURACY_ARGS)
+	@$(WITH_PYTHON) benchmarks/accuracy.py $(ACCURACY_ARGS)
 
 bench-transfer:  ## goodput of the transfer agent beside raw TCP and memcpy; writes benchmarks/out/transfer.json
 	@$(WITH_PYTHON) benchmarks/transfer.py $(BENCH_ARGS)
