@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -191,3 +192,56 @@ def test_a_model_without_latent_attention_is_refused(tmp_path: Path) -> None:
     save_file({"model.layers.0.self_attn.k_proj.weight": torch.zeros(2, 2)}, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match="multi-head latent attention"):
         Checkpoint(tmp_path)
+
+
+def test_fp8_shards_are_read_as_shipped(tmp_path: Path) -> None:
+    """nano-mla quantised in 128 x 128 blocks over two shards computes what its dequantised weights do."""
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    with safe_open(NANO / "model.safetensors", framework="pt") as handle:
+        tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+    stored, plain = {}, {}
+    for name, tensor in tensors.items():
+        stored[name], plain[name] = tensor, tensor
+        if name.endswith("_proj.weight") and ".self_attn." in name:
+            wide = tensor.float()
+            rows, columns = (-(-size // 128) for size in wide.shape)
+            padded = F.pad(wide, (0, columns * 128 - wide.shape[1], 0, rows * 128 - wide.shape[0]))
+            blocks = padded.view(rows, 128, columns, 128)
+            scale = blocks.abs().amax((1, 3)) / 448
+            small = (blocks / scale[:, None, :, None]).view_as(padded)[: wide.shape[0], : wide.shape[1]]
+            stored[name] = small.to(torch.float8_e4m3fn)
+            stored[f"{name}_scale_inv"] = scale
+            back = stored[name].float()
+            for row in range(rows):
+                for column in range(columns):
+                    part = (slice(row * 128, row * 128 + 128), slice(column * 128, column * 128 + 128))
+                    back[part] *= scale[row, column]
+            plain[name] = back
+    folders = {"fp8": stored, "plain": plain}
+    for folder, weights in folders.items():
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "config.json").write_text((NANO / "config.json").read_text())
+        names = sorted(weights)
+        weight_map = {}
+        for shard in range(2):
+            part = names[shard::2]
+            file = f"model-{shard}.safetensors"
+            save_file({name: weights[name].contiguous() for name in part}, tmp_path / folder / file)
+            weight_map.update(dict.fromkeys(part, file))
+        index = json.dumps({"weight_map": weight_map})
+        (tmp_path / folder / "model.safetensors.index.json").write_text(index)
+    tokens = torch.randint(3, 4096, (1, 40), generator=torch.Generator().manual_seed(5))
+    found = PlainModel(str(tmp_path / "fp8"), resident=False).forward(tokens)
+    torch.testing.assert_close(
+        found, PlainModel(str(tmp_path / "plain")).forward(tokens), atol=1e-4, rtol=1e-4
+    )
+    assert (found - PlainModel(str(NANO)).forward(tokens)).abs().max() > 1e-2
+
+    index_path = tmp_path / "fp8" / "model.safetensors.index.json"
+    index = json.loads(index_path.read_text())
+    del index["weight_map"]["model.layers.0.self_attn.kv_b_proj.weight_scale_inv"]
+    index_path.write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="weight_scale_inv"):
+        PlainModel(str(tmp_path / "fp8"))
