@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
@@ -235,8 +236,14 @@ def parser() -> argparse.ArgumentParser:
     for flag, entry in SETTING_FIELDS.items():
         default = "" if entry.default in (None, MISSING) else f" (default {entry.default})"
         kind = str(entry.type).removesuffix(" | None")
-        group.add_argument("--" + flag, metavar=kind.upper(), help=f"{entry.name}{default}")
+        group.add_argument("--" + flag, metavar=kind.upper(), help=documented(entry.name) + default)
     return result
+
+
+def documented(name: str) -> str:
+    """What the settings' own documentation says of a field."""
+    found = re.search(rf"^\s+{name}: (.+(?:\n {{12}}.+)*)", Settings.__doc__ or "", re.MULTILINE)
+    return " ".join(found[1].replace("``", "").rstrip(".").split()).replace("%", "%%") if found else name
 
 
 def read(tokens: Sequence[str], environ: Mapping[str, str]) -> Options:

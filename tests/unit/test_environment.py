@@ -203,3 +203,21 @@ def test_the_plugin_shows_once() -> None:
     for group in ("sglang.srt.plugins", "sglang.srt.platforms"):
         entries = importlib.metadata.entry_points(group=group)
         assert [entry.value.split(":")[0] for entry in entries].count("sglang_tpla.plugin") == 1
+
+
+def test_make_prints_the_interpreter_alone() -> None:
+    """``make -s python`` is for scripts: one line on stdout, and it runs this checkout."""
+    environ = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+    made = subprocess.run(["make", "-s", "python"], cwd=ROOT, env=environ, capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr
+    (python,) = made.stdout.splitlines()
+    program = "import sglang_tpla; print(sglang_tpla.__file__)"
+    ran = subprocess.run([python, "-I", "-c", program], cwd="/", capture_output=True, text=True, check=True)
+    assert Path(ran.stdout.strip()).resolve() == ROOT / "sglang_tpla" / "__init__.py"
+
+
+def test_make_without_a_python_says_what_to_install() -> None:
+    made = subprocess.run(["make", "-s", "python", "PYTHON="], cwd=ROOT, capture_output=True, text=True)
+    assert made.returncode == 2
+    assert made.stdout == ""
+    assert "no Python 3.11 with ensurepip found; install python3.11" in made.stderr
