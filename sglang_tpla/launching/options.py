@@ -38,8 +38,8 @@ ADDRESS = ("host", "port")
 SETTING_FIELDS = {
     OWN_PREFIX + entry.name.replace("_", "-"): entry for entry in fields(Settings) if entry.name != "role"
 }
-# A prefill server is stock MLA: what says how decode ranks share the latent is not for it.
-DECODE_ONLY = ("groups", "artifact")
+# Settings of the other role: how decode ranks share the latent, and what a prefill server collects.
+OF_THE_OTHER_ROLE = {"prefill": ("groups", "artifact"), "decode": ("statistics_folder",)}
 KINDS = {"int": int, "float": float, "str": str, "str | None": str}
 
 
@@ -127,8 +127,8 @@ class Options:
         dotted = {argument.name: argument for argument in for_section(self.command_line, role)}
         for flag, entry in SETTING_FIELDS.items():
             variable = ENV_PREFIX + entry.name.upper()
-            # Said once for a whole trio, or left in the shell, these mean the decode server alone.
-            elsewhere = role == "prefill" and entry.name in DECODE_ONLY
+            # Said once for a whole trio, or left in the shell, these mean the other server alone.
+            elsewhere = entry.name in OF_THE_OTHER_ROLE[role]
             if flag in dotted:
                 found, origin = dotted[flag].value, f"--{role}.{flag}"
             elif flag in common and not (elsewhere and self.role == "all"):

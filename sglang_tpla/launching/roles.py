@@ -9,7 +9,7 @@ import os
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from sglang_tpla.config import ENV_PREFIX, ConfigError, Layout, Settings
@@ -124,12 +124,9 @@ def _server(role: str, arguments: list[Argument], options: Options) -> Process:
                 f"--role {role} means --{name} {value}; got --{name} {given}: drop that flag, or start stock "
                 "SGLang with `python -m sglang.launch_server`"
             )
-    environment: dict[str, str | None] = {
-        # What a shell still says about another role must not reach this one.
-        name: None
-        for name in (ENV_PREFIX + "ROLE", ENV_PREFIX + "GROUPS", ENV_PREFIX + "ARTIFACT")
-        if name in options.environ
-    }
+    variables = {ENV_PREFIX + field.name.upper() for field in fields(Settings)}
+    # What a shell still says about another role must not reach this one.
+    environment: dict[str, str | None] = dict.fromkeys(variables.intersection(options.environ))
     environment |= options.file_environment(role)
     environment |= settings.to_environment()
     if value_of(arguments, "device") == "cpu":

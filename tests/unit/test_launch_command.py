@@ -157,7 +157,12 @@ def test_one_file_serves_every_role(tmp_path: Path) -> None:
 
 
 def test_settings_of_a_trio_reach_the_decode_server_alone() -> None:
-    environ = {"SGLANG_TPLA_HEARTBEAT_S": "2", "SGLANG_TPLA_GROUPS": "4", "SGLANG_TPLA_ARTIFACT": "elsewhere"}
+    environ = {
+        "SGLANG_TPLA_HEARTBEAT_S": "2",
+        "SGLANG_TPLA_GROUPS": "4",
+        "SGLANG_TPLA_ARTIFACT": "elsewhere",
+        "SGLANG_TPLA_STATISTICS_FOLDER": "sums",
+    }
     prefill, decode, _ = planned(
         *("--role", "all", "--model-path", NANO, "--decode.tp", "2", "--tpla-groups", "2"),
         *("--decode.tpla-artifact", ARTIFACT, "--prefill.port", "7", "--host", "0.0.0.0"),
@@ -165,7 +170,7 @@ def test_settings_of_a_trio_reach_the_decode_server_alone() -> None:
     )
     first = Settings.from_environment(prefill.full_environment(environ))
     second = Settings.from_environment(decode.full_environment(environ))
-    assert first == Settings(role="prefill", heartbeat_s=2)
+    assert first == Settings(role="prefill", heartbeat_s=2, statistics_folder="sums")
     assert second == Settings(role="decode", groups=2, artifact=ARTIFACT, heartbeat_s=2)
     assert prefill.url == "http://127.0.0.1:7"
     assert "--tp" not in flags(prefill)
