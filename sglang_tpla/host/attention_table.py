@@ -6,7 +6,7 @@ is the FlashAttention-3 of sgl_kernel, which takes value widths of 256 and more.
 
 from __future__ import annotations
 
-from sglang_tpla.attention.backends import BackendRefusal, Capability, require
+from sglang_tpla.attention.backends import BACKENDS, BackendRefusal, Capability
 from sglang_tpla.attention.interface import DecodeShape
 
 FA3_WIDTHS = (256, 320, 512)  # measured right on an H200; below 256 the kernel refuses
@@ -26,7 +26,13 @@ def require_engine_backend(name: str, shape: DecodeShape, capability: Capability
     if name == "torch_native":
         return
     if name == "flashinfer":
-        require("flashinfer_fa3" if capability == (9, 0) else "flashinfer_fa2", shape, capability)
+        kernel = "flashinfer_fa3" if capability == (9, 0) else "flashinfer_fa2"
+        objection = next(b for b in BACKENDS if b.name == kernel).objection(shape, capability)
+        if objection is not None:
+            raise BackendRefusal(
+                f"--attention-backend flashinfer cannot decode a latent slice of width {shape.latent_dim} here: "
+                f"{objection}; use --attention-backend torch_native (any width), or an artifact of another width"
+            )
     elif name == "fa3":
         if capability != (9, 0) or shape.latent_dim not in FA3_WIDTHS:
             raise BackendRefusal(

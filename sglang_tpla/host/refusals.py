@@ -6,6 +6,7 @@ the model and the attention backend after it has resolved them.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ def check_server_args(original: Callable[..., None], self: Any, *args: Any, **kw
     """
     try:
         check_flags(self)
+        check_config(self.model_path, local_config(self.model_path))
         original(self, *args, **kwargs)
         check_model(self)
     except (ConfigError, ArtifactError, CheckpointError, AttentionInputError) as error:
@@ -76,6 +78,33 @@ def check_flags(args: Any) -> None:
             raise ConfigError(f"{flag} does not go with sglang_tpla: {why}; drop {flag}")
 
 
+def local_config(model_path: str) -> dict[str, Any]:
+    """A checkpoint folder's config, read before SGLang acts on it; empty for a model of the hub."""
+    path = Path(model_path) / "config.json"
+    if not path.is_file():
+        return {}
+    config = json.loads(path.read_text(encoding="utf-8"))
+    return config.get("text_config", config)
+
+
+def check_config(model_path: str, config: dict[str, Any]) -> None:
+    """Refuse models without a latent cache, and those whose indexer needs the whole of it.
+
+    Raises:
+        ConfigError: naming what the config says.
+    """
+    if config.get(SPARSE) is not None:
+        raise ConfigError(
+            f"{model_path} uses DeepSeek sparse attention (its config has {SPARSE!r}): the indexer needs the whole "
+            "latent on every rank; serve it with stock SGLang"
+        )
+    if config and config.get("kv_lora_rank") is None:
+        raise ConfigError(
+            f"{model_path} has no latent cache (no kv_lora_rank in its config); sglang_tpla serves DeepSeek V2, V3 and "
+            "Kimi K2 shaped models"
+        )
+
+
 def check_model(args: Any) -> None:
     """What needs the model's config, the artifact and the resolved backend.
 
@@ -84,16 +113,7 @@ def check_model(args: Any) -> None:
     """
     config = args.get_model_config()
     text = config.hf_text_config
-    if getattr(text, SPARSE, None) is not None:
-        raise ConfigError(
-            f"{args.model_path} uses DeepSeek sparse attention (its config has {SPARSE!r}): the indexer needs the "
-            "whole latent on every rank; serve it with stock SGLang"
-        )
-    if getattr(text, "kv_lora_rank", None) is None:
-        raise ConfigError(
-            f"{args.model_path} has no latent cache (no kv_lora_rank in its config); sglang_tpla serves DeepSeek V2, "
-            "V3 and Kimi K2 shaped models"
-        )
+    check_config(args.model_path, text.to_dict())
     if settings().role == "prefill":
         return
     attention_ranks = args.tp_size // (args.dp_size if args.enable_dp_attention else 1)
