@@ -122,6 +122,8 @@ class DecodeDialing(Agent):
         return connection
 
     def _dial(self, connection: Connection) -> None:
+        if self._closing:
+            return
         socket = self._io.context.socket(zmq.DEALER)
         self._configure(socket, max(self._chunk_bytes, frames.MAX_METADATA_BYTES) + frames.MAX_HEADER_BYTES)
         socket.setsockopt(zmq.IDENTITY, connection.identity)
@@ -141,9 +143,21 @@ class DecodeDialing(Agent):
 
     def _disconnected(self, connection: Connection, monitor: zmq.Socket) -> None:
         recv_monitor_message(monitor, zmq.NOBLOCK)
-        self._give_up(
-            connection, (f"the connection to the {connection.name} broke; the request can be retried")
-        )
+        self._broken(connection)
+
+    def _broken(self, connection: Connection) -> None:
+        """Try anew for a while, if the prefill rank had answered before; rooms go on where they were."""
+        if not connection.agent:
+            self._give_up(connection, f"the connection to the {connection.name} broke; try again")
+            return
+        with self._lock:
+            connection.link = Link.CONNECTING
+            if connection.broken_since is None:
+                connection.broken_since = time.monotonic()
+                self._log.warning(
+                    ("decode rank %d: the connection to the %s broke"), self._rank, connection.name
+                )
+        self._hang_up(connection)  # the next tick dials anew, under another identity
 
     def _give_up(self, connection: Connection, reason: str, link: Link = Link.LOST) -> None:
         """End a connection; its rooms fail. I/O thread only."""
@@ -185,6 +199,8 @@ class DecodeDialing(Agent):
                 return
             parsed = self._parse(parts, connection.name)
             if parsed is None:
+                if self._in_use(connection):
+                    self._broken(connection)  # what was lost comes again on a new connection
                 continue
             message, payload = parsed
             connection.last_seen = time.monotonic()
@@ -209,7 +225,7 @@ class DecodeDialing(Agent):
             case frames.Refused():
                 self._give_up(connection, message.reason, Link.REFUSED)
             case frames.Unregistered():
-                self._give_up(connection, f"the {connection.name} restarted; the request can be retried")
+                self._broken(connection)
             case frames.Goodbye():
                 self._give_up(connection, f"the {connection.name} closed: {message.reason}")
             case _:
@@ -228,12 +244,20 @@ class DecodeDialing(Agent):
     def _drop_rooms(self, connection: Connection, reason: str) -> None:
         raise NotImplementedError
 
+    def _in_use(self, connection: Connection) -> bool:
+        raise NotImplementedError
+
+    def _resume(self, connection: Connection) -> None:
+        raise NotImplementedError
+
     def _link_up(self, connection: Connection) -> None:
         raise NotImplementedError
 
     # Registration
 
     def _welcomed(self, connection: Connection, message: frames.Welcome) -> None:
+        if connection.agent not in ("", message.agent):
+            self._drop_rooms(connection, f"the {connection.name} restarted; the request can be retried")
         connection.agent = message.agent
         connection.layers = (message.first_layer, message.layers)
         near = message.arena is not None and message.host == self._host
@@ -251,6 +275,10 @@ class DecodeDialing(Agent):
     def _registered(self, connection: Connection) -> None:
         with self._lock:
             connection.link = Link.REGISTERED
+            resumed, connection.broken_since = connection.broken_since is not None, None
+            if resumed:
+                self._counts["resumed"] += 1
+                self._resume(connection)
             self._link_up(connection)
 
     def _map_all(self, connection: Connection, number: int, arenas: tuple[frames.Arena, ...]) -> None:
@@ -280,7 +308,19 @@ class DecodeDialing(Agent):
             connections = list(self._connections.values())
         limit = self._settings.peer_timeout_s
         for connection in connections:
-            if connection.link in (Link.REFUSED, Link.LOST) or connection.socket is None:
+            if connection.link in (Link.REFUSED, Link.LOST):
+                continue
+            if connection.broken_since is not None:
+                if now - connection.broken_since > limit:
+                    text = (
+                        f"the connection to the {connection.name} broke and did not come back for {limit:g} s"
+                    )
+                    self._give_up(connection, text)
+                elif connection.socket is None:
+                    connection.identity = uuid.uuid4().bytes
+                    self._dial(connection)
+                continue
+            if connection.socket is None:
                 continue
             if now - connection.last_seen > limit:
                 did = "answer" if connection.link is Link.CONNECTING else "show a sign of life"

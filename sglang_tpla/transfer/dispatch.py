@@ -76,7 +76,7 @@ class PrefillDispatch(PrefillServing):
         return None
 
     def _can_take(self, lane: Lane, sequence: int, streams: list[Stream], cap: int) -> bool:
-        if any(stream.peer.slots_held >= cap for stream in streams):
+        if any(stream.peer.away or stream.peer.slots_held >= cap for stream in streams):
             return False
         if lane.mode is Mode.LOCAL:
             return True
@@ -141,13 +141,18 @@ class PrefillDispatch(PrefillServing):
     def _deliver(self, load: Load, sequence: int, digest: bytes, slot: Slot) -> None:
         lane, room = load.lane, load.lane.room
         rectangle = lane.plan.rectangles[sequence]
+        chunk = (int(lane.plan.part), sequence)
+        # a rank whose connection broke meanwhile gets it again when it is back
+        streams = [stream for stream in load.streams if chunk in stream.unacked]
+        if not streams:
+            return
         self._counts["chunks"] += 1
         if lane.mode is Mode.LOCAL:
             self._count_bytes(room, rectangle.payload_bytes, shared=True)
-            for stream in load.streams:
+            for stream in streams:
                 self._share(lane, sequence, stream, self._agent_id, slot.offset)
             return
-        for stream in load.streams:
+        for stream in streams:
             message = frames.Chunk(
                 room=room.room,
                 generation=stream.generation,
@@ -162,7 +167,9 @@ class PrefillDispatch(PrefillServing):
             )
             slot.pending += 1
             self._count_bytes(room, rectangle.payload_bytes, shared=False)
-            self._io.post(self._send_chunk, stream, frames.encode(message), slot, rectangle.payload_bytes)
+            header = frames.encode(message)
+            identity = stream.peer.identity
+            self._io.post(self._send_chunk, identity, room, header, slot, rectangle.payload_bytes)
 
     def _count_bytes(self, room: Room, size: int, *, shared: bool) -> None:
         room.wire_bytes += size
@@ -171,12 +178,11 @@ class PrefillDispatch(PrefillServing):
             room.shared_memory_bytes += size
             self._counts["shared_memory_bytes"] += size
 
-    def _send_chunk(self, stream: Stream, header: bytes, slot: Slot, size: int) -> None:
+    def _send_chunk(self, identity: bytes, room: Room, header: bytes, slot: Slot, size: int) -> None:
         """Hand a chunk to the socket (I/O thread)."""
         tracker = None
         try:
-            if not stream.room.state.ended:
-                identity = stream.peer.identity
+            if not room.state.ended:
                 tracker = self._send_parts(identity, [identity, header, slot.view[:size]], track=True)
         finally:
             with self._lock:

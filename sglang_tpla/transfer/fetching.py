@@ -106,7 +106,7 @@ class DecodeFetching(DecodeDialing):
                 return
             key = (chunk.part, chunk.sequence)
             if key in source.applied or key in source.pending:
-                self._counts["replays_dropped"] += 1
+                self._take_replay(entry, source, chunk, credit_bytes)
                 return
             first = chunk.first_layer - self._pool.first_layer
             layers = range(first, first + chunk.layers)
@@ -125,6 +125,20 @@ class DecodeFetching(DecodeDialing):
                 return
             self._counts["malformed_dropped"] += 1
         self._fail_from_io(entry, f"{source.connection.name} sent chunk {chunk.sequence} {wrong}")
+
+    def _take_replay(
+        self, entry: Room, source: Source, chunk: frames.Chunk | frames.Share, credit_bytes: int
+    ) -> None:
+        """A chunk that came before: acknowledge it (that may have been lost), do not write it."""
+        self._counts["replays_dropped"] += 1
+        if source.received_bytes + credit_bytes <= source.granted_bytes:
+            source.received_bytes += credit_bytes
+            source.released_bytes += credit_bytes
+            self._staging_used_bytes -= credit_bytes
+        if (chunk.part, chunk.sequence) in source.applied:
+            message = frames.Ack(entry.room, entry.generation, chunk.part, chunk.sequence)
+            self._put(source.connection, message)
+        self._grant()
 
     def _wrong_chunk(
         self,
@@ -173,6 +187,37 @@ class DecodeFetching(DecodeDialing):
 
     # Rooms
 
+    def _in_use(self, connection: Connection) -> bool:
+        with self._lock:
+            return any(
+                source.connection is connection and source.asked and not entry.state.ended
+                for entry in self._rooms.values()
+                for source in entry.sources.values()
+            )
+
+    def _resume(self, connection: Connection) -> None:
+        """Go on with the rooms of a connection that was broken. Under the lock."""
+        now = time.monotonic()
+        for room, generation, when in connection.done:
+            if now - when < 2 * self._settings.peer_timeout_s:  # it may have been lost
+                self._put(connection, frames.Done(room, generation))
+        self._release([offset for offset, kept in self._kept.items() if kept.connection is connection])
+        for entry in list(self._rooms.values()):
+            source = entry.sources.get(connection.address)
+            if source is None or source.connection is not connection or entry.state.ended or not source.asked:
+                continue
+            entry.progress = now
+            self._hungry.pop(source, None)
+            lost = source.granted_bytes - source.received_bytes  # sent and lost, or never sent
+            self._staging_used_bytes -= lost
+            source.granted_bytes = source.wanted_bytes = source.received_bytes
+            self._put(connection, self._request_message(entry, source))
+            parts = sorted({part for part, _ in source.applied})
+            applied = tuple((part, _bitmap(source, part)) for part in parts)
+            resume = frames.Resume(entry.room, entry.generation, source.granted_bytes, applied)
+            self._put(connection, resume)
+        self._grant()
+
     def _link_up(self, connection: Connection) -> None:
         for entry in list(self._rooms.values()):
             if connection.address in entry.sources:
@@ -204,17 +249,21 @@ class DecodeFetching(DecodeDialing):
                     for other in real
                     if other.connection.layers == source.connection.layers
                 )
-                message = frames.Request(
-                    room=entry.room,
-                    generation=entry.generation,
-                    expected_ranks=entry.expected_ranks,
-                    prefix_tokens=entry.prefix_tokens,
-                    num_tokens=entry.num_tokens,
-                    dummy=source.dummy,
-                    share_index=0 if source.dummy else alike.index(source.connection.address),
-                    share_count=1 if source.dummy else len(alike),
-                )
-                self._put(source.connection, message)
+                if not source.dummy:
+                    source.share = (alike.index(source.connection.address), len(alike))
+                self._put(source.connection, self._request_message(entry, source))
+
+    def _request_message(self, entry: Room, source: Source) -> frames.Request:
+        return frames.Request(
+            room=entry.room,
+            generation=entry.generation,
+            expected_ranks=entry.expected_ranks,
+            prefix_tokens=entry.prefix_tokens,
+            num_tokens=entry.num_tokens,
+            dummy=source.dummy,
+            share_index=source.share[0],
+            share_count=source.share[1],
+        )
 
     def _fail_from_io(self, entry: Room, reason: str) -> None:
         """Fail a room without holding the agent's lock while a write ends."""
@@ -315,6 +364,15 @@ class DecodeFetching(DecodeDialing):
         self._expire_connections(now)
         for entry in late:
             self._fail_from_io(entry, f"no progress for {patience:g} s in {entry.state.name}")
+
+
+def _bitmap(source: Source, part: int) -> bytes:
+    """Applied chunks of a part, a bit each."""
+    sequences = [sequence for other, sequence in source.applied if other == part]
+    bits = bytearray(max(sequences) // 8 + 1)
+    for sequence in sequences:
+        bits[sequence // 8] |= 1 << (sequence % 8)
+    return bytes(bits)
 
 
 def _nack(chunk: frames.Chunk | frames.Share) -> frames.Nack:

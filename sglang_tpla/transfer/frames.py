@@ -31,6 +31,7 @@ Positive = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 Layers = Annotated[tuple[Small, ...], Meta(min_length=1, max_length=MAX_LAYERS)]
 Name = Annotated[str, Meta(max_length=256)]
 Sentence = Annotated[str, Meta(max_length=2048)]
+Bitmap = Annotated[bytes, Meta(max_length=16 << 10)]
 Digest = Annotated[bytes, Meta(min_length=8, max_length=8)]
 
 
@@ -274,6 +275,20 @@ class Release(_Message, frozen=True, tag=23):
     offsets: Annotated[tuple[Count, ...], Meta(min_length=1, max_length=MAX_OFFSETS)]
 
 
+class Resume(_Message, frozen=True, tag=24):
+    """decode -> prefill, after a Request that repeats the first one: go on with this room on a new
+    connection.
+
+    ``applied`` has a bitmap for each part: bit ``s % 8`` of byte ``s // 8`` is set for chunks in the pool.
+    ``credit_bytes`` is where both sides count chunk bytes from.
+    """
+
+    room: Count
+    generation: Count
+    credit_bytes: Count
+    applied: Annotated[tuple[tuple[Small, Bitmap], ...], Meta(max_length=3)]
+
+
 Message: TypeAlias = (
     Hello
     | Welcome
@@ -298,6 +313,7 @@ Message: TypeAlias = (
     | Share
     | Stored
     | Release
+    | Resume
 )
 WITH_PAYLOAD = (ProjectionLayer, Chunk, Finish)
 

@@ -124,6 +124,10 @@ class PrefillGreeting(Agent):
             sender = f"peer {identity.hex()[:8]}"
             parsed = self._parse(parts[1:], sender)
             if parsed is None:
+                with self._lock:
+                    if (peer := self._peers.get(identity)) is not None and self._in_use(peer):
+                        # what was lost comes again on a new connection
+                        self._put(identity, frames.Unregistered())
                 continue
             message, payload = parsed
             with self._work:
@@ -146,6 +150,7 @@ class PrefillGreeting(Agent):
             self._put(identity, frames.Unregistered())
             return
         peer.last_seen = time.monotonic()
+        peer.away = False
         match message:
             case frames.Ping():
                 self._put(identity, frames.Pong(message.number))
@@ -171,6 +176,12 @@ class PrefillGreeting(Agent):
     def _maps_changed(self, peer: Peer) -> None:
         raise NotImplementedError
 
+    def _in_use(self, peer: Peer) -> bool:
+        raise NotImplementedError
+
+    def _take_over(self, old: Peer, new: Peer) -> None:
+        raise NotImplementedError
+
     def _drop_rooms(self, peer: Peer, reason: str) -> None:
         raise NotImplementedError
 
@@ -190,12 +201,17 @@ class PrefillGreeting(Agent):
         if (old := self._peers.get(identity)) is not None:
             self._lose(old, "registered anew")
         peer = Peer(identity, hello, time.monotonic())
+        before = next((old for old in self._peers.values() if old.hello.agent == hello.agent), None)
         peer.projection = self._projections.get(hello.projection or IDENTITY_HASH)
         if peer.projection is None:
             layout = hello.layout
             digest = projection_digest(layout.first_layer, layout.latent_dim, layout.widths, layout.shared)
             peer.upload = Upload(layout, digest)
         self._peers[identity] = peer
+        if before is not None:
+            del self._peers[before.identity]
+            self._counts["resumed"] += 1
+            self._take_over(before, peer)
         version = agreed_version(hello.versions)
         assert version is not None
         arena = self._arena.announcement if self._arena is not None else None
@@ -309,13 +325,13 @@ class PrefillGreeting(Agent):
         except zmq.ZMQError as error:
             if error.errno not in (zmq.EHOSTUNREACH, zmq.EAGAIN):
                 raise
-            gone = error.errno == zmq.EHOSTUNREACH
             with self._work:
                 peer = self._peers.get(identity)
-                if peer is not None:
+                if peer is not None and error.errno == zmq.EHOSTUNREACH:
+                    peer.away = True  # until it comes back, or its time is up
+                elif peer is not None:
                     self._counts["peers_lost"] += 1
-                    text = "the connection is gone" if gone else "its queue is full and it does not read"
-                    self._lose(peer, text)
+                    self._lose(peer, "its queue is full and it does not read")
             return None
 
     def _say_goodbye(self) -> None:

@@ -38,6 +38,7 @@ COUNTERS = {
     "unknown_peer": "Messages of peers that never registered",
     "refused": "Registrations and connections refused",
     "credit_waits": "Times that a lane of chunks began to wait for credit",
+    "resumed": "Broken connections that were taken up again",
     "peers_lost": "Peers given up",
     "rooms_succeeded": "Rooms that ended well",
     "rooms_failed": "Rooms that failed",

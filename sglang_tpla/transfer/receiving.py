@@ -7,6 +7,7 @@ from __future__ import annotations
 import enum
 import threading
 import time
+from collections import deque
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -41,6 +42,10 @@ class Connection:
     reason: str = ""
     agent: str = ""
     layers: tuple[int, int] = (0, 0)  # first layer and number of layers that the prefill rank holds
+    broken_since: float | None = None  # monotonic; None while the connection holds
+    done: deque[tuple[int, int, float]] = field(
+        default_factory=lambda: deque(maxlen=1024)
+    )  # Done messages sent
     arenas: dict[str, memoryview] = field(default_factory=dict)  # by agent: its own and the neighbours'
     last_seen: float = field(default_factory=time.monotonic)
     last_ping: float = 0.0
@@ -59,6 +64,7 @@ class Source:
     connection: Connection
     dummy: bool
     asked: bool = False
+    share: tuple[int, int] = (0, 1)  # which of the prefill ranks with the same layers it is, and of how many
     wanted_bytes: int = 0
     granted_bytes: int = 0
     received_bytes: int = 0

@@ -7,6 +7,8 @@ in an arena is checked after it was written: had its place been used anew meanwh
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 
 from sglang_tpla.transfer import frames
@@ -121,6 +123,7 @@ class DecodeScattering(DecodeFetching):
             for source in entry.sources.values():
                 if not source.dummy:
                     self._put(source.connection, frames.Done(entry.room, entry.generation))
+                    source.connection.done.append((entry.room, entry.generation, time.monotonic()))
             self._end(entry, RoomState.SUCCESS, "")
             self._counts["rooms_succeeded"] += 1
             self._transfer_seconds += seconds_since(entry.requested, entry.ended)

@@ -68,6 +68,7 @@ class Peer:
     last_seen: float
     projection: SenderProjection | None = None
     upload: Upload | None = None
+    away: bool = False  # its connection is gone; it may come back under another identity
     slots_held: int = 0
     held_requests: int = 0
     maps_asked: int = 0  # number of the newest list of arenas it was sent
@@ -138,6 +139,7 @@ class Stream:
     due: int = 0  # chunks planned for this rank so far
     acked: int = 0
     resent: int = 0
+    damaged: int = 0
     credit_bytes: int = 0
     sent_bytes: int = 0
     wanted_bytes: int = 0
@@ -201,6 +203,23 @@ class Lane:
             if self.mode is not Mode.LOCAL:
                 self.leader(sequence).wanted_bytes += self.plan.size(sequence)
         self.planned = len(self.plan.rectangles)
+
+    @property
+    def all_sent(self) -> bool:
+        """True when every planned chunk was sent at least once."""
+        ahead = range(self.next, self.planned)
+        return not any(sequence % self.share_count == self.share_index for sequence in ahead)
+
+    def left_bytes(self, stream: Stream) -> int:
+        """Chunk bytes that are still to travel to a rank."""
+        if self.mode is Mode.LOCAL:
+            return 0
+        again = sum(self.plan.size(sequence) for sequence, other in self.repeat if other is stream)
+        return again + sum(
+            self.plan.size(sequence)
+            for sequence in range(self.next, self.planned)
+            if sequence % self.share_count == self.share_index and self.leader(sequence) is stream
+        )
 
     def peek(self) -> tuple[int, list[Stream]] | None:
         """The next chunk and the ranks it goes to at once."""

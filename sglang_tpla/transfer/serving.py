@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 
 from sglang_tpla.transfer import frames
 from sglang_tpla.transfer.agent import seconds_since
@@ -36,6 +36,10 @@ class PrefillServing(PrefillGreeting):
                 self._take_request(peer, message)
             case frames.Abort():
                 self._take_abort(peer, message)
+            case frames.Resume():
+                stream = self._stream(peer, message.room, message.generation)
+                if stream is not None:
+                    self._take_resume(stream, message)
             case frames.Credit() | frames.Ack() | frames.Nack() | frames.Stored() | frames.Done():
                 stream = self._stream(peer, message.room, message.generation)
                 if stream is not None:
@@ -71,6 +75,8 @@ class PrefillServing(PrefillGreeting):
         )
         if message.generation <= self._ended.get((message.room, peer.hello.agent), -1):
             self._counts["replays_dropped"] += 1
+            text = "this room has ended on the prefill rank"
+            self._put(peer.identity, frames.Abort(message.room, message.generation, text))
             return
         entry = self._rooms.get(message.room)
         if entry is not None and not entry.state.ended:
@@ -146,8 +152,8 @@ class PrefillServing(PrefillGreeting):
             case frames.Credit():
                 stream.credit_bytes = max(stream.credit_bytes, message.total_bytes)
             case frames.Done():
-                if stream.finish_sent and stream.acked == stream.due:
-                    stream.confirmed = True
+                if stream.finish_sent and all(lane.all_sent for lane in stream.lanes):
+                    self._confirm(stream)
                     self._conclude(entry)
                 else:
                     self._fail(entry, f"{stream.peer.name} confirmed chunks that were not sent")
@@ -155,6 +161,18 @@ class PrefillServing(PrefillGreeting):
                 self._take_receipt(stream, message)
                 self._staging.reap()
         self._work.notify_all()
+
+    def _confirm(self, stream: Stream) -> None:
+        """A rank has everything, also what it has not acknowledged: that may have been lost with a
+        connection.
+        """
+        for part, sequence in list(stream.unacked):
+            stream.settle((part, sequence))
+            if (lane := stream.lane(part)) is not None:
+                self._read_by(lane, sequence, stream)
+        for lane in stream.lanes:
+            lane.repeat = deque(item for item in lane.repeat if item[1] is not stream)
+        stream.acked, stream.confirmed = stream.due, True
 
     def _take_receipt(self, stream: Stream, message: frames.Ack | frames.Nack | frames.Stored) -> None:
         """What a rank says of one chunk: it has it, it also keeps it for others, or it came damaged."""
@@ -169,25 +187,78 @@ class PrefillServing(PrefillGreeting):
         if damaged:
             stream.resent += 1
             self._counts["resent"] += 1
-            if stream.resent > max(8, stream.due):
-                text = f"{stream.peer.name} got too many damaged chunks ({stream.resent} resent)"
+            stream.damaged += 1
+            if stream.damaged > max(8, stream.due):
+                text = f"{stream.peer.name} got too many damaged chunks ({stream.damaged})"
                 self._fail(stream.room, text)
                 return
             self._repeat(lane, sequence, stream)
         else:
             stream.acked += 1
-        if lane.mode is not Mode.RELAY:
-            return
-        if sequence not in lane.relays:
+        if lane.mode is Mode.RELAY and sequence not in lane.relays:
             if not damaged:
                 self._pass_on(lane, sequence, stream, stored)
             return
-        relay = lane.relays[sequence]
+        self._read_by(lane, sequence, stream)
+
+    def _read_by(self, lane: Lane, sequence: int, stream: Stream) -> None:
+        """A rank no longer reads a chunk in an arena: free it if it was the last."""
+        relay = lane.relays.get(sequence)
         if relay is not None:
             relay.readers.discard(stream)
             if not relay.readers:
                 lane.relays[sequence] = None
                 self._put(relay.leader.peer.identity, frames.Release((relay.offset,)))
+
+    def _in_use(self, peer: Peer) -> bool:
+        return any(
+            stream.peer is peer and not stream.confirmed and not entry.state.ended
+            for entry in self._rooms.values()
+            for stream in entry.streams
+        )
+
+    def _take_over(self, old: Peer, new: Peer) -> None:
+        """A rank has come back under another identity: its rooms go on."""
+        new.ready, new.held_requests = old.ready, old.held_requests
+        for asks in [entry.asks for entry in self._rooms.values()] + list(self._held.values()):
+            if old.identity in asks:
+                ask = asks.pop(old.identity)
+                ask.peer = new
+                asks[new.identity] = ask
+                if ask.stream is not None:
+                    ask.stream.peer = new
+
+    def _take_resume(self, stream: Stream, message: frames.Resume) -> None:
+        """Send again what a rank has not got, now that its connection is back."""
+        stream.room.progress = time.monotonic()
+        bitmaps = dict(message.applied)
+        for lane in stream.lanes:
+            for sequence, relay in lane.relays.items():
+                if relay is not None and relay.leader is stream:
+                    lane.relays[sequence] = None  # its arena was freed; whoever had not read it asks again
+        for part, sequence in list(stream.unacked):
+            lost = stream.lane(part)
+            if lost is None or not stream.settle((part, sequence)):
+                continue
+            bits = bitmaps.get(part, b"")
+            if sequence // 8 < len(bits) and bits[sequence // 8] >> (sequence % 8) & 1:
+                stream.acked += 1
+                if lost.mode is Mode.RELAY and sequence not in lost.relays:
+                    self._pass_on(lost, sequence, stream, None)
+                self._read_by(lost, sequence, stream)
+            else:
+                self._counts["resent"] += 1
+                stream.resent += 1
+                lost.repeat.append((sequence, stream))
+        stream.credit_bytes = stream.sent_bytes = stream.wanted_bytes = message.credit_bytes
+        stream.wanted_told = 0
+        for lane in stream.lanes:
+            stream.wanted_bytes += lane.left_bytes(stream)
+            self._ready(lane)
+        self._want(stream)
+        if stream.finish_sent:
+            self._send_finish(stream)
+        self._work.notify_all()
 
     def _pass_on(self, lane: Lane, sequence: int, leader: Stream, offset: int | None) -> None:
         """A chunk has reached its host: let the other ranks read it there, or send it to each."""
@@ -295,11 +366,15 @@ class PrefillServing(PrefillGreeting):
             self._want(stream)
             if entry.last and not stream.finish_sent:
                 stream.finish_sent = True
-                digest = frames.checksum(entry.metadata)
-                message = frames.Finish(entry.room, stream.generation, stream.due, entry.tokens, digest)
-                self._put(stream.peer.identity, message, entry.metadata)
+                self._send_finish(stream)
         self._conclude(entry)
         self._work.notify_all()
+
+    def _send_finish(self, stream: Stream) -> None:
+        entry = stream.room
+        digest = frames.checksum(entry.metadata)
+        message = frames.Finish(entry.room, stream.generation, stream.due, entry.tokens, digest)
+        self._put(stream.peer.identity, message, entry.metadata)
 
     def _ready(self, lane: Lane) -> None:
         if lane.peek() is not None:

@@ -212,6 +212,7 @@ class AgentStats:
     refused: int = 0
     credit_waits: int = 0
     peers_lost: int = 0
+    resumed: int = 0
     rooms_succeeded: int = 0
     rooms_failed: int = 0
     projections_computed: int = 0

@@ -22,7 +22,7 @@ SETTINGS = Settings(
     chunk_bytes=8 << 10,
     staging_bytes=128 << 10,
     heartbeat_s=0.1,
-    peer_timeout_s=1.0,
+    peer_timeout_s=2.0,
     transfer_timeout_s=30.0,
 )
 

@@ -145,7 +145,7 @@ def test_prefill_rank_dies_and_comes_back_on_the_same_address(
 def test_nobody_listens(decode: rig.DecodeRank) -> None:
     decode.agent.open_room(1, [("127.0.0.1", 9, False)])
     assert rig.ended(decode.agent, 1) == RoomState.FAILED
-    assert "the prefill rank at 127.0.0.1:9 did not answer for 1 s" in decode.agent.failure(1)
+    assert "the prefill rank at 127.0.0.1:9 did not answer for 2 s" in decode.agent.failure(1)
 
 
 @pytest.mark.parametrize(
