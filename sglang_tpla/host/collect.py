@@ -2,7 +2,8 @@
 
 For models that fit on no other machine. Each tensor-parallel rank sums over its own heads and writes one file, a few
 megabytes a layer; ``calibrate --from-stats FILE...`` puts ranks and servers together. Watches the modules of
-``DeepseekV2AttentionMLA`` (``sglang/srt/models/deepseek_v2.py``): its latent norm, and the projection that makes queries.
+``DeepseekV2AttentionMLA`` (``sglang/srt/models/deepseek_v2.py``): its latent norm, and the projection that makes
+queries.
 """
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ class Collector:
         every_tokens: tokens between two writes.
     """
 
-    def __init__(self, meta: StatisticsMeta, moments: list[LayerMoments], path: Path, every_tokens: int) -> None:
+    def __init__(
+        self, meta: StatisticsMeta, moments: list[LayerMoments], path: Path, every_tokens: int
+    ) -> None:
         self.statistics = Statistics(meta, moments)
         self._path, self._every_tokens = path, every_tokens
         self._written = 0.0
@@ -43,7 +46,9 @@ class Collector:
         """Hook the two modules of one layer."""
         queries = attention.q_b_proj if attention.q_lora_rank is not None else attention.q_proj
         shape = (attention.num_local_heads, attention.qk_nope_head_dim, attention.qk_rope_head_dim)
-        attention.kv_a_layernorm.register_forward_hook(self._observer(layer, "latent", lambda out: out.flatten(0, -2)))
+        attention.kv_a_layernorm.register_forward_hook(
+            self._observer(layer, "latent", lambda out: out.flatten(0, -2))
+        )
         queries.register_forward_hook(
             self._observer(
                 layer, "q_nope", lambda out: out[0].view(-1, shape[0], shape[1] + shape[2])[..., : shape[1]]
@@ -94,7 +99,8 @@ def observe_model(result: Any, self: Any, *args: Any, **kwargs: Any) -> None:
         first_head=parallel.attn_tp_rank * heads,
     )
     moments = [
-        LayerMoments.zeros(first.kv_lora_rank, heads, first.qk_nope_head_dim, str(self.device)) for _ in attentions
+        LayerMoments.zeros(first.kv_lora_rank, heads, first.qk_nope_head_dim, str(self.device))
+        for _ in attentions
     ]
     name = f"{meta.model_name}-{self.server_args.port}-rank{parallel.attn_tp_rank}of{parallel.attn_tp_size}.safetensors"
     collector = Collector(meta, moments, Path(folder) / name, settings().statistics_every_tokens)

@@ -29,7 +29,7 @@ def extend(
     extend_prefix_lens: torch.Tensor,
     extend_seq_lens: torch.Tensor,
     encoder_lens: torch.Tensor | None = None,
-    scaling: float | None = None,
+    scaling: float = 1.0,
     causal: bool = False,
     sliding_window_size: int | None = None,
     **kwargs: Any,
@@ -44,7 +44,11 @@ def extend(
     heads, step = query.shape[1], max(1, ROWS // query.shape[1])
     start = 0
     for row, length, prefix, count in zip(
-        req_pool_indices.tolist(), seq_lens.tolist(), extend_prefix_lens.tolist(), extend_seq_lens.tolist(), strict=True
+        req_pool_indices.tolist(),
+        seq_lens.tolist(),
+        extend_prefix_lens.tolist(),
+        extend_seq_lens.tolist(),
+        strict=True,
     ):
         slots = req_to_token[row, :length]
         keys, values = k_cache[slots, 0].to(query.dtype), v_cache[slots, 0].to(query.dtype)  # [length, ...]
@@ -55,8 +59,8 @@ def extend(
             positions = torch.arange(prefix + first, seen)
             scores.masked_fill_((torch.arange(seen) > positions[:, None])[:, None], float("-inf"))
             weights = scores.softmax(-1).to(query.dtype)
-            output[start + first : start + first + len(block)] = (
-                weights.flatten(0, 1) @ values[:seen]
-            ).view(len(block), heads, -1)
+            output[start + first : start + first + len(block)] = (weights.flatten(0, 1) @ values[:seen]).view(
+                len(block), heads, -1
+            )
         start += count
     return output

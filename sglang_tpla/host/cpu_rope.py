@@ -23,7 +23,16 @@ def rope(
     device: str | None = None,
 ) -> Any:
     """Around ``get_rope_cpu``."""
-    common = (head_size, rotary_dim, max_position, base, is_neox_style, rope_scaling, dtype, partial_rotary_factor)
+    common = (
+        head_size,
+        rotary_dim,
+        max_position,
+        base,
+        is_neox_style,
+        rope_scaling,
+        dtype,
+        partial_rotary_factor,
+    )
     if rope_scaling is not None:
         return original(*common, device)
     from sglang.srt.layers.rotary_embedding.factory import get_rope

@@ -66,7 +66,11 @@ def cache_pool(kv_args: Any, server_args: Any) -> CachePool:
             "not transfer; serve this model with another transfer backend"
         )
     dtype = cache_dtype(kv_args, server_args)
-    device = torch.device(server_args.device, kv_args.gpu_id) if server_args.device == "cuda" else torch.device("cpu")
+    device = (
+        torch.device(server_args.device, kv_args.gpu_id)
+        if server_args.device == "cuda"
+        else torch.device("cpu")
+    )
     layers = [
         bytes_at(pointer, nbytes, device).view(dtype).view(-1, item // kv_args.page_size // dtype.itemsize)
         for pointer, nbytes, item in zip(

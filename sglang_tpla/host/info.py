@@ -49,7 +49,9 @@ def scheduler_load(scheduler: Any) -> dict[str, int]:
         "transfer_queue": len(transfer.queue) if transfer else 0,
         "waiting_queue": len(scheduler.waiting_queue),
         "running_batch": len(scheduler.running_batch.reqs),
-        "used_tokens": scheduler.max_total_num_tokens - scheduler.token_to_kv_pool_allocator.available_size() - cached,
+        "used_tokens": scheduler.max_total_num_tokens
+        - scheduler.token_to_kv_pool_allocator.available_size()
+        - cached,
         "cached_tokens": cached,
         "used_metadata_rows": rows.size - rows.available_size(),
     }

@@ -35,7 +35,9 @@ class SlicedNorm(nn.Module):
     checkpoint loads as before.
     """
 
-    def __init__(self, norm: nn.Module, z: torch.Tensor) -> None:
+    z: torch.Tensor
+
+    def __init__(self, norm: Any, z: torch.Tensor) -> None:
         super().__init__()
         self.weight = norm.weight
         self.variance_epsilon = norm.variance_epsilon
@@ -88,7 +90,9 @@ def absorbed_only(original: Callable[..., Any], self: Any, forward_batch: Any) -
 def fold_weights(original: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -> None:
     """Around ``post_load_weights``: SGLang makes ``w_kc`` and ``w_vc`` [.., d, ..], then the maps are folded in."""
     sliced = [
-        module for module in self.modules() if getattr(module, "tpla", None) is not None and hasattr(module, "w_kc")
+        module
+        for module in self.modules()
+        if getattr(module, "tpla", None) is not None and hasattr(module, "w_kc")
     ]
     folded = [(module.w_kc, module.w_vc) for module in sliced]
     for module in sliced:  # SGLang copies into what is there, which has the slice's shape after a first load

@@ -55,7 +55,9 @@ class Hook:
 
     def __post_init__(self) -> None:
         if self.kind not in ("before", "after", "around", "replace"):
-            raise LedgerError(f"{self.target}: kind must be before, after, around or replace; got {self.kind!r}")
+            raise LedgerError(
+                f"{self.target}: kind must be before, after, around or replace; got {self.kind!r}"
+            )
         if not set(self.roles) <= {*ROLES, CPU}:
             raise LedgerError(f"{self.target}: roles must be among {(*ROLES, CPU)}; got {self.roles}")
 
@@ -111,7 +113,8 @@ def host_hash(target: str) -> str:
             (
                 child
                 for child in ast.iter_child_nodes(node)
-                if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and child.name == name
+                if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
+                and child.name == name
             ),
             None,
         )  # type: ignore[assignment]
@@ -125,9 +128,7 @@ def check(hook: Hook) -> str | None:
     release = host_version()
     expected = hook.ast_sha256.get(release)
     if expected is None:
-        return (
-            f"{hook.target}: SGLang {release} is not in the ledger (it knows {', '.join(sorted(hook.ast_sha256))})"
-        )
+        return f"{hook.target}: SGLang {release} is not in the ledger (it knows {', '.join(sorted(hook.ast_sha256))})"
     try:
         found = host_hash(hook.target)
     except LedgerError as error:
@@ -141,7 +142,9 @@ def main() -> None:
     """Print, for the installed SGLang, every target with its hash: what a new release needs in the ledger."""
     print(f"# SGLang {host_version()}")
     for hook in load():
-        print(f'{hook.target}\n    "{host_version()}" = "{host_hash(hook.target)}"  # {check(hook) or "as known"}')
+        print(
+            f'{hook.target}\n    "{host_version()}" = "{host_hash(hook.target)}"  # {check(hook) or "as known"}'
+        )
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
 Registered as an out-of-tree platform (entry point group ``sglang.srt.platforms``) and active only where
 ``SGLANG_PLATFORM=sglang_tpla_cpu`` asks for it. It chooses what exists already: gloo, the ``torch_native``
 attention backend, PyTorch sampling, and the absorbed MLA path. It answers to
-``sglang/srt/platforms/interface.py`` and ``sglang/srt/mem_cache/kv_cache_configurator.py``. SGLang imports this module while it imports itself, so
-everything else of SGLang is imported inside the methods.
+``sglang/srt/platforms/interface.py`` and ``sglang/srt/mem_cache/kv_cache_configurator.py``. SGLang imports this
+module while it imports itself, so everything else of SGLang is imported inside the methods.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import psutil
 import torch
 from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import SRTPlatform
+
 
 class CpuReferencePlatform(SRTPlatform):
     """See the module's text."""

@@ -1,7 +1,7 @@
 """Layers of different width in SGLang's latent pool, and memory accounting that follows them.
 
-An artifact with a per-layer policy gives layer l its own w_l; the pool's layer l is then ``[slots, 1, w_l + rope]``. Where all
-layers have one width these hooks do nothing. Answers to ``MLATokenToKVPool`` in
+An artifact with a per-layer policy gives layer l its own w_l; the pool's layer l is then ``[slots, 1, w_l + rope]``.
+Where all layers have one width these hooks do nothing. Answers to ``MLATokenToKVPool`` in
 ``sglang/srt/mem_cache/memory_pool.py`` and ``calculate_mla_kv_cache_dim`` in ``.../kv_cache_configurator.py``.
 """
 

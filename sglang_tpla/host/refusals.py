@@ -127,8 +127,8 @@ def check_model(args: Any) -> None:
     widths = sorted(set(loaded.meta.widths))
     if len(widths) > 1 and backend == "flashinfer":
         raise ConfigError(
-            f"{settings().artifact} has layers of widths {widths}, and --attention-backend flashinfer plans one width for "
-            "all layers; use another backend or an artifact without a per-layer policy"
+            f"{settings().artifact} has layers of widths {widths}, and --attention-backend flashinfer plans one "
+            "width for all layers; use another backend or an artifact without a per-layer policy"
         )
     for width in widths:
         shape = DecodeShape(

@@ -20,7 +20,9 @@ def settings() -> Settings:
     """
     found = Settings.from_environment(os.environ)
     if found is None:
-        raise ConfigError("this process has no SGLANG_TPLA_ROLE; start it with `python -m sglang_tpla.launch`")
+        raise ConfigError(
+            "this process has no SGLANG_TPLA_ROLE; start it with `python -m sglang_tpla.launch`"
+        )
     return found
 
 
@@ -53,7 +55,9 @@ def make_slice(heads: int, rank: int, tp_size: int) -> Slice | None:
     return Slice(Layout(tp_size, settings().groups, heads), rank, loaded)
 
 
-def describe(layout: Layout, latent_dim: int, rope_dim: int, widths: tuple[int, ...], cell_bytes: int) -> dict[str, Any]:
+def describe(
+    layout: Layout, latent_dim: int, rope_dim: int, widths: tuple[int, ...], cell_bytes: int
+) -> dict[str, Any]:
     """The ``tpla`` section of ``/server_info``: layout, widths, and cache bytes per token and rank."""
     from sglang_tpla.host.hooks import applied
 

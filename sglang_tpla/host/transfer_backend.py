@@ -44,10 +44,16 @@ def agents() -> tuple[PrefillAgent | DecodeAgent, ...]:
 class TplaKVManager(CommonKVManager):
     """One rank's agent, and what SGLang's common manager knows about its peers."""
 
+    local_ip: str
+
     def __init__(
-        self, args: Any, disaggregation_mode: DisaggregationMode, server_args: Any, is_mla_backend: bool = False
+        self,
+        args: Any,
+        disaggregation_mode: DisaggregationMode,
+        server_args: Any,
+        is_mla_backend: bool = False,
     ) -> None:
-        self.agent: PrefillAgent | DecodeAgent
+        self.agent: Any  # a PrefillAgent or a DecodeAgent, as the server's role is
         # The scheduler's loop polls without rest while a transfer is under way; at Python's default of 5 ms each of
         # the agent's threads would wait that long for the interpreter after every call into ZMQ or torch.
         sys.setswitchinterval(SWITCH_INTERVAL_S)
@@ -61,7 +67,9 @@ class TplaKVManager(CommonKVManager):
     def register_to_bootstrap(self) -> None:
         """Start the prefill agent and register its address instead of the common manager's socket."""
         # A server that only listens on loopback keeps its transfers there as well.
-        host = self.bootstrap_host if self.bootstrap_host in ("127.0.0.1", "localhost", "::1") else self.local_ip
+        host = (
+            self.bootstrap_host if self.bootstrap_host in ("127.0.0.1", "localhost", "::1") else self.local_ip
+        )
         self.agent = PrefillAgent(
             cache_pool(self.kv_args, self.server_args),
             metadata_rows(self.kv_args),
@@ -255,7 +263,8 @@ class TplaKVReceiver(_Request, CommonKVReceiver):
         super().__init__(mgr, bootstrap_addr, bootstrap_room)
 
     def _register_kv_args(self) -> bool:
-        for info in self.bootstrap_infos or ():
+        infos: list[dict[str, Any]] = self.bootstrap_infos or []
+        for info in infos:
             self.kv_mgr.agent.connect(info["rank_ip"], int(info["rank_port"]))
         return True
 

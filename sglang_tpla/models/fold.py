@@ -1,6 +1,6 @@
 """Fold the key and value maps of a slice into the absorbed weights, so that they cost nothing at run time.
 
-    w_kc [h, qk_nope, d] A^T [d, w] -> [h, qk_nope, w]        B [w, d] w_vc [h, d, v] -> [h, w, v]
+w_kc [h, qk_nope, d] A^T [d, w] -> [h, qk_nope, w]        B [w, d] w_vc [h, d, v] -> [h, w, v]
 """
 
 from __future__ import annotations

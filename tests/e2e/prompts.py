@@ -2,13 +2,31 @@
 
 from __future__ import annotations
 
+import argparse
+import ast
+import bisect
+import calendar
+import collections
+import csv
+import dataclasses
+import difflib
+import fractions
+import heapq
 import inspect
+import inspect as _inspect
+import json.decoder
+import pprint
+import queue
 import random
+import shlex
+import statistics
+import string
+import tarfile
+import tempfile
 import textwrap
+import threading
+import zipfile
 from types import ModuleType
-
-import argparse, ast, bisect, calendar, collections, csv, dataclasses, difflib, fractions, heapq, inspect as _inspect  # noqa: E401, I001
-import json.decoder, pprint, queue, shlex, statistics, string, tarfile, tempfile, threading, zipfile  # noqa: E401, I001
 
 MODULES: tuple[ModuleType, ...] = (
     argparse, ast, bisect, calendar, collections, csv, dataclasses, difflib, fractions, heapq, _inspect, json.decoder,

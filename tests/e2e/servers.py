@@ -136,10 +136,14 @@ class Server:
     def post(self, path: str, body: dict[str, Any], timeout_s: float = 240) -> httpx.Response:
         return httpx.post(self.url + path, json=body, timeout=timeout_s)
 
-    def generate(self, prompt: str | list[int], tokens: int, timeout_s: float = 240, **extra: Any) -> dict[str, Any]:
+    def generate(
+        self, prompt: str | list[int], tokens: int, timeout_s: float = 240, **extra: Any
+    ) -> dict[str, Any]:
         """Greedy /generate; raises on any other answer than 200."""
         response = self.post("/generate", request_body(prompt, tokens, **extra), timeout_s)
-        assert response.status_code == 200, f"{self.name}: {response.status_code} {response.text[:500]}\n{self.tail()}"
+        assert response.status_code == 200, (
+            f"{self.name}: {response.status_code} {response.text[:500]}\n{self.tail()}"
+        )
         return response.json()
 
 
@@ -154,7 +158,18 @@ def request_body(prompt: str | list[int] | list[str], tokens: int, **extra: Any)
 
 def launcher(role: str, model: str, port: int, log: Path, *args: str) -> Server:
     """A server of ours, not started yet."""
-    command = ("-m", "sglang_tpla.launch", "--role", role, "--model-path", model, *COMMON, "--port", str(port), *args)
+    command = (
+        "-m",
+        "sglang_tpla.launch",
+        "--role",
+        role,
+        "--model-path",
+        model,
+        *COMMON,
+        "--port",
+        str(port),
+        *args,
+    )
     return Server(role, command, port, log)
 
 
@@ -202,7 +217,9 @@ class Pair:
             second = pool.submit(self.decode.post, "/generate", body, timeout_s)
             answers = first.result(), second.result()
         for server, answer in zip((self.prefill, self.decode), answers, strict=True):
-            assert answer.status_code == 200, f"{server.name}: {answer.status_code} {answer.text[:400]}\n{server.tail()}"
+            assert answer.status_code == 200, (
+                f"{server.name}: {answer.status_code} {answer.text[:400]}\n{server.tail()}"
+            )
         return answers[0].json(), answers[1].json()
 
 

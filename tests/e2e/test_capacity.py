@@ -40,10 +40,13 @@ def wide_model(tmp_path_factory: pytest.TempPathFactory, nano_mla: str) -> Path:
     }
     norms = {"self_attn.kv_a_layernorm": D, "input_layernorm": HIDDEN, "post_attention_layernorm": HIDDEN}
     torch.manual_seed(0)
-    weights = {"model.embed_tokens.weight": torch.randn(config["vocab_size"], HIDDEN),
-               "lm_head.weight": torch.randn(config["vocab_size"], HIDDEN), "model.norm.weight": torch.ones(HIDDEN)}  # fmt: skip
+    tables = ("model.embed_tokens", "lm_head")
+    weights = {f"{name}.weight": torch.randn(config["vocab_size"], HIDDEN) for name in tables}
+    weights["model.norm.weight"] = torch.ones(HIDDEN)
     for layer in range(LAYERS):
-        weights |= {f"model.layers.{layer}.{n}.weight": torch.randn(*s) / s[1] ** 0.5 for n, s in shapes.items()}
+        weights |= {
+            f"model.layers.{layer}.{n}.weight": torch.randn(*s) / s[1] ** 0.5 for n, s in shapes.items()
+        }
         weights |= {f"model.layers.{layer}.{n}.weight": torch.ones(s) for n, s in norms.items()}
     save_file({name: tensor.bfloat16() for name, tensor in weights.items()}, folder / "model.safetensors")
     return folder

@@ -28,7 +28,12 @@ def servers(nano_mla: str, nano_artifact: str, logs: Path) -> Iterator[tuple[Ser
     """A prefill and a decode server of two ranks each that may be killed; a short peer timeout."""
     ports = free_ports(3)
     timeout = ("--tpla-peer-timeout-s", "6")
-    statistics = ("--tpla-statistics-folder", str(logs / "statistics"), "--tpla-statistics-every-tokens", "1000")
+    statistics = (
+        "--tpla-statistics-folder",
+        str(logs / "statistics"),
+        "--tpla-statistics-every-tokens",
+        "1000",
+    )
     prefill = launcher("prefill", nano_mla, ports[0], logs / "killed-prefill.log", "--disaggregation-bootstrap-port",
                        str(ports[1]), "--chunked-prefill-size", "128", "--tp", "2", *timeout, *statistics)  # fmt: skip
     decode = launcher("decode", nano_mla, ports[2], logs / "killed-decode.log", "--tp", "2", "--tpla-groups", "2",
@@ -78,7 +83,9 @@ def test_survivor_of_a_kill(servers: tuple[Server, Server, int], victim: str) ->
     killed.kill()
     call = calls[0] if survivor is prefill else calls[1]
     answer = call.result(FAIL_WITHIN_S)
-    assert answer.status_code >= 400 or answer.json()["meta_info"]["finish_reason"]["type"] == "abort", answer.text
+    assert answer.status_code >= 400 or answer.json()["meta_info"]["finish_reason"]["type"] == "abort", (
+        answer.text
+    )
     assert "decode rank" in answer.text or "prefill" in answer.text, answer.text
     assert httpx.get(survivor.url + "/health", timeout=30).status_code == 200
     wait_idle(survivor)
@@ -90,7 +97,9 @@ def test_survivor_of_a_kill(servers: tuple[Server, Server, int], victim: str) ->
     wait_idle(prefill, decode)
 
 
-def test_fewer_decode_than_prefill_ranks(servers: tuple[Server, Server, int], nano_mla: str, logs: Path) -> None:
+def test_fewer_decode_than_prefill_ranks(
+    servers: tuple[Server, Server, int], nano_mla: str, logs: Path
+) -> None:
     """One plain MLA decode rank fetches from one of two prefill ranks; the other, which sends nothing, ends as well."""
     prefill, decode, bootstrap = servers
     prompt = source(seed=11, characters=3000)

@@ -20,7 +20,9 @@ def tokens_of(answer: dict[str, Any]) -> list[int]:
 
 
 def top_logprobs(answer: dict[str, Any]) -> list[dict[int, float]]:
-    return [{token: value for value, token, *_ in step} for step in answer["meta_info"]["output_top_logprobs"]]
+    return [
+        {token: value for value, token, *_ in step} for step in answer["meta_info"]["output_top_logprobs"]
+    ]
 
 
 @pytest.fixture(scope="session")
@@ -51,7 +53,9 @@ def test_one_group_gives_stock_tokens_and_logprobs(
         for step, (left, right) in enumerate(zip(top_logprobs(stock), top_logprobs(ours), strict=True)):
             for token in left.keys() & right.keys():
                 assert left[token] == pytest.approx(right[token], abs=1e-4), f"prompt {number}, step {step}"
-            assert len(left.keys() & right.keys()) >= len(left) - 1, f"prompt {number}, step {step}"  # a tie at the end
+            assert len(left.keys() & right.keys()) >= len(left) - 1, (
+                f"prompt {number}, step {step}"
+            )  # a tie at the end
 
 
 @pytest.mark.parametrize("characters", [30, 500, 5000])
@@ -64,4 +68,7 @@ def test_prefill_is_stock_to_the_last_bit(trio: Any, reference: Server, characte
     assert first["meta_info"]["output_top_logprobs"][0] == stock["meta_info"]["output_top_logprobs"][0]
     assert first["meta_info"]["output_token_logprobs"] == stock["meta_info"]["output_token_logprobs"]
     # and what travelled in the metadata row is the same again
-    assert decoded["meta_info"]["output_token_logprobs"][0][:2] == stock["meta_info"]["output_token_logprobs"][0][:2]
+    assert (
+        decoded["meta_info"]["output_token_logprobs"][0][:2]
+        == stock["meta_info"]["output_token_logprobs"][0][:2]
+    )

@@ -86,7 +86,9 @@ def test_artifact_of_another_layout(nano_mla: str, nano_artifact: str) -> None:
 
 def test_missing_artifact_names_the_command(tmp_path: Path, nano_mla: str) -> None:
     for extra in ((), ("--tpla-artifact", str(tmp_path / "none.safetensors"))):
-        output = start("--role", "decode", "--model-path", nano_mla, *COMMON, "--tp", "2", "--tpla-groups", "2", *extra)
+        output = start(
+            "--role", "decode", "--model-path", nano_mla, *COMMON, "--tp", "2", "--tpla-groups", "2", *extra
+        )
         assert "python -m sglang_tpla.calibrate" in output and "Traceback" not in output, output[-2000:]
 
 

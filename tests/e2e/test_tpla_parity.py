@@ -76,8 +76,8 @@ def test_layers_of_different_width_and_head_shards(
 ) -> None:
     path = mixed_widths(nano_artifact, tmp_path)
     decode = launcher(
-        "decode", nano_mla, free_ports(1)[0], logs / "decode-mixed.log", "--tp", str(ranks), "--tpla-groups", str(groups),
-        "--tpla-artifact", str(path),
+        "decode", nano_mla, free_ports(1)[0], logs / "decode-mixed.log", "--tp", str(ranks),
+        "--tpla-groups", str(groups), "--tpla-artifact", str(path),
     )  # fmt: skip
     with contextlib.ExitStack() as stack:
         stack.callback(decode.stop)

@@ -52,6 +52,7 @@ def rotate(x: torch.Tensor, positions: torch.Tensor, yarn: bool) -> torch.Tensor
     """Interleaved rotary embedding [..., rope] with yarn as DeepSeek defines it; positions match x's first axis."""
     inverse = 10000.0 ** (-torch.arange(0, ROPE, 2, dtype=torch.float64) / ROPE)
     if yarn:
+
         def correction(rotations: float) -> float:
             return (
                 ROPE * math.log(YARN["original_max_position_embeddings"] / (rotations * 2 * math.pi))
@@ -102,14 +103,19 @@ def formula(x, lengths, past, weights, maps, yarn):
 
 def random_maps(groups: int, width: int, generator: torch.Generator):
     return [
-        tuple(torch.randn(*shape, generator=generator) / math.sqrt(D) for shape in ((D, width), (width, D), (width, D)))
+        tuple(
+            torch.randn(*shape, generator=generator) / math.sqrt(D)
+            for shape in ((D, width), (width, D), (width, D))
+        )
         for _ in range(groups)
     ]
 
 
 def calibrated_maps(transform: str, groups: int, weights, generator: torch.Generator):
     moments = LayerMoments.zeros(D, HEADS, NOPE)
-    moments.update(torch.randn(500, D, generator=generator), torch.randn(500, HEADS, NOPE, generator=generator))
+    moments.update(
+        torch.randn(500, D, generator=generator), torch.randn(500, HEADS, NOPE, generator=generator)
+    )
     w_uk = weights["kv_b_proj"].view(HEADS, NOPE + V, D)[:, :NOPE]
     shared = D // 4 if transform == "shared" and groups > 1 else 0
     return [
@@ -189,7 +195,9 @@ def run_rank(attention, x, lengths, past, z_map, dtype):
         batch * longest + 8, page_size=1, dtype=dtype, kv_lora_rank=width, qk_rope_head_dim=ROPE, layer_num=1,
         device="cpu", enable_memory_saver=False,
     )  # fmt: skip
-    slots = torch.randperm(batch * longest, generator=torch.Generator().manual_seed(1)).view(batch, longest) + 1
+    slots = (
+        torch.randperm(batch * longest, generator=torch.Generator().manual_seed(1)).view(batch, longest) + 1
+    )
     for b, (latent, rope) in enumerate(past):
         rows = torch.cat((latent @ z_map, rope), dim=-1).to(dtype)
         pool.kv_buffer[0][slots[b, : len(rows)], 0] = rows
@@ -204,7 +212,9 @@ def run_rank(attention, x, lengths, past, z_map, dtype):
         req_pool_indices=torch.arange(batch), seq_lens=length, out_cache_loc=slots[torch.arange(batch), positions],
         seq_lens_sum=sum(lengths), positions=positions,
     )  # fmt: skip
-    inputs = AttentionInputs(x, forward_batch, attention.prepare_qkv_latent if attention.q_lora_rank else None)
+    inputs = AttentionInputs(
+        x, forward_batch, attention.prepare_qkv_latent if attention.q_lora_rank else None
+    )
     with torch.no_grad(), forward_context(ForwardContext(attn_backend=backend)):
         get_attn_tp_context().set_attn_inputs(inputs)
         backend.init_forward_metadata(forward_batch)
@@ -246,7 +256,8 @@ def test_sum_over_ranks_is_the_formula(
         weights = {name: w.bfloat16().float() for name, w in weights.items()}
     x = torch.randn(len(lengths), HIDDEN, generator=generator).to(dtype).float()
     past = [
-        (torch.randn(n - 1, D, generator=generator), torch.randn(n - 1, ROPE, generator=generator)) for n in lengths
+        (torch.randn(n - 1, D, generator=generator), torch.randn(n - 1, ROPE, generator=generator))
+        for n in lengths
     ]
     expected = formula(x, lengths, past, weights, maps, yarn)
 

@@ -63,7 +63,10 @@ def test_without_a_role_nothing_is_hooked() -> None:
 @pytest.mark.parametrize(
     ("tamper", "words"),
     [
-        (lambda text: re.sub(r'"0\.5\.17" = "\w{8}', '"0.5.17" = "00000000', text), ("expected syntax tree", "0.5.17")),
+        (
+            lambda text: re.sub(r'"0\.5\.17" = "\w{8}', '"0.5.17" = "00000000', text),
+            ("expected syntax tree", "0.5.17"),
+        ),
         (lambda text: text.replace('"0.5.17"', '"0.4.0"'), ("not in the ledger", "0.4.0")),
         (lambda text: text.replace("utils.get_kv_class", "utils.get_kv_klass"), ("get_kv_klass",)),
     ],
@@ -80,7 +83,12 @@ def test_a_host_that_differs_stops_the_start(tmp_path: Path, tamper, words: tupl
     for word in words:
         assert word in done.stderr, done.stderr[-2000:]
     if "missing-function" not in os.environ.get("PYTEST_CURRENT_TEST", ""):
-        loud = run(PROBE + "\nprint('SERVES')", tmp_path, SGLANG_TPLA_ROLE="prefill", SGLANG_TPLA_ALLOW_UNKNOWN_HOST="1")
+        loud = run(
+            PROBE + "\nprint('SERVES')",
+            tmp_path,
+            SGLANG_TPLA_ROLE="prefill",
+            SGLANG_TPLA_ALLOW_UNKNOWN_HOST="1",
+        )
         assert "SERVES" in loud.stdout and "SGLANG_TPLA_ALLOW_UNKNOWN_HOST" in loud.stderr
 
 
@@ -102,7 +110,9 @@ def test_bad_settings_stop_the_start() -> None:
 
 def test_every_entry_says_why_and_until_when() -> None:
     for hook in LEDGER:
-        assert hook["reason"] and hook["remove_when"] and hook["upstream"].startswith("https://github.com/"), hook["target"]
+        assert (
+            hook["reason"] and hook["remove_when"] and hook["upstream"].startswith("https://github.com/")
+        ), hook["target"]
     assert len({hook["target"] for hook in LEDGER}) == len(LEDGER)
 
 
@@ -111,7 +121,8 @@ def test_only_host_imports_sglang() -> None:
     offenders = [
         path
         for path in (ROOT / "sglang_tpla").rglob("*.py")
-        if "host" not in path.relative_to(ROOT / "sglang_tpla").parts[:1] and importing.search(path.read_text())
+        if "host" not in path.relative_to(ROOT / "sglang_tpla").parts[:1]
+        and importing.search(path.read_text())
     ]
     assert not offenders
 

@@ -16,7 +16,8 @@ def test_every_head_meets_every_group_once(groups: int) -> None:
         (head, layout.group_of(rank))
         for rank in range(8)
         for head in range(
-            layout.head_shard_of(rank) * layout.local_heads, (layout.head_shard_of(rank) + 1) * layout.local_heads
+            layout.head_shard_of(rank) * layout.local_heads,
+            (layout.head_shard_of(rank) + 1) * layout.local_heads,
         )
     }
     assert seen == {(head, group) for head in range(128) for group in range(groups)}
@@ -25,7 +26,12 @@ def test_every_head_meets_every_group_once(groups: int) -> None:
 
 @pytest.mark.parametrize(
     ("tp_size", "groups", "heads", "word"),
-    [(4, 3, 128, "--tpla-groups"), (8, 2, 6, "head shards"), (0, 1, 8, "at least 1"), (2, 0, 8, "at least 1")],
+    [
+        (4, 3, 128, "--tpla-groups"),
+        (8, 2, 6, "head shards"),
+        (0, 1, 8, "at least 1"),
+        (2, 0, 8, "at least 1"),
+    ],
 )
 def test_layouts_that_cannot_work(tp_size: int, groups: int, heads: int, word: str) -> None:
     with pytest.raises(ConfigError, match=word):
@@ -37,11 +43,17 @@ def test_slices_cover_the_latent(latent: int, groups: int, data: st.DataObject) 
     shared = data.draw(st.integers(0, latent))
     width = slice_width(latent, groups, shared)
     assert shared + groups * (width - shared) >= latent
-    assert width <= latent and groups * (width - shared - 1) < latent - shared or width == shared
+    assert (width <= latent and groups * (width - shared - 1) < latent - shared) or width == shared
 
 
 def test_documented_widths() -> None:
-    assert [slice_width(512, g, r) for g, r in ((2, 0), (4, 0), (4, 128), (8, 0), (8, 64))] == [256, 128, 224, 64, 120]
+    assert [slice_width(512, g, r) for g, r in ((2, 0), (4, 0), (4, 128), (8, 0), (8, 64))] == [
+        256,
+        128,
+        224,
+        64,
+        120,
+    ]
 
 
 def test_settings_survive_the_environment() -> None:
@@ -67,5 +79,5 @@ def test_bad_settings(values: dict[str, object], word: str) -> None:
 
 
 def test_unreadable_variable_is_named() -> None:
-    with pytest.raises(ConfigError, match="SGLANG_TPLA_CHUNK_BYTES.*'4MB'"):
+    with pytest.raises(ConfigError, match=r"SGLANG_TPLA_CHUNK_BYTES.*'4MB'"):
         Settings.from_environment({"SGLANG_TPLA_ROLE": "decode", "SGLANG_TPLA_CHUNK_BYTES": "4MB"})
