@@ -1,4 +1,4 @@
-"""The accuracy tables of docs/accuracy.md: `make accuracy` with the document to write into.
+"""The accuracy tables of docs/accuracy.md: the same as `make accuracy`.
 
     python benchmarks/accuracy.py [--tiny PATH] [--seed N] [--corpus PATH ...]
 
@@ -8,10 +8,8 @@ Takes the options of `python -m sglang_tpla.evaluate.tables`; a GPU makes it min
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 from sglang_tpla.evaluate.tables import main
 
 if __name__ == "__main__":
-    document = Path(__file__).resolve().parents[1] / "docs" / "accuracy.md"
-    sys.exit(main(["--write", str(document), *sys.argv[1:]]))
+    sys.exit(main())

@@ -31,6 +31,7 @@ from sglang_tpla.models.checkpoint import Checkpoint
 from sglang_tpla.models.plain import PlainModel
 
 ROOT = Path(__file__).resolve().parents[2]
+DOCUMENT = ROOT / "docs" / "accuracy.md"
 
 
 @dataclass(frozen=True)
@@ -189,7 +190,7 @@ START, END = "<!-- tables: make accuracy -->", "<!-- end of tables -->"
 
 
 def write_into(document: Path, tables: str) -> None:
-    """Replace what stands between the markers of a document.
+    """Replace the tables between the markers of a document; those of models not measured now stay.
 
     Raises:
         CorpusError: the markers are missing.
@@ -200,8 +201,15 @@ def write_into(document: Path, tables: str) -> None:
             f"expected the markers {START!r} and {END!r} in {document}; put them where tables go"
         )
     before, rest = text.split(START, 1)
-    _, after = rest.split(END, 1)
-    document.write_text(f"{before}{START}\n\n{tables}\n{END}{after}", encoding="utf-8")
+    old, after = rest.split(END, 1)
+    sections = {**_sections(old), **_sections(tables)}
+    body = "\n".join(sections[name] for name in sorted(sections))
+    document.write_text(f"{before}{START}\n\n{body}\n{END}{after}", encoding="utf-8")
+
+
+def _sections(tables: str) -> dict[str, str]:
+    parts = tables.split("### ")[1:]
+    return {part.split("\n", 1)[0].strip(): f"### {part.strip()}\n" for part in parts}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -221,7 +229,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--only", help="rows whose MODEL-gG-rR starts with this")
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "sglang_tpla" / "accuracy")
-    parser.add_argument("--write", type=Path, help="document whose tables to replace")
+    parser.add_argument(
+        "--write",
+        type=Path,
+        help="document whose tables to replace (default: docs/accuracy.md, without --only)",
+    )
     arguments = parser.parse_args(argv)
     tiny = arguments.tiny or ROOT.parent / "shared" / "models" / "tiny-mla"
     folders = {"nano-mla": arguments.nano, "tiny-mla": tiny}
@@ -254,8 +266,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             results += measure_rows(folder, wanted, settings)
         tables = markdown(results)
         print(tables)
-        if arguments.write is not None:
-            write_into(arguments.write, tables)
+        target = arguments.write
+        if target is None and arguments.only is None and DOCUMENT.is_file():
+            target = DOCUMENT
+        if target is not None:
+            write_into(target, tables)
     except ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

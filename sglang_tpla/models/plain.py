@@ -135,12 +135,23 @@ class Attention:
         """
         batch, tokens = key_latent.shape[:2]
         spec = self.spec
+        if inputs.q_nope.shape[2] == 1:
+            return self._one_query(inputs, key_latent, value_latent)
         k_nope = torch.einsum("bsd,hnd->bhsn", key_latent, self.w_uk)
         value = torch.einsum("bsd,hvd->bhsv", value_latent, self.w_uv)
         k_rope = inputs.k_rope[:, None].expand(batch, spec.heads, tokens, spec.rope_dim)
         key = torch.cat([k_nope, k_rope], -1)
         query = torch.cat([inputs.q_nope, inputs.q_rope], -1)
         return causal_attention(query, key, value, spec.scale)
+
+    def _one_query(
+        self, inputs: AttentionInputs, key_latent: torch.Tensor, value_latent: torch.Tensor
+    ) -> torch.Tensor:
+        # the last token sees every key: absorbed, no key or value of the whole cache is made, no mask
+        absorbed = torch.einsum("bhqn,hnd->bhqd", inputs.q_nope, self.w_uk)
+        scores = absorbed @ key_latent[:, None].mT + inputs.q_rope @ inputs.k_rope[:, None].mT
+        context = (scores * self.spec.scale).softmax(-1) @ value_latent[:, None]
+        return torch.einsum("bhqd,hvd->bhqv", context, self.w_uv)
 
     def project(self, heads_out: torch.Tensor) -> torch.Tensor:
         """Output projection of [B, H, queries, v] to [B, queries, hidden]."""

@@ -15,10 +15,12 @@ import pytest
 import torch
 
 from sglang_tpla.calibrate.artifact import Artifact
+from sglang_tpla.calibrate.corpus import CorpusError
 from sglang_tpla.evaluate.decode_error import compare, model_maps
 from sglang_tpla.evaluate.endpoints import EndpointError, compare_endpoints, partial_kl
 from sglang_tpla.evaluate.generate import generate, long_answers
 from sglang_tpla.evaluate.layers import kl_alone, layer_errors
+from sglang_tpla.evaluate.tables import END, START, write_into
 from sglang_tpla.models.plain import PlainModel
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -214,3 +216,13 @@ def test_a_server_without_logprobs_is_named() -> None:
         server.server.RequestHandlerClass.do_POST = lambda self: self.send_error(400)  # type: ignore[attr-defined]
         with pytest.raises(EndpointError, match="answered 400"):
             compare_endpoints(server.url, server.url, ["x"])
+
+
+def test_tables_replace_only_the_models_measured(tmp_path: Path) -> None:
+    document = tmp_path / "a.md"
+    document.write_text(f"top\n{START}\n\n### a\n\nold a\n\n### b\n\nold b\n\n{END}\nbottom\n")
+    write_into(document, "### b\n\nnew b\n")
+    assert document.read_text() == f"top\n{START}\n\n### a\n\nold a\n\n### b\n\nnew b\n\n{END}\nbottom\n"
+    document.write_text("no markers")
+    with pytest.raises(CorpusError, match="markers"):
+        write_into(document, "### b\n")
