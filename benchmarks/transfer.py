@@ -79,11 +79,11 @@ def prefill_child(pipe: Connection, tokens: int, layers: int) -> None:
         room, pages = command
         agent.open_room(room)
         while agent.poll(room) != RoomState.WAITING:
-            time.sleep(0.0002)
+            time.sleep(0.0005)
         before, start = cpu_seconds(), time.perf_counter()
         agent.send(room, pages, last=True, metadata_row=0)
         while not agent.poll(room).ended:
-            time.sleep(0.0002)
+            time.sleep(0.0005)
         seconds = time.perf_counter() - start
         assert agent.poll(room) == RoomState.SUCCESS, agent.failure(room)
         pipe.send((seconds, cpu_seconds() - before))
@@ -114,7 +114,7 @@ def decode_child(pipe: Connection, tokens: int, layers: int, port: int, host_id:
         room, pages = command
         agent.open_room(room, [("127.0.0.1", port, False)])
         while agent.poll(room) == RoomState.BOOTSTRAPPING:
-            time.sleep(0.0002)
+            time.sleep(0.0005)
         before = cpu_seconds()
         agent.request(room, pages, metadata_row=0, expected_ranks=1)
         while not agent.poll(room).ended:
@@ -410,10 +410,8 @@ def main() -> None:
     ]
     for row in counts:
         print(
-
-                f"{row['values']:7.1f} values a token for 8 ranks of {row['host']}, "
-                f"g={row['groups']}, r={row['shared']}"
-
+            f"{row['values']:7.1f} values a token for 8 ranks of {row['host']}, "
+            f"g={row['groups']}, r={row['shared']}"
         )
 
     def over(name: str, ours: float) -> float | None:

@@ -25,7 +25,8 @@ class DecodeAgent(DecodeScattering):
     ``DecodeAgent(pool, metadata, projection, *, model_hash, settings, rank, size, groups, host_id=None,
     security=None, logger=None)``; ``host_id`` overrides what tells hosts apart;
     ``projection`` is None where the pool holds the whole latent. ``on_peer_lost(host, port)`` is called, from
-    the I/O thread, for each prefill rank that is given up.
+    the I/O thread, once for each prefill rank whose connection breaks or that is given up: ask anew where it
+    is.
     """
 
     def connect(self, host: str, port: int) -> None:

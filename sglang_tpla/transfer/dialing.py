@@ -152,12 +152,13 @@ class DecodeDialing(Agent):
             return
         with self._lock:
             connection.link = Link.CONNECTING
+            first = connection.broken_since is None
             if connection.broken_since is None:
                 connection.broken_since = time.monotonic()
-                self._log.warning(
-                    ("decode rank %d: the connection to the %s broke"), self._rank, connection.name
-                )
         self._hang_up(connection)  # the next tick dials anew, under another identity
+        if first:
+            self._log.warning("decode rank %d: the %s broke the connection", self._rank, connection.name)
+            self._tell_lost(connection)  # it may be back at another address
 
     def _give_up(self, connection: Connection, reason: str, link: Link = Link.LOST) -> None:
         """End a connection; its rooms fail. I/O thread only."""
@@ -173,7 +174,11 @@ class DecodeDialing(Agent):
         self._log.warning("decode rank %d: %s", self._rank, reason)
         self._hang_up(connection)
         self._drop_rooms(connection, reason)
-        if self.on_peer_lost is not None and link is Link.LOST:
+        if link is Link.LOST and connection.broken_since is None:
+            self._tell_lost(connection)
+
+    def _tell_lost(self, connection: Connection) -> None:
+        if self.on_peer_lost is not None:
             try:
                 self.on_peer_lost(*connection.address)
             except Exception as error:
