@@ -96,6 +96,8 @@ class Settings:
         heartbeat_s: seconds between heartbeats on an idle connection.
         peer_timeout_s: seconds without a sign of life after which a peer is given up.
         transfer_timeout_s: seconds a request may wait for its cache before it fails.
+        keys: folder of CURVE keys made by ``python -m sglang_tpla.transfer.keys``; needed beyond loopback.
+        insecure: 1 allows transfers without keys on any address, for a network that nobody else can reach.
         statistics_folder: where a prefill server keeps second moments of its traffic for ``calibrate --from-stats``;
             None collects nothing.
         statistics_every_tokens: prefilled tokens between two writes of them.
@@ -112,6 +114,8 @@ class Settings:
     heartbeat_s: float = 1.0
     peer_timeout_s: float = 10.0
     transfer_timeout_s: float = 120.0
+    keys: str | None = None
+    insecure: int = 0
     statistics_folder: str | None = None
     statistics_every_tokens: int = 8192
 
@@ -131,6 +135,8 @@ class Settings:
                 f"`python -m sglang_tpla.calibrate --model-path MODEL --groups {self.groups} "
                 "--transform shared --out FILE`"
             )
+        if self.insecure not in (0, 1):
+            raise ConfigError(f"--tpla-insecure must be 0 or 1; got {self.insecure}")
         if self.role == "decode" and self.statistics_folder:
             raise ConfigError(
                 "--tpla-statistics-folder is for prefill servers, which see the whole latent; drop it on decode"

@@ -22,6 +22,8 @@ from sglang_tpla.host.attention_table import require_engine_backend
 from sglang_tpla.host.hooks import refuse
 from sglang_tpla.host.state import artifact, settings
 from sglang_tpla.models.checkpoint import Checkpoint, CheckpointError
+from sglang_tpla.transfer.security import Security
+from sglang_tpla.transfer.types import TransferError
 
 SPARSE = "index_topk"  # DSA models (DeepSeek V3.2, GLM-5) carry an indexer over the whole latent
 
@@ -34,10 +36,11 @@ def check_server_args(original: Callable[..., None], self: Any, *args: Any, **kw
     """
     try:
         check_flags(self)
+        check_address(self)
         check_config(self.model_path, local_config(self.model_path))
         original(self, *args, **kwargs)
         check_model(self)
-    except (ConfigError, ArtifactError, CheckpointError, AttentionInputError) as error:
+    except (ConfigError, ArtifactError, CheckpointError, AttentionInputError, TransferError) as error:
         raise refuse(str(error)) from error
 
 
@@ -76,6 +79,17 @@ def check_flags(args: Any) -> None:
     for bad, flag, why in refusals:
         if bad:
             raise ConfigError(f"{flag} does not go with sglang_tpla: {why}; drop {flag}")
+
+
+def check_address(args: Any) -> None:
+    """Keys that can be read, and no plain TCP beyond loopback.
+
+    Raises:
+        TransferError: naming the flag that helps.
+    """
+    security = Security.from_environment(settings().role)
+    if settings().role == "prefill":
+        security.check(args.host, "a prefill server on")
 
 
 def local_config(model_path: str) -> dict[str, Any]:
