@@ -204,7 +204,7 @@ class DecodeDialing(Agent):
                 return
             parsed = self._parse(parts, connection.name)
             if parsed is None:
-                if self._in_use(connection):
+                if connection.broken_since is not None or self._in_use(connection):
                     self._broken(connection)  # what was lost comes again on a new connection
                 continue
             message, payload = parsed

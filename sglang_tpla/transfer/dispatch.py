@@ -7,8 +7,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sglang_tpla.transfer import frames
+from sglang_tpla.transfer.resuming import PrefillResuming
 from sglang_tpla.transfer.sending import Lane, Mode, Room, Stream
-from sglang_tpla.transfer.serving import PrefillServing
 from sglang_tpla.transfer.staging import Slot
 
 
@@ -29,7 +29,7 @@ class Job:
     slot: Slot
 
 
-class PrefillDispatch(PrefillServing):
+class PrefillDispatch(PrefillResuming):
     """The worker thread of `PrefillAgent`."""
 
     def _work_once(self) -> bool:

@@ -210,55 +210,8 @@ class PrefillServing(PrefillGreeting):
                 lane.relays[sequence] = None
                 self._put(relay.leader.peer.identity, frames.Release((relay.offset,)))
 
-    def _in_use(self, peer: Peer) -> bool:
-        return any(
-            stream.peer is peer and not stream.confirmed and not entry.state.ended
-            for entry in self._rooms.values()
-            for stream in entry.streams
-        )
-
-    def _take_over(self, old: Peer, new: Peer) -> None:
-        """A rank has come back under another identity: its rooms go on."""
-        new.ready, new.held_requests = old.ready, old.held_requests
-        for asks in [entry.asks for entry in self._rooms.values()] + list(self._held.values()):
-            if old.identity in asks:
-                ask = asks.pop(old.identity)
-                ask.peer = new
-                asks[new.identity] = ask
-                if ask.stream is not None:
-                    ask.stream.peer = new
-
     def _take_resume(self, stream: Stream, message: frames.Resume) -> None:
-        """Send again what a rank has not got, now that its connection is back."""
-        stream.room.progress = time.monotonic()
-        bitmaps = dict(message.applied)
-        for lane in stream.lanes:
-            for sequence, relay in lane.relays.items():
-                if relay is not None and relay.leader is stream:
-                    lane.relays[sequence] = None  # its arena was freed; whoever had not read it asks again
-        for part, sequence in list(stream.unacked):
-            lost = stream.lane(part)
-            if lost is None or not stream.settle((part, sequence)):
-                continue
-            bits = bitmaps.get(part, b"")
-            if sequence // 8 < len(bits) and bits[sequence // 8] >> (sequence % 8) & 1:
-                stream.acked += 1
-                if lost.mode is Mode.RELAY and sequence not in lost.relays:
-                    self._pass_on(lost, sequence, stream, None)
-                self._read_by(lost, sequence, stream)
-            else:
-                self._counts["resent"] += 1
-                stream.resent += 1
-                lost.repeat.append((sequence, stream))
-        stream.credit_bytes = stream.sent_bytes = stream.wanted_bytes = message.credit_bytes
-        stream.wanted_told = 0
-        for lane in stream.lanes:
-            stream.wanted_bytes += lane.left_bytes(stream)
-            self._ready(lane)
-        self._want(stream)
-        if stream.finish_sent:
-            self._send_finish(stream)
-        self._work.notify_all()
+        raise NotImplementedError
 
     def _pass_on(self, lane: Lane, sequence: int, leader: Stream, offset: int | None) -> None:
         """A chunk has reached its host: let the other ranks read it there, or send it to each."""

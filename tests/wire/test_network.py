@@ -165,6 +165,7 @@ def damage(prefill: rig.PrefillRank, decode: rig.DecodeRank, proxy: FaultProxy) 
             )
             assert decode.metadata.read(3) == prefill.metadata.read(2)
         proxy.tamper = None
+        proxy.cut()  # a spoiled greeting would be waited for until the timeout
         decode.agent.close_room(room)
         rig.ended(prefill.agent, room)
         prefill.agent.close_room(room)
