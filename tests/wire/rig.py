@@ -70,11 +70,14 @@ def prefill_rank(
     rank: int = 0,
     size: int = 1,
     port: int = 0,
+    device: str = "cpu",
     **changes: float,
 ) -> PrefillRank:
     """A prefill rank with random rows; equal seeds give equal rows."""
     generator = torch.Generator().manual_seed(seed)
-    layers = [torch.randn(PAGES * PAGE, LATENT + ROPE, generator=generator).to(dtype) for _ in range(LAYERS)]
+    layers = [
+        torch.randn(PAGES * PAGE, LATENT + ROPE, generator=generator).to(device, dtype) for _ in range(LAYERS)
+    ]
     pool = CachePool(layers, LATENT, ROPE, PAGE)
     rows = np.random.default_rng(seed)
     metadata = MetadataRows([rows.integers(0, 256, (8, size_), dtype=np.uint8) for size_ in ITEM_BYTES])
@@ -116,12 +119,16 @@ def decode_rank(
     model_hash: str = "model",
     page_size: int = PAGE,
     host: str | None = None,
+    device: str = "cpu",
     **changes: float,
 ) -> DecodeRank:
     """A decode rank with zeroed rows; on this host or on one of another name."""
     widths = z.widths if z is not None else (LATENT,) * LAYERS
     pool = CachePool(
-        [torch.zeros(PAGES * PAGE, width + ROPE, dtype=dtype) for width in widths], LATENT, ROPE, page_size
+        [torch.zeros(PAGES * PAGE, width + ROPE, dtype=dtype, device=device) for width in widths],
+        LATENT,
+        ROPE,
+        page_size,
     )
     metadata = MetadataRows([np.zeros((8, size_), dtype=np.uint8) for size_ in ITEM_BYTES])
     agent = DecodeAgent(
@@ -173,8 +180,8 @@ def check_rows(
     """Compare what arrived with the formula: raw rows to the bit, projected ones against float64."""
     from_slots, to_slots = prefill.pool.slots(source, tokens), decode.pool.slots(destination, tokens)
     for layer in range(LAYERS):
-        rows = prefill.pool.layers[layer][torch.from_numpy(from_slots)]
-        got = decode.pool.layers[layer][torch.from_numpy(to_slots)]
+        rows = prefill.pool.layers[layer].cpu()[torch.from_numpy(from_slots)]
+        got = decode.pool.layers[layer].cpu()[torch.from_numpy(to_slots)]
         if decode.projection is None:
             assert torch.equal(rows.view(torch.uint8), got.view(torch.uint8)), f"layer {layer} differs"
             continue
