@@ -424,6 +424,8 @@ def main() -> None:
         "goodput_over_mooncake": over("mooncake", far),
         "goodput_over_nixl": over("NIXL", far),
         "one_host_goodput_over_raw_tcp": over("raw TCP", near),
+        "one_host_goodput_over_mooncake": over("mooncake", near),
+        "one_host_goodput_over_nixl": over("NIXL", near),
         "wire_values_per_token": next(
             row["values"]
             for row in counts
@@ -441,7 +443,7 @@ def main() -> None:
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(result, indent=1) + "\n")
-    for name in [key for key in result if key.startswith("goodput") or key == "wire_values_per_token"]:
+    for name in [key for key in result if "goodput" in key or key == "wire_values_per_token"]:
         print(f"{name}: {result[name] if result[name] is None else round(result[name], 3)}")
     for name, why in missing.items():
         print(f"{name} was not measured: {why}")
