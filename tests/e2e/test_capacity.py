@@ -73,8 +73,8 @@ def capacity(name: str, model: Path, log: Path, *args: str) -> tuple[int, int]:
     port = free_ports(1)[0]
     common = [arg for arg in COMMON if arg not in ("--max-total-tokens", "20000")]
     command = ("-m", "sglang_tpla.launch", "--role", "decode", "--model-path", str(model), *common, "--tp", "2",
-               "--port", str(port), "--mem-fraction-static", "0.5", "--context-length", "4096", *args)  # fmt: skip
-    server = Server(name, command, port, log)
+               "--port", str(port), "--mem-fraction-static", "0.8", "--context-length", "4096", *args)  # fmt: skip
+    server = Server(name, command, port, log, {"SGLANG_TPLA_CPU_MEMORY_BYTES": str(4 << 30)})
     try:
         info = server.start().wait().get("/server_info")
         return info["max_total_num_tokens"], info["tpla"]["cache_bytes_per_token_and_rank"]
@@ -88,5 +88,5 @@ def test_tokens_for_the_same_memory(wide_model: Path, wide_artifact: Path, logs:
         "g2", wide_model, logs / "wide-g2.log", "--tpla-groups", "2", "--tpla-artifact", str(wide_artifact)
     )
     assert whole_bytes / half_bytes == pytest.approx(1.8)
-    # both servers take half of this machine's memory; how much of it is free moves a little between two starts
-    assert half / whole == pytest.approx(1.8, rel=0.06)
+    # a rank has 4 GiB for everything; what the process itself takes moves a little between two starts
+    assert half / whole == pytest.approx(1.8, rel=0.03)
