@@ -17,7 +17,6 @@ import torch
 from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import SRTPlatform
 
-
 RANK_MEMORY = "SGLANG_TPLA_CPU_MEMORY_BYTES"
 
 
