@@ -103,16 +103,19 @@ def run(command: Sequence[object], log: Path, on_line: Callable[[str], None] = l
     """
     tail: deque[str] = deque(maxlen=30)
     environ = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
-    with log.open("a") as sink, subprocess.Popen(
-        [str(part) for part in command],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        env=environ,
-        preexec_fn=die_with_parent,
-    ) as process:
+    with (
+        log.open("a") as sink,
+        subprocess.Popen(
+            [str(part) for part in command],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            env=environ,
+            preexec_fn=die_with_parent,
+        ) as process,
+    ):
         assert process.stdout is not None
         try:
             for line in process.stdout:

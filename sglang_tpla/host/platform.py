@@ -9,20 +9,12 @@ module while it imports itself, so everything else of SGLang is imported inside 
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import psutil
 import torch
 from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import SRTPlatform
-
-RANK_MEMORY = "SGLANG_TPLA_CPU_MEMORY_BYTES"
-
-
-def _rank_memory_bytes() -> int:
-    """Memory that each rank may count as its own device's; 0 where ranks see the whole machine."""
-    return int(os.environ.get(RANK_MEMORY, "0"))
 
 
 class CpuReferencePlatform(SRTPlatform):
@@ -64,17 +56,15 @@ class CpuReferencePlatform(SRTPlatform):
         return "eager"
 
     def get_device_total_memory(self, device_id: int = 0) -> int:
-        return _rank_memory_bytes() or int(psutil.virtual_memory().total)
+        return int(psutil.virtual_memory().total)
 
     def get_current_memory_usage(self, device: torch.device | None = None) -> float:
-        if _rank_memory_bytes():
-            return float(psutil.Process().memory_info().rss)
         memory = psutil.virtual_memory()
         return float(memory.total - memory.available)
 
     def get_available_memory(self, device_id: int = 0) -> tuple[int, int]:
-        total = self.get_device_total_memory(device_id)
-        return total - int(self.get_current_memory_usage()), total
+        memory = psutil.virtual_memory()
+        return memory.available, memory.total
 
     def get_device(self, device_id: int = 0) -> Any:
         return torch.device("cpu")

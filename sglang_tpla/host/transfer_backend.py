@@ -63,6 +63,12 @@ class TplaKVManager(CommonKVManager):
             self.agent = self._decode_agent()
             self._start_heartbeat_checker_thread()
         _agents.append(self.agent)
+        if server_args.enable_metrics:
+            from sglang_tpla.transfer.metrics import (
+                AgentPublisher,  # SGLang has set the metrics folder by now
+            )
+
+            self._publisher = AgentPublisher(agents)
 
     def register_to_bootstrap(self) -> None:
         """Start the prefill agent and register its address instead of the common manager's socket."""
@@ -186,12 +192,9 @@ class _Request:
                 reason = self.kv_mgr.failure_records.pop(self.bootstrap_room, None)
         if reason is None and self._opened and agent.poll(self.bootstrap_room) == RoomState.FAILED:
             reason = agent.failure(self.bootstrap_room)
-        self._end(reason or "another rank of this server failed the request")
-        raise KVTransferError(
-            self.bootstrap_room,
-            reason or "Failed due to an unknown reason from another rank",
-            is_from_another_rank=reason is None,
-        )
+        elsewhere = f"another tensor-parallel rank of this {settings().role} server failed the transfer; that rank's log says why"
+        self._end(reason or elsewhere)
+        raise KVTransferError(self.bootstrap_room, reason or elsewhere, is_from_another_rank=reason is None)
 
 
 class TplaKVSender(_Request, CommonKVSender):

@@ -86,7 +86,7 @@ def test_survivor_of_a_kill(servers: tuple[Server, Server, int], victim: str) ->
     assert answer.status_code >= 400 or answer.json()["meta_info"]["finish_reason"]["type"] == "abort", (
         answer.text
     )
-    assert "decode rank" in answer.text or "prefill" in answer.text, answer.text
+    assert "rank" in answer.text, answer.text  # who was lost, or which of this server's ranks lost it
     assert httpx.get(survivor.url + "/health", timeout=30).status_code == 200
     wait_idle(survivor)
 

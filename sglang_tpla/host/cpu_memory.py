@@ -1,0 +1,47 @@
+"""A memory budget for each rank of the CPU reference platform.
+
+On a CPU every rank sees the whole machine and would take most of it for its cache; two ranks then take it twice. Here a
+rank has a twelfth of the machine, or what ``SGLANG_TPLA_CPU_MEMORY_BYTES`` says, for weights and cache, counted from
+what the process held when it first asked. Answers to ``get_available_gpu_memory`` in ``sglang/srt/utils/common.py``.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import psutil
+import torch
+
+VARIABLE = "SGLANG_TPLA_CPU_MEMORY_BYTES"
+SHARE = 12
+
+
+def budget_bytes() -> int:
+    """What one rank may use."""
+    return int(os.environ.get(VARIABLE, 0)) or psutil.virtual_memory().total // SHARE
+
+
+@cache
+def _baseline_bytes() -> int:
+    return psutil.Process().memory_info().rss
+
+
+def available_gib(
+    original: Callable[..., float],
+    device: str,
+    gpu_id: int,
+    distributed: bool = False,
+    empty_cache: bool = True,
+    cpu_group: Any = None,
+) -> float:
+    """Around ``get_available_gpu_memory``: GiB left of the budget, the least of all ranks where ``distributed``."""
+    if device != "cpu":
+        return original(device, gpu_id, distributed, empty_cache, cpu_group)
+    baseline = _baseline_bytes()
+    left = torch.tensor(float(budget_bytes() - (psutil.Process().memory_info().rss - baseline)))
+    if distributed:
+        torch.distributed.all_reduce(left, op=torch.distributed.ReduceOp.MIN, group=cpu_group)
+    return left.item() / (1 << 30)
