@@ -33,10 +33,10 @@ from sglang_tpla.transfer.types import RoomState, TransferError, TransferMetric
 
 logger = logging.getLogger(__name__)
 SWITCH_INTERVAL_S = 0.0002
-_agents: list[PrefillAgent | DecodeAgent] = []
+_agents: list[Any] = []
 
 
-def agents() -> tuple[PrefillAgent | DecodeAgent, ...]:
+def agents() -> tuple[Any, ...]:
     """Agents of this process: one a rank."""
     return tuple(_agents)
 
@@ -192,7 +192,10 @@ class _Request:
                 reason = self.kv_mgr.failure_records.pop(self.bootstrap_room, None)
         if reason is None and self._opened and agent.poll(self.bootstrap_room) == RoomState.FAILED:
             reason = agent.failure(self.bootstrap_room)
-        elsewhere = f"another tensor-parallel rank of this {settings().role} server failed the transfer; that rank's log says why"
+        elsewhere = (
+            f"another tensor-parallel rank of this {settings().role} server failed the transfer; "
+            "that rank's log says why"
+        )
         self._end(reason or elsewhere)
         raise KVTransferError(self.bootstrap_room, reason or elsewhere, is_from_another_rank=reason is None)
 
