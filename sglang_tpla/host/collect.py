@@ -102,7 +102,9 @@ def observe_model(result: Any, self: Any, *args: Any, **kwargs: Any) -> None:
         LayerMoments.zeros(first.kv_lora_rank, heads, first.qk_nope_head_dim, str(self.device))
         for _ in attentions
     ]
-    name = f"{meta.model_name}-{self.server_args.port}-rank{parallel.attn_tp_rank}of{parallel.attn_tp_size}.safetensors"
+    # The process number keeps what a server summed up before a restart.
+    rank = f"rank{parallel.attn_tp_rank}of{parallel.attn_tp_size}"
+    name = f"{meta.model_name}-{self.server_args.port}-{rank}-{os.getpid()}.safetensors"
     collector = Collector(meta, moments, Path(folder) / name, settings().statistics_every_tokens)
     for index, attention in enumerate(attentions):
         collector.watch(index, attention)

@@ -125,7 +125,7 @@ def test_statistics_of_live_traffic(servers: tuple[Server, Server, int], nano_ml
     from sglang_tpla.models.plain import PlainModel
 
     files = sorted((logs / "statistics").glob("*.safetensors"))
-    assert len(files) == 2  # one a rank
+    assert len(files) == 4  # one a rank, before and after the kill
     whole = combine([Statistics.load(path) for path in files])
     assert whole.tokens >= 3000 and whole.layers[0].query_outer.shape == (8, 32, 32)
     ids = Tokenizer.from_file(f"{nano_mla}/tokenizer.json").encode(LONG["decode"] + LONG["prefill"]).ids
