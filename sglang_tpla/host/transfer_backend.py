@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -54,6 +55,7 @@ class TplaKVManager(CommonKVManager):
         is_mla_backend: bool = False,
     ) -> None:
         self.agent: Any  # a PrefillAgent or a DecodeAgent, as the server's role is
+        self._lost_peers: deque[tuple[str, int]] = deque()
         # The scheduler's loop polls without rest while a transfer is under way; at Python's default of 5 ms each of
         # the agent's threads would wait that long for the interpreter after every call into ZMQ or torch.
         sys.setswitchinterval(SWITCH_INTERVAL_S)
@@ -64,9 +66,8 @@ class TplaKVManager(CommonKVManager):
             self._start_heartbeat_checker_thread()
         _agents.append(self.agent)
         if server_args.enable_metrics:
-            from sglang_tpla.transfer.metrics import (
-                AgentPublisher,  # SGLang has set the metrics folder by now
-            )
+            # Not at the top: by now SGLang has set the folder that prometheus_client reads when it is imported.
+            from sglang_tpla.transfer.metrics import AgentPublisher
 
             self._publisher = AgentPublisher(agents)
 
@@ -105,20 +106,19 @@ class TplaKVManager(CommonKVManager):
             size=self.attn_tp_size,
             groups=settings().groups,
         )
-        agent.on_peer_lost = self.forget_peer
+        # Called from the agent's thread, while the scheduler may be between a look and a read of the same tables.
+        agent.on_peer_lost = lambda host, port: self._lost_peers.append((host, port))
         return agent
 
-    def forget_peer(self, host: str, port: int) -> None:
-        """Drop cached addresses of a lost prefill rank, so that the next request asks its bootstrap server anew."""
-        with self.connection_lock:
-            stale = [
-                key
-                for key, infos in self.connection_pool.items()
-                if any(info["rank_ip"] == host and int(info["rank_port"]) == port for info in infos)
-            ]
-            for key in stale:
-                del self.connection_pool[key]
-                self.prefill_info_table.pop(key.split("_")[0], None)
+    def forget_lost_peers(self) -> None:
+        """Drop cached addresses of lost prefill ranks, so that the next request asks their bootstrap server anew."""
+        while self._lost_peers:
+            lost = self._lost_peers.popleft()
+            with self.connection_lock:
+                for key, infos in list(self.connection_pool.items()):
+                    if any((info["rank_ip"], int(info["rank_port"])) == lost for info in infos):
+                        del self.connection_pool[key]
+                        self.prefill_info_table.pop(key.split("_")[0], None)
 
     def try_ensure_parallel_info(self, bootstrap_addr: str) -> bool:
         """As SGLang's, but a prefill server that cannot fit fails the requests that name it, not this server."""
@@ -266,6 +266,7 @@ class TplaKVReceiver(_Request, CommonKVReceiver):
 
     def __init__(self, mgr: TplaKVManager, bootstrap_addr: str, bootstrap_room: int | None = None) -> None:
         self.bootstrap_infos = None
+        mgr.forget_lost_peers()
         super().__init__(mgr, bootstrap_addr, bootstrap_room)
 
     def _register_kv_args(self) -> bool:
