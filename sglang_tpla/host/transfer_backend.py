@@ -145,6 +145,7 @@ class _Request:
     _opened = False  # this request's room is open in the agent
     _owner = True  # SGLang's tables under the room number are this request's
     _reason: str | None = None
+    _highest = KVPoll.Bootstrapping
     _metric = TransferMetric()
 
     def _ask(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> bool:
@@ -167,7 +168,11 @@ class _Request:
             state = int(self.kv_mgr.agent.poll(self.bootstrap_room))
         if state in (KVPoll.Success, KVPoll.Failed):
             self.conclude_state = state
-        return state
+            return state
+        # The scheduler ends its process over a request that goes back: a decode rank that takes back what it asked for
+        # leaves the request where it was, to be asked for again or to fail at its deadline.
+        self._highest = max(self._highest, state)
+        return self._highest
 
     def _end(self, reason: str) -> None:
         """Close the room; one that still moves is aborted first, so that its peers hear why."""
