@@ -40,7 +40,7 @@ def run(code: str, tmp_path: Path | None = None, **env: str) -> subprocess.Compl
     base = {k: v for k, v in os.environ.items() if not k.startswith("SGLANG_")}
     path = os.pathsep.join(filter(None, [str(tmp_path or ""), str(ROOT), base.get("PYTHONPATH")]))
     return subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=300, cwd=ROOT,
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=300, cwd=tmp_path or ROOT,
         env=base | {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""} | env,
     )  # fmt: skip
 
