@@ -179,7 +179,8 @@ def show_transfers(console: Console, found: list[dict[str, Any]]) -> None:
     for line in found:
         table.add_row(
             *(str(line[name]) for name in ("tokens", "rank", "chunks")),
-            *(f"{line[name]:,} bytes" for name in ("bytes", "shared_memory_bytes")),
+            f"{line['bytes'] - line['shared_memory_bytes']:,} bytes",  # "bytes" counts both ways
+            f"{line['shared_memory_bytes']:,} bytes",
             f"{1000 * line['seconds']:.1f} ms",
             line["result"],
         )
