@@ -12,6 +12,7 @@ import logging
 import threading
 import time
 import uuid
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -28,7 +29,7 @@ SOCKET_BUFFER_BYTES = 4 << 20  # the system may give less
 MAX_PARTS = 3
 
 
-class Agent:
+class Agent(ABC):
     """Base of `PrefillAgent` and `DecodeAgent`."""
 
     role = ""
@@ -82,18 +83,21 @@ class Agent:
         except BaseException as error:
             self._died(error)
 
+    @abstractmethod
     def _work_once(self) -> bool:
         """Wait for work and do one piece; False at the end."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _tick(self) -> None:
-        raise NotImplementedError
+        """Deadlines and heartbeats, on the I/O thread."""
 
+    @abstractmethod
     def _say_goodbye(self) -> None:
-        raise NotImplementedError
+        """Tell the peers that this agent closes."""
 
+    @abstractmethod
     def _fail_all(self, reason: str) -> None:
-        raise NotImplementedError
+        """Fail every room that has not ended."""
 
     def _died(self, error: BaseException) -> None:
         name = threading.current_thread().name

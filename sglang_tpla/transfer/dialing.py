@@ -7,6 +7,7 @@ from __future__ import annotations
 import logging
 import time
 import uuid
+from abc import abstractmethod
 from collections.abc import Callable
 
 import zmq
@@ -95,9 +96,9 @@ class DecodeDialing(Agent):
         self._prepare()
         self._start()
 
+    @abstractmethod
     def _prepare(self) -> None:
         """Set up what the subclass keeps, before the threads start."""
-        raise NotImplementedError
 
     def close(self) -> None:
         """End both threads and free sockets and staging; rooms that are still alive fail."""
@@ -236,10 +237,11 @@ class DecodeDialing(Agent):
             case _:
                 self._handle_room(connection, message, payload)
 
+    @abstractmethod
     def _handle_room(
         self, connection: Connection, message: frames.Message, payload: zmq.Frame | None
     ) -> None:
-        raise NotImplementedError
+        """One message about a room, on the I/O thread."""
 
     def _room_failed(
         self, connection: Connection, room: int, message: frames.Message, error: Exception
