@@ -35,7 +35,10 @@ def extend(
     **kwargs: Any,
 ) -> torch.Tensor:
     """Around ``_run_sdpa_forward_extend``: causal attention over one shared latent head; anything else is SGLang's."""
-    if k_cache.shape[1] != 1 or not causal or encoder_lens is not None or sliding_window_size is not None:
+    # Without a prefix SGLang's step pads nothing: it is used as it is, and its numbers are stock's to the last bit.
+    unpadded = not bool(extend_prefix_lens.any())
+    plain = causal and encoder_lens is None and sliding_window_size is None
+    if unpadded or k_cache.shape[1] != 1 or not plain:
         return original(
             self, query, output, k_cache, v_cache, req_to_token, req_pool_indices, seq_lens, extend_prefix_lens,
             extend_seq_lens, encoder_lens, scaling=scaling, causal=causal, sliding_window_size=sliding_window_size,
