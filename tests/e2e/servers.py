@@ -175,8 +175,14 @@ def launcher(role: str, model: str, port: int, log: Path, *args: str) -> Server:
 
 def stock(model: str, port: int, log: Path, *args: str) -> Server:
     """Stock SGLang on the CPU reference platform, no general plug-in loaded: none of our hooks, the CPU's included."""
-    env = {"SGLANG_PLATFORM": "sglang_tpla_cpu", "SGLANG_PLUGINS": "none", "CUDA_VISIBLE_DEVICES": "",
-           "OMP_NUM_THREADS": "1", "SGLANG_CPU_OMP_THREADS_BIND": "0", "SGLANG_NCCL_SO_PATH": "no-nccl-on-a-cpu"}  # fmt: skip
+    env = {
+        "SGLANG_PLATFORM": "sglang_tpla_cpu",
+        "SGLANG_PLUGINS": "none",
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",
+        "SGLANG_CPU_OMP_THREADS_BIND": "0",
+        "SGLANG_NCCL_SO_PATH": "no-nccl-on-a-cpu",
+    }
     command = ("-m", "sglang.launch_server", "--model-path", model, *COMMON, "--port", str(port), *args)
     return Server("stock", command, port, log, env)
 
