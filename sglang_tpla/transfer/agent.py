@@ -145,7 +145,9 @@ class Agent(ABC):
                 parts.append(part)
         return parts
 
-    def _parse(self, parts: list[zmq.Frame], sender: str) -> tuple[frames.Message, zmq.Frame | None] | None:
+    def _parse(
+        self, parts: list[zmq.Frame], sender: str, on_other_version: Callable[[str], None]
+    ) -> tuple[frames.Message, zmq.Frame | None] | None:
         """Header and payload of a message, or None after counting and logging what was wrong with it."""
         try:
             if not 1 <= len(parts) <= 2:
@@ -155,6 +157,8 @@ class Agent(ABC):
             message = frames.decode(parts[0].buffer, len(parts) == 2)
         except frames.FrameError as error:
             self._drop("malformed_dropped", f"malformed frame from {sender}: {error}")
+            if isinstance(error, frames.FramingVersionError):
+                on_other_version(str(error))
             return None
         return message, parts[1] if len(parts) == 2 else None
 

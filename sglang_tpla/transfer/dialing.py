@@ -9,6 +9,7 @@ import time
 import uuid
 from abc import abstractmethod
 from collections.abc import Callable
+from functools import partial
 
 import zmq
 from zmq.utils.monitor import recv_monitor_message
@@ -178,6 +179,11 @@ class DecodeDialing(Agent):
         if link is Link.LOST and connection.broken_since is None:
             self._tell_lost(connection)
 
+    def _refuse_version(self, connection: Connection, reason: str) -> None:
+        self._give_up(
+            connection, f"the {connection.name} speaks another framing version: {reason}", Link.REFUSED
+        )
+
     def _tell_lost(self, connection: Connection) -> None:
         if self.on_peer_lost is not None:
             try:
@@ -203,7 +209,7 @@ class DecodeDialing(Agent):
             parts = self._receive_parts(connection.socket)
             if parts is None:
                 return
-            parsed = self._parse(parts, connection.name)
+            parsed = self._parse(parts, connection.name, partial(self._refuse_version, connection))
             if parsed is None:
                 if connection.broken_since is not None or self._in_use(connection):
                     self._broken(connection)  # what was lost comes again on a new connection

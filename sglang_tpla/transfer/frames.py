@@ -1,9 +1,10 @@
 """The wire format: one header frame, and for some messages one payload frame (PROTOCOL.md is the
 specification).
 
-A header is 5 bytes of prefix (``b"TPLA"`` and the framing version) and one msgpack array: a message tag, then
-the message's fields in order. Decoding is strict: unknown tags, missing or extra fields, wrong types and
-values out of range are all `FrameError`, and nothing larger than ``MAX_HEADER_BYTES`` is looked at.
+A header is ``b"TPLA"``, the framing version, a digest of the rest, and one msgpack array: a message tag, then the
+message's fields in order. The digest is what keeps a flipped bit in, say, ``first_token`` from writing good rows to a
+wrong place. Decoding is strict: a wrong digest, unknown tags, missing or extra fields, wrong types and values out of
+range are all `FrameError`, and nothing larger than ``MAX_HEADER_BYTES`` is looked at.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ import msgspec
 import xxhash
 from msgspec import Meta
 
-FRAMING_VERSION = 1
+FRAMING_VERSION = 2
 PROTOCOL_VERSIONS = (1, 1)  # lowest and highest protocol version this release speaks
 PREFIX = b"TPLA" + bytes([FRAMING_VERSION])
+HEAD_BYTES = len(PREFIX) + 8  # and the digest
 MAX_HEADER_BYTES = 64 << 10
 MAX_LAYERS = 1024
 MAX_PROJECTION_BYTES = 64 << 20  # one layer's matrix: 4096 x 4096 float32
@@ -37,6 +39,10 @@ Digest = Annotated[bytes, Meta(min_length=8, max_length=8)]
 
 class FrameError(ValueError):
     """A frame that is not of this protocol; the text says what was wrong with it."""
+
+
+class FramingVersionError(FrameError):
+    """A sound frame of another framing version."""
 
 
 class _Message(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -333,30 +339,43 @@ def sentence(text: str) -> str:
 
 def encode(message: Message) -> bytes:
     """Header frame of a message."""
-    return PREFIX + _encoder.encode(message)
+    return seal(_encoder.encode(message))
+
+
+def seal(body: bytes, version: int = FRAMING_VERSION) -> bytes:
+    """Header frame around an encoded array."""
+    return PREFIX[:4] + bytes([version]) + xxhash.xxh3_64_digest(body, seed=version) + body
 
 
 def decode(header: Buffer, has_payload: bool) -> Message:
     """The message in a header frame.
 
     Raises:
-        FrameError: not of this protocol or framing version, malformed, or with a payload that it must not
-        have
-            (or without one that it must).
+        FramingVersionError: of another framing version, and no `Refused`.
+        FrameError: not of this protocol, damaged, malformed, or with a payload that it must not have (or without one
+            that it must).
     """
     view = memoryview(header)
     if view.nbytes > MAX_HEADER_BYTES:
         raise FrameError(f"a header has at most {MAX_HEADER_BYTES} bytes; got {view.nbytes}")
-    if view.nbytes <= len(PREFIX) or bytes(view[:4]) != PREFIX[:4]:
-        raise FrameError(f"a header starts with {PREFIX[:4]!r}; got {bytes(view[:8])!r}")
+    if view.nbytes <= HEAD_BYTES or bytes(view[:4]) != PREFIX[:4]:
+        raise FrameError(
+            f"a header starts with {PREFIX[:4]!r} and has over {HEAD_BYTES} bytes; got {bytes(view[:8])!r}"
+        )
+    version, body = view[4], view[HEAD_BYTES:]
+    if xxhash.xxh3_64_digest(body, seed=version) != view[len(PREFIX) : HEAD_BYTES]:
+        raise FrameError("a header came damaged: its digest does not match")
+    other = FramingVersionError(
+        f"framing version is {FRAMING_VERSION}; got {version}: run the same release on both sides"
+    )
     try:
-        message: Message = _decoder.decode(view[len(PREFIX) :])
+        message: Message = _decoder.decode(body)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
-        if view[4] != FRAMING_VERSION:
-            raise FrameError(f"framing version is {FRAMING_VERSION}; got {view[4]}") from error
+        if version != FRAMING_VERSION:
+            raise other from error
         raise FrameError(f"malformed header: {error}") from error
-    if view[4] != FRAMING_VERSION and not isinstance(message, Refused):
-        raise FrameError(f"framing version is {FRAMING_VERSION}; got {view[4]}")
+    if version != FRAMING_VERSION and not isinstance(message, Refused):
+        raise other
     if has_payload != isinstance(message, WITH_PAYLOAD):
         raise FrameError(
             f"{type(message).__name__} comes {'with' if not has_payload else 'without'} a payload frame"

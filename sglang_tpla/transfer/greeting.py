@@ -6,6 +6,7 @@ import logging
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -122,7 +123,7 @@ class PrefillGreeting(Agent):
                 return
             identity = parts[0].bytes
             sender = f"peer {identity.hex()[:8]}"
-            parsed = self._parse(parts[1:], sender)
+            parsed = self._parse(parts[1:], sender, partial(self._refuse_version, identity))
             if parsed is None:
                 with self._lock:
                     if (peer := self._peers.get(identity)) is not None and self._in_use(peer):
@@ -283,6 +284,13 @@ class PrefillGreeting(Agent):
             )
         peer.projection = self._projections[key]
         self._put(peer.identity, frames.Registered(key))
+
+    def _refuse_version(self, identity: bytes, reason: str) -> None:
+        """A sound frame of another framing version came, from a peer that can read `Refused` all the same."""
+        with self._lock:
+            self._counts["refused"] += 1
+        where = f"prefill rank {self._rank} at {self.address[0]}:{self.address[1]}"
+        self._put(identity, frames.Refused(frames.sentence(f"{where} cannot read this peer: {reason}")))
 
     def _refuse(self, peer: Peer, reason: str) -> None:
         self._counts["refused"] += 1

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import msgspec
 import pytest
+import xxhash
 
 from sglang_tpla.transfer import frames
 
 DIGEST = bytes(range(8))
-# Changing one of these bytes is a new protocol version.
+# The arrays; a header is HEAD, the digest of the array, and the array. Changing a byte is a new protocol version.
+HEAD = "54504c4102"
 GOLDEN = [
     (
         frames.Hello(
@@ -33,22 +35,22 @@ GOLDEN = [
             common="c1",
             arena=frames.Arena(agent="a1", pid=77, descriptor=5, size_bytes=268435456, cookie=DIGEST),
         ),
-        "54504c41019c01920101a26131a26d310308a26831ce004000009800cd020040a862666c6f617431364092cd0140cd012092cc80409240cd0200a27031a2633195a261314d05ce10000000c4080001020304050607",
+        "9c01920101a26131a26d310308a26831ce004000009800cd020040a862666c6f617431364092cd0140cd012092cc80409240cd0200a27031a2633195a261314d05ce10000000c4080001020304050607",
     ),
     (
         frames.Welcome(
             version=1, agent="a2", host="h1", first_layer=0, layers=61, need_projection=True, arena=None
         ),
-        "54504c4101980201a26132a26831003dc3c0",
+        "980201a26132a26831003dc3c0",
     ),
-    (frames.Refused(reason="no"), "54504c41019203a26e6f"),
+    (frames.Refused(reason="no"), "9203a26e6f"),
     (
         frames.ProjectionLayer(projection="p1", index=60, checksum=DIGEST),
-        "54504c41019404a270313cc4080001020304050607",
+        "9404a270313cc4080001020304050607",
     ),
-    (frames.Ping(number=1), "54504c4101920501"),
-    (frames.Pong(number=1099511627776), "54504c41019206cf0000010000000000"),
-    (frames.Unregistered(), "54504c41019107"),
+    (frames.Ping(number=1), "920501"),
+    (frames.Pong(number=1099511627776), "9206cf0000010000000000"),
+    (frames.Unregistered(), "9107"),
     (
         frames.Request(
             room=9223372036854775807,
@@ -60,10 +62,10 @@ GOLDEN = [
             share_index=1,
             share_count=2,
         ),
-        "54504c41019908cf7fffffffffffffff070840ffc20102",
+        "9908cf7fffffffffffffff070840ffc20102",
     ),
-    (frames.Want(room=1, generation=2, total_bytes=3), "54504c41019409010203"),
-    (frames.Credit(room=1, generation=2, total_bytes=8589934592), "54504c4101940a0102cf0000000200000000"),
+    (frames.Want(room=1, generation=2, total_bytes=3), "9409010203"),
+    (frames.Credit(room=1, generation=2, total_bytes=8589934592), "940a0102cf0000000200000000"),
     (
         frames.Chunk(
             room=1,
@@ -77,26 +79,26 @@ GOLDEN = [
             tokens=8,
             checksum=DIGEST,
         ),
-        "54504c41019b0b01020003c305060708c4080001020304050607",
+        "9b0b01020003c305060708c4080001020304050607",
     ),
-    (frames.Ack(room=1, generation=2, part=0, sequence=4), "54504c4101950c01020004"),
-    (frames.Nack(room=1, generation=2, part=1, sequence=3), "54504c4101950d01020103"),
+    (frames.Ack(room=1, generation=2, part=0, sequence=4), "950c01020004"),
+    (frames.Nack(room=1, generation=2, part=1, sequence=3), "950d01020103"),
     (
         frames.Finish(room=1, generation=2, chunks=3, tokens=4, checksum=DIGEST),
-        "54504c4101960e01020304c4080001020304050607",
+        "960e01020304c4080001020304050607",
     ),
-    (frames.Done(room=1, generation=2), "54504c4101930f0102"),
-    (frames.Abort(room=1, generation=2, reason="why"), "54504c410194100102a3776879"),
-    (frames.Registered(projection="p1"), "54504c41019211a27031"),
-    (frames.Goodbye(reason="bye"), "54504c41019212a3627965"),
+    (frames.Done(room=1, generation=2), "930f0102"),
+    (frames.Abort(room=1, generation=2, reason="why"), "94100102a3776879"),
+    (frames.Registered(projection="p1"), "9211a27031"),
+    (frames.Goodbye(reason="bye"), "9212a3627965"),
     (
         frames.Neighbours(
             number=3,
             arenas=(frames.Arena(agent="a3", pid=78, descriptor=6, size_bytes=268435456, cookie=DIGEST),),
         ),
-        "54504c41019313039195a261334e06ce10000000c4080001020304050607",
+        "9313039195a261334e06ce10000000c4080001020304050607",
     ),
-    (frames.Mapped(number=3, agents=("a2", "a3")), "54504c410193140392a26132a26133"),
+    (frames.Mapped(number=3, agents=("a2", "a3")), "93140392a26132a26133"),
     (
         frames.Share(
             room=1,
@@ -112,30 +114,46 @@ GOLDEN = [
             offset=1048576,
             size_bytes=4096,
         ),
-        "54504c41019d150102010305060708c4080001020304050607a26133ce00100000cd1000",
+        "9d150102010305060708c4080001020304050607a26133ce00100000cd1000",
     ),
     (
         frames.Stored(room=1, generation=2, part=1, sequence=3, offset=1048576),
-        "54504c4101961601020103ce00100000",
+        "961601020103ce00100000",
     ),
-    (frames.Release(offsets=(0, 1048576)), "54504c410192179200ce00100000"),
+    (frames.Release(offsets=(0, 1048576)), "92179200ce00100000"),
     (
         frames.Resume(room=1, generation=2, credit_bytes=4194304, applied=((0, b"\x07"), (2, b"\x01\x80"))),
-        "54504c410195180102ce00400000929200c401079202c4020180",
+        "95180102ce00400000929200c401079202c4020180",
     ),
 ]
 
 
 @pytest.mark.parametrize(("message", "golden"), GOLDEN, ids=lambda item: type(item).__name__)
 def test_golden_bytes(message: frames.Message, golden: str) -> None:
-    assert frames.encode(message).hex() == golden
+    body = bytes.fromhex(golden)
+    header = bytes.fromhex(HEAD) + xxhash.xxh3_64(body, seed=2).digest() + body
+    assert frames.encode(message) == header
     has_payload = isinstance(message, frames.WITH_PAYLOAD)
-    assert frames.decode(bytes.fromhex(golden), has_payload) == message
+    assert frames.decode(header, has_payload) == message
+
+
+def test_golden_header() -> None:
+    assert frames.encode(frames.Ping(number=1)).hex() == "54504c41024837781e65543da4920501"
+
+
+def test_any_flipped_bit_is_seen() -> None:
+    """In the array, its digest or before them: a header is read as it was written, or not at all."""
+    header = frames.encode(GOLDEN[10][0])
+    for bit in range(8 * len(header)):
+        damaged = bytearray(header)
+        damaged[bit // 8] ^= 1 << bit % 8
+        with pytest.raises(frames.FrameError):
+            frames.decode(bytes(damaged), True)
 
 
 def test_every_message_has_golden_bytes() -> None:
     assert {type(message) for message, _ in GOLDEN} == set(frames.Message.__args__)
-    tags = [msgspec.msgpack.decode(bytes.fromhex(golden)[5:])[0] for _, golden in GOLDEN]
+    tags = [msgspec.msgpack.decode(bytes.fromhex(golden))[0] for _, golden in GOLDEN]
     assert sorted(tags) == list(range(1, len(GOLDEN) + 1))
 
 
@@ -144,13 +162,11 @@ def test_checksum_is_xxh3() -> None:
 
 
 def test_refused_is_read_in_any_framing_version() -> None:
-    data = bytearray(frames.encode(frames.Refused("speak 9")))
-    data[4] = 9
-    assert frames.decode(bytes(data), False) == frames.Refused("speak 9")
-    data = bytearray(frames.encode(frames.Ping(1)))
-    data[4] = 9
-    with pytest.raises(frames.FrameError, match="framing version is 1; got 9"):
-        frames.decode(bytes(data), False)
+    data = frames.seal(msgspec.msgpack.encode(frames.Refused("speak 9")), version=9)
+    assert frames.decode(data, False) == frames.Refused("speak 9")
+    data = frames.seal(msgspec.msgpack.encode(frames.Ping(1)), version=9)
+    with pytest.raises(frames.FramingVersionError, match="framing version is 2; got 9"):
+        frames.decode(data, False)
 
 
 @pytest.mark.parametrize(
@@ -160,12 +176,13 @@ def test_refused_is_read_in_any_framing_version() -> None:
         (b"GET / HTTP/1.1", False, "starts with"),
         (frames.encode(frames.Ping(1)), True, "comes without a payload"),
         (frames.encode(frames.Finish(1, 2, 3, 4, DIGEST)), False, "comes with a payload"),
-        (frames.encode(frames.Ping(1)) + b"\x00", False, "trailing"),
-        (frames.PREFIX + msgspec.msgpack.encode([5, -1]), False, "malformed"),
-        (frames.PREFIX + msgspec.msgpack.encode([5, 1.5]), False, "malformed"),
-        (frames.PREFIX + msgspec.msgpack.encode([23, []]), False, "malformed"),
-        (frames.PREFIX + msgspec.msgpack.encode([3, "x" * 3000]), False, "malformed"),
-        (frames.PREFIX + msgspec.msgpack.encode([15, 1, 2, 3]), False, "malformed"),
+        (frames.encode(frames.Ping(1)) + b"\x00", False, "damaged"),
+        (frames.seal(msgspec.msgpack.encode(frames.Ping(1)) + b"\x00"), False, "trailing"),
+        (frames.seal(msgspec.msgpack.encode([5, -1])), False, "malformed"),
+        (frames.seal(msgspec.msgpack.encode([5, 1.5])), False, "malformed"),
+        (frames.seal(msgspec.msgpack.encode([23, []])), False, "malformed"),
+        (frames.seal(msgspec.msgpack.encode([3, "x" * 3000])), False, "malformed"),
+        (frames.seal(msgspec.msgpack.encode([15, 1, 2, 3])), False, "malformed"),
         (frames.PREFIX + bytes(frames.MAX_HEADER_BYTES), False, "at most"),
     ],
 )

@@ -63,19 +63,20 @@ MALFORMED = {
     "prefix alone": [frames.PREFIX],
     "truncated": [GOOD[:-1]],
     "longer": [GOOD + b"\x00"],
-    "unknown tag": [frames.PREFIX + b"\x92\x7f\x01"],
-    "no tag": [frames.PREFIX + b"\x90"],
-    "a map": [frames.PREFIX + b"\x80"],
-    "wrong type": [frames.PREFIX + b"\x99\x08\xa1x\x02\x01\x00\xff\xc2\x00\x01"],
-    "negative room": [frames.PREFIX + b"\x99\x08\xff\x02\x01\x00\xff\xc2\x00\x01"],
-    "one field more": [frames.PREFIX + b"\x9a\x08\x01\x02\x01\x00\xff\xc2\x00\x01\x00"],
-    "another framing version": [b"TPLA\x02" + GOOD[5:]],
+    "unknown tag": [frames.seal(b"\x92\x7f\x01")],
+    "no tag": [frames.seal(b"\x90")],
+    "a map": [frames.seal(b"\x80")],
+    "wrong type": [frames.seal(b"\x99\x08\xa1x\x02\x01\x00\xff\xc2\x00\x01")],
+    "negative room": [frames.seal(b"\x99\x08\xff\x02\x01\x00\xff\xc2\x00\x01")],
+    "one field more": [frames.seal(b"\x9a\x08\x01\x02\x01\x00\xff\xc2\x00\x01\x00")],
+    "damaged framing version": [b"TPLA\x09" + GOOD[5:]],
+    "damaged field": [GOOD[:-1] + b"\x02"],
     "payload that must not be": [GOOD, b"payload"],
     "no payload": [frames.encode(frames.ProjectionLayer("x", 0, DIGEST))],
     "three frames": [GOOD, b"", b""],
     "a thousand frames": [GOOD] * 1000,
-    "a header too large": [frames.PREFIX + b"\x91" + b"\x00" * frames.MAX_HEADER_BYTES],
-    "deep nesting": [frames.PREFIX + b"\x91" * 5000],
+    "a header too large": [frames.seal(b"\x91" + b"\x00" * frames.MAX_HEADER_BYTES)],
+    "deep nesting": [frames.seal(b"\x91" * 5000)],
 }
 
 
@@ -104,6 +105,44 @@ def test_malformed_frame_at_decode(what: str, decode: rig.DecodeRank) -> None:
         assert fake.expect(frames.Pong) == frames.Pong(78)
         assert decode.agent.stats().malformed_dropped == 1
         assert decode.agent.poll(1) == RoomState.WAITING
+
+
+def test_another_framing_version_is_refused_at_prefill(prefill: rig.PrefillRank, fake: FakeDecode) -> None:
+    before = prefill.agent.stats().refused
+    fake.send(frames.seal(msgspec.msgpack.encode(hello()), version=9))
+    (refusal, _) = fake.expect(frames.Refused)
+    assert "framing version is 2; got 9: run the same release on both sides" in refusal.reason
+    assert prefill.agent.stats().refused == before + 1
+
+
+def test_another_framing_version_is_refused_at_decode(decode: rig.DecodeRank) -> None:
+    with contextlib.closing(FakePrefill()) as fake:
+        decode.agent.open_room(1, [fake.peer])
+        fake.expect(frames.Hello)
+        fake.send(frames.seal(msgspec.msgpack.encode(frames.Ping(1)), version=9))
+        assert rig.ended(decode.agent, 1) == RoomState.FAILED
+        assert "framing version is 2; got 9: run the same release on both sides" in decode.agent.failure(1)
+        assert decode.agent.stats().refused == 1
+
+
+@pytest.mark.parametrize("versions", [(2, 3), (0, 0)])
+def test_protocol_versions_without_a_common_one(
+    versions: tuple[int, int], prefill: rig.PrefillRank, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A whole decode agent of another release: the same reason on both sides, and no room left behind."""
+    with monkeypatch.context() as patch:
+        patch.setattr(frames, "PROTOCOL_VERSIONS", versions)
+        decode = rig.decode_rank()
+    said = f"prefill speaks 1 to 1, decode {versions[0]} to {versions[1]}; run the same release on both sides"
+    with contextlib.closing(decode.agent):
+        before = prefill.agent.stats().refused
+        decode.agent.open_room(1, [prefill.peer])
+        assert rig.ended(decode.agent, 1) == RoomState.FAILED
+        assert said in decode.agent.failure(1)
+        assert (prefill.agent.stats().refused, decode.agent.stats().refused) == (before + 1, 1)
+        decode.agent.close_room(1)
+        assert decode.agent.stats().rooms == 0
+    still_serves(prefill)
 
 
 def test_unknown_peer_is_told_to_register(prefill: rig.PrefillRank, fake: FakeDecode) -> None:
@@ -276,9 +315,9 @@ anything = st.recursive(
 )
 @given(
     header=st.binary(max_size=200)
-    | st.builds(lambda tail: frames.PREFIX + tail, st.binary(max_size=200))
+    | st.builds(frames.seal, st.binary(max_size=200))
     | st.builds(
-        lambda tag, body: frames.PREFIX + msgspec.msgpack.encode([tag, *body]),
+        lambda tag, body: frames.seal(msgspec.msgpack.encode([tag, *body])),
         st.integers(0, 20),
         st.lists(anything, max_size=11),
     ),
