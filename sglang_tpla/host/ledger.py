@@ -99,8 +99,23 @@ def _is_module(name: str) -> bool:
         return False
 
 
+def canonical(node: Any) -> str:
+    """A syntax tree as text, the same under every Python: fields that are absent or empty are left out.
+
+    ``ast.dump`` is not: 3.12 gave functions and classes a field ``type_params``, and 3.13 stopped printing empty lists.
+    """
+    if isinstance(node, ast.AST):
+        fields = (
+            f"{name}={canonical(value)}" for name, value in ast.iter_fields(node) if value not in (None, [])
+        )
+        return f"{type(node).__name__}({', '.join(fields)})"
+    if isinstance(node, list):
+        return f"[{', '.join(map(canonical, node))}]"
+    return repr(node)
+
+
 def host_hash(target: str) -> str:
-    """sha256 of the syntax tree of ``target`` in the installed SGLang (comments and layout do not count).
+    """sha256 of the syntax tree of ``target`` in the installed SGLang (comments, layout and Python do not count).
 
     Raises:
         LedgerError: there is no such name.
@@ -120,7 +135,7 @@ def host_hash(target: str) -> str:
         )  # type: ignore[assignment]
         if node is None:
             raise LedgerError(f"SGLang {host_version()} has no {target} ({name} is missing)")
-    return hashlib.sha256(ast.dump(node, include_attributes=False).encode()).hexdigest()
+    return hashlib.sha256(canonical(node).encode()).hexdigest()
 
 
 def check(hook: Hook) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import subprocess
@@ -106,6 +107,19 @@ HookRegistry._apply_target = classmethod(lambda cls, target, hooks: None)
 def test_bad_settings_stop_the_start() -> None:
     done = run(PROBE, SGLANG_TPLA_ROLE="decode", SGLANG_TPLA_GROUPS="two")
     assert done.returncode != 0 and "SGLANG_TPLA_GROUPS" in done.stderr and "'two'" in done.stderr
+
+
+def test_the_hash_does_not_depend_on_python() -> None:
+    """Fields that later Pythons add empty (``type_params`` since 3.12) are not in the text."""
+    from sglang_tpla.host.ledger import canonical
+
+    tree = ast.parse("def f(a, *, b=None):  # comment\n    return [a, -1]\n")
+    assert canonical(tree) == (
+        "Module(body=[FunctionDef(name='f', args=arguments(args=[arg(arg='a')], kwonlyargs=[arg(arg='b')], "
+        "kw_defaults=[Constant()]), body=[Return(value=List(elts=[Name(id='a', ctx=Load()), "
+        "UnaryOp(op=USub(), operand=Constant(value=1))], ctx=Load()))])])"
+    )
+    assert canonical(ast.parse("return None")) != canonical(ast.parse("return"))
 
 
 def test_every_entry_says_why_and_until_when() -> None:
