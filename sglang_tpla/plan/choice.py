@@ -1,0 +1,208 @@
+"""Every method at one load, and which to take.
+
+TPLA is approximate, so it is recommended only where it beats the best exact method by more than a margin, or where
+nothing exact fits into memory.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sglang_tpla.attention.backends import BackendRefusal
+from sglang_tpla.config import ConfigError
+from sglang_tpla.plan.hardware import Gpu, Link
+from sglang_tpla.plan.memory import tokens_that_fit, weight_bytes
+from sglang_tpla.plan.model import PlanModel
+from sglang_tpla.plan.price import Price, price
+from sglang_tpla.plan.work import Load, Method, Precision, break_even_tokens, rank_work
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What does not change between loads.
+
+    Args:
+        gpus: all GPUs that hold the weights other than attention.
+        memory_fraction: of the device, for weights and cache together.
+        margin: by how much of its time TPLA must beat the best exact method.
+    """
+
+    model: PlanModel
+    gpu: Gpu
+    link: Link
+    precision: Precision
+    methods: Sequence[Method]
+    gpus: int
+    memory_fraction: float = 0.88
+    margin: float = 0.05
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method at one load; ``refused`` says why it cannot be had, and the figures are then None."""
+
+    method: Method
+    refused: str | None = None
+    price: Price | None = None
+    width: int = 0
+    heads: int = 0
+    cache_bytes_per_token_and_rank: float = math.nan
+    weight_bytes_per_rank: float = math.nan
+    tokens_that_fit: int = 0
+    fits: bool = False
+    break_even_tokens: float = math.nan
+
+    @property
+    def layer_s(self) -> float:
+        """Time of a layer, infinite where the method cannot be had or the load does not fit."""
+        return self.price.layer_s if self.price and self.fits else math.inf
+
+
+@dataclass(frozen=True)
+class Answer:
+    """All methods at one load, the fastest and the recommended one (None where nothing fits), and the reasons."""
+
+    load: Load
+    rows: tuple[Row, ...]
+    fastest: Method | None
+    recommended: Method | None
+    reasons: tuple[str, ...]
+
+
+def row(setting: Setting, method: Method, load: Load) -> Row:
+    """Price one method at one load."""
+    model, precision = setting.model, setting.precision
+    try:
+        work = rank_work(model, method, load, precision, setting.gpu.capability)
+    except (ConfigError, BackendRefusal) as error:
+        return Row(method, refused=str(error))
+    if method.kind == "tpla" and precision.cache == "fp8":
+        refused = "no kernel of this package reads an FP8 slice yet; the figures say what one would give"
+    else:
+        refused = None
+    weights = weight_bytes(model, method, work, precision, setting.gpus)
+    tokens = tokens_that_fit(model, method, work, weights, setting.gpu, setting.memory_fraction)
+    even = break_even_tokens(model, method, precision, work.width) if method.kind == "tpla" else math.nan
+    return Row(
+        method=method,
+        refused=refused,
+        price=price(work, setting.gpu, setting.link),
+        width=work.width,
+        heads=work.heads,
+        cache_bytes_per_token_and_rank=work.cache_row_bytes * model.layers / method.cache_ranks,
+        weight_bytes_per_rank=weights,
+        tokens_that_fit=tokens,
+        fits=refused is None and load.tokens <= tokens,
+        break_even_tokens=even,
+    )
+
+
+def answer(setting: Setting, load: Load) -> Answer:
+    """Price every method and choose."""
+    rows = tuple(row(setting, method, load) for method in setting.methods)
+    exact = min((r for r in rows if r.method.exact), key=lambda r: r.layer_s)
+    ours = min((r for r in rows if not r.method.exact), key=lambda r: r.layer_s, default=None)
+    best = exact if ours is None or exact.layer_s <= ours.layer_s else ours
+    if not best.fits:
+        return Answer(load, rows, None, None, (_nothing(setting, rows, load),))
+    chosen = ours if ours and ours.layer_s < exact.layer_s * (1 - setting.margin) else exact
+    return Answer(load, rows, best.method, chosen.method, reasons(setting, rows, exact, ours, chosen))
+
+
+def _nothing(setting: Setting, rows: Sequence[Row], load: Load) -> str:
+    most = max(rows, key=lambda r: r.tokens_that_fit)
+    if not most.tokens_that_fit:
+        least = min((r.weight_bytes_per_rank for r in rows if r.price), default=math.nan)
+        return (
+            f"nothing fits: the weights alone take {least / 1e9:.0f} GB a rank of {setting.gpu.name}'s "
+            f"{setting.gpu.memory_bytes / 1e9:.0f} GB; use FP8 weights or spread them over more GPUs (--gpus)"
+        )
+    return (
+        f"nothing fits: the load has {load.tokens:,} cached tokens, and the most that fit are "
+        f"{most.tokens_that_fit:,} ({most.method.label})"
+    )
+
+
+def _us(seconds: float) -> str:
+    return f"{seconds * 1e6:.0f} us"
+
+
+def reasons(
+    setting: Setting, rows: Sequence[Row], exact: Row, ours: Row | None, chosen: Row
+) -> tuple[str, ...]:
+    """Why, in plain words: what the chosen method does well, and what the others lose by."""
+    said: list[str] = []
+    plain = next((r for r in rows if r.method.kind == "tp" and r.price), None)
+    assert chosen.price is not None
+    if plain and plain.price and not plain.fits:
+        said.append(
+            f"plain TP does not fit: {plain.tokens_that_fit:,} tokens at most, because every rank keeps the whole "
+            "latent"
+        )
+    if chosen.method.kind == "tp":
+        said.append(
+            f"plain TP is exact and reads the cache in {_us(chosen.price.kernels_s['attention'])} a layer, which "
+            "is too little for the others' weights or collectives to pay back"
+        )
+    elif chosen.method.kind == "dcp":
+        said.append(
+            f"DCP is exact and reads 1/{chosen.method.ranks} of the tokens a rank; its collectives take "
+            f"{_us(chosen.price.collectives_s)} a layer on {setting.link.name}. It goes neither with speculative "
+            "decoding, pipeline stages nor every attention backend: if it is not open to you, give --without dcp"
+        )
+    elif chosen.method.kind == "dp":
+        said.append(
+            f"DP attention is exact and each rank reads only its own requests' cache, for "
+            f"{chosen.weight_bytes_per_rank / 1e9:.0f} GB of weights a rank; it does not make one request faster, "
+            "and needs requests of even length"
+        )
+    else:
+        said.append(_why_tpla(chosen, exact, setting))
+    if ours and ours.price and chosen is not ours and ours.fits and exact.price:
+        said.append(_why_not_tpla(ours, exact, setting))
+    return tuple(said)
+
+
+def _why_tpla(chosen: Row, exact: Row, setting: Setting) -> str:
+    what = (
+        f"{chosen.method.label} (width {chosen.width}) reads {chosen.cache_bytes_per_token_and_rank:,.0f} bytes a "
+        f"token and rank"
+    )
+    if not exact.fits:
+        return f"{what}, and nothing exact fits; it is approximate: measure its error on your text first"
+    gain = exact.layer_s / chosen.layer_s
+    return (
+        f"{what} and takes {_us(chosen.layer_s)} a layer where the best exact method, {exact.method.label}, takes "
+        f"{_us(exact.layer_s)} ({gain:.2f} times); it is approximate: measure its error on your text first"
+    )
+
+
+def _why_not_tpla(ours: Row, exact: Row, setting: Setting) -> str:
+    text = f"{ours.method.label}, the fastest TPLA, takes {_us(ours.layer_s)} against {_us(exact.layer_s)}"
+    if ours.layer_s < exact.layer_s:
+        return f"{text}: less than the {setting.margin:.0%} that an approximation should gain (--margin)"
+    if math.isfinite(ours.break_even_tokens) and exact.method.kind == "tp":
+        text += (
+            f"; by bytes alone it pays against plain TP from {ours.break_even_tokens:,.0f} cached tokens on"
+        )
+    return text
+
+
+def overall(answers: Sequence[Answer]) -> Method | None:
+    """For several loads: the method that is least behind each load's recommended one, on average."""
+    able = [a for a in answers if a.recommended is not None]
+    if not able:
+        return None
+    wanted = {a.recommended for a in able}
+
+    def behind(method: Method) -> float:
+        total = 0.0
+        for a in able:
+            times = {r.method: r.layer_s for r in a.rows}
+            assert a.recommended is not None
+            total += times[method] / times[a.recommended]
+        return total
+
+    return min((m for m in wanted if m is not None), key=behind)

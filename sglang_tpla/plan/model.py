@@ -1,0 +1,141 @@
+"""Sizes of a DeepSeek-shaped model, as far as time and memory depend on them, from its Hugging Face config."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+class PlanError(ValueError):
+    """Something the planner was given and cannot use: what was expected, what came, what to do."""
+
+
+@dataclass(frozen=True)
+class PlanModel:
+    """Sizes of one model; every layer's attention is the same.
+
+    Args:
+        layers, hidden, heads: of the decoder.
+        latent_dim, rope_dim: d and the rotary key, what a token's cache holds in each layer.
+        nope_dim, value_dim: per head. q_lora_rank: None where queries come straight from the hidden state.
+        other_parameters: what is not attention and is spread over all GPUs (experts, dense layers).
+        table_parameters: embedding and head, which stay bf16.
+    """
+
+    name: str
+    layers: int
+    hidden: int
+    heads: int
+    latent_dim: int
+    rope_dim: int
+    nope_dim: int
+    value_dim: int
+    q_lora_rank: int | None
+    other_parameters: int
+    table_parameters: int
+
+    def __post_init__(self) -> None:
+        for name in ("layers", "hidden", "heads", "latent_dim", "rope_dim", "nope_dim", "value_dim"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise PlanError(f"{self.name}: {name} must be a positive integer, got {value!r}")
+
+    @property
+    def query_parameters_a_head(self) -> int:
+        """Columns of ``q_b_proj`` (or ``q_proj``) of one head, times its input width."""
+        return (self.q_lora_rank or self.hidden) * (self.nope_dim + self.rope_dim)
+
+    @property
+    def output_parameters_a_head(self) -> int:
+        """Rows of ``o_proj`` of one head, times the hidden size."""
+        return self.value_dim * self.hidden
+
+    @property
+    def down_parameters(self) -> int:
+        """The joint down-projection (queries where there is a rank, latent, rope key), held by every rank."""
+        return self.hidden * ((self.q_lora_rank or 0) + self.latent_dim + self.rope_dim)
+
+
+def from_config(config: Mapping[str, Any], name: str) -> PlanModel:
+    """Read a config.
+
+    Raises:
+        PlanError: a key is missing or has no usable value.
+    """
+    try:
+        return _read(config, name)
+    except KeyError as error:
+        raise PlanError(
+            f"{name} has no {error}: expected the config.json of a DeepSeek V2, V3 or Kimi K2 shaped model"
+        ) from error
+    except TypeError as error:
+        raise PlanError(f"{name} has a size that is not a number ({error}); expected integers") from error
+
+
+def _read(config: Mapping[str, Any], name: str) -> PlanModel:
+    hidden, layers = config["hidden_size"], config["num_hidden_layers"]
+    experts = config.get("n_routed_experts") or 0
+    dense = min(layers, config.get("first_k_dense_replace", 0)) if experts else layers
+    expert_parameters = 3 * hidden * config["moe_intermediate_size"] if experts else 0
+    moe_layer = expert_parameters * (experts + (config.get("n_shared_experts") or 0)) + hidden * experts
+    return PlanModel(
+        name=name,
+        layers=layers,
+        hidden=hidden,
+        heads=config["num_attention_heads"],
+        latent_dim=config["kv_lora_rank"],
+        rope_dim=config["qk_rope_head_dim"],
+        nope_dim=config["qk_nope_head_dim"],
+        value_dim=config["v_head_dim"],
+        q_lora_rank=config.get("q_lora_rank"),
+        other_parameters=(layers - dense) * moe_layer + dense * 3 * hidden * config["intermediate_size"],
+        table_parameters=(1 if config.get("tie_word_embeddings") else 2) * hidden * config["vocab_size"],
+    )
+
+
+_HEAD = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128}
+# From the published config.json of each model.
+BUILT_IN: dict[str, dict[str, Any]] = {
+    "deepseek-v3": _HEAD
+    | {"hidden_size": 7168, "num_hidden_layers": 61, "num_attention_heads": 128, "q_lora_rank": 1536}
+    | {"n_routed_experts": 256, "n_shared_experts": 1, "moe_intermediate_size": 2048}
+    | {"first_k_dense_replace": 3, "intermediate_size": 18432, "vocab_size": 129280},
+    "kimi-k2": _HEAD
+    | {"hidden_size": 7168, "num_hidden_layers": 61, "num_attention_heads": 64, "q_lora_rank": 1536}
+    | {"n_routed_experts": 384, "n_shared_experts": 1, "moe_intermediate_size": 2048}
+    | {"first_k_dense_replace": 1, "intermediate_size": 18432, "vocab_size": 163840},
+    "deepseek-v2": _HEAD
+    | {"hidden_size": 5120, "num_hidden_layers": 60, "num_attention_heads": 128, "q_lora_rank": 1536}
+    | {"n_routed_experts": 160, "n_shared_experts": 2, "moe_intermediate_size": 1536}
+    | {"first_k_dense_replace": 1, "intermediate_size": 12288, "vocab_size": 102400},
+    "deepseek-v2-lite": _HEAD
+    | {"hidden_size": 2048, "num_hidden_layers": 27, "num_attention_heads": 16, "q_lora_rank": None}
+    | {"n_routed_experts": 64, "n_shared_experts": 2, "moe_intermediate_size": 1408}
+    | {"first_k_dense_replace": 1, "intermediate_size": 10944, "vocab_size": 102400},
+}
+
+
+def find(model: str) -> PlanModel:
+    """A built-in model by name, or the one whose config (file or folder) is given.
+
+    Raises:
+        PlanError: neither, or a file that is not such a config.
+    """
+    if model.lower() in BUILT_IN:
+        return from_config(BUILT_IN[model.lower()], model.lower())
+    path = Path(model)
+    path = path / "config.json" if path.is_dir() else path
+    if not path.is_file():
+        raise PlanError(
+            f"--model must be one of {', '.join(BUILT_IN)}, or a config.json or its folder; got {model!r}"
+        )
+    try:
+        config = json.loads(path.read_text())
+    except (ValueError, OSError) as error:
+        raise PlanError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise PlanError(f"{path} must hold a JSON object, got a {type(config).__name__}")
+    return from_config(config.get("text_config") or config, str(path))

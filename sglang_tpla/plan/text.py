@@ -1,0 +1,154 @@
+"""What the planner prints: a table a load, a map of the fastest method, and what of it was measured."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from sglang_tpla.plan.choice import Answer, Row, Setting, overall
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds * 1e6:,.1f}"
+
+
+def provenance(setting: Setting) -> dict[str, list[str]]:
+    """What was measured, what stands in a data sheet, what is assumed, and what is modelled."""
+    gpu, link = setting.gpu, setting.link
+    measured = gpu.source.startswith("measured") and "scaled" not in gpu.source
+    kernels = f"{gpu.name}: kernel bandwidths, arithmetic rates and overheads ({gpu.source})"
+    return {
+        "measured": [kernels] if measured else [],
+        "from_data_sheets": [] if measured else [kernels],
+        "assumed": [
+            f"{link.name}: {link.latency_s * 1e6:g} us a collective, {link.bytes_per_s / 1e9:g} GB/s a rank "
+            f"each way ({link.source})"
+        ],
+        "modelled": [
+            "every time below: bytes and operations of each kernel over its rate plus an overhead, kernels and "
+            "collectives one after another, equal loads on all ranks",
+            "weights, cache bytes and the tokens that fit: counted from the model's sizes",
+        ],
+    }
+
+
+def heading(setting: Setting) -> str:
+    """The setting and where its numbers come from."""
+    model, gpu = setting.model, setting.gpu
+    ranks = setting.methods[0].ranks
+    lines = [
+        f"{model.name}: {model.layers} layers, {model.heads} heads, latent {model.latent_dim} + rope "
+        f"{model.rope_dim}; weights {setting.precision.weights}, cache {setting.precision.cache}",
+        f"{ranks} attention ranks on {gpu.name} ({gpu.memory_bytes / 1e9:.0f} GB), {setting.link.name}; the other "
+        f"weights over {setting.gpus} GPUs",
+    ]
+    for kind, facts in provenance(setting).items():
+        lines += [f"{kind.replace('_', ' ')}: {fact}" for fact in facts]
+    return "\n".join(lines)
+
+
+def table(answer: Answer, layers: int) -> str:
+    """One load: every method's modelled time, cache and capacity, then the recommendation."""
+    load = answer.load
+    lines = [
+        f"batch {load.batch} x context {load.context_tokens:,} ({load.tokens:,} cached tokens), attention part of "
+        "a decode step, modelled",
+        f"{'method':<22}{'us a layer':>11}{'kernels':>10}{'links':>8}{'ms a step':>11}{'width':>7}"
+        f"{'B/token/rank':>14}{'tokens that fit':>17}{'pays from':>12}",
+    ]
+    for row in answer.rows:
+        lines.append(_line(row, layers, row.method == answer.recommended))
+    verdict = answer.recommended.label if answer.recommended else "none"
+    lines.append(f"recommended: {verdict}")
+    lines += [f"  - {reason}" for reason in answer.reasons]
+    return "\n".join(lines)
+
+
+def _line(row: Row, layers: int, recommended: bool) -> str:
+    mark = "*" if recommended else " "
+    if row.price is None:
+        return f"{mark}{row.method.label:<21} cannot: {row.refused}"
+    price = row.price
+    even = "" if math.isnan(row.break_even_tokens) else f"{row.break_even_tokens:,.0f}"
+    line = (
+        f"{mark}{row.method.label:<21}{_time(price.layer_s):>11}{_time(sum(price.kernels_s.values())):>10}"
+        f"{_time(price.collectives_s):>8}{price.layer_s * layers * 1e3:>11.2f}{row.width:>7}"
+        f"{row.cache_bytes_per_token_and_rank:>14,.0f}{row.tokens_that_fit:>17,}{even:>12}"
+    )
+    if row.refused:
+        return f"{line}  ({row.refused})"
+    return line if row.fits else f"{line}  does not fit"
+
+
+def fastest_map(answers: Sequence[Answer]) -> str:
+    """Batch by context: the fastest method that fits."""
+    batches = sorted({a.load.batch for a in answers})
+    contexts = sorted({a.load.context_tokens for a in answers})
+    cells = {
+        (a.load.batch, a.load.context_tokens): a.fastest.code if a.fastest is not None else "-"
+        for a in answers
+    }
+    lines = [
+        "fastest method that fits, modelled (TP, DCP, DP attention; Tg: TPLA with g groups, Tgs: with the",
+        "reduce-scatter before o_proj; -: nothing fits)",
+        "batch \\ context" + "".join(f"{context:>9,}" for context in contexts),
+    ]
+    for batch in batches:
+        lines.append(f"{batch:>15}" + "".join(f"{cells[batch, context]:>9}" for context in contexts))
+    return "\n".join(lines)
+
+
+def summary(answers: Sequence[Answer]) -> str:
+    """Over several loads: the method that is least behind on average."""
+    method = overall(answers)
+    return f"over all loads: {method.label if method else 'nothing fits'}"
+
+
+def as_json(setting: Setting, answers: Sequence[Answer]) -> dict[str, Any]:
+    """Everything, with units in the names."""
+    layers = setting.model.layers
+    best = overall(answers)
+    return {
+        "model": setting.model.name,
+        "layers": layers,
+        "ranks": setting.methods[0].ranks,
+        "gpus": setting.gpus,
+        "gpu": setting.gpu.name,
+        "link": setting.link.name,
+        "weights_dtype": setting.precision.weights,
+        "cache_dtype": setting.precision.cache,
+        "provenance": provenance(setting),
+        "recommended_over_all": best.label if best else None,
+        "loads": [_load_json(a, layers) for a in answers],
+    }
+
+
+def _load_json(answer: Answer, layers: int) -> dict[str, Any]:
+    return {
+        "batch": answer.load.batch,
+        "context_tokens": answer.load.context_tokens,
+        "fastest": answer.fastest.label if answer.fastest else None,
+        "recommended": answer.recommended.label if answer.recommended else None,
+        "reasons": list(answer.reasons),
+        "methods": [_row_json(row, layers) for row in answer.rows],
+    }
+
+
+def _row_json(row: Row, layers: int) -> dict[str, Any]:
+    common = {"method": row.method.label, "exact": row.method.exact, "refused": row.refused}
+    if row.price is None:
+        return common
+    return common | {
+        "layer_s": row.price.layer_s,
+        "step_s": row.price.layer_s * layers,
+        "kernels_s": row.price.kernels_s,
+        "collectives_s": row.price.collectives_s,
+        "width": row.width,
+        "heads": row.heads,
+        "cache_bytes_per_token_and_rank": row.cache_bytes_per_token_and_rank,
+        "weight_bytes_per_rank": row.weight_bytes_per_rank,
+        "tokens_that_fit": row.tokens_that_fit,
+        "fits": row.fits,
+        "break_even_tokens": row.break_even_tokens if math.isfinite(row.break_even_tokens) else None,
+    }

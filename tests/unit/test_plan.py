@@ -1,0 +1,313 @@
+"""The planner against arithmetic done by hand, published model sizes, and limits where the answer is known."""
+
+import json
+import math
+from pathlib import Path
+from types import MappingProxyType
+
+import pytest
+
+from sglang_tpla.plan.__main__ import main, parser, setting_of
+from sglang_tpla.plan.choice import Setting, answer, overall
+from sglang_tpla.plan.hardware import GPUS, H200, LINKS, Gpu, Link, Rate
+from sglang_tpla.plan.model import BUILT_IN, PlanModel, find
+from sglang_tpla.plan.price import price
+from sglang_tpla.plan.work import Load, Method, Precision, break_even_tokens, methods, rank_work
+
+V3 = find("deepseek-v3")
+FREE_LINK = Link("free", 0.0, 1e18)
+BF16, FP8 = Precision(), Precision(weights="fp8")
+# A GPU where only bytes cost: 1 TB/s, no overhead.
+BYTES_ONLY = Gpu(
+    "bytes",
+    1e12,
+    (9, 0),
+    1e12,
+    1e15,
+    MappingProxyType({kind: Rate(0.0, 1e12, 1e30) for kind in H200.rates}),
+    "made up",
+)
+
+
+def setting(*arguments: str) -> Setting:
+    return setting_of(parser().parse_args(arguments))
+
+
+def test_break_even_of_the_design() -> None:
+    """DeepSeek-V3, T = 8, g = 2, no shared dims: 38.8 MB of head weights over 512 bytes saved a token."""
+    head_weights_bytes = 2 * (1536 * 16 * 192 + 16 * 128 * 7168)
+    assert head_weights_bytes == 38_797_312
+    method = Method("tpla", 8, groups=2)
+    tokens = break_even_tokens(V3, method, BF16, 256)
+    assert tokens == pytest.approx(head_weights_bytes / (1152 - 640))
+    assert round(tokens, -3) == 76_000
+    assert round(break_even_tokens(V3, method, FP8, 256), -3) == 38_000
+    # summed before o_proj, only q_b_proj is held twice
+    scatter = Method("tpla", 8, groups=2, scatter=True)
+    assert break_even_tokens(V3, scatter, BF16, 256) == pytest.approx(2 * 1536 * 16 * 192 / 512)
+    # wider than MLA saves nothing
+    assert math.isinf(break_even_tokens(V3, method, BF16, 512))
+
+
+def test_break_even_is_where_the_modelled_times_cross() -> None:
+    tpla, plain = Method("tpla", 8, groups=2), Method("tp", 8)
+    even = int(break_even_tokens(V3, tpla, BF16, 256))
+    for tokens, wins in ((int(0.98 * even), False), (int(1.02 * even), True)):
+        times = [
+            price(rank_work(V3, m, Load(1, tokens), BF16, (9, 0)), BYTES_ONLY, FREE_LINK).layer_s
+            for m in (tpla, plain)
+        ]
+        assert (times[0] < times[1]) is wins
+
+
+def test_plain_tp_by_hand() -> None:
+    """Every byte that a rank of 8 moves for one request of 1,000 tokens, added up."""
+    weights = 7168 * (1536 + 512 + 64) + 1536 * 16 * 192 + 2 * 16 * 128 * 512 + 16 * 128 * 7168
+    activations = (
+        (7168 + 2112)  # down
+        + (1536 + 16 * 192)  # query
+        + 2 * 16 * (128 + 512)  # absorb, value
+        + 16 * (2 * 512 + 64)  # attention's query and output
+        + (7168 + 16 * 128)  # output
+    )
+    moved = 2 * weights + 2 * activations + 1000 * 1152
+    work = rank_work(V3, Method("tp", 8), Load(1, 1000), BF16, (9, 0))
+    assert price(work, BYTES_ONLY, FREE_LINK).layer_s == pytest.approx(moved / 1e12)
+
+
+def test_collectives_by_hand() -> None:
+    link = Link("link", 1e-5, 1e9)
+    load = Load(4, 100)
+
+    def seconds(method: Method) -> float:
+        return price(rank_work(V3, method, load, BF16, (9, 0)), BYTES_ONLY, link).collectives_s
+
+    hidden_bytes = 4 * 2 * 7168
+    reduce = 1e-5 + 2 * hidden_bytes * 7 / 8 / 1e9
+    assert seconds(Method("tp", 8)) == pytest.approx(reduce)
+    assert seconds(Method("tpla", 8, 2)) == pytest.approx(reduce)
+    head_out_bytes = 4 * 2 * 32 * 128
+    assert seconds(Method("tpla", 8, 2, scatter=True)) == pytest.approx(
+        reduce + 1e-5 + head_out_bytes / 2 / 1e9
+    )
+    query_bytes, out_bytes = 4 * 2 * 128 * 576, 4 * 2 * 128 * 514
+    assert seconds(Method("dcp", 8)) == pytest.approx(reduce + 2e-5 + (query_bytes + out_bytes) * 7 / 8 / 1e9)
+    assert seconds(Method("dp", 8)) == pytest.approx(1e-5 + hidden_bytes * 7 / 8 / 1e9)
+
+
+def test_operations_bound_what_many_heads_read() -> None:
+    """DCP's rank attends with all 128 heads: 2 (2 x 512 + 64) operations a head and token."""
+    slow = Gpu("ops", 1e12, (9, 0), 1e12, 1e12, {k: Rate(0.0, 1e30, 1e12) for k in H200.rates}, "made up")
+    work = rank_work(V3, Method("dcp", 8), Load(2, 800), BF16, (9, 0))
+    attention = price(work, slow, FREE_LINK).kernels_s["attention"]
+    assert attention == pytest.approx(2 * 100 * 128 * 2 * 1088 / 1e12)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [("deepseek-v3", 671e9), ("kimi-k2", 1.03e12), ("deepseek-v2", 236e9), ("deepseek-v2-lite", 15.7e9)],
+)
+def test_built_in_models_have_their_published_size(name: str, parameters: float) -> None:
+    m = find(name)
+    attention = m.down_parameters + m.heads * (
+        m.query_parameters_a_head + m.output_parameters_a_head + m.latent_dim * (m.nope_dim + m.value_dim)
+    )
+    total = m.layers * attention + m.other_parameters + m.table_parameters
+    assert total == pytest.approx(parameters, rel=0.01)
+
+
+def test_what_fits_by_hand() -> None:
+    """DeepSeek-V2-Lite, 2 ranks: what 0.5 of 80 GB leaves beside the weights, over the cache bytes."""
+    found = answer(
+        setting(
+            *["--model", "deepseek-v2-lite", "--gpu", "h100", "--ranks", "2", "--memory-fraction", "0.5"]
+        ),
+        Load(1, 1000),
+    )
+    rows = {row.method.code: row for row in found.rows}
+    plain = rows["TP"]
+    attention = 2048 * 576 + 8 * (2048 * 192 + 128 * 2048 + 2 * 256 * 512)
+    experts = 26 * (66 * 3 * 2048 * 1408 + 2048 * 64) + 3 * 2048 * 10944 + 2 * 2048 * 102400
+    weights = 2 * 27 * attention + 2 * experts / 2
+    assert plain.weight_bytes_per_rank == pytest.approx(weights)
+    assert plain.tokens_that_fit == int((40e9 - weights) // (27 * 1152))
+    assert rows["DCP"].tokens_that_fit == 2 * plain.tokens_that_fit
+    assert rows["T2"].cache_bytes_per_token_and_rank == 27 * 2 * (320 + 64)
+    assert rows["DCP"].cache_bytes_per_token_and_rank == 27 * 1152 / 2
+    assert plain.weight_bytes_per_rank < rows["T2s"].weight_bytes_per_rank < rows["T2"].weight_bytes_per_rank
+
+
+def test_short_contexts_stay_with_plain_tp() -> None:
+    found = answer(setting("--weights-dtype", "fp8"), Load(1, 8192))
+    assert found.recommended == found.fastest == Method("tp", 8)
+
+
+def test_links_decide_between_dcp_and_tpla() -> None:
+    load = Load(8, 65536)
+    fast = answer(setting("--weights-dtype", "fp8", "--link-latency-us", "1", "--without", "dp"), load)
+    assert fast.recommended is not None and fast.recommended.kind == "dcp"
+    slow = answer(setting("--weights-dtype", "fp8", "--link-latency-us", "200", "--without", "dp"), load)
+    assert slow.recommended is not None and slow.recommended.kind == "tpla"
+    assert any("approximate" in reason for reason in slow.reasons)
+
+
+def test_an_approximation_must_gain_the_margin() -> None:
+    load = Load(8, 65536)
+    arguments = ["--weights-dtype", "fp8", "--without", "dp", "dcp", "--margin"]
+    eager, strict = (answer(setting(*arguments, margin), load) for margin in ("0", "0.9"))
+    assert eager.recommended == eager.fastest == strict.fastest
+    assert eager.fastest is not None and not eager.fastest.exact
+    assert strict.recommended == Method("tp", 8)
+    assert any("--margin" in reason for reason in strict.reasons)
+
+
+def test_tpla_where_nothing_exact_fits() -> None:
+    load = Load(1, 700_000)
+    found = answer(setting("--weights-dtype", "fp8", "--without", "dcp", "dp", "--margin", "0.9"), load)
+    assert found.recommended is not None and found.recommended.kind == "tpla"
+    assert "plain TP does not fit" in found.reasons[0]
+    none = answer(setting("--weights-dtype", "bf16"), Load(1, 1))
+    assert none.recommended is None and "weights alone" in none.reasons[0]
+
+
+def test_data_parallel_splits_requests_not_a_request() -> None:
+    method = Method("dp", 8)
+    one, eight = (rank_work(V3, method, Load(batch, 1000), BF16, (9, 0)) for batch in (1, 8))
+    assert one.pieces == eight.pieces
+
+
+def test_slices_are_widened_to_what_a_kernel_serves() -> None:
+    load = Load(1, 1000)
+    widths = {
+        capability: [
+            rank_work(V3, Method("tpla", 8, g, r), load, BF16, capability).width
+            for g, r in ((2, 0), (4, 128), (8, 64), (4, 100))
+        ]
+        for capability in ((9, 0), (8, 0))
+    }
+    assert widths[9, 0] == [256, 224, 128, 224]
+    assert widths[8, 0] == [256, 256, 128, 256]
+
+
+def test_fp8_cache_of_slices_is_priced_and_never_recommended() -> None:
+    found = answer(
+        setting(*["--weights-dtype", "fp8", "--cache-dtype", "fp8", "--margin", "0"]), Load(16, 32768)
+    )
+    ours = [row for row in found.rows if row.method.kind == "tpla"]
+    assert all(row.price and row.refused and not row.fits for row in ours)
+    assert found.recommended is not None and found.recommended.exact
+    plain = found.rows[0]
+    assert plain.cache_bytes_per_token_and_rank == 61 * 576
+
+
+def test_one_rank_has_one_method() -> None:
+    model = find("deepseek-v2-lite")
+    assert methods(1, model, None, 128) == [Method("tp", 1)]
+    found = answer(setting(*["--model", "deepseek-v2-lite", "--ranks", "1"]), Load(1, 100))
+    assert found.rows[0].price is not None and found.rows[0].price.collectives_s == 0
+
+
+def test_other_gpus_scale_from_the_measured_one() -> None:
+    h100 = GPUS["h100"].rates["hopper"]
+    assert h100.bytes_per_s == pytest.approx(H200.rates["hopper"].bytes_per_s * 3.35 / 4.8)
+    assert h100.overhead_s == H200.rates["hopper"].overhead_s
+    doubled = H200.with_numbers(sheet_bytes_per_s=9.6e12).rates["hopper"]
+    assert doubled.bytes_per_s == pytest.approx(2 * H200.rates["hopper"].bytes_per_s)
+    assert doubled.flops_per_s == H200.rates["hopper"].flops_per_s
+
+
+def test_overall_is_least_behind() -> None:
+    s = setting("--weights-dtype", "fp8")
+    long = [answer(s, Load(16, 32768)), answer(s, Load(16, 32767))]
+    short = answer(s, Load(1, 2048))
+    assert overall([*long, short]) == long[0].recommended
+    assert overall([short]) == short.recommended
+
+
+def test_json_and_text_say_what_was_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--weights-dtype", "fp8", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["provenance"]["measured"] and not report["provenance"]["from_data_sheets"]
+    (load,) = report["loads"]
+    labels = [row["method"] for row in load["methods"]]
+    assert len(labels) == len(set(labels)) == 9
+    for row in load["methods"]:
+        assert row["step_s"] == pytest.approx(61 * (sum(row["kernels_s"].values()) + row["collectives_s"]))
+    assert main(["--gpu", "h100", "--json"]) == 0
+    assert not json.loads(capsys.readouterr().out)["provenance"]["measured"]
+    assert main(["--gpu-bandwidth-gb-s", "5000", "--json"]) == 0
+    assert not json.loads(capsys.readouterr().out)["provenance"]["measured"]
+    assert main(["--weights-dtype", "fp8", "--batch", "1", "16"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("recommended: ") == 2 and "measured: h200" in out and "assumed: nvlink" in out
+    assert "over all loads" in out
+
+
+def test_map(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--weights-dtype", "fp8", "--map", "--batch", "1", "999", "--context", "512", "131072"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-2].split()[:2] == ["1", "TP"]
+    assert lines[-1].split() == ["999", lines[-1].split()[1], "-"]
+
+
+def test_config_file(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(BUILT_IN["kimi-k2"]))
+    by_file, by_folder, built_in = find(str(path)), find(str(tmp_path)), find("Kimi-K2")
+    assert by_file == by_folder
+
+    def unnamed(m: PlanModel) -> dict[str, object]:
+        return {k: v for k, v in vars(m).items() if k != "name"}
+
+    assert unnamed(by_file) == unnamed(built_in)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("--model nothing", "--model must be one of"),
+        ("--gpu tpu", "--gpu must be one of"),
+        ("--link string", "--link must be one of"),
+        ("--ranks 0", "--ranks must be at least 1"),
+        ("--ranks 8 --gpus 4", "--gpus at least --ranks"),
+        ("--groups 3", "divide --ranks 8"),
+        ("--shared-dims 512", "between 0 and 511"),
+        ("--batch 0", "at least 1"),
+        ("--batch many", "invalid int value"),
+        ("--weights-dtype int4", "must be one of bf16, fp8"),
+        ("--cache-dtype int8", "must be one of bf16, fp8"),
+        ("--gpu-memory-gb -1", "must be positive"),
+        ("--link-gb-s 0", "positive bandwidth"),
+        ("--memory-fraction 2", "must lie in (0, 1]"),
+        ("--ranks 1 --without tp", "leaves no method"),
+    ],
+)
+def test_mistakes_are_one_line(arguments: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments.split()) == 2
+    out, err = capsys.readouterr()
+    assert not out and said in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("{", "cannot be read as JSON"),
+        ("[]", "JSON object"),
+        ('{"hidden_size": 8}', "has no 'num_hidden_layers'"),
+        (json.dumps(BUILT_IN["deepseek-v3"] | {"kv_lora_rank": "512"}), "positive integer"),
+        (json.dumps(BUILT_IN["deepseek-v3"] | {"vocab_size": None}), "not a number"),
+    ],
+)
+def test_bad_configs(content: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(content)
+    assert main(["--model", str(path)]) == 2
+    err = capsys.readouterr().err
+    assert said in err and err.count("\n") == 1
+
+
+def test_every_link_and_gpu_gives_an_answer() -> None:
+    for gpu in GPUS:
+        for link in LINKS:
+            arguments = ["--model", "deepseek-v2-lite", "--gpu", gpu, "--link", link, "--ranks", "4"]
+            assert answer(setting(*arguments), Load(4, 4096)).recommended is not None
