@@ -98,6 +98,10 @@ class Settings:
         transfer_timeout_s: seconds a request may wait for its cache before it fails.
         keys: folder of CURVE keys made by ``python -m sglang_tpla.transfer.keys``; needed beyond loopback.
         insecure: 1 allows transfers without keys on any address, for a network that nobody else can reach.
+        listen_port: port of the first prefill rank of this machine's transfers, the next ones listen on those after
+            it; 0 takes ports that the system chooses.
+        advertise: HOST or HOST:PORT under which decode servers reach the first prefill rank, where that is not the
+            address it listens on (containers, address translation); the next ranks count PORT up.
         statistics_folder: where a prefill server keeps second moments of its traffic for ``calibrate --from-stats``;
             None collects nothing.
         statistics_every_tokens: prefilled tokens between two writes of them.
@@ -116,6 +120,8 @@ class Settings:
     transfer_timeout_s: float = 120.0
     keys: str | None = None
     insecure: int = 0
+    listen_port: int = 0
+    advertise: str | None = None
     statistics_folder: str | None = None
     statistics_every_tokens: int = 8192
 
@@ -141,6 +147,15 @@ class Settings:
             raise ConfigError(
                 "--tpla-statistics-folder is for prefill servers, which see the whole latent; drop it on decode"
             )
+        if not 0 <= self.listen_port < 65536:
+            raise ConfigError(f"--tpla-listen-port must lie in 0...65535; got {self.listen_port}")
+        if self.role == "decode" and (self.listen_port or self.advertise):
+            raise ConfigError(
+                "--tpla-listen-port and --tpla-advertise are for prefill servers, which decode servers connect to; "
+                "drop them on decode"
+            )
+        if self.advertise is not None:
+            self.advertised(0, ("", 0))
         if self.statistics_every_tokens < 1:
             raise ConfigError(
                 f"--tpla-statistics-every-tokens must be at least 1; got {self.statistics_every_tokens}"
@@ -157,6 +172,25 @@ class Settings:
             raise ConfigError(
                 f"peer_timeout_s must exceed heartbeat_s={self.heartbeat_s}; got {self.peer_timeout_s}"
             )
+
+    def advertised(self, rank: int, own: tuple[str, int]) -> tuple[str, int]:
+        """Host and port that decode servers are given for a prefill rank that listens on ``own``.
+
+        Raises:
+            ConfigError: ``advertise`` is no HOST or HOST:PORT.
+        """
+        if self.advertise is None:
+            return own
+        host, colon, port = self.advertise.rpartition(":")
+        if not colon or self.advertise.endswith("]") or (host.count(":") and not host.startswith("[")):
+            host, port = self.advertise, ""
+        host = host.removeprefix("[").removesuffix("]")
+        if not host or (port and not (port.isdigit() and 0 < int(port) + rank < 65536)):
+            raise ConfigError(
+                f"--tpla-advertise must be HOST or HOST:PORT, an IPv6 address with a port in brackets; got "
+                f"{self.advertise!r}"
+            )
+        return host, int(port) + rank if port else own[1]
 
     def to_environment(self) -> dict[str, str]:
         """Variables that `from_environment` reads back."""

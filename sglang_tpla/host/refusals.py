@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from sglang.srt.environ import envs
 
 from sglang_tpla.attention.backends import device_capability
 from sglang_tpla.attention.interface import AttentionInputError, DecodeShape
@@ -85,11 +86,15 @@ def check_address(args: Any) -> None:
     """Keys that can be read, and no plain TCP beyond loopback.
 
     Raises:
-        TransferError: naming the flag that helps.
+        ConfigError, TransferError: naming the flag that helps.
     """
     security = Security.from_environment(settings().role)
     if settings().role == "prefill":
         security.check(args.host, "a prefill server on")
+        if envs.SGLANG_RUST_SERVER.get():
+            raise ConfigError(
+                "SGLANG_RUST_SERVER=1 brings a bootstrap server of its own, which checks nobody; unset it"
+            )
 
 
 def local_config(model_path: str) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """SGLang's scheduler-level disaggregation on the ZMQ transfer agents.
 
 SGLang gives a manager a rank, a sender a request on prefill and a receiver a request on decode
-(``sglang/srt/disaggregation/common/conn.py``). Here they are thin: the bootstrap server, rank mapping and heartbeat are
-SGLang's, everything that moves is `PrefillAgent` and `DecodeAgent`.
+(``sglang/srt/disaggregation/common/conn.py``). Here they are thin: rank mapping is SGLang's, everything that moves is
+`PrefillAgent` and `DecodeAgent`, and they alone say who is alive: a bootstrap server that is away fails no transfer.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from typing import Any, NoReturn
 import numpy as np
 from sglang.srt.disaggregation.base.conn import KVPoll, KVTransferMetric
 from sglang.srt.disaggregation.common.conn import (
-    CommonKVBootstrapServer,
     CommonKVManager,
     CommonKVReceiver,
     CommonKVSender,
@@ -25,6 +24,7 @@ from sglang.srt.disaggregation.common.conn import (
 )
 from sglang.srt.disaggregation.utils import DisaggregationMode
 
+from sglang_tpla.host.bootstrap_server import registration
 from sglang_tpla.host.engine_memory import cache_pool, metadata_rows
 from sglang_tpla.host.state import current_slice, model_identity, settings
 from sglang_tpla.transfer.decode import DecodeAgent
@@ -63,7 +63,6 @@ class TplaKVManager(CommonKVManager):
         self.server_socket.close(linger=0)  # the agent has its own
         if disaggregation_mode == DisaggregationMode.DECODE:
             self.agent = self._decode_agent()
-            self._start_heartbeat_checker_thread()
         _agents.append(self.agent)
         if server_args.enable_metrics:
             # Not at the top: by now SGLang has set the folder that prometheus_client reads when it is imported.
@@ -85,9 +84,17 @@ class TplaKVManager(CommonKVManager):
             bind_host=host,
             rank=self.attn_tp_rank,
             size=self.attn_tp_size,
+            bind_port=settings().listen_port and settings().listen_port + self._place,
         )
-        self.local_ip, self.rank_port = self.agent.address
-        super().register_to_bootstrap()
+        self.local_ip, self.rank_port = settings().advertised(self._place, self.agent.address)
+        self._registrar = registration(self)
+        self._registrar.start()
+
+    @property
+    def _place(self) -> int:
+        """Number of this rank among all of its server."""
+        group = self.system_dp_rank * self.attn_dp_size + self.attn_dp_rank
+        return (group * self.attn_cp_size + self.attn_cp_rank) * self.attn_tp_size + self.attn_tp_rank
 
     def _decode_agent(self) -> DecodeAgent:
         part = current_slice(self.server_args, self.attn_tp_rank, self.attn_tp_size)
@@ -252,6 +259,11 @@ class TplaKVSender(_Request, CommonKVSender):
         metric = self.kv_mgr.agent.metric(self.bootstrap_room) if self._opened else self._metric
         return KVTransferMetric(transfer_latency_s=metric.seconds, transfer_total_bytes=metric.wire_bytes)
 
+    def _register_prefill_dp_rank(self) -> None:
+        """As SGLang's, signed."""
+        payload = {"bootstrap_room": self.bootstrap_room, "dp_rank": self.kv_mgr.attn_dp_rank}
+        self._ask(self.kv_mgr._registrar.submit, "POST", "/register_dp_rank", payload)
+
     def clear(self) -> None:
         """Forget the request."""
         self._end("the prefill server dropped the request")
@@ -328,7 +340,3 @@ class TplaKVReceiver(_Request, CommonKVReceiver):
             self.kv_mgr.update_status(self.bootstrap_room, KVPoll.Failed)
         self.conclude_state = KVPoll.Failed
         self._end("Aborted by AbortReq.")
-
-
-class TplaKVBootstrapServer(CommonKVBootstrapServer):
-    """SGLang's bootstrap server, as it is."""

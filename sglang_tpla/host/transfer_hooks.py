@@ -20,6 +20,7 @@ def kv_class(original: Callable[..., Any], transfer_backend: Any, class_type: KV
     """Around ``get_kv_class``."""
     if getattr(transfer_backend, "value", None) != "tpla":
         return original(transfer_backend, class_type)
+    from sglang_tpla.host import bootstrap_server
     from sglang_tpla.host import transfer_backend as ours
 
     return {
@@ -27,5 +28,5 @@ def kv_class(original: Callable[..., Any], transfer_backend: Any, class_type: KV
         KVClassType.MANAGER: ours.TplaKVManager,
         KVClassType.SENDER: ours.TplaKVSender,
         KVClassType.RECEIVER: ours.TplaKVReceiver,
-        KVClassType.BOOTSTRAP_SERVER: ours.TplaKVBootstrapServer,
+        KVClassType.BOOTSTRAP_SERVER: bootstrap_server.TplaKVBootstrapServer,
     }[class_type]

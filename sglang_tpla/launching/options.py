@@ -39,7 +39,10 @@ SETTING_FIELDS = {
     OWN_PREFIX + entry.name.replace("_", "-"): entry for entry in fields(Settings) if entry.name != "role"
 }
 # Settings of the other role: how decode ranks share the latent, and what a prefill server collects.
-OF_THE_OTHER_ROLE = {"prefill": ("groups", "artifact"), "decode": ("statistics_folder",)}
+OF_THE_OTHER_ROLE = {
+    "prefill": ("groups", "artifact"),
+    "decode": ("statistics_folder", "listen_port", "advertise"),
+}
 KINDS = {"int": int, "float": float, "str": str, "str | None": str}
 
 

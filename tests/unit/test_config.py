@@ -56,6 +56,38 @@ def test_documented_widths() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("advertise", "rank", "expected"),
+    [
+        (None, 1, ("10.0.0.1", 5001)),
+        ("nat.example", 1, ("nat.example", 5001)),
+        ("nat.example:7000", 3, ("nat.example", 7003)),
+        ("[fd00::1]:7000", 1, ("fd00::1", 7001)),
+        ("[fd00::1]", 1, ("fd00::1", 5001)),
+        ("fd00::1", 1, ("fd00::1", 5001)),
+    ],
+)
+def test_advertised_address(advertise: str | None, rank: int, expected: tuple[str, int]) -> None:
+    settings = Settings("prefill", listen_port=5000, advertise=advertise)
+    assert settings.advertised(rank, ("10.0.0.1", 5001)) == expected
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"advertise": ":70"}, "must be HOST or HOST:PORT"),
+        ({"advertise": "host:port"}, "must be HOST or HOST:PORT"),
+        ({"advertise": "host:70000"}, "must be HOST or HOST:PORT"),
+        ({"listen_port": 65536}, "must lie in 0...65535"),
+        ({"role": "decode", "listen_port": 5000}, "are for prefill servers"),
+        ({"role": "decode", "advertise": "host"}, "are for prefill servers"),
+    ],
+)
+def test_addresses_that_cannot_work(fields: dict, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        Settings(**{"role": "prefill", **fields})
+
+
 def test_settings_survive_the_environment() -> None:
     settings = Settings("decode", groups=4, artifact="/models/a b.safetensors", peer_timeout_s=3.5)
     assert Settings.from_environment(settings.to_environment()) == settings

@@ -1,0 +1,199 @@
+"""The bootstrap server over real HTTP: who may register, what is counted, and ranks that outlive it."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import re
+import socket
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from sglang_tpla.transfer import keys
+from sglang_tpla.transfer.bootstrap import (
+    CHALLENGE_HEADER,
+    SIGNATURE_HEADER,
+    Registrar,
+    RegistrationRefused,
+    sign,
+    signing_key,
+    submit,
+)
+from sglang_tpla.transfer.security import KEYS_VARIABLE, Security
+from sglang_tpla.transfer.types import TransferError
+from tests.wire import rig
+
+PLACE = {"prefill_dp_rank": 0, "prefill_cp_rank": 0, "target_tp_rank": 0, "target_pp_rank": 0}
+WHOLE = dict.fromkeys(PLACE, -1)
+
+
+def payload(rank: int = 0, size: int = 1, port: int = 7000) -> dict[str, Any]:
+    return {
+        "attn_tp_size": size, "attn_tp_rank": rank, "attn_cp_size": 1, "attn_cp_rank": 0, "attn_dp_size": 1,
+        "attn_dp_rank": 0, "pp_size": 1, "pp_rank": 0, "system_dp_size": 1, "system_dp_rank": 0,
+        "rank_ip": "127.0.0.1", "rank_port": port, "page_size": 1, "kv_cache_dtype": "auto",
+        "load_balance_method": "follow_bootstrap_room", "enable_dsa_cache_layer_split": False,
+        "prefill_http_port": 30000,
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def imported() -> None:
+    with warnings.catch_warnings():  # SGLang's own imports warn of what a CPU lacks
+        warnings.simplefilter("ignore")
+        import sglang_tpla.host.bootstrap_server  # noqa: F401
+
+
+@pytest.fixture
+def port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@contextlib.contextmanager
+def serving(port: int) -> Iterator[str]:
+    """A bootstrap server with the environment's keys."""
+    from sglang_tpla.host.bootstrap_server import TplaKVBootstrapServer
+
+    server, url = TplaKVBootstrapServer("127.0.0.1", port), f"http://127.0.0.1:{port}"
+    try:
+        rig.wait(lambda: answers(url), "the bootstrap server")
+        yield url
+    finally:
+        server.close()
+
+
+def answers(url: str) -> bool:
+    with contextlib.suppress(httpx.HTTPError):
+        return httpx.get(url + "/health").status_code == 200
+    return False
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    keys.main([str(tmp_path / "keys")])
+    monkeypatch.setenv(KEYS_VARIABLE, str(tmp_path / "keys"))
+    return tmp_path / "keys"
+
+
+def secret() -> bytes | None:
+    return Security.from_environment("prefill").secret
+
+
+def counts(url: str) -> dict[str, int]:
+    return {k: v for k, v in httpx.get(url + "/registrations").json().items() if v and k != "signed"}
+
+
+def test_with_keys_only_signed_registrations_are_taken(folder: Path, port: int, tmp_path: Path) -> None:
+    keys.main([str(tmp_path / "others")])
+    stranger = Security.from_environment("prefill", {KEYS_VARIABLE: str(tmp_path / "others")}).secret
+    with serving(port) as url:
+        plain = httpx.put(url + "/route", json=payload(port=6666))
+        assert plain.status_code == 401 and "unsigned; register with the prefill.secret" in plain.text
+        with pytest.raises(RegistrationRefused, match="refused a registration: bad_signature"):
+            submit(url, "PUT", "/route", payload(port=6667), stranger)
+        assert httpx.get(url + "/route", params=WHOLE).status_code == 503  # nobody has got in
+
+        body = b'{"bootstrap_room": 5, "dp_rank": 1}'
+        challenge = httpx.get(url + "/challenge").text
+        key = signing_key(secret() or b"")
+        signed = {
+            CHALLENGE_HEADER: challenge,
+            SIGNATURE_HEADER: sign(key, "POST", "/register_dp_rank", body, challenge),
+        }
+        first, again = (httpx.post(url + "/register_dp_rank", content=body, headers=signed) for _ in range(2))
+        assert (first.status_code, again.status_code) == (200, 401) and "replayed" in again.text
+
+        submit(url, "PUT", "/route", payload(), secret())
+        assert httpx.get(url + "/route", params=PLACE).json() == {"rank_ip": "127.0.0.1", "rank_port": 7000}
+        assert counts(url) == {"accepted": 2, "unsigned": 1, "bad_signature": 1, "replayed": 1}
+        assert httpx.get(url + "/registrations").json()["signed"] is True
+
+
+def test_a_registration_captured_elsewhere_is_refused(folder: Path, port: int) -> None:
+    """Same keys, another server, and the same server after its restart."""
+    body = b"{}"
+    with serving(port) as url:
+        challenge = httpx.get(url + "/challenge").text
+    signature = sign(signing_key(secret() or b""), "PUT", "/route", body, challenge)
+    with serving(port) as url:
+        headers = {CHALLENGE_HEADER: challenge, SIGNATURE_HEADER: signature}
+        answer = httpx.put(url + "/route", content=body, headers=headers)
+        assert (answer.status_code, counts(url)) == (401, {"foreign_challenge": 1})
+
+
+def test_without_keys_on_loopback_as_stock(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sglang_tpla.host.bootstrap_server import TplaKVBootstrapServer
+
+    monkeypatch.delenv(KEYS_VARIABLE, raising=False)
+    with serving(port) as url:
+        assert httpx.put(url + "/route", json=payload()).status_code == 200
+        assert httpx.get(url + "/route", params=WHOLE).json()["attn_tp_size"] == 1
+        broken = httpx.put(url + "/route", json={"attn_tp_size": 1})
+        assert broken.status_code == 400 and "KeyError('attn_tp_rank')" in broken.text
+        assert counts(url) == {"accepted": 1, "malformed": 1}
+    with pytest.raises(TransferError, match=r"taking registrations on 0\.0\.0\.0 without keys"):
+        TplaKVBootstrapServer("0.0.0.0", port)
+
+
+def test_a_rank_that_registers_twice_is_one_rank(port: int) -> None:
+    with serving(port) as url:
+        for _ in range(2):
+            submit(url, "PUT", "/route", payload(rank=0, size=2), None)
+        assert httpx.get(url + "/route", params=WHOLE).status_code == 503
+        submit(url, "PUT", "/route", payload(rank=1, size=2), None)
+        assert httpx.get(url + "/route", params=WHOLE).status_code == 200
+
+
+def test_ranks_outlive_the_bootstrap_server(folder: Path, port: int) -> None:
+    ranks = [
+        Registrar(f"http://127.0.0.1:{port}", payload(rank, 2, 7000 + rank), PLACE | {"target_tp_rank": rank},
+                  secret(), period_s=0.05)
+        for rank in range(2)
+    ]  # fmt: skip
+    with contextlib.ExitStack() as stack:
+        with serving(port) as url:
+            for rank in ranks:
+                rank.start(patience_s=5)
+                stack.callback(rank.close)
+            assert httpx.get(url + "/route", params=WHOLE).status_code == 200
+        with serving(port) as url:  # which knows nobody
+            rig.wait(lambda: httpx.get(url + "/route", params=WHOLE).status_code == 200, "both ranks")
+            found = httpx.get(url + "/route", params=PLACE | {"target_tp_rank": 1}).json()
+            assert found == {"rank_ip": "127.0.0.1", "rank_port": 7001}
+    assert all(rank.renewed for rank in ranks)
+
+
+def test_a_rank_whose_place_is_taken_says_so(port: int, caplog: pytest.LogCaptureFixture) -> None:
+    with serving(port) as url:
+        rank = Registrar(url, payload(port=7000), PLACE, None, period_s=0.02)
+        with contextlib.closing(rank):
+            rank.start(patience_s=5)
+            submit(url, "PUT", "/route", payload(port=7001), None)
+            said = "names 127.0.0.1:7001 where this rank listens on 127.0.0.1:7000"
+            rig.wait(lambda: said in caplog.text, "the warning")
+        assert rank.renewed == 0
+
+
+def test_nobody_there(port: int) -> None:
+    with pytest.raises(TransferError, match=f"127.0.0.1:{port} cannot be asked: .*; given up after 0.3 s"):
+        Registrar(f"http://127.0.0.1:{port}", payload(), PLACE, None).start(patience_s=0.3)
+
+
+def test_payload_is_that_of_the_host() -> None:
+    """The one thing copied from SGLang here: its payload, key by key."""
+    from sglang.srt.disaggregation.common.conn import CommonKVManager
+
+    from sglang_tpla.host.bootstrap_server import registration
+
+    stock, ours = (
+        set(re.findall(r'^\s+"(\w+)": ', inspect.getsource(function), re.MULTILINE))
+        for function in (CommonKVManager.register_to_bootstrap, registration)
+    )
+    assert stock == ours - set(PLACE) == set(payload())

@@ -1,0 +1,111 @@
+"""What a bootstrap server with keys takes as a registration, and what it refuses, for which reason."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+
+import pytest
+import zmq
+import zmq.utils.z85
+
+from sglang_tpla.transfer.bootstrap import (
+    CHALLENGE_HEADER,
+    CHALLENGE_S,
+    MAX_BODY_BYTES,
+    SIGNATURE_HEADER,
+    Gate,
+    sign,
+    signing_key,
+)
+
+SECRET = zmq.curve_keypair()[1]
+BODY = b'{"rank_ip": "10.0.0.1"}'
+
+
+class Clock:
+    now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def headers(gate: Gate, secret: bytes = SECRET, body: bytes = BODY, **changes: str) -> dict[str, str]:
+    """A registration's headers as a prefill rank would make them, with some changed."""
+    challenge = changes.get("challenge", gate.challenge())
+    method, path = changes.get("method", "PUT"), changes.get("path", "/route")
+    return {
+        CHALLENGE_HEADER: challenge,
+        SIGNATURE_HEADER: sign(signing_key(secret), method, path, body, challenge),
+    }
+
+
+def test_signature_is_an_hmac_with_a_derived_key() -> None:
+    key = hashlib.blake2b(zmq.utils.z85.decode(SECRET), digest_size=32, person=b"tpla-bootstrap").digest()
+    text = f"PUT\n/route\nabc\n{hashlib.sha256(BODY).hexdigest()}".encode()
+    assert sign(signing_key(SECRET), "PUT", "/route", BODY, "abc") == hmac.digest(key, text, "sha256").hex()
+
+
+def test_a_signed_registration_is_good_once() -> None:
+    gate = Gate(SECRET)
+    good = headers(gate)
+    assert gate.wrong("PUT", "/route", BODY, good) is None
+    assert gate.wrong("PUT", "/route", BODY, good) == "replayed"
+    assert gate.wrong("PUT", "/route", BODY, headers(gate)) is None
+
+
+def test_what_was_not_signed_so_is_refused() -> None:
+    gate, other = Gate(SECRET), Gate(SECRET)
+    stranger = zmq.curve_keypair()[1]
+    cases = {
+        "unsigned": [{}, {CHALLENGE_HEADER: gate.challenge()}, {SIGNATURE_HEADER: "00"}],
+        "bad_signature": [
+            headers(gate, stranger),
+            headers(gate, body=b'{"rank_ip": "10.6.6.6"}'),
+            headers(gate, method="POST"),
+            headers(gate, path="/register_dp_rank"),
+            headers(gate) | {SIGNATURE_HEADER: "é" * 64},
+            headers(gate) | {CHALLENGE_HEADER: gate.challenge()},
+        ],
+        "foreign_challenge": [  # captured at another bootstrap server of the same keys, or before this one started
+            headers(other),
+            headers(gate, challenge="zz"),
+            headers(gate, challenge="00" * 56),
+            headers(gate, challenge=gate.challenge().upper()),
+            headers(gate, challenge=gate.challenge()[:-2]),
+        ],
+    }
+    for reason, attempts in cases.items():
+        for attempt in attempts:
+            assert gate.wrong("PUT", "/route", BODY, attempt) == reason, attempt
+
+
+@pytest.mark.parametrize("body", [b"", b"[]", b"{", b"\xff", b'{"x": "' + b"x" * MAX_BODY_BYTES + b'"}'])
+@pytest.mark.parametrize("secret", [None, SECRET])
+def test_what_is_no_registration(body: bytes, secret: bytes | None) -> None:
+    gate = Gate(secret)
+    assert gate.wrong("PUT", "/route", body, headers(gate, body=body)) == "malformed"
+
+
+def test_challenges_expire_and_are_then_forgotten() -> None:
+    clock = Clock()
+    gate = Gate(SECRET, clock)
+    late = headers(gate)
+    for _ in range(100):
+        assert gate.wrong("PUT", "/route", BODY, headers(gate)) is None
+    clock.now += CHALLENGE_S + 1
+    assert gate.wrong("PUT", "/route", BODY, late) == "expired"
+    assert gate.wrong("PUT", "/route", BODY, headers(gate)) is None
+    assert len(gate._used) == 1  # what is remembered does not grow
+
+
+def test_strangers_leave_nothing_behind() -> None:
+    gate = Gate(SECRET)
+    for _ in range(100):
+        gate.challenge()
+        gate.wrong("PUT", "/route", BODY, headers(gate, zmq.curve_keypair()[1]))
+    assert not gate._used
+
+
+def test_without_keys_everyone_registers() -> None:
+    assert Gate(None).wrong("PUT", "/route", BODY, {}) is None
