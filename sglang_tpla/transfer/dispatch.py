@@ -4,10 +4,13 @@ off.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from sglang_tpla.transfer import frames
+from sglang_tpla.transfer.projection import cut_stacks
 from sglang_tpla.transfer.resuming import PrefillResuming
+from sglang_tpla.transfer.rows import Reading
 from sglang_tpla.transfer.sending import Lane, Mode, Room, Stream
 from sglang_tpla.transfer.staging import Slot
 
@@ -27,29 +30,43 @@ class Job:
     sequence: int
     loads: list[Load]
     slot: Slot
+    reading: Reading | None = None  # once it has begun
 
 
 class PrefillDispatch(PrefillResuming):
     """The worker thread of `PrefillAgent`."""
+
+    _begun: Job | None = None  # on its way from a GPU
 
     def _work_once(self) -> bool:
         with self._work:
             if self._closing:
                 return False
             job = self._next_job()
-            if job is None:
+            if job is None and self._begun is None:
                 self._work.wait(0.002 if self._staging.used_bytes else 0.5)
                 return True
+        if job is not None:
+            self._guarded(job, self._begin)
+        # on a GPU the next chunk is on its way to the host while this one is checksummed and sent
+        before, self._begun = self._begun, job if self._reader.runs_ahead else None
+        for ready in (before, None if self._reader.runs_ahead else job):
+            if ready is not None and ready.reading is not None:
+                self._guarded(ready, self._finish)
+        return True
+
+    def _guarded(self, job: Job, step: Callable[[Job], None]) -> None:
+        """Run a step of a job; if it fails, the rooms that wait for the chunk fail."""
         try:
-            self._make(job)
+            step(job)
         except Exception as error:
+            job.reading = None
             self._handler_failed("gather", error)
             with self._work:
                 job.slot.pending -= 1
                 for load in job.loads:
                     if not load.lane.room.state.ended:
                         self._fail(load.lane.room, f"internal error while gathering: {error!r}")
-        return True
 
     def _next_job(self) -> Job | None:
         """The next chunk that some rank can take: peers in turn, and each peer's lanes in turn."""
@@ -112,27 +129,30 @@ class PrefillDispatch(PrefillResuming):
                 loads.append(self._load(other, sequence, found[1], slot))
         return loads
 
-    def _make(self, job: Job) -> None:
+    def _begin(self, job: Job) -> None:
         plan = job.loads[0].lane.plan
         rectangle, segment = plan.rectangles[job.sequence], plan.segments[job.sequence]
-        projection = plan.projection
         first = rectangle.first_layer - self._pool.first_layer
-        layers = slice(first, first + rectangle.layers)
+        stacks = plan.projection.stacks
         start = rectangle.first_token - segment.first_token
-        size = rectangle.payload_bytes
-        self._reader.read(
+        job.reading = self._reader.begin(
             rectangle,
             segment.slots[start : start + rectangle.tokens],
-            None if projection.matrices is None else projection.matrices[layers],
-            projection.shared[layers],
+            None if stacks is None else cut_stacks(stacks, first, rectangle.layers),
             plan.part,
-            job.slot.buffer[:size],
+            job.slot.buffer[: rectangle.payload_bytes],
             segment.ready,
         )
+
+    def _finish(self, job: Job) -> None:
+        assert job.reading is not None
+        job.reading.wait()
+        plan = job.loads[0].lane.plan
+        size = plan.rectangles[job.sequence].payload_bytes
         digest = frames.checksum(job.slot.view[:size])
         with self._work:
             plan.digests[job.sequence] = digest
-            self._counts["projections_computed"] += projection.matrices is not None
+            self._counts["projections_computed"] += plan.projection.stacks is not None
             for load in job.loads:
                 if not load.lane.room.state.ended:
                     self._deliver(load, job.sequence, digest, job.slot)

@@ -16,7 +16,7 @@ from sglang_tpla.config import Settings
 from sglang_tpla.transfer import frames
 from sglang_tpla.transfer.agent import Agent, endpoint
 from sglang_tpla.transfer.arena import host_identity, make_arena
-from sglang_tpla.transfer.projection import IDENTITY_HASH, projection_digest
+from sglang_tpla.transfer.projection import IDENTITY_HASH, projection_digest, stack_layers
 from sglang_tpla.transfer.registration import agreed_version, mismatch
 from sglang_tpla.transfer.rows import RowReader
 from sglang_tpla.transfer.security import ZAP_ENDPOINT, Security
@@ -280,7 +280,10 @@ class PrefillGreeting(Agent):
             start = self._pool.first_layer - layout.first_layer
             mine = slice(start, start + len(self._pool.layers))
             self._projections[key] = SenderProjection(
-                key, tuple(layout.widths[mine]), tuple(layout.shared[mine]), upload.kept
+                key,
+                tuple(layout.widths[mine]),
+                tuple(layout.shared[mine]),
+                stack_layers(upload.kept, layout.shared[mine]),
             )
         peer.projection = self._projections[key]
         self._put(peer.identity, frames.Registered(key))

@@ -15,6 +15,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -126,3 +127,37 @@ def projection_digest(first_layer: int, latent_dim: int, widths: Sequence[int], 
     """
     head = f"projection {first_layer} {latent_dim} {tuple(widths)} {tuple(shared)}"
     return hashlib.sha256(head.encode())
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Matrices of neighbouring layers with one width, as one tensor, so that they are applied in one batch.
+
+    Args:
+        z: ``[layers, d, w]`` float32.
+        shared: how many leading columns of each are the same in every group.
+    """
+
+    z: torch.Tensor
+    shared: int
+
+
+def stack_layers(matrices: Sequence[torch.Tensor], shared: Sequence[int]) -> tuple[Stack, ...]:
+    """``[d, w]`` matrices of neighbouring layers as few stacks, in order."""
+    stacks = []
+    pairs = zip(matrices, shared, strict=True)
+    for (_, common), run in groupby(pairs, key=lambda pair: (pair[0].shape[1], pair[1])):
+        stacks.append(Stack(torch.stack([matrix for matrix, _ in run]), common))
+    return tuple(stacks)
+
+
+def cut_stacks(stacks: Sequence[Stack], first: int, count: int) -> tuple[Stack, ...]:
+    """The stacks of layers ``first ... first + count - 1`` (counted from the first stack's first)."""
+    found, start = [], 0
+    for stack in stacks:
+        stop = start + stack.z.shape[0]
+        low, high = max(first, start), min(first + count, stop)
+        if low < high:
+            found.append(Stack(stack.z[low - start : high - start], stack.shared))
+        start = stop
+    return tuple(found)

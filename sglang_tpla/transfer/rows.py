@@ -1,24 +1,22 @@
 """Moving rows between a paged pool and a packed payload.
 
-On the CPU rows are moved as integers of the widest size that divides them, so every dtype is copied bit by
-bit, and runs of neighbouring slots move as blocks. On a GPU the gather, the projection and the copy to pinned
-memory run on a stream of their own, ordered after the caller's by an event.
+On the CPU rows are moved as opaque items, so every dtype is copied bit by bit. On a GPU the gather, the
+projection and the copy to pinned memory run on a stream of their own, ordered after the caller's by an event:
+`RowReader.begin` queues them and returns, and the memory holds the rows when what it returned was waited for.
+A projection is applied to all layers of a chunk in one batched product.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
-from sglang_tpla.transfer.chunks import Part, Rectangle, part_columns
-from sglang_tpla.transfer.projection import project_latent
+from sglang_tpla.transfer.chunks import Part, Rectangle, part_columns, part_width
+from sglang_tpla.transfer.projection import Stack
 from sglang_tpla.transfer.types import CachePool
-
-_UNITS: dict[int, Any] = {8: np.uint64, 4: np.uint32, 2: np.uint16, 1: np.uint8}
-_MIN_RUN_TOKENS = 8  # below this mean run length one indexed copy beats a loop over blocks
 
 
 def byte_rows(layer: torch.Tensor) -> np.ndarray:
@@ -26,42 +24,52 @@ def byte_rows(layer: torch.Tensor) -> np.ndarray:
     return layer.view(torch.uint8).numpy()
 
 
-def _unit(*sizes_bytes: int) -> Any:
-    return next(kind for size, kind in _UNITS.items() if all(value % size == 0 for value in sizes_bytes))
+def _items(rows: np.ndarray) -> np.ndarray:
+    """uint8 ``[n, bytes]`` as n opaque items, sharing its memory: one copy an item instead of one a value."""
+    return rows.view(np.dtype((np.void, rows.shape[1])))[:, 0]
 
 
-def _runs(slots: np.ndarray) -> list[tuple[int, int, int]] | None:
-    """(position, slot, length) of neighbouring slots, or None where they are too scattered."""
-    starts = np.concatenate(([0], np.flatnonzero(np.diff(slots) != 1) + 1))
-    if starts.size * _MIN_RUN_TOKENS > slots.size and starts.size > 1:
-        return None
-    lengths = np.diff(np.concatenate((starts, [slots.size])))
-    return [(int(p), int(slots[p]), int(n)) for p, n in zip(starts, lengths, strict=True)]
+def gather_rows(rows: np.ndarray, slots: np.ndarray, packed: np.ndarray) -> None:
+    """Copy uint8 ``rows[slots]`` to ``packed`` ``[len(slots), bytes]``."""
+    if not rows.flags.c_contiguous:  # np.take would copy all of it first
+        packed[:] = rows[slots]
+    elif slots.size and rows.shape[1]:
+        np.take(_items(rows), slots, out=_items(packed), mode="clip")  # "raise" would copy through a buffer
 
 
-def copy_rows(rows: np.ndarray, slots: np.ndarray, packed: np.ndarray, into_pool: bool) -> None:
-    """Move uint8 ``rows[slots]`` to (or from) ``packed`` ``[len(slots), bytes]``."""
-    unit = _unit(
-        rows.shape[1],
-        packed.shape[1],
-        rows.strides[0],
-        packed.strides[0],
-        rows.ctypes.data,
-        packed.ctypes.data,
-    )
-    rows, packed = rows.view(unit), packed.view(unit)
-    runs = _runs(slots)
-    if runs is None:
-        if into_pool:
-            rows[slots] = packed
-        else:
-            packed[:] = rows[slots]
-        return
-    for position, slot, length in runs:
-        if into_pool:
-            rows[slot : slot + length] = packed[position : position + length]
-        else:
-            packed[position : position + length] = rows[slot : slot + length]
+def scatter_rows(rows: np.ndarray, slots: np.ndarray, packed: np.ndarray) -> None:
+    """Copy ``packed`` ``[len(slots), bytes]`` to uint8 ``rows[slots]``."""
+    if slots.size and rows.shape[1]:
+        _items(rows)[slots] = _items(packed)
+
+
+def project_stack(rows: torch.Tensor, stack: Stack, latent_dim: int, part: Part, out: torch.Tensor) -> None:
+    """Project a batch of layers and pack one part of the result.
+
+    Args:
+        rows: ``[layers, tokens, d + rope]``.
+        stack: their matrices; the product is float32.
+        part: which columns.
+        out: ``[layers, tokens, part's width]`` in the cache's dtype: rounded once.
+    """
+    columns = {Part.FULL: slice(None), Part.COMMON: slice(stack.shared), Part.OWN: slice(stack.shared, None)}
+    z = stack.z[:, :, columns[part]]  # [layers, d, w of the part]
+    width = z.shape[2]
+    out[..., :width] = torch.bmm(rows[..., :latent_dim].to(torch.float32), z)
+    if part is not Part.OWN:
+        out[..., width:] = rows[..., latent_dim:]
+
+
+class Reading:
+    """A rectangle on its way from a GPU; `wait` returns when it is in place."""
+
+    def __init__(self, done: Any = None) -> None:
+        self._done = done
+
+    def wait(self) -> None:
+        """Wait for the device; on the CPU all is in place already."""
+        if self._done is not None:
+            self._done.synchronize()
 
 
 class RowReader:
@@ -72,6 +80,11 @@ class RowReader:
         self._stream = torch.cuda.Stream(pool.device) if pool.device.type == "cuda" else None
         self._rows = None if self._stream else [byte_rows(layer) for layer in pool.layers]
 
+    @property
+    def runs_ahead(self) -> bool:
+        """True where `begin` returns before the rows are in place."""
+        return self._stream is not None
+
     def ready_event(self) -> Any:
         """On a GPU, an event after all that the calling thread has queued so far; else None."""
         if self._stream is None:
@@ -80,90 +93,90 @@ class RowReader:
         event.record(torch.cuda.current_stream(self.pool.device))
         return event
 
-    def read(
+    def begin(
         self,
         rectangle: Rectangle,
         slots: np.ndarray,
-        matrices: Sequence[torch.Tensor] | None,
-        shared: Sequence[int],
+        stacks: Sequence[Stack] | None,
         part: Part,
         out: np.ndarray,
         ready: Any = None,
-    ) -> None:
-        """Fill ``out`` (uint8 ``[payload_bytes]``) with a rectangle.
+    ) -> Reading:
+        """Fill ``out`` (uint8 ``[payload_bytes]``, pinned where the pool is on a GPU) with a rectangle.
 
         Args:
             slots: pool slots of the rectangle's tokens.
-            matrices: Z ``[d, w]`` of the rectangle's layers on the pool's device, or None for the raw latent.
-            shared: shared columns of the rectangle's layers (w for the raw latent).
+            stacks: the projection of the rectangle's layers on the pool's device, or None for the raw latent.
             part: which columns.
             ready: event of `ready_event` when the rows were complete.
         """
-        if self._stream is None:
-            self._read_cpu(rectangle, slots, matrices, shared, part, out)
-            return
+        first = rectangle.first_layer - self.pool.first_layer
+        layers = range(first, first + rectangle.layers)
+        if stacks is None and part is Part.OWN:
+            return Reading()  # the raw latent is common to all ranks
+        if self._stream is not None:
+            return self._begin_cuda(layers, slots, stacks, part, out, ready)
+        assert self._rows is not None
+        if stacks is None:
+            packed = out.reshape(len(layers), slots.size, -1)
+            for position, layer in enumerate(layers):
+                gather_rows(self._rows[layer], slots, packed[position])
+            return Reading()
+        rows = torch.empty(len(layers), slots.size, self.pool.layers[first].shape[1], dtype=self.pool.dtype)
+        for position, layer in enumerate(layers):
+            gather_rows(self._rows[layer], slots, byte_rows(rows[position]))
+        self._project(rows, stacks, part, torch.from_numpy(out).view(self.pool.dtype))
+        return Reading()
+
+    def _begin_cuda(
+        self,
+        layers: range,
+        slots: np.ndarray,
+        stacks: Sequence[Stack] | None,
+        part: Part,
+        out: np.ndarray,
+        ready: Any,
+    ) -> Reading:
+        assert self._stream is not None
+        target = torch.from_numpy(out).view(self.pool.dtype)
         with torch.cuda.stream(self._stream):
             if ready is not None:
                 self._stream.wait_event(ready)
-            index = torch.from_numpy(slots).to(self.pool.device)
-            start = 0
-            for position in range(rectangle.layers):
-                layer = self.pool.layers[rectangle.first_layer - self.pool.first_layer + position]
-                packed = self._project(layer.index_select(0, index), matrices, shared, part, position)
-                size = packed.numel() * packed.element_size()
-                target = torch.from_numpy(out[start : start + size]).view(packed.dtype).view(packed.shape)
-                target.copy_(packed, non_blocking=True)
-                start += size
-            done = torch.cuda.Event()
+            # pinned: a copy from pageable memory would wait for all that was queued before it
+            index = torch.from_numpy(slots).pin_memory().to(self.pool.device, non_blocking=True)
+            width = self.pool.layers[layers.start].shape[1]
+            rows = torch.empty(len(layers), slots.size, width, dtype=self.pool.dtype, device=self.pool.device)
+            for position, layer in enumerate(layers):
+                torch.index_select(self.pool.layers[layer], 0, index, out=rows[position])
+            packed = rows.view(-1)
+            if stacks is not None:
+                packed = torch.empty(target.numel(), dtype=self.pool.dtype, device=self.pool.device)
+                self._project(rows, stacks, part, packed)
+            target.copy_(packed, non_blocking=True)
+            done = torch.cuda.Event(blocking=True)
             done.record(self._stream)
-        done.synchronize()
+        return Reading(done)
 
-    def _read_cpu(
-        self,
-        rectangle: Rectangle,
-        slots: np.ndarray,
-        matrices: Sequence[torch.Tensor] | None,
-        shared: Sequence[int],
-        part: Part,
-        out: np.ndarray,
-    ) -> None:
-        assert self._rows is not None
-        start = 0
-        for position in range(rectangle.layers):
-            index = rectangle.first_layer - self.pool.first_layer + position
-            rows = self._rows[index]
-            if matrices is None:
-                if part is Part.OWN:
-                    continue  # the raw latent is common to all ranks
-                size = slots.size * rows.shape[1]
-                copy_rows(rows, slots, out[start : start + size].reshape(slots.size, -1), into_pool=False)
-            else:
-                raw = np.empty((slots.size, rows.shape[1]), dtype=np.uint8)
-                copy_rows(rows, slots, raw, into_pool=False)
-                gathered = torch.from_numpy(raw).view(self.pool.dtype)
-                packed = self._project(gathered, matrices, shared, part, position)
-                data = packed.contiguous().view(torch.uint8).numpy().reshape(-1)
-                size = data.size
-                out[start : start + size] = data
-            start += size
+    def _project(self, rows: torch.Tensor, stacks: Sequence[Stack], part: Part, packed: torch.Tensor) -> None:
+        """Fill ``packed`` (flat) with the projected rows ``[layers, tokens, d + rope]``."""
+        for position, stack, start in self._batches(stacks, rows.shape[1], part):
+            count = stack.z.shape[0]
+            size = count * rows.shape[1] * self._part_width(stack, part)
+            out = packed[start : start + size].view(count, rows.shape[1], -1)
+            project_stack(rows[position : position + count], stack, self.pool.latent_dim, part, out)
 
-    def _project(
-        self,
-        rows: torch.Tensor,  # [tokens, d + rope]
-        matrices: Sequence[torch.Tensor] | None,
-        shared: Sequence[int],
-        part: Part,
-        position: int,
-    ) -> torch.Tensor:
-        latent, rope = rows[:, : self.pool.latent_dim], rows[:, self.pool.latent_dim :]
-        if matrices is None:
-            return rows if part is not Part.OWN else rows[:, :0]
-        z = matrices[position]
-        if part is Part.OWN:
-            return project_latent(latent, z[:, shared[position] :])
-        if part is Part.COMMON:
-            z = z[:, : shared[position]]
-        return torch.cat((project_latent(latent, z), rope), dim=1)
+    def _batches(self, stacks: Sequence[Stack], tokens: int, part: Part) -> Iterator[tuple[int, Stack, int]]:
+        """(first layer, stack, first value of the payload) of each stack that has columns in the part."""
+        position = start = 0
+        for stack in stacks:
+            width = self._part_width(stack, part)
+            if width:
+                yield position, stack, start
+            position += stack.z.shape[0]
+            start += stack.z.shape[0] * tokens * width
+
+    def _part_width(self, stack: Stack, part: Part) -> int:
+        return part_width(stack.z.shape[2], stack.shared, self.pool.rope_dim, part)
 
 
 class RowWriter:
@@ -173,6 +186,7 @@ class RowWriter:
         self.pool = pool
         self._stream = torch.cuda.Stream(pool.device) if pool.device.type == "cuda" else None
         self._rows = None if self._stream else [byte_rows(layer) for layer in pool.layers]
+        self._pinned: torch.Tensor | None = None  # grows to the largest payload
 
     def columns(self, layer: int, shared: int, part: Part) -> tuple[tuple[int, int], ...]:
         """Column ranges of one pool layer (by index) that a part fills."""
@@ -209,13 +223,16 @@ class RowWriter:
             for first, stop in columns:
                 size = (stop - first) * item
                 target = self._rows[layer][:, first * item : stop * item]
-                copy_rows(target, slots, packed[:, taken : taken + size], into_pool=True)
+                scatter_rows(target, slots, packed[:, taken : taken + size])
                 taken += size
 
     def _write_cuda(
         self, layers: range, slots: np.ndarray, shared: Sequence[int], part: Part, data: np.ndarray
     ) -> None:
-        pinned = torch.from_numpy(data.copy()).pin_memory()
+        if self._pinned is None or self._pinned.numel() < data.size:
+            self._pinned = torch.empty(data.size, dtype=torch.uint8, pin_memory=True)
+        pinned = self._pinned[: data.size]
+        pinned.numpy()[:] = data  # free again at the end of this call, which waits for the device
         with torch.cuda.stream(self._stream):
             device = pinned.to(self.pool.device, non_blocking=True).view(self.pool.dtype)
             index = torch.from_numpy(slots).to(self.pool.device)
@@ -231,6 +248,6 @@ class RowWriter:
                         0, index, packed[:, taken : taken + stop - first]
                     )
                     taken += stop - first
-            done = torch.cuda.Event()
+            done = torch.cuda.Event(blocking=True)
             done.record(self._stream)
         done.synchronize()

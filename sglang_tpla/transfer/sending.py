@@ -25,6 +25,7 @@ import torch
 
 from sglang_tpla.transfer.chunks import Part, Rectangle, cut, part_width
 from sglang_tpla.transfer.frames import CacheLayout, Hello
+from sglang_tpla.transfer.projection import Stack
 from sglang_tpla.transfer.staging import Slot
 from sglang_tpla.transfer.types import CachePool, RoomState
 
@@ -41,12 +42,12 @@ class Mode(enum.Enum):
 
 @dataclass(eq=False)
 class SenderProjection:
-    """A registered projection, cut to this rank's layers; ``matrices`` is None for the raw latent."""
+    """A registered projection, cut to this rank's layers; ``stacks`` is None for the raw latent."""
 
     content_hash: str
     widths: tuple[int, ...]
     shared: tuple[int, ...]
-    matrices: list[torch.Tensor] | None
+    stacks: tuple[Stack, ...] | None
 
 
 @dataclass(eq=False)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sglang_tpla.transfer.chunks import Part, Rectangle, cut, part_columns, part_width
-from sglang_tpla.transfer.projection import Projection
+from sglang_tpla.transfer.projection import Projection, cut_stacks, stack_layers
 from sglang_tpla.transfer.rows import RowReader, RowWriter
 from sglang_tpla.transfer.types import CachePool, MetadataRows, TransferError
 
@@ -68,7 +68,8 @@ def test_read_then_write_equals_a_loop(dtype: torch.dtype, scattered: bool, part
     size = writer.payload_bytes(range(1, 3), tokens, z.shared, part)
     out = np.empty(size, dtype=np.uint8)
     rectangle = Rectangle(1, 2, 0, tokens, size)
-    RowReader(source).read(rectangle, slots, list(z.matrices[1:]), z.shared[1:], part, out)
+    stacks = cut_stacks(stack_layers(z.matrices, z.shared), 1, 2)
+    RowReader(source).begin(rectangle, slots, stacks, part, out).wait()
     writer.write(range(1, 3), places, z.shared, part, memoryview(out))
     filled = {
         Part.FULL: range(width + rope),
