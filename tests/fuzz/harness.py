@@ -1,0 +1,36 @@
+"""One fuzzing target under atheris: ``python -m tests.fuzz.harness TARGET CORPUS [libFuzzer flags]``."""
+
+from __future__ import annotations
+
+import sys
+
+import atheris
+
+with atheris.instrument_imports(include=["sglang_tpla.transfer"]):
+    from sglang_tpla.transfer import frames
+    from tests.wire import simulation
+
+
+def decode_frames(data: bytes) -> None:
+    """Any bytes are a message that encodes to itself, or a `FrameError`; sealed, so that the digest stops nothing."""
+    for header in (data, frames.seal(data)):
+        for has_payload in (False, True):
+            try:
+                message = frames.decode(header, has_payload)
+            except frames.FrameError:
+                continue
+            again = frames.decode(frames.encode(message), has_payload)
+            if again != message:
+                raise AssertionError(f"{message} came back as {again}")
+
+
+TARGETS = {
+    "frames": decode_frames,
+    "faults": lambda data: simulation.simulate(data, strange=False),
+    "strange": lambda data: simulation.simulate(data, strange=True),
+}
+
+if __name__ == "__main__":
+    target = TARGETS[sys.argv.pop(1)]
+    atheris.Setup(sys.argv, target)
+    atheris.Fuzz()

@@ -1,0 +1,684 @@
+"""Whole agents without threads, sockets or a clock: every interleaving of deliveries, work, cuts, aborts and strange
+messages is a string of bytes, which hypothesis, a coverage-guided fuzzer or a test that replays a find can give.
+
+Two prefill ranks (identical copies) serve two decode ranks. What must hold, whatever happens:
+
+- no exception leaves a handler, and no counter of internal errors moves;
+- staging never exceeds its ceiling, and is never negative;
+- a row of a decode pool changes only while a live room owns its page;
+- a room that succeeds has the source's rows and metadata, to the bit;
+- after all rooms are closed nothing is held, and the next request is right.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import msgspec
+import numpy as np
+import torch
+import zmq
+
+from sglang_tpla.config import Settings
+from sglang_tpla.transfer import frames
+from sglang_tpla.transfer.decode import DecodeAgent
+from sglang_tpla.transfer.prefill import PrefillAgent
+from sglang_tpla.transfer.projection import Projection
+from sglang_tpla.transfer.receiving import Link
+from sglang_tpla.transfer.types import CachePool, MetadataRows, RoomState
+
+LAYERS, LATENT, ROPE, PAGE, PAGES = 2, 56, 8, 4, 24
+ROOMS = 3
+SETTINGS = Settings(
+    role="prefill",
+    chunk_bytes=4096,
+    staging_bytes=16384,
+    heartbeat_s=1.0,
+    peer_timeout_s=5.0,
+    transfer_timeout_s=20.0,
+)
+
+
+class Choices:
+    """Decisions out of a string of bytes; when it is used up, every decision is the first one."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data, self._next = data, 0
+
+    @property
+    def left(self) -> bool:
+        """True until the string is used up."""
+        return self._next < len(self._data)
+
+    def below(self, count: int) -> int:
+        """0 ... count - 1, count at most 256."""
+        return self.take(1)[0] % count if self.left else 0
+
+    def take(self, count: int) -> bytes:
+        """The next bytes; fewer at the end."""
+        self._next += count
+        return self._data[self._next - count : self._next]
+
+
+class Frame:
+    """What a received ZMQ frame looks like."""
+
+    def __init__(self, data: bytes, more: bool) -> None:
+        self.bytes, self.buffer, self.more = data, memoryview(data), more
+
+
+class Sent:
+    """A tracker of a message that ZMQ has let go of."""
+
+    done = True
+
+
+class Socket:
+    """Stands in for a ZMQ socket: what is sent goes to the network, what has arrived can be received."""
+
+    def __init__(self, network: Network) -> None:
+        self.network, self.arrived, self.peer = network, deque[Frame](), ""
+        self.options: dict[int, Any] = {}
+        self.identity = b""
+
+    def setsockopt(self, option: int, value: Any) -> None:
+        self.options[option] = value
+
+    def getsockopt(self, option: int) -> int:
+        return 0
+
+    def getsockopt_string(self, option: int) -> str:
+        return self.peer
+
+    def bind(self, endpoint: str) -> None:
+        self.peer = f"{endpoint.removesuffix('*')}{len(self.network.routers) + 1}"
+        self.network.routers[self.peer] = self
+
+    def connect(self, endpoint: str) -> None:
+        self.peer, self.identity = endpoint, self.options[zmq.IDENTITY]
+        self.network.dealers[self.identity] = self
+
+    def get_monitor_socket(self, events: int) -> Socket:
+        return Socket(self.network)
+
+    def disable_monitor(self) -> None:
+        pass
+
+    def recv(self, flags: int, copy: bool = False) -> Frame:
+        if not self.arrived:
+            raise zmq.Again
+        return self.arrived.popleft()
+
+    def send_multipart(self, parts: Any, flags: int = 0, copy: bool = True, track: bool = False) -> Sent:
+        whole = [bytes(part) for part in parts]
+        if self.identity:
+            self.network.up.setdefault(self.identity, deque()).append(whole)
+        elif whole[0] in self.network.dealers:
+            self.network.down.setdefault(whole[0], deque()).append(whole[1:])
+        else:
+            raise zmq.ZMQError(zmq.EHOSTUNREACH)
+        return Sent()
+
+    def close(self, linger: int = 0) -> None:
+        if self.identity:
+            self.network.drop(self.identity)
+
+
+class Loop:
+    """Stands in for `IoLoop`: what is posted runs when the simulation says so."""
+
+    def __init__(self, network: Network) -> None:
+        self.posted: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()
+        self.context = mock.Mock()
+        self.context.socket = lambda kind: Socket(network)
+        self.thread = mock.Mock()
+        self.thread.is_alive = lambda: True
+        self.handlers: dict[Socket, Callable[[Socket], None]] = {}
+
+    def post(self, function: Callable[..., None], *args: Any) -> None:
+        self.posted.append((function, args))
+
+    def add(self, socket: Socket, handler: Callable[[Socket], None]) -> None:
+        self.handlers[socket] = handler
+
+    def remove(self, socket: Socket, linger_ms: int = 0) -> None:
+        self.handlers.pop(socket, None)
+        socket.close()
+
+    def run(self) -> None:
+        """All that is posted."""
+        while self.posted:
+            function, args = self.posted.popleft()
+            function(*args)
+
+
+class Network:
+    """Connections with messages under way, in order and without loss until they are cut."""
+
+    def __init__(self) -> None:
+        self.routers: dict[str, Socket] = {}
+        self.dealers: dict[bytes, Socket] = {}
+        self.up: dict[bytes, deque[list[bytes]]] = {}
+        self.down: dict[bytes, deque[list[bytes]]] = {}
+
+    def drop(self, identity: bytes) -> None:
+        """Forget a connection and what is under way on it."""
+        for table in (self.dealers, self.up, self.down):
+            table.pop(identity, None)
+
+    def deliver(self, identity: bytes, upwards: bool) -> Socket | None:
+        """Move one message; the socket that can be read now."""
+        queue = (self.up if upwards else self.down).get(identity)
+        dealer = self.dealers.get(identity)
+        if not queue or dealer is None:
+            return None
+        parts = queue.popleft()
+        target = self.routers.get(dealer.peer) if upwards else dealer
+        if target is None:
+            return None
+        if upwards:
+            parts = [identity, *parts]
+        target.arrived.extend(Frame(part, n < len(parts) - 1) for n, part in enumerate(parts))
+        return target
+
+
+class Clock:
+    """Simulated seconds."""
+
+    now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Failure(AssertionError):
+    """Something that must hold did not."""
+
+
+def _no_threads(agent: Any, network: Network) -> None:
+    """Set an agent's loop to the simulated one, before its sockets are made."""
+    agent._io = Loop(network)
+    agent._work.wait = lambda timeout=None: True
+    agent._start = lambda: None
+    agent._worker = mock.Mock()
+    agent._worker.is_alive = lambda: True
+
+    def failed(what: str, error: BaseException) -> None:
+        raise Failure(f"{what}: {error!r}") from error
+
+    agent._handler_failed = failed
+
+
+class Decode:
+    """A decode agent, the pages its rooms own, and what its pool must hold elsewhere."""
+
+    def __init__(self, rank: int, projection: Projection | None, host: str | None) -> None:
+        width = LATENT if projection is None else projection.widths[0]
+        generator = torch.Generator().manual_seed(100 + rank)
+        layers = [torch.randn(PAGES * PAGE, width + ROPE, generator=generator) for _ in range(LAYERS)]
+        self.pool = CachePool(layers, LATENT, ROPE, PAGE)
+        self.metadata = MetadataRows([np.zeros((2 * ROOMS, 32), dtype=np.uint8)])
+        self.projection = projection
+        self.agent = DecodeAgent(
+            self.pool, self.metadata, projection, model_hash="m", settings=SETTINGS, rank=rank, size=2,
+            groups=1 if projection is None else 2, host_id=host, logger=mock.Mock(),
+        )  # fmt: skip
+        self.owned: dict[int, np.ndarray] = {}  # by room
+        self.held = [layer.clone() for layer in layers]
+
+    def free(self, room: int) -> None:
+        """The room no longer owns its pages: from now on they must stay as they are."""
+        pages = self.owned.pop(room, None)
+        if pages is not None:
+            slots = torch.from_numpy(self.pool.slots(pages))
+            for held, layer in zip(self.held, self.pool.layers, strict=True):
+                held[slots] = layer[slots]
+
+    def check(self) -> None:
+        """No row has changed that nobody owns."""
+        mine = np.ones(PAGES * PAGE, dtype=bool)
+        for pages in self.owned.values():
+            mine[self.pool.slots(pages)] = False
+        for held, layer in zip(self.held, self.pool.layers, strict=True):
+            if not np.array_equal(held.numpy()[mine], layer.numpy()[mine]):
+                raise Failure("a row changed that no live room owns")
+
+
+class Simulation:
+    """Two prefill and two decode ranks; `run` is the whole of one case."""
+
+    def __init__(self, choices: Choices, clock: Clock) -> None:
+        self.choices, self.clock, self.network = choices, clock, Network()
+        generator = torch.Generator().manual_seed(0)
+        layers = [torch.randn(PAGES * PAGE, LATENT + ROPE, generator=generator) for _ in range(LAYERS)]
+        row = np.arange(2 * ROOMS * 32, dtype=np.uint8).reshape(2 * ROOMS, 32)
+        self.prefills: list[PrefillAgent] = []
+        with self._simulated():
+            self.source = CachePool(layers, LATENT, ROPE, PAGE)
+            for rank in range(2):
+                agent = PrefillAgent(
+                    self.source, MetadataRows([row]), model_hash="m", settings=SETTINGS, bind_host="127.0.0.1",
+                    rank=rank, size=2, logger=mock.Mock(),
+                )  # fmt: skip
+                self.prefills.append(agent)
+            sliced, far = choices.below(2), choices.below(3)
+            maps = [_projection(rank) if sliced else None for rank in range(2)]
+            hosts = [None if far == 0 else "far" if far == 1 else f"far-{rank}" for rank in range(2)]
+            self.decodes = [Decode(rank, maps[rank], hosts[rank]) for rank in range(2)]
+        self.agents: list[Any] = [*self.prefills, *(decode.agent for decode in self.decodes)]
+        self.peers = [(*agent.address, False) for agent in self.prefills]
+        self.doubtful: set[int] = (
+            set()
+        )  # rooms that a strange message may have named: their rows may be anything
+
+    @contextlib.contextmanager
+    def _simulated(self) -> Iterator[None]:
+        """While agents are made: no threads."""
+        from sglang_tpla.transfer.agent import Agent
+
+        make = Agent.__init__
+
+        def made(agent: Any, *args: Any) -> None:
+            make(agent, *args)
+            _no_threads(agent, self.network)
+
+        with mock.patch.object(Agent, "__init__", made):
+            yield
+
+    # Steps
+
+    def run(self, strange: bool) -> None:
+        """Do what the choices say, then check that everything comes to rest and works."""
+        usual = [
+            self.advance,
+            self.advance,
+            self.deliver,
+            self.deliver_all,
+            self.work,
+            self.work,
+            self.request,
+            self.send,
+        ]
+        faults = [self.abort, self.close, self.cut, self.tick]
+        if strange:
+            faults += [self.garbage, self.odd_message, self.odd_message]
+        while self.choices.left:
+            steps = usual if self.choices.below(10) else faults
+            steps[self.choices.below(len(steps))]()
+            self.check()
+        self.rest()
+
+    def _post(self) -> None:
+        for agent in self.agents:
+            agent._io.run()
+
+    def deliver(self) -> None:
+        """One message on one connection."""
+        identities = list(self.network.dealers)
+        if identities:
+            which, upwards = self.choices.below(len(identities)), bool(self.choices.below(2))
+            self._deliver(identities[which], upwards)
+
+    def _deliver(self, identity: bytes, upwards: bool) -> bool:
+        socket = self.network.deliver(identity, upwards)
+        if socket is None:
+            return False
+        for agent in self.agents:
+            if socket in agent._io.handlers:
+                agent._io.handlers[socket](socket)
+        self._post()
+        return True
+
+    def deliver_all(self) -> None:
+        """What is under way now."""
+        for identity in list(self.network.dealers):
+            for upwards in (True, False):
+                for _ in range(len((self.network.up if upwards else self.network.down).get(identity, ()))):
+                    self._deliver(identity, upwards)
+
+    def work(self) -> None:
+        """A piece of one rank's work, or of everyone's."""
+        for agent in self._some():
+            agent._work_once()
+        self._post()
+
+    def advance(self) -> None:
+        """All ranks take the next step of a room, and what is under way arrives."""
+        room = self.choices.below(ROOMS)
+        for agent in self.agents:
+            self._step(agent, room)
+        self._post()
+        self.deliver_all()
+        self.deliver_all()
+
+    def _step(self, agent: Any, room: int) -> None:
+        if agent.role == "decode":
+            self._ask(self.decodes[agent.rank], room)
+        elif room not in agent._rooms:
+            agent.open_room(room)
+        else:
+            self._send(agent, room)
+
+    def _some(self) -> list[Any]:
+        """One agent, or all."""
+        who = self.choices.below(6)
+        return self.agents if who >= 4 else [self.agents[who]]
+
+    def request(self) -> None:
+        """The next step of a room on ranks that can take one: open, or ask."""
+        room = self.choices.below(ROOMS)
+        for agent in self._some():
+            if agent.role == "decode":
+                self._ask(self.decodes[agent.rank], room)
+            elif room not in agent._rooms:
+                agent.open_room(room)
+        self._post()
+
+    def _ask(self, decode: Decode, room: int) -> None:
+        entry = decode.agent._rooms.get(room)
+        if entry is None:
+            decode.agent.open_room(room, self.peers)
+        elif entry.state is RoomState.WAITING and entry.requested is None:
+            pages = _pages(room, len(decode.owned) + 7 * decode.agent.rank)
+            taken = np.concatenate([np.empty(0, dtype=np.int32), *decode.owned.values()])
+            pages = np.setdiff1d(np.arange(PAGES, dtype=np.int32), taken)[::-1][: pages.size].copy()
+            decode.owned[room] = pages
+            decode.agent.request(room, pages, metadata_row=room, expected_ranks=2)
+
+    def send(self) -> None:
+        """Some or all rows of a room, on one prefill rank or both."""
+        room, who = self.choices.below(ROOMS), self.choices.below(3)
+        for rank in range(2) if who == 2 else (who,):
+            self._send(self.prefills[rank], room)
+        self._post()
+
+    def _send(self, agent: PrefillAgent, room: int) -> None:
+        """First two pages, then the others: the ranks of one server hand over the same pieces."""
+        entry = agent._rooms.get(room)
+        if entry is None or entry.state.ended or entry.last:
+            return
+        last = entry.tokens > 0
+        pages = _pages(room, 0)[2:] if last else _pages(room, 0)[:2]
+        agent.send(room, pages, last=last, metadata_row=room if last else None)
+
+    def abort(self) -> None:
+        """One rank's scheduler aborts."""
+        room, who = self.choices.below(ROOMS), self.choices.below(4)
+        self.agents[who].abort(room, "changed its mind")
+        if who >= 2:
+            self.decodes[who - 2].free(room)
+        self._post()
+
+    def close(self) -> None:
+        """Ranks' schedulers forget a room."""
+        room = self.choices.below(ROOMS)
+        for agent in self._some():
+            self._close(self.agents.index(agent), room)
+        self._post()
+
+    def _close(self, who: int, room: int) -> None:
+        self.agents[who].close_room(room)
+        if who >= 2:
+            self.decodes[who - 2].free(room)
+
+    def cut(self) -> None:
+        """A connection breaks; what was under way on it is lost."""
+        identities = list(self.network.dealers)
+        if not identities:
+            return
+        self._cut(identities[self.choices.below(len(identities))])
+        self._post()
+
+    def _cut(self, identity: bytes) -> None:
+        self.network.drop(identity)
+        for decode in self.decodes:
+            for connection in list(decode.agent._connections.values()):
+                if connection.identity == identity and connection.socket is not None:
+                    decode.agent._broken(connection)
+
+    def tick(self) -> None:
+        """Time goes by, mostly little."""
+        long = (6.0, 21.0)[self.choices.below(2)] if self.choices.below(16) == 15 else 0.0
+        self.clock.now += long or (0.3, 1.1, 2.5)[self.choices.below(3)]
+        self._tick()
+
+    def _tick(self) -> None:
+        for agent in self.agents:
+            agent._tick()
+        self._post()
+
+    def garbage(self) -> None:
+        """A message that is none, on a connection that is in use: what was lost with it must come again."""
+        upwards, data = bool(self.choices.below(2)), self.choices.take(1 + self.choices.below(24))
+        kinds = [[data], [frames.seal(data)], [frames.PREFIX + data], [data, data], [data] * 3]
+        self._inject(upwards, kinds[self.choices.below(len(kinds))])
+
+    def odd_message(self) -> None:
+        """A well-formed message with fields from small ranges, as a peer that is wrong or lies could send it."""
+        upwards = bool(self.choices.below(2))
+        kinds = list(frames.Message.__args__)
+        kind = kinds[self.choices.below(len(kinds))]
+        values = {name: self._value(name) for name in kind.__struct_fields__}
+        if isinstance(room := values.get("room"), int):
+            self.doubtful.add(room)
+        else:
+            self.doubtful.update(range(ROOMS))
+        body = msgspec.msgpack.encode([kind.__struct_config__.tag, *values.values()])
+        parts = [frames.seal(body)]
+        if kind in frames.WITH_PAYLOAD:
+            size = (0, 32, 2048, 4096, 256)[self.choices.below(5)]
+            payload = bytes([self.choices.below(256)]) * size
+            if self.choices.below(4):
+                values["checksum"] = frames.checksum(payload)
+                parts = [frames.seal(msgspec.msgpack.encode([kind.__struct_config__.tag, *values.values()]))]
+            parts.append(payload)
+        self._inject(upwards, parts)
+
+    def _value(self, name: str) -> Any:
+        pick = self.choices.below
+        generations = [
+            entry.generation for decode in self.decodes for entry in decode.agent._rooms.values()
+        ] + [0, 2**62]
+        agents = [agent._agent_id for agent in self.agents] + ["stranger"]
+        hello = self.decodes[pick(2)].agent._hello
+        special = {
+            "room": lambda: pick(ROOMS),
+            "generation": lambda: generations[pick(len(generations))],
+            "versions": lambda: [(1, 1), (0, 9), (2, 2)][pick(3)],
+            "version": lambda: pick(3),
+            "agent": lambda: agents[pick(len(agents))],
+            "agents": lambda: [agents[pick(len(agents))] for _ in range(pick(3))],
+            "model_hash": lambda: "m" if pick(8) else "other",
+            "host": lambda: hello.host if pick(2) else "far",
+            "layout": lambda: hello.layout,
+            "projection": lambda: hello.projection if pick(4) else "x",
+            "common": lambda: hello.common,
+            "arena": lambda: hello.arena if pick(2) else None,
+            "arenas": lambda: [hello.arena] * pick(3),
+            "checksum": lambda: b"\x00" * 8,
+            "reason": lambda: "why not",
+            "relay": lambda: bool(pick(2)),
+            "dummy": lambda: not pick(4),
+            "need_projection": lambda: bool(pick(2)),
+            "offsets": lambda: [4096 * pick(5) for _ in range(1 + pick(2))],
+            "applied": lambda: [(pick(4), self.choices.take(pick(3))) for _ in range(pick(4))],
+            "max_chunk_bytes": lambda: (4096, 1, 300, 2**31 - 1)[pick(4)],
+            "num_tokens": lambda: pick(60) - 1,
+        }
+        if name in special:
+            return special[name]()
+        return (0, 1, 2, 3, 16, 4096, 16384, 2**31 - 1)[pick(8)]
+
+    def _inject(self, upwards: bool, parts: list[bytes]) -> None:
+        identities = list(self.network.dealers)
+        if not identities:
+            return
+        identity = identities[self.choices.below(len(identities))]
+        (self.network.up if upwards else self.network.down).setdefault(identity, deque()).appendleft(parts)
+        self._deliver(identity, upwards)
+
+    # What must hold
+
+    def check(self) -> None:
+        """After every step."""
+        for agent in self.agents:
+            stats = agent.stats()
+            if not 0 <= stats.staging_used_bytes <= stats.staging_limit_bytes:
+                raise Failure(f"staging of {agent.role} {agent.rank}: {stats.staging_used_bytes} bytes")
+        for decode in self.decodes:
+            for room, entry in list(decode.agent._rooms.items()):
+                if entry.state is RoomState.SUCCESS and room in decode.owned and room not in self.doubtful:
+                    self._check_rows(decode, room)
+                if entry.state.ended:
+                    decode.free(room)
+            decode.check()
+
+    def _check_rows(self, decode: Decode, room: int) -> None:
+        pages = decode.owned[room]
+        to_slots = torch.from_numpy(decode.pool.slots(pages))
+        from_slots = torch.from_numpy(self.source.slots(_pages(room, 0)))
+        for number, (layer, rows) in enumerate(zip(decode.pool.layers, self.source.layers, strict=True)):
+            want, got = rows[from_slots], layer[to_slots]
+            if decode.projection is not None:
+                z = decode.projection.matrices[number].double()
+                want = torch.cat(((want[:, :LATENT].double() @ z).float(), want[:, LATENT:]), dim=1)
+            if not torch.allclose(want, got, rtol=1e-5, atol=1e-5):
+                raise Failure(f"room {room} succeeded with wrong rows in layer {number}")
+        if decode.metadata.read(room) != bytes(range(32 * room, 32 * room + 32)):
+            raise Failure(f"room {room} succeeded with wrong metadata")
+
+    def rest(self) -> None:
+        """Close every room, let all come to rest, and check that nothing is held and the next requests are right."""
+        for room in range(ROOMS):
+            for who in range(4):
+                self._close(who, room)
+        for seconds in (0.0, 1.0, 1.0, *[4.0] * 6):  # longer than any patience, short enough for heartbeats
+            self.clock.now += seconds
+            self._tick()
+            self._settle()
+        self.check()
+        for agent in self.agents:
+            stats = agent.stats()
+            if (stats.rooms, stats.staging_used_bytes, stats.internal_errors) != (0, 0, 0):
+                raise Failure(f"at rest, {agent.role} {agent.rank} holds {stats}")
+        for agent in self.prefills:
+            for peer in agent._peers.values():
+                if peer.held_requests or peer.slots_held or peer.ready:
+                    raise Failure(
+                        f"at rest, {peer.name} holds {peer.held_requests}, {peer.slots_held}, {peer.ready}"
+                    )
+        for decode in self.decodes:
+            if decode.agent._kept or decode.agent._hungry:
+                raise Failure(f"at rest, decode {decode.agent.rank} keeps {decode.agent._kept}")
+        first = 0
+        if (
+            self.doubtful
+        ):  # a peer may have lied about itself: what it says anew, on new connections, must be right
+            self.doubtful.clear()
+            first = ROOMS
+            for identity in list(self.network.dealers):
+                self._cut(identity)
+            self._until(self._linked)
+        for room in range(first, first + ROOMS):
+            self._whole(room)
+
+    def _linked(self) -> bool:
+        links = [c.link for decode in self.decodes for c in decode.agent._connections.values()]
+        return Link.CONNECTING not in links
+
+    def _settle(self) -> None:
+        """Deliver and work until nothing is left to do."""
+        for _ in range(400):
+            before = sum(
+                len(queue) for table in (self.network.up, self.network.down) for queue in table.values()
+            )
+            self.deliver_all()
+            for agent in self.agents:
+                for _ in range(4):
+                    agent._work_once()
+            self._post()
+            if not before and not any(self.network.up.values()) and not any(self.network.down.values()):
+                return
+        raise Failure("messages without end")
+
+    def _whole(self, room: int) -> None:
+        for agent in self.prefills:
+            agent.open_room(room)
+        for decode in self.decodes:
+            self._ask(decode, room)
+        self._until(lambda: all(d.agent.poll(room) is not RoomState.BOOTSTRAPPING for d in self.decodes))
+        for decode in self.decodes:
+            self._ask(decode, room)
+        for agent in 2 * self.prefills:
+            self._send(agent, room)
+        self._until(lambda: all(agent.poll(room).ended for agent in self.agents))
+        for agent in self.agents:
+            if agent.poll(room) is not RoomState.SUCCESS:
+                raise Failure(f"the next request failed on {agent.role} {agent.rank}: {agent.failure(room)}")
+        self.check()
+
+    def _until(self, done: Callable[[], bool]) -> None:
+        for _ in range(30):
+            self._post()
+            self._settle()
+            if done():
+                return
+            self.clock.now += 0.3
+            self._tick()
+        states = [
+            (a.role, a.rank, {r: (e.state.name, e.reason) for r, e in a._rooms.items()}) for a in self.agents
+        ]
+        raise Failure(f"the next request does not get on: {states}")
+
+    def close_all(self) -> None:
+        """Give the arenas back."""
+        for agent in self.agents:
+            if agent._arena is not None:
+                agent._arena.close()
+
+
+def _projection(group: int) -> Projection:
+    common, own = torch.Generator().manual_seed(1), torch.Generator().manual_seed(10 + group)
+    matrices = [
+        torch.cat((torch.randn(LATENT, 8, generator=common), torch.randn(LATENT, 16, generator=own)), dim=1)
+        for _ in range(LAYERS)
+    ]
+    return Projection(matrices, [8] * LAYERS)
+
+
+def _pages(room: int, shift: int) -> np.ndarray:
+    """Source pages of a room: 4, 6 or 8 of them."""
+    return np.roll(np.arange(PAGES, dtype=np.int32), -3 * room - shift)[: 4 + 2 * (room % ROOMS)]
+
+
+def simulate(data: bytes, strange: bool) -> None:
+    """Run one case.
+
+    Args:
+        data: all decisions.
+        strange: with malformed messages, and well-formed ones that no agent would send.
+
+    Raises:
+        Failure: something that must hold did not, or any exception of the agents.
+    """
+    clock = Clock()
+    with mock.patch("time.monotonic", clock):
+        simulation = Simulation(Choices(data), clock)
+        try:
+            simulation.run(strange)
+        finally:
+            simulation.close_all()
+
+
+if __name__ == "__main__":  # python -m tests.wire.simulation 0|1 HEX...: run finds again
+    import sys
+
+    for text in sys.argv[2:]:
+        start = time.time()
+        simulate(bytes.fromhex(text), strange=sys.argv[1] == "1")
+        print("held", round(time.time() - start, 3))
