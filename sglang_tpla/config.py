@@ -98,6 +98,7 @@ class Settings:
         transfer_timeout_s: seconds a request may wait for its cache before it fails.
         keys: folder of CURVE keys made by ``python -m sglang_tpla.transfer.keys``; needed beyond loopback.
         insecure: 1 allows transfers without keys on any address, for a network that nobody else can reach.
+        shared_memory: 0 sends every payload through sockets, also to ranks of the same machine.
         listen_port: port of the first prefill rank of this machine's transfers, the next ones listen on those after
             it; 0 takes ports that the system chooses.
         advertise: HOST or HOST:PORT under which decode servers reach the first prefill rank, where that is not the
@@ -120,6 +121,7 @@ class Settings:
     transfer_timeout_s: float = 120.0
     keys: str | None = None
     insecure: int = 0
+    shared_memory: int = 1
     listen_port: int = 0
     advertise: str | None = None
     statistics_folder: str | None = None
@@ -147,6 +149,8 @@ class Settings:
             raise ConfigError(
                 "--tpla-statistics-folder is for prefill servers, which see the whole latent; drop it on decode"
             )
+        if self.shared_memory not in (0, 1):
+            raise ConfigError(f"--tpla-shared-memory must be 0 or 1; got {self.shared_memory}")
         if not 0 <= self.listen_port < 65536:
             raise ConfigError(f"--tpla-listen-port must lie in 0...65535; got {self.listen_port}")
         if self.role == "decode" and (self.listen_port or self.advertise):

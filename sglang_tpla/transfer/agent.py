@@ -21,12 +21,14 @@ import zmq
 
 from sglang_tpla.config import Settings
 from sglang_tpla.transfer import frames
+from sglang_tpla.transfer.arena import ArenaMemory, host_identity, make_arena
 from sglang_tpla.transfer.loop import IoLoop
 from sglang_tpla.transfer.types import TransferError
 
 QUEUE_FRAMES = 16384  # high-water mark of a socket, in messages; credits bound the bytes
 SOCKET_BUFFER_BYTES = 4 << 20  # the system may give less
 MAX_PARTS = 3
+FIRST_SLOTS = 2  # of staging, reserved at the start
 
 
 class Agent(ABC):
@@ -50,6 +52,20 @@ class Agent(ABC):
         self._worker = threading.Thread(
             target=self._run_worker, name=f"tpla-{self.role}-work-{rank}", daemon=True
         )
+
+    def _make_arena(self) -> ArenaMemory | None:
+        """Shared memory for staging, a few slots of it reserved, where the settings want it and there is some."""
+        if not self._settings.shared_memory:
+            return None
+        slots = self._settings.staging_bytes // self._chunk_bytes
+        reserved_bytes = min(slots, FIRST_SLOTS) * self._chunk_bytes
+        return make_arena(self._agent_id, slots * self._chunk_bytes, reserved_bytes, self._log)
+
+    def _host_identity(self, given: str | None) -> str:
+        """What tells hosts apart; unlike all others where shared memory is not wanted."""
+        if given is not None:
+            return given
+        return host_identity() if self._settings.shared_memory else self._agent_id
 
     def close(self) -> None:
         """End both threads and free every socket; rooms that are still alive fail. May be called twice."""

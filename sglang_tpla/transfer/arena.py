@@ -1,6 +1,7 @@
 """Shared memory without a name: a memfd that processes of the same host and user map through /proc.
 
-No name means nothing to clean up: the memory goes when the last process that maps it goes, however it ends. A
+No name means nothing to clean up: the memory goes when the last process that maps it goes, however it ends. Pages are
+reserved before they are first written: where the system has none left that is an error here, not a signal later. A
 random cookie in the first bytes tells a mapped segment from another that happens to have the same process and
 descriptor numbers (a different process-id namespace, a process id used again).
 """
@@ -8,6 +9,7 @@ descriptor numbers (a different process-id namespace, a process id used again).
 from __future__ import annotations
 
 import fcntl
+import logging
 import mmap
 import os
 import secrets
@@ -47,6 +49,14 @@ class ArenaMemory:
         self.data = np.frombuffer(self._map, dtype=np.uint8, offset=HEADER_BYTES)
         self.announcement = frames.Arena(agent, os.getpid(), self._file, size_bytes, cookie)
 
+    def reserve(self, offset: int, size_bytes: int) -> None:
+        """Make sure that a piece of ``data`` has memory behind it.
+
+        Raises:
+            OSError: there is none left.
+        """
+        os.posix_fallocate(self._file, HEADER_BYTES + offset, size_bytes)
+
     def close(self) -> None:
         """Give up the descriptor; the memory goes with its last user."""
         if self._file >= 0:
@@ -54,12 +64,24 @@ class ArenaMemory:
             self._file = -1
 
 
-def make_arena(agent: str, size_bytes: int) -> ArenaMemory | None:
-    """An arena, or None where the system has none to give (payloads then travel inline)."""
+def make_arena(
+    agent: str, size_bytes: int, reserved_bytes: int, logger: logging.Logger
+) -> ArenaMemory | None:
+    """An arena whose first bytes are reserved, or None where the system has none to give: payloads travel inline."""
+    arena = None
     try:
-        return ArenaMemory(agent, size_bytes)
-    except (OSError, AttributeError):
+        arena = ArenaMemory(agent, size_bytes)
+        arena.reserve(0, reserved_bytes)
+    except (OSError, AttributeError) as error:
+        if arena is not None:
+            arena.close()
+        logger.warning(
+            "no shared memory of %d bytes (%s): payloads go through sockets; raise the limit on memory or file sizes",
+            size_bytes,
+            error,
+        )
         return None
+    return arena
 
 
 def map_arena(arena: frames.Arena) -> memoryview | None:

@@ -17,7 +17,7 @@ from zmq.utils.monitor import recv_monitor_message
 from sglang_tpla.config import Settings
 from sglang_tpla.transfer import frames
 from sglang_tpla.transfer.agent import Agent, endpoint
-from sglang_tpla.transfer.arena import host_identity, make_arena, map_arena
+from sglang_tpla.transfer.arena import map_arena
 from sglang_tpla.transfer.projection import Projection
 from sglang_tpla.transfer.receiving import Address, Connection, Link
 from sglang_tpla.transfer.registration import dtype_name
@@ -65,10 +65,13 @@ class DecodeDialing(Agent):
             )
         self._shared = tuple(projection.shared) if projection is not None else widths
         self._writer = RowWriter(pool)
-        self._host = host_identity() if host_id is None else host_id
-        slots_bytes = settings.staging_bytes // self._chunk_bytes * self._chunk_bytes
-        self._arena = make_arena(self._agent_id, slots_bytes)
-        self._kept_slots = Staging(self._arena.data, self._chunk_bytes) if self._arena is not None else None
+        self._host = self._host_identity(host_id)
+        self._arena = self._make_arena()
+        self._kept_slots = (
+            Staging(self._arena.data, self._chunk_bytes, self._arena.reserve)
+            if self._arena is not None
+            else None
+        )
         self._hello = frames.Hello(
             versions=frames.PROTOCOL_VERSIONS,
             agent=self._agent_id,

@@ -15,7 +15,6 @@ import zmq
 from sglang_tpla.config import Settings
 from sglang_tpla.transfer import frames
 from sglang_tpla.transfer.agent import Agent, endpoint
-from sglang_tpla.transfer.arena import host_identity, make_arena
 from sglang_tpla.transfer.projection import IDENTITY_HASH, projection_digest, stack_layers
 from sglang_tpla.transfer.registration import agreed_version, mismatch
 from sglang_tpla.transfer.rows import RowReader
@@ -62,14 +61,15 @@ class PrefillGreeting(Agent):
                 "staging_bytes)"
             )
         self._reader = RowReader(pool)
-        self._host = host_identity() if host_id is None else host_id
+        self._host = self._host_identity(host_id)
         slots_bytes = settings.staging_bytes // self._chunk_bytes * self._chunk_bytes
-        self._arena = make_arena(self._agent_id, slots_bytes)
+        self._arena = self._make_arena()
         # without shared memory: committed page by page as slots are first used
         memory = self._arena.data if self._arena is not None else np.empty(slots_bytes, dtype=np.uint8)
         if pool.device.type == "cuda":
             pin(memory)
-        self._staging = Staging(memory, self._chunk_bytes)
+        reserve = [] if self._arena is None else [self._arena.reserve]
+        self._staging = Staging(memory, self._chunk_bytes, *reserve)
         self._peers: OrderedDict[bytes, Peer] = OrderedDict()
         d, layers = pool.latent_dim, len(pool.layers)
         identity = SenderProjection(IDENTITY_HASH, (d,) * layers, (d,) * layers, None)

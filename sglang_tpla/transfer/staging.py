@@ -7,21 +7,25 @@ nothing is allocated beyond it.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
 import numpy as np
 import torch
 import zmq
 
+logger = logging.getLogger(__name__)
+
 
 class Slot:
     """One chunk's worth of staging, at ``offset`` of the whole."""
 
-    __slots__ = ("buffer", "holders", "offset", "pending", "trackers", "view")
+    __slots__ = ("buffer", "holders", "offset", "pending", "reserved", "trackers", "view")
 
     def __init__(self, buffer: np.ndarray, offset: int) -> None:
         self.buffer = buffer
         self.offset = offset
+        self.reserved = False  # its memory is known to be there
         self.view: memoryview = buffer.data  # what the socket reads
         self.pending = 0  # holds of this process: the maker, frames not yet handed over, readers
         self.trackers: list[zmq.MessageTracker] = []
@@ -29,10 +33,20 @@ class Slot:
 
 
 class Staging:
-    """A pool of slots. Not thread-safe: the agent's lock guards it."""
+    """A pool of slots. Not thread-safe: the agent's lock guards it.
 
-    def __init__(self, memory: np.ndarray, slot_bytes: int) -> None:
+    Args:
+        memory: uint8.
+        slot_bytes: of one slot.
+        reserve: called with offset and size before a slot is first used; while it raises OSError there are no more
+            slots than those that have memory.
+    """
+
+    def __init__(
+        self, memory: np.ndarray, slot_bytes: int, reserve: Callable[[int, int], None] = lambda *_: None
+    ) -> None:
         self.slot_bytes = slot_bytes
+        self._reserve, self._reserved = reserve, 0
         self.slots = memory.size // slot_bytes
         self._free = [
             Slot(memory[start : start + slot_bytes], start)
@@ -54,12 +68,28 @@ class Staging:
         """A free slot, or None."""
         if not self._free:
             self.reap()
-        if not self._free:
+        if not self._free or not self._has_memory(self._free[-1]):
             return None
         slot = self._free.pop()
         slot.pending = 1  # the taker's own hold
         self._busy.append(slot)
         return slot
+
+    def _has_memory(self, slot: Slot) -> bool:
+        """Reserve a slot's memory before its first use."""
+        if slot.reserved:
+            return True
+        try:
+            self._reserve(slot.offset, self.slot_bytes)
+        except OSError as error:
+            if self.slots != self._reserved:
+                self.slots = self._reserved  # what there is, until there is more
+                logger.warning("no memory for more than %d bytes of staging: %s", self.limit_bytes, error)
+            return False
+        slot.reserved = True
+        self._reserved += 1
+        self.slots = max(self.slots, self._reserved)
+        return True
 
     def reap(self) -> bool:
         """Free the slots that nobody holds any more; True if there was one."""

@@ -1,0 +1,100 @@
+"""Shared memory that cannot be had, or runs out: transfers stay right, through sockets or with less staging."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import resource
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from sglang_tpla.transfer.arena import HEADER_BYTES
+from sglang_tpla.transfer.types import RoomState
+from tests.wire import rig
+
+
+@contextlib.contextmanager
+def no_file_above(size_bytes: int) -> Iterator[None]:
+    """The kernel refuses larger files, memory files included (EFBIG)."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def transfers(prefill: rig.PrefillRank, decodes: list[rig.DecodeRank], rooms: int = 6) -> None:
+    """Several rooms at once to all ranks, all right, and nothing left of them."""
+    at = np.split(rig.pages(7, 12 * rooms), rooms)
+    for room in range(rooms):
+        prefill.agent.open_room(room)
+        for decode in decodes:
+            rig.ask(decode, [prefill.peer], room, at[room], expected=len(decodes), metadata_row=room)
+        prefill.agent.send(room, rig.pages(room, 12), last=True, metadata_row=room)
+    for room in range(rooms):
+        for decode in decodes:
+            assert rig.ended(decode.agent, room) == RoomState.SUCCESS, decode.agent.failure(room)
+            assert decode.metadata.read(room) == prefill.metadata.read(room)
+            rig.check_rows(prefill, decode, rig.pages(room, 12), at[room], 12 * rig.PAGE)
+        assert rig.ended(prefill.agent, room) == RoomState.SUCCESS
+        for item in (prefill, *decodes):
+            item.agent.close_room(room)
+    for item in (prefill, *decodes):
+        rig.wait(lambda agent=item.agent: agent.stats().staging_used_bytes == 0, "staging to be free")
+        assert (item.agent.stats().rooms, item.agent.stats().internal_errors) == (0, 0)
+
+
+@pytest.mark.parametrize("host", [None, "far"], ids=["near", "far"])
+@pytest.mark.parametrize("who", ["prefill", "decode", "both"])
+def test_no_shared_memory_at_the_start(who: str, host: str | None, caplog: pytest.LogCaptureFixture) -> None:
+    with contextlib.ExitStack() as stack:
+        with no_file_above(64 << 10) if who != "decode" else contextlib.nullcontext():
+            prefill = rig.prefill_rank()
+        stack.enter_context(contextlib.closing(prefill.agent))
+        with no_file_above(64 << 10) if who != "prefill" else contextlib.nullcontext():
+            decodes = [rig.decode_rank(rank=rank, size=2, host=host) for rank in range(2)]
+        for decode in decodes:
+            stack.enter_context(contextlib.closing(decode.agent))
+        assert "no shared memory of 131072 bytes ([Errno 27] File too large)" in caplog.text
+        transfers(prefill, decodes)
+        # decode reads what prefill's arena holds, or one rank of its far host what the other's does
+        other = (who, host) in {("decode", None), ("prefill", "far")}
+        assert any(decode.agent.stats().shared_memory_bytes > 0 for decode in decodes) is other
+
+
+@pytest.mark.parametrize("host", [None, "far"], ids=["near", "far"])
+def test_shared_memory_runs_out(
+    host: str | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """After a few slots the system has none left: less is in flight at a time, and that is all."""
+    reserve, refused = os.posix_fallocate, list[int]()
+
+    def full_after_three(file: int, offset: int, size_bytes: int) -> None:
+        if offset + size_bytes > HEADER_BYTES + 3 * rig.SETTINGS.chunk_bytes:
+            refused.append(offset)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        reserve(file, offset, size_bytes)
+
+    monkeypatch.setattr(os, "posix_fallocate", full_after_three)
+    prefill = rig.prefill_rank()
+    decodes = [rig.decode_rank(rank=rank, size=2, host=host) for rank in range(2)]
+    with contextlib.ExitStack() as stack:
+        for item in (prefill, *decodes):
+            stack.enter_context(contextlib.closing(item.agent))
+        transfers(prefill, decodes)
+        assert prefill.agent.stats().staging_limit_bytes == 3 * rig.SETTINGS.chunk_bytes
+        assert refused
+        assert "no memory for more than 24576 bytes of staging: [Errno 28] No space left" in caplog.text
+        monkeypatch.undo()  # there is room again
+        transfers(prefill, decodes)
+
+
+def test_shared_memory_can_be_switched_off() -> None:
+    prefill, decode = rig.prefill_rank(shared_memory=0), rig.decode_rank()
+    with contextlib.closing(prefill.agent), contextlib.closing(decode.agent):
+        transfers(prefill, [decode])
+        assert decode.agent.stats().wire_bytes > 0 == decode.agent.stats().shared_memory_bytes
