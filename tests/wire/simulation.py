@@ -200,9 +200,8 @@ class Failure(AssertionError):
     """Something that must hold did not."""
 
 
-def _no_threads(agent: Any, network: Network) -> None:
-    """Set an agent's loop to the simulated one, before its sockets are made."""
-    agent._io = Loop(network)
+def _no_threads(agent: Any) -> None:
+    """Let an agent work only when it is told to, before its sockets are made."""
     agent._work.wait = lambda timeout=None: True
     agent._start = lambda: None
     agent._worker = mock.Mock()
@@ -285,9 +284,15 @@ class Simulation:
 
         def made(agent: Any, *args: Any) -> None:
             make(agent, *args)
-            _no_threads(agent, self.network)
+            _no_threads(agent)
 
-        with mock.patch.object(Agent, "__init__", made):
+        def make_loop(*args: Any) -> Loop:
+            return Loop(self.network)
+
+        with (
+            mock.patch.object(Agent, "__init__", made),
+            mock.patch("sglang_tpla.transfer.agent.IoLoop", make_loop),
+        ):
             yield
 
     # Steps
