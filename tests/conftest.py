@@ -17,5 +17,5 @@ def nano_mla() -> str:
 
 @pytest.fixture(scope="session")
 def nano_artifact() -> str:
-    """The shipped artifact for it: g 2, transform ``shared``."""
+    """The shipped artifact for it: g 2, transform ``learned``."""
     return str(ROOT / "examples" / "artifacts" / "nano-mla-g2.safetensors")

@@ -47,12 +47,13 @@ def parser() -> argparse.ArgumentParser:
     text.add_argument(
         "--corpus", nargs="+", default=[], metavar="PATH", help="files or folders (default: Python's library)"
     )
-    text.add_argument("--tokens", type=int, default=65536, help="calibration tokens (default 65536)")
+    text.add_argument(
+        "--tokens", type=int, help=f"calibration tokens (default {run.CALIBRATION_TOKENS}, or what there is)"
+    )
     text.add_argument(
         "--held-out-tokens",
         type=int,
-        default=8192,
-        help="tokens of the error report; 0 for none (default 8192)",
+        help=f"tokens of the error report; 0 for none (default {run.HELD_OUT_TOKENS}, or what there is)",
     )
     text.add_argument(
         "--prompt-tokens", type=int, default=512, help="exact prompt of the report (default 512)"
@@ -64,9 +65,15 @@ def parser() -> argparse.ArgumentParser:
         help="tokens decoded through TPLA after it (default 512)",
     )
     text.add_argument("--seed", type=int, default=0, help="decides the split and the order of the text")
-    text.add_argument(
-        "--learn-steps", type=int, default=400, help="Adam steps a layer for learned (default 400)"
-    )
+    for name, what in (
+        ("steps", "Adam steps a layer"),
+        ("sequences", "sequences a step"),
+        ("queries", "queries a sequence and step"),
+    ):
+        default = getattr(LearnPlan, name)
+        text.add_argument(
+            f"--learn-{name}", type=int, default=default, help=f"{what} of learned (default {default})"
+        )
     text.add_argument(
         "--refit-values",
         action="store_true",
@@ -166,7 +173,13 @@ def make(arguments: argparse.Namespace) -> Artifact:
             artifact,
             statistics,
             text.calibration,
-            LearnPlan(steps=steps, seed=plan.seed, first_query=plan.prompt_tokens // 2),
+            LearnPlan(
+                steps=steps,
+                sequences=arguments.learn_sequences,
+                queries=arguments.learn_queries,
+                seed=plan.seed,
+                first_query=plan.prompt_tokens // 2,
+            ),
             arguments.out.parent / f"{arguments.out.name}.work",
             refit=arguments.refit_values,
             show_progress=show,

@@ -114,9 +114,17 @@ class Corpus:
 
 
 def sequences(
-    documents: Sequence[Document], tokenizer: Tokenizer, *, length: int, count: int, separator: int | None
+    documents: Sequence[Document],
+    tokenizer: Tokenizer,
+    *,
+    length: int,
+    count: int,
+    separator: int | None,
+    fewer: bool = False,
 ) -> torch.Tensor:
     """Token sequences [count, length] from the documents joined in order, ``separator`` between them.
+
+    With ``fewer``, as many whole sequences as there are, at least one.
 
     Raises:
         CorpusError: there is not enough text.
@@ -129,11 +137,13 @@ def sequences(
             stream.append(separator)
         if len(stream) >= needed:
             break
+    if fewer:
+        count = min(count, max(len(stream) // length, 1))
+    needed = length * count
     if len(stream) < needed:
         raise CorpusError(
-            f"expected {needed} tokens ({count} sequences of {length}), the corpus has {len(stream)}; ask "
-            f"for "
-            "fewer tokens or give more text to --corpus"
+            f"expected {needed} tokens ({count} sequences of {length}), the corpus has {len(stream)}; ask for fewer "
+            "tokens or give more text to --corpus"
         )
     return torch.tensor(stream[:needed], dtype=torch.long).view(count, length)
 

@@ -27,7 +27,7 @@ from sglang_tpla.calibrate.attention_data import (
     head_outputs,
     sliced_slices,
 )
-from sglang_tpla.calibrate.transforms import Maps
+from sglang_tpla.calibrate.transforms import Maps, TransformError
 from sglang_tpla.models.plain import Attention
 
 _VARIANCE_FLOOR = 1e-8
@@ -38,19 +38,46 @@ class LearnPlan:
     """How long and on what.
 
     ``rate`` is Adam's peak step size for a layer whose relative squared error is 1e-3; others get it times
-    the square root of their error's ratio to that, since that is how far their maps are from the best. A
-    layer below ``good_enough`` is left as it is. ``queries`` count a sequence.
+    the square root of their error's ratio to that, since that is how far their maps are from the best. Layers
+    differ in how much of it they bear: each of ``trial_scales`` times it is tried for ``trial_steps``, and the
+    best goes the whole way. A layer below ``good_enough`` is left as it is. ``queries`` count a sequence.
     """
 
     steps: int = 400
     rate: float = 1e-3
     highest_rate: float = 2e-3
     good_enough: float = 1e-5
-    sequences: int = 2
-    queries: int = 64
+    sequences: int = 8
+    queries: int = 32
     first_query: int = 256
     warmup_steps: int = 20
+    trial_scales: tuple[float, ...] = (1.0, 0.25)
+    trial_steps: int = 40
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Raises TransformError for a field out of range."""
+        least = {"steps": 0, "sequences": 1, "queries": 1, "first_query": 0, "trial_steps": 1}
+        for name, low in least.items():
+            if getattr(self, name) < low:
+                raise TransformError(
+                    f"expected {name} of learning to be at least {low}, got {getattr(self, name)}"
+                )
+        if not self.trial_scales or min(self.rate, self.highest_rate, *self.trial_scales) <= 0:
+            raise TransformError(
+                f"expected rate, highest_rate and trial_scales (one or more) of learning above 0, got {self.rate}, "
+                f"{self.highest_rate} and {self.trial_scales}"
+            )
+
+    @property
+    def trials(self) -> tuple[float, ...]:
+        """Scales to try; one needs no trial."""
+        return self.trial_scales if len(self.trial_scales) > 1 and self.steps else ()
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of a layer, trials included."""
+        return self.steps + len(self.trials) * self.trial_steps
 
 
 @dataclass(frozen=True)
@@ -166,27 +193,33 @@ def learn_layer(
     before = probe(start)
     if before < plan.good_enough or plan.steps == 0:
         if progress is not None:
-            progress(plan.steps)
+            progress(plan.total_steps)
         return LearnedLayer(start, before, before)
-    whitened = _Whitened(maps, shared_dims, covariance, device)
-    peak = min(plan.rate * (before / 1e-3) ** 0.5, plan.highest_rate)
-    optimiser = torch.optim.Adam(whitened.leaves(), lr=peak, betas=(0.9, 0.99))
 
-    def rate(step: int) -> float:
-        warm = min(1.0, (step + 1) / max(plan.warmup_steps, 1))
-        return warm * 0.5 * (1 + math.cos(math.pi * step / plan.steps))
+    def descend(scale: float, steps: int) -> Maps:
+        whitened = _Whitened(maps, shared_dims, covariance, device)
+        peak = scale * min(plan.rate * (before / 1e-3) ** 0.5, plan.highest_rate)
+        optimiser = torch.optim.Adam(whitened.leaves(), lr=peak, betas=(0.9, 0.99))
+        warmup_steps = max(1, min(plan.warmup_steps, steps // 2))
 
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, rate)
-    for _ in range(plan.steps):
-        loss = output_error(attention, draw(), whitened.maps(), metric)
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        optimiser.step()
-        schedule.step()
-        if progress is not None:
-            progress(1)
-    with torch.no_grad():
-        learned = whitened.maps()
-        after = probe(learned)
+        def rate(step: int) -> float:
+            return min(1.0, (step + 1) / warmup_steps) * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, rate)
+        for _ in range(steps):
+            loss = output_error(attention, draw(), whitened.maps(), metric)
+            optimiser.zero_grad(set_to_none=True)
+            loss.backward()
+            optimiser.step()
+            schedule.step()
+            if progress is not None:
+                progress(1)
+        with torch.no_grad():
+            return whitened.maps()
+
+    tried = {scale: probe(descend(scale, plan.trial_steps)) for scale in plan.trials}
+    scale = min(tried, key=tried.__getitem__) if tried else plan.trial_scales[0]
+    learned = descend(scale, plan.steps)
+    after = probe(learned)
     # never worse than where it started
     return LearnedLayer(learned, before, after) if after < before else LearnedLayer(start, before, before)

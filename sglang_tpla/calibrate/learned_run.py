@@ -69,13 +69,13 @@ def learn_model(
     folder.mkdir(parents=True, exist_ok=True)
     all_maps: list[Maps] = []
     notes: list[LayerNote] = []
-    total = plan.steps * model.spec.layers
+    total = plan.total_steps * model.spec.layers
     with tqdm(total=total, desc="learning", unit="step", disable=not show_progress) as bar:
         for layer, data in walk(model, tokens):
             file = folder / f"layer-{layer}.safetensors"
             if file.exists():
                 maps, note = _load(file, layer, start.meta.groups)
-                bar.update(plan.steps)
+                bar.update(plan.total_steps)
             else:
                 attention = model.layers[layer].attention
                 initial = [start.maps(layer, group) for group in range(start.meta.groups)]

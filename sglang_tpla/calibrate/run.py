@@ -20,10 +20,14 @@ from sglang_tpla.models.checkpoint import Checkpoint
 from sglang_tpla.models.plain import PlainModel
 from sglang_tpla.models.spec import ModelSpec
 
+CALIBRATION_TOKENS, HELD_OUT_TOKENS = 131072, 8192
+
 
 @dataclass(frozen=True)
 class TextPlan:
     """Which text, how much of it, and how it is cut.
+
+    A number of tokens is what there must be; None takes the usual number, or what there is if it is less.
 
     Raises:
         CorpusError: a count that is not positive.
@@ -31,16 +35,17 @@ class TextPlan:
 
     corpus: tuple[str, ...] = ()
     seed: int = 0
-    calibration_tokens: int = 65536
-    held_out_tokens: int = 8192
+    calibration_tokens: int | None = None
+    held_out_tokens: int | None = None
     prompt_tokens: int = 512
     continuation_tokens: int = 512
 
     def __post_init__(self) -> None:
         for name in ("calibration_tokens", "prompt_tokens", "continuation_tokens"):
-            if getattr(self, name) < 1:
-                raise CorpusError(f"expected {name} to be at least 1, got {getattr(self, name)}")
-        if self.held_out_tokens < 0:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise CorpusError(f"expected {name} to be at least 1, got {value}")
+        if self.held_out_tokens is not None and self.held_out_tokens < 0:
             raise CorpusError(
                 f"expected held_out_tokens to be 0 (no report) or more, got {self.held_out_tokens}"
             )
@@ -76,16 +81,19 @@ def read_text(plan: TextPlan, checkpoint: Checkpoint) -> Text:
     if isinstance(separator, list):
         separator = separator[0]
 
-    def cut(documents: list, count: int) -> torch.Tensor:
+    def cut(documents: list, tokens: int | None, usual: int, counted: int) -> torch.Tensor:
+        count = -(-(usual if tokens is None else tokens) // counted)
         if count == 0:
             return torch.empty(0, plan.length, dtype=torch.long)
-        return sequences(documents, tokenizer, length=plan.length, count=count, separator=separator)
+        return sequences(
+            documents, tokenizer, length=plan.length, count=count, separator=separator, fewer=tokens is None
+        )
 
     return Text(
         corpus.name,
         corpus.content_hash,
-        cut(calibration, -(-plan.calibration_tokens // plan.length)),
-        cut(held_out, -(-plan.held_out_tokens // plan.continuation_tokens)),
+        cut(calibration, plan.calibration_tokens, CALIBRATION_TOKENS, plan.length),
+        cut(held_out, plan.held_out_tokens, HELD_OUT_TOKENS, plan.continuation_tokens),
     )
 
 

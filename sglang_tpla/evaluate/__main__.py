@@ -40,10 +40,19 @@ def parser() -> argparse.ArgumentParser:
     text.add_argument(
         "--seed", type=int, help="split of the text (default: the artifact's, so it was held out)"
     )
-    text.add_argument("--tokens", type=int, default=8192, help="decoded tokens measured (default 8192)")
+    text.add_argument(
+        "--tokens",
+        type=int,
+        help=f"decoded tokens measured (default {run.HELD_OUT_TOKENS}, or what there is)",
+    )
     text.add_argument("--prompt-tokens", type=int, default=512)
     text.add_argument("--continuation-tokens", type=int, default=512)
-    text.add_argument("--long-tokens", type=int, default=0, help="also follow answers this long, up to 4096")
+    text.add_argument(
+        "--long-tokens",
+        type=int,
+        default=128,
+        help="follow the model's own answers this far, up to 4096; 0: not",
+    )
     text.add_argument("--long-answers", type=int, default=4, help="how many of them (default 4)")
     text.add_argument(
         "--needle-tokens", type=int, nargs="*", default=[], help="retrieval prompts: 1024 2048 ..."

@@ -223,9 +223,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tokens", type=int, default=262144, help="calibration tokens")
     parser.add_argument("--held-out-tokens", type=int, default=16384)
-    parser.add_argument("--learn-steps", type=int, default=400)
-    parser.add_argument("--learn-sequences", type=int, default=4, help="sequences a step")
-    parser.add_argument("--learn-queries", type=int, default=128, help="queries a sequence and step")
+    for name in ("steps", "sequences", "queries"):
+        parser.add_argument(
+            f"--learn-{name}", type=int, default=getattr(LearnPlan, name), help="as of calibrate"
+        )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--only", help="rows whose MODEL-gG-rR starts with this")
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "sglang_tpla" / "accuracy")

@@ -22,6 +22,7 @@ from sglang_tpla.calibrate.learn import LearnPlan, learn_layer, output_error
 from sglang_tpla.calibrate.learned_run import learn_model
 from sglang_tpla.calibrate.refit import refit_values
 from sglang_tpla.calibrate.statistics import LayerMoments, Statistics, StatisticsError, combine
+from sglang_tpla.calibrate.transforms import TransformError
 from sglang_tpla.models.plain import PlainModel
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -110,6 +111,31 @@ def test_a_layer_that_would_get_worse_or_is_exact_stays(
     eye = torch.eye(128)
     exact = learn_layer(attention, last_layer, [(eye, eye, eye / 2)] * 2, 128, covariance, PLAN, 3)
     assert exact.error_before < 1e-8
+
+
+def test_the_step_size_that_a_layer_bears_is_taken(
+    model: PlainModel, statistics: Statistics, start: Artifact, last_layer: LayerData
+) -> None:
+    attention, covariance = model.layers[3].attention, statistics.layers[3].covariance
+    maps = [start.maps(3, group) for group in range(2)]
+    plan = replace(PLAN, steps=40, queries=96, trial_steps=10)
+    wild = learn_layer(attention, last_layer, maps, 32, covariance, replace(plan, trial_scales=(1000.0,)), 3)
+    assert wild.error_after == wild.error_before
+    tried: list[int] = []
+    tame = learn_layer(
+        attention, last_layer, maps, 32, covariance, replace(plan, trial_scales=(1000.0, 1.0)), 3,
+        progress=tried.append,
+    )  # fmt: skip
+    assert tame.error_after < 0.99 * tame.error_before
+    assert sum(tried) == 2 * 10 + 40
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("steps", -1), ("sequences", 0), ("queries", 0), ("trial_scales", ()), ("rate", 0.0)]
+)
+def test_a_plan_out_of_range_is_refused(field: str, value: object) -> None:
+    with pytest.raises(TransformError, match=field):
+        replace(PLAN, **{field: value})
 
 
 def test_refit_is_least_squares(model: PlainModel, start: Artifact, last_layer: LayerData) -> None:
