@@ -11,7 +11,7 @@ ENVIRONMENT = $(if $(PYTHON),"$(PYTHON)" .ci/environment.py,{ echo "error: no Py
 	install python3.11 and python3.11-venv, or run make PYTHON=/path/to/python3.11" >&2; false; })
 WITH_PYTHON = python=$$($(ENVIRONMENT)) && "$$python"
 
-.PHONY: help quickstart test test-fast lint format python fuzz accuracy bench-transfer clean
+.PHONY: help quickstart test test-fast lint format python fuzz accuracy bench-transfer bench-engines clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -42,6 +42,10 @@ accuracy:  ## the accuracy tables of docs/accuracy.md, from the checkpoints
 
 bench-transfer:  ## goodput of the transfer agent beside raw TCP and memcpy; writes benchmarks/out/transfer.json
 	@$(WITH_PYTHON) benchmarks/transfer.py $(BENCH_ARGS)
+
+bench-engines:  ## install mooncake and NIXL for bench-transfer to compare with (no part of the project; mooncake needs libibverbs)
+	@$(WITH_PYTHON) -m pip install -q --no-deps --target benchmarks/out/engines \
+		mooncake-transfer-engine-non-cuda nixl nixl-cu13
 
 clean:  ## remove what tools left in this folder (the environment stays in the cache)
 	@rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist benchmarks/out *.egg-info

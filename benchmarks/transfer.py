@@ -1,18 +1,20 @@
-"""How fast a latent cache moves from a prefill to a decode process on loopback, beside what else could move
-it.
+"""How fast a latent cache moves from a prefill to a decode process on loopback, beside what else could move it.
 
-One run measures, for each length and interleaved so that a busy machine hurts all alike (the best of the
-repetitions counts):
+One run measures, for each length, one after another in each repetition so that a busy machine hurts all alike:
 
-    agent, two hosts   the transfer agents over TCP, as between machines: gather, checksum, send, check,
-    scatter agent, one host    the same through shared memory, ZMQ for control only raw TCP            one
-    socket moving the same bytes between two buffers cp through shm     the same bytes copied into shared
-    memory by one process, then out of it by another memcpy             one copy of the same bytes in one
-    process mooncake, NIXL     the engines' own TCP write between registered, contiguous buffers, where they
-    are installed
+    agent, two hosts   the transfer agents over TCP, as between machines: gather, checksum, send, check, scatter
+    agent, one host    the same through shared memory, ZMQ for control only
+    ... unchecked      each of them with checksums of no cost (never offered outside this file)
+    ... over ZMQ       two hosts, with chunks on ZMQ instead of the data channel
+    raw TCP            one socket moving the same bytes between two buffers
+    cp through shm     the same bytes copied into shared memory by one process, then out of it by another
+    memcpy             one copy of the same bytes in one process
+    mooncake, NIXL     the engines' own TCP write between registered, contiguous buffers, where they are installed
+                       (`make bench-engines`)
 
-Rows are V3-shaped (512 + 64 values, bfloat16); layers are as many of 61 as fit in --memory-gib a process.
-Pages are scattered in runs of 64 tokens. Writes a table, and JSON to --out.
+The best of the repetitions counts; the medians stand beside it. Rows are V3-shaped (512 + 64 values, bfloat16), layers
+are as many of 61 as fit in --memory-gib a process, pages are scattered in runs of 64 tokens. Writes a table, and JSON
+to --out.
 """
 
 from __future__ import annotations
@@ -26,9 +28,11 @@ import os
 import platform
 import resource
 import socket
+import statistics
+import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -39,6 +43,7 @@ import numpy as np
 import torch
 
 from sglang_tpla.config import Settings
+from sglang_tpla.transfer import frames
 from sglang_tpla.transfer.decode import DecodeAgent
 from sglang_tpla.transfer.prefill import PrefillAgent
 from sglang_tpla.transfer.projection import Projection
@@ -48,6 +53,7 @@ LATENT, ROPE, LAYERS, PAGE = 512, 64, 61, 64
 ROW_BYTES = 2 * (LATENT + ROPE)
 PIECE = 4 << 20
 SETTINGS = Settings(role="prefill", peer_timeout_s=60.0)
+ENGINES = Path(__file__).parent / "out" / "engines"  # where `make bench-engines` installs them
 
 
 def cpu_seconds() -> float:
@@ -60,6 +66,11 @@ def random_bytes(size: int) -> np.ndarray:
     """Bytes that no layer below can make cheap (uint8)."""
     block = np.random.default_rng(0).integers(0, 256, PIECE, dtype=np.uint8)
     return np.resize(block, size)
+
+
+def switch_checksums(on: bool, checksum: Callable[[frames.Buffer], bytes] = frames.checksum) -> None:
+    """Let this process's agents compute checksums, or take any payload for sound."""
+    frames.checksum = checksum if on else lambda data: bytes(8)
 
 
 # Children: each serves commands from a pipe and answers with (seconds, cpu_seconds) or a value.
@@ -76,14 +87,15 @@ def prefill_child(pipe: Connection, tokens: int, layers: int) -> None:
     )
     pipe.send(agent.address)
     while (command := pipe.recv()) is not None:
-        room, pages = command
+        room, pages, checked = command
+        switch_checksums(checked)
         agent.open_room(room)
         while agent.poll(room) != RoomState.WAITING:
-            time.sleep(0.0005)
+            time.sleep(0.001)
         before, start = cpu_seconds(), time.perf_counter()
         agent.send(room, pages, last=True, metadata_row=0)
         while not agent.poll(room).ended:
-            time.sleep(0.0005)
+            time.sleep(0.001)
         seconds = time.perf_counter() - start
         assert agent.poll(room) == RoomState.SUCCESS, agent.failure(room)
         pipe.send((seconds, cpu_seconds() - before))
@@ -91,7 +103,9 @@ def prefill_child(pipe: Connection, tokens: int, layers: int) -> None:
     agent.close()
 
 
-def decode_child(pipe: Connection, tokens: int, layers: int, port: int, host_id: str | None) -> None:
+def decode_child(
+    pipe: Connection, tokens: int, layers: int, port: int, host_id: str | None, data_channel: int
+) -> None:
     """A decode agent with an empty pool."""
     torch.set_num_threads(1)
     pool = CachePool(
@@ -103,7 +117,7 @@ def decode_child(pipe: Connection, tokens: int, layers: int, port: int, host_id:
         metadata,
         None,
         model_hash="bench",
-        settings=SETTINGS,
+        settings=replace(SETTINGS, data_channel=data_channel),
         rank=0,
         size=1,
         groups=1,
@@ -111,10 +125,11 @@ def decode_child(pipe: Connection, tokens: int, layers: int, port: int, host_id:
     )
     pipe.send("ready")
     while (command := pipe.recv()) is not None:
-        room, pages = command
+        room, pages, checked = command
+        switch_checksums(checked)
         agent.open_room(room, [("127.0.0.1", port, False)])
         while agent.poll(room) == RoomState.BOOTSTRAPPING:
-            time.sleep(0.0005)
+            time.sleep(0.001)
         before = cpu_seconds()
         agent.request(room, pages, metadata_row=0, expected_ranks=1)
         while not agent.poll(room).ended:
@@ -189,9 +204,17 @@ class Bench:
         self.measures: dict[str, Measure] = {}
         prefill = self.child(prefill_child, tokens, layers)
         port = prefill.first[1]
-        for name, host_id in (("agent, two hosts", "far"), ("agent, one host", None)):
-            decode = self.child(decode_child, tokens, layers, port, host_id)
-            self.measures[name] = lambda count, decode=decode: self.agent(prefill, decode, count)
+        for name, host_id, data_channel in (
+            ("two hosts", "far", 1),
+            ("one host", None, 1),
+            ("over ZMQ", "zmq", 0),
+        ):
+            decode = self.child(decode_child, tokens, layers, port, host_id, data_channel)
+            for checked in (True, False) if data_channel else (True,):
+                whole = f"agent, {name}" + ("" if checked else ", unchecked")
+                self.measures[whole] = lambda count, decode=decode, checked=checked: self.agent(
+                    prefill, decode, count, checked
+                )
         source = random_bytes(self.size)
         self.measures["raw TCP"] = self.raw_tcp(source)
         self.measures["cp through shm"] = self.shared_copy(source)
@@ -223,12 +246,12 @@ class Bench:
         work()
         return time.perf_counter() - start, cpu_seconds() - before
 
-    def agent(self, prefill: Child, decode: Child, tokens: int) -> tuple[float, float]:
+    def agent(self, prefill: Child, decode: Child, tokens: int, checked: bool) -> tuple[float, float]:
         """One room."""
         self.room += 1
         count = tokens // PAGE
-        prefill.pipe.send((self.room, self.pages[:count]))
-        decode.pipe.send((self.room, self.pages[::-1][:count].copy()))
+        prefill.pipe.send((self.room, self.pages[:count], checked))
+        decode.pipe.send((self.room, self.pages[::-1][:count].copy(), checked))
         seconds, cpu = prefill.pipe.recv()
         return seconds, cpu + decode.pipe.recv()
 
@@ -327,10 +350,10 @@ def wire_values(ranks: int, groups: int, shared: int, host_id: str | None) -> fl
 
 
 def memory_bytes(limit_gib: float) -> int:
-    """What one process may hold: the limit, or an eighth of what is free."""
+    """What one process may hold: the limit, or its part of what is free: a dozen processes hold as much."""
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("MemAvailable"):
-            return min(int(limit_gib * 2**30), int(line.split()[1]) * 1024 // 8)
+            return min(int(limit_gib * 2**30), int(line.split()[1]) * 1024 // 14)
     return int(limit_gib * 2**30)
 
 
@@ -353,50 +376,92 @@ def machine() -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    """Measure, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 4096, 16384, 65536])
-    parser.add_argument("--repeat", type=int, default=5)
-    parser.add_argument("--without", nargs="+", default=[], help="contestants to leave out")
-    parser.add_argument("--memory-gib", type=float, default=1.0)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "out" / "transfer.json")
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    most = max(args.tokens)
-    layers = max(1, min(LAYERS, memory_bytes(args.memory_gib) // (most * ROW_BYTES)))
-    if layers < LAYERS:
-        print(f"{layers} of {LAYERS} layers: memory for {most} tokens is limited (--memory-gib)")
+def measure(tokens: Sequence[int], layers: int, repeat: int, without: Sequence[str]) -> list[dict[str, Any]]:
+    """All contestants at some lengths with one number of layers; also which could not be measured, and why."""
     rows: list[dict[str, Any]] = []
     with contextlib.ExitStack() as stack:
-        bench = Bench(most, layers, stack)
-        for tokens in args.tokens:
-            best: dict[str, tuple[float, float]] = {}
-            for _ in range(args.repeat):
-                for name, measure in bench.measures.items():
-                    if name in args.without:
-                        continue
-                    best[name] = min(best.get(name, (float("inf"), 0.0)), measure(tokens))
-            gigabytes = bench.bytes(tokens) / 1e9
-            for name, (seconds, cpu) in best.items():
+        bench = Bench(max(tokens), layers, stack)
+        for count in tokens:
+            taken: dict[str, list[tuple[float, float]]] = {}
+            for _ in range(repeat + 1):
+                for name, once in bench.measures.items():
+                    if name not in without:
+                        taken.setdefault(name, []).append(once(count))
+            gigabytes = bench.bytes(count) / 1e9
+            for name, (_, *kept) in taken.items():  # the first warms up
+                seconds, cpu = min(kept)
+                median = statistics.median(wall for wall, _ in kept)
                 rows.append(
                     {
                         "contestant": name,
-                        "tokens": tokens,
-                        "bytes": bench.bytes(tokens),
+                        "tokens": count,
+                        "layers": layers,
+                        "bytes": bench.bytes(count),
                         "seconds": seconds,
+                        "median_seconds": median,
                         "goodput_gb_s": gigabytes / seconds,
+                        "median_goodput_gb_s": gigabytes / median,
                         "cpu_s_per_gb": cpu / gigabytes,
                     }
                 )
                 print(
-                    f"{tokens:>6} tokens  {name:<17} {seconds * 1000:9.2f} ms "
-                    f"{gigabytes / seconds:7.2f} GB/s "
-                    f"{cpu / gigabytes:6.2f} CPU s/GB"
+                    f"{count:>6} tokens  {name:<27} {seconds * 1000:9.2f} ms {gigabytes / seconds:7.2f} GB/s "
+                    f"(median {gigabytes / median:5.2f}) {cpu / gigabytes:6.2f} CPU s/GB",
+                    flush=True,
                 )
-        missing = bench.missing
-    goodput = {row["contestant"]: row["goodput_gb_s"] for row in rows if row["tokens"] == most}
-    far, near = goodput["agent, two hosts"], goodput["agent, one host"]
+        rows += [{"contestant": name, "missing": why} for name, why in bench.missing.items()]
+    return rows
+
+
+def ratios(rows: list[dict[str, Any]], tokens: int, figure: str) -> dict[str, float | None]:
+    """What the run is for: our goodput over the others', at one length; None where one was not measured."""
+    goodput = {row["contestant"]: row[figure] for row in rows if row["tokens"] == tokens}
+
+    def over(name: str, ours: str) -> float | None:
+        return goodput[ours] / goodput[name] if name in goodput and ours in goodput else None
+
+    far, near = "agent, two hosts", "agent, one host"
+    cost = {place: over(f"{place}, unchecked", place) for place in (far, near)}
+    return {
+        "goodput_over_raw_tcp": over("raw TCP", far),
+        "goodput_over_memcpy": over("cp through shm", near),
+        "goodput_over_single_memcpy": over("memcpy", near),
+        "goodput_over_mooncake": over("mooncake", far),
+        "goodput_over_nixl": over("NIXL", far),
+        "one_host_goodput_over_raw_tcp": over("raw TCP", near),
+        "one_host_goodput_over_mooncake": over("mooncake", near),
+        "one_host_goodput_over_nixl": over("NIXL", near),
+        "goodput_over_zmq_chunks": over("agent, over ZMQ", far),
+        "checksum_cost": None if (kept := cost[far]) is None else 1 - kept,
+        "one_host_checksum_cost": None if (kept := cost[near]) is None else 1 - kept,
+    }
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 4096, 16384, 65536])
+    parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--without", nargs="+", default=[], help="contestants to leave out")
+    parser.add_argument("--memory-gib", type=float, default=1.1)
+    parser.add_argument("--engines", type=Path, default=ENGINES, help="folder that mooncake and NIXL lie in")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "out" / "transfer.json")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    sys.path.append(str(args.engines))
+    by_layers: dict[int, list[int]] = {}
+    for count in sorted(args.tokens):
+        layers = max(1, min(LAYERS, memory_bytes(args.memory_gib) // (count * ROW_BYTES)))
+        by_layers.setdefault(layers, []).append(count)
+        if layers < LAYERS:
+            print(f"{layers} of {LAYERS} layers at {count} tokens: memory is limited (--memory-gib)")
+    measured = [
+        row
+        for layers, lengths in by_layers.items()
+        for row in measure(lengths, layers, args.repeat, args.without)
+    ]
+    missing = {row["contestant"]: row["missing"] for row in measured if "missing" in row}
+    rows = [row for row in measured if "missing" not in row]
     counts = [
         {
             "ranks": 8,
@@ -413,37 +478,31 @@ def main() -> None:
             f"{row['values']:7.1f} values a token for 8 ranks of {row['host']}, "
             f"g={row['groups']}, r={row['shared']}"
         )
-
-    def over(name: str, ours: float) -> float | None:
-        return ours / goodput[name] if name in goodput else None
-
+    most = max(args.tokens)
     result = {
-        "goodput_over_raw_tcp": over("raw TCP", far),
-        "goodput_over_memcpy": over("cp through shm", near),
-        "goodput_over_single_memcpy": over("memcpy", near),
-        "goodput_over_mooncake": over("mooncake", far),
-        "goodput_over_nixl": over("NIXL", far),
-        "one_host_goodput_over_raw_tcp": over("raw TCP", near),
-        "one_host_goodput_over_mooncake": over("mooncake", near),
-        "one_host_goodput_over_nixl": over("NIXL", near),
+        **ratios(rows, most, "goodput_gb_s"),
         "wire_values_per_token": next(
             row["values"]
             for row in counts
             if (row["groups"], row["shared"], row["host"]) == (2, 128, "other host")
         ),
-        "wire_values": counts,
         "tokens": most,
-        "layers": layers,
+        "layers": {str(count): layers for layers, lengths in by_layers.items() for count in lengths},
         "layers_of_model": LAYERS,
         "row_bytes": ROW_BYTES,
         "repetitions": args.repeat,
+        "medians": ratios(rows, most, "median_goodput_gb_s"),
+        "at_other_lengths": {
+            str(count): ratios(rows, count, "goodput_gb_s") for count in args.tokens if count != most
+        },
+        "wire_values": counts,
         "not_installed": missing,
         "machine": machine(),
         "measurements": rows,
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(result, indent=1) + "\n")
-    for name in [key for key in result if "goodput" in key or key == "wire_values_per_token"]:
+    for name in [key for key, value in result.items() if value is None or isinstance(value, float)]:
         print(f"{name}: {result[name] if result[name] is None else round(result[name], 3)}")
     for name, why in missing.items():
         print(f"{name} was not measured: {why}")

@@ -4,7 +4,10 @@ read.
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
+import socket
 import time
 import uuid
 from abc import abstractmethod
@@ -18,6 +21,7 @@ from sglang_tpla.config import Settings
 from sglang_tpla.transfer import frames
 from sglang_tpla.transfer.agent import Agent, endpoint
 from sglang_tpla.transfer.arena import map_arena
+from sglang_tpla.transfer.channel import ChannelError, Inbox, Spares, set_up
 from sglang_tpla.transfer.projection import Projection
 from sglang_tpla.transfer.receiving import Address, Connection, Link
 from sglang_tpla.transfer.registration import dtype_name
@@ -25,6 +29,8 @@ from sglang_tpla.transfer.rows import RowWriter
 from sglang_tpla.transfer.security import Security
 from sglang_tpla.transfer.staging import Staging
 from sglang_tpla.transfer.types import CachePool, MetadataRows, TransferError
+
+DATA_TURN_BYTES = 8 << 20  # read from one data channel before others have a turn
 
 
 class DecodeDialing(Agent):
@@ -97,6 +103,7 @@ class DecodeDialing(Agent):
         self._connections: dict[Address, Connection] = {}
         self._maps: dict[bytes, memoryview | None] = {}  # by cookie: arenas that were mapped, or could not be
         self.on_peer_lost: Callable[[str, int], None] | None = None
+        self._spares = Spares()
         self._prepare()
         self._start()
 
@@ -129,17 +136,17 @@ class DecodeDialing(Agent):
     def _dial(self, connection: Connection) -> None:
         if self._closing:
             return
-        socket = self._io.context.socket(zmq.DEALER)
-        self._configure(socket, max(self._chunk_bytes, frames.MAX_METADATA_BYTES) + frames.MAX_HEADER_BYTES)
-        socket.setsockopt(zmq.IDENTITY, connection.identity)
-        socket.setsockopt(zmq.IPV6, int(":" in connection.address[0]))
-        self._security.apply_client(socket)
-        connection.socket = socket
-        connection.monitor = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        dealer = self._io.context.socket(zmq.DEALER)
+        self._configure(dealer, max(self._chunk_bytes, frames.MAX_METADATA_BYTES) + frames.MAX_HEADER_BYTES)
+        dealer.setsockopt(zmq.IDENTITY, connection.identity)
+        dealer.setsockopt(zmq.IPV6, int(":" in connection.address[0]))
+        self._security.apply_client(dealer)
+        connection.socket = dealer
+        connection.monitor = dealer.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         self._io.add(connection.monitor, lambda monitor: self._disconnected(connection, monitor))
-        self._io.add(socket, lambda _: self._receive(connection))
+        self._io.add(dealer, lambda _: self._receive(connection))
         try:
-            socket.connect(endpoint(*connection.address))
+            dealer.connect(endpoint(*connection.address))
         except zmq.ZMQError as error:
             self._give_up(connection, f"the {connection.name} cannot be connected to: {error}")
             return
@@ -195,13 +202,14 @@ class DecodeDialing(Agent):
                 self._handler_failed("on_peer_lost", error)
 
     def _hang_up(self, connection: Connection, linger_ms: int = 0) -> None:
-        socket, connection.socket = connection.socket, None
-        if socket is not None:
+        self._end_data(connection)
+        dealer, connection.socket = connection.socket, None
+        if dealer is not None:
             if connection.monitor is not None:
-                socket.disable_monitor()
+                dealer.disable_monitor()
                 self._io.remove(connection.monitor)
                 connection.monitor = None
-            self._io.remove(socket, linger_ms)
+            self._io.remove(dealer, linger_ms)
 
     # Messages in (I/O thread)
 
@@ -218,14 +226,19 @@ class DecodeDialing(Agent):
                     self._broken(connection)  # what was lost comes again on a new connection
                 continue
             message, payload = parsed
-            connection.last_seen = time.monotonic()
-            try:
-                self._handle(connection, message, payload)
-            except Exception as error:
-                self._handler_failed(f"message {type(message).__name__} from the {connection.name}", error)
-                self._room_failed(connection, getattr(message, "room", -1), message, error)
+            if isinstance(message, frames.Welcome) and message.data is not None:
+                self._dial_data(connection, parts[0], message.data)
+            self._take(connection, message, None if payload is None else payload.buffer)
 
-    def _handle(self, connection: Connection, message: frames.Message, payload: zmq.Frame | None) -> None:
+    def _take(self, connection: Connection, message: frames.Message, payload: memoryview | None) -> None:
+        connection.last_seen = time.monotonic()
+        try:
+            self._handle(connection, message, payload)
+        except Exception as error:
+            self._handler_failed(f"message {type(message).__name__} from the {connection.name}", error)
+            self._room_failed(connection, getattr(message, "room", -1), message, error)
+
+    def _handle(self, connection: Connection, message: frames.Message, payload: memoryview | None) -> None:
         match message:
             case frames.Pong():
                 pass
@@ -248,7 +261,7 @@ class DecodeDialing(Agent):
 
     @abstractmethod
     def _handle_room(
-        self, connection: Connection, message: frames.Message, payload: zmq.Frame | None
+        self, connection: Connection, message: frames.Message, payload: memoryview | None
     ) -> None:
         """One message about a room, on the I/O thread."""
 
@@ -268,6 +281,59 @@ class DecodeDialing(Agent):
 
     def _link_up(self, connection: Connection) -> None:
         raise NotImplementedError
+
+    # The data channel (I/O thread)
+
+    def _dial_data(self, connection: Connection, came: zmq.Frame, data: frames.DataChannel) -> None:
+        """Begin to connect a data channel to where a frame came from; without one, chunks come over ZMQ."""
+        if self._security.secret is not None or not self._settings.data_channel:
+            return
+        host = str(came.get("Peer-Address"))
+        self._end_data(connection)
+        stream = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+        set_up(stream, self._settings.peer_timeout_s)
+        limit = self._chunk_bytes
+        inbox = connection.inbox = Inbox(stream, data.cookie, limit, self._spares)
+        error = stream.connect_ex((host, data.port))
+        self._io.add_stream(stream, lambda: self._receive_data(connection, inbox))
+        if error not in (0, errno.EINPROGRESS):
+            self._lose_data(connection, ChannelError(os.strerror(error)))
+            return
+        self._io.watch(stream, writable=True)
+
+    def _receive_data(self, connection: Connection, inbox: Inbox) -> None:
+        try:
+            if not inbox.greeted:
+                if inbox.greet():
+                    self._io.watch(inbox.stream, writable=False)
+                return
+            for header, payload in inbox.receive(DATA_TURN_BYTES):
+                message = frames.decode(header, True)
+                if not isinstance(message, frames.Chunk):
+                    raise frames.FrameError(f"{type(message).__name__} does not come on a data channel")
+                self._take(connection, message, payload)
+                if connection.inbox is not inbox:
+                    return
+        except frames.FrameError as error:
+            self._drop("malformed_dropped", f"malformed chunk from {connection.name}: {error}")
+            self._lose_data(connection, error)
+        except OSError as error:
+            self._lose_data(connection, error)
+
+    def _lose_data(self, connection: Connection, error: Exception) -> None:
+        """Go on without a data channel, or with a new connection if chunks may have been lost with it."""
+        begun = connection.inbox is not None and connection.inbox.received_bytes > 0
+        self._end_data(connection)
+        text = "decode rank %d: no data channel to the %s: %s"
+        self._log.warning(text, self._rank, connection.name, error)
+        if begun and self._in_use(connection):
+            self._broken(connection)
+
+    def _end_data(self, connection: Connection) -> None:
+        inbox, connection.inbox = connection.inbox, None
+        if inbox is not None:
+            self._io.remove_stream(inbox.stream)
+            inbox.close()
 
     # Registration
 

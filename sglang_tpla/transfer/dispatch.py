@@ -8,11 +8,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from sglang_tpla.transfer import frames
+from sglang_tpla.transfer.channel import Parcel
 from sglang_tpla.transfer.projection import cut_stacks
 from sglang_tpla.transfer.resuming import PrefillResuming
 from sglang_tpla.transfer.rows import Reading
 from sglang_tpla.transfer.sending import Lane, Mode, Room, Stream
 from sglang_tpla.transfer.staging import Slot
+
+# Chunks of one rank that wait to be read (on this host) or sent (on its data channel): more would be made faster than
+# they go, and leave the processor's caches before they do.
+LOCAL_CHUNKS = 4
+CHUNKS_AHEAD = 3
 
 
 @dataclass(eq=False)
@@ -96,7 +102,12 @@ class PrefillDispatch(PrefillResuming):
         if any(stream.peer.away or stream.peer.slots_held >= cap for stream in streams):
             return False
         if lane.mode is Mode.LOCAL:
-            return True
+            return all(len(stream.unacked) < LOCAL_CHUNKS for stream in streams)
+        if self._doorway is not None and any(
+            stream.peer.slots_held >= CHUNKS_AHEAD and self._doorway.bound(stream.peer.identity)
+            for stream in streams
+        ):
+            return False
         size = lane.plan.size(sequence)
         enough = all(stream.credit_bytes - stream.sent_bytes >= size for stream in streams)
         if not enough and not lane.starved:
@@ -191,6 +202,11 @@ class PrefillDispatch(PrefillResuming):
             identity = stream.peer.identity
             self._io.post(self._send_chunk, identity, room, header, slot, rectangle.payload_bytes)
 
+    def _let_go(self, slot: Slot) -> None:
+        with self._work:
+            slot.pending -= 1
+            self._work.notify_all()
+
     def _count_bytes(self, room: Room, size: int, *, shared: bool) -> None:
         room.wire_bytes += size
         self._counts["wire_bytes"] += size
@@ -199,7 +215,15 @@ class PrefillDispatch(PrefillResuming):
             self._counts["shared_memory_bytes"] += size
 
     def _send_chunk(self, identity: bytes, room: Room, header: bytes, slot: Slot, size: int) -> None:
-        """Hand a chunk to the socket (I/O thread)."""
+        """Hand a chunk to the rank's data channel, or to ZMQ (I/O thread)."""
+        if self._doorway is not None:
+            parcel = Parcel(
+                (header, slot.view[:size]),
+                wanted=lambda: not room.state.ended,
+                done=lambda: self._let_go(slot),
+            )
+            if self._doorway.send(identity, parcel):
+                return
         tracker = None
         try:
             if not room.state.ended:

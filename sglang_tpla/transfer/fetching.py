@@ -5,8 +5,6 @@ from __future__ import annotations
 import time
 from collections import OrderedDict, deque
 
-import zmq
-
 from sglang_tpla.transfer import frames
 from sglang_tpla.transfer.agent import seconds_since
 from sglang_tpla.transfer.chunks import Part
@@ -35,7 +33,7 @@ class DecodeFetching(DecodeDialing):
     # Messages in (I/O thread)
 
     def _handle_room(
-        self, connection: Connection, message: frames.Message, payload: zmq.Frame | None
+        self, connection: Connection, message: frames.Message, payload: memoryview | None
     ) -> None:
         if isinstance(message, frames.Release):
             with self._lock:
@@ -74,7 +72,7 @@ class DecodeFetching(DecodeDialing):
             case frames.Finish() if payload is not None:
                 self._take_finish(entry, source, message, payload)
             case frames.Chunk() if payload is not None:
-                self._take_chunk(entry, source, message, payload.buffer, payload.buffer.nbytes)
+                self._take_chunk(entry, source, message, payload, payload.nbytes)
             case frames.Share():
                 arena = connection.arenas.get(message.agent)
                 end = message.offset + message.size_bytes
@@ -164,8 +162,8 @@ class DecodeFetching(DecodeDialing):
             return f"beyond its credit of {source.granted_bytes} bytes"
         return ""
 
-    def _take_finish(self, entry: Room, source: Source, message: frames.Finish, payload: zmq.Frame) -> None:
-        metadata = payload.bytes
+    def _take_finish(self, entry: Room, source: Source, message: frames.Finish, payload: memoryview) -> None:
+        metadata = bytes(payload)
         pages = -(-message.tokens // self._pool.page_size)
         wrong = ""
         if frames.checksum(metadata) != message.checksum:

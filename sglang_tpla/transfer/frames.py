@@ -16,10 +16,11 @@ import xxhash
 from msgspec import Meta
 
 FRAMING_VERSION = 2
-PROTOCOL_VERSIONS = (1, 1)  # lowest and highest protocol version this release speaks
+PROTOCOL_VERSIONS = (2, 2)  # lowest and highest protocol version this release speaks
 PREFIX = b"TPLA" + bytes([FRAMING_VERSION])
 HEAD_BYTES = len(PREFIX) + 8  # and the digest
 MAX_HEADER_BYTES = 64 << 10
+CHANNEL_COOKIE_BYTES = 16
 MAX_LAYERS = 1024
 MAX_PROJECTION_BYTES = 64 << 20  # one layer's matrix: 4096 x 4096 float32
 MAX_METADATA_BYTES = 16 << 20
@@ -35,6 +36,8 @@ Name = Annotated[str, Meta(max_length=256)]
 Sentence = Annotated[str, Meta(max_length=2048)]
 Bitmap = Annotated[bytes, Meta(max_length=16 << 10)]
 Digest = Annotated[bytes, Meta(min_length=8, max_length=8)]
+Port = Annotated[int, Meta(ge=1, le=65535)]
+Cookie = Annotated[bytes, Meta(min_length=CHANNEL_COOKIE_BYTES, max_length=CHANNEL_COOKIE_BYTES)]
 
 
 class FrameError(ValueError):
@@ -72,6 +75,13 @@ class Arena(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=
     cookie: Digest
 
 
+class DataChannel(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """Where chunks may be fetched by a plain socket, and the word that says for which connection."""
+
+    port: Port
+    cookie: Cookie
+
+
 class Hello(_Message, frozen=True, tag=1):
     """decode -> prefill, first message of a connection."""
 
@@ -98,6 +108,7 @@ class Welcome(_Message, frozen=True, tag=2):
     layers: Positive
     need_projection: bool
     arena: Arena | None
+    data: DataChannel | None
 
 
 class Refused(_Message, frozen=True, tag=3):

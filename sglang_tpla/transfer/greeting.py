@@ -15,6 +15,7 @@ import zmq
 from sglang_tpla.config import Settings
 from sglang_tpla.transfer import frames
 from sglang_tpla.transfer.agent import Agent, endpoint
+from sglang_tpla.transfer.doorway import Doorway
 from sglang_tpla.transfer.projection import IDENTITY_HASH, projection_digest, stack_layers
 from sglang_tpla.transfer.registration import agreed_version, mismatch
 from sglang_tpla.transfer.rows import RowReader
@@ -93,9 +94,35 @@ class PrefillGreeting(Agent):
             ) from error
         port = int(self._router.getsockopt_string(zmq.LAST_ENDPOINT).rsplit(":", 1)[1])
         self.address: tuple[str, int] = (bind_host, port)
+        self._doorway = self._open_doorway(bind_host)
         self._prepare()
         self._io.add(self._router, self._receive)
         self._start()
+
+    def _open_doorway(self, host: str) -> Doorway | None:
+        """Data channels, where ZMQ would not encrypt either and the address that decode ranks see is this one."""
+        settings = self._settings
+        if self._security.secret is not None or not settings.data_channel or settings.advertise is not None:
+            return None
+
+        def refused(what: str) -> None:
+            self._drop("refused", what)
+
+        try:
+            return Doorway(self._io, host, settings.peer_timeout_s, refused, self._channel_lost)
+        except OSError as error:
+            self._log.warning("prefill rank %d has no data channels: %s", self._rank, error)
+            return None
+
+    def _channel_lost(self, identity: bytes, why: str) -> None:
+        """What was on its way is lost with a channel: the rank connects anew if it has rooms (I/O thread)."""
+        with self._work:
+            peer = self._peers.get(identity)
+            if peer is None:
+                return
+            if self._in_use(peer):
+                self._log.warning("prefill rank %d: data channel of %s ended: %s", self._rank, peer.name, why)
+                self._put(identity, frames.Unregistered())
 
     def _prepare(self) -> None:
         """Set up what the subclass keeps, before the threads start."""
@@ -211,6 +238,8 @@ class PrefillGreeting(Agent):
         self._peers[identity] = peer
         if before is not None:
             del self._peers[before.identity]
+            if self._doorway is not None:
+                self._doorway.withdraw(before.identity)
             self._counts["resumed"] += 1
             self._take_over(before, peer)
         version = agreed_version(hello.versions)
@@ -224,6 +253,7 @@ class PrefillGreeting(Agent):
             layers=len(self._pool.layers),
             need_projection=peer.projection is None,
             arena=arena,
+            data=self._doorway.offer(identity) if self._doorway is not None else None,
         )
         self._put(identity, welcome)
         self._introduce(hello.host)
@@ -305,12 +335,16 @@ class PrefillGreeting(Agent):
         """Forget a connection; its rooms fail."""
         if self._peers.pop(peer.identity, None) is None:
             return
+        if self._doorway is not None:
+            self._doorway.withdraw(peer.identity)
         self._log.info("prefill rank %d: %s is gone: %s", self._rank, peer.name, reason)
         self._drop_rooms(peer, reason)
         self._introduce(peer.hello.host)
 
     def _expire_peers(self, now: float) -> None:
         limit = self._settings.peer_timeout_s
+        if self._doorway is not None:
+            self._doorway.expire(now)
         for peer in list(self._peers.values()):
             if now - peer.last_seen > limit:
                 self._counts["peers_lost"] += 1

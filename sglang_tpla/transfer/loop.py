@@ -8,6 +8,7 @@ cannot go on, `on_death` is told why: nothing ends silently.
 from __future__ import annotations
 
 import os
+import socket
 import threading
 import time
 from collections import deque
@@ -44,6 +45,7 @@ class IoLoop:
         self._posted: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._handlers: dict[zmq.Socket, Callable[[zmq.Socket], None]] = {}
+        self._streams: dict[int, tuple[socket.socket, Callable[[], None]]] = {}  # by file descriptor
         self._poller = zmq.Poller()
         self._poller.register(self._wake, zmq.POLLIN)
         self._stopping = False
@@ -73,6 +75,20 @@ class IoLoop:
             self._poller.unregister(socket)
         socket.close(linger=linger_ms)
 
+    def add_stream(self, stream: socket.socket, handler: Callable[[], None]) -> None:
+        """Call ``handler()`` when a plain socket can be read (see also `watch`). As `add`."""
+        self._streams[stream.fileno()] = stream, handler
+        self._poller.register(stream.fileno(), zmq.POLLIN)
+
+    def watch(self, stream: socket.socket, writable: bool) -> None:
+        """Also call a plain socket's handler when it can be written, or no longer. In the thread."""
+        self._poller.register(stream.fileno(), zmq.POLLIN | (zmq.POLLOUT if writable else 0))
+
+    def remove_stream(self, stream: socket.socket) -> None:
+        """Stop polling a plain socket, before it is closed. In the thread."""
+        if self._streams.pop(stream.fileno(), None) is not None:
+            self._poller.unregister(stream.fileno())
+
     def stop(self, timeout_s: float = 5.0) -> None:
         """End the thread, close every socket, free the context. From another thread."""
         self._stopping = True
@@ -89,6 +105,9 @@ class IoLoop:
             for socket in list(self._handlers):
                 socket.close(linger=100)
             self._handlers.clear()
+            for stream, _ in self._streams.values():
+                stream.close()
+            self._streams.clear()
             self.context.destroy(linger=100)
             with self._guard:
                 self._closed = True
@@ -110,6 +129,8 @@ class IoLoop:
                     os.eventfd_read(self._wake)
                 elif (handler := self._handlers.get(ready)) is not None:
                     self._guarded("receive", handler, ready)
+                elif (entry := self._streams.get(ready)) is not None:
+                    self._guarded("stream", entry[1])
 
     def _run_posted(self) -> None:
         for _ in range(len(self._posted)):

@@ -14,6 +14,7 @@ import numpy as np
 import zmq
 
 from sglang_tpla.transfer import frames
+from sglang_tpla.transfer.channel import Inbox
 from sglang_tpla.transfer.staging import Slot
 from sglang_tpla.transfer.types import RoomState
 
@@ -38,6 +39,7 @@ class Connection:
     identity: bytes
     socket: zmq.Socket | None = None
     monitor: zmq.Socket | None = None
+    inbox: Inbox | None = None  # the data channel, where there is one
     link: Link = Link.CONNECTING
     reason: str = ""
     agent: str = ""

@@ -29,6 +29,7 @@ class PrefillResuming(PrefillServing):
                 asks[new.identity] = ask
                 if ask.stream is not None:
                     ask.stream.peer = new
+                    ask.stream.credit_bytes = ask.stream.sent_bytes  # Resume says where credit goes on
 
     def _take_resume(self, stream: Stream, message: frames.Resume) -> None:
         """Send again what a rank has not got, now that its connection is back."""

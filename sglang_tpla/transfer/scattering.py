@@ -38,6 +38,8 @@ class DecodeScattering(DecodeFetching):
         except Exception as error:
             self._handler_failed(f"write of room {entry.room}", error)
             self._fail_from_io(entry, f"internal error while writing: {error!r}")
+        if arrival is not None:
+            self._spares.give_back(arrival.payload)
         return True
 
     def _apply(self, arrival: Arrival) -> None:

@@ -39,9 +39,16 @@ GOLDEN = [
     ),
     (
         frames.Welcome(
-            version=1, agent="a2", host="h1", first_layer=0, layers=61, need_projection=True, arena=None
+            version=2,
+            agent="a2",
+            host="h1",
+            first_layer=0,
+            layers=61,
+            need_projection=False,
+            arena=None,
+            data=frames.DataChannel(port=30001, cookie=bytes(range(16))),
         ),
-        "980201a26132a26831003dc3c0",
+        "990202a26132a26831003dc2c092cd7531c410000102030405060708090a0b0c0d0e0f",
     ),
     (frames.Refused(reason="no"), "9203a26e6f"),
     (

@@ -92,7 +92,7 @@ class FakePrefill:
     def welcome(self) -> None:
         """Read Hello and accept it."""
         self.expect(frames.Hello)
-        self.say(frames.Welcome(1, "fake", "elsewhere", 0, rig.LAYERS, False, None))
+        self.say(frames.Welcome(2, "fake", "elsewhere", 0, rig.LAYERS, False, None, None))
 
     def close(self) -> None:
         """Free the socket."""

@@ -11,7 +11,9 @@ Tamper = Callable[[bytes], bytes]
 
 
 class FaultProxy:
-    """Forwards each connection to ``port``; faults are switched by its methods and attributes.
+    """Forwards each connection to ``port``, and each to its own ``data_port`` to that one.
+
+    Faults are switched by its methods and attributes.
 
     Attributes:
         frozen: while set, nothing is forwarded, and connections stay open.
@@ -19,10 +21,10 @@ class FaultProxy:
         tamper: applied to each piece of bytes from prefill to decode.
     """
 
-    def __init__(self, port: int) -> None:
-        self._target = port
-        self._server = socket.create_server(("127.0.0.1", 0))
-        self.port = self._server.getsockname()[1]
+    def __init__(self, port: int, data_port: int = 0) -> None:
+        servers = [(socket.create_server(("127.0.0.1", 0)), target) for target in (port, data_port) if target]
+        self._servers = [server for server, _ in servers]
+        self.port, self.data_port = self._servers[0].getsockname()[1], self._servers[-1].getsockname()[1]
         self.flowing = threading.Event()
         self.flowing.set()
         self.refusing = False
@@ -31,7 +33,8 @@ class FaultProxy:
         self._pairs: list[tuple[socket.socket, socket.socket]] = []
         self._threads: list[threading.Thread] = []
         self._guard = threading.Lock()
-        self._start(self._accept)
+        for server, target in servers:
+            self._start(self._accept, server, target)
 
     @property
     def peer(self) -> tuple[str, int, bool]:
@@ -52,9 +55,10 @@ class FaultProxy:
         """End the proxy."""
         self.refusing = True
         self.flowing.set()
-        with contextlib.suppress(OSError):
-            self._server.shutdown(socket.SHUT_RDWR)
-        self._server.close()
+        for server in self._servers:
+            with contextlib.suppress(OSError):
+                server.shutdown(socket.SHUT_RDWR)
+            server.close()
         self.cut()
         for thread in self._threads:
             thread.join(5)
@@ -64,16 +68,16 @@ class FaultProxy:
         self._threads.append(thread)
         thread.start()
 
-    def _accept(self) -> None:
+    def _accept(self, server: socket.socket, target: int) -> None:
         while True:
             try:
-                near, _ = self._server.accept()
+                near, _ = server.accept()
             except OSError:
                 return
             if self.refusing:
                 near.close()
                 continue
-            far = socket.create_connection(("127.0.0.1", self._target))
+            far = socket.create_connection(("127.0.0.1", target))
             for end in (near, far):
                 end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             with self._guard:

@@ -14,6 +14,7 @@ from sglang_tpla.transfer.decode import DecodeAgent
 from sglang_tpla.transfer.prefill import PrefillAgent
 from sglang_tpla.transfer.projection import Projection
 from sglang_tpla.transfer.types import CachePool, MetadataRows, RoomState
+from tests.wire.proxy import FaultProxy
 
 LAYERS, LATENT, ROPE, PAGE, PAGES = 3, 64, 16, 4, 96
 ITEM_BYTES = (64, 512)
@@ -92,6 +93,22 @@ def prefill_rank(
         bind_port=port,
     )
     return PrefillRank(agent, pool, metadata)
+
+
+def data_port(prefill: PrefillRank, announced: int | None = None) -> int:
+    """Port of a prefill rank's data channels; from now on it tells decode ranks ``announced`` instead."""
+    doorway = prefill.agent._doorway
+    assert doorway is not None
+    real = doorway.announced_port
+    doorway.announced_port = real if announced is None else announced
+    return real
+
+
+def through(prefill: PrefillRank) -> FaultProxy:
+    """A proxy that all of a prefill rank's traffic goes through, the data channels' too."""
+    proxy = FaultProxy(prefill.agent.address[1], data_port(prefill))
+    data_port(prefill, proxy.data_port)
+    return proxy
 
 
 def projection(group: int, width: int = 40, shared: int = 16) -> Projection:

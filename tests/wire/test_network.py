@@ -26,7 +26,7 @@ def prefill() -> Iterator[rig.PrefillRank]:
 
 @pytest.fixture
 def proxy(prefill: rig.PrefillRank) -> Iterator[FaultProxy]:
-    with contextlib.closing(FaultProxy(prefill.agent.address[1])) as item:
+    with contextlib.closing(rig.through(prefill)) as item:
         yield item
 
 
@@ -134,7 +134,7 @@ def test_flipped_bits_and_truncation(host: str | None) -> None:
     with contextlib.ExitStack() as stack:
         for item in (prefill, decode):
             stack.enter_context(contextlib.closing(item.agent))
-        damage(prefill, decode, stack.enter_context(contextlib.closing(FaultProxy(prefill.agent.address[1]))))
+        damage(prefill, decode, stack.enter_context(contextlib.closing(rig.through(prefill))))
 
 
 def damage(prefill: rig.PrefillRank, decode: rig.DecodeRank, proxy: FaultProxy) -> None:

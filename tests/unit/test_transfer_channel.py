@@ -1,0 +1,143 @@
+"""The data channel's two ends on a socket pair: any cut of the stream, and what is not of the protocol."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import struct
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from sglang_tpla.transfer.channel import PREAMBLE, ChannelError, Inbox, Outbox, Parcel, Spares
+from sglang_tpla.transfer.frames import FrameError
+
+COOKIE = bytes(range(16))
+HEADER = b"h" * 40
+
+
+@pytest.fixture
+def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
+    ends = socket.socketpair()
+    for end in ends:
+        end.setblocking(False)
+        end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8192)
+    with contextlib.ExitStack() as stack:
+        for end in ends:
+            stack.enter_context(end)
+        yield ends
+
+
+def inbox(stream: socket.socket, limit: int = 1 << 20) -> Inbox:
+    box = Inbox(stream, COOKIE, limit, Spares())
+    assert not box.greeted
+    assert box.greet() and box.greeted
+    return box
+
+
+def parcel(header: bytes, payload: bytes, log: list[int], wanted: bool = True) -> Parcel:
+    return Parcel((header, payload), wanted=lambda: wanted, done=lambda: log.append(len(payload)))
+
+
+def test_the_cookie_is_said_first_and_once(pair: tuple[socket.socket, socket.socket]) -> None:
+    box = inbox(pair[0])
+    assert pair[1].recv(100) == PREAMBLE + COOKIE
+    assert box.greet()
+    with pytest.raises(BlockingIOError):
+        pair[1].recv(100)
+
+
+@pytest.mark.parametrize("budget_bytes", [1, 1000, 1 << 30])
+def test_chunks_arrive_as_they_were_sent(
+    pair: tuple[socket.socket, socket.socket], budget_bytes: int
+) -> None:
+    random, log = np.random.default_rng(0), []
+    sent = [
+        (random.bytes(int(random.integers(14, 300))), random.bytes(int(random.integers(1, 60000))))
+        for _ in range(30)
+    ]
+    outbox, box = Outbox(pair[0]), inbox(pair[1])
+    for header, payload in sent:
+        outbox.push(parcel(header, payload, log))
+    came = []
+    while len(came) < len(sent):
+        outbox.flush()
+        came += [(bytes(header), bytes(payload)) for header, payload in box.receive(budget_bytes)]
+    assert came == sent
+    assert log == [len(payload) for _, payload in sent]
+    assert not outbox
+    total = sum(8 + len(header) + len(payload) for header, payload in sent)
+    assert outbox.sent_bytes == box.received_bytes == total
+
+
+def test_unwanted_parcels_are_left_out_and_begun_ones_finished(
+    pair: tuple[socket.socket, socket.socket],
+) -> None:
+    log: list[int] = []
+    outbox, box = Outbox(pair[0]), inbox(pair[1])
+    begun = parcel(HEADER, b"a" * 100_000, log)
+    outbox.push(begun)
+    outbox.push(parcel(HEADER, b"b" * 50, log, wanted=False))
+    outbox.push(parcel(HEADER, b"c" * 70, log))
+    outbox.flush()
+    assert begun.begun and log == []
+    begun.wanted = lambda: False
+    came: list[bytes] = []
+    while len(came) < 2:
+        outbox.flush()
+        came += [bytes(payload) for _, payload in box.receive(1 << 20)]
+    assert came == [b"a" * 100_000, b"c" * 70]
+    assert log == [100_000, 50, 70]
+
+
+def test_a_closed_outbox_gives_its_memory_back_once(pair: tuple[socket.socket, socket.socket]) -> None:
+    log: list[int] = []
+    outbox = Outbox(pair[0])
+    for size in (100_000, 2, 3):
+        outbox.push(parcel(HEADER, bytes(size), log))
+    outbox.flush()
+    outbox.close()
+    outbox.close()
+    assert log == [100_000, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("header_bytes", "payload_bytes"),
+    [(13, 10), (0, 0), ((64 << 10) + 1, 10), (40, 0), (40, 1001), (2**32 - 1, 2**32 - 1)],
+)
+def test_sizes_out_of_range_end_the_channel(
+    pair: tuple[socket.socket, socket.socket], header_bytes: int, payload_bytes: int
+) -> None:
+    box = inbox(pair[1], limit=1000)
+    pair[0].send(struct.pack(">II", header_bytes, payload_bytes) + bytes(100))
+    with pytest.raises(FrameError, match=f"{header_bytes} bytes of header and {payload_bytes} of payload"):
+        list(box.receive(1 << 20))
+
+
+def test_the_other_side_closing_ends_the_channel(pair: tuple[socket.socket, socket.socket]) -> None:
+    box, outbox = inbox(pair[1]), Outbox(pair[0])
+    outbox.push(parcel(HEADER, b"whole", []))
+    outbox.flush()
+    pair[0].send(b"\x00\x00")
+    assert pair[0].recv(100)  # the greeting: unread, it would make of the end a reset
+    pair[0].close()
+    got = box.receive(1 << 20)
+    assert bytes(next(got)[1]) == b"whole"
+    with pytest.raises(ChannelError, match="closed by the other side"):
+        next(got)
+
+
+def test_memory_is_used_again_and_never_far_too_large() -> None:
+    spares = Spares()
+    first = spares.take(1000)
+    address = np.frombuffer(first, dtype=np.uint8).ctypes.data
+    spares.give_back(first)
+    again = spares.take(600)
+    assert np.frombuffer(again, dtype=np.uint8).ctypes.data == address and again.nbytes == 600
+    spares.give_back(again)
+    small = spares.take(10)
+    assert small.obj.nbytes == 10  # 1000 bytes for 10 would let small chunks exceed staging
+    spares.give_back(memoryview(b"not from here"))
+    for _ in range(20):
+        spares.give_back(spares.take(10))

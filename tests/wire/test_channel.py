@@ -1,0 +1,158 @@
+"""The data channel: chunks take it where it is offered, ZMQ where not, and nobody else gets in."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+from collections.abc import Iterator
+
+import pytest
+
+from sglang_tpla.transfer import frames
+from sglang_tpla.transfer.channel import PREAMBLE, SIZES
+from sglang_tpla.transfer.types import RoomState
+from tests.wire import rig
+from tests.wire.fakes import FakeDecode, FakePrefill, hello
+
+PAGES = 90
+PAYLOAD_BYTES = rig.LAYERS * PAGES * rig.PAGE * (rig.LATENT + rig.ROPE) * 2
+
+
+@pytest.fixture
+def prefill() -> Iterator[rig.PrefillRank]:
+    item = rig.prefill_rank()
+    with contextlib.closing(item.agent):
+        yield item
+
+
+def transfer(prefill: rig.PrefillRank, decode: rig.DecodeRank, room: int) -> None:
+    """A whole room, right to the last bit."""
+    prefill.agent.open_room(room)
+    rig.ask(decode, [prefill.peer], room, rig.pages(room, PAGES))
+    prefill.agent.send(room, rig.pages(room + 1, PAGES), last=True, metadata_row=2)
+    assert rig.ended(decode.agent, room) == RoomState.SUCCESS, decode.agent.failure(room)
+    assert rig.ended(prefill.agent, room) == RoomState.SUCCESS, prefill.agent.failure(room)
+    rig.check_rows(prefill, decode, rig.pages(room + 1, PAGES), rig.pages(room, PAGES), PAGES * rig.PAGE)
+
+
+def knock(prefill: rig.PrefillRank, *said: bytes) -> socket.socket:
+    """A stranger at the port of data channels."""
+    stream = socket.create_connection(("127.0.0.1", rig.data_port(prefill)))
+    stream.settimeout(10)
+    for data in said:
+        stream.sendall(data)
+    return stream
+
+
+def test_chunks_travel_on_the_channel_alone(prefill: rig.PrefillRank) -> None:
+    with contextlib.ExitStack() as stack:
+        control = stack.enter_context(contextlib.closing(rig.FaultProxy(prefill.agent.address[1])))
+        data = stack.enter_context(contextlib.closing(rig.FaultProxy(rig.data_port(prefill))))
+        rig.data_port(prefill, data.port)
+        decode = rig.decode_rank(host="far")
+        stack.enter_context(contextlib.closing(decode.agent))
+        decode.agent.connect("127.0.0.1", control.port)
+        rig.wait(lambda: prefill.agent._doorway._channels, "the channel")
+        prefill.agent.open_room(1)
+        rig.ask(decode, [control.peer], 1, rig.pages(1, PAGES))
+        prefill.agent.send(1, rig.pages(2, PAGES), last=True, metadata_row=2)
+        assert rig.ended(decode.agent, 1) == RoomState.SUCCESS
+        rig.check_rows(prefill, decode, rig.pages(2, PAGES), rig.pages(1, PAGES), PAGES * rig.PAGE)
+        assert data.forwarded_bytes > PAYLOAD_BYTES
+        assert control.forwarded_bytes < PAYLOAD_BYTES / 8
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [(0, 1), (1, 0)])
+def test_either_side_can_do_without(ours: int, theirs: int) -> None:
+    prefill, decode = rig.prefill_rank(data_channel=ours), rig.decode_rank(host="far", data_channel=theirs)
+    with contextlib.closing(prefill.agent), contextlib.closing(decode.agent):
+        transfer(prefill, decode, 1)
+        assert prefill.agent.stats().refused == 0
+
+
+def test_a_port_that_nobody_reaches_is_done_without(prefill: rig.PrefillRank) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as gone:
+        port = gone.getsockname()[1]
+    rig.data_port(prefill, port)
+    decode = rig.decode_rank(host="far")
+    with contextlib.closing(decode.agent):
+        transfer(prefill, decode, 1)
+        assert decode.agent.stats().resumed == 0
+
+
+@pytest.mark.parametrize(
+    "said",
+    [b"GET / HTTP/1.1\r\n", PREAMBLE + bytes(16), PREAMBLE[:4] + b"\xff" + bytes(16), b"T" + bytes(3)],
+    ids=["another protocol", "a cookie of nobody", "another version", "damaged"],
+)
+def test_strangers_are_turned_away_and_counted(prefill: rig.PrefillRank, said: bytes) -> None:
+    before = prefill.agent.stats().refused
+    with knock(prefill, said) as stream:
+        with contextlib.suppress(ConnectionResetError):
+            assert stream.recv(1) == b""
+        rig.wait(lambda: prefill.agent.stats().refused == before + 1, "the refusal to be counted")
+    decode = rig.decode_rank(host="far")
+    with contextlib.closing(decode.agent):
+        transfer(prefill, decode, 1)
+
+
+def test_strangers_who_say_nothing_do_not_stay(prefill: rig.PrefillRank) -> None:
+    with knock(prefill) as silent, knock(prefill, PREAMBLE) as slow:
+        assert silent.recv(1) == slow.recv(1) == b""  # after peer_timeout_s
+    assert prefill.agent.stats().refused == 2
+
+
+def test_a_cookie_serves_once_and_ends_with_its_connection(prefill: rig.PrefillRank) -> None:
+    with contextlib.closing(FakeDecode(prefill.agent.address[1])) as fake:
+        fake.say(hello(host="far"))
+        welcome = fake.expect(frames.Welcome)[0]
+        assert welcome.data is not None
+        with knock(prefill, PREAMBLE + welcome.data.cookie) as first:
+            rig.wait(lambda: prefill.agent._doorway._channels, "the channel")
+            with knock(prefill, PREAMBLE + welcome.data.cookie) as second:
+                assert second.recv(1) == b""
+            fake.say(frames.Goodbye("enough"))
+            assert first.recv(1) == b""
+        fake.say(hello(host="far"))
+        cookie = fake.expect(frames.Welcome)[0].data.cookie
+        fake.say(frames.Goodbye("enough"))
+        rig.wait(lambda: prefill.agent.stats().peers == 0, "the goodbye")
+        with knock(prefill, PREAMBLE + cookie) as late:
+            assert late.recv(1) == b""
+    assert prefill.agent.stats().refused == 2
+
+
+GOOD = frames.encode(frames.Chunk(1, 1, 0, 0, False, 0, 1, 0, 1, frames.checksum(b"")))
+HOSTILE = {
+    "sizes": SIZES.pack(2**32 - 1, 2**32 - 1),
+    "more than a chunk": SIZES.pack(len(GOOD), rig.SETTINGS.chunk_bytes + 1) + GOOD,
+    "a header that is none": SIZES.pack(20, 1) + bytes(21),
+    "another message": SIZES.pack(len(frames.encode(frames.Ping(1))), 1)
+    + frames.encode(frames.Ping(1))
+    + b"x",
+}
+
+
+@pytest.mark.parametrize("said", HOSTILE.values(), ids=HOSTILE)
+def test_what_no_prefill_rank_would_send_ends_the_channel(said: bytes) -> None:
+    decode = rig.decode_rank(peer_timeout_s=5.0)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.closing(decode.agent))
+        fake = stack.enter_context(contextlib.closing(FakePrefill()))
+        server = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+        server.settimeout(10)
+        decode.agent.connect("127.0.0.1", fake.port)
+        fake.expect(frames.Hello)
+        offer = frames.DataChannel(server.getsockname()[1], bytes(range(16)))
+        fake.say(frames.Welcome(2, "fake", "elsewhere", 0, rig.LAYERS, False, None, offer))
+        stream = stack.enter_context(server.accept()[0])
+        stream.settimeout(10)
+        assert stream.recv(100) == PREAMBLE + offer.cookie
+        stream.sendall(said)
+        with contextlib.suppress(ConnectionResetError):
+            assert stream.recv(1) == b""
+        rig.wait(lambda: decode.agent.stats().peers == 1, "the connection to go on")
+        fake.expect(frames.Ping)
+        assert decode.agent.stats().malformed_dropped == 1
+        assert decode.agent.stats().internal_errors == 0
+        assert decode.agent.stats().threads_alive == 2
