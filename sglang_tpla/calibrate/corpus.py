@@ -2,8 +2,7 @@
 
 The default corpus is the source of Python's standard library, so calibration works wherever Python does. A
 document is a file, or a piece of some 32 KiB of one when there are few files. The seed and the documents'
-names
-decide which quarter of them is held out.
+names decide which quarter of them is held out.
 """
 
 from __future__ import annotations

@@ -9,8 +9,7 @@ Per layer, in float64 (d latent dims, H heads, n nope dims a head):
     query_outer    [H, n, n] sum of q^T q of the queries' nope part, each head by itself
 
 Absorbed queries are q W_UK, so their second moment [d, d] follows from ``query_outer`` and kv_b_proj. Memory
-does
-not grow with the text, and moments of two servers or ranks may be added.
+does not grow with the text, and moments of two servers or ranks may be added.
 """
 
 from __future__ import annotations

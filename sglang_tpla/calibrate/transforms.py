@@ -9,10 +9,9 @@ Every transform is a basis of the latent space, dealt out to the groups, and two
     B_i [w, d]  rows of the inverse basis; those of shared columns count 1/g in each group, so that
                 sum_i Z_i B_i = I and the output is exact wherever the groups' probabilities are.
 
-Bases: ``identity``, ``hadamard`` (seeded signs, spreads energy evenly), ``pca`` (the paper's: eigenvectors
-of the
-latent's covariance), ``shared`` (ours: whitened latent, directions ordered by score energy
-S_K^1/2 S_Q S_K^1/2; every group keeps the first r, and the rest goes out in blocks).
+Bases: ``identity``, ``hadamard`` (seeded signs, spreads energy evenly), ``pca`` (the paper's: eigenvectors of
+the latent's covariance), ``shared`` (ours: whitened latent, directions ordered by score energy S_K^1/2 S_Q
+S_K^1/2; every group keeps the first r, and the rest goes out in blocks).
 """
 
 from __future__ import annotations

@@ -1,10 +1,8 @@
 """Decode-phase error against plain MLA: the prompt exact, every later token through TPLA, by teacher forcing.
 
 Everything is measured at the positions whose attention went through the slices: a sequence of P + C tokens
-gives
-C predictions at positions P .. P+C-1 of the next token (the last of which has no next token and counts for
-KL and
-agreement only).
+gives C predictions at positions P .. P+C-1 of the next token (the last of which has no next token and counts
+for KL and agreement only).
 """
 
 from __future__ import annotations

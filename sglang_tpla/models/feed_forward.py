@@ -1,8 +1,7 @@
 """Feed-forward layers of the plain forward: dense, and mixtures of experts with V2's and V3's routing.
 
 Routing follows SGLang's ``srt/layers/moe/topk.py``: softmax ``greedy`` and ``group_limited_greedy`` (V2),
-sigmoid
-``noaux_tc`` with the correction bias deciding the choice but not the weight (V3, Kimi K2).
+sigmoid ``noaux_tc`` with the correction bias deciding the choice but not the weight (V3, Kimi K2).
 """
 
 from __future__ import annotations

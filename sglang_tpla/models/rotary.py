@@ -2,8 +2,7 @@
 ``DeepseekScalingRotaryEmbedding``.
 
 Rotated vectors are laid out as (all first halves of the pairs, all second halves), as transformers does;
-scores
-do not depend on the layout, only on query and key sharing it.
+scores do not depend on the layout, only on query and key sharing it.
 """
 
 from __future__ import annotations
