@@ -124,6 +124,32 @@ def test_half_open_connection(prefill: rig.PrefillRank, proxy: FaultProxy, decod
     at_rest(prefill, decode)
 
 
+def test_flipped_bit_in_the_greeting(
+    prefill: rig.PrefillRank, proxy: FaultProxy, decode: rig.DecodeRank
+) -> None:
+    """Damage while a connection is taken up again harms no later request: a spoiled name once looked like a restart."""
+    for round_, position in enumerate(range(100, 180, 5)):
+        begin(prefill, proxy, decode, 2 * round_)
+        passed = 0
+
+        def tamper(data: bytes, position: int = position) -> bytes:
+            nonlocal passed
+            at, passed = position - passed, passed + len(data)
+            return data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :] if 0 <= at < len(data) else data
+
+        proxy.tamper = tamper
+        proxy.cut()
+        prefill.agent.send(2 * round_, rig.pages(2 * round_ + 1, PAGES)[40:], last=True, metadata_row=2)
+        rig.ended(decode.agent, 2 * round_)
+        proxy.tamper = None
+        proxy.cut()
+        for item in (decode, prefill):
+            item.agent.close_room(2 * round_)
+        begin(prefill, proxy, decode, 2 * round_ + 1)
+        finish(prefill, decode, 2 * round_ + 1)
+    at_rest(prefill, decode)
+
+
 @pytest.mark.parametrize("host", [None, "far"], ids=["near", "far"])
 def test_flipped_bits_and_truncation(host: str | None) -> None:
     """Damage anywhere in the stream: payloads are asked for again, broken framing breaks the connection."""
