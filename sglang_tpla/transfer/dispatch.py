@@ -99,7 +99,7 @@ class PrefillDispatch(PrefillResuming):
         return None
 
     def _can_take(self, lane: Lane, sequence: int, streams: list[Stream], cap: int) -> bool:
-        if any(stream.peer.away or stream.peer.slots_held >= cap for stream in streams):
+        if any(stream.paused or stream.peer.away or stream.peer.slots_held >= cap for stream in streams):
             return False
         if lane.mode is Mode.LOCAL:
             return all(len(stream.unacked) < LOCAL_CHUNKS for stream in streams)
@@ -174,7 +174,7 @@ class PrefillDispatch(PrefillResuming):
         rectangle = lane.plan.rectangles[sequence]
         chunk = (int(lane.plan.part), sequence)
         # a rank whose connection broke meanwhile gets it again when it is back
-        streams = [stream for stream in load.streams if chunk in stream.unacked]
+        streams = [stream for stream in load.streams if chunk in stream.unacked and not stream.paused]
         if not streams:
             return
         self._counts["chunks"] += 1

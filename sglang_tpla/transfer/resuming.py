@@ -28,12 +28,12 @@ class PrefillResuming(PrefillServing):
                 ask.peer = new
                 asks[new.identity] = ask
                 if ask.stream is not None:
-                    ask.stream.peer = new
-                    ask.stream.credit_bytes = ask.stream.sent_bytes  # Resume says where credit goes on
+                    ask.stream.peer, ask.stream.paused = new, True
 
     def _take_resume(self, stream: Stream, message: frames.Resume) -> None:
         """Send again what a rank has not got, now that its connection is back."""
         stream.room.progress = time.monotonic()
+        stream.paused = False
         bitmaps = dict(message.applied)
         for lane in stream.lanes:
             for sequence, relay in lane.relays.items():

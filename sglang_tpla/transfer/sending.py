@@ -150,6 +150,7 @@ class Stream:
     )  # and the slot it is read from, if it is
     finish_sent: bool = False
     confirmed: bool = False
+    paused: bool = False  # its rank is back and has not said yet what it has, and from where credit counts
 
     def lane(self, part: int) -> Lane | None:
         """The lane that carries a part to this rank."""

@@ -7,6 +7,7 @@ Two prefill ranks (identical copies) serve two decode ranks. What must hold, wha
 - staging never exceeds its ceiling, and is never negative;
 - a row of a decode pool changes only while a live room owns its page;
 - a room that succeeds has the source's rows and metadata, to the bit;
+- honest ranks never find each other breaking the protocol;
 - after all rooms are closed nothing is held, and the next request is right.
 """
 
@@ -43,6 +44,8 @@ SETTINGS = Settings(
     transfer_timeout_s=20.0,
     data_channel=0,  # chunks come over ZMQ, which is what is simulated
 )
+# what a rank says of a peer that breaks the protocol
+ACCUSATIONS = ("sent chunk", "finished with", "confirmed chunks", "too many damaged", "internal error")
 
 
 class Choices:
@@ -272,9 +275,9 @@ class Simulation:
             self.decodes = [Decode(rank, maps[rank], hosts[rank]) for rank in range(2)]
         self.agents: list[Any] = [*self.prefills, *(decode.agent for decode in self.decodes)]
         self.peers = [(*agent.address, False) for agent in self.prefills]
-        self.doubtful: set[int] = (
-            set()
-        )  # rooms that a strange message may have named: their rows may be anything
+        self.strange = False
+        # rooms that a strange message may have named: their rows may be anything
+        self.doubtful: set[int] = set()
 
     @contextlib.contextmanager
     def _simulated(self) -> Iterator[None]:
@@ -300,6 +303,7 @@ class Simulation:
 
     def run(self, strange: bool) -> None:
         """Do what the choices say, then check that everything comes to rest and works."""
+        self.strange = strange
         usual = [
             self.advance,
             self.advance,
@@ -536,6 +540,9 @@ class Simulation:
             stats = agent.stats()
             if not 0 <= stats.staging_used_bytes <= stats.staging_limit_bytes:
                 raise Failure(f"staging of {agent.role} {agent.rank}: {stats.staging_used_bytes} bytes")
+            for entry in agent._rooms.values():
+                if not self.strange and any(word in entry.reason for word in ACCUSATIONS):
+                    raise Failure(f"honest ranks accuse each other: {entry.reason}")
         for decode in self.decodes:
             for room, entry in list(decode.agent._rooms.items()):
                 if entry.state is RoomState.SUCCESS and room in decode.owned and room not in self.doubtful:

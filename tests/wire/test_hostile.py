@@ -145,6 +145,37 @@ def test_protocol_versions_without_a_common_one(
     still_serves(prefill)
 
 
+def test_credit_of_a_broken_connection_is_void(prefill: rig.PrefillRank) -> None:
+    """Rows that come between a rank's Hello and its Resume wait for the credit that Resume counts from."""
+    prefill.agent.open_room(60)
+    request = frames.Request(60, 5, 1, 0, -1, False, 0, 1)
+    with contextlib.closing(FakeDecode(prefill.agent.address[1])) as before:
+        before.register(agent="comes back")
+        before.say(frames.Mapped(0, ()))
+        before.say(request)
+        prefill.agent.send(60, rig.pages(1, 8), last=False)
+        before.say(frames.Credit(60, 5, 10**6))
+        before.expect(frames.Chunk)
+    with contextlib.closing(FakeDecode(prefill.agent.address[1])) as after:
+        after.register(agent="comes back")
+        after.say(frames.Mapped(0, ()))
+        prefill.agent.send(60, rig.pages(2, 8), last=True, metadata_row=0)
+        after.say(frames.Ping(1))
+        seen = [after.read()[0] for _ in range(2)]
+        while seen[-1] != frames.Pong(1):
+            seen.append(after.read()[0])
+        rig.wait(lambda: prefill.agent._work._waiters, "the worker to have nothing to do")
+        after.say(frames.Ping(2))
+        while seen[-1] != frames.Pong(2):
+            seen.append(after.read()[0])
+        assert not any(isinstance(message, frames.Chunk) for message in seen), seen
+        after.say(request)
+        after.say(frames.Resume(60, 5, 0, ()))
+        after.say(frames.Credit(60, 5, 10**6))
+        after.expect(frames.Chunk)
+    prefill.agent.close_room(60)
+
+
 def test_unknown_peer_is_told_to_register(prefill: rig.PrefillRank, fake: FakeDecode) -> None:
     before = prefill.agent.stats().unknown_peer
     fake.say(frames.Request(1, 2, 1, 0, -1, False, 0, 1))
