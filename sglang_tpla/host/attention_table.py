@@ -1,47 +1,79 @@
 """Which of SGLang's attention backends may decode a slice, as measured (``sglang_tpla/attention/backends.py``).
 
 SGLang's names differ from kernels: its ``flashinfer`` backend lets FlashInfer choose a template by the GPU, its ``fa3``
-is the FlashAttention-3 of sgl_kernel, which takes value widths of 256 and more.
+is the FlashAttention-3 of sgl_kernel, which takes value widths of 256 and more; ``tpla`` is this package's kernel
+(``decode_attention.py``). Needs no SGLang and no GPU.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 from sglang_tpla.attention.backends import BACKENDS, BackendRefusal, Capability
 from sglang_tpla.attention.interface import DecodeShape
 
+OURS = "tpla"
 FA3_WIDTHS = (256, 320, 512)  # measured right on an H200; below 256 the kernel refuses
+WHOLE_LATENT = 512  # the width that the stock kernels were tuned for
 
 
-def require_engine_backend(name: str, shape: DecodeShape, capability: Capability) -> None:
-    """Refuse an attention backend of the engine that is wrong, faults or was never measured at this shape.
+def engine_objection(name: str, shape: DecodeShape, capability: Capability) -> str | None:
+    """Why an attention backend of the engine must not decode this shape there; None if it may.
 
     Args:
         name: value of ``--attention-backend`` (or ``--decode-attention-backend``).
         shape: one rank's attention layer.
         capability: CUDA compute capability, None on a CPU.
+    """
+    kernels = {backend.name: backend for backend in BACKENDS}
+    if name == "torch_native":
+        return None
+    if name == "triton":
+        return "Triton needs a GPU" if capability is None else None
+    if name == "flashinfer":
+        return kernels["flashinfer_fa3" if capability == (9, 0) else "flashinfer_fa2"].objection(
+            shape, capability
+        )
+    if name == OURS:  # it gathers single tokens, whatever the page size of the pool
+        return kernels["hopper"].objection(replace(shape, page_size=1), capability)
+    if name == "fa3":
+        if capability != (9, 0) or shape.latent_dim not in FA3_WIDTHS:
+            return f"it serves latent widths {list(FA3_WIDTHS)} on compute capability 9.0"
+        return None
+    return "it was never measured on a sliced latent"
+
+
+def require_engine_backend(name: str, shape: DecodeShape, capability: Capability) -> None:
+    """Refuse an attention backend of the engine that is wrong, faults or was never measured at this shape.
 
     Raises:
         BackendRefusal: with the reason and what to use instead.
     """
-    if name == "torch_native":
-        return
-    if name == "flashinfer":
-        kernel = "flashinfer_fa3" if capability == (9, 0) else "flashinfer_fa2"
-        objection = next(b for b in BACKENDS if b.name == kernel).objection(shape, capability)
-        if objection is not None:
-            raise BackendRefusal(
-                f"--attention-backend flashinfer cannot decode a latent slice of width {shape.latent_dim} here: "
-                f"{objection}; use --attention-backend torch_native (any width), or an artifact of another width"
-            )
-    elif name == "fa3":
-        if capability != (9, 0) or shape.latent_dim not in FA3_WIDTHS:
-            raise BackendRefusal(
-                f"attention backend 'fa3' serves latent widths {list(FA3_WIDTHS)} on compute capability 9.0; got "
-                f"width {shape.latent_dim} on {capability or 'a CPU'}; choose another number of groups or of shared "
-                "dimensions, or --attention-backend torch_native"
-            )
-    else:
+    objection = engine_objection(name, shape, capability)
+    if objection is not None:
+        able = [
+            other
+            for other in (OURS, "fa3", "flashinfer", "triton", "torch_native")
+            if engine_objection(other, shape, capability) is None
+        ]
         raise BackendRefusal(
-            f"attention backend {name!r} was never measured on a sliced latent of width {shape.latent_dim}; use "
-            "--attention-backend torch_native, flashinfer or fa3"
+            f"--attention-backend {name} cannot decode a latent slice of width {shape.latent_dim} with rope "
+            f"{shape.rope_dim} and {shape.heads} heads here: {objection}; use --attention-backend {' or '.join(able)}, "
+            "or an artifact of another width"
         )
+
+
+def preferred_backend(shapes: Sequence[DecodeShape], capability: Capability, stock: str) -> str:
+    """The backend of a decode server that was not told one.
+
+    Args:
+        shapes: one for each width among the layers.
+        stock: SGLang's own choice on this machine, kept for the whole latent.
+    """
+    whole = all(shape.latent_dim == WHOLE_LATENT for shape in shapes)
+    order = (stock, OURS, "triton") if whole else (OURS, stock, "triton")
+    for name in order:
+        if all(engine_objection(name, shape, capability) is None for shape in shapes):
+            return name
+    return "torch_native"

@@ -18,6 +18,7 @@ from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 from sglang_tpla.config import ConfigError, Settings
 from sglang_tpla.host import ledger
+from sglang_tpla.host.attention_table import OURS
 
 logger = logging.getLogger(__name__)
 _applied: list[str] = []
@@ -95,7 +96,19 @@ def register() -> None:
     install(roles)
     if settings is None:
         return
-    # The one choice list that SGLang lets a plug-in extend: without it the command line refuses the backend.
-    from sglang.srt.server_args import add_disagg_transfer_backend_choices
+    # Choice lists that SGLang lets a plug-in extend: without them the command line refuses the names.
+    from sglang.srt.server_args import add_attention_backend_choices, add_disagg_transfer_backend_choices
 
     add_disagg_transfer_backend_choices(["tpla"])
+    if settings.role == "decode":
+        from sglang.srt.layers.attention.attention_registry import register_attention_backend
+
+        add_attention_backend_choices([OURS])
+        register_attention_backend(OURS)(decode_backend)
+
+
+def decode_backend(runner: Any) -> Any:
+    """Our attention backend for a model runner; its kernel is imported where it is wanted."""
+    from sglang_tpla.host.decode_attention import TplaDecodeBackend
+
+    return TplaDecodeBackend(runner)

@@ -23,6 +23,7 @@ from sglang.srt.models.deepseek_common.utils import FORWARD_ABSORB_CORE_ATTENTIO
 from sglang.srt.runtime_context import get_parallel
 from torch import nn
 
+from sglang_tpla.host.attention_table import OURS
 from sglang_tpla.host.state import make_slice
 from sglang_tpla.models.fold import fold_key_map, fold_value_map
 from sglang_tpla.transfer.projection import project_latent
@@ -135,7 +136,7 @@ def absorbed_core(
             self, q_pe, k_pe, q_nope_out, k_nope, forward_batch, zero_allocator, positions, topk_indices,
             llama_4_scaling, fusion_plan,
         )  # fmt: skip
-    if self.current_attention_backend in FORWARD_ABSORB_CORE_ATTENTION_BACKENDS:
+    if self.current_attention_backend in (OURS, *FORWARD_ABSORB_CORE_ATTENTION_BACKENDS):
         out = self.attn_mqa(q_nope_out, k_nope, k_nope, forward_batch, q_rope=q_pe, k_rope=k_pe)
     else:
         query = torch.cat((q_nope_out, q_pe), dim=-1)  # [tokens, h, w + rope]

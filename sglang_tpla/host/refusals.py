@@ -19,7 +19,8 @@ from sglang_tpla.attention.interface import AttentionInputError, DecodeShape
 from sglang_tpla.calibrate.artifact import ArtifactError
 from sglang_tpla.calibrate.identity import weights_hash
 from sglang_tpla.config import ConfigError, Layout
-from sglang_tpla.host.attention_table import require_engine_backend
+from sglang_tpla.host.attention_table import OURS, preferred_backend, require_engine_backend
+from sglang_tpla.host.engine_memory import CACHE_DTYPES
 from sglang_tpla.host.hooks import refuse
 from sglang_tpla.host.state import artifact, settings
 from sglang_tpla.models.checkpoint import Checkpoint, CheckpointError
@@ -138,26 +139,51 @@ def check_model(args: Any) -> None:
     attention_ranks = args.tp_size // (args.dp_size if args.enable_dp_attention else 1)
     layout = Layout(attention_ranks, settings().groups, text.num_attention_heads)
     loaded = artifact()
-    if loaded is None:
-        return
-    folder = local_checkpoint(args.model_path, args.revision)
-    loaded.check_model(Checkpoint(folder).config, weights_hash(folder), layout.groups)
     backend = args.get_attention_backends()[1]
-    widths = sorted(set(loaded.meta.widths))
-    if len(widths) > 1 and backend == "flashinfer":
+    if loaded is not None:
+        folder = local_checkpoint(args.model_path, args.revision)
+        loaded.check_model(Checkpoint(folder).config, weights_hash(folder), layout.groups)
+    elif backend != OURS:
+        return  # plain MLA on a stock backend
+    shapes = slice_shapes(args, config)
+    if len(shapes) > 1 and backend == "flashinfer":
         raise ConfigError(
-            f"{settings().artifact} has layers of widths {widths}, and --attention-backend flashinfer plans one "
-            "width for all layers; use another backend or an artifact without a per-layer policy"
+            f"{settings().artifact} has layers of widths {[shape.latent_dim for shape in shapes]}, and "
+            "--attention-backend flashinfer plans one width for all layers; use another backend or an artifact without "
+            "a per-layer policy"
         )
-    for width in widths:
-        shape = DecodeShape(
-            latent_dim=width,
-            heads=layout.local_heads,
-            rope_dim=loaded.meta.rope_dim,
-            page_size=args.page_size,
-            dtype=config.dtype,
-        )
+    for shape in shapes:
         require_engine_backend(backend, shape, device_capability(torch.device(args.device)))
+
+
+def slice_shapes(args: Any, config: Any) -> list[DecodeShape]:
+    """One rank's attention layers, one shape for each width among them.
+
+    Args:
+        config: the engine's ModelConfig, whose heads are H*g already (``model_shape.py``).
+    """
+    loaded = artifact()
+    attention_ranks = args.tp_size // (args.dp_size if args.enable_dp_attention else 1)
+    return [
+        DecodeShape(
+            latent_dim=width,
+            heads=config.num_attention_heads // attention_ranks,
+            rope_dim=config.qk_rope_head_dim,
+            page_size=args.page_size or 1,
+            dtype=CACHE_DTYPES.get(args.kv_cache_dtype, config.dtype),
+        )
+        for width in (sorted(set(loaded.meta.widths)) if loaded else [config.kv_lora_rank])
+    ]
+
+
+def default_backend(original: Callable[..., str], self: Any, use_mla_backend: bool, model_config: Any) -> str:
+    """Around ``ServerArgs._get_default_attn_backend``: stock's choice was made for the whole latent."""
+    stock = original(self, use_mla_backend, model_config)
+    if artifact() is None:
+        return stock
+    return preferred_backend(
+        slice_shapes(self, model_config), device_capability(torch.device(self.device)), stock
+    )
 
 
 def local_checkpoint(model_path: str, revision: str | None) -> Path:

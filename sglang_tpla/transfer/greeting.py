@@ -21,7 +21,7 @@ from sglang_tpla.transfer.registration import agreed_version, mismatch
 from sglang_tpla.transfer.rows import RowReader
 from sglang_tpla.transfer.security import ZAP_ENDPOINT, Security
 from sglang_tpla.transfer.sending import Peer, SenderProjection, Upload
-from sglang_tpla.transfer.staging import Staging, pin
+from sglang_tpla.transfer.staging import Staging, pin, unpin
 from sglang_tpla.transfer.types import CachePool, MetadataRows, TransferError
 
 MAX_PROJECTIONS = 64
@@ -67,8 +67,9 @@ class PrefillGreeting(Agent):
         self._arena = self._make_arena()
         # without shared memory: committed page by page as slots are first used
         memory = self._arena.data if self._arena is not None else np.empty(slots_bytes, dtype=np.uint8)
-        if pool.device.type == "cuda":
-            pin(memory)
+        self._pinned = memory if pool.device.type == "cuda" else None
+        if self._pinned is not None:
+            pin(self._pinned)
         reserve = [] if self._arena is None else [self._arena.reserve]
         self._staging = Staging(memory, self._chunk_bytes, *reserve)
         self._peers: OrderedDict[bytes, Peer] = OrderedDict()
@@ -131,6 +132,9 @@ class PrefillGreeting(Agent):
     def close(self) -> None:
         """End both threads and free socket and staging; rooms that are still alive fail."""
         super().close()
+        if self._pinned is not None:
+            unpin(self._pinned)
+            self._pinned = None
         if self._arena is not None:
             self._arena.close()
 

@@ -118,3 +118,14 @@ def pin(memory: np.ndarray) -> None:
     result = torch.cuda.cudart().cudaHostRegister(memory.ctypes.data, memory.nbytes, 0)
     if int(result) != 0:
         raise RuntimeError(f"cudaHostRegister of {memory.nbytes} bytes failed: {result}; lower staging_bytes")
+
+
+def unpin(memory: np.ndarray) -> None:
+    """Undo `pin`: the addresses may be another agent's later, and CUDA refuses to register them twice.
+
+    Raises:
+        RuntimeError: CUDA refused.
+    """
+    result = torch.cuda.cudart().cudaHostUnregister(memory.ctypes.data)
+    if int(result) != 0:
+        raise RuntimeError(f"cudaHostUnregister failed: {result}")

@@ -1,0 +1,62 @@
+"""Which of SGLang's attention backends may decode a slice, and which one a server gets that asks for none."""
+
+import pytest
+import torch
+
+from sglang_tpla.attention.backends import BackendRefusal
+from sglang_tpla.attention.interface import DecodeShape
+from sglang_tpla.host.attention_table import engine_objection, preferred_backend, require_engine_backend
+
+HOPPER, AMPERE, CPU = (9, 0), (8, 0), None
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "capability", "words"),
+    [
+        (
+            "flashinfer",
+            DecodeShape(160, 16),
+            HOPPER,
+            "use --attention-backend tpla or triton or torch_native",
+        ),
+        ("flashinfer", DecodeShape(160, 16), AMPERE, "silently.*use --attention-backend triton"),
+        ("fa3", DecodeShape(160, 16), HOPPER, "latent widths"),
+        ("fa3", DecodeShape(256, 16), AMPERE, "compute capability 9.0"),
+        ("tpla", DecodeShape(80, 8, rope_dim=32), HOPPER, "pad the slice"),
+        ("tpla", DecodeShape(160, 16, dtype=torch.float8_e4m3fn), HOPPER, "dtype"),
+        ("tpla", DecodeShape(160, 16), AMPERE, "needs compute capability 9.0"),
+        ("triton", DecodeShape(80, 8), CPU, "use --attention-backend torch_native,"),
+        ("cutlass_mla", DecodeShape(512, 16), HOPPER, "never measured"),
+    ],
+)
+def test_refused_with_what_to_use_instead(
+    name: str, shape: DecodeShape, capability: tuple[int, int] | None, words: str
+) -> None:
+    with pytest.raises(BackendRefusal, match=words):
+        require_engine_backend(name, shape, capability)
+
+
+def test_our_kernel_serves_pools_of_any_page_size() -> None:
+    assert engine_objection("tpla", DecodeShape(160, 16, page_size=16), HOPPER) is None
+
+
+@pytest.mark.parametrize(
+    ("shapes", "capability", "stock", "expected"),
+    [
+        ([DecodeShape(512, 16)], HOPPER, "fa3", "fa3"),  # the whole latent keeps what SGLang chose
+        ([DecodeShape(320, 32)], HOPPER, "fa3", "tpla"),  # fa3 would be right too, and slower
+        ([DecodeShape(160, 16), DecodeShape(512, 16)], HOPPER, "fa3", "tpla"),
+        ([DecodeShape(80, 8, rope_dim=32)], HOPPER, "fa3", "triton"),
+        ([DecodeShape(256, 4)], HOPPER, "fa3", "fa3"),  # too few heads for ours
+        ([DecodeShape(128, 4)], HOPPER, "fa3", "triton"),
+        ([DecodeShape(160, 16)], AMPERE, "flashinfer", "triton"),
+        ([DecodeShape(256, 16)], AMPERE, "flashinfer", "flashinfer"),
+        ([DecodeShape(80, 8, rope_dim=32, dtype=torch.float32)], CPU, "torch_native", "torch_native"),
+    ],
+)
+def test_default(
+    shapes: list[DecodeShape], capability: tuple[int, int] | None, stock: str, expected: str
+) -> None:
+    assert preferred_backend(shapes, capability, stock) == expected
+    for shape in shapes:
+        require_engine_backend(expected, shape, capability)
