@@ -63,9 +63,9 @@ class Hook:
 
 
 def ledger_path() -> Path:
-    """The ledger of this installation: inside the package when installed, beside it in a checkout."""
+    """The ledger of this installation: beside the package in a checkout, inside it when installed."""
     package = Path(sglang_tpla.__file__).parent
-    for folder in (package / "patches", package.parent / "patches"):
+    for folder in (package.parent / "patches", package / "patches"):
         if (folder / "ledger.toml").is_file():
             return folder / "ledger.toml"
     raise LedgerError(f"patches/ledger.toml is neither in {package} nor beside it; reinstall sglang_tpla")
