@@ -184,7 +184,9 @@ class Agent(ABC):
         self._log.warning("transfer dropped on %s rank %d: %s", self.role, self._rank, why)
 
     def _log_transfer(self, **fields: Any) -> None:
-        self._log.info("transfer %s", json.dumps({"role": self.role, "rank": self._rank, **fields}))
+        """One line for a transfer that ended; ``at`` is the time of day in seconds since 1970."""
+        line = {"role": self.role, "rank": self._rank, "at": round(time.time(), 6), **fields}
+        self._log.info("transfer %s", json.dumps(line))
 
 
 def endpoint(host: str, port: int | str) -> str:

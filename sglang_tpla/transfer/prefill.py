@@ -88,6 +88,7 @@ class PrefillAgent(PrefillDispatch):
             entry.tokens += slots.size
             entry.progress = time.monotonic()
             entry.first_send = entry.first_send or entry.progress
+            entry.last_send = entry.progress if last else None
             entry.last, entry.metadata = last, metadata
             for plan in entry.plans:
                 plan.extend(self._pool, segment)

@@ -230,7 +230,9 @@ class RowWriter:
         self, layers: range, slots: np.ndarray, shared: Sequence[int], part: Part, data: np.ndarray
     ) -> None:
         if self._pinned is None or self._pinned.numel() < data.size:
-            with torch.cuda.device(self.pool.device):  # this thread's own is GPU 0, and pinning would wake that one
+            with torch.cuda.device(
+                self.pool.device
+            ):  # this thread's own is GPU 0, and pinning would wake that one
                 self._pinned = torch.empty(data.size, dtype=torch.uint8, pin_memory=True)
         pinned = self._pinned[: data.size]
         pinned.numpy()[:] = data  # free again at the end of this call, which waits for the device

@@ -279,6 +279,7 @@ class Room:
     wire_bytes: int = 0
     shared_memory_bytes: int = 0
     first_send: float | None = None
+    last_send: float | None = None  # the last rows were handed over: prefill had computed the whole prompt
     ended: float | None = None
     progress: float = field(default_factory=time.monotonic)
 

@@ -384,6 +384,7 @@ class PrefillServing(PrefillGreeting):
             bytes=entry.wire_bytes,
             shared_memory_bytes=entry.shared_memory_bytes,
             seconds=round(seconds_since(entry.first_send, entry.ended), 6),
+            after_prefill_seconds=round(seconds_since(entry.last_send, entry.ended), 6),
             result="success" if state is RoomState.SUCCESS else reason,
             resent=sum(stream.resent for stream in streams),
         )

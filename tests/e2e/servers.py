@@ -64,7 +64,7 @@ class Server:
 
     def start(self) -> Server:
         environment = {**os.environ, **self.env, "PYTHONUNBUFFERED": "1"}
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), environment.get("PYTHONPATH")]))
         with self.log.open("ab") as out:
             self.process = subprocess.Popen(
                 [sys.executable, *self.command],
