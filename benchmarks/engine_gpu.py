@@ -36,7 +36,7 @@ from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from tests.e2e.servers import ROOT, Pair, request_body, transfer_lines
-from tests.gpu.engine import DEVICE, Engines
+from tests.gpu.engine import DEVICE, OUR_KERNEL, Engines
 
 LATENT, ROPE, NOPE, VALUE, HEADS, HIDDEN, QUERY, INTERMEDIATE, VOCABULARY = (
     512,
@@ -165,10 +165,9 @@ def main() -> None:
         context = 2 * max(args.tokens)
         write_checkpoint(model, args.layers, context)
         engines = Engines(str(model), args.out.parent)
-        backend = ("--attention-backend", "tpla") if DEVICE == "cuda" else ()
         try:
             engines.start_prefill("--chunked-prefill-size", str(CHUNK))
-            engines.decode("decode", 1, "--tpla-groups", "1", *backend)
+            engines.decode("decode", 1, "--tpla-groups", "1", *OUR_KERNEL)
             pair = engines.pair("decode")
             rows = [measure(pair, tokens, args.repeats) for tokens in args.tokens]
         finally:

@@ -18,6 +18,21 @@ FA3_WIDTHS = (256, 320, 512)  # measured right on an H200; below 256 the kernel 
 WHOLE_LATENT = 512  # the width that the stock kernels were tuned for
 
 
+def triton_serves(latent_dim: int, rope_dim: int) -> bool:
+    """Whether SGLang's Triton decode compiles: the blocks of key and value columns must be one.
+
+    Answers to ``_decode_grouped_att_m_fwd`` in ``sglang/kernels/ops/attention/decode_attention.py``, which splits off
+    the rope of 512 + 64 and 256 + 32 alone. Tried on an H200 at 80 + 32 (right), 128 + 32 and 256 + 64 (refused by the
+    compiler at the first step).
+    """
+
+    def rounded(values: int) -> int:
+        return 1 << (values - 1).bit_length()
+
+    keys = {576: 512, 288: 256}.get(latent_dim + rope_dim, rounded(latent_dim + rope_dim))
+    return keys == rounded(latent_dim)
+
+
 def engine_objection(name: str, shape: DecodeShape, capability: Capability) -> str | None:
     """Why an attention backend of the engine must not decode this shape there; None if it may.
 
@@ -30,7 +45,14 @@ def engine_objection(name: str, shape: DecodeShape, capability: Capability) -> s
     if name == "torch_native":
         return None
     if name == "triton":
-        return "Triton needs a GPU" if capability is None else None
+        if capability is None:
+            return "Triton needs a GPU"
+        if triton_serves(shape.latent_dim, shape.rope_dim):
+            return None
+        return (
+            "its kernel takes the values from the loaded keys, which compiles only where latent and latent + rope "
+            "round up to the same power of two"
+        )
     if name == "flashinfer":
         return kernels["flashinfer_fa3" if capability == (9, 0) else "flashinfer_fa2"].objection(
             shape, capability

@@ -38,14 +38,22 @@ CUDA = (
 )  # fmt: skip
 if DEVICE == "cuda":
     SHARED_FLAGS = (*CUDA, *SERVER)
-    STOCK_ATTENTION = "triton"  # of the stock backends that take any width, the one that compiles in seconds
-    NO_PREFILL_GRAPH: tuple[str, ...] = ("--disable-prefill-cuda-graph",)  # they take minutes to capture
+    # Of the stock backends, Triton computes prompts of any shape and compiles in seconds; for decode at the widths of
+    # the test models (128 + 32, 256 + 64) it does not compile, FlashInfer faults, and PyTorch's own attention is right.
+    PROMPT_ATTENTION = ("--attention-backend", "triton", "--decode-attention-backend", "torch_native")
     EAGER: tuple[str, ...] = ("--disable-decode-cuda-graph",)
     GRAPHS: tuple[str, ...] = ("--cuda-graph-max-bs-decode", "8")
+    ANY_WIDTH: tuple[str, ...] = ("--attention-backend", "torch_native", *EAGER)
+    OUR_KERNEL: tuple[str, ...] = ("--attention-backend", "tpla", *GRAPHS)
+    NO_GRAPHS: tuple[str, ...] = (
+        "--disable-prefill-cuda-graph",
+        *EAGER,
+    )  # of prompts: they take minutes to capture
 else:
     SHARED_FLAGS = (*COMMON, *SERVER)
-    STOCK_ATTENTION, NO_PREFILL_GRAPH, EAGER, GRAPHS = "torch_native", (), (), ()
-PROMPTS = ("--attention-backend", STOCK_ATTENTION, "--chunked-prefill-size", "512", *NO_PREFILL_GRAPH)
+    PROMPT_ATTENTION = ("--attention-backend", "torch_native")
+    EAGER, ANY_WIDTH, OUR_KERNEL, NO_GRAPHS = (), (), (), ()
+PROMPTS = (*PROMPT_ATTENTION, *NO_GRAPHS)
 
 
 def _ours(role: str, name: str, model: str, port: int, log: Path, *args: str, **env: str) -> Server:
@@ -96,9 +104,7 @@ class Engines:
             str(port),
         )
         env = ENV | {"SGLANG_PLUGINS": "none"} | (CPU_ENV if DEVICE == "cpu" else {})
-        self.stock = Server(
-            "stock", (*command, *PROMPTS, *GRAPHS, *extra), port, self.log / "stock.log", env
-        ).start()
+        self.stock = Server("stock", (*command, *PROMPTS, *extra), port, self.log / "stock.log", env).start()
 
     def start_prefill(self, *extra: str) -> None:
         """Start a prefill server."""
@@ -107,7 +113,7 @@ class Engines:
         self.prefill = _ours("prefill", "prefill", self.model, port, self.log, *flags).start()
 
     def decode(self, name: str, ranks: int, *args: str) -> None:
-        """Start a decode server of ``ranks`` ranks on the one GPU; CUDA graphs with one rank only."""
+        """Start a decode server of ``ranks`` ranks on the one GPU; no CUDA graphs with more than one."""
         ports = free_ports(ranks + 1)
         servers = []
         for rank in range(ranks):
@@ -120,7 +126,7 @@ class Engines:
             servers.append(
                 _ours(
                     "decode", f"{name}-{rank}" if ranks > 1 else name, self.model, ports[rank], self.log,
-                    *args, *((*nodes, *EAGER) if ranks > 1 else GRAPHS),
+                    *args, *((*nodes, *EAGER) if ranks > 1 else ()),
                     **((env | {"PYTHONPATH": path}) if ranks > 1 else {}),
                 ).start()
             )  # fmt: skip

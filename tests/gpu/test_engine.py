@@ -21,12 +21,12 @@ from sglang_tpla.calibrate.artifact import Artifact
 from sglang_tpla.evaluate.decode_error import model_maps
 from sglang_tpla.models.plain import PlainModel
 from tests.e2e.prompts import short_prompts, source
-from tests.e2e.servers import transfer_lines
-from tests.gpu.engine import DEVICE, Engines
+from tests.gpu.engine import ANY_WIDTH, DEVICE, OUR_KERNEL, Engines
 
 pytestmark = pytest.mark.gpu
-TOKENS = 48
+TOKENS = 32
 LOGPROBS = {"return_logprob": True}
+CHUNKS = ("--chunked-prefill-size", "512")
 TINY, TINY_ARTIFACT = "SGLANG_TPLA_TEST_TINY", "SGLANG_TPLA_TEST_TINY_ARTIFACT"  # folder, file
 RESULTS = "SGLANG_TPLA_TEST_RESULTS"  # folder for engine.json and the servers' logs
 # Another order of sums in bfloat16 (fewer heads a rank, other kernels) moves the error by about this factor.
@@ -39,18 +39,26 @@ class Bench:
     def __init__(self, name: str, model: str, artifact: str, log: Path) -> None:
         log.mkdir(parents=True, exist_ok=True)
         self.name, self.artifact = name, Artifact.load(artifact)
+        self._answers: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {}
         self.engines = Engines(model, log)
-        self.engines.start_stock()
-        self.engines.start_prefill()
-        self.engines.decode("one-group", 1, "--tpla-groups", "1", *(self.ours if name == "tiny" else ()))
+        self.engines.start_stock(*CHUNKS)
+        self.engines.start_prefill(*CHUNKS)
+        self.engines.decode(
+            "one-group", 1, "--tpla-groups", "1", *(OUR_KERNEL if name == "tiny" else ANY_WIDTH)
+        )
         self.engines.decode("two-groups", 2, "--tpla-groups", "2", "--tpla-artifact", artifact)
         self.plain = PlainModel(model)
         self.maps = model_maps(self.artifact, self.plain)
         tokenizer = Tokenizer.from_file(f"{model}/tokenizer.json")
-        texts = [*short_prompts(12, seed=3), source(seed=5, characters=2500), source(seed=6, characters=4500)]
+        texts = [*short_prompts(8, seed=3), source(seed=5, characters=2500), source(seed=6, characters=4500)]
         self.prompts = [tokenizer.encode(text).ids for text in texts]
 
-    ours = ("--attention-backend", "tpla") if DEVICE == "cuda" else ()
+    def answers(self, layout: str) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+        """What prefill and a decode server answer, one request at a time; asked once."""
+        if layout not in self._answers:
+            pair = self.engines.pair(layout)
+            self._answers[layout] = [pair.generate(prompt, TOKENS, **LOGPROBS) for prompt in self.prompts]
+        return self._answers[layout]
 
     @torch.no_grad()
     def expected(self, prompt: list[int], tokens: list[int], sliced: bool) -> torch.Tensor:
@@ -95,9 +103,15 @@ def report() -> Iterator[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def benches(
-    nano_mla: str, nano_artifact: str, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest,
+    nano_mla: str,
+    nano_artifact: str,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[dict[str, Bench]]:
-    """All servers of all models, started together."""
+    """All servers of the models that the chosen tests ask for, started together."""
+    chosen = {
+        item.callspec.params.get("bench") for item in request.session.items if hasattr(item, "callspec")
+    }
     folder = Path(os.environ.get(RESULTS) or tmp_path_factory.mktemp("engine")) / "logs"
     models = {"nano": (nano_mla, nano_artifact)}
     if TINY in os.environ:
@@ -105,6 +119,8 @@ def benches(
     found: dict[str, Bench] = {}
     try:
         for name, (model, artifact) in models.items():
+            if name not in chosen:
+                continue
             found[name] = Bench(name, model, artifact, folder / name)
         yield found
     finally:
@@ -136,12 +152,10 @@ def summary(errors: torch.Tensor) -> dict[str, float]:
 def test_answers_follow_the_reference(
     bench: Bench, stock: list[dict[str, Any]], report: dict[str, Any], layout: str, sliced: bool
 ) -> None:
-    pair = bench.engines.pair(layout)
-    answers = [pair.generate(prompt, TOKENS, **LOGPROBS) for prompt in bench.prompts]
+    answers = bench.answers(layout)
     firsts, ours = [first for first, _ in answers], [second for _, second in answers]
     noise, errors = bench.errors(stock, False), bench.errors(ours, sliced)
     info = bench.engines.decodes[layout].front.get("/server_info")
-    moved = [line for line in transfer_lines(pair.prefill)]
     entry = {
         "stock": summary(noise),
         "ours": summary(errors),
@@ -155,7 +169,6 @@ def test_answers_follow_the_reference(
         "prompts": len(stock),
         "attention_backend": info["attention_backend"],
         "tpla": {key: info["tpla"][key] for key in ("groups", "head_shards", "widths")},
-        "transfers": len(moved),
     }
     report[f"{bench.name} {layout}"] = entry
     assert info["tpla"]["groups"] == (2 if sliced else 1)
@@ -168,8 +181,8 @@ def test_answers_follow_the_reference(
 @pytest.mark.parametrize("layout", ["one-group", "two-groups"])
 def test_many_at_once_answer_as_one_at_a_time(bench: Bench, layout: str) -> None:
     """Concurrent requests share batches, graphs and the transfer agents; each follows the reference all the same."""
+    answers = [second for _, second in bench.answers(layout)]
     pair = bench.engines.pair(layout)
-    answers = [pair.generate(prompt, TOKENS, **LOGPROBS)[1] for prompt in bench.prompts]
     rooms = [
         type(pair)(pair.prefill, pair.bootstrap, pair.decode, next_room=pair.next_room + 1 + number)
         for number in range(len(bench.prompts))

@@ -5,7 +5,12 @@ import torch
 
 from sglang_tpla.attention.backends import BackendRefusal
 from sglang_tpla.attention.interface import DecodeShape
-from sglang_tpla.host.attention_table import engine_objection, preferred_backend, require_engine_backend
+from sglang_tpla.host.attention_table import (
+    engine_objection,
+    preferred_backend,
+    require_engine_backend,
+    triton_serves,
+)
 
 HOPPER, AMPERE, CPU = (9, 0), (8, 0), None
 
@@ -25,6 +30,7 @@ HOPPER, AMPERE, CPU = (9, 0), (8, 0), None
         ("tpla", DecodeShape(80, 8, rope_dim=32), HOPPER, "pad the slice"),
         ("tpla", DecodeShape(160, 16, dtype=torch.float8_e4m3fn), HOPPER, "dtype"),
         ("tpla", DecodeShape(160, 16), AMPERE, "needs compute capability 9.0"),
+        ("triton", DecodeShape(128, 8, rope_dim=32), HOPPER, "same power of two.*torch_native"),
         ("triton", DecodeShape(80, 8), CPU, "use --attention-backend torch_native,"),
         ("cutlass_mla", DecodeShape(512, 16), HOPPER, "never measured"),
     ],
@@ -41,6 +47,15 @@ def test_our_kernel_serves_pools_of_any_page_size() -> None:
 
 
 @pytest.mark.parametrize(
+    ("latent_dim", "rope_dim", "serves"),
+    [(512, 64, True), (256, 32, True), (80, 32, True), (160, 64, True), (320, 64, True), (128, 32, False),
+     (256, 64, False), (128, 64, False), (64, 64, False), (544, 32, False)],
+)  # fmt: skip
+def test_triton_compiles_where_its_two_blocks_are_one(latent_dim: int, rope_dim: int, serves: bool) -> None:
+    assert triton_serves(latent_dim, rope_dim) is serves
+
+
+@pytest.mark.parametrize(
     ("shapes", "capability", "stock", "expected"),
     [
         ([DecodeShape(512, 16)], HOPPER, "fa3", "fa3"),  # the whole latent keeps what SGLang chose
@@ -48,7 +63,13 @@ def test_our_kernel_serves_pools_of_any_page_size() -> None:
         ([DecodeShape(160, 16), DecodeShape(512, 16)], HOPPER, "fa3", "tpla"),
         ([DecodeShape(80, 8, rope_dim=32)], HOPPER, "fa3", "triton"),
         ([DecodeShape(256, 4)], HOPPER, "fa3", "fa3"),  # too few heads for ours
-        ([DecodeShape(128, 4)], HOPPER, "fa3", "triton"),
+        ([DecodeShape(160, 4)], HOPPER, "fa3", "triton"),
+        (
+            [DecodeShape(128, 4)],
+            HOPPER,
+            "fa3",
+            "torch_native",
+        ),  # 128 and 192 columns round up to different powers
         ([DecodeShape(160, 16)], AMPERE, "flashinfer", "triton"),
         ([DecodeShape(256, 16)], AMPERE, "flashinfer", "flashinfer"),
         ([DecodeShape(80, 8, rope_dim=32, dtype=torch.float32)], CPU, "torch_native", "torch_native"),
