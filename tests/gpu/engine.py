@@ -31,7 +31,15 @@ ENV = {
     "SGLANG_NCCL_SO_PATH": "no-nccl-on-one-gpu",  # NCCL refuses two ranks on one device
     "SGLANG_USE_MESSAGE_QUEUE_BROADCASTER": "0",
 }
-SERVER = ("--grammar-backend", "none", "--sampling-backend", "pytorch", "--skip-server-warmup")
+# A dozen schedulers that spin while they are idle would leave no core to those that work.
+SERVER = (
+    "--grammar-backend",
+    "none",
+    "--sampling-backend",
+    "pytorch",
+    "--skip-server-warmup",
+    "--sleep-on-idle",
+)
 CUDA = (
     "--device", "cuda", "--dtype", "bfloat16", "--host", "127.0.0.1", "--max-total-tokens", "70000",
     "--disable-custom-all-reduce",
@@ -45,10 +53,7 @@ if DEVICE == "cuda":
     GRAPHS: tuple[str, ...] = ("--cuda-graph-max-bs-decode", "8")
     ANY_WIDTH: tuple[str, ...] = ("--attention-backend", "torch_native", *EAGER)
     OUR_KERNEL: tuple[str, ...] = ("--attention-backend", "tpla", *GRAPHS)
-    NO_GRAPHS: tuple[str, ...] = (
-        "--disable-prefill-cuda-graph",
-        *EAGER,
-    )  # of prompts: they take minutes to capture
+    NO_GRAPHS: tuple[str, ...] = ("--disable-prefill-cuda-graph", *EAGER)
 else:
     SHARED_FLAGS = (*COMMON, *SERVER)
     PROMPT_ATTENTION = ("--attention-backend", "torch_native")

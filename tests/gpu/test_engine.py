@@ -47,7 +47,7 @@ class Bench:
             "one-group", 1, "--tpla-groups", "1", *(OUR_KERNEL if name == "tiny" else ANY_WIDTH)
         )
         self.engines.decode("two-groups", 2, "--tpla-groups", "2", "--tpla-artifact", artifact)
-        self.plain = PlainModel(model)
+        self.plain = PlainModel(model, device=DEVICE)
         self.maps = model_maps(self.artifact, self.plain)
         tokenizer = Tokenizer.from_file(f"{model}/tokenizer.json")
         texts = [*short_prompts(8, seed=3), source(seed=5, characters=2500), source(seed=6, characters=4500)]
@@ -63,11 +63,11 @@ class Bench:
     @torch.no_grad()
     def expected(self, prompt: list[int], tokens: list[int], sliced: bool) -> torch.Tensor:
         """The reference's logprobs of ``tokens`` after ``prompt``, ``[len(tokens)]``."""
-        ids = torch.tensor([prompt + tokens])
+        ids = torch.tensor([prompt + tokens], device=DEVICE)
         maps = {"maps": self.maps, "prompt_tokens": len(prompt)} if sliced else {}
-        scores = self.plain.forward(ids[:, :-1], **maps).log_softmax(-1)[0]
+        scores = self.plain.forward(ids[:, :-1], **maps).log_softmax(-1)[0].cpu()
         at = torch.arange(len(prompt) - 1, ids.shape[1] - 1)
-        return scores[at, ids[0, at + 1]]
+        return scores[at, torch.tensor(tokens)]
 
     def errors(self, answers: list[dict[str, Any]], sliced: bool) -> torch.Tensor:
         """|logprob said - reference's| of every answered token."""
