@@ -3,11 +3,55 @@
 from __future__ import annotations
 
 import contextlib
+import random
 import socket
 import threading
+import time
 from collections.abc import Callable
 
 Tamper = Callable[[bytes], bytes]
+
+
+class Spoiler:
+    """Does one thing to some of the pieces of bytes that pass.
+
+    Args:
+        kind: ``drop``, ``delay``, ``duplicate``, ``reorder``, ``truncate``, ``flip`` or ``throttle``.
+        seed: of the choice of pieces.
+        chance: of a piece to be spoiled; every piece is throttled.
+    """
+
+    KINDS = ("drop", "delay", "duplicate", "reorder", "truncate", "flip", "throttle")
+    DELAY_S = 0.05
+    BYTES_PER_S = 2e6
+
+    def __init__(self, kind: str, seed: int, chance: float) -> None:
+        self._kind, self._random, self._chance = kind, random.Random(seed), chance
+        self.spoiled = 0
+
+    def __call__(self, data: bytes) -> bytes:
+        if self._kind != "throttle" and self._random.random() > self._chance:
+            return data
+        self.spoiled += 1
+        half = len(data) // 2
+        match self._kind:
+            case "drop":
+                return b""
+            case "delay":
+                time.sleep(self.DELAY_S)
+            case "duplicate":
+                return data + data
+            case "reorder":
+                return data[half:] + data[:half]
+            case "truncate":
+                return data[:half]
+            case "flip":
+                bits = bytearray(data)
+                bits[self._random.randrange(len(bits))] ^= 1 << self._random.randrange(8)
+                return bytes(bits)
+            case "throttle":
+                time.sleep(len(data) / self.BYTES_PER_S)
+        return data
 
 
 class FaultProxy:
@@ -16,19 +60,25 @@ class FaultProxy:
     Faults are switched by its methods and attributes.
 
     Attributes:
-        frozen: while set, nothing is forwarded, and connections stay open.
+        flowing: while cleared, nothing is forwarded, and connections stay open.
         refusing: while set, new connections are closed at once.
         tamper: applied to each piece of bytes from prefill to decode.
+        tamper_up: applied to each piece of bytes from decode to prefill.
     """
 
-    def __init__(self, port: int, data_port: int = 0) -> None:
-        servers = [(socket.create_server(("127.0.0.1", 0)), target) for target in (port, data_port) if target]
+    def __init__(self, port: int, data_port: int = 0, listen_port: int = 0) -> None:
+        servers = [
+            (socket.create_server(("127.0.0.1", own)), target)
+            for target, own in ((port, listen_port), (data_port, 0))
+            if target
+        ]
         self._servers = [server for server, _ in servers]
         self.port, self.data_port = self._servers[0].getsockname()[1], self._servers[-1].getsockname()[1]
         self.flowing = threading.Event()
         self.flowing.set()
         self.refusing = False
         self.tamper: Tamper | None = None
+        self.tamper_up: Tamper | None = None
         self.forwarded_bytes = 0
         self._pairs: list[tuple[socket.socket, socket.socket]] = []
         self._threads: list[threading.Thread] = []
@@ -77,7 +127,11 @@ class FaultProxy:
             if self.refusing:
                 near.close()
                 continue
-            far = socket.create_connection(("127.0.0.1", target))
+            try:
+                far = socket.create_connection(("127.0.0.1", target))
+            except OSError:  # nobody listens there now
+                near.close()
+                continue
             for end in (near, far):
                 end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             with self._guard:
@@ -91,9 +145,8 @@ class FaultProxy:
                 self.flowing.wait()
                 if from_prefill:
                     self.forwarded_bytes += len(data)
-                    if self.tamper is not None:
-                        data = self.tamper(data)
-                sink.sendall(data)
+                tamper = self.tamper if from_prefill else self.tamper_up
+                sink.sendall(data if tamper is None else tamper(data))
         except OSError:
             pass
         for end in (source, sink):
