@@ -15,7 +15,6 @@ from sglang_tpla.attention.interface import DecodeShape
 
 OURS = "tpla"
 FA3_WIDTHS = (256, 320, 512)  # measured right on an H200; below 256 the kernel refuses
-WHOLE_LATENT = 512  # the width that the stock kernels were tuned for
 
 
 def triton_serves(latent_dim: int, rope_dim: int) -> bool:
@@ -87,15 +86,13 @@ def require_engine_backend(name: str, shape: DecodeShape, capability: Capability
 
 
 def preferred_backend(shapes: Sequence[DecodeShape], capability: Capability, stock: str) -> str:
-    """The backend of a decode server that was not told one.
+    """The backend of a decode server that was not told one: SGLang's own choice where that is right.
 
     Args:
         shapes: one for each width among the layers.
-        stock: SGLang's own choice on this machine, kept for the whole latent.
+        stock: what SGLang chose on this machine, for the whole latent.
     """
-    whole = all(shape.latent_dim == WHOLE_LATENT for shape in shapes)
-    order = (stock, OURS, "triton") if whole else (OURS, stock, "triton")
-    for name in order:
+    for name in (stock, OURS, "triton"):
         if all(engine_objection(name, shape, capability) is None for shape in shapes):
             return name
     return "torch_native"

@@ -58,8 +58,9 @@ def test_triton_compiles_where_its_two_blocks_are_one(latent_dim: int, rope_dim:
 @pytest.mark.parametrize(
     ("shapes", "capability", "stock", "expected"),
     [
-        ([DecodeShape(512, 16)], HOPPER, "fa3", "fa3"),  # the whole latent keeps what SGLang chose
-        ([DecodeShape(320, 32)], HOPPER, "fa3", "tpla"),  # fa3 would be right too, and slower
+        ([DecodeShape(512, 16)], HOPPER, "fa3", "fa3"),
+        ([DecodeShape(320, 32)], HOPPER, "fa3", "fa3"),
+        ([DecodeShape(192, 64)], HOPPER, "fa3", "tpla"),
         ([DecodeShape(160, 16), DecodeShape(512, 16)], HOPPER, "fa3", "tpla"),
         ([DecodeShape(80, 8, rope_dim=32)], HOPPER, "fa3", "triton"),
         ([DecodeShape(256, 4)], HOPPER, "fa3", "fa3"),  # too few heads for ours
