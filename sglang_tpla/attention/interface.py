@@ -178,3 +178,63 @@ def checked_inputs(
             f"the page table has page_size {table.page_size}, the backend was made for {shape.page_size}"
         )
     return cache
+
+
+def checked_write(
+    latent: torch.Tensor,
+    k_rope: torch.Tensor,
+    weight: torch.Tensor,
+    z: torch.Tensor | None,
+    cos_sin: torch.Tensor | None,
+    positions: torch.Tensor | None,
+    slots: torch.Tensor,
+    cache: torch.Tensor,
+) -> torch.Tensor:
+    """Check the inputs of ``write_latent`` (`latent_write`), and return the cache as [slots, w + rope].
+
+    Raises:
+        AttentionInputError: what was expected, and what came.
+    """
+    rows = cache.squeeze(1) if cache.dim() == 3 and cache.shape[1] == 1 else cache
+    if latent.dim() != 2 or k_rope.dim() != 2:
+        raise AttentionInputError(
+            f"latent must be [tokens, d] and k_rope [tokens, rope]; got {list(latent.shape)} and "
+            f"{list(k_rope.shape)}"
+        )
+    (tokens, d), rope = latent.shape, k_rope.shape[1]
+    w = d if z is None else z.shape[-1]
+    dtype = cache.dtype
+    expected = [
+        ("latent", latent, (tokens, d), dtype),
+        ("k_rope", k_rope, (tokens, rope), dtype),
+        ("weight", weight, (d,), dtype),
+        ("cache", rows, (rows.shape[0], w + rope), dtype),
+    ]
+    if z is not None:
+        expected.append(("z", z, (d, w), torch.float32))
+    if cos_sin is not None:
+        expected.append(("cos_sin", cos_sin, (cos_sin.shape[0], rope), torch.float32))
+    for name, tensor, dims, kind in expected:
+        if tuple(tensor.shape) != dims or tensor.dtype != kind:
+            raise AttentionInputError(
+                f"{name} must be {kind} {list(dims)} for {tokens} tokens; got {tensor.dtype} {list(tensor.shape)}"
+            )
+        if tensor.stride(-1) != 1:
+            raise AttentionInputError(f"{name} must have contiguous rows; got strides {tensor.stride()}")
+    for name, table in (("weight", weight), ("z", z), ("cos_sin", cos_sin)):
+        if table is not None and not table.is_contiguous():
+            raise AttentionInputError(f"{name} must be contiguous; got strides {table.stride()}")
+    if rope % 2:
+        raise AttentionInputError(f"k_rope must hold pairs, an even number of values; got {rope}")
+    if (cos_sin is None) != (positions is None):
+        raise AttentionInputError("cos_sin and positions come together, or neither where k_rope is rotated")
+    for name, index in (("slots", slots), ("positions", positions)):
+        if index is not None and (
+            index.shape != (tokens,)
+            or index.dtype not in (torch.int32, torch.int64)
+            or not index.is_contiguous()
+        ):
+            raise AttentionInputError(
+                f"{name} must be contiguous int32 or int64 [{tokens}]; got {index.dtype} {list(index.shape)}"
+            )
+    return rows

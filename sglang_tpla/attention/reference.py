@@ -1,4 +1,4 @@
-"""Paged latent decode attention in plain PyTorch: the twin that every kernel is compared with.
+"""Paged latent decode attention, and the writing of its cache, in plain PyTorch: the twins of the kernels.
 
 Works on any device and any width; arithmetic in float32 (float64 for float64 inputs), one request at a time.
 Shapes, meaning and equation as in ``interface.py``.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from sglang_tpla.attention.interface import DecodeShape, PageTable, checked_inputs
+from sglang_tpla.attention.interface import DecodeShape, PageTable, checked_inputs, checked_write
 
 
 def token_slots(table: PageTable, request: int, length: int) -> torch.Tensor:
@@ -84,3 +84,36 @@ class ReferenceDecode:
             query_len=self.shape.query_len,
         ).to(q_latent.dtype)
         return result if out is None else out.copy_(result)
+
+
+def write_latent(
+    latent: torch.Tensor,
+    k_rope: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    z: torch.Tensor | None,
+    cos_sin: torch.Tensor | None,
+    positions: torch.Tensor | None,
+    slots: torch.Tensor,
+    cache: torch.Tensor,
+    *,
+    neox: bool = False,
+) -> None:
+    """Norm, project, rotate and write new cache rows; arguments and errors as in `latent_write.write_latent`."""
+    rows = checked_write(latent, k_rope, weight, z, cos_sin, positions, slots, cache)
+    raw = latent.to(torch.float32)
+    inverse = torch.rsqrt(raw.square().mean(-1, keepdim=True) + eps)
+    normed = (raw * inverse * weight.to(torch.float32)).to(rows.dtype)  # [tokens, d]
+    kept = normed if z is None else (normed.to(torch.float32) @ z).to(rows.dtype)  # [tokens, w]
+    key = k_rope if cos_sin is None else _rotate(k_rope, cos_sin[positions], neox)
+    rows[slots.long()] = torch.cat([kept, key], dim=-1)
+
+
+def _rotate(key: torch.Tensor, cos_sin: torch.Tensor, neox: bool) -> torch.Tensor:
+    """Rotate [tokens, rope] by [tokens, rope] of cosines and sines, in the key's own order."""
+    cos, sin = cos_sin.chunk(2, dim=-1)  # [tokens, rope / 2]
+    wide = key.to(torch.float32)
+    x, y = wide.chunk(2, dim=-1) if neox else (wide[:, 0::2], wide[:, 1::2])
+    turned = (x * cos - y * sin, y * cos + x * sin)
+    together = torch.cat(turned, dim=-1) if neox else torch.stack(turned, dim=-1).flatten(1)
+    return together.to(key.dtype)

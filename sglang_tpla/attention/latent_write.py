@@ -1,0 +1,115 @@
+"""One decode step's new cache rows in one launch: norm, projection to the slice, rope of the key, paged write.
+
+    z = RMSNorm(c; weight, eps) Z,    cache[slot] = [z | R(position) k_rope]          (design, section 2)
+
+The norm sees the whole latent and is rounded to the cache's dtype before it is projected, as where norm and
+projection are two steps (SGLang's ``kv_a_layernorm``, ``transfer.projection.project_latent``): new rows are rounded
+like transferred ones. Rotation answers to SGLang's ``DeepseekScalingRotaryEmbedding``: ``neox`` rotates halves,
+otherwise neighbours; the result keeps the key's own order. ``reference.write_latent`` is the twin.
+
+Compiled for Hopper and right in Triton's interpreter, but not yet run on a GPU (``tests/gpu/test_latent_write.py``).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from sglang_tpla.attention.interface import AttentionInputError, checked_write
+
+FEW_TOKENS = 8  # up to here a program takes one token, beyond it 16 on the tensor cores
+
+
+def write_latent(
+    latent: torch.Tensor,
+    k_rope: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    z: torch.Tensor | None,
+    cos_sin: torch.Tensor | None,
+    positions: torch.Tensor | None,
+    slots: torch.Tensor,
+    cache: torch.Tensor,
+    *,
+    neox: bool = False,
+) -> None:
+    """Write ``cache[slots]`` on a GPU.
+
+    Args:
+        latent: [tokens, d], before the norm; rows may be strided. k_rope: [tokens, rope], likewise.
+        weight: [d], of the norm. eps: of the norm.
+        z: [d, w] float32, contiguous; None keeps the whole latent (w = d).
+        cos_sin: [positions, rope] float32, cosines then sines; None: ``k_rope`` is rotated already.
+        positions: [tokens] integer, rows of ``cos_sin``.
+        slots: [tokens] integer, rows of ``cache``; which of two equal slots wins is not said.
+        cache: [slots, w + rope] or [slots, 1, w + rope], rows may be strided.
+
+    Raises:
+        AttentionInputError: shapes, dtypes or a device that do not fit.
+    """
+    rows = checked_write(latent, k_rope, weight, z, cos_sin, positions, slots, cache)
+    if rows.device.type != "cuda":
+        raise AttentionInputError(
+            f"latent_write.write_latent runs on a GPU; got tensors on {rows.device}; use reference.write_latent"
+        )
+    launch(latent, k_rope, weight, eps, z, cos_sin, positions, slots, rows, neox=neox)
+
+
+def launch(
+    latent: torch.Tensor,
+    k_rope: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    z: torch.Tensor | None,
+    cos_sin: torch.Tensor | None,
+    positions: torch.Tensor | None,
+    slots: torch.Tensor,
+    rows: torch.Tensor,
+    *,
+    neox: bool,
+) -> None:
+    """`write_latent` unchecked, wherever Triton runs (its interpreter takes CPU tensors)."""
+    import triton
+
+    from sglang_tpla.attention import latent_write_triton as kernels
+
+    tokens, d = latent.shape
+    if tokens == 0:
+        return
+    rope = k_rope.shape[1]
+    w = rows.shape[1] - rope
+    whole_d = triton.next_power_of_2(d)
+    if z is None:  # nothing to share between tokens or columns
+        block_tokens, block_w, block_d = 1, whole_d, whole_d
+    elif tokens <= FEW_TOKENS:
+        block_tokens, block_w, block_d = 1, 16, whole_d
+    else:
+        block_tokens, block_w, block_d = 16, 32, 128
+    rotate = (
+        kernels.ROTATE_NOT if cos_sin is None else kernels.ROTATE_HALVES if neox else kernels.ROTATE_PAIRS
+    )
+    grid = (triton.cdiv(tokens, block_tokens), triton.cdiv(w, block_w) + 1)
+    kernels.latent_write_kernel[grid](
+        latent,
+        k_rope,
+        weight,
+        latent if z is None else z,
+        latent if cos_sin is None else cos_sin,
+        slots if positions is None else positions,
+        slots,
+        rows,
+        latent.stride(0),
+        k_rope.stride(0),
+        rows.stride(0),
+        tokens,
+        eps,
+        D=d,
+        W=w,
+        ROPE=rope,
+        PROJECT=z is not None,
+        ROTATE=rotate,
+        BLOCK_TOKENS=block_tokens,
+        BLOCK_W=block_w,
+        BLOCK_D=block_d,
+        HALF=triton.next_power_of_2(rope // 2),
+        num_warps=4,
+    )

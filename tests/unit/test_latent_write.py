@@ -1,0 +1,122 @@
+"""Writing a step's cache rows: the twin against complex arithmetic in float64, the kernel in Triton's interpreter."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from sglang_tpla.attention.interface import AttentionInputError
+from sglang_tpla.attention.latent_write import write_latent as write_on_gpu
+from sglang_tpla.attention.reference import write_latent
+from sglang_tpla.transfer.projection import project_latent
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "gpu"))
+from write_case import WriteCase, random_write
+
+SIZES = [(1, 512, 256, 64), (3, 40, 24, 6), (17, 33, 7, 2), (5, 96, None, 20), (0, 16, 8, 4)]
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 3e-3}
+
+
+def in_complex_numbers(case: WriteCase, eps: float, neox: bool) -> np.ndarray:
+    """The rows that should be written, float64: pairs are complex numbers, rotation is a product."""
+    latent, key = case.latent.double().numpy(), case.k_rope.double().numpy()
+    normed = latent / np.sqrt((latent**2).mean(1, keepdims=True) + eps) * case.weight.double().numpy()
+    if case.latent.dtype == torch.bfloat16:
+        normed = torch.from_numpy(normed).to(torch.bfloat16).double().numpy()
+    kept = normed if case.z is None else normed @ case.z.double().numpy()
+    if case.cos_sin is not None:
+        assert case.positions is not None
+        half = key.shape[1] // 2
+        table = case.cos_sin.double().numpy()[case.positions.numpy()]
+        turn = table[:, :half] + 1j * table[:, half:]
+        pairs = key[:, :half] + 1j * key[:, half:] if neox else key[:, 0::2] + 1j * key[:, 1::2]
+        turned = pairs * turn
+        parts = (turned.real, turned.imag)
+        key = np.concatenate(parts, 1) if neox else np.stack(parts, 2).reshape(key.shape)
+    return np.concatenate([kept, key], 1)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("rotate", [None, "pairs", "halves"])
+@pytest.mark.parametrize(("tokens", "d", "w", "rope"), SIZES)
+def test_twin(tokens: int, d: int, w: int | None, rope: int, rotate: str | None, dtype: torch.dtype) -> None:
+    case = random_write(tokens, d, w, rope, rotate is not None, dtype, seed=tokens + d)
+    write_latent(*case.arguments(1e-5), neox=rotate == "halves")
+    right = in_complex_numbers(case, 1e-5, rotate == "halves")
+    written = case.cache.squeeze(1)[case.slots].double().numpy()
+    assert np.linalg.norm(written - right) <= TOLERANCE[dtype] * np.linalg.norm(right)
+    others = torch.ones(len(case.cache), dtype=torch.bool)
+    others[case.slots] = False
+    assert case.cache[others].isnan().all()
+
+
+def test_rows_are_those_of_a_transfer() -> None:
+    """Norm, then `project_latent`, as the sender of a cache does: the same bits."""
+    case = random_write(9, 64, 24, 8, rotated=False, dtype=torch.bfloat16, seed=1)
+    write_latent(*case.arguments(1e-6))
+    assert case.z is not None
+    normed = torch.nn.functional.rms_norm(case.latent.float(), (64,), case.weight.float(), 1e-6).bfloat16()
+    assert torch.equal(case.cache[case.slots, 0, :24], project_latent(normed, case.z))
+    assert torch.equal(case.cache[case.slots, 0, 24:], case.k_rope)
+
+
+INTERPRETED = """
+import sys, torch
+from write_case import random_write
+from sglang_tpla.attention import latent_write, reference
+for tokens in (1, 3, 19):
+    for d, w, rope in ((40, 24, 6), (130, 33, 2), (24, None, 4)):
+        for rotate in (None, "pairs", "halves"):
+            cases = [random_write(tokens, d, w, rope, rotate is not None, torch.float32, 5) for _ in range(2)]
+            reference.write_latent(*cases[0].arguments(1e-6), neox=rotate == "halves")
+            *rest, cache = cases[1].arguments(1e-6)
+            latent_write.launch(*rest, cache.squeeze(1), neox=rotate == "halves")
+            a, b = (torch.nan_to_num(case.cache, nan=-7.0) for case in cases)
+            assert torch.allclose(a, b, rtol=1e-5, atol=1e-6), (tokens, d, w, rope, rotate)
+print("right")
+"""
+
+
+def test_kernel_in_tritons_interpreter() -> None:
+    """The kernel's own code, at odd sizes, without a GPU."""
+    pytest.importorskip("triton")
+    folder = Path(__file__).parents[1] / "gpu"
+    result = subprocess.run(
+        [sys.executable, "-c", INTERPRETED],
+        env={"TRITON_INTERPRET": "1", "PYTHONPATH": str(folder), "PATH": "/usr/bin:/bin", "HOME": "/nowhere"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.stdout.strip() == "right", result.stderr[-2000:]
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    case = random_write(4, 32, 16, 8, rotated=True, dtype=torch.bfloat16, seed=2)
+    good = dict(
+        zip(
+            ("latent", "k_rope", "weight", "eps", "z", "cos_sin", "positions", "slots", "cache"),
+            case.arguments(1e-6),
+            strict=True,
+        )
+    )
+    for name, value, said in (
+        ("latent", case.latent[:, :31], "weight must be"),
+        ("latent", case.latent[0], "latent must be"),
+        ("k_rope", case.k_rope[:3], "k_rope must be"),
+        ("weight", case.weight.float(), "weight must be"),
+        ("z", case.z.bfloat16() if case.z is not None else None, "z must be"),
+        ("z", None, "cache must be"),
+        ("cos_sin", None, "come together"),
+        ("positions", torch.zeros(4), "positions must be"),
+        ("slots", case.slots[:2], "slots must be"),
+        ("cache", case.cache.float(), "latent must be"),
+        ("latent", case.latent.T.contiguous().T, "contiguous rows"),
+    ):
+        with pytest.raises(AttentionInputError, match=said):
+            write_latent(**(good | {name: value}))
+    with pytest.raises(AttentionInputError, match="runs on a GPU"):
+        write_on_gpu(**good)
