@@ -18,13 +18,15 @@ from typing import Any
 
 import torch
 from sglang.srt.layers.radix_attention import RadixAttention
+from sglang.srt.model_executor.forward_context import get_token_to_kv_pool
 from sglang.srt.models.deepseek_common.attention_forward_methods.forward_methods import AttnForwardMethod
 from sglang.srt.models.deepseek_common.utils import FORWARD_ABSORB_CORE_ATTENTION_BACKENDS
 from sglang.srt.runtime_context import get_parallel
 from torch import nn
 
+from sglang_tpla.attention.latent_write import write_latent
 from sglang_tpla.host.attention_table import OURS
-from sglang_tpla.host.state import make_slice
+from sglang_tpla.host.state import make_slice, settings
 from sglang_tpla.models.fold import fold_key_map, fold_value_map
 from sglang_tpla.transfer.projection import project_latent
 
@@ -33,7 +35,8 @@ class SlicedNorm(nn.Module):
     """SGLang's latent norm followed by the projection to this rank's slice: ``[..., d] -> [..., w]``.
 
     The norm sees the whole latent, so it is exact. ``weight`` is the norm's own parameter under its own name: the
-    checkpoint loads as before.
+    checkpoint loads as before. Where one kernel writes the rows it is put off: the raw latent goes on to
+    `absorbed_core`, which knows where they go.
     """
 
     z: torch.Tensor
@@ -46,8 +49,17 @@ class SlicedNorm(nn.Module):
         self.register_buffer("z", z.to(norm.weight.device), persistent=False)  # [d, w] float32
 
     def forward(self, latent: torch.Tensor) -> torch.Tensor:
+        """Norm, then project; or, where that is put off, the latent as it came."""
+        return latent if puts_off(latent) else self.project(latent)
+
+    def project(self, latent: torch.Tensor) -> torch.Tensor:
         """Norm, then project."""
         return project_latent(self._norm[0](latent), self.z)
+
+
+def puts_off(latent: torch.Tensor) -> bool:
+    """Whether norm and projection wait for the cache write (``--tpla-one-write``)."""
+    return latent.is_cuda and settings().one_write == 1
 
 
 def build_attention(original: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -> None:
@@ -116,6 +128,22 @@ def _keep_storage(old: torch.Tensor | None, new: torch.Tensor) -> torch.Tensor:
     return new if old is None else old.copy_(new)
 
 
+def write_rows(self: Any, latent: torch.Tensor, k_rope: torch.Tensor, forward_batch: Any) -> bool:
+    """Norm, project and write a decode step's rows with one kernel; False where that kernel does not serve.
+
+    Args:
+        latent: [tokens, 1, d], before the norm. k_rope: [tokens, 1, rope], rotated (with the queries, in one launch).
+    """
+    norm = self.kv_a_layernorm
+    cache = get_token_to_kv_pool().get_key_buffer(self.layer_id)
+    if not forward_batch.forward_mode.is_decode() or not latent.dtype == norm.weight.dtype == cache.dtype:
+        return False
+    places = forward_batch.out_cache_loc
+    rows = (latent.squeeze(1), k_rope.squeeze(1), norm.weight, norm.variance_epsilon, norm.z)
+    write_latent(*rows, None, None, places, cache)
+    return True
+
+
 def absorbed_core(
     original: Callable[..., Any],
     self: Any,
@@ -136,12 +164,18 @@ def absorbed_core(
             self, q_pe, k_pe, q_nope_out, k_nope, forward_batch, zero_allocator, positions, topk_indices,
             llama_4_scaling, fusion_plan,
         )  # fmt: skip
+    key: torch.Tensor | None = k_nope
+    if puts_off(k_nope):
+        key = None
+        if not write_rows(self, k_nope, k_pe, forward_batch):
+            key = self.kv_a_layernorm.project(k_nope.squeeze(1)).unsqueeze(1)
+    save = {"save_kv_cache": key is not None}
     if self.current_attention_backend in (OURS, *FORWARD_ABSORB_CORE_ATTENTION_BACKENDS):
-        out = self.attn_mqa(q_nope_out, k_nope, k_nope, forward_batch, q_rope=q_pe, k_rope=k_pe)
+        out = self.attn_mqa(q_nope_out, key, key, forward_batch, **save, q_rope=q_pe, k_rope=k_pe)
     else:
         query = torch.cat((q_nope_out, q_pe), dim=-1)  # [tokens, h, w + rope]
-        key = torch.cat((k_nope, k_pe), dim=-1)  # [tokens, 1, w + rope]
-        out = self.attn_mqa(query, key, k_nope, forward_batch)
+        row = None if key is None else torch.cat((key, k_pe), dim=-1)  # [tokens, 1, w + rope]
+        out = self.attn_mqa(query, row, key, forward_batch, **save)
     latent = out.view(-1, self.num_local_heads, self.tpla_width).transpose(0, 1)  # [h, tokens, w]
     values = torch.bmm(latent, self.w_vc).transpose(0, 1).flatten(1, 2)  # [tokens, h * v]
     return self.o_proj(values)[0]

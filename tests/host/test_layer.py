@@ -241,10 +241,22 @@ CASES = [
 ]
 
 
+@pytest.fixture(params=[False, True], ids=["separate", "one-write"])
+def one_write(request, monkeypatch) -> bool:
+    """Whether norm, projection and cache write are one step, as on a GPU; the kernel's twin stands for it."""
+    if request.param:
+        from sglang_tpla.attention import reference
+        from sglang_tpla.host import layer
+
+        monkeypatch.setattr(layer, "puts_off", lambda latent: True)
+        monkeypatch.setattr(layer, "write_latent", reference.write_latent)
+    return request.param
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize(("size", "groups", "transform", "q_rank", "yarn", "lengths"), CASES)
 def test_sum_over_ranks_is_the_formula(
-    engine, monkeypatch, size, groups, transform, q_rank, yarn, lengths, dtype
+    engine, monkeypatch, one_write, size, groups, transform, q_rank, yarn, lengths, dtype
 ) -> None:
     generator = torch.Generator().manual_seed(hash((size, groups, transform, yarn)) % 1000)
     weights = make_weights(q_rank, generator)
