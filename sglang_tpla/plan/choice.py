@@ -82,7 +82,7 @@ def row(setting: Setting, method: Method, load: Load) -> Row:
         refused = "no kernel of this package reads an FP8 slice yet; the figures say what one would give"
     else:
         refused = None
-    weights = weight_bytes(model, method, work, precision, setting.gpus)
+    weights = weight_bytes(model, work, precision, setting.gpus)
     tokens = tokens_that_fit(model, method, work, weights, setting.gpu, setting.memory_fraction)
     even = break_even_tokens(model, method, precision, work.width) if method.kind == "tpla" else math.nan
     return Row(

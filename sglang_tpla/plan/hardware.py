@@ -1,12 +1,15 @@
 """GPUs and links: how fast one kind of kernel runs, and what a collective costs.
 
-A kernel takes ``overhead + max(bytes / bandwidth, operations / arithmetic rate)``. The H200's constants come from
-measurements kept in ``benchmarks/results/h200``; other GPUs are the H200 scaled by the ratio of their data sheets'
-bandwidth and bf16 rate, and links are assumptions. Every answer says which is which.
+A kernel takes ``overhead + max(bytes / bandwidth, operations / arithmetic rate)``. The H200's attention kernels are
+fitted to ``benchmarks/results/h200/decode_kernel_2026-11-24.json`` (a test compares them); its matrix products and
+small kernels are assumed until a run of ``benchmarks/decode_layer.py`` is kept there for `benchmarks/fit_plan.py`.
+Other GPUs are the H200 scaled by the ratio of their data sheets' bandwidth and bf16 rate, and links are assumptions.
+Every answer says which is which.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
@@ -16,15 +19,21 @@ from sglang_tpla.plan.model import PlanError
 
 @dataclass(frozen=True)
 class Rate:
-    """Cost of one kind of kernel."""
+    """Cost of one kind of kernel.
+
+    Args:
+        one_request_bytes_per_s: how fast attention reads a single request, which not every kernel spreads well.
+    """
 
     overhead_s: float
     bytes_per_s: float
     flops_per_s: float
+    one_request_bytes_per_s: float = math.inf
 
-    def seconds(self, moved_bytes: float, flops: float) -> float:
-        """Time of one launch."""
-        return self.overhead_s + max(moved_bytes / self.bytes_per_s, flops / self.flops_per_s)
+    def seconds(self, moved_bytes: float, flops: float, one_request_bytes: float = 0.0) -> float:
+        """Time of one launch; ``one_request_bytes``: the longest request's share of an attention kernel's bytes."""
+        moving = max(moved_bytes / self.bytes_per_s, one_request_bytes / self.one_request_bytes_per_s)
+        return self.overhead_s + max(moving, flops / self.flops_per_s)
 
 
 @dataclass(frozen=True)
@@ -35,7 +44,7 @@ class Gpu:
         memory_bytes: what the device has. capability: CUDA compute capability; decides which kernels serve it.
         sheet_bytes_per_s, sheet_flops_per_s: data sheet, dense bf16.
         rates: by kind of kernel, see `work`.
-        source: where the rates come from, for people.
+        measured, from_data_sheets, assumed: where the rates come from, for people.
     """
 
     name: str
@@ -44,7 +53,9 @@ class Gpu:
     sheet_bytes_per_s: float
     sheet_flops_per_s: float
     rates: Mapping[str, Rate]
-    source: str
+    measured: tuple[str, ...] = ()
+    from_data_sheets: tuple[str, ...] = ()
+    assumed: tuple[str, ...] = ()
 
     def with_numbers(
         self,
@@ -70,7 +81,7 @@ class Gpu:
             self.capability,
             sheet_bytes_per_s or self.sheet_bytes_per_s,
             sheet_flops_per_s or self.sheet_flops_per_s,
-            f"{self.source}, scaled to the numbers given",
+            "the table's rates, scaled to the numbers given on the command line",
         )
 
 
@@ -85,10 +96,16 @@ def _scaled(
 ) -> Gpu:
     wider, faster = bandwidth / base.sheet_bytes_per_s, flops / base.sheet_flops_per_s
     rates = {
-        kind: Rate(rate.overhead_s, rate.bytes_per_s * wider, rate.flops_per_s * faster)
+        kind: replace(
+            rate,
+            bytes_per_s=rate.bytes_per_s * wider,
+            flops_per_s=rate.flops_per_s * faster,
+            one_request_bytes_per_s=rate.one_request_bytes_per_s * wider,
+        )
         for kind, rate in base.rates.items()
     }
-    return Gpu(name, memory_bytes, capability, bandwidth, flops, MappingProxyType(rates), source)
+    shown = MappingProxyType(rates)
+    return Gpu(name, memory_bytes, capability, bandwidth, flops, shown, from_data_sheets=(source,))
 
 
 @dataclass(frozen=True)
@@ -125,7 +142,6 @@ class Link:
         return self.latency_s + passes * size_bytes * (ranks - 1) / ranks / self.bytes_per_s
 
 
-MEASURED_ON = "one NVIDIA H200 (driver 580.159.04, CUDA 13.0, torch 2.11.0, FlashInfer 0.6.15.post1)"
 H200 = Gpu(
     name="h200",
     memory_bytes=141e9,
@@ -134,18 +150,26 @@ H200 = Gpu(
     sheet_flops_per_s=989e12,
     rates=MappingProxyType(
         {
+            "flashinfer_fa3": Rate(7.0e-6, 3.88e12, 440e12, one_request_bytes_per_s=2.1e12),
+            "hopper": Rate(14.0e-6, 4.2e12, 580e12),
+            "flashinfer_fa2": Rate(12.0e-6, 1.9e12, 250e12),
             "gemm_bf16": Rate(3.0e-6, 3.6e12, 700e12),
             "gemm_fp8": Rate(5.0e-6, 3.4e12, 1200e12),
             "bmm": Rate(3.0e-6, 3.0e12, 500e12),
-            "flashinfer_fa3": Rate(12.0e-6, 3.9e12, 550e12),
-            "flashinfer_fa2": Rate(12.0e-6, 1.9e12, 250e12),
-            "hopper": Rate(9.0e-6, 4.0e12, 550e12),
             "small": Rate(2.0e-6, 3.0e12, 50e12),
         }
     ),
-    source=f"measured on {MEASURED_ON}",
+    measured=(
+        "attention at 512 + 64 (FlashInfer fa3) and on slices (our Hopper kernel): one NVIDIA H200, bf16, 131,072 "
+        "and 524,288 cached tokens (benchmarks/results/h200/decode_kernel_2026-11-24.json); other loads are "
+        "extrapolated",
+    ),
+    assumed=(
+        "matrix products, bf16 and FP8, at some 80% of the H200's read bandwidth and 3 to 5 us a launch; small "
+        "kernels 2 us: not measured",
+    ),
 )
-_SHEET = "the H200's measured rates, scaled by the data sheets; not measured"
+_SHEET = "the H200's rates, measured and assumed, scaled by the data sheets' bandwidth and bf16 rate"
 GPUS = {
     gpu.name: gpu
     for gpu in (

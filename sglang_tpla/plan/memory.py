@@ -9,16 +9,15 @@ from sglang_tpla.plan.work import Method, Precision, RankWork
 _BF16_BYTES = 2
 
 
-def weight_bytes(model: PlanModel, method: Method, work: RankWork, precision: Precision, gpus: int) -> float:
+def weight_bytes(model: PlanModel, work: RankWork, precision: Precision, gpus: int) -> float:
     """Bytes of weights on one rank; what is not attention is spread evenly over ``gpus``."""
-    heads, out_heads = work.heads, work.heads // method.groups if method.scatter else work.heads
+    heads = work.heads
     quantised = model.down_parameters
-    quantised += heads * model.query_parameters_a_head + out_heads * model.output_parameters_a_head
+    quantised += heads * model.query_parameters_a_head + work.out_heads * model.output_parameters_a_head
     per_head = model.nope_dim + model.value_dim
     quantised += heads * per_head * model.latent_dim  # kv_b_proj, of which the absorbed weights are made
     absorbed = heads * per_head * work.width
-    absorbed_bytes = _BF16_BYTES if method.kind == "tpla" else precision.weight_bytes
-    attention = model.layers * (quantised * precision.weight_bytes + absorbed * absorbed_bytes)
+    attention = model.layers * (quantised * precision.weight_bytes + absorbed * _BF16_BYTES)
     others = model.other_parameters * precision.weight_bytes + model.table_parameters * _BF16_BYTES
     return attention + others / gpus
 

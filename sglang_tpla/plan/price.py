@@ -30,7 +30,8 @@ def price(work: RankWork, gpu: Gpu, link: Link) -> Price:
     kernels: dict[str, float] = {}
     for piece in work.pieces:
         rate = gpu.rates[piece.rate]
-        once = rate.seconds(piece.moved_bytes / piece.launches, piece.flops / piece.launches)
+        moved, flops = piece.moved_bytes / piece.launches, piece.flops / piece.launches
+        once = rate.seconds(moved, flops, piece.one_request_bytes)
         kernels[piece.name] = kernels.get(piece.name, 0.0) + piece.launches * once
     joins = sum(link.seconds(join.kind, join.size_bytes, join.ranks) for join in work.collectives)
     return Price(kernels, joins)

@@ -16,15 +16,14 @@ def _time(seconds: float) -> str:
 def provenance(setting: Setting) -> dict[str, list[str]]:
     """What was measured, what stands in a data sheet, what is assumed, and what is modelled."""
     gpu, link = setting.gpu, setting.link
-    measured = gpu.source.startswith("measured") and "scaled" not in gpu.source
-    kernels = f"{gpu.name}: kernel bandwidths, arithmetic rates and overheads ({gpu.source})"
+    link_fact = (
+        f"{link.name}: {link.latency_s * 1e6:g} us a collective, {link.bytes_per_s / 1e9:g} GB/s a rank each way "
+        f"({link.source})"
+    )
     return {
-        "measured": [kernels] if measured else [],
-        "from_data_sheets": [] if measured else [kernels],
-        "assumed": [
-            f"{link.name}: {link.latency_s * 1e6:g} us a collective, {link.bytes_per_s / 1e9:g} GB/s a rank "
-            f"each way ({link.source})"
-        ],
+        "measured": [f"{gpu.name}: {fact}" for fact in gpu.measured],
+        "from_data_sheets": [f"{gpu.name}: {fact}" for fact in gpu.from_data_sheets],
+        "assumed": [*(f"{gpu.name}: {fact}" for fact in gpu.assumed), link_fact],
         "modelled": [
             "every time below: bytes and operations of each kernel over its rate plus an overhead, kernels and "
             "collectives one after another, equal loads on all ranks",

@@ -113,13 +113,18 @@ class Method:
 
 @dataclass(frozen=True)
 class Piece:
-    """One kernel: which rate it runs at (`hardware.Gpu.rates`), bytes, floating-point operations, launches."""
+    """One kernel: which rate it runs at (`hardware.Gpu.rates`), bytes, floating-point operations, launches.
+
+    Args:
+        one_request_bytes: of attention, the longest request's cache.
+    """
 
     name: str
     rate: str
     moved_bytes: float
     flops: float
     launches: int = 1
+    one_request_bytes: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -133,12 +138,23 @@ class Collective:
 
 @dataclass(frozen=True)
 class RankWork:
-    """All of it, and the width of the latent that the rank keeps."""
+    """All of it, and what it was counted from.
+
+    Args:
+        width: of the latent that the rank keeps. heads: whose weights it holds; out_heads: in ``o_proj``.
+        read_heads: heads that attend (all of them under DCP). batch, context_tokens: what it attends to.
+        kernel: its attention kernel.
+    """
 
     pieces: tuple[Piece, ...]
     collectives: tuple[Collective, ...]
     width: int
     heads: int
+    out_heads: int
+    read_heads: int
+    batch: int
+    context_tokens: int
+    kernel: str
     cache_row_bytes: int
 
 
@@ -189,16 +205,16 @@ def rank_work(
         ConfigError: the heads cannot be dealt out so. BackendRefusal: no kernel for the slice on this GPU.
     """
     ranks, groups = method.ranks, method.groups
-    sliced = method.kind == "tpla"
+    sliced = not method.exact
     heads = model.heads if method.kind == "dp" else Layout(ranks, groups, model.heads).local_heads
     batch = math.ceil(load.batch / ranks) if method.kind == "dp" else load.batch
     stock = "flashinfer_fa3" if capability == (9, 0) else "flashinfer_fa2"
     width, kernel = served_slice(model, method, heads, capability) if sliced else (model.latent_dim, stock)
     row_bytes = precision.cache_row_bytes(width, model.rope_dim, sliced)
     read_heads = model.heads if method.kind == "dcp" else heads
-    tokens = load.context_tokens / (ranks if method.kind == "dcp" else 1) * batch
+    context = math.ceil(load.context_tokens / (ranks if method.kind == "dcp" else 1))
+    tokens = batch * context
     out_heads = heads // groups if method.scatter else heads
-    absorbed_bytes = _BF16_BYTES if sliced else precision.weight_bytes  # folded weights are kept in bf16
 
     def gemm(name: str, parameters: float, columns: float) -> Piece:
         moved = parameters * precision.weight_bytes + batch * columns * _BF16_BYTES
@@ -206,7 +222,8 @@ def rank_work(
 
     def absorbed(name: str, inner: int) -> Piece:
         parameters = heads * inner * width
-        moved = parameters * absorbed_bytes + batch * heads * (inner + width) * _BF16_BYTES
+        # kept in bf16 under block FP8 too, by SGLang and by us
+        moved = parameters * _BF16_BYTES + batch * heads * (inner + width) * _BF16_BYTES
         return Piece(name, "bmm", moved, 2 * batch * parameters)
 
     head_dim = model.nope_dim + model.rope_dim
@@ -214,7 +231,7 @@ def rank_work(
     attended = 2 * width + model.rope_dim
     pieces = [
         gemm("down", model.down_parameters, model.hidden + model.down_parameters // model.hidden),
-        Piece("norm, rope, cache write", "small", 0, 0, 3 if sliced else 4),
+        Piece("norm, rope, cache write", "small", 0, 0, 3 if method.kind == "tpla" else 4),
         gemm("query", heads * model.query_parameters_a_head, query_in + heads * head_dim),
         absorbed("absorb", model.nope_dim),
         Piece(
@@ -222,6 +239,7 @@ def rank_work(
             kernel,
             tokens * row_bytes + batch * read_heads * attended * _BF16_BYTES,
             2 * tokens * read_heads * attended,
+            one_request_bytes=context * row_bytes,
         ),
         absorbed("value", model.value_dim),
         gemm(
@@ -242,7 +260,18 @@ def rank_work(
         joins.append(Collective("all_gather", load.batch * _BF16_BYTES * model.hidden, ranks))
     else:
         joins.append(Collective("all_reduce", vector * model.hidden, ranks))
-    return RankWork(tuple(pieces), tuple(joins), width, heads, row_bytes)
+    return RankWork(
+        pieces=tuple(pieces),
+        collectives=tuple(joins),
+        width=width,
+        heads=heads,
+        out_heads=out_heads,
+        read_heads=read_heads,
+        batch=batch,
+        context_tokens=context,
+        kernel=kernel,
+        cache_row_bytes=row_bytes,
+    )
 
 
 def break_even_tokens(model: PlanModel, method: Method, precision: Precision, width: int) -> float:

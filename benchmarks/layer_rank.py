@@ -1,0 +1,282 @@
+"""One rank's attention layer of a decode step on a GPU, kernel by kernel, as the planner counts it.
+
+Every kernel is a `Step` under the planner's name of it, so that a whole layer and each kernel alone are timed from
+the same code. Weights and caches are views of a few large random buffers, another one for each layer of a graph, so
+that the L2 cache holds none of them when it is their turn.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import layer_kernels as small
+import torch
+
+from sglang_tpla.attention.flashinfer_paged import FlashInferDecode
+from sglang_tpla.attention.hopper_decode import HopperDecode
+from sglang_tpla.attention.interface import DecodeAttention, DecodeShape, PageTable
+from sglang_tpla.attention.latent_write import write_latent
+from sglang_tpla.plan.model import PlanModel
+from sglang_tpla.plan.work import Load, Method, Precision, rank_work
+
+DEVICE = torch.device("cuda:0")
+EPS = 1e-6
+SCALE = 192**-0.5
+L2_BYTES = 160e6  # more than twice the L2 cache
+LAYERS = 4
+FP8 = torch.float8_e4m3fn
+FP8_SCALE = 0.02 / 3
+
+
+def time_graph(run: Callable[[], None], calls: int, repeats: int = 7) -> float:
+    """Median seconds of one of ``calls`` calls, over replays of a graph of all of them."""
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    graph.replay()
+    samples: list[float] = []
+    while len(samples) < repeats:
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        samples.append(begin.elapsed_time(end) / 1e3)
+        if samples[-1] > 0.02:
+            repeats = 3
+    return statistics.median(samples) / calls
+
+
+@dataclass
+class Buffers:
+    """Random device memory that weights and caches are views of."""
+
+    weights: torch.Tensor  # bf16, flat
+    weights_fp8: torch.Tensor  # e4m3, flat
+    cache: torch.Tensor  # bf16, flat
+    cos_sin: torch.Tensor
+    fp8_recipes: dict[tuple[int, int, int], str] = field(default_factory=dict)
+    backends: dict[tuple[str, DecodeShape], DecodeAttention] = field(default_factory=dict)
+
+    @classmethod
+    def make(cls, cache_bytes: float) -> Buffers:
+        """Fill them; ``cache_bytes`` for all caches together."""
+        weights = torch.empty(1 << 30, dtype=torch.bfloat16, device=DEVICE).normal_(std=0.02)
+        fp8 = torch.empty(1 << 30, dtype=FP8, device=DEVICE)
+        for part in fp8.split(1 << 28):
+            part.copy_(torch.randn(part.shape, device=DEVICE) * 3)
+        cache = torch.empty(int(cache_bytes) // 2, dtype=torch.bfloat16, device=DEVICE)
+        for part in cache.split(1 << 30):
+            part.normal_()
+        angles = torch.rand(1 << 17, 32, device=DEVICE) * 6.28
+        return cls(weights, fp8, cache, torch.cat([angles.cos(), angles.sin()], 1))
+
+    def backend(self, kernel: str, shape: DecodeShape) -> DecodeAttention:
+        """The attention kernel for a shape, made once."""
+        key = (kernel, shape)
+        if key not in self.backends:
+            if kernel == "hopper":
+                self.backends[key] = HopperDecode(shape, SCALE, 128, DEVICE)
+            else:
+                self.backends[key] = FlashInferDecode(
+                    shape, SCALE, DEVICE, kernel.removeprefix("flashinfer_")
+                )
+        return self.backends[key]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One kernel: the planner's name of it, what to call for layer i, and the bytes that differ between layers."""
+
+    piece: str
+    bind: Callable[[int], Callable[[], object]]
+    layer_bytes: float
+
+
+def run_all(steps: Sequence[Step], layers: int) -> Callable[[], None]:
+    """All steps of several layers, one after another."""
+    calls = [step.bind(layer) for layer in range(layers) for step in steps]
+
+    def run() -> None:
+        for call in calls:
+            call()
+
+    return run
+
+
+class RankLayer:
+    """The busiest rank's layer under one method at one load; TPLA writes the cache with one kernel."""
+
+    def __init__(
+        self, model: PlanModel, method: Method, load: Load, precision: Precision, buffers: Buffers
+    ) -> None:
+        self.work = work = rank_work(model, method, load, precision, (9, 0))
+        self.model, self.method, self.precision, self.buffers = model, method, precision, buffers
+        self._used = 0
+        batch, heads, w = work.batch, work.heads, work.width
+        latent, rope, nope, value = model.latent_dim, model.rope_dim, model.nope_dim, model.value_dim
+        rank = model.q_lora_rank or 0
+        torch.manual_seed(batch)
+        x = self._fresh(batch, model.hidden).normal_()
+        joint = self._fresh(batch, rank + latent + rope)
+        normed_q, normed_c = self._fresh(batch, rank), self._fresh(batch, latent)
+        query = self._fresh(batch, heads * (nope + rope))
+        per_head = query.view(batch, heads, nope + rope)
+        q_latent, q_rope = self._fresh(heads, batch, w), per_head[..., nope:]
+        attended = self._fresh(batch, work.read_heads, w)
+        own = attended  # this rank's heads; under DCP, after the merge
+        values, self.out = self._fresh(batch, work.heads * value), self._fresh(batch, model.hidden)
+        ones = torch.ones(max(rank, latent), dtype=torch.bfloat16, device=DEVICE)
+        key = joint[:, rank + latent :]
+        raw = joint[:, rank : rank + latent]
+        tokens = batch * work.context_tokens
+        pages = torch.randperm(tokens, device=DEVICE).to(torch.int32)
+        starts = torch.arange(batch, device=DEVICE, dtype=torch.int32) * work.context_tokens
+        lengths = torch.full((batch,), work.context_tokens, dtype=torch.int32, device=DEVICE)
+        slots = pages[(starts + work.context_tokens - 1).long()].contiguous()
+        positions = lengths.long() - 1
+        table = PageTable(pages, starts)
+
+        def rows(layer: int) -> torch.Tensor:
+            size = tokens * (w + rope)
+            offset = (layer % (buffers.cache.numel() // size)) * size
+            return buffers.cache[offset : offset + size].view(tokens, w + rope)
+
+        steps = [self._linear("down", model.down_parameters // model.hidden, x, joint)]
+        prepare = "norm, rope, cache write"
+
+        def add(piece: str, bind: Callable[[int], Callable[[], object]], layer_bytes: float = 0.0) -> None:
+            steps.append(Step(piece, bind, layer_bytes))
+
+        if rank:
+            add(prepare, lambda _: partial(small.rms_norm, joint[:, :rank], ones[:rank], EPS, normed_q))
+        steps.append(self._linear("query", heads * (nope + rope), normed_q if rank else x, query))
+        kc, vc = self._weights(heads, nope, w), self._weights(heads, w, value)
+        q_nope = per_head[..., :nope].transpose(0, 1)
+        add("absorb", lambda i: partial(torch.bmm, q_nope, kc(i), out=q_latent), 2 * heads * nope * w)
+        turn = (buffers.cos_sin, positions)
+        if method.kind == "tpla":
+            z = None if w == latent else [torch.randn(latent, w, device=DEVICE) / 16 for _ in range(LAYERS)]
+            row = (raw, key, ones[:latent], EPS)
+
+            def write(i: int) -> Callable[[], object]:
+                return partial(write_latent, *row, z[i % LAYERS] if z else None, *turn, slots, rows(i))
+
+            add(prepare, lambda _: partial(small.rotate, q_rope, None, *turn))
+            add(prepare, write)
+        else:
+            add(prepare, lambda _: partial(small.rms_norm, raw, ones[:latent], EPS, normed_c))
+            add(prepare, lambda _: partial(small.rotate, q_rope, key, *turn))
+            add(prepare, lambda i: partial(small.write_rows, normed_c, key, slots, rows(i)))
+
+        backend = buffers.backend(work.kernel, DecodeShape(w, work.read_heads, rope))
+        backend.plan(table, lengths)
+        asked = (q_latent.transpose(0, 1), q_rope)
+        if method.kind == "dcp":  # what the gather brings: every rank's queries
+            asked = tuple(self._fresh(batch, model.heads, width).normal_() for width in (w, rope))
+        add("attention", lambda i: partial(backend.run, *asked, rows(i), attended), 2 * tokens * (w + rope))
+        if method.kind == "dcp":
+            parts = self._fresh(method.ranks, batch, heads, w).normal_()
+            sums = torch.randn(method.ranks, batch, heads, device=DEVICE)
+            own = self._fresh(batch, heads, w)
+            add("merge", lambda _: partial(small.merge, parts, sums, own))
+        into = values.view(batch, heads, value).transpose(0, 1)
+        by_head = own.transpose(0, 1)
+        add("value", lambda i: partial(torch.bmm, by_head, vc(i), out=into), 2 * heads * w * value)
+        summed = self._fresh(batch, work.out_heads * value).normal_() if method.scatter else values
+        steps.append(self._linear("output", model.hidden, summed, self.out))
+        self.steps = steps
+
+    def _fresh(self, *shape: int) -> torch.Tensor:
+        """A new bf16 tensor; there is memory behind its last row, for products that want a multiple of 16 rows."""
+        padded = (shape[0] + 15, *shape[1:])
+        return torch.empty(padded, dtype=torch.bfloat16, device=DEVICE)[: shape[0]]
+
+    def _weights(self, *shape: int, fp8: bool = False) -> Callable[[int], torch.Tensor]:
+        """Views of random memory: another one for each layer."""
+        pool = self.buffers.weights_fp8 if fp8 else self.buffers.weights
+        size = torch.Size(shape).numel()
+        start = self._used
+        self._used += LAYERS * size
+        if self._used > pool.numel():
+            raise ValueError(f"{LAYERS} layers of weights need more than the {pool.numel()} values there are")
+
+        def view(layer: int) -> torch.Tensor:
+            offset = (start + layer * size) % (pool.numel() - size) // 128 * 128
+            return pool[offset : offset + size].view(shape)
+
+        return view
+
+    def _linear(self, name: str, columns: int, x: torch.Tensor, out: torch.Tensor) -> Step:
+        """``out = x W^T``; under FP8 the activations are quantised first, as the engine does."""
+        inner = x.shape[1]
+        if self.precision.weights == "bf16":
+            weight = self._weights(columns, inner)
+            return Step(name, lambda i: partial(torch.mm, x, weight(i).t(), out=out), 2 * columns * inner)
+        weight = self._weights(columns, inner, fp8=True)
+        linear = Fp8Linear(self.buffers.fp8_recipes, x, columns, weight, out)
+        return Step(name, linear.bind, columns * inner)
+
+
+class Fp8Linear:
+    """Block-FP8 product through PyTorch: cuBLASLt with 1x128 and 128x128 scales where it takes the shape, or CUTLASS
+    with a scale a row; whichever is faster. SGLang would use DeepGEMM, which moves the same bytes.
+    """
+
+    def __init__(
+        self,
+        recipes: dict[tuple[int, int, int], str],
+        x: torch.Tensor,
+        columns: int,
+        weight: Callable[[int], torch.Tensor],
+        out: torch.Tensor,
+    ) -> None:
+        self.x, self.weight = x, weight
+        tokens, inner = x.shape
+        self.padded = -(-tokens // 16) * 16
+        self.shape = (self.padded, columns, inner)
+        self.quantised = torch.zeros(self.padded, inner, dtype=FP8, device=DEVICE)
+        self.padded_out = out.as_strided((self.padded, columns), out.stride())
+        if self.shape not in recipes:
+            recipes[self.shape] = self._fastest()
+        self.recipe = recipes[self.shape]
+
+    def _fastest(self) -> str:
+        times: dict[str, float] = {}
+        for recipe in ("blockwise", "rowwise"):
+            self.recipe = recipe
+            try:
+                calls = [self.bind(i) for i in range(8)]
+                times[recipe] = time_graph(lambda calls=calls: [call() for call in calls] and None, 8, 3)
+            except (RuntimeError, ValueError) as error:
+                torch.cuda.synchronize()
+                print(f"  fp8 {recipe} does not take {self.shape}: {str(error)[:200]}", flush=True)
+        if not times:
+            raise RuntimeError(f"PyTorch multiplies FP8 of shape {self.shape} with neither recipe")
+        return min(times, key=lambda recipe: times[recipe])
+
+    def bind(self, layer: int) -> Callable[[], object]:
+        """Quantise, multiply, and nothing else: rows beyond the batch are zeros."""
+        padded, columns, inner = self.shape
+        weight = self.weight(layer).t()
+        if self.recipe == "blockwise":
+            group = 128
+            scale_a = torch.ones(inner // 128, padded, device=DEVICE).t()
+            scale_b = torch.full((-(-columns // 128), inner // 128), FP8_SCALE, device=DEVICE).t()
+        else:
+            group = inner
+            scale_a = torch.ones(padded, 1, device=DEVICE)
+            scale_b = torch.full((1, columns), FP8_SCALE, device=DEVICE)
+
+        def run() -> None:
+            small.quantise(self.x, self.quantised, scale_a, group)
+            torch._scaled_mm(
+                self.quantised, weight, scale_a, scale_b, out_dtype=torch.bfloat16, out=self.padded_out
+            )
+
+        return run
