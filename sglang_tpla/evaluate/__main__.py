@@ -21,6 +21,7 @@ from sglang_tpla.calibrate.__main__ import ERRORS
 from sglang_tpla.calibrate.artifact import Artifact, ArtifactError
 from sglang_tpla.calibrate.corpus import Corpus, CorpusError, load_tokenizer
 from sglang_tpla.calibrate.identity import weights_hash
+from sglang_tpla.evaluate.cache import CACHE_DTYPES, cached_maps
 from sglang_tpla.evaluate.decode_error import DecodeErrors, measure, model_maps, quantile
 from sglang_tpla.evaluate.endpoints import EndpointError, compare_endpoints
 from sglang_tpla.evaluate.generate import long_answers
@@ -58,6 +59,12 @@ def parser() -> argparse.ArgumentParser:
         "--needle-tokens", type=int, nargs="*", default=[], help="retrieval prompts: 1024 2048 ..."
     )
     text.add_argument("--needle-cases", type=int, default=4, help="needles for each length and depth")
+    text.add_argument(
+        "--cache-dtype",
+        default="exact",
+        choices=CACHE_DTYPES,
+        help="precision that slices are cached in, here for its error alone (default exact: fp32)",
+    )
     text.add_argument("--device", default="cpu")
     text.add_argument("--out", type=Path, default=Path("evaluation"), help="folder for JSON and HTML")
     text.add_argument("--quiet", action="store_true", help="no progress bars")
@@ -106,7 +113,8 @@ def evaluate(arguments: argparse.Namespace) -> Evaluation:
     if not len(text.held_out):
         raise CorpusError("expected --tokens to be at least 1, got 0")
     model = PlainModel(checkpoint, torch.float32, arguments.device)
-    maps = model_maps(artifact, model)
+    sliced = model_maps(artifact, model)
+    maps = cached_maps(sliced, arguments.cache_dtype)
     quiet = arguments.quiet
     with tqdm(total=text.held_out.numel(), desc="held-out error", unit="tok", disable=quiet) as bar:
         (errors,) = measure(model, text.held_out, [maps], plan.prompt_tokens, progress=bar.update)
@@ -122,9 +130,10 @@ def evaluate(arguments: argparse.Namespace) -> Evaluation:
         corpus=text.corpus,
         corpus_hash=text.corpus_hash,
         seed=seed,
+        cache_dtype=arguments.cache_dtype,
         report=errors.report(),
         by_position=positions(errors),
-        layers=_layers(model, maps, text.held_out, artifact, plan.prompt_tokens, quiet),
+        layers=_layers(model, sliced, text.held_out, artifact, plan.prompt_tokens, quiet),
         long_answers=_long(model, maps, text.held_out, arguments),
         needles=_needles(model, maps, plan, arguments),
     )

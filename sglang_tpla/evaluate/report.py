@@ -54,7 +54,7 @@ class NeedleRow(msgspec.Struct, frozen=True):
 
 
 class Evaluation(msgspec.Struct, frozen=True):
-    """Everything measured of one artifact."""
+    """Everything measured of one artifact; ``layers`` always with exact slices, the rest in ``cache_dtype``."""
 
     model_name: str
     artifact_hash: str
@@ -67,6 +67,7 @@ class Evaluation(msgspec.Struct, frozen=True):
     corpus: str
     corpus_hash: str
     seed: int
+    cache_dtype: str
     report: ErrorReport
     by_position: tuple[Bin, ...]
     layers: tuple[LayerRow, ...]
@@ -90,7 +91,8 @@ def summary(evaluation: Evaluation) -> str:
     lines = [
         f"{evaluation.model_name}: {evaluation.transform}, g = {evaluation.groups}, "
         f"{evaluation.cache_values_per_token} of "
-        f"{evaluation.cache_values_mla} cached values a token and rank",
+        f"{evaluation.cache_values_mla} cached values a token and rank"
+        + ("" if evaluation.cache_dtype == "exact" else f", slices cached in {evaluation.cache_dtype}"),
         f"{report.tokens} decoded tokens of {evaluation.corpus} (seed {evaluation.seed}), prompt exact: "
         f"KL {report.kl_mean:.5f} (95% {report.kl_p95:.4f}, 99% {report.kl_p99:.4f}), "
         f"perplexity x{report.perplexity_ratio:.4f}, same top token {report.top1_agreement:.1%}",

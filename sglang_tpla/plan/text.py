@@ -53,7 +53,7 @@ def table(answer: Answer, layers: int) -> str:
     lines = [
         f"batch {load.batch} x context {load.context_tokens:,} ({load.tokens:,} cached tokens), attention part of "
         "a decode step, modelled",
-        f"{'method':<22}{'us a layer':>11}{'kernels':>10}{'links':>8}{'ms a step':>11}{'width':>7}"
+        f"{'method':<26}{'us a layer':>11}{'kernels':>10}{'links':>8}{'ms a step':>11}{'width':>7}"
         f"{'B/token/rank':>14}{'tokens that fit':>17}{'pays from':>12}",
     ]
     for row in answer.rows:
@@ -67,11 +67,11 @@ def table(answer: Answer, layers: int) -> str:
 def _line(row: Row, layers: int, recommended: bool) -> str:
     mark = "*" if recommended else " "
     if row.price is None:
-        return f"{mark}{row.method.label:<21} cannot: {row.refused}"
+        return f"{mark}{row.method.label:<25} cannot: {row.refused}"
     price = row.price
     even = "" if math.isnan(row.break_even_tokens) else f"{row.break_even_tokens:,.0f}"
     line = (
-        f"{mark}{row.method.label:<21}{_time(price.layer_s):>11}{_time(sum(price.kernels_s.values())):>10}"
+        f"{mark}{row.method.label:<25}{_time(price.layer_s):>11}{_time(sum(price.kernels_s.values())):>10}"
         f"{_time(price.collectives_s):>8}{price.layer_s * layers * 1e3:>11.2f}{row.width:>7}"
         f"{row.cache_bytes_per_token_and_rank:>14,.0f}{row.tokens_that_fit:>17,}{even:>12}"
     )

@@ -119,6 +119,7 @@ def test_command_writes_json_and_a_page_with_plots(tmp_path: Path) -> None:
         *(sys.executable, "-m", "sglang_tpla.evaluate", "--model-path", NANO, "--artifact", SHIPPED),
         *("--tokens", "128", "--prompt-tokens", "64", "--continuation-tokens", "64", "--long-tokens", "16"),
         *("--long-answers", "2", "--needle-tokens", "128", "--needle-cases", "1", "--out", tmp_path),
+        *("--cache-dtype", "fp8"),
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
@@ -128,6 +129,7 @@ def test_command_writes_json_and_a_page_with_plots(tmp_path: Path) -> None:
     found = json.loads((tmp_path / "evaluation.json").read_text())
     assert found["report"]["tokens"] == 128
     assert found["report"]["kl_mean"] > 0
+    assert found["cache_dtype"] == "fp8" and "cached in fp8" in done.stdout
     assert [row["layer"] for row in found["layers"]] == [0, 1, 2, 3]
     assert [row["temperature"] for row in found["long_answers"]] == [0.0, 1.0]
     assert [row["depth"] for row in found["needles"]] == [0.1, 0.5, 0.9]
