@@ -291,7 +291,7 @@ class DecodeDialing(Agent):
         host = str(came.get("Peer-Address"))
         self._end_data(connection)
         stream = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
-        set_up(stream, self._settings.peer_timeout_s)
+        set_up(stream, host, self._settings.peer_timeout_s)
         limit = self._chunk_bytes
         inbox = connection.inbox = Inbox(stream, data.cookie, limit, self._spares)
         error = stream.connect_ex((host, data.port))

@@ -160,7 +160,7 @@ class PrefillDispatch(PrefillResuming):
         job.reading.wait()
         plan = job.loads[0].lane.plan
         size = plan.rectangles[job.sequence].payload_bytes
-        digest = frames.checksum(job.slot.view[:size])
+        digest = job.reading.digest or frames.checksum(job.slot.view[:size])
         with self._work:
             plan.digests[job.sequence] = digest
             self._counts["projections_computed"] += plan.projection.stacks is not None

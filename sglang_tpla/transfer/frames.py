@@ -343,6 +343,11 @@ def checksum(data: Buffer) -> bytes:
     return xxhash.xxh3_64_digest(data)
 
 
+def running_checksum() -> xxhash.xxh3_64:
+    """`checksum` over pieces: ``update(piece)`` in order, then ``digest()``."""
+    return xxhash.xxh3_64()
+
+
 def sentence(text: str) -> str:
     """``text`` cut to what a `Sentence` field takes."""
     return text if len(text) <= 2048 else text[:2045] + "..."

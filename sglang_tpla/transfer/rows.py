@@ -14,9 +14,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from sglang_tpla.transfer import frames
 from sglang_tpla.transfer.chunks import Part, Rectangle, part_columns, part_width
 from sglang_tpla.transfer.projection import Stack
 from sglang_tpla.transfer.types import CachePool
+
+BLOCK_BYTES = 1 << 20  # smaller ones cost more calls than they save misses
 
 
 def byte_rows(layer: torch.Tensor) -> np.ndarray:
@@ -43,6 +46,12 @@ def scatter_rows(rows: np.ndarray, slots: np.ndarray, packed: np.ndarray) -> Non
         _items(rows)[slots] = _items(packed)
 
 
+def _blocks(tokens: int, row_bytes: int) -> Iterator[slice]:
+    """Runs of tokens whose rows stay in a core's cache from their copy to their checksum."""
+    step = max(1, BLOCK_BYTES // max(1, row_bytes))
+    return (slice(start, start + step) for start in range(0, tokens, step))
+
+
 def project_stack(rows: torch.Tensor, stack: Stack, latent_dim: int, part: Part, out: torch.Tensor) -> None:
     """Project a batch of layers and pack one part of the result.
 
@@ -61,10 +70,15 @@ def project_stack(rows: torch.Tensor, stack: Stack, latent_dim: int, part: Part,
 
 
 class Reading:
-    """A rectangle on its way from a GPU; `wait` returns when it is in place."""
+    """A rectangle on its way from a GPU; `wait` returns when it is in place.
 
-    def __init__(self, done: Any = None) -> None:
+    Attributes:
+        digest: checksum of the payload, where it was taken on the way.
+    """
+
+    def __init__(self, done: Any = None, digest: bytes | None = None) -> None:
         self._done = done
+        self.digest = digest
 
     def wait(self) -> None:
         """Wait for the device; on the CPU all is in place already."""
@@ -119,9 +133,12 @@ class RowReader:
         assert self._rows is not None
         if stacks is None:
             packed = out.reshape(len(layers), slots.size, -1)
+            checksum = frames.running_checksum()
             for position, layer in enumerate(layers):
-                gather_rows(self._rows[layer], slots, packed[position])
-            return Reading()
+                for block in _blocks(slots.size, packed.shape[2]):
+                    gather_rows(self._rows[layer], slots[block], packed[position, block])
+                    checksum.update(packed[position, block].data)
+            return Reading(digest=checksum.digest())
         rows = torch.empty(len(layers), slots.size, self.pool.layers[first].shape[1], dtype=self.pool.dtype)
         for position, layer in enumerate(layers):
             gather_rows(self._rows[layer], slots, byte_rows(rows[position]))
@@ -203,28 +220,32 @@ class RowWriter:
 
     def write(
         self, layers: range, slots: np.ndarray, shared: Sequence[int], part: Part, payload: memoryview
-    ) -> None:
+    ) -> bytes:
         """Write a payload to the rows ``slots`` of the pool layers ``layers`` (by index); returns when it is
-        there.
+        there, with the payload's checksum, of which each byte was taken after that byte was written.
         """
         data = np.frombuffer(payload, dtype=np.uint8)
         item = self.pool.dtype.itemsize
         if self._stream is not None:
             self._write_cuda(layers, slots, shared, part, data)
-            return
+            return frames.checksum(payload)
         assert self._rows is not None
         start = 0
+        checksum = frames.running_checksum()
         for layer in layers:
             columns = self.columns(layer, shared[layer], part)
             width = sum(stop - first for first, stop in columns) * item
             packed = data[start : start + slots.size * width].reshape(slots.size, width)
             start += packed.size
-            taken = 0
-            for first, stop in columns:
-                size = (stop - first) * item
-                target = self._rows[layer][:, first * item : stop * item]
-                scatter_rows(target, slots, packed[:, taken : taken + size])
-                taken += size
+            for block in _blocks(slots.size, width):
+                taken = 0
+                for first, stop in columns:
+                    size = (stop - first) * item
+                    target = self._rows[layer][:, first * item : stop * item]
+                    scatter_rows(target, slots[block], packed[block, taken : taken + size])
+                    taken += size
+                checksum.update(packed[block].data)
+        return checksum.digest()
 
     def _write_cuda(
         self, layers: range, slots: np.ndarray, shared: Sequence[int], part: Part, data: np.ndarray

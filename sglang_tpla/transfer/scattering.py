@@ -1,8 +1,9 @@
 """Inside the decode agent: the worker thread checks chunks and writes them into the pool.
 
 A chunk is written only under its room's ``writes`` lock while the room is alive, once, and acknowledged after
-that; the metadata row is written after the last chunk, and only then does the room succeed. A chunk that lies
-in an arena is checked after it was written: had its place been used anew meanwhile, the check would fail.
+that; the metadata row is written after the last chunk, and only then does the room succeed. Each byte is checked
+right after it was written, while it is in the core's cache: a damaged chunk does not count and is written over when
+it comes again, and one in an arena whose place was used anew meanwhile fails the check.
 """
 
 from __future__ import annotations
@@ -44,18 +45,14 @@ class DecodeScattering(DecodeFetching):
 
     def _apply(self, arrival: Arrival) -> None:
         entry, source, chunk = arrival.room, arrival.source, arrival.chunk
-        shared = isinstance(chunk, frames.Share)
-        sound = shared or frames.checksum(arrival.payload) == chunk.checksum
-        written = False
-        if sound:
-            slots = entry.slots[chunk.first_token : chunk.first_token + chunk.tokens]
-            with entry.writes:
-                if entry.alive:
-                    part = Part(chunk.part)
-                    self._writer.write(arrival.layers, slots, self._shared, part, arrival.payload)
-                    written = True
-            sound = not shared or not written or frames.checksum(arrival.payload) == chunk.checksum
-        kept = self._keep(arrival) if written and isinstance(chunk, frames.Chunk) and chunk.relay else None
+        slots = entry.slots[chunk.first_token : chunk.first_token + chunk.tokens]
+        digest = None  # of what was written
+        with entry.writes:
+            if entry.alive:
+                part = Part(chunk.part)
+                digest = self._writer.write(arrival.layers, slots, self._shared, part, arrival.payload)
+        sound = digest == chunk.checksum
+        kept = self._keep(arrival) if sound and isinstance(chunk, frames.Chunk) and chunk.relay else None
         with self._work:
             key = (chunk.part, chunk.sequence)
             source.pending.discard(key)
@@ -67,9 +64,9 @@ class DecodeScattering(DecodeFetching):
             source.released_bytes += arrival.credit_bytes
             if kept is None:
                 self._staging_used_bytes -= arrival.credit_bytes
-            if not sound:
+            if digest is not None and not sound:
                 self._damaged(arrival)
-            elif written:
+            elif digest is not None:
                 source.applied.add(key)
                 self._counts["chunks"] += 1
                 if kept is not None:
