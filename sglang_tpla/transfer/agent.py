@@ -15,7 +15,7 @@ import uuid
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import zmq
 
@@ -23,7 +23,7 @@ from sglang_tpla.config import Settings
 from sglang_tpla.transfer import frames
 from sglang_tpla.transfer.arena import ArenaMemory, host_identity, make_arena
 from sglang_tpla.transfer.loop import IoLoop
-from sglang_tpla.transfer.types import TransferError
+from sglang_tpla.transfer.types import RoomState, TransferError
 
 QUEUE_FRAMES = 16384  # high-water mark of a socket, in messages; credits bound the bytes
 SOCKET_BUFFER_BYTES = 4 << 20  # the system may give less
@@ -31,10 +31,21 @@ MAX_PARTS = 3
 FIRST_SLOTS = 2  # of staging, reserved at the start
 
 
-class Agent(ABC):
+class AnyRoom(Protocol):
+    """What both agents' rooms have."""
+
+    state: RoomState
+    reason: str
+
+
+RoomT = TypeVar("RoomT", bound=AnyRoom)
+
+
+class Agent(ABC, Generic[RoomT]):
     """Base of `PrefillAgent` and `DecodeAgent`."""
 
     role = ""
+    _rooms: dict[int, RoomT]
 
     def __init__(self, settings: Settings, rank: int, size: int, logger: logging.Logger | None) -> None:
         self._settings, self._rank, self._size = settings, rank, size
@@ -85,6 +96,37 @@ class Agent(ABC):
     def rank(self) -> int:
         """Of this agent among those of its server."""
         return self._rank
+
+    def poll(self, room: int) -> RoomState:
+        """State of a room.
+
+        On prefill BOOTSTRAPPING until every expected rank has asked, WAITING for rows, TRANSFERRING, SUCCESS when every
+        rank has confirmed. On decode BOOTSTRAPPING until every prefill rank has registered this one, WAITING for
+        ``request``, TRANSFERRING, SUCCESS when every chunk and then the metadata row are in place. FAILED: see
+        `failure`.
+
+        Raises:
+            TransferError: the room is not open.
+        """
+        with self._lock:
+            return RoomState.FAILED if self._death is not None else self._open(room).state
+
+    def failure(self, room: int) -> str:
+        """Why a room failed; empty if it has not.
+
+        Raises:
+            TransferError: the room is not open.
+        """
+        with self._lock:
+            return self._death or self._open(room).reason
+
+    def _open(self, room: int) -> RoomT:
+        entry = self._rooms.get(room)
+        if entry is None:
+            raise TransferError(
+                f"room {room} is not open on {self.role} rank {self._rank}; call open_room first"
+            )
+        return entry
 
     # Threads
 

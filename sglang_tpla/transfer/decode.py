@@ -16,7 +16,7 @@ import numpy as np
 from sglang_tpla.transfer.agent import seconds_since
 from sglang_tpla.transfer.receiving import Link, Room, Source
 from sglang_tpla.transfer.scattering import DecodeScattering
-from sglang_tpla.transfer.types import AgentStats, RoomState, TransferError, TransferMetric
+from sglang_tpla.transfer.types import AgentStats, TransferError, TransferMetric
 
 
 class DecodeAgent(DecodeScattering):
@@ -97,24 +97,6 @@ class DecodeAgent(DecodeScattering):
             entry.requested = entry.progress = time.monotonic()
             self._advance(entry)
 
-    def poll(self, room: int) -> RoomState:
-        """State of a room: BOOTSTRAPPING until every prefill rank has registered this one, WAITING for
-        `request`, TRANSFERRING, SUCCESS when every chunk and then the metadata row are in place, FAILED (see
-        `failure`).
-
-        Raises:
-            TransferError: the room is not open.
-        """
-        with self._lock:
-            if self._death is not None:
-                return RoomState.FAILED
-            return self._open(room).state
-
-    def failure(self, room: int) -> str:
-        """Why a room failed; empty if it has not."""
-        with self._lock:
-            return self._death or self._open(room).reason
-
     def metric(self, room: int) -> TransferMetric:
         """Bytes received so far, and seconds from request to the end."""
         with self._lock:
@@ -159,9 +141,3 @@ class DecodeAgent(DecodeScattering):
                 transfer_seconds=self._transfer_seconds,
                 **self._counts,
             )
-
-    def _open(self, room: int) -> Room:
-        entry = self._rooms.get(room)
-        if entry is None:
-            raise TransferError(f"room {room} is not open on decode rank {self._rank}; call open_room first")
-        return entry

@@ -23,7 +23,7 @@ from sglang_tpla.transfer.agent import Agent, endpoint
 from sglang_tpla.transfer.arena import map_arena
 from sglang_tpla.transfer.channel import ChannelError, Inbox, Spares, set_up
 from sglang_tpla.transfer.projection import Projection
-from sglang_tpla.transfer.receiving import Address, Connection, Link
+from sglang_tpla.transfer.receiving import Address, Connection, Link, Room
 from sglang_tpla.transfer.registration import dtype_name
 from sglang_tpla.transfer.rows import RowWriter
 from sglang_tpla.transfer.security import Security
@@ -33,7 +33,7 @@ from sglang_tpla.transfer.types import CachePool, MetadataRows, TransferError
 DATA_TURN_BYTES = 8 << 20  # read from one data channel before others have a turn
 
 
-class DecodeDialing(Agent):
+class DecodeDialing(Agent[Room]):
     """Sockets and connections of `DecodeAgent`."""
 
     role = "decode"

@@ -20,7 +20,7 @@ from sglang_tpla.transfer.projection import IDENTITY_HASH, projection_digest, st
 from sglang_tpla.transfer.registration import agreed_version, mismatch
 from sglang_tpla.transfer.rows import RowReader
 from sglang_tpla.transfer.security import ZAP_ENDPOINT, Security
-from sglang_tpla.transfer.sending import Peer, SenderProjection, Upload
+from sglang_tpla.transfer.sending import Peer, Room, SenderProjection, Upload
 from sglang_tpla.transfer.staging import Staging, pin, unpin
 from sglang_tpla.transfer.types import CachePool, MetadataRows, TransferError
 
@@ -28,7 +28,7 @@ MAX_PROJECTIONS = 64
 MAX_PEERS = 4096
 
 
-class PrefillGreeting(Agent):
+class PrefillGreeting(Agent[Room]):
     """Sockets and peers of `PrefillAgent`."""
 
     role = "prefill"

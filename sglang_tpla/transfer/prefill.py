@@ -97,23 +97,6 @@ class PrefillAgent(PrefillDispatch):
             self._proceed(entry)
             self._conclude(entry)
 
-    def poll(self, room: int) -> RoomState:
-        """State of a room: BOOTSTRAPPING until every expected rank has asked, WAITING for rows, TRANSFERRING,
-        SUCCESS when every rank has confirmed, FAILED (see `failure`).
-
-        Raises:
-            TransferError: the room is not open.
-        """
-        with self._lock:
-            if self._death is not None:
-                return RoomState.FAILED
-            return self._open(room).state
-
-    def failure(self, room: int) -> str:
-        """Why a room failed; empty if it has not."""
-        with self._lock:
-            return self._death or self._open(room).reason
-
     def prefix_tokens(self, room: int) -> int:
         """Tokens that decode has cached already; pages given to `send` start after them. 0 before any
         request.
@@ -164,9 +147,3 @@ class PrefillAgent(PrefillDispatch):
                 transfer_seconds=self._transfer_seconds,
                 **self._counts,
             )
-
-    def _open(self, room: int) -> Room:
-        entry = self._rooms.get(room)
-        if entry is None:
-            raise TransferError(f"room {room} is not open on prefill rank {self._rank}; call open_room first")
-        return entry
