@@ -233,3 +233,18 @@ def transfer_lines(server: Server) -> list[dict[str, Any]]:
     """The structured log lines of a server's transfers."""
     lines = [line for line in server.log.read_text(errors="replace").splitlines() if " transfer {" in line]
     return [json.loads(line[line.index("transfer {") + len("transfer ") :]) for line in lines]
+
+
+def idle(server: Server) -> dict[str, Any]:
+    """What the server still holds, with the agent's rooms and staging."""
+    state = server.get("/server_info")["internal_states"][0]
+    (agent,) = state["tpla_transfer"]
+    held = {k: v for k, v in state["tpla_scheduler"].items() if k != "cached_tokens"}
+    return held | {"rooms": agent["rooms"], "staging": agent["staging_used_bytes"]}
+
+
+def wait_idle(*servers: Server, timeout_s: float = 60) -> None:
+    """Until queues, rooms, staging and cache slots are at zero; what is left if they never are."""
+    deadline = time.monotonic() + timeout_s
+    while any(any(idle(server).values()) for server in servers):
+        assert time.monotonic() < deadline, [(server.name, idle(server)) for server in servers]

@@ -13,8 +13,7 @@ import pytest
 import torch
 
 from tests.e2e.prompts import source
-from tests.e2e.servers import Pair, Server, free_ports, launcher, request_body
-from tests.e2e.test_trio import idle, wait_idle
+from tests.e2e.servers import Pair, Server, free_ports, idle, launcher, request_body, wait_idle
 
 LONG = {  # some 6,000 tokens each: many chunks of 128, and no common prefix
     "decode": source(seed=9, characters=20000),

@@ -7,29 +7,13 @@ import contextlib
 import json
 import subprocess
 import sys
-import time
 from typing import Any
 
 import httpx
 import pytest
 
 from tests.e2e.prompts import source
-from tests.e2e.servers import ROOT, Server, request_body, transfer_lines
-
-
-def idle(server: Server) -> dict[str, Any]:
-    """What the server still holds, with the agent's rooms and staging."""
-    state = server.get("/server_info")["internal_states"][0]
-    (agent,) = state["tpla_transfer"]
-    held = {k: v for k, v in state["tpla_scheduler"].items() if k != "cached_tokens"}
-    return held | {"rooms": agent["rooms"], "staging": agent["staging_used_bytes"]}
-
-
-def wait_idle(*servers: Server, timeout_s: float = 60) -> None:
-    """Until queues, rooms, staging and cache slots are at zero; what is left if they never are."""
-    deadline = time.monotonic() + timeout_s
-    while any(any(idle(server).values()) for server in servers):
-        assert time.monotonic() < deadline, [(server.name, idle(server)) for server in servers]
+from tests.e2e.servers import ROOT, Server, request_body, transfer_lines, wait_idle
 
 
 def resources(server: Server) -> dict[int, tuple[int, int]]:
