@@ -51,7 +51,8 @@ __device__ __forceinline__ void load_query(const Params& p, u32 q_smem, int requ
 constexpr int kRowsPerThread = kTile / (kProducerThreads / 8);             // cache rows a thread copies of a tile
 constexpr int kSlotsPerThread = kChunkTiles * kTile / kProducerThreads;    // slots a thread looks up of a chunk
 
-// Slots of a chunk's tokens, one thread every 128th; -1 beyond the end of the request.
+// Slots of a chunk's tokens, one thread every 128th; -1 beyond the end of the request. Not through the read-only cache: this
+// kernel may start before one that writes the page table has ended, and that cache promises data constant from the start.
 __device__ __forceinline__ void load_slots(const Params& p, int start, int length, int tile, int thread,
                                            int (&slots)[kSlotsPerThread]) {
     const int mask = (1 << p.page_bits) - 1;
@@ -59,7 +60,7 @@ __device__ __forceinline__ void load_slots(const Params& p, int start, int lengt
     for (int i = 0; i < kSlotsPerThread; ++i) {
         const int token = tile * kTile + thread + i * kProducerThreads;
         slots[i] = -1;
-        if (token < length) slots[i] = (__ldg(p.page_indices + start + (token >> p.page_bits)) << p.page_bits) | (token & mask);
+        if (token < length) slots[i] = (__ldcg(p.page_indices + start + (token >> p.page_bits)) << p.page_bits) | (token & mask);
     }
 }
 

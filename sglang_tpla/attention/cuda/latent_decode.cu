@@ -56,6 +56,7 @@ __device__ __forceinline__ void consume(const Params& p, u32 q_smem, float* q_bu
             soften(s, state, factor, p.scale_log2, first_token, limit, first_token + kTile > unmasked, lane);
             wgmma_wait<0>();
             pin(o);
+            pin(probability);
             if (lane == 0) barrier_arrive(empty + 8 * held);
             rescale(o, factor);
             pack_probability(probability, s);
@@ -82,6 +83,7 @@ __device__ __forceinline__ void consume(const Params& p, u32 q_smem, float* q_bu
             add_values(o, probability, ring + stage * kStageBytes + first_panel * kPanelBytes);
             wgmma_wait<0>();
             pin(o);
+            pin(probability);
             if (lane == 0) barrier_arrive(empty + 8 * stage);
         }
 #endif
@@ -99,10 +101,12 @@ __device__ __forceinline__ void consume(const Params& p, u32 q_smem, float* q_bu
             store<0, kOut>(p, o, state, seg.request, split, whole, first_row, first_panel * 64, MODE == MODE_ROWS || group == 0, thread);
         } else if (group == 0) {
             join<0>(o, state, q_buffer, thread);
+            __syncwarp();                                        // all lanes have read the query's memory
             if (lane == 0) barrier_arrive(q_empty);
             store<0, kOut / 2>(p, o, state, seg.request, split, whole, 0, 0, true, thread);
         } else {
             join<1>(o, state, q_buffer, thread);
+            __syncwarp();
             if (lane == 0) barrier_arrive(q_empty);
             store<kOut / 2, kOut / 2>(p, o, state, seg.request, split, whole, 0, 0, false, thread);
         }

@@ -8,9 +8,9 @@ struct Shared {
 
 // Tells that this block's partial result of `request` is stored. Called by all consumers.
 __device__ __forceinline__ u32 announce(const Params& p, int request, int splits, int consumer) {
-    __threadfence();
     sync_consumers();
     if (consumer != 0) return 0;
+    __threadfence();                                             // after the barrier: it covers the stores of all consumers
     const u32 before = atomicAdd(p.arrived + blockIdx.y * p.batch + request, 1u);
     return (before / splits + 1) * splits;                       // the counter runs on over the layers of a step
 }
