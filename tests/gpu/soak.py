@@ -1,0 +1,94 @@
+"""Random decode steps, checked one by one, for as long as wanted: for races that tests meet once in a thousand runs.
+
+python tests/gpu/soak.py SECONDS [SEED]
+
+A step is a random shape, batch, lengths, page size and order of pages; a few layers run back to back on fresh
+queries, with outputs poisoned and nothing waited for in between. Ends with code 1 at the first wrong request, and says
+which it was.
+"""
+
+import random
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from decode_case import SCALE, random_case, relative_error
+
+from sglang_tpla.attention.hopper_decode import HopperDecode
+from sglang_tpla.attention.interface import DecodeShape
+
+BAR = 3e-3
+MAX_BATCH = 64
+WIDTHS = (64, 96, 128, 192, 256, 320)  # every mode, few enough to compile in a minute
+DEVICE = "cuda:0"
+
+
+def random_lengths(dice: random.Random) -> list[int]:
+    """A batch of one of the forms that are planned differently."""
+    batch = dice.randint(1, MAX_BATCH)
+    longest = dice.choice((64, 300, 1000, 9000))
+    if dice.random() < 0.3:
+        return [dice.randint(1, longest)] * batch
+    return [dice.choice((0, 1, 63, 64, 65, dice.randint(1, longest))) for _ in range(batch)]
+
+
+def error_of(out: torch.Tensor, right: torch.Tensor) -> float:
+    """Relative error; where nothing is to be seen and zeros are right, the largest value."""
+    return relative_error(out, right) if right.norm() > 0 else out.float().abs().max().item()
+
+
+def wrong_requests(out: torch.Tensor, right: torch.Tensor, query_len: int) -> list[tuple[int, float]]:
+    """(request, relative error) of each request beyond twice the bar: one request alone errs more than all."""
+    pairs = zip(out.split(query_len), right.split(query_len), strict=True)
+    errors = [(request, error_of(*pair)) for request, pair in enumerate(pairs)]
+    return [(request, error) for request, error in errors if not error <= 2 * BAR]
+
+
+def main() -> int:
+    seconds = float(sys.argv[1])
+    seed = int(sys.argv[2]) if len(sys.argv) > 2 else time.time_ns() % 2**31
+    dice = random.Random(seed)
+    kernels: dict[DecodeShape, HopperDecode] = {}
+    end, steps, launches, worst = time.monotonic() + seconds, 0, 0, 0.0
+    while time.monotonic() < end:
+        shape = DecodeShape(
+            dice.choice(WIDTHS), dice.choice((8, 16, 64, 128)), 64, dice.randint(1, 4), dice.choice((1, 64))
+        )
+        if shape not in kernels:
+            kernels[shape] = HopperDecode(shape, SCALE, MAX_BATCH, torch.device(DEVICE))
+        lengths = random_lengths(dice)
+        first = random_case(shape, lengths, dice.randrange(2**31), DEVICE)
+        layers = [
+            replace(
+                first,
+                q_latent=torch.randn_like(first.q_latent.float()).to(shape.dtype),
+                q_rope=torch.randn_like(first.q_rope.float()).to(shape.dtype),
+            )
+            for _ in range(dice.randint(1, 6))
+        ]
+        outs = [torch.full_like(first.q_latent, float("nan")) for _ in layers]
+        kernels[shape].plan(first.table, first.lengths)
+        for layer, out in zip(layers, outs, strict=True):
+            kernels[shape].run(layer.q_latent, layer.q_rope, layer.kv_cache, out)
+        for number, (layer, out) in enumerate(zip(layers, outs, strict=True)):
+            right = layer.reference()
+            error = error_of(out, right)
+            wrong = wrong_requests(out, right, shape.query_len)
+            worst = max(worst, error)
+            launches += 1
+            if not error <= BAR or wrong:
+                print(f"seed {seed}, step {steps}, layer {number}: {shape}, lengths {lengths}")
+                print(f"error {error:.3g}; wrong requests: {wrong[:8]} ({len(wrong)} in all)")
+                return 1
+        steps += 1
+    print(f"seed {seed}: {steps} steps, {launches} launches right, worst relative error {worst:.2e}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
