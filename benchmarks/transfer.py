@@ -30,7 +30,6 @@ import resource
 import socket
 import statistics
 import sys
-import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -41,12 +40,12 @@ from typing import Any
 import engines
 import numpy as np
 import torch
+from wire_values import wire_values
 
 from sglang_tpla.config import Settings
 from sglang_tpla.transfer import frames
 from sglang_tpla.transfer.decode import DecodeAgent
 from sglang_tpla.transfer.prefill import PrefillAgent
-from sglang_tpla.transfer.projection import Projection
 from sglang_tpla.transfer.types import CachePool, MetadataRows, RoomState
 
 LATENT, ROPE, LAYERS, PAGE = 512, 64, 61, 64
@@ -54,6 +53,33 @@ ROW_BYTES = 2 * (LATENT + ROPE)
 PIECE = 4 << 20
 SETTINGS = Settings(role="prefill", peer_timeout_s=60.0)
 ENGINES = Path(__file__).parent / "out" / "engines"  # where `make bench-engines` installs them
+
+
+def memory_bytes(limit_gib: float) -> int:
+    """What one process may hold: the limit, or its part of what is free: a dozen processes hold as much."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable"):
+            return min(int(limit_gib * 2**30), int(line.split()[1]) * 1024 // 14)
+    return int(limit_gib * 2**30)
+
+
+def machine() -> dict[str, Any]:
+    """Where the numbers were read."""
+    cpu = next(
+        (
+            line.split(":", 1)[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ),
+        platform.processor(),
+    )
+    return {
+        "cpu": cpu,
+        "cores": len(os.sched_getaffinity(0)),
+        "load_average": os.getloadavg()[0],
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+    }
 
 
 def cpu_seconds() -> float:
@@ -310,84 +336,6 @@ class Bench:
             return seconds, cpu + elsewhere
 
         return measure
-
-
-def wire_values(ranks: int, groups: int, shared: int, host_id: str | None) -> float:
-    """Values a token and layer that travel (or lie in shared memory) for all ranks of one host."""
-    tokens, width = 1024, shared + -(-(LATENT - shared) // groups)
-    pool = CachePool([torch.randn(tokens, LATENT + ROPE).bfloat16() for _ in range(2)], LATENT, ROPE, PAGE)
-    metadata = MetadataRows([np.zeros((1, 64), dtype=np.uint8)])
-    settings = replace(SETTINGS, chunk_bytes=1 << 18, staging_bytes=16 << 20)
-    shared_columns = torch.randn(LATENT, shared)
-    projections = [
-        Projection([torch.cat((shared_columns, torch.randn(LATENT, width - shared)), 1)] * 2, [shared] * 2)
-        for _ in range(groups)
-    ]
-    pages = np.arange(tokens // PAGE, dtype=np.int32)
-    with contextlib.ExitStack() as stack:
-        prefill = stack.enter_context(
-            contextlib.closing(
-                PrefillAgent(
-                    pool, metadata, model_hash="", settings=settings, bind_host="127.0.0.1", rank=0, size=1
-                )
-            )
-        )
-        prefill.open_room(1)
-        agents = []
-        for rank in range(ranks):
-            z = projections[rank % groups] if groups > 1 else None
-            rows = (width if groups > 1 else LATENT) + ROPE
-            mine = CachePool([torch.zeros(tokens, rows).bfloat16() for _ in range(2)], LATENT, ROPE, PAGE)
-            own = MetadataRows([np.zeros((1, 64), dtype=np.uint8)])
-            agent = DecodeAgent(
-                mine,
-                own,
-                z,
-                model_hash="",
-                settings=settings,
-                rank=rank,
-                size=ranks,
-                groups=groups,
-                host_id=host_id,
-            )
-            agents.append(stack.enter_context(contextlib.closing(agent)))
-            agent.open_room(1, [(*prefill.address, False)])
-            agent.request(1, pages, metadata_row=0, expected_ranks=ranks)
-        prefill.send(1, pages, last=True, metadata_row=0)
-        done = threading.Event()
-        while not done.wait(0.001):
-            if all(agent.poll(1).ended for agent in (prefill, *agents)):
-                done.set()
-        assert prefill.poll(1) == RoomState.SUCCESS, prefill.failure(1)
-        metric = prefill.metric(1)
-        return metric.wire_bytes / (2 * 2 * tokens)
-
-
-def memory_bytes(limit_gib: float) -> int:
-    """What one process may hold: the limit, or its part of what is free: a dozen processes hold as much."""
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable"):
-            return min(int(limit_gib * 2**30), int(line.split()[1]) * 1024 // 14)
-    return int(limit_gib * 2**30)
-
-
-def machine() -> dict[str, Any]:
-    """Where the numbers were read."""
-    cpu = next(
-        (
-            line.split(":", 1)[1].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if line.startswith("model name")
-        ),
-        platform.processor(),
-    )
-    return {
-        "cpu": cpu,
-        "cores": len(os.sched_getaffinity(0)),
-        "load_average": os.getloadavg()[0],
-        "kernel": platform.release(),
-        "python": platform.python_version(),
-    }
 
 
 def measure(tokens: Sequence[int], layers: int, repeat: int, without: Sequence[str]) -> list[dict[str, Any]]:

@@ -1,0 +1,68 @@
+"""How many values of a token and layer travel for all ranks of one host: a count, not a timing."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+
+import numpy as np
+import torch
+
+from sglang_tpla.config import Settings
+from sglang_tpla.transfer.decode import DecodeAgent
+from sglang_tpla.transfer.prefill import PrefillAgent
+from sglang_tpla.transfer.projection import Projection
+from sglang_tpla.transfer.types import CachePool, MetadataRows, RoomState
+
+LATENT, ROPE, PAGE = 512, 64, 64
+
+
+def wire_values(ranks: int, groups: int, shared: int, host_id: str | None) -> float:
+    """Values a token and layer that travel (or lie in shared memory) for all ranks of one host."""
+    tokens, width = 1024, shared + -(-(LATENT - shared) // groups)
+    pool = CachePool([torch.randn(tokens, LATENT + ROPE).bfloat16() for _ in range(2)], LATENT, ROPE, PAGE)
+    metadata = MetadataRows([np.zeros((1, 64), dtype=np.uint8)])
+    settings = Settings(role="prefill", peer_timeout_s=60.0, chunk_bytes=1 << 18, staging_bytes=16 << 20)
+    shared_columns = torch.randn(LATENT, shared)
+    projections = [
+        Projection([torch.cat((shared_columns, torch.randn(LATENT, width - shared)), 1)] * 2, [shared] * 2)
+        for _ in range(groups)
+    ]
+    pages = np.arange(tokens // PAGE, dtype=np.int32)
+    with contextlib.ExitStack() as stack:
+        prefill = stack.enter_context(
+            contextlib.closing(
+                PrefillAgent(
+                    pool, metadata, model_hash="", settings=settings, bind_host="127.0.0.1", rank=0, size=1
+                )
+            )
+        )
+        prefill.open_room(1)
+        agents = []
+        for rank in range(ranks):
+            z = projections[rank % groups] if groups > 1 else None
+            rows = (width if groups > 1 else LATENT) + ROPE
+            mine = CachePool([torch.zeros(tokens, rows).bfloat16() for _ in range(2)], LATENT, ROPE, PAGE)
+            own = MetadataRows([np.zeros((1, 64), dtype=np.uint8)])
+            agent = DecodeAgent(
+                mine,
+                own,
+                z,
+                model_hash="",
+                settings=settings,
+                rank=rank,
+                size=ranks,
+                groups=groups,
+                host_id=host_id,
+            )
+            agents.append(stack.enter_context(contextlib.closing(agent)))
+            agent.open_room(1, [(*prefill.address, False)])
+            agent.request(1, pages, metadata_row=0, expected_ranks=ranks)
+        prefill.send(1, pages, last=True, metadata_row=0)
+        done = threading.Event()
+        while not done.wait(0.001):
+            if all(agent.poll(1).ended for agent in (prefill, *agents)):
+                done.set()
+        assert prefill.poll(1) == RoomState.SUCCESS, prefill.failure(1)
+        metric = prefill.metric(1)
+        return metric.wire_bytes / (2 * 2 * tokens)

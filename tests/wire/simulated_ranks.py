@@ -1,0 +1,78 @@
+"""The decode ranks of `simulation`: agents that work only when they are told to, and what their pools must hold."""
+
+from __future__ import annotations
+
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+
+from sglang_tpla.config import Settings
+from sglang_tpla.transfer.decode import DecodeAgent
+from sglang_tpla.transfer.projection import Projection
+from sglang_tpla.transfer.types import CachePool, MetadataRows
+
+LAYERS, LATENT, ROPE, PAGE, PAGES = 2, 56, 8, 4, 24
+ROOMS = 3
+SETTINGS = Settings(
+    role="prefill",
+    chunk_bytes=4096,
+    staging_bytes=16384,
+    heartbeat_s=1.0,
+    peer_timeout_s=5.0,
+    transfer_timeout_s=20.0,
+    data_channel=0,  # chunks come over ZMQ, which is what is simulated
+)
+
+
+class Failure(AssertionError):
+    """Something that must hold did not."""
+
+
+def no_threads(agent: Any) -> None:
+    """Let an agent work only when it is told to, before its sockets are made."""
+    agent._work.wait = lambda timeout=None: True
+    agent._start = lambda: None
+    agent._worker = mock.Mock()
+    agent._worker.is_alive = lambda: True
+
+    def failed(what: str, error: BaseException) -> None:
+        raise Failure(f"{what}: {error!r}") from error
+
+    agent._handler_failed = failed
+
+
+class Decode:
+    """A decode agent, the pages its rooms own, and what its pool must hold elsewhere."""
+
+    def __init__(self, rank: int, projection: Projection | None, host: str | None) -> None:
+        width = LATENT if projection is None else projection.widths[0]
+        generator = torch.Generator().manual_seed(100 + rank)
+        layers = [torch.randn(PAGES * PAGE, width + ROPE, generator=generator) for _ in range(LAYERS)]
+        self.pool = CachePool(layers, LATENT, ROPE, PAGE)
+        self.metadata = MetadataRows([np.zeros((2 * ROOMS, 32), dtype=np.uint8)])
+        self.projection = projection
+        self.agent = DecodeAgent(
+            self.pool, self.metadata, projection, model_hash="m", settings=SETTINGS, rank=rank, size=2,
+            groups=1 if projection is None else 2, host_id=host, logger=mock.Mock(),
+        )  # fmt: skip
+        self.owned: dict[int, np.ndarray] = {}  # by room
+        self.held = [layer.clone() for layer in layers]
+
+    def free(self, room: int) -> None:
+        """The room no longer owns its pages: from now on they must stay as they are."""
+        pages = self.owned.pop(room, None)
+        if pages is not None:
+            slots = torch.from_numpy(self.pool.slots(pages))
+            for held, layer in zip(self.held, self.pool.layers, strict=True):
+                held[slots] = layer[slots]
+
+    def check(self) -> None:
+        """No row has changed that nobody owns."""
+        mine = np.ones(PAGES * PAGE, dtype=bool)
+        for pages in self.owned.values():
+            mine[self.pool.slots(pages)] = False
+        for held, layer in zip(self.held, self.pool.layers, strict=True):
+            if not np.array_equal(held.numpy()[mine], layer.numpy()[mine]):
+                raise Failure("a row changed that no live room owns")
