@@ -10,6 +10,7 @@ import sys
 import textwrap
 from pathlib import Path
 
+import psutil
 import pytest
 
 from sglang_tpla.launching.roles import Process
@@ -129,16 +130,22 @@ def test_a_crash_leaves_no_shared_memory(tmp_path: Path) -> None:
 
 
 def wait_until_seen(supervisor: Supervisor) -> None:
-    """Return once the reaper has looked at the processes: it wakes for nothing else, so naps are counted."""
-    reaper = supervisor._reaper
-    assert reaper is not None
+    """Return once the reaper has looked at the processes: it slept, and sleeps again with more bytes read.
 
-    def naps() -> int:
-        status = (Path("/proc") / str(reaper.pid) / "status").read_text()
-        return int(status.split("voluntary_ctxt_switches:\t")[1].split()[0])
+    A wait for the disk is another state, and neither the end of a look nor the beginning of one.
+    """
+    assert supervisor._reaper is not None
+    reaper = psutil.Process(supervisor._reaper.pid)
 
-    before = naps()
-    while naps() < before + 2:
+    def bytes_read_asleep() -> int:
+        while True:
+            before = reaper.io_counters().read_chars
+            if reaper.status() == psutil.STATUS_SLEEPING and reaper.io_counters().read_chars == before:
+                return before
+            supervisor.check()
+
+    before = bytes_read_asleep()
+    while bytes_read_asleep() == before:
         supervisor.check()
 
 
