@@ -13,8 +13,11 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
+from typing import TypeVar
 
 from sglang_tpla.plan.model import PlanError
+
+Entry = TypeVar("Entry")
 
 
 @dataclass(frozen=True)
@@ -191,28 +194,19 @@ LINKS = {
 
 
 def find_gpu(name: str) -> Gpu:
-    """A GPU by name.
-
-    Raises:
-        PlanError: not in the table.
-    """
-    if name.lower() not in GPUS:
-        raise PlanError(
-            f"--gpu must be one of {', '.join(GPUS)}, got {name!r}; for another one name the most similar and "
-            "give --gpu-memory-gb, --gpu-bandwidth-gb-s and --gpu-tflops"
-        )
-    return GPUS[name.lower()]
+    """A GPU by name; PlanError where the table has none."""
+    return _find("gpu", GPUS, name, "--gpu-memory-gb, --gpu-bandwidth-gb-s and --gpu-tflops")
 
 
 def find_link(name: str) -> Link:
-    """A link by name.
+    """A link by name; PlanError where the table has none."""
+    return _find("link", LINKS, name, "--link-latency-us and --link-gb-s")
 
-    Raises:
-        PlanError: not in the table.
-    """
-    if name.lower() not in LINKS:
+
+def _find(flag: str, table: Mapping[str, Entry], name: str, numbers: str) -> Entry:
+    if name.lower() not in table:
         raise PlanError(
-            f"--link must be one of {', '.join(LINKS)}, got {name!r}; for another one name the most similar and "
-            "give --link-latency-us and --link-gb-s"
+            f"--{flag} must be one of {', '.join(table)}, got {name!r}; for another one name the most similar and give "
+            f"{numbers}"
         )
-    return LINKS[name.lower()]
+    return table[name.lower()]

@@ -265,22 +265,27 @@ class DecodeDialing(Agent[Room]):
     ) -> None:
         """One message about a room, on the I/O thread."""
 
+    @abstractmethod
     def _room_failed(
         self, connection: Connection, room: int, message: frames.Message, error: Exception
     ) -> None:
-        raise NotImplementedError
+        """An exception while a message about a room was handled, on the I/O thread."""
 
+    @abstractmethod
     def _drop_rooms(self, connection: Connection, reason: str) -> None:
-        raise NotImplementedError
+        """Fail the rooms that wait for this connection."""
 
+    @abstractmethod
     def _in_use(self, connection: Connection) -> bool:
-        raise NotImplementedError
+        """Whether a room that is not complete waits for this connection."""
 
+    @abstractmethod
     def _resume(self, connection: Connection) -> None:
-        raise NotImplementedError
+        """Take up the rooms that were under way when the connection broke. Under the lock."""
 
+    @abstractmethod
     def _link_up(self, connection: Connection) -> None:
-        raise NotImplementedError
+        """The connection is registered: rooms that waited for it ask now."""
 
     # The data channel (I/O thread)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from abc import abstractmethod
 from collections import OrderedDict
 from collections.abc import Sequence
 from functools import partial
@@ -125,9 +126,9 @@ class PrefillGreeting(Agent[Room]):
                 self._log.warning("prefill rank %d: data channel of %s ended: %s", self._rank, peer.name, why)
                 self._put(identity, frames.Unregistered())
 
+    @abstractmethod
     def _prepare(self) -> None:
         """Set up what the subclass keeps, before the threads start."""
-        raise NotImplementedError
 
     def close(self) -> None:
         """End both threads and free socket and staging; rooms that are still alive fail."""
