@@ -114,7 +114,7 @@ def evaluate(arguments: argparse.Namespace) -> Evaluation:
         raise CorpusError("expected --tokens to be at least 1, got 0")
     model = PlainModel(checkpoint, torch.float32, arguments.device)
     sliced = model_maps(artifact, model)
-    maps = cached_maps(sliced, arguments.cache_dtype)
+    maps = cached_maps(sliced, arguments.cache_dtype, artifact.meta.shared_dims)
     quiet = arguments.quiet
     with tqdm(total=text.held_out.numel(), desc="held-out error", unit="tok", disable=quiet) as bar:
         (errors,) = measure(model, text.held_out, [maps], plan.prompt_tokens, progress=bar.update)

@@ -1,26 +1,30 @@
-"""Slices as a cache of another precision hands them back, to measure what that precision costs.
+"""Rows as a cache of another precision hands them back, to measure what that precision costs.
 
-The rotary key is left alone: every format keeps it in bfloat16, and its rounding is plain MLA's too.
+The rotary key is bfloat16 in either; slices are bfloat16 or FP8 (`attention.fp8_rows`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 
 from sglang_tpla.attention.fp8_rows import rounded
-from sglang_tpla.models.plain import LayerMaps, Slicer
+from sglang_tpla.models.plain import CachedMaps, LayerMaps, Slicer
 
 CACHE_DTYPES = ("exact", "bf16", "fp8")
 
 
-def _bf16(z: torch.Tensor) -> torch.Tensor:
-    return z.to(torch.bfloat16).to(z.dtype)
+def _bf16(values: torch.Tensor) -> torch.Tensor:
+    return values.to(torch.bfloat16).to(values.dtype)
 
 
-def cached_maps(maps: Sequence[LayerMaps], cache_dtype: str) -> list[LayerMaps]:
-    """Maps whose slices go through a cache: ``exact`` changes nothing, ``bf16`` and ``fp8`` (`fp8_rows`) round.
+def cached_maps(maps: Sequence[LayerMaps], cache_dtype: str, shared: Sequence[int]) -> list[LayerMaps]:
+    """Maps whose rows go through a cache: ``exact`` changes nothing, ``bf16`` and ``fp8`` round.
+
+    Args:
+        shared: how many leading columns every group has, one entry a layer: they have a scale of their own.
 
     Raises:
         ValueError: another name.
@@ -29,8 +33,16 @@ def cached_maps(maps: Sequence[LayerMaps], cache_dtype: str) -> list[LayerMaps]:
         raise ValueError(f"expected a cache dtype among {CACHE_DTYPES}, got {cache_dtype!r}")
     if cache_dtype == "exact":
         return list(maps)
-    rounding = rounded if cache_dtype == "fp8" else _bf16
-    return [[(_through(z, rounding), a, b) for z, a, b in layer] for layer in maps]
+    return [
+        CachedMaps(
+            [
+                (_through(z, partial(rounded, shared=common) if cache_dtype == "fp8" else _bf16), a, b)
+                for z, a, b in layer
+            ],
+            _bf16,
+        )
+        for layer, common in zip(maps, shared, strict=True)
+    ]
 
 
 def _through(z_map: Slicer, rounding: Callable[[torch.Tensor], torch.Tensor]) -> Slicer:

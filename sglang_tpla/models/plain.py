@@ -14,7 +14,7 @@ Shapes: B batch, S tokens, H heads, d latent dims, n nope, e rope, v value dims 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import overload
 
 import torch
@@ -28,7 +28,16 @@ from sglang_tpla.models.spec import ModelSpec
 # Z [d, w], or a function from latents [B, S, d] to slices [B, S, w] (only comparisons need one)
 Slicer = torch.Tensor | Callable[[torch.Tensor], torch.Tensor]
 # maps of one layer: (Z, A [w, d], B [w, d]) for each group; None is exact attention
-LayerMaps = Sequence[tuple[Slicer, torch.Tensor, torch.Tensor]]
+GroupMaps = tuple[Slicer, torch.Tensor, torch.Tensor]
+LayerMaps = Sequence[GroupMaps]
+
+
+class CachedMaps(list[GroupMaps]):
+    """Maps of a layer whose cache hands rotary keys back as ``round_key`` makes them."""
+
+    def __init__(self, maps: Sequence[GroupMaps], round_key: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__(maps)
+        self.round_key = round_key
 
 
 @dataclass(frozen=True)
@@ -160,6 +169,8 @@ class Attention:
     def tpla_heads_out(self, inputs: AttentionInputs, maps: LayerMaps) -> torch.Tensor:
         """The same through the slices: the sum over the groups, [B, H, Q, v]."""
         total: torch.Tensor | None = None
+        if isinstance(maps, CachedMaps):
+            inputs = replace(inputs, k_rope=maps.round_key(inputs.k_rope))
         for z_map, a_map, b_map in maps:
             # [B, S, w]
             z = inputs.latent @ z_map if isinstance(z_map, torch.Tensor) else z_map(inputs.latent)

@@ -1,6 +1,6 @@
 """How a room's rows are cut into chunks: rectangles of layers x tokens x one part of the row.
 
-A row is ``[own or shared latent columns | rope]``. The sender picks the part a rank gets:
+A plain row is ``[own or shared latent columns | rope]`` (others: `row_format`). The sender picks the part a rank gets:
 
     FULL    [w_l + rope]   the whole row
     COMMON  [r_l + rope]   the columns that every group has, and the rope
@@ -22,11 +22,6 @@ class Part(enum.IntEnum):
     FULL = 0
     COMMON = 1
     OWN = 2
-
-
-def part_width(width: int, shared: int, rope_dim: int, part: Part) -> int:
-    """Values a token and layer of one part."""
-    return sum(stop - start for start, stop in part_columns(width, shared, rope_dim, part))
 
 
 def part_columns(width: int, shared: int, rope_dim: int, part: Part) -> tuple[tuple[int, int], ...]:

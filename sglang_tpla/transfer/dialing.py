@@ -24,7 +24,6 @@ from sglang_tpla.transfer.arena import map_arena
 from sglang_tpla.transfer.channel import ChannelError, Inbox, Spares, set_up
 from sglang_tpla.transfer.projection import Projection
 from sglang_tpla.transfer.receiving import Address, Connection, Link, Room
-from sglang_tpla.transfer.registration import dtype_name
 from sglang_tpla.transfer.rows import RowWriter
 from sglang_tpla.transfer.security import Security
 from sglang_tpla.transfer.staging import Staging
@@ -90,7 +89,7 @@ class DecodeDialing(Agent[Room]):
                 first_layer=first,
                 latent_dim=pool.latent_dim,
                 rope_dim=pool.rope_dim,
-                dtype=dtype_name(pool),
+                dtype=pool.row_format.name_of(pool.dtype),
                 page_size=pool.page_size,
                 widths=widths,
                 shared=self._shared,

@@ -153,6 +153,7 @@ class PrefillDispatch(PrefillResuming):
             plan.part,
             job.slot.buffer[: rectangle.payload_bytes],
             segment.ready,
+            plan.row_format,
         )
 
     def _finish(self, job: Job) -> None:

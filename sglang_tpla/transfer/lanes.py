@@ -7,12 +7,13 @@ from collections.abc import Callable
 
 from sglang_tpla.transfer.chunks import Part
 from sglang_tpla.transfer.projection import IDENTITY_HASH
+from sglang_tpla.transfer.row_format import RowFormat
 from sglang_tpla.transfer.sending import Ask, Lane, Mode, Plan, Room, SenderProjection
 
 
 def form_lanes(
     room: Room,
-    make_plan: Callable[[SenderProjection, Part, int], Plan],
+    make_plan: Callable[[SenderProjection, Part, int, RowFormat], Plan],
     agent: str,
     host: str,
     chunk_bytes: int,
@@ -20,7 +21,7 @@ def form_lanes(
     """Lanes for all ranks of a room that get data.
 
     Args:
-        make_plan: an existing or new plan of the room for a projection, part and chunk size.
+        make_plan: an existing or new plan of the room for a projection, part, chunk size and row format.
         agent: this prefill agent, whose arena ranks may have mapped.
         host: identity of this host.
         chunk_bytes: this agent's largest chunk.
@@ -38,16 +39,17 @@ def form_lanes(
             together = Mode.RELAY
         else:
             together = hello.agent
-        # ranks whose requests share the sending differently cannot share chunks
-        by_host[(hello.host, together, ask.share_index, ask.share_count)].append(ask)
+        # ranks whose requests share the sending differently, or whose rows do not look alike, cannot share chunks
+        key = (hello.host, together, ask.share_index, ask.share_count, ask.peer.row_format)
+        by_host[key].append(ask)
     lanes = []
-    for key, members in by_host.items():
+    for place, members in by_host.items():
         for part, takers in _parts(members):
             projection = takers[0].peer.projection
             assert projection is not None
-            mode = Mode.LOCAL if key[1] is Mode.LOCAL else Mode.RELAY if len(takers) > 1 else Mode.DIRECT
+            mode = Mode.LOCAL if place[1] is Mode.LOCAL else Mode.RELAY if len(takers) > 1 else Mode.DIRECT
             streams = [ask.stream for ask in takers if ask.stream is not None]
-            plan = make_plan(projection, part, limit)
+            plan = make_plan(projection, part, limit, takers[0].peer.row_format)
             lane = Lane(room, plan, streams, mode, takers[0].share_index, takers[0].share_count)
             for stream in streams:
                 stream.lanes.append(lane)

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
+from sglang_tpla.transfer.chunks import Part
 from sglang_tpla.transfer.frames import PROTOCOL_VERSIONS, Hello
+from sglang_tpla.transfer.row_format import SENDER_DTYPES, RowFormat
 from sglang_tpla.transfer.types import CachePool, MetadataRows
-
-
-def dtype_name(pool: CachePool) -> str:
-    """A pool's element type as it is announced."""
-    return str(pool.dtype).removeprefix("torch.")
 
 
 def agreed_version(versions: tuple[int, int]) -> int | None:
@@ -19,7 +16,9 @@ def agreed_version(versions: tuple[int, int]) -> int | None:
 
 def mismatch(hello: Hello, pool: CachePool, metadata: MetadataRows, model_hash: str) -> str | None:
     """Why a decode rank cannot be served by a prefill rank with this cache, or None."""
-    layout = hello.layout
+    layout, row_format = hello.layout, RowFormat.announced(hello.layout.dtype)
+    # rows of a format of their own are made by the sender, out of whatever precision it has
+    encoded = row_format is not RowFormat.PLAIN and pool.dtype in SENDER_DTYPES
     if agreed_version(hello.versions) is None:
         return (
             f"protocol version: prefill speaks {PROTOCOL_VERSIONS[0]} to {PROTOCOL_VERSIONS[1]}, decode "
@@ -36,9 +35,9 @@ def mismatch(hello: Hello, pool: CachePool, metadata: MetadataRows, model_hash: 
         ("rope width", pool.rope_dim, layout.rope_dim, "serve the same model on both sides"),
         (
             "cache dtype",
-            dtype_name(pool),
+            layout.dtype if encoded else pool.row_format.name_of(pool.dtype),
             layout.dtype,
-            ("set the same --kv-cache-dtype and --dtype on both sides"),
+            "set the same --kv-cache-dtype and --dtype on both sides, or fp8_e4m3 on decode alone",
         ),
         ("page size", pool.page_size, layout.page_size, "set the same --page-size on both sides"),
         (
@@ -74,7 +73,12 @@ def mismatch(hello: Hello, pool: CachePool, metadata: MetadataRows, model_hash: 
             "projection and none was announced; start "
             "decode with --tpla-artifact"
         )
-    row_bytes = (max(layout.widths) + pool.rope_dim) * pool.dtype.itemsize
+    widest = max(layout.widths)
+    for width in sorted(set(layout.widths)):
+        if (why := row_format.objection(width, pool.rope_dim)) is not None:
+            return f"row format: {why}; use the model's own cache dtype or an artifact of other widths"
+    items = row_format.part_items(widest, widest, pool.rope_dim, Part.FULL)
+    row_bytes = items * row_format.item_dtype(pool.dtype).itemsize
     if row_bytes > hello.max_chunk_bytes:
         return (
             f"chunk size: one row has {row_bytes} bytes, the decode rank "

@@ -15,8 +15,9 @@ import numpy as np
 import torch
 
 from sglang_tpla.transfer import frames
-from sglang_tpla.transfer.chunks import Part, Rectangle, part_columns, part_width
+from sglang_tpla.transfer.chunks import Part, Rectangle
 from sglang_tpla.transfer.projection import Stack
+from sglang_tpla.transfer.row_format import RowFormat
 from sglang_tpla.transfer.types import CachePool
 
 BLOCK_BYTES = 1 << 20  # smaller ones cost more calls than they save misses
@@ -52,21 +53,26 @@ def _blocks(tokens: int, row_bytes: int) -> Iterator[slice]:
     return (slice(start, start + step) for start in range(0, tokens, step))
 
 
-def project_stack(rows: torch.Tensor, stack: Stack, latent_dim: int, part: Part, out: torch.Tensor) -> None:
-    """Project a batch of layers and pack one part of the result.
+def project_stack(
+    rows: torch.Tensor,
+    stack: Stack,
+    latent_dim: int,
+    part: Part,
+    out: torch.Tensor,
+    row_format: RowFormat = RowFormat.PLAIN,
+) -> None:
+    """Project a batch of layers and encode one part of the result.
 
     Args:
         rows: ``[layers, tokens, d + rope]``.
         stack: their matrices; the product is float32.
         part: which columns.
-        out: ``[layers, tokens, part's width]`` in the cache's dtype: rounded once.
+        out: ``[layers, tokens, part's items]`` in the receiver's format: rounded once.
     """
     columns = {Part.FULL: slice(None), Part.COMMON: slice(stack.shared), Part.OWN: slice(stack.shared, None)}
     z = stack.z[:, :, columns[part]]  # [layers, d, w of the part]
-    width = z.shape[2]
-    out[..., :width] = torch.bmm(rows[..., :latent_dim].to(torch.float32), z)
-    if part is not Part.OWN:
-        out[..., width:] = rows[..., latent_dim:]
+    latent, k_rope = rows[..., :latent_dim].to(torch.float32), rows[..., latent_dim:]
+    row_format.encode(torch.bmm(latent, z), k_rope, stack.shared, part, out)
 
 
 class Reading:
@@ -115,6 +121,7 @@ class RowReader:
         part: Part,
         out: np.ndarray,
         ready: Any = None,
+        row_format: RowFormat = RowFormat.PLAIN,
     ) -> Reading:
         """Fill ``out`` (uint8 ``[payload_bytes]``, pinned where the pool is on a GPU) with a rectangle.
 
@@ -123,15 +130,16 @@ class RowReader:
             stacks: the projection of the rectangle's layers on the pool's device, or None for the raw latent.
             part: which columns.
             ready: event of `ready_event` when the rows were complete.
+            row_format: the receiver's.
         """
         first = rectangle.first_layer - self.pool.first_layer
         layers = range(first, first + rectangle.layers)
         if stacks is None and part is Part.OWN:
             return Reading()  # the raw latent is common to all ranks
         if self._stream is not None:
-            return self._begin_cuda(layers, slots, stacks, part, out, ready)
+            return self._begin_cuda(layers, slots, stacks, part, out, ready, row_format)
         assert self._rows is not None
-        if stacks is None:
+        if stacks is None and row_format is RowFormat.PLAIN:
             packed = out.reshape(len(layers), slots.size, -1)
             checksum = frames.running_checksum()
             for position, layer in enumerate(layers):
@@ -142,7 +150,8 @@ class RowReader:
         rows = torch.empty(len(layers), slots.size, self.pool.layers[first].shape[1], dtype=self.pool.dtype)
         for position, layer in enumerate(layers):
             gather_rows(self._rows[layer], slots, byte_rows(rows[position]))
-        self._project(rows, stacks, part, torch.from_numpy(out).view(self.pool.dtype))
+        packed_rows = torch.from_numpy(out).view(row_format.item_dtype(self.pool.dtype))
+        self._encode(rows, stacks, part, packed_rows, row_format)
         return Reading()
 
     def _begin_cuda(
@@ -153,9 +162,10 @@ class RowReader:
         part: Part,
         out: np.ndarray,
         ready: Any,
+        row_format: RowFormat,
     ) -> Reading:
         assert self._stream is not None
-        target = torch.from_numpy(out).view(self.pool.dtype)
+        target = torch.from_numpy(out).view(row_format.item_dtype(self.pool.dtype))
         with torch.cuda.stream(self._stream):
             if ready is not None:
                 self._stream.wait_event(ready)
@@ -166,34 +176,37 @@ class RowReader:
             for position, layer in enumerate(layers):
                 torch.index_select(self.pool.layers[layer], 0, index, out=rows[position])
             packed = rows.view(-1)
-            if stacks is not None:
-                packed = torch.empty(target.numel(), dtype=self.pool.dtype, device=self.pool.device)
-                self._project(rows, stacks, part, packed)
+            if stacks is not None or row_format is not RowFormat.PLAIN:
+                packed = torch.empty(target.numel(), dtype=target.dtype, device=self.pool.device)
+                self._encode(rows, stacks, part, packed, row_format)
             target.copy_(packed, non_blocking=True)
             done = torch.cuda.Event(blocking=True)
             done.record(self._stream)
         return Reading(done)
 
-    def _project(self, rows: torch.Tensor, stacks: Sequence[Stack], part: Part, packed: torch.Tensor) -> None:
-        """Fill ``packed`` (flat) with the projected rows ``[layers, tokens, d + rope]``."""
-        for position, stack, start in self._batches(stacks, rows.shape[1], part):
-            count = stack.z.shape[0]
-            size = count * rows.shape[1] * self._part_width(stack, part)
-            out = packed[start : start + size].view(count, rows.shape[1], -1)
-            project_stack(rows[position : position + count], stack, self.pool.latent_dim, part, out)
-
-    def _batches(self, stacks: Sequence[Stack], tokens: int, part: Part) -> Iterator[tuple[int, Stack, int]]:
-        """(first layer, stack, first value of the payload) of each stack that has columns in the part."""
+    def _encode(
+        self,
+        rows: torch.Tensor,
+        stacks: Sequence[Stack] | None,
+        part: Part,
+        packed: torch.Tensor,
+        row_format: RowFormat,
+    ) -> None:
+        """Fill ``packed`` (flat) with rows ``[layers, tokens, d + rope]``, projected where there are stacks."""
+        d = self.pool.latent_dim
+        if stacks is None:
+            row_format.encode(rows[..., :d], rows[..., d:], d, part, packed.view(*rows.shape[:2], -1))
+            return
         position = start = 0
         for stack in stacks:
-            width = self._part_width(stack, part)
-            if width:
-                yield position, stack, start
-            position += stack.z.shape[0]
-            start += stack.z.shape[0] * tokens * width
-
-    def _part_width(self, stack: Stack, part: Part) -> int:
-        return part_width(stack.z.shape[2], stack.shared, self.pool.rope_dim, part)
+            count = stack.z.shape[0]
+            items = row_format.part_items(stack.z.shape[2], stack.shared, self.pool.rope_dim, part)
+            size = count * rows.shape[1] * items
+            if items:
+                out = packed[start : start + size].view(count, rows.shape[1], items)
+                project_stack(rows[position : position + count], stack, d, part, out, row_format)
+            position += count
+            start += size
 
 
 class RowWriter:
@@ -207,7 +220,8 @@ class RowWriter:
 
     def columns(self, layer: int, shared: int, part: Part) -> tuple[tuple[int, int], ...]:
         """Column ranges of one pool layer (by index) that a part fills."""
-        return part_columns(self.pool.widths[layer], shared, self.pool.rope_dim, part)
+        pool = self.pool
+        return pool.row_format.columns(pool.widths[layer], shared, pool.rope_dim, part)
 
     def payload_bytes(self, rectangle_layers: range, tokens: int, shared: Sequence[int], part: Part) -> int:
         """Bytes a rectangle of pool layers (by index) must have."""

@@ -23,9 +23,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from sglang_tpla.transfer.chunks import Part, Rectangle, cut, part_width
+from sglang_tpla.transfer.chunks import Part, Rectangle, cut
 from sglang_tpla.transfer.frames import CacheLayout, Hello
 from sglang_tpla.transfer.projection import Stack
+from sglang_tpla.transfer.row_format import RowFormat
 from sglang_tpla.transfer.staging import Slot
 from sglang_tpla.transfer.types import CachePool, RoomState
 
@@ -82,6 +83,11 @@ class Peer:
         self.slots_held -= 1
 
     @property
+    def row_format(self) -> RowFormat:
+        """How its cache encodes rows."""
+        return RowFormat.announced(self.hello.layout.dtype)
+
+    @property
     def name(self) -> str:
         """For messages and logs."""
         return f"decode rank {self.hello.rank} of {self.hello.size} ({self.hello.agent[:8]})"
@@ -103,6 +109,7 @@ class Plan:
     projection: SenderProjection
     part: Part
     max_bytes: int
+    row_format: RowFormat
     rectangles: list[Rectangle] = field(default_factory=list)
     segments: list[Segment] = field(default_factory=list)  # of each rectangle
     digests: dict[int, bytes] = field(default_factory=dict)  # of chunks that were made
@@ -110,7 +117,7 @@ class Plan:
     def extend(self, pool: CachePool, segment: Segment) -> None:
         """Number the chunks of another segment."""
         widths = [
-            part_width(width, shared, pool.rope_dim, self.part)
+            self.row_format.part_items(width, shared, pool.rope_dim, self.part)
             for width, shared in zip(self.projection.widths, self.projection.shared, strict=True)
         ]
         new = cut(
@@ -118,7 +125,7 @@ class Plan:
             widths,
             segment.first_token,
             segment.slots.size,
-            pool.dtype.itemsize,
+            self.row_format.item_dtype(pool.dtype).itemsize,
             self.max_bytes,
         )
         self.rectangles += new

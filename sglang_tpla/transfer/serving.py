@@ -10,6 +10,7 @@ from sglang_tpla.transfer.agent import seconds_since
 from sglang_tpla.transfer.chunks import Part
 from sglang_tpla.transfer.greeting import PrefillGreeting
 from sglang_tpla.transfer.lanes import form_lanes
+from sglang_tpla.transfer.row_format import RowFormat
 from sglang_tpla.transfer.sending import Ask, Lane, Mode, Peer, Plan, Relay, Room, SenderProjection, Stream
 from sglang_tpla.transfer.types import RoomState
 
@@ -287,11 +288,12 @@ class PrefillServing(PrefillGreeting):
             return
         entry.formed = True
 
-        def make_plan(projection: SenderProjection, part: Part, limit: int) -> Plan:
+        def make_plan(projection: SenderProjection, part: Part, limit: int, row_format: RowFormat) -> Plan:
+            wanted = (projection, part, limit, row_format)
             for plan in entry.plans:
-                if (plan.projection, plan.part, plan.max_bytes) == (projection, part, limit):
+                if (plan.projection, plan.part, plan.max_bytes, plan.row_format) == wanted:
                     return plan
-            plan = Plan(projection, part, limit)
+            plan = Plan(*wanted)
             for segment in entry.segments:
                 plan.extend(self._pool, segment)
             entry.plans.append(plan)

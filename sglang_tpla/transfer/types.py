@@ -1,6 +1,7 @@
 """What the engine hands to a transfer agent, and what it gets back.
 
-Shapes: one layer of a pool is ``[slots, width + rope_dim]`` with contiguous rows; slot
+Shapes: one layer of a pool is ``[slots, items]`` with contiguous rows, ``width + rope_dim`` items in plain rows
+and bytes in those of another format (`row_format`); slot
 ``page * page_size + offset`` holds one token. Sizes in bytes, times in seconds.
 """
 
@@ -12,6 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+
+from sglang_tpla.transfer.row_format import RowFormat
 
 
 class TransferError(RuntimeError):
@@ -38,11 +41,12 @@ class CachePool:
     """The latent cache of one rank.
 
     Args:
-        layers: one tensor a layer, ``[slots, width_l + rope_dim]``, rows contiguous, one dtype and device.
+        layers: one tensor a layer, ``[slots, items]``, rows contiguous, one dtype and device.
         latent_dim: d of the model; on prefill every ``width_l`` equals it.
         rope_dim: rotary values at the end of each row.
         page_size: tokens a page.
         first_layer: model layer of ``layers[0]`` (pipeline stages).
+        row_format: how rows are encoded; anything but plain rows is uint8.
 
     Raises:
         TransferError: shapes, dtypes or devices that do not fit together.
@@ -53,6 +57,7 @@ class CachePool:
     rope_dim: int
     page_size: int
     first_layer: int = 0
+    row_format: RowFormat = RowFormat.PLAIN
 
     def __post_init__(self) -> None:
         if not self.layers:
@@ -63,12 +68,16 @@ class CachePool:
                 f"{self.latent_dim}, {self.rope_dim}, {self.page_size}, {self.first_layer}"
             )
         head = self.layers[0]
+        if self.row_format is not RowFormat.PLAIN and head.dtype != torch.uint8:
+            raise TransferError(f"a pool of {self.row_format.value} holds bytes (uint8); got {head.dtype}")
         for index, layer in enumerate(self.layers):
-            width = layer.shape[-1] - self.rope_dim if layer.ndim == 2 else -1
+            width = self.row_format.width(layer.shape[-1], self.rope_dim) if layer.ndim == 2 else -1
+            if (why := self.row_format.objection(width, self.rope_dim)) is not None:
+                raise TransferError(f"layer {index} of the pool: {why}")
             if not 1 <= width <= self.latent_dim or layer.stride(-1) != 1:
                 raise TransferError(
-                    f"layer {index} of the pool must be [slots, width + {self.rope_dim}] with width in 1..."
-                    f"{self.latent_dim} and contiguous rows; got "
+                    f"layer {index} of the pool must be [slots, items], for rope {self.rope_dim} and a width in "
+                    f"1...{self.latent_dim}, with contiguous rows; got "
                     f"{tuple(layer.shape)}, strides {layer.stride()}"
                 )
             if (layer.dtype, layer.device, layer.shape[0]) != (head.dtype, head.device, head.shape[0]):
@@ -81,7 +90,7 @@ class CachePool:
     @property
     def widths(self) -> tuple[int, ...]:
         """Latent values a token, one entry a layer."""
-        return tuple(layer.shape[1] - self.rope_dim for layer in self.layers)
+        return tuple(self.row_format.width(layer.shape[1], self.rope_dim) for layer in self.layers)
 
     @property
     def dtype(self) -> torch.dtype:

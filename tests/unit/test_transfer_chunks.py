@@ -8,8 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sglang_tpla.transfer.chunks import Part, Rectangle, cut, part_columns, part_width
+from sglang_tpla.transfer.chunks import Part, Rectangle, cut
 from sglang_tpla.transfer.projection import Projection, cut_stacks, stack_layers
+from sglang_tpla.transfer.row_format import RowFormat
 from sglang_tpla.transfer.rows import RowReader, RowWriter
 from sglang_tpla.transfer.types import CachePool, MetadataRows, TransferError
 
@@ -43,11 +44,27 @@ def test_a_row_larger_than_a_chunk_is_an_error() -> None:
 @given(width=st.integers(1, 64), rope=st.integers(0, 16), data=st.data())
 def test_parts_make_up_a_row(width: int, rope: int, data: st.DataObject) -> None:
     shared = data.draw(st.integers(0, width))
-    common = [c for a, b in part_columns(width, shared, rope, Part.COMMON) for c in range(a, b)]
-    own = [c for a, b in part_columns(width, shared, rope, Part.OWN) for c in range(a, b)]
+    common, own = (_items(RowFormat.PLAIN, width, shared, rope, part) for part in (Part.COMMON, Part.OWN))
     assert sorted(common + own) == list(range(width + rope))
-    assert part_width(width, shared, rope, Part.FULL) == width + rope
-    assert part_width(width, shared, rope, Part.COMMON) == shared + rope
+    assert RowFormat.PLAIN.part_items(width, shared, rope, Part.FULL) == width + rope
+    assert RowFormat.PLAIN.part_items(width, shared, rope, Part.COMMON) == shared + rope
+
+
+@given(width=st.integers(1, 8), rope=st.integers(0, 4), data=st.data())
+def test_parts_make_up_an_fp8_row_but_for_its_padding(width: int, rope: int, data: st.DataObject) -> None:
+    width, rope = 16 * width, 8 * rope
+    shared = data.draw(st.integers(0, width))
+    common, own = (_items(RowFormat.FP8, width, shared, rope, part) for part in (Part.COMMON, Part.OWN))
+    scales = width + 2 * rope
+    own_scale = range(scales + 4, scales + 8)
+    assert sorted(common + own) == [*range(scales + 4), *(own_scale if shared < width else ())]
+    assert not set(common) & set(own_scale)
+    assert RowFormat.FP8.part_items(width, shared, rope, Part.FULL) == scales + 16
+    assert RowFormat.FP8.width(scales + 16, rope) == width
+
+
+def _items(row_format: RowFormat, width: int, shared: int, rope: int, part: Part) -> list[int]:
+    return [item for a, b in row_format.columns(width, shared, rope, part) for item in range(a, b)]
 
 
 @pytest.mark.parametrize("part", list(Part))

@@ -13,7 +13,9 @@ from sglang_tpla.config import Settings
 from sglang_tpla.transfer.decode import DecodeAgent
 from sglang_tpla.transfer.prefill import PrefillAgent
 from sglang_tpla.transfer.projection import Projection
+from sglang_tpla.transfer.row_format import RowFormat
 from sglang_tpla.transfer.types import CachePool, MetadataRows, RoomState
+from tests.fp8_reference import assert_row
 from tests.wire.proxy import FaultProxy
 
 LAYERS, LATENT, ROPE, PAGE, PAGES = 3, 64, 16, 4, 96
@@ -137,15 +139,18 @@ def decode_rank(
     page_size: int = PAGE,
     host: str | None = None,
     device: str = "cpu",
+    fp8: bool = False,
     **changes: float,
 ) -> DecodeRank:
-    """A decode rank with zeroed rows; on this host or on one of another name."""
+    """A decode rank with zeroed rows (plain ones of ``dtype``, or FP8 rows); on this host or on one of another name."""
     widths = z.widths if z is not None else (LATENT,) * LAYERS
+    items, dtype = (2 * ROPE + 16, torch.uint8) if fp8 else (ROPE, dtype)  # beside the slice
     pool = CachePool(
-        [torch.zeros(PAGES * PAGE, width + ROPE, dtype=dtype, device=device) for width in widths],
+        [torch.zeros(PAGES * PAGE, width + items, dtype=dtype, device=device) for width in widths],
         LATENT,
         ROPE,
         page_size,
+        row_format=RowFormat.FP8 if fp8 else RowFormat.PLAIN,
     )
     metadata = MetadataRows([np.zeros((8, size_), dtype=np.uint8) for size_ in ITEM_BYTES])
     agent = DecodeAgent(
@@ -199,6 +204,9 @@ def check_rows(
     for layer in range(LAYERS):
         rows = prefill.pool.layers[layer].cpu()[torch.from_numpy(from_slots)]
         got = decode.pool.layers[layer].cpu()[torch.from_numpy(to_slots)]
+        if decode.pool.row_format is RowFormat.FP8:
+            _check_fp8_rows(rows, got, decode.projection, layer)
+            continue
         if decode.projection is None:
             assert torch.equal(rows.view(torch.uint8), got.view(torch.uint8)), f"layer {layer} differs"
             continue
@@ -208,3 +216,12 @@ def check_rows(
         scale = {torch.bfloat16: 2**-8, torch.float32: 2**-20}[rows.dtype]
         torch.testing.assert_close(got[:, :width].double(), want, rtol=scale, atol=scale)
         assert torch.equal(rows[:, LATENT:], got[:, width:]), f"rope of layer {layer} differs"
+
+
+def _check_fp8_rows(rows: torch.Tensor, got: torch.Tensor, z: Projection | None, layer: int) -> None:
+    """Prefill's ``rows`` against the FP8 rows that arrived, of every seventh token."""
+    latent, key = rows[:, :LATENT].double(), rows[:, LATENT:].bfloat16().float()
+    kept = latent if z is None else latent @ z.matrices[layer].double()
+    shared = LATENT if z is None else z.shared[layer]
+    for token in range(0, len(rows), 7):
+        assert_row(bytes(got[token].tolist()), kept[token].numpy(), key[token].numpy(), shared)
