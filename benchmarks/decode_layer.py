@@ -8,7 +8,7 @@ fa3 at 512 + 64), TPLA at every g with head weights replicated and with a reduce
 kernel), a rank of decode context parallelism (the same FlashInfer kernel, all heads, 1/T of the tokens), and of
 data-parallel attention. **Measured**: all of the rank's kernels, down-projection to o_proj, in a CUDA graph of four
 layers, medians. **Modelled**: collectives, from the planner's table of links. Each kernel is timed alone too, which is
-what the planner's constants are to be fitted to (`benchmarks/fit_plan.py`). No run is recorded: no GPU has run it yet.
+what the planner's constants are fitted to (`benchmarks/fit_plan.py`).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from sglang_tpla.plan.work import Load, Method, Precision, rank_work
 BATCHES = (1, 4, 16, 64, 128)
 CONTEXTS = (2048, 8192, 32768, 131072)
 WRITE_WIDTHS = (None, 320, 256, 224, 192, 128)
-CACHE_BYTES = 84e9
+CACHE_BYTES = 40e9  # the largest load's cache is 19 GB a layer
 
 
 def methods(ranks: int) -> list[Method]:
@@ -60,9 +60,16 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
     started = time.monotonic()
     buffers = Buffers.make(CACHE_BYTES)
-    report: dict[str, Any] = {"environment": environment(), "layers": [], "kernels": [], "not_run": []}
-    report["writes"] = measure_writes(buffers)
+    report: dict[str, Any] = {"environment": environment(), "gpu": torch.cuda.get_device_name()}
+    report |= {
+        "copy_gb_s": round(copy_bytes_per_s(buffers) / 1e9),
+        "layers": [],
+        "kernels": [],
+        "not_run": [],
+    }
+    report["writes"] = measure_writes(buffers) if arguments.writes else []
     report["g1_against_stock_relative_error"] = equality(buffers)
+    print(f"ready after {time.monotonic() - started:.0f} s", flush=True)
     seen: set[tuple[Any, ...]] = set()
     for ranks in arguments.ranks:
         for name in arguments.models:
@@ -71,8 +78,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
                 if time.monotonic() - started > arguments.budget_s:
                     report["not_run"].append(at)
                     continue
+                ends = started + arguments.budget_s
                 try:
-                    block(report, buffers, find(name), ranks, weights, arguments, seen)
+                    block(report, buffers, find(name), ranks, weights, arguments, seen, ends)
                 except RuntimeError as error:
                     if not report["layers"]:
                         raise
@@ -80,11 +88,20 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
                     print(f"{at} failed: {error}", flush=True)
                 print(f"{at}: {time.monotonic() - started:.0f} s so far", flush=True)
                 save(report, arguments.out)
-    recipes = buffers.fp8_recipes
-    report["fp8_products"] = {" x ".join(map(str, shape)): recipe for shape, recipe in recipes.items()}
+    report["fp8_products_us"] = {
+        " x ".join(map(str, shape)): times for shape, times in buffers.fp8_times_us.items()
+    }
     report["seconds"] = time.monotonic() - started
     report["gpu_memory_peak_bytes"] = torch.cuda.max_memory_allocated()
     return report
+
+
+def copy_bytes_per_s(buffers: Any) -> float:
+    """Bytes read and written by a large device-to-device copy: what the card's memory does."""
+    from layer_rank import time_graph
+
+    half = buffers.cache[: 1 << 31].view(2, -1)
+    return 2 * half[0].nbytes / time_graph(lambda: half[0].copy_(half[1]) and None, 1)
 
 
 def block(
@@ -95,16 +112,21 @@ def block(
     weights: str,
     arguments: argparse.Namespace,
     seen: set[tuple[Any, ...]],
+    ends: float,
 ) -> None:
-    """All methods and loads of one model, number of ranks and dtype."""
+    """All methods and loads of one model, number of ranks and dtype, as far as ``ends`` (of the monotonic clock)."""
     from layer_rank import L2_BYTES, LAYERS, RankLayer, run_all, time_graph
 
     for batch in arguments.batches:
+        save(report, arguments.out)
         for context in arguments.contexts:
+            if time.monotonic() > ends:
+                report["not_run"].append(f"{model.name} T={ranks} {weights} {batch} x {context}")
+                continue
             for method in methods(ranks):
                 load, precision = Load(batch, context), Precision(weights)
                 layer = RankLayer(model, method, load, precision, buffers)
-                seconds = time_graph(run_all(layer.steps, LAYERS), LAYERS, 5)
+                seconds = time_graph(run_all(layer.steps, LAYERS), LAYERS)
                 report["layers"].append(
                     {"model": model.name, "ranks": ranks, "weights": weights, "batch": batch}
                     | {"context": context, "method": name_of(method), "us": round(seconds * 1e6, 2)}
@@ -118,8 +140,8 @@ def block(
                     seen.add(key)
                     steps = [step for step in layer.steps if step.piece == piece.name]
                     layer_bytes = sum(step.layer_bytes for step in steps)
-                    copies = int(min(64, max(LAYERS, L2_BYTES / layer_bytes))) if layer_bytes else 32
-                    seconds = time_graph(run_all(steps, copies), copies, 3)
+                    copies = int(min(32, max(LAYERS, L2_BYTES / layer_bytes))) if layer_bytes else 32
+                    seconds = time_graph(run_all(steps, copies), copies, 5, 0.02)
                     report["kernels"].append(
                         {"name": piece.name, "rate": piece.rate, "bytes": piece.moved_bytes}
                         | {"flops": piece.flops, "launches": piece.launches, "batch": layer.work.batch}
@@ -141,7 +163,7 @@ def equality(buffers: Any) -> float:
 
 
 def measure_writes(buffers: Any) -> list[dict[str, Any]]:
-    """Norm, projection, rope and cache write of a step's tokens: one kernel against one each."""
+    """Norm, projection, rope of queries and key, cache write of a step's tokens: one kernel against one each."""
     import layer_kernels as small
     import torch
     from layer_rank import DEVICE, EPS, time_graph
@@ -152,9 +174,10 @@ def measure_writes(buffers: Any) -> list[dict[str, Any]]:
     rows = []
     for batch in BATCHES:
         for width in WRITE_WIDTHS:
-            w = width or 512
+            w, heads = width or 512, 32 if width else 16
             joint = torch.randn(batch, 576, device=DEVICE).bfloat16()
             latent, key = joint[:, :512], joint[:, 512:]
+            query = torch.randn(batch, heads, 192, device=DEVICE).bfloat16()[..., 128:]
             weight = torch.ones(512, device=DEVICE, dtype=torch.bfloat16)
             z = None if width is None else torch.randn(512, w, device=DEVICE) / 16
             slots = torch.randperm(4096, device=DEVICE)[:batch]
@@ -162,18 +185,17 @@ def measure_writes(buffers: Any) -> list[dict[str, Any]]:
             cache = torch.zeros(4096, w + 64, device=DEVICE, dtype=torch.bfloat16)
             normed = torch.empty(batch, 512, device=DEVICE, dtype=torch.bfloat16)
 
-            def fused(a=(latent, key, weight, EPS, z, buffers.cos_sin, positions, slots, cache)) -> None:
+            def fused(
+                a=(latent, key, weight, EPS, z, buffers.cos_sin, positions, slots, cache, query),
+            ) -> None:
                 write_latent(*a)
 
-            def separate(a=(latent, key, weight, normed, z, positions, slots, cache)) -> None:
-                latent, key, weight, normed, z, positions, slots, cache = a
+            def separate(a=(latent, key, weight, normed, z, positions, slots, cache, query)) -> None:
+                latent, key, weight, normed, z, positions, slots, cache, query = a
                 small.rms_norm(latent, weight, EPS, normed)
                 kept = normed if z is None else project_latent(normed, z)
-                small.rotate(key.unsqueeze(1), None, buffers.cos_sin, positions)
-                if z is None:
-                    small.write_rows(kept, key, slots, cache)
-                else:
-                    cache[slots] = torch.cat([kept, key], 1)
+                small.rotate(query, key, buffers.cos_sin, positions)
+                small.write_rows(kept, key, slots, cache)
 
             times = {}
             for name, run in (("fused", fused), ("separate", separate)):
@@ -183,6 +205,22 @@ def measure_writes(buffers: Any) -> list[dict[str, Any]]:
                 | {f"{name}_us": round(seconds * 1e6, 2) for name, seconds in times.items()}
             )
     return rows
+
+
+def merged(reports: list[dict[str, Any]]) -> dict[str, Any]:
+    """Runs on one card, one after another, as one: the first one's environment, everybody's rows."""
+    cards = {report["gpu"] for report in reports}
+    if len(cards) > 1:
+        raise SystemExit(
+            f"expected runs on one kind of card, got {sorted(cards)}; merge each card's by itself"
+        )
+    whole = dict(reports[0])
+    for report in reports[1:]:
+        for key in ("layers", "kernels", "writes", "not_run"):
+            whole[key] = whole[key] + report[key]
+        whole["fp8_products_us"] = whole.get("fp8_products_us", {}) | report.get("fp8_products_us", {})
+    whole["seconds"] = sum(report.get("seconds", 0.0) for report in reports)
+    return whole
 
 
 def save(report: dict[str, Any], path: Path) -> None:
@@ -327,8 +365,13 @@ def main() -> None:
     parser.add_argument(
         "--budget-s", type=float, default=float("inf"), help="start nothing new after this long"
     )
+    parser.add_argument("--no-writes", dest="writes", action="store_false", help="not the cache write alone")
+    parser.add_argument("--merge", type=Path, nargs="+", help="join recorded runs into --out; needs no GPU")
     parser.add_argument("--report", type=Path, help="print a recorded run")
     arguments = parser.parse_args()
+    if arguments.merge:
+        save(merged([json.loads(path.read_text()) for path in arguments.merge]), arguments.out)
+        return
     if arguments.report:
         print(text(json.loads(arguments.report.read_text())))
         return

@@ -53,19 +53,32 @@ def rotate(
 
 
 @triton.jit
-def _write(latent, key, slots, cache, l_stride, k_stride, c_stride, D: tl.constexpr, ROPE: tl.constexpr):
+def _write(
+    latent,
+    key,
+    slots,
+    cache,
+    l_stride,
+    k_stride,
+    c_stride,
+    D: tl.constexpr,
+    ROPE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     token = tl.program_id(0).to(tl.int64)
     row = cache + tl.load(slots + token).to(tl.int64) * c_stride
-    column, pair = tl.arange(0, D), tl.arange(0, ROPE)
-    tl.store(row + column, tl.load(latent + token * l_stride + column))
+    column, pair = tl.arange(0, BLOCK), tl.arange(0, ROPE)
+    there = column < D
+    tl.store(row + column, tl.load(latent + token * l_stride + column, mask=there), mask=there)
     tl.store(row + D + pair, tl.load(key + token * k_stride + pair))
 
 
 def write_rows(latent: torch.Tensor, key: torch.Tensor, slots: torch.Tensor, cache: torch.Tensor) -> None:
-    """cache[slots] = [latent | key], as SGLang's ``set_mla_kv_buffer``; widths are powers of two."""
+    """cache[slots] = [latent | key], as SGLang's ``set_mla_kv_buffer``; the key's width is a power of two."""
+    width = latent.shape[1]
     _write[(latent.shape[0],)](
         latent, key, slots, cache, latent.stride(0), key.stride(0), cache.stride(0),
-        D=latent.shape[1], ROPE=key.shape[1], num_warps=4,
+        D=width, ROPE=key.shape[1], BLOCK=triton.next_power_of_2(width), num_warps=4,
     )  # fmt: skip
 
 

@@ -7,7 +7,10 @@ that the L2 cache holds none of them when it is their turn.
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -31,24 +34,27 @@ FP8 = torch.float8_e4m3fn
 FP8_SCALE = 0.02 / 3
 
 
-def time_graph(run: Callable[[], None], calls: int, repeats: int = 7) -> float:
-    """Median seconds of one of ``calls`` calls, over replays of a graph of all of them."""
+def time_graph(run: Callable[[], None], calls: int, repeats: int = 9, longest_s: float = 0.05) -> float:
+    """Median seconds of one of ``calls`` calls, over replays of a graph of all of them.
+
+    ``repeats`` replays after two that are not counted, fewer (but three) where they take longer than ``longest_s``.
+    """
     run()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         run()
     graph.replay()
-    samples: list[float] = []
-    while len(samples) < repeats:
+    graph.replay()
+    torch.cuda.synchronize()
+    started, samples = time.monotonic(), []
+    while len(samples) < 3 or (len(samples) < repeats and time.monotonic() - started < longest_s):
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         begin.record()
         graph.replay()
         end.record()
         end.synchronize()
         samples.append(begin.elapsed_time(end) / 1e3)
-        if samples[-1] > 0.02:
-            repeats = 3
     return statistics.median(samples) / calls
 
 
@@ -61,6 +67,8 @@ class Buffers:
     cache: torch.Tensor  # bf16, flat
     cos_sin: torch.Tensor
     fp8_recipes: dict[tuple[int, int, int], str] = field(default_factory=dict)
+    fp8_times_us: dict[tuple[int, int, int], dict[str, float]] = field(default_factory=dict)
+    pages: dict[int, torch.Tensor] = field(default_factory=dict)
     backends: dict[tuple[str, DecodeShape], DecodeAttention] = field(default_factory=dict)
 
     @classmethod
@@ -75,6 +83,13 @@ class Buffers:
             part.normal_()
         angles = torch.rand(1 << 17, 32, device=DEVICE) * 6.28
         return cls(weights, fp8, cache, torch.cat([angles.cos(), angles.sin()], 1))
+
+    def order(self, tokens: int) -> torch.Tensor:
+        """Slots in random order, made once a number of tokens."""
+        if tokens not in self.pages:
+            self.pages.clear()
+            self.pages[tokens] = torch.randperm(tokens, device=DEVICE).to(torch.int32)
+        return self.pages[tokens]
 
     def backend(self, kernel: str, shape: DecodeShape) -> DecodeAttention:
         """The attention kernel for a shape, made once."""
@@ -122,7 +137,7 @@ class RankLayer:
         latent, rope, nope, value = model.latent_dim, model.rope_dim, model.nope_dim, model.value_dim
         rank = model.q_lora_rank or 0
         torch.manual_seed(batch)
-        x = self._fresh(batch, model.hidden).normal_()
+        x = self._fresh(batch, model.hidden)
         joint = self._fresh(batch, rank + latent + rope)
         normed_q, normed_c = self._fresh(batch, rank), self._fresh(batch, latent)
         query = self._fresh(batch, heads * (nope + rope))
@@ -135,7 +150,7 @@ class RankLayer:
         key = joint[:, rank + latent :]
         raw = joint[:, rank : rank + latent]
         tokens = batch * work.context_tokens
-        pages = torch.randperm(tokens, device=DEVICE).to(torch.int32)
+        pages = buffers.order(tokens)
         starts = torch.arange(batch, device=DEVICE, dtype=torch.int32) * work.context_tokens
         lengths = torch.full((batch,), work.context_tokens, dtype=torch.int32, device=DEVICE)
         slots = pages[(starts + work.context_tokens - 1).long()].contiguous()
@@ -153,24 +168,35 @@ class RankLayer:
         def add(piece: str, bind: Callable[[int], Callable[[], object]], layer_bytes: float = 0.0) -> None:
             steps.append(Step(piece, bind, layer_bytes))
 
-        if rank:
-            add(prepare, lambda _: partial(small.rms_norm, joint[:, :rank], ones[:rank], EPS, normed_q))
+        norm_query = partial(small.rms_norm, joint[:, :rank], ones[:rank], EPS, normed_q)
+        norm_latent = partial(small.rms_norm, raw, ones[:latent], EPS, normed_c)
+        if method.kind == "tpla":
+            if rank:
+                add(prepare, lambda _: norm_query)
+        else:
+            add(prepare, lambda _: partial(beside, norm_query, norm_latent) if rank else norm_latent)
         steps.append(self._linear("query", heads * (nope + rope), normed_q if rank else x, query))
-        kc, vc = self._weights(heads, nope, w), self._weights(heads, w, value)
+        # the absorbed weights lie as in the engine: what is summed over is contiguous
+        kc, vc = self._weights(heads, w, nope), self._weights(heads, value, w)
         q_nope = per_head[..., :nope].transpose(0, 1)
-        add("absorb", lambda i: partial(torch.bmm, q_nope, kc(i), out=q_latent), 2 * heads * nope * w)
+        absorbed_bytes = 2 * heads * nope * w
+        add(
+            "absorb",
+            lambda i: partial(torch.bmm, q_nope, kc(i).transpose(1, 2), out=q_latent),
+            absorbed_bytes,
+        )
         turn = (buffers.cos_sin, positions)
         if method.kind == "tpla":
             z = None if w == latent else [torch.randn(latent, w, device=DEVICE) / 16 for _ in range(LAYERS)]
             row = (raw, key, ones[:latent], EPS)
 
             def write(i: int) -> Callable[[], object]:
-                return partial(write_latent, *row, z[i % LAYERS] if z else None, *turn, slots, rows(i))
+                return partial(
+                    write_latent, *row, z[i % LAYERS] if z else None, *turn, slots, rows(i), q_rope
+                )
 
-            add(prepare, lambda _: partial(small.rotate, q_rope, None, *turn))
             add(prepare, write)
         else:
-            add(prepare, lambda _: partial(small.rms_norm, raw, ones[:latent], EPS, normed_c))
             add(prepare, lambda _: partial(small.rotate, q_rope, key, *turn))
             add(prepare, lambda i: partial(small.write_rows, normed_c, key, slots, rows(i)))
 
@@ -178,24 +204,28 @@ class RankLayer:
         backend.plan(table, lengths)
         asked = (q_latent.transpose(0, 1), q_rope)
         if method.kind == "dcp":  # what the gather brings: every rank's queries
-            asked = tuple(self._fresh(batch, model.heads, width).normal_() for width in (w, rope))
+            asked = tuple(self._fresh(batch, model.heads, width) for width in (w, rope))
         add("attention", lambda i: partial(backend.run, *asked, rows(i), attended), 2 * tokens * (w + rope))
         if method.kind == "dcp":
-            parts = self._fresh(method.ranks, batch, heads, w).normal_()
+            parts = self._fresh(method.ranks, batch, heads, w)
             sums = torch.randn(method.ranks, batch, heads, device=DEVICE)
             own = self._fresh(batch, heads, w)
             add("merge", lambda _: partial(small.merge, parts, sums, own))
         into = values.view(batch, heads, value).transpose(0, 1)
         by_head = own.transpose(0, 1)
-        add("value", lambda i: partial(torch.bmm, by_head, vc(i), out=into), 2 * heads * w * value)
-        summed = self._fresh(batch, work.out_heads * value).normal_() if method.scatter else values
+        add(
+            "value",
+            lambda i: partial(torch.bmm, by_head, vc(i).transpose(1, 2), out=into),
+            2 * heads * w * value,
+        )
+        summed = self._fresh(batch, work.out_heads * value) if method.scatter else values
         steps.append(self._linear("output", model.hidden, summed, self.out))
         self.steps = steps
 
     def _fresh(self, *shape: int) -> torch.Tensor:
-        """A new bf16 tensor; there is memory behind its last row, for products that want a multiple of 16 rows."""
+        """A random bf16 tensor; there is memory behind its last row, for products that want a multiple of 16 rows."""
         padded = (shape[0] + 15, *shape[1:])
-        return torch.empty(padded, dtype=torch.bfloat16, device=DEVICE)[: shape[0]]
+        return torch.empty(padded, dtype=torch.bfloat16, device=DEVICE).normal_()[: shape[0]]
 
     def _weights(self, *shape: int, fp8: bool = False) -> Callable[[int], torch.Tensor]:
         """Views of random memory: another one for each layer."""
@@ -219,18 +249,40 @@ class RankLayer:
             weight = self._weights(columns, inner)
             return Step(name, lambda i: partial(torch.mm, x, weight(i).t(), out=out), 2 * columns * inner)
         weight = self._weights(columns, inner, fp8=True)
-        linear = Fp8Linear(self.buffers.fp8_recipes, x, columns, weight, out)
+        linear = Fp8Linear(self.buffers, x, columns, weight, out)
         return Step(name, linear.bind, columns * inner)
 
 
+def beside(first: Callable[[], object], second: Callable[[], object]) -> None:
+    """Two kernels on two streams, as SGLang runs its two norms in a graph."""
+    if DEVICE.type != "cuda":
+        first()
+        second()
+        return
+    here, other = torch.cuda.current_stream(), side_stream()
+    other.wait_stream(here)
+    first()
+    with torch.cuda.stream(other):
+        second()
+    here.wait_stream(other)
+
+
+@functools.cache
+def side_stream() -> torch.cuda.Stream:
+    """The second stream."""
+    return torch.cuda.Stream()
+
+
 class Fp8Linear:
-    """Block-FP8 product through PyTorch: cuBLASLt with 1x128 and 128x128 scales where it takes the shape, or CUTLASS
-    with a scale a row; whichever is faster. SGLang would use DeepGEMM, which moves the same bytes.
+    """Block-FP8 product, a scale for 1 x 128 activations and 128 x 128 weights, by whichever kernel is fastest:
+
+    ``torch`` (cuBLASLt), and where SGLang is there its ``cutlass`` kernel and its ``triton`` kernel. A deployment on
+    Hopper has DeepGEMM, which moves the same bytes; it compiles a kernel a shape and is not among these.
     """
 
     def __init__(
         self,
-        recipes: dict[tuple[int, int, int], str],
+        buffers: Buffers,
         x: torch.Tensor,
         columns: int,
         weight: Callable[[int], torch.Tensor],
@@ -242,41 +294,75 @@ class Fp8Linear:
         self.shape = (self.padded, columns, inner)
         self.quantised = torch.zeros(self.padded, inner, dtype=FP8, device=DEVICE)
         self.padded_out = out.as_strided((self.padded, columns), out.stride())
-        if self.shape not in recipes:
-            recipes[self.shape] = self._fastest()
-        self.recipe = recipes[self.shape]
+        if self.shape not in buffers.fp8_recipes:
+            times = self._times()
+            buffers.fp8_times_us[self.shape] = times
+            buffers.fp8_recipes[self.shape] = min(times, key=lambda recipe: times[recipe])
+        self.recipe = buffers.fp8_recipes[self.shape]
 
-    def _fastest(self) -> str:
+    def _times(self) -> dict[str, float]:
         times: dict[str, float] = {}
-        for recipe in ("blockwise", "rowwise"):
+        for recipe in ("torch", *engine_recipes()):
             self.recipe = recipe
             try:
                 calls = [self.bind(i) for i in range(8)]
-                times[recipe] = time_graph(lambda calls=calls: [call() for call in calls] and None, 8, 3)
-            except (RuntimeError, ValueError) as error:
+                seconds = time_graph(lambda calls=calls: [call() for call in calls] and None, 8, 3)
+                times[recipe] = round(seconds * 1e6, 2)
+            except (RuntimeError, ValueError, TypeError, AssertionError) as error:
                 torch.cuda.synchronize()
                 print(f"  fp8 {recipe} does not take {self.shape}: {str(error)[:200]}", flush=True)
         if not times:
-            raise RuntimeError(f"PyTorch multiplies FP8 of shape {self.shape} with neither recipe")
-        return min(times, key=lambda recipe: times[recipe])
+            raise RuntimeError(f"no product takes block FP8 of shape {self.shape}")
+        return times
 
     def bind(self, layer: int) -> Callable[[], object]:
         """Quantise, multiply, and nothing else: rows beyond the batch are zeros."""
         padded, columns, inner = self.shape
-        weight = self.weight(layer).t()
-        if self.recipe == "blockwise":
-            group = 128
-            scale_a = torch.ones(inner // 128, padded, device=DEVICE).t()
-            scale_b = torch.full((-(-columns // 128), inner // 128), FP8_SCALE, device=DEVICE).t()
+        weight = self.weight(layer)  # [columns, inner]
+        if self.recipe == "triton":  # no rows to pad
+            out = self.padded_out[: len(self.x)]
+            scale_a = torch.ones(len(self.x), inner // 128, device=DEVICE)
+            activations = self.quantised[: len(self.x)]
         else:
-            group = inner
-            scale_a = torch.ones(padded, 1, device=DEVICE)
-            scale_b = torch.full((1, columns), FP8_SCALE, device=DEVICE)
+            out, activations = self.padded_out, self.quantised
+            scale_a = torch.ones(inner // 128, padded, device=DEVICE).t()
+        scale_b = torch.full((-(-columns // 128), inner // 128), FP8_SCALE, device=DEVICE)
+        product = {"torch": _torch_product, "cutlass": _cutlass_product, "triton": _triton_product}[
+            self.recipe
+        ]
 
         def run() -> None:
-            small.quantise(self.x, self.quantised, scale_a, group)
-            torch._scaled_mm(
-                self.quantised, weight, scale_a, scale_b, out_dtype=torch.bfloat16, out=self.padded_out
-            )
+            small.quantise(self.x, activations, scale_a, 128)
+            product(activations, weight, scale_a, scale_b, out)
 
         return run
+
+
+def _torch_product(
+    x: torch.Tensor, weight: torch.Tensor, scale_a: torch.Tensor, scale_b: torch.Tensor, out: torch.Tensor
+) -> None:
+    torch._scaled_mm(x, weight.t(), scale_a, scale_b.t(), out_dtype=torch.bfloat16, out=out)
+
+
+def _cutlass_product(
+    x: torch.Tensor, weight: torch.Tensor, scale_a: torch.Tensor, scale_b: torch.Tensor, out: torch.Tensor
+) -> None:
+    from sgl_kernel import fp8_blockwise_scaled_mm
+
+    fp8_blockwise_scaled_mm(x, weight.t(), scale_a, scale_b.t(), torch.bfloat16)
+
+
+def _triton_product(
+    x: torch.Tensor, weight: torch.Tensor, scale_a: torch.Tensor, scale_b: torch.Tensor, out: torch.Tensor
+) -> None:
+    from sglang.kernels.ops.quantization.fp8_kernel import w8a8_block_fp8_matmul_triton
+
+    w8a8_block_fp8_matmul_triton(x, weight, scale_a, scale_b, [128, 128], torch.bfloat16)
+
+
+@functools.cache
+def engine_recipes() -> tuple[str, ...]:
+    """SGLang's block-FP8 products, where SGLang is installed."""
+    if not all(importlib.util.find_spec(name) for name in ("sglang", "sgl_kernel")):
+        return ()
+    return ("cutlass", "triton")

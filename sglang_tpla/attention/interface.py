@@ -189,6 +189,7 @@ def checked_write(
     positions: torch.Tensor | None,
     slots: torch.Tensor,
     cache: torch.Tensor,
+    q_rope: torch.Tensor | None,
 ) -> torch.Tensor:
     """Check the inputs of ``write_latent`` (`latent_write`), and return the cache as [slots, w + rope].
 
@@ -212,6 +213,9 @@ def checked_write(
     ]
     if z is not None:
         expected.append(("z", z, (d, w), torch.float32))
+    if q_rope is not None:
+        heads = q_rope.shape[1] if q_rope.dim() == 3 else 1
+        expected.append(("q_rope", q_rope, (tokens, heads, rope), dtype))
     if cos_sin is not None:
         expected.append(("cos_sin", cos_sin, (cos_sin.shape[0], rope), torch.float32))
     for name, tensor, dims, kind in expected:

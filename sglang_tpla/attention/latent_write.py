@@ -1,13 +1,13 @@
-"""One decode step's new cache rows in one launch: norm, projection to the slice, rope of the key, paged write.
+"""One decode step's new cache rows in one launch: norm, projection to the slice, rope, paged write.
 
-    z = RMSNorm(c; weight, eps) Z,    cache[slot] = [z | R(position) k_rope]          (design, section 2)
+    z = RMSNorm(c; weight, eps) Z,    cache[slot] = [z | R(position) k_rope],    q_rope <- R(position) q_rope
+
+(design, section 2). Stock MLA launches three kernels for it: the norm, the rotation of queries and key, the write.
 
 The norm sees the whole latent and is rounded to the cache's dtype before it is projected, as where norm and
 projection are two steps (SGLang's ``kv_a_layernorm``, ``transfer.projection.project_latent``): new rows are rounded
 like transferred ones. Rotation answers to SGLang's ``DeepseekScalingRotaryEmbedding``: ``neox`` rotates halves,
-otherwise neighbours; the result keeps the key's own order. ``reference.write_latent`` is the twin.
-
-Compiled for Hopper and right in Triton's interpreter, but not yet run on a GPU (``tests/gpu/test_latent_write.py``).
+otherwise neighbours; the result keeps the vector's own order. ``reference.write_latent`` is the twin.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ def write_latent(
     positions: torch.Tensor | None,
     slots: torch.Tensor,
     cache: torch.Tensor,
+    q_rope: torch.Tensor | None = None,
     *,
     neox: bool = False,
 ) -> None:
@@ -42,16 +43,18 @@ def write_latent(
         positions: [tokens] integer, rows of ``cos_sin``.
         slots: [tokens] integer, rows of ``cache``; which of two equal slots wins is not said.
         cache: [slots, w + rope] or [slots, 1, w + rope], rows may be strided.
+        q_rope: [tokens, heads, rope], tokens and heads may be strided: the queries' rope part, rotated in place where
+            ``cos_sin`` is given; None rotates no queries.
 
     Raises:
         AttentionInputError: shapes, dtypes or a device that do not fit.
     """
-    rows = checked_write(latent, k_rope, weight, z, cos_sin, positions, slots, cache)
+    rows = checked_write(latent, k_rope, weight, z, cos_sin, positions, slots, cache, q_rope)
     if rows.device.type != "cuda":
         raise AttentionInputError(
             f"latent_write.write_latent runs on a GPU; got tensors on {rows.device}; use reference.write_latent"
         )
-    launch(latent, k_rope, weight, eps, z, cos_sin, positions, slots, rows, neox=neox)
+    launch(latent, k_rope, weight, eps, z, cos_sin, positions, slots, rows, q_rope, neox=neox)
 
 
 def launch(
@@ -64,6 +67,7 @@ def launch(
     positions: torch.Tensor | None,
     slots: torch.Tensor,
     rows: torch.Tensor,
+    q_rope: torch.Tensor | None = None,
     *,
     neox: bool,
 ) -> None:
@@ -84,13 +88,18 @@ def launch(
         block_tokens, block_w, block_d = 1, 16, whole_d
     else:
         block_tokens, block_w, block_d = 16, 32, 128
+    block_heads = 16 if block_tokens == 1 else 4
+    heads = 0 if q_rope is None or cos_sin is None else q_rope.shape[1]
+    query = latent if q_rope is None else q_rope
     rotate = (
         kernels.ROTATE_NOT if cos_sin is None else kernels.ROTATE_HALVES if neox else kernels.ROTATE_PAIRS
     )
-    grid = (triton.cdiv(tokens, block_tokens), triton.cdiv(w, block_w) + 1)
+    programs = triton.cdiv(w, block_w) + 1 + triton.cdiv(heads, block_heads)
+    grid = (triton.cdiv(tokens, block_tokens), programs)
     kernels.latent_write_kernel[grid](
         latent,
         k_rope,
+        query,
         weight,
         latent if z is None else z,
         latent if cos_sin is None else cos_sin,
@@ -99,17 +108,21 @@ def launch(
         rows,
         latent.stride(0),
         k_rope.stride(0),
+        query.stride(0),
+        query.stride(1),
         rows.stride(0),
         tokens,
         eps,
         D=d,
         W=w,
         ROPE=rope,
+        HEADS=heads,
         PROJECT=z is not None,
         ROTATE=rotate,
         BLOCK_TOKENS=block_tokens,
         BLOCK_W=block_w,
         BLOCK_D=block_d,
+        BLOCK_HEADS=block_heads,
         HALF=triton.next_power_of_2(rope // 2),
         num_warps=4,
     )

@@ -1,7 +1,8 @@
 """The Triton kernel behind `latent_write`. Import it only where Triton is to run: on a GPU, or in its interpreter.
 
-Grid: [blocks of tokens, blocks of slice columns + 1]. Every program norms its tokens' whole latent again (1 KB a token
-out of the L2 cache), so no program waits for another; the last column of programs rotates and writes the rope key.
+Grid: [blocks of tokens, blocks of slice columns, then one for the rope key, then blocks of query heads]. Every program
+of slice columns norms its tokens' whole latent again (1 KB a token out of the L2 cache), so no program waits for
+another; the others rotate.
 """
 
 from __future__ import annotations
@@ -14,10 +15,110 @@ import triton.language as tl
 ROTATE_NOT, ROTATE_PAIRS, ROTATE_HALVES = 0, 1, 2
 
 
+@triton.jit
+def rotated_pairs(
+    vector, cos_sin, positions, token, live, ROPE: tl.constexpr, ROTATE: tl.constexpr, HALF: tl.constexpr
+):
+    """The pairs of [rows] vectors of [rows] tokens, turned; where their two members lie; which of them there are."""
+    pair = tl.arange(0, HALF)
+    whole = live[:, None] & (pair < ROPE // 2)[None, :]
+    # side by side, or half a vector apart
+    a = pair if ROTATE == 2 else 2 * pair
+    b = pair + ROPE // 2 if ROTATE == 2 else 2 * pair + 1
+    even = tl.load(vector[:, None] + a[None, :], mask=whole, other=0.0)
+    odd = tl.load(vector[:, None] + b[None, :], mask=whole, other=0.0)
+    if ROTATE:
+        turn = cos_sin + tl.load(positions + token, mask=live, other=0).to(tl.int64)[:, None] * ROPE
+        cos = tl.load(turn + pair[None, :], mask=whole, other=0.0)
+        sin = tl.load(turn + (pair + ROPE // 2)[None, :], mask=whole, other=0.0)
+        x, y = even.to(tl.float32), odd.to(tl.float32)
+        even, odd = (x * cos - y * sin).to(even.dtype), (y * cos + x * sin).to(odd.dtype)
+    return even, odd, a, b, whole
+
+
+@triton.jit
+def write_slice(
+    latent,
+    weight,
+    z,
+    row,
+    token,
+    live,
+    column,
+    eps,
+    D: tl.constexpr,
+    W: tl.constexpr,
+    PROJECT: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Norm [tokens] latents and write some columns of their slices; ``latent`` and ``row`` point at each token's."""
+    square = tl.zeros([BLOCK_TOKENS], tl.float32)
+    for start in range(0, D, BLOCK_D):
+        d = start + tl.arange(0, BLOCK_D)
+        here = live[:, None] & (d < D)[None, :]
+        x = tl.load(latent[:, None] + d[None, :], mask=here, other=0.0).to(tl.float32)
+        square += tl.sum(x * x, 1)
+    inverse = tl.rsqrt(square / D + eps)
+    if PROJECT:
+        value = tl.zeros([BLOCK_TOKENS, BLOCK_W], tl.float32)
+        for start in range(0, D, BLOCK_D):
+            d = start + tl.arange(0, BLOCK_D)
+            here = live[:, None] & (d < D)[None, :]
+            x = tl.load(latent[:, None] + d[None, :], mask=here, other=0.0).to(tl.float32)
+            scale = tl.load(weight + d, mask=d < D, other=0.0).to(tl.float32)
+            normed = x * inverse[:, None] * scale[None, :]
+            normed = normed.to(row.dtype.element_ty).to(tl.float32)  # as a norm of its own rounds
+            inside = (d < D)[:, None] & (column < W)[None, :]
+            tile = tl.load(z + d[:, None] * W + column[None, :], mask=inside, other=0.0)
+            if BLOCK_TOKENS == 1:  # as many products as one token needs, and no tensor core
+                value += tl.sum(tl.reshape(normed, [BLOCK_D, 1]) * tile, 0)[None, :]
+            else:  # normed is exact in tf32; z is taken in three parts
+                value = tl.dot(normed, tile, value, input_precision="tf32x3")
+    else:
+        kept = live[:, None] & (column < W)[None, :]
+        x = tl.load(latent[:, None] + column[None, :], mask=kept, other=0.0).to(tl.float32)
+        scale = tl.load(weight + column, mask=column < W, other=0.0).to(tl.float32)
+        value = x * inverse[:, None] * scale[None, :]
+    there = live[:, None] & (column < W)[None, :]
+    tl.store(row[:, None] + column[None, :], value.to(row.dtype.element_ty), mask=there)
+
+
+@triton.jit
+def write_key(
+    key,
+    row,
+    cos_sin,
+    positions,
+    token,
+    live,
+    W: tl.constexpr,
+    ROPE: tl.constexpr,
+    ROTATE: tl.constexpr,
+    HALF: tl.constexpr,
+):
+    """Rotate [tokens] keys and write them behind the slices."""
+    even, odd, a, b, whole = rotated_pairs(key, cos_sin, positions, token, live, ROPE, ROTATE, HALF)
+    tl.store(row[:, None] + W + a[None, :], even.to(row.dtype.element_ty), mask=whole)
+    tl.store(row[:, None] + W + b[None, :], odd.to(row.dtype.element_ty), mask=whole)
+
+
+@triton.jit
+def rotate_queries(
+    query, cos_sin, positions, token, live, ROPE: tl.constexpr, ROTATE: tl.constexpr, HALF: tl.constexpr
+):
+    """Rotate [rows] queries in place."""
+    even, odd, a, b, whole = rotated_pairs(query, cos_sin, positions, token, live, ROPE, ROTATE, HALF)
+    tl.store(query[:, None] + a[None, :], even, mask=whole)
+    tl.store(query[:, None] + b[None, :], odd, mask=whole)
+
+
 @triton.jit(do_not_specialize=["tokens"])
 def latent_write_kernel(
     latent,  # [tokens, D], rows latent_stride apart
     k_rope,  # [tokens, ROPE], rows rope_stride apart
+    q_rope,  # [tokens, HEADS, ROPE], rotated in place; unread where HEADS is 0
     weight,  # [D]
     z,  # [D, W] float32, contiguous
     cos_sin,  # [positions, ROPE] float32: cosines, then sines
@@ -26,71 +127,44 @@ def latent_write_kernel(
     cache,  # [slots, W + ROPE], rows cache_stride apart
     latent_stride,
     rope_stride,
+    q_token_stride,
+    q_head_stride,
     cache_stride,
     tokens,
     eps,
     D: tl.constexpr,
     W: tl.constexpr,
     ROPE: tl.constexpr,
+    HEADS: tl.constexpr,
     PROJECT: tl.constexpr,
     ROTATE: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_W: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr,
     HALF: tl.constexpr,
 ):
-    token = tl.program_id(0) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
-    live = token < tokens
-    token = token.to(tl.int64)
-    row = cache + tl.load(slots + token, mask=live, other=0).to(tl.int64) * cache_stride
-    first = tl.program_id(1) * BLOCK_W
-    if first < W:
-        column = first + tl.arange(0, BLOCK_W)
-        square = tl.zeros([BLOCK_TOKENS], tl.float32)
-        for start in range(0, D, BLOCK_D):
-            d = start + tl.arange(0, BLOCK_D)
-            here = live[:, None] & (d < D)[None, :]
-            x = tl.load(latent + token[:, None] * latent_stride + d[None, :], mask=here, other=0.0)
-            x = x.to(tl.float32)
-            square += tl.sum(x * x, 1)
-        inverse = tl.rsqrt(square / D + eps)
-        if PROJECT:
-            value = tl.zeros([BLOCK_TOKENS, BLOCK_W], tl.float32)
-            for start in range(0, D, BLOCK_D):
-                d = start + tl.arange(0, BLOCK_D)
-                here = live[:, None] & (d < D)[None, :]
-                x = tl.load(latent + token[:, None] * latent_stride + d[None, :], mask=here, other=0.0)
-                scale = tl.load(weight + d, mask=d < D, other=0.0).to(tl.float32)
-                normed = x.to(tl.float32) * inverse[:, None] * scale[None, :]
-                normed = normed.to(cache.dtype.element_ty).to(tl.float32)  # as a norm of its own rounds
-                inside = (d < D)[:, None] & (column < W)[None, :]
-                tile = tl.load(z + d[:, None] * W + column[None, :], mask=inside, other=0.0)
-                if BLOCK_TOKENS == 1:  # as many products as one token needs, and no tensor core
-                    value += tl.sum(tl.reshape(normed, [BLOCK_D, 1]) * tile, 0)[None, :]
-                else:  # normed is exact in tf32; z is taken in three parts
-                    value = tl.dot(normed, tile, value, input_precision="tf32x3")
+    COLUMN_BLOCKS: tl.constexpr = (W + BLOCK_W - 1) // BLOCK_W
+    block = tl.program_id(1)
+    if block <= COLUMN_BLOCKS:
+        token = tl.program_id(0) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
+        live = token < tokens
+        token = token.to(tl.int64)
+        row = cache + tl.load(slots + token, mask=live, other=0).to(tl.int64) * cache_stride
+        if block < COLUMN_BLOCKS:
+            column = block * BLOCK_W + tl.arange(0, BLOCK_W)
+            raw = latent + token * latent_stride
+            write_slice(
+                raw, weight, z, row, token, live, column, eps, D, W, PROJECT, BLOCK_TOKENS, BLOCK_W, BLOCK_D
+            )
         else:
-            here = live[:, None] & (column < W)[None, :]
-            x = tl.load(latent + token[:, None] * latent_stride + column[None, :], mask=here, other=0.0)
-            scale = tl.load(weight + column, mask=column < W, other=0.0).to(tl.float32)
-            value = x.to(tl.float32) * inverse[:, None] * scale[None, :]
-        here = live[:, None] & (column < W)[None, :]
-        tl.store(row[:, None] + column[None, :], value.to(cache.dtype.element_ty), mask=here)
-    else:
-        pair = tl.arange(0, HALF)
-        whole = live[:, None] & (pair < ROPE // 2)[None, :]
-        # where the two members of a pair lie: side by side, or half a vector apart
-        a = pair if ROTATE == 2 else 2 * pair
-        b = pair + ROPE // 2 if ROTATE == 2 else 2 * pair + 1
-        key = k_rope + token[:, None] * rope_stride
-        even = tl.load(key + a[None, :], mask=whole, other=0.0)
-        odd = tl.load(key + b[None, :], mask=whole, other=0.0)
-        if ROTATE:
-            turn = cos_sin + tl.load(positions + token, mask=live, other=0).to(tl.int64)[:, None] * ROPE
-            cos = tl.load(turn + pair[None, :], mask=whole, other=0.0)
-            sin = tl.load(turn + (pair + ROPE // 2)[None, :], mask=whole, other=0.0)
-            even, odd = even.to(tl.float32), odd.to(tl.float32)
-            even, odd = even * cos - odd * sin, odd * cos + even * sin
-        out = row[:, None] + W
-        tl.store(out + a[None, :], even.to(cache.dtype.element_ty), mask=whole)
-        tl.store(out + b[None, :], odd.to(cache.dtype.element_ty), mask=whole)
+            key = k_rope + token * rope_stride
+            write_key(key, row, cos_sin, positions, token, live, W, ROPE, ROTATE, HALF)
+    elif HEADS:
+        member = tl.arange(0, BLOCK_TOKENS * BLOCK_HEADS)
+        head = (block - COLUMN_BLOCKS - 1) * BLOCK_HEADS + member % BLOCK_HEADS
+        asking = tl.program_id(0) * BLOCK_TOKENS + member // BLOCK_HEADS
+        there = (asking < tokens) & (head < HEADS)
+        asking = asking.to(tl.int64)
+        query = q_rope + asking * q_token_stride + head.to(tl.int64) * q_head_stride
+        rotate_queries(query, cos_sin, positions, asking, there, ROPE, ROTATE, HALF)

@@ -96,24 +96,27 @@ def write_latent(
     positions: torch.Tensor | None,
     slots: torch.Tensor,
     cache: torch.Tensor,
+    q_rope: torch.Tensor | None = None,
     *,
     neox: bool = False,
 ) -> None:
     """Norm, project, rotate and write new cache rows; arguments and errors as in `latent_write.write_latent`."""
-    rows = checked_write(latent, k_rope, weight, z, cos_sin, positions, slots, cache)
+    rows = checked_write(latent, k_rope, weight, z, cos_sin, positions, slots, cache, q_rope)
     raw = latent.to(torch.float32)
     inverse = torch.rsqrt(raw.square().mean(-1, keepdim=True) + eps)
     normed = (raw * inverse * weight.to(torch.float32)).to(rows.dtype)  # [tokens, d]
     kept = normed if z is None else (normed.to(torch.float32) @ z).to(rows.dtype)  # [tokens, w]
     key = k_rope if cos_sin is None else _rotate(k_rope, cos_sin[positions], neox)
     rows[slots.long()] = torch.cat([kept, key], dim=-1)
+    if q_rope is not None and cos_sin is not None:
+        q_rope.copy_(_rotate(q_rope, cos_sin[positions].unsqueeze(1), neox))
 
 
 def _rotate(key: torch.Tensor, cos_sin: torch.Tensor, neox: bool) -> torch.Tensor:
-    """Rotate [tokens, rope] by [tokens, rope] of cosines and sines, in the key's own order."""
+    """Rotate [.., rope] by [.., rope] of cosines and sines, in the vector's own order."""
     cos, sin = cos_sin.chunk(2, dim=-1)  # [tokens, rope / 2]
     wide = key.to(torch.float32)
-    x, y = wide.chunk(2, dim=-1) if neox else (wide[:, 0::2], wide[:, 1::2])
+    x, y = wide.chunk(2, dim=-1) if neox else (wide[..., 0::2], wide[..., 1::2])
     turned = (x * cos - y * sin, y * cos + x * sin)
-    together = torch.cat(turned, dim=-1) if neox else torch.stack(turned, dim=-1).flatten(1)
+    together = torch.cat(turned, dim=-1) if neox else torch.stack(turned, dim=-1).flatten(-2)
     return together.to(key.dtype)

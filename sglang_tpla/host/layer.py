@@ -39,14 +39,15 @@ class SlicedNorm(nn.Module):
     `absorbed_core`, which knows where they go.
     """
 
-    z: torch.Tensor
+    z: torch.Tensor | None  # [d, w] float32; None where it is the identity (g = 1): nothing to multiply with
 
     def __init__(self, norm: Any, z: torch.Tensor) -> None:
         super().__init__()
         self.weight = norm.weight
         self.variance_epsilon = norm.variance_epsilon
         self._norm = (norm,)  # in a tuple: not a submodule, or the weight would be listed twice
-        self.register_buffer("z", z.to(norm.weight.device), persistent=False)  # [d, w] float32
+        whole = z.shape[0] == z.shape[1] and torch.equal(z, torch.eye(len(z), device=z.device))
+        self.register_buffer("z", None if whole else z.to(norm.weight.device), persistent=False)
 
     def forward(self, latent: torch.Tensor) -> torch.Tensor:
         """Norm, then project; or, where that is put off, the latent as it came."""
@@ -54,11 +55,26 @@ class SlicedNorm(nn.Module):
 
     def project(self, latent: torch.Tensor) -> torch.Tensor:
         """Norm, then project."""
-        return project_latent(self._norm[0](latent), self.z)
+        normed = self._norm[0](latent)
+        return normed if self.z is None else project_latent(normed, self.z)
+
+
+class PutOffRotation(nn.Module):
+    """SGLang's rotary embedding, put off to `absorbed_core` wherever one kernel writes the rows: it rotates as well."""
+
+    def __init__(self, rotary: Any) -> None:
+        super().__init__()
+        self.rotary = rotary
+
+    def forward(
+        self, positions: torch.Tensor, query: torch.Tensor, key: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rotate; or, where that is put off, both as they came."""
+        return (query, key) if puts_off(key) else self.rotary(positions, query, key)
 
 
 def puts_off(latent: torch.Tensor) -> bool:
-    """Whether norm and projection wait for the cache write (``--tpla-one-write``)."""
+    """Whether norm, projection and rotation wait for the cache write (``--tpla-one-write``)."""
     return latent.is_cuda and settings().one_write == 1
 
 
@@ -82,6 +98,8 @@ def build_attention(original: Callable[..., None], self: Any, *args: Any, **kwar
     self.tpla = (a, b)
     self.tpla_width = width
     self.kv_a_layernorm = SlicedNorm(self.kv_a_layernorm, z)
+    if self.rotary_emb is not None:
+        self.rotary_emb = PutOffRotation(self.rotary_emb)
     self.attn_mqa = RadixAttention(
         self.num_local_heads,
         width + self.qk_rope_head_dim,
@@ -128,19 +146,39 @@ def _keep_storage(old: torch.Tensor | None, new: torch.Tensor) -> torch.Tensor:
     return new if old is None else old.copy_(new)
 
 
-def write_rows(self: Any, latent: torch.Tensor, k_rope: torch.Tensor, forward_batch: Any) -> bool:
-    """Norm, project and write a decode step's rows with one kernel; False where that kernel does not serve.
+def write_rows(
+    self: Any,
+    latent: torch.Tensor,
+    k_rope: torch.Tensor,
+    q_rope: torch.Tensor,
+    positions: torch.Tensor,
+    forward_batch: Any,
+) -> bool:
+    """Norm, project, rotate and write a decode step's rows with one kernel; False where that kernel does not serve.
 
     Args:
-        latent: [tokens, 1, d], before the norm. k_rope: [tokens, 1, rope], rotated (with the queries, in one launch).
+        latent: [tokens, 1, d], before the norm. k_rope: [tokens, 1, rope], not rotated.
+        q_rope: [tokens, h, rope], rotated in place. positions: [tokens].
     """
-    norm = self.kv_a_layernorm
+    norm, rotary = self.kv_a_layernorm, self.rotary_emb
     cache = get_token_to_kv_pool().get_key_buffer(self.layer_id)
     if not forward_batch.forward_mode.is_decode() or not latent.dtype == norm.weight.dtype == cache.dtype:
         return False
-    places = forward_batch.out_cache_loc
-    rows = (latent.squeeze(1), k_rope.squeeze(1), norm.weight, norm.variance_epsilon, norm.z)
-    write_latent(*rows, None, None, places, cache)
+    if rotary is not None and rotary.rotary.cos_sin_cache.dtype != torch.float32:
+        return False  # SGLang's embedding for head sizes that its own kernel does not know
+    write_latent(
+        latent.squeeze(1),
+        k_rope.squeeze(1),
+        norm.weight,
+        norm.variance_epsilon,
+        norm.z,
+        None if rotary is None else rotary.rotary.cos_sin_cache,
+        None if rotary is None else positions,
+        forward_batch.out_cache_loc,
+        cache,
+        q_rope,
+        neox=rotary is not None and rotary.rotary.is_neox_style,
+    )
     return True
 
 
@@ -167,8 +205,10 @@ def absorbed_core(
     key: torch.Tensor | None = k_nope
     if puts_off(k_nope):
         key = None
-        if not write_rows(self, k_nope, k_pe, forward_batch):
+        if not write_rows(self, k_nope, k_pe, q_pe, positions, forward_batch):
             key = self.kv_a_layernorm.project(k_nope.squeeze(1)).unsqueeze(1)
+            if self.rotary_emb is not None:
+                q_pe, k_pe = self.rotary_emb.rotary(positions, q_pe, k_pe)
     save = {"save_kv_cache": key is not None}
     if self.current_attention_backend in (OURS, *FORWARD_ABSORB_CORE_ATTENTION_BACKENDS):
         out = self.attn_mqa(q_nope_out, key, key, forward_batch, **save, q_rope=q_pe, k_rope=k_pe)
@@ -177,5 +217,6 @@ def absorbed_core(
         row = None if key is None else torch.cat((key, k_pe), dim=-1)  # [tokens, 1, w + rope]
         out = self.attn_mqa(query, row, key, forward_batch, **save)
     latent = out.view(-1, self.num_local_heads, self.tpla_width).transpose(0, 1)  # [h, tokens, w]
-    values = torch.bmm(latent, self.w_vc).transpose(0, 1).flatten(1, 2)  # [tokens, h * v]
-    return self.o_proj(values)[0]
+    values = out.new_empty(out.shape[0], self.num_local_heads, self.w_vc.shape[2])  # [tokens, h, v]
+    torch.bmm(latent, self.w_vc, out=values.transpose(0, 1))
+    return self.o_proj(values.flatten(1))[0]

@@ -21,11 +21,12 @@ def fold_key_map(w_kc: torch.Tensor, a: torch.Tensor, scale: float = 1.0) -> tor
 
 
 def fold_value_map(w_vc: torch.Tensor, b: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
-    """Absorbed value weights of a slice, float32 ``[h, w, v]``.
+    """Absorbed value weights of a slice, float32 ``[h, w, v]``, laid out as SGLang lays out ``w_vc``.
 
     Args:
         w_vc: ``[h, d, v]``, any dtype.
         b: B_i, ``[w, d]`` float32.
         scale: what a quantised ``w_vc`` has to be multiplied with.
     """
-    return (b.to(w_vc.device) @ (w_vc.to(torch.float32) * scale)).contiguous()
+    folded = b.to(w_vc.device) @ (w_vc.to(torch.float32) * scale)
+    return folded.transpose(1, 2).contiguous().transpose(1, 2)

@@ -231,7 +231,7 @@ def rank_work(
     attended = 2 * width + model.rope_dim
     pieces = [
         gemm("down", model.down_parameters, model.hidden + model.down_parameters // model.hidden),
-        Piece("norm, rope, cache write", "small", 0, 0, 3 if method.kind == "tpla" else 4),
+        Piece("norm, rope, cache write", "small", 0, 0, small_launches(model, method)),
         gemm("query", heads * model.query_parameters_a_head, query_in + heads * head_dim),
         absorbed("absorb", model.nope_dim),
         Piece(
@@ -272,6 +272,16 @@ def rank_work(
         kernel=kernel,
         cache_row_bytes=row_bytes,
     )
+
+
+def small_launches(model: PlanModel, method: Method) -> int:
+    """Launches one after another between the products: norms, rotation, cache write.
+
+    MLA's two norms run side by side; a slice's norm, projection, rotation and write are one kernel.
+    """
+    if method.kind == "tpla":
+        return 2 if model.q_lora_rank else 1
+    return 3
 
 
 def break_even_tokens(model: PlanModel, method: Method, precision: Precision, width: int) -> float:

@@ -19,12 +19,13 @@ class WriteCase:
     positions: torch.Tensor | None
     slots: torch.Tensor
     cache: torch.Tensor
+    q_rope: torch.Tensor | None
 
     def arguments(self, eps: float) -> tuple:
         """In the order of ``write_latent``."""
         return (
             *(self.latent, self.k_rope, self.weight, eps, self.z),
-            *(self.cos_sin, self.positions, self.slots, self.cache),
+            *(self.cos_sin, self.positions, self.slots, self.cache, self.q_rope),
         )
 
 
@@ -37,14 +38,18 @@ def random_write(
     dtype: torch.dtype,
     seed: int,
     device: str = "cpu",
+    heads: int = 0,
 ) -> WriteCase:
-    """``latent`` and ``k_rope`` are columns of one matrix, as the joint down-projection leaves them."""
+    """``latent`` and ``k_rope`` are columns of one matrix, as the joint down-projection leaves them; the queries' rope
+    part are the last columns of each head. No heads: no queries.
+    """
     g = torch.Generator(device).manual_seed(seed)
 
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=g, device=device)
 
     joint = normal(tokens, d + rope + 8).to(dtype)
+    queries = normal(tokens, heads, 12 + rope).to(dtype)
     angles = normal(50, rope // 2)
     width = (d if w is None else w) + rope
     return WriteCase(
@@ -56,4 +61,5 @@ def random_write(
         positions=torch.randint(0, 50, (tokens,), generator=g, device=device) if rotated else None,
         slots=torch.randperm(tokens + 20, generator=g, device=device)[:tokens],
         cache=torch.full((tokens + 20, 1, width), float("nan"), dtype=dtype, device=device),
+        q_rope=queries[..., 12:] if heads else None,
     )

@@ -20,31 +20,39 @@ SIZES = [(1, 512, 256, 64), (3, 40, 24, 6), (17, 33, 7, 2), (5, 96, None, 20), (
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 3e-3}
 
 
+def rotated(vectors: torch.Tensor, case: WriteCase, neox: bool) -> np.ndarray:
+    """[tokens, .., rope] turned by each token's position, float64: pairs are complex numbers, rotation is a product."""
+    v = vectors.double().numpy()
+    if case.cos_sin is None:
+        return v
+    assert case.positions is not None
+    half = v.shape[-1] // 2
+    table = case.cos_sin.double().numpy()[case.positions.numpy()]
+    turn = (table[:, :half] + 1j * table[:, half:]).reshape(len(v), *[1] * (v.ndim - 2), half)
+    pairs = v[..., :half] + 1j * v[..., half:] if neox else v[..., 0::2] + 1j * v[..., 1::2]
+    parts = ((pairs * turn).real, (pairs * turn).imag)
+    return np.concatenate(parts, -1) if neox else np.stack(parts, -1).reshape(v.shape)
+
+
 def in_complex_numbers(case: WriteCase, eps: float, neox: bool) -> np.ndarray:
-    """The rows that should be written, float64: pairs are complex numbers, rotation is a product."""
-    latent, key = case.latent.double().numpy(), case.k_rope.double().numpy()
+    """The rows that should be written, float64."""
+    latent = case.latent.double().numpy()
     normed = latent / np.sqrt((latent**2).mean(1, keepdims=True) + eps) * case.weight.double().numpy()
     if case.latent.dtype == torch.bfloat16:
         normed = torch.from_numpy(normed).to(torch.bfloat16).double().numpy()
     kept = normed if case.z is None else normed @ case.z.double().numpy()
-    if case.cos_sin is not None:
-        assert case.positions is not None
-        half = key.shape[1] // 2
-        table = case.cos_sin.double().numpy()[case.positions.numpy()]
-        turn = table[:, :half] + 1j * table[:, half:]
-        pairs = key[:, :half] + 1j * key[:, half:] if neox else key[:, 0::2] + 1j * key[:, 1::2]
-        turned = pairs * turn
-        parts = (turned.real, turned.imag)
-        key = np.concatenate(parts, 1) if neox else np.stack(parts, 2).reshape(key.shape)
-    return np.concatenate([kept, key], 1)
+    return np.concatenate([kept, rotated(case.k_rope, case, neox)], 1)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("rotate", [None, "pairs", "halves"])
 @pytest.mark.parametrize(("tokens", "d", "w", "rope"), SIZES)
 def test_twin(tokens: int, d: int, w: int | None, rope: int, rotate: str | None, dtype: torch.dtype) -> None:
-    case = random_write(tokens, d, w, rope, rotate is not None, dtype, seed=tokens + d)
+    case = random_write(tokens, d, w, rope, rotate is not None, dtype, seed=tokens + d, heads=3)
+    assert case.q_rope is not None
+    turned = rotated(case.q_rope, case, rotate == "halves")
     write_latent(*case.arguments(1e-5), neox=rotate == "halves")
+    assert np.linalg.norm(case.q_rope.double().numpy() - turned) <= TOLERANCE[dtype] * np.linalg.norm(turned)
     right = in_complex_numbers(case, 1e-5, rotate == "halves")
     written = case.cache.squeeze(1)[case.slots].double().numpy()
     assert np.linalg.norm(written - right) <= TOLERANCE[dtype] * np.linalg.norm(right)
@@ -70,12 +78,17 @@ from sglang_tpla.attention import latent_write, reference
 for tokens in (1, 3, 19):
     for d, w, rope in ((40, 24, 6), (130, 33, 2), (24, None, 4)):
         for rotate in (None, "pairs", "halves"):
-            cases = [random_write(tokens, d, w, rope, rotate is not None, torch.float32, 5) for _ in range(2)]
+            heads = {24: 5, 33: 0, None: 17}[w]
+            cases = [
+                random_write(tokens, d, w, rope, rotate is not None, torch.float32, 5, heads=heads) for _ in range(2)
+            ]
             reference.write_latent(*cases[0].arguments(1e-6), neox=rotate == "halves")
-            *rest, cache = cases[1].arguments(1e-6)
-            latent_write.launch(*rest, cache.squeeze(1), neox=rotate == "halves")
+            *rest, cache, query = cases[1].arguments(1e-6)
+            latent_write.launch(*rest, cache.squeeze(1), query, neox=rotate == "halves")
             a, b = (torch.nan_to_num(case.cache, nan=-7.0) for case in cases)
             assert torch.allclose(a, b, rtol=1e-5, atol=1e-6), (tokens, d, w, rope, rotate)
+            if heads:
+                assert torch.allclose(cases[0].q_rope, query, rtol=1e-5, atol=1e-6), (tokens, heads, rope, rotate)
 print("right")
 """
 
@@ -95,10 +108,10 @@ def test_kernel_in_tritons_interpreter() -> None:
 
 
 def test_what_does_not_fit_is_refused() -> None:
-    case = random_write(4, 32, 16, 8, rotated=True, dtype=torch.bfloat16, seed=2)
+    case = random_write(4, 32, 16, 8, rotated=True, dtype=torch.bfloat16, seed=2, heads=3)
     good = dict(
         zip(
-            ("latent", "k_rope", "weight", "eps", "z", "cos_sin", "positions", "slots", "cache"),
+            ("latent", "k_rope", "weight", "eps", "z", "cos_sin", "positions", "slots", "cache", "q_rope"),
             case.arguments(1e-6),
             strict=True,
         )
@@ -107,6 +120,7 @@ def test_what_does_not_fit_is_refused() -> None:
         ("latent", case.latent[:, :31], "weight must be"),
         ("latent", case.latent[0], "latent must be"),
         ("k_rope", case.k_rope[:3], "k_rope must be"),
+        ("q_rope", case.latent, "q_rope must be"),
         ("weight", case.weight.float(), "weight must be"),
         ("z", case.z.bfloat16() if case.z is not None else None, "z must be"),
         ("z", None, "cache must be"),
