@@ -50,7 +50,7 @@ def check_flags(args: Any) -> None:
     """What can be said from the flags alone.
 
     Raises:
-        ConfigError: naming the flag and why.
+        ConfigError: naming each flag that has to go, and why.
     """
     role = settings().role
     if args.disaggregation_mode != role or args.disaggregation_transfer_backend != "tpla":
@@ -73,14 +73,14 @@ def check_flags(args: Any) -> None:
         (args.pp_size > 1, "--pp-size", "pipeline stages are not transferred yet"),
         (sliced and bool(args.enable_lora), "--enable-lora", "adapters on kv_b_proj correct the unfolded weights"),
     ]  # fmt: skip
+    found = [f"{flag} does not go with sglang_tpla: {why}; drop {flag}" for bad, flag, why in refusals if bad]
     if args.device == "cpu" and args.page_size not in (None, 1):
-        raise ConfigError(
+        found.append(
             f"the CPU reference platform pages its cache by single tokens; got --page-size {args.page_size}, use "
             "--page-size 1"
         )
-    for bad, flag, why in refusals:
-        if bad:
-            raise ConfigError(f"{flag} does not go with sglang_tpla: {why}; drop {flag}")
+    if found:  # all at once: each further start would cost the time to load SGLang
+        raise ConfigError("; also, ".join(found))
 
 
 def check_address(args: Any) -> None:
