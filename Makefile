@@ -19,8 +19,8 @@ help:  ## this list
 quickstart:  ## prefill, TPLA decode and router on this CPU: answers, agreement, cache and wire bytes (4 minutes)
 	@python=$$($(ENVIRONMENT)) && exec "$$python" examples/quickstart.py
 
-test:  ## the whole suite, but for what needs a GPU or an hour
-	@$(WITH_PYTHON) -m pytest -m "not gpu and not slow" $(PYTEST_ARGS)
+test:  ## the whole suite, but for what needs a GPU or an hour; two tests at a time
+	@$(WITH_PYTHON) -m pytest -m "not gpu and not slow" -n 2 --dist loadgroup $(PYTEST_ARGS)
 
 test-fast:  ## what needs no server: unit, parity and wire tests
 	@$(WITH_PYTHON) -m pytest -m "not gpu and not slow" $(wildcard tests/unit tests/wire) $(PYTEST_ARGS)
