@@ -1,17 +1,19 @@
-"""From the end of prefill to the first decode step, through real servers on one GPU.
+"""From the end of prefill to the first decode step, through real servers.
 
-    python benchmarks/engine_gpu.py --out FILE [--layers 61] [--tokens 1024 8192 32768] [--repeats 5]
+    python benchmarks/engine_gpu.py --out FILE [--groups 2] [--layers 61] [--tokens 1024 8192 32768] [--chunk 8192]
 
-A checkpoint with random weights is written whose cache is DeepSeek-V3's (61 layers of 512 + 64 values in bfloat16,
-70 KB a token) and whose other sizes are small, so that what is timed is the cache's way and not the model. A prefill
-and a decode server (one group, our decode kernel) share the GPU and the host, so that payloads go through shared
-memory.
+A checkpoint with random weights whose cache is DeepSeek-V3's (61 layers of 512 + 64 values in bfloat16, 70 KB a token)
+and whose other sizes are small, so that what is timed is the cache's way and not the model. One prefill server and a
+decode server with as many ranks as groups (each on a GPU of its own over NCCL where there are as many), on one host:
+payloads go through shared memory, projected to each rank's slice where there are groups.
 
-For every prompt length, medians over the repeats (two beyond one chunk) after one warm-up, no cached prefix:
+For every prompt length, medians over the repeats after one warm-up, no cached prefix; the clock starts when SGLang
+hands the last rows to the sender, that is, when prefill has ended:
 
-- after_prefill_ms: from the moment SGLang hands the last rows to the sender until the decode rank has confirmed them
-- first_step_ms: from that same moment until the client has the first token that decode itself computed
-- goodput: bytes moved after the prefill's end over after_prefill_ms (prompts beyond a chunk overlap with prefill)
+- sent_ms: until every decode rank has confirmed its cache
+- first_token_ms: until the client has the prompt's own first token, which travels beside the cache
+- first_step_ms: until the client has the first token that a decode step computed
+- goodput: bytes moved after the prefill's end over sent_ms (prompts beyond a chunk overlap with prefill)
 """
 
 from __future__ import annotations
@@ -20,7 +22,6 @@ import argparse
 import concurrent.futures
 import json
 import random
-import shutil
 import statistics
 import sys
 import time
@@ -32,76 +33,19 @@ from typing import Any
 
 import httpx
 import torch
-from safetensors.torch import save_file
+from v3_shaped import LATENT, ROPE, VOCABULARY, Shape, write_artifact, write_checkpoint
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from tests.e2e.servers import ROOT, Pair, request_body, transfer_lines
+from tests.e2e.servers import Pair, request_body, transfer_lines
 from tests.gpu.engine import DEVICE, OUR_KERNEL, Engines
 
-LATENT, ROPE, NOPE, VALUE, HEADS, HIDDEN, QUERY, INTERMEDIATE, VOCABULARY = (
-    512,
-    64,
-    128,
-    128,
-    8,
-    256,
-    128,
-    512,
-    4096,
-)
-CHUNK = 8192
-
-
-def write_checkpoint(folder: Path, layers: int, context: int) -> None:
-    """Random weights of a DeepSeek-V3-shaped model with dense feed-forward layers."""
-    config = json.loads((ROOT / "examples/nano-mla/config.json").read_text())
-    config |= {
-        "num_hidden_layers": layers, "hidden_size": HIDDEN, "intermediate_size": INTERMEDIATE,
-        "num_attention_heads": HEADS, "num_key_value_heads": HEADS, "kv_lora_rank": LATENT, "q_lora_rank": QUERY,
-        "qk_nope_head_dim": NOPE, "qk_rope_head_dim": ROPE, "v_head_dim": VALUE, "first_k_dense_replace": layers,
-        "max_position_embeddings": context, "vocab_size": VOCABULARY,
-    }  # fmt: skip
-    config["rope_scaling"]["original_max_position_embeddings"] = context
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config))
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(ROOT / "examples/nano-mla" / name, folder)
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(*shape: int) -> torch.Tensor:
-        return (torch.randn(*shape, generator=generator) / shape[-1] ** 0.5).to(torch.bfloat16)
-
-    ones = torch.ones(max(HIDDEN, LATENT), dtype=torch.bfloat16)
-    tensors = {
-        "model.embed_tokens.weight": draw(VOCABULARY, HIDDEN),
-        "lm_head.weight": draw(VOCABULARY, HIDDEN),
-        "model.norm.weight": ones[:HIDDEN].clone(),
-    }
-    for layer in range(layers):
-        tensors |= {
-            f"model.layers.{layer}.{name}.weight": tensor
-            for name, tensor in {
-                "input_layernorm": ones[:HIDDEN].clone(),
-                "post_attention_layernorm": ones[:HIDDEN].clone(),
-                "self_attn.q_a_proj": draw(QUERY, HIDDEN),
-                "self_attn.q_a_layernorm": ones[:QUERY].clone(),
-                "self_attn.q_b_proj": draw(HEADS * (NOPE + ROPE), QUERY),
-                "self_attn.kv_a_proj_with_mqa": draw(LATENT + ROPE, HIDDEN),
-                "self_attn.kv_a_layernorm": ones[:LATENT].clone(),
-                "self_attn.kv_b_proj": draw(HEADS * (NOPE + VALUE), LATENT),
-                "self_attn.o_proj": draw(HIDDEN, HEADS * VALUE),
-                "mlp.gate_proj": draw(INTERMEDIATE, HIDDEN),
-                "mlp.up_proj": draw(INTERMEDIATE, HIDDEN),
-                "mlp.down_proj": draw(HIDDEN, INTERMEDIATE),
-            }.items()
-        }
-    save_file(tensors, folder / "model.safetensors")
+ANSWER_TOKENS = 4
 
 
 def one_request(pair: Pair, prompt: list[int]) -> dict[str, Any]:
     """One prompt through both servers: the transfer's log line, and when the client saw each decoded token."""
     room = pair.next_room = pair.next_room + 1
-    body = request_body(prompt, 4) | {
+    body = request_body(prompt, ANSWER_TOKENS) | {
         "bootstrap_host": "127.0.0.1", "bootstrap_port": pair.bootstrap, "bootstrap_room": room,
     }  # fmt: skip
     seen: list[float] = []
@@ -121,10 +65,14 @@ def one_request(pair: Pair, prompt: list[int]) -> dict[str, Any]:
     (line,) = (line for line in transfer_lines(pair.prefill) if line["room"] == room)
     assert line["result"] == "success", line
     end_of_prefill = line["at"] - line["after_prefill_seconds"]
-    return line | {"first_step_seconds": seen[1] - end_of_prefill, "tokens_seen": len(seen)}
+    assert len(seen) >= ANSWER_TOKENS, seen  # one event a token, or times mean nothing
+    return line | {
+        "first_token_seconds": seen[0] - end_of_prefill,
+        "first_step_seconds": seen[1] - end_of_prefill,
+    }
 
 
-def measure(pair: Pair, tokens: int, repeats: int) -> dict[str, Any]:
+def measure(pair: Pair, tokens: int, repeats: int, chunk: int) -> dict[str, Any]:
     """Medians over ``repeats`` requests of ``tokens`` tokens after a warm-up."""
     dice = random.Random(tokens)
     runs = []
@@ -136,15 +84,16 @@ def measure(pair: Pair, tokens: int, repeats: int) -> dict[str, Any]:
     def median_ms(key: str) -> float:
         return 1e3 * statistics.median(run[key] for run in runs)
 
-    last_chunk = min(tokens, (tokens - 1) % CHUNK + 1)
-    after = median_ms("after_prefill_seconds")
+    last_chunk = (tokens - 1) % chunk + 1
+    sent = median_ms("after_prefill_seconds")
     return {
         "tokens": tokens,
         "bytes": runs[0]["bytes"],
-        "after_prefill_ms": after,
+        "sent_ms": sent,
+        "first_token_ms": median_ms("first_token_seconds"),
         "first_step_ms": median_ms("first_step_seconds"),
         "transfer_ms": median_ms("seconds"),
-        "gigabytes_per_second_after_prefill": runs[0]["bytes"] * last_chunk / tokens / after / 1e6,
+        "gigabytes_per_second_after_prefill": runs[0]["bytes"] * last_chunk / tokens / sent / 1e6,
         "shared_memory_bytes": runs[0]["shared_memory_bytes"],
         "runs": runs,
     }
@@ -158,6 +107,9 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=61)
     parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 8192, 32768])
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--groups", type=int, default=1)
+    parser.add_argument("--chunk", type=int, default=8192, help="tokens that prefill computes at a time")
+    parser.add_argument("--first-gpu", type=int, default=0)
     args = parser.parse_args()
     args.out.parent.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
@@ -167,31 +119,35 @@ def main() -> None:
         "sglang": version("sglang"),
         "torch": torch.__version__,
         "layers": args.layers,
-        "cache_bytes_per_token": args.layers * (LATENT + ROPE) * (2 if DEVICE == "cuda" else 4),
-        "chunked_prefill_tokens": CHUNK,
+        "groups": args.groups,
+        "cache_bytes_per_token": args.layers * (LATENT + args.groups * ROPE) * (2 if DEVICE == "cuda" else 4),
+        "chunked_prefill_tokens": args.chunk,
         "rows": rows,
     }
     with TemporaryDirectory() as scratch:
-        model = Path(scratch) / "model"
+        model, artifact = Path(scratch) / "model", Path(scratch) / "artifact.safetensors"
         context = 2 * max(args.tokens)
-        write_checkpoint(model, args.layers, context)
-        engines = Engines(str(model), args.out.parent)
+        shape = Shape(args.layers, context, heads=8, hidden=256, query_latent=128, intermediate=512)
+        write_checkpoint(model, shape)
+        flags = ("--tpla-groups", str(args.groups))
+        if args.groups > 1:
+            write_artifact(artifact, model, args.groups)
+            flags += ("--tpla-artifact", str(artifact))
+        engines = Engines(str(model), args.out.parent, first_gpu=args.first_gpu)
         try:
-            engines.start_prefill("--chunked-prefill-size", str(CHUNK))
-            engines.decode("decode", 1, "--tpla-groups", "1", *OUR_KERNEL)
+            engines.start_prefill("--chunked-prefill-size", str(args.chunk))
+            engines.decode("decode", args.groups, *flags, *OUR_KERNEL)
             pair = engines.pair("decode")
             for tokens in args.tokens:  # each row is kept, whatever becomes of the next
-                rows.append(measure(pair, tokens, args.repeats if tokens <= CHUNK else min(2, args.repeats)))
+                rows.append(measure(pair, tokens, args.repeats, args.chunk))
                 args.out.write_text(json.dumps(result, indent=1))
         finally:
             engines.stop()
-    print(
-        f"{'tokens':>7} {'after prefill':>14} {'first step':>11} {'whole transfer':>15} {'GB/s after prefill':>19}"
-    )
+    print(f"{'tokens':>7} {'sent':>11} {'first token':>14} {'first step':>13} {'GB/s after prefill':>19}")
     for row in rows:
         print(
-            f"{row['tokens']:>7} {row['after_prefill_ms']:>11.1f} ms {row['first_step_ms']:>8.1f} ms "
-            f"{row['transfer_ms']:>12.1f} ms {row['gigabytes_per_second_after_prefill']:>19.2f}"
+            f"{row['tokens']:>7} {row['sent_ms']:>8.1f} ms {row['first_token_ms']:>11.1f} ms "
+            f"{row['first_step_ms']:>10.1f} ms {row['gigabytes_per_second_after_prefill']:>19.2f}"
         )
 
 

@@ -34,6 +34,8 @@ from sglang_tpla.transfer.types import RoomState, TransferError, TransferMetric
 
 logger = logging.getLogger(__name__)
 SWITCH_INTERVAL_S = 0.0002
+# A scheduler that asks for the same room again this soon has nothing else to do, and naps.
+IDLE_PASS_S, NAP_S = 0.0005, 0.0002
 _agents: list[Any] = []
 
 
@@ -56,6 +58,7 @@ class TplaKVManager(CommonKVManager):
     ) -> None:
         self.agent: Any  # a PrefillAgent or a DecodeAgent, as the server's role is
         self._lost_peers: deque[tuple[str, int]] = deque()
+        self._watched: tuple[int, float] = (-1, 0.0)  # a room that is asked for, and when it last was
         # The scheduler's loop polls without rest while a transfer is under way; at Python's default of 5 ms each of
         # the agent's threads would wait that long for the interpreter after every call into ZMQ or torch.
         sys.setswitchinterval(SWITCH_INTERVAL_S)
@@ -117,6 +120,20 @@ class TplaKVManager(CommonKVManager):
         agent.on_peer_lost = lambda host, port: self._lost_peers.append((host, port))
         return agent
 
+    def nap_if_idle(self, room: int) -> None:
+        """Called for each look at a room: give the agent's threads the interpreter where the scheduler only waits.
+
+        SGLang's loop spins while transfers are under way. Beside it, each return of a thread from ZMQ, torch or a
+        checksum waits for the switch interval, a dozen times a chunk; a scheduler that computes is not held up.
+        """
+        watched, before = self._watched
+        now = time.monotonic()
+        if room == watched and now - before < IDLE_PASS_S:
+            time.sleep(NAP_S)
+            now = time.monotonic()
+        if room == watched or now - before > IDLE_PASS_S:
+            self._watched = room, now
+
     def forget_lost_peers(self) -> None:
         """Drop cached addresses of lost prefill ranks, so that the next request asks their bootstrap server anew."""
         while self._lost_peers:
@@ -172,6 +189,7 @@ class _Request:
             return self.conclude_state
         state = self.kv_mgr.request_status.get(self.bootstrap_room, KVPoll.Bootstrapping)
         if state != KVPoll.Failed and self._opened:
+            self.kv_mgr.nap_if_idle(self.bootstrap_room)
             state = int(self.kv_mgr.agent.poll(self.bootstrap_room))
         if state in (KVPoll.Success, KVPoll.Failed):
             self.conclude_state = state

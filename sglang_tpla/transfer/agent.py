@@ -29,6 +29,8 @@ QUEUE_FRAMES = 16384  # high-water mark of a socket, in messages; credits bound 
 SOCKET_BUFFER_BYTES = 4 << 20  # the system may give less
 MAX_PARTS = 3
 FIRST_SLOTS = 2  # of staging, reserved at the start
+# On a GPU a chunk is mostly waited for (copies) and checksummed, both without the interpreter.
+WORKERS = {"cpu": 1, "cuda": 4}
 
 
 class AnyRoom(Protocol):
@@ -47,7 +49,10 @@ class Agent(ABC, Generic[RoomT]):
     role = ""
     _rooms: dict[int, RoomT]
 
-    def __init__(self, settings: Settings, rank: int, size: int, logger: logging.Logger | None) -> None:
+    def __init__(
+        self, settings: Settings, rank: int, size: int, logger: logging.Logger | None, device: str
+    ) -> None:
+        settings = settings.on(device)
         self._settings, self._rank, self._size = settings, rank, size
         self._log = logger or logging.getLogger("sglang_tpla.transfer")
         self._agent_id = uuid.uuid4().hex
@@ -60,9 +65,12 @@ class Agent(ABC, Generic[RoomT]):
         self._closing = False
         tick_s = min(settings.heartbeat_s / 2, 0.25)
         self._io = IoLoop(f"tpla-{self.role}-io-{rank}", tick_s, self._tick, self._handler_failed, self._died)
-        self._worker = threading.Thread(
-            target=self._run_worker, name=f"tpla-{self.role}-work-{rank}", daemon=True
-        )
+        self._workers = [
+            threading.Thread(
+                target=self._run_worker, name=f"tpla-{self.role}-work-{rank}-{number}", daemon=True
+            )
+            for number in range(WORKERS[device])
+        ]
 
     def _make_arena(self) -> ArenaMemory | None:
         """Shared memory for staging, a few slots of it reserved, where the settings want it and there is some."""
@@ -79,15 +87,16 @@ class Agent(ABC, Generic[RoomT]):
         return host_identity() if self._settings.shared_memory else self._agent_id
 
     def close(self) -> None:
-        """End both threads and free every socket; rooms that are still alive fail. May be called twice."""
+        """End all threads and free every socket; rooms that are still alive fail. May be called twice."""
         with self._work:
             already = self._closing
             self._closing = True
             self._work.notify_all()
         if not already:
             self._io.post(self._say_goodbye)
-        if self._worker.is_alive() and threading.current_thread() is not self._worker:
-            self._worker.join(5.0)
+        for worker in self._workers:
+            if worker.is_alive() and threading.current_thread() is not worker:
+                worker.join(5.0)
         self._io.stop()
         with self._lock:
             self._fail_all(f"the {self.role} agent was closed")
@@ -132,7 +141,12 @@ class Agent(ABC, Generic[RoomT]):
 
     def _start(self) -> None:
         self._io.start()
-        self._worker.start()
+        for worker in self._workers:
+            worker.start()
+
+    @property
+    def _threads_alive(self) -> int:
+        return sum(thread.is_alive() for thread in (self._io.thread, *self._workers))
 
     def _run_worker(self) -> None:
         try:

@@ -84,8 +84,8 @@ def make_arena(
     return arena
 
 
-def map_arena(arena: frames.Arena) -> memoryview | None:
-    """Another process's arena for reading (without its header), or None where it cannot be had."""
+def map_arena(arena: frames.Arena) -> np.ndarray | None:
+    """Another process's arena for reading (uint8, without its header), or None where it cannot be had."""
     try:
         file = os.open(f"/proc/{arena.pid}/fd/{arena.descriptor}", os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
@@ -102,4 +102,4 @@ def map_arena(arena: frames.Arena) -> memoryview | None:
         os.close(file)
     if memory[:COOKIE_BYTES] != arena.cookie:
         return None
-    return memoryview(memory)[HEADER_BYTES:]
+    return np.frombuffer(memory, dtype=np.uint8, offset=HEADER_BYTES)

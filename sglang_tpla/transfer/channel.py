@@ -121,8 +121,8 @@ class Spares:
         return buffer.data[:size]
 
     def give_back(self, view: memoryview) -> None:
-        """Take the memory of a view that came from `take` back; nothing for other memory."""
-        if isinstance(view.obj, np.ndarray):
+        """Take the memory of a view that came from `take` back; nothing for other memory (an arena's is read-only)."""
+        if isinstance(view.obj, np.ndarray) and not view.readonly:
             self._buffers.append(view.obj)
 
 

@@ -116,7 +116,7 @@ class DecodeAgent(DecodeScattering):
             entry = self._rooms.get(room)
         if entry is None:
             return
-        entry.end_writes()
+        entry.writes.end()
         with self._lock:
             if not entry.state.ended:
                 self._fail(entry, reason)
@@ -137,7 +137,7 @@ class DecodeAgent(DecodeScattering):
                 peers=sum(connection.link is Link.REGISTERED for connection in self._connections.values()),
                 staging_used_bytes=self._staging_used_bytes,
                 staging_limit_bytes=self._settings.staging_bytes,
-                threads_alive=int(self._io.thread.is_alive()) + int(self._worker.is_alive()),
+                threads_alive=self._threads_alive,
                 transfer_seconds=self._transfer_seconds,
                 **self._counts,
             )

@@ -10,10 +10,12 @@ import os
 import socket
 import time
 import uuid
+import weakref
 from abc import abstractmethod
 from collections.abc import Callable
 from functools import partial
 
+import torch
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
@@ -26,7 +28,7 @@ from sglang_tpla.transfer.projection import Projection
 from sglang_tpla.transfer.receiving import Address, Connection, Link, Room
 from sglang_tpla.transfer.rows import RowWriter
 from sglang_tpla.transfer.security import Security
-from sglang_tpla.transfer.staging import Staging
+from sglang_tpla.transfer.staging import Staging, pin, unpin
 from sglang_tpla.transfer.types import CachePool, MetadataRows, TransferError
 
 DATA_TURN_BYTES = 8 << 20  # read from one data channel before others have a turn
@@ -53,7 +55,7 @@ class DecodeDialing(Agent[Room]):
         logger: logging.Logger | None = None,
     ) -> None:
         self._security = security if security is not None else Security.from_environment(self.role)
-        super().__init__(settings, rank, size, logger)
+        super().__init__(settings, rank, size, logger, pool.device.type)
         self._pool, self._metadata, self._projection, self._groups = pool, metadata, projection, groups
         first, widths = pool.first_layer, pool.widths
         if projection is not None and (
@@ -111,7 +113,7 @@ class DecodeDialing(Agent[Room]):
         """Set up what the subclass keeps, before the threads start."""
 
     def close(self) -> None:
-        """End both threads and free sockets and staging; rooms that are still alive fail."""
+        """End all threads and free sockets and staging; rooms that are still alive fail."""
         super().close()
         self._maps.clear()
         if self._arena is not None:
@@ -373,12 +375,28 @@ class DecodeDialing(Agent[Room]):
         connection.arenas = {} if own is None else {connection.agent: own}
         for arena in arenas:
             if arena.cookie not in self._maps:
-                self._maps[arena.cookie] = map_arena(arena)
+                self._maps[arena.cookie] = self._map(arena, arena.agent == connection.agent)
             view = self._maps[arena.cookie]
             if view is not None:
                 connection.arenas[arena.agent] = view
         self._forget_maps()
         self._send_now(connection, frames.Mapped(number, tuple(connection.arenas)), None)
+
+    def _map(self, arena: frames.Arena, pinned: bool) -> memoryview | None:
+        """Map an arena; one that much is read from ``pinned``, so that a GPU reads it without a copy on the way."""
+        data = map_arena(arena)
+        if data is None:
+            return None
+        if pinned and self._pool.device.type == "cuda":
+            try:
+                with torch.cuda.device(self._pool.device):
+                    pin(data)
+            except RuntimeError as error:
+                self._log.warning("decode rank %d copies each chunk once more: %s", self._rank, error)
+            else:
+                # the array dies with its last view, and before the mapping that it holds
+                weakref.finalize(data, unpin, data.ctypes.data).atexit = False
+        return data.data
 
     def _forget_maps(self) -> None:
         """Unmap what no connection uses any more."""

@@ -1,22 +1,18 @@
-"""Inside the prefill agent: the worker thread picks the next chunk, gathers and projects it, and sends it
-off.
-"""
+"""Inside the prefill agent: a worker thread picks the next chunk, gathers and projects it, and sends it off."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from sglang_tpla.transfer import frames
 from sglang_tpla.transfer.channel import Parcel
 from sglang_tpla.transfer.projection import cut_stacks
 from sglang_tpla.transfer.resuming import PrefillResuming
-from sglang_tpla.transfer.rows import Reading
 from sglang_tpla.transfer.sending import Lane, Mode, Room, Stream
 from sglang_tpla.transfer.staging import Slot
 
-# Chunks of one rank that wait to be read (on this host) or sent (on its data channel): more would be made faster than
-# they go, and leave the processor's caches before they do.
+# Chunks of one rank that wait to be read (on this host, for each thread that makes some) or sent (on its data channel):
+# more would be made faster than they go, and leave the processor's caches before they do.
 LOCAL_CHUNKS = 4
 CHUNKS_AHEAD = 3
 
@@ -36,43 +32,30 @@ class Job:
     sequence: int
     loads: list[Load]
     slot: Slot
-    reading: Reading | None = None  # once it has begun
 
 
 class PrefillDispatch(PrefillResuming):
-    """The worker thread of `PrefillAgent`."""
-
-    _begun: Job | None = None  # on its way from a GPU
+    """The worker threads of `PrefillAgent`: each makes a chunk, waits for it and sends it off."""
 
     def _work_once(self) -> bool:
         with self._work:
             if self._closing:
                 return False
             job = self._next_job()
-            if job is None and self._begun is None:
+            if job is None:
                 self._work.wait(0.002 if self._staging.used_bytes else 0.5)
                 return True
-        if job is not None:
-            self._guarded(job, self._begin)
-        # on a GPU the next chunk is on its way to the host while this one is checksummed and sent
-        before, self._begun = self._begun, job if self._reader.runs_ahead else None
-        for ready in (before, None if self._reader.runs_ahead else job):
-            if ready is not None and ready.reading is not None:
-                self._guarded(ready, self._finish)
-        return True
-
-    def _guarded(self, job: Job, step: Callable[[Job], None]) -> None:
-        """Run a step of a job; if it fails, the rooms that wait for the chunk fail."""
         try:
-            step(job)
+            self._deliver(job, self._make(job))
         except Exception as error:
-            job.reading = None
+            # the rooms that wait for the chunk fail
             self._handler_failed("gather", error)
             with self._work:
                 job.slot.pending -= 1
                 for load in job.loads:
                     if not load.lane.room.state.ended:
                         self._fail(load.lane.room, f"internal error while gathering: {error!r}")
+        return True
 
     def _next_job(self) -> Job | None:
         """The next chunk that some rank can take: peers in turn, and each peer's lanes in turn."""
@@ -102,7 +85,7 @@ class PrefillDispatch(PrefillResuming):
         if any(stream.paused or stream.peer.away or stream.peer.slots_held >= cap for stream in streams):
             return False
         if lane.mode is Mode.LOCAL:
-            return all(len(stream.unacked) < LOCAL_CHUNKS for stream in streams)
+            return all(len(stream.unacked) < LOCAL_CHUNKS * len(self._workers) for stream in streams)
         if self._doorway is not None and any(
             stream.peer.slots_held >= CHUNKS_AHEAD and self._doorway.bound(stream.peer.identity)
             for stream in streams
@@ -140,37 +123,36 @@ class PrefillDispatch(PrefillResuming):
                 loads.append(self._load(other, sequence, found[1], slot))
         return loads
 
-    def _begin(self, job: Job) -> None:
+    def _make(self, job: Job) -> bytes:
+        """Fill the job's slot; the payload's checksum."""
         plan = job.loads[0].lane.plan
         rectangle, segment = plan.rectangles[job.sequence], plan.segments[job.sequence]
         first = rectangle.first_layer - self._pool.first_layer
         stacks = plan.projection.stacks
         start = rectangle.first_token - segment.first_token
-        job.reading = self._reader.begin(
+        payload = job.slot.buffer[: rectangle.payload_bytes]
+        digest = self._reader.read(
             rectangle,
             segment.slots[start : start + rectangle.tokens],
             None if stacks is None else cut_stacks(stacks, first, rectangle.layers),
             plan.part,
-            job.slot.buffer[: rectangle.payload_bytes],
+            payload,
             segment.ready,
             plan.row_format,
         )
+        return digest or frames.checksum(payload.data)
 
-    def _finish(self, job: Job) -> None:
-        assert job.reading is not None
-        job.reading.wait()
+    def _deliver(self, job: Job, digest: bytes) -> None:
         plan = job.loads[0].lane.plan
-        size = plan.rectangles[job.sequence].payload_bytes
-        digest = job.reading.digest or frames.checksum(job.slot.view[:size])
         with self._work:
             plan.digests[job.sequence] = digest
             self._counts["projections_computed"] += plan.projection.stacks is not None
             for load in job.loads:
                 if not load.lane.room.state.ended:
-                    self._deliver(load, job.sequence, digest, job.slot)
+                    self._send_load(load, job.sequence, digest, job.slot)
             job.slot.pending -= 1
 
-    def _deliver(self, load: Load, sequence: int, digest: bytes, slot: Slot) -> None:
+    def _send_load(self, load: Load, sequence: int, digest: bytes, slot: Slot) -> None:
         lane, room = load.lane, load.lane.room
         rectangle = lane.plan.rectangles[sequence]
         chunk = (int(lane.plan.part), sequence)

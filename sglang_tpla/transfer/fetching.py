@@ -265,7 +265,7 @@ class DecodeFetching(DecodeDialing):
 
     def _fail_from_io(self, entry: Room, reason: str) -> None:
         """Fail a room without holding the agent's lock while a write ends."""
-        entry.end_writes()
+        entry.writes.end()
         with self._lock:
             if not entry.state.ended:
                 self._fail(entry, reason)
@@ -302,7 +302,7 @@ class DecodeFetching(DecodeDialing):
     def _fail_all(self, reason: str) -> None:
         for entry in list(self._rooms.values()):
             if not entry.state.ended:
-                entry.alive = False
+                entry.writes.end()
                 self._fail(entry, reason)
 
     def _drop_rooms(self, connection: Connection, reason: str) -> None:

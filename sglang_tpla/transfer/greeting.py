@@ -51,7 +51,7 @@ class PrefillGreeting(Agent[Room]):
     ) -> None:
         self._security = security if security is not None else Security.from_environment(self.role)
         self._security.check(bind_host, "listening on")
-        super().__init__(settings, rank, size, logger)
+        super().__init__(settings, rank, size, logger, pool.device.type)
         self._pool, self._metadata, self._model_hash = pool, metadata, model_hash
         row_bytes = (pool.latent_dim + pool.rope_dim) * pool.dtype.itemsize
         if any(width != pool.latent_dim for width in pool.widths) or row_bytes > self._chunk_bytes:
@@ -64,7 +64,7 @@ class PrefillGreeting(Agent[Room]):
             )
         self._reader = RowReader(pool)
         self._host = self._host_identity(host_id)
-        slots_bytes = settings.staging_bytes // self._chunk_bytes * self._chunk_bytes
+        slots_bytes = self._settings.staging_bytes // self._chunk_bytes * self._chunk_bytes
         self._arena = self._make_arena()
         # without shared memory: committed page by page as slots are first used
         memory = self._arena.data if self._arena is not None else np.empty(slots_bytes, dtype=np.uint8)
@@ -131,10 +131,10 @@ class PrefillGreeting(Agent[Room]):
         """Set up what the subclass keeps, before the threads start."""
 
     def close(self) -> None:
-        """End both threads and free socket and staging; rooms that are still alive fail."""
+        """End all threads and free socket and staging; rooms that are still alive fail."""
         super().close()
         if self._pinned is not None:
-            unpin(self._pinned)
+            unpin(self._pinned.ctypes.data)
             self._pinned = None
         if self._arena is not None:
             self._arena.close()

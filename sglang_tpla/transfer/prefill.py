@@ -143,7 +143,7 @@ class PrefillAgent(PrefillDispatch):
                 peers=len(self._peers),
                 staging_used_bytes=self._staging.used_bytes,
                 staging_limit_bytes=self._staging.limit_bytes,
-                threads_alive=int(self._io.thread.is_alive()) + int(self._worker.is_alive()),
+                threads_alive=self._threads_alive,
                 transfer_seconds=self._transfer_seconds,
                 **self._counts,
             )

@@ -8,6 +8,8 @@ import enum
 import threading
 import time
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -88,6 +90,35 @@ class Source:
         return self.dummy or (self.chunks is not None and len(self.applied) == self.chunks)
 
 
+class Writes:
+    """Writes into the pages and the metadata row of one room: several at a time, none after the end."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._under_way = 0
+        self._ended = False
+
+    @contextmanager
+    def one(self, *, last: bool = False) -> Iterator[bool]:
+        """One write; False where none is allowed any more. None follows the last one."""
+        with self._changed:
+            allowed = not self._ended
+            self._ended = self._ended or last
+            self._under_way += allowed
+        try:
+            yield allowed
+        finally:
+            with self._changed:
+                self._under_way -= allowed
+                self._changed.notify_all()
+
+    def end(self) -> None:
+        """Allow no more, and wait for those under way."""
+        with self._changed:
+            self._ended = True
+            self._changed.wait_for(lambda: not self._under_way)
+
+
 @dataclass(eq=False)
 class Room:
     """One generation of a room on a decode rank."""
@@ -108,13 +139,7 @@ class Room:
     wire_bytes: int = 0
     shared_memory_bytes: int = 0
     resent: int = 0
-    writes: threading.Lock = field(default_factory=threading.Lock)
-    alive: bool = True  # guarded by ``writes``: nothing is written for the room once it is False
-
-    def end_writes(self) -> None:
-        """Wait for a write in progress and allow no more."""
-        with self.writes:
-            self.alive = False
+    writes: Writes = field(default_factory=Writes)
 
 
 @dataclass(eq=False)

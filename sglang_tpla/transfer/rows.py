@@ -1,13 +1,15 @@
 """Moving rows between a paged pool and a packed payload.
 
-On the CPU rows are moved as opaque items, so every dtype is copied bit by bit. On a GPU the gather, the
-projection and the copy to pinned memory run on a stream of their own, ordered after the caller's by an event:
-`RowReader.begin` queues them and returns, and the memory holds the rows when what it returned was waited for.
-A projection is applied to all layers of a chunk in one batched product.
+On the CPU rows are moved as opaque items, so every dtype is copied bit by bit. On a GPU gather, projection and the
+copy to pinned memory run on a stream of their own, ordered after the engine's by an event, and so do the copy from
+pinned memory and the scatter; a call returns when the device is done, and several threads may call at a time. A
+projection is applied to all layers of a chunk in one batched product.
 """
 
 from __future__ import annotations
 
+import ctypes
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -53,6 +55,13 @@ def _blocks(tokens: int, row_bytes: int) -> Iterator[slice]:
     return (slice(start, start + step) for start in range(0, tokens, step))
 
 
+def as_tensor(data: np.ndarray) -> torch.Tensor:
+    """uint8 ``[n]`` that shares the memory of ``data``, which the caller keeps alive. Only for reading: torch knows no
+    tensors that cannot be written, and warns of arrays that cannot.
+    """
+    return torch.frombuffer((ctypes.c_uint8 * data.size).from_address(data.ctypes.data), dtype=torch.uint8)
+
+
 def project_stack(
     rows: torch.Tensor,
     stack: Stack,
@@ -75,23 +84,6 @@ def project_stack(
     row_format.encode(torch.bmm(latent, z), k_rope, stack.shared, part, out)
 
 
-class Reading:
-    """A rectangle on its way from a GPU; `wait` returns when it is in place.
-
-    Attributes:
-        digest: checksum of the payload, where it was taken on the way.
-    """
-
-    def __init__(self, done: Any = None, digest: bytes | None = None) -> None:
-        self._done = done
-        self.digest = digest
-
-    def wait(self) -> None:
-        """Wait for the device; on the CPU all is in place already."""
-        if self._done is not None:
-            self._done.synchronize()
-
-
 class RowReader:
     """Gathers (and projects) rectangles of a prefill pool into packed payloads."""
 
@@ -99,11 +91,6 @@ class RowReader:
         self.pool = pool
         self._stream = torch.cuda.Stream(pool.device) if pool.device.type == "cuda" else None
         self._rows = None if self._stream else [byte_rows(layer) for layer in pool.layers]
-
-    @property
-    def runs_ahead(self) -> bool:
-        """True where `begin` returns before the rows are in place."""
-        return self._stream is not None
 
     def ready_event(self) -> Any:
         """On a GPU, an event after all that the calling thread has queued so far; else None."""
@@ -113,7 +100,7 @@ class RowReader:
         event.record(torch.cuda.current_stream(self.pool.device))
         return event
 
-    def begin(
+    def read(
         self,
         rectangle: Rectangle,
         slots: np.ndarray,
@@ -122,8 +109,9 @@ class RowReader:
         out: np.ndarray,
         ready: Any = None,
         row_format: RowFormat = RowFormat.PLAIN,
-    ) -> Reading:
-        """Fill ``out`` (uint8 ``[payload_bytes]``, pinned where the pool is on a GPU) with a rectangle.
+    ) -> bytes | None:
+        """Fill ``out`` (uint8 ``[payload_bytes]``, pinned where the pool is on a GPU) with a rectangle; the checksum of
+        ``out``, where it was taken on the way.
 
         Args:
             slots: pool slots of the rectangle's tokens.
@@ -135,9 +123,10 @@ class RowReader:
         first = rectangle.first_layer - self.pool.first_layer
         layers = range(first, first + rectangle.layers)
         if stacks is None and part is Part.OWN:
-            return Reading()  # the raw latent is common to all ranks
+            return None  # the raw latent is common to all ranks
         if self._stream is not None:
-            return self._begin_cuda(layers, slots, stacks, part, out, ready, row_format)
+            self._read_cuda(layers, slots, stacks, part, out, ready, row_format)
+            return None
         assert self._rows is not None
         if stacks is None and row_format is RowFormat.PLAIN:
             packed = out.reshape(len(layers), slots.size, -1)
@@ -146,15 +135,15 @@ class RowReader:
                 for block in _blocks(slots.size, packed.shape[2]):
                     gather_rows(self._rows[layer], slots[block], packed[position, block])
                     checksum.update(packed[position, block].data)
-            return Reading(digest=checksum.digest())
+            return checksum.digest()
         rows = torch.empty(len(layers), slots.size, self.pool.layers[first].shape[1], dtype=self.pool.dtype)
         for position, layer in enumerate(layers):
             gather_rows(self._rows[layer], slots, byte_rows(rows[position]))
         packed_rows = torch.from_numpy(out).view(row_format.item_dtype(self.pool.dtype))
         self._encode(rows, stacks, part, packed_rows, row_format)
-        return Reading()
+        return None
 
-    def _begin_cuda(
+    def _read_cuda(
         self,
         layers: range,
         slots: np.ndarray,
@@ -163,7 +152,7 @@ class RowReader:
         out: np.ndarray,
         ready: Any,
         row_format: RowFormat,
-    ) -> Reading:
+    ) -> None:
         assert self._stream is not None
         target = torch.from_numpy(out).view(row_format.item_dtype(self.pool.dtype))
         with torch.cuda.stream(self._stream):
@@ -182,7 +171,7 @@ class RowReader:
             target.copy_(packed, non_blocking=True)
             done = torch.cuda.Event(blocking=True)
             done.record(self._stream)
-        return Reading(done)
+        done.synchronize()
 
     def _encode(
         self,
@@ -216,7 +205,7 @@ class RowWriter:
         self.pool = pool
         self._stream = torch.cuda.Stream(pool.device) if pool.device.type == "cuda" else None
         self._rows = None if self._stream else [byte_rows(layer) for layer in pool.layers]
-        self._pinned: torch.Tensor | None = None  # grows to the largest payload
+        self._own = threading.local()  # ``pinned``: grows to the largest payload of a thread
 
     def columns(self, layer: int, shared: int, part: Part) -> tuple[tuple[int, int], ...]:
         """Column ranges of one pool layer (by index) that a part fills."""
@@ -264,16 +253,12 @@ class RowWriter:
     def _write_cuda(
         self, layers: range, slots: np.ndarray, shared: Sequence[int], part: Part, data: np.ndarray
     ) -> None:
-        if self._pinned is None or self._pinned.numel() < data.size:
-            with torch.cuda.device(
-                self.pool.device
-            ):  # this thread's own is GPU 0, and pinning would wake that one
-                self._pinned = torch.empty(data.size, dtype=torch.uint8, pin_memory=True)
-        pinned = self._pinned[: data.size]
-        pinned.numpy()[:] = data  # free again at the end of this call, which waits for the device
+        host = as_tensor(data)
+        if not host.is_pinned():
+            host = self._pinned_copy(host)
         with torch.cuda.stream(self._stream):
-            device = pinned.to(self.pool.device, non_blocking=True).view(self.pool.dtype)
-            index = torch.from_numpy(slots).to(self.pool.device)
+            device = host.to(self.pool.device, non_blocking=True).view(self.pool.dtype)
+            index = torch.from_numpy(slots).pin_memory().to(self.pool.device, non_blocking=True)
             start = 0
             for layer in layers:
                 columns = self.columns(layer, shared[layer], part)
@@ -289,3 +274,13 @@ class RowWriter:
             done = torch.cuda.Event(blocking=True)
             done.record(self._stream)
         done.synchronize()
+
+    def _pinned_copy(self, host: torch.Tensor) -> torch.Tensor:
+        """A copy of a payload that the device can read by itself; good until this thread's next one."""
+        pinned: torch.Tensor | None = getattr(self._own, "pinned", None)
+        if pinned is None or pinned.numel() < host.numel():
+            with torch.cuda.device(
+                self.pool.device
+            ):  # a thread's own is GPU 0, and pinning would wake that one
+                pinned = self._own.pinned = torch.empty(host.numel(), dtype=torch.uint8, pin_memory=True)
+        return pinned[: host.numel()].copy_(host)

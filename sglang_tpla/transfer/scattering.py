@@ -1,9 +1,9 @@
-"""Inside the decode agent: the worker thread checks chunks and writes them into the pool.
+"""Inside the decode agent: worker threads check chunks and write them into the pool.
 
-A chunk is written only under its room's ``writes`` lock while the room is alive, once, and acknowledged after
-that; the metadata row is written after the last chunk, and only then does the room succeed. Each byte is checked
-right after it was written, while it is in the core's cache: a damaged chunk does not count and is written over when
-it comes again, and one in an arena whose place was used anew meanwhile fails the check.
+A chunk is written only while its room's `Writes` allow it, once, and acknowledged after that; the metadata row is
+written after the last chunk, and only then does the room succeed. Each byte is checked right after it was written,
+while it is in the core's cache: a damaged chunk does not count and is written over when it comes again, and one in an
+arena whose place was used anew meanwhile fails the check.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from sglang_tpla.transfer.types import RoomState
 
 
 class DecodeScattering(DecodeFetching):
-    """The worker thread of `DecodeAgent`."""
+    """The worker threads of `DecodeAgent`."""
 
     def _work_once(self) -> bool:
         with self._work:
@@ -47,8 +47,8 @@ class DecodeScattering(DecodeFetching):
         entry, source, chunk = arrival.room, arrival.source, arrival.chunk
         slots = entry.slots[chunk.first_token : chunk.first_token + chunk.tokens]
         digest = None  # of what was written
-        with entry.writes:
-            if entry.alive:
+        with entry.writes.one() as allowed:
+            if allowed:
                 part = Part(chunk.part)
                 digest = self._writer.write(arrival.layers, slots, self._shared, part, arrival.payload)
         sound = digest == chunk.checksum
@@ -110,12 +110,11 @@ class DecodeScattering(DecodeFetching):
             if entry.state.ended or not all(source.complete for source in entry.sources.values()):
                 return
             rows = [source.metadata for source in entry.sources.values() if source.metadata]
-        with entry.writes:
-            if not entry.alive:
+        with entry.writes.one(last=True) as allowed:  # all else that was due has been written
+            if not allowed:
                 return
             if rows:
                 self._metadata.write(entry.metadata_row, rows[-1])
-            entry.alive = False  # all that was due has been written
         with self._work:
             if entry.state.ended:
                 return

@@ -109,23 +109,27 @@ class Staging:
         return freed
 
 
+PORTABLE, READ_ONLY = 1, 8  # cudaHostRegister's flags
+
+
 def pin(memory: np.ndarray) -> None:
-    """Register host memory with CUDA, so that copies from the device run by themselves.
+    """Register host memory with CUDA, so that copies to and from the device run by themselves.
 
     Raises:
         RuntimeError: CUDA refused.
     """
-    result = torch.cuda.cudart().cudaHostRegister(memory.ctypes.data, memory.nbytes, 0)
+    flags = PORTABLE if memory.flags.writeable else PORTABLE | READ_ONLY
+    result = torch.cuda.cudart().cudaHostRegister(memory.ctypes.data, memory.nbytes, flags)
     if int(result) != 0:
         raise RuntimeError(f"cudaHostRegister of {memory.nbytes} bytes failed: {result}; lower staging_bytes")
 
 
-def unpin(memory: np.ndarray) -> None:
-    """Undo `pin`: the addresses may be another agent's later, and CUDA refuses to register them twice.
+def unpin(address: int) -> None:
+    """Undo `pin` of the memory there: the address may be another's later, and CUDA refuses to register it twice.
 
     Raises:
         RuntimeError: CUDA refused.
     """
-    result = torch.cuda.cudart().cudaHostUnregister(memory.ctypes.data)
+    result = torch.cuda.cudart().cudaHostUnregister(address)
     if int(result) != 0:
         raise RuntimeError(f"cudaHostUnregister failed: {result}")

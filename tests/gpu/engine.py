@@ -1,7 +1,8 @@
-"""Real servers on one GPU: stock SGLang, prefill, and decode servers of any number of ranks.
+"""Real servers on GPUs: stock SGLang, prefill, decode servers of any number of ranks, and the router.
 
-All of a model's servers are started at once, since most of a start is imports and just-in-time compilation. Two ranks
-on one GPU are two "nodes" whose collectives run over gloo (``one_gpu/``).
+All of a model's servers are started at once, since most of a start is imports and just-in-time compilation. Where
+there are as many GPUs as ranks, each rank has its own and they speak over NCCL, with CUDA graphs; on one GPU, two ranks
+are two "nodes" whose collectives run over gloo (``one_gpu/``).
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ from pathlib import Path
 
 import torch
 
-from tests.e2e.servers import COMMON, ROOT, Pair, Server, free_ports, launcher
+from tests.e2e.servers import COMMON, ROOT, Pair, Server, free_ports, launcher, router
 
 # Without a GPU the CPU platform serves: to try the tests themselves.
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+GPUS = torch.cuda.device_count()
 START_S = 420.0
 ONE_GPU = str(ROOT / "tests" / "gpu" / "one_gpu")
 CPU_ENV = {
@@ -28,9 +30,16 @@ ENV = {
     "SGLANG_HOST_IP": "127.0.0.1",
     "GLOO_SOCKET_IFNAME": "lo",
     "SGLANG_ENABLE_JIT_DEEPGEMM": "0",
-    "SGLANG_NCCL_SO_PATH": "no-nccl-on-one-gpu",  # NCCL refuses two ranks on one device
     "SGLANG_USE_MESSAGE_QUEUE_BROADCASTER": "0",
+    # NVLink multicast can put a host's GPUs out of service for others: nothing here may use it.
+    "NCCL_NVLS_ENABLE": "0",
+    "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
+    "NVSHMEM_DISABLE_NVLS": "1",
 }
+GLOO_ENV = {
+    "ONE_GPU": "gloo",
+    "SGLANG_NCCL_SO_PATH": "no-nccl-on-one-gpu",
+}  # NCCL refuses two ranks on one device
 # A dozen schedulers that spin while they are idle would leave no core to those that work.
 SERVER = (
     "--grammar-backend",
@@ -42,7 +51,7 @@ SERVER = (
 )
 CUDA = (
     "--device", "cuda", "--dtype", "bfloat16", "--host", "127.0.0.1", "--max-total-tokens", "70000",
-    "--disable-custom-all-reduce",
+    "--disable-custom-all-reduce", "--enforce-disable-flashinfer-allreduce-fusion",
 )  # fmt: skip
 if DEVICE == "cuda":
     SHARED_FLAGS = (*CUDA, *SERVER)
@@ -61,16 +70,16 @@ else:
 PROMPTS = (*PROMPT_ATTENTION, *NO_GRAPHS)
 
 
-def _ours(role: str, name: str, model: str, port: int, log: Path, *args: str, **env: str) -> Server:
+def _ours(role: str, name: str, model: str, port: int, log: Path, *args: str) -> Server:
     server = launcher(role, model, port, log / f"{name}.log")
     flags = server.command[: server.command.index("--device")]
     command = (*flags, *SHARED_FLAGS, "--port", str(port), *args)
-    return Server(name, command, port, log / f"{name}.log", ENV | env)
+    return Server(name, command, port, log / f"{name}.log", dict(ENV))
 
 
 @dataclass
 class Decode:
-    """A decode server: rank 0 answers, the others are nodes of their own."""
+    """A decode server: rank 0 answers, the others may be nodes of their own."""
 
     ranks: list[Server]
 
@@ -84,15 +93,17 @@ class Engines:
     """A model's servers, by name.
 
     Args:
-        model: checkpoint folder. log: folder of the logs.
+        model: checkpoint folder. log: folder of the logs. first_gpu: the ones before it are left alone.
     """
 
     model: str
     log: Path
+    first_gpu: int = 0
     stock: Server | None = None
     prefill: Server | None = None
     bootstrap: int = 0
     decodes: dict[str, Decode] = field(default_factory=dict)
+    routers: list[Server] = field(default_factory=list)
     _ready: set[str] = field(default_factory=set)
     _rooms: int = 1000
 
@@ -109,33 +120,56 @@ class Engines:
             str(port),
         )
         env = ENV | {"SGLANG_PLUGINS": "none"} | (CPU_ENV if DEVICE == "cpu" else {})
-        self.stock = Server("stock", (*command, *PROMPTS, *extra), port, self.log / "stock.log", env).start()
+        flags = (*PROMPTS, *self._place(1), *extra)
+        self.stock = Server("stock", (*command, *flags), port, self.log / "stock.log", env).start()
 
     def start_prefill(self, *extra: str) -> None:
         """Start a prefill server."""
         port, self.bootstrap = free_ports(2)
-        flags = ("--disaggregation-bootstrap-port", str(self.bootstrap), *PROMPTS, *extra)
+        flags = ("--disaggregation-bootstrap-port", str(self.bootstrap), *PROMPTS, *self._place(1), *extra)
         self.prefill = _ours("prefill", "prefill", self.model, port, self.log, *flags).start()
 
     def decode(self, name: str, ranks: int, *args: str) -> None:
-        """Start a decode server of ``ranks`` ranks on the one GPU; no CUDA graphs with more than one."""
-        ports = free_ports(ranks + 1)
+        """Start a decode server of ``ranks`` ranks."""
+        if DEVICE == "cuda" and ranks > max(1, GPUS - self.first_gpu):
+            self._decode_on_one_gpu(name, ranks, *args)
+            return
+        (port,) = free_ports(1)
+        flags = (*self._place(ranks), "--tp", str(ranks), *args)
+        self.decodes[name] = Decode([_ours("decode", name, self.model, port, self.log, *flags).start()])
+
+    def _decode_on_one_gpu(self, name: str, ranks: int, *args: str) -> None:
+        """The ranks as nodes, without CUDA graphs."""
+        *ports, meeting = free_ports(ranks + 1)
+        path = os.pathsep.join(filter(None, [ONE_GPU, os.environ.get("PYTHONPATH")]))
         servers = []
-        for rank in range(ranks):
+        for rank, port in enumerate(ports):
             nodes = (
                 "--tp", str(ranks), "--nnodes", str(ranks), "--node-rank", str(rank),
-                "--dist-init-addr", f"127.0.0.1:{ports[-1]}",
+                "--dist-init-addr", f"127.0.0.1:{meeting}",
             )  # fmt: skip
-            env = {"ONE_GPU": "gloo"} if DEVICE == "cuda" else {}
-            path = os.pathsep.join(filter(None, [ONE_GPU, os.environ.get("PYTHONPATH")]))
-            servers.append(
-                _ours(
-                    "decode", f"{name}-{rank}" if ranks > 1 else name, self.model, ports[rank], self.log,
-                    *args, *((*nodes, *EAGER) if ranks > 1 else ()),
-                    **((env | {"PYTHONPATH": path}) if ranks > 1 else {}),
-                ).start()
-            )  # fmt: skip
+            flags = (*args, *nodes, *EAGER)
+            server = _ours("decode", f"{name}-{rank}", self.model, port, self.log, *flags)
+            server.env |= GLOO_ENV | {"PYTHONPATH": path}
+            servers.append(server.start())
         self.decodes[name] = Decode(servers)
+
+    def _place(self, ranks: int) -> tuple[str, ...]:
+        """Flags for the GPUs of a server: several ranks from the first one on, single ones on the last."""
+        if DEVICE == "cpu":
+            return ()
+        return ("--base-gpu-id", str(self.first_gpu if ranks > 1 else max(self.first_gpu, GPUS - 1)))
+
+    def start_router(self, name: str) -> Server:
+        """A router in front of prefill and a decode server that are up."""
+        assert self.prefill is not None
+        (port,) = free_ports(1)
+        front = self.decodes[name].front
+        server = router(
+            port, self.log / f"router-{name}.log", self.prefill.url, str(self.bootstrap), front.url
+        )
+        self.routers.append(server.start())
+        return server.wait(timeout_s=60)
 
     def wait(self, *servers: Server) -> None:
         """Until the servers answer; once for each."""
@@ -153,7 +187,7 @@ class Engines:
         return Pair(self.prefill, self.bootstrap, decode.front, next_room=self._rooms)
 
     def servers(self) -> Sequence[Server]:
-        front = [server for server in (self.stock, self.prefill) if server is not None]
+        front = [*self.routers, *(server for server in (self.stock, self.prefill) if server is not None)]
         return [*front, *(server for decode in self.decodes.values() for server in decode.ranks)]
 
     def stop(self) -> None:

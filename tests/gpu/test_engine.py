@@ -1,4 +1,5 @@
-"""The whole engine on a GPU: stock SGLang, prefill, decode with one group and with two, each against its own reference.
+"""The whole engine on GPUs: stock SGLang, prefill, decode with one group and with two, router: each against its own
+reference.
 
 The reference is the plain PyTorch model in float32: whole weights, no cache that crossed a wire, no engine. A server
 computes in bfloat16, so it differs; how much of that is bfloat16 is what stock SGLang differs by on the same prompts.
@@ -43,14 +44,14 @@ class Bench:
         self.engines = Engines(model, log)
         self.engines.start_stock(*CHUNKS)
         self.engines.start_prefill(*CHUNKS)
-        self.engines.decode(
-            "one-group", 1, "--tpla-groups", "1", *(OUR_KERNEL if name == "tiny" else ANY_WIDTH)
-        )
-        self.engines.decode("two-groups", 2, "--tpla-groups", "2", "--tpla-artifact", artifact)
+        attention = OUR_KERNEL if name == "tiny" else ANY_WIDTH
+        self.engines.decode("one-group", 1, "--tpla-groups", "1", *attention)
+        self.engines.decode("two-groups", 2, "--tpla-groups", "2", "--tpla-artifact", artifact, *attention)
         self.plain = PlainModel(model, device=DEVICE)
         self.maps = model_maps(self.artifact, self.plain)
         tokenizer = Tokenizer.from_file(f"{model}/tokenizer.json")
-        texts = [*short_prompts(8, seed=3), source(seed=5, characters=2500), source(seed=6, characters=4500)]
+        long = [source(seed, characters) for seed, characters in ((5, 2500), (6, 4500), (7, 12000))]
+        texts = [*short_prompts(8, seed=3), *long]  # up to some 3,300 tokens: 7 chunks
         self.prompts = [tokenizer.encode(text).ids for text in texts]
 
     def answers(self, layout: str) -> list[dict[str, Any]]:
@@ -185,8 +186,25 @@ def test_many_at_once_answer_as_one_at_a_time(bench: Bench, layout: str) -> None
         together = list(
             pool.map(lambda room, prompt: room.generate(prompt, TOKENS, **LOGPROBS)[1], rooms, bench.prompts)
         )
-    alone, crowd = (
-        bench.errors(answers, layout == "two-groups"),
-        bench.errors(together, layout == "two-groups"),
-    )
-    assert float(crowd.mean()) <= NOISE * float(alone.mean())
+    assert_as_good(bench, layout, together, answers)
+
+
+@pytest.mark.parametrize("layout", ["two-groups"])
+def test_answers_through_the_router(bench: Bench, layout: str) -> None:
+    """The real router in front, all prompts at once."""
+    pytest.importorskip("sglang_router")
+    answers = bench.answers(layout)
+    front = bench.engines.start_router(layout)
+    with concurrent.futures.ThreadPoolExecutor(len(bench.prompts)) as pool:
+        routed = list(pool.map(lambda prompt: front.generate(prompt, TOKENS, **LOGPROBS), bench.prompts))
+    assert_as_good(bench, layout, routed, answers)
+
+
+def assert_as_good(
+    bench: Bench, layout: str, found: list[dict[str, Any]], answers: list[dict[str, Any]]
+) -> None:
+    """Answers that follow the layout's reference as closely as those that were asked for one at a time."""
+    sliced = layout == "two-groups"
+    errors, alone = bench.errors(found, sliced), bench.errors(answers, sliced)
+    assert errors.numel() == alone.numel() == len(bench.prompts) * TOKENS
+    assert float(errors.mean()) <= NOISE * float(alone.mean()) + (DEVICE == "cpu") * 1e-6

@@ -34,8 +34,8 @@ def no_threads(agent: Any) -> None:
     """Let an agent work only when it is told to, before its sockets are made."""
     agent._work.wait = lambda timeout=None: True
     agent._start = lambda: None
-    agent._worker = mock.Mock()
-    agent._worker.is_alive = lambda: True
+    agent._workers = [mock.Mock()]
+    agent._workers[0].is_alive = lambda: True
 
     def failed(what: str, error: BaseException) -> None:
         raise Failure(f"{what}: {error!r}") from error

@@ -9,14 +9,17 @@ import numpy as np
 import pytest
 import torch
 
+from sglang_tpla.transfer import agent
 from sglang_tpla.transfer.types import RoomState, TransferError
 from tests.wire import rig
 
 
-@pytest.fixture(params=[None, "far"], ids=["near", "far"])
-def pair(request):
-    """A prefill and a decode rank, on one host or on two."""
-    prefill, decode = rig.prefill_rank(), rig.decode_rank(host=request.param)
+@pytest.fixture(params=[(None, 1), ("far", 1), (None, 4)], ids=["near", "far", "threads"])
+def pair(request, monkeypatch):
+    """A prefill and a decode rank, on one host or on two, or with as many threads as where pools are on a GPU."""
+    host, workers = request.param
+    monkeypatch.setitem(agent.WORKERS, "cpu", workers)
+    prefill, decode = rig.prefill_rank(), rig.decode_rank(host=host)
     with contextlib.closing(prefill.agent), contextlib.closing(decode.agent):
         yield prefill, decode
 
