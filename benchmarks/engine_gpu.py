@@ -33,6 +33,7 @@ from typing import Any
 
 import httpx
 import torch
+from alone import alone
 from v3_shaped import LATENT, ROPE, VOCABULARY, Shape, write_artifact, write_checkpoint
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -138,9 +139,10 @@ def main() -> None:
             engines.start_prefill("--chunked-prefill-size", str(args.chunk))
             engines.decode("decode", args.groups, *flags, *OUR_KERNEL)
             pair = engines.pair("decode")
-            for tokens in args.tokens:  # each row is kept, whatever becomes of the next
-                rows.append(measure(pair, tokens, args.repeats, args.chunk))
-                args.out.write_text(json.dumps(result, indent=1))
+            with alone():
+                for tokens in args.tokens:  # each row is kept, whatever becomes of the next
+                    rows.append(measure(pair, tokens, args.repeats, args.chunk))
+                    args.out.write_text(json.dumps(result, indent=1))
         finally:
             engines.stop()
     print(f"{'tokens':>7} {'sent':>11} {'first token':>14} {'first step':>13} {'GB/s after prefill':>19}")

@@ -86,7 +86,7 @@ def test_read_then_write_equals_a_loop(dtype: torch.dtype, scattered: bool, part
     out = np.empty(size, dtype=np.uint8)
     rectangle = Rectangle(1, 2, 0, tokens, size)
     stacks = cut_stacks(stack_layers(z.matrices, z.shared), 1, 2)
-    RowReader(source).begin(rectangle, slots, stacks, part, out).wait()
+    RowReader(source).read(rectangle, slots, stacks, part, out)
     writer.write(range(1, 3), places, z.shared, part, memoryview(out))
     filled = {
         Part.FULL: range(width + rope),

@@ -188,7 +188,7 @@ def test_an_error_while_gathering_fails_the_room_alone(
     prefill: rig.PrefillRank, decode: rig.DecodeRank, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(prefill.agent._reader, "begin", lambda *args: 1 / 0)
+        patch.setattr(prefill.agent._reader, "read", lambda *args: 1 / 0)
         prefill.agent.open_room(1)
         rig.ask(decode, [prefill.peer], 1, rig.pages(1, 3))
         prefill.agent.send(1, rig.pages(2, 3), last=True, metadata_row=0)

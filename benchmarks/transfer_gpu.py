@@ -1,0 +1,226 @@
+"""How fast a latent cache moves between two GPU processes of one host, without servers: agents, pools, and a scheduler
+that polls as SGLang's does.
+
+    python benchmarks/transfer_gpu.py --out FILE [--tokens 1024 8192] [--chunk-mib 16] [--threads 4]
+
+One process holds a prefill pool (61 layers of 512 + 64 values in bfloat16), one for each rank a decode pool; each has a
+GPU of its own where there are several. The main thread of each looks at its room as SGLang's scheduler does, through
+the nap of ``sglang_tpla/host/transfer_backend.py``, or (``spin``) without it. Pages are single tokens in random order.
+
+- seconds: from the last rows handed over (all at once) to the confirmation of every rank; median after one warm-up
+- ceilings: one copy of the same bytes from the GPU to pinned memory, the other way, and one checksum of them, alone
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import UTC, datetime
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transfer import LATENT, LAYERS, ROPE, SETTINGS, Child
+
+from sglang_tpla.transfer import agent as agents
+from sglang_tpla.transfer import frames
+from sglang_tpla.transfer.decode import DecodeAgent
+from sglang_tpla.transfer.prefill import PrefillAgent
+from sglang_tpla.transfer.projection import Projection
+from sglang_tpla.transfer.types import CachePool, MetadataRows, RoomState
+
+NAP_S = 0.0002  # as SGLang's scheduler naps beside our agent
+
+
+def make_pool(tokens: int, width: int, device: str) -> CachePool:
+    """Random rows."""
+    layers = [torch.randn(tokens, width + ROPE, device=device).to(torch.bfloat16) for _ in range(LAYERS)]
+    return CachePool(layers, LATENT, ROPE, 1)
+
+
+def look(agent: PrefillAgent | DecodeAgent, room: int, past: RoomState, nap: bool) -> None:
+    """Poll as a scheduler, until a room is beyond a state: a pass takes some tens of microseconds."""
+    while not past < agent.poll(room) and not agent.poll(room).ended:
+        for _ in range(400):
+            pass
+        if nap:
+            time.sleep(NAP_S)
+
+
+def set_up(threads: int, switch_s: float, device: str) -> None:
+    """As a server's process."""
+    sys.setswitchinterval(switch_s)
+    torch.set_num_threads(1)
+    agents.WORKERS["cuda"] = threads
+    if device != "cpu":
+        torch.cuda.set_device(device)
+
+
+def prefill_child(pipe: Connection, job: dict[str, Any]) -> None:
+    """Serves the pipe: a number of tokens, and it sends as many."""
+    set_up(job["threads"], job["switch_s"], job["source"])
+    pool = make_pool(job["tokens"], LATENT, job["source"])
+    agent = PrefillAgent(
+        pool,
+        MetadataRows([np.zeros((8, 64), dtype=np.uint8)]),
+        model_hash="bench",
+        settings=replace(SETTINGS, chunk_bytes=job["chunk_bytes"]),
+        bind_host="127.0.0.1",
+        rank=0,
+        size=1,
+    )
+    pages = np.random.default_rng(1).permutation(job["tokens"]).astype(np.int32)
+    pipe.send(agent.address)
+    while (command := pipe.recv()) is not None:
+        room, tokens = command
+        agent.open_room(room)
+        look(agent, room, RoomState.BOOTSTRAPPING, True)
+        start = time.perf_counter()
+        agent.send(room, pages[:tokens], last=True, metadata_row=0)
+        look(agent, room, RoomState.TRANSFERRING, job["nap"])
+        seconds = time.perf_counter() - start
+        assert agent.poll(room) == RoomState.SUCCESS, agent.failure(room)
+        pipe.send((seconds, agent.metric(room).wire_bytes))
+        agent.close_room(room)
+    agent.close()
+
+
+def decode_child(pipe: Connection, job: dict[str, Any], rank: int, address: tuple[str, int]) -> None:
+    """Serves the pipe: a number of tokens, and it fetches as many."""
+    ranks = job["ranks"]
+    device = job["targets"][rank]
+    set_up(job["threads"], job["switch_s"], device)
+    width = LATENT // ranks
+    columns = torch.eye(LATENT)[:, rank * width : (rank + 1) * width].contiguous()
+    agent = DecodeAgent(
+        make_pool(job["tokens"], width, device),
+        MetadataRows([np.zeros((8, 64), dtype=np.uint8)]),
+        Projection([columns] * LAYERS, [0] * LAYERS) if ranks > 1 else None,
+        model_hash="bench",
+        settings=replace(SETTINGS, chunk_bytes=job["chunk_bytes"]),
+        rank=rank,
+        size=ranks,
+        groups=ranks,
+    )
+    pages = np.random.default_rng(2).permutation(job["tokens"]).astype(np.int32)
+    pipe.send("ready")
+    while (command := pipe.recv()) is not None:
+        room, tokens = command
+        agent.open_room(room, [(*address, False)])
+        look(agent, room, RoomState.BOOTSTRAPPING, True)
+        agent.request(room, pages[:tokens], metadata_row=0, expected_ranks=ranks)
+        look(agent, room, RoomState.TRANSFERRING, job["nap"])
+        assert agent.poll(room) == RoomState.SUCCESS, agent.failure(room)
+        pipe.send(None)
+        agent.close_room(room)
+    agent.close()
+
+
+def measure(job: dict[str, Any], lengths: list[int], repeats: int) -> list[dict[str, Any]]:
+    """One setting: every length."""
+    rows = []
+    with contextlib.ExitStack() as stack:
+        prefill = Child(prefill_child, job)
+        stack.callback(prefill.end)
+        decodes = [Child(decode_child, job, rank, prefill.first) for rank in range(job["ranks"])]
+        for decode in decodes:
+            stack.callback(decode.end)
+        room = 0
+        for tokens in lengths:
+            found = []
+            for _ in range(repeats + 1):
+                room += 1
+                for child in (*decodes, prefill):
+                    child.pipe.send((room, tokens))
+                found.append(prefill.pipe.recv())
+                for decode in decodes:
+                    decode.pipe.recv()
+            seconds = [one for one, _ in found[1:]]
+            size = found[-1][1]
+            middle = statistics.median(seconds)
+            setting = {key: job[key] for key in ("ranks", "chunk_bytes", "threads", "nap", "switch_s")}
+            rows.append(
+                setting
+                | {"tokens": tokens, "bytes": size, "seconds": middle, "all_seconds": seconds}
+                | {"gigabytes_per_second": size / middle / 1e9}
+            )
+            print(
+                f"ranks {job['ranks']} chunk {job['chunk_bytes'] >> 20:>3} MiB threads {job['threads']} "
+                f"{'nap ' if job['nap'] else 'spin'} {tokens:>6} tokens {1e3 * middle:>7.1f} ms "
+                f"{size / middle / 1e9:>6.2f} GB/s",
+                flush=True,
+            )
+    return rows
+
+
+def ceilings(size: int) -> dict[str, float]:
+    """GB/s of each part alone."""
+    host = torch.empty(size, dtype=torch.uint8, pin_memory=True).random_()
+    device = torch.empty(size, dtype=torch.uint8, device="cuda")
+
+    def rate(work: Callable[[], object]) -> float:
+        samples = []
+        for _ in range(4):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            work()
+            torch.cuda.synchronize()
+            samples.append(time.perf_counter() - start)
+        return size / statistics.median(samples[1:]) / 1e9
+
+    return {
+        "to_device": rate(lambda: device.copy_(host, non_blocking=True)),
+        "to_host": rate(lambda: host.copy_(device, non_blocking=True)),
+        "checksum_one_thread": rate(lambda: frames.checksum(host.numpy().data)),
+        "host_copy_one_thread": rate(lambda: np.copyto(host.numpy(), np.asarray(host.numpy()[::1]))),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 8192])
+    parser.add_argument("--chunk-mib", type=int, nargs="+", default=[16])
+    parser.add_argument("--threads", type=int, nargs="+", default=[4])
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--switch-us", type=float, default=200.0)
+    parser.add_argument("--spin", action="store_true", help="poll without naps")
+    parser.add_argument("--repeats", type=int, default=5)
+    args = parser.parse_args()
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    gpus = torch.cuda.device_count()
+    devices = [f"cuda:{index}" for index in range(gpus)] or ["cpu"]
+    rows: list[dict[str, Any]] = []
+    result = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "device": torch.cuda.get_device_name() if gpus else "cpu",
+        "gpus": gpus,
+        "torch": torch.__version__,
+        "gigabytes_per_second_alone": ceilings(256 << 20) if gpus else {},
+        "rows": rows,
+    }
+    print(result["gigabytes_per_second_alone"], flush=True)
+    for ranks in args.ranks:
+        for chunk in args.chunk_mib:
+            for threads in args.threads:
+                job = {
+                    "tokens": max(args.tokens), "ranks": ranks, "chunk_bytes": chunk << 20, "threads": threads,
+                    "switch_s": args.switch_us * 1e-6, "nap": not args.spin, "source": devices[-1],
+                    "targets": [devices[rank % len(devices)] for rank in range(ranks)],
+                }  # fmt: skip
+                rows += measure(job, args.tokens, args.repeats)
+                args.out.write_text(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()
