@@ -8,7 +8,8 @@ Names and shapes, the same for every backend:
 
     q_latent  [batch * query_len, heads, w]     absorbed queries, tokens of one request side by side
     q_rope    [batch * query_len, heads, rope]
-    kv_cache  [slots, w + rope]                 slots = pages * page_size (or [slots, 1, w + rope])
+    kv_cache  [slots, w + rope]                 slots = pages * page_size (or [slots, 1, w + rope]);
+                                                or FP8 rows, uint8 [slots, row_bytes] (`fp8_rows`)
     lengths   [batch] int32                     cached tokens a request has, the query tokens included
     out       [batch * query_len, heads, w]
 
@@ -23,6 +24,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+
+from sglang_tpla.attention import fp8_rows
 
 MAX_QUERY_LEN = 4
 
@@ -41,7 +44,8 @@ class DecodeShape:
         rope_dim: rotary values a token holds.
         query_len: query tokens a request has in one step, 1 to 4 (above 1: speculative verification).
         page_size: tokens a page, a power of two.
-        dtype: of queries, cache and output.
+        dtype: of queries, output and, but for FP8 rows, the cache.
+        fp8_shared: r, columns with the first of an FP8 row's two scales; None where the cache holds plain rows.
 
     Raises:
         AttentionInputError: a value outside of these ranges.
@@ -53,6 +57,7 @@ class DecodeShape:
     query_len: int = 1
     page_size: int = 1
     dtype: torch.dtype = torch.bfloat16
+    fp8_shared: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("latent_dim", "heads", "rope_dim", "query_len", "page_size"):
@@ -65,11 +70,26 @@ class DecodeShape:
             )
         if self.page_size & (self.page_size - 1):
             raise AttentionInputError(f"DecodeShape.page_size must be a power of two; got {self.page_size}")
+        if self.fp8_shared is None:
+            return
+        if not 0 <= self.fp8_shared <= self.latent_dim:
+            raise AttentionInputError(
+                f"DecodeShape.fp8_shared must lie in 0...{self.latent_dim}; got {self.fp8_shared}"
+            )
+        if (why := fp8_rows.objection(self.latent_dim, self.rope_dim)) is not None:
+            raise AttentionInputError(f"{why}; use --kv-cache-dtype auto, or an artifact of other widths")
 
     @property
     def cache_dim(self) -> int:
-        """Values of one cache row, w + rope."""
+        """Items of one cache row: w + rope values, or an FP8 row's bytes."""
+        if self.fp8_shared is not None:
+            return fp8_rows.row_bytes(self.latent_dim, self.rope_dim)
         return self.latent_dim + self.rope_dim
+
+    @property
+    def cache_dtype(self) -> torch.dtype:
+        """Type of those items."""
+        return self.dtype if self.fp8_shared is None else torch.uint8
 
 
 @dataclass(frozen=True)
@@ -155,7 +175,7 @@ class DecodeAttention(Protocol):
 def checked_inputs(
     shape: DecodeShape, table: PageTable, q_latent: torch.Tensor, q_rope: torch.Tensor, kv_cache: torch.Tensor
 ) -> torch.Tensor:
-    """Check what every backend needs, and return the cache as [slots, w + rope].
+    """Check what every backend needs, and return the cache as [slots, items].
 
     Raises:
         AttentionInputError: a shape or dtype that does not fit ``shape`` and ``table``.
@@ -163,14 +183,14 @@ def checked_inputs(
     cache = kv_cache.squeeze(1) if kv_cache.dim() == 3 and kv_cache.shape[1] == 1 else kv_cache
     tokens = table.batch * shape.query_len
     expected = (
-        ("q_latent", q_latent, (tokens, shape.heads, shape.latent_dim)),
-        ("q_rope", q_rope, (tokens, shape.heads, shape.rope_dim)),
-        ("kv_cache", cache, (cache.shape[0], shape.cache_dim)),
+        ("q_latent", q_latent, (tokens, shape.heads, shape.latent_dim), shape.dtype),
+        ("q_rope", q_rope, (tokens, shape.heads, shape.rope_dim), shape.dtype),
+        ("kv_cache", cache, (cache.shape[0], shape.cache_dim), shape.cache_dtype),
     )
-    for name, tensor, dims in expected:
-        if tuple(tensor.shape) != dims or tensor.dtype != shape.dtype:
+    for name, tensor, dims, dtype in expected:
+        if tuple(tensor.shape) != dims or tensor.dtype != dtype:
             raise AttentionInputError(
-                f"{name} must be {shape.dtype} {list(dims)} for {table.batch} requests; "
+                f"{name} must be {dtype} {list(dims)} for {table.batch} requests; "
                 f"got {tensor.dtype} {list(tensor.shape)}"
             )
     if table.page_size != shape.page_size:
@@ -190,8 +210,10 @@ def checked_write(
     slots: torch.Tensor,
     cache: torch.Tensor,
     q_rope: torch.Tensor | None,
+    fp8: bool = False,
 ) -> torch.Tensor:
-    """Check the inputs of ``write_latent`` (`latent_write`), and return the cache as [slots, w + rope].
+    """Check the inputs of ``write_latent`` (`latent_write`, or with ``fp8`` `fp8_write`), and return the cache as
+    [slots, items].
 
     Raises:
         AttentionInputError: what was expected, and what came.
@@ -204,12 +226,13 @@ def checked_write(
         )
     (tokens, d), rope = latent.shape, k_rope.shape[1]
     w = d if z is None else z.shape[-1]
-    dtype = cache.dtype
+    dtype = latent.dtype if fp8 else cache.dtype
+    items, kind = (fp8_rows.row_bytes(w, rope), torch.uint8) if fp8 else (w + rope, dtype)
     expected = [
         ("latent", latent, (tokens, d), dtype),
         ("k_rope", k_rope, (tokens, rope), dtype),
         ("weight", weight, (d,), dtype),
-        ("cache", rows, (rows.shape[0], w + rope), dtype),
+        ("cache", rows, (rows.shape[0], items), kind),
     ]
     if z is not None:
         expected.append(("z", z, (d, w), torch.float32))
@@ -241,4 +264,27 @@ def checked_write(
             raise AttentionInputError(
                 f"{name} must be contiguous int32 or int64 [{tokens}]; got {index.dtype} {list(index.shape)}"
             )
+    return rows
+
+
+def checked_fp8_rows(
+    z: torch.Tensor, k_rope: torch.Tensor, slots: torch.Tensor, cache: torch.Tensor
+) -> torch.Tensor:
+    """Check the inputs of ``write_rows`` (`fp8_write`), and return the cache as [slots, row_bytes].
+
+    Raises:
+        AttentionInputError: what was expected, and what came.
+    """
+    rows = cache.squeeze(1) if cache.dim() == 3 and cache.shape[1] == 1 else cache
+    fits = z.dim() == k_rope.dim() == 2 and z.stride(-1) == k_rope.stride(-1) == 1 and len(z) == len(k_rope)
+    if not fits or slots.shape != (len(z),) or not slots.is_contiguous():
+        raise AttentionInputError(
+            "z must be [tokens, w], k_rope [tokens, rope] and slots [tokens], with contiguous rows; got "
+            f"{list(z.shape)}, {list(k_rope.shape)} and {list(slots.shape)}"
+        )
+    size = fp8_rows.row_bytes(z.shape[1], k_rope.shape[1])
+    if rows.dtype != torch.uint8 or rows.dim() != 2 or rows.shape[1] != size or rows.stride(-1) != 1:
+        raise AttentionInputError(
+            f"cache must be torch.uint8 [slots, {size}]; got {rows.dtype} {list(rows.shape)}"
+        )
     return rows

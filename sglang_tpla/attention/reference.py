@@ -6,8 +6,12 @@ Shapes, meaning and equation as in ``interface.py``.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 
+from sglang_tpla.attention.fp8_rows import unpack_rows
 from sglang_tpla.attention.interface import DecodeShape, PageTable, checked_inputs, checked_write
 
 
@@ -27,8 +31,12 @@ def latent_attention(
     *,
     scale: float,
     query_len: int = 1,
+    read: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Attend over the paged cache; see ``interface.py`` for names and shapes.
+
+    Args:
+        read: [rows, items] of the cache to what they stand for, [rows, w + rope]; None where that is the same.
 
     Returns:
         out [batch * query_len, heads, w] in float32 (float64 for float64 queries), not rounded to the
@@ -39,7 +47,8 @@ def latent_attention(
     out = torch.zeros(q_latent.shape, dtype=compute, device=q_latent.device)
     query = torch.cat([q_latent, q_rope], dim=-1).to(compute)  # [tokens, heads, w + rope]
     for request, length in enumerate(lengths.tolist()):
-        keys = kv_cache[token_slots(table, request, length)].to(compute)  # [length, w + rope]
+        rows = kv_cache[token_slots(table, request, length)]
+        keys = (rows if read is None else read(rows)).to(compute)  # [length, w + rope]
         for j in range(query_len):
             seen = length - query_len + 1 + j
             if seen <= 0:
@@ -50,8 +59,14 @@ def latent_attention(
     return out
 
 
+def read_fp8(rows: torch.Tensor, shape: DecodeShape) -> torch.Tensor:
+    """FP8 rows [rows, row_bytes] as [rows, w + rope] float32."""
+    assert shape.fp8_shared is not None
+    return torch.cat(unpack_rows(rows, shape.rope_dim, shape.fp8_shared), dim=-1)
+
+
 class ReferenceDecode:
-    """``latent_attention`` behind the ``DecodeAttention`` interface."""
+    """``latent_attention`` behind the ``DecodeAttention`` interface, of plain and of FP8 rows."""
 
     def __init__(self, shape: DecodeShape, scale: float) -> None:
         self.shape = shape
@@ -82,6 +97,7 @@ class ReferenceDecode:
             self._lengths,
             scale=self.scale,
             query_len=self.shape.query_len,
+            read=None if self.shape.fp8_shared is None else partial(read_fp8, shape=self.shape),
         ).to(q_latent.dtype)
         return result if out is None else out.copy_(result)
 
@@ -106,13 +122,13 @@ def write_latent(
     inverse = torch.rsqrt(raw.square().mean(-1, keepdim=True) + eps)
     normed = (raw * inverse * weight.to(torch.float32)).to(rows.dtype)  # [tokens, d]
     kept = normed if z is None else (normed.to(torch.float32) @ z).to(rows.dtype)  # [tokens, w]
-    key = k_rope if cos_sin is None else _rotate(k_rope, cos_sin[positions], neox)
+    key = k_rope if cos_sin is None else rotate_pairs(k_rope, cos_sin[positions], neox)
     rows[slots.long()] = torch.cat([kept, key], dim=-1)
     if q_rope is not None and cos_sin is not None:
-        q_rope.copy_(_rotate(q_rope, cos_sin[positions].unsqueeze(1), neox))
+        q_rope.copy_(rotate_pairs(q_rope, cos_sin[positions].unsqueeze(1), neox))
 
 
-def _rotate(key: torch.Tensor, cos_sin: torch.Tensor, neox: bool) -> torch.Tensor:
+def rotate_pairs(key: torch.Tensor, cos_sin: torch.Tensor, neox: bool) -> torch.Tensor:
     """Rotate [.., rope] by [.., rope] of cosines and sines, in the vector's own order."""
     cos, sin = cos_sin.chunk(2, dim=-1)  # [tokens, rope / 2]
     wide = key.to(torch.float32)

@@ -41,6 +41,11 @@ def engine_objection(name: str, shape: DecodeShape, capability: Capability) -> s
         capability: CUDA compute capability, None on a CPU.
     """
     kernels = {backend.name: backend for backend in BACKENDS}
+    if shape.fp8_shared is not None:
+        if name != OURS:
+            return "it does not read the FP8 rows of --kv-cache-dtype fp8_e4m3"
+        fp8_kernel = kernels["fp8_reference" if capability is None else "fp8_triton"]
+        return fp8_kernel.objection(replace(shape, page_size=1), capability)
     if name == "torch_native":
         return None
     if name == "triton":
@@ -78,10 +83,15 @@ def require_engine_backend(name: str, shape: DecodeShape, capability: Capability
             for other in (OURS, "fa3", "flashinfer", "triton", "torch_native")
             if engine_objection(other, shape, capability) is None
         ]
+        remedy = "use an artifact of another width, or --kv-cache-dtype auto"
         raise BackendRefusal(
             f"--attention-backend {name} cannot decode a latent slice of width {shape.latent_dim} with rope "
-            f"{shape.rope_dim} and {shape.heads} heads here: {objection}; use --attention-backend {' or '.join(able)}, "
-            "or an artifact of another width"
+            f"{shape.rope_dim} and {shape.heads} heads here: {objection}; "
+            + (
+                f"use --attention-backend {' or '.join(able)}, or an artifact of another width"
+                if able
+                else remedy
+            )
         )
 
 
@@ -95,4 +105,5 @@ def preferred_backend(shapes: Sequence[DecodeShape], capability: Capability, sto
     for name in (stock, OURS, "triton"):
         if all(engine_objection(name, shape, capability) is None for shape in shapes):
             return name
-    return "torch_native"
+    # plain PyTorch takes every width of plain rows; FP8 rows are ours, and what is wrong with them is said at start
+    return "torch_native" if all(shape.fp8_shared is None for shape in shapes) else OURS

@@ -101,7 +101,7 @@ def registration(manager: Any) -> Registrar:
         "rank_ip": manager.local_ip,
         "rank_port": manager.rank_port,
         "page_size": manager.kv_args.page_size,
-        "kv_cache_dtype": manager.kv_cache_dtype_str,
+        "kv_cache_dtype": None,  # SGLang wants it alike on both sides; ours may differ, and registration compares
         "load_balance_method": parallel.load_balance_method,
         "enable_dsa_cache_layer_split": parallel.enable_dsa_cache_layer_split,
         "prefill_http_port": get_serving().port,

@@ -1,7 +1,8 @@
 """Tensors over the engine's memory, from the pointers that ``KVArgs`` hands to a transfer backend.
 
 ``kv_data_ptrs`` has one pointer a layer to ``[slots, 1, w + rope]`` (``MLATokenToKVPool`` in
-``sglang/srt/mem_cache/memory_pool.py``), ``aux_data_ptrs`` one a metadata buffer to ``[rows, ...]``.
+``sglang/srt/mem_cache/memory_pool.py``) or to FP8 rows (``pool.py``), ``aux_data_ptrs`` one a metadata buffer to
+``[rows, ...]``.
 """
 
 from __future__ import annotations
@@ -12,13 +13,16 @@ from typing import Any
 import numpy as np
 import torch
 
+from sglang_tpla.attention.fp8_rows import FP8
 from sglang_tpla.config import ConfigError
+from sglang_tpla.transfer.row_format import RowFormat
 from sglang_tpla.transfer.types import CachePool, MetadataRows
 
+FP8_CACHE = "fp8_e4m3"  # --kv-cache-dtype of a decode server with FP8 rows
 CACHE_DTYPES = {
     "bf16": torch.bfloat16,
     "bfloat16": torch.bfloat16,
-    "fp8_e4m3": torch.float8_e4m3fn,
+    FP8_CACHE: FP8,
     "fp8_e5m2": torch.float8_e5m2,
 }
 
@@ -55,7 +59,7 @@ def cache_dtype(kv_args: Any, server_args: Any) -> torch.dtype:
 
 
 def cache_pool(kv_args: Any, server_args: Any) -> CachePool:
-    """The rank's latent pool as one ``[slots, w + rope]`` tensor a layer.
+    """The rank's latent pool as one ``[slots, items]`` tensor a layer.
 
     Raises:
         ConfigError: the pool is no latent pool, or carries state that is not transferred.
@@ -65,7 +69,9 @@ def cache_pool(kv_args: Any, server_args: Any) -> CachePool:
             f"the engine's cache also holds {[str(state) for state in kv_args.state_types]}, which sglang_tpla does "
             "not transfer; serve this model with another transfer backend"
         )
-    dtype = cache_dtype(kv_args, server_args)
+    dtype, row_format = cache_dtype(kv_args, server_args), RowFormat.PLAIN
+    if dtype == FP8:  # on decode servers, the only ones that may have it (refusals.py)
+        dtype, row_format = torch.uint8, RowFormat.FP8
     device = (
         torch.device(server_args.device, kv_args.gpu_id)
         if server_args.device == "cuda"
@@ -78,7 +84,9 @@ def cache_pool(kv_args: Any, server_args: Any) -> CachePool:
         )
     ]
     text = server_args.get_model_config().hf_text_config
-    return CachePool(layers, text.kv_lora_rank, text.qk_rope_head_dim, kv_args.page_size)
+    return CachePool(
+        layers, text.kv_lora_rank, text.qk_rope_head_dim, kv_args.page_size, row_format=row_format
+    )
 
 
 def metadata_rows(kv_args: Any) -> MetadataRows:

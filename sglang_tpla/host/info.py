@@ -19,7 +19,11 @@ def startup_info(result: dict[str, Any], self: Any) -> dict[str, Any]:
     layout = Layout(self.ps.attn_tp_size, settings().groups, text.num_attention_heads)
     loaded = artifact()
     widths = tuple(loaded.meta.widths) if loaded else (text.kv_lora_rank,) * pool.layer_num
-    result["tpla"] = describe(layout, text.kv_lora_rank, text.qk_rope_head_dim, widths, pool.dtype.itemsize)
+    row_bytes = [buffer[0].nbytes for buffer in pool.kv_buffer]
+    value_bytes = self.model_config.dtype.itemsize
+    result["tpla"] = describe(
+        layout, text.kv_lora_rank, text.qk_rope_head_dim, widths, row_bytes, value_bytes
+    )
     return result
 
 

@@ -24,8 +24,10 @@ from sglang.srt.models.deepseek_common.utils import FORWARD_ABSORB_CORE_ATTENTIO
 from sglang.srt.runtime_context import get_parallel
 from torch import nn
 
+from sglang_tpla.attention import fp8_write
 from sglang_tpla.attention.latent_write import write_latent
 from sglang_tpla.host.attention_table import OURS
+from sglang_tpla.host.engine_memory import FP8_CACHE
 from sglang_tpla.host.state import make_slice, settings
 from sglang_tpla.models.fold import fold_key_map, fold_value_map
 from sglang_tpla.transfer.projection import project_latent
@@ -41,8 +43,10 @@ class SlicedNorm(nn.Module):
 
     z: torch.Tensor | None  # [d, w] float32; None where it is the identity (g = 1): nothing to multiply with
 
-    def __init__(self, norm: Any, z: torch.Tensor) -> None:
+    def __init__(self, norm: Any, z: torch.Tensor, wide: bool = False) -> None:
+        """``wide``: the slice in float32, for a cache that rounds it otherwise than the model does."""
         super().__init__()
+        self._wide = wide
         self.weight = norm.weight
         self.variance_epsilon = norm.variance_epsilon
         self._norm = (norm,)  # in a tuple: not a submodule, or the weight would be listed twice
@@ -56,6 +60,8 @@ class SlicedNorm(nn.Module):
     def project(self, latent: torch.Tensor) -> torch.Tensor:
         """Norm, then project."""
         normed = self._norm[0](latent)
+        if self._wide:
+            normed = normed.to(torch.float32)
         return normed if self.z is None else project_latent(normed, self.z)
 
 
@@ -97,7 +103,9 @@ def build_attention(original: Callable[..., None], self: Any, *args: Any, **kwar
     width = z.shape[1]
     self.tpla = (a, b)
     self.tpla_width = width
-    self.kv_a_layernorm = SlicedNorm(self.kv_a_layernorm, z)
+    fp8 = self.kv_cache_dtype == FP8_CACHE
+    self.tpla_shared = part.artifact.meta.shared_dims[self.layer_id] if fp8 else None
+    self.kv_a_layernorm = SlicedNorm(self.kv_a_layernorm, z, wide=fp8)
     if self.rotary_emb is not None:
         self.rotary_emb = PutOffRotation(self.rotary_emb)
     self.attn_mqa = RadixAttention(
@@ -162,11 +170,14 @@ def write_rows(
     """
     norm, rotary = self.kv_a_layernorm, self.rotary_emb
     cache = get_token_to_kv_pool().get_key_buffer(self.layer_id)
-    if not forward_batch.forward_mode.is_decode() or not latent.dtype == norm.weight.dtype == cache.dtype:
+    shared = self.tpla_shared  # with FP8 rows
+    same = latent.dtype == norm.weight.dtype and (shared is not None or latent.dtype == cache.dtype)
+    if not forward_batch.forward_mode.is_decode() or not same:
         return False
     if rotary is not None and rotary.rotary.cos_sin_cache.dtype != torch.float32:
         return False  # SGLang's embedding for head sizes that its own kernel does not know
-    write_latent(
+    neox = rotary is not None and rotary.rotary.is_neox_style
+    arguments = (
         latent.squeeze(1),
         k_rope.squeeze(1),
         norm.weight,
@@ -175,10 +186,11 @@ def write_rows(
         None if rotary is None else rotary.rotary.cos_sin_cache,
         None if rotary is None else positions,
         forward_batch.out_cache_loc,
-        cache,
-        q_rope,
-        neox=rotary is not None and rotary.rotary.is_neox_style,
     )
+    if shared is None:
+        write_latent(*arguments, cache, q_rope, neox=neox)
+    else:
+        fp8_write.write_latent(*arguments, cache.view(torch.uint8), q_rope, shared=shared, neox=neox)
     return True
 
 

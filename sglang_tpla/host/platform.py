@@ -25,9 +25,14 @@ class CpuReferencePlatform(SRTPlatform):
     device_type = "cpu"
 
     def apply_server_args_defaults(self, server_args: Any) -> None:
+        from sglang_tpla.host.attention_table import OURS
+        from sglang_tpla.host.engine_memory import FP8_CACHE
+        from sglang_tpla.host.state import serves_decode
+
         # SGLang has chosen intel_amx for "cpu" by now, whose kernels need AMX.
         if server_args.attention_backend in (None, "intel_amx"):
-            server_args.attention_backend = "torch_native"
+            fp8_rows = server_args.kv_cache_dtype == FP8_CACHE and serves_decode()
+            server_args.attention_backend = OURS if fp8_rows else "torch_native"
         server_args.sampling_backend = "pytorch"
         # Overlap scheduling exists to hide CPU work behind a device; here both are the same cores.
         server_args.disable_overlap_schedule = True

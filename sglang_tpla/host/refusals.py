@@ -20,7 +20,7 @@ from sglang_tpla.calibrate.artifact import ArtifactError
 from sglang_tpla.calibrate.identity import weights_hash
 from sglang_tpla.config import ConfigError, Layout
 from sglang_tpla.host.attention_table import OURS, preferred_backend, require_engine_backend
-from sglang_tpla.host.engine_memory import CACHE_DTYPES
+from sglang_tpla.host.engine_memory import CACHE_DTYPES, FP8_CACHE
 from sglang_tpla.host.hooks import refuse
 from sglang_tpla.host.state import artifact, settings
 from sglang_tpla.models.checkpoint import Checkpoint, CheckpointError
@@ -72,6 +72,10 @@ def check_flags(args: Any) -> None:
          "and not transferred yet"),
         (args.pp_size > 1, "--pp-size", "pipeline stages are not transferred yet"),
         (sliced and bool(args.enable_lora), "--enable-lora", "adapters on kv_b_proj correct the unfolded weights"),
+        (role == "prefill" and args.kv_cache_dtype.startswith("fp8"), f"--kv-cache-dtype {args.kv_cache_dtype}",
+         "prompts stay exact, and a decode server with --kv-cache-dtype fp8_e4m3 gets FP8 rows from any cache"),
+        (role == "decode" and args.kv_cache_dtype == "fp8_e5m2", "--kv-cache-dtype fp8_e5m2", "FP8 rows are e4m3: "
+         "--kv-cache-dtype fp8_e4m3"),
     ]  # fmt: skip
     found = [f"{flag} does not go with sglang_tpla: {why}; drop {flag}" for bad, flag, why in refusals if bad]
     if args.device == "cpu" and args.page_size not in (None, 1):
@@ -143,7 +147,7 @@ def check_model(args: Any) -> None:
     if loaded is not None:
         folder = local_checkpoint(args.model_path, args.revision)
         loaded.check_model(Checkpoint(folder).config, weights_hash(folder), layout.groups)
-    elif backend != OURS:
+    elif backend != OURS and args.kv_cache_dtype != FP8_CACHE:
         return  # plain MLA on a stock backend
     shapes = slice_shapes(args, config)
     if len(shapes) > 1 and backend == "flashinfer":
@@ -157,29 +161,33 @@ def check_model(args: Any) -> None:
 
 
 def slice_shapes(args: Any, config: Any) -> list[DecodeShape]:
-    """One rank's attention layers, one shape for each width among them.
+    """One rank's attention layers, one shape for each kind among them.
 
     Args:
         config: the engine's ModelConfig, whose heads are H*g already (``model_shape.py``).
     """
     loaded = artifact()
     attention_ranks = args.tp_size // (args.dp_size if args.enable_dp_attention else 1)
+    fp8 = args.kv_cache_dtype == FP8_CACHE
+    meta = loaded.meta if loaded else None
+    pairs = zip(meta.widths, meta.shared_dims, strict=True) if meta else [(config.kv_lora_rank,) * 2]
     return [
         DecodeShape(
             latent_dim=width,
             heads=config.num_attention_heads // attention_ranks,
             rope_dim=config.qk_rope_head_dim,
             page_size=args.page_size or 1,
-            dtype=CACHE_DTYPES.get(args.kv_cache_dtype, config.dtype),
+            dtype=config.dtype if fp8 else CACHE_DTYPES.get(args.kv_cache_dtype, config.dtype),
+            fp8_shared=shared if fp8 else None,
         )
-        for width in (sorted(set(loaded.meta.widths)) if loaded else [config.kv_lora_rank])
+        for width, shared in sorted(set(pairs) if fp8 else {(width, 0) for width, _ in pairs})
     ]
 
 
 def default_backend(original: Callable[..., str], self: Any, use_mla_backend: bool, model_config: Any) -> str:
     """Around ``ServerArgs._get_default_attn_backend``: stock's choice was made for the whole latent."""
     stock = original(self, use_mla_backend, model_config)
-    if artifact() is None:
+    if artifact() is None and self.kv_cache_dtype != FP8_CACHE:
         return stock
     return preferred_backend(
         slice_shapes(self, model_config), device_capability(torch.device(self.device)), stock

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -24,6 +25,12 @@ def settings() -> Settings:
             "this process has no SGLANG_TPLA_ROLE; start it with `python -m sglang_tpla.launch`"
         )
     return found
+
+
+def serves_decode() -> bool:
+    """Whether this process belongs to a decode server of ours."""
+    found = Settings.from_environment(os.environ)
+    return found is not None and found.role == "decode"
 
 
 @cache
@@ -56,9 +63,19 @@ def make_slice(heads: int, rank: int, tp_size: int) -> Slice | None:
 
 
 def describe(
-    layout: Layout, latent_dim: int, rope_dim: int, widths: tuple[int, ...], cell_bytes: int
+    layout: Layout,
+    latent_dim: int,
+    rope_dim: int,
+    widths: tuple[int, ...],
+    row_bytes: Sequence[int],
+    value_bytes: int,
 ) -> dict[str, Any]:
-    """The ``tpla`` section of ``/server_info``: layout, widths, and cache bytes per token and rank."""
+    """The ``tpla`` section of ``/server_info``: layout, widths, and cache bytes per token and rank.
+
+    Args:
+        row_bytes: of a token's row in every layer's cache.
+        value_bytes: of a value in the cache of plain MLA, in the model's own precision.
+    """
     from sglang_tpla.host.hooks import applied
 
     loaded = artifact()
@@ -72,8 +89,8 @@ def describe(
         "artifact": settings().artifact,
         "artifact_sha256": loaded.content_hash if loaded else None,
         "transform": loaded.meta.transform if loaded else "none",
-        "cache_bytes_per_token_and_rank": cell_bytes * sum(w + rope_dim for w in widths),
-        "mla_cache_bytes_per_token_and_rank": cell_bytes * len(widths) * (latent_dim + rope_dim),
+        "cache_bytes_per_token_and_rank": sum(row_bytes),
+        "mla_cache_bytes_per_token_and_rank": value_bytes * len(widths) * (latent_dim + rope_dim),
         "hooks": list(applied()),
     }
 

@@ -14,10 +14,11 @@ import torch
 from tokenizers import Tokenizer
 
 from sglang_tpla.calibrate.artifact import Artifact, build
+from sglang_tpla.evaluate.cache import cached_maps
 from sglang_tpla.evaluate.decode_error import model_maps
 from sglang_tpla.models.plain import PlainModel
 from tests.e2e.prompts import short_prompts
-from tests.e2e.servers import Pair, free_ports, launcher
+from tests.e2e.servers import Pair, free_ports, launcher, transfer_lines
 
 TOKENS = 32
 
@@ -45,11 +46,15 @@ def mixed_widths(path: str, folder: Path) -> Path:
     return folder / "mixed.safetensors"
 
 
-def assert_answers_follow_the_formula(pair: Pair, artifact: Artifact, model_path: str) -> None:
+def assert_answers_follow_the_formula(
+    pair: Pair, artifact: Artifact, model_path: str, cache_dtype: str = "exact"
+) -> None:
     """Every greedy token's logprob, as the server said it, is the plain TPLA model's."""
     tokenizer = Tokenizer.from_file(f"{model_path}/tokenizer.json")
     model = PlainModel(model_path)
-    maps = model_maps(artifact, model)
+    plain = model_maps(artifact, model)
+    maps = cached_maps(plain, cache_dtype, artifact.meta.shared_dims)
+    other = None if cache_dtype == "exact" else plain  # what the servers must not be taken for
     differs = 0
     for prompt in short_prompts(8, seed=3):
         ids = tokenizer.encode(prompt).ids
@@ -58,12 +63,12 @@ def assert_answers_follow_the_formula(pair: Pair, artifact: Artifact, model_path
         tokens = torch.tensor([ids + [token for _, token, _ in said]])
         with torch.no_grad():
             sliced = model.forward(tokens[:, :-1], maps=maps, prompt_tokens=len(ids)).log_softmax(-1)[0]
-            exact = model.forward(tokens[:, :-1]).log_softmax(-1)[0]
+            exact = model.forward(tokens[:, :-1], maps=other, prompt_tokens=len(ids)).log_softmax(-1)[0]
         at = torch.arange(len(ids) - 1, tokens.shape[1] - 1)
         expected = sliced[at, tokens[0, at + 1]]
         torch.testing.assert_close(torch.tensor([value for value, *_ in said]), expected, rtol=0, atol=2e-3)
         differs += int(((exact[at, tokens[0, at + 1]] - expected).abs() > 1e-2).any())
-    assert differs >= 4  # the comparison can tell TPLA from plain MLA
+    assert differs >= 4  # the comparison can tell TPLA from plain MLA, and FP8 rows from exact ones
 
 
 def test_shipped_artifact(trio: Any, nano_mla: str, nano_artifact: str) -> None:
@@ -86,3 +91,24 @@ def test_layers_of_different_width_and_head_shards(
         assert tpla["cache_bytes_per_token_and_rank"] == 4 * sum(w + 32 for w in tpla["widths"])
         pair = Pair(trio.prefill, trio.bootstrap, decode, next_room=70_000)
         assert_answers_follow_the_formula(pair, Artifact.load(path), nano_mla)
+
+
+def test_fp8_cache(trio: Any, nano_mla: str, nano_artifact: str, logs: Path) -> None:
+    """A decode server with FP8 rows behind the same prefill server, whose own cache is float32."""
+    decode = launcher(
+        "decode", nano_mla, free_ports(1)[0], logs / "decode-fp8.log", "--tp", "2", "--tpla-groups", "2",
+        "--tpla-artifact", nano_artifact, "--kv-cache-dtype", "fp8_e4m3",
+    )  # fmt: skip
+    with contextlib.ExitStack() as stack:
+        stack.callback(decode.stop)
+        tpla = decode.start().wait().get("/server_info")["tpla"]
+        layers, w, r, rope = 4, 80, 32, 32
+        assert tpla["cache_bytes_per_token_and_rank"] == layers * (w + 2 * rope + 16)
+        pair = Pair(trio.prefill, trio.bootstrap, decode, next_room=80_000)
+        assert_answers_follow_the_formula(pair, Artifact.load(nano_artifact), nano_mla, "fp8")
+    moved = [line for line in transfer_lines(trio.prefill) if line["room"] >= 80_000]
+    assert len(moved) == 8
+    for (
+        line
+    ) in moved:  # for both ranks: shared columns, keys and their scale once, each group's own and their scale
+        assert line["bytes"] == line["tokens"] * layers * (r + 2 * rope + 4 + 2 * (w - r + 4))

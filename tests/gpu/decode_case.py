@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
+from sglang_tpla.attention.fp8_rows import pack_rows
 from sglang_tpla.attention.interface import DecodeShape, PageTable
-from sglang_tpla.attention.reference import latent_attention
+from sglang_tpla.attention.reference import latent_attention, read_fp8
 
 SCALE = 192**-0.5
 
@@ -33,6 +35,7 @@ class Case:
             self.lengths,
             scale=SCALE,
             query_len=self.shape.query_len,
+            read=None if self.shape.fp8_shared is None else partial(read_fp8, shape=self.shape),
         )
 
 
@@ -43,14 +46,17 @@ def random_case(shape: DecodeShape, lengths: list[int], seed: int, device: str =
     indptr = torch.tensor([0, *pages], device=device).cumsum(0).to(torch.int32)
     total = sum(pages)
     order = torch.randperm(total + 5, generator=generator, device=device)[:total].to(torch.int32)
-    cache = torch.full(
-        ((total + 5) * shape.page_size, shape.cache_dim), float("nan"), dtype=shape.dtype, device=device
-    )
+    slots = (total + 5) * shape.page_size
+    poison = float("nan") if shape.fp8_shared is None else 255  # NaN as e4m3, bfloat16 and float32 alike
+    cache = torch.full((slots, shape.cache_dim), poison, dtype=shape.cache_dtype, device=device)
     for request, length in enumerate(lengths):
         token = torch.arange(length, device=device)
         page = order[indptr[request].long() + token // shape.page_size].long()
-        rows = torch.randn(length, shape.cache_dim, generator=generator, device=device)
-        cache[page * shape.page_size + token % shape.page_size] = rows.to(shape.dtype)
+        rows = torch.randn(length, shape.latent_dim + shape.rope_dim, generator=generator, device=device)
+        if shape.fp8_shared is not None:
+            rows[:, : shape.fp8_shared] *= 3  # so that the two scales differ
+            rows = pack_rows(*rows.split((shape.latent_dim, shape.rope_dim), dim=-1), shape.fp8_shared)
+        cache[page * shape.page_size + token % shape.page_size] = rows.to(shape.cache_dtype)
     tokens = len(lengths) * shape.query_len
 
     def query(width: int) -> torch.Tensor:
