@@ -145,6 +145,7 @@ def block(
                     report["kernels"].append(
                         {"name": piece.name, "rate": piece.rate, "bytes": piece.moved_bytes}
                         | {"flops": piece.flops, "launches": piece.launches, "batch": layer.work.batch}
+                        | ({"one_request_bytes": o} if (o := piece.one_request_bytes) else {})
                         | {"width": layer.work.width, "heads": layer.work.read_heads}
                         | {"us": round(seconds * 1e6, 2)}
                     )

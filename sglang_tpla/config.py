@@ -78,6 +78,7 @@ def slice_width(latent_dim: int, groups: int, shared_dims: int) -> int:
 
 ENV_PREFIX = "SGLANG_TPLA_"
 ROLES = ("prefill", "decode")
+O_PROJ = ("replicate", "scatter")
 # Chunks and staging. On a GPU a chunk costs some 0.2 ms of launches and messages, whatever its size.
 DEFAULT_BYTES = {"cpu": (4 << 20, 256 << 20), "cuda": (16 << 20, 512 << 20)}
 
@@ -93,6 +94,8 @@ class Settings:
         role: ``prefill`` (stock model, our transfer agent) or ``decode`` (TPLA layers and our agent).
         groups: g, latent groups; 1 is plain MLA.
         artifact: path of the calibration artifact; needed when ``groups`` > 1.
+        o_proj: ``replicate`` holds the output projection of a rank's heads, g times plain TP's; ``scatter`` sums the
+            groups' head outputs first (a reduce-scatter a layer) and holds it once.
         chunk_bytes: largest payload of one frame; 0 takes 4 MiB where the cache is in the processor's memory, 16 MiB
             where it is on a GPU.
         staging_bytes: ceiling of the staging memory of one rank; 0 takes 256 MiB, on a GPU 512 MiB.
@@ -120,6 +123,7 @@ class Settings:
     role: str
     groups: int = 1
     artifact: str | None = None
+    o_proj: str = "replicate"
     chunk_bytes: int = 0
     staging_bytes: int = 0
     heartbeat_s: float = 1.0
@@ -151,6 +155,10 @@ class Settings:
                 f"`python -m sglang_tpla.calibrate --model-path MODEL --groups {self.groups} "
                 "--transform shared --out FILE`"
             )
+        if self.o_proj not in O_PROJ:
+            raise ConfigError(f"--tpla-o-proj must be one of {', '.join(O_PROJ)}; got {self.o_proj!r}")
+        if self.o_proj == "scatter" and self.groups == 1:
+            raise ConfigError("--tpla-o-proj scatter sums over latent groups, and --tpla-groups is 1; drop it")
         if self.insecure not in (0, 1):
             raise ConfigError(f"--tpla-insecure must be 0 or 1; got {self.insecure}")
         if self.data_channel not in (0, 1):

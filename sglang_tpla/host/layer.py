@@ -6,7 +6,8 @@ Rank t keeps group ``t % g``'s slice of the latent and computes the heads of sha
 
 The all-reduce after the attention block, which SGLang does anyway, adds the o_i over groups and head shards. A_i and
 B_i are folded into the absorbed weights (``w_kc`` [h, qk_nope, d] -> [h, qk_nope, w], ``w_vc`` [h, d, v] -> [h, w, v]),
-so the layer runs SGLang's own absorbed path with w in the place of d. Answers to ``DeepseekV2AttentionMLA`` in
+so the layer runs SGLang's own absorbed path with w in the place of d. With ``--tpla-o-proj scatter`` the p_i z_i B_i
+W_UV are summed over groups before W_O (`head_sum`). Answers to ``DeepseekV2AttentionMLA`` in
 ``sglang/srt/models/deepseek_v2.py``.
 """
 
@@ -17,6 +18,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from sglang.srt.layers.linear import RowParallelLinear
 from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.model_executor.forward_context import get_token_to_kv_pool
 from sglang.srt.models.deepseek_common.attention_forward_methods.forward_methods import AttnForwardMethod
@@ -27,6 +29,7 @@ from torch import nn
 from sglang_tpla.attention import fp8_write
 from sglang_tpla.attention.latent_write import write_latent
 from sglang_tpla.host.attention_table import OURS
+from sglang_tpla.host.head_sum import head_shard_ranks, sum_over_groups
 from sglang_tpla.host.engine_memory import FP8_CACHE
 from sglang_tpla.host.state import make_slice, settings
 from sglang_tpla.models.fold import fold_key_map, fold_value_map
@@ -103,6 +106,19 @@ def build_attention(original: Callable[..., None], self: Any, *args: Any, **kwar
     width = z.shape[1]
     self.tpla = (a, b)
     self.tpla_width = width
+    self.tpla_summed_groups = part.layout.groups if settings().o_proj == "scatter" else 1
+    if self.tpla_summed_groups > 1:
+        head_shard_ranks(self.tpla_summed_groups)
+        self.o_proj = RowParallelLinear(
+            self.num_heads * self.v_head_dim,
+            self.hidden_size,
+            bias=False,
+            quant_config=given["quant_config"],
+            reduce_results=given["reduce_results"],
+            prefix=f"{given['prefix']}.o_proj",
+            tp_rank=parallel.attn_tp_rank,
+            tp_size=parallel.attn_tp_size,
+        )
     fp8 = self.kv_cache_dtype == FP8_CACHE
     self.tpla_shared = part.artifact.meta.shared_dims[self.layer_id] if fp8 else None
     self.kv_a_layernorm = SlicedNorm(self.kv_a_layernorm, z, wide=fp8)
@@ -229,6 +245,10 @@ def absorbed_core(
         row = None if key is None else torch.cat((key, k_pe), dim=-1)  # [tokens, 1, w + rope]
         out = self.attn_mqa(query, row, key, forward_batch, **save)
     latent = out.view(-1, self.num_local_heads, self.tpla_width).transpose(0, 1)  # [h, tokens, w]
-    values = out.new_empty(out.shape[0], self.num_local_heads, self.w_vc.shape[2])  # [tokens, h, v]
-    torch.bmm(latent, self.w_vc, out=values.transpose(0, 1))
+    if self.tpla_summed_groups > 1:
+        values = sum_over_groups(torch.bmm(latent, self.w_vc), self.tpla_summed_groups).transpose(0, 1)
+    else:
+        values = out.new_empty(out.shape[0], self.num_local_heads, self.w_vc.shape[2])
+        torch.bmm(latent, self.w_vc, out=values.transpose(0, 1))
+    # values: [tokens, this rank's heads of o_proj, v]
     return self.o_proj(values.flatten(1))[0]

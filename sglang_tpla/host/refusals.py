@@ -142,6 +142,11 @@ def check_model(args: Any) -> None:
         return
     attention_ranks = args.tp_size // (args.dp_size if args.enable_dp_attention else 1)
     layout = Layout(attention_ranks, settings().groups, text.num_attention_heads)
+    if settings().o_proj == "scatter" and layout.local_heads % layout.groups:
+        raise ConfigError(
+            f"--tpla-o-proj scatter deals {layout.heads} heads out over {attention_ranks} ranks, and they do not divide; "
+            "use --tpla-o-proj replicate"
+        )
     loaded = artifact()
     backend = args.get_attention_backends()[1]
     if loaded is not None:

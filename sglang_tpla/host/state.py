@@ -83,6 +83,7 @@ def describe(
         "role": settings().role,
         "groups": layout.groups,
         "head_shards": layout.head_shards,
+        "o_proj": settings().o_proj,
         "latent_dim": latent_dim,
         "rope_dim": rope_dim,
         "widths": list(widths),

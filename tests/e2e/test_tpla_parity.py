@@ -75,19 +75,20 @@ def test_shipped_artifact(trio: Any, nano_mla: str, nano_artifact: str) -> None:
     assert_answers_follow_the_formula(trio.pair, Artifact.load(nano_artifact), nano_mla)
 
 
-@pytest.mark.parametrize(("ranks", "groups"), [(4, 2)])
-def test_layers_of_different_width_and_head_shards(
+@pytest.mark.parametrize(("ranks", "groups"), [(4, 2), pytest.param(2, 2, marks=pytest.mark.slow)])
+def test_layers_of_different_width_head_shards_and_summed_heads(
     trio: Any, nano_mla: str, nano_artifact: str, logs: Path, tmp_path: Path, ranks: int, groups: int
 ) -> None:
+    """The groups' head outputs are summed before ``o_proj``; the shared servers hold it g times."""
     path = mixed_widths(nano_artifact, tmp_path)
     decode = launcher(
         "decode", nano_mla, free_ports(1)[0], logs / "decode-mixed.log", "--tp", str(ranks),
-        "--tpla-groups", str(groups), "--tpla-artifact", str(path),
+        "--tpla-groups", str(groups), "--tpla-artifact", str(path), "--tpla-o-proj", "scatter",
     )  # fmt: skip
     with contextlib.ExitStack() as stack:
         stack.callback(decode.stop)
         tpla = decode.start().wait().get("/server_info")["tpla"]
-        assert (tpla["head_shards"], tpla["widths"]) == (2, [112, 96, 119, 128])
+        assert (tpla["head_shards"], tpla["widths"]) == (ranks // groups, [112, 96, 119, 128])
         assert tpla["cache_bytes_per_token_and_rank"] == 4 * sum(w + 32 for w in tpla["widths"])
         pair = Pair(trio.prefill, trio.bootstrap, decode, next_room=70_000)
         assert_answers_follow_the_formula(pair, Artifact.load(path), nano_mla)

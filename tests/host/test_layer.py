@@ -134,7 +134,7 @@ class OneGroup:
         return self._maps[group]
 
 
-def build_rank(rank, size, groups, maps, weights, q_rank, yarn, dtype, monkeypatch):
+def build_rank(rank, size, groups, maps, weights, q_rank, yarn, dtype, monkeypatch, o_proj="replicate"):
     """SGLang's attention module of one rank, weights loaded by its own loaders and folded."""
     from sglang.srt.models.deepseek_common.deepseek_weight_loader import DeepseekV2WeightLoaderMixin
     from sglang.srt.models.deepseek_v2 import DeepseekV2AttentionMLA
@@ -146,6 +146,8 @@ def build_rank(rank, size, groups, maps, weights, q_rank, yarn, dtype, monkeypat
 
     part = Slice(Layout(size, groups, HEADS), rank, OneGroup(maps))
     monkeypatch.setattr(layer, "make_slice", lambda heads, r, t: part)
+    monkeypatch.setattr(layer, "settings", lambda: SimpleNamespace(o_proj=o_proj, one_write=0))
+    monkeypatch.setattr(layer, "head_shard_ranks", lambda groups: None)
     config = SimpleNamespace(rms_norm_eps=EPS, rope_interleave=True, architectures=["DeepseekV3ForCausalLM"])
     previous = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
@@ -281,3 +283,45 @@ def test_sum_over_ranks_is_the_formula(
 
     error = (total - expected).norm() / expected.norm()
     assert error < (2e-5 if dtype == torch.float32 else 3e-2), f"relative error {error:.2e}"
+
+
+@pytest.mark.parametrize(("size", "groups"), [(2, 2), (4, 2), (4, 4), (8, 4)])
+def test_head_outputs_summed_before_o_proj(engine, monkeypatch, size, groups) -> None:
+    """`--tpla-o-proj scatter`: ranks hold plain TP's part of ``o_proj``, and the sum over ranks is the formula.
+
+    The ranks run one after another: what each would send is kept, and the reduce-scatter done here.
+    """
+    from sglang_tpla.host import layer
+
+    generator = torch.Generator().manual_seed(size + groups)
+    weights = make_weights(Q_RANK, generator)
+    maps = random_maps(groups, 11, generator)
+    lengths = [9, 4, 1]
+    x = torch.randn(len(lengths), HIDDEN, generator=generator)
+    past = [
+        (torch.randn(n - 1, D, generator=generator), torch.randn(n - 1, ROPE, generator=generator))
+        for n in lengths
+    ]
+    expected = formula(x, lengths, past, weights, maps, True)
+
+    sent: list[torch.Tensor] = []  # [h, tokens, v] of each rank
+
+    def keep(values: torch.Tensor, among: int) -> torch.Tensor:
+        assert among == groups
+        sent.append(values)
+        return values[: len(values) // groups]
+
+    monkeypatch.setattr(layer, "sum_over_groups", keep)
+    projections = []
+    for rank in range(size):
+        args = (rank, size, groups, maps, weights, Q_RANK, True, torch.float32, monkeypatch, "scatter")
+        attention = build_rank(*args)
+        assert attention.o_proj.weight.shape == (HIDDEN, HEADS * V // size)
+        run_rank(attention, x, lengths, past, maps[rank % groups][0], torch.float32)
+        projections.append(attention.o_proj)
+    total = torch.zeros_like(expected)
+    for rank, o_proj in enumerate(projections):
+        first = rank - rank % groups
+        summed = torch.stack(sent[first : first + groups]).sum(0).chunk(groups)[rank % groups]
+        total += o_proj(summed.transpose(0, 1).flatten(1))[0]
+    assert (total - expected).norm() / expected.norm() < 2e-5

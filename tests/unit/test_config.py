@@ -100,6 +100,8 @@ def test_settings_survive_the_environment() -> None:
         ({"role": "router"}, "role"),
         ({"role": "prefill", "groups": 2, "artifact": "a"}, "stock MLA"),
         ({"role": "decode", "groups": 2}, "python -m sglang_tpla.calibrate"),
+        ({"role": "decode", "groups": 2, "artifact": "a", "o_proj": "gather"}, "--tpla-o-proj"),
+        ({"role": "decode", "o_proj": "scatter"}, "--tpla-groups is 1"),
         ({"role": "decode", "chunk_bytes": 1}, "chunk_bytes"),
         ({"role": "decode", "peer_timeout_s": 0.5}, "heartbeat_s"),
         ({"role": "decode", "transfer_timeout_s": float("nan")}, "transfer_timeout_s"),
