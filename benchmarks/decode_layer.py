@@ -19,6 +19,7 @@ import statistics
 import sys
 import time
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -88,9 +89,6 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
                     print(f"{at} failed: {error}", flush=True)
                 print(f"{at}: {time.monotonic() - started:.0f} s so far", flush=True)
                 save(report, arguments.out)
-    report["fp8_products_us"] = {
-        " x ".join(map(str, shape)): times for shape, times in buffers.fp8_times_us.items()
-    }
     report["seconds"] = time.monotonic() - started
     report["gpu_memory_peak_bytes"] = torch.cuda.max_memory_allocated()
     return report
@@ -101,7 +99,7 @@ def copy_bytes_per_s(buffers: Any) -> float:
     from layer_rank import time_graph
 
     half = buffers.cache[: 1 << 31].view(2, -1)
-    return 2 * half[0].nbytes / time_graph(lambda: half[0].copy_(half[1]) and None, 1)
+    return 2 * half[0].nbytes / time_graph(partial(half[0].copy_, half[1]), 1)
 
 
 def block(
@@ -219,7 +217,6 @@ def merged(reports: list[dict[str, Any]]) -> dict[str, Any]:
     for report in reports[1:]:
         for key in ("layers", "kernels", "writes", "not_run"):
             whole[key] = whole[key] + report[key]
-        whole["fp8_products_us"] = whole.get("fp8_products_us", {}) | report.get("fp8_products_us", {})
     whole["seconds"] = sum(report.get("seconds", 0.0) for report in reports)
     return whole
 

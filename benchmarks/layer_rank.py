@@ -8,7 +8,6 @@ that the L2 cache holds none of them when it is their turn.
 from __future__ import annotations
 
 import functools
-import importlib.util
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -66,8 +65,6 @@ class Buffers:
     weights_fp8: torch.Tensor  # e4m3, flat
     cache: torch.Tensor  # bf16, flat
     cos_sin: torch.Tensor
-    fp8_recipes: dict[tuple[int, int, int], str] = field(default_factory=dict)
-    fp8_times_us: dict[tuple[int, int, int], dict[str, float]] = field(default_factory=dict)
     pages: dict[int, torch.Tensor] = field(default_factory=dict)
     backends: dict[tuple[str, DecodeShape], DecodeAttention] = field(default_factory=dict)
 
@@ -249,7 +246,7 @@ class RankLayer:
             weight = self._weights(columns, inner)
             return Step(name, lambda i: partial(torch.mm, x, weight(i).t(), out=out), 2 * columns * inner)
         weight = self._weights(columns, inner, fp8=True)
-        linear = Fp8Linear(self.buffers, x, columns, weight, out)
+        linear = Fp8Linear(x, columns, weight, out)
         return Step(name, linear.bind, columns * inner)
 
 
@@ -274,95 +271,31 @@ def side_stream() -> torch.cuda.Stream:
 
 
 class Fp8Linear:
-    """Block-FP8 product, a scale for 1 x 128 activations and 128 x 128 weights, by whichever kernel is fastest:
+    """Block-FP8 product, a scale for 1 x 128 activations and 128 x 128 weights, through PyTorch (cuBLASLt).
 
-    ``torch`` (cuBLASLt), and where SGLang is there its ``cutlass`` kernel and its ``triton`` kernel. A deployment on
-    Hopper has DeepGEMM, which moves the same bytes; it compiles a kernel a shape and is not among these.
+    A deployment on Hopper has DeepGEMM, which moves the same bytes but compiles a kernel a shape; SGLang's Triton kernel
+    was slower at every shape here (1.2 to 2.3 times, untuned, one H100).
     """
 
     def __init__(
-        self,
-        buffers: Buffers,
-        x: torch.Tensor,
-        columns: int,
-        weight: Callable[[int], torch.Tensor],
-        out: torch.Tensor,
+        self, x: torch.Tensor, columns: int, weight: Callable[[int], torch.Tensor], out: torch.Tensor
     ) -> None:
-        self.x, self.weight = x, weight
-        tokens, inner = x.shape
+        self.x, self.weight, self.columns = x, weight, columns
+        tokens, self.inner = x.shape
         self.padded = -(-tokens // 16) * 16
-        self.shape = (self.padded, columns, inner)
-        self.quantised = torch.zeros(self.padded, inner, dtype=FP8, device=DEVICE)
+        self.quantised = torch.zeros(self.padded, self.inner, dtype=FP8, device=DEVICE)
         self.padded_out = out.as_strided((self.padded, columns), out.stride())
-        if self.shape not in buffers.fp8_recipes:
-            times = self._times()
-            buffers.fp8_times_us[self.shape] = times
-            buffers.fp8_recipes[self.shape] = min(times, key=lambda recipe: times[recipe])
-        self.recipe = buffers.fp8_recipes[self.shape]
-
-    def _times(self) -> dict[str, float]:
-        times: dict[str, float] = {}
-        for recipe in ("torch", *engine_recipes()):
-            self.recipe = recipe
-            try:
-                calls = [self.bind(i) for i in range(8)]
-                seconds = time_graph(lambda calls=calls: [call() for call in calls] and None, 8, 3)
-                times[recipe] = round(seconds * 1e6, 2)
-            except (RuntimeError, ValueError, TypeError, AssertionError) as error:
-                torch.cuda.synchronize()
-                print(f"  fp8 {recipe} does not take {self.shape}: {str(error)[:200]}", flush=True)
-        if not times:
-            raise RuntimeError(f"no product takes block FP8 of shape {self.shape}")
-        return times
 
     def bind(self, layer: int) -> Callable[[], object]:
         """Quantise, multiply, and nothing else: rows beyond the batch are zeros."""
-        padded, columns, inner = self.shape
-        weight = self.weight(layer)  # [columns, inner]
-        if self.recipe == "triton":  # no rows to pad
-            out = self.padded_out[: len(self.x)]
-            scale_a = torch.ones(len(self.x), inner // 128, device=DEVICE)
-            activations = self.quantised[: len(self.x)]
-        else:
-            out, activations = self.padded_out, self.quantised
-            scale_a = torch.ones(inner // 128, padded, device=DEVICE).t()
-        scale_b = torch.full((-(-columns // 128), inner // 128), FP8_SCALE, device=DEVICE)
-        product = {"torch": _torch_product, "cutlass": _cutlass_product, "triton": _triton_product}[
-            self.recipe
-        ]
+        weight = self.weight(layer).t()  # [inner, columns]
+        scale_a = torch.ones(self.inner // 128, self.padded, device=DEVICE).t()
+        scale_b = torch.full((-(-self.columns // 128), self.inner // 128), FP8_SCALE, device=DEVICE).t()
 
         def run() -> None:
-            small.quantise(self.x, activations, scale_a, 128)
-            product(activations, weight, scale_a, scale_b, out)
+            small.quantise(self.x, self.quantised, scale_a, 128)
+            torch._scaled_mm(
+                self.quantised, weight, scale_a, scale_b, out_dtype=torch.bfloat16, out=self.padded_out
+            )
 
         return run
-
-
-def _torch_product(
-    x: torch.Tensor, weight: torch.Tensor, scale_a: torch.Tensor, scale_b: torch.Tensor, out: torch.Tensor
-) -> None:
-    torch._scaled_mm(x, weight.t(), scale_a, scale_b.t(), out_dtype=torch.bfloat16, out=out)
-
-
-def _cutlass_product(
-    x: torch.Tensor, weight: torch.Tensor, scale_a: torch.Tensor, scale_b: torch.Tensor, out: torch.Tensor
-) -> None:
-    from sgl_kernel import fp8_blockwise_scaled_mm
-
-    fp8_blockwise_scaled_mm(x, weight.t(), scale_a, scale_b.t(), torch.bfloat16)
-
-
-def _triton_product(
-    x: torch.Tensor, weight: torch.Tensor, scale_a: torch.Tensor, scale_b: torch.Tensor, out: torch.Tensor
-) -> None:
-    from sglang.kernels.ops.quantization.fp8_kernel import w8a8_block_fp8_matmul_triton
-
-    w8a8_block_fp8_matmul_triton(x, weight, scale_a, scale_b, [128, 128], torch.bfloat16)
-
-
-@functools.cache
-def engine_recipes() -> tuple[str, ...]:
-    """SGLang's block-FP8 products, where SGLang is installed."""
-    if not all(importlib.util.find_spec(name) for name in ("sglang", "sgl_kernel")):
-        return ()
-    return ("cutlass", "triton")

@@ -12,11 +12,32 @@ otherwise neighbours; the result keeps the vector's own order. ``reference.write
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from sglang_tpla.attention.interface import AttentionInputError, checked_write
 
 FEW_TOKENS = 8  # up to here a program takes one token, beyond it 16 on the tensor cores
+
+
+class Tile(NamedTuple):
+    """What one program takes: tokens, columns of the slice, latent values at a time, query heads; and its warps."""
+
+    tokens: int
+    columns: int
+    latent: int
+    heads: int
+    warps: int = 4
+
+
+def tile_of(tokens: int, whole: int, projects: bool) -> Tile:
+    """The form that was fastest on an H100; ``whole`` latent values, a power of two."""
+    if not projects:  # nothing to share between tokens or columns
+        return Tile(1, whole, whole, 16)
+    if tokens <= FEW_TOKENS:
+        return Tile(1, 16, whole, 16)
+    return Tile(16, 16, whole, 4)
 
 
 def write_latent(
@@ -81,21 +102,14 @@ def launch(
         return
     rope = k_rope.shape[1]
     w = rows.shape[1] - rope
-    whole_d = triton.next_power_of_2(d)
-    if z is None:  # nothing to share between tokens or columns
-        block_tokens, block_w, block_d = 1, whole_d, whole_d
-    elif tokens <= FEW_TOKENS:
-        block_tokens, block_w, block_d = 1, 16, whole_d
-    else:
-        block_tokens, block_w, block_d = 16, 32, 128
-    block_heads = 16 if block_tokens == 1 else 4
+    tile = tile_of(tokens, triton.next_power_of_2(d), z is not None)
     heads = 0 if q_rope is None or cos_sin is None else q_rope.shape[1]
     query = latent if q_rope is None else q_rope
     rotate = (
         kernels.ROTATE_NOT if cos_sin is None else kernels.ROTATE_HALVES if neox else kernels.ROTATE_PAIRS
     )
-    programs = triton.cdiv(w, block_w) + 1 + triton.cdiv(heads, block_heads)
-    grid = (triton.cdiv(tokens, block_tokens), programs)
+    programs = triton.cdiv(w, tile.columns) + 1 + triton.cdiv(heads, tile.heads)
+    grid = (triton.cdiv(tokens, tile.tokens), programs)
     kernels.latent_write_kernel[grid](
         latent,
         k_rope,
@@ -119,10 +133,10 @@ def launch(
         HEADS=heads,
         PROJECT=z is not None,
         ROTATE=rotate,
-        BLOCK_TOKENS=block_tokens,
-        BLOCK_W=block_w,
-        BLOCK_D=block_d,
-        BLOCK_HEADS=block_heads,
+        BLOCK_TOKENS=tile.tokens,
+        BLOCK_W=tile.columns,
+        BLOCK_D=tile.latent,
+        BLOCK_HEADS=tile.heads,
         HALF=triton.next_power_of_2(rope // 2),
-        num_warps=4,
+        num_warps=tile.warps,
     )
