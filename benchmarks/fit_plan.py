@@ -2,18 +2,18 @@
 
     python benchmarks/fit_plan.py benchmarks/results/CARD/decode_layer_DATE.json
 
-A kernel is modelled as ``overhead + max(bytes / bandwidth, operations / rate)`` a launch, attention with a second
-bandwidth for a single request; the fit minimises the mean squared logarithm of modelled over measured time. Prints
-`Rate` lines for `sglang_tpla/plan/hardware.py`.
+A kernel is modelled as ``overhead + max(bytes / bandwidth, operations / rate)`` a launch; the fit minimises the mean
+absolute logarithm of modelled over measured time. FlashInfer's attention over single requests is taken as points.
+Prints `Rate` lines for `sglang_tpla/plan/hardware.py`.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import statistics
 import sys
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,34 +21,39 @@ import numpy as np
 from scipy.optimize import minimize
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from sglang_tpla.plan.hardware import H200, Rate
+from sglang_tpla.plan.hardware import H100, Rate
 
 
-def modelled(logs: np.ndarray, moved: np.ndarray, flops: np.ndarray, one: np.ndarray) -> np.ndarray:
-    """Seconds a launch; ``logs``: of overhead, bandwidth, rate and the bandwidth of one request."""
-    overhead, bandwidth, rate, alone = np.exp(logs)
-    return overhead + np.maximum(np.maximum(moved / bandwidth, one / alone), flops / rate)
-
-
-def fit(kernels: list[dict[str, Any]], start: Rate) -> tuple[Rate, np.ndarray]:
-    """The best constants, and modelled over measured time of every kernel."""
+def fit(kernels: list[dict[str, Any]], start: Rate) -> Rate:
+    """The best constants for these kernels."""
     launches = np.array([k["launches"] for k in kernels])
     moved = np.array([k["bytes"] for k in kernels]) / launches
     flops = np.array([k["flops"] for k in kernels]) / launches
-    one = np.array([k.get("one_request_bytes", 0.0) for k in kernels])
     seconds = np.array([k["us"] for k in kernels]) * 1e-6 / launches
-    alone = min(start.one_request_bytes_per_s, 1e15)
 
     def loss(logs: np.ndarray) -> float:
-        return float(np.mean(np.log(modelled(logs, moved, flops, one) / seconds) ** 2))
+        overhead, bandwidth, rate = np.exp(logs)
+        times = overhead + np.maximum(moved / bandwidth, flops / rate)
+        return float(np.mean(np.abs(np.log(times / seconds))))
 
-    first = np.log([start.overhead_s, start.bytes_per_s, start.flops_per_s, alone])
-    options = {"maxiter": 8000, "maxfev": 8000, "xatol": 1e-5, "fatol": 1e-9}
-    found = minimize(loss, first, method="Nelder-Mead", options=options)
-    overhead, bandwidth, rate, alone = np.exp(found.x)
-    limited = bool((one / alone > moved / bandwidth).any())
-    fitted = Rate(overhead, bandwidth, rate, alone if limited else math.inf)
-    return fitted, modelled(found.x, moved, flops, one) / seconds
+    first = np.log([start.overhead_s, start.bytes_per_s, start.flops_per_s])
+    options = {"maxiter": 4000, "xatol": 1e-5, "fatol": 1e-9}
+    found = min(
+        (minimize(loss, first + shift, method="Nelder-Mead", options=options) for shift in (-0.3, 0.0, 0.3)),
+        key=lambda result: result.fun,
+    )
+    return Rate(*np.exp(found.x))
+
+
+def single_requests(kernels: list[dict[str, Any]]) -> tuple[tuple[float, float], ...]:
+    """(bytes, median seconds) of attention over one request, never less for more."""
+    sizes = defaultdict(list)
+    for kernel in kernels:
+        sizes[float(kernel["one_request_bytes"])].append(kernel["us"] * 1e-6)
+    points: list[tuple[float, float]] = []
+    for size, seconds in sorted(sizes.items()):
+        points.append((size, max(statistics.median(seconds), points[-1][1] if points else 0.0)))
+    return tuple(points)
 
 
 def main() -> None:
@@ -57,14 +62,20 @@ def main() -> None:
     for kernel in report["kernels"]:
         kinds[kernel["rate"]].append(kernel)
     for kind, kernels in kinds.items():
-        rate, ratios = fit(kernels, H200.rates[kind])
+        alone = [k for k in kernels if kind.startswith("flashinfer") and k["batch"] == 1]
+        rate = fit([k for k in kernels if k not in alone], H100.rates[kind])
+        rate = replace(rate, one_request=single_requests(alone))
+        ratios = []
+        for k in kernels:
+            n = k["launches"]
+            once = rate.seconds(k["bytes"] / n, k["flops"] / n, k.get("one_request_bytes", 0.0))
+            ratios.append(n * once * 1e6 / k["us"])
         cuts = statistics.quantiles(ratios, n=20)
-        alone = (
-            "" if math.isinf(rate.one_request_bytes_per_s) else f", one {rate.one_request_bytes_per_s:.3g}"
-        )
+        points = ", ".join(f"({size:.3g}, {seconds:.3g})" for size, seconds in rate.one_request)
         print(
-            f'"{kind}": Rate({rate.overhead_s:.2e}, {rate.bytes_per_s:.3g}, {rate.flops_per_s:.3g}{alone}),  '
-            f"# {len(kernels)} kernels, over measured 5% {cuts[0]:.2f}, median {cuts[9]:.2f}, 95% {cuts[18]:.2f}"
+            f'"{kind}": Rate({rate.overhead_s:.2e}, {rate.bytes_per_s:.3g}, {rate.flops_per_s:.3g}'
+            + (f", ({points})" if points else "")
+            + f"),  # {len(kernels)} kernels, over measured 5% {cuts[0]:.2f}, median {cuts[9]:.2f}, 95% {cuts[18]:.2f}"
         )
 
 

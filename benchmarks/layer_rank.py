@@ -273,8 +273,8 @@ def side_stream() -> torch.cuda.Stream:
 class Fp8Linear:
     """Block-FP8 product, a scale for 1 x 128 activations and 128 x 128 weights, through PyTorch (cuBLASLt).
 
-    A deployment on Hopper has DeepGEMM, which moves the same bytes but compiles a kernel a shape; SGLang's Triton kernel
-    was slower at every shape here (1.2 to 2.3 times, untuned, one H100).
+    A deployment on Hopper has DeepGEMM, which moves the same bytes but compiles a kernel a shape; SGLang's Triton
+    kernel was slower at every shape here (1.2 to 2.3 times, untuned, one H100).
     """
 
     def __init__(

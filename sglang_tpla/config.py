@@ -158,7 +158,9 @@ class Settings:
         if self.o_proj not in O_PROJ:
             raise ConfigError(f"--tpla-o-proj must be one of {', '.join(O_PROJ)}; got {self.o_proj!r}")
         if self.o_proj == "scatter" and self.groups == 1:
-            raise ConfigError("--tpla-o-proj scatter sums over latent groups, and --tpla-groups is 1; drop it")
+            raise ConfigError(
+                "--tpla-o-proj scatter sums over latent groups, and --tpla-groups is 1; drop it"
+            )
         if self.insecure not in (0, 1):
             raise ConfigError(f"--tpla-insecure must be 0 or 1; got {self.insecure}")
         if self.data_channel not in (0, 1):

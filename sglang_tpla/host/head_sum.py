@@ -32,5 +32,9 @@ def head_shard_ranks(groups: int) -> Any:
 def sum_over_groups(values: torch.Tensor, groups: int) -> torch.Tensor:
     """This rank's part of the heads' outputs, summed over the groups: [h, tokens, v] -> [h / g, tokens, v]."""
     summed = values.new_empty(values.shape[0] // groups, *values.shape[1:])
-    head_shard_ranks(groups).reduce_scatter_tensor(summed, values)
+    ranks = head_shard_ranks(groups)
+    if values.is_cuda:
+        ranks.reduce_scatter_tensor(summed, values)
+    else:  # SGLang registers its operator for GPUs alone
+        torch.distributed.reduce_scatter_tensor(summed, values, group=ranks.device_group)
     return summed

@@ -144,8 +144,8 @@ def check_model(args: Any) -> None:
     layout = Layout(attention_ranks, settings().groups, text.num_attention_heads)
     if settings().o_proj == "scatter" and layout.local_heads % layout.groups:
         raise ConfigError(
-            f"--tpla-o-proj scatter deals {layout.heads} heads out over {attention_ranks} ranks, and they do not divide; "
-            "use --tpla-o-proj replicate"
+            f"--tpla-o-proj scatter deals {layout.heads} heads out evenly over {attention_ranks} ranks, which does not "
+            "come out; use --tpla-o-proj replicate"
         )
     loaded = artifact()
     backend = args.get_attention_backends()[1]

@@ -1,15 +1,14 @@
 """GPUs and links: how fast one kind of kernel runs, and what a collective costs.
 
-A kernel takes ``overhead + max(bytes / bandwidth, operations / arithmetic rate)``. The H200's attention kernels are
-fitted to ``benchmarks/results/h200/decode_kernel_2026-11-24.json`` (a test compares them); its matrix products and
-small kernels are assumed until a run of ``benchmarks/decode_layer.py`` is kept there for `benchmarks/fit_plan.py`.
-Other GPUs are the H200 scaled by the ratio of their data sheets' bandwidth and bf16 rate, and links are assumptions.
-Every answer says which is which.
+A kernel takes ``overhead + max(bytes / bandwidth, operations / arithmetic rate)``. The H100's constants are fitted by
+``benchmarks/fit_plan.py`` to the kernels of ``benchmarks/results/h100/decode_layer_2026-11-25.json`` (tests hold the
+planner's answers against that run). Other GPUs are the H100 scaled by the ratio of their data sheets' bandwidth and
+bf16 rate; for the H200 that gives the attention times of ``benchmarks/results/h200/decode_kernel_2026-11-24.json``
+(a test compares them). Links are assumptions. Every answer says which is which.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
@@ -25,18 +24,27 @@ class Rate:
     """Cost of one kind of kernel.
 
     Args:
-        one_request_bytes_per_s: how fast attention reads a single request, which not every kernel spreads well.
+        one_request: of attention that does not spread a request well: (bytes, seconds) of single requests, ascending.
     """
 
     overhead_s: float
     bytes_per_s: float
     flops_per_s: float
-    one_request_bytes_per_s: float = math.inf
+    one_request: tuple[tuple[float, float], ...] = ()
 
     def seconds(self, moved_bytes: float, flops: float, one_request_bytes: float = 0.0) -> float:
         """Time of one launch; ``one_request_bytes``: the longest request's share of an attention kernel's bytes."""
-        moving = max(moved_bytes / self.bytes_per_s, one_request_bytes / self.one_request_bytes_per_s)
-        return self.overhead_s + max(moving, flops / self.flops_per_s)
+        together = self.overhead_s + max(moved_bytes / self.bytes_per_s, flops / self.flops_per_s)
+        return max(together, self.alone_s(one_request_bytes))
+
+    def alone_s(self, size_bytes: float) -> float:
+        """Time of one request alone: straight lines between the points, and on along the last one."""
+        points = self.one_request
+        if not points or size_bytes <= points[0][0]:
+            return points[0][1] if points and size_bytes else 0.0
+        after = next((i for i, (size, _) in enumerate(points) if size >= size_bytes), len(points) - 1)
+        (x0, y0), (x1, y1) = points[after - 1], points[after]
+        return y0 + (size_bytes - x0) * (y1 - y0) / (x1 - x0)
 
 
 @dataclass(frozen=True)
@@ -103,7 +111,7 @@ def _scaled(
             rate,
             bytes_per_s=rate.bytes_per_s * wider,
             flops_per_s=rate.flops_per_s * faster,
-            one_request_bytes_per_s=rate.one_request_bytes_per_s * wider,
+            one_request=tuple((size * wider, seconds) for size, seconds in rate.one_request),
         )
         for kind, rate in base.rates.items()
     }
@@ -145,42 +153,64 @@ class Link:
         return self.latency_s + passes * size_bytes * (ranks - 1) / ranks / self.bytes_per_s
 
 
-H200 = Gpu(
-    name="h200",
-    memory_bytes=141e9,
+_RUN = "benchmarks/results/h100/decode_layer_2026-11-25.json"
+H100 = Gpu(
+    name="h100",
+    memory_bytes=80e9,
     capability=(9, 0),
-    sheet_bytes_per_s=4.8e12,
+    sheet_bytes_per_s=3.35e12,
     sheet_flops_per_s=989e12,
     rates=MappingProxyType(
         {
-            "flashinfer_fa3": Rate(7.0e-6, 3.88e12, 440e12, one_request_bytes_per_s=2.1e12),
-            "hopper": Rate(14.0e-6, 4.2e12, 580e12),
-            "flashinfer_fa2": Rate(12.0e-6, 1.9e12, 250e12),
-            "gemm_bf16": Rate(3.0e-6, 3.6e12, 700e12),
-            "gemm_fp8": Rate(5.0e-6, 3.4e12, 1200e12),
-            "bmm": Rate(3.0e-6, 3.0e12, 500e12),
-            "small": Rate(2.0e-6, 3.0e12, 50e12),
+            "flashinfer_fa3": Rate(
+                15.9e-6,
+                2.8e12,
+                508e12,
+                (
+                    (0.295e6, 12.4e-6),
+                    (1.18e6, 13.7e-6),
+                    (2.36e6, 16.4e-6),
+                    (9.44e6, 23.8e-6),
+                    (37.7e6, 53.4e-6),
+                    (75.5e6, 63.5e-6),
+                    (151e6, 96.5e-6),
+                ),
+            ),
+            "hopper": Rate(12.4e-6, 2.83e12, 529e12),
+            "hopper_wide": Rate(14.1e-6, 2.83e12, 381e12),
+            "flashinfer_fa2": Rate(12.0e-6, 1.3e12, 250e12),
+            "gemm_bf16": Rate(3.0e-6, 2.69e12, 989e12),
+            "gemm_fp8": Rate(5.8e-6, 2.4e12, 1440e12),
+            "down_bf16": Rate(0.8e-6, 1.95e12, 222e12),
+            "down_fp8": Rate(16.6e-6, 15e12, 309e12),
+            "bmm": Rate(3.0e-6, 3.46e12, 369e12),
+            "small": Rate(2.0e-6, 16.5e12, 2.9e12),
         }
     ),
     measured=(
-        "attention at 512 + 64 (FlashInfer fa3) and on slices (our Hopper kernel): one NVIDIA H200, bf16, 131,072 "
-        "and 524,288 cached tokens (benchmarks/results/h200/decode_kernel_2026-11-24.json); other loads are "
-        "extrapolated",
+        "matrix products in bf16 and block FP8 (cuBLASLt), attention at 512 + 64 (FlashInfer fa3) and on slices (our "
+        f"Hopper kernel), small kernels: one H100 80GB HBM3, 1 to 128 requests of 2,048 to 131,072 tokens ({_RUN})",
     ),
     assumed=(
-        "matrix products, bf16 and FP8, at some 80% of the H200's read bandwidth and 3 to 5 us a launch; small "
-        "kernels 2 us: not measured",
+        "FlashInfer fa2 (older and newer GPUs): two thirds of fa3's bandwidth, as once seen on an H200",
     ),
 )
-_SHEET = "the H200's rates, measured and assumed, scaled by the data sheets' bandwidth and bf16 rate"
+_SHEET = "the H100's rates, measured and assumed, scaled by the data sheets' bandwidth and bf16 rate"
+H200 = replace(
+    _scaled(H100, "h200", 141e9, (9, 0), 4.8e12, 989e12, _SHEET),
+    measured=(
+        "attention at 512 + 64 and on slices, 131,072 and 524,288 cached tokens, one H200: agrees with the scaled "
+        "rates (benchmarks/results/h200/decode_kernel_2026-11-24.json)",
+    ),
+)
 GPUS = {
     gpu.name: gpu
     for gpu in (
+        H100,
         H200,
-        _scaled(H200, "h100", 80e9, (9, 0), 3.35e12, 989e12, _SHEET),
-        _scaled(H200, "h20", 96e9, (9, 0), 4.0e12, 148e12, _SHEET),
-        _scaled(H200, "a100", 80e9, (8, 0), 2.04e12, 312e12, _SHEET),
-        _scaled(H200, "b200", 180e9, (10, 0), 8.0e12, 2250e12, _SHEET),
+        _scaled(H100, "h20", 96e9, (9, 0), 4.0e12, 148e12, _SHEET),
+        _scaled(H100, "a100", 80e9, (8, 0), 2.04e12, 312e12, _SHEET),
+        _scaled(H100, "b200", 180e9, (10, 0), 8.0e12, 2250e12, _SHEET),
     )
 }
 LINKS = {

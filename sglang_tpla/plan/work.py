@@ -23,6 +23,8 @@ from sglang_tpla.plan.model import PlanError, PlanModel
 CACHE_DTYPES = ("bf16", "fp8")
 WEIGHT_DTYPES = ("bf16", "fp8")
 WIDTH_STEP = 32
+# our kernel shares wider rows between its warpgroups in another way, at another rate
+WIDE, WIDE_FROM = "hopper_wide", 256
 _BF16_BYTES = 2
 
 
@@ -216,9 +218,9 @@ def rank_work(
     tokens = batch * context
     out_heads = heads // groups if method.scatter else heads
 
-    def gemm(name: str, parameters: float, columns: float) -> Piece:
+    def gemm(name: str, parameters: float, columns: float, kind: str = "gemm") -> Piece:
         moved = parameters * precision.weight_bytes + batch * columns * _BF16_BYTES
-        return Piece(name, f"gemm_{precision.weights}", moved, 2 * batch * parameters)
+        return Piece(name, f"{kind}_{precision.weights}", moved, 2 * batch * parameters)
 
     def absorbed(name: str, inner: int) -> Piece:
         parameters = heads * inner * width
@@ -229,14 +231,15 @@ def rank_work(
     head_dim = model.nope_dim + model.rope_dim
     query_in = model.q_lora_rank or model.hidden
     attended = 2 * width + model.rope_dim
+    projected = 2 * batch * model.latent_dim * width if sliced else 0
     pieces = [
-        gemm("down", model.down_parameters, model.hidden + model.down_parameters // model.hidden),
-        Piece("norm, rope, cache write", "small", 0, 0, small_launches(model, method)),
+        gemm("down", model.down_parameters, model.hidden + model.down_parameters // model.hidden, "down"),
+        Piece("norm, rope, cache write", "small", 0, projected, small_launches(model, method)),
         gemm("query", heads * model.query_parameters_a_head, query_in + heads * head_dim),
         absorbed("absorb", model.nope_dim),
         Piece(
             "attention",
-            kernel,
+            WIDE if kernel == "hopper" and width > WIDE_FROM else kernel,
             tokens * row_bytes + batch * read_heads * attended * _BF16_BYTES,
             2 * tokens * read_heads * attended,
             one_request_bytes=context * row_bytes,

@@ -1,5 +1,7 @@
 """The layer benchmark without a GPU: its rank layer on the CPU, its report, and the fit of the planner's constants."""
 
+import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -80,7 +82,13 @@ def made_up_report() -> dict[str, object]:
         if method.kind != "dp"
     ]
     writes = [{"batch": 1, "width": None, "fused_us": 2.0, "separate_us": 6.0}]
-    return {"layers": rows, "kernels": [], "writes": writes, "g1_against_stock_relative_error": 1e-3}
+    return {
+        "layers": rows,
+        "kernels": [],
+        "writes": writes,
+        "g1_against_stock_relative_error": 1e-3,
+        "gpu": "NVIDIA H100",
+    }
 
 
 def test_report_separates_what_is_modelled() -> None:
@@ -102,8 +110,26 @@ def test_fit_finds_the_constants_that_made_the_times() -> None:
         moved, flops = 10 ** dice.uniform(5, 9), 10 ** dice.uniform(8, 11.5)
         us = 2e6 * true.seconds(moved, flops) * dice.uniform(0.99, 1.01)
         kernels.append({"bytes": 2 * moved, "flops": 2 * flops, "launches": 2, "us": us})
-    found, ratios = fit(kernels, Rate(1e-5, 1e12, 1e14))
+    found = fit(kernels, Rate(1e-5, 1e12, 1e14))
     assert found.overhead_s == pytest.approx(true.overhead_s, rel=0.03)
     assert found.bytes_per_s == pytest.approx(true.bytes_per_s, rel=0.03)
     assert found.flops_per_s == pytest.approx(true.flops_per_s, rel=0.03)
-    assert np.abs(np.log(ratios)).max() < 0.03
+
+
+@pytest.mark.parametrize(
+    "path", sorted((BENCHMARKS / "results").glob("*/decode_layer_*.json")), ids=lambda p: p.stem
+)
+def test_planner_agrees_with_recorded_runs(path: Path) -> None:
+    """Nine in ten layers within 12% of the measured time, and choices that cost little where they differ."""
+    report = json.loads(path.read_text())
+    assert len(report["layers"]) > 500
+    off = sorted(
+        abs(math.log(ratio)) for ratios in decode_layer.planner_ratios(report).values() for ratio in ratios
+    )
+    assert off[int(0.9 * len(off))] < math.log(1.12)
+    choices = decode_layer.planner_choices(report)
+    costs = sorted(cost for *_, cost in choices)
+    assert sum(best == chosen for best, chosen, _ in choices) > 0.8 * len(choices)
+    assert costs[int(0.9 * len(costs))] < 1.05
+    assert costs[-1] < 1.2
+    assert {best for best, *_ in choices} >= {"plain TP", "DCP", "DP attention", "TPLA g=2, nothing shared"}

@@ -9,7 +9,7 @@ import pytest
 
 from sglang_tpla.plan.__main__ import main, parser, setting_of
 from sglang_tpla.plan.choice import Setting, answer, overall
-from sglang_tpla.plan.hardware import GPUS, H200, LINKS, Gpu, Link, Rate
+from sglang_tpla.plan.hardware import GPUS, H100, H200, LINKS, Gpu, Link, Rate
 from sglang_tpla.plan.model import BUILT_IN, PlanModel, find
 from sglang_tpla.plan.price import price
 from sglang_tpla.plan.work import Load, Method, Precision, break_even_tokens, methods, rank_work
@@ -137,7 +137,7 @@ def test_what_fits_by_hand() -> None:
 
 
 def test_short_contexts_stay_with_plain_tp() -> None:
-    found = answer(setting("--weights-dtype", "fp8"), Load(1, 8192))
+    found = answer(setting("--weights-dtype", "fp8"), Load(4, 2048))
     assert found.recommended == found.fastest == Method("tp", 8)
 
 
@@ -207,16 +207,28 @@ def test_one_rank_has_one_method() -> None:
 
 
 def test_other_gpus_scale_from_the_measured_one() -> None:
-    h100 = GPUS["h100"].rates["hopper"]
-    assert h100.bytes_per_s == pytest.approx(H200.rates["hopper"].bytes_per_s * 3.35 / 4.8)
-    assert h100.overhead_s == H200.rates["hopper"].overhead_s
-    doubled = H200.with_numbers(sheet_bytes_per_s=9.6e12).rates["hopper"]
-    assert doubled.bytes_per_s == pytest.approx(2 * H200.rates["hopper"].bytes_per_s)
-    assert doubled.flops_per_s == H200.rates["hopper"].flops_per_s
+    measured, scaled = H100.rates["flashinfer_fa3"], GPUS["h200"].rates["flashinfer_fa3"]
+    assert scaled.bytes_per_s == pytest.approx(measured.bytes_per_s * 4.8 / 3.35)
+    assert scaled.overhead_s == measured.overhead_s
+    # a request of as much more bytes takes as long
+    assert scaled.alone_s(4.8e7) == pytest.approx(measured.alone_s(3.35e7))
+    doubled = H100.with_numbers(sheet_bytes_per_s=6.7e12).rates["hopper"]
+    assert doubled.bytes_per_s == pytest.approx(2 * H100.rates["hopper"].bytes_per_s)
+    assert doubled.flops_per_s == H100.rates["hopper"].flops_per_s
+
+
+def test_one_request_lies_between_its_points() -> None:
+    rate = Rate(1e-6, 1e12, 1e15, one_request=((1e6, 10e-6), (3e6, 30e-6), (5e6, 40e-6)))
+    assert [rate.alone_s(size) for size in (1.0, 1e6, 2e6, 4e6, 7e6)] == pytest.approx(
+        [10e-6, 10e-6, 20e-6, 35e-6, 50e-6]
+    )
+    assert rate.seconds(2e6, 0, 2e6) == pytest.approx(20e-6)
+    assert rate.seconds(1e9, 0, 2e6) == pytest.approx(1001e-6)
+    assert rate.seconds(2e6, 0) == pytest.approx(3e-6)
 
 
 def test_h200_attention_agrees_with_the_recorded_run() -> None:
-    """Rows of benchmarks/decode_kernel.py, as measured: every modelled time within 7%, half of them within 3%."""
+    """Rows of benchmarks/decode_kernel.py on an H200: every time scaled from the H100 within 8%, half within 4%."""
     path = Path(__file__).parents[2] / "benchmarks/results/h200/decode_kernel_2026-11-24.json"
     ratios = []
     for row in json.loads(path.read_text())["rows"]:
@@ -230,8 +242,8 @@ def test_h200_attention_agrees_with_the_recorded_run() -> None:
             flops = 2 * batch * context * heads * (2 * w + 64)
             ratios.append(H200.rates[kernel].seconds(moved, flops, 2 * values) * 1e3 / measured_ms)
     off = sorted(abs(math.log(ratio)) for ratio in ratios)
-    assert off[-1] < math.log(1.07)
-    assert off[len(off) // 2] < math.log(1.03)
+    assert off[-1] < math.log(1.08)
+    assert off[len(off) // 2] < math.log(1.04)
 
 
 def test_overall_is_least_behind() -> None:
@@ -243,7 +255,7 @@ def test_overall_is_least_behind() -> None:
 
 
 def test_json_and_text_say_what_was_measured(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--weights-dtype", "fp8", "--json"]) == 0
+    assert main(["--gpu", "h100", "--weights-dtype", "fp8", "--gpus", "16", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["provenance"]["measured"] and not report["provenance"]["from_data_sheets"]
     (load,) = report["loads"]
@@ -251,14 +263,14 @@ def test_json_and_text_say_what_was_measured(capsys: pytest.CaptureFixture[str])
     assert len(labels) == len(set(labels)) == 9
     for row in load["methods"]:
         assert row["step_s"] == pytest.approx(61 * (sum(row["kernels_s"].values()) + row["collectives_s"]))
-    assert main(["--gpu", "h100", "--json"]) == 0
+    assert main(["--gpu", "b200", "--json"]) == 0
     assert not json.loads(capsys.readouterr().out)["provenance"]["measured"]
     assert main(["--gpu-bandwidth-gb-s", "5000", "--json"]) == 0
     assert not json.loads(capsys.readouterr().out)["provenance"]["measured"]
     assert main(["--weights-dtype", "fp8", "--batch", "1", "16"]) == 0
     out = capsys.readouterr().out
     assert out.count("recommended: ") == 2 and "measured: h200" in out
-    assert "assumed: nvlink" in out and "assumed: h200" in out
+    assert "assumed: nvlink" in out and "from data sheets: h200" in out
     assert "over all loads" in out
 
 
