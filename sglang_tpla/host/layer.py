@@ -29,8 +29,8 @@ from torch import nn
 from sglang_tpla.attention import fp8_write
 from sglang_tpla.attention.latent_write import write_latent
 from sglang_tpla.host.attention_table import OURS
-from sglang_tpla.host.head_sum import head_shard_ranks, sum_over_groups
 from sglang_tpla.host.engine_memory import FP8_CACHE
+from sglang_tpla.host.head_sum import head_shard_ranks, sum_over_groups
 from sglang_tpla.host.state import make_slice, settings
 from sglang_tpla.models.fold import fold_key_map, fold_value_map
 from sglang_tpla.transfer.projection import project_latent
