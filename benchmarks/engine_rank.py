@@ -57,6 +57,11 @@ def leave_collectives_out() -> None:
 
     dist.init_process_group, dist.new_group = fake_world, fake_group
     dist.monitored_barrier = lambda *_, **__: None
+    # What SGLang captures into graphs goes around PyTorch's groups.
+    from sglang.srt.distributed.device_communicators.pynccl import PyNcclCommunicator
+
+    for name in ("all_reduce", "all_gather", "reduce_scatter", "broadcast"):
+        setattr(PyNcclCommunicator, name, lambda *_, **__: None)
 
 
 def model_runner(job: dict[str, Any]) -> Any:

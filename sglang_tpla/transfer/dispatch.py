@@ -43,8 +43,9 @@ class PrefillDispatch(PrefillResuming):
                 return False
             job = self._next_job()
             if job is None:
-                self._work.wait(0.002 if self._staging.used_bytes else 0.5)
+                self._work.wait(0.002 if self._staging.watched else 0.5)
                 return True
+            self._work.notify()  # there may be one more, for another thread
         try:
             self._deliver(job, self._make(job))
         except Exception as error:
@@ -188,7 +189,7 @@ class PrefillDispatch(PrefillResuming):
     def _let_go(self, slot: Slot) -> None:
         with self._work:
             slot.pending -= 1
-            self._work.notify_all()
+            self._work.notify()
 
     def _count_bytes(self, room: Room, size: int, *, shared: bool) -> None:
         room.wire_bytes += size

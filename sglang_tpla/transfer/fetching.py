@@ -119,7 +119,7 @@ class DecodeFetching(DecodeDialing):
                     entry.shared_memory_bytes += payload.nbytes
                     self._counts["shared_memory_bytes"] += payload.nbytes
                 self._arrivals.append(Arrival(entry, source, chunk, payload, credit_bytes, layers))
-                self._work.notify_all()
+                self._work.notify()
                 return
             self._counts["malformed_dropped"] += 1
         self._fail_from_io(entry, f"{source.connection.name} sent chunk {chunk.sequence} {wrong}")
@@ -181,7 +181,7 @@ class DecodeFetching(DecodeDialing):
             source.chunks, source.tokens, source.metadata = message.chunks, message.tokens, metadata
             entry.progress = time.monotonic()
             self._completed.append(entry)
-            self._work.notify_all()
+            self._work.notify()
 
     # Rooms
 

@@ -24,7 +24,7 @@ GAUGES = {
     "peers": "Peers up",
     "staging_used_bytes": "Staging memory in use",
     "staging_limit_bytes": "Ceiling of staging memory",
-    "threads_alive": "Threads of the agent that are alive (2; on a GPU 5)",
+    "threads_alive": "Threads of the agent that are alive (2)",
 }
 COUNTERS = {
     "wire_bytes": "Payload bytes that moved",

@@ -61,4 +61,4 @@ class PrefillResuming(PrefillServing):
         self._want(stream)
         if stream.finish_sent:
             self._send_finish(stream)
-        self._work.notify_all()
+        self._work.notify()

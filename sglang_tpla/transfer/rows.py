@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections.abc import Iterator, Sequence
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -162,8 +163,8 @@ class RowReader:
             index = torch.from_numpy(slots).pin_memory().to(self.pool.device, non_blocking=True)
             width = self.pool.layers[layers.start].shape[1]
             rows = torch.empty(len(layers), slots.size, width, dtype=self.pool.dtype, device=self.pool.device)
-            for position, layer in enumerate(layers):
-                torch.index_select(self.pool.layers[layer], 0, index, out=rows[position])
+            for layer, target_rows in zip(layers, rows.unbind(), strict=True):
+                torch.index_select(self.pool.layers[layer], 0, index, out=target_rows)
             packed = rows.view(-1)
             if stacks is not None or row_format is not RowFormat.PLAIN:
                 packed = torch.empty(target.numel(), dtype=target.dtype, device=self.pool.device)
@@ -205,6 +206,7 @@ class RowWriter:
         self.pool = pool
         self._stream = torch.cuda.Stream(pool.device) if pool.device.type == "cuda" else None
         self._rows = None if self._stream else [byte_rows(layer) for layer in pool.layers]
+        self._views: dict[tuple[int, int, int], torch.Tensor] = {}
         self._own = threading.local()  # ``pinned``: grows to the largest payload of a thread
 
     def columns(self, layer: int, shared: int, part: Part) -> tuple[tuple[int, int], ...]:
@@ -260,20 +262,27 @@ class RowWriter:
             device = host.to(self.pool.device, non_blocking=True).view(self.pool.dtype)
             index = torch.from_numpy(slots).pin_memory().to(self.pool.device, non_blocking=True)
             start = 0
-            for layer in layers:
-                columns = self.columns(layer, shared[layer], part)
-                width = sum(stop - first for first, stop in columns)
-                packed = device[start : start + slots.size * width].view(slots.size, width)
-                start += packed.numel()
-                taken = 0
-                for first, stop in columns:
-                    self.pool.layers[layer][:, first:stop].index_copy_(
-                        0, index, packed[:, taken : taken + stop - first]
-                    )
-                    taken += stop - first
+            for columns, run in groupby(layers, lambda layer: self.columns(layer, shared[layer], part)):
+                alike = tuple(run)
+                if not columns:
+                    continue
+                widths = [stop - first for first, stop in columns]
+                size = len(alike) * slots.size * sum(widths)
+                packed = device[start : start + size].view(len(alike), slots.size, sum(widths))
+                start += size
+                for (first, stop), values in zip(columns, packed.split(widths, dim=2), strict=True):
+                    for layer, layer_values in zip(alike, values.unbind(), strict=True):
+                        self._column_view(layer, first, stop).index_copy_(0, index, layer_values)
             done = torch.cuda.Event(blocking=True)
             done.record(self._stream)
         done.synchronize()
+
+    def _column_view(self, layer: int, first: int, stop: int) -> torch.Tensor:
+        """Columns of a pool layer, made once: each call into torch gives the interpreter away and waits for it."""
+        key = (layer, first, stop)
+        if key not in self._views:
+            self._views[key] = self.pool.layers[layer][:, first:stop]
+        return self._views[key]
 
     def _pinned_copy(self, host: torch.Tensor) -> torch.Tensor:
         """A copy of a payload that the device can read by itself; good until this thread's next one."""

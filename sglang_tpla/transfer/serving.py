@@ -161,7 +161,7 @@ class PrefillServing(PrefillGreeting):
             case _:
                 self._take_receipt(stream, message)
                 self._staging.reap()
-        self._work.notify_all()
+        self._work.notify()
 
     def _confirm(self, stream: Stream) -> None:
         """A rank has everything, also what it has not acknowledged: that may have been lost with a
@@ -323,7 +323,7 @@ class PrefillServing(PrefillGreeting):
                 stream.finish_sent = True
                 self._send_finish(stream)
         self._conclude(entry)
-        self._work.notify_all()
+        self._work.notify()
 
     def _send_finish(self, stream: Stream) -> None:
         entry = stream.room
@@ -377,7 +377,7 @@ class PrefillServing(PrefillGreeting):
             for chunk in list(stream.unacked):
                 stream.settle(chunk)
         entry.segments.clear()
-        self._work.notify_all()
+        self._work.notify()
         self._log_transfer(
             room=entry.room,
             peer=[stream.peer.name for stream in streams],
@@ -435,7 +435,7 @@ class PrefillServing(PrefillGreeting):
             self._expire_peers(now)
             self._expire_rooms(now)
             if self._staging.reap():
-                self._work.notify_all()
+                self._work.notify()
 
     def _expire_rooms(self, now: float) -> None:
         patience = self._settings.transfer_timeout_s

@@ -60,6 +60,11 @@ class Staging:
         return len(self._busy) * self.slot_bytes
 
     @property
+    def watched(self) -> bool:
+        """True while a slot waits for ZMQ, which tells nobody when it is done."""
+        return any(slot.trackers for slot in self._busy)
+
+    @property
     def limit_bytes(self) -> int:
         """Bytes in all slots."""
         return self.slots * self.slot_bytes

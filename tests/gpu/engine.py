@@ -31,6 +31,7 @@ ENV = {
     "GLOO_SOCKET_IFNAME": "lo",
     "SGLANG_ENABLE_JIT_DEEPGEMM": "0",
     "SGLANG_USE_MESSAGE_QUEUE_BROADCASTER": "0",
+    "SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK": "0",  # other servers' memory is on the same GPUs
     # NVLink multicast can put a host's GPUs out of service for others: nothing here may use it.
     "NCCL_NVLS_ENABLE": "0",
     "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",

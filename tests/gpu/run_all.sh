@@ -11,7 +11,11 @@ root=$(cd "$(dirname "$0")/../.." && pwd)
 site=${SGLANG_SITE:-/tmp/sglang-site}
 mkdir -p "$site"
 if [ -d "${1:-}" ]; then
-    [ -d "$site/sglang" ] || cat "$1"/base-* | xz -dc | tar x -C "$site"
+    if [ ! -d "$site/sglang" ]; then
+        cat "$1"/base-* | xz -dc | tar x -C "$site"
+        # a dozen processes import it at once: once is enough to compile it (a few templates are no Python, which it says)
+        python3 -m compileall -q -j 0 "$site/sglang" || true
+    fi
     shift
 fi
 cd "$root"
