@@ -46,14 +46,13 @@ class Variant:
 
     Args:
         latent_dim: w. rope_dim: rotary values. mode: how two warpgroups share the work.
-        stages: tiles in the ring. pipelined: next scores before this softmax (holds one more stage).
+        stages: tiles in the ring.
     """
 
     latent_dim: int
     rope_dim: int
     mode: str
     stages: int
-    pipelined: bool
 
     @property
     def rows(self) -> int:
@@ -80,7 +79,6 @@ class Variant:
             "ROPE": self.rope_dim,
             "MODE": MODES[self.mode],
             "STAGES": self.stages,
-            "PIPELINED": int(self.pipelined),
             "OUT_COLUMNS": self.out_columns,
             "MAX_PARTS": MAX_PARTS,
             "SEGMENT_COST": SEGMENT_COST,
@@ -101,10 +99,9 @@ def variant_for(shape: DecodeShape) -> Variant:
     """The form of the kernel that serves ``shape`` best, with as many stages as shared memory holds."""
     rows = shape.heads * shape.query_len
     mode = "width" if shape.latent_dim > 256 else "tokens" if rows <= 64 else "rows"
-    pipelined = mode == "rows"
     stages = MAX_STAGES
     while True:
-        variant = Variant(shape.latent_dim, shape.rope_dim, mode, stages, pipelined)
+        variant = Variant(shape.latent_dim, shape.rope_dim, mode, stages)
         if variant.shared_bytes <= SHARED_LIMIT_BYTES:
             return variant
         stages -= 1
@@ -122,7 +119,7 @@ class _Params(ctypes.Structure):
                 "kv",
                 "out",
                 "partial_out",
-                "partial_lse",
+                "partial_sums",
                 "lengths",
                 "page_indices",
                 "page_starts",
@@ -200,10 +197,12 @@ class HopperDecode:
         self._part_begin = torch.zeros(self.parts + 1, 8, dtype=torch.int32, device=device)
         self._split_start = torch.zeros(max_batch + 1, dtype=torch.int32, device=device)
         self._arrived = torch.zeros(self._row_blocks * max_batch, dtype=torch.int32, device=device)
-        self._partial_out = torch.empty(splits * rows * shape.latent_dim, dtype=torch.float32, device=device)
-        self._partial_lse = torch.empty(splits * rows, dtype=torch.float32, device=device)
+        self._partial_out = torch.empty(splits * rows * shape.latent_dim, dtype=torch.float16, device=device)
+        self._partial_sums = torch.empty(splits * 3 * rows, dtype=torch.float32, device=device)
         self._table: PageTable | None = None
         self._lengths: torch.Tensor | None = None
+        # The first run after a plan waits for it in full; later ones may then read the plan at once.
+        self._after_plan = False
 
     def plan(self, table: PageTable, lengths: torch.Tensor) -> None:
         """Lay out a step on the device, from lengths on the device; nothing is read back.
@@ -219,6 +218,7 @@ class HopperDecode:
         if table.batch > self.max_batch:
             raise AttentionInputError(f"at most {self.max_batch} requests were announced; got {table.batch}")
         self._table, self._lengths = table, lengths
+        self._after_plan = False
         arguments = (
             ctypes.c_void_p(lengths.data_ptr()),
             ctypes.c_void_p(table.starts.data_ptr()),
@@ -260,7 +260,7 @@ class HopperDecode:
         params = _Params(
             *(
                 tensor.data_ptr()
-                for tensor in (q_latent, q_rope, cache, out, self._partial_out, self._partial_lse)
+                for tensor in (q_latent, q_rope, cache, out, self._partial_out, self._partial_sums)
             ),
             *(tensor.data_ptr() for tensor in (lengths, table.indices, table.starts)),
             self._part_begin.data_ptr(),
@@ -281,8 +281,9 @@ class HopperDecode:
             (params,),
             self._stream(),
             shared_bytes=self.variant.shared_bytes,
-            early=True,
+            early=self._after_plan,
         )
+        self._after_plan = True
         return out
 
     def _stream(self) -> int:

@@ -160,6 +160,10 @@ class DecodeAttention(Protocol):
     def plan(self, table: PageTable, lengths: torch.Tensor) -> None:
         """Lay out the work of a step. Backends for CUDA graphs keep these tensors' addresses: refill, do not
         replace.
+
+        From here to the step's last ``run``, lengths, page table and the rows of earlier tokens stay as they
+        are: a kernel may read them while the one before it in the stream still runs. Rows of the step's own
+        tokens (the last ``query_len`` of a request) may be written until the ``run`` that reads them.
         """
 
     def run(

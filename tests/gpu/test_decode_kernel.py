@@ -110,6 +110,29 @@ def test_cuda_graph_follows_refilled_lengths() -> None:
         assert relative_error(out, case.reference()) <= BAR, lengths
 
 
+def test_newest_rows_may_be_written_by_the_kernel_before() -> None:
+    """That kernel lets its successor start early: a run of this kernel whose output are the rows."""
+    writer_case = random_case(DecodeShape(128, 8), [60_000], 13)
+    writer = HopperDecode(writer_case.shape, SCALE, 1, DEVICE)
+    writer.plan(writer_case.table, writer_case.lengths)
+    shape = DecodeShape(128, 16, query_len=4, page_size=64)
+    case = random_case(shape, [900, 316, 70], 14)
+    page = case.table.indices[case.table.starts[1] + 316 // 64].item()
+    rows = case.kv_cache[
+        page * 64 + 56 : page * 64 + 64
+    ]  # tokens 312 to 315, and four slots that nothing uses
+    kernel = HopperDecode(shape, SCALE, 3, DEVICE)
+    kernel.plan(case.table, case.lengths)
+    out = torch.empty_like(case.q_latent)
+    written = rows[:, :128].unsqueeze(0)  # [1, 8 heads, 128]
+    for _ in range(3):
+        rows[:, :128] = float("nan")
+        out.fill_(float("nan"))
+        writer.run(writer_case.q_latent, writer_case.q_rope, writer_case.kv_cache, written)
+        kernel.run(case.q_latent, case.q_rope, case.kv_cache, out)
+        assert relative_error(out, case.reference()) <= BAR
+
+
 def test_req_to_token_rows_and_strided_queries() -> None:
     """SGLang's page table form, and queries that come transposed out of a batched product."""
     shape = DecodeShape(192, 16)

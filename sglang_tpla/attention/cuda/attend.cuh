@@ -5,6 +5,8 @@ struct Softmax {
     float highest[2], total[2];
 };
 
+// Both operands from shared memory. Part of the query in registers reads less of it, but is no faster, and at width 64 the
+// compiler reused those registers within the loop (benchmarks/results/h100/NOTES.md).
 __device__ __forceinline__ void scores(float (&s)[32], u32 q_rows, u32 stage) {
     const u64 q = descriptor(q_rows, 16), k = descriptor(stage, 16);
     pin(s);
@@ -26,6 +28,10 @@ __device__ __forceinline__ void add_values(float (&o)[kOut], const u32 (&probabi
     wgmma_commit();
 }
 
+// How far (in powers of two) a row's subtracted maximum may lag behind its true one: so the accumulators are rescaled after
+// the first tiles only, and fp32 sums of values up to 2^8 lose nothing.
+constexpr float kLag = 8.f;
+
 // Turns scores into unnormalised probabilities in place; returns by what each row's older sums must be multiplied.
 __device__ __forceinline__ void soften(float (&s)[32], Softmax& state, float (&factor)[2], float scale_log2, int first_token,
                                        const int (&limit)[2], bool masked, int lane) {
@@ -43,10 +49,10 @@ __device__ __forceinline__ void soften(float (&s)[32], Softmax& state, float (&f
         for (int i = 0; i < 32; i += 4) top = fmaxf(top, fmaxf(s[i + 2 * half], s[i + 2 * half + 1]));
         top = fmaxf(top, __shfl_xor_sync(0xffffffff, top, 1));
         top = fmaxf(top, __shfl_xor_sync(0xffffffff, top, 2));
-        top = fmaxf(top, state.highest[half]);
-        const float shift = top == negative_infinity() ? 0.f : top * scale_log2;
-        factor[half] = exp2_fast(state.highest[half] * scale_log2 - shift);
-        state.highest[half] = top;
+        const bool raise = (top - state.highest[half]) * scale_log2 > kLag;
+        factor[half] = raise ? exp2_fast((state.highest[half] - top) * scale_log2) : 1.f;
+        if (raise) state.highest[half] = top;
+        const float shift = state.highest[half] == negative_infinity() ? 0.f : state.highest[half] * scale_log2;
         float sum = 0.f;
 #pragma unroll
         for (int i = 0; i < 32; i += 4) {
@@ -105,31 +111,71 @@ template <int kGroup> __device__ __forceinline__ void join(float (&o)[kOut], Sof
     }
 }
 
-// Writes accumulators [kFirst, kFirst + kCount) of a segment: straight to the output when it is the whole request, else
-// as a partial result with its log-sum-exp.
+// Writes accumulators [kFirst, kFirst + kCount) of a segment, which is the whole request, to the output.
 template <int kFirst, int kCount>
-__device__ __forceinline__ void store(const Params& p, const float (&o)[kOut], const Softmax& state, int request, int split,
-                                      bool whole, int first_row, int first_column, bool owns_row, int thread) {
-    const int lane = thread % 32, rows = p.query_len * p.heads;
+__device__ __forceinline__ void store_out(const Params& p, const float (&o)[kOut], const Softmax& state, int request,
+                                          int first_row, int first_column, int group, int thread) {
+    const int lane = thread % 32;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
         const int row = blockIdx.y * kRows + first_row + (thread / 32) * 16 + lane / 4 + half * 8;
+        if (row >= p.query_len * p.heads) continue;
         const float inverse = state.total[half] > 0.f ? 1.f / state.total[half] : 0.f;
-        if (row >= rows) continue;
         const int token = row / p.heads, head = row - token * p.heads;
         u16* out = p.out + ((long long)request * p.query_len + token) * p.out_token_stride + head * p.out_head_stride;
-        float* partial = p.partial_out + ((long long)split * rows + row) * LATENT;
 #pragma unroll
         for (int i = kFirst; i < kFirst + kCount; i += 4) {
             const int column = first_column + i * 2 + (lane % 4) * 2;
             // In MODE_WIDTH the warpgroups' columns may overlap by a panel: the first one writes it.
-            if (column >= LATENT || (MODE == MODE_WIDTH && !owns_row && column < kOutPanels * 64)) continue;
-            const float x = o[i + 2 * half] * inverse, y = o[i + 2 * half + 1] * inverse;
-            if (whole) *reinterpret_cast<u32*>(out + column) = pack_bf16(x, y);
-            else *reinterpret_cast<float2*>(partial + column) = make_float2(x, y);
+            if (column >= LATENT || (MODE == MODE_WIDTH && group == 1 && column < kScaleColumn)) continue;
+            *reinterpret_cast<u32*>(out + column) = pack_bf16(o[i + 2 * half] * inverse, o[i + 2 * half + 1] * inverse);
         }
-        if (!whole && owns_row && lane % 4 == 0)
-            p.partial_lse[(long long)split * rows + row] =
-                state.total[half] > 0.f ? state.highest[half] + log2_fast(state.total[half]) : negative_infinity();
     }
+}
+
+// Writes the same as a partial result. Half as many bytes as in float32, and as good: each row (of this warpgroup) is scaled
+// by its largest value, so 11 bits are left where the output has 8. In memory 8 values of a lane lie side by side: of each 32
+// columns, lane % 4 has 2 * (lane % 4) and the one after it, and those 8, 16 and 24 further on. Sums lie row by row, so that
+// a warp fills whole sectors: one written in part is read back from device memory before it can be used.
+template <int kFirst, int kCount>
+__device__ __forceinline__ void store_partial(const Params& p, const float (&o)[kOut], const Softmax& state, int split,
+                                              int first_row, int first_column, int group, int thread) {
+    const int lane = thread % 32, rows = p.query_len * p.heads;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        const int row = blockIdx.y * kRows + first_row + (thread / 32) * 16 + lane / 4 + half * 8;
+        float largest = 0.f;
+#pragma unroll
+        for (int i = kFirst; i < kFirst + kCount; i += 4)
+            if (first_column + i / 16 * 32 < LATENT)
+                largest = fmaxf(largest, fmaxf(fabsf(o[i + 2 * half]), fabsf(o[i + 2 * half + 1])));
+        largest = fmaxf(largest, __shfl_xor_sync(0xffffffff, largest, 1));
+        largest = fmaxf(largest, __shfl_xor_sync(0xffffffff, largest, 2));
+        if (row >= rows) continue;
+        const float to_one = largest > 1e-37f ? 1.f / largest : 0.f;
+        uint4* partial = reinterpret_cast<uint4*>(p.partial_out + ((long long)split * rows + row) * LATENT);
+#pragma unroll
+        for (int i = kFirst; i < kFirst + kCount; i += 16) {
+            const int column = first_column + i * 2;
+            if (column >= LATENT || (MODE == MODE_WIDTH && group == 1 && column < kScaleColumn)) continue;
+            u32 packed[4];
+#pragma unroll
+            for (int k = 0; k < 4; ++k)
+                packed[k] = pack_half(o[i + 4 * k + 2 * half] * to_one, o[i + 4 * k + 2 * half + 1] * to_one);
+            partial[column / 8 + lane % 4] = make_uint4(packed[0], packed[1], packed[2], packed[3]);
+        }
+        if (lane % 4) continue;
+        float* sums = p.partial_sums + 3ll * split * rows + row;
+        const float total = state.total[half];
+        if (MODE == MODE_ROWS || group == 0)
+            sums[0] = total > 0.f ? state.highest[half] + log2_fast(total) : negative_infinity();
+        sums[(MODE == MODE_ROWS || group == 0 ? 1 : 2) * rows] = total > 0.f ? largest / total : 0.f;
+    }
+}
+
+template <int kFirst, int kCount>
+__device__ __forceinline__ void store(const Params& p, const float (&o)[kOut], const Softmax& state, int request, int split,
+                                      bool whole, int first_row, int first_column, int group, int thread) {
+    if (whole) store_out<kFirst, kCount>(p, o, state, request, first_row, first_column, group, thread);
+    else store_partial<kFirst, kCount>(p, o, state, split, first_row, first_column, group, thread);
 }

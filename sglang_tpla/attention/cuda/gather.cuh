@@ -1,7 +1,7 @@
 // ---- the part of a block ------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ int4 part_row(const Params& p, int part) {
-    return reinterpret_cast<const int4*>(p.part_begin)[2 * part];
+    return __ldcg(reinterpret_cast<const int4*>(p.part_begin) + 2 * part);
 }
 
 // Walks the (request, tile range) segments of part blockIdx.x; every role walks the same list.
@@ -12,7 +12,7 @@ struct Segments {
     __device__ __forceinline__ explicit Segments(const Params& params) : p(params) {
         const int4 begin = part_row(p, blockIdx.x), end = part_row(p, blockIdx.x + 1);
         request = begin.x, first_tile = begin.y, before = begin.z, last_request = end.x, last_tile = end.y, length = begin.w;
-        start = p.part_begin[8 * blockIdx.x + 4];
+        start = __ldcg(p.part_begin + 8 * blockIdx.x + 4);
     }
     __device__ __forceinline__ bool more() const {
         return request < last_request || (request == last_request && first_tile < last_tile);
@@ -22,16 +22,21 @@ struct Segments {
     }
     __device__ __forceinline__ void next() {
         ++request, first_tile = 0, before = 0;
-        if (more()) length = p.lengths[request], start = p.page_starts[request];
+        if (more()) length = __ldcg(p.lengths + request), start = __ldcg(p.page_starts + request);
     }
 };
 
 // ---- producer -----------------------------------------------------------------------------------------------------
+//
+// Cache rows, except those of the step's own tokens, and the page table are as they were when the step was planned, and
+// the plan was complete before the kernel's predecessor in the stream started (hopper_decode.py sees to that). So the
+// producer fills the ring while the predecessor still runs, and waits for it only before the newest rows.
 
+template <int kThreads>
 __device__ __forceinline__ void load_query(const Params& p, u32 q_smem, int request, int thread) {
     const int rows = p.query_len * p.heads, column = thread % 8;
 #pragma unroll 1
-    for (int row = thread / 8; row < kRows; row += kProducerThreads / 8) {
+    for (int row = thread / 8; row < kRows; row += kThreads / 8) {
         const int global_row = blockIdx.y * kRows + row;
         const bool valid = global_row < rows;
         const int token = valid ? global_row / p.heads : 0, head = valid ? global_row - token * p.heads : 0;
@@ -82,15 +87,19 @@ __device__ __forceinline__ void load_tile(const Params& p, u32 stage, int thread
 __device__ __forceinline__ void produce(const Params& p, u32 q_smem, int* slot_buffer, u32 ring, u32 full, u32 empty,
                                         u32 q_full, u32 q_empty, int thread) {
     u32 stage = 0, phase = 0, q_phase = 0, chunk = 0;
+    bool first_segment = true;
     for (Segments s(p); s.more(); s.next()) {
         const int length = s.length, start = s.start, end = s.end_tile();
         if (s.first_tile >= end) continue;
         int ahead[kSlotsPerThread];                              // slots of the next chunk, on their way
         load_slots(p, start, length, s.first_tile, thread, ahead);
-        barrier_wait(q_empty, q_phase ^ 1);
-        q_phase ^= 1;
-        load_query(p, q_smem, s.request, thread);
-        barrier_arrive_when_copied(q_full);
+        if (!first_segment) {                                    // the consumers load the first one's query
+            barrier_wait(q_empty, q_phase);
+            q_phase ^= 1;
+            load_query<kProducerThreads>(p, q_smem, s.request, thread);
+            barrier_arrive_when_copied(q_full);
+        }
+        first_segment = false;
         for (int first = s.first_tile; first < end; first += kChunkTiles, chunk ^= 1) {
             int* slots = slot_buffer + chunk * (kChunkTiles * kTile);
 #pragma unroll
@@ -99,6 +108,7 @@ __device__ __forceinline__ void produce(const Params& p, u32 q_smem, int* slot_b
             load_slots(p, start, length, first + kChunkTiles, thread, ahead);
             for (int tile = first; tile < min(first + kChunkTiles, end); ++tile) {
                 barrier_wait(empty + 8 * stage, phase ^ 1);
+                if ((tile + 1) * kTile > length - p.query_len) wait_for_predecessor();
                 load_tile(p, ring + stage * kStageBytes, thread, slots + (tile - first) * kTile);
                 barrier_arrive_when_copied(full + 8 * stage);
                 if (++stage == STAGES) stage = 0, phase ^= 1;

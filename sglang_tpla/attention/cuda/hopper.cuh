@@ -23,6 +23,9 @@ __device__ __forceinline__ void copy16(u32 target, const void* source, bool vali
     asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(target), "l"(source),
                  "r"(valid ? 16 : 0) : "memory");
 }
+__device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+// Until the kernels before this one in the stream have ended and their writes are visible.
+__device__ __forceinline__ void wait_for_predecessor() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 // cp.async writes through the generic proxy, wgmma reads through the async proxy.
 __device__ __forceinline__ void fence_async_proxy() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
@@ -41,6 +44,13 @@ template <int kCount> __device__ __forceinline__ void pin(u32 (&registers)[kCoun
 #pragma unroll
     for (int i = 0; i < kCount; ++i) asm volatile("" : "+r"(registers[i])::"memory");
 }
+// MODE_ROWS: the two warpgroups of consumers compute scores in turn; the second one passes first.
+__device__ __forceinline__ void take_turn(int group) {
+    if (MODE == MODE_ROWS) asm volatile("bar.sync %0, 256;" ::"r"(3 + group) : "memory");
+}
+__device__ __forceinline__ void pass_turn(int group) {
+    if (MODE == MODE_ROWS) asm volatile("bar.arrive %0, 256;" ::"r"(4 - group) : "memory");
+}
 __device__ __forceinline__ void sync_consumers() { asm volatile("bar.sync 1, 256;" ::: "memory"); }
 __device__ __forceinline__ void sync_producers() { asm volatile("bar.sync 2, 128;" ::: "memory"); }
 
@@ -53,6 +63,17 @@ __device__ __forceinline__ u32 pack_bf16(float low, float high) {
     u32 packed;
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
     return packed;
+}
+__device__ __forceinline__ u32 pack_half(float low, float high) {
+    u32 packed;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+    return packed;
+}
+__device__ __forceinline__ float2 unpack_half(u32 packed) {
+    float2 pair;
+    asm("{\n.reg .f16 low, high;\nmov.b32 {low, high}, %2;\ncvt.f32.f16 %0, low;\ncvt.f32.f16 %1, high;\n}"
+        : "=f"(pair.x), "=f"(pair.y) : "r"(packed));
+    return pair;
 }
 __device__ __forceinline__ float exp2_fast(float x) {
     float y;

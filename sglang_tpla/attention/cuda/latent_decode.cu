@@ -15,8 +15,8 @@ __device__ __forceinline__ void consume(const Params& p, u32 q_smem, float* q_bu
             if (length <= 0) store_zeros(p, seg.request, consumer);
             continue;
         }
-        const int first_split = p.split_start[seg.request];
-        const int splits = p.split_start[seg.request + 1] - first_split;
+        const int first_split = __ldcg(p.split_start + seg.request);
+        const int splits = __ldcg(p.split_start + seg.request + 1) - first_split;
         const bool whole = splits == 1;
         int limit[2];                                            // tokens that each of the two rows may see
 #pragma unroll
@@ -30,51 +30,26 @@ __device__ __forceinline__ void consume(const Params& p, u32 q_smem, float* q_bu
         Softmax state = {{negative_infinity(), negative_infinity()}, {0.f, 0.f}};
 #pragma unroll
         for (int i = 0; i < kOut; ++i) o[i] = 0.f;
-        barrier_wait(q_full, q_phase);
-        q_phase ^= 1;
-        fence_async_proxy();
-#if PIPELINED
-        // The next tile's scores are computed while this tile's softmax waits for its values: one more stage is held.
-        u32 held = base % STAGES;
-        barrier_wait(full + 8 * held, (base / STAGES) & 1);
-        fence_async_proxy();
-        scores(s, q_rows, ring + held * kStageBytes);
-        wgmma_wait<0>();
-        pin(s);
-        soften(s, state, factor, p.scale_log2, seg.first_tile * kTile, limit, (seg.first_tile + 1) * kTile > unmasked, lane);
-        pack_probability(probability, s);
-        for (int j = 1; j < tiles; ++j) {
-            const u32 at = base + j, stage = at % STAGES;
-            barrier_wait(full + 8 * stage, (at / STAGES) & 1);
+        if (base == 0) {                                         // the first query comes before its keys crowd the memory
+            load_query<kConsumerThreads>(p, q_smem, seg.request, consumer);
+            wait_for_copies();
             fence_async_proxy();
-            scores(s, q_rows, ring + stage * kStageBytes);
-            pin(o);
-            add_values(o, probability, ring + held * kStageBytes + first_panel * kPanelBytes);
-            wgmma_wait<1>();
-            pin(s);
-            const int first_token = (seg.first_tile + j) * kTile;
-            soften(s, state, factor, p.scale_log2, first_token, limit, first_token + kTile > unmasked, lane);
-            wgmma_wait<0>();
-            pin(o);
-            pin(probability);
-            if (lane == 0) barrier_arrive(empty + 8 * held);
-            rescale(o, factor);
-            pack_probability(probability, s);
-            held = stage;
+            sync_consumers();
+        } else {
+            barrier_wait(q_full, q_phase);
+            q_phase ^= 1;
+            fence_async_proxy();
         }
-        pin(o);
-        add_values(o, probability, ring + held * kStageBytes + first_panel * kPanelBytes);
-        wgmma_wait<0>();
-        pin(o);
-        if (lane == 0) barrier_arrive(empty + 8 * held);
-#else
+        if (group == 1) pass_turn(group);
         for (int j = MODE == MODE_TOKENS ? group : 0; j < tiles; j += kStep) {
             const u32 at = base + j, stage = at % STAGES;
             barrier_wait(full + 8 * stage, (at / STAGES) & 1);
             fence_async_proxy();
+            take_turn(group);
             scores(s, q_rows, ring + stage * kStageBytes);
             wgmma_wait<0>();
             pin(s);
+            if (group == 0 || j + 1 < tiles) pass_turn(group);
             const int first_token = (seg.first_tile + j) * kTile;
             soften(s, state, factor, p.scale_log2, first_token, limit, first_token + kTile > unmasked, lane);
             rescale(o, factor);
@@ -86,7 +61,6 @@ __device__ __forceinline__ void consume(const Params& p, u32 q_smem, float* q_bu
             pin(probability);
             if (lane == 0) barrier_arrive(empty + 8 * stage);
         }
-#endif
         base += tiles;
         // From here maxima are in base-2 units, as the log-sum-exp is.
 #pragma unroll
@@ -97,18 +71,19 @@ __device__ __forceinline__ void consume(const Params& p, u32 q_smem, float* q_bu
         }
         const int split = first_split + seg.before;
         if (MODE != MODE_TOKENS) {
-            if (lane == 0) barrier_arrive(q_empty);
-            store<0, kOut>(p, o, state, seg.request, split, whole, first_row, first_panel * 64, MODE == MODE_ROWS || group == 0, thread);
-        } else if (group == 0) {
-            join<0>(o, state, q_buffer, thread);
             __syncwarp();                                        // all lanes have read the query's memory
             if (lane == 0) barrier_arrive(q_empty);
-            store<0, kOut / 2>(p, o, state, seg.request, split, whole, 0, 0, true, thread);
+            store<0, kOut>(p, o, state, seg.request, split, whole, first_row, first_panel * 64, group, thread);
+        } else if (group == 0) {
+            join<0>(o, state, q_buffer, thread);
+            __syncwarp();
+            if (lane == 0) barrier_arrive(q_empty);
+            store<0, kOut / 2>(p, o, state, seg.request, split, whole, 0, 0, 0, thread);
         } else {
             join<1>(o, state, q_buffer, thread);
             __syncwarp();
             if (lane == 0) barrier_arrive(q_empty);
-            store<kOut / 2, kOut / 2>(p, o, state, seg.request, split, whole, 0, 0, false, thread);
+            store<kOut / 2, kOut / 2>(p, o, state, seg.request, split, whole, 0, 0, 1, thread);
         }
         if (!whole) {
             const u32 target = announce(p, seg.request, splits, consumer);
@@ -141,9 +116,6 @@ extern "C" __global__ void __launch_bounds__(384, 1) latent_decode(const __grid_
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
     __syncthreads();
-    // The next kernel of the stream may start to set up; this one reads nothing before its predecessor has ended.
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
     if (group == 0) {
         // The block starts with 3 x 168 registers a lane; a warpgroup that asks for more than is free waits forever.
         static_assert(kProducerRegisters + 2 * kConsumerRegisters <= 3 * 168, "registers of the three warpgroups");
@@ -151,6 +123,8 @@ extern "C" __global__ void __launch_bounds__(384, 1) latent_decode(const __grid_
         produce(p, q_smem, slot_buffer, ring, full, empty, q_full, q_empty, thread);
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kConsumerRegisters));
+        wait_for_predecessor();
+        asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
         consume(p, q_smem, q_buffer, ring, full, empty, q_full, q_empty, group - 1, thread);
     }
 }

@@ -7,7 +7,8 @@
 // panels of 64 columns in the 128-byte swizzle that wgmma reads); warpgroups 1 and 2 compute. How those two share
 // the work is the compile-time MODE:
 //     MODE_TOKENS  up to 64 rows: they take alternate tiles and add up through shared memory at the end;
-//     MODE_ROWS    up to 128 rows: each has 64 rows of every tile;
+//     MODE_ROWS    up to 128 rows: each has 64 rows of every tile; they compute scores in turn, so that one's softmax falls
+//                  on the other's matrix products;
 //     MODE_WIDTH   latent wider than 256: each has half of the value columns and computes all scores.
 // The grid is persistent: block x runs part x of the plan (see plan.py), so its size never depends on the lengths.
 // A request that lies in several parts is merged at the end by the blocks that hold it: each waits until all have
@@ -23,12 +24,14 @@ constexpr int kValuePanels = (LATENT + 63) / 64;
 constexpr int kRows = MODE == MODE_ROWS ? 128 : 64;         // query rows a block
 constexpr int kOutPanels = MODE == MODE_WIDTH ? (kValuePanels + 1) / 2 : kValuePanels;
 constexpr int kOut = kOutPanels * 32;                       // fp32 accumulators a thread
+// The warpgroup that stores a row scales what it stores: from this column on it is the second one.
+constexpr int kScaleColumn = MODE == MODE_TOKENS ? kOutPanels * 32 : MODE == MODE_WIDTH ? kOutPanels * 64 : LATENT;
 constexpr int kPanelBytes = kTile * 128;
 constexpr int kQPanelBytes = kRows * 128;
 constexpr int kStageBytes = kPanels * kPanelBytes;
 constexpr int kQBytes = kPanels * kQPanelBytes;
 constexpr int kSteps = kWidth / 16;                         // wgmma steps of the scores
-constexpr int kProducerThreads = 128;
+constexpr int kProducerThreads = 128, kConsumerThreads = 256;
 constexpr int kChunkTiles = 8;                              // tiles whose slots are looked up together
 constexpr int kSlotBytes = 2 * kChunkTiles * kTile * 4;
 constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
@@ -40,8 +43,9 @@ struct Params {
     const u16* q_rope;         // [batch * query_len, heads, ROPE]
     const u16* kv;             // [slots, LATENT + ROPE]
     u16* out;                  // [batch * query_len, heads, LATENT]
-    float* partial_out;        // [splits, query_len * heads, LATENT]
-    float* partial_lse;        // [splits, query_len * heads], base 2
+    u16* partial_out;          // [splits, query_len * heads, LATENT] float16 of values / scale; for their order see store()
+    float* partial_sums;       // [splits, 3, query_len * heads]: log-sum-exp (base 2), scale of the columns before
+                               // kScaleColumn, scale of the others
     const int* lengths;        // [batch]
     const int* page_indices;
     const int* page_starts;    // [batch]
