@@ -7,6 +7,7 @@ the model and the attention backend after it has resolved them.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,8 @@ def check_flags(args: Any) -> None:
         (args.speculative_algorithm is not None, "--speculative-algorithm", "the draft model's cache is not sliced "
          "and not transferred yet"),
         (args.pp_size > 1, "--pp-size", "pipeline stages are not transferred yet"),
+        (sliced and os.environ.get("SGL_USE_DEEPGEMM_BMM", "0").lower() in ("1", "true"), "SGL_USE_DEEPGEMM_BMM",
+         "it leaves the absorbed weights in FP8 blocks, which the maps cannot be folded into"),
         (sliced and bool(args.enable_lora), "--enable-lora", "adapters on kv_b_proj correct the unfolded weights"),
         (role == "prefill" and args.kv_cache_dtype.startswith("fp8"), f"--kv-cache-dtype {args.kv_cache_dtype}",
          "prompts stay exact, and a decode server with --kv-cache-dtype fp8_e4m3 gets FP8 rows from any cache"),
@@ -152,6 +155,7 @@ def check_model(args: Any) -> None:
     if loaded is not None:
         folder = local_checkpoint(args.model_path, args.revision)
         loaded.check_model(Checkpoint(folder).config, weights_hash(folder), layout.groups)
+        check_blocks(text, getattr(config.hf_config, "quantization_config", None), layout)
     elif backend != OURS and args.kv_cache_dtype != FP8_CACHE:
         return  # plain MLA on a stock backend
     shapes = slice_shapes(args, config)
@@ -163,6 +167,30 @@ def check_model(args: Any) -> None:
         )
     for shape in shapes:
         require_engine_backend(backend, shape, device_capability(torch.device(args.device)))
+
+
+def check_blocks(text: Any, quantization: dict[str, Any] | None, layout: Layout) -> None:
+    """Block-quantised weights are cut between blocks. SGLang checks that only where it cuts into T parts, and head
+    shards are T/g: beyond that it would take scales of other blocks without a word.
+
+    Raises:
+        ConfigError: a head shard that ends inside a block.
+    """
+    block = (quantization or {}).get("weight_block_size")
+    if not block or layout.head_shards == 1:
+        return
+    sizes = (
+        ("q_b_proj", text.qk_nope_head_dim + text.qk_rope_head_dim, block[0]),
+        ("kv_b_proj", text.qk_nope_head_dim + text.v_head_dim, block[0]),
+        ("o_proj", text.v_head_dim, block[1]),
+    )
+    for name, head_size, size in sizes:
+        if layout.local_heads * head_size % size:
+            raise ConfigError(
+                f"a head shard of {name} has {layout.local_heads} heads of {head_size} = "
+                f"{layout.local_heads * head_size} values, which end inside a block of {size} that has one scale; use "
+                f"fewer head shards than {layout.head_shards} (--tp-size / --tpla-groups)"
+            )
 
 
 def slice_shapes(args: Any, config: Any) -> list[DecodeShape]:
