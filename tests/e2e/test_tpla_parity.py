@@ -94,6 +94,7 @@ def test_layers_of_different_width_head_shards_and_summed_heads(
         assert_answers_follow_the_formula(pair, Artifact.load(path), nano_mla)
 
 
+@pytest.mark.slow  # a decode server of its own
 def test_fp8_cache(trio: Any, nano_mla: str, nano_artifact: str, logs: Path) -> None:
     """A decode server with FP8 rows behind the same prefill server, whose own cache is float32."""
     decode = launcher(
