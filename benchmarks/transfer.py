@@ -94,6 +94,12 @@ def random_bytes(size: int) -> np.ndarray:
     return np.resize(block, size)
 
 
+def make_pool(tokens: int, layers: int) -> CachePool:
+    """A pool of random rows in memory that numpy allocates, as that of all contestants: it asks for huge pages."""
+    rows = [torch.from_numpy(random_bytes(tokens * ROW_BYTES)) for _ in range(layers)]
+    return CachePool([row.view(torch.bfloat16).view(tokens, -1) for row in rows], LATENT, ROPE, PAGE)
+
+
 class NoChecksum:
     """Takes any payload for sound."""
 
@@ -119,8 +125,7 @@ def switch_checksums(on: bool) -> None:
 def prefill_child(pipe: Connection, tokens: int, layers: int) -> None:
     """A prefill agent with random rows."""
     torch.set_num_threads(1)
-    rows = torch.from_numpy(random_bytes(tokens * ROW_BYTES)).view(torch.bfloat16).view(tokens, LATENT + ROPE)
-    pool = CachePool([rows.clone() for _ in range(layers)], LATENT, ROPE, PAGE)
+    pool = make_pool(tokens, layers)
     metadata = MetadataRows([np.zeros((8, 64), dtype=np.uint8)])
     agent = PrefillAgent(
         pool, metadata, model_hash="bench", settings=SETTINGS, bind_host="127.0.0.1", rank=0, size=1
@@ -148,9 +153,7 @@ def decode_child(
 ) -> None:
     """A decode agent with an empty pool."""
     torch.set_num_threads(1)
-    pool = CachePool(
-        [torch.ones(tokens, LATENT + ROPE, dtype=torch.bfloat16) for _ in range(layers)], LATENT, ROPE, PAGE
-    )
+    pool = make_pool(tokens, layers)
     metadata = MetadataRows([np.zeros((8, 64), dtype=np.uint8)])
     agent = DecodeAgent(
         pool,

@@ -1,8 +1,9 @@
 """The data channel: a plain TCP socket beside a registered ZMQ connection, for chunks only (PROTOCOL.md).
 
-ZMQ allocates each message that comes in and hands it through two more threads; here the kernel copies straight out
-of sender staging and straight into receiver staging that is used again while it is in the processor's caches. It is
-offered only where ZMQ would not encrypt either. Both ends are used by the agent's I/O thread alone and never block.
+ZMQ allocates each message that comes in and hands it through two more threads; here the kernel takes payloads straight
+out of sender memory (`splicing`) and copies them straight into the pool (`landing`), or into receiver staging that is
+used again while it is in the processor's caches. It is offered only where ZMQ would not encrypt either. Both ends are
+used by the agent's I/O thread alone and never block.
 
     decode -> prefill   once: ``b"TPLD"``, version, the cookie that Welcome named: 21 bytes
     prefill -> decode   for each chunk: header bytes, payload bytes (two 32-bit big-endian numbers), header, payload
@@ -10,51 +11,59 @@ offered only where ZMQ would not encrypt either. Both ends are used by the agent
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import struct
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 
-from sglang_tpla.transfer.frames import CHANNEL_COOKIE_BYTES, HEAD_BYTES, MAX_HEADER_BYTES, Buffer, FrameError
-from sglang_tpla.transfer.security import is_loopback
+from sglang_tpla.transfer.frames import CHANNEL_COOKIE_BYTES, HEAD_BYTES, MAX_HEADER_BYTES, FrameError
+from sglang_tpla.transfer.runs import Cursor, Pieces
+from sglang_tpla.transfer.splicing import Splicer, SplicingRefused
 
 PREAMBLE = b"TPLD\x01"
 PREAMBLE_BYTES = len(PREAMBLE) + CHANNEL_COOKIE_BYTES
 SIZES = struct.Struct(">II")
 MAX_SPARE_BUFFERS = 8
+PIECE_BYTES = 1 << 20  # of one call
+WAKE_BYTES = 1 << 20  # of a payload, before its receiver wakes up
 BUFFER_BYTES = 4 << 20  # for sending and receiving; the system may give less
-# On loopback nothing is ever far away, and what waits in smaller buffers stays in the processor's caches.
-LOOPBACK_SEND_BYTES, LOOPBACK_RECEIVE_BYTES = 256 << 10, 1 << 20
 
 
 class ChannelError(ConnectionError):
     """The data channel was closed, or could not be opened."""
 
 
-def set_up(stream: socket.socket, host: str, timeout_s: float) -> None:
-    """Options of either end: never block, send at once, give a silent network up after ``timeout_s``.
-
-    ``host`` is the other side's address.
-    """
-    near = is_loopback(host)
+def set_up(stream: socket.socket, timeout_s: float) -> None:
+    """Options of either end: never block, send at once, give a silent network up after ``timeout_s``."""
     stream.setblocking(False)
     stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, max(1, int(timeout_s * 1000)))
-    stream.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, LOOPBACK_SEND_BYTES if near else BUFFER_BYTES)
-    stream.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, LOOPBACK_RECEIVE_BYTES if near else BUFFER_BYTES)
+    stream.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER_BYTES)
+    stream.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, BUFFER_BYTES)
 
 
 class Parcel:
-    """One chunk on its way into a socket."""
+    """One chunk on its way into a socket.
 
-    __slots__ = ("begun", "done", "views", "wanted")
+    Args:
+        header: copied when it is sent.
+        payload: left as it is until the other side has said that it has it, or nobody wants it any more.
+        wanted: asked once, before it is begun.
+        done: called once, when the socket has taken all of it, or it was left out.
+    """
 
-    def __init__(self, parts: Sequence[Buffer], wanted: Callable[[], bool], done: Callable[[], None]) -> None:
-        sizes = SIZES.pack(*(memoryview(part).nbytes for part in parts))
-        self.views = [memoryview(part).cast("B") for part in (sizes, *parts)]
+    __slots__ = ("begun", "cursor", "done", "head", "table", "wanted")
+
+    def __init__(
+        self, header: bytes, payload: Pieces, wanted: Callable[[], bool], done: Callable[[], None]
+    ) -> None:
+        self.head = memoryview(SIZES.pack(len(header), payload.size_bytes) + header)
+        self.table, self.cursor = payload.table.copy(), Cursor(payload.views)
         self.begun = False
         self.wanted = wanted
         self.done = done
@@ -63,14 +72,16 @@ class Parcel:
 class Outbox:
     """The sending end: parcels in order, as the socket takes them.
 
-    A parcel that is no longer wanted when its turn comes is left out, one that has begun is finished. ``done`` of each
-    is called once, when its memory is no longer needed.
+    A parcel that is no longer wanted when its turn comes is left out, one that has begun is finished.
     """
 
     def __init__(self, stream: socket.socket) -> None:
         self.stream = stream
         self.sent_bytes = 0
         self._parcels: deque[Parcel] = deque()
+        self._splicer: Splicer | None = None
+        with contextlib.suppress(OSError):  # then payloads are copied
+            self._splicer = Splicer()
 
     def __bool__(self) -> bool:
         return bool(self._parcels)
@@ -85,23 +96,59 @@ class Outbox:
             parcel = self._parcels[0]
             if parcel.begun or parcel.wanted():
                 parcel.begun = True
-                try:
-                    sent = self.stream.sendmsg(parcel.views)
-                except BlockingIOError:
+                if not self._send(parcel):
                     return
-                self.sent_bytes += sent
-                while parcel.views and sent >= parcel.views[0].nbytes:
-                    sent -= parcel.views.pop(0).nbytes
-                if parcel.views:
-                    parcel.views[0] = parcel.views[0][sent:]
-                    continue
             self._parcels.popleft().done()
+
+    def _send(self, parcel: Parcel) -> bool:
+        """Send of a parcel what the socket takes now; True when that was the end of it."""
+        try:
+            while parcel.head:
+                sent = self.stream.send(parcel.head, socket.MSG_MORE)
+                self.sent_bytes += sent
+                parcel.head = parcel.head[sent:]
+            while self._splicer is not None:
+                try:
+                    parcel.table, sent, all_sent = self._splicer.send(self.stream, parcel.table)
+                except SplicingRefused:
+                    self._end_splicing()
+                    break
+                self.sent_bytes += sent
+                parcel.cursor.advance(sent)
+                if all_sent or not sent:
+                    return all_sent
+            while views := parcel.cursor.ahead(PIECE_BYTES):
+                sent = self.stream.sendmsg(views)
+                self.sent_bytes += sent
+                parcel.cursor.advance(sent)
+        except BlockingIOError:
+            return False
+        return True
+
+    def _end_splicing(self) -> None:
+        if self._splicer is not None:
+            self._splicer.close()
+            self._splicer = None
 
     def close(self) -> None:
         """Close the socket and give all memory back."""
         self.stream.close()
+        self._end_splicing()
         while self._parcels:
             self._parcels.popleft().done()
+
+
+class Landing(Protocol):
+    """Where a payload goes instead of staging."""
+
+    size_bytes: int
+
+    def receive(self, stream: socket.socket) -> int:
+        """Take some of it from a socket: bytes, 0 at the end of the stream. Raises BlockingIOError, OSError."""
+        ...
+
+
+HeaderT = TypeVar("HeaderT")
 
 
 class Spares:
@@ -126,7 +173,7 @@ class Spares:
             self._buffers.append(view.obj)
 
 
-class Inbox:
+class Inbox(Generic[HeaderT]):
     """The receiving end: cuts the stream into headers and payloads.
 
     Args:
@@ -134,18 +181,29 @@ class Inbox:
         cookie: told to the other side first.
         max_payload_bytes: a larger payload ends the channel before any memory is taken for it.
         spares: where payload memory comes from.
+        announce: told of each header and the bytes that follow; returns what the header says, and where the payload
+            is to land, or None for staging.
     """
 
-    def __init__(self, stream: socket.socket, cookie: bytes, max_payload_bytes: int, spares: Spares) -> None:
+    def __init__(
+        self,
+        stream: socket.socket,
+        cookie: bytes,
+        max_payload_bytes: int,
+        spares: Spares,
+        announce: Callable[[memoryview, int], tuple[HeaderT, Landing | None]],
+    ) -> None:
         self.stream = stream
         self.received_bytes = 0
+        self.landing: Landing | None = None  # what is coming goes there
         self._greeting = PREAMBLE + cookie
-        self._limit, self._spares = max_payload_bytes, spares
+        self._limit, self._spares, self._announce = max_payload_bytes, spares, announce
         self._sizes = bytearray(SIZES.size)
         self._header: memoryview | None = None  # of the chunk that is coming, once its sizes are known
-        self._payload: memoryview | None = None  # and once its header is
+        self._said: HeaderT | None = None  # and what it says, once it is whole
         self._payload_bytes = 0
-        self._target, self._filled = memoryview(self._sizes), 0  # what is read into
+        self._low_water = 1
+        self._target, self._filled, self._due_bytes = memoryview(self._sizes), 0, SIZES.size
 
     @property
     def greeted(self) -> bool:
@@ -165,36 +223,51 @@ class Inbox:
             self._greeting = self._greeting[sent:]
         return self.greeted
 
-    def receive(self, budget_bytes: int) -> Iterator[tuple[memoryview, memoryview]]:
-        """(header, payload) of chunks that are complete, until the socket has no more or some
-        ``budget_bytes`` were read.
+    def receive(self, budget_bytes: int) -> Iterator[tuple[HeaderT, memoryview | Landing]]:
+        """(what the header says, payload or where it landed) of chunks that are complete, until the socket has no more
+        or some ``budget_bytes`` were read.
 
         Raises:
             OSError: the connection is gone.
-            FrameError: sizes out of range.
+            FrameError: sizes out of range, or what ``announce`` finds.
         """
         end = self.received_bytes + budget_bytes
         while self.received_bytes < end:
             try:
-                size = self.stream.recv_into(self._target[self._filled :])
+                if self.landing is not None:
+                    size = self.landing.receive(self.stream)
+                else:
+                    size = self.stream.recv_into(self._target[self._filled :])
             except (BlockingIOError, InterruptedError):
                 return
             if not size:
                 raise ChannelError("closed by the other side")
             self.received_bytes += size
             self._filled += size
-            if self._filled < self._target.nbytes:
+            if self._filled < self._due_bytes:
+                self._wait_for(self._due_bytes - self._filled)
                 continue
-            header, payload = self._header, self._payload
-            if header is None:
+            if self._header is None:
                 self._expect_header()
-            elif payload is None:
-                self._payload = self._target = self._spares.take(self._payload_bytes)
-                self._filled = 0
+            elif self._said is None:
+                self._said, self.landing = self._announce(self._header, self._payload_bytes)
+                if self.landing is None:
+                    self._target = self._spares.take(self._payload_bytes)
+                self._filled, self._due_bytes = 0, self._payload_bytes
+                self._wait_for(self._payload_bytes)
             else:
-                self._header = self._payload = None
-                self._target, self._filled = memoryview(self._sizes), 0
-                yield header, payload
+                said, payload = self._said, self.landing or self._target
+                self._header = self._said = self.landing = None
+                self._target, self._filled, self._due_bytes = memoryview(self._sizes), 0, SIZES.size
+                self._wait_for(1)
+                yield said, payload
+
+    def _wait_for(self, size_bytes: int) -> None:
+        """Have the socket be called readable when so much (or much) is there: each wake-up has a price."""
+        size_bytes = min(size_bytes, WAKE_BYTES)
+        if size_bytes != self._low_water:
+            self._low_water = size_bytes
+            self.stream.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, size_bytes)
 
     def _expect_header(self) -> None:
         header_bytes, self._payload_bytes = SIZES.unpack(self._sizes)
@@ -204,7 +277,7 @@ class Inbox:
                 f"{MAX_HEADER_BYTES} and {self._limit} are due"
             )
         self._header = self._target = memoryview(bytearray(header_bytes))
-        self._filled = 0
+        self._filled, self._due_bytes = 0, header_bytes
 
     def close(self) -> None:
         """Close the socket."""

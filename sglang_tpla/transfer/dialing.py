@@ -24,6 +24,7 @@ from sglang_tpla.transfer import frames
 from sglang_tpla.transfer.agent import Agent, endpoint
 from sglang_tpla.transfer.arena import map_arena
 from sglang_tpla.transfer.channel import ChannelError, Inbox, Spares, set_up
+from sglang_tpla.transfer.landing import PoolLanding
 from sglang_tpla.transfer.projection import Projection
 from sglang_tpla.transfer.receiving import Address, Connection, Link, Room
 from sglang_tpla.transfer.rows import RowWriter
@@ -267,6 +268,18 @@ class DecodeDialing(Agent[Room]):
         """One message about a room, on the I/O thread."""
 
     @abstractmethod
+    def _place(self, connection: Connection, chunk: frames.Chunk, size_bytes: int) -> PoolLanding | None:
+        """The place in the pool of a chunk that begins to come; None for staging."""
+
+    @abstractmethod
+    def _landed(self, landing: PoolLanding) -> None:
+        """A chunk has come whole."""
+
+    @abstractmethod
+    def _abandon(self, landing: PoolLanding) -> None:
+        """The rest of a chunk will not come."""
+
+    @abstractmethod
     def _room_failed(
         self, connection: Connection, room: int, message: frames.Message, error: Exception
     ) -> None:
@@ -297,9 +310,10 @@ class DecodeDialing(Agent[Room]):
         host = str(came.get("Peer-Address"))
         self._end_data(connection)
         stream = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
-        set_up(stream, host, self._settings.peer_timeout_s)
+        set_up(stream, self._settings.peer_timeout_s)
         limit = self._chunk_bytes
-        inbox = connection.inbox = Inbox(stream, data.cookie, limit, self._spares)
+        announce = partial(self._announced, connection)
+        inbox = connection.inbox = Inbox(stream, data.cookie, limit, self._spares, announce)
         error = stream.connect_ex((host, data.port))
         self._io.add_stream(stream, lambda: self._receive_data(connection, inbox))
         if error not in (0, errno.EINPROGRESS):
@@ -313,11 +327,12 @@ class DecodeDialing(Agent[Room]):
                 if inbox.greet():
                     self._io.watch(inbox.stream, writable=False)
                 return
-            for header, payload in inbox.receive(DATA_TURN_BYTES):
-                message = frames.decode(header, True)
-                if not isinstance(message, frames.Chunk):
-                    raise frames.FrameError(f"{type(message).__name__} does not come on a data channel")
-                self._take(connection, message, payload)
+            for chunk, payload in inbox.receive(DATA_TURN_BYTES):
+                if isinstance(payload, PoolLanding):
+                    connection.last_seen = time.monotonic()
+                    self._landed(payload)
+                elif isinstance(payload, memoryview):
+                    self._take(connection, chunk, payload)
                 if connection.inbox is not inbox:
                     return
         except frames.FrameError as error:
@@ -325,6 +340,19 @@ class DecodeDialing(Agent[Room]):
             self._lose_data(connection, error)
         except OSError as error:
             self._lose_data(connection, error)
+
+    def _announced(
+        self, connection: Connection, header: memoryview, size_bytes: int
+    ) -> tuple[frames.Chunk, PoolLanding | None]:
+        """What a header on a data channel says, and where its payload lands, if not in staging.
+
+        Raises:
+            FrameError: anything but a sound Chunk.
+        """
+        message = frames.decode(header, True)
+        if not isinstance(message, frames.Chunk):
+            raise frames.FrameError(f"{type(message).__name__} does not come on a data channel")
+        return message, self._place(connection, message, size_bytes)
 
     def _lose_data(self, connection: Connection, error: Exception) -> None:
         """Go on without a data channel, or with a new connection if chunks may have been lost with it."""
@@ -340,6 +368,8 @@ class DecodeDialing(Agent[Room]):
         if inbox is not None:
             self._io.remove_stream(inbox.stream)
             inbox.close()
+            if isinstance(inbox.landing, PoolLanding):
+                self._abandon(inbox.landing)
 
     # Registration
 

@@ -8,11 +8,13 @@ from sglang_tpla.transfer import frames
 from sglang_tpla.transfer.channel import Parcel
 from sglang_tpla.transfer.projection import cut_stacks
 from sglang_tpla.transfer.resuming import PrefillResuming
-from sglang_tpla.transfer.sending import Lane, Mode, Room, Stream
+from sglang_tpla.transfer.row_format import RowFormat
+from sglang_tpla.transfer.runs import Pieces, checksum_of, one_piece
+from sglang_tpla.transfer.sending import Lane, Mode, Peer, Room, Stream
 from sglang_tpla.transfer.staging import Slot
 
-# Chunks of one rank that wait to be read (on this host, for each thread that makes some) or sent (on its data channel):
-# more would be made faster than they go, and leave the processor's caches before they do.
+# Chunks of one rank that wait to be read (on this host, for each thread that makes some) or to be taken by the socket
+# (of its data channel): more would be made faster than they go, and leave the processor's caches before they do.
 LOCAL_CHUNKS = 4
 CHUNKS_AHEAD = 3
 
@@ -31,7 +33,7 @@ class Job:
 
     sequence: int
     loads: list[Load]
-    slot: Slot
+    slot: Slot  # without memory where the chunk is sent from the pool
 
 
 class PrefillDispatch(PrefillResuming):
@@ -47,7 +49,7 @@ class PrefillDispatch(PrefillResuming):
                 return True
             self._work.notify()  # there may be one more, for another thread
         try:
-            self._deliver(job, self._make(job))
+            self._deliver(job, *self._make(job))
         except Exception as error:
             # the rooms that wait for the chunk fail
             self._handler_failed("gather", error)
@@ -71,7 +73,8 @@ class PrefillDispatch(PrefillResuming):
                 sequence, streams = found
                 if not self._can_take(lane, sequence, streams, cap):
                     continue
-                slot = self._staging.take()
+                in_place = self._in_place(lane, sequence, streams)
+                slot = self._staging.hold() if in_place else self._staging.take()
                 if slot is None:
                     return None
                 peer.ready.move_to_end(key)
@@ -87,10 +90,7 @@ class PrefillDispatch(PrefillResuming):
             return False
         if lane.mode is Mode.LOCAL:
             return all(len(stream.unacked) < LOCAL_CHUNKS * len(self._workers) for stream in streams)
-        if self._doorway is not None and any(
-            stream.peer.slots_held >= CHUNKS_AHEAD and self._doorway.bound(stream.peer.identity)
-            for stream in streams
-        ):
+        if any(stream.peer.queued >= CHUNKS_AHEAD and self._on_channel(stream) for stream in streams):
             return False
         size = lane.plan.size(sequence)
         enough = all(stream.credit_bytes - stream.sent_bytes >= size for stream in streams)
@@ -99,17 +99,33 @@ class PrefillDispatch(PrefillResuming):
         lane.starved = not enough
         return enough
 
+    def _on_channel(self, stream: Stream) -> bool:
+        """True while a rank's chunks go over a data channel."""
+        return self._doorway is not None and self._doorway.bound(stream.peer.identity)
+
+    def _in_place(self, lane: Lane, sequence: int, streams: list[Stream]) -> bool:
+        """True if a chunk can be sent from where its rows lie: they stay as they are until their room ends."""
+        plan = lane.plan
+        return (
+            lane.mode is not Mode.LOCAL
+            and plan.projection.stacks is None
+            and plan.row_format is RowFormat.PLAIN
+            and plan.segments[sequence].in_place
+            and all(self._on_channel(stream) for stream in streams)
+        )
+
     def _load(self, lane: Lane, sequence: int, streams: list[Stream], slot: Slot) -> Load:
         """Mark a chunk as under way to some ranks."""
         lane.advance()
-        local = lane.mode is Mode.LOCAL
         chunk = (int(lane.plan.part), sequence)
         for stream in streams:
-            stream.unacked[chunk] = slot if local else None
-            slot.pending += local  # until the rank has read it
-            stream.peer.slots_held += 1
-            slot.holders.append(stream.peer.release_slot)
-            if not local:
+            stream.unacked[chunk] = None
+            if slot.buffer.size:
+                stream.unacked[chunk] = slot
+                slot.pending += 1  # until the rank has read it
+                stream.peer.slots_held += 1
+                slot.holders.append(stream.peer.release_slot)
+            if lane.mode is not Mode.LOCAL:
                 stream.sent_bytes += lane.plan.size(sequence)
         return Load(lane, list(streams))
 
@@ -120,40 +136,46 @@ class PrefillDispatch(PrefillResuming):
             if other is lane or other.plan is not lane.plan or other.repeat:
                 continue
             found = other.peek()
-            if found is not None and found[0] == sequence and self._can_take(other, sequence, found[1], cap):
+            if found is None or found[0] != sequence or not self._can_take(other, sequence, found[1], cap):
+                continue
+            if slot.buffer.size or self._in_place(other, sequence, found[1]):
                 loads.append(self._load(other, sequence, found[1], slot))
         return loads
 
-    def _make(self, job: Job) -> bytes:
-        """Fill the job's slot; the payload's checksum."""
+    def _make(self, job: Job) -> tuple[Pieces, bytes]:
+        """Fill the job's slot, if it has memory: where the payload is, and its checksum."""
         plan = job.loads[0].lane.plan
         rectangle, segment = plan.rectangles[job.sequence], plan.segments[job.sequence]
         first = rectangle.first_layer - self._pool.first_layer
         stacks = plan.projection.stacks
         start = rectangle.first_token - segment.first_token
+        slots = segment.slots[start : start + rectangle.tokens]
+        if not job.slot.buffer.size:
+            pieces = self._reader.pieces(rectangle, slots)
+            return pieces, checksum_of(pieces)
         payload = job.slot.buffer[: rectangle.payload_bytes]
         digest = self._reader.read(
             rectangle,
-            segment.slots[start : start + rectangle.tokens],
+            slots,
             None if stacks is None else cut_stacks(stacks, first, rectangle.layers),
             plan.part,
             payload,
             segment.ready,
             plan.row_format,
         )
-        return digest or frames.checksum(payload.data)
+        return one_piece(payload), digest or frames.checksum(payload.data)
 
-    def _deliver(self, job: Job, digest: bytes) -> None:
+    def _deliver(self, job: Job, pieces: Pieces, digest: bytes) -> None:
         plan = job.loads[0].lane.plan
         with self._work:
             plan.digests[job.sequence] = digest
             self._counts["projections_computed"] += plan.projection.stacks is not None
             for load in job.loads:
                 if not load.lane.room.state.ended:
-                    self._send_load(load, job.sequence, digest, job.slot)
+                    self._send_load(load, job.sequence, digest, job.slot, pieces)
             job.slot.pending -= 1
 
-    def _send_load(self, load: Load, sequence: int, digest: bytes, slot: Slot) -> None:
+    def _send_load(self, load: Load, sequence: int, digest: bytes, slot: Slot, pieces: Pieces) -> None:
         lane, room = load.lane, load.lane.room
         rectangle = lane.plan.rectangles[sequence]
         chunk = (int(lane.plan.part), sequence)
@@ -181,14 +203,14 @@ class PrefillDispatch(PrefillResuming):
                 checksum=digest,
             )
             slot.pending += 1
+            stream.peer.queued += 1
             self._count_bytes(room, rectangle.payload_bytes, shared=False)
-            header = frames.encode(message)
-            identity = stream.peer.identity
-            self._io.post(self._send_chunk, identity, room, header, slot, rectangle.payload_bytes)
+            self._io.post(self._send_chunk, stream.peer, room, frames.encode(message), slot, pieces)
 
-    def _let_go(self, slot: Slot) -> None:
+    def _let_go(self, slot: Slot, peer: Peer) -> None:
         with self._work:
             slot.pending -= 1
+            peer.queued -= 1
             self._work.notify()
 
     def _count_bytes(self, room: Room, size: int, *, shared: bool) -> None:
@@ -198,22 +220,25 @@ class PrefillDispatch(PrefillResuming):
             room.shared_memory_bytes += size
             self._counts["shared_memory_bytes"] += size
 
-    def _send_chunk(self, identity: bytes, room: Room, header: bytes, slot: Slot, size: int) -> None:
+    def _send_chunk(self, peer: Peer, room: Room, header: bytes, slot: Slot, pieces: Pieces) -> None:
         """Hand a chunk to the rank's data channel, or to ZMQ (I/O thread)."""
         if self._doorway is not None:
             parcel = Parcel(
-                (header, slot.view[:size]),
+                header,
+                pieces,
                 wanted=lambda: not room.state.ended,
-                done=lambda: self._let_go(slot),
+                done=lambda: self._let_go(slot, peer),
             )
-            if self._doorway.send(identity, parcel):
+            if self._doorway.send(peer.identity, parcel):
                 return
         tracker = None
         try:
-            if not room.state.ended:
-                tracker = self._send_parts(identity, [identity, header, slot.view[:size]], track=True)
+            # one in the pool was meant for a channel that has ended since: the rank asks for it when it is back
+            if slot.buffer.size and not room.state.ended:
+                (payload,) = pieces.views
+                tracker = self._send_parts(peer.identity, [peer.identity, header, payload], track=True)
         finally:
             with self._lock:
                 if tracker is not None:
                     slot.trackers.append(tracker)
-                slot.pending -= 1
+                self._let_go(slot, peer)

@@ -96,10 +96,10 @@ class Doorway:
 
     def _accept(self) -> None:
         try:
-            stream, address = self._listener.accept()
+            stream, _ = self._listener.accept()
         except OSError:
             return  # gone again, or no descriptors: the next one may do better
-        set_up(stream, address[0], self._timeout_s)
+        set_up(stream, self._timeout_s)
         stranger = Stranger(stream, time.monotonic())
         self._strangers.append(stranger)
         self._io.add_stream(stream, lambda: self._listen_to(stranger))

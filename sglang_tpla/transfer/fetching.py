@@ -9,6 +9,7 @@ from sglang_tpla.transfer import frames
 from sglang_tpla.transfer.agent import seconds_since
 from sglang_tpla.transfer.chunks import Part
 from sglang_tpla.transfer.dialing import DecodeDialing
+from sglang_tpla.transfer.landing import PoolLanding
 from sglang_tpla.transfer.receiving import Arrival, Connection, Kept, Link, Room, Source
 from sglang_tpla.transfer.types import RoomState
 
@@ -21,7 +22,7 @@ class DecodeFetching(DecodeDialing):
     def _prepare(self) -> None:
         self._rooms: dict[int, Room] = {}
         self._generation = time.time_ns()  # grows over restarts too
-        self._arrivals: deque[Arrival] = deque()
+        self._arrivals: deque[Arrival | PoolLanding] = deque()
         self._completed: deque[Room] = deque()
         self._hungry: OrderedDict[Source, Room] = OrderedDict()  # want more than granted, oldest first
         self._kept: dict[int, Kept] = {}  # by offset in the arena
@@ -49,17 +50,11 @@ class DecodeFetching(DecodeDialing):
             self._drop("malformed_dropped", f"{name} is not for a decode rank ({connection.name})")
             return
         with self._lock:
-            entry = self._rooms.get(message.room)
-            source = entry.sources.get(connection.address) if entry is not None else None
-            if (
-                entry is None
-                or source is None
-                or entry.state.ended
-                or entry.generation != message.generation
-                or source.connection is not connection
-            ):
+            found = self._live_source(connection, message.room, message.generation)
+            if found is None:
                 self._counts["late_dropped"] += 1
                 return
+        entry, source = found
         match message:
             case frames.Abort():
                 if not source.dummy:
@@ -81,6 +76,20 @@ class DecodeFetching(DecodeDialing):
                     self._put(connection, _nack(message))
                 else:
                     self._take_chunk(entry, source, message, arena[message.offset : end], 0)
+
+    def _live_source(self, connection: Connection, room: int, generation: int) -> tuple[Room, Source] | None:
+        """The room that a message of a connection is about, and the connection's part in it. Under the lock."""
+        entry = self._rooms.get(room)
+        source = entry.sources.get(connection.address) if entry is not None else None
+        if (
+            entry is None
+            or source is None
+            or entry.state.ended
+            or entry.generation != generation
+            or source.connection is not connection
+        ):
+            return None
+        return entry, source
 
     def _room_failed(
         self, connection: Connection, room: int, message: frames.Message, error: Exception
@@ -106,15 +115,12 @@ class DecodeFetching(DecodeDialing):
             if key in source.applied or key in source.pending:
                 self._take_replay(entry, source, chunk, credit_bytes)
                 return
-            first = chunk.first_layer - self._pool.first_layer
-            layers = range(first, first + chunk.layers)
+            layers = self._layers_of(chunk)
             wrong = self._wrong_chunk(entry, source, chunk, layers, payload.nbytes, credit_bytes)
             if not wrong:
                 source.pending.add(key)
                 source.received_bytes += credit_bytes
-                entry.progress = time.monotonic()
-                entry.wire_bytes += payload.nbytes
-                self._counts["wire_bytes"] += payload.nbytes
+                self._count_arrival(entry, payload.nbytes)
                 if not credit_bytes:
                     entry.shared_memory_bytes += payload.nbytes
                     self._counts["shared_memory_bytes"] += payload.nbytes
@@ -123,6 +129,44 @@ class DecodeFetching(DecodeDialing):
                 return
             self._counts["malformed_dropped"] += 1
         self._fail_from_io(entry, f"{source.connection.name} sent chunk {chunk.sequence} {wrong}")
+
+    def _layers_of(self, chunk: frames.Chunk | frames.Share) -> range:
+        """Layers of a chunk, by index in the pool."""
+        first = chunk.first_layer - self._pool.first_layer
+        return range(first, first + chunk.layers)
+
+    def _count_arrival(self, entry: Room, size_bytes: int) -> None:
+        entry.progress = time.monotonic()
+        entry.wire_bytes += size_bytes
+        self._counts["wire_bytes"] += size_bytes
+
+    def _place(self, connection: Connection, chunk: frames.Chunk, size_bytes: int) -> PoolLanding | None:
+        """A chunk lands in the pool if nothing is wrong with it and nobody else needs its payload."""
+        key = (chunk.part, chunk.sequence)
+        with self._lock:
+            found = self._live_source(connection, chunk.room, chunk.generation)
+            if found is None or chunk.relay:
+                return None
+            entry, source = found
+            if key in source.applied or key in source.pending:
+                return None
+            layers = self._layers_of(chunk)
+            if self._wrong_chunk(entry, source, chunk, layers, size_bytes, size_bytes):
+                return None
+            slots = entry.slots[chunk.first_token : chunk.first_token + chunk.tokens]
+            pieces = self._writer.pieces(layers, slots, Part(chunk.part))
+            if pieces is None:
+                return None
+            source.pending.add(key)
+            source.received_bytes += size_bytes
+            return PoolLanding(entry, source, chunk, pieces)
+
+    def _abandon(self, landing: PoolLanding) -> None:
+        """A channel ended in the middle of a chunk: it comes again, and its credit counts as lost with the channel."""
+        source, chunk = landing.source, landing.chunk
+        with self._lock:
+            source.pending.discard((chunk.part, chunk.sequence))
+            source.received_bytes -= landing.size_bytes
 
     def _take_replay(
         self, entry: Room, source: Source, chunk: frames.Chunk | frames.Share, credit_bytes: int

@@ -75,7 +75,7 @@ class PrefillAgent(PrefillDispatch):
         if last and metadata_row is None and self._metadata.buffers:
             raise TransferError(f"the last send of room {room} needs metadata_row; got None")
         metadata = self._metadata.read(metadata_row) if last and metadata_row is not None else b""
-        ready = self._reader.ready_event()
+        ready, in_place = self._reader.ready_event(), self._reader.in_place(slots)
         with self._work:
             self._check_alive()
             entry = self._open(room)
@@ -83,7 +83,7 @@ class PrefillAgent(PrefillDispatch):
                 return  # the scheduler learns from poll()
             if entry.last:
                 raise TransferError(f"room {room} got rows after its last send")
-            segment = Segment(entry.tokens, slots, ready)
+            segment = Segment(entry.tokens, slots, ready, in_place)
             entry.segments.append(segment)
             entry.tokens += slots.size
             entry.progress = time.monotonic()

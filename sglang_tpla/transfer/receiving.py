@@ -41,7 +41,7 @@ class Connection:
     identity: bytes
     socket: zmq.Socket | None = None
     monitor: zmq.Socket | None = None
-    inbox: Inbox | None = None  # the data channel, where there is one
+    inbox: Inbox[frames.Chunk] | None = None  # the data channel, where there is one
     link: Link = Link.CONNECTING
     reason: str = ""
     agent: str = ""

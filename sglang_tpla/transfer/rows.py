@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
 
@@ -21,9 +21,8 @@ from sglang_tpla.transfer import frames
 from sglang_tpla.transfer.chunks import Part, Rectangle
 from sglang_tpla.transfer.projection import Stack
 from sglang_tpla.transfer.row_format import RowFormat
+from sglang_tpla.transfer.runs import Block, Pieces, cut_blocks, find_runs, pool_pieces, worth_it
 from sglang_tpla.transfer.types import CachePool
-
-BLOCK_BYTES = 1 << 20  # smaller ones cost more calls than they save misses
 
 
 def byte_rows(layer: torch.Tensor) -> np.ndarray:
@@ -50,10 +49,25 @@ def scatter_rows(rows: np.ndarray, slots: np.ndarray, packed: np.ndarray) -> Non
         _items(rows)[slots] = _items(packed)
 
 
-def _blocks(tokens: int, row_bytes: int) -> Iterator[slice]:
-    """Runs of tokens whose rows stay in a core's cache from their copy to their checksum."""
-    step = max(1, BLOCK_BYTES // max(1, row_bytes))
-    return (slice(start, start + step) for start in range(0, tokens, step))
+def gather_block(rows: np.ndarray, slots: np.ndarray, block: Block, packed: np.ndarray) -> None:
+    """`gather_rows` of one block of a payload."""
+    if not block.runs:
+        gather_rows(rows, slots[block.rows], packed[block.rows])
+    for slot, row, count in block.runs:
+        packed[row : row + count] = rows[slot : slot + count]
+
+
+def scatter_block(rows: np.ndarray, slots: np.ndarray, block: Block, packed: np.ndarray) -> None:
+    """`scatter_rows` of one block of a payload."""
+    if not block.runs:
+        scatter_rows(rows, slots[block.rows], packed[block.rows])
+    for slot, row, count in block.runs:
+        rows[slot : slot + count] = packed[row : row + count]
+
+
+def _dense(layers: Sequence[np.ndarray] | None) -> bool:
+    """True for a CPU pool in whose layers neighbouring slots lie side by side."""
+    return layers is not None and all(rows.flags.c_contiguous for rows in layers)
 
 
 def as_tensor(data: np.ndarray) -> torch.Tensor:
@@ -92,6 +106,7 @@ class RowReader:
         self.pool = pool
         self._stream = torch.cuda.Stream(pool.device) if pool.device.type == "cuda" else None
         self._rows = None if self._stream else [byte_rows(layer) for layer in pool.layers]
+        self._dense = _dense(self._rows)
 
     def ready_event(self) -> Any:
         """On a GPU, an event after all that the calling thread has queued so far; else None."""
@@ -100,6 +115,17 @@ class RowReader:
         event = torch.cuda.Event()
         event.record(torch.cuda.current_stream(self.pool.device))
         return event
+
+    def in_place(self, slots: np.ndarray) -> bool:
+        """True if raw rows of ``slots`` can be sent from where they lie: `pieces` of them are few and long."""
+        row_bytes = self.pool.layers[0].shape[1] * self.pool.dtype.itemsize
+        return self._dense and worth_it(find_runs(slots), slots.size, row_bytes)
+
+    def pieces(self, rectangle: Rectangle, slots: np.ndarray) -> Pieces:
+        """The raw rows of a rectangle where they lie in the pool, in the payload's order."""
+        assert self._rows is not None
+        first = rectangle.first_layer - self.pool.first_layer
+        return pool_pieces(self._rows[first : first + rectangle.layers], find_runs(slots))
 
     def read(
         self,
@@ -132,10 +158,11 @@ class RowReader:
         if stacks is None and row_format is RowFormat.PLAIN:
             packed = out.reshape(len(layers), slots.size, -1)
             checksum = frames.running_checksum()
+            blocks = cut_blocks(slots, packed.shape[2])
             for position, layer in enumerate(layers):
-                for block in _blocks(slots.size, packed.shape[2]):
-                    gather_rows(self._rows[layer], slots[block], packed[position, block])
-                    checksum.update(packed[position, block].data)
+                for block in blocks:
+                    gather_block(self._rows[layer], slots, block, packed[position])
+                    checksum.update(packed[position, block.rows].data)
             return checksum.digest()
         rows = torch.empty(len(layers), slots.size, self.pool.layers[first].shape[1], dtype=self.pool.dtype)
         for position, layer in enumerate(layers):
@@ -206,6 +233,7 @@ class RowWriter:
         self.pool = pool
         self._stream = torch.cuda.Stream(pool.device) if pool.device.type == "cuda" else None
         self._rows = None if self._stream else [byte_rows(layer) for layer in pool.layers]
+        self._dense = _dense(self._rows)
         self._views: dict[tuple[int, int, int], torch.Tensor] = {}
         self._own = threading.local()  # ``pinned``: grows to the largest payload of a thread
 
@@ -223,6 +251,16 @@ class RowWriter:
             for start, stop in self.columns(layer, shared[layer], part)
         )
 
+    def pieces(self, layers: range, slots: np.ndarray, part: Part) -> Pieces | None:
+        """Where a payload's bytes belong in the pool, in order; None where they are not long pieces of it."""
+        if self._rows is None or not self._dense or part is not Part.FULL:
+            return None
+        rows = self._rows[layers.start : layers.stop]
+        runs = find_runs(slots)
+        if not worth_it(runs, slots.size, min(layer.shape[1] for layer in rows)):
+            return None
+        return pool_pieces(rows, runs)
+
     def write(
         self, layers: range, slots: np.ndarray, shared: Sequence[int], part: Part, payload: memoryview
     ) -> bytes:
@@ -237,19 +275,22 @@ class RowWriter:
         assert self._rows is not None
         start = 0
         checksum = frames.running_checksum()
+        blocks: dict[int, list[Block]] = {}  # by the bytes of a row
         for layer in layers:
             columns = self.columns(layer, shared[layer], part)
             width = sum(stop - first for first, stop in columns) * item
             packed = data[start : start + slots.size * width].reshape(slots.size, width)
             start += packed.size
-            for block in _blocks(slots.size, width):
+            if width not in blocks:
+                blocks[width] = cut_blocks(slots, width)
+            for block in blocks[width]:
                 taken = 0
                 for first, stop in columns:
                     size = (stop - first) * item
                     target = self._rows[layer][:, first * item : stop * item]
-                    scatter_rows(target, slots[block], packed[block, taken : taken + size])
+                    scatter_block(target, slots, block, packed[:, taken : taken + size])
                     taken += size
-                checksum.update(packed[block].data)
+                checksum.update(packed[block.rows].data)
         return checksum.digest()
 
     def _write_cuda(

@@ -1,8 +1,9 @@
-"""Inside the decode agent: worker threads check chunks and write them into the pool.
+"""Inside the decode agent: worker threads write chunks into the pool, but for those that came there by themselves
+(`landing`), and check them.
 
 A chunk is written only while its room's `Writes` allow it, once, and acknowledged after that; the metadata row is
-written after the last chunk, and only then does the room succeed. Each byte is checked right after it was written,
-while it is in the core's cache: a damaged chunk does not count and is written over when it comes again, and one in an
+written after the last chunk, and only then does the room succeed. Each byte is checked after it was written, while it
+is in the processor's caches: a damaged chunk does not count and is written over when it comes again, and one in an
 arena whose place was used anew meanwhile fails the check.
 """
 
@@ -16,6 +17,7 @@ from sglang_tpla.transfer import frames
 from sglang_tpla.transfer.agent import seconds_since
 from sglang_tpla.transfer.chunks import Part
 from sglang_tpla.transfer.fetching import DecodeFetching
+from sglang_tpla.transfer.landing import PoolLanding
 from sglang_tpla.transfer.receiving import Arrival, Kept, Room
 from sglang_tpla.transfer.types import RoomState
 
@@ -33,18 +35,20 @@ class DecodeScattering(DecodeFetching):
             arrival = self._arrivals.popleft() if self._arrivals else None
             entry = arrival.room if arrival is not None else self._completed.popleft()
         try:
-            if arrival is not None:
+            if isinstance(arrival, Arrival):
                 self._apply(arrival)
+            elif arrival is not None:
+                self._account(arrival, arrival.digest(), None)
             self._complete(entry)
         except Exception as error:
             self._handler_failed(f"write of room {entry.room}", error)
             self._fail_from_io(entry, f"internal error while writing: {error!r}")
-        if arrival is not None:
+        if isinstance(arrival, Arrival):
             self._spares.give_back(arrival.payload)
         return True
 
     def _apply(self, arrival: Arrival) -> None:
-        entry, source, chunk = arrival.room, arrival.source, arrival.chunk
+        entry, chunk = arrival.room, arrival.chunk
         slots = entry.slots[chunk.first_token : chunk.first_token + chunk.tokens]
         digest = None  # of what was written
         with entry.writes.one() as allowed:
@@ -53,6 +57,23 @@ class DecodeScattering(DecodeFetching):
                 digest = self._writer.write(arrival.layers, slots, self._shared, part, arrival.payload)
         sound = digest == chunk.checksum
         kept = self._keep(arrival) if sound and isinstance(chunk, frames.Chunk) and chunk.relay else None
+        self._account(arrival, digest, kept)
+
+    def _landed(self, landing: PoolLanding) -> None:
+        """A chunk is in the pool, or what came of it when its room had ended is nowhere (I/O thread)."""
+        with self._work:
+            if not landing.room.state.ended:
+                self._count_arrival(landing.room, landing.size_bytes)
+            self._arrivals.append(landing)
+            self._work.notify()
+
+    def _account(self, arrival: Arrival | PoolLanding, digest: bytes | None, kept: Kept | None) -> None:
+        """Acknowledge a chunk that was written, ask again for a damaged one, free its credit.
+
+        ``digest`` is of what was written: None if the room had ended.
+        """
+        entry, source, chunk = arrival.room, arrival.source, arrival.chunk
+        sound = digest == chunk.checksum
         with self._work:
             key = (chunk.part, chunk.sequence)
             source.pending.discard(key)
@@ -89,7 +110,7 @@ class DecodeScattering(DecodeFetching):
         slot.buffer[:size] = np.frombuffer(arrival.payload, dtype=np.uint8)
         return Kept(arrival.room, arrival.source.connection, slot, size)
 
-    def _damaged(self, arrival: Arrival) -> None:
+    def _damaged(self, arrival: Arrival | PoolLanding) -> None:
         """Ask for a chunk again. Under the lock."""
         entry, chunk, connection = arrival.room, arrival.chunk, arrival.source.connection
         self._counts["checksum_failures"] += 1

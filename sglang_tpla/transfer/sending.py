@@ -72,6 +72,7 @@ class Peer:
     upload: Upload | None = None
     away: bool = False  # its connection is gone; it may come back under another identity
     slots_held: int = 0
+    queued: int = 0  # chunks for its data channel that the socket has not taken yet
     held_requests: int = 0
     maps_asked: int = 0  # number of the newest list of arenas it was sent
     maps_answered: int = -1
@@ -100,6 +101,7 @@ class Segment:
     first_token: int
     slots: np.ndarray
     ready: Any
+    in_place: bool  # raw rows can be sent from where they lie
 
 
 @dataclass(eq=False)
@@ -154,7 +156,7 @@ class Stream:
     wanted_told: int = 0
     unacked: dict[ChunkId, Slot | None] = field(
         default_factory=dict
-    )  # and the slot it is read from, if it is
+    )  # and the slot it is read from, if that is one of this agent
     finish_sent: bool = False
     confirmed: bool = False
     paused: bool = False  # its rank is back and has not said yet what it has, and from where credit counts

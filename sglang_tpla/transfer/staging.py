@@ -1,8 +1,8 @@
 """Sender-side staging: fixed slots that the socket and the ranks of this host read straight from.
 
 A slot is taken for one chunk and filled once. It is free again when nobody holds it: the maker, ZMQ (its
-tracker says so), and each rank that reads it through shared memory. The ceiling is the memory of all slots;
-nothing is allocated beyond it.
+tracker says so), and each rank that has not yet acknowledged the chunk. The ceiling is the memory of all slots;
+nothing is allocated beyond it. A chunk that is sent from where it lies in the pool has a slot without memory.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 import zmq
 
 logger = logging.getLogger(__name__)
+NO_MEMORY = np.empty(0, dtype=np.uint8)
 
 
 class Slot:
@@ -23,7 +24,7 @@ class Slot:
     __slots__ = ("buffer", "holders", "offset", "pending", "reserved", "trackers", "view")
 
     def __init__(self, buffer: np.ndarray, offset: int) -> None:
-        self.buffer = buffer
+        self.buffer = buffer  # of no bytes where the chunk stays in the pool
         self.offset = offset
         self.reserved = False  # its memory is known to be there
         self.view: memoryview = buffer.data  # what the socket reads
@@ -57,7 +58,7 @@ class Staging:
     @property
     def used_bytes(self) -> int:
         """Bytes in slots that are taken."""
-        return len(self._busy) * self.slot_bytes
+        return sum(bool(slot.buffer.size) for slot in self._busy) * self.slot_bytes
 
     @property
     def watched(self) -> bool:
@@ -76,6 +77,13 @@ class Staging:
         if not self._free or not self._has_memory(self._free[-1]):
             return None
         slot = self._free.pop()
+        slot.pending = 1  # the taker's own hold
+        self._busy.append(slot)
+        return slot
+
+    def hold(self) -> Slot:
+        """A slot without memory, for a chunk that stays in the pool."""
+        slot = Slot(NO_MEMORY, 0)
         slot.pending = 1  # the taker's own hold
         self._busy.append(slot)
         return slot
@@ -106,7 +114,8 @@ class Staging:
                 for holder in slot.holders:
                     holder()
                 slot.holders.clear()
-                self._free.append(slot)
+                if slot.buffer.size:
+                    self._free.append(slot)
                 freed = True
             else:
                 still.append(slot)

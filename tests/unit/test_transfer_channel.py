@@ -12,6 +12,7 @@ import pytest
 
 from sglang_tpla.transfer.channel import PREAMBLE, ChannelError, Inbox, Outbox, Parcel, Spares
 from sglang_tpla.transfer.frames import FrameError
+from sglang_tpla.transfer.runs import Pieces, one_piece
 
 COOKIE = bytes(range(16))
 HEADER = b"h" * 40
@@ -29,15 +30,19 @@ def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
         yield ends
 
 
-def inbox(stream: socket.socket, limit: int = 1 << 20) -> Inbox:
-    box = Inbox(stream, COOKIE, limit, Spares())
+def inbox(stream: socket.socket, limit: int = 1 << 20) -> Inbox[bytes]:
+    box = Inbox(stream, COOKIE, limit, Spares(), lambda header, _: (bytes(header), None))
     assert not box.greeted
     assert box.greet() and box.greeted
     return box
 
 
 def parcel(header: bytes, payload: bytes, log: list[int], wanted: bool = True) -> Parcel:
-    return Parcel((header, payload), wanted=lambda: wanted, done=lambda: log.append(len(payload)))
+    """The payload in two pieces, neither of which ends where a page does."""
+    memory = np.frombuffer(payload, dtype=np.uint8)
+    halves = [one_piece(half) for half in np.array_split(memory, 2) if half.size]
+    pieces = Pieces([half.views[0] for half in halves], np.concatenate([half.table for half in halves]))
+    return Parcel(header, pieces, wanted=lambda: wanted, done=lambda: log.append(len(payload)))
 
 
 def test_the_cookie_is_said_first_and_once(pair: tuple[socket.socket, socket.socket]) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
+from sglang_tpla.transfer import runs
 from sglang_tpla.transfer.arena import HEADER_BYTES
 from sglang_tpla.transfer.types import RoomState
 from tests.wire import rig
@@ -80,6 +81,7 @@ def test_shared_memory_runs_out(
         reserve(file, offset, size_bytes)
 
     monkeypatch.setattr(os, "posix_fallocate", full_after_three)
+    monkeypatch.setattr(runs, "MIN_RUN_BYTES", 1 << 20)  # or the channel would need no staging
     prefill = rig.prefill_rank()
     decodes = [rig.decode_rank(rank=rank, size=2, host=host) for rank in range(2)]
     with contextlib.ExitStack() as stack:

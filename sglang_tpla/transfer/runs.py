@@ -1,0 +1,140 @@
+"""Runs of rows that lie side by side in a pool: what is copied, hashed, sent and received as one piece.
+
+A request's rows lie in pages, and the tokens of one page (often those of several) follow each other in every layer.
+A payload is then a few long pieces of the pool's own memory. Where slots are scattered one by one, moving whole
+pieces gains nothing and rows are gathered instead (`rows`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from sglang_tpla.transfer import frames
+
+MIN_RUN_BYTES = 8 << 10  # on average; with shorter ones the calls cost more than the copy they spare
+BLOCK_BYTES = 256 << 10  # what stays in a core's cache from its copy to its checksum
+Run = tuple[int, int, int]  # first slot, first row of the payload, rows
+
+
+def find_runs(slots: np.ndarray, max_rows: int | None = None) -> list[Run]:
+    """``slots`` as runs of neighbours, in order, none longer than ``max_rows``."""
+    if not slots.size:
+        return []
+    breaks = np.flatnonzero(np.diff(slots) != 1) + 1
+    starts = np.concatenate(([0], breaks))
+    counts = np.diff(np.append(starts, slots.size))
+    runs = list(zip(slots[starts].tolist(), starts.tolist(), counts.tolist(), strict=True))
+    if max_rows is None or int(counts.max()) <= max_rows:
+        return runs
+    return [
+        (slot + done, row + done, min(max_rows, count - done))
+        for slot, row, count in runs
+        for done in range(0, count, max_rows)
+    ]
+
+
+def worth_it(runs: Sequence[Run], rows: int, row_bytes: int) -> bool:
+    """True where runs are long enough to be moved one by one."""
+    return len(runs) * MIN_RUN_BYTES <= rows * row_bytes
+
+
+@dataclass(frozen=True)
+class Block:
+    """Some consecutive rows of a payload, and the runs they are; no runs where they are scattered."""
+
+    rows: slice
+    runs: Sequence[Run] = ()
+
+
+def cut_blocks(slots: np.ndarray, row_bytes: int) -> list[Block]:
+    """A payload's rows in blocks of some `BLOCK_BYTES`."""
+    step = max(1, BLOCK_BYTES // max(1, row_bytes))
+    runs = find_runs(slots, step)
+    if not worth_it(runs, slots.size, row_bytes):
+        return [Block(slice(start, min(start + step, slots.size))) for start in range(0, slots.size, step)]
+    blocks: list[Block] = []
+    taken: list[Run] = []
+    start = 0
+    for run in runs:
+        end = run[1] + run[2]
+        if taken and end - start > step:
+            blocks.append(Block(slice(start, run[1]), taken))
+            taken, start = [], run[1]
+        taken.append(run)
+    return [*blocks, Block(slice(start, slots.size), taken)]
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """A payload as pieces of memory, in order.
+
+    Attributes:
+        views: uint8, one a piece.
+        table: their addresses and sizes, uint64 ``[pieces, 2]``: the system's ``struct iovec``.
+    """
+
+    views: Sequence[memoryview]
+    table: np.ndarray
+
+    @property
+    def size_bytes(self) -> int:
+        """Of all pieces."""
+        return int(self.table[:, 1].sum())
+
+
+def checksum_of(pieces: Pieces) -> bytes:
+    """`frames.checksum` of a payload in pieces."""
+    checksum = frames.running_checksum()
+    for view in pieces.views:
+        checksum.update(view)
+    return bytes(checksum.digest())
+
+
+def one_piece(buffer: np.ndarray) -> Pieces:
+    """A packed payload (uint8, contiguous)."""
+    return Pieces([buffer.data], np.array([[buffer.ctypes.data, buffer.size]], dtype=np.uint64))
+
+
+def pool_pieces(layers: Iterator[np.ndarray] | Sequence[np.ndarray], runs: Sequence[Run]) -> Pieces:
+    """The rows of ``runs`` in each of some layers (uint8 ``[slots, row_bytes]``, contiguous), layer by layer."""
+    views: list[memoryview] = []
+    tables = []
+    spans = np.array(runs, dtype=np.uint64)[:, [0, 2]]
+    for rows in layers:
+        row_bytes = rows.shape[1]
+        memory = rows.reshape(-1).data
+        views += [memory[slot * row_bytes : (slot + count) * row_bytes] for slot, _, count in runs]
+        table = spans * np.uint64(row_bytes)
+        table[:, 0] += np.uint64(rows.ctypes.data)
+        tables.append(table)
+    return Pieces(views, np.concatenate(tables))
+
+
+class Cursor:
+    """A place in a payload's pieces, and how it moves on."""
+
+    def __init__(self, views: Sequence[memoryview]) -> None:
+        self._views, self._index, self._offset = views, 0, 0
+
+    def ahead(self, limit_bytes: int, limit_pieces: int = 64) -> list[memoryview]:
+        """What comes next; empty at the end."""
+        found = []
+        start = self._offset
+        for view in self._views[self._index : self._index + limit_pieces]:
+            piece = view[start : start + limit_bytes]
+            found.append(piece)
+            limit_bytes -= piece.nbytes
+            if limit_bytes == 0:
+                break
+            start = 0
+        return found
+
+    def advance(self, size_bytes: int) -> None:
+        """Move on."""
+        self._offset += size_bytes
+        while self._index < len(self._views) and self._offset >= self._views[self._index].nbytes:
+            self._offset -= self._views[self._index].nbytes
+            self._index += 1

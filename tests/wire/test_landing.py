@@ -1,0 +1,176 @@
+"""Chunks that land in the pool as they come, and are sent from it: what stops in the middle, what comes damaged."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import socket
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+
+from sglang_tpla.transfer import frames, runs, splicing
+from sglang_tpla.transfer.channel import SIZES
+from sglang_tpla.transfer.types import RoomState
+from tests.wire import rig
+from tests.wire.fakes import FakePrefill
+from tests.wire.test_channel import PAGES, transfer
+
+TOKENS = 2 * rig.PAGE
+SIZE = rig.LAYERS * TOKENS * (rig.LATENT + rig.ROPE) * 2
+ROW = bytes(sum(rig.ITEM_BYTES))
+
+
+class Sender:
+    """A prefill rank by hand, with one decode agent and its data channel."""
+
+    def __init__(self, stack: contextlib.ExitStack) -> None:
+        self.decode = rig.decode_rank(peer_timeout_s=5.0)
+        stack.enter_context(contextlib.closing(self.decode.agent))
+        self.fake = stack.enter_context(contextlib.closing(FakePrefill()))
+        self.server = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+        self.server.settimeout(10)
+        self.stack = stack
+
+    def connect(self) -> None:
+        """Welcome the agent, with a data channel."""
+        self.fake.expect(frames.Hello)
+        offer = frames.DataChannel(self.server.getsockname()[1], bytes(16))
+        self.fake.say(
+            frames.Welcome(
+                frames.PROTOCOL_VERSIONS[1], "fake", "elsewhere", 0, rig.LAYERS, False, None, offer
+            )
+        )
+        self.stream = self.stack.enter_context(self.server.accept()[0])
+        self.stream.settimeout(10)
+
+    def open(self, room: int) -> frames.Request:
+        """A room that asks for two pages, with credit for two chunks."""
+        self.decode.agent.open_room(room, [self.fake.peer])
+        if not hasattr(self, "stream"):
+            self.connect()
+        rig.wait(lambda: self.decode.agent.poll(room) == RoomState.WAITING, "registration")
+        self.decode.agent.request(room, rig.pages(1, 2), metadata_row=0, expected_ranks=1)
+        request = self.fake.expect(frames.Request)
+        self.credit(request, 2 * SIZE)
+        return request
+
+    def credit(self, request: frames.Request, total_bytes: int) -> None:
+        """Have so much granted in all."""
+        self.fake.say(frames.Want(request.room, request.generation, total_bytes))
+        while self.fake.expect(frames.Credit).total_bytes < total_bytes:
+            pass
+
+    def begin(self, request: frames.Request, payload: bytes, damaged: bytes | None = None) -> memoryview:
+        """Send a header and the first half of a payload of both pages; the other half."""
+        digest = frames.checksum(payload)
+        chunk = frames.Chunk(request.room, request.generation, 0, 0, False, 0, rig.LAYERS, 0, TOKENS, digest)
+        header, sent = frames.encode(chunk), damaged or payload
+        half = len(sent) // 2 + 7  # in the middle of a row
+        self.stream.sendall(SIZES.pack(len(header), len(sent)) + header + sent[:half])
+        return memoryview(sent)[half:]
+
+    def finish(self, request: frames.Request) -> None:
+        """What ends a room of one chunk."""
+        message = frames.Finish(request.room, request.generation, 1, TOKENS, frames.checksum(ROW))
+        self.fake.say(message, ROW)
+        assert rig.ended(self.decode.agent, request.room) == RoomState.SUCCESS
+
+    def rows(self) -> np.ndarray:
+        """What the pool holds in both pages, as bytes."""
+        slots = torch.from_numpy(self.decode.pool.slots(rig.pages(1, 2)))
+        return torch.stack([layer[slots] for layer in self.decode.pool.layers]).view(torch.uint8).numpy()
+
+    def half_is_there(self) -> bool:
+        """The first half has come, up to the row that it ends in."""
+        return bool(self.rows().reshape(-1)[SIZE // 2 - 1])
+
+
+@pytest.fixture
+def sender() -> Iterator[Sender]:
+    with contextlib.ExitStack() as stack:
+        yield Sender(stack)
+
+
+def payload(seed: int) -> bytes:
+    """Bytes of both pages, none of them 0."""
+    return np.random.default_rng(seed).integers(1, 256, SIZE, dtype=np.uint8).tobytes()
+
+
+def test_the_rest_of_a_chunk_of_an_aborted_room_is_written_nowhere(sender: Sender) -> None:
+    request, sent = sender.open(1), payload(1)
+    rest = sender.begin(request, sent)
+    rig.wait(sender.half_is_there, "the first half")
+    sender.decode.agent.abort(1, "the user went away")
+    slots = torch.from_numpy(sender.decode.pool.slots(rig.pages(1, 2)))
+    for layer in sender.decode.pool.layers:
+        layer[slots] = 42.0  # the pages' next owner
+    owned = sender.rows()
+    sender.stream.sendall(rest)
+    rig.wait(lambda: sender.decode.agent.stats().late_dropped == 1, "the rest of the chunk")
+    assert np.array_equal(sender.rows(), owned)
+    assert sender.decode.agent.stats().staging_used_bytes == 0
+    sender.decode.agent.close_room(1)
+
+    request, sent = sender.open(2), payload(2)  # and the channel goes on
+    sender.stream.sendall(sender.begin(request, sent))
+    assert sender.fake.expect(frames.Ack).room == 2
+    assert sender.rows().tobytes() == sent
+    sender.finish(request)
+
+
+@pytest.mark.parametrize("position", [0, SIZE // 2, SIZE - 1])
+def test_a_flipped_bit_is_found_and_written_over(sender: Sender, position: int) -> None:
+    request, sent = sender.open(1), payload(1)
+    damaged = bytearray(sent)
+    damaged[position] ^= 16
+    sender.stream.sendall(sender.begin(request, sent, bytes(damaged)))
+    assert sender.fake.expect(frames.Nack) == frames.Nack(1, request.generation, 0, 0)
+    assert sender.rows().tobytes() == damaged
+    assert sender.decode.agent.poll(1) == RoomState.TRANSFERRING
+    sender.stream.sendall(sender.begin(request, sent))
+    sender.fake.expect(frames.Ack)
+    assert sender.rows().tobytes() == sent
+    sender.finish(request)
+    assert sender.decode.agent.stats().checksum_failures == 1
+    assert sender.decode.agent.stats().staging_used_bytes == 0
+
+
+def test_a_chunk_that_ends_half_way_comes_again_within_the_same_credit(sender: Sender) -> None:
+    request, sent = sender.open(1), payload(1)
+    sender.begin(request, payload(3))
+    rig.wait(sender.half_is_there, "the first half")
+    sender.stream.close()
+    sender.connect()
+    again = sender.fake.expect(frames.Request)
+    resume = sender.fake.expect(frames.Resume)
+    assert (again.generation, resume.applied, resume.credit_bytes) == (request.generation, (), 0)
+    sender.credit(request, SIZE)
+    sender.stream.sendall(sender.begin(request, sent))
+    sender.fake.expect(frames.Ack)
+    assert sender.rows().tobytes() == sent
+    sender.finish(request)
+    assert sender.decode.agent.stats().staging_used_bytes == 0
+
+
+@pytest.mark.parametrize("way", ["in runs", "row by row", "copied to the socket"])
+def test_every_way_is_right_to_the_last_bit(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also when what the pool holds comes in another order than it lies there."""
+    if way == "row by row":
+        monkeypatch.setattr(runs, "MIN_RUN_BYTES", 1 << 20)
+
+    def refuse(self: splicing.Splicer, stream: socket.socket, table: np.ndarray) -> None:
+        raise splicing.SplicingRefused(errno.EPERM, "not here")
+
+    if way == "copied to the socket":
+        monkeypatch.setattr(splicing.Splicer, "send", refuse)
+    prefill, decode = rig.prefill_rank(), rig.decode_rank(host="far")
+    with contextlib.closing(prefill.agent), contextlib.closing(decode.agent):
+        decode.agent.connect(*prefill.agent.address)
+        rig.wait(lambda: prefill.agent._doorway._channels, "the channel")
+        transfer(prefill, decode, 1)
+        assert prefill.agent.stats().resent == 0
+        rig.wait(lambda: prefill.agent.stats().staging_used_bytes == 0, "staging to be free")
+    assert PAGES * rig.PAGE > TOKENS
