@@ -6,7 +6,7 @@ struct Softmax {
 };
 
 // Both operands from shared memory. Part of the query in registers reads less of it, but is no faster, and at width 64 the
-// compiler reused those registers within the loop (benchmarks/results/h100/NOTES.md).
+// compiler overwrites those registers within the loop (benchmarks/results/h100/KERNEL_NOTES.md).
 __device__ __forceinline__ void scores(float (&s)[32], u32 q_rows, u32 stage) {
     const u64 q = descriptor(q_rows, 16), k = descriptor(stage, 16);
     pin(s);
