@@ -55,10 +55,10 @@ def value_buffer(original: Callable[..., torch.Tensor], self: Any, layer_id: int
     """Around ``MLATokenToKVPool.get_value_buffer``: the latent part ``[slots, 1, w_l]`` of a row.
 
     Raises:
-        NotImplementedError: FP8 rows, whose values are nothing without their scales.
+        TypeError: FP8 rows, whose values are nothing without their scales.
     """
     if self.dtype == FP8:
-        raise NotImplementedError("FP8 rows are read by --attention-backend tpla alone; ask for that backend")
+        raise TypeError("FP8 rows are read by --attention-backend tpla alone; ask for that backend")
     loaded = artifact()
     if loaded is None or len(set(loaded.meta.widths)) == 1:
         return original(self, layer_id)

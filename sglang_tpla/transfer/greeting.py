@@ -200,23 +200,29 @@ class PrefillGreeting(Agent[Room]):
             case _:
                 self._handle_room(peer, message)
 
+    @abstractmethod
     def _handle_room(self, peer: Peer, message: frames.Message) -> None:
-        raise NotImplementedError
+        """A message about a room."""
 
+    @abstractmethod
     def _room_failed(self, identity: bytes, room: int, message: frames.Message, error: Exception) -> None:
-        raise NotImplementedError
+        """A room's message could not be handled."""
 
+    @abstractmethod
     def _maps_changed(self, peer: Peer) -> None:
-        raise NotImplementedError
+        """A peer has said which arenas it can read."""
 
+    @abstractmethod
     def _in_use(self, peer: Peer) -> bool:
-        raise NotImplementedError
+        """True while a room needs the peer."""
 
+    @abstractmethod
     def _take_over(self, old: Peer, new: Peer) -> None:
-        raise NotImplementedError
+        """The rank of ``old`` is back as ``new``: its rooms go on."""
 
+    @abstractmethod
     def _drop_rooms(self, peer: Peer, reason: str) -> None:
-        raise NotImplementedError
+        """Every room of a lost peer fails."""
 
     # Registration
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from abc import abstractmethod
 from collections import OrderedDict, deque
 
 from sglang_tpla.transfer import frames
@@ -211,8 +212,9 @@ class PrefillServing(PrefillGreeting):
                 lane.relays[sequence] = None
                 self._put(relay.leader.peer.identity, frames.Release((relay.offset,)))
 
+    @abstractmethod
     def _take_resume(self, stream: Stream, message: frames.Resume) -> None:
-        raise NotImplementedError
+        """A rank that is back says what it has."""
 
     def _pass_on(self, lane: Lane, sequence: int, leader: Stream, offset: int | None) -> None:
         """A chunk has reached its host: let the other ranks read it there, or send it to each."""

@@ -64,7 +64,7 @@ def test_rows_and_accounting(fp8_hooks: Any, widths: tuple[int, ...] | None) -> 
     assert [tuple(buffer.shape) for buffer in pool.kv_buffer] == [(SLOTS + 1, 1, row) for row in rows]
     assert accounted(fp8_hooks, dtype, max(kept)) == sum(rows)
     assert pool.get_kv_size_bytes() == sum(rows) * (SLOTS + 1)
-    with pytest.raises(NotImplementedError, match="--attention-backend tpla"):
+    with pytest.raises(TypeError, match="--attention-backend tpla"):
         pool.get_value_buffer(0)
     pointers, sizes, items = pool.get_contiguous_buf_infos()
     text = SimpleNamespace(kv_lora_rank=LATENT, qk_rope_head_dim=ROPE)
