@@ -20,7 +20,7 @@ quickstart:  ## prefill, TPLA decode and router on this CPU: answers, agreement,
 	@python=$$($(ENVIRONMENT)) && exec "$$python" examples/quickstart.py
 
 test:  ## the whole suite, but for what needs a GPU or an hour; two tests at a time
-	@$(WITH_PYTHON) -m pytest -m "not gpu and not slow" -n 2 --dist loadgroup $(PYTEST_ARGS)
+	@$(WITH_PYTHON) -m pytest -m "not gpu and not slow" -n 2 --no-loadscope-reorder $(PYTEST_ARGS)
 
 test-fast:  ## what needs no server: unit, parity and wire tests
 	@$(WITH_PYTHON) -m pytest -m "not gpu and not slow" $(wildcard tests/unit tests/wire) $(PYTEST_ARGS)
