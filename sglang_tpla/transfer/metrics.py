@@ -120,8 +120,11 @@ class AgentPublisher:
                 gauge.labels(*labels).set(getattr(stats, name))
             for name, counter in self._counters.items():
                 key, value = (name, *labels), float(getattr(stats, name))
+                series = counter.labels(
+                    *labels
+                )  # there from the first copy on: rates need the zero before a one
                 if value > (told := self._told.get(key, 0.0)):
-                    counter.labels(*labels).inc(value - told)
+                    series.inc(value - told)
                     self._told[key] = value
 
     def close(self) -> None:
