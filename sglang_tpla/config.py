@@ -106,10 +106,10 @@ class Settings:
         insecure: 1 allows transfers without keys on any address, for a network that nobody else can reach.
         shared_memory: 0 sends every payload through sockets, also to ranks of the same machine.
         data_channel: 0 sends chunks over ZMQ where a plain socket beside it would do (transfers without keys).
-        listen_port: port of the first prefill rank of this machine's transfers, the next ones listen on those after
-            it; 0 takes ports that the system chooses.
+        listen_port: port of the first prefill rank of this machine's transfers, its data channels come to the one
+            after it, and each further rank takes the next two; 0 takes ports that the system chooses.
         advertise: HOST or HOST:PORT under which decode servers reach the first prefill rank, where that is not the
-            address it listens on (containers, address translation); the next ranks count PORT up.
+            address it listens on (containers, address translation); ports are counted as from ``listen_port``.
         statistics_folder: where a prefill server keeps second moments of its traffic for ``calibrate --from-stats``;
             None collects nothing.
         statistics_every_tokens: prefilled tokens between two writes of them.
@@ -171,8 +171,8 @@ class Settings:
             )
         if self.shared_memory not in (0, 1):
             raise ConfigError(f"--tpla-shared-memory must be 0 or 1; got {self.shared_memory}")
-        if not 0 <= self.listen_port < 65536:
-            raise ConfigError(f"--tpla-listen-port must lie in 0...65535; got {self.listen_port}")
+        if not 0 <= self.listen_port < 65535:
+            raise ConfigError(f"--tpla-listen-port must lie in 0...65534; got {self.listen_port}")
         if self.role == "decode" and (self.listen_port or self.advertise):
             raise ConfigError(
                 "--tpla-listen-port and --tpla-advertise are for prefill servers, which decode servers connect to; "
@@ -211,7 +211,8 @@ class Settings:
         return replace(self, chunk_bytes=chunk_bytes, staging_bytes=staging_bytes)
 
     def advertised(self, rank: int, own: tuple[str, int]) -> tuple[str, int]:
-        """Host and port that decode servers are given for a prefill rank that listens on ``own``.
+        """Host and port that decode servers are given for a prefill rank that listens on ``own``; its data channels
+        come to the port after that.
 
         Raises:
             ConfigError: ``advertise`` is no HOST or HOST:PORT.
@@ -222,12 +223,12 @@ class Settings:
         if not colon or self.advertise.endswith("]") or (host.count(":") and not host.startswith("[")):
             host, port = self.advertise, ""
         host = host.removeprefix("[").removesuffix("]")
-        if not host or (port and not (port.isdigit() and 0 < int(port) + rank < 65536)):
+        if not host or (port and not (port.isdigit() and 0 < int(port) + 2 * rank + 1 < 65536)):
             raise ConfigError(
                 f"--tpla-advertise must be HOST or HOST:PORT, an IPv6 address with a port in brackets; got "
                 f"{self.advertise!r}"
             )
-        return host, int(port) + rank if port else own[1]
+        return host, int(port) + 2 * rank if port else own[1]
 
     def to_environment(self) -> dict[str, str]:
         """Variables that `from_environment` reads back."""

@@ -87,7 +87,8 @@ class TplaKVManager(CommonKVManager):
             bind_host=host,
             rank=self.attn_tp_rank,
             size=self.attn_tp_size,
-            bind_port=settings().listen_port and settings().listen_port + self._place,
+            bind_port=settings().listen_port and settings().listen_port + 2 * self._place,
+            advertised_port=settings().advertised(self._place, ("", 0))[1],
         )
         self.local_ip, self.rank_port = settings().advertised(self._place, self.agent.address)
         self._registrar = registration(self)

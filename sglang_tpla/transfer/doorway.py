@@ -34,6 +34,7 @@ class Doorway:
     Args:
         io: the agent's loop.
         host: where the agent listens.
+        port: for data channels; 0 takes one that the system chooses.
         timeout_s: how long a stranger, and a silent network, is borne.
         on_refused: told of each connection that is turned away.
         on_lost: told of the connection whose channel ended while it was bound.
@@ -46,13 +47,14 @@ class Doorway:
         self,
         io: IoLoop,
         host: str,
+        port: int,
         timeout_s: float,
         on_refused: Callable[[str], None],
         on_lost: Callable[[bytes, str], None],
     ) -> None:
         self._io, self._timeout_s, self._on_refused, self._on_lost = io, timeout_s, on_refused, on_lost
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        self._listener = socket.create_server(("" if host == "*" else host, 0), family=family)
+        self._listener = socket.create_server(("" if host == "*" else host, port), family=family)
         self._listener.setblocking(False)
         self.announced_port: int = self._listener.getsockname()[1]
         self._strangers: list[Stranger] = []

@@ -45,6 +45,7 @@ class PrefillGreeting(Agent[Room]):
         rank: int,
         size: int,
         bind_port: int = 0,
+        advertised_port: int = 0,
         host_id: str | None = None,
         security: Security | None = None,
         logger: logging.Logger | None = None,
@@ -96,25 +97,28 @@ class PrefillGreeting(Agent[Room]):
             ) from error
         port = int(self._router.getsockopt_string(zmq.LAST_ENDPOINT).rsplit(":", 1)[1])
         self.address: tuple[str, int] = (bind_host, port)
-        self._doorway = self._open_doorway(bind_host)
+        self._doorway = self._open_doorway(bind_host, bind_port, advertised_port)
         self._prepare()
         self._io.add(self._router, self._receive)
         self._start()
 
-    def _open_doorway(self, host: str) -> Doorway | None:
-        """Data channels, where ZMQ would not encrypt either and the address that decode ranks see is this one."""
+    def _open_doorway(self, host: str, bind_port: int, advertised_port: int) -> Doorway | None:
+        """Data channels, where ZMQ would not encrypt either: they come to the port after ZMQ's."""
         settings = self._settings
-        if self._security.secret is not None or not settings.data_channel or settings.advertise is not None:
+        if self._security.secret is not None or not settings.data_channel:
             return None
 
         def refused(what: str) -> None:
             self._drop("refused", what)
 
         try:
-            return Doorway(self._io, host, settings.peer_timeout_s, refused, self._channel_lost)
+            port = bind_port and bind_port + 1
+            doorway = Doorway(self._io, host, port, settings.peer_timeout_s, refused, self._channel_lost)
         except OSError as error:
             self._log.warning("prefill rank %d has no data channels: %s", self._rank, error)
             return None
+        doorway.announced_port = advertised_port + 1 if advertised_port else doorway.announced_port
+        return doorway
 
     def _channel_lost(self, identity: bytes, why: str) -> None:
         """What was on its way is lost with a channel: the rank connects anew if it has rooms (I/O thread)."""

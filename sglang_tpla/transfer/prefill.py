@@ -21,9 +21,10 @@ from sglang_tpla.transfer.types import AgentStats, RoomState, TransferError, Tra
 class PrefillAgent(PrefillDispatch):
     """Serves one prefill rank's latent cache to decode ranks.
 
-    ``PrefillAgent(pool, metadata, *, model_hash, settings, bind_host, rank, size, bind_port=0,
+    ``PrefillAgent(pool, metadata, *, model_hash, settings, bind_host, rank, size, bind_port=0, advertised_port=0,
     host_id=None, security=None, logger=None)``; listens on ``address`` (a port that the system chose, where
-    ``bind_port`` is 0) from construction to `close`.
+    ``bind_port`` is 0) from construction to `close`. Data channels come to the port after ``bind_port``, which decode
+    ranks reach at ``advertised_port`` + 1, if that is given.
     """
 
     def open_room(self, room: int) -> None:

@@ -12,6 +12,16 @@ from collections.abc import Callable
 Tamper = Callable[[bytes], bytes]
 
 
+def neighbouring_ports(count: int) -> int:
+    """The first of some free ports in a row."""
+    while True:
+        with contextlib.suppress(OSError, OverflowError), contextlib.ExitStack() as stack:
+            first = stack.enter_context(socket.create_server(("127.0.0.1", 0))).getsockname()[1]
+            for port in range(first + 1, first + count):
+                stack.enter_context(socket.create_server(("127.0.0.1", port)))
+            return first
+
+
 class Spoiler:
     """Does one thing to some of the pieces of bytes that pass.
 
@@ -57,6 +67,8 @@ class Spoiler:
 class FaultProxy:
     """Forwards each connection to ``port``, and each to its own ``data_port`` to that one.
 
+    ``listen_port`` is where it listens itself, and for the data port on the port after it; 0 lets the system choose.
+
     Faults are switched by its methods and attributes.
 
     Attributes:
@@ -69,7 +81,7 @@ class FaultProxy:
     def __init__(self, port: int, data_port: int = 0, listen_port: int = 0) -> None:
         servers = [
             (socket.create_server(("127.0.0.1", own)), target)
-            for target, own in ((port, listen_port), (data_port, 0))
+            for target, own in ((port, listen_port), (data_port, listen_port and listen_port + 1))
             if target
         ]
         self._servers = [server for server, _ in servers]
@@ -81,6 +93,7 @@ class FaultProxy:
         self.tamper_up: Tamper | None = None
         self.forwarded_bytes = 0
         self._pairs: list[tuple[socket.socket, socket.socket]] = []
+        self._ended: list[tuple[socket.socket, socket.socket]] = []  # once for each direction that has ended
         self._threads: list[threading.Thread] = []
         self._guard = threading.Lock()
         for server, target in servers:
@@ -110,13 +123,16 @@ class FaultProxy:
                 server.shutdown(socket.SHUT_RDWR)
             server.close()
         self.cut()
-        for thread in self._threads:
+        with self._guard:
+            threads = list(self._threads)
+        for thread in threads:
             thread.join(5)
 
     def _start(self, target: Callable[..., None], *args: object) -> None:
         thread = threading.Thread(target=target, args=args, daemon=True)
-        self._threads.append(thread)
         thread.start()
+        with self._guard:
+            self._threads.append(thread)
 
     def _accept(self, server: socket.socket, target: int) -> None:
         while True:
@@ -152,3 +168,13 @@ class FaultProxy:
         for end in (source, sink):
             with contextlib.suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)
+        with self._guard:  # whichever direction ends last closes both
+            pair = (sink, source) if from_prefill else (source, sink)
+            self._ended.append(pair)
+            if self._ended.count(pair) < 2:
+                return
+            self._ended = [other for other in self._ended if other != pair]
+            self._pairs = [other for other in self._pairs if other != pair]
+            self._threads = [thread for thread in self._threads if thread.is_alive()]
+        for end in pair:
+            end.close()

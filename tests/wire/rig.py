@@ -73,6 +73,7 @@ def prefill_rank(
     rank: int = 0,
     size: int = 1,
     port: int = 0,
+    advertised_port: int = 0,
     device: str = "cpu",
     **changes: float,
 ) -> PrefillRank:
@@ -93,6 +94,7 @@ def prefill_rank(
         rank=rank,
         size=size,
         bind_port=port,
+        advertised_port=advertised_port,
     )
     return PrefillRank(agent, pool, metadata)
 

@@ -13,6 +13,7 @@ from sglang_tpla.transfer.channel import PREAMBLE, SIZES
 from sglang_tpla.transfer.types import RoomState
 from tests.wire import rig
 from tests.wire.fakes import FakeDecode, FakePrefill, hello
+from tests.wire.proxy import FaultProxy, neighbouring_ports
 
 PAGES = 90
 PAYLOAD_BYTES = rig.LAYERS * PAGES * rig.PAGE * (rig.LATENT + rig.ROPE) * 2
@@ -25,10 +26,12 @@ def prefill() -> Iterator[rig.PrefillRank]:
         yield item
 
 
-def transfer(prefill: rig.PrefillRank, decode: rig.DecodeRank, room: int) -> None:
+def transfer(
+    prefill: rig.PrefillRank, decode: rig.DecodeRank, room: int, peer: tuple[str, int, bool] | None = None
+) -> None:
     """A whole room, right to the last bit."""
     prefill.agent.open_room(room)
-    rig.ask(decode, [prefill.peer], room, rig.pages(room, PAGES))
+    rig.ask(decode, [peer or prefill.peer], room, rig.pages(room, PAGES))
     prefill.agent.send(room, rig.pages(room + 1, PAGES), last=True, metadata_row=2)
     assert rig.ended(decode.agent, room) == RoomState.SUCCESS, decode.agent.failure(room)
     assert rig.ended(prefill.agent, room) == RoomState.SUCCESS, prefill.agent.failure(room)
@@ -60,6 +63,21 @@ def test_chunks_travel_on_the_channel_alone(prefill: rig.PrefillRank) -> None:
         rig.check_rows(prefill, decode, rig.pages(2, PAGES), rig.pages(1, PAGES), PAGES * rig.PAGE)
         assert data.forwarded_bytes > PAYLOAD_BYTES
         assert control.forwarded_bytes < PAYLOAD_BYTES / 8
+
+
+def test_the_channel_comes_to_the_port_after_the_advertised_one() -> None:
+    """Behind address translation: two neighbouring ports a rank, inside and outside."""
+    inside, outside = neighbouring_ports(2), neighbouring_ports(2)
+    prefill, decode = rig.prefill_rank(port=inside, advertised_port=outside), rig.decode_rank(host="far")
+    with contextlib.ExitStack() as stack:
+        for agent in (prefill.agent, decode.agent):
+            stack.enter_context(contextlib.closing(agent))
+        translation = stack.enter_context(contextlib.closing(FaultProxy(inside, inside + 1, outside)))
+        decode.agent.connect("127.0.0.1", outside)
+        rig.wait(lambda: prefill.agent._doorway._channels, "the channel")
+        transfer(prefill, decode, 1, ("127.0.0.1", outside, False))
+        assert translation.forwarded_bytes > PAYLOAD_BYTES
+        assert prefill.agent.stats().refused == 0
 
 
 @pytest.mark.parametrize(("ours", "theirs"), [(0, 1), (1, 0)])
