@@ -26,6 +26,7 @@ from sglang.srt.disaggregation.utils import DisaggregationMode
 
 from sglang_tpla.host.bootstrap_server import registration
 from sglang_tpla.host.engine_memory import cache_pool, metadata_rows
+from sglang_tpla.host.prefill_lookup import Lookups, Place, rank_addresses
 from sglang_tpla.host.state import current_slice, model_identity, settings
 from sglang_tpla.transfer.decode import DecodeAgent
 from sglang_tpla.transfer.prefill import PrefillAgent
@@ -59,6 +60,10 @@ class TplaKVManager(CommonKVManager):
         self.agent: Any  # a PrefillAgent or a DecodeAgent, as the server's role is
         self._lost_peers: deque[tuple[str, int]] = deque()
         self._watched: tuple[int, float] = (-1, 0.0)  # a room that is asked for, and when it last was
+        self._lookups = Lookups(self._look_up)
+        self.rank_addresses: dict[
+            str, dict[Place, dict[str, Any]]
+        ] = {}  # by bootstrap server, as prefill_info_table
         # The scheduler's loop polls without rest while a transfer is under way; at Python's default of 5 ms each of
         # the agent's threads would wait that long for the interpreter after every call into ZMQ or torch.
         sys.setswitchinterval(SWITCH_INTERVAL_S)
@@ -144,17 +149,36 @@ class TplaKVManager(CommonKVManager):
                     if any((info["rank_ip"], int(info["rank_port"])) == lost for info in infos):
                         del self.connection_pool[key]
                         self.prefill_info_table.pop(key.split("_")[0], None)
+                        self.rank_addresses.pop(key.split("_")[0], None)
 
     def try_ensure_parallel_info(self, bootstrap_addr: str) -> bool:
-        """As SGLang's, but a prefill server that cannot fit fails the requests that name it, not this server."""
+        """As SGLang's, but it does not wait for a bootstrap server, and a prefill server that cannot fit fails the
+        requests that name it, not this server.
+        """
+        if bootstrap_addr in self.prefill_info_table and not self._lookups.under_way(bootstrap_addr):
+            return True
         try:
-            return super().try_ensure_parallel_info(bootstrap_addr)
-        except (RuntimeError, AssertionError) as error:
-            logger.error("prefill server %s cannot serve this decode server: %s", bootstrap_addr, error)
+            return self._lookups.known(bootstrap_addr)
+        except (
+            Exception
+        ) as error:  # also what a stranger's answer led to: it fails the requests that named him
+            text = f"prefill server {bootstrap_addr} cannot serve this decode server: {error}"
+            logger.error("%s (%s)", text, type(error).__name__)
             for room in list(self.addr_to_rooms_tracker.get(bootstrap_addr, ())):
-                self.record_failure(room, str(error))
+                self.record_failure(room, text)
                 self.update_status(room, KVPoll.Failed)
             return False
+
+    def _look_up(self, bootstrap_addr: str) -> bool:
+        """Ask for a prefill server's layout and the addresses of its ranks (on a thread that may wait)."""
+        if not super().try_ensure_parallel_info(bootstrap_addr):
+            return False
+        info = self.prefill_info_table.pop(bootstrap_addr, None)
+        found = info and rank_addresses(bootstrap_addr, info)
+        if not found:
+            return False
+        self.rank_addresses[bootstrap_addr], self.prefill_info_table[bootstrap_addr] = found, info
+        return True
 
 
 class _Request:
@@ -305,11 +329,18 @@ class TplaKVReceiver(_Request, CommonKVReceiver):
         mgr.forget_lost_peers()
         super().__init__(mgr, bootstrap_addr, bootstrap_room)
 
+    def _get_bootstrap_info_from_server(
+        self, prefill_dp_rank: int, prefill_cp_rank: int, target_tp_rank: int, target_pp_rank: int
+    ) -> Any:
+        """What was looked up; None fails the request."""
+        place = (prefill_dp_rank, prefill_cp_rank, target_tp_rank, target_pp_rank)
+        found = self.kv_mgr.rank_addresses.get(self.bootstrap_addr, {}).get(place)
+        return None if found is None else dict(found)  # SGLang adds to it
+
     def _register_kv_args(self) -> bool:
         infos: list[dict[str, Any]] = self.bootstrap_infos or []
-        for info in infos:
-            self.kv_mgr.agent.connect(info["rank_ip"], int(info["rank_port"]))
-        return True
+        connect = self.kv_mgr.agent.connect
+        return all(self._ask(connect, info["rank_ip"], info["rank_port"]) for info in infos)
 
     def send_metadata(
         self,
@@ -326,7 +357,7 @@ class TplaKVReceiver(_Request, CommonKVReceiver):
             self.kv_mgr.update_status(self.bootstrap_room, KVPoll.Failed)
             return
         peers = [
-            (info["rank_ip"], int(info["rank_port"]), bool(info["is_dummy"])) for info in self.bootstrap_infos
+            (info["rank_ip"], info["rank_port"], bool(info["is_dummy"])) for info in self.bootstrap_infos
         ]
         agent = self.kv_mgr.agent
         self._opened = self._owner = self._ask(agent.open_room, self.bootstrap_room, peers)

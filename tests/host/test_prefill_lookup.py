@@ -1,0 +1,111 @@
+"""A bootstrap server that does not answer holds nobody up: the scheduler is told when the answer is there."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
+from urllib.parse import parse_qs, urlparse
+
+import pytest
+
+from sglang_tpla.host.prefill_lookup import Lookups, rank_addresses
+from sglang_tpla.transfer.types import TransferError
+
+
+def test_an_answer_that_comes_at_once_is_given_at_once() -> None:
+    assert Lookups(lambda address: True, wait_s=10).known("here")
+
+
+def test_other_servers_are_asked_while_one_does_not_answer() -> None:
+    silent, asked = threading.Event(), list[str]()
+
+    def ask(address: str) -> bool:
+        asked.append(address)
+        return address == "well" or silent.wait(60)
+
+    lookups = Lookups(ask, wait_s=0.001)
+    assert not lookups.known("lost") and lookups.under_way("lost")
+    while not lookups.known("well"):
+        pass
+    assert not lookups.known("lost")  # asked once, and no second time while nothing has been said
+    assert asked.count("lost") == 1
+    silent.set()
+    while not lookups.known("lost"):
+        pass
+    assert not lookups.under_way("lost") and asked.count("lost") == 1
+
+
+def test_what_was_wrong_is_told_once_and_then_asked_anew() -> None:
+    answers = iter([RuntimeError("page size 1 does not fit 64"), True])
+
+    def ask(address: str) -> bool:
+        answer = next(answers)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    lookups = Lookups(ask, wait_s=10)
+    with pytest.raises(RuntimeError, match="does not fit"):
+        lookups.known("here")
+    assert lookups.known("here")
+
+
+class _Route(BaseHTTPRequestHandler):
+    """Tensor-parallel rank 0 is where it should be, 1 has not registered, 2 and 3 are nonsense."""
+
+    def do_GET(self) -> None:
+        place = {name: int(value[0]) for name, value in parse_qs(urlparse(self.path).query).items()}
+        port = 100 + place["prefill_dp_rank"]
+        said = [b'{"rank_ip": "127.0.0.1", "rank_port": "%d"}' % port, b"", b'{"rank_port": 7}', b"[]"]
+        answer = said[place["target_tp_rank"]]
+        self.send_response(200 if answer else 404)
+        self.end_headers()
+        self.wfile.write(answer)
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def address() -> Iterator[str]:
+    """A bootstrap server."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Route) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+        thread.join()
+
+
+def info(*target_tp_ranks: int, dp_size: int = 1) -> SimpleNamespace:
+    return SimpleNamespace(
+        dp_size=dp_size, target_cp_ranks=[0], target_tp_ranks=list(target_tp_ranks), target_pp_ranks=[0]
+    )
+
+
+def test_every_rank_that_may_be_needed_is_looked_up(address: str) -> None:
+    found = rank_addresses(address, info(0, dp_size=2))
+    assert {place: entry["rank_port"] for place, entry in found.items()} == {
+        (0, 0, 0, 0): 100, (1, 0, 0, 0): 101,
+    }  # fmt: skip
+
+
+def test_a_rank_that_has_not_registered_is_asked_for_later(address: str) -> None:
+    assert rank_addresses(address, info(0, 1)) == {}
+
+
+def test_nobody_there_is_asked_later() -> None:
+    assert rank_addresses("127.0.0.1:1", info(0)) == {}
+
+
+@pytest.mark.parametrize("rank", [2, 3])
+def test_nonsense_is_refused(address: str, rank: int) -> None:
+    with pytest.raises(TransferError, match="must name rank_ip and rank_port"):
+        rank_addresses(address, info(rank))
+
+
+def test_more_ranks_than_there_can_be_are_refused_without_a_question() -> None:
+    with pytest.raises(TransferError, match="more than 4096"):
+        rank_addresses("127.0.0.1:1", info(0, dp_size=10**9))
