@@ -72,7 +72,7 @@ class TplaKVBootstrapServer(CommonKVBootstrapServer):
         if reason is None:
             return response
         logger.warning("registration from %s refused: %s", request.remote, text or reason)
-        remedy = f"{reason}; register with the prefill.secret of this server's key folder (SGLANG_TPLA_KEYS)"
+        remedy = f"{reason}; register with the prefill.secret of this server's key folder (--tpla-keys)"
         return web.Response(text=text or remedy, status=400 if reason == "malformed" else 401)
 
 

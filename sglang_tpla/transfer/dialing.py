@@ -162,7 +162,11 @@ class DecodeDialing(Agent[Room]):
     def _broken(self, connection: Connection) -> None:
         """Try anew for a while, if the prefill rank had answered before; rooms go on where they were."""
         if not connection.agent:
-            self._give_up(connection, f"the connection to the {connection.name} broke; try again")
+            self._give_up(
+                connection,
+                f"the connection to the {connection.name} broke before it answered; if it does so again, check that "
+                "both sides have keys that go together (--tpla-keys) or both have none",
+            )
             return
         with self._lock:
             connection.link = Link.CONNECTING

@@ -12,6 +12,7 @@ from functools import partial
 import numpy as np
 import torch
 import zmq
+from zmq.utils.monitor import recv_monitor_message
 
 from sglang_tpla.config import Settings
 from sglang_tpla.transfer import frames
@@ -100,6 +101,9 @@ class PrefillGreeting(Agent[Room]):
         self._doorway = self._open_doorway(bind_host, bind_port, advertised_port)
         self._prepare()
         self._io.add(self._router, self._receive)
+        # who has no key where one is due, or does not speak ZMQ's protocol, never gets as far as the allow-list
+        failures = zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+        self._io.add(self._router.get_monitor_socket(failures), self._handshake_failed)
         self._start()
 
     def _open_doorway(self, host: str, bind_port: int, advertised_port: int) -> Doorway | None:
@@ -119,6 +123,10 @@ class PrefillGreeting(Agent[Room]):
             return None
         doorway.announced_port = advertised_port + 1 if advertised_port else doorway.announced_port
         return doorway
+
+    def _handshake_failed(self, monitor: zmq.Socket) -> None:
+        recv_monitor_message(monitor, zmq.NOBLOCK)
+        self._drop("refused", "a connection without a key where one is due, or of another protocol")
 
     def _channel_lost(self, identity: bytes, why: str) -> None:
         """What was on its way is lost with a channel: the rank connects anew if it has rooms (I/O thread)."""

@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> None:
         if name != "prefill" and public not in listed:
             listed += f"{public} {name}\n"
     allowed.write_text(listed)
-    print(f"set SGLANG_TPLA_KEYS={args.folder} where the servers start")
+    print(f"start the servers with --tpla-keys {args.folder}")
 
 
 if __name__ == "__main__":

@@ -24,8 +24,8 @@ KEYS_VARIABLE = "SGLANG_TPLA_KEYS"
 INSECURE_VARIABLE = "SGLANG_TPLA_INSECURE"
 ZAP_ENDPOINT = "inproc://zeromq.zap.01"
 REMEDY = (
-    f"set {KEYS_VARIABLE} to a folder made by `python -m sglang_tpla.transfer.keys FOLDER`, or "
-    f"{INSECURE_VARIABLE}=1 if nobody else can reach this network"
+    f"make keys with `python -m sglang_tpla.transfer.keys FOLDER` and start with --tpla-keys FOLDER ({KEYS_VARIABLE}), "
+    f"or say --tpla-insecure 1 ({INSECURE_VARIABLE}) if nobody else can reach this network"
 )
 
 

@@ -55,9 +55,13 @@ def test_other_keys_and_no_keys_are_refused(folder: Path, monkeypatch: pytest.Mo
         bare = rig.decode_rank()
         for decode in (stranger, bare):
             with contextlib.closing(decode.agent):
+                before = prefill.agent.stats().refused
                 assert fetch(prefill, decode, 1) == RoomState.FAILED
+                rig.wait(
+                    lambda before=before: prefill.agent.stats().refused > before, "the refusal to be counted"
+                )
+                assert "--tpla-keys" in decode.agent.failure(1)
                 prefill.agent.close_room(1)
-        assert prefill.agent.stats().refused >= 1
         assert prefill.agent.stats().peers == 0
 
 
@@ -76,7 +80,7 @@ def test_plain_tcp_beyond_loopback_needs_the_word(monkeypatch: pytest.MonkeyPatc
     prefill, decode = rig.prefill_rank(), rig.decode_rank()
     fields = {"model_hash": "model", "settings": rig.SETTINGS, "rank": 0, "size": 1}
     with contextlib.closing(prefill.agent), contextlib.closing(decode.agent):
-        with pytest.raises(TransferError, match=r"listening on 0\.0\.0\.0 without keys .* SGLANG_TPLA_KEYS"):
+        with pytest.raises(TransferError, match=r"listening on 0\.0\.0\.0 without keys .* --tpla-keys"):
             PrefillAgent(prefill.pool, prefill.metadata, bind_host="0.0.0.0", **fields)
         with pytest.raises(TransferError, match=r"connecting to 192\.0\.2\.1 without keys"):
             decode.agent.connect("192.0.2.1", 1)
