@@ -37,6 +37,10 @@ class Frame:
     def __init__(self, data: bytes, more: bool) -> None:
         self.bytes, self.buffer, self.more = data, memoryview(data), more
 
+    def get(self, what: str) -> str:
+        """What ZMQ says of a frame: where it came from."""
+        return "127.0.0.1"
+
 
 class Sent:
     """A tracker of a message that ZMQ has let go of."""
@@ -105,6 +109,9 @@ class Loop:
         self.thread = mock.Mock()
         self.thread.is_alive = lambda: True
         self.handlers: dict[Socket, Callable[[Socket], None]] = {}
+        self.streams: dict[
+            Any, tuple[Callable[[], None], bool]
+        ] = {}  # plain sockets; True: also when one can write
 
     def post(self, function: Callable[..., None], *args: Any) -> None:
         self.posted.append((function, args))
@@ -115,6 +122,24 @@ class Loop:
     def remove(self, socket: Socket, linger_ms: int = 0) -> None:
         self.handlers.pop(socket, None)
         socket.close()
+
+    def add_stream(self, stream: Any, handler: Callable[[], None]) -> None:
+        self.streams[stream] = handler, False
+
+    def watch(self, stream: Any, writable: bool) -> None:
+        if stream in self.streams:
+            self.streams[stream] = self.streams[stream][0], writable
+
+    def remove_stream(self, stream: Any) -> None:
+        self.streams.pop(stream, None)
+
+    def ready(self) -> list[Callable[[], None]]:
+        """Handlers of the plain sockets that a poller would name now."""
+        return [
+            handler
+            for stream, (handler, writable) in list(self.streams.items())
+            if stream.readable or (writable and stream.writable)
+        ]
 
     def run(self) -> None:
         """All that is posted."""

@@ -22,7 +22,6 @@ SETTINGS = Settings(
     heartbeat_s=1.0,
     peer_timeout_s=5.0,
     transfer_timeout_s=20.0,
-    data_channel=0,  # chunks come over ZMQ, which is what is simulated
 )
 
 

@@ -42,6 +42,7 @@ from tests.wire.simulated_ranks import (
     Failure,
     no_threads,
 )
+from tests.wire.simulated_streams import Streams
 
 # what a rank says of a peer that breaks the protocol
 ACCUSATIONS = ("sent chunk", "finished with", "confirmed chunks", "too many damaged", "internal error")
@@ -50,8 +51,8 @@ ACCUSATIONS = ("sent chunk", "finished with", "confirmed chunks", "too many dama
 class Simulation:
     """Two prefill and two decode ranks; `run` is the whole of one case."""
 
-    def __init__(self, choices: Choices, clock: Clock) -> None:
-        self.choices, self.clock, self.network = choices, clock, Network()
+    def __init__(self, choices: Choices, clock: Clock, streams: Streams) -> None:
+        self.choices, self.clock, self.network, self.streams = choices, clock, Network(), streams
         generator = torch.Generator().manual_seed(0)
         layers = [torch.randn(PAGES * PAGE, LATENT + ROPE, generator=generator) for _ in range(LAYERS)]
         row = np.arange(2 * ROOMS * 32, dtype=np.uint8).reshape(2 * ROOMS, 32)
@@ -103,15 +104,16 @@ class Simulation:
             self.advance,
             self.advance,
             self.deliver,
+            self.flow,
             self.deliver_all,
             self.work,
             self.work,
             self.request,
             self.send,
         ]
-        faults = [self.abort, self.close, self.cut, self.tick]
+        faults = [self.abort, self.close, self.cut, self.cut_stream, self.tick]
         if strange:
-            faults += [self.garbage, self.odd_message, self.odd_message]
+            faults += [self.garbage, self.odd_message, self.odd_message, self.odd_bytes, self.stranger]
         while self.choices.left:
             steps = usual if self.choices.below(10) else faults
             steps[self.choices.below(len(steps))]()
@@ -145,6 +147,23 @@ class Simulation:
             for upwards in (True, False):
                 for _ in range(len((self.network.up if upwards else self.network.down).get(identity, ()))):
                     self._deliver(identity, upwards)
+
+            self._flow_once()
+
+    def flow(self) -> None:
+        """A piece of what is under way on one data channel."""
+        ready = [handler for agent in self.agents for handler in agent._io.ready()]
+        if ready:
+            ready[self.choices.below(len(ready))]()
+            self._post()
+
+    def _flow_once(self) -> bool:
+        ready = [(agent, handler) for agent in self.agents for handler in agent._io.ready()]
+        for agent, handler in ready:
+            if handler in agent._io.ready():  # the ones before it may have closed it
+                handler()
+                self._post()
+        return bool(ready)
 
     def work(self) -> None:
         """A piece of one rank's work, or of everyone's."""
@@ -245,6 +264,30 @@ class Simulation:
             for connection in list(decode.agent._connections.values()):
                 if connection.identity == identity and connection.socket is not None:
                     decode.agent._broken(connection)
+
+    def cut_stream(self) -> None:
+        """A data channel breaks alone; what was under way on it is lost."""
+        if self.streams.ends:
+            self.streams.ends[self.choices.below(len(self.streams.ends))].cut()
+
+    def odd_bytes(self) -> None:
+        """Bytes that no agent sends, in the middle of a data channel or damaged on their way."""
+        if not self.streams.ends:
+            return
+        end = self.streams.ends[self.choices.below(len(self.streams.ends))]
+        if end.arrived and self.choices.below(2):
+            end.arrived[self.choices.below(min(256, len(end.arrived)))] ^= 1 << self.choices.below(8)
+        else:
+            end.arrived += self.choices.take(1 + self.choices.below(24))
+
+    def stranger(self) -> None:
+        """Somebody at the port of data channels, who says something, or nothing, and stays or goes."""
+        ports = list(self.streams.listeners)
+        stream = self.streams.connect(ports[self.choices.below(len(ports))])
+        kinds = (b"", b"TPLD", b"TPLD\x01" + bytes(16), b"GET / HTTP/1.1\r\n\r\n")
+        stream.send(kinds[self.choices.below(len(kinds))] + self.choices.take(self.choices.below(4)))
+        if self.choices.below(2):
+            stream.close()
 
     def tick(self) -> None:
         """Time goes by, mostly little."""
@@ -383,6 +426,7 @@ class Simulation:
         for decode in self.decodes:
             if decode.agent._kept or decode.agent._hungry:
                 raise Failure(f"at rest, decode {decode.agent.rank} keeps {decode.agent._kept}")
+        self._check_streams()
         first = 0
         if (
             self.doubtful
@@ -394,6 +438,20 @@ class Simulation:
             self._until(self._linked)
         for room in range(first, first + ROOMS):
             self._whole(room)
+
+    def _check_streams(self) -> None:
+        """Every open end is a channel of a connection that lives, and what has been closed is forgotten."""
+        used = {
+            id(channel.stream) for agent in self.prefills for channel in agent._doorway._channels.values()
+        }
+        for decode in self.decodes:
+            used |= {id(c.inbox.stream) for c in decode.agent._connections.values() if c.inbox is not None}
+        left = [end for end in self.streams.ends if id(end) not in used and not end.is_stranger]
+        if left:
+            raise Failure(f"at rest, {len(left)} data channels are open that nobody uses")
+        for agent in self.agents:
+            if any(stream.closed for stream in agent._io.streams if hasattr(stream, "closed")):
+                raise Failure(f"at rest, {agent.role} {agent.rank} polls a closed socket")
 
     def _linked(self) -> bool:
         links = [c.link for decode in self.decodes for c in decode.agent._connections.values()]
@@ -410,7 +468,13 @@ class Simulation:
                 for _ in range(4):
                     agent._work_once()
             self._post()
-            if not before and not any(self.network.up.values()) and not any(self.network.down.values()):
+            flowed = self._flow_once()
+            if (
+                not before
+                and not flowed
+                and not any(self.network.up.values())
+                and not any(self.network.down.values())
+            ):
                 return
         raise Failure("messages without end")
 
@@ -474,9 +538,10 @@ def simulate(data: bytes, strange: bool) -> None:
     Raises:
         Failure: something that must hold did not, or any exception of the agents.
     """
-    clock = Clock()
-    with mock.patch("time.monotonic", clock):
-        simulation = Simulation(Choices(data), clock)
+    clock, choices = Clock(), Choices(data)
+    streams = Streams(choices)
+    with mock.patch("time.monotonic", clock), streams.in_place():
+        simulation = Simulation(choices, clock, streams)
         try:
             simulation.run(strange)
         finally:
