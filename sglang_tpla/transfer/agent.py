@@ -13,7 +13,7 @@ import threading
 import time
 import uuid
 from abc import ABC, abstractmethod
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -32,6 +32,7 @@ FIRST_SLOTS = 2  # of staging, reserved at the start
 # Threads that make or write chunks. Four on a GPU, meant to overlap copies and checksums, were slower than one: each
 # call into torch gives the interpreter away, and all wait for it (benchmarks/results/h100/TRANSFER_NOTES.md).
 WORKERS = {"cpu": 1, "cuda": 1}
+MAX_DURATIONS = 16384  # kept for whoever publishes them
 
 
 class AnyRoom(Protocol):
@@ -62,6 +63,9 @@ class Agent(ABC, Generic[RoomT]):
         self._work = threading.Condition(self._lock)
         self._counts: Counter[str] = Counter()
         self._transfer_seconds = 0.0
+        self.durations: deque[float] = deque(
+            maxlen=MAX_DURATIONS
+        )  # of rooms that succeeded, for whoever publishes them
         self._death: str | None = None
         self._closing = False
         tick_s = min(settings.heartbeat_s / 2, 0.25)
@@ -239,6 +243,11 @@ class Agent(ABC, Generic[RoomT]):
         with self._lock:
             self._counts[counter] += 1
         self._log.warning("transfer dropped on %s rank %d: %s", self.role, self._rank, why)
+
+    def _took(self, seconds: float) -> None:
+        """A room succeeded after so long."""
+        self._transfer_seconds += seconds
+        self.durations.append(seconds)
 
     def _log_transfer(self, **fields: Any) -> None:
         """One line for a transfer that ended; ``at`` is the time of day in seconds since 1970."""

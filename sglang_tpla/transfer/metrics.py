@@ -1,21 +1,19 @@
 """Prometheus series ``sglang_tpla:*`` of this process's agents, beside SGLang's own.
 
-`AgentCollector` reads each agent's `AgentStats` when it is scraped. Engine processes serve their metrics in
-multiprocess mode, where collectors are not read; `AgentPublisher` therefore copies the same numbers into
-ordinary gauges and counters, which are merged over processes, each under its own ``role`` and ``rank``.
-Transfers are counted on the rank that took part: sum over ``role="prefill"`` for what was sent, over
-``role="decode"`` for what each rank received.
+Engine processes serve their metrics in multiprocess mode, where nothing is asked at a scrape: `AgentPublisher` copies
+each agent's `AgentStats` into ordinary gauges and counters, and the durations of its transfers into a histogram. They
+are merged over processes, each under its own ``role`` and ``rank``. Transfers are counted on the rank that took part:
+sum over ``role="prefill"`` for what was sent, over ``role="decode"`` for what each rank received.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from prometheus_client import CollectorRegistry, Counter, Gauge
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
-from prometheus_client.registry import Collector
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from sglang_tpla.transfer.types import AgentStats
 
@@ -46,6 +44,8 @@ COUNTERS = {
     "internal_errors": "Exceptions that were caught",
     "transfer_seconds": "Seconds from first send or request to success, summed over rooms",
 }
+LATENCY = "transfer_latency_seconds"
+LATENCY_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 LABELS = ("role", "rank")
 
 
@@ -54,31 +54,11 @@ class Agent(Protocol):
 
     role: str
     rank: int
+    durations: deque[float]
 
     def stats(self) -> AgentStats:
         """Counters and gauges."""
         ...
-
-
-class AgentCollector(Collector):
-    """Series of all agents, read at each scrape; register it with a single-process registry."""
-
-    def __init__(self, agents: Callable[[], Sequence[Agent]]) -> None:
-        self._agents = agents
-
-    def collect(self) -> Iterator[Metric]:
-        """One family a statistic, one sample an agent."""
-        read = [((agent.role, str(agent.rank)), agent.stats()) for agent in self._agents()]
-        for name, text in GAUGES.items():
-            gauge = GaugeMetricFamily(f"sglang_tpla:{name}", text, labels=LABELS)
-            for labels, stats in read:
-                gauge.add_metric(labels, getattr(stats, name))
-            yield gauge
-        for name, text in COUNTERS.items():
-            counter = CounterMetricFamily(f"sglang_tpla:{name}", text, labels=LABELS)
-            for labels, stats in read:
-                counter.add_metric(labels, getattr(stats, name))
-            yield counter
 
 
 class AgentPublisher:
@@ -107,6 +87,13 @@ class AgentPublisher:
             name: Counter(f"sglang_tpla:{name}", text, LABELS, registry=where)
             for name, text in COUNTERS.items()
         }
+        self._latency = Histogram(
+            f"sglang_tpla:{LATENCY}",
+            "Seconds from first send or request to success, of each transfer",
+            LABELS,
+            registry=where,
+            buckets=LATENCY_BUCKETS_S,
+        )
         self._told: dict[tuple[str, str, str], float] = {}
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="tpla-metrics", daemon=True)
@@ -126,6 +113,9 @@ class AgentPublisher:
                 if value > (told := self._told.get(key, 0.0)):
                     series.inc(value - told)
                     self._told[key] = value
+            latency = self._latency.labels(*labels)
+            while agent.durations:
+                latency.observe(agent.durations.popleft())
 
     def close(self) -> None:
         """Copy a last time and end."""

@@ -145,4 +145,4 @@ class DecodeScattering(DecodeFetching):
                     source.connection.done.append((entry.room, entry.generation, time.monotonic()))
             self._end(entry, RoomState.SUCCESS, "")
             self._counts["rooms_succeeded"] += 1
-            self._transfer_seconds += seconds_since(entry.requested, entry.ended)
+            self._took(seconds_since(entry.requested, entry.ended))

@@ -350,7 +350,7 @@ class PrefillServing(PrefillGreeting):
         if all(stream.confirmed for stream in entry.streams):
             self._end(entry, RoomState.SUCCESS, "")
             self._counts["rooms_succeeded"] += 1
-            self._transfer_seconds += seconds_since(entry.first_send, entry.ended)
+            self._took(seconds_since(entry.first_send, entry.ended))
 
     def _fail(self, entry: Room, reason: str, but: Peer | None = None) -> None:
         """Fail a room and tell its decode ranks (but the one that asked for it)."""

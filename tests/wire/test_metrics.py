@@ -9,7 +9,7 @@ from pathlib import Path
 
 from prometheus_client import CollectorRegistry
 
-from sglang_tpla.transfer.metrics import COUNTERS, GAUGES, AgentCollector, AgentPublisher
+from sglang_tpla.transfer.metrics import COUNTERS, GAUGES, LATENCY, AgentPublisher
 from sglang_tpla.transfer.types import RoomState
 from tests.wire import rig
 
@@ -29,26 +29,24 @@ def test_series_after_a_transfer_to_two_ranks() -> None:
         prefill.agent.send(1, rig.pages(2, 5), last=True, metadata_row=0)
         for agent in agents:
             assert rig.ended(agent, 1) == RoomState.SUCCESS
-        read, copied = CollectorRegistry(), CollectorRegistry()
-        read.register(AgentCollector(lambda: agents))
-        with contextlib.closing(AgentPublisher(lambda: agents, copied, period_s=60.0)) as publisher:
+        registry = CollectorRegistry()
+        with contextlib.closing(AgentPublisher(lambda: agents, registry, period_s=60.0)) as publisher:
             publisher.publish()
             publisher.publish()  # counters grow by what is new
-        size = 5 * rig.PAGE * rig.LAYERS * (rig.LATENT + rig.ROPE) * 2
-        expected = {("prefill", "0"): 2 * size, ("decode", "0"): size, ("decode", "1"): size}
-        for registry in (read, copied):
-            for (role, rank), value in expected.items():
-                labels = {"role": role, "rank": rank}
-                assert registry.get_sample_value("sglang_tpla:wire_bytes_total", labels) == value
-                assert registry.get_sample_value("sglang_tpla:rooms_succeeded_total", labels) == 1
-                assert registry.get_sample_value("sglang_tpla:threads_alive", labels) == 2
-            for name in GAUGES:
-                labels = {"role": "prefill", "rank": "0"}
-                assert registry.get_sample_value(f"sglang_tpla:{name}", labels) is not None
-        for registry in (read, copied):  # a counter that has not counted yet is there as well
-            for name in COUNTERS:
-                labels = {"role": "prefill", "rank": "0"}
-                assert registry.get_sample_value(f"sglang_tpla:{name}_total", labels) is not None, name
+    size = 5 * rig.PAGE * rig.LAYERS * (rig.LATENT + rig.ROPE) * 2
+    expected = {("prefill", "0"): 2 * size, ("decode", "0"): size, ("decode", "1"): size}
+    for (role, rank), value in expected.items():
+        labels = {"role": role, "rank": rank}
+
+        def read(name: str, where: dict[str, str] = labels) -> float | None:
+            return registry.get_sample_value(f"sglang_tpla:{name}", where)
+
+        assert read("wire_bytes_total") == value
+        assert read("rooms_succeeded_total") == read(f"{LATENCY}_count") == 1
+        assert read("transfer_seconds_total") == read(f"{LATENCY}_sum")
+        assert read("threads_alive") == 2
+        # a counter that has not counted yet is there as well
+        assert None not in [read(name) for name in GAUGES] + [read(f"{name}_total") for name in COUNTERS]
 
 
 def test_dashboard_asks_for_series_that_exist() -> None:
@@ -59,5 +57,5 @@ def test_dashboard_asks_for_series_that_exist() -> None:
         for target in panel["targets"]
         for name in re.findall(r"sglang_tpla:(\w+)", target["expr"])
     }
-    assert asked <= {*GAUGES, *(f"{name}_total" for name in COUNTERS)}
+    assert asked <= {*GAUGES, *(f"{name}_total" for name in COUNTERS), f"{LATENCY}_bucket"}
     assert len(asked) > 15
