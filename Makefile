@@ -11,7 +11,7 @@ ENVIRONMENT = $(if $(PYTHON),"$(PYTHON)" .ci/environment.py,{ echo "error: no Py
 	install python3.11 and python3.11-venv, or run make PYTHON=/path/to/python3.11" >&2; false; })
 WITH_PYTHON = python=$$($(ENVIRONMENT)) && "$$python"
 
-.PHONY: help quickstart test test-fast lint format python fuzz accuracy bench-transfer bench-engines clean
+.PHONY: help quickstart test test-fast lint format python fuzz soak accuracy bench-transfer bench-engines clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -36,6 +36,9 @@ python:  ## print the path of the environment's interpreter, making the environm
 
 fuzz:  ## fuzz the transfer agents for an hour; FUZZ_ARGS="--seconds 600" for less
 	@$(WITH_PYTHON) -m tests.fuzz $(FUZZ_ARGS)
+
+soak:  ## 30 minutes of load with random faults on real servers, every answer checked; SOAK_ARGS="--minutes 5" for less
+	@$(WITH_PYTHON) -m tests.soak $(SOAK_ARGS)
 
 accuracy:  ## the accuracy tables of docs/accuracy.md, from the checkpoints
 	@$(WITH_PYTHON) benchmarks/accuracy.py $(ACCURACY_ARGS)

@@ -1,11 +1,17 @@
-"""A prefill and a decode server of two ranks each with a bad network between them, and what must hold after a fault."""
+"""A prefill and two decode servers with a bad network between them, and what must hold after a fault.
+
+Prefill and the first decode server have two ranks each; the second decode server has one rank and plain MLA (g = 1).
+All that passes between them goes through proxies: the connections of each prefill rank, and the bootstrap server. The
+system has no shared memory for the prefill server.
+"""
 
 from __future__ import annotations
 
+import collections
 import concurrent.futures
 import contextlib
-import itertools
-import socket
+import re
+import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -14,39 +20,26 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 
 from tests.e2e.prompts import source
-from tests.e2e.servers import Server, free_ports, launcher, request_body, wait_idle
-from tests.wire.proxy import FaultProxy, Spoiler
+from tests.e2e.servers import START_S, Server, free_ports, launcher, wait_idle
+from tests.e2e.traffic import Answer, Route
+from tests.wire.proxy import FaultProxy, Spoiler, neighbouring_ports
 
-PEER_TIMEOUT_S = 6.0
-TRANSFER = (
-    "--tpla-peer-timeout-s",
-    str(PEER_TIMEOUT_S),
-    "--tpla-transfer-timeout-s",
-    "60",
-    "--tpla-chunk-bytes",
-    "65536",
-)
+PEER_TIMEOUT_S = 10.0
+TRANSFER_TIMEOUT_S = 40.0
+TRANSFER = ("--tpla-peer-timeout-s", str(PEER_TIMEOUT_S), "--tpla-transfer-timeout-s", str(TRANSFER_TIMEOUT_S),
+            "--tpla-chunk-bytes", "65536", "--enable-metrics")  # fmt: skip
 FAULTS = (*Spoiler.KINDS, "half-open", "cut")
 HARMLESS = ("delay", "throttle", "cut")  # these must not fail a request
 SPOILED = 0.004  # of the pieces of 4,096 bytes: about every fifth chunk
-# some 300 to 1,500 tokens each: several chunks of 64 KiB, no common prefix
-PROMPTS = [source(seed=50 + n, characters=c) for n, c in enumerate((1200, 5000, 2500))]
+# some 400 to 1,050 tokens each: several chunks of 64 KiB, no common prefix
+PROMPTS = [source(seed=50 + n, characters=c) for n, c in enumerate((1200, 3500, 2500))]
 TOKENS = 8
+POOL_TOKENS = 4000  # of a decode server: the next request gets the pages of the one before
 GROWTH_BYTES = 256 << 20  # of a process, over all the faults of a test
-rooms = itertools.count(200_000)
 Held = dict[int, tuple[int, int, int]]
-
-
-def neighbouring_ports(count: int) -> int:
-    """The first of some free ports in a row."""
-    while True:
-        (first,) = free_ports(1)
-        with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
-            for port in range(first, first + count):
-                stack.enter_context(socket.create_server(("127.0.0.1", port)))
-            return first
 
 
 def resources(server: Server) -> Held:
@@ -58,10 +51,22 @@ def growth(before: Held, after: Held) -> list[str]:
     """What processes that lived through it hold more than before."""
     pairs = [(pid, before[pid], new) for pid, new in after.items() if pid in before]
     return [
-        f"process {pid}: {old} before, {new} after"
+        f"process {pid}: {old} before, {new} after; {handles(pid)}"
         for pid, old, new in pairs
         if old[0] < new[0] or old[1] < new[1] or old[2] + GROWTH_BYTES < new[2]
     ]
+
+
+def handles(pid: int) -> dict[str, int]:
+    """What a process has open, by kind; connections with their state."""
+    kinds: collections.Counter[str] = collections.Counter()
+    with contextlib.suppress(OSError, psutil.NoSuchProcess):
+        for handle in Path(f"/proc/{pid}/fd").iterdir():
+            with contextlib.suppress(OSError):
+                kinds[re.sub(r"\d+", "#", str(handle.readlink()))] += 1
+        for link in psutil.Process(pid).net_connections("tcp"):
+            kinds[f"{link.status} to {link.raddr.port if link.raddr else link.laddr.port}"] += 1
+    return dict(kinds)
 
 
 def counters(server: Server) -> dict[str, Any]:
@@ -70,83 +75,125 @@ def counters(server: Server) -> dict[str, Any]:
     return agent
 
 
-@dataclass
-class Answer:
-    """What a decode server said: tokens and their log-probabilities, or why there are none."""
+def series(server: Server) -> dict[str, dict[int, float]]:
+    """The transfer agents' Prometheus series, as scraped: by name, by rank."""
+    found: dict[str, dict[int, float]] = {}
+    for line in httpx.get(server.url + "/metrics", timeout=30).text.splitlines():
+        if line.startswith("sglang_tpla:") and 'rank="' in line:
+            name, rest = line.removeprefix("sglang_tpla:").split("{", 1)
+            rank = int(rest.split('rank="', 1)[1].split('"', 1)[0])
+            found.setdefault(name, {})[rank] = float(rest.rsplit(" ", 1)[1])
+    return found
 
-    tokens: tuple[int, ...] = ()
-    logprobs: tuple[float, ...] = ()
-    failure: str = ""
+
+@contextlib.contextmanager
+def stopped(*processes: psutil.Process) -> Iterator[None]:
+    """SIGSTOP, and SIGCONT at the end."""
+    try:
+        for process in processes:
+            process.send_signal(signal.SIGSTOP)
+        yield
+    finally:
+        for process in processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.send_signal(signal.SIGCONT)
+
+
+def rank_process(server: Server, rank: int) -> psutil.Process:
+    """The process of one rank, by what it calls itself."""
+    (found,) = [p for p in server.schedulers() if f"TP{rank}" in " ".join(p.cmdline())]
+    return found
 
 
 @dataclass
 class Faulty:
-    """Two servers and the proxies in front of the prefill ranks and of the bootstrap server."""
+    """The servers, and the proxies in front of the prefill ranks and of the bootstrap server."""
 
     prefill: Server
     decode: Server
+    single: Server
     proxies: list[FaultProxy]
     door: FaultProxy  # to the bootstrap server
-    expected: list[Answer] = field(default_factory=list)
+    expected: dict[str, list[Answer]] = field(
+        default_factory=dict
+    )  # by decode server, in the order of PROMPTS
 
     @classmethod
     @contextlib.contextmanager
-    def start(cls, model: str, artifact: str, logs: Path, *prefill_arguments: str) -> Iterator[Faulty]:
-        """Start both, learn what they answer on a good network, and end both."""
-        ports, listen, shown = free_ports(3), neighbouring_ports(2), neighbouring_ports(2)
+    def start(
+        cls, model: str, artifact: str, logs: Path, *prefill_arguments: str, patience_s: float = START_S
+    ) -> Iterator[Faulty]:
+        """Start them, learn what they answer on a good network, and end them."""
+        ports, listen, shown = free_ports(4), neighbouring_ports(4), neighbouring_ports(4)
         prefill = launcher("prefill", model, ports[0], logs / "faulty-prefill.log", "--disaggregation-bootstrap-port",
                            str(ports[1]), "--chunked-prefill-size", "128", "--tp", "2", *TRANSFER,
                            "--tpla-listen-port", str(listen), "--tpla-advertise", f"127.0.0.1:{shown}",
-                           "--tpla-shared-memory", "0", *prefill_arguments)  # fmt: skip
+                           *prefill_arguments)  # fmt: skip
+        prefill.largest_file_bytes = 128 << 20  # less than an arena: all it sends goes through the proxies
+        pool = ("--max-total-tokens", str(POOL_TOKENS))
         decode = launcher("decode", model, ports[2], logs / "faulty-decode.log", "--tp", "2", "--tpla-groups", "2",
-                          "--tpla-artifact", artifact, *TRANSFER)  # fmt: skip
+                          "--tpla-artifact", artifact, *TRANSFER, *pool)  # fmt: skip
+        single = launcher(
+            "decode", model, ports[3], logs / "faulty-single.log", "--tpla-groups", "1", *TRANSFER, *pool
+        )
+        single.name = "single"
         with contextlib.ExitStack() as stack:
             proxies = [
-                stack.enter_context(contextlib.closing(FaultProxy(listen + rank, listen_port=shown + rank)))
-                for rank in range(2)
+                stack.enter_context(contextlib.closing(FaultProxy(listen + n, listen + n + 1, shown + n)))
+                for n in (0, 2)  # each rank's connections and data channels
             ]
             door = stack.enter_context(contextlib.closing(FaultProxy(ports[1])))
-            for server in (prefill, decode):
+            faulty = cls(prefill, decode, single, proxies, door)
+            for server in faulty.servers:
                 stack.callback(server.stop)
                 server.start()
-            for server in (prefill, decode):
-                server.wait()
-            faulty = cls(prefill, decode, proxies, door)
-            faulty.expected = [faulty.ask(prompt) for prompt in PROMPTS]
-            assert not any(answer.failure for answer in faulty.expected), faulty.expected
+            for server in faulty.servers:
+                server.wait(timeout_s=patience_s)
+            faulty.expected = {
+                route.decode.name: [faulty.ask_patiently(route, prompt) for prompt in PROMPTS]
+                for route in (faulty.route, faulty.side)
+            }
             yield faulty
 
-    def bodies(self, prompt: Any, tokens: int = TOKENS, **extra: Any) -> dict[str, Any]:
-        """One request as the router would send it to both."""
-        place = {
-            "bootstrap_host": "127.0.0.1",
-            "bootstrap_port": self.door.port,
-            "bootstrap_room": next(rooms),
-        }
-        return request_body(prompt, tokens, return_logprob=True, **extra) | place
+    @property
+    def servers(self) -> tuple[Server, Server, Server]:
+        """All three."""
+        return self.prefill, self.decode, self.single
 
-    def ask(self, prompt: Any, decode: Server | None = None, tokens: int = TOKENS, **extra: Any) -> Answer:
-        """Send one request to prefill and to a decode server, and read the latter's answer."""
-        body = self.bodies(prompt, tokens, **extra)
-        with concurrent.futures.ThreadPoolExecutor(2) as pool:
-            calls = [
-                pool.submit(server.post, "/generate", body, 200)
-                for server in (self.prefill, decode or self.decode)
-            ]
-            first, answer = (call.result() for call in calls)
-        if answer.status_code != 200 or answer.json()["meta_info"]["finish_reason"]["type"] == "abort":
-            return Answer(failure=answer.text)
-        assert answer.json()["meta_info"]["completion_tokens"] == tokens, (first.text, answer.text)
-        values = answer.json()["meta_info"]["output_token_logprobs"]
-        return Answer(tuple(token for _, token, _ in values), tuple(value for value, _, _ in values))
+    @property
+    def route(self) -> Route:
+        """To the decode server with two ranks."""
+        return Route(self.prefill, self.door.port, self.decode)
+
+    @property
+    def side(self) -> Route:
+        """To the decode server with one rank."""
+        return Route(self.prefill, self.door.port, self.single)
+
+    def ask_patiently(self, route: Route, prompt: Any) -> Answer:
+        """The answer to a prompt that prefill has not cached: a connection that just broke may take one request along,
+        and so may a machine that stood still.
+        """
+        deadline = time.monotonic() + 60
+        while True:
+            assert httpx.post(self.prefill.url + "/flush_cache", timeout=30).status_code == 200
+            answer = route.ask(prompt, TOKENS)
+            if not answer.failure:
+                return answer
+            assert time.monotonic() < deadline, answer.failure
+            wait_idle(*self.servers)
+
+    def held(self) -> list[Held]:
+        """`resources` of all servers, now."""
+        return [resources(server) for server in self.servers]
 
     def ask_all(self) -> list[Answer]:
         """Every prompt at once."""
         with concurrent.futures.ThreadPoolExecutor(len(PROMPTS)) as pool:
-            return list(pool.map(self.ask, PROMPTS))
+            return list(pool.map(lambda prompt: self.route.ask(prompt, TOKENS), PROMPTS))
 
     @contextlib.contextmanager
-    def network(self, fault: str, seed: int = 0) -> Iterator[None]:
+    def network(self, fault: str, seed: int = 0, bytes_per_s: float = Spoiler.BYTES_PER_S) -> Iterator[None]:
         """A network with a fault; a good one again afterwards."""
         stop = threading.Event()
 
@@ -166,8 +213,8 @@ class Faulty:
         for number, proxy in enumerate(self.proxies):
             if helper is None:
                 chance = 0.05 if fault == "delay" else SPOILED
-                proxy.tamper = Spoiler(fault, 10 * seed + number, chance)
-                proxy.tamper_up = Spoiler(fault, 10 * seed + number + 5, chance)
+                proxy.tamper = Spoiler(fault, 10 * seed + number, chance, bytes_per_s)
+                proxy.tamper_up = Spoiler(fault, 10 * seed + number + 5, chance, bytes_per_s)
         if helper is not None:
             helper.start()
         try:
@@ -179,30 +226,53 @@ class Faulty:
             if helper is not None:
                 helper.join()
 
+    @contextlib.contextmanager
+    def network_gone(self) -> Iterator[None]:
+        """Connections stay open and nothing comes through; at the end they work again."""
+        for proxy in self.proxies:
+            proxy.flowing.clear()
+        try:
+            yield
+        finally:
+            for proxy in self.proxies:
+                proxy.flowing.set()
+
     def check(self, answers: Sequence[Answer], fault: str) -> int:
         """Every answer is right or says why there is none; how many are right."""
-        for answer, expected in zip(answers, self.expected, strict=True):
+        for answer, expected in zip(answers, self.expected[self.decode.name], strict=True):
             if fault in HARMLESS:
                 assert not answer.failure, (fault, answer)
-            assert answer.failure or answer.tokens == expected.tokens, (fault, answer, expected)
+            assert answer.failure or answer.same_text(expected), (fault, answer, expected)
         return sum(not answer.failure for answer in answers)
 
     def at_rest(self, before: Sequence[Held] = ()) -> None:
-        """Both servers hold nothing, live on with no more than before, and answer to the last bit as at the start."""
-        wait_idle(self.prefill, self.decode)
-        for server in (self.prefill, self.decode):
+        """The servers hold nothing, live on with no more than before, and answer to the last bit as at the start."""
+        wait_idle(*self.servers)
+        for server in self.servers:
             assert httpx.get(server.url + "/health", timeout=30).status_code == 200
-            agent = counters(server)
-            assert (agent["threads_alive"], agent["internal_errors"]) == (2, 0), agent
-        assert httpx.post(self.prefill.url + "/flush_cache", timeout=30).status_code == 200
-        deadline = time.monotonic() + 30
-        while (
-            answer := self.ask(PROMPTS[0])
-        ).failure:  # a connection that just broke may take one request along
-            assert time.monotonic() < deadline, answer.failure
-        assert answer == self.expected[0]
-        wait_idle(self.prefill, self.decode)
+            self._all_ranks_at_rest(server)
+        for route in (self.route, self.side):
+            answer = self.ask_patiently(route, PROMPTS[0])
+            assert answer == self.expected[route.decode.name][0], route.decode.name
+            wait_idle(*self.servers)
         deadline = time.monotonic() + 20
-        while grown := [text for held, server in zip(before, (self.prefill, self.decode), strict=False)
+        while grown := [text for held, server in zip(before, self.servers, strict=False)
                         for text in growth(held, resources(server))]:  # fmt: skip
             assert time.monotonic() < deadline, grown
+
+    @staticmethod
+    def _all_ranks_at_rest(server: Server) -> None:
+        """As the series say, which are a second old at most: every rank, not the first alone."""
+        deadline = time.monotonic() + 20
+        while True:
+            now = series(server)
+            wrong = {
+                name: now.get(name)
+                for name, value in (("rooms", 0), ("staging_used_bytes", 0), ("threads_alive", 2),
+                                    ("internal_errors_total", 0))
+                if set(now.get(name, {-1: -1}).values()) != {value}
+            }  # fmt: skip
+            if not wrong:
+                return
+            assert time.monotonic() < deadline, (server.name, wrong)
+            time.sleep(0.2)

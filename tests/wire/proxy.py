@@ -29,14 +29,16 @@ class Spoiler:
         kind: ``drop``, ``delay``, ``duplicate``, ``reorder``, ``truncate``, ``flip`` or ``throttle``.
         seed: of the choice of pieces.
         chance: of a piece to be spoiled; every piece is throttled.
+        bytes_per_s: of a throttled connection.
     """
 
     KINDS = ("drop", "delay", "duplicate", "reorder", "truncate", "flip", "throttle")
     DELAY_S = 0.05
     BYTES_PER_S = 2e6
 
-    def __init__(self, kind: str, seed: int, chance: float) -> None:
+    def __init__(self, kind: str, seed: int, chance: float, bytes_per_s: float = BYTES_PER_S) -> None:
         self._kind, self._random, self._chance = kind, random.Random(seed), chance
+        self._bytes_per_s = bytes_per_s
         self.spoiled = 0
 
     def __call__(self, data: bytes) -> bytes:
@@ -60,7 +62,7 @@ class Spoiler:
                 bits[self._random.randrange(len(bits))] ^= 1 << self._random.randrange(8)
                 return bytes(bits)
             case "throttle":
-                time.sleep(len(data) / self.BYTES_PER_S)
+                time.sleep(len(data) / self._bytes_per_s)
         return data
 
 

@@ -57,5 +57,6 @@ def test_dashboard_asks_for_series_that_exist() -> None:
         for target in panel["targets"]
         for name in re.findall(r"sglang_tpla:(\w+)", target["expr"])
     }
-    assert asked <= {*GAUGES, *(f"{name}_total" for name in COUNTERS), f"{LATENCY}_bucket"}
+    registrations = "bootstrap_registrations_total"  # of the bootstrap server
+    assert asked <= {*GAUGES, *(f"{name}_total" for name in COUNTERS), f"{LATENCY}_bucket", registrations}
     assert len(asked) > 15

@@ -1,0 +1,120 @@
+"""Aborts on real servers: pages and rooms reused at once, on one side or both, one at a time or in a storm."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import random
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from tests.e2e.faulty import PROMPTS, TOKENS, Faulty, counters, series
+from tests.e2e.prompts import source
+from tests.e2e.servers import transfer_lines, wait_idle
+from tests.e2e.traffic import Answer
+
+VICTIM = source(seed=90, characters=9_000)  # more than half of the decode server's pool
+HEIR = source(seed=91, characters=7_000)  # more than what is free beside it
+NEARLY = 1e-3
+SLOW = 3e5  # bytes a second: no victim is there before its abort
+
+
+@pytest.fixture
+def heir(faulty: Faulty) -> Iterator[Answer]:
+    """What is asked after each abort, as it is answered once prefill has it in its cache; and rest afterwards."""
+    before = faulty.held()
+    for prompt in (VICTIM, HEIR):
+        assert not faulty.route.ask(prompt, TOKENS).failure
+    yield faulty.route.ask(HEIR, TOKENS)
+    faulty.at_rest(before)
+
+
+@pytest.mark.parametrize("times", [25, pytest.param(500, marks=pytest.mark.slow)])
+def test_pages_reused_at_once_after_an_abort_in_mid_transfer(
+    faulty: Faulty, heir: Answer, times: int
+) -> None:
+    """The next request takes the pages while chunks of the aborted one are under way, and is right: no late write.
+
+    Prefill has both prompts in its cache, so that a request is all transfer; the network is slow, so that aborts come
+    in its middle; the decode server's pool does not hold both.
+    """
+    chooser = random.Random(times)
+    late = [counters(server)["late_dropped"] for server in (faulty.prefill, faulty.decode)]
+    in_the_middle = 0
+    with faulty.network("throttle"), concurrent.futures.ThreadPoolExecutor(1) as pool:
+        for number in range(times):
+            rid = f"victim-{times}-{number}"
+            call = pool.submit(faulty.route.ask, VICTIM, TOKENS, rid=rid)
+            until_rooms(faulty, 1)
+            time.sleep(chooser.uniform(0, 0.5))
+            where = chooser.choice(((faulty.decode,), (faulty.prefill,), (faulty.prefill, faulty.decode)))
+            faulty.route.abort(rid, *where)
+            assert faulty.route.ask(HEIR, TOKENS).same_text(heir, NEARLY), number
+            in_the_middle += bool(call.result().failure)
+    assert in_the_middle > times // 2
+    grown = [
+        counters(s)["late_dropped"] - old
+        for s, old in zip((faulty.prefill, faulty.decode), late, strict=True)
+    ]
+    assert all(grown), grown  # chunks of aborted rooms did come, and receipts of them
+
+
+@pytest.mark.parametrize("side", ["prefill", "decode"])
+def test_each_rank_ends_its_own_part_of_an_aborted_room(faulty: Faulty, heir: Answer, side: str) -> None:
+    """An abort on one side reaches every rank of the other, and each ends the room by itself and says so."""
+    lines = {server.name: len(transfer_lines(server)) for server in (faulty.prefill, faulty.decode)}
+    failed = {server.name: series(server)["rooms_failed_total"] for server in (faulty.prefill, faulty.decode)}
+    with faulty.network("throttle", bytes_per_s=SLOW), concurrent.futures.ThreadPoolExecutor(1) as pool:
+        call = pool.submit(faulty.route.ask, VICTIM, TOKENS, rid=f"fan-out-{side}")
+        until_rooms(faulty, 1)
+        faulty.route.abort(f"fan-out-{side}", getattr(faulty, side))
+        assert call.result().failure
+    wait_idle(*faulty.servers)
+    for server in (faulty.prefill, faulty.decode):
+        new = transfer_lines(server)[lines[server.name] :]
+        assert sorted(line["rank"] for line in new) == [0, 1], new
+        assert all(line["result"] != "success" for line in new), new
+        deadline = time.monotonic() + 10
+        while any(
+            series(server)["rooms_failed_total"][rank] != failed[server.name][rank] + 1 for rank in (0, 1)
+        ):
+            assert time.monotonic() < deadline, (failed, series(server)["rooms_failed_total"])
+
+
+def test_storm_of_aborts(faulty: Faulty, heir: Answer) -> None:
+    """Twenty requests with sends in flight, all given up within a second on either side, to both decode servers."""
+    chooser = random.Random(7)
+    prompts = [VICTIM, HEIR, *PROMPTS]
+    with faulty.network("throttle"), concurrent.futures.ThreadPoolExecutor(20) as pool:
+        calls = []
+        for number in range(20):
+            route = (faulty.route, faulty.side)[number % 2]
+            calls.append((route, pool.submit(route.ask, prompts[number % 5], 200, rid=f"storm-{number}")))
+        until_rooms(faulty, 1)
+        for number, (route, _) in enumerate(calls):
+            time.sleep(chooser.uniform(0, 0.1))
+            route.abort(f"storm-{number}", route.decode, route.prefill)
+        for _, call in calls:
+            answer = call.result()
+            assert answer.failure or len(answer.tokens) == 200, answer
+
+
+def test_room_reused_with_chunks_of_the_old_one_in_flight(faulty: Faulty, heir: Answer) -> None:
+    """The same room number again right after an abort, as a client that repeats its request would do."""
+    with faulty.network("throttle", bytes_per_s=SLOW), concurrent.futures.ThreadPoolExecutor(1) as pool:
+        for number in range(10):
+            room, rid = 7_000_000 + number, f"reuse-{number}"
+            call = pool.submit(faulty.route.ask, VICTIM, TOKENS, rid=rid, room=room)
+            until_rooms(faulty, 1)
+            faulty.route.abort(rid, faulty.prefill, faulty.decode)
+            assert call.result().failure
+            answer = faulty.route.ask(HEIR, TOKENS, room=room)
+            assert answer.same_text(heir, NEARLY), answer
+
+
+def until_rooms(faulty: Faulty, count: int) -> None:
+    """Until the decode server has that many rooms open."""
+    deadline = time.monotonic() + 60
+    while counters(faulty.decode)["rooms"] < count:
+        assert time.monotonic() < deadline

@@ -1,0 +1,95 @@
+"""A bad network between real servers. After each fault the servers hold nothing, all their threads live, and the next
+answer is the one from before, to the last bit.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import time
+
+import pytest
+
+from sglang_tpla.transfer import frames
+from tests.e2e.faulty import FAULTS, PEER_TIMEOUT_S, PROMPTS, TOKENS, Faulty, counters
+from tests.wire.fakes import FakeDecode, hello
+from tests.wire.test_hostile import MALFORMED
+
+# these take as long as the others and find the same on the wire, where tests/wire tries them every time
+RARE = ("drop", "duplicate", "reorder", "truncate")
+
+
+@pytest.mark.parametrize(
+    "fault", [pytest.param(fault, marks=pytest.mark.slow if fault in RARE else ()) for fault in FAULTS]
+)
+def test_bad_network(faulty: Faulty, fault: str) -> None:
+    """Requests under way are right or fail with a reason; then all is as before, and the next answer is the same."""
+    before = faulty.held()
+    with faulty.network(fault):
+        answers = faulty.ask_all()
+    faulty.check(answers, fault)
+    faulty.at_rest(before)
+
+
+def test_network_gone_for_longer_than_the_heartbeat_and_back(faulty: Faulty) -> None:
+    """Both sides give the other up, fail what was under way, and take each other up again."""
+    before = faulty.held()
+    lost = [counters(server)["peers_lost"] for server in faulty.servers]
+    with concurrent.futures.ThreadPoolExecutor(1) as pool, faulty.network("throttle"):
+        call = pool.submit(faulty.ask_all)
+        deadline = time.monotonic() + 60
+        while counters(faulty.decode)["rooms"] < len(PROMPTS) or counters(faulty.prefill)["rooms"] < len(
+            PROMPTS
+        ):
+            assert time.monotonic() < deadline
+        with faulty.network_gone():
+            answers = call.result()  # each ends by itself, while nothing comes through
+    assert all("rank" in answer.failure for answer in answers), answers
+    assert all(counters(server)["peers_lost"] > old for server, old in zip(faulty.servers, lost, strict=True))
+    faulty.at_rest(before)
+
+
+def test_bootstrap_server_away(faulty: Faulty) -> None:
+    """What is under way, and what follows between servers that know each other, does not need it."""
+    faulty.door.refusing = True
+    faulty.door.cut()
+    assert faulty.check(faulty.ask_all(), "cut") == len(PROMPTS)
+    faulty.door.refusing = False
+    faulty.at_rest()
+
+
+def test_hostile_frames_at_a_serving_prefill_rank(faulty: Faulty) -> None:
+    """Malformed frames of every kind and strangers' messages, from a registered peer, while requests are served."""
+    before, at_start = faulty.held(), counters(faulty.prefill)
+    (peer,) = {proxy.port for proxy in faulty.proxies[:1]}
+    fakes = [FakeDecode(peer) for _ in range(2)]
+    try:
+        for kind in MALFORMED.values():
+            for fake in fakes:
+                fake.send(*kind)
+                fake.say(hello(versions=(7, 9)))
+                fake.say(frames.Request(1, 2, 1, 0, -1, False, 0, 1))
+            answer = faulty.route.ask(PROMPTS[0], TOKENS)
+            assert answer.same_text(faulty.expected["decode"][0]), answer
+        for fake in fakes:
+            assert "decode 7 to 9" in fake.expect(frames.Refused)[0].reason
+    finally:
+        for fake in fakes:
+            fake.close()
+    now = counters(faulty.prefill)
+    grown = {name: now[name] - at_start[name] for name in ("malformed_dropped", "refused", "unknown_peer")}
+    # an oversized message ends its connection; what it had still to say is lost with it
+    assert grown["malformed_dropped"] >= len(MALFORMED) and grown["refused"] >= len(MALFORMED), grown
+    assert grown["unknown_peer"] >= len(MALFORMED), grown
+    faulty.at_rest(before)
+
+
+@pytest.mark.slow
+def test_network_gone_and_back_twenty_times(faulty: Faulty) -> None:
+    """For a moment, for less and for more than the heartbeat's patience, under requests."""
+    before = faulty.held()
+    for number in range(20):
+        with faulty.network_gone():
+            time.sleep(PEER_TIMEOUT_S * (0.1 + 0.1 * number))
+        for answer in faulty.ask_all():
+            assert answer.failure or answer.tokens
+    faulty.at_rest(before)

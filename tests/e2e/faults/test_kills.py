@@ -1,0 +1,149 @@
+"""kill -9 of one side under load: the survivors are well, fail what was in flight, and serve when it is back."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import time
+from pathlib import Path
+
+import torch
+
+from tests.e2e.faulty import PROMPTS, TOKENS, Faulty, Held, counters, growth, resources, stopped
+from tests.e2e.prompts import source
+from tests.e2e.servers import Server, idle, wait_idle
+from tests.e2e.traffic import Answer, Load
+
+LONG = [
+    source(seed=9 + n, characters=5_000) for n in range(2)
+]  # some 1,500 tokens: many chunks, no common prefix
+FAIL_WITHIN_S = 100.0
+
+
+def until_in_flight(server: Server, more_rooms_than: int = 0) -> None:
+    """Until the server has that many rooms open and chunks of them have moved."""
+    start = counters(server)["chunks"]
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        agent = counters(server)
+        if agent["rooms"] > more_rooms_than and agent["chunks"] > start:
+            return
+    raise AssertionError(f"nothing moved on {server.name}: {idle(server)}")
+
+
+def failed(call: concurrent.futures.Future[Answer]) -> str:
+    """Why the request failed; it must have."""
+    answer = call.result(FAIL_WITHIN_S)
+    assert answer.failure, answer
+    return answer.failure
+
+
+def test_decode_killed_at_every_stage_under_load(faulty: Faulty) -> None:
+    """One request before its decode ranks have asked, one in mid-chunk, one that decodes; others are served meanwhile.
+
+    Prefill fails the first two (the first at its deadline, as nobody ever asks), and none of the other decode server's.
+    """
+    route, survivors = faulty.route, (faulty.prefill, faulty.single)
+    before = [resources(server) for server in survivors]
+    lines = len(faulty.prefill.log.read_text(errors="replace").splitlines())
+    with (
+        concurrent.futures.ThreadPoolExecutor(3) as pool,
+        Load([faulty.side], PROMPTS, faulty.expected, TOKENS) as load,
+    ):
+        calls = [pool.submit(route.ask, PROMPTS[0], 1500, stream=True)]
+        while not idle(faulty.decode)["running_batch"]:
+            pass
+        with faulty.network("throttle"):
+            calls.append(pool.submit(route.ask, LONG[0], TOKENS))
+            until_in_flight(faulty.decode)
+            with stopped(*faulty.decode.schedulers()):
+                calls.append(pool.submit(route.ask, PROMPTS[2], TOKENS))
+                while (
+                    counters(faulty.prefill)["rooms"] < 3
+                ):  # this one, the one in mid-chunk, one of the load
+                    pass
+                faulty.decode.kill()
+        for call in calls:
+            failed(call)
+        served = load.right["single"]
+        faulty.decode.start().wait()
+        assert load.right["single"] > served > 0
+    assert not load.failures["single"], load.failures
+    said = "\n".join(faulty.prefill.log.read_text(errors="replace").splitlines()[lines:])
+    assert "decode ranks had asked" in said and "was lost" in said, said[-3000:]
+    faulty.at_rest()
+    nothing_grew(before, survivors)
+
+
+def test_prefill_killed_in_mid_chunk_under_load(faulty: Faulty) -> None:
+    """Every request that it served fails and says so; started anew on the same address, it serves both servers."""
+    survivors = (faulty.decode, faulty.single)
+    before = [resources(server) for server in survivors]
+    pids = [server.process.pid for server in survivors if server.process is not None]
+    with Load([faulty.route, faulty.side], PROMPTS, faulty.expected, TOKENS) as load:
+        with concurrent.futures.ThreadPoolExecutor(2) as pool, faulty.network("throttle"):
+            calls = [pool.submit(route.ask, LONG[1], TOKENS) for route in (faulty.route, faulty.side)]
+            for server in survivors:
+                until_in_flight(server)
+            faulty.prefill.kill()
+            for call in calls:
+                assert "rank" in failed(call)  # who was lost, or which of this server's ranks lost it
+        served = dict(load.right)
+        faulty.prefill.start().wait()
+        deadline = time.monotonic() + 120
+        while any(load.right[name] == served[name] for name in served):
+            assert time.monotonic() < deadline, load.failures
+            time.sleep(0.1)
+    assert pids == [server.process.pid for server in survivors if server.process is not None]
+    faulty.at_rest()
+    nothing_grew(before, survivors)
+
+
+def nothing_grew(before: list[Held], servers: tuple[Server, ...]) -> None:
+    """The survivors hold no more than before."""
+    deadline = time.monotonic() + 20
+    while grown := [growth(held, resources(server)) for held, server in zip(before, servers, strict=True)]:
+        if not any(grown):
+            return
+        assert time.monotonic() < deadline, grown
+
+
+def test_first_token_is_the_same_for_any_decode_layout(faulty: Faulty) -> None:
+    """One plain MLA decode rank fetches from one of two prefill ranks; the other, which sends nothing, ends as well."""
+    first, second = (
+        faulty.expected["decode"],
+        faulty.expected["single"],
+    )
+    assert [answer.tokens[0] for answer in first] == [answer.tokens[0] for answer in second]
+    wait_idle(*faulty.servers)
+
+
+def test_no_shared_memory_on_the_prefill_server(faulty: Faulty) -> None:
+    """It was started where no file may be as large as its arena: it says so, and all goes through sockets."""
+    said = faulty.prefill.log.read_text(errors="replace")
+    assert "no shared memory of" in said and "File too large" in said
+    assert counters(faulty.decode)["wire_bytes"] > 0
+
+
+def test_statistics_of_live_traffic(faulty: Faulty, nano_mla: str, statistics_folder: Path) -> None:
+    """What the prefill ranks summed up while they served is what the plain model says of such text."""
+    from tokenizers import Tokenizer
+
+    from sglang_tpla.calibrate.statistics import Statistics, collect, combine
+    from sglang_tpla.models.plain import PlainModel
+
+    files = sorted(statistics_folder.glob("*.safetensors"))
+    assert len(files) >= 2 and len(files) % 2 == 0  # one a rank, of each life of the server that wrote any
+    whole = combine([Statistics.load(path) for path in files])
+    assert whole.tokens >= 3000 and whole.layers[0].query_outer.shape == (8, 32, 32)
+    tokenizer = Tokenizer.from_file(f"{nano_mla}/tokenizer.json")
+    texts = [torch.tensor([tokenizer.encode(text).ids]) for text in (*PROMPTS, *LONG)]
+    plain = collect(PlainModel(nano_mla), texts)
+    for number, live in enumerate(whole.layers):
+        for what in ("covariance", "query_outer"):
+            ours = getattr(live, what).flatten()
+            alike = [
+                float(torch.nn.functional.cosine_similarity(ours, getattr(layer, what).flatten(), dim=0))
+                for layer in plain
+            ]
+            # the traffic was these texts, in another proportion, and a few more
+            assert alike[number] > 0.9 and alike[number] == max(alike), (number, what, alike)

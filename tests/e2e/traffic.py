@@ -1,0 +1,216 @@
+"""Requests to a prefill and a decode server as the router sends them: plain, streamed, in batches, and given up."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import itertools
+import json
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+
+from tests.e2e.servers import Server, request_body
+
+PATIENCE_S = 200.0  # longer than any deadline of the servers: who waits longer hangs
+rooms = itertools.count(200_000)
+# one connection a request, so that a server's death is one request's matter; made once, as its TLS context is costly
+client = httpx.Client(
+    limits=httpx.Limits(max_connections=None, max_keepalive_connections=0), timeout=PATIENCE_S
+)
+
+
+@dataclass
+class Answer:
+    """What a decode server said: tokens and their log-probabilities, or why there are none."""
+
+    tokens: tuple[int, ...] = ()
+    logprobs: tuple[float, ...] = ()
+    failure: str = ""
+
+    def same_text(self, other: Answer, tolerance: float = 1e-3) -> bool:
+        """The same tokens, and log-probabilities that differ as another batch's order of sums makes them."""
+        return self.tokens == other.tokens and all(
+            abs(a - b) <= tolerance for a, b in zip(self.logprobs, other.logprobs, strict=True)
+        )
+
+
+def read(said: dict[str, Any], tokens: int) -> Answer:
+    """The answer in one result of /generate, or in its last event."""
+    meta = said.get("meta_info")
+    if meta is None or meta["finish_reason"] is None or meta["finish_reason"]["type"] == "abort":
+        return Answer(failure=json.dumps(said)[:2000])
+    assert meta["completion_tokens"] == tokens, said
+    values = meta["output_token_logprobs"]
+    return Answer(tuple(token for _, token, _ in values), tuple(value for value, _, _ in values))
+
+
+@dataclass(frozen=True)
+class Route:
+    """A prefill server, its bootstrap server's port, and the decode server that answers."""
+
+    prefill: Server
+    bootstrap: int
+    decode: Server
+
+    def body(
+        self, prompt: Any, tokens: int, batch: int = 0, room: int | None = None, **extra: Any
+    ) -> dict[str, Any]:
+        """One request (or one batch of prompts) as the router would send it to both."""
+        place = {
+            "bootstrap_host": ["127.0.0.1"] * batch if batch else "127.0.0.1",
+            "bootstrap_port": [self.bootstrap] * batch if batch else self.bootstrap,
+            "bootstrap_room": [next(rooms) for _ in range(batch)]
+            if batch
+            else next(rooms)
+            if room is None
+            else room,
+        }
+        return request_body(prompt, tokens, return_logprob=True, **extra) | place
+
+    def ask(
+        self,
+        prompt: Any,
+        tokens: int,
+        stream: bool = False,
+        keep: Callable[[dict[str, Any]], None] | None = None,
+        **extra: Any,
+    ) -> Answer:
+        """Send one request to both and read the decode server's answer; ``keep`` is given its ``meta_info``."""
+        body = self.body(prompt, tokens, **({"stream": True} if stream else {}), **extra)
+        send = _last_event if stream else _post
+        with _both(self) as (pool, servers):
+            first, second = (pool.submit(send, server, body) for server in servers)
+            try:
+                first.result()
+            finally:
+                status, said = second.result()
+        if status != 200:
+            return Answer(failure=f"{status} {json.dumps(said)[:2000]}")
+        if keep is not None:
+            keep(said["meta_info"])
+        return read(said, tokens)
+
+    def ask_batch(self, prompts: Sequence[Any], tokens: int) -> list[Answer]:
+        """As `ask`, several prompts in one request."""
+        body = self.body(list(prompts), tokens, batch=len(prompts))
+        with _both(self) as (pool, servers):
+            first, second = (pool.submit(_post, server, body) for server in servers)
+            try:
+                first.result()
+            finally:
+                status, said = second.result()
+        if status != 200 or not isinstance(said, list):
+            return [Answer(failure=f"{status} {json.dumps(said)[:2000]}")] * len(prompts)
+        return [read(one, tokens) for one in said]
+
+    def leave(self, prompt: Any, tokens: int, after_s: float) -> None:
+        """Ask, and hang up on both when they have said nothing for ``after_s``, or after a few tokens."""
+        body = self.body(prompt, tokens, stream=True)
+        with _both(self) as (pool, servers):
+            for call in [pool.submit(_hang_up, server, body, after_s) for server in servers]:
+                call.result()
+
+    def abort(self, rid: str, *servers: Server) -> None:
+        """End a request by its ``rid`` on the given servers."""
+        for server in servers:
+            client.post(server.url + "/abort_request", json={"rid": rid}).raise_for_status()
+
+
+@contextlib.contextmanager
+def _both(route: Route) -> Iterator[tuple[concurrent.futures.ThreadPoolExecutor, tuple[Server, Server]]]:
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        yield pool, (route.prefill, route.decode)
+
+
+def _post(server: Server, body: dict[str, Any]) -> tuple[int, Any]:
+    """Status and what was said; 0 and why where the server went away. Waiting too long is not borne."""
+    try:
+        response = client.post(server.url + "/generate", json=body)
+    except httpx.TimeoutException:
+        raise
+    except httpx.TransportError as error:
+        return 0, {"error": repr(error)}
+    try:
+        return response.status_code, response.json()
+    except ValueError:
+        return response.status_code, {"error": response.text}
+
+
+def _last_event(server: Server, body: dict[str, Any]) -> tuple[int, Any]:
+    """As `_post`, streamed: what the last event said."""
+    last: Any = {"error": "no event"}
+    try:
+        with client.stream("POST", server.url + "/generate", json=body) as response:
+            for line in response.iter_lines():
+                if line.startswith("data: {"):
+                    last = json.loads(line[6:])
+            return response.status_code, last
+    except httpx.TimeoutException:
+        raise
+    except httpx.TransportError as error:
+        return 0, {"error": repr(error)}
+
+
+def _hang_up(server: Server, body: dict[str, Any], after_s: float) -> None:
+    with (
+        contextlib.suppress(httpx.TransportError),
+        client.stream(
+            "POST", server.url + "/generate", json=body, timeout=httpx.Timeout(20, read=after_s)
+        ) as response,
+    ):
+        for _ in zip(range(6), response.iter_lines(), strict=False):
+            pass
+
+
+class Load:
+    """Threads that send requests without rest while a test does something else, and what came of each.
+
+    Args:
+        routes: used in turn.
+        prompts: with what each route's decode server answers on a quiet day, by the server's name.
+        tokens: of each answer.
+    """
+
+    def __init__(
+        self, routes: Sequence[Route], prompts: Sequence[Any], expected: dict[str, list[Answer]], tokens: int
+    ) -> None:
+        self._routes, self._prompts, self._expected, self._tokens = routes, prompts, expected, tokens
+        self._stop = threading.Event()
+        self.right: dict[str, int] = dict.fromkeys((route.decode.name for route in routes), 0)
+        self.failures: dict[str, list[str]] = {name: [] for name in self.right}
+        self._threads = [threading.Thread(target=self._send, args=(route,), daemon=True) for route in routes]
+        self._wrong: list[str] = []
+
+    def __enter__(self) -> Load:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join(PATIENCE_S + 30)
+        assert not any(thread.is_alive() for thread in self._threads), "a request hangs"
+        assert not self._wrong, self._wrong[:3]
+
+    def _send(self, route: Route) -> None:
+        name = route.decode.name
+        for number in itertools.cycle(range(len(self._prompts))):
+            if self._stop.is_set():
+                return
+            try:
+                answer = route.ask(self._prompts[number], self._tokens)
+            except Exception as error:
+                self._wrong.append(repr(error))
+                return
+            if answer.failure:
+                self.failures[name].append(answer.failure)
+                self._stop.wait(0.2)
+            elif answer.same_text(self._expected[name][number]):
+                self.right[name] += 1
+            else:
+                self._wrong.append(f"{name}, prompt {number}: {answer}")
