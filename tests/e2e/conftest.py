@@ -9,19 +9,17 @@ from pathlib import Path
 
 import pytest
 
-from sglang_tpla.transfer.keys import main as make_keys
 from tests.e2e.servers import Pair, Server, free_ports, launcher, router, stock
 
 
 @dataclass
 class Trio:
-    """Prefill, TPLA decode with two ranks, router; authenticated and encrypted as between machines."""
+    """Prefill, TPLA decode with two ranks, router."""
 
     prefill: Server
     decode: Server
     router: Server
     bootstrap: int
-    keys: Path  # of CURVE keys: what other decode servers of this prefill server need as well
 
     @cached_property
     def pair(self) -> Pair:
@@ -34,17 +32,13 @@ def logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def trio(
-    nano_mla: str, nano_artifact: str, logs: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Trio]:
-    ports, keys = free_ports(4), tmp_path_factory.mktemp("keys")
-    make_keys([str(keys)])
-    keyed = ("--tpla-keys", str(keys))
+def trio(nano_mla: str, nano_artifact: str, logs: Path) -> Iterator[Trio]:
+    ports = free_ports(4)
     servers = [
         launcher("prefill", nano_mla, ports[0], logs / "prefill.log", "--disaggregation-bootstrap-port", str(ports[1]),
-                 "--chunked-prefill-size", "512", *keyed),
+                 "--chunked-prefill-size", "512"),
         launcher("decode", nano_mla, ports[2], logs / "decode.log", "--tp", "2", "--tpla-groups", "2",
-                 "--tpla-artifact", nano_artifact, *keyed),
+                 "--tpla-artifact", nano_artifact),
     ]  # fmt: skip
     try:
         for server in servers:
@@ -54,7 +48,7 @@ def trio(
         front = router(ports[3], logs / "router.log", servers[0].url, ports[1], servers[1].url).start()
         servers.append(front)
         front.wait("/readiness")
-        yield Trio(servers[0], servers[1], front, ports[1], keys)
+        yield Trio(servers[0], servers[1], front, ports[1])
     finally:
         for server in servers:
             server.stop()

@@ -37,9 +37,8 @@ def test_one_group_gives_stock_tokens_and_logprobs(
 ) -> None:
     port = free_ports(1)[0]
     decode = launcher(
-        "decode", nano_mla, port, logs / f"decode-g1-t{ranks}.log", "--tp", str(ranks), "--tpla-groups", "1",
-        "--tpla-keys", str(trio.keys),
-    )  # fmt: skip
+        "decode", nano_mla, port, logs / f"decode-g1-t{ranks}.log", "--tp", str(ranks), "--tpla-groups", "1"
+    )
     with contextlib.ExitStack() as stack:
         stack.callback(decode.stop)
         decode.start().wait()

