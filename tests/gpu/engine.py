@@ -14,12 +14,12 @@ from pathlib import Path
 
 import torch
 
-from tests.e2e.servers import COMMON, ROOT, Pair, Server, free_ports, launcher, router
+from tests.e2e.servers import COMMON, ROOT, Pair, Server, ServerFailed, free_ports, launcher, router
 
 # Without a GPU the CPU platform serves: to try the tests themselves.
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GPUS = torch.cuda.device_count()
-START_S = 420.0
+START_S = float(os.environ.get("TEST_START_S", "420"))
 ONE_GPU = str(ROOT / "tests" / "gpu" / "one_gpu")
 CPU_ENV = {
     "SGLANG_PLATFORM": "sglang_tpla_cpu",
@@ -170,13 +170,17 @@ class Engines:
             port, self.log / f"router-{name}.log", self.prefill.url, str(self.bootstrap), front.url
         )
         self.routers.append(server.start())
-        return server.wait(timeout_s=60)
+        return server.wait("/readiness", timeout_s=60)
 
     def wait(self, *servers: Server) -> None:
         """Until the servers answer; once for each."""
         for server in servers:
             if server.name not in self._ready:
-                server.wait(timeout_s=START_S)
+                try:
+                    server.wait(timeout_s=START_S)
+                except ServerFailed as failed:  # another one is often why
+                    tails = [f"--- {one.name}\n{one.tail(15)}" for one in self.servers() if one is not server]
+                    raise ServerFailed("\n".join([str(failed), *tails])) from None
                 self._ready.add(server.name)
 
     def pair(self, name: str) -> Pair:

@@ -14,7 +14,7 @@ if [ -d "${1:-}" ]; then
     if [ ! -d "$site/sglang" ]; then
         cat "$1"/base-* | xz -dc | tar x -C "$site"
         # a dozen processes import it at once: once is enough to compile it (a few templates are no Python, which it says)
-        python3 -m compileall -q -j 0 "$site/sglang" || true
+        python3 -m compileall -q -j 0 "$site" || true
     fi
     shift
 fi

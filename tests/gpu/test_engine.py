@@ -35,20 +35,22 @@ NOISE = 1.5
 
 
 class Bench:
-    """One model's servers and its float32 reference."""
+    """One model's servers and its float32 reference; ``layouts``: decode servers to start."""
 
-    def __init__(self, name: str, model: str, artifact: str, log: Path) -> None:
+    def __init__(self, name: str, model: str, artifact: str, log: Path, layouts: set[str]) -> None:
         log.mkdir(parents=True, exist_ok=True)
         self.name, self.artifact = name, Artifact.load(artifact)
         self._answers: dict[str, list[dict[str, Any]]] = {}
         self.engines = Engines(model, log)
+        self.plain = PlainModel(model, device=DEVICE)
+        self.maps = model_maps(self.artifact, self.plain)
         self.engines.start_stock(*CHUNKS)
         self.engines.start_prefill(*CHUNKS)
         attention = OUR_KERNEL if name == "tiny" else ANY_WIDTH
-        self.engines.decode("one-group", 1, "--tpla-groups", "1", *attention)
-        self.engines.decode("two-groups", 2, "--tpla-groups", "2", "--tpla-artifact", artifact, *attention)
-        self.plain = PlainModel(model, device=DEVICE)
-        self.maps = model_maps(self.artifact, self.plain)
+        for layout, groups in (("one-group", 1), ("two-groups", 2)):
+            if layout in layouts:
+                flags = ("--tpla-groups", str(groups), *(("--tpla-artifact", artifact) if groups > 1 else ()))
+                self.engines.decode(layout, groups, *flags, *attention)
         tokenizer = Tokenizer.from_file(f"{model}/tokenizer.json")
         long = [source(seed, characters) for seed, characters in ((5, 2500), (6, 4500), (7, 12000))]
         texts = [*short_prompts(8, seed=3), *long]  # up to some 3,300 tokens: 7 chunks
@@ -109,10 +111,12 @@ def benches(
     nano_artifact: str,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[dict[str, Bench]]:
-    """All servers of the models that the chosen tests ask for, started together."""
-    chosen = {
-        item.callspec.params.get("bench") for item in request.session.items if hasattr(item, "callspec")
-    }
+    """All servers that the chosen tests ask for, started together; fewer with ``-k "tiny and one-group"``."""
+    chosen: dict[str, set[str]] = {}
+    for item in request.session.items:
+        asked = item.callspec.params if hasattr(item, "callspec") else {}
+        if "bench" in asked:
+            chosen.setdefault(asked["bench"], set()).add(asked["layout"])
     folder = Path(os.environ.get(RESULTS) or tmp_path_factory.mktemp("engine")) / "logs"
     models = {"nano": (nano_mla, nano_artifact)}
     if TINY in os.environ:
@@ -122,7 +126,7 @@ def benches(
         for name, (model, artifact) in models.items():
             if name not in chosen:
                 continue
-            found[name] = Bench(name, model, artifact, folder / name)
+            found[name] = Bench(name, model, artifact, folder / name, chosen[name])
         yield found
     finally:
         for bench in found.values():
