@@ -113,8 +113,6 @@ class Settings:
         statistics_folder: where a prefill server keeps second moments of its traffic for ``calibrate --from-stats``;
             None collects nothing.
         statistics_every_tokens: prefilled tokens between two writes of them.
-        one_write: 1 writes a decode step's cache rows with one kernel on a GPU (norm, projection, write); off until
-            it has been measured there.
 
     Raises:
         ConfigError: a value out of range, or no artifact with ``groups`` > 1.
@@ -137,7 +135,6 @@ class Settings:
     advertise: str | None = None
     statistics_folder: str | None = None
     statistics_every_tokens: int = 8192
-    one_write: int = 0
 
     def __post_init__(self) -> None:
         if self.role not in ROLES:
@@ -180,8 +177,6 @@ class Settings:
             )
         if self.advertise is not None:
             self.advertised(0, ("", 0))
-        if self.one_write not in (0, 1):
-            raise ConfigError(f"--tpla-one-write must be 0 or 1; got {self.one_write}")
         if self.statistics_every_tokens < 1:
             raise ConfigError(
                 f"--tpla-statistics-every-tokens must be at least 1; got {self.statistics_every_tokens}"

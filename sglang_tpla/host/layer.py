@@ -83,8 +83,8 @@ class PutOffRotation(nn.Module):
 
 
 def puts_off(latent: torch.Tensor) -> bool:
-    """Whether norm, projection and rotation wait for the cache write (``--tpla-one-write``)."""
-    return latent.is_cuda and settings().one_write == 1
+    """Whether norm, projection and rotation wait for the cache write: where its kernel runs."""
+    return latent.is_cuda
 
 
 def build_attention(original: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -> None:

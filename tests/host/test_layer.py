@@ -146,7 +146,7 @@ def build_rank(rank, size, groups, maps, weights, q_rank, yarn, dtype, monkeypat
 
     part = Slice(Layout(size, groups, HEADS), rank, OneGroup(maps))
     monkeypatch.setattr(layer, "make_slice", lambda heads, r, t: part)
-    monkeypatch.setattr(layer, "settings", lambda: SimpleNamespace(o_proj=o_proj, one_write=0))
+    monkeypatch.setattr(layer, "settings", lambda: SimpleNamespace(o_proj=o_proj))
     monkeypatch.setattr(layer, "head_shard_ranks", lambda groups: None)
     config = SimpleNamespace(rms_norm_eps=EPS, rope_interleave=True, architectures=["DeepseekV3ForCausalLM"])
     previous = torch.get_default_dtype()
