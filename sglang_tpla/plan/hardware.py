@@ -1,10 +1,11 @@
 """GPUs and links: how fast one kind of kernel runs, and what a collective costs.
 
 A kernel takes ``overhead + max(bytes / bandwidth, operations / arithmetic rate)``. The H100's constants are fitted by
-``benchmarks/fit_plan.py`` to the kernels of ``benchmarks/results/h100/decode_layer_2026-11-25.json`` (tests hold the
-planner's answers against that run). Other GPUs are the H100 scaled by the ratio of their data sheets' bandwidth and
-bf16 rate; for the H200 that gives the attention times of ``benchmarks/results/h200/decode_kernel_2026-11-24.json``
-(a test compares them). Links are assumptions. Every answer says which is which.
+``benchmarks/fit_plan.py`` to the kernels of a first run of ``benchmarks/decode_layer.py``; tests hold the planner's
+answers against a later run on another card, ``benchmarks/results/h100/decode_layer_2026-11-25.json``. Other GPUs are
+the H100 scaled by the ratio of their data sheets' bandwidth and bf16 rate; for the H200 that gives the attention times
+of ``benchmarks/results/h200/decode_kernel_apart_2026-11-25.json`` (a test compares them). Links are assumptions. Every
+answer says which is which.
 """
 
 from __future__ import annotations
@@ -189,7 +190,8 @@ H100 = Gpu(
     ),
     measured=(
         "matrix products in bf16 and block FP8 (cuBLASLt), attention at 512 + 64 (FlashInfer fa3) and on slices (our "
-        f"Hopper kernel), small kernels: one H100 80GB HBM3, 1 to 128 requests of 2,048 to 131,072 tokens ({_RUN})",
+        f"Hopper kernel), small kernels: one H100 80GB HBM3, 1 to 128 requests of 2,048 to 131,072 tokens "
+        f"(fitted to one run, checked against another: {_RUN})",
     ),
     assumed=(
         "FlashInfer fa2 (older and newer GPUs): two thirds of fa3's bandwidth, as once seen on an H200",
@@ -200,7 +202,7 @@ H200 = replace(
     _scaled(H100, "h200", 141e9, (9, 0), 4.8e12, 989e12, _SHEET),
     measured=(
         "attention at 512 + 64 and on slices, 131,072 and 524,288 cached tokens, one H200: agrees with the scaled "
-        "rates (benchmarks/results/h200/decode_kernel_2026-11-24.json)",
+        "rates, at 128 heads 14% faster (benchmarks/results/h200/decode_kernel_apart_2026-11-25.json)",
     ),
 )
 GPUS = {
