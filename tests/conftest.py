@@ -21,7 +21,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     class ByServers(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.partition("::")[0]
-            return "tests/e2e" if file.startswith("tests/e2e/") else file
+            return file.rpartition("/")[0] if file.startswith("tests/e2e/") else file
 
     return ByServers(config, log)
 

@@ -37,14 +37,29 @@ SPOILED = 0.004  # of the pieces of 4,096 bytes: about every fifth chunk
 # some 400 to 1,050 tokens each: several chunks of 64 KiB, no common prefix
 PROMPTS = [source(seed=50 + n, characters=c) for n, c in enumerate((1200, 3500, 2500))]
 TOKENS = 8
+SLOW = 3e5  # bytes a second: no long prompt is there before what is done to it
 POOL_TOKENS = 4000  # of a decode server: the next request gets the pages of the one before
+SERIES_FILE = re.compile(r"/(gauge|counter|histogram|summary)\w*\.db$")
 GROWTH_BYTES = 256 << 20  # of a process, over all the faults of a test
 Held = dict[int, tuple[int, int, int]]
 
 
 def resources(server: Server) -> Held:
     """Threads, file handles and resident bytes of each rank process."""
-    return {p.pid: (p.num_threads(), p.num_fds(), p.memory_info().rss) for p in server.schedulers()}
+    return {p.pid: (p.num_threads(), open_handles(p.pid), p.memory_info().rss) for p in server.schedulers()}
+
+
+def open_handles(pid: int) -> int:
+    """File handles of a process; but for prometheus_client's files, one a kind of series, made at its first use."""
+    links = list(Path(f"/proc/{pid}/fd").iterdir())
+    return sum(not SERIES_FILE.search(_target(link)) for link in links)
+
+
+def _target(link: Path) -> str:
+    try:
+        return str(link.readlink())
+    except FileNotFoundError:  # closed meanwhile
+        return ""
 
 
 def growth(before: Held, after: Held) -> list[str]:
@@ -62,8 +77,7 @@ def handles(pid: int) -> dict[str, int]:
     kinds: collections.Counter[str] = collections.Counter()
     with contextlib.suppress(OSError, psutil.NoSuchProcess):
         for handle in Path(f"/proc/{pid}/fd").iterdir():
-            with contextlib.suppress(OSError):
-                kinds[re.sub(r"\d+", "#", str(handle.readlink()))] += 1
+            kinds[re.sub(r"\d+", "#", _target(handle))] += 1
         for link in psutil.Process(pid).net_connections("tcp"):
             kinds[f"{link.status} to {link.raddr.port if link.raddr else link.laddr.port}"] += 1
     return dict(kinds)

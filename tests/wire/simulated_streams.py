@@ -71,7 +71,10 @@ class Stream:
         listener.waiting.append(self.other)
         return errno.EINPROGRESS
 
-    def send(self, data: Any) -> int:
+    def fileno(self) -> Stream:
+        return self  # what the patched `os.readv` is given
+
+    def send(self, data: Any, flags: int = 0) -> int:
         return self.sendmsg([data])
 
     def sendmsg(self, views: Sequence[Any]) -> int:
@@ -99,13 +102,13 @@ class Stream:
         view[: len(data)] = data
         return len(data)
 
-    def recvmsg_into(self, views: Sequence[Any]) -> tuple[int, list, int, None]:
+    def readv(self, views: Sequence[Any]) -> int:
         data = self.recv(sum(len(view) for view in views))
         left = data
         for view in views:
             view[: len(left[: len(view)])] = left[: len(view)]
             left = left[len(view) :]
-        return len(data), [], 0, None
+        return len(data)
 
     def close(self) -> None:
         self.closed = True
@@ -167,5 +170,7 @@ class Streams:
         with (
             mock.patch("sglang_tpla.transfer.doorway.socket", module),
             mock.patch("sglang_tpla.transfer.dialing.socket", module),
+            mock.patch("sglang_tpla.transfer.landing.os", SimpleNamespace(readv=Stream.readv)),
+            mock.patch("sglang_tpla.transfer.channel.Splicer", side_effect=OSError),  # nothing to splice into
         ):
             yield

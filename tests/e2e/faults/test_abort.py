@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.e2e.faulty import PROMPTS, TOKENS, Faulty, counters, series
+from tests.e2e.faulty import PROMPTS, SLOW, TOKENS, Faulty, counters, series
 from tests.e2e.prompts import source
 from tests.e2e.servers import transfer_lines, wait_idle
 from tests.e2e.traffic import Answer
@@ -17,7 +17,6 @@ from tests.e2e.traffic import Answer
 VICTIM = source(seed=90, characters=9_000)  # more than half of the decode server's pool
 HEIR = source(seed=91, characters=7_000)  # more than what is free beside it
 NEARLY = 1e-3
-SLOW = 3e5  # bytes a second: no victim is there before its abort
 
 
 @pytest.fixture
@@ -30,7 +29,9 @@ def heir(faulty: Faulty) -> Iterator[Answer]:
     faulty.at_rest(before)
 
 
-@pytest.mark.parametrize("times", [25, pytest.param(500, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "times", [25, pytest.param(500, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])]
+)
 def test_pages_reused_at_once_after_an_abort_in_mid_transfer(
     faulty: Faulty, heir: Answer, times: int
 ) -> None:
@@ -60,7 +61,6 @@ def test_pages_reused_at_once_after_an_abort_in_mid_transfer(
     assert all(grown), grown  # chunks of aborted rooms did come, and receipts of them
 
 
-@pytest.mark.slow  # mended after its last run
 @pytest.mark.parametrize("side", ["prefill", "decode"])
 def test_each_rank_ends_its_own_part_of_an_aborted_room(faulty: Faulty, heir: Answer, side: str) -> None:
     """An abort on one side reaches every rank of the other, and each ends the room by itself and says so."""
@@ -83,7 +83,6 @@ def test_each_rank_ends_its_own_part_of_an_aborted_room(faulty: Faulty, heir: An
             assert time.monotonic() < deadline, (failed, series(server)["rooms_failed_total"])
 
 
-@pytest.mark.slow  # mended after its last run
 def test_storm_of_aborts(faulty: Faulty, heir: Answer) -> None:
     """Twenty requests with sends in flight, all given up within a second on either side, to both decode servers."""
     chooser = random.Random(7)
@@ -102,12 +101,12 @@ def test_storm_of_aborts(faulty: Faulty, heir: Answer) -> None:
             assert answer.failure or len(answer.tokens) == 200, answer
 
 
-@pytest.mark.slow  # mended after its last run
-def test_room_reused_with_chunks_of_the_old_one_in_flight(faulty: Faulty, heir: Answer) -> None:
+@pytest.mark.parametrize("times", [3, pytest.param(10, marks=pytest.mark.slow)])
+def test_room_reused_with_chunks_of_the_old_one_in_flight(faulty: Faulty, heir: Answer, times: int) -> None:
     """The same room number again right after an abort, as a client that repeats its request would do."""
     with faulty.network("throttle", bytes_per_s=SLOW), concurrent.futures.ThreadPoolExecutor(1) as pool:
-        for number in range(10):
-            room, rid = 7_000_000 + number, f"reuse-{number}"
+        for number in range(times):
+            room, rid = 7_000_000 + 100 * times + number, f"reuse-{times}-{number}"
             call = pool.submit(faulty.route.ask, VICTIM, TOKENS, rid=rid, room=room)
             until_rooms(faulty, 1)
             faulty.route.abort(rid, faulty.prefill, faulty.decode)

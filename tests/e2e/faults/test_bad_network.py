@@ -10,7 +10,7 @@ import time
 import pytest
 
 from sglang_tpla.transfer import frames
-from tests.e2e.faulty import FAULTS, PEER_TIMEOUT_S, PROMPTS, TOKENS, Faulty, counters
+from tests.e2e.faulty import FAULTS, PEER_TIMEOUT_S, PROMPTS, SLOW, TOKENS, Faulty, counters
 from tests.wire.fakes import FakeDecode, hello
 from tests.wire.test_hostile import MALFORMED
 
@@ -34,7 +34,7 @@ def test_network_gone_for_longer_than_the_heartbeat_and_back(faulty: Faulty) -> 
     """Both sides give the other up, fail what was under way, and take each other up again."""
     before = faulty.held()
     lost = [counters(server)["peers_lost"] for server in faulty.servers]
-    with concurrent.futures.ThreadPoolExecutor(1) as pool, faulty.network("throttle"):
+    with concurrent.futures.ThreadPoolExecutor(1) as pool, faulty.network("throttle", bytes_per_s=SLOW):
         call = pool.submit(faulty.ask_all)
         deadline = time.monotonic() + 60
         while counters(faulty.decode)["rooms"] < len(PROMPTS) or counters(faulty.prefill)["rooms"] < len(

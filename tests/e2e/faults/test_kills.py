@@ -6,10 +6,9 @@ import concurrent.futures
 import time
 from pathlib import Path
 
-import pytest
 import torch
 
-from tests.e2e.faulty import PROMPTS, TOKENS, Faulty, Held, counters, growth, resources, stopped
+from tests.e2e.faulty import PROMPTS, SLOW, TOKENS, Faulty, Held, counters, growth, resources, stopped
 from tests.e2e.prompts import source
 from tests.e2e.servers import Server, idle, wait_idle
 from tests.e2e.traffic import Answer, Load
@@ -75,22 +74,25 @@ def test_decode_killed_at_every_stage_under_load(faulty: Faulty) -> None:
     nothing_grew(before, survivors)
 
 
-@pytest.mark.slow  # mended after its last run
 def test_prefill_killed_in_mid_chunk_under_load(faulty: Faulty) -> None:
     """Every request that it served fails and says so; started anew on the same address, it serves both servers."""
     survivors = (faulty.decode, faulty.single)
     before = [resources(server) for server in survivors]
     pids = [server.process.pid for server in survivors if server.process is not None]
     with Load([faulty.route, faulty.side], PROMPTS, faulty.expected, TOKENS) as load:
-        with concurrent.futures.ThreadPoolExecutor(2) as pool, faulty.network("throttle"):
+        with (
+            concurrent.futures.ThreadPoolExecutor(2) as pool,
+            faulty.network("throttle", bytes_per_s=SLOW),
+        ):
             calls = [pool.submit(route.ask, LONG[1], TOKENS) for route in (faulty.route, faulty.side)]
             for server in survivors:
                 until_in_flight(server)
             faulty.prefill.kill()
-            for call in calls:
-                assert "rank" in failed(call)  # who was lost, or which of this server's ranks lost it
+            answers = [call.result(FAIL_WITHIN_S) for call in calls]
         served = dict(load.right)
         faulty.prefill.start().wait()
+        for answer in answers:
+            assert "rank" in answer.failure, answer  # who was lost, or which of this server's ranks lost it
         deadline = time.monotonic() + 120
         while any(load.right[name] == served[name] for name in served):
             assert time.monotonic() < deadline, load.failures
@@ -126,7 +128,6 @@ def test_no_shared_memory_on_the_prefill_server(faulty: Faulty) -> None:
     assert counters(faulty.decode)["wire_bytes"] > 0
 
 
-@pytest.mark.slow  # mended after its last run
 def test_statistics_of_live_traffic(faulty: Faulty, nano_mla: str, statistics_folder: Path) -> None:
     """What the prefill ranks summed up while they served is what the plain model says of such text."""
     from tokenizers import Tokenizer

@@ -7,7 +7,6 @@ import re
 import time
 
 import httpx
-import pytest
 
 from tests.e2e.faulty import PROMPTS, TOKENS, Faulty, series
 from tests.e2e.servers import ROOT, Server, transfer_lines, wait_idle
@@ -33,7 +32,6 @@ NAMES = {
 }
 
 
-@pytest.mark.slow  # mended after its last run
 def test_series_of_every_rank_are_what_its_log_lines_add_up_to(faulty: Faulty) -> None:
     """One line a transfer and rank; the slices of two ranks, and what one of them relays, are counted once each."""
     wait_idle(*faulty.servers)

@@ -38,7 +38,6 @@ def serve_meanwhile(
         pytest.param(60, marks=pytest.mark.slow),
     ],
 )
-@pytest.mark.slow  # mended after its last run
 @pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_decode_rank_stopped(faulty: Faulty, rank: int, seconds: float) -> None:
     """One of two ranks; the other decode server's requests all succeed meanwhile."""
