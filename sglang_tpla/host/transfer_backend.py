@@ -1,8 +1,9 @@
 """SGLang's scheduler-level disaggregation on the ZMQ transfer agents.
 
 SGLang gives a manager a rank, a sender a request on prefill and a receiver a request on decode
-(``sglang/srt/disaggregation/common/conn.py``). Here they are thin: rank mapping is SGLang's, everything that moves is
-`PrefillAgent` and `DecodeAgent`, and they alone say who is alive: a bootstrap server that is away fails no transfer.
+(``sglang/srt/disaggregation/common/conn.py``). Here they are thin: everything that moves is `PrefillAgent` and
+`DecodeAgent`, and they alone say who is alive: a bootstrap server that is away fails no transfer. Rank mapping is
+SGLang's, but for one thing: every decode rank asks every tensor-parallel prefill rank.
 """
 
 from __future__ import annotations
@@ -168,6 +169,17 @@ class TplaKVManager(CommonKVManager):
                 self.record_failure(room, text)
                 self.update_status(room, KVPoll.Failed)
             return False
+
+    def _resolve_rank_mapping(self, info: Any) -> None:
+        """As SGLang's, but with all tensor-parallel prefill ranks: they hold copies of the same rows.
+
+        So the decode ranks of one host ask the same prefill ranks for the same chunks, which travel once, and each
+        prefill rank sends a part. SGLang would pair equal numbers of ranks one to one: every byte once a rank.
+        """
+        super()._resolve_rank_mapping(info)
+        info.target_tp_rank = None  # none is asked for form's sake alone
+        info.target_tp_ranks = range(info.attn_tp_size)
+        info.required_dst_info_num = self.attn_tp_size
 
     def _look_up(self, bootstrap_addr: str) -> bool:
         """Ask for a prefill server's layout and the addresses of its ranks (on a thread that may wait)."""

@@ -112,7 +112,7 @@ def nothing_grew(before: list[Held], servers: tuple[Server, ...]) -> None:
 
 
 def test_first_token_is_the_same_for_any_decode_layout(faulty: Faulty) -> None:
-    """One plain MLA decode rank fetches from one of two prefill ranks; the other, which sends nothing, ends as well."""
+    """Two prefill ranks share the sending to one plain MLA decode rank, as to two ranks with a slice each."""
     first, second = (
         faulty.expected["decode"],
         faulty.expected["single"],
