@@ -57,13 +57,13 @@ class Parcel:
         done: called once, when the socket has taken all of it, or it was left out.
     """
 
-    __slots__ = ("begun", "cursor", "done", "head", "table", "wanted")
+    __slots__ = ("begun", "cursor", "done", "head", "wanted")
 
     def __init__(
         self, header: bytes, payload: Pieces, wanted: Callable[[], bool], done: Callable[[], None]
     ) -> None:
         self.head = memoryview(SIZES.pack(len(header), payload.size_bytes) + header)
-        self.table, self.cursor = payload.table.copy(), Cursor(payload.views)
+        self.cursor = Cursor(payload)
         self.begun = False
         self.wanted = wanted
         self.done = done
@@ -109,12 +109,11 @@ class Outbox:
                 parcel.head = parcel.head[sent:]
             while self._splicer is not None:
                 try:
-                    parcel.table, sent, all_sent = self._splicer.send(self.stream, parcel.table)
+                    sent, all_sent = self._splicer.send(self.stream, parcel.cursor)
                 except SplicingRefused:
                     self._end_splicing()
                     break
                 self.sent_bytes += sent
-                parcel.cursor.advance(sent)
                 if all_sent or not sent:
                     return all_sent
             while views := parcel.cursor.ahead(PIECE_BYTES):

@@ -29,7 +29,7 @@ class PoolLanding:
     def __init__(self, room: Room, source: Source, chunk: frames.Chunk, pieces: Pieces) -> None:
         self.room, self.source, self.chunk = room, source, chunk
         self.size_bytes = self.credit_bytes = pieces.size_bytes
-        self._pieces, self._cursor = pieces, Cursor(pieces.views)
+        self._pieces, self._cursor = pieces, Cursor(pieces)
         self._left_bytes = self.size_bytes
         self._whole = True
 

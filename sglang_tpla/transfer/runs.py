@@ -7,6 +7,7 @@ pieces gains nothing and rows are gathered instead (`rows`).
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -116,13 +117,21 @@ def pool_pieces(layers: Iterator[np.ndarray] | Sequence[np.ndarray], runs: Seque
 class Cursor:
     """A place in a payload's pieces, and how it moves on."""
 
-    def __init__(self, views: Sequence[memoryview]) -> None:
-        self._views, self._index, self._offset = views, 0, 0
+    def __init__(self, pieces: Pieces) -> None:
+        self._views, self._table = pieces.views, pieces.table
+        self._ends: list[int] = np.cumsum(pieces.table[:, 1]).tolist()
+        self._index, self._done_bytes = 0, 0
+        self._own: np.ndarray | None = None  # the table, to be changed
+        self._address = 0
+
+    def __bool__(self) -> bool:
+        """Something is left."""
+        return self._index < len(self._ends)
 
     def ahead(self, limit_bytes: int, limit_pieces: int = 64) -> list[memoryview]:
         """What comes next; empty at the end."""
         found = []
-        start = self._offset
+        start = self._done_bytes - (self._ends[self._index - 1] if self._index else 0)
         for view in self._views[self._index : self._index + limit_pieces]:
             piece = view[start : start + limit_bytes]
             found.append(piece)
@@ -132,9 +141,16 @@ class Cursor:
             start = 0
         return found
 
+    def vector(self, limit_pieces: int) -> tuple[int, int]:
+        """The same for the system: address and length of an array of ``struct iovec``, good until the next call."""
+        if self._own is None:
+            self._own = self._table.copy()
+            self._address = self._own.ctypes.data
+        first, left = self._own[self._index], self._ends[self._index] - self._done_bytes
+        first[:] = int(first[0]) + int(first[1]) - left, left
+        return self._address + self._index * first.nbytes, min(limit_pieces, len(self._ends) - self._index)
+
     def advance(self, size_bytes: int) -> None:
         """Move on."""
-        self._offset += size_bytes
-        while self._index < len(self._views) and self._offset >= self._views[self._index].nbytes:
-            self._offset -= self._views[self._index].nbytes
-            self._index += 1
+        self._done_bytes += size_bytes
+        self._index = bisect_right(self._ends, self._done_bytes, self._index)

@@ -13,7 +13,7 @@ import fcntl
 import os
 import socket
 
-import numpy as np
+from sglang_tpla.transfer.runs import Cursor
 
 SPLICE_F_NONBLOCK, SPLICE_F_MORE = 2, 4
 PIPE_BYTES = 1 << 20  # the most that a pipe of an ordinary user may have
@@ -43,47 +43,35 @@ class Splicer:
         with contextlib.suppress(OSError):
             fcntl.fcntl(self._in, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
 
-    def send(self, stream: socket.socket, table: np.ndarray) -> tuple[np.ndarray, int, bool]:
+    def send(self, stream: socket.socket, cursor: Cursor) -> tuple[int, bool]:
         """Send what pipe and socket take now.
 
         Args:
-            table: addresses and sizes of what is left of the memory, uint64 ``[pieces, 2]``; changed in place.
+            cursor: what has not gone into the pipe yet; moved on.
 
         Returns:
-            What is left of it (outside the pipe), the bytes that the socket took, and whether all of them have gone.
+            The bytes that the socket took, and whether all of the payload has gone.
 
         Raises:
             SplicingRefused: it has to be copied.
             OSError: the connection is gone.
         """
         if not self._waiting_bytes:
-            moved = _vmsplice(self._in, table.ctypes.data, min(len(table), MAX_PIECES), SPLICE_F_NONBLOCK)
+            moved = _vmsplice(self._in, *cursor.vector(MAX_PIECES), SPLICE_F_NONBLOCK)
             if moved < 0:
                 code = ctypes.get_errno()
                 raise SplicingRefused(code, os.strerror(code))
             self._waiting_bytes = moved
-            table = advance(table, moved)
-        more = SPLICE_F_MORE if table.size else 0
+            cursor.advance(moved)
+        more = SPLICE_F_MORE if cursor else 0
         try:
             sent = os.splice(self._out, stream.fileno(), self._waiting_bytes, flags=SPLICE_F_NONBLOCK | more)
         except BlockingIOError:
-            return table, 0, False
+            return 0, False
         self._waiting_bytes -= sent
-        return table, sent, not table.size and not self._waiting_bytes
+        return sent, not cursor and not self._waiting_bytes
 
     def close(self) -> None:
         """Close the pipe; called once."""
         os.close(self._out)
         os.close(self._in)
-
-
-def advance(table: np.ndarray, size_bytes: int) -> np.ndarray:
-    """What is left of some pieces after their first ``size_bytes``; the first piece left is changed in place."""
-    ends = np.cumsum(table[:, 1])
-    gone = int(np.searchsorted(ends, np.uint64(size_bytes), side="right"))
-    left = table[gone:]
-    if left.size:
-        into = np.uint64(size_bytes - (int(ends[gone - 1]) if gone else 0))
-        left[0] += np.array((into, 0), dtype=np.uint64)
-        left[0, 1] -= into
-    return left

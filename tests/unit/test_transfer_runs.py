@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sglang_tpla.transfer import runs
-from sglang_tpla.transfer.splicing import advance
 
 SLOTS = st.lists(st.tuples(st.integers(0, 50), st.integers(1, 9)), min_size=1, max_size=8).map(
     lambda pairs: np.concatenate([np.arange(first, first + count) for first, count in pairs])
@@ -50,20 +51,21 @@ def test_pieces_of_a_pool_are_its_rows(slots: np.ndarray, data: st.DataObject) -
     assert b"".join(pieces.views) == want
     assert pieces.size_bytes == len(want)
     assert [view.nbytes for view in pieces.views] == pieces.table[:, 1].tolist()
-    cursor, read, table = runs.Cursor(pieces.views), b"", pieces.table
+    cursor, read = runs.Cursor(pieces), b""
     while read != want:
-        ahead = b"".join(cursor.ahead(data.draw(st.integers(1, 100)), data.draw(st.integers(1, 4))))
+        assert cursor
+        limit = data.draw(st.integers(1, 4))
+        ahead = b"".join(cursor.ahead(data.draw(st.integers(1, 100)), limit))
         assert ahead and want[len(read) :].startswith(ahead)
+        address, count = cursor.vector(limit)
+        assert want[len(read) :].startswith(vector_bytes(address, count)) and 1 <= count <= limit
         taken = data.draw(st.integers(1, len(ahead)))
         read += ahead[:taken]
         cursor.advance(taken)
-        table = advance(table, taken)
-        assert int(table[:, 1].sum()) == len(want) - len(read)
-    assert cursor.ahead(10) == [] and not table.size
+    assert cursor.ahead(10) == [] and not cursor
 
 
-def test_what_is_left_of_a_table_begins_where_it_was_cut() -> None:
-    table = np.array([[1000, 10], [5000, 20]], dtype=np.uint64)
-    assert advance(table.copy(), 10).tolist() == [[5000, 20]]
-    assert advance(table.copy(), 13).tolist() == [[5003, 17]]
-    assert advance(table.copy(), 4).tolist() == [[1004, 6], [5000, 20]]
+def vector_bytes(address: int, count: int) -> bytes:
+    """What an array of ``struct iovec`` names."""
+    table = (ctypes.c_uint64 * (2 * count)).from_address(address)
+    return b"".join(ctypes.string_at(table[2 * n], table[2 * n + 1]) for n in range(count))

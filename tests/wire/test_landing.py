@@ -161,7 +161,7 @@ def test_every_way_is_right_to_the_last_bit(way: str, monkeypatch: pytest.Monkey
     if way == "row by row":
         monkeypatch.setattr(runs, "MIN_RUN_BYTES", 1 << 20)
 
-    def refuse(self: splicing.Splicer, stream: socket.socket, table: np.ndarray) -> None:
+    def refuse(self: splicing.Splicer, stream: socket.socket, cursor: runs.Cursor) -> None:
         raise splicing.SplicingRefused(errno.EPERM, "not here")
 
     if way == "copied to the socket":
