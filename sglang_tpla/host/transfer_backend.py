@@ -61,6 +61,7 @@ class TplaKVManager(CommonKVManager):
         self.agent: Any  # a PrefillAgent or a DecodeAgent, as the server's role is
         self._lost_peers: deque[tuple[str, int]] = deque()
         self._watched: tuple[int, float] = (-1, 0.0)  # a room that is asked for, and when it last was
+        self.rooms_taken: set[int] = set()  # from a request's opening of its room to the end of the request
         self._lookups = Lookups(self._look_up)
         self.rank_addresses: dict[
             str, dict[Place, dict[str, Any]]
@@ -214,11 +215,26 @@ class _Request:
         try:
             call(*args, **kwargs)
         except TransferError as error:
-            self._reason = str(error)
-            self.conclude_state = KVPoll.Failed
-            logger.error("room %s: %s", self.bootstrap_room, error)
+            self._refuse(str(error))
             return False
         return True
+
+    def _open(self, *peers: Any) -> None:
+        """Open the room in the agent, unless another request has it: also one that has ended and is not cleared yet."""
+        if self.bootstrap_room in self.kv_mgr.rooms_taken:
+            self._refuse(
+                f"room {self.bootstrap_room} is in use by another request of this {self.kv_mgr.agent.role} server"
+            )
+        elif self._ask(self.kv_mgr.agent.open_room, self.bootstrap_room, *peers):
+            self.kv_mgr.rooms_taken.add(self.bootstrap_room)
+            self._opened = True
+        self._owner = self._opened
+
+    def _refuse(self, reason: str) -> None:
+        """Fail this request."""
+        self._reason = reason
+        self.conclude_state = KVPoll.Failed
+        logger.error("room %s: %s", self.bootstrap_room, reason)
 
     def _state(self) -> Any:
         """KVPoll of the room: a failure known to SGLang's side counts before the agent's view."""
@@ -245,6 +261,7 @@ class _Request:
             agent.abort(self.bootstrap_room, reason)
         self._metric = agent.metric(self.bootstrap_room)  # the scheduler asks for it after clear()
         agent.close_room(self.bootstrap_room)
+        self.kv_mgr.rooms_taken.discard(self.bootstrap_room)
 
     def failure_exception(self) -> NoReturn:
         """Raise why the request failed.
@@ -283,7 +300,7 @@ class TplaKVSender(_Request, CommonKVSender):
             mgr, bootstrap_addr, bootstrap_room, dest_tp_ranks, pp_rank, req_has_disagg_prefill_dp_rank
         )
         self.init_time = time.time()
-        self._opened = self._owner = self._ask(mgr.agent.open_room, bootstrap_room)
+        self._open()
 
     def pop_decode_prefix_len(self) -> int:
         """Tokens that the decode side has already."""
@@ -371,11 +388,10 @@ class TplaKVReceiver(_Request, CommonKVReceiver):
         peers = [
             (info["rank_ip"], info["rank_port"], bool(info["is_dummy"])) for info in self.bootstrap_infos
         ]
-        agent = self.kv_mgr.agent
-        self._opened = self._owner = self._ask(agent.open_room, self.bootstrap_room, peers)
+        self._open(peers)
         if self._opened:
             self._ask(
-                agent.request,
+                self.kv_mgr.agent.request,
                 self.bootstrap_room,
                 np.asarray(kv_indices, dtype=np.int32),
                 metadata_row=aux_index,

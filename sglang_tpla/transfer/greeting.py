@@ -282,8 +282,8 @@ class PrefillGreeting(Agent[Room]):
         self._introduce(hello.host)
 
     def _introduce(self, host: str) -> None:
-        """Tell the ranks of a host, unless it is this one, about each other's arenas."""
-        if not host or host == self._host:
+        """Tell the ranks of a host about each other's arenas, unless it is this one and they read this rank's."""
+        if not host or (host == self._host and self._arena is not None):
             return
         peers = [peer for peer in self._peers.values() if peer.hello.host == host]
         for peer in peers:
