@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.servers import Pair, Server, free_ports, launcher, router, stock
+from tests.e2e.servers import Pair, Server, launcher, router, stock
+from tests.ports import free_ports
 
 
 @dataclass

@@ -23,9 +23,10 @@ import httpx
 import psutil
 
 from tests.e2e.prompts import source
-from tests.e2e.servers import START_S, Server, free_ports, launcher, wait_idle
+from tests.e2e.servers import START_S, Server, launcher, wait_idle
 from tests.e2e.traffic import Answer, Route
-from tests.wire.proxy import FaultProxy, Spoiler, neighbouring_ports
+from tests.ports import free_ports, neighbouring_ports
+from tests.wire.proxy import FaultProxy, Spoiler
 
 PEER_TIMEOUT_S = 10.0
 TRANSFER_TIMEOUT_S = 40.0
@@ -41,46 +42,48 @@ SLOW = 3e5  # bytes a second: no long prompt is there before what is done to it
 POOL_TOKENS = 4000  # of a decode server: the next request gets the pages of the one before
 SERIES_FILE = re.compile(r"/(gauge|counter|histogram|summary)\w*\.db$")
 GROWTH_BYTES = 256 << 20  # of a process, over all the faults of a test
-Held = dict[int, tuple[int, int, int]]
+Kinds = collections.Counter[str]
+Held = dict[int, tuple[Kinds, Kinds, int]]
 
 
 def resources(server: Server) -> Held:
-    """Threads, file handles and resident bytes of each rank process."""
-    return {p.pid: (p.num_threads(), open_handles(p.pid), p.memory_info().rss) for p in server.schedulers()}
+    """Threads by name, file handles by kind, and resident bytes of each rank process."""
+    return {p.pid: (threads(p.pid), handles(p.pid), p.memory_info().rss) for p in server.schedulers()}
 
 
-def open_handles(pid: int) -> int:
-    """File handles of a process; but for prometheus_client's files, one a kind of series, made at its first use."""
-    links = list(Path(f"/proc/{pid}/fd").iterdir())
-    return sum(not SERIES_FILE.search(_target(link)) for link in links)
+def threads(pid: int) -> Kinds:
+    """Names of a process's threads."""
+    kinds = Kinds()
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # ended meanwhile
+            kinds[(task / "comm").read_text().strip()] += 1
+    return kinds
 
 
-def _target(link: Path) -> str:
-    try:
-        return str(link.readlink())
-    except FileNotFoundError:  # closed meanwhile
-        return ""
+def handles(pid: int) -> Kinds:
+    """What a process has open; but for prometheus_client's files, one a kind of series, made at its first use."""
+    kinds = Kinds()
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+            target = str(link.readlink())
+            if not SERIES_FILE.search(target):
+                kinds[re.sub(r"\d+", "#", target)] += 1
+    return kinds
 
 
 def growth(before: Held, after: Held) -> list[str]:
     """What processes that lived through it hold more than before."""
-    pairs = [(pid, before[pid], new) for pid, new in after.items() if pid in before]
-    return [
-        f"process {pid}: {old} before, {new} after; {handles(pid)}"
-        for pid, old, new in pairs
-        if old[0] < new[0] or old[1] < new[1] or old[2] + GROWTH_BYTES < new[2]
-    ]
-
-
-def handles(pid: int) -> dict[str, int]:
-    """What a process has open, by kind; connections with their state."""
-    kinds: collections.Counter[str] = collections.Counter()
-    with contextlib.suppress(OSError, psutil.NoSuchProcess):
-        for handle in Path(f"/proc/{pid}/fd").iterdir():
-            kinds[re.sub(r"\d+", "#", _target(handle))] += 1
-        for link in psutil.Process(pid).net_connections("tcp"):
-            kinds[f"{link.status} to {link.raddr.port if link.raddr else link.laddr.port}"] += 1
-    return dict(kinds)
+    found = []
+    for pid in before.keys() & after.keys():
+        for what, old, new in zip(("threads", "handles"), before[pid], after[pid], strict=False):
+            assert isinstance(old, collections.Counter) and isinstance(new, collections.Counter)
+            if new.total() > old.total():
+                found.append(
+                    f"process {pid}: {new.total()} {what} where {old.total()} were: {new - old} came"
+                )
+        if after[pid][2] > before[pid][2] + GROWTH_BYTES:
+            found.append(f"process {pid}: {before[pid][2]} bytes before, {after[pid][2]} after")
+    return found
 
 
 def counters(server: Server) -> dict[str, Any]:

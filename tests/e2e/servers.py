@@ -9,7 +9,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -20,19 +19,12 @@ from typing import Any
 import httpx
 import psutil
 
+from tests.ports import free_ports
+
 ROOT = Path(__file__).resolve().parents[2]
 START_S = float(os.environ.get("TEST_START_S", "300"))  # more on a machine that does other things as well
 # what every CPU server of these tests shares; float32 makes greedy answers reproducible
 COMMON = ("--device", "cpu", "--dtype", "float32", "--host", "127.0.0.1", "--max-total-tokens", "20000")
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports nobody listens on now."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
 
 
 class ServerFailed(AssertionError):

@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 
 from sglang_tpla.calibrate.artifact import Artifact, ArtifactMeta, build
 from sglang_tpla.calibrate.identity import config_hash, weights_hash
-from tests.e2e.servers import COMMON, Server, free_ports
+from tests.e2e.servers import COMMON, Server
+from tests.ports import free_ports
 
 LAYERS, HIDDEN, HEADS, D, ROPE, NOPE, V = 2, 128, 4, 512, 64, 32, 32
 

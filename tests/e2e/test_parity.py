@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from tests.e2e.prompts import short_prompts, source
-from tests.e2e.servers import Pair, Server, free_ports, launcher
+from tests.e2e.servers import Pair, Server, launcher
+from tests.ports import free_ports
 
 PROMPTS, TOKENS = 32, 64
 LOGPROBS = {"return_logprob": True, "top_logprobs_num": 4, "logprob_start_len": -1}

@@ -18,7 +18,8 @@ from sglang_tpla.evaluate.cache import cached_maps
 from sglang_tpla.evaluate.decode_error import model_maps
 from sglang_tpla.models.plain import PlainModel
 from tests.e2e.prompts import short_prompts
-from tests.e2e.servers import Pair, free_ports, launcher, transfer_lines
+from tests.e2e.servers import Pair, launcher, transfer_lines
+from tests.ports import free_ports
 
 TOKENS = 32
 

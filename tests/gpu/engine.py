@@ -14,7 +14,8 @@ from pathlib import Path
 
 import torch
 
-from tests.e2e.servers import COMMON, ROOT, Pair, Server, ServerFailed, free_ports, launcher, router
+from tests.e2e.servers import COMMON, ROOT, Pair, Server, ServerFailed, launcher, router
+from tests.ports import free_ports
 
 # Without a GPU the CPU platform serves: to try the tests themselves.
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

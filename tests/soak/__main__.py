@@ -26,7 +26,8 @@ from pathlib import Path
 from typing import Any
 
 from tests.e2e.faulty import TRANSFER, Faulty, Held, counters, growth, resources, series
-from tests.e2e.servers import ROOT, Server, free_ports, launcher, wait_idle
+from tests.e2e.servers import ROOT, Server, launcher, wait_idle
+from tests.ports import free_ports
 from tests.soak.disturb import START_S, Site, all_faults
 from tests.soak.work import Case, Faults, Tally, Watch, Workers, quiet_answers
 
@@ -55,7 +56,7 @@ class Soak:
         self.watch = Watch(self.faults)
         self.workers = Workers(threads, seed, site.routes, cases, self.faults, self.tally)
         self.tried: Counter[str] = Counter()
-        self.baseline: dict[int, tuple[int, int, int]] = {}
+        self.baseline: Held = {}
         self.memory: dict[str, list[int]] = {}
         self.rests = 0
 

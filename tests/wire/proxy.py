@@ -12,16 +12,6 @@ from collections.abc import Callable
 Tamper = Callable[[bytes], bytes]
 
 
-def neighbouring_ports(count: int) -> int:
-    """The first of some free ports in a row."""
-    while True:
-        with contextlib.suppress(OSError, OverflowError), contextlib.ExitStack() as stack:
-            first = stack.enter_context(socket.create_server(("127.0.0.1", 0))).getsockname()[1]
-            for port in range(first + 1, first + count):
-                stack.enter_context(socket.create_server(("127.0.0.1", port)))
-            return first
-
-
 class Spoiler:
     """Does one thing to some of the pieces of bytes that pass.
 

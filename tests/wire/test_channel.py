@@ -11,9 +11,10 @@ import pytest
 from sglang_tpla.transfer import frames
 from sglang_tpla.transfer.channel import PREAMBLE, SIZES
 from sglang_tpla.transfer.types import RoomState
+from tests.ports import neighbouring_ports
 from tests.wire import rig
 from tests.wire.fakes import FakeDecode, FakePrefill, hello
-from tests.wire.proxy import FaultProxy, neighbouring_ports
+from tests.wire.proxy import FaultProxy
 
 PAGES = 90
 PAYLOAD_BYTES = rig.LAYERS * PAGES * rig.PAGE * (rig.LATENT + rig.ROPE) * 2

@@ -1,0 +1,33 @@
+"""Ports for servers that are told where to listen.
+
+They lie below those that the system gives to connections (from 32,768 on), and none is given twice: between its choice
+and its server's start nobody else takes it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import socket
+
+FIRST, LAST = 10_000, 32_000
+_random = random.SystemRandom()  # processes that share the tests choose for themselves
+_given: set[int] = set()
+
+
+def neighbouring_ports(count: int) -> int:
+    """The first of some free ports in a row."""
+    while True:
+        first = _random.randrange(FIRST, LAST - count)
+        ports = range(first, first + count)
+        if _given.isdisjoint(ports):
+            with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
+                for port in ports:
+                    stack.enter_context(socket.create_server(("127.0.0.1", port)))
+                _given.update(ports)
+                return first
+
+
+def free_ports(count: int) -> list[int]:
+    """Some free ports."""
+    return [neighbouring_ports(1) for _ in range(count)]
