@@ -12,7 +12,6 @@ from functools import partial
 import numpy as np
 import torch
 import zmq
-from zmq.utils import garbage
 from zmq.utils.monitor import recv_monitor_message
 
 from sglang_tpla.config import Settings
@@ -80,8 +79,8 @@ class PrefillGreeting(Agent[Room]):
         d, layers = pool.latent_dim, len(pool.layers)
         identity = SenderProjection(IDENTITY_HASH, (d,) * layers, (d,) * layers, None)
         self._projections = {IDENTITY_HASH: identity}
-        if not garbage.gc.is_alive():
-            garbage.gc.start()  # pyzmq's thread for sends without a copy: now, not when a data channel first fails
+        # pyzmq has a thread and handles for frames that it does not copy, made for the first one: now, not in a failure
+        zmq.Frame(bytes(zmq.COPY_THRESHOLD), copy=False)
         self._router = self._io.context.socket(zmq.ROUTER)
         self._configure(self._router, frames.MAX_PROJECTION_BYTES)
         self._router.setsockopt(zmq.ROUTER_MANDATORY, 1)
