@@ -82,27 +82,27 @@ class Route:
         """Send one request to both and read the decode server's answer; ``keep`` is given its ``meta_info``."""
         body = self.body(prompt, tokens, **({"stream": True} if stream else {}), **extra)
         send = _last_event if stream else _post
-        with _both(self) as (pool, servers):
-            first, second = (pool.submit(send, server, body) for server in servers)
-            try:
-                first.result()
-            finally:
-                status, said = second.result()
+        status, said = self._said(send, body)
         if status != 200:
             return Answer(failure=f"{status} {json.dumps(said)[:2000]}")
         if keep is not None:
             keep(said["meta_info"])
         return read(said, tokens)
 
-    def ask_batch(self, prompts: Sequence[Any], tokens: int) -> list[Answer]:
-        """As `ask`, several prompts in one request."""
-        body = self.body(list(prompts), tokens, batch=len(prompts))
+    def _said(self, send: Callable[..., tuple[int, Any]], body: dict[str, Any]) -> tuple[int, Any]:
+        """Send a body to both: the decode server's status and answer."""
         with _both(self) as (pool, servers):
-            first, second = (pool.submit(_post, server, body) for server in servers)
+            first, second = (pool.submit(send, server, body) for server in servers)
             try:
                 first.result()
             finally:
-                status, said = second.result()
+                answer = second.result()
+        return answer
+
+    def ask_batch(self, prompts: Sequence[Any], tokens: int) -> list[Answer]:
+        """As `ask`, several prompts in one request."""
+        body = self.body(list(prompts), tokens, batch=len(prompts))
+        status, said = self._said(_post, body)
         if status != 200 or not isinstance(said, list):
             return [Answer(failure=f"{status} {json.dumps(said)[:2000]}")] * len(prompts)
         return [read(one, tokens) for one in said]

@@ -15,16 +15,13 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
-import msgspec
 import numpy as np
 import torch
 
-from sglang_tpla.transfer import frames
 from sglang_tpla.transfer.prefill import PrefillAgent
 from sglang_tpla.transfer.projection import Projection
 from sglang_tpla.transfer.receiving import Link
@@ -42,13 +39,14 @@ from tests.wire.simulated_ranks import (
     Failure,
     no_threads,
 )
+from tests.wire.simulated_strange import Strange
 from tests.wire.simulated_streams import Streams
 
 # what a rank says of a peer that breaks the protocol
 ACCUSATIONS = ("sent chunk", "finished with", "confirmed chunks", "too many damaged", "internal error")
 
 
-class Simulation:
+class Simulation(Strange):
     """Two prefill and two decode ranks; `run` is the whole of one case."""
 
     def __init__(self, choices: Choices, clock: Clock, streams: Streams) -> None:
@@ -270,25 +268,6 @@ class Simulation:
         if self.streams.ends:
             self.streams.ends[self.choices.below(len(self.streams.ends))].cut()
 
-    def odd_bytes(self) -> None:
-        """Bytes that no agent sends, in the middle of a data channel or damaged on their way."""
-        if not self.streams.ends:
-            return
-        end = self.streams.ends[self.choices.below(len(self.streams.ends))]
-        if end.arrived and self.choices.below(2):
-            end.arrived[self.choices.below(min(256, len(end.arrived)))] ^= 1 << self.choices.below(8)
-        else:
-            end.arrived += self.choices.take(1 + self.choices.below(24))
-
-    def stranger(self) -> None:
-        """Somebody at the port of data channels, who says something, or nothing, and stays or goes."""
-        ports = list(self.streams.listeners)
-        stream = self.streams.connect(ports[self.choices.below(len(ports))])
-        kinds = (b"", b"TPLD", b"TPLD\x01" + bytes(16), b"GET / HTTP/1.1\r\n\r\n")
-        stream.send(kinds[self.choices.below(len(kinds))] + self.choices.take(self.choices.below(4)))
-        if self.choices.below(2):
-            stream.close()
-
     def tick(self) -> None:
         """Time goes by, mostly little."""
         long = (6.0, 21.0)[self.choices.below(2)] if self.choices.below(16) == 15 else 0.0
@@ -299,76 +278,6 @@ class Simulation:
         for agent in self.agents:
             agent._tick()
         self._post()
-
-    def garbage(self) -> None:
-        """A message that is none, on a connection that is in use: what was lost with it must come again."""
-        upwards, data = bool(self.choices.below(2)), self.choices.take(1 + self.choices.below(24))
-        kinds = [[data], [frames.seal(data)], [frames.PREFIX + data], [data, data], [data] * 3]
-        self._inject(upwards, kinds[self.choices.below(len(kinds))])
-
-    def odd_message(self) -> None:
-        """A well-formed message with fields from small ranges, as a peer that is wrong or lies could send it."""
-        upwards = bool(self.choices.below(2))
-        kinds = list(frames.Message.__args__)
-        kind = kinds[self.choices.below(len(kinds))]
-        values = {name: self._value(name) for name in kind.__struct_fields__}
-        if isinstance(room := values.get("room"), int):
-            self.doubtful.add(room)
-        else:
-            self.doubtful.update(range(ROOMS))
-        body = msgspec.msgpack.encode([kind.__struct_config__.tag, *values.values()])
-        parts = [frames.seal(body)]
-        if kind in frames.WITH_PAYLOAD:
-            size = (0, 32, 2048, 4096, 256)[self.choices.below(5)]
-            payload = bytes([self.choices.below(256)]) * size
-            if self.choices.below(4):
-                values["checksum"] = frames.checksum(payload)
-                parts = [frames.seal(msgspec.msgpack.encode([kind.__struct_config__.tag, *values.values()]))]
-            parts.append(payload)
-        self._inject(upwards, parts)
-
-    def _value(self, name: str) -> Any:
-        pick = self.choices.below
-        generations = [
-            entry.generation for decode in self.decodes for entry in decode.agent._rooms.values()
-        ] + [0, 2**62]
-        agents = [agent._agent_id for agent in self.agents] + ["stranger"]
-        hello = self.decodes[pick(2)].agent._hello
-        special = {
-            "room": lambda: pick(ROOMS),
-            "generation": lambda: generations[pick(len(generations))],
-            "versions": lambda: [(1, 1), (0, 9), (2, 2)][pick(3)],
-            "version": lambda: pick(3),
-            "agent": lambda: agents[pick(len(agents))],
-            "agents": lambda: [agents[pick(len(agents))] for _ in range(pick(3))],
-            "model_hash": lambda: "m" if pick(8) else "other",
-            "host": lambda: hello.host if pick(2) else "far",
-            "layout": lambda: hello.layout,
-            "projection": lambda: hello.projection if pick(4) else "x",
-            "common": lambda: hello.common,
-            "arena": lambda: hello.arena if pick(2) else None,
-            "arenas": lambda: [hello.arena] * pick(3),
-            "checksum": lambda: b"\x00" * 8,
-            "reason": lambda: "why not",
-            "relay": lambda: bool(pick(2)),
-            "dummy": lambda: not pick(4),
-            "need_projection": lambda: bool(pick(2)),
-            "offsets": lambda: [4096 * pick(5) for _ in range(1 + pick(2))],
-            "applied": lambda: [(pick(4), self.choices.take(pick(3))) for _ in range(pick(4))],
-            "max_chunk_bytes": lambda: (4096, 1, 300, 2**31 - 1)[pick(4)],
-            "num_tokens": lambda: pick(60) - 1,
-        }
-        if name in special:
-            return special[name]()
-        return (0, 1, 2, 3, 16, 4096, 16384, 2**31 - 1)[pick(8)]
-
-    def _inject(self, upwards: bool, parts: list[bytes]) -> None:
-        identities = list(self.network.dealers)
-        if not identities:
-            return
-        identity = identities[self.choices.below(len(identities))]
-        (self.network.up if upwards else self.network.down).setdefault(identity, deque()).appendleft(parts)
-        self._deliver(identity, upwards)
 
     # What must hold
 

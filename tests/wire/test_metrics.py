@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import re
 from pathlib import Path
 
 from prometheus_client import CollectorRegistry
 
 from sglang_tpla.transfer.metrics import COUNTERS, GAUGES, LATENCY, AgentPublisher
 from sglang_tpla.transfer.types import RoomState
+from tests.dashboard import asked_series
 from tests.wire import rig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -50,13 +49,7 @@ def test_series_after_a_transfer_to_two_ranks() -> None:
 
 
 def test_dashboard_asks_for_series_that_exist() -> None:
-    dashboard = json.loads((ROOT / "launch" / "monitoring" / "dashboard.json").read_text())
-    asked = {
-        name
-        for panel in dashboard["panels"]
-        for target in panel["targets"]
-        for name in re.findall(r"sglang_tpla:(\w+)", target["expr"])
-    }
+    asked = asked_series()
     registrations = "bootstrap_registrations_total"  # of the bootstrap server
     assert asked <= {*GAUGES, *(f"{name}_total" for name in COUNTERS), f"{LATENCY}_bucket", registrations}
     assert len(asked) > 15

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import re
 import time
 
 import httpx
 
+from tests.dashboard import asked_series
 from tests.e2e.faulty import PROMPTS, TOKENS, Faulty, series
-from tests.e2e.servers import ROOT, Server, transfer_lines, wait_idle
+from tests.e2e.servers import Server, transfer_lines, wait_idle
 
 
 def told(server: Server, lines: int) -> dict[int, dict[str, float]]:
@@ -67,13 +67,7 @@ def test_series_of_every_rank_are_what_its_log_lines_add_up_to(faulty: Faulty) -
 
 def test_the_dashboard_asks_for_series_that_real_servers_have(faulty: Faulty) -> None:
     """Every series in an expression is in the scrape of a prefill and of a decode server."""
-    dashboard = json.loads((ROOT / "launch" / "monitoring" / "dashboard.json").read_text())
-    asked = {
-        name
-        for panel in dashboard["panels"]
-        for target in panel["targets"]
-        for name in re.findall(r"sglang_tpla:(\w+)", target["expr"])
-    }
+    asked = asked_series()
     for server, not_there in ((faulty.prefill, set()), (faulty.decode, {"bootstrap_registrations_total"})):
         text = httpx.get(server.url + "/metrics", timeout=30).text
         scraped = set(re.findall(r"^sglang_tpla:(\w+)", text, re.MULTILINE))
