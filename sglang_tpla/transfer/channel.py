@@ -31,6 +31,7 @@ SIZES = struct.Struct(">II")
 MAX_SPARE_BUFFERS = 8
 PIECE_BYTES = 1 << 20  # of one call
 WAKE_BYTES = 1 << 20  # of a payload, before its receiver wakes up
+KEEPALIVES = 3  # of a silent network before it is given up
 BUFFER_BYTES = 4 << 20  # for sending and receiving; the system may give less
 
 
@@ -39,8 +40,13 @@ class ChannelError(ConnectionError):
 
 
 def set_up(stream: socket.socket, timeout_s: float) -> None:
-    """Options of either end: never block, send at once, give a silent network up after ``timeout_s``."""
+    """Options of either end: never block, send at once, give a silent network up after ``timeout_s``, also where
+    nothing is sent.
+    """
     stream.setblocking(False)
+    stream.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option in (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL):
+        stream.setsockopt(socket.IPPROTO_TCP, option, max(1, int(timeout_s / KEEPALIVES)))
     stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, max(1, int(timeout_s * 1000)))
     stream.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER_BYTES)

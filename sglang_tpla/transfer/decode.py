@@ -135,6 +135,10 @@ class DecodeAgent(DecodeScattering):
             return AgentStats(
                 rooms=len(self._rooms),
                 peers=sum(connection.link is Link.REGISTERED for connection in self._connections.values()),
+                data_channels=sum(
+                    connection.inbox is not None and connection.inbox.greeted
+                    for connection in self._connections.values()
+                ),
                 staging_used_bytes=self._staging_used_bytes,
                 staging_limit_bytes=self._settings.staging_bytes,
                 threads_alive=self._threads_alive,

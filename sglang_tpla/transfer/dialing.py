@@ -32,6 +32,7 @@ from sglang_tpla.transfer.security import Security
 from sglang_tpla.transfer.staging import Staging, pin, unpin
 from sglang_tpla.transfer.types import CachePool, MetadataRows, TransferError
 
+MAX_CHANNELS_LOST = 3  # one after the other, before a connection goes on without
 DATA_TURN_BYTES = 8 << 20  # read from one data channel before others have a turn
 
 
@@ -332,6 +333,7 @@ class DecodeDialing(Agent[Room]):
                     self._io.watch(inbox.stream, writable=False)
                 return
             for chunk, payload in inbox.receive(DATA_TURN_BYTES):
+                connection.channels_lost = 0
                 if isinstance(payload, PoolLanding):
                     connection.last_seen = time.monotonic()
                     self._landed(payload)
@@ -359,12 +361,17 @@ class DecodeDialing(Agent[Room]):
         return message, self._place(connection, message, size_bytes)
 
     def _lose_data(self, connection: Connection, error: Exception) -> None:
-        """Go on without a data channel, or with a new connection if chunks may have been lost with it."""
-        begun = connection.inbox is not None and connection.inbox.received_bytes > 0
+        """Connect anew: chunks may have been lost with the channel, and without one all go over ZMQ. Go on without
+        where none can be opened, or where none lasts until a chunk has come on it.
+        """
+        inbox = connection.inbox
+        stood = inbox is not None and inbox.greeted
+        begun = inbox is not None and inbox.received_bytes > 0
+        connection.channels_lost += 1
         self._end_data(connection)
         text = "decode rank %d: no data channel to the %s: %s"
         self._log.warning(text, self._rank, connection.name, error)
-        if begun and self._in_use(connection):
+        if (stood and connection.channels_lost < MAX_CHANNELS_LOST) or (begun and self._in_use(connection)):
             self._broken(connection)
 
     def _end_data(self, connection: Connection) -> None:

@@ -87,6 +87,11 @@ class Doorway:
         self._flush(identity, outbox)
         return True
 
+    @property
+    def bound_channels(self) -> int:
+        """How many connections have a channel. Any thread."""
+        return len(self._channels)
+
     def bound(self, identity: bytes) -> bool:
         """True while a connection has a channel. Any thread."""
         return identity in self._channels

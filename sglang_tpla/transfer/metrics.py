@@ -20,6 +20,7 @@ from sglang_tpla.transfer.types import AgentStats
 GAUGES = {
     "rooms": "Rooms alive or held",
     "peers": "Peers up",
+    "data_channels": "Data channels that stand; chunks for peers on other hosts that have none go over ZMQ",
     "staging_used_bytes": "Staging memory in use",
     "staging_limit_bytes": "Ceiling of staging memory",
     "threads_alive": "Threads of the agent that are alive (2)",

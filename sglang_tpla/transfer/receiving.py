@@ -42,6 +42,7 @@ class Connection:
     socket: zmq.Socket | None = None
     monitor: zmq.Socket | None = None
     inbox: Inbox[frames.Chunk] | None = None  # the data channel, where there is one
+    channels_lost: int = 0  # one after the other, before a chunk came on one
     link: Link = Link.CONNECTING
     reason: str = ""
     agent: str = ""

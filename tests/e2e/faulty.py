@@ -201,7 +201,13 @@ class Faulty:
             wait_idle(*self.servers)
 
     def held(self) -> list[Held]:
-        """`resources` of all servers, now."""
+        """`resources` of all servers, once every connection has its data channel again."""
+        deadline = time.monotonic() + 30
+        while (now := series(self.prefill))["data_channels"] != now["peers"] or set(
+            now["peers"].values()
+        ) != {3}:
+            assert time.monotonic() < deadline, now
+            time.sleep(0.2)
         return [resources(server) for server in self.servers]
 
     def ask_all(self) -> list[Answer]:

@@ -10,6 +10,7 @@ import pytest
 
 from sglang_tpla.transfer import frames
 from sglang_tpla.transfer.channel import PREAMBLE, SIZES
+from sglang_tpla.transfer.dialing import MAX_CHANNELS_LOST
 from sglang_tpla.transfer.types import RoomState
 from tests.ports import neighbouring_ports
 from tests.wire import rig
@@ -79,6 +80,36 @@ def test_the_channel_comes_to_the_port_after_the_advertised_one() -> None:
         transfer(prefill, decode, 1, ("127.0.0.1", outside, False))
         assert translation.forwarded_bytes > PAYLOAD_BYTES
         assert prefill.agent.stats().refused == 0
+
+
+def test_a_channel_that_ends_between_rooms_is_opened_again(prefill: rig.PrefillRank) -> None:
+    decode = rig.decode_rank(host="far")
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.closing(decode.agent))
+        data = stack.enter_context(contextlib.closing(FaultProxy(rig.data_port(prefill))))
+        rig.data_port(prefill, data.port)
+        for room in (1, 2, 3, 4):
+            transfer(prefill, decode, room)
+            before = data.forwarded_bytes
+            assert before > room * PAYLOAD_BYTES  # none went over ZMQ
+            data.cut()
+            rig.wait(lambda room=room: decode.agent.stats().resumed == room, "the connection")
+            rig.wait(lambda: prefill.agent.stats().data_channels == 1, "the channel")
+
+
+def test_a_port_that_hangs_up_on_everybody_is_done_without(prefill: rig.PrefillRank) -> None:
+    decode = rig.decode_rank(host="far")
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.closing(decode.agent))
+        data = stack.enter_context(contextlib.closing(FaultProxy(rig.data_port(prefill))))
+        data.refusing = True
+        rig.data_port(prefill, data.port)
+        transfer(prefill, decode, 1)
+        (connection,) = decode.agent._connections.values()
+        rig.wait(lambda: connection.channels_lost == MAX_CHANNELS_LOST, "three attempts")
+        transfer(prefill, decode, 2)
+        stats = decode.agent.stats()
+        assert (stats.resumed, stats.data_channels, stats.peers) == (MAX_CHANNELS_LOST - 1, 0, 1)
 
 
 @pytest.mark.parametrize(("ours", "theirs"), [(0, 1), (1, 0)])
@@ -170,6 +201,8 @@ def test_what_no_prefill_rank_would_send_ends_the_channel(said: bytes) -> None:
         stream.sendall(said)
         with contextlib.suppress(ConnectionResetError):
             assert stream.recv(1) == b""
+        fake.expect(frames.Hello)  # on a new connection
+        fake.say(frames.Welcome(2, "fake", "elsewhere", 0, rig.LAYERS, False, None, None))
         rig.wait(lambda: decode.agent.stats().peers == 1, "the connection to go on")
         fake.expect(frames.Ping)
         assert decode.agent.stats().malformed_dropped == 1
