@@ -71,7 +71,12 @@ def test_what_a_bootstrap_server_says_wrong_fails_one_request(
 ) -> None:
     """Each is the client's own choice of a bootstrap server: it must not end the decode server."""
     liar.server, liar.rank = server, rank
-    assert said in ask_decode(faulty, liar.server_address[1])
+    earlier = len(faulty.decode.log.read_text())
+    answer = ask_decode(faulty, liar.server_address[1])
+    # the rank that answers may learn from the other one that the request failed, before it knows why
+    assert said in answer or (
+        "that rank's log says why" in answer and said in faulty.decode.log.read_text()[earlier:]
+    )
     answer = faulty.route.ask(PROMPTS[0], TOKENS)
     assert answer.same_text(faulty.expected["decode"][0]), answer
 
