@@ -43,7 +43,7 @@ import torch
 from wire_values import wire_values
 
 from sglang_tpla.config import Settings
-from sglang_tpla.transfer import frames
+from sglang_tpla.transfer import frames, moving
 from sglang_tpla.transfer.decode import DecodeAgent
 from sglang_tpla.transfer.prefill import PrefillAgent
 from sglang_tpla.transfer.types import CachePool, MetadataRows, RoomState
@@ -103,6 +103,11 @@ def make_pool(tokens: int, layers: int) -> CachePool:
 class NoChecksum:
     """Takes any payload for sound."""
 
+    pointer = None  # C leaves it out
+
+    def __init__(self, *_: object) -> None:
+        pass
+
     def update(self, data: object) -> None:
         """Nothing."""
 
@@ -111,12 +116,13 @@ class NoChecksum:
         return bytes(8)
 
 
-CHECKSUMS = frames.checksum, frames.running_checksum
+CHECKSUMS = frames.checksum, frames.running_checksum, moving.Checksum
 
 
 def switch_checksums(on: bool) -> None:
     """Let this process's agents compute checksums, or not."""
-    frames.checksum, frames.running_checksum = CHECKSUMS if on else (lambda data: bytes(8), NoChecksum)
+    off = (lambda data: bytes(8)), NoChecksum, NoChecksum
+    frames.checksum, frames.running_checksum, moving.Checksum = CHECKSUMS if on else off
 
 
 # Children: each serves commands from a pipe and answers with (seconds, cpu_seconds) or a value.

@@ -79,8 +79,8 @@ def slice_width(latent_dim: int, groups: int, shared_dims: int) -> int:
 ENV_PREFIX = "SGLANG_TPLA_"
 ROLES = ("prefill", "decode")
 O_PROJ = ("replicate", "scatter")
-# Chunks and staging. On a GPU a chunk costs some 0.2 ms of launches and messages, whatever its size.
-DEFAULT_BYTES = {"cpu": (4 << 20, 256 << 20), "cuda": (16 << 20, 512 << 20)}
+# Chunks and staging. A chunk costs some 0.2 ms of messages (on a GPU also of launches), whatever its size.
+DEFAULT_BYTES = {"cpu": (16 << 20, 256 << 20), "cuda": (16 << 20, 512 << 20)}
 
 
 @dataclass(frozen=True)
@@ -96,8 +96,7 @@ class Settings:
         artifact: path of the calibration artifact; needed when ``groups`` > 1.
         o_proj: ``replicate`` holds the output projection of a rank's heads, g times plain TP's; ``scatter`` sums the
             groups' head outputs first (a reduce-scatter a layer) and holds it once.
-        chunk_bytes: largest payload of one frame; 0 takes 4 MiB where the cache is in the processor's memory, 16 MiB
-            where it is on a GPU.
+        chunk_bytes: largest payload of one frame; 0 takes 16 MiB.
         staging_bytes: ceiling of the staging memory of one rank; 0 takes 256 MiB, on a GPU 512 MiB.
         heartbeat_s: seconds between heartbeats on an idle connection.
         peer_timeout_s: seconds without a sign of life after which a peer is given up.

@@ -6,7 +6,10 @@ used again while it is in the processor's caches. It is offered only where ZMQ w
 used by the agent's I/O thread alone and never block.
 
     decode -> prefill   once: ``b"TPLD"``, version, the cookie that Welcome named: 21 bytes
-    prefill -> decode   for each chunk: header bytes, payload bytes (two 32-bit big-endian numbers), header, payload
+    prefill -> decode   for each chunk: header bytes, payload bytes (two 32-bit big-endian numbers), header, payload,
+                        the payload's checksum (8 bytes)
+
+The checksum comes last so that either end takes it of what it moves, step by step, while that is in its core's caches.
 """
 
 from __future__ import annotations
@@ -21,15 +24,21 @@ from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 
-from sglang_tpla.transfer.frames import CHANNEL_COOKIE_BYTES, HEAD_BYTES, MAX_HEADER_BYTES, FrameError
-from sglang_tpla.transfer.runs import Cursor, Pieces
+from sglang_tpla.transfer.frames import (
+    CHANNEL_COOKIE_BYTES,
+    CHECKSUM_BYTES,
+    HEAD_BYTES,
+    MAX_HEADER_BYTES,
+    FrameError,
+)
+from sglang_tpla.transfer.moving import Outgoing
+from sglang_tpla.transfer.runs import Pieces
 from sglang_tpla.transfer.splicing import Splicer, SplicingRefused
 
-PREAMBLE = b"TPLD\x01"
+PREAMBLE = b"TPLD\x02"
 PREAMBLE_BYTES = len(PREAMBLE) + CHANNEL_COOKIE_BYTES
 SIZES = struct.Struct(">II")
 MAX_SPARE_BUFFERS = 8
-PIECE_BYTES = 1 << 20  # of one call
 WAKE_BYTES = 1 << 20  # of a payload, before its receiver wakes up
 KEEPALIVES = 3  # of a silent network before it is given up
 BUFFER_BYTES = 4 << 20  # for sending and receiving; the system may give less
@@ -59,17 +68,25 @@ class Parcel:
     Args:
         header: copied when it is sent.
         payload: left as it is until the other side has said that it has it, or nobody wants it any more.
+        digest: its checksum, where that is known already.
         wanted: asked once, before it is begun.
-        done: called once, when the socket has taken all of it, or it was left out.
+        done: called once with the checksum, when the socket has taken all of it; with nothing, if it was left out.
     """
 
-    __slots__ = ("begun", "cursor", "done", "head", "wanted")
+    __slots__ = ("begun", "digest", "done", "head", "payload", "tail", "wanted")
 
     def __init__(
-        self, header: bytes, payload: Pieces, wanted: Callable[[], bool], done: Callable[[], None]
+        self,
+        header: bytes,
+        payload: Pieces,
+        digest: bytes,
+        wanted: Callable[[], bool],
+        done: Callable[[bytes], None],
     ) -> None:
         self.head = memoryview(SIZES.pack(len(header), payload.size_bytes) + header)
-        self.cursor = Cursor(payload)
+        self.payload = Outgoing(payload, digest)
+        self.digest = b""  # once all of the payload has gone
+        self.tail = memoryview(b"")
         self.begun = False
         self.wanted = wanted
         self.done = done
@@ -104,7 +121,8 @@ class Outbox:
                 parcel.begun = True
                 if not self._send(parcel):
                     return
-            self._parcels.popleft().done()
+            self._parcels.popleft()
+            parcel.done(parcel.digest)
 
     def _send(self, parcel: Parcel) -> bool:
         """Send of a parcel what the socket takes now; True when that was the end of it."""
@@ -113,21 +131,32 @@ class Outbox:
                 sent = self.stream.send(parcel.head, socket.MSG_MORE)
                 self.sent_bytes += sent
                 parcel.head = parcel.head[sent:]
-            while self._splicer is not None:
-                try:
-                    sent, all_sent = self._splicer.send(self.stream, parcel.cursor)
-                except SplicingRefused:
-                    self._end_splicing()
-                    break
+            if not parcel.digest:
+                if not self._send_payload(parcel.payload):
+                    return False
+                parcel.digest = parcel.payload.digest()
+                parcel.tail = memoryview(parcel.digest)
+            while parcel.tail:
+                sent = self.stream.send(parcel.tail, socket.MSG_MORE if len(self._parcels) > 1 else 0)
                 self.sent_bytes += sent
-                if all_sent or not sent:
-                    return all_sent
-            while views := parcel.cursor.ahead(PIECE_BYTES):
-                sent = self.stream.sendmsg(views)
-                self.sent_bytes += sent
-                parcel.cursor.advance(sent)
+                parcel.tail = parcel.tail[sent:]
         except BlockingIOError:
             return False
+        return True
+
+    def _send_payload(self, payload: Outgoing) -> bool:
+        """True when all of it has gone. Raises BlockingIOError where nothing could go."""
+        while self._splicer is not None:
+            try:
+                sent, all_sent = payload.splice(self.stream, self._splicer)
+            except SplicingRefused:
+                self._end_splicing()
+                break
+            self.sent_bytes += sent
+            if all_sent or not sent:
+                return all_sent
+        while payload.left_bytes:
+            self.sent_bytes += payload.copy(self.stream)
         return True
 
     def _end_splicing(self) -> None:
@@ -140,7 +169,7 @@ class Outbox:
         self.stream.close()
         self._end_splicing()
         while self._parcels:
-            self._parcels.popleft().done()
+            self._parcels.popleft().done(b"")
 
 
 class Landing(Protocol):
@@ -207,6 +236,8 @@ class Inbox(Generic[HeaderT]):
         self._header: memoryview | None = None  # of the chunk that is coming, once its sizes are known
         self._said: HeaderT | None = None  # and what it says, once it is whole
         self._payload_bytes = 0
+        self._payload: memoryview | Landing | None = None  # come whole, but for its checksum
+        self._tail: bytearray | None = None
         self._low_water = 1
         self._target, self._filled, self._due_bytes = memoryview(self._sizes), 0, SIZES.size
 
@@ -228,9 +259,9 @@ class Inbox(Generic[HeaderT]):
             self._greeting = self._greeting[sent:]
         return self.greeted
 
-    def receive(self, budget_bytes: int) -> Iterator[tuple[HeaderT, memoryview | Landing]]:
-        """(what the header says, payload or where it landed) of chunks that are complete, until the socket has no more
-        or some ``budget_bytes`` were read.
+    def receive(self, budget_bytes: int) -> Iterator[tuple[HeaderT, memoryview | Landing, bytes]]:
+        """(what the header says, payload or where it landed, the checksum that was sent) of chunks that are complete,
+        until the socket has no more or some ``budget_bytes`` were read.
 
         Raises:
             OSError: the connection is gone.
@@ -239,7 +270,7 @@ class Inbox(Generic[HeaderT]):
         end = self.received_bytes + budget_bytes
         while self.received_bytes < end:
             try:
-                if self.landing is not None:
+                if self.landing is not None and self._tail is None:
                     size = self.landing.receive(self.stream)
                 else:
                     size = self.stream.recv_into(self._target[self._filled :])
@@ -260,12 +291,16 @@ class Inbox(Generic[HeaderT]):
                     self._target = self._spares.take(self._payload_bytes)
                 self._filled, self._due_bytes = 0, self._payload_bytes
                 self._wait_for(self._payload_bytes)
-            else:
-                said, payload = self._said, self.landing or self._target
-                self._header = self._said = self.landing = None
-                self._target, self._filled, self._due_bytes = memoryview(self._sizes), 0, SIZES.size
+            elif self._tail is None:
+                self._payload, self._tail = self.landing or self._target, bytearray(CHECKSUM_BYTES)
+                self._target, self._filled, self._due_bytes = memoryview(self._tail), 0, CHECKSUM_BYTES
                 self._wait_for(1)
-                yield said, payload
+            else:
+                said, payload, tail = self._said, self._payload, bytes(self._tail)
+                self._header = self._said = self.landing = self._tail = self._payload = None
+                self._target, self._filled, self._due_bytes = memoryview(self._sizes), 0, SIZES.size
+                if payload is not None:
+                    yield said, payload, tail
 
     def _wait_for(self, size_bytes: int) -> None:
         """Have the socket be called readable when so much (or much) is there: each wake-up has a price."""

@@ -15,6 +15,7 @@ from abc import abstractmethod
 from collections.abc import Callable
 from functools import partial
 
+import msgspec
 import torch
 import zmq
 from zmq.utils.monitor import recv_monitor_message
@@ -332,13 +333,15 @@ class DecodeDialing(Agent[Room]):
                 if inbox.greet():
                     self._io.watch(inbox.stream, writable=False)
                 return
-            for chunk, payload in inbox.receive(DATA_TURN_BYTES):
+            for chunk, payload, checksum in inbox.receive(DATA_TURN_BYTES):
                 connection.channels_lost = 0
+                sealed = msgspec.structs.replace(chunk, checksum=checksum)
                 if isinstance(payload, PoolLanding):
                     connection.last_seen = time.monotonic()
+                    payload.chunk = sealed
                     self._landed(payload)
                 elif isinstance(payload, memoryview):
-                    self._take(connection, chunk, payload)
+                    self._take(connection, sealed, payload)
                 if connection.inbox is not inbox:
                     return
         except frames.FrameError as error:

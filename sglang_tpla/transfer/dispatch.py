@@ -9,7 +9,7 @@ from sglang_tpla.transfer.channel import Parcel
 from sglang_tpla.transfer.projection import cut_stacks
 from sglang_tpla.transfer.resuming import PrefillResuming
 from sglang_tpla.transfer.row_format import RowFormat
-from sglang_tpla.transfer.runs import Pieces, checksum_of, one_piece
+from sglang_tpla.transfer.runs import Pieces, one_piece
 from sglang_tpla.transfer.sending import Lane, Mode, Peer, Room, Stream
 from sglang_tpla.transfer.staging import Slot
 
@@ -143,7 +143,7 @@ class PrefillDispatch(PrefillResuming):
         return loads
 
     def _make(self, job: Job) -> tuple[Pieces, bytes]:
-        """Fill the job's slot, if it has memory: where the payload is, and its checksum."""
+        """Fill the job's slot, if it has memory: where the payload is, and its checksum, if it is known by now."""
         plan = job.loads[0].lane.plan
         rectangle, segment = plan.rectangles[job.sequence], plan.segments[job.sequence]
         first = rectangle.first_layer - self._pool.first_layer
@@ -151,8 +151,7 @@ class PrefillDispatch(PrefillResuming):
         start = rectangle.first_token - segment.first_token
         slots = segment.slots[start : start + rectangle.tokens]
         if not job.slot.buffer.size:
-            pieces = self._reader.pieces(rectangle, slots)
-            return pieces, checksum_of(pieces)
+            return self._reader.pieces(rectangle, slots), b""  # checked on its way (`channel`)
         payload = job.slot.buffer[: rectangle.payload_bytes]
         digest = self._reader.read(
             rectangle,
@@ -168,7 +167,8 @@ class PrefillDispatch(PrefillResuming):
     def _deliver(self, job: Job, pieces: Pieces, digest: bytes) -> None:
         plan = job.loads[0].lane.plan
         with self._work:
-            plan.digests[job.sequence] = digest
+            if digest:
+                plan.digests[job.sequence] = digest
             self._counts["projections_computed"] += plan.projection.stacks is not None
             for load in job.loads:
                 if not load.lane.room.state.ended:
@@ -200,12 +200,12 @@ class PrefillDispatch(PrefillResuming):
                 layers=rectangle.layers,
                 first_token=rectangle.first_token,
                 tokens=rectangle.tokens,
-                checksum=digest,
+                checksum=digest or bytes(frames.CHECKSUM_BYTES),
             )
             slot.pending += 1
             stream.peer.queued += 1
             self._count_bytes(room, rectangle.payload_bytes, shared=False)
-            self._io.post(self._send_chunk, stream.peer, room, frames.encode(message), slot, pieces)
+            self._io.post(self._send_chunk, stream.peer, lane, message, slot, pieces)
 
     def _let_go(self, slot: Slot, peer: Peer) -> None:
         with self._work:
@@ -220,15 +220,19 @@ class PrefillDispatch(PrefillResuming):
             room.shared_memory_bytes += size
             self._counts["shared_memory_bytes"] += size
 
-    def _send_chunk(self, peer: Peer, room: Room, header: bytes, slot: Slot, pieces: Pieces) -> None:
+    def _send_chunk(self, peer: Peer, lane: Lane, message: frames.Chunk, slot: Slot, pieces: Pieces) -> None:
         """Hand a chunk to the rank's data channel, or to ZMQ (I/O thread)."""
+        room, header = lane.room, frames.encode(message)
+
+        def done(digest: bytes) -> None:
+            with self._lock:
+                if digest:
+                    lane.plan.digests[message.sequence] = digest
+                self._let_go(slot, peer)
+
         if self._doorway is not None:
-            parcel = Parcel(
-                header,
-                pieces,
-                wanted=lambda: not room.state.ended,
-                done=lambda: self._let_go(slot, peer),
-            )
+            digest = message.checksum if slot.buffer.size else b""
+            parcel = Parcel(header, pieces, digest, wanted=lambda: not room.state.ended, done=done)
             if self._doorway.send(peer.identity, parcel):
                 return
         tracker = None

@@ -22,7 +22,7 @@ class DecodeFetching(DecodeDialing):
     def _prepare(self) -> None:
         self._rooms: dict[int, Room] = {}
         self._generation = time.time_ns()  # grows over restarts too
-        self._arrivals: deque[Arrival | PoolLanding] = deque()
+        self._arrivals: deque[Arrival] = deque()
         self._completed: deque[Room] = deque()
         self._hungry: OrderedDict[Source, Room] = OrderedDict()  # want more than granted, oldest first
         self._kept: dict[int, Kept] = {}  # by offset in the arena

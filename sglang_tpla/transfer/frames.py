@@ -21,6 +21,7 @@ PREFIX = b"TPLA" + bytes([FRAMING_VERSION])
 HEAD_BYTES = len(PREFIX) + 8  # and the digest
 MAX_HEADER_BYTES = 64 << 10
 CHANNEL_COOKIE_BYTES = 16
+CHECKSUM_BYTES = 8
 MAX_LAYERS = 1024
 MAX_PROJECTION_BYTES = 64 << 20  # one layer's matrix: 4096 x 4096 float32
 MAX_METADATA_BYTES = 16 << 20
@@ -35,7 +36,7 @@ Layers = Annotated[tuple[Small, ...], Meta(min_length=1, max_length=MAX_LAYERS)]
 Name = Annotated[str, Meta(max_length=256)]
 Sentence = Annotated[str, Meta(max_length=2048)]
 Bitmap = Annotated[bytes, Meta(max_length=16 << 10)]
-Digest = Annotated[bytes, Meta(min_length=8, max_length=8)]
+Digest = Annotated[bytes, Meta(min_length=CHECKSUM_BYTES, max_length=CHECKSUM_BYTES)]
 Port = Annotated[int, Meta(ge=1, le=65535)]
 Cookie = Annotated[bytes, Meta(min_length=CHANNEL_COOKIE_BYTES, max_length=CHANNEL_COOKIE_BYTES)]
 

@@ -2,20 +2,19 @@
 
 What staging is for, that nothing late is written, holds here piece by piece: each call writes at most `PIECE_BYTES`,
 while the room's `Writes` allow it, and what comes for a room that has ended goes to memory
-that nobody reads. The worker thread takes the checksum of the whole from the pool.
+that nobody reads.
 """
 
 from __future__ import annotations
 
-import os
 import socket
 
 from sglang_tpla.transfer import frames
+from sglang_tpla.transfer.moving import Intake
 from sglang_tpla.transfer.receiving import Room, Source
-from sglang_tpla.transfer.runs import Cursor, Pieces, checksum_of
+from sglang_tpla.transfer.runs import Pieces
 
-PIECE_BYTES = 2 << 20
-MAX_PIECES = 1024  # of one call: IOV_MAX
+PIECE_BYTES = 4 << 20
 _nowhere = memoryview(bytearray(PIECE_BYTES))
 
 
@@ -29,7 +28,7 @@ class PoolLanding:
     def __init__(self, room: Room, source: Source, chunk: frames.Chunk, pieces: Pieces) -> None:
         self.room, self.source, self.chunk = room, source, chunk
         self.size_bytes = self.credit_bytes = pieces.size_bytes
-        self._pieces, self._cursor = pieces, Cursor(pieces)
+        self._intake = Intake(pieces)
         self._left_bytes = self.size_bytes
         self._whole = True
 
@@ -43,15 +42,14 @@ class PoolLanding:
         with self.room.writes.one() as allowed:
             self._whole = self._whole and allowed
             if self._whole:
-                size = os.readv(stream.fileno(), self._cursor.ahead(PIECE_BYTES, MAX_PIECES))
+                size = self._intake.receive(stream, PIECE_BYTES)
         if not self._whole:
             size = stream.recv_into(_nowhere[: self._left_bytes])
         self._left_bytes -= size
-        self._cursor.advance(size)
         return size
 
     def digest(self) -> bytes | None:
         """Checksum of what was written; None if not all of it was."""
         if not self._whole or self._left_bytes:
             return None
-        return checksum_of(self._pieces)
+        return self._intake.digest()

@@ -19,9 +19,10 @@ import torch
 
 from sglang_tpla.transfer import frames
 from sglang_tpla.transfer.chunks import Part, Rectangle
+from sglang_tpla.transfer.moving import copy_pieces
 from sglang_tpla.transfer.projection import Stack
 from sglang_tpla.transfer.row_format import RowFormat
-from sglang_tpla.transfer.runs import Block, Pieces, cut_blocks, find_runs, pool_pieces, worth_it
+from sglang_tpla.transfer.runs import Block, Layers, Pieces, cut_blocks, find_runs, one_piece, worth_it
 from sglang_tpla.transfer.types import CachePool
 
 
@@ -65,9 +66,10 @@ def scatter_block(rows: np.ndarray, slots: np.ndarray, block: Block, packed: np.
         rows[slot : slot + count] = packed[row : row + count]
 
 
-def _dense(layers: Sequence[np.ndarray] | None) -> bool:
-    """True for a CPU pool in whose layers neighbouring slots lie side by side."""
-    return layers is not None and all(rows.flags.c_contiguous for rows in layers)
+def _dense(layers: Sequence[np.ndarray] | None) -> Layers | None:
+    """The layers of a CPU pool in which neighbouring slots lie side by side."""
+    dense = layers is not None and all(rows.flags.c_contiguous for rows in layers)
+    return Layers(layers) if layers is not None and dense else None
 
 
 def as_tensor(data: np.ndarray) -> torch.Tensor:
@@ -119,13 +121,13 @@ class RowReader:
     def in_place(self, slots: np.ndarray) -> bool:
         """True if raw rows of ``slots`` can be sent from where they lie: `pieces` of them are few and long."""
         row_bytes = self.pool.layers[0].shape[1] * self.pool.dtype.itemsize
-        return self._dense and worth_it(find_runs(slots), slots.size, row_bytes)
+        return self._dense is not None and worth_it(find_runs(slots), slots.size, row_bytes)
 
     def pieces(self, rectangle: Rectangle, slots: np.ndarray) -> Pieces:
         """The raw rows of a rectangle where they lie in the pool, in the payload's order."""
-        assert self._rows is not None
+        assert self._dense is not None
         first = rectangle.first_layer - self.pool.first_layer
-        return pool_pieces(self._rows[first : first + rectangle.layers], find_runs(slots))
+        return self._dense.pieces(range(first, first + rectangle.layers), find_runs(slots))
 
     def read(
         self,
@@ -156,6 +158,8 @@ class RowReader:
             return None
         assert self._rows is not None
         if stacks is None and row_format is RowFormat.PLAIN:
+            if self.in_place(slots):
+                return copy_pieces(self.pieces(rectangle, slots), one_piece(out))
             packed = out.reshape(len(layers), slots.size, -1)
             checksum = frames.running_checksum()
             blocks = cut_blocks(slots, packed.shape[2])
@@ -253,13 +257,12 @@ class RowWriter:
 
     def pieces(self, layers: range, slots: np.ndarray, part: Part) -> Pieces | None:
         """Where a payload's bytes belong in the pool, in order; None where they are not long pieces of it."""
-        if self._rows is None or not self._dense or part is not Part.FULL:
+        if self._rows is None or self._dense is None or part is not Part.FULL:
             return None
-        rows = self._rows[layers.start : layers.stop]
         runs = find_runs(slots)
-        if not worth_it(runs, slots.size, min(layer.shape[1] for layer in rows)):
+        if not worth_it(runs, slots.size, min(self._rows[layer].shape[1] for layer in layers)):
             return None
-        return pool_pieces(rows, runs)
+        return self._dense.pieces(layers, runs)
 
     def write(
         self, layers: range, slots: np.ndarray, shared: Sequence[int], part: Part, payload: memoryview
@@ -273,6 +276,9 @@ class RowWriter:
             self._write_cuda(layers, slots, shared, part, data)
             return frames.checksum(payload)
         assert self._rows is not None
+        pieces = self.pieces(layers, slots, part)
+        if pieces is not None:
+            return copy_pieces(one_piece(data), pieces, past_caches=True)
         start = 0
         checksum = frames.running_checksum()
         blocks: dict[int, list[Block]] = {}  # by the bytes of a row

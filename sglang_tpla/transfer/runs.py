@@ -7,13 +7,14 @@ pieces gains nothing and rows are gathered instead (`rows`).
 
 from __future__ import annotations
 
+import ctypes
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import numpy as np
-
-from sglang_tpla.transfer import frames
 
 MIN_RUN_BYTES = 8 << 10  # on average; with shorter ones the calls cost more than the copy they spare
 BLOCK_BYTES = 256 << 10  # what stays in a core's cache from its copy to its checksum
@@ -73,45 +74,46 @@ class Pieces:
     """A payload as pieces of memory, in order.
 
     Attributes:
-        views: uint8, one a piece.
         table: their addresses and sizes, uint64 ``[pieces, 2]``: the system's ``struct iovec``.
+        memory: what they lie in, and what keeps it.
     """
 
-    views: Sequence[memoryview]
     table: np.ndarray
+    memory: Any
 
-    @property
+    @cached_property
     def size_bytes(self) -> int:
         """Of all pieces."""
         return int(self.table[:, 1].sum())
 
-
-def checksum_of(pieces: Pieces) -> bytes:
-    """`frames.checksum` of a payload in pieces."""
-    checksum = frames.running_checksum()
-    for view in pieces.views:
-        checksum.update(view)
-    return bytes(checksum.digest())
+    @cached_property
+    def views(self) -> list[memoryview]:
+        """uint8, one a piece."""
+        kinds = ((ctypes.c_uint8 * size, address) for address, size in self.table.tolist())
+        return [memoryview(kind.from_address(address)).cast("B") for kind, address in kinds]
 
 
 def one_piece(buffer: np.ndarray) -> Pieces:
     """A packed payload (uint8, contiguous)."""
-    return Pieces([buffer.data], np.array([[buffer.ctypes.data, buffer.size]], dtype=np.uint64))
+    return Pieces(np.array([[buffer.ctypes.data, buffer.size]], dtype=np.uint64), buffer)
 
 
-def pool_pieces(layers: Iterator[np.ndarray] | Sequence[np.ndarray], runs: Sequence[Run]) -> Pieces:
-    """The rows of ``runs`` in each of some layers (uint8 ``[slots, row_bytes]``, contiguous), layer by layer."""
-    views: list[memoryview] = []
-    tables = []
-    spans = np.array(runs, dtype=np.uint64)[:, [0, 2]]
-    for rows in layers:
-        row_bytes = rows.shape[1]
-        memory = rows.reshape(-1).data
-        views += [memory[slot * row_bytes : (slot + count) * row_bytes] for slot, _, count in runs]
-        table = spans * np.uint64(row_bytes)
-        table[:, 0] += np.uint64(rows.ctypes.data)
-        tables.append(table)
-    return Pieces(views, np.concatenate(tables))
+class Layers:
+    """A pool's layers, uint8 ``[slots, row_bytes]`` and contiguous: where they are, looked up once."""
+
+    def __init__(self, rows: Sequence[np.ndarray]) -> None:
+        self._rows = rows
+        self._places = np.array([(layer.ctypes.data, layer.shape[1]) for layer in rows], dtype=np.uint64)
+
+    def pieces(self, layers: range, runs: Sequence[Run]) -> Pieces:
+        """The rows of ``runs`` in each of some layers (by index), layer by layer."""
+        places = self._places[layers.start : layers.stop, None]  # [layers, 1, address and row bytes]
+        spans = np.array(runs, dtype=np.uint64)[:, [0, 2]]  # [runs, first slot and rows]
+        table = spans * places[:, :, 1:]
+        table[:, :, 0] += places[:, :, 0]
+        return Pieces(
+            np.ascontiguousarray(table.reshape(-1, 2)), self._rows
+        )  # numpy may lay it out otherwise
 
 
 class Cursor:

@@ -10,6 +10,8 @@ arena whose place was used anew meanwhile fails the check.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 
@@ -34,18 +36,22 @@ class DecodeScattering(DecodeFetching):
                 return True
             arrival = self._arrivals.popleft() if self._arrivals else None
             entry = arrival.room if arrival is not None else self._completed.popleft()
-        try:
-            if isinstance(arrival, Arrival):
+        with self._failing(entry):
+            if arrival is not None:
                 self._apply(arrival)
-            elif arrival is not None:
-                self._account(arrival, arrival.digest(), None)
             self._complete(entry)
+        if arrival is not None:
+            self._spares.give_back(arrival.payload)
+        return True
+
+    @contextmanager
+    def _failing(self, entry: Room) -> Iterator[None]:
+        """What goes wrong in here fails the room, and is reported."""
+        try:
+            yield
         except Exception as error:
             self._handler_failed(f"write of room {entry.room}", error)
             self._fail_from_io(entry, f"internal error while writing: {error!r}")
-        if isinstance(arrival, Arrival):
-            self._spares.give_back(arrival.payload)
-        return True
 
     def _apply(self, arrival: Arrival) -> None:
         entry, chunk = arrival.room, arrival.chunk
@@ -61,11 +67,12 @@ class DecodeScattering(DecodeFetching):
 
     def _landed(self, landing: PoolLanding) -> None:
         """A chunk is in the pool, or what came of it when its room had ended is nowhere (I/O thread)."""
-        with self._work:
+        with self._lock:
             if not landing.room.state.ended:
                 self._count_arrival(landing.room, landing.size_bytes)
-            self._arrivals.append(landing)
-            self._work.notify()
+        with self._failing(landing.room):
+            self._account(landing, landing.digest(), None)
+            self._complete(landing.room)
 
     def _account(self, arrival: Arrival | PoolLanding, digest: bytes | None, kept: Kept | None) -> None:
         """Acknowledge a chunk that was written, ask again for a damaged one, free its credit.

@@ -2,7 +2,7 @@
 
 The system then holds the memory's pages themselves until the other side has acknowledged their bytes, and reads them
 when it sends (on loopback: when the other side receives). Whoever sends must leave the memory as it is until then; the
-checksum that was taken before shows when it did not.
+checksum that is taken as the memory goes into the pipe shows when it did not.
 """
 
 from __future__ import annotations
@@ -13,11 +13,8 @@ import fcntl
 import os
 import socket
 
-from sglang_tpla.transfer.runs import Cursor
-
 SPLICE_F_NONBLOCK, SPLICE_F_MORE = 2, 4
 PIPE_BYTES = 1 << 20  # the most that a pipe of an ordinary user may have
-MAX_PIECES = 1024  # of one call: IOV_MAX
 
 
 class SplicingRefused(OSError):
@@ -33,45 +30,48 @@ _vmsplice.restype = ctypes.c_ssize_t
 class Splicer:
     """A pipe in front of a socket that does not block.
 
+    Attributes:
+        exit, entry: its ends.
+        waiting_bytes: in the pipe.
+
     Raises:
         OSError: no descriptors left.
     """
 
     def __init__(self) -> None:
-        self._out, self._in = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        self._waiting_bytes = 0  # in the pipe
+        self.exit, self.entry = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self.waiting_bytes = 0
         with contextlib.suppress(OSError):
-            fcntl.fcntl(self._in, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+            fcntl.fcntl(self.entry, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
 
-    def send(self, stream: socket.socket, cursor: Cursor) -> tuple[int, bool]:
-        """Send what pipe and socket take now.
-
-        Args:
-            cursor: what has not gone into the pipe yet; moved on.
-
-        Returns:
-            The bytes that the socket took, and whether all of the payload has gone.
+    def fill(self, vector: int, pieces: int) -> int:
+        """Put what ``pieces`` of ``struct iovec`` at ``vector`` name into the empty pipe: bytes.
 
         Raises:
             SplicingRefused: it has to be copied.
+        """
+        moved: int = _vmsplice(self.entry, vector, pieces, SPLICE_F_NONBLOCK)
+        if moved < 0:
+            code = ctypes.get_errno()
+            raise SplicingRefused(code, os.strerror(code))
+        self.waiting_bytes = moved
+        return moved
+
+    def drain(self, stream: socket.socket, *, more: bool) -> int:
+        """Send what the socket takes now: bytes. ``more`` will follow.
+
+        Raises:
             OSError: the connection is gone.
         """
-        if not self._waiting_bytes:
-            moved = _vmsplice(self._in, *cursor.vector(MAX_PIECES), SPLICE_F_NONBLOCK)
-            if moved < 0:
-                code = ctypes.get_errno()
-                raise SplicingRefused(code, os.strerror(code))
-            self._waiting_bytes = moved
-            cursor.advance(moved)
-        more = SPLICE_F_MORE if cursor else 0
+        flags = SPLICE_F_NONBLOCK | (SPLICE_F_MORE if more else 0)
         try:
-            sent = os.splice(self._out, stream.fileno(), self._waiting_bytes, flags=SPLICE_F_NONBLOCK | more)
+            sent = os.splice(self.exit, stream.fileno(), self.waiting_bytes, flags=flags)
         except BlockingIOError:
-            return 0, False
-        self._waiting_bytes -= sent
-        return sent, not cursor and not self._waiting_bytes
+            return 0
+        self.waiting_bytes -= sent
+        return sent
 
     def close(self) -> None:
         """Close the pipe; called once."""
-        os.close(self._out)
-        os.close(self._in)
+        os.close(self.exit)
+        os.close(self.entry)

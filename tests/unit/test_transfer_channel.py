@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from sglang_tpla.transfer.channel import PREAMBLE, ChannelError, Inbox, Outbox, Parcel, Spares
-from sglang_tpla.transfer.frames import FrameError
+from sglang_tpla.transfer.frames import FrameError, checksum
 from sglang_tpla.transfer.runs import Pieces, one_piece
 
 COOKIE = bytes(range(16))
@@ -41,8 +41,14 @@ def parcel(header: bytes, payload: bytes, log: list[int], wanted: bool = True) -
     """The payload in two pieces, neither of which ends where a page does."""
     memory = np.frombuffer(payload, dtype=np.uint8)
     halves = [one_piece(half) for half in np.array_split(memory, 2) if half.size]
-    pieces = Pieces([half.views[0] for half in halves], np.concatenate([half.table for half in halves]))
-    return Parcel(header, pieces, wanted=lambda: wanted, done=lambda: log.append(len(payload)))
+    pieces = Pieces(np.concatenate([half.table for half in halves]), memory)
+    known = checksum(payload) if len(payload) % 2 else b""
+
+    def done(digest: bytes) -> None:
+        assert digest in (checksum(payload), b"")
+        log.append(len(payload) if digest else -len(payload))
+
+    return Parcel(header, pieces, known, wanted=lambda: wanted, done=done)
 
 
 def test_the_cookie_is_said_first_and_once(pair: tuple[socket.socket, socket.socket]) -> None:
@@ -68,11 +74,11 @@ def test_chunks_arrive_as_they_were_sent(
     came = []
     while len(came) < len(sent):
         outbox.flush()
-        came += [(bytes(header), bytes(payload)) for header, payload in box.receive(budget_bytes)]
-    assert came == sent
+        came += [(bytes(header), bytes(payload), tail) for header, payload, tail in box.receive(budget_bytes)]
+    assert came == [(header, payload, checksum(payload)) for header, payload in sent]
     assert log == [len(payload) for _, payload in sent]
     assert not outbox
-    total = sum(8 + len(header) + len(payload) for header, payload in sent)
+    total = sum(8 + len(header) + len(payload) + 8 for header, payload in sent)
     assert outbox.sent_bytes == box.received_bytes == total
 
 
@@ -91,9 +97,9 @@ def test_unwanted_parcels_are_left_out_and_begun_ones_finished(
     came: list[bytes] = []
     while len(came) < 2:
         outbox.flush()
-        came += [bytes(payload) for _, payload in box.receive(1 << 20)]
+        came += [bytes(payload) for _, payload, _ in box.receive(1 << 20)]
     assert came == [b"a" * 100_000, b"c" * 70]
-    assert log == [100_000, 50, 70]
+    assert log == [100_000, -50, 70]
 
 
 def test_a_closed_outbox_gives_its_memory_back_once(pair: tuple[socket.socket, socket.socket]) -> None:
@@ -104,7 +110,7 @@ def test_a_closed_outbox_gives_its_memory_back_once(pair: tuple[socket.socket, s
     outbox.flush()
     outbox.close()
     outbox.close()
-    assert log == [100_000, 2, 3]
+    assert log == [-100_000, -2, -3]
 
 
 @pytest.mark.parametrize(

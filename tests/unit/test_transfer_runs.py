@@ -47,7 +47,8 @@ def test_blocks_cover_every_row_once(slots: np.ndarray, row_bytes: int) -> None:
 def test_pieces_of_a_pool_are_its_rows(slots: np.ndarray, data: st.DataObject) -> None:
     layers = [np.random.default_rng(seed).integers(0, 256, (60, 6), dtype=np.uint8) for seed in range(2)]
     want = b"".join(layer[slots].tobytes() for layer in layers)
-    pieces = runs.pool_pieces(layers, runs.find_runs(slots))
+    pieces = runs.Layers([layers[0], *layers]).pieces(range(1, 3), runs.find_runs(slots))
+    assert pieces.table.flags.c_contiguous
     assert b"".join(pieces.views) == want
     assert pieces.size_bytes == len(want)
     assert [view.nbytes for view in pieces.views] == pieces.table[:, 1].tolist()

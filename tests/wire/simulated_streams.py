@@ -170,7 +170,9 @@ class Streams:
         with (
             mock.patch("sglang_tpla.transfer.doorway.socket", module),
             mock.patch("sglang_tpla.transfer.dialing.socket", module),
-            mock.patch("sglang_tpla.transfer.landing.os", SimpleNamespace(readv=Stream.readv)),
+            mock.patch("sglang_tpla.transfer.moving.os", SimpleNamespace(readv=Stream.readv)),
+            # C knows the system's sockets only
+            mock.patch("sglang_tpla.transfer.native.library", return_value=None),
             mock.patch("sglang_tpla.transfer.channel.Splicer", side_effect=OSError),  # nothing to splice into
         ):
             yield

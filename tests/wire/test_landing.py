@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from sglang_tpla.transfer import frames, runs, splicing
+from sglang_tpla.transfer import frames, moving, native, runs, splicing
 from sglang_tpla.transfer.channel import SIZES
 from sglang_tpla.transfer.types import RoomState
 from tests.wire import rig
@@ -64,13 +64,13 @@ class Sender:
             pass
 
     def begin(self, request: frames.Request, payload: bytes, damaged: bytes | None = None) -> memoryview:
-        """Send a header and the first half of a payload of both pages; the other half."""
-        digest = frames.checksum(payload)
-        chunk = frames.Chunk(request.room, request.generation, 0, 0, False, 0, rig.LAYERS, 0, TOKENS, digest)
+        """Send a header and the first half of a payload of both pages; the other half, and the checksum."""
+        digest, none = frames.checksum(payload), bytes(frames.CHECKSUM_BYTES)
+        chunk = frames.Chunk(request.room, request.generation, 0, 0, False, 0, rig.LAYERS, 0, TOKENS, none)
         header, sent = frames.encode(chunk), damaged or payload
         half = len(sent) // 2 + 7  # in the middle of a row
         self.stream.sendall(SIZES.pack(len(header), len(sent)) + header + sent[:half])
-        return memoryview(sent)[half:]
+        return memoryview(sent + digest)[half:]
 
     def finish(self, request: frames.Request) -> None:
         """What ends a room of one chunk."""
@@ -155,17 +155,20 @@ def test_a_chunk_that_ends_half_way_comes_again_within_the_same_credit(sender: S
     assert sender.decode.agent.stats().staging_used_bytes == 0
 
 
-@pytest.mark.parametrize("way", ["in runs", "row by row", "copied to the socket"])
+@pytest.mark.parametrize("way", ["in runs", "row by row", "copied to the socket", "in runs, without C",
+                                 "copied to the socket, without C"])  # fmt: skip
 def test_every_way_is_right_to_the_last_bit(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also when what the pool holds comes in another order than it lies there."""
+    if "without C" in way:
+        monkeypatch.setattr(native, "library", lambda: None)
     if way == "row by row":
         monkeypatch.setattr(runs, "MIN_RUN_BYTES", 1 << 20)
 
-    def refuse(self: splicing.Splicer, stream: socket.socket, cursor: runs.Cursor) -> None:
+    def refuse(*_: object) -> None:
         raise splicing.SplicingRefused(errno.EPERM, "not here")
 
-    if way == "copied to the socket":
-        monkeypatch.setattr(splicing.Splicer, "send", refuse)
+    if "copied" in way:
+        monkeypatch.setattr(moving.Outgoing, "splice", refuse)
     prefill, decode = rig.prefill_rank(), rig.decode_rank(host="far")
     with contextlib.closing(prefill.agent), contextlib.closing(decode.agent):
         decode.agent.connect(*prefill.agent.address)

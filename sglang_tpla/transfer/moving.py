@@ -1,0 +1,198 @@
+"""Copies, checksums and reads of payloads in pieces (`runs.Pieces`): in C (`native`) where that is compiled, else the
+same in Python. What is copied or received is checked while it is in the processor's caches.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import socket
+
+import numpy as np
+import xxhash
+
+from sglang_tpla.transfer import native
+from sglang_tpla.transfer.runs import Cursor, Pieces
+from sglang_tpla.transfer.splicing import Splicer, SplicingRefused
+
+MIN_NATIVE_BYTES = 241  # of a payload: XXH3 has other formulas for shorter ones
+END = np.zeros((1, 2), dtype=np.uint64)  # of a list of pieces
+MAX_PIECES = 1024  # of one call: IOV_MAX
+COPY_BYTES, COPY_PIECES = 1 << 20, 64  # of one call that copies into a socket
+
+
+class Checksum:
+    """A running xxh3 (64 bits, big-endian: `frames.checksum`) in C. Not for less than `MIN_NATIVE_BYTES` in all."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._library = library
+        self._memory = ctypes.create_string_buffer(library.checksum_bytes())
+        self.pointer: int | None = ctypes.addressof(self._memory)
+        library.checksum_start(self.pointer)
+
+    def digest(self) -> bytes:
+        """Of all that was added."""
+        return int(self._library.checksum_end(self.pointer)).to_bytes(8, "big")
+
+
+def _library(size_bytes: int) -> ctypes.CDLL | None:
+    return native.library() if size_bytes >= MIN_NATIVE_BYTES else None
+
+
+def checksum_of(pieces: Pieces) -> bytes:
+    """`frames.checksum` of a payload."""
+    library = _library(pieces.size_bytes)
+    if library is not None:
+        checksum = Checksum(library)
+        library.checksum_pieces(checksum.pointer, pieces.table.ctypes.data, len(pieces.table))
+        return checksum.digest()
+    running = xxhash.xxh3_64()
+    for view in pieces.views:
+        running.update(view)
+    return running.digest()
+
+
+def copy_pieces(source: Pieces, target: Pieces, *, past_caches: bool = False) -> bytes:
+    """Copy a payload to as many bytes of other pieces; the checksum of ``source``, each byte after it was copied.
+
+    ``past_caches`` where nobody reads the target soon.
+    """
+    library = _library(source.size_bytes)
+    if library is not None:
+        checksum = Checksum(library)
+        tables = [np.concatenate((pieces.table, END)) for pieces in (source, target)]
+        library.copy_pieces(checksum.pointer, *(table.ctypes.data for table in tables), past_caches)
+        return checksum.digest()
+    running, cursor = xxhash.xxh3_64(), Cursor(target)
+    for view in source.views:
+        done = 0
+        while done < view.nbytes:
+            (place,) = cursor.ahead(view.nbytes - done, 1)
+            piece = view[done : done + place.nbytes]
+            place[:] = piece
+            running.update(piece)
+            cursor.advance(place.nbytes)
+            done += place.nbytes
+    return running.digest()
+
+
+class _Moving:
+    """A payload that moves on through its pieces, and its checksum.
+
+    Args:
+        digest: of the payload, where it is known already.
+    """
+
+    def __init__(self, pieces: Pieces, digest: bytes = b"") -> None:
+        self.left_bytes = pieces.size_bytes
+        self._pieces, self._digest = pieces, digest  # the pieces keep the memory
+        self._library = _library(pieces.size_bytes)
+        self._checksum: Checksum | None = None
+        if self._library is not None:
+            self._checksum = None if digest else Checksum(self._library)
+            self._sum = self._checksum.pointer if self._checksum is not None else None
+            self._table, self._index = pieces.table.copy(), ctypes.c_size_t(0)
+            self._place = self._sum, self._table.ctypes.data, ctypes.addressof(self._index)
+        else:
+            self._running, self._cursor = xxhash.xxh3_64(), Cursor(pieces)
+
+    def digest(self) -> bytes:
+        """Checksum of the payload, once all of it has moved."""
+        if self._digest:
+            return self._digest
+        return self._checksum.digest() if self._checksum is not None else self._running.digest()
+
+    def _ahead(self, limit_bytes: int, limit_pieces: int) -> list[memoryview]:
+        """What comes next."""
+        if self._library is None:
+            return self._cursor.ahead(limit_bytes, limit_pieces)
+        first = self._index.value
+        return Cursor(Pieces(self._table[first : first + limit_pieces], None)).ahead(
+            limit_bytes, limit_pieces
+        )
+
+    def _advance(self, size_bytes: int) -> None:
+        """So much of what came next has moved."""
+        if self._library is not None:
+            self._library.advance_pieces(*self._place, size_bytes)
+            return
+        left = size_bytes
+        for view in self._cursor.ahead(size_bytes, MAX_PIECES) if size_bytes and not self._digest else ():
+            self._running.update(view[:left])
+            left -= min(left, view.nbytes)
+        self._cursor.advance(size_bytes)
+
+
+class Intake(_Moving):
+    """A payload on its way from a socket to its pieces."""
+
+    def receive(self, stream: socket.socket, limit_bytes: int) -> int:
+        """Take what is there, some ``limit_bytes`` at most, from a socket that does not block: bytes, 0 at the end of
+        the stream.
+
+        Raises:
+            BlockingIOError: there is nothing now.
+            OSError: the connection is gone.
+        """
+        if self._library is None:
+            size = os.readv(stream.fileno(), self._ahead(limit_bytes, MAX_PIECES))
+            self._advance(size)
+        else:
+            size = self._library.receive_pieces(*self._place, stream.fileno(), len(self._table), limit_bytes)
+            if size < 0:
+                raise _error(-size)
+        self.left_bytes -= size
+        return size
+
+
+class Outgoing(_Moving):
+    """A payload on its way from its pieces into a socket."""
+
+    def splice(self, stream: socket.socket, splicer: Splicer) -> tuple[int, bool]:
+        """Send what pipe and socket take now.
+
+        Returns:
+            The bytes that the socket took, and whether all of the payload has gone.
+
+        Raises:
+            SplicingRefused: it has to be copied.
+            OSError: the connection is gone.
+        """
+        if self._library is None:
+            moved = 0
+            if not splicer.waiting_bytes and self._cursor:
+                moved = splicer.fill(*self._cursor.vector(MAX_PIECES))
+                self._advance(moved)
+            sent = splicer.drain(stream, more=True)
+        else:
+            refused, waiting = ctypes.c_int(0), ctypes.c_size_t(splicer.waiting_bytes)
+            sent = self._library.send_pieces(
+                *self._place, len(self._table), stream.fileno(), splicer.entry, splicer.exit,
+                ctypes.addressof(waiting), ctypes.addressof(refused),
+            )  # fmt: skip
+            splicer.waiting_bytes = waiting.value
+            if refused.value:
+                raise SplicingRefused(-sent, os.strerror(-sent))
+            if sent < 0:
+                error = _error(-sent)
+                if not isinstance(error, BlockingIOError):
+                    raise error
+                sent = 0
+        self.left_bytes -= sent
+        return sent, not self.left_bytes
+
+    def copy(self, stream: socket.socket) -> int:
+        """Send some of it by copying: bytes.
+
+        Raises:
+            BlockingIOError: the socket takes nothing now.
+            OSError: the connection is gone.
+        """
+        sent = stream.sendmsg(self._ahead(COPY_BYTES, COPY_PIECES))
+        self._advance(sent)
+        self.left_bytes -= sent
+        return sent
+
+
+def _error(code: int) -> OSError:
+    return OSError(code, os.strerror(code))  # BlockingIOError where the code says so

@@ -1,0 +1,306 @@
+/* Copies, checks and receives payloads in pieces: each a single call that needs no Python (`native.py`).
+ *
+ * Checksums are XXH3, 64 bits, seed 0, default secret, of inputs longer than 240 bytes (xxHash's specification,
+ * doc/xxhash_spec.md). Every function works through its pieces in steps that stay in a core's own cache, so that what
+ * was copied or received is checked before it leaves there.
+ */
+
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <poll.h>
+#include <stdint.h>
+#include <string.h>
+#include <sys/uio.h>
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(PORTABLE)
+#include <immintrin.h>
+#define HAS_AVX2 1
+#endif
+
+#define STRIPE 64  /* bytes that go into the accumulators at once */
+#define STRIPES 16 /* of one block, after which they are scrambled */
+#define STEP ((size_t)512 << 10)
+#define VECTOR 64 /* pieces of one system call */
+#define PATIENCE_NS 200000 /* a fast peer goes on sooner than a thread wakes up; none that moves less than */
+#define FAST_BYTES ((size_t)64 << 10) /* this between two waits is waited for */
+
+static const uint32_t PRIME32_1 = 0x9E3779B1U, PRIME32_2 = 0x85EBCA77U, PRIME32_3 = 0xC2B2AE3DU;
+static const uint64_t PRIME64_1 = 0x9E3779B185EBCA87ULL, PRIME64_2 = 0xC2B2AE3D27D4EB4FULL,
+                      PRIME64_3 = 0x165667B19E3779F9ULL, PRIME64_4 = 0x85EBCA77C2B2AE63ULL,
+                      PRIME64_5 = 0x27D4EB2F165667C5ULL;
+
+static const uint8_t SECRET[192] __attribute__((aligned(64))) = {
+    0xb8, 0xfe, 0x6c, 0x39, 0x23, 0xa4, 0x4b, 0xbe, 0x7c, 0x01, 0x81, 0x2c, 0xf7, 0x21, 0xad, 0x1c,
+    0xde, 0xd4, 0x6d, 0xe9, 0x83, 0x90, 0x97, 0xdb, 0x72, 0x40, 0xa4, 0xa4, 0xb7, 0xb3, 0x67, 0x1f,
+    0xcb, 0x79, 0xe6, 0x4e, 0xcc, 0xc0, 0xe5, 0x78, 0x82, 0x5a, 0xd0, 0x7d, 0xcc, 0xff, 0x72, 0x21,
+    0xb8, 0x08, 0x46, 0x74, 0xf7, 0x43, 0x24, 0x8e, 0xe0, 0x35, 0x90, 0xe6, 0x81, 0x3a, 0x26, 0x4c,
+    0x3c, 0x28, 0x52, 0xbb, 0x91, 0xc3, 0x00, 0xcb, 0x88, 0xd0, 0x65, 0x8b, 0x1b, 0x53, 0x2e, 0xa3,
+    0x71, 0x64, 0x48, 0x97, 0xa2, 0x0d, 0xf9, 0x4e, 0x38, 0x19, 0xef, 0x46, 0xa9, 0xde, 0xac, 0xd8,
+    0xa8, 0xfa, 0x76, 0x3f, 0xe3, 0x9c, 0x34, 0x3f, 0xf9, 0xdc, 0xbb, 0xc7, 0xc7, 0x0b, 0x4f, 0x1d,
+    0x8a, 0x51, 0xe0, 0x4b, 0xcd, 0xb4, 0x59, 0x31, 0xc8, 0x9f, 0x7e, 0xc9, 0xd9, 0x78, 0x73, 0x64,
+    0xea, 0xc5, 0xac, 0x83, 0x34, 0xd3, 0xeb, 0xc3, 0xc5, 0x81, 0xa0, 0xff, 0xfa, 0x13, 0x63, 0xeb,
+    0x17, 0x0d, 0xdd, 0x51, 0xb7, 0xf0, 0xda, 0x49, 0xd3, 0x16, 0x55, 0x26, 0x29, 0xd4, 0x68, 0x9e,
+    0x2b, 0x16, 0xbe, 0x58, 0x7d, 0x47, 0xa1, 0xfc, 0x8f, 0xf8, 0xb8, 0xd1, 0x7a, 0xd0, 0x31, 0xce,
+    0x45, 0xcb, 0x3a, 0x8f, 0x95, 0x16, 0x04, 0x28, 0xaf, 0xd7, 0xfb, 0xca, 0xbb, 0x4b, 0x40, 0x7e};
+
+/* A running checksum. At least one byte is always held back: the last stripe ends with the input's last byte. */
+typedef struct {
+    uint64_t lanes[8];
+    uint8_t before[STRIPE]; /* the stripe that went in last */
+    uint8_t held[STRIPE];
+    uint64_t held_bytes, total_bytes;
+    uint64_t stripe; /* of the block, next */
+} Checksum;
+
+static uint64_t word(const uint8_t *p) {
+    uint64_t value;
+    memcpy(&value, p, sizeof value);
+    return value;
+}
+
+static void mix_portable(uint64_t *lanes, const uint8_t *data, size_t stripes, const uint8_t *secret) {
+    for (size_t n = 0; n < stripes; n++, data += STRIPE, secret += 8)
+        for (int i = 0; i < 8; i++) {
+            uint64_t value = word(data + 8 * i), key = value ^ word(secret + 8 * i);
+            lanes[i ^ 1] += value;
+            lanes[i] += (key & 0xFFFFFFFFU) * (key >> 32);
+        }
+}
+
+#ifdef HAS_AVX2
+__attribute__((target("avx2"))) static void mix_avx2(uint64_t *lanes, const uint8_t *data, size_t stripes,
+                                                     const uint8_t *secret) {
+    __m256i low = _mm256_loadu_si256((const __m256i *)lanes), high = _mm256_loadu_si256((const __m256i *)lanes + 1);
+    for (size_t n = 0; n < stripes; n++, data += STRIPE, secret += 8) {
+        _mm_prefetch((const char *)data + 512, _MM_HINT_T0);
+        for (int half = 0; half < 2; half++) {
+            __m256i value = _mm256_loadu_si256((const __m256i *)data + half);
+            __m256i key = _mm256_xor_si256(value, _mm256_loadu_si256((const __m256i *)secret + half));
+            __m256i product = _mm256_mul_epu32(key, _mm256_srli_epi64(key, 32));
+            __m256i swapped = _mm256_shuffle_epi32(value, _MM_SHUFFLE(1, 0, 3, 2));
+            __m256i *lane = half ? &high : &low;
+            *lane = _mm256_add_epi64(*lane, _mm256_add_epi64(product, swapped));
+        }
+    }
+    _mm256_storeu_si256((__m256i *)lanes, low);
+    _mm256_storeu_si256((__m256i *)lanes + 1, high);
+}
+#endif
+
+static void mix(uint64_t *lanes, const uint8_t *data, size_t stripes, const uint8_t *secret) {
+#ifdef HAS_AVX2
+    if (__builtin_cpu_supports("avx2")) {
+        mix_avx2(lanes, data, stripes, secret);
+        return;
+    }
+#endif
+    mix_portable(lanes, data, stripes, secret);
+}
+
+static void take_stripes(Checksum *sum, const uint8_t *data, size_t stripes) {
+    while (stripes) {
+        size_t now = STRIPES - sum->stripe;
+        if (now > stripes) now = stripes;
+        mix(sum->lanes, data, now, SECRET + 8 * sum->stripe);
+        data += now * STRIPE, stripes -= now, sum->stripe += now;
+        if (sum->stripe < STRIPES) return;
+        for (int i = 0; i < 8; i++) {
+            uint64_t lane = sum->lanes[i];
+            sum->lanes[i] = (lane ^ (lane >> 47) ^ word(SECRET + 128 + 8 * i)) * PRIME32_1;
+        }
+        sum->stripe = 0;
+    }
+}
+
+void checksum_start(Checksum *sum) {
+    const uint64_t lanes[8] = {PRIME32_3, PRIME64_1, PRIME64_2, PRIME64_3, PRIME64_4, PRIME32_2, PRIME64_5, PRIME32_1};
+    memset(sum, 0, sizeof *sum);
+    memcpy(sum->lanes, lanes, sizeof lanes);
+}
+
+static void checksum_add(Checksum *sum, const uint8_t *data, size_t size) {
+    if (!sum) return;
+    sum->total_bytes += size;
+    if (sum->held_bytes + size <= STRIPE) {
+        memcpy(sum->held + sum->held_bytes, data, size);
+        sum->held_bytes += size;
+        return;
+    }
+    if (sum->held_bytes) {
+        size_t fill = STRIPE - sum->held_bytes;
+        memcpy(sum->held + sum->held_bytes, data, fill);
+        data += fill, size -= fill;
+        take_stripes(sum, sum->held, 1);
+        memcpy(sum->before, sum->held, STRIPE);
+    }
+    size_t stripes = (size - 1) / STRIPE;
+    if (stripes) {
+        take_stripes(sum, data, stripes);
+        data += stripes * STRIPE, size -= stripes * STRIPE;
+        memcpy(sum->before, data - STRIPE, STRIPE);
+    }
+    memcpy(sum->held, data, size);
+    sum->held_bytes = size;
+}
+
+static uint64_t fold(uint64_t a, uint64_t b) {
+    unsigned __int128 product = (unsigned __int128)a * b;
+    return (uint64_t)product ^ (uint64_t)(product >> 64);
+}
+
+/* The checksum of all that was added: more than 240 bytes. */
+uint64_t checksum_end(const Checksum *sum) {
+    uint8_t last[STRIPE];
+    uint64_t lanes[8], result = sum->total_bytes * PRIME64_1;
+    memcpy(last, sum->before + sum->held_bytes, STRIPE - sum->held_bytes);
+    memcpy(last + STRIPE - sum->held_bytes, sum->held, sum->held_bytes);
+    memcpy(lanes, sum->lanes, sizeof lanes);
+    mix(lanes, last, 1, SECRET + 121);
+    for (int i = 0; i < 4; i++)
+        result += fold(lanes[2 * i] ^ word(SECRET + 11 + 16 * i), lanes[2 * i + 1] ^ word(SECRET + 19 + 16 * i));
+    result = (result ^ (result >> 37)) * 0x165667919E3779F9ULL;
+    return result ^ (result >> 32);
+}
+
+void checksum_pieces(Checksum *sum, const struct iovec *pieces, size_t count) {
+    for (size_t i = 0; i < count; i++) checksum_add(sum, pieces[i].iov_base, pieces[i].iov_len);
+}
+
+#ifdef HAS_AVX2
+/* memcpy past the caches: the target's lines need not be read first, and do not push out what is read again. */
+__attribute__((target("avx2"))) static void copy_past(uint8_t *to, const uint8_t *from, size_t size) {
+    size_t head = (size_t)(-(uintptr_t)to & 31);
+    if (head > size) head = size;
+    memcpy(to, from, head);
+    to += head, from += head, size -= head;
+    for (; size >= 128; to += 128, from += 128, size -= 128) {
+        _mm_prefetch((const char *)from + 1024, _MM_HINT_T0);
+        _mm_prefetch((const char *)from + 1088, _MM_HINT_T0);
+        __m256i a = _mm256_loadu_si256((const __m256i *)from), b = _mm256_loadu_si256((const __m256i *)from + 1);
+        __m256i c = _mm256_loadu_si256((const __m256i *)from + 2), d = _mm256_loadu_si256((const __m256i *)from + 3);
+        _mm256_stream_si256((__m256i *)to, a), _mm256_stream_si256((__m256i *)to + 1, b);
+        _mm256_stream_si256((__m256i *)to + 2, c), _mm256_stream_si256((__m256i *)to + 3, d);
+    }
+    memcpy(to, from, size);
+    _mm_sfence();
+}
+#endif
+
+static void copy(uint8_t *to, const uint8_t *from, size_t size, int past_caches) {
+#ifdef HAS_AVX2
+    if (past_caches && __builtin_cpu_supports("avx2")) {
+        copy_past(to, from, size);
+        return;
+    }
+#endif
+    (void)past_caches;
+    memcpy(to, from, size);
+}
+
+/* Copy pieces to as many bytes of other pieces; the checksum is of the source, each byte after it was copied.
+ * `past_caches` where nobody reads the target soon. */
+void copy_pieces(Checksum *sum, const struct iovec *from, const struct iovec *to, int past_caches) {
+    size_t taken = 0, given = 0;
+    for (;;) {
+        while (taken == from->iov_len && from->iov_len) from++, taken = 0;
+        while (given == to->iov_len && to->iov_len) to++, given = 0;
+        if (!from->iov_len || !to->iov_len) return; /* an empty piece ends either list */
+        size_t size = from->iov_len - taken;
+        if (size > to->iov_len - given) size = to->iov_len - given;
+        if (size > STEP) size = STEP;
+        const uint8_t *source = (const uint8_t *)from->iov_base + taken;
+        copy((uint8_t *)to->iov_base + given, source, size, past_caches);
+        checksum_add(sum, source, size);
+        taken += size, given += size;
+    }
+}
+
+/* Move on by `size` bytes, which go into the checksum. */
+void advance_pieces(Checksum *sum, struct iovec *pieces, size_t *index, size_t size) {
+    while (size) {
+        struct iovec *piece = pieces + *index;
+        size_t part = size < piece->iov_len ? size : piece->iov_len;
+        checksum_add(sum, piece->iov_base, part);
+        piece->iov_base = (uint8_t *)piece->iov_base + part;
+        piece->iov_len -= part, size -= part;
+        if (!piece->iov_len) ++*index;
+    }
+}
+
+/* The next pieces, some STEP bytes of them. */
+static size_t ahead(struct iovec *vector, const struct iovec *pieces, size_t index, size_t count, size_t *bytes) {
+    size_t used = 0;
+    *bytes = 0;
+    for (; index < count && used < VECTOR && *bytes < STEP; index++, used++) {
+        vector[used] = pieces[index];
+        if (vector[used].iov_len > STEP - *bytes) vector[used].iov_len = STEP - *bytes;
+        *bytes += vector[used].iov_len;
+    }
+    return used;
+}
+
+/* Wait a moment for a socket that has just moved `recent` bytes; false if it does not go on. */
+static int goes_on(int socket, short what, size_t *recent) {
+    if (*recent < FAST_BYTES) return 0;
+    *recent = 0;
+    struct pollfd one = {.fd = socket, .events = what};
+    struct timespec patience = {.tv_nsec = PATIENCE_NS};
+    return ppoll(&one, 1, &patience, NULL) > 0;
+}
+
+/* Send pieces, which move on, on a socket that does not block: their memory goes through a pipe into the socket
+ * (`splicing.py`), until that takes no more. Bytes that the socket took; minus the error where that was none.
+ * `waiting` bytes are in the pipe; `refused` says that the error is the pipe's. */
+int64_t send_pieces(Checksum *sum, struct iovec *pieces, size_t *index, size_t count, int socket, int in, int out,
+                    size_t *waiting, int *refused) {
+    int64_t sent = 0;
+    size_t recent = 0;
+    *refused = 0;
+    while (*waiting || *index < count) {
+        if (!*waiting) {
+            struct iovec vector[VECTOR];
+            size_t wanted, used = ahead(vector, pieces, *index, count, &wanted);
+            ssize_t moved = vmsplice(in, vector, used, SPLICE_F_NONBLOCK);
+            if (moved <= 0) {
+                if (sent) return sent; /* the next call says so */
+                *refused = 1;
+                return moved ? -(int64_t)errno : -EINVAL;
+            }
+            advance_pieces(sum, pieces, index, (size_t)moved);
+            *waiting = (size_t)moved;
+        }
+        ssize_t got = splice(out, NULL, socket, NULL, *waiting, SPLICE_F_NONBLOCK | SPLICE_F_MORE);
+        if (got < 0 && errno == EINTR) continue;
+        if (got < 0) {
+            int error = errno;
+            if (error == EAGAIN && goes_on(socket, POLLOUT, &recent)) continue;
+            return sent ? sent : -(int64_t)error;
+        }
+        *waiting -= (size_t)got, sent += got, recent += (size_t)got;
+    }
+    return sent;
+}
+
+/* Read from a socket that does not block into pieces, which move on with what came: at most some `limit` bytes, until
+ * nothing is there. Bytes; 0 at the end of the stream; minus the error where nothing came before it. */
+int64_t receive_pieces(Checksum *sum, struct iovec *pieces, size_t *index, int socket, size_t count, size_t limit) {
+    int64_t received = 0;
+    size_t recent = 0;
+    while ((size_t)received < limit && *index < count) {
+        struct iovec vector[VECTOR];
+        size_t wanted, used = ahead(vector, pieces, *index, count, &wanted);
+        ssize_t got = readv(socket, vector, (int)used);
+        if (got < 0 && errno == EINTR) continue;
+        if (got <= 0) {
+            int error = got ? errno : 0;
+            if (error == EAGAIN && goes_on(socket, POLLIN, &recent)) continue;
+            return received ? received : -(int64_t)error;
+        }
+        received += got, recent += (size_t)got;
+        advance_pieces(sum, pieces, index, (size_t)got);
+    }
+    return received;
+}
+
+size_t checksum_bytes(void) { return sizeof(Checksum); }

@@ -1,0 +1,102 @@
+"""``native.c``, compiled when first wanted: one call a chunk where Python would make one a piece.
+
+Each call lets other threads have the interpreter meanwhile; a chunk of some sixty pieces would otherwise give it away
+and wait for it as often. A machine without a C compiler does the same in Python (`moving`), more slowly, and says so
+once.
+The library is kept under ``$SGLANG_TPLA_CACHE`` (default ``~/.cache/sglang_tpla``) by the hash of the source, the
+compiler and the machine's kind.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import subprocess
+import tempfile
+from pathlib import Path
+
+SOURCE = Path(__file__).with_name("native.c")
+OPTIONS = ("-O3", "-shared", "-fPIC", "-std=gnu11")
+COMPILE_S = 60.0
+
+logger = logging.getLogger(__name__)
+
+
+def cache_folder() -> Path:
+    """Where compiled libraries are kept."""
+    return Path(os.environ.get("SGLANG_TPLA_CACHE", Path.home() / ".cache" / "sglang_tpla")) / "native"
+
+
+class NativeError(RuntimeError):
+    """The C source could not be compiled or loaded."""
+
+
+def compiled(compiler: str) -> Path:
+    """The library, made by ``compiler`` unless it is there. Several processes may ask at once.
+
+    Raises:
+        NativeError: no such compiler, it refuses the source, or the cache cannot be written.
+    """
+    command = [*compiler.split(), *OPTIONS]
+    try:
+        version = subprocess.run(
+            [*compiler.split(), "--version"], capture_output=True, timeout=COMPILE_S, check=True
+        ).stdout
+        key = repr((SOURCE.read_bytes(), command, version, platform.machine())).encode()
+        path = cache_folder() / f"{hashlib.sha256(key).hexdigest()[:32]}.so"
+        if path.exists():
+            return path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".so", delete=False) as file:
+            made = subprocess.run(
+                [*command, str(SOURCE), "-o", file.name], capture_output=True, text=True, timeout=COMPILE_S
+            )
+        if made.returncode:
+            os.unlink(file.name)
+            raise NativeError(f"{compiler} refuses {SOURCE}: {made.stderr[:2000]}")
+        os.replace(file.name, path)  # atomic: another process sees all of it or nothing
+    except (OSError, subprocess.SubprocessError) as error:
+        raise NativeError(f"{compiler} cannot make a library of {SOURCE}: {error}") from error
+    return path
+
+
+def loaded(path: Path) -> ctypes.CDLL:
+    """The library with its functions' types.
+
+    Raises:
+        NativeError: it cannot be loaded here.
+    """
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise NativeError(f"{path} cannot be loaded: {error}") from error
+    pointer, size = ctypes.c_void_p, ctypes.c_size_t
+    library.checksum_bytes.restype = size
+    library.checksum_start.argtypes = (pointer,)
+    library.checksum_end.argtypes, library.checksum_end.restype = (pointer,), ctypes.c_uint64
+    library.checksum_pieces.argtypes = (pointer, pointer, size)
+    library.copy_pieces.argtypes = (pointer, pointer, pointer, ctypes.c_int)
+    library.receive_pieces.argtypes = (pointer, pointer, pointer, ctypes.c_int, size, size)
+    library.receive_pieces.restype = ctypes.c_int64
+    library.send_pieces.argtypes = (
+        pointer, pointer, pointer, size, ctypes.c_int, ctypes.c_int, ctypes.c_int, pointer, pointer
+    )  # fmt: skip
+    library.send_pieces.restype = ctypes.c_int64
+    library.advance_pieces.argtypes = (pointer, pointer, pointer, size)
+    for name in ("checksum_start", "checksum_pieces", "copy_pieces", "advance_pieces"):
+        getattr(library, name).restype = None
+    return library
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The compiled library, or None where there is no compiler (``$CC``, or cc), with a line in the log."""
+    try:
+        return loaded(compiled(os.environ.get("CC") or "cc"))
+    except NativeError as error:
+        logger.warning("transfers take more processor time without a C compiler (install gcc): %s", error)
+        return None

@@ -1,0 +1,176 @@
+"""Copies, checksums, sends and reads of pieces: C and Python do the same, and what xxHash's own library says."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+from pathlib import Path
+
+import numpy as np
+import pytest
+import xxhash
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sglang_tpla.transfer import moving, native
+from sglang_tpla.transfer.runs import Pieces
+from sglang_tpla.transfer.splicing import Splicer, SplicingRefused
+
+SIZES = st.lists(st.integers(1, 3000), min_size=1, max_size=12)
+WAYS = pytest.mark.parametrize("way", ["C", "Python"])
+
+
+@pytest.fixture
+def library(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if way == "Python":
+        monkeypatch.setattr(native, "library", lambda: None)
+    else:
+        assert native.library() is not None, "these tests need a C compiler"
+
+
+def pieces(sizes: list[int], seed: int) -> Pieces:
+    """Random pieces with gaps between them, in memory's reverse order."""
+    memory = np.random.default_rng(seed).integers(0, 256, sum(sizes) + 7 * len(sizes), dtype=np.uint8)
+    places, place = [], memory.size
+    for size in sizes:
+        place -= size + 7
+        places.append((memory.ctypes.data + place, size))
+    return Pieces(np.array(places, dtype=np.uint64), memory)
+
+
+def content(payload: Pieces) -> bytes:
+    return b"".join(payload.views)
+
+
+@WAYS
+@settings(deadline=None)
+@given(sizes=SIZES)
+def test_checksums_are_xxh3(way: str, sizes: list[int]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        if way == "Python":
+            patch.setattr(native, "library", lambda: None)
+        payload = pieces(sizes, 1)
+        assert moving.checksum_of(payload) == xxhash.xxh3_64_digest(content(payload))
+
+
+@pytest.mark.parametrize("size", [*range(236, 330), 1023, 1024, 1025, 1087, 1088, 1089, 2048, 2049, 70_001])
+def test_checksums_at_the_formula_s_edges(size: int) -> None:
+    payload = pieces([size], size)
+    assert moving.checksum_of(payload) == xxhash.xxh3_64_digest(content(payload))
+
+
+def test_the_portable_formula_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What processors without AVX2 compute."""
+    monkeypatch.setenv("SGLANG_TPLA_CACHE", str(tmp_path))
+    portable = native.loaded(native.compiled("cc -DPORTABLE"))
+    monkeypatch.setattr(native, "library", lambda: portable)
+    payload = pieces([5000, 1, 64, 63, 900], 3)
+    assert moving.checksum_of(payload) == xxhash.xxh3_64_digest(content(payload))
+
+
+@WAYS
+@settings(deadline=None)
+@given(sizes=SIZES, cuts=SIZES)
+def test_copies_are_whole_and_checked(way: str, sizes: list[int], cuts: list[int]) -> None:
+    total = min(sum(sizes), sum(cuts))
+    source, target = (pieces(_cut(part, total), seed) for seed, part in enumerate((sizes, cuts)))
+    with pytest.MonkeyPatch.context() as patch:
+        if way == "Python":
+            patch.setattr(native, "library", lambda: None)
+        assert moving.copy_pieces(source, target) == xxhash.xxh3_64_digest(content(source))
+    assert content(source) == content(target)
+
+
+def _cut(sizes: list[int], total: int) -> list[int]:
+    """The first of ``sizes``, so that they are ``total`` in all."""
+    kept = []
+    for size in sizes:
+        if total:
+            kept.append(min(size, total))
+            total -= kept[-1]
+    return kept
+
+
+@WAYS
+@pytest.mark.parametrize("copied", [False, True])
+@pytest.mark.parametrize("known", [b"", b"digested"])
+@pytest.mark.parametrize("sizes", [[200], [300_000, 1, 70_000, 4096], [1152] * 700])
+def test_what_is_sent_comes_with_its_checksum(
+    library: None, copied: bool, known: bytes, sizes: list[int]
+) -> None:
+    """Over TCP with small buffers, so that both ends stop in the middle often."""
+    source, target = pieces(sizes, 4), pieces(sizes[::-1], 5)
+    outgoing, intake = moving.Outgoing(source, known), moving.Intake(target)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        near = socket.create_connection(server.getsockname())
+        far = server.accept()[0]
+    with near, far:
+        for end in (near, far):
+            end.setblocking(False)
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 20_000)
+        splicer = Splicer()
+        while intake.left_bytes:
+            with contextlib.suppress(BlockingIOError):
+                if outgoing.left_bytes:
+                    outgoing.copy(near) if copied else outgoing.splice(near, splicer)
+            with contextlib.suppress(BlockingIOError):
+                intake.receive(far, 50_000)
+        splicer.close()
+    want = xxhash.xxh3_64_digest(content(source))
+    assert not outgoing.left_bytes and content(target) == content(source)
+    assert intake.digest() == want and outgoing.digest() == (known or want)
+
+
+@WAYS
+def test_memory_that_cannot_be_spliced_is_refused_with_nothing_under_way(library: None) -> None:
+    outgoing, splicer = moving.Outgoing(pieces([1000], 1)), Splicer()
+    os.close(splicer.entry)
+    splicer.entry = os.open("/dev/null", os.O_WRONLY)
+    near, far = socket.socketpair()
+    with near, far:
+        near.setblocking(False)
+        with pytest.raises(SplicingRefused):
+            outgoing.splice(near, splicer)
+        assert outgoing.copy(near) == 1000 and far.recv(2000) == content(pieces([1000], 1))
+    splicer.close()
+
+
+@WAYS
+def test_the_end_of_a_stream_and_errors(library: None) -> None:
+    near, far = socket.socketpair()
+    with far:
+        far.setblocking(False)
+        intake = moving.Intake(pieces([600], 1))
+        with near:
+            with pytest.raises(BlockingIOError):
+                intake.receive(far, 100)
+            near.send(b"x" * 300)
+            assert intake.receive(far, 1 << 20) == 300
+        assert intake.receive(far, 1 << 20) == 0
+        outgoing, splicer = moving.Outgoing(pieces([600], 1)), Splicer()
+        with pytest.raises(BrokenPipeError):
+            outgoing.splice(far, splicer)
+        splicer.close()
+
+
+def test_without_a_compiler_it_says_so_and_python_does_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("SGLANG_TPLA_CACHE", str(tmp_path))
+    monkeypatch.setenv("CC", "no-such-compiler")
+    native.library.cache_clear()
+    try:
+        assert native.library() is None
+        payload = pieces([5000], 1)
+        assert moving.checksum_of(payload) == xxhash.xxh3_64_digest(content(payload))
+        assert sum("install gcc" in message for message in caplog.messages) == 1
+    finally:
+        native.library.cache_clear()
+
+
+def test_a_compiler_that_fails_is_quoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SGLANG_TPLA_CACHE", str(tmp_path))
+    with pytest.raises(native.NativeError, match=r"refuses.*native\.c.*unrecognized"):
+        native.compiled("cc -mno-such-option")
+    assert not list(tmp_path.rglob("*.so"))
