@@ -39,19 +39,6 @@ def _library(size_bytes: int) -> ctypes.CDLL | None:
     return native.library() if size_bytes >= MIN_NATIVE_BYTES else None
 
 
-def checksum_of(pieces: Pieces) -> bytes:
-    """`frames.checksum` of a payload."""
-    library = _library(pieces.size_bytes)
-    if library is not None:
-        checksum = Checksum(library)
-        library.checksum_pieces(checksum.pointer, pieces.table.ctypes.data, len(pieces.table))
-        return checksum.digest()
-    running = xxhash.xxh3_64()
-    for view in pieces.views:
-        running.update(view)
-    return running.digest()
-
-
 def copy_pieces(source: Pieces, target: Pieces, *, past_caches: bool = False) -> bytes:
     """Copy a payload to as many bytes of other pieces; the checksum of ``source``, each byte after it was copied.
 

@@ -163,10 +163,6 @@ uint64_t checksum_end(const Checksum *sum) {
     return result ^ (result >> 32);
 }
 
-void checksum_pieces(Checksum *sum, const struct iovec *pieces, size_t count) {
-    for (size_t i = 0; i < count; i++) checksum_add(sum, pieces[i].iov_base, pieces[i].iov_len);
-}
-
 #ifdef HAS_AVX2
 /* memcpy past the caches: the target's lines need not be read first, and do not push out what is read again. */
 __attribute__((target("avx2"))) static void copy_past(uint8_t *to, const uint8_t *from, size_t size) {
@@ -272,8 +268,8 @@ int64_t send_pieces(Checksum *sum, struct iovec *pieces, size_t *index, size_t c
         }
         ssize_t got = splice(out, NULL, socket, NULL, *waiting, SPLICE_F_NONBLOCK | SPLICE_F_MORE);
         if (got < 0 && errno == EINTR) continue;
-        if (got < 0) {
-            int error = errno;
+        if (got <= 0) {
+            int error = got ? errno : EAGAIN;
             if (error == EAGAIN && goes_on(socket, POLLOUT, &recent)) continue;
             return sent ? sent : -(int64_t)error;
         }

@@ -78,7 +78,6 @@ def loaded(path: Path) -> ctypes.CDLL:
     library.checksum_bytes.restype = size
     library.checksum_start.argtypes = (pointer,)
     library.checksum_end.argtypes, library.checksum_end.restype = (pointer,), ctypes.c_uint64
-    library.checksum_pieces.argtypes = (pointer, pointer, size)
     library.copy_pieces.argtypes = (pointer, pointer, pointer, ctypes.c_int)
     library.receive_pieces.argtypes = (pointer, pointer, pointer, ctypes.c_int, size, size)
     library.receive_pieces.restype = ctypes.c_int64
@@ -87,7 +86,7 @@ def loaded(path: Path) -> ctypes.CDLL:
     )  # fmt: skip
     library.send_pieces.restype = ctypes.c_int64
     library.advance_pieces.argtypes = (pointer, pointer, pointer, size)
-    for name in ("checksum_start", "checksum_pieces", "copy_pieces", "advance_pieces"):
+    for name in ("checksum_start", "copy_pieces", "advance_pieces"):
         getattr(library, name).restype = None
     return library
 

@@ -169,7 +169,7 @@ class Streams:
         )
         with (
             mock.patch("sglang_tpla.transfer.doorway.socket", module),
-            mock.patch("sglang_tpla.transfer.dialing.socket", module),
+            mock.patch("sglang_tpla.transfer.channelling.socket", module),
             mock.patch("sglang_tpla.transfer.moving.os", SimpleNamespace(readv=Stream.readv)),
             # C knows the system's sockets only
             mock.patch("sglang_tpla.transfer.native.library", return_value=None),

@@ -10,7 +10,7 @@ import pytest
 
 from sglang_tpla.transfer import frames
 from sglang_tpla.transfer.channel import PREAMBLE, SIZES
-from sglang_tpla.transfer.dialing import MAX_CHANNELS_LOST
+from sglang_tpla.transfer.channelling import MAX_CHANNELS_LOST
 from sglang_tpla.transfer.types import RoomState
 from tests.ports import neighbouring_ports
 from tests.wire import rig
