@@ -8,9 +8,10 @@
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
-#include <poll.h>
+#include <sched.h>
 #include <stdint.h>
 #include <string.h>
+#include <time.h>
 #include <sys/uio.h>
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(PORTABLE)
@@ -236,13 +237,20 @@ static size_t ahead(struct iovec *vector, const struct iovec *pieces, size_t ind
     return used;
 }
 
-/* Wait a moment for a socket that has just moved `recent` bytes; false if it does not go on. */
-static int goes_on(int socket, short what, size_t *recent) {
-    if (*recent < FAST_BYTES) return 0;
-    *recent = 0;
-    struct pollfd one = {.fd = socket, .events = what};
-    struct timespec patience = {.tv_nsec = PATIENCE_NS};
-    return ppoll(&one, 1, &patience, NULL) > 0;
+static uint64_t now_ns(void) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (uint64_t)now.tv_sec * 1000000000U + (uint64_t)now.tv_nsec;
+}
+
+/* Whether to ask a socket that moved nothing now once more: for a moment, where it has just moved `recent` bytes. To
+ * fall asleep and to be woken up costs either side more than what it waits for. Who else needs this core gets it.
+ * `since`: when it began to wait; 0 before the first time. */
+static int again(size_t *recent, uint64_t *since) {
+    if (*recent >= FAST_BYTES) *recent = 0, *since = now_ns();
+    else if (!*since || now_ns() - *since > PATIENCE_NS) return 0;
+    sched_yield();
+    return 1;
 }
 
 /* Send pieces, which move on, on a socket that does not block: their memory goes through a pipe into the socket
@@ -252,6 +260,7 @@ int64_t send_pieces(Checksum *sum, struct iovec *pieces, size_t *index, size_t c
                     size_t *waiting, int *refused) {
     int64_t sent = 0;
     size_t recent = 0;
+    uint64_t since = 0;
     *refused = 0;
     while (*waiting || *index < count) {
         if (!*waiting) {
@@ -270,7 +279,7 @@ int64_t send_pieces(Checksum *sum, struct iovec *pieces, size_t *index, size_t c
         if (got < 0 && errno == EINTR) continue;
         if (got <= 0) {
             int error = got ? errno : EAGAIN;
-            if (error == EAGAIN && goes_on(socket, POLLOUT, &recent)) continue;
+            if (error == EAGAIN && again(&recent, &since)) continue;
             return sent ? sent : -(int64_t)error;
         }
         *waiting -= (size_t)got, sent += got, recent += (size_t)got;
@@ -283,6 +292,7 @@ int64_t send_pieces(Checksum *sum, struct iovec *pieces, size_t *index, size_t c
 int64_t receive_pieces(Checksum *sum, struct iovec *pieces, size_t *index, int socket, size_t count, size_t limit) {
     int64_t received = 0;
     size_t recent = 0;
+    uint64_t since = 0;
     while ((size_t)received < limit && *index < count) {
         struct iovec vector[VECTOR];
         size_t wanted, used = ahead(vector, pieces, *index, count, &wanted);
@@ -290,7 +300,7 @@ int64_t receive_pieces(Checksum *sum, struct iovec *pieces, size_t *index, int s
         if (got < 0 && errno == EINTR) continue;
         if (got <= 0) {
             int error = got ? errno : 0;
-            if (error == EAGAIN && goes_on(socket, POLLIN, &recent)) continue;
+            if (error == EAGAIN && again(&recent, &since)) continue;
             return received ? received : -(int64_t)error;
         }
         received += got, recent += (size_t)got;
