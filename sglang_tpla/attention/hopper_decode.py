@@ -28,13 +28,15 @@ SOURCES = tuple(
         "hopper.cuh",  # barriers, asynchronous copies, wgmma
         "gather.cuh",  # a block's part; the producer, which gathers cache rows
         "attend.cuh",  # scores, softmax, values, partial results
+        "turns.cuh",  # the consumers' loop over tiles for more than 64 rows
         "merge.cuh",  # adding up partial results
         "latent_decode.cu",  # the consumers' loop and the kernel
         "latent_plan.cu",  # the planning kernel
     )
 )
 NAME = "latent_decode.cu"
-SHARED_LIMIT_BYTES = 227 * 1024
+# A block's shared memory without the first 1,024 bytes, where barriers are.
+SHARED_LIMIT_BYTES = 226 * 1024
 MAX_STAGES = 8
 THREADS = 384
 MODES = {"tokens": 0, "rows": 1, "width": 2}
@@ -67,9 +69,11 @@ class Variant:
 
     @property
     def shared_bytes(self) -> int:
-        """Dynamic shared memory: query, ring of tiles, slots of two chunks, barriers, alignment."""
+        """Dynamic shared memory: query, ring of tiles, slots of two chunks (4 tiles each or 8)."""
         panels = -(-(self.latent_dim + self.rope_dim) // 64)
-        return panels * 128 * (self.rows + self.stages * TILE_TOKENS) + 4096 + 16 * self.stages + 16 + 1024
+        query_panels = -(-self.latent_dim // 64) if self.mode == "rows" else panels
+        ring = panels * 128 * self.stages * TILE_TOKENS
+        return query_panels * 128 * self.rows + ring + (2048 if self.mode == "rows" else 4096)
 
     @property
     def defines(self) -> dict[str, int]:

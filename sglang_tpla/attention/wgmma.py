@@ -24,8 +24,8 @@ def _accumulators(count: int) -> tuple[str, str]:
 
 
 def scores_source() -> str:
-    """``wgmma_ss_64(d, a, b, accumulate)``: d [64, 64] (+)= a [64, 16] b [64, 16]^T, both in shared
-    memory.
+    """``wgmma_ss_64(d, a, b, accumulate)``: d [64, 64] (+)= a [64, 16] b [64, 16]^T, both in shared memory;
+    ``wgmma_rs_64(d, a0..a3, b, accumulate)``: the same with a in registers.
     """
     names, operands = _accumulators(32)
     return f"""
@@ -33,6 +33,12 @@ __device__ __forceinline__ void wgmma_ss_64(float (&d)[32], u64 a, u64 b, int ac
     asm volatile("{{\\n.reg .pred p;\\nsetp.ne.b32 p, %34, 0;\\n"
         "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {{{names}}}, %32, %33, p, 1, 1, 0, 0;\\n}}"
         : {operands} : "l"(a), "l"(b), "r"(accumulate));
+}}
+__device__ __forceinline__ void wgmma_rs_64(float (&d)[32], u32 a0, u32 a1, u32 a2, u32 a3, u64 b, int accumulate) {{
+    asm volatile("{{\\n.reg .pred p;\\nsetp.ne.b32 p, %37, 0;\\n"
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {{{names}}}, "
+        "{{%32, %33, %34, %35}}, %36, p, 1, 1, 0;\\n}}"
+        : {operands} : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b), "r"(accumulate));
 }}
 """
 

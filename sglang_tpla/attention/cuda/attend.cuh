@@ -5,16 +5,42 @@ struct Softmax {
     float highest[2], total[2];
 };
 
-// Both operands from shared memory. Part of the query in registers reads less of it, but is no faster, and at width 64 the
-// compiler overwrites those registers within the loop (benchmarks/results/h100/KERNEL_NOTES.md).
-__device__ __forceinline__ void scores(float (&s)[32], u32 q_rows, u32 stage) {
+// The query's last kRegisterSteps steps, if any, as wgmma wants them: rows lane / 4 and 8 further on, column pairs 8 apart.
+struct QueryRegisters { u32 value[kRegisterSteps ? 4 * kRegisterSteps : 1]; };
+
+__device__ __forceinline__ void load_query_registers(const Params& p, QueryRegisters& query, int request, int first_row,
+                                                     int thread) {
+    if (kRegisterSteps == 0) return;
+    const int lane = thread % 32;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        const int row = blockIdx.y * kRows + first_row + (thread / 32) * 16 + lane / 4 + half * 8;
+        const bool valid = row < p.query_len * p.heads;
+        const int token = valid ? row / p.heads : 0, head = valid ? row - token * p.heads : 0;
+        const u16* rope = p.q_rope + ((long long)request * p.query_len + token) * p.q_rope_token_stride
+                        + head * p.q_rope_head_stride + (lane % 4) * 2;
+#pragma unroll
+        for (int i = 0; i < 2 * kRegisterSteps; ++i)
+            query.value[2 * i + half] = valid ? __ldcg(reinterpret_cast<const u32*>(rope + 8 * i)) : 0u;
+    }
+}
+
+// Queues the scores of a tile. Steps with both operands in shared memory take all that it can read, so those that take the
+// query from registers are spread among them.
+__device__ __forceinline__ void scores(float (&s)[32], u32 q_rows, const QueryRegisters& query, u32 stage) {
     const u64 q = descriptor(q_rows, 16), k = descriptor(stage, 16);
     pin(s);
     wgmma_fence();
 #pragma unroll
-    for (int step = 0; step < kSteps; ++step)
-        wgmma_ss_64(s, q + (((step / 4) * kQPanelBytes + (step % 4) * 32) >> 4),
-                    k + (((step / 4) * kPanelBytes + (step % 4) * 32) >> 4), step > 0);
+    for (int i = 0; i < kSteps; ++i) {
+        const int before = i * kRegisterSteps / kSteps;          // steps from registers among the first i
+        const bool from_registers = (i + 1) * kRegisterSteps / kSteps > before;
+        const int step = from_registers ? kSteps - kRegisterSteps + before : i - before;
+        const u64 keys = k + (((step / 4) * kPanelBytes + (step % 4) * 32) >> 4);
+        const u32* a = query.value + 4 * before;
+        if (from_registers) wgmma_rs_64(s, a[0], a[1], a[2], a[3], keys, i > 0);
+        else wgmma_ss_64(s, q + (((step / 4) * kQPanelBytes + (step % 4) * 32) >> 4), keys, i > 0);
+    }
     wgmma_commit();
 }
 
@@ -74,6 +100,38 @@ __device__ __forceinline__ void rescale(float (&o)[kOut], const float (&factor)[
 __device__ __forceinline__ void pack_probability(u32 (&packed)[16], const float (&s)[32]) {
 #pragma unroll
     for (int i = 0; i < 16; ++i) packed[i] = pack_bf16(s[2 * i], s[2 * i + 1]);
+}
+
+// The tiles of a segment and where they come through.
+struct Stretch {
+    u32 ring, full, empty, base;                                 // base: tiles that went through the ring before
+    int tiles, first_token, unmasked;                            // unmasked: tokens that every row may see
+};
+
+// MODE_TOKENS and MODE_WIDTH: scores, softmax and values strictly one after the other; two warpgroups fill each other's gaps.
+__device__ __forceinline__ void attend(u32 q_rows, const QueryRegisters& query, const Stretch& t, const int (&limit)[2],
+                                       float scale_log2, float (&o)[kOut], Softmax& state, int group, int first_panel, int lane) {
+    constexpr int kStep = MODE == MODE_TOKENS ? 2 : 1;
+    float s[32], factor[2];
+    u32 probability[16];
+    for (int j = MODE == MODE_TOKENS ? group : 0; j < t.tiles; j += kStep) {
+        const u32 at = t.base + j, stage = at % STAGES;
+        barrier_wait(t.full + 8 * stage, (at / STAGES) & 1);
+        fence_async_proxy();
+        scores(s, q_rows, query, t.ring + stage * kStageBytes);
+        wgmma_wait<0>();
+        pin(s);
+        const int first_token = t.first_token + j * kTile;
+        soften(s, state, factor, scale_log2, first_token, limit, first_token + kTile > t.unmasked, lane);
+        rescale(o, factor);
+        pack_probability(probability, s);
+        pin(o);
+        add_values(o, probability, t.ring + stage * kStageBytes + first_panel * kPanelBytes);
+        wgmma_wait<0>();
+        pin(o);
+        pin(probability);
+        if (lane == 0) barrier_arrive(t.empty + 8 * stage);
+    }
 }
 
 // MODE_TOKENS: the warpgroups add up their sums through the query's shared memory, which is free by then. Each ends with

@@ -45,9 +45,9 @@ __device__ __forceinline__ void load_query(const Params& p, u32 q_smem, int requ
         const u16* rope = p.q_rope + query * p.q_rope_token_stride + head * p.q_rope_head_stride;
         const u32 target = q_smem + row * 128 + ((column ^ (row & 7)) << 4);
 #pragma unroll
-        for (int panel = 0; panel < kPanels; ++panel) {
+        for (int panel = 0; panel < kQPanels; ++panel) {
             const int first = panel * 64 + column * 8;
-            if (first < kWidth)
+            if (first < kQWidth)
                 copy16(target + panel * kQPanelBytes, first < LATENT ? latent + first : rope + (first - LATENT), valid);
         }
     }

@@ -44,13 +44,9 @@ template <int kCount> __device__ __forceinline__ void pin(u32 (&registers)[kCoun
 #pragma unroll
     for (int i = 0; i < kCount; ++i) asm volatile("" : "+r"(registers[i])::"memory");
 }
-// MODE_ROWS: the two warpgroups of consumers compute scores in turn; the second one passes first.
-__device__ __forceinline__ void take_turn(int group) {
-    if (MODE == MODE_ROWS) asm volatile("bar.sync %0, 256;" ::"r"(3 + group) : "memory");
-}
-__device__ __forceinline__ void pass_turn(int group) {
-    if (MODE == MODE_ROWS) asm volatile("bar.arrive %0, 256;" ::"r"(4 - group) : "memory");
-}
+// The turns of the two warpgroups of consumers, see turns.cuh.
+__device__ __forceinline__ void take_turn(int group) { asm volatile("bar.sync %0, 256;" ::"r"(3 + group) : "memory"); }
+__device__ __forceinline__ void pass_turn(int group) { asm volatile("bar.arrive %0, 256;" ::"r"(4 - group) : "memory"); }
 __device__ __forceinline__ void sync_consumers() { asm volatile("bar.sync 1, 256;" ::: "memory"); }
 __device__ __forceinline__ void sync_producers() { asm volatile("bar.sync 2, 128;" ::: "memory"); }
 

@@ -1,14 +1,19 @@
-__device__ __forceinline__ void consume(const Params& p, u32 q_smem, float* q_buffer, u32 ring, u32 full, u32 empty,
-                                        u32 q_full, u32 q_empty, int group, int thread) {
-    [[maybe_unused]] constexpr int kStep = MODE == MODE_TOKENS ? 2 : 1;
+// What has its place in shared memory whatever the variant. 1,024 bytes, so that the rest starts where the swizzle does.
+struct alignas(1024) Fixed {
+    u64 full[STAGES], empty[STAGES], q_full, q_empty;
+    Shared merge;
+};
+
+__device__ __forceinline__ void consume(const Params& p, Fixed& fixed, u32 q_smem, float* q_buffer, u32 ring, int group, int thread) {
+    const u32 full = shared_address(fixed.full), empty = shared_address(fixed.empty);
+    const u32 q_full = shared_address(&fixed.q_full), q_empty = shared_address(&fixed.q_empty);
     const int lane = thread % 32;
     const int first_row = MODE == MODE_ROWS ? group * 64 : 0;
     const int first_panel = MODE == MODE_WIDTH && group == 1 ? kValuePanels - kOutPanels : 0;
     const u32 q_rows = q_smem + first_row * 128;
     const int consumer = group * 128 + thread;
     u32 base = 0, q_phase = 0;                                   // tiles of earlier segments; parity of the query
-    __shared__ Shared shared;
-    if (consumer == 0) shared.request = -1;
+    if (consumer == 0) fixed.merge.request = -1;
     for (Segments seg(p); seg.more(); seg.next()) {
         const int length = seg.length, tiles = seg.end_tile() - seg.first_tile;
         if (tiles <= 0) {
@@ -24,12 +29,13 @@ __device__ __forceinline__ void consume(const Params& p, u32 q_smem, float* q_bu
             const int row = blockIdx.y * kRows + first_row + (thread / 32) * 16 + lane / 4 + half * 8;
             limit[half] = length - p.query_len + 1 + min(row / p.heads, p.query_len - 1);
         }
-        const int unmasked = length - p.query_len + 1;           // tokens that every row may see
-        float o[kOut], s[32], factor[2];
-        u32 probability[16];
+        const Stretch stretch = {ring, full, empty, base, tiles, seg.first_tile * kTile, length - p.query_len + 1};
+        float o[kOut];
+        QueryRegisters query;
         Softmax state = {{negative_infinity(), negative_infinity()}, {0.f, 0.f}};
 #pragma unroll
         for (int i = 0; i < kOut; ++i) o[i] = 0.f;
+        load_query_registers(p, query, seg.request, first_row, thread);
         if (base == 0) {                                         // the first query comes before its keys crowd the memory
             load_query<kConsumerThreads>(p, q_smem, seg.request, consumer);
             wait_for_copies();
@@ -40,27 +46,10 @@ __device__ __forceinline__ void consume(const Params& p, u32 q_smem, float* q_bu
             q_phase ^= 1;
             fence_async_proxy();
         }
-        if (group == 1) pass_turn(group);
-        for (int j = MODE == MODE_TOKENS ? group : 0; j < tiles; j += kStep) {
-            const u32 at = base + j, stage = at % STAGES;
-            barrier_wait(full + 8 * stage, (at / STAGES) & 1);
-            fence_async_proxy();
-            take_turn(group);
-            scores(s, q_rows, ring + stage * kStageBytes);
-            wgmma_wait<0>();
-            pin(s);
-            if (group == 0 || j + 1 < tiles) pass_turn(group);
-            const int first_token = (seg.first_tile + j) * kTile;
-            soften(s, state, factor, p.scale_log2, first_token, limit, first_token + kTile > unmasked, lane);
-            rescale(o, factor);
-            pack_probability(probability, s);
-            pin(o);
-            add_values(o, probability, ring + stage * kStageBytes + first_panel * kPanelBytes);
-            wgmma_wait<0>();
-            pin(o);
-            pin(probability);
-            if (lane == 0) barrier_arrive(empty + 8 * stage);
-        }
+        if constexpr (MODE == MODE_ROWS)
+            attend_in_turns(q_rows, query, stretch, limit, p.scale_log2, o, state, group, lane);
+        else
+            attend(q_rows, query, stretch, limit, p.scale_log2, o, state, group, first_panel, lane);
         base += tiles;
         // From here maxima are in base-2 units, as the log-sum-exp is.
 #pragma unroll
@@ -91,28 +80,28 @@ __device__ __forceinline__ void consume(const Params& p, u32 q_smem, float* q_bu
             const int4 last = part_row(p, blockIdx.x - seg.before + splits);
             const bool goes_on = last.x > seg.request + 1 || last.y > 0;
             if (consumer == 0 && !(goes_on && seg.before == splits - 1))
-                shared = {seg.request, seg.before, splits - (goes_on ? 1 : 0), target};
+                fixed.merge = {seg.request, seg.before, splits - (goes_on ? 1 : 0), target};
         }
     }
-    sync_consumers();                                            // the query's memory is free, `shared` is written
-    if (shared.request >= 0) merge(p, shared, q_buffer, consumer);
+    sync_consumers();                                            // the query's memory is free, fixed.merge is written
+    if (fixed.merge.request >= 0) merge(p, fixed.merge, q_buffer, consumer);
 }
 
 extern "C" __global__ void __launch_bounds__(384, 1) latent_decode(const __grid_constant__ Params p) {
-    extern __shared__ char raw[];
-    const u32 q_smem = (shared_address(raw) + 1023) & ~1023u;    // the swizzle repeats every 1,024 bytes
-    float* q_buffer = reinterpret_cast<float*>(raw + (q_smem - shared_address(raw)));
-    const u32 ring = q_smem + kQBytes, full = ring + STAGES * kStageBytes + kSlotBytes;
-    int* slot_buffer = reinterpret_cast<int*>(raw + (full - kSlotBytes - shared_address(raw)));
-    const u32 empty = full + 8 * STAGES, q_full = empty + 8 * STAGES, q_empty = q_full + 8;
+    __shared__ Fixed fixed;
+    extern __shared__ __align__(1024) char raw[];
+    const u32 q_smem = shared_address(raw), ring = q_smem + kQBytes;
+    float* q_buffer = reinterpret_cast<float*>(raw);
+    int* slot_buffer = reinterpret_cast<int*>(raw + kQBytes + STAGES * kStageBytes);
     const int group = __shfl_sync(0xffffffff, threadIdx.x / 128, 0), thread = threadIdx.x % 128;
     if (threadIdx.x == 0) {
+        if (q_smem % 1024) __trap();                             // the swizzle repeats every 1,024 bytes
         for (int i = 0; i < STAGES; ++i) {
-            barrier_init(full + 8 * i, kProducerThreads);
-            barrier_init(empty + 8 * i, MODE == MODE_TOKENS ? 4 : 8);
+            barrier_init(shared_address(fixed.full + i), kProducerThreads);
+            barrier_init(shared_address(fixed.empty + i), MODE == MODE_TOKENS ? 4 : 8);
         }
-        barrier_init(q_full, kProducerThreads);
-        barrier_init(q_empty, 8);
+        barrier_init(shared_address(&fixed.q_full), kProducerThreads);
+        barrier_init(shared_address(&fixed.q_empty), 8);
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
     __syncthreads();
@@ -120,11 +109,12 @@ extern "C" __global__ void __launch_bounds__(384, 1) latent_decode(const __grid_
         // The block starts with 3 x 168 registers a lane; a warpgroup that asks for more than is free waits forever.
         static_assert(kProducerRegisters + 2 * kConsumerRegisters <= 3 * 168, "registers of the three warpgroups");
         asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kProducerRegisters));
-        produce(p, q_smem, slot_buffer, ring, full, empty, q_full, q_empty, thread);
+        produce(p, q_smem, slot_buffer, ring, shared_address(fixed.full), shared_address(fixed.empty),
+                shared_address(&fixed.q_full), shared_address(&fixed.q_empty), thread);
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kConsumerRegisters));
         wait_for_predecessor();
         asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-        consume(p, q_smem, q_buffer, ring, full, empty, q_full, q_empty, group - 1, thread);
+        consume(p, fixed, q_smem, q_buffer, ring, group - 1, thread);
     }
 }

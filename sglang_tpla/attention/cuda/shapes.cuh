@@ -7,15 +7,14 @@
 // panels of 64 columns in the 128-byte swizzle that wgmma reads); warpgroups 1 and 2 compute. How those two share
 // the work is the compile-time MODE:
 //     MODE_TOKENS  up to 64 rows: they take alternate tiles and add up through shared memory at the end;
-//     MODE_ROWS    up to 128 rows: each has 64 rows of every tile; they compute scores in turn, so that one's softmax falls
-//                  on the other's matrix products;
+//     MODE_ROWS    up to 128 rows: each has 64 rows of every tile; they take turns at the tensor cores (turns.cuh);
 //     MODE_WIDTH   latent wider than 256: each has half of the value columns and computes all scores.
 // The grid is persistent: block x runs part x of the plan (see plan.py), so its size never depends on the lengths.
 // A request that lies in several parts is merged at the end by the blocks that hold it: each waits until all have
 // stored their partial results, then adds up its share of the rows, in the order of the splits. All blocks must be
 // resident at once for that, so the grid never has more blocks than the GPU has multiprocessors.
 //
-// Compiled with -DLATENT -DROPE -DMODE -DSTAGES (hopper_decode.py); wgmma_ss_64 and wgmma_rs come from wgmma.py.
+// Compiled with -DLATENT -DROPE -DMODE -DSTAGES (hopper_decode.py); wgmma_ss_64, wgmma_rs_64 and wgmma_rs come from wgmma.py.
 
 constexpr int kTile = 64;                                   // tokens a tile
 constexpr int kWidth = LATENT + ROPE;                       // columns of a cache row
@@ -29,11 +28,14 @@ constexpr int kScaleColumn = MODE == MODE_TOKENS ? kOutPanels * 32 : MODE == MOD
 constexpr int kPanelBytes = kTile * 128;
 constexpr int kQPanelBytes = kRows * 128;
 constexpr int kStageBytes = kPanels * kPanelBytes;
-constexpr int kQBytes = kPanels * kQPanelBytes;
+// MODE_ROWS keeps the rotary part of the query in registers: shared memory then holds a tile more, and is read less.
+constexpr int kRegisterSteps = MODE == MODE_ROWS ? ROPE / 16 : 0;
+constexpr int kQWidth = kWidth - kRegisterSteps * 16;        // query columns in shared memory
+constexpr int kQPanels = (kQWidth + 63) / 64;
+constexpr int kQBytes = kQPanels * kQPanelBytes;
 constexpr int kSteps = kWidth / 16;                         // wgmma steps of the scores
 constexpr int kProducerThreads = 128, kConsumerThreads = 256;
-constexpr int kChunkTiles = 8;                              // tiles whose slots are looked up together
-constexpr int kSlotBytes = 2 * kChunkTiles * kTile * 4;
+constexpr int kChunkTiles = MODE == MODE_ROWS ? 4 : 8;      // tiles whose slots are looked up together
 constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
 static_assert(kWidth % 32 == 0 && LATENT % 32 == 0, "widths are multiples of 32");
 static_assert(kOutPanels == OUT_COLUMNS / 64, "wgmma_rs was generated for another width");
