@@ -4,7 +4,8 @@ struct alignas(1024) Fixed {
     Shared merge;
 };
 
-__device__ __forceinline__ void consume(const Params& p, Fixed& fixed, u32 q_smem, float* q_buffer, u32 ring, int group, int thread) {
+__device__ __forceinline__ void consume(const Params& p, Fixed& fixed, u32 q_smem, float* q_buffer, u32 ring, int group,
+                                        int thread) {
     const u32 full = shared_address(fixed.full), empty = shared_address(fixed.empty);
     const u32 q_full = shared_address(&fixed.q_full), q_empty = shared_address(&fixed.q_empty);
     const int lane = thread % 32;

@@ -10,8 +10,9 @@ struct Shared {
 __device__ __forceinline__ u32 announce(const Params& p, int request, int splits, int consumer) {
     sync_consumers();
     if (consumer != 0) return 0;
-    __threadfence();                                             // after the barrier: it covers the stores of all consumers
-    const u32 before = atomicAdd(p.arrived + blockIdx.y * p.batch + request, 1u);
+    u32 before;                                                  // after the barrier: it releases the stores of all consumers
+    asm volatile("atom.add.release.gpu.global.u32 %0, [%1], 1;"
+                 : "=r"(before) : "l"(p.arrived + blockIdx.y * p.batch + request) : "memory");
     return (before / splits + 1) * splits;                       // the counter runs on over the layers of a step
 }
 
@@ -62,16 +63,21 @@ __device__ __forceinline__ void merge_items(const Params& p, int request, int fi
 #pragma unroll
             for (int q = 0; q < kItems; ++q) {
                 const int item = base + q * stride, row = first_row + item / kItemsPerRow, piece = item % kItemsPerRow;
+                const int left = item < end ? (splits - i + step - 1) / step : 0;
+                const long long split_row = (long long)(first + i) * rows + row;
+                const uint4* values = reinterpret_cast<const uint4*>(p.partial_out) + split_row * kItemsPerRow + piece;
+                const float* row_sums = p.partial_sums + 3 * split_row - 2 * row;
+                const int values_step = step * rows * kItemsPerRow, sums_step = 3 * step * rows;
+                const int to_scale = (piece * 8 < kScaleColumn ? 1 : 2) * rows;
 #pragma unroll
                 for (int j = 0; j < kBatch; ++j) {
-                    const long long split = first + i + j * step;
                     x[q][j] = make_uint4(0, 0, 0, 0), lse[q][j] = negative_infinity(), scale[q][j] = 0.f;
-                    if (item < end && i + j * step < splits) {
-                        const float* row_sums = p.partial_sums + 3 * split * rows + row;
+                    if (j < left) {
                         lse[q][j] = __ldcg(row_sums);
-                        scale[q][j] = __ldcg(row_sums + (piece * 8 < kScaleColumn ? 1 : 2) * rows);
-                        x[q][j] = __ldcg(reinterpret_cast<const uint4*>(p.partial_out + (split * rows + row) * LATENT) + piece);
+                        scale[q][j] = __ldcg(row_sums + to_scale);
+                        x[q][j] = __ldcg(values);
                     }
+                    values += values_step, row_sums += sums_step;
                 }
             }
 #pragma unroll
