@@ -22,7 +22,7 @@ from sglang_tpla.transfer.chunks import Part, Rectangle
 from sglang_tpla.transfer.moving import copy_pieces
 from sglang_tpla.transfer.projection import Stack
 from sglang_tpla.transfer.row_format import RowFormat
-from sglang_tpla.transfer.runs import Block, Layers, Pieces, cut_blocks, find_runs, one_piece, worth_it
+from sglang_tpla.transfer.runs import Block, Layers, Pieces, cut_blocks, find_spans, one_piece, worth_it
 from sglang_tpla.transfer.types import CachePool
 
 
@@ -121,13 +121,13 @@ class RowReader:
     def in_place(self, slots: np.ndarray) -> bool:
         """True if raw rows of ``slots`` can be sent from where they lie: `pieces` of them are few and long."""
         row_bytes = self.pool.layers[0].shape[1] * self.pool.dtype.itemsize
-        return self._dense is not None and worth_it(find_runs(slots), slots.size, row_bytes)
+        return self._dense is not None and worth_it(find_spans(slots), slots.size, row_bytes)
 
     def pieces(self, rectangle: Rectangle, slots: np.ndarray) -> Pieces:
         """The raw rows of a rectangle where they lie in the pool, in the payload's order."""
         assert self._dense is not None
         first = rectangle.first_layer - self.pool.first_layer
-        return self._dense.pieces(range(first, first + rectangle.layers), find_runs(slots))
+        return self._dense.pieces(range(first, first + rectangle.layers), find_spans(slots))
 
     def read(
         self,
@@ -259,10 +259,10 @@ class RowWriter:
         """Where a payload's bytes belong in the pool, in order; None where they are not long pieces of it."""
         if self._rows is None or self._dense is None or part is not Part.FULL:
             return None
-        runs = find_runs(slots)
-        if not worth_it(runs, slots.size, min(self._rows[layer].shape[1] for layer in layers)):
+        spans = find_spans(slots)
+        if not worth_it(spans, slots.size, min(self._rows[layer].shape[1] for layer in layers)):
             return None
-        return self._dense.pieces(layers, runs)
+        return self._dense.pieces(layers, spans)
 
     def write(
         self, layers: range, slots: np.ndarray, shared: Sequence[int], part: Part, payload: memoryview

@@ -21,16 +21,28 @@ BLOCK_BYTES = 256 << 10  # what stays in a core's cache from its copy to its che
 Run = tuple[int, int, int]  # first slot, first row of the payload, rows
 
 
-def find_runs(slots: np.ndarray, max_rows: int | None = None) -> list[Run]:
-    """``slots`` as runs of neighbours, in order, none longer than ``max_rows``."""
+def _cut(slots: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of ``slots`` at which a run of neighbours begins, and the rows of each run; not for none."""
+    starts = np.concatenate(([0], np.flatnonzero(slots[1:] != slots[:-1] + 1) + 1))
+    return starts, np.diff(starts, append=slots.size)
+
+
+def find_spans(slots: np.ndarray) -> np.ndarray:
+    """``slots`` as runs of neighbours, in order: uint64 ``[runs, first slot and rows]``."""
+    spans = np.zeros((0, 2), dtype=np.uint64)
+    if slots.size:
+        starts, counts = _cut(slots)
+        spans = np.empty((starts.size, 2), dtype=np.uint64)
+        spans[:, 0], spans[:, 1] = slots[starts], counts
+    return spans
+
+
+def find_runs(slots: np.ndarray, max_rows: int) -> list[Run]:
+    """The same as `Run`s, none longer than ``max_rows``."""
     if not slots.size:
         return []
-    breaks = np.flatnonzero(np.diff(slots) != 1) + 1
-    starts = np.concatenate(([0], breaks))
-    counts = np.diff(np.append(starts, slots.size))
-    runs = list(zip(slots[starts].tolist(), starts.tolist(), counts.tolist(), strict=True))
-    if max_rows is None or int(counts.max()) <= max_rows:
-        return runs
+    starts, counts = _cut(slots)
+    runs = zip(slots[starts].tolist(), starts.tolist(), counts.tolist(), strict=True)
     return [
         (slot + done, row + done, min(max_rows, count - done))
         for slot, row, count in runs
@@ -38,7 +50,7 @@ def find_runs(slots: np.ndarray, max_rows: int | None = None) -> list[Run]:
     ]
 
 
-def worth_it(runs: Sequence[Run], rows: int, row_bytes: int) -> bool:
+def worth_it(runs: np.ndarray | Sequence[Run], rows: int, row_bytes: int) -> bool:
     """True where runs are long enough to be moved one by one."""
     return len(runs) * MIN_RUN_BYTES <= rows * row_bytes
 
@@ -105,10 +117,9 @@ class Layers:
         self._rows = rows
         self._places = np.array([(layer.ctypes.data, layer.shape[1]) for layer in rows], dtype=np.uint64)
 
-    def pieces(self, layers: range, runs: Sequence[Run]) -> Pieces:
-        """The rows of ``runs`` in each of some layers (by index), layer by layer."""
+    def pieces(self, layers: range, spans: np.ndarray) -> Pieces:
+        """The rows of ``spans`` (`find_spans`) in each of some layers (by index), layer by layer."""
         places = self._places[layers.start : layers.stop, None]  # [layers, 1, address and row bytes]
-        spans = np.array(runs, dtype=np.uint64)[:, [0, 2]]  # [runs, first slot and rows]
         table = spans * places[:, :, 1:]
         table[:, :, 0] += places[:, :, 0]
         return Pieces(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 
 import numpy as np
 from hypothesis import given, settings
@@ -16,16 +17,26 @@ SLOTS = st.lists(st.tuples(st.integers(0, 50), st.integers(1, 9)), min_size=1, m
 
 
 @settings(deadline=None)
-@given(slots=SLOTS, most=st.one_of(st.none(), st.integers(1, 5)))
-def test_runs_are_the_slots_in_order(slots: np.ndarray, most: int | None) -> None:
+@given(slots=SLOTS, most=st.integers(1, 9))
+def test_runs_are_the_slots_in_order(slots: np.ndarray, most: int) -> None:
     found = runs.find_runs(slots, most)
     flat = [(slot + step, row + step) for slot, row, count in found for step in range(count)]
     assert flat == [(int(slot), row) for row, slot in enumerate(slots)]
-    assert most is None or all(count <= most for _, _, count in found)
+    assert all(count <= most for _, _, count in found)
+
+
+@settings(deadline=None)
+@given(slots=SLOTS)
+def test_spans_are_the_longest_runs(slots: np.ndarray) -> None:
+    spans = runs.find_spans(slots)
+    assert [slot + step for slot, rows in spans.tolist() for step in range(rows)] == slots.tolist()
+    assert all(first + rows != second for (first, rows), (second, _) in itertools.pairwise(spans.tolist()))
 
 
 def test_nothing_has_no_runs() -> None:
-    assert runs.find_runs(np.empty(0, dtype=np.int64)) == []
+    nothing = np.empty(0, dtype=np.int64)
+    assert runs.find_runs(nothing, 5) == []
+    assert runs.find_spans(nothing).shape == (0, 2)
 
 
 @settings(deadline=None)
@@ -47,7 +58,7 @@ def test_blocks_cover_every_row_once(slots: np.ndarray, row_bytes: int) -> None:
 def test_pieces_of_a_pool_are_its_rows(slots: np.ndarray, data: st.DataObject) -> None:
     layers = [np.random.default_rng(seed).integers(0, 256, (60, 6), dtype=np.uint8) for seed in range(2)]
     want = b"".join(layer[slots].tobytes() for layer in layers)
-    pieces = runs.Layers([layers[0], *layers]).pieces(range(1, 3), runs.find_runs(slots))
+    pieces = runs.Layers([layers[0], *layers]).pieces(range(1, 3), runs.find_spans(slots))
     assert pieces.table.flags.c_contiguous
     assert b"".join(pieces.views) == want
     assert pieces.size_bytes == len(want)
