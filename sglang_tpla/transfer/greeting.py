@@ -287,15 +287,25 @@ class PrefillGreeting(Agent[Room]):
         """Tell the ranks of a host about each other's arenas, unless it is this one and they read this rank's."""
         if not host or (host == self._host and self._arena is not None):
             return
-        peers = [peer for peer in self._peers.values() if peer.hello.host == host]
-        for peer in peers:
-            arenas = [
-                other.hello.arena for other in peers if other is not peer and other.hello.arena is not None
-            ]
-            peer.maps_asked += 1
-            self._put(
-                peer.identity, frames.Neighbours(peer.maps_asked, tuple(arenas[: frames.MAX_NEIGHBOURS]))
-            )
+        for peer in self._peers.values():
+            if peer.hello.host == host:
+                peer.maps_asked += 1
+                self._name_neighbours(peer)
+
+    def _name_neighbours(self, peer: Peer) -> None:
+        peers = [other for other in self._peers.values() if other.hello.host == peer.hello.host]
+        if peer.hello.host == self._host and self._arena is not None:
+            peers = []
+        arenas = [other.hello.arena for other in peers if other is not peer and other.hello.arena is not None]
+        peer.maps_asked_at = time.monotonic()
+        self._put(peer.identity, frames.Neighbours(peer.maps_asked, tuple(arenas[: frames.MAX_NEIGHBOURS])))
+
+    def _ask_again(self, now: float) -> None:
+        """No room of a rank starts before it has said what it can read: the question or its answer may be lost."""
+        for peer in self._peers.values():
+            unanswered = peer.maps_answered < peer.maps_asked
+            if unanswered and now - peer.maps_asked_at > self._settings.heartbeat_s:
+                self._name_neighbours(peer)
 
     def _take_layer(self, peer: Peer, message: frames.ProjectionLayer, payload: zmq.Frame) -> None:
         upload, layout = peer.upload, peer.hello.layout

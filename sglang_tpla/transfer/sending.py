@@ -75,6 +75,7 @@ class Peer:
     queued: int = 0  # chunks for its data channel that the socket has not taken yet
     held_requests: int = 0
     maps_asked: int = 0  # number of the newest list of arenas it was sent
+    maps_asked_at: float = field(default_factory=time.monotonic)
     maps_answered: int = -1
     mapped: frozenset[str] = frozenset()
     ready: OrderedDict[int, Lane] = field(default_factory=OrderedDict)  # lanes with chunks to send, by id()

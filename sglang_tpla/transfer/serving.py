@@ -435,6 +435,7 @@ class PrefillServing(PrefillGreeting):
         now = time.monotonic()
         with self._work:
             self._expire_peers(now)
+            self._ask_again(now)
             self._expire_rooms(now)
             if self._staging.reap():
                 self._work.notify()

@@ -107,6 +107,17 @@ def test_malformed_frame_at_decode(what: str, decode: rig.DecodeRank) -> None:
         assert decode.agent.poll(1) == RoomState.WAITING
 
 
+@pytest.mark.parametrize("host", ["", "elsewhere"])
+def test_a_rank_that_does_not_say_what_it_can_read_is_asked_again(fake: FakeDecode, host: str) -> None:
+    fake.register(host=host)
+    asked = [fake.expect(frames.Neighbours)[0] for _ in range(3)]
+    assert len({message.number for message in asked}) == 1
+    fake.say(frames.Mapped(asked[0].number, ()))
+    fake.say(frames.Ping(3))
+    fake.expect(frames.Pong)
+    assert not fake.socket.poll(500)  # five heartbeats
+
+
 def test_another_framing_version_is_refused_at_prefill(prefill: rig.PrefillRank, fake: FakeDecode) -> None:
     before = prefill.agent.stats().refused
     fake.send(frames.seal(msgspec.msgpack.encode(hello()), version=9))
