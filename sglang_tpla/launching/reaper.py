@@ -2,12 +2,13 @@
 
     python -m sglang_tpla.launching.reaper
 
-The supervisor holds the other end of this process's standard input and writes one line a child: ``session
-PID`` for a process that leads a session of its own, ``folder PATH`` for the folder that holds its temporary
-files. When that pipe closes, by an orderly end or because the supervisor was killed, every process of those
-sessions is ended, and the folders and the shared memory that those processes had mapped are removed. SGLang
-leaves a segment behind at each start, under a name that only its processes know, hence the look at their
-mappings.
+The supervisor holds the other end of this process's standard input. It writes ``foreign NODE ...`` for the
+shared memory that was there before it started anything (this process may come up later than what it is to
+watch), ``folder PATH`` for the folder that holds temporary files, and ``session PID`` for each child, which
+leads a session of its own. When that pipe closes, by an orderly end or because the supervisor was killed, every
+process of those sessions is ended, and the folders and the shared memory that those processes had mapped are
+removed. SGLang leaves a segment behind at each start, under a name that only its processes know, hence the look
+at their mappings.
 
 Signals meant for the supervisor do not reach this process: it leads its own session and ignores them.
 Standard library only; Linux.
@@ -100,21 +101,23 @@ class Reaper:
         self.sessions: set[int] = set()
         self.folders: list[str] = []
         self.held: set[int] = set()
-        self.foreign = set(segments())
+        self.foreign: set[int] = set()
 
     def note(self, line: str) -> None:
         """Take one line of the supervisor.
 
         Raises:
-            ValueError: it is neither ``session PID`` nor ``folder PATH``.
+            ValueError: it is none of ``session PID``, ``folder PATH`` and ``foreign NODE ...``.
         """
         kind, _, value = line.partition(" ")
         if kind == "session":
             self.sessions.add(int(value))
         elif kind == "folder":
             self.folders.append(value)
+        elif kind == "foreign":
+            self.foreign.update(int(node) for node in value.split())
         else:
-            raise ValueError(f"expected 'session PID' or 'folder PATH'; got {line!r}")
+            raise ValueError(f"expected 'session PID', 'folder PATH' or 'foreign NODE ...'; got {line!r}")
 
     def living(self) -> list[int]:
         """Processes of the deployment, this one excepted."""

@@ -25,7 +25,7 @@ from typing import Any
 import httpx
 from rich.console import Console
 
-from sglang_tpla.launching.reaper import GONE, numbered_processes
+from sglang_tpla.launching.reaper import GONE, numbered_processes, segments
 from sglang_tpla.launching.roles import Process
 
 PR_SET_PDEATHSIG = 1
@@ -150,6 +150,7 @@ class Supervisor:
                 text=True,
                 start_new_session=True,
             )
+            self._tell(" ".join(["foreign", *map(str, segments())]))
             short = tempfile.gettempdir()
             parent = short if len(short) < LONGEST_FOLDER else "/tmp"
             self.folder = Path(tempfile.mkdtemp(prefix="tpla-", dir=parent))

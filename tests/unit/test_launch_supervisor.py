@@ -159,6 +159,17 @@ def test_a_server_that_is_never_healthy_is_named(tmp_path: Path) -> None:
     assert not remains(tmp_path / "decode.log")
 
 
+def test_a_reaper_that_comes_up_late_finds_all(tmp_path: Path) -> None:
+    with Supervisor(str(tmp_path)) as supervisor:
+        assert supervisor._reaper is not None
+        supervisor._reaper.send_signal(signal.SIGSTOP)
+        process = server("decode", free_port())
+        supervisor.start(process)
+        supervisor.wait_healthy({"decode": process.url}, 60, quiet)
+        supervisor._reaper.send_signal(signal.SIGCONT)
+    assert not remains(tmp_path / "decode.log")
+
+
 def test_logs_are_kept_when_asked(tmp_path: Path) -> None:
     with Supervisor() as supervisor:
         supervisor.start(server("decode", 1, "print('last words')"))
