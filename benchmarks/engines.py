@@ -13,6 +13,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import numpy as np
+import torch
 
 PIECE = 4 << 20
 Measure = Callable[[int], tuple[float, float]]
@@ -75,9 +76,14 @@ def mooncake(
     return measure
 
 
+def nixl_transports() -> str:
+    """TCP; beside a GPU NIXL does not start without a transport that copies to it."""
+    return "tcp,cuda_copy" if torch.cuda.is_available() else "tcp"
+
+
 def nixl_child(pipe: Connection, size: int) -> None:
     """The target of NIXL's writes."""
-    os.environ["UCX_TLS"] = "tcp"
+    os.environ["UCX_TLS"] = nixl_transports()
     from nixl._api import nixl_agent, nixl_agent_config
 
     target = np.ones(size, dtype=np.uint8)
@@ -90,7 +96,7 @@ def nixl_child(pipe: Connection, size: int) -> None:
 
 def nixl(child: Callable[..., Any], source: np.ndarray, size: int, count: Callable[[int], int]) -> Measure:
     """NIXL with UCX over TCP."""
-    os.environ["UCX_TLS"] = "tcp"
+    os.environ["UCX_TLS"] = nixl_transports()
     try:
         from nixl._api import nixl_agent, nixl_agent_config
     except ImportError as error:

@@ -29,9 +29,9 @@ QUEUE_FRAMES = 16384  # high-water mark of a socket, in messages; credits bound 
 SOCKET_BUFFER_BYTES = 4 << 20  # the system may give less
 MAX_PARTS = 3
 FIRST_SLOTS = 2  # of staging, reserved at the start
-# Threads that make or write chunks. Four on a GPU, meant to overlap copies and checksums, were slower than one: each
-# call into torch gives the interpreter away, and all wait for it (benchmarks/results/h100/TRANSFER_NOTES.md).
-WORKERS = {"cpu": 1, "cuda": 1}
+# Threads that make or write chunks. On a GPU one copies while another checks; four are no faster with few chunks, since
+# each call into torch gives the interpreter away and all wait for it (benchmarks/results/h200/NOTES.md).
+WORKERS = {"cpu": 1, "cuda": 2}
 MAX_DURATIONS = 16384  # kept for whoever publishes them
 
 
