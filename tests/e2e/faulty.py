@@ -63,11 +63,15 @@ def threads(pid: int) -> Kinds:
 def handles(pid: int) -> Kinds:
     """What a process has open; but for prometheus_client's files, one a kind of series, made at its first use."""
     kinds = Kinds()
+    ends = {
+        str(end.fd): f"{end.status} {end.laddr.port} to {end.raddr.port if end.raddr else '-'}"
+        for end in psutil.Process(pid).net_connections(kind="tcp")
+    }
     for link in Path(f"/proc/{pid}/fd").iterdir():
         with contextlib.suppress(FileNotFoundError):  # closed meanwhile
             target = str(link.readlink())
             if not SERIES_FILE.search(target):
-                kinds[re.sub(r"\d+", "#", target)] += 1
+                kinds[ends.get(link.name) or re.sub(r"\d+", "#", target)] += 1
     return kinds
 
 
