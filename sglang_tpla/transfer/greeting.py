@@ -285,18 +285,19 @@ class PrefillGreeting(Agent[Room]):
 
     def _introduce(self, host: str) -> None:
         """Tell the ranks of a host about each other's arenas, unless it is this one and they read this rank's."""
+        for peer in self._neighbours(host):
+            peer.maps_asked += 1
+            self._name_neighbours(peer)
+
+    def _neighbours(self, host: str) -> list[Peer]:
+        """Ranks of a host that read each other's arenas."""
         if not host or (host == self._host and self._arena is not None):
-            return
-        for peer in self._peers.values():
-            if peer.hello.host == host:
-                peer.maps_asked += 1
-                self._name_neighbours(peer)
+            return []
+        return [peer for peer in self._peers.values() if peer.hello.host == host]
 
     def _name_neighbours(self, peer: Peer) -> None:
-        peers = [other for other in self._peers.values() if other.hello.host == peer.hello.host]
-        if peer.hello.host == self._host and self._arena is not None:
-            peers = []
-        arenas = [other.hello.arena for other in peers if other is not peer and other.hello.arena is not None]
+        others = [other for other in self._neighbours(peer.hello.host) if other is not peer]
+        arenas = [other.hello.arena for other in others if other.hello.arena is not None]
         peer.maps_asked_at = time.monotonic()
         self._put(peer.identity, frames.Neighbours(peer.maps_asked, tuple(arenas[: frames.MAX_NEIGHBOURS])))
 

@@ -68,7 +68,8 @@ LAYOUTS = {
     "fp8-cache": Decoding(2, ("--kv-cache-dtype", "fp8_e4m3"), "fp8", 1e-3),
 }
 STOCK = LAYOUTS["one-group"]
-MODELS = ("nano", "tiny")
+# tiny-mla is too large for the repository: the environment names its folder on machines that have it.
+MODELS = ("nano", "tiny") if TINY in os.environ else ("nano",)
 CASES = [(model, name) for model in MODELS for name, decoding in LAYOUTS.items() if decoding.serves(model)]
 on_every_layout = pytest.mark.parametrize(("bench", "layout"), CASES, indirect=["bench"])
 
@@ -209,9 +210,6 @@ def benches(
 
 @pytest.fixture(scope="module")
 def bench(request: pytest.FixtureRequest, benches: dict[str, Bench]) -> Bench:
-    if request.param not in benches:
-        # tiny-mla is too large for the repository: the environment names its folder on machines that have it
-        pytest.skip(f"{TINY} names no checkpoint")
     return benches[request.param]
 
 
