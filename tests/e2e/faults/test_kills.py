@@ -82,11 +82,11 @@ def test_prefill_killed_in_mid_chunk_under_load(faulty: Faulty) -> None:
     with Load([faulty.route, faulty.side], PROMPTS, faulty.expected, TOKENS) as load:
         with (
             concurrent.futures.ThreadPoolExecutor(2) as pool,
-            faulty.network("throttle", bytes_per_s=SLOW),
+            faulty.network("throttle", bytes_per_s=SLOW / 6),  # neither is there before the other has begun
         ):
             calls = [pool.submit(route.ask, LONG[1], TOKENS) for route in (faulty.route, faulty.side)]
             for server in survivors:
-                until_in_flight(server)
+                until_in_flight(server, more_rooms_than=1)  # beside one of the load
             faulty.prefill.kill()
             answers = [call.result(FAIL_WITHIN_S) for call in calls]
         served = dict(load.right)
