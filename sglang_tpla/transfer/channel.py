@@ -1,8 +1,8 @@
 """The data channel: a plain TCP socket beside a registered ZMQ connection, for chunks only (PROTOCOL.md).
 
 ZMQ allocates each message that comes in and hands it through two more threads; here the kernel takes payloads straight
-out of sender memory (`splicing`) and copies them straight into the pool (`landing`), or into receiver staging that is
-used again while it is in the processor's caches. It is offered only where ZMQ would not encrypt either. Both ends are
+out of the sender's memory and copies them straight into the pool (`landing`), or into receiver staging that is used
+again while it is in the processor's caches. It is offered only where ZMQ would not encrypt either. Both ends are
 used by the agent's I/O thread alone and never block.
 
     decode -> prefill   once: ``b"TPLD"``, version, the cookie that Welcome named: 21 bytes
@@ -14,7 +14,6 @@ The checksum comes last so that either end takes it of what it moves, step by st
 
 from __future__ import annotations
 
-import contextlib
 import os
 import socket
 import struct
@@ -33,7 +32,6 @@ from sglang_tpla.transfer.frames import (
 )
 from sglang_tpla.transfer.moving import Outgoing
 from sglang_tpla.transfer.runs import Pieces
-from sglang_tpla.transfer.splicing import Splicer, SplicingRefused
 
 PREAMBLE = b"TPLD\x02"
 PREAMBLE_BYTES = len(PREAMBLE) + CHANNEL_COOKIE_BYTES
@@ -102,9 +100,6 @@ class Outbox:
         self.stream = stream
         self.sent_bytes = 0
         self._parcels: deque[Parcel] = deque()
-        self._splicer: Splicer | None = None
-        with contextlib.suppress(OSError):  # then payloads are copied
-            self._splicer = Splicer()
 
     def __bool__(self) -> bool:
         return bool(self._parcels)
@@ -132,8 +127,8 @@ class Outbox:
                 self.sent_bytes += sent
                 parcel.head = parcel.head[sent:]
             if not parcel.digest:
-                if not self._send_payload(parcel.payload):
-                    return False
+                while parcel.payload.left_bytes:
+                    self.sent_bytes += parcel.payload.send(self.stream)
                 parcel.digest = parcel.payload.digest()
                 parcel.tail = memoryview(parcel.digest)
             while parcel.tail:
@@ -144,30 +139,9 @@ class Outbox:
             return False
         return True
 
-    def _send_payload(self, payload: Outgoing) -> bool:
-        """True when all of it has gone. Raises BlockingIOError where nothing could go."""
-        while self._splicer is not None:
-            try:
-                sent, all_sent = payload.splice(self.stream, self._splicer)
-            except SplicingRefused:
-                self._end_splicing()
-                break
-            self.sent_bytes += sent
-            if all_sent or not sent:
-                return all_sent
-        while payload.left_bytes:
-            self.sent_bytes += payload.copy(self.stream)
-        return True
-
-    def _end_splicing(self) -> None:
-        if self._splicer is not None:
-            self._splicer.close()
-            self._splicer = None
-
     def close(self) -> None:
         """Close the socket and give all memory back."""
         self.stream.close()
-        self._end_splicing()
         while self._parcels:
             self._parcels.popleft().done(b"")
 

@@ -13,12 +13,11 @@ import xxhash
 
 from sglang_tpla.transfer import native
 from sglang_tpla.transfer.runs import Cursor, Pieces
-from sglang_tpla.transfer.splicing import Splicer, SplicingRefused
 
 MIN_NATIVE_BYTES = 241  # of a payload: XXH3 has other formulas for shorter ones
 END = np.zeros((1, 2), dtype=np.uint64)  # of a list of pieces
 MAX_PIECES = 1024  # of one call: IOV_MAX
-COPY_BYTES, COPY_PIECES = 1 << 20, 64  # of one call that copies into a socket
+SEND_BYTES, SEND_PIECES = 1 << 20, 64  # of one call
 
 
 class Checksum:
@@ -78,7 +77,7 @@ class _Moving:
         if self._library is not None:
             self._checksum = None if digest else Checksum(self._library)
             self._sum = self._checksum.pointer if self._checksum is not None else None
-            self._table, self._index = pieces.table.copy(), ctypes.c_size_t(0)
+            self._table, self._index = pieces.table.copy(), ctypes.c_size_t(0)  # C changes both
             self._place = self._sum, self._table.ctypes.data, ctypes.addressof(self._index)
         else:
             self._running, self._cursor = xxhash.xxh3_64(), Cursor(pieces)
@@ -89,20 +88,8 @@ class _Moving:
             return self._digest
         return self._checksum.digest() if self._checksum is not None else self._running.digest()
 
-    def _ahead(self, limit_bytes: int, limit_pieces: int) -> list[memoryview]:
-        """What comes next."""
-        if self._library is None:
-            return self._cursor.ahead(limit_bytes, limit_pieces)
-        first = self._index.value
-        return Cursor(Pieces(self._table[first : first + limit_pieces], None)).ahead(
-            limit_bytes, limit_pieces
-        )
-
     def _advance(self, size_bytes: int) -> None:
-        """So much of what came next has moved."""
-        if self._library is not None:
-            self._library.advance_pieces(*self._place, size_bytes)
-            return
+        """So much of what came next has moved (Python)."""
         left = size_bytes
         for view in self._cursor.ahead(size_bytes, MAX_PIECES) if size_bytes and not self._digest else ():
             self._running.update(view[:left])
@@ -122,7 +109,7 @@ class Intake(_Moving):
             OSError: the connection is gone.
         """
         if self._library is None:
-            size = os.readv(stream.fileno(), self._ahead(limit_bytes, MAX_PIECES))
+            size = os.readv(stream.fileno(), self._cursor.ahead(limit_bytes, MAX_PIECES))
             self._advance(size)
         else:
             size = self._library.receive_pieces(*self._place, stream.fileno(), len(self._table), limit_bytes)
@@ -135,48 +122,20 @@ class Intake(_Moving):
 class Outgoing(_Moving):
     """A payload on its way from its pieces into a socket."""
 
-    def splice(self, stream: socket.socket, splicer: Splicer) -> tuple[int, bool]:
-        """Send what pipe and socket take now.
-
-        Returns:
-            The bytes that the socket took, and whether all of the payload has gone.
+    def send(self, stream: socket.socket) -> int:
+        """Send what a socket takes now: bytes.
 
         Raises:
-            SplicingRefused: it has to be copied.
+            BlockingIOError: it takes nothing.
             OSError: the connection is gone.
         """
         if self._library is None:
-            moved = 0
-            if not splicer.waiting_bytes and self._cursor:
-                moved = splicer.fill(*self._cursor.vector(MAX_PIECES))
-                self._advance(moved)
-            sent = splicer.drain(stream, more=True)
+            sent = stream.sendmsg(self._cursor.ahead(SEND_BYTES, SEND_PIECES))
+            self._advance(sent)
         else:
-            refused, waiting = ctypes.c_int(0), ctypes.c_size_t(splicer.waiting_bytes)
-            sent = self._library.send_pieces(
-                *self._place, len(self._table), stream.fileno(), splicer.entry, splicer.exit,
-                ctypes.addressof(waiting), ctypes.addressof(refused),
-            )  # fmt: skip
-            splicer.waiting_bytes = waiting.value
-            if refused.value:
-                raise SplicingRefused(-sent, os.strerror(-sent))
+            sent = self._library.send_pieces(*self._place, stream.fileno(), len(self._table))
             if sent < 0:
-                error = _error(-sent)
-                if not isinstance(error, BlockingIOError):
-                    raise error
-                sent = 0
-        self.left_bytes -= sent
-        return sent, not self.left_bytes
-
-    def copy(self, stream: socket.socket) -> int:
-        """Send some of it by copying: bytes.
-
-        Raises:
-            BlockingIOError: the socket takes nothing now.
-            OSError: the connection is gone.
-        """
-        sent = stream.sendmsg(self._ahead(COPY_BYTES, COPY_PIECES))
-        self._advance(sent)
+                raise _error(-sent)
         self.left_bytes -= sent
         return sent
 

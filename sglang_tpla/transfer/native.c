@@ -7,11 +7,11 @@
 
 #define _GNU_SOURCE
 #include <errno.h>
-#include <fcntl.h>
 #include <sched.h>
 #include <stdint.h>
 #include <string.h>
 #include <time.h>
+#include <sys/socket.h>
 #include <sys/uio.h>
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(PORTABLE)
@@ -21,7 +21,7 @@
 
 #define STRIPE 64  /* bytes that go into the accumulators at once */
 #define STRIPES 16 /* of one block, after which they are scrambled */
-#define STEP ((size_t)512 << 10)
+#define STEP ((size_t)256 << 10)
 #define VECTOR 64 /* pieces of one system call */
 #define PATIENCE_NS 200000 /* a fast peer goes on sooner than a thread wakes up; none that moves less than */
 #define FAST_BYTES ((size_t)64 << 10) /* this between two waits is waited for */
@@ -89,6 +89,28 @@ __attribute__((target("avx2"))) static void mix_avx2(uint64_t *lanes, const uint
 }
 #endif
 
+#if defined(HAS_AVX2) && !defined(NO_AVX512)
+#define HAS_AVX512 1
+/* Whole blocks, scrambled too, with all that they need in registers. */
+__attribute__((target("avx512f,avx512dq"))) static void mix_blocks(uint64_t *lanes, const uint8_t *data, size_t blocks) {
+    __m512i sum = _mm512_loadu_si512(lanes), secret[STRIPES], last = _mm512_loadu_si512(SECRET + 128);
+    for (int n = 0; n < STRIPES; n++) secret[n] = _mm512_loadu_si512(SECRET + 8 * n);
+    for (; blocks; blocks--) {
+#pragma GCC unroll 16
+        for (int n = 0; n < STRIPES; n++, data += STRIPE) {
+            _mm_prefetch((const char *)data + 1024, _MM_HINT_T0);
+            __m512i value = _mm512_loadu_si512(data), key = _mm512_xor_si512(value, secret[n]);
+            __m512i product = _mm512_mul_epu32(key, _mm512_srli_epi64(key, 32));
+            __m512i swapped = _mm512_shuffle_epi32(value, (_MM_PERM_ENUM)_MM_SHUFFLE(1, 0, 3, 2));
+            sum = _mm512_add_epi64(sum, _mm512_add_epi64(product, swapped));
+        }
+        __m512i mixed = _mm512_xor_si512(_mm512_xor_si512(sum, _mm512_srli_epi64(sum, 47)), last);
+        sum = _mm512_mullo_epi64(mixed, _mm512_set1_epi64(PRIME32_1));
+    }
+    _mm512_storeu_si512(lanes, sum);
+}
+#endif
+
 static void mix(uint64_t *lanes, const uint8_t *data, size_t stripes, const uint8_t *secret) {
 #ifdef HAS_AVX2
     if (__builtin_cpu_supports("avx2")) {
@@ -101,6 +123,14 @@ static void mix(uint64_t *lanes, const uint8_t *data, size_t stripes, const uint
 
 static void take_stripes(Checksum *sum, const uint8_t *data, size_t stripes) {
     while (stripes) {
+#ifdef HAS_AVX512
+        size_t blocks = sum->stripe ? 0 : stripes / STRIPES;
+        if (blocks && __builtin_cpu_supports("avx512dq")) {
+            mix_blocks(sum->lanes, data, blocks);
+            data += blocks * STRIPES * STRIPE, stripes -= blocks * STRIPES;
+            continue;
+        }
+#endif
         size_t now = STRIPES - sum->stripe;
         if (now > stripes) now = stripes;
         mix(sum->lanes, data, now, SECRET + 8 * sum->stripe);
@@ -253,36 +283,25 @@ static int again(size_t *recent, uint64_t *since) {
     return 1;
 }
 
-/* Send pieces, which move on, on a socket that does not block: their memory goes through a pipe into the socket
- * (`splicing.py`), until that takes no more. Bytes that the socket took; minus the error where that was none.
- * `waiting` bytes are in the pipe; `refused` says that the error is the pipe's. */
-int64_t send_pieces(Checksum *sum, struct iovec *pieces, size_t *index, size_t count, int socket, int in, int out,
-                    size_t *waiting, int *refused) {
+/* Send pieces, which move on, on a socket that does not block, until it takes no more; what follows them is sent soon.
+ * Bytes; minus the error where none went. */
+int64_t send_pieces(Checksum *sum, struct iovec *pieces, size_t *index, int socket, size_t count) {
     int64_t sent = 0;
     size_t recent = 0;
     uint64_t since = 0;
-    *refused = 0;
-    while (*waiting || *index < count) {
-        if (!*waiting) {
-            struct iovec vector[VECTOR];
-            size_t wanted, used = ahead(vector, pieces, *index, count, &wanted);
-            ssize_t moved = vmsplice(in, vector, used, SPLICE_F_NONBLOCK);
-            if (moved <= 0) {
-                if (sent) return sent; /* the next call says so */
-                *refused = 1;
-                return moved ? -(int64_t)errno : -EINVAL;
-            }
-            advance_pieces(sum, pieces, index, (size_t)moved);
-            *waiting = (size_t)moved;
-        }
-        ssize_t got = splice(out, NULL, socket, NULL, *waiting, SPLICE_F_NONBLOCK | SPLICE_F_MORE);
+    while (*index < count) {
+        struct iovec vector[VECTOR];
+        size_t wanted, used = ahead(vector, pieces, *index, count, &wanted);
+        struct msghdr message = {.msg_iov = vector, .msg_iovlen = used};
+        ssize_t got = sendmsg(socket, &message, MSG_DONTWAIT | MSG_NOSIGNAL | MSG_MORE);
         if (got < 0 && errno == EINTR) continue;
         if (got <= 0) {
             int error = got ? errno : EAGAIN;
             if (error == EAGAIN && again(&recent, &since)) continue;
             return sent ? sent : -(int64_t)error;
         }
-        *waiting -= (size_t)got, sent += got, recent += (size_t)got;
+        sent += got, recent += (size_t)got;
+        advance_pieces(sum, pieces, index, (size_t)got);
     }
     return sent;
 }

@@ -81,9 +81,7 @@ def loaded(path: Path) -> ctypes.CDLL:
     library.copy_pieces.argtypes = (pointer, pointer, pointer, ctypes.c_int)
     library.receive_pieces.argtypes = (pointer, pointer, pointer, ctypes.c_int, size, size)
     library.receive_pieces.restype = ctypes.c_int64
-    library.send_pieces.argtypes = (
-        pointer, pointer, pointer, size, ctypes.c_int, ctypes.c_int, ctypes.c_int, pointer, pointer
-    )  # fmt: skip
+    library.send_pieces.argtypes = (pointer, pointer, pointer, ctypes.c_int, size)
     library.send_pieces.restype = ctypes.c_int64
     library.advance_pieces.argtypes = (pointer, pointer, pointer, size)
     for name in ("checksum_start", "copy_pieces", "advance_pieces"):

@@ -131,11 +131,9 @@ class Cursor:
     """A place in a payload's pieces, and how it moves on."""
 
     def __init__(self, pieces: Pieces) -> None:
-        self._views, self._table = pieces.views, pieces.table
+        self._views = pieces.views
         self._ends: list[int] = np.cumsum(pieces.table[:, 1]).tolist()
         self._index, self._done_bytes = 0, 0
-        self._own: np.ndarray | None = None  # the table, to be changed
-        self._address = 0
 
     def __bool__(self) -> bool:
         """Something is left."""
@@ -153,15 +151,6 @@ class Cursor:
                 break
             start = 0
         return found
-
-    def vector(self, limit_pieces: int) -> tuple[int, int]:
-        """The same for the system: address and length of an array of ``struct iovec``, good until the next call."""
-        if self._own is None:
-            self._own = self._table.copy()
-            self._address = self._own.ctypes.data
-        first, left = self._own[self._index], self._ends[self._index] - self._done_bytes
-        first[:] = int(first[0]) + int(first[1]) - left, left
-        return self._address + self._index * first.nbytes, min(limit_pieces, len(self._ends) - self._index)
 
     def advance(self, size_bytes: int) -> None:
         """Move on."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 
 import numpy as np
@@ -69,15 +68,7 @@ def test_pieces_of_a_pool_are_its_rows(slots: np.ndarray, data: st.DataObject) -
         limit = data.draw(st.integers(1, 4))
         ahead = b"".join(cursor.ahead(data.draw(st.integers(1, 100)), limit))
         assert ahead and want[len(read) :].startswith(ahead)
-        address, count = cursor.vector(limit)
-        assert want[len(read) :].startswith(vector_bytes(address, count)) and 1 <= count <= limit
         taken = data.draw(st.integers(1, len(ahead)))
         read += ahead[:taken]
         cursor.advance(taken)
     assert cursor.ahead(10) == [] and not cursor
-
-
-def vector_bytes(address: int, count: int) -> bytes:
-    """What an array of ``struct iovec`` names."""
-    table = (ctypes.c_uint64 * (2 * count)).from_address(address)
-    return b"".join(ctypes.string_at(table[2 * n], table[2 * n + 1]) for n in range(count))

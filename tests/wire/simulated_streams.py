@@ -173,6 +173,5 @@ class Streams:
             mock.patch("sglang_tpla.transfer.moving.os", SimpleNamespace(readv=Stream.readv)),
             # C knows the system's sockets only
             mock.patch("sglang_tpla.transfer.native.library", return_value=None),
-            mock.patch("sglang_tpla.transfer.channel.Splicer", side_effect=OSError),  # nothing to splice into
         ):
             yield
