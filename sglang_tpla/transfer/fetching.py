@@ -14,6 +14,7 @@ from sglang_tpla.transfer.receiving import Arrival, Connection, Kept, Link, Room
 from sglang_tpla.transfer.types import RoomState
 
 WINDOW_CHUNKS = 8  # of one room in flight, where staging has room for several such rooms
+MIN_WINDOW_CHUNKS = 4  # so that the next ones are on their way while one is acknowledged, and fill no whole quanta
 
 
 class DecodeFetching(DecodeDialing):
@@ -28,7 +29,7 @@ class DecodeFetching(DecodeDialing):
         self._kept: dict[int, Kept] = {}  # by offset in the arena
         self._staging_used_bytes = 0
         limit = self._settings.staging_bytes
-        window = max(2 * self._chunk_bytes, limit // 8)
+        window = max(MIN_WINDOW_CHUNKS * self._chunk_bytes, limit // 8)
         self._window_bytes = min(window, WINDOW_CHUNKS * self._chunk_bytes, limit)
 
     # Messages in (I/O thread)
