@@ -14,7 +14,9 @@ from sglang_tpla.transfer.receiving import Arrival, Connection, Kept, Link, Room
 from sglang_tpla.transfer.types import RoomState
 
 WINDOW_CHUNKS = 8  # of one room in flight, where staging has room for several such rooms
-MIN_WINDOW_CHUNKS = 4  # so that the next ones are on their way while one is acknowledged, and fill no whole quanta
+MIN_WINDOW_CHUNKS = (
+    4  # so that the next ones are on their way while one is acknowledged, and fill no whole quanta
+)
 
 
 class DecodeFetching(DecodeDialing):

@@ -38,16 +38,13 @@ def _library(size_bytes: int) -> ctypes.CDLL | None:
     return native.library() if size_bytes >= MIN_NATIVE_BYTES else None
 
 
-def copy_pieces(source: Pieces, target: Pieces, *, past_caches: bool = False) -> bytes:
-    """Copy a payload to as many bytes of other pieces; the checksum of ``source``, each byte after it was copied.
-
-    ``past_caches`` where nobody reads the target soon.
-    """
+def copy_pieces(source: Pieces, target: Pieces) -> bytes:
+    """Copy a payload to as many bytes of other pieces; the checksum of what was copied."""
     library = _library(source.size_bytes)
     if library is not None:
         checksum = Checksum(library)
         tables = [np.concatenate((pieces.table, END)) for pieces in (source, target)]
-        library.copy_pieces(checksum.pointer, *(table.ctypes.data for table in tables), past_caches)
+        library.copy_pieces(checksum.pointer, *(table.ctypes.data for table in tables))
         return checksum.digest()
     running, cursor = xxhash.xxh3_64(), Cursor(target)
     for view in source.views:

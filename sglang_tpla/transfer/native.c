@@ -21,6 +21,7 @@
 
 #define STRIPE 64  /* bytes that go into the accumulators at once */
 #define STRIPES 16 /* of one block, after which they are scrambled */
+#define BLOCK ((size_t)STRIPES * STRIPE)
 #define STEP ((size_t)256 << 10)
 #define VECTOR 64 /* pieces of one system call */
 #define PATIENCE_NS 200000 /* a fast peer goes on sooner than a thread wakes up; none that moves less than */
@@ -70,19 +71,21 @@ static void mix_portable(uint64_t *lanes, const uint8_t *data, size_t stripes, c
 }
 
 #ifdef HAS_AVX2
+/* Half of the accumulators with half of a stripe in them. */
+static inline __attribute__((always_inline, target("avx2"))) __m256i mixed(__m256i sum, __m256i value,
+                                                                           const uint8_t *secret) {
+    __m256i key = _mm256_xor_si256(value, _mm256_loadu_si256((const __m256i *)secret));
+    __m256i product = _mm256_mul_epu32(key, _mm256_srli_epi64(key, 32));
+    return _mm256_add_epi64(sum, _mm256_add_epi64(product, _mm256_shuffle_epi32(value, _MM_SHUFFLE(1, 0, 3, 2))));
+}
+
 __attribute__((target("avx2"))) static void mix_avx2(uint64_t *lanes, const uint8_t *data, size_t stripes,
                                                      const uint8_t *secret) {
     __m256i low = _mm256_loadu_si256((const __m256i *)lanes), high = _mm256_loadu_si256((const __m256i *)lanes + 1);
     for (size_t n = 0; n < stripes; n++, data += STRIPE, secret += 8) {
         _mm_prefetch((const char *)data + 512, _MM_HINT_T0);
-        for (int half = 0; half < 2; half++) {
-            __m256i value = _mm256_loadu_si256((const __m256i *)data + half);
-            __m256i key = _mm256_xor_si256(value, _mm256_loadu_si256((const __m256i *)secret + half));
-            __m256i product = _mm256_mul_epu32(key, _mm256_srli_epi64(key, 32));
-            __m256i swapped = _mm256_shuffle_epi32(value, _MM_SHUFFLE(1, 0, 3, 2));
-            __m256i *lane = half ? &high : &low;
-            *lane = _mm256_add_epi64(*lane, _mm256_add_epi64(product, swapped));
-        }
+        low = mixed(low, _mm256_loadu_si256((const __m256i *)data), secret);
+        high = mixed(high, _mm256_loadu_si256((const __m256i *)data + 1), secret + 32);
     }
     _mm256_storeu_si256((__m256i *)lanes, low);
     _mm256_storeu_si256((__m256i *)lanes + 1, high);
@@ -195,39 +198,69 @@ uint64_t checksum_end(const Checksum *sum) {
 }
 
 #ifdef HAS_AVX2
-/* memcpy past the caches: the target's lines need not be read first, and do not push out what is read again. */
-__attribute__((target("avx2"))) static void copy_past(uint8_t *to, const uint8_t *from, size_t size) {
-    size_t head = (size_t)(-(uintptr_t)to & 31);
-    if (head > size) head = size;
-    memcpy(to, from, head);
-    to += head, from += head, size -= head;
-    for (; size >= 128; to += 128, from += 128, size -= 128) {
-        _mm_prefetch((const char *)from + 1024, _MM_HINT_T0);
-        _mm_prefetch((const char *)from + 1088, _MM_HINT_T0);
-        __m256i a = _mm256_loadu_si256((const __m256i *)from), b = _mm256_loadu_si256((const __m256i *)from + 1);
-        __m256i c = _mm256_loadu_si256((const __m256i *)from + 2), d = _mm256_loadu_si256((const __m256i *)from + 3);
-        _mm256_stream_si256((__m256i *)to, a), _mm256_stream_si256((__m256i *)to + 1, b);
-        _mm256_stream_si256((__m256i *)to + 2, c), _mm256_stream_si256((__m256i *)to + 3, d);
+/* Copy whole blocks and check them on the way, while the next bytes come from memory. Past the caches where the target
+ * lies so (at 16 bytes): its lines need not be read first, and push nothing out. */
+static inline __attribute__((always_inline, target("avx2"))) void copy_blocks(uint64_t *lanes, uint8_t *to,
+                                                                              const uint8_t *from, size_t blocks,
+                                                                              const int aligned) {
+    const __m256i prime = _mm256_set1_epi64x(PRIME32_1);
+    __m256i sum[2] = {_mm256_loadu_si256((const __m256i *)lanes), _mm256_loadu_si256((const __m256i *)lanes + 1)};
+    for (; blocks; blocks--) {
+#pragma GCC unroll 16
+        for (int n = 0; n < STRIPES; n++, from += STRIPE, to += STRIPE) {
+            _mm_prefetch((const char *)from + 1024, _MM_HINT_T0);
+            for (int half = 0; half < 2; half++) {
+                __m256i value = _mm256_loadu_si256((const __m256i *)from + half);
+                if (aligned) {
+                    _mm_stream_si128((__m128i *)to + 2 * half, _mm256_castsi256_si128(value));
+                    _mm_stream_si128((__m128i *)to + 2 * half + 1, _mm256_extracti128_si256(value, 1));
+                } else _mm256_storeu_si256((__m256i *)to + half, value);
+                sum[half] = mixed(sum[half], value, SECRET + 8 * n + 32 * half);
+            }
+        }
+        for (int half = 0; half < 2; half++) {
+            __m256i key = _mm256_loadu_si256((const __m256i *)(SECRET + 128) + half), value = sum[half];
+            value = _mm256_xor_si256(_mm256_xor_si256(value, _mm256_srli_epi64(value, 47)), key);
+            __m256i high = _mm256_mul_epu32(_mm256_srli_epi64(value, 32), prime);
+            sum[half] = _mm256_add_epi64(_mm256_mul_epu32(value, prime), _mm256_slli_epi64(high, 32));
+        }
     }
-    memcpy(to, from, size);
+    _mm256_storeu_si256((__m256i *)lanes, sum[0]);
+    _mm256_storeu_si256((__m256i *)lanes + 1, sum[1]);
     _mm_sfence();
 }
+
+__attribute__((target("avx2"))) static void copy_blocks_avx2(uint64_t *lanes, uint8_t *to, const uint8_t *from,
+                                                             size_t blocks) {
+    if ((uintptr_t)to % 16) copy_blocks(lanes, to, from, blocks, 0);
+    else copy_blocks(lanes, to, from, blocks, 1);
+}
 #endif
 
-static void copy(uint8_t *to, const uint8_t *from, size_t size, int past_caches) {
+/* Copy `size` bytes, which go into the checksum. */
+static void copy_add(Checksum *sum, uint8_t *to, const uint8_t *from, size_t size) {
 #ifdef HAS_AVX2
-    if (past_caches && __builtin_cpu_supports("avx2")) {
-        copy_past(to, from, size);
-        return;
+    if (sum && size > BLOCK && sum->held_bytes % STRIPE == 0 && __builtin_cpu_supports("avx2")) {
+        size_t before = (STRIPES - (sum->stripe + sum->held_bytes / STRIPE)) % STRIPES * STRIPE; /* a block begins */
+        memcpy(to, from, before);
+        checksum_add(sum, from, before);
+        to += before, from += before, size -= before;
+        size_t blocks = (size - 1) / BLOCK;
+        if (blocks) {
+            if (sum->held_bytes) take_stripes(sum, sum->held, 1);
+            copy_blocks_avx2(sum->lanes, to, from, blocks);
+            to += blocks * BLOCK, from += blocks * BLOCK, size -= blocks * BLOCK;
+            memcpy(sum->before, from - STRIPE, STRIPE);
+            sum->total_bytes += blocks * BLOCK, sum->held_bytes = 0;
+        }
     }
 #endif
-    (void)past_caches;
     memcpy(to, from, size);
+    checksum_add(sum, from, size);
 }
 
-/* Copy pieces to as many bytes of other pieces; the checksum is of the source, each byte after it was copied.
- * `past_caches` where nobody reads the target soon. */
-void copy_pieces(Checksum *sum, const struct iovec *from, const struct iovec *to, int past_caches) {
+/* Copy pieces to as many bytes of other pieces; the checksum is of what was copied. */
+void copy_pieces(Checksum *sum, const struct iovec *from, const struct iovec *to) {
     size_t taken = 0, given = 0;
     for (;;) {
         while (taken == from->iov_len && from->iov_len) from++, taken = 0;
@@ -236,9 +269,7 @@ void copy_pieces(Checksum *sum, const struct iovec *from, const struct iovec *to
         size_t size = from->iov_len - taken;
         if (size > to->iov_len - given) size = to->iov_len - given;
         if (size > STEP) size = STEP;
-        const uint8_t *source = (const uint8_t *)from->iov_base + taken;
-        copy((uint8_t *)to->iov_base + given, source, size, past_caches);
-        checksum_add(sum, source, size);
+        copy_add(sum, (uint8_t *)to->iov_base + given, (const uint8_t *)from->iov_base + taken, size);
         taken += size, given += size;
     }
 }

@@ -78,7 +78,7 @@ def loaded(path: Path) -> ctypes.CDLL:
     library.checksum_bytes.restype = size
     library.checksum_start.argtypes = (pointer,)
     library.checksum_end.argtypes, library.checksum_end.restype = (pointer,), ctypes.c_uint64
-    library.copy_pieces.argtypes = (pointer, pointer, pointer, ctypes.c_int)
+    library.copy_pieces.argtypes = (pointer, pointer, pointer)
     library.receive_pieces.argtypes = (pointer, pointer, pointer, ctypes.c_int, size, size)
     library.receive_pieces.restype = ctypes.c_int64
     library.send_pieces.argtypes = (pointer, pointer, pointer, ctypes.c_int, size)

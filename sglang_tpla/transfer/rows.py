@@ -278,7 +278,7 @@ class RowWriter:
         assert self._rows is not None
         pieces = self.pieces(layers, slots, part)
         if pieces is not None:
-            return copy_pieces(one_piece(data), pieces, past_caches=True)
+            return copy_pieces(one_piece(data), pieces)
         start = 0
         checksum = frames.running_checksum()
         blocks: dict[int, list[Block]] = {}  # by the bytes of a row

@@ -63,6 +63,19 @@ def test_checksums_at_the_formula_s_edges(size: int) -> None:
     assert checksum_of(payload) == xxhash.xxh3_64_digest(content(payload))
 
 
+@pytest.mark.parametrize("offset", [0, 16, 5])
+@pytest.mark.parametrize(
+    "sizes", [[5000], [64, 5000], [1000, 4096, 24], [1024, 1025, 3072], [960, 64, 2048, 1], [5000, 7, 9000]]
+)
+def test_blocks_are_copied_and_checked_wherever_they_begin(sizes: list[int], offset: int) -> None:
+    source, room = pieces(sizes, 8), np.zeros(sum(sizes) + 128, dtype=np.uint8)
+    first = -room.ctypes.data % 64 + offset
+    target = room[first : first + sum(sizes)]
+    assert moving.copy_pieces(source, one_piece(target)) == xxhash.xxh3_64_digest(content(source))
+    assert target.tobytes() == content(source)
+    assert not room[:first].any() and not room[first + target.size :].any()
+
+
 @pytest.mark.parametrize("without", ["-DPORTABLE", "-DNO_AVX512"])
 def test_the_formula_of_older_processors_is_the_same(
     without: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
