@@ -22,7 +22,7 @@
 #define STRIPE 64  /* bytes that go into the accumulators at once */
 #define STRIPES 16 /* of one block, after which they are scrambled */
 #define BLOCK ((size_t)STRIPES * STRIPE)
-#define STEP ((size_t)256 << 10)
+#define STEP ((size_t)512 << 10)
 #define VECTOR 64 /* pieces of one system call */
 #define PATIENCE_NS 200000 /* a fast peer goes on sooner than a thread wakes up; none that moves less than */
 #define FAST_BYTES ((size_t)64 << 10) /* this between two waits is waited for */
