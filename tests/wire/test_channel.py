@@ -94,7 +94,9 @@ def test_a_channel_that_ends_between_rooms_is_opened_again(prefill: rig.PrefillR
             assert before > room * PAYLOAD_BYTES  # none went over ZMQ
             data.cut()
             rig.wait(lambda room=room: decode.agent.stats().resumed == room, "the connection")
-            rig.wait(lambda: prefill.agent.stats().data_channels == 1, "the channel")
+            (connection,) = decode.agent._connections.values()
+            new = [connection.identity]  # and no longer the one that was cut
+            rig.wait(lambda new=new: list(prefill.agent._doorway._channels) == new, "the channel")
 
 
 def test_a_port_that_hangs_up_on_everybody_is_done_without(prefill: rig.PrefillRank) -> None:
