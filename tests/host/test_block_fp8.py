@@ -12,21 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-HEADS, NOPE, V, LATENT, WIDTH, BLOCK = 4, 64, 32, 200, 72, 128
+from sglang_tpla.models.checkpoint import dequantise_blocks
+from tests.block_fp8 import BLOCK, quantise_blocks
 
-
-def block_quantised(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """e4m3 weights [out, in], scales of 128 x 128 blocks, and the float32 weights that they stand for."""
-    codes, stands = torch.empty_like(weight, dtype=torch.float8_e4m3fn), torch.empty_like(weight)
-    rows, columns = (-(-size // BLOCK) for size in weight.shape)
-    scales = torch.empty(rows, columns)
-    for i in range(rows):
-        for j in range(columns):
-            here = (slice(i * BLOCK, (i + 1) * BLOCK), slice(j * BLOCK, (j + 1) * BLOCK))
-            scales[i, j] = weight[here].abs().max() / 448
-            codes[here] = (weight[here] / scales[i, j]).to(torch.float8_e4m3fn)
-            stands[here] = codes[here].float() * scales[i, j]
-    return codes, scales, stands
+HEADS, NOPE, V, LATENT, WIDTH = 4, 64, 32, 200, 72
 
 
 @pytest.mark.parametrize(("as_on_a_gpu", "tolerance"), [(False, 0.04), (True, 0.006)], ids=["cpu", "gpu"])
@@ -43,7 +32,8 @@ def test_maps_fold_into_block_fp8_weights(
     generator = torch.Generator().manual_seed(4)
     weight = torch.randn(HEADS * (NOPE + V), LATENT, generator=generator)
     weight[:, BLOCK:] *= 5  # blocks of unlike scales
-    codes, scales, stands = block_quantised(weight)
+    codes, scales = quantise_blocks(weight)
+    stands = dequantise_blocks(codes, scales, (BLOCK, BLOCK))
     a, b = (torch.randn(WIDTH, LATENT, generator=generator) for _ in "ab")
 
     attention = torch.nn.Module()
