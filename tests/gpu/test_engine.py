@@ -8,6 +8,7 @@ to another one. How much of that is bfloat16 is what the same plain model differ
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import json
 import os
 from collections.abc import Iterator
@@ -15,14 +16,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from tokenizers import Tokenizer
 
 from sglang_tpla.calibrate.artifact import Artifact
+from sglang_tpla.calibrate.identity import weights_hash
 from sglang_tpla.evaluate.cache import cached_maps
 from sglang_tpla.evaluate.decode_error import model_maps
 from sglang_tpla.models.plain import PlainModel
+from tests.block_fp8 import RoundedInputs, convert, quantised_weights
 from tests.e2e.prompts import short_prompts, source
 from tests.gpu.engine import ANY_WIDTH, DEVICE, GPUS, OUR_KERNEL, Engines
 
@@ -31,6 +35,7 @@ TOKENS = 32
 LOGPROBS = {"return_logprob": True}
 CHUNKS = ("--chunked-prefill-size", "512")
 TINY, TINY_ARTIFACT = "SGLANG_TPLA_TEST_TINY", "SGLANG_TPLA_TEST_TINY_ARTIFACT"  # folder, file
+EXPERT_WIDTH = 512  # of tiny_fp8, whose experts are 64 wide: two blocks for each of two ranks
 RESULTS = "SGLANG_TPLA_TEST_RESULTS"  # folder for engine.json, all answers and the servers' logs
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32  # of the servers
 # Another order of sums in bfloat16 (fewer heads a rank, other kernels) moves the error by about this factor.
@@ -68,8 +73,9 @@ LAYOUTS = {
     "fp8-cache": Decoding(2, ("--kv-cache-dtype", "fp8_e4m3"), "fp8", 1e-3),
 }
 STOCK = LAYOUTS["one-group"]
-# tiny-mla is too large for the repository: the environment names its folder on machines that have it.
-MODELS = ("nano", "tiny") if TINY in os.environ else ("nano",)
+# tiny-mla is too large for the repository: the environment names its folder on machines that have it. Block-FP8 layers
+# run on GPUs alone.
+MODELS = ("nano", *(("tiny", "tiny_fp8")[: 2 if DEVICE == "cuda" else 1] if TINY in os.environ else ()))
 CASES = [(model, name) for model in MODELS for name, decoding in LAYOUTS.items() if decoding.serves(model)]
 on_every_layout = pytest.mark.parametrize(("bench", "layout"), CASES, indirect=["bench"])
 
@@ -88,13 +94,15 @@ class Bench:
         self.engines = Engines(model, log)
         self.plain = PlainModel(model, device=DEVICE)
         self.twin = PlainModel(model, DTYPE, device=DEVICE)
+        coded = quantised_weights(self.twin) if "quantization_config" in self.twin.checkpoint.config else []
+        self._rounded = RoundedInputs(coded) if coded else contextlib.nullcontext()
         tokenizer = Tokenizer.from_file(f"{model}/tokenizer.json")
         long = [source(seed, characters) for seed, characters in ((5, 2500), (6, 4500), (7, 12000))]
         texts = [*short_prompts(8, seed=3), *long]  # up to some 3,300 tokens: 7 chunks
         self.prompts = [tokenizer.encode(text).ids for text in texts]
         self.engines.start_stock(*CHUNKS)
         self.engines.start_prefill(*CHUNKS)
-        attention = OUR_KERNEL if name == "tiny" else ANY_WIDTH
+        attention = ANY_WIDTH if name == "nano" else OUR_KERNEL
         for layout in layouts:
             decoding = LAYOUTS[layout]
             flags: tuple[str, ...] = ("--tpla-groups", str(decoding.groups), *decoding.flags)
@@ -142,7 +150,9 @@ class Bench:
         for prompt, answer in zip(self.prompts, answers, strict=True):
             said = answer["meta_info"]["output_token_logprobs"]
             tokens = [token for _, token, *_ in said]
-            right, rounded = (self.expected(m, prompt, tokens, decoding) for m in (self.plain, self.twin))
+            right = self.expected(self.plain, prompt, tokens, decoding)
+            with self._rounded:
+                rounded = self.expected(self.twin, prompt, tokens, decoding)
             server.append((torch.tensor([value for value, *_ in said]) - right).abs())
             twin.append((rounded - right).abs())
         return torch.cat(server), torch.cat(twin)
@@ -179,6 +189,16 @@ def report() -> Iterator[dict[str, Any]]:
         (Path(folder) / "engine.json").write_text(json.dumps(found, indent=1))
 
 
+def block_fp8(folder: Path) -> tuple[str, str]:
+    """Checkpoint and artifact of ``tiny_fp8``. The maps are tiny's own: how good they are is not what is tested."""
+    model = folder / "tiny_fp8"
+    convert(Path(os.environ[TINY]), model, EXPERT_WIDTH)
+    maps = Artifact.load(os.environ[TINY_ARTIFACT])
+    meta = msgspec.structs.replace(maps.meta, model_name=model.name, weights_hash=weights_hash(model))
+    Artifact(meta, maps.tensors).save(folder / "tiny_fp8-g2.safetensors")
+    return str(model), str(folder / "tiny_fp8-g2.safetensors")
+
+
 @pytest.fixture(scope="module")
 def benches(
     request: pytest.FixtureRequest,
@@ -196,6 +216,8 @@ def benches(
     models = {"nano": (nano_mla, nano_artifact)}
     if TINY in os.environ:
         models["tiny"] = (os.environ[TINY], os.environ[TINY_ARTIFACT])
+    if "tiny_fp8" in chosen:
+        models["tiny_fp8"] = block_fp8(tmp_path_factory.mktemp("block_fp8"))
     found: dict[str, Bench] = {}
     try:
         for name, (model, artifact) in models.items():
