@@ -91,11 +91,14 @@ class Bench:
         log.mkdir(parents=True, exist_ok=True)
         self.name, self.artifact = name, Artifact.load(artifact)
         self._answers: dict[str, list[dict[str, Any]]] = {}
+        self._usual: torch.Tensor | None = None
         self.engines = Engines(model, log)
         self.plain = PlainModel(model, device=DEVICE)
         self.twin = PlainModel(model, DTYPE, device=DEVICE)
-        coded = quantised_weights(self.twin) if "quantization_config" in self.twin.checkpoint.config else []
-        self._rounded = RoundedInputs(coded) if coded else contextlib.nullcontext()
+        self.coded = "quantization_config" in self.twin.checkpoint.config
+        self._rounded = (
+            RoundedInputs(quantised_weights(self.twin)) if self.coded else contextlib.nullcontext()
+        )
         tokenizer = Tokenizer.from_file(f"{model}/tokenizer.json")
         long = [source(seed, characters) for seed, characters in ((5, 2500), (6, 4500), (7, 12000))]
         texts = [*short_prompts(8, seed=3), *long]  # up to some 3,300 tokens: 7 chunks
@@ -156,6 +159,16 @@ class Bench:
             server.append((torch.tensor([value for value, *_ in said]) - right).abs())
             twin.append((rounded - right).abs())
         return torch.cat(server), torch.cat(twin)
+
+    def usual(self, twin: torch.Tensor) -> torch.Tensor:
+        """What a server of this model may be expected to err by: the twin's errors, or stock's where those are larger
+        and the twin knows not all that is rounded.
+        """
+        if not self.coded:
+            return twin
+        if self._usual is None:
+            self._usual = self.errors(self.stock(), STOCK)[0]
+        return max(twin, self._usual, key=lambda errors: float(errors.mean()))
 
     def save(self, file: Path) -> None:
         """All answers: token and its logprob."""
@@ -257,17 +270,17 @@ def test_answers_follow_the_reference(bench: Bench, layout: str, report: dict[st
     }
     report[f"{bench.name} {layout}"] = entry
     assert info["tpla"]["groups"] == decoding.groups
-    assert_bfloat16(errors, twin, decoding)
+    assert_usual(errors, bench.usual(twin), decoding)
     if decoding.groups > 1:  # the comparison can tell TPLA from plain MLA
         assert float(to_plain.mean()) > float(errors.mean()), entry
 
 
-def assert_bfloat16(errors: torch.Tensor, twin: torch.Tensor, decoding: Decoding) -> None:
+def assert_usual(errors: torch.Tensor, usual: torch.Tensor, decoding: Decoding) -> None:
     """A server's errors are no larger than the servers' dtype explains."""
     slack = decoding.slack + FLOAT32
-    assert float(errors.mean()) <= NOISE * float(twin.mean()) + slack, (summary(errors), summary(twin))
-    p99 = 2 * NOISE * float(twin.quantile(0.99)) + 10 * slack
-    assert float(errors.quantile(0.99)) <= p99, (summary(errors), summary(twin))
+    assert float(errors.mean()) <= NOISE * float(usual.mean()) + slack, (summary(errors), summary(usual))
+    p99 = 2 * NOISE * float(usual.quantile(0.99)) + 10 * slack
+    assert float(errors.quantile(0.99)) <= p99, (summary(errors), summary(usual))
 
 
 @on_every_layout
@@ -300,4 +313,4 @@ def assert_good(bench: Bench, layout: str, answers: list[dict[str, Any]]) -> Non
     """Whole answers that follow the layout's reference."""
     errors, twin = bench.errors(answers, LAYOUTS[layout])
     assert errors.numel() == len(bench.prompts) * TOKENS
-    assert_bfloat16(errors, twin, LAYOUTS[layout])
+    assert_usual(errors, bench.usual(twin), LAYOUTS[layout])
