@@ -263,6 +263,9 @@ def test_answers_follow_the_reference(bench: Bench, layout: str, report: dict[st
         "ours": summary(errors),
         "reference_in_servers_dtype": summary(twin),
         "ours_against_plain_mla": summary(to_plain),
+        "closer_to_reference": float(
+            (errors < to_plain).float().mean()
+        ),  # than to plain MLA; share of tokens
         "greedy_agreement_with_stock": agreement(stock, ours),
         "prompts": len(stock),
         "attention_backend": info["attention_backend"],
@@ -272,7 +275,7 @@ def test_answers_follow_the_reference(bench: Bench, layout: str, report: dict[st
     assert info["tpla"]["groups"] == decoding.groups
     assert_usual(errors, bench.usual(twin), decoding)
     if decoding.groups > 1:  # the comparison can tell TPLA from plain MLA
-        assert float(to_plain.mean()) > float(errors.mean()), entry
+        assert entry["closer_to_reference"] > 0.5, entry
 
 
 def assert_usual(errors: torch.Tensor, usual: torch.Tensor, decoding: Decoding) -> None:
