@@ -1,8 +1,8 @@
 /* Copies, checks and receives payloads in pieces: each a single call that needs no Python (`native.py`).
  *
  * Checksums are XXH3, 64 bits, seed 0, default secret, of inputs longer than 240 bytes (xxHash's specification,
- * doc/xxhash_spec.md). Every function works through its pieces in steps that stay in a core's own cache, so that what
- * was copied or received is checked before it leaves there.
+ * doc/xxhash_spec.md). What is copied is checked on its way; what is sent or received, in steps that stay in a core's own
+ * cache, before it leaves there.
  */
 
 #define _GNU_SOURCE

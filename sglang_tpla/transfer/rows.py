@@ -268,7 +268,7 @@ class RowWriter:
         self, layers: range, slots: np.ndarray, shared: Sequence[int], part: Part, payload: memoryview
     ) -> bytes:
         """Write a payload to the rows ``slots`` of the pool layers ``layers`` (by index); returns when it is
-        there, with the payload's checksum, of which each byte was taken after that byte was written.
+        there, with the checksum of what was written.
         """
         data = np.frombuffer(payload, dtype=np.uint8)
         item = self.pool.dtype.itemsize

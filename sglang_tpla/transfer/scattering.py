@@ -2,9 +2,9 @@
 (`landing`), and check them.
 
 A chunk is written only while its room's `Writes` allow it, once, and acknowledged after that; the metadata row is
-written after the last chunk, and only then does the room succeed. Each byte is checked after it was written, while it
-is in the processor's caches: a damaged chunk does not count and is written over when it comes again, and one in an
-arena whose place was used anew meanwhile fails the check.
+written after the last chunk, and only then does the room succeed. What is checked is what was written: a damaged
+chunk does not count and is written over when it comes again, and one in an arena whose place was used anew meanwhile
+fails the check.
 """
 
 from __future__ import annotations
