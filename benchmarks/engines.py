@@ -1,14 +1,17 @@
 """The stock transfer engines' TCP writes, for comparison: mooncake and NIXL, where they are installed.
 
-Each gets the easiest task there is: two registered, contiguous buffers.
+Each gets the easiest task there is: two registered, contiguous buffers, in a process each. Their threads spin while
+they wait, so both processes stand still (SIGSTOP) while others are measured.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
+import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -28,100 +31,146 @@ def _cpu_seconds() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-def mooncake_child(pipe: Connection, size: int) -> None:
-    """The target of mooncake's writes."""
-    from mooncake.engine import TransferEngine
-
-    target = np.ones(size, dtype=np.uint8)
-    engine = TransferEngine()
-    engine.initialize("127.0.0.1", "P2PHANDSHAKE", "tcp", "")
-    engine.register_memory(target.ctypes.data, size)
-    pipe.send((engine.get_rpc_port(), target.ctypes.data))
+def _tell_cpu(pipe: Connection) -> None:
+    """A target: its CPU seconds so far, whenever it is asked."""
     while pipe.recv() is not None:
         pipe.send(_cpu_seconds())
 
 
-def mooncake(
-    child: Callable[..., Any], source: np.ndarray, size: int, count: Callable[[int], int]
-) -> Measure:
-    """Mooncake's transfer engine over TCP."""
-    try:
-        from mooncake.engine import TransferEngine
-    except ImportError as error:
-        raise NotHere(str(error)) from error
-    engine = TransferEngine()
-    if engine.initialize("127.0.0.1", "P2PHANDSHAKE", "tcp", "") != 0:
-        raise NotHere("its TCP transport does not start")
-    engine.register_memory(source.ctypes.data, size)
-    other = child(mooncake_child, size)
-    port, target = other.first
+def _write_all(pipe: Connection, write: Callable[[int], None]) -> None:
+    """A source: seconds and CPU seconds of each write of as many bytes as it is told."""
+    while (size := pipe.recv()) is not None:
+        before, start = _cpu_seconds(), time.perf_counter()
+        write(size)
+        pipe.send((time.perf_counter() - start, _cpu_seconds() - before))
 
-    def measure(tokens: int) -> tuple[float, float]:
-        want = count(tokens)
+
+@contextlib.contextmanager
+def _or_not_here(pipe: Connection) -> Iterator[None]:
+    """A child whose engine cannot be had says so instead of its first word."""
+    try:
+        yield
+    except ImportError as error:
+        pipe.send(NotHere(str(error)))
+        raise SystemExit(0) from error
+
+
+def mooncake_target(pipe: Connection, size: int) -> None:
+    """Where mooncake writes to."""
+    with _or_not_here(pipe):
+        from mooncake.engine import TransferEngine
+    target, engine = np.ones(size, dtype=np.uint8), TransferEngine()
+    if engine.initialize("127.0.0.1", "P2PHANDSHAKE", "tcp", "") != 0:
+        pipe.send(NotHere("its TCP transport does not start"))
+        return
+    engine.register_memory(target.ctypes.data, size)
+    pipe.send((engine.get_rpc_port(), target.ctypes.data))
+    _tell_cpu(pipe)
+
+
+def mooncake_source(pipe: Connection, size: int, said: tuple[int, int]) -> None:
+    """Mooncake's transfer engine over TCP."""
+    from mooncake.engine import TransferEngine
+
+    (port, target), source, engine = said, np.ones(size, dtype=np.uint8), TransferEngine()
+    engine.initialize("127.0.0.1", "P2PHANDSHAKE", "tcp", "")
+    engine.register_memory(source.ctypes.data, size)
+    pipe.send("ready")
+
+    def write(want: int) -> None:
         starts = range(0, want, PIECE)
-        other.pipe.send("cpu")
-        before, start = _cpu_seconds() + other.pipe.recv(), time.perf_counter()
         status = engine.batch_transfer_sync_write(
             f"127.0.0.1:{port}",
             [source.ctypes.data + offset for offset in starts],
             [target + offset for offset in starts],
             [min(PIECE, want - offset) for offset in starts],
         )
-        seconds = time.perf_counter() - start
         if status != 0:
             raise RuntimeError(f"mooncake failed with status {status}")
-        other.pipe.send("cpu")
-        return seconds, _cpu_seconds() + other.pipe.recv() - before
 
-    return measure
+    _write_all(pipe, write)
 
 
-def nixl_transports() -> str:
-    """TCP; beside a GPU NIXL does not start without a transport that copies to it."""
-    return "tcp,cuda_copy" if torch.cuda.is_available() else "tcp"
-
-
-def nixl_child(pipe: Connection, size: int) -> None:
-    """The target of NIXL's writes."""
-    os.environ["UCX_TLS"] = nixl_transports()
+def _nixl_agent(name: str) -> Any:
+    # TCP; beside a GPU it does not start without a transport that copies to it
+    os.environ["UCX_TLS"] = "tcp,cuda_copy" if torch.cuda.is_available() else "tcp"
     from nixl._api import nixl_agent, nixl_agent_config
 
+    return nixl_agent(name, nixl_agent_config(backends=["UCX"]))
+
+
+def nixl_target(pipe: Connection, size: int) -> None:
+    """Where NIXL writes to."""
+    with _or_not_here(pipe):
+        agent = _nixl_agent("target")
     target = np.ones(size, dtype=np.uint8)
-    agent = nixl_agent("target", nixl_agent_config(backends=["UCX"]))
     agent.register_memory([(target.ctypes.data, size, 0, "")], "DRAM")
     pipe.send((agent.get_agent_metadata(), target.ctypes.data))
-    while pipe.recv() is not None:
-        pipe.send(_cpu_seconds())
+    _tell_cpu(pipe)
 
 
-def nixl(child: Callable[..., Any], source: np.ndarray, size: int, count: Callable[[int], int]) -> Measure:
+def nixl_source(pipe: Connection, size: int, said: tuple[bytes, int]) -> None:
     """NIXL with UCX over TCP."""
-    os.environ["UCX_TLS"] = nixl_transports()
-    try:
-        from nixl._api import nixl_agent, nixl_agent_config
-    except ImportError as error:
-        raise NotHere(str(error)) from error
-    agent = nixl_agent("source", nixl_agent_config(backends=["UCX"]))
+    (metadata, target), source, agent = said, np.ones(size, dtype=np.uint8), _nixl_agent("source")
     agent.register_memory([(source.ctypes.data, size, 0, "")], "DRAM")
-    other = child(nixl_child, size)
-    metadata, target = other.first
     name = agent.add_remote_agent(metadata)
+    pipe.send("ready")
 
-    def measure(tokens: int) -> tuple[float, float]:
-        want = count(tokens)
-        other.pipe.send("cpu")
-        before, start = _cpu_seconds() + other.pipe.recv(), time.perf_counter()
+    def write(want: int) -> None:
         local = agent.get_xfer_descs([(source.ctypes.data, want, 0)], "DRAM")
         remote = agent.get_xfer_descs([(target, want, 0)], "DRAM")
         handle = agent.initialize_xfer("WRITE", local, remote, name)
         state = agent.transfer(handle)
         while state not in ("DONE", "ERR"):
             state = agent.check_xfer_state(handle)
-        seconds = time.perf_counter() - start
         if state == "ERR":
             raise RuntimeError("NIXL failed")
         agent.release_xfer_handle(handle)
-        other.pipe.send("cpu")
-        return seconds, _cpu_seconds() + other.pipe.recv() - before
 
+    _write_all(pipe, write)
+
+
+ENGINES = {"mooncake": (mooncake_target, mooncake_source), "NIXL": (nixl_target, nixl_source)}
+
+
+def engine(
+    name: str, child: Callable[..., Any], size: int, count: Callable[[int], int], stack: contextlib.ExitStack
+) -> Measure:
+    """One of `ENGINES`.
+
+    Args:
+        child: starts a process: ``child(function, *arguments)`` with ``first``, ``pipe`` and ``process``.
+        size: of the buffers, in bytes.
+        count: bytes of a number of tokens.
+        stack: the processes go on at its end, so that they can end.
+
+    Raises:
+        NotHere: it is not installed, or does not start.
+    """
+    at_target, at_source = ENGINES[name]
+    target = child(at_target, size)
+    if isinstance(target.first, NotHere):
+        raise target.first
+    source = child(at_source, size, target.first)
+    pair = target, source
+
+    def let_run(signal_number: int) -> None:
+        for one in pair:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(one.process.pid, signal_number)
+
+    def measure(tokens: int) -> tuple[float, float]:
+        let_run(signal.SIGCONT)
+        try:
+            target.pipe.send("cpu")
+            before = target.pipe.recv()
+            source.pipe.send(count(tokens))
+            seconds, cpu = source.pipe.recv()
+            target.pipe.send("cpu")
+            return seconds, cpu + target.pipe.recv() - before
+        finally:
+            let_run(signal.SIGSTOP)
+
+    let_run(signal.SIGSTOP)
+    stack.callback(let_run, signal.SIGCONT)
     return measure

@@ -10,7 +10,7 @@ One run measures, for each length, one after another in each repetition so that 
     cp through shm     the same bytes copied into shared memory by one process, then out of it by another
     memcpy             one copy of the same bytes in one process
     mooncake, NIXL     the engines' own TCP write between registered, contiguous buffers, where they are installed
-                       (`make bench-engines`)
+                       (`make bench-engines`); their processes stand still meanwhile
 
 The best of the repetitions counts; the medians stand beside it. Rows are V3-shaped (512 + 64 values, bfloat16), layers
 are as many of 61 as fit in --memory-gib a process, pages are scattered in runs of 64 tokens. Writes a table, and JSON
@@ -272,9 +272,9 @@ class Bench:
             lambda: np.copyto(target[: self.bytes(count)], source[: self.bytes(count)])
         )
         self.missing: dict[str, str] = {}
-        for name, make in (("mooncake", engines.mooncake), ("NIXL", engines.nixl)):
+        for name in engines.ENGINES:
             try:
-                self.measures[name] = make(self.child, source, self.size, self.bytes)
+                self.measures[name] = engines.engine(name, self.child, self.size, self.bytes, stack)
             except engines.NotHere as error:
                 self.missing[name] = str(error)
 
