@@ -73,7 +73,9 @@ def mooncake_source(pipe: Connection, size: int, said: tuple[int, int]) -> None:
     from mooncake.engine import TransferEngine
 
     (port, target), source, engine = said, np.ones(size, dtype=np.uint8), TransferEngine()
-    engine.initialize("127.0.0.1", "P2PHANDSHAKE", "tcp", "")
+    if engine.initialize("127.0.0.1", "P2PHANDSHAKE", "tcp", "") != 0:
+        pipe.send(NotHere("its TCP transport does not start a second time"))
+        return
     engine.register_memory(source.ctypes.data, size)
     pipe.send("ready")
 
@@ -152,6 +154,8 @@ def engine(
     if isinstance(target.first, NotHere):
         raise target.first
     source = child(at_source, size, target.first)
+    if isinstance(source.first, NotHere):
+        raise source.first
     pair = target, source
 
     def let_run(signal_number: int) -> None:

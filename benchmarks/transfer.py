@@ -10,7 +10,7 @@ One run measures, for each length, one after another in each repetition so that 
     cp through shm     the same bytes copied into shared memory by one process, then out of it by another
     memcpy             one copy of the same bytes in one process
     mooncake, NIXL     the engines' own TCP write between registered, contiguous buffers, where they are installed
-                       (`make bench-engines`); their processes stand still meanwhile
+                       (`make bench-engines`); their processes stand still while others are measured
 
 The best of the repetitions counts; the medians stand beside it. Rows are V3-shaped (512 + 64 values, bfloat16), layers
 are as many of 61 as fit in --memory-gib a process, pages are scattered in runs of 64 tokens. Writes a table, and JSON

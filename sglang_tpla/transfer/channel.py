@@ -60,14 +60,20 @@ def set_up(stream: socket.socket, timeout_s: float) -> None:
     stream.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, BUFFER_BYTES)
 
 
+def wrong(digest: bytes) -> bytes:
+    """A checksum that is not this one."""
+    return bytes(byte ^ 0xFF for byte in digest)
+
+
 class Parcel:
     """One chunk on its way into a socket.
 
     Args:
         header: copied when it is sent.
-        payload: left as it is until the other side has said that it has it, or nobody wants it any more.
+        payload: left as it is until ``done``, or until nobody wants it any more.
         digest: its checksum, where that is known already.
-        wanted: asked once, before it is begun.
+        wanted: asked before it is begun, and after the last byte: what nobody wants any more may have changed on its
+            way, and goes with a wrong checksum.
         done: called once with the checksum, when the socket has taken all of it; with nothing, if it was left out.
     """
 
@@ -130,9 +136,9 @@ class Outbox:
                 while parcel.payload.left_bytes:
                     self.sent_bytes += parcel.payload.send(self.stream)
                 parcel.digest = parcel.payload.digest()
-                parcel.tail = memoryview(parcel.digest)
+                parcel.tail = memoryview(parcel.digest if parcel.wanted() else wrong(parcel.digest))
             while parcel.tail:
-                sent = self.stream.send(parcel.tail, socket.MSG_MORE if len(self._parcels) > 1 else 0)
+                sent = self.stream.send(parcel.tail)
                 self.sent_bytes += sent
                 parcel.tail = parcel.tail[sent:]
         except BlockingIOError:

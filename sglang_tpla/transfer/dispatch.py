@@ -121,11 +121,12 @@ class PrefillDispatch(PrefillResuming):
         for stream in streams:
             stream.unacked[chunk] = None
             if slot.buffer.size:
-                stream.unacked[chunk] = slot
-                slot.pending += 1  # until the rank has read it
                 stream.peer.slots_held += 1
                 slot.holders.append(stream.peer.release_slot)
-            if lane.mode is not Mode.LOCAL:
+            if lane.mode is Mode.LOCAL:
+                stream.unacked[chunk] = slot
+                slot.pending += 1  # until the rank has read it
+            else:
                 stream.sent_bytes += lane.plan.size(sequence)
         return Load(lane, list(streams))
 

@@ -13,10 +13,9 @@ from sglang_tpla.transfer.landing import PoolLanding
 from sglang_tpla.transfer.receiving import Arrival, Connection, Kept, Link, Room, Source
 from sglang_tpla.transfer.types import RoomState
 
-WINDOW_CHUNKS = 8  # of one room in flight, where staging has room for several such rooms
-MIN_WINDOW_CHUNKS = (
-    4  # so that the next ones are on their way while one is acknowledged, and fill no whole quanta
-)
+# Of one room in flight, where staging has room for several such rooms: more are on their way while one is acknowledged,
+# and a chunk seldom fills the whole chunk's worth of credit that it was given.
+MIN_WINDOW_CHUNKS, WINDOW_CHUNKS = 4, 8
 
 
 class DecodeFetching(DecodeDialing):
@@ -31,8 +30,8 @@ class DecodeFetching(DecodeDialing):
         self._kept: dict[int, Kept] = {}  # by offset in the arena
         self._staging_used_bytes = 0
         limit = self._settings.staging_bytes
-        window = max(MIN_WINDOW_CHUNKS * self._chunk_bytes, limit // 8)
-        self._window_bytes = min(window, WINDOW_CHUNKS * self._chunk_bytes, limit)
+        few, most = MIN_WINDOW_CHUNKS * self._chunk_bytes, WINDOW_CHUNKS * self._chunk_bytes
+        self._window_bytes = min(max(few, limit // 8), most, max(2 * self._chunk_bytes, limit // 4))
 
     # Messages in (I/O thread)
 

@@ -1,5 +1,5 @@
-"""Copies, checksums and reads of payloads in pieces (`runs.Pieces`): in C (`native`) where that is compiled, else the
-same in Python.
+"""Copies, checksums, sends and reads of payloads in pieces (`runs.Pieces`): in C (`native`) where that is compiled,
+else the same in Python.
 """
 
 from __future__ import annotations

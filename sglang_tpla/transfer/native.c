@@ -1,8 +1,9 @@
-/* Copies, checks and receives payloads in pieces: each a single call that needs no Python (`native.py`).
+/* Copies, sends and receives payloads in pieces, and checks them: each a single call that needs no Python
+ * (`native.py`).
  *
  * Checksums are XXH3, 64 bits, seed 0, default secret, of inputs longer than 240 bytes (xxHash's specification,
- * doc/xxhash_spec.md). What is copied is checked on its way; what is sent or received, in steps that stay in a core's own
- * cache, before it leaves there.
+ * doc/xxhash_spec.md). What is copied is checked on its way; what is sent or received, in steps that stay in a core's
+ * own cache, before it leaves there.
  */
 
 #define _GNU_SOURCE
@@ -92,10 +93,11 @@ __attribute__((target("avx2"))) static void mix_avx2(uint64_t *lanes, const uint
 }
 #endif
 
-#if defined(HAS_AVX2) && !defined(NO_AVX512)
+#if defined(HAS_AVX2) && !defined(NO_AVX512) && (defined(__clang__) || __GNUC__ >= 7)
 #define HAS_AVX512 1
 /* Whole blocks, scrambled too, with all that they need in registers. */
-__attribute__((target("avx512f,avx512dq"))) static void mix_blocks(uint64_t *lanes, const uint8_t *data, size_t blocks) {
+__attribute__((target("avx512f,avx512dq"))) static void mix_blocks(uint64_t *lanes, const uint8_t *data,
+                                                                   size_t blocks) {
     __m512i sum = _mm512_loadu_si512(lanes), secret[STRIPES], last = _mm512_loadu_si512(SECRET + 128);
     for (int n = 0; n < STRIPES; n++) secret[n] = _mm512_loadu_si512(SECRET + 8 * n);
     for (; blocks; blocks--) {
@@ -198,13 +200,15 @@ uint64_t checksum_end(const Checksum *sum) {
 }
 
 #ifdef HAS_AVX2
-/* Copy whole blocks and check them on the way, while the next bytes come from memory. Past the caches where the target
- * lies so (at 16 bytes): its lines need not be read first, and push nothing out. */
+/* Copy whole blocks and check them (if there are `lanes`) on the way, while the next bytes come from memory. Past the
+ * caches where the target lies so (at 16 bytes): its lines need not be read first, and push nothing out. */
 static inline __attribute__((always_inline, target("avx2"))) void copy_blocks(uint64_t *lanes, uint8_t *to,
                                                                               const uint8_t *from, size_t blocks,
-                                                                              const int aligned) {
+                                                                              const int aligned, const int checked) {
     const __m256i prime = _mm256_set1_epi64x(PRIME32_1);
-    __m256i sum[2] = {_mm256_loadu_si256((const __m256i *)lanes), _mm256_loadu_si256((const __m256i *)lanes + 1)};
+    __m256i sum[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
+    if (checked)
+        for (int half = 0; half < 2; half++) sum[half] = _mm256_loadu_si256((const __m256i *)lanes + half);
     for (; blocks; blocks--) {
 #pragma GCC unroll 16
         for (int n = 0; n < STRIPES; n++, from += STRIPE, to += STRIPE) {
@@ -215,48 +219,52 @@ static inline __attribute__((always_inline, target("avx2"))) void copy_blocks(ui
                     _mm_stream_si128((__m128i *)to + 2 * half, _mm256_castsi256_si128(value));
                     _mm_stream_si128((__m128i *)to + 2 * half + 1, _mm256_extracti128_si256(value, 1));
                 } else _mm256_storeu_si256((__m256i *)to + half, value);
-                sum[half] = mixed(sum[half], value, SECRET + 8 * n + 32 * half);
+                if (checked) sum[half] = mixed(sum[half], value, SECRET + 8 * n + 32 * half);
             }
         }
-        for (int half = 0; half < 2; half++) {
+        for (int half = 0; checked && half < 2; half++) {
             __m256i key = _mm256_loadu_si256((const __m256i *)(SECRET + 128) + half), value = sum[half];
             value = _mm256_xor_si256(_mm256_xor_si256(value, _mm256_srli_epi64(value, 47)), key);
             __m256i high = _mm256_mul_epu32(_mm256_srli_epi64(value, 32), prime);
             sum[half] = _mm256_add_epi64(_mm256_mul_epu32(value, prime), _mm256_slli_epi64(high, 32));
         }
     }
-    _mm256_storeu_si256((__m256i *)lanes, sum[0]);
-    _mm256_storeu_si256((__m256i *)lanes + 1, sum[1]);
-    _mm_sfence();
+    if (checked)
+        for (int half = 0; half < 2; half++) _mm256_storeu_si256((__m256i *)lanes + half, sum[half]);
+    _mm_sfence(); /* another process may read them next */
 }
 
 __attribute__((target("avx2"))) static void copy_blocks_avx2(uint64_t *lanes, uint8_t *to, const uint8_t *from,
                                                              size_t blocks) {
-    if ((uintptr_t)to % 16) copy_blocks(lanes, to, from, blocks, 0);
-    else copy_blocks(lanes, to, from, blocks, 1);
+    int aligned = (uintptr_t)to % 16 == 0;
+    if (lanes && aligned) copy_blocks(lanes, to, from, blocks, 1, 1);
+    else if (lanes) copy_blocks(lanes, to, from, blocks, 0, 1);
+    else if (aligned) copy_blocks(lanes, to, from, blocks, 1, 0);
+    else memcpy(to, from, blocks * BLOCK);
 }
 #endif
 
-/* Copy `size` bytes, which go into the checksum. */
+/* Copy `size` bytes; the checksum, if there is one, is of what was written. */
 static void copy_add(Checksum *sum, uint8_t *to, const uint8_t *from, size_t size) {
 #ifdef HAS_AVX2
-    if (sum && size > BLOCK && sum->held_bytes % STRIPE == 0 && __builtin_cpu_supports("avx2")) {
-        size_t before = (STRIPES - (sum->stripe + sum->held_bytes / STRIPE)) % STRIPES * STRIPE; /* a block begins */
+    if (size > BLOCK && (!sum || sum->held_bytes % STRIPE == 0) && __builtin_cpu_supports("avx2")) {
+        size_t done = sum ? sum->stripe + sum->held_bytes / STRIPE : 0; /* stripes of a block that has begun */
+        size_t before = (STRIPES - done) % STRIPES * STRIPE;
         memcpy(to, from, before);
-        checksum_add(sum, from, before);
+        checksum_add(sum, to, before);
         to += before, from += before, size -= before;
         size_t blocks = (size - 1) / BLOCK;
-        if (blocks) {
-            if (sum->held_bytes) take_stripes(sum, sum->held, 1);
-            copy_blocks_avx2(sum->lanes, to, from, blocks);
-            to += blocks * BLOCK, from += blocks * BLOCK, size -= blocks * BLOCK;
-            memcpy(sum->before, from - STRIPE, STRIPE);
+        if (blocks && sum && sum->held_bytes) take_stripes(sum, sum->held, 1);
+        if (blocks) copy_blocks_avx2(sum ? sum->lanes : NULL, to, from, blocks);
+        to += blocks * BLOCK, from += blocks * BLOCK, size -= blocks * BLOCK;
+        if (blocks && sum) {
+            memcpy(sum->before, to - STRIPE, STRIPE);
             sum->total_bytes += blocks * BLOCK, sum->held_bytes = 0;
         }
     }
 #endif
     memcpy(to, from, size);
-    checksum_add(sum, from, size);
+    checksum_add(sum, to, size);
 }
 
 /* Copy pieces to as many bytes of other pieces; the checksum is of what was copied. */
@@ -275,7 +283,7 @@ void copy_pieces(Checksum *sum, const struct iovec *from, const struct iovec *to
 }
 
 /* Move on by `size` bytes, which go into the checksum. */
-void advance_pieces(Checksum *sum, struct iovec *pieces, size_t *index, size_t size) {
+static void advance_pieces(Checksum *sum, struct iovec *pieces, size_t *index, size_t size) {
     while (size) {
         struct iovec *piece = pieces + *index;
         size_t part = size < piece->iov_len ? size : piece->iov_len;

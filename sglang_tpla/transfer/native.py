@@ -83,8 +83,7 @@ def loaded(path: Path) -> ctypes.CDLL:
     library.receive_pieces.restype = ctypes.c_int64
     library.send_pieces.argtypes = (pointer, pointer, pointer, ctypes.c_int, size)
     library.send_pieces.restype = ctypes.c_int64
-    library.advance_pieces.argtypes = (pointer, pointer, pointer, size)
-    for name in ("checksum_start", "copy_pieces", "advance_pieces"):
+    for name in ("checksum_start", "copy_pieces"):
         getattr(library, name).restype = None
     return library
 

@@ -122,9 +122,8 @@ class Layers:
         places = self._places[layers.start : layers.stop, None]  # [layers, 1, address and row bytes]
         table = spans * places[:, :, 1:]
         table[:, :, 0] += places[:, :, 0]
-        return Pieces(
-            np.ascontiguousarray(table.reshape(-1, 2)), self._rows
-        )  # numpy may lay it out otherwise
+        # numpy may lay it out otherwise
+        return Pieces(np.ascontiguousarray(table.reshape(-1, 2)), self._rows)
 
 
 class Cursor:
@@ -135,11 +134,7 @@ class Cursor:
         self._ends: list[int] = np.cumsum(pieces.table[:, 1]).tolist()
         self._index, self._done_bytes = 0, 0
 
-    def __bool__(self) -> bool:
-        """Something is left."""
-        return self._index < len(self._ends)
-
-    def ahead(self, limit_bytes: int, limit_pieces: int = 64) -> list[memoryview]:
+    def ahead(self, limit_bytes: int, limit_pieces: int) -> list[memoryview]:
         """What comes next; empty at the end."""
         found = []
         start = self._done_bytes - (self._ends[self._index - 1] if self._index else 0)

@@ -1,8 +1,9 @@
 """Sender-side staging: fixed slots that the socket and the ranks of this host read straight from.
 
-A slot is taken for one chunk and filled once. It is free again when nobody holds it: the maker, ZMQ (its
-tracker says so), and each rank that has not yet acknowledged the chunk. The ceiling is the memory of all slots;
-nothing is allocated beyond it. A chunk that is sent from where it lies in the pool has a slot without memory.
+A slot is taken for one chunk and filled once. It is free again when nobody holds it: the maker, sockets that have not
+taken it yet (ZMQ's tracker says so), and each rank of this host that has not yet acknowledged the chunk. The ceiling is
+the memory of all slots; nothing is allocated beyond it. A chunk that is sent from where it lies in the pool has a slot
+without memory.
 """
 
 from __future__ import annotations

@@ -94,11 +94,12 @@ def test_unwanted_parcels_are_left_out_and_begun_ones_finished(
     outbox.flush()
     assert begun.begun and log == []
     begun.wanted = lambda: False
-    came: list[bytes] = []
+    came: list[tuple[bytes, bool]] = []
     while len(came) < 2:
         outbox.flush()
-        came += [bytes(payload) for _, payload, _ in box.receive(1 << 20)]
-    assert came == [b"a" * 100_000, b"c" * 70]
+        came += [(bytes(payload), tail == checksum(payload)) for _, payload, tail in box.receive(1 << 20)]
+    # what nobody wanted any more before it had gone does not count
+    assert came == [(b"a" * 100_000, False), (b"c" * 70, True)]
     assert log == [100_000, -50, 70]
 
 

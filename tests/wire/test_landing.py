@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from sglang_tpla.transfer import frames, native, runs
-from sglang_tpla.transfer.channel import SIZES
+from sglang_tpla.transfer import channel, frames, native, runs
+from sglang_tpla.transfer.channel import PREAMBLE, SIZES
 from sglang_tpla.transfer.types import RoomState
 from tests.wire import rig
-from tests.wire.fakes import FakePrefill
+from tests.wire.fakes import FakeDecode, FakePrefill, hello
 from tests.wire.test_channel import PAGES, transfer
 
 TOKENS = 2 * rig.PAGE
@@ -169,3 +169,35 @@ def test_every_way_is_right_to_the_last_bit(way: str, monkeypatch: pytest.Monkey
         assert prefill.agent.stats().resent == 0
         rig.wait(lambda: prefill.agent.stats().staging_used_bytes == 0, "staging to be free")
     assert PAGES * rig.PAGE > TOKENS
+
+
+def test_rows_that_their_next_owner_wrote_on_the_way_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The room ends in mid-payload and its pages are written over: what is on its way comes with a wrong checksum."""
+    monkeypatch.setattr(channel, "BUFFER_BYTES", 4096)
+    prefill = rig.prefill_rank(chunk_bytes=256 << 10, staging_bytes=1 << 20)
+    pages = np.arange(PAGES, dtype=np.int32)
+    with contextlib.closing(prefill.agent), contextlib.closing(FakeDecode(prefill.agent.address[1])) as fake:
+        fake.say(hello(host="far", max_chunk_bytes=256 << 10))
+        welcome, _ = fake.expect(frames.Welcome)
+        fake.say(frames.Mapped(fake.expect(frames.Neighbours)[0].number, ()))
+        with socket.socket() as stream:
+            stream.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            stream.connect(("127.0.0.1", welcome.data.port))
+            stream.sendall(PREAMBLE + welcome.data.cookie)
+            rig.wait(lambda: prefill.agent.stats().data_channels == 1, "the channel")
+            prefill.agent.open_room(1)
+            fake.say(frames.Request(1, 1, 1, 0, PAGES * rig.PAGE, False, 0, 1))
+            fake.say(frames.Credit(1, 1, 1 << 20))
+            prefill.agent.send(1, pages, last=True, metadata_row=0)
+            header_bytes, size_bytes = SIZES.unpack(stream.recv(SIZES.size, socket.MSG_WAITALL))
+            stream.recv(header_bytes, socket.MSG_WAITALL)
+            before = prefill.pool.layers[-1].clone()
+            prefill.agent.abort(1, "its client left")
+            prefill.pool.layers[-1].zero_()
+            payload = stream.recv(size_bytes, socket.MSG_WAITALL)
+            said = stream.recv(frames.CHECKSUM_BYTES, socket.MSG_WAITALL)
+    rows = before[: PAGES * rig.PAGE].view(torch.uint8).numpy().tobytes()
+    assert size_bytes == 3 * len(rows) and not payload.endswith(
+        rows[-100:]
+    )  # the last layer came as it is now
+    assert said != frames.checksum(payload)
