@@ -72,9 +72,8 @@ class Staging:
         return self.slots * self.slot_bytes
 
     def take(self) -> Slot | None:
-        """A free slot, or None."""
-        if not self._free:
-            self.reap()
+        """A free slot, or None. The one that came free last: memory is touched only where that much is in use."""
+        self.reap()
         if not self._free or not self._has_memory(self._free[-1]):
             return None
         slot = self._free.pop()
