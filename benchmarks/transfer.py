@@ -40,6 +40,7 @@ from typing import Any
 import engines
 import numpy as np
 import torch
+from pacing import pace, pace_channels
 from wire_values import wire_values
 
 from sglang_tpla.config import Settings
@@ -128,9 +129,10 @@ def switch_checksums(on: bool) -> None:
 # Children: each serves commands from a pipe and answers with (seconds, cpu_seconds) or a value.
 
 
-def prefill_child(pipe: Connection, tokens: int, layers: int) -> None:
+def prefill_child(pipe: Connection, tokens: int, layers: int, gigabits_s: float) -> None:
     """A prefill agent with random rows."""
     torch.set_num_threads(1)
+    pace_channels(gigabits_s)
     pool = make_pool(tokens, layers)
     metadata = MetadataRows([np.zeros((8, 64), dtype=np.uint8)])
     agent = PrefillAgent(
@@ -246,12 +248,12 @@ class Bench:
     length.
     """
 
-    def __init__(self, tokens: int, layers: int, stack: contextlib.ExitStack) -> None:
+    def __init__(self, tokens: int, layers: int, gigabits_s: float, stack: contextlib.ExitStack) -> None:
         self.layers, self.size = layers, tokens * layers * ROW_BYTES
-        self.stack, self.room = stack, 0
+        self.stack, self.room, self.gigabits_s = stack, 0, gigabits_s
         self.pages = np.random.default_rng(1).permutation(tokens // PAGE).astype(np.int32)
         self.measures: dict[str, Measure] = {}
-        prefill = self.child(prefill_child, tokens, layers)
+        prefill = self.child(prefill_child, tokens, layers, gigabits_s)
         port = prefill.first[1]
         for name, host_id, data_channel in (
             ("two hosts", "far", 1),
@@ -308,6 +310,7 @@ class Bench:
         """One connection, large pieces, and one byte back at the end."""
         child = self.child(socket_child, self.size)
         stream = self.stack.enter_context(socket.create_connection(("127.0.0.1", child.first)))
+        pace(stream, self.gigabits_s)
         view = memoryview(source)
 
         def send(size: int) -> None:
@@ -347,11 +350,13 @@ class Bench:
         return measure
 
 
-def measure(tokens: Sequence[int], layers: int, repeat: int, without: Sequence[str]) -> list[dict[str, Any]]:
+def measure(
+    tokens: Sequence[int], layers: int, repeat: int, without: Sequence[str], gigabits_s: float
+) -> list[dict[str, Any]]:
     """All contestants at some lengths with one number of layers; also which could not be measured, and why."""
     rows: list[dict[str, Any]] = []
     with contextlib.ExitStack() as stack:
-        bench = Bench(max(tokens), layers, stack)
+        bench = Bench(max(tokens), layers, gigabits_s, stack)
         for count in tokens:
             taken: dict[str, list[tuple[float, float]]] = {}
             for _ in range(repeat + 1):
@@ -414,6 +419,12 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 4096, 16384, 65536])
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--without", nargs="+", default=[], help="contestants to leave out")
+    parser.add_argument(
+        "--link-gbit-s",
+        type=float,
+        default=0.0,
+        help="gigabits a second; the data channel and the raw socket are paced",
+    )
     parser.add_argument("--memory-gib", type=float, default=1.1)
     parser.add_argument("--engines", type=Path, default=ENGINES, help="folder that mooncake and NIXL lie in")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "out" / "transfer.json")
@@ -429,7 +440,7 @@ def main() -> None:
     measured = [
         row
         for layers, lengths in by_layers.items()
-        for row in measure(lengths, layers, args.repeat, args.without)
+        for row in measure(lengths, layers, args.repeat, args.without, args.link_gbit_s)
     ]
     missing = {row["contestant"]: row["missing"] for row in measured if "missing" in row}
     rows = [row for row in measured if "missing" not in row]
@@ -462,6 +473,7 @@ def main() -> None:
         "layers_of_model": LAYERS,
         "row_bytes": ROW_BYTES,
         "repetitions": args.repeat,
+        "link_gigabits_s": args.link_gbit_s or None,
         "medians": ratios(rows, most, "median_goodput_gb_s"),
         "at_other_lengths": {
             str(count): ratios(rows, count, "goodput_gb_s") for count in args.tokens if count != most
