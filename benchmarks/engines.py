@@ -154,8 +154,6 @@ def engine(
     if isinstance(target.first, NotHere):
         raise target.first
     source = child(at_source, size, target.first)
-    if isinstance(source.first, NotHere):
-        raise source.first
     pair = target, source
 
     def let_run(signal_number: int) -> None:
@@ -177,4 +175,6 @@ def engine(
 
     let_run(signal.SIGSTOP)
     stack.callback(let_run, signal.SIGCONT)
+    if isinstance(source.first, NotHere):
+        raise source.first
     return measure

@@ -370,7 +370,8 @@ class DecodeFetching(DecodeDialing):
             kept = self._kept.pop(offset)
             kept.slot.pending = 0
             self._staging_used_bytes -= kept.size_bytes
-        if offsets:
+        if offsets and self._kept_slots is not None:
+            self._kept_slots.reap()
             self._grant()
 
     def _grant(self) -> None:

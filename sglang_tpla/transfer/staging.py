@@ -72,8 +72,11 @@ class Staging:
         return self.slots * self.slot_bytes
 
     def take(self) -> Slot | None:
-        """A free slot, or None. The one that came free last: memory is touched only where that much is in use."""
-        self.reap()
+        """A free slot, or None. The one that came free last: memory is touched only where that much is in use, if what
+        nobody holds any more is reaped in time.
+        """
+        if not self._free:
+            self.reap()
         if not self._free or not self._has_memory(self._free[-1]):
             return None
         slot = self._free.pop()

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from sglang_tpla.models.checkpoint import Checkpoint, CheckpointError, dequantise_blocks
 from sglang_tpla.models.plain import PlainModel
+from tests.block_fp8 import quantise_blocks
 
 transformers = pytest.importorskip("transformers")
 ROOT = Path(__file__).resolve().parents[2]
@@ -205,14 +206,9 @@ def test_fp8_shards_are_read_as_shipped(tmp_path: Path) -> None:
     for name, tensor in tensors.items():
         stored[name], plain[name] = tensor, tensor
         if name.endswith("_proj.weight") and ".self_attn." in name:
-            wide = tensor.float()
-            rows, columns = (-(-size // 128) for size in wide.shape)
-            padded = F.pad(wide, (0, columns * 128 - wide.shape[1], 0, rows * 128 - wide.shape[0]))
-            blocks = padded.view(rows, 128, columns, 128)
-            scale = blocks.abs().amax((1, 3)) / 448
-            small = (blocks / scale[:, None, :, None]).view_as(padded)[: wide.shape[0], : wide.shape[1]]
-            stored[name] = small.to(torch.float8_e4m3fn)
+            stored[name], scale = quantise_blocks(tensor)
             stored[f"{name}_scale_inv"] = scale
+            rows, columns = scale.shape
             back = stored[name].float()
             for row in range(rows):
                 for column in range(columns):

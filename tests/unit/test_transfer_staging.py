@@ -15,5 +15,5 @@ def test_memory_is_touched_only_where_that_much_is_in_use() -> None:
         for slot in two:
             assert slot is not None
             slot.pending = 0
+        assert staging.reap() and staging.used_bytes == 0
     assert len(touched) == 2
-    assert staging.reap() and staging.used_bytes == 0

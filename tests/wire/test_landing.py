@@ -197,7 +197,6 @@ def test_rows_that_their_next_owner_wrote_on_the_way_do_not_count(monkeypatch: p
             payload = stream.recv(size_bytes, socket.MSG_WAITALL)
             said = stream.recv(frames.CHECKSUM_BYTES, socket.MSG_WAITALL)
     rows = before[: PAGES * rig.PAGE].view(torch.uint8).numpy().tobytes()
-    assert size_bytes == 3 * len(rows) and not payload.endswith(
-        rows[-100:]
-    )  # the last layer came as it is now
+    assert size_bytes == 3 * len(rows)
+    assert not payload.endswith(rows[-100:])  # the last layer came as it is now
     assert said != frames.checksum(payload)

@@ -95,6 +95,19 @@ def test_shared_memory_runs_out(
         transfers(prefill, decodes)
 
 
+def test_places_in_shared_memory_are_used_again() -> None:
+    """Ranks of another host that pass chunks on: no more of their arenas is touched than is in use at a time."""
+    prefill = rig.prefill_rank()
+    decodes = [rig.decode_rank(rank=rank, size=2, host="far", staging_bytes=4 << 20) for rank in range(2)]
+    with contextlib.ExitStack() as stack:
+        for item in (prefill, *decodes):
+            stack.enter_context(contextlib.closing(item.agent))
+        for _ in range(10):
+            transfers(prefill, decodes)
+        for decode in decodes:
+            assert 0 < decode.agent._kept_slots._reserved < 40  # of the 60 rooms some hundred chunks
+
+
 def test_shared_memory_can_be_switched_off() -> None:
     prefill, decode = rig.prefill_rank(shared_memory=0), rig.decode_rank()
     with contextlib.closing(prefill.agent), contextlib.closing(decode.agent):
