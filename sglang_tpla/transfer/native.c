@@ -95,24 +95,54 @@ __attribute__((target("avx2"))) static void mix_avx2(uint64_t *lanes, const uint
 
 #if defined(HAS_AVX2) && !defined(NO_AVX512) && (defined(__clang__) || __GNUC__ >= 7)
 #define HAS_AVX512 1
-/* Whole blocks, scrambled too, with all that they need in registers. */
-__attribute__((target("avx512f,avx512dq"))) static void mix_blocks(uint64_t *lanes, const uint8_t *data,
-                                                                   size_t blocks) {
+enum { NOWHERE, INTO_CACHE, PAST_CACHE_16, PAST_CACHE_64 }; /* where a copy goes; the number: how it lies */
+
+/* Whole blocks, scrambled too, with all that they need in registers; copied on the way, while the next bytes come from
+ * memory. Two sums of products, as one would wait for itself, and one of the words, which change places once a block. */
+static inline __attribute__((always_inline, target("avx512f,avx512dq"))) void blocks_512(uint64_t *lanes, uint8_t *to,
+                                                                                         const uint8_t *from,
+                                                                                         size_t blocks, const int where) {
     __m512i sum = _mm512_loadu_si512(lanes), secret[STRIPES], last = _mm512_loadu_si512(SECRET + 128);
     for (int n = 0; n < STRIPES; n++) secret[n] = _mm512_loadu_si512(SECRET + 8 * n);
     for (; blocks; blocks--) {
+        __m512i odd = _mm512_setzero_si512(), words = odd;
 #pragma GCC unroll 16
-        for (int n = 0; n < STRIPES; n++, data += STRIPE) {
-            _mm_prefetch((const char *)data + 1024, _MM_HINT_T0);
-            __m512i value = _mm512_loadu_si512(data), key = _mm512_xor_si512(value, secret[n]);
+        for (int n = 0; n < STRIPES; n++, from += STRIPE) {
+            _mm_prefetch((const char *)from + 1024, _MM_HINT_T0);
+            __m512i value = _mm512_loadu_si512(from), key = _mm512_xor_si512(value, secret[n]);
+            if (where == INTO_CACHE) _mm512_storeu_si512(to, value);
+            if (where == PAST_CACHE_64) _mm512_stream_si512((void *)to, value);
+            if (where == PAST_CACHE_16) {
+                _mm_stream_si128((__m128i *)to, _mm512_castsi512_si128(value));
+                _mm_stream_si128((__m128i *)to + 1, _mm512_extracti32x4_epi32(value, 1));
+                _mm_stream_si128((__m128i *)to + 2, _mm512_extracti32x4_epi32(value, 2));
+                _mm_stream_si128((__m128i *)to + 3, _mm512_extracti32x4_epi32(value, 3));
+            }
+            if (where != NOWHERE) to += STRIPE;
             __m512i product = _mm512_mul_epu32(key, _mm512_srli_epi64(key, 32));
-            __m512i swapped = _mm512_shuffle_epi32(value, (_MM_PERM_ENUM)_MM_SHUFFLE(1, 0, 3, 2));
-            sum = _mm512_add_epi64(sum, _mm512_add_epi64(product, swapped));
+            if (n % 2) odd = _mm512_add_epi64(odd, product);
+            else sum = _mm512_add_epi64(sum, product);
+            words = _mm512_add_epi64(words, value);
         }
-        __m512i mixed = _mm512_xor_si512(_mm512_xor_si512(sum, _mm512_srli_epi64(sum, 47)), last);
-        sum = _mm512_mullo_epi64(mixed, _mm512_set1_epi64(PRIME32_1));
+        words = _mm512_shuffle_epi32(words, (_MM_PERM_ENUM)_MM_SHUFFLE(1, 0, 3, 2));
+        sum = _mm512_add_epi64(_mm512_add_epi64(sum, odd), words);
+        sum = _mm512_xor_si512(_mm512_xor_si512(sum, _mm512_srli_epi64(sum, 47)), last);
+        sum = _mm512_mullo_epi64(sum, _mm512_set1_epi64(PRIME32_1));
     }
     _mm512_storeu_si512(lanes, sum);
+    if (where >= PAST_CACHE_16) _mm_sfence(); /* another process may read them next */
+}
+
+__attribute__((target("avx512f,avx512dq"))) static void mix_blocks_512(uint64_t *lanes, const uint8_t *data,
+                                                                       size_t blocks) {
+    blocks_512(lanes, NULL, data, blocks, NOWHERE);
+}
+
+__attribute__((target("avx512f,avx512dq"))) static void copy_blocks_512(uint64_t *lanes, uint8_t *to,
+                                                                        const uint8_t *from, size_t blocks) {
+    if ((uintptr_t)to % 64 == 0) blocks_512(lanes, to, from, blocks, PAST_CACHE_64);
+    else if ((uintptr_t)to % 16 == 0) blocks_512(lanes, to, from, blocks, PAST_CACHE_16);
+    else blocks_512(lanes, to, from, blocks, INTO_CACHE);
 }
 #endif
 
@@ -131,7 +161,7 @@ static void take_stripes(Checksum *sum, const uint8_t *data, size_t stripes) {
 #ifdef HAS_AVX512
         size_t blocks = sum->stripe ? 0 : stripes / STRIPES;
         if (blocks && __builtin_cpu_supports("avx512dq")) {
-            mix_blocks(sum->lanes, data, blocks);
+            mix_blocks_512(sum->lanes, data, blocks);
             data += blocks * STRIPES * STRIPE, stripes -= blocks * STRIPES;
             continue;
         }
@@ -234,9 +264,15 @@ static inline __attribute__((always_inline, target("avx2"))) void copy_blocks(ui
     _mm_sfence(); /* another process may read them next */
 }
 
-__attribute__((target("avx2"))) static void copy_blocks_avx2(uint64_t *lanes, uint8_t *to, const uint8_t *from,
-                                                             size_t blocks) {
+__attribute__((target("avx2"))) static void copy_whole(uint64_t *lanes, uint8_t *to, const uint8_t *from,
+                                                       size_t blocks) {
     int aligned = (uintptr_t)to % 16 == 0;
+#ifdef HAS_AVX512
+    if (lanes && __builtin_cpu_supports("avx512dq")) {
+        copy_blocks_512(lanes, to, from, blocks);
+        return;
+    }
+#endif
     if (lanes && aligned) copy_blocks(lanes, to, from, blocks, 1, 1);
     else if (lanes) copy_blocks(lanes, to, from, blocks, 0, 1);
     else if (aligned) copy_blocks(lanes, to, from, blocks, 1, 0);
@@ -255,7 +291,7 @@ static void copy_add(Checksum *sum, uint8_t *to, const uint8_t *from, size_t siz
         to += before, from += before, size -= before;
         size_t blocks = (size - 1) / BLOCK;
         if (blocks && sum && sum->held_bytes) take_stripes(sum, sum->held, 1);
-        if (blocks) copy_blocks_avx2(sum ? sum->lanes : NULL, to, from, blocks);
+        if (blocks) copy_whole(sum ? sum->lanes : NULL, to, from, blocks);
         to += blocks * BLOCK, from += blocks * BLOCK, size -= blocks * BLOCK;
         if (blocks && sum) {
             memcpy(sum->before, to - STRIPE, STRIPE);
