@@ -52,6 +52,7 @@ from sglang_tpla.transfer.types import CachePool, MetadataRows, RoomState
 LATENT, ROPE, LAYERS, PAGE = 512, 64, 61, 64
 ROW_BYTES = 2 * (LATENT + ROPE)
 PIECE = 4 << 20
+LINE_BYTES = 64  # of a processor's caches
 SETTINGS = Settings(role="prefill", peer_timeout_s=60.0)
 ENGINES = Path(__file__).parent / "out" / "engines"  # where `make bench-engines` installs them
 
@@ -79,6 +80,7 @@ def machine() -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)),
         "load_average": os.getloadavg()[0],
         "kernel": platform.release(),
+        "congestion_control": Path("/proc/sys/net/ipv4/tcp_congestion_control").read_text().strip(),
         "python": platform.python_version(),
     }
 
@@ -90,9 +92,13 @@ def cpu_seconds() -> float:
 
 
 def random_bytes(size: int) -> np.ndarray:
-    """Bytes that no layer below can make cheap (uint8)."""
+    """Bytes that no layer below can make cheap (uint8), on the boundary of a cache line, as torch allocates a pool."""
     block = np.random.default_rng(0).integers(0, 256, PIECE, dtype=np.uint8)
-    return np.resize(block, size)
+    memory = np.empty(size + LINE_BYTES, dtype=np.uint8)
+    aligned = memory[-memory.ctypes.data % LINE_BYTES :][:size]
+    for start in range(0, size, PIECE):
+        aligned[start : start + PIECE] = block[: size - start]
+    return aligned
 
 
 def make_pool(tokens: int, layers: int) -> CachePool:

@@ -1,12 +1,14 @@
 """How fast a latent cache moves between two GPU processes of one host, without servers: agents, pools, and a scheduler
 that polls as SGLang's does.
 
-    python benchmarks/transfer_gpu.py --out FILE [--tokens 1024 8192] [--chunk-mib 16] [--threads 1 4]
+    python benchmarks/transfer_gpu.py --out FILE [--tokens 1024 8192] [--chunk-mib 16] [--threads 2] [--unchecked]
 
 One process holds a prefill pool (61 layers of 512 + 64 values in bfloat16), one for each rank a decode pool; each has a
 GPU of its own where there are several. The main thread of each looks at its room as SGLang's scheduler does, through
 the nap of ``sglang_tpla/host/transfer_backend.py``, or (``spin``) without it. Pages are single tokens in random order.
 
+- place: through shared memory (this host), or over TCP on loopback, as between hosts (other host)
+- checked: with checksums; beside it, with --unchecked, the same agents in turns without (never offered outside this file)
 - seconds: from the last rows handed over (all at once) to the confirmation of every rank; median after one warm-up
 - ceilings: one copy of the same bytes from the GPU to pinned memory, the other way, and one checksum of them, alone
 """
@@ -15,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import statistics
 import sys
@@ -28,13 +31,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from transfer import LATENT, LAYERS, ROPE, SETTINGS, Child
+from transfer import LATENT, LAYERS, ROPE, SETTINGS, Child, switch_checksums
 
 from sglang_tpla.transfer import agent as agents
-from sglang_tpla.transfer import frames
 from sglang_tpla.transfer.decode import DecodeAgent
+from sglang_tpla.transfer.moving import check_pieces
 from sglang_tpla.transfer.prefill import PrefillAgent
 from sglang_tpla.transfer.projection import Projection
+from sglang_tpla.transfer.runs import one_piece
 from sglang_tpla.transfer.types import CachePool, MetadataRows, RoomState
 
 NAP_S = 0.0002  # as SGLang's scheduler naps beside our agent
@@ -80,7 +84,8 @@ def prefill_child(pipe: Connection, job: dict[str, Any]) -> None:
     pages = np.random.default_rng(1).permutation(job["tokens"]).astype(np.int32)
     pipe.send(agent.address)
     while (command := pipe.recv()) is not None:
-        room, tokens = command
+        room, tokens, checked = command
+        switch_checksums(checked)
         agent.open_room(room)
         look(agent, room, RoomState.BOOTSTRAPPING, True)
         start = time.perf_counter()
@@ -109,11 +114,13 @@ def decode_child(pipe: Connection, job: dict[str, Any], rank: int, address: tupl
         rank=rank,
         size=ranks,
         groups=ranks,
+        host_id=None if job["place"] == "this host" else "other",
     )
     pages = np.random.default_rng(2).permutation(job["tokens"]).astype(np.int32)
     pipe.send("ready")
     while (command := pipe.recv()) is not None:
-        room, tokens = command
+        room, tokens, checked = command
+        switch_checksums(checked)
         agent.open_room(room, [(*address, False)])
         look(agent, room, RoomState.BOOTSTRAPPING, True)
         agent.request(room, pages[:tokens], metadata_row=0, expected_ranks=ranks)
@@ -135,29 +142,34 @@ def measure(job: dict[str, Any], lengths: list[int], repeats: int) -> list[dict[
             stack.callback(decode.end)
         room = 0
         for tokens in lengths:
-            found = []
+            found: dict[bool, list[tuple[float, int]]] = {checked: [] for checked in job["checked"]}
             for _ in range(repeats + 1):
-                room += 1
-                for child in (*decodes, prefill):
-                    child.pipe.send((room, tokens))
-                found.append(prefill.pipe.recv())
-                for decode in decodes:
-                    decode.pipe.recv()
-            seconds = [one for one, _ in found[1:]]
-            size = found[-1][1]
-            middle = statistics.median(seconds)
-            setting = {key: job[key] for key in ("ranks", "chunk_bytes", "threads", "nap", "switch_s")}
-            rows.append(
-                setting
-                | {"tokens": tokens, "bytes": size, "seconds": middle, "all_seconds": seconds}
-                | {"gigabytes_per_second": size / middle / 1e9}
-            )
-            print(
-                f"ranks {job['ranks']} chunk {job['chunk_bytes'] >> 20:>3} MiB threads {job['threads']} "
-                f"{'nap ' if job['nap'] else 'spin'} {tokens:>6} tokens {1e3 * middle:>7.1f} ms "
-                f"{size / middle / 1e9:>6.2f} GB/s",
-                flush=True,
-            )
+                for checked, samples in found.items():
+                    room += 1
+                    for child in (*decodes, prefill):
+                        child.pipe.send((room, tokens, checked))
+                    samples.append(prefill.pipe.recv())
+                    for decode in decodes:
+                        decode.pipe.recv()
+            for checked, samples in found.items():
+                seconds = [one for one, _ in samples[1:]]
+                size = samples[-1][1]
+                middle = statistics.median(seconds)
+                setting = {
+                    key: job[key] for key in ("place", "ranks", "chunk_bytes", "threads", "nap", "switch_s")
+                }
+                rows.append(
+                    setting
+                    | {"checked": checked, "tokens": tokens, "bytes": size, "seconds": middle}
+                    | {"all_seconds": seconds, "gigabytes_per_second": size / middle / 1e9}
+                )
+                print(
+                    f"{job['place']:<10} ranks {job['ranks']} chunk {job['chunk_bytes'] >> 20:>3} MiB threads "
+                    f"{job['threads']} {'nap ' if job['nap'] else 'spin'} {'' if checked else 'un'}checked "
+                    f"{tokens:>6} tokens {1e3 * middle:>7.1f} ms {size / middle / 1e9:>6.2f} GB/s "
+                    f"(best {size / min(seconds) / 1e9:.2f})",
+                    flush=True,
+                )
     return rows
 
 
@@ -179,7 +191,7 @@ def ceilings(size: int) -> dict[str, float]:
     return {
         "to_device": rate(lambda: device.copy_(host, non_blocking=True)),
         "to_host": rate(lambda: host.copy_(device, non_blocking=True)),
-        "checksum_one_thread": rate(lambda: frames.checksum(host.numpy().data)),
+        "checksum_one_thread": rate(lambda: check_pieces(one_piece(host.numpy()))),
     }
 
 
@@ -190,9 +202,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 8192])
     parser.add_argument("--chunk-mib", type=int, nargs="+", default=[16])
-    parser.add_argument("--threads", type=int, nargs="+", default=[1])
+    parser.add_argument("--threads", type=int, nargs="+", default=[agents.WORKERS["cuda"]])
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--switch-us", type=float, default=200.0)
+    parser.add_argument("--place", nargs="+", default=["this host"], choices=["this host", "other host"])
+    parser.add_argument("--unchecked", action="store_true", help="also without checksums, in turns")
     parser.add_argument("--spin", action="store_true", help="poll without naps")
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
@@ -209,16 +223,17 @@ def main() -> None:
         "rows": rows,
     }
     print(result["gigabytes_per_second_alone"], flush=True)
-    for ranks in args.ranks:
-        for chunk in args.chunk_mib:
-            for threads in args.threads:
-                job = {
-                    "tokens": max(args.tokens), "ranks": ranks, "chunk_bytes": chunk << 20, "threads": threads,
-                    "switch_s": args.switch_us * 1e-6, "nap": not args.spin, "source": devices[-1],
-                    "targets": [devices[rank % len(devices)] for rank in range(ranks)],
-                }  # fmt: skip
-                rows += measure(job, args.tokens, args.repeats)
-                args.out.write_text(json.dumps(result, indent=1))
+    for place, ranks, chunk, threads in itertools.product(
+        args.place, args.ranks, args.chunk_mib, args.threads
+    ):
+        job = {
+            "tokens": max(args.tokens), "place": place, "ranks": ranks, "chunk_bytes": chunk << 20, "threads": threads,
+            "switch_s": args.switch_us * 1e-6, "nap": not args.spin, "source": devices[-1],
+            "targets": [devices[rank % len(devices)] for rank in range(ranks)],
+            "checked": [True, False] if args.unchecked else [True],
+        }  # fmt: skip
+        rows += measure(job, args.tokens, args.repeats)
+        args.out.write_text(json.dumps(result, indent=1))
 
 
 if __name__ == "__main__":

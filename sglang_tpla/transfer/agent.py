@@ -8,6 +8,7 @@ lock may be taken by any thread for a short time.
 from __future__ import annotations
 
 import json
+import os
 import logging
 import threading
 import time
@@ -32,6 +33,9 @@ FIRST_SLOTS = 2  # of staging, reserved at the start
 # Threads that make or write chunks. On a GPU one copies while another checks; four are no faster with few chunks, since
 # each call into torch gives the interpreter away and all wait for it (benchmarks/results/h200/NOTES.md).
 WORKERS = {"cpu": 1, "cuda": 2}
+SPARE_CORES = (
+    4  # with as many, checksums of what lies in a CPU pool are taken by workers, beside the I/O thread
+)
 MAX_DURATIONS = 16384  # kept for whoever publishes them
 
 
@@ -70,6 +74,7 @@ class Agent(ABC, Generic[RoomT]):
         self._closing = False
         tick_s = min(settings.heartbeat_s / 2, 0.25)
         self._io = IoLoop(f"tpla-{self.role}-io-{rank}", tick_s, self._tick, self._handler_failed, self._died)
+        self._checks_aside = len(os.sched_getaffinity(0)) >= SPARE_CORES
         self._workers = [
             threading.Thread(
                 target=self._run_worker, name=f"tpla-{self.role}-work-{rank}-{number}", daemon=True

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from sglang_tpla.transfer import frames
 from sglang_tpla.transfer.channel import Parcel
+from sglang_tpla.transfer.moving import check_pieces
 from sglang_tpla.transfer.projection import cut_stacks
 from sglang_tpla.transfer.resuming import PrefillResuming
 from sglang_tpla.transfer.row_format import RowFormat
@@ -152,7 +153,10 @@ class PrefillDispatch(PrefillResuming):
         start = rectangle.first_token - segment.first_token
         slots = segment.slots[start : start + rectangle.tokens]
         if not job.slot.buffer.size:
-            return self._reader.pieces(rectangle, slots), b""  # checked on its way (`channel`)
+            pieces = self._reader.pieces(rectangle, slots)
+            # checked on its way (`channel`), unless it would only wait there
+            waits = any(stream.peer.queued for load in job.loads for stream in load.streams)
+            return pieces, check_pieces(pieces) if waits and self._checks_aside else b""
         payload = job.slot.buffer[: rectangle.payload_bytes]
         digest = self._reader.read(
             rectangle,
@@ -163,7 +167,8 @@ class PrefillDispatch(PrefillResuming):
             segment.ready,
             plan.row_format,
         )
-        return one_piece(payload), digest or frames.checksum(payload.data)
+        whole = one_piece(payload)
+        return whole, digest or check_pieces(whole)
 
     def _deliver(self, job: Job, pieces: Pieces, digest: bytes) -> None:
         plan = job.loads[0].lane.plan
@@ -206,7 +211,7 @@ class PrefillDispatch(PrefillResuming):
             slot.pending += 1
             stream.peer.queued += 1
             self._count_bytes(room, rectangle.payload_bytes, shared=False)
-            self._io.post(self._send_chunk, stream.peer, lane, message, slot, pieces)
+            self._io.post(self._send_chunk, stream.peer, lane, message, slot, pieces, digest)
 
     def _let_go(self, slot: Slot, peer: Peer) -> None:
         with self._work:
@@ -221,7 +226,9 @@ class PrefillDispatch(PrefillResuming):
             room.shared_memory_bytes += size
             self._counts["shared_memory_bytes"] += size
 
-    def _send_chunk(self, peer: Peer, lane: Lane, message: frames.Chunk, slot: Slot, pieces: Pieces) -> None:
+    def _send_chunk(
+        self, peer: Peer, lane: Lane, message: frames.Chunk, slot: Slot, pieces: Pieces, digest: bytes
+    ) -> None:
         """Hand a chunk to the rank's data channel, or to ZMQ (I/O thread)."""
         room, header = lane.room, frames.encode(message)
 
@@ -232,7 +239,6 @@ class PrefillDispatch(PrefillResuming):
                 self._let_go(slot, peer)
 
         if self._doorway is not None:
-            digest = message.checksum if slot.buffer.size else b""
             parcel = Parcel(header, pieces, digest, wanted=lambda: not room.state.ended, done=done)
             if self._doorway.send(peer.identity, parcel):
                 return

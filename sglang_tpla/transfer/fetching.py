@@ -24,7 +24,7 @@ class DecodeFetching(DecodeDialing):
     def _prepare(self) -> None:
         self._rooms: dict[int, Room] = {}
         self._generation = time.time_ns()  # grows over restarts too
-        self._arrivals: deque[Arrival] = deque()
+        self._arrivals: deque[Arrival | PoolLanding] = deque()
         self._completed: deque[Room] = deque()
         self._hungry: OrderedDict[Source, Room] = OrderedDict()  # want more than granted, oldest first
         self._kept: dict[int, Kept] = {}  # by offset in the arena
@@ -161,7 +161,8 @@ class DecodeFetching(DecodeDialing):
                 return None
             source.pending.add(key)
             source.received_bytes += size_bytes
-            return PoolLanding(entry, source, chunk, pieces)
+            more = source.received_bytes < source.wanted_bytes  # the last one would only wait for its check
+            return PoolLanding(entry, source, chunk, pieces, more and self._checks_aside)
 
     def _abandon(self, landing: PoolLanding) -> None:
         """A channel ended in the middle of a chunk: it comes again, and its credit counts as lost with the channel."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import socket
 
 from sglang_tpla.transfer import frames
-from sglang_tpla.transfer.moving import Intake
+from sglang_tpla.transfer.moving import Intake, check_pieces
 from sglang_tpla.transfer.receiving import Room, Source
 from sglang_tpla.transfer.runs import Pieces
 
@@ -23,12 +23,15 @@ class PoolLanding:
 
     Args:
         pieces: the places, in the payload's order.
+        aside: its checksum is taken by `digest`, of what lies in the pool then, and not on the way.
     """
 
-    def __init__(self, room: Room, source: Source, chunk: frames.Chunk, pieces: Pieces) -> None:
-        self.room, self.source, self.chunk = room, source, chunk
+    def __init__(
+        self, room: Room, source: Source, chunk: frames.Chunk, pieces: Pieces, aside: bool = False
+    ) -> None:
+        self.room, self.source, self.chunk, self.aside = room, source, chunk, aside
         self.size_bytes = self.credit_bytes = pieces.size_bytes
-        self._intake = Intake(pieces)
+        self._pieces, self._intake = pieces, Intake(pieces, checked=not aside)
         self._left_bytes = self.size_bytes
         self._whole = True
 
@@ -52,4 +55,4 @@ class PoolLanding:
         """Checksum of what was written; None if not all of it was."""
         if not self._whole or self._left_bytes:
             return None
-        return self._intake.digest()
+        return check_pieces(self._pieces) if self.aside else self._intake.digest()

@@ -17,17 +17,18 @@ from sglang_tpla.transfer.runs import Cursor, Pieces
 MIN_NATIVE_BYTES = 241  # of a payload: XXH3 has other formulas for shorter ones
 END = np.zeros((1, 2), dtype=np.uint64)  # of a list of pieces
 MAX_PIECES = 1024  # of one call: IOV_MAX
+UNCHECKED = b"unchecked"
 SEND_BYTES, SEND_PIECES = 1 << 20, 64  # of one call
 
 
 class Checksum:
-    """A running xxh3 (64 bits, big-endian: `frames.checksum`) in C. Not for less than `MIN_NATIVE_BYTES` in all."""
+    """A running xxh3 (64 bits, big-endian: `frames.checksum`) of ``size_bytes`` in C, at least `MIN_NATIVE_BYTES`."""
 
-    def __init__(self, library: ctypes.CDLL) -> None:
+    def __init__(self, library: ctypes.CDLL, size_bytes: int) -> None:
         self._library = library
         self._memory = ctypes.create_string_buffer(library.checksum_bytes())
         self.pointer: int | None = ctypes.addressof(self._memory)
-        library.checksum_start(self.pointer)
+        library.checksum_start(self.pointer, size_bytes)
 
     def digest(self) -> bytes:
         """Of all that was added."""
@@ -38,12 +39,30 @@ def _library(size_bytes: int) -> ctypes.CDLL | None:
     return native.library() if size_bytes >= MIN_NATIVE_BYTES else None
 
 
+def _listed(pieces: Pieces) -> np.ndarray:
+    """Their table, and its end."""
+    return np.concatenate((pieces.table, END))
+
+
+def check_pieces(pieces: Pieces) -> bytes:
+    """The checksum of a payload."""
+    library = _library(pieces.size_bytes)
+    if library is not None:
+        checksum, table = Checksum(library, pieces.size_bytes), _listed(pieces)
+        library.check_pieces(checksum.pointer, table.ctypes.data)
+        return checksum.digest()
+    running = xxhash.xxh3_64()
+    for view in pieces.views:
+        running.update(view)
+    return running.digest()
+
+
 def copy_pieces(source: Pieces, target: Pieces) -> bytes:
     """Copy a payload to as many bytes of other pieces; the checksum of what was copied."""
     library = _library(source.size_bytes)
     if library is not None:
-        checksum = Checksum(library)
-        tables = [np.concatenate((pieces.table, END)) for pieces in (source, target)]
+        checksum = Checksum(library, source.size_bytes)
+        tables = [_listed(pieces) for pieces in (source, target)]
         library.copy_pieces(checksum.pointer, *(table.ctypes.data for table in tables))
         return checksum.digest()
     running, cursor = xxhash.xxh3_64(), Cursor(target)
@@ -72,7 +91,7 @@ class _Moving:
         self._library = _library(pieces.size_bytes)
         self._checksum: Checksum | None = None
         if self._library is not None:
-            self._checksum = None if digest else Checksum(self._library)
+            self._checksum = None if digest else Checksum(self._library, pieces.size_bytes)
             self._sum = self._checksum.pointer if self._checksum is not None else None
             self._table, self._index = pieces.table.copy(), ctypes.c_size_t(0)  # C changes both
             self._place = self._sum, self._table.ctypes.data, ctypes.addressof(self._index)
@@ -95,7 +114,14 @@ class _Moving:
 
 
 class Intake(_Moving):
-    """A payload on its way from a socket to its pieces."""
+    """A payload on its way from a socket to its pieces.
+
+    Args:
+        checked: otherwise it has no digest.
+    """
+
+    def __init__(self, pieces: Pieces, checked: bool = True) -> None:
+        super().__init__(pieces, b"" if checked else UNCHECKED)
 
     def receive(self, stream: socket.socket, limit_bytes: int) -> int:
         """Take what is there, some ``limit_bytes`` at most, from a socket that does not block: bytes, 0 at the end of

@@ -23,7 +23,8 @@
 #define STRIPE 64  /* bytes that go into the accumulators at once */
 #define STRIPES 16 /* of one block, after which they are scrambled */
 #define BLOCK ((size_t)STRIPES * STRIPE)
-#define STEP ((size_t)512 << 10)
+#define STEP ((size_t)512 << 10)         /* of copies and sends: what is checked next is in a core's own cache */
+#define RECEIVE_STEP ((size_t)128 << 10) /* the system writes what it gives, and leaves less of it there */
 #define VECTOR 64 /* pieces of one system call */
 #define PATIENCE_NS 200000 /* a fast peer goes on sooner than a thread wakes up; none that moves less than */
 #define FAST_BYTES ((size_t)64 << 10) /* this between two waits is waited for */
@@ -47,12 +48,12 @@ static const uint8_t SECRET[192] __attribute__((aligned(64))) = {
     0x2b, 0x16, 0xbe, 0x58, 0x7d, 0x47, 0xa1, 0xfc, 0x8f, 0xf8, 0xb8, 0xd1, 0x7a, 0xd0, 0x31, 0xce,
     0x45, 0xcb, 0x3a, 0x8f, 0x95, 0x16, 0x04, 0x28, 0xaf, 0xd7, 0xfb, 0xca, 0xbb, 0x4b, 0x40, 0x7e};
 
-/* A running checksum. At least one byte is always held back: the last stripe ends with the input's last byte. */
+/* A running checksum. At the end some bytes are held back: the last stripe ends with the input's last byte. */
 typedef struct {
     uint64_t lanes[8];
     uint8_t before[STRIPE]; /* the stripe that went in last */
     uint8_t held[STRIPE];
-    uint64_t held_bytes, total_bytes;
+    uint64_t held_bytes, total_bytes, left_bytes;
     uint64_t stripe; /* of the block, next */
 } Checksum;
 
@@ -179,28 +180,28 @@ static void take_stripes(Checksum *sum, const uint8_t *data, size_t stripes) {
     }
 }
 
-void checksum_start(Checksum *sum) {
+/* Of `size` bytes in all, more than 240. */
+void checksum_start(Checksum *sum, size_t size) {
     const uint64_t lanes[8] = {PRIME32_3, PRIME64_1, PRIME64_2, PRIME64_3, PRIME64_4, PRIME32_2, PRIME64_5, PRIME32_1};
     memset(sum, 0, sizeof *sum);
     memcpy(sum->lanes, lanes, sizeof lanes);
+    sum->total_bytes = sum->left_bytes = size;
 }
 
 static void checksum_add(Checksum *sum, const uint8_t *data, size_t size) {
-    if (!sum) return;
-    sum->total_bytes += size;
-    if (sum->held_bytes + size <= STRIPE) {
-        memcpy(sum->held + sum->held_bytes, data, size);
-        sum->held_bytes += size;
-        return;
-    }
+    if (!sum || !size) return;
+    sum->left_bytes -= size;
+    int last = !sum->left_bytes;
     if (sum->held_bytes) {
         size_t fill = STRIPE - sum->held_bytes;
+        if (fill > size) fill = size;
         memcpy(sum->held + sum->held_bytes, data, fill);
-        data += fill, size -= fill;
+        sum->held_bytes += fill, data += fill, size -= fill;
+        if (sum->held_bytes < STRIPE || (last && !size)) return;
         take_stripes(sum, sum->held, 1);
         memcpy(sum->before, sum->held, STRIPE);
     }
-    size_t stripes = (size - 1) / STRIPE;
+    size_t stripes = (size - (size_t)last) / STRIPE;
     if (stripes) {
         take_stripes(sum, data, stripes);
         data += stripes * STRIPE, size -= stripes * STRIPE;
@@ -215,7 +216,7 @@ static uint64_t fold(uint64_t a, uint64_t b) {
     return (uint64_t)product ^ (uint64_t)(product >> 64);
 }
 
-/* The checksum of all that was added: more than 240 bytes. */
+/* The checksum, once all has been added. */
 uint64_t checksum_end(const Checksum *sum) {
     uint8_t last[STRIPE];
     uint64_t lanes[8], result = sum->total_bytes * PRIME64_1;
@@ -283,19 +284,16 @@ __attribute__((target("avx2"))) static void copy_whole(uint64_t *lanes, uint8_t 
 /* Copy `size` bytes; the checksum, if there is one, is of what was written. */
 static void copy_add(Checksum *sum, uint8_t *to, const uint8_t *from, size_t size) {
 #ifdef HAS_AVX2
-    if (size > BLOCK && (!sum || sum->held_bytes % STRIPE == 0) && __builtin_cpu_supports("avx2")) {
-        size_t done = sum ? sum->stripe + sum->held_bytes / STRIPE : 0; /* stripes of a block that has begun */
-        size_t before = (STRIPES - done) % STRIPES * STRIPE;
+    if (size > BLOCK && (!sum || !sum->held_bytes) && __builtin_cpu_supports("avx2")) {
+        size_t before = sum ? (STRIPES - sum->stripe) % STRIPES * STRIPE : 0; /* of a block that has begun */
         memcpy(to, from, before);
         checksum_add(sum, to, before);
         to += before, from += before, size -= before;
-        size_t blocks = (size - 1) / BLOCK;
-        if (blocks && sum && sum->held_bytes) take_stripes(sum, sum->held, 1);
-        if (blocks) copy_whole(sum ? sum->lanes : NULL, to, from, blocks);
-        to += blocks * BLOCK, from += blocks * BLOCK, size -= blocks * BLOCK;
-        if (blocks && sum) {
-            memcpy(sum->before, to - STRIPE, STRIPE);
-            sum->total_bytes += blocks * BLOCK, sum->held_bytes = 0;
+        size_t last = sum && sum->left_bytes == size, blocks = (size - last) / BLOCK;
+        if (blocks) {
+            copy_whole(sum ? sum->lanes : NULL, to, from, blocks);
+            to += blocks * BLOCK, from += blocks * BLOCK, size -= blocks * BLOCK;
+            if (sum) memcpy(sum->before, to - STRIPE, STRIPE), sum->left_bytes -= blocks * BLOCK;
         }
     }
 #endif
@@ -318,6 +316,11 @@ void copy_pieces(Checksum *sum, const struct iovec *from, const struct iovec *to
     }
 }
 
+/* The checksum of pieces; an empty one ends the list. */
+void check_pieces(Checksum *sum, const struct iovec *pieces) {
+    for (; pieces->iov_len; pieces++) checksum_add(sum, pieces->iov_base, pieces->iov_len);
+}
+
 /* Move on by `size` bytes, which go into the checksum. */
 static void advance_pieces(Checksum *sum, struct iovec *pieces, size_t *index, size_t size) {
     while (size) {
@@ -330,13 +333,14 @@ static void advance_pieces(Checksum *sum, struct iovec *pieces, size_t *index, s
     }
 }
 
-/* The next pieces, some STEP bytes of them. */
-static size_t ahead(struct iovec *vector, const struct iovec *pieces, size_t index, size_t count, size_t *bytes) {
+/* The next pieces, some `limit` bytes of them. */
+static size_t ahead(struct iovec *vector, const struct iovec *pieces, size_t index, size_t count, size_t *bytes,
+                    size_t limit) {
     size_t used = 0;
     *bytes = 0;
-    for (; index < count && used < VECTOR && *bytes < STEP; index++, used++) {
+    for (; index < count && used < VECTOR && *bytes < limit; index++, used++) {
         vector[used] = pieces[index];
-        if (vector[used].iov_len > STEP - *bytes) vector[used].iov_len = STEP - *bytes;
+        if (vector[used].iov_len > limit - *bytes) vector[used].iov_len = limit - *bytes;
         *bytes += vector[used].iov_len;
     }
     return used;
@@ -366,7 +370,7 @@ int64_t send_pieces(Checksum *sum, struct iovec *pieces, size_t *index, int sock
     uint64_t since = 0;
     while (*index < count) {
         struct iovec vector[VECTOR];
-        size_t wanted, used = ahead(vector, pieces, *index, count, &wanted);
+        size_t wanted, used = ahead(vector, pieces, *index, count, &wanted, STEP);
         struct msghdr message = {.msg_iov = vector, .msg_iovlen = used};
         ssize_t got = sendmsg(socket, &message, MSG_DONTWAIT | MSG_NOSIGNAL | MSG_MORE);
         if (got < 0 && errno == EINTR) continue;
@@ -389,7 +393,7 @@ int64_t receive_pieces(Checksum *sum, struct iovec *pieces, size_t *index, int s
     uint64_t since = 0;
     while ((size_t)received < limit && *index < count) {
         struct iovec vector[VECTOR];
-        size_t wanted, used = ahead(vector, pieces, *index, count, &wanted);
+        size_t wanted, used = ahead(vector, pieces, *index, count, &wanted, RECEIVE_STEP);
         ssize_t got = readv(socket, vector, (int)used);
         if (got < 0 && errno == EINTR) continue;
         if (got <= 0) {

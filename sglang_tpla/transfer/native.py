@@ -76,14 +76,15 @@ def loaded(path: Path) -> ctypes.CDLL:
         raise NativeError(f"{path} cannot be loaded: {error}") from error
     pointer, size = ctypes.c_void_p, ctypes.c_size_t
     library.checksum_bytes.restype = size
-    library.checksum_start.argtypes = (pointer,)
+    library.checksum_start.argtypes = (pointer, size)
     library.checksum_end.argtypes, library.checksum_end.restype = (pointer,), ctypes.c_uint64
+    library.check_pieces.argtypes = (pointer, pointer)
     library.copy_pieces.argtypes = (pointer, pointer, pointer)
     library.receive_pieces.argtypes = (pointer, pointer, pointer, ctypes.c_int, size, size)
     library.receive_pieces.restype = ctypes.c_int64
     library.send_pieces.argtypes = (pointer, pointer, pointer, ctypes.c_int, size)
     library.send_pieces.restype = ctypes.c_int64
-    for name in ("checksum_start", "copy_pieces"):
+    for name in ("checksum_start", "check_pieces", "copy_pieces"):
         getattr(library, name).restype = None
     return library
 

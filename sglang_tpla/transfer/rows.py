@@ -19,7 +19,7 @@ import torch
 
 from sglang_tpla.transfer import frames
 from sglang_tpla.transfer.chunks import Part, Rectangle
-from sglang_tpla.transfer.moving import copy_pieces
+from sglang_tpla.transfer.moving import check_pieces, copy_pieces
 from sglang_tpla.transfer.projection import Stack
 from sglang_tpla.transfer.row_format import RowFormat
 from sglang_tpla.transfer.runs import Block, Layers, Pieces, cut_blocks, find_spans, one_piece, worth_it
@@ -273,8 +273,7 @@ class RowWriter:
         data = np.frombuffer(payload, dtype=np.uint8)
         item = self.pool.dtype.itemsize
         if self._stream is not None:
-            self._write_cuda(layers, slots, shared, part, data)
-            return frames.checksum(payload)
+            return self._write_cuda(layers, slots, shared, part, data)
         assert self._rows is not None
         pieces = self.pieces(layers, slots, part)
         if pieces is not None:
@@ -301,12 +300,16 @@ class RowWriter:
 
     def _write_cuda(
         self, layers: range, slots: np.ndarray, shared: Sequence[int], part: Part, data: np.ndarray
-    ) -> None:
+    ) -> bytes:
+        payload, digest = one_piece(data), b""
         host = as_tensor(data)
         if not host.is_pinned():
-            host = self._pinned_copy(host)
+            host = self._pinned(data.size)
+            digest = copy_pieces(payload, one_piece(host.numpy()))
         with torch.cuda.stream(self._stream):
             device = host.to(self.pool.device, non_blocking=True).view(self.pool.dtype)
+            there = torch.cuda.Event(blocking=True)
+            there.record(self._stream)
             index = torch.from_numpy(slots).pin_memory().to(self.pool.device, non_blocking=True)
             start = 0
             for columns, run in groupby(layers, lambda layer: self.columns(layer, shared[layer], part)):
@@ -322,7 +325,11 @@ class RowWriter:
                         self._column_view(layer, first, stop).index_copy_(0, index, layer_values)
             done = torch.cuda.Event(blocking=True)
             done.record(self._stream)
+        if not digest:
+            there.synchronize()  # what another process may write over is checked when it has been read, not before
+            digest = check_pieces(payload)
         done.synchronize()
+        return digest
 
     def _column_view(self, layer: int, first: int, stop: int) -> torch.Tensor:
         """Columns of a pool layer, made once: each call into torch gives the interpreter away and waits for it."""
@@ -331,12 +338,12 @@ class RowWriter:
             self._views[key] = self.pool.layers[layer][:, first:stop]
         return self._views[key]
 
-    def _pinned_copy(self, host: torch.Tensor) -> torch.Tensor:
-        """A copy of a payload that the device can read by itself; good until this thread's next one."""
+    def _pinned(self, size_bytes: int) -> torch.Tensor:
+        """Memory that the device can read by itself; good until this thread's next payload."""
         pinned: torch.Tensor | None = getattr(self._own, "pinned", None)
-        if pinned is None or pinned.numel() < host.numel():
+        if pinned is None or pinned.numel() < size_bytes:
             with torch.cuda.device(
                 self.pool.device
             ):  # a thread's own is GPU 0, and pinning would wake that one
-                pinned = self._own.pinned = torch.empty(host.numel(), dtype=torch.uint8, pin_memory=True)
-        return pinned[: host.numel()].copy_(host)
+                pinned = self._own.pinned = torch.empty(size_bytes, dtype=torch.uint8, pin_memory=True)
+        return pinned[:size_bytes]

@@ -37,10 +37,12 @@ class DecodeScattering(DecodeFetching):
             arrival = self._arrivals.popleft() if self._arrivals else None
             entry = arrival.room if arrival is not None else self._completed.popleft()
         with self._failing(entry):
-            if arrival is not None:
+            if isinstance(arrival, PoolLanding):
+                self._account(arrival, arrival.digest(), None)
+            elif arrival is not None:
                 self._apply(arrival)
             self._complete(entry)
-        if arrival is not None:
+        if isinstance(arrival, Arrival):
             self._spares.give_back(arrival.payload)
         return True
 
@@ -67,9 +69,13 @@ class DecodeScattering(DecodeFetching):
 
     def _landed(self, landing: PoolLanding) -> None:
         """A chunk is in the pool, or what came of it when its room had ended is nowhere (I/O thread)."""
-        with self._lock:
+        with self._work:
             if not landing.room.state.ended:
                 self._count_arrival(landing.room, landing.size_bytes)
+            if landing.aside:
+                self._arrivals.append(landing)
+                self._work.notify()
+                return
         with self._failing(landing.room):
             self._account(landing, landing.digest(), None)
             self._complete(landing.room)
