@@ -8,7 +8,7 @@ GPU of its own where there are several. The main thread of each looks at its roo
 the nap of ``sglang_tpla/host/transfer_backend.py``, or (``spin``) without it. Pages are single tokens in random order.
 
 - place: through shared memory (this host), or over TCP on loopback, as between hosts (other host)
-- checked: with checksums; beside it, with --unchecked, the same agents in turns without (never offered outside this file)
+- checked: with checksums; with --unchecked also without, in turns (never offered outside this file)
 - seconds: from the last rows handed over (all at once) to the confirmation of every rank; median after one warm-up
 - ceilings: one copy of the same bytes from the GPU to pinned memory, the other way, and one checksum of them, alone
 """

@@ -8,8 +8,8 @@ lock may be taken by any thread for a short time.
 from __future__ import annotations
 
 import json
-import os
 import logging
+import os
 import threading
 import time
 import uuid
