@@ -13,6 +13,7 @@ it with the last 1,024 bytes at most.
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +21,7 @@ import torch
 import xxhash
 
 STRIPE_BYTES, BLOCK_BYTES = 64, 1024
+FOUND_BYTES = STRIPE_BYTES + STRIPE_BYTES + BLOCK_BYTES  # lanes, the stripe before the rest, the rest
 MASK = (1 << 64) - 1
 START = (0xC2B2AE3D, 0x9E3779B185EBCA87, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9,
          0x85EBCA77C2B2AE63, 0x85EBCA77, 0x27D4EB2F165667C5, 0x9E3779B1)  # fmt: skip
@@ -45,37 +47,44 @@ def _words(first: int, stripes: int = 1) -> np.ndarray:
     return np.lib.stride_tricks.sliding_window_view(words, 8)
 
 
-def block_lanes_reference(payload: torch.Tensor) -> torch.Tensor:
-    """The twin of `block_lanes`, on any device that numpy reaches."""
-    words = payload.numpy().view("<u8").reshape(-1, 16, 8)
-    sums = _stripes(words, _words(0, 16)).sum(axis=1)
-    lanes, key = np.array(START, dtype=np.uint64), _words(128)
-    for added in sums:
+def _cut(payload: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Its whole blocks, but for one that is the end, and the rest, from the stripe before on."""
+    blocks = (payload.numel() - 1) // BLOCK_BYTES * BLOCK_BYTES
+    return payload[:blocks], payload[max(0, blocks - STRIPE_BYTES) :]
+
+
+def find_reference(payload: torch.Tensor, found: torch.Tensor) -> None:
+    """The twin of `find`, on the CPU."""
+    blocks, rest = _cut(payload)
+    words = blocks.numpy().view("<u8").reshape(-1, 16, 8)
+    lanes, key = np.array(START, dtype=np.uint64), _words(128)[0]
+    for added in _stripes(words, _words(0, 16)).sum(axis=1):
         lanes = lanes + added
-        lanes = (lanes ^ (lanes >> np.uint64(47)) ^ key[0]) * np.uint64(0x9E3779B1)
-    return torch.from_numpy(lanes.view(np.int64))
+        lanes = (lanes ^ (lanes >> np.uint64(47)) ^ key) * np.uint64(0x9E3779B1)
+    found[:STRIPE_BYTES] = torch.from_numpy(lanes.view(np.uint8))
+    found[STRIPE_BYTES : STRIPE_BYTES + rest.numel()] = rest
 
 
-def block_lanes(payload: torch.Tensor) -> torch.Tensor:
-    """The lanes after whole blocks.
+def find(payload: torch.Tensor, found: torch.Tensor) -> None:
+    """What `end` makes the checksum of, once the current stream has come there.
 
     Args:
-        payload: uint8 ``[1024 * blocks]``, contiguous, at an address that 16 divides.
-
-    Returns:
-        int64 ``[8]`` on the payload's device, once the current stream has come there.
+        payload: uint8 ``[n]``, contiguous, at an address that 16 divides, of at least one byte.
+        found: uint8 ``[FOUND_BYTES]`` that the device reaches (pinned): the eight lanes after the whole blocks, then
+            the stripe before them, if there are any, and all bytes that follow.
     """
     from sglang_tpla.transfer import device_checksum_triton as kernels
 
-    blocks = payload.numel() // BLOCK_BYTES
-    constants = _constants(payload.device)
-    lanes = constants[24:].clone()
-    sums = torch.empty(blocks, 8, dtype=torch.int64, device=payload.device)
-    words, shape = payload.view(torch.int64), (kernels.STRIPES, kernels.LANES)
-    grid = (-(-blocks // kernels.BLOCKS),)
-    kernels.sum_blocks[grid](words, constants, sums, blocks, *shape, kernels.BLOCKS)
-    kernels.scramble_blocks[(1,)](sums, constants, lanes, blocks, kernels.LANES, kernels.STEPS, num_warps=1)
-    return lanes
+    whole, rest = _cut(payload)
+    blocks, constants = whole.numel() // BLOCK_BYTES, _constants(payload.device)
+    sums = torch.empty(blocks, kernels.LANES, dtype=torch.int64, device=payload.device)
+    secret, start = constants[:24], constants[24:]
+    if blocks:
+        grid, shape = (-(-blocks // kernels.BLOCKS),), (kernels.STRIPES, kernels.LANES, kernels.BLOCKS)
+        kernels.sum_blocks[grid](whole.view(torch.int64), secret, sums, blocks, *shape)
+    places = found[:STRIPE_BYTES].view(torch.int64), blocks, rest, found[STRIPE_BYTES:], rest.numel()
+    shape = kernels.LANES, kernels.STEPS, kernels.REST
+    kernels.scramble_blocks[(1,)](sums, secret, start, *places, *shape, num_warps=1)
 
 
 _kept: dict[torch.device, torch.Tensor] = {}
@@ -91,35 +100,23 @@ def _constants(device: torch.device) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Pending:
-    """A checksum that a GPU is on its way to.
-
-    Attributes:
-        found: uint8, pinned: the lanes, then the payload's last bytes, from the stripe before them on.
-        blocks: that have gone into the lanes.
-        size_bytes: of the payload.
-        done: when all that is there.
-    """
+    """A checksum that a GPU is on its way to: of ``size_bytes``, in ``found`` when ``done``."""
 
     found: torch.Tensor
-    blocks: int
     size_bytes: int
     done: torch.cuda.Event
 
     def digest(self) -> bytes:
         """Wait for it: 8 bytes."""
         self.done.synchronize()
-        found = self.found.numpy()
-        return end(found[:STRIPE_BYTES].view(np.uint64), self.blocks, found[STRIPE_BYTES:], self.size_bytes)
+        return end(self.found.numpy(), self.size_bytes)
 
 
-def end(lanes: np.ndarray, blocks: int, rest: np.ndarray, size_bytes: int) -> bytes:
-    """The checksum.
-
-    Args:
-        lanes: uint64 ``[8]`` after ``blocks`` whole blocks.
-        rest: uint8: the stripe before them, if there are any, and all bytes that follow, at least one.
-        size_bytes: of the whole payload.
-    """
+def end(found: np.ndarray, size_bytes: int) -> bytes:
+    """The checksum of a payload of ``size_bytes``, of what `find` found: uint8."""
+    blocks = (size_bytes - 1) // BLOCK_BYTES
+    lanes, rest = found[:STRIPE_BYTES].view(np.uint64), found[STRIPE_BYTES:]
+    rest = rest[: size_bytes - blocks * BLOCK_BYTES + STRIPE_BYTES * (blocks > 0)]
     if not blocks:
         return xxhash.xxh3_64_digest(rest.data)
     after = rest[STRIPE_BYTES:]
@@ -139,14 +136,14 @@ def end(lanes: np.ndarray, blocks: int, rest: np.ndarray, size_bytes: int) -> by
 
 
 class DeviceChecksums:
-    """Takes checksums of payloads on a GPU, on a stream of its own that goes before others: its kernels are short.
+    """Takes checksums of payloads on a GPU, on streams of its own that go before others: its kernels are short.
 
     Raises:
         RuntimeError: the kernels, which are compiled here, find another checksum than xxHash's library.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device, priority=-1)
+        self._device, self._own = device, threading.local()
         example = torch.arange(5000, device=device).to(torch.uint8)
         ready = torch.cuda.Event()
         ready.record(torch.cuda.current_stream(device))
@@ -167,15 +164,18 @@ class DeviceChecksums:
                 until the digest is there.
         """
         data = payload.reshape(-1).view(torch.uint8)
-        blocks = (data.numel() - 1) // BLOCK_BYTES
-        rest = data[max(0, blocks * BLOCK_BYTES - STRIPE_BYTES) :]
-        found = torch.empty(STRIPE_BYTES + rest.numel(), dtype=torch.uint8, pin_memory=True)
+        found = torch.empty(FOUND_BYTES, dtype=torch.uint8, pin_memory=True)
         done = torch.cuda.Event(blocking=True)
-        with torch.cuda.stream(self._stream):
-            self._stream.wait_event(ready)
-            if blocks:
-                lanes = block_lanes(data[: blocks * BLOCK_BYTES])
-                found[:STRIPE_BYTES].copy_(lanes.view(torch.uint8), non_blocking=True)
-            found[STRIPE_BYTES:].copy_(rest, non_blocking=True)
-            done.record(self._stream)
-        return Pending(found, blocks, data.numel(), done)
+        stream = self._stream()
+        with torch.cuda.stream(stream):
+            stream.wait_event(ready)
+            find(data, found)
+            done.record(stream)
+        return Pending(found, data.numel(), done)
+
+    def _stream(self) -> torch.cuda.Stream:
+        """This thread's: payloads of several threads are checked at once, each by its own warp."""
+        stream: torch.cuda.Stream | None = getattr(self._own, "stream", None)
+        if stream is None:
+            stream = self._own.stream = torch.cuda.Stream(self._device, priority=-1)
+        return stream

@@ -12,7 +12,8 @@ import triton.language as tl
 
 STRIPES, LANES = 16, 8
 BLOCKS = 16  # of one program of `sum_blocks`
-STEPS = 32  # blocks whose sums `scramble_blocks` asks for before it needs the first
+STEPS = 64  # blocks whose sums `scramble_blocks` asks for before it needs the first
+REST = 2048  # more bytes than follow the last block, a power of two
 
 
 @triton.jit(do_not_specialize=["blocks"])
@@ -33,21 +34,40 @@ def sum_blocks(words, secret, sums, blocks, STRIPES: tl.constexpr, LANES: tl.con
     tl.store(sums + block.to(tl.int64)[:, None] * LANES + lane[None, :], added, mask=there[:, None])
 
 
-@triton.jit(do_not_specialize=["blocks"])
-def scramble_blocks(sums, secret, lanes, blocks, LANES: tl.constexpr, STEPS: tl.constexpr):
-    """Add the blocks' sums to the lanes, one block after the other. Grid: [1].
+@triton.jit
+def _scrambled(value, added, key, prime):
+    mixed = value + added
+    return (mixed ^ ((mixed >> 47) & 0x1FFFF) ^ key) * prime
 
-    ``lanes``: int64 [LANES], changed.
+
+@triton.jit(do_not_specialize=["blocks", "rest_bytes"])
+def scramble_blocks(
+    sums,
+    secret,
+    start,
+    lanes,
+    blocks,
+    rest,
+    rest_found,
+    rest_bytes,
+    LANES: tl.constexpr,
+    STEPS: tl.constexpr,
+    REST: tl.constexpr,
+):
+    """Add the blocks' sums to the lanes, one block after the other; copy what follows them. Grid: [1].
+
+    ``start``, ``lanes``: int64 [LANES], before and after. ``rest``, ``rest_found``: uint8 [rest_bytes], at most REST.
     """
+    at = tl.arange(0, REST)
+    tl.store(rest_found + at, tl.load(rest + at, mask=at < rest_bytes), mask=at < rest_bytes)
     lane = tl.arange(0, LANES)
     key = tl.load(secret + 16 + lane)
     prime = tl.full([LANES], 0x9E3779B1, tl.int64)
-    value = tl.load(lanes + lane)
-    for start in range(0, blocks, STEPS):
+    value = tl.load(start + lane)
+    whole = blocks // STEPS * STEPS
+    for first in range(0, whole, STEPS):
         for step in tl.static_range(STEPS):
-            there = start + step < blocks
-            added = tl.load(sums + (start + step) * LANES + lane, mask=there, other=0)
-            mixed = value + added
-            mixed = (mixed ^ ((mixed >> 47) & 0x1FFFF) ^ key) * prime
-            value = tl.where(there, mixed, value)
+            value = _scrambled(value, tl.load(sums + (first + step) * LANES + lane), key, prime)
+    for block in range(whole, blocks):
+        value = _scrambled(value, tl.load(sums + block * LANES + lane), key, prime)
     tl.store(lanes + lane, value)
