@@ -46,7 +46,6 @@ from wire_values import wire_values
 from sglang_tpla.config import Settings
 from sglang_tpla.transfer import frames, moving
 from sglang_tpla.transfer.decode import DecodeAgent
-from sglang_tpla.transfer.device_checksum import DeviceChecksums
 from sglang_tpla.transfer.prefill import PrefillAgent
 from sglang_tpla.transfer.types import CachePool, MetadataRows, RoomState
 
@@ -124,14 +123,13 @@ class NoChecksum:
         return bytes(8)
 
 
-CHECKSUMS = frames.checksum, frames.running_checksum, moving.Checksum, DeviceChecksums.start
+CHECKSUMS = frames.checksum, frames.running_checksum, moving.Checksum
 
 
 def switch_checksums(on: bool) -> None:
     """Let this process's agents compute checksums, or not."""
-    off = (lambda data: bytes(8)), NoChecksum, NoChecksum, NoChecksum
-    frames.checksum, frames.running_checksum, moving.Checksum, start = CHECKSUMS if on else off
-    DeviceChecksums.start = lambda *arguments: start(*arguments)
+    off = (lambda data: bytes(8)), NoChecksum, NoChecksum
+    frames.checksum, frames.running_checksum, moving.Checksum = CHECKSUMS if on else off
 
 
 # Children: each serves commands from a pipe and answers with (seconds, cpu_seconds) or a value.

@@ -19,8 +19,7 @@ import torch
 
 from sglang_tpla.transfer import frames
 from sglang_tpla.transfer.chunks import Part, Rectangle
-from sglang_tpla.transfer.device_checksum import DeviceChecksums
-from sglang_tpla.transfer.moving import copy_pieces
+from sglang_tpla.transfer.moving import check_pieces, copy_pieces
 from sglang_tpla.transfer.projection import Stack
 from sglang_tpla.transfer.row_format import RowFormat
 from sglang_tpla.transfer.runs import Block, Layers, Pieces, cut_blocks, find_spans, one_piece, worth_it
@@ -108,7 +107,6 @@ class RowReader:
     def __init__(self, pool: CachePool) -> None:
         self.pool = pool
         self._stream = torch.cuda.Stream(pool.device) if pool.device.type == "cuda" else None
-        self._checksums = DeviceChecksums(pool.device) if self._stream is not None else None
         self._rows = None if self._stream else [byte_rows(layer) for layer in pool.layers]
         self._dense = _dense(self._rows)
 
@@ -156,7 +154,8 @@ class RowReader:
         if stacks is None and part is Part.OWN:
             return None  # the raw latent is common to all ranks
         if self._stream is not None:
-            return self._read_cuda(layers, slots, stacks, part, out, ready, row_format)
+            self._read_cuda(layers, slots, stacks, part, out, ready, row_format)
+            return None
         assert self._rows is not None
         if stacks is None and row_format is RowFormat.PLAIN:
             if self.in_place(slots):
@@ -185,8 +184,8 @@ class RowReader:
         out: np.ndarray,
         ready: Any,
         row_format: RowFormat,
-    ) -> bytes:
-        assert self._stream is not None and self._checksums is not None
+    ) -> None:
+        assert self._stream is not None
         target = torch.from_numpy(out).view(row_format.item_dtype(self.pool.dtype))
         with torch.cuda.stream(self._stream):
             if ready is not None:
@@ -201,14 +200,10 @@ class RowReader:
             if stacks is not None or row_format is not RowFormat.PLAIN:
                 packed = torch.empty(target.numel(), dtype=target.dtype, device=self.pool.device)
                 self._encode(rows, stacks, part, packed, row_format)
-            made = torch.cuda.Event()
-            made.record(self._stream)
             target.copy_(packed, non_blocking=True)
             done = torch.cuda.Event(blocking=True)
             done.record(self._stream)
-        checksum = self._checksums.start(packed, made)
         done.synchronize()
-        return checksum.digest()
 
     def _encode(
         self,
@@ -241,7 +236,6 @@ class RowWriter:
     def __init__(self, pool: CachePool) -> None:
         self.pool = pool
         self._stream = torch.cuda.Stream(pool.device) if pool.device.type == "cuda" else None
-        self._checksums = DeviceChecksums(pool.device) if self._stream is not None else None
         self._rows = None if self._stream else [byte_rows(layer) for layer in pool.layers]
         self._dense = _dense(self._rows)
         self._views: dict[tuple[int, int, int], torch.Tensor] = {}
@@ -307,14 +301,14 @@ class RowWriter:
     def _write_cuda(
         self, layers: range, slots: np.ndarray, shared: Sequence[int], part: Part, data: np.ndarray
     ) -> bytes:
-        assert self._checksums is not None
-        host, digest = as_tensor(data), b""
+        payload, digest = one_piece(data), b""
+        host = as_tensor(data)
         if not host.is_pinned():
             host = self._pinned(data.size)
-            digest = copy_pieces(one_piece(data), one_piece(host.numpy()))
+            digest = copy_pieces(payload, one_piece(host.numpy()))
         with torch.cuda.stream(self._stream):
             device = host.to(self.pool.device, non_blocking=True).view(self.pool.dtype)
-            there = torch.cuda.Event()
+            there = torch.cuda.Event(blocking=True)
             there.record(self._stream)
             index = torch.from_numpy(slots).pin_memory().to(self.pool.device, non_blocking=True)
             start = 0
@@ -331,8 +325,9 @@ class RowWriter:
                         self._column_view(layer, first, stop).index_copy_(0, index, layer_values)
             done = torch.cuda.Event(blocking=True)
             done.record(self._stream)
-        # what another process may write over is checked where it has come, not where it lay
-        digest = digest or self._checksums.start(device, there).digest()
+        if not digest:
+            there.synchronize()  # what another process may write over is checked when it has been read, not before
+            digest = check_pieces(payload)
         done.synchronize()
         return digest
 
