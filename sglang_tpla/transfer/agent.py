@@ -33,9 +33,7 @@ FIRST_SLOTS = 2  # of staging, reserved at the start
 # Threads that make or write chunks. On a GPU one copies while another checks; four are no faster with few chunks, since
 # each call into torch gives the interpreter away and all wait for it (benchmarks/results/h200/NOTES.md).
 WORKERS = {"cpu": 1, "cuda": 2}
-SPARE_CORES = (
-    4  # with as many, checksums of what lies in a CPU pool are taken by workers, beside the I/O thread
-)
+SPARE_CORES = 4  # with as many, workers check what lies in a CPU pool, beside the I/O thread that moves it
 MAX_DURATIONS = 16384  # kept for whoever publishes them
 
 

@@ -102,8 +102,10 @@ enum { NOWHERE, INTO_CACHE, PAST_CACHE_16, PAST_CACHE_64 }; /* where a copy goes
  * memory. Two sums of products, as one would wait for itself, and one of the words, which change places once a block. */
 static inline __attribute__((always_inline, target("avx512f,avx512dq"))) void blocks_512(uint64_t *lanes, uint8_t *to,
                                                                                          const uint8_t *from,
-                                                                                         size_t blocks, const int where) {
-    __m512i sum = _mm512_loadu_si512(lanes), secret[STRIPES], last = _mm512_loadu_si512(SECRET + 128);
+                                                                                         size_t blocks, const int where,
+                                                                                         const int checked) {
+    __m512i sum = _mm512_setzero_si512(), secret[STRIPES], last = _mm512_loadu_si512(SECRET + 128);
+    if (checked) sum = _mm512_loadu_si512(lanes);
     for (int n = 0; n < STRIPES; n++) secret[n] = _mm512_loadu_si512(SECRET + 8 * n);
     for (; blocks; blocks--) {
         __m512i odd = _mm512_setzero_si512(), words = odd;
@@ -120,30 +122,33 @@ static inline __attribute__((always_inline, target("avx512f,avx512dq"))) void bl
                 _mm_stream_si128((__m128i *)to + 3, _mm512_extracti32x4_epi32(value, 3));
             }
             if (where != NOWHERE) to += STRIPE;
+            if (!checked) continue;
             __m512i product = _mm512_mul_epu32(key, _mm512_srli_epi64(key, 32));
             if (n % 2) odd = _mm512_add_epi64(odd, product);
             else sum = _mm512_add_epi64(sum, product);
             words = _mm512_add_epi64(words, value);
         }
+        if (!checked) continue;
         words = _mm512_shuffle_epi32(words, (_MM_PERM_ENUM)_MM_SHUFFLE(1, 0, 3, 2));
         sum = _mm512_add_epi64(_mm512_add_epi64(sum, odd), words);
         sum = _mm512_xor_si512(_mm512_xor_si512(sum, _mm512_srli_epi64(sum, 47)), last);
         sum = _mm512_mullo_epi64(sum, _mm512_set1_epi64(PRIME32_1));
     }
-    _mm512_storeu_si512(lanes, sum);
+    if (checked) _mm512_storeu_si512(lanes, sum);
     if (where >= PAST_CACHE_16) _mm_sfence(); /* another process may read them next */
 }
 
 __attribute__((target("avx512f,avx512dq"))) static void mix_blocks_512(uint64_t *lanes, const uint8_t *data,
                                                                        size_t blocks) {
-    blocks_512(lanes, NULL, data, blocks, NOWHERE);
+    blocks_512(lanes, NULL, data, blocks, NOWHERE, 1);
 }
 
 __attribute__((target("avx512f,avx512dq"))) static void copy_blocks_512(uint64_t *lanes, uint8_t *to,
                                                                         const uint8_t *from, size_t blocks) {
-    if ((uintptr_t)to % 64 == 0) blocks_512(lanes, to, from, blocks, PAST_CACHE_64);
-    else if ((uintptr_t)to % 16 == 0) blocks_512(lanes, to, from, blocks, PAST_CACHE_16);
-    else blocks_512(lanes, to, from, blocks, INTO_CACHE);
+    if (!lanes) blocks_512(NULL, to, from, blocks, (uintptr_t)to % 64 ? INTO_CACHE : PAST_CACHE_64, 0);
+    else if ((uintptr_t)to % 64 == 0) blocks_512(lanes, to, from, blocks, PAST_CACHE_64, 1);
+    else if ((uintptr_t)to % 16 == 0) blocks_512(lanes, to, from, blocks, PAST_CACHE_16, 1);
+    else blocks_512(lanes, to, from, blocks, INTO_CACHE, 1);
 }
 #endif
 
@@ -269,7 +274,7 @@ __attribute__((target("avx2"))) static void copy_whole(uint64_t *lanes, uint8_t 
                                                        size_t blocks) {
     int aligned = (uintptr_t)to % 16 == 0;
 #ifdef HAS_AVX512
-    if (lanes && __builtin_cpu_supports("avx512dq")) {
+    if (__builtin_cpu_supports("avx512dq")) {
         copy_blocks_512(lanes, to, from, blocks);
         return;
     }

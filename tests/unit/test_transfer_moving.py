@@ -55,6 +55,7 @@ def test_checksums_are_xxh3(way: str, sizes: list[int]) -> None:
             patch.setattr(native, "library", lambda: None)
         payload = pieces(sizes, 1)
         assert checksum_of(payload) == xxhash.xxh3_64_digest(content(payload))
+        assert moving.check_pieces(payload) == xxhash.xxh3_64_digest(content(payload))
 
 
 @pytest.mark.parametrize("size", [*range(236, 330), 1023, 1024, 1025, 1087, 1088, 1089, 2048, 2049, 70_001])

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from sglang_tpla.transfer import channel, frames, native, runs
+from sglang_tpla.transfer import agent, channel, frames, landing, moving, native, runs
 from sglang_tpla.transfer.channel import PREAMBLE, SIZES
 from sglang_tpla.transfer.types import RoomState
 from tests.wire import rig
@@ -87,8 +87,9 @@ class Sender:
         return bool(self.rows().reshape(-1)[SIZE // 2 - 1])
 
 
-@pytest.fixture
-def sender() -> Iterator[Sender]:
+@pytest.fixture(params=["checked on the way", "checked by a worker"])
+def sender(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Sender]:
+    monkeypatch.setattr(agent, "SPARE_CORES", 1 if "worker" in request.param else 1 << 20)
     with contextlib.ExitStack() as stack:
         yield Sender(stack)
 
@@ -154,11 +155,16 @@ def test_a_chunk_that_ends_half_way_comes_again_within_the_same_credit(sender: S
     assert sender.decode.agent.stats().staging_used_bytes == 0
 
 
-@pytest.mark.parametrize("way", ["in runs", "row by row", "in runs, without C"])
+@pytest.mark.parametrize("way", ["in runs", "row by row", "in runs, without C", "in runs, by workers"])
 def test_every_way_is_right_to_the_last_bit(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also when what the pool holds comes in another order than it lies there."""
     if "without C" in way:
         monkeypatch.setattr(native, "library", lambda: None)
+    monkeypatch.setattr(agent, "SPARE_CORES", 1 if "by workers" in way else 1 << 20)
+    checked_aside = []
+    monkeypatch.setattr(
+        landing, "check_pieces", lambda pieces: checked_aside.append(pieces) or moving.check_pieces(pieces)
+    )
     if way == "row by row":
         monkeypatch.setattr(runs, "MIN_RUN_BYTES", 1 << 20)
     prefill, decode = rig.prefill_rank(), rig.decode_rank(host="far")
@@ -167,6 +173,7 @@ def test_every_way_is_right_to_the_last_bit(way: str, monkeypatch: pytest.Monkey
         rig.wait(lambda: prefill.agent._doorway._channels, "the channel")
         transfer(prefill, decode, 1)
         assert prefill.agent.stats().resent == 0
+        assert bool(checked_aside) == ("by workers" in way)
         rig.wait(lambda: prefill.agent.stats().staging_used_bytes == 0, "staging to be free")
     assert PAGES * rig.PAGE > TOKENS
 
