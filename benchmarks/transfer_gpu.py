@@ -63,7 +63,7 @@ def set_up(threads: int, switch_s: float, device: str) -> None:
     """As a server's process."""
     sys.setswitchinterval(switch_s)
     torch.set_num_threads(1)
-    agents.WORKERS["cuda"] = threads
+    agents.WORKERS["cuda"] = agents.CHECKERS["cuda"] = threads
     if device != "cpu":
         torch.cuda.set_device(device)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import queue
 import threading
 import time
 import uuid
@@ -30,9 +31,10 @@ QUEUE_FRAMES = 16384  # high-water mark of a socket, in messages; credits bound 
 SOCKET_BUFFER_BYTES = 4 << 20  # the system may give less
 MAX_PARTS = 3
 FIRST_SLOTS = 2  # of staging, reserved at the start
-# Threads that make or write chunks. On a GPU one copies while another checks; four are no faster with few chunks, since
-# each call into torch gives the interpreter away and all wait for it (benchmarks/results/h200/NOTES.md).
+# Threads that make or write chunks. More are slower: each call into torch gives the interpreter away, and all wait for it
+# (benchmarks/results/h200/NOTES.md). What a GPU copied is checked by others, which need no interpreter for that.
 WORKERS = {"cpu": 1, "cuda": 2}
+CHECKERS = {"cpu": 0, "cuda": 2}
 SPARE_CORES = 4  # with as many, workers check what lies in a CPU pool, beside the I/O thread that moves it
 MAX_DURATIONS = 16384  # kept for whoever publishes them
 
@@ -79,6 +81,13 @@ class Agent(ABC, Generic[RoomT]):
             )
             for number in range(WORKERS[device])
         ]
+        self._checks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._checkers = [
+            threading.Thread(
+                target=self._run_checker, name=f"tpla-{self.role}-check-{rank}-{number}", daemon=True
+            )
+            for number in range(CHECKERS[device])
+        ]
 
     def _make_arena(self) -> ArenaMemory | None:
         """Shared memory for staging, a few slots of it reserved, where the settings want it and there is some."""
@@ -102,9 +111,11 @@ class Agent(ABC, Generic[RoomT]):
             self._work.notify_all()
         if not already:
             self._io.post(self._say_goodbye)
-        for worker in self._workers:
-            if worker.is_alive() and threading.current_thread() is not worker:
-                worker.join(5.0)
+            for _ in self._checkers:
+                self._checks.put(None)
+        for thread in (*self._workers, *self._checkers):
+            if thread.is_alive() and threading.current_thread() is not thread:
+                thread.join(5.0)
         self._io.stop()
         with self._lock:
             self._fail_all(f"the {self.role} agent was closed")
@@ -149,12 +160,12 @@ class Agent(ABC, Generic[RoomT]):
 
     def _start(self) -> None:
         self._io.start()
-        for worker in self._workers:
-            worker.start()
+        for thread in (*self._workers, *self._checkers):
+            thread.start()
 
     @property
     def _threads_alive(self) -> int:
-        return sum(thread.is_alive() for thread in (self._io.thread, *self._workers))
+        return sum(thread.is_alive() for thread in (self._io.thread, *self._workers, *self._checkers))
 
     def _run_worker(self) -> None:
         try:
@@ -162,6 +173,20 @@ class Agent(ABC, Generic[RoomT]):
                 pass
         except BaseException as error:
             self._died(error)
+
+    def _run_checker(self) -> None:
+        try:
+            while (check := self._checks.get()) is not None:
+                check()
+        except BaseException as error:
+            self._died(error)
+
+    def _aside(self, check: Callable[[], None]) -> None:
+        """Have a checker do this, or do it now where there are none."""
+        if self._checkers:
+            self._checks.put(check)
+        else:
+            check()
 
     @abstractmethod
     def _work_once(self) -> bool:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 from sglang_tpla.transfer import frames
 from sglang_tpla.transfer.channel import Parcel
@@ -49,17 +52,30 @@ class PrefillDispatch(PrefillResuming):
                 self._work.wait(0.002 if self._staging.watched else 0.5)
                 return True
             self._work.notify()  # there may be one more, for another thread
+        with self._failing(job):
+            pieces, digest = self._make(job)
+            if job.slot.buffer.size and not digest:
+                self._aside(partial(self._check, job, pieces))
+            else:
+                self._deliver(job, pieces, digest)
+        return True
+
+    def _check(self, job: Job, pieces: Pieces) -> None:
+        with self._failing(job):
+            self._deliver(job, pieces, check_pieces(pieces))
+
+    @contextmanager
+    def _failing(self, job: Job) -> Iterator[None]:
+        """What goes wrong in here fails the rooms that wait for the chunk, and is reported."""
         try:
-            self._deliver(job, *self._make(job))
+            yield
         except Exception as error:
-            # the rooms that wait for the chunk fail
             self._handler_failed("gather", error)
             with self._work:
                 job.slot.pending -= 1
                 for load in job.loads:
                     if not load.lane.room.state.ended:
                         self._fail(load.lane.room, f"internal error while gathering: {error!r}")
-        return True
 
     def _next_job(self) -> Job | None:
         """The next chunk that some rank can take: peers in turn, and each peer's lanes in turn."""
@@ -167,8 +183,7 @@ class PrefillDispatch(PrefillResuming):
             segment.ready,
             plan.row_format,
         )
-        whole = one_piece(payload)
-        return whole, digest or check_pieces(whole)
+        return one_piece(payload), digest or b""
 
     def _deliver(self, job: Job, pieces: Pieces, digest: bytes) -> None:
         plan = job.loads[0].lane.plan

@@ -23,7 +23,7 @@ GAUGES = {
     "data_channels": "Data channels that stand; chunks for peers on other hosts that have none go over ZMQ",
     "staging_used_bytes": "Staging memory in use",
     "staging_limit_bytes": "Ceiling of staging memory",
-    "threads_alive": "Threads of the agent that are alive (2; 3 with a cache on a GPU)",
+    "threads_alive": "Threads of the agent that are alive (2; 5 with a cache on a GPU)",
 }
 COUNTERS = {
     "wire_bytes": "Payload bytes that moved",

@@ -19,7 +19,7 @@ import torch
 
 from sglang_tpla.transfer import frames
 from sglang_tpla.transfer.chunks import Part, Rectangle
-from sglang_tpla.transfer.moving import check_pieces, copy_pieces
+from sglang_tpla.transfer.moving import copy_pieces
 from sglang_tpla.transfer.projection import Stack
 from sglang_tpla.transfer.row_format import RowFormat
 from sglang_tpla.transfer.runs import Block, Layers, Pieces, cut_blocks, find_spans, one_piece, worth_it
@@ -268,7 +268,7 @@ class RowWriter:
         self, layers: range, slots: np.ndarray, shared: Sequence[int], part: Part, payload: memoryview
     ) -> bytes:
         """Write a payload to the rows ``slots`` of the pool layers ``layers`` (by index); returns when it is
-        there, with the checksum of what was written.
+        there, with the checksum of what was written; nothing if that was not taken on the way.
         """
         data = np.frombuffer(payload, dtype=np.uint8)
         item = self.pool.dtype.itemsize
@@ -301,15 +301,12 @@ class RowWriter:
     def _write_cuda(
         self, layers: range, slots: np.ndarray, shared: Sequence[int], part: Part, data: np.ndarray
     ) -> bytes:
-        payload, digest = one_piece(data), b""
-        host = as_tensor(data)
+        host, digest = as_tensor(data), b""
         if not host.is_pinned():
             host = self._pinned(data.size)
-            digest = copy_pieces(payload, one_piece(host.numpy()))
+            digest = copy_pieces(one_piece(data), one_piece(host.numpy()))
         with torch.cuda.stream(self._stream):
             device = host.to(self.pool.device, non_blocking=True).view(self.pool.dtype)
-            there = torch.cuda.Event(blocking=True)
-            there.record(self._stream)
             index = torch.from_numpy(slots).pin_memory().to(self.pool.device, non_blocking=True)
             start = 0
             for columns, run in groupby(layers, lambda layer: self.columns(layer, shared[layer], part)):
@@ -325,10 +322,7 @@ class RowWriter:
                         self._column_view(layer, first, stop).index_copy_(0, index, layer_values)
             done = torch.cuda.Event(blocking=True)
             done.record(self._stream)
-        if not digest:
-            there.synchronize()  # what another process may write over is checked when it has been read, not before
-            digest = check_pieces(payload)
-        done.synchronize()
+        done.synchronize()  # what another process may write over is checked when it has been read, not before
         return digest
 
     def _column_view(self, layer: int, first: int, stop: int) -> torch.Tensor:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 
@@ -20,7 +21,9 @@ from sglang_tpla.transfer.agent import seconds_since
 from sglang_tpla.transfer.chunks import Part
 from sglang_tpla.transfer.fetching import DecodeFetching
 from sglang_tpla.transfer.landing import PoolLanding
+from sglang_tpla.transfer.moving import check_pieces
 from sglang_tpla.transfer.receiving import Arrival, Kept, Room
+from sglang_tpla.transfer.runs import one_piece
 from sglang_tpla.transfer.types import RoomState
 
 
@@ -39,11 +42,11 @@ class DecodeScattering(DecodeFetching):
         with self._failing(entry):
             if isinstance(arrival, PoolLanding):
                 self._account(arrival, arrival.digest(), None)
+                self._complete(entry)
             elif arrival is not None:
                 self._apply(arrival)
-            self._complete(entry)
-        if isinstance(arrival, Arrival):
-            self._spares.give_back(arrival.payload)
+            else:
+                self._complete(entry)
         return True
 
     @contextmanager
@@ -63,9 +66,23 @@ class DecodeScattering(DecodeFetching):
             if allowed:
                 part = Part(chunk.part)
                 digest = self._writer.write(arrival.layers, slots, self._shared, part, arrival.payload)
-        sound = digest == chunk.checksum
+        if digest == b"":
+            self._aside(partial(self._check, arrival))
+        else:
+            self._written(arrival, digest)
+
+    def _check(self, arrival: Arrival) -> None:
+        with self._failing(arrival.room):
+            data = np.frombuffer(arrival.payload, dtype=np.uint8)
+            self._written(arrival, check_pieces(one_piece(data)))
+
+    def _written(self, arrival: Arrival, digest: bytes | None) -> None:
+        """A chunk was written, with this checksum; with none, its room had ended."""
+        chunk, sound = arrival.chunk, digest == arrival.chunk.checksum
         kept = self._keep(arrival) if sound and isinstance(chunk, frames.Chunk) and chunk.relay else None
         self._account(arrival, digest, kept)
+        self._spares.give_back(arrival.payload)
+        self._complete(arrival.room)
 
     def _landed(self, landing: PoolLanding) -> None:
         """A chunk is in the pool, or what came of it when its room had ended is nowhere (I/O thread)."""

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from sglang_tpla.transfer import agent
+from sglang_tpla.transfer import agent, dispatch, moving, rows, scattering
 from sglang_tpla.transfer.types import RoomState, TransferError
 from tests.wire import rig
 
@@ -40,12 +40,27 @@ def test_no_write_after_an_abort(pair) -> None:
     assert abort_at_random_moments(*pair, times=500) > 50
 
 
-def test_no_write_after_an_abort_with_several_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("checkers", [0, 2])
+def test_no_write_after_an_abort_with_several_threads(checkers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: where there are checkers, nothing was checked before."""
     monkeypatch.setitem(agent.WORKERS, "cpu", 4)
+    monkeypatch.setitem(agent.CHECKERS, "cpu", checkers)
+    checked = []
+    if checkers:
+        read, write = rows.RowReader.read, rows.RowWriter.write
+        monkeypatch.setattr(rows.RowReader, "read", lambda *given: read(*given) and None)
+        monkeypatch.setattr(rows.RowWriter, "write", lambda *given: write(*given) and b"")
+        for module in (dispatch, scattering):
+            monkeypatch.setattr(
+                module, "check_pieces", lambda it: checked.append(it) or moving.check_pieces(it)
+            )
     prefill, decode = rig.prefill_rank(), rig.decode_rank()
     with contextlib.closing(prefill.agent), contextlib.closing(decode.agent):
-        assert prefill.agent.stats().threads_alive == decode.agent.stats().threads_alive == 5
+        threads = 5 + checkers
+        assert prefill.agent.stats().threads_alive == decode.agent.stats().threads_alive == threads
         assert abort_at_random_moments(prefill, decode, times=100) > 10
+    assert bool(checked) == bool(checkers)
+    assert not any(thread.is_alive() for side in (prefill, decode) for thread in side.agent._checkers)
 
 
 def abort_at_random_moments(prefill: rig.PrefillRank, decode: rig.DecodeRank, times: int) -> int:
