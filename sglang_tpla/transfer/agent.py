@@ -31,7 +31,7 @@ QUEUE_FRAMES = 16384  # high-water mark of a socket, in messages; credits bound 
 SOCKET_BUFFER_BYTES = 4 << 20  # the system may give less
 MAX_PARTS = 3
 FIRST_SLOTS = 2  # of staging, reserved at the start
-# Threads that make or write chunks. More are slower: each call into torch gives the interpreter away, and all wait for it
+# Threads that make or write chunks. More are slower: each call into torch gives the interpreter away, all wait for it
 # (benchmarks/results/h200/NOTES.md). What a GPU copied is checked by others, which need no interpreter for that.
 WORKERS = {"cpu": 1, "cuda": 2}
 CHECKERS = {"cpu": 0, "cuda": 2}
