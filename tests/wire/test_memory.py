@@ -11,10 +11,11 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from sglang_tpla.transfer import runs
+from sglang_tpla.transfer import frames, runs
 from sglang_tpla.transfer.arena import HEADER_BYTES
 from sglang_tpla.transfer.types import RoomState
 from tests.wire import rig
+from tests.wire.fakes import FakePrefill
 
 
 @contextlib.contextmanager
@@ -113,3 +114,19 @@ def test_shared_memory_can_be_switched_off() -> None:
     with contextlib.closing(prefill.agent), contextlib.closing(decode.agent):
         transfers(prefill, [decode])
         assert decode.agent.stats().wire_bytes > 0 == decode.agent.stats().shared_memory_bytes
+
+
+@pytest.mark.parametrize(("staging_chunks", "granted_chunks"), [(256, 8), (16, 4), (8, 2)])
+def test_a_room_gets_credit_for_some_chunks_at_once(staging_chunks: int, granted_chunks: int) -> None:
+    """Eight of a large staging, four of a small one, but no more than a quarter of it."""
+    chunk = 64 << 10
+    decode = rig.decode_rank(host="far", chunk_bytes=chunk, staging_bytes=staging_chunks * chunk)
+    with contextlib.closing(decode.agent), contextlib.closing(FakePrefill()) as fake:
+        decode.agent.open_room(1, [fake.peer])
+        fake.welcome()
+        rig.wait(lambda: decode.agent.poll(1) == RoomState.WAITING, "registration")
+        decode.agent.request(1, rig.pages(1, 2), metadata_row=0, expected_ranks=1)
+        request = fake.expect(frames.Request)
+        fake.say(frames.Want(1, request.generation, 100 * chunk))
+        assert fake.expect(frames.Credit).total_bytes == granted_chunks * chunk
+        assert decode.agent.stats().staging_used_bytes == granted_chunks * chunk
