@@ -14,7 +14,7 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,9 +46,11 @@ Kinds = collections.Counter[str]
 Held = dict[int, tuple[Kinds, Kinds, int]]
 
 
-def resources(server: Server) -> Held:
-    """Threads by name, file handles by kind, and resident bytes of each rank process."""
-    return {p.pid: (threads(p.pid), handles(p.pid), p.memory_info().rss) for p in server.schedulers()}
+def resources(server: Server, but_to: Collection[int] = ()) -> Held:
+    """Threads by name, file handles by kind (but for connections to some ports), and resident bytes of each rank
+    process.
+    """
+    return {p.pid: (threads(p.pid), handles(p.pid, but_to), p.memory_info().rss) for p in server.schedulers()}
 
 
 def threads(pid: int) -> Kinds:
@@ -60,17 +62,21 @@ def threads(pid: int) -> Kinds:
     return kinds
 
 
-def handles(pid: int) -> Kinds:
-    """What a process has open; but for prometheus_client's files, one a kind of series, made at its first use."""
+def handles(pid: int, but_to: Collection[int] = ()) -> Kinds:
+    """What a process has open; but for prometheus_client's files, one a kind of series, made at its first use, and
+    connections to some ports.
+    """
     kinds = Kinds()
+    connections = psutil.Process(pid).net_connections(kind="tcp")
     ends = {
         str(end.fd): f"{end.status} {end.laddr.port} to {end.raddr.port if end.raddr else '-'}"
-        for end in psutil.Process(pid).net_connections(kind="tcp")
+        for end in connections
     }
+    left_out = {str(end.fd) for end in connections if end.raddr and end.raddr.port in but_to}
     for link in Path(f"/proc/{pid}/fd").iterdir():
         with contextlib.suppress(FileNotFoundError):  # closed meanwhile
             target = str(link.readlink())
-            if not SERIES_FILE.search(target):
+            if not SERIES_FILE.search(target) and link.name not in left_out:
                 kinds[ends.get(link.name) or re.sub(r"\d+", "#", target)] += 1
     return kinds
 

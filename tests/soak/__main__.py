@@ -128,7 +128,8 @@ class Soak:
         while True:
             now: Held = {}
             for server in self.site.servers:
-                now |= resources(server)
+                # SGLang keeps the connection of its first question to a bootstrap server, one for each
+                now |= resources(server, (self.site.faulty.door.port, self.site.near_bootstrap))
             grown = growth(self.baseline, now)
             if not grown or time.monotonic() > deadline:
                 break
