@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import resource
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from machine import cpu_seconds
 
 PIECE = 4 << 20
 Measure = Callable[[int], tuple[float, float]]
@@ -26,23 +26,18 @@ class NotHere(Exception):
     """The engine is not installed, or does not start on this machine; the text says which."""
 
 
-def _cpu_seconds() -> float:
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    return usage.ru_utime + usage.ru_stime
-
-
 def _tell_cpu(pipe: Connection) -> None:
     """A target: its CPU seconds so far, whenever it is asked."""
     while pipe.recv() is not None:
-        pipe.send(_cpu_seconds())
+        pipe.send(cpu_seconds())
 
 
 def _write_all(pipe: Connection, write: Callable[[int], None]) -> None:
     """A source: seconds and CPU seconds of each write of as many bytes as it is told."""
     while (size := pipe.recv()) is not None:
-        before, start = _cpu_seconds(), time.perf_counter()
+        before, start = cpu_seconds(), time.perf_counter()
         write(size)
-        pipe.send((time.perf_counter() - start, _cpu_seconds() - before))
+        pipe.send((time.perf_counter() - start, cpu_seconds() - before))
 
 
 @contextlib.contextmanager

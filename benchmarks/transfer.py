@@ -25,8 +25,6 @@ import json
 import mmap
 import multiprocessing
 import os
-import platform
-import resource
 import socket
 import statistics
 import sys
@@ -40,6 +38,7 @@ from typing import Any
 import engines
 import numpy as np
 import torch
+from machine import cpu_seconds, machine, memory_bytes
 from pacing import pace, pace_channels
 from wire_values import wire_values
 
@@ -55,40 +54,6 @@ PIECE = 4 << 20
 LINE_BYTES = 64  # of a processor's caches
 SETTINGS = Settings(role="prefill", peer_timeout_s=60.0)
 ENGINES = Path(__file__).parent / "out" / "engines"  # where `make bench-engines` installs them
-
-
-def memory_bytes(limit_gib: float) -> int:
-    """What one process may hold: the limit, or its part of what is free: a dozen processes hold as much."""
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable"):
-            return min(int(limit_gib * 2**30), int(line.split()[1]) * 1024 // 14)
-    return int(limit_gib * 2**30)
-
-
-def machine() -> dict[str, Any]:
-    """Where the numbers were read."""
-    cpu = next(
-        (
-            line.split(":", 1)[1].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if line.startswith("model name")
-        ),
-        platform.processor(),
-    )
-    return {
-        "cpu": cpu,
-        "cores": len(os.sched_getaffinity(0)),
-        "load_average": os.getloadavg()[0],
-        "kernel": platform.release(),
-        "congestion_control": Path("/proc/sys/net/ipv4/tcp_congestion_control").read_text().strip(),
-        "python": platform.python_version(),
-    }
-
-
-def cpu_seconds() -> float:
-    """Processor time of this process, all threads."""
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    return usage.ru_utime + usage.ru_stime
 
 
 def random_bytes(size: int) -> np.ndarray:

@@ -40,11 +40,10 @@ class DecodeScattering(DecodeFetching):
             arrival = self._arrivals.popleft() if self._arrivals else None
             entry = arrival.room if arrival is not None else self._completed.popleft()
         with self._failing(entry):
-            if isinstance(arrival, PoolLanding):
-                self._account(arrival, arrival.digest(), None)
-                self._complete(entry)
-            elif arrival is not None:
+            if isinstance(arrival, Arrival):
                 self._apply(arrival)
+            elif arrival is not None:
+                self._settle(arrival)
             else:
                 self._complete(entry)
         return True
@@ -94,8 +93,11 @@ class DecodeScattering(DecodeFetching):
                 self._work.notify()
                 return
         with self._failing(landing.room):
-            self._account(landing, landing.digest(), None)
-            self._complete(landing.room)
+            self._settle(landing)
+
+    def _settle(self, landing: PoolLanding) -> None:
+        self._account(landing, landing.digest(), None)
+        self._complete(landing.room)
 
     def _account(self, arrival: Arrival | PoolLanding, digest: bytes | None, kept: Kept | None) -> None:
         """Acknowledge a chunk that was written, ask again for a damaged one, free its credit.

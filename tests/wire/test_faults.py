@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from sglang_tpla.transfer import agent, dispatch, rows, scattering
 from sglang_tpla.transfer.types import RoomState
 from tests.wire import rig
 
@@ -203,3 +204,26 @@ def test_an_error_while_gathering_fails_the_room_alone(
         assert "division by zero" in prefill.agent.failure(2)
     assert prefill.agent.stats().internal_errors == decode.agent.stats().internal_errors == 1
     transfer(prefill, decode, 3)
+
+
+def test_an_error_while_checking_fails_the_room_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the threads that check for a GPU: prefill's room, then decode's."""
+    monkeypatch.setitem(agent.CHECKERS, "cpu", 1)
+    read, write = rows.RowReader.read, rows.RowWriter.write
+    monkeypatch.setattr(rows.RowReader, "read", lambda *given: read(*given) and None)
+    monkeypatch.setattr(rows.RowWriter, "write", lambda *given: write(*given) and b"")
+    prefill, decode = rig.prefill_rank(), rig.decode_rank()
+    with contextlib.closing(prefill.agent), contextlib.closing(decode.agent):
+        for room, (module, broken) in enumerate([(dispatch, prefill), (scattering, decode)], 1):
+            with monkeypatch.context() as patch:
+                patch.setattr(module, "check_pieces", lambda pieces: 1 / 0)
+                prefill.agent.open_room(room)
+                rig.ask(decode, [prefill.peer], room, rig.pages(1, 3))
+                prefill.agent.send(room, rig.pages(2, 3), last=True, metadata_row=0)
+                for side in (prefill, decode):
+                    assert rig.ended(side.agent, room) == RoomState.FAILED
+                    assert "division by zero" in side.agent.failure(room)
+                assert broken.agent.stats().internal_errors == 1
+        rig.wait(lambda: prefill.agent.stats().staging_used_bytes == 0, "staging to be free")
+        assert prefill.agent.stats().threads_alive == decode.agent.stats().threads_alive == 3
+        transfer(prefill, decode, 3)

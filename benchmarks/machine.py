@@ -1,0 +1,43 @@
+"""What a benchmark runs on, and what it takes of it."""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+from pathlib import Path
+from typing import Any
+
+
+def memory_bytes(limit_gib: float) -> int:
+    """What one process may hold: the limit, or its part of what is free: a dozen processes hold as much."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable"):
+            return min(int(limit_gib * 2**30), int(line.split()[1]) * 1024 // 14)
+    return int(limit_gib * 2**30)
+
+
+def machine() -> dict[str, Any]:
+    """Where the numbers were read."""
+    cpu = next(
+        (
+            line.split(":", 1)[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ),
+        platform.processor(),
+    )
+    return {
+        "cpu": cpu,
+        "cores": len(os.sched_getaffinity(0)),
+        "load_average": os.getloadavg()[0],
+        "kernel": platform.release(),
+        "congestion_control": Path("/proc/sys/net/ipv4/tcp_congestion_control").read_text().strip(),
+        "python": platform.python_version(),
+    }
+
+
+def cpu_seconds() -> float:
+    """Processor time of this process, all threads."""
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_utime + usage.ru_stime
