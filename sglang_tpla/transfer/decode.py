@@ -55,7 +55,7 @@ class DecodeAgent(DecodeScattering):
             sources = {
                 (host, port): Source(self._connection((host, port)), dummy) for host, port, dummy in peers
             }
-            entry = self._rooms[room] = Room(room, self._generation, sources)
+            entry = self._rooms[room] = Room(room, self._generation, sources, time.monotonic())
             self._advance(entry)
 
     def request(

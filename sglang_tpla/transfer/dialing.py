@@ -126,7 +126,8 @@ class DecodeDialing(DecodeChannels):
             connection = None  # the server there may have changed: ask again
         if connection is None or connection.link is Link.LOST:
             self._security.check(address[0], "connecting to")
-            connection = self._connections[address] = Connection(address, uuid.uuid4().bytes)
+            connection = Connection(address, uuid.uuid4().bytes, time.monotonic())
+            self._connections[address] = connection
             self._io.post(self._dial, connection)
         return connection
 

@@ -225,8 +225,9 @@ class DecodeFetching(DecodeDialing):
             self._fail_from_io(entry, f"{source.connection.name} finished with {wrong}")
             return
         with self._work:
+            if source.chunks is None:
+                entry.progress = time.monotonic()
             source.chunks, source.tokens, source.metadata = message.chunks, message.tokens, metadata
-            entry.progress = time.monotonic()
             self._completed.append(entry)
             self._work.notify()
 
@@ -251,7 +252,6 @@ class DecodeFetching(DecodeDialing):
             source = entry.sources.get(connection.address)
             if source is None or source.connection is not connection or entry.state.ended or not source.asked:
                 continue
-            entry.progress = now
             self._hungry.pop(source, None)
             lost = source.granted_bytes - source.received_bytes  # sent and lost, or never sent
             self._staging_used_bytes -= lost

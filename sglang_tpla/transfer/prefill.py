@@ -44,7 +44,7 @@ class PrefillAgent(PrefillDispatch):
                 )
             if old is not None:
                 self._forget(old)
-            entry = self._rooms[room] = Room(room)
+            entry = self._rooms[room] = Room(room, time.monotonic())
             held = self._held.pop(room, {})
             aborted = self._take_aborted(entry, held)
             for ask in held.values():

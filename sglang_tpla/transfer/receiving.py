@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import enum
 import threading
-import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,6 +38,7 @@ class Connection:
 
     address: Address
     identity: bytes
+    last_seen: float
     socket: zmq.Socket | None = None
     monitor: zmq.Socket | None = None
     inbox: Inbox[frames.Chunk] | None = None  # the data channel, where there is one
@@ -52,7 +52,6 @@ class Connection:
         default_factory=lambda: deque(maxlen=1024)
     )  # Done messages sent
     arenas: dict[str, memoryview] = field(default_factory=dict)  # by agent: its own and the neighbours'
-    last_seen: float = field(default_factory=time.monotonic)
     last_ping: float = 0.0
     pings: int = 0
 
@@ -127,6 +126,7 @@ class Room:
     room: int
     generation: int
     sources: dict[Address, Source]
+    progress: float  # when rows were asked for, or a chunk last came that was not there
     state: RoomState = RoomState.BOOTSTRAPPING
     reason: str = ""
     slots: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
@@ -136,7 +136,6 @@ class Room:
     num_tokens: int = -1
     requested: float | None = None
     ended: float | None = None
-    progress: float = field(default_factory=time.monotonic)
     wire_bytes: int = 0
     shared_memory_bytes: int = 0
     resent: int = 0

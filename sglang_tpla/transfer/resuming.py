@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 from sglang_tpla.transfer import frames
-from sglang_tpla.transfer.sending import Mode, Peer, Stream
+from sglang_tpla.transfer.sending import Peer, Stream
 from sglang_tpla.transfer.serving import PrefillServing
 
 
@@ -29,16 +29,20 @@ class PrefillResuming(PrefillServing):
                 asks[new.identity] = ask
                 if ask.stream is not None:
                     ask.stream.peer, ask.stream.paused = new, True
+                    self._forget_arena(ask.stream)
+
+    def _forget_arena(self, leader: Stream) -> None:
+        """A rank that is back frees what it kept for others; whoever had not read it asks again."""
+        for lane in leader.lanes:
+            for sequence, relay in lane.relays.items():
+                if relay is not None and relay.leader is leader:
+                    lane.relays[sequence] = None
 
     def _take_resume(self, stream: Stream, message: frames.Resume) -> None:
         """Send again what a rank has not got, now that its connection is back."""
-        stream.room.progress = time.monotonic()
         stream.paused = False
         bitmaps = dict(message.applied)
-        for lane in stream.lanes:
-            for sequence, relay in lane.relays.items():
-                if relay is not None and relay.leader is stream:
-                    lane.relays[sequence] = None  # its arena was freed; whoever had not read it asks again
+        self._forget_arena(stream)
         for part, sequence in list(stream.unacked):
             lost = stream.lane(part)
             if lost is None or not stream.settle((part, sequence)):
@@ -46,9 +50,8 @@ class PrefillResuming(PrefillServing):
             bits = bitmaps.get(part, b"")
             if sequence // 8 < len(bits) and bits[sequence // 8] >> (sequence % 8) & 1:
                 stream.acked += 1
-                if lost.mode is Mode.RELAY and sequence not in lost.relays:
-                    self._pass_on(lost, sequence, stream, None)
-                self._read_by(lost, sequence, stream)
+                stream.room.progress = time.monotonic()
+                self._has(lost, sequence, stream)
             else:
                 self._counts["resent"] += 1
                 stream.resent += 1

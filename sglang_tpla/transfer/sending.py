@@ -15,7 +15,6 @@ Lanes wait for their own credit and their own ranks only, so a stalled rank stal
 from __future__ import annotations
 
 import enum
-import time
 from collections import OrderedDict, deque
 from dataclasses import dataclass, field
 from typing import Any
@@ -75,7 +74,7 @@ class Peer:
     queued: int = 0  # chunks for its data channel that the socket has not taken yet
     held_requests: int = 0
     maps_asked: int = 0  # number of the newest list of arenas it was sent
-    maps_asked_at: float = field(default_factory=time.monotonic)
+    maps_asked_at: float = 0.0
     maps_answered: int = -1
     mapped: frozenset[str] = frozenset()
     ready: OrderedDict[int, Lane] = field(default_factory=OrderedDict)  # lanes with chunks to send, by id()
@@ -274,7 +273,7 @@ class Room:
     """One incarnation of a room, from ``open_room`` to ``close_room``."""
 
     room: int
-    opened: float = field(default_factory=time.monotonic)
+    progress: float  # when a row was last handed over, or a chunk confirmed
     state: RoomState = RoomState.BOOTSTRAPPING
     reason: str = ""
     asks: dict[bytes, Ask] = field(default_factory=dict)
@@ -291,7 +290,6 @@ class Room:
     first_send: float | None = None
     last_send: float | None = None  # the last rows were handed over: prefill had computed the whole prompt
     ended: float | None = None
-    progress: float = field(default_factory=time.monotonic)
 
     @property
     def streams(self) -> list[Stream]:

@@ -149,12 +149,12 @@ class PrefillServing(PrefillGreeting):
         self, stream: Stream, message: frames.Credit | frames.Ack | frames.Nack | frames.Stored | frames.Done
     ) -> None:
         entry = stream.room
-        entry.progress = time.monotonic()
         match message:
             case frames.Credit():
                 stream.credit_bytes = max(stream.credit_bytes, message.total_bytes)
             case frames.Done():
                 if stream.finish_sent and all(lane.all_sent for lane in stream.lanes):
+                    entry.progress = time.monotonic()
                     self._confirm(stream)
                     self._conclude(entry)
                 else:
@@ -171,9 +171,12 @@ class PrefillServing(PrefillGreeting):
         for part, sequence in list(stream.unacked):
             stream.settle((part, sequence))
             if (lane := stream.lane(part)) is not None:
-                self._read_by(lane, sequence, stream)
+                self._has(lane, sequence, stream)
         for lane in stream.lanes:
+            again = [sequence for sequence, other in lane.repeat if other is stream]
             lane.repeat = deque(item for item in lane.repeat if item[1] is not stream)
+            for sequence in again:
+                self._has(lane, sequence, stream)
         stream.acked, stream.confirmed = stream.due, True
 
     def _take_receipt(self, stream: Stream, message: frames.Ack | frames.Nack | frames.Stored) -> None:
@@ -195,13 +198,18 @@ class PrefillServing(PrefillGreeting):
                 self._fail(stream.room, text)
                 return
             self._repeat(lane, sequence, stream)
+            self._read_by(lane, sequence, stream)
         else:
             stream.acked += 1
+            stream.room.progress = time.monotonic()
+            self._has(lane, sequence, stream, stored)
+
+    def _has(self, lane: Lane, sequence: int, stream: Stream, stored: int | None = None) -> None:
+        """A rank has a chunk: if it was the first of its host, the others get it now."""
         if lane.mode is Mode.RELAY and sequence not in lane.relays:
-            if not damaged:
-                self._pass_on(lane, sequence, stream, stored)
-            return
-        self._read_by(lane, sequence, stream)
+            self._pass_on(lane, sequence, stream, stored)
+        else:
+            self._read_by(lane, sequence, stream)
 
     def _read_by(self, lane: Lane, sequence: int, stream: Stream) -> None:
         """A rank no longer reads a chunk in an arena: free it if it was the last."""

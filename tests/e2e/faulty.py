@@ -34,6 +34,7 @@ TRANSFER = ("--tpla-peer-timeout-s", str(PEER_TIMEOUT_S), "--tpla-transfer-timeo
             "--tpla-chunk-bytes", "65536", "--enable-metrics")  # fmt: skip
 FAULTS = (*Spoiler.KINDS, "half-open", "cut")
 HARMLESS = ("delay", "throttle", "cut")  # these must not fail a request
+MOST_CUTS = 40  # one after the other: a machine that is too slow for a chunk between two of them gets on after these
 SPOILED = 0.004  # of the pieces of 4,096 bytes: about every fifth chunk
 # some 400 to 1,050 tokens each: several chunks of 64 KiB, no common prefix
 PROMPTS = [source(seed=50 + n, characters=c) for n, c in enumerate((1200, 3500, 2500))]
@@ -218,7 +219,11 @@ class Faulty:
         ) != {3}:
             assert time.monotonic() < deadline, now
             time.sleep(0.2)
-        return [resources(server) for server in self.servers]
+        return [self._resources(server) for server in self.servers]
+
+    def _resources(self, server: Server) -> Held:
+        """But for SGLang's connection to the bootstrap server, which stays from its first question on."""
+        return resources(server, (self.door.port,))
 
     def ask_all(self) -> list[Answer]:
         """Every prompt at once."""
@@ -231,7 +236,9 @@ class Faulty:
         stop = threading.Event()
 
         def disturb() -> None:
-            while not stop.wait(0.4 if fault == "cut" else 2.0):
+            for _ in range(MOST_CUTS):
+                if stop.wait(0.4 if fault == "cut" else 2.0):
+                    break
                 for proxy in self.proxies:
                     if fault == "cut":
                         proxy.cut()
@@ -290,7 +297,7 @@ class Faulty:
             wait_idle(*self.servers)
         deadline = time.monotonic() + 20
         while grown := [text for held, server in zip(before, self.servers, strict=False)
-                        for text in growth(held, resources(server))]:  # fmt: skip
+                        for text in growth(held, self._resources(server))]:  # fmt: skip
             assert time.monotonic() < deadline, grown
 
     @staticmethod

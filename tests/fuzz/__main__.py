@@ -1,9 +1,10 @@
 """Coverage-guided fuzzing of what a peer can send: ``python -m tests.fuzz [--seconds N] [TARGET ...]``.
 
-Targets: ``frames`` (decoding), ``faults`` (honest agents, bad network) and ``strange`` (also malformed and lying
-messages), the last two over `tests.wire.simulation`. Each runs in a process of its own under atheris, which nothing
-else needs: it is installed on first use, beside the environment. What is found is printed as bytes in hexadecimal: add
-it to ``FINDS`` of ``tests/wire/test_simulation.py`` (or to the frame tests), and mend the fault.
+Targets: ``frames`` (decoding), ``cuts`` (honest agents whose connections break), ``faults`` (also aborts and lost time)
+and ``strange`` (also malformed and lying messages), the last three over `tests.wire.simulation`. Each runs in a process
+of its own under atheris, which nothing else needs: it is installed on first use, beside the environment. What is found
+is printed as bytes in hexadecimal: add it to ``FINDS`` of ``tests/wire/test_simulation.py``, or to the frame tests, and
+mend the fault.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 ATHERIS = "atheris==3.0.0"
-TARGETS = ("frames", "faults", "strange")
+TARGETS = ("frames", "cuts", "faults", "strange")
 
 
 def install(folder: Path) -> None:
@@ -59,7 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
     paths = [str(ROOT), str(package), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
     found = 0
-    shares = {"frames": 1} | dict.fromkeys(("faults", "strange"), 4)
+    shares = {"frames": 1} | dict.fromkeys(TARGETS[1:], 3)
     for target in targets:
         seconds = args.seconds * shares[target] // sum(shares[name] for name in targets)
         corpus, finds = out / target / "corpus", out / target / "finds"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 
 import atheris
 
@@ -26,8 +27,7 @@ def decode_frames(data: bytes) -> None:
 
 TARGETS = {
     "frames": decode_frames,
-    "faults": lambda data: simulation.simulate(data, strange=False),
-    "strange": lambda data: simulation.simulate(data, strange=True),
+    **{kind.value: partial(simulation.simulate, kind=kind) for kind in simulation.Kind},
 }
 
 if __name__ == "__main__":

@@ -8,14 +8,16 @@ Two prefill ranks (identical copies) serve two decode ranks. What must hold, wha
 - a row of a decode pool changes only while a live room owns its page;
 - a room that succeeds has the source's rows and metadata, to the bit;
 - honest ranks never find each other breaking the protocol;
+- where connections break and nothing worse happens, every room succeeds;
 - after all rooms are closed nothing is held, and the next request is right.
 """
 
 from __future__ import annotations
 
 import contextlib
+import enum
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from unittest import mock
 
@@ -46,6 +48,14 @@ from tests.wire.simulated_streams import Streams
 ACCUSATIONS = ("sent chunk", "finished with", "confirmed chunks", "too many damaged", "internal error")
 
 
+class Kind(enum.Enum):
+    """What may happen."""
+
+    CUTS = "cuts"  # connections break, and come back at once
+    FAULTS = "faults"  # also aborts, and time that goes by
+    STRANGE = "strange"  # also malformed messages, and well-formed ones that no agent would send
+
+
 class Simulation(Strange):
     """Two prefill and two decode ranks; `run` is the whole of one case."""
 
@@ -69,7 +79,7 @@ class Simulation(Strange):
             self.decodes = [Decode(rank, maps[rank], hosts[rank]) for rank in range(2)]
         self.agents: list[Any] = [*self.prefills, *(decode.agent for decode in self.decodes)]
         self.peers = [(*agent.address, False) for agent in self.prefills]
-        self.strange = False
+        self.kind = Kind.CUTS
         # rooms that a strange message may have named: their rows may be anything
         self.doubtful: set[int] = set()
 
@@ -95,9 +105,9 @@ class Simulation(Strange):
 
     # Steps
 
-    def run(self, strange: bool) -> None:
+    def run(self, kind: Kind) -> None:
         """Do what the choices say, then check that everything comes to rest and works."""
-        self.strange = strange
+        self.kind = kind
         usual = [
             self.advance,
             self.advance,
@@ -109,13 +119,17 @@ class Simulation(Strange):
             self.request,
             self.send,
         ]
-        faults = [self.abort, self.close, self.cut, self.cut_stream, self.tick]
-        if strange:
+        faults = [self.cut, self.cut_stream, self._tick]
+        if kind is not Kind.CUTS:
+            faults = [self.abort, self.close, self.cut, self.cut_stream, self.tick]
+        if kind is Kind.STRANGE:
             faults += [self.garbage, self.odd_message, self.odd_message, self.odd_bytes, self.stranger]
         while self.choices.left:
             steps = usual if self.choices.below(10) else faults
             steps[self.choices.below(len(steps))]()
             self.check()
+        if kind is Kind.CUTS:
+            self._whole(*range(ROOMS))
         self.rest()
 
     def _post(self) -> None:
@@ -251,6 +265,9 @@ class Simulation(Strange):
     def cut(self) -> None:
         """A connection breaks; what was under way on it is lost."""
         identities = list(self.network.dealers)
+        if self.kind is Kind.CUTS:  # one that breaks before its first answer fails its rooms, and says so
+            lines = [line for decode in self.decodes for line in decode.agent._connections.values()]
+            identities = [line.identity for line in lines if line.socket is not None and line.agent]
         if not identities:
             return
         self._cut(identities[self.choices.below(len(identities))])
@@ -262,6 +279,12 @@ class Simulation(Strange):
             for connection in list(decode.agent._connections.values()):
                 if connection.identity == identity and connection.socket is not None:
                     decode.agent._broken(connection)
+
+    def cut_all(self) -> None:
+        """Every connection breaks, and is dialled anew."""
+        for identity in list(self.network.dealers):
+            self._cut(identity)
+        self._tick()
 
     def cut_stream(self) -> None:
         """A data channel breaks alone; what was under way on it is lost."""
@@ -288,7 +311,7 @@ class Simulation(Strange):
             if not 0 <= stats.staging_used_bytes <= stats.staging_limit_bytes:
                 raise Failure(f"staging of {agent.role} {agent.rank}: {stats.staging_used_bytes} bytes")
             for entry in agent._rooms.values():
-                if not self.strange and any(word in entry.reason for word in ACCUSATIONS):
+                if self.kind is not Kind.STRANGE and any(word in entry.reason for word in ACCUSATIONS):
                     raise Failure(f"honest ranks accuse each other: {entry.reason}")
         for decode in self.decodes:
             for room, entry in list(decode.agent._rooms.items()):
@@ -342,8 +365,7 @@ class Simulation(Strange):
         ):  # a peer may have lied about itself: what it says anew, on new connections, must be right
             self.doubtful.clear()
             first = ROOMS
-            for identity in list(self.network.dealers):
-                self._cut(identity)
+            self.cut_all()
             self._until(self._linked)
         for room in range(first, first + ROOMS):
             self._whole(room)
@@ -387,21 +409,30 @@ class Simulation(Strange):
                 return
         raise Failure("messages without end")
 
-    def _whole(self, room: int) -> None:
-        for agent in self.prefills:
-            agent.open_room(room)
-        for decode in self.decodes:
-            self._ask(decode, room)
-        self._until(lambda: all(d.agent.poll(room) is not RoomState.BOOTSTRAPPING for d in self.decodes))
-        for decode in self.decodes:
-            self._ask(decode, room)
-        for agent in 2 * self.prefills:
-            self._send(agent, room)
-        self._until(lambda: all(agent.poll(room).ended for agent in self.agents))
+    def _whole(self, *rooms: int) -> None:
+        """All that rooms still need, and their success."""
+
+        def step(agent: Any, room: int) -> None:
+            if room not in agent._rooms or agent.role == "decode":
+                self._step(agent, room)
+
+        self._each(step, rooms)
+        self._until(
+            lambda: all(d.agent.poll(r) is not RoomState.BOOTSTRAPPING for d in self.decodes for r in rooms)
+        )
+        for _ in range(2):
+            self._each(self._step, rooms)
+        self._until(lambda: all(agent.poll(room).ended for agent in self.agents for room in rooms))
         for agent in self.agents:
-            if agent.poll(room) is not RoomState.SUCCESS:
-                raise Failure(f"the next request failed on {agent.role} {agent.rank}: {agent.failure(room)}")
+            for room in rooms:
+                if agent.poll(room) is not RoomState.SUCCESS:
+                    raise Failure(f"a request failed on {agent.role} {agent.rank}: {agent.failure(room)}")
         self.check()
+
+    def _each(self, step: Callable[[Any, int], None], rooms: Sequence[int]) -> None:
+        for agent in self.agents:
+            for room in rooms:
+                step(agent, room)
 
     def _until(self, done: Callable[[], bool]) -> None:
         for _ in range(30):
@@ -414,7 +445,7 @@ class Simulation(Strange):
         states = [
             (a.role, a.rank, {r: (e.state.name, e.reason) for r, e in a._rooms.items()}) for a in self.agents
         ]
-        raise Failure(f"the next request does not get on: {states}")
+        raise Failure(f"a request does not get on: {states}")
 
     def close_all(self) -> None:
         """Give the arenas back."""
@@ -437,30 +468,37 @@ def _pages(room: int, shift: int) -> np.ndarray:
     return np.roll(np.arange(PAGES, dtype=np.int32), -3 * room - shift)[: 4 + 2 * (room % ROOMS)]
 
 
-def simulate(data: bytes, strange: bool) -> None:
-    """Run one case.
-
-    Args:
-        data: all decisions.
-        strange: with malformed messages, and well-formed ones that no agent would send.
-
-    Raises:
-        Failure: something that must hold did not, or any exception of the agents.
-    """
+@contextlib.contextmanager
+def begun(data: bytes) -> Iterator[Simulation]:
+    """Ranks that have done nothing yet."""
     clock, choices = Clock(), Choices(data)
     streams = Streams(choices)
     with mock.patch("time.monotonic", clock), streams.in_place():
         simulation = Simulation(choices, clock, streams)
         try:
-            simulation.run(strange)
+            yield simulation
         finally:
             simulation.close_all()
 
 
-if __name__ == "__main__":  # python -m tests.wire.simulation 0|1 HEX...: run finds again
+def simulate(data: bytes, kind: Kind) -> None:
+    """Run one case.
+
+    Args:
+        data: all decisions.
+        kind: of what may happen.
+
+    Raises:
+        Failure: something that must hold did not, or any exception of the agents.
+    """
+    with begun(data) as simulation:
+        simulation.run(kind)
+
+
+if __name__ == "__main__":  # python -m tests.wire.simulation cuts|faults|strange HEX...: run finds again
     import sys
 
     for text in sys.argv[2:]:
         start = time.time()
-        simulate(bytes.fromhex(text), strange=sys.argv[1] == "1")
+        simulate(bytes.fromhex(text), Kind(sys.argv[1]))
         print("held", round(time.time() - start, 3))
