@@ -29,6 +29,8 @@ from sglang_tpla.transfer.security import Security
 from sglang_tpla.transfer.staging import Staging, pin, unpin
 from sglang_tpla.transfer.types import CachePool, MetadataRows, TransferError
 
+MAX_UNANSWERED = 3
+
 
 class DecodeDialing(DecodeChannels):
     """Sockets and connections of `DecodeAgent`."""
@@ -156,11 +158,12 @@ class DecodeDialing(DecodeChannels):
         self._broken(connection)
 
     def _broken(self, connection: Connection) -> None:
-        """Try anew for a while, if the prefill rank had answered before; rooms go on where they were."""
-        if not connection.agent:
+        """Try anew: for a while, or a few times where the prefill rank never answered. Rooms go on where they were."""
+        connection.unanswered += not connection.agent
+        if connection.unanswered == MAX_UNANSWERED:
             self._give_up(
                 connection,
-                f"the connection to the {connection.name} broke before it answered; if it does so again, check that "
+                f"the connection to the {connection.name} broke {MAX_UNANSWERED} times before it answered; check that "
                 "both sides have keys that go together (--tpla-keys) or both have none",
             )
             return
@@ -379,6 +382,11 @@ class DecodeDialing(DecodeChannels):
                 connection.last_ping = now
                 connection.pings += 1
                 self._send_now(connection, frames.Ping(connection.pings), None)
+
+    def _tell_end(self, connection: Connection, message: frames.Done | frames.Abort) -> None:
+        """Say how a room ended; once more when the connection is back, if it breaks soon. Any thread."""
+        connection.ends.append((message, time.monotonic()))
+        self._put(connection, message)
 
     def _put(self, connection: Connection, message: frames.Message) -> None:
         """Queue a message; any thread."""

@@ -244,9 +244,9 @@ class DecodeFetching(DecodeDialing):
     def _resume(self, connection: Connection) -> None:
         """Go on with the rooms of a connection that was broken. Under the lock."""
         now = time.monotonic()
-        for room, generation, when in connection.done:
+        for message, when in connection.ends:
             if now - when < 2 * self._settings.peer_timeout_s:  # it may have been lost
-                self._put(connection, frames.Done(room, generation))
+                self._put(connection, message)
         self._release([offset for offset, kept in self._kept.items() if kept.connection is connection])
         for entry in list(self._rooms.values()):
             source = entry.sources.get(connection.address)
@@ -322,7 +322,7 @@ class DecodeFetching(DecodeDialing):
         for source in entry.sources.values():
             if source.connection.link in (Link.REGISTERED, Link.CONNECTING):
                 message = frames.Abort(entry.room, entry.generation, frames.sentence(reason))
-                self._put(source.connection, message)
+                self._tell_end(source.connection, message)
         self._end(entry, RoomState.FAILED, reason)
         self._counts["rooms_failed"] += 1
         self._release([offset for offset, kept in self._kept.items() if kept.room is entry])

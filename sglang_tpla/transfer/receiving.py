@@ -47,10 +47,10 @@ class Connection:
     reason: str = ""
     agent: str = ""
     layers: tuple[int, int] = (0, 0)  # first layer and number of layers that the prefill rank holds
+    unanswered: int = 0  # times that it broke before the prefill rank had ever answered
     broken_since: float | None = None  # monotonic; None while the connection holds
-    done: deque[tuple[int, int, float]] = field(
-        default_factory=lambda: deque(maxlen=1024)
-    )  # Done messages sent
+    # what the prefill rank was told of the ends of rooms, and when
+    ends: deque[tuple[frames.Done | frames.Abort, float]] = field(default_factory=lambda: deque(maxlen=1024))
     arenas: dict[str, memoryview] = field(default_factory=dict)  # by agent: its own and the neighbours'
     last_ping: float = 0.0
     pings: int = 0

@@ -9,7 +9,6 @@ fails the check.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -173,8 +172,7 @@ class DecodeScattering(DecodeFetching):
                 return
             for source in entry.sources.values():
                 if not source.dummy:
-                    self._put(source.connection, frames.Done(entry.room, entry.generation))
-                    source.connection.done.append((entry.room, entry.generation, time.monotonic()))
+                    self._tell_end(source.connection, frames.Done(entry.room, entry.generation))
             self._end(entry, RoomState.SUCCESS, "")
             self._counts["rooms_succeeded"] += 1
             self._took(seconds_since(entry.requested, entry.ended))

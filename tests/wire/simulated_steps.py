@@ -11,6 +11,7 @@ from unittest import mock
 import numpy as np
 import torch
 
+from sglang_tpla.transfer.dialing import MAX_UNANSWERED
 from sglang_tpla.transfer.prefill import PrefillAgent
 from sglang_tpla.transfer.projection import Projection
 from sglang_tpla.transfer.types import CachePool, MetadataRows, RoomState
@@ -224,9 +225,15 @@ class Steps(Strange):
     def cut(self) -> None:
         """A connection breaks; what was under way on it is lost."""
         identities = list(self.network.dealers)
-        if self.kind is Kind.CUTS:  # one that breaks before its first answer fails its rooms, and says so
-            lines = [line for decode in self.decodes for line in decode.agent._connections.values()]
-            identities = [line.identity for line in lines if line.socket is not None and line.agent]
+        if (
+            self.kind is Kind.CUTS
+        ):  # one that breaks too often before its first answer fails its rooms, and says so
+            lines = [
+                line for decode in self.decodes for line in decode.agent._connections.values() if line.socket
+            ]
+            identities = [
+                line.identity for line in lines if line.agent or line.unanswered < MAX_UNANSWERED - 1
+            ]
         if not identities:
             return
         self._cut(identities[self.choices.below(len(identities))])

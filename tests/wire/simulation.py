@@ -55,7 +55,7 @@ class Simulation(Steps):
             steps[self.choices.below(len(steps))]()
             self.check()
         if kind is Kind.CUTS:
-            self._whole(*range(ROOMS))
+            self.finish(*range(ROOMS))
         else:
             self._expire()
         self.rest()
@@ -106,7 +106,7 @@ class Simulation(Steps):
             self.cut_all()
             self._until(self._linked)
         for room in range(first, first + ROOMS):
-            self._whole(room)
+            self.finish(room)
 
     def _check_streams(self) -> None:
         """Every open end is a channel of a connection that lives, and what has been closed is forgotten."""
@@ -147,7 +147,7 @@ class Simulation(Steps):
                 return
         raise Failure("messages without end")
 
-    def _whole(self, *rooms: int) -> None:
+    def finish(self, *rooms: int) -> None:
         """All that rooms still need, and their success."""
 
         def step(agent: Any, room: int) -> None:

@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+from sglang_tpla.transfer.dialing import MAX_UNANSWERED
 from tests.wire.simulated_ranks import SETTINGS
 from tests.wire.simulation import Kind, begun, simulate
 
@@ -44,6 +45,46 @@ def test_a_room_that_only_begins_anew_ends_in_time() -> None:
         simulation.cut_all()
         assert all("no progress for 20 s" in room.reason for room in rooms), [room.reason for room in rooms]
         assert all(agent.stats().resumed > 50 for agent in simulation.agents)
+        simulation.rest()
+
+
+def test_a_connection_that_breaks_before_its_first_answer_is_dialled_again() -> None:
+    with begun(b"") as simulation:
+        simulation._each(simulation._step, [0])
+        simulation._post()
+        for _ in range(MAX_UNANSWERED - 1):
+            simulation.cut_all()
+        simulation.finish(0)
+        simulation.rest()
+
+
+def test_a_connection_that_never_lasts_until_an_answer_is_given_up() -> None:
+    with begun(b"") as simulation:
+        simulation._each(simulation._step, [0])
+        simulation._post()
+        for _ in range(MAX_UNANSWERED):
+            simulation.cut_all()
+        for decode in simulation.decodes:
+            assert (
+                "broke 3 times before it answered; check that both sides have keys" in decode.agent.failure(0)
+            )
+        simulation.rest()
+
+
+def test_an_abort_that_was_lost_is_said_again() -> None:
+    """A prefill rank learns it when the connection is back, and not by the deadline of the room."""
+    with begun(b"") as simulation:
+        for _ in range(4):
+            simulation.advance()
+        decode, prefills = simulation.decodes[0], simulation.prefills
+        decode.agent.abort(0, "changed its mind")
+        for identity in [line.identity for line in decode.agent._connections.values()]:
+            simulation._cut(identity)  # before it is sent
+        simulation._post()
+        assert not any(agent.poll(0).ended for agent in prefills)
+        simulation._tick()
+        simulation._settle()
+        assert all("changed its mind" in agent.failure(0) for agent in prefills)
         simulation.rest()
 
 
