@@ -293,6 +293,7 @@ class DecodeDialing(DecodeChannels):
     def _welcomed(self, connection: Connection, message: frames.Welcome) -> None:
         if connection.agent not in ("", message.agent):
             self._drop_rooms(connection, f"the {connection.name} restarted; the request can be retried")
+            connection.ends.clear()  # the new process has no such rooms
         connection.agent = message.agent
         connection.layers = (message.first_layer, message.layers)
         near = message.arena is not None and message.host == self._host

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 from unittest import mock
 
@@ -45,7 +46,7 @@ def no_threads(agent: Any) -> None:
 class Decode:
     """A decode agent, the pages its rooms own, and what its pool must hold elsewhere."""
 
-    def __init__(self, rank: int, projection: Projection | None, host: str | None) -> None:
+    def __init__(self, rank: int, projection: Projection | None, hosts: Sequence[str | None]) -> None:
         width = LATENT if projection is None else projection.widths[0]
         generator = torch.Generator().manual_seed(100 + rank)
         layers = [torch.randn(PAGES * PAGE, width + ROPE, generator=generator) for _ in range(LAYERS)]
@@ -53,8 +54,8 @@ class Decode:
         self.metadata = MetadataRows([np.zeros((2 * ROOMS, 32), dtype=np.uint8)])
         self.projection = projection
         self.agent = DecodeAgent(
-            self.pool, self.metadata, projection, model_hash="m", settings=SETTINGS, rank=rank, size=2,
-            groups=1 if projection is None else 2, host_id=host, logger=mock.Mock(),
+            self.pool, self.metadata, projection, model_hash="m", settings=SETTINGS, rank=rank, size=len(hosts),
+            groups=1 if projection is None else 2, host_id=hosts[rank], logger=mock.Mock(),
         )  # fmt: skip
         self.owned: dict[int, np.ndarray] = {}  # by room
         self.held = [layer.clone() for layer in layers]

@@ -31,6 +31,10 @@ from tests.wire.simulated_ranks import (
 from tests.wire.simulated_strange import Strange
 from tests.wire.simulated_streams import Streams
 
+# of the decode ranks; None: where the prefill ranks are
+HOSTS: tuple[tuple[str | None, ...], ...] = (
+    (None, None), ("a", "a"), ("a", "b"), ("a", "a", "a", "a"), ("a", "a", "b", "b"), (None, None, "a", "a"),
+)  # fmt: skip
 # what a rank says of a peer that breaks the protocol
 ACCUSATIONS = ("sent chunk", "finished with", "confirmed chunks", "too many damaged", "internal error")
 
@@ -44,7 +48,7 @@ class Kind(enum.Enum):
 
 
 class Steps(Strange):
-    """Two prefill and two decode ranks."""
+    """Two prefill ranks, and two or four decode ranks."""
 
     def __init__(self, choices: Choices, clock: Clock, streams: Streams) -> None:
         self.choices, self.clock, self.network, self.streams = choices, clock, Network(), streams
@@ -60,10 +64,9 @@ class Steps(Strange):
                     rank=rank, size=2, logger=mock.Mock(),
                 )  # fmt: skip
                 self.prefills.append(agent)
-            sliced, far = choices.below(2), choices.below(3)
-            maps = [_projection(rank) if sliced else None for rank in range(2)]
-            hosts = [None if far == 0 else "far" if far == 1 else f"far-{rank}" for rank in range(2)]
-            self.decodes = [Decode(rank, maps[rank], hosts[rank]) for rank in range(2)]
+            sliced, hosts = choices.below(2), HOSTS[choices.below(len(HOSTS))]
+            maps = [_projection(rank % 2) if sliced else None for rank in range(len(hosts))]
+            self.decodes = [Decode(rank, maps[rank], hosts) for rank in range(len(hosts))]
         self.agents: list[Any] = [*self.prefills, *(decode.agent for decode in self.decodes)]
         self.peers = [(*agent.address, False) for agent in self.prefills]
         self.kind = Kind.CUTS
@@ -162,8 +165,8 @@ class Steps(Strange):
 
     def _some(self) -> list[Any]:
         """One agent, or all."""
-        who = self.choices.below(6)
-        return self.agents if who >= 4 else [self.agents[who]]
+        who = self.choices.below(len(self.agents) + 2)
+        return self.agents if who >= len(self.agents) else [self.agents[who]]
 
     def request(self) -> None:
         """The next step of a room on ranks that can take one: open, or ask."""
@@ -184,7 +187,7 @@ class Steps(Strange):
             taken = np.concatenate([np.empty(0, dtype=np.int32), *decode.owned.values()])
             pages = np.setdiff1d(np.arange(PAGES, dtype=np.int32), taken)[::-1][: pages.size].copy()
             decode.owned[room] = pages
-            decode.agent.request(room, pages, metadata_row=room, expected_ranks=2)
+            decode.agent.request(room, pages, metadata_row=room, expected_ranks=len(self.decodes))
 
     def send(self) -> None:
         """Some or all rows of a room, on one prefill rank or both."""
@@ -204,7 +207,7 @@ class Steps(Strange):
 
     def abort(self) -> None:
         """One rank's scheduler aborts."""
-        room, who = self.choices.below(ROOMS), self.choices.below(4)
+        room, who = self.choices.below(ROOMS), self.choices.below(len(self.agents))
         self.agents[who].abort(room, "changed its mind")
         if who >= 2:
             self.decodes[who - 2].free(room)

@@ -80,7 +80,7 @@ class Strange:
             entry.generation for decode in self.decodes for entry in decode.agent._rooms.values()
         ] + [0, 2**62]
         agents = [agent._agent_id for agent in self.agents] + ["stranger"]
-        hello = self.decodes[pick(2)].agent._hello
+        hello = self.decodes[pick(len(self.decodes))].agent._hello
         special = {
             "room": lambda: pick(ROOMS),
             "generation": lambda: generations[pick(len(generations))],

@@ -1,7 +1,7 @@
 """Whole agents without threads, sockets or a clock: every interleaving of deliveries, work, cuts, aborts and strange
 messages is a string of bytes, which hypothesis, a coverage-guided fuzzer or a test that replays a find can give.
 
-Two prefill ranks (identical copies) serve two decode ranks. What must hold, whatever happens:
+Two prefill ranks (identical copies) serve two or four decode ranks. What must hold, whatever happens:
 
 - no exception leaves a handler, and no counter of internal errors moves;
 - staging never exceeds its ceiling, and is never negative;
@@ -76,7 +76,7 @@ class Simulation(Steps):
     def rest(self) -> None:
         """Close every room, let all come to rest, and check that nothing is held and the next requests are right."""
         for room in range(ROOMS):
-            for who in range(4):
+            for who in range(len(self.agents)):
                 self._close(who, room)
         for seconds in (0.0, 1.0, 1.0, *[4.0] * 6):  # longer than any patience, short enough for heartbeats
             self.clock.now += seconds

@@ -19,7 +19,7 @@ FINDS: list[tuple[Kind, str]] = [
     # a first rank of its host was done, what it had said of a chunk was lost, and nobody passed the chunk on
     (
         Kind.CUTS,
-        "9d9a81887328cd1c4d26257f6927eeb994d68bae5ee6ac5caa4dd683d0c95cc82743de1e43996a8615dc19bcfc5c8efa",
+        "9d0181887328cd1c4d26257f6927eeb994d68bae5ee6ac5caa4dd683d0c95cc82743de1e43996a8615dc19bcfc5c8efa",
     ),
 ]
 
