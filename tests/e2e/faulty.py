@@ -288,7 +288,9 @@ class Faulty:
         return sum(not answer.failure for answer in answers)
 
     def at_rest(self, before: Sequence[Held] = ()) -> None:
-        """The servers hold nothing, live on with no more than before, and answer to the last bit as at the start."""
+        """The servers hold nothing and answer to the last bit as at the start; processes that live hold no more than
+        before.
+        """
         wait_idle(*self.servers)
         for server in self.servers:
             assert httpx.get(server.url + "/health", timeout=30).status_code == 200

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from tests.e2e.faulty import PROMPTS, SLOW, TOKENS, Faulty, Held, counters, growth, resources, stopped
+from tests.e2e.faulty import PROMPTS, SLOW, TOKENS, Faulty, counters, stopped
 from tests.e2e.prompts import source
 from tests.e2e.servers import Server, idle, wait_idle
 from tests.e2e.traffic import Answer, Load
@@ -42,8 +42,7 @@ def test_decode_killed_at_every_stage_under_load(faulty: Faulty) -> None:
 
     Prefill fails the first two (the first at its deadline, as nobody ever asks), and none of the other decode server's.
     """
-    route, survivors = faulty.route, (faulty.prefill, faulty.single)
-    before = [resources(server) for server in survivors]
+    route, before = faulty.route, faulty.held()
     lines = len(faulty.prefill.log.read_text(errors="replace").splitlines())
     with (
         concurrent.futures.ThreadPoolExecutor(3) as pool,
@@ -70,14 +69,12 @@ def test_decode_killed_at_every_stage_under_load(faulty: Faulty) -> None:
     assert not load.failures["single"], load.failures
     said = "\n".join(faulty.prefill.log.read_text(errors="replace").splitlines()[lines:])
     assert "decode ranks had asked" in said and "was lost" in said, said[-3000:]
-    faulty.at_rest()
-    nothing_grew(before, survivors)
+    faulty.at_rest(before)
 
 
 def test_prefill_killed_in_mid_chunk_under_load(faulty: Faulty) -> None:
     """Every request that it served fails and says so; started anew on the same address, it serves both servers."""
-    survivors = (faulty.decode, faulty.single)
-    before = [resources(server) for server in survivors]
+    survivors, before = (faulty.decode, faulty.single), faulty.held()
     pids = [server.process.pid for server in survivors if server.process is not None]
     with Load([faulty.route, faulty.side], PROMPTS, faulty.expected, TOKENS) as load:
         with (
@@ -98,17 +95,7 @@ def test_prefill_killed_in_mid_chunk_under_load(faulty: Faulty) -> None:
             assert time.monotonic() < deadline, load.failures
             time.sleep(0.1)
     assert pids == [server.process.pid for server in survivors if server.process is not None]
-    faulty.at_rest()
-    nothing_grew(before, survivors)
-
-
-def nothing_grew(before: list[Held], servers: tuple[Server, ...]) -> None:
-    """The survivors hold no more than before."""
-    deadline = time.monotonic() + 20
-    while grown := [growth(held, resources(server)) for held, server in zip(before, servers, strict=True)]:
-        if not any(grown):
-            return
-        assert time.monotonic() < deadline, grown
+    faulty.at_rest(before)
 
 
 def test_first_token_is_the_same_for_any_decode_layout(faulty: Faulty) -> None:
