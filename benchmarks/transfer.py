@@ -43,6 +43,7 @@ from pacing import pace, pace_channels
 from wire_values import wire_values
 
 from sglang_tpla.config import Settings
+from sglang_tpla.launching.supervisor import end_with_parent
 from sglang_tpla.transfer import frames, moving
 from sglang_tpla.transfer.decode import DecodeAgent
 from sglang_tpla.transfer.prefill import PrefillAgent
@@ -190,13 +191,19 @@ def copy_child(pipe: Connection, descriptor_path: str, size: int) -> None:
         pipe.send(cpu_seconds() - before)
 
 
+def run_child(target: Callable[..., None], *args: Any) -> None:
+    """In a child: it ends with its parent, however that ends."""
+    end_with_parent()
+    target(*args)
+
+
 class Child:
     """A process and the pipe to it."""
 
     def __init__(self, target: Callable[..., None], *args: Any) -> None:
         context = multiprocessing.get_context("spawn")
         self.pipe, other = context.Pipe()
-        self.process = context.Process(target=target, args=(other, *args), daemon=True)
+        self.process = context.Process(target=run_child, args=(target, other, *args), daemon=True)
         self.process.start()
         other.close()
         self.first = self.pipe.recv()

@@ -355,6 +355,7 @@ class TplaKVReceiver(_Request, CommonKVReceiver):
 
     def __init__(self, mgr: TplaKVManager, bootstrap_addr: str, bootstrap_room: int | None = None) -> None:
         self.bootstrap_infos = None
+        self._born = time.monotonic()
         mgr.forget_lost_peers()
         super().__init__(mgr, bootstrap_addr, bootstrap_room)
 
@@ -388,7 +389,7 @@ class TplaKVReceiver(_Request, CommonKVReceiver):
         peers = [
             (info["rank_ip"], info["rank_port"], bool(info["is_dummy"])) for info in self.bootstrap_infos
         ]
-        self._open(peers)
+        self._open(peers, self._born)
         if self._opened:
             self._ask(
                 self.kv_mgr.agent.request,

@@ -35,9 +35,12 @@ class DecodeAgent(DecodeScattering):
             self._check_alive()
             self._connection((host, port))
 
-    def open_room(self, room: int, peers: Sequence[tuple[str, int, bool]]) -> None:
+    def open_room(self, room: int, peers: Sequence[tuple[str, int, bool]], born: float | None = None) -> None:
         """Begin a new generation of a room with prefill ranks ``(host, port, is_dummy)``; connects where
         needed.
+
+        Args:
+            born: when its request came (`time.monotonic`; None: now); it fails where a prefill rank restarted later.
 
         Raises:
             TransferError: no peers, all of them dummies, or the room is open and has not ended.
@@ -52,10 +55,13 @@ class DecodeAgent(DecodeScattering):
                     f"room {room} is open on decode rank {self._rank}; close it before opening it anew"
                 )
             self._generation += 1
+            now = time.monotonic()
             sources = {
                 (host, port): Source(self._connection((host, port)), dummy) for host, port, dummy in peers
             }
-            entry = self._rooms[room] = Room(room, self._generation, sources, time.monotonic())
+            entry = self._rooms[room] = Room(
+                room, self._generation, sources, now if born is None else born, now
+            )
             self._advance(entry)
 
     def request(

@@ -9,6 +9,7 @@ import time
 import uuid
 import weakref
 from abc import abstractmethod
+from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
 
@@ -30,6 +31,7 @@ from sglang_tpla.transfer.staging import Staging, pin, unpin
 from sglang_tpla.transfer.types import CachePool, MetadataRows, TransferError
 
 MAX_UNANSWERED = 3
+MAX_FORMER = 4096  # addresses that are remembered after their connections have ended
 
 
 class DecodeDialing(DecodeChannels):
@@ -100,6 +102,9 @@ class DecodeDialing(DecodeChannels):
             arena=self._arena.announcement if self._arena is not None else None,
         )
         self._connections: dict[Address, Connection] = {}
+        self._former: OrderedDict[Address, tuple[str, float]] = (
+            OrderedDict()
+        )  # agent, when it was last known to live
         self._maps: dict[bytes, memoryview | None] = {}  # by cookie: arenas that were mapped, or could not be
         self.on_peer_lost: Callable[[str, int], None] | None = None
         self._spares = Spares()
@@ -172,6 +177,7 @@ class DecodeDialing(DecodeChannels):
             first = connection.broken_since is None
             if connection.broken_since is None:
                 connection.broken_since = time.monotonic()
+                self._remember(connection, connection.broken_since)
         self._hang_up(connection)  # the next tick dials anew, under another identity
         if first:
             self._log.warning("decode rank %d: the %s broke the connection", self._rank, connection.name)
@@ -182,6 +188,8 @@ class DecodeDialing(DecodeChannels):
         with self._lock:
             if connection.link in (Link.LOST, Link.REFUSED):
                 return
+            if connection.broken_since is None:
+                self._remember(connection, connection.last_seen)
             connection.link, connection.reason, connection.last_seen = link, reason, time.monotonic()
             self._counts["refused" if link is Link.REFUSED else "peers_lost"] += 1
             if link is Link.LOST and self._connections.get(connection.address) is connection:
@@ -193,6 +201,14 @@ class DecodeDialing(DecodeChannels):
         self._drop_rooms(connection, reason)
         if link is Link.LOST and connection.broken_since is None:
             self._tell_lost(connection)
+
+    def _remember(self, connection: Connection, lived: float) -> None:
+        """Who was at an address: another one there knows nothing of the requests that came before. Under the lock."""
+        if connection.agent:
+            self._former[connection.address] = connection.agent, lived
+            self._former.move_to_end(connection.address)
+            while len(self._former) > MAX_FORMER:
+                self._former.popitem(last=False)
 
     def _refuse_version(self, connection: Connection, reason: str) -> None:
         self._give_up(
@@ -294,6 +310,9 @@ class DecodeDialing(DecodeChannels):
         if connection.agent not in ("", message.agent):
             self._drop_rooms(connection, f"the {connection.name} restarted; the request can be retried")
             connection.ends.clear()  # the new process has no such rooms
+        former, lived = self._former.get(connection.address, ("", 0.0))
+        if former not in ("", message.agent):
+            connection.replaced = lived
         connection.agent = message.agent
         connection.layers = (message.first_layer, message.layers)
         near = message.arena is not None and message.host == self._host

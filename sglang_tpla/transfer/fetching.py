@@ -235,7 +235,7 @@ class DecodeFetching(DecodeDialing):
 
     def _in_use(self, connection: Connection) -> bool:
         with self._lock:
-            return any(
+            return any(kept.connection is connection for kept in self._kept.values()) or any(
                 source.connection is connection and source.asked and not entry.state.ended
                 for entry in self._rooms.values()
                 for source in entry.sources.values()
@@ -276,6 +276,11 @@ class DecodeFetching(DecodeDialing):
         for source in real:
             if source.connection.link in (Link.REFUSED, Link.LOST):
                 self._fail(entry, source.connection.reason)
+                return
+            if not source.asked and entry.born < source.connection.replaced:
+                # its other half went to the process before, and nobody would answer until the deadline
+                name = source.connection.name
+                self._fail(entry, f"the {name} restarted after this request came; the request can be retried")
                 return
         ready = all(source.connection.link is Link.REGISTERED for source in real)
         if entry.state is RoomState.BOOTSTRAPPING and ready:
@@ -407,6 +412,8 @@ class DecodeFetching(DecodeDialing):
                 for entry in self._rooms.values()
                 if not entry.state.ended and now - entry.progress > patience
             ]
+            # what said that nobody reads these any more was lost; who does all the same asks for them again
+            self._release([offset for offset, kept in self._kept.items() if now - kept.since > patience])
         self._expire_connections(now)
         for entry in late:
             self._fail_from_io(entry, f"no progress for {patience:g} s in {entry.state.name}")

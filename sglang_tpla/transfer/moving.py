@@ -17,6 +17,7 @@ from sglang_tpla.transfer.runs import Cursor, Pieces
 MIN_NATIVE_BYTES = 241  # of a payload: XXH3 has other formulas for shorter ones
 END = np.zeros((1, 2), dtype=np.uint64)  # of a list of pieces
 MAX_PIECES = 1024  # of one call: IOV_MAX
+WAY_FIELDS = 4  # of native.c's Way: how far a payload has moved
 UNCHECKED = b"unchecked"
 SEND_BYTES, SEND_PIECES = 1 << 20, 64  # of one call
 
@@ -93,8 +94,8 @@ class _Moving:
         if self._library is not None:
             self._checksum = None if digest else Checksum(self._library, pieces.size_bytes)
             self._sum = self._checksum.pointer if self._checksum is not None else None
-            self._table, self._index = pieces.table.copy(), ctypes.c_size_t(0)  # C changes both
-            self._place = self._sum, self._table.ctypes.data, ctypes.addressof(self._index)
+            self._table, self._way = pieces.table.copy(), (ctypes.c_uint64 * WAY_FIELDS)()  # C changes both
+            self._place = self._sum, self._table.ctypes.data, ctypes.addressof(self._way)
         else:
             self._running, self._cursor = xxhash.xxh3_64(), Cursor(pieces)
 

@@ -26,8 +26,9 @@
 #define STEP ((size_t)512 << 10)         /* of copies and sends: what is checked next is in a core's own cache */
 #define RECEIVE_STEP ((size_t)128 << 10) /* the system writes what it gives, and leaves less of it there */
 #define VECTOR 64 /* pieces of one system call */
-#define PATIENCE_NS 200000 /* a fast peer goes on sooner than a thread wakes up; none that moves less than */
-#define FAST_BYTES ((size_t)64 << 10) /* this between two waits is waited for */
+#define PATIENCE_NS 200000 /* a fast peer goes on sooner than a thread wakes up; fast is who moved this between two */
+#define FAST_BYTES ((size_t)64 << 10) /* waits, in a time that makes */
+#define FAST_BYTES_PER_US 2000 /* so much: through a slower link the next bytes are worth a sleep */
 
 static const uint32_t PRIME32_1 = 0x9E3779B1U, PRIME32_2 = 0x85EBCA77U, PRIME32_3 = 0xC2B2AE3DU;
 static const uint64_t PRIME64_1 = 0x9E3779B185EBCA87ULL, PRIME64_2 = 0xC2B2AE3D27D4EB4FULL,
@@ -326,15 +327,24 @@ void check_pieces(Checksum *sum, const struct iovec *pieces) {
     for (; pieces->iov_len; pieces++) checksum_add(sum, pieces->iov_base, pieces->iov_len);
 }
 
+/* How far a payload has moved; all zero at its beginning. */
+typedef struct {
+    uint64_t index;        /* of the piece that comes next */
+    uint64_t recent_bytes; /* moved since the socket last had nothing */
+    uint64_t recent_ns;    /* when that was */
+    uint64_t waiting_ns;   /* since when it has had nothing; 0 where nobody waits */
+} Way;
+
 /* Move on by `size` bytes, which go into the checksum. */
-static void advance_pieces(Checksum *sum, struct iovec *pieces, size_t *index, size_t size) {
+static void advance_pieces(Checksum *sum, struct iovec *pieces, Way *way, size_t size) {
+    way->recent_bytes += size;
     while (size) {
-        struct iovec *piece = pieces + *index;
+        struct iovec *piece = pieces + way->index;
         size_t part = size < piece->iov_len ? size : piece->iov_len;
         checksum_add(sum, piece->iov_base, part);
         piece->iov_base = (uint8_t *)piece->iov_base + part;
         piece->iov_len -= part, size -= part;
-        if (!piece->iov_len) ++*index;
+        if (!piece->iov_len) way->index++;
     }
 }
 
@@ -357,57 +367,57 @@ static uint64_t now_ns(void) {
     return (uint64_t)now.tv_sec * 1000000000U + (uint64_t)now.tv_nsec;
 }
 
-/* Whether to ask a socket that moved nothing now once more: for a moment, where it has just moved `recent` bytes. To
- * fall asleep and to be woken up costs either side more than what it waits for. Who else needs this core gets it.
- * `since`: when it began to wait; 0 before the first time. */
-static int again(size_t *recent, uint64_t *since) {
-    if (*recent >= FAST_BYTES) *recent = 0, *since = now_ns();
-    else if (!*since || now_ns() - *since > PATIENCE_NS) return 0;
-    sched_yield();
-    return 1;
+/* Whether to ask a socket that moved nothing now once more: for a moment, where it has just moved much. To fall asleep
+ * and to be woken up costs either side more than what it waits for. Who else needs this core gets it. */
+static int again(Way *way) {
+    uint64_t now = now_ns();
+    if (way->recent_bytes >= FAST_BYTES) {
+        int fast = way->recent_bytes > (now - way->recent_ns) * FAST_BYTES_PER_US / 1000;
+        way->recent_bytes = 0, way->recent_ns = now, way->waiting_ns = fast ? now : 0;
+    } else if (now - way->waiting_ns > PATIENCE_NS) way->waiting_ns = 0;
+    if (way->waiting_ns) sched_yield();
+    return way->waiting_ns != 0;
 }
 
 /* Send pieces, which move on, on a socket that does not block, until it takes no more; what follows them is sent soon.
  * Bytes; minus the error where none went. */
-int64_t send_pieces(Checksum *sum, struct iovec *pieces, size_t *index, int socket, size_t count) {
+int64_t send_pieces(Checksum *sum, struct iovec *pieces, Way *way, int socket, size_t count) {
     int64_t sent = 0;
-    size_t recent = 0;
-    uint64_t since = 0;
-    while (*index < count) {
+    if (!way->recent_ns) way->recent_ns = now_ns();
+    while (way->index < count) {
         struct iovec vector[VECTOR];
-        size_t wanted, used = ahead(vector, pieces, *index, count, &wanted, STEP);
+        size_t wanted, used = ahead(vector, pieces, way->index, count, &wanted, STEP);
         struct msghdr message = {.msg_iov = vector, .msg_iovlen = used};
         ssize_t got = sendmsg(socket, &message, MSG_DONTWAIT | MSG_NOSIGNAL | MSG_MORE);
         if (got < 0 && errno == EINTR) continue;
         if (got <= 0) {
             int error = got ? errno : EAGAIN;
-            if (error == EAGAIN && again(&recent, &since)) continue;
+            if (error == EAGAIN && again(way)) continue;
             return sent ? sent : -(int64_t)error;
         }
-        sent += got, recent += (size_t)got;
-        advance_pieces(sum, pieces, index, (size_t)got);
+        sent += got;
+        advance_pieces(sum, pieces, way, (size_t)got);
     }
     return sent;
 }
 
 /* Read from a socket that does not block into pieces, which move on with what came: at most some `limit` bytes, until
  * nothing is there. Bytes; 0 at the end of the stream; minus the error where nothing came before it. */
-int64_t receive_pieces(Checksum *sum, struct iovec *pieces, size_t *index, int socket, size_t count, size_t limit) {
+int64_t receive_pieces(Checksum *sum, struct iovec *pieces, Way *way, int socket, size_t count, size_t limit) {
     int64_t received = 0;
-    size_t recent = 0;
-    uint64_t since = 0;
-    while ((size_t)received < limit && *index < count) {
+    if (!way->recent_ns) way->recent_ns = now_ns();
+    while ((size_t)received < limit && way->index < count) {
         struct iovec vector[VECTOR];
-        size_t wanted, used = ahead(vector, pieces, *index, count, &wanted, RECEIVE_STEP);
+        size_t wanted, used = ahead(vector, pieces, way->index, count, &wanted, RECEIVE_STEP);
         ssize_t got = readv(socket, vector, (int)used);
         if (got < 0 && errno == EINTR) continue;
         if (got <= 0) {
             int error = got ? errno : 0;
-            if (error == EAGAIN && again(&recent, &since)) continue;
+            if (error == EAGAIN && again(way)) continue;
             return received ? received : -(int64_t)error;
         }
-        received += got, recent += (size_t)got;
-        advance_pieces(sum, pieces, index, (size_t)got);
+        received += got;
+        advance_pieces(sum, pieces, way, (size_t)got);
     }
     return received;
 }

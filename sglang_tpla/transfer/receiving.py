@@ -46,6 +46,7 @@ class Connection:
     link: Link = Link.CONNECTING
     reason: str = ""
     agent: str = ""
+    replaced: float = 0.0  # when another process was last known to live at this address
     layers: tuple[int, int] = (0, 0)  # first layer and number of layers that the prefill rank holds
     unanswered: int = 0  # times that it broke before the prefill rank had ever answered
     broken_since: float | None = None  # monotonic; None while the connection holds
@@ -126,6 +127,7 @@ class Room:
     room: int
     generation: int
     sources: dict[Address, Source]
+    born: float  # when its request came
     progress: float  # when rows were asked for, or a chunk last came that was not there
     state: RoomState = RoomState.BOOTSTRAPPING
     reason: str = ""
@@ -162,3 +164,4 @@ class Kept:
     connection: Connection
     slot: Slot
     size_bytes: int
+    since: float

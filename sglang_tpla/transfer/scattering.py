@@ -9,6 +9,7 @@ fails the check.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -139,7 +140,7 @@ class DecodeScattering(DecodeFetching):
             return None
         size = arrival.payload.nbytes
         slot.buffer[:size] = np.frombuffer(arrival.payload, dtype=np.uint8)
-        return Kept(arrival.room, arrival.source.connection, slot, size)
+        return Kept(arrival.room, arrival.source.connection, slot, size, time.monotonic())
 
     def _damaged(self, arrival: Arrival | PoolLanding) -> None:
         """Ask for a chunk again. Under the lock."""

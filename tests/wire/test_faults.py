@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -126,6 +127,7 @@ def test_prefill_rank_dies_and_comes_back_on_the_same_address(
         peer = ("127.0.0.1", child.port, False)
         child.say("open 5")
         rig.ask(decode, [peer], 5, rig.pages(1, 60))
+        born = time.monotonic()
         child.say("send 5 part")
         rig.wait(lambda: decode.agent.metric(5).chunks > 0, "the first chunk")
         os.kill(child.process.pid, how)
@@ -136,6 +138,9 @@ def test_prefill_rank_dies_and_comes_back_on_the_same_address(
         child.end()
         child = Child("prefill", child.port)
         stack.callback(child.end)
+        decode.agent.open_room(7, [peer], born)  # its other half died with the process before
+        assert rig.ended(decode.agent, 7) == RoomState.FAILED
+        assert "restarted after this request came" in decode.agent.failure(7)
         child.say("open 6")
         rig.ask(decode, [peer], 6, rig.pages(1, 60))
         child.say("send 6 last")

@@ -4,13 +4,17 @@ once. ``make fuzz`` looks for more.
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+from sglang_tpla.transfer import frames
 from sglang_tpla.transfer.dialing import MAX_UNANSWERED
 from tests.wire.simulated_ranks import SETTINGS
+from tests.wire.simulated_steps import HOSTS
 from tests.wire.simulation import Kind, begun, simulate
 
 # what fuzzing found: the choices, with what was wrong
@@ -86,6 +90,22 @@ def test_an_abort_that_was_lost_is_said_again() -> None:
         simulation._settle()
         assert all("changed its mind" in agent.failure(0) for agent in prefills)
         simulation.rest()
+
+
+def test_a_release_that_was_lost_is_not_waited_for_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank gives up what it keeps for its neighbours after a while, though nobody says that all have read it."""
+    with begun(bytes([0, HOSTS.index(("a", "a"))])) as simulation:
+        for agent in simulation.prefills:
+
+            def put(identity: bytes, message: Any, *more: Any, put: Any = agent._put) -> None:
+                if not isinstance(message, frames.Release):
+                    put(identity, message, *more)
+
+            monkeypatch.setattr(agent, "_put", put)
+        simulation.finish(0)
+        assert any(decode.agent.stats().staging_used_bytes for decode in simulation.decodes)
+        simulation._expire()
+        assert not any(decode.agent.stats().staging_used_bytes for decode in simulation.decodes)
 
 
 @pytest.mark.parametrize("kind", Kind)
