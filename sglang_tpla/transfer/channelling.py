@@ -22,7 +22,7 @@ from sglang_tpla.transfer.landing import PoolLanding
 from sglang_tpla.transfer.receiving import Connection, Room
 from sglang_tpla.transfer.security import Security
 
-DATA_TURN_BYTES = 8 << 20  # read from one data channel before others have a turn
+DATA_TURN_BYTES = 64 << 20  # read from one data channel before others have a turn
 MAX_CHANNELS_LOST = 3  # one after the other, before a connection goes on without
 
 

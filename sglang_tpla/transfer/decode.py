@@ -15,6 +15,7 @@ import numpy as np
 
 from sglang_tpla.transfer.agent import seconds_since
 from sglang_tpla.transfer.receiving import Link, Room, Source
+from sglang_tpla.transfer.runs import Slots
 from sglang_tpla.transfer.scattering import DecodeScattering
 from sglang_tpla.transfer.types import AgentStats, TransferError, TransferMetric
 
@@ -98,7 +99,7 @@ class DecodeAgent(DecodeScattering):
             entry = self._open(room)
             if entry.requested is not None:
                 raise TransferError(f"room {room} was asked for already on decode rank {self._rank}")
-            entry.slots, entry.metadata_row, entry.expected_ranks = slots, metadata_row, expected_ranks
+            entry.slots, entry.metadata_row, entry.expected_ranks = Slots(slots), metadata_row, expected_ranks
             entry.prefix_tokens, entry.num_tokens = prefix_tokens, -1 if num_tokens is None else num_tokens
             entry.requested = entry.progress = time.monotonic()
             self._advance(entry)

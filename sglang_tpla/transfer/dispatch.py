@@ -167,16 +167,15 @@ class PrefillDispatch(PrefillResuming):
         first = rectangle.first_layer - self._pool.first_layer
         stacks = plan.projection.stacks
         start = rectangle.first_token - segment.first_token
-        slots = segment.slots[start : start + rectangle.tokens]
         if not job.slot.buffer.size:
-            pieces = self._reader.pieces(rectangle, slots)
+            pieces = self._reader.pieces(rectangle, segment.slots.spans(start, rectangle.tokens))
             # checked on its way (`channel`), unless it would only wait there
             waits = any(stream.peer.queued for load in job.loads for stream in load.streams)
             return pieces, check_pieces(pieces) if waits and self._checks_aside else b""
         payload = job.slot.buffer[: rectangle.payload_bytes]
         digest = self._reader.read(
             rectangle,
-            slots,
+            segment.slots.part(start, rectangle.tokens),
             None if stacks is None else cut_stacks(stacks, first, rectangle.layers),
             plan.part,
             payload,

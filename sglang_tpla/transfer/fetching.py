@@ -155,8 +155,8 @@ class DecodeFetching(DecodeDialing):
             layers = self._layers_of(chunk)
             if self._wrong_chunk(entry, source, chunk, layers, size_bytes, size_bytes):
                 return None
-            slots = entry.slots[chunk.first_token : chunk.first_token + chunk.tokens]
-            pieces = self._writer.pieces(layers, slots, Part(chunk.part))
+            spans = entry.slots.spans(chunk.first_token, chunk.tokens)
+            pieces = self._writer.pieces(layers, spans, Part(chunk.part))
             if pieces is None:
                 return None
             source.pending.add(key)
@@ -200,8 +200,8 @@ class DecodeFetching(DecodeDialing):
             return f"for layers {layers.start}...{layers.stop - 1} of {len(self._pool.layers)}"
         if chunk.part not in tuple(Part):
             return f"with unknown part {chunk.part}"
-        if chunk.first_token + chunk.tokens > entry.slots.size:
-            return f"for tokens up to {chunk.first_token + chunk.tokens} where pages hold {entry.slots.size}"
+        if chunk.first_token + chunk.tokens > len(entry.slots):
+            return f"for tokens up to {chunk.first_token + chunk.tokens} where pages hold {len(entry.slots)}"
         expected = self._writer.payload_bytes(layers, chunk.tokens, self._shared, Part(chunk.part))
         if size != expected:
             return f"of {size} bytes where {expected} were due"
@@ -217,8 +217,8 @@ class DecodeFetching(DecodeDialing):
             wrong = "metadata that does not match its checksum"
         elif metadata and len(metadata) != self._metadata.row_bytes:
             wrong = f"a metadata row of {len(metadata)} bytes where {self._metadata.row_bytes} were due"
-        elif pages * self._pool.page_size != entry.slots.size or entry.num_tokens not in (-1, message.tokens):
-            part = f"{entry.slots.size} or a part of the last page"
+        elif pages * self._pool.page_size != len(entry.slots) or entry.num_tokens not in (-1, message.tokens):
+            part = f"{len(entry.slots)} or a part of the last page"
             asked = entry.num_tokens if entry.num_tokens >= 0 else part
             wrong = f"{message.tokens} tokens where {asked} were asked for"
         if wrong:
@@ -385,6 +385,9 @@ class DecodeFetching(DecodeDialing):
         granted: dict[Source, Room] = {}
         limit = self._settings.staging_bytes
         for source, entry in list(self._hungry.items()):
+            missing = source.wanted_bytes - source.granted_bytes
+            if missing > 0 and 2 * source.outstanding_bytes > self._window_bytes:
+                continue  # several chunks' worth at once, later: each message has a price
             while (missing := source.wanted_bytes - source.granted_bytes) > 0:
                 quantum = min(self._chunk_bytes, missing)
                 if source.outstanding_bytes + quantum > self._window_bytes:

@@ -14,8 +14,8 @@ from sglang_tpla.transfer.moving import Intake, check_pieces
 from sglang_tpla.transfer.receiving import Room, Source
 from sglang_tpla.transfer.runs import Pieces
 
-PIECE_BYTES = 4 << 20
-_nowhere = memoryview(bytearray(PIECE_BYTES))
+PIECE_BYTES = 16 << 20
+_nowhere = memoryview(bytearray(1 << 20))
 
 
 class PoolLanding:

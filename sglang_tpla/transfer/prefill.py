@@ -14,6 +14,7 @@ import numpy as np
 
 from sglang_tpla.transfer.agent import seconds_since
 from sglang_tpla.transfer.dispatch import PrefillDispatch
+from sglang_tpla.transfer.runs import Slots
 from sglang_tpla.transfer.sending import Room, Segment
 from sglang_tpla.transfer.types import AgentStats, RoomState, TransferError, TransferMetric
 
@@ -84,7 +85,7 @@ class PrefillAgent(PrefillDispatch):
                 return  # the scheduler learns from poll()
             if entry.last:
                 raise TransferError(f"room {room} got rows after its last send")
-            segment = Segment(entry.tokens, slots, ready, in_place)
+            segment = Segment(entry.tokens, Slots(slots), ready, in_place)
             entry.segments.append(segment)
             entry.tokens += slots.size
             entry.progress = time.monotonic()

@@ -16,6 +16,7 @@ import zmq
 
 from sglang_tpla.transfer import frames
 from sglang_tpla.transfer.channel import Inbox
+from sglang_tpla.transfer.runs import Slots
 from sglang_tpla.transfer.staging import Slot
 from sglang_tpla.transfer.types import RoomState
 
@@ -131,7 +132,7 @@ class Room:
     progress: float  # when rows were asked for, or a chunk last came that was not there
     state: RoomState = RoomState.BOOTSTRAPPING
     reason: str = ""
-    slots: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    slots: Slots = field(default_factory=lambda: Slots(np.empty(0, dtype=np.int64)))
     metadata_row: int = -1
     expected_ranks: int = 1
     prefix_tokens: int = 0

@@ -123,11 +123,13 @@ class RowReader:
         row_bytes = self.pool.layers[0].shape[1] * self.pool.dtype.itemsize
         return self._dense is not None and worth_it(find_spans(slots), slots.size, row_bytes)
 
-    def pieces(self, rectangle: Rectangle, slots: np.ndarray) -> Pieces:
-        """The raw rows of a rectangle where they lie in the pool, in the payload's order."""
+    def pieces(self, rectangle: Rectangle, spans: np.ndarray) -> Pieces:
+        """The raw rows of a rectangle where they lie in the pool, in the payload's order; ``spans`` are its tokens'
+        slots (`runs.find_spans`).
+        """
         assert self._dense is not None
         first = rectangle.first_layer - self.pool.first_layer
-        return self._dense.pieces(range(first, first + rectangle.layers), find_spans(slots))
+        return self._dense.pieces(range(first, first + rectangle.layers), spans)
 
     def read(
         self,
@@ -159,7 +161,7 @@ class RowReader:
         assert self._rows is not None
         if stacks is None and row_format is RowFormat.PLAIN:
             if self.in_place(slots):
-                return copy_pieces(self.pieces(rectangle, slots), one_piece(out))
+                return copy_pieces(self.pieces(rectangle, find_spans(slots)), one_piece(out))
             packed = out.reshape(len(layers), slots.size, -1)
             checksum = frames.running_checksum()
             blocks = cut_blocks(slots, packed.shape[2])
@@ -255,12 +257,14 @@ class RowWriter:
             for start, stop in self.columns(layer, shared[layer], part)
         )
 
-    def pieces(self, layers: range, slots: np.ndarray, part: Part) -> Pieces | None:
-        """Where a payload's bytes belong in the pool, in order; None where they are not long pieces of it."""
+    def pieces(self, layers: range, spans: np.ndarray, part: Part) -> Pieces | None:
+        """Where a payload's bytes belong in the pool, in order; None where they are not long pieces of it.
+
+        ``spans`` are its tokens' slots (`runs.find_spans`).
+        """
         if self._rows is None or self._dense is None or part is not Part.FULL:
             return None
-        spans = find_spans(slots)
-        if not worth_it(spans, slots.size, min(self._rows[layer].shape[1] for layer in layers)):
+        if not worth_it(spans, int(spans[:, 1].sum()), min(self._rows[layer].shape[1] for layer in layers)):
             return None
         return self._dense.pieces(layers, spans)
 
@@ -275,7 +279,7 @@ class RowWriter:
         if self._stream is not None:
             return self._write_cuda(layers, slots, shared, part, data)
         assert self._rows is not None
-        pieces = self.pieces(layers, slots, part)
+        pieces = self.pieces(layers, find_spans(slots), part)
         if pieces is not None:
             return copy_pieces(one_piece(data), pieces)
         start = 0

@@ -37,6 +37,36 @@ def find_spans(slots: np.ndarray) -> np.ndarray:
     return spans
 
 
+class Slots:
+    """Slots of a request's tokens, and `find_spans` of parts of them.
+
+    Each layer asks for the same parts, between two chunks, when little is in the processor's caches: what was found is
+    kept.
+    """
+
+    MOST = 64
+
+    def __init__(self, slots: np.ndarray) -> None:
+        self._slots = slots
+        self._found: dict[tuple[int, int], np.ndarray] = {}
+
+    def __len__(self) -> int:
+        return self._slots.size
+
+    def part(self, first: int, count: int) -> np.ndarray:
+        """``count`` slots from the ``first`` on."""
+        return self._slots[first : first + count]
+
+    def spans(self, first: int, count: int) -> np.ndarray:
+        """Runs of neighbours among them."""
+        spans = self._found.get((first, count))
+        if spans is None:
+            if len(self._found) >= self.MOST:
+                self._found.clear()
+            spans = self._found[first, count] = find_spans(self.part(first, count))
+        return spans
+
+
 def find_runs(slots: np.ndarray, max_rows: int) -> list[Run]:
     """The same as `Run`s, none longer than ``max_rows``."""
     if not slots.size:

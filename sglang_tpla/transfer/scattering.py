@@ -59,7 +59,7 @@ class DecodeScattering(DecodeFetching):
 
     def _apply(self, arrival: Arrival) -> None:
         entry, chunk = arrival.room, arrival.chunk
-        slots = entry.slots[chunk.first_token : chunk.first_token + chunk.tokens]
+        slots = entry.slots.part(chunk.first_token, chunk.tokens)
         digest = None  # of what was written
         with entry.writes.one() as allowed:
             if allowed:

@@ -19,13 +19,13 @@ from collections import OrderedDict, deque
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 
 from sglang_tpla.transfer.chunks import Part, Rectangle, cut
 from sglang_tpla.transfer.frames import CacheLayout, Hello
 from sglang_tpla.transfer.projection import Stack
 from sglang_tpla.transfer.row_format import RowFormat
+from sglang_tpla.transfer.runs import Slots
 from sglang_tpla.transfer.staging import Slot
 from sglang_tpla.transfer.types import CachePool, RoomState
 
@@ -99,7 +99,7 @@ class Segment:
     """The rows of one ``send`` call."""
 
     first_token: int
-    slots: np.ndarray
+    slots: Slots
     ready: Any
     in_place: bool  # raw rows can be sent from where they lie
 
@@ -126,7 +126,7 @@ class Plan:
             pool.first_layer,
             widths,
             segment.first_token,
-            segment.slots.size,
+            len(segment.slots),
             self.row_format.item_dtype(pool.dtype).itemsize,
             self.max_bytes,
         )

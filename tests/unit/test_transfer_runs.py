@@ -71,3 +71,18 @@ def test_pieces_of_a_pool_are_its_rows(slots: np.ndarray, data: st.DataObject) -
         read += ahead[:taken]
         cursor.advance(taken)
     assert cursor.ahead(10, 4) == []
+
+
+def test_slots_find_the_runs_of_each_part_once() -> None:
+    numbers = np.concatenate(
+        [np.arange(start, start + 7) for start in np.random.default_rng(2).permutation(40) * 9]
+    )
+    slots = runs.Slots(numbers)
+    assert len(slots) == 280
+    for first in range(0, 280, 3):
+        for count in (1, 8, 280 - first):
+            assert np.array_equal(slots.part(first, count), numbers[first : first + count])
+            found = slots.spans(first, count)
+            assert np.array_equal(found, runs.find_spans(numbers[first : first + count]))
+            assert slots.spans(first, count) is found
+    assert len(slots._found) <= slots.MOST
