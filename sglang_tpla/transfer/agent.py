@@ -15,7 +15,7 @@ import threading
 import time
 import uuid
 from abc import ABC, abstractmethod
-from collections import Counter, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -37,6 +37,7 @@ WORKERS = {"cpu": 1, "cuda": 2}
 CHECKERS = {"cpu": 0, "cuda": 2}
 SPARE_CORES = 4  # with as many, workers check what lies in a CPU pool, beside the I/O thread that moves it
 MAX_DURATIONS = 16384  # kept for whoever publishes them
+MAX_REMEMBERED = 65536  # in a table of what has ended
 
 
 class AnyRoom(Protocol):
@@ -286,6 +287,14 @@ class Agent(ABC, Generic[RoomT]):
 def endpoint(host: str, port: int | str) -> str:
     """ZMQ address of a host (name, IPv4 or IPv6) and port."""
     return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
+
+
+def remember(table: OrderedDict[Any, Any], key: object, value: object) -> None:
+    """Keep a value, and forget the oldest of too many."""
+    table[key] = value
+    table.move_to_end(key)
+    while len(table) > MAX_REMEMBERED:
+        table.popitem(last=False)
 
 
 def seconds_since(start: float | None, end: float | None) -> float:

@@ -46,7 +46,7 @@ class DecodeChannels(Agent[Room]):
 
     @abstractmethod
     def _in_use(self, connection: Connection) -> bool:
-        """Whether a room that is not complete waits for this connection."""
+        """Whether a room that is not complete waits for this connection, or something is kept for its neighbours."""
 
     @abstractmethod
     def _take(self, connection: Connection, message: frames.Message, payload: memoryview | None) -> None:

@@ -19,7 +19,7 @@ from zmq.utils.monitor import recv_monitor_message
 
 from sglang_tpla.config import Settings
 from sglang_tpla.transfer import frames
-from sglang_tpla.transfer.agent import endpoint
+from sglang_tpla.transfer.agent import endpoint, remember
 from sglang_tpla.transfer.arena import map_arena
 from sglang_tpla.transfer.channel import Spares
 from sglang_tpla.transfer.channelling import DecodeChannels
@@ -31,7 +31,6 @@ from sglang_tpla.transfer.staging import Staging, pin, unpin
 from sglang_tpla.transfer.types import CachePool, MetadataRows, TransferError
 
 MAX_UNANSWERED = 3
-MAX_FORMER = 4096  # addresses that are remembered after their connections have ended
 
 
 class DecodeDialing(DecodeChannels):
@@ -102,9 +101,8 @@ class DecodeDialing(DecodeChannels):
             arena=self._arena.announcement if self._arena is not None else None,
         )
         self._connections: dict[Address, Connection] = {}
-        self._former: OrderedDict[Address, tuple[str, float]] = (
-            OrderedDict()
-        )  # agent, when it was last known to live
+        # who last was at an address (agent), and until when it is known to have lived
+        self._former: OrderedDict[Address, tuple[str, float]] = OrderedDict()
         self._maps: dict[bytes, memoryview | None] = {}  # by cookie: arenas that were mapped, or could not be
         self.on_peer_lost: Callable[[str, int], None] | None = None
         self._spares = Spares()
@@ -175,9 +173,9 @@ class DecodeDialing(DecodeChannels):
         with self._lock:
             connection.link = Link.CONNECTING
             first = connection.broken_since is None
-            if connection.broken_since is None:
+            if first:
                 connection.broken_since = time.monotonic()
-                self._remember(connection, connection.broken_since)
+                self._note_end(connection, connection.broken_since)
         self._hang_up(connection)  # the next tick dials anew, under another identity
         if first:
             self._log.warning("decode rank %d: the %s broke the connection", self._rank, connection.name)
@@ -189,7 +187,7 @@ class DecodeDialing(DecodeChannels):
             if connection.link in (Link.LOST, Link.REFUSED):
                 return
             if connection.broken_since is None:
-                self._remember(connection, connection.last_seen)
+                self._note_end(connection, connection.last_seen)
             connection.link, connection.reason, connection.last_seen = link, reason, time.monotonic()
             self._counts["refused" if link is Link.REFUSED else "peers_lost"] += 1
             if link is Link.LOST and self._connections.get(connection.address) is connection:
@@ -202,13 +200,10 @@ class DecodeDialing(DecodeChannels):
         if link is Link.LOST and connection.broken_since is None:
             self._tell_lost(connection)
 
-    def _remember(self, connection: Connection, lived: float) -> None:
+    def _note_end(self, connection: Connection, lived: float) -> None:
         """Who was at an address: another one there knows nothing of the requests that came before. Under the lock."""
         if connection.agent:
-            self._former[connection.address] = connection.agent, lived
-            self._former.move_to_end(connection.address)
-            while len(self._former) > MAX_FORMER:
-                self._former.popitem(last=False)
+            remember(self._former, connection.address, (connection.agent, lived))
 
     def _refuse_version(self, connection: Connection, reason: str) -> None:
         self._give_up(

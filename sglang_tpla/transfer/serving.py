@@ -7,7 +7,7 @@ from abc import abstractmethod
 from collections import OrderedDict, deque
 
 from sglang_tpla.transfer import frames
-from sglang_tpla.transfer.agent import seconds_since
+from sglang_tpla.transfer.agent import remember, seconds_since
 from sglang_tpla.transfer.chunks import Part
 from sglang_tpla.transfer.greeting import PrefillGreeting
 from sglang_tpla.transfer.lanes import form_lanes
@@ -16,7 +16,6 @@ from sglang_tpla.transfer.sending import Ask, Lane, Mode, Peer, Plan, Relay, Roo
 from sglang_tpla.transfer.types import RoomState
 
 MAX_HELD_REQUESTS = 16384  # of one peer, for rooms that the scheduler has not opened
-MAX_REMEMBERED = 65536  # ends and aborts of rooms, oldest forgotten first
 
 
 class PrefillServing(PrefillGreeting):
@@ -135,7 +134,7 @@ class PrefillServing(PrefillGreeting):
         if self._orphaned(message.room, peer) is not None:
             self._remember_end(key, message.generation)
         else:
-            _remember(self._aborted, key, (message.generation, reason, time.monotonic()))
+            remember(self._aborted, key, (message.generation, reason, time.monotonic()))
 
     def _orphaned(self, room: int, peer: Peer) -> str | None:
         """Why the room failed that this rank now speaks of for the first time, or None if it did not."""
@@ -381,7 +380,7 @@ class PrefillServing(PrefillGreeting):
             self._remember_end((entry.room, ask.peer.hello.agent), ask.generation)
         if state is RoomState.FAILED and not entry.complete:
             agents = {ask.peer.hello.agent for ask in entry.asks.values()}
-            _remember(self._orphans, entry.room, (agents | entry.aborted_by, reason, entry.ended))
+            remember(self._orphans, entry.room, (agents | entry.aborted_by, reason, entry.ended))
         streams = entry.streams
         for stream in streams:
             for chunk in list(stream.unacked):
@@ -424,7 +423,7 @@ class PrefillServing(PrefillGreeting):
         return found
 
     def _remember_end(self, key: tuple[int, str], generation: int) -> None:
-        _remember(self._ended, key, max(generation, self._ended.get(key, -1)))
+        remember(self._ended, key, max(generation, self._ended.get(key, -1)))
 
     def _drop_rooms(self, peer: Peer, reason: str) -> None:
         for room in [room for room, asks in self._held.items() if peer.identity in asks]:
@@ -468,10 +467,3 @@ class PrefillServing(PrefillGreeting):
             if not entry.state.ended and not waiting_for_rows and now - entry.progress > patience:
                 asked = f"{len(entry.asks)} of {entry.expected_ranks or 'unknown'} decode ranks had asked"
                 self._fail(entry, f"no progress for {patience:g} s in {entry.state.name}; {asked}")
-
-
-def _remember(table: OrderedDict, key: object, value: object) -> None:
-    table[key] = value
-    table.move_to_end(key)
-    while len(table) > MAX_REMEMBERED:
-        table.popitem(last=False)

@@ -34,9 +34,7 @@ TRANSFER = ("--tpla-peer-timeout-s", str(PEER_TIMEOUT_S), "--tpla-transfer-timeo
             "--tpla-chunk-bytes", "65536", "--enable-metrics")  # fmt: skip
 FAULTS = (*Spoiler.KINDS, "half-open", "cut")
 HARMLESS = ("delay", "throttle", "cut")  # these must not fail a request
-MOST_CUTS = (
-    40  # one after the other: a machine that is too slow for a chunk between two of them gets on after these
-)
+MOST_CUTS = 40  # one after the other: a machine that is too slow for a chunk between two gets on after these
 SPOILED = 0.004  # of the pieces of 4,096 bytes: about every fifth chunk
 # some 400 to 1,050 tokens each: several chunks of 64 KiB, no common prefix
 PROMPTS = [source(seed=50 + n, characters=c) for n, c in enumerate((1200, 3500, 2500))]

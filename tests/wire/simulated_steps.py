@@ -228,14 +228,13 @@ class Steps(Strange):
     def cut(self) -> None:
         """A connection breaks; what was under way on it is lost."""
         identities = list(self.network.dealers)
-        if (
-            self.kind is Kind.CUTS
-        ):  # one that breaks too often before its first answer fails its rooms, and says so
-            lines = [
-                line for decode in self.decodes for line in decode.agent._connections.values() if line.socket
-            ]
+        if self.kind is Kind.CUTS:
+            # one that breaks too often before its first answer fails its rooms, and says so
             identities = [
-                line.identity for line in lines if line.agent or line.unanswered < MAX_UNANSWERED - 1
+                line.identity
+                for decode in self.decodes
+                for line in decode.agent._connections.values()
+                if line.socket and (line.agent or line.unanswered < MAX_UNANSWERED - 1)
             ]
         if not identities:
             return
