@@ -4,6 +4,9 @@ once. ``make fuzz`` looks for more.
 
 from __future__ import annotations
 
+import contextlib
+from collections import deque
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,7 +18,7 @@ from sglang_tpla.transfer import frames
 from sglang_tpla.transfer.dialing import MAX_UNANSWERED
 from tests.wire.simulated_ranks import SETTINGS
 from tests.wire.simulated_steps import HOSTS
-from tests.wire.simulation import Kind, begun, simulate
+from tests.wire.simulation import Kind, Simulation, begun, simulate
 
 # what fuzzing found: the choices, with what was wrong
 FINDS: list[tuple[Kind, str]] = [
@@ -92,8 +95,9 @@ def test_an_abort_that_was_lost_is_said_again() -> None:
         simulation.rest()
 
 
-def test_a_release_that_was_lost_is_not_waited_for_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A rank gives up what it keeps for its neighbours after a while, though nobody says that all have read it."""
+@contextlib.contextmanager
+def kept_for_neighbours(monkeypatch: pytest.MonkeyPatch) -> Iterator[Simulation]:
+    """A room has succeeded, and no Release says that what was kept on the way has been read."""
     with begun(bytes([0, HOSTS.index(("a", "a"))])) as simulation:
         for agent in simulation.prefills:
 
@@ -104,8 +108,23 @@ def test_a_release_that_was_lost_is_not_waited_for_for_ever(monkeypatch: pytest.
             monkeypatch.setattr(agent, "_put", put)
         simulation.finish(0)
         assert any(decode.agent.stats().staging_used_bytes for decode in simulation.decodes)
-        simulation._expire()
+        yield simulation
         assert not any(decode.agent.stats().staging_used_bytes for decode in simulation.decodes)
+
+
+def test_a_release_that_was_lost_is_not_waited_for_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    with kept_for_neighbours(monkeypatch) as simulation:
+        simulation._expire()
+
+
+def test_a_release_that_came_damaged_ends_with_its_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where no room is under way: a damaged message may have been one."""
+    with kept_for_neighbours(monkeypatch) as simulation:
+        for identity in list(simulation.network.dealers):
+            simulation.network.down.setdefault(identity, deque()).append([b"damaged"])
+        simulation.deliver_all()
+        simulation._tick()
+        simulation._settle()
 
 
 @pytest.mark.parametrize("kind", Kind)
