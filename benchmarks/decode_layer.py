@@ -24,10 +24,10 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from sglang_tpla.plan.cost import Load, Method, Precision, rank_work
 from sglang_tpla.plan.hardware import GPUS, LINKS, Gpu, Link
 from sglang_tpla.plan.model import PlanModel, find
 from sglang_tpla.plan.price import price
-from sglang_tpla.plan.work import Load, Method, Precision, rank_work
 
 BATCHES = (1, 4, 16, 64, 128)
 CONTEXTS = (2048, 8192, 32768, 131072)
@@ -171,8 +171,8 @@ def measure_writes(buffers: Any) -> list[dict[str, Any]]:
     import torch
     from layer_rank import DEVICE, EPS, time_graph
 
-    from sglang_tpla.attention.latent_write import write_latent
-    from sglang_tpla.transfer.projection import project_latent
+    from sglang_tpla.attention.cache_write.plain import write_latent
+    from sglang_tpla.transfer.memory.projection import project_latent
 
     rows = []
     for batch in BATCHES:

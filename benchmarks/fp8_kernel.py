@@ -23,11 +23,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.decode_kernel import ROPE_DIM, ROWS, SCALE, capture
-from sglang_tpla.attention.fp8_decode import Fp8Decode, Tiling, tiling_for
-from sglang_tpla.attention.fp8_rows import pack_rows
-from sglang_tpla.attention.hopper_decode import HopperDecode
+from sglang_tpla.attention.fp8.decode import Fp8Decode, Tiling, tiling_for
+from sglang_tpla.attention.hopper.decode import HopperDecode
 from sglang_tpla.attention.interface import DecodeShape, PageTable
 from sglang_tpla.attention.reference import latent_attention, read_fp8
+from sglang_tpla.cache_rows.fp8 import pack_rows
 
 SHARED = 64
 CALLS, ROUNDS = 10, 15

@@ -17,12 +17,12 @@ from functools import partial
 import layer_kernels as small
 import torch
 
-from sglang_tpla.attention.flashinfer_paged import FlashInferDecode
-from sglang_tpla.attention.hopper_decode import HopperDecode
+from sglang_tpla.attention.cache_write.plain import write_latent
+from sglang_tpla.attention.flashinfer import FlashInferDecode
+from sglang_tpla.attention.hopper.decode import HopperDecode
 from sglang_tpla.attention.interface import DecodeAttention, DecodeShape, PageTable
-from sglang_tpla.attention.latent_write import write_latent
+from sglang_tpla.plan.cost import Load, Method, Precision, rank_work
 from sglang_tpla.plan.model import PlanModel
-from sglang_tpla.plan.work import Load, Method, Precision, rank_work
 
 DEVICE = torch.device("cuda:0")
 EPS = 1e-6

@@ -5,7 +5,8 @@ from __future__ import annotations
 import socket
 import struct
 
-from sglang_tpla.transfer import channel, doorway
+from sglang_tpla.transfer.network import data_channel as channel
+from sglang_tpla.transfer.network import data_listener as doorway
 
 SO_MAX_PACING_RATE = 47  # of Linux; Python does not name it
 

@@ -85,7 +85,7 @@ def start_engine() -> None:
     initialize_model_parallel()
     initialize_dp_attention(args, args.get_model_config())
     for hook in ledger.load():
-        if hook.implementation.startswith("sglang_tpla.host.layer:"):
+        if hook.implementation.startswith("sglang_tpla.host.model.attention_layer:"):
             HookRegistry.register(hook.target, hooks.implementation(hook), HookType(hook.kind))
     HookRegistry.apply_hooks()
 
@@ -100,8 +100,8 @@ def build(
     from sglang.srt.runtime_context import get_parallel
 
     from sglang_tpla.config import Layout
-    from sglang_tpla.host import layer as hooked
-    from sglang_tpla.host.state import Slice
+    from sglang_tpla.host.model import attention_layer as hooked
+    from sglang_tpla.host.process import Slice
 
     d = model.latent_dim
     if width == d:
@@ -248,7 +248,7 @@ class Step:
         )
         with get_parallel().override(attn_tp_rank=0, attn_tp_size=ranks):
             if ours:
-                from sglang_tpla.host import decode_attention
+                from sglang_tpla.host.attention import backend as decode_attention
 
                 decode_attention.artifact = lambda: SimpleNamespace(meta=SimpleNamespace(widths=[width]))
                 self.backend: Any = decode_attention.TplaDecodeBackend(runner)
@@ -362,7 +362,7 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
             steps: dict[str, Step] = {}
             for name, layers in built.items():
                 _, groups, _, one_write, ours = forms[name]
-                from sglang_tpla.host import layer as hooked
+                from sglang_tpla.host.model import attention_layer as hooked
 
                 hooked.puts_off = lambda latent, one=one_write: one
                 with report_failure(report, f"{name}, {weights}, {load}"):

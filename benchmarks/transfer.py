@@ -43,11 +43,12 @@ from pacing import pace, pace_channels
 from wire_values import wire_values
 
 from sglang_tpla.config import Settings
-from sglang_tpla.launching.supervisor import end_with_parent
-from sglang_tpla.transfer import frames, moving
-from sglang_tpla.transfer.decode import DecodeAgent
-from sglang_tpla.transfer.prefill import PrefillAgent
-from sglang_tpla.transfer.types import CachePool, MetadataRows, RoomState
+from sglang_tpla.launch.supervisor import end_with_parent
+from sglang_tpla.transfer import messages as frames
+from sglang_tpla.transfer.decode.agent import DecodeAgent
+from sglang_tpla.transfer.memory import copy as moving
+from sglang_tpla.transfer.prefill.agent import PrefillAgent
+from sglang_tpla.transfer.room import CachePool, MetadataRows, RoomState
 
 LATENT, ROPE, LAYERS, PAGE = 512, 64, 61, 64
 ROW_BYTES = 2 * (LATENT + ROPE)

@@ -5,7 +5,7 @@ that polls as SGLang's does.
 
 One process holds a prefill pool (61 layers of 512 + 64 values in bfloat16), one for each rank a decode pool; each has a
 GPU of its own where there are several. The main thread of each looks at its room as SGLang's scheduler does, through
-the nap of ``sglang_tpla/host/transfer_backend.py``, or (``spin``) without it. Pages are single tokens in random order.
+the nap of ``host/disaggregation/kv_manager.py``, or (``spin``) without it. Pages are single tokens in random order.
 
 - place: through shared memory (this host), or over TCP on loopback, as between hosts (other host)
 - checked: with checksums; with --unchecked also without, in turns (never offered outside this file)
@@ -33,13 +33,13 @@ import numpy as np
 import torch
 from transfer import LATENT, LAYERS, ROPE, SETTINGS, Child, switch_checksums
 
-from sglang_tpla.transfer import agent as agents
-from sglang_tpla.transfer.decode import DecodeAgent
-from sglang_tpla.transfer.moving import check_pieces
-from sglang_tpla.transfer.prefill import PrefillAgent
-from sglang_tpla.transfer.projection import Projection
-from sglang_tpla.transfer.runs import one_piece
-from sglang_tpla.transfer.types import CachePool, MetadataRows, RoomState
+from sglang_tpla.transfer import workers as agents
+from sglang_tpla.transfer.decode.agent import DecodeAgent
+from sglang_tpla.transfer.memory.copy import check_pieces
+from sglang_tpla.transfer.memory.iovec import one_piece
+from sglang_tpla.transfer.memory.projection import Projection
+from sglang_tpla.transfer.prefill.agent import PrefillAgent
+from sglang_tpla.transfer.room import CachePool, MetadataRows, RoomState
 
 NAP_S = 0.0002  # as SGLang's scheduler naps beside our agent
 

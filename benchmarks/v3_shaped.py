@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from sglang_tpla.calibrate.artifact import ArtifactMeta, build
-from sglang_tpla.calibrate.identity import config_hash, weights_hash
+from sglang_tpla.artifact.artifact import ArtifactMeta, build
+from sglang_tpla.artifact.model_identity import config_hash, weights_hash
 
 NANO = Path(__file__).parents[1] / "examples" / "nano-mla"
 LATENT, ROPE, NOPE, VALUE, VOCABULARY = 512, 64, 128, 128, 4096

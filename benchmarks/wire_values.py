@@ -9,10 +9,10 @@ import numpy as np
 import torch
 
 from sglang_tpla.config import Settings
-from sglang_tpla.transfer.decode import DecodeAgent
-from sglang_tpla.transfer.prefill import PrefillAgent
-from sglang_tpla.transfer.projection import Projection
-from sglang_tpla.transfer.types import CachePool, MetadataRows, RoomState
+from sglang_tpla.transfer.decode.agent import DecodeAgent
+from sglang_tpla.transfer.memory.projection import Projection
+from sglang_tpla.transfer.prefill.agent import PrefillAgent
+from sglang_tpla.transfer.room import CachePool, MetadataRows, RoomState
 
 LATENT, ROPE, PAGE = 512, 64, 64
 

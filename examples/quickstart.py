@@ -26,11 +26,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from sglang_tpla.launching import cpu
-from sglang_tpla.launching import options as launch_options
-from sglang_tpla.launching.reaper import Reaper
-from sglang_tpla.launching.roles import Process, check_installation, plan
-from sglang_tpla.launching.supervisor import (
+from sglang_tpla.launch import cpu
+from sglang_tpla.launch import options as launch_options
+from sglang_tpla.launch.reaper import Reaper
+from sglang_tpla.launch.roles import Process, check_installation, plan
+from sglang_tpla.launch.supervisor import (
     ChildDied,
     StartTimeout,
     StopRequested,

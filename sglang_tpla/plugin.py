@@ -12,7 +12,7 @@ def cpu_platform() -> str | None:
     import os
 
     return (
-        "sglang_tpla.host.platform.CpuReferencePlatform"
+        "sglang_tpla.host.cpu.platform.CpuReferencePlatform"
         if os.environ.get("SGLANG_PLATFORM") == "sglang_tpla_cpu"
         else None
     )

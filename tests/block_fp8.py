@@ -21,8 +21,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.overrides import TorchFunctionMode
 
-from sglang_tpla.models.feed_forward import Dense
-from sglang_tpla.models.plain import PlainModel
+from sglang_tpla.reference_model.feed_forward import Dense
+from sglang_tpla.reference_model.forward import PlainModel
 
 BLOCK = 128
 LARGEST = 448.0  # of e4m3

@@ -25,7 +25,7 @@ from typing import Protocol
 
 import torch
 
-from sglang_tpla.attention import fp8_rows
+from sglang_tpla.cache_rows import fp8 as fp8_rows
 
 MAX_QUERY_LEN = 4
 

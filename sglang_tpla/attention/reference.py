@@ -11,8 +11,8 @@ from functools import partial
 
 import torch
 
-from sglang_tpla.attention.fp8_rows import unpack_rows
 from sglang_tpla.attention.interface import DecodeShape, PageTable, checked_inputs, checked_write
+from sglang_tpla.cache_rows.fp8 import unpack_rows
 
 
 def token_slots(table: PageTable, request: int, length: int) -> torch.Tensor:

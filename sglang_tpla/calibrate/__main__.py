@@ -9,19 +9,19 @@ from pathlib import Path
 
 import torch
 
+from sglang_tpla.artifact.artifact import Artifact, ArtifactError
 from sglang_tpla.attention.backends import BACKENDS
-from sglang_tpla.calibrate import run
-from sglang_tpla.calibrate.artifact import Artifact, ArtifactError
+from sglang_tpla.calibrate import pipeline as run
 from sglang_tpla.calibrate.corpus import CorpusError
-from sglang_tpla.calibrate.frontier import Search, point_maps, search, table
-from sglang_tpla.calibrate.learn import LearnPlan
-from sglang_tpla.calibrate.learned_run import learn_model
+from sglang_tpla.calibrate.decode_error import measure, model_maps
+from sglang_tpla.calibrate.layout_search import Search, point_maps, search, table
+from sglang_tpla.calibrate.learn_layer import LearnPlan
+from sglang_tpla.calibrate.learn_model import learn_model
 from sglang_tpla.calibrate.statistics import Statistics, StatisticsError, combine
 from sglang_tpla.calibrate.transforms import TRANSFORMS, TransformError
-from sglang_tpla.evaluate.decode_error import measure, model_maps
-from sglang_tpla.models.checkpoint import Checkpoint, CheckpointError
-from sglang_tpla.models.plain import PlainModel
-from sglang_tpla.models.spec import ModelSpec
+from sglang_tpla.reference_model.checkpoint import Checkpoint, CheckpointError
+from sglang_tpla.reference_model.forward import PlainModel
+from sglang_tpla.reference_model.spec import ModelSpec
 
 _CHOICE_SEQUENCES = 8  # of calibration text, on which layouts are compared
 ERRORS = (ArtifactError, CheckpointError, CorpusError, StatisticsError, TransformError, OSError)

@@ -10,8 +10,8 @@ from functools import partial
 
 import torch
 
-from sglang_tpla.attention.fp8_rows import rounded
-from sglang_tpla.models.plain import CachedMaps, LayerMaps, Slicer
+from sglang_tpla.cache_rows.fp8 import rounded
+from sglang_tpla.reference_model.forward import CachedMaps, LayerMaps, Slicer
 
 CACHE_DTYPES = ("exact", "bf16", "fp8")
 

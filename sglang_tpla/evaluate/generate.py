@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
-from sglang_tpla.evaluate.decode_error import DecodeErrors, measure
-from sglang_tpla.models.plain import LayerCache, LayerMaps, PlainModel
+from sglang_tpla.calibrate.decode_error import DecodeErrors, measure
+from sglang_tpla.reference_model.forward import LayerCache, LayerMaps, PlainModel
 
 
 @torch.inference_mode()

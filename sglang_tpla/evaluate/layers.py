@@ -12,15 +12,15 @@ from dataclasses import dataclass
 
 import torch
 
-from sglang_tpla.calibrate.attention_data import (
+from sglang_tpla.calibrate.decode_error import measure
+from sglang_tpla.calibrate.layer_inputs import (
     LayerData,
     exact_context,
     head_outputs,
     sliced_slices,
     walk,
 )
-from sglang_tpla.evaluate.decode_error import measure
-from sglang_tpla.models.plain import Attention, LayerMaps, PlainModel
+from sglang_tpla.reference_model.forward import Attention, LayerMaps, PlainModel
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from collections.abc import Callable
 import torch
 
 from sglang_tpla.calibrate.statistics import Statistics
-from sglang_tpla.models.plain import LayerMaps, PlainModel
+from sglang_tpla.reference_model.forward import LayerMaps, PlainModel
 
 
 def paper_layers(model: PlainModel, statistics: Statistics, groups: int) -> list[LayerMaps]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import msgspec
 
-from sglang_tpla.calibrate.artifact import ErrorReport
+from sglang_tpla.artifact.artifact import ErrorReport
 
 
 class Bin(msgspec.Struct, frozen=True):

@@ -17,18 +17,18 @@ from pathlib import Path
 import msgspec
 import torch
 
-from sglang_tpla.calibrate import run
+from sglang_tpla.artifact.artifact import ErrorReport
+from sglang_tpla.artifact.model_identity import weights_hash
+from sglang_tpla.calibrate import pipeline as run
 from sglang_tpla.calibrate.__main__ import ERRORS
-from sglang_tpla.calibrate.artifact import ErrorReport
 from sglang_tpla.calibrate.corpus import CorpusError
-from sglang_tpla.calibrate.identity import weights_hash
-from sglang_tpla.calibrate.learn import LearnPlan
-from sglang_tpla.calibrate.learned_run import learn_model
+from sglang_tpla.calibrate.decode_error import measure, model_maps
+from sglang_tpla.calibrate.learn_layer import LearnPlan
+from sglang_tpla.calibrate.learn_model import learn_model
 from sglang_tpla.calibrate.statistics import Statistics
-from sglang_tpla.evaluate.decode_error import measure, model_maps
 from sglang_tpla.evaluate.paper import paper_layers
-from sglang_tpla.models.checkpoint import Checkpoint
-from sglang_tpla.models.plain import PlainModel
+from sglang_tpla.reference_model.checkpoint import Checkpoint
+from sglang_tpla.reference_model.forward import PlainModel
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENT = ROOT / "docs" / "accuracy.md"

@@ -18,15 +18,10 @@ from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 from sglang_tpla.config import ConfigError, Settings
 from sglang_tpla.host import ledger
-from sglang_tpla.host.attention_table import OURS
+from sglang_tpla.host.attention.supported import OURS
 
 logger = logging.getLogger(__name__)
 _applied: list[str] = []
-
-
-def refuse(message: str) -> SystemExit:
-    """The exception that ends a process with one clear message."""
-    return SystemExit(f"sglang_tpla refuses to start: {message}")
 
 
 def implementation(hook: ledger.Hook) -> Callable[..., Any]:
@@ -64,7 +59,7 @@ def install(roles: Collection[str], environ: Mapping[str, str] = os.environ) -> 
     if problems and environ.get(ledger.UNCHECKED) == "1":
         logger.warning("%s=1: going on although %s", ledger.UNCHECKED, "; ".join(problems))
     elif problems:
-        raise refuse(
+        raise ledger.refuse(
             "the installed SGLang differs from what its hooks were written for: "
             + "; ".join(problems)
             + f". Install a supported release, or set {ledger.UNCHECKED}=1 to go on at your own risk"
@@ -75,7 +70,7 @@ def install(roles: Collection[str], environ: Mapping[str, str] = os.environ) -> 
     HookRegistry.apply_hooks()
     missing = [h.target for h, f in zip(hooks, functions, strict=True) if not is_in_place(h, f)]
     if missing:
-        raise refuse(f"these hooks did not apply: {', '.join(missing)} (SGLang's log above says why)")
+        raise ledger.refuse(f"these hooks did not apply: {', '.join(missing)} (SGLang's log above says why)")
     _applied[:] = [hook.target for hook in hooks]
     return applied()
 
@@ -89,7 +84,7 @@ def register() -> None:
     try:
         settings = Settings.from_environment(os.environ)
     except ConfigError as error:
-        raise refuse(str(error)) from error
+        raise ledger.refuse(str(error)) from error
     roles = {settings.role} if settings else set()
     if os.environ.get("SGLANG_PLATFORM") == "sglang_tpla_cpu":
         roles.add(ledger.CPU)
@@ -109,6 +104,6 @@ def register() -> None:
 
 def decode_backend(runner: Any) -> Any:
     """Our attention backend for a model runner; its kernel is imported where it is wanted."""
-    from sglang_tpla.host.decode_attention import TplaDecodeBackend
+    from sglang_tpla.host.attention.backend import TplaDecodeBackend
 
     return TplaDecodeBackend(runner)

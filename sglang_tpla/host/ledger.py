@@ -62,6 +62,11 @@ class Hook:
             raise LedgerError(f"{self.target}: roles must be among {(*ROLES, CPU)}; got {self.roles}")
 
 
+def refuse(message: str) -> SystemExit:
+    """The exception that ends a process with one clear message."""
+    return SystemExit(f"sglang_tpla refuses to start: {message}")
+
+
 def ledger_path() -> Path:
     """The ledger of this installation: beside the package in a checkout, inside it when installed."""
     package = Path(sglang_tpla.__file__).parent

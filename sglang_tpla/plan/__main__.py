@@ -18,9 +18,9 @@ from dataclasses import replace
 
 from sglang_tpla.plan import text
 from sglang_tpla.plan.choice import Setting, answer
+from sglang_tpla.plan.cost import Load, Precision, methods
 from sglang_tpla.plan.hardware import GPUS, LINKS, Link, find_gpu, find_link
 from sglang_tpla.plan.model import BUILT_IN, PlanError, find
-from sglang_tpla.plan.work import Load, Precision, methods
 
 MAP_BATCHES = (1, 4, 16, 64, 128, 256)
 MAP_CONTEXTS = (2048, 8192, 32768, 131072)

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 
 from sglang_tpla.attention.backends import BackendRefusal
 from sglang_tpla.config import ConfigError
+from sglang_tpla.plan.cost import Load, Method, Precision, break_even_tokens, rank_work
 from sglang_tpla.plan.hardware import Gpu, Link
 from sglang_tpla.plan.memory import tokens_that_fit, weight_bytes
 from sglang_tpla.plan.model import PlanModel
 from sglang_tpla.plan.price import Price, price
-from sglang_tpla.plan.work import Load, Method, Precision, break_even_tokens, rank_work
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from sglang_tpla.plan.cost import Method, Precision, RankWork
 from sglang_tpla.plan.hardware import Gpu
 from sglang_tpla.plan.model import PlanModel
-from sglang_tpla.plan.work import Method, Precision, RankWork
 
 _BF16_BYTES = 2
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from sglang_tpla.plan.cost import RankWork
 from sglang_tpla.plan.hardware import Gpu, Link
-from sglang_tpla.plan.work import RankWork
 
 
 @dataclass(frozen=True)

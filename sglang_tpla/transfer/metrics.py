@@ -15,7 +15,7 @@ from typing import Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from sglang_tpla.transfer.types import AgentStats
+from sglang_tpla.transfer.room import AgentStats
 
 GAUGES = {
     "rooms": "Rooms alive or held",

@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sglang_tpla.calibrate.artifact import Artifact, ArtifactMeta, build
-from sglang_tpla.calibrate.identity import config_hash, weights_hash
+from sglang_tpla.artifact.artifact import Artifact, ArtifactMeta, build
+from sglang_tpla.artifact.model_identity import config_hash, weights_hash
 from tests.e2e.servers import COMMON, Server
 from tests.ports import free_ports
 

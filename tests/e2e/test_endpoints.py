@@ -12,11 +12,11 @@ import msgspec
 import pytest
 import torch
 
-from sglang_tpla.calibrate.artifact import Artifact
+from sglang_tpla.artifact.artifact import Artifact
 from sglang_tpla.calibrate.corpus import Corpus
+from sglang_tpla.calibrate.decode_error import model_maps
 from sglang_tpla.evaluate import __main__ as command
-from sglang_tpla.evaluate.decode_error import model_maps
-from sglang_tpla.models.plain import PlainModel
+from sglang_tpla.reference_model.forward import PlainModel
 from tests.e2e.servers import Server
 
 PROMPTS, NEW_TOKENS = 4, 24

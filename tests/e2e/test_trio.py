@@ -19,7 +19,7 @@ from tests.e2e.servers import ROOT, request_body, transfer_lines, wait_idle
 
 
 def test_server_info_tells_the_layout(trio: Any, nano_artifact: str) -> None:
-    from sglang_tpla.calibrate.artifact import Artifact
+    from sglang_tpla.artifact.artifact import Artifact
 
     tpla = trio.decode.get("/server_info")["tpla"]
     assert (tpla["groups"], tpla["head_shards"], tpla["widths"]) == (2, 1, [80] * 4)

@@ -8,7 +8,7 @@ from functools import partial
 import atheris
 
 with atheris.instrument_imports(include=["sglang_tpla.transfer"]):
-    from sglang_tpla.transfer import frames
+    from sglang_tpla.transfer import messages as frames
     from tests.wire import simulation
 
 

@@ -7,9 +7,9 @@ from functools import partial
 
 import torch
 
-from sglang_tpla.attention.fp8_rows import pack_rows
 from sglang_tpla.attention.interface import DecodeShape, PageTable
 from sglang_tpla.attention.reference import latent_attention, read_fp8
+from sglang_tpla.cache_rows.fp8 import pack_rows
 
 SCALE = 192**-0.5
 

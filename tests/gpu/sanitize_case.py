@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from decode_case import SCALE, random_case, relative_error
 
-from sglang_tpla.attention.hopper_decode import HopperDecode
+from sglang_tpla.attention.hopper.decode import HopperDecode
 from sglang_tpla.attention.interface import DecodeShape
 
 for latent_dim, heads, query_len, page_size in ((256, 32, 1, 1), (96, 64, 2, 64), (320, 16, 1, 1)):

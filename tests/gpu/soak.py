@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from decode_case import SCALE, random_case, relative_error
 
-from sglang_tpla.attention.hopper_decode import HopperDecode
+from sglang_tpla.attention.hopper.decode import HopperDecode
 from sglang_tpla.attention.interface import DecodeShape
 
 BAR = 3e-3

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from sglang_tpla.attention.backends import choose
-from sglang_tpla.attention.hopper_decode import HopperDecode
+from sglang_tpla.attention.hopper.decode import HopperDecode
+from sglang_tpla.attention.hopper.plan import plan_parts
 from sglang_tpla.attention.interface import AttentionInputError, DecodeShape, PageTable
-from sglang_tpla.attention.plan import plan_parts
 
 sys.path.insert(0, str(Path(__file__).parent))
 from decode_case import SCALE, Case, random_case, relative_error
@@ -163,7 +163,7 @@ def test_misaligned_rows_are_refused() -> None:
 @pytest.mark.parametrize("page_size", [1, 64])
 def test_flashinfer_at_full_width(page_size: int) -> None:
     pytest.importorskip("flashinfer")
-    from sglang_tpla.attention.flashinfer_paged import FlashInferDecode
+    from sglang_tpla.attention.flashinfer import FlashInferDecode
 
     case = random_case(DecodeShape(512, 16, page_size=page_size), [1000, 77, 4096], 2)
     assert choose(case.shape, (9, 0)) == "flashinfer_fa3"

@@ -21,11 +21,11 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-from sglang_tpla.calibrate.artifact import Artifact
-from sglang_tpla.calibrate.identity import weights_hash
+from sglang_tpla.artifact.artifact import Artifact
+from sglang_tpla.artifact.model_identity import weights_hash
+from sglang_tpla.calibrate.decode_error import model_maps
 from sglang_tpla.evaluate.cache import cached_maps
-from sglang_tpla.evaluate.decode_error import model_maps
-from sglang_tpla.models.plain import PlainModel
+from sglang_tpla.reference_model.forward import PlainModel
 from tests.block_fp8 import RoundedInputs, convert, quantised_weights
 from tests.e2e.prompts import short_prompts, source
 from tests.gpu.engine import ANY_WIDTH, DEVICE, GPUS, OUR_KERNEL, Engines

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from sglang_tpla.attention import fp8_reference, fp8_write
-from sglang_tpla.attention.fp8_decode import Fp8Decode
+from sglang_tpla.attention.cache_write import fp8 as fp8_write
+from sglang_tpla.attention.fp8 import reference as fp8_reference
+from sglang_tpla.attention.fp8.decode import Fp8Decode
 from sglang_tpla.attention.interface import AttentionInputError, DecodeShape
 
 sys.path.insert(0, str(Path(__file__).parent))

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sglang_tpla.attention import reference
-from sglang_tpla.attention.latent_write import write_latent
+from sglang_tpla.attention.cache_write.plain import write_latent
 
 sys.path.insert(0, str(Path(__file__).parent))
 from decode_case import relative_error

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from sglang_tpla.attention.fp8_rows import row_bytes, slice_width
+from sglang_tpla.cache_rows.fp8 import row_bytes, slice_width
 
 
 @dataclass(frozen=True)

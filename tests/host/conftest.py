@@ -45,7 +45,9 @@ def engine(nano_mla: str) -> Iterator[None]:
     initialize_model_parallel()
     initialize_dp_attention(args, args.get_model_config())
     for hook in ledger.load():
-        if hook.implementation.startswith(("sglang_tpla.host.layer:", "sglang_tpla.host.cpu_rope:")):
+        if hook.implementation.startswith(
+            ("sglang_tpla.host.model.attention_layer:", "sglang_tpla.host.cpu.rope:")
+        ):
             HookRegistry.register(hook.target, hooks.implementation(hook), HookType(hook.kind))
     HookRegistry.apply_hooks()
     yield

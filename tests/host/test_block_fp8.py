@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from sglang_tpla.models.checkpoint import dequantise_blocks
+from sglang_tpla.reference_model.checkpoint import dequantise_blocks
 from tests.block_fp8 import BLOCK, quantise_blocks
 
 HEADS, NOPE, V, LATENT, WIDTH = 4, 64, 32, 200, 72
@@ -24,7 +24,7 @@ def test_maps_fold_into_block_fp8_weights(
 ) -> None:
     from sglang.srt.models.deepseek_common import deepseek_weight_loader as loader
 
-    from sglang_tpla.host.layer import fold_weights
+    from sglang_tpla.host.model.attention_layer import fold_weights
 
     post_load = loader.DeepseekV2WeightLoaderMixin.post_load_weights
     original: Any = getattr(post_load, "__wrapped__", post_load)
@@ -68,7 +68,7 @@ def test_maps_fold_into_block_fp8_weights(
 
 def test_head_shards_that_end_inside_a_block_are_refused(engine: None) -> None:
     from sglang_tpla.config import ConfigError, Layout
-    from sglang_tpla.host.refusals import check_blocks
+    from sglang_tpla.host.validation import check_blocks
 
     v3 = SimpleNamespace(qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128)
     blocks = {"quant_method": "fp8", "weight_block_size": [128, 128]}

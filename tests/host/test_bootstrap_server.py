@@ -15,7 +15,7 @@ import httpx
 import pytest
 
 from sglang_tpla.transfer import keys
-from sglang_tpla.transfer.bootstrap import (
+from sglang_tpla.transfer.network.bootstrap import (
     CHALLENGE_HEADER,
     SIGNATURE_HEADER,
     Registrar,
@@ -24,8 +24,8 @@ from sglang_tpla.transfer.bootstrap import (
     signing_key,
     submit,
 )
-from sglang_tpla.transfer.security import KEYS_VARIABLE, Security
-from sglang_tpla.transfer.types import TransferError
+from sglang_tpla.transfer.network.security import KEYS_VARIABLE, Security
+from sglang_tpla.transfer.room import TransferError
 from tests.wire import rig
 
 PLACE = {"prefill_dp_rank": 0, "prefill_cp_rank": 0, "target_tp_rank": 0, "target_pp_rank": 0}
@@ -46,7 +46,7 @@ def payload(rank: int = 0, size: int = 1, port: int = 7000) -> dict[str, Any]:
 def imported() -> None:
     with warnings.catch_warnings():  # SGLang's own imports warn of what a CPU lacks
         warnings.simplefilter("ignore")
-        import sglang_tpla.host.bootstrap_server  # noqa: F401
+        import sglang_tpla.host.disaggregation.bootstrap_server  # noqa: F401
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def port() -> int:
 @contextlib.contextmanager
 def serving(port: int) -> Iterator[str]:
     """A bootstrap server with the environment's keys."""
-    from sglang_tpla.host.bootstrap_server import TplaKVBootstrapServer
+    from sglang_tpla.host.disaggregation.bootstrap_server import TplaKVBootstrapServer
 
     server, url = TplaKVBootstrapServer("127.0.0.1", port), f"http://127.0.0.1:{port}"
     try:
@@ -129,7 +129,7 @@ def test_a_registration_captured_elsewhere_is_refused(folder: Path, port: int) -
 
 
 def test_without_keys_on_loopback_as_stock(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    from sglang_tpla.host.bootstrap_server import TplaKVBootstrapServer
+    from sglang_tpla.host.disaggregation.bootstrap_server import TplaKVBootstrapServer
 
     monkeypatch.delenv(KEYS_VARIABLE, raising=False)
     with serving(port) as url:
@@ -190,7 +190,7 @@ def test_payload_is_that_of_the_host() -> None:
     """The one thing copied from SGLang here: its payload, key by key."""
     from sglang.srt.disaggregation.common.conn import CommonKVManager
 
-    from sglang_tpla.host.bootstrap_server import registration
+    from sglang_tpla.host.disaggregation.bootstrap_server import registration
 
     stock, ours = (
         set(re.findall(r'^\s+"(\w+)": ', inspect.getsource(function), re.MULTILINE))

@@ -9,7 +9,7 @@ import torch
 @pytest.mark.parametrize("heads", [1, 3, 8])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_chunks_against_scaled_dot_product(engine, monkeypatch, heads: int, dtype: torch.dtype) -> None:
-    from sglang_tpla.host import cpu_attention
+    from sglang_tpla.host.cpu import attention as cpu_attention
 
     monkeypatch.setattr(cpu_attention, "ROWS", 10)  # several blocks a chunk
     torch.manual_seed(heads)

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from sglang_tpla.attention.fp8_rows import row_bytes
 from sglang_tpla.attention.interface import AttentionInputError, PageTable
 from sglang_tpla.attention.reference import ReferenceDecode
+from sglang_tpla.cache_rows.fp8 import row_bytes
 from tests.fp8_reference import assert_row, read_row
 
 HEADS, ROPE, CONTEXT, REQUESTS, SLOTS, SCALE = 4, 8, 24, 6, 200, 0.3
@@ -56,7 +56,7 @@ class Pool:
 
 @pytest.fixture
 def backend(engine: None, monkeypatch: pytest.MonkeyPatch) -> Any:
-    from sglang_tpla.host import decode_attention
+    from sglang_tpla.host.attention import backend as decode_attention
 
     monkeypatch.setattr(decode_attention, "HopperDecode", Twin)
     meta = SimpleNamespace(widths=WIDTHS)
@@ -165,7 +165,7 @@ class Fp8Pool:
 def test_fp8_rows_are_written_and_read(
     backend: Any, monkeypatch: pytest.MonkeyPatch, layer_id: int, split: bool
 ) -> None:
-    from sglang_tpla.host import decode_attention
+    from sglang_tpla.host.attention import backend as decode_attention
 
     meta = SimpleNamespace(widths=FP8_WIDTHS, shared_dims=FP8_SHARED)
     monkeypatch.setattr(decode_attention, "artifact", lambda: SimpleNamespace(meta=meta))

@@ -17,7 +17,7 @@ def fp8_hooks(engine: None, monkeypatch: pytest.MonkeyPatch) -> Any:
     from sglang.srt.mem_cache import kv_cache_configurator
     from sglang.srt.mem_cache.memory_pool import MLATokenToKVPool
 
-    from sglang_tpla.host import pool
+    from sglang_tpla.host.model import kv_pool as pool
 
     state = SimpleNamespace(artifact=None)
     monkeypatch.setattr(pool, "artifact", lambda: state.artifact)
@@ -32,7 +32,7 @@ def fp8_hooks(engine: None, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def make_pool(dtype: torch.dtype, latent: int) -> Any:
-    from sglang_tpla.host.cpu_pool import CpuLatentPool
+    from sglang_tpla.host.cpu.pool import CpuLatentPool
 
     return CpuLatentPool(
         SLOTS, page_size=1, dtype=dtype, kv_lora_rank=latent, qk_rope_head_dim=ROPE, layer_num=LAYERS,
@@ -52,8 +52,8 @@ def accounted(state: Any, dtype: torch.dtype, latent: int) -> float:
 
 @pytest.mark.parametrize("widths", [None, (80, 80, 80), (112, 96, 128)])
 def test_rows_and_accounting(fp8_hooks: Any, widths: tuple[int, ...] | None) -> None:
-    from sglang_tpla.host.engine_memory import cache_pool
-    from sglang_tpla.transfer.row_format import RowFormat
+    from sglang_tpla.cache_rows.row_format import RowFormat
+    from sglang_tpla.host.disaggregation.engine_memory import cache_pool
 
     kept = widths or (LATENT,) * LAYERS
     if widths:

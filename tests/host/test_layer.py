@@ -141,8 +141,8 @@ def build_rank(rank, size, groups, maps, weights, q_rank, yarn, dtype, monkeypat
     from sglang.srt.runtime_context import get_parallel
 
     from sglang_tpla.config import Layout
-    from sglang_tpla.host import layer
-    from sglang_tpla.host.state import Slice
+    from sglang_tpla.host.model import attention_layer as layer
+    from sglang_tpla.host.process import Slice
 
     part = Slice(Layout(size, groups, HEADS), rank, OneGroup(maps))
     monkeypatch.setattr(layer, "make_slice", lambda heads, r, t: part)
@@ -190,7 +190,7 @@ def run_rank(attention, x, lengths, past, z_map, dtype):
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
     from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
 
-    from sglang_tpla.host.cpu_pool import CpuLatentPool
+    from sglang_tpla.host.cpu.pool import CpuLatentPool
 
     width, batch, longest = z_map.shape[1], len(x), max(lengths)
     pool = CpuLatentPool(
@@ -248,7 +248,7 @@ def one_write(request, monkeypatch) -> bool:
     """Whether norm, projection and cache write are one step, as on a GPU; the kernel's twin stands for it."""
     if request.param:
         from sglang_tpla.attention import reference
-        from sglang_tpla.host import layer
+        from sglang_tpla.host.model import attention_layer as layer
 
         monkeypatch.setattr(layer, "puts_off", lambda latent: True)
         monkeypatch.setattr(layer, "write_latent", reference.write_latent)
@@ -291,7 +291,7 @@ def test_head_outputs_summed_before_o_proj(engine, monkeypatch, size, groups) ->
 
     The ranks run one after another: what each would send is kept, and the reduce-scatter done here.
     """
-    from sglang_tpla.host import layer
+    from sglang_tpla.host.model import attention_layer as layer
 
     generator = torch.Generator().manual_seed(size + groups)
     weights = make_weights(Q_RANK, generator)

@@ -10,8 +10,8 @@ from urllib.parse import parse_qs, urlparse
 
 import pytest
 
-from sglang_tpla.host.prefill_lookup import Lookups, rank_addresses
-from sglang_tpla.transfer.types import TransferError
+from sglang_tpla.host.disaggregation.prefill_lookup import Lookups, rank_addresses
+from sglang_tpla.transfer.room import TransferError
 
 
 def test_an_answer_that_comes_at_once_is_given_at_once() -> None:

@@ -16,7 +16,7 @@ def request(manager: SimpleNamespace, room: int) -> Any:
     """A request whose scheduler calls come from the test."""
     with warnings.catch_warnings():  # SGLang's own imports warn of what a CPU lacks
         warnings.simplefilter("ignore")
-        from sglang_tpla.host.transfer_backend import _Request
+        from sglang_tpla.host.disaggregation.kv_manager import _Request
     made: Any = _Request()
     made.kv_mgr, made.bootstrap_room, made.conclude_state = manager, room, None
     return made

@@ -7,7 +7,7 @@ from unittest.mock import Mock
 
 import pytest
 
-from sglang_tpla.host.aborts import drop_waiting
+from sglang_tpla.host.disaggregation.aborts import drop_waiting
 
 
 def waiting(rid: str, pending_bootstrap: bool = False) -> SimpleNamespace:

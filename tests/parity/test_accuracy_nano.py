@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from sglang_tpla.calibrate import run
-from sglang_tpla.calibrate.artifact import Artifact
-from sglang_tpla.evaluate.decode_error import measure, model_maps
-from sglang_tpla.models.plain import PlainModel
+from sglang_tpla.artifact.artifact import Artifact
+from sglang_tpla.calibrate import pipeline as run
+from sglang_tpla.calibrate.decode_error import measure, model_maps
+from sglang_tpla.reference_model.forward import PlainModel
 
 ROOT = Path(__file__).resolve().parents[2]
 NANO = ROOT / "examples" / "nano-mla"

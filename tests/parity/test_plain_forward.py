@@ -11,8 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sglang_tpla.models.checkpoint import Checkpoint, CheckpointError, dequantise_blocks
-from sglang_tpla.models.plain import PlainModel
+from sglang_tpla.reference_model.checkpoint import Checkpoint, CheckpointError, dequantise_blocks
+from sglang_tpla.reference_model.forward import PlainModel
 from tests.block_fp8 import quantise_blocks
 
 transformers = pytest.importorskip("transformers")

@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from sglang_tpla.calibrate.artifact import (
+from sglang_tpla.artifact.artifact import (
     FORMAT_VERSION,
     Artifact,
     ArtifactError,
@@ -19,7 +19,7 @@ from sglang_tpla.calibrate.artifact import (
     ErrorReport,
     build,
 )
-from sglang_tpla.calibrate.identity import config_hash, weights_hash
+from sglang_tpla.artifact.model_identity import config_hash, weights_hash
 
 ROOT = Path(__file__).resolve().parents[2]
 NANO = ROOT / "examples" / "nano-mla"

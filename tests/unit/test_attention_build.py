@@ -6,8 +6,8 @@ import re
 
 import pytest
 
-from sglang_tpla.attention.cuda_compile import KernelCompileError, cached_cubin, compile_cubin
-from sglang_tpla.attention.hopper_decode import NAME, SHARED_LIMIT_BYTES, variant_for
+from sglang_tpla.attention.hopper.compile import KernelCompileError, cached_cubin, compile_cubin
+from sglang_tpla.attention.hopper.decode import NAME, SHARED_LIMIT_BYTES, variant_for
 from sglang_tpla.attention.interface import DecodeShape
 
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sglang_tpla.attention.plan import MAX_PARTS, SEGMENT_COST, Plan, plan_parts, tiles_of
+from sglang_tpla.attention.hopper.plan import MAX_PARTS, SEGMENT_COST, Plan, plan_parts, tiles_of
 
 
 def segments(plan: Plan, lengths: list[int]) -> list[list[tuple[int, int, int, int]]]:

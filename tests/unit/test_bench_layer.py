@@ -22,7 +22,7 @@ import dataclasses, torch
 import decode_layer, layer_rank
 from sglang_tpla.attention import reference
 from sglang_tpla.plan.model import find
-from sglang_tpla.plan.work import Load, Precision
+from sglang_tpla.plan.cost import Load, Precision
 
 layer_rank.DEVICE, layer_rank.LAYERS = torch.device("cpu"), 2
 layer_rank.write_latent = reference.write_latent

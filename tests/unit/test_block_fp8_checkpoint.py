@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from tokenizers import Tokenizer
 
-from sglang_tpla.models.checkpoint import Checkpoint, dequantise_blocks
-from sglang_tpla.models.plain import PlainModel
+from sglang_tpla.reference_model.checkpoint import Checkpoint, dequantise_blocks
+from sglang_tpla.reference_model.forward import PlainModel
 from tests.block_fp8 import (
     BLOCK,
     RoundedInputs,

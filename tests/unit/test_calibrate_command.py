@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from sglang_tpla.calibrate.artifact import Artifact
-from sglang_tpla.calibrate.identity import weights_hash
-from sglang_tpla.models.checkpoint import Checkpoint
+from sglang_tpla.artifact.artifact import Artifact
+from sglang_tpla.artifact.model_identity import weights_hash
+from sglang_tpla.reference_model.checkpoint import Checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 NANO = ROOT / "examples" / "nano-mla"

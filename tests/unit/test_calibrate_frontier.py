@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from sglang_tpla.calibrate.artifact import Artifact
-from sglang_tpla.calibrate.frontier import Point, Search, table, widening_walk
+from sglang_tpla.artifact.artifact import Artifact
+from sglang_tpla.calibrate.layout_search import Point, Search, table, widening_walk
 from sglang_tpla.calibrate.transforms import TransformError
 from sglang_tpla.config import slice_width
 

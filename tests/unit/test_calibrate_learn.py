@@ -15,15 +15,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sglang_tpla.calibrate import run
-from sglang_tpla.calibrate.artifact import Artifact, ArtifactError
-from sglang_tpla.calibrate.attention_data import LayerData, walk
-from sglang_tpla.calibrate.learn import LearnPlan, learn_layer, output_error
-from sglang_tpla.calibrate.learned_run import learn_model
-from sglang_tpla.calibrate.refit import refit_values
+from sglang_tpla.artifact.artifact import Artifact, ArtifactError
+from sglang_tpla.calibrate import pipeline as run
+from sglang_tpla.calibrate.layer_inputs import LayerData, walk
+from sglang_tpla.calibrate.learn_layer import LearnPlan, learn_layer, output_error
+from sglang_tpla.calibrate.learn_model import learn_model
+from sglang_tpla.calibrate.refit_values import refit_values
 from sglang_tpla.calibrate.statistics import LayerMoments, Statistics, StatisticsError, combine
 from sglang_tpla.calibrate.transforms import TransformError
-from sglang_tpla.models.plain import PlainModel
+from sglang_tpla.reference_model.forward import PlainModel
 
 ROOT = Path(__file__).resolve().parents[2]
 NANO = ROOT / "examples" / "nano-mla"
@@ -77,7 +77,7 @@ def test_sampled_output_error_equals_the_model_s_own_attention(
 
 
 def _attention_inputs(model: PlainModel, data: LayerData):
-    from sglang_tpla.models.plain import AttentionInputs
+    from sglang_tpla.reference_model.forward import AttentionInputs
 
     for row in range(data.latent.shape[0]):
         part = slice(row, row + 1)
@@ -198,7 +198,7 @@ def test_resumed_run_ends_with_the_same_bits(
         done.append(1)
         return original(*arguments, **keywords)
 
-    import sglang_tpla.calibrate.learned_run as module
+    import sglang_tpla.calibrate.learn_model as module
 
     module.learn_layer = stopping
     try:

@@ -5,7 +5,7 @@ import torch
 
 from sglang_tpla.attention.backends import BackendRefusal
 from sglang_tpla.attention.interface import DecodeShape
-from sglang_tpla.host.attention_table import (
+from sglang_tpla.host.attention.supported import (
     engine_objection,
     preferred_backend,
     require_engine_backend,

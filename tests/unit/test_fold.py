@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sglang_tpla.models.fold import fold_key_map, fold_value_map
+from sglang_tpla.artifact.fold import fold_key_map, fold_value_map
 
 
 @pytest.mark.parametrize(

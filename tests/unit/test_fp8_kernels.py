@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from sglang_tpla.attention import fp8_reference, fp8_write
-from sglang_tpla.attention.fp8_decode import column_blocks
-from sglang_tpla.attention.fp8_rows import row_bytes
+from sglang_tpla.attention.cache_write import fp8 as fp8_write
+from sglang_tpla.attention.fp8 import reference as fp8_reference
+from sglang_tpla.attention.fp8.decode import column_blocks
 from sglang_tpla.attention.interface import AttentionInputError, DecodeShape, PageTable
 from sglang_tpla.attention.reference import ReferenceDecode
+from sglang_tpla.cache_rows.fp8 import row_bytes
 from tests.fp8_reference import assert_row, read_row
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "gpu"))
@@ -26,7 +27,7 @@ import sys, torch
 from decode_case import SCALE, random_case, relative_error
 from write_case import fp8_write_case, same_rows
 from sglang_tpla.attention import fp8_reference, fp8_write
-from sglang_tpla.attention.fp8_decode import Fp8Decode, Tiling
+from sglang_tpla.attention.fp8.decode import Fp8Decode, Tiling
 from sglang_tpla.attention.interface import DecodeShape
 for width, rope, heads, query_len, page, shared, lengths in (
     (80, 32, 3, 1, 1, 32, [1, 70, 0, 33]),

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from sglang_tpla.attention import fp8_rows
-from sglang_tpla.attention.fp8_rows import (
+from sglang_tpla.cache_rows import fp8 as fp8_rows
+from sglang_tpla.cache_rows.fp8 import (
     pack_common,
     pack_own,
     pack_rows,

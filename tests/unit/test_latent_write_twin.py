@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from sglang_tpla.attention.cache_write.plain import write_latent as write_on_gpu
 from sglang_tpla.attention.interface import AttentionInputError
-from sglang_tpla.attention.latent_write import write_latent as write_on_gpu
 from sglang_tpla.attention.reference import write_latent
-from sglang_tpla.transfer.projection import project_latent
+from sglang_tpla.transfer.memory.projection import project_latent
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "gpu"))
 from write_case import WriteCase, random_write

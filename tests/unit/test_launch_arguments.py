@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sglang_tpla.config import ConfigError
-from sglang_tpla.launching import cpu
-from sglang_tpla.launching.arguments import (
+from sglang_tpla.launch import cpu
+from sglang_tpla.launch.flags import (
     canonical,
     for_section,
     from_mapping,

@@ -13,8 +13,8 @@ import pytest
 import yaml
 
 from sglang_tpla.config import ConfigError, Settings
-from sglang_tpla.launching import options as launch_options
-from sglang_tpla.launching.roles import Process, check_installation, plan
+from sglang_tpla.launch import options as launch_options
+from sglang_tpla.launch.roles import Process, check_installation, plan
 
 ROOT = Path(__file__).resolve().parents[2]
 NANO = "examples/nano-mla"

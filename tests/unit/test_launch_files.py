@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
-from sglang_tpla.launching import options as launch_options
-from sglang_tpla.launching.roles import Process, plan
+from sglang_tpla.launch import options as launch_options
+from sglang_tpla.launch.roles import Process, plan
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "launch"

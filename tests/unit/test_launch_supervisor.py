@@ -13,8 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from sglang_tpla.launching.roles import Process
-from sglang_tpla.launching.supervisor import ChildDied, StartTimeout, Supervisor
+from sglang_tpla.launch.roles import Process
+from sglang_tpla.launch.supervisor import ChildDied, StartTimeout, Supervisor
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -52,8 +52,8 @@ SERVER = textwrap.dedent(
 SUPERVISED = textwrap.dedent(
     """
     import sys
-    from sglang_tpla.launching.roles import Process
-    from sglang_tpla.launching.supervisor import supervise
+    from sglang_tpla.launch.roles import Process
+    from sglang_tpla.launch.supervisor import supervise
 
     program, *ports = sys.argv[1:]
     sys.exit(supervise([

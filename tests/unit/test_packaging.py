@@ -28,6 +28,6 @@ def test_the_wheel_carries_what_servers_read(tmp_path: Path) -> None:
         assert archive.read("sglang_tpla/patches/ledger.toml") == (ROOT / "patches/ledger.toml").read_bytes()
         (entry_points,) = (name for name in names if name.endswith("entry_points.txt"))
         assert "sglang_tpla.plugin:register" in archive.read(entry_points).decode()
-    for folder in ("attention/cuda", "transfer"):
+    for folder in ("attention/hopper/cuda", "transfer", "transfer/memory"):
         wanted = {p.name for p in (ROOT / "sglang_tpla" / folder).iterdir() if p.is_file()}
         assert wanted <= {Path(name).name for name in names if name.startswith(f"sglang_tpla/{folder}/")}

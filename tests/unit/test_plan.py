@@ -9,10 +9,10 @@ import pytest
 
 from sglang_tpla.plan.__main__ import main, parser, setting_of
 from sglang_tpla.plan.choice import Setting, answer, overall
+from sglang_tpla.plan.cost import Load, Method, Precision, break_even_tokens, methods, rank_work
 from sglang_tpla.plan.hardware import GPUS, H100, H200, LINKS, Gpu, Link, Rate
 from sglang_tpla.plan.model import BUILT_IN, PlanModel, find
 from sglang_tpla.plan.price import price
-from sglang_tpla.plan.work import Load, Method, Precision, break_even_tokens, methods, rank_work
 
 V3 = find("deepseek-v3")
 FREE_LINK = Link("free", 0.0, 1e18)

@@ -9,7 +9,7 @@ import pytest
 import zmq
 import zmq.utils.z85
 
-from sglang_tpla.transfer.bootstrap import (
+from sglang_tpla.transfer.network.bootstrap import (
     CHALLENGE_HEADER,
     CHALLENGE_S,
     MAX_BODY_BYTES,

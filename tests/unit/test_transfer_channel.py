@@ -10,9 +10,9 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from sglang_tpla.transfer.channel import PREAMBLE, ChannelError, Inbox, Outbox, Parcel, Spares
-from sglang_tpla.transfer.frames import FrameError, checksum
-from sglang_tpla.transfer.runs import Pieces, one_piece
+from sglang_tpla.transfer.memory.iovec import Pieces, one_piece
+from sglang_tpla.transfer.messages import FrameError, checksum
+from sglang_tpla.transfer.network.data_channel import PREAMBLE, ChannelError, Inbox, Outbox, Parcel, Spares
 
 COOKIE = bytes(range(16))
 HEADER = b"h" * 40

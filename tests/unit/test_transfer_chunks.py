@@ -8,11 +8,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sglang_tpla.cache_rows.row_format import RowFormat
 from sglang_tpla.transfer.chunks import Part, Rectangle, cut
-from sglang_tpla.transfer.projection import Projection, cut_stacks, stack_layers
-from sglang_tpla.transfer.row_format import RowFormat
-from sglang_tpla.transfer.rows import RowReader, RowWriter
-from sglang_tpla.transfer.types import CachePool, MetadataRows, TransferError
+from sglang_tpla.transfer.memory.projection import Projection, cut_stacks, stack_layers
+from sglang_tpla.transfer.memory.rows import RowReader, RowWriter
+from sglang_tpla.transfer.room import CachePool, MetadataRows, TransferError
 
 
 @given(

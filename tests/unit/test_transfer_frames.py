@@ -6,7 +6,7 @@ import msgspec
 import pytest
 import xxhash
 
-from sglang_tpla.transfer import frames
+from sglang_tpla.transfer import messages as frames
 
 DIGEST = bytes(range(8))
 # The arrays; a header is HEAD, the digest of the array, and the array. Changing a byte is a new protocol version.

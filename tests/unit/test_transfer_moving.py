@@ -12,8 +12,9 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sglang_tpla.transfer import moving, native
-from sglang_tpla.transfer.runs import Pieces, one_piece
+from sglang_tpla.transfer.memory import copy as moving
+from sglang_tpla.transfer.memory import native
+from sglang_tpla.transfer.memory.iovec import Pieces, one_piece
 
 SIZES = st.lists(st.integers(1, 3000), min_size=1, max_size=12)
 WAYS = pytest.mark.parametrize("way", ["C", "Python"])

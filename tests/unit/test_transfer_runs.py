@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sglang_tpla.transfer import runs
+from sglang_tpla.transfer.memory import iovec as runs
 
 SLOTS = st.lists(st.tuples(st.integers(0, 50), st.integers(1, 9)), min_size=1, max_size=8).map(
     lambda pairs: np.concatenate([np.arange(first, first + count) for first, count in pairs])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from sglang_tpla.transfer.staging import Staging
+from sglang_tpla.transfer.memory.staging import Staging
 
 
 def test_memory_is_touched_only_where_that_much_is_in_use() -> None:

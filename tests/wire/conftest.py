@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sglang_tpla.transfer import runs
+from sglang_tpla.transfer.memory import iovec as runs
 
 
 @pytest.fixture(autouse=True)

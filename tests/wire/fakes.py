@@ -6,7 +6,7 @@ import time
 
 import zmq
 
-from sglang_tpla.transfer import frames
+from sglang_tpla.transfer import messages as frames
 from tests.wire import rig
 
 

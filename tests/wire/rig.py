@@ -9,12 +9,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from sglang_tpla.cache_rows.row_format import RowFormat
 from sglang_tpla.config import Settings
-from sglang_tpla.transfer.decode import DecodeAgent
-from sglang_tpla.transfer.prefill import PrefillAgent
-from sglang_tpla.transfer.projection import Projection
-from sglang_tpla.transfer.row_format import RowFormat
-from sglang_tpla.transfer.types import CachePool, MetadataRows, RoomState
+from sglang_tpla.transfer.decode.agent import DecodeAgent
+from sglang_tpla.transfer.memory.projection import Projection
+from sglang_tpla.transfer.prefill.agent import PrefillAgent
+from sglang_tpla.transfer.room import CachePool, MetadataRows, RoomState
 from tests.fp8_reference import assert_row
 from tests.wire.proxy import FaultProxy
 

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 
 from sglang_tpla.config import Settings
-from sglang_tpla.transfer.decode import DecodeAgent
-from sglang_tpla.transfer.projection import Projection
-from sglang_tpla.transfer.types import CachePool, MetadataRows
+from sglang_tpla.transfer.decode.agent import DecodeAgent
+from sglang_tpla.transfer.memory.projection import Projection
+from sglang_tpla.transfer.room import CachePool, MetadataRows
 
 LAYERS, LATENT, ROPE, PAGE, PAGES = 2, 56, 8, 4, 24
 ROOMS = 3

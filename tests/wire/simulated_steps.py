@@ -11,10 +11,10 @@ from unittest import mock
 import numpy as np
 import torch
 
-from sglang_tpla.transfer.dialing import MAX_UNANSWERED
-from sglang_tpla.transfer.prefill import PrefillAgent
-from sglang_tpla.transfer.projection import Projection
-from sglang_tpla.transfer.types import CachePool, MetadataRows, RoomState
+from sglang_tpla.transfer.decode.connections import MAX_UNANSWERED
+from sglang_tpla.transfer.memory.projection import Projection
+from sglang_tpla.transfer.prefill.agent import PrefillAgent
+from sglang_tpla.transfer.room import CachePool, MetadataRows, RoomState
 from tests.wire.simulated_network import Choices, Clock, Loop, Network
 from tests.wire.simulated_ranks import (
     LATENT,
@@ -76,7 +76,7 @@ class Steps(Strange):
     @contextlib.contextmanager
     def _simulated(self) -> Iterator[None]:
         """While agents are made: no threads."""
-        from sglang_tpla.transfer.agent import Agent
+        from sglang_tpla.transfer.workers import Agent
 
         make = Agent.__init__
 
@@ -89,7 +89,7 @@ class Steps(Strange):
 
         with (
             mock.patch.object(Agent, "__init__", made),
-            mock.patch("sglang_tpla.transfer.agent.IoLoop", make_loop),
+            mock.patch("sglang_tpla.transfer.workers.IoLoop", make_loop),
         ):
             yield
 

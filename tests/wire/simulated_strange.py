@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from sglang_tpla.transfer import frames
+from sglang_tpla.transfer import messages as frames
 from tests.wire.simulated_network import Choices, Network
 from tests.wire.simulated_ranks import ROOMS, Decode
 from tests.wire.simulated_streams import Streams

@@ -168,10 +168,10 @@ class Streams:
             socket=lambda *kind: Stream(self),
         )
         with (
-            mock.patch("sglang_tpla.transfer.doorway.socket", module),
-            mock.patch("sglang_tpla.transfer.channelling.socket", module),
-            mock.patch("sglang_tpla.transfer.moving.os", SimpleNamespace(readv=Stream.readv)),
+            mock.patch("sglang_tpla.transfer.network.data_listener.socket", module),
+            mock.patch("sglang_tpla.transfer.decode.data_channels.socket", module),
+            mock.patch("sglang_tpla.transfer.memory.copy.os", SimpleNamespace(readv=Stream.readv)),
             # C knows the system's sockets only
-            mock.patch("sglang_tpla.transfer.native.library", return_value=None),
+            mock.patch("sglang_tpla.transfer.memory.native.library", return_value=None),
         ):
             yield

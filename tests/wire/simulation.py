@@ -20,8 +20,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from unittest import mock
 
-from sglang_tpla.transfer.receiving import Link
-from sglang_tpla.transfer.types import RoomState
+from sglang_tpla.transfer.decode.state import Link
+from sglang_tpla.transfer.room import RoomState
 from tests.wire.simulated_network import Choices, Clock
 from tests.wire.simulated_ranks import ROOMS, SETTINGS, Failure
 from tests.wire.simulated_steps import Kind, Steps

@@ -9,8 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from sglang_tpla.transfer import agent, dispatch, moving, rows, scattering
-from sglang_tpla.transfer.types import RoomState, TransferError
+from sglang_tpla.transfer import workers as agent
+from sglang_tpla.transfer.decode import receiver as scattering
+from sglang_tpla.transfer.memory import copy as moving
+from sglang_tpla.transfer.memory import rows
+from sglang_tpla.transfer.prefill import sender as dispatch
+from sglang_tpla.transfer.room import RoomState, TransferError
 from tests.wire import rig
 
 

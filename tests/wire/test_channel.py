@@ -8,10 +8,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from sglang_tpla.transfer import frames
-from sglang_tpla.transfer.channel import PREAMBLE, SIZES
-from sglang_tpla.transfer.channelling import MAX_CHANNELS_LOST
-from sglang_tpla.transfer.types import RoomState
+from sglang_tpla.transfer import messages as frames
+from sglang_tpla.transfer.decode.data_channels import MAX_CHANNELS_LOST
+from sglang_tpla.transfer.network.data_channel import PREAMBLE, SIZES
+from sglang_tpla.transfer.room import RoomState
 from tests.ports import neighbouring_ports
 from tests.wire import rig
 from tests.wire.fakes import FakeDecode, FakePrefill, hello

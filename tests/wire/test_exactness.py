@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from sglang_tpla.transfer.types import RoomState
+from sglang_tpla.transfer.room import RoomState
 from tests.wire import rig
 
 HOSTS = [None, "far", ""]  # memory shared with prefill, among decode ranks only, not at all

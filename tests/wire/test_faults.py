@@ -14,8 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from sglang_tpla.transfer import agent, dispatch, rows, scattering
-from sglang_tpla.transfer.types import RoomState
+from sglang_tpla.transfer import workers as agent
+from sglang_tpla.transfer.decode import receiver as scattering
+from sglang_tpla.transfer.memory import rows
+from sglang_tpla.transfer.prefill import sender as dispatch
+from sglang_tpla.transfer.room import RoomState
 from tests.wire import rig
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -7,7 +7,7 @@ import contextlib
 import pytest
 import torch
 
-from sglang_tpla.transfer.types import CachePool, RoomState, TransferError
+from sglang_tpla.transfer.room import CachePool, RoomState, TransferError
 from tests.wire import rig
 
 HOSTS = [None, "far", ""]  # memory shared with prefill, among decode ranks only, not at all
@@ -76,7 +76,7 @@ def test_a_prefill_rank_with_an_fp8_cache_of_its_own_is_refused() -> None:
 
 
 def test_pools_that_hold_no_fp8_rows() -> None:
-    from sglang_tpla.transfer.row_format import RowFormat
+    from sglang_tpla.cache_rows.row_format import RowFormat
 
     with pytest.raises(TransferError, match="holds bytes"):
         CachePool([torch.zeros(4, 96)], 64, 16, 1, row_format=RowFormat.FP8)

@@ -7,7 +7,7 @@ import contextlib
 import pytest
 import torch
 
-from sglang_tpla.transfer.types import RoomState
+from sglang_tpla.transfer.room import RoomState
 from tests.wire import rig
 
 pytestmark = [

@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from sglang_tpla.transfer import frames
-from sglang_tpla.transfer.types import RoomState
+from sglang_tpla.transfer import messages as frames
+from sglang_tpla.transfer.room import RoomState
 from tests.wire import rig
 from tests.wire.fakes import FakeDecode, FakePrefill, hello
 

@@ -10,9 +10,15 @@ import numpy as np
 import pytest
 import torch
 
-from sglang_tpla.transfer import agent, channel, frames, landing, moving, native, runs
-from sglang_tpla.transfer.channel import PREAMBLE, SIZES
-from sglang_tpla.transfer.types import RoomState
+from sglang_tpla.transfer import messages as frames
+from sglang_tpla.transfer import workers as agent
+from sglang_tpla.transfer.decode import landing
+from sglang_tpla.transfer.memory import copy as moving
+from sglang_tpla.transfer.memory import iovec as runs
+from sglang_tpla.transfer.memory import native
+from sglang_tpla.transfer.network import data_channel as channel
+from sglang_tpla.transfer.network.data_channel import PREAMBLE, SIZES
+from sglang_tpla.transfer.room import RoomState
 from tests.wire import rig
 from tests.wire.fakes import FakeDecode, FakePrefill, hello
 from tests.wire.test_channel import PAGES, transfer

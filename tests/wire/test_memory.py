@@ -11,9 +11,10 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from sglang_tpla.transfer import frames, runs
-from sglang_tpla.transfer.arena import HEADER_BYTES
-from sglang_tpla.transfer.types import RoomState
+from sglang_tpla.transfer import messages as frames
+from sglang_tpla.transfer.memory import iovec as runs
+from sglang_tpla.transfer.memory.shared_memory import HEADER_BYTES
+from sglang_tpla.transfer.room import RoomState
 from tests.wire import rig
 from tests.wire.fakes import FakePrefill
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from prometheus_client import CollectorRegistry
 
 from sglang_tpla.transfer.metrics import COUNTERS, GAUGES, LATENCY, AgentPublisher
-from sglang_tpla.transfer.types import RoomState
+from sglang_tpla.transfer.room import RoomState
 from tests.dashboard import asked_series
 from tests.wire import rig
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from sglang_tpla.transfer.types import RoomState
+from sglang_tpla.transfer.room import RoomState
 from tests.wire import rig
 from tests.wire.proxy import FaultProxy, Spoiler
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from sglang_tpla.transfer import keys
-from sglang_tpla.transfer.decode import DecodeAgent
-from sglang_tpla.transfer.prefill import PrefillAgent
-from sglang_tpla.transfer.security import INSECURE_VARIABLE, KEYS_VARIABLE, Security
-from sglang_tpla.transfer.types import RoomState, TransferError
+from sglang_tpla.transfer.decode.agent import DecodeAgent
+from sglang_tpla.transfer.network.security import INSECURE_VARIABLE, KEYS_VARIABLE, Security
+from sglang_tpla.transfer.prefill.agent import PrefillAgent
+from sglang_tpla.transfer.room import RoomState, TransferError
 from tests.wire import rig
 
 

@@ -14,8 +14,8 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from sglang_tpla.transfer import frames
-from sglang_tpla.transfer.dialing import MAX_UNANSWERED
+from sglang_tpla.transfer import messages as frames
+from sglang_tpla.transfer.decode.connections import MAX_UNANSWERED
 from tests.wire.simulated_ranks import SETTINGS
 from tests.wire.simulated_steps import HOSTS
 from tests.wire.simulation import Kind, Simulation, begun, simulate

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from sglang_tpla.transfer import frames
+from sglang_tpla.transfer import messages as frames
 from tests.e2e.faulty import FAULTS, PEER_TIMEOUT_S, PROMPTS, SLOW, TOKENS, Faulty, counters
 from tests.wire.fakes import FakeDecode, hello
 from tests.wire.test_hostile import MALFORMED

@@ -120,7 +120,7 @@ def test_statistics_of_live_traffic(faulty: Faulty, nano_mla: str, statistics_fo
     from tokenizers import Tokenizer
 
     from sglang_tpla.calibrate.statistics import Statistics, collect, combine
-    from sglang_tpla.models.plain import PlainModel
+    from sglang_tpla.reference_model.forward import PlainModel
 
     files = sorted(statistics_folder.glob("*.safetensors"))
     assert len(files) >= 2 and len(files) % 2 == 0  # one a rank, of each life of the server that wrote any

@@ -1,0 +1,1 @@
+"""The calibration artifact: the contract between calibrate and host."""

@@ -1,0 +1,82 @@
+"""Which model an artifact belongs to: a hash of the attention configuration and a cheap hash of the weights.
+
+Both are the same on every machine and for every copy of a checkpoint, and both stay cheap for a checkpoint of
+hundreds of gigabytes: the weights' hash reads at most 64 KiB and one norm vector a layer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sglang_tpla.reference_model.checkpoint import Checkpoint, CheckpointError
+
+_KEYS = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "kv_lora_rank",
+    "q_lora_rank",
+    "qk_nope_head_dim",
+    "qk_rope_head_dim",
+    "v_head_dim",
+    "rope_theta",
+    "rms_norm_eps",
+)
+# the rope_scaling keys that change what the model computes; the rest are spelling (type, rope_type)
+_ROPE_KEYS = (
+    "factor",
+    "original_max_position_embeddings",
+    "beta_fast",
+    "beta_slow",
+    "mscale",
+    "mscale_all_dim",
+)
+_DEFAULTS = {"rope_theta": 10000.0, "rms_norm_eps": 1e-6, "q_lora_rank": None}
+HEAD_BYTES = 65536
+
+
+def config_hash(config: Mapping[str, Any]) -> str:
+    """sha256 (hex) over what of a Hugging Face config decides the attention's mathematics.
+
+    Names of architectures, dtypes, vocabulary and feed-forward sizes do not count. ``rope_parameters``
+    (transformers 5) and ``rope_theta`` + ``rope_scaling`` (older) give the same hash.
+
+    Raises:
+        CheckpointError: a needed key is missing.
+    """
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    if not isinstance(rope, Mapping):
+        raise CheckpointError(f"expected rope_scaling to be a mapping, got {rope!r}")
+    canonical: dict[str, Any] = {}
+    for key in _KEYS:
+        value = config.get(key, rope.get(key, _DEFAULTS.get(key)))
+        if value is None and key != "q_lora_rank":
+            raise CheckpointError(
+                f"the model's config has no {key!r}: not a DeepSeek V2/V3 or Kimi K2 shaped model"
+            )
+        canonical[key] = value if value is None else float(value)
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind != "default":
+        canonical["rope_scaling"] = {key: float(rope[key]) for key in _ROPE_KEYS if rope.get(key) is not None}
+    text = json.dumps(canonical, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def weights_hash(model_path: str | Path) -> str:
+    """sha256 (hex) over each layer's ``kv_a_layernorm.weight`` and the first 64 KiB of ``kv_b_proj.weight``.
+
+    Stored bytes, in layer order, so that quantised and unquantised copies differ.
+
+    Raises:
+        CheckpointError: the directory is no readable checkpoint of this family.
+    """
+    checkpoint = Checkpoint(model_path)
+    digest = hashlib.sha256()
+    for layer in range(int(checkpoint.config["num_hidden_layers"])):
+        for tail in ("self_attn.kv_a_layernorm.weight", "self_attn.kv_b_proj.weight"):
+            digest.update(checkpoint.stored_head(checkpoint.layer_name(layer, tail), HEAD_BYTES))
+    return digest.hexdigest()

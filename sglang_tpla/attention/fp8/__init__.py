@@ -1,0 +1,1 @@
+"""Decode attention over FP8 latent rows."""

@@ -1,0 +1,294 @@
+"""Our paged latent decode kernel for Hopper (``cuda/``) behind the attention interface.
+
+Serves w any multiple of 32 from 64 to 512 with a rope part of 64, up to 128 heads, query length 1 to 4, any
+page size that is a power of two, bfloat16. ``plan`` and ``run`` launch fixed grids on fixed buffers and
+never wait for the device, so a CUDA graph of them stays right when lengths, page table and queries are
+refilled in place.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from sglang_tpla.attention.hopper import wgmma
+from sglang_tpla.attention.hopper.compile import KernelModule, cached_cubin
+from sglang_tpla.attention.hopper.plan import MAX_PARTS, SEGMENT_COST, TILE_TOKENS
+from sglang_tpla.attention.interface import AttentionInputError, DecodeShape, PageTable, checked_inputs
+
+# Compiled as one text, in this order.
+SOURCES = tuple(
+    Path(__file__).parent / "cuda" / name
+    for name in (
+        "shapes.cuh",  # constants of a variant, parameters
+        "hopper.cuh",  # barriers, asynchronous copies, wgmma
+        "gather.cuh",  # a block's part; the producer, which gathers cache rows
+        "attend.cuh",  # scores, softmax, values, partial results
+        "turns.cuh",  # the consumers' loop over tiles for more than 64 rows
+        "merge.cuh",  # adding up partial results
+        "latent_decode.cu",  # the consumers' loop and the kernel
+        "latent_plan.cu",  # the planning kernel
+    )
+)
+NAME = "latent_decode.cu"
+# A block's shared memory without the first 1,024 bytes, where barriers are.
+SHARED_LIMIT_BYTES = 226 * 1024
+MAX_STAGES = 8
+THREADS = 384
+MODES = {"tokens": 0, "rows": 1, "width": 2}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One compiled form of the kernel; see the head of the CUDA source for the modes.
+
+    Args:
+        latent_dim: w. rope_dim: rotary values. mode: how two warpgroups share the work.
+        stages: tiles in the ring.
+    """
+
+    latent_dim: int
+    rope_dim: int
+    mode: str
+    stages: int
+
+    @property
+    def rows(self) -> int:
+        """Query rows a block takes."""
+        return 128 if self.mode == "rows" else 64
+
+    @property
+    def out_columns(self) -> int:
+        """Value columns a warpgroup accumulates."""
+        panels = -(-self.latent_dim // 64)
+        return 64 * (-(-panels // 2) if self.mode == "width" else panels)
+
+    @property
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory: query, ring of tiles, slots of two chunks (4 tiles each or 8)."""
+        panels = -(-(self.latent_dim + self.rope_dim) // 64)
+        query_panels = -(-self.latent_dim // 64) if self.mode == "rows" else panels
+        ring = panels * 128 * self.stages * TILE_TOKENS
+        return query_panels * 128 * self.rows + ring + (2048 if self.mode == "rows" else 4096)
+
+    @property
+    def defines(self) -> dict[str, int]:
+        """Macros the CUDA source is compiled with."""
+        return {
+            "LATENT": self.latent_dim,
+            "ROPE": self.rope_dim,
+            "MODE": MODES[self.mode],
+            "STAGES": self.stages,
+            "OUT_COLUMNS": self.out_columns,
+            "MAX_PARTS": MAX_PARTS,
+            "SEGMENT_COST": SEGMENT_COST,
+            "PLAN_BATCH": 2048,
+        }
+
+    def source(self) -> str:
+        """The whole CUDA source."""
+        return (
+            wgmma.PRELUDE
+            + wgmma.scores_source()
+            + wgmma.values_source(self.out_columns)
+            + "\n".join(path.read_text() for path in SOURCES)
+        )
+
+
+def variant_for(shape: DecodeShape) -> Variant:
+    """The form of the kernel that serves ``shape`` best, with as many stages as shared memory holds."""
+    rows = shape.heads * shape.query_len
+    mode = "width" if shape.latent_dim > 256 else "tokens" if rows <= 64 else "rows"
+    stages = MAX_STAGES
+    while True:
+        variant = Variant(shape.latent_dim, shape.rope_dim, mode, stages)
+        if variant.shared_bytes <= SHARED_LIMIT_BYTES:
+            return variant
+        stages -= 1
+
+
+class _Params(ctypes.Structure):
+    """``struct Params`` of the CUDA source."""
+
+    _fields_ = (
+        [
+            (name, ctypes.c_void_p)
+            for name in [
+                "q_latent",
+                "q_rope",
+                "kv",
+                "out",
+                "partial_out",
+                "partial_sums",
+                "lengths",
+                "page_indices",
+                "page_starts",
+                "part_begin",
+                "split_start",
+                "arrived",
+            ]
+        ]
+        + [
+            (name, ctypes.c_longlong)
+            for name in [
+                "q_latent_token_stride",
+                "q_latent_head_stride",
+                "q_rope_token_stride",
+                "q_rope_head_stride",
+                "out_token_stride",
+                "out_head_stride",
+                "kv_stride",
+            ]
+        ]
+        + [(name, ctypes.c_int) for name in ("heads", "query_len", "page_bits", "batch")]
+        + [("scale_log2", ctypes.c_float)]
+    )
+
+
+@functools.cache
+def _loaded(variant: Variant, device_index: int) -> tuple[KernelModule, dict[str, object]]:
+    with torch.cuda.device(device_index):
+        torch.cuda.current_stream()  # PyTorch's context must be current before the driver loads into it
+        module = KernelModule(cached_cubin(variant.source(), variant.defines, NAME))
+        kernels = {
+            "decode": module.kernel("latent_decode", variant.shared_bytes),
+            "plan": module.kernel("latent_plan"),
+        }
+    return module, kernels
+
+
+class HopperDecode:
+    """The kernel for one shape, with its plan and workspace buffers.
+
+    Args:
+        shape: what to serve.
+        scale: softmax scale.
+        max_batch: most requests a step has.
+        device: a Hopper GPU.
+        variant: a form other than ``variant_for(shape)``, for measuring.
+
+    Raises:
+        AttentionInputError: a shape the kernel does not serve.
+        KernelCompileError: the compiler or the driver refused it.
+    """
+
+    def __init__(
+        self,
+        shape: DecodeShape,
+        scale: float,
+        max_batch: int,
+        device: torch.device,
+        variant: Variant | None = None,
+    ) -> None:
+        from sglang_tpla.attention.backends import require
+
+        require("hopper", shape, torch.cuda.get_device_capability(device))
+        self.shape = shape
+        self.scale = scale
+        self.max_batch = max_batch
+        self.device = torch.device(device)
+        self.variant = variant or variant_for(shape)
+        self._module, self._kernels = _loaded(self.variant, self.device.index or 0)
+        rows = shape.heads * shape.query_len
+        self._row_blocks = -(-rows // self.variant.rows)
+        processors = torch.cuda.get_device_properties(device).multi_processor_count
+        self.parts = min(MAX_PARTS, max(1, processors // self._row_blocks))
+        splits = max_batch + self.parts
+        self._part_begin = torch.zeros(self.parts + 1, 8, dtype=torch.int32, device=device)
+        self._split_start = torch.zeros(max_batch + 1, dtype=torch.int32, device=device)
+        self._arrived = torch.zeros(self._row_blocks * max_batch, dtype=torch.int32, device=device)
+        self._partial_out = torch.empty(splits * rows * shape.latent_dim, dtype=torch.float16, device=device)
+        self._partial_sums = torch.empty(splits * 3 * rows, dtype=torch.float32, device=device)
+        self._table: PageTable | None = None
+        self._lengths: torch.Tensor | None = None
+        # The first run after a plan waits for it in full; later ones may then read the plan at once.
+        self._after_plan = False
+
+    def plan(self, table: PageTable, lengths: torch.Tensor) -> None:
+        """Lay out a step on the device, from lengths on the device; nothing is read back.
+
+        Raises:
+            AttentionInputError: lengths that are not contiguous int32 [batch], or more requests than
+            ``max_batch``.
+        """
+        if lengths.dtype != torch.int32 or lengths.shape != table.starts.shape or not lengths.is_contiguous():
+            raise AttentionInputError(
+                f"lengths must be contiguous int32 [{table.batch}]; got {lengths.dtype} {list(lengths.shape)}"
+            )
+        if table.batch > self.max_batch:
+            raise AttentionInputError(f"at most {self.max_batch} requests were announced; got {table.batch}")
+        self._table, self._lengths = table, lengths
+        self._after_plan = False
+        arguments = (
+            ctypes.c_void_p(lengths.data_ptr()),
+            ctypes.c_void_p(table.starts.data_ptr()),
+            ctypes.c_int(table.batch),
+            ctypes.c_int(self.parts),
+            ctypes.c_void_p(self._part_begin.data_ptr()),
+            ctypes.c_void_p(self._split_start.data_ptr()),
+            ctypes.c_void_p(self._arrived.data_ptr()),
+            ctypes.c_int(self._arrived.numel()),
+        )
+        self._module.launch(self._kernels["plan"], (1, 1), 32, arguments, self._stream())
+
+    def run(
+        self,
+        q_latent: torch.Tensor,
+        q_rope: torch.Tensor,
+        kv_cache: torch.Tensor,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attend over the planned step; see ``interface.py``.
+
+        Raises:
+            AttentionInputError: inputs that do not fit the shape, or rows that do not start at 16-byte
+            borders.
+        """
+        table, lengths, shape = self._table, self._lengths, self.shape
+        if table is None or lengths is None:
+            raise RuntimeError("HopperDecode.run came before plan: plan the step first")
+        cache = checked_inputs(shape, table, q_latent, q_rope, kv_cache)
+        if out is None:
+            out = torch.empty(q_latent.shape, dtype=shape.dtype, device=q_latent.device)
+        for name, tensor in (("q_latent", q_latent), ("q_rope", q_rope), ("kv_cache", cache), ("out", out)):
+            odd = any(stride % 8 for stride in tensor.stride()[:-1])
+            if tensor.stride(-1) != 1 or odd or tensor.data_ptr() % 16:
+                raise AttentionInputError(
+                    f"{name} must have contiguous rows that start at 16-byte borders; "
+                    f"got strides {tensor.stride()}; pass a contiguous tensor"
+                )
+        params = _Params(
+            *(
+                tensor.data_ptr()
+                for tensor in (q_latent, q_rope, cache, out, self._partial_out, self._partial_sums)
+            ),
+            *(tensor.data_ptr() for tensor in (lengths, table.indices, table.starts)),
+            self._part_begin.data_ptr(),
+            self._split_start.data_ptr(),
+            self._arrived.data_ptr(),
+            *(*q_latent.stride()[:2], *q_rope.stride()[:2], *out.stride()[:2], cache.stride(0)),
+            shape.heads,
+            shape.query_len,
+            table.page_size.bit_length() - 1,
+            table.batch,
+            self.scale * 1.4426950408889634,  # log2(e): the kernel works in base 2
+        )
+        grid = (self.parts, self._row_blocks)
+        self._module.launch(
+            self._kernels["decode"],
+            grid,
+            THREADS,
+            (params,),
+            self._stream(),
+            shared_bytes=self.variant.shared_bytes,
+            early=self._after_plan,
+        )
+        self._after_plan = True
+        return out
+
+    def _stream(self) -> int:
+        return torch.cuda.current_stream(self.device).cuda_stream

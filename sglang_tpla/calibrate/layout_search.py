@@ -1,0 +1,220 @@
+"""Choose a layout: the fewest cached values a token and rank that keep KL under a bound.
+
+For every g that divides the ranks, ``shared`` maps are made for a grid of r. Each layer's KL with only that
+layer sliced is measured for every (g, r); since the layers' KL nearly add up, a greedy walk from the
+narrowest widths that always widens the layer that buys most KL per value gives layouts with a width per
+layer, exact layers (w = d) among them. Uniform layouts and the walk's are then measured whole, and the
+cheapest within the bound is taken. Choices are made on calibration text; the artifact's report is on held-out
+text as always.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from sglang_tpla.calibrate.decode_error import measure
+from sglang_tpla.calibrate.pipeline import key_weights
+from sglang_tpla.calibrate.statistics import Statistics
+from sglang_tpla.calibrate.transforms import Maps, TransformError, layer_maps
+from sglang_tpla.config import slice_width
+from sglang_tpla.reference_model.forward import LayerMaps, PlainModel
+
+
+@dataclass(frozen=True)
+class Point:
+    """A layout that was measured whole. ``bytes_per_token``: a rank's, all layers, with rope, bf16."""
+
+    groups: int
+    shared_dims: tuple[int, ...]
+    widths: tuple[int, ...]
+    bytes_per_token: int
+    kl: float
+
+
+@dataclass(frozen=True)
+class Search:
+    """What may be chosen.
+
+    Args:
+        ranks: T; g runs over its divisors above 1.
+        max_kl: the bound, nats a token.
+        has_width: which slice widths the attention backend serves.
+        shares: r as shares of d that are looked at.
+    """
+
+    ranks: int
+    max_kl: float
+    has_width: Callable[[int], bool]
+    shares: tuple[float, ...] = (0.0, 0.125, 0.25, 0.375, 0.5, 0.75)
+
+    def __post_init__(self) -> None:
+        if self.ranks < 2 or self.max_kl <= 0:
+            raise TransformError(
+                f"expected --ranks of at least 2 and --max-kl above 0, got {self.ranks} and {self.max_kl}"
+            )
+
+    def group_counts(self) -> list[int]:
+        """g to look at: the divisors of the ranks above 1."""
+        return [g for g in range(2, self.ranks + 1) if self.ranks % g == 0]
+
+    def shared_choices(self, latent_dim: int, groups: int) -> list[int]:
+        """r whose slice width the backend serves, ascending; d (an exact layer) last."""
+        found: dict[int, int] = {}
+        for share in self.shares:
+            start = round(share * latent_dim)
+            # the nearest r above whose width is served
+            for shared in range(start, latent_dim):
+                width = slice_width(latent_dim, groups, shared)
+                if self.has_width(width) and (latent_dim - shared) % groups == 0:
+                    found.setdefault(width, shared)
+                    break
+        choices = sorted(found.values())
+        if self.has_width(latent_dim):
+            choices.append(latent_dim)
+        if not choices:
+            raise TransformError(
+                "the attention backend serves no slice width of a latent of "
+                f"{latent_dim} at {groups} groups; "
+                "choose another --attention-backend"
+            )
+        return choices
+
+
+def search(
+    model: PlainModel,
+    statistics: Statistics,
+    tokens: torch.Tensor,
+    prompt_tokens: int,
+    wanted: Search,
+    progress: Callable[[str], None] = lambda _: None,
+) -> tuple[list[Point], Point | None]:
+    """Every layout measured, cheapest first, and the cheapest within the bound (None: only plain MLA is)."""
+    points: list[Point] = []
+    for groups in wanted.group_counts():
+        points += _search_groups(model, statistics, tokens, prompt_tokens, wanted, groups, progress)
+    points.sort(key=lambda point: (point.bytes_per_token, point.kl))
+    within = [point for point in points if point.kl <= wanted.max_kl]
+    return points, within[0] if within else None
+
+
+def _search_groups(
+    model: PlainModel,
+    statistics: Statistics,
+    tokens: torch.Tensor,
+    prompt_tokens: int,
+    wanted: Search,
+    groups: int,
+    progress: Callable[[str], None],
+) -> list[Point]:
+    spec = model.spec
+    choices = wanted.shared_choices(spec.latent_dim, groups)
+    maps = {shared: point_maps(model, statistics, groups, [shared] * spec.layers) for shared in choices}
+    widths = [slice_width(spec.latent_dim, groups, shared) for shared in choices]
+
+    def whole(picks: Sequence[Sequence[int]]) -> list[float]:
+        candidates = [[maps[choices[c]][layer] for layer, c in enumerate(pick)] for pick in picks]
+        found = measure(model, tokens, candidates, prompt_tokens)
+        return [errors.kl.double().mean().item() for errors in found]
+
+    # each layer by itself, at every width but the exact one
+    alone: list[list[float]] = []
+    for layer in range(spec.layers):
+        progress(f"g = {groups}: layer {layer + 1} of {spec.layers}")
+        candidates: list[list[LayerMaps | None]] = [
+            [maps[shared][index] if index == layer else None for index in range(spec.layers)]
+            for shared in choices
+        ]
+        found = measure(model, tokens, candidates, prompt_tokens)
+        alone.append([errors.kl.double().mean().item() for errors in found])
+    picks = [[c] * spec.layers for c in range(len(choices))]
+    picks += [pick for pick in widening_walk(alone, widths) if pick not in picks]
+    picks = _near_the_bound(picks, alone, wanted.max_kl)
+    progress(f"g = {groups}: {len(picks)} layouts")
+    return [
+        Point(
+            groups,
+            tuple(choices[c] for c in pick),
+            tuple(widths[c] for c in pick),
+            2 * sum(widths[c] + spec.rope_dim for c in pick),
+            kl,
+        )
+        for pick, kl in zip(picks, whole(picks), strict=True)
+    ]
+
+
+def widening_walk(alone: Sequence[Sequence[float]], widths: Sequence[int]) -> list[list[int]]:
+    """Layouts (a choice per layer) from the narrowest on, each widening the layer that buys most per value.
+
+    Args:
+        alone: KL of each layer by itself at each choice, [layers][choices].
+        widths: slice width of each choice, ascending.
+    """
+    current = [0] * len(alone)
+    walk = [list(current)]
+    while True:
+        best: tuple[float, int, int] | None = None
+        for layer, choice in enumerate(current):
+            # a step may skip choices that buy nothing by themselves
+            for wider in range(choice + 1, len(widths)):
+                gain = (alone[layer][choice] - alone[layer][wider]) / (widths[wider] - widths[choice])
+                if best is None or gain > best[0]:
+                    best = (gain, layer, wider)
+        if best is None:
+            return walk
+        current[best[1]] = best[2]
+        walk.append(list(current))
+
+
+def _near_the_bound(
+    picks: list[list[int]], alone: Sequence[Sequence[float]], max_kl: float, most: int = 12
+) -> list[list[int]]:
+    # the layers' KL nearly add up, so only layouts whose sum is near the bound are worth measuring whole
+    def distance(pick: list[int]) -> float:
+        total = sum(alone[layer][choice] for layer, choice in enumerate(pick))
+        return abs(torch.tensor(max(total, 1e-12) / max_kl).log().item())
+
+    uniform = [pick for pick in picks if len(set(pick)) == 1]
+    mixed = sorted((pick for pick in picks if len(set(pick)) > 1), key=distance)
+    return uniform + mixed[: max(most - len(uniform), 4)]
+
+
+def point_maps(
+    model: PlainModel, statistics: Statistics, groups: int, shared_dims: Sequence[int]
+) -> list[Maps]:
+    """``shared`` maps (float32, on the model's device) with r per layer."""
+    layers: list[Maps] = []
+    for layer, shared in enumerate(shared_dims):
+        w_uk = key_weights(model.checkpoint, layer)
+        made = layer_maps("shared", statistics.layers[layer], w_uk, groups, shared, statistics.meta.seed)
+        layers.append(
+            [
+                (
+                    z.to(model.device, model.dtype),
+                    a.to(model.device, model.dtype),
+                    b.to(model.device, model.dtype),
+                )
+                for z, a, b in made
+            ]
+        )
+    return layers
+
+
+def table(points: Sequence[Point], chosen: Point | None, bytes_mla: int) -> str:
+    """The frontier as text, bytes of plain MLA for comparison; layouts beaten on both counts are left out."""
+    lines = [f"{'g':>3} {'bytes a token and rank':>23} {'of MLA':>7} {'KL a token':>11}  widths"]
+    best = float("inf")
+    for point in points:
+        mark = "  <- chosen" if point is chosen else ""
+        if point.kl >= best and not mark:
+            continue
+        best = min(best, point.kl)
+        widths = "/".join(map(str, point.widths)) if len(set(point.widths)) > 1 else str(point.widths[0])
+        lines.append(
+            f"{point.groups:>3} {point.bytes_per_token:>23} {point.bytes_per_token / bytes_mla:>7.1%} "
+            f"{point.kl:>11.5f}  {widths}{mark}"
+        )
+    lines.append(f"{'-':>3} {bytes_mla:>23} {1:>7.1%} {0:>11.5f}  plain MLA")
+    return "\n".join(lines)

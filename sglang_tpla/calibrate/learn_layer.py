@@ -1,0 +1,225 @@
+"""Transform ``learned``: maps optimised layer by layer on the layer's own output error.
+
+Starts from ``shared``. For each layer, Adam minimises the squared error of the attention's output (after W_O)
+over sampled queries of the calibration text, with exact inputs; no other weight is touched and nothing is
+propagated between layers. Parameters live in whitened coordinates, where every direction of the latent has
+the same variance, so that one step size suits them all:
+
+    Z_i = C^-1/2 [S | R_i],   A_i = A'_i C^1/2,   B_i = B'_i C^1/2
+
+S is one tensor for all groups: the shared columns stay the same bits. ``learned_run`` strings the layers
+together and resumes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from sglang_tpla.calibrate.layer_inputs import (
+    Batch,
+    LayerData,
+    exact_context,
+    head_outputs,
+    sliced_slices,
+)
+from sglang_tpla.calibrate.transforms import Maps, TransformError
+from sglang_tpla.reference_model.forward import Attention
+
+_VARIANCE_FLOOR = 1e-8
+
+
+@dataclass(frozen=True)
+class LearnPlan:
+    """How long and on what.
+
+    ``rate`` is Adam's peak step size for a layer whose relative squared error is 1e-3; others get it times
+    the square root of their error's ratio to that, since that is how far their maps are from the best. Layers
+    differ in how much of it they bear: each of ``trial_scales`` times it is tried for ``trial_steps``, and the
+    best goes the whole way. A layer below ``good_enough`` is left as it is. ``queries`` count a sequence.
+    """
+
+    steps: int = 400
+    rate: float = 1e-3
+    highest_rate: float = 2e-3
+    good_enough: float = 1e-5
+    sequences: int = 8
+    queries: int = 32
+    first_query: int = 256
+    warmup_steps: int = 20
+    trial_scales: tuple[float, ...] = (1.0, 0.25)
+    trial_steps: int = 40
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Raises TransformError for a field out of range."""
+        least = {"steps": 0, "sequences": 1, "queries": 1, "first_query": 0, "trial_steps": 1}
+        for name, low in least.items():
+            if getattr(self, name) < low:
+                raise TransformError(
+                    f"expected {name} of learning to be at least {low}, got {getattr(self, name)}"
+                )
+        if not self.trial_scales or min(self.rate, self.highest_rate, *self.trial_scales) <= 0:
+            raise TransformError(
+                f"expected rate, highest_rate and trial_scales (one or more) of learning above 0, got {self.rate}, "
+                f"{self.highest_rate} and {self.trial_scales}"
+            )
+
+    @property
+    def trials(self) -> tuple[float, ...]:
+        """Scales to try; one needs no trial."""
+        return self.trial_scales if len(self.trial_scales) > 1 and self.steps else ()
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of a layer, trials included."""
+        return self.steps + len(self.trials) * self.trial_steps
+
+
+@dataclass(frozen=True)
+class LearnedLayer:
+    """Maps of each group (float32), and the relative squared output error before and after."""
+
+    maps: Maps
+    error_before: float
+    error_after: float
+
+
+class _Whitened:
+    """Parameters of one layer in whitened coordinates."""
+
+    def __init__(self, maps: Maps, shared_dims: int, covariance: torch.Tensor, device: torch.device) -> None:
+        values, vectors = torch.linalg.eigh(covariance.double().cpu())
+        values = values.clamp_min(values[-1] * _VARIANCE_FLOOR)
+        root = (vectors * values.sqrt()) @ vectors.T
+        inverse = (vectors / values.sqrt()) @ vectors.T
+        white = [(root @ z.double().cpu(), a.double().cpu(), b.double().cpu()) for z, a, b in maps]
+        # unit columns: a slice's scale is free, and the step size is relative to it
+        norms = [z.norm(dim=0).clamp_min(1e-6) for z, _, _ in white]
+
+        def stack(parts: list[torch.Tensor]) -> torch.Tensor:
+            return torch.stack(parts).to(device, torch.float32).requires_grad_()
+
+        pairs = list(zip(white, norms, strict=True))
+        columns = [z / norm for (z, _, _), norm in pairs]
+        self.shared = columns[0][:, :shared_dims].to(device, torch.float32).requires_grad_()
+        self.rest = stack([z[:, shared_dims:] for z in columns])
+        self.keys = stack([norm[:, None] * (a @ inverse) for (_, a, _), norm in pairs])
+        self.values = stack([norm[:, None] * (b @ inverse) for (_, _, b), norm in pairs])
+        self.root = root.to(device, torch.float32)
+        self.inverse = inverse.to(device, torch.float32)
+
+    def leaves(self) -> list[torch.Tensor]:
+        return [leaf for leaf in (self.shared, self.rest, self.keys, self.values) if leaf.numel()]
+
+    def maps(self) -> Maps:
+        """Maps in the latent's own coordinates; the shared columns are computed once."""
+        common = self.inverse @ self.shared
+        return [
+            (torch.cat([common, self.inverse @ rest], 1), keys @ self.root, values @ self.root)
+            for rest, keys, values in zip(self.rest, self.keys, self.values, strict=True)
+        ]
+
+
+def output_error(
+    attention: Attention, batch: Batch, maps: Maps, metric: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Squared error of the layer's output over the batch, relative to the exact output's square."""
+    scale = attention.spec.scale
+    rope = batch.rope_scores(scale)
+    projection = attention.o if metric is None else metric @ attention.o
+    with torch.no_grad():
+        exact = exact_context(batch, rope, scale)
+        target = F.linear(head_outputs(exact, attention), projection)
+    context: torch.Tensor | None = None
+    for z_map, a_map, b_map in maps:
+        part = sliced_slices(batch, rope, scale, z_map, a_map) @ b_map
+        context = part if context is None else context + part
+    if context is None:
+        raise ValueError("expected maps for at least one group, got none")
+    found = F.linear(head_outputs(context, attention), projection)
+    return (found - target).pow(2).sum() / target.pow(2).sum()
+
+
+def learn_layer(
+    attention: Attention,
+    data: LayerData,
+    maps: Maps,
+    shared_dims: int,
+    covariance: torch.Tensor,
+    plan: LearnPlan,
+    layer: int,
+    *,
+    metric: torch.Tensor | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> LearnedLayer:
+    """Optimise one layer's maps.
+
+    Args:
+        attention: the layer's exact attention.
+        data: its inputs on calibration text.
+        maps: where to start, (Z, A, B) of each group.
+        shared_dims: leading columns of Z that all groups share.
+        covariance: of the latent [d, d], for the coordinates.
+        plan: steps and batch.
+        layer: number of the layer; with the seed it decides the batches.
+        metric: [m, hidden], what of the output's error counts (None: all alike).
+        progress: told the steps done.
+    """
+    device = data.latent.device
+    generator = torch.Generator().manual_seed(plan.seed * 1000003 + layer)
+
+    def draw() -> Batch:
+        return data.sample(
+            attention,
+            generator,
+            sequences=plan.sequences,
+            queries=plan.queries,
+            first_query=min(plan.first_query, data.latent.shape[1] - 1),
+        )
+
+    # both ends are measured on the same queries, which the steps do not draw on purpose
+    probes = [draw() for _ in range(8)]
+
+    def probe(current: Maps) -> float:
+        with torch.no_grad():
+            return sum(output_error(attention, batch, current).item() for batch in probes) / len(probes)
+
+    start = [(z.to(device).float(), a.to(device).float(), b.to(device).float()) for z, a, b in maps]
+    before = probe(start)
+    if before < plan.good_enough or plan.steps == 0:
+        if progress is not None:
+            progress(plan.total_steps)
+        return LearnedLayer(start, before, before)
+
+    def descend(scale: float, steps: int) -> Maps:
+        whitened = _Whitened(maps, shared_dims, covariance, device)
+        peak = scale * min(plan.rate * (before / 1e-3) ** 0.5, plan.highest_rate)
+        optimiser = torch.optim.Adam(whitened.leaves(), lr=peak, betas=(0.9, 0.99))
+        warmup_steps = max(1, min(plan.warmup_steps, steps // 2))
+
+        def rate(step: int) -> float:
+            return min(1.0, (step + 1) / warmup_steps) * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, rate)
+        for _ in range(steps):
+            loss = output_error(attention, draw(), whitened.maps(), metric)
+            optimiser.zero_grad(set_to_none=True)
+            loss.backward()
+            optimiser.step()
+            schedule.step()
+            if progress is not None:
+                progress(1)
+        with torch.no_grad():
+            return whitened.maps()
+
+    tried = {scale: probe(descend(scale, plan.trial_steps)) for scale in plan.trials}
+    scale = min(tried, key=tried.__getitem__) if tried else plan.trial_scales[0]
+    learned = descend(scale, plan.steps)
+    after = probe(learned)
+    # never worse than where it started
+    return LearnedLayer(learned, before, after) if after < before else LearnedLayer(start, before, before)

@@ -1,0 +1,148 @@
+"""Learn the maps of a whole model, one layer after the other, resumable at every layer.
+
+Finished layers lie in a folder named after everything that decides the result (model, text, starting maps,
+plan), so a killed run goes on where it was, ends with the same bits, and never mixes two settings. The folder
+goes when the artifact is made.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import msgspec
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+from sglang_tpla.artifact.artifact import Artifact, ArtifactError, build, replace_into
+from sglang_tpla.calibrate.layer_inputs import LayerData, walk
+from sglang_tpla.calibrate.learn_layer import LearnPlan, learn_layer
+from sglang_tpla.calibrate.refit_values import refit_values
+from sglang_tpla.calibrate.statistics import Statistics
+from sglang_tpla.calibrate.transforms import Maps
+from sglang_tpla.reference_model.forward import Attention, PlainModel
+
+_REFIT_SEED = 7919  # queries of the refit are not those of the steps
+
+
+@dataclass(frozen=True)
+class LayerNote:
+    """Relative squared output error of one layer before and after, on the same sampled queries."""
+
+    layer: int
+    error_before: float
+    error_after: float
+
+
+def learn_model(
+    model: PlainModel,
+    start: Artifact,
+    statistics: Statistics,
+    tokens: torch.Tensor,
+    plan: LearnPlan,
+    work_folder: Path,
+    *,
+    refit: bool = False,
+    show_progress: bool = False,
+) -> tuple[Artifact, list[LayerNote]]:
+    """An artifact with transform ``learned`` from a starting one.
+
+    Args:
+        model: the exact model.
+        start: maps to start from, of the same model.
+        statistics: second moments, for the coordinates.
+        tokens: calibration text [N, S].
+        plan: steps and batches.
+        work_folder: where finished layers are kept; a subfolder named by the settings is made and removed.
+        refit: refit the value maps in closed form at the end of each layer.
+        show_progress: a progress bar over all steps.
+
+    Raises:
+        ArtifactError: a finished layer's file is damaged.
+    """
+    key = _key(start, tokens, plan, refit, model)
+    folder = work_folder / f"layers-{key[:12]}"
+    folder.mkdir(parents=True, exist_ok=True)
+    all_maps: list[Maps] = []
+    notes: list[LayerNote] = []
+    total = plan.total_steps * model.spec.layers
+    with tqdm(total=total, desc="learning", unit="step", disable=not show_progress) as bar:
+        for layer, data in walk(model, tokens):
+            file = folder / f"layer-{layer}.safetensors"
+            if file.exists():
+                maps, note = _load(file, layer, start.meta.groups)
+                bar.update(plan.total_steps)
+            else:
+                attention = model.layers[layer].attention
+                initial = [start.maps(layer, group) for group in range(start.meta.groups)]
+                shared = start.meta.shared_dims[layer]
+                covariance = statistics.layers[layer].covariance
+                learned = learn_layer(
+                    attention, data, initial, shared, covariance, plan, layer, progress=bar.update
+                )
+                maps = learned.maps
+                if refit:
+                    maps = _refit(attention, data, maps, plan, layer)
+                note = LayerNote(layer, learned.error_before, learned.error_after)
+                _save(file, maps, note)
+            bar.set_postfix_str(f"layer {layer}: {note.error_before:.2e} -> {note.error_after:.2e}")
+            all_maps.append(maps)
+            notes.append(note)
+    name = "learned" if plan.steps else f"{start.meta.transform}+refit"
+    meta = msgspec.structs.replace(start.meta, transform=name, error_report=None)
+    artifact = build(meta, all_maps)
+    shutil.rmtree(folder)
+    if not any(work_folder.iterdir()):
+        work_folder.rmdir()
+    return artifact, notes
+
+
+def _refit(attention: Attention, data: LayerData, maps: Maps, plan: LearnPlan, layer: int) -> Maps:
+    generator = torch.Generator().manual_seed((plan.seed + _REFIT_SEED) * 1000003 + layer)
+    first = min(plan.first_query, data.latent.shape[1] - 1)
+    batches = [
+        data.sample(attention, generator, sequences=2, queries=plan.queries, first_query=first)
+        for _ in range(32)
+    ]
+    return refit_values(attention, batches, maps, iterations=10)[0]
+
+
+def _key(start: Artifact, tokens: torch.Tensor, plan: LearnPlan, refit: bool, model: PlainModel) -> str:
+    digest = hashlib.sha256(start.content_hash.encode())
+    digest.update(tokens.cpu().numpy().tobytes())
+    settings = {**asdict(plan), "refit": refit, "device": model.device.type, "dtype": str(model.dtype)}
+    digest.update(msgspec.json.encode(settings, order="sorted"))
+    return digest.hexdigest()
+
+
+def _save(path: Path, maps: Maps, note: LayerNote) -> None:
+    tensors = {
+        f"{group}.{which}": part.detach().cpu().float().contiguous().clone()
+        for group, triple in enumerate(maps)
+        for which, part in zip("ZAB", triple, strict=True)
+    }
+    with replace_into(path) as temporary:
+        save_file(tensors, temporary, metadata={"note": msgspec.json.encode(note).decode()})
+
+
+def _load(path: Path, layer: int, groups: int) -> tuple[Maps, LayerNote]:
+    try:
+        with safe_open(path, framework="pt") as handle:
+            note = msgspec.json.decode((handle.metadata() or {}).get("note", ""), type=LayerNote)
+            maps: Maps = [
+                (
+                    handle.get_tensor(f"{group}.Z"),
+                    handle.get_tensor(f"{group}.A"),
+                    handle.get_tensor(f"{group}.B"),
+                )
+                for group in range(groups)
+            ]
+    except (SafetensorError, OSError, msgspec.MsgspecError) as error:
+        raise ArtifactError(
+            f"the finished layer {layer} at {path} is not readable ({error}); delete that file and run again"
+        ) from error
+    return maps, note

@@ -1,0 +1,236 @@
+"""From a checkpoint and text to an artifact: the steps of the calibration command as functions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import msgspec
+import torch
+from tqdm import tqdm
+
+import sglang_tpla
+from sglang_tpla.artifact.artifact import FORMAT_VERSION, Artifact, ArtifactMeta, build
+from sglang_tpla.artifact.model_identity import config_hash, weights_hash
+from sglang_tpla.calibrate.corpus import Corpus, CorpusError, load_tokenizer, sequences
+from sglang_tpla.calibrate.decode_error import DecodeErrors, measure, model_maps
+from sglang_tpla.calibrate.statistics import FORMAT_VERSION as STATISTICS_VERSION
+from sglang_tpla.calibrate.statistics import Statistics, StatisticsError, StatisticsMeta, collect
+from sglang_tpla.calibrate.transforms import TRANSFORMS, Maps, TransformError, layer_maps
+from sglang_tpla.reference_model.checkpoint import Checkpoint
+from sglang_tpla.reference_model.forward import PlainModel
+from sglang_tpla.reference_model.spec import ModelSpec
+
+CALIBRATION_TOKENS, HELD_OUT_TOKENS = 131072, 8192
+
+
+@dataclass(frozen=True)
+class TextPlan:
+    """Which text, how much of it, and how it is cut.
+
+    A number of tokens is what there must be; None takes the usual number, or what there is if it is less.
+
+    Raises:
+        CorpusError: a count that is not positive.
+    """
+
+    corpus: tuple[str, ...] = ()
+    seed: int = 0
+    calibration_tokens: int | None = None
+    held_out_tokens: int | None = None
+    prompt_tokens: int = 512
+    continuation_tokens: int = 512
+
+    def __post_init__(self) -> None:
+        for name in ("calibration_tokens", "prompt_tokens", "continuation_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise CorpusError(f"expected {name} to be at least 1, got {value}")
+        if self.held_out_tokens is not None and self.held_out_tokens < 0:
+            raise CorpusError(
+                f"expected held_out_tokens to be 0 (no report) or more, got {self.held_out_tokens}"
+            )
+
+    @property
+    def length(self) -> int:
+        """Tokens of one sequence."""
+        return self.prompt_tokens + self.continuation_tokens
+
+
+@dataclass(frozen=True)
+class Text:
+    """Token sequences [count, length] of a plan: calibration and held-out come from disjoint documents."""
+
+    corpus: str
+    corpus_hash: str
+    calibration: torch.Tensor
+    held_out: torch.Tensor
+
+
+def read_text(plan: TextPlan, checkpoint: Checkpoint) -> Text:
+    """Read, split and tokenise.
+
+    ``held_out_tokens`` counts continuation tokens, which are what is measured.
+
+    Raises:
+        CorpusError: not enough text, or no tokenizer.
+    """
+    corpus = Corpus.from_paths(plan.corpus)
+    calibration, held_out = corpus.split(plan.seed)
+    tokenizer = load_tokenizer(checkpoint.path)
+    separator = checkpoint.config.get("eos_token_id")
+    if isinstance(separator, list):
+        separator = separator[0]
+
+    def cut(documents: list, tokens: int | None, usual: int, counted: int) -> torch.Tensor:
+        count = -(-(usual if tokens is None else tokens) // counted)
+        if count == 0:
+            return torch.empty(0, plan.length, dtype=torch.long)
+        return sequences(
+            documents, tokenizer, length=plan.length, count=count, separator=separator, fewer=tokens is None
+        )
+
+    return Text(
+        corpus.name,
+        corpus.content_hash,
+        cut(calibration, plan.calibration_tokens, CALIBRATION_TOKENS, plan.length),
+        cut(held_out, plan.held_out_tokens, HELD_OUT_TOKENS, plan.continuation_tokens),
+    )
+
+
+def collect_statistics(model: PlainModel, text: Text, seed: int, *, show_progress: bool) -> Statistics:
+    """Second moments of every layer over the calibration text."""
+    meta = StatisticsMeta(
+        format_version=STATISTICS_VERSION,
+        model_name=model.checkpoint.path.resolve().name,
+        config_hash=config_hash(model.checkpoint.config),
+        weights_hash=weights_hash(model.checkpoint.path),
+        corpus=text.corpus,
+        corpus_hash=text.corpus_hash,
+        seed=seed,
+    )
+    with (
+        torch.inference_mode(),
+        tqdm(total=text.calibration.numel(), desc="statistics", unit="tok", disable=not show_progress) as bar,
+    ):
+        layers = collect(model, text.calibration.split(1), bar.update)
+    return Statistics(meta, layers)
+
+
+def key_weights(checkpoint: Checkpoint, layer: int) -> torch.Tensor:
+    """Key half of a layer's kv_b_proj, [H, n, d] float32, reading no other weight."""
+    spec = ModelSpec.from_config(checkpoint.config)
+    kv_b = checkpoint.tensor(checkpoint.layer_name(layer, "self_attn.kv_b_proj.weight"))
+    return kv_b.view(spec.heads, spec.nope_dim + spec.value_dim, spec.latent_dim)[:, : spec.nope_dim]
+
+
+def closed_form(
+    statistics: Statistics,
+    checkpoint: Checkpoint,
+    transform: str,
+    groups: int,
+    shared_dims: int,
+    key_map: str = "regression",
+) -> Artifact:
+    """An artifact from second moments and kv_b_proj alone.
+
+    Raises:
+        TransformError: settings that give no transform.
+    """
+    spec = ModelSpec.from_config(checkpoint.config)
+    check_settings(transform, groups, shared_dims, spec)
+    check_statistics(statistics, checkpoint)
+    seed = statistics.meta.seed
+    maps = [
+        layer_maps(transform, moments, key_weights(checkpoint, layer), groups, shared_dims, seed, key_map)
+        for layer, moments in enumerate(statistics.layers)
+    ]
+    return package(maps, [shared_dims] * spec.layers, statistics, spec, transform)
+
+
+def check_statistics(statistics: Statistics, checkpoint: Checkpoint) -> None:
+    """Refuse moments of another model.
+
+    Raises:
+        StatisticsError: another configuration or other weights, or too few layers, heads or tokens.
+    """
+    spec = ModelSpec.from_config(checkpoint.config)
+    found = (config_hash(checkpoint.config), weights_hash(checkpoint.path))
+    meta = statistics.meta
+    if (meta.config_hash, meta.weights_hash) != found:
+        raise StatisticsError(
+            f"the statistics are of {meta.model_name} (configuration {meta.config_hash[:12]}, weights "
+            f"{meta.weights_hash[:12]}), the checkpoint {checkpoint.path} has {found[0][:12]} and "
+            f"{found[1][:12]}; collect them from this model"
+        )
+    heads = statistics.layers[0].query_outer.shape[0]
+    if (len(statistics.layers), heads) != (spec.layers, spec.heads):
+        raise StatisticsError(
+            f"expected statistics of {spec.layers} layers and "
+            f"{spec.heads} heads, got {len(statistics.layers)} and "
+            f"{heads}; give the files of every tensor-parallel rank"
+        )
+    if statistics.tokens < spec.latent_dim:
+        raise StatisticsError(
+            f"expected statistics over at least {spec.latent_dim} tokens, one a latent dimension, got "
+            f"{statistics.tokens}; collect longer"
+        )
+
+
+def package(
+    maps: list[Maps], shared_dims: list[int], statistics: Statistics, spec: ModelSpec, transform: str
+) -> Artifact:
+    """Maps of every layer with their provenance, without an error report yet."""
+    source = statistics.meta
+    meta = ArtifactMeta(
+        format_version=FORMAT_VERSION,
+        model_name=source.model_name,
+        config_hash=source.config_hash,
+        weights_hash=source.weights_hash,
+        transform=transform,
+        groups=len(maps[0]),
+        num_layers=spec.layers,
+        latent_dim=spec.latent_dim,
+        rope_dim=spec.rope_dim,
+        shared_dims=tuple(shared_dims),
+        widths=tuple(layer[0][0].shape[1] for layer in maps),
+        calibrated_tokens=statistics.tokens,
+        corpus=source.corpus,
+        corpus_hash=source.corpus_hash,
+        seed=source.seed,
+        created_by=f"sglang_tpla {sglang_tpla.__version__}",
+    )
+    return build(meta, maps)
+
+
+def check_settings(transform: str, groups: int, shared_dims: int, spec: ModelSpec) -> None:
+    """Refuse settings before any work.
+
+    Raises:
+        TransformError: unknown transform, groups or shared dims out of range.
+    """
+    known = (*TRANSFORMS, "learned")
+    if transform not in known:
+        raise TransformError(f"expected --transform to be one of {', '.join(known)}, got {transform!r}")
+    if not 1 <= groups <= spec.latent_dim:
+        raise TransformError(f"expected 1 <= --groups <= {spec.latent_dim}, got {groups}")
+    if not 0 <= shared_dims <= spec.latent_dim:
+        raise TransformError(f"expected 0 <= --shared-dims <= {spec.latent_dim}, got {shared_dims}")
+    if shared_dims and transform not in ("shared", "learned"):
+        raise TransformError(f"--shared-dims {shared_dims} needs --transform shared, got {transform!r}")
+
+
+def with_report(
+    artifact: Artifact, model: PlainModel, held_out: torch.Tensor, prompt_tokens: int, *, show_progress: bool
+) -> tuple[Artifact, DecodeErrors]:
+    """The artifact with its decode error on held-out text [sequences, length], and the errors themselves."""
+    with tqdm(total=held_out.numel(), desc="held-out error", unit="tok", disable=not show_progress) as bar:
+        (errors,) = measure(
+            model, held_out, [model_maps(artifact, model)], prompt_tokens, progress=bar.update
+        )
+    meta = msgspec.structs.replace(artifact.meta, error_report=errors.report())
+    return replace(artifact, meta=meta), errors
+
+
+def default_shared_dims(transform: str, latent_dim: int, groups: int) -> int:
+    """r when none is given: a quarter of the latent where dims are shared at all, else none."""
+    return latent_dim // 4 if transform in ("shared", "learned") and groups > 1 else 0

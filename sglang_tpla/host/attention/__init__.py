@@ -1,0 +1,1 @@
+"""The TPLA decode backend inside SGLang's attention interface."""

@@ -1,0 +1,159 @@
+"""The paged latent decode kernels of this package as an attention backend of SGLang: ``--attention-backend tpla``.
+
+It serves the decode steps of a decode server, with CUDA graphs: page table and lengths are refilled in fixed buffers
+and planned on the device before each step, for every kind among the layers; nothing is read back. Plain rows are read
+by the kernel for Hopper; FP8 rows (``--kv-cache-dtype fp8_e4m3``) are written and read here by the FP8 kernels, on a
+CPU by their twins. A decode server computes no prompts, so there is no extend. Answers to ``AttentionBackend`` in
+``sglang/srt/layers/attention/base_attn_backend.py``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
+from sglang.srt.runtime_context import get_parallel
+
+from sglang_tpla.attention.cache_write import fp8 as fp8_write
+from sglang_tpla.attention.fp8 import reference as fp8_reference
+from sglang_tpla.attention.hopper.decode import HopperDecode
+from sglang_tpla.attention.interface import AttentionInputError, DecodeAttention, DecodeShape, PageTable
+from sglang_tpla.attention.reference import ReferenceDecode
+from sglang_tpla.cache_rows.fp8 import FP8
+from sglang_tpla.host.process import artifact
+
+
+class TplaDecodeBackend(AttentionBackend):
+    """See the module's text; made once a rank."""
+
+    needs_cpu_seq_lens = False
+
+    def __init__(self, runner: Any) -> None:
+        super().__init__()
+        config = runner.model_config
+        self.req_to_token_pool = runner.req_to_token_pool
+        self.token_to_kv_pool = runner.token_to_kv_pool
+        self._device = torch.device(runner.device, runner.gpu_id)
+        self._scale: float = config.scaling
+        self._heads: int = config.num_attention_heads // get_parallel().attn_tp_size
+        self._rope_dim: int = config.qk_rope_head_dim
+        self._dtype: torch.dtype = config.dtype
+        self._shapes = self._layer_shapes(config.kv_lora_rank, runner.kv_cache_dtype == FP8)
+        slots = self.req_to_token_pool.req_to_token  # [requests, max_context] int32
+        # Checks once what a step relies on: contiguous int32, positions that fit 32 bits.
+        self._table = PageTable.from_req_to_token(
+            slots, torch.zeros(0, dtype=torch.int32, device=self._device)
+        )
+        self._row_tokens = slots.shape[1]
+        self._make_buffers(self.req_to_token_pool.size)
+
+    def _layer_shapes(self, latent_dim: int, fp8: bool) -> list[DecodeShape]:
+        """One shape a layer; one for all where there is no artifact."""
+        loaded = artifact()
+        widths = loaded.meta.widths if loaded else (latent_dim,)
+        shared = loaded.meta.shared_dims if loaded and fp8 else widths
+        return [
+            DecodeShape(
+                width, self._heads, rope_dim=self._rope_dim, dtype=self._dtype, fp8_shared=r if fp8 else None
+            )
+            for width, r in zip(widths, shared, strict=True)
+        ]
+
+    def _kernel(self, shape: DecodeShape) -> DecodeAttention:
+        if shape.fp8_shared is None:
+            return HopperDecode(shape, self._scale, self._max_batch, self._device)
+        if self._device.type != "cuda":
+            return ReferenceDecode(shape, self._scale)
+        from sglang_tpla.attention.fp8.decode import Fp8Decode
+
+        return Fp8Decode(shape, self._scale, self._max_batch, self._device)
+
+    def _make_buffers(self, max_batch: int) -> None:
+        """Fixed buffers for at most ``max_batch`` requests, and one kernel for each kind of layer."""
+        self._max_batch = max_batch
+        self._starts = torch.zeros(max_batch, dtype=torch.int32, device=self._device)
+        self._lengths = torch.zeros(max_batch, dtype=torch.int32, device=self._device)
+        self._kernels = {shape: self._kernel(shape) for shape in sorted(set(self._shapes), key=str)}
+
+    def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
+        """Before the first capture: graphs keep the buffers' addresses from here on."""
+        if max_bs > self._max_batch:
+            self._make_buffers(max_bs)
+
+    def get_cuda_graph_seq_len_fill_value(self) -> int:
+        """Length of the requests that fill up a graph's batch; positions are lengths minus one."""
+        return 1
+
+    def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> None:
+        """Plan a step: eagerly, before a capture and before each replay alike."""
+        batch = forward_batch.batch_size
+        if batch == 0 or not forward_batch.forward_mode.is_decode():
+            return
+        starts, lengths = self._starts[:batch], self._lengths[:batch]
+        torch.mul(forward_batch.req_pool_indices[:batch], self._row_tokens, out=starts)
+        lengths.copy_(forward_batch.seq_lens[:batch])
+        table = PageTable(self._table.indices, starts)
+        for kernel in self._kernels.values():
+            kernel.plan(table, lengths)
+
+    def forward_decode(
+        self,
+        q: torch.Tensor,  # [tokens, h, w], or [tokens, h, w + rope] without q_rope
+        k: torch.Tensor | None,  # [tokens, 1, w], or [tokens, 1, w + rope] without k_rope
+        v: torch.Tensor | None,
+        layer: Any,
+        forward_batch: Any,
+        save_kv_cache: bool = True,
+        q_rope: torch.Tensor | None = None,  # [tokens, h, rope]
+        k_rope: torch.Tensor | None = None,  # [tokens, 1, rope]
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """Write the new tokens' rows, attend over the planned step; ``[tokens, h * w]``."""
+        width, rope = layer.v_head_dim, layer.head_dim - layer.v_head_dim
+        shape = self._shapes[layer.layer_id if len(self._shapes) > 1 else 0]
+        cache = self.token_to_kv_pool.get_key_buffer(layer.layer_id)
+        if shape.fp8_shared is not None:
+            cache = cache.view(torch.uint8)
+        if k is not None and save_kv_cache:
+            self._write(layer, shape, cache, forward_batch.out_cache_loc, k, v, k_rope)
+        if q_rope is None:
+            q, q_rope = q.view(-1, layer.tp_q_head_num, layer.head_dim).split((width, rope), dim=-1)
+        out = q.new_empty(q.shape[0], layer.tp_q_head_num, width)
+        self._kernels[shape].run(
+            q.view(-1, layer.tp_q_head_num, width), q_rope.view(-1, layer.tp_q_head_num, rope), cache, out
+        )
+        return out.flatten(1)
+
+    def _write(
+        self,
+        layer: Any,
+        shape: DecodeShape,
+        cache: torch.Tensor,  # [slots, 1, items]
+        place: torch.Tensor,  # [tokens]
+        k: torch.Tensor,
+        v: torch.Tensor | None,
+        k_rope: torch.Tensor | None,
+    ) -> None:
+        """Rows of the new tokens; FP8 rows are quantised here."""
+        if shape.fp8_shared is None and k_rope is not None:
+            self.token_to_kv_pool.set_mla_kv_buffer(layer, place, k, k_rope)
+        elif shape.fp8_shared is None:
+            self.token_to_kv_pool.set_kv_buffer(layer, place, k, v)
+        else:
+            if k_rope is None:
+                k, k_rope = k.split((shape.latent_dim, shape.rope_dim), dim=-1)
+            k, k_rope = k.reshape(-1, shape.latent_dim), k_rope.reshape(-1, shape.rope_dim)
+            kernels = fp8_write if cache.is_cuda else fp8_reference
+            kernels.write_rows(k, k_rope, place, cache, shared=shape.fp8_shared)
+
+    def forward_extend(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Prompts come from prefill servers.
+
+        Raises:
+            AttentionInputError: always.
+        """
+        raise AttentionInputError(
+            "--attention-backend tpla computes decode steps only, and this server was asked to compute a prompt; "
+            "add --prefill-attention-backend triton where a decode server must compute prompts"
+        )

@@ -1,0 +1,1 @@
+"""The CPU reference platform: what SGLang needs to serve without a GPU."""

@@ -1,0 +1,87 @@
+"""CPU reference platform: real SGLang servers on any x86 machine, without AMX, vllm or Triton.
+
+Registered as an out-of-tree platform (entry point group ``sglang.srt.platforms``) and active only where
+``SGLANG_PLATFORM=sglang_tpla_cpu`` asks for it. It chooses what exists already: gloo, the ``torch_native``
+attention backend, PyTorch sampling, and the absorbed MLA path. It answers to
+``sglang/srt/platforms/interface.py`` and ``sglang/srt/mem_cache/kv_cache_configurator.py``. SGLang imports this
+module while it imports itself, so everything else of SGLang is imported inside the methods.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import psutil
+import torch
+from sglang.srt.platforms.device_mixin import PlatformEnum
+from sglang.srt.platforms.interface import SRTPlatform
+
+
+class CpuReferencePlatform(SRTPlatform):
+    """See the module's text."""
+
+    _enum = PlatformEnum.OOT
+    device_name = "cpu"
+    device_type = "cpu"
+
+    def apply_server_args_defaults(self, server_args: Any) -> None:
+        from sglang_tpla.host.attention.supported import OURS
+        from sglang_tpla.host.disaggregation.engine_memory import FP8_CACHE
+        from sglang_tpla.host.process import serves_decode
+
+        # SGLang has chosen intel_amx for "cpu" by now, whose kernels need AMX.
+        if server_args.attention_backend in (None, "intel_amx"):
+            fp8_rows = server_args.kv_cache_dtype == FP8_CACHE and serves_decode()
+            server_args.attention_backend = OURS if fp8_rows else "torch_native"
+        server_args.sampling_backend = "pytorch"
+        # Overlap scheduling exists to hide CPU work behind a device; here both are the same cores.
+        server_args.disable_overlap_schedule = True
+        # An idle scheduler otherwise spins on a core that its neighbours need.
+        server_args.sleep_on_idle = True
+
+    def get_default_attention_backend(self) -> str:
+        return "torch_native"
+
+    def get_mha_kv_pool_cls(self) -> type:
+        from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+
+        return MHATokenToKVPool
+
+    def get_mla_kv_pool_cls(self) -> type:
+        from sglang_tpla.host.cpu.pool import CpuLatentPool
+
+        return CpuLatentPool
+
+    def get_paged_allocator_cls(self) -> Any:
+        from sglang_tpla.host.cpu.pool import single_token_allocator
+
+        return single_token_allocator
+
+    def get_compile_backend(self, mode: str | None = None) -> str:
+        return "eager"
+
+    def get_device_total_memory(self, device_id: int = 0) -> int:
+        return int(psutil.virtual_memory().total)
+
+    def get_current_memory_usage(self, device: torch.device | None = None) -> float:
+        memory = psutil.virtual_memory()
+        return float(memory.total - memory.available)
+
+    def get_available_memory(self, device_id: int = 0) -> tuple[int, int]:
+        memory = psutil.virtual_memory()
+        return memory.available, memory.total
+
+    def get_device(self, device_id: int = 0) -> Any:
+        return torch.device("cpu")
+
+    def get_torch_distributed_backend_str(self) -> str:
+        return "gloo"
+
+    def init_backend(self) -> None:
+        from sglang.srt.models.deepseek_common.attention_backend_handler import AttentionBackendRegistry
+        from sglang.srt.models.deepseek_common.attention_forward_methods.forward_methods import (
+            AttnForwardMethod,
+        )
+
+        # torch_native reads keys from the pool, which holds latents: only the absorbed path is right.
+        AttentionBackendRegistry.register("torch_native", lambda attn, forward_batch: AttnForwardMethod.MLA)

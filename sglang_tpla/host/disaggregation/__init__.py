@@ -1,0 +1,1 @@
+"""SGLang's prefill/decode disaggregation over the transfer agents."""

@@ -1,0 +1,130 @@
+"""SGLang's bootstrap server (``sglang/srt/disaggregation/common/conn.py``), which here checks who registers.
+
+It serves on the prefill server's ``--disaggregation-bootstrap-port``. Besides SGLang's routes: ``GET /challenge`` and
+``GET /registrations`` (how many were accepted, and refused for which reason), also as Prometheus series.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from aiohttp import web
+from sglang.srt.disaggregation.common.conn import CommonKVBootstrapServer
+from sglang.srt.runtime_context import get_parallel, get_serving
+from sglang.srt.utils.network import NetworkAddress
+
+from sglang_tpla.transfer.network.bootstrap import CHALLENGE_PATH, Gate, Registrar
+from sglang_tpla.transfer.network.security import Security
+
+logger = logging.getLogger(__name__)
+Handler = Callable[[web.Request], Awaitable[web.Response]]
+
+
+class TplaKVBootstrapServer(CommonKVBootstrapServer):
+    """Takes signed registrations only, where there are keys."""
+
+    def __init__(self, host: str, port: int) -> None:
+        security = Security.from_environment("prefill")
+        security.check(host, "taking registrations on")
+        self._gate = Gate(security.secret)
+        self._series = _series()
+        super().__init__(host, port)
+
+    def _setup_routes(self) -> None:
+        super()._setup_routes()
+        self.app.router.add_get(CHALLENGE_PATH, self._handle_challenge)
+        self.app.router.add_get("/registrations", self._handle_registrations)
+
+    async def _handle_challenge(self, request: web.Request) -> web.Response:
+        return web.Response(text=self._gate.challenge())
+
+    async def _handle_registrations(self, request: web.Request) -> web.Response:
+        return web.json_response({"signed": self._gate.closed, **self._gate.counts})
+
+    async def _handle_route_put(self, request: web.Request) -> web.Response:
+        response = await self._checked(request, super()._handle_route_put)
+        # A rank that registers anew is still one rank.
+        self._registered_count = sum(
+            len(stages)
+            for cp_groups in self.prefill_port_table.values()
+            for tp_groups in cp_groups.values()
+            for stages in tp_groups.values()
+        )
+        return response
+
+    async def _handle_register_dp_rank(self, request: web.Request) -> web.Response:
+        return await self._checked(request, super()._handle_register_dp_rank)
+
+    async def _checked(self, request: web.Request, take: Handler) -> web.Response:
+        body = await request.read()
+        reason, text = self._gate.wrong(request.method, request.path, body, request.headers), ""
+        if reason is None:
+            try:
+                response = await take(request)
+            except (KeyError, TypeError, ValueError) as error:
+                reason, text = "malformed", f"malformed registration: {error!r}"
+        self._gate.counts[reason or "accepted"] += 1
+        if self._series is not None:
+            self._series.labels(reason or "accepted").inc()
+        if reason is None:
+            return response
+        logger.warning("registration from %s refused: %s", request.remote, text or reason)
+        remedy = f"{reason}; register with the prefill.secret of this server's key folder (--tpla-keys)"
+        return web.Response(text=text or remedy, status=400 if reason == "malformed" else 401)
+
+
+def registration(manager: Any) -> Registrar:
+    """What a prefill rank tells the bootstrap server: the payload of ``CommonKVManager.register_to_bootstrap``.
+
+    Args:
+        manager: a `TplaKVManager` whose ``local_ip`` and ``rank_port`` are what decode servers shall connect to.
+    """
+    if manager.dist_init_addr:  # several machines: the first one has the bootstrap server
+        host = NetworkAddress.parse(manager.dist_init_addr).resolved().host
+    else:
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(manager.bootstrap_host, manager.bootstrap_host)
+    parallel = get_parallel()
+    payload = {
+        "attn_tp_size": manager.attn_tp_size,
+        "attn_tp_rank": manager.attn_tp_rank,
+        "attn_cp_size": manager.attn_cp_size,
+        "attn_cp_rank": manager.attn_cp_rank,
+        "attn_dp_size": manager.attn_dp_size,
+        "attn_dp_rank": manager.attn_dp_rank,
+        "pp_size": manager.pp_size,
+        "pp_rank": manager.pp_rank,
+        "system_dp_size": manager.system_dp_size,
+        "system_dp_rank": manager.system_dp_rank,
+        "rank_ip": manager.local_ip,
+        "rank_port": manager.rank_port,
+        "page_size": manager.kv_args.page_size,
+        "kv_cache_dtype": None,  # SGLang wants it alike on both sides; ours may differ, and registration compares
+        "load_balance_method": parallel.load_balance_method,
+        "enable_dsa_cache_layer_split": parallel.enable_dsa_cache_layer_split,
+        "prefill_http_port": get_serving().port,
+    }
+    place = {
+        "prefill_dp_rank": manager.attn_dp_rank if manager.system_dp_size == 1 else manager.system_dp_rank,
+        "prefill_cp_rank": manager.attn_cp_rank,
+        "target_tp_rank": manager.attn_tp_rank,
+        "target_pp_rank": manager.pp_rank,
+    }
+    url = NetworkAddress(host, manager.bootstrap_port).to_url()
+    return Registrar(url, payload, place, Security.from_environment("prefill").secret)
+
+
+def _series() -> Any:
+    """The counter of registrations, where this process publishes metrics (SGLang has then named a folder for them)."""
+    if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
+        return None
+    from prometheus_client import REGISTRY, Counter
+
+    return Counter(
+        "sglang_tpla:bootstrap_registrations",
+        "Registrations at the bootstrap server: accepted, or why they were refused",
+        ("result",),
+        registry=REGISTRY,
+    )

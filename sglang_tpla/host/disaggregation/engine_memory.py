@@ -1,0 +1,101 @@
+"""Tensors over the engine's memory, from the pointers that ``KVArgs`` hands to a transfer backend.
+
+``kv_data_ptrs`` has one pointer a layer to ``[slots, 1, w + rope]`` (``MLATokenToKVPool`` in
+``sglang/srt/mem_cache/memory_pool.py``) or to FP8 rows (``pool.py``), ``aux_data_ptrs`` one a metadata buffer to
+``[rows, ...]``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import numpy as np
+import torch
+
+from sglang_tpla.cache_rows.fp8 import FP8
+from sglang_tpla.cache_rows.row_format import RowFormat
+from sglang_tpla.config import ConfigError
+from sglang_tpla.transfer.room import CachePool, MetadataRows
+
+FP8_CACHE = "fp8_e4m3"  # --kv-cache-dtype of a decode server with FP8 rows
+CACHE_DTYPES = {
+    "bf16": torch.bfloat16,
+    "bfloat16": torch.bfloat16,
+    FP8_CACHE: FP8,
+    "fp8_e5m2": torch.float8_e5m2,
+}
+
+
+class _CudaBytes:
+    """Raw device memory, described the way torch imports it."""
+
+    def __init__(self, pointer: int, nbytes: int) -> None:
+        self.__cuda_array_interface__ = {
+            "shape": (nbytes,),
+            "typestr": "|u1",
+            "data": (pointer, False),
+            "version": 2,
+        }
+
+
+def bytes_at(pointer: int, nbytes: int, device: torch.device) -> torch.Tensor:
+    """uint8 ``[nbytes]`` over memory that someone else owns and keeps alive."""
+    if device.type == "cuda":
+        return torch.as_tensor(_CudaBytes(pointer, nbytes), device=device)
+    return torch.frombuffer((ctypes.c_uint8 * nbytes).from_address(pointer), dtype=torch.uint8)
+
+
+def cache_dtype(kv_args: Any, server_args: Any) -> torch.dtype:
+    """Element type of the pool."""
+    name = kv_args.kv_cache_dtype_str
+    if name == "auto":
+        return server_args.get_model_config().dtype
+    if name not in CACHE_DTYPES:
+        raise ConfigError(
+            f"--kv-cache-dtype {name} is not transferred; use auto or one of {sorted(CACHE_DTYPES)}"
+        )
+    return CACHE_DTYPES[name]
+
+
+def cache_pool(kv_args: Any, server_args: Any) -> CachePool:
+    """The rank's latent pool as one ``[slots, items]`` tensor a layer.
+
+    Raises:
+        ConfigError: the pool is no latent pool, or carries state that is not transferred.
+    """
+    if kv_args.state_types:
+        raise ConfigError(
+            f"the engine's cache also holds {[str(state) for state in kv_args.state_types]}, which sglang_tpla does "
+            "not transfer; serve this model with another transfer backend"
+        )
+    dtype, row_format = cache_dtype(kv_args, server_args), RowFormat.PLAIN
+    if dtype == FP8:  # on decode servers, the only ones that may have it (refusals.py)
+        dtype, row_format = torch.uint8, RowFormat.FP8
+    device = (
+        torch.device(server_args.device, kv_args.gpu_id)
+        if server_args.device == "cuda"
+        else torch.device("cpu")
+    )
+    layers = [
+        bytes_at(pointer, nbytes, device).view(dtype).view(-1, item // kv_args.page_size // dtype.itemsize)
+        for pointer, nbytes, item in zip(
+            kv_args.kv_data_ptrs, kv_args.kv_data_lens, kv_args.kv_item_lens, strict=True
+        )
+    ]
+    text = server_args.get_model_config().hf_text_config
+    return CachePool(
+        layers, text.kv_lora_rank, text.qk_rope_head_dim, kv_args.page_size, row_format=row_format
+    )
+
+
+def metadata_rows(kv_args: Any) -> MetadataRows:
+    """SGLang's metadata buffers (first token, logprobs, hidden states ...) as byte rows."""
+    return MetadataRows(
+        [
+            np.ctypeslib.as_array((ctypes.c_uint8 * nbytes).from_address(pointer)).reshape(-1, item)
+            for pointer, nbytes, item in zip(
+                kv_args.aux_data_ptrs, kv_args.aux_data_lens, kv_args.aux_item_lens, strict=True
+            )
+        ]
+    )

@@ -1,0 +1,109 @@
+"""Where prefill ranks are, asked on threads of their own.
+
+SGLang's decode scheduler asks bootstrap servers (`try_ensure_parallel_info`, `_get_bootstrap_info_from_server` in
+``sglang/srt/disaggregation/common/conn.py``) between two decode steps, and waits up to five seconds for each answer. A
+machine that lost its power would so hold up the requests of all other prefill servers for over a minute.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import itertools
+import logging
+import math
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import requests
+
+from sglang_tpla.transfer.room import TransferError
+
+WAIT_S = 0.05  # of the scheduler, for an answer that most often comes at once
+ASK_S = 5.0
+MAX_RANKS = 4096
+PLACE = ("prefill_dp_rank", "prefill_cp_rank", "target_tp_rank", "target_pp_rank")
+
+logger = logging.getLogger(__name__)
+Place = tuple[int, int, int, int]  # data-parallel, context, tensor and pipeline rank
+
+
+class Lookups:
+    """Questions under way, one for each bootstrap server.
+
+    Args:
+        ask: may wait; True when all is known, False to be asked again later, or an exception for whoever asked.
+        wait_s: how long `known` may wait.
+    """
+
+    def __init__(self, ask: Callable[[str], bool], wait_s: float = WAIT_S) -> None:
+        self._ask, self._wait_s = ask, wait_s
+        self._asked: dict[str, concurrent.futures.Future[bool]] = {}
+
+    def known(self, address: str) -> bool:
+        """What ``ask`` said of a bootstrap server, or False while it has not said anything. One thread calls this."""
+        answer = self._asked.get(address)
+        if answer is None:
+            answer = self._asked[address] = concurrent.futures.Future()
+            threading.Thread(
+                target=self._run, args=(address, answer), name="tpla-prefill-lookup", daemon=True
+            ).start()
+        try:
+            result = answer.result(self._wait_s)
+        except concurrent.futures.TimeoutError:
+            return False
+        finally:
+            if answer.done():
+                del self._asked[address]
+        return result
+
+    def under_way(self, address: str) -> bool:
+        """Whether a question has not been answered, or the answer not been taken."""
+        return address in self._asked
+
+    def _run(self, address: str, answer: concurrent.futures.Future[bool]) -> None:
+        try:
+            answer.set_result(self._ask(address))
+        except Exception as error:
+            answer.set_exception(error)
+
+
+def rank_addresses(address: str, info: Any) -> dict[Place, dict[str, Any]]:
+    """Addresses of the prefill ranks that a decode rank may need, as ``GET /route`` gives them.
+
+    Empty (with a line in the log) where the bootstrap server does not say.
+
+    Args:
+        address: of the bootstrap server.
+        info: SGLang's ``PrefillServerInfo``, its rank mapping resolved.
+
+    Raises:
+        TransferError: an answer that cannot be right.
+    """
+    ranks = (range(info.dp_size), info.target_cp_ranks, info.target_tp_ranks, info.target_pp_ranks)
+    if math.prod(len(numbers) for numbers in ranks) > MAX_RANKS:
+        raise TransferError(f"the bootstrap server at {address} names more than {MAX_RANKS} prefill ranks")
+    found = {}
+    try:
+        with requests.Session() as session:
+            for place in itertools.product(*ranks):
+                query = dict(zip(PLACE, place, strict=True))
+                response = session.get(f"http://{address}/route", params=query, timeout=ASK_S)
+                response.raise_for_status()
+                found[place] = _checked(address, response.json())
+    except requests.RequestException as error:
+        logger.error("the bootstrap server at %s does not say where its ranks are: %s", address, error)
+        return {}
+    return found
+
+
+def _checked(address: str, said: Any) -> dict[str, Any]:
+    try:
+        host, port = said["rank_ip"], int(said["rank_port"])
+        if isinstance(host, str) and host and 0 < port < 65536:
+            return {**said, "rank_port": port}
+    except (KeyError, TypeError, ValueError):
+        pass
+    raise TransferError(
+        f"the bootstrap server at {address} must name rank_ip and rank_port (1 to 65535); got {str(said)[:200]}"
+    )

@@ -1,0 +1,254 @@
+"""TPLA decode layers inside SGLang's DeepSeek models (V2, V3, Kimi K2).
+
+Rank t keeps group ``t % g``'s slice of the latent and computes the heads of shard ``t // g``:
+
+    z_i = RMSNorm(c) Z_i;   p_i = softmax(scale (q W_UK A_i^T z_i^T + q^R k^R^T));   o_i = (p_i z_i) B_i W_UV W_O
+
+The all-reduce after the attention block, which SGLang does anyway, adds the o_i over groups and head shards. A_i and
+B_i are folded into the absorbed weights (``w_kc`` [h, qk_nope, d] -> [h, qk_nope, w], ``w_vc`` [h, d, v] -> [h, w, v]),
+so the layer runs SGLang's own absorbed path with w in the place of d. With ``--tpla-o-proj scatter`` the p_i z_i B_i
+W_UV are summed over groups before W_O (`head_sum`). Answers to ``DeepseekV2AttentionMLA`` in
+``sglang/srt/models/deepseek_v2.py``.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from sglang.srt.layers.linear import RowParallelLinear
+from sglang.srt.layers.radix_attention import RadixAttention
+from sglang.srt.model_executor.forward_context import get_token_to_kv_pool
+from sglang.srt.models.deepseek_common.attention_forward_methods.forward_methods import AttnForwardMethod
+from sglang.srt.models.deepseek_common.utils import FORWARD_ABSORB_CORE_ATTENTION_BACKENDS
+from sglang.srt.runtime_context import get_parallel
+from torch import nn
+
+from sglang_tpla.artifact.fold import fold_key_map, fold_value_map
+from sglang_tpla.attention.cache_write import fp8 as fp8_write
+from sglang_tpla.attention.cache_write.plain import write_latent
+from sglang_tpla.host.attention.supported import OURS
+from sglang_tpla.host.disaggregation.engine_memory import FP8_CACHE
+from sglang_tpla.host.model.head_reduce_scatter import head_shard_ranks, sum_over_groups
+from sglang_tpla.host.process import make_slice, settings
+from sglang_tpla.transfer.memory.projection import project_latent
+
+
+class SlicedNorm(nn.Module):
+    """SGLang's latent norm followed by the projection to this rank's slice: ``[..., d] -> [..., w]``.
+
+    The norm sees the whole latent, so it is exact. ``weight`` is the norm's own parameter under its own name: the
+    checkpoint loads as before. Where one kernel writes the rows it is put off: the raw latent goes on to
+    `absorbed_core`, which knows where they go.
+    """
+
+    z: torch.Tensor | None  # [d, w] float32; None where it is the identity (g = 1): nothing to multiply with
+
+    def __init__(self, norm: Any, z: torch.Tensor, wide: bool = False) -> None:
+        """``wide``: the slice in float32, for a cache that rounds it otherwise than the model does."""
+        super().__init__()
+        self._wide = wide
+        self.weight = norm.weight
+        self.variance_epsilon = norm.variance_epsilon
+        self._norm = (norm,)  # in a tuple: not a submodule, or the weight would be listed twice
+        whole = z.shape[0] == z.shape[1] and torch.equal(z, torch.eye(len(z), device=z.device))
+        self.register_buffer("z", None if whole else z.to(norm.weight.device), persistent=False)
+
+    def forward(self, latent: torch.Tensor) -> torch.Tensor:
+        """Norm, then project; or, where that is put off, the latent as it came."""
+        return latent if puts_off(latent) else self.project(latent)
+
+    def project(self, latent: torch.Tensor) -> torch.Tensor:
+        """Norm, then project."""
+        normed = self._norm[0](latent)
+        if self._wide:
+            normed = normed.to(torch.float32)
+        return normed if self.z is None else project_latent(normed, self.z)
+
+
+class PutOffRotation(nn.Module):
+    """SGLang's rotary embedding, put off to `absorbed_core` wherever one kernel writes the rows: it rotates as well."""
+
+    def __init__(self, rotary: Any) -> None:
+        super().__init__()
+        self.rotary = rotary
+
+    def forward(
+        self, positions: torch.Tensor, query: torch.Tensor, key: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rotate; or, where that is put off, both as they came."""
+        return (query, key) if puts_off(key) else self.rotary(positions, query, key)
+
+
+def puts_off(latent: torch.Tensor) -> bool:
+    """Whether norm, projection and rotation wait for the cache write: where its kernel runs."""
+    return latent.is_cuda
+
+
+def build_attention(original: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -> None:
+    """Around ``DeepseekV2AttentionMLA.__init__``: head shards instead of ranks, and the slice's width."""
+    bound = inspect.signature(original).bind(self, *args, **kwargs)
+    bound.apply_defaults()
+    given = bound.arguments
+    parallel = get_parallel()
+    part = make_slice(given["num_heads"], parallel.attn_tp_rank, parallel.attn_tp_size)
+    self.tpla = None
+    if part is None or given["is_nextn"]:
+        original(self, *args, **kwargs)
+        return
+    shard, shards = part.layout.head_shard_of(part.rank), part.layout.head_shards
+    # The linear layers and the head count take their share from here: g ranks hold the same heads.
+    with parallel.override(attn_tp_rank=shard, attn_tp_size=shards):
+        original(self, *args, **kwargs)
+    z, a, b = part.artifact.maps(self.layer_id, part.group)
+    width = z.shape[1]
+    self.tpla = (a, b)
+    self.tpla_width = width
+    self.tpla_summed_groups = part.layout.groups if settings().o_proj == "scatter" else 1
+    if self.tpla_summed_groups > 1:
+        head_shard_ranks(self.tpla_summed_groups)
+        self.o_proj = RowParallelLinear(
+            self.num_heads * self.v_head_dim,
+            self.hidden_size,
+            bias=False,
+            quant_config=given["quant_config"],
+            reduce_results=given["reduce_results"],
+            prefix=f"{given['prefix']}.o_proj",
+            tp_rank=parallel.attn_tp_rank,
+            tp_size=parallel.attn_tp_size,
+        )
+    fp8 = self.kv_cache_dtype == FP8_CACHE
+    self.tpla_shared = part.artifact.meta.shared_dims[self.layer_id] if fp8 else None
+    self.kv_a_layernorm = SlicedNorm(self.kv_a_layernorm, z, wide=fp8)
+    if self.rotary_emb is not None:
+        self.rotary_emb = PutOffRotation(self.rotary_emb)
+    self.attn_mqa = RadixAttention(
+        self.num_local_heads,
+        width + self.qk_rope_head_dim,
+        self.scaling,
+        num_kv_heads=1,
+        layer_id=self.layer_id,
+        v_head_dim=width,
+        quant_config=given["quant_config"],
+        prefix=f"{given['prefix']}.attn_mqa",
+    )
+
+
+def absorbed_only(original: Callable[..., Any], self: Any, forward_batch: Any) -> Any:
+    """Around ``dispatch_attn_forward_method``: a slice has no per-head keys, so every batch is absorbed."""
+    method = original(self, forward_batch)
+    return method if self.tpla is None else AttnForwardMethod.MLA
+
+
+def fold_weights(original: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -> None:
+    """Around ``post_load_weights``: SGLang makes ``w_kc`` and ``w_vc`` [.., d, ..], then the maps are folded in."""
+    sliced = [
+        module
+        for module in self.modules()
+        if getattr(module, "tpla", None) is not None and hasattr(module, "w_kc")
+    ]
+    folded = [(module.w_kc, module.w_vc) for module in sliced]
+    for module in sliced:  # SGLang copies into what is there, which has the slice's shape after a first load
+        module.w_kc = module.w_vc = None
+    original(self, *args, **kwargs)
+    for module, (old_kc, old_vc) in zip(sliced, folded, strict=True):
+        if module.w_kc is None:  # a partial reload that left this layer alone
+            module.w_kc, module.w_vc = old_kc, old_vc
+            continue
+        a, b = module.tpla
+        dtype = module.w_kc.dtype if module.w_kc.dtype.itemsize > 1 else torch.bfloat16
+        scale = float(module.w_scale) if module.w_kc.dtype.itemsize == 1 else 1.0
+        module.w_kc = _keep_storage(old_kc, fold_key_map(module.w_kc, a, scale).to(dtype))
+        module.w_vc = _keep_storage(old_vc, fold_value_map(module.w_vc, b, scale).to(dtype))
+        module.w_scale = 1.0
+
+
+def _keep_storage(old: torch.Tensor | None, new: torch.Tensor) -> torch.Tensor:
+    """Captured graphs hold the old tensor's address: reload in place."""
+    return new if old is None else old.copy_(new)
+
+
+def write_rows(
+    self: Any,
+    latent: torch.Tensor,
+    k_rope: torch.Tensor,
+    q_rope: torch.Tensor,
+    positions: torch.Tensor,
+    forward_batch: Any,
+) -> bool:
+    """Norm, project, rotate and write a decode step's rows with one kernel; False where that kernel does not serve.
+
+    Args:
+        latent: [tokens, 1, d], before the norm. k_rope: [tokens, 1, rope], not rotated.
+        q_rope: [tokens, h, rope], rotated in place. positions: [tokens].
+    """
+    norm, rotary = self.kv_a_layernorm, self.rotary_emb
+    cache = get_token_to_kv_pool().get_key_buffer(self.layer_id)
+    shared = self.tpla_shared  # with FP8 rows
+    same = latent.dtype == norm.weight.dtype and (shared is not None or latent.dtype == cache.dtype)
+    if not forward_batch.forward_mode.is_decode() or not same:
+        return False
+    if rotary is not None and rotary.rotary.cos_sin_cache.dtype != torch.float32:
+        return False  # SGLang's embedding for head sizes that its own kernel does not know
+    neox = rotary is not None and rotary.rotary.is_neox_style
+    arguments = (
+        latent.squeeze(1),
+        k_rope.squeeze(1),
+        norm.weight,
+        norm.variance_epsilon,
+        norm.z,
+        None if rotary is None else rotary.rotary.cos_sin_cache,
+        None if rotary is None else positions,
+        forward_batch.out_cache_loc,
+    )
+    if shared is None:
+        write_latent(*arguments, cache, q_rope, neox=neox)
+    else:
+        fp8_write.write_latent(*arguments, cache.view(torch.uint8), q_rope, shared=shared, neox=neox)
+    return True
+
+
+def absorbed_core(
+    original: Callable[..., Any],
+    self: Any,
+    q_pe: torch.Tensor,  # [tokens, h, rope]
+    k_pe: torch.Tensor,  # [tokens, 1, rope]
+    q_nope_out: torch.Tensor,  # [tokens, h, w]
+    k_nope: torch.Tensor,  # [tokens, 1, w]
+    forward_batch: Any,
+    zero_allocator: Any,
+    positions: torch.Tensor,
+    topk_indices: Any,
+    llama_4_scaling: Any,
+    fusion_plan: Any = None,
+) -> torch.Tensor:
+    """Around ``forward_absorb_core``: the same steps at the slice's width."""
+    if self.tpla is None:
+        return original(
+            self, q_pe, k_pe, q_nope_out, k_nope, forward_batch, zero_allocator, positions, topk_indices,
+            llama_4_scaling, fusion_plan,
+        )  # fmt: skip
+    key: torch.Tensor | None = k_nope
+    if puts_off(k_nope):
+        key = None
+        if not write_rows(self, k_nope, k_pe, q_pe, positions, forward_batch):
+            key = self.kv_a_layernorm.project(k_nope.squeeze(1)).unsqueeze(1)
+            if self.rotary_emb is not None:
+                q_pe, k_pe = self.rotary_emb.rotary(positions, q_pe, k_pe)
+    save = {"save_kv_cache": key is not None}
+    if self.current_attention_backend in (OURS, *FORWARD_ABSORB_CORE_ATTENTION_BACKENDS):
+        out = self.attn_mqa(q_nope_out, key, key, forward_batch, **save, q_rope=q_pe, k_rope=k_pe)
+    else:
+        query = torch.cat((q_nope_out, q_pe), dim=-1)  # [tokens, h, w + rope]
+        row = None if key is None else torch.cat((key, k_pe), dim=-1)  # [tokens, 1, w + rope]
+        out = self.attn_mqa(query, row, key, forward_batch, **save)
+    latent = out.view(-1, self.num_local_heads, self.tpla_width).transpose(0, 1)  # [h, tokens, w]
+    if self.tpla_summed_groups > 1:
+        values = sum_over_groups(torch.bmm(latent, self.w_vc), self.tpla_summed_groups).transpose(0, 1)
+    else:
+        values = out.new_empty(out.shape[0], self.num_local_heads, self.w_vc.shape[2])
+        torch.bmm(latent, self.w_vc, out=values.transpose(0, 1))
+    # values: [tokens, this rank's heads of o_proj, v]
+    return self.o_proj(values.flatten(1))[0]

@@ -1,0 +1,76 @@
+"""Layers of different width and FP8 rows in SGLang's latent pool, and memory accounting that follows them.
+
+An artifact with a per-layer policy gives layer l its own w_l; the pool's layer l is then ``[slots, 1, w_l + rope]``.
+With ``--kv-cache-dtype fp8_e4m3`` a decode server's layer is ``[slots, 1, row_bytes(w_l)]`` of FP8 rows
+(``attention/fp8_rows.py``), which ``decode_attention.py`` writes and reads. Where all layers have one width and plain
+rows these hooks do nothing. Answers to ``MLATokenToKVPool`` in ``sglang/srt/mem_cache/memory_pool.py`` and
+``calculate_mla_kv_cache_dim`` in ``.../kv_cache_configurator.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from sglang_tpla.cache_rows.fp8 import FP8, row_bytes
+from sglang_tpla.host.process import artifact
+
+
+def layer_items(dtype: torch.dtype, latent_dim: int, rope_dim: int, layers: int) -> list[int] | None:
+    """Items of a row in every layer, or None where SGLang's own pool has the right ones.
+
+    Args:
+        dtype: of the pool.
+        latent_dim: the engine's latent width. layers: how many there are.
+    """
+    loaded = artifact()
+    widths = list(loaded.meta.widths) if loaded is not None else [latent_dim] * layers
+    if dtype == FP8:
+        return [row_bytes(width, rope_dim) for width in widths]
+    return [width + rope_dim for width in widths] if len(set(widths)) > 1 else None
+
+
+def create_buffers(original: Callable[[Any], None], self: Any) -> None:
+    """Around ``MLATokenToKVPool._create_buffers``: SGLang allocates, one layer at a time with its own width."""
+    layers, width = self.layer_num, self.kv_cache_dim
+    items = layer_items(self.dtype, self.kv_lora_rank, self.qk_rope_head_dim, self.start_layer + layers)
+    if items is None:
+        original(self)
+        return
+    buffers: list[torch.Tensor] = []
+    try:
+        self.layer_num = 1
+        for layer in range(self.start_layer, self.start_layer + layers):
+            self.kv_cache_dim = items[layer]
+            original(self)
+            buffers += self.kv_buffer
+    finally:
+        self.layer_num, self.kv_cache_dim = layers, width
+    self.kv_buffer = buffers
+
+
+def value_buffer(original: Callable[..., torch.Tensor], self: Any, layer_id: int) -> torch.Tensor:
+    """Around ``MLATokenToKVPool.get_value_buffer``: the latent part ``[slots, 1, w_l]`` of a row.
+
+    Raises:
+        TypeError: FP8 rows, whose values are nothing without their scales.
+    """
+    if self.dtype == FP8:
+        raise TypeError("FP8 rows are read by --attention-backend tpla alone; ask for that backend")
+    loaded = artifact()
+    if loaded is None or len(set(loaded.meta.widths)) == 1:
+        return original(self, layer_id)
+    return self.get_key_buffer(layer_id)[..., : loaded.meta.widths[layer_id]]
+
+
+def mean_cache_dim(
+    original: Callable[..., int], *, model_config: Any, kv_cache_dtype: torch.dtype, **kwargs: Any
+) -> float:
+    """Around ``calculate_mla_kv_cache_dim``: SGLang multiplies it with the number of layers."""
+    layers = model_config.num_hidden_layers
+    items = layer_items(kv_cache_dtype, model_config.kv_lora_rank, model_config.qk_rope_head_dim, layers)
+    if items is None:
+        return original(model_config=model_config, kv_cache_dtype=kv_cache_dtype, **kwargs)
+    return sum(items) / len(items)

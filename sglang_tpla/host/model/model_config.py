@@ -1,0 +1,22 @@
+"""The engine's view of the model on a decode rank: latent width w instead of d, and H*g heads.
+
+Pool, memory accounting and attention plans follow ``ModelConfig.kv_lora_rank`` and
+``ModelConfig.num_attention_heads // tp``; the model itself reads its own config, which stays as it is. With H*g heads
+each rank's share is H*g/T, which is what a rank of g groups computes. Answers to
+``sglang/srt/configs/model_config.py``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sglang_tpla.host.process import artifact, settings
+
+
+def slice_shape(result: None, self: Any, *args: Any, **kwargs: Any) -> None:
+    """After ``ModelConfig.__init__``."""
+    loaded = artifact()
+    if loaded is None or getattr(self, "is_draft_model", False):
+        return
+    self.kv_lora_rank = max(loaded.meta.widths)  # layers of other widths: sglang_tpla/host/model/kv_pool.py
+    self.num_attention_heads *= settings().groups

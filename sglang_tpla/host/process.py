@@ -1,0 +1,75 @@
+"""What this process serves: settings, artifact and layout, worked out once from the environment."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from sglang_tpla.artifact.artifact import Artifact
+from sglang_tpla.config import ConfigError, Layout, Settings
+
+
+@cache
+def settings() -> Settings:
+    """Settings of this server process.
+
+    Raises:
+        ConfigError: the process was not started by the launcher.
+    """
+    found = Settings.from_environment(os.environ)
+    if found is None:
+        raise ConfigError(
+            "this process has no SGLANG_TPLA_ROLE; start it with `python -m sglang_tpla.launch`"
+        )
+    return found
+
+
+def serves_decode() -> bool:
+    """Whether this process belongs to a decode server of ours."""
+    found = Settings.from_environment(os.environ)
+    return found is not None and found.role == "decode"
+
+
+@cache
+def artifact() -> Artifact | None:
+    """The calibration artifact of a decode server, or None for plain MLA."""
+    path = settings().artifact
+    return Artifact.load(path) if path else None
+
+
+@dataclass(frozen=True)
+class Slice:
+    """What one decode rank keeps of every layer: its group's maps and the widths."""
+
+    layout: Layout
+    rank: int
+    artifact: Artifact
+
+    @property
+    def group(self) -> int:
+        """This rank's latent group."""
+        return self.layout.group_of(self.rank)
+
+
+def make_slice(heads: int, rank: int, tp_size: int) -> Slice | None:
+    """The slice of attention rank ``rank`` of ``tp_size``, or None where the server keeps the whole latent."""
+    loaded = artifact()
+    if loaded is None:
+        return None
+    return Slice(Layout(tp_size, settings().groups, heads), rank, loaded)
+
+
+def current_slice(server_args: Any, rank: int, tp_size: int) -> Slice | None:
+    """`make_slice` for the model of a server."""
+    return make_slice(server_args.get_model_config().hf_text_config.num_attention_heads, rank, tp_size)
+
+
+def model_identity(server_args: Any) -> str:
+    """What a prefill and a decode server must share: hashes of the config and of the weights."""
+    from sglang_tpla.artifact.model_identity import config_hash, weights_hash
+    from sglang_tpla.reference_model.checkpoint import Checkpoint, local_checkpoint
+
+    folder = local_checkpoint(server_args.model_path, server_args.revision)
+    return f"{config_hash(Checkpoint(folder).config)}:{weights_hash(folder)}"

@@ -1,0 +1,96 @@
+"""What ``/server_info`` says of TPLA: layout and cache at the top, the agent's counters in the internal state.
+
+Answers to ``Scheduler.get_init_info`` and ``Scheduler.get_internal_state`` in ``sglang/srt/managers/scheduler.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from sglang_tpla.config import Layout
+from sglang_tpla.host.process import artifact, settings
+
+
+def describe(
+    layout: Layout,
+    latent_dim: int,
+    rope_dim: int,
+    widths: tuple[int, ...],
+    row_bytes: Sequence[int],
+    value_bytes: int,
+) -> dict[str, Any]:
+    """The ``tpla`` section of ``/server_info``: layout, widths, and cache bytes per token and rank.
+
+    Args:
+        row_bytes: of a token's row in every layer's cache.
+        value_bytes: of a value in the cache of plain MLA, in the model's own precision.
+    """
+    from sglang_tpla.host.hooks import applied
+
+    loaded = artifact()
+    return {
+        "role": settings().role,
+        "groups": layout.groups,
+        "head_shards": layout.head_shards,
+        "o_proj": settings().o_proj,
+        "latent_dim": latent_dim,
+        "rope_dim": rope_dim,
+        "widths": list(widths),
+        "artifact": settings().artifact,
+        "artifact_sha256": loaded.content_hash if loaded else None,
+        "transform": loaded.meta.transform if loaded else "none",
+        "cache_bytes_per_token_and_rank": sum(row_bytes),
+        "mla_cache_bytes_per_token_and_rank": value_bytes * len(widths) * (latent_dim + rope_dim),
+        "hooks": list(applied()),
+    }
+
+
+def startup_info(result: dict[str, Any], self: Any) -> dict[str, Any]:
+    """After ``get_init_info``: SGLang merges this dictionary into ``/server_info``."""
+    pool = self.token_to_kv_pool_allocator.get_kvcache()
+    text = self.model_config.hf_text_config
+    layout = Layout(self.ps.attn_tp_size, settings().groups, text.num_attention_heads)
+    loaded = artifact()
+    widths = tuple(loaded.meta.widths) if loaded else (text.kv_lora_rank,) * pool.layer_num
+    row_bytes = [buffer[0].nbytes for buffer in pool.kv_buffer]
+    value_bytes = self.model_config.dtype.itemsize
+    result["tpla"] = describe(
+        layout, text.kv_lora_rank, text.qk_rope_head_dim, widths, row_bytes, value_bytes
+    )
+    return result
+
+
+def live_info(result: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+    """After ``get_internal_state``: counters of this rank's transfer agent, and what its scheduler still holds."""
+    from sglang_tpla.host.disaggregation.kv_manager import agents
+
+    result.internal_state["tpla_transfer"] = [asdict(agent.stats()) for agent in agents()]
+    result.internal_state["tpla_scheduler"] = scheduler_load(self)
+    return result
+
+
+def scheduler_load(scheduler: Any) -> dict[str, int]:
+    """Requests in each of the disaggregation's queues, and cache slots and metadata rows in use.
+
+    All zero on an idle server, but for ``cached_tokens``: what the prefix cache keeps and would evict.
+    """
+    bootstrap = scheduler.disagg_prefill_bootstrap_queue
+    preallocation = scheduler.disagg_decode_prealloc_queue
+    transfer = scheduler.disagg_decode_transfer_queue
+    rows = scheduler.req_to_metadata_buffer_idx_allocator
+    cached = scheduler.tree_cache.evictable_size()
+    return {
+        "bootstrap_queue": len(bootstrap.queue) if bootstrap else 0,
+        "inflight_queue": len(scheduler.disagg_prefill_inflight_queue or ()),
+        "preallocation_queue": len(preallocation.queue) if preallocation else 0,
+        "transfer_queue": len(transfer.queue) if transfer else 0,
+        "waiting_queue": len(scheduler.waiting_queue),
+        "running_batch": len(scheduler.running_batch.reqs),
+        "used_tokens": scheduler.max_total_num_tokens
+        - scheduler.token_to_kv_pool_allocator.available_size()
+        - cached,
+        "cached_tokens": cached,
+        "used_metadata_rows": rows.size - rows.available_size(),
+    }

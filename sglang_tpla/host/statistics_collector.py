@@ -1,0 +1,111 @@
+"""Calibration statistics from a running prefill server: second moments of latents and queries, while it serves.
+
+For models that fit on no other machine. Each tensor-parallel rank sums over its own heads and writes one file, a few
+megabytes a layer; ``calibrate --from-stats FILE...`` puts ranks and servers together. Watches the modules of
+``DeepseekV2AttentionMLA`` (``sglang/srt/models/deepseek_v2.py``): its latent norm, and the projection that makes
+queries.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from sglang.srt.runtime_context import get_parallel
+
+from sglang_tpla.calibrate.statistics import FORMAT_VERSION, LayerMoments, Statistics, StatisticsMeta
+from sglang_tpla.host.process import model_identity, settings
+
+logger = logging.getLogger(__name__)
+
+
+class Collector:
+    """Moments of every layer on one rank.
+
+    Args:
+        meta: model, and the first of this rank's heads.
+        moments: one a layer, on the model's device.
+        path: file that is replaced whole at every write.
+        every_tokens: tokens between two writes.
+    """
+
+    def __init__(
+        self, meta: StatisticsMeta, moments: list[LayerMoments], path: Path, every_tokens: int
+    ) -> None:
+        self.statistics = Statistics(meta, moments)
+        self._path, self._every_tokens = path, every_tokens
+        self._written = 0.0
+        self._halves: list[dict[str, torch.Tensor]] = [{} for _ in moments]
+
+    def watch(self, layer: int, attention: Any) -> None:
+        """Hook the two modules of one layer."""
+        queries = attention.q_b_proj if attention.q_lora_rank is not None else attention.q_proj
+        shape = (attention.num_local_heads, attention.qk_nope_head_dim, attention.qk_rope_head_dim)
+        attention.kv_a_layernorm.register_forward_hook(
+            self._observer(layer, "latent", lambda out: out.flatten(0, -2))
+        )
+        queries.register_forward_hook(
+            self._observer(
+                layer, "q_nope", lambda out: out[0].view(-1, shape[0], shape[1] + shape[2])[..., : shape[1]]
+            )
+        )
+
+    def _observer(self, layer: int, name: str, pick: Callable[[Any], torch.Tensor]) -> Callable[..., None]:
+        def observe(module: torch.nn.Module, inputs: Any, output: Any) -> None:
+            halves = self._halves[layer]
+            halves[name] = pick(output).detach()
+            if len(halves) == 2:  # [tokens, d] and [tokens, local heads, qk_nope] of the same tokens
+                self.statistics.layers[layer].update(halves["latent"], halves["q_nope"])
+                halves.clear()
+                if layer == len(self._halves) - 1:
+                    self._write_if_due()
+
+        return observe
+
+    def _write_if_due(self) -> None:
+        tokens = self.statistics.layers[-1].latent_count
+        if tokens - self._written < self._every_tokens:
+            return
+        self._written = tokens
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self._path.with_suffix(".tmp")
+        self.statistics.save(temporary)
+        os.replace(temporary, self._path)
+        logger.info("statistics of %d tokens in %s", int(tokens), self._path)
+
+
+def observe_model(result: Any, self: Any, *args: Any, **kwargs: Any) -> None:
+    """After ``ModelRunner.load_model``: watch every attention layer, where a folder is set."""
+    folder = settings().statistics_folder
+    if folder is None or getattr(self, "is_draft_worker", False):
+        return
+    attentions = [layer.self_attn for layer in self.model.model.layers]
+    parallel, first = get_parallel(), attentions[0]
+    config, weights = model_identity(self.server_args).split(":")
+    heads = first.num_local_heads
+    meta = StatisticsMeta(
+        format_version=FORMAT_VERSION,
+        model_name=Path(self.server_args.model_path).name,
+        config_hash=config,
+        weights_hash=weights,
+        corpus=f"traffic of {socket.gethostname()}:{self.server_args.port}",
+        corpus_hash="",
+        seed=0,
+        first_head=parallel.attn_tp_rank * heads,
+    )
+    moments = [
+        LayerMoments.zeros(first.kv_lora_rank, heads, first.qk_nope_head_dim, str(self.device))
+        for _ in attentions
+    ]
+    # The process number keeps what a server summed up before a restart.
+    rank = f"rank{parallel.attn_tp_rank}of{parallel.attn_tp_size}"
+    name = f"{meta.model_name}-{self.server_args.port}-{rank}-{os.getpid()}.safetensors"
+    collector = Collector(meta, moments, Path(folder) / name, settings().statistics_every_tokens)
+    for index, attention in enumerate(attentions):
+        collector.watch(index, attention)
+    logger.info("collecting calibration statistics in %s", Path(folder) / name)

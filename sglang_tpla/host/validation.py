@@ -1,0 +1,227 @@
+"""Combinations that cannot work are refused at start, in the first process, with one message each.
+
+Around ``ServerArgs.__post_init__`` in ``sglang/srt/server_args.py``: flags are looked at before SGLang rewrites them,
+the model and the attention backend after it has resolved them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from sglang.srt.environ import envs
+
+from sglang_tpla.artifact.artifact import ArtifactError
+from sglang_tpla.artifact.model_identity import weights_hash
+from sglang_tpla.attention.backends import device_capability
+from sglang_tpla.attention.interface import AttentionInputError, DecodeShape
+from sglang_tpla.config import ConfigError, Layout
+from sglang_tpla.host.attention.supported import OURS, preferred_backend, require_engine_backend
+from sglang_tpla.host.disaggregation.engine_memory import CACHE_DTYPES, FP8_CACHE
+from sglang_tpla.host.ledger import refuse
+from sglang_tpla.host.process import artifact, settings
+from sglang_tpla.reference_model.checkpoint import Checkpoint, CheckpointError, local_checkpoint
+from sglang_tpla.transfer.network.security import Security
+from sglang_tpla.transfer.room import TransferError
+
+SPARSE = "index_topk"  # DSA models (DeepSeek V3.2, GLM-5) carry an indexer over the whole latent
+
+
+def check_server_args(original: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -> None:
+    """Refuse before and after SGLang resolves its arguments.
+
+    Raises:
+        SystemExit: with the reason.
+    """
+    try:
+        check_flags(self)
+        check_address(self)
+        check_config(self.model_path, local_config(self.model_path))
+        original(self, *args, **kwargs)
+        check_model(self)
+    except (ConfigError, ArtifactError, CheckpointError, AttentionInputError, TransferError) as error:
+        raise refuse(str(error)) from error
+
+
+def check_flags(args: Any) -> None:
+    """What can be said from the flags alone.
+
+    Raises:
+        ConfigError: naming each flag that has to go, and why.
+    """
+    role = settings().role
+    if args.disaggregation_mode != role or args.disaggregation_transfer_backend != "tpla":
+        raise ConfigError(
+            f"a {role} server runs with --disaggregation-mode {role} --disaggregation-transfer-backend tpla; got "
+            f"{args.disaggregation_mode!r} and {args.disaggregation_transfer_backend!r}: drop those flags, the "
+            "launcher sets them"
+        )
+    sliced = settings().artifact is not None
+    refusals = [
+        (sliced and args.dcp_size > 1, "--dcp-size", "decode context parallelism (DCP) gathers every rank's queries "
+         "against one whole latent, and TPLA ranks hold different slices"),
+        (args.enable_hierarchical_cache, "--enable-hierarchical-cache", "the hierarchical cache backs up rank 0's "
+         "cache for all ranks, and TPLA ranks hold different slices"),
+        (args.disaggregation_decode_enable_offload_kvcache, "--disaggregation-decode-enable-offload-kvcache",
+         "the offload manager assumes that all ranks hold the same latent cache"),
+        (args.enable_hisparse, "--enable-hisparse", "it indexes the whole latent"),
+        (args.speculative_algorithm is not None, "--speculative-algorithm", "the draft model's cache is not sliced "
+         "and not transferred yet"),
+        (args.pp_size > 1, "--pp-size", "pipeline stages are not transferred yet"),
+        (sliced and os.environ.get("SGL_USE_DEEPGEMM_BMM", "0").lower() in ("1", "true"), "SGL_USE_DEEPGEMM_BMM",
+         "it leaves the absorbed weights in FP8 blocks, which the maps cannot be folded into"),
+        (sliced and bool(args.enable_lora), "--enable-lora", "adapters on kv_b_proj correct the unfolded weights"),
+        (role == "prefill" and args.kv_cache_dtype.startswith("fp8"), f"--kv-cache-dtype {args.kv_cache_dtype}",
+         "prompts stay exact, and a decode server with --kv-cache-dtype fp8_e4m3 gets FP8 rows from any cache"),
+        (role == "decode" and args.kv_cache_dtype == "fp8_e5m2", "--kv-cache-dtype fp8_e5m2", "FP8 rows are e4m3: "
+         "--kv-cache-dtype fp8_e4m3"),
+    ]  # fmt: skip
+    found = [f"{flag} does not go with sglang_tpla: {why}; drop {flag}" for bad, flag, why in refusals if bad]
+    if args.device == "cpu" and args.page_size not in (None, 1):
+        found.append(
+            f"the CPU reference platform pages its cache by single tokens; got --page-size {args.page_size}, use "
+            "--page-size 1"
+        )
+    if found:  # all at once: each further start would cost the time to load SGLang
+        raise ConfigError("; also, ".join(found))
+
+
+def check_address(args: Any) -> None:
+    """Keys that can be read, and no plain TCP beyond loopback.
+
+    Raises:
+        ConfigError, TransferError: naming the flag that helps.
+    """
+    security = Security.from_environment(settings().role)
+    if settings().role == "prefill":
+        security.check(args.host, "a prefill server on")
+        if envs.SGLANG_RUST_SERVER.get():
+            raise ConfigError(
+                "SGLANG_RUST_SERVER=1 brings a bootstrap server of its own, which checks nobody; unset it"
+            )
+
+
+def local_config(model_path: str) -> dict[str, Any]:
+    """A checkpoint folder's config, read before SGLang acts on it; empty for a model of the hub."""
+    path = Path(model_path) / "config.json"
+    if not path.is_file():
+        return {}
+    config = json.loads(path.read_text(encoding="utf-8"))
+    return config.get("text_config", config)
+
+
+def check_config(model_path: str, config: dict[str, Any]) -> None:
+    """Refuse models without a latent cache, and those whose indexer needs the whole of it.
+
+    Raises:
+        ConfigError: naming what the config says.
+    """
+    if config.get(SPARSE) is not None:
+        raise ConfigError(
+            f"{model_path} uses DeepSeek sparse attention (its config has {SPARSE!r}): the indexer needs the whole "
+            "latent on every rank; serve it with stock SGLang"
+        )
+    if config and config.get("kv_lora_rank") is None:
+        raise ConfigError(
+            f"{model_path} has no latent cache (no kv_lora_rank in its config); sglang_tpla serves DeepSeek V2, V3 and "
+            "Kimi K2 shaped models"
+        )
+
+
+def check_model(args: Any) -> None:
+    """What needs the model's config, the artifact and the resolved backend.
+
+    Raises:
+        ConfigError, ArtifactError, CheckpointError, BackendRefusal: one message.
+    """
+    config = args.get_model_config()
+    text = config.hf_text_config
+    check_config(args.model_path, text.to_dict())
+    if settings().role == "prefill":
+        return
+    attention_ranks = args.tp_size // (args.dp_size if args.enable_dp_attention else 1)
+    layout = Layout(attention_ranks, settings().groups, text.num_attention_heads)
+    if settings().o_proj == "scatter" and layout.local_heads % layout.groups:
+        raise ConfigError(
+            f"--tpla-o-proj scatter deals {layout.heads} heads out evenly over {attention_ranks} ranks, which does not "
+            "come out; use --tpla-o-proj replicate"
+        )
+    loaded = artifact()
+    backend = args.get_attention_backends()[1]
+    if loaded is not None:
+        folder = local_checkpoint(args.model_path, args.revision)
+        loaded.check_model(Checkpoint(folder).config, weights_hash(folder), layout.groups)
+        check_blocks(text, getattr(config.hf_config, "quantization_config", None), layout)
+    elif backend != OURS and args.kv_cache_dtype != FP8_CACHE:
+        return  # plain MLA on a stock backend
+    shapes = slice_shapes(args, config)
+    if len(shapes) > 1 and backend == "flashinfer":
+        raise ConfigError(
+            f"{settings().artifact} has layers of widths {[shape.latent_dim for shape in shapes]}, and "
+            "--attention-backend flashinfer plans one width for all layers; use another backend or an artifact without "
+            "a per-layer policy"
+        )
+    for shape in shapes:
+        require_engine_backend(backend, shape, device_capability(torch.device(args.device)))
+
+
+def check_blocks(text: Any, quantization: dict[str, Any] | None, layout: Layout) -> None:
+    """Block-quantised weights are cut between blocks. SGLang checks that only where it cuts into T parts, and head
+    shards are T/g: beyond that it would take scales of other blocks without a word.
+
+    Raises:
+        ConfigError: a head shard that ends inside a block.
+    """
+    block = (quantization or {}).get("weight_block_size")
+    if not block or layout.head_shards == 1:
+        return
+    sizes = (
+        ("q_b_proj", text.qk_nope_head_dim + text.qk_rope_head_dim, block[0]),
+        ("kv_b_proj", text.qk_nope_head_dim + text.v_head_dim, block[0]),
+        ("o_proj", text.v_head_dim, block[1]),
+    )
+    for name, head_size, size in sizes:
+        if layout.local_heads * head_size % size:
+            raise ConfigError(
+                f"a head shard of {name} has {layout.local_heads} heads of {head_size} = "
+                f"{layout.local_heads * head_size} values, which end inside a block of {size} that has one scale; use "
+                f"fewer head shards than {layout.head_shards} (--tp-size / --tpla-groups)"
+            )
+
+
+def slice_shapes(args: Any, config: Any) -> list[DecodeShape]:
+    """One rank's attention layers, one shape for each kind among them.
+
+    Args:
+        config: the engine's ModelConfig, whose heads are H*g already (``model_shape.py``).
+    """
+    loaded = artifact()
+    attention_ranks = args.tp_size // (args.dp_size if args.enable_dp_attention else 1)
+    fp8 = args.kv_cache_dtype == FP8_CACHE
+    meta = loaded.meta if loaded else None
+    pairs = zip(meta.widths, meta.shared_dims, strict=True) if meta else [(config.kv_lora_rank,) * 2]
+    return [
+        DecodeShape(
+            latent_dim=width,
+            heads=config.num_attention_heads // attention_ranks,
+            rope_dim=config.qk_rope_head_dim,
+            page_size=args.page_size or 1,
+            dtype=config.dtype if fp8 else CACHE_DTYPES.get(args.kv_cache_dtype, config.dtype),
+            fp8_shared=shared if fp8 else None,
+        )
+        for width, shared in sorted(set(pairs) if fp8 else {(width, 0) for width, _ in pairs})
+    ]
+
+
+def default_backend(original: Callable[..., str], self: Any, use_mla_backend: bool, model_config: Any) -> str:
+    """Around ``ServerArgs._get_default_attn_backend``: stock's choice was made for the whole latent."""
+    stock = original(self, use_mla_backend, model_config)
+    if artifact() is None and self.kv_cache_dtype != FP8_CACHE:
+        return stock
+    return preferred_backend(
+        slice_shapes(self, model_config), device_capability(torch.device(self.device)), stock
+    )

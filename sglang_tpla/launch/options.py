@@ -1,0 +1,282 @@
+"""The launcher's own options, and where each value comes from: command line, file, environment, default.
+
+The ``--tpla-*`` flags are the fields of `sglang_tpla.config.Settings`, so that a new setting is one line
+there. A configuration file is YAML: own keys and SGLang's flags by name, and under ``prefill:``, ``decode:``
+and ``router:`` those of one role. ``environment:`` sets variables that the shell does not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sglang_tpla.config import ENV_PREFIX, ConfigError, Settings
+from sglang_tpla.launch.flags import (
+    ROLE_SECTIONS,
+    Argument,
+    canonical,
+    for_section,
+    from_mapping,
+    layered,
+    outside_sections,
+    split_tokens,
+    to_tokens,
+)
+
+ROLES = ("prefill", "decode", "router", "all")
+OWN_PREFIX = "tpla-"
+# Of the launcher itself, at the top of a file.
+LAUNCHER_KEYS = ("role", "log-dir", "startup-timeout-s", "environment")
+ADDRESS = ("host", "port")
+SETTING_FIELDS = {
+    OWN_PREFIX + entry.name.replace("_", "-"): entry for entry in fields(Settings) if entry.name != "role"
+}
+# Settings of the other role: how decode ranks share the latent, and what a prefill server collects.
+OF_THE_OTHER_ROLE = {
+    "prefill": ("groups", "artifact", "o_proj"),
+    "decode": ("statistics_folder", "listen_port", "advertise"),
+}
+KINDS = {"int": int, "float": float, "str": str, "str | None": str}
+
+
+@dataclass(frozen=True)
+class FileSource:
+    """What a configuration file says.
+
+    Args:
+        path: the file, for messages.
+        common: keys outside the sections.
+        sections: keys of each role.
+    """
+
+    path: str = ""
+    common: dict[str, Any] = field(default_factory=dict)
+    sections: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def keys_for(self, section: str) -> dict[str, Any]:
+        """Flags of a role, its section over the common ones; a router beside sections has only its own."""
+        common = {} if section == "router" and self.sections else self.common
+        merged = {**common, **self.sections.get(section, {})}
+        return {name: value for name, value in merged.items() if name not in LAUNCHER_KEYS}
+
+    def environment_for(self, section: str) -> dict[str, Any]:
+        """Variables of a role, its section over the common ones."""
+        own = self.sections.get(section, {})
+        return {**(self.common.get("environment") or {}), **(own.get("environment") or {})}
+
+
+@dataclass(frozen=True)
+class Options:
+    """The command line and the file, read but not yet resolved for a role.
+
+    Args:
+        role: ``prefill``, ``decode``, ``router`` or ``all``.
+        dry_run: print instead of start.
+        log_dir: where ``all`` keeps its servers' logs; None is a temporary folder.
+        startup_timeout_s: how long ``all`` waits for its servers to be healthy.
+        command_line: everything that is not one of these four.
+        file: the configuration file.
+        environ: the environment that the launcher was started in.
+    """
+
+    role: str
+    dry_run: bool
+    log_dir: str | None
+    startup_timeout_s: float
+    command_line: list[Argument]
+    file: FileSource
+    environ: Mapping[str, str]
+
+    def engine_arguments(self, section: str) -> list[Argument]:
+        """Flags for SGLang or its router in one role, without own ones, command line over file.
+
+        Under ``all``, the router is what clients see: host and port outside any section are its own, and
+        everything else outside the sections is the two servers'.
+        """
+        common_file = from_mapping(self.file.keys_for(section), self.file.path)
+        common = outside_sections(self.command_line)
+        if self.role == "all":
+            own_keys = self.file.sections.get(section, {})
+            is_router = section == "router"
+            shared = from_mapping({k: v for k, v in self.file.common.items() if k in ADDRESS}, self.file.path)
+            common_file = [a for a in common_file if a.name not in ADDRESS or a.name in own_keys]
+            common_file = layered(shared, common_file) if is_router else common_file
+            common = [argument for argument in common if (argument.name in ADDRESS) == is_router]
+        merged = layered(common_file, common, for_section(self.command_line, section))
+        return [argument for argument in merged if not argument.name.startswith(OWN_PREFIX)]
+
+    def file_environment(self, section: str) -> dict[str, str]:
+        """Variables that the file sets for a role and the shell does not."""
+        wanted = self.file.environment_for(section)
+        return {str(name): str(value) for name, value in wanted.items() if name not in self.environ}
+
+    def settings(self, role: str) -> Settings:
+        """Settings of a prefill or decode server.
+
+        Raises:
+            ConfigError: a value of the wrong type or out of range, with its origin.
+        """
+        chosen: dict[str, Any] = {}
+        file_keys = self.file.keys_for(role)
+        section_keys = self.file.sections.get(role, {})
+        common = {argument.name: argument for argument in outside_sections(self.command_line)}
+        dotted = {argument.name: argument for argument in for_section(self.command_line, role)}
+        for flag, entry in SETTING_FIELDS.items():
+            variable = ENV_PREFIX + entry.name.upper()
+            # Said once for a whole trio, or left in the shell, these mean the other server alone.
+            elsewhere = entry.name in OF_THE_OTHER_ROLE[role]
+            if flag in dotted:
+                found, origin = dotted[flag].value, f"--{role}.{flag}"
+            elif flag in common and not (elsewhere and self.role == "all"):
+                found, origin = common[flag].value, f"--{flag}"
+            elif flag in file_keys and not (elsewhere and self.role == "all" and flag not in section_keys):
+                found, origin = file_keys[flag], f"{flag} in {self.file.path}"
+            elif variable in self.environ and not elsewhere:
+                found, origin = self.environ[variable], variable
+            else:
+                continue
+            chosen[entry.name] = convert(found, str(entry.type), origin)
+        return Settings(role=role, **chosen)
+
+
+def check_own_names(names: Sequence[str], origin: str) -> None:
+    """Refuse ``tpla-`` names that do not exist, with the nearest one that does.
+
+    Raises:
+        ConfigError: an unknown name.
+    """
+    for name in names:
+        if name.startswith(OWN_PREFIX) and name not in SETTING_FIELDS:
+            near = difflib.get_close_matches(name, SETTING_FIELDS, n=1)
+            hint = f"; did you mean --{near[0]}?" if near else ""
+            known = ", ".join("--" + known for known in SETTING_FIELDS)
+            raise ConfigError(f"{origin}: there is no --{name}{hint} The settings are {known}")
+
+
+def convert(value: Any, kind: str, origin: str) -> Any:
+    """A setting's value in its type.
+
+    Raises:
+        ConfigError: it has none, or cannot be read as that type.
+    """
+    if value is None or isinstance(value, (list, dict, bool)):
+        raise ConfigError(f"{origin} needs one value of type {kind.removesuffix(' | None')}; got {value!r}")
+    try:
+        return KINDS[kind](str(value))
+    except ValueError as error:
+        raise ConfigError(f"{origin} must be of type {kind}; got {value!r}") from error
+
+
+def read_file(path: str) -> FileSource:
+    """Read a configuration file.
+
+    Raises:
+        ConfigError: no such file, no YAML, no mapping.
+    """
+    try:
+        loaded = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise ConfigError(f"--config {path}: cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config {path}: expected YAML; {error}") from error
+    if loaded is None:
+        loaded = {}
+    if not isinstance(loaded, dict):
+        raise ConfigError(
+            f"--config {path}: expected a mapping of flags at the top; got {type(loaded).__name__}"
+        )
+    sections = {
+        name: _checked_keys(value, path)
+        for name, value in loaded.items()
+        if name in ROLE_SECTIONS and isinstance(value, dict)
+    }
+    common = {name: value for name, value in loaded.items() if name not in sections}
+    return FileSource(path, _checked_keys(common, path), sections)
+
+
+def _checked_keys(values: dict[Any, Any], path: str) -> dict[str, Any]:
+    """The mapping with its keys in one spelling."""
+    for key in values:
+        if not isinstance(key, str):
+            raise ConfigError(f"--config {path}: expected flag names as keys, such as tp-size; got {key!r}")
+    if not isinstance(values.get("environment") or {}, dict):
+        raise ConfigError(f"--config {path}: environment must be a mapping of variables to values")
+    check_own_names([canonical(key) for key in values], f"--config {path}")
+    return {canonical(key): value for key, value in values.items()}
+
+
+def parser() -> argparse.ArgumentParser:
+    """The launcher's own command line, for its checks and its help."""
+    result = argparse.ArgumentParser(
+        prog="python -m sglang_tpla.launch",
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Start a prefill server, a TPLA decode server, the router, or all three.",
+        epilog=(
+            "Every other flag goes to sglang.launch_server or sglang_router.launch_router unchanged; their\n"
+            "own --help lists them. With --role all, --prefill.FLAG, --decode.FLAG and --router.FLAG reach\n"
+            "one of the three, --host and --port are the router's, and everything else is both servers'.\n"
+            "Order of precedence: command line, --config, environment (SGLANG_TPLA_*), default."
+        ),
+    )
+    result.add_argument("--role", choices=ROLES, help="what to start; may also stand in the file")
+    result.add_argument("--config", metavar="FILE.yaml", help="flags by name, with sections per role")
+    result.add_argument("--dry-run", action="store_true", help="print environment and command, start nothing")
+    result.add_argument(
+        "--startup-timeout-s", type=float, help="--role all: wait this long for health (1800)"
+    )
+    result.add_argument(
+        "--log-dir", help="--role all: keep the servers' logs here; otherwise the router's own flag"
+    )
+    group = result.add_argument_group("settings", "see sglang_tpla.config.Settings")
+    for flag, entry in SETTING_FIELDS.items():
+        default = "" if entry.default in (None, MISSING) else f" (default {entry.default})"
+        kind = str(entry.type).removesuffix(" | None")
+        group.add_argument("--" + flag, metavar=kind.upper(), help=documented(entry.name) + default)
+    return result
+
+
+def documented(name: str) -> str:
+    """What the settings' own documentation says of a field."""
+    found = re.search(rf"^\s+{name}: (.+(?:\n {{12}}.+)*)", Settings.__doc__ or "", re.MULTILINE)
+    return " ".join(found[1].replace("``", "").rstrip(".").split()).replace("%", "%%") if found else name
+
+
+def read(tokens: Sequence[str], environ: Mapping[str, str]) -> Options:
+    """Read the command line and the file it names.
+
+    Raises:
+        ConfigError: anything wrong with either.
+        SystemExit: ``--help``, or what argparse refuses.
+    """
+    arguments = split_tokens(tokens)
+    check_own_names([argument.name.rpartition(".")[2] for argument in arguments], "command line")
+    # --log-dir is also a flag of the router: ours only where we supervise.
+    ours = ("role", "config", "dry-run", "startup-timeout-s", "help", "h")
+    own = parser().parse_args(to_tokens([a for a in arguments if a.name in ours]))
+    file = read_file(own.config) if own.config else FileSource()
+    role = own.role or file.common.get("role") or environ.get(ENV_PREFIX + "ROLE")
+    if role not in ROLES:
+        raise ConfigError(f"--role must be one of {', '.join(ROLES)}; got {role!r}")
+    rest = [argument for argument in arguments if argument.name not in ours]
+    log_dir = None
+    if role == "all":
+        log_dir = next((a.value for a in rest if a.name == "log-dir"), None) or file.common.get("log-dir")
+        rest = [argument for argument in rest if argument.name != "log-dir"]
+    timeout = own.startup_timeout_s or file.common.get("startup-timeout-s") or 1800.0
+    return Options(
+        role=role,
+        dry_run=own.dry_run,
+        log_dir=log_dir,
+        startup_timeout_s=convert(timeout, "float", "--startup-timeout-s"),
+        command_line=rest,
+        file=file,
+        environ=environ,
+    )

@@ -1,0 +1,197 @@
+"""Sees to it that nothing outlives a supervised deployment, whatever ends it.
+
+    python -m sglang_tpla.launch.reaper
+
+The supervisor holds the other end of this process's standard input. It writes ``foreign NODE ...`` for the
+shared memory that was there before it started anything (this process may come up later than what it is to
+watch), ``folder PATH`` for the folder that holds temporary files, and ``session PID`` for each child, which
+leads a session of its own. When that pipe closes, by an orderly end or because the supervisor was killed, every
+process of those sessions is ended, and the folders and the shared memory that those processes had mapped are
+removed. SGLang leaves a segment behind at each start, under a name that only its processes know, hence the look
+at their mappings.
+
+Signals meant for the supervisor do not reach this process: it leads its own session and ignores them.
+Standard library only; Linux.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import select
+import shutil
+import signal
+import stat
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+TERM_GRACE_S = 5.0
+ORPHAN_GRACE_S = 1.0
+LOOK_EVERY_S = 1.0
+POLL_S = 0.05
+SHARED_MEMORY = Path("/dev/shm")
+GONE = (FileNotFoundError, ProcessLookupError, PermissionError)
+
+
+def numbered_processes() -> Iterator[tuple[int, Path]]:
+    """Every process of this machine with its folder."""
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            yield int(entry.name), entry
+
+
+def session_of(process: Path) -> int | None:
+    """The session of a process that lives; zombies only wait for their parent."""
+    with contextlib.suppress(*GONE):
+        # pid (name) state ppid pgrp session ...; the name may hold spaces and brackets.
+        state, _, _, session = (process / "stat").read_text().rpartition(")")[2].split()[:4]
+        if state not in "ZX":
+            return int(session)
+    return None
+
+
+def mentions(process: Path, folders: Iterable[str]) -> bool:
+    """Whether a process was started with one of the folders for its temporary files."""
+    with contextlib.suppress(*GONE):
+        variables = (process / "environ").read_bytes().split(b"\0")
+        return any(b"TMPDIR=" + os.fsencode(folder) in variables for folder in folders)
+    return False
+
+
+def held_segments(process: Path) -> set[int]:
+    """Index nodes of the shared memory that a process has mapped or is about to map.
+
+    Not names: a semaphore is mapped under a first name and linked to its own afterwards.
+    """
+    device = SHARED_MEMORY.stat().st_dev
+    held: set[int] = set()
+    with contextlib.suppress(*GONE):
+        held |= {int(node) for node in re.findall(rb" (\d+) +/dev/shm/", (process / "maps").read_bytes())}
+        for descriptor in (process / "fd").iterdir():
+            with contextlib.suppress(*GONE):
+                status = descriptor.stat()
+                if status.st_dev == device and stat.S_ISREG(status.st_mode):
+                    held.add(status.st_ino)
+    return held
+
+
+def send(pids: Iterable[int], number: signal.Signals) -> None:
+    """Send a signal to whoever still lives."""
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
+
+
+def segments() -> dict[int, Path]:
+    """Every file in shared memory by its index node."""
+    found = {}
+    for path in SHARED_MEMORY.iterdir():
+        with contextlib.suppress(*GONE):
+            found[path.stat().st_ino] = path
+    return found
+
+
+class Reaper:
+    """What belongs to the deployment, and its end."""
+
+    def __init__(self) -> None:
+        self.sessions: set[int] = set()
+        self.folders: list[str] = []
+        self.held: set[int] = set()
+        self.foreign: set[int] = set()
+
+    def note(self, line: str) -> None:
+        """Take one line of the supervisor.
+
+        Raises:
+            ValueError: it is none of ``session PID``, ``folder PATH`` and ``foreign NODE ...``.
+        """
+        kind, _, value = line.partition(" ")
+        if kind == "session":
+            self.sessions.add(int(value))
+        elif kind == "folder":
+            self.folders.append(value)
+        elif kind == "foreign":
+            self.foreign.update(int(node) for node in value.split())
+        else:
+            raise ValueError(f"expected 'session PID', 'folder PATH' or 'foreign NODE ...'; got {line!r}")
+
+    def living(self) -> list[int]:
+        """Processes of the deployment, this one excepted."""
+        return [
+            pid
+            for pid, process in numbered_processes()
+            if pid != os.getpid()
+            and (session := session_of(process)) is not None
+            and (session in self.sessions or mentions(process, self.folders))
+        ]
+
+    def look(self) -> None:
+        """Remember the shared memory that the processes hold."""
+        for pid in self.living():
+            self.held |= held_segments(Path("/proc") / str(pid)) - self.foreign
+
+    def segments(self) -> list[Path]:
+        """What of the deployment's shared memory is there."""
+        return [path for node, path in segments().items() if node in self.held]
+
+    def wait_for_end(self, descriptor: int) -> None:
+        """Read the supervisor's lines until it closes them."""
+        pending = b""
+        while True:
+            if not select.select([descriptor], [], [], LOOK_EVERY_S)[0]:
+                self.look()
+                continue
+            received = os.read(descriptor, 65536)
+            if not received:
+                return
+            *lines, pending = (pending + received).split(b"\n")
+            for line in lines:
+                self.note(os.fsdecode(line))
+
+    def frozen_look(self, number: signal.Signals) -> None:
+        """Look at processes that are held still, then send them a signal: what they made later would stay.
+
+        SIGTERM goes to the leaders of the sessions alone, which end their own children.
+        """
+        living = self.living()
+        send(living, signal.SIGSTOP)
+        self.look()
+        leaders = [pid for pid in living if session_of(Path("/proc") / str(pid)) == pid]
+        send(leaders if number == signal.SIGTERM else living, number)
+        send(living, signal.SIGCONT)
+
+    def end(self, grace_s: float = TERM_GRACE_S) -> None:
+        """Ask the session leaders to end, then end whoever lives, then remove what they left."""
+        self.frozen_look(signal.SIGTERM)
+        deadline = time.monotonic() + grace_s
+        while living := self.living():
+            if not any(session_of(Path("/proc") / str(pid)) == pid for pid in living):
+                # Without its leader a session has little to tidy up.
+                deadline = min(deadline, time.monotonic() + ORPHAN_GRACE_S)
+            if time.monotonic() >= deadline:
+                self.frozen_look(signal.SIGKILL)
+            time.sleep(POLL_S)
+        for segment in self.segments():
+            segment.unlink(missing_ok=True)
+        for folder in self.folders:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def main() -> int:
+    """Wait for the supervisor's end, then clean up."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    reaper = Reaper()
+    try:
+        reaper.wait_for_end(sys.stdin.fileno())
+    finally:
+        reaper.end()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,210 @@
+"""From options to processes: the command and the environment of every role."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from sglang_tpla.config import ENV_PREFIX, ConfigError, Layout, Settings
+from sglang_tpla.launch import cpu
+from sglang_tpla.launch.flags import (
+    Argument,
+    from_mapping,
+    has,
+    integer,
+    split_tokens,
+    to_tokens,
+    value_of,
+)
+from sglang_tpla.launch.options import Options
+
+TRANSFER_BACKEND = "tpla"
+DEFAULT_HOST = "127.0.0.1"
+DEFAULT_PORT = 30000
+PLUGIN_GROUP, PLUGIN_NAME = "sglang.srt.plugins", "sglang_tpla"
+
+
+@dataclass(frozen=True)
+class Process:
+    """One process to start.
+
+    Args:
+        role: ``prefill``, ``decode`` or ``router``.
+        command: program and arguments.
+        environment: variables to set, and with None to remove.
+        url: where it answers HTTP.
+    """
+
+    role: str
+    command: tuple[str, ...]
+    environment: dict[str, str | None]
+    url: str
+
+    def full_environment(self, environ: Mapping[str, str]) -> dict[str, str]:
+        """`environ` with this process's changes."""
+        result = dict(environ)
+        for name, value in self.environment.items():
+            if value is None:
+                result.pop(name, None)
+            else:
+                result[name] = value
+        return result
+
+    def shell(self) -> str:
+        """The command for a shell, copy and paste, one flag a line."""
+        removed = [f"-u {name}" for name, value in sorted(self.environment.items()) if value is None]
+        added = [
+            f"{name}={shlex.quote(value)}"
+            for name, value in sorted(self.environment.items())
+            if value is not None
+        ]
+        head = shlex.join(self.command[:3])
+        flags = [shlex.join(argument.tokens) for argument in split_tokens(self.command[3:])]
+        return " \\\n  ".join((["env", *removed, *added] if removed or added else []) + [head, *flags])
+
+
+def plan(options: Options) -> list[Process]:
+    """The processes of a role, checked as far as can be without starting them.
+
+    Raises:
+        ConfigError: a setting or combination that cannot work.
+    """
+    if options.role == "all":
+        return _plan_all(options)
+    if options.role == "router":
+        return [_router(options.engine_arguments("router"), options)]
+    return [_server(options.role, options.engine_arguments(options.role), options)]
+
+
+def _plan_all(options: Options) -> list[Process]:
+    """Prefill, decode and router on this machine, with ports counted up from the router's."""
+    router = _with_defaults(options.engine_arguments("router"), host=DEFAULT_HOST, port=DEFAULT_PORT)
+    port = integer(router, "port", DEFAULT_PORT)
+    router = _with_defaults(router, prometheus_port=port + 4)
+    prefill = _with_defaults(
+        options.engine_arguments("prefill"),
+        host=DEFAULT_HOST,
+        port=port + 1,
+        disaggregation_bootstrap_port=port + 3,
+    )
+    decode = _with_defaults(options.engine_arguments("decode"), host=DEFAULT_HOST, port=port + 2)
+    servers = [_server("prefill", prefill, options), _server("decode", decode, options)]
+    bootstrap = value_of(prefill, "disaggregation-bootstrap-port") or ""
+    router += split_tokens(["--prefill", servers[0].url, bootstrap, "--decode", servers[1].url])
+    return [*servers, _router(router, options)]
+
+
+def _with_defaults(arguments: list[Argument], **defaults: object) -> list[Argument]:
+    """The arguments, with those of `defaults` (flag with ``_`` for ``-``) that are not given."""
+    missing = {name: value for name, value in defaults.items() if not has(arguments, name.replace("_", "-"))}
+    return arguments + from_mapping(missing, "default")
+
+
+def _server(role: str, arguments: list[Argument], options: Options) -> Process:
+    """A prefill or decode server."""
+    settings = options.settings(role)
+    if not has(arguments, "model-path"):
+        raise ConfigError(f"a {role} server needs --model-path MODEL (a folder or a model's name)")
+    if role == "decode":
+        _check_layout(settings, arguments)
+        _check_artifact(settings, arguments)
+    for name, value in (("disaggregation-mode", role), ("disaggregation-transfer-backend", TRANSFER_BACKEND)):
+        given = value_of(arguments, name)
+        if given is None:
+            arguments = [*arguments, *split_tokens([f"--{name}", value])]
+        elif given != value:
+            raise ConfigError(
+                f"--role {role} means --{name} {value}; got --{name} {given}: drop that flag, or start stock "
+                "SGLang with `python -m sglang.launch_server`"
+            )
+    variables = {ENV_PREFIX + field.name.upper() for field in fields(Settings)}
+    # What a shell still says about another role must not reach this one.
+    environment: dict[str, str | None] = dict.fromkeys(variables.intersection(options.environ))
+    environment |= options.file_environment(role)
+    environment |= settings.to_environment()
+    if value_of(arguments, "device") == "cpu":
+        known = {**options.environ, **options.file_environment(role)}
+        environment |= cpu.environment(integer(arguments, "tp-size", 1), known)
+    command = (sys.executable, "-m", "sglang.launch_server", *to_tokens(arguments))
+    return Process(role, command, environment, _url(arguments))
+
+
+def _router(arguments: list[Argument], options: Options) -> Process:
+    """The router in prefill/decode mode."""
+    settings = [argument.name for argument in options.command_line if argument.name.startswith("tpla-")]
+    if options.role == "router" and settings:
+        raise ConfigError(
+            f"the router has no settings of its own; got --{settings[0]}: give it to the decode server"
+        )
+    if not has(arguments, "service-discovery"):
+        for name, example in (("prefill", "URL BOOTSTRAP_PORT"), ("decode", "URL")):
+            if not has(arguments, name):
+                raise ConfigError(f"the router needs --{name} {example}, once for every {name} server")
+    if not has(arguments, "pd-disaggregation"):
+        arguments = [*split_tokens(["--pd-disaggregation"]), *arguments]
+    command = (sys.executable, "-m", "sglang_router.launch_router", *to_tokens(arguments))
+    return Process("router", command, dict(options.file_environment("router")), _url(arguments))
+
+
+def _url(arguments: Sequence[Argument]) -> str:
+    host = value_of(arguments, "host") or DEFAULT_HOST
+    host = {"0.0.0.0": DEFAULT_HOST, "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
+    return f"http://{host}:{integer(arguments, 'port', DEFAULT_PORT)}"
+
+
+def _check_layout(settings: Settings, arguments: Sequence[Argument]) -> None:
+    """Refuse groups that the ranks or the heads cannot be divided by."""
+    tp_size = integer(arguments, "tp-size", 1)
+    if has(arguments, "enable-dp-attention"):
+        tp_size //= integer(arguments, "dp-size", 1)
+    model_config = Path(value_of(arguments, "model-path") or "") / "config.json"
+    heads = tp_size
+    if model_config.is_file():
+        try:
+            heads = int(json.loads(model_config.read_text()).get("num_attention_heads", tp_size))
+        except (ValueError, OSError) as error:
+            raise ConfigError(f"{model_config}: expected a model's configuration in JSON; {error}") from error
+    Layout(tp_size=tp_size, groups=settings.groups, heads=heads)
+
+
+def _check_artifact(settings: Settings, arguments: Sequence[Argument]) -> None:
+    """Refuse an artifact that is not there, with the command that makes one."""
+    if settings.artifact and not Path(settings.artifact).is_file():
+        raise ConfigError(
+            f"--tpla-artifact {settings.artifact}: no such file; make one with `python -m "
+            f"sglang_tpla.calibrate --model-path {value_of(arguments, 'model-path')} "
+            f"--groups {settings.groups} --transform shared --out {settings.artifact}`"
+        )
+
+
+def check_installation(environ: Mapping[str, str] = os.environ) -> None:
+    """Make sure that the servers about to start will find SGLang and load this plug-in.
+
+    SGLang serves unpatched where a plug-in is missing or filtered out, so that is refused here.
+
+    Raises:
+        ConfigError: they will not.
+    """
+    if importlib.util.find_spec("sglang") is None:
+        raise ConfigError(
+            f"{sys.executable} has no SGLang; run `make python` and use the interpreter that it prints"
+        )
+    names = {entry.name for entry in importlib.metadata.entry_points(group=PLUGIN_GROUP)}
+    if PLUGIN_NAME not in names:
+        raise ConfigError(
+            f"{sys.executable} does not show the plug-in {PLUGIN_NAME} to SGLang (entry points "
+            f"{PLUGIN_GROUP}: {sorted(names)}); install this package there, or use "
+            "the interpreter that `make python` prints"
+        )
+    allowed = environ.get("SGLANG_PLUGINS", "")
+    if allowed and PLUGIN_NAME not in [name.strip() for name in allowed.split(",")]:
+        raise ConfigError(
+            f"SGLANG_PLUGINS={allowed} keeps SGLang from loading {PLUGIN_NAME}; add it or unset that"
+        )

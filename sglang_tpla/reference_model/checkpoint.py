@@ -1,0 +1,161 @@
+"""Read a Hugging Face checkpoint directory tensor by tensor: one file or a sharded index, plain or block-FP8.
+
+Nothing is loaded before it is asked for, so a 671-billion-parameter checkpoint costs one tensor at a time.
+Block-FP8 is the format DeepSeek ships: ``X.weight`` in float8_e4m3fn [out, in] beside ``X.weight_scale_inv``
+[ceil(out/128), ceil(in/128)] in float32; the value is the stored number times its block's scale.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+_ATTENTION_PROBE = "layers.0.self_attn.kv_b_proj.weight"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read: what was expected, what came, where, what to do."""
+
+
+class Checkpoint:
+    """A checkpoint directory.
+
+    Args:
+        path: directory with ``config.json`` and ``*.safetensors`` (``model.safetensors.index.json`` when
+        sharded).
+
+    Raises:
+        CheckpointError: a file is missing or unreadable, or the model has no multi-head latent attention.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        config_path = self.path / "config.json"
+        if not config_path.is_file():
+            raise CheckpointError(f"expected a model directory with config.json, found none at {config_path}")
+        try:
+            self.config: dict[str, Any] = json.loads(config_path.read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise CheckpointError(f"{config_path} is not valid JSON: {error}") from error
+        # multimodal wrappers keep the language model's own configuration one level down
+        if "kv_lora_rank" not in self.config and isinstance(self.config.get("text_config"), dict):
+            self.config = self.config["text_config"]
+        self._files = self._index()
+        self.prefix = self._find_prefix()
+
+    def _index(self) -> dict[str, str]:
+        index_path = self.path / "model.safetensors.index.json"
+        if index_path.is_file():
+            try:
+                weight_map: dict[str, str] = json.loads(index_path.read_text(encoding="utf-8"))["weight_map"]
+            except (json.JSONDecodeError, KeyError) as error:
+                raise CheckpointError(f"{index_path} has no readable weight_map: {error!r}") from error
+            return weight_map
+        files = sorted(self.path.glob("*.safetensors"))
+        if not files:
+            raise CheckpointError(
+                f"expected *.safetensors in {self.path}, found none; convert the checkpoint to safetensors "
+                f"first"
+            )
+        names: dict[str, str] = {}
+        for file in files:
+            try:
+                with safe_open(file, framework="pt") as handle:
+                    names.update(dict.fromkeys(handle.keys(), file.name))
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(f"{file} is not a readable safetensors file: {error}") from error
+        return names
+
+    def _find_prefix(self) -> str:
+        for name in self._files:
+            if name.endswith(_ATTENTION_PROBE):
+                return name[: -len(_ATTENTION_PROBE)]
+        raise CheckpointError(
+            f"{self.path} has no tensor named *{_ATTENTION_PROBE}: not a model with multi-head latent "
+            f"attention "
+            "(expected a DeepSeek V2/V3 or Kimi K2 shaped checkpoint)"
+        )
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._files
+
+    def layer_name(self, layer: int, tail: str) -> str:
+        """Stored name of a layer's tensor, e.g. ``layer_name(3, "self_attn.kv_b_proj.weight")``."""
+        return f"{self.prefix}layers.{layer}.{tail}"
+
+    def _file_of(self, name: str) -> Path:
+        if name not in self._files:
+            raise CheckpointError(f"expected a tensor {name!r} in {self.path}, found none")
+        file = self.path / self._files[name]
+        if not file.is_file():
+            raise CheckpointError(
+                f"the index of {self.path} names {file.name} for {name!r}, which is missing"
+            )
+        return file
+
+    def stored(self, name: str) -> torch.Tensor:
+        """The tensor as stored, in its stored dtype."""
+        with safe_open(self._file_of(name), framework="pt") as handle:
+            tensor: torch.Tensor = handle.get_tensor(name)
+        return tensor
+
+    def stored_head(self, name: str, limit_bytes: int) -> bytes:
+        """The first ``limit_bytes`` of a tensor's stored bytes, row-major, reading no more rows than "
+        "needed."""
+        with safe_open(self._file_of(name), framework="pt") as handle:
+            rows = handle.get_slice(name)
+            shape = rows.get_shape()
+            row_values = 1
+            for size in shape[1:]:
+                row_values *= size
+            # every stored dtype takes at least one byte a value, so this many rows always suffice
+            tensor = rows[: -(-limit_bytes // max(row_values, 1))]
+        raw: bytes = tensor.contiguous().view(torch.uint8).numpy().tobytes()
+        return raw[:limit_bytes]
+
+    def tensor(self, name: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """The tensor's values in ``dtype``; block-FP8 is dequantised.
+
+        Raises:
+            CheckpointError: the tensor is missing, or is FP8 without its scales.
+        """
+        stored = self.stored(name)
+        if stored.dtype not in (torch.float8_e4m3fn, torch.float8_e5m2):
+            return stored.to(dtype)
+        scale_name = f"{name}_scale_inv"
+        if scale_name not in self._files:
+            raise CheckpointError(
+                f"{name!r} is stored as {stored.dtype} and needs {scale_name!r}, which is missing"
+            )
+        block = (self.config.get("quantization_config") or {}).get("weight_block_size") or [128, 128]
+        return dequantise_blocks(stored, self.stored(scale_name), (int(block[0]), int(block[1]))).to(dtype)
+
+
+def dequantise_blocks(weight: torch.Tensor, scale: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
+    """FP8 weight [out, in] times its block scales [ceil(out/block0), ceil(in/block1)], as float32 [out, in].
+
+    Raises:
+        CheckpointError: the scales do not cover the weight.
+    """
+    expected = (-(-weight.shape[0] // block[0]), -(-weight.shape[1] // block[1]))
+    if tuple(scale.shape) != expected:
+        raise CheckpointError(
+            f"expected block scales of shape {expected} for a weight {tuple(weight.shape)} in blocks "
+            f"{block}, "
+            f"got {tuple(scale.shape)}"
+        )
+    rows = scale.float().repeat_interleave(block[0], 0)[: weight.shape[0]]
+    return weight.float() * rows.repeat_interleave(block[1], 1)[:, : weight.shape[1]]
+
+
+def local_checkpoint(model_path: str, revision: str | None) -> Path:
+    """Folder of a checkpoint: the path itself, or its snapshot of the Hugging Face hub."""
+    if Path(model_path).is_dir():
+        return Path(model_path)
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(model_path, revision=revision))

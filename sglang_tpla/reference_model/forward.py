@@ -1,0 +1,394 @@
+"""Plain PyTorch forward of DeepSeek V2/V3 and Kimi K2 shaped models, exact or with TPLA decoding.
+
+The reference for calibration and evaluation: no cache, no kernels, whole sequences, every step as SGLang's
+``srt/models/deepseek_v2.py`` and transformers' ``DeepseekV3ForCausalLM`` compute it. With maps, tokens before
+``prompt_tokens`` attend exactly (they were prefilled by plain MLA) and every later one attends through the
+slices, over all tokens before it, as the design's section 2 has it:
+
+    p_i = softmax(scale (q_nope W_UK A_i^T z_i^T + q_rope k_rope^T)),   o = sum_i (p_i z_i) B_i W_UV W_O
+
+That is teacher forcing: one pass gives what token-by-token decoding of the same text would give.
+Shapes: B batch, S tokens, H heads, d latent dims, n nope, e rope, v value dims a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import overload
+
+import torch
+import torch.nn.functional as F
+
+from sglang_tpla.reference_model.checkpoint import Checkpoint
+from sglang_tpla.reference_model.feed_forward import FeedForward, load_feed_forward
+from sglang_tpla.reference_model.rotary import Rotary, rotate
+from sglang_tpla.reference_model.spec import ModelSpec
+
+# Z [d, w], or a function from latents [B, S, d] to slices [B, S, w] (only comparisons need one)
+Slicer = torch.Tensor | Callable[[torch.Tensor], torch.Tensor]
+# maps of one layer: (Z, A [w, d], B [w, d]) for each group; None is exact attention
+GroupMaps = tuple[Slicer, torch.Tensor, torch.Tensor]
+LayerMaps = Sequence[GroupMaps]
+
+
+class CachedMaps(list[GroupMaps]):
+    """Maps of a layer whose cache hands rotary keys back as ``round_key`` makes them."""
+
+    def __init__(self, maps: Sequence[GroupMaps], round_key: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__(maps)
+        self.round_key = round_key
+
+
+@dataclass(frozen=True)
+class AttentionInputs:
+    """What the attention of one layer sees: S tokens, of which the last Q ask.
+
+    ``latent`` [B, S, d] after RMSNorm; ``k_rope`` [B, S, e] rotated; ``q_nope`` [B, H, Q, n] and ``q_rope``
+    [B, H, Q, e] rotated.
+    """
+
+    latent: torch.Tensor
+    q_nope: torch.Tensor
+    q_rope: torch.Tensor
+    k_rope: torch.Tensor
+
+    def first(self, tokens: int) -> AttentionInputs:
+        """The first ``tokens`` tokens and those of their queries that are here."""
+        kept = tokens - (self.latent.shape[1] - self.q_nope.shape[2])
+        return AttentionInputs(
+            self.latent[:, :tokens],
+            self.q_nope[:, :, :kept],
+            self.q_rope[:, :, :kept],
+            self.k_rope[:, :tokens],
+        )
+
+    def last_queries(self, queries: int) -> AttentionInputs:
+        """All tokens, but only the last ``queries`` ask."""
+        skipped = self.q_nope.shape[2] - queries
+        return AttentionInputs(
+            self.latent, self.q_nope[:, :, skipped:], self.q_rope[:, :, skipped:], self.k_rope
+        )
+
+    def after(self, past: LayerCache) -> AttentionInputs:
+        """The same queries with earlier tokens' latents in front."""
+        return AttentionInputs(
+            torch.cat([past.latent, self.latent], 1),
+            self.q_nope,
+            self.q_rope,
+            torch.cat([past.k_rope, self.k_rope], 1),
+        )
+
+
+@dataclass(frozen=True)
+class LayerCache:
+    """Exact cache of one layer: ``latent`` [B, P, d] after RMSNorm and ``k_rope`` [B, P, e]."""
+
+    latent: torch.Tensor
+    k_rope: torch.Tensor
+
+
+Observer = Callable[[int, AttentionInputs, torch.Tensor], None]
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """RMSNorm over the last axis, computed in float32 at least."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return weight * normed.to(x.dtype)
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Weights and arithmetic of one attention layer.
+
+    ``w_uk`` [H, n, d] and ``w_uv`` [H, v, d] are the halves of kv_b_proj; projections are [out, in].
+    """
+
+    spec: ModelSpec
+    q_a: torch.Tensor | None
+    q_a_norm: torch.Tensor | None
+    q_b: torch.Tensor
+    kv_a: torch.Tensor
+    kv_a_bias: torch.Tensor | None
+    q_a_bias: torch.Tensor | None
+    kv_norm: torch.Tensor
+    w_uk: torch.Tensor
+    w_uv: torch.Tensor
+    o: torch.Tensor
+    o_bias: torch.Tensor | None
+
+    def inputs(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> AttentionInputs:
+        """Normed hidden states [B, S, hidden] -> queries and latents; cos, sin [S, e/2]."""
+        spec = self.spec
+        batch, tokens = x.shape[:2]
+        if self.q_a is None or self.q_a_norm is None:
+            q = F.linear(x, self.q_b)
+        else:
+            q = F.linear(rms_norm(F.linear(x, self.q_a, self.q_a_bias), self.q_a_norm, spec.eps), self.q_b)
+        q = q.view(batch, tokens, spec.heads, spec.nope_dim + spec.rope_dim).transpose(1, 2)
+        raw = F.linear(x, self.kv_a, self.kv_a_bias)
+        return AttentionInputs(
+            latent=rms_norm(raw[..., : spec.latent_dim], self.kv_norm, spec.eps),
+            q_nope=q[..., : spec.nope_dim],
+            q_rope=rotate(q[..., spec.nope_dim :], cos, sin),
+            k_rope=rotate(raw[..., spec.latent_dim :], cos, sin),
+        )
+
+    def heads_out(
+        self, inputs: AttentionInputs, key_latent: torch.Tensor, value_latent: torch.Tensor
+    ) -> torch.Tensor:
+        """Causal attention of all the queries; returns [B, H, Q, v].
+
+        Keys come from ``key_latent`` and values from ``value_latent``, both [B, S, d].
+        """
+        batch, tokens = key_latent.shape[:2]
+        spec = self.spec
+        if inputs.q_nope.shape[2] == 1:
+            return self._one_query(inputs, key_latent, value_latent)
+        k_nope = torch.einsum("bsd,hnd->bhsn", key_latent, self.w_uk)
+        value = torch.einsum("bsd,hvd->bhsv", value_latent, self.w_uv)
+        k_rope = inputs.k_rope[:, None].expand(batch, spec.heads, tokens, spec.rope_dim)
+        key = torch.cat([k_nope, k_rope], -1)
+        query = torch.cat([inputs.q_nope, inputs.q_rope], -1)
+        return causal_attention(query, key, value, spec.scale)
+
+    def _one_query(
+        self, inputs: AttentionInputs, key_latent: torch.Tensor, value_latent: torch.Tensor
+    ) -> torch.Tensor:
+        # the last token sees every key: absorbed, no key or value of the whole cache is made, no mask
+        absorbed = torch.einsum("bhqn,hnd->bhqd", inputs.q_nope, self.w_uk)
+        scores = absorbed @ key_latent[:, None].mT + inputs.q_rope @ inputs.k_rope[:, None].mT
+        context = (scores * self.spec.scale).softmax(-1) @ value_latent[:, None]
+        return torch.einsum("bhqd,hvd->bhqv", context, self.w_uv)
+
+    def project(self, heads_out: torch.Tensor) -> torch.Tensor:
+        """Output projection of [B, H, queries, v] to [B, queries, hidden]."""
+        return F.linear(heads_out.transpose(1, 2).flatten(2), self.o, self.o_bias)
+
+    def tpla_heads_out(self, inputs: AttentionInputs, maps: LayerMaps) -> torch.Tensor:
+        """The same through the slices: the sum over the groups, [B, H, Q, v]."""
+        total: torch.Tensor | None = None
+        if isinstance(maps, CachedMaps):
+            inputs = replace(inputs, k_rope=maps.round_key(inputs.k_rope))
+        for z_map, a_map, b_map in maps:
+            # [B, S, w]
+            z = inputs.latent @ z_map if isinstance(z_map, torch.Tensor) else z_map(inputs.latent)
+            part = self.heads_out(inputs, z @ a_map, z @ b_map)
+            total = part if total is None else total + part
+        if total is None:
+            raise ValueError("expected maps for at least one group, got none")
+        return total
+
+    def __call__(self, inputs: AttentionInputs, maps: LayerMaps | None, prompt_tokens: int) -> torch.Tensor:
+        """[B, Q, hidden]; exact, or exact before ``prompt_tokens`` and through ``maps`` from there on."""
+        tokens, queries = inputs.latent.shape[1], inputs.q_nope.shape[2]
+        if maps is None or prompt_tokens >= tokens:
+            return self.project(self.heads_out(inputs, inputs.latent, inputs.latent))
+        exact_queries = max(prompt_tokens - (tokens - queries), 0)
+        decoded = self.tpla_heads_out(inputs.last_queries(queries - exact_queries), maps)
+        if exact_queries == 0:
+            return self.project(decoded)
+        prompt = inputs.first(prompt_tokens)
+        exact = self.heads_out(prompt, prompt.latent, prompt.latent)
+        return self.project(torch.cat([exact, decoded], 2))
+
+
+def causal_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """Attention of the last Q of S tokens: query [B, H, Q, k], key [B, H, S, k], value [B, H, S, v]."""
+    queries, tokens = query.shape[2], key.shape[2]
+    value_dim = value.shape[-1]
+    if value_dim < key.shape[-1]:
+        # the fused kernels want one width; without this the unfused one runs, some three times slower
+        value = F.pad(value, (0, key.shape[-1] - value_dim))
+    if queries == tokens:
+        out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale)
+    else:
+        mask = torch.ones(queries, tokens, dtype=torch.bool, device=key.device).tril(tokens - queries)
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+    return out[..., :value_dim]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One decoder layer."""
+
+    attention: Attention
+    feed_forward: FeedForward
+    input_norm: torch.Tensor
+    post_norm: torch.Tensor
+
+
+class _LastLayer(Sequence[Layer]):
+    """Layers read when asked for; only the last one read is kept."""
+
+    def __init__(self, model: PlainModel) -> None:
+        self._model = model
+        self._index: int | None = None
+        self._layer: Layer | None = None
+
+    def __len__(self) -> int:
+        return self._model.spec.layers
+
+    @overload
+    def __getitem__(self, index: int) -> Layer: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Layer]: ...
+    def __getitem__(self, index: int | slice) -> Layer | Sequence[Layer]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        if self._layer is None or self._index != index:
+            self._layer = None  # let go of the old weights before the new ones come
+            self._layer, self._index = self._model.load_layer(index), index
+        return self._layer
+
+
+class PlainModel:
+    """A whole model in memory.
+
+    Args:
+        checkpoint: the checkpoint directory, or a path to one.
+        dtype: dtype of weights and arithmetic.
+        device: torch device.
+        resident: keep every layer's weights in memory; otherwise only those of the layer used last.
+
+    Raises:
+        CheckpointError: a tensor is missing or the configuration is not of this family.
+    """
+
+    layers: Sequence[Layer]
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint | str,
+        dtype: torch.dtype = torch.float32,
+        device: str = "cpu",
+        *,
+        resident: bool = True,
+    ) -> None:
+        self.checkpoint = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint(checkpoint)
+        self.spec = ModelSpec.from_config(self.checkpoint.config)
+        self.dtype, self.device = dtype, torch.device(device)
+        self.rotary = Rotary(self.spec, self.device)
+        self.embedding = self._tensor(f"{self.checkpoint.prefix}embed_tokens.weight")
+        self.final_norm = self._tensor(f"{self.checkpoint.prefix}norm.weight")
+        head = f"{self.checkpoint.prefix.removesuffix('model.')}lm_head.weight"
+        self.lm_head = self._tensor(head) if head in self.checkpoint else self.embedding
+        self.resident = resident
+        self.layers = (
+            [self.load_layer(index) for index in range(self.spec.layers)] if resident else _LastLayer(self)
+        )
+
+    def _tensor(self, name: str) -> torch.Tensor:
+        return self.checkpoint.tensor(name, self.dtype).to(self.device)
+
+    def load_layer(self, index: int) -> Layer:
+        """Read one layer's weights."""
+
+        def get(tail: str) -> torch.Tensor:
+            return self._tensor(self.checkpoint.layer_name(index, tail))
+
+        return Layer(
+            attention=load_attention(self.checkpoint, self.spec, index, self.dtype, self.device),
+            feed_forward=load_feed_forward(self.checkpoint, self.spec, index, self.dtype, self.device),
+            input_norm=get("input_layernorm.weight"),
+            post_norm=get("post_attention_layernorm.weight"),
+        )
+
+    def attention_inputs(self, index: int, hidden: torch.Tensor, first_position: int = 0) -> AttentionInputs:
+        """Queries and latents of layer ``index`` for hidden states [B, Q, hidden]."""
+        layer = self.layers[index]
+        cos, sin = self.rotary.tables(first_position + hidden.shape[1], hidden.dtype)
+        normed = rms_norm(hidden, layer.input_norm, self.spec.eps)
+        return layer.attention.inputs(normed, cos[first_position:], sin[first_position:])
+
+    def finish_layer(self, index: int, hidden: torch.Tensor, attention_out: torch.Tensor) -> torch.Tensor:
+        """Residuals and feed-forward: the hidden states after layer ``index``."""
+        layer = self.layers[index]
+        hidden = hidden + attention_out
+        return hidden + layer.feed_forward(rms_norm(hidden, layer.post_norm, self.spec.eps))
+
+    def hidden_states(
+        self,
+        tokens: torch.Tensor,
+        *,
+        maps: Sequence[LayerMaps | None] | None = None,
+        prompt_tokens: int = 0,
+        past: Sequence[LayerCache] | None = None,
+        observer: Observer | None = None,
+    ) -> torch.Tensor:
+        """Normed hidden states [B, Q, hidden] of tokens [B, Q].
+
+        Args:
+            tokens: token ids.
+            maps: per layer, maps of every group, or None for an exact layer.
+            prompt_tokens: tokens whose attention is exact although ``maps`` are given, counted from the
+            start.
+            past: per layer, the exact cache of the tokens before these.
+            observer: called with (layer, attention inputs, attention output [B, Q, hidden]).
+        """
+        if maps is not None and len(maps) != self.spec.layers:
+            raise ValueError(f"expected maps for {self.spec.layers} layers, got {len(maps)}")
+        first_position = past[0].latent.shape[1] if past is not None else 0
+        hidden = self.embedding[tokens]
+        for index, layer in enumerate(self.layers):
+            inputs = self.attention_inputs(index, hidden, first_position)
+            if past is not None:
+                inputs = inputs.after(past[index])
+            out = layer.attention(inputs, maps[index] if maps is not None else None, prompt_tokens)
+            if observer is not None:
+                observer(index, inputs, out)
+            hidden = self.finish_layer(index, hidden, out)
+        return rms_norm(hidden, self.final_norm, self.spec.eps)
+
+    def prefill(self, tokens: torch.Tensor) -> tuple[torch.Tensor, list[LayerCache]]:
+        """Exact normed hidden states [B, S, hidden] of tokens [B, S], and the cache they leave."""
+        cache: list[LayerCache] = []
+
+        def keep(_layer: int, inputs: AttentionInputs, _out: torch.Tensor) -> None:
+            cache.append(LayerCache(inputs.latent, inputs.k_rope))
+
+        return self.hidden_states(tokens, observer=keep), cache
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits [..., vocab] of normed hidden states [..., hidden]."""
+        return F.linear(hidden, self.lm_head)
+
+    def forward(
+        self, tokens: torch.Tensor, *, maps: Sequence[LayerMaps | None] | None = None, prompt_tokens: int = 0
+    ) -> torch.Tensor:
+        """Logits [B, S, vocab] of tokens [B, S]; arguments as in ``hidden_states``."""
+        return self.logits(self.hidden_states(tokens, maps=maps, prompt_tokens=prompt_tokens))
+
+
+def load_attention(
+    checkpoint: Checkpoint, spec: ModelSpec, index: int, dtype: torch.dtype, device: torch.device
+) -> Attention:
+    """Read one layer's attention weights."""
+
+    def get(tail: str) -> torch.Tensor:
+        return checkpoint.tensor(checkpoint.layer_name(index, f"self_attn.{tail}"), dtype).to(device)
+
+    def maybe(tail: str) -> torch.Tensor | None:
+        return get(tail) if checkpoint.layer_name(index, f"self_attn.{tail}") in checkpoint else None
+
+    kv_b = get("kv_b_proj.weight").view(spec.heads, spec.nope_dim + spec.value_dim, spec.latent_dim)
+    low_rank = spec.q_lora_rank is not None
+    return Attention(
+        spec=spec,
+        q_a=get("q_a_proj.weight") if low_rank else None,
+        q_a_norm=get("q_a_layernorm.weight") if low_rank else None,
+        q_b=get("q_b_proj.weight" if low_rank else "q_proj.weight"),
+        kv_a=get("kv_a_proj_with_mqa.weight"),
+        kv_a_bias=maybe("kv_a_proj_with_mqa.bias"),
+        q_a_bias=maybe("q_a_proj.bias"),
+        kv_norm=get("kv_a_layernorm.weight"),
+        w_uk=kv_b[:, : spec.nope_dim].contiguous(),
+        w_uv=kv_b[:, spec.nope_dim :].contiguous(),
+        o=get("o_proj.weight"),
+        o_bias=maybe("o_proj.bias"),
+    )

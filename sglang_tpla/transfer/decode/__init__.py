@@ -1,0 +1,1 @@
+"""The decode agent: connections, rooms, credits, and the receipt of chunks."""

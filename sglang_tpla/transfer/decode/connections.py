@@ -1,0 +1,425 @@
+"""Inside the decode agent: a DEALER socket for each prefill rank, registration there, and the arenas it can
+read.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+import uuid
+import weakref
+from abc import abstractmethod
+from collections import OrderedDict
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import zmq
+from zmq.utils.monitor import recv_monitor_message
+
+from sglang_tpla.config import Settings
+from sglang_tpla.transfer import messages as frames
+from sglang_tpla.transfer.decode.data_channels import DecodeChannels
+from sglang_tpla.transfer.decode.state import Address, Connection, Link
+from sglang_tpla.transfer.memory.projection import Projection
+from sglang_tpla.transfer.memory.rows import RowWriter
+from sglang_tpla.transfer.memory.shared_memory import map_arena
+from sglang_tpla.transfer.memory.staging import Staging, pin, unpin
+from sglang_tpla.transfer.network.data_channel import Spares
+from sglang_tpla.transfer.network.security import Security
+from sglang_tpla.transfer.room import CachePool, MetadataRows, TransferError
+from sglang_tpla.transfer.workers import endpoint, remember
+
+MAX_UNANSWERED = 3
+
+
+class DecodeDialing(DecodeChannels):
+    """Sockets and connections of `DecodeAgent`."""
+
+    role = "decode"
+
+    def __init__(
+        self,
+        pool: CachePool,
+        metadata: MetadataRows,
+        projection: Projection | None,
+        *,
+        model_hash: str,
+        settings: Settings,
+        rank: int,
+        size: int,
+        groups: int,
+        host_id: str | None = None,
+        security: Security | None = None,
+        logger: logging.Logger | None = None,
+    ) -> None:
+        self._security = security if security is not None else Security.from_environment(self.role)
+        super().__init__(settings, rank, size, logger, pool.device.type)
+        self._pool, self._metadata, self._projection, self._groups = pool, metadata, projection, groups
+        first, widths = pool.first_layer, pool.widths
+        if projection is not None and (
+            projection.widths != widths
+            or projection.first_layer != first
+            or projection.latent_dim != pool.latent_dim
+        ):
+            raise TransferError(
+                f"the projection is for layers from {projection.first_layer} on "
+                f"with d={projection.latent_dim} and "
+                f"widths {projection.widths[:4]}..., the pool holds layers from {first} on with "
+                f"d={pool.latent_dim} and widths {widths[:4]}...; use the "
+                "artifact this server was started with"
+            )
+        self._shared = tuple(projection.shared) if projection is not None else widths
+        self._writer = RowWriter(pool)
+        self._host = self._host_identity(host_id)
+        self._arena = self._make_arena()
+        self._kept_slots = (
+            Staging(self._arena.data, self._chunk_bytes, self._arena.reserve)
+            if self._arena is not None
+            else None
+        )
+        self._hello = frames.Hello(
+            versions=frames.PROTOCOL_VERSIONS,
+            agent=self._agent_id,
+            model_hash=model_hash,
+            rank=rank,
+            size=size,
+            host=self._host,
+            max_chunk_bytes=self._chunk_bytes,
+            layout=frames.CacheLayout(
+                first_layer=first,
+                latent_dim=pool.latent_dim,
+                rope_dim=pool.rope_dim,
+                dtype=pool.row_format.name_of(pool.dtype),
+                page_size=pool.page_size,
+                widths=widths,
+                shared=self._shared,
+                metadata_bytes=metadata.item_bytes,
+            ),
+            projection=projection.content_hash if projection is not None else "",
+            common=projection.common_hash if projection is not None else "",
+            arena=self._arena.announcement if self._arena is not None else None,
+        )
+        self._connections: dict[Address, Connection] = {}
+        # who last was at an address (agent), and until when it is known to have lived
+        self._former: OrderedDict[Address, tuple[str, float]] = OrderedDict()
+        self._maps: dict[bytes, memoryview | None] = {}  # by cookie: arenas that were mapped, or could not be
+        self.on_peer_lost: Callable[[str, int], None] | None = None
+        self._spares = Spares()
+        self._prepare()
+        self._start()
+
+    @abstractmethod
+    def _prepare(self) -> None:
+        """Set up what the subclass keeps, before the threads start."""
+
+    def close(self) -> None:
+        """End all threads and free sockets and staging; rooms that are still alive fail."""
+        super().close()
+        self._maps.clear()
+        if self._arena is not None:
+            self._arena.close()
+
+    # Connections
+
+    def _connection(self, address: Address) -> Connection:
+        """The connection to an address; a new one where there is none that can be used. Under the lock."""
+        connection = self._connections.get(address)
+        if connection is not None and connection.link is Link.REFUSED:
+            if time.monotonic() - connection.last_seen <= self._settings.peer_timeout_s:
+                return connection
+            connection = None  # the server there may have changed: ask again
+        if connection is None or connection.link is Link.LOST:
+            self._security.check(address[0], "connecting to")
+            connection = Connection(address, uuid.uuid4().bytes, time.monotonic())
+            self._connections[address] = connection
+            self._io.post(self._dial, connection)
+        return connection
+
+    def _dial(self, connection: Connection) -> None:
+        if self._closing:
+            return
+        dealer = self._io.context.socket(zmq.DEALER)
+        self._configure(dealer, max(self._chunk_bytes, frames.MAX_METADATA_BYTES) + frames.MAX_HEADER_BYTES)
+        dealer.setsockopt(zmq.IDENTITY, connection.identity)
+        dealer.setsockopt(zmq.IPV6, int(":" in connection.address[0]))
+        self._security.apply_client(dealer)
+        connection.socket = dealer
+        connection.monitor = dealer.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        self._io.add(connection.monitor, lambda monitor: self._disconnected(connection, monitor))
+        self._io.add(dealer, lambda _: self._receive(connection))
+        try:
+            dealer.connect(endpoint(*connection.address))
+        except zmq.ZMQError as error:
+            self._give_up(connection, f"the {connection.name} cannot be connected to: {error}")
+            return
+        connection.last_seen = time.monotonic()
+        self._send_now(connection, self._hello, None)
+
+    def _disconnected(self, connection: Connection, monitor: zmq.Socket) -> None:
+        recv_monitor_message(monitor, zmq.NOBLOCK)
+        self._broken(connection)
+
+    def _broken(self, connection: Connection) -> None:
+        """Try anew: for a while, or a few times where the prefill rank never answered. Rooms go on where they were."""
+        connection.unanswered += not connection.agent
+        if connection.unanswered == MAX_UNANSWERED:
+            self._give_up(
+                connection,
+                f"the connection to the {connection.name} broke {MAX_UNANSWERED} times before it answered; check that "
+                "both sides have keys that go together (--tpla-keys) or both have none",
+            )
+            return
+        with self._lock:
+            connection.link = Link.CONNECTING
+            first = connection.broken_since is None
+            if first:
+                connection.broken_since = time.monotonic()
+                self._note_end(connection, connection.broken_since)
+        self._hang_up(connection)  # the next tick dials anew, under another identity
+        if first:
+            self._log.warning("decode rank %d: the %s broke the connection", self._rank, connection.name)
+            self._tell_lost(connection)  # it may be back at another address
+
+    def _give_up(self, connection: Connection, reason: str, link: Link = Link.LOST) -> None:
+        """End a connection; its rooms fail. I/O thread only."""
+        with self._lock:
+            if connection.link in (Link.LOST, Link.REFUSED):
+                return
+            if connection.broken_since is None:
+                self._note_end(connection, connection.last_seen)
+            connection.link, connection.reason, connection.last_seen = link, reason, time.monotonic()
+            self._counts["refused" if link is Link.REFUSED else "peers_lost"] += 1
+            if link is Link.LOST and self._connections.get(connection.address) is connection:
+                del self._connections[connection.address]
+            connection.arenas.clear()
+            self._forget_maps()
+        self._log.warning("decode rank %d: %s", self._rank, reason)
+        self._hang_up(connection)
+        self._drop_rooms(connection, reason)
+        if link is Link.LOST and connection.broken_since is None:
+            self._tell_lost(connection)
+
+    def _note_end(self, connection: Connection, lived: float) -> None:
+        """Who was at an address: another one there knows nothing of the requests that came before. Under the lock."""
+        if connection.agent:
+            remember(self._former, connection.address, (connection.agent, lived))
+
+    def _refuse_version(self, connection: Connection, reason: str) -> None:
+        self._give_up(
+            connection, f"the {connection.name} speaks another framing version: {reason}", Link.REFUSED
+        )
+
+    def _tell_lost(self, connection: Connection) -> None:
+        if self.on_peer_lost is not None:
+            try:
+                self.on_peer_lost(*connection.address)
+            except Exception as error:
+                self._handler_failed("on_peer_lost", error)
+
+    def _hang_up(self, connection: Connection, linger_ms: int = 0) -> None:
+        self._end_data(connection)
+        dealer, connection.socket = connection.socket, None
+        if dealer is not None:
+            if connection.monitor is not None:
+                dealer.disable_monitor()
+                self._io.remove(connection.monitor)
+                connection.monitor = None
+            self._io.remove(dealer, linger_ms)
+
+    # Messages in (I/O thread)
+
+    def _receive(self, connection: Connection) -> None:
+        for _ in range(64):
+            if connection.socket is None:
+                return
+            parts = self._receive_parts(connection.socket)
+            if parts is None:
+                return
+            parsed = self._parse(parts, connection.name, partial(self._refuse_version, connection))
+            if parsed is None:
+                if connection.broken_since is not None or self._in_use(connection):
+                    self._broken(connection)  # what was lost comes again on a new connection
+                continue
+            message, payload = parsed
+            if isinstance(message, frames.Welcome) and message.data is not None:
+                self._dial_data(connection, parts[0], message.data)
+            self._take(connection, message, None if payload is None else payload.buffer)
+
+    def _take(self, connection: Connection, message: frames.Message, payload: memoryview | None) -> None:
+        connection.last_seen = time.monotonic()
+        try:
+            self._handle(connection, message, payload)
+        except Exception as error:
+            self._handler_failed(f"message {type(message).__name__} from the {connection.name}", error)
+            self._room_failed(connection, getattr(message, "room", -1), message, error)
+
+    def _handle(self, connection: Connection, message: frames.Message, payload: memoryview | None) -> None:
+        match message:
+            case frames.Pong():
+                pass
+            case frames.Ping():
+                self._send_now(connection, frames.Pong(message.number), None)
+            case frames.Welcome():
+                self._welcomed(connection, message)
+            case frames.Registered():
+                self._registered(connection)
+            case frames.Neighbours():
+                self._map_all(connection, message.number, message.arenas)
+            case frames.Refused():
+                self._give_up(connection, message.reason, Link.REFUSED)
+            case frames.Unregistered():
+                self._broken(connection)
+            case frames.Goodbye():
+                self._give_up(connection, f"the {connection.name} closed: {message.reason}")
+            case _:
+                self._handle_room(connection, message, payload)
+
+    @abstractmethod
+    def _handle_room(
+        self, connection: Connection, message: frames.Message, payload: memoryview | None
+    ) -> None:
+        """One message about a room, on the I/O thread."""
+
+    @abstractmethod
+    def _room_failed(
+        self, connection: Connection, room: int, message: frames.Message, error: Exception
+    ) -> None:
+        """An exception while a message about a room was handled, on the I/O thread."""
+
+    @abstractmethod
+    def _drop_rooms(self, connection: Connection, reason: str) -> None:
+        """Fail the rooms that wait for this connection."""
+
+    @abstractmethod
+    def _resume(self, connection: Connection) -> None:
+        """Take up the rooms that were under way when the connection broke. Under the lock."""
+
+    @abstractmethod
+    def _link_up(self, connection: Connection) -> None:
+        """The connection is registered: rooms that waited for it ask now."""
+
+    # Registration
+
+    def _welcomed(self, connection: Connection, message: frames.Welcome) -> None:
+        if connection.agent not in ("", message.agent):
+            self._drop_rooms(connection, f"the {connection.name} restarted; the request can be retried")
+            connection.ends.clear()  # the new process has no such rooms
+        former, lived = self._former.get(connection.address, ("", 0.0))
+        if former not in ("", message.agent):
+            connection.replaced = lived
+        connection.agent = message.agent
+        connection.layers = (message.first_layer, message.layers)
+        near = message.arena is not None and message.host == self._host
+        self._map_all(connection, 0, (message.arena,) if near and message.arena is not None else ())
+        if not message.need_projection:
+            self._registered(connection)
+        elif self._projection is None:
+            self._give_up(connection, f"the {connection.name} asked for a projection where there is none")
+        else:
+            key = self._projection.content_hash
+            for index, data in enumerate(self._projection.layer_bytes):
+                digest = frames.checksum(data)
+                self._send_now(connection, frames.ProjectionLayer(key, index, digest), data)
+
+    def _registered(self, connection: Connection) -> None:
+        with self._lock:
+            connection.link = Link.REGISTERED
+            resumed, connection.broken_since = connection.broken_since is not None, None
+            if resumed:
+                self._counts["resumed"] += 1
+                self._resume(connection)
+            self._link_up(connection)
+
+    def _map_all(self, connection: Connection, number: int, arenas: tuple[frames.Arena, ...]) -> None:
+        """Map the arenas of a list (whole, but for the prefill rank's own) and say which can be read."""
+        own = connection.arenas.get(connection.agent)
+        connection.arenas = {} if own is None else {connection.agent: own}
+        for arena in arenas:
+            if arena.cookie not in self._maps:
+                self._maps[arena.cookie] = self._map(arena, arena.agent == connection.agent)
+            view = self._maps[arena.cookie]
+            if view is not None:
+                connection.arenas[arena.agent] = view
+        self._forget_maps()
+        self._send_now(connection, frames.Mapped(number, tuple(connection.arenas)), None)
+
+    def _map(self, arena: frames.Arena, pinned: bool) -> memoryview | None:
+        """Map an arena; one that much is read from ``pinned``, so that a GPU reads it without a copy on the way."""
+        data = map_arena(arena)
+        if data is None:
+            return None
+        if pinned and self._pool.device.type == "cuda":
+            try:
+                with torch.cuda.device(self._pool.device):
+                    pin(data)
+            except RuntimeError as error:
+                self._log.warning("decode rank %d copies each chunk once more: %s", self._rank, error)
+            else:
+                # the array dies with its last view, and before the mapping that it holds
+                weakref.finalize(data, unpin, data.ctypes.data).atexit = False
+        return data.data
+
+    def _forget_maps(self) -> None:
+        """Unmap what no connection uses any more."""
+        used = {id(view) for other in self._connections.values() for view in other.arenas.values()}
+        self._maps = {
+            cookie: view for cookie, view in self._maps.items() if view is not None and id(view) in used
+        }
+
+    # Time, sending (I/O thread)
+
+    def _expire_connections(self, now: float) -> None:
+        with self._lock:
+            connections = list(self._connections.values())
+        limit = self._settings.peer_timeout_s
+        for connection in connections:
+            if connection.link in (Link.REFUSED, Link.LOST):
+                continue
+            if connection.broken_since is not None:
+                if now - connection.broken_since > limit:
+                    text = (
+                        f"the connection to the {connection.name} broke and did not come back for {limit:g} s"
+                    )
+                    self._give_up(connection, text)
+                elif connection.socket is None:
+                    connection.identity = uuid.uuid4().bytes
+                    self._dial(connection)
+                continue
+            if connection.socket is None:
+                continue
+            if now - connection.last_seen > limit:
+                did = "answer" if connection.link is Link.CONNECTING else "show a sign of life"
+                self._give_up(connection, f"the {connection.name} did not {did} for {limit:g} s")
+                continue
+            due = now - connection.last_ping >= self._settings.heartbeat_s
+            if due and connection.link is Link.REGISTERED:
+                connection.last_ping = now
+                connection.pings += 1
+                self._send_now(connection, frames.Ping(connection.pings), None)
+
+    def _tell_end(self, connection: Connection, message: frames.Done | frames.Abort) -> None:
+        """Say how a room ended; once more when the connection is back, if it breaks soon. Any thread."""
+        connection.ends.append((message, time.monotonic()))
+        self._put(connection, message)
+
+    def _put(self, connection: Connection, message: frames.Message) -> None:
+        """Queue a message; any thread."""
+        self._io.post(self._send_now, connection, message, None)
+
+    def _send_now(self, connection: Connection, message: frames.Message, payload: bytes | None) -> None:
+        if connection.socket is None:
+            return
+        parts = [frames.encode(message)] + ([] if payload is None else [payload])
+        try:
+            connection.socket.send_multipart(parts, zmq.NOBLOCK)
+        except zmq.Again:
+            self._give_up(connection, f"the {connection.name} does not read; its queue is full")
+
+    def _say_goodbye(self) -> None:
+        with self._lock:
+            connections = list(self._connections.values())
+        for connection in connections:
+            if connection.socket is not None:
+                self._send_now(connection, frames.Goodbye(f"decode rank {self._rank} closes"), None)
+                self._hang_up(connection, linger_ms=100)

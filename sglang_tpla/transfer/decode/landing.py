@@ -1,0 +1,58 @@
+"""Inside the decode agent: a chunk that goes from the socket straight to its place in the pool.
+
+What staging is for, that nothing late is written, holds here piece by piece: each call writes at most `PIECE_BYTES`,
+while the room's `Writes` allow it, and what comes for a room that has ended goes to memory
+that nobody reads.
+"""
+
+from __future__ import annotations
+
+import socket
+
+from sglang_tpla.transfer import messages as frames
+from sglang_tpla.transfer.decode.state import Room, Source
+from sglang_tpla.transfer.memory.copy import Intake, check_pieces
+from sglang_tpla.transfer.memory.iovec import Pieces
+
+PIECE_BYTES = 16 << 20
+_nowhere = memoryview(bytearray(1 << 20))
+
+
+class PoolLanding:
+    """A chunk whose bytes have their places in the pool.
+
+    Args:
+        pieces: the places, in the payload's order.
+        aside: its checksum is taken by `digest`, of what lies in the pool then, and not on the way.
+    """
+
+    def __init__(
+        self, room: Room, source: Source, chunk: frames.Chunk, pieces: Pieces, aside: bool = False
+    ) -> None:
+        self.room, self.source, self.chunk, self.aside = room, source, chunk, aside
+        self.size_bytes = self.credit_bytes = pieces.size_bytes
+        self._pieces, self._intake = pieces, Intake(pieces, checked=not aside)
+        self._left_bytes = self.size_bytes
+        self._whole = True
+
+    def receive(self, stream: socket.socket) -> int:
+        """Take some of the payload from a socket that does not block: bytes, 0 at the end of the stream.
+
+        Raises:
+            BlockingIOError: there is nothing now.
+            OSError: the connection is gone.
+        """
+        with self.room.writes.one() as allowed:
+            self._whole = self._whole and allowed
+            if self._whole:
+                size = self._intake.receive(stream, PIECE_BYTES)
+        if not self._whole:
+            size = stream.recv_into(_nowhere[: self._left_bytes])
+        self._left_bytes -= size
+        return size
+
+    def digest(self) -> bytes | None:
+        """Checksum of what was written; None if not all of it was."""
+        if not self._whole or self._left_bytes:
+            return None
+        return check_pieces(self._pieces) if self.aside else self._intake.digest()

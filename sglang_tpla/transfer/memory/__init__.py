@@ -1,0 +1,1 @@
+"""Cache pools, rows, staging and shared memory, and the copies between them."""

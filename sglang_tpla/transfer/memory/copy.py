@@ -1,0 +1,168 @@
+"""Copies, checksums, sends and reads of payloads in pieces (`runs.Pieces`): in C (`native`) where that is compiled,
+else the same in Python.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import socket
+
+import numpy as np
+import xxhash
+
+from sglang_tpla.transfer.memory import native
+from sglang_tpla.transfer.memory.iovec import Cursor, Pieces
+
+MIN_NATIVE_BYTES = 241  # of a payload: XXH3 has other formulas for shorter ones
+END = np.zeros((1, 2), dtype=np.uint64)  # of a list of pieces
+MAX_PIECES = 1024  # of one call: IOV_MAX
+WAY_FIELDS = 4  # of native.c's Way: how far a payload has moved
+UNCHECKED = b"unchecked"
+SEND_BYTES, SEND_PIECES = 1 << 20, 64  # of one call
+
+
+class Checksum:
+    """A running xxh3 (64 bits, big-endian: `frames.checksum`) of ``size_bytes`` in C, at least `MIN_NATIVE_BYTES`."""
+
+    def __init__(self, library: ctypes.CDLL, size_bytes: int) -> None:
+        self._library = library
+        self._memory = ctypes.create_string_buffer(library.checksum_bytes())
+        self.pointer: int | None = ctypes.addressof(self._memory)
+        library.checksum_start(self.pointer, size_bytes)
+
+    def digest(self) -> bytes:
+        """Of all that was added."""
+        return int(self._library.checksum_end(self.pointer)).to_bytes(8, "big")
+
+
+def _library(size_bytes: int) -> ctypes.CDLL | None:
+    return native.library() if size_bytes >= MIN_NATIVE_BYTES else None
+
+
+def _listed(pieces: Pieces) -> np.ndarray:
+    """Their table, and its end."""
+    return np.concatenate((pieces.table, END))
+
+
+def check_pieces(pieces: Pieces) -> bytes:
+    """The checksum of a payload."""
+    library = _library(pieces.size_bytes)
+    if library is not None:
+        checksum, table = Checksum(library, pieces.size_bytes), _listed(pieces)
+        library.check_pieces(checksum.pointer, table.ctypes.data)
+        return checksum.digest()
+    running = xxhash.xxh3_64()
+    for view in pieces.views:
+        running.update(view)
+    return running.digest()
+
+
+def copy_pieces(source: Pieces, target: Pieces) -> bytes:
+    """Copy a payload to as many bytes of other pieces; the checksum of what was copied."""
+    library = _library(source.size_bytes)
+    if library is not None:
+        checksum = Checksum(library, source.size_bytes)
+        tables = [_listed(pieces) for pieces in (source, target)]
+        library.copy_pieces(checksum.pointer, *(table.ctypes.data for table in tables))
+        return checksum.digest()
+    running, cursor = xxhash.xxh3_64(), Cursor(target)
+    for view in source.views:
+        done = 0
+        while done < view.nbytes:
+            (place,) = cursor.ahead(view.nbytes - done, 1)
+            piece = view[done : done + place.nbytes]
+            place[:] = piece
+            running.update(piece)
+            cursor.advance(place.nbytes)
+            done += place.nbytes
+    return running.digest()
+
+
+class _Moving:
+    """A payload that moves on through its pieces, and its checksum.
+
+    Args:
+        digest: of the payload, where it is known already.
+    """
+
+    def __init__(self, pieces: Pieces, digest: bytes = b"") -> None:
+        self.left_bytes = pieces.size_bytes
+        self._pieces, self._digest = pieces, digest  # the pieces keep the memory
+        self._library = _library(pieces.size_bytes)
+        self._checksum: Checksum | None = None
+        if self._library is not None:
+            self._checksum = None if digest else Checksum(self._library, pieces.size_bytes)
+            self._sum = self._checksum.pointer if self._checksum is not None else None
+            self._table, self._way = pieces.table.copy(), (ctypes.c_uint64 * WAY_FIELDS)()  # C changes both
+            self._place = self._sum, self._table.ctypes.data, ctypes.addressof(self._way)
+        else:
+            self._running, self._cursor = xxhash.xxh3_64(), Cursor(pieces)
+
+    def digest(self) -> bytes:
+        """Checksum of the payload, once all of it has moved."""
+        if self._digest:
+            return self._digest
+        return self._checksum.digest() if self._checksum is not None else self._running.digest()
+
+    def _advance(self, size_bytes: int) -> None:
+        """So much of what came next has moved (Python)."""
+        left = size_bytes
+        for view in self._cursor.ahead(size_bytes, MAX_PIECES) if size_bytes and not self._digest else ():
+            self._running.update(view[:left])
+            left -= min(left, view.nbytes)
+        self._cursor.advance(size_bytes)
+
+
+class Intake(_Moving):
+    """A payload on its way from a socket to its pieces.
+
+    Args:
+        checked: otherwise it has no digest.
+    """
+
+    def __init__(self, pieces: Pieces, checked: bool = True) -> None:
+        super().__init__(pieces, b"" if checked else UNCHECKED)
+
+    def receive(self, stream: socket.socket, limit_bytes: int) -> int:
+        """Take what is there, some ``limit_bytes`` at most, from a socket that does not block: bytes, 0 at the end of
+        the stream.
+
+        Raises:
+            BlockingIOError: there is nothing now.
+            OSError: the connection is gone.
+        """
+        if self._library is None:
+            size = os.readv(stream.fileno(), self._cursor.ahead(limit_bytes, MAX_PIECES))
+            self._advance(size)
+        else:
+            size = self._library.receive_pieces(*self._place, stream.fileno(), len(self._table), limit_bytes)
+            if size < 0:
+                raise _error(-size)
+        self.left_bytes -= size
+        return size
+
+
+class Outgoing(_Moving):
+    """A payload on its way from its pieces into a socket."""
+
+    def send(self, stream: socket.socket) -> int:
+        """Send what a socket takes now: bytes.
+
+        Raises:
+            BlockingIOError: it takes nothing.
+            OSError: the connection is gone.
+        """
+        if self._library is None:
+            sent = stream.sendmsg(self._cursor.ahead(SEND_BYTES, SEND_PIECES))
+            self._advance(sent)
+        else:
+            sent = self._library.send_pieces(*self._place, stream.fileno(), len(self._table))
+            if sent < 0:
+                raise _error(-sent)
+        self.left_bytes -= sent
+        return sent
+
+
+def _error(code: int) -> OSError:
+    return OSError(code, os.strerror(code))  # BlockingIOError where the code says so

@@ -1,0 +1,105 @@
+"""Shared memory without a name: a memfd that processes of the same host and user map through /proc.
+
+No name means nothing to clean up: the memory goes when the last process that maps it goes, however it ends. Pages are
+reserved before they are first written: where the system has none left that is an error here, not a signal later. A
+random cookie in the first bytes tells a mapped segment from another that happens to have the same process and
+descriptor numbers (a different process-id namespace, a process id used again).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import mmap
+import os
+import secrets
+import socket
+
+import numpy as np
+
+from sglang_tpla.transfer import messages as frames
+
+HEADER_BYTES = 4096
+COOKIE_BYTES = 8
+
+
+def host_identity() -> str:
+    """Names this host, user and process-id namespace: equal where arenas can be mapped."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id") as file:
+            boot = file.read().strip()
+        return f"{boot}/{os.stat('/proc/self/ns/pid').st_ino}/{os.getuid()}"
+    except OSError:
+        return f"{socket.gethostname()}/{secrets.token_hex(8)}"  # equal to no other: nothing is mapped
+
+
+class ArenaMemory:
+    """This process's arena: ``data`` (uint8) behind a header page."""
+
+    def __init__(self, agent: str, size_bytes: int) -> None:
+        self._file = os.memfd_create("sglang-tpla", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        os.ftruncate(self._file, HEADER_BYTES + size_bytes)
+        # a reader must not be killed by memory that went away under it
+        fcntl.fcntl(
+            self._file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+        )
+        self._map = mmap.mmap(self._file, HEADER_BYTES + size_bytes)
+        cookie = secrets.token_bytes(COOKIE_BYTES)
+        self._map[:COOKIE_BYTES] = cookie
+        self.data = np.frombuffer(self._map, dtype=np.uint8, offset=HEADER_BYTES)
+        self.announcement = frames.Arena(agent, os.getpid(), self._file, size_bytes, cookie)
+
+    def reserve(self, offset: int, size_bytes: int) -> None:
+        """Make sure that a piece of ``data`` has memory behind it.
+
+        Raises:
+            OSError: there is none left.
+        """
+        os.posix_fallocate(self._file, HEADER_BYTES + offset, size_bytes)
+
+    def close(self) -> None:
+        """Give up the descriptor; the memory goes with its last user."""
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+
+
+def make_arena(
+    agent: str, size_bytes: int, reserved_bytes: int, logger: logging.Logger
+) -> ArenaMemory | None:
+    """An arena whose first bytes are reserved, or None where the system has none to give: payloads travel inline."""
+    arena = None
+    try:
+        arena = ArenaMemory(agent, size_bytes)
+        arena.reserve(0, reserved_bytes)
+    except (OSError, AttributeError) as error:
+        if arena is not None:
+            arena.close()
+        logger.warning(
+            "no shared memory of %d bytes (%s): payloads go through sockets; raise the limit on memory or file sizes",
+            size_bytes,
+            error,
+        )
+        return None
+    return arena
+
+
+def map_arena(arena: frames.Arena) -> np.ndarray | None:
+    """Another process's arena for reading (uint8, without its header), or None where it cannot be had."""
+    try:
+        file = os.open(f"/proc/{arena.pid}/fd/{arena.descriptor}", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        if os.fstat(file).st_size != HEADER_BYTES + arena.size_bytes:
+            return None
+        if not fcntl.fcntl(file, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK:
+            return None
+        memory = mmap.mmap(file, HEADER_BYTES + arena.size_bytes, prot=mmap.PROT_READ)
+    except (OSError, ValueError):
+        return None
+    finally:
+        os.close(file)
+    if memory[:COOKIE_BYTES] != arena.cookie:
+        return None
+    return np.frombuffer(memory, dtype=np.uint8, offset=HEADER_BYTES)

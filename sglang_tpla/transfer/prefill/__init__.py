@@ -1,0 +1,1 @@
+"""The prefill agent: peers, rooms, and the sending of chunks."""

@@ -1,0 +1,88 @@
+"""What a prefill rank demands of a decode rank before it serves it: one sentence for each mismatch."""
+
+from __future__ import annotations
+
+from sglang_tpla.cache_rows.row_format import SENDER_DTYPES, RowFormat
+from sglang_tpla.transfer.chunks import Part
+from sglang_tpla.transfer.messages import PROTOCOL_VERSIONS, Hello
+from sglang_tpla.transfer.room import CachePool, MetadataRows
+
+
+def agreed_version(versions: tuple[int, int]) -> int | None:
+    """Highest protocol version both sides speak, or None."""
+    version = min(versions[1], PROTOCOL_VERSIONS[1])
+    return version if version >= max(versions[0], PROTOCOL_VERSIONS[0]) else None
+
+
+def mismatch(hello: Hello, pool: CachePool, metadata: MetadataRows, model_hash: str) -> str | None:
+    """Why a decode rank cannot be served by a prefill rank with this cache, or None."""
+    layout, row_format = hello.layout, RowFormat.announced(hello.layout.dtype)
+    # rows of a format of their own are made by the sender, out of whatever precision it has
+    encoded = row_format is not RowFormat.PLAIN and pool.dtype in SENDER_DTYPES
+    if agreed_version(hello.versions) is None:
+        return (
+            f"protocol version: prefill speaks {PROTOCOL_VERSIONS[0]} to {PROTOCOL_VERSIONS[1]}, decode "
+            f"{hello.versions[0]} to {hello.versions[1]}; run the same release on both sides"
+        )
+    pairs = (
+        ("model", model_hash, hello.model_hash, "serve the same checkpoint on both sides"),
+        (
+            "latent width (kv_lora_rank)",
+            pool.latent_dim,
+            layout.latent_dim,
+            "serve the same model on both sides",
+        ),
+        ("rope width", pool.rope_dim, layout.rope_dim, "serve the same model on both sides"),
+        (
+            "cache dtype",
+            layout.dtype if encoded else pool.row_format.name_of(pool.dtype),
+            layout.dtype,
+            "set the same --kv-cache-dtype and --dtype on both sides, or fp8_e4m3 on decode alone",
+        ),
+        ("page size", pool.page_size, layout.page_size, "set the same --page-size on both sides"),
+        (
+            "metadata row sizes",
+            metadata.item_bytes,
+            layout.metadata_bytes,
+            "run the same engine release with the same metadata settings on both sides",
+        ),
+    )
+    for what, ours, theirs, remedy in pairs:
+        if ours != theirs:
+            return f"{what}: prefill has {ours}, decode has {theirs}; {remedy}"
+    ours_range = range(pool.first_layer, pool.first_layer + len(pool.layers))
+    theirs_range = range(layout.first_layer, layout.first_layer + len(layout.widths))
+    if ours_range.start < theirs_range.start or ours_range.stop > theirs_range.stop:
+        return (
+            f"layers: prefill holds {ours_range.start}...{ours_range.stop - 1}, decode "
+            f"{theirs_range.start}...{theirs_range.stop - 1}; the decode rank "
+            "must hold every layer it is sent"
+        )
+    d = pool.latent_dim
+    if len(layout.shared) != len(layout.widths) or any(
+        not 1 <= width <= d or shared > width
+        for width, shared in zip(layout.widths, layout.shared, strict=False)
+    ):
+        return (
+            f"projection: expected one width in 1...{d} and one shared width below it a layer, got widths "
+            f"{layout.widths[:4]}... and shared {layout.shared[:4]}...; make the artifact anew"
+        )
+    if not hello.projection and any(width != d for width in layout.widths):
+        return (
+            f"projection: widths {layout.widths[:4]}... below {d} need a "
+            "projection and none was announced; start "
+            "decode with --tpla-artifact"
+        )
+    widest = max(layout.widths)
+    for width in sorted(set(layout.widths)):
+        if (why := row_format.objection(width, pool.rope_dim)) is not None:
+            return f"row format: {why}; use the model's own cache dtype or an artifact of other widths"
+    items = row_format.part_items(widest, widest, pool.rope_dim, Part.FULL)
+    row_bytes = items * row_format.item_dtype(pool.dtype).itemsize
+    if row_bytes > hello.max_chunk_bytes:
+        return (
+            f"chunk size: one row has {row_bytes} bytes, the decode rank "
+            f"takes {hello.max_chunk_bytes}; raise "
+            "chunk_bytes there"
+        )
+    return None

@@ -1,0 +1,307 @@
+"""What a prefill agent remembers: peers, rooms, and how each room's chunks reach the ranks that want them.
+
+A *lane* is a run of chunks that some ranks of one host all want (the whole row, its common part, or a group's
+own part), and so travels to that host once:
+
+    LOCAL   the ranks are on this host: they read the chunk from this agent's arena
+    DIRECT  one rank: the chunk travels to it
+    RELAY   several ranks of another host: the chunk travels to one of them (they take turns), which keeps it
+    in
+            its arena for the others
+
+Lanes wait for their own credit and their own ranks only, so a stalled rank stalls its own rooms.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections import OrderedDict, deque
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from sglang_tpla.cache_rows.row_format import RowFormat
+from sglang_tpla.transfer.chunks import Part, Rectangle, cut
+from sglang_tpla.transfer.memory.iovec import Slots
+from sglang_tpla.transfer.memory.projection import Stack
+from sglang_tpla.transfer.memory.staging import Slot
+from sglang_tpla.transfer.messages import CacheLayout, Hello
+from sglang_tpla.transfer.room import CachePool, RoomState
+
+ChunkId = tuple[int, int]  # part, sequence
+
+
+class Mode(enum.Enum):
+    """How a lane's chunks travel."""
+
+    LOCAL = "local"
+    DIRECT = "direct"
+    RELAY = "relay"
+
+
+@dataclass(eq=False)
+class SenderProjection:
+    """A registered projection, cut to this rank's layers; ``stacks`` is None for the raw latent."""
+
+    content_hash: str
+    widths: tuple[int, ...]
+    shared: tuple[int, ...]
+    stacks: tuple[Stack, ...] | None
+
+
+@dataclass(eq=False)
+class Upload:
+    """A projection on its way in, layer by layer."""
+
+    layout: CacheLayout
+    digest: Any
+    next_index: int = 0
+    kept: list[torch.Tensor] = field(default_factory=list)
+
+
+@dataclass(eq=False)
+class Peer:
+    """One connection of one decode rank; ``identity`` is its ZMQ routing id, fresh for each connection."""
+
+    identity: bytes
+    hello: Hello
+    last_seen: float
+    projection: SenderProjection | None = None
+    upload: Upload | None = None
+    away: bool = False  # its connection is gone; it may come back under another identity
+    slots_held: int = 0
+    queued: int = 0  # chunks for its data channel that the socket has not taken yet
+    held_requests: int = 0
+    maps_asked: int = 0  # number of the newest list of arenas it was sent
+    maps_asked_at: float = 0.0
+    maps_answered: int = -1
+    mapped: frozenset[str] = frozenset()
+    ready: OrderedDict[int, Lane] = field(default_factory=OrderedDict)  # lanes with chunks to send, by id()
+
+    def release_slot(self) -> None:
+        """A staging slot that held a chunk for this peer is free again."""
+        self.slots_held -= 1
+
+    @property
+    def row_format(self) -> RowFormat:
+        """How its cache encodes rows."""
+        return RowFormat.announced(self.hello.layout.dtype)
+
+    @property
+    def name(self) -> str:
+        """For messages and logs."""
+        return f"decode rank {self.hello.rank} of {self.hello.size} ({self.hello.agent[:8]})"
+
+
+@dataclass(eq=False)
+class Segment:
+    """The rows of one ``send`` call."""
+
+    first_token: int
+    slots: Slots
+    ready: Any
+    in_place: bool  # raw rows can be sent from where they lie
+
+
+@dataclass(eq=False)
+class Plan:
+    """The numbered chunks of a room for one projection and part; grows with every ``send``."""
+
+    projection: SenderProjection
+    part: Part
+    max_bytes: int
+    row_format: RowFormat
+    rectangles: list[Rectangle] = field(default_factory=list)
+    segments: list[Segment] = field(default_factory=list)  # of each rectangle
+    digests: dict[int, bytes] = field(default_factory=dict)  # of chunks that were made
+
+    def extend(self, pool: CachePool, segment: Segment) -> None:
+        """Number the chunks of another segment."""
+        widths = [
+            self.row_format.part_items(width, shared, pool.rope_dim, self.part)
+            for width, shared in zip(self.projection.widths, self.projection.shared, strict=True)
+        ]
+        new = cut(
+            pool.first_layer,
+            widths,
+            segment.first_token,
+            len(segment.slots),
+            self.row_format.item_dtype(pool.dtype).itemsize,
+            self.max_bytes,
+        )
+        self.rectangles += new
+        self.segments += [segment] * len(new)
+
+    def size(self, sequence: int) -> int:
+        """Payload bytes of a chunk."""
+        return self.rectangles[sequence].payload_bytes
+
+
+@dataclass(eq=False)
+class Stream:
+    """One rank's part in a room."""
+
+    room: Room
+    peer: Peer
+    generation: int
+    lanes: list[Lane] = field(default_factory=list)
+    due: int = 0  # chunks planned for this rank so far
+    acked: int = 0
+    resent: int = 0
+    damaged: int = 0
+    credit_bytes: int = 0
+    sent_bytes: int = 0
+    wanted_bytes: int = 0
+    wanted_told: int = 0
+    unacked: dict[ChunkId, Slot | None] = field(
+        default_factory=dict
+    )  # and the slot it is read from, if that is one of this agent
+    finish_sent: bool = False
+    confirmed: bool = False
+    paused: bool = False  # its rank is back and has not said yet what it has, and from where credit counts
+
+    def lane(self, part: int) -> Lane | None:
+        """The lane that carries a part to this rank."""
+        return next((lane for lane in self.lanes if lane.plan.part == part), None)
+
+    def settle(self, chunk: ChunkId) -> bool:
+        """Strike a chunk off what is under way, letting go of its slot; False if it was not."""
+        if chunk not in self.unacked:
+            return False
+        slot = self.unacked.pop(chunk)
+        if slot is not None:
+            slot.pending -= 1
+        return True
+
+
+@dataclass(eq=False)
+class Relay:
+    """A chunk that lies in a decode rank's arena until the others have read it."""
+
+    leader: Stream
+    offset: int
+    readers: set[Stream]
+
+
+@dataclass(eq=False)
+class Lane:
+    """Chunks of one plan to the ranks of one host."""
+
+    room: Room
+    plan: Plan
+    takers: list[Stream]
+    mode: Mode
+    share_index: int
+    share_count: int
+    planned: int = 0
+    next: int = 0
+    starved: bool = False  # its next chunk waits for credit
+    repeat: deque[tuple[int, Stream]] = field(default_factory=deque)  # chunks to send once more, to one rank
+    relays: dict[int, Relay | None] = field(default_factory=dict)  # passed on; None: no longer in an arena
+
+    def leader(self, sequence: int) -> Stream:
+        """The rank a chunk travels to."""
+        return self.takers[(sequence // self.share_count) % len(self.takers)]
+
+    def plan_more(self) -> None:
+        """Count the chunks that the plan has grown by."""
+        for sequence in range(self.planned, len(self.plan.rectangles)):
+            if sequence % self.share_count != self.share_index:
+                continue
+            for taker in self.takers:
+                taker.due += 1
+            if self.mode is not Mode.LOCAL:
+                self.leader(sequence).wanted_bytes += self.plan.size(sequence)
+        self.planned = len(self.plan.rectangles)
+
+    @property
+    def all_sent(self) -> bool:
+        """True when every planned chunk was sent at least once."""
+        ahead = range(self.next, self.planned)
+        return not any(sequence % self.share_count == self.share_index for sequence in ahead)
+
+    def left_bytes(self, stream: Stream) -> int:
+        """Chunk bytes that are still to travel to a rank."""
+        if self.mode is Mode.LOCAL:
+            return 0
+        again = sum(self.plan.size(sequence) for sequence, other in self.repeat if other is stream)
+        return again + sum(
+            self.plan.size(sequence)
+            for sequence in range(self.next, self.planned)
+            if sequence % self.share_count == self.share_index and self.leader(sequence) is stream
+        )
+
+    def peek(self) -> tuple[int, list[Stream]] | None:
+        """The next chunk and the ranks it goes to at once."""
+        if self.repeat:
+            sequence, stream = self.repeat[0]
+            return sequence, [stream]
+        while self.next < len(self.plan.rectangles) and self.next % self.share_count != self.share_index:
+            self.next += 1
+        if self.next == len(self.plan.rectangles):
+            return None
+        return self.next, self.takers if self.mode is Mode.LOCAL else [self.leader(self.next)]
+
+    def advance(self) -> bool:
+        """Take the chunk that `peek` named; True if it is a repetition."""
+        if self.repeat:
+            self.repeat.popleft()
+            return True
+        self.next += 1
+        return False
+
+
+@dataclass(eq=False)
+class Ask:
+    """A decode rank's request for a room."""
+
+    peer: Peer
+    generation: int
+    expected_ranks: int
+    prefix_tokens: int
+    num_tokens: int
+    dummy: bool
+    share_index: int
+    share_count: int
+    arrived: float
+    stream: Stream | None = None
+
+
+@dataclass(eq=False)
+class Room:
+    """One incarnation of a room, from ``open_room`` to ``close_room``."""
+
+    room: int
+    progress: float  # when a row was last handed over, or a chunk confirmed
+    state: RoomState = RoomState.BOOTSTRAPPING
+    reason: str = ""
+    asks: dict[bytes, Ask] = field(default_factory=dict)
+    plans: list[Plan] = field(default_factory=list)
+    lanes: list[Lane] = field(default_factory=list)
+    formed: bool = False
+    aborted_by: set[str] = field(default_factory=set)  # agents
+    segments: list[Segment] = field(default_factory=list)
+    tokens: int = 0
+    last: bool = False
+    metadata: bytes = b""
+    wire_bytes: int = 0
+    shared_memory_bytes: int = 0
+    first_send: float | None = None
+    last_send: float | None = None  # the last rows were handed over: prefill had computed the whole prompt
+    ended: float | None = None
+
+    @property
+    def streams(self) -> list[Stream]:
+        """Streams of all ranks that get data."""
+        return [ask.stream for ask in self.asks.values() if ask.stream is not None]
+
+    @property
+    def expected_ranks(self) -> int | None:
+        """How many ranks will ask, once one has."""
+        return next((ask.expected_ranks for ask in self.asks.values()), None)
+
+    @property
+    def complete(self) -> bool:
+        """True when every expected rank has asked."""
+        return bool(self.asks) and len(self.asks) >= (self.expected_ranks or 1)

@@ -1,0 +1,230 @@
+"""What the engine hands to a transfer agent, and what it gets back.
+
+Shapes: one layer of a pool is ``[slots, items]`` with contiguous rows, ``width + rope_dim`` items in plain rows
+and bytes in those of another format (`row_format`); slot
+``page * page_size + offset`` holds one token. Sizes in bytes, times in seconds.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from sglang_tpla.cache_rows.row_format import RowFormat
+
+
+class TransferError(RuntimeError):
+    """A transfer call that cannot work: what was expected, what came, where, what to do."""
+
+
+class RoomState(enum.IntEnum):
+    """Life of a room; the numbers are those of SGLang's ``KVPoll``."""
+
+    FAILED = 0
+    BOOTSTRAPPING = 1
+    WAITING = 2
+    TRANSFERRING = 3
+    SUCCESS = 4
+
+    @property
+    def ended(self) -> bool:
+        """True in the two states that nothing leaves."""
+        return self in (RoomState.FAILED, RoomState.SUCCESS)
+
+
+@dataclass(frozen=True)
+class CachePool:
+    """The latent cache of one rank.
+
+    Args:
+        layers: one tensor a layer, ``[slots, items]``, rows contiguous, one dtype and device.
+        latent_dim: d of the model; on prefill every ``width_l`` equals it.
+        rope_dim: rotary values at the end of each row.
+        page_size: tokens a page.
+        first_layer: model layer of ``layers[0]`` (pipeline stages).
+        row_format: how rows are encoded; anything but plain rows is uint8.
+
+    Raises:
+        TransferError: shapes, dtypes or devices that do not fit together.
+    """
+
+    layers: Sequence[torch.Tensor]
+    latent_dim: int
+    rope_dim: int
+    page_size: int
+    first_layer: int = 0
+    row_format: RowFormat = RowFormat.PLAIN
+
+    def __post_init__(self) -> None:
+        if not self.layers:
+            raise TransferError("a cache pool needs at least one layer; got none")
+        if self.latent_dim < 1 or self.rope_dim < 0 or self.page_size < 1 or self.first_layer < 0:
+            raise TransferError(
+                "a cache pool needs latent_dim >= 1, rope_dim >= 0, page_size >= 1, first_layer >= 0; got "
+                f"{self.latent_dim}, {self.rope_dim}, {self.page_size}, {self.first_layer}"
+            )
+        head = self.layers[0]
+        if self.row_format is not RowFormat.PLAIN and head.dtype != torch.uint8:
+            raise TransferError(f"a pool of {self.row_format.value} holds bytes (uint8); got {head.dtype}")
+        for index, layer in enumerate(self.layers):
+            width = self.row_format.width(layer.shape[-1], self.rope_dim) if layer.ndim == 2 else -1
+            if (why := self.row_format.objection(width, self.rope_dim)) is not None:
+                raise TransferError(f"layer {index} of the pool: {why}")
+            if not 1 <= width <= self.latent_dim or layer.stride(-1) != 1:
+                raise TransferError(
+                    f"layer {index} of the pool must be [slots, items], for rope {self.rope_dim} and a width in "
+                    f"1...{self.latent_dim}, with contiguous rows; got "
+                    f"{tuple(layer.shape)}, strides {layer.stride()}"
+                )
+            if (layer.dtype, layer.device, layer.shape[0]) != (head.dtype, head.device, head.shape[0]):
+                raise TransferError(
+                    "layers of one pool share dtype, device and slots: layer 0 "
+                    f"has {head.dtype}, {head.device}, "
+                    f"{head.shape[0]}; layer {index} has {layer.dtype}, {layer.device}, {layer.shape[0]}"
+                )
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Latent values a token, one entry a layer."""
+        return tuple(self.row_format.width(layer.shape[1], self.rope_dim) for layer in self.layers)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Element type of every layer."""
+        return self.layers[0].dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the pool lives."""
+        return self.layers[0].device
+
+    @property
+    def num_pages(self) -> int:
+        """Whole pages in the pool."""
+        return self.layers[0].shape[0] // self.page_size
+
+    def slots(self, pages: np.ndarray, num_tokens: int | None = None) -> np.ndarray:
+        """Slots of the tokens in ``pages``, in order: int64 ``[num_tokens]``.
+
+        Raises:
+            TransferError: a page outside the pool, or ``num_tokens`` that does not fill the pages' last one.
+        """
+        pages = np.asarray(pages, dtype=np.int64).reshape(-1)
+        if pages.size and (pages.min() < 0 or pages.max() >= self.num_pages):
+            raise TransferError(
+                f"pages must lie in 0...{self.num_pages - 1}; got {pages.min()}...{pages.max()}"
+            )
+        capacity = pages.size * self.page_size
+        tokens = capacity if num_tokens is None else num_tokens
+        if not (0 <= tokens <= capacity and capacity - tokens < self.page_size):
+            raise TransferError(
+                f"{pages.size} pages of {self.page_size} tokens hold "
+                f"{max(0, capacity - self.page_size + 1)} to "
+                f"{capacity} tokens; got num_tokens={num_tokens}"
+            )
+        slots = pages[:, None] * self.page_size + np.arange(self.page_size, dtype=np.int64)
+        return np.ascontiguousarray(slots.reshape(-1)[:tokens])
+
+
+@dataclass(frozen=True)
+class MetadataRows:
+    """The engine's metadata buffers: writable uint8 matrices ``[rows, item_bytes]``, views onto its memory.
+
+    Raises:
+        TransferError: a buffer of another type or shape.
+    """
+
+    buffers: Sequence[np.ndarray]
+
+    def __post_init__(self) -> None:
+        for index, buffer in enumerate(self.buffers):
+            if buffer.dtype != np.uint8 or buffer.ndim != 2 or not buffer.flags.writeable:
+                raise TransferError(
+                    f"metadata buffer {index} must be a writable uint8 matrix [rows, item_bytes]; got "
+                    f"{buffer.dtype} {buffer.shape}, writable={buffer.flags.writeable}"
+                )
+
+    @property
+    def item_bytes(self) -> tuple[int, ...]:
+        """Bytes of one row in each buffer."""
+        return tuple(buffer.shape[1] for buffer in self.buffers)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row over all buffers."""
+        return sum(self.item_bytes)
+
+    def check(self, row: int) -> None:
+        """Refuse a row outside any buffer.
+
+        Raises:
+            TransferError: naming the rows there are.
+        """
+        rows = min((buffer.shape[0] for buffer in self.buffers), default=0)
+        if not 0 <= row < rows:
+            raise TransferError(f"metadata row must lie in 0...{rows - 1}; got {row}")
+
+    def read(self, row: int) -> bytes:
+        """Copy of one row, buffers one after another."""
+        self.check(row)
+        return b"".join(buffer[row].tobytes() for buffer in self.buffers)
+
+    def write(self, row: int, data: bytes | memoryview) -> None:
+        """Write one row as `read` returns it."""
+        self.check(row)
+        source = np.frombuffer(data, dtype=np.uint8)
+        if source.size != self.row_bytes:
+            raise TransferError(f"a metadata row is {self.row_bytes} bytes; got {source.size}")
+        start = 0
+        for buffer in self.buffers:
+            buffer[row] = source[start : start + buffer.shape[1]]
+            start += buffer.shape[1]
+
+
+@dataclass(frozen=True)
+class TransferMetric:
+    """One room so far: payload bytes that moved (on prefill once for each host), how many of them through
+    shared memory instead of the network, seconds from first send (or request) to the end, chunks, tokens,
+    resends.
+    """
+
+    wire_bytes: int = 0
+    shared_memory_bytes: int = 0
+    seconds: float = 0.0
+    chunks: int = 0
+    tokens: int = 0
+    resent: int = 0
+
+
+@dataclass(frozen=True)
+class AgentStats:
+    """Counters since the agent started, and gauges of now."""
+
+    rooms: int = 0
+    peers: int = 0
+    data_channels: int = 0
+    staging_used_bytes: int = 0
+    staging_limit_bytes: int = 0
+    threads_alive: int = 0
+    wire_bytes: int = 0
+    shared_memory_bytes: int = 0
+    chunks: int = 0
+    resent: int = 0
+    checksum_failures: int = 0
+    late_dropped: int = 0
+    replays_dropped: int = 0
+    malformed_dropped: int = 0
+    unknown_peer: int = 0
+    refused: int = 0
+    credit_waits: int = 0
+    peers_lost: int = 0
+    resumed: int = 0
+    rooms_succeeded: int = 0
+    rooms_failed: int = 0
+    projections_computed: int = 0
+    internal_errors: int = 0
+    transfer_seconds: float = 0.0
