@@ -26,7 +26,8 @@ INTERPRETED = """
 import sys, torch
 from decode_case import SCALE, random_case, relative_error
 from write_case import fp8_write_case, same_rows
-from sglang_tpla.attention import fp8_reference, fp8_write
+from sglang_tpla.attention.cache_write import fp8 as fp8_write
+from sglang_tpla.attention.fp8 import reference as fp8_reference
 from sglang_tpla.attention.fp8.decode import Fp8Decode, Tiling
 from sglang_tpla.attention.interface import DecodeShape
 for width, rope, heads, query_len, page, shared, lengths in (

@@ -74,7 +74,8 @@ def test_rows_are_those_of_a_transfer() -> None:
 INTERPRETED = """
 import sys, torch
 from write_case import random_write
-from sglang_tpla.attention import latent_write, reference
+from sglang_tpla.attention import reference
+from sglang_tpla.attention.cache_write import plain as latent_write
 for tokens in (1, 3, 19):
     for d, w, rope in ((40, 24, 6), (130, 33, 2), (24, None, 4)):
         for rotate in (None, "pairs", "halves"):
