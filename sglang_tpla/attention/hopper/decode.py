@@ -40,7 +40,6 @@ SOURCES = tuple(
 # A block's shared memory without the first 1,024 bytes, where barriers are.
 SHARED_LIMIT_BYTES = 226 * 1024
 MAX_STAGES = 8
-THREADS = 384
 MODES = {"tokens": 0, "rows": 1, "width": 2}
 
 
@@ -92,6 +91,7 @@ class Variant:
         }
 
     name = "latent_decode"
+    threads = 384
 
     def source(self) -> str:
         """The whole CUDA source."""
@@ -288,7 +288,7 @@ class HopperDecode:
         self._module.launch(
             self._kernels["decode"],
             grid,
-            THREADS,
+            self.variant.threads,
             (params,),
             self._stream(),
             shared_bytes=self.variant.shared_bytes,

@@ -36,7 +36,8 @@ SOURCES = tuple(
 BLOCK_BYTES = 227 * 1024  # shared memory of a block
 MAX_STAGES = 8
 SMALLEST_QUERY_BYTES = 10240  # the merge adds up there
-PRODUCER_REGISTERS, CONSUMER_REGISTERS = 40, 232
+# of a thread: producer, scores, values; by how many warpgroups add up values
+REGISTERS = {1: (40, 144, 184), 2: (32, 112, 112)}
 MAX_ACCUMULATORS = 128  # of the values, a thread
 
 
@@ -65,9 +66,16 @@ class SketchedVariant:
     cache: SketchedRows
     rows: int
     stages: int
-    bulk: bool = True
+    bulk: bool = False
+    buffers: int = 2
+    values: int = 1
 
     name = "sketched_decode"
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block."""
+        return 128 * (3 + self.values)
 
     @property
     def _query_bytes(self) -> int:
@@ -78,7 +86,7 @@ class SketchedVariant:
     @property
     def fixed_bytes(self) -> int:
         """Shared memory whatever the ring: barriers, and what warps tell each other of each query row."""
-        bare = 16 * self.stages + 16 + 16 + 16 + 16 + 512 + 2 * 2 * 4 * self.rows * 4
+        bare = 16 * self.stages + 32 + 16 + 16 + 32 + 512 + 4 * self.rows * (8 + 8 + 2 + 2)
         return -(-bare // 1024) * 1024
 
     @property
@@ -116,10 +124,13 @@ class SketchedVariant:
             "ROWS": self.rows,
             "STAGES": self.stages,
             "COPY_BULK": int(self.bulk),
+            "BUFFERS": self.buffers,
             "FIXED_BYTES": self.fixed_bytes,
             "SHARED_BYTES": self.shared_bytes,
-            "PRODUCER_REGISTERS": PRODUCER_REGISTERS,
-            "CONSUMER_REGISTERS": CONSUMER_REGISTERS,
+            "VALUES": self.values,
+            "PRODUCER_REGISTERS": REGISTERS[self.values][0],
+            "SCORE_REGISTERS": REGISTERS[self.values][1],
+            "VALUE_REGISTERS": REGISTERS[self.values][2],
             "MAX_PARTS": MAX_PARTS,
             "SEGMENT_COST": SEGMENT_COST,
             "PLAN_BATCH": 2048,

@@ -135,24 +135,26 @@ __device__ __forceinline__ u32 load_query_group(const Params& p, u32 q_smem, int
     return largest;
 }
 
-// By all consumers: the segment's query in shared memory, in float16 (its rotary part in bfloat16 where the keys' is),
+__device__ __forceinline__ void sync_all() { asm volatile("bar.sync 2, %0;" ::"n"(kAllThreads) : "memory"); }
+
+// By all but the producer: the segment's query in shared memory, in float16 (its rotary part in bfloat16 where the keys' is),
 // multiplied by a power of two that leaves none too large; returns that power's inverse.
 __device__ __forceinline__ float load_query(const Params& p, u32 q_smem, int request, u32* shared_largest, int consumer) {
     if (consumer == 0) *shared_largest = 0;
-    sync_consumers();                                            // nobody reads the memory any more
+    sync_all();                                                  // nobody reads the memory any more
     u32 largest = 0;
 #pragma unroll 1
-    for (int item = consumer; item < kRows * kGroups; item += kConsumerThreads)
+    for (int item = consumer; item < kRows * kGroups; item += kAllThreads)
         largest = max(largest, load_query_group(p, q_smem, request, item / kGroups, item % kGroups));
 #pragma unroll
     for (int offset = 16; offset; offset /= 2) largest = max(largest, __shfl_xor_sync(0xffffffff, largest, offset));
     if (consumer % 32 == 0) atomicMax(shared_largest, largest);
-    sync_consumers();
+    sync_all();
     largest = *reinterpret_cast<volatile u32*>(shared_largest);
     const u32 exponent = largest ? min(268 - (int)(largest >> 7), 250) : 127;   // the largest becomes 2^14 to 2^15
     const float factor = __uint_as_float(exponent << 23);
 #pragma unroll 1
-    for (int item = consumer; item < kRows * kSteps * 2; item += kConsumerThreads) {
+    for (int item = consumer; item < kRows * kSteps * 2; item += kAllThreads) {
         const int row = item / (kSteps * 2), step = item % (kSteps * 2) / 2;
         const u32 address = query_address(q_smem, row, step, item % 2);
         const uint4 x = load_shared4(address);
@@ -165,6 +167,6 @@ __device__ __forceinline__ float load_query(const Params& p, u32 q_smem, int req
         store_shared4(address, w[0], w[1], w[2], w[3]);
     }
     fence_async_proxy();
-    sync_consumers();
+    sync_all();
     return __uint_as_float((254 - exponent) << 23);
 }
