@@ -171,7 +171,8 @@ def measure_writes(buffers: Any) -> list[dict[str, Any]]:
     import torch
     from layer_rank import DEVICE, EPS, time_graph
 
-    from sglang_tpla.attention.cache_write.plain import write_latent
+    from sglang_tpla.attention.cache_write.inputs import CacheWrite
+    from sglang_tpla.attention.cache_write.write import write
     from sglang_tpla.transfer.memory.projection import project_latent
 
     rows = []
@@ -188,10 +189,10 @@ def measure_writes(buffers: Any) -> list[dict[str, Any]]:
             cache = torch.zeros(4096, w + 64, device=DEVICE, dtype=torch.bfloat16)
             normed = torch.empty(batch, 512, device=DEVICE, dtype=torch.bfloat16)
 
-            def fused(
-                a=(latent, key, weight, EPS, z, buffers.cos_sin, positions, slots, cache, query),
-            ) -> None:
-                write_latent(*a)
+            new = CacheWrite(latent, key, slots, cache, weight, EPS, z, buffers.cos_sin, positions, query)
+
+            def fused(new: CacheWrite = new) -> None:
+                write(new)
 
             def separate(a=(latent, key, weight, normed, z, positions, slots, cache, query)) -> None:
                 latent, key, weight, normed, z, positions, slots, cache, query = a

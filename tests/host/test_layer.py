@@ -247,11 +247,11 @@ CASES = [
 def one_write(request, monkeypatch) -> bool:
     """Whether norm, projection and cache write are one step, as on a GPU; the kernel's twin stands for it."""
     if request.param:
-        from sglang_tpla.attention import reference
+        from sglang_tpla.attention.cache_write import reference
         from sglang_tpla.host.model import attention_layer as layer
 
         monkeypatch.setattr(layer, "puts_off", lambda latent: True)
-        monkeypatch.setattr(layer, "write_latent", reference.write_latent)
+        monkeypatch.setattr(layer, "write", reference.write)
     return request.param
 
 

@@ -15,8 +15,8 @@ import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.runtime_context import get_parallel
 
-from sglang_tpla.attention.cache_write import fp8 as fp8_write
-from sglang_tpla.attention.fp8 import reference as fp8_reference
+from sglang_tpla.attention.cache_write.inputs import CacheWrite
+from sglang_tpla.attention.cache_write.write import write
 from sglang_tpla.attention.hopper.decode import HopperDecode
 from sglang_tpla.attention.interface import AttentionInputError, DecodeAttention, DecodeShape, PageTable
 from sglang_tpla.attention.reference import ReferenceDecode
@@ -144,8 +144,7 @@ class TplaDecodeBackend(AttentionBackend):
             if k_rope is None:
                 k, k_rope = k.split((shape.latent_dim, shape.rope_dim), dim=-1)
             k, k_rope = k.reshape(-1, shape.latent_dim), k_rope.reshape(-1, shape.rope_dim)
-            kernels = fp8_write if cache.is_cuda else fp8_reference
-            kernels.write_rows(k, k_rope, place, cache, shared=shape.fp8_shared)
+            write(CacheWrite(k, k_rope, place, cache, fp8_shared=shape.fp8_shared))
 
     def forward_extend(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Prompts come from prefill servers.

@@ -27,8 +27,8 @@ from sglang.srt.runtime_context import get_parallel
 from torch import nn
 
 from sglang_tpla.artifact.fold import fold_key_map, fold_value_map
-from sglang_tpla.attention.cache_write import fp8 as fp8_write
-from sglang_tpla.attention.cache_write.plain import write_latent
+from sglang_tpla.attention.cache_write.inputs import CacheWrite
+from sglang_tpla.attention.cache_write.write import write
 from sglang_tpla.host.attention.supported import OURS
 from sglang_tpla.host.disaggregation.engine_memory import FP8_CACHE
 from sglang_tpla.host.model.head_reduce_scatter import head_shard_ranks, sum_over_groups
@@ -192,21 +192,22 @@ def write_rows(
         return False
     if rotary is not None and rotary.rotary.cos_sin_cache.dtype != torch.float32:
         return False  # SGLang's embedding for head sizes that its own kernel does not know
-    neox = rotary is not None and rotary.rotary.is_neox_style
-    arguments = (
-        latent.squeeze(1),
-        k_rope.squeeze(1),
-        norm.weight,
-        norm.variance_epsilon,
-        norm.z,
-        None if rotary is None else rotary.rotary.cos_sin_cache,
-        None if rotary is None else positions,
-        forward_batch.out_cache_loc,
+    write(
+        CacheWrite(
+            latent=latent.squeeze(1),
+            k_rope=k_rope.squeeze(1),
+            slots=forward_batch.out_cache_loc,
+            cache=cache if shared is None else cache.view(torch.uint8),
+            weight=norm.weight,
+            eps=norm.variance_epsilon,
+            z=norm.z,
+            cos_sin=None if rotary is None else rotary.rotary.cos_sin_cache,
+            positions=None if rotary is None else positions,
+            q_rope=q_rope,
+            neox=rotary is not None and rotary.rotary.is_neox_style,
+            fp8_shared=shared,
+        )
     )
-    if shared is None:
-        write_latent(*arguments, cache, q_rope, neox=neox)
-    else:
-        fp8_write.write_latent(*arguments, cache.view(torch.uint8), q_rope, shared=shared, neox=neox)
     return True
 
 
