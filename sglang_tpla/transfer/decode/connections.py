@@ -55,6 +55,8 @@ class DecodeDialing(DecodeChannels):
     ) -> None:
         self._security = security if security is not None else Security.from_environment(self.role)
         super().__init__(settings, rank, size, logger, pool.device.type)
+        if projection is not None and len(projection.shared) == len(pool.layers):
+            pool = pool.sharing(projection.shared)
         self._pool, self._metadata, self._projection, self._groups = pool, metadata, projection, groups
         first, widths = pool.first_layer, pool.widths
         if projection is not None and (
@@ -69,7 +71,6 @@ class DecodeDialing(DecodeChannels):
                 f"d={pool.latent_dim} and widths {widths[:4]}...; use the "
                 "artifact this server was started with"
             )
-        self._shared = tuple(projection.shared) if projection is not None else widths
         self._writer = RowWriter(pool)
         self._host = self._host_identity(host_id)
         self._arena = self._make_arena()
@@ -90,10 +91,10 @@ class DecodeDialing(DecodeChannels):
                 first_layer=first,
                 latent_dim=pool.latent_dim,
                 rope_dim=pool.rope_dim,
-                dtype=pool.row_format.name_of(pool.dtype),
+                dtype=pool.row_format.name(pool.dtype),
                 page_size=pool.page_size,
                 widths=widths,
-                shared=self._shared,
+                shared=pool.row_format.shared,
                 metadata_bytes=metadata.item_bytes,
             ),
             projection=projection.content_hash if projection is not None else "",

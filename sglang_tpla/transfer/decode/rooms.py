@@ -202,7 +202,7 @@ class DecodeFetching(DecodeDialing):
             return f"with unknown part {chunk.part}"
         if chunk.first_token + chunk.tokens > len(entry.slots):
             return f"for tokens up to {chunk.first_token + chunk.tokens} where pages hold {len(entry.slots)}"
-        expected = self._writer.payload_bytes(layers, chunk.tokens, self._shared, Part(chunk.part))
+        expected = self._writer.payload_bytes(layers, chunk.tokens, Part(chunk.part))
         if size != expected:
             return f"of {size} bytes where {expected} were due"
         if source.received_bytes + credit_bytes > source.granted_bytes:

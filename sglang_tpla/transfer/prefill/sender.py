@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
-from sglang_tpla.cache_rows.row_format import RowFormat
 from sglang_tpla.transfer import messages as frames
 from sglang_tpla.transfer.memory.copy import check_pieces
 from sglang_tpla.transfer.memory.iovec import Pieces, one_piece
@@ -126,7 +125,7 @@ class PrefillDispatch(PrefillResuming):
         return (
             lane.mode is not Mode.LOCAL
             and plan.projection.stacks is None
-            and plan.row_format is RowFormat.PLAIN
+            and not plan.row_format.encoded
             and plan.segments[sequence].in_place
             and all(self._on_channel(stream) for stream in streams)
         )
@@ -180,7 +179,7 @@ class PrefillDispatch(PrefillResuming):
             plan.part,
             payload,
             segment.ready,
-            plan.row_format,
+            plan.row_format.part(first, rectangle.layers),
         )
         return one_piece(payload), digest or b""
 
