@@ -33,6 +33,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from sglang_tpla.artifact.model_identity import config_hash
+from sglang_tpla.cache_rows.sketched import SketchedRows
 
 FORMAT_VERSION = 1
 MAP_NAMES = ("Z", "A", "B")
@@ -147,6 +148,14 @@ class Artifact:
         """Z [d, w], A [w, d], B [w, d] of one layer and group, float32."""
         z, a, b = (self.tensors[tensor_name(layer, group, which)] for which in MAP_NAMES)
         return z, a, b
+
+    def sketched(self, layer: int) -> SketchedRows | None:
+        """Sizes of the layer's rows where they are sketched."""
+        return None
+
+    def sketch(self, layer: int) -> torch.Tensor:
+        """Sketch columns of all groups, [d, g n], of a layer with sketched rows."""
+        raise NotImplementedError
 
     @cached_property
     def content_hash(self) -> str:

@@ -32,7 +32,7 @@ class Backend:
         dtypes, page_sizes (None: any), heads (lowest, highest).
         device: text for messages. has_device: whether a capability is served.
         why_not: why other widths are refused.
-        fp8: whether it reads FP8 rows; otherwise it reads plain ones.
+        kind: of the rows that it reads (`DecodeShape.kind`).
     """
 
     name: str
@@ -45,14 +45,14 @@ class Backend:
     has_device: Callable[[Capability], bool]
     why_not: str
     rope_dims: tuple[int, ...] | None = (64,)
-    fp8: bool = False
+    kind: str = "plain"
 
     def objection(self, shape: DecodeShape, capability: Capability) -> str | None:
         """Why this backend must not serve ``shape`` there; None if it may."""
         if not self.has_device(capability):
             return f"it needs {self.device}, this is {_device_text(capability)}"
-        if self.fp8 != (shape.fp8_shared is not None):
-            return f"it reads {'FP8' if self.fp8 else 'plain'} rows"
+        if self.kind != shape.kind:
+            return f"it reads {self.kind} rows, and these are {shape.kind} rows"
         if not self.has_width(shape.latent_dim):
             return f"latent width {shape.latent_dim} is not among its widths ({self.widths}): {self.why_not}"
         if self.rope_dims is not None and shape.rope_dim not in self.rope_dims:
@@ -116,7 +116,7 @@ BACKENDS: tuple[Backend, ...] = (
         device="compute capability 8.9 or higher",
         has_device=lambda capability: capability is not None and capability >= (8, 9),
         why_not="its tiles are multiples of 32 columns; pad the slice (zero columns) to the next multiple",
-        fp8=True,
+        kind="fp8",
     ),
     Backend(
         name="reference",
@@ -141,7 +141,20 @@ BACKENDS: tuple[Backend, ...] = (
         has_device=lambda capability: capability is None,
         why_not="",
         rope_dims=None,
-        fp8=True,
+        kind="fp8",
+    ),
+    Backend(
+        name="sketched_reference",
+        widths="any",
+        has_width=lambda w: True,
+        dtypes=(torch.float32, torch.bfloat16, torch.float16),
+        page_sizes=None,
+        heads=(1, 1 << 16),
+        device="a CPU (on a GPU it is for tests only)",
+        has_device=lambda capability: capability is None,
+        why_not="",
+        rope_dims=None,
+        kind="sketched",
     ),
 )
 _BY_NAME = {backend.name: backend for backend in BACKENDS}

@@ -9,9 +9,13 @@ Names and shapes, the same for every backend:
     q_latent  [batch * query_len, heads, w]     absorbed queries, tokens of one request side by side
     q_rope    [batch * query_len, heads, rope]
     kv_cache  [slots, w + rope]                 slots = pages * page_size (or [slots, 1, w + rope]);
-                                                or FP8 rows, uint8 [slots, row_bytes] (`fp8_rows`)
+                                                or rows in bytes, uint8 [slots, row_bytes] (`cache_rows`)
     lengths   [batch] int32                     cached tokens a request has, the query tokens included
     out       [batch * query_len, heads, w]
+
+Sketched rows (`cache_rows.sketched`) keep w columns at 8 bits, padded with zeros to w_pad, and a sketch of (g - 1) n
+others that takes part in scores alone: ``q_latent`` is then [.., w_pad + (g - 1) n], own columns first and zeros in the
+padded ones, and ``out`` [.., w_pad].
 
 Query token j of a request sees the first ``length - query_len + 1 + j`` tokens. A request of length 0 gets
 zeros: CUDA graphs pad batches with such requests. A request with 0 < length < query_len has query tokens
@@ -21,11 +25,13 @@ that see nothing; they get zeros too.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
 from sglang_tpla.cache_rows import fp8 as fp8_rows
+from sglang_tpla.cache_rows.row_format import Fp8Rows, GroupRows, LayerRows
+from sglang_tpla.cache_rows.sketched import SketchedRows
 
 MAX_QUERY_LEN = 4
 
@@ -39,13 +45,14 @@ class DecodeShape:
     """What one attention layer of one rank looks like; fixed for the life of a server.
 
     Args:
-        latent_dim: w, latent values a token holds on this rank.
+        latent_dim: w, latent values a token holds on this rank; w_pad of sketched rows.
         heads: query heads on this rank.
         rope_dim: rotary values a token holds.
         query_len: query tokens a request has in one step, 1 to 4 (above 1: speculative verification).
         page_size: tokens a page, a power of two.
-        dtype: of queries, output and, but for FP8 rows, the cache.
-        fp8_shared: r, columns with the first of an FP8 row's two scales; None where the cache holds plain rows.
+        dtype: of queries, output and a cache of plain rows.
+        fp8_shared: r, columns with the first of an FP8 row's two scales; None where the cache holds other rows.
+        sketched: sizes of the cache's sketched rows; None where it holds other rows.
 
     Raises:
         AttentionInputError: a value outside of these ranges.
@@ -58,6 +65,7 @@ class DecodeShape:
     page_size: int = 1
     dtype: torch.dtype = torch.bfloat16
     fp8_shared: int | None = None
+    sketched: SketchedRows | None = None
 
     def __post_init__(self) -> None:
         for name in ("latent_dim", "heads", "rope_dim", "query_len", "page_size"):
@@ -70,6 +78,15 @@ class DecodeShape:
             )
         if self.page_size & (self.page_size - 1):
             raise AttentionInputError(f"DecodeShape.page_size must be a power of two; got {self.page_size}")
+        if self.sketched is not None and (
+            self.fp8_shared is not None
+            or (self.latent_dim, self.rope_dim) != (self.sketched.w_pad, self.sketched.rope_dim)
+        ):
+            raise AttentionInputError(
+                f"DecodeShape of sketched rows must have latent_dim={self.sketched.w_pad}, "
+                f"rope_dim={self.sketched.rope_dim} and no fp8_shared; got {self.latent_dim}, {self.rope_dim}, "
+                f"{self.fp8_shared}"
+            )
         if self.fp8_shared is None:
             return
         if not 0 <= self.fp8_shared <= self.latent_dim:
@@ -79,9 +96,29 @@ class DecodeShape:
         if (why := fp8_rows.objection(self.latent_dim, self.rope_dim)) is not None:
             raise AttentionInputError(f"{why}; use --kv-cache-dtype auto, or an artifact of other widths")
 
+    @classmethod
+    def of_rows(cls, rows: LayerRows, heads: int, **others: Any) -> DecodeShape:
+        """The shape of a layer that caches such rows; ``others`` are the remaining fields."""
+        if isinstance(rows, GroupRows):
+            return cls(rows.rows.w_pad, heads, rows.rope_dim, sketched=rows.rows, **others)
+        fp8_shared = rows.shared if isinstance(rows, Fp8Rows) else None
+        return cls(rows.width, heads, rows.rope_dim, fp8_shared=fp8_shared, **others)
+
+    @property
+    def kind(self) -> str:
+        """What kind of rows the cache holds: "plain", "fp8" or "sketched"."""
+        return "sketched" if self.sketched is not None else "plain" if self.fp8_shared is None else "fp8"
+
+    @property
+    def query_dim(self) -> int:
+        """Columns of ``q_latent``: w, and with sketched rows the sketch's."""
+        return self.latent_dim if self.sketched is None else self.sketched.score_columns
+
     @property
     def cache_dim(self) -> int:
-        """Items of one cache row: w + rope values, or an FP8 row's bytes."""
+        """Items of one cache row: w + rope values, or the bytes of a row in bytes."""
+        if self.sketched is not None:
+            return self.sketched.row_bytes
         if self.fp8_shared is not None:
             return fp8_rows.row_bytes(self.latent_dim, self.rope_dim)
         return self.latent_dim + self.rope_dim
@@ -89,7 +126,7 @@ class DecodeShape:
     @property
     def cache_dtype(self) -> torch.dtype:
         """Type of those items."""
-        return self.dtype if self.fp8_shared is None else torch.uint8
+        return self.dtype if self.kind == "plain" else torch.uint8
 
 
 @dataclass(frozen=True)
@@ -173,7 +210,7 @@ class DecodeAttention(Protocol):
         kv_cache: torch.Tensor,
         out: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Attend; returns ``out`` [batch * query_len, heads, w], newly made when None is given."""
+        """Attend; returns ``out`` [batch * query_len, heads, latent_dim], newly made when None is given."""
 
 
 def checked_inputs(
@@ -187,7 +224,7 @@ def checked_inputs(
     cache = kv_cache.squeeze(1) if kv_cache.dim() == 3 and kv_cache.shape[1] == 1 else kv_cache
     tokens = table.batch * shape.query_len
     expected = (
-        ("q_latent", q_latent, (tokens, shape.heads, shape.latent_dim), shape.dtype),
+        ("q_latent", q_latent, (tokens, shape.heads, shape.query_dim), shape.dtype),
         ("q_rope", q_rope, (tokens, shape.heads, shape.rope_dim), shape.dtype),
         ("kv_cache", cache, (cache.shape[0], shape.cache_dim), shape.cache_dtype),
     )

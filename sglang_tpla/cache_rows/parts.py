@@ -1,8 +1,8 @@
 """Which part of a row travels: the whole, what every latent group has, or what one group has.
 
-    FULL    the whole row
-    COMMON  the columns that every group has, the rotary key, and what goes with them
-    OWN     the columns of one group
+FULL    the whole row
+COMMON  the columns that every group has, the rotary key, and what goes with them
+OWN     the columns of one group
 """
 
 from __future__ import annotations

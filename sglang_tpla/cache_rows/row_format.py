@@ -14,7 +14,7 @@ the sender's gather on.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby
@@ -40,7 +40,7 @@ SENDER_DTYPES = (
 )  # of a pool whose rows are sent in another format
 
 
-class LayerRows(Protocol):
+class LayerRows(Hashable, Protocol):
     """The rows of one layer on one rank; equal ones are encoded alike.
 
     Attributes:
@@ -341,7 +341,10 @@ class RowFormat:
     @property
     def _bits(self) -> str:
         rows = [layer.rows for layer in self.layers if isinstance(layer, GroupRows)]
-        sketch, rope = _fold([layer.sketch_bits for layer in rows]), _fold([layer.rope_bits for layer in rows])
+        sketch, rope = (
+            _fold([layer.sketch_bits for layer in rows]),
+            _fold([layer.rope_bits for layer in rows]),
+        )
         return f" sketch_bits={sketch} rope_bits={rope}"
 
     @property
@@ -355,7 +358,9 @@ class RowFormat:
     def common_suffix(self) -> str:
         """What the hash of the common part says of them: the same for every group."""
         head = self.layers[0]
-        return f" {SKETCHED_NAME} groups={head.rows.groups}{self._bits}" if isinstance(head, GroupRows) else ""
+        return (
+            f" {SKETCHED_NAME} groups={head.rows.groups}{self._bits}" if isinstance(head, GroupRows) else ""
+        )
 
     @property
     def encoded(self) -> bool:
@@ -373,9 +378,18 @@ class RowFormat:
         return tuple(rows.shared for rows in self.layers)
 
     def sharing(self, shared: Sequence[int]) -> RowFormat:
-        """The same rows, whose leading columns are those of every group."""
+        """The same rows, so many of whose columns are those of every group; sketched rows know that by themselves."""
+        if isinstance(self.layers[0], GroupRows):
+            return self
         pairs = zip(self.layers, shared, strict=True)
         return RowFormat(tuple(replace(rows, shared=r) for rows, r in pairs))  # type: ignore[type-var]
+
+    @cached_property
+    def of_any_group(self) -> RowFormat:
+        """Equal for the ranks whose common part is the same."""
+        return RowFormat(
+            tuple(replace(rows, group=0) if isinstance(rows, GroupRows) else rows for rows in self.layers)
+        )
 
     def part(self, first: int, count: int) -> RowFormat:
         """Those of ``count`` layers from the ``first`` on (by index)."""

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 
 from sglang_tpla.attention.interface import DecodeShape, PageTable
-from sglang_tpla.attention.reference import latent_attention, read_fp8
+from sglang_tpla.attention.reference import latent_attention, read_rows
 from sglang_tpla.cache_rows.fp8 import pack_rows
 
 SCALE = 192**-0.5
@@ -35,7 +35,8 @@ class Case:
             self.lengths,
             scale=SCALE,
             query_len=self.shape.query_len,
-            read=None if self.shape.fp8_shared is None else partial(read_fp8, shape=self.shape),
+            value_dim=self.shape.latent_dim,
+            read=partial(read_rows, shape=self.shape),
         )
 
 

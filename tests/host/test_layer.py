@@ -133,6 +133,9 @@ class OneGroup:
     def maps(self, layer: int, group: int):
         return self._maps[group]
 
+    def sketched(self, layer: int) -> None:
+        return None
+
 
 def build_rank(rank, size, groups, maps, weights, q_rank, yarn, dtype, monkeypatch, o_proj="replicate"):
     """SGLang's attention module of one rank, weights loaded by its own loaders and folded."""

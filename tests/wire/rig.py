@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from sglang_tpla.cache_rows.row_format import RowFormat
+from sglang_tpla.cache_rows.row_format import Fp8Rows, RowFormat
 from sglang_tpla.config import Settings
 from sglang_tpla.transfer.decode.agent import DecodeAgent
 from sglang_tpla.transfer.memory.projection import Projection
@@ -146,14 +146,13 @@ def decode_rank(
 ) -> DecodeRank:
     """A decode rank with zeroed rows (plain ones of ``dtype``, or FP8 rows); on this host or on one of another name."""
     widths = z.widths if z is not None else (LATENT,) * LAYERS
-    items, dtype = (2 * ROPE + 16, torch.uint8) if fp8 else (ROPE, dtype)  # beside the slice
-    pool = CachePool(
-        [torch.zeros(PAGES * PAGE, width + items, dtype=dtype, device=device) for width in widths],
-        LATENT,
-        ROPE,
-        page_size,
-        row_format=RowFormat.FP8 if fp8 else RowFormat.PLAIN,
-    )
+    shared = z.shared if z is not None else widths
+    rows = (RowFormat.fp8 if fp8 else RowFormat.plain)(widths, shared, ROPE)
+    if z is not None and z.sketched is not None:
+        rows = z.sketched
+    dtype = rows.item_dtype(dtype)
+    layers = [torch.zeros(PAGES * PAGE, layer.row_items, dtype=dtype, device=device) for layer in rows.layers]
+    pool = CachePool(layers, LATENT, ROPE, page_size, encoding=rows)
     metadata = MetadataRows([np.zeros((8, size_), dtype=np.uint8) for size_ in ITEM_BYTES])
     agent = DecodeAgent(
         pool,
@@ -206,7 +205,7 @@ def check_rows(
     for layer in range(LAYERS):
         rows = prefill.pool.layers[layer].cpu()[torch.from_numpy(from_slots)]
         got = decode.pool.layers[layer].cpu()[torch.from_numpy(to_slots)]
-        if decode.pool.row_format is RowFormat.FP8:
+        if isinstance(decode.pool.row_format.layers[layer], Fp8Rows):
             _check_fp8_rows(rows, got, decode.projection, layer)
             continue
         if decode.projection is None:

@@ -13,6 +13,7 @@ import torch
 
 from sglang_tpla.attention.interface import AttentionInputError
 from sglang_tpla.cache_rows import fp8 as fp8_rows
+from sglang_tpla.cache_rows.row_format import GroupRows
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,9 @@ class CacheWrite:
         q_rope: [tokens, heads, rope], tokens and heads may be strided: the queries' rope part, rotated in place where
             ``cos_sin`` is given; None rotates no queries.
         neox: rotate halves; otherwise neighbours. The result keeps the vector's own order.
-        fp8_shared: r, the columns with the first of an FP8 row's two scales; None writes plain rows.
+        fp8_shared: r, the columns with the first of an FP8 row's two scales; None writes no FP8 rows.
+        sketched: the sketched rows to write, and the group that they are for: the slice is then
+            ``[shared | own | sketch of all groups]``, and ``z`` [d, w + g n]; None writes no sketched rows.
 
     Raises:
         AttentionInputError: shapes or dtypes that do not fit: what was expected, and what came.
@@ -50,6 +53,7 @@ class CacheWrite:
     q_rope: torch.Tensor | None = None
     neox: bool = False
     fp8_shared: int | None = None
+    sketched: GroupRows | None = None
 
     def __post_init__(self) -> None:
         if self.latent.dim() != 2 or self.k_rope.dim() != 2:
@@ -57,7 +61,7 @@ class CacheWrite:
                 f"latent must be [tokens, d] and k_rope [tokens, rope]; got {list(self.latent.shape)} and "
                 f"{list(self.k_rope.shape)}"
             )
-        if self.weight is None and (self.z is not None or self.fp8_shared is None):
+        if self.weight is None and (self.z is not None or self.plain):
             raise AttentionInputError(
                 "weight must be given: only rows of a format of their own are written from finished slices"
             )
@@ -94,7 +98,7 @@ class CacheWrite:
     def _expected(self) -> list[tuple[str, torch.Tensor, tuple[int, ...], torch.dtype]]:
         """Name, tensor, and the shape and dtype that it must have."""
         tokens, d, rope, rows = self.tokens, self.latent.shape[1], self.rope_dim, self.rows
-        plain = self.fp8_shared is None
+        plain = self.plain
         dtype = self.cache.dtype if plain else self.latent.dtype
         given = self.weight is None
         expected: list[tuple[str, torch.Tensor, tuple[int, ...], torch.dtype]] = [
@@ -104,7 +108,13 @@ class CacheWrite:
         ]
         if self.weight is not None:
             expected.insert(2, ("weight", self.weight, (d,), dtype))
-        if self.z is not None:
+        if self.sketched is not None:
+            columns = self.sketched.columns
+            if self.z is None:
+                expected.append(("latent", self.latent, (tokens, columns), self.latent.dtype))
+            else:
+                expected.append(("z", self.z, (d, columns), torch.float32))
+        elif self.z is not None:
             expected.append(("z", self.z, (d, self.z.shape[-1]), torch.float32))
         if self.q_rope is not None:
             heads = self.q_rope.shape[1] if self.q_rope.dim() == 3 else 1
@@ -112,6 +122,11 @@ class CacheWrite:
         if self.cos_sin is not None:
             expected.append(("cos_sin", self.cos_sin, (self.cos_sin.shape[0], rope), torch.float32))
         return expected
+
+    @property
+    def plain(self) -> bool:
+        """Whether rows are values of the cache's dtype."""
+        return self.fp8_shared is None and self.sketched is None
 
     @property
     def rows(self) -> torch.Tensor:
@@ -131,12 +146,14 @@ class CacheWrite:
 
     @property
     def width(self) -> int:
-        """w, latent values that a row keeps."""
+        """Columns of the slice that a row is made of."""
         return (self.latent if self.z is None else self.z).shape[1]
 
     @property
     def row_items(self) -> int:
         """Items that a row of the cache must have."""
+        if self.sketched is not None:
+            return self.sketched.row_items
         if self.fp8_shared is not None:
             return fp8_rows.row_bytes(self.width, self.rope_dim)
         return self.width + self.rope_dim

@@ -6,6 +6,7 @@ import torch
 
 from sglang_tpla.attention.cache_write.inputs import CacheWrite
 from sglang_tpla.cache_rows.fp8 import pack_rows
+from sglang_tpla.cache_rows.parts import Part
 
 
 def write(new: CacheWrite) -> None:
@@ -14,7 +15,10 @@ def write(new: CacheWrite) -> None:
     key = (
         new.k_rope if new.cos_sin is None else rotate_pairs(new.k_rope, new.cos_sin[new.positions], new.neox)
     )
-    if new.fp8_shared is not None:
+    if new.sketched is not None:
+        encoded = rows.new_empty(new.tokens, new.row_items)
+        new.sketched.encode(kept, key, Part.FULL, encoded)
+    elif new.fp8_shared is not None:
         encoded = pack_rows(kept, key, new.fp8_shared)
     else:
         encoded = torch.cat([kept.to(rows.dtype), key], dim=-1)

@@ -8,7 +8,7 @@ from sglang_tpla.attention.cache_write.inputs import CacheWrite
 
 def write(new: CacheWrite) -> None:
     """Write the new tokens' rows."""
-    if not new.cache.is_cuda:
+    if not new.cache.is_cuda or new.sketched is not None:
         reference.write(new)
     elif new.fp8_shared is not None:
         fp8.write(new)

@@ -2,8 +2,8 @@
 
 It serves the decode steps of a decode server, with CUDA graphs: page table and lengths are refilled in fixed buffers
 and planned on the device before each step, for every kind among the layers; nothing is read back. Plain rows are read
-by the kernel for Hopper; FP8 rows (``--kv-cache-dtype fp8_e4m3``) are written and read here by the FP8 kernels, on a
-CPU by their twins. A decode server computes no prompts, so there is no extend. Answers to ``AttentionBackend`` in
+by the kernel for Hopper, FP8 rows (``--kv-cache-dtype fp8_e4m3``) and sketched ones by kernels of their own, on a CPU
+by the twin. A decode server computes no prompts, so there is no extend. Answers to ``AttentionBackend`` in
 ``sglang/srt/layers/attention/base_attn_backend.py``.
 """
 
@@ -21,7 +21,7 @@ from sglang_tpla.attention.hopper.decode import HopperDecode
 from sglang_tpla.attention.interface import AttentionInputError, DecodeAttention, DecodeShape, PageTable
 from sglang_tpla.attention.reference import ReferenceDecode
 from sglang_tpla.cache_rows.fp8 import FP8
-from sglang_tpla.host.process import artifact
+from sglang_tpla.host.model.rows import row_format
 
 
 class TplaDecodeBackend(AttentionBackend):
@@ -39,7 +39,7 @@ class TplaDecodeBackend(AttentionBackend):
         self._heads: int = config.num_attention_heads // get_parallel().attn_tp_size
         self._rope_dim: int = config.qk_rope_head_dim
         self._dtype: torch.dtype = config.dtype
-        self._shapes = self._layer_shapes(config.kv_lora_rank, runner.kv_cache_dtype == FP8)
+        self._shapes = self._layer_shapes(config, runner.kv_cache_dtype == FP8)
         slots = self.req_to_token_pool.req_to_token  # [requests, max_context] int32
         # Checks once what a step relies on: contiguous int32, positions that fit 32 bits.
         self._table = PageTable.from_req_to_token(
@@ -48,26 +48,22 @@ class TplaDecodeBackend(AttentionBackend):
         self._row_tokens = slots.shape[1]
         self._make_buffers(self.req_to_token_pool.size)
 
-    def _layer_shapes(self, latent_dim: int, fp8: bool) -> list[DecodeShape]:
-        """One shape a layer; one for all where there is no artifact."""
-        loaded = artifact()
-        widths = loaded.meta.widths if loaded else (latent_dim,)
-        shared = loaded.meta.shared_dims if loaded and fp8 else widths
-        return [
-            DecodeShape(
-                width, self._heads, rope_dim=self._rope_dim, dtype=self._dtype, fp8_shared=r if fp8 else None
-            )
-            for width, r in zip(widths, shared, strict=True)
-        ]
+    def _layer_shapes(self, config: Any, fp8: bool) -> list[DecodeShape]:
+        """One shape a layer."""
+        text = config.hf_text_config
+        rows = row_format(text.kv_lora_rank, self._rope_dim, text.num_hidden_layers, fp8=fp8)
+        return [DecodeShape.of_rows(layer, self._heads, dtype=self._dtype) for layer in rows.layers]
 
     def _kernel(self, shape: DecodeShape) -> DecodeAttention:
-        if shape.fp8_shared is None:
+        if shape.kind == "plain":
             return HopperDecode(shape, self._scale, self._max_batch, self._device)
         if self._device.type != "cuda":
             return ReferenceDecode(shape, self._scale)
-        from sglang_tpla.attention.fp8.decode import Fp8Decode
+        if shape.kind == "fp8":
+            from sglang_tpla.attention.fp8.decode import Fp8Decode
 
-        return Fp8Decode(shape, self._scale, self._max_batch, self._device)
+            return Fp8Decode(shape, self._scale, self._max_batch, self._device)
+        return ReferenceDecode(shape, self._scale)
 
     def _make_buffers(self, max_batch: int) -> None:
         """Fixed buffers for at most ``max_batch`` requests, and one kernel for each kind of layer."""
@@ -110,16 +106,16 @@ class TplaDecodeBackend(AttentionBackend):
         **kwargs: Any,
     ) -> torch.Tensor:
         """Write the new tokens' rows, attend over the planned step; ``[tokens, h * w]``."""
-        width, rope = layer.v_head_dim, layer.head_dim - layer.v_head_dim
-        shape = self._shapes[layer.layer_id if len(self._shapes) > 1 else 0]
+        shape = self._shapes[layer.layer_id]
+        width, rope = shape.query_dim, shape.rope_dim
         cache = self.token_to_kv_pool.get_key_buffer(layer.layer_id)
-        if shape.fp8_shared is not None:
+        if shape.kind != "plain":
             cache = cache.view(torch.uint8)
         if k is not None and save_kv_cache:
             self._write(layer, shape, cache, forward_batch.out_cache_loc, k, v, k_rope)
         if q_rope is None:
             q, q_rope = q.view(-1, layer.tp_q_head_num, layer.head_dim).split((width, rope), dim=-1)
-        out = q.new_empty(q.shape[0], layer.tp_q_head_num, width)
+        out = q.new_empty(q.shape[0], layer.tp_q_head_num, shape.latent_dim)
         self._kernels[shape].run(
             q.view(-1, layer.tp_q_head_num, width), q_rope.view(-1, layer.tp_q_head_num, rope), cache, out
         )
@@ -135,7 +131,7 @@ class TplaDecodeBackend(AttentionBackend):
         v: torch.Tensor | None,
         k_rope: torch.Tensor | None,
     ) -> None:
-        """Rows of the new tokens; FP8 rows are quantised here."""
+        """Rows of the new tokens; FP8 rows are quantised here, sketched ones were written by the layer."""
         if shape.fp8_shared is None and k_rope is not None:
             self.token_to_kv_pool.set_mla_kv_buffer(layer, place, k, k_rope)
         elif shape.fp8_shared is None:

@@ -25,9 +25,11 @@ from sglang.srt.disaggregation.common.conn import (
 )
 from sglang.srt.disaggregation.utils import DisaggregationMode
 
+from sglang_tpla.cache_rows.fp8 import FP8
 from sglang_tpla.host.disaggregation.bootstrap_server import registration
-from sglang_tpla.host.disaggregation.engine_memory import cache_pool, metadata_rows
+from sglang_tpla.host.disaggregation.engine_memory import cache_dtype, cache_pool, metadata_rows
 from sglang_tpla.host.disaggregation.prefill_lookup import Lookups, Place, rank_addresses
+from sglang_tpla.host.model.rows import projections, row_format, sketched
 from sglang_tpla.host.process import current_slice, model_identity, settings
 from sglang_tpla.transfer.decode.agent import DecodeAgent
 from sglang_tpla.transfer.memory.projection import Projection
@@ -109,13 +111,21 @@ class TplaKVManager(CommonKVManager):
 
     def _decode_agent(self) -> DecodeAgent:
         part = current_slice(self.server_args, self.attn_tp_rank, self.attn_tp_size)
+        text = self.server_args.get_model_config().hf_text_config
+        model = text.kv_lora_rank, text.qk_rope_head_dim
+        layers = len(self.kv_args.kv_data_ptrs)
+        rows = row_format(
+            *model,
+            layers,
+            fp8=cache_dtype(self.kv_args, self.server_args) == FP8,
+            group=part.group if part is not None else 0,
+        )
         projection = None
         if part is not None:
-            meta = part.artifact.meta
-            matrices = [part.artifact.maps(layer, part.group)[0] for layer in range(meta.num_layers)]
-            projection = Projection(matrices, meta.shared_dims)
+            matrices = projections(part, layers, *model)
+            projection = Projection(matrices, rows.shared, sketched=rows if sketched() else None)
         agent = DecodeAgent(
-            cache_pool(self.kv_args, self.server_args),
+            cache_pool(self.kv_args, self.server_args, rows),
             metadata_rows(self.kv_args),
             projection,
             model_hash=model_identity(self.server_args),

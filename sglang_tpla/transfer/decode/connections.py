@@ -61,6 +61,7 @@ class DecodeDialing(DecodeChannels):
         first, widths = pool.first_layer, pool.widths
         if projection is not None and (
             projection.widths != widths
+            or projection.sketched not in (None, pool.row_format)
             or projection.first_layer != first
             or projection.latent_dim != pool.latent_dim
         ):

@@ -65,7 +65,8 @@ class Projection:
         d = self.matrices[0].shape[0]
         if self.sketched is not None and (
             tuple(self.sketched.shared) != tuple(self.shared)
-            or [rows.columns for rows in self.sketched.layers] != [matrix.shape[-1] for matrix in self.matrices]
+            or [rows.columns for rows in self.sketched.layers]
+            != [matrix.shape[-1] for matrix in self.matrices]
         ):
             raise TransferError(
                 "a projection of sketched rows has the columns [shared | own | sketch of all groups]; got widths "

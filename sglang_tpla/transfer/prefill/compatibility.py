@@ -20,9 +20,7 @@ def announced_rows(layout: CacheLayout) -> RowFormat:
     Raises:
         ValueError: there are no such rows.
     """
-    return RowFormat.announced(
-        layout.dtype, layout.latent_dim, layout.widths, layout.shared, layout.rope_dim
-    )
+    return RowFormat.announced(layout.dtype, layout.latent_dim, layout.widths, layout.shared, layout.rope_dim)
 
 
 def mismatch(hello: Hello, pool: CachePool, metadata: MetadataRows, model_hash: str) -> str | None:
