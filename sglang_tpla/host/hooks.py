@@ -17,22 +17,16 @@ from typing import Any
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 from sglang_tpla.config import ConfigError, Settings
-from sglang_tpla.host import ledger
+from sglang_tpla.host import ledger, process
 from sglang_tpla.host.attention.supported import OURS
 
 logger = logging.getLogger(__name__)
-_applied: list[str] = []
 
 
 def implementation(hook: ledger.Hook) -> Callable[..., Any]:
     """The function of this package that a ledger entry names."""
     module, _, name = hook.implementation.partition(":")
     return getattr(importlib.import_module(module), name)
-
-
-def applied() -> tuple[str, ...]:
-    """Targets hooked in this process."""
-    return tuple(_applied)
 
 
 def is_in_place(hook: ledger.Hook, function: Callable[..., Any]) -> bool:
@@ -71,8 +65,7 @@ def install(roles: Collection[str], environ: Mapping[str, str] = os.environ) -> 
     missing = [h.target for h, f in zip(hooks, functions, strict=True) if not is_in_place(h, f)]
     if missing:
         raise ledger.refuse(f"these hooks did not apply: {', '.join(missing)} (SGLang's log above says why)")
-    _applied[:] = [hook.target for hook in hooks]
-    return applied()
+    return process.record_hooks(hook.target for hook in hooks)
 
 
 def register() -> None:

@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 from sglang_tpla.artifact.artifact import Artifact
 from sglang_tpla.config import ConfigError, Layout, Settings
+
+_hooked: list[str] = []
+
+
+def record_hooks(targets: Iterable[str]) -> tuple[str, ...]:
+    """Keep which targets in SGLang are hooked in this process, and return them."""
+    _hooked[:] = targets
+    return hooked()
+
+
+def hooked() -> tuple[str, ...]:
+    """The targets in SGLang that are hooked in this process."""
+    return tuple(_hooked)
 
 
 @cache

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from typing import Any
 
 from sglang_tpla.config import Layout
-from sglang_tpla.host.process import artifact, settings
+from sglang_tpla.host.process import artifact, hooked, settings
 
 
 def describe(
@@ -27,8 +27,6 @@ def describe(
         row_bytes: of a token's row in every layer's cache.
         value_bytes: of a value in the cache of plain MLA, in the model's own precision.
     """
-    from sglang_tpla.host.hooks import applied
-
     loaded = artifact()
     return {
         "role": settings().role,
@@ -43,7 +41,7 @@ def describe(
         "transform": loaded.meta.transform if loaded else "none",
         "cache_bytes_per_token_and_rank": sum(row_bytes),
         "mla_cache_bytes_per_token_and_rank": value_bytes * len(widths) * (latent_dim + rope_dim),
-        "hooks": list(applied()),
+        "hooks": list(hooked()),
     }
 
 

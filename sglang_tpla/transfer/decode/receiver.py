@@ -16,8 +16,8 @@ from functools import partial
 
 import numpy as np
 
+from sglang_tpla.cache_rows.parts import Part
 from sglang_tpla.transfer import messages as frames
-from sglang_tpla.transfer.chunks import Part
 from sglang_tpla.transfer.decode.landing import PoolLanding
 from sglang_tpla.transfer.decode.rooms import DecodeFetching
 from sglang_tpla.transfer.decode.state import Arrival, Kept, Room

@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 from collections import OrderedDict, deque
 
+from sglang_tpla.cache_rows.parts import Part
 from sglang_tpla.transfer import messages as frames
-from sglang_tpla.transfer.chunks import Part
 from sglang_tpla.transfer.decode.connections import DecodeDialing
 from sglang_tpla.transfer.decode.landing import PoolLanding
 from sglang_tpla.transfer.decode.state import Arrival, Connection, Kept, Link, Room, Source

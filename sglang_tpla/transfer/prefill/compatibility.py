@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from sglang_tpla.cache_rows.parts import Part
 from sglang_tpla.cache_rows.row_format import SENDER_DTYPES, RowFormat
-from sglang_tpla.transfer.chunks import Part
 from sglang_tpla.transfer.messages import PROTOCOL_VERSIONS, Hello
 from sglang_tpla.transfer.room import CachePool, MetadataRows
 
