@@ -23,8 +23,14 @@ from sglang_tpla.host import compat
 from sglang_tpla.host.attention.supported import OURS, preferred_backend, require_engine_backend
 from sglang_tpla.host.disaggregation.engine_memory import CACHE_DTYPES, FP8_CACHE
 from sglang_tpla.host.ledger import refuse
+from sglang_tpla.host.model.architectures import check_architectures
 from sglang_tpla.host.process import artifact, settings
-from sglang_tpla.reference_model.checkpoint import Checkpoint, CheckpointError, local_checkpoint
+from sglang_tpla.reference_model.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    local_checkpoint,
+)
+from sglang_tpla.reference_model.config_keys import language_config
 from sglang_tpla.transfer.network.security import Security
 from sglang_tpla.transfer.room import TransferError
 
@@ -134,20 +140,25 @@ def check_address(args: Any) -> None:
 
 
 def local_config(model_path: str) -> dict[str, Any]:
-    """A checkpoint folder's config, read before SGLang acts on it; empty for a model of the hub."""
+    """A checkpoint folder's whole config, read before SGLang acts on it; empty for a model of the hub."""
     path = Path(model_path) / "config.json"
     if not path.is_file():
         return {}
-    config = json.loads(path.read_text(encoding="utf-8"))
-    return config.get("text_config", config)
+    config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return config
 
 
 def check_config(model_path: str, config: dict[str, Any]) -> None:
-    """Refuse models without a latent cache, and those whose indexer needs the whole of it.
+    """Refuse models that are not served: by their architecture, and by what their config says of the cache.
+
+    Args:
+        config: the model's whole config; the language model's may be nested in it.
 
     Raises:
         ConfigError: naming what the config says.
     """
+    check_architectures(model_path, config.get("architectures") or ())
+    config = language_config(config)
     if config.get(SPARSE) is not None:
         raise ConfigError(
             f"{model_path} uses DeepSeek sparse attention (its config has {SPARSE!r}): the indexer needs the whole "
@@ -168,7 +179,7 @@ def check_model(args: Any) -> None:
     """
     config = compat.model_config(args)
     text = config.hf_text_config
-    check_config(args.model_path, text.to_dict())
+    check_config(args.model_path, {**text.to_dict(), "architectures": config.hf_config.architectures})
     if settings().role == "prefill":
         return
     attention_ranks = args.tp_size // compat.attention_groups(args)
