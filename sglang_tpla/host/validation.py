@@ -24,7 +24,7 @@ from sglang_tpla.host.attention.supported import OURS, preferred_backend, requir
 from sglang_tpla.host.disaggregation.engine_memory import CACHE_DTYPES, FP8_CACHE
 from sglang_tpla.host.ledger import refuse
 from sglang_tpla.host.model.architectures import check_architectures
-from sglang_tpla.host.process import artifact, settings
+from sglang_tpla.host.process import artifact, name_server, settings
 from sglang_tpla.reference_model.checkpoint import (
     Checkpoint,
     CheckpointError,
@@ -49,6 +49,7 @@ def check_server_args(original: Callable[..., None], self: Any, *args: Any, **kw
     try:
         check_flags(self)
         check_address(self)
+        name_server(self.dist_init_addr, self.nnodes)
         check_config(self.model_path, local_config(self.model_path))
         original(self, *args, **kwargs)
         check_model(compat.resolved(self))
@@ -81,6 +82,8 @@ def check_flags(args: Any) -> None:
         *newer_refusals(args),
         (args.speculative_algorithm is not None, "--speculative-algorithm", "the draft model's cache is not sliced "
          "and not transferred yet"),
+        (args.allow_auto_truncate, "--allow-auto-truncate", "prefill and decode would each cut a prompt to a length "
+         "of its own"),
         (args.pp_size > 1, "--pp-size", "pipeline stages are not transferred yet"),
         (sliced and compat.uses_deepgemm_bmm(), " and ".join(compat.DEEPGEMM_BMM),
          "it leaves the absorbed weights in FP8 blocks, which the maps cannot be folded into"),
@@ -137,6 +140,22 @@ def check_address(args: Any) -> None:
             raise ConfigError(
                 "SGLANG_RUST_SERVER=1 brings a bootstrap server of its own, which checks nobody; unset it"
             )
+        if args.node_rank == 0:
+            check_bootstrap_port(args.host, args.disaggregation_bootstrap_port)
+
+
+def check_bootstrap_port(host: str, port: int) -> None:
+    """A port that nobody has: the server would be healthy, and its requests would go to another one.
+
+    Raises:
+        ConfigError: the port is taken.
+    """
+    from sglang_tpla.host.disaggregation.bootstrap_server import listening, port_taken
+
+    try:
+        listening(host, port).close()
+    except OSError as error:
+        raise ConfigError(port_taken(host, port, error)) from error
 
 
 def local_config(model_path: str) -> dict[str, Any]:
