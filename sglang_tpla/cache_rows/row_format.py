@@ -367,6 +367,18 @@ class RowFormat:
         """Whether rows are bytes that the sender makes, whatever dtype its own pool has."""
         return self.layers[0].encoded
 
+    @property
+    def kind(self) -> str:
+        """ "plain", "fp8" or "sketched"."""
+        return {PlainRows: "plain", Fp8Rows: "fp8", GroupRows: "sketched"}[type(self.layers[0])]
+
+    @property
+    def sketch_bits(self) -> list[int]:
+        """Bits of a sketch code in each layer; empty where rows have no sketch."""
+        return [
+            rows.rows.sketch_bits for rows in self.layers if isinstance(rows, GroupRows) and rows.rows.own
+        ]
+
     @cached_property
     def widths(self) -> tuple[int, ...]:
         """w of each layer."""

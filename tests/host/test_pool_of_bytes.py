@@ -1,4 +1,4 @@
-"""SGLang's own latent pool with rows in bytes: its bytes, what it accounts for, and what it hands to a transfer agent."""
+"""SGLang's own latent pool with rows in bytes: their sizes, its accounting, what it hands to a transfer agent."""
 
 from __future__ import annotations
 
