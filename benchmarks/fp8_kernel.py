@@ -26,7 +26,7 @@ from benchmarks.decode_kernel import ROPE_DIM, ROWS, SCALE, capture
 from sglang_tpla.attention.fp8.decode import Fp8Decode, Tiling, tiling_for
 from sglang_tpla.attention.hopper.decode import HopperDecode
 from sglang_tpla.attention.interface import DecodeShape, PageTable
-from sglang_tpla.attention.reference import latent_attention, read_rows
+from sglang_tpla.attention.reference import latent_attention, read_fp8
 from sglang_tpla.cache_rows.fp8 import pack_rows
 
 SHARED = 64
@@ -63,7 +63,7 @@ class Inputs:
         out = torch.full_like(self.q_latent, float("nan"))
         kernel.run(self.q_latent, self.q_rope, rows, out)
         part = PageTable(self.table.indices, self.table.starts[self.some].contiguous())
-        read = (lambda found: read_rows(found, kernel.shape)) if fp8 else None
+        read = (lambda found: read_fp8(found, kernel.shape)) if fp8 else None
         some = self.some
         right = latent_attention(
             self.q_latent[some], self.q_rope[some], rows, part, self.lengths[some], scale=SCALE, read=read

@@ -9,13 +9,13 @@ Names and shapes, the same for every backend:
     q_latent  [batch * query_len, heads, w]     absorbed queries, tokens of one request side by side
     q_rope    [batch * query_len, heads, rope]
     kv_cache  [slots, w + rope]                 slots = pages * page_size (or [slots, 1, w + rope]);
-                                                or rows in bytes, uint8 [slots, row_bytes] (`cache_rows`)
+                                                or FP8 rows, uint8 [slots, row_bytes] (`fp8_rows`)
     lengths   [batch] int32                     cached tokens a request has, the query tokens included
     out       [batch * query_len, heads, w]
 
-Sketched rows (`cache_rows.sketched`) keep w columns at 8 bits, padded with zeros to w_pad, and a sketch of (g - 1) n
-others that takes part in scores alone: ``q_latent`` is then [.., w_pad + (g - 1) n], own columns first and zeros in the
-padded ones, and ``out`` [.., w_pad].
+Sketched rows (`cache_rows.sketched`) are uint8 [slots, row_bytes]. There w is ``w_pad``, and a query has columns for
+the sketch of the other groups' columns, which takes part in scores alone: q_latent [.., w_pad + (g - 1) n], own columns
+first, zeros in the padded ones.
 
 Query token j of a request sees the first ``length - query_len + 1 + j`` tokens. A request of length 0 gets
 zeros: CUDA graphs pad batches with such requests. A request with 0 < length < query_len has query tokens
@@ -45,14 +45,14 @@ class DecodeShape:
     """What one attention layer of one rank looks like; fixed for the life of a server.
 
     Args:
-        latent_dim: w, latent values a token holds on this rank; w_pad of sketched rows.
+        latent_dim: w, latent values a token holds on this rank.
         heads: query heads on this rank.
         rope_dim: rotary values a token holds.
         query_len: query tokens a request has in one step, 1 to 4 (above 1: speculative verification).
         page_size: tokens a page, a power of two.
-        dtype: of queries, output and a cache of plain rows.
+        dtype: of queries, output and, but for FP8 rows, the cache.
         fp8_shared: r, columns with the first of an FP8 row's two scales; None where the cache holds other rows.
-        sketched: sizes of the cache's sketched rows; None where it holds other rows.
+        sketched: the sizes of sketched rows; None where the cache holds other rows.
 
     Raises:
         AttentionInputError: a value outside of these ranges.
@@ -78,15 +78,8 @@ class DecodeShape:
             )
         if self.page_size & (self.page_size - 1):
             raise AttentionInputError(f"DecodeShape.page_size must be a power of two; got {self.page_size}")
-        if self.sketched is not None and (
-            self.fp8_shared is not None
-            or (self.latent_dim, self.rope_dim) != (self.sketched.w_pad, self.sketched.rope_dim)
-        ):
-            raise AttentionInputError(
-                f"DecodeShape of sketched rows must have latent_dim={self.sketched.w_pad}, "
-                f"rope_dim={self.sketched.rope_dim} and no fp8_shared; got {self.latent_dim}, {self.rope_dim}, "
-                f"{self.fp8_shared}"
-            )
+        if self.sketched is not None:
+            self._check_sketched(self.sketched)
         if self.fp8_shared is None:
             return
         if not 0 <= self.fp8_shared <= self.latent_dim:
@@ -96,11 +89,34 @@ class DecodeShape:
         if (why := fp8_rows.objection(self.latent_dim, self.rope_dim)) is not None:
             raise AttentionInputError(f"{why}; use --kv-cache-dtype auto, or an artifact of other widths")
 
+    def _check_sketched(self, rows: SketchedRows) -> None:
+        if self.fp8_shared is not None:
+            raise AttentionInputError(
+                "DecodeShape has rows of one format: expected fp8_shared or sketched, got both"
+            )
+        if (self.latent_dim, self.rope_dim) != (rows.w_pad, rows.rope_dim):
+            raise AttentionInputError(
+                f"DecodeShape of sketched rows must have latent_dim {rows.w_pad} (w_pad) and rope_dim {rows.rope_dim}; "
+                f"got {self.latent_dim} and {self.rope_dim}; use DecodeShape.of_sketched"
+            )
+
+    @classmethod
+    def of_sketched(
+        cls,
+        rows: SketchedRows,
+        heads: int,
+        query_len: int = 1,
+        page_size: int = 1,
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> DecodeShape:
+        """The shape of a layer whose cache holds ``rows``."""
+        return cls(rows.w_pad, heads, rows.rope_dim, query_len, page_size, dtype, sketched=rows)
+
     @classmethod
     def of_rows(cls, rows: LayerRows, heads: int, **others: Any) -> DecodeShape:
         """The shape of a layer that caches such rows; ``others`` are the remaining fields."""
         if isinstance(rows, GroupRows):
-            return cls(rows.rows.w_pad, heads, rows.rope_dim, sketched=rows.rows, **others)
+            return cls.of_sketched(rows.rows, heads, **others)
         fp8_shared = rows.shared if isinstance(rows, Fp8Rows) else None
         return cls(rows.width, heads, rows.rope_dim, fp8_shared=fp8_shared, **others)
 
@@ -111,12 +127,12 @@ class DecodeShape:
 
     @property
     def query_dim(self) -> int:
-        """Columns of ``q_latent``: w, and with sketched rows the sketch's."""
+        """Columns of q_latent: w, and those of the sketch."""
         return self.latent_dim if self.sketched is None else self.sketched.score_columns
 
     @property
     def cache_dim(self) -> int:
-        """Items of one cache row: w + rope values, or the bytes of a row in bytes."""
+        """Items of one cache row: w + rope values, or the bytes of an FP8 or a sketched row."""
         if self.sketched is not None:
             return self.sketched.row_bytes
         if self.fp8_shared is not None:

@@ -12,7 +12,8 @@ from functools import partial
 import torch
 
 from sglang_tpla.attention.interface import DecodeShape, PageTable, checked_inputs
-from sglang_tpla.cache_rows import fp8, sketched
+from sglang_tpla.cache_rows import sketched
+from sglang_tpla.cache_rows.fp8 import unpack_rows
 
 
 def token_slots(table: PageTable, request: int, length: int) -> torch.Tensor:
@@ -31,22 +32,23 @@ def latent_attention(
     *,
     scale: float,
     query_len: int = 1,
-    value_dim: int | None = None,
     read: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    value_dim: int | None = None,
 ) -> torch.Tensor:
     """Attend over the paged cache; see ``interface.py`` for names and shapes.
 
     Args:
-        value_dim: how many leading columns of a row are values; None: all but the rope.
-        read: [rows, items] of the cache to what they stand for, [rows, columns + rope]; None where that is the same.
+        read: [rows, items] of the cache to what they stand for, [rows, columns of q_latent + rope]; None where that
+            is the same.
+        value_dim: how many leading columns are values too; None: all of q_latent's.
 
     Returns:
         out [batch * query_len, heads, value_dim] in float32 (float64 for float64 queries), not rounded to the
         inputs' dtype.
     """
     compute = torch.float64 if q_latent.dtype == torch.float64 else torch.float32
-    value_dim = q_latent.shape[-1] if value_dim is None else value_dim
-    out = torch.zeros(*q_latent.shape[:2], value_dim, dtype=compute, device=q_latent.device)
+    latent_dim = q_latent.shape[-1] if value_dim is None else value_dim
+    out = torch.zeros(*q_latent.shape[:-1], latent_dim, dtype=compute, device=q_latent.device)
     query = torch.cat([q_latent, q_rope], dim=-1).to(compute)  # [tokens, heads, w + rope]
     for request, length in enumerate(lengths.tolist()):
         rows = kv_cache[token_slots(table, request, length)]
@@ -57,22 +59,32 @@ def latent_attention(
                 continue
             token = request * query_len + j
             score = scale * (query[token] @ keys[:seen].T)  # [heads, seen]
-            out[token] = torch.softmax(score, dim=-1) @ keys[:seen, :value_dim]
+            out[token] = torch.softmax(score, dim=-1) @ keys[:seen, :latent_dim]
     return out
 
 
-def read_rows(rows: torch.Tensor, shape: DecodeShape) -> torch.Tensor:
-    """What rows of the cache [rows, items] stand for: [rows, query_dim + rope], float32 where they are bytes."""
+def read_fp8(rows: torch.Tensor, shape: DecodeShape) -> torch.Tensor:
+    """FP8 rows [rows, row_bytes] as [rows, w + rope] float32."""
+    assert shape.fp8_shared is not None
+    return torch.cat(unpack_rows(rows, shape.rope_dim, shape.fp8_shared), dim=-1)
+
+
+def read_sketched(rows: torch.Tensor, shape: DecodeShape) -> torch.Tensor:
+    """Sketched rows [rows, row_bytes] as [rows, w_pad + sketch + rope] float32."""
+    assert shape.sketched is not None
+    unpacked = sketched.unpack_rows(shape.sketched, rows)
+    return torch.cat([unpacked.latent, unpacked.sketch, unpacked.k_rope], dim=-1)
+
+
+def reader_of(shape: DecodeShape) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    """What ``latent_attention`` reads the cache of ``shape`` with."""
     if shape.sketched is not None:
-        found = sketched.unpack_rows(shape.sketched, rows)
-        return torch.cat([found.latent, found.sketch, found.k_rope], dim=-1)
-    if shape.fp8_shared is not None:
-        return torch.cat(fp8.unpack_rows(rows, shape.rope_dim, shape.fp8_shared), dim=-1)
-    return rows
+        return partial(read_sketched, shape=shape)
+    return None if shape.fp8_shared is None else partial(read_fp8, shape=shape)
 
 
 class ReferenceDecode:
-    """``latent_attention`` behind the ``DecodeAttention`` interface, of rows of every kind."""
+    """``latent_attention`` behind the ``DecodeAttention`` interface, of rows of every format."""
 
     def __init__(self, shape: DecodeShape, scale: float) -> None:
         self.shape = shape
@@ -103,7 +115,7 @@ class ReferenceDecode:
             self._lengths,
             scale=self.scale,
             query_len=self.shape.query_len,
+            read=reader_of(self.shape),
             value_dim=self.shape.latent_dim,
-            read=partial(read_rows, shape=self.shape),
         ).to(q_latent.dtype)
         return result if out is None else out.copy_(result)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 
 from sglang_tpla.attention.interface import DecodeShape, PageTable
-from sglang_tpla.attention.reference import latent_attention, read_rows
+from sglang_tpla.attention.reference import latent_attention, reader_of
 from sglang_tpla.cache_rows.fp8 import pack_rows
 
 SCALE = 192**-0.5
@@ -36,7 +35,7 @@ class Case:
             scale=SCALE,
             query_len=self.shape.query_len,
             value_dim=self.shape.latent_dim,
-            read=partial(read_rows, shape=self.shape),
+            read=reader_of(self.shape),
         )
 
 
