@@ -32,7 +32,7 @@ from sglang_tpla.transfer.memory.iovec import (
     worth_it,
 )
 from sglang_tpla.transfer.memory.projection import cut_stacks
-from sglang_tpla.transfer.room import CachePool
+from sglang_tpla.transfer.room import CachePool, TransferError
 
 
 def byte_rows(layer: torch.Tensor) -> np.ndarray:
@@ -86,6 +86,11 @@ def as_tensor(data: np.ndarray) -> torch.Tensor:
     tensors that cannot be written, and warns of arrays that cannot.
     """
     return torch.frombuffer((ctypes.c_uint8 * data.size).from_address(data.ctypes.data), dtype=torch.uint8)
+
+
+def _all_finite(rows: torch.Tensor) -> torch.Tensor:
+    """Whether all of ``[layers, tokens, items]`` are finite; a value that is not makes its sum so as well."""
+    return torch.isfinite(rows.sum(dim=(1, 2), dtype=torch.float64)).all()
 
 
 def project_stack(
@@ -186,8 +191,23 @@ class RowReader:
         for position, layer in enumerate(layers):
             gather_rows(self._rows[layer], slots, byte_rows(rows[position]))
         packed_rows = torch.from_numpy(out).view(row_format.item_dtype(self.pool.dtype))
+        if row_format.encoded:
+            self._require_finite(_all_finite(rows), layers)
         self._encode(rows, stacks, part, packed_rows, row_format)
         return None
+
+    def _require_finite(self, finite: torch.Tensor, layers: range) -> None:
+        """Refuse what rows in bytes cannot hold.
+
+        Raises:
+            TransferError: a value is not finite.
+        """
+        if not bool(finite):
+            first = self.pool.first_layer + layers.start
+            raise TransferError(
+                f"the prompt's cache has values that are not finite among layers {first}...{first + len(layers) - 1}, "
+                "which no rounded row can hold; look for what made them in the prefill server's log"
+            )
 
     def _read_cuda(
         self,
@@ -211,6 +231,7 @@ class RowReader:
             for layer, target_rows in zip(layers, rows.unbind(), strict=True):
                 torch.index_select(self.pool.layers[layer], 0, index, out=target_rows)
             packed = rows.view(-1)
+            finite = _all_finite(rows) if row_format.encoded else None
             if stacks is not None or row_format.encoded:
                 packed = torch.empty(target.numel(), dtype=target.dtype, device=self.pool.device)
                 self._encode(rows, stacks, part, packed, row_format)
@@ -218,6 +239,8 @@ class RowReader:
             done = torch.cuda.Event(blocking=True)
             done.record(self._stream)
         done.synchronize()
+        if finite is not None:
+            self._require_finite(finite, layers)
 
     def _encode(
         self,
