@@ -22,12 +22,12 @@ from sglang_tpla.calibrate import pipeline as run
 from sglang_tpla.calibrate.__main__ import ERRORS
 from sglang_tpla.calibrate.corpus import Corpus, CorpusError, load_tokenizer
 from sglang_tpla.calibrate.decode_error import DecodeErrors, measure, model_maps, quantile
-from sglang_tpla.evaluate.cache import CACHE_DTYPES, cached_maps
 from sglang_tpla.evaluate.endpoints import EndpointError, compare_endpoints
 from sglang_tpla.evaluate.generate import long_answers
 from sglang_tpla.evaluate.layers import kl_alone, layer_errors
 from sglang_tpla.evaluate.report import Bin, Evaluation, LayerRow, LongRow, NeedleRow, summary, write
 from sglang_tpla.evaluate.retrieval import retrieval
+from sglang_tpla.reference_model.cached_maps import CACHE_DTYPES, cached_maps
 from sglang_tpla.reference_model.checkpoint import Checkpoint
 from sglang_tpla.reference_model.forward import LayerMaps, PlainModel
 

@@ -129,12 +129,10 @@ class OneGroup:
 
     def __init__(self, maps) -> None:
         self._maps = maps
+        self.meta = SimpleNamespace(sketched=False)
 
     def maps(self, layer: int, group: int):
         return self._maps[group]
-
-    def sketched(self, layer: int) -> None:
-        return None
 
 
 def build_rank(rank, size, groups, maps, weights, q_rank, yarn, dtype, monkeypatch, o_proj="replicate"):

@@ -39,8 +39,14 @@ def fp8_hooks(engine: None, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def artifact_of(widths: tuple[int, ...], sketched: Sequence[SketchedRows] = ()) -> Any:
     """What the hooks ask of an artifact."""
-    meta = SimpleNamespace(widths=widths, shared_dims=(16,) * len(widths))
-    return SimpleNamespace(meta=meta, sketched=lambda layer: sketched[layer] if sketched else None)
+    return SimpleNamespace(
+        meta=SimpleNamespace(
+            widths=widths,
+            shared_dims=(16,) * len(widths),
+            sketched=bool(sketched),
+            rows=lambda layer: sketched[layer],
+        )
+    )
 
 
 def make_pool(dtype: torch.dtype, latent: int) -> Any:

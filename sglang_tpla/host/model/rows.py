@@ -28,7 +28,7 @@ def sketched() -> bool:
     loaded, asked = artifact(), settings().rows
     if loaded is None:
         return asked == "sketched"
-    found = loaded.sketched(0) is not None
+    found = loaded.meta.sketched
     if asked is not None and found != (asked == "sketched"):
         kind = "sketched" if found else "plain"
         raise ConfigError(
@@ -60,8 +60,7 @@ def row_format(
 def sketched_rows(layer: int, latent_dim: int, rope_dim: int) -> SketchedRows:
     """Sizes of one layer's rows on a server of sketched rows."""
     loaded = artifact()
-    found = loaded.sketched(layer) if loaded is not None else None
-    return found if found is not None else SketchedRows.of(latent_dim, 1, latent_dim, rope_dim)
+    return SketchedRows.of(latent_dim, 1, latent_dim, rope_dim) if loaded is None else loaded.meta.rows(layer)
 
 
 @dataclass(frozen=True)
@@ -90,10 +89,9 @@ def layer_maps(part: Slice, layer: int, latent_dim: int, rope_dim: int) -> Layer
         z, a, b, sketch = turn, turn.T.contiguous(), turn.T.contiguous(), turn[:, :0]
     else:
         z, a, b = part.artifact.maps(layer, part.group)
-        found = part.artifact.sketched(layer)
-        if found is None:
+        if not part.artifact.meta.sketched:
             return LayerMaps(z, a, b, None)
-        rows, sketch = found, part.artifact.sketch(layer)
+        rows, sketch = part.artifact.meta.rows(layer), part.artifact.sketch(layer)
     padding = torch.zeros(rows.w_pad - rows.w, latent_dim)
     return LayerMaps(
         projection=torch.cat([z, sketch], dim=1),
