@@ -67,11 +67,11 @@ class TplaDecodeBackend(AttentionBackend):
             return HopperDecode(shape, self._scale, self._max_batch, self._device)
         if self._device.type != "cuda":
             return ReferenceDecode(shape, self._scale)
-        if shape.kind == "fp8":
-            from sglang_tpla.attention.fp8.decode import Fp8Decode
+        if shape.kind == "sketched":
+            return HopperDecode(shape, self._scale, self._max_batch, self._device)
+        from sglang_tpla.attention.fp8.decode import Fp8Decode
 
-            return Fp8Decode(shape, self._scale, self._max_batch, self._device)
-        return ReferenceDecode(shape, self._scale)
+        return Fp8Decode(shape, self._scale, self._max_batch, self._device)
 
     def _make_buffers(self, max_batch: int) -> None:
         """Fixed buffers for at most ``max_batch`` requests, and one kernel for each kind of layer."""
