@@ -15,8 +15,8 @@ import torch
 
 from sglang_tpla.cache_rows.rotation import rotation
 from sglang_tpla.cache_rows.sketched import SketchedRows
-from sglang_tpla.calibrate.statistics import LayerMoments
 from sglang_tpla.calibrate.transforms import Basis, TransformError, score_basis
+from sglang_tpla.measure.statistics import LayerMoments
 from sglang_tpla.reference_model.sketched_layer import SketchedMaps
 
 

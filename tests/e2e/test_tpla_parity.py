@@ -14,7 +14,7 @@ import torch
 from tokenizers import Tokenizer
 
 from sglang_tpla.artifact.artifact import Artifact, build
-from sglang_tpla.calibrate.decode_error import model_maps
+from sglang_tpla.measure.decode_error import model_maps
 from sglang_tpla.reference_model.cached_maps import cached_maps
 from sglang_tpla.reference_model.forward import PlainModel
 from tests.e2e.prompts import short_prompts
