@@ -6,7 +6,6 @@ the model and the attention backend after it has resolved them.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +24,7 @@ from sglang_tpla.host.disaggregation.engine_memory import CACHE_DTYPES, FP8_CACH
 from sglang_tpla.host.ledger import refuse
 from sglang_tpla.host.process import artifact, name_server, settings
 from sglang_tpla.reference_model.checkpoint import Checkpoint, CheckpointError, local_checkpoint
+from sglang_tpla.reference_model.config_file import read_config
 from sglang_tpla.transfer.network.security import Security
 from sglang_tpla.transfer.room import TransferError
 
@@ -129,8 +129,7 @@ def local_config(model_path: str) -> dict[str, Any]:
     path = Path(model_path) / "config.json"
     if not path.is_file():
         return {}
-    config = json.loads(path.read_text(encoding="utf-8"))
-    return config.get("text_config", config)
+    return read_config(path)
 
 
 def check_config(model_path: str, config: dict[str, Any]) -> None:

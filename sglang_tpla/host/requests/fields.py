@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from sglang_tpla.errors import SglangTplaError
+
 # The metadata row writes 0 where no room has been, and the wire carries a room as a signed number of 64 bits.
 FIRST_ROOM, LAST_ROOM = 1, 2**63 - 1
 INT32_MAX, INT64_MAX = 2**31 - 1, 2**63 - 1
@@ -34,7 +36,7 @@ NOT_CARRIED = {
 }
 
 
-class RequestRefused(ValueError):
+class RequestRefused(SglangTplaError, ValueError):
     """A request that cannot be served; SGLang answers 400 with its text."""
 
 
