@@ -20,7 +20,7 @@ from sglang_tpla.host.requests.fields import (
 )
 from sglang_tpla.host.requests.samples import PER_PROMPT, give_each_its_room, room_of
 
-LIMITS = Limits(vocab=1000, top_logprobs=128, needs_host=True)
+LIMITS = Limits(vocab=1000, top_logprobs=128, own_host="2.2.2.2")
 
 
 def item(**changes: Any) -> SimpleNamespace:
@@ -45,6 +45,7 @@ def item(**changes: Any) -> SimpleNamespace:
         ("bootstrap_port", 0, "1 to 65535"),
         ("bootstrap_port", "8998", "1 to 65535"),
         ("bootstrap_host", None, "is missing"),
+        ("bootstrap_host", "2.2.2.2", "requests to itself"),
         ("bootstrap_host", "prefill:8998", "without a port"),
         ("bootstrap_host", "host/path?x=", "host name"),
         ("bootstrap_host", "", "host name"),
