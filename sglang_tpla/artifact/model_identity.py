@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sglang_tpla.reference_model.checkpoint import Checkpoint
-from sglang_tpla.reference_model.config_file import CheckpointError, rope_scaling, rope_theta, text_config
+from sglang_tpla.reference_model.config_file import CheckpointError, language_config, rope_scaling, rope_theta
 
 _KEYS = (
     "hidden_size",
@@ -49,7 +49,7 @@ def config_hash(config: Mapping[str, Any]) -> str:
     Raises:
         CheckpointError: a needed key is missing.
     """
-    config = text_config(config)
+    config = language_config(config)
     rope = rope_scaling(config)
     config |= {"rope_theta": rope_theta(config)}
     canonical: dict[str, Any] = {}

@@ -11,6 +11,7 @@ from typing import Any
 
 from sglang_tpla.artifact.artifact import Artifact
 from sglang_tpla.config import SERVER_VARIABLE, ConfigError, Layout, Settings
+from sglang_tpla.host import compat
 
 _hooked: list[str] = []
 
@@ -92,7 +93,8 @@ def make_slice(heads: int, rank: int, tp_size: int) -> Slice | None:
 
 def current_slice(server_args: Any, rank: int, tp_size: int) -> Slice | None:
     """`make_slice` for the model of a server."""
-    return make_slice(server_args.get_model_config().hf_text_config.num_attention_heads, rank, tp_size)
+    text = compat.model_config(server_args).hf_text_config
+    return make_slice(text.num_attention_heads, rank, tp_size)
 
 
 def model_identity(server_args: Any) -> str:
@@ -100,5 +102,6 @@ def model_identity(server_args: Any) -> str:
     from sglang_tpla.artifact.model_identity import config_hash, weights_hash
     from sglang_tpla.reference_model.checkpoint import Checkpoint, local_checkpoint
 
-    folder = local_checkpoint(server_args.model_path, server_args.revision)
+    args = compat.resolved(server_args)
+    folder = local_checkpoint(args.model_path, args.revision)
     return f"{config_hash(Checkpoint(folder).config)}:{weights_hash(folder)}"

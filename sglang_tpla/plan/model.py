@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sglang_tpla.errors import SglangTplaError
-from sglang_tpla.reference_model.config_file import CheckpointError, read_config, text_config
+from sglang_tpla.reference_model.config_file import CheckpointError, language_config, read_config
 
 
 class PlanError(SglangTplaError, ValueError):
@@ -68,7 +68,7 @@ def from_config(config: Mapping[str, Any], name: str) -> PlanModel:
         PlanError: a key is missing or has no usable value.
     """
     try:
-        return _read(text_config(config), name)
+        return _read(language_config(config), name)
     except KeyError as error:
         raise PlanError(
             f"{name} has no {error}: expected the config.json of a DeepSeek V2, V3 or Kimi K2 shaped model"

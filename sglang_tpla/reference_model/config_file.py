@@ -1,6 +1,6 @@
 """The one reader of a model's ``config.json``: every form that Hugging Face writes becomes one.
 
-- A multimodal wrapper keeps the language model's own configuration one level down, in ``text_config``.
+- A multimodal wrapper keeps the language model's own configuration one level down.
 - A key that is null is a key that is not there.
 - The rotary embedding stands in ``rope_theta`` and ``rope_scaling`` (transformers 4) or in ``rope_parameters`` (5);
   a file may have both, one of them null.
@@ -17,6 +17,7 @@ from typing import Any
 
 from sglang_tpla.errors import SglangTplaError
 
+NESTED = ("text_config", "language_config")  # where wrappers keep the language model's configuration
 DEFAULT_ROPE_THETA = 10000.0
 
 
@@ -25,7 +26,16 @@ class CheckpointError(SglangTplaError, ValueError):
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
-    """The configuration in a file, or in a checkpoint's folder, in one form.
+    """The language model's configuration in a file, or in a checkpoint's folder, in one form.
+
+    Raises:
+        CheckpointError: no such file, no JSON, no object.
+    """
+    return language_config(read_whole_config(path))
+
+
+def read_whole_config(path: str | Path) -> dict[str, Any]:
+    """The configuration as it was written, a wrapper's too.
 
     Raises:
         CheckpointError: no such file, no JSON, no object.
@@ -40,14 +50,18 @@ def read_config(path: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(loaded, dict):
         raise CheckpointError(f"{path} must hold a JSON object, got a {type(loaded).__name__}")
-    return text_config(loaded)
+    return loaded
 
 
-def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The language model's own configuration, without keys that are null."""
-    inner = config.get("text_config")
-    if config.get("kv_lora_rank") is None and isinstance(inner, Mapping):
-        config = inner
+def language_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The language model's own configuration, without keys that are null.
+
+    How weights are quantised is taken from the wrapper where the inner configuration does not say it.
+    """
+    nested = [config[name] for name in NESTED if isinstance(config.get(name), Mapping)]
+    if config.get("kv_lora_rank") is None and nested:
+        outer = {name: config[name] for name in ("quantization_config",) if name in config}
+        config = {**outer, **nested[0]}
     return {name: value for name, value in config.items() if value is not None}
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sglang_tpla.reference_model.config_file import CheckpointError, rope_scaling, rope_theta, text_config
+from sglang_tpla.reference_model.config_file import CheckpointError, language_config, rope_scaling, rope_theta
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class ModelSpec:
             CheckpointError: a key is missing, or the rope scaling or scoring is not one this family uses.
         """
         try:
-            return cls._read(text_config(config))
+            return cls._read(language_config(config))
         except KeyError as error:
             raise CheckpointError(
                 f"the model's config has no {error}: expected a DeepSeek V2/V3 or Kimi K2 shaped model"
@@ -131,9 +131,9 @@ def _read_routing(config: Mapping[str, Any]) -> Routing | None:
     experts = config.get("n_routed_experts")
     if not experts:
         return None
-    scoring = config.get(
-        "scoring_func", "sigmoid" if config.get("model_type") == "deepseek_v3" else "softmax"
-    )
+    # The biased choice of experts (noaux_tc) came with sigmoid scores, and GLM's configs name it alone.
+    biased = config.get("topk_method") == "noaux_tc" or config.get("model_type") == "deepseek_v3"
+    scoring = config.get("scoring_func", "sigmoid" if biased else "softmax")
     if scoring not in ("softmax", "sigmoid"):
         raise CheckpointError(f"expected scoring_func 'softmax' or 'sigmoid', got {scoring!r}")
     return Routing(

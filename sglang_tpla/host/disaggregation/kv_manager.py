@@ -309,13 +309,10 @@ class TplaKVSender(_Request, CommonKVSender):
         mgr: TplaKVManager,
         bootstrap_addr: str,
         bootstrap_room: int,
-        dest_tp_ranks: list[int],
-        pp_rank: int,
-        req_has_disagg_prefill_dp_rank: bool = False,
+        *args: Any,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(
-            mgr, bootstrap_addr, bootstrap_room, dest_tp_ranks, pp_rank, req_has_disagg_prefill_dp_rank
-        )
+        super().__init__(mgr, bootstrap_addr, bootstrap_room, *args, **kwargs)
         self.init_time = time.time()
         self._open()
 
@@ -395,8 +392,22 @@ class TplaKVReceiver(_Request, CommonKVReceiver):
         aux_index: int | None = None,
         state_indices: Any = None,
         decode_prefix_len: int | None = None,
+        destination: Any = None,
+        device_kv_indices: Any = None,
     ) -> None:
-        """Ask the prefill ranks for the request's cache."""
+        """Ask the prefill ranks for the request's cache.
+
+        Args:
+            destination: from 0.5.21 on, where SGLang wants the rows; only its device pool is served, and flags that ask
+                for another are refused at the start (validation.py).
+            device_kv_indices: with a host destination alone.
+        """
+        if getattr(destination, "name", "DEVICE") != "DEVICE" or device_kv_indices is not None:
+            self._refuse(
+                f"room {self.bootstrap_room}: rows are received into the device's pool, and SGLang asked for "
+                f"{destination}; drop --disaggregation-decode-host-receive-threshold"
+            )
+            return
         if self.bootstrap_infos is None:
             self.kv_mgr.record_failure(
                 self.bootstrap_room, f"no prefill address for bootstrap server {self.bootstrap_addr}"
