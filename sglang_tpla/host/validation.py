@@ -20,6 +20,7 @@ from sglang_tpla.artifact.model_identity import weights_hash
 from sglang_tpla.attention.backends import device_capability
 from sglang_tpla.attention.interface import AttentionInputError, DecodeShape
 from sglang_tpla.config import ConfigError, Layout
+from sglang_tpla.host import speculation
 from sglang_tpla.host.attention.supported import OURS, preferred_backend, require_engine_backend
 from sglang_tpla.host.disaggregation.engine_memory import CACHE_DTYPES, FP8_CACHE
 from sglang_tpla.host.ledger import refuse
@@ -69,8 +70,6 @@ def check_flags(args: Any) -> None:
         (args.disaggregation_decode_enable_offload_kvcache, "--disaggregation-decode-enable-offload-kvcache",
          "the offload manager assumes that all ranks hold the same latent cache"),
         (args.enable_hisparse, "--enable-hisparse", "it indexes the whole latent"),
-        (args.speculative_algorithm is not None, "--speculative-algorithm", "the draft model's cache is not sliced "
-         "and not transferred yet"),
         (args.pp_size > 1, "--pp-size", "pipeline stages are not transferred yet"),
         (sliced and os.environ.get("SGL_USE_DEEPGEMM_BMM", "0").lower() in ("1", "true"), "SGL_USE_DEEPGEMM_BMM",
          "it leaves the absorbed weights in FP8 blocks, which the maps cannot be folded into"),
@@ -86,6 +85,7 @@ def check_flags(args: Any) -> None:
             f"the CPU reference platform pages its cache by single tokens; got --page-size {args.page_size}, use "
             "--page-size 1"
         )
+    found += speculation.objections(args, role)
     if found:  # all at once: each further start would cost the time to load SGLang
         raise ConfigError("; also, ".join(found))
 
@@ -141,6 +141,7 @@ def check_model(args: Any) -> None:
     config = args.get_model_config()
     text = config.hf_text_config
     check_config(args.model_path, text.to_dict())
+    speculation.check_draft(args, text)
     if settings().role == "prefill":
         return
     attention_ranks = args.tp_size // (args.dp_size if args.enable_dp_attention else 1)
@@ -156,9 +157,17 @@ def check_model(args: Any) -> None:
         folder = local_checkpoint(args.model_path, args.revision)
         loaded.check_model(Checkpoint(folder).config, weights_hash(folder), layout.groups)
         check_blocks(text, getattr(config.hf_config, "quantization_config", None), layout)
-    elif backend != OURS and args.kv_cache_dtype != FP8_CACHE:
-        return  # plain MLA on a stock backend
+    draft = DecodeShape(
+        text.kv_lora_rank,
+        text.num_attention_heads // attention_ranks,
+        rope_dim=text.qk_rope_head_dim,
+        dtype=config.dtype,
+    )
     shapes = slice_shapes(args, config)
+    capability = device_capability(torch.device(args.device))
+    speculation.check_backends(args, backend, shapes if loaded else [], draft, capability)
+    if loaded is None and backend != OURS and args.kv_cache_dtype != FP8_CACHE:
+        return  # plain MLA on a stock backend
     if len(shapes) > 1 and backend == "flashinfer":
         raise ConfigError(
             f"{settings().artifact} has layers of widths {[shape.latent_dim for shape in shapes]}, and "
@@ -166,7 +175,7 @@ def check_model(args: Any) -> None:
             "a per-layer policy"
         )
     for shape in shapes:
-        require_engine_backend(backend, shape, device_capability(torch.device(args.device)))
+        require_engine_backend(backend, shape, capability)
 
 
 def check_blocks(text: Any, quantization: dict[str, Any] | None, layout: Layout) -> None:
@@ -222,6 +231,8 @@ def default_backend(original: Callable[..., str], self: Any, use_mla_backend: bo
     stock = original(self, use_mla_backend, model_config)
     if artifact() is None and self.kv_cache_dtype != FP8_CACHE:
         return stock
+    if self.speculative_algorithm is not None:
+        return OURS  # the one that verifies guesses on a slice; what it does not serve is said at start
     return preferred_backend(
         slice_shapes(self, model_config), device_capability(torch.device(self.device)), stock
     )
