@@ -138,6 +138,7 @@ def build_rank(rank, size, groups, maps, weights, q_rank, yarn, dtype, monkeypat
     """SGLang's attention module of one rank, weights loaded by its own loaders and folded; stock's without maps."""
     from sglang.srt.models.deepseek_common.deepseek_weight_loader import DeepseekV2WeightLoaderMixin
     from sglang.srt.models.deepseek_v2 import DeepseekV2AttentionMLA
+
     from sglang_tpla.config import Layout
     from sglang_tpla.host.compat import attention_rank
     from sglang_tpla.host.model import attention_layer as layer
