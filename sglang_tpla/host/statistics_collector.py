@@ -88,7 +88,8 @@ def observe_model(result: Any, self: Any, *args: Any, **kwargs: Any) -> None:
     # Multimodal wrappers keep the language model beside their encoder.
     language_model = getattr(self.model, "language_model", None) or self.model
     attentions = [layer.self_attn for layer in language_model.model.layers]
-    parallel, first, args = get_parallel(), attentions[0], compat.resolved(self.server_args)
+    parallel, first = get_parallel(), attentions[0]
+    args = compat.resolved(self.server_args)
     config, weights = model_identity(self.server_args).split(":")
     heads = first.num_local_heads
     meta = StatisticsMeta(
