@@ -131,7 +131,7 @@ def test_a_name_that_nobody_knows_fails_at_once(unknown: str) -> None:
 
 def test_why_a_bootstrap_server_was_not_found(address: str) -> None:
     assert why_unanswered("127.0.0.1:1") == "nobody listens there"
-    assert why_unanswered(address).startswith("status 404")
+    assert why_unanswered(address) == "status 200: []"  # which is no layout
 
 
 @pytest.mark.parametrize(
