@@ -54,7 +54,9 @@ def engine(nano_mla: str) -> Iterator[None]:
         if hook.implementation.startswith(
             ("sglang_tpla.host.model.attention_layer:", "sglang_tpla.host.cpu.rope:")
         ):
-            HookRegistry.register(hook.target_in(ledger.host_version()), hooks.implementation(hook), HookType(hook.kind))
+            HookRegistry.register(
+                hook.target_in(ledger.host_version()), hooks.implementation(hook), HookType(hook.kind)
+            )
     HookRegistry.apply_hooks()
     yield
     destroy_model_parallel()
