@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 from sglang_tpla.artifact.artifact import Artifact
-from sglang_tpla.config import ConfigError, Layout, Settings
+from sglang_tpla.config import SERVER_VARIABLE, ConfigError, Layout, Settings
 from sglang_tpla.host import compat
 
 _hooked: list[str] = []
@@ -45,6 +46,20 @@ def serves_decode() -> bool:
     """Whether this process belongs to a decode server of ours."""
     found = Settings.from_environment(os.environ)
     return found is not None and found.role == "decode"
+
+
+def name_server(dist_init_addr: str | None, nodes: int) -> None:
+    """Give this server a name that no other one has, before its first process is started.
+
+    The servers of several machines that are one server agree on ``--dist-init-addr``.
+    """
+    name = f"nodes of {dist_init_addr}" if nodes > 1 else secrets.token_hex(16)
+    os.environ.setdefault(SERVER_VARIABLE, name)
+
+
+def server_identity() -> str:
+    """The name that `name_server` gave; its ranks register with it."""
+    return os.environ.get(SERVER_VARIABLE, "")
 
 
 @cache
