@@ -14,6 +14,7 @@ import torch
 
 from sglang_tpla.calibrate.transforms import layer_maps
 from sglang_tpla.measure.statistics import LayerMoments
+from tests.host.engine_parts import attention_boundary
 
 HIDDEN, HEADS, D, ROPE, NOPE, V, Q_RANK = 48, 8, 32, 16, 24, 20, 40
 EPS = 1e-6
@@ -186,7 +187,6 @@ def build_rank(rank, size, groups, maps, weights, q_rank, yarn, dtype, monkeypat
 def run_rank(attention, x, lengths, past, z_map, dtype, **options):
     """One decode step of one rank over a pool that holds the projected past; ``options`` go to the layer's forward."""
     from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
-    from sglang.srt.layers.communicator import AttentionInputs, get_attn_tp_context
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
     from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
 
@@ -214,14 +214,15 @@ def run_rank(attention, x, lengths, past, z_map, dtype, **options):
         req_pool_indices=torch.arange(batch), seq_lens=length, out_cache_loc=slots[torch.arange(batch), positions],
         seq_lens_sum=sum(lengths), positions=positions,
     )  # fmt: skip
-    inputs = AttentionInputs(
+    boundary = attention_boundary()
+    inputs = boundary.AttentionInputs(
         x, forward_batch, attention.prepare_qkv_latent if attention.q_lora_rank else None
     )
     with torch.no_grad(), forward_context(ForwardContext(attn_backend=backend)):
-        get_attn_tp_context().set_attn_inputs(inputs)
+        boundary.get_attn_tp_context().set_attn_inputs(inputs)
         backend.init_forward_metadata(forward_batch)
         out = attention(positions, x, forward_batch, zero_allocator=None, **options)
-        get_attn_tp_context().clear_attn_inputs()
+        boundary.get_attn_tp_context().clear_attn_inputs()
     return out.float()
 
 
