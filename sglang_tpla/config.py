@@ -11,8 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from sglang_tpla.errors import SglangTplaError
 
-class ConfigError(ValueError):
+
+class ConfigError(SglangTplaError, ValueError):
     """A setting that cannot work, said once: what was expected, what came, where, what to do."""
 
 
@@ -77,6 +79,7 @@ def slice_width(latent_dim: int, groups: int, shared_dims: int) -> int:
 
 
 ENV_PREFIX = "SGLANG_TPLA_"
+SERVER_VARIABLE = ENV_PREFIX + "SERVER"  # set by a server for its own processes, see host/process.py
 ROLES = ("prefill", "decode")
 O_PROJ = ("replicate", "scatter")
 # Chunks and staging. A chunk costs some 0.2 ms of messages (on a GPU also of launches), whatever its size.
