@@ -144,7 +144,8 @@ class PrefillGreeting(Agent[Room]):
         with self._work:
             peer = self._peers.get(identity)
             if peer is not None:
-                self._log.warning("prefill rank %d: data channel of %s ended: %s", self._rank, peer.name, why)
+                level = logging.WARNING if self._in_use(peer) else logging.DEBUG  # who closes hangs up too
+                self._log.log(level, "prefill rank %d: data channel of %s ended: %s", self._rank, peer.name, why)
                 self._put(identity, frames.Unregistered())
 
     @abstractmethod
