@@ -15,7 +15,7 @@ import enum
 import torch
 
 from sglang_tpla.cache_rows import fp8 as fp8_rows
-from sglang_tpla.transfer.chunks import Part, part_columns
+from sglang_tpla.cache_rows.parts import Part, part_columns
 
 FP8_NAME = "fp8_rows"  # in the place of a dtype's name, where formats are announced
 SENDER_DTYPES = (

@@ -9,8 +9,10 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from sglang.srt.runtime_context import get_parallel
+
 from sglang_tpla.config import Layout
-from sglang_tpla.host.process import artifact, settings
+from sglang_tpla.host.process import artifact, hooked, settings
 
 
 def describe(
@@ -27,8 +29,6 @@ def describe(
         row_bytes: of a token's row in every layer's cache.
         value_bytes: of a value in the cache of plain MLA, in the model's own precision.
     """
-    from sglang_tpla.host.hooks import applied
-
     loaded = artifact()
     return {
         "role": settings().role,
@@ -43,7 +43,7 @@ def describe(
         "transform": loaded.meta.transform if loaded else "none",
         "cache_bytes_per_token_and_rank": sum(row_bytes),
         "mla_cache_bytes_per_token_and_rank": value_bytes * len(widths) * (latent_dim + rope_dim),
-        "hooks": list(applied()),
+        "hooks": list(hooked()),
     }
 
 
@@ -51,7 +51,7 @@ def startup_info(result: dict[str, Any], self: Any) -> dict[str, Any]:
     """After ``get_init_info``: SGLang merges this dictionary into ``/server_info``."""
     pool = self.token_to_kv_pool_allocator.get_kvcache()
     text = self.model_config.hf_text_config
-    layout = Layout(self.ps.attn_tp_size, settings().groups, text.num_attention_heads)
+    layout = Layout(get_parallel().attn_tp_size, settings().groups, text.num_attention_heads)
     loaded = artifact()
     widths = tuple(loaded.meta.widths) if loaded else (text.kv_lora_rank,) * pool.layer_num
     row_bytes = [buffer[0].nbytes for buffer in pool.kv_buffer]

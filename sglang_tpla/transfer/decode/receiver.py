@@ -16,8 +16,8 @@ from functools import partial
 
 import numpy as np
 
+from sglang_tpla.cache_rows.parts import Part
 from sglang_tpla.transfer import messages as frames
-from sglang_tpla.transfer.chunks import Part
 from sglang_tpla.transfer.decode.landing import PoolLanding
 from sglang_tpla.transfer.decode.rooms import DecodeFetching
 from sglang_tpla.transfer.decode.state import Arrival, Kept, Room
@@ -65,7 +65,9 @@ class DecodeScattering(DecodeFetching):
             if allowed:
                 part = Part(chunk.part)
                 digest = self._writer.write(arrival.layers, slots, self._shared, part, arrival.payload)
-        if digest == b"":
+        if digest is not None and chunk.checksum == frames.OPENED:
+            self._written(arrival, frames.OPENED)
+        elif digest == b"":
             self._aside(partial(self._check, arrival))
         else:
             self._written(arrival, digest)

@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from sglang_tpla.cache_rows.parts import Part
 from sglang_tpla.cache_rows.row_format import RowFormat
 from sglang_tpla.transfer import messages as frames
-from sglang_tpla.transfer.chunks import Part, Rectangle
+from sglang_tpla.transfer.chunks import Rectangle
 from sglang_tpla.transfer.memory.copy import copy_pieces
 from sglang_tpla.transfer.memory.iovec import (
     Block,

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable
 
+from sglang_tpla.cache_rows.parts import Part
 from sglang_tpla.cache_rows.row_format import RowFormat
-from sglang_tpla.transfer.chunks import Part
 from sglang_tpla.transfer.memory.projection import IDENTITY_HASH
 from sglang_tpla.transfer.prefill.state import Ask, Lane, Mode, Plan, Room, SenderProjection
 

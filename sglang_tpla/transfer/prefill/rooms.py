@@ -6,9 +6,9 @@ import time
 from abc import abstractmethod
 from collections import OrderedDict, deque
 
+from sglang_tpla.cache_rows.parts import Part
 from sglang_tpla.cache_rows.row_format import RowFormat
 from sglang_tpla.transfer import messages as frames
-from sglang_tpla.transfer.chunks import Part
 from sglang_tpla.transfer.prefill.lanes import form_lanes
 from sglang_tpla.transfer.prefill.peers import PrefillGreeting
 from sglang_tpla.transfer.prefill.state import (

@@ -21,8 +21,9 @@ from typing import Any
 
 import torch
 
+from sglang_tpla.cache_rows.parts import Part
 from sglang_tpla.cache_rows.row_format import RowFormat
-from sglang_tpla.transfer.chunks import Part, Rectangle, cut
+from sglang_tpla.transfer.chunks import Rectangle, cut
 from sglang_tpla.transfer.memory.iovec import Slots
 from sglang_tpla.transfer.memory.projection import Stack
 from sglang_tpla.transfer.memory.staging import Slot
