@@ -154,6 +154,7 @@ def _server(role: str, arguments: list[Argument], options: Options) -> Process:
                 f"--role {role} means --{name} {value}; got --{name} {given}: drop that flag, or start stock "
                 "SGLang with `python -m sglang.launch_server`"
             )
+    arguments = _with_speculation(role, arguments)
     variables = {ENV_PREFIX + field.name.upper() for field in fields(Settings)} | {SERVER_VARIABLE}
     # What a shell still says about another role must not reach this one.
     environment: dict[str, str | None] = dict.fromkeys(variables.intersection(options.environ))
@@ -164,6 +165,21 @@ def _server(role: str, arguments: list[Argument], options: Options) -> Process:
         environment |= cpu.environment(integer(arguments, "tp-size", 1), known)
     command = (sys.executable, "-m", "sglang.launch_server", *to_tokens(arguments))
     return Process(role, command, environment, _url(arguments))
+
+
+def _with_speculation(role: str, arguments: list[Argument]) -> list[Argument]:
+    """What follows from ``--speculative-algorithm``: chains of guesses, verified by the decode server's own kernels.
+
+    SGLang takes ``--speculative-num-steps`` only together with two more flags, which a chain leaves no choice in.
+    """
+    if not has(arguments, "speculative-algorithm"):
+        return arguments
+    if has(arguments, "speculative-num-steps"):
+        steps = integer(arguments, "speculative-num-steps", 0)
+        arguments = _with_defaults(
+            arguments, speculative_eagle_topk=1, speculative_num_draft_tokens=steps + 1
+        )
+    return _with_defaults(arguments, speculative_attention_mode="decode") if role == "decode" else arguments
 
 
 def _router(arguments: list[Argument], options: Options) -> Process:
