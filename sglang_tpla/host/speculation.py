@@ -81,7 +81,9 @@ def check_draft(args: Any, text: Any) -> None:
 def check_backends(
     args: Any, backend: str, shapes: Sequence[DecodeShape], draft: DecodeShape, capability: Capability
 ) -> None:
-    """Refuse attention backends that cannot verify, and choose the draft's where none was asked for.
+    """Refuse attention backends that cannot verify, and one that cannot serve the draft's layer.
+
+    Where the draft was given none, SGLang takes the decode server's.
 
     Args:
         backend: the decode server's. shapes: of its sliced layers, none where it has no slices.
@@ -97,20 +99,12 @@ def check_backends(
             f"--attention-backend {backend} was never tested in verifying guesses on a slice; use --attention-backend "
             f"{OURS} with --speculative-algorithm {args.speculative_algorithm}"
         )
-    given = args.speculative_draft_attention_backend
-    if given is None and backend == OURS:
-        able = [
-            name
-            for name in (OURS, "fa3", "flashinfer", "triton")
-            if engine_objection(name, draft, capability) is None
-        ]
-        if not able:
-            raise ConfigError(
-                f"no attention backend serves the draft's layer here ({draft}): "
-                f"{engine_objection(OURS, draft, capability)}; drop --speculative-algorithm"
-            )
-        args.speculative_draft_attention_backend = able[0]
-    elif given == OURS and (why := engine_objection(OURS, draft, capability)) is not None:
+    chosen = args.speculative_draft_attention_backend or backend
+    if chosen == OURS and (why := engine_objection(OURS, draft, capability)) is not None:
+        others = ("fa3", "flashinfer", "triton")
+        able = [name for name in others if engine_objection(name, draft, capability) is None]
+        advice = f"use {' or '.join(able)}" if able else "drop --speculative-algorithm"
         raise ConfigError(
-            f"--speculative-draft-attention-backend {OURS} cannot serve the draft's layer: {why}"
+            f"--speculative-draft-attention-backend {OURS} cannot serve the draft's layer of {draft.latent_dim} + "
+            f"{draft.rope_dim} and {draft.heads} heads a rank: {why}; {advice}"
         )
