@@ -36,7 +36,8 @@ from tokenizers import Tokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from tests.e2e.servers import Pair, Server
-from tests.gpu.engine import DEVICE, EAGER, GPUS, OUR_KERNEL, Engines
+from tests.gpu.engine import DEVICE, EAGER, ENV, GPUS, SHARED_FLAGS, Engines
+from tests.ports import free_ports
 from tests.speculating_model import pad_latent
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -46,6 +47,10 @@ STOCK_SPECULATION = (
     *SPECULATION, "--speculative-eagle-topk", "1", "--speculative-num-draft-tokens", str(STEPS + 1),
 )  # fmt: skip
 REQUESTS = ("--max-running-requests", "32")
+# One graph a batch that is measured, and one between: each takes a second to capture.
+BATCHES = ("--cuda-graph-bs-decode", "1", "2", "4", "8", "16")
+OURS = ("--attention-backend", "tpla") if DEVICE == "cuda" else ()
+GRAPHS = BATCHES if DEVICE == "cuda" else ()
 STOCK_LATENT = 512
 TIE = 0.05  # two candidates whose log-probabilities differ by less: bfloat16 has no opinion
 LOGPROBS = {"return_logprob": True, "top_logprobs_num": 4}
@@ -176,6 +181,18 @@ def speed(decoder: Decoder, asked: list[list[int]], tokens: int, batches: list[i
     return rows
 
 
+def start_stock(engines: Engines, *flags: str) -> None:
+    """Stock SGLang without a plug-in, on the one of its backends that computes prompts and steps of any batch here."""
+    (port,) = free_ports(1)
+    command = (
+        "-m", "sglang.launch_server", "--model-path", engines.model, *SHARED_FLAGS, "--port", str(port), *REQUESTS,
+        "--attention-backend", "triton", "--disable-prefill-cuda-graph", *GRAPHS, *flags,
+    )  # fmt: skip
+    engines.stock = Server(
+        "stock", command, port, engines.log / "stock.log", ENV | {"SGLANG_PLUGINS": "none"}
+    ).start()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -238,12 +255,12 @@ def main() -> None:
             draft = ("--speculative-draft-attention-backend", "triton") if DEVICE == "cuda" else ()
             engines["drafting"].start_prefill(*REQUESTS, *SPECULATION, *draft)
             engines["plain"].start_prefill(*REQUESTS)
-            layouts: dict[str, tuple[int, tuple[str, ...]]] = {"g1": (1, OUR_KERNEL)}
+            layouts: dict[str, tuple[int, tuple[str, ...]]] = {"g1": (1, (*OURS, *GRAPHS))}
             if "eager" in args.only:
-                layouts["g1-eager"] = (1, (*OUR_KERNEL[:2], *EAGER))
+                layouts["g1-eager"] = (1, (*OURS, *EAGER))
             if "g2" in args.only and args.artifact:
-                flags = ("--tpla-groups", "2", "--tpla-artifact", str(args.artifact), *OUR_KERNEL[:2])
-                layouts["g2"] = (2, (*flags, *(OUR_KERNEL[2:] if GPUS > 1 else ())))
+                flags = ("--tpla-groups", "2", "--tpla-artifact", str(args.artifact), *OURS)
+                layouts["g2"] = (2, (*flags, *(GRAPHS if GPUS > 1 else ())))
             for name, (ranks, flags) in layouts.items():
                 engines["drafting"].decode(name, ranks, *REQUESTS, *flags, *SPECULATION)
                 engines["plain"].decode(name, ranks, *REQUESTS, *flags)
@@ -252,9 +269,7 @@ def main() -> None:
                 for kind, extra in (("drafting", STOCK_SPECULATION), ("plain", ())):
                     stocks[kind] = Engines(str(padded), logs / f"stock-{kind}")
                     stocks[kind].log.mkdir(parents=True, exist_ok=True)
-                    stocks[kind].start_stock(
-                        *REQUESTS, "--decode-attention-backend", "triton", *OUR_KERNEL[2:], *extra
-                    )
+                    start_stock(stocks[kind], *extra)
             opened: dict[str, dict[str, Decoder]] = {}
 
             def both(name: str) -> dict[str, Decoder]:

@@ -15,8 +15,10 @@ from sglang_tpla.attention.interface import MAX_QUERY_LEN, DecodeShape
 from sglang_tpla.config import ConfigError
 from sglang_tpla.host.attention.supported import OURS, engine_objection
 from sglang_tpla.host.disaggregation.engine_memory import FP8_CACHE
+from sglang_tpla.host.ledger import host_version
 
 ALGORITHMS = ("EAGLE", "NEXTN")
+RELEASES = ("0.5.17",)  # whose speculation the hooks were written for
 NEXTN_LAYERS = "num_nextn_predict_layers"
 
 
@@ -29,7 +31,10 @@ def objections(args: Any, role: str) -> list[str]:
         args.speculative_num_draft_tokens, args.speculative_eagle_topk, args.speculative_num_steps,
     )  # fmt: skip
     draft_path = args.speculative_draft_model_path
+    release = host_version()
     cases = [
+        (release not in RELEASES, "--speculative-algorithm", args.speculative_algorithm,
+         f"it was built for SGLang {', '.join(RELEASES)}, this is {release}; drop the flag or install that release"),
         (args.speculative_algorithm.upper() not in ALGORITHMS, "--speculative-algorithm", args.speculative_algorithm,
          f"the draft must be the checkpoint's own NextN layer; use {' or '.join(ALGORITHMS)}"),
         (draft_path not in (None, args.model_path), "--speculative-draft-model-path", draft_path,
