@@ -89,15 +89,15 @@ def observe_model(result: Any, self: Any, *args: Any, **kwargs: Any) -> None:
     language_model = getattr(self.model, "language_model", None) or self.model
     attentions = [layer.self_attn for layer in language_model.model.layers]
     parallel, first = get_parallel(), attentions[0]
-    args = compat.resolved(self.server_args)
+    server = compat.resolved(self.server_args)
     config, weights = model_identity(self.server_args).split(":")
     heads = first.num_local_heads
     meta = StatisticsMeta(
         format_version=FORMAT_VERSION,
-        model_name=Path(args.model_path).name,
+        model_name=Path(server.model_path).name,
         config_hash=config,
         weights_hash=weights,
-        corpus=f"traffic of {socket.gethostname()}:{args.port}",
+        corpus=f"traffic of {socket.gethostname()}:{server.port}",
         corpus_hash="",
         seed=0,
         first_head=parallel.attn_tp_rank * heads,
@@ -108,7 +108,7 @@ def observe_model(result: Any, self: Any, *args: Any, **kwargs: Any) -> None:
     ]
     # The process number keeps what a server summed up before a restart.
     rank = f"rank{parallel.attn_tp_rank}of{parallel.attn_tp_size}"
-    name = f"{meta.model_name}-{args.port}-{rank}-{os.getpid()}.safetensors"
+    name = f"{meta.model_name}-{server.port}-{rank}-{os.getpid()}.safetensors"
     collector = Collector(meta, moments, Path(folder) / name, settings().statistics_every_tokens)
     for index, attention in enumerate(attentions):
         collector.watch(index, attention)
