@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+from sglang_tpla.attention.hopper import sketched
 from sglang_tpla.attention.interface import AttentionInputError, DecodeShape
 
 Capability = tuple[int, int] | None  # CUDA compute capability; None is a CPU
@@ -32,7 +33,8 @@ class Backend:
         dtypes, page_sizes (None: any), heads (lowest, highest).
         device: text for messages. has_device: whether a capability is served.
         why_not: why other widths are refused.
-        fp8: whether it reads FP8 rows; otherwise it reads plain ones.
+        rows: the format of the rows that it reads: plain, FP8 or sketched.
+        other: a further objection to a shape, or None.
     """
 
     name: str
@@ -45,14 +47,15 @@ class Backend:
     has_device: Callable[[Capability], bool]
     why_not: str
     rope_dims: tuple[int, ...] | None = (64,)
-    fp8: bool = False
+    rows: str = "plain"
+    other: Callable[[DecodeShape], str | None] | None = None
 
     def objection(self, shape: DecodeShape, capability: Capability) -> str | None:
         """Why this backend must not serve ``shape`` there; None if it may."""
         if not self.has_device(capability):
             return f"it needs {self.device}, this is {_device_text(capability)}"
-        if self.fp8 != (shape.fp8_shared is not None):
-            return f"it reads {'FP8' if self.fp8 else 'plain'} rows"
+        if self.rows != rows_of(shape):
+            return f"it reads {self.rows} rows"
         if not self.has_width(shape.latent_dim):
             return f"latent width {shape.latent_dim} is not among its widths ({self.widths}): {self.why_not}"
         if self.rope_dims is not None and shape.rope_dim not in self.rope_dims:
@@ -63,7 +66,18 @@ class Backend:
             return f"page size {shape.page_size} is not among {list(self.page_sizes)}"
         if not self.heads[0] <= shape.heads <= self.heads[1]:
             return f"{shape.heads} heads are outside of {self.heads[0]} to {self.heads[1]}"
-        return None
+        return None if self.other is None else self.other(shape)
+
+
+def rows_of(shape: DecodeShape) -> str:
+    """The format of a shape's cache rows, as the table names it."""
+    if shape.sketched is not None:
+        return "sketched"
+    return "plain" if shape.fp8_shared is None else "FP8"
+
+
+def _hopper_sketched(shape: DecodeShape) -> str | None:
+    return None if shape.sketched is None else sketched.objection(shape.sketched)
 
 
 def _device_text(capability: Capability) -> str:
@@ -116,7 +130,7 @@ BACKENDS: tuple[Backend, ...] = (
         device="compute capability 8.9 or higher",
         has_device=lambda capability: capability is not None and capability >= (8, 9),
         why_not="its tiles are multiples of 32 columns; pad the slice (zero columns) to the next multiple",
-        fp8=True,
+        rows="FP8",
     ),
     Backend(
         name="reference",
@@ -131,6 +145,32 @@ BACKENDS: tuple[Backend, ...] = (
         rope_dims=None,
     ),
     Backend(
+        name="hopper_sketched",
+        widths="multiples of 16 from 64 to 512",
+        has_width=lambda w: 64 <= w <= 512 and w % 16 == 0,
+        dtypes=(torch.bfloat16,),
+        page_sizes=None,
+        heads=(1, 128),
+        device="compute capability 9.0",
+        has_device=lambda capability: capability == (9, 0),
+        why_not="its tiles are multiples of 16 columns",
+        rows="sketched",
+        other=_hopper_sketched,
+    ),
+    Backend(
+        name="sketched_reference",
+        widths="any",
+        has_width=lambda w: True,
+        dtypes=(torch.float32, torch.bfloat16, torch.float16),
+        page_sizes=None,
+        heads=(1, 1 << 16),
+        device="a CPU (on a GPU it is for tests only)",
+        has_device=lambda capability: capability is None,
+        why_not="",
+        rope_dims=None,
+        rows="sketched",
+    ),
+    Backend(
         name="fp8_reference",
         widths="any",
         has_width=lambda w: True,
@@ -141,7 +181,7 @@ BACKENDS: tuple[Backend, ...] = (
         has_device=lambda capability: capability is None,
         why_not="",
         rope_dims=None,
-        fp8=True,
+        rows="FP8",
     ),
 )
 _BY_NAME = {backend.name: backend for backend in BACKENDS}

@@ -13,6 +13,9 @@ Names and shapes, the same for every backend:
     lengths   [batch] int32                     cached tokens a request has, the query tokens included
     out       [batch * query_len, heads, w]
 
+Sketched rows (`cache_rows.sketched`) are uint8 [slots, row_bytes]. There w is ``w_pad``, and a query has columns for the
+sketch of the other groups' columns, which takes part in scores alone: q_latent [.., w_pad + (g - 1) n], own columns first.
+
 Query token j of a request sees the first ``length - query_len + 1 + j`` tokens. A request of length 0 gets
 zeros: CUDA graphs pad batches with such requests. A request with 0 < length < query_len has query tokens
 that see nothing; they get zeros too.
@@ -26,6 +29,7 @@ from typing import Protocol
 import torch
 
 from sglang_tpla.cache_rows import fp8 as fp8_rows
+from sglang_tpla.cache_rows.sketched import SketchedRows
 from sglang_tpla.errors import SglangTplaError
 
 MAX_QUERY_LEN = 4
@@ -46,7 +50,8 @@ class DecodeShape:
         query_len: query tokens a request has in one step, 1 to 4 (above 1: speculative verification).
         page_size: tokens a page, a power of two.
         dtype: of queries, output and, but for FP8 rows, the cache.
-        fp8_shared: r, columns with the first of an FP8 row's two scales; None where the cache holds plain rows.
+        fp8_shared: r, columns with the first of an FP8 row's two scales; None where the cache holds other rows.
+        sketched: the sizes of sketched rows; None where the cache holds other rows.
 
     Raises:
         AttentionInputError: a value outside of these ranges.
@@ -59,6 +64,7 @@ class DecodeShape:
     page_size: int = 1
     dtype: torch.dtype = torch.bfloat16
     fp8_shared: int | None = None
+    sketched: SketchedRows | None = None
 
     def __post_init__(self) -> None:
         for name in ("latent_dim", "heads", "rope_dim", "query_len", "page_size"):
@@ -71,6 +77,8 @@ class DecodeShape:
             )
         if self.page_size & (self.page_size - 1):
             raise AttentionInputError(f"DecodeShape.page_size must be a power of two; got {self.page_size}")
+        if self.sketched is not None:
+            self._check_sketched(self.sketched)
         if self.fp8_shared is None:
             return
         if not 0 <= self.fp8_shared <= self.latent_dim:
@@ -80,9 +88,37 @@ class DecodeShape:
         if (why := fp8_rows.objection(self.latent_dim, self.rope_dim)) is not None:
             raise AttentionInputError(f"{why}; use --kv-cache-dtype auto, or an artifact of other widths")
 
+    def _check_sketched(self, rows: SketchedRows) -> None:
+        if self.fp8_shared is not None:
+            raise AttentionInputError("DecodeShape has rows of one format: expected fp8_shared or sketched, got both")
+        if (self.latent_dim, self.rope_dim) != (rows.w_pad, rows.rope_dim):
+            raise AttentionInputError(
+                f"DecodeShape of sketched rows must have latent_dim {rows.w_pad} (w_pad) and rope_dim {rows.rope_dim}; "
+                f"got {self.latent_dim} and {self.rope_dim}; use DecodeShape.of_sketched"
+            )
+
+    @classmethod
+    def of_sketched(
+        cls,
+        rows: SketchedRows,
+        heads: int,
+        query_len: int = 1,
+        page_size: int = 1,
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> DecodeShape:
+        """The shape of a layer whose cache holds ``rows``."""
+        return cls(rows.w_pad, heads, rows.rope_dim, query_len, page_size, dtype, sketched=rows)
+
+    @property
+    def query_dim(self) -> int:
+        """Columns of q_latent: w, and those of the sketch."""
+        return self.latent_dim if self.sketched is None else self.sketched.score_columns
+
     @property
     def cache_dim(self) -> int:
-        """Items of one cache row: w + rope values, or an FP8 row's bytes."""
+        """Items of one cache row: w + rope values, or the bytes of an FP8 or a sketched row."""
+        if self.sketched is not None:
+            return self.sketched.row_bytes
         if self.fp8_shared is not None:
             return fp8_rows.row_bytes(self.latent_dim, self.rope_dim)
         return self.latent_dim + self.rope_dim
@@ -90,7 +126,7 @@ class DecodeShape:
     @property
     def cache_dtype(self) -> torch.dtype:
         """Type of those items."""
-        return self.dtype if self.fp8_shared is None else torch.uint8
+        return self.dtype if self.fp8_shared is None and self.sketched is None else torch.uint8
 
 
 @dataclass(frozen=True)
@@ -188,7 +224,7 @@ def checked_inputs(
     cache = kv_cache.squeeze(1) if kv_cache.dim() == 3 and kv_cache.shape[1] == 1 else kv_cache
     tokens = table.batch * shape.query_len
     expected = (
-        ("q_latent", q_latent, (tokens, shape.heads, shape.latent_dim), shape.dtype),
+        ("q_latent", q_latent, (tokens, shape.heads, shape.query_dim), shape.dtype),
         ("q_rope", q_rope, (tokens, shape.heads, shape.rope_dim), shape.dtype),
         ("kv_cache", cache, (cache.shape[0], shape.cache_dim), shape.cache_dtype),
     )

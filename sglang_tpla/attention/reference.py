@@ -12,6 +12,7 @@ from functools import partial
 import torch
 
 from sglang_tpla.attention.interface import DecodeShape, PageTable, checked_inputs, checked_write
+from sglang_tpla.cache_rows import sketched
 from sglang_tpla.cache_rows.fp8 import unpack_rows
 
 
@@ -32,19 +33,22 @@ def latent_attention(
     scale: float,
     query_len: int = 1,
     read: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    value_dim: int | None = None,
 ) -> torch.Tensor:
     """Attend over the paged cache; see ``interface.py`` for names and shapes.
 
     Args:
-        read: [rows, items] of the cache to what they stand for, [rows, w + rope]; None where that is the same.
+        read: [rows, items] of the cache to what they stand for, [rows, columns of q_latent + rope]; None where that
+            is the same.
+        value_dim: how many leading columns are values too; None: all of q_latent's.
 
     Returns:
-        out [batch * query_len, heads, w] in float32 (float64 for float64 queries), not rounded to the
+        out [batch * query_len, heads, value_dim] in float32 (float64 for float64 queries), not rounded to the
         inputs' dtype.
     """
     compute = torch.float64 if q_latent.dtype == torch.float64 else torch.float32
-    latent_dim = q_latent.shape[-1]
-    out = torch.zeros(q_latent.shape, dtype=compute, device=q_latent.device)
+    latent_dim = q_latent.shape[-1] if value_dim is None else value_dim
+    out = torch.zeros(*q_latent.shape[:-1], latent_dim, dtype=compute, device=q_latent.device)
     query = torch.cat([q_latent, q_rope], dim=-1).to(compute)  # [tokens, heads, w + rope]
     for request, length in enumerate(lengths.tolist()):
         rows = kv_cache[token_slots(table, request, length)]
@@ -65,8 +69,22 @@ def read_fp8(rows: torch.Tensor, shape: DecodeShape) -> torch.Tensor:
     return torch.cat(unpack_rows(rows, shape.rope_dim, shape.fp8_shared), dim=-1)
 
 
+def read_sketched(rows: torch.Tensor, shape: DecodeShape) -> torch.Tensor:
+    """Sketched rows [rows, row_bytes] as [rows, w_pad + sketch + rope] float32."""
+    assert shape.sketched is not None
+    unpacked = sketched.unpack_rows(shape.sketched, rows)
+    return torch.cat([unpacked.latent, unpacked.sketch, unpacked.k_rope], dim=-1)
+
+
+def reader_of(shape: DecodeShape) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    """What ``latent_attention`` reads the cache of ``shape`` with."""
+    if shape.sketched is not None:
+        return partial(read_sketched, shape=shape)
+    return None if shape.fp8_shared is None else partial(read_fp8, shape=shape)
+
+
 class ReferenceDecode:
-    """``latent_attention`` behind the ``DecodeAttention`` interface, of plain and of FP8 rows."""
+    """``latent_attention`` behind the ``DecodeAttention`` interface, of rows of every format."""
 
     def __init__(self, shape: DecodeShape, scale: float) -> None:
         self.shape = shape
@@ -97,7 +115,8 @@ class ReferenceDecode:
             self._lengths,
             scale=self.scale,
             query_len=self.shape.query_len,
-            read=None if self.shape.fp8_shared is None else partial(read_fp8, shape=self.shape),
+            read=reader_of(self.shape),
+            value_dim=self.shape.latent_dim,
         ).to(q_latent.dtype)
         return result if out is None else out.copy_(result)
 

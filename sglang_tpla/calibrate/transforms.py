@@ -20,8 +20,8 @@ from dataclasses import dataclass
 
 import torch
 
-from sglang_tpla.calibrate.statistics import LayerMoments
 from sglang_tpla.errors import SglangTplaError
+from sglang_tpla.measure.statistics import LayerMoments
 
 TRANSFORMS = ("identity", "hadamard", "pca", "shared")
 Maps = list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from sglang.srt.runtime_context import get_parallel
 
-from sglang_tpla.calibrate.statistics import FORMAT_VERSION, LayerMoments, Statistics, StatisticsMeta
 from sglang_tpla.host import compat
 from sglang_tpla.host.process import model_identity, settings
+from sglang_tpla.measure.statistics import FORMAT_VERSION, LayerMoments, Statistics, StatisticsMeta
 
 logger = logging.getLogger(__name__)
 

@@ -14,8 +14,8 @@ import torch
 from tokenizers import Tokenizer
 
 from sglang_tpla.artifact.artifact import Artifact, build
-from sglang_tpla.calibrate.decode_error import model_maps
-from sglang_tpla.evaluate.cache import cached_maps
+from sglang_tpla.measure.decode_error import model_maps
+from sglang_tpla.reference_model.cached_maps import cached_maps
 from sglang_tpla.reference_model.forward import PlainModel
 from tests.e2e.prompts import short_prompts
 from tests.e2e.servers import Pair, launcher, transfer_lines

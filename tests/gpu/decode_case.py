@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 
 from sglang_tpla.attention.interface import DecodeShape, PageTable
-from sglang_tpla.attention.reference import latent_attention, read_fp8
+from sglang_tpla.attention.reference import latent_attention, reader_of
+from sglang_tpla.cache_rows import sketched
 from sglang_tpla.cache_rows.fp8 import pack_rows
 
 SCALE = 192**-0.5
@@ -35,7 +35,8 @@ class Case:
             self.lengths,
             scale=SCALE,
             query_len=self.shape.query_len,
-            read=None if self.shape.fp8_shared is None else partial(read_fp8, shape=self.shape),
+            read=reader_of(self.shape),
+            value_dim=self.shape.latent_dim,
         )
 
 
@@ -47,11 +48,16 @@ def random_case(shape: DecodeShape, lengths: list[int], seed: int, device: str =
     total = sum(pages)
     order = torch.randperm(total + 5, generator=generator, device=device)[:total].to(torch.int32)
     slots = (total + 5) * shape.page_size
-    poison = float("nan") if shape.fp8_shared is None else 255  # NaN as e4m3, bfloat16 and float32 alike
+    # 255: NaN as e4m3, bfloat16 and float32 alike
+    poison = float("nan") if shape.cache_dtype != torch.uint8 else 255
     cache = torch.full((slots, shape.cache_dim), poison, dtype=shape.cache_dtype, device=device)
     for request, length in enumerate(lengths):
         token = torch.arange(length, device=device)
         page = order[indptr[request].long() + token // shape.page_size].long()
+        if shape.sketched is not None:
+            rows = random_sketched(shape.sketched, length, generator)
+            cache[page * shape.page_size + token % shape.page_size] = rows
+            continue
         rows = torch.randn(length, shape.latent_dim + shape.rope_dim, generator=generator, device=device)
         if shape.fp8_shared is not None:
             rows[:, : shape.fp8_shared] *= 3  # so that the two scales differ
@@ -66,10 +72,23 @@ def random_case(shape: DecodeShape, lengths: list[int], seed: int, device: str =
         shape=shape,
         table=PageTable.from_csr(indptr, order, shape.page_size),
         lengths=torch.tensor(lengths, dtype=torch.int32, device=device),
-        q_latent=query(shape.latent_dim),
+        q_latent=query(shape.query_dim),
         q_rope=query(shape.rope_dim),
         kv_cache=cache,
     )
+
+
+def random_sketched(rows: sketched.SketchedRows, tokens: int, generator: torch.Generator) -> torch.Tensor:
+    """Sketched rows of Gaussian tokens, of which each has scales of its own."""
+
+    def columns(count: int) -> torch.Tensor:
+        values = torch.randn(tokens, count, generator=generator, device=generator.device)
+        spread = torch.randn(tokens, 1, generator=generator, device=generator.device)
+        return values * (spread * 0.3).exp()
+
+    group = rows.groups - 1
+    parts = (columns(count) for count in (rows.shared, rows.own, rows.groups * rows.own, rows.rope_dim))
+    return sketched.pack_rows(rows, group, *parts)
 
 
 def relative_error(out: torch.Tensor, reference: torch.Tensor) -> float:

@@ -12,8 +12,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sglang_tpla.calibrate.statistics import LayerMoments
 from sglang_tpla.calibrate.transforms import layer_maps
+from sglang_tpla.measure.statistics import LayerMoments
 from tests.host.engine_parts import attention_boundary
 
 HIDDEN, HEADS, D, ROPE, NOPE, V, Q_RANK = 48, 8, 32, 16, 24, 20, 40

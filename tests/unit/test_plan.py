@@ -329,7 +329,8 @@ def test_mistakes_are_one_line(arguments: str, said: str, capsys: pytest.Capture
         ("[]", "JSON object"),
         ('{"hidden_size": 8}', "has no 'num_hidden_layers'"),
         (json.dumps(BUILT_IN["deepseek-v3"] | {"kv_lora_rank": "512"}), "positive integer"),
-        (json.dumps(BUILT_IN["deepseek-v3"] | {"vocab_size": None}), "not a number"),
+        (json.dumps(BUILT_IN["deepseek-v3"] | {"vocab_size": None}), "has no 'vocab_size'"),
+        (json.dumps(BUILT_IN["deepseek-v3"] | {"intermediate_size": [1]}), "not a number"),
     ],
 )
 def test_bad_configs(content: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,7 +1,7 @@
 """Our paged latent decode kernel for Hopper (``cuda/``) behind the attention interface.
 
 Serves w any multiple of 32 from 64 to 512 with a rope part of 64, up to 128 heads, query length 1 to 4, any
-page size that is a power of two, bfloat16. ``plan`` and ``run`` launch fixed grids on fixed buffers and
+page size that is a power of two, bfloat16; and sketched rows with a kernel of their own (`sketched`). ``plan`` and ``run`` launch fixed grids on fixed buffers and
 never wait for the device, so a CUDA graph of them stays right when lengths, page table and queries are
 refilled in place.
 """
@@ -15,9 +15,10 @@ from pathlib import Path
 
 import torch
 
-from sglang_tpla.attention.hopper import wgmma
+from sglang_tpla.attention.hopper import sketched, wgmma
 from sglang_tpla.attention.hopper.compile import KernelModule, cached_cubin
 from sglang_tpla.attention.hopper.plan import MAX_PARTS, SEGMENT_COST, TILE_TOKENS
+from sglang_tpla.attention.hopper.sketched import SketchedVariant
 from sglang_tpla.attention.interface import AttentionInputError, DecodeShape, PageTable, checked_inputs
 
 # Compiled as one text, in this order.
@@ -26,15 +27,16 @@ SOURCES = tuple(
     for name in (
         "shapes.cuh",  # constants of a variant, parameters
         "hopper.cuh",  # barriers, asynchronous copies, wgmma
-        "gather.cuh",  # a block's part; the producer, which gathers cache rows
+        "parts.cuh",  # a block's part of the plan
+        "gather.cuh",  # the producer, which gathers cache rows
         "attend.cuh",  # scores, softmax, values, partial results
         "turns.cuh",  # the consumers' loop over tiles for more than 64 rows
+        "merge_shared.cuh",  # what a block merges
         "merge.cuh",  # adding up partial results
         "latent_decode.cu",  # the consumers' loop and the kernel
         "latent_plan.cu",  # the planning kernel
     )
 )
-NAME = "latent_decode.cu"
 # A block's shared memory without the first 1,024 bytes, where barriers are.
 SHARED_LIMIT_BYTES = 226 * 1024
 MAX_STAGES = 8
@@ -89,6 +91,8 @@ class Variant:
             "PLAN_BATCH": 2048,
         }
 
+    name = "latent_decode"
+
     def source(self) -> str:
         """The whole CUDA source."""
         return (
@@ -99,8 +103,10 @@ class Variant:
         )
 
 
-def variant_for(shape: DecodeShape) -> Variant:
+def variant_for(shape: DecodeShape) -> Variant | SketchedVariant:
     """The form of the kernel that serves ``shape`` best, with as many stages as shared memory holds."""
+    if shape.sketched is not None:
+        return sketched.variant_for(shape)
     rows = shape.heads * shape.query_len
     mode = "width" if shape.latent_dim > 256 else "tokens" if rows <= 64 else "rows"
     stages = MAX_STAGES
@@ -150,12 +156,12 @@ class _Params(ctypes.Structure):
 
 
 @functools.cache
-def _loaded(variant: Variant, device_index: int) -> tuple[KernelModule, dict[str, object]]:
+def _loaded(variant: Variant | SketchedVariant, device_index: int) -> tuple[KernelModule, dict[str, object]]:
     with torch.cuda.device(device_index):
         torch.cuda.current_stream()  # PyTorch's context must be current before the driver loads into it
-        module = KernelModule(cached_cubin(variant.source(), variant.defines, NAME))
+        module = KernelModule(cached_cubin(variant.source(), variant.defines, variant.name + ".cu"))
         kernels = {
-            "decode": module.kernel("latent_decode", variant.shared_bytes),
+            "decode": module.kernel(variant.name, variant.shared_bytes),
             "plan": module.kernel("latent_plan"),
         }
     return module, kernels
@@ -182,11 +188,11 @@ class HopperDecode:
         scale: float,
         max_batch: int,
         device: torch.device,
-        variant: Variant | None = None,
+        variant: Variant | SketchedVariant | None = None,
     ) -> None:
         from sglang_tpla.attention.backends import require
 
-        require("hopper", shape, torch.cuda.get_device_capability(device))
+        require("hopper" if shape.sketched is None else "hopper_sketched", shape, torch.cuda.get_device_capability(device))
         self.shape = shape
         self.scale = scale
         self.max_batch = max_batch
@@ -253,9 +259,10 @@ class HopperDecode:
             raise RuntimeError("HopperDecode.run came before plan: plan the step first")
         cache = checked_inputs(shape, table, q_latent, q_rope, kv_cache)
         if out is None:
-            out = torch.empty(q_latent.shape, dtype=shape.dtype, device=q_latent.device)
+            dims = (*q_latent.shape[:-1], shape.latent_dim)
+            out = torch.empty(dims, dtype=shape.dtype, device=q_latent.device)
         for name, tensor in (("q_latent", q_latent), ("q_rope", q_rope), ("kv_cache", cache), ("out", out)):
-            odd = any(stride % 8 for stride in tensor.stride()[:-1])
+            odd = any(stride * tensor.element_size() % 16 for stride in tensor.stride()[:-1])
             if tensor.stride(-1) != 1 or odd or tensor.data_ptr() % 16:
                 raise AttentionInputError(
                     f"{name} must have contiguous rows that start at 16-byte borders; "

@@ -57,3 +57,24 @@ __device__ __forceinline__ void wgmma_rs(float (&d)[{count}], u32 a0, u32 a1, u3
         : {operands} : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b));
 }}
 """
+
+
+def rows_source(columns: int) -> str:
+    """``wgmma_half(d, a0..a3, b, accumulate)``: d [64, columns] (+)= a [64, 16] in registers times b [columns, 16]^T in
+    shared memory, in float16; ``wgmma_bf16``: the same in bfloat16.
+    """
+    count = columns // 2
+    names, operands = _accumulators(count)
+    a = ", ".join(f"%{count + i}" for i in range(4))
+
+    def function(name: str, kind: str) -> str:
+        return f"""
+__device__ __forceinline__ void {name}(float (&d)[{count}], u32 a0, u32 a1, u32 a2, u32 a3, u64 b, int accumulate) {{
+    asm volatile("{{\\n.reg .pred p;\\nsetp.ne.b32 p, %{count + 5}, 0;\\n"
+        "wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.{kind}.{kind} {{{names}}}, "
+        "{{{a}}}, %{count + 4}, p, 1, 1, 0;\\n}}"
+        : {operands} : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b), "r"(accumulate));
+}}
+"""
+
+    return function("wgmma_half", "f16") + function("wgmma_bf16", "bf16")

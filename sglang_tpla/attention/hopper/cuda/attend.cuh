@@ -191,6 +191,9 @@ __device__ __forceinline__ void store_out(const Params& p, const float (&o)[kOut
     }
 }
 
+// The first of the two columns that value pair k of item `piece` of a partial result holds, see store_partial().
+__device__ __forceinline__ int item_column(int piece, int k) { return piece / 4 * 32 + piece % 4 * 2 + k * 8; }
+
 // Writes the same as a partial result. Half as many bytes as in float32, and as good: each row (of this warpgroup) is scaled
 // by its largest value, so 11 bits are left where the output has 8. In memory 8 values of a lane lie side by side: of each 32
 // columns, lane % 4 has 2 * (lane % 4) and the one after it, and those 8, 16 and 24 further on. Sums lie row by row, so that

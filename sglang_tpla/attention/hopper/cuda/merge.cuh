@@ -1,11 +1,5 @@
 // ---- merge --------------------------------------------------------------------------------------------------------
 
-// The request whose merge this block has a share in: at most one, that of the part's last segment.
-struct Shared {
-    int request, share, shares;
-    u32 target;                // value of `arrived` when all partial results are stored
-};
-
 // Tells that this block's partial result of `request` is stored. Called by all consumers.
 __device__ __forceinline__ u32 announce(const Params& p, int request, int splits, int consumer) {
     sync_consumers();
@@ -111,8 +105,8 @@ __device__ __forceinline__ void merge_items(const Params& p, int request, int fi
             const float inverse = sum[q].total > 0.f ? 1.f / sum[q].total : 0.f;
             u16* out = p.out + ((long long)request * p.query_len + token) * p.out_token_stride + head * p.out_head_stride;
 #pragma unroll
-            for (int k = 0; k < 4; ++k)                          // the columns of a lane, see store_partial()
-                *reinterpret_cast<u32*>(out + piece / 4 * 32 + piece % 4 * 2 + k * 8) =
+            for (int k = 0; k < 4; ++k)
+                *reinterpret_cast<u32*>(out + item_column(piece, k)) =
                     pack_bf16(sum[q].value[2 * k] * inverse, sum[q].value[2 * k + 1] * inverse);
         }
     }

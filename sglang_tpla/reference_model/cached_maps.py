@@ -12,6 +12,7 @@ import torch
 
 from sglang_tpla.cache_rows.fp8 import rounded
 from sglang_tpla.reference_model.forward import CachedMaps, LayerMaps, Slicer
+from sglang_tpla.reference_model.sketched_layer import SketchedMaps
 
 CACHE_DTYPES = ("exact", "bf16", "fp8")
 
@@ -33,16 +34,15 @@ def cached_maps(maps: Sequence[LayerMaps], cache_dtype: str, shared: Sequence[in
         raise ValueError(f"expected a cache dtype among {CACHE_DTYPES}, got {cache_dtype!r}")
     if cache_dtype == "exact":
         return list(maps)
-    return [
-        CachedMaps(
-            [
-                (_through(z, partial(rounded, shared=common) if cache_dtype == "fp8" else _bf16), a, b)
-                for z, a, b in layer
-            ],
-            _bf16,
-        )
-        for layer, common in zip(maps, shared, strict=True)
-    ]
+    cached: list[LayerMaps] = []
+    for layer, common in zip(maps, shared, strict=True):
+        if isinstance(layer, SketchedMaps):
+            raise ValueError(
+                f"sketched rows have a precision of their own: expected 'exact', got {cache_dtype!r}"
+            )
+        rounding = partial(rounded, shared=common) if cache_dtype == "fp8" else _bf16
+        cached.append(CachedMaps([(_through(z, rounding), a, b) for z, a, b in layer], _bf16))
+    return cached
 
 
 def _through(z_map: Slicer, rounding: Callable[[torch.Tensor], torch.Tensor]) -> Slicer:

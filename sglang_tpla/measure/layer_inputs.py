@@ -93,11 +93,18 @@ def walk(model: PlainModel, tokens: torch.Tensor, batch: int = 4) -> Iterator[tu
                 hidden[place] = model.finish_layer(index, hidden[place], out)
 
 
-def exact_context(batch: Batch, rope_scores: torch.Tensor, scale: float) -> torch.Tensor:
-    """Attended latents p c of exact attention, [B, H, Q, d]."""
-    latent = batch.latent[:, None]
-    scores = scale * (batch.absorbed @ latent.transpose(-1, -2)) + rope_scores
-    return scores.softmax(-1) @ latent
+def exact_context(
+    batch: Batch,
+    rope_scores: torch.Tensor,
+    scale: float,
+    *,
+    key: torch.Tensor | None = None,
+    value: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attended latents p c of exact attention, [B, H, Q, d]; other keys or values [B, S, d] where they are given."""
+    keys, values = ((batch.latent if given is None else given)[:, None] for given in (key, value))
+    scores = scale * (batch.absorbed @ keys.transpose(-1, -2)) + rope_scores
+    return scores.softmax(-1) @ values
 
 
 def sliced_slices(

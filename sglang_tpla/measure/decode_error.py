@@ -14,6 +14,7 @@ import torch
 
 from sglang_tpla.artifact.artifact import Artifact, ErrorReport
 from sglang_tpla.reference_model.forward import LayerCache, LayerMaps, PlainModel
+from sglang_tpla.reference_model.sketched_layer import SketchedMaps
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,17 @@ def model_maps(artifact: Artifact, model: PlainModel) -> list[LayerMaps]:
         z, a, b = (part.to(model.device, model.dtype) for part in artifact.maps(layer, group))
         return z, a, b
 
-    groups = range(artifact.meta.groups)
-    return [[convert(layer, group) for group in groups] for layer in range(artifact.meta.num_layers)]
+    meta = artifact.meta
+    maps: list[LayerMaps] = []
+    for layer in range(meta.num_layers):
+        triples = [convert(layer, group) for group in range(meta.groups)]
+        if meta.sketched:
+            z, a, b = (list(column) for column in zip(*triples, strict=True))
+            sketch = artifact.sketch(layer).to(model.device, model.dtype)
+            maps.append(SketchedMaps(meta.rows(layer), z, sketch, a, b))
+        else:
+            maps.append(triples)
+    return maps
 
 
 @torch.inference_mode()

@@ -1,0 +1,170 @@
+// ---- producer -----------------------------------------------------------------------------------------------------
+//
+// When what may be read: see gather.cuh.
+
+constexpr int kChunkTiles = 4;                                   // tiles whose slots are looked up together
+
+__device__ __forceinline__ void expect_bytes(u32 barrier, u32 bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void copy_row(u32 target, const void* source, u32 barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+                 ::"r"(target), "l"(source), "n"(ROW_BYTES), "r"(barrier) : "memory");
+}
+
+// Slot of a token, -1 behind the last one.
+__device__ __forceinline__ int slot_of(const Params& p, int start, int length, int token) {
+    if (token >= length) return -1;
+    const int mask = (1 << p.page_bits) - 1;
+    return (__ldcg(p.page_indices + start + (token >> p.page_bits)) << p.page_bits) | (token & mask);
+}
+
+#if COPY_BULK
+// One warp; a lane copies two rows of a tile, each with one instruction.
+constexpr int kFullArrivals = 1, kSlots = 2 * kChunkTiles;
+__device__ __forceinline__ int slot_token(int i, int warp, int lane) { return i / 2 * kTile + i % 2 * 32 + lane; }
+__device__ __forceinline__ void load_tile(const Params& p, u32 stage, u32 full, const int* slots, int rows, int warp, int lane) {
+    if (lane == 0) expect_bytes(full, rows * ROW_BYTES);
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+        if (slots[i] >= 0) copy_row(stage + (lane + 32 * i) * kStride, p.kv + slots[i] * p.kv_stride, full);
+}
+#else
+// Four warps; eight lanes copy a row, 16 bytes each at a time.
+constexpr int kFullArrivals = 128, kSlots = kChunkTiles;
+__device__ __forceinline__ int slot_token(int i, int warp, int lane) { return i * kTile + warp * 16 + lane % 16; }
+__device__ __forceinline__ void load_tile(const Params& p, u32 stage, u32 full, const int* slots, int rows, int warp, int lane) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const int row = i * 4 + lane / 8, slot = __shfl_sync(0xffffffff, slots[0], row);
+        const u8* source = p.kv + (slot < 0 ? 0 : slot) * p.kv_stride + lane % 8 * 16;
+        const u32 target = stage + (warp * 16 + row) * kStride + lane % 8 * 16;
+#pragma unroll
+        for (int piece = 0; piece < ROW_BYTES / 16; piece += 8)
+            if (piece + 8 <= ROW_BYTES / 16 || piece + lane % 8 < ROW_BYTES / 16)
+                copy16(target + piece * 16, source + piece * 16, slot >= 0);
+    }
+    barrier_arrive_when_copied(full);
+}
+#endif
+
+__device__ __forceinline__ void produce(const Params& p, u32 ring, u32 full, u32 empty, int thread) {
+    constexpr int kSlotsPerTile = kSlots / kChunkTiles;
+    const int warp = thread / 32, lane = thread % 32;
+    if (COPY_BULK && warp > 0) return;
+    u32 stage = 0, phase = 0;
+    for (Segments s(p); s.more(); s.next()) {
+        const int length = s.length, start = s.start, end = s.end_tile();
+        if (s.first_tile >= end) continue;
+        int now[kSlots], ahead[kSlots];                          // ahead: slots of the next chunk, on their way
+#pragma unroll
+        for (int i = 0; i < kSlots; ++i) ahead[i] = slot_of(p, start, length, s.first_tile * kTile + slot_token(i, warp, lane));
+        for (int first = s.first_tile; first < end; first += kChunkTiles) {
+#pragma unroll
+            for (int i = 0; i < kSlots; ++i) {
+                now[i] = ahead[i];
+                ahead[i] = slot_of(p, start, length, (first + kChunkTiles) * kTile + slot_token(i, warp, lane));
+            }
+#pragma unroll
+            for (int k = 0; k < kChunkTiles; ++k) {
+                const int tile = first + k;
+                if (tile >= end) break;
+                barrier_wait(empty + 8 * stage, phase ^ 1);
+                if ((tile + 1) * kTile > length - p.query_len) {
+                    wait_for_predecessor();
+                    asm volatile("fence.proxy.async;" ::: "memory");
+                }
+                load_tile(p, ring + stage * kStageBytes, full + 8 * stage, now + k * kSlotsPerTile,
+                          min(kTile, length - tile * kTile), warp, lane);
+                if (++stage == STAGES) stage = 0, phase ^= 1;
+            }
+        }
+    }
+}
+
+// ---- query --------------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ u32 query_address(u32 q_smem, int row, int step, int half) {
+    return q_smem + step / 4 * kQPanelBytes + row * 128 + ((((step % 4) * 2 + half) ^ (row & 7)) << 4);
+}
+__device__ __forceinline__ void store_shared4(u32 address, u32 a, u32 b, u32 c, u32 d) {
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
+}
+__device__ __forceinline__ u32 largest_of(u32 largest, u32 pair) { return max(largest, max(pair & 0x7FFFu, pair >> 16 & 0x7FFFu)); }
+
+// Group g of 32 columns of query row `row`: which columns wgmma multiplies with each other follows from how ldmatrix hands
+// out codes, see unpack_group(): of the 16 columns of a step, 8-bit codes 4 i and 4 i + 1 come before 4 i + 2 and 4 i + 3;
+// of 32 sketch codes, the first step has 8 i to 8 i + 3. Returns the largest magnitude's bits.
+__device__ __forceinline__ u32 load_query_group(const Params& p, u32 q_smem, int request, int row, int g) {
+    const int global_row = blockIdx.y * kRows + row;
+    const bool valid = global_row < p.query_len * p.heads;
+    const int token = valid ? global_row / p.heads : 0, head = valid ? global_row - token * p.heads : 0;
+    const long long query = (long long)request * p.query_len + token;
+    const bool own = g < kOwnGroups, sketch = !own && g < kOwnGroups + kSketchGroups;
+    const int group = own ? g : sketch ? g - kOwnGroups : g - kOwnGroups - kSketchGroups;
+    const int columns = own ? LATENT : sketch ? SKETCH : ROPE;
+    const u16* source = own || sketch
+        ? p.q_latent + query * p.q_latent_token_stride + head * p.q_latent_head_stride + (sketch ? LATENT : 0)
+        : p.q_rope + query * p.q_rope_token_stride + head * p.q_rope_head_stride;
+    u32 w[16], largest = 0;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        uint4 x = make_uint4(0, 0, 0, 0);
+        if (valid && group * 32 + i * 8 < columns) x = __ldcg(reinterpret_cast<const uint4*>(source + group * 32 + i * 8));
+        w[4 * i] = x.x, w[4 * i + 1] = x.y, w[4 * i + 2] = x.z, w[4 * i + 3] = x.w;
+    }
+#pragma unroll
+    for (int i = 0; i < 16; ++i) largest = largest_of(largest, w[i]);
+    const int step = (own ? 0 : sketch ? kSketchStep : kRopeStep) + 2 * group;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        if (own && step + i >= kOwnSteps) break;
+        const u32 before = query_address(q_smem, row, step + i, 0), behind = query_address(q_smem, row, step + i, 1);
+        if (sketch) {
+            store_shared4(before, w[2 * i], w[2 * i + 4], w[2 * i + 8], w[2 * i + 12]);
+            store_shared4(behind, w[2 * i + 1], w[2 * i + 5], w[2 * i + 9], w[2 * i + 13]);
+        } else if (own || ROPE_BITS == 8) {
+            store_shared4(before, w[8 * i], w[8 * i + 2], w[8 * i + 4], w[8 * i + 6]);
+            store_shared4(behind, w[8 * i + 1], w[8 * i + 3], w[8 * i + 5], w[8 * i + 7]);
+        } else {
+            store_shared4(before, w[8 * i], w[8 * i + 1], w[8 * i + 2], w[8 * i + 3]);
+            store_shared4(behind, w[8 * i + 4], w[8 * i + 5], w[8 * i + 6], w[8 * i + 7]);
+        }
+    }
+    return largest;
+}
+
+// By all consumers: the segment's query in shared memory, in float16 (its rotary part in bfloat16 where the keys' is),
+// multiplied by a power of two that leaves none too large; returns that power's inverse.
+__device__ __forceinline__ float load_query(const Params& p, u32 q_smem, int request, u32* shared_largest, int consumer) {
+    if (consumer == 0) *shared_largest = 0;
+    sync_consumers();                                            // nobody reads the memory any more
+    u32 largest = 0;
+#pragma unroll 1
+    for (int item = consumer; item < kRows * kGroups; item += kConsumerThreads)
+        largest = max(largest, load_query_group(p, q_smem, request, item / kGroups, item % kGroups));
+#pragma unroll
+    for (int offset = 16; offset; offset /= 2) largest = max(largest, __shfl_xor_sync(0xffffffff, largest, offset));
+    if (consumer % 32 == 0) atomicMax(shared_largest, largest);
+    sync_consumers();
+    largest = *reinterpret_cast<volatile u32*>(shared_largest);
+    const u32 exponent = largest ? min(268 - (int)(largest >> 7), 250) : 127;   // the largest becomes 2^14 to 2^15
+    const float factor = __uint_as_float(exponent << 23);
+#pragma unroll 1
+    for (int item = consumer; item < kRows * kSteps * 2; item += kConsumerThreads) {
+        const int row = item / (kSteps * 2), step = item % (kSteps * 2) / 2;
+        const u32 address = query_address(q_smem, row, step, item % 2);
+        const uint4 x = load_shared4(address);
+        u32 w[4] = {x.x, x.y, x.z, x.w};
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const float low = __uint_as_float(w[i] << 16) * factor, high = __uint_as_float(w[i] & 0xFFFF0000u) * factor;
+            w[i] = ROPE_BITS == 16 && step >= kRopeStep ? pack_bf16(low, high) : pack_half(low, high);
+        }
+        store_shared4(address, w[0], w[1], w[2], w[3]);
+    }
+    fence_async_proxy();
+    sync_consumers();
+    return __uint_as_float((254 - exponent) << 23);
+}

@@ -1,0 +1,63 @@
+// Paged decode attention over sketched rows for Hopper (sm_90a). A row, see cache_rows/sketched.py, is
+//     [ shared int8 | own int8 | zeros to LATENT | rotary key | sketch of the other groups' columns | 4 scales ]
+// and takes part with all of it in the scores, with [shared | own] in the values:
+//     p = softmax(scale * (q_latent . [own, sketch] + q_rope . k_rope)),  out = p [own]
+//
+// Tokens stand in the rows of both products, query rows (token, head) in their columns: a warpgroup multiplies 64 tokens by
+// ROWS query rows, so few heads cost little. Codes go from the raw row straight into the registers that wgmma takes its
+// left operand from; nothing is unpacked to shared memory:
+//     scores  S [64 tokens, ROWS]     = K [64, columns] Q^T        left: codes as float16, scaled, from registers
+//     values  O [64 columns, ROWS]   += V^T [64, 64 tokens] P      left: codes, turned by ldmatrix.trans, from registers
+// Every code is exact in float16. A token's scales come in as factors of at most 1 relative to a power of two that the
+// scores are multiplied by in float32; probabilities are weighted by the larger of its two 8-bit scales.
+//
+// A block is three warpgroups: one warp of warpgroup 0 copies raw rows into a ring of tiles; warpgroups 1 and 2 take
+// alternate tiles and add up through shared memory at the end. Plan, parts and merging are those of latent_decode.cu.
+//
+// Compiled with the macros of decode.py's SketchedVariant; wgmma_half and wgmma_bf16 come from wgmma.py.
+
+typedef unsigned char u8;
+
+constexpr int kTile = 64;                                   // tokens a tile
+constexpr int kRows = ROWS;                                 // query rows a block
+constexpr int kPart = kRows / 2;                            // accumulators a thread has of 64 x ROWS
+constexpr int kOwnSteps = LATENT / 16;                      // wgmma steps of the scores: 16 columns each
+constexpr int kOwnGroups = (kOwnSteps + 1) / 2;             // columns are unpacked 32 at a time
+constexpr int kSketchGroups = (SKETCH + 31) / 32;           // codes behind the last meet a query of zeros
+constexpr int kRopeGroups = ROPE / 32;
+constexpr int kGroups = kOwnGroups + kSketchGroups + kRopeGroups;
+constexpr int kSketchStep = kOwnSteps, kRopeStep = kSketchStep + 2 * kSketchGroups, kSteps = kRopeStep + 2 * kRopeGroups;
+constexpr int kQPanelBytes = kRows * 128;                   // 64 columns of the query
+constexpr int kQBytes = (kSteps + 3) / 4 * kQPanelBytes > 10240 ? (kSteps + 3) / 4 * kQPanelBytes : 10240;
+constexpr int kProbabilityBytes = kRows * 128;              // a tile's probabilities, [query row][token] in float16
+constexpr int kRopeOffset = LATENT, kSketchOffset = LATENT + ROPE * ROPE_BITS / 8;
+// An odd number of 16-byte pieces: then the eight rows of a matrix that ldmatrix reads lie in different banks.
+constexpr int kStride = ROW_BYTES / 16 % 2 ? ROW_BYTES : ROW_BYTES + 16;
+constexpr int kStageBytes = kTile * kStride;
+constexpr int kBlocks = (LATENT + 63) / 64;                 // blocks of 64 value columns
+constexpr int kFirstBlocks = (kBlocks + 1) / 2;             // of which the first warpgroup stores these
+constexpr int kScaleColumn = kFirstBlocks * 64;             // what the second one stores has a scale of its own
+constexpr int kProducerThreads = 128, kConsumerThreads = 256;
+constexpr bool kTwoScales = SHARED > 0 && OWN > 0;
+static_assert(LATENT % 16 == 0 && ROPE % 32 == 0 && ROW_BYTES % 16 == 0 && SKETCH % 8 == 0, "pieces of 16 bytes");
+static_assert(SHARED % 4 == 0 && kRows % 16 == 0 && kBlocks * kPart <= 128, "sizes the registers allow");
+
+struct Params {
+    const u16* q_latent;       // [batch * query_len, heads, LATENT + SKETCH]
+    const u16* q_rope;         // [batch * query_len, heads, ROPE]
+    const u8* kv;              // [slots, ROW_BYTES]
+    u16* out;                  // [batch * query_len, heads, LATENT]
+    u16* partial_out;          // [splits, query_len * heads, LATENT] float16 of values / scale
+    float* partial_sums;       // [splits, 3, query_len * heads]: log-sum-exp (base 2), scale of the columns before
+                               // kScaleColumn, scale of the others
+    const int* lengths;        // [batch]
+    const int* page_indices;
+    const int* page_starts;    // [batch]
+    const int* part_begin;     // as in shapes.cuh
+    const int* split_start;    // [batch + 1]
+    u32* arrived;              // [row blocks, batch]
+    long long q_latent_token_stride, q_latent_head_stride, q_rope_token_stride, q_rope_head_stride;
+    long long out_token_stride, out_head_stride, kv_stride;
+    int heads, query_len, page_bits, batch;
+    float scale_log2;
+};

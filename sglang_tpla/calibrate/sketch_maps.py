@@ -1,0 +1,104 @@
+"""Closed-form maps of sketched rows of one layer, from its second moments.
+
+t = c U with U the score-energy basis (``transforms.score_basis``); its first r columns are shared, the others are dealt
+out in turn. Shared and own columns are rotated, so that their int8 codes share one scale well. A sketch column is first
+weighted by the root mean square of what queries make of it, so that each column's rounding costs the score alike, and
+then rotated. The maps back are exact inverses, so all that is lost is rounding:
+
+    key map   A_i = [shared^-1; own_i^-1; sketch_j^-1 for j != i]: c = [z_i | sketch] A_i but for rounding
+    value map B_i = [shared^-1 / g; own_i^-1]: the groups' values add up to c
+"""
+
+from __future__ import annotations
+
+import torch
+
+from sglang_tpla.cache_rows.rotation import rotation
+from sglang_tpla.cache_rows.sketched import SketchedRows
+from sglang_tpla.calibrate.transforms import Basis, TransformError, score_basis
+from sglang_tpla.measure.statistics import LayerMoments
+from sglang_tpla.reference_model.sketched_layer import SketchedMaps
+
+
+def sketched_rows(
+    latent_dim: int, rope_dim: int, groups: int, shared_dims: int, sketch_bits: int, rope_bits: int
+) -> SketchedRows:
+    """The rows of these settings.
+
+    Raises:
+        TransformError: the format does not hold them; the message says which shared dims it does hold.
+    """
+    try:
+        return SketchedRows.of(
+            latent_dim, groups, shared_dims, rope_dim, sketch_bits=sketch_bits, rope_bits=rope_bits
+        )
+    except ValueError as error:
+        near = sorted(
+            shared_choices(latent_dim, groups, sketch_bits), key=lambda choice: abs(choice - shared_dims)
+        )[:3]
+        raise TransformError(
+            f"{error}; the nearest --shared-dims that {groups} groups hold are {sorted(near) or 'none'}"
+        ) from error
+
+
+def shared_choices(latent_dim: int, groups: int, sketch_bits: int = 4) -> list[int]:
+    """Every r that g groups of sketched rows hold, ascending; d (all columns shared) is the last."""
+    return [
+        shared
+        for shared in range(latent_dim + 1)
+        if (latent_dim - shared) % groups == 0 and (latent_dim - shared) // groups * sketch_bits % 8 == 0
+    ]
+
+
+def default_shared(latent_dim: int, groups: int) -> int:
+    """r when none is given: a quarter of the latent but 64 at most, the nearest that the format holds.
+
+    Whole bytes at every number of bits are preferred: blocks of a multiple of eight columns.
+    """
+    if groups == 1:
+        return latent_dim
+    wanted = min(latent_dim // 4, 64)
+    choices = shared_choices(latent_dim, groups)
+    even = [choice for choice in choices if (latent_dim - choice) // groups % 8 == 0 and choice < latent_dim]
+    near = [choice for choice in even if abs(choice - wanted) <= wanted // 4] or choices
+    return min(near, key=lambda choice: (abs(choice - wanted), choice))
+
+
+def layer_sketched_maps(moments: LayerMoments, w_uk: torch.Tensor, rows: SketchedRows) -> SketchedMaps:
+    """Maps of one layer, float64.
+
+    Args:
+        moments: the layer's statistics.
+        w_uk: key half of kv_b_proj, [H, n, d].
+        rows: sizes of the rows.
+    """
+    queries = moments.absorbed_queries(w_uk)
+    basis = score_basis(moments.covariance, queries)
+    # what a unit of each column weighs in scores: the root mean square of queries along its row of the inverse
+    weights = torch.einsum("jd,de,je->j", basis.inverse, queries, basis.inverse).clamp_min(0).sqrt()
+    weights = weights.clamp_min(weights.max() * 1e-6)
+    return _maps(basis, weights, rows)
+
+
+def _maps(basis: Basis, weights: torch.Tensor, rows: SketchedRows) -> SketchedMaps:
+    shared, groups = rows.shared, rows.groups
+    columns = [list(range(shared + group, rows.latent_dim, groups)) for group in range(groups)]
+    if groups == 1:
+        columns = [[]]
+    shared_rotation, own_rotation = rotation(shared), rotation(rows.own)
+    z_shared = basis.forward[:, :shared] @ shared_rotation
+    back_shared = shared_rotation.T @ basis.inverse[:shared]
+    z_own = [basis.forward[:, picked] @ own_rotation for picked in columns]
+    back_own = [own_rotation.T @ basis.inverse[picked] for picked in columns]
+    sketch = [basis.forward[:, picked] * weights[picked] @ own_rotation for picked in columns]
+    back_sketch = [own_rotation.T @ (basis.inverse[picked] / weights[picked, None]) for picked in columns]
+    return SketchedMaps(
+        rows=rows,
+        z=[torch.cat([z_shared, own], 1) for own in z_own],
+        sketch=torch.cat(sketch, 1),
+        a=[
+            torch.cat([back_shared, own, *(back for j, back in enumerate(back_sketch) if j != i)])
+            for i, own in enumerate(back_own)
+        ],
+        b=[torch.cat([back_shared / groups, own]) for own in back_own],
+    )
