@@ -362,11 +362,16 @@ class TplaKVSender(_Request, CommonKVSender):
             super().clear()
 
     def abort(self) -> None:
-        """The client gave up."""
-        if self._owner:
-            super().abort()
+        """The client gave up.
+
+        Nothing stays under the room's number: later releases of SGLang abort a waiting request's sender and never
+        clear it, and a number whose last request failed would fail the next one.
+        """
+        self._reason = self._reason or "Aborted by AbortReq."
+        self._end(self._reason)
+        self.clear()
+        self._owner = False
         self.conclude_state = KVPoll.Failed
-        self._end("Aborted by AbortReq.")
 
 
 class TplaKVReceiver(_Request, CommonKVReceiver):

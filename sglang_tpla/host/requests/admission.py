@@ -34,6 +34,10 @@ def admit(original: Callable[..., None], self: Any, req: Any, is_retracted: bool
         original(self, req)
         return
     logger.error("%s, %s", reason, req.rid)
+    if hasattr(
+        self, "_release_aborted_request"
+    ):  # later releases keep inputs and cache handles for a request
+        self._release_aborted_request(req)
     prepare_abort(req, reason, status_code=status)
     self.output_streamer.stream_output([req], req.return_logprob)
 
@@ -66,10 +70,10 @@ def no_such_rank(queue: Any, req: Any) -> str | None:
     return f"disagg_prefill_dp_rank must lie in 0...{info.dp_size - 1} for the prefill server {address}; got {rank}"
 
 
-def handle(original: Callable[..., None], self: Any, recv_req: Any) -> None:
+def handle(original: Callable[..., None], self: Any, recv_req: Any, **kwargs: Any) -> None:
     """Around ``Scheduler.handle_generate_request``: an error over one request is that request's."""
     try:
-        original(self, recv_req)
+        original(self, recv_req, **kwargs)
     except Exception as error:
         logger.exception("request %s ends here", recv_req.rid)
         reason = {
