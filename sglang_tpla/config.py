@@ -11,8 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from sglang_tpla.errors import SglangTplaError
 
-class ConfigError(ValueError):
+
+class ConfigError(SglangTplaError, ValueError):
     """A setting that cannot work, said once: what was expected, what came, where, what to do."""
 
 
@@ -109,7 +111,6 @@ class Settings:
         keys: folder of CURVE keys made by ``python -m sglang_tpla.transfer.keys``; needed beyond loopback.
         insecure: 1 allows transfers without keys on any address, for a network that nobody else can reach.
         shared_memory: 0 sends every payload through sockets, also to ranks of the same machine.
-        data_channel: 0 sends chunks over ZMQ where a plain socket beside it would do (transfers without keys).
         listen_port: port of the first prefill rank of this machine's transfers, its data channels come to the one
             after it, and each further rank takes the next two; 0 takes ports that the system chooses.
         advertise: HOST or HOST:PORT under which decode servers reach the first prefill rank, where that is not the
@@ -135,7 +136,6 @@ class Settings:
     keys: str | None = None
     insecure: int = 0
     shared_memory: int = 1
-    data_channel: int = 1
     listen_port: int = 0
     advertise: str | None = None
     statistics_folder: str | None = None
@@ -167,8 +167,6 @@ class Settings:
             )
         if self.insecure not in (0, 1):
             raise ConfigError(f"--tpla-insecure must be 0 or 1; got {self.insecure}")
-        if self.data_channel not in (0, 1):
-            raise ConfigError(f"--tpla-data-channel must be 0 or 1; got {self.data_channel}")
         if self.role == "decode" and self.statistics_folder:
             raise ConfigError(
                 "--tpla-statistics-folder is for prefill servers, which see the whole latent; drop it on decode"

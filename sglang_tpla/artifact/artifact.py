@@ -41,13 +41,14 @@ from safetensors.torch import save_file
 
 from sglang_tpla.artifact.model_identity import config_hash
 from sglang_tpla.cache_rows.sketched import SketchedRows
+from sglang_tpla.errors import SglangTplaError
 
 FORMAT_VERSION = 1  # of plain and FP8 rows
 SKETCHED_VERSION = 2  # of sketched rows
 MAP_NAMES = ("Z", "A", "B")
 
 
-class ArtifactError(ValueError):
+class ArtifactError(SglangTplaError, ValueError):
     """An artifact that cannot be used: what was expected, what came, where, what to do."""
 
 

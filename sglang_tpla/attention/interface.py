@@ -32,11 +32,12 @@ import torch
 from sglang_tpla.cache_rows import fp8 as fp8_rows
 from sglang_tpla.cache_rows.row_format import Fp8Rows, GroupRows, LayerRows
 from sglang_tpla.cache_rows.sketched import SketchedRows
+from sglang_tpla.errors import SglangTplaError
 
 MAX_QUERY_LEN = 4
 
 
-class AttentionInputError(ValueError):
+class AttentionInputError(SglangTplaError, ValueError):
     """An input that no backend could serve right: what was expected, what came, where, what to do."""
 
 

@@ -396,6 +396,10 @@ class RowFormat:
         pairs = zip(self.layers, shared, strict=True)
         return RowFormat(tuple(replace(rows, shared=r) for rows, r in pairs))  # type: ignore[type-var]
 
+    def with_whole_latents(self, layers: int, latent_dim: int, rope_dim: int) -> RowFormat:
+        """The same, and behind them plain rows of so many layers: those of a draft model."""
+        return RowFormat(self.layers + (PlainRows(latent_dim, latent_dim, rope_dim),) * layers)
+
     @cached_property
     def of_any_group(self) -> RowFormat:
         """Equal for the ranks whose common part is the same."""

@@ -13,14 +13,21 @@ from sglang_tpla.artifact.artifact import Artifact, ArtifactError
 from sglang_tpla.attention.backends import BACKENDS
 from sglang_tpla.cache_rows.sketched import ROPE_BITS, SKETCH_BITS
 from sglang_tpla.calibrate import pipeline as run
-from sglang_tpla.calibrate.corpus import CorpusError
-from sglang_tpla.calibrate.decode_error import measure, model_maps
 from sglang_tpla.calibrate.layout_search import Search, point_maps, search, table
 from sglang_tpla.calibrate.learn_layer import LearnPlan
 from sglang_tpla.calibrate.learn_model import learn_model
 from sglang_tpla.calibrate.sketch_maps import default_shared, sketched_rows
-from sglang_tpla.calibrate.statistics import Statistics, StatisticsError, combine
 from sglang_tpla.calibrate.transforms import TRANSFORMS, TransformError
+from sglang_tpla.measure.corpus import CorpusError
+from sglang_tpla.measure.decode_error import measure, model_maps
+from sglang_tpla.measure.statistics import Statistics, StatisticsError, combine
+from sglang_tpla.measure.text import (
+    CALIBRATION_TOKENS,
+    HELD_OUT_TOKENS,
+    TextPlan,
+    collect_statistics,
+    read_text,
+)
 from sglang_tpla.reference_model.cached_maps import cached_maps
 from sglang_tpla.reference_model.checkpoint import Checkpoint, CheckpointError
 from sglang_tpla.reference_model.forward import PlainModel
@@ -79,12 +86,12 @@ def parser() -> argparse.ArgumentParser:
         "--corpus", nargs="+", default=[], metavar="PATH", help="files or folders (default: Python's library)"
     )
     text.add_argument(
-        "--tokens", type=int, help=f"calibration tokens (default {run.CALIBRATION_TOKENS}, or what there is)"
+        "--tokens", type=int, help=f"calibration tokens (default {CALIBRATION_TOKENS}, or what there is)"
     )
     text.add_argument(
         "--held-out-tokens",
         type=int,
-        help=f"tokens of the error report; 0 for none (default {run.HELD_OUT_TOKENS}, or what there is)",
+        help=f"tokens of the error report; 0 for none (default {HELD_OUT_TOKENS}, or what there is)",
     )
     text.add_argument(
         "--prompt-tokens", type=int, default=512, help="exact prompt of the report (default 512)"
@@ -194,7 +201,7 @@ def make(arguments: argparse.Namespace) -> Artifact:
         if sizes is not None:
             return run.sketched_form(statistics, checkpoint, [sizes] * spec.layers)
         return run.closed_form(statistics, checkpoint, closed, groups, shared_dims, arguments.key_map)
-    plan = run.TextPlan(
+    plan = TextPlan(
         corpus=tuple(arguments.corpus),
         seed=arguments.seed,
         calibration_tokens=arguments.tokens,
@@ -202,11 +209,11 @@ def make(arguments: argparse.Namespace) -> Artifact:
         prompt_tokens=arguments.prompt_tokens,
         continuation_tokens=arguments.continuation_tokens,
     )
-    text = run.read_text(plan, checkpoint)
+    text = read_text(plan, checkpoint)
     resident = not arguments.one_layer_at_a_time
     model = PlainModel(checkpoint, torch.float32, arguments.device, resident=resident)
     show = not arguments.quiet
-    statistics = run.collect_statistics(model, text, plan.seed, show_progress=show)
+    statistics = collect_statistics(model, text, plan.seed, show_progress=show)
     if arguments.save_stats is not None:
         statistics.save(arguments.save_stats)
     if arguments.max_kl is not None:

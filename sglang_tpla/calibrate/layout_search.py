@@ -15,11 +15,11 @@ from dataclasses import dataclass
 
 import torch
 
-from sglang_tpla.calibrate.decode_error import measure
 from sglang_tpla.calibrate.pipeline import key_weights
-from sglang_tpla.calibrate.statistics import Statistics
 from sglang_tpla.calibrate.transforms import Maps, TransformError, layer_maps
 from sglang_tpla.config import slice_width
+from sglang_tpla.measure.decode_error import measure
+from sglang_tpla.measure.statistics import Statistics
 from sglang_tpla.reference_model.forward import LayerMaps, PlainModel
 
 

@@ -18,18 +18,20 @@ from tqdm import tqdm
 
 from sglang_tpla.artifact.artifact import Artifact, ArtifactError
 from sglang_tpla.artifact.model_identity import weights_hash
-from sglang_tpla.calibrate import pipeline as run
-from sglang_tpla.calibrate.__main__ import ERRORS
-from sglang_tpla.calibrate.corpus import Corpus, CorpusError, load_tokenizer
-from sglang_tpla.calibrate.decode_error import DecodeErrors, measure, model_maps, quantile
 from sglang_tpla.evaluate.endpoints import EndpointError, compare_endpoints
 from sglang_tpla.evaluate.generate import long_answers
 from sglang_tpla.evaluate.layers import kl_alone, layer_errors
 from sglang_tpla.evaluate.report import Bin, Evaluation, LayerRow, LongRow, NeedleRow, summary, write
 from sglang_tpla.evaluate.retrieval import retrieval
+from sglang_tpla.measure.corpus import Corpus, CorpusError, load_tokenizer
+from sglang_tpla.measure.decode_error import DecodeErrors, measure, model_maps, quantile
+from sglang_tpla.measure.statistics import StatisticsError
+from sglang_tpla.measure.text import HELD_OUT_TOKENS, TextPlan, read_text
 from sglang_tpla.reference_model.cached_maps import CACHE_DTYPES, cached_maps
-from sglang_tpla.reference_model.checkpoint import Checkpoint
+from sglang_tpla.reference_model.checkpoint import Checkpoint, CheckpointError
 from sglang_tpla.reference_model.forward import LayerMaps, PlainModel
+
+ERRORS = (ArtifactError, CheckpointError, CorpusError, StatisticsError, EndpointError, OSError)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -44,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
     text.add_argument(
         "--tokens",
         type=int,
-        help=f"decoded tokens measured (default {run.HELD_OUT_TOKENS}, or what there is)",
+        help=f"decoded tokens measured (default {HELD_OUT_TOKENS}, or what there is)",
     )
     text.add_argument("--prompt-tokens", type=int, default=512)
     text.add_argument("--continuation-tokens", type=int, default=512)
@@ -86,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "expected --model-path and --artifact, or --stock-url and --tpla-url for two live servers"
             )
         evaluation = evaluate(arguments)
-    except (*ERRORS, EndpointError) as error:
+    except ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     data, page = write(evaluation, arguments.out)
@@ -101,7 +103,7 @@ def evaluate(arguments: argparse.Namespace) -> Evaluation:
     artifact = Artifact.load(arguments.artifact)
     artifact.check_model(checkpoint.config, weights_hash(checkpoint.path), artifact.meta.groups)
     seed = artifact.meta.seed if arguments.seed is None else arguments.seed
-    plan = run.TextPlan(
+    plan = TextPlan(
         corpus=tuple(arguments.corpus),
         seed=seed,
         calibration_tokens=1,
@@ -109,7 +111,7 @@ def evaluate(arguments: argparse.Namespace) -> Evaluation:
         prompt_tokens=arguments.prompt_tokens,
         continuation_tokens=arguments.continuation_tokens,
     )
-    text = run.read_text(plan, checkpoint)
+    text = read_text(plan, checkpoint)
     if not len(text.held_out):
         raise CorpusError("expected --tokens to be at least 1, got 0")
     model = PlainModel(checkpoint, torch.float32, arguments.device)
@@ -199,7 +201,7 @@ def _long(
 
 
 def _needles(
-    model: PlainModel, maps: list[LayerMaps], plan: run.TextPlan, arguments: argparse.Namespace
+    model: PlainModel, maps: list[LayerMaps], plan: TextPlan, arguments: argparse.Namespace
 ) -> tuple[NeedleRow, ...]:
     if not arguments.needle_tokens:
         return ()

@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from sglang_tpla.calibrate.decode_error import measure
-from sglang_tpla.calibrate.layer_inputs import (
+from sglang_tpla.measure.decode_error import measure
+from sglang_tpla.measure.layer_inputs import (
     Batch,
     LayerData,
     exact_context,

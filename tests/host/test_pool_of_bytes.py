@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -33,6 +34,8 @@ def fp8_hooks(engine: None, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(
         MLATokenToKVPool, "get_value_buffer", lambda self, layer_id: pool.value_buffer(value, self, layer_id)
     )
+    older = "server_args" in inspect.signature(dim).parameters
+    state.more = {"server_args": None} if older else {}
     state.cache_dim = lambda **kwargs: pool.mean_cache_dim(dim, **kwargs)
     return state
 
@@ -64,7 +67,7 @@ def accounted(state: Any, dtype: torch.dtype, latent: int) -> float:
         hf_config=SimpleNamespace(architectures=["DeepseekV3ForCausalLM"]),
         kv_lora_rank=latent, qk_rope_head_dim=ROPE, num_hidden_layers=LAYERS,
     )  # fmt: skip
-    dim = state.cache_dim(model_config=config, kv_cache_dtype=dtype, server_args=None)
+    dim = state.cache_dim(model_config=config, kv_cache_dtype=dtype, **state.more)
     return dim * LAYERS * dtype.itemsize
 
 

@@ -15,15 +15,17 @@ import pytest
 import torch
 
 from sglang_tpla.artifact.artifact import Artifact
-from sglang_tpla.calibrate.corpus import CorpusError
-from sglang_tpla.calibrate.decode_error import compare, model_maps
 from sglang_tpla.evaluate.endpoints import EndpointError, compare_endpoints, partial_kl
 from sglang_tpla.evaluate.generate import generate, long_answers
 from sglang_tpla.evaluate.layers import kl_alone, layer_errors
-from sglang_tpla.evaluate.tables import END, START, write_into
+from sglang_tpla.measure.corpus import CorpusError
+from sglang_tpla.measure.decode_error import compare, model_maps
 from sglang_tpla.reference_model.forward import PlainModel
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+from accuracy import END, START, write_into  # noqa: E402
+
 NANO = ROOT / "examples" / "nano-mla"
 SHIPPED = ROOT / "examples" / "artifacts" / "nano-mla-g2.safetensors"
 

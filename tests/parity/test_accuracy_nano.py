@@ -9,7 +9,8 @@ import torch
 
 from sglang_tpla.artifact.artifact import Artifact
 from sglang_tpla.calibrate import pipeline as run
-from sglang_tpla.calibrate.decode_error import measure, model_maps
+from sglang_tpla.measure.decode_error import measure, model_maps
+from sglang_tpla.measure.text import TextPlan, collect_statistics, read_text
 from sglang_tpla.reference_model.forward import PlainModel
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -23,10 +24,10 @@ def model() -> PlainModel:
 
 def test_shipped_artifact_is_within_its_bar(model: PlainModel, capsys: pytest.CaptureFixture[str]) -> None:
     """KL a token at most 0.02 over 8,192 decoded tokens, and far below the paper's transforms."""
-    text = run.read_text(run.TextPlan(calibration_tokens=16384, held_out_tokens=8192), model.checkpoint)
+    text = read_text(TextPlan(calibration_tokens=16384, held_out_tokens=8192), model.checkpoint)
     shipped = Artifact.load(ROOT / "examples" / "artifacts" / "nano-mla-g2.safetensors")
     assert shipped.meta.seed == 0  # so that this text was held out from it
-    statistics = run.collect_statistics(model, text, 0, show_progress=False)
+    statistics = collect_statistics(model, text, 0, show_progress=False)
     artifacts = {"shipped": shipped}
     for transform in ("pca", "hadamard", "identity"):
         artifacts[transform] = run.closed_form(statistics, model.checkpoint, transform, 2, 0, "scalar")
@@ -44,7 +45,7 @@ def test_error_report_is_reproduced(model: PlainModel) -> None:
     report = shipped.meta.error_report
     assert report is not None
     assert report.tokens >= 8000
-    text = run.read_text(run.TextPlan(calibration_tokens=1, held_out_tokens=1024), model.checkpoint)
+    text = read_text(TextPlan(calibration_tokens=1, held_out_tokens=1024), model.checkpoint)
     (errors,) = measure(model, text.held_out, [model_maps(shipped, model)], 512)
     assert errors.report().kl_mean == pytest.approx(report.kl_mean, rel=0.6)
 

@@ -16,8 +16,8 @@ from sglang_tpla.calibrate.sketch_maps import (
     shared_choices,
     sketched_rows,
 )
-from sglang_tpla.calibrate.statistics import LayerMoments
 from sglang_tpla.calibrate.transforms import TransformError
+from sglang_tpla.measure.statistics import LayerMoments
 from sglang_tpla.reference_model.sketched_layer import SketchedMaps
 from tests.unit.test_artifact import make_meta
 

@@ -39,16 +39,17 @@ GOLDEN = [
     ),
     (
         frames.Welcome(
-            version=2,
+            version=3,
             agent="a2",
             host="h1",
             first_layer=0,
             layers=61,
             need_projection=False,
             arena=None,
-            data=frames.DataChannel(port=30001, cookie=bytes(range(16))),
+            data=frames.DataChannel(port=30001, cookie=bytes(range(16)), key=bytes(range(32))),
         ),
-        "990202a26132a26831003dc2c092cd7531c410000102030405060708090a0b0c0d0e0f",
+        "990203a26132a26831003dc2c093cd7531c410000102030405060708090a0b0c0d0e0f"
+        "c420000102030405060708090a0b0c0d0e0f101112131415161718191a1b1c1d1e1f",
     ),
     (frames.Refused(reason="no"), "9203a26e6f"),
     (
@@ -142,6 +143,13 @@ def test_golden_bytes(message: frames.Message, golden: str) -> None:
     assert frames.encode(message) == header
     has_payload = isinstance(message, frames.WITH_PAYLOAD)
     assert frames.decode(header, has_payload) == message
+
+
+def test_golden_bytes_of_an_offer_without_a_key() -> None:
+    offer = frames.DataChannel(port=30001, cookie=bytes(range(16)), key=None)
+    assert msgspec.msgpack.encode(offer).hex() == "93cd7531c410000102030405060708090a0b0c0d0e0fc0"
+    with pytest.raises(msgspec.ValidationError):
+        msgspec.msgpack.decode(msgspec.msgpack.encode([1, bytes(16), bytes(16)]), type=frames.DataChannel)
 
 
 def test_golden_header() -> None:

@@ -187,12 +187,14 @@ class Simulation(Steps):
 
 
 @contextlib.contextmanager
-def begun(data: bytes) -> Iterator[Simulation]:
-    """Ranks that have done nothing yet."""
+def begun(data: bytes, sealed: bool = False) -> Iterator[Simulation]:
+    """Ranks that have done nothing yet, with data channels that are sealed or not."""
     clock, choices = Clock(), Choices(data)
     streams = Streams(choices)
     with mock.patch("time.monotonic", clock), streams.in_place():
         simulation = Simulation(choices, clock, streams)
+        for agent in simulation.prefills:
+            agent._doorway.sealed = sealed
         try:
             yield simulation
         finally:
@@ -203,13 +205,13 @@ def simulate(data: bytes, kind: Kind) -> None:
     """Run one case.
 
     Args:
-        data: all decisions.
+        data: all decisions; channels are sealed where its length is odd.
         kind: of what may happen.
 
     Raises:
         Failure: something that must hold did not, or any exception of the agents.
     """
-    with begun(data) as simulation:
+    with begun(data, bool(len(data) % 2)) as simulation:
         simulation.run(kind)
 
 

@@ -136,7 +136,7 @@ def test_another_framing_version_is_refused_at_decode(decode: rig.DecodeRank) ->
         assert decode.agent.stats().refused == 1
 
 
-@pytest.mark.parametrize("versions", [(3, 4), (1, 1)])
+@pytest.mark.parametrize("versions", [(4, 5), (2, 2)])
 def test_protocol_versions_without_a_common_one(
     versions: tuple[int, int], prefill: rig.PrefillRank, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -144,7 +144,7 @@ def test_protocol_versions_without_a_common_one(
     with monkeypatch.context() as patch:
         patch.setattr(frames, "PROTOCOL_VERSIONS", versions)
         decode = rig.decode_rank()
-    said = f"prefill speaks 2 to 2, decode {versions[0]} to {versions[1]}; run the same release on both sides"
+    said = f"prefill speaks 3 to 3, decode {versions[0]} to {versions[1]}; run the same release on both sides"
     with contextlib.closing(decode.agent):
         before = prefill.agent.stats().refused
         decode.agent.open_room(1, [prefill.peer])
@@ -203,7 +203,7 @@ def test_oversized_message_ends_its_own_connection_only(prefill: rig.PrefillRank
 def test_version_mismatch_is_refused_with_both_numbers(fake: FakeDecode) -> None:
     fake.say(hello(versions=(7, 9)))
     message, _ = fake.expect(frames.Refused)
-    assert "prefill speaks 2 to 2, decode 7 to 9" in message.reason
+    assert "prefill speaks 3 to 3, decode 7 to 9" in message.reason
 
 
 def test_projection_with_another_hash_is_refused(prefill: rig.PrefillRank, fake: FakeDecode) -> None:

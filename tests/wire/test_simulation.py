@@ -34,6 +34,8 @@ FINDS: list[tuple[Kind, str]] = [
 @pytest.mark.parametrize(("kind", "data"), FINDS)
 def test_finds(kind: Kind, data: str) -> None:
     simulate(bytes.fromhex(data), kind)
+    with begun(bytes.fromhex(data), sealed=True) as simulation:
+        simulation.run(kind)
 
 
 def test_a_room_that_only_begins_anew_ends_in_time() -> None:

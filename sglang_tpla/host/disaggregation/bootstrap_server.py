@@ -182,6 +182,11 @@ def registration(manager: Any) -> Registrar:
         "load_balance_method": parallel.load_balance_method,
         "enable_dsa_cache_layer_split": parallel.enable_dsa_cache_layer_split,
         "prefill_http_port": get_serving().port,
+        # Later releases ask for these; an older bootstrap server takes no notice.
+        "enable_kv_cache_sharding": False,
+        "decode_allocation_policy": "early",
+        "kv_layout": None,
+        "dsv41_spec_layout": None,
         "server": server_identity(),
     }
     place = {

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
 
 import numpy as np
+import torch
 from sglang.srt.disaggregation.base.conn import KVPoll, KVTransferMetric
 from sglang.srt.disaggregation.common.conn import (
     CommonKVManager,
@@ -124,19 +125,23 @@ class TplaKVManager(CommonKVManager):
         part = current_slice(self.server_args, self.attn_tp_rank, self.attn_tp_size)
         text = compat.model_config(self.server_args).hf_text_config
         model = text.kv_lora_rank, text.qk_rope_head_dim
-        layers = len(self.kv_args.kv_data_ptrs)
+        layers = text.num_hidden_layers
         rows = row_format(
             *model,
             layers,
             fp8=cache_dtype(self.kv_args, self.server_args) == FP8,
             group=part.group if part is not None else 0,
         )
+        rows = rows.with_whole_latents(len(self.kv_args.kv_data_ptrs) - layers, *model)
         projection = None
+        pool = cache_pool(self.kv_args, self.server_args, rows)
         if part is not None:
-            matrices = projections(part, layers, *model)
+            # Behind the target's layers come those of a draft model, which every rank keeps whole.
+            drafts = len(pool.layers) - layers
+            matrices = [*projections(part, layers, *model), *[torch.eye(pool.latent_dim)] * drafts]
             projection = Projection(matrices, rows.shared, sketched=rows if sketched() else None)
         agent = DecodeAgent(
-            cache_pool(self.kv_args, self.server_args, rows),
+            pool,
             metadata_rows(self.kv_args),
             projection,
             model_hash=model_identity(self.server_args),
@@ -368,11 +373,16 @@ class TplaKVSender(_Request, CommonKVSender):
             super().clear()
 
     def abort(self) -> None:
-        """The client gave up."""
-        if self._owner:
-            super().abort()
+        """The client gave up.
+
+        Nothing stays under the room's number: later releases of SGLang abort a waiting request's sender and never
+        clear it, and a number whose last request failed would fail the next one.
+        """
+        self._reason = self._reason or "Aborted by AbortReq."
+        self._end(self._reason)
+        self.clear()
+        self._owner = False
         self.conclude_state = KVPoll.Failed
-        self._end("Aborted by AbortReq.")
 
 
 class TplaKVReceiver(_Request, CommonKVReceiver):

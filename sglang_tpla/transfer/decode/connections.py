@@ -142,7 +142,7 @@ class DecodeDialing(DecodeChannels):
         if self._closing:
             return
         dealer = self._io.context.socket(zmq.DEALER)
-        self._configure(dealer, max(self._chunk_bytes, frames.MAX_METADATA_BYTES) + frames.MAX_HEADER_BYTES)
+        self._configure(dealer, frames.MAX_METADATA_BYTES + frames.MAX_HEADER_BYTES)
         dealer.setsockopt(zmq.IDENTITY, connection.identity)
         dealer.setsockopt(zmq.IPV6, int(":" in connection.address[0]))
         self._security.apply_client(dealer)
@@ -229,6 +229,10 @@ class DecodeDialing(DecodeChannels):
                 connection.monitor = None
             self._io.remove(dealer, linger_ms)
 
+    @abstractmethod
+    def _in_use(self, connection: Connection) -> bool:
+        """Whether a room that is not complete waits for this connection, or something is kept for its neighbours."""
+
     # Messages in (I/O thread)
 
     def _receive(self, connection: Connection) -> None:
@@ -244,8 +248,15 @@ class DecodeDialing(DecodeChannels):
                     self._broken(connection)  # what was lost comes again on a new connection
                 continue
             message, payload = parsed
-            if isinstance(message, frames.Welcome) and message.data is not None:
+            if isinstance(message, frames.Chunk):
+                self._drop(
+                    "malformed_dropped", f"a chunk of the {connection.name} came beside its data channel"
+                )
+                continue
+            if isinstance(message, frames.Welcome):
                 self._dial_data(connection, parts[0], message.data)
+                if connection.socket is None:
+                    return
             self._take(connection, message, None if payload is None else payload.buffer)
 
     def _take(self, connection: Connection, message: frames.Message, payload: memoryview | None) -> None:
@@ -390,6 +401,7 @@ class DecodeDialing(DecodeChannels):
                 continue
             if connection.socket is None:
                 continue
+            self._expire_channel(connection, now)
             if now - connection.last_seen > limit:
                 did = "answer" if connection.link is Link.CONNECTING else "show a sign of life"
                 self._give_up(connection, f"the {connection.name} did not {did} for {limit:g} s")

@@ -65,7 +65,9 @@ class DecodeScattering(DecodeFetching):
             if allowed:
                 part = Part(chunk.part)
                 digest = self._writer.write(arrival.layers, slots, part, arrival.payload)
-        if digest == b"":
+        if digest is not None and chunk.checksum == frames.OPENED:
+            self._written(arrival, frames.OPENED)
+        elif digest == b"":
             self._aside(partial(self._check, arrival))
         else:
             self._written(arrival, digest)

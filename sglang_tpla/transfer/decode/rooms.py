@@ -66,6 +66,7 @@ class DecodeFetching(DecodeDialing):
                     source.wanted_bytes = max(source.wanted_bytes, message.total_bytes)
                     self._hungry.setdefault(source, entry)
                     self._grant()
+                self._seek_channel(connection)
             case frames.Finish() if payload is not None:
                 self._take_finish(entry, source, message, payload)
             case frames.Chunk() if payload is not None:
@@ -232,6 +233,17 @@ class DecodeFetching(DecodeDialing):
             self._work.notify()
 
     # Rooms
+
+    def _starved(self, connection: Connection) -> list[Room]:
+        with self._lock:
+            return [
+                entry
+                for entry in self._rooms.values()
+                for source in entry.sources.values()
+                if source.connection is connection
+                and not entry.state.ended
+                and source.wanted_bytes > source.received_bytes
+            ]
 
     def _in_use(self, connection: Connection) -> bool:
         with self._lock:

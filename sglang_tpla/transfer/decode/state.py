@@ -43,7 +43,10 @@ class Connection:
     socket: zmq.Socket | None = None
     monitor: zmq.Socket | None = None
     inbox: Inbox[frames.Chunk] | None = None  # the data channel, where there is one
-    channels_lost: int = 0  # one after the other, before a chunk came on one
+    data_port: int = 0  # of the data channel that was offered last
+    dialled: float = 0.0  # when the data channel was
+    without_channel: float | None = None  # since when none has lasted until a chunk had come on it
+    channel_error: str = ""  # why the last one ended
     link: Link = Link.CONNECTING
     reason: str = ""
     agent: str = ""

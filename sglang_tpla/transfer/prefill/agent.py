@@ -143,7 +143,7 @@ class PrefillAgent(PrefillDispatch):
             return AgentStats(
                 rooms=len(self._rooms) + len(self._held),
                 peers=len(self._peers),
-                data_channels=0 if self._doorway is None else self._doorway.bound_channels,
+                data_channels=self._doorway.bound_channels,
                 staging_used_bytes=self._staging.used_bytes,
                 staging_limit_bytes=self._staging.limit_bytes,
                 threads_alive=self._threads_alive,

@@ -6,7 +6,6 @@ import logging
 import time
 from abc import abstractmethod
 from collections import OrderedDict
-from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
@@ -77,8 +76,6 @@ class PrefillGreeting(Agent[Room]):
         self._staging = Staging(memory, self._chunk_bytes, *reserve)
         self._peers: OrderedDict[bytes, Peer] = OrderedDict()
         self._projections = {IDENTITY_HASH: SenderProjection(IDENTITY_HASH, None)}
-        # pyzmq has a thread and handles for frames that it does not copy, made for the first one: now, not in a failure
-        zmq.Frame(bytes(zmq.COPY_THRESHOLD), copy=False)
         self._router = self._io.context.socket(zmq.ROUTER)
         self._configure(self._router, frames.MAX_PROJECTION_BYTES)
         self._router.setsockopt(zmq.ROUTER_MANDATORY, 1)
@@ -98,7 +95,14 @@ class PrefillGreeting(Agent[Room]):
             ) from error
         port = int(self._router.getsockopt_string(zmq.LAST_ENDPOINT).rsplit(":", 1)[1])
         self.address: tuple[str, int] = (bind_host, port)
-        self._doorway = self._open_doorway(bind_host, bind_port, advertised_port)
+        try:
+            self._doorway = self._open_doorway(bind_host, bind_port, advertised_port)
+        except OSError as error:
+            self._io.context.destroy(linger=0)
+            raise TransferError(
+                f"cannot listen on {bind_host}:{bind_port + 1 if bind_port else '*'}, where decode ranks fetch rows: "
+                f"{error}; free the port after {bind_port or 'that of the transfers'} (--tpla-listen-port)"
+            ) from error
         self._prepare()
         self._io.add(self._router, self._receive)
         # who has no key where one is due, or does not speak ZMQ's protocol, never gets as far as the allow-list
@@ -106,21 +110,26 @@ class PrefillGreeting(Agent[Room]):
         self._io.add(self._router.get_monitor_socket(failures), self._handshake_failed)
         self._start()
 
-    def _open_doorway(self, host: str, bind_port: int, advertised_port: int) -> Doorway | None:
-        """Data channels, where ZMQ would not encrypt either: they come to the port after ZMQ's."""
-        settings = self._settings
-        if self._security.secret is not None or not settings.data_channel:
-            return None
+    def _open_doorway(self, host: str, bind_port: int, advertised_port: int) -> Doorway:
+        """Data channels come to the port after ZMQ's, sealed where ZMQ encrypts."""
 
         def refused(what: str) -> None:
             self._drop("refused", what)
 
-        try:
-            port = bind_port and bind_port + 1
-            doorway = Doorway(self._io, host, port, settings.peer_timeout_s, refused, self._channel_lost)
-        except OSError as error:
-            self._log.warning("prefill rank %d has no data channels: %s", self._rank, error)
-            return None
+        def bound() -> None:
+            with self._work:
+                self._work.notify()  # chunks wait for it
+
+        doorway = Doorway(
+            self._io,
+            host,
+            bind_port and bind_port + 1,
+            self._settings.peer_timeout_s,
+            self._security.secret is not None,
+            refused,
+            bound,
+            self._channel_lost,
+        )
         doorway.announced_port = advertised_port + 1 if advertised_port else doorway.announced_port
         return doorway
 
@@ -129,13 +138,14 @@ class PrefillGreeting(Agent[Room]):
         self._drop("refused", "a connection without a key where one is due, or of another protocol")
 
     def _channel_lost(self, identity: bytes, why: str) -> None:
-        """What was on its way is lost with a channel: the rank connects anew if it has rooms (I/O thread)."""
+        """What was on its way is lost with a channel, and no chunk goes without one: connect anew (I/O thread)."""
         with self._work:
             peer = self._peers.get(identity)
-            if peer is None:
-                return
-            if self._in_use(peer):
-                self._log.warning("prefill rank %d: data channel of %s ended: %s", self._rank, peer.name, why)
+            if peer is not None:
+                level = logging.WARNING if self._in_use(peer) else logging.DEBUG  # who closes hangs up too
+                self._log.log(
+                    level, "prefill rank %d: data channel of %s ended: %s", self._rank, peer.name, why
+                )
                 self._put(identity, frames.Unregistered())
 
     @abstractmethod
@@ -262,8 +272,7 @@ class PrefillGreeting(Agent[Room]):
         self._peers[identity] = peer
         if before is not None:
             del self._peers[before.identity]
-            if self._doorway is not None:
-                self._doorway.withdraw(before.identity)
+            self._doorway.withdraw(before.identity)
             self._counts["resumed"] += 1
             self._take_over(before, peer)
         version = agreed_version(hello.versions)
@@ -277,7 +286,7 @@ class PrefillGreeting(Agent[Room]):
             layers=len(self._pool.layers),
             need_projection=peer.projection is None,
             arena=arena,
-            data=self._doorway.offer(identity) if self._doorway is not None else None,
+            data=self._doorway.offer(identity),
         )
         self._put(identity, welcome)
         self._introduce(hello.host)
@@ -364,16 +373,14 @@ class PrefillGreeting(Agent[Room]):
         """Forget a connection; its rooms fail."""
         if self._peers.pop(peer.identity, None) is None:
             return
-        if self._doorway is not None:
-            self._doorway.withdraw(peer.identity)
+        self._doorway.withdraw(peer.identity)
         self._log.info("prefill rank %d: %s is gone: %s", self._rank, peer.name, reason)
         self._drop_rooms(peer, reason)
         self._introduce(peer.hello.host)
 
     def _expire_peers(self, now: float) -> None:
         limit = self._settings.peer_timeout_s
-        if self._doorway is not None:
-            self._doorway.expire(now)
+        self._doorway.expire(now)
         for peer in list(self._peers.values()):
             if now - peer.last_seen > limit:
                 self._counts["peers_lost"] += 1
@@ -389,13 +396,8 @@ class PrefillGreeting(Agent[Room]):
 
     def _send_now(self, identity: bytes, message: frames.Message, payload: bytes | None) -> None:
         parts = [identity, frames.encode(message)] + ([] if payload is None else [payload])
-        self._send_parts(identity, parts)
-
-    def _send_parts(
-        self, identity: bytes, parts: Sequence[bytes | memoryview], track: bool = False
-    ) -> zmq.MessageTracker | None:
         try:
-            return self._router.send_multipart(parts, zmq.NOBLOCK, copy=not track, track=track)
+            self._router.send_multipart(parts, zmq.NOBLOCK)
         except zmq.ZMQError as error:
             if error.errno not in (zmq.EHOSTUNREACH, zmq.EAGAIN):
                 raise
@@ -406,7 +408,6 @@ class PrefillGreeting(Agent[Room]):
                 elif peer is not None:
                     self._counts["peers_lost"] += 1
                     self._lose(peer, "its queue is full and it does not read")
-            return None
 
     def _say_goodbye(self) -> None:
         with self._lock:

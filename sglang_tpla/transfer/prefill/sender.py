@@ -49,12 +49,12 @@ class PrefillDispatch(PrefillResuming):
                 return False
             job = self._next_job()
             if job is None:
-                self._work.wait(0.002 if self._staging.watched else 0.5)
+                self._work.wait(0.5)
                 return True
             self._work.notify()  # there may be one more, for another thread
         with self._failing(job):
             pieces, digest = self._make(job)
-            if job.slot.buffer.size and not digest:
+            if job.slot.buffer.size and not digest and self._needs_digest(job):
                 self._aside(partial(self._check, job, pieces))
             else:
                 self._deliver(job, pieces, digest)
@@ -93,7 +93,7 @@ class PrefillDispatch(PrefillResuming):
                 sequence, streams = found
                 if not self._can_take(lane, sequence, streams, cap):
                     continue
-                in_place = self._in_place(lane, sequence, streams)
+                in_place = self._in_place(lane, sequence)
                 slot = self._staging.hold() if in_place else self._staging.take()
                 if slot is None:
                     return None
@@ -110,7 +110,10 @@ class PrefillDispatch(PrefillResuming):
             return False
         if lane.mode is Mode.LOCAL:
             return all(len(stream.unacked) < LOCAL_CHUNKS * len(self._workers) for stream in streams)
-        if any(stream.peer.queued >= CHUNKS_AHEAD and self._on_channel(stream) for stream in streams):
+        if any(
+            stream.peer.queued >= CHUNKS_AHEAD or not self._doorway.bound(stream.peer.identity)
+            for stream in streams
+        ):
             return False
         size = lane.plan.size(sequence)
         enough = all(stream.credit_bytes - stream.sent_bytes >= size for stream in streams)
@@ -119,11 +122,11 @@ class PrefillDispatch(PrefillResuming):
         lane.starved = not enough
         return enough
 
-    def _on_channel(self, stream: Stream) -> bool:
-        """True while a rank's chunks go over a data channel."""
-        return self._doorway is not None and self._doorway.bound(stream.peer.identity)
+    def _needs_digest(self, job: Job) -> bool:
+        """True if somebody checks a chunk by its checksum: not where its tag is all that it goes with."""
+        return not self._doorway.sealed or any(load.lane.mode is not Mode.DIRECT for load in job.loads)
 
-    def _in_place(self, lane: Lane, sequence: int, streams: list[Stream]) -> bool:
+    def _in_place(self, lane: Lane, sequence: int) -> bool:
         """True if a chunk can be sent from where its rows lie: they stay as they are until their room ends."""
         plan = lane.plan
         return (
@@ -131,7 +134,6 @@ class PrefillDispatch(PrefillResuming):
             and plan.projection.stacks is None
             and not plan.row_format.encoded
             and plan.segments[sequence].in_place
-            and all(self._on_channel(stream) for stream in streams)
         )
 
     def _load(self, lane: Lane, sequence: int, streams: list[Stream], slot: Slot) -> Load:
@@ -159,7 +161,7 @@ class PrefillDispatch(PrefillResuming):
             found = other.peek()
             if found is None or found[0] != sequence or not self._can_take(other, sequence, found[1], cap):
                 continue
-            if slot.buffer.size or self._in_place(other, sequence, found[1]):
+            if slot.buffer.size or self._in_place(other, sequence):
                 loads.append(self._load(other, sequence, found[1], slot))
         return loads
 
@@ -172,6 +174,8 @@ class PrefillDispatch(PrefillResuming):
         start = rectangle.first_token - segment.first_token
         if not job.slot.buffer.size:
             pieces = self._reader.pieces(rectangle, segment.slots.spans(start, rectangle.tokens))
+            if self._doorway.sealed:
+                return pieces, check_pieces(pieces) if self._needs_digest(job) else b""
             # checked on its way (`channel`), unless it would only wait there
             waits = any(stream.peer.queued for load in job.loads for stream in load.streams)
             return pieces, check_pieces(pieces) if waits and self._checks_aside else b""
@@ -246,8 +250,10 @@ class PrefillDispatch(PrefillResuming):
     def _send_chunk(
         self, peer: Peer, lane: Lane, message: frames.Chunk, slot: Slot, pieces: Pieces, digest: bytes
     ) -> None:
-        """Hand a chunk to the rank's data channel, or to ZMQ (I/O thread)."""
-        room, header = lane.room, frames.encode(message)
+        """Hand a chunk to the rank's data channel; if it has ended, the rank asks for what it lacks when it is back
+        (I/O thread).
+        """
+        room = lane.room
 
         def done(digest: bytes) -> None:
             with self._lock:
@@ -255,18 +261,8 @@ class PrefillDispatch(PrefillResuming):
                     lane.plan.digests[message.sequence] = digest
                 self._let_go(slot, peer)
 
-        if self._doorway is not None:
-            parcel = Parcel(header, pieces, digest, wanted=lambda: not room.state.ended, done=done)
-            if self._doorway.send(peer.identity, parcel):
-                return
-        tracker = None
-        try:
-            # one in the pool was meant for a channel that has ended since: the rank asks for it when it is back
-            if slot.buffer.size and not room.state.ended:
-                (payload,) = pieces.views
-                tracker = self._send_parts(peer.identity, [peer.identity, header, payload], track=True)
-        finally:
-            with self._lock:
-                if tracker is not None:
-                    slot.trackers.append(tracker)
-                self._let_go(slot, peer)
+        parcel = Parcel(
+            frames.encode(message), pieces, digest, wanted=lambda: not room.state.ended, done=done
+        )
+        if not self._doorway.send(peer.identity, parcel):
+            self._let_go(slot, peer)

@@ -17,7 +17,7 @@ from collections.abc import Callable
 
 import torch
 
-from sglang_tpla.calibrate.statistics import Statistics
+from sglang_tpla.measure.statistics import Statistics
 from sglang_tpla.reference_model.forward import LayerMaps, PlainModel
 
 
