@@ -90,7 +90,9 @@ class DecodeShape:
 
     def _check_sketched(self, rows: SketchedRows) -> None:
         if self.fp8_shared is not None:
-            raise AttentionInputError("DecodeShape has rows of one format: expected fp8_shared or sketched, got both")
+            raise AttentionInputError(
+                "DecodeShape has rows of one format: expected fp8_shared or sketched, got both"
+            )
         if (self.latent_dim, self.rope_dim) != (rows.w_pad, rows.rope_dim):
             raise AttentionInputError(
                 f"DecodeShape of sketched rows must have latent_dim {rows.w_pad} (w_pad) and rope_dim {rows.rope_dim}; "

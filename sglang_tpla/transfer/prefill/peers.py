@@ -145,7 +145,9 @@ class PrefillGreeting(Agent[Room]):
             peer = self._peers.get(identity)
             if peer is not None:
                 level = logging.WARNING if self._in_use(peer) else logging.DEBUG  # who closes hangs up too
-                self._log.log(level, "prefill rank %d: data channel of %s ended: %s", self._rank, peer.name, why)
+                self._log.log(
+                    level, "prefill rank %d: data channel of %s ended: %s", self._rank, peer.name, why
+                )
                 self._put(identity, frames.Unregistered())
 
     @abstractmethod
