@@ -24,10 +24,9 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from sglang_tpla.plan.cost import Load, Method, Precision, rank_work
+from sglang_tpla.plan.cost import Load, Method, Precision, price, rank_work
 from sglang_tpla.plan.hardware import GPUS, LINKS, Gpu, Link
 from sglang_tpla.plan.model import PlanModel, find
-from sglang_tpla.plan.price import price
 
 BATCHES = (1, 4, 16, 64, 128)
 CONTEXTS = (2048, 8192, 32768, 131072)
