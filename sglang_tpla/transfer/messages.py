@@ -16,7 +16,7 @@ import xxhash
 from msgspec import Meta
 
 FRAMING_VERSION = 2
-PROTOCOL_VERSIONS = (2, 2)  # lowest and highest protocol version this release speaks
+PROTOCOL_VERSIONS = (3, 3)  # lowest and highest protocol version this release speaks
 PREFIX = b"TPLA" + bytes([FRAMING_VERSION])
 HEAD_BYTES = len(PREFIX) + 8  # and the digest
 MAX_HEADER_BYTES = 64 << 10
@@ -143,7 +143,9 @@ class Unregistered(_Message, frozen=True, tag=7):
 
 
 class Request(_Message, frozen=True, tag=8):
-    """decode -> prefill: pages are allocated, send this room."""
+    """decode -> prefill: pages are allocated, send this room: of the layers that the rank holds, the share
+    ``share_index`` of ``share_count`` (`chunks.share_of`).
+    """
 
     room: Count
     generation: Count

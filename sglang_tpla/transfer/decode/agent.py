@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from sglang_tpla.transfer.decode.coverage import Coverage
 from sglang_tpla.transfer.decode.receiver import DecodeScattering
 from sglang_tpla.transfer.decode.state import Link, Room, Source
 from sglang_tpla.transfer.memory.iovec import Slots
@@ -101,6 +102,9 @@ class DecodeAgent(DecodeScattering):
                 raise TransferError(f"room {room} was asked for already on decode rank {self._rank}")
             entry.slots, entry.metadata_row, entry.expected_ranks = Slots(slots), metadata_row, expected_ranks
             entry.prefix_tokens, entry.num_tokens = prefix_tokens, -1 if num_tokens is None else num_tokens
+            entry.coverage = Coverage(
+                len(self._pool.layers), slots.size, self._part_items, self._pool.first_layer
+            )
             entry.requested = entry.progress = time.monotonic()
             self._advance(entry)
 

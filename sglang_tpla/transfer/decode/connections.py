@@ -304,7 +304,7 @@ class DecodeDialing(DecodeChannels):
     def _welcomed(self, connection: Connection, message: frames.Welcome) -> None:
         if connection.agent not in ("", message.agent):
             self._drop_rooms(connection, f"the {connection.name} restarted; the request can be retried")
-            connection.ends.clear()  # the new process has no such rooms
+            connection.said.clear()  # the new process has no such rooms
         former, lived = self._former.get(connection.address, ("", 0.0))
         if former not in ("", message.agent):
             connection.replaced = lived
@@ -400,7 +400,7 @@ class DecodeDialing(DecodeChannels):
 
     def _tell_end(self, connection: Connection, message: frames.Done | frames.Abort) -> None:
         """Say how a room ended; once more when the connection is back, if it breaks soon. Any thread."""
-        connection.ends.append((message, time.monotonic()))
+        connection.said.append((message, time.monotonic()))
         self._put(connection, message)
 
     def _put(self, connection: Connection, message: frames.Message) -> None:

@@ -118,7 +118,9 @@ class DecodeFetching(DecodeDialing):
                 self._take_replay(entry, source, chunk, credit_bytes)
                 return
             layers = self._layers_of(chunk)
-            wrong = self._wrong_chunk(entry, source, chunk, layers, payload.nbytes, credit_bytes)
+            wrong = self._wrong_chunk(
+                entry, source, chunk, layers, payload.nbytes, credit_bytes
+            ) or self._claim(entry, source, chunk, layers)
             if not wrong:
                 source.pending.add(key)
                 source.received_bytes += credit_bytes
@@ -157,7 +159,7 @@ class DecodeFetching(DecodeDialing):
                 return None
             spans = entry.slots.spans(chunk.first_token, chunk.tokens)
             pieces = self._writer.pieces(layers, spans, Part(chunk.part))
-            if pieces is None:
+            if pieces is None or self._claim(entry, source, chunk, layers):
                 return None
             source.pending.add(key)
             source.received_bytes += size_bytes
@@ -209,18 +211,43 @@ class DecodeFetching(DecodeDialing):
             return f"beyond its credit of {source.granted_bytes} bytes"
         return ""
 
+    def _claim(self, entry: Room, source: Source, chunk: frames.Chunk | frames.Share, layers: range) -> str:
+        """What is wrong with the rows that a chunk says it has: no other has them, and it has the same each time."""
+        assert entry.coverage is not None
+        key = (chunk.part, chunk.sequence)
+        rows = (chunk.first_layer, chunk.layers, chunk.first_token, chunk.tokens)
+        before = source.claims.get(key)
+        if before is not None:
+            return "" if before == rows else f"anew for other rows (layers, tokens: {rows} after {before})"
+        if source.chunks is not None and len(source.claims) >= source.chunks:
+            return f"beyond the {source.chunks} that it had announced"
+        wrong = entry.coverage.claim(layers, chunk.first_token, chunk.tokens, Part(chunk.part))
+        if not wrong:
+            source.claims[key] = rows
+        return wrong
+
+    def _part_items(self, layer: int, part: Part) -> int:
+        """Items of one part of a row of a layer."""
+        return sum(stop - start for start, stop in self._writer.columns(layer, self._shared[layer], part))
+
     def _take_finish(self, entry: Room, source: Source, message: frames.Finish, payload: memoryview) -> None:
         metadata = bytes(payload)
         pages = -(-message.tokens // self._pool.page_size)
         wrong = ""
         if frames.checksum(metadata) != message.checksum:
             wrong = "metadata that does not match its checksum"
-        elif metadata and len(metadata) != self._metadata.row_bytes:
+        elif len(metadata) != self._metadata.row_bytes:
             wrong = f"a metadata row of {len(metadata)} bytes where {self._metadata.row_bytes} were due"
         elif pages * self._pool.page_size != len(entry.slots) or entry.num_tokens not in (-1, message.tokens):
             part = f"{len(entry.slots)} or a part of the last page"
             asked = entry.num_tokens if entry.num_tokens >= 0 else part
             wrong = f"{message.tokens} tokens where {asked} were asked for"
+        elif len(source.claims) > message.chunks:
+            wrong = f"{message.chunks} chunks after {len(source.claims)} had come"
+        elif told := [
+            s for s in entry.sources.values() if s.chunks is not None and s.tokens != message.tokens
+        ]:
+            wrong = f"{message.tokens} tokens where the {told[0].connection.name} had {told[0].tokens}"
         if wrong:
             self._fail_from_io(entry, f"{source.connection.name} finished with {wrong}")
             return
@@ -244,7 +271,7 @@ class DecodeFetching(DecodeDialing):
     def _resume(self, connection: Connection) -> None:
         """Go on with the rooms of a connection that was broken. Under the lock."""
         now = time.monotonic()
-        for message, when in connection.ends:
+        for message, when in connection.said:
             if now - when < 2 * self._settings.peer_timeout_s:  # it may have been lost
                 self._put(connection, message)
         self._release([offset for offset, kept in self._kept.items() if kept.connection is connection])
@@ -301,7 +328,14 @@ class DecodeFetching(DecodeDialing):
                 )
                 if not source.dummy:
                     source.share = (alike.index(source.connection.address), len(alike))
-                self._put(source.connection, self._request_message(entry, source))
+                request = self._request_message(entry, source)
+                self._put(source.connection, request)
+                if (
+                    source.dummy
+                ):  # the room does not wait for it, and may have ended when the connection is back
+                    source.connection.said.append((request, time.monotonic()))
+                    self._completed.append(entry)
+                    self._work.notify()
 
     def _request_message(self, entry: Room, source: Source) -> frames.Request:
         return frames.Request(

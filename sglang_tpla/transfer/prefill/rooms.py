@@ -9,6 +9,7 @@ from collections import OrderedDict, deque
 from sglang_tpla.cache_rows.parts import Part
 from sglang_tpla.cache_rows.row_format import RowFormat
 from sglang_tpla.transfer import messages as frames
+from sglang_tpla.transfer.chunks import share_of
 from sglang_tpla.transfer.prefill.lanes import form_lanes
 from sglang_tpla.transfer.prefill.peers import PrefillGreeting
 from sglang_tpla.transfer.prefill.state import (
@@ -307,10 +308,16 @@ class PrefillServing(PrefillGreeting):
             return
         entry.formed = True
 
-        def make_plan(projection: SenderProjection, part: Part, limit: int, row_format: RowFormat) -> Plan:
-            wanted = (projection, part, limit, row_format)
+        def make_plan(
+            projection: SenderProjection,
+            part: Part,
+            limit: int,
+            row_format: RowFormat,
+            share: tuple[int, int],
+        ) -> Plan:
+            wanted = (projection, part, limit, row_format, share_of(len(self._pool.layers), *share))
             for plan in entry.plans:
-                if (plan.projection, plan.part, plan.max_bytes, plan.row_format) == wanted:
+                if (plan.projection, plan.part, plan.max_bytes, plan.row_format, plan.share) == wanted:
                     return plan
             plan = Plan(*wanted)
             for segment in entry.segments:
@@ -351,7 +358,7 @@ class PrefillServing(PrefillGreeting):
         self._put(stream.peer.identity, message, entry.metadata)
 
     def _ready(self, lane: Lane) -> None:
-        if lane.peek() is not None:
+        if lane.heads():
             lane.takers[0].peer.ready[id(lane)] = lane
 
     def _want(self, stream: Stream) -> None:
