@@ -77,6 +77,7 @@ def slice_width(latent_dim: int, groups: int, shared_dims: int) -> int:
 
 
 ENV_PREFIX = "SGLANG_TPLA_"
+SERVER_VARIABLE = ENV_PREFIX + "SERVER"  # set by a server for its own processes, see host/process.py
 ROLES = ("prefill", "decode")
 O_PROJ = ("replicate", "scatter")
 # Chunks and staging. A chunk costs some 0.2 ms of messages (on a GPU also of launches), whatever its size.

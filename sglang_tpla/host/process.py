@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 from sglang_tpla.artifact.artifact import Artifact
-from sglang_tpla.config import ConfigError, Layout, Settings
+from sglang_tpla.config import SERVER_VARIABLE, ConfigError, Layout, Settings
+from sglang_tpla.host import compat
 
 _hooked: list[str] = []
 
@@ -46,6 +48,20 @@ def serves_decode() -> bool:
     return found is not None and found.role == "decode"
 
 
+def name_server(dist_init_addr: str | None, nodes: int) -> None:
+    """Give this server a name that no other one has, before its first process is started.
+
+    The servers of several machines that are one server agree on ``--dist-init-addr``.
+    """
+    name = f"nodes of {dist_init_addr}" if nodes > 1 else secrets.token_hex(16)
+    os.environ.setdefault(SERVER_VARIABLE, name)
+
+
+def server_identity() -> str:
+    """The name that `name_server` gave; its ranks register with it."""
+    return os.environ.get(SERVER_VARIABLE, "")
+
+
 @cache
 def artifact() -> Artifact | None:
     """The calibration artifact of a decode server, or None for plain MLA."""
@@ -77,7 +93,8 @@ def make_slice(heads: int, rank: int, tp_size: int) -> Slice | None:
 
 def current_slice(server_args: Any, rank: int, tp_size: int) -> Slice | None:
     """`make_slice` for the model of a server."""
-    return make_slice(server_args.get_model_config().hf_text_config.num_attention_heads, rank, tp_size)
+    text = compat.model_config(server_args).hf_text_config
+    return make_slice(text.num_attention_heads, rank, tp_size)
 
 
 def model_identity(server_args: Any) -> str:
@@ -85,5 +102,6 @@ def model_identity(server_args: Any) -> str:
     from sglang_tpla.artifact.model_identity import config_hash, weights_hash
     from sglang_tpla.reference_model.checkpoint import Checkpoint, local_checkpoint
 
-    folder = local_checkpoint(server_args.model_path, server_args.revision)
+    args = compat.resolved(server_args)
+    folder = local_checkpoint(args.model_path, args.revision)
     return f"{config_hash(Checkpoint(folder).config)}:{weights_hash(folder)}"

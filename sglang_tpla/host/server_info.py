@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from sglang.srt.runtime_context import get_parallel
+
 from sglang_tpla.config import Layout
 from sglang_tpla.host.process import artifact, hooked, settings
 
@@ -49,7 +51,7 @@ def startup_info(result: dict[str, Any], self: Any) -> dict[str, Any]:
     """After ``get_init_info``: SGLang merges this dictionary into ``/server_info``."""
     pool = self.token_to_kv_pool_allocator.get_kvcache()
     text = self.model_config.hf_text_config
-    layout = Layout(self.ps.attn_tp_size, settings().groups, text.num_attention_heads)
+    layout = Layout(get_parallel().attn_tp_size, settings().groups, text.num_attention_heads)
     loaded = artifact()
     widths = tuple(loaded.meta.widths) if loaded else (text.kv_lora_rank,) * pool.layer_num
     row_bytes = [buffer[0].nbytes for buffer in pool.kv_buffer]

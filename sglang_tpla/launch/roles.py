@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from sglang_tpla.config import ENV_PREFIX, ConfigError, Layout, Settings
+from sglang_tpla.config import ENV_PREFIX, SERVER_VARIABLE, ConfigError, Layout, Settings
 from sglang_tpla.launch import cpu
 from sglang_tpla.launch.flags import (
     Argument,
@@ -124,7 +124,7 @@ def _server(role: str, arguments: list[Argument], options: Options) -> Process:
                 f"--role {role} means --{name} {value}; got --{name} {given}: drop that flag, or start stock "
                 "SGLang with `python -m sglang.launch_server`"
             )
-    variables = {ENV_PREFIX + field.name.upper() for field in fields(Settings)}
+    variables = {ENV_PREFIX + field.name.upper() for field in fields(Settings)} | {SERVER_VARIABLE}
     # What a shell still says about another role must not reach this one.
     environment: dict[str, str | None] = dict.fromkeys(variables.intersection(options.environ))
     environment |= options.file_environment(role)

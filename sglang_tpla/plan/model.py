@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sglang_tpla.reference_model.config_keys import language_config
+
 
 class PlanError(ValueError):
     """Something the planner was given and cannot use: what was expected, what came, what to do."""
@@ -138,4 +140,4 @@ def find(model: str) -> PlanModel:
         raise PlanError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(config, dict):
         raise PlanError(f"{path} must hold a JSON object, got a {type(config).__name__}")
-    return from_config(config.get("text_config") or config, str(path))
+    return from_config(language_config(config), str(path))

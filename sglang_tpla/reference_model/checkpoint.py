@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from sglang_tpla.reference_model.config_keys import language_config
+
 _ATTENTION_PROBE = "layers.0.self_attn.kv_b_proj.weight"
 
 
@@ -41,9 +43,7 @@ class Checkpoint:
             self.config: dict[str, Any] = json.loads(config_path.read_text(encoding="utf-8"))
         except json.JSONDecodeError as error:
             raise CheckpointError(f"{config_path} is not valid JSON: {error}") from error
-        # multimodal wrappers keep the language model's own configuration one level down
-        if "kv_lora_rank" not in self.config and isinstance(self.config.get("text_config"), dict):
-            self.config = self.config["text_config"]
+        self.config = language_config(self.config)
         self._files = self._index()
         self.prefix = self._find_prefix()
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sglang_tpla.reference_model.checkpoint import CheckpointError
+from sglang_tpla.reference_model.config_keys import rope_theta
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,6 @@ class ModelSpec:
         scale = (config["qk_nope_head_dim"] + config["qk_rope_head_dim"]) ** -0.5
         if yarn is not None:
             scale *= yarn_mscale(yarn.factor, yarn.mscale_all_dim) ** 2
-        theta = config.get("rope_theta", rope.get("rope_theta", 10000.0))
         return cls(
             hidden=config["hidden_size"],
             layers=config["num_hidden_layers"],
@@ -91,7 +91,7 @@ class ModelSpec:
             q_lora_rank=config.get("q_lora_rank"),
             vocab=config["vocab_size"],
             eps=config.get("rms_norm_eps", 1e-6),
-            rope_theta=float(theta),
+            rope_theta=rope_theta(config),
             yarn=yarn,
             scale=scale,
             routing=_read_routing(config),
@@ -133,9 +133,9 @@ def _read_routing(config: Mapping[str, Any]) -> Routing | None:
     experts = config.get("n_routed_experts")
     if not experts:
         return None
-    scoring = config.get(
-        "scoring_func", "sigmoid" if config.get("model_type") == "deepseek_v3" else "softmax"
-    )
+    # The biased choice of experts (noaux_tc) came with sigmoid scores, and GLM's configs name it alone.
+    biased = config.get("topk_method") == "noaux_tc" or config.get("model_type") == "deepseek_v3"
+    scoring = config.get("scoring_func", "sigmoid" if biased else "softmax")
     if scoring not in ("softmax", "sigmoid"):
         raise CheckpointError(f"expected scoring_func 'softmax' or 'sigmoid', got {scoring!r}")
     return Routing(

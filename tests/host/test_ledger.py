@@ -68,7 +68,7 @@ def test_without_a_role_nothing_is_hooked() -> None:
             lambda text: re.sub(r'"0\.5\.17" = "\w{8}', '"0.5.17" = "00000000', text),
             ("expected syntax tree", "0.5.17"),
         ),
-        (lambda text: text.replace('"0.5.17"', '"0.4.0"'), ("not in the ledger", "0.4.0")),
+        (lambda text: text.replace('"0.5.17"', '"0.4.0"'), ("SGLang 0.5.17 is not supported", "0.4.0")),
         (lambda text: text.replace("utils.get_kv_class", "utils.get_kv_klass"), ("get_kv_klass",)),
     ],
     ids=["changed-function", "unknown-release", "missing-function"],

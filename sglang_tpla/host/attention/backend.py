@@ -21,6 +21,7 @@ from sglang_tpla.attention.hopper.decode import HopperDecode
 from sglang_tpla.attention.interface import AttentionInputError, DecodeAttention, DecodeShape, PageTable
 from sglang_tpla.attention.reference import ReferenceDecode
 from sglang_tpla.cache_rows.fp8 import FP8
+from sglang_tpla.host import compat
 from sglang_tpla.host.process import artifact
 
 
@@ -47,6 +48,13 @@ class TplaDecodeBackend(AttentionBackend):
         )
         self._row_tokens = slots.shape[1]
         self._make_buffers(self.req_to_token_pool.size)
+
+    def shared_read_ends(self, forward_mode: Any) -> Any:
+        """Where the reads of SGLang's page table end: with the last layer, since every layer's kernel reads it.
+
+        SGLang from 0.5.18 on asks; its default says that they end before the first layer.
+        """
+        return compat.reads_until_replay_ends()
 
     def _layer_shapes(self, latent_dim: int, fp8: bool) -> list[DecodeShape]:
         """One shape a layer; one for all where there is no artifact."""

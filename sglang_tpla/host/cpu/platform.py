@@ -42,6 +42,10 @@ class CpuReferencePlatform(SRTPlatform):
     def get_default_attention_backend(self) -> str:
         return "torch_native"
 
+    def get_kv_pool_cls(self, *, kind: str) -> type | None:
+        """The pool for one kind of model (0.5.22 on; before, one method a kind)."""
+        return self.get_mla_kv_pool_cls() if kind == "mla" else None
+
     def get_mha_kv_pool_cls(self) -> type:
         from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 

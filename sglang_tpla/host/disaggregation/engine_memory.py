@@ -16,6 +16,7 @@ import torch
 from sglang_tpla.cache_rows.fp8 import FP8
 from sglang_tpla.cache_rows.row_format import RowFormat
 from sglang_tpla.config import ConfigError
+from sglang_tpla.host import compat
 from sglang_tpla.transfer.room import CachePool, MetadataRows
 
 FP8_CACHE = "fp8_e4m3"  # --kv-cache-dtype of a decode server with FP8 rows
@@ -50,7 +51,7 @@ def cache_dtype(kv_args: Any, server_args: Any) -> torch.dtype:
     """Element type of the pool."""
     name = kv_args.kv_cache_dtype_str
     if name == "auto":
-        return server_args.get_model_config().dtype
+        return compat.model_config(server_args).dtype
     if name not in CACHE_DTYPES:
         raise ConfigError(
             f"--kv-cache-dtype {name} is not transferred; use auto or one of {sorted(CACHE_DTYPES)}"
@@ -73,8 +74,8 @@ def cache_pool(kv_args: Any, server_args: Any) -> CachePool:
     if dtype == FP8:  # on decode servers, the only ones that may have it (refusals.py)
         dtype, row_format = torch.uint8, RowFormat.FP8
     device = (
-        torch.device(server_args.device, kv_args.gpu_id)
-        if server_args.device == "cuda"
+        torch.device("cuda", kv_args.gpu_id)
+        if compat.resolved(server_args).device == "cuda"
         else torch.device("cpu")
     )
     layers = [
@@ -83,7 +84,7 @@ def cache_pool(kv_args: Any, server_args: Any) -> CachePool:
             kv_args.kv_data_ptrs, kv_args.kv_data_lens, kv_args.kv_item_lens, strict=True
         )
     ]
-    text = server_args.get_model_config().hf_text_config
+    text = compat.model_config(server_args).hf_text_config
     return CachePool(
         layers, text.kv_lora_rank, text.qk_rope_head_dim, kv_args.page_size, row_format=row_format
     )

@@ -11,8 +11,8 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections import deque
-from collections.abc import Callable
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
 
 import numpy as np
@@ -27,12 +27,19 @@ from sglang.srt.disaggregation.utils import DisaggregationMode
 
 from sglang_tpla.host.disaggregation.bootstrap_server import registration
 from sglang_tpla.host.disaggregation.engine_memory import cache_pool, metadata_rows
-from sglang_tpla.host.disaggregation.prefill_lookup import Lookups, Place, rank_addresses
+from sglang_tpla.host.disaggregation.prefill_lookup import (
+    Lookups,
+    Place,
+    rank_addresses,
+    require_resolvable,
+    why_unanswered,
+)
 from sglang_tpla.host.process import current_slice, model_identity, settings
 from sglang_tpla.transfer.decode.agent import DecodeAgent
 from sglang_tpla.transfer.memory.projection import Projection
 from sglang_tpla.transfer.prefill.agent import PrefillAgent
 from sglang_tpla.transfer.room import RoomState, TransferError, TransferMetric
+from sglang_tpla.transfer.workers import remember
 
 logger = logging.getLogger(__name__)
 SWITCH_INTERVAL_S = 0.0002
@@ -63,6 +70,9 @@ class TplaKVManager(CommonKVManager):
         self._watched: tuple[int, float] = (-1, 0.0)  # a room that is asked for, and when it last was
         self.rooms_taken: set[int] = set()  # from a request's opening of its room to the end of the request
         self._lookups = Lookups(self._look_up)
+        self.unanswered: OrderedDict[str, str] = (
+            OrderedDict()
+        )  # by bootstrap server, why it was not found when last asked for
         self.rank_addresses: dict[
             str, dict[Place, dict[str, Any]]
         ] = {}  # by bootstrap server, as prefill_info_table
@@ -146,12 +156,16 @@ class TplaKVManager(CommonKVManager):
         """Drop cached addresses of lost prefill ranks, so that the next request asks their bootstrap server anew."""
         while self._lost_peers:
             lost = self._lost_peers.popleft()
+
+            def names(infos: Iterable[dict[str, Any]], lost: tuple[str, int] = lost) -> bool:
+                return any((info["rank_ip"], int(info["rank_port"])) == lost for info in infos)
+
             with self.connection_lock:
-                for key, infos in list(self.connection_pool.items()):
-                    if any((info["rank_ip"], int(info["rank_port"])) == lost for info in infos):
-                        del self.connection_pool[key]
-                        self.prefill_info_table.pop(key.split("_")[0], None)
-                        self.rank_addresses.pop(key.split("_")[0], None)
+                for key in [key for key, infos in self.connection_pool.items() if names(infos)]:
+                    del self.connection_pool[key]
+                for server in [one for one, ranks in self.rank_addresses.items() if names(ranks.values())]:
+                    del self.rank_addresses[server]
+                    self.prefill_info_table.pop(server, None)
 
     def try_ensure_parallel_info(self, bootstrap_addr: str) -> bool:
         """As SGLang's, but it does not wait for a bootstrap server, and a prefill server that cannot fit fails the
@@ -184,11 +198,14 @@ class TplaKVManager(CommonKVManager):
 
     def _look_up(self, bootstrap_addr: str) -> bool:
         """Ask for a prefill server's layout and the addresses of its ranks (on a thread that may wait)."""
+        require_resolvable(bootstrap_addr)
         if not super().try_ensure_parallel_info(bootstrap_addr):
+            remember(self.unanswered, bootstrap_addr, why_unanswered(bootstrap_addr))
             return False
         info = self.prefill_info_table.pop(bootstrap_addr, None)
         found = info and rank_addresses(bootstrap_addr, info)
         if not found:
+            remember(self.unanswered, bootstrap_addr, "it does not say where its ranks are")
             return False
         self.rank_addresses[bootstrap_addr], self.prefill_info_table[bootstrap_addr] = found, info
         return True
@@ -292,13 +309,10 @@ class TplaKVSender(_Request, CommonKVSender):
         mgr: TplaKVManager,
         bootstrap_addr: str,
         bootstrap_room: int,
-        dest_tp_ranks: list[int],
-        pp_rank: int,
-        req_has_disagg_prefill_dp_rank: bool = False,
+        *args: Any,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(
-            mgr, bootstrap_addr, bootstrap_room, dest_tp_ranks, pp_rank, req_has_disagg_prefill_dp_rank
-        )
+        super().__init__(mgr, bootstrap_addr, bootstrap_room, *args, **kwargs)
         self.init_time = time.time()
         self._open()
 
@@ -378,8 +392,22 @@ class TplaKVReceiver(_Request, CommonKVReceiver):
         aux_index: int | None = None,
         state_indices: Any = None,
         decode_prefix_len: int | None = None,
+        destination: Any = None,
+        device_kv_indices: Any = None,
     ) -> None:
-        """Ask the prefill ranks for the request's cache."""
+        """Ask the prefill ranks for the request's cache.
+
+        Args:
+            destination: from 0.5.21 on, where SGLang wants the rows; only its device pool is served, and flags that ask
+                for another are refused at the start (validation.py).
+            device_kv_indices: with a host destination alone.
+        """
+        if getattr(destination, "name", "DEVICE") != "DEVICE" or device_kv_indices is not None:
+            self._refuse(
+                f"room {self.bootstrap_room}: rows are received into the device's pool, and SGLang asked for "
+                f"{destination}; drop --disaggregation-decode-host-receive-threshold"
+            )
+            return
         if self.bootstrap_infos is None:
             self.kv_mgr.record_failure(
                 self.bootstrap_room, f"no prefill address for bootstrap server {self.bootstrap_addr}"
@@ -413,9 +441,13 @@ class TplaKVReceiver(_Request, CommonKVReceiver):
         self.kv_mgr.addr_to_rooms_tracker.get(self.bootstrap_addr, set()).discard(self.bootstrap_room)
 
     def abort(self) -> None:
-        """The client gave up."""
+        """The client gave up, or SGLang did, which has asked the bootstrap server often enough."""
+        reason = "Aborted by AbortReq."
+        unknown = self.bootstrap_addr not in self.kv_mgr.prefill_info_table
+        if unknown and (why := self.kv_mgr.unanswered.get(self.bootstrap_addr)):
+            reason = f"no answer from the bootstrap server at {self.bootstrap_addr}: {why}"
         if self._owner:
-            self.kv_mgr.record_failure(self.bootstrap_room, "Aborted by AbortReq.")
+            self.kv_mgr.record_failure(self.bootstrap_room, reason)
             self.kv_mgr.update_status(self.bootstrap_room, KVPoll.Failed)
         self.conclude_state = KVPoll.Failed
-        self._end("Aborted by AbortReq.")
+        self._end(reason)

@@ -30,6 +30,7 @@ from sglang_tpla.artifact.fold import fold_key_map, fold_value_map
 from sglang_tpla.attention.cache_write import fp8 as fp8_write
 from sglang_tpla.attention.cache_write.plain import write_latent
 from sglang_tpla.host.attention.supported import OURS
+from sglang_tpla.host.compat import attention_rank, attention_share
 from sglang_tpla.host.disaggregation.engine_memory import FP8_CACHE
 from sglang_tpla.host.model.head_reduce_scatter import head_shard_ranks, sum_over_groups
 from sglang_tpla.host.process import make_slice, settings
@@ -100,7 +101,7 @@ def build_attention(original: Callable[..., None], self: Any, *args: Any, **kwar
         return
     shard, shards = part.layout.head_shard_of(part.rank), part.layout.head_shards
     # The linear layers and the head count take their share from here: g ranks hold the same heads.
-    with parallel.override(attn_tp_rank=shard, attn_tp_size=shards):
+    with attention_rank(shard, shards):
         original(self, *args, **kwargs)
     z, a, b = part.artifact.maps(self.layer_id, part.group)
     width = z.shape[1]
@@ -116,8 +117,7 @@ def build_attention(original: Callable[..., None], self: Any, *args: Any, **kwar
             quant_config=given["quant_config"],
             reduce_results=given["reduce_results"],
             prefix=f"{given['prefix']}.o_proj",
-            tp_rank=parallel.attn_tp_rank,
-            tp_size=parallel.attn_tp_size,
+            **attention_share(),
         )
     fp8 = self.kv_cache_dtype == FP8_CACHE
     self.tpla_shared = part.artifact.meta.shared_dims[self.layer_id] if fp8 else None
@@ -221,14 +221,15 @@ def absorbed_core(
     zero_allocator: Any,
     positions: torch.Tensor,
     topk_indices: Any,
-    llama_4_scaling: Any,
-    fusion_plan: Any = None,
+    llama_4_scaling: torch.Tensor | None,  # [tokens, 1, 1]
+    *rest: Any,
+    **named: Any,
 ) -> torch.Tensor:
     """Around ``forward_absorb_core``: the same steps at the slice's width."""
     if self.tpla is None:
         return original(
             self, q_pe, k_pe, q_nope_out, k_nope, forward_batch, zero_allocator, positions, topk_indices,
-            llama_4_scaling, fusion_plan,
+            llama_4_scaling, *rest, **named,
         )  # fmt: skip
     key: torch.Tensor | None = k_nope
     if puts_off(k_nope):
@@ -237,6 +238,8 @@ def absorbed_core(
             key = self.kv_a_layernorm.project(k_nope.squeeze(1)).unsqueeze(1)
             if self.rotary_emb is not None:
                 q_pe, k_pe = self.rotary_emb.rotary(positions, q_pe, k_pe)
+    if llama_4_scaling is not None:  # a temperature by position, which scales the whole query
+        q_nope_out, q_pe = q_nope_out * llama_4_scaling, q_pe * llama_4_scaling
     save = {"save_kv_cache": key is not None}
     if self.current_attention_backend in (OURS, *FORWARD_ABSORB_CORE_ATTENTION_BACKENDS):
         out = self.attn_mqa(q_nope_out, key, key, forward_batch, **save, q_rope=q_pe, k_rope=k_pe)

@@ -1,0 +1,368 @@
+"""The format of a sketched latent cache row, in plain PyTorch: what pools, transfers and kernels agree on.
+
+Every rank keeps the columns of its own latent group at 8 bits, for scores and values, and a sketch of the other
+groups' columns at b bits, which takes part in scores alone. The row of one token and layer on a rank of group i, in
+bytes, without gaps (``SketchedRows`` has every size and offset):
+
+    [ shared: r int8 | own: n int8 | zeros up to w_pad | rope: bfloat16 or int8 | sketch: block j of n codes of b bits
+      for every other group j, ascending | zeros up to the scales | 4 bfloat16 scales: shared, own, sketch, rope ]
+
+* ``value = scale * code``. An int8 scale is the largest magnitude over 127, rounded up to bfloat16; zeros have scale 1.
+* A sketch code's top bit is its sign (1: negative), its low bits choose a magnitude from ``LEVELS``: Lloyd and Max's
+  best levels for a Gaussian. All g blocks of a token have one scale, so that the sketch is the same for every rank.
+* Code k of a block occupies bits k*b to k*b+b-1 of a little-endian bit stream.
+* A field that a row does not have keeps its scale's place, with 1. A sketch of zeros has scale 0.
+
+One group (r = d, n = 0) is plain MLA with an 8-bit cache.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+
+SKETCH_BITS = (2, 3, 4)
+ROPE_BITS = (8, 16)
+SCALES_BYTES = 8  # shared, own, sketch, rope
+SCALE_BYTES = 2
+INT8_LARGEST = 127
+ALIGNMENT = 16  # of fields and rows that a GPU's 16-byte loads read
+ALIGNED_FROM_BYTES = 256  # shorter rows are aligned to 4 bytes, where padding would cost more than it gains
+LARGEST_BFLOAT16 = torch.finfo(torch.bfloat16).max
+
+# Magnitudes of the Lloyd-Max quantiser for a Gaussian, as int8, the largest 127; and that largest magnitude in
+# standard deviations, which turns the root mean square of a sketch into its scale.
+LEVELS: dict[int, tuple[int, ...]] = {
+    2: (38, 127),
+    3: (14, 45, 79, 127),
+    4: (6, 18, 31, 44, 58, 75, 96, 127),
+}
+LARGEST_DEVIATION: dict[int, float] = {2: 1.5104, 3: 2.1519, 4: 2.7326}
+
+
+@dataclass(frozen=True)
+class SketchedRows:
+    """Sizes of one layer's rows.
+
+    Args:
+        latent_dim: d, columns of the latent.
+        groups: g, latent groups.
+        shared: r, columns that every group keeps.
+        own: n, columns that only one group keeps, so that d = r + g n.
+        rope_dim: values of the rotary key.
+        sketch_bits: b, bits of a sketch code.
+        rope_bits: 16 (bfloat16) or 8 (int8 with a scale).
+
+    Raises:
+        ValueError: the sizes contradict each other or the format, with the reason.
+    """
+
+    latent_dim: int
+    groups: int
+    shared: int
+    own: int
+    rope_dim: int
+    sketch_bits: int = 4
+    rope_bits: int = 16
+
+    def __post_init__(self) -> None:
+        if self.latent_dim < 1 or self.groups < 1 or self.shared < 0 or self.own < 0 or self.rope_dim < 0:
+            raise ValueError(f"expected sizes of sketched rows that are not negative, got {self}")
+        if self.sketch_bits not in SKETCH_BITS:
+            raise ValueError(f"expected sketch bits among {SKETCH_BITS}, got {self.sketch_bits}")
+        if self.rope_bits not in ROPE_BITS:
+            raise ValueError(f"expected rope bits among {ROPE_BITS}, got {self.rope_bits}")
+        if self.shared + self.groups * self.own != self.latent_dim:
+            raise ValueError(
+                f"sketched rows need r + g n = d: {self.shared} shared columns and {self.groups} groups of "
+                f"{self.own} do not make {self.latent_dim}; choose --shared-dims so that g divides d - r"
+            )
+        if self.groups == 1 and self.own:
+            raise ValueError(f"one group shares all its columns: expected own = 0, got {self.own}")
+        if self.own * self.sketch_bits % 8:
+            raise ValueError(
+                f"a group's block of {self.own} codes of {self.sketch_bits} bits is no whole number of bytes; choose "
+                "--shared-dims so that (d - r) / g is a multiple of 8"
+            )
+
+    @classmethod
+    def of(
+        cls,
+        latent_dim: int,
+        groups: int,
+        shared: int,
+        rope_dim: int,
+        *,
+        sketch_bits: int = 4,
+        rope_bits: int = 16,
+    ) -> SketchedRows:
+        """The rows of g groups with r shared columns; one group shares them all.
+
+        Raises:
+            ValueError: g does not divide d - r, or the format does not hold such rows.
+        """
+        shared = latent_dim if groups == 1 else shared
+        own = (latent_dim - shared) // max(groups, 1)
+        return cls(latent_dim, groups, shared, own, rope_dim, sketch_bits, rope_bits)
+
+    @property
+    def w(self) -> int:
+        """Columns that the rank has at 8 bits: shared and own."""
+        return self.shared + self.own
+
+    @property
+    def sketch_columns(self) -> int:
+        """Columns of the other groups, which a row has as a sketch."""
+        return (self.groups - 1) * self.own
+
+    @property
+    def score_columns(self) -> int:
+        """Columns that a query has besides the rotary ones: 8-bit columns, padding, sketch."""
+        return self.w_pad + self.sketch_columns
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one group's sketch."""
+        return self.own * self.sketch_bits // 8
+
+    @property
+    def sketch_bytes(self) -> int:
+        """Bytes of the sketch in a row."""
+        return (self.groups - 1) * self.block_bytes
+
+    @property
+    def rope_bytes(self) -> int:
+        """Bytes of the rotary key."""
+        return self.rope_dim * self.rope_bits // 8
+
+    @property
+    def _bare_bytes(self) -> int:
+        return self.w + self.rope_bytes + self.sketch_bytes + SCALES_BYTES
+
+    @property
+    def alignment(self) -> int:
+        """What the size of a row is a multiple of: 16, or 4 for rows below 256 bytes."""
+        return ALIGNMENT if self._bare_bytes >= ALIGNED_FROM_BYTES else 4
+
+    @property
+    def w_pad(self) -> int:
+        """Bytes of the 8-bit columns with their padding; also the columns of an attention output."""
+        return _up(self.w, ALIGNMENT) if self.alignment == ALIGNMENT else self.w
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row: the one formula."""
+        return _up(self.w_pad + self.rope_bytes + self.sketch_bytes + SCALES_BYTES, self.alignment)
+
+    @property
+    def rope_offset(self) -> int:
+        """Where the rotary key begins."""
+        return self.w_pad
+
+    @property
+    def sketch_offset(self) -> int:
+        """Where the sketch begins."""
+        return self.w_pad + self.rope_bytes
+
+    @property
+    def scales_offset(self) -> int:
+        """Where the four scales begin: the last 8 bytes of a row."""
+        return self.row_bytes - SCALES_BYTES
+
+    @property
+    def common_bytes(self) -> int:
+        """Bytes on the wire that all groups have of a token: see ``encode_common``."""
+        return self.shared + self.rope_bytes + self.groups * self.block_bytes + 3 * SCALE_BYTES
+
+    @property
+    def own_bytes(self) -> int:
+        """Bytes on the wire that one group has of a token besides: see ``encode_own``."""
+        return self.own + SCALE_BYTES if self.own else 0
+
+    def common_copies(self, group: int) -> tuple[tuple[int, int, int], ...]:
+        """(from, to, bytes) of each piece of the common part in a row of ``group``; its own block is left out."""
+        sketch = self.shared + self.rope_bytes
+        block, before = self.block_bytes, group * self.block_bytes
+        scales = sketch + self.groups * block
+        pieces = (
+            (0, 0, self.shared),
+            (self.shared, self.rope_offset, self.rope_bytes),
+            (sketch, self.sketch_offset, before),
+            (sketch + before + block, self.sketch_offset + before, self.sketch_bytes - before),
+            (scales, self.scales_offset, SCALE_BYTES),
+            (scales + SCALE_BYTES, self.scales_offset + 2 * SCALE_BYTES, 2 * SCALE_BYTES),
+        )
+        return tuple(piece for piece in pieces if piece[2])
+
+    def own_copies(self) -> tuple[tuple[int, int, int], ...]:
+        """(from, to, bytes) of each piece of a group's own part in a row."""
+        if not self.own:
+            return ()
+        return (
+            (0, self.shared, self.own),
+            (self.own, self.scales_offset + SCALE_BYTES, SCALE_BYTES),
+        )
+
+
+@dataclass(frozen=True)
+class Unpacked:
+    """What rows stand for, float32: ``latent`` [..., w_pad], ``k_rope`` [..., rope], ``sketch`` [..., (g-1) n]."""
+
+    latent: torch.Tensor
+    k_rope: torch.Tensor
+    sketch: torch.Tensor
+
+
+def pack_rows(
+    rows: SketchedRows,
+    group: int,
+    shared: torch.Tensor,
+    own: torch.Tensor,
+    sketch: torch.Tensor,
+    k_rope: torch.Tensor,
+) -> torch.Tensor:
+    """Rows ``[..., row_bytes]`` uint8 of group ``group``.
+
+    Args:
+        shared: ``[..., r]``, rotated.
+        own: ``[..., n]``, the group's own columns, rotated.
+        sketch: ``[..., g n]``, the sketch columns of all groups (the group's own among them), scaled and rotated.
+        k_rope: ``[..., rope]``, the rotated key.
+    """
+    return assemble(rows, group, encode_common(rows, shared, sketch, k_rope), encode_own(rows, own))
+
+
+def encode_common(
+    rows: SketchedRows, shared: torch.Tensor, sketch: torch.Tensor, k_rope: torch.Tensor
+) -> torch.Tensor:
+    """What all groups have of a token, ``[..., common_bytes]`` uint8; arguments as in ``pack_rows``.
+
+    In order: shared codes, rotary key, the sketch blocks of all groups, the scales of shared, sketch and rope.
+    """
+    shared_codes, shared_scale = quantise(shared)
+    codes, sketch_scale = quantise_sketch(sketch, rows.sketch_bits)
+    if rows.rope_bits == 8:
+        key, rope_scale = quantise(k_rope)
+    else:
+        key, rope_scale = k_rope.to(torch.bfloat16), torch.ones_like(shared_scale)
+    blocks = pack_bits(codes, rows.sketch_bits)  # a block is whole bytes, so blocks lie one after another
+    return _bytes(shared_codes, key, blocks, shared_scale, sketch_scale, rope_scale)
+
+
+def encode_own(rows: SketchedRows, own: torch.Tensor) -> torch.Tensor:
+    """What one group's rows have besides, ``[..., own_bytes]`` uint8: codes and scale of its own columns."""
+    if not rows.own:
+        return own.new_empty(*own.shape[:-1], 0, dtype=torch.uint8)
+    return _bytes(*quantise(own))
+
+
+def assemble(rows: SketchedRows, group: int, common: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+    """Rows ``[..., row_bytes]`` of group ``group`` from both parts."""
+    if not 0 <= group < rows.groups:
+        raise ValueError(f"expected a group from 0 to {rows.groups - 1}, got {group}")
+    out = common.new_zeros(*common.shape[:-1], rows.row_bytes)
+    if not rows.own:  # the scale's place is kept
+        at = rows.scales_offset + SCALE_BYTES
+        out[..., at : at + SCALE_BYTES] = torch.tensor([0x80, 0x3F], dtype=torch.uint8, device=out.device)
+    for part, copies in ((common, rows.common_copies(group)), (own, rows.own_copies())):
+        for start, to, size in copies:
+            out[..., to : to + size] = part[..., start : start + size]
+    return out
+
+
+def unpack_rows(rows: SketchedRows, packed: torch.Tensor) -> Unpacked:
+    """What rows ``[..., row_bytes]`` uint8 stand for; padded latent columns are zeros."""
+    scales = packed[..., rows.scales_offset :].contiguous().view(torch.bfloat16).to(torch.float32)
+    shared, own, sketch, rope = scales.split(1, dim=-1)
+    codes = packed[..., : rows.w_pad].contiguous().view(torch.int8).to(torch.float32)
+    latent = torch.cat([codes[..., : rows.shared] * shared, codes[..., rows.shared :] * own], dim=-1)
+    key = packed[..., rows.rope_offset : rows.rope_offset + rows.rope_bytes].contiguous()
+    if rows.rope_bits == 8:
+        k_rope = key.view(torch.int8).to(torch.float32) * rope
+    else:
+        k_rope = key.view(torch.bfloat16).to(torch.float32)
+    bits = packed[..., rows.sketch_offset : rows.sketch_offset + rows.sketch_bytes]
+    return Unpacked(
+        latent, k_rope, sketch_values(unpack_bits(bits, rows.sketch_bits), sketch, rows.sketch_bits)
+    )
+
+
+def quantise(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """int8 codes ``[..., n]`` and a bfloat16 scale each ``[..., 1]`` of ``[..., n]``; no columns have scale 1."""
+    wide = values.to(torch.float32)
+    if not wide.shape[-1]:
+        return wide.to(torch.int8), wide.new_ones(*wide.shape[:-1], 1, dtype=torch.bfloat16)
+    scale = round_up_bfloat16(wide.abs().amax(-1, keepdim=True) / INT8_LARGEST)
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))  # a row of zeros
+    codes = (wide / scale).round().clamp(-INT8_LARGEST, INT8_LARGEST)
+    return codes.to(torch.int8), scale.to(torch.bfloat16)
+
+
+def round_up_bfloat16(values: torch.Tensor) -> torch.Tensor:
+    """The least bfloat16 values, as float32, that are not below positive float32 ``values``."""
+    bits = values.contiguous().view(torch.int32)
+    return ((bits + 0xFFFF) & ~0xFFFF).view(torch.float32)
+
+
+def quantise_sketch(values: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes ``[..., m]`` uint8, one a column, and one bfloat16 scale ``[..., 1]`` of columns ``[..., m]``."""
+    wide = values.to(torch.float32)
+    if not wide.shape[-1]:
+        return wide.to(torch.uint8), wide.new_ones(*wide.shape[:-1], 1, dtype=torch.bfloat16)
+    largest = wide.abs().amax(-1, keepdim=True)
+    # relative to the largest, so that squares neither overflow nor vanish
+    relative = wide / torch.where(largest > 0, largest, torch.ones_like(largest))
+    rms = largest * relative.square().mean(-1, keepdim=True).sqrt()
+    factor = LARGEST_DEVIATION[bits] / INT8_LARGEST
+    scale = (rms * factor).clamp(max=LARGEST_BFLOAT16).to(torch.bfloat16)
+    divisor = scale.to(torch.float32)
+    magnitudes = wide.abs() / torch.where(divisor > 0, divisor, torch.ones_like(divisor))
+    index = torch.bucketize(magnitudes, _midpoints(bits).to(wide.device), right=True)
+    return (index + (wide < 0) * (1 << (bits - 1))).to(torch.uint8), scale
+
+
+def sketch_values(codes: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:
+    """What sketch codes ``[..., m]`` with scales ``[..., 1]`` stand for, float32."""
+    return level_table(bits).to(codes.device, torch.float32)[codes.to(torch.int64)] * scale.to(torch.float32)
+
+
+@functools.lru_cache(maxsize=8)
+def level_table(bits: int) -> torch.Tensor:
+    """The int8 level of every code, ``[2 ** bits]``: what a kernel looks codes up in."""
+    positive = torch.tensor(LEVELS[bits], dtype=torch.int8)
+    return torch.cat([positive, -positive])
+
+
+@functools.lru_cache(maxsize=8)
+def _midpoints(bits: int) -> torch.Tensor:
+    """Where one magnitude ends and the next begins, in units of the scale; a midpoint belongs to the larger one."""
+    levels = torch.tensor(LEVELS[bits], dtype=torch.float32)
+    return (levels[1:] + levels[:-1]) / 2
+
+
+def pack_bits(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """The little-endian bit stream ``[..., m * bits / 8]`` uint8 of codes ``[..., m]``; m * bits is a multiple of 8."""
+    lead = codes.shape[:-1]
+    places = torch.arange(bits, device=codes.device, dtype=torch.uint8)
+    stream = ((codes[..., None] >> places) & 1).reshape(*lead, codes.shape[-1] * bits // 8, 8)
+    weights = torch.tensor([1 << place for place in range(8)], dtype=torch.uint8, device=codes.device)
+    return (stream * weights).sum(-1, dtype=torch.uint8)
+
+
+def unpack_bits(packed: torch.Tensor, bits: int) -> torch.Tensor:
+    """The codes ``[..., m]`` uint8 of a bit stream ``[..., m * bits / 8]``."""
+    lead = packed.shape[:-1]
+    eight = torch.arange(8, device=packed.device, dtype=torch.uint8)
+    stream = ((packed[..., None] >> eight) & 1).reshape(*lead, packed.shape[-1] * 8 // bits, bits)
+    weights = torch.tensor([1 << place for place in range(bits)], dtype=torch.uint8, device=packed.device)
+    return (stream * weights).sum(-1, dtype=torch.uint8)
+
+
+def _up(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
+
+
+def _bytes(*parts: torch.Tensor) -> torch.Tensor:
+    return torch.cat([part.contiguous().view(torch.uint8) for part in parts], dim=-1)

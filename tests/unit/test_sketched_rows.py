@@ -1,0 +1,235 @@
+"""Sketched cache rows against a formula written independently, bit by bit in plain Python, and golden bytes."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import struct
+
+import pytest
+import torch
+
+from sglang_tpla.cache_rows import sketched
+from sglang_tpla.cache_rows.rotation import rotation
+from sglang_tpla.cache_rows.sketched import SketchedRows
+
+
+@pytest.mark.parametrize(
+    ("rows", "row_bytes", "w_pad"),
+    [
+        (SketchedRows.of(512, 1, 0, 64), 656, 512),
+        (SketchedRows.of(512, 2, 64, 64), 544, 288),
+        (SketchedRows.of(512, 4, 64, 64), 480, 176),
+        (SketchedRows.of(512, 8, 64, 64), 464, 128),
+        (SketchedRows.of(128, 2, 32, 32), 176, 80),
+        (SketchedRows.of(128, 4, 32, 32), 164, 56),
+        (SketchedRows.of(128, 8, 32, 32), 160, 44),
+        (SketchedRows.of(128, 2, 32, 32, rope_bits=8), 144, 80),
+        (SketchedRows.of(128, 2, 32, 32, sketch_bits=3), 172, 80),
+        (SketchedRows.of(128, 1, 0, 32), 200, 128),
+    ],
+)
+def test_the_bytes_of_a_row(rows: SketchedRows, row_bytes: int, w_pad: int) -> None:
+    assert (rows.row_bytes, rows.w_pad) == (row_bytes, w_pad)
+    assert rows.scales_offset == row_bytes - 8
+    assert rows.sketch_offset + rows.sketch_bytes <= rows.scales_offset
+    if row_bytes >= 256:  # every field is where 16-byte loads want it
+        assert row_bytes % 16 == w_pad % 16 == rows.sketch_offset % 16 == 0
+    # nothing goes over the wire twice, and all ranks of a host together stay within MLA's bytes in bf16
+    assert rows.common_bytes + rows.groups * rows.own_bytes <= 2 * (rows.latent_dim + rows.rope_dim)
+
+
+@pytest.mark.parametrize("bits", sketched.SKETCH_BITS)
+def test_levels_are_those_of_lloyd_and_max_for_a_gaussian(bits: int) -> None:
+    def density(x: float) -> float:
+        return math.exp(-x * x / 2) / math.sqrt(2 * math.pi)
+
+    def below(x: float) -> float:
+        return (1 + math.erf(x / math.sqrt(2))) / 2
+
+    count = 1 << (bits - 1)
+    levels = [(k + 0.5) * 3 / count for k in range(count)]
+    for _ in range(5000):
+        edges = [0.0, *((a + b) / 2 for a, b in itertools.pairwise(levels)), 40.0]
+        levels = [(density(a) - density(b)) / (below(b) - below(a)) for a, b in itertools.pairwise(edges)]
+    assert sketched.LARGEST_DEVIATION[bits] == pytest.approx(levels[-1], abs=1e-4)
+    assert sketched.LEVELS[bits] == tuple(round(127 * level / levels[-1]) for level in levels)
+
+
+def _bfloat16(value: float, *, up: bool = False) -> tuple[bytes, float]:
+    word = int.from_bytes(struct.pack("<f", value), "little")
+    high, low = word >> 16, word & 0xFFFF
+    high += low > 0 if up else low > 0x8000 or (low == 0x8000 and high & 1)
+    return high.to_bytes(2, "little"), struct.unpack("<f", (high << 16).to_bytes(4, "little"))[0]
+
+
+def _f32(value: float) -> float:
+    return struct.unpack("<f", struct.pack("<f", value))[0]
+
+
+def _int8(values: list[float]) -> tuple[bytes, bytes]:
+    largest = max((abs(value) for value in values), default=0.0)
+    scale_bytes, scale = _bfloat16(_f32(largest / 127), up=True) if largest else _bfloat16(1.0)
+    codes = [max(-127, min(127, round(_f32(value / scale)))) for value in values]
+    return bytes(code & 0xFF for code in codes), scale_bytes
+
+
+def _row(rows: SketchedRows, group: int, shared, own, sketch, rope) -> bytes:
+    """One row written out by the definition: integers of Python instead of tensors."""
+    d, g, n, b = rows.latent_dim, rows.groups, rows.own, rows.sketch_bits
+    assert len(shared) + g * n == d
+    shared_codes, shared_scale = _int8(shared)
+    own_codes, own_scale = _int8(own)
+    scale_bytes, blocks = _bfloat16(1.0)[0], b""
+    if sketch:
+        rms = math.sqrt(sum(x * x for x in sketch) / len(sketch))
+        scale_bytes, scale = _bfloat16(_f32(rms * sketched.LARGEST_DEVIATION[b] / 127))
+        for j in range(g):
+            stream = 0
+            for k, x in enumerate(sketch[j * n : (j + 1) * n]):
+                levels = sketched.LEVELS[b]
+                found = (
+                    min(range(len(levels)), key=lambda i: (abs(abs(x) - scale * levels[i]), -i))
+                    if scale
+                    else 0
+                )
+                stream |= (found | (x < 0) << (b - 1)) << (k * b)
+            if j != group:
+                blocks += stream.to_bytes(n * b // 8, "little")
+    if rows.rope_bits == 8:
+        key, rope_scale = _int8(rope)
+    else:
+        key, rope_scale = b"".join(_bfloat16(x)[0] for x in rope), _bfloat16(1.0)[0]
+    w = len(shared) + n
+    bare = w + len(key) + len(blocks) + 8
+    unit = 16 if bare >= 256 else 4
+    columns = (shared_codes + own_codes).ljust(-(-w // unit) * unit if unit == 16 else w, b"\0")
+    body = columns + key + blocks
+    size = -(-(len(body) + 8) // unit) * unit
+    return body.ljust(size - 8, b"\0") + shared_scale + own_scale + scale_bytes + rope_scale
+
+
+SHAPES = [
+    SketchedRows.of(24, 2, 8, 6),
+    SketchedRows.of(24, 1, 0, 6),
+    SketchedRows.of(24, 2, 24, 5, rope_bits=8),
+    SketchedRows.of(40, 4, 8, 4, sketch_bits=3, rope_bits=8),
+    SketchedRows.of(48, 3, 0, 1, sketch_bits=2),
+    SketchedRows.of(31, 3, 7, 3, sketch_bits=2),
+    SketchedRows.of(128, 8, 32, 32, sketch_bits=4),
+    SketchedRows.of(512, 8, 64, 64, sketch_bits=4),
+]
+
+
+@pytest.mark.parametrize("rows", SHAPES)
+def test_rows_equal_the_definition_byte_for_byte(rows: SketchedRows) -> None:
+    generator = torch.Generator().manual_seed(7)
+    tokens = 12
+    shared, own, rope = (
+        torch.randn(tokens, n, generator=generator) for n in (rows.shared, rows.own, rows.rope_dim)
+    )
+    sketch = torch.randn(tokens, rows.groups * rows.own, generator=generator)
+    spread = torch.logspace(-4, 4, tokens)[:, None]
+    shared, own, sketch, rope = shared * spread, own * spread, sketch * spread, rope * spread
+    for group in range(rows.groups):
+        packed = sketched.pack_rows(rows, group, shared, own, sketch, rope)
+        assert packed.shape == (tokens, rows.row_bytes) and packed.dtype == torch.uint8
+        for token in range(tokens):
+            wanted = _row(rows, group, *(part[token].tolist() for part in (shared, own, sketch, rope)))
+            assert bytes(packed[token].tolist()) == wanted
+
+
+def test_golden_bytes() -> None:
+    rows = SketchedRows.of(12, 2, 4, 2, sketch_bits=4)
+    packed = sketched.pack_rows(
+        rows,
+        0,
+        torch.tensor([1.0, -2.0, 127.0, 0.5]),
+        torch.tensor([0.25, -0.25, 0.0, 0.125]),
+        torch.tensor([9.0, 9.0, 9.0, 9.0, 0.1, -0.1, 9.0, -20.0]),
+        torch.tensor([1.0, -1.5]),
+    )
+    pieces = (
+        "01fe7f00",  # shared: scale 1, halves round to even
+        "7e82003f",  # own: 0.25 / 127 rounded up to bfloat16, so that 0.25 is 126
+        "803fc0bf",  # rotary key in bfloat16
+        "80e3",  # group 1's block, low nibble first: 0, sign and 0, 3, sign and 6
+        "0000",  # up to a multiple of 4
+        "803f023b5d3e803f",  # scales of shared, own, sketch, rope
+    )
+    assert packed.numpy().tobytes().hex() == "".join(pieces)
+
+
+@pytest.mark.parametrize("rows", SHAPES)
+def test_unpacked_rows_are_near_what_was_packed(rows: SketchedRows) -> None:
+    generator = torch.Generator().manual_seed(3)
+    shared, own, rope = (
+        torch.randn(64, n, generator=generator) for n in (rows.shared, rows.own, rows.rope_dim)
+    )
+    sketch = torch.randn(64, rows.groups, rows.own, generator=generator)
+    for group in range(rows.groups):
+        packed = sketched.pack_rows(rows, group, shared, own, sketch.flatten(1), rope)
+        found = sketched.unpack_rows(rows, packed)
+        latent = torch.cat([shared, own], -1)
+        assert torch.allclose(found.latent[:, : rows.w], latent, atol=0.02)
+        assert not found.latent[:, rows.w :].any()
+        assert torch.allclose(found.k_rope, rope, atol=0.02)
+        others = torch.cat([sketch[:, :group], sketch[:, group + 1 :]], 1).flatten(1)
+        if others.numel():
+            noise = (found.sketch - others).square().mean() / others.square().mean()
+            assert noise < {2: 0.15, 3: 0.045, 4: 0.014}[rows.sketch_bits]
+
+
+def test_rows_of_zeros_are_zeros_and_one_huge_value_stays_finite() -> None:
+    rows = SketchedRows.of(32, 2, 16, 4)
+    zeros = [torch.zeros(1, n) for n in (16, 8, 16, 4)]
+    found = sketched.unpack_rows(rows, sketched.pack_rows(rows, 1, *zeros))
+    assert not any(part.any() for part in (found.latent, found.sketch, found.k_rope))
+    for value in (3e38, -3e38, 1e-38, 1e-45):
+        parts = [torch.zeros(1, n) for n in (16, 8, 16, 4)]
+        for part in parts:
+            part[0, 0] = value
+        found = sketched.unpack_rows(rows, sketched.pack_rows(rows, 1, *parts))
+        assert all(torch.isfinite(part).all() for part in (found.latent, found.sketch, found.k_rope))
+        assert found.latent[0, 0] == pytest.approx(value, rel=0.01, abs=1e-40)
+
+
+def test_parts_are_put_together_as_the_row() -> None:
+    rows = SketchedRows.of(40, 4, 8, 4, sketch_bits=3, rope_bits=8)
+    common = torch.randint(0, 256, (5, rows.common_bytes), dtype=torch.uint8)
+    own = torch.randint(0, 256, (5, rows.own_bytes), dtype=torch.uint8)
+    for group in range(4):
+        found = sketched.assemble(rows, group, common, own)
+        written = sorted((to, to + size) for _, to, size in (*rows.common_copies(group), *rows.own_copies()))
+        # the pieces do not overlap, and with the padding they fill the row
+        assert all(a[1] <= b[0] for a, b in itertools.pairwise(written))
+        assert (
+            sum(stop - start for start, stop in written) == rows.w + rows.rope_bytes + rows.sketch_bytes + 8
+        )
+        # a group's own block, and nothing else of the common part, is left out
+        taken = sum(size for _, _, size in rows.common_copies(group))
+        assert taken == rows.common_bytes - rows.block_bytes
+        assert found.shape == (5, rows.row_bytes)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ((128, 3, 32, 31, 32), "r \\+ g n = d"),
+        ((128, 2, 118, 5, 32), "whole number of bytes"),
+        ((128, 1, 64, 64, 32), "one group shares"),
+        ((128, 2, 32, 48, 32, 5), "sketch bits"),
+        ((128, 2, 32, 48, 32, 4, 4), "rope bits"),
+        ((128, 2, -32, 80, 32), "not negative"),
+    ],
+)
+def test_sizes_that_the_format_does_not_hold_are_refused(arguments: tuple[int, ...], reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        SketchedRows(*arguments)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 12, 15, 48, 56, 128, 224])
+def test_the_rotation_is_orthogonal_and_spreads(size: int) -> None:
+    matrix = rotation(size)
+    assert torch.allclose(matrix @ matrix.T, torch.eye(size, dtype=torch.float64), atol=1e-12)
+    assert matrix.abs().max() <= math.sqrt(2 / size) + 1e-12 or size == 1
