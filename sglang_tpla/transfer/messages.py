@@ -27,6 +27,7 @@ MAX_PROJECTION_BYTES = 64 << 20  # one layer's matrix: 4096 x 4096 float32
 MAX_METADATA_BYTES = 16 << 20
 MAX_NEIGHBOURS = 256
 MAX_OFFSETS = 4096
+MAX_ROOMS = 4096  # in one Expected
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
 Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
@@ -100,7 +101,10 @@ class Hello(_Message, frozen=True, tag=1):
 
 
 class Welcome(_Message, frozen=True, tag=2):
-    """prefill -> decode: registered, unless ``need_projection``, then after the projection has come."""
+    """prefill -> decode: registered, unless ``need_projection``, then after the projection has come.
+
+    ``age_ms``: since the agent began; ``context_tokens``, ``pool_tokens``: prompts of so many tokens fit, 0: unsaid.
+    """
 
     version: Small
     agent: Name
@@ -110,6 +114,9 @@ class Welcome(_Message, frozen=True, tag=2):
     need_projection: bool
     arena: Arena | None
     data: DataChannel | None
+    age_ms: Count
+    context_tokens: Small
+    pool_tokens: Small
 
 
 class Refused(_Message, frozen=True, tag=3):
@@ -309,6 +316,19 @@ class Resume(_Message, frozen=True, tag=24):
     applied: Annotated[tuple[tuple[Small, Bitmap], ...], Meta(max_length=3)]
 
 
+class Expected(_Message, frozen=True, tag=25):
+    """decode -> prefill: these rooms are known here, and will be asked for when there are pages."""
+
+    rooms: Annotated[tuple[Count, ...], Meta(min_length=1, max_length=MAX_ROOMS)]
+
+
+class Capacity(_Message, frozen=True, tag=26):
+    """decode -> prefill, after Welcome: prompts of so many tokens fit here; 0: unsaid."""
+
+    context_tokens: Small
+    pool_tokens: Small
+
+
 Message: TypeAlias = (
     Hello
     | Welcome
@@ -334,6 +354,8 @@ Message: TypeAlias = (
     | Stored
     | Release
     | Resume
+    | Expected
+    | Capacity
 )
 WITH_PAYLOAD = (ProjectionLayer, Chunk, Finish)
 

@@ -39,7 +39,7 @@ GOLDEN = [
     ),
     (
         frames.Welcome(
-            version=2,
+            version=3,
             agent="a2",
             host="h1",
             first_layer=0,
@@ -47,8 +47,11 @@ GOLDEN = [
             need_projection=False,
             arena=None,
             data=frames.DataChannel(port=30001, cookie=bytes(range(16))),
+            age_ms=1000,
+            context_tokens=4096,
+            pool_tokens=65536,
         ),
-        "990202a26132a26831003dc2c092cd7531c410000102030405060708090a0b0c0d0e0f",
+        "9c0203a26132a26831003dc2c092cd7531c410000102030405060708090a0b0c0d0e0fcd03e8cd1000ce00010000",
     ),
     (frames.Refused(reason="no"), "9203a26e6f"),
     (
@@ -132,6 +135,8 @@ GOLDEN = [
         frames.Resume(room=1, generation=2, credit_bytes=4194304, applied=((0, b"\x07"), (2, b"\x01\x80"))),
         "95180102ce00400000929200c401079202c4020180",
     ),
+    (frames.Expected(rooms=(1, 9223372036854775807)), "92199201cf7fffffffffffffff"),
+    (frames.Capacity(context_tokens=4096, pool_tokens=65536), "931acd1000ce00010000"),
 ]
 
 

@@ -92,12 +92,30 @@ class FakePrefill:
     def welcome(self) -> None:
         """Read Hello and accept it."""
         self.expect(frames.Hello)
-        self.say(frames.Welcome(2, "fake", "elsewhere", 0, rig.LAYERS, False, None, None))
+        self.say(welcome())
 
     def close(self) -> None:
         """Free the socket."""
         self.socket.close()
         self.context.term()
+
+
+def welcome(data: frames.DataChannel | None = None, **changes: object) -> frames.Welcome:
+    """What a prefill rank that has lived for an hour and takes any prompt answers."""
+    fields = {
+        "version": frames.PROTOCOL_VERSIONS[1],
+        "agent": "fake",
+        "host": "elsewhere",
+        "first_layer": 0,
+        "layers": rig.LAYERS,
+        "need_projection": False,
+        "arena": None,
+        "data": data,
+        "age_ms": 3_600_000,
+        "context_tokens": 0,
+        "pool_tokens": 0,
+    }
+    return frames.Welcome(**{**fields, **changes})
 
 
 def hello(**changes: object) -> frames.Hello:

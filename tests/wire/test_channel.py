@@ -14,7 +14,7 @@ from sglang_tpla.transfer.network.data_channel import PREAMBLE, SIZES
 from sglang_tpla.transfer.room import RoomState
 from tests.ports import neighbouring_ports
 from tests.wire import rig
-from tests.wire.fakes import FakeDecode, FakePrefill, hello
+from tests.wire.fakes import FakeDecode, FakePrefill, hello, welcome
 from tests.wire.proxy import FaultProxy
 
 PAGES = 90
@@ -196,7 +196,7 @@ def test_what_no_prefill_rank_would_send_ends_the_channel(said: bytes) -> None:
         decode.agent.connect("127.0.0.1", fake.port)
         fake.expect(frames.Hello)
         offer = frames.DataChannel(server.getsockname()[1], bytes(range(16)))
-        fake.say(frames.Welcome(2, "fake", "elsewhere", 0, rig.LAYERS, False, None, offer))
+        fake.say(welcome(offer))
         stream = stack.enter_context(server.accept()[0])
         stream.settimeout(10)
         assert stream.recv(100) == PREAMBLE + offer.cookie
@@ -204,7 +204,7 @@ def test_what_no_prefill_rank_would_send_ends_the_channel(said: bytes) -> None:
         with contextlib.suppress(ConnectionResetError):
             assert stream.recv(1) == b""
         fake.expect(frames.Hello)  # on a new connection
-        fake.say(frames.Welcome(2, "fake", "elsewhere", 0, rig.LAYERS, False, None, None))
+        fake.say(welcome())
         rig.wait(lambda: decode.agent.stats().peers == 1, "the connection to go on")
         fake.expect(frames.Ping)
         assert decode.agent.stats().malformed_dropped == 1

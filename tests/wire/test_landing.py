@@ -20,7 +20,7 @@ from sglang_tpla.transfer.network import data_channel as channel
 from sglang_tpla.transfer.network.data_channel import PREAMBLE, SIZES
 from sglang_tpla.transfer.room import RoomState
 from tests.wire import rig
-from tests.wire.fakes import FakeDecode, FakePrefill, hello
+from tests.wire.fakes import FakeDecode, FakePrefill, hello, welcome
 from tests.wire.test_channel import PAGES, transfer
 
 TOKENS = 2 * rig.PAGE
@@ -43,11 +43,7 @@ class Sender:
         """Welcome the agent, with a data channel."""
         self.fake.expect(frames.Hello)
         offer = frames.DataChannel(self.server.getsockname()[1], bytes(16))
-        self.fake.say(
-            frames.Welcome(
-                frames.PROTOCOL_VERSIONS[1], "fake", "elsewhere", 0, rig.LAYERS, False, None, offer
-            )
-        )
+        self.fake.say(welcome(offer))
         self.stream = self.stack.enter_context(self.server.accept()[0])
         self.stream.settimeout(10)
 

@@ -304,10 +304,14 @@ class DecodeFetching(DecodeDialing):
             if source.connection.link in (Link.REFUSED, Link.LOST):
                 self._fail(entry, source.connection.reason)
                 return
-            if not source.asked and entry.born < source.connection.replaced:
-                # its other half went to the process before, and nobody would answer until the deadline
-                name = source.connection.name
-                self._fail(entry, f"the {name} restarted after this request came; the request can be retried")
+            connection, linked = source.connection, source.connection.link is Link.REGISTERED
+            if linked and not source.asked and entry.born < connection.began:
+                # its other half went to a process before, or to none, and nobody would answer until the deadline
+                why = f"the {connection.name} started after this request came; the request can be retried"
+                self._fail(entry, why)
+                return
+            if linked and (wrong := connection.limits.objection(entry.prompt_tokens)):
+                self._fail(entry, f"the {connection.name} cannot serve this request: {wrong}")
                 return
         ready = all(source.connection.link is Link.REGISTERED for source in real)
         if entry.state is RoomState.BOOTSTRAPPING and ready:
@@ -440,6 +444,20 @@ class DecodeFetching(DecodeDialing):
 
     # Time (I/O thread)
 
+    def _name_expected(self, now: float) -> None:
+        """Tell prefill ranks which rooms wait for pages here: they give up others sooner. Under the lock."""
+        waiting: dict[int, tuple[Connection, list[int]]] = {}
+        for entry in self._rooms.values():
+            for source in entry.sources.values():
+                due = now - source.connection.told_at >= self._settings.heartbeat_s
+                if due and not (source.asked or entry.state.ended):
+                    waiting.setdefault(id(source.connection), (source.connection, []))[1].append(entry.room)
+        for connection, rooms in waiting.values():
+            if connection.link is Link.REGISTERED:
+                connection.told_at = now
+                for start in range(0, len(rooms), frames.MAX_ROOMS):
+                    self._put(connection, frames.Expected(tuple(rooms[start : start + frames.MAX_ROOMS])))
+
     def _tick(self) -> None:
         now = time.monotonic()
         patience = self._settings.transfer_timeout_s
@@ -451,6 +469,7 @@ class DecodeFetching(DecodeDialing):
             ]
             # what said that nobody reads these any more was lost; who does all the same asks for them again
             self._release([offset for offset, kept in self._kept.items() if now - kept.since > patience])
+            self._name_expected(now)
         self._expire_connections(now)
         for entry in late:
             self._fail_from_io(entry, f"no progress for {patience:g} s in {entry.state.name}")

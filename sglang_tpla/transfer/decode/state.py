@@ -19,7 +19,7 @@ from sglang_tpla.transfer.decode.coverage import Coverage
 from sglang_tpla.transfer.memory.iovec import Slots
 from sglang_tpla.transfer.memory.staging import Slot
 from sglang_tpla.transfer.network.data_channel import Inbox
-from sglang_tpla.transfer.room import RoomState
+from sglang_tpla.transfer.room import NO_LIMITS, Limits, RoomState
 
 Address = tuple[str, int]
 ChunkId = tuple[int, int]  # part, sequence
@@ -48,7 +48,9 @@ class Connection:
     link: Link = Link.CONNECTING
     reason: str = ""
     agent: str = ""
-    replaced: float = 0.0  # when another process was last known to live at this address
+    began: float = 0.0  # when the prefill agent did, by this process's clock
+    limits: Limits = NO_LIMITS  # of the prefill rank
+    told_at: float = 0.0  # when it was last told which rooms wait here
     layers: tuple[int, int] = (0, 0)  # first layer and number of layers that the prefill rank holds
     unanswered: int = 0  # times that it broke before the prefill rank had ever answered
     broken_since: float | None = None  # monotonic; None while the connection holds
@@ -135,6 +137,7 @@ class Room:
     generation: int
     sources: dict[Address, Source]
     born: float  # when its request came
+    prompt_tokens: int  # of the whole request; 0: not known
     progress: float  # when rows were asked for, or a chunk last came that was not there
     state: RoomState = RoomState.BOOTSTRAPPING
     reason: str = ""

@@ -48,6 +48,10 @@ class PrefillServing(PrefillGreeting):
                 self._take_request(peer, message)
             case frames.Abort():
                 self._take_abort(peer, message)
+            case frames.Expected():
+                for room in message.rooms:
+                    if (entry := self._rooms.get(room)) is not None:
+                        entry.sought = time.monotonic()
             case frames.Resume():
                 stream = self._stream(peer, message.room, message.generation)
                 if stream is not None:
@@ -480,7 +484,23 @@ class PrefillServing(PrefillGreeting):
         while self._orphans and now - next(iter(self._orphans.values()))[2] > patience:
             self._orphans.popitem(last=False)
         for entry in list(self._rooms.values()):
+            if not entry.state.ended and not entry.asks and (reason := self._unwanted(entry, now)):
+                self._fail(entry, reason)
             waiting_for_rows = entry.state is RoomState.WAITING
             if not entry.state.ended and not waiting_for_rows and now - entry.progress > patience:
                 asked = f"{len(entry.asks)} of {entry.expected_ranks or 'unknown'} decode ranks had asked"
                 self._fail(entry, f"no progress for {patience:g} s in {entry.state.name}; {asked}")
+
+    def _unwanted(self, entry: Room, now: float) -> str:
+        """Why no decode rank will ask for a room that none has asked for yet; empty while one may."""
+        patience = self._settings.room_timeout_s
+        if now - entry.sought > patience:
+            return (
+                f"no decode rank has asked for this room within {patience:g} s: the decode server that the request was "
+                "given to has ended, cannot be reached, or refused it"
+            )
+        fresh = now - entry.opened <= 2 * self._settings.heartbeat_s or entry.sought > entry.opened
+        wrong = [peer.limits.objection(entry.prompt_tokens) for peer in self._peers.values()]
+        if fresh or not wrong or None in wrong:
+            return ""
+        return f"no decode server that is registered here can serve this request: {wrong[0]}"

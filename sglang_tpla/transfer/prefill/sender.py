@@ -169,6 +169,7 @@ class PrefillDispatch(PrefillResuming):
         first = rectangle.first_layer - self._pool.first_layer
         stacks = plan.projection.stacks
         start = rectangle.first_token - segment.first_token
+        self._reader.wait(segment.ready)
         if not job.slot.buffer.size:
             pieces = self._reader.pieces(rectangle, segment.slots.spans(start, rectangle.tokens))
             # checked on its way (`channel`), unless it would only wait there

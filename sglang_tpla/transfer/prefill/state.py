@@ -28,7 +28,7 @@ from sglang_tpla.transfer.memory.iovec import Slots
 from sglang_tpla.transfer.memory.projection import Stack
 from sglang_tpla.transfer.memory.staging import Slot
 from sglang_tpla.transfer.messages import CacheLayout, Hello
-from sglang_tpla.transfer.room import CachePool, RoomState
+from sglang_tpla.transfer.room import NO_LIMITS, CachePool, Limits, RoomState
 
 ChunkId = tuple[int, int]  # part, sequence
 
@@ -74,6 +74,7 @@ class Peer:
     slots_held: int = 0
     queued: int = 0  # chunks for its data channel that the socket has not taken yet
     held_requests: int = 0
+    limits: Limits = NO_LIMITS
     maps_asked: int = 0  # number of the newest list of arenas it was sent
     maps_asked_at: float = 0.0
     maps_answered: int = -1
@@ -101,7 +102,7 @@ class Segment:
 
     first_token: int
     slots: Slots
-    ready: Any
+    ready: tuple[Any, ...]  # events before which the rows must not be read
     in_place: bool  # raw rows can be sent from where they lie
 
 
@@ -270,6 +271,9 @@ class Room:
 
     room: int
     progress: float  # when a row was last handed over, or a chunk confirmed
+    prompt_tokens: int = 0  # of the whole request; 0: not known
+    opened: float = 0.0
+    sought: float = 0.0  # when a decode rank was last known to want it
     state: RoomState = RoomState.BOOTSTRAPPING
     reason: str = ""
     asks: dict[bytes, Ask] = field(default_factory=dict)
