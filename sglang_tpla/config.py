@@ -11,8 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from sglang_tpla.errors import SglangTplaError
 
-class ConfigError(ValueError):
+
+class ConfigError(SglangTplaError, ValueError):
     """A setting that cannot work, said once: what was expected, what came, where, what to do."""
 
 

@@ -33,12 +33,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from sglang_tpla.artifact.model_identity import config_hash
+from sglang_tpla.errors import SglangTplaError
 
 FORMAT_VERSION = 1
 MAP_NAMES = ("Z", "A", "B")
 
 
-class ArtifactError(ValueError):
+class ArtifactError(SglangTplaError, ValueError):
     """An artifact that cannot be used: what was expected, what came, where, what to do."""
 
 

@@ -26,11 +26,12 @@ from typing import Protocol
 import torch
 
 from sglang_tpla.cache_rows import fp8 as fp8_rows
+from sglang_tpla.errors import SglangTplaError
 
 MAX_QUERY_LEN = 4
 
 
-class AttentionInputError(ValueError):
+class AttentionInputError(SglangTplaError, ValueError):
     """An input that no backend could serve right: what was expected, what came, where, what to do."""
 
 

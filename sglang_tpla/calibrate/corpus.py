@@ -17,6 +17,8 @@ from typing import Any, Protocol
 
 import torch
 
+from sglang_tpla.errors import SglangTplaError
+
 HELD_OUT_SHARE = 0.25
 _PIECE_CHARS = 32768
 _FEW_FILES = 16
@@ -33,7 +35,7 @@ _SKIPPED_FOLDERS = {
 }
 
 
-class CorpusError(ValueError):
+class CorpusError(SglangTplaError, ValueError):
     """Text that cannot be used: what was expected, what came, where, what to do."""
 
 

@@ -24,13 +24,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from sglang_tpla.calibrate.layer_inputs import walk
+from sglang_tpla.errors import SglangTplaError
 from sglang_tpla.reference_model.forward import AttentionInputs, PlainModel
 
 _NAMES = ("latent_count", "latent_sum", "latent_outer", "query_count", "query_outer")
 FORMAT_VERSION = 1
 
 
-class StatisticsError(ValueError):
+class StatisticsError(SglangTplaError, ValueError):
     """Statistics that cannot be used: what was expected, what came, where, what to do."""
 
 

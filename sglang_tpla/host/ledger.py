@@ -23,12 +23,13 @@ from typing import Any, Protocol
 
 import sglang_tpla
 from sglang_tpla.config import ROLES
+from sglang_tpla.errors import SglangTplaError
 
 CPU = "cpu"  # the CPU reference platform, in whatever role
 UNCHECKED = "SGLANG_TPLA_ALLOW_UNKNOWN_HOST"
 
 
-class LedgerError(RuntimeError):
+class LedgerError(SglangTplaError, RuntimeError):
     """The installed SGLang is not what the ledger was written for."""
 
 

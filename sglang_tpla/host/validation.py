@@ -6,7 +6,6 @@ the model and the attention backend after it has resolved them.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from sglang_tpla.artifact.model_identity import weights_hash
 from sglang_tpla.attention.backends import device_capability
 from sglang_tpla.attention.interface import AttentionInputError, DecodeShape
 from sglang_tpla.config import ConfigError, Layout
-from sglang_tpla.host import compat
+from sglang_tpla.host import compat, speculation
 from sglang_tpla.host.attention.supported import OURS, preferred_backend, require_engine_backend
 from sglang_tpla.host.disaggregation.engine_memory import CACHE_DTYPES, FP8_CACHE
 from sglang_tpla.host.ledger import refuse
@@ -30,7 +29,7 @@ from sglang_tpla.reference_model.checkpoint import (
     CheckpointError,
     local_checkpoint,
 )
-from sglang_tpla.reference_model.config_keys import language_config
+from sglang_tpla.reference_model.config_file import language_config, read_whole_config
 from sglang_tpla.transfer.network.security import Security
 from sglang_tpla.transfer.room import TransferError
 
@@ -80,8 +79,6 @@ def check_flags(args: Any) -> None:
          "the offload manager assumes that all ranks hold the same latent cache"),
         (args.enable_hisparse, "--enable-hisparse", "it indexes the whole latent"),
         *newer_refusals(args),
-        (args.speculative_algorithm is not None, "--speculative-algorithm", "the draft model's cache is not sliced "
-         "and not transferred yet"),
         (args.allow_auto_truncate, "--allow-auto-truncate", "prefill and decode would each cut a prompt to a length "
          "of its own"),
         (args.pp_size > 1, "--pp-size", "pipeline stages are not transferred yet"),
@@ -99,6 +96,7 @@ def check_flags(args: Any) -> None:
             f"the CPU reference platform pages its cache by single tokens; got --page-size {args.page_size}, use "
             "--page-size 1"
         )
+    found += speculation.objections(args, role)
     if found:  # all at once: each further start would cost the time to load SGLang
         raise ConfigError("; also, ".join(found))
 
@@ -163,8 +161,7 @@ def local_config(model_path: str) -> dict[str, Any]:
     path = Path(model_path) / "config.json"
     if not path.is_file():
         return {}
-    config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return config
+    return read_whole_config(path)
 
 
 def check_config(model_path: str, config: dict[str, Any]) -> None:
@@ -199,6 +196,7 @@ def check_model(args: Any) -> None:
     config = compat.model_config(args)
     text = config.hf_text_config
     check_config(args.model_path, {**text.to_dict(), "architectures": config.hf_config.architectures})
+    speculation.check_draft(args, text)
     if settings().role == "prefill":
         return
     attention_ranks = args.tp_size // compat.attention_groups(args)
@@ -214,9 +212,17 @@ def check_model(args: Any) -> None:
         folder = local_checkpoint(args.model_path, args.revision)
         loaded.check_model(Checkpoint(folder).config, weights_hash(folder), layout.groups)
         check_blocks(text, getattr(config.hf_config, "quantization_config", None), layout)
-    elif backend != OURS and args.kv_cache_dtype != FP8_CACHE:
-        return  # plain MLA on a stock backend
+    draft = DecodeShape(
+        text.kv_lora_rank,
+        text.num_attention_heads // attention_ranks,
+        rope_dim=text.qk_rope_head_dim,
+        dtype=config.dtype,
+    )
     shapes = slice_shapes(args, config)
+    capability = device_capability(torch.device(args.device))
+    speculation.check_backends(args, backend, shapes if loaded else [], draft, capability)
+    if loaded is None and backend != OURS and args.kv_cache_dtype != FP8_CACHE:
+        return  # plain MLA on a stock backend
     if len(shapes) > 1 and backend == "flashinfer":
         raise ConfigError(
             f"{settings().artifact} has layers of widths {[shape.latent_dim for shape in shapes]}, and "
@@ -224,7 +230,7 @@ def check_model(args: Any) -> None:
             "a per-layer policy"
         )
     for shape in shapes:
-        require_engine_backend(backend, shape, device_capability(torch.device(args.device)))
+        require_engine_backend(backend, shape, capability)
 
 
 def check_blocks(text: Any, quantization: dict[str, Any] | None, layout: Layout) -> None:
@@ -281,6 +287,8 @@ def default_backend(original: Callable[..., str], self: Any, use_mla_backend: bo
     args = compat.resolved(self)
     if artifact() is None and args.kv_cache_dtype != FP8_CACHE:
         return stock
+    if args.speculative_algorithm is not None:
+        return OURS  # the one that verifies guesses on a slice; what it does not serve is said at start
     return preferred_backend(
         slice_shapes(args, model_config), device_capability(torch.device(args.device)), stock
     )

@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sglang_tpla.reference_model.checkpoint import CheckpointError
-from sglang_tpla.reference_model.config_keys import rope_theta
+from sglang_tpla.reference_model.config_file import CheckpointError, language_config, rope_scaling, rope_theta
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,7 @@ class ModelSpec:
             CheckpointError: a key is missing, or the rope scaling or scoring is not one this family uses.
         """
         try:
-            return cls._read(config)
+            return cls._read(language_config(config))
         except KeyError as error:
             raise CheckpointError(
                 f"the model's config has no {error}: expected a DeepSeek V2/V3 or Kimi K2 shaped model"
@@ -75,8 +74,7 @@ class ModelSpec:
 
     @classmethod
     def _read(cls, config: Mapping[str, Any]) -> ModelSpec:
-        rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
-        yarn = _read_yarn(rope, config)
+        yarn = _read_yarn(rope_scaling(config), config)
         scale = (config["qk_nope_head_dim"] + config["qk_rope_head_dim"]) ** -0.5
         if yarn is not None:
             scale *= yarn_mscale(yarn.factor, yarn.mscale_all_dim) ** 2

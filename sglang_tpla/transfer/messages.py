@@ -15,6 +15,8 @@ import msgspec
 import xxhash
 from msgspec import Meta
 
+from sglang_tpla.errors import SglangTplaError
+
 FRAMING_VERSION = 2
 PROTOCOL_VERSIONS = (3, 3)  # lowest and highest protocol version this release speaks
 PREFIX = b"TPLA" + bytes([FRAMING_VERSION])
@@ -42,7 +44,7 @@ Port = Annotated[int, Meta(ge=1, le=65535)]
 Cookie = Annotated[bytes, Meta(min_length=CHANNEL_COOKIE_BYTES, max_length=CHANNEL_COOKIE_BYTES)]
 
 
-class FrameError(ValueError):
+class FrameError(SglangTplaError, ValueError):
     """A frame that is not of this protocol; the text says what was wrong with it."""
 
 

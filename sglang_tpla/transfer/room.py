@@ -15,9 +15,10 @@ import numpy as np
 import torch
 
 from sglang_tpla.cache_rows.row_format import RowFormat
+from sglang_tpla.errors import SglangTplaError
 
 
-class TransferError(RuntimeError):
+class TransferError(SglangTplaError, RuntimeError):
     """A transfer call that cannot work: what was expected, what came, where, what to do."""
 
 

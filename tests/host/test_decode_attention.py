@@ -58,7 +58,11 @@ class Pool:
 def backend(engine: None, monkeypatch: pytest.MonkeyPatch) -> Any:
     from sglang_tpla.host.attention import backend as decode_attention
 
-    monkeypatch.setattr(decode_attention, "HopperDecode", Twin)
+    monkeypatch.setattr(
+        decode_attention.TplaDecodeBackend,
+        "_kernel",
+        lambda self, shape: Twin(shape, self._scale, self._max_batch, self._device),
+    )
     meta = SimpleNamespace(widths=WIDTHS)
     monkeypatch.setattr(decode_attention, "artifact", lambda: SimpleNamespace(meta=meta))
     torch.manual_seed(5)
@@ -68,6 +72,8 @@ def backend(engine: None, monkeypatch: pytest.MonkeyPatch) -> Any:
         gpu_id=0,
         req_to_token_pool=SimpleNamespace(req_to_token=slots, size=REQUESTS),
         token_to_kv_pool=Pool(),
+        is_draft_worker=False,
+        server_args=SimpleNamespace(speculative_algorithm=None),
         kv_cache_dtype=torch.float32,
         model_config=SimpleNamespace(
             scaling=SCALE,
@@ -146,8 +152,10 @@ def test_replays_refill_the_buffers_that_a_graph_was_captured_with(backend: Any)
 
 
 def test_prompts_are_refused(backend: Any) -> None:
+    from sglang.srt.model_executor.forward_batch_info import ForwardMode
+
     with pytest.raises(AttentionInputError, match="--prefill-attention-backend"):
-        backend.forward_extend()
+        backend.forward_extend(None, None, None, None, SimpleNamespace(forward_mode=ForwardMode.EXTEND))
 
 
 class Fp8Pool:
@@ -175,7 +183,8 @@ def test_fp8_rows_are_written_and_read(
     )
     runner = SimpleNamespace(
         device="cpu", gpu_id=0, req_to_token_pool=backend.req_to_token_pool, token_to_kv_pool=pool,
-        kv_cache_dtype=torch.float8_e4m3fn, model_config=config,
+        kv_cache_dtype=torch.float8_e4m3fn, model_config=config, is_draft_worker=False,
+        server_args=SimpleNamespace(speculative_algorithm=None),
     )  # fmt: skip
     fp8 = decode_attention.TplaDecodeBackend(runner)
     width, shared = FP8_WIDTHS[layer_id], FP8_SHARED[layer_id]

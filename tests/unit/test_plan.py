@@ -325,7 +325,7 @@ def test_mistakes_are_one_line(arguments: str, said: str, capsys: pytest.Capture
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ("{", "cannot be read as JSON"),
+        ("{", "is not valid JSON"),
         ("[]", "JSON object"),
         ('{"hidden_size": 8}', "has no 'num_hidden_layers'"),
         (json.dumps(BUILT_IN["deepseek-v3"] | {"kv_lora_rank": "512"}), "positive integer"),

@@ -62,7 +62,8 @@ def engine_objection(name: str, shape: DecodeShape, capability: Capability) -> s
             shape, capability
         )
     if name == OURS:  # it gathers single tokens, whatever the page size of the pool
-        return kernels["hopper"].objection(replace(shape, page_size=1), capability)
+        kernel = kernels["reference" if capability is None else "hopper"]
+        return kernel.objection(replace(shape, page_size=1), capability)
     if name == "fa3":
         if capability != (9, 0) or shape.latent_dim not in FA3_WIDTHS:
             return f"it serves latent widths {list(FA3_WIDTHS)} on compute capability 9.0"

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
 
 import numpy as np
+import torch
 from sglang.srt.disaggregation.base.conn import KVPoll, KVTransferMetric
 from sglang.srt.disaggregation.common.conn import (
     CommonKVManager,
@@ -122,12 +123,16 @@ class TplaKVManager(CommonKVManager):
     def _decode_agent(self) -> DecodeAgent:
         part = current_slice(self.server_args, self.attn_tp_rank, self.attn_tp_size)
         projection = None
+        pool = cache_pool(self.kv_args, self.server_args)
         if part is not None:
             meta = part.artifact.meta
             matrices = [part.artifact.maps(layer, part.group)[0] for layer in range(meta.num_layers)]
-            projection = Projection(matrices, meta.shared_dims)
+            # Behind the target's layers come those of a draft model, which every rank keeps whole.
+            drafts = len(pool.layers) - meta.num_layers
+            whole = [torch.eye(pool.latent_dim)] * drafts
+            projection = Projection(matrices + whole, (*meta.shared_dims, *(pool.latent_dim,) * drafts))
         agent = DecodeAgent(
-            cache_pool(self.kv_args, self.server_args),
+            pool,
             metadata_rows(self.kv_args),
             projection,
             model_hash=model_identity(self.server_args),

@@ -32,6 +32,7 @@ from sglang_tpla.attention.cache_write.plain import write_latent
 from sglang_tpla.host.attention.supported import OURS
 from sglang_tpla.host.compat import attention_rank, attention_share
 from sglang_tpla.host.disaggregation.engine_memory import FP8_CACHE
+from sglang_tpla.host.model.draft_model import building_draft
 from sglang_tpla.host.model.head_reduce_scatter import head_shard_ranks, sum_over_groups
 from sglang_tpla.host.process import make_slice, settings
 from sglang_tpla.transfer.memory.projection import project_latent
@@ -96,7 +97,7 @@ def build_attention(original: Callable[..., None], self: Any, *args: Any, **kwar
     parallel = get_parallel()
     part = make_slice(given["num_heads"], parallel.attn_tp_rank, parallel.attn_tp_size)
     self.tpla = None
-    if part is None or given["is_nextn"]:
+    if part is None or building_draft():
         original(self, *args, **kwargs)
         return
     shard, shards = part.layout.head_shard_of(part.rank), part.layout.head_shards
@@ -178,7 +179,8 @@ def write_rows(
     positions: torch.Tensor,
     forward_batch: Any,
 ) -> bool:
-    """Norm, project, rotate and write a decode step's rows with one kernel; False where that kernel does not serve.
+    """Norm, project, rotate and write the rows of a decode step or of a verified draft with one kernel; False where
+    that kernel does not serve.
 
     Args:
         latent: [tokens, 1, d], before the norm. k_rope: [tokens, 1, rope], not rotated.
@@ -188,7 +190,8 @@ def write_rows(
     cache = get_token_to_kv_pool().get_key_buffer(self.layer_id)
     shared = self.tpla_shared  # with FP8 rows
     same = latent.dtype == norm.weight.dtype and (shared is not None or latent.dtype == cache.dtype)
-    if not forward_batch.forward_mode.is_decode() or not same:
+    mode = forward_batch.forward_mode
+    if not (mode.is_decode() or mode.is_target_verify()) or not same:
         return False
     if rotary is not None and rotary.rotary.cos_sin_cache.dtype != torch.float32:
         return False  # SGLang's embedding for head sizes that its own kernel does not know

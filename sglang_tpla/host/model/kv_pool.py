@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from sglang_tpla.cache_rows.fp8 import FP8, row_bytes
+from sglang_tpla.host.model.draft_model import building_draft, draft_layers, draft_row_bytes
 from sglang_tpla.host.process import artifact
 
 
@@ -33,7 +34,14 @@ def layer_items(dtype: torch.dtype, latent_dim: int, rope_dim: int, layers: int)
 
 
 def create_buffers(original: Callable[[Any], None], self: Any) -> None:
-    """Around ``MLATokenToKVPool._create_buffers``: SGLang allocates, one layer at a time with its own width."""
+    """Around ``MLATokenToKVPool._create_buffers``: SGLang allocates, one layer at a time with its own width.
+
+    A draft model's pool is SGLang's own: whole latents in the model's precision.
+    """
+    self.tpla_draft = building_draft()
+    if self.tpla_draft:
+        original(self)
+        return
     layers, width = self.layer_num, self.kv_cache_dim
     items = layer_items(self.dtype, self.kv_lora_rank, self.qk_rope_head_dim, self.start_layer + layers)
     if items is None:
@@ -57,6 +65,8 @@ def value_buffer(original: Callable[..., torch.Tensor], self: Any, layer_id: int
     Raises:
         TypeError: FP8 rows, whose values are nothing without their scales.
     """
+    if self.tpla_draft:
+        return original(self, layer_id)
     if self.dtype == FP8:
         raise TypeError("FP8 rows are read by --attention-backend tpla alone; ask for that backend")
     loaded = artifact()
@@ -68,9 +78,21 @@ def value_buffer(original: Callable[..., torch.Tensor], self: Any, layer_id: int
 def mean_cache_dim(
     original: Callable[..., int], *, model_config: Any, kv_cache_dtype: torch.dtype, **kwargs: Any
 ) -> float:
-    """Around ``calculate_mla_kv_cache_dim``: SGLang multiplies it with the number of layers."""
+    """Around ``calculate_mla_kv_cache_dim``: items of a mean row, which SGLang multiplies with the number of layers.
+
+    A speculating server's draft layers count as well: SGLang takes ``1 + draft layers / layers`` times the product, as
+    if their rows were like the target's.
+    """
+    if getattr(model_config, "is_draft_model", False):
+        return original(model_config=model_config, kv_cache_dtype=kv_cache_dtype, **kwargs)
     layers = model_config.num_hidden_layers
     items = layer_items(kv_cache_dtype, model_config.kv_lora_rank, model_config.qk_rope_head_dim, layers)
-    if items is None:
+    drafts = draft_layers(model_config, kwargs.get("server_args"))
+    if items is None and (drafts == 0 or artifact() is None):
         return original(model_config=model_config, kv_cache_dtype=kv_cache_dtype, **kwargs)
-    return sum(items) / len(items)
+    if items is None:
+        items = [original(model_config=model_config, kv_cache_dtype=kv_cache_dtype, **kwargs)] * layers
+    total = float(sum(items))
+    if drafts:
+        total += drafts * draft_row_bytes(model_config) / kv_cache_dtype.itemsize
+    return total / (len(items) + drafts)

@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from sglang_tpla.errors import SglangTplaError
+
 # The metadata row writes 0 where no room has been, and the wire carries a room as a signed number of 64 bits.
 FIRST_ROOM, LAST_ROOM = 1, 2**63 - 1
 INT32_MAX, INT64_MAX = 2**31 - 1, 2**63 - 1
@@ -34,7 +36,7 @@ NOT_CARRIED = {
 }
 
 
-class RequestRefused(ValueError):
+class RequestRefused(SglangTplaError, ValueError):
     """A request that cannot be served; SGLang answers 400 with its text."""
 
 
@@ -45,12 +47,12 @@ class Limits:
     Args:
         vocab: tokens of the model.
         top_logprobs: alternatives of one token that the metadata row holds.
-        needs_host: whether a request must say where its bootstrap server is (decode).
+        own_host: the host with which a server marks the requests that it sends to itself.
     """
 
     vocab: int
     top_logprobs: int
-    needs_host: bool
+    own_host: str
 
     def __post_init__(self) -> None:
         if self.vocab < 1 or self.top_logprobs < 0:
@@ -116,10 +118,14 @@ def check_transfer(item: Any, limits: Limits) -> None:
     within("bootstrap_room", item.bootstrap_room, FIRST_ROOM, LAST_ROOM)
     if item.bootstrap_port is not None:
         within("bootstrap_port", item.bootstrap_port, 1, 65535)
-    if item.bootstrap_host is not None:
-        item.bootstrap_host = checked_host(item.bootstrap_host)
-    elif limits.needs_host:
+    if item.bootstrap_host is None:
         raise RequestRefused("bootstrap_host is missing: decode must know the prefill server of the request")
+    item.bootstrap_host = checked_host(item.bootstrap_host)
+    if item.bootstrap_host == limits.own_host:
+        raise RequestRefused(
+            f"bootstrap_host {limits.own_host} marks a server's requests to itself, which no prefill server reads; "
+            "name a prefill server"
+        )
 
 
 def check_carried(item: Any) -> None:

@@ -23,6 +23,7 @@ from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 
+from sglang_tpla.errors import SglangTplaError
 from sglang_tpla.transfer.memory.copy import Outgoing
 from sglang_tpla.transfer.memory.iovec import Pieces
 from sglang_tpla.transfer.messages import (
@@ -42,7 +43,7 @@ KEEPALIVES = 3  # of a silent network before it is given up
 BUFFER_BYTES = 4 << 20  # for sending and receiving; the system may give less
 
 
-class ChannelError(ConnectionError):
+class ChannelError(SglangTplaError, ConnectionError):
     """The data channel was closed, or could not be opened."""
 
 

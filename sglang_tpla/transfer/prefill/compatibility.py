@@ -24,6 +24,12 @@ def mismatch(hello: Hello, pool: CachePool, metadata: MetadataRows, model_hash: 
             f"protocol version: prefill speaks {PROTOCOL_VERSIONS[0]} to {PROTOCOL_VERSIONS[1]}, decode "
             f"{hello.versions[0]} to {hello.versions[1]}; run the same release on both sides"
         )
+    if metadata.item_bytes != layout.metadata_bytes and len(pool.layers) != len(layout.widths):
+        return (
+            f"speculative decoding: prefill holds {len(pool.layers)} layers, decode {len(layout.widths)}, and their "
+            "metadata rows differ: one of them has a draft model's layer; give --speculative-algorithm to both or to "
+            "neither"
+        )
     pairs = (
         ("model", model_hash, hello.model_hash, "serve the same checkpoint on both sides"),
         (

@@ -1,0 +1,152 @@
+"""Speculative decoding on the CPU reference platform: plain PyTorch where SGLang has kernels for GPUs and for AMX.
+
+Only chains of guesses (``--speculative-eagle-topk 1``): guess i + 1 follows guess i. Each function stands around the
+one of the same purpose in ``sglang/srt/speculative/eagle_utils.py``, ``sglang/srt/mem_cache/allocation.py`` or
+``sglang/kernels/ops/speculative/``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+def supports_triton(original: Callable[[str], bool], backend: str) -> bool:
+    """Around ``support_triton``: nothing is compiled on a CPU, whatever the attention backend."""
+    return False
+
+
+def build_chain(
+    original: Callable[..., Any],
+    bonus_tokens: torch.Tensor,  # [requests], the last token that was verified
+    parent_list: Any,
+    top_scores_index: Any,
+    draft_tokens: torch.Tensor,  # [requests, guesses]
+    seq_lens: torch.Tensor,  # [requests]
+    seq_lens_sum: int,
+    topk: int,
+    spec_steps: int,
+    num_verify_tokens: int,
+    *args: Any,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, ...]:
+    """Around ``build_tree_kernel_efficient``: mask (which nobody reads), positions, the chain's links, its tokens."""
+    requests, tokens = seq_lens.numel(), num_verify_tokens
+    place = torch.arange(tokens)
+    following = torch.where(place + 1 < tokens, place + 1, -1)
+    return (
+        torch.ones(requests * tokens * tokens, dtype=torch.bool),
+        (seq_lens[:, None] + place).flatten(),
+        torch.arange(requests * tokens).view(requests, tokens),
+        following.repeat(requests, 1),
+        torch.full((requests, tokens), -1),
+        torch.cat((bonus_tokens[:, None], draft_tokens), dim=1).flatten(),
+    )
+
+
+def verify_chain(
+    original: Callable[..., Any],
+    predicts: torch.Tensor,  # [requests * tokens] int32, filled
+    accept_index: torch.Tensor,  # [requests, guesses + 1] int32, -1, filled up to what is accepted
+    accept_token_num: torch.Tensor,  # [requests] int32, filled: accepted guesses
+    candidates: torch.Tensor,  # [requests, tokens], each request's guesses after its last token
+    target_predict: torch.Tensor,  # [requests, tokens]
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Around ``verify_tree_greedy_func``: guesses are accepted up to the first that the target would not have said."""
+    right = (candidates[:, 1:] == target_predict[:, :-1]).int().cumprod(dim=1).sum(dim=1)  # [requests]
+    return accept_chain(predicts, accept_index, accept_token_num, target_predict, right)
+
+
+def accept_chain(
+    predicts: torch.Tensor,
+    accept_index: torch.Tensor,
+    accept_token_num: torch.Tensor,
+    said: torch.Tensor,  # [requests, tokens]: what follows each token of the chain
+    accepted: torch.Tensor,  # [requests]: guesses that stay
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Fill in what SGLang's kernels fill in: ``accepted`` guesses, and the token that the target says after them."""
+    requests, tokens = said.shape
+    place = torch.arange(tokens)
+    kept = place <= accepted[:, None]
+    predicts.view(requests, tokens)[kept] = said[kept].to(predicts.dtype)
+    index = torch.arange(requests * tokens).view(requests, tokens)
+    accept_index.copy_(torch.where(kept, index, -1)[:, : accept_index.shape[1]])
+    accept_token_num.copy_(accepted)
+    return predicts, accept_index, accept_token_num
+
+
+def last_accepted(
+    original: Callable[..., None],
+    accept_tokens: torch.Tensor,
+    accept_lens: torch.Tensor,
+    bonus_tokens: torch.Tensor,
+    accept_stride: int,
+    batch_size: int,
+) -> None:
+    """Around ``fill_bonus_tokens_func``: each request's last token."""
+    place = torch.arange(batch_size) * accept_stride + accept_lens - 1
+    bonus_tokens.copy_(accept_tokens.flatten()[place])
+
+
+def _slots_from(
+    req_to_token: torch.Tensor, req_pool_indices: torch.Tensor, starts: torch.Tensor, count: int
+) -> torch.Tensor:
+    """Slots of ``count`` tokens of each request from ``starts`` on, flat."""
+    columns = starts.long()[:, None] + torch.arange(count)
+    return req_to_token[req_pool_indices.long()[:, None], columns].flatten().to(torch.int64)
+
+
+def extend_slots(
+    original: Callable[..., torch.Tensor],
+    req_pool_indices: torch.Tensor,
+    req_to_token: torch.Tensor,
+    start_offset: torch.Tensor,
+    end_offset: torch.Tensor,
+    batch_size: int,
+    draft_token_num: int,
+    device: Any,
+) -> torch.Tensor:
+    """Around ``assign_extend_cache_locs_func``: where the verified tokens' rows go."""
+    return _slots_from(req_to_token, req_pool_indices, start_offset, draft_token_num)
+
+
+class GuessSlots:
+    """In the place of the kernel ``assign_draft_cache_locs_contiguous``: where the guesses' rows go."""
+
+    def __class_getitem__(cls, grid: Any) -> Callable[..., None]:
+        return cls.assign
+
+    @staticmethod
+    def assign(
+        req_pool_indices: torch.Tensor,
+        req_to_token: torch.Tensor,
+        seq_lens: torch.Tensor,
+        out_cache_loc: torch.Tensor,
+        pool_len: int,
+        topk: int,
+        speculative_num_steps: int,
+    ) -> None:
+        out_cache_loc.copy_(
+            _slots_from(req_to_token, req_pool_indices, seq_lens, topk * speculative_num_steps)
+        )
+
+
+def reserve_slots(
+    original: Callable[..., None],
+    req_pool_indices: torch.Tensor,
+    req_to_token: torch.Tensor,
+    start_offset: torch.Tensor,
+    end_offset: torch.Tensor,
+    out_cache_loc: torch.Tensor,
+    batch_size: int,
+) -> None:
+    """Around ``assign_req_to_token_pool_func``: new slots for tokens ``start_offset`` up to ``end_offset``."""
+    taken = 0
+    for row, start, stop in zip(
+        req_pool_indices.tolist(), start_offset.tolist(), end_offset.tolist(), strict=True
+    ):
+        req_to_token[row, start:stop] = out_cache_loc[taken : taken + stop - start].to(req_to_token.dtype)
+        taken += stop - start
