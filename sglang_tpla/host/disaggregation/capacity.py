@@ -29,7 +29,9 @@ def exceeds(original: Callable[..., bool], self: Any, req: Any) -> bool:
         self.scheduler.output_streamer.stream_output([req], req.return_logprob)
         refused = True
     if refused:
-        manager.decline(req, f"the {manager.agent.role} server refused a prompt of {tokens} tokens: it does not fit")
+        manager.decline(
+            req, f"the {manager.agent.role} server refused a prompt of {tokens} tokens: it does not fit"
+        )
     elif req.bootstrap_room is not None:
         manager.prompts[req.bootstrap_room] = tokens
     return refused

@@ -98,10 +98,13 @@ def prompt_limits(kv_args: Any, server_args: Any) -> Limits:
     if server_args.allow_auto_truncate:
         return NO_LIMITS
     page = kv_args.page_size
-    pool_tokens = min(
-        nbytes // item * page
-        for nbytes, item in zip(kv_args.kv_data_lens, kv_args.kv_item_lens, strict=True)
-    ) - page  # the first page is nobody's
+    pool_tokens = (
+        min(
+            nbytes // item * page
+            for nbytes, item in zip(kv_args.kv_data_lens, kv_args.kv_item_lens, strict=True)
+        )
+        - page
+    )  # the first page is nobody's
     longest = pool_tokens - 1 - RESERVED_INPUT_TOKENS - 1
     if server_args.disaggregation_mode == "decode":
         longest = min(longest, pool_tokens - server_args.num_reserved_decode_tokens)

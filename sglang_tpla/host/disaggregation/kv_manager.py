@@ -25,6 +25,7 @@ from sglang.srt.disaggregation.common.conn import (
     KVTransferError,
 )
 from sglang.srt.disaggregation.utils import DisaggregationMode
+from sglang.srt.utils.network import NetworkAddress
 
 from sglang_tpla.host.disaggregation.bootstrap_server import registration
 from sglang_tpla.host.disaggregation.engine_memory import cache_pool, metadata_rows, prompt_limits
@@ -167,7 +168,9 @@ class TplaKVManager(CommonKVManager):
             if self.disaggregation_mode == DisaggregationMode.PREFILL:
                 self.agent.decline(room, reason)
                 return
-            known = self.rank_addresses.get(NetworkAddress(req.bootstrap_host, req.bootstrap_port).to_host_port_str())
+            known = self.rank_addresses.get(
+                NetworkAddress(req.bootstrap_host, req.bootstrap_port).to_host_port_str()
+            )
             peers = {(info["rank_ip"], info["rank_port"], False) for info in (known or {}).values()}
             if peers:  # else its rank waits for room_timeout_s
                 self.agent.open_room(room, sorted(peers))
@@ -400,7 +403,7 @@ class TplaKVReceiver(_Request, CommonKVReceiver):
 
     def __init__(self, mgr: TplaKVManager, bootstrap_addr: str, bootstrap_room: int | None = None) -> None:
         self.bootstrap_infos = None
-        self._born, self._prompt_tokens = time.monotonic(), mgr.prompts.pop(bootstrap_room, 0)
+        self._born, self._prompt_tokens = time.monotonic(), mgr.prompts.pop(bootstrap_room or 0, 0)
         mgr.forget_lost_peers()
         super().__init__(mgr, bootstrap_addr, bootstrap_room)
 

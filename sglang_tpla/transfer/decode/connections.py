@@ -30,6 +30,7 @@ from sglang_tpla.transfer.room import NO_LIMITS, CachePool, Limits, MetadataRows
 from sglang_tpla.transfer.workers import endpoint
 
 MAX_UNANSWERED = 3
+WELCOME_DELAY_S = 1.0  # that a Welcome may have been on its way
 
 
 class DecodeDialing(DecodeChannels):
@@ -296,8 +297,8 @@ class DecodeDialing(DecodeChannels):
         if connection.agent not in ("", message.agent):
             self._drop_rooms(connection, f"the {connection.name} restarted; the request can be retried")
             connection.said.clear()  # the new process has no such rooms
-        # what came before it began it knows nothing of; an answer that took long to come makes it look younger
-        began = time.monotonic() - message.age_ms / 1000
+        # what came before it began it knows nothing of; an answer that was long on its way makes it look younger
+        began = time.monotonic() - message.age_ms / 1000 - WELCOME_DELAY_S
         connection.began = min(connection.began, began) if connection.agent == message.agent else began
         connection.limits = Limits(message.context_tokens, message.pool_tokens)
         connection.agent = message.agent

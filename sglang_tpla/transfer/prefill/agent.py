@@ -48,6 +48,7 @@ class PrefillAgent(PrefillDispatch):
             if old is not None:
                 self._forget(old)
             entry = self._rooms[room] = Room(room, now := time.monotonic(), prompt_tokens, now, now)
+            self._last_opened = now
             held = self._held.pop(room, {})
             aborted = self._take_aborted(entry, held)
             for ask in held.values():

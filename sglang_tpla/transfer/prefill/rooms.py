@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from abc import abstractmethod
 from collections import OrderedDict, deque
@@ -34,6 +35,7 @@ class PrefillServing(PrefillGreeting):
 
     def _prepare(self) -> None:
         self._rooms: dict[int, Room] = {}
+        self._last_opened = -math.inf  # when the scheduler last opened a room
         self._held: dict[int, dict[bytes, Ask]] = {}
         self._aborted: OrderedDict[tuple[int, str], tuple[int, str, float]] = OrderedDict()
         self._ended: OrderedDict[tuple[int, str], int] = OrderedDict()
@@ -472,10 +474,13 @@ class PrefillServing(PrefillGreeting):
         patience = self._settings.transfer_timeout_s
         for room, asks in list(self._held.items()):
             for identity, ask in list(asks.items()):
-                if now - ask.arrived > patience:
+                # the scheduler opens rooms as requests come: if it has opened others since, this one's never came
+                passed_over = self._last_opened - ask.arrived > self._settings.room_timeout_s
+                if passed_over or now - ask.arrived > patience:
                     del asks[identity]
                     ask.peer.held_requests -= 1
-                    text = f"no prefill request opened this room within {patience:g} s"
+                    waited = self._settings.room_timeout_s if passed_over else patience
+                    text = f"no prefill request opened this room within {waited:g} s"
                     self._put(identity, frames.Abort(room, ask.generation, text))
             if not asks:
                 del self._held[room]
