@@ -65,3 +65,28 @@ def widen_rope(
             wide[:, :nope], wide[:, nope + places] = own[:, :nope], own[:, nope:]
             result[name] = wide.flatten(0, 1).to(weight.dtype)
     return result
+
+
+def pad_latent(model: Path, out: Path, latent: int) -> Path:
+    """The same model with a wider latent whose further values are zero: stock kernels serve 512 + 64 alone.
+
+    The latent's norm divides by the root of a mean over all values, so its weight shrinks by the root of what the width
+    grows by (a power of four keeps it exact).
+    """
+    shutil.copytree(model, out, dirs_exist_ok=True)
+    config = json.loads((out / "config.json").read_text())
+    old, factor = config["kv_lora_rank"], (config["kv_lora_rank"] / latent) ** 0.5
+    for name in ("model.safetensors", NEXTN_FILE):
+        tensors = load_file(out / name)
+        for key, weight in tensors.items():
+            if key.endswith("self_attn.kv_a_proj_with_mqa.weight"):
+                zeros = weight.new_zeros(latent - old, weight.shape[1])
+                tensors[key] = torch.cat((weight[:old], zeros, weight[old:]))
+            elif key.endswith("self_attn.kv_a_layernorm.weight"):
+                tensors[key] = torch.cat((weight * factor, weight.new_ones(latent - old)))
+            elif key.endswith("self_attn.kv_b_proj.weight"):
+                tensors[key] = torch.cat((weight, weight.new_zeros(len(weight), latent - old)), dim=1)
+        save_file(tensors, out / name, metadata={"format": "pt"})
+    config["kv_lora_rank"] = latent
+    (out / "config.json").write_text(json.dumps(config, indent=1))
+    return out

@@ -15,8 +15,10 @@ from sglang_tpla.attention.interface import MAX_QUERY_LEN, DecodeShape
 from sglang_tpla.config import ConfigError
 from sglang_tpla.host.attention.supported import OURS, engine_objection
 from sglang_tpla.host.disaggregation.engine_memory import FP8_CACHE
+from sglang_tpla.host.ledger import host_version
 
 ALGORITHMS = ("EAGLE", "NEXTN")
+RELEASES = ("0.5.17",)  # whose speculation the hooks were written for
 NEXTN_LAYERS = "num_nextn_predict_layers"
 
 
@@ -29,7 +31,10 @@ def objections(args: Any, role: str) -> list[str]:
         args.speculative_num_draft_tokens, args.speculative_eagle_topk, args.speculative_num_steps,
     )  # fmt: skip
     draft_path = args.speculative_draft_model_path
+    release = host_version()
     cases = [
+        (release not in RELEASES, "--speculative-algorithm", args.speculative_algorithm,
+         f"it was built for SGLang {', '.join(RELEASES)}, this is {release}; drop the flag or install that release"),
         (args.speculative_algorithm.upper() not in ALGORITHMS, "--speculative-algorithm", args.speculative_algorithm,
          f"the draft must be the checkpoint's own NextN layer; use {' or '.join(ALGORITHMS)}"),
         (draft_path not in (None, args.model_path), "--speculative-draft-model-path", draft_path,
@@ -81,7 +86,9 @@ def check_draft(args: Any, text: Any) -> None:
 def check_backends(
     args: Any, backend: str, shapes: Sequence[DecodeShape], draft: DecodeShape, capability: Capability
 ) -> None:
-    """Refuse attention backends that cannot verify, and choose the draft's where none was asked for.
+    """Refuse attention backends that cannot verify, and one that cannot serve the draft's layer.
+
+    Where the draft was given none, SGLang takes the decode server's.
 
     Args:
         backend: the decode server's. shapes: of its sliced layers, none where it has no slices.
@@ -97,20 +104,12 @@ def check_backends(
             f"--attention-backend {backend} was never tested in verifying guesses on a slice; use --attention-backend "
             f"{OURS} with --speculative-algorithm {args.speculative_algorithm}"
         )
-    given = args.speculative_draft_attention_backend
-    if given is None and backend == OURS:
-        able = [
-            name
-            for name in (OURS, "fa3", "flashinfer", "triton")
-            if engine_objection(name, draft, capability) is None
-        ]
-        if not able:
-            raise ConfigError(
-                f"no attention backend serves the draft's layer here ({draft}): "
-                f"{engine_objection(OURS, draft, capability)}; drop --speculative-algorithm"
-            )
-        args.speculative_draft_attention_backend = able[0]
-    elif given == OURS and (why := engine_objection(OURS, draft, capability)) is not None:
+    chosen = args.speculative_draft_attention_backend or backend
+    if chosen == OURS and (why := engine_objection(OURS, draft, capability)) is not None:
+        others = ("fa3", "flashinfer", "triton")
+        able = [name for name in others if engine_objection(name, draft, capability) is None]
+        advice = f"use {' or '.join(able)}" if able else "drop --speculative-algorithm"
         raise ConfigError(
-            f"--speculative-draft-attention-backend {OURS} cannot serve the draft's layer: {why}"
+            f"--speculative-draft-attention-backend {OURS} cannot serve the draft's layer of {draft.latent_dim} + "
+            f"{draft.rope_dim} and {draft.heads} heads a rank: {why}; {advice}"
         )

@@ -5,7 +5,8 @@
 
 Prices plain tensor parallelism, TPLA at every g (head weights replicated, or a reduce-scatter before o_proj), decode
 context parallelism and data-parallel attention, and recommends one, with reasons. Several batches and contexts give
-every combination; --map shows the fastest method over a grid.
+every combination; --map shows the fastest method over a grid. With speculative decoding a step verifies several tokens
+a request (--verified-tokens) and keeps --accepted-length of them.
 """
 
 from __future__ import annotations
@@ -52,6 +53,18 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--cache-dtype", default="bf16", help="bf16 or fp8 (default bf16)")
     p.add_argument("--batch", type=int, nargs="+", help="requests that decode together (default 16)")
     p.add_argument("--context", type=int, nargs="+", help="cached tokens of each (default 32768)")
+    p.add_argument(
+        "--verified-tokens",
+        type=int,
+        default=1,
+        help="with speculative decoding: tokens a request that one step verifies (--speculative-num-draft-tokens)",
+    )
+    p.add_argument(
+        "--accepted-length",
+        type=float,
+        default=1.0,
+        help="tokens that such a step adds on average (spec_accept_length in SGLang's answers)",
+    )
     p.add_argument("--groups", type=int, nargs="+", help="latent groups to look at (default: all from 2)")
     p.add_argument(
         "--shared-dims", type=int, help="latent values that every group keeps (default: d/4, as in calibrate)"
@@ -130,7 +143,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         setting = setting_of(a)
         batches = a.batch or (MAP_BATCHES if a.map else (16,))
         contexts = a.context or (MAP_CONTEXTS if a.map else (32768,))
-        answers = [answer(setting, Load(b, c)) for b in batches for c in contexts]
+        verified, accepted = a.verified_tokens, a.accepted_length
+        answers = [answer(setting, Load(b, c, verified, accepted)) for b in batches for c in contexts]
     except PlanError as error:
         print(f"sglang_tpla.plan: error: {error}", file=sys.stderr)
         return 2

@@ -80,6 +80,8 @@ def row(setting: Setting, method: Method, load: Load) -> Row:
         return Row(method, refused=str(error))
     if method.kind == "tpla" and precision.cache == "fp8":
         refused = "no kernel of this package reads an FP8 slice yet; the figures say what one would give"
+    elif method.kind == "dcp" and load.verified > 1:
+        refused = "SGLang verifies guesses beside DCP on few attention backends, none of them Hopper's"
     else:
         refused = None
     weights = weight_bytes(model, work, precision, setting.gpus)
@@ -108,7 +110,7 @@ def answer(setting: Setting, load: Load) -> Answer:
     if not best.fits:
         return Answer(load, rows, None, None, (_nothing(setting, rows, load),))
     chosen = ours if ours and ours.layer_s < exact.layer_s * (1 - setting.margin) else exact
-    return Answer(load, rows, best.method, chosen.method, reasons(setting, rows, exact, ours, chosen))
+    return Answer(load, rows, best.method, chosen.method, reasons(setting, load, rows, exact, ours, chosen))
 
 
 def _nothing(setting: Setting, rows: Sequence[Row], load: Load) -> str:
@@ -130,7 +132,7 @@ def _us(seconds: float) -> str:
 
 
 def reasons(
-    setting: Setting, rows: Sequence[Row], exact: Row, ours: Row | None, chosen: Row
+    setting: Setting, load: Load, rows: Sequence[Row], exact: Row, ours: Row | None, chosen: Row
 ) -> tuple[str, ...]:
     """Why, in plain words: what the chosen method does well, and what the others lose by."""
     said: list[str] = []
@@ -162,6 +164,12 @@ def reasons(
         said.append(_why_tpla(chosen, exact, setting))
     if ours and ours.price and chosen is not ours and ours.fits and exact.price:
         said.append(_why_not_tpla(ours, exact, setting))
+    if load.verified > 1:
+        said.append(
+            f"every method verifies {load.verified} tokens a request in a step and keeps {load.accepted:g} of them: a "
+            "step reads the cache once for all of them, so the weights and collectives that a method adds weigh more, "
+            "and what it saves of the cache less"
+        )
     return tuple(said)
 
 

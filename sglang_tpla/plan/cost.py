@@ -16,7 +16,7 @@ import math
 from dataclasses import dataclass
 
 from sglang_tpla.attention.backends import BackendRefusal, choose
-from sglang_tpla.attention.interface import DecodeShape
+from sglang_tpla.attention.interface import MAX_QUERY_LEN, DecodeShape
 from sglang_tpla.config import Layout, slice_width
 from sglang_tpla.plan.model import PlanError, PlanModel
 
@@ -30,12 +30,24 @@ _BF16_BYTES = 2
 
 @dataclass(frozen=True)
 class Load:
-    """Requests that decode together, and the cached tokens each has."""
+    """Requests that decode together, and the cached tokens each has.
+
+    Args:
+        verified: tokens of each that one step computes: more than one with speculative decoding.
+        accepted: tokens that such a step adds to an answer on average, the target's own one included.
+    """
 
     batch: int
     context_tokens: int
+    verified: int = 1
+    accepted: float = 1.0
 
     def __post_init__(self) -> None:
+        if not 1 <= self.verified <= MAX_QUERY_LEN or not 1 <= self.accepted <= self.verified:
+            raise PlanError(
+                f"--verified-tokens must lie in 1...{MAX_QUERY_LEN} and --accepted-length between 1 and that, got "
+                f"{self.verified} and {self.accepted:g}"
+            )
         if self.batch < 1 or self.context_tokens < 1:
             raise PlanError(
                 f"batch and context must be at least 1, got {self.batch} and {self.context_tokens}"
@@ -216,22 +228,23 @@ def rank_work(
     read_heads = model.heads if method.kind == "dcp" else heads
     context = math.ceil(load.context_tokens / (ranks if method.kind == "dcp" else 1))
     tokens = batch * context
+    rows = batch * load.verified  # of every product
     out_heads = heads // groups if method.scatter else heads
 
     def gemm(name: str, parameters: float, columns: float, kind: str = "gemm") -> Piece:
-        moved = parameters * precision.weight_bytes + batch * columns * _BF16_BYTES
-        return Piece(name, f"{kind}_{precision.weights}", moved, 2 * batch * parameters)
+        moved = parameters * precision.weight_bytes + rows * columns * _BF16_BYTES
+        return Piece(name, f"{kind}_{precision.weights}", moved, 2 * rows * parameters)
 
     def absorbed(name: str, inner: int) -> Piece:
         parameters = heads * inner * width
         # kept in bf16 under block FP8 too, by SGLang and by us
-        moved = parameters * _BF16_BYTES + batch * heads * (inner + width) * _BF16_BYTES
-        return Piece(name, "bmm", moved, 2 * batch * parameters)
+        moved = parameters * _BF16_BYTES + rows * heads * (inner + width) * _BF16_BYTES
+        return Piece(name, "bmm", moved, 2 * rows * parameters)
 
     head_dim = model.nope_dim + model.rope_dim
     query_in = model.q_lora_rank or model.hidden
     attended = 2 * width + model.rope_dim
-    projected = 2 * batch * model.latent_dim * width if sliced else 0
+    projected = 2 * rows * model.latent_dim * width if sliced else 0
     pieces = [
         gemm("down", model.down_parameters, model.hidden + model.down_parameters // model.hidden, "down"),
         Piece("norm, rope, cache write", "small", 0, projected, small_launches(model, method)),
@@ -240,8 +253,8 @@ def rank_work(
         Piece(
             "attention",
             WIDE if kernel == "hopper" and width > WIDE_FROM else kernel,
-            tokens * row_bytes + batch * read_heads * attended * _BF16_BYTES,
-            2 * tokens * read_heads * attended,
+            tokens * row_bytes + rows * read_heads * attended * _BF16_BYTES,
+            2 * tokens * load.verified * read_heads * attended,
             one_request_bytes=context * row_bytes,
         ),
         absorbed("value", model.value_dim),
@@ -251,7 +264,7 @@ def rank_work(
             model.hidden + out_heads * model.value_dim,
         ),
     ]
-    vector = batch * _BF16_BYTES
+    vector = rows * _BF16_BYTES
     joins: list[Collective] = []
     if method.kind == "dcp":
         pieces.append(Piece("merge", "small", 2 * vector * model.heads * width, 0))
@@ -260,7 +273,7 @@ def rank_work(
     if method.scatter:
         joins.append(Collective("reduce_scatter", vector * heads * model.value_dim, groups))
     if method.kind == "dp":
-        joins.append(Collective("all_gather", load.batch * _BF16_BYTES * model.hidden, ranks))
+        joins.append(Collective("all_gather", load.batch * load.verified * _BF16_BYTES * model.hidden, ranks))
     else:
         joins.append(Collective("all_reduce", vector * model.hidden, ranks))
     return RankWork(

@@ -50,21 +50,25 @@ def heading(setting: Setting) -> str:
 def table(answer: Answer, layers: int) -> str:
     """One load: every method's modelled time, cache and capacity, then the recommendation."""
     load = answer.load
+    step = "a decode step"
+    if load.verified > 1:
+        step = f"verifying {load.verified} tokens a request, of which {load.accepted:g} are kept"
+    column = "ms a token" if load.verified > 1 else "ms a step"
     lines = [
         f"batch {load.batch} x context {load.context_tokens:,} ({load.tokens:,} cached tokens), attention part of "
-        "a decode step, modelled",
-        f"{'method':<26}{'us a layer':>11}{'kernels':>10}{'links':>8}{'ms a step':>11}{'width':>7}"
+        f"{step}, modelled",
+        f"{'method':<26}{'us a layer':>11}{'kernels':>10}{'links':>8}{column:>11}{'width':>7}"
         f"{'B/token/rank':>14}{'tokens that fit':>17}{'pays from':>12}",
     ]
     for row in answer.rows:
-        lines.append(_line(row, layers, row.method == answer.recommended))
+        lines.append(_line(row, layers, row.method == answer.recommended, load.accepted))
     verdict = answer.recommended.label if answer.recommended else "none"
     lines.append(f"recommended: {verdict}")
     lines += [f"  - {reason}" for reason in answer.reasons]
     return "\n".join(lines)
 
 
-def _line(row: Row, layers: int, recommended: bool) -> str:
+def _line(row: Row, layers: int, recommended: bool, accepted: float) -> str:
     mark = "*" if recommended else " "
     if row.price is None:
         return f"{mark}{row.method.label:<25} cannot: {row.refused}"
@@ -72,7 +76,7 @@ def _line(row: Row, layers: int, recommended: bool) -> str:
     even = "" if math.isnan(row.break_even_tokens) else f"{row.break_even_tokens:,.0f}"
     line = (
         f"{mark}{row.method.label:<25}{_time(price.layer_s):>11}{_time(sum(price.kernels_s.values())):>10}"
-        f"{_time(price.collectives_s):>8}{price.layer_s * layers * 1e3:>11.2f}{row.width:>7}"
+        f"{_time(price.collectives_s):>8}{price.layer_s * layers * 1e3 / accepted:>11.2f}{row.width:>7}"
         f"{row.cache_bytes_per_token_and_rank:>14,.0f}{row.tokens_that_fit:>17,}{even:>12}"
     )
     if row.refused:
@@ -127,20 +131,23 @@ def _load_json(answer: Answer, layers: int) -> dict[str, Any]:
     return {
         "batch": answer.load.batch,
         "context_tokens": answer.load.context_tokens,
+        "verified_tokens": answer.load.verified,
+        "accepted_length": answer.load.accepted,
         "fastest": answer.fastest.label if answer.fastest else None,
         "recommended": answer.recommended.label if answer.recommended else None,
         "reasons": list(answer.reasons),
-        "methods": [_row_json(row, layers) for row in answer.rows],
+        "methods": [_row_json(row, layers, answer.load.accepted) for row in answer.rows],
     }
 
 
-def _row_json(row: Row, layers: int) -> dict[str, Any]:
+def _row_json(row: Row, layers: int, accepted: float) -> dict[str, Any]:
     common = {"method": row.method.label, "exact": row.method.exact, "refused": row.refused}
     if row.price is None:
         return common
     return common | {
         "layer_s": row.price.layer_s,
         "step_s": row.price.layer_s * layers,
+        "token_s": row.price.layer_s * layers / accepted,
         "kernels_s": row.price.kernels_s,
         "collectives_s": row.price.collectives_s,
         "width": row.width,

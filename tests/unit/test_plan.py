@@ -346,3 +346,28 @@ def test_every_link_and_gpu_gives_an_answer() -> None:
         for link in LINKS:
             arguments = ["--model", "deepseek-v2-lite", "--gpu", gpu, "--link", link, "--ranks", "4"]
             assert answer(setting(*arguments), Load(4, 4096)).recommended is not None
+
+
+def test_speculation_multiplies_operations_and_not_the_cache() -> None:
+    """By hand: one step's products have so many rows; the cache is read once for all of them."""
+    plain = Method("tp", 8)
+    one = rank_work(V3, plain, Load(16, 32768), BF16, (9, 0))
+    four = rank_work(V3, plain, Load(16, 32768, 4, 2.5), BF16, (9, 0))
+    before, after = ({piece.name: piece for piece in work.pieces} for work in (one, four))
+    assert all(after[name].flops == 4 * piece.flops for name, piece in before.items())
+    rows = 16 * V3.heads // 8 * (2 * 512 + 64) * 2  # bytes of a step's queries and outputs, a token a request
+    assert after["attention"].moved_bytes - before["attention"].moved_bytes == 3 * rows
+    assert [c.size_bytes for c in four.collectives] == [4 * c.size_bytes for c in one.collectives]
+
+
+def test_speculation_in_table_and_json(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--verified-tokens", "4", "--accepted-length", "2.5", "--batch", "16"]
+    assert main(arguments) == 0
+    table = capsys.readouterr().out
+    assert "verifying 4 tokens a request, of which 2.5 are kept" in table and "ms a token" in table
+    assert "beside DCP" in table
+    assert main([*arguments, "--json"]) == 0
+    (load,) = json.loads(capsys.readouterr().out)["loads"]
+    assert all(row["step_s"] == pytest.approx(2.5 * row["token_s"]) for row in load["methods"])
+    assert main(["--verified-tokens", "2", "--accepted-length", "3"]) == 2
+    assert "--accepted-length between 1 and that" in capsys.readouterr().err

@@ -73,11 +73,15 @@ def extending_backend(original: Callable[..., Any], self: Any) -> Any:
     return named(own if isinstance(own, TplaDecodeBackend) else TplaDecodeBackend(runner), name)
 
 
-def capture_extend(result: None, self: Any) -> None:
-    """After ``EagleDraftWorker._capture_cuda_graphs``: a graph of the draft layer's extend over our kernels as well.
+def capture_graphs(original: Callable[[Any], None], self: Any) -> None:
+    """Around ``EagleDraftWorker._capture_cuda_graphs``: a graph of the draft layer's extend over our kernels as well.
 
-    SGLang captures it for a list of its own backends; the others run it launch by launch.
+    SGLang captures it for a list of its own backends; the others run it launch by launch. On a CPU there are no graphs.
     """
+    if self.device == "cpu":
+        self.cuda_graph_runner = self.cuda_graph_runner_for_draft_extend = None
+        return
+    original(self)
     from sglang.srt.environ import envs
     from sglang.srt.speculative.eagle_draft_extend_cuda_graph_runner import EAGLEDraftExtendCudaGraphRunner
 

@@ -150,3 +150,9 @@ def reserve_slots(
     ):
         req_to_token[row, start:stop] = out_cache_loc[taken : taken + stop - start].to(req_to_token.dtype)
         taken += stop - start
+
+
+def share_embedding(original: Callable[..., None], self: Any, embed: Any, head: Any) -> None:
+    """Around ``set_embed_and_head`` of the draft: SGLang also empties a GPU's memory."""
+    del self.model.embed_tokens.weight, self.lm_head.weight
+    self.model.embed_tokens.weight, self.lm_head.weight = embed, head
