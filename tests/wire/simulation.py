@@ -6,7 +6,8 @@ Two prefill ranks (identical copies) serve two or four decode ranks. What must h
 - no exception leaves a handler, and no counter of internal errors moves;
 - staging never exceeds its ceiling, and is never negative;
 - a row of a decode pool changes only while a live room owns its page;
-- a room that succeeds has the source's rows and metadata, to the bit;
+- a room that succeeds has the source's rows and metadata in pages that were poisoned before, whatever the ranks of the
+  prefill server differ in: chunk size, steps, shared memory, shares;
 - honest ranks never find each other breaking the protocol;
 - where connections break and nothing worse happens, every room succeeds; else every room ends in time;
 - after all rooms are closed nothing is held, and the next request is right.
