@@ -25,6 +25,7 @@ from sglang_tpla.measure.statistics import Statistics, StatisticsError, combine
 from sglang_tpla.measure.text import (
     CALIBRATION_TOKENS,
     HELD_OUT_TOKENS,
+    SKETCHED_CALIBRATION_TOKENS,
     TextPlan,
     collect_statistics,
     read_text,
@@ -88,7 +89,10 @@ def parser() -> argparse.ArgumentParser:
         "--corpus", nargs="+", default=[], metavar="PATH", help="files or folders (default: Python's library)"
     )
     text.add_argument(
-        "--tokens", type=int, help=f"calibration tokens (default {CALIBRATION_TOKENS}, or what there is)"
+        "--tokens",
+        type=int,
+        help=f"calibration tokens (default {SKETCHED_CALIBRATION_TOKENS} for sketched rows, else {CALIBRATION_TOKENS}, or "
+        "what there is)",
     )
     text.add_argument(
         "--held-out-tokens",
@@ -210,6 +214,7 @@ def make(arguments: argparse.Namespace) -> Artifact:
         held_out_tokens=arguments.held_out_tokens,
         prompt_tokens=arguments.prompt_tokens,
         continuation_tokens=arguments.continuation_tokens,
+        usual_calibration_tokens=SKETCHED_CALIBRATION_TOKENS if rows == "sketched" else CALIBRATION_TOKENS,
     )
     text = read_text(plan, checkpoint)
     resident = not arguments.one_layer_at_a_time
