@@ -49,7 +49,11 @@ def parser() -> argparse.ArgumentParser:
     text.add_argument("--out", required=True, type=Path, help="artifact file to write")
     text.add_argument("--groups", type=int, default=2, help="latent groups g (default 2)")
     text.add_argument(
-        "--transform", default="shared", choices=(*TRANSFORMS, "learned"), help="default: shared"
+        "--transform",
+        default="shared",
+        choices=(*TRANSFORMS, "learned"),
+        help="default: shared. learned lowers the KL of plain and FP8 rows by a quarter to a half, in minutes a "
+        "layer; sketched rows lose nothing but rounding and have no use for it",
     )
     text.add_argument(
         "--key-map", default="regression", choices=("regression", "scalar"), help="scalar: the paper's"
@@ -91,8 +95,8 @@ def parser() -> argparse.ArgumentParser:
     text.add_argument(
         "--tokens",
         type=int,
-        help=f"calibration tokens (default {SKETCHED_CALIBRATION_TOKENS} for sketched rows, else {CALIBRATION_TOKENS}, or "
-        "what there is)",
+        help=f"calibration tokens (default {SKETCHED_CALIBRATION_TOKENS} for sketched rows, else "
+        f"{CALIBRATION_TOKENS}, or what there is)",
     )
     text.add_argument(
         "--held-out-tokens",
