@@ -189,6 +189,21 @@ def test_where_a_request_goes_is_checked_on_both_servers(
     assert all(said in a.text for a in answers), [a.text[:300] for a in answers]
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"response_format": True},
+        {"messages": 5},
+        {"messages": [{"role": "user", "content": {"a": 1}}]},
+        {"n": {}},
+    ],
+    ids=repr,
+)
+def test_a_chat_that_cannot_be_read(trio: Any, changes: dict[str, Any]) -> None:
+    answers = ask_both(trio, "/v1/chat/completions", CHAT | place(trio) | changes)
+    assert [a.status_code for a in answers] == [400, 400], [a.text[:300] for a in answers]
+
+
 def test_the_spelling_of_a_host_does_not_matter(trio: Any) -> None:
     expected = plain(trio)
     for host in ("LOCALHOST", "localhost.", "127.0.0.1"):
