@@ -211,6 +211,25 @@ def test_the_spelling_of_a_host_does_not_matter(trio: Any) -> None:
         assert answers[1].json()["output_ids"] == expected, answers[1].text[:300]
 
 
+def test_a_room_with_two_prompts_is_never_answered_from_the_other_ones_cache(trio: Any) -> None:
+    """As long, and in the same room: two clients that chose it, or servers whose tokenizers differ."""
+    body = place(trio)
+    prompts = [list(range(40, 60)), list(range(50, 70))]
+
+    def ask(server: Server, prompt: list[int]) -> httpx.Response:
+        return client.post(
+            server.url + "/generate", json=request_body(prompt, TOKENS) | body, timeout=DEADLINE_S
+        )
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        prefill = pool.submit(ask, trio.prefill, prompts[0])
+        answer = ask(trio.decode, prompts[1])
+        prefill.result()
+    assert answer.status_code == 400, answer.text[:300]
+    assert "prefill computed another prompt" in answer.text and "room of its own" in answer.text
+    wait_idle(trio.prefill, trio.decode)
+
+
 def test_a_bootstrap_server_that_is_not_found_is_named_to_the_client(trio: Any) -> None:
     body = request_body(PROMPT, 2) | place(trio, bootstrap_host="no-such-host.invalid")
     answer = client.post(trio.decode.url + "/generate", json=body, timeout=10)
