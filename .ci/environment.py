@@ -3,11 +3,14 @@
 Two layers, both outside the checkout, in ``$SGLANG_TPLA_CACHE`` (default ``$XDG_CACHE_HOME/sglang_tpla`` or
 ``~/.cache/sglang_tpla``):
 
-- ``env-<hash of requirements.txt and the Python version>``: a virtual environment with every pinned package
+- ``env-<hash of the pins and the Python version>``: a virtual environment with every pinned package
   (some 8 GB), shared by all checkouts with the same pins;
 - ``overlay-<hash of that, the checkout's path and its pyproject.toml>``: a tiny virtual environment that sees
   the first one's packages and has this checkout installed editable, so that every clone runs its own code and
   its own entry points.
+
+``SGLANG=0.5.23`` in the environment asks for another supported SGLang release than the default one: its pins are
+``requirements-0.5.23.txt``, and both layers are its own.
 
 Either is built in place (virtual environments cannot be moved) under a lock, and carries a ``.complete`` file
 only once it is whole: what an interrupted build left is removed by the next one. Standard library only.
@@ -33,6 +36,7 @@ from pathlib import Path
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 PYTHON_VERSION = (3, 11)
+DEFAULT_RELEASE = "0.5.17"  # the SGLang release whose pins are requirements.txt
 NEEDED_BYTES = 10 * 10**9  # what the packages take while they are unpacked
 COMPLETE = ".complete"
 CHECKOUT_RECORD = ".checkout"
@@ -62,10 +66,28 @@ def short_hash(*parts: bytes) -> str:
     return digest.hexdigest()[:16]
 
 
+def requirements_file(checkout: Path, environ: os._Environ[str] | dict[str, str] = os.environ) -> Path:
+    """The pins of the SGLang release that ``SGLANG`` asks for, or of the default one.
+
+    Raises:
+        EnvironmentFailure: the project has no pins for that release.
+    """
+    release = environ.get("SGLANG") or DEFAULT_RELEASE
+    default = checkout / "requirements.txt"
+    file = default if release == DEFAULT_RELEASE else checkout / f"requirements-{release}.txt"
+    if not file.is_file():
+        others = (path.stem.removeprefix("requirements-") for path in checkout.glob("requirements-*.txt"))
+        raise EnvironmentFailure(
+            f"SGLANG={release}: {checkout} has no {file.name}; it has pins for SGLang "
+            f"{', '.join(sorted({DEFAULT_RELEASE, *others}))}"
+        )
+    return file
+
+
 def base_key(checkout: Path) -> str:
     """Hash of the pins, the Python version and the machine's architecture."""
     version = ".".join(map(str, sys.version_info[:2]))
-    pins = (checkout / "requirements.txt").read_bytes()
+    pins = requirements_file(checkout).read_bytes()
     return short_hash(pins, version.encode(), platform.machine().encode())
 
 
@@ -196,7 +218,7 @@ def build_base(folder: Path, checkout: Path) -> None:
             f"{folder.parent} has {free_bytes / 1e9:.1f} GB free, the environment needs "
             f"{NEEDED_BYTES / 1e9:.0f} GB; free some or point SGLANG_TPLA_CACHE at another disk"
         )
-    requirements = checkout / "requirements.txt"
+    requirements = requirements_file(checkout)
     total = sum("==" in line for line in requirements.read_text().splitlines())
     say(f"making the environment {folder}\n  {total} packages, some 8 GB: 4 to 10 minutes, once")
     venv.EnvBuilder(symlinks=True).create(folder)

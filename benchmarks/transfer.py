@@ -2,11 +2,13 @@
 
 One run measures, for each length, one after another in each repetition so that a busy machine hurts all alike:
 
-    agent, two hosts   the transfer agents over TCP, as between machines: gather, checksum, send, check, scatter
+    agent, keys        the transfer agents over TCP with keys, as between machines: gather, seal, send, open, scatter
+    agent, two hosts   the same without keys: gather, checksum, send, check, scatter
     agent, one host    the same through shared memory, ZMQ for control only
     ... unchecked      each of them with checksums of no cost (never offered outside this file)
-    ... over ZMQ       two hosts, with chunks on ZMQ instead of the data channel
     raw TCP            one socket moving the same bytes between two buffers
+    TLS 1.3            the same, encrypted
+    ZMQ, ZMQ CURVE     chunks as agents sent them before there were data channels, without and with keys
     cp through shm     the same bytes copied into shared memory by one process, then out of it by another
     memcpy             one copy of the same bytes in one process
     mooncake, NIXL     the engines' own TCP write between registered, contiguous buffers, where they are installed
@@ -21,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import json
 import mmap
 import multiprocessing
@@ -28,13 +31,14 @@ import os
 import socket
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import encrypted
 import engines
 import numpy as np
 import torch
@@ -44,9 +48,11 @@ from wire_values import wire_values
 
 from sglang_tpla.config import Settings
 from sglang_tpla.launch.supervisor import end_with_parent
+from sglang_tpla.transfer import keys
 from sglang_tpla.transfer import messages as frames
 from sglang_tpla.transfer.decode.agent import DecodeAgent
 from sglang_tpla.transfer.memory import copy as moving
+from sglang_tpla.transfer.network.security import KEYS_VARIABLE
 from sglang_tpla.transfer.prefill.agent import PrefillAgent
 from sglang_tpla.transfer.room import CachePool, MetadataRows, RoomState
 
@@ -102,9 +108,19 @@ def switch_checksums(on: bool) -> None:
 # Children: each serves commands from a pipe and answers with (seconds, cpu_seconds) or a value.
 
 
-def prefill_child(pipe: Connection, tokens: int, layers: int, gigabits_s: float) -> None:
+def use_keys(folder: str | None) -> None:
+    """Let this process's agents use keys, or none."""
+    os.environ.pop(KEYS_VARIABLE, None)
+    if folder is not None:
+        os.environ[KEYS_VARIABLE] = folder
+
+
+def prefill_child(
+    pipe: Connection, tokens: int, layers: int, gigabits_s: float, keys_folder: str | None
+) -> None:
     """A prefill agent with random rows."""
     torch.set_num_threads(1)
+    use_keys(keys_folder)
     pace_channels(gigabits_s)
     pool = make_pool(tokens, layers)
     metadata = MetadataRows([np.zeros((8, 64), dtype=np.uint8)])
@@ -130,10 +146,11 @@ def prefill_child(pipe: Connection, tokens: int, layers: int, gigabits_s: float)
 
 
 def decode_child(
-    pipe: Connection, tokens: int, layers: int, port: int, host_id: str | None, data_channel: int
+    pipe: Connection, tokens: int, layers: int, port: int, host_id: str | None, keys_folder: str | None
 ) -> None:
     """A decode agent with an empty pool."""
     torch.set_num_threads(1)
+    use_keys(keys_folder)
     pool = make_pool(tokens, layers)
     metadata = MetadataRows([np.zeros((8, 64), dtype=np.uint8)])
     agent = DecodeAgent(
@@ -141,7 +158,7 @@ def decode_child(
         metadata,
         None,
         model_hash="bench",
-        settings=replace(SETTINGS, data_channel=data_channel),
+        settings=SETTINGS,
         rank=0,
         size=1,
         groups=1,
@@ -164,12 +181,14 @@ def decode_child(
     agent.close()
 
 
-def socket_child(pipe: Connection, size: int) -> None:
-    """The receiving end of the raw socket."""
+def socket_child(pipe: Connection, size: int, tls: bool) -> None:
+    """The receiving end of the raw socket, or of TLS."""
     target = random_bytes(size)
     server = socket.create_server(("127.0.0.1", 0))
     pipe.send(server.getsockname()[1])
     stream, _ = server.accept()
+    if tls:
+        stream = encrypted.tls_server().wrap_socket(stream, server_side=True)
     with server, stream:
         while (want := pipe.recv()) is not None:
             before, view, got = cpu_seconds(), memoryview(target), 0
@@ -177,6 +196,13 @@ def socket_child(pipe: Connection, size: int) -> None:
                 got += stream.recv_into(view[got : min(want, got + PIECE)])
             stream.sendall(b"k")
             pipe.send(cpu_seconds() - before)
+
+
+def zmq_child(pipe: Connection, size: int, with_keys: bool) -> None:
+    """The receiving end of ZMQ."""
+    target = random_bytes(size)
+    pipe.send("ready")
+    encrypted.zmq_child(pipe, target, with_keys)
 
 
 def copy_child(pipe: Connection, descriptor_path: str, size: int) -> None:
@@ -232,21 +258,27 @@ class Bench:
         self.stack, self.room, self.gigabits_s = stack, 0, gigabits_s
         self.pages = np.random.default_rng(1).permutation(tokens // PAGE).astype(np.int32)
         self.measures: dict[str, Measure] = {}
-        prefill = self.child(prefill_child, tokens, layers, gigabits_s)
-        port = prefill.first[1]
-        for name, host_id, data_channel in (
-            ("two hosts", "far", 1),
-            ("one host", None, 1),
-            ("over ZMQ", "zmq", 0),
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        with contextlib.redirect_stdout(io.StringIO()):
+            keys.main([folder])
+        sealing = self.child(prefill_child, tokens, layers, gigabits_s, folder)
+        plain = self.child(prefill_child, tokens, layers, gigabits_s, None)
+        for name, prefill, host_id, kept in (
+            ("keys", sealing, "far", folder),
+            ("two hosts", plain, "far", None),
+            ("one host", plain, None, None),
         ):
-            decode = self.child(decode_child, tokens, layers, port, host_id, data_channel)
-            for checked in (True, False) if data_channel else (True,):
+            decode = self.child(decode_child, tokens, layers, prefill.first[1], host_id, kept)
+            for checked in (True, False) if kept is None else (True,):
                 whole = f"agent, {name}" + ("" if checked else ", unchecked")
-                self.measures[whole] = lambda count, decode=decode, checked=checked: self.agent(
-                    prefill, decode, count, checked
+                self.measures[whole] = lambda count, prefill=prefill, decode=decode, checked=checked: (
+                    self.agent(prefill, decode, count, checked)
                 )
         source = random_bytes(self.size)
         self.measures["raw TCP"] = self.raw_tcp(source)
+        self.measures["TLS 1.3"] = self.raw_tcp(source, tls=True)
+        self.measures["ZMQ"] = self.zmq(source, with_keys=False)
+        self.measures["ZMQ CURVE"] = self.zmq(source, with_keys=True)
         self.measures["cp through shm"] = self.shared_copy(source)
         target = random_bytes(self.size)
         self.measures["memcpy"] = lambda count: self.timed(
@@ -285,17 +317,31 @@ class Bench:
         seconds, cpu = prefill.pipe.recv()
         return seconds, cpu + decode.pipe.recv()
 
-    def raw_tcp(self, source: np.ndarray) -> Measure:
+    def raw_tcp(self, source: np.ndarray, tls: bool = False) -> Measure:
         """One connection, large pieces, and one byte back at the end."""
-        child = self.child(socket_child, self.size)
-        stream = self.stack.enter_context(socket.create_connection(("127.0.0.1", child.first)))
+        child = self.child(socket_child, self.size, tls)
+        stream = socket.create_connection(("127.0.0.1", child.first))
         pace(stream, self.gigabits_s)
+        stream = self.stack.enter_context(encrypted.tls_client().wrap_socket(stream) if tls else stream)
         view = memoryview(source)
 
         def send(size: int) -> None:
             for start in range(0, size, PIECE):
                 stream.sendall(view[start : min(size, start + PIECE)])
             assert stream.recv(1) == b"k"
+
+        def measure(tokens: int) -> tuple[float, float]:
+            child.pipe.send(self.bytes(tokens))
+            seconds, cpu = self.timed(lambda: send(self.bytes(tokens)))
+            return seconds, cpu + child.pipe.recv()
+
+        return measure
+
+    def zmq(self, source: np.ndarray, with_keys: bool) -> Measure:
+        """Chunks as they went before."""
+        child = self.child(zmq_child, self.size, with_keys)
+        where, send = encrypted.zmq_sender(source, with_keys)
+        child.pipe.send(where)
 
         def measure(tokens: int) -> tuple[float, float]:
             child.pipe.send(self.bytes(tokens))
@@ -375,7 +421,7 @@ def ratios(rows: list[dict[str, Any]], tokens: int, figure: str) -> dict[str, fl
     def over(name: str, ours: str) -> float | None:
         return goodput[ours] / goodput[name] if name in goodput and ours in goodput else None
 
-    far, near = "agent, two hosts", "agent, one host"
+    far, near, sealed = "agent, two hosts", "agent, one host", "agent, keys"
     cost = {place: over(f"{place}, unchecked", place) for place in (far, near)}
     return {
         "goodput_over_raw_tcp": over("raw TCP", far),
@@ -386,7 +432,11 @@ def ratios(rows: list[dict[str, Any]], tokens: int, figure: str) -> dict[str, fl
         "one_host_goodput_over_raw_tcp": over("raw TCP", near),
         "one_host_goodput_over_mooncake": over("mooncake", near),
         "one_host_goodput_over_nixl": over("NIXL", near),
-        "goodput_over_zmq_chunks": over("agent, over ZMQ", far),
+        "sealed_goodput_over_raw_tcp": over("raw TCP", sealed),
+        "sealed_goodput_over_unsealed": over(far, sealed),
+        "sealed_goodput_over_tls": over("TLS 1.3", sealed),
+        "sealed_goodput_over_zmq_curve": over("ZMQ CURVE", sealed),
+        "goodput_over_zmq": over("ZMQ", far),
         "checksum_cost": None if (kept := cost[far]) is None else 1 - kept,
         "one_host_checksum_cost": None if (kept := cost[near]) is None else 1 - kept,
     }

@@ -11,8 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from sglang_tpla.errors import SglangTplaError
 
-class ConfigError(ValueError):
+
+class ConfigError(SglangTplaError, ValueError):
     """A setting that cannot work, said once: what was expected, what came, where, what to do."""
 
 
@@ -77,8 +79,10 @@ def slice_width(latent_dim: int, groups: int, shared_dims: int) -> int:
 
 
 ENV_PREFIX = "SGLANG_TPLA_"
+SERVER_VARIABLE = ENV_PREFIX + "SERVER"  # set by a server for its own processes, see host/process.py
 ROLES = ("prefill", "decode")
 O_PROJ = ("replicate", "scatter")
+ROWS = ("plain", "sketched")
 # Chunks and staging. A chunk costs some 0.2 ms of messages (on a GPU also of launches), whatever its size.
 DEFAULT_BYTES = {"cpu": (16 << 20, 256 << 20), "cuda": (16 << 20, 512 << 20)}
 
@@ -94,6 +98,9 @@ class Settings:
         role: ``prefill`` (stock model, our transfer agent) or ``decode`` (TPLA layers and our agent).
         groups: g, latent groups; 1 is plain MLA.
         artifact: path of the calibration artifact; needed when ``groups`` > 1.
+        rows: ``sketched`` caches 8-bit columns and a sketch of the other groups' (`cache_rows.sketched`), ``plain``
+            values of the cache's dtype. An artifact says which by itself; without one, ``sketched`` is plain MLA with
+            an 8-bit cache.
         o_proj: ``replicate`` holds the output projection of a rank's heads, g times plain TP's; ``scatter`` sums the
             groups' head outputs first (a reduce-scatter a layer) and holds it once.
         chunk_bytes: largest payload of one frame; 0 takes 16 MiB.
@@ -101,10 +108,10 @@ class Settings:
         heartbeat_s: seconds between heartbeats on an idle connection.
         peer_timeout_s: seconds without a sign of life after which a peer is given up.
         transfer_timeout_s: seconds a request may wait for its cache before it fails.
+        room_timeout_s: seconds a prefill server waits for a sign that some decode server knows of a request.
         keys: folder of CURVE keys made by ``python -m sglang_tpla.transfer.keys``; needed beyond loopback.
         insecure: 1 allows transfers without keys on any address, for a network that nobody else can reach.
         shared_memory: 0 sends every payload through sockets, also to ranks of the same machine.
-        data_channel: 0 sends chunks over ZMQ where a plain socket beside it would do (transfers without keys).
         listen_port: port of the first prefill rank of this machine's transfers, its data channels come to the one
             after it, and each further rank takes the next two; 0 takes ports that the system chooses.
         advertise: HOST or HOST:PORT under which decode servers reach the first prefill rank, where that is not the
@@ -120,16 +127,17 @@ class Settings:
     role: str
     groups: int = 1
     artifact: str | None = None
+    rows: str | None = None
     o_proj: str = "replicate"
     chunk_bytes: int = 0
     staging_bytes: int = 0
     heartbeat_s: float = 1.0
     peer_timeout_s: float = 10.0
     transfer_timeout_s: float = 120.0
+    room_timeout_s: float = 15.0
     keys: str | None = None
     insecure: int = 0
     shared_memory: int = 1
-    data_channel: int = 1
     listen_port: int = 0
     advertise: str | None = None
     statistics_folder: str | None = None
@@ -140,17 +148,19 @@ class Settings:
             raise ConfigError(f"role must be one of {ROLES}; got {self.role!r}")
         if self.groups < 1:
             raise ConfigError(f"--tpla-groups must be at least 1; got {self.groups}")
-        if self.role == "prefill" and (self.groups > 1 or self.artifact):
+        if self.role == "prefill" and (self.groups > 1 or self.artifact or self.rows):
             raise ConfigError(
-                "a prefill server is stock MLA and takes neither --tpla-groups nor --tpla-artifact: "
+                "a prefill server is stock MLA and takes neither --tpla-groups, --tpla-artifact nor --tpla-rows: "
                 "decode servers hand over their projection when they register; drop the flag"
             )
         if self.groups > 1 and not self.artifact:
             raise ConfigError(
                 f"--tpla-groups {self.groups} needs --tpla-artifact; make one with "
                 f"`python -m sglang_tpla.calibrate --model-path MODEL --groups {self.groups} "
-                "--transform shared --out FILE`"
+                "--rows sketched --out FILE`"
             )
+        if self.rows not in (None, *ROWS):
+            raise ConfigError(f"--tpla-rows must be one of {', '.join(ROWS)}; got {self.rows!r}")
         if self.o_proj not in O_PROJ:
             raise ConfigError(f"--tpla-o-proj must be one of {', '.join(O_PROJ)}; got {self.o_proj!r}")
         if self.o_proj == "scatter" and self.groups == 1:
@@ -159,8 +169,6 @@ class Settings:
             )
         if self.insecure not in (0, 1):
             raise ConfigError(f"--tpla-insecure must be 0 or 1; got {self.insecure}")
-        if self.data_channel not in (0, 1):
-            raise ConfigError(f"--tpla-data-channel must be 0 or 1; got {self.data_channel}")
         if self.role == "decode" and self.statistics_folder:
             raise ConfigError(
                 "--tpla-statistics-folder is for prefill servers, which see the whole latent; drop it on decode"
@@ -186,9 +194,14 @@ class Settings:
                 raise ConfigError(
                     f"chunk_bytes must lie between 4096 and staging_bytes={staging_bytes}; got {chunk_bytes}"
                 )
-        for name in ("heartbeat_s", "peer_timeout_s", "transfer_timeout_s"):
+        for name in ("heartbeat_s", "peer_timeout_s", "transfer_timeout_s", "room_timeout_s"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} must be positive; got {getattr(self, name)}")
+        if self.room_timeout_s <= 2 * self.heartbeat_s:
+            raise ConfigError(
+                f"room_timeout_s must exceed two heartbeats of heartbeat_s={self.heartbeat_s}, in which decode servers "
+                f"name the requests that wait there; got {self.room_timeout_s}"
+            )
         if self.peer_timeout_s <= self.heartbeat_s:
             raise ConfigError(
                 f"peer_timeout_s must exceed heartbeat_s={self.heartbeat_s}; got {self.peer_timeout_s}"

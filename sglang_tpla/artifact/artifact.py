@@ -1,15 +1,22 @@
 """The artifact: one safetensors file with the slicing maps of every layer and group, and where they came
 from.
 
-Tensors, all float32, contiguous (d latent dims, w the layer's slice width, g groups):
+Tensors, all float32, contiguous (d latent dims, w the layer's 8-bit or plain columns, g groups; n = w - r columns that
+only one group keeps):
 
     layers.{l}.groups.{i}.Z  [d, w]   z_i = RMSNorm(c) Z_i, what a rank caches
     layers.{l}.groups.{i}.A  [w, d]   key map: scores use q_nope W_UK A_i^T z_i^T
     layers.{l}.groups.{i}.B  [w, d]   value map: o = sum_i (p_i z_i) B_i W_UV W_O
 
+Format version 2 is that of sketched rows (`cache_rows.sketched`). A rank also keeps a sketch of the other groups'
+columns, so a layer whose groups have columns of their own has one tensor more, and its key maps are taller:
+
+    layers.{l}.sketch        [d, g n] blocks of all groups; a rank drops its own
+    layers.{l}.groups.{i}.A  [w + (g - 1) n, d]   rows of [z_i | the other groups' blocks, ascending]
+
 Widths may differ between layers; the groups of one layer share one width (short groups are padded with zero
 columns). The first ``shared_dims[l]`` columns of Z are the same, bit for bit, in every group of layer l: the
-transfer agent sends them once. A layer with w = r = d is exact.
+transfer agent sends them once. A layer with w = r = d is exact, but for the rounding of its rows.
 
 Metadata is safetensors' string-to-string map, every value JSON. Loading checks everything and fails with one
 ``ArtifactError``; a file that loads is safe to serve.
@@ -33,12 +40,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from sglang_tpla.artifact.model_identity import config_hash
+from sglang_tpla.cache_rows.sketched import SketchedRows
+from sglang_tpla.errors import SglangTplaError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 1  # of plain and FP8 rows
+SKETCHED_VERSION = 2  # of sketched rows
 MAP_NAMES = ("Z", "A", "B")
 
 
-class ArtifactError(ValueError):
+class ArtifactError(SglangTplaError, ValueError):
     """An artifact that cannot be used: what was expected, what came, where, what to do."""
 
 
@@ -61,7 +71,11 @@ class ErrorReport(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class ArtifactMeta(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Provenance and layout. ``shared_dims`` (r) and ``widths`` (w) have one entry a layer."""
+    """Provenance and layout. ``shared_dims`` (r) and ``widths`` (w) have one entry a layer.
+
+    ``sketch_bits`` has one entry a layer in version 2 and none in version 1; ``rope_bits`` is the rotary key's in
+    sketched rows.
+    """
 
     format_version: int
     model_name: str
@@ -80,6 +94,36 @@ class ArtifactMeta(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     seed: int
     created_by: str
     error_report: ErrorReport | None = None
+    sketch_bits: tuple[int, ...] = ()
+    rope_bits: int = 16
+
+    @property
+    def sketched(self) -> bool:
+        """Whether the maps are those of sketched rows."""
+        return self.format_version == SKETCHED_VERSION
+
+    def rows(self, layer: int) -> SketchedRows:
+        """The sketched rows of a layer.
+
+        Raises:
+            ValueError: the artifact has none, or sizes that the format does not hold.
+        """
+        if not self.sketched:
+            raise ValueError(f"an artifact of format version {self.format_version} has no sketched rows")
+        return SketchedRows(
+            latent_dim=self.latent_dim,
+            groups=self.groups,
+            shared=self.shared_dims[layer],
+            own=self.widths[layer] - self.shared_dims[layer],
+            rope_dim=self.rope_dim,
+            sketch_bits=self.sketch_bits[layer],
+            rope_bits=self.rope_bits,
+        )
+
+
+def sketch_name(layer: int) -> str:
+    """Stored name of a layer's sketch map."""
+    return f"layers.{layer}.sketch"
 
 
 def tensor_name(layer: int, group: int, which: str) -> str:
@@ -148,6 +192,16 @@ class Artifact:
         z, a, b = (self.tensors[tensor_name(layer, group, which)] for which in MAP_NAMES)
         return z, a, b
 
+    def sketch(self, layer: int) -> torch.Tensor:
+        """The sketch map [d, g n] of a layer, float32; [d, 0] where the groups have no columns of their own.
+
+        Raises:
+            ValueError: the artifact is not one of sketched rows.
+        """
+        if not self.meta.rows(layer).own:
+            return torch.zeros(self.meta.latent_dim, 0)
+        return self.tensors[sketch_name(layer)]
+
     @cached_property
     def content_hash(self) -> str:
         """sha256 (hex) over the tensors in canonical order (layer, group, Z A B) and the metadata."""
@@ -199,30 +253,42 @@ def replace_into(path: Path) -> Iterator[str]:
 
 
 def expected_names(meta: ArtifactMeta) -> list[str]:
-    """Every tensor name of an artifact in canonical order."""
-    return [
-        tensor_name(layer, group, which)
-        for layer in range(meta.num_layers)
-        for group in range(meta.groups)
-        for which in MAP_NAMES
-    ]
+    """Every tensor name of an artifact in canonical order: a layer's sketch, then its groups' maps."""
+    names: list[str] = []
+    for layer in range(meta.num_layers):
+        if meta.sketched and meta.widths[layer] > meta.shared_dims[layer]:
+            names.append(sketch_name(layer))
+        names += [tensor_name(layer, group, which) for group in range(meta.groups) for which in MAP_NAMES]
+    return names
 
 
 def build(
-    meta: ArtifactMeta, maps: Sequence[Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]]
+    meta: ArtifactMeta,
+    maps: Sequence[Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]],
+    sketches: Sequence[torch.Tensor] = (),
 ) -> Artifact:
-    """An artifact from ``maps[layer][group] = (Z, A, B)``; tensors are converted to float32 on the CPU."""
+    """An artifact from ``maps[layer][group] = (Z, A, B)`` and, for sketched rows, ``sketches[layer]``.
+
+    Tensors are converted to float32 on the CPU.
+    """
+
+    def stored(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.detach().to("cpu", torch.float32).contiguous().clone()
+
     tensors = {
-        tensor_name(layer, group, which): tensor.detach().to("cpu", torch.float32).contiguous().clone()
+        tensor_name(layer, group, which): stored(tensor)
         for layer, groups in enumerate(maps)
         for group, triple in enumerate(groups)
         for which, tensor in zip(MAP_NAMES, triple, strict=True)
     }
+    tensors |= {sketch_name(layer): stored(sketch) for layer, sketch in enumerate(sketches) if sketch.numel()}
     return Artifact(meta=meta, tensors=tensors)
 
 
 def _encode_meta(meta: ArtifactMeta) -> dict[str, str]:
     fields = msgspec.to_builtins(meta)
+    if not meta.sketched:  # version 1 as it has always been: releases that know nothing else read it
+        del fields["sketch_bits"], fields["rope_bits"]
     return {key: msgspec.json.encode(value, order="sorted").decode() for key, value in fields.items()}
 
 
@@ -234,10 +300,10 @@ def _decode_meta(raw: dict[str, str], source: str) -> ArtifactMeta:
             raise ArtifactError(
                 f"{source} has no format_version in its metadata: not an artifact of this project"
             )
-        if fields["format_version"] != FORMAT_VERSION:
+        if fields["format_version"] not in (FORMAT_VERSION, SKETCHED_VERSION):
             raise ArtifactError(
                 f"{source} has format version {fields['format_version']!r}, this release reads "
-                f"{FORMAT_VERSION}; "
+                f"{FORMAT_VERSION} and {SKETCHED_VERSION}; "
                 "make the artifact anew with `python -m sglang_tpla.calibrate`"
             )
         return msgspec.convert(fields, ArtifactMeta, strict=True)
@@ -265,6 +331,16 @@ def _check_meta(meta: ArtifactMeta, source: str) -> None:
                 f"{source}: layer {layer} has width {width} and {shared} shared dims; expected "
                 f"0 <= shared <= width and 1 <= width <= {meta.latent_dim}"
             )
+    if len(meta.sketch_bits) != (meta.num_layers if meta.sketched else 0):
+        raise ArtifactError(
+            f"{source}: expected sketch_bits a layer ({meta.num_layers}) in format version {SKETCHED_VERSION} and none "
+            f"in {FORMAT_VERSION}, got {len(meta.sketch_bits)} in version {meta.format_version}"
+        )
+    for layer in range(meta.num_layers if meta.sketched else 0):
+        try:
+            meta.rows(layer)
+        except ValueError as error:
+            raise ArtifactError(f"{source}: layer {layer}: {error}") from error
 
 
 def _check_tensors(meta: ArtifactMeta, tensors: Mapping[str, torch.Tensor], source: str) -> None:
@@ -279,20 +355,15 @@ def _check_tensors(meta: ArtifactMeta, tensors: Mapping[str, torch.Tensor], sour
         )
     for layer in range(meta.num_layers):
         width, shared = meta.widths[layer], meta.shared_dims[layer]
-        shapes = {"Z": (meta.latent_dim, width), "A": (width, meta.latent_dim), "B": (width, meta.latent_dim)}
+        keys = width + (meta.rows(layer).sketch_columns if meta.sketched else 0)
+        shapes = {"Z": (meta.latent_dim, width), "A": (keys, meta.latent_dim), "B": (width, meta.latent_dim)}
+        if sketch_name(layer) in tensors:
+            sketch_shape = (meta.latent_dim, meta.groups * (width - shared))
+            _check_tensor(sketch_name(layer), tensors[sketch_name(layer)], sketch_shape, source)
         for group in range(meta.groups):
             for which, shape in shapes.items():
                 name = tensor_name(layer, group, which)
-                tensor = tensors[name]
-                if tensor.dtype != torch.float32 or tuple(tensor.shape) != shape:
-                    raise ArtifactError(
-                        f"{source}: expected {name} as float32 {shape}, got {tensor.dtype} "
-                        f"{tuple(tensor.shape)}"
-                    )
-                if not bool(torch.isfinite(tensor).all()):
-                    raise ArtifactError(
-                        f"{source}: {name} has values that are not finite; make the artifact anew"
-                    )
+                _check_tensor(name, tensors[name], shape, source)
         first = tensors[tensor_name(layer, 0, "Z")][:, :shared].contiguous().view(torch.int32)
         for group in range(1, meta.groups):
             other = tensors[tensor_name(layer, group, "Z")][:, :shared].contiguous().view(torch.int32)
@@ -301,3 +372,12 @@ def _check_tensors(meta: ArtifactMeta, tensors: Mapping[str, torch.Tensor], sour
                     f"{source}: the {shared} shared columns of layer {layer} differ between groups 0 and "
                     f"{group}"
                 )
+
+
+def _check_tensor(name: str, tensor: torch.Tensor, shape: tuple[int, int], source: str) -> None:
+    if tensor.dtype != torch.float32 or tuple(tensor.shape) != shape:
+        raise ArtifactError(
+            f"{source}: expected {name} as float32 {shape}, got {tensor.dtype} {tuple(tensor.shape)}"
+        )
+    if not bool(torch.isfinite(tensor).all()):
+        raise ArtifactError(f"{source}: {name} has values that are not finite; make the artifact anew")

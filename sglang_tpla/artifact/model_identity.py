@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sglang_tpla.reference_model.checkpoint import Checkpoint, CheckpointError
+from sglang_tpla.reference_model.checkpoint import Checkpoint
+from sglang_tpla.reference_model.config_file import CheckpointError, language_config, rope_scaling, rope_theta
 
 _KEYS = (
     "hidden_size",
@@ -35,7 +36,7 @@ _ROPE_KEYS = (
     "mscale",
     "mscale_all_dim",
 )
-_DEFAULTS = {"rope_theta": 10000.0, "rms_norm_eps": 1e-6, "q_lora_rank": None}
+_DEFAULTS = {"rms_norm_eps": 1e-6, "q_lora_rank": None}
 HEAD_BYTES = 65536
 
 
@@ -48,12 +49,12 @@ def config_hash(config: Mapping[str, Any]) -> str:
     Raises:
         CheckpointError: a needed key is missing.
     """
-    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    if not isinstance(rope, Mapping):
-        raise CheckpointError(f"expected rope_scaling to be a mapping, got {rope!r}")
+    config = language_config(config)
+    rope = rope_scaling(config)
+    config |= {"rope_theta": rope_theta(config)}
     canonical: dict[str, Any] = {}
     for key in _KEYS:
-        value = config.get(key, rope.get(key, _DEFAULTS.get(key)))
+        value = config.get(key, _DEFAULTS.get(key))
         if value is None and key != "q_lora_rank":
             raise CheckpointError(
                 f"the model's config has no {key!r}: not a DeepSeek V2/V3 or Kimi K2 shaped model"

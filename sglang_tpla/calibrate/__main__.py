@@ -4,26 +4,39 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
 from sglang_tpla.artifact.artifact import Artifact, ArtifactError
 from sglang_tpla.attention.backends import BACKENDS
+from sglang_tpla.cache_rows.sketched import ROPE_BITS, SKETCH_BITS
 from sglang_tpla.calibrate import pipeline as run
-from sglang_tpla.calibrate.corpus import CorpusError
-from sglang_tpla.calibrate.decode_error import measure, model_maps
-from sglang_tpla.calibrate.layout_search import Search, point_maps, search, table
+from sglang_tpla.calibrate.layout_search import Point, Search, point_maps, search, table
 from sglang_tpla.calibrate.learn_layer import LearnPlan
 from sglang_tpla.calibrate.learn_model import learn_model
-from sglang_tpla.calibrate.statistics import Statistics, StatisticsError, combine
+from sglang_tpla.calibrate.sketch_maps import default_shared, sketched_rows
+from sglang_tpla.calibrate.sketch_search import SketchedSearch, search_sketched
 from sglang_tpla.calibrate.transforms import TRANSFORMS, TransformError
+from sglang_tpla.measure.corpus import CorpusError
+from sglang_tpla.measure.decode_error import measure, model_maps
+from sglang_tpla.measure.statistics import Statistics, StatisticsError, combine
+from sglang_tpla.measure.text import (
+    CALIBRATION_TOKENS,
+    HELD_OUT_TOKENS,
+    SKETCHED_CALIBRATION_TOKENS,
+    TextPlan,
+    collect_statistics,
+    read_text,
+)
+from sglang_tpla.reference_model.cached_maps import cached_maps
 from sglang_tpla.reference_model.checkpoint import Checkpoint, CheckpointError
 from sglang_tpla.reference_model.forward import PlainModel
 from sglang_tpla.reference_model.spec import ModelSpec
 
 _CHOICE_SEQUENCES = 8  # of calibration text, on which layouts are compared
+_SKETCHED_CHOICE_SEQUENCES = 4  # the same for sketched rows, of which there are more to compare
 ERRORS = (ArtifactError, CheckpointError, CorpusError, StatisticsError, TransformError, OSError)
 
 
@@ -36,24 +49,59 @@ def parser() -> argparse.ArgumentParser:
     text.add_argument("--out", required=True, type=Path, help="artifact file to write")
     text.add_argument("--groups", type=int, default=2, help="latent groups g (default 2)")
     text.add_argument(
-        "--transform", default="shared", choices=(*TRANSFORMS, "learned"), help="default: shared"
+        "--transform",
+        default="shared",
+        choices=(*TRANSFORMS, "learned"),
+        help="default: shared. learned lowers the KL of plain and FP8 rows by a quarter to a half, in minutes a "
+        "layer; sketched rows lose nothing but rounding and have no use for it",
     )
     text.add_argument(
         "--key-map", default="regression", choices=("regression", "scalar"), help="scalar: the paper's"
     )
     text.add_argument(
-        "--shared-dims", type=int, help="latent values every group keeps (default: d/4 for shared)"
+        "--rows",
+        choices=("sketched", "plain", "fp8"),
+        help="what a rank caches of a token: its columns at 8 bits and a sketch of the others (the default with "
+        "--transform shared), its columns in the model's precision, or its columns in FP8",
+    )
+    text.add_argument(
+        "--shared-dims",
+        type=int,
+        help="latent values every group keeps (default: d/4 for shared; at most 64 in sketched rows)",
+    )
+    text.add_argument(
+        "--own-bits",
+        type=int,
+        default=8,
+        choices=(8,),
+        help="bits of a rank's own columns in sketched rows (int8)",
+    )
+    text.add_argument(
+        "--sketch-bits",
+        type=int,
+        choices=SKETCH_BITS,
+        help="bits of a sketched column (default 4; --max-kl chooses among all)",
+    )
+    text.add_argument(
+        "--rope-bits",
+        type=int,
+        default=16,
+        choices=ROPE_BITS,
+        help="bits of the rotary key's values in sketched rows (default 16)",
     )
     text.add_argument(
         "--corpus", nargs="+", default=[], metavar="PATH", help="files or folders (default: Python's library)"
     )
     text.add_argument(
-        "--tokens", type=int, help=f"calibration tokens (default {run.CALIBRATION_TOKENS}, or what there is)"
+        "--tokens",
+        type=int,
+        help=f"calibration tokens (default {SKETCHED_CALIBRATION_TOKENS} for sketched rows, else "
+        f"{CALIBRATION_TOKENS}, or what there is)",
     )
     text.add_argument(
         "--held-out-tokens",
         type=int,
-        help=f"tokens of the error report; 0 for none (default {run.HELD_OUT_TOKENS}, or what there is)",
+        help=f"tokens of the error report; 0 for none (default {HELD_OUT_TOKENS}, or what there is)",
     )
     text.add_argument(
         "--prompt-tokens", type=int, default=512, help="exact prompt of the report (default 512)"
@@ -129,10 +177,24 @@ def make(arguments: argparse.Namespace) -> Artifact:
     checkpoint = Checkpoint(arguments.model_path)
     spec = ModelSpec.from_config(checkpoint.config)
     transform, groups = arguments.transform, arguments.groups
+    rows = row_choice(arguments)
     shared_dims = arguments.shared_dims
     if shared_dims is None:
-        shared_dims = run.default_shared_dims(transform, spec.latent_dim, groups)
+        usual = run.default_shared_dims(transform, spec.latent_dim, groups)
+        shared_dims = default_shared(spec.latent_dim, groups) if rows == "sketched" and groups >= 1 else usual
     run.check_settings(transform, groups, shared_dims, spec)
+    sizes = (
+        sketched_rows(
+            spec.latent_dim,
+            spec.rope_dim,
+            groups,
+            shared_dims,
+            arguments.sketch_bits or 4,
+            arguments.rope_bits,
+        )
+        if rows == "sketched"
+        else None
+    )
     closed = "shared" if transform == "learned" else transform
     if arguments.max_kl is not None and arguments.ranks is None:
         raise TransformError("--max-kl chooses g among the divisors of --ranks: give --ranks T as well")
@@ -146,24 +208,30 @@ def make(arguments: argparse.Namespace) -> Artifact:
                 "out --from-stats, or take --transform shared"
             )
         statistics = combine([Statistics.load(path) for path in arguments.from_stats])
+        if sizes is not None:
+            return run.sketched_form(statistics, checkpoint, [sizes] * spec.layers)
         return run.closed_form(statistics, checkpoint, closed, groups, shared_dims, arguments.key_map)
-    plan = run.TextPlan(
+    plan = TextPlan(
         corpus=tuple(arguments.corpus),
         seed=arguments.seed,
         calibration_tokens=arguments.tokens,
         held_out_tokens=arguments.held_out_tokens,
         prompt_tokens=arguments.prompt_tokens,
         continuation_tokens=arguments.continuation_tokens,
+        usual_calibration_tokens=SKETCHED_CALIBRATION_TOKENS if rows == "sketched" else CALIBRATION_TOKENS,
     )
-    text = run.read_text(plan, checkpoint)
+    text = read_text(plan, checkpoint)
     resident = not arguments.one_layer_at_a_time
     model = PlainModel(checkpoint, torch.float32, arguments.device, resident=resident)
     show = not arguments.quiet
-    statistics = run.collect_statistics(model, text, plan.seed, show_progress=show)
+    statistics = collect_statistics(model, text, plan.seed, show_progress=show)
     if arguments.save_stats is not None:
         statistics.save(arguments.save_stats)
     if arguments.max_kl is not None:
-        artifact = choose(arguments, model, statistics, text.calibration, text.held_out, plan.prompt_tokens)
+        pick = choose_sketched if rows == "sketched" else choose
+        artifact = pick(arguments, model, statistics, text.calibration, text.held_out, plan.prompt_tokens)
+    elif sizes is not None:
+        artifact = run.sketched_form(statistics, checkpoint, [sizes] * spec.layers)
     else:
         artifact = run.closed_form(statistics, checkpoint, closed, groups, shared_dims, arguments.key_map)
     if transform == "learned" or arguments.refit_values:
@@ -185,8 +253,32 @@ def make(arguments: argparse.Namespace) -> Artifact:
             show_progress=show,
         )
     if len(text.held_out):
-        artifact, _ = run.with_report(artifact, model, text.held_out, plan.prompt_tokens, show_progress=show)
+        maps = model_maps(artifact, model)
+        if rows == "fp8":
+            maps = cached_maps(maps, "fp8", artifact.meta.shared_dims)
+        artifact, _ = run.with_report(
+            artifact, model, text.held_out, plan.prompt_tokens, show_progress=show, maps=maps
+        )
     return artifact
+
+
+def row_choice(arguments: argparse.Namespace) -> str:
+    """The row format that was asked for, or the default: sketched wherever its maps are those of ``shared``.
+
+    Raises:
+        TransformError: sketched rows with a transform or an option that has no meaning for them.
+    """
+    simple = (
+        arguments.transform == "shared" and arguments.key_map == "regression" and not arguments.refit_values
+    )
+    if arguments.rows is None:
+        return "sketched" if simple and arguments.groups > 1 else "plain"
+    if arguments.rows == "sketched" and not simple:
+        raise TransformError(
+            "--rows sketched takes --transform shared with neither --key-map scalar nor --refit-values (its error is "
+            "that of rounding, which they do not lower); leave them out, or take --rows plain"
+        )
+    return str(arguments.rows)
 
 
 def choose(
@@ -210,13 +302,60 @@ def choose(
             print(line, file=sys.stderr)
 
     points, chosen = search(model, statistics, tokens[:_CHOICE_SEQUENCES], prompt_tokens, wanted, tell)
+
+    def make_point(point: Point) -> Artifact:
+        maps = point_maps(model, statistics, point.groups, point.shared_dims)
+        return run.package(maps, list(point.shared_dims), statistics, model.spec, "shared")
+
+    return _cheapest(points, chosen, wanted, make_point, model, held_out, prompt_tokens)
+
+
+def choose_sketched(
+    arguments: argparse.Namespace,
+    model: PlainModel,
+    statistics: Statistics,
+    tokens: torch.Tensor,
+    held_out: torch.Tensor,
+    prompt_tokens: int,
+) -> Artifact:
+    """The cheapest layout of sketched rows within the bound; prints what was looked at.
+
+    Raises:
+        TransformError: no layout keeps the bound.
+    """
+    wanted = Search(arguments.ranks or 0, arguments.max_kl, lambda width: True)
+    bits = SKETCH_BITS if arguments.sketch_bits is None else (arguments.sketch_bits,)
+    looked_at = SketchedSearch(bits, arguments.rope_bits, arguments.shared_dims)
+
+    def tell(line: str) -> None:
+        if not arguments.quiet:
+            print(line, file=sys.stderr)
+
+    some = tokens[:_SKETCHED_CHOICE_SEQUENCES]
+    points = search_sketched(model, statistics, some, prompt_tokens, wanted, looked_at, tell)
+    chosen = next((point for point in points if point.groups > 1 and point.kl <= wanted.max_kl), None)
+
+    def make_point(point: Point) -> Artifact:
+        return run.sketched_form(statistics, model.checkpoint, point.rows)
+
+    return _cheapest(points, chosen, wanted, make_point, model, held_out, prompt_tokens)
+
+
+def _cheapest(
+    points: Sequence[Point],
+    chosen: Point | None,
+    wanted: Search,
+    make_point: Callable[[Point], Artifact],
+    model: PlainModel,
+    held_out: torch.Tensor,
+    prompt_tokens: int,
+) -> Artifact:
     spec = model.spec
     bytes_mla = 2 * spec.layers * (spec.latent_dim + spec.rope_dim)
     for point in points:
-        if point.kl > wanted.max_kl:
+        if point.kl > wanted.max_kl or point.groups == 1:
             continue
-        maps = point_maps(model, statistics, point.groups, point.shared_dims)
-        artifact = run.package(maps, list(point.shared_dims), statistics, spec, "shared")
+        artifact = make_point(point)
         # the bound is promised on text that neither the maps nor the choice have seen
         if not len(held_out) or _held_out_kl(artifact, model, held_out, prompt_tokens) <= wanted.max_kl:
             print(table(points, point, bytes_mla))
@@ -224,7 +363,7 @@ def choose(
     print(table(points, chosen, bytes_mla))
     best = min(points, key=lambda point: point.kl)
     raise TransformError(
-        f"no layout over {arguments.ranks} ranks keeps KL within {arguments.max_kl}; the best looked at has "
+        f"no layout over {wanted.ranks} ranks keeps KL within {wanted.max_kl}; the best looked at has "
         f"{best.kl:.5f}: raise --max-kl, or serve plain MLA"
     )
 
@@ -237,22 +376,49 @@ def _held_out_kl(artifact: Artifact, model: PlainModel, held_out: torch.Tensor, 
 def summary(artifact: Artifact) -> str:
     """What was made and how far it is from plain MLA, in a few lines."""
     meta = artifact.meta
-    widths = sorted(set(meta.widths))
-    kept = sum(meta.widths) / meta.num_layers + meta.rope_dim
-    share = kept / (meta.latent_dim + meta.rope_dim)
-    lines = [
-        f"{meta.model_name}: {meta.transform}, g = {meta.groups}, width {'/'.join(map(str, widths))} + "
-        f"{meta.rope_dim} of {meta.latent_dim} + {meta.rope_dim} values a token and layer ({share:.0%})",
-        f"calibrated on {meta.calibrated_tokens} tokens of {meta.corpus} (seed {meta.seed})",
-    ]
+    if meta.sketched:
+        lines = [sketched_summary(artifact)]
+    else:
+        lines = [plain_summary(artifact)]
+    lines.append(f"calibrated on {meta.calibrated_tokens} tokens of {meta.corpus} (seed {meta.seed})")
     report = meta.error_report
     if report is not None:
         lines.append(
-            f"held-out, prompt exact, {report.tokens} decoded tokens: KL {report.kl_mean:.4f} a token "
+            f"held-out, prompt exact, {report.tokens} decoded tokens: KL {report.kl_mean:.5f} a token "
             f"(95% {report.kl_p95:.4f}, 99% {report.kl_p99:.4f}), perplexity x{report.perplexity_ratio:.4f} "
             f"of {report.perplexity_mla:.3f}, same top token {report.top1_agreement:.1%}"
         )
     return "\n".join(lines)
+
+
+def sketched_summary(artifact: Artifact) -> str:
+    """One line on the layout of sketched rows."""
+    meta = artifact.meta
+    rows = [meta.rows(layer) for layer in range(meta.num_layers)]
+    mean = sum(layer.row_bytes for layer in rows) / len(rows)
+    share = mean / (2 * (meta.latent_dim + meta.rope_dim))
+
+    def each(values: list[int]) -> str:
+        return "/".join(map(str, values if len(set(values)) > 1 else values[:1]))
+
+    return (
+        f"{meta.model_name}: sketched rows, g = {meta.groups}, {each([layer.shared for layer in rows])} shared and "
+        f"{each([layer.own for layer in rows])} own columns at 8 bits, the other groups' at "
+        f"{each([layer.sketch_bits for layer in rows])} bits, rotary key at {meta.rope_bits}: "
+        f"{each([layer.row_bytes for layer in rows])} bytes a token and layer ({share:.1%} of plain MLA's in bf16)"
+    )
+
+
+def plain_summary(artifact: Artifact) -> str:
+    """One line on the layout of plain rows."""
+    meta = artifact.meta
+    widths = sorted(set(meta.widths))
+    kept = sum(meta.widths) / meta.num_layers + meta.rope_dim
+    share = kept / (meta.latent_dim + meta.rope_dim)
+    return (
+        f"{meta.model_name}: {meta.transform}, g = {meta.groups}, width {'/'.join(map(str, widths))} + "
+        f"{meta.rope_dim} of {meta.latent_dim} + {meta.rope_dim} values a token and layer ({share:.0%})"
+    )
 
 
 if __name__ == "__main__":

@@ -20,14 +20,14 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from sglang_tpla.calibrate.layer_inputs import (
+from sglang_tpla.calibrate.transforms import Maps, TransformError
+from sglang_tpla.measure.layer_inputs import (
     Batch,
     LayerData,
     exact_context,
     head_outputs,
     sliced_slices,
 )
-from sglang_tpla.calibrate.transforms import Maps, TransformError
 from sglang_tpla.reference_model.forward import Attention
 
 _VARIANCE_FLOOR = 1e-8

@@ -19,11 +19,11 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from sglang_tpla.artifact.artifact import Artifact, ArtifactError, build, replace_into
-from sglang_tpla.calibrate.layer_inputs import LayerData, walk
 from sglang_tpla.calibrate.learn_layer import LearnPlan, learn_layer
 from sglang_tpla.calibrate.refit_values import refit_values
-from sglang_tpla.calibrate.statistics import Statistics
 from sglang_tpla.calibrate.transforms import Maps
+from sglang_tpla.measure.layer_inputs import LayerData, walk
+from sglang_tpla.measure.statistics import Statistics
 from sglang_tpla.reference_model.forward import Attention, PlainModel
 
 _REFIT_SEED = 7919  # queries of the refit are not those of the steps

@@ -1,119 +1,25 @@
-"""From a checkpoint and text to an artifact: the steps of the calibration command as functions."""
+"""From second moments to an artifact: the steps of the calibration command as functions."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 
 import msgspec
 import torch
 from tqdm import tqdm
 
 import sglang_tpla
-from sglang_tpla.artifact.artifact import FORMAT_VERSION, Artifact, ArtifactMeta, build
+from sglang_tpla.artifact.artifact import FORMAT_VERSION, SKETCHED_VERSION, Artifact, ArtifactMeta, build
 from sglang_tpla.artifact.model_identity import config_hash, weights_hash
-from sglang_tpla.calibrate.corpus import Corpus, CorpusError, load_tokenizer, sequences
-from sglang_tpla.calibrate.decode_error import DecodeErrors, measure, model_maps
-from sglang_tpla.calibrate.statistics import FORMAT_VERSION as STATISTICS_VERSION
-from sglang_tpla.calibrate.statistics import Statistics, StatisticsError, StatisticsMeta, collect
+from sglang_tpla.cache_rows.sketched import SketchedRows
+from sglang_tpla.calibrate.sketch_maps import layer_sketched_maps
 from sglang_tpla.calibrate.transforms import TRANSFORMS, Maps, TransformError, layer_maps
+from sglang_tpla.measure.decode_error import DecodeErrors, measure, model_maps
+from sglang_tpla.measure.statistics import Statistics, StatisticsError
 from sglang_tpla.reference_model.checkpoint import Checkpoint
-from sglang_tpla.reference_model.forward import PlainModel
+from sglang_tpla.reference_model.forward import LayerMaps, PlainModel
 from sglang_tpla.reference_model.spec import ModelSpec
-
-CALIBRATION_TOKENS, HELD_OUT_TOKENS = 131072, 8192
-
-
-@dataclass(frozen=True)
-class TextPlan:
-    """Which text, how much of it, and how it is cut.
-
-    A number of tokens is what there must be; None takes the usual number, or what there is if it is less.
-
-    Raises:
-        CorpusError: a count that is not positive.
-    """
-
-    corpus: tuple[str, ...] = ()
-    seed: int = 0
-    calibration_tokens: int | None = None
-    held_out_tokens: int | None = None
-    prompt_tokens: int = 512
-    continuation_tokens: int = 512
-
-    def __post_init__(self) -> None:
-        for name in ("calibration_tokens", "prompt_tokens", "continuation_tokens"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise CorpusError(f"expected {name} to be at least 1, got {value}")
-        if self.held_out_tokens is not None and self.held_out_tokens < 0:
-            raise CorpusError(
-                f"expected held_out_tokens to be 0 (no report) or more, got {self.held_out_tokens}"
-            )
-
-    @property
-    def length(self) -> int:
-        """Tokens of one sequence."""
-        return self.prompt_tokens + self.continuation_tokens
-
-
-@dataclass(frozen=True)
-class Text:
-    """Token sequences [count, length] of a plan: calibration and held-out come from disjoint documents."""
-
-    corpus: str
-    corpus_hash: str
-    calibration: torch.Tensor
-    held_out: torch.Tensor
-
-
-def read_text(plan: TextPlan, checkpoint: Checkpoint) -> Text:
-    """Read, split and tokenise.
-
-    ``held_out_tokens`` counts continuation tokens, which are what is measured.
-
-    Raises:
-        CorpusError: not enough text, or no tokenizer.
-    """
-    corpus = Corpus.from_paths(plan.corpus)
-    calibration, held_out = corpus.split(plan.seed)
-    tokenizer = load_tokenizer(checkpoint.path)
-    separator = checkpoint.config.get("eos_token_id")
-    if isinstance(separator, list):
-        separator = separator[0]
-
-    def cut(documents: list, tokens: int | None, usual: int, counted: int) -> torch.Tensor:
-        count = -(-(usual if tokens is None else tokens) // counted)
-        if count == 0:
-            return torch.empty(0, plan.length, dtype=torch.long)
-        return sequences(
-            documents, tokenizer, length=plan.length, count=count, separator=separator, fewer=tokens is None
-        )
-
-    return Text(
-        corpus.name,
-        corpus.content_hash,
-        cut(calibration, plan.calibration_tokens, CALIBRATION_TOKENS, plan.length),
-        cut(held_out, plan.held_out_tokens, HELD_OUT_TOKENS, plan.continuation_tokens),
-    )
-
-
-def collect_statistics(model: PlainModel, text: Text, seed: int, *, show_progress: bool) -> Statistics:
-    """Second moments of every layer over the calibration text."""
-    meta = StatisticsMeta(
-        format_version=STATISTICS_VERSION,
-        model_name=model.checkpoint.path.resolve().name,
-        config_hash=config_hash(model.checkpoint.config),
-        weights_hash=weights_hash(model.checkpoint.path),
-        corpus=text.corpus,
-        corpus_hash=text.corpus_hash,
-        seed=seed,
-    )
-    with (
-        torch.inference_mode(),
-        tqdm(total=text.calibration.numel(), desc="statistics", unit="tok", disable=not show_progress) as bar,
-    ):
-        layers = collect(model, text.calibration.split(1), bar.update)
-    return Statistics(meta, layers)
 
 
 def key_weights(checkpoint: Checkpoint, layer: int) -> torch.Tensor:
@@ -145,6 +51,41 @@ def closed_form(
         for layer, moments in enumerate(statistics.layers)
     ]
     return package(maps, [shared_dims] * spec.layers, statistics, spec, transform)
+
+
+def sketched_form(statistics: Statistics, checkpoint: Checkpoint, rows: Sequence[SketchedRows]) -> Artifact:
+    """An artifact of sketched rows, sized layer by layer, from second moments and kv_b_proj alone.
+
+    Raises:
+        TransformError: layers that do not share groups and the rotary key's bits, or rows of another model.
+        StatisticsError: moments of another model.
+    """
+    spec = ModelSpec.from_config(checkpoint.config)
+    check_statistics(statistics, checkpoint)
+    first = rows[0]
+    for layer_rows in rows:
+        if (layer_rows.latent_dim, layer_rows.rope_dim) != (spec.latent_dim, spec.rope_dim) or (
+            layer_rows.groups,
+            layer_rows.rope_bits,
+        ) != (first.groups, first.rope_bits):
+            raise TransformError(
+                f"expected rows of {spec.latent_dim} + {spec.rope_dim} values with the same groups and --rope-bits in "
+                f"every layer, got {layer_rows}"
+            )
+    maps = [
+        layer_sketched_maps(moments, key_weights(checkpoint, layer), layer_rows)
+        for layer, (moments, layer_rows) in enumerate(zip(statistics.layers, rows, strict=True))
+    ]
+    meta = msgspec.structs.replace(
+        _provenance(statistics, spec, "shared", first.groups),
+        format_version=SKETCHED_VERSION,
+        shared_dims=tuple(layer_rows.shared for layer_rows in rows),
+        widths=tuple(layer_rows.w for layer_rows in rows),
+        sketch_bits=tuple(layer_rows.sketch_bits for layer_rows in rows),
+        rope_bits=first.rope_bits,
+    )
+    triples = [list(zip(layer.z, layer.a, layer.b, strict=True)) for layer in maps]
+    return build(meta, triples, [layer.sketch for layer in maps])
 
 
 def check_statistics(statistics: Statistics, checkpoint: Checkpoint) -> None:
@@ -180,26 +121,35 @@ def package(
     maps: list[Maps], shared_dims: list[int], statistics: Statistics, spec: ModelSpec, transform: str
 ) -> Artifact:
     """Maps of every layer with their provenance, without an error report yet."""
+    meta = msgspec.structs.replace(
+        _provenance(statistics, spec, transform, len(maps[0])),
+        shared_dims=tuple(shared_dims),
+        widths=tuple(layer[0][0].shape[1] for layer in maps),
+    )
+    return build(meta, maps)
+
+
+def _provenance(statistics: Statistics, spec: ModelSpec, transform: str, groups: int) -> ArtifactMeta:
+    """Metadata of plain rows whose layers have no widths yet."""
     source = statistics.meta
-    meta = ArtifactMeta(
+    return ArtifactMeta(
         format_version=FORMAT_VERSION,
         model_name=source.model_name,
         config_hash=source.config_hash,
         weights_hash=source.weights_hash,
         transform=transform,
-        groups=len(maps[0]),
+        groups=groups,
         num_layers=spec.layers,
         latent_dim=spec.latent_dim,
         rope_dim=spec.rope_dim,
-        shared_dims=tuple(shared_dims),
-        widths=tuple(layer[0][0].shape[1] for layer in maps),
+        shared_dims=(),
+        widths=(),
         calibrated_tokens=statistics.tokens,
         corpus=source.corpus,
         corpus_hash=source.corpus_hash,
         seed=source.seed,
         created_by=f"sglang_tpla {sglang_tpla.__version__}",
     )
-    return build(meta, maps)
 
 
 def check_settings(transform: str, groups: int, shared_dims: int, spec: ModelSpec) -> None:
@@ -220,13 +170,22 @@ def check_settings(transform: str, groups: int, shared_dims: int, spec: ModelSpe
 
 
 def with_report(
-    artifact: Artifact, model: PlainModel, held_out: torch.Tensor, prompt_tokens: int, *, show_progress: bool
+    artifact: Artifact,
+    model: PlainModel,
+    held_out: torch.Tensor,
+    prompt_tokens: int,
+    *,
+    show_progress: bool,
+    maps: Sequence[LayerMaps] | None = None,
 ) -> tuple[Artifact, DecodeErrors]:
-    """The artifact with its decode error on held-out text [sequences, length], and the errors themselves."""
+    """The artifact with its decode error on held-out text [sequences, length], and the errors themselves.
+
+    Args:
+        maps: what is measured where that is not the artifact's maps as they are (rows of another precision).
+    """
+    candidate = model_maps(artifact, model) if maps is None else maps
     with tqdm(total=held_out.numel(), desc="held-out error", unit="tok", disable=not show_progress) as bar:
-        (errors,) = measure(
-            model, held_out, [model_maps(artifact, model)], prompt_tokens, progress=bar.update
-        )
+        (errors,) = measure(model, held_out, [candidate], prompt_tokens, progress=bar.update)
     meta = msgspec.structs.replace(artifact.meta, error_report=errors.report())
     return replace(artifact, meta=meta), errors
 

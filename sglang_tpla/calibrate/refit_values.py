@@ -16,8 +16,8 @@ from dataclasses import dataclass
 
 import torch
 
-from sglang_tpla.calibrate.layer_inputs import Batch, exact_context, sliced_slices
 from sglang_tpla.calibrate.transforms import Maps
+from sglang_tpla.measure.layer_inputs import Batch, exact_context, sliced_slices
 from sglang_tpla.reference_model.forward import Attention
 
 

@@ -20,7 +20,8 @@ from dataclasses import dataclass
 
 import torch
 
-from sglang_tpla.calibrate.statistics import LayerMoments
+from sglang_tpla.errors import SglangTplaError
+from sglang_tpla.measure.statistics import LayerMoments
 
 TRANSFORMS = ("identity", "hadamard", "pca", "shared")
 Maps = list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
@@ -28,7 +29,7 @@ Maps = list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 _RELATIVE_FLOOR = 1e-10
 
 
-class TransformError(ValueError):
+class TransformError(SglangTplaError, ValueError):
     """Settings that give no transform: what was expected, what came, what to do."""
 
 

@@ -15,8 +15,10 @@ from typing import Any
 
 import httpx
 
+from sglang_tpla.errors import SglangTplaError
 
-class EndpointError(RuntimeError):
+
+class EndpointError(SglangTplaError, RuntimeError):
     """A server that did not answer as expected: which, what came, what to do."""
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from sglang_tpla.calibrate.decode_error import DecodeErrors, measure
+from sglang_tpla.measure.decode_error import DecodeErrors, measure
 from sglang_tpla.reference_model.forward import LayerCache, LayerMaps, PlainModel
 
 

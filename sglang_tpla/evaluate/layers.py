@@ -8,12 +8,13 @@ sum over layers is close to the whole, so it says where width would be best spen
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from sglang_tpla.calibrate.decode_error import measure
-from sglang_tpla.calibrate.layer_inputs import (
+from sglang_tpla.measure.decode_error import measure
+from sglang_tpla.measure.layer_inputs import (
+    Batch,
     LayerData,
     exact_context,
     head_outputs,
@@ -21,6 +22,7 @@ from sglang_tpla.calibrate.layer_inputs import (
     walk,
 )
 from sglang_tpla.reference_model.forward import Attention, LayerMaps, PlainModel
+from sglang_tpla.reference_model.sketched_layer import SketchedMaps
 
 
 @dataclass(frozen=True)
@@ -58,11 +60,7 @@ def _layer_error(
         batch = data.batch(attention, torch.tensor([sequence], device=device), positions)
         rope = batch.rope_scores(spec.scale)
         exact = exact_context(batch, rope, spec.scale)
-        found = torch.zeros_like(exact)
-        for z_map, a_map, b_map in maps:
-            if not isinstance(z_map, torch.Tensor):
-                raise TypeError("layer errors need linear slices (a matrix Z)")
-            found += sliced_slices(batch, rope, spec.scale, z_map, a_map) @ b_map
+        found = _sliced_context(batch, maps, rope, spec.scale)
         target = head_outputs(exact, attention)
         wrong = head_outputs(found, attention) - target
         for place, value in enumerate((wrong, target)):
@@ -73,6 +71,21 @@ def _layer_error(
             heads[place] += torch.einsum("bqhv,hvu,bqhu->h", split, gram, split).double().cpu()
     ratio = heads[0] / heads[1].clamp_min(1e-30)
     return LayerError(layer, (whole[0] / whole[1]).item(), tuple(ratio.tolist()))
+
+
+def _sliced_context(batch: Batch, maps: LayerMaps, rope: torch.Tensor, scale: float) -> torch.Tensor:
+    """Attended latents through the slices, the sum over the groups [B, H, Q, d]."""
+    found = torch.zeros_like(batch.absorbed)
+    if isinstance(maps, SketchedMaps):
+        for view in maps.views(batch.latent, batch.k_rope):
+            rope = replace(batch, k_rope=view.k_rope).rope_scores(scale)
+            found += exact_context(batch, rope, scale, key=view.key, value=view.value)
+        return found
+    for z_map, a_map, b_map in maps:
+        if not isinstance(z_map, torch.Tensor):
+            raise TypeError("layer errors need linear slices (a matrix Z)")
+        found += sliced_slices(batch, rope, scale, z_map, a_map) @ b_map
+    return found
 
 
 def kl_alone(

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 import torch
 
-from sglang_tpla.calibrate.corpus import Tokenizer
-from sglang_tpla.calibrate.decode_error import measure
+from sglang_tpla.measure.corpus import Tokenizer
+from sglang_tpla.measure.decode_error import measure
 from sglang_tpla.reference_model.forward import LayerMaps, PlainModel
 
 _LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789"

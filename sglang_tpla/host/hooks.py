@@ -17,11 +17,10 @@ from typing import Any
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 from sglang_tpla.config import ConfigError, Settings
-from sglang_tpla.host import ledger
+from sglang_tpla.host import ledger, process
 from sglang_tpla.host.attention.supported import OURS
 
 logger = logging.getLogger(__name__)
-_applied: list[str] = []
 
 
 def implementation(hook: ledger.Hook) -> Callable[..., Any]:
@@ -30,14 +29,9 @@ def implementation(hook: ledger.Hook) -> Callable[..., Any]:
     return getattr(importlib.import_module(module), name)
 
 
-def applied() -> tuple[str, ...]:
-    """Targets hooked in this process."""
-    return tuple(_applied)
-
-
 def is_in_place(hook: ledger.Hook, function: Callable[..., Any]) -> bool:
     """True where the target in SGLang now leads to ``function``."""
-    current = pkgutil.resolve_name(hook.target)
+    current = pkgutil.resolve_name(hook.target_in(ledger.host_version()))
     if isinstance(function, type):
         return current is function
     while current is not None:
@@ -54,8 +48,18 @@ def install(roles: Collection[str], environ: Mapping[str, str] = os.environ) -> 
     Raises:
         SystemExit: the host is unknown, or a hook is not in place.
     """
-    hooks = [hook for hook in ledger.load() if set(roles) & set(hook.roles)]
+    release, supported = ledger.host_version(), ledger.supported_releases()
+    hooks = [
+        hook for hook in ledger.load() if set(roles) & set(hook.roles) and hook.applies_in(release, supported)
+    ]
     problems = [problem for hook in hooks if (problem := ledger.check(hook))]
+    if hooks and release not in supported:
+        problems.insert(0, f"SGLang {release} is not supported (these are: {', '.join(supported)})")
+    if gone := [words for hook in hooks if (words := ledger.missing(hook))]:
+        raise ledger.refuse(
+            f"the installed SGLang lacks what has to be hooked, so that {ledger.UNCHECKED}=1 cannot help: "
+            f"{'; '.join(gone)}. Install one of SGLang {', '.join(supported)}"
+        )
     if problems and environ.get(ledger.UNCHECKED) == "1":
         logger.warning("%s=1: going on although %s", ledger.UNCHECKED, "; ".join(problems))
     elif problems:
@@ -66,13 +70,12 @@ def install(roles: Collection[str], environ: Mapping[str, str] = os.environ) -> 
         )
     functions = [implementation(hook) for hook in hooks]
     for hook, function in zip(hooks, functions, strict=True):
-        HookRegistry.register(hook.target, function, HookType(hook.kind))
+        HookRegistry.register(hook.target_in(release), function, HookType(hook.kind))
     HookRegistry.apply_hooks()
-    missing = [h.target for h, f in zip(hooks, functions, strict=True) if not is_in_place(h, f)]
+    missing = [h.target_in(release) for h, f in zip(hooks, functions, strict=True) if not is_in_place(h, f)]
     if missing:
         raise ledger.refuse(f"these hooks did not apply: {', '.join(missing)} (SGLang's log above says why)")
-    _applied[:] = [hook.target for hook in hooks]
-    return applied()
+    return process.record_hooks(hook.target for hook in hooks)
 
 
 def register() -> None:

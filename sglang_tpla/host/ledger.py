@@ -1,8 +1,10 @@
 """The ledger of hooks: what is changed in SGLang, why, on which releases, and when it can go.
 
-``patches/ledger.toml`` is the one list. Each entry names a target in SGLang, the function here that hooks it, and the
-hash of the target's abstract syntax tree in every supported release; the hash is taken from the source file
-without importing it. A target that changed stops the start.
+``patches/ledger.toml`` is the one list. It names the supported releases; each entry names a target in SGLang, the
+function here that hooks it, and the hash of the target's abstract syntax tree in every release in which it is hooked.
+The hash is taken from the source file without importing it, and counts every definition of the name (overloads and
+body alike). A target that changed, or a release that is not supported, stops the start. ``source_table.py`` makes the
+table of all targets in all releases from their wheels.
 """
 
 from __future__ import annotations
@@ -10,22 +12,24 @@ from __future__ import annotations
 import ast
 import hashlib
 import importlib.util
+import re
 import tomllib
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import sglang_tpla
 from sglang_tpla.config import ROLES
+from sglang_tpla.errors import SglangTplaError
 
 CPU = "cpu"  # the CPU reference platform, in whatever role
 UNCHECKED = "SGLANG_TPLA_ALLOW_UNKNOWN_HOST"
 
 
-class LedgerError(RuntimeError):
+class LedgerError(SglangTplaError, RuntimeError):
     """The installed SGLang is not what the ledger was written for."""
 
 
@@ -41,7 +45,9 @@ class Hook:
         reason: what needs it.
         upstream: where the same seam is, or could be, in SGLang.
         remove_when: what makes it unnecessary.
-        ast_sha256: release -> hash of the target's syntax tree.
+        ast_sha256: release -> hash of the target's syntax tree, for every supported release up to ``until``.
+        targets: release -> the target's dotted path, from that release on, where it differs from ``target``.
+        until: the last supported release in which the hook is applied; None where it is in all.
     """
 
     target: str
@@ -52,6 +58,8 @@ class Hook:
     upstream: str
     remove_when: str
     ast_sha256: Mapping[str, str]
+    targets: Mapping[str, str] = field(default_factory=dict)
+    until: str | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in ("before", "after", "around", "replace"):
@@ -60,6 +68,28 @@ class Hook:
             )
         if not set(self.roles) <= {*ROLES, CPU}:
             raise LedgerError(f"{self.target}: roles must be among {(*ROLES, CPU)}; got {self.roles}")
+        if not self.ast_sha256:
+            raise LedgerError(f"{self.target}: ast_sha256 must have the hash in every supported release")
+
+    def target_in(self, release: str) -> str:
+        """The target's dotted path in a release: that of the newest listed one that is not newer."""
+        earlier = [listed for listed in self.targets if version_key(listed) <= version_key(release)]
+        return self.targets[max(earlier, key=version_key)] if earlier else self.target
+
+    def applies_in(self, release: str, supported: Collection[str]) -> bool:
+        """Whether the hook is applied in a release; in one that is not supported, as in the nearest older one."""
+        return nearest(release, supported) in self.ast_sha256
+
+
+def version_key(release: str) -> tuple[int, ...]:
+    """A release as numbers that compare: ``0.5.17`` -> (0, 5, 17); a suffix such as ``rc1`` does not count."""
+    return tuple(int(number) for number in re.findall(r"(?:^|\.)(\d+)", release))
+
+
+def nearest(release: str, supported: Collection[str]) -> str:
+    """The newest supported release that is not newer than ``release``, or else the oldest one."""
+    older = [listed for listed in supported if version_key(listed) <= version_key(release)]
+    return max(older, key=version_key) if older else min(supported, key=version_key)
 
 
 def refuse(message: str) -> SystemExit:
@@ -77,11 +107,33 @@ def ledger_path() -> Path:
 
 
 @cache
+def _file() -> dict[str, Any]:
+    with ledger_path().open("rb") as file:
+        return tomllib.load(file)
+
+
+@cache
 def load() -> tuple[Hook, ...]:
     """All hooks, in the order of the file."""
-    with ledger_path().open("rb") as file:
-        entries: list[dict[str, Any]] = tomllib.load(file)["hook"]
-    return tuple(Hook(**{**entry, "roles": tuple(entry["roles"])}) for entry in entries)
+    hooks = tuple(Hook(**{**entry, "roles": tuple(entry["roles"])}) for entry in _file()["hook"])
+    for hook in hooks:  # a release that is left out would be a hook that is left out, without a word
+        expected = {
+            release
+            for release in supported_releases()
+            if hook.until is None or version_key(release) <= version_key(hook.until)
+        }
+        if set(hook.ast_sha256) != expected:
+            raise LedgerError(
+                f"{hook.target}: ast_sha256 has {', '.join(sorted(hook.ast_sha256))}; expected "
+                f"{', '.join(sorted(expected))}: add the release, or until = the last one that needs the hook"
+            )
+    return hooks
+
+
+@cache
+def supported_releases() -> tuple[str, ...]:
+    """The SGLang releases that this package runs beside, oldest first."""
+    return tuple(_file()["releases"])
 
 
 def host_version() -> str:
@@ -89,19 +141,29 @@ def host_version() -> str:
     return version("sglang")
 
 
-@cache
-def _module_tree(module: str) -> ast.Module:
-    spec = importlib.util.find_spec(module)
-    if spec is None or spec.origin is None:
-        raise LedgerError(f"SGLang {host_version()} has no module {module}")
-    return ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
+class Source(Protocol):
+    """Where SGLang's source files come from: the installation, or a wheel."""
+
+    release: str
+
+    def read(self, module: str) -> str | None:
+        """The source of a module, or None where there is no such module."""
 
 
-def _is_module(name: str) -> bool:
-    try:
-        return importlib.util.find_spec(name) is not None
-    except ModuleNotFoundError:  # a parent is no package: then the name is a class or a function
-        return False
+class Installed:
+    """The source files of the SGLang that this interpreter would import."""
+
+    def __init__(self) -> None:
+        self.release = host_version()
+
+    def read(self, module: str) -> str | None:
+        try:
+            spec = importlib.util.find_spec(module)
+        except ModuleNotFoundError:  # a parent is no package: then the name is a class or a function
+            return None
+        if spec is None or spec.origin is None:
+            return None
+        return Path(spec.origin).read_text(encoding="utf-8")
 
 
 def canonical(node: Any) -> str:
@@ -119,52 +181,85 @@ def canonical(node: Any) -> str:
     return repr(node)
 
 
-def host_hash(target: str) -> str:
-    """sha256 of the syntax tree of ``target`` in the installed SGLang (comments, layout and Python do not count).
+def _definitions(parent: ast.AST, name: str) -> list[ast.AST]:
+    """Every definition of a name directly below ``parent``: a function may have overloads beside its body."""
+    kinds = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+    return [
+        child for child in ast.iter_child_nodes(parent) if isinstance(child, kinds) and child.name == name
+    ]
+
+
+def target_hash(target: str, source: Source) -> str:
+    """sha256 of the syntax trees of all definitions of ``target`` (comments, layout and Python do not count).
 
     Raises:
         LedgerError: there is no such name.
     """
     parts = target.split(".")
-    split = next(n for n in range(len(parts) - 1, 0, -1) if _is_module(".".join(parts[:n])))
-    node: ast.AST = _module_tree(".".join(parts[:split]))
+    for split in range(len(parts) - 1, 0, -1):
+        if (text := source.read(".".join(parts[:split]))) is not None:
+            break
+    else:
+        raise LedgerError(f"SGLang {source.release} has no module {parts[0]}")
+    found: list[ast.AST] = [_parsed(text)]
     for name in parts[split:]:
-        node = next(
-            (
-                child
-                for child in ast.iter_child_nodes(node)
-                if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
-                and child.name == name
-            ),
-            None,
-        )  # type: ignore[assignment]
-        if node is None:
-            raise LedgerError(f"SGLang {host_version()} has no {target} ({name} is missing)")
-    return hashlib.sha256(canonical(node).encode()).hexdigest()
+        found = _definitions(found[-1], name)  # a name means its last definition; its hash covers them all
+        if not found:
+            raise LedgerError(f"SGLang {source.release} has no {target} ({name} is missing)")
+    return hashlib.sha256("\n".join(map(canonical, found)).encode()).hexdigest()
 
 
-def check(hook: Hook) -> str | None:
-    """What is wrong with the target of one hook in the installed SGLang, or None."""
-    release = host_version()
-    expected = hook.ast_sha256.get(release)
-    if expected is None:
-        return f"{hook.target}: SGLang {release} is not in the ledger (it knows {', '.join(sorted(hook.ast_sha256))})"
+@cache
+def _parsed(text: str) -> ast.Module:
+    return ast.parse(text)
+
+
+def host_hash(target: str) -> str:
+    """`target_hash` in the installed SGLang."""
+    return target_hash(target, Installed())
+
+
+def check(hook: Hook, source: Source | None = None) -> str | None:
+    """What is wrong with the target of one hook in the installed SGLang (or another source), or None.
+
+    In a release that is not supported, a target that is the same as in the nearest older supported one is not wrong.
+    """
+    source = source or Installed()
+    target = hook.target_in(source.release)
+    known = nearest(source.release, hook.ast_sha256)
     try:
-        found = host_hash(hook.target)
+        found = target_hash(target, source)
     except LedgerError as error:
         return str(error)
-    if found != expected:
-        return f"{hook.target}: expected syntax tree {expected[:12]} of SGLang {release}, found {found[:12]}"
+    if found != hook.ast_sha256[known]:
+        return (
+            f"{target}: expected syntax tree {hook.ast_sha256[known][:12]} of SGLang {known}, found {found[:12]} "
+            f"in {source.release}"
+        )
+    return None
+
+
+def missing(hook: Hook, source: Source | None = None) -> str | None:
+    """The words for a target that is not there at all, which no override can hook; None where it is there."""
+    source = source or Installed()
+    try:
+        target_hash(hook.target_in(source.release), source)
+    except LedgerError as error:
+        return str(error)
     return None
 
 
 def main() -> None:
     """Print, for the installed SGLang, every target with its hash: what a new release needs in the ledger."""
-    print(f"# SGLang {host_version()}")
+    release = host_version()
+    print(f"# SGLang {release}; supported: {', '.join(supported_releases())}")
     for hook in load():
-        print(
-            f'{hook.target}\n    "{host_version()}" = "{host_hash(hook.target)}"  # {check(hook) or "as known"}'
-        )
+        target = hook.target_in(release)
+        if not hook.applies_in(release, supported_releases()):
+            print(f"{target}\n    # not hooked in this release")
+            continue
+        words = check(hook) or "as known"
+        print(f'{target}\n    "{release}" = "{host_hash(target) if not missing(hook) else ""}"  # {words}')
 
 
 if __name__ == "__main__":

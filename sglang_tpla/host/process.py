@@ -3,12 +3,28 @@
 from __future__ import annotations
 
 import os
+import secrets
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 from sglang_tpla.artifact.artifact import Artifact
-from sglang_tpla.config import ConfigError, Layout, Settings
+from sglang_tpla.config import SERVER_VARIABLE, ConfigError, Layout, Settings
+from sglang_tpla.host import compat
+
+_hooked: list[str] = []
+
+
+def record_hooks(targets: Iterable[str]) -> tuple[str, ...]:
+    """Keep which targets in SGLang are hooked in this process, and return them."""
+    _hooked[:] = targets
+    return hooked()
+
+
+def hooked() -> tuple[str, ...]:
+    """The targets in SGLang that are hooked in this process."""
+    return tuple(_hooked)
 
 
 @cache
@@ -32,6 +48,20 @@ def serves_decode() -> bool:
     return found is not None and found.role == "decode"
 
 
+def name_server(dist_init_addr: str | None, nodes: int) -> None:
+    """Give this server a name that no other one has, before its first process is started.
+
+    The servers of several machines that are one server agree on ``--dist-init-addr``.
+    """
+    name = f"nodes of {dist_init_addr}" if nodes > 1 else secrets.token_hex(16)
+    os.environ.setdefault(SERVER_VARIABLE, name)
+
+
+def server_identity() -> str:
+    """The name that `name_server` gave; its ranks register with it."""
+    return os.environ.get(SERVER_VARIABLE, "")
+
+
 @cache
 def artifact() -> Artifact | None:
     """The calibration artifact of a decode server, or None for plain MLA."""
@@ -41,11 +71,16 @@ def artifact() -> Artifact | None:
 
 @dataclass(frozen=True)
 class Slice:
-    """What one decode rank keeps of every layer: its group's maps and the widths."""
+    """Which share of the latent and of the heads a decode rank has.
+
+    Args:
+        layout: of all ranks. rank: which one.
+        artifact: the maps; None where rows are made of the whole latent without one (`model.rows`).
+    """
 
     layout: Layout
     rank: int
-    artifact: Artifact
+    artifact: Artifact | None
 
     @property
     def group(self) -> int:
@@ -54,16 +89,17 @@ class Slice:
 
 
 def make_slice(heads: int, rank: int, tp_size: int) -> Slice | None:
-    """The slice of attention rank ``rank`` of ``tp_size``, or None where the server keeps the whole latent."""
+    """The slice of attention rank ``rank`` of ``tp_size``, or None where the server caches what stock SGLang does."""
     loaded = artifact()
-    if loaded is None:
+    if loaded is None and settings().rows != "sketched":
         return None
     return Slice(Layout(tp_size, settings().groups, heads), rank, loaded)
 
 
 def current_slice(server_args: Any, rank: int, tp_size: int) -> Slice | None:
     """`make_slice` for the model of a server."""
-    return make_slice(server_args.get_model_config().hf_text_config.num_attention_heads, rank, tp_size)
+    text = compat.model_config(server_args).hf_text_config
+    return make_slice(text.num_attention_heads, rank, tp_size)
 
 
 def model_identity(server_args: Any) -> str:
@@ -71,5 +107,6 @@ def model_identity(server_args: Any) -> str:
     from sglang_tpla.artifact.model_identity import config_hash, weights_hash
     from sglang_tpla.reference_model.checkpoint import Checkpoint, local_checkpoint
 
-    folder = local_checkpoint(server_args.model_path, server_args.revision)
+    args = compat.resolved(server_args)
+    folder = local_checkpoint(args.model_path, args.revision)
     return f"{config_hash(Checkpoint(folder).config)}:{weights_hash(folder)}"

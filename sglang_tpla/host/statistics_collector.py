@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from sglang.srt.runtime_context import get_parallel
 
-from sglang_tpla.calibrate.statistics import FORMAT_VERSION, LayerMoments, Statistics, StatisticsMeta
+from sglang_tpla.host import compat
 from sglang_tpla.host.process import model_identity, settings
+from sglang_tpla.measure.statistics import FORMAT_VERSION, LayerMoments, Statistics, StatisticsMeta
 
 logger = logging.getLogger(__name__)
 
@@ -84,16 +85,19 @@ def observe_model(result: Any, self: Any, *args: Any, **kwargs: Any) -> None:
     folder = settings().statistics_folder
     if folder is None or getattr(self, "is_draft_worker", False):
         return
-    attentions = [layer.self_attn for layer in self.model.model.layers]
+    # Multimodal wrappers keep the language model beside their encoder.
+    language_model = getattr(self.model, "language_model", None) or self.model
+    attentions = [layer.self_attn for layer in language_model.model.layers]
     parallel, first = get_parallel(), attentions[0]
+    server = compat.resolved(self.server_args)
     config, weights = model_identity(self.server_args).split(":")
     heads = first.num_local_heads
     meta = StatisticsMeta(
         format_version=FORMAT_VERSION,
-        model_name=Path(self.server_args.model_path).name,
+        model_name=Path(server.model_path).name,
         config_hash=config,
         weights_hash=weights,
-        corpus=f"traffic of {socket.gethostname()}:{self.server_args.port}",
+        corpus=f"traffic of {socket.gethostname()}:{server.port}",
         corpus_hash="",
         seed=0,
         first_head=parallel.attn_tp_rank * heads,
@@ -104,7 +108,7 @@ def observe_model(result: Any, self: Any, *args: Any, **kwargs: Any) -> None:
     ]
     # The process number keeps what a server summed up before a restart.
     rank = f"rank{parallel.attn_tp_rank}of{parallel.attn_tp_size}"
-    name = f"{meta.model_name}-{self.server_args.port}-{rank}-{os.getpid()}.safetensors"
+    name = f"{meta.model_name}-{server.port}-{rank}-{os.getpid()}.safetensors"
     collector = Collector(meta, moments, Path(folder) / name, settings().statistics_every_tokens)
     for index, attention in enumerate(attentions):
         collector.watch(index, attention)

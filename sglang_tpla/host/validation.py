@@ -6,8 +6,6 @@ the model and the attention backend after it has resolved them.
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,11 +18,19 @@ from sglang_tpla.artifact.model_identity import weights_hash
 from sglang_tpla.attention.backends import device_capability
 from sglang_tpla.attention.interface import AttentionInputError, DecodeShape
 from sglang_tpla.config import ConfigError, Layout
+from sglang_tpla.host import compat, speculation
 from sglang_tpla.host.attention.supported import OURS, preferred_backend, require_engine_backend
 from sglang_tpla.host.disaggregation.engine_memory import CACHE_DTYPES, FP8_CACHE
 from sglang_tpla.host.ledger import refuse
-from sglang_tpla.host.process import artifact, settings
-from sglang_tpla.reference_model.checkpoint import Checkpoint, CheckpointError, local_checkpoint
+from sglang_tpla.host.model.architectures import check_architectures
+from sglang_tpla.host.model.rows import row_format, sketched
+from sglang_tpla.host.process import artifact, name_server, settings
+from sglang_tpla.reference_model.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    local_checkpoint,
+)
+from sglang_tpla.reference_model.config_file import language_config, read_whole_config
 from sglang_tpla.transfer.network.security import Security
 from sglang_tpla.transfer.room import TransferError
 
@@ -32,17 +38,23 @@ SPARSE = "index_topk"  # DSA models (DeepSeek V3.2, GLM-5) carry an indexer over
 
 
 def check_server_args(original: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -> None:
-    """Refuse before and after SGLang resolves its arguments.
+    """Refuse before and after SGLang resolves its arguments; a record that came resolved was looked at already.
 
     Raises:
         SystemExit: with the reason.
     """
+    if compat.is_resolved(self):
+        original(self, *args, **kwargs)
+        return
     try:
         check_flags(self)
+        if settings().role == "decode" and sketched():
+            self.kv_cache_dtype = FP8_CACHE  # SGLang's name for a pool of bytes, which is what rows are
         check_address(self)
+        name_server(self.dist_init_addr, self.nnodes)
         check_config(self.model_path, local_config(self.model_path))
         original(self, *args, **kwargs)
-        check_model(self)
+        check_model(compat.resolved(self))
     except (ConfigError, ArtifactError, CheckpointError, AttentionInputError, TransferError) as error:
         raise refuse(str(error)) from error
 
@@ -69,16 +81,19 @@ def check_flags(args: Any) -> None:
         (args.disaggregation_decode_enable_offload_kvcache, "--disaggregation-decode-enable-offload-kvcache",
          "the offload manager assumes that all ranks hold the same latent cache"),
         (args.enable_hisparse, "--enable-hisparse", "it indexes the whole latent"),
-        (args.speculative_algorithm is not None, "--speculative-algorithm", "the draft model's cache is not sliced "
-         "and not transferred yet"),
+        *newer_refusals(args),
+        (args.allow_auto_truncate, "--allow-auto-truncate", "prefill and decode would each cut a prompt to a length "
+         "of its own"),
         (args.pp_size > 1, "--pp-size", "pipeline stages are not transferred yet"),
-        (sliced and os.environ.get("SGL_USE_DEEPGEMM_BMM", "0").lower() in ("1", "true"), "SGL_USE_DEEPGEMM_BMM",
+        (sliced and compat.uses_deepgemm_bmm(), " and ".join(compat.DEEPGEMM_BMM),
          "it leaves the absorbed weights in FP8 blocks, which the maps cannot be folded into"),
         (sliced and bool(args.enable_lora), "--enable-lora", "adapters on kv_b_proj correct the unfolded weights"),
         (role == "prefill" and args.kv_cache_dtype.startswith("fp8"), f"--kv-cache-dtype {args.kv_cache_dtype}",
          "prompts stay exact, and a decode server with --kv-cache-dtype fp8_e4m3 gets FP8 rows from any cache"),
         (role == "decode" and args.kv_cache_dtype == "fp8_e5m2", "--kv-cache-dtype fp8_e5m2", "FP8 rows are e4m3: "
          "--kv-cache-dtype fp8_e4m3"),
+        (role == "decode" and args.kv_cache_dtype not in ("auto", FP8_CACHE) and sketched(),
+         f"--kv-cache-dtype {args.kv_cache_dtype}", "sketched rows are bytes of their own, whatever the model's dtype"),
     ]  # fmt: skip
     found = [f"{flag} does not go with sglang_tpla: {why}; drop {flag}" for bad, flag, why in refusals if bad]
     if args.device == "cpu" and args.page_size not in (None, 1):
@@ -86,8 +101,35 @@ def check_flags(args: Any) -> None:
             f"the CPU reference platform pages its cache by single tokens; got --page-size {args.page_size}, use "
             "--page-size 1"
         )
+    found += speculation.objections(args, role) if compat.verifies_guesses() else []
     if found:  # all at once: each further start would cost the time to load SGLang
         raise ConfigError("; also, ".join(found))
+
+
+def newer_refusals(args: Any) -> list[tuple[bool, str, str]]:
+    """What is refused beside later releases of SGLang, as ``check_flags`` lists it; nothing of it beside 0.5.17."""
+
+    def given(name: str) -> Any:
+        return getattr(args, name, None)
+
+    policy, threshold = (
+        given("disaggregation_decode_allocation_policy"),
+        given("disaggregation_decode_host_receive_threshold"),
+    )
+    return [
+        (args.speculative_algorithm is not None and not compat.verifies_guesses(), "--speculative-algorithm",
+         "guesses are verified beside SGLang 0.5.17 alone"),
+        (bool(given("enable_kv_cache_sharding")), "--enable-kv-cache-sharding", "every prefill rank sends whole rows"),
+        (policy not in (None, "early"), f"--disaggregation-decode-allocation-policy {policy}", "rows are sent while "
+         "the prompt is computed, into slots that the decode server has allocated"),
+        (threshold is not None and threshold < 1, f"--disaggregation-decode-host-receive-threshold {threshold}",
+         "rows are received into the engine's own pool"),
+        (bool(given("disaggregation_enable_kv_checksum")), "--disaggregation-enable-kv-checksum", "it compares whole "
+         "rows of both sides; the agents check every frame by a checksum of their own"),
+        (bool(given("enable_page_major_kv_layout")), "--enable-page-major-kv-layout", "the transfer reads one row a "
+         "token"),
+        (bool(given("enable_unified_memory")), "--enable-unified-memory", "the transfer reads the pool's own rows"),
+    ]  # fmt: skip
 
 
 def check_address(args: Any) -> None:
@@ -103,23 +145,43 @@ def check_address(args: Any) -> None:
             raise ConfigError(
                 "SGLANG_RUST_SERVER=1 brings a bootstrap server of its own, which checks nobody; unset it"
             )
+        if args.node_rank == 0:
+            check_bootstrap_port(args.host, args.disaggregation_bootstrap_port)
+
+
+def check_bootstrap_port(host: str, port: int) -> None:
+    """A port that nobody has: the server would be healthy, and its requests would go to another one.
+
+    Raises:
+        ConfigError: the port is taken.
+    """
+    from sglang_tpla.host.disaggregation.bootstrap_server import listening, port_taken
+
+    try:
+        listening(host, port).close()
+    except OSError as error:
+        raise ConfigError(port_taken(host, port, error)) from error
 
 
 def local_config(model_path: str) -> dict[str, Any]:
-    """A checkpoint folder's config, read before SGLang acts on it; empty for a model of the hub."""
+    """A checkpoint folder's whole config, read before SGLang acts on it; empty for a model of the hub."""
     path = Path(model_path) / "config.json"
     if not path.is_file():
         return {}
-    config = json.loads(path.read_text(encoding="utf-8"))
-    return config.get("text_config", config)
+    return read_whole_config(path)
 
 
 def check_config(model_path: str, config: dict[str, Any]) -> None:
-    """Refuse models without a latent cache, and those whose indexer needs the whole of it.
+    """Refuse models that are not served: by their architecture, and by what their config says of the cache.
+
+    Args:
+        config: the model's whole config; the language model's may be nested in it.
 
     Raises:
         ConfigError: naming what the config says.
     """
+    check_architectures(model_path, config.get("architectures") or ())
+    config = language_config(config)
     if config.get(SPARSE) is not None:
         raise ConfigError(
             f"{model_path} uses DeepSeek sparse attention (its config has {SPARSE!r}): the indexer needs the whole "
@@ -138,12 +200,13 @@ def check_model(args: Any) -> None:
     Raises:
         ConfigError, ArtifactError, CheckpointError, BackendRefusal: one message.
     """
-    config = args.get_model_config()
+    config = compat.model_config(args)
     text = config.hf_text_config
-    check_config(args.model_path, text.to_dict())
+    check_config(args.model_path, {**text.to_dict(), "architectures": config.hf_config.architectures})
+    speculation.check_draft(args, text)
     if settings().role == "prefill":
         return
-    attention_ranks = args.tp_size // (args.dp_size if args.enable_dp_attention else 1)
+    attention_ranks = args.tp_size // compat.attention_groups(args)
     layout = Layout(attention_ranks, settings().groups, text.num_attention_heads)
     if settings().o_proj == "scatter" and layout.local_heads % layout.groups:
         raise ConfigError(
@@ -151,14 +214,22 @@ def check_model(args: Any) -> None:
             "come out; use --tpla-o-proj replicate"
         )
     loaded = artifact()
-    backend = args.get_attention_backends()[1]
+    backend = compat.decode_backend_name(args)
     if loaded is not None:
         folder = local_checkpoint(args.model_path, args.revision)
         loaded.check_model(Checkpoint(folder).config, weights_hash(folder), layout.groups)
         check_blocks(text, getattr(config.hf_config, "quantization_config", None), layout)
-    elif backend != OURS and args.kv_cache_dtype != FP8_CACHE:
-        return  # plain MLA on a stock backend
+    draft = DecodeShape(
+        text.kv_lora_rank,
+        text.num_attention_heads // attention_ranks,
+        rope_dim=text.qk_rope_head_dim,
+        dtype=config.dtype,
+    )
     shapes = slice_shapes(args, config)
+    capability = device_capability(torch.device(args.device))
+    speculation.check_backends(args, backend, shapes if loaded else [], draft, capability)
+    if loaded is None and backend != OURS and args.kv_cache_dtype != FP8_CACHE:
+        return  # plain MLA on a stock backend
     if len(shapes) > 1 and backend == "flashinfer":
         raise ConfigError(
             f"{settings().artifact} has layers of widths {[shape.latent_dim for shape in shapes]}, and "
@@ -166,7 +237,7 @@ def check_model(args: Any) -> None:
             "a per-layer policy"
         )
     for shape in shapes:
-        require_engine_backend(backend, shape, device_capability(torch.device(args.device)))
+        require_engine_backend(backend, shape, capability)
 
 
 def check_blocks(text: Any, quantization: dict[str, Any] | None, layout: Layout) -> None:
@@ -199,29 +270,32 @@ def slice_shapes(args: Any, config: Any) -> list[DecodeShape]:
     Args:
         config: the engine's ModelConfig, whose heads are H*g already (``model_shape.py``).
     """
-    loaded = artifact()
-    attention_ranks = args.tp_size // (args.dp_size if args.enable_dp_attention else 1)
-    fp8 = args.kv_cache_dtype == FP8_CACHE
-    meta = loaded.meta if loaded else None
-    pairs = zip(meta.widths, meta.shared_dims, strict=True) if meta else [(config.kv_lora_rank,) * 2]
-    return [
-        DecodeShape(
-            latent_dim=width,
-            heads=config.num_attention_heads // attention_ranks,
-            rope_dim=config.qk_rope_head_dim,
+    attention_ranks = args.tp_size // compat.attention_groups(args)
+    text = config.hf_text_config
+    rows = row_format(
+        text.kv_lora_rank, text.qk_rope_head_dim, text.num_hidden_layers, fp8=args.kv_cache_dtype == FP8_CACHE
+    )
+    kept = CACHE_DTYPES.get(args.kv_cache_dtype, config.dtype)
+    shapes = {
+        DecodeShape.of_rows(
+            layer,
+            config.num_attention_heads // attention_ranks,
             page_size=args.page_size or 1,
-            dtype=config.dtype if fp8 else CACHE_DTYPES.get(args.kv_cache_dtype, config.dtype),
-            fp8_shared=shared if fp8 else None,
+            dtype=config.dtype if rows.encoded else kept,
         )
-        for width, shared in sorted(set(pairs) if fp8 else {(width, 0) for width, _ in pairs})
-    ]
+        for layer in rows.layers
+    }
+    return sorted(shapes, key=lambda shape: (shape.latent_dim, shape.cache_dim, str(shape)))
 
 
 def default_backend(original: Callable[..., str], self: Any, use_mla_backend: bool, model_config: Any) -> str:
     """Around ``ServerArgs._get_default_attn_backend``: stock's choice was made for the whole latent."""
     stock = original(self, use_mla_backend, model_config)
-    if artifact() is None and self.kv_cache_dtype != FP8_CACHE:
+    args = compat.resolved(self)
+    if artifact() is None and args.kv_cache_dtype != FP8_CACHE:
         return stock
+    if args.speculative_algorithm is not None:
+        return OURS  # the one that verifies guesses on a slice; what it does not serve is said at start
     return preferred_backend(
-        slice_shapes(self, model_config), device_capability(torch.device(self.device)), stock
+        slice_shapes(args, model_config), device_capability(torch.device(args.device)), stock
     )

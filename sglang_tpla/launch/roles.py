@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import json
 import os
 import shlex
 import sys
@@ -12,8 +11,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from sglang_tpla.config import ENV_PREFIX, ConfigError, Layout, Settings
+from sglang_tpla.config import ENV_PREFIX, SERVER_VARIABLE, ConfigError, Layout, Settings
 from sglang_tpla.launch import cpu
+from sglang_tpla.launch.agreement import (
+    check_alike,
+    check_distinct,
+    check_first_port,
+    check_ports,
+    check_settings_alike,
+    for_router,
+    for_server,
+    router_key,
+)
 from sglang_tpla.launch.flags import (
     Argument,
     from_mapping,
@@ -24,6 +33,7 @@ from sglang_tpla.launch.flags import (
     value_of,
 )
 from sglang_tpla.launch.options import Options
+from sglang_tpla.reference_model.config_file import read_config
 
 TRANSFER_BACKEND = "tpla"
 DEFAULT_HOST = "127.0.0.1"
@@ -87,6 +97,7 @@ def _plan_all(options: Options) -> list[Process]:
     """Prefill, decode and router on this machine, with ports counted up from the router's."""
     router = _with_defaults(options.engine_arguments("router"), host=DEFAULT_HOST, port=DEFAULT_PORT)
     port = integer(router, "port", DEFAULT_PORT)
+    check_first_port(port)
     router = _with_defaults(router, prometheus_port=port + 4)
     prefill = _with_defaults(
         options.engine_arguments("prefill"),
@@ -95,8 +106,25 @@ def _plan_all(options: Options) -> list[Process]:
         disaggregation_bootstrap_port=port + 3,
     )
     decode = _with_defaults(options.engine_arguments("decode"), host=DEFAULT_HOST, port=port + 2)
+    if name := next((n for n in ("ssl-certfile", "ssl-keyfile") if has(prefill, n) or has(decode, n)), None):
+        raise ConfigError(
+            f"--{name} does not go with --role all, whose servers talk to the router on this machine; to serve clients "
+            "with TLS give the router --router.tls-cert-path and --router.tls-key-path"
+        )
     servers = [_server("prefill", prefill, options), _server("decode", decode, options)]
+    check_alike(prefill, decode)
+    check_settings_alike(options.settings("prefill"), options.settings("decode"))
+    check_distinct(
+        {
+            "the router": port,
+            "its metrics": integer(router, "prometheus-port", 0),
+            "the prefill server": integer(prefill, "port", 0),
+            "the decode server": integer(decode, "port", 0),
+            "the bootstrap server": integer(prefill, "disaggregation-bootstrap-port", 0),
+        }
+    )
     bootstrap = value_of(prefill, "disaggregation-bootstrap-port") or ""
+    router += split_tokens(router_key(router, value_of(prefill, "api-key")))
     router += split_tokens(["--prefill", servers[0].url, bootstrap, "--decode", servers[1].url])
     return [*servers, _router(router, options)]
 
@@ -110,6 +138,8 @@ def _with_defaults(arguments: list[Argument], **defaults: object) -> list[Argume
 def _server(role: str, arguments: list[Argument], options: Options) -> Process:
     """A prefill or decode server."""
     settings = options.settings(role)
+    arguments = for_server(arguments)
+    check_ports(role, arguments)
     if not has(arguments, "model-path"):
         raise ConfigError(f"a {role} server needs --model-path MODEL (a folder or a model's name)")
     if role == "decode":
@@ -124,7 +154,8 @@ def _server(role: str, arguments: list[Argument], options: Options) -> Process:
                 f"--role {role} means --{name} {value}; got --{name} {given}: drop that flag, or start stock "
                 "SGLang with `python -m sglang.launch_server`"
             )
-    variables = {ENV_PREFIX + field.name.upper() for field in fields(Settings)}
+    arguments = _with_speculation(role, arguments)
+    variables = {ENV_PREFIX + field.name.upper() for field in fields(Settings)} | {SERVER_VARIABLE}
     # What a shell still says about another role must not reach this one.
     environment: dict[str, str | None] = dict.fromkeys(variables.intersection(options.environ))
     environment |= options.file_environment(role)
@@ -134,6 +165,21 @@ def _server(role: str, arguments: list[Argument], options: Options) -> Process:
         environment |= cpu.environment(integer(arguments, "tp-size", 1), known)
     command = (sys.executable, "-m", "sglang.launch_server", *to_tokens(arguments))
     return Process(role, command, environment, _url(arguments))
+
+
+def _with_speculation(role: str, arguments: list[Argument]) -> list[Argument]:
+    """What follows from ``--speculative-algorithm``: chains of guesses, verified by the decode server's own kernels.
+
+    SGLang takes ``--speculative-num-steps`` only together with two more flags, which a chain leaves no choice in.
+    """
+    if not has(arguments, "speculative-algorithm"):
+        return arguments
+    if has(arguments, "speculative-num-steps"):
+        steps = integer(arguments, "speculative-num-steps", 0)
+        arguments = _with_defaults(
+            arguments, speculative_eagle_topk=1, speculative_num_draft_tokens=steps + 1
+        )
+    return _with_defaults(arguments, speculative_attention_mode="decode") if role == "decode" else arguments
 
 
 def _router(arguments: list[Argument], options: Options) -> Process:
@@ -147,6 +193,8 @@ def _router(arguments: list[Argument], options: Options) -> Process:
         for name, example in (("prefill", "URL BOOTSTRAP_PORT"), ("decode", "URL")):
             if not has(arguments, name):
                 raise ConfigError(f"the router needs --{name} {example}, once for every {name} server")
+    check_ports("router", arguments)
+    arguments = for_router(arguments)
     if not has(arguments, "pd-disaggregation"):
         arguments = [*split_tokens(["--pd-disaggregation"]), *arguments]
     command = (sys.executable, "-m", "sglang_router.launch_router", *to_tokens(arguments))
@@ -155,6 +203,7 @@ def _router(arguments: list[Argument], options: Options) -> Process:
 
 def _url(arguments: Sequence[Argument]) -> str:
     host = value_of(arguments, "host") or DEFAULT_HOST
+    host = host.removeprefix("[").removesuffix("]")
     host = {"0.0.0.0": DEFAULT_HOST, "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
     return f"http://{host}:{integer(arguments, 'port', DEFAULT_PORT)}"
 
@@ -168,8 +217,8 @@ def _check_layout(settings: Settings, arguments: Sequence[Argument]) -> None:
     heads = tp_size
     if model_config.is_file():
         try:
-            heads = int(json.loads(model_config.read_text()).get("num_attention_heads", tp_size))
-        except (ValueError, OSError) as error:
+            heads = int(read_config(model_config).get("num_attention_heads", tp_size))
+        except (ValueError, TypeError) as error:
             raise ConfigError(f"{model_config}: expected a model's configuration in JSON; {error}") from error
     Layout(tp_size=tp_size, groups=settings.groups, heads=heads)
 

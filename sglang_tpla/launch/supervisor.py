@@ -25,6 +25,7 @@ from typing import Any
 import httpx
 from rich.console import Console
 
+from sglang_tpla.errors import SglangTplaError
 from sglang_tpla.launch.reaper import GONE, numbered_processes, segments
 from sglang_tpla.launch.roles import Process
 
@@ -39,11 +40,11 @@ SAY_EVERY_S = 15.0  # where there is no terminal to redraw
 LONGEST_FOLDER = 80
 
 
-class ChildDied(Exception):
+class ChildDied(SglangTplaError):
     """A server ended while the others needed it; the message carries its last log lines."""
 
 
-class StartTimeout(Exception):
+class StartTimeout(SglangTplaError):
     """A server was not healthy in time; the message carries its last log lines."""
 
 

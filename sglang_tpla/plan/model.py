@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sglang_tpla.errors import SglangTplaError
+from sglang_tpla.reference_model.config_file import CheckpointError, language_config, read_config
 
-class PlanError(ValueError):
+
+class PlanError(SglangTplaError, ValueError):
     """Something the planner was given and cannot use: what was expected, what came, what to do."""
 
 
@@ -66,7 +68,7 @@ def from_config(config: Mapping[str, Any], name: str) -> PlanModel:
         PlanError: a key is missing or has no usable value.
     """
     try:
-        return _read(config, name)
+        return _read(language_config(config), name)
     except KeyError as error:
         raise PlanError(
             f"{name} has no {error}: expected the config.json of a DeepSeek V2, V3 or Kimi K2 shaped model"
@@ -133,9 +135,6 @@ def find(model: str) -> PlanModel:
             f"--model must be one of {', '.join(BUILT_IN)}, or a config.json or its folder; got {model!r}"
         )
     try:
-        config = json.loads(path.read_text())
-    except (ValueError, OSError) as error:
-        raise PlanError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise PlanError(f"{path} must hold a JSON object, got a {type(config).__name__}")
-    return from_config(config.get("text_config") or config, str(path))
+        return from_config(read_config(path), str(path))
+    except CheckpointError as error:
+        raise PlanError(str(error)) from error

@@ -38,7 +38,7 @@ def heading(setting: Setting) -> str:
     ranks = setting.methods[0].ranks
     lines = [
         f"{model.name}: {model.layers} layers, {model.heads} heads, latent {model.latent_dim} + rope "
-        f"{model.rope_dim}; weights {setting.precision.weights}, cache {setting.precision.cache}",
+        f"{model.rope_dim}; weights {setting.precision.weights}, SGLang's own cache {setting.precision.cache}",
         f"{ranks} attention ranks on {gpu.name} ({gpu.memory_bytes / 1e9:.0f} GB), {setting.link.name}; the other "
         f"weights over {setting.gpus} GPUs",
     ]
@@ -50,29 +50,33 @@ def heading(setting: Setting) -> str:
 def table(answer: Answer, layers: int) -> str:
     """One load: every method's modelled time, cache and capacity, then the recommendation."""
     load = answer.load
+    step = "a decode step"
+    if load.verified > 1:
+        step = f"verifying {load.verified} tokens a request, of which {load.accepted:g} are kept"
+    column = "ms a token" if load.verified > 1 else "ms a step"
     lines = [
         f"batch {load.batch} x context {load.context_tokens:,} ({load.tokens:,} cached tokens), attention part of "
-        "a decode step, modelled",
-        f"{'method':<26}{'us a layer':>11}{'kernels':>10}{'links':>8}{'ms a step':>11}{'width':>7}"
+        f"{step}, modelled",
+        f"{'method':<34}{'us a layer':>11}{'kernels':>10}{'links':>8}{column:>11}{'width':>7}"
         f"{'B/token/rank':>14}{'tokens that fit':>17}{'pays from':>12}",
     ]
     for row in answer.rows:
-        lines.append(_line(row, layers, row.method == answer.recommended))
+        lines.append(_line(row, layers, row.method == answer.recommended, load.accepted))
     verdict = answer.recommended.label if answer.recommended else "none"
     lines.append(f"recommended: {verdict}")
     lines += [f"  - {reason}" for reason in answer.reasons]
     return "\n".join(lines)
 
 
-def _line(row: Row, layers: int, recommended: bool) -> str:
+def _line(row: Row, layers: int, recommended: bool, accepted: float) -> str:
     mark = "*" if recommended else " "
     if row.price is None:
-        return f"{mark}{row.method.label:<25} cannot: {row.refused}"
+        return f"{mark}{row.method.label:<33} cannot: {row.refused}"
     price = row.price
     even = "" if math.isnan(row.break_even_tokens) else f"{row.break_even_tokens:,.0f}"
     line = (
-        f"{mark}{row.method.label:<25}{_time(price.layer_s):>11}{_time(sum(price.kernels_s.values())):>10}"
-        f"{_time(price.collectives_s):>8}{price.layer_s * layers * 1e3:>11.2f}{row.width:>7}"
+        f"{mark}{row.method.label:<33}{_time(price.layer_s):>11}{_time(sum(price.kernels_s.values())):>10}"
+        f"{_time(price.collectives_s):>8}{price.layer_s * layers * 1e3 / accepted:>11.2f}{row.width:>7}"
         f"{row.cache_bytes_per_token_and_rank:>14,.0f}{row.tokens_that_fit:>17,}{even:>12}"
     )
     if row.refused:
@@ -89,8 +93,8 @@ def fastest_map(answers: Sequence[Answer]) -> str:
         for a in answers
     }
     lines = [
-        "fastest method that fits, modelled (TP, DCP, DP attention; Tg: TPLA with g groups, Tgs: with the",
-        "reduce-scatter before o_proj; -: nothing fits)",
+        "fastest method that fits, modelled (TP, DCP, DP attention; MLA8: plain MLA with an 8-bit cache; Tg: TPLA with",
+        "g groups, Tg.8 in sketched and Tg.f in FP8 rows, s: with the reduce-scatter before o_proj; -: nothing fits)",
         "batch \\ context" + "".join(f"{context:>9,}" for context in contexts),
     ]
     for batch in batches:
@@ -127,20 +131,28 @@ def _load_json(answer: Answer, layers: int) -> dict[str, Any]:
     return {
         "batch": answer.load.batch,
         "context_tokens": answer.load.context_tokens,
+        "verified_tokens": answer.load.verified,
+        "accepted_length": answer.load.accepted,
         "fastest": answer.fastest.label if answer.fastest else None,
         "recommended": answer.recommended.label if answer.recommended else None,
         "reasons": list(answer.reasons),
-        "methods": [_row_json(row, layers) for row in answer.rows],
+        "methods": [_row_json(row, layers, answer.load.accepted) for row in answer.rows],
     }
 
 
-def _row_json(row: Row, layers: int) -> dict[str, Any]:
-    common = {"method": row.method.label, "exact": row.method.exact, "refused": row.refused}
+def _row_json(row: Row, layers: int, accepted: float) -> dict[str, Any]:
+    common = {
+        "method": row.method.label,
+        "rows": row.method.rows if row.method.kind == "tpla" else None,
+        "exact": row.method.exact,
+        "refused": row.refused,
+    }
     if row.price is None:
         return common
     return common | {
         "layer_s": row.price.layer_s,
         "step_s": row.price.layer_s * layers,
+        "token_s": row.price.layer_s * layers / accepted,
         "kernels_s": row.price.kernels_s,
         "collectives_s": row.price.collectives_s,
         "width": row.width,

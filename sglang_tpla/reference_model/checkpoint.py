@@ -14,11 +14,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from sglang_tpla.reference_model.config_file import CheckpointError as CheckpointError
+from sglang_tpla.reference_model.config_file import read_config
+
 _ATTENTION_PROBE = "layers.0.self_attn.kv_b_proj.weight"
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be read: what was expected, what came, where, what to do."""
 
 
 class Checkpoint:
@@ -34,16 +33,7 @@ class Checkpoint:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        config_path = self.path / "config.json"
-        if not config_path.is_file():
-            raise CheckpointError(f"expected a model directory with config.json, found none at {config_path}")
-        try:
-            self.config: dict[str, Any] = json.loads(config_path.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise CheckpointError(f"{config_path} is not valid JSON: {error}") from error
-        # multimodal wrappers keep the language model's own configuration one level down
-        if "kv_lora_rank" not in self.config and isinstance(self.config.get("text_config"), dict):
-            self.config = self.config["text_config"]
+        self.config: dict[str, Any] = read_config(self.path / "config.json")
         self._files = self._index()
         self.prefix = self._find_prefix()
 

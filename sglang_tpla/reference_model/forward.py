@@ -23,13 +23,14 @@ import torch.nn.functional as F
 from sglang_tpla.reference_model.checkpoint import Checkpoint
 from sglang_tpla.reference_model.feed_forward import FeedForward, load_feed_forward
 from sglang_tpla.reference_model.rotary import Rotary, rotate
+from sglang_tpla.reference_model.sketched_layer import SketchedMaps
 from sglang_tpla.reference_model.spec import ModelSpec
 
 # Z [d, w], or a function from latents [B, S, d] to slices [B, S, w] (only comparisons need one)
 Slicer = torch.Tensor | Callable[[torch.Tensor], torch.Tensor]
-# maps of one layer: (Z, A [w, d], B [w, d]) for each group; None is exact attention
+# maps of one layer: (Z, A [w, d], B [w, d]) for each group, or those of sketched rows; None is exact attention
 GroupMaps = tuple[Slicer, torch.Tensor, torch.Tensor]
-LayerMaps = Sequence[GroupMaps]
+LayerMaps = Sequence[GroupMaps] | SketchedMaps
 
 
 class CachedMaps(list[GroupMaps]):
@@ -169,6 +170,12 @@ class Attention:
     def tpla_heads_out(self, inputs: AttentionInputs, maps: LayerMaps) -> torch.Tensor:
         """The same through the slices: the sum over the groups, [B, H, Q, v]."""
         total: torch.Tensor | None = None
+        if isinstance(maps, SketchedMaps):
+            for view in maps.views(inputs.latent, inputs.k_rope):
+                part = self.heads_out(replace(inputs, k_rope=view.k_rope), view.key, view.value)
+                total = part if total is None else total + part
+            assert total is not None  # rows have at least one group
+            return total
         if isinstance(maps, CachedMaps):
             inputs = replace(inputs, k_rope=maps.round_key(inputs.k_rope))
         for z_map, a_map, b_map in maps:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sglang_tpla.reference_model.checkpoint import CheckpointError
+from sglang_tpla.reference_model.config_file import CheckpointError, language_config, rope_scaling, rope_theta
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class ModelSpec:
             CheckpointError: a key is missing, or the rope scaling or scoring is not one this family uses.
         """
         try:
-            return cls._read(config)
+            return cls._read(language_config(config))
         except KeyError as error:
             raise CheckpointError(
                 f"the model's config has no {error}: expected a DeepSeek V2/V3 or Kimi K2 shaped model"
@@ -74,12 +74,10 @@ class ModelSpec:
 
     @classmethod
     def _read(cls, config: Mapping[str, Any]) -> ModelSpec:
-        rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
-        yarn = _read_yarn(rope, config)
+        yarn = _read_yarn(rope_scaling(config), config)
         scale = (config["qk_nope_head_dim"] + config["qk_rope_head_dim"]) ** -0.5
         if yarn is not None:
             scale *= yarn_mscale(yarn.factor, yarn.mscale_all_dim) ** 2
-        theta = config.get("rope_theta", rope.get("rope_theta", 10000.0))
         return cls(
             hidden=config["hidden_size"],
             layers=config["num_hidden_layers"],
@@ -91,7 +89,7 @@ class ModelSpec:
             q_lora_rank=config.get("q_lora_rank"),
             vocab=config["vocab_size"],
             eps=config.get("rms_norm_eps", 1e-6),
-            rope_theta=float(theta),
+            rope_theta=rope_theta(config),
             yarn=yarn,
             scale=scale,
             routing=_read_routing(config),
@@ -133,9 +131,9 @@ def _read_routing(config: Mapping[str, Any]) -> Routing | None:
     experts = config.get("n_routed_experts")
     if not experts:
         return None
-    scoring = config.get(
-        "scoring_func", "sigmoid" if config.get("model_type") == "deepseek_v3" else "softmax"
-    )
+    # The biased choice of experts (noaux_tc) came with sigmoid scores, and GLM's configs name it alone.
+    biased = config.get("topk_method") == "noaux_tc" or config.get("model_type") == "deepseek_v3"
+    scoring = config.get("scoring_func", "sigmoid" if biased else "softmax")
     if scoring not in ("softmax", "sigmoid"):
         raise CheckpointError(f"expected scoring_func 'softmax' or 'sigmoid', got {scoring!r}")
     return Routing(

@@ -1,37 +1,12 @@
-"""How a room's rows are cut into chunks: rectangles of layers x tokens x one part of the row.
-
-A plain row is ``[own or shared latent columns | rope]`` (others: `row_format`). The sender picks the part a rank gets:
-
-    FULL    [w_l + rope]   the whole row
-    COMMON  [r_l + rope]   the columns that every group has, and the rope
-    OWN     [w_l - r_l]    the columns of one group
+"""How a room's rows are cut into chunks: rectangles of layers x tokens x one part of the row (`cache_rows.parts`).
 
 A chunk's payload is layer by layer, token by token, without padding.
 """
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-
-class Part(enum.IntEnum):
-    """Which columns of a row a chunk carries."""
-
-    FULL = 0
-    COMMON = 1
-    OWN = 2
-
-
-def part_columns(width: int, shared: int, rope_dim: int, part: Part) -> tuple[tuple[int, int], ...]:
-    """Column ranges of the row that a part fills, in payload order; empty ranges left out."""
-    ranges = {
-        Part.FULL: ((0, width + rope_dim),),
-        Part.COMMON: ((0, shared), (width, width + rope_dim)),
-        Part.OWN: ((shared, width),),
-    }[part]
-    return tuple((start, stop) for start, stop in ranges if stop > start)
 
 
 @dataclass(frozen=True)
@@ -43,6 +18,15 @@ class Rectangle:
     first_token: int
     tokens: int
     payload_bytes: int
+
+
+def share_of(layers: int, index: int, count: int) -> range:
+    """The layers, counted from a rank's first one, that it sends where ``count`` ranks hold the same ones.
+
+    Ranks share a request by layers and by nothing else, so that each may cut its own into chunks as it likes: the
+    shares are disjoint and whole whatever its chunk size, its memory and the steps in which its rows come.
+    """
+    return range(layers * index // count, layers * (index + 1) // count)
 
 
 def cut(
@@ -58,7 +42,7 @@ def cut(
     Few tokens: many layers a chunk. Many tokens: one layer a chunk, in blocks of like size. Layers of width 0
     are covered without bytes. Raises ValueError if one row does not fit in ``max_bytes``.
     """
-    row_bytes = max(widths) * item_bytes
+    row_bytes = max(widths, default=0) * item_bytes
     if row_bytes > max_bytes:
         raise ValueError(f"one row of {row_bytes} bytes does not fit in a chunk of {max_bytes} bytes")
     if row_bytes == 0 or tokens == 0:

@@ -15,18 +15,23 @@ import msgspec
 import xxhash
 from msgspec import Meta
 
+from sglang_tpla.errors import SglangTplaError
+
 FRAMING_VERSION = 2
-PROTOCOL_VERSIONS = (2, 2)  # lowest and highest protocol version this release speaks
+PROTOCOL_VERSIONS = (3, 3)  # lowest and highest protocol version this release speaks
 PREFIX = b"TPLA" + bytes([FRAMING_VERSION])
 HEAD_BYTES = len(PREFIX) + 8  # and the digest
 MAX_HEADER_BYTES = 64 << 10
 CHANNEL_COOKIE_BYTES = 16
+CHANNEL_KEY_BYTES = 32  # AES-256
 CHECKSUM_BYTES = 8
 MAX_LAYERS = 1024
 MAX_PROJECTION_BYTES = 64 << 20  # one layer's matrix: 4096 x 4096 float32
 MAX_METADATA_BYTES = 16 << 20
 MAX_NEIGHBOURS = 256
 MAX_OFFSETS = 4096
+OPENED, DAMAGED = b"", b"damaged"  # instead of a checksum: what a sealed chunk's tag has shown
+MAX_ROOMS = 4096  # in one Expected
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
 Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
@@ -38,10 +43,11 @@ Sentence = Annotated[str, Meta(max_length=2048)]
 Bitmap = Annotated[bytes, Meta(max_length=16 << 10)]
 Digest = Annotated[bytes, Meta(min_length=CHECKSUM_BYTES, max_length=CHECKSUM_BYTES)]
 Port = Annotated[int, Meta(ge=1, le=65535)]
+Key = Annotated[bytes, Meta(min_length=CHANNEL_KEY_BYTES, max_length=CHANNEL_KEY_BYTES)]
 Cookie = Annotated[bytes, Meta(min_length=CHANNEL_COOKIE_BYTES, max_length=CHANNEL_COOKIE_BYTES)]
 
 
-class FrameError(ValueError):
+class FrameError(SglangTplaError, ValueError):
     """A frame that is not of this protocol; the text says what was wrong with it."""
 
 
@@ -77,10 +83,13 @@ class Arena(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=
 
 
 class DataChannel(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """Where chunks may be fetched by a plain socket, and the word that says for which connection."""
+    """Where chunks are fetched by a plain socket, the word that says for which connection, and the key that seals them;
+    none where the connection that this comes on is not encrypted either.
+    """
 
     port: Port
     cookie: Cookie
+    key: Key | None
 
 
 class Hello(_Message, frozen=True, tag=1):
@@ -100,7 +109,10 @@ class Hello(_Message, frozen=True, tag=1):
 
 
 class Welcome(_Message, frozen=True, tag=2):
-    """prefill -> decode: registered, unless ``need_projection``, then after the projection has come."""
+    """prefill -> decode: registered, unless ``need_projection``, then after the projection has come.
+
+    ``age_ms``: since the agent began; ``context_tokens``, ``pool_tokens``: prompts of so many tokens fit, 0: unsaid.
+    """
 
     version: Small
     agent: Name
@@ -109,7 +121,10 @@ class Welcome(_Message, frozen=True, tag=2):
     layers: Positive
     need_projection: bool
     arena: Arena | None
-    data: DataChannel | None
+    data: DataChannel
+    age_ms: Count
+    context_tokens: Small
+    pool_tokens: Small
 
 
 class Refused(_Message, frozen=True, tag=3):
@@ -143,7 +158,9 @@ class Unregistered(_Message, frozen=True, tag=7):
 
 
 class Request(_Message, frozen=True, tag=8):
-    """decode -> prefill: pages are allocated, send this room."""
+    """decode -> prefill: pages are allocated, send this room: of the layers that the rank holds, the share
+    ``share_index`` of ``share_count`` (`chunks.share_of`).
+    """
 
     room: Count
     generation: Count
@@ -307,6 +324,19 @@ class Resume(_Message, frozen=True, tag=24):
     applied: Annotated[tuple[tuple[Small, Bitmap], ...], Meta(max_length=3)]
 
 
+class Expected(_Message, frozen=True, tag=25):
+    """decode -> prefill: these rooms are known here, and will be asked for when there are pages."""
+
+    rooms: Annotated[tuple[Count, ...], Meta(min_length=1, max_length=MAX_ROOMS)]
+
+
+class Capacity(_Message, frozen=True, tag=26):
+    """decode -> prefill, after Welcome: prompts of so many tokens fit here; 0: unsaid."""
+
+    context_tokens: Small
+    pool_tokens: Small
+
+
 Message: TypeAlias = (
     Hello
     | Welcome
@@ -332,6 +362,8 @@ Message: TypeAlias = (
     | Stored
     | Release
     | Resume
+    | Expected
+    | Capacity
 )
 WITH_PAYLOAD = (ProjectionLayer, Chunk, Finish)
 

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from sglang_tpla.artifact.artifact import Artifact
-from sglang_tpla.calibrate.corpus import Corpus
-from sglang_tpla.calibrate.decode_error import model_maps
 from sglang_tpla.evaluate import __main__ as command
+from sglang_tpla.measure.corpus import Corpus
+from sglang_tpla.measure.decode_error import model_maps
 from sglang_tpla.reference_model.forward import PlainModel
 from tests.e2e.servers import Server
 

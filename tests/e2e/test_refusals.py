@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -45,14 +46,14 @@ def test_flags(nano_mla: str, nano_artifact: str) -> None:
         "--page-size",
         "16",
         "--speculative-algorithm",
-        "EAGLE",
+        "NGRAM",
     )
     output = start(*decode(nano_mla, nano_artifact, *wrong))
     for words in (
         ("drop --dcp-size", "DCP", "slices"),
         ("drop --enable-hierarchical-cache", "rank 0"),
         ("use --page-size 1",),
-        ("drop --speculative-algorithm", "draft"),
+        ("--speculative-algorithm",),  # beside 0.5.17 for its draft, beside others altogether
     ):
         assert all(word in output for word in words), output[-2000:]
     assert "Traceback" not in output, output[-2000:]
@@ -106,3 +107,32 @@ def test_damaged_artifact(tmp_path: Path, nano_mla: str, nano_artifact: str) -> 
     damaged.write_bytes(Path(nano_artifact).read_bytes()[:-1000])
     output = start(*decode(nano_mla, str(damaged)))
     assert str(damaged) in output and "Traceback" not in output, output[-2000:]
+
+
+def test_a_bootstrap_port_that_another_server_has(nano_mla: str) -> None:
+    """It would be healthy, and its ranks would take the place of the other server's."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        output = start(
+            "--role", "prefill", "--model-path", nano_mla, *COMMON, "--disaggregation-bootstrap-port", port
+        )
+    assert (
+        f"cannot listen on 127.0.0.1:{port}" in output and "its own --disaggregation-bootstrap-port" in output
+    )
+    assert "Traceback" not in output, output[-2000:]
+
+
+def test_prompts_cut_to_a_length_of_each_servers_own(nano_mla: str) -> None:
+    output = start("--role", "prefill", "--model-path", nano_mla, *COMMON, "--allow-auto-truncate")
+    assert "drop --allow-auto-truncate" in output and "Traceback" not in output, output[-2000:]
+
+
+def test_models_that_are_not_served_are_refused_by_name(tmp_path: Path, nano_mla: str) -> None:
+    for name, reason in (
+        ("KimiLinearForCausalLM", "linear-attention"),
+        ("SarvamMLAForCausalLM", "class of its own"),
+    ):
+        model = other_model(tmp_path / name, nano_mla, architectures=[name])
+        output = start("--role", "prefill", "--model-path", model, *COMMON)
+        assert f"is a {name}, which sglang_tpla does not serve" in output and reason in output, output[-2000:]
+        assert "Traceback" not in output and "DeepseekV3ForCausalLM" in output, output[-2000:]

@@ -14,8 +14,8 @@ import torch
 from tokenizers import Tokenizer
 
 from sglang_tpla.artifact.artifact import Artifact, build
-from sglang_tpla.calibrate.decode_error import model_maps
-from sglang_tpla.evaluate.cache import cached_maps
+from sglang_tpla.measure.decode_error import model_maps
+from sglang_tpla.reference_model.cached_maps import cached_maps
 from sglang_tpla.reference_model.forward import PlainModel
 from tests.e2e.prompts import short_prompts
 from tests.e2e.servers import Pair, launcher, transfer_lines
@@ -67,7 +67,9 @@ def assert_answers_follow_the_formula(
             exact = model.forward(tokens[:, :-1], maps=other, prompt_tokens=len(ids)).log_softmax(-1)[0]
         at = torch.arange(len(ids) - 1, tokens.shape[1] - 1)
         expected = sliced[at, tokens[0, at + 1]]
-        torch.testing.assert_close(torch.tensor([value for value, *_ in said]), expected, rtol=0, atol=2e-3)
+        # One FP8 code on the other side of a rounding boundary moves a log-probability by 2e-3.
+        near = 2e-3 if cache_dtype == "exact" else 4e-3
+        torch.testing.assert_close(torch.tensor([value for value, *_ in said]), expected, rtol=0, atol=near)
         differs += int(((exact[at, tokens[0, at + 1]] - expected).abs() > 1e-2).any())
     assert differs >= 4  # the comparison can tell TPLA from plain MLA, and FP8 rows from exact ones
 

@@ -23,8 +23,8 @@ from tokenizers import Tokenizer
 
 from sglang_tpla.artifact.artifact import Artifact
 from sglang_tpla.artifact.model_identity import weights_hash
-from sglang_tpla.calibrate.decode_error import model_maps
-from sglang_tpla.evaluate.cache import cached_maps
+from sglang_tpla.measure.decode_error import model_maps
+from sglang_tpla.reference_model.cached_maps import cached_maps
 from sglang_tpla.reference_model.forward import PlainModel
 from tests.block_fp8 import RoundedInputs, convert, quantised_weights
 from tests.e2e.prompts import short_prompts, source

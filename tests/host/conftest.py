@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import socket
 import warnings
@@ -20,6 +21,7 @@ def engine(nano_mla: str) -> Iterator[None]:
         warnings.simplefilter("ignore")
         import sglang.srt.models.deepseek_v2  # noqa: F401
         import torch
+    from sglang.srt import runtime_context
     from sglang.srt.distributed.parallel_state import (
         destroy_distributed_environment,
         destroy_model_parallel,
@@ -31,11 +33,14 @@ def engine(nano_mla: str) -> Iterator[None]:
     from sglang.srt.runtime_context import publish
     from sglang.srt.server_args import ServerArgs
 
-    from sglang_tpla.host import hooks, ledger
+    from sglang_tpla.host import compat, hooks, ledger
 
     torch.set_num_threads(1)
     args = ServerArgs(model_path=nano_mla, device="cpu", dtype="float32", max_total_tokens=4096)
-    publish(args, role="test")
+    if hasattr(runtime_context, "SpawnRanks"):  # later releases ask the launcher for the rank
+        publish(args, role="test", ranks=runtime_context.SpawnRanks(world_rank=0))
+    else:
+        publish(args, role="test")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -43,12 +48,15 @@ def engine(nano_mla: str) -> Iterator[None]:
         backend="gloo", world_size=1, rank=0, local_rank=0, distributed_init_method=f"tcp://127.0.0.1:{port}"
     )
     initialize_model_parallel()
-    initialize_dp_attention(args, args.get_model_config())
+    older = "model_config" in inspect.signature(initialize_dp_attention).parameters
+    initialize_dp_attention(args, *([compat.model_config(args)] if older else []))
     for hook in ledger.load():
         if hook.implementation.startswith(
             ("sglang_tpla.host.model.attention_layer:", "sglang_tpla.host.cpu.rope:")
         ):
-            HookRegistry.register(hook.target, hooks.implementation(hook), HookType(hook.kind))
+            HookRegistry.register(
+                hook.target_in(ledger.host_version()), hooks.implementation(hook), HookType(hook.kind)
+            )
     HookRegistry.apply_hooks()
     yield
     destroy_model_parallel()

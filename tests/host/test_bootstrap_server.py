@@ -14,6 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
+from sglang_tpla.config import SERVER_VARIABLE
 from sglang_tpla.transfer import keys
 from sglang_tpla.transfer.network.bootstrap import (
     CHALLENGE_HEADER,
@@ -30,6 +31,12 @@ from tests.wire import rig
 
 PLACE = {"prefill_dp_rank": 0, "prefill_cp_rank": 0, "target_tp_rank": 0, "target_pp_rank": 0}
 WHOLE = dict.fromkeys(PLACE, -1)
+THIS = "this server"
+
+
+@pytest.fixture(autouse=True)
+def named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(SERVER_VARIABLE, THIS)
 
 
 def payload(rank: int = 0, size: int = 1, port: int = 7000) -> dict[str, Any]:
@@ -38,7 +45,7 @@ def payload(rank: int = 0, size: int = 1, port: int = 7000) -> dict[str, Any]:
         "attn_dp_rank": 0, "pp_size": 1, "pp_rank": 0, "system_dp_size": 1, "system_dp_rank": 0,
         "rank_ip": "127.0.0.1", "rank_port": port, "page_size": 1, "kv_cache_dtype": "auto",
         "load_balance_method": "follow_bootstrap_room", "enable_dsa_cache_layer_split": False,
-        "prefill_http_port": 30000,
+        "prefill_http_port": 30000, "server": THIS,
     }  # fmt: skip
 
 
@@ -187,7 +194,7 @@ def test_nobody_there(port: int) -> None:
 
 
 def test_payload_is_that_of_the_host() -> None:
-    """The one thing copied from SGLang here: its payload, key by key."""
+    """The one thing copied from SGLang here: its payload, key by key; keys of later releases go to older ones too."""
     from sglang.srt.disaggregation.common.conn import CommonKVManager
 
     from sglang_tpla.host.disaggregation.bootstrap_server import registration
@@ -196,4 +203,39 @@ def test_payload_is_that_of_the_host() -> None:
         set(re.findall(r'^\s+"(\w+)": ', inspect.getsource(function), re.MULTILINE))
         for function in (CommonKVManager.register_to_bootstrap, registration)
     )
-    assert stock == ours - set(PLACE) == set(payload())
+    later = {"enable_kv_cache_sharding", "decode_allocation_policy", "kv_layout", "dsv41_spec_layout"}
+    assert stock - {"decode_allocation_policy"} <= ours - set(PLACE)
+    assert ours - set(PLACE) - later - {"server"} == set(payload()) - {"server"} == stock - later
+
+
+def test_ranks_of_another_server_are_not_taken(port: int) -> None:
+    """Two servers that were given one port: the second one's ranks would be found in the first one's place."""
+    with serving(port) as url:
+        submit(url, "PUT", "/route", payload(), None)
+        for other in ({"server": "another"}, {"server": None}):
+            with pytest.raises(
+                RegistrationRefused, match="bootstrap server of another prefill server; give each"
+            ):
+                submit(url, "PUT", "/route", payload(port=7001) | other, None)
+        assert httpx.get(url + "/route", params=PLACE).json()["rank_port"] == 7000
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [({"attn_tp_rank": 2}, "attn_tp_rank must lie in 0...1"), ({"attn_tp_size": 4}, "attn_tp_size is 2")],
+)
+def test_a_rank_that_does_not_fit_the_others(port: int, changes: dict[str, int], said: str) -> None:
+    with serving(port) as url:
+        submit(url, "PUT", "/route", payload(size=2), None)
+        with pytest.raises(RegistrationRefused, match=said):
+            submit(url, "PUT", "/route", payload(size=2) | changes, None)
+
+
+def test_a_port_that_is_taken_ends_the_server(port: int) -> None:
+    from sglang_tpla.host.disaggregation.bootstrap_server import TplaKVBootstrapServer
+
+    with (
+        serving(port),
+        pytest.raises(SystemExit, match=rf"cannot listen on 127.0.0.1:{port}.*of a machine its own"),
+    ):
+        TplaKVBootstrapServer("127.0.0.1", port)

@@ -15,6 +15,7 @@ import torch
 from sglang_tpla.attention.interface import AttentionInputError, PageTable
 from sglang_tpla.attention.reference import ReferenceDecode
 from sglang_tpla.cache_rows.fp8 import row_bytes
+from sglang_tpla.cache_rows.row_format import RowFormat
 from tests.fp8_reference import assert_row, read_row
 
 HEADS, ROPE, CONTEXT, REQUESTS, SLOTS, SCALE = 4, 8, 24, 6, 200, 0.3
@@ -58,9 +59,13 @@ class Pool:
 def backend(engine: None, monkeypatch: pytest.MonkeyPatch) -> Any:
     from sglang_tpla.host.attention import backend as decode_attention
 
-    monkeypatch.setattr(decode_attention, "HopperDecode", Twin)
-    meta = SimpleNamespace(widths=WIDTHS)
-    monkeypatch.setattr(decode_attention, "artifact", lambda: SimpleNamespace(meta=meta))
+    monkeypatch.setattr(
+        decode_attention.TplaDecodeBackend,
+        "_kernel",
+        lambda self, shape: Twin(shape, self._scale, self._max_batch, self._device),
+    )
+    rows = RowFormat.plain(WIDTHS, WIDTHS, ROPE)
+    monkeypatch.setattr(decode_attention, "row_format", lambda *model, fp8: rows)
     torch.manual_seed(5)
     slots = torch.randperm(SLOTS - 1)[: REQUESTS * CONTEXT].view(REQUESTS, CONTEXT).to(torch.int32) + 1
     runner = SimpleNamespace(
@@ -68,11 +73,13 @@ def backend(engine: None, monkeypatch: pytest.MonkeyPatch) -> Any:
         gpu_id=0,
         req_to_token_pool=SimpleNamespace(req_to_token=slots, size=REQUESTS),
         token_to_kv_pool=Pool(),
+        is_draft_worker=False,
+        server_args=SimpleNamespace(speculative_algorithm=None),
         kv_cache_dtype=torch.float32,
         model_config=SimpleNamespace(
             scaling=SCALE,
             num_attention_heads=HEADS,
-            kv_lora_rank=24,
+            hf_text_config=SimpleNamespace(kv_lora_rank=24, num_hidden_layers=2),
             qk_rope_head_dim=ROPE,
             dtype=torch.float32,
         ),
@@ -146,8 +153,10 @@ def test_replays_refill_the_buffers_that_a_graph_was_captured_with(backend: Any)
 
 
 def test_prompts_are_refused(backend: Any) -> None:
+    from sglang.srt.model_executor.forward_batch_info import ForwardMode
+
     with pytest.raises(AttentionInputError, match="--prefill-attention-backend"):
-        backend.forward_extend()
+        backend.forward_extend(None, None, None, None, SimpleNamespace(forward_mode=ForwardMode.EXTEND))
 
 
 class Fp8Pool:
@@ -167,15 +176,20 @@ def test_fp8_rows_are_written_and_read(
 ) -> None:
     from sglang_tpla.host.attention import backend as decode_attention
 
-    meta = SimpleNamespace(widths=FP8_WIDTHS, shared_dims=FP8_SHARED)
-    monkeypatch.setattr(decode_attention, "artifact", lambda: SimpleNamespace(meta=meta))
+    rows = RowFormat.fp8(FP8_WIDTHS, FP8_SHARED, ROPE)
+    monkeypatch.setattr(decode_attention, "row_format", lambda *model, fp8: rows)
     pool = Fp8Pool()
     config = SimpleNamespace(
-        scaling=SCALE, num_attention_heads=HEADS, kv_lora_rank=32, qk_rope_head_dim=ROPE, dtype=torch.float32
+        scaling=SCALE,
+        num_attention_heads=HEADS,
+        hf_text_config=SimpleNamespace(kv_lora_rank=32, num_hidden_layers=2),
+        qk_rope_head_dim=ROPE,
+        dtype=torch.float32,
     )
     runner = SimpleNamespace(
         device="cpu", gpu_id=0, req_to_token_pool=backend.req_to_token_pool, token_to_kv_pool=pool,
-        kv_cache_dtype=torch.float8_e4m3fn, model_config=config,
+        kv_cache_dtype=torch.float8_e4m3fn, model_config=config, is_draft_worker=False,
+        server_args=SimpleNamespace(speculative_algorithm=None),
     )  # fmt: skip
     fp8 = decode_attention.TplaDecodeBackend(runner)
     width, shared = FP8_WIDTHS[layer_id], FP8_SHARED[layer_id]

@@ -12,8 +12,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sglang_tpla.calibrate.statistics import LayerMoments
 from sglang_tpla.calibrate.transforms import layer_maps
+from sglang_tpla.measure.statistics import LayerMoments
+from tests.host.engine_parts import attention_boundary
 
 HIDDEN, HEADS, D, ROPE, NOPE, V, Q_RANK = 48, 8, 32, 16, 24, 20, 40
 EPS = 1e-6
@@ -129,22 +130,23 @@ class OneGroup:
 
     def __init__(self, maps) -> None:
         self._maps = maps
+        self.meta = SimpleNamespace(sketched=False)
 
     def maps(self, layer: int, group: int):
         return self._maps[group]
 
 
 def build_rank(rank, size, groups, maps, weights, q_rank, yarn, dtype, monkeypatch, o_proj="replicate"):
-    """SGLang's attention module of one rank, weights loaded by its own loaders and folded."""
+    """SGLang's attention module of one rank, weights loaded by its own loaders and folded; stock's without maps."""
     from sglang.srt.models.deepseek_common.deepseek_weight_loader import DeepseekV2WeightLoaderMixin
     from sglang.srt.models.deepseek_v2 import DeepseekV2AttentionMLA
-    from sglang.srt.runtime_context import get_parallel
 
     from sglang_tpla.config import Layout
+    from sglang_tpla.host.compat import attention_rank
     from sglang_tpla.host.model import attention_layer as layer
     from sglang_tpla.host.process import Slice
 
-    part = Slice(Layout(size, groups, HEADS), rank, OneGroup(maps))
+    part = Slice(Layout(size, groups, HEADS), rank, OneGroup(maps)) if maps else None
     monkeypatch.setattr(layer, "make_slice", lambda heads, r, t: part)
     monkeypatch.setattr(layer, "settings", lambda: SimpleNamespace(o_proj=o_proj))
     monkeypatch.setattr(layer, "head_shard_ranks", lambda groups: None)
@@ -152,7 +154,7 @@ def build_rank(rank, size, groups, maps, weights, q_rank, yarn, dtype, monkeypat
     previous = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        with get_parallel().override(attn_tp_rank=rank, attn_tp_size=size):
+        with attention_rank(rank, size):
             attention = DeepseekV2AttentionMLA(
                 config=config, hidden_size=HIDDEN, num_heads=HEADS, qk_nope_head_dim=NOPE, qk_rope_head_dim=ROPE,
                 v_head_dim=V, q_lora_rank=q_rank, kv_lora_rank=D, rope_theta=10000.0,
@@ -183,10 +185,9 @@ def build_rank(rank, size, groups, maps, weights, q_rank, yarn, dtype, monkeypat
     return attention
 
 
-def run_rank(attention, x, lengths, past, z_map, dtype):
-    """One decode step of one rank over a pool that holds the projected past."""
+def run_rank(attention, x, lengths, past, z_map, dtype, **options):
+    """One decode step of one rank over a pool that holds the projected past; ``options`` go to the layer's forward."""
     from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
-    from sglang.srt.layers.communicator import AttentionInputs, get_attn_tp_context
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
     from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
 
@@ -214,14 +215,15 @@ def run_rank(attention, x, lengths, past, z_map, dtype):
         req_pool_indices=torch.arange(batch), seq_lens=length, out_cache_loc=slots[torch.arange(batch), positions],
         seq_lens_sum=sum(lengths), positions=positions,
     )  # fmt: skip
-    inputs = AttentionInputs(
+    boundary = attention_boundary()
+    inputs = boundary.AttentionInputs(
         x, forward_batch, attention.prepare_qkv_latent if attention.q_lora_rank else None
     )
     with torch.no_grad(), forward_context(ForwardContext(attn_backend=backend)):
-        get_attn_tp_context().set_attn_inputs(inputs)
+        boundary.get_attn_tp_context().set_attn_inputs(inputs)
         backend.init_forward_metadata(forward_batch)
-        out = attention(positions, x, forward_batch, zero_allocator=None)
-        get_attn_tp_context().clear_attn_inputs()
+        out = attention(positions, x, forward_batch, zero_allocator=None, **options)
+        boundary.get_attn_tp_context().clear_attn_inputs()
     return out.float()
 
 
@@ -247,11 +249,11 @@ CASES = [
 def one_write(request, monkeypatch) -> bool:
     """Whether norm, projection and cache write are one step, as on a GPU; the kernel's twin stands for it."""
     if request.param:
-        from sglang_tpla.attention import reference
+        from sglang_tpla.attention.cache_write import reference
         from sglang_tpla.host.model import attention_layer as layer
 
         monkeypatch.setattr(layer, "puts_off", lambda latent: True)
-        monkeypatch.setattr(layer, "write_latent", reference.write_latent)
+        monkeypatch.setattr(layer, "write", reference.write)
     return request.param
 
 
@@ -283,6 +285,34 @@ def test_sum_over_ranks_is_the_formula(
 
     error = (total - expected).norm() / expected.norm()
     assert error < (2e-5 if dtype == torch.float32 else 3e-2), f"relative error {error:.2e}"
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_temperature_by_position_is_stocks(engine, monkeypatch, one_write, groups) -> None:
+    """``llama_4_scaling`` of a model's config: stock's layer and ours over maps that lose nothing say the same."""
+    generator = torch.Generator().manual_seed(groups)
+    weights = make_weights(Q_RANK, generator)
+    lengths = [21, 3, 9]
+    scaling = 1 + 0.5 * torch.log1p(torch.floor(torch.tensor(lengths) / 4))[:, None, None]  # [tokens, 1, 1]
+    x = torch.randn(len(lengths), HIDDEN, generator=generator)
+    past = [
+        (torch.randn(n - 1, D, generator=generator), torch.randn(n - 1, ROPE, generator=generator))
+        for n in lengths
+    ]
+    identity = torch.eye(D)
+    stock_layer = build_rank(0, 1, 1, None, weights, Q_RANK, True, torch.float32, monkeypatch)
+    stock = run_rank(stock_layer, x, lengths, past, identity, torch.float32, llama_4_scaling=scaling)
+    plain = run_rank(stock_layer, x, lengths, past, identity, torch.float32)
+    one = (identity, identity, identity / groups)
+    ours = sum(
+        run_rank(
+            build_rank(rank, groups, groups, [one] * groups, weights, Q_RANK, True, torch.float32, monkeypatch),
+            x, lengths, past, identity, torch.float32, llama_4_scaling=scaling,
+        )
+        for rank in range(groups)
+    )  # fmt: skip
+    assert (stock - plain).norm() / plain.norm() > 1e-3
+    assert (ours - stock).norm() / stock.norm() < 2e-5
 
 
 @pytest.mark.parametrize(("size", "groups"), [(2, 2), (4, 2), (4, 4), (8, 4)])

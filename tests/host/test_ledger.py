@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.metadata
 import os
 import re
 import subprocess
@@ -12,8 +13,11 @@ from pathlib import Path
 
 import pytest
 
+from sglang_tpla.host import ledger
+
 ROOT = Path(__file__).resolve().parents[2]
 LEDGER = tomllib.loads((ROOT / "patches" / "ledger.toml").read_text())["hook"]
+RELEASE = importlib.metadata.version("sglang")
 
 # What SGLang itself does in every process, then which hooks of ours the registry applied and whether each target's name
 # leads to our code. (The router's package brings a plug-in of its own.)
@@ -51,7 +55,11 @@ def test_applied_set_is_the_ledger(role: str) -> None:
     done = run(PROBE, SGLANG_TPLA_ROLE=role, SGLANG_PLATFORM="sglang_tpla_cpu")
     assert done.returncode == 0, done.stderr[-2000:]
     patched = dict(re.findall(r"^PATCHED (\S+) (\S+)$", done.stdout, re.M))
-    expected = {hook["target"] for hook in LEDGER if {role, "cpu"} & set(hook["roles"])}
+    expected = {
+        hook.target_in(RELEASE)
+        for hook in ledger.load()
+        if {role, "cpu"} & set(hook.roles) and RELEASE in hook.ast_sha256
+    }
     assert set(patched) == expected
     assert set(patched.values()) == {"True"}
 
@@ -65,13 +73,12 @@ def test_without_a_role_nothing_is_hooked() -> None:
     ("tamper", "words"),
     [
         (
-            lambda text: re.sub(r'"0\.5\.17" = "\w{8}', '"0.5.17" = "00000000', text),
-            ("expected syntax tree", "0.5.17"),
+            lambda text: re.sub(rf'"{re.escape(RELEASE)}" = "\w{{8}}', f'"{RELEASE}" = "00000000', text),
+            ("expected syntax tree", RELEASE),
         ),
-        (lambda text: text.replace('"0.5.17"', '"0.4.0"'), ("not in the ledger", "0.4.0")),
         (lambda text: text.replace("utils.get_kv_class", "utils.get_kv_klass"), ("get_kv_klass",)),
     ],
-    ids=["changed-function", "unknown-release", "missing-function"],
+    ids=["changed-function", "missing-function"],
 )
 def test_a_host_that_differs_stops_the_start(tmp_path: Path, tamper, words: tuple[str, ...]) -> None:
     package = tmp_path / "sglang_tpla"
@@ -91,6 +98,21 @@ def test_a_host_that_differs_stops_the_start(tmp_path: Path, tamper, words: tupl
             SGLANG_TPLA_ALLOW_UNKNOWN_HOST="1",
         )
         assert "SERVES" in loud.stdout and "SGLANG_TPLA_ALLOW_UNKNOWN_HOST" in loud.stderr
+
+
+def test_a_release_that_is_not_supported_stops_the_start() -> None:
+    """The word of its own: also where no hooked target changed."""
+    code = f"""
+from sglang_tpla.host import ledger
+ledger.host_version = lambda: "{RELEASE}.post1"
+"""
+    done = run(code + PROBE + "\nprint('SERVES')", SGLANG_TPLA_ROLE="prefill")
+    assert done.returncode != 0 and "SERVES" not in done.stdout
+    assert f"SGLang {RELEASE}.post1 is not supported (these are: 0.5.17, 0.5.19, 0.5.23)" in done.stderr
+    loud = run(
+        code + PROBE + "\nprint('SERVES')", SGLANG_TPLA_ROLE="prefill", SGLANG_TPLA_ALLOW_UNKNOWN_HOST="1"
+    )
+    assert "SERVES" in loud.stdout and "SGLANG_TPLA_ALLOW_UNKNOWN_HOST" in loud.stderr
 
 
 def test_a_hook_that_does_not_apply_stops_the_start() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+import warnings
+from collections import deque
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
@@ -10,7 +12,12 @@ from urllib.parse import parse_qs, urlparse
 
 import pytest
 
-from sglang_tpla.host.disaggregation.prefill_lookup import Lookups, rank_addresses
+from sglang_tpla.host.disaggregation.prefill_lookup import (
+    Lookups,
+    rank_addresses,
+    require_resolvable,
+    why_unanswered,
+)
 from sglang_tpla.transfer.room import TransferError
 
 
@@ -109,3 +116,41 @@ def test_nonsense_is_refused(address: str, rank: int) -> None:
 def test_more_ranks_than_there_can_be_are_refused_without_a_question() -> None:
     with pytest.raises(TransferError, match="more than 4096"):
         rank_addresses("127.0.0.1:1", info(0, dp_size=10**9))
+
+
+@pytest.mark.parametrize("known", ["127.0.0.1:8998", "[::1]:8998", "LOCALHOST:8998", "localhost:1"])
+def test_names_that_stand_for_an_address(known: str) -> None:
+    require_resolvable(known)
+
+
+@pytest.mark.parametrize("unknown", ["no-such-host.invalid:8998", "a..b:1"])
+def test_a_name_that_nobody_knows_fails_at_once(unknown: str) -> None:
+    with pytest.raises(TransferError, match=r"its name .* cannot be resolved"):
+        require_resolvable(unknown)
+
+
+def test_why_a_bootstrap_server_was_not_found(address: str) -> None:
+    assert why_unanswered("127.0.0.1:1") == "nobody listens there"
+    assert why_unanswered(address) == "status 200: []"  # which is no layout
+
+
+@pytest.mark.parametrize(
+    "host", ["prefill1", "prefill_1", "PREFILL_1.example", "[fe80::1_2]", "[::1]", "a_b_c"]
+)
+def test_a_lost_rank_is_looked_up_anew_whatever_its_servers_name(host: str) -> None:
+    """SGLang joins a name and ranks with underscores; nothing is taken out of such a string."""
+    with warnings.catch_warnings():  # SGLang's own imports warn of what a CPU lacks
+        warnings.simplefilter("ignore")
+        from sglang_tpla.host.disaggregation.kv_manager import TplaKVManager
+
+    lost, kept = {"rank_ip": "10.0.0.5", "rank_port": 4000}, {"rank_ip": "10.0.0.6", "rank_port": "4000"}
+    server, other = f"{host}:8998", f"{host}:899"
+    manager = TplaKVManager.__new__(TplaKVManager)
+    manager.connection_lock = threading.Lock()
+    manager.connection_pool = {f"{server}_0_0_False": [lost], f"{other}_0_0_0": [kept]}
+    manager.prefill_info_table = {server: object(), other: object()}
+    manager.rank_addresses = {server: {(0, 0, 0, 0): kept, (0, 0, 1, 0): lost}, other: {(0, 0, 0, 0): kept}}
+    manager._lost_peers = deque([("10.0.0.5", 4000), ("10.0.0.9", 1)])
+    manager.forget_lost_peers()
+    assert list(manager.connection_pool) == [f"{other}_0_0_0"]
+    assert list(manager.prefill_info_table) == list(manager.rank_addresses) == [other]

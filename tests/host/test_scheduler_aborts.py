@@ -7,7 +7,7 @@ from unittest.mock import Mock
 
 import pytest
 
-from sglang_tpla.host.disaggregation.aborts import drop_waiting
+from sglang_tpla.host.disaggregation.aborts import abort, drop_waiting
 
 
 def waiting(rid: str, pending_bootstrap: bool = False) -> SimpleNamespace:
@@ -26,3 +26,40 @@ def test_waiting_requests(rid: str, abort_all: bool, dropped: list[str]) -> None
         SimpleNamespace(rid=rid, abort_all=abort_all),
     )
     assert [req.rid for req in queue if req.disagg_kv_sender and req.disagg_kv_sender.clear.called] == dropped
+
+
+SAMPLE = "a_" + "0f" * 16
+
+
+@pytest.mark.parametrize(
+    ("rid", "abort_all", "reached"),
+    [
+        ("a", False, ["a", SAMPLE]),
+        ("ab", False, ["ab"]),
+        ("gone", False, []),
+        ("", True, ["a", "ab", "abc", SAMPLE]),
+    ],
+)
+def test_an_abort_reaches_no_request_whose_id_only_begins_alike(
+    rid: str, abort_all: bool, reached: list[str]
+) -> None:
+    """SGLang compares beginnings; others' ids are out of its sight meanwhile, and theirs again afterwards."""
+    wrapped = SimpleNamespace(req=waiting("abc"))
+    scheduler = SimpleNamespace(
+        waiting_queue=[waiting("a")],
+        grammar_manager=SimpleNamespace(grammar_queue=[waiting("ab")]),
+        disagg_decode_prealloc_queue=SimpleNamespace(queue=[wrapped], retracted_queue=[]),
+        running_batch=SimpleNamespace(reqs=[waiting(SAMPLE)]),
+        last_batch=None,
+        chunked_req=None,
+    )
+    live = [*scheduler.waiting_queue, *scheduler.grammar_manager.grammar_queue, wrapped.req]
+    live += scheduler.running_batch.reqs
+    found: list[str] = []
+
+    def stock(self: object, recv_req: SimpleNamespace) -> None:
+        found.extend(req.rid for req in live if recv_req.abort_all or req.rid.startswith(recv_req.rid))
+
+    abort(stock, scheduler, SimpleNamespace(rid=rid, abort_all=abort_all))
+    assert found == reached
+    assert [req.rid for req in live] == ["a", "ab", "abc", SAMPLE]

@@ -9,7 +9,9 @@ import torch
 
 from sglang_tpla.artifact.artifact import Artifact
 from sglang_tpla.calibrate import pipeline as run
-from sglang_tpla.calibrate.decode_error import measure, model_maps
+from sglang_tpla.calibrate.sketch_maps import sketched_rows
+from sglang_tpla.measure.decode_error import measure, model_maps
+from sglang_tpla.measure.text import TextPlan, collect_statistics, read_text
 from sglang_tpla.reference_model.forward import PlainModel
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -23,10 +25,10 @@ def model() -> PlainModel:
 
 def test_shipped_artifact_is_within_its_bar(model: PlainModel, capsys: pytest.CaptureFixture[str]) -> None:
     """KL a token at most 0.02 over 8,192 decoded tokens, and far below the paper's transforms."""
-    text = run.read_text(run.TextPlan(calibration_tokens=16384, held_out_tokens=8192), model.checkpoint)
+    text = read_text(TextPlan(calibration_tokens=16384, held_out_tokens=8192), model.checkpoint)
     shipped = Artifact.load(ROOT / "examples" / "artifacts" / "nano-mla-g2.safetensors")
     assert shipped.meta.seed == 0  # so that this text was held out from it
-    statistics = run.collect_statistics(model, text, 0, show_progress=False)
+    statistics = collect_statistics(model, text, 0, show_progress=False)
     artifacts = {"shipped": shipped}
     for transform in ("pca", "hadamard", "identity"):
         artifacts[transform] = run.closed_form(statistics, model.checkpoint, transform, 2, 0, "scalar")
@@ -39,12 +41,26 @@ def test_shipped_artifact_is_within_its_bar(model: PlainModel, capsys: pytest.Ca
     assert kl["shipped"] < 0.2 * kl["pca"] < kl["hadamard"] < kl["identity"]
 
 
+def test_sketched_rows_are_near_exact_at_half_the_bytes(model: PlainModel) -> None:
+    """Two and four groups, and one: plain MLA with an 8-bit cache. Bounds leave room for 4,096 tokens of text."""
+    text = read_text(TextPlan(calibration_tokens=16384, held_out_tokens=4096), model.checkpoint)
+    statistics = collect_statistics(model, text, 0, show_progress=False)
+    spec = model.spec
+    rows = [sketched_rows(128, 32, groups, shared, 4, 16) for groups, shared in ((1, 128), (2, 32), (4, 32))]
+    artifacts = [run.sketched_form(statistics, model.checkpoint, [layer] * spec.layers) for layer in rows]
+    found = measure(model, text.held_out, [model_maps(artifact, model) for artifact in artifacts], 512)
+    assert [layer.row_bytes / 320 for layer in rows] == [0.625, 0.55, 0.5125]
+    for errors, bound in zip(found, (0.0003, 0.0006, 0.0006), strict=True):
+        report = errors.report()
+        assert report.kl_mean < bound and report.top1_agreement > 0.98
+
+
 def test_error_report_is_reproduced(model: PlainModel) -> None:
     shipped = Artifact.load(ROOT / "examples" / "artifacts" / "nano-mla-g2.safetensors")
     report = shipped.meta.error_report
     assert report is not None
     assert report.tokens >= 8000
-    text = run.read_text(run.TextPlan(calibration_tokens=1, held_out_tokens=1024), model.checkpoint)
+    text = read_text(TextPlan(calibration_tokens=1, held_out_tokens=1024), model.checkpoint)
     (errors,) = measure(model, text.held_out, [model_maps(shipped, model)], 512)
     assert errors.report().kl_mean == pytest.approx(report.kl_mean, rel=0.6)
 

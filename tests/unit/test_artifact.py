@@ -148,7 +148,7 @@ def _shared(tensors, metadata):
 
 
 def _version(tensors, metadata):
-    metadata["format_version"] = "2"
+    metadata["format_version"] = "3"
 
 
 def _unknown(tensors, metadata):
@@ -180,7 +180,7 @@ def _widths(tensors, metadata):
         (_dtype, "bfloat16"),
         (_nan, "layers.0.groups.0.Z has values that are not finite"),
         (_shared, "shared columns of layer 0 differ between groups 0 and 1"),
-        (_version, "format version 2"),
+        (_version, "format version 3"),
         (_unknown, "colour"),
         (_wrong_type, "groups"),
         (_not_json, "damaged"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sglang_tpla.calibrate.corpus import CorpusError, Document, sequences
+from sglang_tpla.measure.corpus import CorpusError, Document, sequences
 
 DOCUMENTS = [Document("a", "abcdefg"), Document("b", "hij")]  # 7 and 3 tokens, one separator after each
 

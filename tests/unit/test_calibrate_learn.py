@@ -17,12 +17,13 @@ import torch.nn.functional as F
 
 from sglang_tpla.artifact.artifact import Artifact, ArtifactError
 from sglang_tpla.calibrate import pipeline as run
-from sglang_tpla.calibrate.layer_inputs import LayerData, walk
 from sglang_tpla.calibrate.learn_layer import LearnPlan, learn_layer, output_error
 from sglang_tpla.calibrate.learn_model import learn_model
 from sglang_tpla.calibrate.refit_values import refit_values
-from sglang_tpla.calibrate.statistics import LayerMoments, Statistics, StatisticsError, combine
 from sglang_tpla.calibrate.transforms import TransformError
+from sglang_tpla.measure.layer_inputs import LayerData, walk
+from sglang_tpla.measure.statistics import LayerMoments, Statistics, StatisticsError, combine
+from sglang_tpla.measure.text import Text, TextPlan, collect_statistics, read_text
 from sglang_tpla.reference_model.forward import PlainModel
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,16 +37,14 @@ def model() -> PlainModel:
 
 
 @pytest.fixture(scope="module")
-def text(model: PlainModel) -> run.Text:
-    plan = run.TextPlan(
-        calibration_tokens=4096, held_out_tokens=128, prompt_tokens=128, continuation_tokens=128
-    )
-    return run.read_text(plan, model.checkpoint)
+def text(model: PlainModel) -> Text:
+    plan = TextPlan(calibration_tokens=4096, held_out_tokens=128, prompt_tokens=128, continuation_tokens=128)
+    return read_text(plan, model.checkpoint)
 
 
 @pytest.fixture(scope="module")
-def statistics(model: PlainModel, text: run.Text) -> Statistics:
-    return run.collect_statistics(model, text, 0, show_progress=False)
+def statistics(model: PlainModel, text: Text) -> Statistics:
+    return collect_statistics(model, text, 0, show_progress=False)
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +53,7 @@ def start(model: PlainModel, statistics: Statistics) -> Artifact:
 
 
 @pytest.fixture(scope="module")
-def last_layer(model: PlainModel, text: run.Text) -> LayerData:
+def last_layer(model: PlainModel, text: Text) -> LayerData:
     *_, (layer, data) = walk(model, text.calibration)
     assert layer == 3
     return data
@@ -175,7 +174,7 @@ def _squares(attention, batch, maps) -> tuple[float, float]:
 
 
 def test_resumed_run_ends_with_the_same_bits(
-    model: PlainModel, statistics: Statistics, start: Artifact, text: run.Text, tmp_path: Path
+    model: PlainModel, statistics: Statistics, start: Artifact, text: Text, tmp_path: Path
 ) -> None:
     def learn(folder: Path, plan: LearnPlan = PLAN) -> Artifact:
         return learn_model(model, start, statistics, text.calibration, plan, folder)[0]
@@ -294,9 +293,9 @@ def test_statistics_of_another_model_are_refused(model: PlainModel, statistics: 
         run.closed_form(other, model.checkpoint, "shared", 2, 32)
 
 
-def test_one_layer_at_a_time_gives_the_same_statistics(text: run.Text, statistics: Statistics) -> None:
+def test_one_layer_at_a_time_gives_the_same_statistics(text: Text, statistics: Statistics) -> None:
     frugal = PlainModel(str(NANO), resident=False)
-    found = run.collect_statistics(frugal, text, 0, show_progress=False)
+    found = collect_statistics(frugal, text, 0, show_progress=False)
     for ours, theirs in zip(found.layers, statistics.layers, strict=True):
         torch.testing.assert_close(ours.covariance, theirs.covariance, rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(ours.query_outer, theirs.query_outer, rtol=1e-4, atol=1e-3)

@@ -10,10 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sglang_tpla.calibrate.corpus import Corpus, CorpusError, load_tokenizer, sequences
-from sglang_tpla.calibrate.pipeline import Text as CalibrationText
-from sglang_tpla.calibrate.pipeline import collect_statistics
-from sglang_tpla.calibrate.statistics import LayerMoments, Statistics, StatisticsError
+from sglang_tpla.measure.corpus import Corpus, CorpusError, load_tokenizer, sequences
+from sglang_tpla.measure.statistics import LayerMoments, Statistics, StatisticsError
+from sglang_tpla.measure.text import Text as CalibrationText
+from sglang_tpla.measure.text import collect_statistics
 from sglang_tpla.reference_model.forward import PlainModel
 
 NANO = Path(__file__).resolve().parents[2] / "examples" / "nano-mla"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sglang_tpla.calibrate.statistics import LayerMoments
 from sglang_tpla.calibrate.transforms import (
     TRANSFORMS,
     TransformError,
@@ -14,6 +13,7 @@ from sglang_tpla.calibrate.transforms import (
     layer_maps,
     regression,
 )
+from sglang_tpla.measure.statistics import LayerMoments
 
 D, H, N = 16, 3, 6
 

@@ -31,7 +31,7 @@ HOPPER, AMPERE, CPU = (9, 0), (8, 0), None
         ("tpla", DecodeShape(160, 16, dtype=torch.float8_e4m3fn), HOPPER, "dtype"),
         ("tpla", DecodeShape(160, 16), AMPERE, "needs compute capability 9.0"),
         ("triton", DecodeShape(128, 8, rope_dim=32), HOPPER, "same power of two.*torch_native"),
-        ("triton", DecodeShape(80, 8), CPU, "use --attention-backend torch_native,"),
+        ("triton", DecodeShape(80, 8), CPU, "use --attention-backend tpla or torch_native,"),
         ("cutlass_mla", DecodeShape(512, 16), HOPPER, "never measured"),
     ],
 )

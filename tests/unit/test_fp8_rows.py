@@ -16,7 +16,7 @@ from sglang_tpla.cache_rows.fp8 import (
     row_bytes,
     unpack_rows,
 )
-from sglang_tpla.evaluate.cache import cached_maps
+from sglang_tpla.reference_model.cached_maps import cached_maps
 from tests.fp8_reference import VALUES, assert_row
 
 

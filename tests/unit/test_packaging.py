@@ -2,13 +2,42 @@
 
 from __future__ import annotations
 
+import ast
+import re
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+# What SGLang pins for its release and device; a second pin here could only disagree.
+WITH_SGLANG = {
+    "torch",
+    "triton",
+    "transformers",
+    "tokenizers",
+    "huggingface_hub",
+    "flashinfer",
+    "cuda",
+    "xgrammar",
+}
+IMPORTED_AS = {"pyzmq": "zmq", "pyyaml": "yaml", "prometheus-client": "prometheus_client"}
+
+
+def test_every_import_is_declared() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    names = [re.split(r"[^\w-]", requirement)[0].lower() for requirement in project["dependencies"]]
+    declared = {IMPORTED_AS.get(name, name) for name in names} | WITH_SGLANG | {"sglang_tpla"}
+    found = set()
+    for path in (ROOT / "sglang_tpla").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                found |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                found.add(node.module.partition(".")[0])
+    assert found - sys.stdlib_module_names - declared == set()
 
 
 def test_the_wheel_carries_what_servers_read(tmp_path: Path) -> None:

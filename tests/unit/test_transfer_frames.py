@@ -39,16 +39,20 @@ GOLDEN = [
     ),
     (
         frames.Welcome(
-            version=2,
+            version=3,
             agent="a2",
             host="h1",
             first_layer=0,
             layers=61,
             need_projection=False,
             arena=None,
-            data=frames.DataChannel(port=30001, cookie=bytes(range(16))),
+            data=frames.DataChannel(port=30001, cookie=bytes(range(16)), key=bytes(range(32))),
+            age_ms=1000,
+            context_tokens=4096,
+            pool_tokens=65536,
         ),
-        "990202a26132a26831003dc2c092cd7531c410000102030405060708090a0b0c0d0e0f",
+        "9c0203a26132a26831003dc2c093cd7531c410000102030405060708090a0b0c0d0e0f"
+        "c420000102030405060708090a0b0c0d0e0f101112131415161718191a1b1c1d1e1fcd03e8cd1000ce00010000",
     ),
     (frames.Refused(reason="no"), "9203a26e6f"),
     (
@@ -132,6 +136,8 @@ GOLDEN = [
         frames.Resume(room=1, generation=2, credit_bytes=4194304, applied=((0, b"\x07"), (2, b"\x01\x80"))),
         "95180102ce00400000929200c401079202c4020180",
     ),
+    (frames.Expected(rooms=(1, 9223372036854775807)), "92199201cf7fffffffffffffff"),
+    (frames.Capacity(context_tokens=4096, pool_tokens=65536), "931acd1000ce00010000"),
 ]
 
 
@@ -142,6 +148,13 @@ def test_golden_bytes(message: frames.Message, golden: str) -> None:
     assert frames.encode(message) == header
     has_payload = isinstance(message, frames.WITH_PAYLOAD)
     assert frames.decode(header, has_payload) == message
+
+
+def test_golden_bytes_of_an_offer_without_a_key() -> None:
+    offer = frames.DataChannel(port=30001, cookie=bytes(range(16)), key=None)
+    assert msgspec.msgpack.encode(offer).hex() == "93cd7531c410000102030405060708090a0b0c0d0e0fc0"
+    with pytest.raises(msgspec.ValidationError):
+        msgspec.msgpack.decode(msgspec.msgpack.encode([1, bytes(16), bytes(16)]), type=frames.DataChannel)
 
 
 def test_golden_header() -> None:

@@ -2,22 +2,38 @@
 
 from __future__ import annotations
 
+import socket
 import time
 
 import zmq
 
 from sglang_tpla.transfer import messages as frames
+from sglang_tpla.transfer.network.data_channel import PREAMBLE, PREAMBLE_BYTES, SIZES
 from tests.wire import rig
 
 
+def exactly(stream: socket.socket, size: int) -> bytes:
+    """So many bytes of a socket."""
+    data = b""
+    while len(data) < size:
+        piece = stream.recv(size - len(data))
+        assert piece, f"the stream ended after {len(data)} of {size} bytes"
+        data += piece
+    return data
+
+
+COOKIE = bytes(range(frames.CHANNEL_COOKIE_BYTES))
+
+
 class FakeDecode:
-    """A bare DEALER socket to a prefill agent."""
+    """A bare DEALER socket to a prefill agent, and its data channel once it has registered."""
 
     def __init__(self, port: int) -> None:
         self.context = zmq.Context()
         self.socket = self.context.socket(zmq.DEALER)
         self.socket.setsockopt(zmq.LINGER, 0)
         self.socket.connect(f"tcp://127.0.0.1:{port}")
+        self.stream: socket.socket | None = None
 
     def send(self, *parts: bytes) -> None:
         """Frames as they are."""
@@ -28,8 +44,22 @@ class FakeDecode:
         self.send(frames.encode(message), *([] if payload is None else [payload]))
 
     def read(self, timeout_s: float = 10.0) -> tuple[frames.Message, bytes | None]:
-        """The next message."""
-        assert self.socket.poll(int(timeout_s * 1000)), "no answer"
+        """The next message, or chunk of the data channel."""
+        poller = zmq.Poller()
+        poller.register(self.socket, zmq.POLLIN)
+        if self.stream is not None:
+            poller.register(self.stream, zmq.POLLIN)
+        ready = dict(poller.poll(int(timeout_s * 1000)))
+        assert ready, "no answer"
+        if self.socket not in ready and self.stream is not None:
+            if not self.stream.recv(1, socket.MSG_PEEK):  # it was ended
+                self.stream.close()
+                self.stream = None
+                return self.read(timeout_s)
+            header_bytes, payload_bytes = SIZES.unpack(exactly(self.stream, SIZES.size))
+            header, payload = exactly(self.stream, header_bytes), exactly(self.stream, payload_bytes)
+            assert exactly(self.stream, frames.CHECKSUM_BYTES) == frames.checksum(payload)
+            return frames.decode(header, True), payload
         parts = self.socket.recv_multipart()
         return frames.decode(parts[0], len(parts) > 1), parts[1] if len(parts) > 1 else None
 
@@ -43,18 +73,29 @@ class FakeDecode:
         raise AssertionError(f"no {kind.__name__}")
 
     def register(self, **changes: object) -> None:
-        """Say Hello as a raw-latent rank and read the welcome."""
+        """Say Hello as a raw-latent rank, read the welcome, and open the data channel that it offers."""
         self.say(hello(**changes))
-        self.expect(frames.Welcome)
+        offer = self.expect(frames.Welcome)[0].data
+        self.stream = socket.create_connection(("127.0.0.1", offer.port))
+        self.stream.settimeout(10)
+        self.stream.sendall(PREAMBLE + offer.cookie)
 
     def close(self) -> None:
-        """Free the socket."""
+        """Free the sockets."""
+        if self.stream is not None:
+            self.stream.close()
         self.socket.close()
         self.context.term()
 
 
 class FakePrefill:
-    """A bare ROUTER socket that welcomes one decode agent."""
+    """A bare ROUTER socket that welcomes one decode agent, and a port for its data channels.
+
+    Attributes:
+        key: that it offers with a data channel.
+    """
+
+    key: bytes | None = None
 
     def __init__(self) -> None:
         self.context = zmq.Context()
@@ -62,6 +103,9 @@ class FakePrefill:
         self.socket.setsockopt(zmq.LINGER, 0)
         self.port = self.socket.bind_to_random_port("tcp://127.0.0.1")
         self.identity = b""
+        self.server = socket.create_server(("127.0.0.1", 0))
+        self.server.settimeout(10)
+        self.stream: socket.socket | None = None
 
     @property
     def peer(self) -> tuple[str, int, bool]:
@@ -73,8 +117,22 @@ class FakePrefill:
         self.socket.send_multipart((self.identity, *parts))
 
     def say(self, message: frames.Message, payload: bytes | None = None) -> None:
-        """A message."""
-        self.send(frames.encode(message), *([] if payload is None else [payload]))
+        """A message; a chunk goes on the data channel, with the checksum that it names."""
+        header = frames.encode(message)
+        if isinstance(message, frames.Chunk) and payload is not None:
+            self.channel().sendall(
+                SIZES.pack(len(header), len(payload)) + header + payload + message.checksum
+            )
+            return
+        self.send(header, *([] if payload is None else [payload]))
+
+    def channel(self) -> socket.socket:
+        """The data channel, once the agent has opened it and said whose it is."""
+        if self.stream is None:
+            self.stream = self.server.accept()[0]
+            self.stream.settimeout(10)
+            assert exactly(self.stream, PREAMBLE_BYTES) == PREAMBLE + COOKIE
+        return self.stream
 
     def expect(self, kind: type, timeout_s: float = 10.0) -> frames.Message:
         """The next message of a kind; pings are answered on the way."""
@@ -92,12 +150,37 @@ class FakePrefill:
     def welcome(self) -> None:
         """Read Hello and accept it."""
         self.expect(frames.Hello)
-        self.say(frames.Welcome(2, "fake", "elsewhere", 0, rig.LAYERS, False, None, None))
+        if self.stream is not None:
+            self.stream.close()
+            self.stream = None
+        offer = frames.DataChannel(self.server.getsockname()[1], COOKIE, self.key)
+        self.say(welcome(offer))
 
     def close(self) -> None:
-        """Free the socket."""
+        """Free the sockets."""
+        self.server.close()
+        if self.stream is not None:
+            self.stream.close()
         self.socket.close()
         self.context.term()
+
+
+def welcome(data: frames.DataChannel, **changes: object) -> frames.Welcome:
+    """What a prefill rank that has lived for an hour and takes any prompt answers."""
+    fields = {
+        "version": frames.PROTOCOL_VERSIONS[1],
+        "agent": "fake",
+        "host": "elsewhere",
+        "first_layer": 0,
+        "layers": rig.LAYERS,
+        "need_projection": False,
+        "arena": None,
+        "data": data,
+        "age_ms": 3_600_000,
+        "context_tokens": 0,
+        "pool_tokens": 0,
+    }
+    return frames.Welcome(**{**fields, **changes})
 
 
 def hello(**changes: object) -> frames.Hello:

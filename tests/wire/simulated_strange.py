@@ -42,7 +42,7 @@ class Strange:
         """Somebody at the port of data channels, who says something, or nothing, and stays or goes."""
         ports = list(self.streams.listeners)
         stream = self.streams.connect(ports[self.choices.below(len(ports))])
-        kinds = (b"", b"TPLD", b"TPLD\x02" + bytes(16), b"GET / HTTP/1.1\r\n\r\n")
+        kinds = (b"", b"TPLD", b"TPLD\x03" + bytes(16), b"GET / HTTP/1.1\r\n\r\n")
         stream.send(kinds[self.choices.below(len(kinds))] + self.choices.take(self.choices.below(4)))
         if self.choices.below(2):
             stream.close()
@@ -84,7 +84,7 @@ class Strange:
         special = {
             "room": lambda: pick(ROOMS),
             "generation": lambda: generations[pick(len(generations))],
-            "versions": lambda: [(1, 1), (0, 9), (2, 2)][pick(3)],
+            "versions": lambda: [(1, 1), (0, 9), (3, 3)][pick(3)],
             "version": lambda: pick(3),
             "agent": lambda: agents[pick(len(agents))],
             "agents": lambda: [agents[pick(len(agents))] for _ in range(pick(3))],

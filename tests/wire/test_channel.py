@@ -1,4 +1,4 @@
-"""The data channel: chunks take it where it is offered, ZMQ where not, and nobody else gets in."""
+"""The data channel: chunks take it and nothing else, nobody else gets in, and who cannot have one is told why."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from collections.abc import Iterator
 import pytest
 
 from sglang_tpla.transfer import messages as frames
-from sglang_tpla.transfer.decode.data_channels import MAX_CHANNELS_LOST
 from sglang_tpla.transfer.network.data_channel import PREAMBLE, SIZES
-from sglang_tpla.transfer.room import RoomState
+from sglang_tpla.transfer.room import RoomState, TransferError
 from tests.ports import neighbouring_ports
 from tests.wire import rig
 from tests.wire.fakes import FakeDecode, FakePrefill, hello
@@ -99,37 +98,52 @@ def test_a_channel_that_ends_between_rooms_is_opened_again(prefill: rig.PrefillR
             rig.wait(lambda new=new: list(prefill.agent._doorway._channels) == new, "the channel")
 
 
-def test_a_port_that_hangs_up_on_everybody_is_done_without(prefill: rig.PrefillRank) -> None:
+def test_a_port_that_hangs_up_on_everybody_fails_rooms_with_the_reason(prefill: rig.PrefillRank) -> None:
     decode = rig.decode_rank(host="far")
     with contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.closing(decode.agent))
         data = stack.enter_context(contextlib.closing(FaultProxy(rig.data_port(prefill))))
         data.refusing = True
         rig.data_port(prefill, data.port)
-        transfer(prefill, decode, 1)
-        (connection,) = decode.agent._connections.values()
-        rig.wait(lambda: connection.channels_lost == MAX_CHANNELS_LOST, "three attempts")
+        fails(prefill, decode, 1, " by ")  # closed or reset
+        data.refusing = False
         transfer(prefill, decode, 2)
-        stats = decode.agent.stats()
-        assert (stats.resumed, stats.data_channels, stats.peers) == (MAX_CHANNELS_LOST - 1, 0, 1)
 
 
-@pytest.mark.parametrize(("ours", "theirs"), [(0, 1), (1, 0)])
-def test_either_side_can_do_without(ours: int, theirs: int) -> None:
-    prefill, decode = rig.prefill_rank(data_channel=ours), rig.decode_rank(host="far", data_channel=theirs)
-    with contextlib.closing(prefill.agent), contextlib.closing(decode.agent):
-        transfer(prefill, decode, 1)
-        assert prefill.agent.stats().refused == 0
+def fails(prefill: rig.PrefillRank, decode: rig.DecodeRank, room: int, why: str) -> None:
+    """A room whose rows cannot be fetched ends soon, on both sides, and says what to do."""
+    prefill.agent.open_room(room)
+    rig.ask(decode, [prefill.peer], room, rig.pages(room, PAGES))
+    prefill.agent.send(room, rig.pages(room + 1, PAGES), last=True, metadata_row=2)
+    for agent in (decode.agent, prefill.agent):
+        assert rig.ended(agent, room) == RoomState.FAILED
+        for part in ("its data channel, port", "failed for 2 s", why, "let decode servers reach"):
+            assert part in agent.failure(room)
+    assert decode.agent.stats().staging_used_bytes == prefill.agent.stats().staging_used_bytes == 0
 
 
-def test_a_port_that_nobody_reaches_is_done_without(prefill: rig.PrefillRank) -> None:
+def test_a_port_that_nobody_reaches_fails_rooms_with_the_reason(prefill: rig.PrefillRank) -> None:
     with socket.create_server(("127.0.0.1", 0)) as gone:
         port = gone.getsockname()[1]
-    rig.data_port(prefill, port)
-    decode = rig.decode_rank(host="far")
-    with contextlib.closing(decode.agent):
-        transfer(prefill, decode, 1)
-        assert decode.agent.stats().resumed == 0
+    real = rig.data_port(prefill, port)
+    far, near = rig.decode_rank(host="far"), rig.decode_rank()
+    with contextlib.closing(far.agent), contextlib.closing(near.agent):
+        fails(prefill, far, 1, "Connection refused")
+        transfer(prefill, near, 2)  # by shared memory
+        assert near.agent.stats().resumed == 0
+        rig.data_port(prefill, real)
+        transfer(prefill, far, 3)
+
+
+def test_a_data_port_that_is_taken_is_no_start() -> None:
+    port = neighbouring_ports(2)
+    with (
+        socket.create_server(("127.0.0.1", port + 1)),
+        pytest.raises(
+            TransferError, match=f"cannot listen on 127.0.0.1:{port + 1}, .*free the port after {port}"
+        ),
+    ):
+        rig.prefill_rank(port=port)
 
 
 @pytest.mark.parametrize(
@@ -158,7 +172,6 @@ def test_a_cookie_serves_once_and_ends_with_its_connection(prefill: rig.PrefillR
     with contextlib.closing(FakeDecode(prefill.agent.address[1])) as fake:
         fake.say(hello(host="far"))
         welcome = fake.expect(frames.Welcome)[0]
-        assert welcome.data is not None
         with knock(prefill, PREAMBLE + welcome.data.cookie) as first:
             rig.wait(lambda: prefill.agent._doorway._channels, "the channel")
             with knock(prefill, PREAMBLE + welcome.data.cookie) as second:
@@ -191,20 +204,13 @@ def test_what_no_prefill_rank_would_send_ends_the_channel(said: bytes) -> None:
     with contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.closing(decode.agent))
         fake = stack.enter_context(contextlib.closing(FakePrefill()))
-        server = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
-        server.settimeout(10)
         decode.agent.connect("127.0.0.1", fake.port)
-        fake.expect(frames.Hello)
-        offer = frames.DataChannel(server.getsockname()[1], bytes(range(16)))
-        fake.say(frames.Welcome(2, "fake", "elsewhere", 0, rig.LAYERS, False, None, offer))
-        stream = stack.enter_context(server.accept()[0])
-        stream.settimeout(10)
-        assert stream.recv(100) == PREAMBLE + offer.cookie
+        fake.welcome()
+        stream = fake.channel()
         stream.sendall(said)
         with contextlib.suppress(ConnectionResetError):
             assert stream.recv(1) == b""
-        fake.expect(frames.Hello)  # on a new connection
-        fake.say(frames.Welcome(2, "fake", "elsewhere", 0, rig.LAYERS, False, None, None))
+        fake.welcome()  # on a new connection
         rig.wait(lambda: decode.agent.stats().peers == 1, "the connection to go on")
         fake.expect(frames.Ping)
         assert decode.agent.stats().malformed_dropped == 1

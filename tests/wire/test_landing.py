@@ -35,21 +35,11 @@ class Sender:
         self.decode = rig.decode_rank(peer_timeout_s=5.0)
         stack.enter_context(contextlib.closing(self.decode.agent))
         self.fake = stack.enter_context(contextlib.closing(FakePrefill()))
-        self.server = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
-        self.server.settimeout(10)
-        self.stack = stack
 
     def connect(self) -> None:
         """Welcome the agent, with a data channel."""
-        self.fake.expect(frames.Hello)
-        offer = frames.DataChannel(self.server.getsockname()[1], bytes(16))
-        self.fake.say(
-            frames.Welcome(
-                frames.PROTOCOL_VERSIONS[1], "fake", "elsewhere", 0, rig.LAYERS, False, None, offer
-            )
-        )
-        self.stream = self.stack.enter_context(self.server.accept()[0])
-        self.stream.settimeout(10)
+        self.fake.welcome()
+        self.stream = self.fake.channel()
 
     def open(self, room: int) -> frames.Request:
         """A room that asks for two pages, with credit for two chunks."""

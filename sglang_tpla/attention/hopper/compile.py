@@ -15,10 +15,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from sglang_tpla.errors import SglangTplaError
+
 ARCHITECTURE = "sm_90a"
 
 
-class KernelCompileError(RuntimeError):
+class KernelCompileError(SglangTplaError, RuntimeError):
     """NVRTC or the driver refused a kernel; the message carries their log."""
 
 

@@ -192,7 +192,11 @@ class HopperDecode:
     ) -> None:
         from sglang_tpla.attention.backends import require
 
-        require("hopper" if shape.sketched is None else "hopper_sketched", shape, torch.cuda.get_device_capability(device))
+        require(
+            "hopper" if shape.sketched is None else "hopper_sketched",
+            shape,
+            torch.cuda.get_device_capability(device),
+        )
         self.shape = shape
         self.scale = scale
         self.max_batch = max_batch

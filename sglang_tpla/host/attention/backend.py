@@ -1,37 +1,74 @@
 """The paged latent decode kernels of this package as an attention backend of SGLang: ``--attention-backend tpla``.
 
 It serves the decode steps of a decode server, with CUDA graphs: page table and lengths are refilled in fixed buffers
-and planned on the device before each step, for every kind among the layers; nothing is read back. Plain rows are read
-by the kernel for Hopper; FP8 rows (``--kv-cache-dtype fp8_e4m3``) are written and read here by the FP8 kernels, on a
-CPU by their twins. A decode server computes no prompts, so there is no extend. Answers to ``AttentionBackend`` in
+and planned on the device before each step, for every kind among the layers; nothing is read back. Speculating servers
+verify a chain of guesses as so many query tokens a request, and their draft layer runs here as well. Plain rows are
+read by the kernel for Hopper, FP8 rows (``--kv-cache-dtype fp8_e4m3``) and sketched ones by kernels of their own, on a
+CPU by the twin. A decode server computes no prompts, so there is no other extend. Answers to ``AttentionBackend`` in
 ``sglang/srt/layers/attention/base_attn_backend.py``.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.runtime_context import get_parallel
 
-from sglang_tpla.attention.cache_write import fp8 as fp8_write
-from sglang_tpla.attention.fp8 import reference as fp8_reference
+from sglang_tpla.attention.cache_write.inputs import CacheWrite
+from sglang_tpla.attention.cache_write.write import write
 from sglang_tpla.attention.hopper.decode import HopperDecode
 from sglang_tpla.attention.interface import AttentionInputError, DecodeAttention, DecodeShape, PageTable
 from sglang_tpla.attention.reference import ReferenceDecode
 from sglang_tpla.cache_rows.fp8 import FP8
-from sglang_tpla.host.process import artifact
+from sglang_tpla.cache_rows.row_format import RowFormat
+from sglang_tpla.host import compat
+from sglang_tpla.host.model.rows import row_format
+
+
+@dataclass(frozen=True)
+class Queries:
+    """What the forwards of one backend have in common.
+
+    Args:
+        per_request: query tokens a request has in a forward, the last ones of its cache.
+        ahead: tokens that its cache holds beyond SGLang's ``seq_lens`` when the forward attends.
+    """
+
+    per_request: int = 1
+    ahead: int = 0
+
+    @classmethod
+    def of_runner(cls, runner: Any) -> Queries:
+        """Those of a model runner's own backend.
+
+        SGLang counts ``seq_lens`` without the drafts when the target verifies them, and with all of them when the draft
+        layer is extended by what was verified.
+        """
+        args = runner.server_args
+        if args.speculative_algorithm is None:
+            return cls()
+        drafts = int(args.speculative_num_draft_tokens)
+        return cls(drafts, 0 if runner.is_draft_worker else drafts)
 
 
 class TplaDecodeBackend(AttentionBackend):
-    """See the module's text; made once a rank."""
+    """See the module's text; made once a rank, and for a draft model once a drafted token and once for its extend.
+
+    Args:
+        runner: SGLang's ModelRunner, of the target or of the draft.
+        queries: of each forward; those of the runner's own backend where none are given.
+    """
 
     needs_cpu_seq_lens = False
 
-    def __init__(self, runner: Any) -> None:
+    def __init__(self, runner: Any, queries: Queries | None = None) -> None:
         super().__init__()
         config = runner.model_config
+        self._queries = queries or Queries.of_runner(runner)
+        self._is_draft = bool(runner.is_draft_worker)
         self.req_to_token_pool = runner.req_to_token_pool
         self.token_to_kv_pool = runner.token_to_kv_pool
         self._device = torch.device(runner.device, runner.gpu_id)
@@ -39,32 +76,39 @@ class TplaDecodeBackend(AttentionBackend):
         self._heads: int = config.num_attention_heads // get_parallel().attn_tp_size
         self._rope_dim: int = config.qk_rope_head_dim
         self._dtype: torch.dtype = config.dtype
-        self._shapes = self._layer_shapes(config.kv_lora_rank, runner.kv_cache_dtype == FP8)
+        self._shapes = self._layer_shapes(config, runner.kv_cache_dtype == FP8)
         slots = self.req_to_token_pool.req_to_token  # [requests, max_context] int32
         # Checks once what a step relies on: contiguous int32, positions that fit 32 bits.
         self._table = PageTable.from_req_to_token(
             slots, torch.zeros(0, dtype=torch.int32, device=self._device)
         )
         self._row_tokens = slots.shape[1]
+        self.max_context_len: int = slots.shape[1]
         self._make_buffers(self.req_to_token_pool.size)
 
-    def _layer_shapes(self, latent_dim: int, fp8: bool) -> list[DecodeShape]:
-        """One shape a layer; one for all where there is no artifact."""
-        loaded = artifact()
-        widths = loaded.meta.widths if loaded else (latent_dim,)
-        shared = loaded.meta.shared_dims if loaded and fp8 else widths
-        return [
-            DecodeShape(
-                width, self._heads, rope_dim=self._rope_dim, dtype=self._dtype, fp8_shared=r if fp8 else None
-            )
-            for width, r in zip(widths, shared, strict=True)
-        ]
+    def shared_read_ends(self, forward_mode: Any) -> Any:
+        """Where the reads of SGLang's page table end: with the last layer, since every layer's kernel reads it.
+
+        SGLang from 0.5.18 on asks; its default says that they end before the first layer.
+        """
+        return compat.reads_until_replay_ends()
+
+    def _layer_shapes(self, config: Any, fp8: bool) -> list[DecodeShape]:
+        """One shape a layer; a draft model keeps the whole latent."""
+        text = config.hf_text_config
+        model = text.kv_lora_rank, self._rope_dim
+        if self._is_draft:
+            rows = RowFormat.plain(model[:1], model[:1], self._rope_dim)
+        else:
+            rows = row_format(*model, text.num_hidden_layers, fp8=fp8)
+        others = {"query_len": self._queries.per_request, "dtype": self._dtype}
+        return [DecodeShape.of_rows(layer, self._heads, **others) for layer in rows.layers]
 
     def _kernel(self, shape: DecodeShape) -> DecodeAttention:
-        if shape.fp8_shared is None:
-            return HopperDecode(shape, self._scale, self._max_batch, self._device)
         if self._device.type != "cuda":
             return ReferenceDecode(shape, self._scale)
+        if shape.kind != "fp8":
+            return HopperDecode(shape, self._scale, self._max_batch, self._device)
         from sglang_tpla.attention.fp8.decode import Fp8Decode
 
         return Fp8Decode(shape, self._scale, self._max_batch, self._device)
@@ -75,6 +119,34 @@ class TplaDecodeBackend(AttentionBackend):
         self._starts = torch.zeros(max_batch, dtype=torch.int32, device=self._device)
         self._lengths = torch.zeros(max_batch, dtype=torch.int32, device=self._device)
         self._kernels = {shape: self._kernel(shape) for shape in sorted(set(self._shapes), key=str)}
+        self._verify_mask = self._make_verify_mask(max_batch)
+
+    def _make_verify_mask(self, max_batch: int) -> Any:
+        """Where SGLang writes the mask of a verified tree: nothing reads it, since a chain is causal.
+
+        Without it SGLang allocates a mask over the whole context at every step.
+        """
+        if self._is_draft or self._queries.per_request == 1:
+            return None
+        from sglang.srt.layers.attention.verify_mask import maybe_create_verify_mask
+
+        return maybe_create_verify_mask(
+            is_draft_runner=False,
+            skip_prefill=False,
+            max_bs=max_batch,
+            max_context_len=self.max_context_len,
+            num_draft_tokens=self._queries.per_request,
+            device=self._device,
+            is_read=False,
+        )
+
+    @property
+    def verify_mask(self) -> Any:
+        """See `_make_verify_mask`."""
+        return self._verify_mask
+
+    def update_verify_buffers_to_fill_after_draft(self, spec_info: Any, cuda_graph_bs: int | None) -> None:
+        """Nothing: a plan depends on lengths alone, which are known before the drafts."""
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
         """Before the first capture: graphs keep the buffers' addresses from here on."""
@@ -87,12 +159,22 @@ class TplaDecodeBackend(AttentionBackend):
 
     def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> None:
         """Plan a step: eagerly, before a capture and before each replay alike."""
+        if self._serves(forward_batch.forward_mode):
+            self.plan(forward_batch)
+
+    @staticmethod
+    def _serves(mode: Any) -> bool:
+        """Decode steps, drafts that are verified, and what extends the draft layer's cache afterwards."""
+        return bool(mode.is_decode() or mode.is_target_verify() or mode.is_draft_extend_v2())
+
+    def plan(self, forward_batch: Any) -> None:
+        """Plan a forward over the requests of a batch, whatever SGLang calls its mode."""
         batch = forward_batch.batch_size
-        if batch == 0 or not forward_batch.forward_mode.is_decode():
+        if batch == 0:
             return
         starts, lengths = self._starts[:batch], self._lengths[:batch]
         torch.mul(forward_batch.req_pool_indices[:batch], self._row_tokens, out=starts)
-        lengths.copy_(forward_batch.seq_lens[:batch])
+        torch.add(forward_batch.seq_lens[:batch], self._queries.ahead, out=lengths)
         table = PageTable(self._table.indices, starts)
         for kernel in self._kernels.values():
             kernel.plan(table, lengths)
@@ -110,16 +192,16 @@ class TplaDecodeBackend(AttentionBackend):
         **kwargs: Any,
     ) -> torch.Tensor:
         """Write the new tokens' rows, attend over the planned step; ``[tokens, h * w]``."""
-        width, rope = layer.v_head_dim, layer.head_dim - layer.v_head_dim
         shape = self._shapes[layer.layer_id if len(self._shapes) > 1 else 0]
+        width, rope = shape.query_dim, shape.rope_dim
         cache = self.token_to_kv_pool.get_key_buffer(layer.layer_id)
-        if shape.fp8_shared is not None:
+        if shape.kind != "plain":
             cache = cache.view(torch.uint8)
         if k is not None and save_kv_cache:
             self._write(layer, shape, cache, forward_batch.out_cache_loc, k, v, k_rope)
         if q_rope is None:
             q, q_rope = q.view(-1, layer.tp_q_head_num, layer.head_dim).split((width, rope), dim=-1)
-        out = q.new_empty(q.shape[0], layer.tp_q_head_num, width)
+        out = q.new_empty(q.shape[0], layer.tp_q_head_num, shape.latent_dim)
         self._kernels[shape].run(
             q.view(-1, layer.tp_q_head_num, width), q_rope.view(-1, layer.tp_q_head_num, rope), cache, out
         )
@@ -135,7 +217,7 @@ class TplaDecodeBackend(AttentionBackend):
         v: torch.Tensor | None,
         k_rope: torch.Tensor | None,
     ) -> None:
-        """Rows of the new tokens; FP8 rows are quantised here."""
+        """Rows of the new tokens; FP8 rows are quantised here, sketched ones were written by the layer."""
         if shape.fp8_shared is None and k_rope is not None:
             self.token_to_kv_pool.set_mla_kv_buffer(layer, place, k, k_rope)
         elif shape.fp8_shared is None:
@@ -144,15 +226,25 @@ class TplaDecodeBackend(AttentionBackend):
             if k_rope is None:
                 k, k_rope = k.split((shape.latent_dim, shape.rope_dim), dim=-1)
             k, k_rope = k.reshape(-1, shape.latent_dim), k_rope.reshape(-1, shape.rope_dim)
-            kernels = fp8_write if cache.is_cuda else fp8_reference
-            kernels.write_rows(k, k_rope, place, cache, shared=shape.fp8_shared)
+            write(CacheWrite(k, k_rope, place, cache, fp8_shared=shape.fp8_shared))
 
-    def forward_extend(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Prompts come from prefill servers.
+    def forward_extend(
+        self,
+        q: torch.Tensor,  # [requests * queries, h, ...], as in `forward_decode`
+        k: torch.Tensor | None,
+        v: torch.Tensor | None,
+        layer: Any,
+        forward_batch: Any,
+        save_kv_cache: bool = True,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """Verify drafts, or extend the draft layer: as a decode step, with several query tokens a request.
 
         Raises:
-            AttentionInputError: always.
+            AttentionInputError: a prompt; those come from prefill servers.
         """
+        if self._serves(forward_batch.forward_mode):
+            return self.forward_decode(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
         raise AttentionInputError(
             "--attention-backend tpla computes decode steps only, and this server was asked to compute a prompt; "
             "add --prefill-attention-backend triton where a decode server must compute prompts"

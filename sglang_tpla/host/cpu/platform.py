@@ -31,8 +31,9 @@ class CpuReferencePlatform(SRTPlatform):
 
         # SGLang has chosen intel_amx for "cpu" by now, whose kernels need AMX.
         if server_args.attention_backend in (None, "intel_amx"):
-            fp8_rows = server_args.kv_cache_dtype == FP8_CACHE and serves_decode()
-            server_args.attention_backend = OURS if fp8_rows else "torch_native"
+            # Rows in bytes and several query tokens a request are known to our own twin alone.
+            ours = server_args.kv_cache_dtype == FP8_CACHE or server_args.speculative_algorithm is not None
+            server_args.attention_backend = OURS if ours and serves_decode() else "torch_native"
         server_args.sampling_backend = "pytorch"
         # Overlap scheduling exists to hide CPU work behind a device; here both are the same cores.
         server_args.disable_overlap_schedule = True
@@ -41,6 +42,10 @@ class CpuReferencePlatform(SRTPlatform):
 
     def get_default_attention_backend(self) -> str:
         return "torch_native"
+
+    def get_kv_pool_cls(self, *, kind: str) -> type | None:
+        """The pool for one kind of model (0.5.22 on; before, one method a kind)."""
+        return self.get_mla_kv_pool_cls() if kind == "mla" else None
 
     def get_mha_kv_pool_cls(self) -> type:
         from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool

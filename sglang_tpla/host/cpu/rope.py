@@ -1,7 +1,10 @@
-"""Rotary embedding without yarn on the CPU reference platform.
+"""What SGLang would do to a model because its device is named "cpu", undone on the CPU reference platform.
 
-SGLang's CPU path knows ``deepseek_yarn`` alone; its general factory has the plain embedding, in PyTorch. Answers to
-``get_rope_cpu`` in ``sglang/srt/layers/rotary_embedding/factory.py``.
+- Rotary embedding: SGLang's CPU path knows ``deepseek_yarn`` alone; its general factory has the plain embedding, in
+  PyTorch. Answers to ``get_rope_cpu`` in ``sglang/srt/layers/rotary_embedding/factory.py``.
+- Sizes: SGLang pads intermediate sizes to a multiple of 32 a rank for its AMX kernels and fills the padding only where
+  those kernels are active; elsewhere the padded weights would be uninitialised memory. Answers to
+  ``adjust_config_with_unaligned_cpu_tp`` in ``sglang/srt/configs/update_config.py``.
 """
 
 from __future__ import annotations
@@ -38,3 +41,8 @@ def rope(
     from sglang.srt.layers.rotary_embedding.factory import get_rope
 
     return get_rope(*common)
+
+
+def keep_sizes(original: Callable[..., Any], model_config: Any, load_config: Any, tp_size: int) -> Any:
+    """Instead of ``adjust_config_with_unaligned_cpu_tp``."""
+    return model_config

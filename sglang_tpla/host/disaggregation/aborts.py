@@ -1,13 +1,61 @@
-"""Aborted requests that wait to be prefilled: SGLang drops them without a word to their sender.
+"""Aborts of one request: it alone, and heard by its peer.
 
-Before ``Scheduler.abort_request`` in ``sglang/srt/managers/scheduler.py``, which takes a request out of the waiting
-queue and, unless it is still bootstrapping, leaves its room open on the prefill rank for good, and the decode server
-waiting for the transfer's deadline.
+Around ``Scheduler.abort_request`` in ``sglang/srt/managers/scheduler.py``. SGLang aborts every request whose id begins
+with the one that is named, another client's too; and it takes an aborted request out of the waiting queue without a
+word to its sender, which leaves the room open on the prefill rank for good, and the decode server waiting for the
+transfer's deadline.
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable, Iterator
 from typing import Any
+
+SHIELD = "\0"  # no client's id begins with it
+SAMPLE = re.compile(r"_[0-9a-f]{32}")  # how SGLang names the samples of one request
+
+
+def abort(original: Callable[..., Any], self: Any, recv_req: Any) -> Any:
+    """Abort the named request and its samples, after telling the decode ranks of those that wait."""
+    named = recv_req.rid
+    others = []
+    if not recv_req.abort_all:
+        for req in live_requests(self):
+            if req.rid.startswith(named) and req.rid != named and not SAMPLE.fullmatch(req.rid[len(named) :]):
+                others.append(req)
+                req.rid = SHIELD + req.rid
+    try:
+        if not hasattr(
+            self, "release_aborted_prefill_waiting_req"
+        ):  # later releases abort the sender themselves
+            drop_waiting(self, recv_req)
+        return original(self, recv_req)
+    finally:
+        for req in others:
+            req.rid = req.rid.removeprefix(SHIELD)
+
+
+def live_requests(scheduler: Any) -> Iterator[Any]:
+    """Every request that a scheduler holds, once."""
+    queues = [scheduler.waiting_queue, scheduler.grammar_manager.grammar_queue]
+    for name in (
+        "disagg_prefill_bootstrap_queue",
+        "disagg_decode_prealloc_queue",
+        "disagg_decode_transfer_queue",
+    ):
+        holder = getattr(scheduler, name, None)
+        queues += [getattr(holder, part, None) or () for part in ("queue", "retracted_queue")]
+    queues.append(getattr(scheduler, "disagg_prefill_inflight_queue", None) or ())
+    queues += [batch.reqs for batch in (scheduler.running_batch, scheduler.last_batch) if batch is not None]
+    queues.append([scheduler.chunked_req] if scheduler.chunked_req is not None else [])
+    seen: set[int] = set()
+    for queue in queues:
+        for entry in queue:
+            req = getattr(entry, "req", entry)  # decode's queues wrap them
+            if id(req) not in seen:
+                seen.add(id(req))
+                yield req
 
 
 def drop_waiting(self: Any, recv_req: Any) -> None:

@@ -1,13 +1,18 @@
 """SGLang's bootstrap server (``sglang/srt/disaggregation/common/conn.py``), which here checks who registers.
 
-It serves on the prefill server's ``--disaggregation-bootstrap-port``. Besides SGLang's routes: ``GET /challenge`` and
-``GET /registrations`` (how many were accepted, and refused for which reason), also as Prometheus series.
+It serves on the prefill server's ``--disaggregation-bootstrap-port``, which it takes or ends the server, and takes
+the ranks of this server alone: those of another one would be found in place of its own. Besides SGLang's routes:
+``GET /challenge`` and ``GET /registrations`` (how many were accepted, and refused for which reason), also as Prometheus
+series.
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import logging
 import os
+import socket
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -16,19 +21,30 @@ from sglang.srt.disaggregation.common.conn import CommonKVBootstrapServer
 from sglang.srt.runtime_context import get_parallel, get_serving
 from sglang.srt.utils.network import NetworkAddress
 
+from sglang_tpla.host.ledger import refuse
+from sglang_tpla.host.process import server_identity
 from sglang_tpla.transfer.network.bootstrap import CHALLENGE_PATH, Gate, Registrar
 from sglang_tpla.transfer.network.security import Security
 
 logger = logging.getLogger(__name__)
+OWN_PORT = "give each prefill server of a machine its own --disaggregation-bootstrap-port"
 Handler = Callable[[web.Request], Awaitable[web.Response]]
 
 
 class TplaKVBootstrapServer(CommonKVBootstrapServer):
-    """Takes signed registrations only, where there are keys."""
+    """Takes registrations of its own server's ranks, and signed ones only, where there are keys.
+
+    Raises:
+        SystemExit: the port is taken.
+    """
 
     def __init__(self, host: str, port: int) -> None:
         security = Security.from_environment("prefill")
         security.check(host, "taking registrations on")
+        try:
+            self._socket = listening(host, port)
+        except OSError as error:
+            raise refuse(port_taken(host, port, error)) from error
         self._gate = Gate(security.secret)
         self._series = _series()
         super().__init__(host, port)
@@ -45,7 +61,19 @@ class TplaKVBootstrapServer(CommonKVBootstrapServer):
         return web.json_response({"signed": self._gate.closed, **self._gate.counts})
 
     async def _handle_route_put(self, request: web.Request) -> web.Response:
-        response = await self._checked(request, super()._handle_route_put)
+        stock = super()._handle_route_put
+
+        async def take(checked: web.Request) -> web.Response:
+            registered = await checked.json()
+            check_registration(registered, self)
+            if registered.get("server") == server_identity():
+                return await stock(checked)
+            logger.error("a rank of another server wanted to register here: %s", registered)
+            return web.Response(
+                text=f"this is the bootstrap server of another prefill server; {OWN_PORT}", status=409
+            )
+
+        response = await self._checked(request, take)
         # A rank that registers anew is still one rank.
         self._registered_count = sum(
             len(stages)
@@ -54,6 +82,23 @@ class TplaKVBootstrapServer(CommonKVBootstrapServer):
             for stages in tp_groups.values()
         )
         return response
+
+    def _run_server(self) -> None:
+        """As SGLang's, on the socket that was bound before this thread began."""
+        self._loop = asyncio.new_event_loop()
+        asyncio.set_event_loop(self._loop)
+        self._runner = web.AppRunner(self.app, access_log=None)
+        try:
+            cleaning = self._loop.create_task(self._cleanup_expired_entries())
+            self._loop.run_until_complete(self._runner.setup())
+            self._loop.run_until_complete(web.SockSite(self._runner, self._socket).start())
+            self._loop.run_forever()
+            cleaning.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                self._loop.run_until_complete(cleaning)
+        finally:
+            self._loop.run_until_complete(self._runner.cleanup())
+            self._loop.close()
 
     async def _handle_register_dp_rank(self, request: web.Request) -> web.Response:
         return await self._checked(request, super()._handle_register_dp_rank)
@@ -74,6 +119,38 @@ class TplaKVBootstrapServer(CommonKVBootstrapServer):
         logger.warning("registration from %s refused: %s", request.remote, text or reason)
         remedy = f"{reason}; register with the prefill.secret of this server's key folder (--tpla-keys)"
         return web.Response(text=text or remedy, status=400 if reason == "malformed" else 401)
+
+
+def listening(host: str, port: int) -> socket.socket:
+    """A socket that listens, IPv4 or IPv6 as the host is.
+
+    Raises:
+        OSError: the address is taken, or not this machine's.
+    """
+    family, _, _, _, address = socket.getaddrinfo(
+        host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    )[0]
+    return socket.create_server((address[0], port), family=family, backlog=128)
+
+
+def port_taken(host: str, port: int, error: OSError) -> str:
+    """Why a prefill server with this bootstrap port does not start."""
+    return f"the bootstrap server cannot listen on {host}:{port}: {error.strerror or error}; {OWN_PORT}"
+
+
+def check_registration(data: dict[str, Any], known: CommonKVBootstrapServer) -> None:
+    """Sizes that agree with those of the ranks before, and a rank within them.
+
+    Raises:
+        ValueError: they do not.
+    """
+    for axis in ("attn_tp", "attn_cp", "attn_dp", "pp", "system_dp"):
+        size, rank = data[f"{axis}_size"], data[f"{axis}_rank"]
+        if not 0 <= int(rank or 0) < int(size):
+            raise ValueError(f"{axis}_rank must lie in 0...{int(size) - 1}; got {rank}")
+    for name in ("attn_tp_size", "attn_cp_size", "pp_size"):
+        if getattr(known, name) not in (None, data[name]):
+            raise ValueError(f"{name} is {getattr(known, name)} for the ranks before; got {data[name]}")
 
 
 def registration(manager: Any) -> Registrar:
@@ -105,6 +182,12 @@ def registration(manager: Any) -> Registrar:
         "load_balance_method": parallel.load_balance_method,
         "enable_dsa_cache_layer_split": parallel.enable_dsa_cache_layer_split,
         "prefill_http_port": get_serving().port,
+        # Later releases ask for these; an older bootstrap server takes no notice.
+        "enable_kv_cache_sharding": False,
+        "decode_allocation_policy": "early",
+        "kv_layout": None,
+        "dsv41_spec_layout": None,
+        "server": server_identity(),
     }
     place = {
         "prefill_dp_rank": manager.attn_dp_rank if manager.system_dp_size == 1 else manager.system_dp_rank,

@@ -11,11 +11,12 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections import deque
-from collections.abc import Callable
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
 
 import numpy as np
+import torch
 from sglang.srt.disaggregation.base.conn import KVPoll, KVTransferMetric
 from sglang.srt.disaggregation.common.conn import (
     CommonKVManager,
@@ -24,15 +25,31 @@ from sglang.srt.disaggregation.common.conn import (
     KVTransferError,
 )
 from sglang.srt.disaggregation.utils import DisaggregationMode
+from sglang.srt.utils.network import NetworkAddress
 
+from sglang_tpla.cache_rows.fp8 import FP8
+from sglang_tpla.host import compat
 from sglang_tpla.host.disaggregation.bootstrap_server import registration
-from sglang_tpla.host.disaggregation.engine_memory import cache_pool, metadata_rows
-from sglang_tpla.host.disaggregation.prefill_lookup import Lookups, Place, rank_addresses
+from sglang_tpla.host.disaggregation.engine_memory import (
+    cache_dtype,
+    cache_pool,
+    metadata_rows,
+    prompt_limits,
+)
+from sglang_tpla.host.disaggregation.prefill_lookup import (
+    Lookups,
+    Place,
+    rank_addresses,
+    require_resolvable,
+    why_unanswered,
+)
+from sglang_tpla.host.model.rows import projections, row_format, sketched
 from sglang_tpla.host.process import current_slice, model_identity, settings
 from sglang_tpla.transfer.decode.agent import DecodeAgent
 from sglang_tpla.transfer.memory.projection import Projection
 from sglang_tpla.transfer.prefill.agent import PrefillAgent
 from sglang_tpla.transfer.room import RoomState, TransferError, TransferMetric
+from sglang_tpla.transfer.workers import remember
 
 logger = logging.getLogger(__name__)
 SWITCH_INTERVAL_S = 0.0002
@@ -62,7 +79,11 @@ class TplaKVManager(CommonKVManager):
         self._lost_peers: deque[tuple[str, int]] = deque()
         self._watched: tuple[int, float] = (-1, 0.0)  # a room that is asked for, and when it last was
         self.rooms_taken: set[int] = set()  # from a request's opening of its room to the end of the request
+        self.prompts: dict[int, int] = {}  # tokens of requests whose rooms are about to be opened, by room
         self._lookups = Lookups(self._look_up)
+        self.unanswered: OrderedDict[str, str] = (
+            OrderedDict()
+        )  # by bootstrap server, why it was not found when last asked for
         self.rank_addresses: dict[
             str, dict[Place, dict[str, Any]]
         ] = {}  # by bootstrap server, as prefill_info_table
@@ -96,6 +117,7 @@ class TplaKVManager(CommonKVManager):
             size=self.attn_tp_size,
             bind_port=settings().listen_port and settings().listen_port + 2 * self._place,
             advertised_port=settings().advertised(self._place, ("", 0))[1],
+            limits=prompt_limits(self.kv_args, self.server_args),
         )
         self.local_ip, self.rank_port = settings().advertised(self._place, self.agent.address)
         self._registrar = registration(self)
@@ -109,13 +131,25 @@ class TplaKVManager(CommonKVManager):
 
     def _decode_agent(self) -> DecodeAgent:
         part = current_slice(self.server_args, self.attn_tp_rank, self.attn_tp_size)
+        text = compat.model_config(self.server_args).hf_text_config
+        model = text.kv_lora_rank, text.qk_rope_head_dim
+        layers = text.num_hidden_layers
+        rows = row_format(
+            *model,
+            layers,
+            fp8=cache_dtype(self.kv_args, self.server_args) == FP8,
+            group=part.group if part is not None else 0,
+        )
+        rows = rows.with_whole_latents(len(self.kv_args.kv_data_ptrs) - layers, *model)
         projection = None
+        pool = cache_pool(self.kv_args, self.server_args, rows)
         if part is not None:
-            meta = part.artifact.meta
-            matrices = [part.artifact.maps(layer, part.group)[0] for layer in range(meta.num_layers)]
-            projection = Projection(matrices, meta.shared_dims)
+            # Behind the target's layers come those of a draft model, which every rank keeps whole.
+            drafts = len(pool.layers) - layers
+            matrices = [*projections(part, layers, *model), *[torch.eye(pool.latent_dim)] * drafts]
+            projection = Projection(matrices, rows.shared, sketched=rows if sketched() else None)
         agent = DecodeAgent(
-            cache_pool(self.kv_args, self.server_args),
+            pool,
             metadata_rows(self.kv_args),
             projection,
             model_hash=model_identity(self.server_args),
@@ -123,6 +157,7 @@ class TplaKVManager(CommonKVManager):
             rank=self.attn_tp_rank,
             size=self.attn_tp_size,
             groups=settings().groups,
+            limits=prompt_limits(self.kv_args, self.server_args),
         )
         # Called from the agent's thread, while the scheduler may be between a look and a read of the same tables.
         agent.on_peer_lost = lambda host, port: self._lost_peers.append((host, port))
@@ -142,16 +177,38 @@ class TplaKVManager(CommonKVManager):
         if room == watched or now - before > IDLE_PASS_S:
             self._watched = room, now
 
+    def decline(self, req: Any, reason: str) -> None:
+        """This server refused a request before it had a sender or receiver: the other side need not wait for it."""
+        room = req.bootstrap_room
+        try:
+            if self.disaggregation_mode == DisaggregationMode.PREFILL:
+                self.agent.decline(room, reason)
+                return
+            known = self.rank_addresses.get(
+                NetworkAddress(req.bootstrap_host, req.bootstrap_port).to_host_port_str()
+            )
+            peers = {(info["rank_ip"], info["rank_port"], False) for info in (known or {}).values()}
+            if peers:  # else its rank waits for room_timeout_s
+                self.agent.open_room(room, sorted(peers))
+                self.agent.abort(room, reason)
+                self.agent.close_room(room)
+        except TransferError as error:
+            logger.error("room %s: %s", room, error)
+
     def forget_lost_peers(self) -> None:
         """Drop cached addresses of lost prefill ranks, so that the next request asks their bootstrap server anew."""
         while self._lost_peers:
             lost = self._lost_peers.popleft()
+
+            def names(infos: Iterable[dict[str, Any]], lost: tuple[str, int] = lost) -> bool:
+                return any((info["rank_ip"], int(info["rank_port"])) == lost for info in infos)
+
             with self.connection_lock:
-                for key, infos in list(self.connection_pool.items()):
-                    if any((info["rank_ip"], int(info["rank_port"])) == lost for info in infos):
-                        del self.connection_pool[key]
-                        self.prefill_info_table.pop(key.split("_")[0], None)
-                        self.rank_addresses.pop(key.split("_")[0], None)
+                for key in [key for key, infos in self.connection_pool.items() if names(infos)]:
+                    del self.connection_pool[key]
+                for server in [one for one, ranks in self.rank_addresses.items() if names(ranks.values())]:
+                    del self.rank_addresses[server]
+                    self.prefill_info_table.pop(server, None)
 
     def try_ensure_parallel_info(self, bootstrap_addr: str) -> bool:
         """As SGLang's, but it does not wait for a bootstrap server, and a prefill server that cannot fit fails the
@@ -184,11 +241,14 @@ class TplaKVManager(CommonKVManager):
 
     def _look_up(self, bootstrap_addr: str) -> bool:
         """Ask for a prefill server's layout and the addresses of its ranks (on a thread that may wait)."""
+        require_resolvable(bootstrap_addr)
         if not super().try_ensure_parallel_info(bootstrap_addr):
+            remember(self.unanswered, bootstrap_addr, why_unanswered(bootstrap_addr))
             return False
         info = self.prefill_info_table.pop(bootstrap_addr, None)
         found = info and rank_addresses(bootstrap_addr, info)
         if not found:
+            remember(self.unanswered, bootstrap_addr, "it does not say where its ranks are")
             return False
         self.rank_addresses[bootstrap_addr], self.prefill_info_table[bootstrap_addr] = found, info
         return True
@@ -276,6 +336,8 @@ class _Request:
                 reason = self.kv_mgr.failure_records.pop(self.bootstrap_room, None)
         if reason is None and self._opened and agent.poll(self.bootstrap_room) == RoomState.FAILED:
             reason = agent.failure(self.bootstrap_room)
+        if reason is None and self._opened:  # this rank would have failed it a moment later
+            reason = agent.suspicion(self.bootstrap_room) or None
         elsewhere = (
             f"another tensor-parallel rank of this {settings().role} server failed the transfer; "
             "that rank's log says why"
@@ -287,27 +349,30 @@ class _Request:
 class TplaKVSender(_Request, CommonKVSender):
     """One request on a prefill rank."""
 
+    _early_send_wait_event: Any = None
+
     def __init__(
         self,
         mgr: TplaKVManager,
         bootstrap_addr: str,
         bootstrap_room: int,
-        dest_tp_ranks: list[int],
-        pp_rank: int,
-        req_has_disagg_prefill_dp_rank: bool = False,
+        *args: Any,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(
-            mgr, bootstrap_addr, bootstrap_room, dest_tp_ranks, pp_rank, req_has_disagg_prefill_dp_rank
-        )
+        super().__init__(mgr, bootstrap_addr, bootstrap_room, *args, **kwargs)
         self.init_time = time.time()
-        self._open()
+        self._open(mgr.prompts.pop(bootstrap_room, 0))
 
     def pop_decode_prefix_len(self) -> int:
         """Tokens that the decode side has already."""
         return self.kv_mgr.agent.prefix_tokens(self.bootstrap_room)
 
     def send(self, kv_indices: Any, state_indices: Any = None, num_kv_tokens: int | None = None) -> None:
-        """Hand the next pages to the agent; the last call takes the metadata row along."""
+        """Hand the next pages to the agent; the last call takes the metadata row along.
+
+        A cached prefix that is sent ahead may still be written by the step before: SGLang leaves an event here.
+        """
+        after, self._early_send_wait_event = self._early_send_wait_event, None
         self.curr_idx += len(kv_indices)
         last = self.curr_idx == self.num_kv_indices
         self._ask(
@@ -317,6 +382,7 @@ class TplaKVSender(_Request, CommonKVSender):
             last=last,
             metadata_row=self.aux_index if last else None,
             num_tokens=num_kv_tokens,
+            after=after,
         )
 
     def poll(self) -> Any:
@@ -343,11 +409,16 @@ class TplaKVSender(_Request, CommonKVSender):
             super().clear()
 
     def abort(self) -> None:
-        """The client gave up."""
-        if self._owner:
-            super().abort()
+        """The client gave up.
+
+        Nothing stays under the room's number: later releases of SGLang abort a waiting request's sender and never
+        clear it, and a number whose last request failed would fail the next one.
+        """
+        self._reason = self._reason or "Aborted by AbortReq."
+        self._end(self._reason)
+        self.clear()
+        self._owner = False
         self.conclude_state = KVPoll.Failed
-        self._end("Aborted by AbortReq.")
 
 
 class TplaKVReceiver(_Request, CommonKVReceiver):
@@ -355,9 +426,18 @@ class TplaKVReceiver(_Request, CommonKVReceiver):
 
     def __init__(self, mgr: TplaKVManager, bootstrap_addr: str, bootstrap_room: int | None = None) -> None:
         self.bootstrap_infos = None
-        self._born = time.monotonic()
+        self._born, self._prompt_tokens = time.monotonic(), mgr.prompts.pop(bootstrap_room or 0, 0)
         mgr.forget_lost_peers()
         super().__init__(mgr, bootstrap_addr, bootstrap_room)
+
+    def init(self, prefill_dp_rank: int) -> None:
+        """The prefill ranks are known: open the room, so that they hear that this request waits here for pages."""
+        super().init(prefill_dp_rank)
+        if self.conclude_state is None and self.bootstrap_infos is not None:
+            peers = [
+                (info["rank_ip"], info["rank_port"], bool(info["is_dummy"])) for info in self.bootstrap_infos
+            ]
+            self._open(peers, self._born, self._prompt_tokens)
 
     def _get_bootstrap_info_from_server(
         self, prefill_dp_rank: int, prefill_cp_rank: int, target_tp_rank: int, target_pp_rank: int
@@ -378,18 +458,28 @@ class TplaKVReceiver(_Request, CommonKVReceiver):
         aux_index: int | None = None,
         state_indices: Any = None,
         decode_prefix_len: int | None = None,
+        destination: Any = None,
+        device_kv_indices: Any = None,
     ) -> None:
-        """Ask the prefill ranks for the request's cache."""
+        """Ask the prefill ranks for the request's cache.
+
+        Args:
+            destination: from 0.5.21 on, where SGLang wants the rows; only its device pool is served, and flags that ask
+                for another are refused at the start (validation.py).
+            device_kv_indices: with a host destination alone.
+        """
+        if getattr(destination, "name", "DEVICE") != "DEVICE" or device_kv_indices is not None:
+            self._refuse(
+                f"room {self.bootstrap_room}: rows are received into the device's pool, and SGLang asked for "
+                f"{destination}; drop --disaggregation-decode-host-receive-threshold"
+            )
+            return
         if self.bootstrap_infos is None:
             self.kv_mgr.record_failure(
                 self.bootstrap_room, f"no prefill address for bootstrap server {self.bootstrap_addr}"
             )
             self.kv_mgr.update_status(self.bootstrap_room, KVPoll.Failed)
             return
-        peers = [
-            (info["rank_ip"], info["rank_port"], bool(info["is_dummy"])) for info in self.bootstrap_infos
-        ]
-        self._open(peers, self._born)
         if self._opened:
             self._ask(
                 self.kv_mgr.agent.request,
@@ -413,9 +503,13 @@ class TplaKVReceiver(_Request, CommonKVReceiver):
         self.kv_mgr.addr_to_rooms_tracker.get(self.bootstrap_addr, set()).discard(self.bootstrap_room)
 
     def abort(self) -> None:
-        """The client gave up."""
+        """The client gave up, or SGLang did, which has asked the bootstrap server often enough."""
+        reason = "Aborted by AbortReq."
+        unknown = self.bootstrap_addr not in self.kv_mgr.prefill_info_table
+        if unknown and (why := self.kv_mgr.unanswered.get(self.bootstrap_addr)):
+            reason = f"no answer from the bootstrap server at {self.bootstrap_addr}: {why}"
         if self._owner:
-            self.kv_mgr.record_failure(self.bootstrap_room, "Aborted by AbortReq.")
+            self.kv_mgr.record_failure(self.bootstrap_room, reason)
             self.kv_mgr.update_status(self.bootstrap_room, KVPoll.Failed)
         self.conclude_state = KVPoll.Failed
-        self._end("Aborted by AbortReq.")
+        self._end(reason)

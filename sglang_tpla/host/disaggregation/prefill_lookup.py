@@ -11,9 +11,11 @@ import concurrent.futures
 import itertools
 import logging
 import math
+import socket
 import threading
 from collections.abc import Callable
 from typing import Any
+from urllib.parse import urlsplit
 
 import requests
 
@@ -66,6 +68,32 @@ class Lookups:
             answer.set_result(self._ask(address))
         except Exception as error:
             answer.set_exception(error)
+
+
+def require_resolvable(address: str) -> None:
+    """Look a bootstrap server's name up.
+
+    Raises:
+        TransferError: nobody knows the name. Asking again would only delay the answer to who named it.
+    """
+    parts = urlsplit(f"http://{address}")
+    try:
+        socket.getaddrinfo(parts.hostname, parts.port, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise TransferError(f"its name {parts.hostname!r} cannot be resolved: {reason}") from error
+
+
+def why_unanswered(address: str) -> str:
+    """What comes of asking a bootstrap server for its layout, for the client who waits for it."""
+    query = dict.fromkeys(PLACE, -1)
+    try:
+        response = requests.get(f"http://{address}/route", params=query, timeout=ASK_S)
+    except requests.ConnectionError:
+        return "nobody listens there"
+    except requests.RequestException as error:
+        return type(error).__name__
+    return f"status {response.status_code}: {response.text[:200]}"
 
 
 def rank_addresses(address: str, info: Any) -> dict[Place, dict[str, Any]]:

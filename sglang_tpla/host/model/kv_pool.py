@@ -1,9 +1,9 @@
-"""Layers of different width and FP8 rows in SGLang's latent pool, and memory accounting that follows them.
+"""Layers of different width and rows in bytes in SGLang's latent pool, and memory accounting that follows them.
 
 An artifact with a per-layer policy gives layer l its own w_l; the pool's layer l is then ``[slots, 1, w_l + rope]``.
-With ``--kv-cache-dtype fp8_e4m3`` a decode server's layer is ``[slots, 1, row_bytes(w_l)]`` of FP8 rows
-(``attention/fp8_rows.py``), which ``decode_attention.py`` writes and reads. Where all layers have one width and plain
-rows these hooks do nothing. Answers to ``MLATokenToKVPool`` in ``sglang/srt/mem_cache/memory_pool.py`` and
+FP8 and sketched rows (``cache_rows/``) are bytes, ``[slots, 1, row_bytes]`` in a pool of SGLang's one-byte type, and
+``host/attention/backend.py`` alone writes and reads them. Where all layers have one width and plain rows these hooks do
+nothing. Answers to ``MLATokenToKVPool`` in ``sglang/srt/mem_cache/memory_pool.py`` and
 ``calculate_mla_kv_cache_dim`` in ``.../kv_cache_configurator.py``.
 """
 
@@ -14,7 +14,9 @@ from typing import Any
 
 import torch
 
-from sglang_tpla.cache_rows.fp8 import FP8, row_bytes
+from sglang_tpla.cache_rows.fp8 import FP8
+from sglang_tpla.host.model.draft_model import building_draft, draft_layers, draft_row_bytes
+from sglang_tpla.host.model.rows import row_format
 from sglang_tpla.host.process import artifact
 
 
@@ -25,15 +27,20 @@ def layer_items(dtype: torch.dtype, latent_dim: int, rope_dim: int, layers: int)
         dtype: of the pool.
         latent_dim: the engine's latent width. layers: how many there are.
     """
-    loaded = artifact()
-    widths = list(loaded.meta.widths) if loaded is not None else [latent_dim] * layers
-    if dtype == FP8:
-        return [row_bytes(width, rope_dim) for width in widths]
-    return [width + rope_dim for width in widths] if len(set(widths)) > 1 else None
+    rows = row_format(latent_dim, rope_dim, layers, fp8=dtype == FP8)
+    items = [layer.row_items for layer in rows.layers]
+    return items if rows.encoded or len(set(items)) > 1 else None
 
 
 def create_buffers(original: Callable[[Any], None], self: Any) -> None:
-    """Around ``MLATokenToKVPool._create_buffers``: SGLang allocates, one layer at a time with its own width."""
+    """Around ``MLATokenToKVPool._create_buffers``: SGLang allocates, one layer at a time with its own width.
+
+    A draft model's pool is SGLang's own: whole latents in the model's precision.
+    """
+    self.tpla_draft = building_draft()
+    if self.tpla_draft:
+        original(self)
+        return
     layers, width = self.layer_num, self.kv_cache_dim
     items = layer_items(self.dtype, self.kv_lora_rank, self.qk_rope_head_dim, self.start_layer + layers)
     if items is None:
@@ -55,10 +62,12 @@ def value_buffer(original: Callable[..., torch.Tensor], self: Any, layer_id: int
     """Around ``MLATokenToKVPool.get_value_buffer``: the latent part ``[slots, 1, w_l]`` of a row.
 
     Raises:
-        TypeError: FP8 rows, whose values are nothing without their scales.
+        TypeError: rows in bytes, whose values are nothing without their scales.
     """
+    if self.tpla_draft:
+        return original(self, layer_id)
     if self.dtype == FP8:
-        raise TypeError("FP8 rows are read by --attention-backend tpla alone; ask for that backend")
+        raise TypeError("rows in bytes are read by --attention-backend tpla alone; ask for that backend")
     loaded = artifact()
     if loaded is None or len(set(loaded.meta.widths)) == 1:
         return original(self, layer_id)
@@ -68,9 +77,21 @@ def value_buffer(original: Callable[..., torch.Tensor], self: Any, layer_id: int
 def mean_cache_dim(
     original: Callable[..., int], *, model_config: Any, kv_cache_dtype: torch.dtype, **kwargs: Any
 ) -> float:
-    """Around ``calculate_mla_kv_cache_dim``: SGLang multiplies it with the number of layers."""
+    """Around ``calculate_mla_kv_cache_dim``: items of a mean row, which SGLang multiplies with the number of layers.
+
+    A speculating server's draft layers count as well: SGLang takes ``1 + draft layers / layers`` times the product, as
+    if their rows were like the target's.
+    """
+    if getattr(model_config, "is_draft_model", False):
+        return original(model_config=model_config, kv_cache_dtype=kv_cache_dtype, **kwargs)
     layers = model_config.num_hidden_layers
     items = layer_items(kv_cache_dtype, model_config.kv_lora_rank, model_config.qk_rope_head_dim, layers)
-    if items is None:
+    drafts = draft_layers(model_config, kwargs.get("server_args"))
+    if items is None and (drafts == 0 or artifact() is None):
         return original(model_config=model_config, kv_cache_dtype=kv_cache_dtype, **kwargs)
-    return sum(items) / len(items)
+    if items is None:
+        items = [original(model_config=model_config, kv_cache_dtype=kv_cache_dtype, **kwargs)] * layers
+    total = float(sum(items))
+    if drafts:
+        total += drafts * draft_row_bytes(model_config) / kv_cache_dtype.itemsize
+    return total / (len(items) + drafts)

@@ -19,11 +19,12 @@ from sglang_tpla.transfer import messages as frames
 from sglang_tpla.transfer.decode.landing import PoolLanding
 from sglang_tpla.transfer.decode.state import Connection, Room
 from sglang_tpla.transfer.network.data_channel import ChannelError, Inbox, Spares, set_up
+from sglang_tpla.transfer.network.sealing import Seal
 from sglang_tpla.transfer.network.security import Security
 from sglang_tpla.transfer.workers import Agent
 
 DATA_TURN_BYTES = 64 << 20  # read from one data channel before others have a turn
-MAX_CHANNELS_LOST = 3  # one after the other, before a connection goes on without
+DIALS = 3  # that nobody answers, in the time that a prefill rank without a channel is borne
 
 
 class DecodeChannels(Agent[Room]):
@@ -45,8 +46,16 @@ class DecodeChannels(Agent[Room]):
         """The rest of a chunk will not come."""
 
     @abstractmethod
-    def _in_use(self, connection: Connection) -> bool:
-        """Whether a room that is not complete waits for this connection, or something is kept for its neighbours."""
+    def _starved(self, connection: Connection) -> list[Room]:
+        """Rooms that want rows that have not come over this connection."""
+
+    @abstractmethod
+    def _fail_from_io(self, entry: Room, reason: str) -> None:
+        """Fail a room."""
+
+    @abstractmethod
+    def _give_up(self, connection: Connection, reason: str) -> None:
+        """End a connection; its rooms fail."""
 
     @abstractmethod
     def _take(self, connection: Connection, message: frames.Message, payload: memoryview | None) -> None:
@@ -57,16 +66,20 @@ class DecodeChannels(Agent[Room]):
         """Connect anew; rooms go on where they were."""
 
     def _dial_data(self, connection: Connection, came: zmq.Frame, data: frames.DataChannel) -> None:
-        """Begin to connect a data channel to where a frame came from; without one, chunks come over ZMQ."""
-        if self._security.secret is not None or not self._settings.data_channel:
+        """Begin to connect a data channel to where a frame came from."""
+        if self._security.secret is not None and data.key is None:
+            self._give_up(
+                connection, f"the {connection.name} offers a data channel without a key; rows stay secret"
+            )
             return
         host = str(came.get("Peer-Address"))
         self._end_data(connection)
         stream = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
         set_up(stream, self._settings.peer_timeout_s)
-        limit = self._chunk_bytes
+        seal = None if data.key is None else Seal(data.key)
         announce = partial(self._announced, connection)
-        inbox = connection.inbox = Inbox(stream, data.cookie, limit, self._spares, announce)
+        inbox = connection.inbox = Inbox(stream, data.cookie, self._chunk_bytes, self._spares, announce, seal)
+        connection.data_port, connection.dialled = data.port, time.monotonic()
         error = stream.connect_ex((host, data.port))
         self._io.add_stream(stream, lambda: self._receive_data(connection, inbox))
         if error not in (0, errno.EINPROGRESS):
@@ -81,14 +94,14 @@ class DecodeChannels(Agent[Room]):
                     self._io.watch(inbox.stream, writable=False)
                 return
             for chunk, payload, checksum in inbox.receive(DATA_TURN_BYTES):
-                connection.channels_lost = 0
-                sealed = msgspec.structs.replace(chunk, checksum=checksum)
+                connection.without_channel = None
+                whole = msgspec.structs.replace(chunk, checksum=checksum)
                 if isinstance(payload, PoolLanding):
                     connection.last_seen = time.monotonic()
-                    payload.chunk = sealed
+                    payload.chunk = whole
                     self._landed(payload)
                 elif isinstance(payload, memoryview):
-                    self._take(connection, sealed, payload)
+                    self._take(connection, whole, payload)
                 if connection.inbox is not inbox:
                     return
         except frames.FrameError as error:
@@ -111,18 +124,46 @@ class DecodeChannels(Agent[Room]):
         return message, self._place(connection, message, size_bytes)
 
     def _lose_data(self, connection: Connection, error: Exception) -> None:
-        """Connect anew: chunks may have been lost with the channel, and without one all go over ZMQ. Go on without
-        where none can be opened, or where none lasts until a chunk has come on it.
-        """
-        inbox = connection.inbox
+        """A channel ended, or could not be opened."""
+        now, inbox = time.monotonic(), connection.inbox
         stood = inbox is not None and inbox.greeted
-        begun = inbox is not None and inbox.received_bytes > 0
-        connection.channels_lost += 1
         self._end_data(connection)
         text = "decode rank %d: no data channel to the %s: %s"
         self._log.warning(text, self._rank, connection.name, error)
-        if (stood and connection.channels_lost < MAX_CHANNELS_LOST) or (begun and self._in_use(connection)):
-            self._broken(connection)
+        if stood and now - connection.dialled > self._settings.peer_timeout_s:
+            connection.without_channel = now  # what was before is another matter
+        connection.channel_error = str(error)
+        self._seek_channel(connection, stood)
+
+    def _seek_channel(self, connection: Connection, lost: bool = False) -> None:
+        """Connect anew where a channel is wanted and there is none, or where chunks may have been lost with one. Where
+        for some time none has lasted until a chunk has come on it, the rooms that want one fail.
+        """
+        if connection.inbox is not None:
+            return
+        now = time.monotonic()
+        if connection.without_channel is None:
+            connection.without_channel = now
+        starved = self._starved(connection)
+        if now - connection.without_channel <= self._settings.peer_timeout_s:
+            if lost or starved:
+                self._broken(connection)
+            return
+        if starved:
+            connection.without_channel = None  # the next room tries anew
+        for entry in starved:
+            self._fail_from_io(
+                entry,
+                f"rows cannot be fetched from the {connection.name}: its data channel, port {connection.data_port}, "
+                f"failed for {self._settings.peer_timeout_s:g} s ({connection.channel_error}); let decode servers "
+                "reach the transfer port and the one after it",
+            )
+
+    def _expire_channel(self, connection: Connection, now: float) -> None:
+        """Give a dial up that nobody answers: whoever drops it says nothing."""
+        inbox, patience = connection.inbox, self._settings.peer_timeout_s / DIALS
+        if inbox is not None and not inbox.greeted and now - connection.dialled > patience:
+            self._lose_data(connection, ChannelError(f"no answer for {patience:g} s"))
 
     def _end_data(self, connection: Connection) -> None:
         inbox, connection.inbox = connection.inbox, None

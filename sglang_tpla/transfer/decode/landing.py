@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import socket
 
+from cryptography.hazmat.primitives.ciphers import AEADDecryptionContext
+
 from sglang_tpla.transfer import messages as frames
 from sglang_tpla.transfer.decode.state import Room, Source
 from sglang_tpla.transfer.memory.copy import Intake, check_pieces
 from sglang_tpla.transfer.memory.iovec import Pieces
+from sglang_tpla.transfer.network.sealing import SealedIntake
 
 PIECE_BYTES = 16 << 20
 _nowhere = memoryview(bytearray(1 << 20))
@@ -31,9 +34,14 @@ class PoolLanding:
     ) -> None:
         self.room, self.source, self.chunk, self.aside = room, source, chunk, aside
         self.size_bytes = self.credit_bytes = pieces.size_bytes
-        self._pieces, self._intake = pieces, Intake(pieces, checked=not aside)
+        self._pieces = pieces
+        self._intake: Intake | SealedIntake = Intake(pieces, checked=not aside)
         self._left_bytes = self.size_bytes
         self._whole = True
+
+    def open_with(self, context: AEADDecryptionContext) -> None:
+        """What comes is sealed: it is opened in its places in the pool, and its tag is its check."""
+        self._intake, self.aside = SealedIntake(self._pieces, context), False
 
     def receive(self, stream: socket.socket) -> int:
         """Take some of the payload from a socket that does not block: bytes, 0 at the end of the stream.
@@ -52,7 +60,9 @@ class PoolLanding:
         return size
 
     def digest(self) -> bytes | None:
-        """Checksum of what was written; None if not all of it was."""
+        """Checksum of what was written, OPENED of what came sealed; None if not all of it was written."""
         if not self._whole or self._left_bytes:
             return None
+        if isinstance(self._intake, SealedIntake):
+            return frames.OPENED
         return check_pieces(self._pieces) if self.aside else self._intake.digest()

@@ -16,8 +16,8 @@ from functools import partial
 
 import numpy as np
 
+from sglang_tpla.cache_rows.parts import Part
 from sglang_tpla.transfer import messages as frames
-from sglang_tpla.transfer.chunks import Part
 from sglang_tpla.transfer.decode.landing import PoolLanding
 from sglang_tpla.transfer.decode.rooms import DecodeFetching
 from sglang_tpla.transfer.decode.state import Arrival, Kept, Room
@@ -64,8 +64,10 @@ class DecodeScattering(DecodeFetching):
         with entry.writes.one() as allowed:
             if allowed:
                 part = Part(chunk.part)
-                digest = self._writer.write(arrival.layers, slots, self._shared, part, arrival.payload)
-        if digest == b"":
+                digest = self._writer.write(arrival.layers, slots, part, arrival.payload)
+        if digest is not None and chunk.checksum == frames.OPENED:
+            self._written(arrival, frames.OPENED)
+        elif digest == b"":
             self._aside(partial(self._check, arrival))
         else:
             self._written(arrival, digest)
@@ -162,12 +164,18 @@ class DecodeScattering(DecodeFetching):
         with self._work:
             if entry.state.ended or not all(source.complete for source in entry.sources.values()):
                 return
-            rows = [source.metadata for source in entry.sources.values() if source.metadata]
+            sending = [source for source in entry.sources.values() if not source.dummy]
+            missing = (
+                entry.coverage.missing(sending[0].tokens) if entry.coverage is not None else "never asked"
+            )
+        if missing:
+            self._fail_from_io(entry, missing)
+            return
         with entry.writes.one(last=True) as allowed:  # all else that was due has been written
             if not allowed:
                 return
-            if rows:
-                self._metadata.write(entry.metadata_row, rows[-1])
+            if self._metadata.buffers:
+                self._metadata.write(entry.metadata_row, sending[-1].metadata)
         with self._work:
             if entry.state.ended:
                 return

@@ -19,6 +19,8 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+from sglang_tpla.errors import SglangTplaError
+
 SOURCE = Path(__file__).with_name("native.c")
 OPTIONS = ("-O3", "-shared", "-fPIC", "-std=gnu11")
 COMPILE_S = 60.0
@@ -31,7 +33,7 @@ def cache_folder() -> Path:
     return Path(os.environ.get("SGLANG_TPLA_CACHE", Path.home() / ".cache" / "sglang_tpla")) / "native"
 
 
-class NativeError(RuntimeError):
+class NativeError(SglangTplaError, RuntimeError):
     """The C source could not be compiled or loaded."""
 
 

@@ -1,9 +1,8 @@
 """Sender-side staging: fixed slots that the socket and the ranks of this host read straight from.
 
 A slot is taken for one chunk and filled once. It is free again when nobody holds it: the maker, sockets that have not
-taken it yet (ZMQ's tracker says so), and each rank of this host that has not yet acknowledged the chunk. The ceiling is
-the memory of all slots; nothing is allocated beyond it. A chunk that is sent from where it lies in the pool has a slot
-without memory.
+taken it yet, and each rank of this host that has not yet acknowledged the chunk. The ceiling is the memory of all
+slots; nothing is allocated beyond it. A chunk that is sent from where it lies in the pool has a slot without memory.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-import zmq
 
 logger = logging.getLogger(__name__)
 NO_MEMORY = np.empty(0, dtype=np.uint8)
@@ -22,15 +20,13 @@ NO_MEMORY = np.empty(0, dtype=np.uint8)
 class Slot:
     """One chunk's worth of staging, at ``offset`` of the whole."""
 
-    __slots__ = ("buffer", "holders", "offset", "pending", "reserved", "trackers", "view")
+    __slots__ = ("buffer", "holders", "offset", "pending", "reserved")
 
     def __init__(self, buffer: np.ndarray, offset: int) -> None:
         self.buffer = buffer  # of no bytes where the chunk stays in the pool
         self.offset = offset
         self.reserved = False  # its memory is known to be there
-        self.view: memoryview = buffer.data  # what the socket reads
         self.pending = 0  # holds of this process: the maker, frames not yet handed over, readers
-        self.trackers: list[zmq.MessageTracker] = []
         self.holders: list[Callable[[], None]] = []  # told when the slot is free again
 
 
@@ -60,11 +56,6 @@ class Staging:
     def used_bytes(self) -> int:
         """Bytes in slots that are taken."""
         return sum(bool(slot.buffer.size) for slot in self._busy) * self.slot_bytes
-
-    @property
-    def watched(self) -> bool:
-        """True while a slot waits for ZMQ, which tells nobody when it is done."""
-        return any(slot.trackers for slot in self._busy)
 
     @property
     def limit_bytes(self) -> int:
@@ -112,8 +103,7 @@ class Staging:
         still = []
         freed = False
         for slot in self._busy:
-            if slot.pending == 0 and all(tracker.done for tracker in slot.trackers):
-                slot.trackers.clear()
+            if slot.pending == 0:
                 for holder in slot.holders:
                     holder()
                 slot.holders.clear()

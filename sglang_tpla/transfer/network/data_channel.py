@@ -1,15 +1,17 @@
-"""The data channel: a plain TCP socket beside a registered ZMQ connection, for chunks only (PROTOCOL.md).
+"""The data channel: a TCP socket beside a registered ZMQ connection, for chunks only (PROTOCOL.md).
 
 ZMQ allocates each message that comes in and hands it through two more threads; here the kernel takes payloads straight
 out of the sender's memory and copies them straight into the pool (`landing`), or into receiver staging that is used
-again while it is in the processor's caches. It is offered only where ZMQ would not encrypt either. Both ends are
-used by the agent's I/O thread alone and never block.
+again while it is in the processor's caches. Where the ZMQ connection is encrypted, its Welcome names a key, and chunks
+are sealed with it (`sealing`). Both ends are used by the agent's I/O thread alone and never block.
 
     decode -> prefill   once: ``b"TPLD"``, version, the cookie that Welcome named: 21 bytes
     prefill -> decode   for each chunk: header bytes, payload bytes (two 32-bit big-endian numbers), header, payload,
                         the payload's checksum (8 bytes)
+               sealed   the same numbers, header and its tag (16 bytes), payload, its tag (16 bytes)
 
-The checksum comes last so that either end takes it of what it moves, step by step, while that is in its core's caches.
+The checksum or tag comes last so that either end takes it of what it moves, step by step, while that is in its core's
+caches.
 """
 
 from __future__ import annotations
@@ -22,18 +24,30 @@ from collections.abc import Callable, Iterator
 from typing import Generic, Protocol, TypeVar
 
 import numpy as np
+from cryptography.hazmat.primitives.ciphers import AEADDecryptionContext
 
+from sglang_tpla.errors import SglangTplaError
 from sglang_tpla.transfer.memory.copy import Outgoing
-from sglang_tpla.transfer.memory.iovec import Pieces
+from sglang_tpla.transfer.memory.iovec import Pieces, one_piece
 from sglang_tpla.transfer.messages import (
     CHANNEL_COOKIE_BYTES,
     CHECKSUM_BYTES,
+    DAMAGED,
     HEAD_BYTES,
     MAX_HEADER_BYTES,
+    OPENED,
     FrameError,
 )
+from sglang_tpla.transfer.network.sealing import (
+    STEP_BYTES,
+    TAG_BYTES,
+    Seal,
+    SealedIntake,
+    SealedOutgoing,
+    is_proved,
+)
 
-PREAMBLE = b"TPLD\x02"
+PREAMBLE = b"TPLD\x03"
 PREAMBLE_BYTES = len(PREAMBLE) + CHANNEL_COOKIE_BYTES
 SIZES = struct.Struct(">II")
 MAX_SPARE_BUFFERS = 8
@@ -42,7 +56,7 @@ KEEPALIVES = 3  # of a silent network before it is given up
 BUFFER_BYTES = 4 << 20  # for sending and receiving; the system may give less
 
 
-class ChannelError(ConnectionError):
+class ChannelError(SglangTplaError, ConnectionError):
     """The data channel was closed, or could not be opened."""
 
 
@@ -70,28 +84,29 @@ class Parcel:
 
     Args:
         header: copied when it is sent.
-        payload: left as it is until ``done``, or until nobody wants it any more.
+        pieces: the payload, left as it is until ``done``, or until nobody wants it any more.
         digest: its checksum, where that is known already.
         wanted: asked before it is begun, and after the last byte: what nobody wants any more may have changed on its
-            way, and goes with a wrong checksum.
-        done: called once with the checksum, when the socket has taken all of it; with nothing, if it was left out.
+            way, and goes with a wrong checksum or tag.
+        done: called once, when the socket has taken all of it, with the checksum where that is known; with nothing, if
+            it was left out.
     """
 
-    __slots__ = ("begun", "digest", "done", "head", "payload", "tail", "wanted")
+    __slots__ = ("digest", "done", "head", "header", "known", "payload", "pieces", "tail", "wanted")
 
     def __init__(
         self,
         header: bytes,
-        payload: Pieces,
+        pieces: Pieces,
         digest: bytes,
         wanted: Callable[[], bool],
         done: Callable[[bytes], None],
     ) -> None:
-        self.head = memoryview(SIZES.pack(len(header), payload.size_bytes) + header)
-        self.payload = Outgoing(payload, digest)
-        self.digest = b""  # once all of the payload has gone
-        self.tail = memoryview(b"")
-        self.begun = False
+        self.header, self.pieces, self.known = header, pieces, digest
+        self.head = memoryview(b"")
+        self.payload: Outgoing | SealedOutgoing | None = None  # once it has begun
+        self.tail: memoryview | None = None  # once all of the payload has gone
+        self.digest = b""
         self.wanted = wanted
         self.done = done
 
@@ -100,11 +115,16 @@ class Outbox:
     """The sending end: parcels in order, as the socket takes them.
 
     A parcel that is no longer wanted when its turn comes is left out, one that has begun is finished.
+
+    Args:
+        seal: None where chunks go as they are.
     """
 
-    def __init__(self, stream: socket.socket) -> None:
+    def __init__(self, stream: socket.socket, seal: Seal | None = None) -> None:
         self.stream = stream
         self.sent_bytes = 0
+        self._seal = seal
+        self._scratch = np.empty(STEP_BYTES if seal is not None else 0, dtype=np.uint8)
         self._parcels: deque[Parcel] = deque()
 
     def __bool__(self) -> bool:
@@ -118,25 +138,38 @@ class Outbox:
         """Send what the socket takes now. Raises OSError when the connection is gone."""
         while self._parcels:
             parcel = self._parcels[0]
-            if parcel.begun or parcel.wanted():
-                parcel.begun = True
-                if not self._send(parcel):
+            if parcel.payload is not None or parcel.wanted():
+                payload = parcel.payload or self._begin(parcel)
+                if not self._send(parcel, payload):
                     return
             self._parcels.popleft()
             parcel.done(parcel.digest)
 
-    def _send(self, parcel: Parcel) -> bool:
+    def _begin(self, parcel: Parcel) -> Outgoing | SealedOutgoing:
+        header, pieces = parcel.header, parcel.pieces
+        sizes = SIZES.pack(len(header), pieces.size_bytes)
+        payload: Outgoing | SealedOutgoing
+        if self._seal is None:
+            parcel.head, payload = memoryview(sizes + header), Outgoing(pieces, parcel.known)
+        else:
+            parcel.head = memoryview(sizes + self._seal.seal_header(sizes, header))
+            payload = SealedOutgoing(pieces, self._seal.seal_payload(header), self._scratch)
+        parcel.payload = payload
+        return payload
+
+    def _send(self, parcel: Parcel, payload: Outgoing | SealedOutgoing) -> bool:
         """Send of a parcel what the socket takes now; True when that was the end of it."""
         try:
             while parcel.head:
                 sent = self.stream.send(parcel.head, socket.MSG_MORE)
                 self.sent_bytes += sent
                 parcel.head = parcel.head[sent:]
-            if not parcel.digest:
-                while parcel.payload.left_bytes:
-                    self.sent_bytes += parcel.payload.send(self.stream)
-                parcel.digest = parcel.payload.digest()
-                parcel.tail = memoryview(parcel.digest if parcel.wanted() else wrong(parcel.digest))
+            while payload.left_bytes:
+                self.sent_bytes += payload.send(self.stream)
+            if parcel.tail is None:
+                digest = payload.digest()
+                parcel.digest = digest if self._seal is None else parcel.known
+                parcel.tail = memoryview(digest if parcel.wanted() else wrong(digest))
             while parcel.tail:
                 sent = self.stream.send(parcel.tail)
                 self.sent_bytes += sent
@@ -159,6 +192,10 @@ class Landing(Protocol):
 
     def receive(self, stream: socket.socket) -> int:
         """Take some of it from a socket: bytes, 0 at the end of the stream. Raises BlockingIOError, OSError."""
+        ...
+
+    def open_with(self, context: AEADDecryptionContext) -> None:
+        """What comes is sealed, and opened by this."""
         ...
 
 
@@ -197,6 +234,7 @@ class Inbox(Generic[HeaderT]):
         spares: where payload memory comes from.
         announce: told of each header and the bytes that follow; returns what the header says, and where the payload
             is to land, or None for staging.
+        seal: None where chunks come as they are.
     """
 
     def __init__(
@@ -206,17 +244,20 @@ class Inbox(Generic[HeaderT]):
         max_payload_bytes: int,
         spares: Spares,
         announce: Callable[[memoryview, int], tuple[HeaderT, Landing | None]],
+        seal: Seal | None = None,
     ) -> None:
         self.stream = stream
         self.received_bytes = 0
         self.landing: Landing | None = None  # what is coming goes there
         self._greeting = PREAMBLE + cookie
-        self._limit, self._spares, self._announce = max_payload_bytes, spares, announce
+        self._limit, self._spares, self._announce, self._seal = max_payload_bytes, spares, announce, seal
         self._sizes = bytearray(SIZES.size)
         self._header: memoryview | None = None  # of the chunk that is coming, once its sizes are known
         self._said: HeaderT | None = None  # and what it says, once it is whole
         self._payload_bytes = 0
         self._payload: memoryview | Landing | None = None  # come whole, but for its checksum
+        self._opening: AEADDecryptionContext | None = None  # of a sealed payload
+        self._intake: SealedIntake | None = None  # of one that goes into staging
         self._tail: bytearray | None = None
         self._low_water = 1
         self._target, self._filled, self._due_bytes = memoryview(self._sizes), 0, SIZES.size
@@ -241,19 +282,17 @@ class Inbox(Generic[HeaderT]):
 
     def receive(self, budget_bytes: int) -> Iterator[tuple[HeaderT, memoryview | Landing, bytes]]:
         """(what the header says, payload or where it landed, the checksum that was sent) of chunks that are complete,
-        until the socket has no more or some ``budget_bytes`` were read.
+        until the socket has no more or some ``budget_bytes`` were read. Of a sealed chunk OPENED or DAMAGED takes the
+        checksum's place: its tag.
 
         Raises:
             OSError: the connection is gone.
-            FrameError: sizes out of range, or what ``announce`` finds.
+            FrameError: sizes out of range, a header that does not open, or what ``announce`` finds.
         """
         end = self.received_bytes + budget_bytes
         while self.received_bytes < end:
             try:
-                if self.landing is not None and self._tail is None:
-                    size = self.landing.receive(self.stream)
-                else:
-                    size = self.stream.recv_into(self._target[self._filled :])
+                size = self._take()
             except (BlockingIOError, InterruptedError):
                 return
             if not size:
@@ -262,25 +301,37 @@ class Inbox(Generic[HeaderT]):
             self._filled += size
             if self._filled < self._due_bytes:
                 self._wait_for(self._due_bytes - self._filled)
-                continue
-            if self._header is None:
+            elif self._header is None:
                 self._expect_header()
             elif self._said is None:
-                self._said, self.landing = self._announce(self._header, self._payload_bytes)
-                if self.landing is None:
-                    self._target = self._spares.take(self._payload_bytes)
-                self._filled, self._due_bytes = 0, self._payload_bytes
-                self._wait_for(self._payload_bytes)
+                self._expect_payload(self._header)
             elif self._tail is None:
-                self._payload, self._tail = self.landing or self._target, bytearray(CHECKSUM_BYTES)
-                self._target, self._filled, self._due_bytes = memoryview(self._tail), 0, CHECKSUM_BYTES
+                self._payload = self.landing or self._target
+                self._tail = bytearray(CHECKSUM_BYTES if self._seal is None else TAG_BYTES)
+                self._expect(memoryview(self._tail), len(self._tail))
                 self._wait_for(1)
             else:
                 said, payload, tail = self._said, self._payload, bytes(self._tail)
+                if self._opening is not None:
+                    tail = OPENED if is_proved(self._opening, tail) else DAMAGED
                 self._header = self._said = self.landing = self._tail = self._payload = None
-                self._target, self._filled, self._due_bytes = memoryview(self._sizes), 0, SIZES.size
+                self._opening = self._intake = None
+                self._expect(memoryview(self._sizes), SIZES.size)
                 if payload is not None:
                     yield said, payload, tail
+
+    def _take(self) -> int:
+        """Take some of what is due: bytes, 0 at the end of the stream. Raises BlockingIOError, OSError."""
+        if self._said is None or self._tail is not None:
+            return self.stream.recv_into(self._target[self._filled :])
+        if self.landing is not None:
+            return self.landing.receive(self.stream)
+        if self._intake is not None:
+            return self._intake.receive(self.stream)
+        return self.stream.recv_into(self._target[self._filled :])
+
+    def _expect(self, target: memoryview, size_bytes: int) -> None:
+        self._target, self._filled, self._due_bytes = target, 0, size_bytes
 
     def _wait_for(self, size_bytes: int) -> None:
         """Have the socket be called readable when so much (or much) is there: each wake-up has a price."""
@@ -296,8 +347,26 @@ class Inbox(Generic[HeaderT]):
                 f"a chunk announced {header_bytes} bytes of header and {self._payload_bytes} of payload, where at most "
                 f"{MAX_HEADER_BYTES} and {self._limit} are due"
             )
-        self._header = self._target = memoryview(bytearray(header_bytes))
-        self._filled, self._due_bytes = 0, header_bytes
+        whole_bytes = header_bytes + (0 if self._seal is None else TAG_BYTES)
+        self._header = memoryview(bytearray(whole_bytes))
+        self._expect(self._header, whole_bytes)
+
+    def _expect_payload(self, header: memoryview) -> None:
+        if self._seal is not None:
+            header = memoryview(self._seal.open_header(bytes(self._sizes), header))
+        self._said, self.landing = self._announce(header, self._payload_bytes)
+        target = self._target
+        if self.landing is None:
+            target = self._spares.take(self._payload_bytes)
+        self._expect(target, self._payload_bytes)
+        if self._seal is not None:
+            self._opening = self._seal.open_payload(bytes(header))
+            if self.landing is not None:
+                self.landing.open_with(self._opening)
+            else:
+                staged = one_piece(np.frombuffer(target, dtype=np.uint8))
+                self._intake = SealedIntake(staged, self._opening)
+        self._wait_for(self._payload_bytes)
 
     def close(self) -> None:
         """Close the socket."""

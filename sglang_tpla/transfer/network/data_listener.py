@@ -1,7 +1,7 @@
 """Inside the prefill agent: the port of data channels, and which connection each channel belongs to.
 
-A channel is bound to a registered connection by the cookie that its Welcome named, once. Everything here runs on the
-agent's I/O thread.
+A channel is bound to a registered connection by the cookie that its Welcome named, once; with it goes the key of that
+Welcome, if there is one. Everything here runs on the agent's I/O thread.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from sglang_tpla.transfer.messages import CHANNEL_COOKIE_BYTES, DataChannel
 from sglang_tpla.transfer.network.data_channel import PREAMBLE, PREAMBLE_BYTES, Outbox, Parcel, set_up
 from sglang_tpla.transfer.network.event_loop import IoLoop
+from sglang_tpla.transfer.network.sealing import Seal, new_key
 
 MAX_STRANGERS = 256  # connections that have not said whose they are
 
@@ -36,7 +37,9 @@ class Doorway:
         host: where the agent listens.
         port: for data channels; 0 takes one that the system chooses.
         timeout_s: how long a stranger, and a silent network, is borne.
+        sealed: chunks are sealed, with a key for each offer.
         on_refused: told of each connection that is turned away.
+        on_bound: told when a connection's channel stands.
         on_lost: told of the connection whose channel ended while it was bound.
 
     Raises:
@@ -49,30 +52,33 @@ class Doorway:
         host: str,
         port: int,
         timeout_s: float,
+        sealed: bool,
         on_refused: Callable[[str], None],
+        on_bound: Callable[[], None],
         on_lost: Callable[[bytes, str], None],
     ) -> None:
-        self._io, self._timeout_s, self._on_refused, self._on_lost = io, timeout_s, on_refused, on_lost
+        self._io, self._timeout_s, self.sealed = io, timeout_s, sealed
+        self._on_refused, self._on_bound, self._on_lost = on_refused, on_bound, on_lost
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self._listener = socket.create_server(("" if host == "*" else host, port), family=family)
         self._listener.setblocking(False)
         self.announced_port: int = self._listener.getsockname()[1]
         self._strangers: list[Stranger] = []
-        self._cookies: dict[bytes, bytes] = {}  # to the identity of the connection that was told
+        self._offers: dict[bytes, tuple[bytes, bytes | None]] = {}  # by cookie: whose it is, and its key
         self._channels: dict[bytes, Outbox] = {}  # by identity
         io.add_stream(self._listener, self._accept)
 
     def offer(self, identity: bytes) -> DataChannel:
         """What a Welcome tells a connection; an earlier offer ends."""
         self.withdraw(identity)
-        cookie = secrets.token_bytes(CHANNEL_COOKIE_BYTES)
-        self._cookies[cookie] = identity
-        return DataChannel(self.announced_port, cookie)
+        cookie, key = secrets.token_bytes(CHANNEL_COOKIE_BYTES), new_key() if self.sealed else None
+        self._offers[cookie] = identity, key
+        return DataChannel(self.announced_port, cookie, key)
 
     def withdraw(self, identity: bytes) -> None:
         """The connection is over: its offer and its channel end."""
-        for cookie in [key for key, value in self._cookies.items() if value == identity]:
-            del self._cookies[cookie]
+        for cookie in [cookie for cookie, (whose, _) in self._offers.items() if whose == identity]:
+            del self._offers[cookie]
         outbox = self._channels.pop(identity, None)
         if outbox is not None:
             self._io.remove_stream(outbox.stream)
@@ -127,14 +133,16 @@ class Doorway:
             return
         if len(stranger.said) < PREAMBLE_BYTES:
             return
-        identity = self._cookies.pop(stranger.said[len(PREAMBLE) :], None)
-        if identity is None:
+        offer = self._offers.pop(stranger.said[len(PREAMBLE) :], None)
+        if offer is None:
             self._turn_away(stranger, "came with a cookie that was not given out, or has been used")
             return
         self._strangers.remove(stranger)
         self._io.remove_stream(stranger.stream)
-        outbox = self._channels[identity] = Outbox(stranger.stream)
+        identity, key = offer
+        outbox = self._channels[identity] = Outbox(stranger.stream, None if key is None else Seal(key))
         self._io.add_stream(outbox.stream, lambda: self._ready(identity, outbox))
+        self._on_bound()
 
     def _turn_away(self, stranger: Stranger, why: str) -> None:
         self._strangers.remove(stranger)

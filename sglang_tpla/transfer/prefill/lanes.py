@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable
 
+from sglang_tpla.cache_rows.parts import Part
 from sglang_tpla.cache_rows.row_format import RowFormat
-from sglang_tpla.transfer.chunks import Part
 from sglang_tpla.transfer.memory.projection import IDENTITY_HASH
 from sglang_tpla.transfer.prefill.state import Ask, Lane, Mode, Plan, Room, SenderProjection
 
 
 def form_lanes(
     room: Room,
-    make_plan: Callable[[SenderProjection, Part, int, RowFormat], Plan],
+    make_plan: Callable[[SenderProjection, Part, int, RowFormat, tuple[int, int]], Plan],
     agent: str,
     host: str,
     chunk_bytes: int,
@@ -21,7 +21,8 @@ def form_lanes(
     """Lanes for all ranks of a room that get data.
 
     Args:
-        make_plan: an existing or new plan of the room for a projection, part, chunk size and row format.
+        make_plan: an existing or new plan of the room for a projection, part, chunk size, row format and
+            share.
         agent: this prefill agent, whose arena ranks may have mapped.
         host: identity of this host.
         chunk_bytes: this agent's largest chunk.
@@ -40,7 +41,7 @@ def form_lanes(
         else:
             together = hello.agent
         # ranks whose requests share the sending differently, or whose rows do not look alike, cannot share chunks
-        key = (hello.host, together, ask.share_index, ask.share_count, ask.peer.row_format)
+        key = (hello.host, together, ask.share_index, ask.share_count, ask.peer.row_format.of_any_group)
         by_host[key].append(ask)
     lanes = []
     for place, members in by_host.items():
@@ -49,8 +50,11 @@ def form_lanes(
             assert projection is not None
             mode = Mode.LOCAL if place[1] is Mode.LOCAL else Mode.RELAY if len(takers) > 1 else Mode.DIRECT
             streams = [ask.stream for ask in takers if ask.stream is not None]
-            plan = make_plan(projection, part, limit, takers[0].peer.row_format)
-            lane = Lane(room, plan, streams, mode, takers[0].share_index, takers[0].share_count)
+            share = takers[0].share_index, takers[0].share_count
+            rows = takers[0].peer.row_format
+            kind = rows.of_any_group if part is Part.COMMON else rows
+            plan = make_plan(projection, part, limit, kind, share)
+            lane = Lane(room, plan, streams, mode)
             for stream in streams:
                 stream.lanes.append(lane)
             lanes.append(lane)

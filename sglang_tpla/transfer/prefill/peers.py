@@ -6,7 +6,6 @@ import logging
 import time
 from abc import abstractmethod
 from collections import OrderedDict
-from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
@@ -21,9 +20,9 @@ from sglang_tpla.transfer.memory.rows import RowReader
 from sglang_tpla.transfer.memory.staging import Staging, pin, unpin
 from sglang_tpla.transfer.network.data_listener import Doorway
 from sglang_tpla.transfer.network.security import ZAP_ENDPOINT, Security
-from sglang_tpla.transfer.prefill.compatibility import agreed_version, mismatch
+from sglang_tpla.transfer.prefill.compatibility import agreed_version, announced_rows, mismatch
 from sglang_tpla.transfer.prefill.state import Peer, Room, SenderProjection, Upload
-from sglang_tpla.transfer.room import CachePool, MetadataRows, TransferError
+from sglang_tpla.transfer.room import NO_LIMITS, CachePool, Limits, MetadataRows, TransferError
 from sglang_tpla.transfer.workers import Agent, endpoint
 
 MAX_PROJECTIONS = 64
@@ -48,6 +47,7 @@ class PrefillGreeting(Agent[Room]):
         bind_port: int = 0,
         advertised_port: int = 0,
         host_id: str | None = None,
+        limits: Limits = NO_LIMITS,
         security: Security | None = None,
         logger: logging.Logger | None = None,
     ) -> None:
@@ -55,6 +55,7 @@ class PrefillGreeting(Agent[Room]):
         self._security.check(bind_host, "listening on")
         super().__init__(settings, rank, size, logger, pool.device.type)
         self._pool, self._metadata, self._model_hash = pool, metadata, model_hash
+        self._limits, self._began = limits, time.monotonic()
         row_bytes = (pool.latent_dim + pool.rope_dim) * pool.dtype.itemsize
         if any(width != pool.latent_dim for width in pool.widths) or row_bytes > self._chunk_bytes:
             raise TransferError(
@@ -76,11 +77,7 @@ class PrefillGreeting(Agent[Room]):
         reserve = [] if self._arena is None else [self._arena.reserve]
         self._staging = Staging(memory, self._chunk_bytes, *reserve)
         self._peers: OrderedDict[bytes, Peer] = OrderedDict()
-        d, layers = pool.latent_dim, len(pool.layers)
-        identity = SenderProjection(IDENTITY_HASH, (d,) * layers, (d,) * layers, None)
-        self._projections = {IDENTITY_HASH: identity}
-        # pyzmq has a thread and handles for frames that it does not copy, made for the first one: now, not in a failure
-        zmq.Frame(bytes(zmq.COPY_THRESHOLD), copy=False)
+        self._projections = {IDENTITY_HASH: SenderProjection(IDENTITY_HASH, None)}
         self._router = self._io.context.socket(zmq.ROUTER)
         self._configure(self._router, frames.MAX_PROJECTION_BYTES)
         self._router.setsockopt(zmq.ROUTER_MANDATORY, 1)
@@ -100,7 +97,14 @@ class PrefillGreeting(Agent[Room]):
             ) from error
         port = int(self._router.getsockopt_string(zmq.LAST_ENDPOINT).rsplit(":", 1)[1])
         self.address: tuple[str, int] = (bind_host, port)
-        self._doorway = self._open_doorway(bind_host, bind_port, advertised_port)
+        try:
+            self._doorway = self._open_doorway(bind_host, bind_port, advertised_port)
+        except OSError as error:
+            self._io.context.destroy(linger=0)
+            raise TransferError(
+                f"cannot listen on {bind_host}:{bind_port + 1 if bind_port else '*'}, where decode ranks fetch rows: "
+                f"{error}; free the port after {bind_port or 'that of the transfers'} (--tpla-listen-port)"
+            ) from error
         self._prepare()
         self._io.add(self._router, self._receive)
         # who has no key where one is due, or does not speak ZMQ's protocol, never gets as far as the allow-list
@@ -108,21 +112,26 @@ class PrefillGreeting(Agent[Room]):
         self._io.add(self._router.get_monitor_socket(failures), self._handshake_failed)
         self._start()
 
-    def _open_doorway(self, host: str, bind_port: int, advertised_port: int) -> Doorway | None:
-        """Data channels, where ZMQ would not encrypt either: they come to the port after ZMQ's."""
-        settings = self._settings
-        if self._security.secret is not None or not settings.data_channel:
-            return None
+    def _open_doorway(self, host: str, bind_port: int, advertised_port: int) -> Doorway:
+        """Data channels come to the port after ZMQ's, sealed where ZMQ encrypts."""
 
         def refused(what: str) -> None:
             self._drop("refused", what)
 
-        try:
-            port = bind_port and bind_port + 1
-            doorway = Doorway(self._io, host, port, settings.peer_timeout_s, refused, self._channel_lost)
-        except OSError as error:
-            self._log.warning("prefill rank %d has no data channels: %s", self._rank, error)
-            return None
+        def bound() -> None:
+            with self._work:
+                self._work.notify()  # chunks wait for it
+
+        doorway = Doorway(
+            self._io,
+            host,
+            bind_port and bind_port + 1,
+            self._settings.peer_timeout_s,
+            self._security.secret is not None,
+            refused,
+            bound,
+            self._channel_lost,
+        )
         doorway.announced_port = advertised_port + 1 if advertised_port else doorway.announced_port
         return doorway
 
@@ -131,13 +140,14 @@ class PrefillGreeting(Agent[Room]):
         self._drop("refused", "a connection without a key where one is due, or of another protocol")
 
     def _channel_lost(self, identity: bytes, why: str) -> None:
-        """What was on its way is lost with a channel: the rank connects anew if it has rooms (I/O thread)."""
+        """What was on its way is lost with a channel, and no chunk goes without one: connect anew (I/O thread)."""
         with self._work:
             peer = self._peers.get(identity)
-            if peer is None:
-                return
-            if self._in_use(peer):
-                self._log.warning("prefill rank %d: data channel of %s ended: %s", self._rank, peer.name, why)
+            if peer is not None:
+                level = logging.WARNING if self._in_use(peer) else logging.DEBUG  # who closes hangs up too
+                self._log.log(
+                    level, "prefill rank %d: data channel of %s ended: %s", self._rank, peer.name, why
+                )
                 self._put(identity, frames.Unregistered())
 
     @abstractmethod
@@ -209,6 +219,8 @@ class PrefillGreeting(Agent[Room]):
                 if message.number >= peer.maps_answered:
                     peer.maps_answered, peer.mapped = message.number, frozenset(message.agents)
                     self._maps_changed(peer)
+            case frames.Capacity():
+                peer.limits = Limits(message.context_tokens, message.pool_tokens)
             case frames.Goodbye():
                 self._lose(peer, f"closed: {message.reason}")
             case _:
@@ -253,18 +265,18 @@ class PrefillGreeting(Agent[Room]):
             return
         if (old := self._peers.get(identity)) is not None:
             self._lose(old, "registered anew")
-        peer = Peer(identity, hello, time.monotonic())
+        layout = hello.layout
+        announced = announced_rows(layout)
+        sent = announced.part(self._pool.first_layer - layout.first_layer, len(self._pool.layers))
+        peer = Peer(identity, hello, time.monotonic(), announced, sent)
         before = next((old for old in self._peers.values() if old.hello.agent == hello.agent), None)
         peer.projection = self._projections.get(hello.projection or IDENTITY_HASH)
         if peer.projection is None:
-            layout = hello.layout
-            digest = projection_digest(layout.first_layer, layout.latent_dim, layout.widths, layout.shared)
-            peer.upload = Upload(layout, digest)
+            peer.upload = Upload(projection_digest(layout.first_layer, layout.latent_dim, announced))
         self._peers[identity] = peer
         if before is not None:
             del self._peers[before.identity]
-            if self._doorway is not None:
-                self._doorway.withdraw(before.identity)
+            self._doorway.withdraw(before.identity)
             self._counts["resumed"] += 1
             self._take_over(before, peer)
         version = agreed_version(hello.versions)
@@ -278,7 +290,10 @@ class PrefillGreeting(Agent[Room]):
             layers=len(self._pool.layers),
             need_projection=peer.projection is None,
             arena=arena,
-            data=self._doorway.offer(identity) if self._doorway is not None else None,
+            data=self._doorway.offer(identity),
+            age_ms=int(1000 * (time.monotonic() - self._began)),
+            context_tokens=self._limits.context_tokens,
+            pool_tokens=self._limits.pool_tokens,
         )
         self._put(identity, welcome)
         self._introduce(hello.host)
@@ -315,7 +330,7 @@ class PrefillGreeting(Agent[Room]):
             why = f"projection layer {message.index} of {peer.name} was not expected"
             self._drop("malformed_dropped", why)
             return
-        width = layout.widths[message.index]
+        width = peer.announced.layers[message.index].columns
         data = payload.buffer
         if data.nbytes != layout.latent_dim * width * 4 or frames.checksum(data) != message.checksum:
             self._refuse(peer, f"projection layer {message.index} came damaged or cut; connect again")
@@ -331,7 +346,7 @@ class PrefillGreeting(Agent[Room]):
 
     def _finish_upload(self, peer: Peer, upload: Upload) -> None:
         peer.upload = None
-        key, layout = peer.hello.projection, peer.hello.layout
+        key = peer.hello.projection
         if upload.digest.hexdigest() != key:
             self._refuse(peer, f"the projection does not have the hash {key[:12]} it was announced with")
             return
@@ -343,14 +358,8 @@ class PrefillGreeting(Agent[Room]):
                 text = f"this rank keeps at most {MAX_PROJECTIONS} projections; close unused decode servers"
                 self._refuse(peer, text)
                 return
-            start = self._pool.first_layer - layout.first_layer
-            mine = slice(start, start + len(self._pool.layers))
-            self._projections[key] = SenderProjection(
-                key,
-                tuple(layout.widths[mine]),
-                tuple(layout.shared[mine]),
-                stack_layers(upload.kept, layout.shared[mine]),
-            )
+            stacks = stack_layers(upload.kept, peer.row_format.layers)
+            self._projections[key] = SenderProjection(key, stacks)
         peer.projection = self._projections[key]
         self._put(peer.identity, frames.Registered(key))
 
@@ -371,16 +380,14 @@ class PrefillGreeting(Agent[Room]):
         """Forget a connection; its rooms fail."""
         if self._peers.pop(peer.identity, None) is None:
             return
-        if self._doorway is not None:
-            self._doorway.withdraw(peer.identity)
+        self._doorway.withdraw(peer.identity)
         self._log.info("prefill rank %d: %s is gone: %s", self._rank, peer.name, reason)
         self._drop_rooms(peer, reason)
         self._introduce(peer.hello.host)
 
     def _expire_peers(self, now: float) -> None:
         limit = self._settings.peer_timeout_s
-        if self._doorway is not None:
-            self._doorway.expire(now)
+        self._doorway.expire(now)
         for peer in list(self._peers.values()):
             if now - peer.last_seen > limit:
                 self._counts["peers_lost"] += 1
@@ -396,13 +403,8 @@ class PrefillGreeting(Agent[Room]):
 
     def _send_now(self, identity: bytes, message: frames.Message, payload: bytes | None) -> None:
         parts = [identity, frames.encode(message)] + ([] if payload is None else [payload])
-        self._send_parts(identity, parts)
-
-    def _send_parts(
-        self, identity: bytes, parts: Sequence[bytes | memoryview], track: bool = False
-    ) -> zmq.MessageTracker | None:
         try:
-            return self._router.send_multipart(parts, zmq.NOBLOCK, copy=not track, track=track)
+            self._router.send_multipart(parts, zmq.NOBLOCK)
         except zmq.ZMQError as error:
             if error.errno not in (zmq.EHOSTUNREACH, zmq.EAGAIN):
                 raise
@@ -413,7 +415,6 @@ class PrefillGreeting(Agent[Room]):
                 elif peer is not None:
                     self._counts["peers_lost"] += 1
                     self._lose(peer, "its queue is full and it does not read")
-            return None
 
     def _say_goodbye(self) -> None:
         with self._lock:

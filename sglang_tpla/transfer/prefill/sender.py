@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
-from sglang_tpla.cache_rows.row_format import RowFormat
 from sglang_tpla.transfer import messages as frames
 from sglang_tpla.transfer.memory.copy import check_pieces
 from sglang_tpla.transfer.memory.iovec import Pieces, one_piece
@@ -16,6 +15,7 @@ from sglang_tpla.transfer.memory.staging import Slot
 from sglang_tpla.transfer.network.data_channel import Parcel
 from sglang_tpla.transfer.prefill.resuming import PrefillResuming
 from sglang_tpla.transfer.prefill.state import Lane, Mode, Peer, Room, Stream
+from sglang_tpla.transfer.room import TransferError
 
 # Chunks of one rank that wait to be read (on this host, for each thread that makes some) or to be taken by the socket
 # (of its data channel): more would be made faster than they go, and leave the processor's caches before they do.
@@ -49,12 +49,12 @@ class PrefillDispatch(PrefillResuming):
                 return False
             job = self._next_job()
             if job is None:
-                self._work.wait(0.002 if self._staging.watched else 0.5)
+                self._work.wait(0.5)
                 return True
             self._work.notify()  # there may be one more, for another thread
         with self._failing(job):
             pieces, digest = self._make(job)
-            if job.slot.buffer.size and not digest:
+            if job.slot.buffer.size and not digest and self._needs_digest(job):
                 self._aside(partial(self._check, job, pieces))
             else:
                 self._deliver(job, pieces, digest)
@@ -70,12 +70,15 @@ class PrefillDispatch(PrefillResuming):
         try:
             yield
         except Exception as error:
-            self._handler_failed("gather", error)
+            reason = str(error)
+            if not isinstance(error, TransferError):  # which says what is wrong with the rows themselves
+                self._handler_failed("gather", error)
+                reason = f"internal error while gathering: {error!r}"
             with self._work:
                 job.slot.pending -= 1
                 for load in job.loads:
                     if not load.lane.room.state.ended:
-                        self._fail(load.lane.room, f"internal error while gathering: {error!r}")
+                        self._fail(load.lane.room, reason)
 
     def _next_job(self) -> Job | None:
         """The next chunk that some rank can take: peers in turn, and each peer's lanes in turn."""
@@ -83,14 +86,14 @@ class PrefillDispatch(PrefillResuming):
         cap = max(1, self._staging.slots // (len(self._peers) + 1))
         for identity, peer in list(self._peers.items()):
             for key, lane in list(peer.ready.items()):
-                found = lane.peek()
-                if found is None:
+                heads = lane.heads()
+                if not heads:
                     del peer.ready[key]
+                found = next((head for head in heads if self._can_take(lane, *head, cap)), None)
+                if found is None:
                     continue
                 sequence, streams = found
-                if not self._can_take(lane, sequence, streams, cap):
-                    continue
-                in_place = self._in_place(lane, sequence, streams)
+                in_place = self._in_place(lane, sequence)
                 slot = self._staging.hold() if in_place else self._staging.take()
                 if slot is None:
                     return None
@@ -107,33 +110,37 @@ class PrefillDispatch(PrefillResuming):
             return False
         if lane.mode is Mode.LOCAL:
             return all(len(stream.unacked) < LOCAL_CHUNKS * len(self._workers) for stream in streams)
-        if any(stream.peer.queued >= CHUNKS_AHEAD and self._on_channel(stream) for stream in streams):
+        if any(
+            stream.peer.queued >= CHUNKS_AHEAD or not self._doorway.bound(stream.peer.identity)
+            for stream in streams
+        ):
             return False
         size = lane.plan.size(sequence)
         enough = all(stream.credit_bytes - stream.sent_bytes >= size for stream in streams)
-        if not enough and not lane.starved:
+        if enough:
+            lane.starved.discard(sequence)
+        elif sequence not in lane.starved:
             self._counts["credit_waits"] += 1
-        lane.starved = not enough
+            lane.starved.add(sequence)
         return enough
 
-    def _on_channel(self, stream: Stream) -> bool:
-        """True while a rank's chunks go over a data channel."""
-        return self._doorway is not None and self._doorway.bound(stream.peer.identity)
+    def _needs_digest(self, job: Job) -> bool:
+        """True if somebody checks a chunk by its checksum: not where its tag is all that it goes with."""
+        return not self._doorway.sealed or any(load.lane.mode is not Mode.DIRECT for load in job.loads)
 
-    def _in_place(self, lane: Lane, sequence: int, streams: list[Stream]) -> bool:
+    def _in_place(self, lane: Lane, sequence: int) -> bool:
         """True if a chunk can be sent from where its rows lie: they stay as they are until their room ends."""
         plan = lane.plan
         return (
             lane.mode is not Mode.LOCAL
             and plan.projection.stacks is None
-            and plan.row_format is RowFormat.PLAIN
+            and not plan.row_format.encoded
             and plan.segments[sequence].in_place
-            and all(self._on_channel(stream) for stream in streams)
         )
 
     def _load(self, lane: Lane, sequence: int, streams: list[Stream], slot: Slot) -> Load:
         """Mark a chunk as under way to some ranks."""
-        lane.advance()
+        lane.take(sequence)
         chunk = (int(lane.plan.part), sequence)
         for stream in streams:
             stream.unacked[chunk] = None
@@ -153,10 +160,10 @@ class PrefillDispatch(PrefillResuming):
         for other in lane.room.lanes:
             if other is lane or other.plan is not lane.plan or other.repeat:
                 continue
-            found = other.peek()
-            if found is None or found[0] != sequence or not self._can_take(other, sequence, found[1], cap):
+            found = next((head for head in other.heads() if head[0] == sequence), None)
+            if found is None or not self._can_take(other, sequence, found[1], cap):
                 continue
-            if slot.buffer.size or self._in_place(other, sequence, found[1]):
+            if slot.buffer.size or self._in_place(other, sequence):
                 loads.append(self._load(other, sequence, found[1], slot))
         return loads
 
@@ -167,8 +174,11 @@ class PrefillDispatch(PrefillResuming):
         first = rectangle.first_layer - self._pool.first_layer
         stacks = plan.projection.stacks
         start = rectangle.first_token - segment.first_token
+        self._reader.wait(segment.ready)
         if not job.slot.buffer.size:
             pieces = self._reader.pieces(rectangle, segment.slots.spans(start, rectangle.tokens))
+            if self._doorway.sealed:
+                return pieces, check_pieces(pieces) if self._needs_digest(job) else b""
             # checked on its way (`channel`), unless it would only wait there
             waits = any(stream.peer.queued for load in job.loads for stream in load.streams)
             return pieces, check_pieces(pieces) if waits and self._checks_aside else b""
@@ -180,7 +190,7 @@ class PrefillDispatch(PrefillResuming):
             plan.part,
             payload,
             segment.ready,
-            plan.row_format,
+            plan.row_format.part(first, rectangle.layers),
         )
         return one_piece(payload), digest or b""
 
@@ -243,8 +253,10 @@ class PrefillDispatch(PrefillResuming):
     def _send_chunk(
         self, peer: Peer, lane: Lane, message: frames.Chunk, slot: Slot, pieces: Pieces, digest: bytes
     ) -> None:
-        """Hand a chunk to the rank's data channel, or to ZMQ (I/O thread)."""
-        room, header = lane.room, frames.encode(message)
+        """Hand a chunk to the rank's data channel; if it has ended, the rank asks for what it lacks when it is back
+        (I/O thread).
+        """
+        room = lane.room
 
         def done(digest: bytes) -> None:
             with self._lock:
@@ -252,18 +264,8 @@ class PrefillDispatch(PrefillResuming):
                     lane.plan.digests[message.sequence] = digest
                 self._let_go(slot, peer)
 
-        if self._doorway is not None:
-            parcel = Parcel(header, pieces, digest, wanted=lambda: not room.state.ended, done=done)
-            if self._doorway.send(peer.identity, parcel):
-                return
-        tracker = None
-        try:
-            # one in the pool was meant for a channel that has ended since: the rank asks for it when it is back
-            if slot.buffer.size and not room.state.ended:
-                (payload,) = pieces.views
-                tracker = self._send_parts(peer.identity, [peer.identity, header, payload], track=True)
-        finally:
-            with self._lock:
-                if tracker is not None:
-                    slot.trackers.append(tracker)
-                self._let_go(slot, peer)
+        parcel = Parcel(
+            frames.encode(message), pieces, digest, wanted=lambda: not room.state.ended, done=done
+        )
+        if not self._doorway.send(peer.identity, parcel):
+            self._let_go(slot, peer)

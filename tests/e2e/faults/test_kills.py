@@ -119,7 +119,7 @@ def test_statistics_of_live_traffic(faulty: Faulty, nano_mla: str, statistics_fo
     """What the prefill ranks summed up while they served is what the plain model says of such text."""
     from tokenizers import Tokenizer
 
-    from sglang_tpla.calibrate.statistics import Statistics, collect, combine
+    from sglang_tpla.measure.statistics import Statistics, collect, combine
     from sglang_tpla.reference_model.forward import PlainModel
 
     files = sorted(statistics_folder.glob("*.safetensors"))

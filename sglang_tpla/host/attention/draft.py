@@ -1,0 +1,108 @@
+"""The draft model's attention on a server that speculates: where SGLang finds a backend for it.
+
+SGLang makes the draft's backends in a factory of its own (``DraftBackendFactory`` in
+``sglang/srt/speculative/draft_utils.py``): one for each guessed token but the last, and one that extends the draft's
+cache by what was verified. The factory's tables are closed and do not know ``tpla`` or ``torch_native``, and it tells
+nobody which backend it chose: a draft layer then takes the target's for its own and hands over keys in the wrong form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from sglang_tpla.host.attention.supported import OURS
+
+PLAIN = "torch_native"
+
+
+class DraftSteps:
+    """The kernels of this package for a draft model that guesses a chain of tokens: one backend a guessed token.
+
+    Guess i is computed with i + 1 tokens in the cache beyond those that were verified.
+    """
+
+    needs_cpu_seq_lens = False
+
+    def __init__(self, runner: Any, steps: int) -> None:
+        from sglang_tpla.host.attention.backend import Queries, TplaDecodeBackend
+
+        # The last guess needs no forward after it.
+        self.attn_backends = [TplaDecodeBackend(runner, Queries(1, step + 1)) for step in range(steps - 1)]
+
+    def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
+        """Before the first capture."""
+        for backend in self.attn_backends:
+            backend.init_cuda_graph_state(max_bs, max_num_tokens)
+
+    def init_forward_metadata(self, forward_batch: Any) -> None:
+        """Plan all guesses of an eager step."""
+        self.init_forward_metadata_out_graph(forward_batch)
+
+    def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> None:
+        """Plan all guesses, before a capture and before each replay alike."""
+        for backend in self.attn_backends:
+            backend.plan(forward_batch)
+
+    def init_forward_metadata_in_graph(self, forward_batch: Any) -> None:
+        """Nothing: plans are made outside of the graph."""
+
+
+def guessing_backend(original: Callable[..., Any], self: Any) -> Any:
+    """Around ``create_decode_backend``: what guesses attend with; None where each request has one guess."""
+    name = chosen(self, "decode_attention_backend")
+    if self.speculative_num_steps > 1 and name == OURS:
+        return DraftSteps(self.draft_model_runner, self.speculative_num_steps)
+    if name == PLAIN:  # prefill servers of the CPU platform, which never guess
+        return None
+    return named(original(self), name)
+
+
+def extending_backend(original: Callable[..., Any], self: Any) -> Any:
+    """Around ``create_draft_extend_backend``: what the draft layer follows the target with."""
+    mode = self.server_args.speculative_attention_mode
+    name = chosen(self, f"{mode}_attention_backend")
+    runner = self.draft_model_runner
+    if name == PLAIN:
+        return named(runner.attn_backend, name)
+    if name != OURS:
+        return named(original(self), name)
+    from sglang_tpla.host.attention.backend import TplaDecodeBackend
+
+    own = runner.attn_backend  # the same, unless the server computes prompts with another backend
+    return named(own if isinstance(own, TplaDecodeBackend) else TplaDecodeBackend(runner), name)
+
+
+def capture_graphs(original: Callable[[Any], None], self: Any) -> None:
+    """Around ``EagleDraftWorker._capture_cuda_graphs``: a graph of the draft layer's extend over our kernels as well.
+
+    SGLang captures it for a list of its own backends; the others run it launch by launch. On a CPU there are no graphs.
+    """
+    if self.device == "cpu":
+        self.cuda_graph_runner = self.cuda_graph_runner_for_draft_extend = None
+        return
+    original(self)
+    from sglang.srt.environ import envs
+    from sglang.srt.speculative.eagle_draft_extend_cuda_graph_runner import EAGLEDraftExtendCudaGraphRunner
+
+    from sglang_tpla.host.attention.backend import TplaDecodeBackend
+
+    graphs = self.target_worker.model_runner.decode_cuda_graph_runner is not None
+    wanted = graphs and not envs.SGLANG_DISABLE_DRAFT_EXTEND_CUDA_GRAPH.get()
+    ours = isinstance(self.draft_extend_attn_backend, TplaDecodeBackend)
+    if wanted and ours and self.cuda_graph_runner_for_draft_extend is None:
+        self.cuda_graph_runner_for_draft_extend = EAGLEDraftExtendCudaGraphRunner(self)
+
+
+def chosen(factory: Any, setting: str) -> str:
+    """The backend that the factory would choose."""
+    args = factory.server_args
+    return factory.draft_attn_backend or getattr(args, setting) or args.attention_backend
+
+
+def named(backend: Any, name: str) -> Any:
+    """The backend with its name on it, as SGLang puts one on a model runner's own backend."""
+    for one in getattr(backend, "attn_backends", [backend]):
+        if one is not None:
+            one.prefill_attention_backend_str = one.decode_attention_backend_str = name
+    return backend

@@ -1,0 +1,46 @@
+"""Whether SGLang is building the target model of a speculating server or its draft model.
+
+A server that speculates runs two model runners in one process. The target's attention layers and cache are sliced; the
+draft's stay whole, because nobody has calibrated its one layer and its guesses depend on it. SGLang marks the runner
+(``is_draft_worker``) and not the layers: a draft layer looks like any other unless it is a NextN layer. So the mark is
+carried here from the runner to what it builds. Answers to ``ModelRunner.load_model`` and
+``ModelRunner.alloc_memory_pool`` in ``sglang/srt/model_executor/model_runner.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+
+_building_draft: ContextVar[bool] = ContextVar("sglang_tpla_building_draft", default=False)
+
+
+def mark_runner(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+    """Around the runner's methods that build layers and the cache."""
+    token = _building_draft.set(bool(self.is_draft_worker))
+    try:
+        return original(self, *args, **kwargs)
+    finally:
+        _building_draft.reset(token)
+
+
+def building_draft() -> bool:
+    """True while a draft model's layers or cache are being built in this context."""
+    return _building_draft.get()
+
+
+def draft_layers(model_config: Any, server_args: Any) -> int:
+    """Layers of the draft model of this server, whose rows share the target's slots; 0 without speculation."""
+    if getattr(server_args, "speculative_algorithm", None) is None:
+        return 0
+    return int(getattr(model_config.hf_text_config, "num_nextn_predict_layers", None) or 1)
+
+
+def draft_row_bytes(model_config: Any) -> int:
+    """Bytes of one token in one layer of the draft's cache: the whole latent and the rope in the model's precision."""
+    text, dtype = model_config.hf_text_config, model_config.dtype
+    assert isinstance(dtype, torch.dtype)
+    return (text.kv_lora_rank + text.qk_rope_head_dim) * dtype.itemsize

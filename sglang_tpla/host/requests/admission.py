@@ -1,0 +1,86 @@
+"""Hooks where a request reaches a scheduler: what cannot be served is answered at once, before it has a room.
+
+SGLang marks such a request and lets one token of it run, so that its caches are cleaned up. Between prefill and decode
+that means a transfer which the other side knows nothing of, and a wait for its deadline.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from http import HTTPStatus
+from typing import Any
+
+from sglang.srt.disaggregation.utils import DisaggregationMode, prepare_abort
+from sglang.srt.managers.io_struct import AbortReq
+from sglang.srt.managers.schedule_batch import FINISH_ABORT
+from sglang.srt.utils.network import NetworkAddress
+
+logger = logging.getLogger(__name__)
+
+
+def admit(original: Callable[..., None], self: Any, req: Any, is_retracted: bool = False) -> None:
+    """Around ``Scheduler._add_request_to_queue``."""
+    if is_retracted:
+        original(self, req, is_retracted=True)
+        return
+    reason, status = None, HTTPStatus.BAD_REQUEST
+    if isinstance(req.to_finish, FINISH_ABORT):
+        reason, status = req.to_finish.message, req.to_finish.status_code or status
+    elif self.disaggregation_mode == DisaggregationMode.DECODE:
+        queue = self.disagg_decode_prealloc_queue
+        reason = never_fits(queue, req) or no_such_rank(queue, req)
+    if reason is None:
+        original(self, req)
+        return
+    logger.error("%s, %s", reason, req.rid)
+    if hasattr(
+        self, "_release_aborted_request"
+    ):  # later releases keep inputs and cache handles for a request
+        self._release_aborted_request(req)
+    prepare_abort(req, reason, status_code=status)
+    self.output_streamer.stream_output([req], req.return_logprob)
+
+
+def never_fits(queue: Any, req: Any) -> str | None:
+    """Why an empty decode server would not start a request, or None.
+
+    SGLang keeps room for the first tokens of an answer beside the prompt; a request for which there never is enough
+    would wait for ever at the head of the queue, and all others behind it.
+    """
+    tokens, reserve = len(req.origin_input_ids), queue.num_reserved_decode_tokens
+    pool = queue.token_to_kv_pool_allocator.size
+    if tokens + reserve <= pool:
+        return None
+    return (
+        f"the prompt has {tokens} tokens and this decode server takes {max(pool - reserve, 0)} at most: its cache "
+        f"holds {pool} and keeps {reserve} for the answer (--num-reserved-decode-tokens)"
+    )
+
+
+def no_such_rank(queue: Any, req: Any) -> str | None:
+    """Why the data-parallel rank of prefill that a request names cannot have its cache, or None as far as is known."""
+    rank, host = req.disagg_prefill_dp_rank, req.bootstrap_host
+    if rank is None or host is None:
+        return None
+    address = NetworkAddress(host, req.bootstrap_port).to_host_port_str()
+    info = queue.kv_manager.prefill_info_table.get(address)
+    if info is None or 0 <= rank < info.dp_size:
+        return None
+    return f"disagg_prefill_dp_rank must lie in 0...{info.dp_size - 1} for the prefill server {address}; got {rank}"
+
+
+def handle(original: Callable[..., None], self: Any, recv_req: Any, **kwargs: Any) -> None:
+    """Around ``Scheduler.handle_generate_request``: an error over one request is that request's."""
+    try:
+        original(self, recv_req, **kwargs)
+    except Exception as error:
+        logger.exception("request %s ends here", recv_req.rid)
+        reason = {
+            "type": "abort",
+            "status_code": HTTPStatus.BAD_REQUEST,
+            "message": f"this server cannot read the request: {type(error).__name__}: {error}",
+        }
+        self.ipc_channels.send_to_tokenizer.send_output(
+            AbortReq(rid=recv_req.rid, finished_reason=reason), recv_req
+        )

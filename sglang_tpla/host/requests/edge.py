@@ -1,0 +1,146 @@
+"""Hooks where a request enters the server: on ``TokenizerManager`` and on the OpenAI endpoints.
+
+What is wrong with a request becomes a ``ValueError`` here, which SGLang answers with status 400: routers do not try
+again, and no circuit breaker opens. A 500 would be tried again and again, and then close the service to everyone.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing
+from typing import Any
+
+import msgspec
+from sglang.srt.constants import HEALTH_CHECK_RID_PREFIX
+from sglang.srt.disaggregation.utils import FAKE_BOOTSTRAP_HOST
+from sglang.srt.managers.io_struct import GenerateReqInput
+from sglang.srt.managers.tokenizer_manager import ServerStatus
+
+from sglang_tpla.host import compat
+from sglang_tpla.host.disaggregation.prefill_lookup import MAX_RANKS
+from sglang_tpla.host.process import serves_decode
+from sglang_tpla.host.requests.fields import Limits, RequestRefused, check_item, check_rooms_differ
+from sglang_tpla.host.requests.samples import give_each_its_room
+
+TOP_LOGPROBS = 128  # MetadataBuffers(max_top_logprobs_num=128)
+# What Python raises over a value of the wrong type or form.
+WRONG_VALUE = (TypeError, KeyError, IndexError, AttributeError, OverflowError, AssertionError, re.error,
+               msgspec.MsgspecError, RecursionError)  # fmt: skip
+OPAQUE = ("input_ids", "mm_inputs", "mm_data_mooncake", "time_stats", "input_embeds", "positional_embed_overrides",
+          "sampling_params", "session_params", "num_items_assigned")  # fmt: skip
+
+logger = logging.getLogger(__name__)
+
+
+def limits(manager: Any) -> Limits:
+    """What the server behind a tokenizer manager can serve."""
+    # A decode server learns later how many ranks a prefill server has (`admission.py`).
+    ranks = MAX_RANKS if serves_decode() else compat.data_parallel_ranks(manager.server_args)
+    return Limits(manager.model_config.vocab_size, TOP_LOGPROBS, ranks, FAKE_BOOTSTRAP_HOST)
+
+
+def is_own(manager: Any, obj: Any) -> bool:
+    """Whether the server asks itself: to warm up, or for its health. Such a request goes through no transfer.
+
+    SGLang marks these with a host of its own and would serve anyone who names it, from pages that nobody wrote.
+    """
+    if obj.bootstrap_host != FAKE_BOOTSTRAP_HOST and obj.bootstrap_host != [FAKE_BOOTSTRAP_HOST]:
+        return False
+    if manager.server_status == ServerStatus.Starting:
+        return True
+    return isinstance(obj.rid, str) and obj.rid.startswith(HEALTH_CHECK_RID_PREFIX) and not obj.log_metrics
+
+
+async def generate(
+    original: Callable[..., AsyncIterator[Any]], self: Any, obj: Any, request: Any = None
+) -> AsyncIterator[Any]:
+    """Around ``TokenizerManager.generate_request``.
+
+    Raises:
+        RequestRefused: the request cannot be served.
+    """
+    answered = False
+    try:
+        if isinstance(obj, GenerateReqInput) and not is_own(self, obj):
+            check_rid(obj.rid)
+            give_each_its_room(obj)
+        async with aclosing(original(self, obj, request)) as outputs:  # type: ignore[type-var]
+            async for output in outputs:
+                answered = True
+                yield output
+    except WRONG_VALUE as error:
+        if answered:
+            raise
+        logger.exception("a request that cannot be read")
+        raise RequestRefused(f"a field of the request has a wrong value: {error}") from error
+
+
+def check_rid(rid: Any) -> None:
+    """Request ids that SGLang does not take for its own.
+
+    Raises:
+        RequestRefused: an empty id, or one of a health check, whose request SGLang drops while it is busy.
+    """
+    for one in rid if isinstance(rid, list) else [rid]:
+        if one is not None and (
+            not isinstance(one, str) or not one or one.startswith(HEALTH_CHECK_RID_PREFIX)
+        ):
+            raise RequestRefused(
+                f"rid must be a string that is not empty and does not begin with {HEALTH_CHECK_RID_PREFIX}; got {one!r}"
+            )
+
+
+def check_normalized(self: Any, obj: Any, *args: Any, **kwargs: Any) -> None:
+    """Before ``TokenizerManager._init_req_state``: the whole batch, before its first request is on its way.
+
+    Raises:
+        RequestRefused: the first thing that is wrong.
+    """
+    if not isinstance(obj, GenerateReqInput) or is_own(self, obj):
+        return
+    items = [obj] if obj.is_single else [obj[i] for i in range(obj.batch_size)]
+    bounds = limits(self)
+    for item in items:
+        check_item(item, bounds)
+        params = self.sampling_params_class(
+            **{**(self.preferred_sampling_params or {}), **item.sampling_params}
+        )
+        msgspec.msgpack.decode(msgspec.msgpack.encode(params), type=type(params))  # as the scheduler will
+        params.normalize(self.tokenizer)
+        params.verify(bounds.vocab)
+    check_rooms_differ(items)
+
+
+def check_wire(result: Any, self: Any, *args: Any, **kwargs: Any) -> None:
+    """After ``TokenizerManager._create_tokenized_object``: the types that the scheduler's decoder wants.
+
+    A field of another type would end the scheduler, which reads it.
+
+    Raises:
+        RequestRefused: naming the field.
+    """
+    for field in msgspec.structs.fields(type(result)):
+        value = getattr(result, field.name)
+        if field.name in OPAQUE or value is None or value == field.default:
+            continue
+        try:
+            msgspec.convert(value, field.type)
+        except msgspec.ValidationError as error:
+            raise RequestRefused(f"{field.name}: {error}; got {value!r:.80}") from error
+
+
+def convert(original: Callable[..., Any], self: Any, request: Any, raw_request: Any = None) -> Any:
+    """Around ``_convert_to_internal_request`` of the OpenAI endpoints.
+
+    Raises:
+        RequestRefused: messages, tools or parameters that cannot be turned into a prompt.
+    """
+    from jinja2 import TemplateError
+
+    try:
+        return original(self, request, raw_request)
+    except (*WRONG_VALUE, TemplateError) as error:
+        logger.exception("a request that cannot be read")
+        raise RequestRefused(f"a field of the request has a wrong value: {error}") from error

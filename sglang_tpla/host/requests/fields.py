@@ -1,0 +1,262 @@
+"""The fields of a request that cross from prefill to decode or end a scheduler, checked before anything is sent.
+
+A wrong value here would hang both servers, end one of them, or reach a neighbour: SGLang passes most fields on as they
+came. Nothing here imports SGLang; requests are read through the attributes of ``GenerateReqInput``.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sglang_tpla.errors import SglangTplaError
+
+# The metadata row writes 0 where no room has been, and the wire carries a room as a signed number of 64 bits.
+FIRST_ROOM, LAST_ROOM = 1, 2**63 - 1
+INT32_MAX, INT64_MAX = 2**31 - 1, 2**63 - 1
+MAX_SAMPLES = 1024  # of one request: prompts times n
+LARGEST_BIAS = (
+    1e9  # a larger one divided by a small temperature is infinite, and sampling then ends the scheduler
+)
+HOST_NAME = re.compile(r"[a-z0-9_]([a-z0-9_.-]{0,251}[a-z0-9_])?")
+# Filled in by SGLang's own processes; a client's value would send the answer elsewhere.
+INTERNAL_FIELDS = ("http_worker_ipc", "mm_data_mooncake", "num_items_assigned", "encoder_urls", "lora_id")
+INTERNAL_SAMPLING = frozenset(
+    ("is_normalized", "stop_strs", "stop_regex_strs", "stop_str_max_len", "stop_regex_max_len")
+)
+NOT_CARRIED = {
+    "input_embeds": "embeddings are not carried to decode: send text or input_ids",
+    "positional_embed_overrides": "embeddings are not carried to decode: send text or input_ids",
+    "session_params": "sessions are not carried to decode: send the whole prompt, prefill's cache finds what it knows",
+    "multi_item_delimiter_indices": "scoring is not carried to decode: ask a server without disaggregation",
+}
+
+
+class RequestRefused(SglangTplaError, ValueError):
+    """A request that cannot be served; SGLang answers 400 with its text."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the server can serve.
+
+    Args:
+        vocab: tokens of the model.
+        top_logprobs: alternatives of one token that the metadata row holds.
+        data_parallel: ranks that a request may name as those of its prefill server.
+        own_host: the host with which a server marks the requests that it sends to itself.
+    """
+
+    vocab: int
+    top_logprobs: int
+    data_parallel: int
+    own_host: str
+
+    def __post_init__(self) -> None:
+        if self.vocab < 1 or self.top_logprobs < 0:
+            raise ValueError(f"expected a vocabulary of at least one token; got {self}")
+
+
+def is_integer(value: Any) -> bool:
+    """Whether a value is a whole number; JSON's true and false are not."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def shown(value: Any) -> str:
+    """A value for a message, cut."""
+    text = (
+        repr(value) if not isinstance(value, (list, dict, str)) or len(value) < 100 else f"{value!r:.80}..."
+    )
+    return text[:120]
+
+
+def within(name: str, value: Any, first: int, last: int) -> int:
+    """The value, a whole number of a range.
+
+    Raises:
+        RequestRefused: it is not.
+    """
+    if not is_integer(value) or not first <= value <= last:
+        raise RequestRefused(f"{name} must be a whole number from {first} to {last}; got {shown(value)}")
+    return int(value)
+
+
+def checked_host(value: Any) -> str:
+    """A bootstrap server's host in one spelling: lower case, no brackets, no dot at the end.
+
+    Raises:
+        RequestRefused: no host name and no address, or one with a port, a path or a user.
+    """
+    if isinstance(value, str):
+        host = value.strip().lower()
+        bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
+        try:
+            return str(ipaddress.ip_address(bare))
+        except ValueError:
+            name = host.removesuffix(".")
+            if HOST_NAME.fullmatch(name):
+                return name
+    raise RequestRefused(
+        "bootstrap_host must be a host name or an IP address, without a port (that is bootstrap_port); got "
+        f"{shown(value)}"
+    )
+
+
+def check_transfer(item: Any, limits: Limits) -> None:
+    """Room, host and port of one request; the host is put into one spelling.
+
+    Raises:
+        RequestRefused: naming the field and its range.
+    """
+    if item.bootstrap_room is None:
+        raise RequestRefused(
+            "bootstrap_room is missing: this server is one of a pair; send requests to the router, or the same "
+            f"room ({FIRST_ROOM} to {LAST_ROOM}) to a prefill and a decode server"
+        )
+    within("bootstrap_room", item.bootstrap_room, FIRST_ROOM, LAST_ROOM)
+    if item.disagg_prefill_dp_rank is not None:
+        within("disagg_prefill_dp_rank", item.disagg_prefill_dp_rank, 0, limits.data_parallel - 1)
+    if item.bootstrap_port is not None:
+        within("bootstrap_port", item.bootstrap_port, 1, 65535)
+    if item.bootstrap_host is None:
+        raise RequestRefused("bootstrap_host is missing: decode must know the prefill server of the request")
+    item.bootstrap_host = checked_host(item.bootstrap_host)
+    if item.bootstrap_host == limits.own_host:
+        raise RequestRefused(
+            f"bootstrap_host {limits.own_host} marks a server's requests to itself, which no prefill server reads; "
+            "name a prefill server"
+        )
+
+
+def check_carried(item: Any) -> None:
+    """No field that decode would miss.
+
+    Raises:
+        RequestRefused: naming the field, and the way around.
+    """
+    for name, why in NOT_CARRIED.items():
+        if getattr(item, name, None) is not None:
+            raise RequestRefused(f"{name}: {why}")
+    for name in INTERNAL_FIELDS:
+        if getattr(item, name, None) is not None:
+            raise RequestRefused(f"{name} is set by the server itself; leave it out")
+
+
+def check_prompt(item: Any, limits: Limits) -> None:
+    """Text, or token ids of the vocabulary.
+
+    Raises:
+        RequestRefused: naming the first id outside.
+    """
+    if item.text is not None and not isinstance(item.text, str):
+        raise RequestRefused(f"text must be a string or a list of strings; got {shown(item.text)}")
+    if item.text is None and item.input_ids is not None:
+        check_token_ids("input_ids", item.input_ids, limits.vocab)
+        if not len(item.input_ids):
+            raise RequestRefused("input_ids must not be empty")
+
+
+def check_token_ids(name: str, ids: Any, vocab: int) -> None:
+    """Ids that the embedding has a row for: it ends the server at any other.
+
+    Raises:
+        RequestRefused: naming the first wrong one.
+    """
+    if not isinstance(ids, list):
+        raise RequestRefused(f"{name} must be a list of token ids; got {shown(ids)}")
+    try:
+        if not ids or (min(ids) >= 0 and max(ids) < vocab and set(map(type, ids)) == {int}):
+            return
+    except TypeError:
+        pass
+    wrong = next(i for i in ids if not is_integer(i) or not 0 <= i < vocab)
+    raise RequestRefused(
+        f"{name} must hold whole numbers from 0 to {vocab - 1} (the vocabulary); got {shown(wrong)}"
+    )
+
+
+def check_logprobs(item: Any, limits: Limits) -> None:
+    """What is asked of log-probabilities.
+
+    Raises:
+        RequestRefused: naming the field and its range.
+    """
+    within("top_logprobs_num", item.top_logprobs_num, 0, min(limits.top_logprobs, limits.vocab))
+    within("logprob_start_len", item.logprob_start_len, -1, INT32_MAX)
+    if item.token_ids_logprob:
+        check_token_ids("token_ids_logprob", item.token_ids_logprob, limits.vocab)
+
+
+def check_sampling(params: Any, limits: Limits) -> None:
+    """Sampling parameters as they came.
+
+    Raises:
+        RequestRefused: naming the parameter and its range.
+    """
+    if not isinstance(params, Mapping):
+        raise RequestRefused(f"sampling_params must be an object; got {shown(params)}")
+    if internal := INTERNAL_SAMPLING.intersection(params):
+        raise RequestRefused(f"sampling_params.{min(internal)} is set by the server itself; leave it out")
+    ranges = {
+        "max_new_tokens": (0, INT32_MAX),
+        "min_new_tokens": (0, INT32_MAX),
+        "top_k": (-1, INT32_MAX),
+        "stream_interval": (1, INT32_MAX),
+        "sampling_seed": (-INT64_MAX - 1, INT64_MAX),
+    }
+    for name, (first, last) in ranges.items():
+        if params.get(name) is not None:
+            within(f"sampling_params.{name}", params[name], first, last)
+    stops = params.get("stop_token_ids")
+    if stops is not None:
+        # min_new_tokens holds these back by their place in the vocabulary
+        last = limits.vocab - 1 if params.get("min_new_tokens") else INT32_MAX
+        for token in stops if isinstance(stops, list) else [stops]:
+            if token is not None:
+                within("sampling_params.stop_token_ids", token, 0, last)
+    bias = params.get("logit_bias")
+    if bias is None:
+        return
+    if not isinstance(bias, Mapping):
+        raise RequestRefused(
+            f"sampling_params.logit_bias must be an object of token id and bias; got {shown(bias)}"
+        )
+    for token, value in bias.items():
+        number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        if not number or abs(value) > LARGEST_BIAS:
+            raise RequestRefused(
+                f"sampling_params.logit_bias of {shown(token)} must be a number up to {LARGEST_BIAS:g} either way; "
+                f"got {shown(value)}"
+            )
+
+
+def check_item(item: Any, limits: Limits) -> None:
+    """One request, a batch's or a single one, after SGLang has filled in what it leaves out.
+
+    Raises:
+        RequestRefused: the first thing that is wrong with it.
+    """
+    check_carried(item)
+    check_transfer(item, limits)
+    check_prompt(item, limits)
+    check_logprobs(item, limits)
+    check_sampling(item.sampling_params, limits)
+
+
+def check_rooms_differ(items: list[Any]) -> None:
+    """Every request of a batch in a room of its own.
+
+    Raises:
+        RequestRefused: naming a room that comes twice.
+    """
+    seen: set[int] = set()
+    for item in items:
+        if item.bootstrap_room in seen:
+            raise RequestRefused(
+                f"bootstrap_room must differ within a batch; {item.bootstrap_room} comes twice"
+            )
+        seen.add(item.bootstrap_room)

@@ -1,0 +1,118 @@
+"""Speculative decoding on the two kinds of server: which of SGLang's settings work, and what they default to.
+
+Supported is the draft that DeepSeek V3, R1 and Kimi K2 come with: one NextN layer in the target's own checkpoint, which
+guesses a chain of up to three tokens. Both servers run it, since the draft layer's cache and first guess are made with
+the prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from sglang_tpla.attention.backends import Capability
+from sglang_tpla.attention.interface import MAX_QUERY_LEN, DecodeShape
+from sglang_tpla.config import ConfigError
+from sglang_tpla.host.attention.supported import OURS, engine_objection
+from sglang_tpla.host.disaggregation.engine_memory import FP8_CACHE
+from sglang_tpla.host.ledger import host_version
+from sglang_tpla.host.model.rows import sketched
+
+ALGORITHMS = ("EAGLE", "NEXTN")
+RELEASES = ("0.5.17",)  # whose speculation the hooks were written for
+NEXTN_LAYERS = "num_nextn_predict_layers"
+
+
+def objections(args: Any, role: str) -> list[str]:
+    """What stands against the flags of a server that speculates; empty for one that does not."""
+    if args.speculative_algorithm is None:
+        return []
+    guesses = f"with {args.speculative_algorithm}"
+    drafts, topk, steps = (
+        args.speculative_num_draft_tokens, args.speculative_eagle_topk, args.speculative_num_steps,
+    )  # fmt: skip
+    draft_path = args.speculative_draft_model_path
+    release = host_version()
+    cases = [
+        (release not in RELEASES, "--speculative-algorithm", args.speculative_algorithm,
+         f"it was built for SGLang {', '.join(RELEASES)}, this is {release}; drop the flag or install that release"),
+        (args.speculative_algorithm.upper() not in ALGORITHMS, "--speculative-algorithm", args.speculative_algorithm,
+         f"the draft must be the checkpoint's own NextN layer; use {' or '.join(ALGORITHMS)}"),
+        (draft_path not in (None, args.model_path), "--speculative-draft-model-path", draft_path,
+         "the draft must be the checkpoint's own NextN layer; drop the flag"),
+        ((topk or 1) > 1, "--speculative-eagle-topk", topk,
+         "trees of guesses need a mask that the kernels do not read; use --speculative-eagle-topk 1"),
+        ((drafts or 1) > MAX_QUERY_LEN or (steps or 1) >= MAX_QUERY_LEN, "--speculative-num-draft-tokens",
+         drafts or (steps or 0) + 1, f"the kernels verify {MAX_QUERY_LEN} tokens a request at most; use "
+         f"--speculative-num-steps {MAX_QUERY_LEN - 1}"),
+        (steps == 0, "--speculative-num-steps", 0, "without a guess there is nothing to verify; use 1 to 3"),
+        (args.speculative_adaptive, "--speculative-adaptive", "on",
+         "attention is planned for one number of guesses; drop the flag"),
+        (args.enable_multi_layer_eagle, "--enable-multi-layer-eagle", "on",
+         "the draft is one layer; drop the flag"),
+        (args.speculative_use_rejection_sampling, "--speculative-use-rejection-sampling", "on",
+         "the first guess's probabilities do not travel from prefill to decode; drop the flag"),
+        (args.enable_dp_attention, "--enable-dp-attention", guesses,
+         "the two were never tested together; drop one of them"),
+        (role == "decode" and args.kv_cache_dtype == FP8_CACHE, f"--kv-cache-dtype {FP8_CACHE}", guesses,
+         "the draft's cache would be FP8 as well, and its layer reads plain rows; use --kv-cache-dtype auto"),
+        (role == "decode" and sketched(), "sketched rows", guesses,
+         "the draft's cache would be bytes as well, and its layer reads plain rows; use an artifact for plain rows"),
+        (role == "decode" and args.disaggregation_decode_enable_radix_cache,
+         "--disaggregation-decode-enable-radix-cache", guesses, "SGLang does not run the two together; drop one"),
+        (role == "decode" and args.speculative_attention_mode != "decode", "--speculative-attention-mode",
+         args.speculative_attention_mode, "a decode server verifies with its decode kernels; use "
+         "--speculative-attention-mode decode, as the launcher does by itself"),
+    ]  # fmt: skip
+    return [f"{flag} {value} cannot be served: {why}" for bad, flag, value, why in cases if bad]
+
+
+def check_draft(args: Any, text: Any) -> None:
+    """Refuse a checkpoint without the layer that guesses.
+
+    Args:
+        text: the model's config (of its text part).
+
+    Raises:
+        ConfigError: naming what the config says.
+    """
+    if args.speculative_algorithm is None:
+        return
+    layers = getattr(text, NEXTN_LAYERS, None) or 0
+    if layers != 1:
+        raise ConfigError(
+            f"--speculative-algorithm {args.speculative_algorithm} needs a checkpoint with one NextN layer; "
+            f"{args.model_path} has {NEXTN_LAYERS}={layers}; drop the flag, or serve a checkpoint that has the layer"
+        )
+
+
+def check_backends(
+    args: Any, backend: str, shapes: Sequence[DecodeShape], draft: DecodeShape, capability: Capability
+) -> None:
+    """Refuse attention backends that cannot verify, and one that cannot serve the draft's layer.
+
+    Where the draft was given none, SGLang takes the decode server's.
+
+    Args:
+        backend: the decode server's. shapes: of its sliced layers, none where it has no slices.
+        draft: one rank's layer of the draft.
+
+    Raises:
+        ConfigError: what to use instead.
+    """
+    if args.speculative_algorithm is None:
+        return
+    if shapes and backend != OURS:
+        raise ConfigError(
+            f"--attention-backend {backend} was never tested in verifying guesses on a slice; use --attention-backend "
+            f"{OURS} with --speculative-algorithm {args.speculative_algorithm}"
+        )
+    chosen = args.speculative_draft_attention_backend or backend
+    if chosen == OURS and (why := engine_objection(OURS, draft, capability)) is not None:
+        others = ("fa3", "flashinfer", "triton")
+        able = [name for name in others if engine_objection(name, draft, capability) is None]
+        advice = f"use {' or '.join(able)}" if able else "drop --speculative-algorithm"
+        raise ConfigError(
+            f"--speculative-draft-attention-backend {OURS} cannot serve the draft's layer of {draft.latent_dim} + "
+            f"{draft.rope_dim} and {draft.heads} heads a rank: {why}; {advice}"
+        )

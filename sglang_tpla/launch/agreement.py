@@ -1,0 +1,159 @@
+"""Flags that must agree between the processes of one deployment, in the form that each of them takes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from urllib.parse import urlsplit
+
+from sglang_tpla.config import ConfigError, Settings
+from sglang_tpla.launch.flags import Argument, has, integer, value_of
+
+# Both servers read the prompt, and both sample: what decides either must be the same.
+ALIKE = (
+    "revision", "tokenizer-path", "tokenizer-mode", "skip-tokenizer-init", "chat-template", "page-size",
+    "api-key", "load-format", "json-model-override-args", "preferred-sampling-params",
+    "enable-custom-logit-processor", "grammar-backend", "constrained-json-whitespace-pattern",
+    "constrained-json-disable-any-whitespace", "enable-strict-thinking", "reasoning-parser",
+    "speculative-algorithm", "quantization", "enable-lora", "lora-paths",
+)  # fmt: skip
+SECRET = ("api-key",)  # never shown
+ALIKE_SETTINGS = ("keys", "insecure")
+LAST_PORT = 65535
+PORTS = ("port", "disaggregation-bootstrap-port", "prometheus-port")
+
+
+def check_ports(role: str, arguments: Sequence[Argument]) -> None:
+    """Ports that a process can listen on: 0 would be another one than its peers are told.
+
+    Raises:
+        ConfigError: no number from 1 to 65535.
+    """
+    for name in PORTS:
+        if has(arguments, name) and not 1 <= (port := integer(arguments, name, 0)) <= LAST_PORT:
+            raise ConfigError(f"{role}: --{name} must lie in 1...{LAST_PORT}; got {port}")
+
+
+def check_first_port(port: int) -> None:
+    """A port for the router from which those of the servers are counted.
+
+    Raises:
+        ConfigError: 0, or so high that the others do not follow.
+    """
+    if not 1 <= port <= LAST_PORT - 4:
+        raise ConfigError(
+            f"--port must lie in 1...{LAST_PORT - 4}: the router listens there, and prefill, decode, bootstrap server "
+            f"and metrics on the four ports after it; got {port}"
+        )
+
+
+def check_alike(prefill: Sequence[Argument], decode: Sequence[Argument]) -> None:
+    """Flags with one value on both servers.
+
+    Raises:
+        ConfigError: naming the flag and both values.
+    """
+    for name in ALIKE:
+        first, second = given(prefill, name), given(decode, name)
+        if first != second:
+            got = "two" if name in SECRET else f"{first or 'nothing'} and {second or 'nothing'}"
+            raise ConfigError(
+                f"--{name} must be the same on prefill and decode, which both read the request; got {got}: give it "
+                "once, outside --prefill. and --decode."
+            )
+
+
+def given(arguments: Sequence[Argument], name: str) -> str | None:
+    """A flag's values as they were written, or None."""
+    found = None
+    for argument in arguments:
+        if argument.name == name:
+            head, *rest = argument.tokens
+            found = " ".join([head.split("=", 1)[1], *rest] if "=" in head else rest) or "the bare flag"
+    return found
+
+
+def check_settings_alike(prefill: Settings, decode: Settings) -> None:
+    """Settings with one value on both servers.
+
+    Raises:
+        ConfigError: naming the setting and both values.
+    """
+    for name in ALIKE_SETTINGS:
+        first, second = getattr(prefill, name), getattr(decode, name)
+        if first != second:
+            raise ConfigError(
+                f"--tpla-{name} must be the same on prefill and decode, which talk to each other; got {first} and "
+                f"{second}"
+            )
+
+
+def check_distinct(ports: Mapping[str, int]) -> None:
+    """A port of its own for everything that listens on this machine.
+
+    Raises:
+        ConfigError: naming two that share one.
+    """
+    seen: dict[int, str] = {}
+    for name, port in ports.items():
+        if port in seen:
+            raise ConfigError(f"{seen[port]} and {name} would both listen on port {port}; give each its own")
+        seen[port] = name
+
+
+def router_key(router: Sequence[Argument], key: str | None) -> list[str]:
+    """What the router must be told so that the servers let it in.
+
+    Raises:
+        ConfigError: it is given another key than theirs.
+    """
+    own = value_of(router, "api-key")
+    if own is not None and own != key:
+        raise ConfigError("--router.api-key must be the servers' --api-key, with which the router asks them")
+    return ["--api-key", key] if key is not None and own is None else []
+
+
+def for_router(arguments: Sequence[Argument]) -> list[Argument]:
+    """The router's arguments with IPv6 addresses in brackets, as it wants them.
+
+    Raises:
+        ConfigError: an address of a server that is no URL.
+    """
+    result = []
+    for argument in arguments:
+        value = argument.value or ""
+        if argument.name in ("host", "prometheus-host") and ":" in value and not value.startswith("["):
+            argument = Argument(argument.name, (f"--{argument.name}", f"[{value}]"))
+        if argument.name in ("prefill", "decode"):
+            check_server_url(argument.name, value)
+        result.append(argument)
+    return result
+
+
+def check_server_url(name: str, url: str) -> None:
+    """An address that the router can be given.
+
+    Raises:
+        ConfigError: no URL with a host; an IPv6 address stands in brackets.
+    """
+    try:
+        parts = urlsplit(url)
+        good = bool(parts.scheme and parts.hostname) and parts.netloc.count(":") <= 1
+        good = good or re.fullmatch(r"\[[0-9A-Fa-f:.%]+\](:\d+)?", parts.netloc) is not None
+        good = good and (parts.port is None or parts.port > 0)
+    except ValueError:
+        good = False
+    if not good:
+        raise ConfigError(
+            f"--{name} must be the URL of a server, such as http://prefill-1:30000 or http://[::1]:30000; got {url!r}"
+        )
+
+
+def for_server(arguments: Sequence[Argument]) -> list[Argument]:
+    """A server's arguments with IPv6 addresses bare, as SGLang wants them."""
+    return [
+        Argument(a.name, ("--host", value[1:-1]))
+        if a.name == "host" and (value := a.value or "").startswith("[") and value.endswith("]")
+        else a
+        for a in arguments
+    ]

@@ -1,0 +1,198 @@
+"""Text to calibrate and measure on: files -> seeded disjoint split -> token sequences.
+
+The default corpus is the source of Python's standard library, so calibration works wherever Python does. A
+document is a file, or a piece of some 32 KiB of one when there are few files. The seed and the documents'
+names decide which quarter of them is held out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+import sysconfig
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from sglang_tpla.errors import SglangTplaError
+
+HELD_OUT_SHARE = 0.25
+_PIECE_CHARS = 32768
+_FEW_FILES = 16
+_LARGEST_FILE_BYTES = 4 << 20
+# tables and tests say little about how code reads, and distributions leave the tests out
+_SKIPPED_FOLDERS = {
+    "site-packages",
+    "dist-packages",
+    "__pycache__",
+    "test",
+    "tests",
+    "encodings",
+    "pydoc_data",
+}
+
+
+class CorpusError(SglangTplaError, ValueError):
+    """Text that cannot be used: what was expected, what came, where, what to do."""
+
+
+class Tokenizer(Protocol):
+    """What the corpus needs of a tokenizer."""
+
+    def __call__(self, text: str) -> list[int]: ...
+
+
+@dataclass(frozen=True)
+class Document:
+    """One unit of the split."""
+
+    name: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Documents with a name and a hash that say exactly which text it is."""
+
+    name: str
+    content_hash: str
+    documents: tuple[Document, ...]
+
+    @classmethod
+    def from_paths(cls, paths: Sequence[str | Path] = ()) -> Corpus:
+        """Read files and folders; none given means the standard library.
+
+        Raises:
+            CorpusError: a path is missing, or there is no text in any.
+        """
+        if not paths:
+            root = Path(sysconfig.get_paths()["stdlib"])
+            version = ".".join(map(str, sys.version_info[:3]))
+            name = f"python-{version}-stdlib"
+            files = [(p, p.relative_to(root)) for p in sorted(root.rglob("*.py"))]
+            files = [(p, r) for p, r in files if not _SKIPPED_FOLDERS.intersection(r.parts)]
+        else:
+            files = []
+            for path in map(Path, paths):
+                if not path.exists():
+                    raise CorpusError(f"expected a file or folder at --corpus {path}, found none")
+                if path.is_file():
+                    files.append((path, Path(path.name)))
+                else:
+                    inside = sorted(p for p in path.rglob("*") if p.is_file())
+                    files += [(p, Path(path.name) / p.relative_to(path)) for p in inside]
+            name = "+".join(Path(p).name or str(p) for p in paths)
+        documents = list(_read(files))
+        if not documents:
+            raise CorpusError(f"expected UTF-8 text files in {name}, found none; give other --corpus paths")
+        if len(documents) < _FEW_FILES:
+            documents = [piece for document in documents for piece in _pieces(document)]
+        digest = hashlib.sha256()
+        for document in documents:
+            digest.update(f"{document.name}\0{len(document.text)}\0".encode())
+            digest.update(document.text.encode())
+        return cls(name=name, content_hash=digest.hexdigest(), documents=tuple(documents))
+
+    def split(self, seed: int) -> tuple[list[Document], list[Document]]:
+        """(calibration, held-out) documents, disjoint, each in an order the seed decides.
+
+        Raises:
+            CorpusError: one of the two would be empty.
+        """
+        ranked = sorted(self.documents, key=lambda document: _rank(seed, document.name))
+        cut = round(len(ranked) * HELD_OUT_SHARE)
+        held_out, calibration = ranked[:cut], ranked[cut:]
+        if not held_out or not calibration:
+            raise CorpusError(
+                f"the corpus {self.name} has {len(self.documents)} document(s), too few to hold some out; "
+                f"give "
+                "more or longer files to --corpus"
+            )
+        return calibration, held_out
+
+
+def sequences(
+    documents: Sequence[Document],
+    tokenizer: Tokenizer,
+    *,
+    length: int,
+    count: int,
+    separator: int | None,
+    fewer: bool = False,
+) -> torch.Tensor:
+    """Token sequences [count, length] from the documents joined in order, ``separator`` between them.
+
+    With ``fewer``, as many whole sequences as there are, at least one.
+
+    Raises:
+        CorpusError: there is not enough text.
+    """
+    needed = length * count
+    stream: list[int] = []
+    for document in documents:
+        stream += tokenizer(document.text)
+        if separator is not None:
+            stream.append(separator)
+        if len(stream) >= needed:
+            break
+    if fewer:
+        count = min(count, max(len(stream) // length, 1))
+    needed = length * count
+    if len(stream) < needed:
+        raise CorpusError(
+            f"expected {needed} tokens ({count} sequences of {length}), the corpus has {len(stream)}; ask for fewer "
+            "tokens or give more text to --corpus"
+        )
+    return torch.tensor(stream[:needed], dtype=torch.long).view(count, length)
+
+
+def load_tokenizer(model_path: str | Path) -> Tokenizer:
+    """The model's tokenizer, adding no special tokens.
+
+    Raises:
+        CorpusError: the model directory has none.
+    """
+    path = Path(model_path) / "tokenizer.json"
+    if path.is_file():
+        from tokenizers import Tokenizer as FastTokenizer  # type: ignore[import-untyped]
+
+        fast = FastTokenizer.from_file(str(path))
+        return lambda text: list(fast.encode(text, add_special_tokens=False).ids)
+    from transformers import AutoTokenizer
+
+    try:
+        slow: Any = AutoTokenizer.from_pretrained(str(model_path))
+    except (OSError, ValueError) as error:
+        raise CorpusError(f"expected a tokenizer in {model_path}, could not load one: {error}") from error
+    return lambda text: list(slow.encode(text, add_special_tokens=False))
+
+
+def _rank(seed: int, name: str) -> bytes:
+    return hashlib.sha256(f"{seed}\0{name}".encode()).digest()
+
+
+def _read(files: Sequence[tuple[Path, Path]]) -> Iterator[Document]:
+    for path, name in files:
+        if path.stat().st_size > _LARGEST_FILE_BYTES and len(files) >= _FEW_FILES:
+            continue
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            continue  # a binary file in a folder of text is no error
+        if text.strip() and "\0" not in text:
+            yield Document(name.as_posix(), text)
+
+
+def _pieces(document: Document) -> Iterator[Document]:
+    lines, size, number = [], 0, 0
+    for line in document.text.splitlines(keepends=True):
+        lines.append(line)
+        size += len(line)
+        if size >= _PIECE_CHARS:
+            yield Document(f"{document.name}#{number}", "".join(lines))
+            lines, size, number = [], 0, number + 1
+    if lines:
+        yield Document(f"{document.name}#{number}", "".join(lines))

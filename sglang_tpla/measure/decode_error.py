@@ -1,0 +1,140 @@
+"""Decode-phase error against plain MLA: the prompt exact, every later token through TPLA, by teacher forcing.
+
+Everything is measured at the positions whose attention went through the slices: a sequence of P + C tokens
+gives C predictions at positions P .. P+C-1 of the next token (the last of which has no next token and counts
+for KL and agreement only).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from sglang_tpla.artifact.artifact import Artifact, ErrorReport
+from sglang_tpla.reference_model.forward import LayerCache, LayerMaps, PlainModel
+from sglang_tpla.reference_model.sketched_layer import SketchedMaps
+
+
+@dataclass(frozen=True)
+class DecodeErrors:
+    """Per-token results [sequences, continuation], float32, and the text's protocol.
+
+    ``kl`` nats of KL(MLA || TPLA); ``nll_*`` negative log-likelihood of the true next token (NaN at the last
+    position); ``same_top`` whether both put the same token first.
+    """
+
+    prompt_tokens: int
+    kl: torch.Tensor
+    nll_mla: torch.Tensor
+    nll_tpla: torch.Tensor
+    same_top: torch.Tensor
+
+    @property
+    def tokens(self) -> int:
+        """Tokens measured."""
+        return self.kl.numel()
+
+    def report(self) -> ErrorReport:
+        """The summary that goes into an artifact."""
+        flat = self.kl.flatten().double()
+        mla = self.nll_mla.double().nanmean().exp().item()
+        tpla = self.nll_tpla.double().nanmean().exp().item()
+        return ErrorReport(
+            tokens=self.tokens,
+            prompt_tokens=self.prompt_tokens,
+            continuation_tokens=self.kl.shape[1],
+            kl_mean=flat.mean().item(),
+            kl_p95=quantile(flat, 0.95),
+            kl_p99=quantile(flat, 0.99),
+            perplexity_mla=mla,
+            perplexity_tpla=tpla,
+            perplexity_ratio=tpla / mla,
+            top1_agreement=self.same_top.double().mean().item(),
+        )
+
+
+def quantile(values: torch.Tensor, share: float) -> float:
+    """The value below which ``share`` of a flat tensor lies (no size limit, unlike torch.quantile)."""
+    ordered = values.sort().values
+    return ordered[min(int(share * ordered.numel()), ordered.numel() - 1)].item()
+
+
+def model_maps(artifact: Artifact, model: PlainModel) -> list[LayerMaps]:
+    """An artifact's maps in the model's dtype and on its device."""
+
+    def convert(layer: int, group: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        z, a, b = (part.to(model.device, model.dtype) for part in artifact.maps(layer, group))
+        return z, a, b
+
+    meta = artifact.meta
+    maps: list[LayerMaps] = []
+    for layer in range(meta.num_layers):
+        triples = [convert(layer, group) for group in range(meta.groups)]
+        if meta.sketched:
+            z, a, b = (list(column) for column in zip(*triples, strict=True))
+            sketch = artifact.sketch(layer).to(model.device, model.dtype)
+            maps.append(SketchedMaps(meta.rows(layer), z, sketch, a, b))
+        else:
+            maps.append(triples)
+    return maps
+
+
+@torch.inference_mode()
+def measure(
+    model: PlainModel,
+    tokens: torch.Tensor,
+    candidates: Sequence[Sequence[LayerMaps | None]],
+    prompt_tokens: int,
+    *,
+    batch: int = 1,
+    progress: Callable[[int], None] | None = None,
+) -> list[DecodeErrors]:
+    """Errors of each candidate (maps of every layer) on tokens [sequences, S].
+
+    Plain MLA runs once for all candidates. ``progress`` is told tokens done.
+
+    Raises:
+        ValueError: no continuation is left after the prompt.
+    """
+    if not 0 <= prompt_tokens < tokens.shape[1]:
+        raise ValueError(f"expected a prompt shorter than the {tokens.shape[1]} tokens, got {prompt_tokens}")
+    rows: list[list[tuple[torch.Tensor, ...]]] = [[] for _ in candidates]
+    for start in range(0, tokens.shape[0], batch):
+        part = tokens[start : start + batch].to(model.device)
+        exact, cache = model.prefill(part)
+        reference = model.logits(exact[:, prompt_tokens:]).float().log_softmax(-1)
+        # the prompt is the same for plain MLA and for every candidate
+        past = [
+            LayerCache(layer.latent[:, :prompt_tokens], layer.k_rope[:, :prompt_tokens]) for layer in cache
+        ]
+        following = part[:, prompt_tokens + 1 :]
+        for index, maps in enumerate(candidates):
+            hidden = model.hidden_states(part[:, prompt_tokens:], maps=maps, past=past)
+            found = model.logits(hidden).float().log_softmax(-1)
+            rows[index].append(tuple(value.cpu() for value in compare(reference, found, following)))
+        if progress is not None:
+            progress(part.numel())
+    results = []
+    for parts in rows:
+        kl, nll_mla, nll_tpla, same = (torch.cat(column) for column in zip(*parts, strict=True))
+        results.append(DecodeErrors(prompt_tokens, kl, nll_mla, nll_tpla, same))
+    return results
+
+
+def compare(
+    reference: torch.Tensor, found: torch.Tensor, following: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """KL, both negative log-likelihoods and top agreement [B, C] of log-probabilities [B, C, vocab].
+
+    ``following`` [B, C-1] holds the true next tokens.
+    """
+    kl = (reference.exp() * (reference - found)).sum(-1).clamp_min(0)
+    nan = torch.full_like(kl[:, :1], float("nan"))
+
+    def nll(logprobs: torch.Tensor) -> torch.Tensor:
+        picked = -logprobs[:, :-1].gather(-1, following[..., None])[..., 0]
+        return torch.cat([picked, nan], 1)
+
+    return kl, nll(reference), nll(found), reference.argmax(-1) == found.argmax(-1)

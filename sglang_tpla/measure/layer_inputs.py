@@ -1,0 +1,122 @@
+"""What learning a layer's maps needs: its exact latents and queries on calibration text, and sliced attention
+over a few sampled queries, absorbed as the decode kernels do it.
+
+Shapes: N sequences, S tokens, H heads, d latent, n nope, e rope, g groups, w slice width, Q sampled queries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from sglang_tpla.reference_model.forward import Attention, PlainModel
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some sequences and some of their queries.
+
+    ``latent`` [B, S, d], ``k_rope`` [B, S, e], ``absorbed`` [B, H, Q, d] (queries times W_UK), ``q_rope``
+    [B, H, Q, e], ``positions`` [B, Q].
+    """
+
+    latent: torch.Tensor
+    k_rope: torch.Tensor
+    absorbed: torch.Tensor
+    q_rope: torch.Tensor
+    positions: torch.Tensor
+
+    def rope_scores(self, scale: float) -> torch.Tensor:
+        """The part of the scores that slicing leaves alone, causally masked, [B, H, Q, S]."""
+        scores = scale * (self.q_rope @ self.k_rope[:, None].transpose(-1, -2))
+        keys = torch.arange(self.latent.shape[1], device=scores.device)
+        hidden = keys[None, None] > self.positions[:, :, None]
+        return scores.masked_fill(hidden[:, None], float("-inf"))
+
+
+class LayerData:
+    """Exact latents and queries of one layer over all the calibration text."""
+
+    def __init__(
+        self, latent: torch.Tensor, q_nope: torch.Tensor, q_rope: torch.Tensor, k_rope: torch.Tensor
+    ):
+        self.latent, self.q_nope, self.q_rope, self.k_rope = latent, q_nope, q_rope, k_rope
+
+    def sample(
+        self,
+        attention: Attention,
+        generator: torch.Generator,
+        *,
+        sequences: int,
+        queries: int,
+        first_query: int,
+    ) -> Batch:
+        """Random sequences and random query positions from ``first_query`` on."""
+        count, tokens = self.latent.shape[:2]
+        device = self.latent.device
+        picked = torch.randint(count, (sequences,), generator=generator).to(device)
+        positions = torch.randint(first_query, tokens, (sequences, queries), generator=generator).to(device)
+        return self.batch(attention, picked, positions)
+
+    def batch(self, attention: Attention, picked: torch.Tensor, positions: torch.Tensor) -> Batch:
+        """The sequences ``picked`` [B] and the queries at ``positions`` [B, Q]."""
+        rows = picked[:, None]
+        # [B, Q, H, .] -> [B, H, Q, .]
+        q_nope = self.q_nope.transpose(1, 2)[rows, positions].transpose(1, 2)
+        q_rope = self.q_rope.transpose(1, 2)[rows, positions].transpose(1, 2)
+        absorbed = torch.einsum("bhqn,hnd->bhqd", q_nope, attention.w_uk)
+        return Batch(self.latent[picked], self.k_rope[picked], absorbed, q_rope, positions)
+
+
+def walk(model: PlainModel, tokens: torch.Tensor, batch: int = 4) -> Iterator[tuple[int, LayerData]]:
+    """Exact attention inputs of one layer after the other for tokens [N, S].
+
+    Holds the hidden states of the text and one layer's inputs, never two layers'; a model that reads its
+    layers when they are asked for needs the weights of one.
+    """
+    with torch.no_grad():
+        hidden = [model.embedding[part.to(model.device)] for part in tokens.split(batch)]
+    for index in range(model.spec.layers):
+        with torch.no_grad():
+            seen = [model.attention_inputs(index, part) for part in hidden]
+            columns = (
+                torch.cat([getattr(inputs, name) for inputs in seen])
+                for name in ("latent", "q_nope", "q_rope", "k_rope")
+            )
+            data = LayerData(*columns)
+        yield index, data
+        with torch.no_grad():
+            for place, inputs in enumerate(seen):
+                out = model.layers[index].attention(inputs, None, 0)
+                hidden[place] = model.finish_layer(index, hidden[place], out)
+
+
+def exact_context(
+    batch: Batch,
+    rope_scores: torch.Tensor,
+    scale: float,
+    *,
+    key: torch.Tensor | None = None,
+    value: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attended latents p c of exact attention, [B, H, Q, d]; other keys or values [B, S, d] where they are given."""
+    keys, values = ((batch.latent if given is None else given)[:, None] for given in (key, value))
+    scores = scale * (batch.absorbed @ keys.transpose(-1, -2)) + rope_scores
+    return scores.softmax(-1) @ values
+
+
+def sliced_slices(
+    batch: Batch, rope_scores: torch.Tensor, scale: float, z_map: torch.Tensor, a_map: torch.Tensor
+) -> torch.Tensor:
+    """Attended slices p_i z_i of one group, [B, H, Q, w]."""
+    z = (batch.latent @ z_map)[:, None]  # [B, 1, S, w]
+    scores = scale * ((batch.absorbed @ a_map.T) @ z.transpose(-1, -2)) + rope_scores
+    return scores.softmax(-1) @ z
+
+
+def head_outputs(context: torch.Tensor, attention: Attention) -> torch.Tensor:
+    """Values of attended latents [B, H, Q, d], flattened over heads: [B, Q, H * v]."""
+    values = torch.einsum("bhqd,hvd->bqhv", context, attention.w_uv)
+    return values.flatten(2)

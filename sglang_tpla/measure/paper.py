@@ -1,0 +1,48 @@
+"""The paper's own recipe (arXiv 2508.15881), for comparison only: PCA, and RMSNorm over each rank's slice.
+
+The paper's rank holds a slice of the rotated raw latent and norms it by the slice's own mean square, which
+stands in for the whole latent's through a constant share. With u = c / rms(c) the latent before RMSNorm's
+weight gamma:
+
+    z_i = u U_i * sqrt(E[mean_i]) / sqrt(mean_i),   mean_i = mean square of u U_i,   maps back: U_i^T
+    diag(gamma)
+
+U is the PCA of u, dealt out in blocks. No serving code uses this: the map is not linear and the norm is
+inexact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from sglang_tpla.measure.statistics import Statistics
+from sglang_tpla.reference_model.forward import LayerMaps, PlainModel
+
+
+def paper_layers(model: PlainModel, statistics: Statistics, groups: int) -> list[LayerMaps]:
+    """Maps of every layer by the paper's recipe; each Z is a function from latents [B, S, d] to slices."""
+    layers: list[LayerMaps] = []
+    for layer, moments in zip(model.layers, statistics.layers, strict=True):
+        gamma = layer.attention.kv_norm.double().cpu()
+        second = moments.latent_outer.cpu() / max(moments.latent_count, 1)
+        second = second / gamma[:, None] / gamma[None, :]  # of u
+        basis = torch.linalg.eigh(second)[1].flip(1)
+        width = -(-gamma.shape[0] // groups)
+        maps = []
+        for columns in basis.split(width, 1):
+            share = (columns * (second @ columns)).sum() / columns.shape[1]
+            back = (columns.T * gamma).to(model.device, model.dtype)
+            forward = (columns / gamma[:, None]).to(model.device, model.dtype)
+            maps.append((_local_norm(forward, share.item() ** 0.5), back, back))
+        layers.append(maps)
+    return layers
+
+
+def _local_norm(forward: torch.Tensor, rms: float) -> Callable[[torch.Tensor], torch.Tensor]:
+    def slices(latent: torch.Tensor) -> torch.Tensor:
+        raw = latent @ forward
+        return raw * (rms * torch.rsqrt(raw.pow(2).mean(-1, keepdim=True) + 1e-12))
+
+    return slices

@@ -1,0 +1,262 @@
+"""Streamed second moments of what attention sees, a layer at a time: all that the closed-form maps need.
+
+Per layer, in float64 (d latent dims, H heads, n nope dims a head):
+
+    latent_count            tokens
+    latent_sum     [d]      sum of c = RMSNorm(latent)
+    latent_outer   [d, d]   sum of c^T c
+    query_count             queries
+    query_outer    [H, n, n] sum of q^T q of the queries' nope part, each head by itself
+
+Absorbed queries are q W_UK, so their second moment [d, d] follows from ``query_outer`` and kv_b_proj. Memory
+does not grow with the text, and moments of two servers or ranks may be added.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from sglang_tpla.errors import SglangTplaError
+from sglang_tpla.measure.layer_inputs import walk
+from sglang_tpla.reference_model.forward import AttentionInputs, PlainModel
+
+_NAMES = ("latent_count", "latent_sum", "latent_outer", "query_count", "query_outer")
+FORMAT_VERSION = 1
+
+
+class StatisticsError(SglangTplaError, ValueError):
+    """Statistics that cannot be used: what was expected, what came, where, what to do."""
+
+
+@dataclass
+class LayerMoments:
+    """Running sums of one layer."""
+
+    latent_sum: torch.Tensor
+    latent_outer: torch.Tensor
+    query_outer: torch.Tensor
+    latent_count: float = 0.0
+    query_count: float = 0.0
+
+    @classmethod
+    def zeros(cls, latent_dim: int, heads: int, nope_dim: int, device: str = "cpu") -> LayerMoments:
+        """Moments of nothing yet."""
+
+        def zeros(*shape: int) -> torch.Tensor:
+            return torch.zeros(*shape, dtype=torch.float64, device=device)
+
+        return cls(zeros(latent_dim), zeros(latent_dim, latent_dim), zeros(heads, nope_dim, nope_dim))
+
+    def update(self, latent: torch.Tensor, q_nope: torch.Tensor) -> None:
+        """Add tokens: normed latents [N, d] and nope queries [N, H, n]."""
+        latent = latent.double()
+        self.latent_sum += latent.sum(0)
+        self.latent_outer += latent.T @ latent
+        self.latent_count += latent.shape[0]
+        queries = q_nope.double().transpose(0, 1)  # [H, N, n]
+        self.query_outer += queries.transpose(1, 2) @ queries
+        self.query_count += q_nope.shape[0]
+
+    def merge(self, other: LayerMoments) -> None:
+        """Add another's sums."""
+        self.latent_sum += other.latent_sum
+        self.latent_outer += other.latent_outer
+        self.query_outer += other.query_outer
+        self.latent_count += other.latent_count
+        self.query_count += other.query_count
+
+    def on_cpu(self) -> LayerMoments:
+        """The same sums on the CPU, where maps are made."""
+        return LayerMoments(
+            self.latent_sum.cpu(),
+            self.latent_outer.cpu(),
+            self.query_outer.cpu(),
+            self.latent_count,
+            self.query_count,
+        )
+
+    @property
+    def mean(self) -> torch.Tensor:
+        """Mean latent [d]."""
+        return self.latent_sum / max(self.latent_count, 1)
+
+    @property
+    def covariance(self) -> torch.Tensor:
+        """Centred covariance of the latent [d, d]."""
+        return self.latent_outer / max(self.latent_count, 1) - torch.outer(self.mean, self.mean)
+
+    def absorbed_queries(self, w_uk: torch.Tensor) -> torch.Tensor:
+        """Second moment of absorbed queries [d, d], mean over heads and queries; ``w_uk`` [H, n, d]."""
+        w = w_uk.double()
+        total = torch.einsum("hnd,hnm,hme->de", w, self.query_outer.to(w.device), w)
+        return total / max(self.query_count * w.shape[0], 1)
+
+
+class StatisticsMeta(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Which model and text the moments are of.
+
+    A tensor-parallel rank that saw only some query heads says which with ``first_head``.
+    """
+
+    format_version: int
+    model_name: str
+    config_hash: str
+    weights_hash: str
+    corpus: str
+    corpus_hash: str
+    seed: int
+    first_head: int = 0
+
+
+@dataclass
+class Statistics:
+    """Moments of every layer."""
+
+    meta: StatisticsMeta
+    layers: list[LayerMoments] = field(default_factory=list)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens seen (the fewest over the layers)."""
+        return int(min(layer.latent_count for layer in self.layers))
+
+    def save(self, path: str | Path) -> None:
+        """Write one safetensors file (float64)."""
+        tensors: dict[str, torch.Tensor] = {}
+        for index, layer in enumerate(self.layers):
+            for name in _NAMES:
+                value = getattr(layer, name)
+                tensor = (
+                    value if isinstance(value, torch.Tensor) else torch.tensor(value, dtype=torch.float64)
+                )
+                tensors[f"layers.{index}.{name}"] = tensor.cpu().contiguous()
+        save_file(tensors, str(path), metadata={"meta": msgspec.json.encode(self.meta).decode()})
+
+    @classmethod
+    def load(cls, path: str | Path) -> Statistics:
+        """Read a file written by ``save``.
+
+        Raises:
+            StatisticsError: missing, damaged, incomplete or of another format version.
+        """
+        if not Path(path).is_file():
+            raise StatisticsError(f"expected a statistics file at {path}, found none")
+        try:
+            with safe_open(path, framework="pt") as handle:
+                raw = (handle.metadata() or {}).get("meta", "")
+                meta = msgspec.json.decode(raw, type=StatisticsMeta)
+                tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError, msgspec.MsgspecError) as error:
+            raise StatisticsError(f"{path} is not a readable statistics file: {error}") from error
+        if meta.format_version != FORMAT_VERSION:
+            raise StatisticsError(
+                f"{path} has format {meta.format_version}, this release reads {FORMAT_VERSION}"
+            )
+        count = len(tensors) // len(_NAMES)
+        expected = {f"layers.{index}.{name}" for index in range(count) for name in _NAMES}
+        if not count or set(tensors) != expected:
+            raise StatisticsError(f"{path} is incomplete: {sorted(expected ^ set(tensors))[:4]} differ")
+        for name, tensor in tensors.items():
+            if tensor.dtype != torch.float64 or not bool(torch.isfinite(tensor).all()):
+                raise StatisticsError(f"{path}: expected {name} finite and float64, got {tensor.dtype}")
+        layers = []
+        for index in range(count):
+            get = {name: tensors[f"layers.{index}.{name}"] for name in _NAMES}
+            layers.append(
+                LayerMoments(
+                    latent_sum=get["latent_sum"],
+                    latent_outer=get["latent_outer"],
+                    query_outer=get["query_outer"],
+                    latent_count=float(get["latent_count"]),
+                    query_count=float(get["query_count"]),
+                )
+            )
+        return cls(meta, layers)
+
+
+def combine(parts: Sequence[Statistics]) -> Statistics:
+    """Moments of several ranks and servers put together.
+
+    Parts of the same heads are added (several servers); parts of different heads are joined (ranks of one
+    server, which all saw the same latents).
+
+    Raises:
+        StatisticsError: the parts are of different models, or heads are missing between them.
+    """
+    if not parts:
+        raise StatisticsError("expected at least one statistics file, got none")
+    first = parts[0].meta
+    for part in parts[1:]:
+        if (part.meta.config_hash, part.meta.weights_hash) != (first.config_hash, first.weights_hash):
+            raise StatisticsError(
+                f"statistics of different models cannot be put together: {first.model_name} "
+                f"({first.weights_hash[:12]}) and {part.meta.model_name} ({part.meta.weights_hash[:12]})"
+            )
+        if len(part.layers) != len(parts[0].layers):
+            raise StatisticsError(
+                f"statistics of {len(parts[0].layers)} and of "
+                f"{len(part.layers)} layers cannot be put together"
+            )
+    by_head: dict[int, Statistics] = {}
+    for part in parts:
+        if part.meta.first_head in by_head:
+            for ours, theirs in zip(by_head[part.meta.first_head].layers, part.layers, strict=True):
+                ours.merge(theirs)
+        else:
+            by_head[part.meta.first_head] = part
+    ordered = [by_head[head] for head in sorted(by_head)]
+    expected = 0
+    for part in ordered:
+        if part.meta.first_head != expected:
+            raise StatisticsError(
+                f"expected statistics of the heads from {expected} on, got "
+                f"those from {part.meta.first_head} on; "
+                "give the files of every tensor-parallel rank"
+            )
+        expected += part.layers[0].query_outer.shape[0]
+    whole = ordered[0]
+    for part in ordered[1:]:
+        for ours, theirs in zip(whole.layers, part.layers, strict=True):
+            # means over queries are what counts, and ranks may have sampled different numbers of them
+            ratio = ours.query_count / max(theirs.query_count, 1)
+            ours.query_outer = torch.cat([ours.query_outer, theirs.query_outer * ratio])
+    return whole
+
+
+def collect(
+    model: PlainModel, batches: Sequence[torch.Tensor], progress: Callable[[int], None] | None = None
+) -> list[LayerMoments]:
+    """Moments of every layer over token batches [B, S], streamed; ``progress`` is told tokens done.
+
+    A model that keeps one layer in memory at a time is walked layer by layer, which holds the hidden states
+    of the whole text instead of the weights.
+    """
+    spec = model.spec
+    moments = [
+        LayerMoments.zeros(spec.latent_dim, spec.heads, spec.nope_dim, str(model.device))
+        for _ in range(spec.layers)
+    ]
+
+    def observe(layer: int, inputs: AttentionInputs, _out: torch.Tensor) -> None:
+        moments[layer].update(inputs.latent.flatten(0, 1), inputs.q_nope.transpose(1, 2).flatten(0, 1))
+
+    if not model.resident:
+        whole = torch.cat(list(batches))
+        for layer, data in walk(model, whole):
+            for latent, q_nope in zip(data.latent, data.q_nope, strict=True):
+                moments[layer].update(latent, q_nope.transpose(0, 1))
+            if progress is not None:
+                progress(whole.numel() // spec.layers)
+        return [part.on_cpu() for part in moments]
+    for tokens in batches:
+        model.hidden_states(tokens.to(model.device), observer=observe)
+        if progress is not None:
+            progress(tokens.numel())
+    return [part.on_cpu() for part in moments]

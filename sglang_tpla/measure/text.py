@@ -1,0 +1,111 @@
+"""The text of a calibration or evaluation: which documents, how they are cut, and the moments over them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from tqdm import tqdm
+
+from sglang_tpla.artifact.model_identity import config_hash, weights_hash
+from sglang_tpla.measure.corpus import Corpus, CorpusError, load_tokenizer, sequences
+from sglang_tpla.measure.statistics import FORMAT_VERSION, Statistics, StatisticsMeta, collect
+from sglang_tpla.reference_model.checkpoint import Checkpoint
+from sglang_tpla.reference_model.forward import PlainModel
+
+CALIBRATION_TOKENS, HELD_OUT_TOKENS = 131072, 8192
+SKETCHED_CALIBRATION_TOKENS = 65536  # second moments in closed form want no more
+
+
+@dataclass(frozen=True)
+class TextPlan:
+    """Which text, how much of it, and how it is cut.
+
+    A number of tokens is what there must be; None takes the usual number, or what there is if it is less.
+
+    Raises:
+        CorpusError: a count that is not positive.
+    """
+
+    corpus: tuple[str, ...] = ()
+    seed: int = 0
+    calibration_tokens: int | None = None
+    held_out_tokens: int | None = None
+    prompt_tokens: int = 512
+    continuation_tokens: int = 512
+    usual_calibration_tokens: int = CALIBRATION_TOKENS
+
+    def __post_init__(self) -> None:
+        for name in ("calibration_tokens", "prompt_tokens", "continuation_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise CorpusError(f"expected {name} to be at least 1, got {value}")
+        if self.held_out_tokens is not None and self.held_out_tokens < 0:
+            raise CorpusError(
+                f"expected held_out_tokens to be 0 (no report) or more, got {self.held_out_tokens}"
+            )
+
+    @property
+    def length(self) -> int:
+        """Tokens of one sequence."""
+        return self.prompt_tokens + self.continuation_tokens
+
+
+@dataclass(frozen=True)
+class Text:
+    """Token sequences [count, length] of a plan: calibration and held-out come from disjoint documents."""
+
+    corpus: str
+    corpus_hash: str
+    calibration: torch.Tensor
+    held_out: torch.Tensor
+
+
+def read_text(plan: TextPlan, checkpoint: Checkpoint) -> Text:
+    """Read, split and tokenise.
+
+    ``held_out_tokens`` counts continuation tokens, which are what is measured.
+
+    Raises:
+        CorpusError: not enough text, or no tokenizer.
+    """
+    corpus = Corpus.from_paths(plan.corpus)
+    calibration, held_out = corpus.split(plan.seed)
+    tokenizer = load_tokenizer(checkpoint.path)
+    separator = checkpoint.config.get("eos_token_id")
+    if isinstance(separator, list):
+        separator = separator[0]
+
+    def cut(documents: list, tokens: int | None, usual: int, counted: int) -> torch.Tensor:
+        count = -(-(usual if tokens is None else tokens) // counted)
+        if count == 0:
+            return torch.empty(0, plan.length, dtype=torch.long)
+        return sequences(
+            documents, tokenizer, length=plan.length, count=count, separator=separator, fewer=tokens is None
+        )
+
+    return Text(
+        corpus.name,
+        corpus.content_hash,
+        cut(calibration, plan.calibration_tokens, plan.usual_calibration_tokens, plan.length),
+        cut(held_out, plan.held_out_tokens, HELD_OUT_TOKENS, plan.continuation_tokens),
+    )
+
+
+def collect_statistics(model: PlainModel, text: Text, seed: int, *, show_progress: bool) -> Statistics:
+    """Second moments of every layer over the calibration text."""
+    meta = StatisticsMeta(
+        format_version=FORMAT_VERSION,
+        model_name=model.checkpoint.path.resolve().name,
+        config_hash=config_hash(model.checkpoint.config),
+        weights_hash=weights_hash(model.checkpoint.path),
+        corpus=text.corpus,
+        corpus_hash=text.corpus_hash,
+        seed=seed,
+    )
+    with (
+        torch.inference_mode(),
+        tqdm(total=text.calibration.numel(), desc="statistics", unit="tok", disable=not show_progress) as bar,
+    ):
+        layers = collect(model, text.calibration.split(1), bar.update)
+    return Statistics(meta, layers)

@@ -1,0 +1,94 @@
+"""The one reader of a model's ``config.json``: every form that Hugging Face writes becomes one.
+
+- A multimodal wrapper keeps the language model's own configuration one level down.
+- A key that is null is a key that is not there.
+- The rotary embedding stands in ``rope_theta`` and ``rope_scaling`` (transformers 4) or in ``rope_parameters`` (5);
+  a file may have both, one of them null.
+
+Nothing here imports torch, so that the launcher can read a config too.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sglang_tpla.errors import SglangTplaError
+
+NESTED = ("text_config", "language_config")  # where wrappers keep the language model's configuration
+DEFAULT_ROPE_THETA = 10000.0
+
+
+class CheckpointError(SglangTplaError, ValueError):
+    """A checkpoint that cannot be read: what was expected, what came, where, what to do."""
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """The language model's configuration in a file, or in a checkpoint's folder, in one form.
+
+    Raises:
+        CheckpointError: no such file, no JSON, no object.
+    """
+    return language_config(read_whole_config(path))
+
+
+def read_whole_config(path: str | Path) -> dict[str, Any]:
+    """The configuration as it was written, a wrapper's too.
+
+    Raises:
+        CheckpointError: no such file, no JSON, no object.
+    """
+    path = Path(path)
+    path = path / "config.json" if path.is_dir() else path
+    if not path.is_file():
+        raise CheckpointError(f"expected a model directory with config.json, found none at {path}")
+    try:
+        loaded = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(loaded, dict):
+        raise CheckpointError(f"{path} must hold a JSON object, got a {type(loaded).__name__}")
+    return loaded
+
+
+def language_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The language model's own configuration, without keys that are null.
+
+    How weights are quantised is taken from the wrapper where the inner configuration does not say it.
+    """
+    nested = [config[name] for name in NESTED if isinstance(config.get(name), Mapping)]
+    if config.get("kv_lora_rank") is None and nested:
+        outer = {name: config[name] for name in ("quantization_config",) if name in config}
+        config = {**outer, **nested[0]}
+    return {name: value for name, value in config.items() if value is not None}
+
+
+def rope_scaling(config: Mapping[str, Any]) -> dict[str, Any]:
+    """How the rotary embedding is stretched: ``rope_scaling`` or ``rope_parameters``, without keys that are null.
+
+    Raises:
+        CheckpointError: neither null nor an object.
+    """
+    found = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    if not isinstance(found, Mapping):
+        raise CheckpointError(f"expected rope_scaling to be a mapping, got {found!r}")
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def rope_theta(config: Mapping[str, Any]) -> float:
+    """The rotary embedding's base: the config's own, or that of its ``rope_parameters``.
+
+    Raises:
+        CheckpointError: no number above 0.
+    """
+    theta = config.get("rope_theta")
+    for name in ("rope_scaling", "rope_parameters"):
+        part = config.get(name)
+        if theta is None and isinstance(part, Mapping):
+            theta = part.get("rope_theta")
+    theta = DEFAULT_ROPE_THETA if theta is None else theta
+    if isinstance(theta, bool) or not isinstance(theta, (int, float)) or not theta > 0:
+        raise CheckpointError(f"expected rope_theta to be a number above 0, got {theta!r}")
+    return float(theta)

@@ -1,0 +1,57 @@
+"""Sketched rows in the reference forward: what attention of each group sees of a token once its row was packed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from sglang_tpla.cache_rows.sketched import SketchedRows, quantise, quantise_sketch, sketch_values
+
+
+@dataclass(frozen=True)
+class GroupView:
+    """Latents that one group's scores (``key``) and values (``value``) see, [B, S, d], and keys [B, S, rope]."""
+
+    key: torch.Tensor
+    value: torch.Tensor
+    k_rope: torch.Tensor
+
+
+@dataclass(frozen=True)
+class SketchedMaps:
+    """Maps of one layer in sketched rows.
+
+    Args:
+        rows: sizes of the layer's rows.
+        z: of each group, [d, w].
+        sketch: [d, g n].
+        a: key map of each group, [w + (g - 1) n, d].
+        b: value map of each group, [w, d].
+    """
+
+    rows: SketchedRows
+    z: Sequence[torch.Tensor]
+    sketch: torch.Tensor
+    a: Sequence[torch.Tensor]
+    b: Sequence[torch.Tensor]
+
+    def views(self, latent: torch.Tensor, k_rope: torch.Tensor) -> Iterator[GroupView]:
+        """What each group sees of latents [B, S, d] and rotated keys [B, S, rope], in their dtype."""
+        rows, dtype = self.rows, latent.dtype
+        # shared columns, rotary key and sketch are the same for every group: rounded once
+        shared = rounded(latent @ self.z[0][:, : rows.shared])
+        key = rounded(k_rope) if rows.rope_bits == 8 else k_rope.to(torch.bfloat16).to(dtype)
+        codes, scale = quantise_sketch(latent @ self.sketch, rows.sketch_bits)
+        blocks = sketch_values(codes, scale, rows.sketch_bits).to(dtype).split(max(rows.own, 1), dim=-1)
+        for group, (z, a, b) in enumerate(zip(self.z, self.a, self.b, strict=True)):
+            kept = torch.cat([shared, rounded(latent @ z[:, rows.shared :])], dim=-1)
+            others = [block for index, block in enumerate(blocks) if index != group] if rows.own else []
+            yield GroupView(torch.cat([kept, *others], dim=-1) @ a, kept @ b, key)
+
+
+def rounded(values: torch.Tensor) -> torch.Tensor:
+    """Columns as an 8-bit row hands them back, in their own dtype."""
+    codes, scale = quantise(values)
+    return (codes.to(torch.float32) * scale.to(torch.float32)).to(values.dtype)

@@ -1,0 +1,301 @@
+"""Requests that cannot be served get one 4xx at once, and nobody else notices; those that can be are."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import itertools
+import json
+import os
+import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import httpx
+import pytest
+from hypothesis import HealthCheck, given, settings
+
+from tests.e2e.odd_requests import native, openai
+from tests.e2e.servers import Server, request_body, wait_idle
+from tests.e2e.traffic import client
+
+PROMPT = "x = 1\n"
+TOKENS = 6
+COMPLETION = {"model": "m", "prompt": PROMPT, "max_tokens": TOKENS, "temperature": 0}
+CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 16, "temperature": 0}
+DEADLINE_S = 60.0  # half of the transfers' own: a request that waits for it hangs
+EXAMPLES = int(os.environ.get("TEST_ODD_REQUESTS", "50"))
+rooms = itertools.count(700_000_000, 1000)
+
+
+def place(trio: Any, **changes: Any) -> dict[str, Any]:
+    return {
+        "bootstrap_host": "127.0.0.1",
+        "bootstrap_port": trio.bootstrap,
+        "bootstrap_room": next(rooms),
+    } | changes
+
+
+def ask_both(trio: Any, path: str, body: dict[str, Any]) -> list[httpx.Response]:
+    """The same body to prefill and decode, as a router would send it; their answers, in time."""
+    content = json.dumps(body).encode()
+
+    def ask(server: Server) -> httpx.Response:
+        headers = {"content-type": "application/json"}
+        return client.post(server.url + path, content=content, headers=headers, timeout=DEADLINE_S)
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        return list(pool.map(ask, (trio.prefill, trio.decode)))
+
+
+def plain(trio: Any) -> list[int]:
+    """What anyone is answered."""
+    said = trio.router.generate(PROMPT, TOKENS, DEADLINE_S)
+    return list(said["output_ids"])
+
+
+@contextmanager
+def neighbour(trio: Any) -> Iterator[None]:
+    """Someone who asks all the time, and must be answered the same all the time."""
+    expected, over, wrong, asked = plain(trio), threading.Event(), list[str](), itertools.count()
+
+    def ask() -> None:
+        while not over.is_set():
+            try:
+                if (got := plain(trio)) != expected:
+                    wrong.append(f"{got} instead of {expected}")
+            except Exception as error:
+                wrong.append(repr(error))
+            next(asked)
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+    assert not wrong and next(asked) > 0, wrong[:3]
+    assert plain(trio) == expected
+
+
+def texts(response: httpx.Response) -> list[str]:
+    assert response.status_code == 200, response.text[:500]
+    choices = sorted(response.json()["choices"], key=lambda choice: choice["index"])
+    return [choice["text"] if "text" in choice else choice["message"]["content"] for choice in choices]
+
+
+def test_parallel_samples_are_served(trio: Any) -> None:
+    """Greedy samples are all the one answer; each came through a room of its own."""
+    one = texts(trio.router.post("/v1/completions", COMPLETION))
+    (chat,) = texts(trio.router.post("/v1/chat/completions", CHAT))
+    for n in (2, 3):
+        assert texts(trio.router.post("/v1/completions", COMPLETION | {"n": n})) == one * n
+    assert texts(trio.router.post("/v1/chat/completions", CHAT | {"n": 2})) == [chat] * 2
+    other = texts(trio.router.post("/v1/completions", COMPLETION | {"prompt": "import os\n"}))
+    both = COMPLETION | {"prompt": [PROMPT, "import os\n"], "n": 2}
+    assert texts(trio.router.post("/v1/completions", both)) == [*one, *one, *other, *other]
+    body = request_body(PROMPT, TOKENS) | {"rid": "mine"}
+    body["sampling_params"] |= {"n": 2}
+    said = trio.router.post("/generate", body).json()
+    assert [answer["text"] for answer in said] == one * 2
+    assert len({answer["meta_info"]["id"] for answer in said}) == 2
+    hot = texts(
+        trio.router.post("/v1/completions", COMPLETION | {"n": 4, "temperature": 1.5, "max_tokens": 12})
+    )
+    assert len(set(hot)) > 1
+    streamed: dict[int, str] = {}
+    with httpx.stream(
+        "POST", trio.router.url + "/v1/completions", json=COMPLETION | {"n": 2, "stream": True}
+    ) as events:
+        for line in events.iter_lines():
+            if line.startswith("data: {"):
+                for choice in json.loads(line[6:])["choices"]:
+                    streamed[choice["index"]] = streamed.get(choice["index"], "") + choice["text"]
+    assert streamed == {0: one[0], 1: one[0]}
+    wait_idle(trio.prefill, trio.decode)
+
+
+def test_samples_of_a_direct_request_come_to_the_same_rooms(trio: Any) -> None:
+    expected = plain(trio)
+    body = request_body([PROMPT, PROMPT], TOKENS) | place(trio)
+    body["sampling_params"] |= {"n": 3}
+    answers = ask_both(trio, "/generate", body)
+    assert [a.status_code for a in answers] == [200, 200], [a.text[:300] for a in answers]
+    assert [said["output_ids"] for said in answers[1].json()] == [expected] * 6
+
+
+def test_grammars_hold_from_the_first_token(trio: Any) -> None:
+    """Prefill samples the first token and decode the others: both under the grammar."""
+    said = texts(
+        trio.router.post("/v1/chat/completions", CHAT | {"response_format": {"type": "json_object"}})
+    )
+    assert isinstance(json.loads(said[0]), dict)
+    for n in (1, 2):
+        for text in texts(
+            trio.router.post("/v1/completions", COMPLETION | {"regex": "[0-9]{3}-[ab]{2}", "n": n})
+        ):
+            assert re.fullmatch("[0-9]{3}-[ab]{0,2}", text), text
+    body = request_body(PROMPT, TOKENS)
+    body["sampling_params"] |= {"ebnf": 'root ::= "yes" | "no"', "ignore_eos": False}
+    assert trio.router.post("/generate", body).json()["text"] in ("yes", "no")
+    for wrong in ({"regex": "[0-9"}, {"ebnf": "root ::="}, {"json_schema": "{"}):
+        answer = trio.router.post("/v1/completions", COMPLETION | wrong, DEADLINE_S)
+        assert answer.status_code == 400, answer.text[:300]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"input_ids": [1, 2, 999999]}, {"input_ids": [1, -1]}, {"input_ids": [[1], [4096]]},
+        {"text": PROMPT, "session_params": {"id": "a"}}, {"text": PROMPT, "lora_path": "nobody"},
+        {"text": PROMPT, "return_logprob": True, "top_logprobs_num": 500},
+        {"text": PROMPT, "return_hidden_states": True}, {"text": "x " * 20000}, {},
+        {"text": PROMPT, "sampling_params": {"regex": "["}}, {"text": PROMPT, "rid": "HEALTH_CHECK_1"},
+    ],
+    ids=lambda changes: ",".join(changes) or "nothing",
+)  # fmt: skip
+def test_a_refusal_through_the_router_is_one_client_error(trio: Any, changes: dict[str, Any]) -> None:
+    """No 500, which the router would try again until its circuit breakers close the service to everyone."""
+    body = {"sampling_params": {"max_new_tokens": 2}} | changes
+    with neighbour(trio):
+        for _ in range(6):  # more than the router's failures before it opens a circuit
+            answer = trio.router.post("/generate", body, DEADLINE_S)
+            assert 400 <= answer.status_code < 500, answer.text[:300]
+            assert "message" in answer.text
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"bootstrap_room": 2**63}, "from 1 to 9223372036854775807; got 9223372036854775808"),
+        ({"bootstrap_room": -1}, "from 1 to 9223372036854775807; got -1"),
+        ({"bootstrap_room": 0}, "got 0"),
+        ({"bootstrap_room": None}, "send requests to the router"),
+        ({"bootstrap_host": "2.2.2.2"}, "name a prefill server"),
+        ({"bootstrap_host": "a/b"}, "host name or an IP address"),
+        ({"bootstrap_host": None}, "bootstrap_host is missing"),
+        ({"bootstrap_port": 70000}, "1 to 65535"),
+        ({"text": [PROMPT, PROMPT], "bootstrap_room": [2, 2]}, "2 comes twice"),
+        ({"text": [PROMPT, PROMPT], "bootstrap_room": [2]}, "one room for each of 2 prompts"),
+    ],
+)
+def test_where_a_request_goes_is_checked_on_both_servers(
+    trio: Any, changes: dict[str, Any], said: str
+) -> None:
+    answers = ask_both(trio, "/generate", request_body(PROMPT, 2) | place(trio) | changes)
+    assert [a.status_code for a in answers] == [400, 400], [a.text[:300] for a in answers]
+    assert all(said in a.text for a in answers), [a.text[:300] for a in answers]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"response_format": True},
+        {"messages": 5},
+        {"messages": [{"role": "user", "content": {"a": 1}}]},
+        {"n": {}},
+    ],
+    ids=repr,
+)
+def test_a_chat_that_cannot_be_read(trio: Any, changes: dict[str, Any]) -> None:
+    answers = ask_both(trio, "/v1/chat/completions", CHAT | place(trio) | changes)
+    assert [a.status_code for a in answers] == [400, 400], [a.text[:300] for a in answers]
+
+
+def test_the_spelling_of_a_host_does_not_matter(trio: Any) -> None:
+    expected = plain(trio)
+    for host in ("LOCALHOST", "localhost.", "127.0.0.1"):
+        answers = ask_both(trio, "/generate", request_body(PROMPT, TOKENS) | place(trio, bootstrap_host=host))
+        assert answers[1].json()["output_ids"] == expected, answers[1].text[:300]
+
+
+def test_a_room_with_two_prompts_is_never_answered_from_the_other_ones_cache(trio: Any) -> None:
+    """As long, and in the same room: two clients that chose it, or servers whose tokenizers differ."""
+    body = place(trio)
+    prompts = [list(range(40, 60)), list(range(50, 70))]
+
+    def ask(server: Server, prompt: list[int]) -> httpx.Response:
+        return client.post(
+            server.url + "/generate", json=request_body(prompt, TOKENS) | body, timeout=DEADLINE_S
+        )
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        prefill = pool.submit(ask, trio.prefill, prompts[0])
+        answer = ask(trio.decode, prompts[1])
+        prefill.result()
+    assert answer.status_code == 400, answer.text[:300]
+    assert "prefill computed another prompt" in answer.text and "room of its own" in answer.text
+    wait_idle(trio.prefill, trio.decode)
+
+
+def test_a_bootstrap_server_that_is_not_found_is_named_to_the_client(trio: Any) -> None:
+    body = request_body(PROMPT, 2) | place(trio, bootstrap_host="no-such-host.invalid")
+    answer = client.post(trio.decode.url + "/generate", json=body, timeout=10)
+    assert answer.status_code == 500
+    assert (
+        "'no-such-host.invalid' cannot be resolved" in answer.text
+        or "that rank's log says why" in answer.text
+    )
+    body = request_body(PROMPT, 2) | place(trio, bootstrap_port=1)
+    answer = client.post(trio.decode.url + "/generate", json=body, timeout=DEADLINE_S)
+    assert answer.status_code == 500
+    assert "bootstrap server at 127.0.0.1:1: nobody listens there" in answer.text or "another" in answer.text
+
+
+def test_an_abort_takes_down_no_request_whose_id_begins_alike(trio: Any) -> None:
+    def run(rid: str, tokens: int) -> httpx.Response:
+        return ask_both(trio, "/generate", request_body(PROMPT, tokens) | place(trio) | {"rid": rid})[1]
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        longer, named = pool.submit(run, "mine-2", 200), pool.submit(run, "mine", 4000)
+        while not named.done() and not longer.done():
+            client.post(trio.decode.url + "/abort_request", json={"rid": "mine"}, timeout=10)
+        assert longer.result().json()["meta_info"]["finish_reason"]["type"] == "length"
+        ended = named.result()
+        assert ended.status_code != 200 or ended.json()["meta_info"]["finish_reason"]["type"] == "abort", (
+            ended.text
+        )
+    wait_idle(trio.prefill, trio.decode)
+
+
+def check_odd(trio: Any, path: str, body: dict[str, Any]) -> None:
+    body = place(trio) | body
+    try:
+        answers = ask_both(trio, path, body)
+    except httpx.TimeoutException:
+        pytest.fail(f"no answer within {DEADLINE_S} s: {path} {body!r:.600}")
+    said = [f"{answer.status_code} {answer.text[:300]}" for answer in answers]
+    assert all(answer.status_code < 500 for answer in answers), (path, repr(body)[:600], said)
+    assert all(server.process.poll() is None for server in (trio.prefill, trio.decode)), (path, body)
+
+
+odd = settings(
+    max_examples=EXAMPLES, deadline=None, derandomize="TEST_ODD_REQUESTS" not in os.environ, print_blob=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.data_too_large],
+)  # fmt: skip
+
+
+def test_odd_values_in_native_requests(trio: Any) -> None:
+    """Never a dead process, a hang, a failure that counts against the server, or another answer for a neighbour."""
+
+    @odd
+    @given(native())
+    def each(request: tuple[str, dict[str, Any]]) -> None:
+        check_odd(trio, *request)
+
+    with neighbour(trio):
+        each()
+    wait_idle(trio.prefill, trio.decode)
+
+
+def test_odd_values_in_openai_requests(trio: Any) -> None:
+    @odd
+    @given(openai())
+    def each(request: tuple[str, dict[str, Any]]) -> None:
+        check_odd(trio, *request)
+
+    with neighbour(trio):
+        each()
+    wait_idle(trio.prefill, trio.decode)

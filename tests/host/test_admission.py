@@ -1,0 +1,112 @@
+"""Requests that a scheduler cannot serve are answered before they are queued; grammars mask logits on a CPU."""
+
+from __future__ import annotations
+
+import warnings
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import Mock
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="module", autouse=True)
+def imported() -> None:
+    with warnings.catch_warnings():  # SGLang's own imports warn of what a CPU lacks
+        warnings.simplefilter("ignore")
+        import sglang_tpla.host.requests.admission  # noqa: F401
+
+
+def scheduler(mode: str, pool: int = 1000, reserve: int = 512) -> SimpleNamespace:
+    from sglang.srt.disaggregation.utils import DisaggregationMode
+
+    queue = SimpleNamespace(
+        num_reserved_decode_tokens=reserve,
+        token_to_kv_pool_allocator=SimpleNamespace(size=pool),
+        kv_manager=SimpleNamespace(prefill_info_table={"p_1:8998": SimpleNamespace(dp_size=2)}),
+    )
+    return SimpleNamespace(
+        disaggregation_mode=DisaggregationMode(mode), disagg_decode_prealloc_queue=queue, output_streamer=Mock(),
+        ipc_channels=Mock(),
+    )  # fmt: skip
+
+
+def request(tokens: int, to_finish: Any = None) -> SimpleNamespace:
+    return SimpleNamespace(
+        origin_input_ids=[1] * tokens, to_finish=to_finish, finished_reason=None, return_logprob=False, rid="a",
+        disagg_prefill_dp_rank=None, bootstrap_host="p_1", bootstrap_port=8998,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("tokens", "queued"), [(488, True), (489, False)])
+def test_a_prompt_that_never_fits_is_refused_with_the_numbers(tokens: int, queued: bool) -> None:
+    from sglang_tpla.host.requests.admission import admit
+
+    decode, req, queue = scheduler("decode"), request(tokens), Mock()
+    admit(queue, decode, req)
+    assert queue.called is queued and decode.output_streamer.stream_output.called is not queued
+    if not queued:
+        said = req.finished_reason
+        assert said.status_code == 400
+        assert "has 489 tokens and this decode server takes 488 at most" in said.message
+        assert "holds 1000 and keeps 512" in said.message
+
+
+@pytest.mark.parametrize(("rank", "queued"), [(1, True), (2, False), (None, True)])
+def test_a_prefill_rank_that_there_is_not(rank: int | None, queued: bool) -> None:
+    from sglang_tpla.host.requests.admission import admit
+
+    req, queue = request(5), Mock()
+    req.disagg_prefill_dp_rank = rank
+    admit(queue, scheduler("decode"), req)
+    assert queue.called is queued
+    assert queued or "must lie in 0...1 for the prefill server p_1:8998; got 2" in req.finished_reason.message
+
+
+def test_prefill_and_retracted_requests_are_not_measured_by_decodes_pool() -> None:
+    from sglang_tpla.host.requests.admission import admit
+
+    queue = Mock()
+    admit(queue, scheduler("prefill"), request(900))
+    admit(queue, scheduler("decode"), request(900), is_retracted=True)
+    assert queue.call_count == 2
+
+
+@pytest.mark.parametrize("mode", ["prefill", "decode"])
+def test_what_sglang_refuses_gets_no_room(mode: str) -> None:
+    from sglang.srt.managers.schedule_batch import FINISH_ABORT
+
+    from sglang_tpla.host.requests.admission import admit
+
+    server, queue = scheduler(mode), Mock()
+    req = request(1, FINISH_ABORT("Input length exceeds", 400, "BadRequestError"))
+    admit(queue, server, req)
+    assert not queue.called and req.finished_reason.message == "Input length exceeds"
+    server.output_streamer.stream_output.assert_called_once_with([req], False)
+
+
+def test_an_error_over_one_request_is_that_requests() -> None:
+    from sglang_tpla.host.requests.admission import handle
+
+    server, req = scheduler("decode"), SimpleNamespace(rid="a")
+    handle(Mock(side_effect=ZeroDivisionError("by nothing")), server, req)
+    (said, to), _ = server.ipc_channels.send_to_tokenizer.send_output.call_args
+    assert to is req and said.rid == "a" and said.finished_reason["status_code"] == 400
+    assert "ZeroDivisionError: by nothing" in said.finished_reason["message"]
+
+
+def test_grammar_masks_on_a_cpu() -> None:
+    from sglang_tpla.host.cpu import grammar
+
+    bits = grammar.bitmask(vocab_size=40, batch_size=2)
+    assert bits.shape == (2, 2) and not bits.is_pinned()
+    bits[0, 0], bits[0, 1] = 0b101, 0
+    for apply in (
+        lambda logits: grammar.mask(None, logits, bits),
+        lambda logits: grammar.mask_batch(logits, bits),
+    ):
+        logits = torch.zeros(2, 40)
+        apply(logits)
+        allowed = (logits == 0).nonzero().tolist()
+        assert allowed == [[0, 0], [0, 2], *([1, i] for i in range(40))]

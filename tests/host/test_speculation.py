@@ -1,0 +1,306 @@
+"""A server that speculates: its attention backends, its two pools and what memory they are given, and its refusals.
+
+The reference for attention is a formula over SGLang's page table that knows neither backends nor plans.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from sglang_tpla.attention.interface import DecodeShape
+from sglang_tpla.config import ConfigError
+
+HEADS, ROPE, LATENT, WIDTH, CONTEXT, REQUESTS, SLOTS, SCALE = 4, 8, 32, 20, 40, 6, 300, 0.3
+GUESSES = 3
+TOKENS = GUESSES + 1  # verified at once
+
+
+class Pool:
+    def __init__(self, width: int) -> None:
+        self.rows = torch.randn(SLOTS, 1, width + ROPE)
+
+    def get_key_buffer(self, layer_id: int) -> torch.Tensor:
+        return self.rows
+
+    def set_kv_buffer(self, layer: Any, place: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+        self.rows[place] = k
+
+
+@pytest.fixture
+def runners(engine: None, monkeypatch: pytest.MonkeyPatch) -> dict[bool, Any]:
+    """Model runners of the target (False) and of the draft (True), which share a page table."""
+    from sglang_tpla.host.attention import backend
+
+    meta = SimpleNamespace(widths=(WIDTH,))
+    monkeypatch.setattr(backend, "artifact", lambda: SimpleNamespace(meta=meta))
+    torch.manual_seed(7)
+    slots = torch.randperm(SLOTS - 1)[: REQUESTS * CONTEXT].view(REQUESTS, CONTEXT).to(torch.int32) + 1
+    requests = SimpleNamespace(req_to_token=slots, size=REQUESTS)
+    args = SimpleNamespace(speculative_algorithm="EAGLE", speculative_num_draft_tokens=TOKENS)
+    return {
+        draft: SimpleNamespace(
+            device="cpu", gpu_id=0, req_to_token_pool=requests, token_to_kv_pool=Pool(LATENT if draft else WIDTH),
+            kv_cache_dtype=torch.float32, is_draft_worker=draft, server_args=args,
+            model_config=SimpleNamespace(
+                scaling=SCALE, num_attention_heads=HEADS, kv_lora_rank=LATENT if draft else WIDTH,
+                qk_rope_head_dim=ROPE, dtype=torch.float32,
+            ),
+        )
+        for draft in (False, True)
+    }  # fmt: skip
+
+
+def attend(backend: Any, runner: Any, batch: Any, width: int, starts: list[int], tokens: int) -> None:
+    """One layer of a forward whose requests have ``tokens`` query tokens at positions from ``starts`` on; compared with
+    the formula.
+    """
+    table, rows = runner.req_to_token_pool.req_to_token, runner.token_to_kv_pool.rows
+    requests = batch.req_pool_indices.tolist()
+    batch.out_cache_loc = torch.cat(
+        [table[r, s : s + tokens] for r, s in zip(requests, starts, strict=True)]
+    ).long()
+    query, key = (
+        torch.randn(len(requests) * tokens, HEADS, width + ROPE),
+        torch.randn(len(requests) * tokens, 1, width + ROPE),
+    )
+    layer = SimpleNamespace(layer_id=0, v_head_dim=width, head_dim=width + ROPE, tp_q_head_num=HEADS)
+    out = backend.forward(query, key, key[..., :width], layer, batch)
+    for i, (request, start) in enumerate(zip(requests, starts, strict=True)):
+        for j in range(tokens):
+            past = rows[table[request, : start + j + 1].long(), 0].double()
+            assert torch.equal(past[-1], key[i * tokens + j, 0].double())
+            weights = (SCALE * (query[i * tokens + j].double() @ past.T)).softmax(-1)
+            torch.testing.assert_close(
+                out[i * tokens + j].double(), (weights @ past[:, :width]).flatten(), rtol=1e-5, atol=1e-5
+            )
+
+
+def batch_of(mode: str, requests: list[int], lengths: list[int]) -> Any:
+    from sglang.srt.model_executor.forward_batch_info import ForwardMode
+
+    return SimpleNamespace(
+        forward_mode=ForwardMode[mode],
+        batch_size=len(requests),
+        req_pool_indices=torch.tensor(requests),
+        seq_lens=torch.tensor(lengths),
+    )
+
+
+CASES = (([3], [1]), ([5, 0, 2], [36, 7, 13]))  # requests, and tokens they have before the guesses
+
+
+@pytest.mark.parametrize(("requests", "lengths"), CASES)
+def test_the_target_verifies_every_guess(
+    runners: dict[bool, Any], requests: list[int], lengths: list[int]
+) -> None:
+    from sglang_tpla.host.attention.backend import TplaDecodeBackend
+
+    backend = TplaDecodeBackend(runners[False])
+    batch = batch_of("TARGET_VERIFY", requests, lengths)
+    backend.init_forward_metadata(batch)
+    attend(backend, runners[False], batch, WIDTH, lengths, TOKENS)
+
+
+def test_the_mask_of_a_step_is_small_and_unread(runners: dict[bool, Any]) -> None:
+    from sglang.srt.layers.attention.verify_mask import TreeMaskMode
+
+    from sglang_tpla.host.attention.backend import TplaDecodeBackend
+
+    backend = TplaDecodeBackend(runners[False])
+    mask = backend.verify_mask
+    assert (mask.mode, mask.is_read, mask.fits(REQUESTS)) == (TreeMaskMode.QLEN_ONLY, False, True)
+    assert mask.buffer.numel() == REQUESTS * TOKENS**2
+    backend.init_cuda_graph_state(2 * REQUESTS, 2 * REQUESTS * TOKENS)
+    assert backend.verify_mask.fits(2 * REQUESTS)
+    assert TplaDecodeBackend(runners[True]).verify_mask is None
+    runners[False].server_args = SimpleNamespace(speculative_algorithm=None)
+    assert TplaDecodeBackend(runners[False]).verify_mask is None
+
+
+@pytest.mark.parametrize(("requests", "lengths"), CASES)
+def test_guesses_attend_over_those_before_them(
+    runners: dict[bool, Any], requests: list[int], lengths: list[int]
+) -> None:
+    """Each guess writes its row behind the verified ones; the whole latent, whatever the target's width."""
+    from sglang_tpla.host.attention.draft import DraftSteps
+
+    steps = DraftSteps(runners[True], GUESSES)
+    assert len(steps.attn_backends) == GUESSES - 1
+    batch = batch_of("DECODE", requests, lengths)
+    steps.init_forward_metadata(batch)
+    for guess, backend in enumerate(steps.attn_backends):
+        attend(backend, runners[True], batch, LATENT, [length + guess for length in lengths], 1)
+
+
+@pytest.mark.parametrize(("requests", "lengths"), CASES)
+def test_the_draft_layer_is_extended_by_what_was_verified(
+    runners: dict[bool, Any], requests: list[int], lengths: list[int]
+) -> None:
+    """SGLang counts the verified tokens in, all of them, before the forward."""
+    from sglang_tpla.host.attention.backend import TplaDecodeBackend
+
+    backend = TplaDecodeBackend(runners[True])
+    batch = batch_of("DRAFT_EXTEND_V2", requests, [length + TOKENS for length in lengths])
+    backend.init_forward_metadata(batch)
+    attend(backend, runners[True], batch, LATENT, lengths, TOKENS)
+
+
+def factory(runner: Any, draft: str | None, attention: str, steps: int = GUESSES) -> Any:
+    args = SimpleNamespace(
+        speculative_attention_mode="decode",
+        prefill_attention_backend=None,
+        decode_attention_backend=None,
+        attention_backend=attention,
+    )
+    return SimpleNamespace(
+        server_args=args, draft_attn_backend=draft, draft_model_runner=runner, speculative_num_steps=steps
+    )
+
+
+def test_the_factory_knows_our_backend_and_names_the_others(runners: dict[bool, Any]) -> None:
+    from sglang_tpla.host.attention import draft
+    from sglang_tpla.host.attention.backend import TplaDecodeBackend
+
+    runner = runners[True]
+    runner.attn_backend = TplaDecodeBackend(runner)
+    ours = factory(runner, None, "tpla")
+    assert isinstance(draft.guessing_backend(pytest.fail, ours), draft.DraftSteps)
+    assert draft.extending_backend(pytest.fail, ours) is runner.attn_backend
+    runner.attn_backend = object()  # of a server that computes prompts with another backend
+    assert isinstance(draft.extending_backend(pytest.fail, ours), TplaDecodeBackend)
+
+    stock = SimpleNamespace(attn_backends=[SimpleNamespace(), SimpleNamespace()])
+    other = factory(runner, "fa3", "tpla")
+    assert draft.guessing_backend(lambda self: stock, other) is stock
+    assert [one.decode_attention_backend_str for one in stock.attn_backends] == ["fa3", "fa3"]
+    extend = draft.extending_backend(lambda self: SimpleNamespace(), other)
+    assert (extend.prefill_attention_backend_str, extend.decode_attention_backend_str) == ("fa3", "fa3")
+    assert draft.guessing_backend(lambda self: None, factory(runner, None, "tpla", steps=1)) is None
+
+
+def make_pool(latent: int, layers: int) -> Any:
+    from sglang_tpla.host.cpu.pool import CpuLatentPool
+
+    return CpuLatentPool(
+        SLOTS, page_size=1, dtype=torch.float32, kv_lora_rank=latent, qk_rope_head_dim=ROPE, layer_num=layers,
+        device="cpu", enable_memory_saver=False, start_layer=0, end_layer=layers - 1,
+    )  # fmt: skip
+
+
+def test_the_draft_keeps_whole_rows_and_memory_is_counted(
+    engine: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sglang.srt.mem_cache import kv_cache_configurator
+    from sglang.srt.mem_cache.memory_pool import MLATokenToKVPool
+
+    from sglang_tpla.host.model import draft_model, kv_pool
+
+    widths = (20, 24, 28)
+    monkeypatch.setattr(kv_pool, "artifact", lambda: SimpleNamespace(meta=SimpleNamespace(widths=widths)))
+    create, value = MLATokenToKVPool._create_buffers, MLATokenToKVPool.get_value_buffer
+    monkeypatch.setattr(
+        MLATokenToKVPool, "_create_buffers", lambda self: kv_pool.create_buffers(create, self)
+    )
+    monkeypatch.setattr(
+        MLATokenToKVPool, "get_value_buffer", lambda self, layer: kv_pool.value_buffer(value, self, layer)
+    )
+
+    def built(runner: Any, latent: int, layers: int) -> Any:
+        return draft_model.mark_runner(lambda self: make_pool(latent, layers), runner)
+
+    target = built(SimpleNamespace(is_draft_worker=False), max(widths), len(widths))
+    draft = built(SimpleNamespace(is_draft_worker=True), LATENT, 1)
+    assert not draft_model.building_draft()
+    assert [rows.shape[2] for rows in target.kv_buffer] == [width + ROPE for width in widths]
+    assert [rows.shape[2] for rows in draft.kv_buffer] == [LATENT + ROPE]
+    assert draft.get_value_buffer(0).shape == (SLOTS + 1, 1, LATENT)
+
+    text = SimpleNamespace(kv_lora_rank=LATENT, qk_rope_head_dim=ROPE, num_nextn_predict_layers=1)
+    config = SimpleNamespace(
+        hf_config=SimpleNamespace(architectures=["DeepseekV3ForCausalLM"]), hf_text_config=text, is_draft_model=False,
+        kv_lora_rank=max(widths), qk_rope_head_dim=ROPE, num_hidden_layers=len(widths), dtype=torch.float32,
+    )  # fmt: skip
+    args = SimpleNamespace(speculative_algorithm="EAGLE")
+    mean = kv_pool.mean_cache_dim(
+        kv_cache_configurator.calculate_mla_kv_cache_dim, model_config=config, kv_cache_dtype=torch.float32,
+        server_args=args,
+    )  # fmt: skip
+    counted = mean * len(widths) * 4 * (1 + 1 / len(widths))  # as SGLang multiplies it
+    rows = sum(buffer[0].nbytes for pool in (target, draft) for buffer in pool.kv_buffer)
+    assert counted == pytest.approx(rows)
+
+
+def arguments(**changes: Any) -> Any:
+    given = {
+        "speculative_algorithm": "EAGLE", "speculative_num_draft_tokens": 4, "speculative_eagle_topk": 1,
+        "speculative_num_steps": 3, "speculative_draft_model_path": None, "speculative_adaptive": False,
+        "enable_multi_layer_eagle": False, "speculative_use_rejection_sampling": False, "enable_dp_attention": False,
+        "kv_cache_dtype": "auto", "disaggregation_decode_enable_radix_cache": False, "model_path": "m",
+        "speculative_attention_mode": "decode", "speculative_draft_attention_backend": None,
+    }  # fmt: skip
+    return SimpleNamespace(**{**given, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"speculative_algorithm": "EAGLE3"}, "NextN layer"),
+        ({"speculative_algorithm": "NGRAM"}, "use EAGLE or NEXTN"),
+        ({"speculative_draft_model_path": "other"}, "drop the flag"),
+        ({"speculative_eagle_topk": 4}, "--speculative-eagle-topk 1"),
+        ({"speculative_num_draft_tokens": 5}, "--speculative-num-steps 3"),
+        ({"speculative_num_steps": 4, "speculative_num_draft_tokens": None}, "4 tokens a request at most"),
+        ({"speculative_num_steps": 0}, "nothing to verify"),
+        ({"speculative_adaptive": True}, "one number of guesses"),
+        ({"enable_multi_layer_eagle": True}, "one layer"),
+        ({"speculative_use_rejection_sampling": True}, "do not travel"),
+        ({"enable_dp_attention": True}, "never tested together"),
+        ({"kv_cache_dtype": "fp8_e4m3"}, "--kv-cache-dtype auto"),
+        ({"disaggregation_decode_enable_radix_cache": True}, "together"),
+        ({"speculative_attention_mode": "prefill"}, "--speculative-attention-mode decode"),
+    ],
+)
+def test_what_does_not_work_is_refused(engine: None, changes: dict[str, Any], says: str) -> None:
+    from sglang_tpla.host.speculation import objections
+
+    (found,) = objections(arguments(**changes), "decode")
+    assert says in found
+    assert not objections(arguments(), "decode") and not objections(arguments(), "prefill")
+    assert not objections(arguments(**changes | {"speculative_algorithm": None}), "decode")
+
+
+def test_prefill_servers_verify_nothing(engine: None) -> None:
+    from sglang_tpla.host.speculation import objections
+
+    assert not objections(arguments(speculative_attention_mode="prefill"), "prefill")
+
+
+def test_a_checkpoint_without_the_layer_is_refused(engine: None) -> None:
+    from sglang_tpla.host.speculation import check_draft
+
+    check_draft(arguments(), SimpleNamespace(num_nextn_predict_layers=1))
+    check_draft(arguments(speculative_algorithm=None), SimpleNamespace())
+    for layers in (None, 0, 2):
+        with pytest.raises(ConfigError, match="one NextN layer"):
+            check_draft(arguments(), SimpleNamespace(num_nextn_predict_layers=layers))
+
+
+def test_backends_that_cannot_are_refused(engine: None) -> None:
+    from sglang_tpla.host.speculation import check_backends
+
+    draft, hopper = DecodeShape(512, 16), (9, 0)
+    few = replace(draft, heads=4)
+    check_backends(arguments(), "tpla", [DecodeShape(320, 32)], draft, hopper)
+    check_backends(arguments(), "fa3", [], draft, hopper)  # plain MLA: nothing of ours
+    check_backends(arguments(speculative_draft_attention_backend="fa3"), "tpla", [], few, hopper)
+    with pytest.raises(ConfigError, match="--attention-backend tpla"):
+        check_backends(arguments(), "fa3", [DecodeShape(256, 32)], draft, hopper)
+    with pytest.raises(ConfigError, match="outside of 8 to 128; use fa3 or flashinfer"):
+        check_backends(arguments(), "tpla", [], few, hopper)
+    with pytest.raises(ConfigError, match="drop --speculative-algorithm"):
+        check_backends(arguments(), "tpla", [], DecodeShape(128, 4, rope_dim=32), hopper)

@@ -1,0 +1,102 @@
+"""The edges of the house: which folder of the package may import which, and what may import SGLang.
+
+Imports are read from the syntax trees, those inside functions too, so that a lazy import cannot hide an edge.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from functools import cache
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = ROOT / "sglang_tpla"
+USERS = {"calibrate", "evaluate", "host", "launch"}
+# folder -> folders that it must not import
+FORBIDDEN = {
+    "artifact": USERS | {"measure", "transfer", "attention"},
+    "attention": USERS | {"measure", "transfer"},
+    "cache_rows": USERS | {"measure", "transfer", "attention", "artifact"},
+    "calibrate": USERS - {"calibrate"} | {"transfer"},
+    "evaluate": USERS - {"evaluate"} | {"transfer"},
+    "host": {"calibrate", "evaluate", "launch"},
+    "measure": USERS | {"transfer"},
+    "plan": {"host", "transfer"},
+    "reference_model": USERS | {"artifact", "measure", "transfer"},
+    "transfer": USERS | {"measure", "attention"},
+}
+
+
+@cache
+def imports() -> dict[str, frozenset[str]]:
+    """Module -> every module that it imports, by full names."""
+    trees = {module_name(path): ast.parse(path.read_text()) for path in PACKAGE.rglob("*.py")}
+    return {name: frozenset(imported(tree, trees)) for name, tree in trees.items()}
+
+
+def module_name(path: Path) -> str:
+    """The dotted name of a file of the package."""
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imported(tree: ast.Module, modules: dict[str, ast.Module]) -> Iterator[str]:
+    """Names of the modules that a syntax tree imports."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            yield from names & modules.keys() or {node.module}
+
+
+def edges_between(source: str, target: str) -> list[tuple[str, str]]:
+    """The imports from one folder of the package into another."""
+    inside = (f"sglang_tpla.{source}", f"sglang_tpla.{source}.")
+    wanted = (f"sglang_tpla.{target}", f"sglang_tpla.{target}.")
+    return [
+        (module, name)
+        for module, names in imports().items()
+        for name in sorted(names)
+        if (module == inside[0] or module.startswith(inside[1]))
+        and (name == wanted[0] or name.startswith(wanted[1]))
+    ]
+
+
+def test_only_host_imports_sglang() -> None:
+    found = {
+        module
+        for module, names in imports().items()
+        if any(name.split(".")[0] in ("sglang", "sglang_router") for name in names)
+    }
+    assert found
+    assert all(module.startswith("sglang_tpla.host.") for module in found), sorted(found)
+
+
+@pytest.mark.parametrize("source", sorted(FORBIDDEN))
+def test_a_folder_does_not_know_another(source: str) -> None:
+    assert [edge for target in sorted(FORBIDDEN[source]) for edge in edges_between(source, target)] == []
+
+
+def test_no_module_imports_itself_in_a_circle() -> None:
+    own = {module: {name for name in names if name in imports()} for module, names in imports().items()}
+    try:
+        TopologicalSorter({module: names - {module} for module, names in own.items()}).prepare()
+    except CycleError as error:
+        pytest.fail(f"these modules import each other: {' <- '.join(error.args[1])}")
+
+
+def test_only_the_compat_module_knows_how_a_release_spells_its_arguments() -> None:
+    """What later releases of SGLang have no longer is asked of one module, or it would break beside them alone."""
+    gone = {"get_model_config", "get_attention_backends", "ps"}
+    found = [
+        f"{path.relative_to(ROOT)}:{node.lineno} .{node.attr}"
+        for path in (PACKAGE / "host").rglob("*.py")
+        if path.name != "compat.py"
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute) and node.attr in gone
+    ]
+    assert not found, f"{found}: use sglang_tpla.host.compat, or get_parallel()"

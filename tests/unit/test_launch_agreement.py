@@ -1,0 +1,85 @@
+"""Flags that must agree between prefill, decode and router do, in the form that each takes, or are refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from sglang_tpla.config import ConfigError
+from sglang_tpla.launch import options as launch_options
+from sglang_tpla.launch.roles import Process, plan
+
+ROOT = Path(__file__).resolve().parents[2]
+ALL = ("--role", "all", "--model-path", "examples/nano-mla")
+
+
+@pytest.fixture(autouse=True)
+def in_the_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+
+
+def planned(*tokens: str) -> list[Process]:
+    return plan(launch_options.read(tokens, {}))
+
+
+def value(process: Process, flag: str) -> str | None:
+    command = list(process.command)
+    return command[command.index(flag) + 1] if flag in command else None
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--port", "0"), "--port must lie in 1...65531"),
+        (("--port", "65533"), "--port must lie in 1...65531"),
+        (("--decode.port", "0"), r"decode: --port must lie in 1\.\.\.65535"),
+        (("--decode.port", "30001"), "prefill server and the decode server would both listen on port 30001"),
+        (("--router.prometheus-port", "30003"), "both listen on port 30003"),
+        (("--prefill.page-size", "64"), "--page-size must be the same .* got 64 and nothing"),
+        (("--prefill.chat-template", "a", "--decode.chat-template=b"), "got a and b"),
+        (("--prefill.api-key", "hidden"), r"--api-key must be the same .*got two"),
+        (("--api-key", "k", "--router.api-key", "other"), "must be the servers' --api-key"),
+        (("--ssl-certfile", "x.pem"), "does not go with --role all"),
+        (("--prefill.tpla-insecure", "1"), "--tpla-insecure must be the same"),
+    ],
+)
+def test_what_cannot_work_is_refused(flags: tuple[str, ...], said: str) -> None:
+    with pytest.raises(ConfigError, match=said) as error:
+        planned(*ALL, *flags)
+    assert "hidden" not in str(error.value)
+
+
+def test_the_router_knows_the_servers_key() -> None:
+    prefill, decode, router = planned(*ALL, "--api-key", "k")
+    assert [value(p, "--api-key") for p in (prefill, decode, router)] == ["k"] * 3
+    assert [value(p, "--api-key") for p in planned(*ALL)] == [None] * 3
+
+
+@pytest.mark.parametrize("host", ["::1", "[::1]"])
+def test_ipv6_addresses_in_the_form_that_each_takes(host: str) -> None:
+    *_, router = planned(*ALL, "--host", host)
+    assert value(router, "--host") == "[::1]" and router.url == "http://[::1]:30000"
+    prefill, _, router = planned(*ALL, "--prefill.host", host)
+    assert value(prefill, "--host") == "::1" and value(router, "--prefill") == "http://[::1]:30001"
+    (router,) = planned(
+        "--role", "router", "--host", host, "--prefill", "http://[::1]:1", "2", "--decode", "http://a:3"
+    )
+    assert value(router, "--host") == "[::1]"
+
+
+@pytest.mark.parametrize(
+    "url", ["http://::1:30001", "prefill", "http://a:0", "http://a:b", "http://[::1", ""]
+)
+def test_an_address_that_is_no_url(url: str) -> None:
+    with pytest.raises(ConfigError, match="--decode must be the URL of a server"):
+        planned("--role", "router", "--prefill", "http://a:1", "2", f"--decode={url}")
+
+
+def test_a_server_alone() -> None:
+    with pytest.raises(
+        ConfigError, match=r"prefill: --disaggregation-bootstrap-port must lie in 1\.\.\.65535; got 0"
+    ):
+        planned(
+            "--role", "prefill", "--model-path", "examples/nano-mla", "--disaggregation-bootstrap-port", "0"
+        )

@@ -1,0 +1,253 @@
+"""Sealed channels on a socket pair: what goes over the wire, and that nothing else than what was sealed opens."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import hmac
+import socket
+import struct
+from collections.abc import Iterator
+from unittest import mock
+
+import numpy as np
+import pytest
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+from sglang_tpla.transfer.memory import native
+from sglang_tpla.transfer.memory.iovec import Pieces, one_piece
+from sglang_tpla.transfer.messages import DAMAGED, OPENED, FrameError
+from sglang_tpla.transfer.network import sealing
+from sglang_tpla.transfer.network.data_channel import Inbox, Outbox, Parcel, Spares
+from sglang_tpla.transfer.network.sealing import Seal, new_key
+
+KEY = bytes(range(32))
+Pair = tuple[socket.socket, socket.socket]
+
+
+@pytest.fixture(params=["in C", "in Python"])
+def pair(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pair]:
+    if "Python" in request.param:
+        monkeypatch.setattr(native, "library", lambda: None)
+    ends = socket.socketpair()
+    for end in ends:
+        end.setblocking(False)
+        end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8192)
+    with contextlib.ExitStack() as stack:
+        for end in ends:
+            stack.enter_context(end)
+        yield ends
+
+
+def in_pieces(memory: np.ndarray) -> Pieces:
+    """Pieces of no round size."""
+    parts = [one_piece(part) for part in np.array_split(memory, 3) if part.size]
+    return Pieces(np.concatenate([part.table for part in parts]), memory)
+
+
+def parcel(header: bytes, payload: bytes, wanted: bool = True) -> Parcel:
+    memory = np.frombuffer(payload, dtype=np.uint8)
+    return Parcel(header, in_pieces(memory), b"", wanted=lambda: wanted, done=lambda digest: None)
+
+
+class Landing:
+    """Memory in pieces that chunks land in, as in the pool."""
+
+    def __init__(self, size: int) -> None:
+        self.memory = np.zeros(size, dtype=np.uint8)
+        self.size_bytes = size
+
+    def open_with(self, context: sealing.AEADDecryptionContext) -> None:
+        self.intake = sealing.SealedIntake(in_pieces(self.memory), context)
+
+    def receive(self, stream: socket.socket) -> int:
+        return self.intake.receive(stream)
+
+
+def inbox(
+    stream: socket.socket, key: bytes = KEY, chunks_per_key: int = 3, lands: bool = False
+) -> Inbox[bytes]:
+    def announce(header: memoryview, size: int) -> tuple[bytes, Landing | None]:
+        return bytes(header), Landing(size) if lands else None
+
+    box = Inbox(stream, bytes(16), 1 << 20, Spares(), announce, Seal(key, chunks_per_key))
+    assert box.greet()
+    return box
+
+
+def sealed(chunks: list[tuple[bytes, bytes]], key: bytes = KEY) -> list[bytes]:
+    """What the sending end says of each chunk, as bytes."""
+    said = []
+    near, far = socket.socketpair()
+    with near, far:
+        near.setblocking(False)
+        outbox = Outbox(near, Seal(key, 3))
+        for header, payload in chunks:
+            outbox.push(parcel(header, payload))
+            outbox.flush()
+            assert not outbox
+            said.append(far.recv(1 << 20))
+    return said
+
+
+def opened(stream: bytes, pair: Pair, key: bytes = KEY) -> list[tuple[bytes, bytes, bytes]]:
+    """What the receiving end makes of bytes."""
+    box = inbox(pair[1], key)
+    pair[0].sendall(stream)
+    return [(header, bytes(payload), tail) for header, payload, tail in box.receive(1 << 30)]
+
+
+CHUNKS = [(b"header of chunk %d" % n, b"rows of chunk %d" % n * (n + 1)) for n in range(8)]
+
+
+def test_golden_bytes() -> None:
+    """Of the first chunk: sizes, header and tag, payload and tag."""
+    (said,) = sealed([(b"a header of a chunk", b"rows")])
+    assert said.hex() == (
+        "0000001300000004"  # sizes: 19 and 4
+        "6f9cddbbd448e6cf28c7cf15790cf2f1a72d3dc8d63808014a0973ac997e05a0c5893b"
+        "67b9c88fa8027e7bff769c93bd13d159f48a6823"
+    )
+
+
+def test_the_wire_is_what_the_page_says() -> None:
+    """PROTOCOL.md, written out with one-shot AES-GCM and HMAC: nonces count, keys follow from each other."""
+    key = KEY
+    for number, ((header, payload), said) in enumerate(zip(CHUNKS, sealed(CHUNKS), strict=True)):
+        if number and number % 3 == 0:
+            key = hmac.new(key, b"tpla data channel: next key\x01", hashlib.sha256).digest()
+        sizes = struct.pack(">II", len(header), len(payload))
+        first, second = (2 * number).to_bytes(12, "big"), (2 * number + 1).to_bytes(12, "big")
+        aes = AESGCM(key)
+        assert said == sizes + aes.encrypt(first, header, sizes) + aes.encrypt(second, payload, header)
+
+
+@pytest.mark.parametrize("lands", [False, True], ids=["staged", "landed"])
+@pytest.mark.parametrize("budget_bytes", [1, 1000, 1 << 30])
+def test_chunks_arrive_as_they_were_sent(
+    pair: Pair, budget_bytes: int, lands: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sealing, "STEP_BYTES", 10_000)
+    random = np.random.default_rng(0)
+    sent = [
+        (random.bytes(int(random.integers(14, 300))), random.bytes(int(random.integers(1, 60000))))
+        for _ in range(20)
+    ]
+    outbox, box = Outbox(pair[0], Seal(KEY, 3)), inbox(pair[1], lands=lands)
+    for header, payload in sent:
+        outbox.push(parcel(header, payload))
+    came = []
+    while len(came) < len(sent):
+        outbox.flush()
+        for header, payload, tail in box.receive(budget_bytes):
+            rows = payload.memory if isinstance(payload, Landing) else payload
+            came.append((header, bytes(rows), tail))
+    assert came == [(header, payload, OPENED) for header, payload in sent]
+    assert outbox.sent_bytes == box.received_bytes == sum(8 + len(h) + 16 + len(p) + 16 for h, p in sent)
+
+
+def test_what_nobody_wants_any_more_does_not_open(pair: Pair) -> None:
+    outbox, box = Outbox(pair[0], Seal(KEY, 3)), inbox(pair[1])
+    begun = parcel(b"h" * 20, b"a" * 100_000)
+    for item in (begun, parcel(b"h" * 20, b"b" * 50, wanted=False), parcel(b"h" * 20, b"c" * 70)):
+        outbox.push(item)
+    outbox.flush()
+    begun.wanted = lambda: False
+    came: list[tuple[int, bytes]] = []
+    while len(came) < 2:
+        outbox.flush()
+        came += [(len(payload), tail) for _, payload, tail in box.receive(1 << 20)]
+    assert came == [(100_000, DAMAGED), (70, OPENED)]
+
+
+@pytest.mark.parametrize(
+    "order",
+    [[0, 0], [0, 1, 1], [1], [0, 2, 1], [0, 2], [0, 1, 2, 0], [0, 1, 2, 3, 3]],
+    ids=[
+        "repeated",
+        "repeated later",
+        "first left out",
+        "changed places",
+        "left out",
+        "replayed",
+        "under a new key",
+    ],
+)
+def test_chunks_open_once_and_in_order(order: list[int], pair: Pair) -> None:
+    said = sealed(CHUNKS)
+    with pytest.raises(FrameError, match=r"header of chunk [0-4] of a sealed channel does not open"):
+        opened(b"".join(said[number] for number in order), pair)
+
+
+def test_a_changed_byte_anywhere_is_seen(pair: Pair) -> None:
+    """In the sizes, the header or its tag, nothing opens; in the payload or its tag, the chunk is damaged."""
+    good = sealed([(b"a header of a chunk", b"rows of it"), (b"the header of another", b"more")])
+    whole, payload_at = b"".join(good), 8 + 19 + 16
+    for place in range(len(good[0])):
+        near, far = socket.socketpair()
+        with near, far:
+            far.setblocking(False)
+            spoiled = bytearray(whole)
+            spoiled[place] ^= 1 << place % 8
+            try:
+                came = opened(bytes(spoiled), (near, far))
+            except FrameError:
+                assert place < payload_at
+                continue
+            if place < 8:  # a size that is in range: more is waited for, and would not open
+                assert came == []
+            else:
+                assert place >= payload_at
+                assert [tail for _, _, tail in came] == [DAMAGED, OPENED]
+
+
+@pytest.mark.parametrize("left", [0, 7, 8, 30, 42, 43, 50, 60])
+def test_a_chunk_that_is_cut_off_is_none(left: int, pair: Pair) -> None:
+    said = sealed([(b"a header of a chunk", b"rows of it" * 10)])[0]
+    assert left < len(said)
+    assert opened(said[:left], pair) == []
+
+
+def test_parts_of_two_chunks_do_not_go_together(pair: Pair) -> None:
+    """The payload belongs to its header, also under the same key."""
+    first, second = sealed([(b"header of chunk 0!!", b"rows"), (b"header of chunk 1!!", b"ROWS")])
+    cut = 8 + 19 + 16
+    assert [tail for _, _, tail in opened(first[:cut] + second[cut:], pair)] == [DAMAGED]
+
+
+@pytest.mark.parametrize("key", [bytes(32), KEY[::-1], bytes([KEY[0] ^ 1]) + KEY[1:]])
+def test_another_key_opens_nothing(key: bytes, pair: Pair) -> None:
+    with pytest.raises(FrameError, match="does not open: it has another key"):
+        opened(sealed(CHUNKS)[0], pair, key)
+
+
+def test_plain_chunks_are_not_taken_for_sealed_ones(pair: Pair) -> None:
+    outbox = Outbox(pair[0])
+    box = inbox(pair[1])
+    outbox.push(parcel(b"a header of a chunk", b"rows" * 20))
+    outbox.flush()
+    with pytest.raises(FrameError, match="does not open"):
+        list(box.receive(1 << 20))
+
+
+def test_no_nonce_serves_twice_under_a_key() -> None:
+    used: list[tuple[bytes, bytes]] = []
+    key, channels = KEY, [Seal(KEY, 5), Seal(new_key(), 5), Seal(new_key(), 5)]
+    for seal in channels:
+        for _ in range(23):
+            sizes = struct.pack(">II", 1, 1)
+            with mock.patch.object(seal, "_nonce", wraps=seal._nonce) as nonce:
+                seal.seal_header(sizes, b"h")
+                seal.seal_payload(b"h")
+            used += [(seal._key, seal._nonce(call.args[0])) for call in nonce.call_args_list]
+    assert len(used) == len(set(used)) == 3 * 23 * 2
+    assert len({key for key, _ in used}) == 3 * 5  # 23 chunks, five to a key
+    assert key == KEY
+
+
+def test_an_old_key_does_not_open_what_comes_after_it() -> None:
+    after = sealed(CHUNKS)[3]
+    sizes, header = after[:8], after[8 : 8 + len(CHUNKS[3][0]) + 16]
+    with pytest.raises(InvalidTag):
+        AESGCM(KEY).decrypt((6).to_bytes(12, "big"), header, sizes)
