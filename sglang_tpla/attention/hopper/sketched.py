@@ -62,13 +62,13 @@ class SketchedVariant:
         cache: the rows that it reads.
         rows: query rows a block takes, a multiple of 16.
         stages: tiles in the ring.
-        bulk: whether a row is copied by one instruction of one lane, instead of by eight lanes.
+        buffers: groups of 32 columns (or tokens) whose registers wgmma may be reading.
+        values: warpgroups that add up values.
     """
 
     cache: SketchedRows
     rows: int
     stages: int
-    bulk: bool = False
     buffers: int = 2
     values: int = 1
 
@@ -127,7 +127,6 @@ class SketchedVariant:
             "ROW_BYTES": rows.row_bytes,
             "ROWS": self.rows,
             "STAGES": self.stages,
-            "COPY_BULK": int(self.bulk),
             "BUFFERS": self.buffers,
             "FIXED_BYTES": self.fixed_bytes,
             "SHARED_BYTES": self.shared_bytes,
