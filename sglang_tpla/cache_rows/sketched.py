@@ -279,7 +279,8 @@ def unpack_rows(rows: SketchedRows, packed: torch.Tensor) -> Unpacked:
     shared, own, sketch, rope = scales.split(1, dim=-1)
     codes = packed[..., : rows.w_pad].contiguous().view(torch.int8).to(torch.float32)
     latent = torch.cat([codes[..., : rows.shared] * shared, codes[..., rows.shared :] * own], dim=-1)
-    key = packed[..., rows.rope_offset : rows.rope_offset + rows.rope_bytes].contiguous()
+    # a copy even of a single row, since a view as another type starts at whole items of it
+    key = packed[..., rows.rope_offset : rows.rope_offset + rows.rope_bytes].clone()
     if rows.rope_bits == 8:
         k_rope = key.view(torch.int8).to(torch.float32) * rope
     else:
