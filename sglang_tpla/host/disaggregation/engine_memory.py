@@ -1,8 +1,8 @@
 """Tensors over the engine's memory, from the pointers that ``KVArgs`` hands to a transfer backend.
 
 ``kv_data_ptrs`` has one pointer a layer to ``[slots, 1, w + rope]`` (``MLATokenToKVPool`` in
-``sglang/srt/mem_cache/memory_pool.py``) or to FP8 rows (``pool.py``), ``aux_data_ptrs`` one a metadata buffer to
-``[rows, ...]``.
+``sglang/srt/mem_cache/memory_pool.py``) or to rows in bytes (``kv_pool.py``), ``aux_data_ptrs`` one a metadata
+buffer to ``[rows, ...]``.
 """
 
 from __future__ import annotations
@@ -60,8 +60,11 @@ def cache_dtype(kv_args: Any, server_args: Any) -> torch.dtype:
     return CACHE_DTYPES[name]
 
 
-def cache_pool(kv_args: Any, server_args: Any) -> CachePool:
+def cache_pool(kv_args: Any, server_args: Any, rows: RowFormat | None = None) -> CachePool:
     """The rank's latent pool as one ``[slots, items]`` tensor a layer.
+
+    Args:
+        rows: of each layer; None are plain ones.
 
     Raises:
         ConfigError: the pool is no latent pool, or carries state that is not transferred.
@@ -71,9 +74,9 @@ def cache_pool(kv_args: Any, server_args: Any) -> CachePool:
             f"the engine's cache also holds {[str(state) for state in kv_args.state_types]}, which sglang_tpla does "
             "not transfer; serve this model with another transfer backend"
         )
-    dtype, row_format = cache_dtype(kv_args, server_args), RowFormat.PLAIN
-    if dtype == FP8:  # on decode servers, the only ones that may have it (refusals.py)
-        dtype, row_format = torch.uint8, RowFormat.FP8
+    dtype = cache_dtype(kv_args, server_args)
+    if rows is not None and rows.encoded:
+        dtype = torch.uint8
     device = (
         torch.device("cuda", kv_args.gpu_id)
         if compat.resolved(server_args).device == "cuda"
@@ -86,9 +89,7 @@ def cache_pool(kv_args: Any, server_args: Any) -> CachePool:
         )
     ]
     text = compat.model_config(server_args).hf_text_config
-    return CachePool(
-        layers, text.kv_lora_rank, text.qk_rope_head_dim, kv_args.page_size, row_format=row_format
-    )
+    return CachePool(layers, text.kv_lora_rank, text.qk_rope_head_dim, kv_args.page_size, encoding=rows)
 
 
 def prompt_limits(kv_args: Any, server_args: Any) -> Limits:
