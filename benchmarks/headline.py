@@ -4,8 +4,8 @@
 
 DeepSeek-V3's and Kimi-K2's attention, 61 layers, experts left out (a dense feed-forward part of 512), random bfloat16
 weights; SGLang's own model runner on T = 2 GPUs of one host, real collectives, CUDA graphs. A load is B requests of S
-cached tokens in random slots; "throughput" is 32,768 tokens and among others the largest batch that fits, "latency" 1, 4
-and 16 requests of 32,768 and 131,072 tokens. The methods:
+cached tokens in random slots; "throughput" is 32,768 tokens and among others the largest batch that fits, "latency" 1,
+4 and 16 requests of 32,768 and 131,072 tokens. The methods:
 
     mla          plain TP in bfloat16 (FlashInfer)         mla-fp8  the same with SGLang's own FP8 cache
     dp           data-parallel attention at its best: each GPU alone holds all heads and half of the requests, and no

@@ -146,8 +146,8 @@ def different_sketched_rows(
 ) -> str | None:
     """What differs between two writes of the same inputs, beyond float32's rounding; None if nothing does.
 
-    A value on the border between two codes may fall on either, and a scale on that between two of bfloat16 moves a whole
-    row by 2^-8: few do.
+    A value on the border between two codes may fall on either, and a scale on that between two of bfloat16 moves a
+    whole row by 2^-8: few do.
 
     Args:
         interpreted: written by Triton's interpreter, which cuts off where it makes a bfloat16.

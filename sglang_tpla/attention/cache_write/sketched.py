@@ -1,7 +1,7 @@
 """One decode step's new sketched rows in one launch: norm, projection, rotation, quantisation, packing, paged write.
 
-As `plain`, with every field quantised straight from the float32 projection: the bytes that a transfer would have brought
-(`cache_rows.sketched`). `cache_write.reference` is the twin.
+As `plain`, with every field quantised straight from the float32 projection: the bytes that a transfer would have
+brought (`cache_rows.sketched`). `cache_write.reference` is the twin.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The Triton kernel behind `cache_write.sketched`. Import it only where Triton is to run: on a GPU, or in its interpreter.
+"""The Triton kernel behind `cache_write.sketched`. Import it only where Triton is to run: on a GPU or interpreted.
 
 Grid: [blocks of tokens, blocks of projected columns, then blocks of query heads]. A program of columns writes what it
 projected to a workspace and counts; the one that comes last for its tokens has all their columns in reach, finds the

@@ -1,9 +1,9 @@
 """Our paged latent decode kernel for Hopper (``cuda/``) behind the attention interface.
 
 Serves w any multiple of 32 from 64 to 512 with a rope part of 64, up to 128 heads, query length 1 to 4, any
-page size that is a power of two, bfloat16; and sketched rows with a kernel of their own (`sketched`). ``plan`` and ``run`` launch fixed grids on fixed buffers and
-never wait for the device, so a CUDA graph of them stays right when lengths, page table and queries are
-refilled in place.
+page size that is a power of two, bfloat16; and sketched rows with a kernel of their own (`sketched`). ``plan`` and
+``run`` launch fixed grids on fixed buffers and never wait for the device, so a CUDA graph of them stays right when
+lengths, page table and queries are refilled in place.
 """
 
 from __future__ import annotations
