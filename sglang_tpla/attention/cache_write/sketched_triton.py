@@ -309,7 +309,7 @@ def sketched_write_kernel(
         member = tl.arange(0, BLOCK_TOKENS * BLOCK_HEADS)
         head = (block - COLUMN_BLOCKS) * BLOCK_HEADS + member % BLOCK_HEADS
         asking = first + member // BLOCK_HEADS
-        there = (asking < tokens) & (head < HEADS)
+        asked = (asking < tokens) & (head < HEADS)
         asking = asking.to(tl.int64)
         query = q_rope + asking * q_token_stride + head.to(tl.int64) * q_head_stride
-        rotate_queries(query, cos_sin, positions, asking, there, ROPE, ROTATE, HALF)
+        rotate_queries(query, cos_sin, positions, asking, asked, ROPE, ROTATE, HALF)
