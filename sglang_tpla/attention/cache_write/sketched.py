@@ -59,7 +59,7 @@ def launch(new: CacheWrite) -> None:
     elif tokens <= FEW_TOKENS:
         block_tokens, block_w, block_d, block_heads = 1, 16, whole, 16
     else:
-        block_tokens, block_w, block_d, block_heads = 4, 32, min(whole, 64), 4
+        block_tokens, block_w, block_d, block_heads = 4, 16, min(whole, 128), 4
     query = new.latent if new.q_rope is None else new.q_rope
     work = torch.empty(tokens, columns, dtype=torch.float32, device=cache.device)
     programs = triton.cdiv(columns, block_w) + triton.cdiv(new.heads, block_heads)
