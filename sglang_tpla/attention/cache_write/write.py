@@ -1,4 +1,4 @@
-"""The cache write that serves a row format on a device: a kernel on a GPU, the PyTorch twin for all that it does not."""
+"""The cache write that serves a row format on a device: a kernel on a GPU, the PyTorch twin for all other rows."""
 
 from __future__ import annotations
 
