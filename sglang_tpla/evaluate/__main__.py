@@ -125,6 +125,10 @@ def evaluate(arguments: argparse.Namespace) -> Evaluation:
     checkpoint = Checkpoint(arguments.model_path)
     artifact = Artifact.load(arguments.artifact)
     artifact.check_model(checkpoint.config, weights_hash(checkpoint.path), artifact.meta.groups)
+    if artifact.meta.sketched and arguments.cache_dtype != "exact":
+        raise ArtifactError(
+            f"{arguments.artifact} is of sketched rows, which have a precision of their own: leave out --cache-dtype"
+        )
     seed = artifact.meta.seed if arguments.seed is None else arguments.seed
     plan = TextPlan(
         corpus=tuple(arguments.corpus),

@@ -96,7 +96,8 @@ def prompt_limits(kv_args: Any, server_args: Any) -> Limits:
     """How long a prompt the scheduler of this rank takes (``get_worker_info`` in ``managers/tp_worker.py``; on decode
     also ``_check_if_req_exceed_kv_capacity`` with what a request must find free beside its prompt).
     """
-    if server_args.allow_auto_truncate:
+    args = compat.resolved(server_args)
+    if args.allow_auto_truncate:
         return NO_LIMITS
     page = kv_args.page_size
     pool_tokens = (
@@ -107,9 +108,9 @@ def prompt_limits(kv_args: Any, server_args: Any) -> Limits:
         - page
     )  # the first page is nobody's
     longest = pool_tokens - 1 - RESERVED_INPUT_TOKENS - 1
-    if server_args.disaggregation_mode == "decode":
-        longest = min(longest, pool_tokens - server_args.num_reserved_decode_tokens)
-    context_tokens = server_args.get_model_config().context_len - 1 - RESERVED_INPUT_TOKENS - 1
+    if args.disaggregation_mode == "decode":
+        longest = min(longest, pool_tokens - args.num_reserved_decode_tokens)
+    context_tokens = compat.model_config(server_args).context_len - 1 - RESERVED_INPUT_TOKENS - 1
     return Limits(max(1, context_tokens), max(1, longest))
 
 

@@ -336,6 +336,8 @@ class _Request:
                 reason = self.kv_mgr.failure_records.pop(self.bootstrap_room, None)
         if reason is None and self._opened and agent.poll(self.bootstrap_room) == RoomState.FAILED:
             reason = agent.failure(self.bootstrap_room)
+        if reason is None and self._opened:  # this rank would have failed it a moment later
+            reason = agent.suspicion(self.bootstrap_room) or None
         elsewhere = (
             f"another tensor-parallel rank of this {settings().role} server failed the transfer; "
             "that rank's log says why"
