@@ -333,7 +333,9 @@ def test_grammars_hold_from_prefills_token_on(bench: Bench, layout: str) -> None
     grammar = {"max_new_tokens": 8, "temperature": 0, "regex": "[0-9]{3}-[ab]{2}"}
     _, said = pair.generate(bench.prompts[0], 8, sampling_params=grammar)
     assert re.fullmatch("[0-9]{3}-[ab]{0,2}|[0-9]{0,3}", said["text"]) and said["text"], said
-    _, said = pair.generate(bench.prompts[0], 8, sampling_params=grammar | {"regex": None, "ebnf": 'root ::= "yes"'})
+    _, said = pair.generate(
+        bench.prompts[0], 8, sampling_params=grammar | {"regex": None, "ebnf": 'root ::= "yes"'}
+    )
     assert said["text"] == "yes"
 
 
