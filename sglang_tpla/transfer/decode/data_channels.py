@@ -62,6 +62,10 @@ class DecodeChannels(Agent[Room]):
         """One message of a connection."""
 
     @abstractmethod
+    def _receive(self, connection: Connection) -> None:
+        """What has come from the prefill rank."""
+
+    @abstractmethod
     def _broken(self, connection: Connection) -> None:
         """Connect anew; rooms go on where they were."""
 
@@ -83,7 +87,8 @@ class DecodeChannels(Agent[Room]):
         error = stream.connect_ex((host, data.port))
         self._io.add_stream(stream, lambda: self._receive_data(connection, inbox))
         if error not in (0, errno.EINPROGRESS):
-            self._lose_data(connection, ChannelError(os.strerror(error)))
+            # a Welcome is being read: what comes after it has to wait
+            self._io.post(self._lose_data, connection, inbox, ChannelError(os.strerror(error)))
             return
         self._io.watch(stream, writable=True)
 
@@ -106,9 +111,9 @@ class DecodeChannels(Agent[Room]):
                     return
         except frames.FrameError as error:
             self._drop("malformed_dropped", f"malformed chunk from {connection.name}: {error}")
-            self._lose_data(connection, error)
+            self._lose_data(connection, inbox, error)
         except OSError as error:
-            self._lose_data(connection, error)
+            self._lose_data(connection, inbox, error)
 
     def _announced(
         self, connection: Connection, header: memoryview, size_bytes: int
@@ -123,10 +128,14 @@ class DecodeChannels(Agent[Room]):
             raise frames.FrameError(f"{type(message).__name__} does not come on a data channel")
         return message, self._place(connection, message, size_bytes)
 
-    def _lose_data(self, connection: Connection, error: Exception) -> None:
+    def _lose_data(self, connection: Connection, inbox: Inbox[frames.Chunk], error: Exception) -> None:
         """A channel ended, or could not be opened."""
-        now, inbox = time.monotonic(), connection.inbox
-        stood = inbox is not None and inbox.greeted
+        if connection.inbox is inbox:
+            self._receive(connection)  # what was said last: a Goodbye, perhaps
+        if connection.inbox is not inbox:
+            return
+        now = time.monotonic()
+        stood = inbox.greeted
         self._end_data(connection)
         text = "decode rank %d: no data channel to the %s: %s"
         self._log.warning(text, self._rank, connection.name, error)
@@ -163,7 +172,7 @@ class DecodeChannels(Agent[Room]):
         """Give a dial up that nobody answers: whoever drops it says nothing."""
         inbox, patience = connection.inbox, self._settings.peer_timeout_s / DIALS
         if inbox is not None and not inbox.greeted and now - connection.dialled > patience:
-            self._lose_data(connection, ChannelError(f"no answer for {patience:g} s"))
+            self._lose_data(connection, inbox, ChannelError(f"no answer for {patience:g} s"))
 
     def _end_data(self, connection: Connection) -> None:
         inbox, connection.inbox = connection.inbox, None
