@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-from sglang_tpla.cache_rows.row_format import RowFormat
 from sglang_tpla.transfer import workers
 from sglang_tpla.transfer.memory.projection import Projection
 from sglang_tpla.transfer.room import RoomState
@@ -52,7 +51,7 @@ def transfer(
         for index, (decode, target) in enumerate(zip(decodes, targets, strict=True)):
             for layer in decode.pool.layers:
                 layer.view(torch.uint8).fill_(POISON)
-                if decode.pool.row_format is RowFormat.FP8:
+                if decode.pool.row_format.kind == "fp8":
                     # what no part carries: the scale of own columns where there are none (1), and eight zeros
                     layer[:, -12:] = torch.tensor([0, 0, 0x80, 0x3F] + [0] * 8, dtype=torch.uint8)
             decode.metadata.write(3, bytes([POISON]) * decode.metadata.row_bytes)
@@ -75,7 +74,7 @@ def transfer(
             written[torch.from_numpy(decode.pool.slots(target, tokens))] = True
             for layer in decode.pool.layers:
                 rest = layer[~written].view(torch.uint8)
-                assert (rest[:, : -12 if decode.pool.row_format is RowFormat.FP8 else None] == POISON).all()
+                assert (rest[:, : -12 if decode.pool.row_format.kind == "fp8" else None] == POISON).all()
 
 
 def two(**changes: Any) -> list[rig.PrefillRank]:
