@@ -18,7 +18,7 @@ import zmq
 from sglang_tpla.transfer import messages as frames
 from sglang_tpla.transfer.decode.landing import PoolLanding
 from sglang_tpla.transfer.decode.state import Connection, Room
-from sglang_tpla.transfer.network.data_channel import ChannelError, Inbox, Spares, set_up
+from sglang_tpla.transfer.network.data_channel import ChannelError, ChunkReader, Spares, set_up
 from sglang_tpla.transfer.network.sealing import Seal
 from sglang_tpla.transfer.network.security import Security
 from sglang_tpla.transfer.workers import Agent
@@ -82,7 +82,9 @@ class DecodeChannels(Agent[Room]):
         set_up(stream, self._settings.peer_timeout_s)
         seal = None if data.key is None else Seal(data.key)
         announce = partial(self._announced, connection)
-        inbox = connection.inbox = Inbox(stream, data.cookie, self._chunk_bytes, self._spares, announce, seal)
+        inbox = connection.inbox = ChunkReader(
+            stream, data.cookie, self._chunk_bytes, self._spares, announce, seal
+        )
         connection.data_port, connection.dialled = data.port, time.monotonic()
         error = stream.connect_ex((host, data.port))
         self._io.add_stream(stream, lambda: self._receive_data(connection, inbox))
@@ -92,7 +94,7 @@ class DecodeChannels(Agent[Room]):
             return
         self._io.watch(stream, writable=True)
 
-    def _receive_data(self, connection: Connection, inbox: Inbox) -> None:
+    def _receive_data(self, connection: Connection, inbox: ChunkReader) -> None:
         try:
             if not inbox.greeted:
                 if inbox.greet():
@@ -128,7 +130,7 @@ class DecodeChannels(Agent[Room]):
             raise frames.FrameError(f"{type(message).__name__} does not come on a data channel")
         return message, self._place(connection, message, size_bytes)
 
-    def _lose_data(self, connection: Connection, inbox: Inbox[frames.Chunk], error: Exception) -> None:
+    def _lose_data(self, connection: Connection, inbox: ChunkReader[frames.Chunk], error: Exception) -> None:
         """A channel ended, or could not be opened."""
         if connection.inbox is inbox:
             self._receive(connection)  # what was said last: a Goodbye, perhaps
