@@ -1,5 +1,6 @@
 # Two commands matter: `make quickstart` shows the whole thing on a CPU, `make test` checks it.
-# Everything runs in an environment outside this folder, made on first use (.ci/environment.py).
+# Everything runs in an environment outside this folder, made on first use (.ci/environment.py). SGLANG=0.5.23 (or 0.5.19)
+# beside a target takes that release of SGLang instead of 0.5.17, in an environment of its own.
 
 .DEFAULT_GOAL := help
 SHELL := /bin/bash
@@ -9,6 +10,9 @@ PYTHON ?= $(shell for p in python3.11 python3 python; do \
 	"$$p" -c 'import sys, ensurepip; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null && echo "$$p" && break; done)
 ENVIRONMENT = $(if $(PYTHON),"$(PYTHON)" .ci/environment.py,{ echo "error: no Python 3.11 with ensurepip found; \
 	install python3.11 and python3.11-venv, or run make PYTHON=/path/to/python3.11" >&2; false; })
+export SGLANG
+# Beside another release: the tests on real servers, in which the host matters.
+TESTS = $(if $(filter-out 0.5.17,$(SGLANG)),tests/e2e tests/parity tests/host)
 WITH_PYTHON = python=$$($(ENVIRONMENT)) && "$$python"
 
 .PHONY: help quickstart test test-fast lint format python fuzz soak accuracy bench-transfer bench-engines clean
@@ -19,8 +23,8 @@ help:  ## this list
 quickstart:  ## prefill, TPLA decode and router on this CPU: answers, agreement, cache and wire bytes (4 minutes)
 	@python=$$($(ENVIRONMENT)) && exec "$$python" examples/quickstart.py
 
-test:  ## the whole suite, but for what needs a GPU or an hour; two tests at a time
-	@$(WITH_PYTHON) -m pytest -m "not gpu and not slow" -n 2 --no-loadscope-reorder $(PYTEST_ARGS)
+test:  ## the whole suite, but for what needs a GPU or an hour; two tests at a time. With SGLANG=0.5.23: what meets SGLang
+	@$(WITH_PYTHON) -m pytest -m "not gpu and not slow" -n 2 --no-loadscope-reorder $(TESTS) $(PYTEST_ARGS)
 
 test-fast:  ## what needs no server: unit, parity and wire tests
 	@$(WITH_PYTHON) -m pytest -m "not gpu and not slow" $(wildcard tests/unit tests/wire) $(PYTEST_ARGS)

@@ -104,6 +104,7 @@ class Settings:
         heartbeat_s: seconds between heartbeats on an idle connection.
         peer_timeout_s: seconds without a sign of life after which a peer is given up.
         transfer_timeout_s: seconds a request may wait for its cache before it fails.
+        room_timeout_s: seconds a prefill server waits for a sign that some decode server knows of a request.
         keys: folder of CURVE keys made by ``python -m sglang_tpla.transfer.keys``; needed beyond loopback.
         insecure: 1 allows transfers without keys on any address, for a network that nobody else can reach.
         shared_memory: 0 sends every payload through sockets, also to ranks of the same machine.
@@ -128,6 +129,7 @@ class Settings:
     heartbeat_s: float = 1.0
     peer_timeout_s: float = 10.0
     transfer_timeout_s: float = 120.0
+    room_timeout_s: float = 15.0
     keys: str | None = None
     insecure: int = 0
     shared_memory: int = 1
@@ -185,9 +187,14 @@ class Settings:
                 raise ConfigError(
                     f"chunk_bytes must lie between 4096 and staging_bytes={staging_bytes}; got {chunk_bytes}"
                 )
-        for name in ("heartbeat_s", "peer_timeout_s", "transfer_timeout_s"):
+        for name in ("heartbeat_s", "peer_timeout_s", "transfer_timeout_s", "room_timeout_s"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} must be positive; got {getattr(self, name)}")
+        if self.room_timeout_s <= 2 * self.heartbeat_s:
+            raise ConfigError(
+                f"room_timeout_s must exceed two heartbeats of heartbeat_s={self.heartbeat_s}, in which decode servers "
+                f"name the requests that wait there; got {self.room_timeout_s}"
+            )
         if self.peer_timeout_s <= self.heartbeat_s:
             raise ConfigError(
                 f"peer_timeout_s must exceed heartbeat_s={self.heartbeat_s}; got {self.peer_timeout_s}"

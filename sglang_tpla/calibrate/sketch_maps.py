@@ -1,9 +1,12 @@
 """Closed-form maps of sketched rows of one layer, from its second moments.
 
-t = c U with U the score-energy basis (``transforms.score_basis``); its first r columns are shared, the others are dealt
-out in turn. Shared and own columns are rotated, so that their int8 codes share one scale well. A sketch column is first
-weighted by the root mean square of what queries make of it, so that each column's rounding costs the score alike, and
-then rotated. The maps back are exact inverses, so all that is lost is rounding:
+t = c U with U the score-energy basis (``transforms.score_basis``), so that every column has variance 1; the first r
+columns are shared, the others are dealt out in turn. A part of a row is rounded with one scale a token, so columns are
+weighted first and rotated then, which spreads a part's energy and its rounding evenly over its columns. With e_j the
+root mean square of what queries make of column j, weights w_j give a score error of (sum w_j^2)(sum e_j^2 / w_j^2),
+least at w_j = sqrt(e_j): the sketch, which takes part in scores alone, has these. The 8-bit columns also make the
+values, where all columns count alike; they have the geometric mean of both, e_j^(1/4). The maps back are exact,
+so all that is lost is rounding:
 
     key map   A_i = [shared^-1; own_i^-1; sketch_j^-1 for j != i]: c = [z_i | sketch] A_i but for rounding
     value map B_i = [shared^-1 / g; own_i^-1]: the groups' values add up to c
@@ -18,6 +21,9 @@ from sglang_tpla.cache_rows.sketched import SketchedRows
 from sglang_tpla.calibrate.transforms import Basis, TransformError, score_basis
 from sglang_tpla.measure.statistics import LayerMoments
 from sglang_tpla.reference_model.sketched_layer import SketchedMaps
+
+SKETCH_POWER, KEPT_POWER = 0.5, 0.25  # of a column's score energy: its weight in the sketch, and at 8 bits
+_LEAST_ENERGY = 1e-6  # of the largest: a column that no query sees keeps a finite weight
 
 
 def sketched_rows(
@@ -74,24 +80,29 @@ def layer_sketched_maps(moments: LayerMoments, w_uk: torch.Tensor, rows: Sketche
     """
     queries = moments.absorbed_queries(w_uk)
     basis = score_basis(moments.covariance, queries)
-    # what a unit of each column weighs in scores: the root mean square of queries along its row of the inverse
-    weights = torch.einsum("jd,de,je->j", basis.inverse, queries, basis.inverse).clamp_min(0).sqrt()
-    weights = weights.clamp_min(weights.max() * 1e-6)
-    return _maps(basis, weights, rows)
+    # what queries make of each column: their root mean square along its row of the inverse
+    energy = torch.einsum("jd,de,je->j", basis.inverse, queries, basis.inverse).clamp_min(0).sqrt()
+    energy = energy.clamp_min(energy.max() * _LEAST_ENERGY)
+    kept, sketched = (_weighted(basis, energy**power) for power in (KEPT_POWER, SKETCH_POWER))
+    return _maps(kept, sketched, rows)
 
 
-def _maps(basis: Basis, weights: torch.Tensor, rows: SketchedRows) -> SketchedMaps:
+def _weighted(basis: Basis, weights: torch.Tensor) -> Basis:
+    return Basis(basis.forward * weights, basis.inverse / weights[:, None])
+
+
+def _maps(kept: Basis, sketched: Basis, rows: SketchedRows) -> SketchedMaps:
     shared, groups = rows.shared, rows.groups
     columns = [list(range(shared + group, rows.latent_dim, groups)) for group in range(groups)]
     if groups == 1:
         columns = [[]]
     shared_rotation, own_rotation = rotation(shared), rotation(rows.own)
-    z_shared = basis.forward[:, :shared] @ shared_rotation
-    back_shared = shared_rotation.T @ basis.inverse[:shared]
-    z_own = [basis.forward[:, picked] @ own_rotation for picked in columns]
-    back_own = [own_rotation.T @ basis.inverse[picked] for picked in columns]
-    sketch = [basis.forward[:, picked] * weights[picked] @ own_rotation for picked in columns]
-    back_sketch = [own_rotation.T @ (basis.inverse[picked] / weights[picked, None]) for picked in columns]
+    z_shared = kept.forward[:, :shared] @ shared_rotation
+    back_shared = shared_rotation.T @ kept.inverse[:shared]
+    z_own = [kept.forward[:, picked] @ own_rotation for picked in columns]
+    back_own = [own_rotation.T @ kept.inverse[picked] for picked in columns]
+    sketch = [sketched.forward[:, picked] @ own_rotation for picked in columns]
+    back_sketch = [own_rotation.T @ sketched.inverse[picked] for picked in columns]
     return SketchedMaps(
         rows=rows,
         z=[torch.cat([z_shared, own], 1) for own in z_own],

@@ -102,6 +102,13 @@ def attention_share() -> dict[str, Any]:
     return {"tp_rank": parallel.attn_tp_rank, "tp_size": parallel.attn_tp_size}
 
 
+def verifies_guesses() -> bool:
+    """Whether the hooks that speculative decoding needs are written for this release."""
+    from sglang_tpla.host import ledger
+
+    return ledger.nearest(ledger.host_version(), ledger.supported_releases()) == "0.5.17"
+
+
 def reads_until_replay_ends() -> Any:
     """SGLang's word for a backend whose graph reads the page table to its end; None where it does not ask."""
     from sglang.srt.layers.attention import base_attn_backend

@@ -45,9 +45,9 @@ class Hook:
         reason: what needs it.
         upstream: where the same seam is, or could be, in SGLang.
         remove_when: what makes it unnecessary.
-        ast_sha256: release -> hash of the target's syntax tree; the hook is left out in a supported release that is
-            not among them.
+        ast_sha256: release -> hash of the target's syntax tree, for every supported release up to ``until``.
         targets: release -> the target's dotted path, from that release on, where it differs from ``target``.
+        until: the last supported release in which the hook is applied; None where it is in all.
     """
 
     target: str
@@ -59,6 +59,7 @@ class Hook:
     remove_when: str
     ast_sha256: Mapping[str, str]
     targets: Mapping[str, str] = field(default_factory=dict)
+    until: str | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in ("before", "after", "around", "replace"):
@@ -67,6 +68,8 @@ class Hook:
             )
         if not set(self.roles) <= {*ROLES, CPU}:
             raise LedgerError(f"{self.target}: roles must be among {(*ROLES, CPU)}; got {self.roles}")
+        if not self.ast_sha256:
+            raise LedgerError(f"{self.target}: ast_sha256 must have the hash in every supported release")
 
     def target_in(self, release: str) -> str:
         """The target's dotted path in a release: that of the newest listed one that is not newer."""
@@ -112,7 +115,19 @@ def _file() -> dict[str, Any]:
 @cache
 def load() -> tuple[Hook, ...]:
     """All hooks, in the order of the file."""
-    return tuple(Hook(**{**entry, "roles": tuple(entry["roles"])}) for entry in _file()["hook"])
+    hooks = tuple(Hook(**{**entry, "roles": tuple(entry["roles"])}) for entry in _file()["hook"])
+    for hook in hooks:  # a release that is left out would be a hook that is left out, without a word
+        expected = {
+            release
+            for release in supported_releases()
+            if hook.until is None or version_key(release) <= version_key(hook.until)
+        }
+        if set(hook.ast_sha256) != expected:
+            raise LedgerError(
+                f"{hook.target}: ast_sha256 has {', '.join(sorted(hook.ast_sha256))}; expected "
+                f"{', '.join(sorted(expected))}: add the release, or until = the last one that needs the hook"
+            )
+    return hooks
 
 
 @cache

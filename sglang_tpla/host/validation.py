@@ -96,13 +96,13 @@ def check_flags(args: Any) -> None:
             f"the CPU reference platform pages its cache by single tokens; got --page-size {args.page_size}, use "
             "--page-size 1"
         )
-    found += speculation.objections(args, role)
+    found += speculation.objections(args, role) if compat.verifies_guesses() else []
     if found:  # all at once: each further start would cost the time to load SGLang
         raise ConfigError("; also, ".join(found))
 
 
 def newer_refusals(args: Any) -> list[tuple[bool, str, str]]:
-    """Flags that later releases of SGLang have, as ``check_flags`` lists them; none of them in 0.5.17."""
+    """What is refused beside later releases of SGLang, as ``check_flags`` lists it; nothing of it beside 0.5.17."""
 
     def given(name: str) -> Any:
         return getattr(args, name, None)
@@ -112,6 +112,8 @@ def newer_refusals(args: Any) -> list[tuple[bool, str, str]]:
         given("disaggregation_decode_host_receive_threshold"),
     )
     return [
+        (args.speculative_algorithm is not None and not compat.verifies_guesses(), "--speculative-algorithm",
+         "guesses are verified beside SGLang 0.5.17 alone"),
         (bool(given("enable_kv_cache_sharding")), "--enable-kv-cache-sharding", "every prefill rank sends whole rows"),
         (policy not in (None, "early"), f"--disaggregation-decode-allocation-policy {policy}", "rows are sent while "
          "the prompt is computed, into slots that the decode server has allocated"),

@@ -20,6 +20,15 @@ class Rectangle:
     payload_bytes: int
 
 
+def share_of(layers: int, index: int, count: int) -> range:
+    """The layers, counted from a rank's first one, that it sends where ``count`` ranks hold the same ones.
+
+    Ranks share a request by layers and by nothing else, so that each may cut its own into chunks as it likes: the
+    shares are disjoint and whole whatever its chunk size, its memory and the steps in which its rows come.
+    """
+    return range(layers * index // count, layers * (index + 1) // count)
+
+
 def cut(
     first_layer: int,
     widths: Sequence[int],
@@ -33,7 +42,7 @@ def cut(
     Few tokens: many layers a chunk. Many tokens: one layer a chunk, in blocks of like size. Layers of width 0
     are covered without bytes. Raises ValueError if one row does not fit in ``max_bytes``.
     """
-    row_bytes = max(widths) * item_bytes
+    row_bytes = max(widths, default=0) * item_bytes
     if row_bytes > max_bytes:
         raise ValueError(f"one row of {row_bytes} bytes does not fit in a chunk of {max_bytes} bytes")
     if row_bytes == 0 or tokens == 0:

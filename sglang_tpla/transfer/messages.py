@@ -31,6 +31,7 @@ MAX_METADATA_BYTES = 16 << 20
 MAX_NEIGHBOURS = 256
 MAX_OFFSETS = 4096
 OPENED, DAMAGED = b"", b"damaged"  # instead of a checksum: what a sealed chunk's tag has shown
+MAX_ROOMS = 4096  # in one Expected
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
 Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
@@ -108,7 +109,10 @@ class Hello(_Message, frozen=True, tag=1):
 
 
 class Welcome(_Message, frozen=True, tag=2):
-    """prefill -> decode: registered, unless ``need_projection``, then after the projection has come."""
+    """prefill -> decode: registered, unless ``need_projection``, then after the projection has come.
+
+    ``age_ms``: since the agent began; ``context_tokens``, ``pool_tokens``: prompts of so many tokens fit, 0: unsaid.
+    """
 
     version: Small
     agent: Name
@@ -118,6 +122,9 @@ class Welcome(_Message, frozen=True, tag=2):
     need_projection: bool
     arena: Arena | None
     data: DataChannel
+    age_ms: Count
+    context_tokens: Small
+    pool_tokens: Small
 
 
 class Refused(_Message, frozen=True, tag=3):
@@ -151,7 +158,9 @@ class Unregistered(_Message, frozen=True, tag=7):
 
 
 class Request(_Message, frozen=True, tag=8):
-    """decode -> prefill: pages are allocated, send this room."""
+    """decode -> prefill: pages are allocated, send this room: of the layers that the rank holds, the share
+    ``share_index`` of ``share_count`` (`chunks.share_of`).
+    """
 
     room: Count
     generation: Count
@@ -315,6 +324,19 @@ class Resume(_Message, frozen=True, tag=24):
     applied: Annotated[tuple[tuple[Small, Bitmap], ...], Meta(max_length=3)]
 
 
+class Expected(_Message, frozen=True, tag=25):
+    """decode -> prefill: these rooms are known here, and will be asked for when there are pages."""
+
+    rooms: Annotated[tuple[Count, ...], Meta(min_length=1, max_length=MAX_ROOMS)]
+
+
+class Capacity(_Message, frozen=True, tag=26):
+    """decode -> prefill, after Welcome: prompts of so many tokens fit here; 0: unsaid."""
+
+    context_tokens: Small
+    pool_tokens: Small
+
+
 Message: TypeAlias = (
     Hello
     | Welcome
@@ -340,6 +362,8 @@ Message: TypeAlias = (
     | Stored
     | Release
     | Resume
+    | Expected
+    | Capacity
 )
 WITH_PAYLOAD = (ProjectionLayer, Chunk, Finish)
 

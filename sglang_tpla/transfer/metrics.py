@@ -20,7 +20,7 @@ from sglang_tpla.transfer.room import AgentStats
 GAUGES = {
     "rooms": "Rooms alive or held",
     "peers": "Peers up",
-    "data_channels": "Data channels that stand; chunks for peers on other hosts that have none go over ZMQ",
+    "data_channels": "Data channels that stand; a peer on another host that has none gets no rows",
     "staging_used_bytes": "Staging memory in use",
     "staging_limit_bytes": "Ceiling of staging memory",
     "threads_alive": "Threads of the agent that are alive (2; 5 with a cache on a GPU)",

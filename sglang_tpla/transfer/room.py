@@ -22,6 +22,39 @@ class TransferError(SglangTplaError, RuntimeError):
     """A transfer call that cannot work: what was expected, what came, where, what to do."""
 
 
+MAX_ROOM_ID = 2**63 - 1
+
+
+def check_room(room: int) -> None:
+    """Refuse a room id that no message can carry.
+
+    Raises:
+        TransferError: naming the range.
+    """
+    if not isinstance(room, int) or not 0 <= room <= MAX_ROOM_ID:
+        raise TransferError(
+            f"a room id (bootstrap_room) must be an integer in 0...{MAX_ROOM_ID}; got {room!r}"
+        )
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How long a prompt a server can serve; 0: it does not say."""
+
+    context_tokens: int = 0  # that fit in the context length
+    pool_tokens: int = 0  # that fit in the cache
+
+    def objection(self, tokens: int) -> str | None:
+        """Why a prompt of so many tokens cannot be served, or None."""
+        for limit, what in ((self.context_tokens, "context length"), (self.pool_tokens, "cache")):
+            if limit and tokens > limit:
+                return f"a prompt of {tokens} tokens does not fit in its {what}, which takes {limit}"
+        return None
+
+
+NO_LIMITS = Limits()
+
+
 class RoomState(enum.IntEnum):
     """Life of a room; the numbers are those of SGLang's ``KVPoll``."""
 

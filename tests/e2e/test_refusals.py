@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -106,3 +107,21 @@ def test_damaged_artifact(tmp_path: Path, nano_mla: str, nano_artifact: str) -> 
     damaged.write_bytes(Path(nano_artifact).read_bytes()[:-1000])
     output = start(*decode(nano_mla, str(damaged)))
     assert str(damaged) in output and "Traceback" not in output, output[-2000:]
+
+
+def test_a_bootstrap_port_that_another_server_has(nano_mla: str) -> None:
+    """It would be healthy, and its ranks would take the place of the other server's."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        output = start(
+            "--role", "prefill", "--model-path", nano_mla, *COMMON, "--disaggregation-bootstrap-port", port
+        )
+    assert (
+        f"cannot listen on 127.0.0.1:{port}" in output and "its own --disaggregation-bootstrap-port" in output
+    )
+    assert "Traceback" not in output, output[-2000:]
+
+
+def test_prompts_cut_to_a_length_of_each_servers_own(nano_mla: str) -> None:
+    output = start("--role", "prefill", "--model-path", nano_mla, *COMMON, "--allow-auto-truncate")
+    assert "drop --allow-auto-truncate" in output and "Traceback" not in output, output[-2000:]

@@ -22,7 +22,9 @@ def scheduler(mode: str, pool: int = 1000, reserve: int = 512) -> SimpleNamespac
     from sglang.srt.disaggregation.utils import DisaggregationMode
 
     queue = SimpleNamespace(
-        num_reserved_decode_tokens=reserve, token_to_kv_pool_allocator=SimpleNamespace(size=pool)
+        num_reserved_decode_tokens=reserve,
+        token_to_kv_pool_allocator=SimpleNamespace(size=pool),
+        kv_manager=SimpleNamespace(prefill_info_table={"p_1:8998": SimpleNamespace(dp_size=2)}),
     )
     return SimpleNamespace(
         disaggregation_mode=DisaggregationMode(mode), disagg_decode_prealloc_queue=queue, output_streamer=Mock(),
@@ -32,12 +34,9 @@ def scheduler(mode: str, pool: int = 1000, reserve: int = 512) -> SimpleNamespac
 
 def request(tokens: int, to_finish: Any = None) -> SimpleNamespace:
     return SimpleNamespace(
-        origin_input_ids=[1] * tokens,
-        to_finish=to_finish,
-        finished_reason=None,
-        return_logprob=False,
-        rid="a",
-    )
+        origin_input_ids=[1] * tokens, to_finish=to_finish, finished_reason=None, return_logprob=False, rid="a",
+        disagg_prefill_dp_rank=None, bootstrap_host="p_1", bootstrap_port=8998,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(("tokens", "queued"), [(488, True), (489, False)])
@@ -52,6 +51,17 @@ def test_a_prompt_that_never_fits_is_refused_with_the_numbers(tokens: int, queue
         assert said.status_code == 400
         assert "has 489 tokens and this decode server takes 488 at most" in said.message
         assert "holds 1000 and keeps 512" in said.message
+
+
+@pytest.mark.parametrize(("rank", "queued"), [(1, True), (2, False), (None, True)])
+def test_a_prefill_rank_that_there_is_not(rank: int | None, queued: bool) -> None:
+    from sglang_tpla.host.requests.admission import admit
+
+    req, queue = request(5), Mock()
+    req.disagg_prefill_dp_rank = rank
+    admit(queue, scheduler("decode"), req)
+    assert queue.called is queued
+    assert queued or "must lie in 0...1 for the prefill server p_1:8998; got 2" in req.finished_reason.message
 
 
 def test_prefill_and_retracted_requests_are_not_measured_by_decodes_pool() -> None:

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+import tomllib
 from pathlib import Path
 from types import ModuleType
 
@@ -58,6 +59,22 @@ def test_keys_follow_what_they_must(environment: ModuleType, checkout: Path, tmp
     assert environment.overlay_key(checkout) != overlay
     (checkout / "requirements.txt").write_text("a==2\n")
     assert environment.base_key(checkout) != base
+
+
+def test_a_release_of_sglang_has_pins_and_an_environment_of_its_own(
+    environment: ModuleType, checkout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    default = environment.base_key(checkout), environment.overlay_key(checkout)
+    (checkout / "requirements-0.5.23.txt").write_text("a==3\n")
+    for release in ("", environment.DEFAULT_RELEASE):
+        monkeypatch.setenv("SGLANG", release)
+        assert (environment.base_key(checkout), environment.overlay_key(checkout)) == default
+    monkeypatch.setenv("SGLANG", "0.5.23")
+    assert environment.base_key(checkout) != default[0]
+    assert environment.overlay_key(checkout) != default[1]
+    monkeypatch.setenv("SGLANG", "0.5.22")
+    with pytest.raises(environment.EnvironmentFailure, match=r"it has pins for SGLang 0\.5\.17, 0\.5\.23"):
+        environment.base_key(checkout)
 
 
 def stand_in(folder: Path) -> None:
@@ -182,19 +199,31 @@ def test_a_build_that_is_terminated_leaves_no_installer(tmp_path: Path) -> None:
             continue
 
 
-def test_pins_are_exact_and_name_no_place() -> None:
-    lines = [
-        line for line in (ROOT / "requirements.txt").read_text().splitlines() if not line.startswith("#")
-    ]
+@pytest.mark.parametrize("file", sorted(ROOT.glob("requirements*.txt")), ids=lambda path: path.stem)
+def test_pins_are_exact_and_name_no_place(file: Path) -> None:
+    lines = [line for line in file.read_text().splitlines() if not line.startswith("#")]
     assert len(lines) > 200
     for line in lines:
-        assert re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.!+]+", line), line
+        assert re.fullmatch(r"[A-Za-z0-9._-]+===?[A-Za-z0-9.!+]+", line), line
+
+
+def test_every_supported_release_has_pins() -> None:
+    releases = tomllib.loads((ROOT / "patches" / "ledger.toml").read_text())["releases"]
+    pinned = [
+        re.search(r"^sglang==(.+)$", file.read_text(), re.MULTILINE)[1]  # type: ignore[index]
+        for file in ROOT.glob("requirements*.txt")
+    ]
+    assert sorted(pinned) == releases
+    for release in releases[1:]:
+        assert f"sglang=={release}\n" in (ROOT / f"requirements-{release}.txt").read_text()
 
 
 def test_this_environment_is_the_pinned_one() -> None:
     """Wherever the tests run, the packages that matter are those of the pins."""
-    lines = (ROOT / "requirements.txt").read_text().splitlines()
-    pins = dict(line.split("==") for line in lines if "==" in line)
+    release = importlib.metadata.version("sglang")
+    own = ROOT / f"requirements-{release}.txt"
+    lines = (own if own.exists() else ROOT / "requirements.txt").read_text().splitlines()
+    pins = dict(re.split("={2,3}", line) for line in lines if "==" in line)
     for name in ("sglang", "sglang-router", "torch", "pyzmq", "msgspec", "transformers", "flashinfer-python"):
         assert importlib.metadata.version(name) == pins[name]
 

@@ -20,14 +20,14 @@ from sglang_tpla.host.requests.fields import (
 )
 from sglang_tpla.host.requests.samples import PER_PROMPT, give_each_its_room, room_of
 
-LIMITS = Limits(vocab=1000, top_logprobs=128, own_host="2.2.2.2")
+LIMITS = Limits(vocab=1000, top_logprobs=128, data_parallel=2, own_host="2.2.2.2")
 
 
 def item(**changes: Any) -> SimpleNamespace:
     """One request as SGLang has filled it in."""
     fields: dict[str, Any] = dict.fromkeys(
         ("text", "input_embeds", "session_params", "token_ids_logprob", "positional_embed_overrides",
-         "multi_item_delimiter_indices", "http_worker_ipc", "lora_id", "rid", *PER_PROMPT)
+         "multi_item_delimiter_indices", "http_worker_ipc", "lora_id", "rid", "disagg_prefill_dp_rank", *PER_PROMPT)
     )  # fmt: skip
     fields |= {"input_ids": [1, 2, 3], "sampling_params": {}, "top_logprobs_num": 0, "logprob_start_len": -1}
     fields |= {"bootstrap_room": 5, "bootstrap_host": "127.0.0.1", "bootstrap_port": 8998}
@@ -42,6 +42,7 @@ def item(**changes: Any) -> SimpleNamespace:
         ("bootstrap_room", 0, "got 0"),
         ("bootstrap_room", True, "got True"),
         ("bootstrap_room", None, "send requests to the router"),
+        ("disagg_prefill_dp_rank", 2, "0 to 1"),
         ("bootstrap_port", 0, "1 to 65535"),
         ("bootstrap_port", "8998", "1 to 65535"),
         ("bootstrap_host", None, "is missing"),

@@ -47,9 +47,12 @@ GOLDEN = [
             need_projection=False,
             arena=None,
             data=frames.DataChannel(port=30001, cookie=bytes(range(16)), key=bytes(range(32))),
+            age_ms=1000,
+            context_tokens=4096,
+            pool_tokens=65536,
         ),
-        "990203a26132a26831003dc2c093cd7531c410000102030405060708090a0b0c0d0e0f"
-        "c420000102030405060708090a0b0c0d0e0f101112131415161718191a1b1c1d1e1f",
+        "9c0203a26132a26831003dc2c093cd7531c410000102030405060708090a0b0c0d0e0f"
+        "c420000102030405060708090a0b0c0d0e0f101112131415161718191a1b1c1d1e1fcd03e8cd1000ce00010000",
     ),
     (frames.Refused(reason="no"), "9203a26e6f"),
     (
@@ -133,6 +136,8 @@ GOLDEN = [
         frames.Resume(room=1, generation=2, credit_bytes=4194304, applied=((0, b"\x07"), (2, b"\x01\x80"))),
         "95180102ce00400000929200c401079202c4020180",
     ),
+    (frames.Expected(rooms=(1, 9223372036854775807)), "92199201cf7fffffffffffffff"),
+    (frames.Capacity(context_tokens=4096, pool_tokens=65536), "931acd1000ce00010000"),
 ]
 
 

@@ -154,8 +154,7 @@ class FakePrefill:
             self.stream.close()
             self.stream = None
         offer = frames.DataChannel(self.server.getsockname()[1], COOKIE, self.key)
-        version = frames.PROTOCOL_VERSIONS[1]
-        self.say(frames.Welcome(version, "fake", "elsewhere", 0, rig.LAYERS, False, None, offer))
+        self.say(welcome(offer))
 
     def close(self) -> None:
         """Free the sockets."""
@@ -164,6 +163,24 @@ class FakePrefill:
             self.stream.close()
         self.socket.close()
         self.context.term()
+
+
+def welcome(data: frames.DataChannel, **changes: object) -> frames.Welcome:
+    """What a prefill rank that has lived for an hour and takes any prompt answers."""
+    fields = {
+        "version": frames.PROTOCOL_VERSIONS[1],
+        "agent": "fake",
+        "host": "elsewhere",
+        "first_layer": 0,
+        "layers": rig.LAYERS,
+        "need_projection": False,
+        "arena": None,
+        "data": data,
+        "age_ms": 3_600_000,
+        "context_tokens": 0,
+        "pool_tokens": 0,
+    }
+    return frames.Welcome(**{**fields, **changes})
 
 
 def hello(**changes: object) -> frames.Hello:

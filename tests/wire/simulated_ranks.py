@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 from unittest import mock
@@ -14,7 +15,7 @@ from sglang_tpla.transfer.decode.agent import DecodeAgent
 from sglang_tpla.transfer.memory.projection import Projection
 from sglang_tpla.transfer.room import CachePool, MetadataRows
 
-LAYERS, LATENT, ROPE, PAGE, PAGES = 2, 56, 8, 4, 24
+LAYERS, LATENT, ROPE, PAGE, PAGES = 3, 56, 8, 4, 24
 ROOMS = 3
 SETTINGS = Settings(
     role="prefill",
@@ -46,19 +47,28 @@ def no_threads(agent: Any) -> None:
 class Decode:
     """A decode agent, the pages its rooms own, and what its pool must hold elsewhere."""
 
-    def __init__(self, rank: int, projection: Projection | None, hosts: Sequence[str | None]) -> None:
-        width = LATENT if projection is None else projection.widths[0]
+    def __init__(
+        self, rank: int, projection: Projection | None, hosts: Sequence[str | None], settings: Settings
+    ) -> None:
+        widths = (LATENT,) * LAYERS if projection is None else projection.widths
         generator = torch.Generator().manual_seed(100 + rank)
-        layers = [torch.randn(PAGES * PAGE, width + ROPE, generator=generator) for _ in range(LAYERS)]
+        layers = [torch.randn(PAGES * PAGE, width + ROPE, generator=generator) for width in widths]
         self.pool = CachePool(layers, LATENT, ROPE, PAGE)
         self.metadata = MetadataRows([np.zeros((2 * ROOMS, 32), dtype=np.uint8)])
         self.projection = projection
         self.agent = DecodeAgent(
-            self.pool, self.metadata, projection, model_hash="m", settings=SETTINGS, rank=rank, size=len(hosts),
+            self.pool, self.metadata, projection, model_hash="m", settings=settings, rank=rank, size=len(hosts),
             groups=1 if projection is None else 2, host_id=hosts[rank], logger=mock.Mock(),
         )  # fmt: skip
         self.owned: dict[int, np.ndarray] = {}  # by room
         self.held = [layer.clone() for layer in layers]
+
+    def poison(self, room: int) -> None:
+        """What a room must not leave behind, in its pages and its metadata row."""
+        slots = torch.from_numpy(self.pool.slots(self.owned[room]))
+        for layer in self.pool.layers:
+            layer[slots] = math.nan
+        self.metadata.write(room, b"\xff" * self.metadata.row_bytes)
 
     def free(self, room: int) -> None:
         """The room no longer owns its pages: from now on they must stay as they are."""

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import enum
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
 import numpy as np
 import torch
 
+from sglang_tpla.config import Settings
 from sglang_tpla.transfer.decode.connections import MAX_UNANSWERED
 from sglang_tpla.transfer.memory.projection import Projection
 from sglang_tpla.transfer.prefill.agent import PrefillAgent
@@ -58,20 +60,41 @@ class Steps(Strange):
         self.prefills: list[PrefillAgent] = []
         with self._simulated():
             self.source = CachePool(layers, LATENT, ROPE, PAGE)
+            how, hosts = choices.below(256), HOSTS[choices.below(len(HOSTS))]
+            sliced = how % 2
+            # half of all cases: ranks that differ in what they may send, in how they cut it and in when they have it
+            self.uneven = how >= 128
+            self.steps = [2, self._odd(2, 1, 3, PAGES)]  # pages of each prefill rank's first send
             for rank in range(2):
+                self.refused = bool(rank and self._odd(0, 1))
                 agent = PrefillAgent(
-                    self.source, MetadataRows([row]), model_hash="m", settings=SETTINGS, bind_host="127.0.0.1",
-                    rank=rank, size=2, logger=mock.Mock(),
+                    self.source, MetadataRows([row]), model_hash="m", bind_host="127.0.0.1",
+                    settings=self._settings() if rank else SETTINGS, rank=rank, size=2, logger=mock.Mock(),
                 )  # fmt: skip
                 self.prefills.append(agent)
-            sliced, hosts = choices.below(2), HOSTS[choices.below(len(HOSTS))]
-            maps = [_projection(rank % 2) if sliced else None for rank in range(len(hosts))]
-            self.decodes = [Decode(rank, maps[rank], hosts) for rank in range(len(hosts))]
+            own = ((16, 8, 16), (16, 0, 8), (0, 0, 0))[self._odd(0, 1, 2)]
+            maps = [_projection(rank % 2, own) if sliced else None for rank in range(len(hosts))]
+            self.decodes = []
+            for rank in range(len(hosts)):
+                self.refused = bool(rank == 1 and self._odd(0, 1))
+                self.decodes.append(Decode(rank, maps[rank], hosts, self._settings() if rank else SETTINGS))
         self.agents: list[Any] = [*self.prefills, *(decode.agent for decode in self.decodes)]
-        self.peers = [(*agent.address, False) for agent in self.prefills]
+        # one of the decode ranks may get all from one prefill rank
+        self.peers = [[(*agent.address, False) for agent in self.prefills] for _ in self.decodes]
+        if whole := self._odd(0, 1, 2):
+            self.peers[1] = [(*agent.address, rank != whole - 1) for rank, agent in enumerate(self.prefills)]
         self.kind = Kind.CUTS
         # rooms that a strange message may have named: their rows may be anything
         self.doubtful: set[int] = set()
+
+    def _odd(self, usual: int, *others: int) -> int:
+        """The usual one, or one of all where ranks differ."""
+        return (usual, *others)[self.choices.below(1 + len(others))] if self.uneven else usual
+
+    def _settings(self) -> Settings:
+        """Of a rank whose chunks are smaller, or those of all."""
+        staging_bytes = self._odd(SETTINGS.staging_bytes, 6000, 4096)
+        return replace(SETTINGS, staging_bytes=staging_bytes)
 
     @contextlib.contextmanager
     def _simulated(self) -> Iterator[None]:
@@ -83,6 +106,8 @@ class Steps(Strange):
         def made(agent: Any, *args: Any) -> None:
             make(agent, *args)
             no_threads(agent)
+            if self.refused:  # the system has no shared memory left
+                agent._make_arena = lambda: None
 
         def make_loop(*args: Any) -> Loop:
             return Loop(self.network)
@@ -181,12 +206,13 @@ class Steps(Strange):
     def _ask(self, decode: Decode, room: int) -> None:
         entry = decode.agent._rooms.get(room)
         if entry is None:
-            decode.agent.open_room(room, self.peers)
+            decode.agent.open_room(room, self.peers[decode.agent.rank])
         elif entry.state is RoomState.WAITING and entry.requested is None:
             pages = _pages(room, len(decode.owned) + 7 * decode.agent.rank)
             taken = np.concatenate([np.empty(0, dtype=np.int32), *decode.owned.values()])
             pages = np.setdiff1d(np.arange(PAGES, dtype=np.int32), taken)[::-1][: pages.size].copy()
             decode.owned[room] = pages
+            decode.poison(room)
             decode.agent.request(room, pages, metadata_row=room, expected_ranks=len(self.decodes))
 
     def send(self) -> None:
@@ -197,13 +223,15 @@ class Steps(Strange):
         self._post()
 
     def _send(self, agent: PrefillAgent, room: int) -> None:
-        """First two pages, then the others: the ranks of one server hand over the same pieces."""
+        """First some pages, then the others: the first rank takes two steps."""
         entry = agent._rooms.get(room)
         if entry is None or entry.state.ended or entry.last:
             return
-        last = entry.tokens > 0
-        pages = _pages(room, 0)[2:] if last else _pages(room, 0)[:2]
-        agent.send(room, pages, last=last, metadata_row=room if last else None)
+        pages, first = _pages(room, 0), self.steps[agent.rank]
+        last = entry.tokens > 0 or first >= pages.size
+        pages = pages[:first] if not entry.tokens else pages[first:]
+        tokens = pages.size * PAGE - room % 2 if last else None  # some requests do not fill their last page
+        agent.send(room, pages, last=last, metadata_row=room if last else None, num_tokens=tokens)
 
     def abort(self) -> None:
         """One rank's scheduler aborts."""
@@ -291,15 +319,19 @@ class Steps(Strange):
 
     def _check_rows(self, decode: Decode, room: int) -> None:
         pages = decode.owned[room]
-        to_slots = torch.from_numpy(decode.pool.slots(pages))
-        from_slots = torch.from_numpy(self.source.slots(_pages(room, 0)))
+        tokens = pages.size * PAGE - room % 2
+        to_slots, rest = torch.from_numpy(decode.pool.slots(pages)).split([tokens, room % 2])
+        from_slots = torch.from_numpy(self.source.slots(_pages(room, 0), tokens))
         for number, (layer, rows) in enumerate(zip(decode.pool.layers, self.source.layers, strict=True)):
             want, got = rows[from_slots], layer[to_slots]
             if decode.projection is not None:
                 z = decode.projection.matrices[number].double()
                 want = torch.cat(((want[:, :LATENT].double() @ z).float(), want[:, LATENT:]), dim=1)
-            if not torch.allclose(want, got, rtol=1e-5, atol=1e-5):
+            near = 1e-5 if decode.projection is not None else 0.0
+            if not torch.allclose(want, got, rtol=near, atol=near):
                 raise Failure(f"room {room} succeeded with wrong rows in layer {number}")
+            if not layer[rest].isnan().all():
+                raise Failure(f"room {room} wrote beyond its tokens in layer {number}")
         if decode.metadata.read(room) != bytes(range(32 * room, 32 * room + 32)):
             raise Failure(f"room {room} succeeded with wrong metadata")
 
@@ -310,11 +342,14 @@ class Steps(Strange):
                 agent._arena.close()
 
 
-def _projection(group: int) -> Projection:
+def _projection(group: int, columns: Sequence[int]) -> Projection:
+    """Of one group, with so many own columns in each layer."""
     common, own = torch.Generator().manual_seed(1), torch.Generator().manual_seed(10 + group)
     matrices = [
-        torch.cat((torch.randn(LATENT, 8, generator=common), torch.randn(LATENT, 16, generator=own)), dim=1)
-        for _ in range(LAYERS)
+        torch.cat(
+            (torch.randn(LATENT, 8, generator=common), torch.randn(LATENT, count, generator=own)), dim=1
+        )
+        for count in columns
     ]
     return Projection(matrices, [8] * LAYERS)
 

@@ -6,7 +6,8 @@ Two prefill ranks (identical copies) serve two or four decode ranks. What must h
 - no exception leaves a handler, and no counter of internal errors moves;
 - staging never exceeds its ceiling, and is never negative;
 - a row of a decode pool changes only while a live room owns its page;
-- a room that succeeds has the source's rows and metadata, to the bit;
+- a room that succeeds has the source's rows and metadata in pages that were poisoned before, whatever the ranks of the
+  prefill server differ in: chunk size, steps, shared memory, shares;
 - honest ranks never find each other breaking the protocol;
 - where connections break and nothing worse happens, every room succeeds; else every room ends in time;
 - after all rooms are closed nothing is held, and the next request is right.
@@ -187,12 +188,14 @@ class Simulation(Steps):
 
 
 @contextlib.contextmanager
-def begun(data: bytes) -> Iterator[Simulation]:
-    """Ranks that have done nothing yet."""
+def begun(data: bytes, sealed: bool = False) -> Iterator[Simulation]:
+    """Ranks that have done nothing yet, with data channels that are sealed or not."""
     clock, choices = Clock(), Choices(data)
     streams = Streams(choices)
     with mock.patch("time.monotonic", clock), streams.in_place():
         simulation = Simulation(choices, clock, streams)
+        for agent in simulation.prefills:
+            agent._doorway.sealed = sealed
         try:
             yield simulation
         finally:
@@ -203,13 +206,13 @@ def simulate(data: bytes, kind: Kind) -> None:
     """Run one case.
 
     Args:
-        data: all decisions.
+        data: all decisions; channels are sealed where its length is odd.
         kind: of what may happen.
 
     Raises:
         Failure: something that must hold did not, or any exception of the agents.
     """
-    with begun(data) as simulation:
+    with begun(data, bool(len(data) % 2)) as simulation:
         simulation.run(kind)
 
 

@@ -143,7 +143,7 @@ def test_prefill_rank_dies_and_comes_back_on_the_same_address(
         stack.callback(child.end)
         decode.agent.open_room(7, [peer], born)  # its other half died with the process before
         assert rig.ended(decode.agent, 7) == RoomState.FAILED
-        assert "restarted after this request came" in decode.agent.failure(7)
+        assert "started after this request came" in decode.agent.failure(7)
         child.say("open 6")
         rig.ask(decode, [peer], 6, rig.pages(1, 60))
         child.say("send 6 last")

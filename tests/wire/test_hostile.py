@@ -136,7 +136,7 @@ def test_another_framing_version_is_refused_at_decode(decode: rig.DecodeRank) ->
         assert decode.agent.stats().refused == 1
 
 
-@pytest.mark.parametrize("versions", [(4, 5), (2, 2)])
+@pytest.mark.parametrize("versions", [(8, 9), (1, 2)])
 def test_protocol_versions_without_a_common_one(
     versions: tuple[int, int], prefill: rig.PrefillRank, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -305,28 +305,86 @@ def test_damaged_replayed_late_and_unordered_chunks(decode: rig.DecodeRank) -> N
     with contextlib.closing(FakePrefill()) as fake:
         late = serve(fake, decode, 1, 4 * ROW)
         decode.agent.close_room(1)
-        request = serve(fake, decode, 1, 12 * ROW)
-        payload, other = (bytes(range(256)) * 4)[: 4 * ROW], bytes(4 * ROW)
+        request = serve(fake, decode, 1, 36 * ROW)
+        payload, other = (bytes(range(256)) * 8)[: 12 * ROW], bytes(12 * ROW)
         fake.say(chunk(late, other), other)  # of the generation before
-        fake.say(chunk(request, payload, 1, checksum=DIGEST, first_token=4), payload)
+        whole = {"layers": rig.LAYERS, "first_token": 4}
+        fake.say(chunk(request, payload, 1, checksum=DIGEST, **whole), payload)
         assert fake.expect(frames.Nack) == frames.Nack(1, request.generation, 0, 1)
-        fake.say(frames.Want(1, request.generation, 16 * ROW))
+        fake.say(frames.Want(1, request.generation, 48 * ROW))
         fake.expect(frames.Credit)
-        fake.say(chunk(request, payload, 1, first_token=4), payload)
+        fake.say(chunk(request, payload, 1, **whole), payload)
         fake.expect(frames.Ack)
-        fake.say(chunk(request, other, 1, first_token=4), other)  # again, with other rows
-        fake.say(chunk(request, payload, 0), payload)
+        fake.say(chunk(request, other, 1, **whole), other)  # again, with other rows
+        fake.say(chunk(request, payload, 0, layers=rig.LAYERS), payload)
         fake.expect(frames.Ack)
         row = bytes(sum(rig.ITEM_BYTES))
         fake.say(frames.Finish(1, request.generation, 2, 8, frames.checksum(row)), row)
         fake.expect(frames.Done)
         assert rig.ended(decode.agent, 1) == RoomState.SUCCESS
         slots = decode.pool.slots(rig.pages(1, 2))
-        got = decode.pool.layers[0][slots].view(torch.uint8).numpy().tobytes()
-        assert got == payload * 2
+        for layer in range(rig.LAYERS):
+            got = decode.pool.layers[layer][slots].view(torch.uint8).numpy().tobytes()
+            assert got == payload[4 * layer * ROW :][: 4 * ROW] * 2
         stats = decode.agent.stats()
         assert (stats.checksum_failures, stats.late_dropped, stats.replays_dropped) == (1, 1, 1)
         assert stats.staging_used_bytes == 0
+
+
+ALL = {"layers": rig.LAYERS}
+
+
+@pytest.mark.parametrize(
+    ("chunks", "announced", "said"),
+    [
+        (
+            [(4, ALL)],
+            1,
+            "12 of 24 rows were not among the chunks that the prefill ranks announced (first: row of",
+        ),
+        ([(4, ALL)], 1, "row of layer 0, token 4)"),
+        ([(4, ALL), (4, {"layers": 2, "first_token": 4})], 2, "4 of 24 rows were not among"),
+        (
+            [(8, ALL), (1, {"first_token": 7})],
+            2,
+            "covers the row of layer 0, token 7, which another chunk had",
+        ),
+        ([(4, ALL), (8, ALL)], 2, "covers the row of layer 0, token 0, which another chunk had"),
+        ([], 0, "24 of 24 rows were not among the chunks"),
+    ],
+)
+def test_chunks_that_are_not_the_request_once_fail_its_room(
+    chunks: list[tuple[int, dict[str, int]]], announced: int, said: str, decode: rig.DecodeRank
+) -> None:
+    """Each is sound for itself, and their number is what Finish says."""
+    row = bytes(sum(rig.ITEM_BYTES))
+    with contextlib.closing(FakePrefill()) as fake:
+        request = serve(fake, decode, 1, 48 * ROW)
+        fake.say(frames.Finish(1, request.generation, announced, 8, frames.checksum(row)), row)
+        for sequence, (tokens, changes) in enumerate(chunks):
+            payload = bytes(tokens * changes.get("layers", 1) * ROW)
+            fake.say(chunk(request, payload, sequence, tokens=tokens, **changes), payload)
+        assert rig.ended(decode.agent, 1) == RoomState.FAILED
+        assert said in decode.agent.failure(1)
+        assert said in fake.expect(frames.Abort).reason
+
+
+def test_a_damaged_chunk_that_comes_again_for_other_rows_fails_its_room(decode: rig.DecodeRank) -> None:
+    with contextlib.closing(FakePrefill()) as fake:
+        request, payload = serve(fake, decode, 1, 12 * ROW), bytes(4 * ROW)
+        fake.say(chunk(request, payload, checksum=DIGEST), payload)
+        fake.expect(frames.Nack)
+        fake.say(chunk(request, payload, first_token=4), payload)
+        assert rig.ended(decode.agent, 1) == RoomState.FAILED
+        assert "anew for other rows" in decode.agent.failure(1)
+
+
+def test_a_metadata_row_must_come(decode: rig.DecodeRank) -> None:
+    with contextlib.closing(FakePrefill()) as fake:
+        request = serve(fake, decode, 1, 4 * ROW)
+        fake.say(frames.Finish(1, request.generation, 0, 8, frames.checksum(b"")), b"")
+        assert rig.ended(decode.agent, 1) == RoomState.FAILED
+        assert f"a metadata row of 0 bytes where {sum(rig.ITEM_BYTES)} were due" in decode.agent.failure(1)
 
 
 def test_metadata_that_does_not_match_fails_its_room(decode: rig.DecodeRank) -> None:

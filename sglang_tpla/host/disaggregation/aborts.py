@@ -26,7 +26,10 @@ def abort(original: Callable[..., Any], self: Any, recv_req: Any) -> Any:
                 others.append(req)
                 req.rid = SHIELD + req.rid
     try:
-        drop_waiting(self, recv_req)
+        if not hasattr(
+            self, "release_aborted_prefill_waiting_req"
+        ):  # later releases abort the sender themselves
+            drop_waiting(self, recv_req)
         return original(self, recv_req)
     finally:
         for req in others:

@@ -17,9 +17,10 @@ from sglang_tpla.cache_rows.fp8 import FP8
 from sglang_tpla.cache_rows.row_format import RowFormat
 from sglang_tpla.config import ConfigError
 from sglang_tpla.host import compat
-from sglang_tpla.transfer.room import CachePool, MetadataRows
+from sglang_tpla.transfer.room import NO_LIMITS, CachePool, Limits, MetadataRows
 
 FP8_CACHE = "fp8_e4m3"  # --kv-cache-dtype of a decode server with FP8 rows
+RESERVED_INPUT_TOKENS = 5  # SGLang refuses a prompt that leaves fewer
 CACHE_DTYPES = {
     "bf16": torch.bfloat16,
     "bfloat16": torch.bfloat16,
@@ -88,6 +89,27 @@ def cache_pool(kv_args: Any, server_args: Any) -> CachePool:
     return CachePool(
         layers, text.kv_lora_rank, text.qk_rope_head_dim, kv_args.page_size, row_format=row_format
     )
+
+
+def prompt_limits(kv_args: Any, server_args: Any) -> Limits:
+    """How long a prompt the scheduler of this rank takes (``get_worker_info`` in ``managers/tp_worker.py``; on decode
+    also ``_check_if_req_exceed_kv_capacity`` with what a request must find free beside its prompt).
+    """
+    if server_args.allow_auto_truncate:
+        return NO_LIMITS
+    page = kv_args.page_size
+    pool_tokens = (
+        min(
+            nbytes // item * page
+            for nbytes, item in zip(kv_args.kv_data_lens, kv_args.kv_item_lens, strict=True)
+        )
+        - page
+    )  # the first page is nobody's
+    longest = pool_tokens - 1 - RESERVED_INPUT_TOKENS - 1
+    if server_args.disaggregation_mode == "decode":
+        longest = min(longest, pool_tokens - server_args.num_reserved_decode_tokens)
+    context_tokens = server_args.get_model_config().context_len - 1 - RESERVED_INPUT_TOKENS - 1
+    return Limits(max(1, context_tokens), max(1, longest))
 
 
 def metadata_rows(kv_args: Any) -> MetadataRows:

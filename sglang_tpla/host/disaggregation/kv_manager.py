@@ -25,9 +25,10 @@ from sglang.srt.disaggregation.common.conn import (
     KVTransferError,
 )
 from sglang.srt.disaggregation.utils import DisaggregationMode
+from sglang.srt.utils.network import NetworkAddress
 
 from sglang_tpla.host.disaggregation.bootstrap_server import registration
-from sglang_tpla.host.disaggregation.engine_memory import cache_pool, metadata_rows
+from sglang_tpla.host.disaggregation.engine_memory import cache_pool, metadata_rows, prompt_limits
 from sglang_tpla.host.disaggregation.prefill_lookup import (
     Lookups,
     Place,
@@ -70,6 +71,7 @@ class TplaKVManager(CommonKVManager):
         self._lost_peers: deque[tuple[str, int]] = deque()
         self._watched: tuple[int, float] = (-1, 0.0)  # a room that is asked for, and when it last was
         self.rooms_taken: set[int] = set()  # from a request's opening of its room to the end of the request
+        self.prompts: dict[int, int] = {}  # tokens of requests whose rooms are about to be opened, by room
         self._lookups = Lookups(self._look_up)
         self.unanswered: OrderedDict[str, str] = (
             OrderedDict()
@@ -107,6 +109,7 @@ class TplaKVManager(CommonKVManager):
             size=self.attn_tp_size,
             bind_port=settings().listen_port and settings().listen_port + 2 * self._place,
             advertised_port=settings().advertised(self._place, ("", 0))[1],
+            limits=prompt_limits(self.kv_args, self.server_args),
         )
         self.local_ip, self.rank_port = settings().advertised(self._place, self.agent.address)
         self._registrar = registration(self)
@@ -138,6 +141,7 @@ class TplaKVManager(CommonKVManager):
             rank=self.attn_tp_rank,
             size=self.attn_tp_size,
             groups=settings().groups,
+            limits=prompt_limits(self.kv_args, self.server_args),
         )
         # Called from the agent's thread, while the scheduler may be between a look and a read of the same tables.
         agent.on_peer_lost = lambda host, port: self._lost_peers.append((host, port))
@@ -156,6 +160,24 @@ class TplaKVManager(CommonKVManager):
             now = time.monotonic()
         if room == watched or now - before > IDLE_PASS_S:
             self._watched = room, now
+
+    def decline(self, req: Any, reason: str) -> None:
+        """This server refused a request before it had a sender or receiver: the other side need not wait for it."""
+        room = req.bootstrap_room
+        try:
+            if self.disaggregation_mode == DisaggregationMode.PREFILL:
+                self.agent.decline(room, reason)
+                return
+            known = self.rank_addresses.get(
+                NetworkAddress(req.bootstrap_host, req.bootstrap_port).to_host_port_str()
+            )
+            peers = {(info["rank_ip"], info["rank_port"], False) for info in (known or {}).values()}
+            if peers:  # else its rank waits for room_timeout_s
+                self.agent.open_room(room, sorted(peers))
+                self.agent.abort(room, reason)
+                self.agent.close_room(room)
+        except TransferError as error:
+            logger.error("room %s: %s", room, error)
 
     def forget_lost_peers(self) -> None:
         """Drop cached addresses of lost prefill ranks, so that the next request asks their bootstrap server anew."""
@@ -309,6 +331,8 @@ class _Request:
 class TplaKVSender(_Request, CommonKVSender):
     """One request on a prefill rank."""
 
+    _early_send_wait_event: Any = None
+
     def __init__(
         self,
         mgr: TplaKVManager,
@@ -319,14 +343,18 @@ class TplaKVSender(_Request, CommonKVSender):
     ) -> None:
         super().__init__(mgr, bootstrap_addr, bootstrap_room, *args, **kwargs)
         self.init_time = time.time()
-        self._open()
+        self._open(mgr.prompts.pop(bootstrap_room, 0))
 
     def pop_decode_prefix_len(self) -> int:
         """Tokens that the decode side has already."""
         return self.kv_mgr.agent.prefix_tokens(self.bootstrap_room)
 
     def send(self, kv_indices: Any, state_indices: Any = None, num_kv_tokens: int | None = None) -> None:
-        """Hand the next pages to the agent; the last call takes the metadata row along."""
+        """Hand the next pages to the agent; the last call takes the metadata row along.
+
+        A cached prefix that is sent ahead may still be written by the step before: SGLang leaves an event here.
+        """
+        after, self._early_send_wait_event = self._early_send_wait_event, None
         self.curr_idx += len(kv_indices)
         last = self.curr_idx == self.num_kv_indices
         self._ask(
@@ -336,6 +364,7 @@ class TplaKVSender(_Request, CommonKVSender):
             last=last,
             metadata_row=self.aux_index if last else None,
             num_tokens=num_kv_tokens,
+            after=after,
         )
 
     def poll(self) -> Any:
@@ -362,11 +391,16 @@ class TplaKVSender(_Request, CommonKVSender):
             super().clear()
 
     def abort(self) -> None:
-        """The client gave up."""
-        if self._owner:
-            super().abort()
+        """The client gave up.
+
+        Nothing stays under the room's number: later releases of SGLang abort a waiting request's sender and never
+        clear it, and a number whose last request failed would fail the next one.
+        """
+        self._reason = self._reason or "Aborted by AbortReq."
+        self._end(self._reason)
+        self.clear()
+        self._owner = False
         self.conclude_state = KVPoll.Failed
-        self._end("Aborted by AbortReq.")
 
 
 class TplaKVReceiver(_Request, CommonKVReceiver):
@@ -374,9 +408,18 @@ class TplaKVReceiver(_Request, CommonKVReceiver):
 
     def __init__(self, mgr: TplaKVManager, bootstrap_addr: str, bootstrap_room: int | None = None) -> None:
         self.bootstrap_infos = None
-        self._born = time.monotonic()
+        self._born, self._prompt_tokens = time.monotonic(), mgr.prompts.pop(bootstrap_room or 0, 0)
         mgr.forget_lost_peers()
         super().__init__(mgr, bootstrap_addr, bootstrap_room)
+
+    def init(self, prefill_dp_rank: int) -> None:
+        """The prefill ranks are known: open the room, so that they hear that this request waits here for pages."""
+        super().init(prefill_dp_rank)
+        if self.conclude_state is None and self.bootstrap_infos is not None:
+            peers = [
+                (info["rank_ip"], info["rank_port"], bool(info["is_dummy"])) for info in self.bootstrap_infos
+            ]
+            self._open(peers, self._born, self._prompt_tokens)
 
     def _get_bootstrap_info_from_server(
         self, prefill_dp_rank: int, prefill_cp_rank: int, target_tp_rank: int, target_pp_rank: int
@@ -419,10 +462,6 @@ class TplaKVReceiver(_Request, CommonKVReceiver):
             )
             self.kv_mgr.update_status(self.bootstrap_room, KVPoll.Failed)
             return
-        peers = [
-            (info["rank_ip"], info["rank_port"], bool(info["is_dummy"])) for info in self.bootstrap_infos
-        ]
-        self._open(peers, self._born)
         if self._opened:
             self._ask(
                 self.kv_mgr.agent.request,

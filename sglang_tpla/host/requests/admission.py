@@ -14,6 +14,7 @@ from typing import Any
 from sglang.srt.disaggregation.utils import DisaggregationMode, prepare_abort
 from sglang.srt.managers.io_struct import AbortReq
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
+from sglang.srt.utils.network import NetworkAddress
 
 logger = logging.getLogger(__name__)
 
@@ -27,11 +28,16 @@ def admit(original: Callable[..., None], self: Any, req: Any, is_retracted: bool
     if isinstance(req.to_finish, FINISH_ABORT):
         reason, status = req.to_finish.message, req.to_finish.status_code or status
     elif self.disaggregation_mode == DisaggregationMode.DECODE:
-        reason = never_fits(self.disagg_decode_prealloc_queue, req)
+        queue = self.disagg_decode_prealloc_queue
+        reason = never_fits(queue, req) or no_such_rank(queue, req)
     if reason is None:
         original(self, req)
         return
     logger.error("%s, %s", reason, req.rid)
+    if hasattr(
+        self, "_release_aborted_request"
+    ):  # later releases keep inputs and cache handles for a request
+        self._release_aborted_request(req)
     prepare_abort(req, reason, status_code=status)
     self.output_streamer.stream_output([req], req.return_logprob)
 
@@ -52,10 +58,22 @@ def never_fits(queue: Any, req: Any) -> str | None:
     )
 
 
-def handle(original: Callable[..., None], self: Any, recv_req: Any) -> None:
+def no_such_rank(queue: Any, req: Any) -> str | None:
+    """Why the data-parallel rank of prefill that a request names cannot have its cache, or None as far as is known."""
+    rank, host = req.disagg_prefill_dp_rank, req.bootstrap_host
+    if rank is None or host is None:
+        return None
+    address = NetworkAddress(host, req.bootstrap_port).to_host_port_str()
+    info = queue.kv_manager.prefill_info_table.get(address)
+    if info is None or 0 <= rank < info.dp_size:
+        return None
+    return f"disagg_prefill_dp_rank must lie in 0...{info.dp_size - 1} for the prefill server {address}; got {rank}"
+
+
+def handle(original: Callable[..., None], self: Any, recv_req: Any, **kwargs: Any) -> None:
     """Around ``Scheduler.handle_generate_request``: an error over one request is that request's."""
     try:
-        original(self, recv_req)
+        original(self, recv_req, **kwargs)
     except Exception as error:
         logger.exception("request %s ends here", recv_req.rid)
         reason = {

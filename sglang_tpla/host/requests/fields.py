@@ -47,11 +47,13 @@ class Limits:
     Args:
         vocab: tokens of the model.
         top_logprobs: alternatives of one token that the metadata row holds.
+        data_parallel: ranks that a request may name as those of its prefill server.
         own_host: the host with which a server marks the requests that it sends to itself.
     """
 
     vocab: int
     top_logprobs: int
+    data_parallel: int
     own_host: str
 
     def __post_init__(self) -> None:
@@ -116,6 +118,8 @@ def check_transfer(item: Any, limits: Limits) -> None:
             f"room ({FIRST_ROOM} to {LAST_ROOM}) to a prefill and a decode server"
         )
     within("bootstrap_room", item.bootstrap_room, FIRST_ROOM, LAST_ROOM)
+    if item.disagg_prefill_dp_rank is not None:
+        within("disagg_prefill_dp_rank", item.disagg_prefill_dp_rank, 0, limits.data_parallel - 1)
     if item.bootstrap_port is not None:
         within("bootstrap_port", item.bootstrap_port, 1, 65535)
     if item.bootstrap_host is None:

@@ -13,10 +13,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from sglang_tpla.transfer.decode.coverage import Coverage
 from sglang_tpla.transfer.decode.receiver import DecodeScattering
 from sglang_tpla.transfer.decode.state import Link, Room, Source
 from sglang_tpla.transfer.memory.iovec import Slots
-from sglang_tpla.transfer.room import AgentStats, TransferError, TransferMetric
+from sglang_tpla.transfer.room import AgentStats, TransferError, TransferMetric, check_room
 from sglang_tpla.transfer.workers import seconds_since
 
 
@@ -36,16 +37,24 @@ class DecodeAgent(DecodeScattering):
             self._check_alive()
             self._connection((host, port))
 
-    def open_room(self, room: int, peers: Sequence[tuple[str, int, bool]], born: float | None = None) -> None:
+    def open_room(
+        self,
+        room: int,
+        peers: Sequence[tuple[str, int, bool]],
+        born: float | None = None,
+        prompt_tokens: int = 0,
+    ) -> None:
         """Begin a new generation of a room with prefill ranks ``(host, port, is_dummy)``; connects where
         needed.
 
         Args:
-            born: when its request came (`time.monotonic`; None: now); it fails where a prefill rank restarted later.
+            born: when its request came (`time.monotonic`; None: now); it fails where a prefill rank began later.
+            prompt_tokens: of the whole request (0: not known); it fails where a prefill rank cannot take as many.
 
         Raises:
-            TransferError: no peers, all of them dummies, or the room is open and has not ended.
+            TransferError: no peers, all of them dummies, the room is open and has not ended, or its id is out of range.
         """
+        check_room(room)
         with self._lock:
             self._check_alive()
             if all(dummy for _, _, dummy in peers):
@@ -61,7 +70,7 @@ class DecodeAgent(DecodeScattering):
                 (host, port): Source(self._connection((host, port)), dummy) for host, port, dummy in peers
             }
             entry = self._rooms[room] = Room(
-                room, self._generation, sources, now if born is None else born, now
+                room, self._generation, sources, now if born is None else born, prompt_tokens, now
             )
             self._advance(entry)
 
@@ -101,6 +110,9 @@ class DecodeAgent(DecodeScattering):
                 raise TransferError(f"room {room} was asked for already on decode rank {self._rank}")
             entry.slots, entry.metadata_row, entry.expected_ranks = Slots(slots), metadata_row, expected_ranks
             entry.prefix_tokens, entry.num_tokens = prefix_tokens, -1 if num_tokens is None else num_tokens
+            entry.coverage = Coverage(
+                len(self._pool.layers), slots.size, self._part_items, self._pool.first_layer
+            )
             entry.requested = entry.progress = time.monotonic()
             self._advance(entry)
 

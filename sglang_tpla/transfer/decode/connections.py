@@ -9,7 +9,6 @@ import time
 import uuid
 import weakref
 from abc import abstractmethod
-from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
 
@@ -27,10 +26,11 @@ from sglang_tpla.transfer.memory.shared_memory import map_arena
 from sglang_tpla.transfer.memory.staging import Staging, pin, unpin
 from sglang_tpla.transfer.network.data_channel import Spares
 from sglang_tpla.transfer.network.security import Security
-from sglang_tpla.transfer.room import CachePool, MetadataRows, TransferError
-from sglang_tpla.transfer.workers import endpoint, remember
+from sglang_tpla.transfer.room import NO_LIMITS, CachePool, Limits, MetadataRows, TransferError
+from sglang_tpla.transfer.workers import endpoint
 
 MAX_UNANSWERED = 3
+WELCOME_DELAY_S = 1.0  # that a Welcome may have been on its way
 
 
 class DecodeDialing(DecodeChannels):
@@ -50,12 +50,14 @@ class DecodeDialing(DecodeChannels):
         size: int,
         groups: int,
         host_id: str | None = None,
+        limits: Limits = NO_LIMITS,
         security: Security | None = None,
         logger: logging.Logger | None = None,
     ) -> None:
         self._security = security if security is not None else Security.from_environment(self.role)
         super().__init__(settings, rank, size, logger, pool.device.type)
         self._pool, self._metadata, self._projection, self._groups = pool, metadata, projection, groups
+        self._limits = limits
         first, widths = pool.first_layer, pool.widths
         if projection is not None and (
             projection.widths != widths
@@ -101,8 +103,6 @@ class DecodeDialing(DecodeChannels):
             arena=self._arena.announcement if self._arena is not None else None,
         )
         self._connections: dict[Address, Connection] = {}
-        # who last was at an address (agent), and until when it is known to have lived
-        self._former: OrderedDict[Address, tuple[str, float]] = OrderedDict()
         self._maps: dict[bytes, memoryview | None] = {}  # by cookie: arenas that were mapped, or could not be
         self.on_peer_lost: Callable[[str, int], None] | None = None
         self._spares = Spares()
@@ -175,7 +175,6 @@ class DecodeDialing(DecodeChannels):
             first = connection.broken_since is None
             if first:
                 connection.broken_since = time.monotonic()
-                self._note_end(connection, connection.broken_since)
         self._hang_up(connection)  # the next tick dials anew, under another identity
         if first:
             self._log.warning("decode rank %d: the %s broke the connection", self._rank, connection.name)
@@ -186,8 +185,6 @@ class DecodeDialing(DecodeChannels):
         with self._lock:
             if connection.link in (Link.LOST, Link.REFUSED):
                 return
-            if connection.broken_since is None:
-                self._note_end(connection, connection.last_seen)
             connection.link, connection.reason, connection.last_seen = link, reason, time.monotonic()
             self._counts["refused" if link is Link.REFUSED else "peers_lost"] += 1
             if link is Link.LOST and self._connections.get(connection.address) is connection:
@@ -199,11 +196,6 @@ class DecodeDialing(DecodeChannels):
         self._drop_rooms(connection, reason)
         if link is Link.LOST and connection.broken_since is None:
             self._tell_lost(connection)
-
-    def _note_end(self, connection: Connection, lived: float) -> None:
-        """Who was at an address: another one there knows nothing of the requests that came before. Under the lock."""
-        if connection.agent:
-            remember(self._former, connection.address, (connection.agent, lived))
 
     def _refuse_version(self, connection: Connection, reason: str) -> None:
         self._give_up(
@@ -315,11 +307,15 @@ class DecodeDialing(DecodeChannels):
     def _welcomed(self, connection: Connection, message: frames.Welcome) -> None:
         if connection.agent not in ("", message.agent):
             self._drop_rooms(connection, f"the {connection.name} restarted; the request can be retried")
-            connection.ends.clear()  # the new process has no such rooms
-        former, lived = self._former.get(connection.address, ("", 0.0))
-        if former not in ("", message.agent):
-            connection.replaced = lived
+            connection.said.clear()  # the new process has no such rooms
+        # what came before it began it knows nothing of; an answer that was long on its way makes it look younger
+        began = time.monotonic() - message.age_ms / 1000 - WELCOME_DELAY_S
+        connection.began = min(connection.began, began) if connection.agent == message.agent else began
+        connection.limits = Limits(message.context_tokens, message.pool_tokens)
         connection.agent = message.agent
+        self._send_now(
+            connection, frames.Capacity(self._limits.context_tokens, self._limits.pool_tokens), None
+        )
         connection.layers = (message.first_layer, message.layers)
         near = message.arena is not None and message.host == self._host
         self._map_all(connection, 0, (message.arena,) if near and message.arena is not None else ())
@@ -412,7 +408,7 @@ class DecodeDialing(DecodeChannels):
 
     def _tell_end(self, connection: Connection, message: frames.Done | frames.Abort) -> None:
         """Say how a room ended; once more when the connection is back, if it breaks soon. Any thread."""
-        connection.ends.append((message, time.monotonic()))
+        connection.said.append((message, time.monotonic()))
         self._put(connection, message)
 
     def _put(self, connection: Connection, message: frames.Message) -> None:

@@ -164,12 +164,18 @@ class DecodeScattering(DecodeFetching):
         with self._work:
             if entry.state.ended or not all(source.complete for source in entry.sources.values()):
                 return
-            rows = [source.metadata for source in entry.sources.values() if source.metadata]
+            sending = [source for source in entry.sources.values() if not source.dummy]
+            missing = (
+                entry.coverage.missing(sending[0].tokens) if entry.coverage is not None else "never asked"
+            )
+        if missing:
+            self._fail_from_io(entry, missing)
+            return
         with entry.writes.one(last=True) as allowed:  # all else that was due has been written
             if not allowed:
                 return
-            if rows:
-                self._metadata.write(entry.metadata_row, rows[-1])
+            if self._metadata.buffers:
+                self._metadata.write(entry.metadata_row, sending[-1].metadata)
         with self._work:
             if entry.state.ended:
                 return

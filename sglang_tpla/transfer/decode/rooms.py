@@ -119,7 +119,9 @@ class DecodeFetching(DecodeDialing):
                 self._take_replay(entry, source, chunk, credit_bytes)
                 return
             layers = self._layers_of(chunk)
-            wrong = self._wrong_chunk(entry, source, chunk, layers, payload.nbytes, credit_bytes)
+            wrong = self._wrong_chunk(
+                entry, source, chunk, layers, payload.nbytes, credit_bytes
+            ) or self._claim(entry, source, chunk, layers)
             if not wrong:
                 source.pending.add(key)
                 source.received_bytes += credit_bytes
@@ -158,7 +160,7 @@ class DecodeFetching(DecodeDialing):
                 return None
             spans = entry.slots.spans(chunk.first_token, chunk.tokens)
             pieces = self._writer.pieces(layers, spans, Part(chunk.part))
-            if pieces is None:
+            if pieces is None or self._claim(entry, source, chunk, layers):
                 return None
             source.pending.add(key)
             source.received_bytes += size_bytes
@@ -210,18 +212,43 @@ class DecodeFetching(DecodeDialing):
             return f"beyond its credit of {source.granted_bytes} bytes"
         return ""
 
+    def _claim(self, entry: Room, source: Source, chunk: frames.Chunk | frames.Share, layers: range) -> str:
+        """What is wrong with the rows that a chunk says it has: no other has them, and it has the same each time."""
+        assert entry.coverage is not None
+        key = (chunk.part, chunk.sequence)
+        rows = (chunk.first_layer, chunk.layers, chunk.first_token, chunk.tokens)
+        before = source.claims.get(key)
+        if before is not None:
+            return "" if before == rows else f"anew for other rows (layers, tokens: {rows} after {before})"
+        if source.chunks is not None and len(source.claims) >= source.chunks:
+            return f"beyond the {source.chunks} that it had announced"
+        wrong = entry.coverage.claim(layers, chunk.first_token, chunk.tokens, Part(chunk.part))
+        if not wrong:
+            source.claims[key] = rows
+        return wrong
+
+    def _part_items(self, layer: int, part: Part) -> int:
+        """Items of one part of a row of a layer."""
+        return sum(stop - start for start, stop in self._writer.columns(layer, self._shared[layer], part))
+
     def _take_finish(self, entry: Room, source: Source, message: frames.Finish, payload: memoryview) -> None:
         metadata = bytes(payload)
         pages = -(-message.tokens // self._pool.page_size)
         wrong = ""
         if frames.checksum(metadata) != message.checksum:
             wrong = "metadata that does not match its checksum"
-        elif metadata and len(metadata) != self._metadata.row_bytes:
+        elif len(metadata) != self._metadata.row_bytes:
             wrong = f"a metadata row of {len(metadata)} bytes where {self._metadata.row_bytes} were due"
         elif pages * self._pool.page_size != len(entry.slots) or entry.num_tokens not in (-1, message.tokens):
             part = f"{len(entry.slots)} or a part of the last page"
             asked = entry.num_tokens if entry.num_tokens >= 0 else part
             wrong = f"{message.tokens} tokens where {asked} were asked for"
+        elif len(source.claims) > message.chunks:
+            wrong = f"{message.chunks} chunks after {len(source.claims)} had come"
+        elif told := [
+            s for s in entry.sources.values() if s.chunks is not None and s.tokens != message.tokens
+        ]:
+            wrong = f"{message.tokens} tokens where the {told[0].connection.name} had {told[0].tokens}"
         if wrong:
             self._fail_from_io(entry, f"{source.connection.name} finished with {wrong}")
             return
@@ -256,7 +283,7 @@ class DecodeFetching(DecodeDialing):
     def _resume(self, connection: Connection) -> None:
         """Go on with the rooms of a connection that was broken. Under the lock."""
         now = time.monotonic()
-        for message, when in connection.ends:
+        for message, when in connection.said:
             if now - when < 2 * self._settings.peer_timeout_s:  # it may have been lost
                 self._put(connection, message)
         self._release([offset for offset, kept in self._kept.items() if kept.connection is connection])
@@ -289,10 +316,14 @@ class DecodeFetching(DecodeDialing):
             if source.connection.link in (Link.REFUSED, Link.LOST):
                 self._fail(entry, source.connection.reason)
                 return
-            if not source.asked and entry.born < source.connection.replaced:
-                # its other half went to the process before, and nobody would answer until the deadline
-                name = source.connection.name
-                self._fail(entry, f"the {name} restarted after this request came; the request can be retried")
+            connection, linked = source.connection, source.connection.link is Link.REGISTERED
+            if linked and not source.asked and entry.born < connection.began:
+                # its other half went to a process before, or to none, and nobody would answer until the deadline
+                why = f"the {connection.name} started after this request came; the request can be retried"
+                self._fail(entry, why)
+                return
+            if linked and (wrong := connection.limits.objection(entry.prompt_tokens)):
+                self._fail(entry, f"the {connection.name} cannot serve this request: {wrong}")
                 return
         ready = all(source.connection.link is Link.REGISTERED for source in real)
         if entry.state is RoomState.BOOTSTRAPPING and ready:
@@ -313,7 +344,14 @@ class DecodeFetching(DecodeDialing):
                 )
                 if not source.dummy:
                     source.share = (alike.index(source.connection.address), len(alike))
-                self._put(source.connection, self._request_message(entry, source))
+                request = self._request_message(entry, source)
+                self._put(source.connection, request)
+                if (
+                    source.dummy
+                ):  # the room does not wait for it, and may have ended when the connection is back
+                    source.connection.said.append((request, time.monotonic()))
+                    self._completed.append(entry)
+                    self._work.notify()
 
     def _request_message(self, entry: Room, source: Source) -> frames.Request:
         return frames.Request(
@@ -418,6 +456,20 @@ class DecodeFetching(DecodeDialing):
 
     # Time (I/O thread)
 
+    def _name_expected(self, now: float) -> None:
+        """Tell prefill ranks which rooms wait for pages here: they give up others sooner. Under the lock."""
+        waiting: dict[int, tuple[Connection, list[int]]] = {}
+        for entry in self._rooms.values():
+            for source in entry.sources.values():
+                due = now - source.connection.told_at >= self._settings.heartbeat_s
+                if due and not (source.asked or entry.state.ended):
+                    waiting.setdefault(id(source.connection), (source.connection, []))[1].append(entry.room)
+        for connection, rooms in waiting.values():
+            if connection.link is Link.REGISTERED:
+                connection.told_at = now
+                for start in range(0, len(rooms), frames.MAX_ROOMS):
+                    self._put(connection, frames.Expected(tuple(rooms[start : start + frames.MAX_ROOMS])))
+
     def _tick(self) -> None:
         now = time.monotonic()
         patience = self._settings.transfer_timeout_s
@@ -429,6 +481,7 @@ class DecodeFetching(DecodeDialing):
             ]
             # what said that nobody reads these any more was lost; who does all the same asks for them again
             self._release([offset for offset, kept in self._kept.items() if now - kept.since > patience])
+            self._name_expected(now)
         self._expire_connections(now)
         for entry in late:
             self._fail_from_io(entry, f"no progress for {patience:g} s in {entry.state.name}")

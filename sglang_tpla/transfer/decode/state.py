@@ -15,10 +15,11 @@ import numpy as np
 import zmq
 
 from sglang_tpla.transfer import messages as frames
+from sglang_tpla.transfer.decode.coverage import Coverage
 from sglang_tpla.transfer.memory.iovec import Slots
 from sglang_tpla.transfer.memory.staging import Slot
 from sglang_tpla.transfer.network.data_channel import Inbox
-from sglang_tpla.transfer.room import RoomState
+from sglang_tpla.transfer.room import NO_LIMITS, Limits, RoomState
 
 Address = tuple[str, int]
 ChunkId = tuple[int, int]  # part, sequence
@@ -50,12 +51,14 @@ class Connection:
     link: Link = Link.CONNECTING
     reason: str = ""
     agent: str = ""
-    replaced: float = 0.0  # when another process was last known to live at this address
+    began: float = 0.0  # when the prefill agent did, by this process's clock
+    limits: Limits = NO_LIMITS  # of the prefill rank
+    told_at: float = 0.0  # when it was last told which rooms wait here
     layers: tuple[int, int] = (0, 0)  # first layer and number of layers that the prefill rank holds
     unanswered: int = 0  # times that it broke before the prefill rank had ever answered
     broken_since: float | None = None  # monotonic; None while the connection holds
-    # what the prefill rank was told of the ends of rooms, and when
-    ends: deque[tuple[frames.Done | frames.Abort, float]] = field(default_factory=lambda: deque(maxlen=1024))
+    # what the prefill rank was told of rooms that have ended, and when: it is said again when the connection is back
+    said: deque[tuple[frames.Message, float]] = field(default_factory=lambda: deque(maxlen=1024))
     arenas: dict[str, memoryview] = field(default_factory=dict)  # by agent: its own and the neighbours'
     last_ping: float = 0.0
     pings: int = 0
@@ -80,6 +83,9 @@ class Source:
     released_bytes: int = 0
     pending: set[ChunkId] = field(default_factory=set)
     applied: set[ChunkId] = field(default_factory=set)
+    claims: dict[ChunkId, tuple[int, int, int, int]] = field(
+        default_factory=dict
+    )  # each chunk's layers and tokens
     chunks: int | None = None
     tokens: int = 0
     metadata: bytes = b""
@@ -91,8 +97,10 @@ class Source:
 
     @property
     def complete(self) -> bool:
-        """True when every announced chunk is in the pool."""
-        return self.dummy or (self.chunks is not None and len(self.applied) == self.chunks)
+        """True when every announced chunk is in the pool, and no other chunk has begun to come; a dummy was asked."""
+        if self.dummy:
+            return self.asked or self.connection.link in (Link.LOST, Link.REFUSED)
+        return self.chunks is not None and len(self.applied) == len(self.claims) == self.chunks
 
 
 class Writes:
@@ -132,6 +140,7 @@ class Room:
     generation: int
     sources: dict[Address, Source]
     born: float  # when its request came
+    prompt_tokens: int  # of the whole request; 0: not known
     progress: float  # when rows were asked for, or a chunk last came that was not there
     state: RoomState = RoomState.BOOTSTRAPPING
     reason: str = ""
@@ -140,6 +149,7 @@ class Room:
     expected_ranks: int = 1
     prefix_tokens: int = 0
     num_tokens: int = -1
+    coverage: Coverage | None = None  # from the request on
     requested: float | None = None
     ended: float | None = None
     wire_bytes: int = 0

@@ -119,13 +119,22 @@ class RowReader:
         self._rows = None if self._stream else [byte_rows(layer) for layer in pool.layers]
         self._dense = _dense(self._rows)
 
-    def ready_event(self) -> Any:
-        """On a GPU, an event after all that the calling thread has queued so far; else None."""
+    def ready_events(self, after: Any) -> tuple[Any, ...]:
+        """Events before which rows must not be read: on a GPU one after all that the calling thread has queued so far,
+        and ``after``, if there is one.
+        """
+        events: tuple[Any, ...] = () if after is None else (after,)
+        if self._stream is not None:
+            event = torch.cuda.Event()
+            event.record(torch.cuda.current_stream(self.pool.device))
+            events += (event,)
+        return events
+
+    def wait(self, ready: tuple[Any, ...]) -> None:
+        """Return when rows in memory of this host may be read; on a GPU `read` waits on its own stream."""
         if self._stream is None:
-            return None
-        event = torch.cuda.Event()
-        event.record(torch.cuda.current_stream(self.pool.device))
-        return event
+            for event in ready:
+                event.synchronize()
 
     def in_place(self, slots: np.ndarray) -> bool:
         """True if raw rows of ``slots`` can be sent from where they lie: `pieces` of them are few and long."""
@@ -147,7 +156,7 @@ class RowReader:
         stacks: Sequence[Stack] | None,
         part: Part,
         out: np.ndarray,
-        ready: Any = None,
+        ready: tuple[Any, ...] = (),
         row_format: RowFormat = RowFormat.PLAIN,
     ) -> bytes | None:
         """Fill ``out`` (uint8 ``[payload_bytes]``, pinned where the pool is on a GPU) with a rectangle; the checksum of
@@ -157,7 +166,7 @@ class RowReader:
             slots: pool slots of the rectangle's tokens.
             stacks: the projection of the rectangle's layers on the pool's device, or None for the raw latent.
             part: which columns.
-            ready: event of `ready_event` when the rows were complete.
+            ready: `ready_events` of the rows.
             row_format: the receiver's.
         """
         first = rectangle.first_layer - self.pool.first_layer
@@ -193,14 +202,14 @@ class RowReader:
         stacks: Sequence[Stack] | None,
         part: Part,
         out: np.ndarray,
-        ready: Any,
+        ready: tuple[Any, ...],
         row_format: RowFormat,
     ) -> None:
         assert self._stream is not None
         target = torch.from_numpy(out).view(row_format.item_dtype(self.pool.dtype))
         with torch.cuda.stream(self._stream):
-            if ready is not None:
-                self._stream.wait_event(ready)
+            for event in ready:
+                self._stream.wait_event(event)
             # pinned: a copy from pageable memory would wait for all that was queued before it
             index = torch.from_numpy(slots).pin_memory().to(self.pool.device, non_blocking=True)
             width = self.pool.layers[layers.start].shape[1]

@@ -9,13 +9,14 @@ agent has ended.
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import numpy as np
 
 from sglang_tpla.transfer.memory.iovec import Slots
 from sglang_tpla.transfer.prefill.sender import PrefillDispatch
 from sglang_tpla.transfer.prefill.state import Room, Segment
-from sglang_tpla.transfer.room import AgentStats, RoomState, TransferError, TransferMetric
+from sglang_tpla.transfer.room import AgentStats, RoomState, TransferError, TransferMetric, check_room
 from sglang_tpla.transfer.workers import seconds_since
 
 
@@ -28,14 +29,15 @@ class PrefillAgent(PrefillDispatch):
     ranks reach at ``advertised_port`` + 1, if that is given.
     """
 
-    def open_room(self, room: int) -> None:
-        """The scheduler has created a sender for ``room``.
+    def open_room(self, room: int, prompt_tokens: int = 0) -> None:
+        """The scheduler has created a sender for ``room``, of a request with so many tokens (0: not known).
 
         Requests that came earlier are bound to it; if a decode rank aborted it earlier, it fails at once.
 
         Raises:
-            TransferError: the room is open and has not ended.
+            TransferError: the room is open and has not ended, or its id is out of range.
         """
+        check_room(room)
         with self._work:
             self._check_alive()
             old = self._rooms.get(room)
@@ -45,7 +47,8 @@ class PrefillAgent(PrefillDispatch):
                 )
             if old is not None:
                 self._forget(old)
-            entry = self._rooms[room] = Room(room, time.monotonic())
+            entry = self._rooms[room] = Room(room, now := time.monotonic(), prompt_tokens, now, now)
+            self._last_opened = now
             held = self._held.pop(room, {})
             aborted = self._take_aborted(entry, held)
             for ask in held.values():
@@ -62,6 +65,7 @@ class PrefillAgent(PrefillDispatch):
         last: bool,
         metadata_row: int | None = None,
         num_tokens: int | None = None,
+        after: Any = None,
     ) -> None:
         """Append rows to a room and send them as credit comes; does not block.
 
@@ -69,6 +73,7 @@ class PrefillAgent(PrefillDispatch):
             pages: page numbers, int32 ``[n]``, after those of earlier calls; they stay valid until the room
             ends. last: no more rows follow; ``metadata_row`` is copied now. metadata_row: row of the metadata
             buffers, with ``last``. num_tokens: tokens of this call, where its last page is not full.
+            after: event (``wait``, ``synchronize``) of another stream that writes rows of this call.
 
         Raises:
             TransferError: unknown room, pages outside the pool, rows after the last, or no metadata row.
@@ -77,7 +82,7 @@ class PrefillAgent(PrefillDispatch):
         if last and metadata_row is None and self._metadata.buffers:
             raise TransferError(f"the last send of room {room} needs metadata_row; got None")
         metadata = self._metadata.read(metadata_row) if last and metadata_row is not None else b""
-        ready, in_place = self._reader.ready_event(), self._reader.in_place(slots)
+        ready, in_place = self._reader.ready_events(after), self._reader.in_place(slots)
         with self._work:
             self._check_alive()
             entry = self._open(room)
@@ -98,6 +103,12 @@ class PrefillAgent(PrefillDispatch):
                 entry.state = RoomState.TRANSFERRING
             self._proceed(entry)
             self._conclude(entry)
+
+    def decline(self, room: int, reason: str) -> None:
+        """The scheduler refused a request: decode ranks that speak of its room are told why."""
+        self.open_room(room)
+        self.abort(room, reason)
+        self.close_room(room)
 
     def prefix_tokens(self, room: int) -> int:
         """Tokens that decode has cached already; pages given to `send` start after them. 0 before any

@@ -13,7 +13,7 @@ from sglang_tpla.transfer.prefill.state import Ask, Lane, Mode, Plan, Room, Send
 
 def form_lanes(
     room: Room,
-    make_plan: Callable[[SenderProjection, Part, int, RowFormat], Plan],
+    make_plan: Callable[[SenderProjection, Part, int, RowFormat, tuple[int, int]], Plan],
     agent: str,
     host: str,
     chunk_bytes: int,
@@ -21,7 +21,8 @@ def form_lanes(
     """Lanes for all ranks of a room that get data.
 
     Args:
-        make_plan: an existing or new plan of the room for a projection, part, chunk size and row format.
+        make_plan: an existing or new plan of the room for a projection, part, chunk size, row format and
+            share.
         agent: this prefill agent, whose arena ranks may have mapped.
         host: identity of this host.
         chunk_bytes: this agent's largest chunk.
@@ -49,8 +50,9 @@ def form_lanes(
             assert projection is not None
             mode = Mode.LOCAL if place[1] is Mode.LOCAL else Mode.RELAY if len(takers) > 1 else Mode.DIRECT
             streams = [ask.stream for ask in takers if ask.stream is not None]
-            plan = make_plan(projection, part, limit, takers[0].peer.row_format)
-            lane = Lane(room, plan, streams, mode, takers[0].share_index, takers[0].share_count)
+            share = takers[0].share_index, takers[0].share_count
+            plan = make_plan(projection, part, limit, takers[0].peer.row_format, share)
+            lane = Lane(room, plan, streams, mode)
             for stream in streams:
                 stream.lanes.append(lane)
             lanes.append(lane)

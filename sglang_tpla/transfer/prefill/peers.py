@@ -22,7 +22,7 @@ from sglang_tpla.transfer.network.data_listener import Doorway
 from sglang_tpla.transfer.network.security import ZAP_ENDPOINT, Security
 from sglang_tpla.transfer.prefill.compatibility import agreed_version, mismatch
 from sglang_tpla.transfer.prefill.state import Peer, Room, SenderProjection, Upload
-from sglang_tpla.transfer.room import CachePool, MetadataRows, TransferError
+from sglang_tpla.transfer.room import NO_LIMITS, CachePool, Limits, MetadataRows, TransferError
 from sglang_tpla.transfer.workers import Agent, endpoint
 
 MAX_PROJECTIONS = 64
@@ -47,6 +47,7 @@ class PrefillGreeting(Agent[Room]):
         bind_port: int = 0,
         advertised_port: int = 0,
         host_id: str | None = None,
+        limits: Limits = NO_LIMITS,
         security: Security | None = None,
         logger: logging.Logger | None = None,
     ) -> None:
@@ -54,6 +55,7 @@ class PrefillGreeting(Agent[Room]):
         self._security.check(bind_host, "listening on")
         super().__init__(settings, rank, size, logger, pool.device.type)
         self._pool, self._metadata, self._model_hash = pool, metadata, model_hash
+        self._limits, self._began = limits, time.monotonic()
         row_bytes = (pool.latent_dim + pool.rope_dim) * pool.dtype.itemsize
         if any(width != pool.latent_dim for width in pool.widths) or row_bytes > self._chunk_bytes:
             raise TransferError(
@@ -219,6 +221,8 @@ class PrefillGreeting(Agent[Room]):
                 if message.number >= peer.maps_answered:
                     peer.maps_answered, peer.mapped = message.number, frozenset(message.agents)
                     self._maps_changed(peer)
+            case frames.Capacity():
+                peer.limits = Limits(message.context_tokens, message.pool_tokens)
             case frames.Goodbye():
                 self._lose(peer, f"closed: {message.reason}")
             case _:
@@ -288,6 +292,9 @@ class PrefillGreeting(Agent[Room]):
             need_projection=peer.projection is None,
             arena=arena,
             data=self._doorway.offer(identity),
+            age_ms=int(1000 * (time.monotonic() - self._began)),
+            context_tokens=self._limits.context_tokens,
+            pool_tokens=self._limits.pool_tokens,
         )
         self._put(identity, welcome)
         self._introduce(hello.host)

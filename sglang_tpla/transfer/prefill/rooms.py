@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from abc import abstractmethod
 from collections import OrderedDict, deque
@@ -9,6 +10,7 @@ from collections import OrderedDict, deque
 from sglang_tpla.cache_rows.parts import Part
 from sglang_tpla.cache_rows.row_format import RowFormat
 from sglang_tpla.transfer import messages as frames
+from sglang_tpla.transfer.chunks import share_of
 from sglang_tpla.transfer.prefill.lanes import form_lanes
 from sglang_tpla.transfer.prefill.peers import PrefillGreeting
 from sglang_tpla.transfer.prefill.state import (
@@ -33,6 +35,7 @@ class PrefillServing(PrefillGreeting):
 
     def _prepare(self) -> None:
         self._rooms: dict[int, Room] = {}
+        self._last_opened = -math.inf  # when the scheduler last opened a room
         self._held: dict[int, dict[bytes, Ask]] = {}
         self._aborted: OrderedDict[tuple[int, str], tuple[int, str, float]] = OrderedDict()
         self._ended: OrderedDict[tuple[int, str], int] = OrderedDict()
@@ -47,6 +50,10 @@ class PrefillServing(PrefillGreeting):
                 self._take_request(peer, message)
             case frames.Abort():
                 self._take_abort(peer, message)
+            case frames.Expected():
+                for room in message.rooms:
+                    if (entry := self._rooms.get(room)) is not None:
+                        entry.sought = time.monotonic()
             case frames.Resume():
                 stream = self._stream(peer, message.room, message.generation)
                 if stream is not None:
@@ -307,10 +314,16 @@ class PrefillServing(PrefillGreeting):
             return
         entry.formed = True
 
-        def make_plan(projection: SenderProjection, part: Part, limit: int, row_format: RowFormat) -> Plan:
-            wanted = (projection, part, limit, row_format)
+        def make_plan(
+            projection: SenderProjection,
+            part: Part,
+            limit: int,
+            row_format: RowFormat,
+            share: tuple[int, int],
+        ) -> Plan:
+            wanted = (projection, part, limit, row_format, share_of(len(self._pool.layers), *share))
             for plan in entry.plans:
-                if (plan.projection, plan.part, plan.max_bytes, plan.row_format) == wanted:
+                if (plan.projection, plan.part, plan.max_bytes, plan.row_format, plan.share) == wanted:
                     return plan
             plan = Plan(*wanted)
             for segment in entry.segments:
@@ -351,7 +364,7 @@ class PrefillServing(PrefillGreeting):
         self._put(stream.peer.identity, message, entry.metadata)
 
     def _ready(self, lane: Lane) -> None:
-        if lane.peek() is not None:
+        if lane.heads():
             lane.takers[0].peer.ready[id(lane)] = lane
 
     def _want(self, stream: Stream) -> None:
@@ -461,10 +474,13 @@ class PrefillServing(PrefillGreeting):
         patience = self._settings.transfer_timeout_s
         for room, asks in list(self._held.items()):
             for identity, ask in list(asks.items()):
-                if now - ask.arrived > patience:
+                # the scheduler opens rooms as requests come: if it has opened others since, this one's never came
+                passed_over = self._last_opened - ask.arrived > self._settings.room_timeout_s
+                if passed_over or now - ask.arrived > patience:
                     del asks[identity]
                     ask.peer.held_requests -= 1
-                    text = f"no prefill request opened this room within {patience:g} s"
+                    waited = self._settings.room_timeout_s if passed_over else patience
+                    text = f"no prefill request opened this room within {waited:g} s"
                     self._put(identity, frames.Abort(room, ask.generation, text))
             if not asks:
                 del self._held[room]
@@ -473,7 +489,23 @@ class PrefillServing(PrefillGreeting):
         while self._orphans and now - next(iter(self._orphans.values()))[2] > patience:
             self._orphans.popitem(last=False)
         for entry in list(self._rooms.values()):
+            if not entry.state.ended and not entry.asks and (reason := self._unwanted(entry, now)):
+                self._fail(entry, reason)
             waiting_for_rows = entry.state is RoomState.WAITING
             if not entry.state.ended and not waiting_for_rows and now - entry.progress > patience:
                 asked = f"{len(entry.asks)} of {entry.expected_ranks or 'unknown'} decode ranks had asked"
                 self._fail(entry, f"no progress for {patience:g} s in {entry.state.name}; {asked}")
+
+    def _unwanted(self, entry: Room, now: float) -> str:
+        """Why no decode rank will ask for a room that none has asked for yet; empty while one may."""
+        patience = self._settings.room_timeout_s
+        if now - entry.sought > patience:
+            return (
+                f"no decode rank has asked for this room within {patience:g} s: the decode server that the request was "
+                "given to has ended, cannot be reached, or refused it"
+            )
+        fresh = now - entry.opened <= 2 * self._settings.heartbeat_s or entry.sought > entry.opened
+        wrong = [peer.limits.objection(entry.prompt_tokens) for peer in self._peers.values()]
+        if fresh or not wrong or None in wrong:
+            return ""
+        return f"no decode server that is registered here can serve this request: {wrong[0]}"

@@ -83,13 +83,13 @@ class PrefillDispatch(PrefillResuming):
         cap = max(1, self._staging.slots // (len(self._peers) + 1))
         for identity, peer in list(self._peers.items()):
             for key, lane in list(peer.ready.items()):
-                found = lane.peek()
-                if found is None:
+                heads = lane.heads()
+                if not heads:
                     del peer.ready[key]
+                found = next((head for head in heads if self._can_take(lane, *head, cap)), None)
+                if found is None:
                     continue
                 sequence, streams = found
-                if not self._can_take(lane, sequence, streams, cap):
-                    continue
                 in_place = self._in_place(lane, sequence)
                 slot = self._staging.hold() if in_place else self._staging.take()
                 if slot is None:
@@ -114,9 +114,11 @@ class PrefillDispatch(PrefillResuming):
             return False
         size = lane.plan.size(sequence)
         enough = all(stream.credit_bytes - stream.sent_bytes >= size for stream in streams)
-        if not enough and not lane.starved:
+        if enough:
+            lane.starved.discard(sequence)
+        elif sequence not in lane.starved:
             self._counts["credit_waits"] += 1
-        lane.starved = not enough
+            lane.starved.add(sequence)
         return enough
 
     def _needs_digest(self, job: Job) -> bool:
@@ -135,7 +137,7 @@ class PrefillDispatch(PrefillResuming):
 
     def _load(self, lane: Lane, sequence: int, streams: list[Stream], slot: Slot) -> Load:
         """Mark a chunk as under way to some ranks."""
-        lane.advance()
+        lane.take(sequence)
         chunk = (int(lane.plan.part), sequence)
         for stream in streams:
             stream.unacked[chunk] = None
@@ -155,8 +157,8 @@ class PrefillDispatch(PrefillResuming):
         for other in lane.room.lanes:
             if other is lane or other.plan is not lane.plan or other.repeat:
                 continue
-            found = other.peek()
-            if found is None or found[0] != sequence or not self._can_take(other, sequence, found[1], cap):
+            found = next((head for head in other.heads() if head[0] == sequence), None)
+            if found is None or not self._can_take(other, sequence, found[1], cap):
                 continue
             if slot.buffer.size or self._in_place(other, sequence):
                 loads.append(self._load(other, sequence, found[1], slot))
@@ -169,6 +171,7 @@ class PrefillDispatch(PrefillResuming):
         first = rectangle.first_layer - self._pool.first_layer
         stacks = plan.projection.stacks
         start = rectangle.first_token - segment.first_token
+        self._reader.wait(segment.ready)
         if not job.slot.buffer.size:
             pieces = self._reader.pieces(rectangle, segment.slots.spans(start, rectangle.tokens))
             if self._doorway.sealed:

@@ -28,7 +28,7 @@ from sglang_tpla.transfer.memory.iovec import Slots
 from sglang_tpla.transfer.memory.projection import Stack
 from sglang_tpla.transfer.memory.staging import Slot
 from sglang_tpla.transfer.messages import CacheLayout, Hello
-from sglang_tpla.transfer.room import CachePool, RoomState
+from sglang_tpla.transfer.room import NO_LIMITS, CachePool, Limits, RoomState
 
 ChunkId = tuple[int, int]  # part, sequence
 
@@ -74,6 +74,7 @@ class Peer:
     slots_held: int = 0
     queued: int = 0  # chunks for its data channel that the socket has not taken yet
     held_requests: int = 0
+    limits: Limits = NO_LIMITS
     maps_asked: int = 0  # number of the newest list of arenas it was sent
     maps_asked_at: float = 0.0
     maps_answered: int = -1
@@ -101,7 +102,7 @@ class Segment:
 
     first_token: int
     slots: Slots
-    ready: Any
+    ready: tuple[Any, ...]  # events before which the rows must not be read
     in_place: bool  # raw rows can be sent from where they lie
 
 
@@ -113,19 +114,17 @@ class Plan:
     part: Part
     max_bytes: int
     row_format: RowFormat
+    share: range  # the layers that this rank sends, by index in its pool
     rectangles: list[Rectangle] = field(default_factory=list)
     segments: list[Segment] = field(default_factory=list)  # of each rectangle
     digests: dict[int, bytes] = field(default_factory=dict)  # of chunks that were made
 
     def extend(self, pool: CachePool, segment: Segment) -> None:
         """Number the chunks of another segment."""
-        widths = [
-            self.row_format.part_items(width, shared, pool.rope_dim, self.part)
-            for width, shared in zip(self.projection.widths, self.projection.shared, strict=True)
-        ]
+        widths, shared = self.projection.widths, self.projection.shared
         new = cut(
-            pool.first_layer,
-            widths,
+            pool.first_layer + self.share.start,
+            [self.row_format.part_items(widths[i], shared[i], pool.rope_dim, self.part) for i in self.share],
             segment.first_token,
             len(segment.slots),
             self.row_format.item_dtype(pool.dtype).itemsize,
@@ -193,23 +192,25 @@ class Lane:
     plan: Plan
     takers: list[Stream]
     mode: Mode
-    share_index: int
-    share_count: int
     planned: int = 0
-    next: int = 0
-    starved: bool = False  # its next chunk waits for credit
+    ahead: list[deque[int]] = field(
+        default_factory=list
+    )  # chunks not sent yet, of each rank that they travel to
+    starved: set[int] = field(default_factory=set)  # chunks that wait for credit
     repeat: deque[tuple[int, Stream]] = field(default_factory=deque)  # chunks to send once more, to one rank
     relays: dict[int, Relay | None] = field(default_factory=dict)  # passed on; None: no longer in an arena
 
+    def __post_init__(self) -> None:
+        self.ahead = [deque() for _ in (self.takers[:1] if self.mode is Mode.LOCAL else self.takers)]
+
     def leader(self, sequence: int) -> Stream:
         """The rank a chunk travels to."""
-        return self.takers[(sequence // self.share_count) % len(self.takers)]
+        return self.takers[sequence % len(self.takers)]
 
     def plan_more(self) -> None:
-        """Count the chunks that the plan has grown by."""
+        """Queue the chunks that the plan has grown by."""
         for sequence in range(self.planned, len(self.plan.rectangles)):
-            if sequence % self.share_count != self.share_index:
-                continue
+            self.ahead[sequence % len(self.ahead)].append(sequence)
             for taker in self.takers:
                 taker.due += 1
             if self.mode is not Mode.LOCAL:
@@ -219,38 +220,33 @@ class Lane:
     @property
     def all_sent(self) -> bool:
         """True when every planned chunk was sent at least once."""
-        ahead = range(self.next, self.planned)
-        return not any(sequence % self.share_count == self.share_index for sequence in ahead)
+        return not any(self.ahead)
 
     def left_bytes(self, stream: Stream) -> int:
         """Chunk bytes that are still to travel to a rank."""
         if self.mode is Mode.LOCAL:
             return 0
-        again = sum(self.plan.size(sequence) for sequence, other in self.repeat if other is stream)
-        return again + sum(
-            self.plan.size(sequence)
-            for sequence in range(self.next, self.planned)
-            if sequence % self.share_count == self.share_index and self.leader(sequence) is stream
-        )
+        left = [sequence for sequence, other in self.repeat if other is stream]
+        left += self.ahead[self.takers.index(stream)]
+        return sum(self.plan.size(sequence) for sequence in left)
 
-    def peek(self) -> tuple[int, list[Stream]] | None:
-        """The next chunk and the ranks it goes to at once."""
-        if self.repeat:
-            sequence, stream = self.repeat[0]
-            return sequence, [stream]
-        while self.next < len(self.plan.rectangles) and self.next % self.share_count != self.share_index:
-            self.next += 1
-        if self.next == len(self.plan.rectangles):
-            return None
-        return self.next, self.takers if self.mode is Mode.LOCAL else [self.leader(self.next)]
+    def heads(self) -> list[tuple[int, list[Stream]]]:
+        """The chunks that may go next, and the ranks each goes to at once: one for each rank, so that no rank waits for
+        another one's credit.
+        """
+        again = [(sequence, [stream]) for sequence, stream in list(self.repeat)[:1]]
+        return again + [
+            (queue[0], self.takers if self.mode is Mode.LOCAL else [self.leader(queue[0])])
+            for queue in self.ahead
+            if queue
+        ]
 
-    def advance(self) -> bool:
-        """Take the chunk that `peek` named; True if it is a repetition."""
-        if self.repeat:
+    def take(self, sequence: int) -> None:
+        """Take one of the chunks that `heads` named."""
+        if self.repeat and self.repeat[0][0] == sequence:
             self.repeat.popleft()
-            return True
-        self.next += 1
-        return False
+        else:
+            self.ahead[sequence % len(self.ahead)].popleft()
 
 
 @dataclass(eq=False)
@@ -275,6 +271,9 @@ class Room:
 
     room: int
     progress: float  # when a row was last handed over, or a chunk confirmed
+    prompt_tokens: int = 0  # of the whole request; 0: not known
+    opened: float = 0.0
+    sought: float = 0.0  # when a decode rank was last known to want it
     state: RoomState = RoomState.BOOTSTRAPPING
     reason: str = ""
     asks: dict[bytes, Ask] = field(default_factory=dict)

@@ -1,0 +1,49 @@
+"""Prompts that never fit are refused at once, with the number, and the other side hears of it.
+
+Around ``_check_if_req_exceed_kv_capacity`` of ``PrefillBootstrapQueue`` and ``DecodePreallocQueue`` in
+``sglang/srt/disaggregation/{prefill,decode}.py``, which both look at a request before its sender or receiver is made.
+SGLang's decode compares the prompt with its whole cache; a prompt that fits there, but not with the tokens that SGLang
+reserves for decoding, would wait at the head of the queue for ever, and every request behind it too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from http import HTTPStatus
+from typing import Any
+
+from sglang.srt.disaggregation.utils import prepare_abort
+
+from sglang_tpla.host.disaggregation.kv_manager import TplaKVManager
+
+
+def exceeds(original: Callable[..., bool], self: Any, req: Any) -> bool:
+    """True where a request was refused; else its length is noted for the room that is opened next."""
+    manager = self.kv_manager
+    if not isinstance(manager, TplaKVManager):
+        return original(self, req)
+    tokens = len(req.origin_input_ids)
+    refused = original(self, req)
+    if not refused and manager.agent.role == "decode" and (why := never_fits(self, tokens)):
+        prepare_abort(req, why, status_code=HTTPStatus.BAD_REQUEST)
+        self.scheduler.output_streamer.stream_output([req], req.return_logprob)
+        refused = True
+    if refused:
+        manager.decline(
+            req, f"the {manager.agent.role} server refused a prompt of {tokens} tokens: it does not fit"
+        )
+    elif req.bootstrap_room is not None:
+        manager.prompts[req.bootstrap_room] = tokens
+    return refused
+
+
+def never_fits(queue: Any, tokens: int) -> str:
+    """Why a prompt would wait for ever, or nothing."""
+    most = queue.max_total_num_tokens - queue.num_reserved_decode_tokens
+    if tokens <= most:
+        return ""
+    return (
+        f"the prompt has {tokens} tokens, and this decode server takes at most {most}: its cache has "
+        f"{queue.max_total_num_tokens}, of which {queue.num_reserved_decode_tokens} are kept free for decoding "
+        "(--num-reserved-decode-tokens)"
+    )

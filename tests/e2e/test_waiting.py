@@ -1,0 +1,93 @@
+"""Real servers: prompts that one side cannot take, and requests whose other half is nowhere, end at once on both."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.e2e.servers import Pair, Server, launcher, request_body
+from tests.ports import free_ports
+
+CONTEXT_TOKENS, POOL_TOKENS, RESERVED_TOKENS = 1024, 1200, 512
+SOON_S = 60  # far from the deadline of a transfer, 120 s, also on a busy machine
+
+
+@pytest.fixture(scope="module")
+def pair(nano_mla: str, logs: Path) -> Iterator[Pair]:
+    """A prefill server of two nodes that cut chunks differently, with a short context; a decode server with a small
+    cache.
+    """
+    ports = free_ports(6)
+    node = ("--tp", "2", "--nnodes", "2", "--dist-init-addr", f"127.0.0.1:{ports[4]}", "--context-length",
+            str(CONTEXT_TOKENS), "--disaggregation-bootstrap-port", str(ports[1]))  # fmt: skip
+    servers = [
+        launcher("prefill", nano_mla, ports[0], logs / "node-0.log", *node, "--node-rank", "0"),
+        launcher("prefill", nano_mla, ports[3], logs / "node-1.log", *node, "--node-rank", "1",
+                 "--tpla-chunk-bytes", "4096"),
+        launcher("decode", nano_mla, ports[2], logs / "small-decode.log", "--max-total-tokens", str(POOL_TOKENS),
+                 "--num-reserved-decode-tokens", str(RESERVED_TOKENS)),
+    ]  # fmt: skip
+    try:
+        for server in servers:
+            server.start()
+        servers[0].wait()
+        servers[2].wait()
+        yield Pair(servers[0], ports[1], servers[2])
+    finally:
+        for server in servers:
+            server.stop()
+
+
+def both(pair: Pair, tokens: int) -> tuple[httpx.Response, httpx.Response, float]:
+    """The answers to a prompt of so many tokens, and when the second one had come."""
+    start = time.monotonic()
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        asked = [pool.submit(half, server, pair, tokens) for server in (pair.prefill, pair.decode)]
+        prefill, decode = (answer.result() for answer in asked)
+    pair.next_room += 1
+    return prefill, decode, time.monotonic() - start
+
+
+def half(server: Server, pair: Pair, tokens: int) -> httpx.Response:
+    body: dict[str, Any] = request_body([7 + n % 50 for n in range(tokens)], 4)
+    place = {"bootstrap_host": "127.0.0.1", "bootstrap_port": pair.bootstrap}
+    return server.post("/generate", body | place | {"bootstrap_room": pair.next_room})
+
+
+def test_nodes_that_cut_chunks_differently_serve(pair: Pair) -> None:
+    """The answer to a long prompt is the one that it has alone."""
+    prefill, decode, _ = both(pair, 600)
+    assert (prefill.status_code, decode.status_code) == (200, 200), (prefill.text, decode.text)
+    assert prefill.json()["output_ids"][0] == decode.json()["output_ids"][0]
+
+
+def test_a_prompt_above_the_context_of_prefill(pair: Pair) -> None:
+    prefill, decode, seconds = both(pair, CONTEXT_TOKENS + 1)
+    assert prefill.status_code == 400 and decode.status_code >= 400
+    assert f"{CONTEXT_TOKENS + 1} tokens" in decode.text, decode.text
+    assert seconds < SOON_S
+
+
+def test_a_prompt_that_never_fits_beside_what_decode_reserves(pair: Pair) -> None:
+    tokens = POOL_TOKENS - RESERVED_TOKENS + 1
+    prefill, decode, seconds = both(pair, tokens)
+    assert decode.status_code == 400, decode.text
+    assert f"takes at most {POOL_TOKENS - RESERVED_TOKENS}" in decode.text
+    assert prefill.status_code >= 400 and f"{tokens} tokens" in prefill.text, prefill.text
+    assert seconds < SOON_S
+    assert [answer.status_code for answer in both(pair, 20)[:2]] == [200, 200]
+
+
+def test_a_request_that_no_decode_server_got(pair: Pair) -> None:
+    start = time.monotonic()
+    answer = half(pair.prefill, pair, 20)
+    pair.next_room += 1
+    assert answer.status_code >= 400
+    assert "no decode rank has asked for this room within 15 s" in answer.text, answer.text
+    assert time.monotonic() - start < SOON_S

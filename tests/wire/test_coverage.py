@@ -1,0 +1,180 @@
+"""Prefill ranks of one server that differ in what they may send: every page, poisoned before, holds what was sent."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from sglang_tpla.cache_rows.row_format import RowFormat
+from sglang_tpla.transfer import workers
+from sglang_tpla.transfer.memory.projection import Projection
+from sglang_tpla.transfer.room import RoomState
+from tests.wire import rig
+
+PAGES = 30
+POISON = 0xFF  # no number in any floating-point format here
+
+
+@contextlib.contextmanager
+def refused() -> Iterator[None]:
+    """The system gives no shared memory, as with a full /dev/shm."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(workers, "make_arena", lambda *_: None)
+        yield
+
+
+def transfer(
+    prefills: Sequence[rig.PrefillRank],
+    decodes: Sequence[rig.DecodeRank],
+    steps: Sequence[Sequence[int]] = ((), ()),
+    asked: Sequence[Sequence[int]] | None = None,
+    tokens: int = PAGES * rig.PAGE,
+    prefix: int = 0,
+) -> None:
+    """One room from all to all, then the pools.
+
+    Args:
+        steps: pages after which a prefill rank's hand-over is cut.
+        asked: the prefill ranks from which each decode rank wants rows; the others are asked for form's sake.
+        prefix: tokens that decode has already.
+    """
+    with contextlib.ExitStack() as stack:
+        for item in (*prefills, *decodes):
+            stack.enter_context(contextlib.closing(item.agent))
+        source = rig.pages(50, PAGES)
+        targets = [rig.pages(index, PAGES) for index in range(len(decodes))]
+        for prefill in prefills:
+            prefill.agent.open_room(1)
+        for index, (decode, target) in enumerate(zip(decodes, targets, strict=True)):
+            for layer in decode.pool.layers:
+                layer.view(torch.uint8).fill_(POISON)
+                if decode.pool.row_format is RowFormat.FP8:
+                    # what no part carries: the scale of own columns where there are none (1), and eight zeros
+                    layer[:, -12:] = torch.tensor([0, 0, 0x80, 0x3F] + [0] * 8, dtype=torch.uint8)
+            decode.metadata.write(3, bytes([POISON]) * decode.metadata.row_bytes)
+            wanted = range(len(prefills)) if asked is None else asked[index]
+            peers = [(*p.agent.address, number not in wanted) for number, p in enumerate(prefills)]
+            rig.ask(decode, peers, 1, target, expected=len(decodes), prefix=prefix)
+        for prefill, cuts in zip(prefills, steps, strict=True):
+            for start, stop in zip((0, *cuts), (*cuts, PAGES), strict=True):
+                last = stop == PAGES
+                prefill.agent.send(
+                    1, source[start:stop], last=last, metadata_row=0 if last else None,
+                    num_tokens=tokens - start * rig.PAGE if last else None,
+                )  # fmt: skip
+        for item in (*prefills, *decodes):
+            assert rig.ended(item.agent, 1) == RoomState.SUCCESS, item.agent.failure(1)
+        for decode, target in zip(decodes, targets, strict=True):
+            rig.check_rows(prefills[0], decode, source, target, tokens)
+            assert decode.metadata.read(3) == prefills[0].metadata.read(0)
+            written = torch.zeros(rig.PAGES * rig.PAGE, dtype=torch.bool)
+            written[torch.from_numpy(decode.pool.slots(target, tokens))] = True
+            for layer in decode.pool.layers:
+                rest = layer[~written].view(torch.uint8)
+                assert (rest[:, : -12 if decode.pool.row_format is RowFormat.FP8 else None] == POISON).all()
+
+
+def two(**changes: Any) -> list[rig.PrefillRank]:
+    """Prefill ranks of one server, the second one with other settings."""
+    return [rig.prefill_rank(rank=0, size=2), rig.prefill_rank(rank=1, size=2, **changes)]
+
+
+def groups(
+    count: int = 2, widths: Sequence[int] = (40,) * rig.LAYERS, **changes: Any
+) -> list[rig.DecodeRank]:
+    """Decode ranks of latent groups, 16 of whose columns are shared."""
+    ranks = []
+    for group in range(count):
+        parts = [rig.projection(group, width) for width in widths]
+        z = Projection([part.matrices[i] for i, part in enumerate(parts)], [16] * rig.LAYERS)
+        ranks.append(rig.decode_rank(z, rank=group, size=count, **changes))
+    return ranks
+
+
+@pytest.mark.parametrize("host", [None, "far"])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"chunk_bytes": 4096}, {"staging_bytes": 12 << 10}, {"shared_memory": 0}, {"data_channel": 0}],
+)
+@pytest.mark.parametrize("make", [lambda host: [rig.decode_rank(host=host)], lambda host: groups(host=host)])
+def test_ranks_with_other_settings(
+    make: Callable[[str | None], list[rig.DecodeRank]], changes: dict[str, int], host: str | None
+) -> None:
+    transfer(two(**changes), make(host))
+
+
+@pytest.mark.parametrize("steps", [((), (13,)), ((10,), (20,)), ((1, 2, 3), (29,))])
+@pytest.mark.parametrize("host", [None, "far"])
+def test_ranks_that_hand_rows_over_in_other_steps(host: str | None, steps: Sequence[Sequence[int]]) -> None:
+    transfer(two(chunk_bytes=4096), groups(host=host), steps)
+
+
+@pytest.mark.parametrize("decodes_refused", [(), (1,), (0, 1)])
+def test_ranks_that_the_system_refused_shared_memory(decodes_refused: Sequence[int]) -> None:
+    prefills = [rig.prefill_rank(rank=0, size=2)]
+    with refused():
+        prefills.append(rig.prefill_rank(rank=1, size=2))
+    decodes = groups()
+    for index in decodes_refused:
+        decodes[index].agent.close()
+        with refused():
+            decodes[index] = rig.decode_rank(decodes[index].projection, rank=index, size=2)
+    transfer(prefills, decodes, ((), (13,)))
+
+
+@pytest.mark.parametrize("asked", [((0, 1), (0,)), ((1,), (0, 1)), ((0,), (1,))])
+@pytest.mark.parametrize("host", [None, "far", ""])
+def test_decode_ranks_that_ask_for_unequal_shares(host: str | None, asked: Sequence[Sequence[int]]) -> None:
+    transfer(two(chunk_bytes=4096), groups(host=host), asked=asked)
+
+
+@pytest.mark.parametrize("host", [None, "far"])
+@pytest.mark.parametrize("widths", [(48, 16, 32), (16, 16, 16), (16, 48, 16)])
+@pytest.mark.parametrize("fp8", [False, True])
+def test_widths_that_differ_by_layer(fp8: bool, widths: Sequence[int], host: str | None) -> None:
+    """Also layers that have shared columns alone."""
+    transfer(two(chunk_bytes=4096), groups(widths=widths, fp8=fp8, host=host))
+
+
+@pytest.mark.parametrize("tokens", [PAGES * rig.PAGE - 1, PAGES * rig.PAGE - 3])
+@pytest.mark.parametrize("prefix", [0, 4, 37])
+def test_a_cached_prefix_and_a_last_page_that_is_not_full(prefix: int, tokens: int) -> None:
+    transfer(two(chunk_bytes=4096), groups(host="far"), ((7,), (8,)), tokens=tokens, prefix=prefix)
+
+
+def test_more_prefill_ranks_than_layers() -> None:
+    """Some send nothing but the metadata row."""
+    prefills = [rig.prefill_rank(rank=rank, size=rig.LAYERS + 2) for rank in range(rig.LAYERS + 2)]
+    transfer(prefills, groups(), ((),) * len(prefills))
+
+
+def test_a_rank_that_restarted_with_another_chunk_size() -> None:
+    """Its rooms fail, with the reason; the next one is whole."""
+    first, second = two()
+    decode = rig.decode_rank(host="far")
+    with contextlib.closing(first.agent), contextlib.closing(decode.agent):
+        for prefill in (first, second):
+            prefill.agent.open_room(1)
+        rig.ask(decode, [first.peer, second.peer], 1, rig.pages(0, PAGES))
+        for prefill in (first, second):
+            prefill.agent.send(1, rig.pages(50, 7), last=False)
+        port = second.agent.address[1]
+        second.agent.close()
+        assert rig.ended(decode.agent, 1) == RoomState.FAILED
+        assert "closed" in decode.agent.failure(1)
+        decode.agent.close_room(1)
+        again = rig.prefill_rank(rank=1, size=2, port=port, chunk_bytes=4096)
+        first.agent.close_room(1)
+        with contextlib.closing(again.agent):
+            for prefill in (first, again):
+                prefill.agent.open_room(2)
+            target, source = rig.pages(1, PAGES), rig.pages(51, PAGES)
+            rig.ask(decode, [first.peer, again.peer], 2, target)
+            for prefill in (first, again):
+                prefill.agent.send(2, source, last=True, metadata_row=0)
+            assert rig.ended(decode.agent, 2) == RoomState.SUCCESS, decode.agent.failure(2)
+            rig.check_rows(first, decode, source, target, PAGES * rig.PAGE)

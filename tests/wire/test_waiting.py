@@ -1,0 +1,168 @@
+"""Nobody waits without a reason: what cannot be served fails soon, on both sides, and says why."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+
+import pytest
+
+from sglang_tpla.transfer.decode.connections import WELCOME_DELAY_S
+from sglang_tpla.transfer.room import Limits, RoomState, TransferError
+from tests.wire import rig
+from tests.wire.simulated_ranks import SETTINGS
+from tests.wire.simulation import Simulation, begun
+
+
+def pass_time(simulation: Simulation, seconds: float) -> None:
+    """Let all agents look at the clock, and answer, each half second."""
+    end = simulation.clock.now + seconds
+    while simulation.clock.now < end:
+        simulation.clock.now += 0.5
+        simulation._tick()
+        simulation._settle()
+
+
+def test_a_room_that_no_decode_rank_knows_of_fails_soon() -> None:
+    with begun(b"") as simulation:
+        for agent in simulation.prefills:
+            agent.open_room(0)
+        pass_time(simulation, SETTINGS.room_timeout_s)
+        assert not any(agent.poll(0).ended for agent in simulation.prefills)
+        pass_time(simulation, 1.0)
+        for agent in simulation.prefills:
+            assert "no decode rank has asked for this room within 15 s" in agent.failure(0)
+
+
+def test_a_room_that_waits_for_pages_does_not() -> None:
+    """Decode ranks say that they know of it, until they ask."""
+    with begun(b"") as simulation:
+        simulation._each(simulation._step, [0])
+        pass_time(simulation, SETTINGS.room_timeout_s + 2)
+        assert all(agent.poll(0) is RoomState.BOOTSTRAPPING for agent in simulation.prefills)
+        simulation.finish(0)
+        simulation.rest()
+
+
+def test_a_room_whose_decode_ranks_have_ended_fails_soon() -> None:
+    """They had said that they know of it, and say so no longer."""
+    with begun(b"") as simulation:
+        simulation._each(simulation._step, [0])
+        pass_time(simulation, 2.0)
+        for decode in simulation.decodes:
+            decode.agent.close_room(0)
+        pass_time(simulation, 0.5)
+        for agent in simulation.prefills:
+            assert "closed by the decode scheduler" in agent.failure(0)
+
+
+def test_a_prompt_that_no_registered_decode_server_takes_fails_at_once() -> None:
+    with begun(b"") as simulation:
+        for decode in simulation.decodes:
+            decode.agent._limits = Limits(context_tokens=4096, pool_tokens=1000)
+        simulation.finish(0)
+        for agent in simulation.prefills:
+            agent.open_room(1, prompt_tokens=1000)
+            agent.open_room(2, prompt_tokens=1001)
+        pass_time(simulation, 2.5 * SETTINGS.heartbeat_s)
+        for agent in simulation.prefills:
+            assert not agent.poll(1).ended
+            assert "a prompt of 1001 tokens does not fit in its cache, which takes 1000" in agent.failure(2)
+
+
+@pytest.mark.parametrize(
+    ("limits", "said"),
+    [
+        (
+            Limits(context_tokens=99),
+            "a prompt of 100 tokens does not fit in its context length, which takes 99",
+        ),
+        (Limits(200, 50), "a prompt of 100 tokens does not fit in its cache, which takes 50"),
+    ],
+)
+def test_a_prompt_that_prefill_does_not_take_fails_at_once_at_decode(limits: Limits, said: str) -> None:
+    prefill, decode = rig.prefill_rank(), rig.decode_rank()
+    prefill.agent._limits = limits
+    with contextlib.closing(prefill.agent), contextlib.closing(decode.agent):
+        decode.agent.open_room(1, [prefill.peer], prompt_tokens=100)
+        assert rig.ended(decode.agent, 1) is RoomState.FAILED
+        assert said in decode.agent.failure(1)
+        decode.agent.open_room(2, [prefill.peer], prompt_tokens=50)
+        rig.wait(lambda: decode.agent.poll(2) is RoomState.WAITING, "one that fits")
+
+
+def test_a_request_that_prefill_refused_is_told_why() -> None:
+    prefill, decode = rig.prefill_rank(), rig.decode_rank()
+    with contextlib.closing(prefill.agent), contextlib.closing(decode.agent):
+        prefill.agent.decline(1, "it is too long")
+        rig.ask(decode, [prefill.peer], 1, rig.pages(0, 2))
+        assert rig.ended(decode.agent, 1) is RoomState.FAILED
+        assert "it is too long" in decode.agent.failure(1)
+
+
+def test_a_request_that_came_while_no_prefill_lived_fails_when_one_is_there() -> None:
+    """Its other half reached nobody."""
+    with contextlib.closing(rig.decode_rank(peer_timeout_s=20.0).agent) as decode:
+        first = rig.prefill_rank()
+        address = first.agent.address
+        first.agent.close()
+        decode.open_room(1, [(*address, False)], born=time.monotonic() - 2 * WELCOME_DELAY_S)
+        with contextlib.closing(rig.prefill_rank(port=address[1]).agent):
+            rig.wait(lambda: decode.poll(1).ended, "the end of the request")
+            assert "started after this request came; the request can be retried" in decode.failure(1)
+            decode.open_room(2, [(*address, False)])
+            rig.wait(lambda: decode.poll(2) is RoomState.WAITING, "the next one")
+
+
+def test_a_request_that_prefill_passed_over_fails_soon() -> None:
+    """Its other half never came: the scheduler has opened other rooms long after it was asked for."""
+    with begun(b"") as simulation:
+        simulation.finish(0)
+        for decode in simulation.decodes:
+            simulation._ask(decode, 1)
+        simulation._until(lambda: all(d.agent.poll(1) is RoomState.WAITING for d in simulation.decodes))
+        for decode in simulation.decodes:
+            simulation._ask(decode, 1)
+        pass_time(simulation, SETTINGS.room_timeout_s + 1)
+        assert not any(decode.agent.poll(1).ended for decode in simulation.decodes)
+        for agent in simulation.prefills:
+            agent.open_room(2)
+        pass_time(simulation, 1.0)
+        for decode in simulation.decodes:
+            assert "no prefill request opened this room within 15 s" in decode.agent.failure(1)
+
+
+@pytest.mark.parametrize("room", [-1, 2**63, "7", None, 1.0])
+def test_a_room_id_out_of_range_is_refused_where_it_is_opened(room: object) -> None:
+    prefill, decode = rig.prefill_rank(), rig.decode_rank()
+    with contextlib.closing(prefill.agent), contextlib.closing(decode.agent):
+        said = r"must be an integer in 0\.\.\.9223372036854775807; got " + repr(room)
+        with pytest.raises(TransferError, match=said):
+            prefill.agent.open_room(room)  # type: ignore[arg-type]
+        with pytest.raises(TransferError, match=said):
+            decode.agent.open_room(room, [prefill.peer])  # type: ignore[arg-type]
+
+
+def test_rows_are_read_after_the_event_that_they_wait_for() -> None:
+    """A cached prefix that is sent ahead may still be written by the step before."""
+    prefill, decode = rig.prefill_rank(), rig.decode_rank()
+    source, target = rig.pages(0, 6), rig.pages(1, 6)
+    right = [layer.clone() for layer in prefill.pool.layers]
+    asked = threading.Event()
+
+    class Written:
+        def synchronize(self) -> None:
+            asked.set()
+            for layer, rows in zip(prefill.pool.layers, right, strict=True):
+                layer.copy_(rows)
+
+    with contextlib.closing(prefill.agent), contextlib.closing(decode.agent):
+        for layer in prefill.pool.layers:
+            layer.zero_()
+        prefill.agent.open_room(1)
+        prefill.agent.send(1, source, last=True, metadata_row=0, after=Written())
+        rig.ask(decode, [prefill.peer], 1, target)
+        assert rig.ended(decode.agent, 1) is RoomState.SUCCESS, decode.agent.failure(1)
+        assert asked.is_set()
+        rig.check_rows(prefill, decode, source, target, 6 * rig.PAGE)
