@@ -12,6 +12,7 @@ bytes, without gaps (``SketchedRows`` has every size and offset):
   best levels for a Gaussian. All g blocks of a token have one scale, so that the sketch is the same for every rank.
 * Code k of a block occupies bits k*b to k*b+b-1 of a little-endian bit stream.
 * A field that a row does not have keeps its scale's place, with 1. A sketch of zeros has scale 0.
+* A part with a value that is not finite has a scale that is not finite, so that whatever reads it sees that.
 
 One group (r = d, n = 0) is plain MLA with an 8-bit cache.
 """
@@ -295,7 +296,7 @@ def quantise(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     if not wide.shape[-1]:
         return wide.to(torch.int8), wide.new_ones(*wide.shape[:-1], 1, dtype=torch.bfloat16)
     scale = round_up_bfloat16(wide.abs().amax(-1, keepdim=True) / INT8_LARGEST)
-    scale = torch.where(scale > 0, scale, torch.ones_like(scale))  # a row of zeros
+    scale = torch.where(scale == 0, torch.ones_like(scale), scale)  # a row of zeros
     codes = (wide / scale).round().clamp(-INT8_LARGEST, INT8_LARGEST)
     return codes.to(torch.int8), scale.to(torch.bfloat16)
 

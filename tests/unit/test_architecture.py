@@ -87,3 +87,16 @@ def test_no_module_imports_itself_in_a_circle() -> None:
         TopologicalSorter({module: names - {module} for module, names in own.items()}).prepare()
     except CycleError as error:
         pytest.fail(f"these modules import each other: {' <- '.join(error.args[1])}")
+
+
+def test_only_the_compat_module_knows_how_a_release_spells_its_arguments() -> None:
+    """What later releases of SGLang have no longer is asked of one module, or it would break beside them alone."""
+    gone = {"get_model_config", "get_attention_backends", "ps"}
+    found = [
+        f"{path.relative_to(ROOT)}:{node.lineno} .{node.attr}"
+        for path in (PACKAGE / "host").rglob("*.py")
+        if path.name != "compat.py"
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute) and node.attr in gone
+    ]
+    assert not found, f"{found}: use sglang_tpla.host.compat, or get_parallel()"

@@ -67,7 +67,7 @@ def test_a_prompt_that_no_registered_decode_server_takes_fails_at_once() -> None
             agent.open_room(2, prompt_tokens=1001)
         pass_time(simulation, 2.5 * SETTINGS.heartbeat_s)
         for agent in simulation.prefills:
-            assert not agent.poll(1).ended
+            assert not agent.poll(1).ended and not agent.suspicion(1)
             assert "a prompt of 1001 tokens does not fit in its cache, which takes 1000" in agent.failure(2)
 
 

@@ -116,6 +116,10 @@ class DecodeAgent(DecodeScattering):
             entry.requested = entry.progress = time.monotonic()
             self._advance(entry)
 
+    def suspicion(self, room: int) -> str:
+        """Why this rank is about to give up a room: it has nothing to say before it does."""
+        return ""
+
     def metric(self, room: int) -> TransferMetric:
         """Bytes received so far, and seconds from request to the end."""
         with self._lock:

@@ -56,11 +56,14 @@ class DecodeDialing(DecodeChannels):
     ) -> None:
         self._security = security if security is not None else Security.from_environment(self.role)
         super().__init__(settings, rank, size, logger, pool.device.type)
+        if projection is not None and len(projection.shared) == len(pool.layers):
+            pool = pool.sharing(projection.shared)
         self._pool, self._metadata, self._projection, self._groups = pool, metadata, projection, groups
         self._limits = limits
         first, widths = pool.first_layer, pool.widths
         if projection is not None and (
             projection.widths != widths
+            or projection.sketched not in (None, pool.row_format)
             or projection.first_layer != first
             or projection.latent_dim != pool.latent_dim
         ):
@@ -71,7 +74,6 @@ class DecodeDialing(DecodeChannels):
                 f"d={pool.latent_dim} and widths {widths[:4]}...; use the "
                 "artifact this server was started with"
             )
-        self._shared = tuple(projection.shared) if projection is not None else widths
         self._writer = RowWriter(pool)
         self._host = self._host_identity(host_id)
         self._arena = self._make_arena()
@@ -92,10 +94,10 @@ class DecodeDialing(DecodeChannels):
                 first_layer=first,
                 latent_dim=pool.latent_dim,
                 rope_dim=pool.rope_dim,
-                dtype=pool.row_format.name_of(pool.dtype),
+                dtype=pool.row_format.name(pool.dtype),
                 page_size=pool.page_size,
                 widths=widths,
-                shared=self._shared,
+                shared=pool.row_format.shared,
                 metadata_bytes=metadata.item_bytes,
             ),
             projection=projection.content_hash if projection is not None else "",

@@ -64,7 +64,7 @@ class DecodeScattering(DecodeFetching):
         with entry.writes.one() as allowed:
             if allowed:
                 part = Part(chunk.part)
-                digest = self._writer.write(arrival.layers, slots, self._shared, part, arrival.payload)
+                digest = self._writer.write(arrival.layers, slots, part, arrival.payload)
         if digest is not None and chunk.checksum == frames.OPENED:
             self._written(arrival, frames.OPENED)
         elif digest == b"":

@@ -205,7 +205,7 @@ class DecodeFetching(DecodeDialing):
             return f"with unknown part {chunk.part}"
         if chunk.first_token + chunk.tokens > len(entry.slots):
             return f"for tokens up to {chunk.first_token + chunk.tokens} where pages hold {len(entry.slots)}"
-        expected = self._writer.payload_bytes(layers, chunk.tokens, self._shared, Part(chunk.part))
+        expected = self._writer.payload_bytes(layers, chunk.tokens, Part(chunk.part))
         if size != expected:
             return f"of {size} bytes where {expected} were due"
         if source.received_bytes + credit_bytes > source.granted_bytes:
@@ -229,7 +229,7 @@ class DecodeFetching(DecodeDialing):
 
     def _part_items(self, layer: int, part: Part) -> int:
         """Items of one part of a row of a layer."""
-        return sum(stop - start for start, stop in self._writer.columns(layer, self._shared[layer], part))
+        return self._pool.row_format.layers[layer].part_items(part)
 
     def _take_finish(self, entry: Room, source: Source, message: frames.Finish, payload: memoryview) -> None:
         metadata = bytes(payload)

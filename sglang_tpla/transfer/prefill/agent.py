@@ -110,6 +110,13 @@ class PrefillAgent(PrefillDispatch):
         self.abort(room, reason)
         self.close_room(room)
 
+    def suspicion(self, room: int) -> str:
+        """Why this rank is about to give up a room that nobody has asked for; empty if it is not."""
+        with self._lock:
+            entry = self._open(room)
+            soon = time.monotonic() + 2 * self._settings.heartbeat_s
+            return "" if entry.state.ended or entry.asks else self._unwanted(entry, soon)
+
     def prefix_tokens(self, room: int) -> int:
         """Tokens that decode has cached already; pages given to `send` start after them. 0 before any
         request.
