@@ -38,6 +38,6 @@ def test_a_latent_cache_is_not_enough() -> None:
         check_config(
             "/m", {"architectures": ["KimiVLForConditionalGeneration"], "text_config": {"hidden_size": 8}}
         )
+    inner = {**latent, "index_topk": 2048}
     with pytest.raises(ConfigError, match="sparse attention"):
-        inner = {**latent, "index_topk": 2048}
         check_config("/m", {"architectures": ["KimiK25ForConditionalGeneration"], "text_config": inner})

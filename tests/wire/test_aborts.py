@@ -17,6 +17,8 @@ from sglang_tpla.transfer.prefill import sender as dispatch
 from sglang_tpla.transfer.room import RoomState, TransferError
 from tests.wire import rig
 
+pytestmark = pytest.mark.usefixtures("rows_kind")  # each test with plain and with sketched rows
+
 
 @pytest.fixture(params=[None, "far"], ids=["near", "far"])
 def pair(request):
