@@ -94,8 +94,10 @@ def test_rows_of_zeros_and_of_one_huge_value(value: float) -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("column", [3, rig.LATENT + 1])
-def test_a_value_that_is_not_finite_fails_its_request_alone(value: float, column: int) -> None:
-    prefill, decode = rig.prefill_rank(), rig.decode_rank(rig.sketched_projection(0))
+@pytest.mark.parametrize("fp8", [False, True])
+def test_a_value_that_is_not_finite_fails_its_request_alone(value: float, column: int, fp8: bool) -> None:
+    z = rig.projection(0, 48) if fp8 else rig.sketched_projection(0)
+    prefill, decode = rig.prefill_rank(), rig.decode_rank(z, fp8=fp8)
     with contextlib.closing(prefill.agent), contextlib.closing(decode.agent):
         slot = int(prefill.pool.slots(rig.pages(50, 4))[5])
         before = prefill.pool.layers[1][slot, column].clone()
