@@ -1,8 +1,8 @@
 """The form of the Hopper decode kernel that reads sketched rows (`cache_rows.sketched`): what `decode` compiles.
 
 Serves rows of at least 256 bytes (w_pad, rope and row are multiples of 16 then) with w_pad 64 to 512, sketch codes of
-2, 3 and 4 bits, a rotary key of 64 values in 8 or 16 bits, up to 128 heads and query length 1 to 4. How it works is
-said at the head of ``cuda/sketched_shapes.cuh``.
+2, 3 and 4 bits, a rotary key of 64 values in 8 or 16 bits, up to 128 heads and query length 1 to 4. The head of
+``cuda/sketched_shapes.cuh`` tells how it works.
 """
 
 from __future__ import annotations
