@@ -21,6 +21,14 @@ GUESSES = 3
 TOKENS = GUESSES + 1  # verified at once
 
 
+@pytest.fixture(autouse=True)
+def rows_of_values(engine: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No settings of a server in this process: its rows are plain."""
+    from sglang_tpla.host import speculation
+
+    monkeypatch.setattr(speculation, "sketched", lambda: False)
+
+
 class Pool:
     def __init__(self, width: int) -> None:
         self.rows = torch.randn(SLOTS, 1, width + ROPE)
@@ -323,3 +331,11 @@ def test_a_drafts_cache_keeps_the_models_precision(engine: None, draft: bool) ->
     keep_precision(None, runner)
     kept = (torch.bfloat16, "auto") if draft else (torch.float8_e4m3fn, "fp8_e4m3")
     assert (runner.kv_cache_dtype, runner.kv_cache_dtype_str) == kept
+
+
+def test_sketched_rows_are_refused_for_now(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sglang_tpla.host import speculation
+
+    monkeypatch.setattr(speculation, "sketched", lambda: True)
+    (found,) = speculation.objections(arguments(), "decode")
+    assert "never tested together" in found and not speculation.objections(arguments(), "prefill")
