@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from sglang_tpla.artifact.artifact import ArtifactMeta, build
+from sglang_tpla.artifact.artifact import SKETCHED_VERSION, ArtifactMeta, build
 from sglang_tpla.artifact.model_identity import config_hash, weights_hash
 
 NANO = Path(__file__).parents[1] / "examples" / "nano-mla"
@@ -117,3 +117,40 @@ def write_artifact(path: Path, model: Path, groups: int) -> None:
         created_by="benchmarks/v3_shaped.py",
     )
     build(meta, [[(z, z.T, z.T) for z in columns]] * layers).save(path)
+
+
+def write_sketched_artifact(
+    path: Path, model: Path, groups: int, shared: int = 64, sketch_bits: int = 4
+) -> None:
+    """Maps of sketched rows that keep ``shared`` columns on every rank and deal out the others: nothing calibrated."""
+    config = json.loads((model / "config.json").read_text())
+    layers, own = config["num_hidden_layers"], (LATENT - shared) // groups
+    columns = torch.eye(LATENT)
+    blocks = columns[:, shared:].split(own, dim=1)
+    meta = ArtifactMeta(
+        format_version=SKETCHED_VERSION,
+        model_name=model.name,
+        config_hash=config_hash(config),
+        weights_hash=weights_hash(model),
+        transform="identity",
+        groups=groups,
+        num_layers=layers,
+        latent_dim=LATENT,
+        rope_dim=ROPE,
+        shared_dims=(shared,) * layers,
+        widths=(shared + own,) * layers,
+        calibrated_tokens=0,
+        corpus="none",
+        corpus_hash="0" * 64,
+        seed=0,
+        created_by="benchmarks/v3_shaped.py",
+        sketch_bits=(sketch_bits,) * layers,
+    )
+    maps = []
+    for group, block in enumerate(blocks):
+        z = torch.cat([columns[:, :shared], block], dim=1)
+        others = [other for index, other in enumerate(blocks) if index != group]
+        b = z.T.clone()
+        b[:shared] /= groups
+        maps.append((z, torch.cat([z, *others], dim=1).T, b))
+    build(meta, [maps] * layers, [torch.cat(blocks, dim=1)] * layers).save(path)

@@ -7,8 +7,10 @@ import re
 import pytest
 
 from sglang_tpla.attention.hopper.compile import KernelCompileError, cached_cubin, compile_cubin
-from sglang_tpla.attention.hopper.decode import NAME, SHARED_LIMIT_BYTES, variant_for
+from sglang_tpla.attention.hopper.decode import SHARED_LIMIT_BYTES, variant_for
+from sglang_tpla.attention.hopper.sketched import SketchedVariant
 from sglang_tpla.attention.interface import DecodeShape
+from sglang_tpla.cache_rows.sketched import SketchedRows
 
 
 @pytest.mark.parametrize("latent_dim", range(64, 513, 32))
@@ -26,7 +28,7 @@ def test_variant_fits(latent_dim: int, heads: int, query_len: int) -> None:
 @pytest.mark.parametrize(("latent_dim", "heads"), [(256, 32), (192, 128), (320, 16)])
 def test_compiles_without_spills(latent_dim: int, heads: int) -> None:
     variant = variant_for(DecodeShape(latent_dim, heads))
-    cubin, log = compile_cubin(variant.source(), variant.defines, NAME)
+    cubin, log = compile_cubin(variant.source(), variant.defines, "latent_decode.cu")
     assert cubin[:4] == b"\x7fELF"
     assert "C7510" not in log, "wgmma instructions were serialised"
     assert {int(count) for count in re.findall(r"(\d+) bytes spill stores", log)} == {0}
@@ -46,3 +48,25 @@ def test_the_cache_returns_what_was_compiled(tmp_path, monkeypatch) -> None:
     assert cached_cubin(source, {"VALUE": 1}, "one.cu") == first
     cached_cubin(source, {"VALUE": 2}, "one.cu")
     assert len(list(tmp_path.rglob("*.cubin"))) == 2
+
+
+SKETCHED = [(1, 0, 16), (1, 0, 128), (2, 64, 32), (4, 64, 64), (8, 64, 128), (2, 416, 8)]
+
+
+@pytest.mark.parametrize(("groups", "shared", "heads"), SKETCHED)
+@pytest.mark.parametrize("query_len", [1, 4])
+def test_sketched_variant_fits(groups: int, shared: int, heads: int, query_len: int) -> None:
+    variant = variant_for(DecodeShape.of_sketched(SketchedRows.of(512, groups, shared, 64), heads, query_len))
+    assert isinstance(variant, SketchedVariant)
+    assert variant.fits
+    assert variant.stages >= 3
+    blocks = -(-heads * query_len // variant.rows)
+    assert blocks * variant.rows >= heads * query_len
+
+
+def test_sketched_kernel_compiles() -> None:
+    variant = variant_for(DecodeShape.of_sketched(SketchedRows.of(512, 2, 64, 64), 32))
+    cubin, log = compile_cubin(variant.source(), variant.defines, "sketched_decode.cu")
+    assert cubin[:4] == b"\x7fELF"
+    assert "C7510" not in log, "wgmma instructions were serialised"
+    assert {int(count) for count in re.findall(r"(\d+) bytes spill stores", log)} == {0}

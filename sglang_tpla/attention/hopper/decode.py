@@ -1,9 +1,9 @@
 """Our paged latent decode kernel for Hopper (``cuda/``) behind the attention interface.
 
 Serves w any multiple of 32 from 64 to 512 with a rope part of 64, up to 128 heads, query length 1 to 4, any
-page size that is a power of two, bfloat16; and sketched rows with a kernel of their own (`sketched`). ``plan`` and ``run`` launch fixed grids on fixed buffers and
-never wait for the device, so a CUDA graph of them stays right when lengths, page table and queries are
-refilled in place.
+page size that is a power of two, bfloat16; and sketched rows with a kernel of their own (`sketched`). ``plan`` and
+``run`` launch fixed grids on fixed buffers and never wait for the device, so a CUDA graph of them stays right when
+lengths, page table and queries are refilled in place.
 """
 
 from __future__ import annotations
@@ -40,7 +40,6 @@ SOURCES = tuple(
 # A block's shared memory without the first 1,024 bytes, where barriers are.
 SHARED_LIMIT_BYTES = 226 * 1024
 MAX_STAGES = 8
-THREADS = 384
 MODES = {"tokens": 0, "rows": 1, "width": 2}
 
 
@@ -92,6 +91,7 @@ class Variant:
         }
 
     name = "latent_decode"
+    threads = 384
 
     def source(self) -> str:
         """The whole CUDA source."""
@@ -292,7 +292,7 @@ class HopperDecode:
         self._module.launch(
             self._kernels["decode"],
             grid,
-            THREADS,
+            self.variant.threads,
             (params,),
             self._stream(),
             shared_bytes=self.variant.shared_bytes,

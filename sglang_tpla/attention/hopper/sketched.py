@@ -1,8 +1,8 @@
 """The form of the Hopper decode kernel that reads sketched rows (`cache_rows.sketched`): what `decode` compiles.
 
-Serves rows of at least 256 bytes (w_pad, rope and row are multiples of 16 then) with w_pad 64 to 512, sketch codes of 2, 3
-and 4 bits, a rotary key of 64 values in 8 or 16 bits, up to 128 heads and query length 1 to 4. How it works is told at the
-head of ``cuda/sketched_shapes.cuh``.
+Serves rows of at least 256 bytes (w_pad, rope and row are multiples of 16 then) with w_pad 64 to 512, sketch codes of
+2, 3 and 4 bits, a rotary key of 64 values in 8 or 16 bits, up to 128 heads and query length 1 to 4. The head of
+``cuda/sketched_shapes.cuh`` tells how it works.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ SOURCES = tuple(
 BLOCK_BYTES = 227 * 1024  # shared memory of a block
 MAX_STAGES = 8
 SMALLEST_QUERY_BYTES = 10240  # the merge adds up there
-PRODUCER_REGISTERS, CONSUMER_REGISTERS = 40, 232
+# of a thread: producer, scores, values; by how many warpgroups add up values
+REGISTERS = {1: (40, 144, 184), 2: (32, 112, 112)}
 MAX_ACCUMULATORS = 128  # of the values, a thread
 
 
@@ -61,15 +62,22 @@ class SketchedVariant:
         cache: the rows that it reads.
         rows: query rows a block takes, a multiple of 16.
         stages: tiles in the ring.
-        bulk: whether a row is copied by one instruction of one lane, instead of by eight lanes.
+        buffers: groups of 32 columns (or tokens) whose registers wgmma may be reading.
+        values: warpgroups that add up values.
     """
 
     cache: SketchedRows
     rows: int
     stages: int
-    bulk: bool = True
+    buffers: int = 2
+    values: int = 1
 
     name = "sketched_decode"
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block."""
+        return 128 * (3 + self.values)
 
     @property
     def _query_bytes(self) -> int:
@@ -80,7 +88,7 @@ class SketchedVariant:
     @property
     def fixed_bytes(self) -> int:
         """Shared memory whatever the ring: barriers, and what warps tell each other of each query row."""
-        bare = 16 * self.stages + 16 + 16 + 16 + 16 + 512 + 2 * 2 * 4 * self.rows * 4
+        bare = 16 * self.stages + 32 + 16 + 16 + 32 + 512 + 4 * self.rows * (8 + 8 + 2 + 2)
         return -(-bare // 1024) * 1024
 
     @property
@@ -119,11 +127,13 @@ class SketchedVariant:
             "ROW_BYTES": rows.row_bytes,
             "ROWS": self.rows,
             "STAGES": self.stages,
-            "COPY_BULK": int(self.bulk),
+            "BUFFERS": self.buffers,
             "FIXED_BYTES": self.fixed_bytes,
             "SHARED_BYTES": self.shared_bytes,
-            "PRODUCER_REGISTERS": PRODUCER_REGISTERS,
-            "CONSUMER_REGISTERS": CONSUMER_REGISTERS,
+            "VALUES": self.values,
+            "PRODUCER_REGISTERS": REGISTERS[self.values][0],
+            "SCORE_REGISTERS": REGISTERS[self.values][1],
+            "VALUE_REGISTERS": REGISTERS[self.values][2],
             "MAX_PARTS": MAX_PARTS,
             "SEGMENT_COST": SEGMENT_COST,
             "PLAN_BATCH": 2048,

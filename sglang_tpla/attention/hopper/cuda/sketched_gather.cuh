@@ -4,14 +4,6 @@
 
 constexpr int kChunkTiles = 4;                                   // tiles whose slots are looked up together
 
-__device__ __forceinline__ void expect_bytes(u32 barrier, u32 bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-}
-__device__ __forceinline__ void copy_row(u32 target, const void* source, u32 barrier) {
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
-                 ::"r"(target), "l"(source), "n"(ROW_BYTES), "r"(barrier) : "memory");
-}
-
 // Slot of a token, -1 behind the last one.
 __device__ __forceinline__ int slot_of(const Params& p, int start, int length, int token) {
     if (token >= length) return -1;
@@ -19,64 +11,50 @@ __device__ __forceinline__ int slot_of(const Params& p, int start, int length, i
     return (__ldcg(p.page_indices + start + (token >> p.page_bits)) << p.page_bits) | (token & mask);
 }
 
-#if COPY_BULK
-// One warp; a lane copies two rows of a tile, each with one instruction.
-constexpr int kFullArrivals = 1, kSlots = 2 * kChunkTiles;
-__device__ __forceinline__ int slot_token(int i, int warp, int lane) { return i / 2 * kTile + i % 2 * 32 + lane; }
-__device__ __forceinline__ void load_tile(const Params& p, u32 stage, u32 full, const int* slots, int rows, int warp, int lane) {
-    if (lane == 0) expect_bytes(full, rows * ROW_BYTES);
-    __syncwarp();
-#pragma unroll
-    for (int i = 0; i < 2; ++i)
-        if (slots[i] >= 0) copy_row(stage + (lane + 32 * i) * kStride, p.kv + slots[i] * p.kv_stride, full);
-}
-#else
-// Four warps; eight lanes copy a row, 16 bytes each at a time.
+// Four warps; eight lanes copy a row, each time the 16-byte pieces of one line of 128 bytes: rows begin anywhere in a line,
+// and a request that crosses lines counts twice. No prefetch into the L2: what lies beside a row is another token.
 constexpr int kFullArrivals = 128, kSlots = kChunkTiles;
-__device__ __forceinline__ int slot_token(int i, int warp, int lane) { return i * kTile + warp * 16 + lane % 16; }
-__device__ __forceinline__ void load_tile(const Params& p, u32 stage, u32 full, const int* slots, int rows, int warp, int lane) {
+__device__ __forceinline__ void load_tile(const Params& p, u32 stage, u32 full, int my_slot, int warp, int lane) {
+    constexpr int kPieces = ROW_BYTES / 16;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-        const int row = i * 4 + lane / 8, slot = __shfl_sync(0xffffffff, slots[0], row);
-        const u8* source = p.kv + (slot < 0 ? 0 : slot) * p.kv_stride + lane % 8 * 16;
-        const u32 target = stage + (warp * 16 + row) * kStride + lane % 8 * 16;
+        const int row = i * 4 + lane / 8, slot = __shfl_sync(0xffffffff, my_slot, row);
+        const u8* source = p.kv + (slot < 0 ? 0 : slot) * p.kv_stride;
+        const int lead = (int)((unsigned long long)source >> 4 & 7);
+        const u32 target = stage + (warp * 16 + row) * kStride;
 #pragma unroll
-        for (int piece = 0; piece < ROW_BYTES / 16; piece += 8)
-            if (piece + 8 <= ROW_BYTES / 16 || piece + lane % 8 < ROW_BYTES / 16)
-                copy16(target + piece * 16, source + piece * 16, slot >= 0);
+        for (int line = 0; line < kPieces + 7; line += 8) {
+            const int piece = line + lane % 8 - lead;
+            if (piece >= 0 && piece < kPieces && slot >= 0)
+                asm volatile("cp.async.cg.shared.global [%0], [%1], 16;"
+                             ::"r"(target + piece * 16), "l"(source + piece * 16) : "memory");
+        }
     }
     barrier_arrive_when_copied(full);
 }
-#endif
 
 __device__ __forceinline__ void produce(const Params& p, u32 ring, u32 full, u32 empty, int thread) {
-    constexpr int kSlotsPerTile = kSlots / kChunkTiles;
-    const int warp = thread / 32, lane = thread % 32;
-    if (COPY_BULK && warp > 0) return;
+    const int warp = thread / 32, lane = thread % 32, my_row = warp * 16 + lane % 16;
     u32 stage = 0, phase = 0;
     for (Segments s(p); s.more(); s.next()) {
         const int length = s.length, start = s.start, end = s.end_tile();
         if (s.first_tile >= end) continue;
         int now[kSlots], ahead[kSlots];                          // ahead: slots of the next chunk, on their way
 #pragma unroll
-        for (int i = 0; i < kSlots; ++i) ahead[i] = slot_of(p, start, length, s.first_tile * kTile + slot_token(i, warp, lane));
+        for (int i = 0; i < kSlots; ++i) ahead[i] = slot_of(p, start, length, (s.first_tile + i) * kTile + my_row);
         for (int first = s.first_tile; first < end; first += kChunkTiles) {
 #pragma unroll
             for (int i = 0; i < kSlots; ++i) {
                 now[i] = ahead[i];
-                ahead[i] = slot_of(p, start, length, (first + kChunkTiles) * kTile + slot_token(i, warp, lane));
+                ahead[i] = slot_of(p, start, length, (first + kChunkTiles + i) * kTile + my_row);
             }
 #pragma unroll
             for (int k = 0; k < kChunkTiles; ++k) {
                 const int tile = first + k;
                 if (tile >= end) break;
                 barrier_wait(empty + 8 * stage, phase ^ 1);
-                if ((tile + 1) * kTile > length - p.query_len) {
-                    wait_for_predecessor();
-                    asm volatile("fence.proxy.async;" ::: "memory");
-                }
-                load_tile(p, ring + stage * kStageBytes, full + 8 * stage, now + k * kSlotsPerTile,
-                          min(kTile, length - tile * kTile), warp, lane);
+                if ((tile + 1) * kTile > length - p.query_len) wait_for_predecessor();
+                load_tile(p, ring + stage * kStageBytes, full + 8 * stage, now[k], warp, lane);
                 if (++stage == STAGES) stage = 0, phase ^= 1;
             }
         }
@@ -135,24 +113,26 @@ __device__ __forceinline__ u32 load_query_group(const Params& p, u32 q_smem, int
     return largest;
 }
 
-// By all consumers: the segment's query in shared memory, in float16 (its rotary part in bfloat16 where the keys' is),
+__device__ __forceinline__ void sync_all() { asm volatile("bar.sync 2, %0;" ::"n"(kAllThreads) : "memory"); }
+
+// By all but the producer: the segment's query in shared memory, in float16 (its rotary part in bfloat16 where the keys' is),
 // multiplied by a power of two that leaves none too large; returns that power's inverse.
 __device__ __forceinline__ float load_query(const Params& p, u32 q_smem, int request, u32* shared_largest, int consumer) {
     if (consumer == 0) *shared_largest = 0;
-    sync_consumers();                                            // nobody reads the memory any more
+    sync_all();                                                  // nobody reads the memory any more
     u32 largest = 0;
 #pragma unroll 1
-    for (int item = consumer; item < kRows * kGroups; item += kConsumerThreads)
+    for (int item = consumer; item < kRows * kGroups; item += kAllThreads)
         largest = max(largest, load_query_group(p, q_smem, request, item / kGroups, item % kGroups));
 #pragma unroll
     for (int offset = 16; offset; offset /= 2) largest = max(largest, __shfl_xor_sync(0xffffffff, largest, offset));
     if (consumer % 32 == 0) atomicMax(shared_largest, largest);
-    sync_consumers();
+    sync_all();
     largest = *reinterpret_cast<volatile u32*>(shared_largest);
     const u32 exponent = largest ? min(268 - (int)(largest >> 7), 250) : 127;   // the largest becomes 2^14 to 2^15
     const float factor = __uint_as_float(exponent << 23);
 #pragma unroll 1
-    for (int item = consumer; item < kRows * kSteps * 2; item += kConsumerThreads) {
+    for (int item = consumer; item < kRows * kSteps * 2; item += kAllThreads) {
         const int row = item / (kSteps * 2), step = item % (kSteps * 2) / 2;
         const u32 address = query_address(q_smem, row, step, item % 2);
         const uint4 x = load_shared4(address);
@@ -165,6 +145,6 @@ __device__ __forceinline__ float load_query(const Params& p, u32 q_smem, int req
         store_shared4(address, w[0], w[1], w[2], w[3]);
     }
     fence_async_proxy();
-    sync_consumers();
+    sync_all();
     return __uint_as_float((254 - exponent) << 23);
 }

@@ -11,8 +11,9 @@
 // Every code is exact in float16. A token's scales come in as factors of at most 1 relative to a power of two that the
 // scores are multiplied by in float32; probabilities are weighted by the larger of its two 8-bit scales.
 //
-// A block is three warpgroups: one warp of warpgroup 0 copies raw rows into a ring of tiles; warpgroups 1 and 2 take
-// alternate tiles and add up through shared memory at the end. Plan, parts and merging are those of latent_decode.cu.
+// A block is a warpgroup that copies raw rows into a ring of tiles, two that compute scores and probabilities of alternate
+// tiles, and VALUES that add up values of all tiles, each for columns of its own: unpacking is bound by latency, so what
+// counts is how many warps do it. Plan, parts and merging are those of latent_decode.cu.
 //
 // Compiled with the macros of decode.py's SketchedVariant; wgmma_half and wgmma_bf16 come from wgmma.py.
 
@@ -35,12 +36,13 @@ constexpr int kRopeOffset = LATENT, kSketchOffset = LATENT + ROPE * ROPE_BITS / 
 constexpr int kStride = ROW_BYTES / 16 % 2 ? ROW_BYTES : ROW_BYTES + 16;
 constexpr int kStageBytes = kTile * kStride;
 constexpr int kBlocks = (LATENT + 63) / 64;                 // blocks of 64 value columns
-constexpr int kFirstBlocks = (kBlocks + 1) / 2;             // of which the first warpgroup stores these
-constexpr int kScaleColumn = kFirstBlocks * 64;             // what the second one stores has a scale of its own
-constexpr int kProducerThreads = 128, kConsumerThreads = 256;
+constexpr int kMyBlocks = (kBlocks + VALUES - 1) / VALUES;  // of which a warpgroup adds up these
+constexpr int kScaleColumn = kMyBlocks * 64;                // what the second one stores has a scale of its own
+constexpr int kConsumerThreads = 256;                       // that compute scores, and merge
+constexpr int kAllThreads = kConsumerThreads + VALUES * 128;
 constexpr bool kTwoScales = SHARED > 0 && OWN > 0;
 static_assert(LATENT % 16 == 0 && ROPE % 32 == 0 && ROW_BYTES % 16 == 0 && SKETCH % 8 == 0, "pieces of 16 bytes");
-static_assert(SHARED % 4 == 0 && kRows % 16 == 0 && kBlocks * kPart <= 128, "sizes the registers allow");
+static_assert(SHARED % 4 == 0 && kRows % 16 == 0 && VALUES <= 2 && VALUES <= kBlocks, "sizes the registers allow");
 
 struct Params {
     const u16* q_latent;       // [batch * query_len, heads, LATENT + SKETCH]

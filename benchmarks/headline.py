@@ -1,0 +1,396 @@
+"""The paper's headline on two GPUs: decode throughput and latency of one model, method beside method, in one run.
+
+    python benchmarks/headline.py --out FILE [--models v3 k2] [--methods ...] [--loads throughput latency] [--limit 150]
+
+DeepSeek-V3's and Kimi-K2's attention, 61 layers, experts left out (a dense feed-forward part of 512), random bfloat16
+weights; SGLang's own model runner on T = 2 GPUs of one host, real collectives, CUDA graphs. A load is B requests of S
+cached tokens in random slots; "throughput" is 32,768 tokens and among others the largest batch that fits, "latency" 1,
+4 and 16 requests of 32,768 and 131,072 tokens. The methods:
+
+    mla          plain TP in bfloat16 (FlashInfer)         mla-fp8  the same with SGLang's own FP8 cache
+    dp           data-parallel attention at its best: each GPU alone holds all heads and half of the requests, and no
+                 collective is in its time                 dcp2     decode context parallelism of 2 (FlashInfer)
+    g1-8bit      plain MLA with this package's 8-bit rows  g2, g2-scatter    TPLA, slices of 256 in bfloat16
+    g2-sketched, g2-sketched-scatter                       TPLA on sketched rows (64 shared columns, 4 bits)
+
+"scatter" sums head outputs before ``o_proj``; otherwise it is held twice. A method that fails or does not fit is noted
+and the next one comes. Step times are medians over replays of the step's graph on rank 0. Without GPUs it runs two tiny
+ranks on the CPU, to try this file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import engine_rank
+import v3_shaped
+
+from sglang_tpla.config import Settings
+
+GPU = torch.cuda.is_available()
+RANKS, LAYERS, CONTEXT, LONG = 2, 61, 32768, 131072
+HEADS = {"v3": 128, "k2": 64}
+RESERVE_BYTES = 6.0e9  # of a GPU for CUDA, NCCL, graphs and activations
+PORT = 29600
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to run the model.
+
+    Args:
+        row_bytes: a cached token takes on a rank, a layer.
+        groups: g; 0 is stock SGLang. rows: of the cache. o_proj: as in `Settings`.
+        ranks: of the process group. flags: of SGLang, besides the common ones.
+    """
+
+    row_bytes: int
+    groups: int = 0
+    rows: str | None = None
+    o_proj: str = "replicate"
+    ranks: int = RANKS
+    flags: dict[str, Any] = field(default_factory=dict)
+
+    def weight_bytes(self, heads: int) -> float:
+        """A rank holds of one layer, in bfloat16."""
+        share = max(1, self.groups) / self.ranks
+        queries, keys, output = 1536 * heads * 192, 512 * heads * 256, heads * 128 * 7168
+        rest = 7168 * (1536 + 576) + 3 * 7168 * 512 / self.ranks
+        held = share if self.o_proj == "replicate" else 1 / self.ranks
+        return 2 * (queries * share + keys * max(1, self.groups) + output * held + rest)
+
+    def most_requests(self, heads: int, memory_bytes: float) -> int:
+        """Of 32,768 tokens that fit on a GPU."""
+        left = 0.985 * memory_bytes - RESERVE_BYTES - LAYERS * self.weight_bytes(heads)
+        return max(0, int(left // (self.row_bytes * LAYERS * CONTEXT)))
+
+
+METHODS = {
+    "mla": Method(1152),
+    "mla-fp8": Method(576, flags={"kv_cache_dtype": "fp8_e4m3"}),
+    "dp": Method(1152, ranks=1),
+    "dcp2": Method(576, flags={"dcp_size": 2}),
+    "g1-8bit": Method(656, 1, "sketched"),
+    "g2": Method(640, 2),
+    "g2-scatter": Method(640, 2, o_proj="scatter"),
+    "g2-sketched": Method(544, 2, "sketched"),
+    "g2-sketched-scatter": Method(544, 2, "sketched", "scatter"),
+}
+
+
+def loads_of(method: Method, heads: int, memory_bytes: float, kinds: list[str]) -> list[tuple[int, int]]:
+    """(requests on a rank, cached tokens each) that fit, for the kinds asked for."""
+    if not GPU:
+        return [(1, 64), (2, 64)]
+    most = method.most_requests(heads, memory_bytes)
+    halves = RANKS // method.ranks  # requests of a load that each rank has
+    found = set()
+    if "throughput" in kinds:
+        found |= {(batch // halves, CONTEXT) for batch in (16, 48) if batch // halves < most} | {
+            (most, CONTEXT)
+        }
+    if "latency" in kinds:
+        found |= {(max(1, batch // halves), tokens) for batch in (1, 4, 16) for tokens in (CONTEXT, LONG)}
+    fits = most * CONTEXT
+    return sorted((batch, tokens) for batch, tokens in found if batch and batch * tokens <= fits)
+
+
+def child(job: dict[str, Any], rank: int) -> None:
+    """One rank: SGLang's model runner, then every load; rank 0 prints a line of JSON each."""
+    from sglang.srt.plugins import load_plugins
+
+    load_plugins()
+    from sglang.benchmark.one_batch import load_model
+    from sglang.srt.entrypoints.engine import _set_envs_and_config
+    from sglang.srt.server_args import PortArgs, ServerArgs, set_global_server_args_for_scheduler
+
+    print("ready", flush=True)
+    sys.stdin.readline()
+    flags: dict[str, Any] = dict(job["flags"])
+    if job["groups"]:
+        flags |= {"disaggregation_mode": "decode", "disaggregation_transfer_backend": "tpla"}
+    if GPU:
+        torch.cuda.set_device(rank)
+    else:
+        flags |= {"device": "cpu"}
+    arguments = ServerArgs(
+        model_path=job["model"],
+        load_format="dummy",
+        tp_size=job["ranks"],
+        dtype="bfloat16",
+        attention_backend=job["attention"],
+        random_seed=0,
+        max_total_tokens=job["tokens"],
+        max_running_requests=max(batch for batch, _ in job["loads"]),
+        context_length=max(context for _, context in job["loads"]) + 64,
+        mem_fraction_static=0.97,
+        enforce_disable_flashinfer_allreduce_fusion=True,
+        disable_prefill_cuda_graph=True,
+        cuda_graph_bs_decode=sorted({batch for batch, _ in job["loads"]}),
+        grammar_backend="none",
+        sampling_backend="pytorch",
+        skip_server_warmup=True,
+        **flags,
+    )
+    set_global_server_args_for_scheduler(arguments)
+    _set_envs_and_config(arguments)
+    ports = PortArgs.init_new(arguments)
+    ports.nccl_port = job["port"]
+    runner, _ = load_model(arguments, ports, gpu_id=rank if GPU else 0, tp_rank=rank)
+    for batch, context in job["loads"]:
+        row = time_step(runner.torch_runner, batch, context)
+        if rank == 0:
+            print(json.dumps(row), flush=True)
+
+
+@torch.no_grad()
+def time_step(runner: Any, batch: int, context: int) -> dict[str, Any]:
+    """One load: replays of the step's graph, all ranks at once; on a CPU the whole forward."""
+    forward_batch = engine_rank.decode_batch(runner, batch, context)
+    replayed: list[torch.cuda.CUDAGraph] = []
+    replay = torch.cuda.CUDAGraph.replay
+
+    def noted(graph: torch.cuda.CUDAGraph) -> None:
+        replayed.append(graph)
+        replay(graph)
+
+    torch.cuda.CUDAGraph.replay = noted
+    host = []
+    for _ in range(12 if GPU else 2):
+        start = time.perf_counter()
+        runner.forward(forward_batch)
+        if GPU:
+            torch.cuda.synchronize()
+        host.append(1e3 * (time.perf_counter() - start))
+    torch.cuda.CUDAGraph.replay = replay
+    row: dict[str, Any] = {
+        "batch": batch,
+        "context": context,
+        "host_ms": statistics.median(host[len(host) // 4 :]),
+    }
+    if not GPU:
+        return row | {"step_ms": row["host_ms"]}
+    (graph,) = set(replayed)  # one step is one graph
+    torch.distributed.barrier()
+    torch.cuda.synchronize()
+    events = []
+    for _ in range(25):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        graph.replay()
+        end.record()
+        events.append((begin, end))
+    torch.cuda.synchronize()
+    times = [begin.elapsed_time(end) for begin, end in events][5:]
+    return row | {"step_ms": statistics.median(times), "step_ms_range": [min(times), max(times)]}
+
+
+def environment(job: dict[str, Any]) -> dict[str, str]:
+    """Of a job's ranks."""
+    found = {
+        **os.environ,
+        "SGLANG_USE_MESSAGE_QUEUE_BROADCASTER": "0",
+        "SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK": "0",
+        "SGLANG_ENABLE_JIT_DEEPGEMM": "0",
+        "NCCL_NVLS_ENABLE": "0",
+        "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
+        "NVSHMEM_DISABLE_NVLS": "1",
+    }
+    if not GPU:
+        found |= {
+            "CUDA_VISIBLE_DEVICES": "",
+            "SGLANG_PLATFORM": "sglang_tpla_cpu",
+            "SGLANG_CPU_OMP_THREADS_BIND": "|".join("0" * job["ranks"]),
+            "SGLANG_NCCL_SO_PATH": "no-nccl-on-a-cpu",
+        }
+    if not job["groups"]:
+        return found | ({"SGLANG_PLUGINS": "none"} if GPU else {})
+    settings = Settings("decode", job["groups"], job["artifact"], rows=job["rows"], o_proj=job["o_proj"])
+    return found | settings.to_environment()
+
+
+class Job:
+    """The ranks of one method on one model."""
+
+    def __init__(self, job: dict[str, Any], logs: Path) -> None:
+        self.job = job
+        self.processes = []
+        for rank in range(job["ranks"]):
+            with (logs / f"{job['name']}-{rank}.log").open("w") as errors:
+                command = [sys.executable, __file__, "--child", json.dumps(job), "--rank", str(rank)]
+                process = subprocess.Popen(
+                    command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True,
+                    env=environment(job),
+                )  # fmt: skip
+            self.processes.append(process)
+
+    def wait_until_imported(self) -> None:
+        """Until every rank has imported SGLang, or ended."""
+        for process in self.processes:
+            assert process.stdout is not None
+            for line in process.stdout:
+                if line.strip() == "ready":
+                    break
+
+    def run(self, limit_s: float) -> tuple[list[dict[str, Any]], str | None]:
+        """Its rows, and why it ended early if it did."""
+        late = threading.Event()
+
+        def stop() -> None:
+            late.set()
+            self.end()
+
+        timer = threading.Timer(limit_s, stop)
+        timer.start()
+        for process in self.processes:
+            assert process.stdin is not None
+            try:
+                process.stdin.write("go\n")
+                process.stdin.flush()
+            except BrokenPipeError:  # it has ended: its log says why
+                pass
+        stdout = self.processes[0].stdout
+        assert stdout is not None
+        rows = []
+        for line in stdout:
+            if line.startswith("{"):
+                rows.append(json.loads(line))
+                print_row(self.job, rows[-1])
+        timer.cancel()
+        self.end()
+        if len(rows) == len(self.job["loads"]):
+            return rows, None
+        return rows, f"stopped after {limit_s:.0f} s" if late.is_set() else "ended early: see its log"
+
+    def end(self) -> None:
+        """Kill what still runs."""
+        for process in self.processes:
+            process.kill()
+
+
+def requests_of(job: dict[str, Any], row: dict[str, Any]) -> int:
+    """Requests that all GPUs together serve in a step."""
+    return int(row["batch"]) * (RANKS // job["ranks"])
+
+
+def print_row(job: dict[str, Any], row: dict[str, Any]) -> None:
+    requests = requests_of(job, row)
+    print(
+        f"{job['name']:>24}  {requests:>4} x {row['context']:<7} step {row['step_ms']:8.2f} ms  "
+        f"{1e3 * requests / row['step_ms']:8.0f} tokens/s",
+        flush=True,
+    )
+
+
+def jobs_of(
+    model: str, names: list[str], kinds: list[str], folder: Path, memory_bytes: float
+) -> list[dict[str, Any]]:
+    """One for each method that fits, with checkpoint and artifacts written."""
+    heads = HEADS[model] if GPU else 16
+    path = folder / model
+    sizes = {"hidden": 7168, "query_latent": 1536, "intermediate": 512} if GPU else engine_rank.SMALL
+    shape = v3_shaped.Shape(LAYERS if GPU else 2, 2 * LONG, **(sizes | {"heads": heads}))
+    v3_shaped.write_checkpoint(path, shape, only_identity=True)
+    artifacts = {
+        None: folder / f"{model}-g2.safetensors",
+        "sketched": folder / f"{model}-g2-sketched.safetensors",
+    }
+    v3_shaped.write_artifact(artifacts[None], path, 2)
+    v3_shaped.write_sketched_artifact(artifacts["sketched"], path, 2)
+    found = []
+    for name in names:
+        method = METHODS[name]
+        loads = loads_of(method, heads, memory_bytes, kinds)
+        if not loads:
+            continue
+        found.append(
+            asdict(method)
+            | {
+                "name": f"{model}-{name}",
+                "model": str(path),
+                "artifact": str(artifacts[method.rows]) if method.groups > 1 else None,
+                "attention": "tpla" if method.groups else "flashinfer" if GPU else "torch_native",
+                "loads": loads,
+                "tokens": max(batch * context for batch, context in loads) + 256,
+                "port": PORT + len(found),
+            }
+        )
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "out" / "headline.json")
+    parser.add_argument("--models", nargs="+", choices=HEADS, default=list(HEADS))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument(
+        "--loads", nargs="+", choices=("throughput", "latency"), default=["throughput", "latency"]
+    )
+    parser.add_argument("--limit", type=float, default=150.0, help="seconds a method may take on a model")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        return child(json.loads(args.child), args.rank)
+    memory_bytes = torch.cuda.get_device_properties(0).total_memory if GPU else 0.0
+    report: dict[str, Any] = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "device": torch.cuda.get_device_name(0) if GPU else "a CPU: to try this file",
+        "torch": torch.__version__,
+        "methods": {name: asdict(METHODS[name]) for name in args.methods},
+        "rows": [],
+        "failed": {},
+    }
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory() as folder:
+        for model in args.models:
+            described = jobs_of(model, args.methods, args.loads, Path(folder), memory_bytes)
+            jobs = [Job(job, args.out.parent) for job in described] if GPU else []
+            for job in jobs:  # all import at once, then they take turns at the GPUs
+                job.wait_until_imported()
+            for index, job in enumerate(described):
+                running = jobs[index] if GPU else Job(job, args.out.parent)
+                start = time.monotonic()
+                rows, why = running.run(args.limit)
+                seconds = round(time.monotonic() - start, 1)
+                report["rows"] += [
+                    row | {"job": job["name"], "requests": requests_of(job, row), "seconds": seconds}
+                    for row in rows
+                ]
+                if why:
+                    report["failed"][job["name"]] = why
+                    print(f"{job['name']:>24}  {why}", flush=True)
+                print(f"{job['name']:>24}  took {seconds} s", flush=True)
+                args.out.write_text(json.dumps(report, indent=1) + "\n")
+    for model in args.models:  # the largest batches beside plain TP's
+        best = {}
+        for row in report["rows"]:
+            if row["job"].startswith(f"{model}-") and row["context"] == (CONTEXT if GPU else 64):
+                rate = 1e3 * row["requests"] / row["step_ms"]
+                best[row["job"]] = max(best.get(row["job"], 0.0), rate)
+        for name, rate in best.items():
+            print(
+                f"{name:>24}  {rate:8.0f} tokens/s  {rate / best.get(f'{model}-mla', float('nan')):.2f} of plain TP"
+            )
+    return None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""The Hopper kernel of sketched rows against float32 from the unpacked rows, fresh random inputs, poisoned outputs."""
+
+import random
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from sglang_tpla.attention.hopper.decode import HopperDecode
+from sglang_tpla.attention.interface import AttentionInputError, DecodeShape
+from sglang_tpla.cache_rows.sketched import SketchedRows
+
+sys.path.insert(0, str(Path(__file__).parent))
+from decode_case import SCALE, Case, random_case, relative_error
+
+pytestmark = pytest.mark.gpu
+DEVICE = torch.device("cuda:0")
+BAR = 3e-3
+LENGTHS = (
+    [1],
+    [63, 64, 65, 4, 128],
+    [1000, 77, 4097],
+    [0, 5001, 0, 0, 1, 129, 0],
+    [300 + 17 * i for i in range(40)],
+    [0] * 3 + [4, 700, 64] * 60,
+)
+# (d, g, r): widths from 64 to 512 in odd steps of 16, with and without padding, shared columns that end inside a step
+LAYOUTS = (
+    (512, 1, 0), (512, 2, 64), (512, 4, 64), (512, 8, 64), (512, 8, 0), (512, 2, 416), (256, 2, 32), (448, 1, 0),
+    (512, 16, 128), (384, 2, 40), (512, 4, 20 * 4),
+)  # fmt: skip
+
+
+def run(case: Case) -> torch.Tensor:
+    kernel = HopperDecode(case.shape, SCALE, case.table.batch, DEVICE)
+    kernel.plan(case.table, case.lengths)
+    out = torch.full((*case.q_latent.shape[:2], case.shape.latent_dim), float("nan"), device=DEVICE)
+    return kernel.run(case.q_latent, case.q_rope, case.kv_cache, out.to(case.shape.dtype))
+
+
+@pytest.mark.parametrize(("d", "groups", "shared"), LAYOUTS)
+def test_right_for_every_layout(d: int, groups: int, shared: int) -> None:
+    """Sketches of 2, 3 and 4 bits, keys of 8 and 16, heads, query lengths and page sizes with each other."""
+    dice = random.Random(d + groups + shared)
+    for bits in (2, 3, 4):
+        for rope_bits in (8, 16):
+            rows = SketchedRows.of(d, groups, shared, 64, sketch_bits=bits, rope_bits=rope_bits)
+            for heads in dice.sample((8, 16, 32, 64, 128), 2):
+                query_len, page_size, lengths = dice.randint(1, 4), dice.choice((1, 64)), dice.choice(LENGTHS)
+                shape = DecodeShape.of_sketched(rows, heads, query_len, page_size)
+                case = random_case(shape, lengths, dice.randrange(2**31))
+                error = relative_error(run(case), case.reference())
+                assert error <= BAR, (rows, heads, query_len, page_size, lengths)
+
+
+@pytest.mark.parametrize("lengths", LENGTHS, ids=len)
+@pytest.mark.parametrize(("groups", "heads"), [(1, 16), (2, 32), (4, 64), (8, 128)])
+def test_bit_identical_on_repetition(groups: int, heads: int, lengths: list[int]) -> None:
+    case = random_case(DecodeShape.of_sketched(SketchedRows.of(512, groups, 64, 64), heads), lengths, 7)
+    first = run(case)
+    assert relative_error(first, case.reference()) <= BAR or not sum(lengths)
+    kernel = HopperDecode(case.shape, SCALE, case.table.batch, DEVICE)
+    kernel.plan(case.table, case.lengths)
+    for _ in range(20):
+        again = kernel.run(case.q_latent, case.q_rope, case.kv_cache, torch.full_like(first, float("nan")))
+        assert torch.equal(first, again)
+
+
+def test_scores_far_above_all_before() -> None:
+    """Keys that grow towards the end: the reference is raised again and again, in either warpgroup."""
+    rows = SketchedRows.of(512, 2, 64, 64)
+    case = random_case(DecodeShape.of_sketched(rows, 32, 2), [900, 64, 2000], 3)
+    scales = case.kv_cache[:, rows.scales_offset :].view(torch.bfloat16)
+    for request, length in enumerate(case.lengths.tolist()):
+        slots = case.table.indices[case.table.starts[request].item() :][:length].long()
+        growth = torch.logspace(-2, 2, length, device=DEVICE).unsqueeze(1)  # by four powers of ten
+        scales[slots] = (scales[slots].float() * growth).to(torch.bfloat16)
+    case = replace(case, q_latent=case.q_latent * 4)
+    assert relative_error(run(case), case.reference()) <= BAR
+
+
+@pytest.mark.parametrize("factor", [2.0**-60, 2.0**60])
+def test_queries_of_any_size(factor: float) -> None:
+    """Queries beyond float16's range, against keys that bring the scores back."""
+    rows = SketchedRows.of(512, 4, 64, 64)
+    case = random_case(DecodeShape.of_sketched(rows, 16), [700, 130], 5)
+    scales = case.kv_cache[:, rows.scales_offset :].view(torch.bfloat16)
+    scales[:, :3] = (scales[:, :3].float() / factor).to(torch.bfloat16)
+    key = case.kv_cache[:, rows.rope_offset : rows.rope_offset + rows.rope_bytes].view(torch.bfloat16)
+    key.copy_((key.float() / factor).to(torch.bfloat16))
+    case = replace(case, q_latent=case.q_latent * factor, q_rope=case.q_rope * factor)
+    right = case.reference()
+    assert right.isfinite().all()
+    assert relative_error(run(case) * factor, right * factor) <= BAR
+
+
+def test_cuda_graph_follows_refilled_lengths() -> None:
+    case = random_case(DecodeShape.of_sketched(SketchedRows.of(512, 2, 64, 64), 32), [3000] * 8, 11)
+    kernel = HopperDecode(case.shape, SCALE, 8, DEVICE)
+    out = torch.empty(8, 32, case.shape.latent_dim, dtype=torch.bfloat16, device=DEVICE)
+
+    def step() -> None:
+        kernel.plan(case.table, case.lengths)
+        for _ in range(3):
+            kernel.run(case.q_latent, case.q_rope, case.kv_cache, out)
+
+    step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    for lengths in ([3000] * 8, [1, 2, 3, 64, 65, 0, 2999, 1000], [0] * 7 + [3000], [17] * 8):
+        case.lengths.copy_(torch.tensor(lengths, dtype=torch.int32))
+        case.q_latent.normal_()
+        out.fill_(float("nan"))
+        graph.replay()
+        assert relative_error(out, case.reference()) <= BAR, lengths
+
+
+def test_short_rows_are_refused() -> None:
+    rows = SketchedRows.of(128, 2, 32, 64)
+    with pytest.raises(AttentionInputError, match="shorter than 256"):
+        HopperDecode(DecodeShape.of_sketched(rows, 16), SCALE, 1, DEVICE)
