@@ -6,8 +6,12 @@ import json
 import shutil
 from pathlib import Path
 
+import msgspec
 import torch
 from safetensors.torch import load_file, save_file
+
+from sglang_tpla.artifact.artifact import Artifact
+from sglang_tpla.artifact.model_identity import config_hash, weights_hash
 
 NEXTN_FILE = "nextn.safetensors"
 
@@ -89,4 +93,37 @@ def pad_latent(model: Path, out: Path, latent: int) -> Path:
         save_file(tensors, out / name, metadata={"format": "pt"})
     config["kv_lora_rank"] = latent
     (out / "config.json").write_text(json.dumps(config, indent=1))
+    return out
+
+
+def copied_layer(model: Path, out: Path) -> Path:
+    """A NextN layer for a checkpoint that has none: its last layer, over the hidden state as it came.
+
+    It guesses what the target has just said: sometimes right, mostly not, which is what a test of both needs.
+    """
+    config = json.loads((model / "config.json").read_text())
+    layers, hidden = config["num_hidden_layers"], config["hidden_size"]
+    weights = load_file(model / "model.safetensors")
+    last, own = f"model.layers.{layers - 1}.", f"model.layers.{layers}."
+    tensors = {own + name[len(last) :]: weight for name, weight in weights.items() if name.startswith(last)}
+    norm = weights["model.norm.weight"]
+    tensors[own + "enorm.weight"] = tensors[own + "hnorm.weight"] = torch.ones_like(norm)
+    tensors[own + "eh_proj.weight"] = torch.cat((torch.zeros(hidden, hidden), torch.eye(hidden)), dim=1).to(
+        norm
+    )
+    tensors[own + "shared_head.norm.weight"] = norm
+    out.mkdir(parents=True, exist_ok=True)
+    copied = {name: weight.clone() for name, weight in tensors.items()}
+    save_file(copied, out / NEXTN_FILE, metadata={"format": "pt"})
+    return out
+
+
+def artifact_for(model: Path, artifact: str, out: Path) -> Path:
+    """The artifact of a checkpoint for the one with its NextN layer: the same maps, another identity."""
+    found = Artifact.load(artifact)
+    config = json.loads((model / "config.json").read_text())
+    meta = msgspec.structs.replace(
+        found.meta, model_name=model.name, config_hash=config_hash(config), weights_hash=weights_hash(model)
+    )
+    Artifact(meta, found.tensors).save(out)
     return out

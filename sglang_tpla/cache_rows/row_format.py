@@ -5,6 +5,8 @@
                                             (`cache_rows.fp8`)
     GroupRows   bytes                       [w int8 | rope | sketch of the other groups' columns | scales]
                                             (`cache_rows.sketched`)
+    WholeRows   bytes                       [d latent | rope] of the model's dtype: a draft's layers behind one of the
+                                            two above
 
 Each layer has rows of its own; a `RowFormat` is those of a pool. A receiver announces its format; the sender projects
 in float32 and encodes straight from that, so values are rounded once, and rows of a format of their own are bytes from
@@ -33,6 +35,8 @@ SKETCHED_NAME = "sketched_rows"
 ANNOUNCED = re.compile(
     SKETCHED_NAME + r" groups=(\d{1,4}) group=(\d{1,4}) sketch_bits=([\d*,]+) rope_bits=([\d*,]+)"
 )
+# behind it, where the last layers are a draft model's
+WHOLE = re.compile(r"(.+) whole_layers=([1-9]\d?) whole_dtype=(bfloat16|float16|float32)")
 SENDER_DTYPES = (
     torch.bfloat16,
     torch.float16,
@@ -275,13 +279,61 @@ class GroupRows:
                 out.copy_(sketched.encode_own(rows, z))
 
 
+@dataclass(frozen=True)
+class WholeRows:
+    """``[d latent | rope]`` in a pool of bytes: rows of a draft model's layer, the same on every rank."""
+
+    width: int
+    rope_dim: int
+    dtype: torch.dtype
+
+    encoded = True
+
+    @property
+    def shared(self) -> int:
+        """All of them."""
+        return self.width
+
+    @property
+    def row_items(self) -> int:
+        """Bytes of a row."""
+        return (self.width + self.rope_dim) * self.dtype.itemsize
+
+    @property
+    def columns(self) -> int:
+        """Columns of the projection, which is the identity."""
+        return self.width
+
+    def objection(self) -> str | None:
+        """Any width will do."""
+        return None
+
+    def fields(self, part: Part) -> tuple[Field, ...]:
+        """See `LayerRows`; all of it is common."""
+        return () if part is Part.OWN else side_by_side((0, self.row_items))
+
+    def part_items(self, part: Part) -> int:
+        """See `LayerRows`."""
+        return 0 if part is Part.OWN else self.row_items
+
+    def part_columns(self, part: Part) -> tuple[slice, ...]:
+        """See `LayerRows`."""
+        return (_columns(self.width, part),)
+
+    def encode(self, z: torch.Tensor, k_rope: torch.Tensor, part: Part, out: torch.Tensor) -> None:
+        """See `LayerRows`."""
+        if part is not Part.OWN:
+            row = torch.cat((z.to(self.dtype), k_rope.to(self.dtype)), dim=-1)
+            out.copy_(row.contiguous().view(torch.uint8))
+
+
 def _columns(shared: int, part: Part) -> slice:
     return {Part.FULL: slice(None), Part.COMMON: slice(shared), Part.OWN: slice(shared, None)}[part]
 
 
 @dataclass(frozen=True)
 class RowFormat:
-    """The rows of every layer of a pool, in order; all of one kind."""
+    """The rows of every layer of a pool, in order: all of one kind, but for those of a draft's layers at the end."""
 
     layers: tuple[LayerRows, ...]
 
@@ -309,7 +361,21 @@ class RowFormat:
         Raises:
             ValueError: it describes no rows.
         """
+        if (draft := WHOLE.fullmatch(name)) is not None:
+            kept, dtype = len(widths) - int(draft[2]), getattr(torch, draft[3])
+            if (
+                kept < 1
+                or not cls.is_encoded(draft[1])
+                or any(w != latent_dim for w in (*widths[kept:], *shared[kept:]))
+            ):
+                raise ValueError(
+                    f"expected {draft[2]} whole layers of {latent_dim} behind others, got {widths}"
+                )
+            target = cls.announced(draft[1], latent_dim, widths[:kept], shared[:kept], rope_dim)
+            return target.with_whole_latents(len(widths) - kept, latent_dim, rope_dim, dtype)
         if not name.startswith(SKETCHED_NAME):
+            if " " in name:
+                raise ValueError(f"expected the name of a dtype or of rows, got {name!r}")
             return (cls.fp8 if name == FP8_NAME else cls.plain)(widths, shared, rope_dim)
         found = ANNOUNCED.fullmatch(name)
         if found is None:
@@ -327,16 +393,22 @@ class RowFormat:
     @staticmethod
     def is_encoded(name: str) -> bool:
         """Whether what a receiver announced are rows that the sender makes."""
-        return name == FP8_NAME or name.startswith(SKETCHED_NAME)
+        return name.partition(" ")[0] in (FP8_NAME, SKETCHED_NAME)
 
     def name(self, dtype: torch.dtype) -> str:
         """What a receiver with a pool of this dtype announces."""
         head = self.layers[0]
         if isinstance(head, Fp8Rows):
-            return FP8_NAME
+            return FP8_NAME + self._whole
         if isinstance(head, GroupRows):
-            return f"{SKETCHED_NAME} groups={head.rows.groups} group={head.group}{self._bits}"
+            return f"{SKETCHED_NAME} groups={head.rows.groups} group={head.group}{self._bits}{self._whole}"
         return str(dtype).removeprefix("torch.")
+
+    @property
+    def _whole(self) -> str:
+        rows = [layer for layer in self.layers if isinstance(layer, WholeRows)]
+        kind = str(rows[0].dtype).removeprefix("torch.") if rows else ""
+        return f" whole_layers={len(rows)} whole_dtype={kind}" if rows else ""
 
     @property
     def _bits(self) -> str:
@@ -359,7 +431,9 @@ class RowFormat:
         """What the hash of the common part says of them: the same for every group."""
         head = self.layers[0]
         return (
-            f" {SKETCHED_NAME} groups={head.rows.groups}{self._bits}" if isinstance(head, GroupRows) else ""
+            f" {SKETCHED_NAME} groups={head.rows.groups}{self._bits}{self._whole}"
+            if isinstance(head, GroupRows)
+            else ""
         )
 
     @property
@@ -394,11 +468,22 @@ class RowFormat:
         if isinstance(self.layers[0], GroupRows):
             return self
         pairs = zip(self.layers, shared, strict=True)
-        return RowFormat(tuple(replace(rows, shared=r) for rows, r in pairs))  # type: ignore[type-var]
+        return RowFormat(
+            tuple(rows if isinstance(rows, WholeRows) else replace(rows, shared=r) for rows, r in pairs)  # type: ignore[type-var]
+        )
 
-    def with_whole_latents(self, layers: int, latent_dim: int, rope_dim: int) -> RowFormat:
-        """The same, and behind them plain rows of so many layers: those of a draft model."""
-        return RowFormat(self.layers + (PlainRows(latent_dim, latent_dim, rope_dim),) * layers)
+    def with_whole_latents(
+        self, layers: int, latent_dim: int, rope_dim: int, dtype: torch.dtype
+    ) -> RowFormat:
+        """The same, and behind them rows of whole latents of so many layers: those of a draft model.
+
+        Args:
+            dtype: of the draft's cache.
+        """
+        whole: LayerRows = PlainRows(latent_dim, latent_dim, rope_dim)
+        if self.encoded:
+            whole = WholeRows(latent_dim, rope_dim, dtype)
+        return RowFormat(self.layers + (whole,) * layers)
 
     @cached_property
     def of_any_group(self) -> RowFormat:

@@ -321,7 +321,7 @@ def quantise_sketch(values: torch.Tensor, bits: int) -> tuple[torch.Tensor, torc
     scale = (rms * factor).clamp(max=LARGEST_BFLOAT16).to(torch.bfloat16)
     divisor = scale.to(torch.float32)
     magnitudes = wide.abs() / torch.where(divisor > 0, divisor, torch.ones_like(divisor))
-    index = torch.bucketize(magnitudes, _midpoints(bits, wide.device), right=True)
+    index = torch.bucketize(magnitudes, midpoints(bits, wide.device), right=True)
     return (index + (wide < 0) * (1 << (bits - 1))).to(torch.uint8), scale
 
 
@@ -338,7 +338,7 @@ def level_table(bits: int) -> torch.Tensor:
 
 
 @functools.lru_cache(maxsize=64)
-def _midpoints(bits: int, device: torch.device) -> torch.Tensor:
+def midpoints(bits: int, device: torch.device) -> torch.Tensor:
     """Where one magnitude ends and the next begins, in units of the scale; a midpoint belongs to the larger one."""
     levels = torch.tensor(LEVELS[bits], dtype=torch.float32)
     return ((levels[1:] + levels[:-1]) / 2).to(device)

@@ -54,10 +54,9 @@ def objections(args: Any, role: str) -> list[str]:
          "the first guess's probabilities do not travel from prefill to decode; drop the flag"),
         (args.enable_dp_attention, "--enable-dp-attention", guesses,
          "the two were never tested together; drop one of them"),
-        (role == "decode" and args.kv_cache_dtype == FP8_CACHE, f"--kv-cache-dtype {FP8_CACHE}", guesses,
-         "the draft's cache would be FP8 as well, and its layer reads plain rows; use --kv-cache-dtype auto"),
-        (role == "decode" and sketched(), "sketched rows", guesses,
-         "the draft's cache would be bytes as well, and its layer reads plain rows; use an artifact for plain rows"),
+        # Transfers and pools keep a draft's layer apart from such rows; no server has run the two together.
+        (role == "decode" and (args.kv_cache_dtype == FP8_CACHE or sketched()), "FP8 or sketched rows", guesses,
+         "the two were never tested together; use --kv-cache-dtype auto and an artifact for plain rows"),
         (role == "decode" and args.disaggregation_decode_enable_radix_cache,
          "--disaggregation-decode-enable-radix-cache", guesses, "SGLang does not run the two together; drop one"),
         (role == "decode" and args.speculative_attention_mode != "decode", "--speculative-attention-mode",

@@ -82,6 +82,7 @@ def check_flags(args: Any) -> None:
          "the offload manager assumes that all ranks hold the same latent cache"),
         (args.enable_hisparse, "--enable-hisparse", "it indexes the whole latent"),
         *newer_refusals(args),
+        attention_groups_refusal(args, sliced),
         (args.allow_auto_truncate, "--allow-auto-truncate", "prefill and decode would each cut a prompt to a length "
          "of its own"),
         (args.pp_size > 1, "--pp-size", "pipeline stages are not transferred yet"),
@@ -104,6 +105,15 @@ def check_flags(args: Any) -> None:
     found += speculation.objections(args, role) if compat.verifies_guesses() else []
     if found:  # all at once: each further start would cost the time to load SGLang
         raise ConfigError("; also, ".join(found))
+
+
+def attention_groups_refusal(args: Any, sliced: bool) -> tuple[bool, str, str]:
+    """Data-parallel attention, as ``check_flags`` lists it: where it cannot run, and where it was never tried."""
+    why = "TPLA within the attention groups of a server was never tried on GPUs, and a CPU cannot run it"
+    if args.device == "cpu":
+        why = "SGLang pins memory for its attention groups, which takes a GPU"
+    flag = "--enable-dp-attention" if args.enable_dp_attention else "--attn-dp-size"
+    return compat.attention_groups(args) > 1 and (sliced or args.device == "cpu"), flag, why
 
 
 def newer_refusals(args: Any) -> list[tuple[bool, str, str]]:

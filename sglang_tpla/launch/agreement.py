@@ -12,10 +12,10 @@ from sglang_tpla.launch.flags import Argument, has, integer, value_of
 # Both servers read the prompt, and both sample: what decides either must be the same.
 ALIKE = (
     "revision", "tokenizer-path", "tokenizer-mode", "skip-tokenizer-init", "chat-template", "page-size",
-    "api-key", "load-format", "json-model-override-args", "preferred-sampling-params",
+    "api-key", "json-model-override-args", "preferred-sampling-params",
     "enable-custom-logit-processor", "grammar-backend", "constrained-json-whitespace-pattern",
     "constrained-json-disable-any-whitespace", "enable-strict-thinking", "reasoning-parser",
-    "speculative-algorithm", "quantization", "enable-lora", "lora-paths",
+    "speculative-algorithm", "enable-lora", "lora-paths",
 )  # fmt: skip
 SECRET = ("api-key",)  # never shown
 ALIKE_SETTINGS = ("keys", "insecure")

@@ -12,6 +12,8 @@ from typing import Any
 
 import httpx
 import pytest
+import torch
+from tokenizers import Tokenizer
 
 from sglang_tpla.artifact.artifact import Artifact
 from sglang_tpla.cache_rows.rotation import rotation
@@ -19,12 +21,14 @@ from sglang_tpla.cache_rows.sketched import SketchedRows
 from sglang_tpla.measure.decode_error import model_maps
 from sglang_tpla.reference_model.forward import LayerMaps, PlainModel
 from sglang_tpla.reference_model.sketched_layer import SketchedMaps
+from tests.e2e.prompts import short_prompts
 from tests.e2e.servers import Pair, Server, launcher, request_body, transfer_lines, wait_idle
-from tests.e2e.test_tpla_parity import assert_answers_are_the_models
 from tests.ports import free_ports
 
 LAYERS, LATENT, ROPE = 4, 128, 32
-NEAR = 5e-3  # a code on the other side of a rounding boundary
+# A value that lies between two codes may be rounded to either, and the rows of all later layers then differ a little:
+# most tokens are within NEAR, and the rest is small beside what rounding itself does.
+NEAR, OUTLIERS, BESIDE = 5e-3, 0.05, 0.25
 
 
 @contextlib.contextmanager
@@ -45,6 +49,30 @@ def whole_latent(model: PlainModel) -> list[LayerMaps]:
     return [SketchedMaps(rows, [turn], turn[:, :0], [turn.T], [turn.T])] * LAYERS
 
 
+def follow_the_model(pair: Pair, model: PlainModel, maps: Sequence[LayerMaps]) -> None:
+    """Every greedy token's logprob, as the server said it, is the plain model's with rows rounded alike."""
+    tokenizer = Tokenizer.from_file(f"{model.checkpoint.path}/tokenizer.json")
+    apart, rounding = [], []
+    for prompt in short_prompts(8, seed=3):
+        ids = tokenizer.encode(prompt).ids
+        _, answer = pair.generate(ids, 32, return_logprob=True)
+        said = answer["meta_info"]["output_token_logprobs"]
+        tokens = torch.tensor([ids + [token for _, token, _ in said]])
+        at = torch.arange(len(ids) - 1, tokens.shape[1] - 1)
+        with torch.no_grad():
+            outputs = [
+                model.forward(tokens[:, :-1], maps=kind, prompt_tokens=len(ids)) for kind in (maps, None)
+            ]
+        rounded, exact = (logits.log_softmax(-1)[0, at, tokens[0, at + 1]] for logits in outputs)
+        apart.append((torch.tensor([value for value, *_ in said]) - rounded).abs())
+        rounding.append((exact - rounded).abs())
+    off, cost = torch.cat(apart), torch.cat(rounding)
+    found = (
+        f"mean {off.mean():.5f}, largest {off.max():.4f}; rounding costs {cost.mean():.5f}, {cost.max():.4f}"
+    )
+    assert (off > NEAR).float().mean() <= OUTLIERS and off.mean() <= BESIDE * cost.mean(), found
+
+
 def check(
     trio: Any, decode: Server, room: int, model: PlainModel, maps: Sequence[LayerMaps], wire_bytes: int
 ) -> None:
@@ -54,7 +82,7 @@ def check(
         wire_bytes: of a token, all layers and ranks.
     """
     pair = Pair(trio.prefill, trio.bootstrap, decode, next_room=room)
-    assert_answers_are_the_models(pair, model, maps, None, NEAR)
+    follow_the_model(pair, model, maps)
     prompt = [(7 * n) % 500 + 10 for n in range(300)]
     first = pair.generate(prompt, 16, return_logprob=True)[1]
     again = pair.generate(prompt, 16, return_logprob=True)[1]

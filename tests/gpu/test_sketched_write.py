@@ -1,4 +1,6 @@
-"""The kernel that writes sketched rows against its twin, at odd sizes and on odd rows."""
+"""The kernel that writes sketched rows against its twin, at DeepSeek's sizes and at odd ones, and in a CUDA graph."""
+
+from __future__ import annotations
 
 import sys
 from pathlib import Path
@@ -8,48 +10,37 @@ import torch
 
 from sglang_tpla.attention.cache_write import reference
 from sglang_tpla.attention.cache_write.write import write
+from sglang_tpla.cache_rows.row_format import GroupRows
 
 sys.path.insert(0, str(Path(__file__).parent))
-from write_case import different_sketched_rows, sketched_write_case
+from sketched_case import DEEPSEEK, KINDS, difference, difference_of_odd_values
+from write_case import random_write
 
 pytestmark = pytest.mark.gpu
 
 
-@pytest.mark.parametrize(
-    ("d", "groups", "shared", "rope", "bits", "rope_bits", "rotate", "heads"),
-    [
-        (512, 1, 0, 64, 4, 16, "pairs", 16),
-        (512, 2, 64, 64, 4, 16, "pairs", 32),
-        (512, 4, 64, 64, 3, 8, "pairs", 64),
-        (512, 8, 64, 64, 2, 16, "halves", 128),
-        (128, 2, 32, 64, 4, 16, "pairs", 3),
-        (96, 3, 24, 8, 4, 8, None, 0),
-    ],
-)
-def test_kernel_equals_twin(
-    d: int, groups: int, shared: int, rope: int, bits: int, rope_bits: int, rotate: str | None, heads: int
-) -> None:
-    for tokens in (0, 1, 2, 7, 8, 9, 33, 100, 128):
-        for group in {0, groups - 1}:
-            (ours, rows), (twin, _) = (
-                sketched_write_case(
-                    tokens,
-                    d,
-                    groups,
-                    shared,
-                    rope,
-                    group,
-                    bits,
-                    rope_bits,
-                    rotate,
-                    torch.bfloat16,
-                    tokens,
-                    "cuda",
-                    heads,
-                )
-                for _ in range(2)
-            )
-            write(ours.write(1e-6, rotate, sketched=rows))
-            reference.write(twin.write(1e-6, rotate, sketched=rows))
-            if tokens:
-                assert not (why := different_sketched_rows(ours, twin, rows)), (tokens, group, why)
+@pytest.mark.parametrize("kind", [*KINDS, *DEEPSEEK], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rotate", [None, "pairs", "halves"])
+def test_written_rows_are_the_twins(kind: GroupRows, dtype: torch.dtype, rotate: str | None) -> None:
+    for tokens in (1, 7, 19, 128):
+        assert difference(kind, tokens, rotate, dtype, "cuda", few=0.005) is None
+    assert difference_of_odd_values(kind, "cuda") is None
+
+
+def test_in_a_graph_new_slots_are_followed() -> None:
+    kind = DEEPSEEK[1]
+    rows = kind.rows
+    case, twin = (random_write(4, 512, kind.columns, 64, True, torch.bfloat16, 3, "cuda") for _ in "ab")
+    caches = [torch.full((24, 1, rows.row_bytes), 255, dtype=torch.uint8, device="cuda") for _ in "ab"]
+    write(case.write(1e-6, "pairs", cache=caches[0], sketched=kind))
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        write(case.write(1e-6, "pairs", cache=caches[0], sketched=kind))
+    caches[0].fill_(255)
+    for tensor in (case.slots, twin.slots):
+        tensor.copy_(torch.tensor([3, 0, 22, 7]))
+    graph.replay()
+    reference.write(twin.write(1e-6, "pairs", cache=caches[1], sketched=kind))
+    assert (caches[0] != caches[1]).float().mean() < 0.01

@@ -9,8 +9,6 @@ import torch
 
 from sglang_tpla.attention.cache_write.inputs import CacheWrite
 from sglang_tpla.cache_rows.fp8 import row_bytes, slice_width
-from sglang_tpla.cache_rows.row_format import GroupRows
-from sglang_tpla.cache_rows.sketched import SketchedRows, unpack_rows
 
 
 @dataclass(frozen=True)
@@ -116,54 +114,3 @@ def same_rows(case: WriteCase, twin: WriteCase, rope: int, interpreted: bool = F
             f"values: {int(apart.bool().sum())} of {apart.numel()} bytes differ, by up to {int(apart.max())}"
         )
     return None
-
-
-def sketched_write_case(
-    tokens: int,
-    d: int,
-    groups: int,
-    shared: int,
-    rope: int,
-    group: int,
-    bits: int,
-    rope_bits: int,
-    rotate: str | None,
-    dtype: torch.dtype,
-    seed: int,
-    device: str = "cpu",
-    heads: int = 3,
-) -> tuple[WriteCase, GroupRows]:
-    """`random_write` into sketched rows of bytes 255, and those rows."""
-    rows = GroupRows(SketchedRows.of(d, groups, shared, rope, sketch_bits=bits, rope_bits=rope_bits), group)
-    width = None if groups == 1 else rows.columns
-    case = random_write(tokens, d, width, rope, rotate is not None, dtype, seed, device, heads)
-    cache = torch.full((len(case.cache), 1, rows.row_items), 255, dtype=torch.uint8, device=device)
-    return replace(case, cache=cache), rows
-
-
-def different_sketched_rows(
-    case: WriteCase, twin: WriteCase, rows: GroupRows, interpreted: bool = False
-) -> str | None:
-    """What differs between two writes of the same inputs, beyond float32's rounding; None if nothing does.
-
-    A value on the border between two codes may fall on either, and a scale on that between two of bfloat16 moves a
-    whole row by 2^-8: few do.
-
-    Args:
-        interpreted: written by Triton's interpreter, which cuts off where it makes a bfloat16.
-    """
-    untouched = torch.ones(len(case.cache), dtype=torch.bool, device=case.cache.device)
-    untouched[case.slots] = False
-    if not (case.cache[untouched] == 255).all():
-        return "rows that nobody wrote"
-    mine, other = (unpack_rows(rows.rows, one.cache.squeeze(1)[one.slots]) for one in (case, twin))
-    limit = 0.2 if interpreted else 1e-2  # few columns: one code may weigh much
-    for name in ("latent", "k_rope", "sketch"):
-        a, b = getattr(mine, name), getattr(other, name)
-        if a.numel() and not (a - b).norm() <= limit * b.norm():
-            return f"{name}: {((a - b).norm() / b.norm()).item():.2e}"
-    same = (case.cache == twin.cache).float().mean().item()
-    if same < (0.9 if interpreted else 0.98):
-        return f"only {same:.3f} of the bytes are the same"
-    queries = [torch.empty(0) if one.q_rope is None else one.q_rope.float() for one in (case, twin)]
-    return None if torch.allclose(*queries, rtol=2**-7, atol=2**-7) else "queries"

@@ -36,7 +36,13 @@ def engine(nano_mla: str) -> Iterator[None]:
     from sglang_tpla.host import compat, hooks, ledger
 
     torch.set_num_threads(1)
-    args = ServerArgs(model_path=nano_mla, device="cpu", dtype="float32", max_total_tokens=4096)
+    args = ServerArgs(
+        model_path=nano_mla,
+        device="cpu",
+        dtype="float32",
+        max_total_tokens=4096,
+        disable_shared_experts_fusion=True,  # Kimi-VL's loader does not know it
+    )
     if hasattr(runtime_context, "SpawnRanks"):  # later releases ask the launcher for the rank
         publish(args, role="test", ranks=runtime_context.SpawnRanks(world_rank=0))
     else:

@@ -112,6 +112,27 @@ def test_what_moves_rows_elsewhere_is_refused(field: str, value: Any, flag: str)
     assert flag in refused
 
 
+@pytest.mark.parametrize(
+    "fields", [{"dp_size": 2, "enable_dp_attention": True}, {"dp_size": 1, "attn_dp_size": 2}]
+)
+@pytest.mark.parametrize(
+    ("device", "sliced", "refused"), [("cpu", False, "pins memory"), ("cuda", True, "never tried")]
+)
+def test_attention_groups_are_refused(
+    fields: dict[str, Any], device: str, sliced: bool, refused: str
+) -> None:
+    """Under either name of the flag, with the reason; a stock prefill server on GPUs may have them."""
+    from sglang_tpla.host.validation import attention_groups_refusal
+
+    args = SimpleNamespace(**{"enable_dp_attention": False, "device": device, **fields})
+    bad, flag, why = attention_groups_refusal(args, sliced)
+    assert bad and refused in why
+    assert flag == ("--enable-dp-attention" if args.enable_dp_attention else "--attn-dp-size")
+    assert not attention_groups_refusal(SimpleNamespace(**{**vars(args), "device": "cuda"}), False)[0]
+    one = {"dp_size": 1, "enable_dp_attention": False, "attn_dp_size": 1, "device": device}
+    assert not attention_groups_refusal(SimpleNamespace(**one), sliced)[0]
+
+
 def test_arguments_that_came_resolved_are_not_checked_again() -> None:
     """A child process gets the record by pickle, and resolves it once more to find that it has been."""
     from sglang_tpla.host.validation import check_server_args

@@ -13,11 +13,20 @@ import pytest
 import torch
 
 from sglang_tpla.attention.interface import DecodeShape
+from sglang_tpla.cache_rows.row_format import RowFormat
 from sglang_tpla.config import ConfigError
 
 HEADS, ROPE, LATENT, WIDTH, CONTEXT, REQUESTS, SLOTS, SCALE = 4, 8, 32, 20, 40, 6, 300, 0.3
 GUESSES = 3
 TOKENS = GUESSES + 1  # verified at once
+
+
+@pytest.fixture(autouse=True)
+def rows_of_values(engine: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No settings of a server in this process: its rows are plain."""
+    from sglang_tpla.host import speculation
+
+    monkeypatch.setattr(speculation, "sketched", lambda: False)
 
 
 class Pool:
@@ -36,8 +45,8 @@ def runners(engine: None, monkeypatch: pytest.MonkeyPatch) -> dict[bool, Any]:
     """Model runners of the target (False) and of the draft (True), which share a page table."""
     from sglang_tpla.host.attention import backend
 
-    meta = SimpleNamespace(widths=(WIDTH,))
-    monkeypatch.setattr(backend, "artifact", lambda: SimpleNamespace(meta=meta))
+    rows = RowFormat.plain((WIDTH,), (WIDTH,), ROPE)
+    monkeypatch.setattr(backend, "row_format", lambda *model, fp8: rows)
     torch.manual_seed(7)
     slots = torch.randperm(SLOTS - 1)[: REQUESTS * CONTEXT].view(REQUESTS, CONTEXT).to(torch.int32) + 1
     requests = SimpleNamespace(req_to_token=slots, size=REQUESTS)
@@ -49,6 +58,7 @@ def runners(engine: None, monkeypatch: pytest.MonkeyPatch) -> dict[bool, Any]:
             model_config=SimpleNamespace(
                 scaling=SCALE, num_attention_heads=HEADS, kv_lora_rank=LATENT if draft else WIDTH,
                 qk_rope_head_dim=ROPE, dtype=torch.float32,
+                hf_text_config=SimpleNamespace(kv_lora_rank=LATENT, num_hidden_layers=1),
             ),
         )
         for draft in (False, True)
@@ -201,7 +211,9 @@ def test_the_draft_keeps_whole_rows_and_memory_is_counted(
     from sglang_tpla.host.model import draft_model, kv_pool
 
     widths = (20, 24, 28)
+    rows = RowFormat.plain(widths, widths, ROPE)
     monkeypatch.setattr(kv_pool, "artifact", lambda: SimpleNamespace(meta=SimpleNamespace(widths=widths)))
+    monkeypatch.setattr(kv_pool, "row_format", lambda *model, fp8: rows)
     create, value = MLATokenToKVPool._create_buffers, MLATokenToKVPool.get_value_buffer
     monkeypatch.setattr(
         MLATokenToKVPool, "_create_buffers", lambda self: kv_pool.create_buffers(create, self)
@@ -231,8 +243,8 @@ def test_the_draft_keeps_whole_rows_and_memory_is_counted(
         server_args=args,
     )  # fmt: skip
     counted = mean * len(widths) * 4 * (1 + 1 / len(widths))  # as SGLang multiplies it
-    rows = sum(buffer[0].nbytes for pool in (target, draft) for buffer in pool.kv_buffer)
-    assert counted == pytest.approx(rows)
+    row_bytes = sum(buffer[0].nbytes for pool in (target, draft) for buffer in pool.kv_buffer)
+    assert counted == pytest.approx(row_bytes)
 
 
 def arguments(**changes: Any) -> Any:
@@ -304,3 +316,26 @@ def test_backends_that_cannot_are_refused(engine: None) -> None:
         check_backends(arguments(), "tpla", [], few, hopper)
     with pytest.raises(ConfigError, match="drop --speculative-algorithm"):
         check_backends(arguments(), "tpla", [], DecodeShape(128, 4, rope_dim=32), hopper)
+
+
+@pytest.mark.parametrize("draft", [False, True])
+def test_a_drafts_cache_keeps_the_models_precision(engine: None, draft: bool) -> None:
+    from sglang_tpla.host.model.draft_model import keep_precision
+
+    runner = SimpleNamespace(
+        is_draft_worker=draft,
+        dtype=torch.bfloat16,
+        kv_cache_dtype=torch.float8_e4m3fn,
+        kv_cache_dtype_str="fp8_e4m3",
+    )
+    keep_precision(None, runner)
+    kept = (torch.bfloat16, "auto") if draft else (torch.float8_e4m3fn, "fp8_e4m3")
+    assert (runner.kv_cache_dtype, runner.kv_cache_dtype_str) == kept
+
+
+def test_sketched_rows_are_refused_for_now(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sglang_tpla.host import speculation
+
+    monkeypatch.setattr(speculation, "sketched", lambda: True)
+    (found,) = speculation.objections(arguments(), "decode")
+    assert "never tested together" in found and not speculation.objections(arguments(), "prefill")

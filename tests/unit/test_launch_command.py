@@ -296,3 +296,30 @@ def test_an_interpreter_without_the_plugin_is_refused() -> None:
     with pytest.raises(ConfigError, match="SGLANG_PLUGINS=other keeps SGLang from loading sglang_tpla"):
         check_installation({"SGLANG_PLUGINS": "other"})
     check_installation({"SGLANG_PLUGINS": "other, sglang_tpla"})
+
+
+def flags_of(process: Process) -> dict[str, str]:
+    """Values of the flags of speculation on a server's command line."""
+    command = process.command
+    return {
+        flag: command[place + 1] for place, flag in enumerate(command) if flag.startswith("--speculative-")
+    }
+
+
+def test_speculation_says_what_follows_from_it() -> None:
+    chain = {"--speculative-eagle-topk": "1", "--speculative-num-draft-tokens": "3"}
+    given = {"--speculative-algorithm": "NEXTN", "--speculative-num-steps": "2"}
+    flags = [token for pair in given.items() for token in pair]
+    (decode,) = planned(*DECODE, *flags)
+    assert flags_of(decode) == given | chain | {"--speculative-attention-mode": "decode"}
+    (prefill,) = planned("--role", "prefill", "--model-path", NANO, *flags)
+    assert flags_of(prefill) == given | chain
+    (default,) = planned(*DECODE, "--speculative-algorithm", "EAGLE")  # SGLang's own numbers: 3, 1, 4
+    assert set(flags_of(default)) == {"--speculative-algorithm", "--speculative-attention-mode"}
+    (own,) = planned(
+        *DECODE, *flags, "--speculative-num-draft-tokens", "4", "--speculative-attention-mode", "prefill"
+    )
+    assert flags_of(own)["--speculative-num-draft-tokens"] == "4"
+    assert flags_of(own)["--speculative-attention-mode"] == "prefill"  # refused at start, with the reason
+    (plain,) = planned(*DECODE)
+    assert not flags_of(plain)

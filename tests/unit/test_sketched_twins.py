@@ -1,7 +1,11 @@
-"""Sketched rows written and read by the PyTorch twins, against rows read byte by byte and the equation of attention."""
+"""Sketched rows written and read by the PyTorch twins, against rows read byte by byte and the equation of attention;
+the kernel that writes them against its twin in Triton's interpreter.
+"""
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -128,3 +132,28 @@ def test_what_does_not_fit_is_refused() -> None:
             CacheWrite(**inputs)
     with pytest.raises(AttentionInputError, match="latent_dim"):
         DecodeShape(kind.rows.w_pad + 1, 2, 6, sketched=kind.rows)
+
+
+INTERPRETED = """
+import sys, torch
+from sketched_case import KINDS, difference, difference_of_odd_values
+for kind in KINDS:
+    for tokens, rotate in ((1, "pairs"), (3, None), (19, "halves")):
+        if (wrong := difference(kind, tokens, rotate, torch.float32, "cpu", few=0.002)) is not None:
+            sys.exit(wrong)
+    if (wrong := difference_of_odd_values(kind, "cpu")) is not None:
+        sys.exit(wrong)
+"""
+
+
+def test_the_writing_kernel_in_the_interpreter() -> None:
+    """Triton decides at import whether it interprets: a process of its own."""
+    pytest.importorskip("triton")
+    root = Path(__file__).parents[2]
+    environment = {
+        **os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": f"{root}:{root / 'tests' / 'gpu'}", "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", INTERPRETED], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]

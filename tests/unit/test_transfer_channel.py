@@ -12,7 +12,14 @@ import pytest
 
 from sglang_tpla.transfer.memory.iovec import Pieces, one_piece
 from sglang_tpla.transfer.messages import FrameError, checksum
-from sglang_tpla.transfer.network.data_channel import PREAMBLE, ChannelError, Inbox, Outbox, Parcel, Spares
+from sglang_tpla.transfer.network.data_channel import (
+    PREAMBLE,
+    ChannelError,
+    ChunkReader,
+    OutgoingChunk,
+    SendQueue,
+    Spares,
+)
 
 COOKIE = bytes(range(16))
 HEADER = b"h" * 40
@@ -30,14 +37,14 @@ def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
         yield ends
 
 
-def inbox(stream: socket.socket, limit: int = 1 << 20) -> Inbox[bytes]:
-    box = Inbox(stream, COOKIE, limit, Spares(), lambda header, _: (bytes(header), None))
+def inbox(stream: socket.socket, limit: int = 1 << 20) -> ChunkReader[bytes]:
+    box = ChunkReader(stream, COOKIE, limit, Spares(), lambda header, _: (bytes(header), None))
     assert not box.greeted
     assert box.greet() and box.greeted
     return box
 
 
-def parcel(header: bytes, payload: bytes, log: list[int], wanted: bool = True) -> Parcel:
+def parcel(header: bytes, payload: bytes, log: list[int], wanted: bool = True) -> OutgoingChunk:
     """The payload in two pieces, neither of which ends where a page does."""
     memory = np.frombuffer(payload, dtype=np.uint8)
     halves = [one_piece(half) for half in np.array_split(memory, 2) if half.size]
@@ -48,7 +55,7 @@ def parcel(header: bytes, payload: bytes, log: list[int], wanted: bool = True) -
         assert digest in (checksum(payload), b"")
         log.append(len(payload) if digest else -len(payload))
 
-    return Parcel(header, pieces, known, wanted=lambda: wanted, done=done)
+    return OutgoingChunk(header, pieces, known, wanted=lambda: wanted, done=done)
 
 
 def test_the_cookie_is_said_first_and_once(pair: tuple[socket.socket, socket.socket]) -> None:
@@ -68,7 +75,7 @@ def test_chunks_arrive_as_they_were_sent(
         (random.bytes(int(random.integers(14, 300))), random.bytes(int(random.integers(1, 60000))))
         for _ in range(30)
     ]
-    outbox, box = Outbox(pair[0]), inbox(pair[1])
+    outbox, box = SendQueue(pair[0]), inbox(pair[1])
     for header, payload in sent:
         outbox.push(parcel(header, payload, log))
     came = []
@@ -86,7 +93,7 @@ def test_unwanted_parcels_are_left_out_and_begun_ones_finished(
     pair: tuple[socket.socket, socket.socket],
 ) -> None:
     log: list[int] = []
-    outbox, box = Outbox(pair[0]), inbox(pair[1])
+    outbox, box = SendQueue(pair[0]), inbox(pair[1])
     begun = parcel(HEADER, b"a" * 100_000, log)
     outbox.push(begun)
     outbox.push(parcel(HEADER, b"b" * 50, log, wanted=False))
@@ -105,7 +112,7 @@ def test_unwanted_parcels_are_left_out_and_begun_ones_finished(
 
 def test_a_closed_outbox_gives_its_memory_back_once(pair: tuple[socket.socket, socket.socket]) -> None:
     log: list[int] = []
-    outbox = Outbox(pair[0])
+    outbox = SendQueue(pair[0])
     for size in (100_000, 2, 3):
         outbox.push(parcel(HEADER, bytes(size), log))
     outbox.flush()
@@ -128,7 +135,7 @@ def test_sizes_out_of_range_end_the_channel(
 
 
 def test_the_other_side_closing_ends_the_channel(pair: tuple[socket.socket, socket.socket]) -> None:
-    box, outbox = inbox(pair[1]), Outbox(pair[0])
+    box, outbox = inbox(pair[1]), SendQueue(pair[0])
     outbox.push(parcel(HEADER, b"whole", []))
     outbox.flush()
     pair[0].send(b"\x00\x00")

@@ -19,7 +19,7 @@ from sglang_tpla.transfer.memory import native
 from sglang_tpla.transfer.memory.iovec import Pieces, one_piece
 from sglang_tpla.transfer.messages import DAMAGED, OPENED, FrameError
 from sglang_tpla.transfer.network import sealing
-from sglang_tpla.transfer.network.data_channel import Inbox, Outbox, Parcel, Spares
+from sglang_tpla.transfer.network.data_channel import ChunkReader, OutgoingChunk, SendQueue, Spares
 from sglang_tpla.transfer.network.sealing import Seal, new_key
 
 KEY = bytes(range(32))
@@ -46,9 +46,9 @@ def in_pieces(memory: np.ndarray) -> Pieces:
     return Pieces(np.concatenate([part.table for part in parts]), memory)
 
 
-def parcel(header: bytes, payload: bytes, wanted: bool = True) -> Parcel:
+def parcel(header: bytes, payload: bytes, wanted: bool = True) -> OutgoingChunk:
     memory = np.frombuffer(payload, dtype=np.uint8)
-    return Parcel(header, in_pieces(memory), b"", wanted=lambda: wanted, done=lambda digest: None)
+    return OutgoingChunk(header, in_pieces(memory), b"", wanted=lambda: wanted, done=lambda digest: None)
 
 
 class Landing:
@@ -67,11 +67,11 @@ class Landing:
 
 def inbox(
     stream: socket.socket, key: bytes = KEY, chunks_per_key: int = 3, lands: bool = False
-) -> Inbox[bytes]:
+) -> ChunkReader[bytes]:
     def announce(header: memoryview, size: int) -> tuple[bytes, Landing | None]:
         return bytes(header), Landing(size) if lands else None
 
-    box = Inbox(stream, bytes(16), 1 << 20, Spares(), announce, Seal(key, chunks_per_key))
+    box = ChunkReader(stream, bytes(16), 1 << 20, Spares(), announce, Seal(key, chunks_per_key))
     assert box.greet()
     return box
 
@@ -82,7 +82,7 @@ def sealed(chunks: list[tuple[bytes, bytes]], key: bytes = KEY) -> list[bytes]:
     near, far = socket.socketpair()
     with near, far:
         near.setblocking(False)
-        outbox = Outbox(near, Seal(key, 3))
+        outbox = SendQueue(near, Seal(key, 3))
         for header, payload in chunks:
             outbox.push(parcel(header, payload))
             outbox.flush()
@@ -134,7 +134,7 @@ def test_chunks_arrive_as_they_were_sent(
         (random.bytes(int(random.integers(14, 300))), random.bytes(int(random.integers(1, 60000))))
         for _ in range(20)
     ]
-    outbox, box = Outbox(pair[0], Seal(KEY, 3)), inbox(pair[1], lands=lands)
+    outbox, box = SendQueue(pair[0], Seal(KEY, 3)), inbox(pair[1], lands=lands)
     for header, payload in sent:
         outbox.push(parcel(header, payload))
     came = []
@@ -148,7 +148,7 @@ def test_chunks_arrive_as_they_were_sent(
 
 
 def test_what_nobody_wants_any_more_does_not_open(pair: Pair) -> None:
-    outbox, box = Outbox(pair[0], Seal(KEY, 3)), inbox(pair[1])
+    outbox, box = SendQueue(pair[0], Seal(KEY, 3)), inbox(pair[1])
     begun = parcel(b"h" * 20, b"a" * 100_000)
     for item in (begun, parcel(b"h" * 20, b"b" * 50, wanted=False), parcel(b"h" * 20, b"c" * 70)):
         outbox.push(item)
@@ -223,7 +223,7 @@ def test_another_key_opens_nothing(key: bytes, pair: Pair) -> None:
 
 
 def test_plain_chunks_are_not_taken_for_sealed_ones(pair: Pair) -> None:
-    outbox = Outbox(pair[0])
+    outbox = SendQueue(pair[0])
     box = inbox(pair[1])
     outbox.push(parcel(b"a header of a chunk", b"rows" * 20))
     outbox.flush()

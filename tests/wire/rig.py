@@ -169,18 +169,20 @@ def decode_rank(
     host: str | None = None,
     device: str = "cpu",
     fp8: bool = False,
+    rows: RowFormat | None = None,
     **changes: float,
 ) -> DecodeRank:
-    """A decode rank with zeroed rows (plain ones of ``dtype``, FP8 rows, or those of ``z``); on this host or on one of
-    another name.
+    """A decode rank with zeroed rows (``rows``, or plain ones of ``dtype``, FP8 rows, or those of ``z``); on this host
+    or on one of another name.
     """
     if z is None and not fp8 and ROWS == "sketched":
         z = sketched_projection(0)
     widths = z.widths if z is not None else (LATENT,) * LAYERS
     shared = z.shared if z is not None else widths
-    rows = (RowFormat.fp8 if fp8 else RowFormat.plain)(widths, shared, ROPE)
     if z is not None and z.sketched is not None:
         rows = z.sketched
+    if rows is None:
+        rows = (RowFormat.fp8 if fp8 else RowFormat.plain)(widths, shared, ROPE)
     dtype = rows.item_dtype(dtype)
     layers = [torch.zeros(PAGES * PAGE, layer.row_items, dtype=dtype, device=device) for layer in rows.layers]
     pool = CachePool(layers, LATENT, ROPE, page_size, encoding=rows)

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from sglang_tpla.cache_rows.row_format import RowFormat
+from sglang_tpla.cache_rows.parts import Part
+from sglang_tpla.cache_rows.row_format import LayerRows
 from sglang_tpla.transfer import workers
 from sglang_tpla.transfer.memory.projection import Projection
 from sglang_tpla.transfer.room import RoomState
@@ -52,9 +53,12 @@ def transfer(
         for index, (decode, target) in enumerate(zip(decodes, targets, strict=True)):
             for layer in decode.pool.layers:
                 layer.view(torch.uint8).fill_(POISON)
-                if decode.pool.row_format is RowFormat.FP8:
+                if decode.pool.row_format.kind == "fp8":
                     # what no part carries: the scale of own columns where there are none (1), and eight zeros
                     layer[:, -12:] = torch.tensor([0, 0, 0x80, 0x3F] + [0] * 8, dtype=torch.uint8)
+            if decode.pool.row_format.kind == "sketched":
+                for layer, rows in zip(decode.pool.layers, decode.pool.row_format.layers, strict=True):
+                    layer[:, uncarried(rows)] = 0
             decode.metadata.write(3, bytes([POISON]) * decode.metadata.row_bytes)
             wanted = range(len(prefills)) if asked is None else asked[index]
             peers = [(*p.agent.address, number not in wanted) for number, p in enumerate(prefills)]
@@ -73,9 +77,19 @@ def transfer(
             assert decode.metadata.read(3) == prefills[0].metadata.read(0)
             written = torch.zeros(rig.PAGES * rig.PAGE, dtype=torch.bool)
             written[torch.from_numpy(decode.pool.slots(target, tokens))] = True
-            for layer in decode.pool.layers:
+            kind = decode.pool.row_format.kind
+            for layer, rows in zip(decode.pool.layers, decode.pool.row_format.layers, strict=True):
                 rest = layer[~written].view(torch.uint8)
-                assert (rest[:, : -12 if decode.pool.row_format is RowFormat.FP8 else None] == POISON).all()
+                if kind == "sketched":
+                    rest[:, uncarried(rows)] = POISON
+                assert (rest[:, : -12 if kind == "fp8" else None] == POISON).all()
+
+
+def uncarried(rows: LayerRows) -> list[int]:
+    """Bytes of a row that neither the common nor the own part brings."""
+    brought = [field for part in (Part.COMMON, Part.OWN) for field in rows.fields(part)]
+    kept = {item for field in brought for item in range(field.start, field.stop)}
+    return [item for item in range(rows.row_items) if item not in kept]
 
 
 def two(**changes: Any) -> list[rig.PrefillRank]:
@@ -130,6 +144,15 @@ def test_ranks_that_the_system_refused_shared_memory(decodes_refused: Sequence[i
 @pytest.mark.parametrize("host", [None, "far", ""])
 def test_decode_ranks_that_ask_for_unequal_shares(host: str | None, asked: Sequence[Sequence[int]]) -> None:
     transfer(two(chunk_bytes=4096), groups(host=host), asked=asked)
+
+
+@pytest.mark.parametrize("host", [None, "far"])
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_sketched_rows(count: int, host: str | None) -> None:
+    """From two prefill ranks, the second one with smaller chunks, to every group."""
+    parts = [rig.sketched_projection(group, 4, 32, (4, 2, 3)) for group in range(count)]
+    ranks = [rig.decode_rank(z, rank=group, size=count, host=host) for group, z in enumerate(parts)]
+    transfer(two(chunk_bytes=4096), ranks)
 
 
 @pytest.mark.parametrize("host", [None, "far"])

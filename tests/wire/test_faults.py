@@ -169,7 +169,11 @@ def test_nobody_listens(decode: rig.DecodeRank) -> None:
         ({"chunk_bytes": 4096.0, "staging_bytes": 4096.0}, ""),
     ],
 )
-def test_refusals_say_what_is_wrong(changes: dict, said: str, prefill: rig.PrefillRank) -> None:
+def test_refusals_say_what_is_wrong(
+    changes: dict, said: str, prefill: rig.PrefillRank, rows_kind: str
+) -> None:
+    if rows_kind == "sketched" and "dtype" in changes:
+        said = ""  # prefill makes these rows, whatever dtype it has
     if "chunk_bytes" in changes:
         changes = {key: int(value) for key, value in changes.items()}
     decode = rig.decode_rank(**changes)

@@ -17,17 +17,19 @@ pytestmark = [
 
 
 @pytest.mark.parametrize("host", [None, "far", ""])
-@pytest.mark.parametrize("projected", [False, True])
+@pytest.mark.parametrize("rows", ["raw", "slices", "sketched"])
 @pytest.mark.parametrize(
     ("source_device", "target_device"), [("cuda", "cuda"), ("cuda", "cpu"), ("cpu", "cuda")]
 )
-def test_rows_in_device_memory(
-    source_device: str, target_device: str, projected: bool, host: str | None
-) -> None:
+def test_rows_in_device_memory(source_device: str, target_device: str, rows: str, host: str | None) -> None:
     prefill = rig.prefill_rank(device=source_device)
     ranks = [
         rig.decode_rank(
-            rig.projection(rank) if projected else None, rank=rank, size=2, host=host, device=target_device
+            {"raw": None, "slices": rig.projection(rank), "sketched": rig.sketched_projection(rank)}[rows],
+            rank=rank,
+            size=2,
+            host=host,
+            device=target_device,
         )
         for rank in range(2)
     ]

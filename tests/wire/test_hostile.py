@@ -206,6 +206,22 @@ def test_version_mismatch_is_refused_with_both_numbers(fake: FakeDecode) -> None
     assert "prefill speaks 3 to 3, decode 7 to 9" in message.reason
 
 
+def test_half_a_pair_that_speculates_is_refused(fake: FakeDecode) -> None:
+    """A draft model brings a layer and wider metadata rows; two reasons, of which one says what to do."""
+    plain = hello().layout
+    more = msgspec.structs.replace(
+        plain,
+        widths=(*plain.widths, rig.LATENT),
+        shared=(*plain.shared, rig.LATENT),
+        metadata_bytes=(*plain.metadata_bytes, 64),
+    )
+    fake.say(hello(layout=more))
+    message, _ = fake.expect(frames.Refused)
+    layers = rig.LAYERS
+    assert f"speculative decoding: prefill holds {layers} layers, decode {layers + 1}" in message.reason
+    assert "--speculative-algorithm to both or to neither" in message.reason
+
+
 def test_projection_with_another_hash_is_refused(prefill: rig.PrefillRank, fake: FakeDecode) -> None:
     z = rig.projection(0)
     layout = frames.CacheLayout(

@@ -131,14 +131,14 @@ def test_each_channel_has_a_key_of_its_own(
 def test_keys_that_do_not_go_together_fail_rooms_with_the_reason(
     prefill: rig.PrefillRank, decode: rig.DecodeRank, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    offer = data_listener.Doorway.offer
+    offer = data_listener.DataListener.offer
 
-    def mixed_up(doorway: data_listener.Doorway, identity: bytes) -> frames.DataChannel:
+    def mixed_up(doorway: data_listener.DataListener, identity: bytes) -> frames.DataChannel:
         good = offer(doorway, identity)
         return frames.DataChannel(good.port, good.cookie, sealing.new_key())
 
     with monkeypatch.context() as patch:
-        patch.setattr(data_listener.Doorway, "offer", mixed_up)
+        patch.setattr(data_listener.DataListener, "offer", mixed_up)
         prefill.agent.open_room(1)
         rig.ask(decode, [prefill.peer], 1, rig.pages(1, 9))
         prefill.agent.send(1, rig.pages(2, 9), last=True, metadata_row=0)

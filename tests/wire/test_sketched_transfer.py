@@ -94,8 +94,10 @@ def test_rows_of_zeros_and_of_one_huge_value(value: float) -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("column", [3, rig.LATENT + 1])
-def test_a_value_that_is_not_finite_fails_its_request_alone(value: float, column: int) -> None:
-    prefill, decode = rig.prefill_rank(), rig.decode_rank(rig.sketched_projection(0))
+@pytest.mark.parametrize("fp8", [False, True])
+def test_a_value_that_is_not_finite_fails_its_request_alone(value: float, column: int, fp8: bool) -> None:
+    z = rig.projection(0, 48) if fp8 else rig.sketched_projection(0)
+    prefill, decode = rig.prefill_rank(), rig.decode_rank(z, fp8=fp8)
     with contextlib.closing(prefill.agent), contextlib.closing(decode.agent):
         slot = int(prefill.pool.slots(rig.pages(50, 4))[5])
         before = prefill.pool.layers[1][slot, column].clone()
@@ -154,3 +156,44 @@ def test_groups_have_one_common_part_and_different_projections() -> None:
     assert all(torch.equal(a, b) for a, b in zip(second.matrices, other.matrices, strict=True))
     assert other.common_hash != second.common_hash and other.content_hash != second.content_hash
     assert np.unique([z.content_hash for z in (first, second, other)]).size == 3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("encoding", ["sketched", "fp8"])
+def test_a_drafts_layer_travels_whole_behind_rows_in_bytes(dtype: torch.dtype, encoding: str) -> None:
+    """Bit by bit, into a pool of bytes, once a host; the layers before it are what they are without it."""
+    prefill = rig.prefill_rank(dtype)
+    ranks = []
+    for rank in range(2):
+        z = rig.sketched_projection(rank) if encoding == "sketched" else rig.projection(rank, 48, 16)
+        kept = rig.LAYERS - 1
+        target = RowFormat.fp8(z.widths[:kept], z.shared[:kept], rig.ROPE)
+        if z.sketched is not None:
+            target = RowFormat(z.sketched.layers[:kept])
+        rows = target.with_whole_latents(1, rig.LATENT, rig.ROPE, dtype)
+        matrices = [*z.matrices[:kept], torch.eye(rig.LATENT)]
+        projection = Projection(matrices, rows.shared, sketched=rows if z.sketched is not None else None)
+        name = rows.name(torch.uint8)
+        assert RowFormat.announced(name, rig.LATENT, rows.widths, rows.shared, rig.ROPE) == rows
+        ranks.append(rig.decode_rank(projection, rank=rank, size=2, rows=rows))
+    with contextlib.ExitStack() as stack:
+        for item in (prefill, *ranks):
+            stack.enter_context(contextlib.closing(item.agent))
+        assert send(prefill, ranks, 9) == [RoomState.SUCCESS] * 3, prefill.agent.failure(1)
+        source = torch.from_numpy(prefill.pool.slots(rig.pages(50, 9)))
+        sent = prefill.pool.layers[-1][source].view(torch.uint8)
+        for rank, decode in enumerate(ranks):
+            place = torch.from_numpy(decode.pool.slots(rig.pages(rank, 9)))
+            assert torch.equal(decode.pool.layers[-1][place], sent)
+
+
+def test_whole_layers_that_are_announced_wrong_are_refused() -> None:
+    whole = RowFormat.fp8((48, 48), (16, 16), 16).with_whole_latents(1, 64, 16, torch.bfloat16)
+    name = whole.name(torch.uint8)
+    assert name == "fp8_rows whole_layers=1 whole_dtype=bfloat16"
+    assert RowFormat.announced(name, 64, whole.widths, whole.shared, 16) == whole
+    changes = {"=1": ("=3", "=0"), "bfloat16": ("int8",), "fp8_rows": ("bfloat16", "fp8_rows x")}
+    bad_names = [name.replace(old, new) for old, news in changes.items() for new in news]
+    for bad, widths in [(name, (48, 48, 48)), *((bad, whole.widths) for bad in bad_names)]:
+        with pytest.raises(ValueError, match=r"."):
+            RowFormat.announced(bad, 64, widths, whole.shared, 16)

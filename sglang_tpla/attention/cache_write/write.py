@@ -1,4 +1,4 @@
-"""The cache write that serves a row format on a device: a kernel on a GPU, the PyTorch twin elsewhere."""
+"""The cache write that serves a row format on a device: a kernel on a GPU, the PyTorch twin for all other rows."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from sglang_tpla.attention.cache_write.inputs import CacheWrite
 
 def write(new: CacheWrite) -> None:
     """Write the new tokens' rows."""
-    if not new.cache.is_cuda:
+    if not new.cache.is_cuda or (new.sketched is not None and not sketched.serves(new.sketched.rows)):
         reference.write(new)
     elif new.sketched is not None:
         sketched.write(new)

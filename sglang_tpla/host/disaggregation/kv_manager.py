@@ -140,7 +140,8 @@ class TplaKVManager(CommonKVManager):
             fp8=cache_dtype(self.kv_args, self.server_args) == FP8,
             group=part.group if part is not None else 0,
         )
-        rows = rows.with_whole_latents(len(self.kv_args.kv_data_ptrs) - layers, *model)
+        draft_dtype = compat.model_config(self.server_args).dtype
+        rows = rows.with_whole_latents(len(self.kv_args.kv_data_ptrs) - layers, *model, draft_dtype)
         projection = None
         pool = cache_pool(self.kv_args, self.server_args, rows)
         if part is not None:

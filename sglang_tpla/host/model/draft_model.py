@@ -27,6 +27,12 @@ def mark_runner(original: Callable[..., Any], self: Any, *args: Any, **kwargs: A
         _building_draft.reset(token)
 
 
+def keep_precision(result: None, self: Any) -> None:
+    """After ``configure_kv_cache_dtype``: a draft's cache has the model's precision, whatever the target's rows are."""
+    if self.is_draft_worker and self.kv_cache_dtype.itemsize == 1:
+        self.kv_cache_dtype, self.kv_cache_dtype_str = self.dtype, "auto"
+
+
 def building_draft() -> bool:
     """True while a draft model's layers or cache are being built in this context."""
     return _building_draft.get()

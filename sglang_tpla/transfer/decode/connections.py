@@ -160,7 +160,9 @@ class DecodeDialing(DecodeChannels):
 
     def _disconnected(self, connection: Connection, monitor: zmq.Socket) -> None:
         recv_monitor_message(monitor, zmq.NOBLOCK)
-        self._broken(connection)
+        self._receive(connection)  # what was said last: a Goodbye, perhaps
+        if connection.monitor is monitor:
+            self._broken(connection)
 
     def _broken(self, connection: Connection) -> None:
         """Try anew: for a while, or a few times where the prefill rank never answered. Rooms go on where they were."""

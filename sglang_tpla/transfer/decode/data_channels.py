@@ -18,7 +18,7 @@ import zmq
 from sglang_tpla.transfer import messages as frames
 from sglang_tpla.transfer.decode.landing import PoolLanding
 from sglang_tpla.transfer.decode.state import Connection, Room
-from sglang_tpla.transfer.network.data_channel import ChannelError, Inbox, Spares, set_up
+from sglang_tpla.transfer.network.data_channel import ChannelError, ChunkReader, Spares, set_up
 from sglang_tpla.transfer.network.sealing import Seal
 from sglang_tpla.transfer.network.security import Security
 from sglang_tpla.transfer.workers import Agent
@@ -62,6 +62,10 @@ class DecodeChannels(Agent[Room]):
         """One message of a connection."""
 
     @abstractmethod
+    def _receive(self, connection: Connection) -> None:
+        """What has come from the prefill rank."""
+
+    @abstractmethod
     def _broken(self, connection: Connection) -> None:
         """Connect anew; rooms go on where they were."""
 
@@ -78,16 +82,19 @@ class DecodeChannels(Agent[Room]):
         set_up(stream, self._settings.peer_timeout_s)
         seal = None if data.key is None else Seal(data.key)
         announce = partial(self._announced, connection)
-        inbox = connection.inbox = Inbox(stream, data.cookie, self._chunk_bytes, self._spares, announce, seal)
+        inbox = connection.inbox = ChunkReader(
+            stream, data.cookie, self._chunk_bytes, self._spares, announce, seal
+        )
         connection.data_port, connection.dialled = data.port, time.monotonic()
         error = stream.connect_ex((host, data.port))
         self._io.add_stream(stream, lambda: self._receive_data(connection, inbox))
         if error not in (0, errno.EINPROGRESS):
-            self._lose_data(connection, ChannelError(os.strerror(error)))
+            # a Welcome is being read: what comes after it has to wait
+            self._io.post(self._lose_data, connection, inbox, ChannelError(os.strerror(error)))
             return
         self._io.watch(stream, writable=True)
 
-    def _receive_data(self, connection: Connection, inbox: Inbox) -> None:
+    def _receive_data(self, connection: Connection, inbox: ChunkReader) -> None:
         try:
             if not inbox.greeted:
                 if inbox.greet():
@@ -106,9 +113,9 @@ class DecodeChannels(Agent[Room]):
                     return
         except frames.FrameError as error:
             self._drop("malformed_dropped", f"malformed chunk from {connection.name}: {error}")
-            self._lose_data(connection, error)
+            self._lose_data(connection, inbox, error)
         except OSError as error:
-            self._lose_data(connection, error)
+            self._lose_data(connection, inbox, error)
 
     def _announced(
         self, connection: Connection, header: memoryview, size_bytes: int
@@ -123,10 +130,14 @@ class DecodeChannels(Agent[Room]):
             raise frames.FrameError(f"{type(message).__name__} does not come on a data channel")
         return message, self._place(connection, message, size_bytes)
 
-    def _lose_data(self, connection: Connection, error: Exception) -> None:
+    def _lose_data(self, connection: Connection, inbox: ChunkReader[frames.Chunk], error: Exception) -> None:
         """A channel ended, or could not be opened."""
-        now, inbox = time.monotonic(), connection.inbox
-        stood = inbox is not None and inbox.greeted
+        if connection.inbox is inbox:
+            self._receive(connection)  # what was said last: a Goodbye, perhaps
+        if connection.inbox is not inbox:
+            return
+        now = time.monotonic()
+        stood = inbox.greeted
         self._end_data(connection)
         text = "decode rank %d: no data channel to the %s: %s"
         self._log.warning(text, self._rank, connection.name, error)
@@ -163,7 +174,7 @@ class DecodeChannels(Agent[Room]):
         """Give a dial up that nobody answers: whoever drops it says nothing."""
         inbox, patience = connection.inbox, self._settings.peer_timeout_s / DIALS
         if inbox is not None and not inbox.greeted and now - connection.dialled > patience:
-            self._lose_data(connection, ChannelError(f"no answer for {patience:g} s"))
+            self._lose_data(connection, inbox, ChannelError(f"no answer for {patience:g} s"))
 
     def _end_data(self, connection: Connection) -> None:
         inbox, connection.inbox = connection.inbox, None

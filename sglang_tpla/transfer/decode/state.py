@@ -18,7 +18,7 @@ from sglang_tpla.transfer import messages as frames
 from sglang_tpla.transfer.decode.coverage import Coverage
 from sglang_tpla.transfer.memory.iovec import Slots
 from sglang_tpla.transfer.memory.staging import Slot
-from sglang_tpla.transfer.network.data_channel import Inbox
+from sglang_tpla.transfer.network.data_channel import ChunkReader
 from sglang_tpla.transfer.room import NO_LIMITS, Limits, RoomState
 
 Address = tuple[str, int]
@@ -43,7 +43,7 @@ class Connection:
     last_seen: float
     socket: zmq.Socket | None = None
     monitor: zmq.Socket | None = None
-    inbox: Inbox[frames.Chunk] | None = None  # the data channel, where there is one
+    inbox: ChunkReader[frames.Chunk] | None = None  # the data channel, where there is one
     data_port: int = 0  # of the data channel that was offered last
     dialled: float = 0.0  # when the data channel was
     without_channel: float | None = None  # since when none has lasted until a chunk had come on it

@@ -79,7 +79,7 @@ def wrong(digest: bytes) -> bytes:
     return bytes(byte ^ 0xFF for byte in digest)
 
 
-class Parcel:
+class OutgoingChunk:
     """One chunk on its way into a socket.
 
     Args:
@@ -111,7 +111,7 @@ class Parcel:
         self.done = done
 
 
-class Outbox:
+class SendQueue:
     """The sending end: parcels in order, as the socket takes them.
 
     A parcel that is no longer wanted when its turn comes is left out, one that has begun is finished.
@@ -125,12 +125,12 @@ class Outbox:
         self.sent_bytes = 0
         self._seal = seal
         self._scratch = np.empty(STEP_BYTES if seal is not None else 0, dtype=np.uint8)
-        self._parcels: deque[Parcel] = deque()
+        self._parcels: deque[OutgoingChunk] = deque()
 
     def __bool__(self) -> bool:
         return bool(self._parcels)
 
-    def push(self, parcel: Parcel) -> None:
+    def push(self, parcel: OutgoingChunk) -> None:
         """Queue a parcel; `flush` sends it."""
         self._parcels.append(parcel)
 
@@ -145,7 +145,7 @@ class Outbox:
             self._parcels.popleft()
             parcel.done(parcel.digest)
 
-    def _begin(self, parcel: Parcel) -> Outgoing | SealedOutgoing:
+    def _begin(self, parcel: OutgoingChunk) -> Outgoing | SealedOutgoing:
         header, pieces = parcel.header, parcel.pieces
         sizes = SIZES.pack(len(header), pieces.size_bytes)
         payload: Outgoing | SealedOutgoing
@@ -157,7 +157,7 @@ class Outbox:
         parcel.payload = payload
         return payload
 
-    def _send(self, parcel: Parcel, payload: Outgoing | SealedOutgoing) -> bool:
+    def _send(self, parcel: OutgoingChunk, payload: Outgoing | SealedOutgoing) -> bool:
         """Send of a parcel what the socket takes now; True when that was the end of it."""
         try:
             while parcel.head:
@@ -224,7 +224,7 @@ class Spares:
             self._buffers.append(view.obj)
 
 
-class Inbox(Generic[HeaderT]):
+class ChunkReader(Generic[HeaderT]):
     """The receiving end: cuts the stream into headers and payloads.
 
     Args:

@@ -13,7 +13,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from sglang_tpla.transfer.messages import CHANNEL_COOKIE_BYTES, DataChannel
-from sglang_tpla.transfer.network.data_channel import PREAMBLE, PREAMBLE_BYTES, Outbox, Parcel, set_up
+from sglang_tpla.transfer.network.data_channel import (
+    PREAMBLE,
+    PREAMBLE_BYTES,
+    OutgoingChunk,
+    SendQueue,
+    set_up,
+)
 from sglang_tpla.transfer.network.event_loop import IoLoop
 from sglang_tpla.transfer.network.sealing import Seal, new_key
 
@@ -21,7 +27,7 @@ MAX_STRANGERS = 256  # connections that have not said whose they are
 
 
 @dataclass(eq=False)
-class Stranger:
+class PendingConnection:
     """A connection that has not said whose it is."""
 
     stream: socket.socket
@@ -29,7 +35,7 @@ class Stranger:
     said: bytes = b""
 
 
-class Doorway:
+class DataListener:
     """Listens for data channels.
 
     Args:
@@ -63,9 +69,9 @@ class Doorway:
         self._listener = socket.create_server(("" if host == "*" else host, port), family=family)
         self._listener.setblocking(False)
         self.announced_port: int = self._listener.getsockname()[1]
-        self._strangers: list[Stranger] = []
+        self._strangers: list[PendingConnection] = []
         self._offers: dict[bytes, tuple[bytes, bytes | None]] = {}  # by cookie: whose it is, and its key
-        self._channels: dict[bytes, Outbox] = {}  # by identity
+        self._channels: dict[bytes, SendQueue] = {}  # by identity
         io.add_stream(self._listener, self._accept)
 
     def offer(self, identity: bytes) -> DataChannel:
@@ -84,7 +90,7 @@ class Doorway:
             self._io.remove_stream(outbox.stream)
             outbox.close()
 
-    def send(self, identity: bytes, parcel: Parcel) -> bool:
+    def send(self, identity: bytes, parcel: OutgoingChunk) -> bool:
         """Send a chunk on the connection's channel; False if it has none."""
         outbox = self._channels.get(identity)
         if outbox is None:
@@ -113,13 +119,13 @@ class Doorway:
         except OSError:
             return  # gone again, or no descriptors: the next one may do better
         set_up(stream, self._timeout_s)
-        stranger = Stranger(stream, time.monotonic())
+        stranger = PendingConnection(stream, time.monotonic())
         self._strangers.append(stranger)
         self._io.add_stream(stream, lambda: self._listen_to(stranger))
         if len(self._strangers) > MAX_STRANGERS:
             self._turn_away(self._strangers[0], f"was the oldest of {MAX_STRANGERS} that had said nothing")
 
-    def _listen_to(self, stranger: Stranger) -> None:
+    def _listen_to(self, stranger: PendingConnection) -> None:
         try:
             data = stranger.stream.recv(PREAMBLE_BYTES - len(stranger.said))
         except BlockingIOError:
@@ -140,17 +146,17 @@ class Doorway:
         self._strangers.remove(stranger)
         self._io.remove_stream(stranger.stream)
         identity, key = offer
-        outbox = self._channels[identity] = Outbox(stranger.stream, None if key is None else Seal(key))
+        outbox = self._channels[identity] = SendQueue(stranger.stream, None if key is None else Seal(key))
         self._io.add_stream(outbox.stream, lambda: self._ready(identity, outbox))
         self._on_bound()
 
-    def _turn_away(self, stranger: Stranger, why: str) -> None:
+    def _turn_away(self, stranger: PendingConnection, why: str) -> None:
         self._strangers.remove(stranger)
         self._io.remove_stream(stranger.stream)
         stranger.stream.close()
         self._on_refused(f"a data channel that {why}")
 
-    def _ready(self, identity: bytes, outbox: Outbox) -> None:
+    def _ready(self, identity: bytes, outbox: SendQueue) -> None:
         try:
             said = outbox.stream.recv(1)
         except BlockingIOError:
@@ -161,7 +167,7 @@ class Doorway:
             return
         self._lose(identity, "it was closed" if not said else "bytes came on it")
 
-    def _flush(self, identity: bytes, outbox: Outbox) -> None:
+    def _flush(self, identity: bytes, outbox: SendQueue) -> None:
         try:
             outbox.flush()
         except OSError as error:

@@ -105,10 +105,10 @@ class IoLoop:
             for socket in list(self._handlers):
                 socket.close(linger=100)
             self._handlers.clear()
+            self.context.destroy(linger=100)  # what was said last goes before the streams' end is seen
             for stream, _ in self._streams.values():
                 stream.close()
             self._streams.clear()
-            self.context.destroy(linger=100)
             with self._guard:
                 self._closed = True
                 os.close(self._wake)

@@ -18,7 +18,7 @@ from sglang_tpla.transfer import messages as frames
 from sglang_tpla.transfer.memory.projection import IDENTITY_HASH, projection_digest, stack_layers
 from sglang_tpla.transfer.memory.rows import RowReader
 from sglang_tpla.transfer.memory.staging import Staging, pin, unpin
-from sglang_tpla.transfer.network.data_listener import Doorway
+from sglang_tpla.transfer.network.data_listener import DataListener
 from sglang_tpla.transfer.network.security import ZAP_ENDPOINT, Security
 from sglang_tpla.transfer.prefill.compatibility import agreed_version, announced_rows, mismatch
 from sglang_tpla.transfer.prefill.state import Peer, Room, SenderProjection, Upload
@@ -112,7 +112,7 @@ class PrefillGreeting(Agent[Room]):
         self._io.add(self._router.get_monitor_socket(failures), self._handshake_failed)
         self._start()
 
-    def _open_doorway(self, host: str, bind_port: int, advertised_port: int) -> Doorway:
+    def _open_doorway(self, host: str, bind_port: int, advertised_port: int) -> DataListener:
         """Data channels come to the port after ZMQ's, sealed where ZMQ encrypts."""
 
         def refused(what: str) -> None:
@@ -122,7 +122,7 @@ class PrefillGreeting(Agent[Room]):
             with self._work:
                 self._work.notify()  # chunks wait for it
 
-        doorway = Doorway(
+        doorway = DataListener(
             self._io,
             host,
             bind_port and bind_port + 1,

@@ -12,7 +12,7 @@ from sglang_tpla.transfer.memory.copy import check_pieces
 from sglang_tpla.transfer.memory.iovec import Pieces, one_piece
 from sglang_tpla.transfer.memory.projection import cut_stacks
 from sglang_tpla.transfer.memory.staging import Slot
-from sglang_tpla.transfer.network.data_channel import Parcel
+from sglang_tpla.transfer.network.data_channel import OutgoingChunk
 from sglang_tpla.transfer.prefill.resuming import PrefillResuming
 from sglang_tpla.transfer.prefill.state import Lane, Mode, Peer, Room, Stream
 from sglang_tpla.transfer.room import TransferError
@@ -140,7 +140,7 @@ class PrefillDispatch(PrefillResuming):
 
     def _load(self, lane: Lane, sequence: int, streams: list[Stream], slot: Slot) -> Load:
         """Mark a chunk as under way to some ranks."""
-        lane.take(sequence)
+        lane.take(sequence, streams)
         chunk = (int(lane.plan.part), sequence)
         for stream in streams:
             stream.unacked[chunk] = None
@@ -264,7 +264,7 @@ class PrefillDispatch(PrefillResuming):
                     lane.plan.digests[message.sequence] = digest
                 self._let_go(slot, peer)
 
-        parcel = Parcel(
+        parcel = OutgoingChunk(
             frames.encode(message), pieces, digest, wanted=lambda: not room.state.ended, done=done
         )
         if not self._doorway.send(peer.identity, parcel):
