@@ -149,7 +149,8 @@ def test_every_entry_says_why_and_until_when() -> None:
         assert (
             hook["reason"] and hook["remove_when"] and hook["upstream"].startswith("https://github.com/")
         ), hook["target"]
-    assert len({hook["target"] for hook in LEDGER}) == len(LEDGER)
+    places = [(hook["target"], role) for hook in LEDGER for role in hook["roles"]]
+    assert len(set(places)) == len(places), "two hooks of one role on one target"
 
 
 def test_only_host_imports_sglang() -> None:
