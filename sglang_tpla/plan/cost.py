@@ -111,7 +111,7 @@ class Method:
     @property
     def label(self) -> str:
         """For people."""
-        if self.kind == "tpla" and self.groups == 1:
+        if self.kind == "tpla" and self.groups == 1 and self.rows == "sketched":
             return "8-bit MLA"
         if self.kind == "tpla":
             kind = "" if self.rows == "plain" else f" {self.rows}"
@@ -121,7 +121,7 @@ class Method:
     @property
     def code(self) -> str:
         """For the map: TP, DCP, DP, T2 (g = 2), T2s (with reduce-scatter), T2.8 (sketched), T2.f (FP8), MLA8."""
-        if self.kind == "tpla" and self.groups == 1:
+        if self.kind == "tpla" and self.groups == 1 and self.rows == "sketched":
             return "MLA8"
         if self.kind == "tpla":
             kind = {"plain": "", "sketched": ".8", "fp8": ".f"}[self.rows]
@@ -306,7 +306,7 @@ def rank_work(
     ranks, groups = method.ranks, method.groups
     heads = model.heads if method.kind == "dp" else Layout(ranks, groups, model.heads).local_heads
     batch = math.ceil(load.batch / ranks) if method.kind == "dp" else load.batch
-    ours = method.kind == "tpla"
+    ours = method.kind == "tpla" and (groups > 1 or method.rows != "plain")  # one group of plain rows is plain MLA
     kept = served_rows(model, method, heads, capability) if ours else whole_rows(model, precision, capability)
     width, kernel, row_bytes = kept.width, kept.kernel, kept.row_bytes
     read_heads = model.heads if method.kind == "dcp" else heads
