@@ -88,7 +88,7 @@ def check(
     again = pair.generate(prompt, 16, return_logprob=True)[1]
     assert again["meta_info"]["cached_tokens"] >= len(prompt) - 1
     assert again["output_ids"] == first["output_ids"]
-    moved = [line for line in transfer_lines(trio.prefill) if line["room"] >= room]
+    moved = [line for line in transfer_lines(trio.prefill) if room <= line["room"] < room + 500]
     assert len(moved) == 10 and all(line["bytes"] == line["tokens"] * wire_bytes for line in moved)
     assert moved[-2]["tokens"] == len(prompt) and moved[-1]["tokens"] <= 1  # the prefix was there
     body = request_body(prompt[::-1], 2000, stream=True)

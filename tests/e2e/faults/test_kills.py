@@ -40,7 +40,8 @@ def failed(call: concurrent.futures.Future[Answer]) -> str:
 def test_decode_killed_at_every_stage_under_load(faulty: Faulty) -> None:
     """One request before its decode ranks have asked, one in mid-chunk, one that decodes; others are served meanwhile.
 
-    Prefill fails the first two (the first after a time of its own, as nobody ever asks), and none of the other decode server's.
+    Prefill fails the first two (the first after a time of its own, as nobody ever asks), and none
+    of the other decode server's.
     """
     route, before = faulty.route, faulty.held()
     lines = len(faulty.prefill.log.read_text(errors="replace").splitlines())
