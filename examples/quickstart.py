@@ -261,7 +261,7 @@ def main() -> int:
         return 1
     console.print(
         f"Nothing is left: no process, no socket file, no shared memory. {time.monotonic() - start_s:.0f} s\n"
-        "Next: README.md, 'From here to a real deployment'."
+        "Next: docs/deployment.md."
     )
     return 0
 
