@@ -14,6 +14,7 @@ from sglang_tpla.cache_rows.row_format import LayerRows
 from sglang_tpla.transfer import workers
 from sglang_tpla.transfer.memory.projection import Projection
 from sglang_tpla.transfer.room import RoomState
+from tests.ports import neighbouring_ports
 from tests.wire import rig
 
 PAGES = 30
@@ -177,7 +178,8 @@ def test_more_prefill_ranks_than_layers() -> None:
 
 def test_a_rank_that_restarted_with_another_chunk_size() -> None:
     """Its rooms fail, with the reason; the next one is whole."""
-    first, second = two()
+    port = neighbouring_ports(2)  # for messages and for data: nobody else takes them in between
+    first, second = two(port=port)
     decode = rig.decode_rank(host="far")
     with contextlib.closing(first.agent), contextlib.closing(decode.agent):
         for prefill in (first, second):
@@ -185,7 +187,6 @@ def test_a_rank_that_restarted_with_another_chunk_size() -> None:
         rig.ask(decode, [first.peer, second.peer], 1, rig.pages(0, PAGES))
         for prefill in (first, second):
             prefill.agent.send(1, rig.pages(50, 7), last=False)
-        port = second.agent.address[1]
         second.agent.close()
         assert rig.ended(decode.agent, 1) == RoomState.FAILED
         assert str(port) in decode.agent.failure(1)

@@ -19,6 +19,7 @@ from sglang_tpla.transfer.decode import receiver as scattering
 from sglang_tpla.transfer.memory import rows
 from sglang_tpla.transfer.prefill import sender as dispatch
 from sglang_tpla.transfer.room import RoomState
+from tests.ports import neighbouring_ports
 from tests.wire import rig
 
 pytestmark = pytest.mark.usefixtures("rows_kind")  # each test with plain and with sketched rows
@@ -127,7 +128,7 @@ def test_prefill_rank_dies_and_comes_back_on_the_same_address(
 ) -> None:
     lost: list[tuple[str, int]] = []
     decode.agent.on_peer_lost = lambda host, port: lost.append((host, port))
-    child = Child("prefill")
+    child = Child("prefill", neighbouring_ports(2))  # nobody else takes them before it is back
     with contextlib.ExitStack() as stack:
         stack.callback(child.end)
         peer = ("127.0.0.1", child.port, False)

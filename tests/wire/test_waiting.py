@@ -10,6 +10,7 @@ import pytest
 
 from sglang_tpla.transfer.decode.connections import WELCOME_DELAY_S
 from sglang_tpla.transfer.room import Limits, RoomState, TransferError
+from tests.ports import neighbouring_ports
 from tests.wire import rig
 from tests.wire.simulated_ranks import SETTINGS
 from tests.wire.simulation import Simulation, begun
@@ -104,7 +105,9 @@ def test_a_request_that_prefill_refused_is_told_why() -> None:
 def test_a_request_that_came_while_no_prefill_lived_fails_when_one_is_there() -> None:
     """Its other half reached nobody."""
     with contextlib.closing(rig.decode_rank(peer_timeout_s=20.0).agent) as decode:
-        first = rig.prefill_rank()
+        first = rig.prefill_rank(
+            port=neighbouring_ports(2)
+        )  # nobody else takes them before it is started anew
         address = first.agent.address
         first.agent.close()
         decode.open_room(1, [(*address, False)], born=time.monotonic() - 2 * WELCOME_DELAY_S)
