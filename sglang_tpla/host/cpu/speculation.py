@@ -108,11 +108,7 @@ def sample_chain(
 def sample_or_verify(
     original: Callable[..., Any], verify_input: Any, batch: Any, logits_output: Any, grammar_mask: Any = None
 ) -> Any:
-    """Around ``eagle_sample``: requests that sample, which SGLang verifies with a GPU's kernels.
-
-    Raises:
-        NotImplementedError: a grammar or a penalty beside sampling, which the reference platform does not do.
-    """
+    """Around ``eagle_sample``: requests that sample, which SGLang verifies with a GPU's kernels."""
     info = batch.sampling_info
     if batch.forward_mode.is_idle() or info.is_all_greedy:
         return original(verify_input, batch, logits_output, grammar_mask)
@@ -121,10 +117,11 @@ def sample_or_verify(
     for extra in (info.acc_additive_penalties, info.logit_bias):
         if extra is not None:
             logits = logits + extra.repeat_interleave(drafts, dim=0)
-    if grammar_mask is not None or info.acc_scaling_penalties is not None:
-        raise NotImplementedError(
-            "the CPU reference platform samples guesses without grammars and repetition penalties; ask greedily"
-        )
+    if info.acc_scaling_penalties is not None:
+        factors = info.acc_scaling_penalties.repeat_interleave(drafts, dim=0)
+        logits = torch.where(logits < 0, logits * factors, logits / factors)
+    if grammar_mask is not None:
+        grammar_mask.apply(logits)
     probabilities = limited(
         (logits / info.temperatures.repeat_interleave(drafts, dim=0)).softmax(-1),
         info.top_ks.repeat_interleave(drafts, dim=0) if info.need_top_k_sampling else None,
