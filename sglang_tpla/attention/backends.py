@@ -33,7 +33,7 @@ class Backend:
         dtypes, page_sizes (None: any), heads (lowest, highest).
         device: text for messages. has_device: whether a capability is served.
         why_not: why other widths are refused.
-        rows: the format of the rows that it reads: plain, FP8 or sketched.
+        rows: the kind of rows that it reads (`DecodeShape.kind`).
         other: a further objection to a shape, or None.
     """
 
@@ -54,7 +54,7 @@ class Backend:
         """Why this backend must not serve ``shape`` there; None if it may."""
         if not self.has_device(capability):
             return f"it needs {self.device}, this is {_device_text(capability)}"
-        if self.rows != rows_of(shape):
+        if self.rows != shape.kind:
             return f"it reads {self.rows} rows"
         if not self.has_width(shape.latent_dim):
             return f"latent width {shape.latent_dim} is not among its widths ({self.widths}): {self.why_not}"
@@ -67,13 +67,6 @@ class Backend:
         if not self.heads[0] <= shape.heads <= self.heads[1]:
             return f"{shape.heads} heads are outside of {self.heads[0]} to {self.heads[1]}"
         return None if self.other is None else self.other(shape)
-
-
-def rows_of(shape: DecodeShape) -> str:
-    """The format of a shape's cache rows, as the table names it."""
-    if shape.sketched is not None:
-        return "sketched"
-    return "plain" if shape.fp8_shared is None else "FP8"
 
 
 def _hopper_sketched(shape: DecodeShape) -> str | None:
@@ -130,7 +123,7 @@ BACKENDS: tuple[Backend, ...] = (
         device="compute capability 8.9 or higher",
         has_device=lambda capability: capability is not None and capability >= (8, 9),
         why_not="its tiles are multiples of 32 columns; pad the slice (zero columns) to the next multiple",
-        rows="FP8",
+        rows="fp8",
     ),
     Backend(
         name="reference",
@@ -181,7 +174,7 @@ BACKENDS: tuple[Backend, ...] = (
         has_device=lambda capability: capability is None,
         why_not="",
         rope_dims=None,
-        rows="FP8",
+        rows="fp8",
     ),
 )
 _BY_NAME = {backend.name: backend for backend in BACKENDS}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -138,3 +139,44 @@ def test_the_draft_takes_the_targets_embedding() -> None:
     embed, head = torch.nn.Parameter(torch.ones(4, 2)), torch.nn.Parameter(torch.zeros(4, 2))
     speculation.share_embedding(pytest.fail, model, embed, head)
     assert model.model.embed_tokens.weight is embed and model.lm_head.weight is head
+
+
+def sampled_answer(**changes: Any) -> list[int]:
+    """The answer to one sampling request of two guesses, by `sample_or_verify`."""
+    logits = torch.tensor([[2.0, -1.0, 4.0, 0.5]] * 3)  # [drafted tokens, vocabulary]
+    nothing = dict.fromkeys(
+        ("acc_additive_penalties", "acc_scaling_penalties", "logit_bias", "top_ks", "top_ps")
+    )
+    info = {**nothing, "need_top_k_sampling": False, "need_top_p_sampling": False, "is_all_greedy": False}
+    info |= {
+        "temperatures": torch.ones(1, 1),
+        **{key: value for key, value in changes.items() if key != "mask"},
+    }
+    batch = SimpleNamespace(
+        sampling_info=SimpleNamespace(**info),
+        forward_mode=SimpleNamespace(is_idle=lambda: False),
+        seq_lens=torch.tensor([5]),
+    )
+    verify = SimpleNamespace(draft_token_num=3, max_tree_depth=3, draft_token=torch.tensor([0, 1, 1]))
+    output = SimpleNamespace(next_token_logits=logits)
+    predicts, count, index = speculation.sample_or_verify(None, verify, batch, output, changes.get("mask"))
+    return [int(predicts[i]) for i in index[0, : int(count[0])].tolist()]
+
+
+def test_a_grammar_beside_sampled_guesses_is_obeyed() -> None:
+    """Only token 1 is allowed: both guesses are kept, and the token after them is another 1."""
+
+    def forbid(logits: torch.Tensor) -> None:
+        logits[:, [0, 2, 3]] = float("-inf")
+
+    for seed in range(20):
+        torch.manual_seed(seed)
+        assert sampled_answer(mask=SimpleNamespace(apply=forbid)) == [1, 1, 1]
+
+
+def test_repetition_penalties_beside_sampled_guesses_are_applied() -> None:
+    """A penalty of 1000 takes positive logits to 0 and negative ones far down; 3 alone is not penalised."""
+    factors = torch.tensor([[1000.0, 1000.0, 1000.0, 0.001]])
+    for seed in range(20):
+        torch.manual_seed(seed)
+        assert sampled_answer(acc_scaling_penalties=factors) == [3]

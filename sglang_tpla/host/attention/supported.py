@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from sglang_tpla.attention.backends import BACKENDS, BackendRefusal, Capability, rows_of
+from sglang_tpla.attention.backends import BACKENDS, BackendRefusal, Capability
 from sglang_tpla.attention.interface import DecodeShape
 
 OURS = "tpla"
@@ -45,7 +45,7 @@ def engine_objection(name: str, shape: DecodeShape, capability: Capability) -> s
         if name != OURS:
             asked = {"fp8": "--kv-cache-dtype fp8_e4m3", "sketched": "--tpla-rows sketched"}[shape.kind]
             return f"it does not read the rows of {asked}"
-        readers = [backend for backend in BACKENDS if backend.rows == rows_of(shape)]
+        readers = [backend for backend in BACKENDS if backend.rows == shape.kind]
         objections = [backend.objection(replace(shape, page_size=1), capability) for backend in readers]
         return None if None in objections else objections[0]
     if name == "torch_native":
