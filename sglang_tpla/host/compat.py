@@ -60,7 +60,7 @@ def attention_groups(args: Any) -> int:
 
 
 def cpu_has_attention_groups() -> bool:
-    """Whether data-parallel attention can run on a CPU: releases before 0.5.23 copy by a kernel and pin memory."""
+    """Whether data-parallel attention can run on a CPU: releases before 0.5.19 copy by a kernel and pin memory."""
     from sglang.srt.layers import dp_attention
 
     return hasattr(dp_attention, "memcpy_cpu")

@@ -110,8 +110,14 @@ def check_flags(args: Any) -> None:
 def attention_groups_refusal(args: Any) -> tuple[bool, str, str]:
     """Data-parallel attention, as ``check_flags`` lists it: refused where a CPU cannot run it."""
     flag = "--enable-dp-attention" if args.enable_dp_attention else "--attn-dp-size"
-    refused = compat.attention_groups(args) > 1 and args.device == "cpu" and not compat.cpu_has_attention_groups()
-    return refused, flag, "this SGLang release pins memory for its attention groups, which takes a GPU; 0.5.23 does not"
+    refused = (
+        compat.attention_groups(args) > 1 and args.device == "cpu" and not compat.cpu_has_attention_groups()
+    )
+    return (
+        refused,
+        flag,
+        "this SGLang release pins memory for its attention groups, which takes a GPU; 0.5.19 and later do not",
+    )
 
 
 def newer_refusals(args: Any) -> list[tuple[bool, str, str]]:
