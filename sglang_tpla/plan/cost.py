@@ -3,7 +3,7 @@
 Work is counted as kernels by bytes and operations, and collectives; times are modelled from it, nothing overlaps, and
 `hardware` says which constants were measured.
 
-Methods (T ranks, g latent groups; design, sections 2 and 7):
+Methods (T ranks, g latent groups; design, sections 2 and 6):
 
     tp    H/T heads, the whole latent on every rank
     tpla  H g/T heads, a slice of w values; ``scatter``: the groups' head outputs are summed before ``o_proj``, which
@@ -390,7 +390,7 @@ def small_launches(model: PlanModel, method: Method) -> int:
 def break_even_tokens(model: PlanModel, method: Method, precision: Precision, row_bytes: int) -> float:
     """Cached tokens (batch times context) from which rows of so many bytes save more than their head weights add.
 
-    Bytes alone (design, section 7): (g - 1) times a rank's ``q_b_proj`` and, unless ``scatter``, ``o_proj``, over the
+    Bytes alone (design, section 6): (g - 1) times a rank's ``q_b_proj`` and, unless ``scatter``, ``o_proj``, over the
     cache bytes saved a token.
     """
     heads = model.heads / method.ranks
