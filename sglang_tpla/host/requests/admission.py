@@ -72,3 +72,11 @@ def handle(original: Callable[..., None], self: Any, recv_req: Any, **kwargs: An
         self.ipc_channels.send_to_tokenizer.send_output(
             AbortReq(rid=recv_req.rid, finished_reason=reason), recv_req
         )
+
+
+def note_idle(self: Any) -> None:
+    """Before ``Scheduler.on_idle`` on prefill: no request is left whose room could still be opened.
+
+    A decode rank that asks for a room whose request never came, or that an edge refused, need not wait for the deadline.
+    """
+    self.disagg_prefill_bootstrap_queue.kv_manager.agent.note_idle()

@@ -48,7 +48,7 @@ class PrefillAgent(PrefillDispatch):
             if old is not None:
                 self._forget(old)
             entry = self._rooms[room] = Room(room, now := time.monotonic(), prompt_tokens, now, now)
-            self._last_opened = now
+            self._caught_up = now
             held = self._held.pop(room, {})
             aborted = self._take_aborted(entry, held)
             for ask in held.values():
@@ -56,6 +56,10 @@ class PrefillAgent(PrefillDispatch):
                 self._bind(entry, ask)
             if aborted:
                 self._fail(entry, aborted)
+
+    def note_idle(self) -> None:
+        """The scheduler has no request left whose room it could open. It says so without rest: no lock is taken."""
+        self._caught_up = time.monotonic()
 
     def send(
         self,
