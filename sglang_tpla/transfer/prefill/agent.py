@@ -166,6 +166,7 @@ class PrefillAgent(PrefillDispatch):
                 rooms=len(self._rooms) + len(self._held),
                 peers=len(self._peers),
                 data_channels=self._doorway.bound_channels,
+                sealed_channels=self._doorway.bound_channels if self._doorway.sealed else 0,
                 staging_used_bytes=self._staging.used_bytes,
                 staging_limit_bytes=self._staging.limit_bytes,
                 threads_alive=self._threads_alive,
