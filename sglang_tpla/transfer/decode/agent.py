@@ -155,13 +155,12 @@ class DecodeAgent(DecodeScattering):
     def stats(self) -> AgentStats:
         """Counters and gauges of now."""
         with self._lock:
+            inboxes = [inbox for one in self._connections.values() if (inbox := one.inbox) and inbox.greeted]
             return AgentStats(
                 rooms=len(self._rooms),
                 peers=sum(connection.link is Link.REGISTERED for connection in self._connections.values()),
-                data_channels=sum(
-                    connection.inbox is not None and connection.inbox.greeted
-                    for connection in self._connections.values()
-                ),
+                data_channels=len(inboxes),
+                sealed_channels=sum(inbox.sealed for inbox in inboxes),
                 staging_used_bytes=self._staging_used_bytes,
                 staging_limit_bytes=self._settings.staging_bytes,
                 threads_alive=self._threads_alive,

@@ -48,7 +48,7 @@ class PrefillAgent(PrefillDispatch):
             if old is not None:
                 self._forget(old)
             entry = self._rooms[room] = Room(room, now := time.monotonic(), prompt_tokens, now, now)
-            self._last_opened = now
+            self._caught_up = now
             held = self._held.pop(room, {})
             aborted = self._take_aborted(entry, held)
             for ask in held.values():
@@ -56,6 +56,10 @@ class PrefillAgent(PrefillDispatch):
                 self._bind(entry, ask)
             if aborted:
                 self._fail(entry, aborted)
+
+    def note_idle(self) -> None:
+        """The scheduler has no request left whose room it could open. It says so without rest: no lock is taken."""
+        self._caught_up = time.monotonic()
 
     def send(
         self,
@@ -162,6 +166,7 @@ class PrefillAgent(PrefillDispatch):
                 rooms=len(self._rooms) + len(self._held),
                 peers=len(self._peers),
                 data_channels=self._doorway.bound_channels,
+                sealed_channels=self._doorway.bound_channels if self._doorway.sealed else 0,
                 staging_used_bytes=self._staging.used_bytes,
                 staging_limit_bytes=self._staging.limit_bytes,
                 threads_alive=self._threads_alive,

@@ -35,7 +35,7 @@ class PrefillServing(PrefillGreeting):
 
     def _prepare(self) -> None:
         self._rooms: dict[int, Room] = {}
-        self._last_opened = -math.inf  # when the scheduler last opened a room
+        self._caught_up = -math.inf  # when the scheduler last had opened a room for every request that it got
         self._held: dict[int, dict[bytes, Ask]] = {}
         self._aborted: OrderedDict[tuple[int, str], tuple[int, str, float]] = OrderedDict()
         self._ended: OrderedDict[tuple[int, str], int] = OrderedDict()
@@ -474,8 +474,8 @@ class PrefillServing(PrefillGreeting):
         patience = self._settings.transfer_timeout_s
         for room, asks in list(self._held.items()):
             for identity, ask in list(asks.items()):
-                # the scheduler opens rooms as requests come: if it has opened others since, this one's never came
-                passed_over = self._last_opened - ask.arrived > self._settings.room_timeout_s
+                # the scheduler opens rooms as requests come: if it has none left to open, this one's never came
+                passed_over = self._caught_up - ask.arrived > self._settings.room_timeout_s
                 if passed_over or now - ask.arrived > patience:
                     del asks[identity]
                     ask.peer.held_requests -= 1
