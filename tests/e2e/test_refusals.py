@@ -53,7 +53,7 @@ def test_flags(nano_mla: str, nano_artifact: str) -> None:
         ("drop --dcp-size", "DCP", "slices"),
         ("drop --enable-hierarchical-cache", "rank 0"),
         ("use --page-size 1",),
-        ("--speculative-algorithm",),  # beside 0.5.17 for its draft, beside others altogether
+        ("--speculative-algorithm", "NextN layer"),
     ):
         assert all(word in output for word in words), output[-2000:]
     assert "Traceback" not in output, output[-2000:]
