@@ -9,6 +9,7 @@ than on the second byte of the rotary key's values, whose rounding to 8 bits cos
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -109,6 +110,7 @@ def usual_rows(
     if shared_dims is not None:
         return made(shared_dims, rope_bits or _ROPE_BITS)
     usual = made(default_shared(latent_dim, groups, sketch_bits), rope_bits or _ROPE_BITS)
+    usual = _filled(usual)
     if rope_bits == _ROPE_BITS or sketch_noise(energies, usual, scale) <= QUIET:
         return usual
     held = shared_choices(latent_dim, groups, sketch_bits)
@@ -120,3 +122,14 @@ def usual_rows(
         bound = made(quarter, _ROPE_BITS).row_bytes
         wide = [rows for rows in wide if rows.row_bytes <= bound]
     return wide[-1] if wide else usual
+
+
+def _filled(rows: SketchedRows) -> SketchedRows:
+    """Those of as many bytes that share most: what would be padding is put to use."""
+    for shared in range(rows.latent_dim - 1, rows.shared, -1):
+        own = (rows.latent_dim - shared) // rows.groups
+        if own % 8 == 0 and shared + rows.groups * own == rows.latent_dim:
+            wider = replace(rows, shared=shared, own=own)
+            if wider.row_bytes <= rows.row_bytes:
+                return wider
+    return rows

@@ -69,6 +69,13 @@ def test_a_quiet_model_shares_a_quarter_and_keeps_the_key() -> None:
     assert usual_rows(QUIET_ENERGIES, SCALE, 32, 2, 4, rope_bits=8).shared == 32
 
 
+def test_padding_is_put_to_use() -> None:
+    energies = [torch.full((512,), 0.1, dtype=torch.float64)]
+    rows = usual_rows(energies, SCALE, 64, 2, 4)
+    assert rows.shared == 96 and rows.row_bytes == SketchedRows.of(512, 2, 64, 64).row_bytes == 544
+    assert usual_rows(energies, SCALE, 64, 4, 4) == SketchedRows.of(512, 4, 64, 64)
+
+
 @pytest.mark.parametrize("groups", [2, 3, 4, 8])
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_a_loud_model_spends_the_keys_second_byte_on_shared_columns(groups: int, bits: int) -> None:

@@ -17,6 +17,8 @@ from sglang_tpla.transfer.room import RoomState
 from tests.wire import rig
 from tests.wire.fakes import FakeDecode, FakePrefill, hello
 
+pytestmark = pytest.mark.usefixtures("rows_kind")  # each test with plain and with sketched rows
+
 DIGEST = frames.checksum(b"")
 
 

@@ -23,6 +23,8 @@ from tests.wire import rig
 from tests.wire.fakes import FakeDecode, FakePrefill, hello
 from tests.wire.test_channel import PAGES, transfer
 
+pytestmark = pytest.mark.usefixtures("rows_kind")  # each test with plain and with sketched rows
+
 TOKENS = 2 * rig.PAGE
 SIZE = rig.LAYERS * TOKENS * (rig.LATENT + rig.ROPE) * 2
 ROW = bytes(sum(rig.ITEM_BYTES))
