@@ -15,7 +15,7 @@ from sglang_tpla.transfer.memory import copy as moving
 from sglang_tpla.transfer.memory import rows
 from sglang_tpla.transfer.prefill import sender as dispatch
 from sglang_tpla.transfer.room import RoomState, TransferError
-from tests.wire import rig
+from tests.wire import rig, simulated_ranks
 
 
 @pytest.fixture(params=[None, "far"], ids=["near", "far"])
@@ -64,7 +64,9 @@ def test_no_write_after_an_abort_with_several_threads(checkers: int, monkeypatch
         assert prefill.agent.stats().threads_alive == decode.agent.stats().threads_alive == threads
         assert abort_at_random_moments(prefill, decode, times=100) > 10
     assert bool(checked) == bool(checkers)
-    assert not any(thread.is_alive() for side in (prefill, decode) for thread in side.agent._checkers)
+    assert not any(
+        thread.is_alive() for side in (prefill, decode) for thread in simulated_ranks.threads(side.agent)._checkers
+    )
 
 
 def abort_at_random_moments(prefill: rig.PrefillRank, decode: rig.DecodeRank, times: int) -> int:

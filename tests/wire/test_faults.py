@@ -186,7 +186,7 @@ def test_refusals_say_what_is_wrong(changes: dict, said: str, prefill: rig.Prefi
 
 def test_an_ended_thread_is_not_silent(prefill: rig.PrefillRank, decode: rig.DecodeRank) -> None:
     prefill.agent.open_room(1)
-    prefill.agent._died(RuntimeError("the loop broke"))
+    prefill.agent._threads.died(RuntimeError("the loop broke"))
     assert prefill.agent.poll(1) == RoomState.FAILED
     assert "the loop broke" in prefill.agent.failure(1)
     with pytest.raises(Exception, match="the loop broke"):
@@ -204,7 +204,7 @@ def test_an_error_while_gathering_fails_the_room_alone(
         assert rig.ended(decode.agent, 1) == RoomState.FAILED
         assert "division by zero" in decode.agent.failure(1)
     with monkeypatch.context() as patch:
-        patch.setattr(decode.agent._writer, "write", lambda *args: 1 / 0)
+        patch.setattr(decode.agent.receiver._writer, "write", lambda *args: 1 / 0)
         prefill.agent.open_room(2)
         rig.ask(decode, [prefill.peer], 2, rig.pages(1, 3))
         prefill.agent.send(2, rig.pages(2, 3), last=True, metadata_row=0)
