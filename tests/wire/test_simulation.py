@@ -40,6 +40,13 @@ FINDS: list[tuple[Kind, str]] = [
         "4c28c82c20f482c8f73f434e363d0323e0030a250c945a6f4e00281b12b099c7dbb9f9911394fd734f0e11cceafe3475f0c0d9414ce96f6c"
         "be904780286a",
     ),
+    # chunks to be sent once more waited behind one for another rank, which had no credit to give
+    (
+        Kind.CUTS,
+        "fcab6dfae707e457cebdac99f7e55c866be7e10ead777f2c25b71c1d1934af189ba512570c5448da7576567c763f8aa287f6e5a58eaaa4bc"
+        "fd886b8c70543cc7918ab9c505fbf416f479c04c4af4ff455ab99cbe6e10a448c2ec62440d8f4a491346f450024b54e64cbd4ac28bfb0422"
+        "b171720e2b5fb2b1b068c90a5dae0414d440dd4c375361",
+    ),
     # a first rank of its host was done, what it had said of a chunk was lost, and nobody passed the chunk on
     (
         Kind.CUTS,

@@ -56,6 +56,7 @@ class PrefillResuming(PrefillServing):
                 self._counts["resent"] += 1
                 stream.resent += 1
                 lost.repeat.append((sequence, stream))
+                self._read_by(lost, sequence, stream)  # whoever keeps it need not wait for that
         stream.credit_bytes = stream.sent_bytes = stream.wanted_bytes = message.credit_bytes
         stream.wanted_told = 0
         for lane in stream.lanes:

@@ -137,7 +137,7 @@ class PrefillDispatch(PrefillResuming):
 
     def _load(self, lane: Lane, sequence: int, streams: list[Stream], slot: Slot) -> Load:
         """Mark a chunk as under way to some ranks."""
-        lane.take(sequence)
+        lane.take(sequence, streams)
         chunk = (int(lane.plan.part), sequence)
         for stream in streams:
             stream.unacked[chunk] = None

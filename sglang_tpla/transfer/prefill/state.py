@@ -234,17 +234,19 @@ class Lane:
         """The chunks that may go next, and the ranks each goes to at once: one for each rank, so that no rank waits for
         another one's credit.
         """
-        again = [(sequence, [stream]) for sequence, stream in list(self.repeat)[:1]]
-        return again + [
+        again: dict[Stream, int] = {}
+        for sequence, stream in self.repeat:
+            again.setdefault(stream, sequence)
+        return [(sequence, [stream]) for stream, sequence in again.items()] + [
             (queue[0], self.takers if self.mode is Mode.LOCAL else [self.leader(queue[0])])
             for queue in self.ahead
             if queue
         ]
 
-    def take(self, sequence: int) -> None:
+    def take(self, sequence: int, streams: list[Stream]) -> None:
         """Take one of the chunks that `heads` named."""
-        if self.repeat and self.repeat[0][0] == sequence:
-            self.repeat.popleft()
+        if (sequence, streams[0]) in self.repeat:
+            self.repeat.remove((sequence, streams[0]))
         else:
             self.ahead[sequence % len(self.ahead)].popleft()
 
