@@ -24,10 +24,9 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from sglang_tpla.plan.cost import Load, Method, Precision, rank_work
+from sglang_tpla.plan.cost import Load, Method, Precision, price, rank_work
 from sglang_tpla.plan.hardware import GPUS, LINKS, Gpu, Link
 from sglang_tpla.plan.model import PlanModel, find
-from sglang_tpla.plan.price import price
 
 BATCHES = (1, 4, 16, 64, 128)
 CONTEXTS = (2048, 8192, 32768, 131072)
@@ -171,7 +170,8 @@ def measure_writes(buffers: Any) -> list[dict[str, Any]]:
     import torch
     from layer_rank import DEVICE, EPS, time_graph
 
-    from sglang_tpla.attention.cache_write.plain import write_latent
+    from sglang_tpla.attention.cache_write.inputs import CacheWrite
+    from sglang_tpla.attention.cache_write.write import write
     from sglang_tpla.transfer.memory.projection import project_latent
 
     rows = []
@@ -188,10 +188,10 @@ def measure_writes(buffers: Any) -> list[dict[str, Any]]:
             cache = torch.zeros(4096, w + 64, device=DEVICE, dtype=torch.bfloat16)
             normed = torch.empty(batch, 512, device=DEVICE, dtype=torch.bfloat16)
 
-            def fused(
-                a=(latent, key, weight, EPS, z, buffers.cos_sin, positions, slots, cache, query),
-            ) -> None:
-                write_latent(*a)
+            new = CacheWrite(latent, key, slots, cache, weight, EPS, z, buffers.cos_sin, positions, query)
+
+            def fused(new: CacheWrite = new) -> None:
+                write(new)
 
             def separate(a=(latent, key, weight, normed, z, positions, slots, cache, query)) -> None:
                 latent, key, weight, normed, z, positions, slots, cache, query = a

@@ -17,7 +17,8 @@ from functools import partial
 import layer_kernels as small
 import torch
 
-from sglang_tpla.attention.cache_write.plain import write_latent
+from sglang_tpla.attention.cache_write.inputs import CacheWrite
+from sglang_tpla.attention.cache_write.write import write
 from sglang_tpla.attention.flashinfer import FlashInferDecode
 from sglang_tpla.attention.hopper.decode import HopperDecode
 from sglang_tpla.attention.interface import DecodeAttention, DecodeShape, PageTable
@@ -185,14 +186,13 @@ class RankLayer:
         turn = (buffers.cos_sin, positions)
         if method.kind == "tpla":
             z = None if w == latent else [torch.randn(latent, w, device=DEVICE) / 16 for _ in range(LAYERS)]
-            row = (raw, key, ones[:latent], EPS)
+            norm = (ones[:latent], EPS)
 
-            def write(i: int) -> Callable[[], object]:
-                return partial(
-                    write_latent, *row, z[i % LAYERS] if z else None, *turn, slots, rows(i), q_rope
-                )
+            def new_rows(i: int) -> Callable[[], object]:
+                kept = z[i % LAYERS] if z else None
+                return partial(write, CacheWrite(raw, key, slots, rows(i), *norm, kept, *turn, q_rope))
 
-            add(prepare, write)
+            add(prepare, new_rows)
         else:
             add(prepare, lambda _: partial(small.rotate, q_rope, key, *turn))
             add(prepare, lambda i: partial(small.write_rows, normed_c, key, slots, rows(i)))

@@ -4,8 +4,8 @@
 
 Starts the deployment of ``launch/quickstart.yaml`` on free ports and, for comparison, a stock SGLang server
 with plain MLA; sends both the same prompts; prints every answer beside plain MLA's, where they part, the
-cache bytes of a token and rank, and what each transfer moved. Then it ends everything, and checks that
-nothing is left.
+cache bytes of a token and rank, what the artifact costs on held-out text, and what each transfer moved. Then
+it ends everything, and checks that nothing is left.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import json
 import os
 import socket
 import sys
-import textwrap
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from sglang_tpla.artifact.artifact import Artifact
 from sglang_tpla.launch import cpu
 from sglang_tpla.launch import options as launch_options
 from sglang_tpla.launch.reaper import Reaper
@@ -44,13 +44,9 @@ ROOT = Path(__file__).resolve().parent.parent
 CONFIG = "launch/quickstart.yaml"
 START_TIMEOUT_S = 600.0
 NEW_TOKENS = 48
-PROMPTS = (
-    "def fibonacci(n):\n",
-    "import os\nimport sys\n\n\ndef main(argv):\n    parser = ",
-    "class Stack:\n    def __init__(self):\n        self.items = []\n\n    def push(self, item):\n",
-    # Long enough to travel in more than one chunk.
-    Path(textwrap.__file__).read_text()[:4200].rpartition("\n")[0] + "\n",
-)
+# The launcher's first modules in alphabetical order, cut at these lengths: a rule, so that nobody chose prompts by
+# their answers, and text that nothing was trained or calibrated on. The longest travels in more than one chunk.
+PROMPT_CHARACTERS = (250, 800, 2000, 4200)
 
 
 @dataclass(frozen=True)
@@ -68,6 +64,13 @@ class Answer:
     tokens: list[int]
     logprobs: list[float]
     prompt_tokens: int
+
+
+def prompts() -> list[str]:
+    """What both are asked: whole lines from the beginnings of modules."""
+    modules = sorted(path for path in (ROOT / "sglang_tpla/launch").glob("*.py") if path.name[0] != "_")
+    pairs = zip(modules, PROMPT_CHARACTERS, strict=False)
+    return [path.read_text()[:length].rpartition("\n")[0] + "\n" for path, length in pairs]
 
 
 def free_base_port() -> int:
@@ -144,15 +147,22 @@ def show_answers(console: Console, answers: list[tuple[str, Answer, Answer]]) ->
 
 
 def show_cache(console: Console, decode: Process) -> None:
-    """Cache bytes of one token on one rank, from the decode server itself."""
+    """Cache bytes of one token on one rank, from the decode server itself, and what its artifact says of its error."""
     info = httpx.get(decode.url + "/server_info", timeout=30, trust_env=False).json()["tpla"]
-    ours, mla = info["cache_bytes_per_token_and_rank"], info["mla_cache_bytes_per_token_and_rank"]
+    ours, layers = info["cache_bytes_per_token_and_rank"], len(info["widths"])
+    mla = 2 * layers * (info["latent_dim"] + info["rope_dim"])
     console.print(
-        f"Cache of a token on one rank, {len(info['widths'])} layers: TPLA {ours} bytes, plain MLA {mla}: "
-        f"{mla / ours:.2f} times the tokens in the same memory (g = {info['groups']}, latent "
-        f"{info['latent_dim']} → {sorted(set(info['widths']))[-1]}, rope {info['rope_dim']}, transform "
-        f"{info['transform']}).\n"
+        f"Cache of a token on one rank, {layers} layers: TPLA {ours} bytes, plain MLA in bfloat16 {mla}: "
+        f"{mla / ours:.2f} times the tokens in the same memory (g = {info['groups']}, {info['rows']} rows, latent "
+        f"{info['latent_dim']} → {max(info['widths'])}, rope {info['rope_dim']})."
     )
+    report = Artifact.load(info["artifact"]).meta.error_report
+    if report is not None:
+        console.print(
+            f"The artifact's cost on {report.tokens:,} tokens of held-out text, prompt exact: {report.kl_mean:.5f} "
+            f"nats a token; the most likely token is plain MLA's for {report.top1_agreement:.1%} of them."
+        )
+    console.print()
 
 
 def transfers(log: Path) -> list[dict[str, Any]]:
@@ -200,8 +210,9 @@ def run(console: Console, supervisor: Supervisor) -> None:
     console.print("Starting prefill (1 rank), decode (2 ranks, TPLA), router, and plain MLA to compare with.")
     start_all(supervisor, [stock, *trio], START_TIMEOUT_S, console)
     answers = []
-    for number, prompt in enumerate(PROMPTS, start=1):
-        with console.status(f"prompt {number} of {len(PROMPTS)}"):
+    asked = prompts()
+    for number, prompt in enumerate(asked, start=1):
+        with console.status(f"prompt {number} of {len(asked)}"):
             answers.append((prompt, ask(trio[2].url, prompt), ask(stock.url, prompt)))
         supervisor.check()
     show_answers(console, answers)

@@ -82,6 +82,7 @@ ENV_PREFIX = "SGLANG_TPLA_"
 SERVER_VARIABLE = ENV_PREFIX + "SERVER"  # set by a server for its own processes, see host/process.py
 ROLES = ("prefill", "decode")
 O_PROJ = ("replicate", "scatter")
+ROWS = ("plain", "sketched")
 # Chunks and staging. A chunk costs some 0.2 ms of messages (on a GPU also of launches), whatever its size.
 DEFAULT_BYTES = {"cpu": (16 << 20, 256 << 20), "cuda": (16 << 20, 512 << 20)}
 
@@ -97,6 +98,9 @@ class Settings:
         role: ``prefill`` (stock model, our transfer agent) or ``decode`` (TPLA layers and our agent).
         groups: g, latent groups; 1 is plain MLA.
         artifact: path of the calibration artifact; needed when ``groups`` > 1.
+        rows: ``sketched`` caches 8-bit columns and a sketch of the other groups' (`cache_rows.sketched`), ``plain``
+            values of the cache's dtype. An artifact says which by itself; without one, ``sketched`` is plain MLA with
+            an 8-bit cache.
         o_proj: ``replicate`` holds the output projection of a rank's heads, g times plain TP's; ``scatter`` sums the
             groups' head outputs first (a reduce-scatter a layer) and holds it once.
         chunk_bytes: largest payload of one frame; 0 takes 16 MiB.
@@ -123,6 +127,7 @@ class Settings:
     role: str
     groups: int = 1
     artifact: str | None = None
+    rows: str | None = None
     o_proj: str = "replicate"
     chunk_bytes: int = 0
     staging_bytes: int = 0
@@ -143,17 +148,19 @@ class Settings:
             raise ConfigError(f"role must be one of {ROLES}; got {self.role!r}")
         if self.groups < 1:
             raise ConfigError(f"--tpla-groups must be at least 1; got {self.groups}")
-        if self.role == "prefill" and (self.groups > 1 or self.artifact):
+        if self.role == "prefill" and (self.groups > 1 or self.artifact or self.rows):
             raise ConfigError(
-                "a prefill server is stock MLA and takes neither --tpla-groups nor --tpla-artifact: "
+                "a prefill server is stock MLA and takes neither --tpla-groups, --tpla-artifact nor --tpla-rows: "
                 "decode servers hand over their projection when they register; drop the flag"
             )
         if self.groups > 1 and not self.artifact:
             raise ConfigError(
                 f"--tpla-groups {self.groups} needs --tpla-artifact; make one with "
                 f"`python -m sglang_tpla.calibrate --model-path MODEL --groups {self.groups} "
-                "--transform shared --out FILE`"
+                "--rows sketched --out FILE`"
             )
+        if self.rows not in (None, *ROWS):
+            raise ConfigError(f"--tpla-rows must be one of {', '.join(ROWS)}; got {self.rows!r}")
         if self.o_proj not in O_PROJ:
             raise ConfigError(f"--tpla-o-proj must be one of {', '.join(O_PROJ)}; got {self.o_proj!r}")
         if self.o_proj == "scatter" and self.groups == 1:

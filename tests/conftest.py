@@ -33,6 +33,12 @@ def nano_mla() -> str:
 
 
 @pytest.fixture(scope="session")
+def sketched_artifact() -> str:
+    """The shipped artifact of sketched rows: g 2."""
+    return str(ROOT / "examples" / "artifacts" / "nano-mla-g2-sketched.safetensors")
+
+
+@pytest.fixture(scope="session")
 def nano_artifact() -> str:
     """The shipped artifact for it: g 2, transform ``learned``."""
     return str(ROOT / "examples" / "artifacts" / "nano-mla-g2.safetensors")

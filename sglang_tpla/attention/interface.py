@@ -13,8 +13,9 @@ Names and shapes, the same for every backend:
     lengths   [batch] int32                     cached tokens a request has, the query tokens included
     out       [batch * query_len, heads, w]
 
-Sketched rows (`cache_rows.sketched`) are uint8 [slots, row_bytes]. There w is ``w_pad``, and a query has columns for the
-sketch of the other groups' columns, which takes part in scores alone: q_latent [.., w_pad + (g - 1) n], own columns first.
+Sketched rows (`cache_rows.sketched`) are uint8 [slots, row_bytes]. There w is ``w_pad``, and a query has columns for
+the sketch of the other groups' columns, which takes part in scores alone: q_latent [.., w_pad + (g - 1) n], own columns
+first, zeros in the padded ones.
 
 Query token j of a request sees the first ``length - query_len + 1 + j`` tokens. A request of length 0 gets
 zeros: CUDA graphs pad batches with such requests. A request with 0 < length < query_len has query tokens
@@ -24,11 +25,12 @@ that see nothing; they get zeros too.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
 from sglang_tpla.cache_rows import fp8 as fp8_rows
+from sglang_tpla.cache_rows.row_format import Fp8Rows, GroupRows, LayerRows
 from sglang_tpla.cache_rows.sketched import SketchedRows
 from sglang_tpla.errors import SglangTplaError
 
@@ -111,6 +113,19 @@ class DecodeShape:
         """The shape of a layer whose cache holds ``rows``."""
         return cls(rows.w_pad, heads, rows.rope_dim, query_len, page_size, dtype, sketched=rows)
 
+    @classmethod
+    def of_rows(cls, rows: LayerRows, heads: int, **others: Any) -> DecodeShape:
+        """The shape of a layer that caches such rows; ``others`` are the remaining fields."""
+        if isinstance(rows, GroupRows):
+            return cls.of_sketched(rows.rows, heads, **others)
+        fp8_shared = rows.shared if isinstance(rows, Fp8Rows) else None
+        return cls(rows.width, heads, rows.rope_dim, fp8_shared=fp8_shared, **others)
+
+    @property
+    def kind(self) -> str:
+        """What kind of rows the cache holds: "plain", "fp8" or "sketched"."""
+        return "sketched" if self.sketched is not None else "plain" if self.fp8_shared is None else "fp8"
+
     @property
     def query_dim(self) -> int:
         """Columns of q_latent: w, and those of the sketch."""
@@ -128,7 +143,7 @@ class DecodeShape:
     @property
     def cache_dtype(self) -> torch.dtype:
         """Type of those items."""
-        return self.dtype if self.fp8_shared is None and self.sketched is None else torch.uint8
+        return self.dtype if self.kind == "plain" else torch.uint8
 
 
 @dataclass(frozen=True)
@@ -212,7 +227,7 @@ class DecodeAttention(Protocol):
         kv_cache: torch.Tensor,
         out: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Attend; returns ``out`` [batch * query_len, heads, w], newly made when None is given."""
+        """Attend; returns ``out`` [batch * query_len, heads, latent_dim], newly made when None is given."""
 
 
 def checked_inputs(
@@ -241,93 +256,3 @@ def checked_inputs(
             f"the page table has page_size {table.page_size}, the backend was made for {shape.page_size}"
         )
     return cache
-
-
-def checked_write(
-    latent: torch.Tensor,
-    k_rope: torch.Tensor,
-    weight: torch.Tensor,
-    z: torch.Tensor | None,
-    cos_sin: torch.Tensor | None,
-    positions: torch.Tensor | None,
-    slots: torch.Tensor,
-    cache: torch.Tensor,
-    q_rope: torch.Tensor | None,
-    fp8: bool = False,
-) -> torch.Tensor:
-    """Check the inputs of ``write_latent`` (`latent_write`, or with ``fp8`` `fp8_write`), and return the cache as
-    [slots, items].
-
-    Raises:
-        AttentionInputError: what was expected, and what came.
-    """
-    rows = cache.squeeze(1) if cache.dim() == 3 and cache.shape[1] == 1 else cache
-    if latent.dim() != 2 or k_rope.dim() != 2:
-        raise AttentionInputError(
-            f"latent must be [tokens, d] and k_rope [tokens, rope]; got {list(latent.shape)} and "
-            f"{list(k_rope.shape)}"
-        )
-    (tokens, d), rope = latent.shape, k_rope.shape[1]
-    w = d if z is None else z.shape[-1]
-    dtype = latent.dtype if fp8 else cache.dtype
-    items, kind = (fp8_rows.row_bytes(w, rope), torch.uint8) if fp8 else (w + rope, dtype)
-    expected = [
-        ("latent", latent, (tokens, d), dtype),
-        ("k_rope", k_rope, (tokens, rope), dtype),
-        ("weight", weight, (d,), dtype),
-        ("cache", rows, (rows.shape[0], items), kind),
-    ]
-    if z is not None:
-        expected.append(("z", z, (d, w), torch.float32))
-    if q_rope is not None:
-        heads = q_rope.shape[1] if q_rope.dim() == 3 else 1
-        expected.append(("q_rope", q_rope, (tokens, heads, rope), dtype))
-    if cos_sin is not None:
-        expected.append(("cos_sin", cos_sin, (cos_sin.shape[0], rope), torch.float32))
-    for name, tensor, dims, kind in expected:
-        if tuple(tensor.shape) != dims or tensor.dtype != kind:
-            raise AttentionInputError(
-                f"{name} must be {kind} {list(dims)} for {tokens} tokens; got {tensor.dtype} {list(tensor.shape)}"
-            )
-        if tensor.stride(-1) != 1:
-            raise AttentionInputError(f"{name} must have contiguous rows; got strides {tensor.stride()}")
-    for name, table in (("weight", weight), ("z", z), ("cos_sin", cos_sin)):
-        if table is not None and not table.is_contiguous():
-            raise AttentionInputError(f"{name} must be contiguous; got strides {table.stride()}")
-    if rope % 2:
-        raise AttentionInputError(f"k_rope must hold pairs, an even number of values; got {rope}")
-    if (cos_sin is None) != (positions is None):
-        raise AttentionInputError("cos_sin and positions come together, or neither where k_rope is rotated")
-    for name, index in (("slots", slots), ("positions", positions)):
-        if index is not None and (
-            index.shape != (tokens,)
-            or index.dtype not in (torch.int32, torch.int64)
-            or not index.is_contiguous()
-        ):
-            raise AttentionInputError(
-                f"{name} must be contiguous int32 or int64 [{tokens}]; got {index.dtype} {list(index.shape)}"
-            )
-    return rows
-
-
-def checked_fp8_rows(
-    z: torch.Tensor, k_rope: torch.Tensor, slots: torch.Tensor, cache: torch.Tensor
-) -> torch.Tensor:
-    """Check the inputs of ``write_rows`` (`fp8_write`), and return the cache as [slots, row_bytes].
-
-    Raises:
-        AttentionInputError: what was expected, and what came.
-    """
-    rows = cache.squeeze(1) if cache.dim() == 3 and cache.shape[1] == 1 else cache
-    fits = z.dim() == k_rope.dim() == 2 and z.stride(-1) == k_rope.stride(-1) == 1 and len(z) == len(k_rope)
-    if not fits or slots.shape != (len(z),) or not slots.is_contiguous():
-        raise AttentionInputError(
-            "z must be [tokens, w], k_rope [tokens, rope] and slots [tokens], with contiguous rows; got "
-            f"{list(z.shape)}, {list(k_rope.shape)} and {list(slots.shape)}"
-        )
-    size = fp8_rows.row_bytes(z.shape[1], k_rope.shape[1])
-    if rows.dtype != torch.uint8 or rows.dim() != 2 or rows.shape[1] != size or rows.stride(-1) != 1:
-        raise AttentionInputError(
-            f"cache must be torch.uint8 [slots, {size}]; got {rows.dtype} {list(rows.shape)}"
-        )
-    return rows

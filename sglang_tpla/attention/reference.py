@@ -1,4 +1,4 @@
-"""Paged latent decode attention, and the writing of its cache, in plain PyTorch: the twins of the kernels.
+"""Paged latent decode attention in plain PyTorch: the twin of the kernels.
 
 Works on any device and any width; arithmetic in float32 (float64 for float64 inputs), one request at a time.
 Shapes, meaning and equation as in ``interface.py``.
@@ -11,7 +11,7 @@ from functools import partial
 
 import torch
 
-from sglang_tpla.attention.interface import DecodeShape, PageTable, checked_inputs, checked_write
+from sglang_tpla.attention.interface import DecodeShape, PageTable, checked_inputs
 from sglang_tpla.cache_rows import sketched
 from sglang_tpla.cache_rows.fp8 import unpack_rows
 
@@ -119,39 +119,3 @@ class ReferenceDecode:
             value_dim=self.shape.latent_dim,
         ).to(q_latent.dtype)
         return result if out is None else out.copy_(result)
-
-
-def write_latent(
-    latent: torch.Tensor,
-    k_rope: torch.Tensor,
-    weight: torch.Tensor,
-    eps: float,
-    z: torch.Tensor | None,
-    cos_sin: torch.Tensor | None,
-    positions: torch.Tensor | None,
-    slots: torch.Tensor,
-    cache: torch.Tensor,
-    q_rope: torch.Tensor | None = None,
-    *,
-    neox: bool = False,
-) -> None:
-    """Norm, project, rotate and write new cache rows; arguments and errors as in `latent_write.write_latent`."""
-    rows = checked_write(latent, k_rope, weight, z, cos_sin, positions, slots, cache, q_rope)
-    raw = latent.to(torch.float32)
-    inverse = torch.rsqrt(raw.square().mean(-1, keepdim=True) + eps)
-    normed = (raw * inverse * weight.to(torch.float32)).to(rows.dtype)  # [tokens, d]
-    kept = normed if z is None else (normed.to(torch.float32) @ z).to(rows.dtype)  # [tokens, w]
-    key = k_rope if cos_sin is None else rotate_pairs(k_rope, cos_sin[positions], neox)
-    rows[slots.long()] = torch.cat([kept, key], dim=-1)
-    if q_rope is not None and cos_sin is not None:
-        q_rope.copy_(rotate_pairs(q_rope, cos_sin[positions].unsqueeze(1), neox))
-
-
-def rotate_pairs(key: torch.Tensor, cos_sin: torch.Tensor, neox: bool) -> torch.Tensor:
-    """Rotate [.., rope] by [.., rope] of cosines and sines, in the vector's own order."""
-    cos, sin = cos_sin.chunk(2, dim=-1)  # [tokens, rope / 2]
-    wide = key.to(torch.float32)
-    x, y = wide.chunk(2, dim=-1) if neox else (wide[..., 0::2], wide[..., 1::2])
-    turned = (x * cos - y * sin, y * cos + x * sin)
-    together = torch.cat(turned, dim=-1) if neox else torch.stack(turned, dim=-1).flatten(-2)
-    return together.to(key.dtype)

@@ -1,16 +1,14 @@
-"""The parts of a cache row that a chunk of a transfer may carry.
+"""Which part of a row travels: the whole, what every latent group has, or what one group has.
 
-A plain row is ``[own or shared latent columns | rope]`` (the other formats: `row_format`). The sender picks the part
-that a rank gets:
-
-    FULL    [w_l + rope]   the whole row
-    COMMON  [r_l + rope]   the columns that every group has, and the rope
-    OWN     [w_l - r_l]    the columns of one group
+FULL    the whole row
+COMMON  the columns that every group has, the rotary key, and what goes with them
+OWN     the columns of one group
 """
 
 from __future__ import annotations
 
 import enum
+from dataclasses import dataclass
 
 
 class Part(enum.IntEnum):
@@ -21,11 +19,25 @@ class Part(enum.IntEnum):
     OWN = 2
 
 
-def part_columns(width: int, shared: int, rope_dim: int, part: Part) -> tuple[tuple[int, int], ...]:
-    """Column ranges of the row that a part fills, in payload order; empty ranges left out."""
-    ranges = {
-        Part.FULL: ((0, width + rope_dim),),
-        Part.COMMON: ((0, shared), (width, width + rope_dim)),
-        Part.OWN: ((shared, width),),
-    }[part]
-    return tuple((start, stop) for start, stop in ranges if stop > start)
+@dataclass(frozen=True)
+class Field:
+    """Items ``start ... stop - 1`` of a row, and where they begin in a part's payload."""
+
+    start: int
+    stop: int
+    payload: int
+
+    @property
+    def size(self) -> int:
+        """Items."""
+        return self.stop - self.start
+
+
+def side_by_side(*ranges: tuple[int, int]) -> tuple[Field, ...]:
+    """Fields of ranges of a row that follow each other in the payload; empty ranges are left out."""
+    fields, payload = [], 0
+    for start, stop in ranges:
+        if start < stop:
+            fields.append(Field(start, stop, payload))
+            payload += stop - start
+    return tuple(fields)

@@ -12,6 +12,7 @@ bytes, without gaps (``SketchedRows`` has every size and offset):
   best levels for a Gaussian. All g blocks of a token have one scale, so that the sketch is the same for every rank.
 * Code k of a block occupies bits k*b to k*b+b-1 of a little-endian bit stream.
 * A field that a row does not have keeps its scale's place, with 1. A sketch of zeros has scale 0.
+* A part with a value that is not finite has a scale that is not finite, so that whatever reads it sees that.
 
 One group (r = d, n = 0) is plain MLA with an 8-bit cache.
 """
@@ -265,7 +266,7 @@ def assemble(rows: SketchedRows, group: int, common: torch.Tensor, own: torch.Te
     out = common.new_zeros(*common.shape[:-1], rows.row_bytes)
     if not rows.own:  # the scale's place is kept
         at = rows.scales_offset + SCALE_BYTES
-        out[..., at : at + SCALE_BYTES] = torch.tensor([0x80, 0x3F], dtype=torch.uint8, device=out.device)
+        out[..., at : at + SCALE_BYTES] = _constant((0x80, 0x3F), out.device)  # 1 in bfloat16
     for part, copies in ((common, rows.common_copies(group)), (own, rows.own_copies())):
         for start, to, size in copies:
             out[..., to : to + size] = part[..., start : start + size]
@@ -278,7 +279,8 @@ def unpack_rows(rows: SketchedRows, packed: torch.Tensor) -> Unpacked:
     shared, own, sketch, rope = scales.split(1, dim=-1)
     codes = packed[..., : rows.w_pad].contiguous().view(torch.int8).to(torch.float32)
     latent = torch.cat([codes[..., : rows.shared] * shared, codes[..., rows.shared :] * own], dim=-1)
-    key = packed[..., rows.rope_offset : rows.rope_offset + rows.rope_bytes].contiguous()
+    # a copy even of a single row, since a view as another type starts at whole items of it
+    key = packed[..., rows.rope_offset : rows.rope_offset + rows.rope_bytes].clone()
     if rows.rope_bits == 8:
         k_rope = key.view(torch.int8).to(torch.float32) * rope
     else:
@@ -295,7 +297,7 @@ def quantise(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     if not wide.shape[-1]:
         return wide.to(torch.int8), wide.new_ones(*wide.shape[:-1], 1, dtype=torch.bfloat16)
     scale = round_up_bfloat16(wide.abs().amax(-1, keepdim=True) / INT8_LARGEST)
-    scale = torch.where(scale > 0, scale, torch.ones_like(scale))  # a row of zeros
+    scale = torch.where(scale == 0, torch.ones_like(scale), scale)  # a row of zeros
     codes = (wide / scale).round().clamp(-INT8_LARGEST, INT8_LARGEST)
     return codes.to(torch.int8), scale.to(torch.bfloat16)
 
@@ -319,7 +321,7 @@ def quantise_sketch(values: torch.Tensor, bits: int) -> tuple[torch.Tensor, torc
     scale = (rms * factor).clamp(max=LARGEST_BFLOAT16).to(torch.bfloat16)
     divisor = scale.to(torch.float32)
     magnitudes = wide.abs() / torch.where(divisor > 0, divisor, torch.ones_like(divisor))
-    index = torch.bucketize(magnitudes, _midpoints(bits).to(wide.device), right=True)
+    index = torch.bucketize(magnitudes, _midpoints(bits, wide.device), right=True)
     return (index + (wide < 0) * (1 << (bits - 1))).to(torch.uint8), scale
 
 
@@ -335,28 +337,36 @@ def level_table(bits: int) -> torch.Tensor:
     return torch.cat([positive, -positive])
 
 
-@functools.lru_cache(maxsize=8)
-def _midpoints(bits: int) -> torch.Tensor:
+@functools.lru_cache(maxsize=64)
+def _midpoints(bits: int, device: torch.device) -> torch.Tensor:
     """Where one magnitude ends and the next begins, in units of the scale; a midpoint belongs to the larger one."""
     levels = torch.tensor(LEVELS[bits], dtype=torch.float32)
-    return (levels[1:] + levels[:-1]) / 2
+    return ((levels[1:] + levels[:-1]) / 2).to(device)
+
+
+@functools.lru_cache(maxsize=64)
+def _constant(values: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """uint8 ``[values]``, made once a device: copying it there each time would wait for the host, and a CUDA graph
+    cannot record it.
+    """
+    return torch.tensor(values, dtype=torch.uint8, device=device)
 
 
 def pack_bits(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """The little-endian bit stream ``[..., m * bits / 8]`` uint8 of codes ``[..., m]``; m * bits is a multiple of 8."""
     lead = codes.shape[:-1]
-    places = torch.arange(bits, device=codes.device, dtype=torch.uint8)
+    places = _constant(tuple(range(bits)), codes.device)
     stream = ((codes[..., None] >> places) & 1).reshape(*lead, codes.shape[-1] * bits // 8, 8)
-    weights = torch.tensor([1 << place for place in range(8)], dtype=torch.uint8, device=codes.device)
+    weights = _constant(tuple(1 << place for place in range(8)), codes.device)
     return (stream * weights).sum(-1, dtype=torch.uint8)
 
 
 def unpack_bits(packed: torch.Tensor, bits: int) -> torch.Tensor:
     """The codes ``[..., m]`` uint8 of a bit stream ``[..., m * bits / 8]``."""
     lead = packed.shape[:-1]
-    eight = torch.arange(8, device=packed.device, dtype=torch.uint8)
+    eight = _constant(tuple(range(8)), packed.device)
     stream = ((packed[..., None] >> eight) & 1).reshape(*lead, packed.shape[-1] * 8 // bits, bits)
-    weights = torch.tensor([1 << place for place in range(bits)], dtype=torch.uint8, device=packed.device)
+    weights = _constant(tuple(1 << place for place in range(bits)), packed.device)
     return (stream * weights).sum(-1, dtype=torch.uint8)
 
 

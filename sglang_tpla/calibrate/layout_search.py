@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
+from sglang_tpla.cache_rows.sketched import SketchedRows
 from sglang_tpla.calibrate.pipeline import key_weights
 from sglang_tpla.calibrate.transforms import Maps, TransformError, layer_maps
 from sglang_tpla.config import slice_width
@@ -25,13 +26,30 @@ from sglang_tpla.reference_model.forward import LayerMaps, PlainModel
 
 @dataclass(frozen=True)
 class Point:
-    """A layout that was measured whole. ``bytes_per_token``: a rank's, all layers, with rope, bf16."""
+    """A layout that was measured whole.
+
+    ``bytes_per_token``: a rank's, all layers, with rope, in bf16 or in the sketched ``rows`` of each layer.
+    """
 
     groups: int
     shared_dims: tuple[int, ...]
     widths: tuple[int, ...]
     bytes_per_token: int
     kl: float
+    rows: tuple[SketchedRows, ...] = ()
+
+    @property
+    def label(self) -> str:
+        """What tells its layers apart: widths, or shared columns and sketch bits."""
+
+        def each(values: Sequence[int]) -> str:
+            return "/".join(map(str, values if len(set(values)) > 1 else values[:1]))
+
+        if not self.rows:
+            return each(self.widths)
+        if self.groups == 1:
+            return "plain MLA in 8-bit rows (no artifact needed)"
+        return f"r {each(self.shared_dims)}, bits {each([layer.sketch_bits for layer in self.rows])}"
 
 
 @dataclass(frozen=True)
@@ -131,7 +149,7 @@ def _search_groups(
         alone.append([errors.kl.double().mean().item() for errors in found])
     picks = [[c] * spec.layers for c in range(len(choices))]
     picks += [pick for pick in widening_walk(alone, widths) if pick not in picks]
-    picks = _near_the_bound(picks, alone, wanted.max_kl)
+    picks = near_the_bound(picks, alone, wanted.max_kl)
     progress(f"g = {groups}: {len(picks)} layouts")
     return [
         Point(
@@ -168,10 +186,11 @@ def widening_walk(alone: Sequence[Sequence[float]], widths: Sequence[int]) -> li
         walk.append(list(current))
 
 
-def _near_the_bound(
+def near_the_bound(
     picks: list[list[int]], alone: Sequence[Sequence[float]], max_kl: float, most: int = 12
 ) -> list[list[int]]:
-    # the layers' KL nearly add up, so only layouts whose sum is near the bound are worth measuring whole
+    """The uniform layouts and those of the others whose layers' KL adds up to about the bound."""
+
     def distance(pick: list[int]) -> float:
         total = sum(alone[layer][choice] for layer, choice in enumerate(pick))
         return abs(torch.tensor(max(total, 1e-12) / max_kl).log().item())
@@ -204,17 +223,16 @@ def point_maps(
 
 def table(points: Sequence[Point], chosen: Point | None, bytes_mla: int) -> str:
     """The frontier as text, bytes of plain MLA for comparison; layouts beaten on both counts are left out."""
-    lines = [f"{'g':>3} {'bytes a token and rank':>23} {'of MLA':>7} {'KL a token':>11}  widths"]
+    lines = [f"{'g':>3} {'bytes a token and rank':>23} {'of MLA':>7} {'KL a token':>11}  layout"]
     best = float("inf")
     for point in points:
         mark = "  <- chosen" if point is chosen else ""
         if point.kl >= best and not mark:
             continue
         best = min(best, point.kl)
-        widths = "/".join(map(str, point.widths)) if len(set(point.widths)) > 1 else str(point.widths[0])
         lines.append(
             f"{point.groups:>3} {point.bytes_per_token:>23} {point.bytes_per_token / bytes_mla:>7.1%} "
-            f"{point.kl:>11.5f}  {widths}{mark}"
+            f"{point.kl:>11.5f}  {point.label}{mark}"
         )
     lines.append(f"{'-':>3} {bytes_mla:>23} {1:>7.1%} {0:>11.5f}  plain MLA")
     return "\n".join(lines)

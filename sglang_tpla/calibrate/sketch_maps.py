@@ -1,12 +1,13 @@
 """Closed-form maps of sketched rows of one layer, from its second moments.
 
-t = c U with U the score-energy basis (``transforms.score_basis``), so that every column has variance 1; the first r
-columns are shared, the others are dealt out in turn. A part of a row is rounded with one scale a token, so columns are
-weighted first and rotated then, which spreads a part's energy and its rounding evenly over its columns. With e_j the
-root mean square of what queries make of column j, weights w_j give a score error of (sum w_j^2)(sum e_j^2 / w_j^2),
-least at w_j = sqrt(e_j): the sketch, which takes part in scores alone, has these. The 8-bit columns also make the
-values, where all columns count alike; they have the geometric mean of both, e_j^(1/4). The maps back are exact,
-so all that is lost is rounding:
+t = c U with U the score-energy basis (``transforms.score_basis``) of the latent's second moment, so that every column
+has mean square 1; the first r columns are shared, the others are dealt out in turn. (Not of its covariance: a mean
+costs resolution like anything else, and this way most of it lies in the shared columns.) A part of a row is rounded
+with one scale a token, so columns are weighted first and rotated then, which spreads a part's energy and its rounding
+evenly over its columns. With e_j the root mean square of what queries make of column j, weights w_j give a score
+error of (sum w_j^2)(sum e_j^2 / w_j^2), least at w_j = sqrt(e_j): the sketch, which takes part in scores alone, has
+these. The 8-bit columns also make the values, where all columns count alike; they have the geometric mean of both,
+e_j^(1/4). The maps back are exact, so all that is lost is rounding:
 
     key map   A_i = [shared^-1; own_i^-1; sketch_j^-1 for j != i]: c = [z_i | sketch] A_i but for rounding
     value map B_i = [shared^-1 / g; own_i^-1]: the groups' values add up to c
@@ -79,7 +80,7 @@ def layer_sketched_maps(moments: LayerMoments, w_uk: torch.Tensor, rows: Sketche
         rows: sizes of the rows.
     """
     queries = moments.absorbed_queries(w_uk)
-    basis = score_basis(moments.covariance, queries)
+    basis = score_basis(moments.latent_outer / max(moments.latent_count, 1), queries)
     # what queries make of each column: their root mean square along its row of the inverse
     energy = torch.einsum("jd,de,je->j", basis.inverse, queries, basis.inverse).clamp_min(0).sqrt()
     energy = energy.clamp_min(energy.max() * _LEAST_ENERGY)

@@ -2,6 +2,7 @@
 
 Without servers: ``--model-path M --artifact A`` measures on one process and writes JSON and an HTML page.
 With two live servers: ``--stock-url U --tpla-url V`` compares their log-probabilities through the HTTP API.
+With either, ``--task-tokens 1024 2048`` also counts the questions that are answered about facts planted in documents.
 """
 
 from __future__ import annotations
@@ -9,29 +10,34 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import msgspec
 import torch
 from tqdm import tqdm
 
-from sglang_tpla.artifact.artifact import Artifact, ArtifactError
+from sglang_tpla.artifact.artifact import Artifact, ArtifactError, ArtifactMeta
 from sglang_tpla.artifact.model_identity import weights_hash
+from sglang_tpla.cache_rows.fp8 import row_bytes as fp8_row_bytes
 from sglang_tpla.evaluate.endpoints import EndpointError, compare_endpoints
 from sglang_tpla.evaluate.generate import long_answers
 from sglang_tpla.evaluate.layers import kl_alone, layer_errors
+from sglang_tpla.evaluate.recall import PLAIN, RecallRow, documents, recall, recall_endpoints, recall_table
 from sglang_tpla.evaluate.report import Bin, Evaluation, LayerRow, LongRow, NeedleRow, summary, write
 from sglang_tpla.evaluate.retrieval import retrieval
 from sglang_tpla.measure.corpus import Corpus, CorpusError, load_tokenizer
 from sglang_tpla.measure.decode_error import DecodeErrors, measure, model_maps, quantile
+from sglang_tpla.measure.paper import paper_layers
 from sglang_tpla.measure.statistics import StatisticsError
-from sglang_tpla.measure.text import HELD_OUT_TOKENS, TextPlan, read_text
+from sglang_tpla.measure.text import HELD_OUT_TOKENS, TextPlan, collect_statistics, read_text
 from sglang_tpla.reference_model.cached_maps import CACHE_DTYPES, cached_maps
 from sglang_tpla.reference_model.checkpoint import Checkpoint, CheckpointError
 from sglang_tpla.reference_model.forward import LayerMaps, PlainModel
 
 ERRORS = (ArtifactError, CheckpointError, CorpusError, StatisticsError, EndpointError, OSError)
+
+PAPER_TOKENS = 16384  # of calibration text, for the principal components of the paper's recipe
 
 
 def parser() -> argparse.ArgumentParser:
@@ -61,6 +67,23 @@ def parser() -> argparse.ArgumentParser:
         "--needle-tokens", type=int, nargs="*", default=[], help="retrieval prompts: 1024 2048 ..."
     )
     text.add_argument("--needle-cases", type=int, default=4, help="needles for each length and depth")
+    text.add_argument(
+        "--task-tokens",
+        type=int,
+        nargs="*",
+        default=[],
+        metavar="TOKENS",
+        help="lengths of documents with planted facts and questions: 1024 2048 4096 ...",
+    )
+    text.add_argument(
+        "--task-documents",
+        type=int,
+        default=8,
+        help="such documents of each length, kinds in turn (default 8)",
+    )
+    text.add_argument(
+        "--no-paper", action="store_true", help="leave out the paper's recipe, which is measured side by side"
+    )
     text.add_argument(
         "--cache-dtype",
         default="exact",
@@ -102,6 +125,10 @@ def evaluate(arguments: argparse.Namespace) -> Evaluation:
     checkpoint = Checkpoint(arguments.model_path)
     artifact = Artifact.load(arguments.artifact)
     artifact.check_model(checkpoint.config, weights_hash(checkpoint.path), artifact.meta.groups)
+    if artifact.meta.sketched and arguments.cache_dtype != "exact":
+        raise ArtifactError(
+            f"{arguments.artifact} is of sketched rows, which have a precision of their own: leave out --cache-dtype"
+        )
     seed = artifact.meta.seed if arguments.seed is None else arguments.seed
     plan = TextPlan(
         corpus=tuple(arguments.corpus),
@@ -120,6 +147,12 @@ def evaluate(arguments: argparse.Namespace) -> Evaluation:
     quiet = arguments.quiet
     with tqdm(total=text.held_out.numel(), desc="held-out error", unit="tok", disable=quiet) as bar:
         (errors,) = measure(model, text.held_out, [maps], plan.prompt_tokens, progress=bar.update)
+    paper, paper_report = None, None
+    if not arguments.no_paper:
+        paper = _paper(model, plan, artifact.meta.groups, quiet)
+        with tqdm(total=text.held_out.numel(), desc="the paper's recipe", unit="tok", disable=quiet) as bar:
+            (found,) = measure(model, text.held_out, [paper], plan.prompt_tokens, progress=bar.update)
+        paper_report = found.report()
     return Evaluation(
         model_name=artifact.meta.model_name,
         artifact_hash=artifact.content_hash,
@@ -127,18 +160,64 @@ def evaluate(arguments: argparse.Namespace) -> Evaluation:
         groups=artifact.meta.groups,
         widths=artifact.meta.widths,
         shared_dims=artifact.meta.shared_dims,
-        cache_values_per_token=sum(width + artifact.meta.rope_dim for width in artifact.meta.widths),
-        cache_values_mla=model.spec.layers * (model.spec.latent_dim + model.spec.rope_dim),
         corpus=text.corpus,
         corpus_hash=text.corpus_hash,
         seed=seed,
         cache_dtype=arguments.cache_dtype,
         report=errors.report(),
+        paper=paper_report,
+        bytes_per_token=cache_bytes(artifact.meta, arguments.cache_dtype),
+        bytes_mla=2 * model.spec.layers * (model.spec.latent_dim + model.spec.rope_dim),
         by_position=positions(errors),
         layers=_layers(model, sliced, text.held_out, artifact, plan.prompt_tokens, quiet),
         long_answers=_long(model, maps, text.held_out, arguments),
         needles=_needles(model, maps, plan, arguments),
+        recall=_recall(model, maps, paper, plan, arguments),
     )
+
+
+def cache_bytes(meta: ArtifactMeta, cache_dtype: str) -> int:
+    """Bytes that a rank caches of a token, all layers: in sketched or FP8 rows, or 16 bits a value."""
+    if meta.sketched:
+        return sum(meta.rows(layer).row_bytes for layer in range(meta.num_layers))
+    if cache_dtype == "fp8":
+        return sum(fp8_row_bytes(width, meta.rope_dim) for width in meta.widths)
+    return sum(2 * (width + meta.rope_dim) for width in meta.widths)
+
+
+def _paper(model: PlainModel, plan: TextPlan, groups: int, quiet: bool) -> list[LayerMaps]:
+    """Maps by the paper's recipe, from moments over a little calibration text."""
+    count = -(-PAPER_TOKENS // plan.length)
+    text = read_text(
+        replace(plan, calibration_tokens=count * plan.length, held_out_tokens=0), model.checkpoint
+    )
+    return paper_layers(model, collect_statistics(model, text, plan.seed, show_progress=not quiet), groups)
+
+
+def _filler_lines(plan: TextPlan) -> list[str]:
+    return [
+        line
+        for document in Corpus.from_paths(plan.corpus).split(plan.seed)[1]
+        for line in document.text.splitlines()
+    ]
+
+
+def _recall(
+    model: PlainModel,
+    maps: list[LayerMaps],
+    paper: list[LayerMaps] | None,
+    plan: TextPlan,
+    arguments: argparse.Namespace,
+) -> tuple[RecallRow, ...]:
+    if not arguments.task_tokens:
+        return ()
+    tokenizer = load_tokenizer(model.checkpoint.path)
+    cases = documents(
+        tokenizer, _filler_lines(plan), arguments.task_tokens, arguments.task_documents, plan.seed
+    )
+    methods = {"the artifact": maps} if paper is None else {"the paper's recipe": paper, "the artifact": maps}
+    with tqdm(total=len(cases), desc="tasks", unit="document", disable=arguments.quiet) as bar:
+        return tuple(recall(model, methods, cases, bar.update))
 
 
 def positions(errors: DecodeErrors, bins: int = 16) -> tuple[Bin, ...]:
@@ -228,9 +307,28 @@ def _needles(
     return tuple(NeedleRow(**asdict(result)) for result in found)
 
 
+def _endpoint_recall(arguments: argparse.Namespace) -> list[RecallRow]:
+    if not arguments.task_tokens:
+        return []
+    if not arguments.model_path:
+        raise EndpointError("--task-tokens cuts documents to length: give --model-path for its tokenizer")
+    plan = TextPlan(corpus=tuple(arguments.corpus), seed=arguments.seed or 0)
+    cases = documents(
+        load_tokenizer(arguments.model_path),
+        _filler_lines(plan),
+        arguments.task_tokens,
+        arguments.task_documents,
+        plan.seed,
+    )
+    urls = {PLAIN: arguments.stock_url, "TPLA": arguments.tpla_url}
+    with tqdm(total=len(cases), desc="tasks", unit="document", disable=arguments.quiet) as bar:
+        return recall_endpoints(urls, cases, progress=bar.update)
+
+
 def _endpoints(arguments: argparse.Namespace) -> int:
     if not (arguments.stock_url and arguments.tpla_url):
         raise EndpointError("expected both --stock-url and --tpla-url, got one of them")
+    tasks = _endpoint_recall(arguments)
     _, held_out = Corpus.from_paths(arguments.corpus).split(arguments.seed or 0)
     # some 2,000 characters of text are some 500 tokens
     prompts = [document.text[:2000] for document in held_out if len(document.text) >= 2000]
@@ -257,6 +355,7 @@ def _endpoints(arguments: argparse.Namespace) -> int:
         "departed": sum(comparison.departed for comparison in found),
         "agreement_tokens": [comparison.agreement_tokens for comparison in found],
         "largest_logprob_difference": max(comparison.largest_logprob_difference for comparison in found),
+        "recall": msgspec.to_builtins(tasks),
     }
     arguments.out.mkdir(parents=True, exist_ok=True)
     path = arguments.out / "endpoints.json"
@@ -265,6 +364,8 @@ def _endpoints(arguments: argparse.Namespace) -> int:
         f"{result['tokens_compared']} tokens of {len(found)} prompts: KL {result['kl_mean']:.5f} a token "
         f"(99% {result['kl_p99']:.4f}), answers parted on {result['departed']} prompts; wrote {path}"
     )
+    if tasks:
+        print(recall_table(tasks))
     return 0
 
 

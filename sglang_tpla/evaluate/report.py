@@ -10,6 +10,7 @@ from pathlib import Path
 import msgspec
 
 from sglang_tpla.artifact.artifact import ErrorReport
+from sglang_tpla.evaluate.recall import RecallRow, recall_table
 
 
 class Bin(msgspec.Struct, frozen=True):
@@ -62,17 +63,19 @@ class Evaluation(msgspec.Struct, frozen=True):
     groups: int
     widths: tuple[int, ...]
     shared_dims: tuple[int, ...]
-    cache_values_per_token: int
-    cache_values_mla: int
     corpus: str
     corpus_hash: str
     seed: int
     cache_dtype: str
+    bytes_per_token: int
+    bytes_mla: int
     report: ErrorReport
+    paper: ErrorReport | None
     by_position: tuple[Bin, ...]
     layers: tuple[LayerRow, ...]
     long_answers: tuple[LongRow, ...]
     needles: tuple[NeedleRow, ...]
+    recall: tuple[RecallRow, ...]
 
 
 def write(evaluation: Evaluation, folder: Path) -> tuple[Path, Path]:
@@ -90,13 +93,18 @@ def summary(evaluation: Evaluation) -> str:
     worst = max(evaluation.layers, key=lambda row: row.kl_alone, default=None)
     lines = [
         f"{evaluation.model_name}: {evaluation.transform}, g = {evaluation.groups}, "
-        f"{evaluation.cache_values_per_token} of "
-        f"{evaluation.cache_values_mla} cached values a token and rank"
+        f"{evaluation.bytes_per_token} of {evaluation.bytes_mla} cached bytes a token and rank "
+        f"({evaluation.bytes_per_token / evaluation.bytes_mla:.1%})"
         + ("" if evaluation.cache_dtype == "exact" else f", slices cached in {evaluation.cache_dtype}"),
         f"{report.tokens} decoded tokens of {evaluation.corpus} (seed {evaluation.seed}), prompt exact: "
         f"KL {report.kl_mean:.5f} (95% {report.kl_p95:.4f}, 99% {report.kl_p99:.4f}), "
         f"perplexity x{report.perplexity_ratio:.4f}, same top token {report.top1_agreement:.1%}",
     ]
+    if evaluation.paper is not None:
+        lines.append(
+            f"the paper's recipe at g = {evaluation.groups}, on the same text: KL {evaluation.paper.kl_mean:.5f}, "
+            f"perplexity x{evaluation.paper.perplexity_ratio:.4f}, same top token {evaluation.paper.top1_agreement:.1%}"
+        )
     if worst is not None:
         lines.append(f"layer {worst.layer} costs most: KL {worst.kl_alone:.5f} by itself")
     for row in evaluation.long_answers:
@@ -111,6 +119,8 @@ def summary(evaluation: Evaluation) -> str:
             f"needle at {needle.depth:.0%} of {needle.prompt_tokens}: right {needle.right_tpla:.0%} "
             f"(plain MLA {needle.right_mla:.0%}), same top token {needle.same_top:.1%}"
         )
+    if evaluation.recall:
+        lines.append(recall_table(evaluation.recall))
     return "\n".join(lines)
 
 

@@ -59,6 +59,12 @@ def attention_groups(args: Any) -> int:
     return int(getattr(args, "attn_dp_size", None) or 1)
 
 
+def data_parallel_ranks(args: Any) -> int:
+    """Ranks of a server among which its requests are dealt out, as replicas or as attention groups."""
+    replicas = max(1, int(args.dp_size))
+    return replicas if getattr(args, "enable_dp_attention", False) else replicas * attention_groups(args)
+
+
 def uses_deepgemm_bmm() -> bool:
     """Whether SGLang is asked to keep absorbed weights in FP8 blocks, under either name of the switch."""
     return any(os.environ.get(name, "0").lower() in ("1", "true") for name in DEEPGEMM_BMM)

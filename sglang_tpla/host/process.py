@@ -71,11 +71,16 @@ def artifact() -> Artifact | None:
 
 @dataclass(frozen=True)
 class Slice:
-    """What one decode rank keeps of every layer: its group's maps and the widths."""
+    """Which share of the latent and of the heads a decode rank has.
+
+    Args:
+        layout: of all ranks. rank: which one.
+        artifact: the maps; None where rows are made of the whole latent without one (`model.rows`).
+    """
 
     layout: Layout
     rank: int
-    artifact: Artifact
+    artifact: Artifact | None
 
     @property
     def group(self) -> int:
@@ -84,9 +89,9 @@ class Slice:
 
 
 def make_slice(heads: int, rank: int, tp_size: int) -> Slice | None:
-    """The slice of attention rank ``rank`` of ``tp_size``, or None where the server keeps the whole latent."""
+    """The slice of attention rank ``rank`` of ``tp_size``, or None where the server caches what stock SGLang does."""
     loaded = artifact()
-    if loaded is None:
+    if loaded is None and settings().rows != "sketched":
         return None
     return Slice(Layout(tp_size, settings().groups, heads), rank, loaded)
 

@@ -11,7 +11,9 @@ from typing import Any
 
 from sglang.srt.runtime_context import get_parallel
 
+from sglang_tpla.cache_rows.row_format import RowFormat
 from sglang_tpla.config import Layout
+from sglang_tpla.host.model.rows import row_format
 from sglang_tpla.host.process import artifact, hooked, settings
 
 
@@ -19,13 +21,14 @@ def describe(
     layout: Layout,
     latent_dim: int,
     rope_dim: int,
-    widths: tuple[int, ...],
+    rows: RowFormat,
     row_bytes: Sequence[int],
     value_bytes: int,
 ) -> dict[str, Any]:
     """The ``tpla`` section of ``/server_info``: layout, widths, and cache bytes per token and rank.
 
     Args:
+        rows: of every layer.
         row_bytes: of a token's row in every layer's cache.
         value_bytes: of a value in the cache of plain MLA, in the model's own precision.
     """
@@ -37,12 +40,14 @@ def describe(
         "o_proj": settings().o_proj,
         "latent_dim": latent_dim,
         "rope_dim": rope_dim,
-        "widths": list(widths),
+        "rows": rows.kind,
+        "widths": list(rows.widths),
+        "sketch_bits": rows.sketch_bits,
         "artifact": settings().artifact,
         "artifact_sha256": loaded.content_hash if loaded else None,
         "transform": loaded.meta.transform if loaded else "none",
         "cache_bytes_per_token_and_rank": sum(row_bytes),
-        "mla_cache_bytes_per_token_and_rank": value_bytes * len(widths) * (latent_dim + rope_dim),
+        "mla_cache_bytes_per_token_and_rank": value_bytes * len(rows.layers) * (latent_dim + rope_dim),
         "hooks": list(hooked()),
     }
 
@@ -52,13 +57,10 @@ def startup_info(result: dict[str, Any], self: Any) -> dict[str, Any]:
     pool = self.token_to_kv_pool_allocator.get_kvcache()
     text = self.model_config.hf_text_config
     layout = Layout(get_parallel().attn_tp_size, settings().groups, text.num_attention_heads)
-    loaded = artifact()
-    widths = tuple(loaded.meta.widths) if loaded else (text.kv_lora_rank,) * pool.layer_num
+    rows = row_format(text.kv_lora_rank, text.qk_rope_head_dim, pool.layer_num, fp8=pool.dtype.itemsize == 1)
     row_bytes = [buffer[0].nbytes for buffer in pool.kv_buffer]
     value_bytes = self.model_config.dtype.itemsize
-    result["tpla"] = describe(
-        layout, text.kv_lora_rank, text.qk_rope_head_dim, widths, row_bytes, value_bytes
-    )
+    result["tpla"] = describe(layout, text.kv_lora_rank, text.qk_rope_head_dim, rows, row_bytes, value_bytes)
     return result
 
 

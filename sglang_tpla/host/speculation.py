@@ -16,6 +16,7 @@ from sglang_tpla.config import ConfigError
 from sglang_tpla.host.attention.supported import OURS, engine_objection
 from sglang_tpla.host.disaggregation.engine_memory import FP8_CACHE
 from sglang_tpla.host.ledger import host_version
+from sglang_tpla.host.model.rows import sketched
 
 ALGORITHMS = ("EAGLE", "NEXTN")
 RELEASES = ("0.5.17",)  # whose speculation the hooks were written for
@@ -55,6 +56,8 @@ def objections(args: Any, role: str) -> list[str]:
          "the two were never tested together; drop one of them"),
         (role == "decode" and args.kv_cache_dtype == FP8_CACHE, f"--kv-cache-dtype {FP8_CACHE}", guesses,
          "the draft's cache would be FP8 as well, and its layer reads plain rows; use --kv-cache-dtype auto"),
+        (role == "decode" and sketched(), "sketched rows", guesses,
+         "the draft's cache would be bytes as well, and its layer reads plain rows; use an artifact for plain rows"),
         (role == "decode" and args.disaggregation_decode_enable_radix_cache,
          "--disaggregation-decode-enable-radix-cache", guesses, "SGLang does not run the two together; drop one"),
         (role == "decode" and args.speculative_attention_mode != "decode", "--speculative-attention-mode",

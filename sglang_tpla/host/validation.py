@@ -23,6 +23,7 @@ from sglang_tpla.host.attention.supported import OURS, preferred_backend, requir
 from sglang_tpla.host.disaggregation.engine_memory import CACHE_DTYPES, FP8_CACHE
 from sglang_tpla.host.ledger import refuse
 from sglang_tpla.host.model.architectures import check_architectures
+from sglang_tpla.host.model.rows import row_format, sketched
 from sglang_tpla.host.process import artifact, name_server, settings
 from sglang_tpla.reference_model.checkpoint import (
     Checkpoint,
@@ -47,6 +48,8 @@ def check_server_args(original: Callable[..., None], self: Any, *args: Any, **kw
         return
     try:
         check_flags(self)
+        if settings().role == "decode" and sketched():
+            self.kv_cache_dtype = FP8_CACHE  # SGLang's name for a pool of bytes, which is what rows are
         check_address(self)
         name_server(self.dist_init_addr, self.nnodes)
         check_config(self.model_path, local_config(self.model_path))
@@ -89,6 +92,8 @@ def check_flags(args: Any) -> None:
          "prompts stay exact, and a decode server with --kv-cache-dtype fp8_e4m3 gets FP8 rows from any cache"),
         (role == "decode" and args.kv_cache_dtype == "fp8_e5m2", "--kv-cache-dtype fp8_e5m2", "FP8 rows are e4m3: "
          "--kv-cache-dtype fp8_e4m3"),
+        (role == "decode" and args.kv_cache_dtype not in ("auto", FP8_CACHE) and sketched(),
+         f"--kv-cache-dtype {args.kv_cache_dtype}", "sketched rows are bytes of their own, whatever the model's dtype"),
     ]  # fmt: skip
     found = [f"{flag} does not go with sglang_tpla: {why}; drop {flag}" for bad, flag, why in refusals if bad]
     if args.device == "cpu" and args.page_size not in (None, 1):
@@ -265,22 +270,22 @@ def slice_shapes(args: Any, config: Any) -> list[DecodeShape]:
     Args:
         config: the engine's ModelConfig, whose heads are H*g already (``model_shape.py``).
     """
-    loaded = artifact()
     attention_ranks = args.tp_size // compat.attention_groups(args)
-    fp8 = args.kv_cache_dtype == FP8_CACHE
-    meta = loaded.meta if loaded else None
-    pairs = zip(meta.widths, meta.shared_dims, strict=True) if meta else [(config.kv_lora_rank,) * 2]
-    return [
-        DecodeShape(
-            latent_dim=width,
-            heads=config.num_attention_heads // attention_ranks,
-            rope_dim=config.qk_rope_head_dim,
+    text = config.hf_text_config
+    rows = row_format(
+        text.kv_lora_rank, text.qk_rope_head_dim, text.num_hidden_layers, fp8=args.kv_cache_dtype == FP8_CACHE
+    )
+    kept = CACHE_DTYPES.get(args.kv_cache_dtype, config.dtype)
+    shapes = {
+        DecodeShape.of_rows(
+            layer,
+            config.num_attention_heads // attention_ranks,
             page_size=args.page_size or 1,
-            dtype=config.dtype if fp8 else CACHE_DTYPES.get(args.kv_cache_dtype, config.dtype),
-            fp8_shared=shared if fp8 else None,
+            dtype=config.dtype if rows.encoded else kept,
         )
-        for width, shared in sorted(set(pairs) if fp8 else {(width, 0) for width, _ in pairs})
-    ]
+        for layer in rows.layers
+    }
+    return sorted(shapes, key=lambda shape: (shape.latent_dim, shape.cache_dim, str(shape)))
 
 
 def default_backend(original: Callable[..., str], self: Any, use_mla_backend: bool, model_config: Any) -> str:

@@ -40,7 +40,7 @@ SETTING_FIELDS = {
 }
 # Settings of the other role: how decode ranks share the latent, and what a prefill server collects.
 OF_THE_OTHER_ROLE = {
-    "prefill": ("groups", "artifact", "o_proj"),
+    "prefill": ("groups", "artifact", "rows", "o_proj"),
     "decode": ("statistics_folder", "listen_port", "advertise"),
 }
 KINDS = {"int": int, "float": float, "str": str, "str | None": str}

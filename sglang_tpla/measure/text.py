@@ -14,6 +14,7 @@ from sglang_tpla.reference_model.checkpoint import Checkpoint
 from sglang_tpla.reference_model.forward import PlainModel
 
 CALIBRATION_TOKENS, HELD_OUT_TOKENS = 131072, 8192
+SKETCHED_CALIBRATION_TOKENS = 65536  # second moments in closed form want no more
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class TextPlan:
     held_out_tokens: int | None = None
     prompt_tokens: int = 512
     continuation_tokens: int = 512
+    usual_calibration_tokens: int = CALIBRATION_TOKENS
 
     def __post_init__(self) -> None:
         for name in ("calibration_tokens", "prompt_tokens", "continuation_tokens"):
@@ -85,7 +87,7 @@ def read_text(plan: TextPlan, checkpoint: Checkpoint) -> Text:
     return Text(
         corpus.name,
         corpus.content_hash,
-        cut(calibration, plan.calibration_tokens, CALIBRATION_TOKENS, plan.length),
+        cut(calibration, plan.calibration_tokens, plan.usual_calibration_tokens, plan.length),
         cut(held_out, plan.held_out_tokens, HELD_OUT_TOKENS, plan.continuation_tokens),
     )
 

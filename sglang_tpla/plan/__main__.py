@@ -3,8 +3,9 @@
     python -m sglang_tpla.plan --model deepseek-v3 --gpu h200 --ranks 8 --link nvlink --weights-dtype fp8 \\
         --batch 16 --context 32768
 
-Prices plain tensor parallelism, TPLA at every g (head weights replicated, or a reduce-scatter before o_proj), decode
-context parallelism and data-parallel attention, and recommends one, with reasons. Several batches and contexts give
+Prices plain tensor parallelism, plain MLA with an 8-bit cache, TPLA at every g in every row format (head weights
+replicated, or a reduce-scatter before o_proj), decode context parallelism and data-parallel attention, and recommends
+one, with reasons. Several batches and contexts give
 every combination; --map shows the fastest method over a grid. With speculative decoding a step verifies several tokens
 a request (--verified-tokens) and keeps --accepted-length of them.
 """
@@ -19,7 +20,7 @@ from dataclasses import replace
 
 from sglang_tpla.plan import text
 from sglang_tpla.plan.choice import Setting, answer
-from sglang_tpla.plan.cost import Load, Precision, methods
+from sglang_tpla.plan.cost import ROWS, Load, Precision, methods
 from sglang_tpla.plan.hardware import GPUS, LINKS, Link, find_gpu, find_link
 from sglang_tpla.plan.model import BUILT_IN, PlanError, find
 
@@ -50,7 +51,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--link-latency-us", type=float, help="one small collective, instead of the table's")
     p.add_argument("--link-gb-s", type=float, help="a rank, each way, instead of the table's")
     p.add_argument("--weights-dtype", default="bf16", help="bf16 or fp8 (DeepSeek's blocks; default bf16)")
-    p.add_argument("--cache-dtype", default="bf16", help="bf16 or fp8 (default bf16)")
+    p.add_argument("--cache-dtype", default="bf16", help="of SGLang's own cache: bf16 or fp8 (default bf16)")
+    p.add_argument(
+        "--rows", nargs="+", default=list(ROWS), choices=ROWS, help="formats of TPLA's cache (default: all)"
+    )
     p.add_argument("--batch", type=int, nargs="+", help="requests that decode together (default 16)")
     p.add_argument("--context", type=int, nargs="+", help="cached tokens of each (default 32768)")
     p.add_argument(
@@ -67,7 +71,9 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--groups", type=int, nargs="+", help="latent groups to look at (default: all from 2)")
     p.add_argument(
-        "--shared-dims", type=int, help="latent values that every group keeps (default: d/4, as in calibrate)"
+        "--shared-dims",
+        type=int,
+        help="latent values that every group keeps (default: d/4, at most 64 in sketched rows, as in calibrate)",
     )
     p.add_argument(
         "--without",
@@ -109,7 +115,8 @@ def setting_of(a: argparse.Namespace) -> Setting:
         None if a.gpu_tflops is None else a.gpu_tflops * 1e12,
     )
     shared = model.latent_dim // 4 if a.shared_dims is None else a.shared_dims
-    found = [m for m in methods(a.ranks, model, a.groups, shared) if m.kind not in a.without]
+    every = methods(a.ranks, model, a.groups, shared, a.rows, a.shared_dims)
+    found = [m for m in every if m.kind not in a.without]
     if not found:
         raise PlanError(f"--without {' '.join(a.without)} leaves no method on {a.ranks} ranks")
     return Setting(

@@ -1,7 +1,9 @@
 """Every method at one load, and which to take.
 
-TPLA is approximate, so it is recommended only where it beats the best exact method by more than a margin, or where
-nothing exact fits into memory.
+What changes the model's answers is recommended only where it pays: plain MLA with an 8-bit cache, which rounds and no
+more, where it beats the best exact method by more than a margin or nothing exact fits; TPLA on several groups, which
+also replicates head weights, where it beats the better of those two by the margin again; and slices in plain or FP8
+rows, which see only part of the latent, where they beat all of these by it.
 """
 
 from __future__ import annotations
@@ -12,11 +14,19 @@ from dataclasses import dataclass
 
 from sglang_tpla.attention.backends import BackendRefusal
 from sglang_tpla.config import ConfigError
-from sglang_tpla.plan.cost import Load, Method, Precision, break_even_tokens, rank_work
+from sglang_tpla.plan.cost import (
+    Load,
+    Method,
+    Precision,
+    Price,
+    break_even_tokens,
+    price,
+    rank_work,
+    tokens_that_fit,
+    weight_bytes,
+)
 from sglang_tpla.plan.hardware import Gpu, Link
-from sglang_tpla.plan.memory import tokens_that_fit, weight_bytes
 from sglang_tpla.plan.model import PlanModel
-from sglang_tpla.plan.price import Price, price
 
 
 @dataclass(frozen=True)
@@ -78,15 +88,14 @@ def row(setting: Setting, method: Method, load: Load) -> Row:
         work = rank_work(model, method, load, precision, setting.gpu.capability)
     except (ConfigError, BackendRefusal) as error:
         return Row(method, refused=str(error))
-    if method.kind == "tpla" and precision.cache == "fp8":
-        refused = "no kernel of this package reads an FP8 slice yet; the figures say what one would give"
-    elif method.kind == "dcp" and load.verified > 1:
+    if method.kind == "dcp" and load.verified > 1:
         refused = "SGLang verifies guesses beside DCP on few attention backends, none of them Hopper's"
     else:
         refused = None
     weights = weight_bytes(model, work, precision, setting.gpus)
     tokens = tokens_that_fit(model, method, work, weights, setting.gpu, setting.memory_fraction)
-    even = break_even_tokens(model, method, precision, work.width) if method.kind == "tpla" else math.nan
+    sliced = method.kind == "tpla" and method.groups > 1
+    even = break_even_tokens(model, method, precision, work.cache_row_bytes) if sliced else math.nan
     return Row(
         method=method,
         refused=refused,
@@ -104,13 +113,19 @@ def row(setting: Setting, method: Method, load: Load) -> Row:
 def answer(setting: Setting, load: Load) -> Answer:
     """Price every method and choose."""
     rows = tuple(row(setting, method, load) for method in setting.methods)
-    exact = min((r for r in rows if r.method.exact), key=lambda r: r.layer_s)
-    ours = min((r for r in rows if not r.method.exact), key=lambda r: r.layer_s, default=None)
-    best = exact if ours is None or exact.layer_s <= ours.layer_s else ours
+    best = min(rows, key=lambda r: r.layer_s)
     if not best.fits:
         return Answer(load, rows, None, None, (_nothing(setting, rows, load),))
-    chosen = ours if ours and ours.layer_s < exact.layer_s * (1 - setting.margin) else exact
-    return Answer(load, rows, best.method, chosen.method, reasons(setting, load, rows, exact, ours, chosen))
+    tiers = [[r for r in rows if r.method.closeness == tier] for tier in range(4)]
+    fastest = [min(tier, key=lambda r: r.layer_s) for tier in tiers if tier]
+    base = chosen = fastest[0]
+    for found in fastest[1:]:
+        if found.layer_s < chosen.layer_s * (1 - setting.margin):
+            base, chosen = chosen, found
+    # what the answer is compared with: the one it displaced, or the fastest of those that it was preferred to
+    others = [r for r in fastest if r is not chosen]
+    rival = base if base is not chosen else min(others, key=lambda r: r.layer_s, default=None)
+    return Answer(load, rows, best.method, chosen.method, reasons(setting, load, rows, chosen, rival))
 
 
 def _nothing(setting: Setting, rows: Sequence[Row], load: Load) -> str:
@@ -132,9 +147,13 @@ def _us(seconds: float) -> str:
 
 
 def reasons(
-    setting: Setting, load: Load, rows: Sequence[Row], exact: Row, ours: Row | None, chosen: Row
+    setting: Setting, load: Load, rows: Sequence[Row], chosen: Row, rival: Row | None
 ) -> tuple[str, ...]:
-    """Why, in plain words: what the chosen method does well, and what the others lose by."""
+    """Why, in plain words: what the chosen method does well, and what the others lose by.
+
+    Args:
+        rival: what it displaced, or, where it is exact, the fastest of what is not; None where there is nothing else.
+    """
     said: list[str] = []
     plain = next((r for r in rows if r.method.kind == "tp" and r.price), None)
     assert chosen.price is not None
@@ -161,9 +180,11 @@ def reasons(
             "and needs requests of even length"
         )
     else:
-        said.append(_why_tpla(chosen, exact, setting))
-    if ours and ours.price and chosen is not ours and ours.fits and exact.price:
-        said.append(_why_not_tpla(ours, exact, setting))
+        said.append(_why_ours(chosen, rival))
+    ours = [r for r in rows if r.method.kind == "tpla" and r.method.groups > 1 and r.fits and r.price]
+    sliced = min(ours, key=lambda r: r.layer_s, default=None)
+    if sliced is not None and sliced is not chosen and chosen.method.groups == 1:
+        said.append(_why_not_sliced(sliced, chosen, setting))
     if load.verified > 1:
         said.append(
             f"every method verifies {load.verified} tokens a request in a step and keeps {load.accepted:g} of them: a "
@@ -173,27 +194,30 @@ def reasons(
     return tuple(said)
 
 
-def _why_tpla(chosen: Row, exact: Row, setting: Setting) -> str:
+def _why_ours(chosen: Row, rival: Row | None) -> str:
     what = (
         f"{chosen.method.label} (width {chosen.width}) reads {chosen.cache_bytes_per_token_and_rank:,.0f} bytes a "
         f"token and rank"
     )
-    if not exact.fits:
-        return f"{what}, and nothing exact fits; it is approximate: measure its error on your text first"
-    gain = exact.layer_s / chosen.layer_s
+    if rival is None or not rival.fits:
+        return f"{what}, and nothing exact fits; {chosen.method.error}"
+    gain = rival.layer_s / chosen.layer_s
+    kind = "the best exact method, " if rival.method.exact else ""
     return (
-        f"{what} and takes {_us(chosen.layer_s)} a layer where the best exact method, {exact.method.label}, takes "
-        f"{_us(exact.layer_s)} ({gain:.2f} times); it is approximate: measure its error on your text first"
+        f"{what} and takes {_us(chosen.layer_s)} a layer where {kind}{rival.method.label}, takes "
+        f"{_us(rival.layer_s)} ({gain:.2f} times); {chosen.method.error}"
     )
 
 
-def _why_not_tpla(ours: Row, exact: Row, setting: Setting) -> str:
-    text = f"{ours.method.label}, the fastest TPLA, takes {_us(ours.layer_s)} against {_us(exact.layer_s)}"
-    if ours.layer_s < exact.layer_s:
-        return f"{text}: less than the {setting.margin:.0%} that an approximation should gain (--margin)"
-    if math.isfinite(ours.break_even_tokens) and exact.method.kind == "tp":
+def _why_not_sliced(sliced: Row, chosen: Row, setting: Setting) -> str:
+    text = (
+        f"{sliced.method.label}, the fastest TPLA, takes {_us(sliced.layer_s)} against {_us(chosen.layer_s)}"
+    )
+    if sliced.layer_s < chosen.layer_s:
+        return f"{text}: less than the {setting.margin:.0%} that it should gain (--margin)"
+    if math.isfinite(sliced.break_even_tokens) and chosen.method.kind == "tp":
         text += (
-            f"; by bytes alone it pays against plain TP from {ours.break_even_tokens:,.0f} cached tokens on"
+            f"; by bytes alone it pays against plain TP from {sliced.break_even_tokens:,.0f} cached tokens on"
         )
     return text
 

@@ -1,10 +1,13 @@
-"""What one rank does for one attention layer of one decode step: kernels by bytes and operations, and collectives.
+"""What one rank does for one attention layer of one decode step, the seconds that takes, and the memory beside it.
+
+Work is counted as kernels by bytes and operations, and collectives; times are modelled from it, nothing overlaps, and
+`hardware` says which constants were measured.
 
 Methods (T ranks, g latent groups; design, sections 2 and 7):
 
     tp    H/T heads, the whole latent on every rank
     tpla  H g/T heads, a slice of w values; ``scatter``: the groups' head outputs are summed before ``o_proj``, which
-          is then not held g times
+          is then not held g times. g = 1 in sketched rows is plain MLA with an 8-bit cache
     dcp   all H heads' queries gathered, 1/T of the tokens, outputs and log-sum-exps exchanged
     dp    whole requests: every head's weights, 1/T of the batch
 """
@@ -13,14 +16,20 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sglang_tpla.attention.backends import BackendRefusal, choose
 from sglang_tpla.attention.interface import MAX_QUERY_LEN, DecodeShape
-from sglang_tpla.config import Layout, slice_width
+from sglang_tpla.cache_rows.row_format import Fp8Rows, LayerRows, PlainRows
+from sglang_tpla.cache_rows.sketched import SketchedRows
+from sglang_tpla.config import ConfigError, Layout, slice_width
+from sglang_tpla.plan.hardware import Gpu, Link
 from sglang_tpla.plan.model import PlanError, PlanModel
 
 CACHE_DTYPES = ("bf16", "fp8")
+ROWS = ("sketched", "plain", "fp8")  # of TPLA, the one that calibrate makes by default first
+SKETCHED_SHARED = 64  # r of sketched rows, as calibrate chooses for a latent of 512
 WEIGHT_DTYPES = ("bf16", "fp8")
 WIDTH_STEP = 32
 # our kernel shares wider rows between its warpgroups in another way, at another rate
@@ -79,11 +88,9 @@ class Precision:
         """Bytes of one weight; block FP8 has a float32 scale for 128 x 128 of them."""
         return 2.0 if self.weights == "bf16" else 1 + 4 / 128**2
 
-    def cache_row_bytes(self, latent_dim: int, rope_dim: int, sliced: bool) -> int:
-        """Bytes of one token in one layer. FP8 slices keep the rope in bf16 and a float32 scale."""
-        if self.cache == "bf16":
-            return 2 * (latent_dim + rope_dim)
-        return latent_dim + 4 + 2 * rope_dim if sliced else latent_dim + rope_dim
+    def whole_row_bytes(self, model: PlanModel) -> int:
+        """Bytes of one token in one layer of SGLang's own cache: of the whole latent."""
+        return (2 if self.cache == "bf16" else 1) * (model.latent_dim + model.rope_dim)
 
 
 @dataclass(frozen=True)
@@ -91,7 +98,7 @@ class Method:
     """One way to share attention over ``ranks`` GPUs.
 
     Args:
-        kind: tp, tpla, dcp or dp. groups, shared_dims, scatter: for tpla.
+        kind: tp, tpla, dcp or dp. groups, shared_dims, scatter, rows (`ROWS`): for tpla.
     """
 
     kind: str
@@ -99,25 +106,49 @@ class Method:
     groups: int = 1
     shared_dims: int = 0
     scatter: bool = False
+    rows: str = "plain"
 
     @property
     def label(self) -> str:
         """For people."""
+        if self.kind == "tpla" and self.groups == 1:
+            return "8-bit MLA"
         if self.kind == "tpla":
-            return f"TPLA g={self.groups}" + (", reduce-scatter" if self.scatter else "")
+            kind = "" if self.rows == "plain" else f" {self.rows}"
+            return f"TPLA g={self.groups}{kind}" + (", reduce-scatter" if self.scatter else "")
         return {"tp": "plain TP", "dcp": "DCP", "dp": "DP attention"}[self.kind]
 
     @property
     def code(self) -> str:
-        """For the map: TP, DCP, DP, T2 (g = 2), T2s (with reduce-scatter)."""
+        """For the map: TP, DCP, DP, T2 (g = 2), T2s (with reduce-scatter), T2.8 (sketched), T2.f (FP8), MLA8."""
+        if self.kind == "tpla" and self.groups == 1:
+            return "MLA8"
         if self.kind == "tpla":
-            return f"T{self.groups}" + ("s" if self.scatter else "")
+            kind = {"plain": "", "sketched": ".8", "fp8": ".f"}[self.rows]
+            return f"T{self.groups}{kind}" + ("s" if self.scatter else "")
         return self.kind.upper()
 
     @property
     def exact(self) -> bool:
         """Whether it computes plain MLA."""
-        return self.kind != "tpla" or self.groups == 1
+        return self.kind != "tpla"
+
+    @property
+    def closeness(self) -> int:
+        """How near to the model's own answers: 0 exact, 1 rounded, 2 rounded with a sketch, 3 part of the latent."""
+        if self.exact:
+            return 0
+        return 1 if self.groups == 1 else 2 if self.rows == "sketched" else 3
+
+    @property
+    def error(self) -> str:
+        """What it changes in the model's answers, in words; nothing where it is exact."""
+        return (
+            "",
+            "it rounds the cache to 8 bits, some 0.0002 nats a token",
+            "it rounds the cache, some 0.0005 nats a token",
+            "it is approximate: measure its error on your text first",
+        )[self.closeness]
 
     @property
     def cache_ranks(self) -> int:
@@ -155,7 +186,8 @@ class RankWork:
     """All of it, and what it was counted from.
 
     Args:
-        width: of the latent that the rank keeps. heads: whose weights it holds; out_heads: in ``o_proj``.
+        width: of the latent that the rank attends to as values. absorbed_columns: of a head's absorbed query.
+        heads: whose weights it holds; out_heads: in ``o_proj``.
         read_heads: heads that attend (all of them under DCP). batch, context_tokens: what it attends to.
         kernel: its attention kernel.
     """
@@ -163,6 +195,7 @@ class RankWork:
     pieces: tuple[Piece, ...]
     collectives: tuple[Collective, ...]
     width: int
+    absorbed_columns: int
     heads: int
     out_heads: int
     read_heads: int
@@ -172,8 +205,20 @@ class RankWork:
     cache_row_bytes: int
 
 
-def methods(ranks: int, model: PlanModel, groups: list[int] | None, shared_dims: int) -> list[Method]:
-    """Every method on ``ranks`` GPUs; ``groups`` limits g, by default every divisor of the ranks from 2 on.
+def methods(
+    ranks: int,
+    model: PlanModel,
+    groups: list[int] | None,
+    shared_dims: int,
+    rows: Sequence[str] = ROWS,
+    sketched_shared: int | None = None,
+) -> list[Method]:
+    """Every method on ``ranks`` GPUs.
+
+    Args:
+        groups: limits g; by default every divisor of the ranks from 2 on.
+        shared_dims: of plain and FP8 rows. sketched_shared: of sketched ones.
+        rows: formats of TPLA's cache to look at.
 
     Raises:
         PlanError: a g that does not divide the ranks.
@@ -186,26 +231,66 @@ def methods(ranks: int, model: PlanModel, groups: list[int] | None, shared_dims:
             f"--shared-dims must lie between 0 and {model.latent_dim - 1} for this model, got {shared_dims}"
         )
     sizes = groups or [g for g in range(2, ranks + 1) if ranks % g == 0]
-    sliced = [Method("tpla", ranks, g, shared_dims, s) for g in sizes for s in (False, True)]
+    small = min(SKETCHED_SHARED, model.latent_dim // 4) if sketched_shared is None else sketched_shared
+    shared = {kind: small if kind == "sketched" else shared_dims for kind in rows}
+    sliced = [
+        Method("tpla", ranks, g, shared[kind], scatter, kind)
+        for kind in rows
+        for g in sizes
+        for scatter in (False, True)
+    ]
     alone = [Method("tp", ranks)]
+    if "sketched" in rows:
+        alone.append(Method("tpla", ranks, 1, model.latent_dim, rows="sketched"))
     return alone if ranks == 1 else [*alone, *sliced, Method("dcp", ranks), Method("dp", ranks)]
 
 
-def served_slice(
-    model: PlanModel, method: Method, heads: int, capability: tuple[int, int]
-) -> tuple[int, str]:
-    """The slice's width, widened to the next one that a kernel on this GPU computes right, and that kernel.
+@dataclass(frozen=True)
+class ServedRows:
+    """The rows of a method on a GPU, and the kernel that reads them.
+
+    Args:
+        width: columns attended to as values. query_columns: of a query's latent part. row_bytes: of a token and layer.
+        projected: columns that a new token's latent is projected to; 0: it is kept whole.
+    """
+
+    width: int
+    query_columns: int
+    row_bytes: int
+    projected: int
+    kernel: str
+
+
+def whole_rows(model: PlanModel, precision: Precision, capability: tuple[int, int]) -> ServedRows:
+    """SGLang's own cache, read by its own kernels."""
+    kernel = "flashinfer_fa3" if capability == (9, 0) else "flashinfer_fa2"
+    return ServedRows(model.latent_dim, model.latent_dim, precision.whole_row_bytes(model), 0, kernel)
+
+
+def served_rows(model: PlanModel, method: Method, heads: int, capability: tuple[int, int]) -> ServedRows:
+    """TPLA's rows; a slice of plain or FP8 rows is widened to the next width that a kernel on this GPU computes right.
 
     Raises:
-        BackendRefusal: no kernel serves any width from there on.
+        BackendRefusal: no kernel reads such rows there. ConfigError: there are no such rows.
     """
+    if method.rows == "sketched":
+        try:
+            rows = SketchedRows.of(model.latent_dim, method.groups, method.shared_dims, model.rope_dim)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        shape = DecodeShape.of_sketched(rows, heads)
+        columns = rows.w + rows.groups * rows.own
+        return ServedRows(rows.w_pad, rows.score_columns, rows.row_bytes, columns, choose(shape, capability))
     width = slice_width(model.latent_dim, method.groups, method.shared_dims)
     first = -(-width // WIDTH_STEP) * WIDTH_STEP
     for wider in range(max(first, 2 * WIDTH_STEP), model.latent_dim, WIDTH_STEP):
+        kept: LayerRows = (Fp8Rows if method.rows == "fp8" else PlainRows)(wider, 0, model.rope_dim)
         with contextlib.suppress(BackendRefusal):
-            return wider, choose(DecodeShape(wider, heads, model.rope_dim), capability)
+            kernel = choose(DecodeShape.of_rows(kept, heads), capability)
+            row_bytes = kept.row_items * (1 if kept.encoded else _BF16_BYTES)
+            return ServedRows(wider, wider, row_bytes, wider, kernel)
     raise BackendRefusal(
-        f"no attention kernel serves a slice of width {width} or wider with {heads} heads and rope "
+        f"no attention kernel reads {method.rows} rows of width {width} or wider with {heads} heads and rope "
         f"{model.rope_dim} on compute capability {capability[0]}.{capability[1]}"
     )
 
@@ -216,15 +301,14 @@ def rank_work(
     """One layer of one decode step on the busiest rank.
 
     Raises:
-        ConfigError: the heads cannot be dealt out so. BackendRefusal: no kernel for the slice on this GPU.
+        ConfigError: the heads or the latent cannot be dealt out so. BackendRefusal: no kernel for the rows on this GPU.
     """
     ranks, groups = method.ranks, method.groups
-    sliced = not method.exact
     heads = model.heads if method.kind == "dp" else Layout(ranks, groups, model.heads).local_heads
     batch = math.ceil(load.batch / ranks) if method.kind == "dp" else load.batch
-    stock = "flashinfer_fa3" if capability == (9, 0) else "flashinfer_fa2"
-    width, kernel = served_slice(model, method, heads, capability) if sliced else (model.latent_dim, stock)
-    row_bytes = precision.cache_row_bytes(width, model.rope_dim, sliced)
+    ours = method.kind == "tpla"
+    kept = served_rows(model, method, heads, capability) if ours else whole_rows(model, precision, capability)
+    width, kernel, row_bytes = kept.width, kept.kernel, kept.row_bytes
     read_heads = model.heads if method.kind == "dcp" else heads
     context = math.ceil(load.context_tokens / (ranks if method.kind == "dcp" else 1))
     tokens = batch * context
@@ -235,21 +319,21 @@ def rank_work(
         moved = parameters * precision.weight_bytes + rows * columns * _BF16_BYTES
         return Piece(name, f"{kind}_{precision.weights}", moved, 2 * rows * parameters)
 
-    def absorbed(name: str, inner: int) -> Piece:
-        parameters = heads * inner * width
+    def absorbed(name: str, inner: int, columns: int) -> Piece:
+        parameters = heads * inner * columns
         # kept in bf16 under block FP8 too, by SGLang and by us
-        moved = parameters * _BF16_BYTES + rows * heads * (inner + width) * _BF16_BYTES
+        moved = parameters * _BF16_BYTES + rows * heads * (inner + columns) * _BF16_BYTES
         return Piece(name, "bmm", moved, 2 * rows * parameters)
 
     head_dim = model.nope_dim + model.rope_dim
     query_in = model.q_lora_rank or model.hidden
-    attended = 2 * width + model.rope_dim
-    projected = 2 * rows * model.latent_dim * width if sliced else 0
+    attended = kept.query_columns + width + model.rope_dim
+    projected = 2 * rows * model.latent_dim * kept.projected
     pieces = [
         gemm("down", model.down_parameters, model.hidden + model.down_parameters // model.hidden, "down"),
         Piece("norm, rope, cache write", "small", 0, projected, small_launches(model, method)),
         gemm("query", heads * model.query_parameters_a_head, query_in + heads * head_dim),
-        absorbed("absorb", model.nope_dim),
+        absorbed("absorb", model.nope_dim, kept.query_columns),
         Piece(
             "attention",
             WIDE if kernel == "hopper" and width > WIDE_FROM else kernel,
@@ -257,7 +341,7 @@ def rank_work(
             2 * tokens * load.verified * read_heads * attended,
             one_request_bytes=context * row_bytes,
         ),
-        absorbed("value", model.value_dim),
+        absorbed("value", model.value_dim, width),
         gemm(
             "output",
             out_heads * model.output_parameters_a_head,
@@ -280,6 +364,7 @@ def rank_work(
         pieces=tuple(pieces),
         collectives=tuple(joins),
         width=width,
+        absorbed_columns=kept.query_columns,
         heads=heads,
         out_heads=out_heads,
         read_heads=read_heads,
@@ -300,8 +385,8 @@ def small_launches(model: PlanModel, method: Method) -> int:
     return 3
 
 
-def break_even_tokens(model: PlanModel, method: Method, precision: Precision, width: int) -> float:
-    """Cached tokens (batch times context) from which a slice saves more bytes than its head weights add.
+def break_even_tokens(model: PlanModel, method: Method, precision: Precision, row_bytes: int) -> float:
+    """Cached tokens (batch times context) from which rows of so many bytes save more than their head weights add.
 
     Bytes alone (design, section 7): (g - 1) times a rank's ``q_b_proj`` and, unless ``scatter``, ``o_proj``, over the
     cache bytes saved a token.
@@ -310,6 +395,55 @@ def break_even_tokens(model: PlanModel, method: Method, precision: Precision, wi
     parameters = heads * model.query_parameters_a_head
     if not method.scatter:
         parameters += heads * model.output_parameters_a_head
-    whole = precision.cache_row_bytes(model.latent_dim, model.rope_dim, sliced=False)
-    saved = whole - precision.cache_row_bytes(width, model.rope_dim, sliced=True)
+    saved = precision.whole_row_bytes(model) - row_bytes
     return (method.groups - 1) * parameters * precision.weight_bytes / saved if saved > 0 else math.inf
+
+
+@dataclass(frozen=True)
+class Price:
+    """One layer of one decode step.
+
+    Args:
+        kernels_s: by kernel, in the order they run. collectives_s: all collectives together.
+    """
+
+    kernels_s: dict[str, float]
+    collectives_s: float
+
+    @property
+    def layer_s(self) -> float:
+        """All of it."""
+        return sum(self.kernels_s.values()) + self.collectives_s
+
+
+def price(work: RankWork, gpu: Gpu, link: Link) -> Price:
+    """Kernels run one after another, then the collectives: nothing overlaps."""
+    kernels: dict[str, float] = {}
+    for piece in work.pieces:
+        rate = gpu.rates[piece.rate]
+        moved, flops = piece.moved_bytes / piece.launches, piece.flops / piece.launches
+        once = rate.seconds(moved, flops, piece.one_request_bytes)
+        kernels[piece.name] = kernels.get(piece.name, 0.0) + piece.launches * once
+    joins = sum(link.seconds(join.kind, join.size_bytes, join.ranks) for join in work.collectives)
+    return Price(kernels, joins)
+
+
+def weight_bytes(model: PlanModel, work: RankWork, precision: Precision, gpus: int) -> float:
+    """Bytes of weights on one rank; what is not attention is spread evenly over ``gpus``."""
+    heads = work.heads
+    quantised = model.down_parameters
+    quantised += heads * model.query_parameters_a_head + work.out_heads * model.output_parameters_a_head
+    per_head = model.nope_dim + model.value_dim
+    quantised += heads * per_head * model.latent_dim  # kv_b_proj, of which the absorbed weights are made
+    absorbed = heads * (model.nope_dim * work.absorbed_columns + model.value_dim * work.width)
+    attention = model.layers * (quantised * precision.weight_bytes + absorbed * _BF16_BYTES)
+    others = model.other_parameters * precision.weight_bytes + model.table_parameters * _BF16_BYTES
+    return attention + others / gpus
+
+
+def tokens_that_fit(
+    model: PlanModel, method: Method, work: RankWork, weights: float, gpu: Gpu, fraction: float
+) -> int:
+    """Cached tokens of all ranks together; 0 where the weights alone do not fit."""
+    free = gpu.memory_bytes * fraction - weights
+    return max(0, int(free // (work.cache_row_bytes * model.layers))) * method.cache_ranks

@@ -38,7 +38,7 @@ def heading(setting: Setting) -> str:
     ranks = setting.methods[0].ranks
     lines = [
         f"{model.name}: {model.layers} layers, {model.heads} heads, latent {model.latent_dim} + rope "
-        f"{model.rope_dim}; weights {setting.precision.weights}, cache {setting.precision.cache}",
+        f"{model.rope_dim}; weights {setting.precision.weights}, SGLang's own cache {setting.precision.cache}",
         f"{ranks} attention ranks on {gpu.name} ({gpu.memory_bytes / 1e9:.0f} GB), {setting.link.name}; the other "
         f"weights over {setting.gpus} GPUs",
     ]
@@ -57,7 +57,7 @@ def table(answer: Answer, layers: int) -> str:
     lines = [
         f"batch {load.batch} x context {load.context_tokens:,} ({load.tokens:,} cached tokens), attention part of "
         f"{step}, modelled",
-        f"{'method':<26}{'us a layer':>11}{'kernels':>10}{'links':>8}{column:>11}{'width':>7}"
+        f"{'method':<34}{'us a layer':>11}{'kernels':>10}{'links':>8}{column:>11}{'width':>7}"
         f"{'B/token/rank':>14}{'tokens that fit':>17}{'pays from':>12}",
     ]
     for row in answer.rows:
@@ -71,11 +71,11 @@ def table(answer: Answer, layers: int) -> str:
 def _line(row: Row, layers: int, recommended: bool, accepted: float) -> str:
     mark = "*" if recommended else " "
     if row.price is None:
-        return f"{mark}{row.method.label:<25} cannot: {row.refused}"
+        return f"{mark}{row.method.label:<33} cannot: {row.refused}"
     price = row.price
     even = "" if math.isnan(row.break_even_tokens) else f"{row.break_even_tokens:,.0f}"
     line = (
-        f"{mark}{row.method.label:<25}{_time(price.layer_s):>11}{_time(sum(price.kernels_s.values())):>10}"
+        f"{mark}{row.method.label:<33}{_time(price.layer_s):>11}{_time(sum(price.kernels_s.values())):>10}"
         f"{_time(price.collectives_s):>8}{price.layer_s * layers * 1e3 / accepted:>11.2f}{row.width:>7}"
         f"{row.cache_bytes_per_token_and_rank:>14,.0f}{row.tokens_that_fit:>17,}{even:>12}"
     )
@@ -93,8 +93,8 @@ def fastest_map(answers: Sequence[Answer]) -> str:
         for a in answers
     }
     lines = [
-        "fastest method that fits, modelled (TP, DCP, DP attention; Tg: TPLA with g groups, Tgs: with the",
-        "reduce-scatter before o_proj; -: nothing fits)",
+        "fastest method that fits, modelled (TP, DCP, DP attention; MLA8: plain MLA with an 8-bit cache; Tg: TPLA with",
+        "g groups, Tg.8 in sketched and Tg.f in FP8 rows, s: with the reduce-scatter before o_proj; -: nothing fits)",
         "batch \\ context" + "".join(f"{context:>9,}" for context in contexts),
     ]
     for batch in batches:
@@ -141,7 +141,12 @@ def _load_json(answer: Answer, layers: int) -> dict[str, Any]:
 
 
 def _row_json(row: Row, layers: int, accepted: float) -> dict[str, Any]:
-    common = {"method": row.method.label, "exact": row.method.exact, "refused": row.refused}
+    common = {
+        "method": row.method.label,
+        "rows": row.method.rows if row.method.kind == "tpla" else None,
+        "exact": row.method.exact,
+        "refused": row.refused,
+    }
     if row.price is None:
         return common
     return common | {

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -80,7 +81,7 @@ class CachePool:
         rope_dim: rotary values at the end of each row.
         page_size: tokens a page.
         first_layer: model layer of ``layers[0]`` (pipeline stages).
-        row_format: how rows are encoded; anything but plain rows is uint8.
+        encoding: how each layer's rows are encoded; None are plain rows of the layers' own widths.
 
     Raises:
         TransferError: shapes, dtypes or devices that do not fit together.
@@ -91,7 +92,7 @@ class CachePool:
     rope_dim: int
     page_size: int
     first_layer: int = 0
-    row_format: RowFormat = RowFormat.PLAIN
+    encoding: RowFormat | None = None
 
     def __post_init__(self) -> None:
         if not self.layers:
@@ -102,17 +103,26 @@ class CachePool:
                 f"{self.latent_dim}, {self.rope_dim}, {self.page_size}, {self.first_layer}"
             )
         head = self.layers[0]
-        if self.row_format is not RowFormat.PLAIN and head.dtype != torch.uint8:
-            raise TransferError(f"a pool of {self.row_format.value} holds bytes (uint8); got {head.dtype}")
-        for index, layer in enumerate(self.layers):
-            width = self.row_format.width(layer.shape[-1], self.rope_dim) if layer.ndim == 2 else -1
-            if (why := self.row_format.objection(width, self.rope_dim)) is not None:
+        if len(self.row_format.layers) != len(self.layers):
+            raise TransferError(
+                f"the pool's encoding is for {len(self.row_format.layers)} layers, and it has {len(self.layers)}"
+            )
+        if self.row_format.encoded and head.dtype != torch.uint8:
+            name = self.row_format.name(head.dtype)
+            raise TransferError(f"a pool of {name} holds bytes (uint8); got {head.dtype}")
+        for index, (layer, rows) in enumerate(zip(self.layers, self.row_format.layers, strict=True)):
+            if (why := rows.objection()) is not None:
                 raise TransferError(f"layer {index} of the pool: {why}")
-            if not 1 <= width <= self.latent_dim or layer.stride(-1) != 1:
+            if (
+                layer.ndim != 2
+                or layer.shape[1] != rows.row_items
+                or not 1 <= rows.width <= self.latent_dim
+                or layer.stride(-1) != 1
+            ):
                 raise TransferError(
-                    f"layer {index} of the pool must be [slots, items], for rope {self.rope_dim} and a width in "
-                    f"1...{self.latent_dim}, with contiguous rows; got "
-                    f"{tuple(layer.shape)}, strides {layer.stride()}"
+                    f"layer {index} of the pool must be [slots, {rows.row_items}], for rope {self.rope_dim} and a "
+                    f"width in 1...{self.latent_dim}, with contiguous rows; got {tuple(layer.shape)}, strides "
+                    f"{layer.stride()}"
                 )
             if (layer.dtype, layer.device, layer.shape[0]) != (head.dtype, head.device, head.shape[0]):
                 raise TransferError(
@@ -121,10 +131,22 @@ class CachePool:
                     f"{head.shape[0]}; layer {index} has {layer.dtype}, {layer.device}, {layer.shape[0]}"
                 )
 
+    @cached_property
+    def row_format(self) -> RowFormat:
+        """The rows of each layer."""
+        if self.encoding is not None:
+            return self.encoding
+        widths = [layer.shape[-1] - self.rope_dim for layer in self.layers]
+        return RowFormat.plain(widths, widths, self.rope_dim)
+
+    def sharing(self, shared: Sequence[int]) -> CachePool:
+        """The same pool, so many of whose columns are those of every latent group."""
+        return replace(self, encoding=self.row_format.sharing(shared))
+
     @property
     def widths(self) -> tuple[int, ...]:
         """Latent values a token, one entry a layer."""
-        return tuple(self.row_format.width(layer.shape[1], self.rope_dim) for layer in self.layers)
+        return self.row_format.widths
 
     @property
     def dtype(self) -> torch.dtype:

@@ -46,14 +46,14 @@ def test_flags(nano_mla: str, nano_artifact: str) -> None:
         "--page-size",
         "16",
         "--speculative-algorithm",
-        "EAGLE",
+        "NGRAM",
     )
     output = start(*decode(nano_mla, nano_artifact, *wrong))
     for words in (
         ("drop --dcp-size", "DCP", "slices"),
         ("drop --enable-hierarchical-cache", "rank 0"),
         ("use --page-size 1",),
-        ("drop --speculative-algorithm", "draft"),
+        ("--speculative-algorithm",),  # beside 0.5.17 for its draft, beside others altogether
     ):
         assert all(word in output for word in words), output[-2000:]
     assert "Traceback" not in output, output[-2000:]
@@ -125,3 +125,14 @@ def test_a_bootstrap_port_that_another_server_has(nano_mla: str) -> None:
 def test_prompts_cut_to_a_length_of_each_servers_own(nano_mla: str) -> None:
     output = start("--role", "prefill", "--model-path", nano_mla, *COMMON, "--allow-auto-truncate")
     assert "drop --allow-auto-truncate" in output and "Traceback" not in output, output[-2000:]
+
+
+def test_models_that_are_not_served_are_refused_by_name(tmp_path: Path, nano_mla: str) -> None:
+    for name, reason in (
+        ("KimiLinearForCausalLM", "linear-attention"),
+        ("SarvamMLAForCausalLM", "class of its own"),
+    ):
+        model = other_model(tmp_path / name, nano_mla, architectures=[name])
+        output = start("--role", "prefill", "--model-path", model, *COMMON)
+        assert f"is a {name}, which sglang_tpla does not serve" in output and reason in output, output[-2000:]
+        assert "Traceback" not in output and "DeepseekV3ForCausalLM" in output, output[-2000:]

@@ -189,11 +189,45 @@ def test_where_a_request_goes_is_checked_on_both_servers(
     assert all(said in a.text for a in answers), [a.text[:300] for a in answers]
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"response_format": True},
+        {"messages": 5},
+        {"messages": [{"role": "user", "content": {"a": 1}}]},
+        {"n": {}},
+    ],
+    ids=repr,
+)
+def test_a_chat_that_cannot_be_read(trio: Any, changes: dict[str, Any]) -> None:
+    answers = ask_both(trio, "/v1/chat/completions", CHAT | place(trio) | changes)
+    assert [a.status_code for a in answers] == [400, 400], [a.text[:300] for a in answers]
+
+
 def test_the_spelling_of_a_host_does_not_matter(trio: Any) -> None:
     expected = plain(trio)
     for host in ("LOCALHOST", "localhost.", "127.0.0.1"):
         answers = ask_both(trio, "/generate", request_body(PROMPT, TOKENS) | place(trio, bootstrap_host=host))
         assert answers[1].json()["output_ids"] == expected, answers[1].text[:300]
+
+
+def test_a_room_with_two_prompts_is_never_answered_from_the_other_ones_cache(trio: Any) -> None:
+    """As long, and in the same room: two clients that chose it, or servers whose tokenizers differ."""
+    body = place(trio)
+    prompts = [list(range(40, 60)), list(range(50, 70))]
+
+    def ask(server: Server, prompt: list[int]) -> httpx.Response:
+        return client.post(
+            server.url + "/generate", json=request_body(prompt, TOKENS) | body, timeout=DEADLINE_S
+        )
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        prefill = pool.submit(ask, trio.prefill, prompts[0])
+        answer = ask(trio.decode, prompts[1])
+        prefill.result()
+    assert answer.status_code == 400, answer.text[:300]
+    assert "prefill computed another prompt" in answer.text and "room of its own" in answer.text
+    wait_idle(trio.prefill, trio.decode)
 
 
 def test_a_bootstrap_server_that_is_not_found_is_named_to_the_client(trio: Any) -> None:

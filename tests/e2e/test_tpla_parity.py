@@ -6,6 +6,7 @@ The servers compute on shards, from caches that crossed the wire; the plain mode
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from tokenizers import Tokenizer
 from sglang_tpla.artifact.artifact import Artifact, build
 from sglang_tpla.measure.decode_error import model_maps
 from sglang_tpla.reference_model.cached_maps import cached_maps
-from sglang_tpla.reference_model.forward import PlainModel
+from sglang_tpla.reference_model.forward import LayerMaps, PlainModel
 from tests.e2e.prompts import short_prompts
 from tests.e2e.servers import Pair, launcher, transfer_lines
 from tests.ports import free_ports
@@ -51,11 +52,21 @@ def assert_answers_follow_the_formula(
     pair: Pair, artifact: Artifact, model_path: str, cache_dtype: str = "exact"
 ) -> None:
     """Every greedy token's logprob, as the server said it, is the plain TPLA model's."""
-    tokenizer = Tokenizer.from_file(f"{model_path}/tokenizer.json")
     model = PlainModel(model_path)
     plain = model_maps(artifact, model)
     maps = cached_maps(plain, cache_dtype, artifact.meta.shared_dims)
-    other = None if cache_dtype == "exact" else plain  # what the servers must not be taken for
+    # One FP8 code on the other side of a rounding boundary moves a log-probability by 2e-3.
+    near = 2e-3 if cache_dtype == "exact" else 4e-3
+    assert_answers_are_the_models(pair, model, maps, None if cache_dtype == "exact" else plain, near)
+
+
+def assert_answers_are_the_models(
+    pair: Pair, model: PlainModel, maps: Sequence[LayerMaps], other: Sequence[LayerMaps] | None, near: float
+) -> None:
+    """Every greedy token's logprob is the plain model's with ``maps``, and the comparison can tell it from ``other``
+    (None: plain MLA), what the servers must not be taken for.
+    """
+    tokenizer = Tokenizer.from_file(f"{model.checkpoint.path}/tokenizer.json")
     differs = 0
     for prompt in short_prompts(8, seed=3):
         ids = tokenizer.encode(prompt).ids
@@ -67,11 +78,9 @@ def assert_answers_follow_the_formula(
             exact = model.forward(tokens[:, :-1], maps=other, prompt_tokens=len(ids)).log_softmax(-1)[0]
         at = torch.arange(len(ids) - 1, tokens.shape[1] - 1)
         expected = sliced[at, tokens[0, at + 1]]
-        # One FP8 code on the other side of a rounding boundary moves a log-probability by 2e-3.
-        near = 2e-3 if cache_dtype == "exact" else 4e-3
         torch.testing.assert_close(torch.tensor([value for value, *_ in said]), expected, rtol=0, atol=near)
         differs += int(((exact[at, tokens[0, at + 1]] - expected).abs() > 1e-2).any())
-    assert differs >= 4  # the comparison can tell TPLA from plain MLA, and FP8 rows from exact ones
+    assert differs >= 4
 
 
 def test_shipped_artifact(trio: Any, nano_mla: str, nano_artifact: str) -> None:

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from sglang_tpla.attention.cache_write import fp8 as fp8_write
-from sglang_tpla.attention.fp8 import reference as fp8_reference
+from sglang_tpla.attention.cache_write import reference
+from sglang_tpla.attention.cache_write.inputs import CacheWrite
+from sglang_tpla.attention.cache_write.write import write
 from sglang_tpla.attention.fp8.decode import Fp8Decode
 from sglang_tpla.attention.interface import AttentionInputError, DecodeShape
 
@@ -84,8 +85,8 @@ def test_written_rows_are_the_twins(
     case, twin = (
         fp8_write_case(tokens, d, w, 64, rotate is not None, torch.bfloat16, 3, "cuda", 16) for _ in "ab"
     )
-    fp8_write.write_latent(*case.arguments(1e-6), shared=shared, neox=rotate == "halves")
-    fp8_reference.write_latent(*twin.arguments(1e-6), shared=shared, neox=rotate == "halves")
+    write(case.write(1e-6, rotate, fp8_shared=shared))
+    reference.write(twin.write(1e-6, rotate, fp8_shared=shared))
     assert same_rows(case, twin, 64) is None
 
 
@@ -96,8 +97,8 @@ def test_given_rows_are_the_twins(dtype: torch.dtype) -> None:
         torch.randn(37, 320, device="cuda").to(dtype),
         torch.randn(37, 64, device="cuda").to(torch.bfloat16),
     )
-    fp8_write.write_rows(z, key, case.slots, case.cache, shared=128)
-    fp8_reference.write_rows(z, key, twin.slots, twin.cache, shared=128)
+    write(CacheWrite(z, key, case.slots, case.cache, fp8_shared=128))
+    reference.write(CacheWrite(z, key, twin.slots, twin.cache, fp8_shared=128))
     assert same_rows(case, twin, 64) is None
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from sglang_tpla.attention import reference
-from sglang_tpla.attention.cache_write.plain import write_latent
+from sglang_tpla.attention.cache_write import reference
+from sglang_tpla.attention.cache_write.write import write
 
 sys.path.insert(0, str(Path(__file__).parent))
 from decode_case import relative_error
@@ -41,8 +41,8 @@ def test_kernel_equals_twin(
             random_write(tokens, d, w, rope, rotate is not None, dtype, tokens, "cuda", heads)
             for _ in range(2)
         )
-        write_latent(*ours.arguments(1e-6), neox=rotate == "halves")
-        reference.write_latent(*twin.arguments(1e-6), neox=rotate == "halves")
+        write(ours.write(1e-6, rotate))
+        reference.write(twin.write(1e-6, rotate))
         assert torch.equal(ours.cache.isnan(), twin.cache.isnan())
         if tokens:
             error = relative_error(ours.cache[ours.slots], twin.cache[ours.slots].float())
@@ -62,24 +62,23 @@ def test_slots_of_pages_and_32_bit_slots(page_size: int) -> None:
     pages = torch.randperm(rows // page_size, device="cuda")[:33]
     pages[0] = rows // page_size - 1
     slots = (pages * page_size + page_size - 1).int()
-    *rest, _, _, query = case.arguments(1e-6)
-    write_latent(*rest, slots, cache, query)
+    write(case.write(1e-6, slots=slots, cache=cache))
     twin = random_write(33, 512, 256, 64, True, torch.bfloat16, page_size, "cuda", 32)
-    reference.write_latent(*twin.arguments(1e-6))
+    reference.write(twin.write(1e-6))
     assert relative_error(cache[slots.long()], twin.cache[twin.slots].float()) <= 1e-3
 
 
 def test_in_a_graph_new_slots_are_followed() -> None:
     case, twin = (random_write(4, 512, 256, 64, True, torch.bfloat16, 3, "cuda") for _ in range(2))
-    write_latent(*case.arguments(1e-6))
+    write(case.write(1e-6))
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        write_latent(*case.arguments(1e-6))
+        write(case.write(1e-6))
     case.cache.fill_(float("nan"))
     for tensor in (case.slots, twin.slots):
         tensor.copy_(torch.tensor([3, 0, 22, 7]))
     graph.replay()
-    reference.write_latent(*twin.arguments(1e-6))
+    reference.write(twin.write(1e-6))
     assert torch.equal(case.cache.isnan(), twin.cache.isnan())
     assert relative_error(case.cache[case.slots], twin.cache[case.slots].float()) <= 1e-3

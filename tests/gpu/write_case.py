@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 
+from sglang_tpla.attention.cache_write.inputs import CacheWrite
 from sglang_tpla.cache_rows.fp8 import row_bytes, slice_width
 
 
 @dataclass(frozen=True)
 class WriteCase:
-    """Arguments of ``write_latent``; the cache holds NaN wherever nothing was written."""
+    """Inputs of a cache write; the cache holds NaN wherever nothing was written."""
 
     latent: torch.Tensor
     k_rope: torch.Tensor
@@ -23,12 +25,10 @@ class WriteCase:
     cache: torch.Tensor
     q_rope: torch.Tensor | None
 
-    def arguments(self, eps: float) -> tuple:
-        """In the order of ``write_latent``."""
-        return (
-            *(self.latent, self.k_rope, self.weight, eps, self.z),
-            *(self.cos_sin, self.positions, self.slots, self.cache, self.q_rope),
-        )
+    def write(self, eps: float, rotate: str | None = None, **changes: Any) -> CacheWrite:
+        """As the kernels and their twin take it; ``rotate`` is "halves", "pairs" or None."""
+        inputs = {field.name: getattr(self, field.name) for field in fields(self)}
+        return CacheWrite(**(inputs | {"eps": eps, "neox": rotate == "halves"} | changes))
 
 
 def random_write(

@@ -18,17 +18,14 @@ def imported() -> None:
         import sglang_tpla.host.requests.admission  # noqa: F401
 
 
-def scheduler(mode: str, pool: int = 1000, reserve: int = 512) -> SimpleNamespace:
+def scheduler(mode: str) -> SimpleNamespace:
     from sglang.srt.disaggregation.utils import DisaggregationMode
 
-    queue = SimpleNamespace(
-        num_reserved_decode_tokens=reserve,
-        token_to_kv_pool_allocator=SimpleNamespace(size=pool),
-        kv_manager=SimpleNamespace(prefill_info_table={"p_1:8998": SimpleNamespace(dp_size=2)}),
-    )
+    table = {"p_1:8998": SimpleNamespace(dp_size=2)}
+    queue = SimpleNamespace(kv_manager=Mock(prefill_info_table=table))
     return SimpleNamespace(
-        disaggregation_mode=DisaggregationMode(mode), disagg_decode_prealloc_queue=queue, output_streamer=Mock(),
-        ipc_channels=Mock(),
+        disaggregation_mode=DisaggregationMode(mode), disagg_decode_prealloc_queue=queue,
+        disagg_prefill_bootstrap_queue=queue, output_streamer=Mock(), ipc_channels=Mock(),
     )  # fmt: skip
 
 
@@ -36,21 +33,8 @@ def request(tokens: int, to_finish: Any = None) -> SimpleNamespace:
     return SimpleNamespace(
         origin_input_ids=[1] * tokens, to_finish=to_finish, finished_reason=None, return_logprob=False, rid="a",
         disagg_prefill_dp_rank=None, bootstrap_host="p_1", bootstrap_port=8998,
+        bootstrap_room=5,
     )  # fmt: skip
-
-
-@pytest.mark.parametrize(("tokens", "queued"), [(488, True), (489, False)])
-def test_a_prompt_that_never_fits_is_refused_with_the_numbers(tokens: int, queued: bool) -> None:
-    from sglang_tpla.host.requests.admission import admit
-
-    decode, req, queue = scheduler("decode"), request(tokens), Mock()
-    admit(queue, decode, req)
-    assert queue.called is queued and decode.output_streamer.stream_output.called is not queued
-    if not queued:
-        said = req.finished_reason
-        assert said.status_code == 400
-        assert "has 489 tokens and this decode server takes 488 at most" in said.message
-        assert "holds 1000 and keeps 512" in said.message
 
 
 @pytest.mark.parametrize(("rank", "queued"), [(1, True), (2, False), (None, True)])
@@ -64,13 +48,14 @@ def test_a_prefill_rank_that_there_is_not(rank: int | None, queued: bool) -> Non
     assert queued or "must lie in 0...1 for the prefill server p_1:8998; got 2" in req.finished_reason.message
 
 
-def test_prefill_and_retracted_requests_are_not_measured_by_decodes_pool() -> None:
+def test_retracted_requests_were_admitted_before() -> None:
+    from sglang.srt.managers.schedule_batch import FINISH_ABORT
+
     from sglang_tpla.host.requests.admission import admit
 
     queue = Mock()
-    admit(queue, scheduler("prefill"), request(900))
-    admit(queue, scheduler("decode"), request(900), is_retracted=True)
-    assert queue.call_count == 2
+    admit(queue, scheduler("decode"), request(9, FINISH_ABORT("gone")), is_retracted=True)
+    assert queue.called
 
 
 @pytest.mark.parametrize("mode", ["prefill", "decode"])
@@ -84,6 +69,8 @@ def test_what_sglang_refuses_gets_no_room(mode: str) -> None:
     admit(queue, server, req)
     assert not queue.called and req.finished_reason.message == "Input length exceeds"
     server.output_streamer.stream_output.assert_called_once_with([req], False)
+    (to, reason), _ = server.disagg_decode_prealloc_queue.kv_manager.decline.call_args
+    assert to is req and reason == f"the {mode} server refused the request: Input length exceeds"
 
 
 def test_an_error_over_one_request_is_that_requests() -> None:

@@ -43,7 +43,7 @@ def test_maps_fold_into_block_fp8_weights(
     attention.kv_b_proj.weight_scale_inv.format_ue8m0 = False
     attention.qk_nope_head_dim, attention.v_head_dim = NOPE, V
     attention.w_kc = attention.w_vc = attention.w_scale = None
-    attention.tpla = (a, b)
+    attention.tpla = SimpleNamespace(key_map=a, value_map=b)
     layer = torch.nn.Module()
     layer.self_attn = attention
     model = torch.nn.Module()

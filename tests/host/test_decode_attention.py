@@ -15,6 +15,7 @@ import torch
 from sglang_tpla.attention.interface import AttentionInputError, PageTable
 from sglang_tpla.attention.reference import ReferenceDecode
 from sglang_tpla.cache_rows.fp8 import row_bytes
+from sglang_tpla.cache_rows.row_format import RowFormat
 from tests.fp8_reference import assert_row, read_row
 
 HEADS, ROPE, CONTEXT, REQUESTS, SLOTS, SCALE = 4, 8, 24, 6, 200, 0.3
@@ -63,8 +64,8 @@ def backend(engine: None, monkeypatch: pytest.MonkeyPatch) -> Any:
         "_kernel",
         lambda self, shape: Twin(shape, self._scale, self._max_batch, self._device),
     )
-    meta = SimpleNamespace(widths=WIDTHS)
-    monkeypatch.setattr(decode_attention, "artifact", lambda: SimpleNamespace(meta=meta))
+    rows = RowFormat.plain(WIDTHS, WIDTHS, ROPE)
+    monkeypatch.setattr(decode_attention, "row_format", lambda *model, fp8: rows)
     torch.manual_seed(5)
     slots = torch.randperm(SLOTS - 1)[: REQUESTS * CONTEXT].view(REQUESTS, CONTEXT).to(torch.int32) + 1
     runner = SimpleNamespace(
@@ -78,7 +79,7 @@ def backend(engine: None, monkeypatch: pytest.MonkeyPatch) -> Any:
         model_config=SimpleNamespace(
             scaling=SCALE,
             num_attention_heads=HEADS,
-            kv_lora_rank=24,
+            hf_text_config=SimpleNamespace(kv_lora_rank=24, num_hidden_layers=2),
             qk_rope_head_dim=ROPE,
             dtype=torch.float32,
         ),
@@ -175,11 +176,15 @@ def test_fp8_rows_are_written_and_read(
 ) -> None:
     from sglang_tpla.host.attention import backend as decode_attention
 
-    meta = SimpleNamespace(widths=FP8_WIDTHS, shared_dims=FP8_SHARED)
-    monkeypatch.setattr(decode_attention, "artifact", lambda: SimpleNamespace(meta=meta))
+    rows = RowFormat.fp8(FP8_WIDTHS, FP8_SHARED, ROPE)
+    monkeypatch.setattr(decode_attention, "row_format", lambda *model, fp8: rows)
     pool = Fp8Pool()
     config = SimpleNamespace(
-        scaling=SCALE, num_attention_heads=HEADS, kv_lora_rank=32, qk_rope_head_dim=ROPE, dtype=torch.float32
+        scaling=SCALE,
+        num_attention_heads=HEADS,
+        hf_text_config=SimpleNamespace(kv_lora_rank=32, num_hidden_layers=2),
+        qk_rope_head_dim=ROPE,
+        dtype=torch.float32,
     )
     runner = SimpleNamespace(
         device="cpu", gpu_id=0, req_to_token_pool=backend.req_to_token_pool, token_to_kv_pool=pool,

@@ -130,6 +130,7 @@ class OneGroup:
 
     def __init__(self, maps) -> None:
         self._maps = maps
+        self.meta = SimpleNamespace(sketched=False)
 
     def maps(self, layer: int, group: int):
         return self._maps[group]
@@ -248,11 +249,11 @@ CASES = [
 def one_write(request, monkeypatch) -> bool:
     """Whether norm, projection and cache write are one step, as on a GPU; the kernel's twin stands for it."""
     if request.param:
-        from sglang_tpla.attention import reference
+        from sglang_tpla.attention.cache_write import reference
         from sglang_tpla.host.model import attention_layer as layer
 
         monkeypatch.setattr(layer, "puts_off", lambda latent: True)
-        monkeypatch.setattr(layer, "write_latent", reference.write_latent)
+        monkeypatch.setattr(layer, "write", reference.write)
     return request.param
 
 

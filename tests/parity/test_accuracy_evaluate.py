@@ -18,6 +18,8 @@ from sglang_tpla.artifact.artifact import Artifact
 from sglang_tpla.evaluate.endpoints import EndpointError, compare_endpoints, partial_kl
 from sglang_tpla.evaluate.generate import generate, long_answers
 from sglang_tpla.evaluate.layers import kl_alone, layer_errors
+from sglang_tpla.evaluate.recall import PLAIN, recall_endpoints
+from sglang_tpla.evaluate.recall_tasks import TaskDocument
 from sglang_tpla.measure.corpus import CorpusError
 from sglang_tpla.measure.decode_error import compare, model_maps
 from sglang_tpla.reference_model.forward import PlainModel
@@ -27,6 +29,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 from accuracy import END, START, write_into  # noqa: E402
 
 NANO = ROOT / "examples" / "nano-mla"
+SKETCHED = ROOT / "examples" / "artifacts" / "nano-mla-g2-sketched.safetensors"
 SHIPPED = ROOT / "examples" / "artifacts" / "nano-mla-g2.safetensors"
 
 
@@ -146,6 +149,8 @@ def test_command_writes_json_and_a_page_with_plots(tmp_path: Path) -> None:
         ([], "--model-path and --artifact"),
         (["--stock-url", "http://127.0.0.1:9"], "both --stock-url and --tpla-url"),
         (["--model-path", NANO, "--artifact", "/nonexistent"], "expected an artifact file"),
+        (["--model-path", NANO, "--artifact", SKETCHED, "--cache-dtype", "fp8"], "leave out --cache-dtype"),
+        (["--stock-url", "http://a", "--tpla-url", "http://b", "--task-tokens", "512"], "give --model-path"),
         (["--stock-url", "http://127.0.0.1:9", "--tpla-url", "http://127.0.0.1:9"], "did not answer"),
     ],
 )
@@ -156,6 +161,38 @@ def test_bad_input_is_one_clear_error(arguments, says: str, tmp_path: Path) -> N
     assert done.returncode == 2
     assert says in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_sketched_rows_beside_the_paper_s_recipe_and_plain_mla(tmp_path: Path) -> None:
+    command = [
+        *(sys.executable, "-m", "sglang_tpla.evaluate", "--model-path", NANO, "--artifact", SKETCHED),
+        *("--tokens", "256", "--long-tokens", "0", "--task-tokens", "512", "--task-documents", "4"),
+        *("--out", tmp_path, "--quiet"),
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, env=environment, timeout=500
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "evaluation.json").read_text())
+    assert found["bytes_per_token"] == 4 * 176 and found["bytes_mla"] == 4 * 320
+    assert found["report"]["kl_mean"] < 0.01 * found["paper"]["kl_mean"]
+    assert len(found["layers"]) == 4 and all(0 < row["output_error"] < 1e-3 for row in found["layers"])
+    methods = {"plain MLA", "the paper's recipe", "the artifact"}
+    assert {row["method"] for row in found["recall"]} == methods
+    assert {row["kind"] for row in found["recall"]} == {"needle", "table", "calls", "many"}
+    assert all(row["kept"] <= row["plain"] <= row["questions"] for row in found["recall"])
+    assert "the paper's recipe" in done.stdout and "512 all" in done.stdout
+
+
+def test_questions_to_live_servers_are_counted_token_by_token() -> None:
+    case = TaskDocument("needle", 512, (5, 6), (((7,), (1, 2)), ((8,), (1, 3))))
+    top = [{1: -0.1}, {2: -0.1}]
+    with _Server([1, 2], top) as stock, _Server([1], top[:1]) as tpla:
+        rows = recall_endpoints({PLAIN: stock.url, "TPLA": tpla.url}, [case])
+    plain, sliced = rows
+    assert (plain.questions, plain.answered, plain.tokens, plain.tokens_right) == (2, 1, 4, 3)
+    assert (sliced.answered, sliced.plain, sliced.kept, sliced.tokens_right) == (0, 1, 0, 2)
 
 
 class _Server:

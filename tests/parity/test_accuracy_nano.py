@@ -9,6 +9,7 @@ import torch
 
 from sglang_tpla.artifact.artifact import Artifact
 from sglang_tpla.calibrate import pipeline as run
+from sglang_tpla.calibrate.sketch_maps import sketched_rows
 from sglang_tpla.measure.decode_error import measure, model_maps
 from sglang_tpla.measure.text import TextPlan, collect_statistics, read_text
 from sglang_tpla.reference_model.forward import PlainModel
@@ -38,6 +39,20 @@ def test_shipped_artifact_is_within_its_bar(model: PlainModel, capsys: pytest.Ca
     assert found[0].tokens >= 8000
     assert kl["shipped"] <= 0.02
     assert kl["shipped"] < 0.2 * kl["pca"] < kl["hadamard"] < kl["identity"]
+
+
+def test_sketched_rows_are_near_exact_at_half_the_bytes(model: PlainModel) -> None:
+    """Two and four groups, and one: plain MLA with an 8-bit cache. Bounds leave room for 4,096 tokens of text."""
+    text = read_text(TextPlan(calibration_tokens=16384, held_out_tokens=4096), model.checkpoint)
+    statistics = collect_statistics(model, text, 0, show_progress=False)
+    spec = model.spec
+    rows = [sketched_rows(128, 32, groups, shared, 4, 16) for groups, shared in ((1, 128), (2, 32), (4, 32))]
+    artifacts = [run.sketched_form(statistics, model.checkpoint, [layer] * spec.layers) for layer in rows]
+    found = measure(model, text.held_out, [model_maps(artifact, model) for artifact in artifacts], 512)
+    assert [layer.row_bytes / 320 for layer in rows] == [0.625, 0.55, 0.5125]
+    for errors, bound in zip(found, (0.0003, 0.0006, 0.0006), strict=True):
+        report = errors.report()
+        assert report.kl_mean < bound and report.top1_agreement > 0.98
 
 
 def test_error_report_is_reproduced(model: PlainModel) -> None:

@@ -21,11 +21,12 @@ ON_THE_CPU = """
 import dataclasses, torch
 import decode_layer, layer_rank
 from sglang_tpla.attention import reference
+from sglang_tpla.attention.cache_write.reference import write
 from sglang_tpla.plan.model import find
 from sglang_tpla.plan.cost import Load, Precision
 
 layer_rank.DEVICE, layer_rank.LAYERS = torch.device("cpu"), 2
-layer_rank.write_latent = reference.write_latent
+layer_rank.write = write
 
 class Buffers(layer_rank.Buffers):
     def backend(self, kernel, shape):

@@ -60,6 +60,13 @@ def test_makes_an_artifact_with_provenance_twice_the_same(tmp_path: Path) -> Non
         (["--transform", "pca", "--shared-dims", "8"], "needs --transform shared"),
         (["--transform", "fourier"], "--transform"),
         (["--corpus", "/nonexistent/text"], "/nonexistent/text"),
+        (["--rows", "sketched", "--transform", "pca"], "--rows sketched takes --transform shared"),
+        (
+            ["--rows", "sketched", "--shared-dims", "33"],
+            "nearest --shared-dims that 2 groups hold are [28, 32, 36]",
+        ),
+        (["--sketch-bits", "5"], "--sketch-bits"),
+        (["--own-bits", "4"], "--own-bits"),
         (["--tokens", "0"], "at least 1"),
         (["--tokens", "1000000000"], "fewer tokens"),
         (["--model-path", "/nonexistent/model"], "config.json"),
@@ -73,7 +80,32 @@ def test_bad_input_is_one_clear_error(arguments: list[str], says: str, tmp_path:
     assert not list(tmp_path.iterdir())
 
 
+def test_rows_are_sketched_unless_another_transform_or_format_is_asked_for(tmp_path: Path) -> None:
+    stats = ("--tokens", "2048", "--held-out-tokens", "0")
+    done = calibrate(
+        *("--model-path", NANO, "--out", tmp_path / "a", "--sketch-bits", "2", "--rope-bits", "8"),
+        *("--save-stats", tmp_path / "stats", *stats),
+    )
+    assert done.returncode == 0, done.stderr
+    assert "132 bytes a token and layer (41.2% of plain MLA's in bf16)" in done.stdout
+    meta = Artifact.load(tmp_path / "a").meta
+    assert (meta.format_version, meta.sketch_bits, meta.rope_bits) == (2, (2,) * 4, 8)
+    again = ("--model-path", NANO, "--from-stats", tmp_path / "stats", "--out")
+    done = calibrate(*again, tmp_path / "b", "--sketch-bits", "2", "--rope-bits", "8")
+    assert done.returncode == 0, done.stderr
+    assert Artifact.load(tmp_path / "b").content_hash == Artifact.load(tmp_path / "a").content_hash
+    for more in (("--rows", "plain"), ("--rows", "fp8"), ("--transform", "pca"), ("--groups", "1")):
+        done = calibrate(*again, tmp_path / "c", *more)
+        assert done.returncode == 0, done.stderr
+        assert Artifact.load(tmp_path / "c").meta.format_version == 1
+
+
 def test_the_shipped_artifact_is_of_the_shipped_model() -> None:
+    sketched = Artifact.load(ROOT / "examples" / "artifacts" / "nano-mla-g2-sketched.safetensors")
+    sketched.check_model(Checkpoint(NANO).config, weights_hash(NANO), 2)
+    assert sketched.meta.error_report is not None
+    assert sketched.meta.error_report.kl_mean <= 0.0005
+    assert sketched.meta.rows(0).row_bytes <= 0.56 * 2 * (128 + 32)
     artifact = Artifact.load(ROOT / "examples" / "artifacts" / "nano-mla-g2.safetensors")
     artifact.check_model(Checkpoint(NANO).config, weights_hash(NANO), 2)
     assert artifact.meta.widths == (80,) * 4

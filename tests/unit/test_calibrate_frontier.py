@@ -13,6 +13,7 @@ import torch
 
 from sglang_tpla.artifact.artifact import Artifact
 from sglang_tpla.calibrate.layout_search import Point, Search, table, widening_walk
+from sglang_tpla.calibrate.sketch_search import SketchedSearch
 from sglang_tpla.calibrate.transforms import TransformError
 from sglang_tpla.config import slice_width
 
@@ -65,6 +66,18 @@ def test_table_leaves_out_what_is_beaten_on_both_counts() -> None:
     assert "70.0%" in text
 
 
+def test_choices_of_sketched_rows_are_what_the_format_holds_in_order_of_size() -> None:
+    for groups in (1, 2, 3, 8):
+        choices = SketchedSearch(rope_bits=8).choices(512, 64, groups)
+        sizes = [rows.row_bytes for rows in choices]
+        assert sizes == sorted(set(sizes))
+        assert {rows.groups for rows in choices} == {groups}
+    bits = {rows.sketch_bits for rows in SketchedSearch().choices(512, 64, 2)}
+    assert bits == {2, 3, 4}
+    (only,) = SketchedSearch(bits=(3,), shared=64).choices(512, 64, 2)
+    assert (only.shared, only.sketch_bits) == (64, 3)
+
+
 def test_command_keeps_the_bound_on_held_out_text(tmp_path: Path) -> None:
     sizes = [*("--tokens", "8192", "--held-out-tokens", "1024"), *("--prompt-tokens", "64")]
     command = [
@@ -77,7 +90,12 @@ def test_command_keeps_the_bound_on_held_out_text(tmp_path: Path) -> None:
         everything = [*map(str, command), *more]
         return subprocess.run(everything, capture_output=True, text=True, env=environment, timeout=500)
 
-    done = calibrate()
+    sketched = calibrate()
+    assert sketched.returncode == 0, sketched.stderr
+    assert "<- chosen" in sketched.stdout and "plain MLA in 8-bit rows" in sketched.stdout
+    meta = Artifact.load(tmp_path / "a").meta
+    assert meta.sketched and meta.error_report is not None and meta.error_report.kl_mean <= 0.02
+    done = calibrate("--rows", "plain")
     assert done.returncode == 0, done.stderr
     assert "<- chosen" in done.stdout
     assert "plain MLA" in done.stdout

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from sglang_tpla.attention.cache_write import fp8 as fp8_write
-from sglang_tpla.attention.fp8 import reference as fp8_reference
+from sglang_tpla.attention.cache_write import reference
+from sglang_tpla.attention.cache_write.inputs import CacheWrite
 from sglang_tpla.attention.fp8.decode import column_blocks
 from sglang_tpla.attention.interface import AttentionInputError, DecodeShape, PageTable
 from sglang_tpla.attention.reference import ReferenceDecode
@@ -27,7 +28,8 @@ import sys, torch
 from decode_case import SCALE, random_case, relative_error
 from write_case import fp8_write_case, same_rows
 from sglang_tpla.attention.cache_write import fp8 as fp8_write
-from sglang_tpla.attention.fp8 import reference as fp8_reference
+from sglang_tpla.attention.cache_write import reference
+from sglang_tpla.attention.cache_write.inputs import CacheWrite
 from sglang_tpla.attention.fp8.decode import Fp8Decode, Tiling
 from sglang_tpla.attention.interface import DecodeShape
 for width, rope, heads, query_len, page, shared, lengths in (
@@ -48,14 +50,14 @@ for tokens in (1, 3, 19):
     for d, w, rope, shared in ((40, 32, 8, 16), (130, 48, 8, 0), (32, None, 16, 32), (70, 64, 16, 20)):
         for rotate in (None, "pairs", "halves"):
             case, twin = (fp8_write_case(tokens, d, w, rope, rotate is not None, torch.float32, 7) for _ in "ab")
-            fp8_write.launch(*case.arguments(1e-5), shared=shared, neox=rotate == "halves")
-            fp8_reference.write_latent(*twin.arguments(1e-5), shared=shared, neox=rotate == "halves")
+            fp8_write.launch(case.write(1e-5, rotate, fp8_shared=shared))
+            reference.write(twin.write(1e-5, rotate, fp8_shared=shared))
             if (wrong := same_rows(case, twin, rope, True)) is not None:
                 sys.exit(f"write of {tokens} x {d} -> {w}, r {shared}, {rotate}: {wrong}")
     z, key = torch.randn(tokens, 48), torch.randn(tokens, 8)
     case, twin = (fp8_write_case(tokens, 48, None, 8, False, torch.float32, 9) for _ in "ab")
-    fp8_write.launch(z, key, None, 0.0, None, None, None, case.slots, case.cache.squeeze(1), shared=16, neox=False)
-    fp8_reference.write_rows(z, key, twin.slots, twin.cache, shared=16)
+    fp8_write.launch(CacheWrite(z, key, case.slots, case.cache, fp8_shared=16))
+    reference.write(CacheWrite(z, key, twin.slots, twin.cache, fp8_shared=16))
     if (wrong := same_rows(case, twin, 8, True)) is not None:
         sys.exit(f"write of {tokens} given rows: {wrong}")
 """
@@ -106,9 +108,7 @@ def test_written_rows_are_quantised_from_the_float32_projection(w: int | None) -
     case = random_write(5, 64, w, 16, rotated=False, dtype=torch.bfloat16, seed=3)
     width = 64 if w is None else w
     cache = torch.full((len(case.cache), 1, row_bytes(width, 16)), 255, dtype=torch.uint8)
-    arguments = [*case.arguments(1e-5)]
-    arguments[8] = cache
-    fp8_reference.write_latent(*arguments, shared=20)
+    reference.write(case.write(1e-5, cache=cache, fp8_shared=20))
     wide = torch.nn.functional.rms_norm(case.latent.float(), (64,), case.weight.float(), 1e-5)
     z = wide.bfloat16().double()
     z = z if case.z is None else z @ case.z.double()
@@ -134,14 +134,14 @@ def test_column_blocks_cover_every_column(shared: int, w: int, blocks: tuple[int
 def test_refusals() -> None:
     cache = torch.zeros(4, 96, dtype=torch.uint8)
     z, key, slots = torch.zeros(2, 48), torch.zeros(2, 16), torch.tensor([0, 1])
-    with pytest.raises(AttentionInputError, match=r"runs on a GPU.*fp8_reference"):
-        fp8_write.write_rows(z, key, slots, cache, shared=16)
+    with pytest.raises(AttentionInputError, match=r"runs on a GPU.*cache_write.reference"):
+        fp8_write.write(CacheWrite(z, key, slots, cache, fp8_shared=16))
     with pytest.raises(
-        AttentionInputError, match=r"cache must be torch.uint8 \[slots, 96\]; got torch.float32"
+        AttentionInputError, match=r"cache must be torch.uint8 \[4, 96\] for 2 tokens; got torch.float32"
     ):
-        fp8_reference.write_rows(z, key, slots, cache.float(), shared=16)
-    with pytest.raises(AttentionInputError, match="z must be"):
-        fp8_reference.write_rows(z, key, slots[:1], cache, shared=16)
+        CacheWrite(z, key, slots, cache.float(), fp8_shared=16)
+    with pytest.raises(AttentionInputError, match="slots must be"):
+        CacheWrite(z, key, slots[:1], cache, fp8_shared=16)
     with pytest.raises(AttentionInputError, match=r"fp8_shared must lie in 0...48; got 49"):
         DecodeShape(48, 2, 16, fp8_shared=49)
     with pytest.raises(

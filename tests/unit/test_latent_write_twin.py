@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from sglang_tpla.attention.cache_write.plain import write_latent as write_on_gpu
+from sglang_tpla.attention.cache_write import plain, reference
 from sglang_tpla.attention.interface import AttentionInputError
-from sglang_tpla.attention.reference import write_latent
 from sglang_tpla.transfer.memory.projection import project_latent
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "gpu"))
@@ -51,7 +50,7 @@ def test_twin(tokens: int, d: int, w: int | None, rope: int, rotate: str | None,
     case = random_write(tokens, d, w, rope, rotate is not None, dtype, seed=tokens + d, heads=3)
     assert case.q_rope is not None
     turned = rotated(case.q_rope, case, rotate == "halves")
-    write_latent(*case.arguments(1e-5), neox=rotate == "halves")
+    reference.write(case.write(1e-5, rotate))
     assert np.linalg.norm(case.q_rope.double().numpy() - turned) <= TOLERANCE[dtype] * np.linalg.norm(turned)
     right = in_complex_numbers(case, 1e-5, rotate == "halves")
     written = case.cache.squeeze(1)[case.slots].double().numpy()
@@ -64,7 +63,7 @@ def test_twin(tokens: int, d: int, w: int | None, rope: int, rotate: str | None,
 def test_rows_are_those_of_a_transfer() -> None:
     """Norm, then `project_latent`, as the sender of a cache does: the same bits."""
     case = random_write(9, 64, 24, 8, rotated=False, dtype=torch.bfloat16, seed=1)
-    write_latent(*case.arguments(1e-6))
+    reference.write(case.write(1e-6))
     assert case.z is not None
     normed = torch.nn.functional.rms_norm(case.latent.float(), (64,), case.weight.float(), 1e-6).bfloat16()
     assert torch.equal(case.cache[case.slots, 0, :24], project_latent(normed, case.z))
@@ -74,8 +73,7 @@ def test_rows_are_those_of_a_transfer() -> None:
 INTERPRETED = """
 import sys, torch
 from write_case import random_write
-from sglang_tpla.attention import reference
-from sglang_tpla.attention.cache_write import plain as latent_write
+from sglang_tpla.attention.cache_write import plain, reference
 for tokens in (1, 3, 19):
     for d, w, rope in ((40, 24, 6), (130, 33, 2), (24, None, 4)):
         for rotate in (None, "pairs", "halves"):
@@ -83,13 +81,13 @@ for tokens in (1, 3, 19):
             cases = [
                 random_write(tokens, d, w, rope, rotate is not None, torch.float32, 5, heads=heads) for _ in range(2)
             ]
-            reference.write_latent(*cases[0].arguments(1e-6), neox=rotate == "halves")
-            *rest, cache, query = cases[1].arguments(1e-6)
-            latent_write.launch(*rest, cache.squeeze(1), query, neox=rotate == "halves")
+            reference.write(cases[0].write(1e-6, rotate))
+            plain.launch(cases[1].write(1e-6, rotate))
             a, b = (torch.nan_to_num(case.cache, nan=-7.0) for case in cases)
             assert torch.allclose(a, b, rtol=1e-5, atol=1e-6), (tokens, d, w, rope, rotate)
             if heads:
-                assert torch.allclose(cases[0].q_rope, query, rtol=1e-5, atol=1e-6), (tokens, heads, rope, rotate)
+                queries = [case.q_rope for case in cases]
+                assert torch.allclose(*queries, rtol=1e-5, atol=1e-6), (tokens, heads, rope, rotate)
 print("right")
 """
 
@@ -110,19 +108,13 @@ def test_kernel_in_tritons_interpreter() -> None:
 
 def test_what_does_not_fit_is_refused() -> None:
     case = random_write(4, 32, 16, 8, rotated=True, dtype=torch.bfloat16, seed=2, heads=3)
-    good = dict(
-        zip(
-            ("latent", "k_rope", "weight", "eps", "z", "cos_sin", "positions", "slots", "cache", "q_rope"),
-            case.arguments(1e-6),
-            strict=True,
-        )
-    )
     for name, value, said in (
         ("latent", case.latent[:, :31], "weight must be"),
         ("latent", case.latent[0], "latent must be"),
         ("k_rope", case.k_rope[:3], "k_rope must be"),
         ("q_rope", case.latent, "q_rope must be"),
         ("weight", case.weight.float(), "weight must be"),
+        ("weight", None, "weight must be given"),
         ("z", case.z.bfloat16() if case.z is not None else None, "z must be"),
         ("z", None, "cache must be"),
         ("cos_sin", None, "come together"),
@@ -132,6 +124,6 @@ def test_what_does_not_fit_is_refused() -> None:
         ("latent", case.latent.T.contiguous().T, "contiguous rows"),
     ):
         with pytest.raises(AttentionInputError, match=said):
-            write_latent(**(good | {name: value}))
+            case.write(1e-6, **{name: value})
     with pytest.raises(AttentionInputError, match="runs on a GPU"):
-        write_on_gpu(**good)
+        plain.write(case.write(1e-6))

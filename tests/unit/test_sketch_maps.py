@@ -21,6 +21,7 @@ from sglang_tpla.measure.statistics import LayerMoments
 from sglang_tpla.reference_model.sketched_layer import SketchedMaps
 from tests.unit.test_artifact import make_meta
 
+ROOT = Path(__file__).resolve().parents[2]
 D, H, N, ROPE = 32, 3, 6, 8
 
 
@@ -162,3 +163,13 @@ def test_contradictions_of_version_2_are_refused() -> None:
     del tensors["layers.0.sketch"]
     with pytest.raises(ArtifactError, match="missing"):
         Artifact(artifact.meta, tensors)
+
+
+def test_the_page_on_artifacts_checks_one(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (ROOT / "docs" / "artifact.md").read_text(encoding="utf-8")
+    program = page.split("```python\n")[1].split("```")[0]
+    monkeypatch.chdir(ROOT)
+    exec(compile(program, "docs/artifact.md", "exec"), {})
+    assert "format 2 nano-mla g = 2" in capsys.readouterr().out

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sglang_tpla.cache_rows.parts import Part
-from sglang_tpla.cache_rows.row_format import RowFormat
+from sglang_tpla.cache_rows.row_format import Fp8Rows, LayerRows, PlainRows
 from sglang_tpla.transfer.chunks import Rectangle, cut
 from sglang_tpla.transfer.memory.projection import Projection, cut_stacks, stack_layers
 from sglang_tpla.transfer.memory.rows import RowReader, RowWriter
@@ -45,27 +45,28 @@ def test_a_row_larger_than_a_chunk_is_an_error() -> None:
 @given(width=st.integers(1, 64), rope=st.integers(0, 16), data=st.data())
 def test_parts_make_up_a_row(width: int, rope: int, data: st.DataObject) -> None:
     shared = data.draw(st.integers(0, width))
-    common, own = (_items(RowFormat.PLAIN, width, shared, rope, part) for part in (Part.COMMON, Part.OWN))
+    rows = PlainRows(width, shared, rope)
+    common, own = (_items(rows, part) for part in (Part.COMMON, Part.OWN))
     assert sorted(common + own) == list(range(width + rope))
-    assert RowFormat.PLAIN.part_items(width, shared, rope, Part.FULL) == width + rope
-    assert RowFormat.PLAIN.part_items(width, shared, rope, Part.COMMON) == shared + rope
+    assert rows.part_items(Part.FULL) == rows.row_items == width + rope
+    assert rows.part_items(Part.COMMON) == shared + rope
 
 
 @given(width=st.integers(1, 8), rope=st.integers(0, 4), data=st.data())
 def test_parts_make_up_an_fp8_row_but_for_its_padding(width: int, rope: int, data: st.DataObject) -> None:
     width, rope = 16 * width, 8 * rope
     shared = data.draw(st.integers(0, width))
-    common, own = (_items(RowFormat.FP8, width, shared, rope, part) for part in (Part.COMMON, Part.OWN))
+    rows = Fp8Rows(width, shared, rope)
+    common, own = (_items(rows, part) for part in (Part.COMMON, Part.OWN))
     scales = width + 2 * rope
     own_scale = range(scales + 4, scales + 8)
     assert sorted(common + own) == [*range(scales + 4), *(own_scale if shared < width else ())]
     assert not set(common) & set(own_scale)
-    assert RowFormat.FP8.part_items(width, shared, rope, Part.FULL) == scales + 16
-    assert RowFormat.FP8.width(scales + 16, rope) == width
+    assert rows.part_items(Part.FULL) == rows.row_items == scales + 16
 
 
-def _items(row_format: RowFormat, width: int, shared: int, rope: int, part: Part) -> list[int]:
-    return [item for a, b in row_format.columns(width, shared, rope, part) for item in range(a, b)]
+def _items(rows: LayerRows, part: Part) -> list[int]:
+    return [item for field in rows.fields(part) for item in range(field.start, field.stop)]
 
 
 @pytest.mark.parametrize("part", list(Part))
@@ -82,13 +83,14 @@ def test_read_then_write_equals_a_loop(dtype: torch.dtype, scattered: bool, part
     pick = np.random.default_rng(4)
     slots = pick.permutation(80)[:tokens] if scattered else np.arange(20, 20 + tokens)
     places = pick.permutation(90)[:tokens] if scattered else np.arange(7, 7 + tokens)
-    writer = RowWriter(target)
-    size = writer.payload_bytes(range(1, 3), tokens, z.shared, part)
+    writer = RowWriter(target.sharing(z.shared))
+    size = writer.payload_bytes(range(1, 3), tokens, part)
     out = np.empty(size, dtype=np.uint8)
     rectangle = Rectangle(1, 2, 0, tokens, size)
     stacks = cut_stacks(stack_layers(z.matrices, z.shared), 1, 2)
-    RowReader(source).read(rectangle, slots, stacks, part, out)
-    writer.write(range(1, 3), places, z.shared, part, memoryview(out))
+    rows = writer.pool.row_format.part(1, 2)
+    RowReader(source).read(rectangle, slots, stacks, part, out, row_format=rows)
+    writer.write(range(1, 3), places, part, memoryview(out))
     filled = {
         Part.FULL: range(width + rope),
         Part.COMMON: [*range(shared), *range(width, width + rope)],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -9,17 +10,20 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from sglang_tpla.cache_rows.row_format import RowFormat
+from sglang_tpla.cache_rows.row_format import Fp8Rows, GroupRows, RowFormat
+from sglang_tpla.cache_rows.sketched import SketchedRows
 from sglang_tpla.config import Settings
 from sglang_tpla.transfer.decode.agent import DecodeAgent
 from sglang_tpla.transfer.memory.projection import Projection
 from sglang_tpla.transfer.prefill.agent import PrefillAgent
 from sglang_tpla.transfer.room import CachePool, MetadataRows, RoomState
+from tests import sketched_reference
 from tests.fp8_reference import assert_row
 from tests.wire.proxy import FaultProxy
 
 LAYERS, LATENT, ROPE, PAGE, PAGES = 3, 64, 16, 4, 96
 ITEM_BYTES = (64, 512)
+ROWS = os.environ.get("TEST_WIRE_ROWS", "plain")  # of decode ranks that are not given any: conftest.py
 SETTINGS = Settings(
     role="prefill",
     chunk_bytes=8 << 10,
@@ -132,6 +136,29 @@ def projection(group: int, width: int = 40, shared: int = 16) -> Projection:
     return Projection(matrices, [shared] * LAYERS)
 
 
+def sketched_projection(
+    group: int, groups: int = 2, shared: int = 16, sketch_bits: Sequence[int] = (4, 4, 2), rope_bits: int = 16
+) -> Projection:
+    """A random projection to sketched rows; groups have the shared and the sketch columns in common."""
+    common, own = (torch.Generator().manual_seed(seed) for seed in (3000, 4000 + group))
+    rows = [
+        SketchedRows.of(LATENT, groups, shared, ROPE, sketch_bits=bits, rope_bits=rope_bits)
+        for bits in sketch_bits
+    ]
+    matrices = [
+        torch.cat(
+            (
+                torch.randn(LATENT, kind.shared, generator=common),
+                torch.randn(LATENT, kind.own, generator=own),
+                torch.randn(LATENT, kind.groups * kind.own, generator=common),
+            ),
+            dim=1,
+        )
+        for kind in rows
+    ]
+    return Projection(matrices, [kind.shared for kind in rows], sketched=RowFormat.sketched(rows, group))
+
+
 def decode_rank(
     z: Projection | None = None,
     dtype: torch.dtype = torch.bfloat16,
@@ -144,16 +171,19 @@ def decode_rank(
     fp8: bool = False,
     **changes: float,
 ) -> DecodeRank:
-    """A decode rank with zeroed rows (plain ones of ``dtype``, or FP8 rows); on this host or on one of another name."""
+    """A decode rank with zeroed rows (plain ones of ``dtype``, FP8 rows, or those of ``z``); on this host or on one of
+    another name.
+    """
+    if z is None and not fp8 and ROWS == "sketched":
+        z = sketched_projection(0)
     widths = z.widths if z is not None else (LATENT,) * LAYERS
-    items, dtype = (2 * ROPE + 16, torch.uint8) if fp8 else (ROPE, dtype)  # beside the slice
-    pool = CachePool(
-        [torch.zeros(PAGES * PAGE, width + items, dtype=dtype, device=device) for width in widths],
-        LATENT,
-        ROPE,
-        page_size,
-        row_format=RowFormat.FP8 if fp8 else RowFormat.PLAIN,
-    )
+    shared = z.shared if z is not None else widths
+    rows = (RowFormat.fp8 if fp8 else RowFormat.plain)(widths, shared, ROPE)
+    if z is not None and z.sketched is not None:
+        rows = z.sketched
+    dtype = rows.item_dtype(dtype)
+    layers = [torch.zeros(PAGES * PAGE, layer.row_items, dtype=dtype, device=device) for layer in rows.layers]
+    pool = CachePool(layers, LATENT, ROPE, page_size, encoding=rows)
     metadata = MetadataRows([np.zeros((8, size_), dtype=np.uint8) for size_ in ITEM_BYTES])
     agent = DecodeAgent(
         pool,
@@ -205,8 +235,13 @@ def check_rows(
     for layer in range(LAYERS):
         rows = prefill.pool.layers[layer].cpu()[torch.from_numpy(from_slots)]
         got = decode.pool.layers[layer].cpu()[torch.from_numpy(to_slots)]
-        if decode.pool.row_format is RowFormat.FP8:
+        kind = decode.pool.row_format.layers[layer]
+        if isinstance(kind, Fp8Rows):
             _check_fp8_rows(rows, got, decode.projection, layer)
+            continue
+        if isinstance(kind, GroupRows):
+            assert decode.projection is not None
+            _check_sketched_rows(rows, got, decode.projection.matrices[layer], kind)
             continue
         if decode.projection is None:
             assert torch.equal(rows.view(torch.uint8), got.view(torch.uint8)), f"layer {layer} differs"
@@ -226,3 +261,16 @@ def _check_fp8_rows(rows: torch.Tensor, got: torch.Tensor, z: Projection | None,
     shared = LATENT if z is None else z.shared[layer]
     for token in range(0, len(rows), 7):
         assert_row(bytes(got[token].tolist()), kept[token].numpy(), key[token].numpy(), shared)
+
+
+def _check_sketched_rows(rows: torch.Tensor, got: torch.Tensor, z: torch.Tensor, kind: GroupRows) -> None:
+    """Prefill's ``rows`` against the sketched rows that arrived, of every seventh token."""
+    columns = rows[:, :LATENT].double() @ z.double()
+    key = rows[:, LATENT:].bfloat16() if kind.rows.rope_bits == 16 else rows[:, LATENT:]
+    for token in range(0, len(rows), 7):
+        row = bytes(got[token].tolist())
+        if not kind.rows.own:  # an own part that there is none of brings no scale
+            row = row[:-6] + b"\x80\x3f" + row[-4:]
+        sketched_reference.assert_row(
+            row, kind.rows, kind.group, columns[token].numpy(), key[token].double().numpy()
+        )

@@ -17,6 +17,8 @@ from sglang_tpla.transfer.prefill import sender as dispatch
 from sglang_tpla.transfer.room import RoomState, TransferError
 from tests.wire import rig, simulated_ranks
 
+pytestmark = pytest.mark.usefixtures("rows_kind")  # each test with plain and with sketched rows
+
 
 @pytest.fixture(params=[None, "far"], ids=["near", "far"])
 def pair(request):
@@ -65,7 +67,9 @@ def test_no_write_after_an_abort_with_several_threads(checkers: int, monkeypatch
         assert abort_at_random_moments(prefill, decode, times=100) > 10
     assert bool(checked) == bool(checkers)
     assert not any(
-        thread.is_alive() for side in (prefill, decode) for thread in simulated_ranks.threads(side.agent)._checkers
+        thread.is_alive()
+        for side in (prefill, decode)
+        for thread in simulated_ranks.threads(side.agent)._checkers
     )
 
 

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from sglang_tpla.cache_rows.row_format import RowFormat
+from sglang_tpla.cache_rows.parts import Part
+from sglang_tpla.cache_rows.row_format import Fp8Rows
 from sglang_tpla.transfer import workers
 from sglang_tpla.transfer.memory.projection import Projection
 from sglang_tpla.transfer.room import RoomState
@@ -50,11 +51,7 @@ def transfer(
         for prefill in prefills:
             prefill.agent.open_room(1)
         for index, (decode, target) in enumerate(zip(decodes, targets, strict=True)):
-            for layer in decode.pool.layers:
-                layer.view(torch.uint8).fill_(POISON)
-                if decode.pool.row_format is RowFormat.FP8:
-                    # what no part carries: the scale of own columns where there are none (1), and eight zeros
-                    layer[:, -12:] = torch.tensor([0, 0, 0x80, 0x3F] + [0] * 8, dtype=torch.uint8)
+            poison(decode)
             decode.metadata.write(3, bytes([POISON]) * decode.metadata.row_bytes)
             wanted = range(len(prefills)) if asked is None else asked[index]
             peers = [(*p.agent.address, number not in wanted) for number, p in enumerate(prefills)]
@@ -74,8 +71,22 @@ def transfer(
             written = torch.zeros(rig.PAGES * rig.PAGE, dtype=torch.bool)
             written[torch.from_numpy(decode.pool.slots(target, tokens))] = True
             for layer in decode.pool.layers:
-                rest = layer[~written].view(torch.uint8)
-                assert (rest[:, : -12 if decode.pool.row_format is RowFormat.FP8 else None] == POISON).all()
+                assert (layer[~written].view(torch.uint8)[:, 0] == POISON).all()
+
+
+def poison(decode: rig.DecodeRank) -> None:
+    """Fill a pool with what is no number, but for the constants of a row that neither part carries."""
+    for layer, rows in zip(decode.pool.layers, decode.pool.row_format.layers, strict=True):
+        layer.view(torch.uint8).fill_(POISON)
+        if rows.encoded:
+            constant = torch.ones(rows.row_items, dtype=torch.bool)
+            for field in (*rows.fields(Part.COMMON), *rows.fields(Part.OWN)):
+                constant[field.start : field.stop] = False
+            layer[:, constant] = 0
+        if isinstance(rows, Fp8Rows) and rows.shared == rows.width:
+            layer[:, -12:-8] = torch.tensor(
+                [0, 0, 0x80, 0x3F], dtype=torch.uint8
+            )  # the scale of no columns is 1
 
 
 def two(**changes: Any) -> list[rig.PrefillRank]:
@@ -138,6 +149,17 @@ def test_decode_ranks_that_ask_for_unequal_shares(host: str | None, asked: Seque
 def test_widths_that_differ_by_layer(fp8: bool, widths: Sequence[int], host: str | None) -> None:
     """Also layers that have shared columns alone."""
     transfer(two(chunk_bytes=4096), groups(widths=widths, fp8=fp8, host=host))
+
+
+@pytest.mark.parametrize("host", [None, "far", ""])
+@pytest.mark.parametrize("decode_refused", [False, True])
+def test_sketched_rows(decode_refused: bool, host: str | None) -> None:
+    """Of several widths of their sketches; the sketch of all groups is in the common part."""
+    decodes = []
+    for group in range(2):
+        with refused() if decode_refused and group else contextlib.nullcontext():
+            decodes.append(rig.decode_rank(rig.sketched_projection(group), rank=group, size=2, host=host))
+    transfer(two(chunk_bytes=4096), decodes, ((7,), (8,)))
 
 
 @pytest.mark.parametrize("tokens", [PAGES * rig.PAGE - 1, PAGES * rig.PAGE - 3])

@@ -21,6 +21,9 @@ from sglang_tpla.transfer.prefill import sender as dispatch
 from sglang_tpla.transfer.room import RoomState
 from tests.wire import rig
 
+pytestmark = pytest.mark.usefixtures("rows_kind")  # each test with plain and with sketched rows
+
+
 ROOT = Path(__file__).resolve().parents[2]
 
 

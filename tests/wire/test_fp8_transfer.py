@@ -79,6 +79,8 @@ def test_pools_that_hold_no_fp8_rows() -> None:
     from sglang_tpla.cache_rows.row_format import RowFormat
 
     with pytest.raises(TransferError, match="holds bytes"):
-        CachePool([torch.zeros(4, 96)], 64, 16, 1, row_format=RowFormat.FP8)
+        CachePool([torch.zeros(4, 96)], 64, 16, 1, encoding=RowFormat.fp8([48], [48], 16))
     with pytest.raises(TransferError, match="multiple of 16 values, got width 40"):
-        CachePool([torch.zeros(4, 40 + 48, dtype=torch.uint8)], 64, 16, 1, row_format=RowFormat.FP8)
+        CachePool(
+            [torch.zeros(4, 40 + 48, dtype=torch.uint8)], 64, 16, 1, encoding=RowFormat.fp8([40], [40], 16)
+        )

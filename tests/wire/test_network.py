@@ -14,6 +14,9 @@ from sglang_tpla.transfer.room import RoomState
 from tests.wire import rig
 from tests.wire.proxy import FaultProxy, Spoiler
 
+pytestmark = pytest.mark.usefixtures("rows_kind")  # each test with plain and with sketched rows
+
+
 PAGES = 90  # 29 KiB a layer: a dozen chunks
 
 

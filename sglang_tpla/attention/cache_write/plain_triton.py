@@ -12,7 +12,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from sglang_tpla.attention.cache_write.inputs import CacheWrite
+
 ROTATE_NOT, ROTATE_PAIRS, ROTATE_HALVES = 0, 1, 2
+
+
+def rotation(new: CacheWrite) -> int:
+    """How keys and queries are to be rotated."""
+    if new.cos_sin is None:
+        return ROTATE_NOT
+    return ROTATE_HALVES if new.neox else ROTATE_PAIRS
 
 
 @triton.jit

@@ -3,9 +3,9 @@
 It serves the decode steps of a decode server, with CUDA graphs: page table and lengths are refilled in fixed buffers
 and planned on the device before each step, for every kind among the layers; nothing is read back. Speculating servers
 verify a chain of guesses as so many query tokens a request, and their draft layer runs here as well. Plain rows are
-read by the kernel for Hopper; FP8 rows (``--kv-cache-dtype fp8_e4m3``) are written and read here by the FP8 kernels,
-on a CPU by their twins. A decode server computes no prompts, so there is no other extend. Answers to
-``AttentionBackend`` in ``sglang/srt/layers/attention/base_attn_backend.py``.
+read by the kernel for Hopper, FP8 rows (``--kv-cache-dtype fp8_e4m3``) and sketched ones by kernels of their own, on a
+CPU by the twin. A decode server computes no prompts, so there is no other extend. Answers to ``AttentionBackend`` in
+``sglang/srt/layers/attention/base_attn_backend.py``.
 """
 
 from __future__ import annotations
@@ -17,14 +17,15 @@ import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.runtime_context import get_parallel
 
-from sglang_tpla.attention.cache_write import fp8 as fp8_write
-from sglang_tpla.attention.fp8 import reference as fp8_reference
+from sglang_tpla.attention.cache_write.inputs import CacheWrite
+from sglang_tpla.attention.cache_write.write import write
 from sglang_tpla.attention.hopper.decode import HopperDecode
 from sglang_tpla.attention.interface import AttentionInputError, DecodeAttention, DecodeShape, PageTable
 from sglang_tpla.attention.reference import ReferenceDecode
 from sglang_tpla.cache_rows.fp8 import FP8
+from sglang_tpla.cache_rows.row_format import RowFormat
 from sglang_tpla.host import compat
-from sglang_tpla.host.process import artifact
+from sglang_tpla.host.model.rows import row_format
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class TplaDecodeBackend(AttentionBackend):
         self._heads: int = config.num_attention_heads // get_parallel().attn_tp_size
         self._rope_dim: int = config.qk_rope_head_dim
         self._dtype: torch.dtype = config.dtype
-        self._shapes = self._layer_shapes(config.kv_lora_rank, runner.kv_cache_dtype == FP8)
+        self._shapes = self._layer_shapes(config, runner.kv_cache_dtype == FP8)
         slots = self.req_to_token_pool.req_to_token  # [requests, max_context] int32
         # Checks once what a step relies on: contiguous int32, positions that fit 32 bits.
         self._table = PageTable.from_req_to_token(
@@ -92,28 +93,21 @@ class TplaDecodeBackend(AttentionBackend):
         """
         return compat.reads_until_replay_ends()
 
-    def _layer_shapes(self, latent_dim: int, fp8: bool) -> list[DecodeShape]:
-        """One shape a layer; one for all where there is no artifact, and for a draft model, which keeps the latent."""
-        loaded = None if self._is_draft else artifact()
-        fp8 = fp8 and not self._is_draft
-        widths = loaded.meta.widths if loaded else (latent_dim,)
-        shared = loaded.meta.shared_dims if loaded and fp8 else widths
-        return [
-            DecodeShape(
-                width,
-                self._heads,
-                rope_dim=self._rope_dim,
-                query_len=self._queries.per_request,
-                dtype=self._dtype,
-                fp8_shared=r if fp8 else None,
-            )
-            for width, r in zip(widths, shared, strict=True)
-        ]
+    def _layer_shapes(self, config: Any, fp8: bool) -> list[DecodeShape]:
+        """One shape a layer; a draft model keeps the whole latent."""
+        text = config.hf_text_config
+        model = text.kv_lora_rank, self._rope_dim
+        if self._is_draft:
+            rows = RowFormat.plain(model[:1], model[:1], self._rope_dim)
+        else:
+            rows = row_format(*model, text.num_hidden_layers, fp8=fp8)
+        others = {"query_len": self._queries.per_request, "dtype": self._dtype}
+        return [DecodeShape.of_rows(layer, self._heads, **others) for layer in rows.layers]
 
     def _kernel(self, shape: DecodeShape) -> DecodeAttention:
         if self._device.type != "cuda":
             return ReferenceDecode(shape, self._scale)
-        if shape.fp8_shared is None:
+        if shape.kind != "fp8":
             return HopperDecode(shape, self._scale, self._max_batch, self._device)
         from sglang_tpla.attention.fp8.decode import Fp8Decode
 
@@ -198,16 +192,16 @@ class TplaDecodeBackend(AttentionBackend):
         **kwargs: Any,
     ) -> torch.Tensor:
         """Write the new tokens' rows, attend over the planned step; ``[tokens, h * w]``."""
-        width, rope = layer.v_head_dim, layer.head_dim - layer.v_head_dim
         shape = self._shapes[layer.layer_id if len(self._shapes) > 1 else 0]
+        width, rope = shape.query_dim, shape.rope_dim
         cache = self.token_to_kv_pool.get_key_buffer(layer.layer_id)
-        if shape.fp8_shared is not None:
+        if shape.kind != "plain":
             cache = cache.view(torch.uint8)
         if k is not None and save_kv_cache:
             self._write(layer, shape, cache, forward_batch.out_cache_loc, k, v, k_rope)
         if q_rope is None:
             q, q_rope = q.view(-1, layer.tp_q_head_num, layer.head_dim).split((width, rope), dim=-1)
-        out = q.new_empty(q.shape[0], layer.tp_q_head_num, width)
+        out = q.new_empty(q.shape[0], layer.tp_q_head_num, shape.latent_dim)
         self._kernels[shape].run(
             q.view(-1, layer.tp_q_head_num, width), q_rope.view(-1, layer.tp_q_head_num, rope), cache, out
         )
@@ -223,7 +217,7 @@ class TplaDecodeBackend(AttentionBackend):
         v: torch.Tensor | None,
         k_rope: torch.Tensor | None,
     ) -> None:
-        """Rows of the new tokens; FP8 rows are quantised here."""
+        """Rows of the new tokens; FP8 rows are quantised here, sketched ones were written by the layer."""
         if shape.fp8_shared is None and k_rope is not None:
             self.token_to_kv_pool.set_mla_kv_buffer(layer, place, k, k_rope)
         elif shape.fp8_shared is None:
@@ -232,8 +226,7 @@ class TplaDecodeBackend(AttentionBackend):
             if k_rope is None:
                 k, k_rope = k.split((shape.latent_dim, shape.rope_dim), dim=-1)
             k, k_rope = k.reshape(-1, shape.latent_dim), k_rope.reshape(-1, shape.rope_dim)
-            kernels = fp8_write if cache.is_cuda else fp8_reference
-            kernels.write_rows(k, k_rope, place, cache, shared=shape.fp8_shared)
+            write(CacheWrite(k, k_rope, place, cache, fp8_shared=shape.fp8_shared))
 
     def forward_extend(
         self,

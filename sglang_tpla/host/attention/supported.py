@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from sglang_tpla.attention.backends import BACKENDS, BackendRefusal, Capability
+from sglang_tpla.attention.backends import BACKENDS, BackendRefusal, Capability, rows_of
 from sglang_tpla.attention.interface import DecodeShape
 
 OURS = "tpla"
@@ -41,11 +41,13 @@ def engine_objection(name: str, shape: DecodeShape, capability: Capability) -> s
         capability: CUDA compute capability, None on a CPU.
     """
     kernels = {backend.name: backend for backend in BACKENDS}
-    if shape.fp8_shared is not None:
+    if shape.kind != "plain":
         if name != OURS:
-            return "it does not read the FP8 rows of --kv-cache-dtype fp8_e4m3"
-        fp8_kernel = kernels["fp8_reference" if capability is None else "fp8_triton"]
-        return fp8_kernel.objection(replace(shape, page_size=1), capability)
+            asked = {"fp8": "--kv-cache-dtype fp8_e4m3", "sketched": "--tpla-rows sketched"}[shape.kind]
+            return f"it does not read the rows of {asked}"
+        readers = [backend for backend in BACKENDS if backend.rows == rows_of(shape)]
+        objections = [backend.objection(replace(shape, page_size=1), capability) for backend in readers]
+        return None if None in objections else objections[0]
     if name == "torch_native":
         return None
     if name == "triton":
@@ -106,5 +108,5 @@ def preferred_backend(shapes: Sequence[DecodeShape], capability: Capability, sto
     for name in (stock, OURS, "triton"):
         if all(engine_objection(name, shape, capability) is None for shape in shapes):
             return name
-    # plain PyTorch takes every width of plain rows; FP8 rows are ours, and what is wrong with them is said at start
-    return "torch_native" if all(shape.fp8_shared is None for shape in shapes) else OURS
+    # plain PyTorch takes every width of plain rows; others are ours, and what is wrong with them is said at start
+    return "torch_native" if all(shape.kind == "plain" for shape in shapes) else OURS

@@ -31,7 +31,7 @@ class CpuReferencePlatform(SRTPlatform):
 
         # SGLang has chosen intel_amx for "cpu" by now, whose kernels need AMX.
         if server_args.attention_backend in (None, "intel_amx"):
-            # FP8 rows and several query tokens a request are known to our own twin alone.
+            # Rows in bytes and several query tokens a request are known to our own twin alone.
             ours = server_args.kv_cache_dtype == FP8_CACHE or server_args.speculative_algorithm is not None
             server_args.attention_backend = OURS if ours and serves_decode() else "torch_native"
         server_args.sampling_backend = "pytorch"

@@ -78,6 +78,94 @@ def accept_chain(
     return predicts, accept_index, accept_token_num
 
 
+def sample_chain(
+    predicts: torch.Tensor,
+    accept_index: torch.Tensor,
+    accept_token_num: torch.Tensor,
+    candidates: torch.Tensor,  # [requests, tokens]
+    probabilities: torch.Tensor,  # [requests, tokens, vocabulary]: the target's, after each token
+    coins: torch.Tensor,  # [requests, tokens] in [0, 1): one a guess
+    last_coins: torch.Tensor,  # [requests] in [0, 1)
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Accept each guess with the target's own probability of it; at the first refusal, sample from all other tokens.
+
+    So every token has the target's distribution, whatever was guessed.
+    """
+    requests, tokens = candidates.shape
+    guesses = candidates[:, 1:, None].long()
+    likely = probabilities[:, :-1].gather(2, guesses)[..., 0]  # [requests, guesses]
+    accepted = (coins[:, : tokens - 1] < likely).int().cumprod(dim=1).sum(dim=1)
+    rest = probabilities[torch.arange(requests), accepted].clone()  # [requests, vocabulary]
+    refused = accepted < tokens - 1
+    rest[refused, guesses[refused, accepted[refused], 0]] = 0
+    cumulated = rest.cumsum(dim=-1)
+    drawn = (cumulated <= last_coins[:, None] * cumulated[:, -1:]).sum(dim=-1).clamp_(max=rest.shape[1] - 1)
+    said = torch.cat((candidates[:, 1:], candidates[:, :1]), dim=1).clone()
+    said[torch.arange(requests), accepted] = drawn.to(said.dtype)
+    return accept_chain(predicts, accept_index, accept_token_num, said, accepted)
+
+
+def sample_or_verify(
+    original: Callable[..., Any], verify_input: Any, batch: Any, logits_output: Any, grammar_mask: Any = None
+) -> Any:
+    """Around ``eagle_sample``: requests that sample, which SGLang verifies with a GPU's kernels.
+
+    Raises:
+        NotImplementedError: a grammar or a penalty beside sampling, which the reference platform does not do.
+    """
+    info = batch.sampling_info
+    if batch.forward_mode.is_idle() or info.is_all_greedy:
+        return original(verify_input, batch, logits_output, grammar_mask)
+    drafts = verify_input.draft_token_num
+    logits = logits_output.next_token_logits.float()
+    for extra in (info.acc_additive_penalties, info.logit_bias):
+        if extra is not None:
+            logits = logits + extra.repeat_interleave(drafts, dim=0)
+    if grammar_mask is not None or info.acc_scaling_penalties is not None:
+        raise NotImplementedError(
+            "the CPU reference platform samples guesses without grammars and repetition penalties; ask greedily"
+        )
+    probabilities = limited(
+        (logits / info.temperatures.repeat_interleave(drafts, dim=0)).softmax(-1),
+        info.top_ks.repeat_interleave(drafts, dim=0) if info.need_top_k_sampling else None,
+        info.top_ps.repeat_interleave(drafts, dim=0) if info.need_top_p_sampling else None,
+    )
+    requests = len(batch.seq_lens)
+    predicts = torch.zeros(requests * drafts, dtype=torch.int32)
+    index = torch.full((requests, verify_input.max_tree_depth), -1, dtype=torch.int32)
+    count = torch.empty(requests, dtype=torch.int32)
+    candidates = verify_input.draft_token.view(requests, drafts)
+    sample_chain(
+        predicts,
+        index,
+        count,
+        candidates,
+        probabilities.view(requests, drafts, -1),
+        torch.rand(requests, drafts),
+        torch.rand(requests),
+    )
+    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        for shared in (predicts, index, count):  # every rank draws; all take what the first one drew
+            torch.distributed.broadcast(shared, src=0)
+    return predicts, count + 1, index
+
+
+def limited(
+    probabilities: torch.Tensor,  # [rows, vocabulary]
+    top_ks: torch.Tensor | None,  # [rows]
+    top_ps: torch.Tensor | None,  # [rows]
+) -> torch.Tensor:
+    """The likeliest tokens alone: ``top_k`` of them, or as many as hold ``top_p`` of the probability."""
+    ordered, places = probabilities.sort(dim=-1, descending=True)
+    if top_ks is not None:
+        ordered[torch.arange(ordered.shape[1]) >= top_ks[:, None]] = 0
+    if top_ps is not None:
+        before = ordered.cumsum(-1) - ordered
+        ordered[before > top_ps[:, None] * ordered.sum(-1, keepdim=True)] = 0
+    kept = torch.zeros_like(probabilities).scatter_(-1, places, ordered)
+    return kept / kept.sum(-1, keepdim=True)
+
+
 def last_accepted(
     original: Callable[..., None],
     accept_tokens: torch.Tensor,

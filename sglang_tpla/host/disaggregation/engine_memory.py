@@ -1,8 +1,8 @@
 """Tensors over the engine's memory, from the pointers that ``KVArgs`` hands to a transfer backend.
 
 ``kv_data_ptrs`` has one pointer a layer to ``[slots, 1, w + rope]`` (``MLATokenToKVPool`` in
-``sglang/srt/mem_cache/memory_pool.py``) or to FP8 rows (``pool.py``), ``aux_data_ptrs`` one a metadata buffer to
-``[rows, ...]``.
+``sglang/srt/mem_cache/memory_pool.py``) or to rows in bytes (``kv_pool.py``), ``aux_data_ptrs`` one a metadata
+buffer to ``[rows, ...]``.
 """
 
 from __future__ import annotations
@@ -60,8 +60,11 @@ def cache_dtype(kv_args: Any, server_args: Any) -> torch.dtype:
     return CACHE_DTYPES[name]
 
 
-def cache_pool(kv_args: Any, server_args: Any) -> CachePool:
+def cache_pool(kv_args: Any, server_args: Any, rows: RowFormat | None = None) -> CachePool:
     """The rank's latent pool as one ``[slots, items]`` tensor a layer.
+
+    Args:
+        rows: of each layer; None are plain ones.
 
     Raises:
         ConfigError: the pool is no latent pool, or carries state that is not transferred.
@@ -71,9 +74,9 @@ def cache_pool(kv_args: Any, server_args: Any) -> CachePool:
             f"the engine's cache also holds {[str(state) for state in kv_args.state_types]}, which sglang_tpla does "
             "not transfer; serve this model with another transfer backend"
         )
-    dtype, row_format = cache_dtype(kv_args, server_args), RowFormat.PLAIN
-    if dtype == FP8:  # on decode servers, the only ones that may have it (refusals.py)
-        dtype, row_format = torch.uint8, RowFormat.FP8
+    dtype = cache_dtype(kv_args, server_args)
+    if rows is not None and rows.encoded:
+        dtype = torch.uint8
     device = (
         torch.device("cuda", kv_args.gpu_id)
         if compat.resolved(server_args).device == "cuda"
@@ -86,16 +89,15 @@ def cache_pool(kv_args: Any, server_args: Any) -> CachePool:
         )
     ]
     text = compat.model_config(server_args).hf_text_config
-    return CachePool(
-        layers, text.kv_lora_rank, text.qk_rope_head_dim, kv_args.page_size, row_format=row_format
-    )
+    return CachePool(layers, text.kv_lora_rank, text.qk_rope_head_dim, kv_args.page_size, encoding=rows)
 
 
 def prompt_limits(kv_args: Any, server_args: Any) -> Limits:
     """How long a prompt the scheduler of this rank takes (``get_worker_info`` in ``managers/tp_worker.py``; on decode
     also ``_check_if_req_exceed_kv_capacity`` with what a request must find free beside its prompt).
     """
-    if server_args.allow_auto_truncate:
+    args = compat.resolved(server_args)
+    if args.allow_auto_truncate:
         return NO_LIMITS
     page = kv_args.page_size
     pool_tokens = (
@@ -106,9 +108,9 @@ def prompt_limits(kv_args: Any, server_args: Any) -> Limits:
         - page
     )  # the first page is nobody's
     longest = pool_tokens - 1 - RESERVED_INPUT_TOKENS - 1
-    if server_args.disaggregation_mode == "decode":
-        longest = min(longest, pool_tokens - server_args.num_reserved_decode_tokens)
-    context_tokens = server_args.get_model_config().context_len - 1 - RESERVED_INPUT_TOKENS - 1
+    if args.disaggregation_mode == "decode":
+        longest = min(longest, pool_tokens - args.num_reserved_decode_tokens)
+    context_tokens = compat.model_config(server_args).context_len - 1 - RESERVED_INPUT_TOKENS - 1
     return Limits(max(1, context_tokens), max(1, longest))
 
 

@@ -27,8 +27,15 @@ from sglang.srt.disaggregation.common.conn import (
 from sglang.srt.disaggregation.utils import DisaggregationMode
 from sglang.srt.utils.network import NetworkAddress
 
+from sglang_tpla.cache_rows.fp8 import FP8
+from sglang_tpla.host import compat
 from sglang_tpla.host.disaggregation.bootstrap_server import registration
-from sglang_tpla.host.disaggregation.engine_memory import cache_pool, metadata_rows, prompt_limits
+from sglang_tpla.host.disaggregation.engine_memory import (
+    cache_dtype,
+    cache_pool,
+    metadata_rows,
+    prompt_limits,
+)
 from sglang_tpla.host.disaggregation.prefill_lookup import (
     Lookups,
     Place,
@@ -36,6 +43,7 @@ from sglang_tpla.host.disaggregation.prefill_lookup import (
     require_resolvable,
     why_unanswered,
 )
+from sglang_tpla.host.model.rows import projections, row_format, sketched
 from sglang_tpla.host.process import current_slice, model_identity, settings
 from sglang_tpla.transfer.decode.agent import DecodeAgent
 from sglang_tpla.transfer.memory.projection import Projection
@@ -123,15 +131,23 @@ class TplaKVManager(CommonKVManager):
 
     def _decode_agent(self) -> DecodeAgent:
         part = current_slice(self.server_args, self.attn_tp_rank, self.attn_tp_size)
+        text = compat.model_config(self.server_args).hf_text_config
+        model = text.kv_lora_rank, text.qk_rope_head_dim
+        layers = text.num_hidden_layers
+        rows = row_format(
+            *model,
+            layers,
+            fp8=cache_dtype(self.kv_args, self.server_args) == FP8,
+            group=part.group if part is not None else 0,
+        )
+        rows = rows.with_whole_latents(len(self.kv_args.kv_data_ptrs) - layers, *model)
         projection = None
-        pool = cache_pool(self.kv_args, self.server_args)
+        pool = cache_pool(self.kv_args, self.server_args, rows)
         if part is not None:
-            meta = part.artifact.meta
-            matrices = [part.artifact.maps(layer, part.group)[0] for layer in range(meta.num_layers)]
             # Behind the target's layers come those of a draft model, which every rank keeps whole.
-            drafts = len(pool.layers) - meta.num_layers
-            whole = [torch.eye(pool.latent_dim)] * drafts
-            projection = Projection(matrices + whole, (*meta.shared_dims, *(pool.latent_dim,) * drafts))
+            drafts = len(pool.layers) - layers
+            matrices = [*projections(part, layers, *model), *[torch.eye(pool.latent_dim)] * drafts]
+            projection = Projection(matrices, rows.shared, sketched=rows if sketched() else None)
         agent = DecodeAgent(
             pool,
             metadata_rows(self.kv_args),

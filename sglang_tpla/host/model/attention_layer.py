@@ -6,8 +6,9 @@ Rank t keeps group ``t % g``'s slice of the latent and computes the heads of sha
 
 The all-reduce after the attention block, which SGLang does anyway, adds the o_i over groups and head shards. A_i and
 B_i are folded into the absorbed weights (``w_kc`` [h, qk_nope, d] -> [h, qk_nope, w], ``w_vc`` [h, d, v] -> [h, w, v]),
-so the layer runs SGLang's own absorbed path with w in the place of d. With ``--tpla-o-proj scatter`` the p_i z_i B_i
-W_UV are summed over groups before W_O (`head_sum`). Answers to ``DeepseekV2AttentionMLA`` in
+so the layer runs SGLang's own absorbed path with w in the place of d. Sketched rows add the sketch's columns to
+``w_kc`` alone. With ``--tpla-o-proj scatter`` the p_i z_i B_i W_UV are summed over groups before W_O
+(`head_reduce_scatter`). Answers to ``DeepseekV2AttentionMLA`` in
 ``sglang/srt/models/deepseek_v2.py``.
 """
 
@@ -27,13 +28,14 @@ from sglang.srt.runtime_context import get_parallel
 from torch import nn
 
 from sglang_tpla.artifact.fold import fold_key_map, fold_value_map
-from sglang_tpla.attention.cache_write import fp8 as fp8_write
-from sglang_tpla.attention.cache_write.plain import write_latent
+from sglang_tpla.attention.cache_write.inputs import CacheWrite
+from sglang_tpla.attention.cache_write.write import write
 from sglang_tpla.host.attention.supported import OURS
 from sglang_tpla.host.compat import attention_rank, attention_share
 from sglang_tpla.host.disaggregation.engine_memory import FP8_CACHE
 from sglang_tpla.host.model.draft_model import building_draft
 from sglang_tpla.host.model.head_reduce_scatter import head_shard_ranks, sum_over_groups
+from sglang_tpla.host.model.rows import layer_maps
 from sglang_tpla.host.process import make_slice, settings
 from sglang_tpla.transfer.memory.projection import project_latent
 
@@ -104,10 +106,9 @@ def build_attention(original: Callable[..., None], self: Any, *args: Any, **kwar
     # The linear layers and the head count take their share from here: g ranks hold the same heads.
     with attention_rank(shard, shards):
         original(self, *args, **kwargs)
-    z, a, b = part.artifact.maps(self.layer_id, part.group)
-    width = z.shape[1]
-    self.tpla = (a, b)
-    self.tpla_width = width
+    maps = layer_maps(part, self.layer_id, self.kv_lora_rank, self.qk_rope_head_dim)
+    self.tpla = maps
+    self.tpla_width = len(maps.value_map)
     self.tpla_summed_groups = part.layout.groups if settings().o_proj == "scatter" else 1
     if self.tpla_summed_groups > 1:
         head_shard_ranks(self.tpla_summed_groups)
@@ -120,18 +121,19 @@ def build_attention(original: Callable[..., None], self: Any, *args: Any, **kwar
             prefix=f"{given['prefix']}.o_proj",
             **attention_share(),
         )
-    fp8 = self.kv_cache_dtype == FP8_CACHE
-    self.tpla_shared = part.artifact.meta.shared_dims[self.layer_id] if fp8 else None
-    self.kv_a_layernorm = SlicedNorm(self.kv_a_layernorm, z, wide=fp8)
+    fp8 = maps.rows is None and self.kv_cache_dtype == FP8_CACHE
+    self.tpla_shared = part.artifact.meta.shared_dims[self.layer_id] if fp8 and part.artifact else None
+    wide = fp8 or maps.rows is not None
+    self.kv_a_layernorm = SlicedNorm(self.kv_a_layernorm, maps.projection, wide=wide)
     if self.rotary_emb is not None:
         self.rotary_emb = PutOffRotation(self.rotary_emb)
     self.attn_mqa = RadixAttention(
         self.num_local_heads,
-        width + self.qk_rope_head_dim,
+        len(maps.key_map) + self.qk_rope_head_dim,
         self.scaling,
         num_kv_heads=1,
         layer_id=self.layer_id,
-        v_head_dim=width,
+        v_head_dim=self.tpla_width,
         quant_config=given["quant_config"],
         prefix=f"{given['prefix']}.attn_mqa",
     )
@@ -158,7 +160,7 @@ def fold_weights(original: Callable[..., None], self: Any, *args: Any, **kwargs:
         if module.w_kc is None:  # a partial reload that left this layer alone
             module.w_kc, module.w_vc = old_kc, old_vc
             continue
-        a, b = module.tpla
+        a, b = module.tpla.key_map, module.tpla.value_map
         dtype = module.w_kc.dtype if module.w_kc.dtype.itemsize > 1 else torch.bfloat16
         scale = float(module.w_scale) if module.w_kc.dtype.itemsize == 1 else 1.0
         module.w_kc = _keep_storage(old_kc, fold_key_map(module.w_kc, a, scale).to(dtype))
@@ -188,29 +190,42 @@ def write_rows(
     """
     norm, rotary = self.kv_a_layernorm, self.rotary_emb
     cache = get_token_to_kv_pool().get_key_buffer(self.layer_id)
-    shared = self.tpla_shared  # with FP8 rows
-    same = latent.dtype == norm.weight.dtype and (shared is not None or latent.dtype == cache.dtype)
+    plain = self.tpla_shared is None and self.tpla.rows is None
+    same = latent.dtype == norm.weight.dtype and (not plain or latent.dtype == cache.dtype)
     mode = forward_batch.forward_mode
     if not (mode.is_decode() or mode.is_target_verify()) or not same:
         return False
     if rotary is not None and rotary.rotary.cos_sin_cache.dtype != torch.float32:
         return False  # SGLang's embedding for head sizes that its own kernel does not know
-    neox = rotary is not None and rotary.rotary.is_neox_style
-    arguments = (
-        latent.squeeze(1),
-        k_rope.squeeze(1),
-        norm.weight,
-        norm.variance_epsilon,
-        norm.z,
-        None if rotary is None else rotary.rotary.cos_sin_cache,
-        None if rotary is None else positions,
-        forward_batch.out_cache_loc,
+    write(
+        CacheWrite(
+            latent=latent.squeeze(1),
+            k_rope=k_rope.squeeze(1),
+            slots=forward_batch.out_cache_loc,
+            cache=cache if plain else cache.view(torch.uint8),
+            weight=norm.weight,
+            eps=norm.variance_epsilon,
+            z=norm.z,
+            cos_sin=None if rotary is None else rotary.rotary.cos_sin_cache,
+            positions=None if rotary is None else positions,
+            q_rope=q_rope,
+            neox=rotary is not None and rotary.rotary.is_neox_style,
+            fp8_shared=self.tpla_shared,
+            sketched=self.tpla.rows,
+        )
     )
-    if shared is None:
-        write_latent(*arguments, cache, q_rope, neox=neox)
-    else:
-        fp8_write.write_latent(*arguments, cache.view(torch.uint8), q_rope, shared=shared, neox=neox)
     return True
+
+
+def write_sketched(self: Any, key: torch.Tensor, k_rope: torch.Tensor, forward_batch: Any) -> None:
+    """Write sketched rows from what norm, projection and rotation made; SGLang hands on no key of such a width.
+
+    Args:
+        key: [tokens, 1, columns]. k_rope: [tokens, 1, rope].
+    """
+    cache = get_token_to_kv_pool().get_key_buffer(self.layer_id).view(torch.uint8)
+    place = forward_batch.out_cache_loc
+    write(CacheWrite(key.squeeze(1), k_rope.squeeze(1), place, cache, sketched=self.tpla.rows))
 
 
 def absorbed_core(
@@ -218,8 +233,8 @@ def absorbed_core(
     self: Any,
     q_pe: torch.Tensor,  # [tokens, h, rope]
     k_pe: torch.Tensor,  # [tokens, 1, rope]
-    q_nope_out: torch.Tensor,  # [tokens, h, w]
-    k_nope: torch.Tensor,  # [tokens, 1, w]
+    q_nope_out: torch.Tensor,  # [tokens, h, w], with sketched rows also the sketch's columns
+    k_nope: torch.Tensor,  # [tokens, 1, w], or the latent as it came where norm and projection are put off
     forward_batch: Any,
     zero_allocator: Any,
     positions: torch.Tensor,
@@ -241,6 +256,9 @@ def absorbed_core(
             key = self.kv_a_layernorm.project(k_nope.squeeze(1)).unsqueeze(1)
             if self.rotary_emb is not None:
                 q_pe, k_pe = self.rotary_emb.rotary(positions, q_pe, k_pe)
+    if key is not None and self.tpla.rows is not None:
+        write_sketched(self, key, k_pe, forward_batch)
+        key = None
     if llama_4_scaling is not None:  # a temperature by position, which scales the whole query
         q_nope_out, q_pe = q_nope_out * llama_4_scaling, q_pe * llama_4_scaling
     save = {"save_kv_cache": key is not None}

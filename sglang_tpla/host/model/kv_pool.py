@@ -1,9 +1,9 @@
-"""Layers of different width and FP8 rows in SGLang's latent pool, and memory accounting that follows them.
+"""Layers of different width and rows in bytes in SGLang's latent pool, and memory accounting that follows them.
 
 An artifact with a per-layer policy gives layer l its own w_l; the pool's layer l is then ``[slots, 1, w_l + rope]``.
-With ``--kv-cache-dtype fp8_e4m3`` a decode server's layer is ``[slots, 1, row_bytes(w_l)]`` of FP8 rows
-(``attention/fp8_rows.py``), which ``decode_attention.py`` writes and reads. Where all layers have one width and plain
-rows these hooks do nothing. Answers to ``MLATokenToKVPool`` in ``sglang/srt/mem_cache/memory_pool.py`` and
+FP8 and sketched rows (``cache_rows/``) are bytes, ``[slots, 1, row_bytes]`` in a pool of SGLang's one-byte type, and
+``host/attention/backend.py`` alone writes and reads them. Where all layers have one width and plain rows these hooks do
+nothing. Answers to ``MLATokenToKVPool`` in ``sglang/srt/mem_cache/memory_pool.py`` and
 ``calculate_mla_kv_cache_dim`` in ``.../kv_cache_configurator.py``.
 """
 
@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 
-from sglang_tpla.cache_rows.fp8 import FP8, row_bytes
+from sglang_tpla.cache_rows.fp8 import FP8
 from sglang_tpla.host.model.draft_model import building_draft, draft_layers, draft_row_bytes
+from sglang_tpla.host.model.rows import row_format
 from sglang_tpla.host.process import artifact
 
 
@@ -26,11 +27,9 @@ def layer_items(dtype: torch.dtype, latent_dim: int, rope_dim: int, layers: int)
         dtype: of the pool.
         latent_dim: the engine's latent width. layers: how many there are.
     """
-    loaded = artifact()
-    widths = list(loaded.meta.widths) if loaded is not None else [latent_dim] * layers
-    if dtype == FP8:
-        return [row_bytes(width, rope_dim) for width in widths]
-    return [width + rope_dim for width in widths] if len(set(widths)) > 1 else None
+    rows = row_format(latent_dim, rope_dim, layers, fp8=dtype == FP8)
+    items = [layer.row_items for layer in rows.layers]
+    return items if rows.encoded or len(set(items)) > 1 else None
 
 
 def create_buffers(original: Callable[[Any], None], self: Any) -> None:
@@ -63,12 +62,12 @@ def value_buffer(original: Callable[..., torch.Tensor], self: Any, layer_id: int
     """Around ``MLATokenToKVPool.get_value_buffer``: the latent part ``[slots, 1, w_l]`` of a row.
 
     Raises:
-        TypeError: FP8 rows, whose values are nothing without their scales.
+        TypeError: rows in bytes, whose values are nothing without their scales.
     """
     if self.tpla_draft:
         return original(self, layer_id)
     if self.dtype == FP8:
-        raise TypeError("FP8 rows are read by --attention-backend tpla alone; ask for that backend")
+        raise TypeError("rows in bytes are read by --attention-backend tpla alone; ask for that backend")
     loaded = artifact()
     if loaded is None or len(set(loaded.meta.widths)) == 1:
         return original(self, layer_id)

@@ -1,4 +1,4 @@
-"""Hooks where a request reaches a scheduler: what cannot be served is answered at once, before it has a room.
+"""Hooks where a request reaches a scheduler: what cannot be served is answered at once, on both sides, without a room.
 
 SGLang marks such a request and lets one token of it run, so that its caches are cleaned up. Between prefill and decode
 that means a transfer which the other side knows nothing of, and a wait for its deadline.
@@ -11,7 +11,7 @@ from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any
 
-from sglang.srt.disaggregation.utils import DisaggregationMode, prepare_abort
+from sglang.srt.disaggregation.utils import FAKE_BOOTSTRAP_HOST, DisaggregationMode, prepare_abort
 from sglang.srt.managers.io_struct import AbortReq
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
 from sglang.srt.utils.network import NetworkAddress
@@ -24,12 +24,13 @@ def admit(original: Callable[..., None], self: Any, req: Any, is_retracted: bool
     if is_retracted:
         original(self, req, is_retracted=True)
         return
+    decodes = self.disaggregation_mode == DisaggregationMode.DECODE
+    queue = self.disagg_decode_prealloc_queue if decodes else self.disagg_prefill_bootstrap_queue
     reason, status = None, HTTPStatus.BAD_REQUEST
     if isinstance(req.to_finish, FINISH_ABORT):
         reason, status = req.to_finish.message, req.to_finish.status_code or status
-    elif self.disaggregation_mode == DisaggregationMode.DECODE:
-        queue = self.disagg_decode_prealloc_queue
-        reason = never_fits(queue, req) or no_such_rank(queue, req)
+    elif decodes:
+        reason = no_such_rank(queue, req)
     if reason is None:
         original(self, req)
         return
@@ -40,22 +41,9 @@ def admit(original: Callable[..., None], self: Any, req: Any, is_retracted: bool
         self._release_aborted_request(req)
     prepare_abort(req, reason, status_code=status)
     self.output_streamer.stream_output([req], req.return_logprob)
-
-
-def never_fits(queue: Any, req: Any) -> str | None:
-    """Why an empty decode server would not start a request, or None.
-
-    SGLang keeps room for the first tokens of an answer beside the prompt; a request for which there never is enough
-    would wait for ever at the head of the queue, and all others behind it.
-    """
-    tokens, reserve = len(req.origin_input_ids), queue.num_reserved_decode_tokens
-    pool = queue.token_to_kv_pool_allocator.size
-    if tokens + reserve <= pool:
-        return None
-    return (
-        f"the prompt has {tokens} tokens and this decode server takes {max(pool - reserve, 0)} at most: its cache "
-        f"holds {pool} and keeps {reserve} for the answer (--num-reserved-decode-tokens)"
-    )
+    if req.bootstrap_room is not None and req.bootstrap_host not in (None, FAKE_BOOTSTRAP_HOST):
+        role = self.disaggregation_mode.value
+        queue.kv_manager.decline(req, f"the {role} server refused the request: {reason}")
 
 
 def no_such_rank(queue: Any, req: Any) -> str | None:

@@ -18,6 +18,7 @@ from sglang.srt.disaggregation.utils import FAKE_BOOTSTRAP_HOST
 from sglang.srt.managers.io_struct import GenerateReqInput
 from sglang.srt.managers.tokenizer_manager import ServerStatus
 
+from sglang_tpla.host import compat
 from sglang_tpla.host.disaggregation.prefill_lookup import MAX_RANKS
 from sglang_tpla.host.process import serves_decode
 from sglang_tpla.host.requests.fields import Limits, RequestRefused, check_item, check_rooms_differ
@@ -36,7 +37,7 @@ logger = logging.getLogger(__name__)
 def limits(manager: Any) -> Limits:
     """What the server behind a tokenizer manager can serve."""
     # A decode server learns later how many ranks a prefill server has (`admission.py`).
-    ranks = MAX_RANKS if serves_decode() else max(1, manager.server_args.dp_size)
+    ranks = MAX_RANKS if serves_decode() else compat.data_parallel_ranks(manager.server_args)
     return Limits(manager.model_config.vocab_size, TOP_LOGPROBS, ranks, FAKE_BOOTSTRAP_HOST)
 
 

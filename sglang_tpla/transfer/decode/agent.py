@@ -75,6 +75,8 @@ class DecodeAgent:
         logger: logging.Logger | None = None,
     ) -> None:
         security = security if security is not None else Security.from_environment(self.role)
+        if projection is not None and len(projection.shared) == len(pool.layers):
+            pool = pool.sharing(projection.shared)
         _check_projection(pool, projection)
         self._pool, self._metadata = pool, metadata
         self.workers = workers = Workers(
@@ -82,15 +84,13 @@ class DecodeAgent:
             tick=self.tick, work_once=lambda: self.receiver.work_once(),
             say_goodbye=lambda: self.connections.say_goodbye(), fail_all=self._fail_all,
         )  # fmt: skip
-        shared = tuple(projection.shared) if projection is not None else pool.widths
         self.arena = workers.make_arena()
         slots = None
         if self.arena is not None:
             slots = Staging(self.arena.data, workers.chunk_bytes, self.arena.reserve)
         shape = PoolShape(
-            pool.first_layer, pool.widths, shared, pool.rope_dim, pool.page_size, pool.dtype.itemsize,
-            pool.row_format, metadata.row_bytes,
-        )  # fmt: skip
+            pool.first_layer, pool.page_size, pool.dtype.itemsize, pool.row_format, metadata.row_bytes
+        )
         hello = frames.Hello(
             versions=frames.PROTOCOL_VERSIONS,
             agent=workers.agent_id,
@@ -103,10 +103,10 @@ class DecodeAgent:
                 first_layer=pool.first_layer,
                 latent_dim=pool.latent_dim,
                 rope_dim=pool.rope_dim,
-                dtype=pool.row_format.name_of(pool.dtype),
+                dtype=pool.row_format.name(pool.dtype),
                 page_size=pool.page_size,
                 widths=pool.widths,
-                shared=shared,
+                shared=pool.row_format.shared,
                 metadata_bytes=metadata.item_bytes,
             ),
             projection=projection.content_hash if projection is not None else "",
@@ -120,7 +120,7 @@ class DecodeAgent:
             free_slots=lambda: slots is not None and slots.reap(), ended=self._log_end,
         )  # fmt: skip
         self.receiver = Receiver(
-            workers, self.rooms, pool, metadata, shared, slots, spares,
+            workers, self.rooms, pool, metadata, slots, spares,
             put=lambda connection, message: self.connections.put(connection, message),
         )  # fmt: skip
         self.connections = Connections(
@@ -345,7 +345,8 @@ def _check_projection(pool: CachePool, projection: Projection | None) -> None:
     if projection is None:
         return
     theirs = (projection.first_layer, projection.latent_dim, projection.widths)
-    if theirs != (pool.first_layer, pool.latent_dim, pool.widths):
+    ours = (pool.first_layer, pool.latent_dim, pool.widths)
+    if theirs != ours or projection.sketched not in (None, pool.row_format):
         raise TransferError(
             f"the projection is for layers from {projection.first_layer} on with d={projection.latent_dim} and widths "
             f"{projection.widths[:4]}..., the pool holds layers from {pool.first_layer} on with d={pool.latent_dim} "

@@ -35,7 +35,6 @@ class Receiver:
     """The rooms' threads: `work_once` is theirs, events are the I/O thread's, `fail` and `turn` are anybody's.
 
     Args:
-        shared: of each layer's columns, how many every group has.
         slots: of this rank's arena, where payloads are kept for the neighbours; None without one.
         put: queues a message for a prefill rank.
     """
@@ -46,13 +45,12 @@ class Receiver:
         rooms: Rooms,
         pool: CachePool,
         metadata: MetadataRows,
-        shared: tuple[int, ...],
         slots: Staging | None,
         spares: Spares,
         put: Callable[[Connection, frames.Message], None],
     ) -> None:
         self._workers, self._rooms, self._put, self._spares = workers, rooms, put, spares
-        self._metadata, self._shared, self._slots = metadata, shared, slots
+        self._metadata, self._slots = metadata, slots
         self._writer = RowWriter(pool)
         self._arrivals: deque[StagedChunk | InPlaceChunk] = deque()
         self._completed: deque[Room] = deque()
@@ -272,7 +270,7 @@ class Receiver:
         with room.writes.one() as allowed:
             if allowed:
                 layers, part = self._layers(chunk), Part(chunk.part)
-                digest = self._writer.write(layers, slots, self._shared, part, arrival.payload)
+                digest = self._writer.write(layers, slots, part, arrival.payload)
         if digest is not None and chunk.checksum == frames.OPENED:
             self._written(arrival, frames.OPENED)
         elif digest == b"":

@@ -38,9 +38,6 @@ class PoolShape:
     """What chunks must fit: a decode rank's pool and metadata row."""
 
     first_layer: int
-    widths: tuple[int, ...]
-    shared: tuple[int, ...]
-    rope_dim: int
     page_size: int
     item_bytes: int
     row_format: RowFormat
@@ -49,7 +46,7 @@ class PoolShape:
     @property
     def layers(self) -> int:
         """How many there are."""
-        return len(self.widths)
+        return len(self.row_format.layers)
 
     def layers_of(self, first_layer: int, layers: int) -> range:
         """Layers of a chunk, by index in the pool."""
@@ -58,7 +55,7 @@ class PoolShape:
 
     def items(self, layer: int, part: Part) -> int:
         """Items of one part of a row of a layer (by index)."""
-        return self.row_format.part_items(self.widths[layer], self.shared[layer], self.rope_dim, part)
+        return self.row_format.layers[layer].part_items(part)
 
     def payload_bytes(self, layers: range, tokens: int, part: Part) -> int:
         """Bytes that a chunk must have."""

@@ -12,7 +12,7 @@ sender sees which ranks want the same bytes.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
@@ -21,6 +21,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from sglang_tpla.cache_rows.parts import Part
+from sglang_tpla.cache_rows.row_format import RowFormat
 from sglang_tpla.transfer.room import TransferError
 
 IDENTITY_HASH = "identity"
@@ -38,9 +40,11 @@ class Projection:
     """Z of one rank for a run of layers.
 
     Args:
-        matrices: ``[d, w_l]`` float32 on the CPU, one a layer.
+        matrices: ``[d, columns]`` float32 on the CPU, one a layer.
         shared: how many leading columns of each are the same in every group.
         first_layer: model layer of ``matrices[0]``.
+        sketched: the rows they are for, where those are sketched: columns are ``[shared | own | sketch of all
+            groups]``; otherwise each matrix has the ``w`` columns of the slice.
 
     Raises:
         TransferError: shapes that do not fit, or values that are not finite.
@@ -49,6 +53,7 @@ class Projection:
     matrices: Sequence[torch.Tensor]
     shared: Sequence[int]
     first_layer: int = 0
+    sketched: RowFormat | None = None
 
     def __post_init__(self) -> None:
         if not self.matrices or len(self.matrices) != len(self.shared):
@@ -58,19 +63,30 @@ class Projection:
                 f"{len(self.shared)} shared widths"
             )
         d = self.matrices[0].shape[0]
+        if self.sketched is not None and (
+            tuple(self.sketched.shared) != tuple(self.shared)
+            or [rows.columns for rows in self.sketched.layers]
+            != [matrix.shape[-1] for matrix in self.matrices]
+        ):
+            raise TransferError(
+                "a projection of sketched rows has the columns [shared | own | sketch of all groups]; got widths "
+                f"{[matrix.shape[-1] for matrix in self.matrices][:4]}... for {self.sketched.layers[0]}...; make the "
+                "artifact anew"
+            )
+        most = d if self.sketched is None else 2 * d
         for index, (matrix, shared) in enumerate(zip(self.matrices, self.shared, strict=True)):
             if (
                 matrix.ndim != 2
                 or matrix.dtype != torch.float32
                 or matrix.device.type != "cpu"
                 or matrix.shape[0] != d
-                or not 1 <= matrix.shape[1] <= d
+                or not 1 <= matrix.shape[1] <= most
                 or not 0 <= shared <= matrix.shape[1]
             ):
                 raise TransferError(
                     f"layer {self.first_layer + index} of a projection must be "
                     f"float32 [{d}, w] on the CPU with "
-                    f"0 <= shared <= w <= {d}; got {matrix.dtype} {tuple(matrix.shape)} on {matrix.device}, "
+                    f"0 <= shared <= w <= {most}; got {matrix.dtype} {tuple(matrix.shape)} on {matrix.device}, "
                     f"shared={shared}"
                 )
             if not bool(torch.isfinite(matrix).all()):
@@ -88,6 +104,8 @@ class Projection:
     @property
     def widths(self) -> tuple[int, ...]:
         """w_l, one entry a layer."""
+        if self.sketched is not None:
+            return self.sketched.widths
         return tuple(matrix.shape[1] for matrix in self.matrices)
 
     def matrix(self, layer: int) -> torch.Tensor:
@@ -106,58 +124,51 @@ class Projection:
     @cached_property
     def content_hash(self) -> str:
         """sha256 (hex) over layout and values."""
-        digest = projection_digest(self.first_layer, self.latent_dim, self.widths, self.shared)
+        rows = self.sketched or RowFormat.plain(self.widths, self.shared, 0)
+        digest = projection_digest(self.first_layer, self.latent_dim, rows)
         for data in self.layer_bytes:
             digest.update(data)
         return str(digest.hexdigest())
 
     @cached_property
     def common_hash(self) -> str:
-        """sha256 (hex) over the shared columns of all layers: equal in every group of one server."""
-        digest = hashlib.sha256(f"common {self.first_layer} {tuple(self.shared)}".encode())
-        for matrix, shared in zip(self.matrices, self.shared, strict=True):
-            digest.update(np.ascontiguousarray(matrix[:, :shared].numpy(), dtype="<f4").tobytes())
+        """sha256 (hex) over the columns of all layers that make up the common part: equal in every group of one
+        server.
+        """
+        rows = self.sketched or RowFormat.plain(self.widths, self.shared, 0)
+        head = f"common {self.first_layer} {tuple(self.shared)}{rows.common_suffix}"
+        digest = hashlib.sha256(head.encode())
+        for matrix, layer in zip(self.matrices, rows.layers, strict=True):
+            for columns in layer.part_columns(Part.COMMON):
+                digest.update(np.ascontiguousarray(matrix[:, columns].numpy(), dtype="<f4").tobytes())
         return digest.hexdigest()
 
 
-def projection_digest(first_layer: int, latent_dim: int, widths: Sequence[int], shared: Sequence[int]) -> Any:
+def projection_digest(first_layer: int, latent_dim: int, rows: RowFormat) -> Any:
     """The hash under which a projection is registered, before its values: sha256 over its layout.
 
     Each layer's little-endian float32 values follow, in order.
     """
-    head = f"projection {first_layer} {latent_dim} {tuple(widths)} {tuple(shared)}"
+    head = f"projection {first_layer} {latent_dim} {rows.widths} {rows.shared}{rows.suffix}"
     return hashlib.sha256(head.encode())
 
 
-@dataclass(frozen=True)
-class Stack:
-    """Matrices of neighbouring layers with one width, as one tensor, so that they are applied in one batch.
-
-    Args:
-        z: ``[layers, d, w]`` float32.
-        shared: how many leading columns of each are the same in every group.
+def stack_layers(matrices: Sequence[torch.Tensor], kinds: Sequence[Hashable]) -> tuple[torch.Tensor, ...]:
+    """``[d, columns]`` matrices as ``[layers, d, columns]`` of neighbouring layers of one shape and kind, in order:
+    each is applied in one batched product.
     """
-
-    z: torch.Tensor
-    shared: int
-
-
-def stack_layers(matrices: Sequence[torch.Tensor], shared: Sequence[int]) -> tuple[Stack, ...]:
-    """``[d, w]`` matrices of neighbouring layers as few stacks, in order."""
-    stacks = []
-    pairs = zip(matrices, shared, strict=True)
-    for (_, common), run in groupby(pairs, key=lambda pair: (pair[0].shape[1], pair[1])):
-        stacks.append(Stack(torch.stack([matrix for matrix, _ in run]), common))
-    return tuple(stacks)
+    pairs = zip(matrices, kinds, strict=True)
+    runs = groupby(pairs, key=lambda pair: (pair[0].shape[1], pair[1]))
+    return tuple(torch.stack([matrix for matrix, _ in run]) for _, run in runs)
 
 
-def cut_stacks(stacks: Sequence[Stack], first: int, count: int) -> tuple[Stack, ...]:
+def cut_stacks(stacks: Sequence[torch.Tensor], first: int, count: int) -> tuple[torch.Tensor, ...]:
     """The stacks of layers ``first ... first + count - 1`` (counted from the first stack's first)."""
     found, start = [], 0
     for stack in stacks:
-        stop = start + stack.z.shape[0]
+        stop = start + stack.shape[0]
         low, high = max(first, start), min(first + count, stop)
         if low < high:
-            found.append(Stack(stack.z[low - start : high - start], stack.shared))
+            found.append(stack[low - start : high - start])
         start = stop
     return tuple(found)

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from sglang_tpla.cache_rows.parts import Part
-from sglang_tpla.cache_rows.row_format import RowFormat
+from sglang_tpla.cache_rows.parts import Field, Part
+from sglang_tpla.cache_rows.row_format import LayerRows, RowFormat
 from sglang_tpla.transfer import messages as frames
 from sglang_tpla.transfer.chunks import Rectangle
 from sglang_tpla.transfer.memory.copy import copy_pieces
@@ -31,8 +31,8 @@ from sglang_tpla.transfer.memory.iovec import (
     one_piece,
     worth_it,
 )
-from sglang_tpla.transfer.memory.projection import Stack
-from sglang_tpla.transfer.room import CachePool
+from sglang_tpla.transfer.memory.projection import cut_stacks
+from sglang_tpla.transfer.room import CachePool, TransferError
 
 
 def byte_rows(layer: torch.Tensor) -> np.ndarray:
@@ -88,26 +88,32 @@ def as_tensor(data: np.ndarray) -> torch.Tensor:
     return torch.frombuffer((ctypes.c_uint8 * data.size).from_address(data.ctypes.data), dtype=torch.uint8)
 
 
+def _all_finite(rows: torch.Tensor) -> torch.Tensor:
+    """Whether all of ``[layers, tokens, items]`` are finite; a value that is not makes its sum so as well."""
+    return torch.isfinite(rows.sum(dim=(1, 2), dtype=torch.float64)).all()
+
+
 def project_stack(
     rows: torch.Tensor,
-    stack: Stack,
+    stack: torch.Tensor,
     latent_dim: int,
     part: Part,
     out: torch.Tensor,
-    row_format: RowFormat = RowFormat.PLAIN,
+    layer_rows: LayerRows,
 ) -> None:
     """Project a batch of layers and encode one part of the result.
 
     Args:
         rows: ``[layers, tokens, d + rope]``.
-        stack: their matrices; the product is float32.
+        stack: their matrices ``[layers, d, columns]``; the product is float32.
         part: which columns.
         out: ``[layers, tokens, part's items]`` in the receiver's format: rounded once.
+        layer_rows: the receiver's, the same for all of them.
     """
-    columns = {Part.FULL: slice(None), Part.COMMON: slice(stack.shared), Part.OWN: slice(stack.shared, None)}
-    z = stack.z[:, :, columns[part]]  # [layers, d, w of the part]
+    pieces = [stack[:, :, columns] for columns in layer_rows.part_columns(part)]
+    z = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)  # [layers, d, columns of the part]
     latent, k_rope = rows[..., :latent_dim].to(torch.float32), rows[..., latent_dim:]
-    row_format.encode(torch.bmm(latent, z), k_rope, stack.shared, part, out)
+    layer_rows.encode(torch.bmm(latent, z), k_rope, part, out)
 
 
 class RowReader:
@@ -153,11 +159,11 @@ class RowReader:
         self,
         rectangle: Rectangle,
         slots: np.ndarray,
-        stacks: Sequence[Stack] | None,
+        stacks: Sequence[torch.Tensor] | None,
         part: Part,
         out: np.ndarray,
         ready: tuple[Any, ...] = (),
-        row_format: RowFormat = RowFormat.PLAIN,
+        row_format: RowFormat | None = None,
     ) -> bytes | None:
         """Fill ``out`` (uint8 ``[payload_bytes]``, pinned where the pool is on a GPU) with a rectangle; the checksum of
         ``out``, where it was taken on the way.
@@ -167,17 +173,19 @@ class RowReader:
             stacks: the projection of the rectangle's layers on the pool's device, or None for the raw latent.
             part: which columns.
             ready: `ready_events` of the rows.
-            row_format: the receiver's.
+            row_format: the receiver's rows of the rectangle's layers; None: those of this pool.
         """
         first = rectangle.first_layer - self.pool.first_layer
         layers = range(first, first + rectangle.layers)
         if stacks is None and part is Part.OWN:
             return None  # the raw latent is common to all ranks
+        if row_format is None:
+            row_format = self.pool.row_format.part(first, rectangle.layers)
         if self._stream is not None:
             self._read_cuda(layers, slots, stacks, part, out, ready, row_format)
             return None
         assert self._rows is not None
-        if stacks is None and row_format is RowFormat.PLAIN:
+        if stacks is None and not row_format.encoded:
             if self.in_place(slots):
                 return copy_pieces(self.pieces(rectangle, find_spans(slots)), one_piece(out))
             packed = out.reshape(len(layers), slots.size, -1)
@@ -192,14 +200,29 @@ class RowReader:
         for position, layer in enumerate(layers):
             gather_rows(self._rows[layer], slots, byte_rows(rows[position]))
         packed_rows = torch.from_numpy(out).view(row_format.item_dtype(self.pool.dtype))
+        if row_format.encoded:
+            self._require_finite(_all_finite(rows), layers)
         self._encode(rows, stacks, part, packed_rows, row_format)
         return None
+
+    def _require_finite(self, finite: torch.Tensor, layers: range) -> None:
+        """Refuse what rows in bytes cannot hold.
+
+        Raises:
+            TransferError: a value is not finite.
+        """
+        if not bool(finite):
+            first = self.pool.first_layer + layers.start
+            raise TransferError(
+                f"the prompt's cache has values that are not finite among layers {first}...{first + len(layers) - 1}, "
+                "which no rounded row can hold; look for what made them in the prefill server's log"
+            )
 
     def _read_cuda(
         self,
         layers: range,
         slots: np.ndarray,
-        stacks: Sequence[Stack] | None,
+        stacks: Sequence[torch.Tensor] | None,
         part: Part,
         out: np.ndarray,
         ready: tuple[Any, ...],
@@ -217,35 +240,41 @@ class RowReader:
             for layer, target_rows in zip(layers, rows.unbind(), strict=True):
                 torch.index_select(self.pool.layers[layer], 0, index, out=target_rows)
             packed = rows.view(-1)
-            if stacks is not None or row_format is not RowFormat.PLAIN:
+            finite = _all_finite(rows) if row_format.encoded else None
+            if stacks is not None or row_format.encoded:
                 packed = torch.empty(target.numel(), dtype=target.dtype, device=self.pool.device)
                 self._encode(rows, stacks, part, packed, row_format)
             target.copy_(packed, non_blocking=True)
             done = torch.cuda.Event(blocking=True)
             done.record(self._stream)
         done.synchronize()
+        if finite is not None:
+            self._require_finite(finite, layers)
 
     def _encode(
         self,
         rows: torch.Tensor,
-        stacks: Sequence[Stack] | None,
+        stacks: Sequence[torch.Tensor] | None,
         part: Part,
         packed: torch.Tensor,
         row_format: RowFormat,
     ) -> None:
         """Fill ``packed`` (flat) with rows ``[layers, tokens, d + rope]``, projected where there are stacks."""
         d = self.pool.latent_dim
-        if stacks is None:
-            row_format.encode(rows[..., :d], rows[..., d:], d, part, packed.view(*rows.shape[:2], -1))
-            return
         position = start = 0
-        for stack in stacks:
-            count = stack.z.shape[0]
-            items = row_format.part_items(stack.z.shape[2], stack.shared, self.pool.rope_dim, part)
+        kinds = [len(list(run)) for _, run in groupby(row_format.layers)]
+        for count in kinds if stacks is None else [stack.shape[0] for stack in stacks]:
+            layer_rows = row_format.layers[position]
+            items = layer_rows.part_items(part)
             size = count * rows.shape[1] * items
             if items:
                 out = packed[start : start + size].view(count, rows.shape[1], items)
-                project_stack(rows[position : position + count], stack, d, part, out, row_format)
+                batch = rows[position : position + count]
+                if stacks is None:
+                    layer_rows.encode(batch[..., :d], batch[..., d:], part, out)
+                else:
+                    stack = next(iter(cut_stacks(stacks, position, count)))
+                    project_stack(batch, stack, d, part, out, layer_rows)
             position += count
             start += size
 
@@ -259,21 +288,14 @@ class RowWriter:
         self._rows = None if self._stream else [byte_rows(layer) for layer in pool.layers]
         self._dense = _dense(self._rows)
         self._views: dict[tuple[int, int, int], torch.Tensor] = {}
+        self._places: dict[tuple[Field, ...], tuple[torch.Tensor, torch.Tensor]] = {}
         self._own = threading.local()  # ``pinned``: grows to the largest payload of a thread
 
-    def columns(self, layer: int, shared: int, part: Part) -> tuple[tuple[int, int], ...]:
-        """Column ranges of one pool layer (by index) that a part fills."""
-        pool = self.pool
-        return pool.row_format.columns(pool.widths[layer], shared, pool.rope_dim, part)
-
-    def payload_bytes(self, rectangle_layers: range, tokens: int, shared: Sequence[int], part: Part) -> int:
+    def payload_bytes(self, rectangle_layers: range, tokens: int, part: Part) -> int:
         """Bytes a rectangle of pool layers (by index) must have."""
-        item = self.pool.dtype.itemsize
-        return sum(
-            (stop - start) * tokens * item
-            for layer in rectangle_layers
-            for start, stop in self.columns(layer, shared[layer], part)
-        )
+        rows = self.pool.row_format.layers
+        items = sum(rows[layer].part_items(part) for layer in rectangle_layers)
+        return items * tokens * self.pool.dtype.itemsize
 
     def pieces(self, layers: range, spans: np.ndarray, part: Part) -> Pieces | None:
         """Where a payload's bytes belong in the pool, in order; None where they are not long pieces of it.
@@ -286,16 +308,14 @@ class RowWriter:
             return None
         return self._dense.pieces(layers, spans)
 
-    def write(
-        self, layers: range, slots: np.ndarray, shared: Sequence[int], part: Part, payload: memoryview
-    ) -> bytes:
+    def write(self, layers: range, slots: np.ndarray, part: Part, payload: memoryview) -> bytes:
         """Write a payload to the rows ``slots`` of the pool layers ``layers`` (by index); returns when it is
         there, with the checksum of what was written; nothing if that was not taken on the way.
         """
         data = np.frombuffer(payload, dtype=np.uint8)
         item = self.pool.dtype.itemsize
         if self._stream is not None:
-            return self._write_cuda(layers, slots, shared, part, data)
+            return self._write_cuda(layers, slots, part, data)
         assert self._rows is not None
         pieces = self.pieces(layers, find_spans(slots), part)
         if pieces is not None:
@@ -304,25 +324,21 @@ class RowWriter:
         checksum = frames.running_checksum()
         blocks: dict[int, list[Block]] = {}  # by the bytes of a row
         for layer in layers:
-            columns = self.columns(layer, shared[layer], part)
-            width = sum(stop - first for first, stop in columns) * item
+            layer_rows = self.pool.row_format.layers[layer]
+            width = layer_rows.part_items(part) * item
             packed = data[start : start + slots.size * width].reshape(slots.size, width)
             start += packed.size
             if width not in blocks:
                 blocks[width] = cut_blocks(slots, width)
             for block in blocks[width]:
-                taken = 0
-                for first, stop in columns:
-                    size = (stop - first) * item
-                    target = self._rows[layer][:, first * item : stop * item]
-                    scatter_block(target, slots, block, packed[:, taken : taken + size])
-                    taken += size
+                for field in layer_rows.fields(part):
+                    target = self._rows[layer][:, field.start * item : field.stop * item]
+                    source = packed[:, field.payload * item : (field.payload + field.size) * item]
+                    scatter_block(target, slots, block, source)
                 checksum.update(packed[block.rows].data)
         return checksum.digest()
 
-    def _write_cuda(
-        self, layers: range, slots: np.ndarray, shared: Sequence[int], part: Part, data: np.ndarray
-    ) -> bytes:
+    def _write_cuda(self, layers: range, slots: np.ndarray, part: Part, data: np.ndarray) -> bytes:
         host, digest = as_tensor(data), b""
         if not host.is_pinned():
             host = self._pinned(data.size)
@@ -331,21 +347,37 @@ class RowWriter:
             device = host.to(self.pool.device, non_blocking=True).view(self.pool.dtype)
             index = torch.from_numpy(slots).pin_memory().to(self.pool.device, non_blocking=True)
             start = 0
-            for columns, run in groupby(layers, lambda layer: self.columns(layer, shared[layer], part)):
-                alike = tuple(run)
-                if not columns:
-                    continue
-                widths = [stop - first for first, stop in columns]
-                size = len(alike) * slots.size * sum(widths)
-                packed = device[start : start + size].view(len(alike), slots.size, sum(widths))
+            for layer_rows, run in groupby(layers, self.pool.row_format.layers.__getitem__):
+                alike, items = tuple(run), layer_rows.part_items(part)
+                size = len(alike) * slots.size * items
+                packed = device[start : start + size].view(len(alike), slots.size, items)
                 start += size
-                for (first, stop), values in zip(columns, packed.split(widths, dim=2), strict=True):
-                    for layer, layer_values in zip(alike, values.unbind(), strict=True):
-                        self._column_view(layer, first, stop).index_copy_(0, index, layer_values)
+                fields = layer_rows.fields(part)
+                for layer, values in zip(alike, packed.unbind(), strict=True):
+                    self._scatter(layer, index, fields, values)
             done = torch.cuda.Event(blocking=True)
             done.record(self._stream)
         done.synchronize()  # what another process may write over is checked when it has been read, not before
         return digest
+
+    def _scatter(
+        self, layer: int, index: torch.Tensor, fields: tuple[Field, ...], values: torch.Tensor
+    ) -> None:
+        """Write ``[tokens, items]`` of a payload to the fields of one layer's rows."""
+        if len(fields) <= 2:
+            for field in fields:
+                source = values[:, field.payload : field.payload + field.size]
+                self._column_view(layer, field.start, field.stop).index_copy_(0, index, source)
+            return
+        to, taken = self._columns(fields)  # many short fields: one launch
+        self.pool.layers[layer].index_put_((index[:, None], to), values[:, taken])
+
+    def _columns(self, fields: tuple[Field, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Columns of a row that fields fill and where they lie in the payload, each ``[columns]``."""
+        if fields not in self._places:
+            pairs = [(field.start + i, field.payload + i) for field in fields for i in range(field.size)]
+            self._places[fields] = tuple(torch.tensor(pairs, device=self.pool.device).unbind(1))  # type: ignore[assignment]
+        return self._places[fields]
 
     def _column_view(self, layer: int, first: int, stop: int) -> torch.Tensor:
         """Columns of a pool layer, made once: each call into torch gives the interpreter away and waits for it."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sglang_tpla.cache_rows.parts import Part
 from sglang_tpla.cache_rows.row_format import SENDER_DTYPES, RowFormat
-from sglang_tpla.transfer.messages import PROTOCOL_VERSIONS, Hello
+from sglang_tpla.transfer.messages import PROTOCOL_VERSIONS, CacheLayout, Hello
 from sglang_tpla.transfer.room import CachePool, MetadataRows
 
 
@@ -14,11 +14,20 @@ def agreed_version(versions: tuple[int, int]) -> int | None:
     return version if version >= max(versions[0], PROTOCOL_VERSIONS[0]) else None
 
 
+def announced_rows(layout: CacheLayout) -> RowFormat:
+    """The rows that a decode rank announced.
+
+    Raises:
+        ValueError: there are no such rows.
+    """
+    return RowFormat.announced(layout.dtype, layout.latent_dim, layout.widths, layout.shared, layout.rope_dim)
+
+
 def mismatch(hello: Hello, pool: CachePool, metadata: MetadataRows, model_hash: str) -> str | None:
     """Why a decode rank cannot be served by a prefill rank with this cache, or None."""
-    layout, row_format = hello.layout, RowFormat.announced(hello.layout.dtype)
+    layout = hello.layout
     # rows of a format of their own are made by the sender, out of whatever precision it has
-    encoded = row_format is not RowFormat.PLAIN and pool.dtype in SENDER_DTYPES
+    encoded = RowFormat.is_encoded(layout.dtype) and pool.dtype in SENDER_DTYPES
     if agreed_version(hello.versions) is None:
         return (
             f"protocol version: prefill speaks {PROTOCOL_VERSIONS[0]} to {PROTOCOL_VERSIONS[1]}, decode "
@@ -41,9 +50,10 @@ def mismatch(hello: Hello, pool: CachePool, metadata: MetadataRows, model_hash: 
         ("rope width", pool.rope_dim, layout.rope_dim, "serve the same model on both sides"),
         (
             "cache dtype",
-            layout.dtype if encoded else pool.row_format.name_of(pool.dtype),
+            layout.dtype if encoded else pool.row_format.name(pool.dtype),
             layout.dtype,
-            "set the same --kv-cache-dtype and --dtype on both sides, or fp8_e4m3 on decode alone",
+            "set the same --kv-cache-dtype and --dtype on both sides, or --tpla-rows sketched or --kv-cache-dtype "
+            "fp8_e4m3 on decode alone",
         ),
         ("page size", pool.page_size, layout.page_size, "set the same --page-size on both sides"),
         (
@@ -79,12 +89,20 @@ def mismatch(hello: Hello, pool: CachePool, metadata: MetadataRows, model_hash: 
             "projection and none was announced; start "
             "decode with --tpla-artifact"
         )
-    widest = max(layout.widths)
-    for width in sorted(set(layout.widths)):
-        if (why := row_format.objection(width, pool.rope_dim)) is not None:
-            return f"row format: {why}; use the model's own cache dtype or an artifact of other widths"
-    items = row_format.part_items(widest, widest, pool.rope_dim, Part.FULL)
-    row_bytes = items * row_format.item_dtype(pool.dtype).itemsize
+    try:
+        rows = announced_rows(layout)
+        reasons = (layer.objection() for layer in rows.layers)
+        why = next((reason for reason in reasons if reason is not None), None)
+    except ValueError as error:
+        why = str(error)
+    if why is not None:
+        return f"row format: {why}; use the model's own cache dtype or an artifact of other widths"
+    if rows.encoded and not hello.projection and any(layer.columns != d for layer in rows.layers):
+        return (
+            f"projection: {layout.dtype} of widths {layout.widths[:4]}... need a projection and none was announced; "
+            "start decode with --tpla-artifact"
+        )
+    row_bytes = max(rows.part_items(Part.FULL)) * rows.item_dtype(pool.dtype).itemsize
     if row_bytes > hello.max_chunk_bytes:
         return (
             f"chunk size: one row has {row_bytes} bytes, the decode rank "

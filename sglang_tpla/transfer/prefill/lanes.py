@@ -41,7 +41,7 @@ def form_lanes(
         else:
             together = hello.agent
         # ranks whose requests share the sending differently, or whose rows do not look alike, cannot share chunks
-        key = (hello.host, together, ask.share_index, ask.share_count, ask.peer.row_format)
+        key = (hello.host, together, ask.share_index, ask.share_count, ask.peer.row_format.of_any_group)
         by_host[key].append(ask)
     lanes = []
     for place, members in by_host.items():
@@ -51,7 +51,9 @@ def form_lanes(
             mode = Mode.LOCAL if place[1] is Mode.LOCAL else Mode.RELAY if len(takers) > 1 else Mode.DIRECT
             streams = [ask.stream for ask in takers if ask.stream is not None]
             share = takers[0].share_index, takers[0].share_count
-            plan = make_plan(projection, part, limit, takers[0].peer.row_format, share)
+            rows = takers[0].peer.row_format
+            kind = rows.of_any_group if part is Part.COMMON else rows
+            plan = make_plan(projection, part, limit, kind, share)
             lane = Lane(room, plan, streams, mode)
             for stream in streams:
                 stream.lanes.append(lane)

@@ -20,7 +20,7 @@ from sglang_tpla.transfer.memory.rows import RowReader
 from sglang_tpla.transfer.memory.staging import Staging, pin, unpin
 from sglang_tpla.transfer.network.data_listener import Doorway
 from sglang_tpla.transfer.network.security import ZAP_ENDPOINT, Security
-from sglang_tpla.transfer.prefill.compatibility import agreed_version, mismatch
+from sglang_tpla.transfer.prefill.compatibility import agreed_version, announced_rows, mismatch
 from sglang_tpla.transfer.prefill.state import Peer, Room, SenderProjection, Upload
 from sglang_tpla.transfer.room import NO_LIMITS, CachePool, Limits, MetadataRows, TransferError
 from sglang_tpla.transfer.workers import Agent, configure, endpoint, receive_parts
@@ -77,9 +77,7 @@ class PrefillGreeting(Agent[Room]):
         reserve = [] if self._arena is None else [self._arena.reserve]
         self._staging = Staging(memory, self._chunk_bytes, *reserve)
         self._peers: OrderedDict[bytes, Peer] = OrderedDict()
-        d, layers = pool.latent_dim, len(pool.layers)
-        identity = SenderProjection(IDENTITY_HASH, (d,) * layers, (d,) * layers, None)
-        self._projections = {IDENTITY_HASH: identity}
+        self._projections = {IDENTITY_HASH: SenderProjection(IDENTITY_HASH, None)}
         self._router = self._io.context.socket(zmq.ROUTER)
         configure(self._router, self._settings, frames.MAX_PROJECTION_BYTES)
         self._router.setsockopt(zmq.ROUTER_MANDATORY, 1)
@@ -267,13 +265,14 @@ class PrefillGreeting(Agent[Room]):
             return
         if (old := self._peers.get(identity)) is not None:
             self._lose(old, "registered anew")
-        peer = Peer(identity, hello, time.monotonic())
+        layout = hello.layout
+        announced = announced_rows(layout)
+        sent = announced.part(self._pool.first_layer - layout.first_layer, len(self._pool.layers))
+        peer = Peer(identity, hello, time.monotonic(), announced, sent)
         before = next((old for old in self._peers.values() if old.hello.agent == hello.agent), None)
         peer.projection = self._projections.get(hello.projection or IDENTITY_HASH)
         if peer.projection is None:
-            layout = hello.layout
-            digest = projection_digest(layout.first_layer, layout.latent_dim, layout.widths, layout.shared)
-            peer.upload = Upload(layout, digest)
+            peer.upload = Upload(projection_digest(layout.first_layer, layout.latent_dim, announced))
         self._peers[identity] = peer
         if before is not None:
             del self._peers[before.identity]
@@ -331,7 +330,7 @@ class PrefillGreeting(Agent[Room]):
             why = f"projection layer {message.index} of {peer.name} was not expected"
             self._drop("malformed_dropped", why)
             return
-        width = layout.widths[message.index]
+        width = peer.announced.layers[message.index].columns
         data = payload.buffer
         if data.nbytes != layout.latent_dim * width * 4 or frames.checksum(data) != message.checksum:
             self._refuse(peer, f"projection layer {message.index} came damaged or cut; connect again")
@@ -347,7 +346,7 @@ class PrefillGreeting(Agent[Room]):
 
     def _finish_upload(self, peer: Peer, upload: Upload) -> None:
         peer.upload = None
-        key, layout = peer.hello.projection, peer.hello.layout
+        key = peer.hello.projection
         if upload.digest.hexdigest() != key:
             self._refuse(peer, f"the projection does not have the hash {key[:12]} it was announced with")
             return
@@ -359,14 +358,8 @@ class PrefillGreeting(Agent[Room]):
                 text = f"this rank keeps at most {MAX_PROJECTIONS} projections; close unused decode servers"
                 self._refuse(peer, text)
                 return
-            start = self._pool.first_layer - layout.first_layer
-            mine = slice(start, start + len(self._pool.layers))
-            self._projections[key] = SenderProjection(
-                key,
-                tuple(layout.widths[mine]),
-                tuple(layout.shared[mine]),
-                stack_layers(upload.kept, layout.shared[mine]),
-            )
+            stacks = stack_layers(upload.kept, peer.row_format.layers)
+            self._projections[key] = SenderProjection(key, stacks)
         peer.projection = self._projections[key]
         self._put(peer.identity, frames.Registered(key))
 

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
-from sglang_tpla.cache_rows.row_format import RowFormat
 from sglang_tpla.transfer import messages as frames
 from sglang_tpla.transfer.memory.copy import check_pieces
 from sglang_tpla.transfer.memory.iovec import Pieces, one_piece
@@ -16,6 +15,7 @@ from sglang_tpla.transfer.memory.staging import Slot
 from sglang_tpla.transfer.network.data_channel import Parcel
 from sglang_tpla.transfer.prefill.resuming import PrefillResuming
 from sglang_tpla.transfer.prefill.state import Lane, Mode, Peer, Room, Stream
+from sglang_tpla.transfer.room import TransferError
 
 # Chunks of one rank that wait to be read (on this host, for each thread that makes some) or to be taken by the socket
 # (of its data channel): more would be made faster than they go, and leave the processor's caches before they do.
@@ -70,12 +70,15 @@ class PrefillDispatch(PrefillResuming):
         try:
             yield
         except Exception as error:
-            self._handler_failed("gather", error)
+            reason = str(error)
+            if not isinstance(error, TransferError):  # which says what is wrong with the rows themselves
+                self._handler_failed("gather", error)
+                reason = f"internal error while gathering: {error!r}"
             with self._work:
                 job.slot.pending -= 1
                 for load in job.loads:
                     if not load.lane.room.state.ended:
-                        self._fail(load.lane.room, f"internal error while gathering: {error!r}")
+                        self._fail(load.lane.room, reason)
 
     def _next_job(self) -> Job | None:
         """The next chunk that some rank can take: peers in turn, and each peer's lanes in turn."""
@@ -131,7 +134,7 @@ class PrefillDispatch(PrefillResuming):
         return (
             lane.mode is not Mode.LOCAL
             and plan.projection.stacks is None
-            and plan.row_format is RowFormat.PLAIN
+            and not plan.row_format.encoded
             and plan.segments[sequence].in_place
         )
 
@@ -187,7 +190,7 @@ class PrefillDispatch(PrefillResuming):
             plan.part,
             payload,
             segment.ready,
-            plan.row_format,
+            plan.row_format.part(first, rectangle.layers),
         )
         return one_piece(payload), digest or b""
 

@@ -25,9 +25,8 @@ from sglang_tpla.cache_rows.parts import Part
 from sglang_tpla.cache_rows.row_format import RowFormat
 from sglang_tpla.transfer.chunks import Rectangle, cut
 from sglang_tpla.transfer.memory.iovec import Slots
-from sglang_tpla.transfer.memory.projection import Stack
 from sglang_tpla.transfer.memory.staging import Slot
-from sglang_tpla.transfer.messages import CacheLayout, Hello
+from sglang_tpla.transfer.messages import Hello
 from sglang_tpla.transfer.room import NO_LIMITS, CachePool, Limits, RoomState
 
 ChunkId = tuple[int, int]  # part, sequence
@@ -43,19 +42,18 @@ class Mode(enum.Enum):
 
 @dataclass(eq=False)
 class SenderProjection:
-    """A registered projection, cut to this rank's layers; ``stacks`` is None for the raw latent."""
+    """A registered projection, cut to this rank's layers; ``stacks`` (`projection.stack_layers`) is None for the raw
+    latent.
+    """
 
     content_hash: str
-    widths: tuple[int, ...]
-    shared: tuple[int, ...]
-    stacks: tuple[Stack, ...] | None
+    stacks: tuple[torch.Tensor, ...] | None
 
 
 @dataclass(eq=False)
 class Upload:
     """A projection on its way in, layer by layer."""
 
-    layout: CacheLayout
     digest: Any
     next_index: int = 0
     kept: list[torch.Tensor] = field(default_factory=list)
@@ -63,11 +61,16 @@ class Upload:
 
 @dataclass(eq=False)
 class Peer:
-    """One connection of one decode rank; ``identity`` is its ZMQ routing id, fresh for each connection."""
+    """One connection of one decode rank; ``identity`` is its ZMQ routing id, fresh for each connection.
+
+    ``announced`` are the rows of all its layers, ``row_format`` those of the layers that this rank sends.
+    """
 
     identity: bytes
     hello: Hello
     last_seen: float
+    announced: RowFormat
+    row_format: RowFormat
     projection: SenderProjection | None = None
     upload: Upload | None = None
     away: bool = False  # its connection is gone; it may come back under another identity
@@ -84,11 +87,6 @@ class Peer:
     def release_slot(self) -> None:
         """A staging slot that held a chunk for this peer is free again."""
         self.slots_held -= 1
-
-    @property
-    def row_format(self) -> RowFormat:
-        """How its cache encodes rows."""
-        return RowFormat.announced(self.hello.layout.dtype)
 
     @property
     def name(self) -> str:
@@ -121,10 +119,10 @@ class Plan:
 
     def extend(self, pool: CachePool, segment: Segment) -> None:
         """Number the chunks of another segment."""
-        widths, shared = self.projection.widths, self.projection.shared
+        items = self.row_format.part_items(self.part)
         new = cut(
             pool.first_layer + self.share.start,
-            [self.row_format.part_items(widths[i], shared[i], pool.rope_dim, self.part) for i in self.share],
+            items[self.share.start : self.share.stop],
             segment.first_token,
             len(segment.slots),
             self.row_format.item_dtype(pool.dtype).itemsize,

@@ -1,13 +1,16 @@
-"""SGLang's own latent pool with FP8 rows: its bytes, what it accounts for, and what it hands to a transfer agent."""
+"""SGLang's own latent pool with rows in bytes: their sizes, its accounting, what it hands to a transfer agent."""
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+
+from sglang_tpla.cache_rows.sketched import SketchedRows
 
 LAYERS, LATENT, ROPE, SLOTS = 3, 128, 32, 40
 
@@ -19,9 +22,12 @@ def fp8_hooks(engine: None, monkeypatch: pytest.MonkeyPatch) -> Any:
     from sglang.srt.mem_cache.memory_pool import MLATokenToKVPool
 
     from sglang_tpla.host.model import kv_pool as pool
+    from sglang_tpla.host.model import rows
 
-    state = SimpleNamespace(artifact=None)
-    monkeypatch.setattr(pool, "artifact", lambda: state.artifact)
+    state = SimpleNamespace(artifact=None, rows=None)
+    for module in (pool, rows):
+        monkeypatch.setattr(module, "artifact", lambda: state.artifact)
+    monkeypatch.setattr(rows, "settings", lambda: SimpleNamespace(rows=state.rows, artifact="a file"))
     create, value = MLATokenToKVPool._create_buffers, MLATokenToKVPool.get_value_buffer
     dim = kv_cache_configurator.calculate_mla_kv_cache_dim
     monkeypatch.setattr(MLATokenToKVPool, "_create_buffers", lambda self: pool.create_buffers(create, self))
@@ -32,6 +38,18 @@ def fp8_hooks(engine: None, monkeypatch: pytest.MonkeyPatch) -> Any:
     state.more = {"server_args": None} if older else {}
     state.cache_dim = lambda **kwargs: pool.mean_cache_dim(dim, **kwargs)
     return state
+
+
+def artifact_of(widths: tuple[int, ...], sketched: Sequence[SketchedRows] = ()) -> Any:
+    """What the hooks ask of an artifact."""
+    return SimpleNamespace(
+        meta=SimpleNamespace(
+            widths=widths,
+            shared_dims=(16,) * len(widths),
+            sketched=bool(sketched),
+            rows=lambda layer: sketched[layer],
+        )
+    )
 
 
 def make_pool(dtype: torch.dtype, latent: int) -> Any:
@@ -55,12 +73,12 @@ def accounted(state: Any, dtype: torch.dtype, latent: int) -> float:
 
 @pytest.mark.parametrize("widths", [None, (80, 80, 80), (112, 96, 128)])
 def test_rows_and_accounting(fp8_hooks: Any, widths: tuple[int, ...] | None) -> None:
-    from sglang_tpla.cache_rows.row_format import RowFormat
     from sglang_tpla.host.disaggregation.engine_memory import cache_pool
+    from sglang_tpla.host.model.rows import row_format
 
     kept = widths or (LATENT,) * LAYERS
     if widths:
-        fp8_hooks.artifact = SimpleNamespace(meta=SimpleNamespace(widths=widths))
+        fp8_hooks.artifact = artifact_of(widths)
     dtype = torch.float8_e4m3fn
     pool = make_pool(dtype, max(kept))
     rows = [w + 2 * ROPE + 16 for w in kept]
@@ -77,15 +95,16 @@ def test_rows_and_accounting(fp8_hooks: Any, widths: tuple[int, ...] | None) -> 
             kv_data_ptrs=pointers, kv_data_lens=sizes, kv_item_lens=items,
         ),
         SimpleNamespace(device="cpu", get_model_config=lambda: SimpleNamespace(hf_text_config=text)),
+        row_format(LATENT, ROPE, LAYERS, fp8=True),
     )  # fmt: skip
-    assert seen.row_format is RowFormat.FP8 and seen.widths == kept
+    assert seen.row_format.name(torch.uint8) == "fp8_rows" and seen.widths == kept
     seen.layers[1][7] = torch.arange(rows[1], dtype=torch.uint8)
     assert pool.get_key_buffer(1).view(torch.uint8)[7, 0].tolist() == [n % 256 for n in range(rows[1])]
 
 
 def test_more_tokens_fit(fp8_hooks: Any) -> None:
     """DeepSeek's 512 + 64 at g = 2 with r = 128: FP8 rows against bfloat16 ones."""
-    fp8_hooks.artifact = SimpleNamespace(meta=SimpleNamespace(widths=(320,) * LAYERS))
+    fp8_hooks.artifact = artifact_of((320,) * LAYERS)
     rows = [accounted(fp8_hooks, dtype, 320) for dtype in (torch.bfloat16, torch.float8_e4m3fn)]
     assert [row / LAYERS for row in rows] == [2 * (320 + ROPE), 320 + 2 * ROPE + 16]
 
@@ -94,3 +113,34 @@ def test_plain_rows_stay_sglangs(fp8_hooks: Any) -> None:
     pool = make_pool(torch.float32, LATENT)
     assert [tuple(buffer.shape) for buffer in pool.kv_buffer] == [(SLOTS + 1, 1, LATENT + ROPE)] * LAYERS
     assert accounted(fp8_hooks, torch.float32, LATENT) == LAYERS * 4 * (LATENT + ROPE)
+
+
+@pytest.mark.parametrize("with_artifact", [False, True], ids=["one group", "two groups, layers of two kinds"])
+def test_sketched_rows_and_accounting(fp8_hooks: Any, with_artifact: bool) -> None:
+    from sglang_tpla.host.model.rows import row_format
+
+    kinds = [SketchedRows.of(LATENT, 1, LATENT, ROPE)] * LAYERS
+    sizes = [200] * LAYERS  # 128 + 2 * 32 + 8
+    if with_artifact:
+        kinds = [SketchedRows.of(LATENT, 2, 32, ROPE, sketch_bits=bits) for bits in (4, 2, 4)]
+        fp8_hooks.artifact, sizes = (
+            artifact_of((80,) * LAYERS, kinds),
+            [176, 164, 176],
+        )  # 80 + 64 + 24 or 12 + 8
+    else:
+        fp8_hooks.rows = "sketched"
+    dtype = torch.float8_e4m3fn
+    pool = make_pool(dtype, LATENT)
+    assert [tuple(buffer.shape) for buffer in pool.kv_buffer] == [(SLOTS + 1, 1, size) for size in sizes]
+    assert accounted(fp8_hooks, dtype, LATENT) == sum(sizes)
+    found = row_format(LATENT, ROPE, LAYERS, fp8=True, group=int(with_artifact))
+    assert [rows.rows for rows in found.layers] == kinds  # type: ignore[attr-defined]
+
+
+def test_rows_that_contradict_the_artifact(fp8_hooks: Any) -> None:
+    from sglang_tpla.config import ConfigError
+    from sglang_tpla.host.model.rows import sketched
+
+    fp8_hooks.artifact, fp8_hooks.rows = artifact_of((80,) * LAYERS), "sketched"
+    with pytest.raises(ConfigError, match="sketched does not go with a file, which was made for plain rows"):
+        sketched()

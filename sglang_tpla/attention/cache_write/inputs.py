@@ -1,0 +1,176 @@
+"""What a cache write takes: new tokens, how they become rows, and where the rows go.
+
+    z = RMSNorm(c; weight, eps) Z,    cache[slot] = row of (z, R(position) k_rope),    q_rope <- R(position) q_rope
+
+(design, section 2). One `CacheWrite` serves every row format, the Triton kernels and their PyTorch twin alike.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from sglang_tpla.attention.interface import AttentionInputError
+from sglang_tpla.cache_rows import fp8 as fp8_rows
+from sglang_tpla.cache_rows.row_format import GroupRows
+
+
+@dataclass(frozen=True)
+class CacheWrite:
+    """The rows of some new tokens in one layer's cache.
+
+    Args:
+        latent: [tokens, d], before the norm; rows may be strided. Without ``weight``: the slice itself, [tokens, w].
+        k_rope: [tokens, rope], likewise.
+        slots: [tokens] integer, rows of ``cache``; which of two equal slots wins is not said.
+        cache: [slots, items] or [slots, 1, items], rows may be strided: w + rope values, or the bytes of a row of
+            another format.
+        weight: [d], of the norm; None: norm and projection are done. eps: of the norm.
+        z: [d, w] float32, contiguous; None keeps the whole latent (w = d).
+        cos_sin: [positions, rope] float32, cosines then sines; None: ``k_rope`` is rotated already.
+        positions: [tokens] integer, rows of ``cos_sin``.
+        q_rope: [tokens, heads, rope], tokens and heads may be strided: the queries' rope part, rotated in place where
+            ``cos_sin`` is given; None rotates no queries.
+        neox: rotate halves; otherwise neighbours. The result keeps the vector's own order.
+        fp8_shared: r, the columns with the first of an FP8 row's two scales; None writes no FP8 rows.
+        sketched: the sketched rows to write, and the group that they are for: the slice is then
+            ``[shared | own | sketch of all groups]``, and ``z`` [d, w + g n]; None writes no sketched rows.
+
+    Raises:
+        AttentionInputError: shapes or dtypes that do not fit: what was expected, and what came.
+    """
+
+    latent: torch.Tensor
+    k_rope: torch.Tensor
+    slots: torch.Tensor
+    cache: torch.Tensor
+    weight: torch.Tensor | None = None
+    eps: float = 0.0
+    z: torch.Tensor | None = None
+    cos_sin: torch.Tensor | None = None
+    positions: torch.Tensor | None = None
+    q_rope: torch.Tensor | None = None
+    neox: bool = False
+    fp8_shared: int | None = None
+    sketched: GroupRows | None = None
+
+    def __post_init__(self) -> None:
+        if self.latent.dim() != 2 or self.k_rope.dim() != 2:
+            raise AttentionInputError(
+                f"latent must be [tokens, d] and k_rope [tokens, rope]; got {list(self.latent.shape)} and "
+                f"{list(self.k_rope.shape)}"
+            )
+        if self.weight is None and (self.z is not None or self.plain):
+            raise AttentionInputError(
+                "weight must be given: only rows of a format of their own are written from finished slices"
+            )
+        for name, tensor, dims, dtype in self._expected():
+            if tuple(tensor.shape) != dims or tensor.dtype != dtype:
+                raise AttentionInputError(
+                    f"{name} must be {dtype} {list(dims)} for {self.tokens} tokens; got {tensor.dtype} "
+                    f"{list(tensor.shape)}"
+                )
+            if tensor.stride(-1) != 1:
+                raise AttentionInputError(f"{name} must have contiguous rows; got strides {tensor.stride()}")
+        for name, table in (("weight", self.weight), ("z", self.z), ("cos_sin", self.cos_sin)):
+            if table is not None and not table.is_contiguous():
+                raise AttentionInputError(f"{name} must be contiguous; got strides {table.stride()}")
+        if self.rope_dim % 2:
+            raise AttentionInputError(
+                f"k_rope must hold pairs, an even number of values; got {self.rope_dim}"
+            )
+        if (self.cos_sin is None) != (self.positions is None):
+            raise AttentionInputError(
+                "cos_sin and positions come together, or neither where k_rope is rotated"
+            )
+        for name, index in (("slots", self.slots), ("positions", self.positions)):
+            if index is not None and (
+                index.shape != (self.tokens,)
+                or index.dtype not in (torch.int32, torch.int64)
+                or not index.is_contiguous()
+            ):
+                raise AttentionInputError(
+                    f"{name} must be contiguous int32 or int64 [{self.tokens}]; got {index.dtype} "
+                    f"{list(index.shape)}"
+                )
+
+    def _expected(self) -> list[tuple[str, torch.Tensor, tuple[int, ...], torch.dtype]]:
+        """Name, tensor, and the shape and dtype that it must have."""
+        tokens, d, rope, rows = self.tokens, self.latent.shape[1], self.rope_dim, self.rows
+        plain = self.plain
+        dtype = self.cache.dtype if plain else self.latent.dtype
+        given = self.weight is None
+        expected: list[tuple[str, torch.Tensor, tuple[int, ...], torch.dtype]] = [
+            ("latent", self.latent, (tokens, d), dtype),
+            ("k_rope", self.k_rope, (tokens, rope), self.k_rope.dtype if given else dtype),
+            ("cache", rows, (rows.shape[0], self.row_items), dtype if plain else torch.uint8),
+        ]
+        if self.weight is not None:
+            expected.insert(2, ("weight", self.weight, (d,), dtype))
+        if self.sketched is not None:
+            columns = self.sketched.columns
+            if self.z is None:
+                expected.append(("latent", self.latent, (tokens, columns), self.latent.dtype))
+            else:
+                expected.append(("z", self.z, (d, columns), torch.float32))
+        elif self.z is not None:
+            expected.append(("z", self.z, (d, self.z.shape[-1]), torch.float32))
+        if self.q_rope is not None:
+            heads = self.q_rope.shape[1] if self.q_rope.dim() == 3 else 1
+            expected.append(("q_rope", self.q_rope, (tokens, heads, rope), dtype))
+        if self.cos_sin is not None:
+            expected.append(("cos_sin", self.cos_sin, (self.cos_sin.shape[0], rope), torch.float32))
+        return expected
+
+    @property
+    def plain(self) -> bool:
+        """Whether rows are values of the cache's dtype."""
+        return self.fp8_shared is None and self.sketched is None
+
+    @property
+    def rows(self) -> torch.Tensor:
+        """The cache as [slots, items]."""
+        squeezes = self.cache.dim() == 3 and self.cache.shape[1] == 1
+        return self.cache.squeeze(1) if squeezes else self.cache
+
+    @property
+    def tokens(self) -> int:
+        """New tokens."""
+        return self.latent.shape[0]
+
+    @property
+    def rope_dim(self) -> int:
+        """Values of a rotary key."""
+        return self.k_rope.shape[1]
+
+    @property
+    def width(self) -> int:
+        """Columns of the slice that a row is made of."""
+        return (self.latent if self.z is None else self.z).shape[1]
+
+    @property
+    def row_items(self) -> int:
+        """Items that a row of the cache must have."""
+        if self.sketched is not None:
+            return self.sketched.row_items
+        if self.fp8_shared is not None:
+            return fp8_rows.row_bytes(self.width, self.rope_dim)
+        return self.width + self.rope_dim
+
+    @property
+    def heads(self) -> int:
+        """Query heads whose rope part is to be rotated."""
+        return 0 if self.q_rope is None or self.cos_sin is None else self.q_rope.shape[1]
+
+    def require_gpu(self) -> None:
+        """Refuse tensors that no kernel can reach.
+
+        Raises:
+            AttentionInputError: the cache is on a CPU.
+        """
+        if not self.cache.is_cuda:
+            raise AttentionInputError(
+                f"the cache-writing kernel runs on a GPU; got tensors on {self.cache.device}; use "
+                "cache_write.reference on a CPU"
+            )

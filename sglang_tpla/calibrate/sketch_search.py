@@ -1,0 +1,146 @@
+"""Choose a layout of sketched rows: the fewest bytes a token and rank that keep KL under a bound.
+
+For every g that divides the ranks, each layer's KL with only that layer in sketched rows is measured for every pair of
+r shared columns and b sketch bits that is worth its bytes. The layers' KL nearly add up, so a greedy walk from the
+smallest rows, which always enlarges the layer that buys most KL a byte, gives layouts layer by layer. Uniform layouts
+and those of the walk near the bound are then measured whole. One group (plain MLA with an 8-bit cache, which needs no
+artifact) is measured beside them: it is what g > 1 has to beat.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from sglang_tpla.cache_rows.sketched import SKETCH_BITS, SketchedRows
+from sglang_tpla.calibrate.layout_search import Point, Search, near_the_bound, widening_walk
+from sglang_tpla.calibrate.pipeline import key_weights
+from sglang_tpla.calibrate.sketch_maps import layer_sketched_maps, shared_choices
+from sglang_tpla.calibrate.transforms import TransformError
+from sglang_tpla.measure.decode_error import measure
+from sglang_tpla.measure.statistics import Statistics
+from sglang_tpla.reference_model.forward import LayerMaps, PlainModel
+from sglang_tpla.reference_model.sketched_layer import SketchedMaps
+
+_SHARES = (0.125, 0.25, 0.375)  # r as shares of d that are looked at
+
+
+@dataclass(frozen=True)
+class SketchedSearch:
+    """What may be chosen, besides what ``Search`` says of ranks and bound.
+
+    Args:
+        bits: sketch bits that are looked at.
+        rope_bits: the rotary key's, the same in every layout.
+        shared: the one r that is looked at, or None for a few shares of d.
+    """
+
+    bits: tuple[int, ...] = SKETCH_BITS
+    rope_bits: int = 16
+    shared: int | None = None
+
+    def choices(self, latent_dim: int, rope_dim: int, groups: int) -> list[SketchedRows]:
+        """Rows by size, ascending; of equal size, the one with more bits, then with more shared columns."""
+        found: dict[int, SketchedRows] = {}
+        for bits in self.bits:
+            held = shared_choices(latent_dim, groups, bits)
+            for share in _SHARES if self.shared is None else (self.shared / latent_dim,):
+                if not held:
+                    continue
+                shared = min(held, key=lambda choice, share=share: abs(choice - share * latent_dim))  # type: ignore[misc]
+                rows = SketchedRows.of(
+                    latent_dim, groups, shared, rope_dim, sketch_bits=bits, rope_bits=self.rope_bits
+                )
+                best = found.get(rows.row_bytes)
+                if best is None or (rows.sketch_bits, rows.shared) > (best.sketch_bits, best.shared):
+                    found[rows.row_bytes] = rows
+        return [found[size] for size in sorted(found)]
+
+
+def search_sketched(
+    model: PlainModel,
+    statistics: Statistics,
+    tokens: torch.Tensor,
+    prompt_tokens: int,
+    wanted: Search,
+    looked_at: SketchedSearch,
+    progress: Callable[[str], None] = lambda _: None,
+) -> list[Point]:
+    """Every layout measured, the fewest bytes first; those of one group are for comparison.
+
+    Raises:
+        TransformError: no number of groups has rows that the format holds.
+    """
+    points: list[Point] = []
+    for groups in (1, *wanted.group_counts()):
+        points += _search_groups(
+            model, statistics, tokens, prompt_tokens, wanted, looked_at, groups, progress
+        )
+    if not any(point.groups > 1 for point in points):
+        raise TransformError(
+            f"no number of groups that divides {wanted.ranks} ranks has sketched rows of {model.spec.latent_dim} values"
+        )
+    return sorted(points, key=lambda point: (point.bytes_per_token, point.kl))
+
+
+def _search_groups(
+    model: PlainModel,
+    statistics: Statistics,
+    tokens: torch.Tensor,
+    prompt_tokens: int,
+    wanted: Search,
+    looked_at: SketchedSearch,
+    groups: int,
+    progress: Callable[[str], None],
+) -> list[Point]:
+    spec = model.spec
+    choices = looked_at.choices(spec.latent_dim, spec.rope_dim, groups)[: 1 if groups == 1 else None]
+    if not choices:
+        return []
+    maps = [
+        [sketched_point_maps(model, statistics, layer, rows) for layer in range(spec.layers)]
+        for rows in choices
+    ]
+
+    def kl_of(candidates: Sequence[Sequence[LayerMaps | None]]) -> list[float]:
+        found = measure(model, tokens, candidates, prompt_tokens)
+        return [errors.kl.double().mean().item() for errors in found]
+
+    picks = [[choice] * spec.layers for choice in range(len(choices))]
+    if len(choices) > 1:
+        alone: list[list[float]] = []
+        for layer in range(spec.layers):
+            progress(f"g = {groups}: layer {layer + 1} of {spec.layers}")
+            one: list[LayerMaps | None] = [None] * spec.layers
+            alone.append(kl_of([[*one[:layer], made[layer], *one[layer + 1 :]] for made in maps]))
+        sizes = [rows.row_bytes for rows in choices]
+        picks += [pick for pick in widening_walk(alone, sizes) if pick not in picks]
+        picks = near_the_bound(picks, alone, wanted.max_kl)
+    progress(f"g = {groups}: {len(picks)} layouts")
+    found = kl_of([[maps[choice][layer] for layer, choice in enumerate(pick)] for pick in picks])
+    return [
+        Point(
+            groups=groups,
+            shared_dims=tuple(choices[choice].shared for choice in pick),
+            widths=tuple(choices[choice].w for choice in pick),
+            bytes_per_token=sum(choices[choice].row_bytes for choice in pick),
+            kl=kl,
+            rows=tuple(choices[choice] for choice in pick),
+        )
+        for pick, kl in zip(picks, found, strict=True)
+    ]
+
+
+def sketched_point_maps(
+    model: PlainModel, statistics: Statistics, layer: int, rows: SketchedRows
+) -> SketchedMaps:
+    """Maps of one layer on the model's device, in its precision."""
+    made = layer_sketched_maps(statistics.layers[layer], key_weights(model.checkpoint, layer), rows)
+
+    def placed(parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        return [part.to(model.device, model.dtype) for part in parts]
+
+    (sketch,) = placed([made.sketch])
+    return SketchedMaps(rows, placed(made.z), sketch, placed(made.a), placed(made.b))

@@ -1,0 +1,106 @@
+"""What every layer of a decode server caches, and the maps that make it: from the artifact, or of the whole latent.
+
+Sketched rows come from an artifact made for them, or, with one group and no artifact, from ``--tpla-rows sketched``:
+plain MLA with an 8-bit cache, whose one map is the rotation that spreads a token's values evenly before they are
+rounded. ``--kv-cache-dtype fp8_e4m3`` asks for FP8 rows. Otherwise rows are plain.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from sglang_tpla.cache_rows.rotation import rotation
+from sglang_tpla.cache_rows.row_format import GroupRows, RowFormat
+from sglang_tpla.cache_rows.sketched import SketchedRows
+from sglang_tpla.config import ConfigError
+from sglang_tpla.host.process import Slice, artifact, settings
+
+
+def sketched() -> bool:
+    """Whether this decode server caches sketched rows.
+
+    Raises:
+        ConfigError: ``--tpla-rows`` asks for other rows than the artifact is for.
+    """
+    loaded, asked = artifact(), settings().rows
+    if loaded is None:
+        return asked == "sketched"
+    found = loaded.meta.sketched
+    if asked is not None and found != (asked == "sketched"):
+        kind = "sketched" if found else "plain"
+        raise ConfigError(
+            f"--tpla-rows {asked} does not go with {settings().artifact}, which was made for {kind} rows; drop "
+            f"--tpla-rows, or make one with `python -m sglang_tpla.calibrate --rows {asked}`"
+        )
+    return found
+
+
+def row_format(
+    latent_dim: int, rope_dim: int, layers: int, *, fp8: bool = False, group: int = 0
+) -> RowFormat:
+    """The rows of every layer on a rank of ``group``; their sizes are the same in every group.
+
+    Args:
+        latent_dim, rope_dim: of the model. layers: how many there are.
+        fp8: the pool holds single bytes, and not for sketched rows.
+    """
+    loaded = artifact()
+    if sketched():
+        return RowFormat.sketched(
+            [sketched_rows(layer, latent_dim, rope_dim) for layer in range(layers)], group
+        )
+    widths = loaded.meta.widths if loaded is not None else (latent_dim,) * layers
+    shared = loaded.meta.shared_dims if loaded is not None else widths
+    return (RowFormat.fp8 if fp8 else RowFormat.plain)(widths, shared, rope_dim)
+
+
+def sketched_rows(layer: int, latent_dim: int, rope_dim: int) -> SketchedRows:
+    """Sizes of one layer's rows on a server of sketched rows."""
+    loaded = artifact()
+    return SketchedRows.of(latent_dim, 1, latent_dim, rope_dim) if loaded is None else loaded.meta.rows(layer)
+
+
+@dataclass(frozen=True)
+class LayerMaps:
+    """One rank's maps of one layer, float32, as its cache and its kernels want them.
+
+    Args:
+        projection: ``[d, columns]``, what a row is made from: the slice, and in sketched rows behind it the sketch
+            columns of all groups.
+        key_map: ``[query columns, d]``, folded into the queries' absorbed weights; zeros in padded columns.
+        value_map: ``[value columns, d]``, folded into those of the values; zeros in padded columns.
+        rows: of the cache, where those are sketched.
+    """
+
+    projection: torch.Tensor
+    key_map: torch.Tensor
+    value_map: torch.Tensor
+    rows: GroupRows | None
+
+
+def layer_maps(part: Slice, layer: int, latent_dim: int, rope_dim: int) -> LayerMaps:
+    """The maps of one layer on one rank."""
+    if part.artifact is None:
+        turn = rotation(latent_dim, torch.float32)
+        rows = sketched_rows(layer, latent_dim, rope_dim)
+        z, a, b, sketch = turn, turn.T.contiguous(), turn.T.contiguous(), turn[:, :0]
+    else:
+        z, a, b = part.artifact.maps(layer, part.group)
+        if not part.artifact.meta.sketched:
+            return LayerMaps(z, a, b, None)
+        rows, sketch = part.artifact.meta.rows(layer), part.artifact.sketch(layer)
+    padding = torch.zeros(rows.w_pad - rows.w, latent_dim)
+    return LayerMaps(
+        projection=torch.cat([z, sketch], dim=1),
+        key_map=torch.cat([a[: rows.w], padding, a[rows.w :]]),
+        value_map=torch.cat([b, padding]),
+        rows=GroupRows(rows, part.group),
+    )
+
+
+def projections(part: Slice, layers: int, latent_dim: int, rope_dim: int) -> Sequence[torch.Tensor]:
+    """What a rank hands to prefill ranks: one matrix ``[d, columns]`` a layer."""
+    return [layer_maps(part, layer, latent_dim, rope_dim).projection for layer in range(layers)]

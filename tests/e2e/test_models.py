@@ -1,0 +1,78 @@
+"""Every served family by a small random checkpoint, through real servers, against the plain model.
+
+The maps lose nothing: both groups keep the whole latent and each gives half of the values. So every hook of the layer
+runs, with two ranks that hold all heads, and the answer is that of plain MLA.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+import pytest
+import torch
+
+from sglang_tpla.artifact.artifact import ArtifactMeta, build
+from sglang_tpla.artifact.model_identity import config_hash, weights_hash
+from sglang_tpla.plan.model import from_config
+from sglang_tpla.reference_model.checkpoint import Checkpoint
+from sglang_tpla.reference_model.forward import PlainModel
+from tests.e2e.servers import Pair, launcher
+from tests.ports import free_ports
+from tests.random_checkpoint import CONFIGS, random_checkpoint
+
+TOKENS = 8
+
+
+def whole_latents(folder: Path, path: Path) -> Path:
+    """An artifact of two groups that both keep the whole latent."""
+    config = Checkpoint(folder).config
+    layers, d = config["num_hidden_layers"], config["kv_lora_rank"]
+    eye = torch.eye(d)
+    meta = ArtifactMeta(
+        format_version=1, model_name=folder.name, config_hash=config_hash(config), weights_hash=weights_hash(folder),
+        transform="identity", groups=2, num_layers=layers, latent_dim=d, rope_dim=config["qk_rope_head_dim"],
+        shared_dims=(d,) * layers, widths=(d,) * layers, calibrated_tokens=0, corpus="none", corpus_hash="", seed=0,
+        created_by="a test",
+    )  # fmt: skip
+    build(meta, [[(eye, eye, eye / 2)] * 2] * layers).save(path)
+    return path
+
+
+@pytest.mark.parametrize("family", sorted(CONFIGS))
+def test_a_family_is_served(family: str, nano_mla: str, tmp_path: Path) -> None:
+    folder = random_checkpoint(tmp_path / family, family, nano_mla)
+    assert from_config(Checkpoint(folder).config, family).latent_dim == 64
+    artifact = whole_latents(folder, tmp_path / "whole.safetensors")
+    ports = free_ports(3)
+    prefill = launcher(
+        "prefill", str(folder), ports[0], tmp_path / "prefill.log", "--disaggregation-bootstrap-port", str(ports[1]),
+        "--tpla-statistics-folder", str(tmp_path / "statistics"), "--tpla-statistics-every-tokens", "8",
+    )  # fmt: skip
+    decode = launcher(
+        "decode", str(folder), ports[2], tmp_path / "decode.log", "--tp", "2", "--tpla-groups", "2",
+        "--tpla-artifact", str(artifact),
+    )  # fmt: skip
+    model = PlainModel(str(folder))
+    with contextlib.ExitStack() as stack:
+        for server in (prefill, decode):
+            stack.callback(server.stop)
+            server.start()
+        for server in (prefill, decode):
+            server.wait()
+        pair = Pair(prefill, ports[1], decode)
+        for seed in range(3):
+            ids = torch.randint(
+                3, 4096, (20 + 7 * seed,), generator=torch.Generator().manual_seed(seed)
+            ).tolist()
+            _, answer = pair.generate(ids, TOKENS, return_logprob=True)
+            said = answer["meta_info"]["output_token_logprobs"]
+            tokens = torch.tensor([ids + [token for _, token, _ in said]])
+            with torch.no_grad():
+                expected = model.forward(tokens[:, :-1]).log_softmax(-1)[0]
+            at = torch.arange(len(ids) - 1, tokens.shape[1] - 1)
+            values = torch.tensor([value for value, *_ in said])
+            torch.testing.assert_close(values, expected[at, tokens[0, at + 1]], rtol=0, atol=2e-3)
+        assert decode.get("/server_info")["tpla"]["widths"] == [64] * 3
+    (written,) = (tmp_path / "statistics").iterdir()
+    assert written.suffix == ".safetensors"

@@ -1,0 +1,99 @@
+"""Decode servers with sketched rows against the plain PyTorch model token by token, their bytes, prefixes and aborts.
+
+All stand behind the shared prefill server, whose own cache is float32.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from sglang_tpla.artifact.artifact import Artifact
+from sglang_tpla.cache_rows.rotation import rotation
+from sglang_tpla.cache_rows.sketched import SketchedRows
+from sglang_tpla.measure.decode_error import model_maps
+from sglang_tpla.reference_model.forward import LayerMaps, PlainModel
+from sglang_tpla.reference_model.sketched_layer import SketchedMaps
+from tests.e2e.servers import Pair, Server, launcher, request_body, transfer_lines, wait_idle
+from tests.e2e.test_tpla_parity import assert_answers_are_the_models
+from tests.ports import free_ports
+
+LAYERS, LATENT, ROPE = 4, 128, 32
+NEAR = 5e-3  # a code on the other side of a rounding boundary
+
+
+@contextlib.contextmanager
+def decode_server(model: str, log: Path, *flags: str) -> Iterator[Server]:
+    """A decode server that keeps the caches of ended requests for those that begin alike."""
+    port = free_ports(1)[0]
+    server = launcher("decode", model, port, log, "--disaggregation-decode-enable-radix-cache", *flags)
+    try:
+        yield server.start().wait()
+    finally:
+        server.stop()
+
+
+def whole_latent(model: PlainModel) -> list[LayerMaps]:
+    """One group's maps: the latent rotated, rounded to 8 bits, and rotated back."""
+    turn = rotation(LATENT, model.dtype)
+    rows = SketchedRows.of(LATENT, 1, LATENT, ROPE)
+    return [SketchedMaps(rows, [turn], turn[:, :0], [turn.T], [turn.T])] * LAYERS
+
+
+def check(
+    trio: Any, decode: Server, room: int, model: PlainModel, maps: Sequence[LayerMaps], wire_bytes: int
+) -> None:
+    """Parity, bytes of every transfer, a cached prefix, an abort, and an idle server at the end.
+
+    Args:
+        wire_bytes: of a token, all layers and ranks.
+    """
+    pair = Pair(trio.prefill, trio.bootstrap, decode, next_room=room)
+    assert_answers_are_the_models(pair, model, maps, None, NEAR)
+    prompt = [(7 * n) % 500 + 10 for n in range(300)]
+    first = pair.generate(prompt, 16, return_logprob=True)[1]
+    again = pair.generate(prompt, 16, return_logprob=True)[1]
+    assert again["meta_info"]["cached_tokens"] >= len(prompt) - 1
+    assert again["output_ids"] == first["output_ids"]
+    moved = [line for line in transfer_lines(trio.prefill) if line["room"] >= room]
+    assert len(moved) == 10 and all(line["bytes"] == line["tokens"] * wire_bytes for line in moved)
+    assert moved[-2]["tokens"] == len(prompt) and moved[-1]["tokens"] <= 1  # the prefix was there
+    body = request_body(prompt[::-1], 2000, stream=True)
+    body |= {"bootstrap_host": "127.0.0.1", "bootstrap_port": pair.bootstrap, "bootstrap_room": room + 500}
+    with contextlib.ExitStack() as stack:
+        for server in (trio.prefill, decode):
+            answer = stack.enter_context(
+                httpx.stream("POST", server.url + "/generate", json=body, timeout=240)
+            )
+            for _ in zip(range(3), answer.iter_lines(), strict=False):
+                pass
+    wait_idle(trio.prefill, decode)
+    assert pair.generate(prompt, 16)[1]["output_ids"] == first["output_ids"]
+
+
+def test_plain_mla_with_an_8_bit_cache(trio: Any, nano_mla: str, logs: Path) -> None:
+    model = PlainModel(nano_mla)
+    with decode_server(nano_mla, logs / "decode-8-bit.log", "--tp", "1", "--tpla-rows", "sketched") as decode:
+        tpla = decode.get("/server_info")["tpla"]
+        row_bytes = LATENT + 2 * ROPE + 8
+        assert (tpla["rows"], tpla["groups"], tpla["widths"]) == ("sketched", 1, [LATENT] * LAYERS)
+        assert tpla["cache_bytes_per_token_and_rank"] == LAYERS * row_bytes
+        check(trio, decode, 110_000, model, whole_latent(model), LAYERS * row_bytes)
+
+
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_two_groups(trio: Any, nano_mla: str, sketched_artifact: str, logs: Path, ranks: int) -> None:
+    artifact, model = Artifact.load(sketched_artifact), PlainModel(nano_mla)
+    flags = ["--tp", str(ranks), "--tpla-groups", "2", "--tpla-artifact", sketched_artifact]
+    with decode_server(nano_mla, logs / f"decode-sketched-{ranks}.log", *flags) as decode:
+        tpla = decode.get("/server_info")["tpla"]
+        rows = [artifact.meta.rows(layer) for layer in range(LAYERS)]
+        assert (tpla["rows"], tpla["sketch_bits"]) == ("sketched", [kind.sketch_bits for kind in rows])
+        assert tpla["cache_bytes_per_token_and_rank"] == sum(kind.row_bytes for kind in rows)
+        wire = sum(kind.common_bytes + 2 * kind.own_bytes for kind in rows)
+        check(trio, decode, 120_000 + 1000 * ranks, model, model_maps(artifact, model), wire)

@@ -1,0 +1,43 @@
+"""Which models are served, by the name of their architecture alone."""
+
+from __future__ import annotations
+
+import pytest
+
+from sglang_tpla.config import ConfigError
+from sglang_tpla.host.model.architectures import REFUSED, SERVED, check_architectures
+from sglang_tpla.host.validation import check_config
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_served(name: str) -> None:
+    check_architectures("/m", [name])
+
+
+@pytest.mark.parametrize("name", [*REFUSED, "LlamaForCausalLM"])
+def test_refused_by_name(name: str) -> None:
+    """With the reason, and what is served instead."""
+    with pytest.raises(ConfigError) as refusal:
+        check_architectures("/models/m", [name])
+    words = str(refusal.value)
+    assert f"/models/m is a {name}" in words and REFUSED.get(name, "not among") in words
+    assert all(served in words for served in SERVED)
+
+
+def test_a_config_without_an_architecture_says_nothing() -> None:
+    check_architectures("/m", [])
+
+
+def test_a_latent_cache_is_not_enough() -> None:
+    """Kimi-Linear has a latent cache, and layers of another kind beside it."""
+    latent = {"kv_lora_rank": 512}
+    check_config("/m", latent | {"architectures": ["DeepseekV3ForCausalLM"]})
+    with pytest.raises(ConfigError, match="linear-attention"):
+        check_config("/m", latent | {"architectures": ["KimiLinearForCausalLM"]})
+    with pytest.raises(ConfigError, match="no latent cache"):
+        check_config(
+            "/m", {"architectures": ["KimiVLForConditionalGeneration"], "text_config": {"hidden_size": 8}}
+        )
+    inner = {**latent, "index_topk": 2048}
+    with pytest.raises(ConfigError, match="sparse attention"):
+        check_config("/m", {"architectures": ["KimiK25ForConditionalGeneration"], "text_config": inner})

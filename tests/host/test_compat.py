@@ -1,0 +1,153 @@
+"""What differs between releases says the same in each of them; and the traps that no signature shows."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from sglang_tpla.host import compat, ledger
+
+LATER = ledger.host_version() != "0.5.17"
+
+
+def test_arguments_as_resolved(engine: None, nano_mla: str) -> None:
+    from sglang.srt.server_args import ServerArgs
+
+    args = ServerArgs(model_path=nano_mla, device="cpu", dtype="float32")
+    if hasattr(args, "resolve_once"):
+        assert not compat.is_resolved(args)
+        args.resolve_once()
+        assert compat.is_resolved(args)
+    assert compat.decode_backend_name(args) == "torch_native"
+    assert compat.resolved(args).attention_backend == "torch_native"
+    assert (
+        compat.model_config(args).kv_lora_rank
+        == compat.model_config(compat.resolved(args)).kv_lora_rank
+        == 128
+    )
+
+
+@pytest.mark.parametrize(
+    ("fields", "groups", "ranks"),
+    [
+        ({"dp_size": 1}, 1, 1),
+        ({"dp_size": 2, "enable_dp_attention": True}, 2, 2),
+        ({"dp_size": 1, "enable_dp_attention": False, "attn_dp_size": 4}, 4, 4),
+        ({"dp_size": 2, "enable_dp_attention": False, "attn_dp_size": 1}, 1, 2),
+        ({"dp_size": 3, "attn_dp_size": None}, 1, 3),
+    ],
+)
+def test_attention_groups_in_either_spelling(fields: dict[str, Any], groups: int, ranks: int) -> None:
+    args = SimpleNamespace(**fields)
+    assert compat.attention_groups(args) == groups
+    assert compat.data_parallel_ranks(args) == ranks
+
+
+def test_layers_are_built_for_a_share(engine: None) -> None:
+    """Rank 1 of 3, although this process is one of one; afterwards everything is as before."""
+    from sglang.srt.layers.linear import ColumnParallelLinear
+    from sglang.srt.runtime_context import get_parallel
+
+    parallel = get_parallel()
+    before = (parallel.attn_tp_rank, parallel.attn_tp_size)
+    with compat.attention_rank(1, 3):
+        assert (parallel.attn_tp_rank, parallel.attn_tp_size) == (1, 3)
+        part = ColumnParallelLinear(4, 6, bias=False, **compat.attention_share())
+    assert (parallel.attn_tp_rank, parallel.attn_tp_size) == before == (0, 1)
+    whole = torch.arange(24.0).view(6, 4)
+    part.weight.weight_loader(part.weight, whole)
+    assert torch.equal(part.weight.data, whole[2:4])
+    with pytest.raises(RuntimeError, match="on purpose"), compat.attention_rank(1, 3):
+        raise RuntimeError("on purpose")
+    assert (parallel.attn_tp_rank, parallel.attn_tp_size) == before
+
+
+def test_both_names_of_deepgemm_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in compat.DEEPGEMM_BMM:
+        assert not compat.uses_deepgemm_bmm()
+        monkeypatch.setenv(name, "1")
+        assert compat.uses_deepgemm_bmm()
+        monkeypatch.delenv(name)
+
+
+def test_the_page_table_is_read_to_the_end_of_the_replay(engine: None) -> None:
+    """Every layer's kernel reads it, so that the scheduler must not write it before the last one."""
+    from sglang.srt.layers.attention import base_attn_backend
+
+    from sglang_tpla.host.attention.backend import TplaDecodeBackend
+
+    backend = TplaDecodeBackend.__new__(TplaDecodeBackend)
+    said = backend.shared_read_ends(SimpleNamespace(is_decode=lambda: True, is_target_verify=lambda: False))
+    if LATER:
+        assert said is base_attn_backend.SharedReadEnds.POST_REPLAY
+    else:
+        assert said is None and not hasattr(base_attn_backend, "SharedReadEnds")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "flag"),
+    [
+        ("enable_kv_cache_sharding", True, "--enable-kv-cache-sharding"),
+        ("disaggregation_decode_allocation_policy", "prefill_complete", "prefill_complete"),
+        (
+            "disaggregation_decode_host_receive_threshold",
+            0.5,
+            "--disaggregation-decode-host-receive-threshold 0.5",
+        ),
+        ("disaggregation_enable_kv_checksum", True, "--disaggregation-enable-kv-checksum"),
+        ("enable_page_major_kv_layout", True, "--enable-page-major-kv-layout"),
+        ("enable_unified_memory", True, "--enable-unified-memory"),
+    ],
+)
+def test_what_moves_rows_elsewhere_is_refused(field: str, value: Any, flag: str) -> None:
+    from sglang_tpla.host.validation import newer_refusals
+
+    args = SimpleNamespace(speculative_algorithm=None)
+    assert not any(bad for bad, _, _ in newer_refusals(args))
+    setattr(args, field, value)
+    (refused,) = [name for bad, name, _ in newer_refusals(args) if bad]
+    assert flag in refused
+
+
+def test_arguments_that_came_resolved_are_not_checked_again() -> None:
+    """A child process gets the record by pickle, and resolves it once more to find that it has been."""
+    from sglang_tpla.host.validation import check_server_args
+
+    calls: list[Any] = []
+    args = SimpleNamespace(_resolution_finished=True)  # nothing else: any check would fail
+    check_server_args(calls.append, args)
+    assert calls == [args]
+
+
+def test_rows_in_host_memory_fail_their_request() -> None:
+    from sglang.srt.disaggregation.base.conn import KVPoll
+
+    from sglang_tpla.host.disaggregation.kv_manager import TplaKVReceiver
+
+    receiver = TplaKVReceiver.__new__(TplaKVReceiver)
+    receiver.bootstrap_room, receiver.conclude_state = 7, None
+    receiver.send_metadata(torch.zeros(1).numpy(), destination=SimpleNamespace(name="HOST"))
+    assert receiver.conclude_state == KVPoll.Failed and "device's pool" in str(receiver._reason)
+
+
+def test_an_aborted_room_leaves_nothing_under_its_number() -> None:
+    """Later releases keep a failed number failed: the next request in that room would fail with it."""
+    from sglang.srt.disaggregation.base.conn import KVPoll
+
+    from sglang_tpla.host.disaggregation.kv_manager import TplaKVSender
+
+    manager = SimpleNamespace(
+        request_status={7: KVPoll.Bootstrapping}, req_to_decode_prefix_len={}, transfer_infos={}, failure_records={},
+        deferred_bootstrap=None, _maybe_ack_drained_abort=lambda room: None, _staging_ctx=None,
+    )  # fmt: skip
+    sender = TplaKVSender.__new__(TplaKVSender)
+    sender.kv_mgr, sender.bootstrap_room, sender.conclude_state = manager, 7, None
+    sender.abort()
+    assert not manager.request_status and not manager.failure_records
+    assert sender.conclude_state == KVPoll.Failed and sender._reason == "Aborted by AbortReq."
+    manager.request_status[7] = KVPoll.Bootstrapping  # the next request has the number
+    sender.clear()
+    assert manager.request_status == {7: KVPoll.Bootstrapping}

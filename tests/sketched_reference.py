@@ -1,0 +1,98 @@
+"""Sketched cache rows read by the letter of their description, byte by byte: no packing code of the package's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from sglang_tpla.cache_rows.sketched import LARGEST_DEVIATION, LEVELS, SketchedRows
+from tests.fp8_reference import bfloat16
+
+
+@dataclass(frozen=True)
+class ReadRow:
+    """What one row says: codes of each field, float64 scales, and the key's values."""
+
+    shared: np.ndarray  # [r]
+    own: np.ndarray  # [n]
+    sketch: np.ndarray  # [(g - 1) n] levels
+    key: np.ndarray  # [rope], codes or bfloat16 values
+    scales: np.ndarray  # [4]: shared, own, sketch, rope
+
+    @property
+    def latent(self) -> np.ndarray:
+        """The columns at 8 bits."""
+        return np.concatenate([self.shared * self.scales[0], self.own * self.scales[1]])
+
+    @property
+    def sketched(self) -> np.ndarray:
+        """The other groups' columns."""
+        return self.sketch * self.scales[2]
+
+    @property
+    def rope(self) -> np.ndarray:
+        """The rotary key."""
+        return self.key * self.scales[3]
+
+
+def read_row(row: bytes, rows: SketchedRows) -> ReadRow:
+    """Read one row."""
+    r, n, g, rope = rows.shared, rows.own, rows.groups, rows.rope_dim
+    key_bytes = rope * rows.rope_bits // 8
+    sketch_bytes = (g - 1) * n * rows.sketch_bits // 8
+    unit = 16 if r + n + key_bytes + sketch_bytes + 8 >= 256 else 4
+    w_pad = -(-(r + n) // 16) * 16 if unit == 16 else r + n
+    assert len(row) == -(-(w_pad + key_bytes + sketch_bytes + 8) // unit) * unit, "a row of another size"
+    codes = np.frombuffer(row[:w_pad], dtype=np.int8).astype(np.float64)
+    assert not codes[r + n :].any(), "padded columns are not zero"
+    key = row[w_pad : w_pad + key_bytes]
+    stream = row[w_pad + key_bytes : w_pad + key_bytes + sketch_bytes]
+    assert not any(row[w_pad + key_bytes + sketch_bytes : -8]), "the bytes before the scales are not zero"
+    bits = rows.sketch_bits
+    whole = int.from_bytes(stream, "little")  # blocks are whole bytes, so the blocks are one stream
+    found = [whole >> (k * bits) & ((1 << bits) - 1) for k in range((g - 1) * n)]
+    levels = [
+        (-1 if code >> (bits - 1) else 1) * LEVELS[bits][code & ((1 << (bits - 1)) - 1)] for code in found
+    ]
+    return ReadRow(
+        shared=codes[:r],
+        own=codes[r : r + n],
+        sketch=np.array(levels, dtype=np.float64),
+        key=np.frombuffer(key, dtype=np.int8).astype(np.float64) if rows.rope_bits == 8 else bfloat16(key),
+        scales=bfloat16(row[-8:]).astype(np.float64),
+    )
+
+
+def assert_row(row: bytes, rows: SketchedRows, group: int, z: np.ndarray, k_rope: np.ndarray) -> None:
+    """A row is what projected columns [shared | own | sketch of all groups] (float64) and a key are to become.
+
+    int8 codes are the nearest ones but for float32's rounding; a sketch code is the nearest level, but for the same.
+    """
+    got, r, n = read_row(row, rows), rows.shared, rows.own
+    own, sketch = z[r : r + n], z[r + n :].reshape(rows.groups, n)
+    for values, codes, scale in ((z[:r], got.shared, got.scales[0]), (own, got.own, got.scales[1])):
+        if values.size:
+            _assert_int8(values, codes, scale)
+    if rows.rope_bits == 8:
+        _assert_int8(k_rope, got.key, got.scales[3])
+    else:
+        assert np.array_equal(got.key, k_rope)
+    if not sketch.size:
+        return
+    rms = np.sqrt(np.square(sketch).mean())
+    assert np.isclose(got.scales[2], rms * LARGEST_DEVIATION[rows.sketch_bits] / 127, rtol=2**-7)
+    others = np.delete(sketch, group, axis=0).ravel()
+    levels = np.array([sign * level for level in LEVELS[rows.sketch_bits] for sign in (-1, 1)])
+    best = np.abs(others[:, None] - got.scales[2] * levels).min(1)
+    assert (np.abs(others - got.sketched) <= best + 1e-5 * rms).all()
+
+
+def _assert_int8(values: np.ndarray, codes: np.ndarray, scale: float) -> None:
+    largest = np.abs(values).max()
+    if not largest:
+        assert scale == 1 and not codes.any()
+        return
+    # rounded up to bfloat16, which has 8 bits of precision
+    assert largest / 127 * (1 - 1e-6) <= scale <= largest / 127 * (1 + 2**-7 + 1e-6)
+    assert (np.abs(values - codes * scale) <= scale * (0.5 + 1e-4)).all()

@@ -1,0 +1,43 @@
+"""Tools that read checkpoints take every form that servers take: sharded, wrapped, with and without yarn."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from sglang_tpla.artifact.model_identity import config_hash, weights_hash
+from sglang_tpla.plan.model import find
+from sglang_tpla.reference_model.checkpoint import Checkpoint
+from sglang_tpla.reference_model.forward import PlainModel
+from tests.random_checkpoint import CONFIGS, WRAPPERS, draw_weights, random_checkpoint
+
+
+@pytest.mark.parametrize("family", sorted(CONFIGS | WRAPPERS))
+def test_every_tool_reads_a_family(family: str, nano_mla: str, tmp_path: Path) -> None:
+    folder = random_checkpoint(tmp_path / family, family, nano_mla)
+    checkpoint = Checkpoint(folder)
+    assert len(config_hash(checkpoint.config)) == len(weights_hash(folder)) == 64
+    assert find(str(folder)).heads == 4
+    logits = PlainModel(str(folder)).forward(torch.tensor([[5, 6, 7, 8]]))
+    assert logits.shape == (1, 4, 4096) and bool(logits.isfinite().all())
+
+
+@pytest.mark.parametrize("family", sorted(WRAPPERS))
+def test_a_wrapper_is_the_model_inside(family: str, nano_mla: str, tmp_path: Path) -> None:
+    wrapped = random_checkpoint(tmp_path / family, family, nano_mla)
+    inner = random_checkpoint(
+        tmp_path / "inner", "kimi-k2" if family == "kimi-k2.5" else "deepseek-v2", nano_mla
+    )
+    assert weights_hash(wrapped) == weights_hash(inner)
+    assert config_hash(Checkpoint(wrapped).config) == config_hash(Checkpoint(inner).config)
+    tokens = torch.tensor([[3, 1000, 77]])
+    assert torch.equal(PlainModel(str(wrapped)).forward(tokens), PlainModel(str(inner)).forward(tokens))
+
+
+def test_checkpoints_are_sharded(nano_mla: str, tmp_path: Path) -> None:
+    folder = random_checkpoint(tmp_path / "m", "moonlight", nano_mla)
+    places = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    assert len(set(places.values())) == 2 and set(places) == set(draw_weights(CONFIGS["moonlight"]))

@@ -1,0 +1,156 @@
+"""Sketched rows: the sender encodes exactly the receiver's bytes; the common part travels once to a host."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+
+import numpy as np
+import pytest
+import torch
+
+from sglang_tpla.cache_rows.row_format import RowFormat
+from sglang_tpla.cache_rows.sketched import SketchedRows
+from sglang_tpla.transfer.memory.projection import Projection
+from sglang_tpla.transfer.room import CachePool, RoomState, TransferError
+from tests.wire import rig
+
+HOSTS = [None, "far", ""]  # memory shared with prefill, among decode ranks only, not at all
+
+
+def send(prefill: rig.PrefillRank, ranks: list[rig.DecodeRank], pages: int, room: int = 1) -> list[RoomState]:
+    """One room to all ranks, in two halves; the states in which they end."""
+    prefill.agent.open_room(room)
+    for rank, decode in enumerate(ranks):
+        rig.ask(decode, [prefill.peer], room, rig.pages(rank, pages), expected=len(ranks))
+    source = rig.pages(50, pages)
+    prefill.agent.send(room, source[: pages // 2], last=False)
+    prefill.agent.send(room, source[pages // 2 :], last=True, metadata_row=0)
+    return [rig.ended(item.agent, room) for item in (prefill, *ranks)]
+
+
+@pytest.mark.parametrize("host", HOSTS)
+@pytest.mark.parametrize(
+    ("groups", "shared", "bits", "rope_bits"),
+    [(1, 64, (4, 4, 4), 16), (2, 16, (4, 4, 2), 16), (2, 0, (3, 3, 3), 8), (4, 32, (4, 2, 4), 8),
+     (8, 0, (4, 4, 4), 16), (2, 64, (4, 4, 4), 16)],
+)  # fmt: skip
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_rows_are_the_senders_bytes(
+    dtype: torch.dtype, groups: int, shared: int, bits: tuple[int, ...], rope_bits: int, host: str | None
+) -> None:
+    """Eight ranks of one host: shared columns, key and every sketch once, each group's own columns once."""
+    count, pages = 8, 20
+    prefill = rig.prefill_rank(dtype)
+    projections = [rig.sketched_projection(group, groups, shared, bits, rope_bits) for group in range(groups)]
+    ranks = [
+        rig.decode_rank(projections[rank % groups], rank=rank, size=count, host=host) for rank in range(count)
+    ]
+    with contextlib.ExitStack() as stack:
+        for item in (prefill, *ranks):
+            stack.enter_context(contextlib.closing(item.agent))
+        assert send(prefill, ranks, pages) == [RoomState.SUCCESS] * (count + 1), prefill.agent.failure(1)
+        for rank, decode in enumerate(ranks):
+            rig.check_rows(prefill, decode, rig.pages(50, pages), rig.pages(rank, pages), pages * rig.PAGE)
+        per_token = prefill.agent.metric(1).wire_bytes / (pages * rig.PAGE)
+        whole = sum(rows.row_items for rows in ranks[0].pool.row_format.layers)
+        n = (rig.LATENT - shared) // groups
+        parts = sum(
+            shared + rig.ROPE * rope_bits // 8 + groups * n * b // 8 + 6 + groups * (n + 2 if n else 0)
+            for b in bits
+        )
+        assert per_token == (count * whole if host == "" else whole if groups == 1 else parts)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4, 8, 16])
+def test_all_ranks_of_a_host_get_no_more_than_plain_mla(groups: int) -> None:
+    """DeepSeek's 512 + 64: at most the 1,152 bytes of one bfloat16 row a token and layer, for all ranks together."""
+    rows = SketchedRows.of(512, groups, 64, 64)
+    assert (rows.row_bytes if groups == 1 else rows.common_bytes + groups * rows.own_bytes) <= 1152
+
+
+def test_plain_and_sketched_servers_are_served_side_by_side() -> None:
+    prefill = rig.prefill_rank()
+    kinds = [rig.projection(0, 48, 16), rig.sketched_projection(0), rig.sketched_projection(1), None]
+    ranks = [rig.decode_rank(z, rank=rank, size=len(kinds), fp8=z is None) for rank, z in enumerate(kinds)]
+    with contextlib.ExitStack() as stack:
+        for item in (prefill, *ranks):
+            stack.enter_context(contextlib.closing(item.agent))
+        assert send(prefill, ranks, 9) == [RoomState.SUCCESS] * 5, prefill.agent.failure(1)
+        for rank, decode in enumerate(ranks):
+            rig.check_rows(prefill, decode, rig.pages(50, 9), rig.pages(rank, 9), 9 * rig.PAGE)
+
+
+@pytest.mark.parametrize("value", [0.0, 3e38, -3e38, 1e-30])
+def test_rows_of_zeros_and_of_one_huge_value(value: float) -> None:
+    prefill, decode = rig.prefill_rank(torch.float32), rig.decode_rank(rig.sketched_projection(1))
+    with contextlib.closing(prefill.agent), contextlib.closing(decode.agent):
+        for layer in prefill.pool.layers:
+            layer[:, :] = 0
+            layer[:, 0] = value / 16  # projected columns stay within float32
+        assert send(prefill, [decode], 4) == [RoomState.SUCCESS] * 2
+        rig.check_rows(prefill, decode, rig.pages(50, 4), rig.pages(0, 4), 4 * rig.PAGE)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("column", [3, rig.LATENT + 1])
+def test_a_value_that_is_not_finite_fails_its_request_alone(value: float, column: int) -> None:
+    prefill, decode = rig.prefill_rank(), rig.decode_rank(rig.sketched_projection(0))
+    with contextlib.closing(prefill.agent), contextlib.closing(decode.agent):
+        slot = int(prefill.pool.slots(rig.pages(50, 4))[5])
+        before = prefill.pool.layers[1][slot, column].clone()
+        prefill.pool.layers[1][slot, column] = value
+        assert send(prefill, [decode], 4) == [RoomState.FAILED] * 2
+        assert "not finite" in prefill.agent.failure(1) and "not finite" in decode.agent.failure(1)
+        prefill.pool.layers[1][slot, column] = before
+        assert send(prefill, [decode], 4, room=2) == [RoomState.SUCCESS] * 2
+
+
+def test_what_is_announced_is_read_back_and_what_is_not_sound_is_refused() -> None:
+    z = rig.sketched_projection(1, 4, 32, (4, 2, 4), 8)
+    assert z.sketched is not None
+    name = z.sketched.name(torch.uint8)
+    assert name == "sketched_rows groups=4 group=1 sketch_bits=4,2,4 rope_bits=8*3"
+    assert RowFormat.announced(name, rig.LATENT, z.widths, z.shared, rig.ROPE) == z.sketched
+    for bad in (
+        "sketched_rows", name.replace("4,2,4", "4,2"), name.replace("4,2,4", "5*3"), name.replace("8*3", "8*999999999"),
+        name.replace("groups=4", "groups=3"), name.replace("4,2,4", ",,"), name.replace("groups=4", "groups=0"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=r".") as raised:
+            RowFormat.announced(bad, rig.LATENT, z.widths, z.shared, rig.ROPE)
+        assert str(raised.value)
+
+
+def refused(decode: rig.DecodeRank, prefill: rig.PrefillRank) -> str:
+    with contextlib.closing(prefill.agent), contextlib.closing(decode.agent):
+        decode.agent.open_room(1, [prefill.peer])
+        assert rig.ended(decode.agent, 1) == RoomState.FAILED
+        return decode.agent.failure(1)
+
+
+def test_a_prefill_rank_with_rows_in_bytes_of_its_own_is_refused() -> None:
+    reason = refused(rig.decode_rank(rig.sketched_projection(0)), rig.prefill_rank(torch.float8_e4m3fn))
+    assert re.search(r"cache dtype: prefill has float8_e4m3fn, decode has sketched_rows groups=2", reason)
+
+
+def test_projections_and_pools_that_do_not_go_with_the_rows() -> None:
+    z = rig.sketched_projection(0)
+    assert z.sketched is not None
+    with pytest.raises(TransferError, match="sketch of all groups"):
+        Projection(list(z.matrices[:2]), z.shared[:2], sketched=z.sketched)
+    with pytest.raises(TransferError, match="holds bytes"):
+        CachePool(
+            [torch.zeros(4, rows.row_items) for rows in z.sketched.layers], 64, 16, 1, encoding=z.sketched
+        )
+    layers = [torch.zeros(4, rows.row_items + 1, dtype=torch.uint8) for rows in z.sketched.layers]
+    with pytest.raises(TransferError, match=r"must be \[slots, "):
+        CachePool(layers, 64, 16, 1, encoding=z.sketched)
+
+
+def test_groups_have_one_common_part_and_different_projections() -> None:
+    first, second = rig.sketched_projection(0), rig.sketched_projection(1)
+    assert first.common_hash == second.common_hash and first.content_hash != second.content_hash
+    other = rig.sketched_projection(1, sketch_bits=(4, 4, 4))  # the same matrices in other rows
+    assert all(torch.equal(a, b) for a, b in zip(second.matrices, other.matrices, strict=True))
+    assert other.common_hash != second.common_hash and other.content_hash != second.content_hash
+    assert np.unique([z.content_hash for z in (first, second, other)]).size == 3
