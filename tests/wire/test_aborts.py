@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from sglang_tpla.transfer import workers as agent
-from sglang_tpla.transfer.decode import receiver as scattering
+from sglang_tpla.transfer.decode import receiver
 from sglang_tpla.transfer.memory import copy as moving
 from sglang_tpla.transfer.memory import rows
 from sglang_tpla.transfer.prefill import sender as dispatch
@@ -56,7 +56,7 @@ def test_no_write_after_an_abort_with_several_threads(checkers: int, monkeypatch
         read, write = rows.RowReader.read, rows.RowWriter.write
         monkeypatch.setattr(rows.RowReader, "read", lambda *given: read(*given) and None)
         monkeypatch.setattr(rows.RowWriter, "write", lambda *given: write(*given) and b"")
-        for module in (dispatch, scattering):
+        for module in (dispatch, receiver):
             monkeypatch.setattr(
                 module, "check_pieces", lambda it: checked.append(it) or moving.check_pieces(it)
             )

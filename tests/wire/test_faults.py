@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from sglang_tpla.transfer import workers as agent
-from sglang_tpla.transfer.decode import receiver as scattering
+from sglang_tpla.transfer.decode import receiver
 from sglang_tpla.transfer.memory import rows
 from sglang_tpla.transfer.prefill import sender as dispatch
 from sglang_tpla.transfer.room import RoomState
@@ -225,7 +225,7 @@ def test_an_error_while_checking_fails_the_room_alone(monkeypatch: pytest.Monkey
     monkeypatch.setattr(rows.RowWriter, "write", lambda *given: write(*given) and b"")
     prefill, decode = rig.prefill_rank(), rig.decode_rank()
     with contextlib.closing(prefill.agent), contextlib.closing(decode.agent):
-        for room, (module, broken) in enumerate([(dispatch, prefill), (scattering, decode)], 1):
+        for room, (module, broken) in enumerate([(dispatch, prefill), (receiver, decode)], 1):
             with monkeypatch.context() as patch:
                 patch.setattr(module, "check_pieces", lambda pieces: 1 / 0)
                 prefill.agent.open_room(room)
