@@ -161,7 +161,6 @@ def decode_child(
         settings=SETTINGS,
         rank=0,
         size=1,
-        groups=1,
         host_id=host_id,
     )
     pipe.send("ready")

@@ -113,7 +113,6 @@ def decode_child(pipe: Connection, job: dict[str, Any], rank: int, address: tupl
         settings=replace(SETTINGS, chunk_bytes=job["chunk_bytes"]),
         rank=rank,
         size=ranks,
-        groups=ranks,
         host_id=None if job["place"] == "this host" else "other",
     )
     pages = np.random.default_rng(2).permutation(job["tokens"]).astype(np.int32)

@@ -52,7 +52,6 @@ def wire_values(ranks: int, groups: int, shared: int, host_id: str | None) -> fl
                 settings=settings,
                 rank=rank,
                 size=ranks,
-                groups=groups,
                 host_id=host_id,
             )
             agents.append(stack.enter_context(contextlib.closing(agent)))

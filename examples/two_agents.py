@@ -58,9 +58,7 @@ def decode(group: int, groups: int, tokens: int, address: tuple[str, int], resul
     )
     metadata = MetadataRows([np.zeros((1, 64), dtype=np.uint8)])
     settings = Settings(role="decode")
-    agent = DecodeAgent(
-        pool, metadata, z, model_hash=MODEL, settings=settings, rank=group, size=groups, groups=groups
-    )
+    agent = DecodeAgent(pool, metadata, z, model_hash=MODEL, settings=settings, rank=group, size=groups)
     with closing(agent):
         agent.open_room(ROOM, [(*address, False)])
         while agent.poll(ROOM) == RoomState.BOOTSTRAPPING:

@@ -1,8 +1,7 @@
-"""What both agents are made of: an I/O thread, a worker thread, counters, and the rule that nothing fails in
-silence.
+"""The threads of an agent, its lock and its counters, and the rule that nothing fails in silence.
 
-Lock order: a room's own lock (decode only) is never taken while the agent's lock is held, and the agent's
-lock may be taken by any thread for a short time.
+Lock order: a room's write gate (decode only) is never waited for while the agent's lock is held, and the agent's lock
+may be taken by any thread for a short time.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import time
 import uuid
 from abc import ABC, abstractmethod
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Generic, Protocol, TypeVar
 
 import zmq
@@ -40,6 +39,179 @@ MAX_DURATIONS = 16384  # kept for whoever publishes them
 MAX_REMEMBERED = 65536  # in a table of what has ended
 
 
+class Workers:
+    """What both agents run on. Any thread may call any method.
+
+    Args:
+        tick: deadlines and heartbeats, called on the I/O thread.
+        work_once: waits for work and does one piece, on a worker thread; False at the end.
+        say_goodbye: tells the peers that the agent closes, on the I/O thread.
+        fail_all: fails every room that has not ended, with a reason.
+    """
+
+    def __init__(
+        self,
+        role: str,
+        settings: Settings,
+        rank: int,
+        logger: logging.Logger | None,
+        device: str,
+        *,
+        tick: Callable[[], None],
+        work_once: Callable[[], bool],
+        say_goodbye: Callable[[], None],
+        fail_all: Callable[[str], None],
+    ) -> None:
+        self.role, self.rank, self.settings = role, rank, settings.on(device)
+        self.log = logger or logging.getLogger("sglang_tpla.transfer")
+        self.agent_id = uuid.uuid4().hex
+        self.chunk_bytes = min(self.settings.chunk_bytes, self.settings.staging_bytes // 2)
+        self.lock = threading.RLock()
+        self.work = threading.Condition(self.lock)  # notified when there is work
+        self.counts: Counter[str] = Counter()
+        self.transfer_seconds = 0.0
+        # of rooms that succeeded, for whoever publishes them
+        self.durations: deque[float] = deque(maxlen=MAX_DURATIONS)
+        self.death: str | None = None
+        self.closing = False
+        self._work_once, self._say_goodbye, self._fail_all = work_once, say_goodbye, fail_all
+        tick_s = min(self.settings.heartbeat_s / 2, 0.25)
+        self.io = IoLoop(f"tpla-{role}-io-{rank}", tick_s, tick, self.handler_failed, self.died)
+        self.checks_aside = len(os.sched_getaffinity(0)) >= SPARE_CORES
+        self.threads = [
+            threading.Thread(target=self._run_worker, name=f"tpla-{role}-work-{rank}-{number}", daemon=True)
+            for number in range(WORKERS[device])
+        ]
+        self._checks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._checkers = [
+            threading.Thread(target=self._run_checker, name=f"tpla-{role}-check-{rank}-{number}", daemon=True)
+            for number in range(CHECKERS[device])
+        ]
+
+    def make_arena(self) -> ArenaMemory | None:
+        """Shared memory for staging, a few slots of it reserved, where the settings want it and there is some."""
+        if not self.settings.shared_memory:
+            return None
+        slots = self.settings.staging_bytes // self.chunk_bytes
+        reserved_bytes = min(slots, FIRST_SLOTS) * self.chunk_bytes
+        return make_arena(self.agent_id, slots * self.chunk_bytes, reserved_bytes, self.log)
+
+    def host_identity(self, given: str | None) -> str:
+        """What tells hosts apart; unlike all others where shared memory is not wanted."""
+        if given is not None:
+            return given
+        return host_identity() if self.settings.shared_memory else self.agent_id
+
+    def start(self) -> None:
+        """Start all threads."""
+        self.io.start()
+        for thread in (*self.threads, *self._checkers):
+            thread.start()
+
+    def close(self) -> None:
+        """End all threads and free every socket; rooms that are still alive fail. May be called twice."""
+        with self.work:
+            already = self.closing
+            self.closing = True
+            self.work.notify_all()
+        if not already:
+            self.io.post(self._say_goodbye)
+            for _ in self._checkers:
+                self._checks.put(None)
+        for thread in (*self.threads, *self._checkers):
+            if thread.is_alive() and threading.current_thread() is not thread:
+                thread.join(5.0)
+        self.io.stop()
+        with self.lock:
+            self._fail_all(f"the {self.role} agent was closed")
+
+    @property
+    def alive(self) -> int:
+        """How many threads are."""
+        return sum(thread.is_alive() for thread in (self.io.thread, *self.threads, *self._checkers))
+
+    def _run_worker(self) -> None:
+        try:
+            while self._work_once():
+                pass
+        except BaseException as error:
+            self.died(error)
+
+    def _run_checker(self) -> None:
+        try:
+            while (check := self._checks.get()) is not None:
+                check()
+        except BaseException as error:
+            self.died(error)
+
+    def aside(self, check: Callable[[], None]) -> None:
+        """Have a checker do this, or do it now where there are none."""
+        if self._checkers:
+            self._checks.put(check)
+        else:
+            check()
+
+    def died(self, error: BaseException) -> None:
+        """A thread ends: every room fails, and every later call raises."""
+        name = threading.current_thread().name
+        self.log.critical("transfer thread %s ended", name, exc_info=error)
+        with self.work:
+            self.death = f"transfer thread {name} of {self.role} rank {self.rank} ended: {error!r}"
+            self._fail_all(self.death)
+            self.work.notify_all()
+
+    def handler_failed(self, what: str, error: BaseException) -> None:
+        """Count and log an exception that ended no thread."""
+        with self.lock:
+            self.counts["internal_errors"] += 1
+        self.log.error("transfer %s failed on %s rank %d", what, self.role, self.rank, exc_info=error)
+
+    def check_alive(self) -> None:
+        """Refuse a call that nobody would carry out.
+
+        Raises:
+            TransferError: a thread has ended, or the agent was closed.
+        """
+        if self.death is not None:
+            raise TransferError(self.death + "; restart this process")
+        if self.closing:
+            raise TransferError(f"the {self.role} agent of rank {self.rank} was closed")
+
+    def drop(self, counter: str, why: str) -> None:
+        """Count and log something that is dropped."""
+        with self.lock:
+            self.counts[counter] += 1
+        self.log.warning("transfer dropped on %s rank %d: %s", self.role, self.rank, why)
+
+    def parse(
+        self, parts: list[zmq.Frame], sender: str, on_other_version: Callable[[str], None]
+    ) -> tuple[frames.Message, zmq.Frame | None] | None:
+        """Header and payload of a message, or None after counting and logging what was wrong with it."""
+        try:
+            if not 1 <= len(parts) <= 2:
+                raise frames.FrameError(
+                    f"a message has a header and at most one payload; got {len(parts)} frames"
+                )
+            message = frames.decode(parts[0].buffer, len(parts) == 2)
+        except frames.FrameError as error:
+            self.drop("malformed_dropped", f"malformed frame from {sender}: {error}")
+            if isinstance(error, frames.FramingVersionError):
+                on_other_version(str(error))
+            return None
+        return message, parts[1] if len(parts) == 2 else None
+
+    def took(self, seconds: float) -> None:
+        """A room succeeded after so long. Under the lock."""
+        self.counts["rooms_succeeded"] += 1
+        self.transfer_seconds += seconds
+        self.durations.append(seconds)
+
+    def log_transfer(self, **fields: Any) -> None:
+        """One line for a transfer that ended; ``at`` is the time of day in seconds since 1970."""
+        line = {"role": self.role, "rank": self.rank, "at": round(time.time(), 6), **fields}
+        self.log.info("transfer %s", json.dumps(line))
+
+
 class AnyRoom(Protocol):
     """What both agents' rooms have."""
 
@@ -51,7 +223,7 @@ RoomT = TypeVar("RoomT", bound=AnyRoom)
 
 
 class Agent(ABC, Generic[RoomT]):
-    """Base of `PrefillAgent` and `DecodeAgent`."""
+    """Base of `PrefillAgent`."""
 
     role = ""
     _rooms: dict[int, RoomT]
@@ -59,67 +231,33 @@ class Agent(ABC, Generic[RoomT]):
     def __init__(
         self, settings: Settings, rank: int, size: int, logger: logging.Logger | None, device: str
     ) -> None:
-        settings = settings.on(device)
-        self._settings, self._rank, self._size = settings, rank, size
-        self._log = logger or logging.getLogger("sglang_tpla.transfer")
-        self._agent_id = uuid.uuid4().hex
-        self._chunk_bytes = min(settings.chunk_bytes, settings.staging_bytes // 2)
-        self._lock = threading.RLock()
-        self._work = threading.Condition(self._lock)
-        self._counts: Counter[str] = Counter()
-        self._transfer_seconds = 0.0
-        self.durations: deque[float] = deque(
-            maxlen=MAX_DURATIONS
-        )  # of rooms that succeeded, for whoever publishes them
-        self._death: str | None = None
-        self._closing = False
-        tick_s = min(settings.heartbeat_s / 2, 0.25)
-        self._io = IoLoop(f"tpla-{self.role}-io-{rank}", tick_s, self._tick, self._handler_failed, self._died)
-        self._checks_aside = len(os.sched_getaffinity(0)) >= SPARE_CORES
-        self._workers = [
-            threading.Thread(
-                target=self._run_worker, name=f"tpla-{self.role}-work-{rank}-{number}", daemon=True
-            )
-            for number in range(WORKERS[device])
-        ]
-        self._checks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._checkers = [
-            threading.Thread(
-                target=self._run_checker, name=f"tpla-{self.role}-check-{rank}-{number}", daemon=True
-            )
-            for number in range(CHECKERS[device])
-        ]
-
-    def _make_arena(self) -> ArenaMemory | None:
-        """Shared memory for staging, a few slots of it reserved, where the settings want it and there is some."""
-        if not self._settings.shared_memory:
-            return None
-        slots = self._settings.staging_bytes // self._chunk_bytes
-        reserved_bytes = min(slots, FIRST_SLOTS) * self._chunk_bytes
-        return make_arena(self._agent_id, slots * self._chunk_bytes, reserved_bytes, self._log)
-
-    def _host_identity(self, given: str | None) -> str:
-        """What tells hosts apart; unlike all others where shared memory is not wanted."""
-        if given is not None:
-            return given
-        return host_identity() if self._settings.shared_memory else self._agent_id
+        self._threads = threads = Workers(
+            self.role,
+            settings,
+            rank,
+            logger,
+            device,
+            tick=lambda: self._tick(),
+            work_once=lambda: self._work_once(),
+            say_goodbye=lambda: self._say_goodbye(),
+            fail_all=lambda reason: self._fail_all(reason),
+        )
+        self._settings, self._rank, self._size = threads.settings, rank, size
+        self._log, self._agent_id, self._chunk_bytes = threads.log, threads.agent_id, threads.chunk_bytes
+        self._lock, self._work, self._counts = threads.lock, threads.work, threads.counts
+        self._io, self._checks_aside, self._workers = threads.io, threads.checks_aside, threads.threads
+        self._aside, self._parse, self._drop = threads.aside, threads.parse, threads.drop
+        self._handler_failed, self._check_alive = threads.handler_failed, threads.check_alive
+        self._make_arena, self._host_identity = threads.make_arena, threads.host_identity
+        self._log_transfer, self._start, self.durations = (
+            threads.log_transfer,
+            threads.start,
+            threads.durations,
+        )
 
     def close(self) -> None:
         """End all threads and free every socket; rooms that are still alive fail. May be called twice."""
-        with self._work:
-            already = self._closing
-            self._closing = True
-            self._work.notify_all()
-        if not already:
-            self._io.post(self._say_goodbye)
-            for _ in self._checkers:
-                self._checks.put(None)
-        for thread in (*self._workers, *self._checkers):
-            if thread.is_alive() and threading.current_thread() is not thread:
-                thread.join(5.0)
-        self._io.stop()
-        with self._lock:
-            self._fail_all(f"the {self.role} agent was closed")
+        self._threads.close()
 
     @property
     def rank(self) -> int:
@@ -127,18 +265,14 @@ class Agent(ABC, Generic[RoomT]):
         return self._rank
 
     def poll(self, room: int) -> RoomState:
-        """State of a room.
-
-        On prefill BOOTSTRAPPING until every expected rank has asked, WAITING for rows, TRANSFERRING, SUCCESS when every
-        rank has confirmed. On decode BOOTSTRAPPING until every prefill rank has registered this one, WAITING for
-        ``request``, TRANSFERRING, SUCCESS when every chunk and then the metadata row are in place. FAILED: see
-        `failure`.
+        """State of a room: BOOTSTRAPPING until every expected rank has asked, WAITING for rows, TRANSFERRING, SUCCESS
+        when every rank has confirmed; FAILED: see `failure`.
 
         Raises:
             TransferError: the room is not open.
         """
         with self._lock:
-            return RoomState.FAILED if self._death is not None else self._open(room).state
+            return RoomState.FAILED if self._threads.death is not None else self._open(room).state
 
     def failure(self, room: int) -> str:
         """Why a room failed; empty if it has not.
@@ -147,47 +281,14 @@ class Agent(ABC, Generic[RoomT]):
             TransferError: the room is not open.
         """
         with self._lock:
-            return self._death or self._open(room).reason
+            return self._threads.death or self._open(room).reason
 
     def _open(self, room: int) -> RoomT:
-        entry = self._rooms.get(room)
-        if entry is None:
-            raise TransferError(
-                f"room {room} is not open on {self.role} rank {self._rank}; call open_room first"
-            )
-        return entry
-
-    # Threads
-
-    def _start(self) -> None:
-        self._io.start()
-        for thread in (*self._workers, *self._checkers):
-            thread.start()
+        return opened(self._rooms, room, self.role, self._rank)
 
     @property
-    def _threads_alive(self) -> int:
-        return sum(thread.is_alive() for thread in (self._io.thread, *self._workers, *self._checkers))
-
-    def _run_worker(self) -> None:
-        try:
-            while self._work_once():
-                pass
-        except BaseException as error:
-            self._died(error)
-
-    def _run_checker(self) -> None:
-        try:
-            while (check := self._checks.get()) is not None:
-                check()
-        except BaseException as error:
-            self._died(error)
-
-    def _aside(self, check: Callable[[], None]) -> None:
-        """Have a checker do this, or do it now where there are none."""
-        if self._checkers:
-            self._checks.put(check)
-        else:
-            check()
+    def _closing(self) -> bool:
+        return self._threads.closing
 
     @abstractmethod
     def _work_once(self) -> bool:
@@ -205,83 +306,43 @@ class Agent(ABC, Generic[RoomT]):
     def _fail_all(self, reason: str) -> None:
         """Fail every room that has not ended."""
 
-    def _died(self, error: BaseException) -> None:
-        name = threading.current_thread().name
-        self._log.critical("transfer thread %s ended", name, exc_info=error)
-        with self._work:
-            self._death = f"transfer thread {name} of {self.role} rank {self._rank} ended: {error!r}"
-            self._fail_all(self._death)
-            self._work.notify_all()
 
-    def _handler_failed(self, what: str, error: BaseException) -> None:
-        with self._lock:
-            self._counts["internal_errors"] += 1
-        self._log.error("transfer %s failed on %s rank %d", what, self.role, self._rank, exc_info=error)
+def opened(rooms: Mapping[int, RoomT], room_id: int, role: str, rank: int) -> RoomT:
+    """A room that a scheduler has opened.
 
-    def _check_alive(self) -> None:
-        if self._death is not None:
-            raise TransferError(self._death + "; restart this process")
-        if self._closing:
-            raise TransferError(f"the {self.role} agent of rank {self._rank} was closed")
+    Raises:
+        TransferError: it has not.
+    """
+    room = rooms.get(room_id)
+    if room is None:
+        raise TransferError(f"room {room_id} is not open on {role} rank {rank}; call open_room first")
+    return room
 
-    # Sockets
 
-    def _configure(self, socket: zmq.Socket, max_message_bytes: int) -> None:
-        timeout_ms = int(self._settings.peer_timeout_s * 1000)
-        socket.setsockopt(zmq.LINGER, 0)
-        socket.setsockopt(zmq.SNDHWM, QUEUE_FRAMES)
-        socket.setsockopt(zmq.RCVHWM, QUEUE_FRAMES)
-        socket.setsockopt(zmq.SNDBUF, SOCKET_BUFFER_BYTES)
-        socket.setsockopt(zmq.RCVBUF, SOCKET_BUFFER_BYTES)
-        socket.setsockopt(zmq.MAXMSGSIZE, max_message_bytes)
-        socket.setsockopt(zmq.HEARTBEAT_IVL, max(1, int(self._settings.heartbeat_s * 1000)))
-        socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, timeout_ms)
+def configure(socket: zmq.Socket, settings: Settings, max_message_bytes: int) -> None:
+    """Limits and heartbeats of a ZMQ socket."""
+    timeout_ms = int(settings.peer_timeout_s * 1000)
+    socket.setsockopt(zmq.LINGER, 0)
+    socket.setsockopt(zmq.SNDHWM, QUEUE_FRAMES)
+    socket.setsockopt(zmq.RCVHWM, QUEUE_FRAMES)
+    socket.setsockopt(zmq.SNDBUF, SOCKET_BUFFER_BYTES)
+    socket.setsockopt(zmq.RCVBUF, SOCKET_BUFFER_BYTES)
+    socket.setsockopt(zmq.MAXMSGSIZE, max_message_bytes)
+    socket.setsockopt(zmq.HEARTBEAT_IVL, max(1, int(settings.heartbeat_s * 1000)))
+    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, timeout_ms)
 
-    def _receive_parts(self, socket: zmq.Socket) -> list[zmq.Frame] | None:
-        """One message without blocking, at most MAX_PARTS frames of it (one more says there was more), or
-        None.
-        """
-        try:
-            parts = [socket.recv(zmq.NOBLOCK, copy=False)]
-        except zmq.Again:
-            return None
-        while parts[-1].more if len(parts) <= MAX_PARTS else socket.getsockopt(zmq.RCVMORE):
-            part = socket.recv(zmq.NOBLOCK, copy=False)
-            if len(parts) <= MAX_PARTS:
-                parts.append(part)
-        return parts
 
-    def _parse(
-        self, parts: list[zmq.Frame], sender: str, on_other_version: Callable[[str], None]
-    ) -> tuple[frames.Message, zmq.Frame | None] | None:
-        """Header and payload of a message, or None after counting and logging what was wrong with it."""
-        try:
-            if not 1 <= len(parts) <= 2:
-                raise frames.FrameError(
-                    f"a message has a header and at most one payload; got {len(parts)} frames"
-                )
-            message = frames.decode(parts[0].buffer, len(parts) == 2)
-        except frames.FrameError as error:
-            self._drop("malformed_dropped", f"malformed frame from {sender}: {error}")
-            if isinstance(error, frames.FramingVersionError):
-                on_other_version(str(error))
-            return None
-        return message, parts[1] if len(parts) == 2 else None
-
-    def _drop(self, counter: str, why: str) -> None:
-        with self._lock:
-            self._counts[counter] += 1
-        self._log.warning("transfer dropped on %s rank %d: %s", self.role, self._rank, why)
-
-    def _took(self, seconds: float) -> None:
-        """A room succeeded after so long."""
-        self._transfer_seconds += seconds
-        self.durations.append(seconds)
-
-    def _log_transfer(self, **fields: Any) -> None:
-        """One line for a transfer that ended; ``at`` is the time of day in seconds since 1970."""
-        line = {"role": self.role, "rank": self._rank, "at": round(time.time(), 6), **fields}
-        self._log.info("transfer %s", json.dumps(line))
+def receive_parts(socket: zmq.Socket) -> list[zmq.Frame] | None:
+    """One message without blocking, at most MAX_PARTS frames of it (one more says there was more), or None."""
+    try:
+        parts = [socket.recv(zmq.NOBLOCK, copy=False)]
+    except zmq.Again:
+        return None
+    while parts[-1].more if len(parts) <= MAX_PARTS else socket.getsockopt(zmq.RCVMORE):
+        part = socket.recv(zmq.NOBLOCK, copy=False)
+        if len(parts) <= MAX_PARTS:
+            parts.append(part)
+    return parts
 
 
 def endpoint(host: str, port: int | str) -> str:
@@ -300,6 +361,3 @@ def remember(table: OrderedDict[Any, Any], key: object, value: object) -> None:
 def seconds_since(start: float | None, end: float | None) -> float:
     """Elapsed seconds, up to now while there is no end."""
     return 0.0 if start is None else (time.monotonic() if end is None else end) - start
-
-
-Handler = Callable[..., None]

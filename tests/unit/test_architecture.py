@@ -6,6 +6,7 @@ Imports are read from the syntax trees, those inside functions too, so that a la
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from functools import cache
 from graphlib import CycleError, TopologicalSorter
@@ -100,3 +101,30 @@ def test_only_the_compat_module_knows_how_a_release_spells_its_arguments() -> No
         if isinstance(node, ast.Attribute) and node.attr in gone
     ]
     assert not found, f"{found}: use sglang_tpla.host.compat, or get_parallel()"
+
+
+PURE = ("zmq", "threading", "socket", "time")  # what state alone does not need
+
+
+@pytest.mark.parametrize("module", ["rooms", "credits", "coverage"])
+def test_state_of_decode_neither_waits_nor_sends(module: str) -> None:
+    names = {name.split(".")[0] for name in imports()[f"sglang_tpla.transfer.decode.{module}"]}
+    assert names.isdisjoint(PURE), names & set(PURE)
+
+
+def test_parts_of_decode_are_owned_and_not_inherited() -> None:
+    """No class is the base of another, and none reaches for what is another's own."""
+    trees = [ast.parse(path.read_text()) for path in (PACKAGE / "transfer" / "decode").glob("*.py")]
+    classes = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+    names = {node.name for node in classes}
+    bases = {base.id for node in classes for base in node.bases if isinstance(base, ast.Name)}
+    assert len(names) > 10 and names.isdisjoint(bases), names & bases
+    reached = {
+        ast.unparse(node)
+        for tree in trees
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute)
+        and re.match(r"_[a-z]", node.attr)
+        and ast.unparse(node.value) != "self"
+    }
+    assert not reached, reached

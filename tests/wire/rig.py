@@ -195,7 +195,6 @@ def decode_rank(
         settings=settings(**changes),
         rank=rank,
         size=size,
-        groups=1 if z is None else 2,
         host_id=host,
     )
     return DecodeRank(agent, pool, metadata, z)

@@ -14,6 +14,7 @@ from sglang_tpla.config import Settings
 from sglang_tpla.transfer.decode.agent import DecodeAgent
 from sglang_tpla.transfer.memory.projection import Projection
 from sglang_tpla.transfer.room import CachePool, MetadataRows
+from sglang_tpla.transfer.workers import Workers
 
 LAYERS, LATENT, ROPE, PAGE, PAGES = 3, 56, 8, 4, 24
 ROOMS = 3
@@ -31,17 +32,37 @@ class Failure(AssertionError):
     """Something that must hold did not."""
 
 
-def no_threads(agent: Any) -> None:
+def threads(agent: Any) -> Workers:
+    """What an agent runs on."""
+    return agent.workers if agent.role == "decode" else agent._threads
+
+
+def rooms(agent: Any) -> dict[int, Any]:
+    """An agent's rooms, by id."""
+    return agent.rooms.table if agent.role == "decode" else agent._rooms
+
+
+def work_once(agent: Any) -> None:
+    """A piece of an agent's work."""
+    (agent.receiver.work_once if agent.role == "decode" else agent._work_once)()
+
+
+def tick(agent: Any) -> None:
+    """Let an agent look at the clock."""
+    (agent.tick if agent.role == "decode" else agent._tick)()
+
+
+def no_threads(workers: Any) -> None:
     """Let an agent work only when it is told to, before its sockets are made."""
-    agent._work.wait = lambda timeout=None: True
-    agent._start = lambda: None
-    agent._workers = [mock.Mock()]
-    agent._workers[0].is_alive = lambda: True
+    workers.work.wait = lambda timeout=None: True
+    workers.start = lambda: None
+    workers.threads = [mock.Mock()]
+    workers.threads[0].is_alive = lambda: True
 
     def failed(what: str, error: BaseException) -> None:
         raise Failure(f"{what}: {error!r}") from error
 
-    agent._handler_failed = failed
+    workers.handler_failed = failed
 
 
 class Decode:
@@ -58,7 +79,7 @@ class Decode:
         self.projection = projection
         self.agent = DecodeAgent(
             self.pool, self.metadata, projection, model_hash="m", settings=settings, rank=rank, size=len(hosts),
-            groups=1 if projection is None else 2, host_id=hosts[rank], logger=mock.Mock(),
+            host_id=hosts[rank], logger=mock.Mock(),
         )  # fmt: skip
         self.owned: dict[int, np.ndarray] = {}  # by room
         self.held = [layer.clone() for layer in layers]

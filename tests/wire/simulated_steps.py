@@ -29,6 +29,10 @@ from tests.wire.simulated_ranks import (
     Decode,
     Failure,
     no_threads,
+    rooms,
+    threads,
+    tick,
+    work_once,
 )
 from tests.wire.simulated_strange import Strange
 from tests.wire.simulated_streams import Streams
@@ -99,21 +103,21 @@ class Steps(Strange):
     @contextlib.contextmanager
     def _simulated(self) -> Iterator[None]:
         """While agents are made: no threads."""
-        from sglang_tpla.transfer.workers import Agent
+        from sglang_tpla.transfer.workers import Workers
 
-        make = Agent.__init__
+        make = Workers.__init__
 
-        def made(agent: Any, *args: Any) -> None:
-            make(agent, *args)
-            no_threads(agent)
+        def made(workers: Any, *args: Any, **kwargs: Any) -> None:
+            make(workers, *args, **kwargs)
+            no_threads(workers)
             if self.refused:  # the system has no shared memory left
-                agent._make_arena = lambda: None
+                workers.make_arena = lambda: None
 
         def make_loop(*args: Any) -> Loop:
             return Loop(self.network)
 
         with (
-            mock.patch.object(Agent, "__init__", made),
+            mock.patch.object(Workers, "__init__", made),
             mock.patch("sglang_tpla.transfer.workers.IoLoop", make_loop),
         ):
             yield
@@ -122,7 +126,7 @@ class Steps(Strange):
 
     def _post(self) -> None:
         for agent in self.agents:
-            agent._io.run()
+            threads(agent).io.run()
 
     def deliver(self) -> None:
         """One message on one connection."""
@@ -136,8 +140,8 @@ class Steps(Strange):
         if socket is None:
             return False
         for agent in self.agents:
-            if socket in agent._io.handlers:
-                agent._io.handlers[socket](socket)
+            if socket in threads(agent).io.handlers:
+                threads(agent).io.handlers[socket](socket)
         self._post()
         return True
 
@@ -152,15 +156,15 @@ class Steps(Strange):
 
     def flow(self) -> None:
         """A piece of what is under way on one data channel."""
-        ready = [handler for agent in self.agents for handler in agent._io.ready()]
+        ready = [handler for agent in self.agents for handler in threads(agent).io.ready()]
         if ready:
             ready[self.choices.below(len(ready))]()
             self._post()
 
     def _flow_once(self) -> bool:
-        ready = [(agent, handler) for agent in self.agents for handler in agent._io.ready()]
+        ready = [(agent, handler) for agent in self.agents for handler in threads(agent).io.ready()]
         for agent, handler in ready:
-            if handler in agent._io.ready():  # the ones before it may have closed it
+            if handler in threads(agent).io.ready():  # the ones before it may have closed it
                 handler()
                 self._post()
         return bool(ready)
@@ -168,7 +172,7 @@ class Steps(Strange):
     def work(self) -> None:
         """A piece of one rank's work, or of everyone's."""
         for agent in self._some():
-            agent._work_once()
+            work_once(agent)
         self._post()
 
     def advance(self) -> None:
@@ -183,7 +187,7 @@ class Steps(Strange):
     def _step(self, agent: Any, room: int) -> None:
         if agent.role == "decode":
             self._ask(self.decodes[agent.rank], room)
-        elif room not in agent._rooms:
+        elif room not in rooms(agent):
             agent.open_room(room)
         else:
             self._send(agent, room)
@@ -199,12 +203,12 @@ class Steps(Strange):
         for agent in self._some():
             if agent.role == "decode":
                 self._ask(self.decodes[agent.rank], room)
-            elif room not in agent._rooms:
+            elif room not in rooms(agent):
                 agent.open_room(room)
         self._post()
 
     def _ask(self, decode: Decode, room: int) -> None:
-        entry = decode.agent._rooms.get(room)
+        entry = decode.agent.rooms.table.get(room)
         if entry is None:
             decode.agent.open_room(room, self.peers[decode.agent.rank])
         elif entry.state is RoomState.WAITING and entry.requested is None:
@@ -224,7 +228,7 @@ class Steps(Strange):
 
     def _send(self, agent: PrefillAgent, room: int) -> None:
         """First some pages, then the others: the first rank takes two steps."""
-        entry = agent._rooms.get(room)
+        entry = rooms(agent).get(room)
         if entry is None or entry.state.ended or entry.last:
             return
         pages, first = _pages(room, 0), self.steps[agent.rank]
@@ -261,7 +265,7 @@ class Steps(Strange):
             identities = [
                 line.identity
                 for decode in self.decodes
-                for line in decode.agent._connections.values()
+                for line in decode.agent.connections.table.values()
                 if line.socket and (line.agent or line.unanswered < MAX_UNANSWERED - 1)
             ]
         if not identities:
@@ -272,9 +276,9 @@ class Steps(Strange):
     def _cut(self, identity: bytes) -> None:
         self.network.drop(identity)
         for decode in self.decodes:
-            for connection in list(decode.agent._connections.values()):
+            for connection in list(decode.agent.connections.table.values()):
                 if connection.identity == identity and connection.socket is not None:
-                    decode.agent._broken(connection)
+                    decode.agent.connections.broken(connection)
 
     def cut_all(self) -> None:
         """Every connection breaks, and is dialled anew."""
@@ -295,7 +299,7 @@ class Steps(Strange):
 
     def _tick(self) -> None:
         for agent in self.agents:
-            agent._tick()
+            tick(agent)
         self._post()
 
     # What must hold
@@ -306,11 +310,11 @@ class Steps(Strange):
             stats = agent.stats()
             if not 0 <= stats.staging_used_bytes <= stats.staging_limit_bytes:
                 raise Failure(f"staging of {agent.role} {agent.rank}: {stats.staging_used_bytes} bytes")
-            for entry in agent._rooms.values():
+            for entry in rooms(agent).values():
                 if self.kind is not Kind.STRANGE and any(word in entry.reason for word in ACCUSATIONS):
                     raise Failure(f"honest ranks accuse each other: {entry.reason}")
         for decode in self.decodes:
-            for room, entry in list(decode.agent._rooms.items()):
+            for room, entry in list(decode.agent.rooms.table.items()):
                 if entry.state is RoomState.SUCCESS and room in decode.owned and room not in self.doubtful:
                     self._check_rows(decode, room)
                 if entry.state.ended:
@@ -338,8 +342,9 @@ class Steps(Strange):
     def close_all(self) -> None:
         """Give the arenas back."""
         for agent in self.agents:
-            if agent._arena is not None:
-                agent._arena.close()
+            arena = agent.arena if agent.role == "decode" else agent._arena
+            if arena is not None:
+                arena.close()
 
 
 def _projection(group: int, columns: Sequence[int]) -> Projection:

@@ -93,7 +93,7 @@ def test_a_channel_that_ends_between_rooms_is_opened_again(prefill: rig.PrefillR
             assert before > room * PAYLOAD_BYTES  # none went over ZMQ
             data.cut()
             rig.wait(lambda room=room: decode.agent.stats().resumed == room, "the connection")
-            (connection,) = decode.agent._connections.values()
+            (connection,) = decode.agent.connections.table.values()
             new = [connection.identity]  # and no longer the one that was cut
             rig.wait(lambda new=new: list(prefill.agent._doorway._channels) == new, "the channel")
 

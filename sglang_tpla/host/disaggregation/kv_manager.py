@@ -157,7 +157,6 @@ class TplaKVManager(CommonKVManager):
             settings=settings(),
             rank=self.attn_tp_rank,
             size=self.attn_tp_size,
-            groups=settings().groups,
             limits=prompt_limits(self.kv_args, self.server_args),
         )
         # Called from the agent's thread, while the scheduler may be between a look and a read of the same tables.

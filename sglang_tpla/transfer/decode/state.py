@@ -5,20 +5,19 @@ chunks.
 from __future__ import annotations
 
 import enum
-import threading
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
-import zmq
 
+from sglang_tpla.cache_rows.parts import Part
+from sglang_tpla.cache_rows.row_format import RowFormat
 from sglang_tpla.transfer import messages as frames
 from sglang_tpla.transfer.decode.coverage import Coverage
+from sglang_tpla.transfer.decode.write_gate import WriteGate
 from sglang_tpla.transfer.memory.iovec import Slots
 from sglang_tpla.transfer.memory.staging import Slot
-from sglang_tpla.transfer.network.data_channel import ChunkReader
 from sglang_tpla.transfer.room import NO_LIMITS, Limits, RoomState
 
 Address = tuple[str, int]
@@ -34,16 +33,45 @@ class Link(enum.Enum):
     LOST = "lost"
 
 
+@dataclass(frozen=True)
+class PoolShape:
+    """What chunks must fit: a decode rank's pool and metadata row."""
+
+    first_layer: int
+    page_size: int
+    item_bytes: int
+    row_format: RowFormat
+    metadata_bytes: int  # of one row
+
+    @property
+    def layers(self) -> int:
+        """How many there are."""
+        return len(self.row_format.layers)
+
+    def layers_of(self, first_layer: int, layers: int) -> range:
+        """Layers of a chunk, by index in the pool."""
+        first = first_layer - self.first_layer
+        return range(first, first + layers)
+
+    def items(self, layer: int, part: Part) -> int:
+        """Items of one part of a row of a layer (by index)."""
+        return self.row_format.layers[layer].part_items(part)
+
+    def payload_bytes(self, layers: range, tokens: int, part: Part) -> int:
+        """Bytes that a chunk must have."""
+        return tokens * self.item_bytes * sum(self.items(layer, part) for layer in layers)
+
+
 @dataclass(eq=False)
 class Connection:
-    """One DEALER socket to one prefill rank, with an identity of its own."""
+    """One DEALER socket to one prefill rank, with an identity of its own. The sockets are `connections`'s."""
 
     address: Address
     identity: bytes
     last_seen: float
-    socket: zmq.Socket | None = None
-    monitor: zmq.Socket | None = None
-    inbox: ChunkReader[frames.Chunk] | None = None  # the data channel, where there is one
+    socket: Any = None
+    monitor: Any = None
+    inbox: Any = None  # the data channel, while there is one
     data_port: int = 0  # of the data channel that was offered last
     dialled: float = 0.0  # when the data channel was
     without_channel: float | None = None  # since when none has lasted until a chunk had come on it
@@ -103,40 +131,11 @@ class Source:
         return self.chunks is not None and len(self.applied) == len(self.claims) == self.chunks
 
 
-class Writes:
-    """Writes into the pages and the metadata row of one room: several at a time, none after the end."""
-
-    def __init__(self) -> None:
-        self._changed = threading.Condition()
-        self._under_way = 0
-        self._ended = False
-
-    @contextmanager
-    def one(self, *, last: bool = False) -> Iterator[bool]:
-        """One write; False where none is allowed any more. None follows the last one."""
-        with self._changed:
-            allowed = not self._ended
-            self._ended = self._ended or last
-            self._under_way += allowed
-        try:
-            yield allowed
-        finally:
-            with self._changed:
-                self._under_way -= allowed
-                self._changed.notify_all()
-
-    def end(self) -> None:
-        """Allow no more, and wait for those under way."""
-        with self._changed:
-            self._ended = True
-            self._changed.wait_for(lambda: not self._under_way)
-
-
 @dataclass(eq=False)
 class Room:
     """One generation of a room on a decode rank."""
 
-    room: int
+    room_id: int
     generation: int
     sources: dict[Address, Source]
     born: float  # when its request came
@@ -155,11 +154,11 @@ class Room:
     wire_bytes: int = 0
     shared_memory_bytes: int = 0
     resent: int = 0
-    writes: Writes = field(default_factory=Writes)
+    writes: WriteGate = field(default_factory=WriteGate)
 
 
 @dataclass(eq=False)
-class Arrival:
+class StagedChunk:
     """A chunk in staging, or in an arena that this rank reads."""
 
     room: Room
@@ -167,11 +166,10 @@ class Arrival:
     chunk: frames.Chunk | frames.Share
     payload: memoryview
     credit_bytes: int  # of staging that it holds; none in an arena
-    layers: range  # of the pool, by index
 
 
 @dataclass(eq=False)
-class Kept:
+class RetainedChunk:
     """A payload in this rank's arena, for its neighbours."""
 
     room: Room

@@ -1,9 +1,9 @@
 """The data channel: a TCP socket beside a registered ZMQ connection, for chunks only (PROTOCOL.md).
 
 ZMQ allocates each message that comes in and hands it through two more threads; here the kernel takes payloads straight
-out of the sender's memory and copies them straight into the pool (`landing`), or into receiver staging that is used
-again while it is in the processor's caches. Where the ZMQ connection is encrypted, its Welcome names a key, and chunks
-are sealed with it (`sealing`). Both ends are used by the agent's I/O thread alone and never block.
+out of the sender's memory and copies them straight into the pool (`decode.in_place`), or into receiver staging that is
+used again while it is in the processor's caches. Where the ZMQ connection is encrypted, its Welcome names a key, and
+chunks are sealed with it (`sealing`). Both ends are used by the agent's I/O thread alone and never block.
 
     decode -> prefill   once: ``b"TPLD"``, version, the cookie that Welcome named: 21 bytes
     prefill -> decode   for each chunk: header bytes, payload bytes (two 32-bit big-endian numbers), header, payload,

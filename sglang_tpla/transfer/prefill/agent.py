@@ -164,7 +164,7 @@ class PrefillAgent(PrefillDispatch):
                 data_channels=self._doorway.bound_channels,
                 staging_used_bytes=self._staging.used_bytes,
                 staging_limit_bytes=self._staging.limit_bytes,
-                threads_alive=self._threads_alive,
-                transfer_seconds=self._transfer_seconds,
+                threads_alive=self._threads.alive,
+                transfer_seconds=self._threads.transfer_seconds,
                 **self._counts,
             )

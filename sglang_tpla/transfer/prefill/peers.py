@@ -23,7 +23,7 @@ from sglang_tpla.transfer.network.security import ZAP_ENDPOINT, Security
 from sglang_tpla.transfer.prefill.compatibility import agreed_version, announced_rows, mismatch
 from sglang_tpla.transfer.prefill.state import Peer, Room, SenderProjection, Upload
 from sglang_tpla.transfer.room import NO_LIMITS, CachePool, Limits, MetadataRows, TransferError
-from sglang_tpla.transfer.workers import Agent, endpoint
+from sglang_tpla.transfer.workers import Agent, configure, endpoint, receive_parts
 
 MAX_PROJECTIONS = 64
 MAX_PEERS = 4096
@@ -79,7 +79,7 @@ class PrefillGreeting(Agent[Room]):
         self._peers: OrderedDict[bytes, Peer] = OrderedDict()
         self._projections = {IDENTITY_HASH: SenderProjection(IDENTITY_HASH, None)}
         self._router = self._io.context.socket(zmq.ROUTER)
-        self._configure(self._router, frames.MAX_PROJECTION_BYTES)
+        configure(self._router, self._settings, frames.MAX_PROJECTION_BYTES)
         self._router.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self._router.setsockopt(zmq.ROUTER_HANDOVER, 1)
         self._router.setsockopt(zmq.IPV6, int(":" in bind_host))
@@ -174,7 +174,7 @@ class PrefillGreeting(Agent[Room]):
 
     def _receive(self, socket: zmq.Socket) -> None:
         for _ in range(64):  # then let the posted sends have a turn
-            parts = self._receive_parts(socket)
+            parts = receive_parts(socket)
             if parts is None:
                 return
             identity = parts[0].bytes

@@ -379,8 +379,7 @@ class PrefillServing(PrefillGreeting):
             return
         if all(stream.confirmed for stream in entry.streams):
             self._end(entry, RoomState.SUCCESS, "")
-            self._counts["rooms_succeeded"] += 1
-            self._took(seconds_since(entry.first_send, entry.ended))
+            self._threads.took(seconds_since(entry.first_send, entry.ended))
 
     def _fail(self, entry: Room, reason: str, but: Peer | None = None) -> None:
         """Fail a room and tell its decode ranks (but the one that asked for it)."""

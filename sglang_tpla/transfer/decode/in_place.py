@@ -1,7 +1,7 @@
 """Inside the decode agent: a chunk that goes from the socket straight to its place in the pool.
 
 What staging is for, that nothing late is written, holds here piece by piece: each call writes at most `PIECE_BYTES`,
-while the room's `Writes` allow it, and what comes for a room that has ended goes to memory
+while the room's `WriteGate` allow it, and what comes for a room that has ended goes to memory
 that nobody reads.
 """
 
@@ -21,7 +21,7 @@ PIECE_BYTES = 16 << 20
 _nowhere = memoryview(bytearray(1 << 20))
 
 
-class PoolLanding:
+class InPlaceChunk:
     """A chunk whose bytes have their places in the pool.
 
     Args:
