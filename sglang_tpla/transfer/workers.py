@@ -40,13 +40,10 @@ MAX_REMEMBERED = 65536  # in a table of what has ended
 
 
 class Workers:
-    """What both agents run on. Any thread may call any method.
+    """The threads of one agent, with its lock, counters, time and log. Any thread may call any method.
 
     Args:
-        tick: deadlines and heartbeats, called on the I/O thread.
-        work_once: waits for work and does one piece, on a worker thread; False at the end.
-        say_goodbye: tells the peers that the agent closes, on the I/O thread.
-        fail_all: fails every room that has not ended, with a reason.
+        io: the loop of the I/O thread; a simulation hands in its own.
     """
 
     def __init__(
@@ -56,11 +53,7 @@ class Workers:
         rank: int,
         logger: logging.Logger | None,
         device: str,
-        *,
-        tick: Callable[[], None],
-        work_once: Callable[[], bool],
-        say_goodbye: Callable[[], None],
-        fail_all: Callable[[str], None],
+        io: IoLoop | None = None,
     ) -> None:
         self.role, self.rank, self.settings = role, rank, settings.on(device)
         self.log = logger or logging.getLogger("sglang_tpla.transfer")
@@ -74,19 +67,20 @@ class Workers:
         self.durations: deque[float] = deque(maxlen=MAX_DURATIONS)
         self.death: str | None = None
         self.closing = False
-        self._work_once, self._say_goodbye, self._fail_all = work_once, say_goodbye, fail_all
-        tick_s = min(self.settings.heartbeat_s / 2, 0.25)
-        self.io = IoLoop(f"tpla-{role}-io-{rank}", tick_s, tick, self.handler_failed, self.died)
+        self.io = io or IoLoop(f"tpla-{role}-io-{rank}")
         self.checks_aside = len(os.sched_getaffinity(0)) >= SPARE_CORES
-        self.threads = [
-            threading.Thread(target=self._run_worker, name=f"tpla-{role}-work-{rank}-{number}", daemon=True)
-            for number in range(WORKERS[device])
-        ]
+        self.size = WORKERS[device]  # threads that make or write chunks
+        self.next_work: Callable[[], Callable[[], None] | None]
+        self.tick: Callable[[], None]
+        self._say_goodbye: Callable[[], None]
+        self._fail_all: Callable[[str], None]
         self._checks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._checkers = [
-            threading.Thread(target=self._run_checker, name=f"tpla-{role}-check-{rank}-{number}", daemon=True)
-            for number in range(CHECKERS[device])
-        ]
+        self._checkers = self._threads("check", CHECKERS[device], self._check)
+        self._workers = self._threads("work", self.size, self._work)
+
+    def _threads(self, name: str, count: int, run: Callable[[], None]) -> list[threading.Thread]:
+        names = [f"tpla-{self.role}-{name}-{self.rank}-{number}" for number in range(count)]
+        return [threading.Thread(target=self._run, args=(run,), name=name, daemon=True) for name in names]
 
     def make_arena(self) -> ArenaMemory | None:
         """Shared memory for staging, a few slots of it reserved, where the settings want it and there is some."""
@@ -102,10 +96,25 @@ class Workers:
             return given
         return host_identity() if self.settings.shared_memory else self.agent_id
 
-    def start(self) -> None:
-        """Start all threads."""
-        self.io.start()
-        for thread in (*self.threads, *self._checkers):
+    def start(
+        self,
+        next_work: Callable[[], Callable[[], None] | None],
+        tick: Callable[[], None],
+        say_goodbye: Callable[[], None],
+        fail_all: Callable[[str], None],
+    ) -> None:
+        """Start all threads.
+
+        Args:
+            next_work: takes a piece of work, if there is one, under the lock; a worker thread does it without.
+            tick: deadlines and heartbeats, on the I/O thread.
+            say_goodbye: tells the peers that the agent closes, on the I/O thread.
+            fail_all: fails every room that has not ended, with a reason.
+        """
+        self.next_work, self.tick = next_work, tick
+        self._say_goodbye, self._fail_all = say_goodbye, fail_all
+        self.io.start(min(self.settings.heartbeat_s / 2, 0.25), tick, self.handler_failed, self.died)
+        for thread in (*self._workers, *self._checkers):
             thread.start()
 
     def close(self) -> None:
@@ -118,7 +127,7 @@ class Workers:
             self.io.post(self._say_goodbye)
             for _ in self._checkers:
                 self._checks.put(None)
-        for thread in (*self.threads, *self._checkers):
+        for thread in (*self._workers, *self._checkers):
             if thread.is_alive() and threading.current_thread() is not thread:
                 thread.join(5.0)
         self.io.stop()
@@ -128,21 +137,28 @@ class Workers:
     @property
     def alive(self) -> int:
         """How many threads are."""
-        return sum(thread.is_alive() for thread in (self.io.thread, *self.threads, *self._checkers))
+        return sum(thread.is_alive() for thread in (self.io.thread, *self._workers, *self._checkers))
 
-    def _run_worker(self) -> None:
+    def _run(self, run: Callable[[], None]) -> None:
         try:
-            while self._work_once():
-                pass
+            run()
         except BaseException as error:
             self.died(error)
 
-    def _run_checker(self) -> None:
-        try:
-            while (check := self._checks.get()) is not None:
-                check()
-        except BaseException as error:
-            self.died(error)
+    def _work(self) -> None:
+        while True:
+            with self.work:
+                if self.closing:
+                    return
+                work = self.next_work()
+                if work is None:
+                    self.work.wait(0.5)
+                    continue
+            work()
+
+    def _check(self) -> None:
+        while (check := self._checks.get()) is not None:
+            check()
 
     def aside(self, check: Callable[[], None]) -> None:
         """Have a checker do this, or do it now where there are none."""
@@ -229,31 +245,26 @@ class Agent(ABC, Generic[RoomT]):
     _rooms: dict[int, RoomT]
 
     def __init__(
-        self, settings: Settings, rank: int, size: int, logger: logging.Logger | None, device: str
+        self,
+        settings: Settings,
+        rank: int,
+        size: int,
+        logger: logging.Logger | None,
+        device: str,
+        workers: Workers | None,
     ) -> None:
-        self._threads = threads = Workers(
-            self.role,
-            settings,
-            rank,
-            logger,
-            device,
-            tick=lambda: self._tick(),
-            work_once=lambda: self._work_once(),
-            say_goodbye=lambda: self._say_goodbye(),
-            fail_all=lambda reason: self._fail_all(reason),
-        )
+        self._threads = threads = workers or Workers(self.role, settings, rank, logger, device)
         self._settings, self._rank, self._size = threads.settings, rank, size
         self._log, self._agent_id, self._chunk_bytes = threads.log, threads.agent_id, threads.chunk_bytes
         self._lock, self._work, self._counts = threads.lock, threads.work, threads.counts
-        self._io, self._checks_aside, self._workers = threads.io, threads.checks_aside, threads.threads
+        self._io, self._checks_aside = threads.io, threads.checks_aside
         self._aside, self._parse, self._drop = threads.aside, threads.parse, threads.drop
         self._handler_failed, self._check_alive = threads.handler_failed, threads.check_alive
         self._make_arena, self._host_identity = threads.make_arena, threads.host_identity
-        self._log_transfer, self._start, self.durations = (
-            threads.log_transfer,
-            threads.start,
-            threads.durations,
-        )
+        self._log_transfer, self.durations = threads.log_transfer, threads.durations
+
+    def _start(self) -> None:
+        self._threads.start(self._next_work, self._tick, self._say_goodbye, self._fail_all)
 
     def close(self) -> None:
         """End all threads and free every socket; rooms that are still alive fail. May be called twice."""
@@ -291,8 +302,8 @@ class Agent(ABC, Generic[RoomT]):
         return self._threads.closing
 
     @abstractmethod
-    def _work_once(self) -> bool:
-        """Wait for work and do one piece; False at the end."""
+    def _next_work(self) -> Callable[[], None] | None:
+        """Take a piece of work."""
 
     @abstractmethod
     def _tick(self) -> None:
@@ -358,6 +369,6 @@ def remember(table: OrderedDict[Any, Any], key: object, value: object) -> None:
         table.popitem(last=False)
 
 
-def seconds_since(start: float | None, end: float | None) -> float:
-    """Elapsed seconds, up to now while there is no end."""
-    return 0.0 if start is None else (time.monotonic() if end is None else end) - start
+def seconds_since(start: float | None, end: float) -> float:
+    """Elapsed seconds; none before the start."""
+    return 0.0 if start is None else end - start

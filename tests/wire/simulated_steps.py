@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import enum
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import torch
@@ -28,11 +26,9 @@ from tests.wire.simulated_ranks import (
     SETTINGS,
     Decode,
     Failure,
-    no_threads,
+    IdleWorkers,
     rooms,
     threads,
-    tick,
-    work_once,
 )
 from tests.wire.simulated_strange import Strange
 from tests.wire.simulated_streams import Streams
@@ -62,26 +58,28 @@ class Steps(Strange):
         layers = [torch.randn(PAGES * PAGE, LATENT + ROPE, generator=generator) for _ in range(LAYERS)]
         row = np.arange(2 * ROOMS * 32, dtype=np.uint8).reshape(2 * ROOMS, 32)
         self.prefills: list[PrefillAgent] = []
-        with self._simulated():
-            self.source = CachePool(layers, LATENT, ROPE, PAGE)
-            how, hosts = choices.below(256), HOSTS[choices.below(len(HOSTS))]
-            sliced = how % 2
-            # half of all cases: ranks that differ in what they may send, in how they cut it and in when they have it
-            self.uneven = how >= 128
-            self.steps = [2, self._odd(2, 1, 3, PAGES)]  # pages of each prefill rank's first send
-            for rank in range(2):
-                self.refused = bool(rank and self._odd(0, 1))
-                agent = PrefillAgent(
-                    self.source, MetadataRows([row]), model_hash="m", bind_host="127.0.0.1",
-                    settings=self._settings() if rank else SETTINGS, rank=rank, size=2, logger=mock.Mock(),
-                )  # fmt: skip
-                self.prefills.append(agent)
-            own = ((16, 8, 16), (16, 0, 8), (0, 0, 0))[self._odd(0, 1, 2)]
-            maps = [_projection(rank % 2, own) if sliced else None for rank in range(len(hosts))]
-            self.decodes = []
-            for rank in range(len(hosts)):
-                self.refused = bool(rank == 1 and self._odd(0, 1))
-                self.decodes.append(Decode(rank, maps[rank], hosts, self._settings() if rank else SETTINGS))
+        self.source = CachePool(layers, LATENT, ROPE, PAGE)
+        how, hosts = choices.below(256), HOSTS[choices.below(len(HOSTS))]
+        sliced = how % 2
+        # half of all cases: ranks that differ in what they may send, in how they cut it and in when they have it
+        self.uneven = how >= 128
+        self.steps = [2, self._odd(2, 1, 3, PAGES)]  # pages of each prefill rank's first send
+        for rank in range(2):
+            refused = bool(rank and self._odd(0, 1))
+            settings = self._settings() if rank else SETTINGS
+            agent = PrefillAgent(
+                self.source, MetadataRows([row]), model_hash="m", bind_host="127.0.0.1", settings=settings, rank=rank,
+                size=2, workers=self._workers("prefill", rank, settings, refused),
+            )  # fmt: skip
+            self.prefills.append(agent)
+        own = ((16, 8, 16), (16, 0, 8), (0, 0, 0))[self._odd(0, 1, 2)]
+        maps = [_projection(rank % 2, own) if sliced else None for rank in range(len(hosts))]
+        self.decodes = []
+        for rank in range(len(hosts)):
+            refused = bool(rank == 1 and self._odd(0, 1))
+            settings = self._settings() if rank else SETTINGS
+            workers = self._workers("decode", rank, settings, refused)
+            self.decodes.append(Decode(rank, maps[rank], hosts, settings, workers))
         self.agents: list[Any] = [*self.prefills, *(decode.agent for decode in self.decodes)]
         # one of the decode ranks may get all from one prefill rank
         self.peers = [[(*agent.address, False) for agent in self.prefills] for _ in self.decodes]
@@ -100,27 +98,9 @@ class Steps(Strange):
         staging_bytes = self._odd(SETTINGS.staging_bytes, 6000, 4096)
         return replace(SETTINGS, staging_bytes=staging_bytes)
 
-    @contextlib.contextmanager
-    def _simulated(self) -> Iterator[None]:
-        """While agents are made: no threads."""
-        from sglang_tpla.transfer.workers import Workers
-
-        make = Workers.__init__
-
-        def made(workers: Any, *args: Any, **kwargs: Any) -> None:
-            make(workers, *args, **kwargs)
-            no_threads(workers)
-            if self.refused:  # the system has no shared memory left
-                workers.make_arena = lambda: None
-
-        def make_loop(*args: Any) -> Loop:
-            return Loop(self.network)
-
-        with (
-            mock.patch.object(Workers, "__init__", made),
-            mock.patch("sglang_tpla.transfer.workers.IoLoop", make_loop),
-        ):
-            yield
+    def _workers(self, role: str, rank: int, settings: Settings, refused: bool = False) -> IdleWorkers:
+        """Threads that wait for the simulation; ``refused``: the system has no shared memory left."""
+        return IdleWorkers(role, settings, rank, Loop(self.network, self.streams, self.clock), not refused)
 
     # Steps
 
@@ -172,7 +152,7 @@ class Steps(Strange):
     def work(self) -> None:
         """A piece of one rank's work, or of everyone's."""
         for agent in self._some():
-            work_once(agent)
+            threads(agent).work_once()
         self._post()
 
     def advance(self) -> None:
@@ -299,7 +279,7 @@ class Steps(Strange):
 
     def _tick(self) -> None:
         for agent in self.agents:
-            tick(agent)
+            threads(agent).tick()
         self._post()
 
     # What must hold

@@ -24,7 +24,7 @@ from unittest import mock
 from sglang_tpla.transfer.decode.state import Link
 from sglang_tpla.transfer.room import RoomState
 from tests.wire.simulated_network import Choices, Clock
-from tests.wire.simulated_ranks import ROOMS, SETTINGS, Failure, rooms, threads, work_once
+from tests.wire.simulated_ranks import ROOMS, SETTINGS, Failure, rooms, threads
 from tests.wire.simulated_steps import Kind, Steps
 from tests.wire.simulated_streams import Streams
 
@@ -138,7 +138,7 @@ class Simulation(Steps):
             self.deliver_all()
             for agent in self.agents:
                 for _ in range(4):
-                    work_once(agent)
+                    threads(agent).work_once()
             self._post()
             flowed = self._flow_once()
             if (
@@ -196,7 +196,8 @@ def begun(data: bytes, sealed: bool = False) -> Iterator[Simulation]:
     """Ranks that have done nothing yet, with data channels that are sealed or not."""
     clock, choices = Clock(), Choices(data)
     streams = Streams(choices)
-    with mock.patch("time.monotonic", clock), streams.in_place():
+    # C knows the system's sockets only
+    with mock.patch("sglang_tpla.transfer.memory.native.library", return_value=None):
         simulation = Simulation(choices, clock, streams)
         for agent in simulation.prefills:
             agent._doorway.sealed = sealed

@@ -73,17 +73,15 @@ class DecodeAgent:
         limits: Limits = NO_LIMITS,
         security: Security | None = None,
         logger: logging.Logger | None = None,
+        workers: Workers | None = None,
     ) -> None:
         security = security if security is not None else Security.from_environment(self.role)
         if projection is not None and len(projection.shared) == len(pool.layers):
             pool = pool.sharing(projection.shared)
         _check_projection(pool, projection)
         self._pool, self._metadata = pool, metadata
-        self.workers = workers = Workers(
-            self.role, settings, rank, logger, pool.device.type,
-            tick=self.tick, work_once=lambda: self.receiver.work_once(),
-            say_goodbye=lambda: self.connections.say_goodbye(), fail_all=self._fail_all,
-        )  # fmt: skip
+        workers = workers or Workers(self.role, settings, rank, logger, pool.device.type)
+        self.workers = workers
         self.arena = workers.make_arena()
         slots = None
         if self.arena is not None:
@@ -126,7 +124,7 @@ class DecodeAgent:
         self.connections = Connections(
             workers, self.receiver, security, hello, limits, projection, pool.device, spares
         )
-        workers.start()
+        workers.start(self.receiver.next_work, self._tick, self.connections.say_goodbye, self._fail_all)
 
     def close(self) -> None:
         """End all threads and free sockets and staging; rooms that are still alive fail. May be called twice."""
@@ -261,7 +259,7 @@ class DecodeAgent:
             return TransferMetric(
                 wire_bytes=entry.wire_bytes,
                 shared_memory_bytes=entry.shared_memory_bytes,
-                seconds=seconds_since(entry.requested, entry.ended),
+                seconds=seconds_since(entry.requested, entry.ended or self.workers.io.now()),
                 chunks=sum(len(source.applied) for source in entry.sources.values()),
                 tokens=max(source.tokens for source in entry.sources.values()),
                 resent=entry.resent,
@@ -302,8 +300,7 @@ class DecodeAgent:
                 **self.workers.counts,
             )
 
-    def tick(self) -> None:
-        """Deadlines and heartbeats, on the I/O thread."""
+    def _tick(self) -> None:
         with self.receiver.turn() as now:
             late = self.rooms.expire(now)
         self.connections.expire(now)
@@ -330,7 +327,7 @@ class DecodeAgent:
             chunks=sum(len(source.applied) for source in sources),
             bytes=room.wire_bytes,
             shared_memory_bytes=room.shared_memory_bytes,
-            seconds=round(seconds_since(room.requested, room.ended), 6),
+            seconds=round(seconds_since(room.requested, room.ended or 0.0), 6),
             result="success" if room.state is RoomState.SUCCESS else room.reason,
             resent=room.resent,
         )

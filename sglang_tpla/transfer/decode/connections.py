@@ -4,7 +4,6 @@ read.
 
 from __future__ import annotations
 
-import time
 import uuid
 import weakref
 from collections.abc import Callable
@@ -61,12 +60,12 @@ class Connections:
         """The connection to an address; a new one where there is none that can be used. Under the lock."""
         connection = self.table.get(address)
         if connection is not None and connection.link is Link.REFUSED:
-            if time.monotonic() - connection.last_seen <= self._workers.settings.peer_timeout_s:
+            if self._workers.io.now() - connection.last_seen <= self._workers.settings.peer_timeout_s:
                 return connection
             connection = None  # the server there may have changed: ask again
         if connection is None or connection.link is Link.LOST:
             self._security.check(address[0], "connecting to")
-            connection = Connection(address, uuid.uuid4().bytes, time.monotonic())
+            connection = Connection(address, uuid.uuid4().bytes, self._workers.io.now())
             self.table[address] = connection
             self._workers.io.post(self._dial, connection)
         return connection
@@ -88,7 +87,7 @@ class Connections:
         except zmq.ZMQError as error:
             self.give_up(connection, f"the {connection.name} cannot be connected to: {error}")
             return
-        connection.last_seen = time.monotonic()
+        connection.last_seen = self._workers.io.now()
         self._send_now(connection, self._hello, None)
 
     def _disconnected(self, connection: Connection, monitor: zmq.Socket) -> None:
@@ -111,7 +110,7 @@ class Connections:
             connection.link = Link.CONNECTING
             first = connection.broken_since is None
             if first:
-                connection.broken_since = time.monotonic()
+                connection.broken_since = self._workers.io.now()
         self._hang_up(connection)  # the next tick dials anew, under another identity
         if first:
             self._workers.log.warning(
@@ -124,7 +123,7 @@ class Connections:
         with self._workers.lock:
             if connection.link in (Link.LOST, Link.REFUSED):
                 return
-            connection.link, connection.reason, connection.last_seen = link, reason, time.monotonic()
+            connection.link, connection.reason, connection.last_seen = link, reason, self._workers.io.now()
             self._workers.counts["refused" if link is Link.REFUSED else "peers_lost"] += 1
             if link is Link.LOST and self.table.get(connection.address) is connection:
                 del self.table[connection.address]
@@ -186,7 +185,7 @@ class Connections:
             self.take(connection, message, None if payload is None else payload.buffer)
 
     def take(self, connection: Connection, message: frames.Message, payload: memoryview | None) -> None:
-        connection.last_seen = time.monotonic()
+        connection.last_seen = self._workers.io.now()
         try:
             self._handle(connection, message, payload)
         except Exception as error:
@@ -225,7 +224,7 @@ class Connections:
             self._events.lost(connection, f"the {connection.name} restarted; the request can be retried")
             connection.said.clear()  # the new process has no such rooms
         # what came before it began it knows nothing of; an answer that was long on its way makes it look younger
-        began = time.monotonic() - message.age_ms / 1000 - WELCOME_DELAY_S
+        began = self._workers.io.now() - message.age_ms / 1000 - WELCOME_DELAY_S
         connection.began = min(connection.began, began) if connection.agent == message.agent else began
         connection.limits = Limits(message.context_tokens, message.pool_tokens)
         connection.agent = message.agent

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import errno
 import os
-import socket
-import time
 from functools import partial
 from typing import Protocol
 
@@ -66,14 +64,14 @@ class DataChannels:
             return
         host = str(came.get("Peer-Address"))
         self.end(connection)
-        stream = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+        stream = self._workers.io.tcp_socket(host)
         set_up(stream, self._workers.settings.peer_timeout_s)
         seal = None if data.key is None else Seal(data.key)
         announce = partial(self._announced, connection)
         inbox = connection.inbox = ChunkReader(
             stream, data.cookie, self._workers.chunk_bytes, self._spares, announce, seal
         )
-        connection.data_port, connection.dialled = data.port, time.monotonic()
+        connection.data_port, connection.dialled = data.port, self._workers.io.now()
         error = stream.connect_ex((host, data.port))
         self._workers.io.add_stream(stream, lambda: self._receive(connection, inbox))
         if error not in (0, errno.EINPROGRESS):
@@ -92,7 +90,7 @@ class DataChannels:
                 connection.without_channel = None
                 whole = msgspec.structs.replace(chunk, checksum=checksum)
                 if isinstance(payload, InPlaceChunk):
-                    connection.last_seen = time.monotonic()
+                    connection.last_seen = self._workers.io.now()
                     payload.chunk = whole
                     self._events.received(payload)
                 elif isinstance(payload, memoryview):
@@ -124,7 +122,7 @@ class DataChannels:
             self._line.receive(connection)  # what was said last: a Goodbye, perhaps
         if connection.inbox is not inbox:
             return
-        now = time.monotonic()
+        now = self._workers.io.now()
         stood = inbox.greeted
         self.end(connection)
         text = "decode rank %d: no data channel to the %s: %s"
@@ -140,7 +138,7 @@ class DataChannels:
         """
         if connection.inbox is not None:
             return
-        now = time.monotonic()
+        now = self._workers.io.now()
         if connection.without_channel is None:
             connection.without_channel = now
         starved = self._events.starved(connection)

@@ -9,7 +9,6 @@ fails the check.
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -60,7 +59,7 @@ class Receiver:
         """Hold the agent's lock while rooms change, and send what they have to say; gives the time."""
         with self._workers.work:
             try:
-                yield time.monotonic()
+                yield self._workers.io.now()
             finally:
                 out, self._rooms.out = self._rooms.out, []
                 for connection, message in out:
@@ -216,7 +215,7 @@ class Receiver:
         """A chunk is in the pool, or what came of it when its room had ended is nowhere."""
         with self._workers.work:
             if not chunk.room.state.ended:
-                self._rooms.arrived(chunk.room, chunk.size_bytes, time.monotonic())
+                self._rooms.arrived(chunk.room, chunk.size_bytes, self._workers.io.now())
             if chunk.aside:
                 self._arrivals.append(chunk)
                 self._workers.work.notify()
@@ -231,24 +230,22 @@ class Receiver:
 
     # Work (worker threads)
 
-    def work_once(self) -> bool:
-        """Wait for work and do one piece; False at the end."""
-        with self._workers.work:
-            if self._workers.closing:
-                return False
-            if not self._arrivals and not self._completed:
-                self._workers.work.wait(0.5)
-                return True
-            arrival = self._arrivals.popleft() if self._arrivals else None
-            room = arrival.room if arrival is not None else self._completed.popleft()
-        with self._failing(room):
+    def next_work(self) -> Callable[[], None] | None:
+        """Take a chunk or a room that may be complete; under the lock."""
+        if self._arrivals:
+            return partial(self._work_on, self._arrivals.popleft())
+        return partial(self._finish, self._completed.popleft()) if self._completed else None
+
+    def _work_on(self, arrival: StagedChunk | InPlaceChunk) -> None:
+        with self._failing(arrival.room):
             if isinstance(arrival, StagedChunk):
                 self._apply(arrival)
-            elif arrival is not None:
-                self._settle(arrival)
             else:
-                self._complete(room)
-        return True
+                self._settle(arrival)
+
+    def _finish(self, room: Room) -> None:
+        with self._failing(room):
+            self._complete(room)
 
     @contextmanager
     def _failing(self, room: Room) -> Iterator[None]:
@@ -322,7 +319,7 @@ class Receiver:
             return None
         size = arrival.payload.nbytes
         slot.buffer[:size] = np.frombuffer(arrival.payload, dtype=np.uint8)
-        return RetainedChunk(arrival.room, arrival.source.connection, slot, size, time.monotonic())
+        return RetainedChunk(arrival.room, arrival.source.connection, slot, size, self._workers.io.now())
 
     def _complete(self, room: Room) -> None:
         """Write the metadata row and succeed, once every source is complete and the chunks are the request."""
@@ -342,4 +339,4 @@ class Receiver:
         with self.turn() as now:
             if not room.state.ended:
                 self._rooms.succeed(room, now)
-                self._workers.took(seconds_since(room.requested, room.ended))
+                self._workers.took(seconds_since(room.requested, now))

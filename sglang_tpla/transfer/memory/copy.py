@@ -133,7 +133,7 @@ class Intake(_Moving):
             OSError: the connection is gone.
         """
         if self._library is None:
-            size = os.readv(stream.fileno(), self._cursor.ahead(limit_bytes, MAX_PIECES))
+            size = stream.recvmsg_into(self._cursor.ahead(limit_bytes, MAX_PIECES))[0]
             self._advance(size)
         else:
             size = self._library.receive_pieces(*self._place, stream.fileno(), len(self._table), limit_bytes)

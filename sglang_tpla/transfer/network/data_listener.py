@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import secrets
 import socket
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -65,8 +64,7 @@ class DataListener:
     ) -> None:
         self._io, self._timeout_s, self.sealed = io, timeout_s, sealed
         self._on_refused, self._on_bound, self._on_lost = on_refused, on_bound, on_lost
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        self._listener = socket.create_server(("" if host == "*" else host, port), family=family)
+        self._listener = io.tcp_listener(host, port)
         self._listener.setblocking(False)
         self.announced_port: int = self._listener.getsockname()[1]
         self._strangers: list[PendingConnection] = []
@@ -119,7 +117,7 @@ class DataListener:
         except OSError:
             return  # gone again, or no descriptors: the next one may do better
         set_up(stream, self._timeout_s)
-        stranger = PendingConnection(stream, time.monotonic())
+        stranger = PendingConnection(stream, self._io.now())
         self._strangers.append(stranger)
         self._io.add_stream(stream, lambda: self._listen_to(stranger))
         if len(self._strangers) > MAX_STRANGERS:

@@ -8,7 +8,6 @@ agent has ended.
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import numpy as np
@@ -47,7 +46,7 @@ class PrefillAgent(PrefillDispatch):
                 )
             if old is not None:
                 self._forget(old)
-            entry = self._rooms[room] = Room(room, now := time.monotonic(), prompt_tokens, now, now)
+            entry = self._rooms[room] = Room(room, now := self._io.now(), prompt_tokens, now, now)
             self._last_opened = now
             held = self._held.pop(room, {})
             aborted = self._take_aborted(entry, held)
@@ -93,7 +92,7 @@ class PrefillAgent(PrefillDispatch):
             segment = Segment(entry.tokens, Slots(slots), ready, in_place)
             entry.segments.append(segment)
             entry.tokens += slots.size
-            entry.progress = time.monotonic()
+            entry.progress = self._io.now()
             entry.first_send = entry.first_send or entry.progress
             entry.last_send = entry.progress if last else None
             entry.last, entry.metadata = last, metadata
@@ -114,7 +113,7 @@ class PrefillAgent(PrefillDispatch):
         """Why this rank is about to give up a room that nobody has asked for; empty if it is not."""
         with self._lock:
             entry = self._open(room)
-            soon = time.monotonic() + 2 * self._settings.heartbeat_s
+            soon = self._io.now() + 2 * self._settings.heartbeat_s
             return "" if entry.state.ended or entry.asks else self._unwanted(entry, soon)
 
     def prefix_tokens(self, room: int) -> int:
@@ -131,7 +130,7 @@ class PrefillAgent(PrefillDispatch):
             return TransferMetric(
                 wire_bytes=entry.wire_bytes,
                 shared_memory_bytes=entry.shared_memory_bytes,
-                seconds=seconds_since(entry.first_send, entry.ended),
+                seconds=seconds_since(entry.first_send, entry.ended or self._io.now()),
                 chunks=sum(stream.acked for stream in entry.streams),
                 tokens=entry.tokens,
                 resent=sum(stream.resent for stream in entry.streams),

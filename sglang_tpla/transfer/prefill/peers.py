@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from abc import abstractmethod
 from collections import OrderedDict
 from functools import partial
@@ -23,7 +22,7 @@ from sglang_tpla.transfer.network.security import ZAP_ENDPOINT, Security
 from sglang_tpla.transfer.prefill.compatibility import agreed_version, announced_rows, mismatch
 from sglang_tpla.transfer.prefill.state import Peer, Room, SenderProjection, Upload
 from sglang_tpla.transfer.room import NO_LIMITS, CachePool, Limits, MetadataRows, TransferError
-from sglang_tpla.transfer.workers import Agent, configure, endpoint, receive_parts
+from sglang_tpla.transfer.workers import Agent, Workers, configure, endpoint, receive_parts
 
 MAX_PROJECTIONS = 64
 MAX_PEERS = 4096
@@ -50,12 +49,13 @@ class PrefillGreeting(Agent[Room]):
         limits: Limits = NO_LIMITS,
         security: Security | None = None,
         logger: logging.Logger | None = None,
+        workers: Workers | None = None,
     ) -> None:
         self._security = security if security is not None else Security.from_environment(self.role)
         self._security.check(bind_host, "listening on")
-        super().__init__(settings, rank, size, logger, pool.device.type)
+        super().__init__(settings, rank, size, logger, pool.device.type, workers)
         self._pool, self._metadata, self._model_hash = pool, metadata, model_hash
-        self._limits, self._began = limits, time.monotonic()
+        self._limits, self._began = limits, self._io.now()
         row_bytes = (pool.latent_dim + pool.rope_dim) * pool.dtype.itemsize
         if any(width != pool.latent_dim for width in pool.widths) or row_bytes > self._chunk_bytes:
             raise TransferError(
@@ -206,7 +206,7 @@ class PrefillGreeting(Agent[Room]):
             self._drop("unknown_peer", f"{name} from unregistered peer {identity.hex()[:8]}")
             self._put(identity, frames.Unregistered())
             return
-        peer.last_seen = time.monotonic()
+        peer.last_seen = self._io.now()
         peer.away = False
         match message:
             case frames.Ping():
@@ -268,7 +268,7 @@ class PrefillGreeting(Agent[Room]):
         layout = hello.layout
         announced = announced_rows(layout)
         sent = announced.part(self._pool.first_layer - layout.first_layer, len(self._pool.layers))
-        peer = Peer(identity, hello, time.monotonic(), announced, sent)
+        peer = Peer(identity, hello, self._io.now(), announced, sent)
         before = next((old for old in self._peers.values() if old.hello.agent == hello.agent), None)
         peer.projection = self._projections.get(hello.projection or IDENTITY_HASH)
         if peer.projection is None:
@@ -291,7 +291,7 @@ class PrefillGreeting(Agent[Room]):
             need_projection=peer.projection is None,
             arena=arena,
             data=self._doorway.offer(identity),
-            age_ms=int(1000 * (time.monotonic() - self._began)),
+            age_ms=int(1000 * (self._io.now() - self._began)),
             context_tokens=self._limits.context_tokens,
             pool_tokens=self._limits.pool_tokens,
         )
@@ -313,7 +313,7 @@ class PrefillGreeting(Agent[Room]):
     def _name_neighbours(self, peer: Peer) -> None:
         others = [other for other in self._neighbours(peer.hello.host) if other is not peer]
         arenas = [other.hello.arena for other in others if other.hello.arena is not None]
-        peer.maps_asked_at = time.monotonic()
+        peer.maps_asked_at = self._io.now()
         self._put(peer.identity, frames.Neighbours(peer.maps_asked, tuple(arenas[: frames.MAX_NEIGHBOURS])))
 
     def _ask_again(self, now: float) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 from sglang_tpla.transfer import messages as frames
 from sglang_tpla.transfer.prefill.rooms import PrefillServing
 from sglang_tpla.transfer.prefill.state import Peer, Stream
@@ -50,7 +48,7 @@ class PrefillResuming(PrefillServing):
             bits = bitmaps.get(part, b"")
             if sequence // 8 < len(bits) and bits[sequence // 8] >> (sequence % 8) & 1:
                 stream.acked += 1
-                stream.room.progress = time.monotonic()
+                stream.room.progress = self._io.now()
                 self._has(lost, sequence, stream)
             else:
                 self._counts["resent"] += 1

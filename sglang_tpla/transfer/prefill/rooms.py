@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from abc import abstractmethod
 from collections import OrderedDict, deque
 
@@ -53,7 +52,7 @@ class PrefillServing(PrefillGreeting):
             case frames.Expected():
                 for room in message.rooms:
                     if (entry := self._rooms.get(room)) is not None:
-                        entry.sought = time.monotonic()
+                        entry.sought = self._io.now()
             case frames.Resume():
                 stream = self._stream(peer, message.room, message.generation)
                 if stream is not None:
@@ -89,7 +88,7 @@ class PrefillServing(PrefillGreeting):
             message.dummy,
             message.share_index,
             message.share_count,
-            time.monotonic(),
+            self._io.now(),
         )
         if message.generation <= self._ended.get((message.room, peer.hello.agent), -1):
             self._counts["replays_dropped"] += 1
@@ -151,7 +150,7 @@ class PrefillServing(PrefillGreeting):
         if self._orphaned(message.room, peer) is not None:
             self._remember_end(key, message.generation)
         else:
-            remember(self._aborted, key, (message.generation, reason, time.monotonic()))
+            remember(self._aborted, key, (message.generation, reason, self._io.now()))
 
     def _orphaned(self, room: int, peer: Peer) -> str | None:
         """Why the room failed that this rank now speaks of for the first time, or None if it did not."""
@@ -170,7 +169,7 @@ class PrefillServing(PrefillGreeting):
                 stream.credit_bytes = max(stream.credit_bytes, message.total_bytes)
             case frames.Done():
                 if stream.finish_sent and all(lane.all_sent for lane in stream.lanes):
-                    entry.progress = time.monotonic()
+                    entry.progress = self._io.now()
                     self._confirm(stream)
                     self._conclude(entry)
                 else:
@@ -217,7 +216,7 @@ class PrefillServing(PrefillGreeting):
             self._read_by(lane, sequence, stream)
         else:
             stream.acked += 1
-            stream.room.progress = time.monotonic()
+            stream.room.progress = self._io.now()
             self._has(lane, sequence, stream, stored)
 
     def _has(self, lane: Lane, sequence: int, stream: Stream, stored: int | None = None) -> None:
@@ -291,7 +290,7 @@ class PrefillServing(PrefillGreeting):
         """Give a room a decode rank's request."""
         expected = entry.expected_ranks
         entry.asks[ask.peer.identity] = ask
-        entry.progress = time.monotonic()
+        entry.progress = self._io.now()
         prefixes = sorted({other.prefix_tokens for other in entry.asks.values() if not other.dummy})
         if expected is not None and expected != ask.expected_ranks:
             self._fail(entry, f"decode ranks disagree on how many ask: {expected} and {ask.expected_ranks}")
@@ -379,7 +378,7 @@ class PrefillServing(PrefillGreeting):
             return
         if all(stream.confirmed for stream in entry.streams):
             self._end(entry, RoomState.SUCCESS, "")
-            self._threads.took(seconds_since(entry.first_send, entry.ended))
+            self._threads.took(seconds_since(entry.first_send, entry.ended or 0.0))
 
     def _fail(self, entry: Room, reason: str, but: Peer | None = None) -> None:
         """Fail a room and tell its decode ranks (but the one that asked for it)."""
@@ -391,7 +390,8 @@ class PrefillServing(PrefillGreeting):
         self._counts["rooms_failed"] += 1
 
     def _end(self, entry: Room, state: RoomState, reason: str) -> None:
-        entry.state, entry.reason, entry.ended = state, reason, time.monotonic()
+        ended = self._io.now()
+        entry.state, entry.reason, entry.ended = state, reason, ended
         for lane in entry.lanes:
             lane.takers[0].peer.ready.pop(id(lane), None)
             for relay in lane.relays.values():
@@ -416,8 +416,8 @@ class PrefillServing(PrefillGreeting):
             chunks=sum(stream.acked for stream in streams),
             bytes=entry.wire_bytes,
             shared_memory_bytes=entry.shared_memory_bytes,
-            seconds=round(seconds_since(entry.first_send, entry.ended), 6),
-            after_prefill_seconds=round(seconds_since(entry.last_send, entry.ended), 6),
+            seconds=round(seconds_since(entry.first_send, ended), 6),
+            after_prefill_seconds=round(seconds_since(entry.last_send, ended), 6),
             result="success" if state is RoomState.SUCCESS else reason,
             resent=sum(stream.resent for stream in streams),
         )
@@ -461,7 +461,7 @@ class PrefillServing(PrefillGreeting):
     # Time (I/O thread)
 
     def _tick(self) -> None:
-        now = time.monotonic()
+        now = self._io.now()
         with self._work:
             self._expire_peers(now)
             self._ask_again(now)

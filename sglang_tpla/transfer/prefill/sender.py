@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -43,22 +43,20 @@ class Job:
 class PrefillDispatch(PrefillResuming):
     """The worker threads of `PrefillAgent`: each makes a chunk, waits for it and sends it off."""
 
-    def _work_once(self) -> bool:
-        with self._work:
-            if self._closing:
-                return False
-            job = self._next_job()
-            if job is None:
-                self._work.wait(0.5)
-                return True
-            self._work.notify()  # there may be one more, for another thread
+    def _next_work(self) -> Callable[[], None] | None:
+        job = self._next_job()
+        if job is None:
+            return None
+        self._work.notify()  # there may be one more, for another thread
+        return partial(self._work_on, job)
+
+    def _work_on(self, job: Job) -> None:
         with self._failing(job):
             pieces, digest = self._make(job)
             if job.slot.buffer.size and not digest and self._needs_digest(job):
                 self._aside(partial(self._check, job, pieces))
             else:
                 self._deliver(job, pieces, digest)
-        return True
 
     def _check(self, job: Job, pieces: Pieces) -> None:
         with self._failing(job):
@@ -109,7 +107,7 @@ class PrefillDispatch(PrefillResuming):
         if any(stream.paused or stream.peer.away or stream.peer.slots_held >= cap for stream in streams):
             return False
         if lane.mode is Mode.LOCAL:
-            return all(len(stream.unacked) < LOCAL_CHUNKS * len(self._workers) for stream in streams)
+            return all(len(stream.unacked) < LOCAL_CHUNKS * self._threads.size for stream in streams)
         if any(
             stream.peer.queued >= CHUNKS_AHEAD or not self._doorway.bound(stream.peer.identity)
             for stream in streams
