@@ -8,9 +8,11 @@ and bytes in those of another format (`row_format`); slot
 from __future__ import annotations
 
 import enum
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +26,15 @@ class TransferError(SglangTplaError, RuntimeError):
 
 
 MAX_ROOM_ID = 2**63 - 1
+MAX_REMEMBERED = 65536  # in a table of what has ended
+
+
+def remember(table: OrderedDict[Any, Any], key: object, value: object) -> None:
+    """Keep a value, and forget the oldest of too many."""
+    table[key] = value
+    table.move_to_end(key)
+    while len(table) > MAX_REMEMBERED:
+        table.popitem(last=False)
 
 
 def check_room(room: int) -> None:

@@ -13,10 +13,9 @@ import queue
 import threading
 import time
 import uuid
-from abc import ABC, abstractmethod
-from collections import Counter, OrderedDict, deque
+from collections import Counter, deque
 from collections.abc import Callable, Mapping
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import zmq
 
@@ -36,7 +35,6 @@ WORKERS = {"cpu": 1, "cuda": 2}
 CHECKERS = {"cpu": 0, "cuda": 2}
 SPARE_CORES = 4  # with as many, workers check what lies in a CPU pool, beside the I/O thread that moves it
 MAX_DURATIONS = 16384  # kept for whoever publishes them
-MAX_REMEMBERED = 65536  # in a table of what has ended
 
 
 class Workers:
@@ -238,86 +236,6 @@ class AnyRoom(Protocol):
 RoomT = TypeVar("RoomT", bound=AnyRoom)
 
 
-class Agent(ABC, Generic[RoomT]):
-    """Base of `PrefillAgent`."""
-
-    role = ""
-    _rooms: dict[int, RoomT]
-
-    def __init__(
-        self,
-        settings: Settings,
-        rank: int,
-        size: int,
-        logger: logging.Logger | None,
-        device: str,
-        workers: Workers | None,
-    ) -> None:
-        self._threads = threads = workers or Workers(self.role, settings, rank, logger, device)
-        self._settings, self._rank, self._size = threads.settings, rank, size
-        self._log, self._agent_id, self._chunk_bytes = threads.log, threads.agent_id, threads.chunk_bytes
-        self._lock, self._work, self._counts = threads.lock, threads.work, threads.counts
-        self._io, self._checks_aside = threads.io, threads.checks_aside
-        self._aside, self._parse, self._drop = threads.aside, threads.parse, threads.drop
-        self._handler_failed, self._check_alive = threads.handler_failed, threads.check_alive
-        self._make_arena, self._host_identity = threads.make_arena, threads.host_identity
-        self._log_transfer, self.durations = threads.log_transfer, threads.durations
-
-    def _start(self) -> None:
-        self._threads.start(self._next_work, self._tick, self._say_goodbye, self._fail_all)
-
-    def close(self) -> None:
-        """End all threads and free every socket; rooms that are still alive fail. May be called twice."""
-        self._threads.close()
-
-    @property
-    def rank(self) -> int:
-        """Of this agent among those of its server."""
-        return self._rank
-
-    def poll(self, room: int) -> RoomState:
-        """State of a room: BOOTSTRAPPING until every expected rank has asked, WAITING for rows, TRANSFERRING, SUCCESS
-        when every rank has confirmed; FAILED: see `failure`.
-
-        Raises:
-            TransferError: the room is not open.
-        """
-        with self._lock:
-            return RoomState.FAILED if self._threads.death is not None else self._open(room).state
-
-    def failure(self, room: int) -> str:
-        """Why a room failed; empty if it has not.
-
-        Raises:
-            TransferError: the room is not open.
-        """
-        with self._lock:
-            return self._threads.death or self._open(room).reason
-
-    def _open(self, room: int) -> RoomT:
-        return opened(self._rooms, room, self.role, self._rank)
-
-    @property
-    def _closing(self) -> bool:
-        return self._threads.closing
-
-    @abstractmethod
-    def _next_work(self) -> Callable[[], None] | None:
-        """Take a piece of work."""
-
-    @abstractmethod
-    def _tick(self) -> None:
-        """Deadlines and heartbeats, on the I/O thread."""
-
-    @abstractmethod
-    def _say_goodbye(self) -> None:
-        """Tell the peers that this agent closes."""
-
-    @abstractmethod
-    def _fail_all(self, reason: str) -> None:
-        """Fail every room that has not ended."""
-
-
 def opened(rooms: Mapping[int, RoomT], room_id: int, role: str, rank: int) -> RoomT:
     """A room that a scheduler has opened.
 
@@ -359,14 +277,6 @@ def receive_parts(socket: zmq.Socket) -> list[zmq.Frame] | None:
 def endpoint(host: str, port: int | str) -> str:
     """ZMQ address of a host (name, IPv4 or IPv6) and port."""
     return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
-
-
-def remember(table: OrderedDict[Any, Any], key: object, value: object) -> None:
-    """Keep a value, and forget the oldest of too many."""
-    table[key] = value
-    table.move_to_end(key)
-    while len(table) > MAX_REMEMBERED:
-        table.popitem(last=False)
 
 
 def seconds_since(start: float | None, end: float) -> float:

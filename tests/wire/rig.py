@@ -105,10 +105,9 @@ def prefill_rank(
 
 def data_port(prefill: PrefillRank, announced: int | None = None) -> int:
     """Port of a prefill rank's data channels; from now on it tells decode ranks ``announced`` instead."""
-    doorway = prefill.agent._doorway
-    assert doorway is not None
-    real = doorway.announced_port
-    doorway.announced_port = real if announced is None else announced
+    listener = prefill.agent.router.listener
+    real = listener.announced_port
+    listener.announced_port = real if announced is None else announced
     return real
 
 

@@ -70,12 +70,12 @@ class IdleWorkers(Workers):
 
 def threads(agent: Any) -> Any:
     """What an agent runs on."""
-    return agent.workers if agent.role == "decode" else agent._threads
+    return agent.workers
 
 
 def rooms(agent: Any) -> dict[int, Any]:
     """An agent's rooms, by id."""
-    return agent.rooms.table if agent.role == "decode" else agent._rooms
+    return agent.rooms.table
 
 
 class Decode:

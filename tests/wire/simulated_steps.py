@@ -322,9 +322,8 @@ class Steps(Strange):
     def close_all(self) -> None:
         """Give the arenas back."""
         for agent in self.agents:
-            arena = agent.arena if agent.role == "decode" else agent._arena
-            if arena is not None:
-                arena.close()
+            if agent.arena is not None:
+                agent.arena.close()
 
 
 def _projection(group: int, columns: Sequence[int]) -> Projection:

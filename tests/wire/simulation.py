@@ -89,11 +89,13 @@ class Simulation(Steps):
             if (stats.rooms, stats.staging_used_bytes, stats.internal_errors) != (0, 0, 0):
                 raise Failure(f"at rest, {agent.role} {agent.rank} holds {stats}")
         for agent in self.prefills:
-            for peer in agent._peers.values():
-                if peer.held_requests or peer.slots_held or peer.ready:
-                    raise Failure(
-                        f"at rest, {peer.name} holds {peer.held_requests}, {peer.slots_held}, {peer.ready}"
-                    )
+            for peer in agent.peers.table.values():
+                if peer.early_requests or peer.slots_held:
+                    raise Failure(f"at rest, {peer.name} holds {peer.early_requests}, {peer.slots_held}")
+            if agent.lanes.ready:
+                raise Failure(
+                    f"at rest, prefill {agent.rank} has lanes with chunks to send: {agent.lanes.ready}"
+                )
         for decode in self.decodes:
             if decode.agent.rooms.retained or decode.agent.credits.waiters:
                 raise Failure(f"at rest, decode {decode.agent.rank} keeps {decode.agent.rooms.retained}")
@@ -112,7 +114,9 @@ class Simulation(Steps):
     def _check_streams(self) -> None:
         """Every open end is a channel of a connection that lives, and what has been closed is forgotten."""
         used = {
-            id(channel.stream) for agent in self.prefills for channel in agent._doorway._channels.values()
+            id(channel.stream)
+            for agent in self.prefills
+            for channel in agent.router.listener._channels.values()
         }
         for decode in self.decodes:
             used |= {
@@ -200,7 +204,7 @@ def begun(data: bytes, sealed: bool = False) -> Iterator[Simulation]:
     with mock.patch("sglang_tpla.transfer.memory.native.library", return_value=None):
         simulation = Simulation(choices, clock, streams)
         for agent in simulation.prefills:
-            agent._doorway.sealed = sealed
+            agent.router.listener.sealed = sealed
         try:
             yield simulation
         finally:

@@ -194,7 +194,7 @@ def test_refusals_say_what_is_wrong(
 
 def test_an_ended_thread_is_not_silent(prefill: rig.PrefillRank, decode: rig.DecodeRank) -> None:
     prefill.agent.open_room(1)
-    prefill.agent._threads.died(RuntimeError("the loop broke"))
+    prefill.agent.workers.died(RuntimeError("the loop broke"))
     assert prefill.agent.poll(1) == RoomState.FAILED
     assert "the loop broke" in prefill.agent.failure(1)
     with pytest.raises(Exception, match="the loop broke"):
@@ -205,7 +205,7 @@ def test_an_error_while_gathering_fails_the_room_alone(
     prefill: rig.PrefillRank, decode: rig.DecodeRank, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(prefill.agent._reader, "read", lambda *args: 1 / 0)
+        patch.setattr(prefill.agent.sender.reader, "read", lambda *args: 1 / 0)
         prefill.agent.open_room(1)
         rig.ask(decode, [prefill.peer], 1, rig.pages(1, 3))
         prefill.agent.send(1, rig.pages(2, 3), last=True, metadata_row=0)

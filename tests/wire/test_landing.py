@@ -166,7 +166,7 @@ def test_every_way_is_right_to_the_last_bit(way: str, monkeypatch: pytest.Monkey
     prefill, decode = rig.prefill_rank(), rig.decode_rank(host="far")
     with contextlib.closing(prefill.agent), contextlib.closing(decode.agent):
         decode.agent.connect(*prefill.agent.address)
-        rig.wait(lambda: prefill.agent._doorway._channels, "the channel")
+        rig.wait(lambda: prefill.agent.router.listener._channels, "the channel")
         transfer(prefill, decode, 1)
         assert prefill.agent.stats().resent == 0
         assert bool(checked_aside) == ("by workers" in way)

@@ -129,11 +129,11 @@ def kept_for_neighbours(monkeypatch: pytest.MonkeyPatch) -> Iterator[Simulation]
     with begun(bytes([0, HOSTS.index(("a", "a"))])) as simulation:
         for agent in simulation.prefills:
 
-            def put(identity: bytes, message: Any, *more: Any, put: Any = agent._put) -> None:
+            def put(identity: bytes, message: Any, *more: Any, put: Any = agent.router.send) -> None:
                 if not isinstance(message, frames.Release):
                     put(identity, message, *more)
 
-            monkeypatch.setattr(agent, "_put", put)
+            monkeypatch.setattr(agent.router, "send", put)
         simulation.finish(0)
         assert any(decode.agent.stats().staging_used_bytes for decode in simulation.decodes)
         yield simulation

@@ -48,8 +48,7 @@ from sglang_tpla.host.process import current_slice, model_identity, settings
 from sglang_tpla.transfer.decode.agent import DecodeAgent
 from sglang_tpla.transfer.memory.projection import Projection
 from sglang_tpla.transfer.prefill.agent import PrefillAgent
-from sglang_tpla.transfer.room import RoomState, TransferError, TransferMetric
-from sglang_tpla.transfer.workers import remember
+from sglang_tpla.transfer.room import RoomState, TransferError, TransferMetric, remember
 
 logger = logging.getLogger(__name__)
 SWITCH_INTERVAL_S = 0.0002

@@ -5,17 +5,18 @@ own part), and so travels to that host once:
 
     LOCAL   the ranks are on this host: they read the chunk from this agent's arena
     DIRECT  one rank: the chunk travels to it
-    RELAY   several ranks of another host: the chunk travels to one of them (they take turns), which keeps it
-    in
-            its arena for the others
+    RELAY   several ranks of another host: the chunk travels to one of them (they take turns), which keeps it in its
+            arena for the others
 
 Lanes wait for their own credit and their own ranks only, so a stalled rank stalls its own rooms.
+
+The agent's lock guards all of this, but for `ChunkPlan.rectangles` and `ChunkPlan.segments`, which only grow.
 """
 
 from __future__ import annotations
 
 import enum
-from collections import OrderedDict, deque
+from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,18 +27,34 @@ from sglang_tpla.cache_rows.row_format import RowFormat
 from sglang_tpla.transfer.chunks import Rectangle, cut
 from sglang_tpla.transfer.memory.iovec import Slots
 from sglang_tpla.transfer.memory.staging import Slot
-from sglang_tpla.transfer.messages import Hello
+from sglang_tpla.transfer.messages import Hello, Message
 from sglang_tpla.transfer.room import NO_LIMITS, CachePool, Limits, RoomState
 
 ChunkId = tuple[int, int]  # part, sequence
 
 
-class Mode(enum.Enum):
+class Route(enum.Enum):
     """How a lane's chunks travel."""
 
     LOCAL = "local"
     DIRECT = "direct"
     RELAY = "relay"
+
+
+class Outgoing:
+    """Messages to decode ranks, by ZMQ routing id: they go when the agent's lock is given back (`Router.turn`)."""
+
+    def __init__(self) -> None:
+        self._messages: list[tuple[bytes, Message, bytes | None]] = []
+
+    def put(self, identity: bytes, message: Message, payload: bytes | None = None) -> None:
+        """Add one."""
+        self._messages.append((identity, message, payload))
+
+    def take(self) -> list[tuple[bytes, Message, bytes | None]]:
+        """All, in order."""
+        messages, self._messages = self._messages, []
+        return messages
 
 
 @dataclass(eq=False)
@@ -74,15 +91,14 @@ class Peer:
     projection: SenderProjection | None = None
     upload: Upload | None = None
     away: bool = False  # its connection is gone; it may come back under another identity
-    slots_held: int = 0
+    slots_held: int = 0  # of staging, by chunks for it
     queued: int = 0  # chunks for its data channel that the socket has not taken yet
-    held_requests: int = 0
+    early_requests: int = 0  # for rooms that the scheduler has not opened
     limits: Limits = NO_LIMITS
     maps_asked: int = 0  # number of the newest list of arenas it was sent
     maps_asked_at: float = 0.0
     maps_answered: int = -1
     mapped: frozenset[str] = frozenset()
-    ready: OrderedDict[int, Lane] = field(default_factory=OrderedDict)  # lanes with chunks to send, by id()
 
     def release_slot(self) -> None:
         """A staging slot that held a chunk for this peer is free again."""
@@ -105,7 +121,7 @@ class Segment:
 
 
 @dataclass(eq=False)
-class Plan:
+class ChunkPlan:
     """The numbered chunks of a room for one projection and part; grows with every ``send``."""
 
     projection: SenderProjection
@@ -137,7 +153,7 @@ class Plan:
 
 
 @dataclass(eq=False)
-class Stream:
+class Destination:
     """One rank's part in a room."""
 
     room: Room
@@ -151,10 +167,9 @@ class Stream:
     credit_bytes: int = 0
     sent_bytes: int = 0
     wanted_bytes: int = 0
-    wanted_told: int = 0
-    unacked: dict[ChunkId, Slot | None] = field(
-        default_factory=dict
-    )  # and the slot it is read from, if that is one of this agent
+    announced_bytes: int = 0
+    # chunks under way, and the slot that each is read from, if that is one of this agent
+    unacked: dict[ChunkId, Slot | None] = field(default_factory=dict)
     finish_sent: bool = False
     confirmed: bool = False
     paused: bool = False  # its rank is back and has not said yet what it has, and from where credit counts
@@ -177,9 +192,9 @@ class Stream:
 class Relay:
     """A chunk that lies in a decode rank's arena until the others have read it."""
 
-    leader: Stream
+    leader: Destination
     offset: int
-    readers: set[Stream]
+    readers: set[Destination]
 
 
 @dataclass(eq=False)
@@ -187,21 +202,21 @@ class Lane:
     """Chunks of one plan to the ranks of one host."""
 
     room: Room
-    plan: Plan
-    takers: list[Stream]
-    mode: Mode
+    plan: ChunkPlan
+    takers: list[Destination]
+    route: Route
     planned: int = 0
-    ahead: list[deque[int]] = field(
-        default_factory=list
-    )  # chunks not sent yet, of each rank that they travel to
+    ahead: list[deque[int]] = field(init=False)  # chunks not sent yet, of each rank that they travel to
     starved: set[int] = field(default_factory=set)  # chunks that wait for credit
-    repeat: deque[tuple[int, Stream]] = field(default_factory=deque)  # chunks to send once more, to one rank
+    repeat: deque[tuple[int, Destination]] = field(
+        default_factory=deque
+    )  # chunks to send once more, to one rank
     relays: dict[int, Relay | None] = field(default_factory=dict)  # passed on; None: no longer in an arena
 
     def __post_init__(self) -> None:
-        self.ahead = [deque() for _ in (self.takers[:1] if self.mode is Mode.LOCAL else self.takers)]
+        self.ahead = [deque() for _ in (self.takers[:1] if self.route is Route.LOCAL else self.takers)]
 
-    def leader(self, sequence: int) -> Stream:
+    def leader(self, sequence: int) -> Destination:
         """The rank a chunk travels to."""
         return self.takers[sequence % len(self.takers)]
 
@@ -211,7 +226,7 @@ class Lane:
             self.ahead[sequence % len(self.ahead)].append(sequence)
             for taker in self.takers:
                 taker.due += 1
-            if self.mode is not Mode.LOCAL:
+            if self.route is not Route.LOCAL:
                 self.leader(sequence).wanted_bytes += self.plan.size(sequence)
         self.planned = len(self.plan.rectangles)
 
@@ -220,66 +235,78 @@ class Lane:
         """True when every planned chunk was sent at least once."""
         return not any(self.ahead)
 
-    def left_bytes(self, stream: Stream) -> int:
+    def left_bytes(self, destination: Destination) -> int:
         """Chunk bytes that are still to travel to a rank."""
-        if self.mode is Mode.LOCAL:
+        if self.route is Route.LOCAL:
             return 0
-        left = [sequence for sequence, other in self.repeat if other is stream]
-        left += self.ahead[self.takers.index(stream)]
+        left = [sequence for sequence, other in self.repeat if other is destination]
+        left += self.ahead[self.takers.index(destination)]
         return sum(self.plan.size(sequence) for sequence in left)
 
-    def heads(self) -> list[tuple[int, list[Stream]]]:
+    def heads(self) -> list[tuple[int, list[Destination]]]:
         """The chunks that may go next, and the ranks each goes to at once: one for each rank, so that no rank waits for
         another one's credit.
         """
-        again: dict[Stream, int] = {}
-        for sequence, stream in self.repeat:
-            again.setdefault(stream, sequence)
-        return [(sequence, [stream]) for stream, sequence in again.items()] + [
-            (queue[0], self.takers if self.mode is Mode.LOCAL else [self.leader(queue[0])])
+        again: dict[Destination, int] = {}
+        for sequence, destination in self.repeat:
+            again.setdefault(destination, sequence)
+        return [(sequence, [destination]) for destination, sequence in again.items()] + [
+            (queue[0], self.takers if self.route is Route.LOCAL else [self.leader(queue[0])])
             for queue in self.ahead
             if queue
         ]
 
-    def take(self, sequence: int, streams: list[Stream]) -> None:
+    def take(self, sequence: int, takers: list[Destination]) -> None:
         """Take one of the chunks that `heads` named."""
-        if (sequence, streams[0]) in self.repeat:
-            self.repeat.remove((sequence, streams[0]))
+        if (sequence, takers[0]) in self.repeat:
+            self.repeat.remove((sequence, takers[0]))
         else:
             self.ahead[sequence % len(self.ahead)].popleft()
 
 
 @dataclass(eq=False)
-class Ask:
-    """A decode rank's request for a room."""
+class ChunkJob:
+    """One chunk to make, and where it goes now: lanes of several hosts may take the same one."""
+
+    sequence: int
+    slot: Slot  # without memory where the chunk is sent from the pool
+    deliveries: list[tuple[Lane, list[Destination]]]
+
+    @property
+    def plan(self) -> ChunkPlan:
+        """That of all its lanes."""
+        return self.deliveries[0][0].plan
+
+
+@dataclass(eq=False)
+class RoomRequest:
+    """What a decode rank asks for."""
 
     peer: Peer
     generation: int
     expected_ranks: int
     prefix_tokens: int
-    num_tokens: int
     dummy: bool
-    share_index: int
-    share_count: int
+    share: tuple[int, int]  # which of the prefill ranks with the same layers this one is, and of how many
     arrived: float
-    stream: Stream | None = None
+    destination: Destination | None = None  # once a room has it; a dummy has none
 
 
 @dataclass(eq=False)
 class Room:
     """One incarnation of a room, from ``open_room`` to ``close_room``."""
 
-    room: int
+    room_id: int
+    prompt_tokens: int  # of the whole request; 0: not known
+    opened: float
     progress: float  # when a row was last handed over, or a chunk confirmed
-    prompt_tokens: int = 0  # of the whole request; 0: not known
-    opened: float = 0.0
-    sought: float = 0.0  # when a decode rank was last known to want it
+    sought: float  # when a decode rank was last known to want it
     state: RoomState = RoomState.BOOTSTRAPPING
     reason: str = ""
-    asks: dict[bytes, Ask] = field(default_factory=dict)
-    plans: list[Plan] = field(default_factory=list)
+    requests: dict[bytes, RoomRequest] = field(default_factory=dict)  # by the peer's identity
+    plans: list[ChunkPlan] = field(default_factory=list)
     lanes: list[Lane] = field(default_factory=list)
-    formed: bool = False
+    formed: bool = False  # its lanes are laid out
     aborted_by: set[str] = field(default_factory=set)  # agents
     segments: list[Segment] = field(default_factory=list)
     tokens: int = 0
@@ -292,16 +319,17 @@ class Room:
     ended: float | None = None
 
     @property
-    def streams(self) -> list[Stream]:
-        """Streams of all ranks that get data."""
-        return [ask.stream for ask in self.asks.values() if ask.stream is not None]
+    def destinations(self) -> list[Destination]:
+        """All ranks that get data."""
+        found = (request.destination for request in self.requests.values())
+        return [destination for destination in found if destination is not None]
 
     @property
     def expected_ranks(self) -> int | None:
         """How many ranks will ask, once one has."""
-        return next((ask.expected_ranks for ask in self.asks.values()), None)
+        return next((request.expected_ranks for request in self.requests.values()), None)
 
     @property
     def complete(self) -> bool:
         """True when every expected rank has asked."""
-        return bool(self.asks) and len(self.asks) >= (self.expected_ranks or 1)
+        return bool(self.requests) and len(self.requests) >= (self.expected_ranks or 1)
