@@ -14,11 +14,11 @@ from sglang_tpla.transfer.memory.iovec import Pieces, one_piece
 from sglang_tpla.transfer.messages import FrameError, checksum
 from sglang_tpla.transfer.network.data_channel import (
     PREAMBLE,
+    BufferPool,
     ChannelError,
     ChunkReader,
     OutgoingChunk,
     SendQueue,
-    Spares,
 )
 
 COOKIE = bytes(range(16))
@@ -38,7 +38,7 @@ def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
 
 
 def inbox(stream: socket.socket, limit: int = 1 << 20) -> ChunkReader[bytes]:
-    box = ChunkReader(stream, COOKIE, limit, Spares(), lambda header, _: (bytes(header), None))
+    box = ChunkReader(stream, COOKIE, limit, BufferPool(), lambda header, _: (bytes(header), None))
     assert not box.greeted
     assert box.greet() and box.greeted
     return box
@@ -148,15 +148,15 @@ def test_the_other_side_closing_ends_the_channel(pair: tuple[socket.socket, sock
 
 
 def test_memory_is_used_again_and_never_far_too_large() -> None:
-    spares = Spares()
-    first = spares.take(1000)
+    buffers = BufferPool()
+    first = buffers.take(1000)
     address = np.frombuffer(first, dtype=np.uint8).ctypes.data
-    spares.give_back(first)
-    again = spares.take(600)
+    buffers.give_back(first)
+    again = buffers.take(600)
     assert np.frombuffer(again, dtype=np.uint8).ctypes.data == address and again.nbytes == 600
-    spares.give_back(again)
-    small = spares.take(10)
+    buffers.give_back(again)
+    small = buffers.take(10)
     assert small.obj.nbytes == 10  # 1000 bytes for 10 would let small chunks exceed staging
-    spares.give_back(memoryview(b"not from here"))
+    buffers.give_back(memoryview(b"not from here"))
     for _ in range(20):
-        spares.give_back(spares.take(10))
+        buffers.give_back(buffers.take(10))

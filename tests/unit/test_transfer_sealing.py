@@ -19,7 +19,7 @@ from sglang_tpla.transfer.memory import native
 from sglang_tpla.transfer.memory.iovec import Pieces, one_piece
 from sglang_tpla.transfer.messages import DAMAGED, OPENED, FrameError
 from sglang_tpla.transfer.network import sealing
-from sglang_tpla.transfer.network.data_channel import ChunkReader, OutgoingChunk, SendQueue, Spares
+from sglang_tpla.transfer.network.data_channel import BufferPool, ChunkReader, OutgoingChunk, SendQueue
 from sglang_tpla.transfer.network.sealing import Seal, new_key
 
 KEY = bytes(range(32))
@@ -71,7 +71,7 @@ def inbox(
     def announce(header: memoryview, size: int) -> tuple[bytes, Landing | None]:
         return bytes(header), Landing(size) if lands else None
 
-    box = ChunkReader(stream, bytes(16), 1 << 20, Spares(), announce, Seal(key, chunks_per_key))
+    box = ChunkReader(stream, bytes(16), 1 << 20, BufferPool(), announce, Seal(key, chunks_per_key))
     assert box.greet()
     return box
 

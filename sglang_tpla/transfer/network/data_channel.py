@@ -50,7 +50,7 @@ from sglang_tpla.transfer.network.sealing import (
 PREAMBLE = b"TPLD\x03"
 PREAMBLE_BYTES = len(PREAMBLE) + CHANNEL_COOKIE_BYTES
 SIZES = struct.Struct(">II")
-MAX_SPARE_BUFFERS = 8
+MAX_BUFFERS = 8
 WAKE_BYTES = 1 << 20  # of a payload, before its receiver wakes up
 KEEPALIVES = 3  # of a silent network before it is given up
 BUFFER_BYTES = 4 << 20  # for sending and receiving; the system may give less
@@ -202,16 +202,16 @@ class Landing(Protocol):
 HeaderT = TypeVar("HeaderT")
 
 
-class Spares:
+class BufferPool:
     """Payload buffers, the one used last first: its memory is mapped and may still be cached. Thread-safe."""
 
     def __init__(self) -> None:
-        self._buffers: deque[np.ndarray] = deque(maxlen=MAX_SPARE_BUFFERS)
+        self._free: deque[np.ndarray] = deque(maxlen=MAX_BUFFERS)
 
     def take(self, size: int) -> memoryview:
         """Memory for ``size`` bytes, at most twice as large."""
         try:
-            buffer = self._buffers.pop()
+            buffer = self._free.pop()
         except IndexError:
             buffer = None
         if buffer is None or not size <= buffer.size <= 2 * size:
@@ -221,7 +221,7 @@ class Spares:
     def give_back(self, view: memoryview) -> None:
         """Take the memory of a view that came from `take` back; nothing for other memory (an arena's is read-only)."""
         if isinstance(view.obj, np.ndarray) and not view.readonly:
-            self._buffers.append(view.obj)
+            self._free.append(view.obj)
 
 
 class ChunkReader(Generic[HeaderT]):
@@ -231,7 +231,7 @@ class ChunkReader(Generic[HeaderT]):
         stream: not yet connected, or connected.
         cookie: told to the other side first.
         max_payload_bytes: a larger payload ends the channel before any memory is taken for it.
-        spares: where payload memory comes from.
+        buffers: where payload memory comes from.
         announce: told of each header and the bytes that follow; returns what the header says, and where the payload
             is to land, or None for staging.
         seal: None where chunks come as they are.
@@ -242,7 +242,7 @@ class ChunkReader(Generic[HeaderT]):
         stream: socket.socket,
         cookie: bytes,
         max_payload_bytes: int,
-        spares: Spares,
+        buffers: BufferPool,
         announce: Callable[[memoryview, int], tuple[HeaderT, Landing | None]],
         seal: Seal | None = None,
     ) -> None:
@@ -250,7 +250,7 @@ class ChunkReader(Generic[HeaderT]):
         self.received_bytes = 0
         self.landing: Landing | None = None  # what is coming goes there
         self._greeting = PREAMBLE + cookie
-        self._limit, self._spares, self._announce, self._seal = max_payload_bytes, spares, announce, seal
+        self._limit, self._buffers, self._announce, self._seal = max_payload_bytes, buffers, announce, seal
         self._sizes = bytearray(SIZES.size)
         self._header: memoryview | None = None  # of the chunk that is coming, once its sizes are known
         self._said: HeaderT | None = None  # and what it says, once it is whole
@@ -357,7 +357,7 @@ class ChunkReader(Generic[HeaderT]):
         self._said, self.landing = self._announce(header, self._payload_bytes)
         target = self._target
         if self.landing is None:
-            target = self._spares.take(self._payload_bytes)
+            target = self._buffers.take(self._payload_bytes)
         self._expect(target, self._payload_bytes)
         if self._seal is not None:
             self._opening = self._seal.open_payload(bytes(header))

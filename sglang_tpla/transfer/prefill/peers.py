@@ -17,12 +17,13 @@ from sglang_tpla.transfer import messages as frames
 from sglang_tpla.transfer.memory.projection import IDENTITY_HASH, projection_digest, stack_layers
 from sglang_tpla.transfer.memory.rows import RowReader
 from sglang_tpla.transfer.memory.staging import Staging, pin, unpin
+from sglang_tpla.transfer.network.control_socket import configure, endpoint, receive_parts
 from sglang_tpla.transfer.network.data_listener import DataListener
 from sglang_tpla.transfer.network.security import ZAP_ENDPOINT, Security
 from sglang_tpla.transfer.prefill.compatibility import agreed_version, announced_rows, mismatch
 from sglang_tpla.transfer.prefill.state import Peer, Room, SenderProjection, Upload
 from sglang_tpla.transfer.room import NO_LIMITS, CachePool, Limits, MetadataRows, TransferError
-from sglang_tpla.transfer.workers import Agent, Workers, configure, endpoint, receive_parts
+from sglang_tpla.transfer.workers import Agent, Workers
 
 MAX_PROJECTIONS = 64
 MAX_PEERS = 4096
