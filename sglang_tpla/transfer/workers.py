@@ -22,7 +22,7 @@ import zmq
 
 from sglang_tpla.config import Settings
 from sglang_tpla.transfer import messages as frames
-from sglang_tpla.transfer.memory.shared_memory import ArenaMemory, host_identity, make_arena
+from sglang_tpla.transfer.memory.shared_memory import SharedSegment, host_identity, make_arena
 from sglang_tpla.transfer.network.event_loop import IoLoop
 from sglang_tpla.transfer.room import RoomState, TransferError
 
@@ -79,7 +79,7 @@ class Workers:
         names = [f"tpla-{self.role}-{name}-{self.rank}-{number}" for number in range(count)]
         return [threading.Thread(target=self._run, args=(run,), name=name, daemon=True) for name in names]
 
-    def make_arena(self) -> ArenaMemory | None:
+    def make_arena(self) -> SharedSegment | None:
         """Shared memory for staging, a few slots of it reserved, where the settings want it and there is some."""
         if not self.settings.shared_memory:
             return None

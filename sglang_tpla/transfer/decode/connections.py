@@ -127,7 +127,11 @@ class Connections:
         with self._workers.lock:
             if connection.link in (Link.LOST, Link.REFUSED):
                 return
-            connection.link, connection.reason, connection.last_seen = link, reason, self._workers.io.now()
+            connection.link, connection.lost_reason, connection.last_seen = (
+                link,
+                reason,
+                self._workers.io.now(),
+            )
             self._workers.counts["refused" if link is Link.REFUSED else "peers_lost"] += 1
             if link is Link.LOST and self.table.get(connection.address) is connection:
                 del self.table[connection.address]

@@ -161,5 +161,5 @@ class DataChannels:
         if reader is not None:
             self._workers.io.remove_stream(reader.stream)
             reader.close()
-            if isinstance(reader.landing, InPlaceChunk):
-                self._receiver.abandoned(reader.landing)
+            if isinstance(reader.in_place, InPlaceChunk):
+                self._receiver.abandoned(reader.in_place)

@@ -92,7 +92,7 @@ class Rooms:
         for source in real:
             connection, linked = source.connection, source.connection.link is Link.REGISTERED
             if connection.link in (Link.REFUSED, Link.LOST):
-                self.fail(room, connection.reason, now)
+                self.fail(room, connection.lost_reason, now)
                 return
             if linked and not source.asked and room.born < connection.began:
                 # its other half went to a process before, or to none, and nobody would answer until the deadline

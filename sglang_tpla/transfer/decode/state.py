@@ -80,7 +80,7 @@ class Connection:
     socket: Any = None
     monitor: Any = None
     link: Link = Link.CONNECTING
-    reason: str = ""
+    lost_reason: str = ""
     agent: str = ""
     began: float = 0.0  # when the prefill agent did, by this process's clock
     limits: Limits = NO_LIMITS  # of the prefill rank

@@ -262,8 +262,8 @@ class PrefillDispatch(PrefillResuming):
                     lane.plan.digests[message.sequence] = digest
                 self._let_go(slot, peer)
 
-        parcel = OutgoingChunk(
+        outgoing = OutgoingChunk(
             frames.encode(message), pieces, digest, wanted=lambda: not room.state.ended, done=done
         )
-        if not self._doorway.send(peer.identity, parcel):
+        if not self._doorway.send(peer.identity, outgoing):
             self._let_go(slot, peer)
