@@ -21,13 +21,10 @@ import zmq
 
 from sglang_tpla.config import Settings
 from sglang_tpla.transfer import messages as frames
-from sglang_tpla.transfer.memory.shared_memory import ArenaMemory, host_identity, make_arena
+from sglang_tpla.transfer.memory.shared_memory import SharedSegment, host_identity, make_arena
 from sglang_tpla.transfer.network.event_loop import IoLoop
 from sglang_tpla.transfer.room import RoomState, TransferError
 
-QUEUE_FRAMES = 16384  # high-water mark of a socket, in messages; credits bound the bytes
-SOCKET_BUFFER_BYTES = 4 << 20  # the system may give less
-MAX_PARTS = 3
 FIRST_SLOTS = 2  # of staging, reserved at the start
 # Threads that make or write chunks. More are slower: each call into torch gives the interpreter away, all wait for it
 # (benchmarks/results/h200/NOTES.md). What a GPU copied is checked by others, which need no interpreter for that.
@@ -80,7 +77,7 @@ class Workers:
         names = [f"tpla-{self.role}-{name}-{self.rank}-{number}" for number in range(count)]
         return [threading.Thread(target=self._run, args=(run,), name=name, daemon=True) for name in names]
 
-    def make_arena(self) -> ArenaMemory | None:
+    def make_arena(self) -> SharedSegment | None:
         """Shared memory for staging, a few slots of it reserved, where the settings want it and there is some."""
         if not self.settings.shared_memory:
             return None
@@ -246,37 +243,6 @@ def opened(rooms: Mapping[int, RoomT], room_id: int, role: str, rank: int) -> Ro
     if room is None:
         raise TransferError(f"room {room_id} is not open on {role} rank {rank}; call open_room first")
     return room
-
-
-def configure(socket: zmq.Socket, settings: Settings, max_message_bytes: int) -> None:
-    """Limits and heartbeats of a ZMQ socket."""
-    timeout_ms = int(settings.peer_timeout_s * 1000)
-    socket.setsockopt(zmq.LINGER, 0)
-    socket.setsockopt(zmq.SNDHWM, QUEUE_FRAMES)
-    socket.setsockopt(zmq.RCVHWM, QUEUE_FRAMES)
-    socket.setsockopt(zmq.SNDBUF, SOCKET_BUFFER_BYTES)
-    socket.setsockopt(zmq.RCVBUF, SOCKET_BUFFER_BYTES)
-    socket.setsockopt(zmq.MAXMSGSIZE, max_message_bytes)
-    socket.setsockopt(zmq.HEARTBEAT_IVL, max(1, int(settings.heartbeat_s * 1000)))
-    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, timeout_ms)
-
-
-def receive_parts(socket: zmq.Socket) -> list[zmq.Frame] | None:
-    """One message without blocking, at most MAX_PARTS frames of it (one more says there was more), or None."""
-    try:
-        parts = [socket.recv(zmq.NOBLOCK, copy=False)]
-    except zmq.Again:
-        return None
-    while parts[-1].more if len(parts) <= MAX_PARTS else socket.getsockopt(zmq.RCVMORE):
-        part = socket.recv(zmq.NOBLOCK, copy=False)
-        if len(parts) <= MAX_PARTS:
-            parts.append(part)
-    return parts
-
-
-def endpoint(host: str, port: int | str) -> str:
-    """ZMQ address of a host (name, IPv4 or IPv6) and port."""
-    return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
 
 
 def seconds_since(start: float | None, end: float) -> float:

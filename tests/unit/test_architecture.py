@@ -103,28 +103,81 @@ def test_only_the_compat_module_knows_how_a_release_spells_its_arguments() -> No
     assert not found, f"{found}: use sglang_tpla.host.compat, or get_parallel()"
 
 
-PURE = ("zmq", "threading", "socket", "time")  # what state alone does not need
+BLOCKING = {"zmq", "threading", "socket", "time"}  # what the state of an agent does without
+STATE = [
+    "decode.rooms",
+    "decode.credits",
+    "decode.coverage",
+    "prefill.rooms",
+    "prefill.ended_rooms",
+    "prefill.lanes",
+]
+COMPOSED = ["decode"]  # and prefill, once it is
 
 
-@pytest.mark.parametrize("module", ["rooms", "credits", "coverage"])
-def test_state_of_decode_neither_waits_nor_sends(module: str) -> None:
-    names = {name.split(".")[0] for name in imports()[f"sglang_tpla.transfer.decode.{module}"]}
-    assert names.isdisjoint(PURE), names & set(PURE)
+@pytest.mark.parametrize("module", STATE)
+def test_state_neither_waits_nor_sends(module: str) -> None:
+    if module.split(".")[0] not in COMPOSED:
+        pytest.skip("not composed yet")
+    names = {name.split(".")[0] for name in imports()[f"sglang_tpla.transfer.{module}"]}
+    assert names.isdisjoint(BLOCKING), names & BLOCKING
 
 
-def test_parts_of_decode_are_owned_and_not_inherited() -> None:
-    """No class is the base of another, and none reaches for what is another's own."""
-    trees = [ast.parse(path.read_text()) for path in (PACKAGE / "transfer" / "decode").glob("*.py")]
-    classes = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
-    names = {node.name for node in classes}
-    bases = {base.id for node in classes for base in node.bases if isinstance(base, ast.Name)}
-    assert len(names) > 10 and names.isdisjoint(bases), names & bases
+def transfer_trees(folder: str = "") -> dict[Path, ast.Module]:
+    """Files of transfer/, or of a folder in it."""
+    paths = (PACKAGE / "transfer" / folder).rglob("*.py")
+    left_out = {"prefill"}.difference([folder, *COMPOSED])
+    return {path: ast.parse(path.read_text()) for path in paths if path.parent.name not in left_out}
+
+
+def test_no_class_of_transfer_inherits_from_another() -> None:
+    """Parts are owned. Exceptions and wire messages, which have no behaviour, may have a common base."""
+    classes = [
+        node
+        for tree in transfer_trees().values()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ClassDef)
+    ]
+    behaving = {node.name for node in classes if not node.name.endswith("Error") and node.name != "_Message"}
+    bases = {ast.unparse(base).split("[")[0] for node in classes for base in node.bases}
+    assert len(behaving) > 30 and behaving.isdisjoint(bases), behaving & bases
+
+
+@pytest.mark.parametrize("folder", COMPOSED)
+def test_no_part_reaches_for_what_is_private_to_another(folder: str) -> None:
     reached = {
         ast.unparse(node)
-        for tree in trees
+        for tree in transfer_trees(folder).values()
         for node in ast.walk(tree)
         if isinstance(node, ast.Attribute)
         and re.match(r"_[a-z]", node.attr)
         and ast.unparse(node.value) != "self"
     }
     assert not reached, reached
+
+
+@pytest.mark.parametrize("folder", COMPOSED)
+def test_each_attribute_of_the_state_is_written_by_one_module(folder: str) -> None:
+    trees = transfer_trees(folder)
+    state = trees[PACKAGE / "transfer" / folder / "state.py"]
+    fields = {
+        node.target.id
+        for item in ast.walk(state)
+        if isinstance(item, ast.ClassDef)
+        and any("dataclass" in ast.unparse(mark) for mark in item.decorator_list)
+        for node in item.body
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
+    }
+    writers: dict[str, set[str]] = {}
+    for path, tree in trees.items():
+        for node in ast.walk(tree):
+            if (
+                isinstance(node, ast.Attribute)
+                and isinstance(node.ctx, ast.Store)
+                and node.attr in fields
+                and ast.unparse(node.value) != "self"
+            ):
+                writers.setdefault(node.attr, set()).add(path.name)
+    assert len(writers) > 20
+    shared = {attribute: sorted(names) for attribute, names in writers.items() if len(names) > 1}
+    assert not shared, shared

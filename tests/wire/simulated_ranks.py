@@ -13,7 +13,7 @@ import torch
 from sglang_tpla.config import Settings
 from sglang_tpla.transfer.decode.agent import DecodeAgent
 from sglang_tpla.transfer.memory.projection import Projection
-from sglang_tpla.transfer.memory.shared_memory import ArenaMemory
+from sglang_tpla.transfer.memory.shared_memory import SharedSegment
 from sglang_tpla.transfer.network.event_loop import IoLoop
 from sglang_tpla.transfer.room import CachePool, MetadataRows
 from sglang_tpla.transfer.workers import Workers
@@ -52,7 +52,7 @@ class IdleWorkers(Workers):
         """Nothing runs by itself."""
         self.next_work, self.tick = next_work, tick
 
-    def make_arena(self) -> ArenaMemory | None:
+    def make_arena(self) -> SharedSegment | None:
         """None where the system has no shared memory left."""
         return super().make_arena() if self._shared_memory else None
 

@@ -120,7 +120,7 @@ class Simulation(Steps):
         }
         for decode in self.decodes:
             used |= {
-                id(c.inbox.stream) for c in decode.agent.connections.table.values() if c.inbox is not None
+                id(c.reader.stream) for c in decode.agent.connections.table.values() if c.reader is not None
             }
         left = [end for end in self.streams.ends if id(end) not in used and not end.is_stranger]
         if left:

@@ -11,8 +11,7 @@ import torch
 
 from sglang_tpla.transfer import workers as agent
 from sglang_tpla.transfer.decode import receiver
-from sglang_tpla.transfer.memory import copy as moving
-from sglang_tpla.transfer.memory import rows
+from sglang_tpla.transfer.memory import copy, rows
 from sglang_tpla.transfer.prefill import sender as dispatch
 from sglang_tpla.transfer.room import RoomState, TransferError
 from tests.wire import rig, simulated_ranks
@@ -58,7 +57,7 @@ def test_no_write_after_an_abort_with_several_threads(checkers: int, monkeypatch
         monkeypatch.setattr(rows.RowWriter, "write", lambda *given: write(*given) and b"")
         for module in (dispatch, receiver):
             monkeypatch.setattr(
-                module, "check_pieces", lambda it: checked.append(it) or moving.check_pieces(it)
+                module, "check_pieces", lambda it: checked.append(it) or copy.check_pieces(it)
             )
     prefill, decode = rig.prefill_rank(), rig.decode_rank()
     with contextlib.closing(prefill.agent), contextlib.closing(decode.agent):

@@ -127,7 +127,7 @@ def test_prefill_rank_dies_and_comes_back_on_the_same_address(
     how: signal.Signals, decode: rig.DecodeRank
 ) -> None:
     lost: list[tuple[str, int]] = []
-    decode.agent.on_peer_lost = lambda host, port: lost.append((host, port))
+    decode.agent.connections._on_peer_lost = lambda host, port: lost.append((host, port))
     child = Child("prefill", neighbouring_ports(2))  # nobody else takes them before it is back
     with contextlib.ExitStack() as stack:
         stack.callback(child.end)

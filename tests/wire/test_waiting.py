@@ -61,7 +61,7 @@ def test_a_room_whose_decode_ranks_have_ended_fails_soon() -> None:
 def test_a_prompt_that_no_registered_decode_server_takes_fails_at_once() -> None:
     with begun(b"") as simulation:
         for decode in simulation.decodes:
-            decode.agent.connections.limits = Limits(context_tokens=4096, pool_tokens=1000)
+            decode.agent.connections._limits = Limits(context_tokens=4096, pool_tokens=1000)
         simulation.finish(0)
         for agent in simulation.prefills:
             agent.open_room(1, prompt_tokens=1000)

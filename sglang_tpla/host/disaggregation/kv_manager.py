@@ -148,7 +148,7 @@ class TplaKVManager(CommonKVManager):
             drafts = len(pool.layers) - layers
             matrices = [*projections(part, layers, *model), *[torch.eye(pool.latent_dim)] * drafts]
             projection = Projection(matrices, rows.shared, sketched=rows if sketched() else None)
-        agent = DecodeAgent(
+        return DecodeAgent(
             pool,
             metadata_rows(self.kv_args),
             projection,
@@ -157,10 +157,9 @@ class TplaKVManager(CommonKVManager):
             rank=self.attn_tp_rank,
             size=self.attn_tp_size,
             limits=prompt_limits(self.kv_args, self.server_args),
+            # Called from the agent's thread, while the scheduler may be between a look and a read of the same tables.
+            on_peer_lost=lambda host, port: self._lost_peers.append((host, port)),
         )
-        # Called from the agent's thread, while the scheduler may be between a look and a read of the same tables.
-        agent.on_peer_lost = lambda host, port: self._lost_peers.append((host, port))
-        return agent
 
     def nap_if_idle(self, room: int) -> None:
         """Called for each look at a room: give the agent's threads the interpreter where the scheduler only waits.
@@ -335,7 +334,8 @@ class _Request:
                 reason = self.kv_mgr.failure_records.pop(self.bootstrap_room, None)
         if reason is None and self._opened and agent.poll(self.bootstrap_room) == RoomState.FAILED:
             reason = agent.failure(self.bootstrap_room)
-        if reason is None and self._opened:  # this rank would have failed it a moment later
+        # this rank would have failed it a moment later
+        if reason is None and self._opened and isinstance(agent, PrefillAgent):
             reason = agent.suspicion(self.bootstrap_room) or None
         elsewhere = (
             f"another tensor-parallel rank of this {settings().role} server failed the transfer; "

@@ -3,20 +3,16 @@
 The scheduler opens rooms and hands over pages; prefill ranks send what credit allows. The agent owns its parts:
 
     Workers      threads, lock, counters
-    Connections  sockets to prefill ranks and their data channels (I/O thread), which tell `RoomEvents` to the
-    Receiver     which has the pool: it keeps chunks in staging, writes and checks them (worker threads), and asks the
+    Connections  sockets to prefill ranks; it owns their DataChannels, and tells what comes to the
+    Receiver     which writes chunks into the pool and checks them, and asks the
     Rooms        what each event means, and with them the
     Credits      who may send how much
-
-Public calls return at once (`abort` and `close_room` wait for a write in progress, at most one chunk), from any thread,
-and raise `TransferError` for misuse or when a thread of the agent has ended.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -24,7 +20,6 @@ import numpy as np
 from sglang_tpla.config import Settings
 from sglang_tpla.transfer import messages as frames
 from sglang_tpla.transfer.decode.connections import Connections
-from sglang_tpla.transfer.decode.coverage import Coverage
 from sglang_tpla.transfer.decode.credits import Credits
 from sglang_tpla.transfer.decode.receiver import Receiver
 from sglang_tpla.transfer.decode.rooms import Rooms
@@ -32,7 +27,7 @@ from sglang_tpla.transfer.decode.state import Link, PoolShape, Room, Source
 from sglang_tpla.transfer.memory.iovec import Slots
 from sglang_tpla.transfer.memory.projection import Projection
 from sglang_tpla.transfer.memory.staging import Staging
-from sglang_tpla.transfer.network.data_channel import Spares
+from sglang_tpla.transfer.network.data_channel import BufferPool
 from sglang_tpla.transfer.network.security import Security
 from sglang_tpla.transfer.room import (
     NO_LIMITS,
@@ -49,12 +44,16 @@ from sglang_tpla.transfer.workers import Workers, opened, seconds_since
 
 
 class DecodeAgent:
-    """Fetches latent caches for one decode rank.
+    """Fetches latent caches for one decode rank. Any thread may call any public method: all return at once (`abort` and
+    `close_room` wait for a write in progress, at most one chunk) and raise `TransferError` for misuse or when a thread
+    of the agent has ended.
 
     Args:
         projection: None where the pool holds the whole latent.
         host_id: overrides what tells hosts apart.
         limits: how long a prompt this server takes.
+        on_peer_lost: called with host and port, from the I/O thread, once for each prefill rank whose connection breaks
+            or that is given up: ask anew where it is.
     """
 
     role = "decode"
@@ -72,6 +71,7 @@ class DecodeAgent:
         host_id: str | None = None,
         limits: Limits = NO_LIMITS,
         security: Security | None = None,
+        on_peer_lost: Callable[[str, int], None] = lambda host, port: None,
         logger: logging.Logger | None = None,
         workers: Workers | None = None,
     ) -> None:
@@ -111,43 +111,28 @@ class DecodeAgent:
             common=projection.common_hash if projection is not None else "",
             arena=self.arena.announcement if self.arena is not None else None,
         )
-        self.shape, spares = shape, Spares()
+        buffers = BufferPool()
         self.credits = Credits(workers.settings.staging_bytes, workers.chunk_bytes)
         self.rooms = Rooms(
             shape, workers.settings, self.credits, workers.counts, time.time_ns(),
             free_slots=lambda: slots is not None and slots.reap(), ended=self._log_end,
         )  # fmt: skip
         self.receiver = Receiver(
-            workers, self.rooms, pool, metadata, slots, spares,
+            workers, self.rooms, pool, metadata, slots, buffers,
             put=lambda connection, message: self.connections.put(connection, message),
         )  # fmt: skip
         self.connections = Connections(
-            workers, self.receiver, security, hello, limits, projection, pool.device, spares
+            workers, self.receiver, security, hello, limits, projection, pool.device, buffers, on_peer_lost
         )
+        self.rank, self.durations = rank, workers.durations
         workers.start(self.receiver.next_work, self._tick, self.connections.say_goodbye, self._fail_all)
 
     def close(self) -> None:
         """End all threads and free sockets and staging; rooms that are still alive fail. May be called twice."""
         self.workers.close()
-        self.connections.forget_arenas()
+        self.connections.close()
         if self.arena is not None:
             self.arena.close()
-
-    @property
-    def rank(self) -> int:
-        """Of this agent among those of its server."""
-        return self.workers.rank
-
-    @property
-    def on_peer_lost(self) -> Callable[[str, int], None] | None:
-        """Called with host and port, from the I/O thread, once for each prefill rank whose connection breaks or that is
-        given up: ask anew where it is.
-        """
-        return self.connections.on_peer_lost
-
-    @on_peer_lost.setter
-    def on_peer_lost(self, call: Callable[[str, int], None]) -> None:
-        self.connections.on_peer_lost = call
 
     def connect(self, host: str, port: int) -> None:
         """Register with a prefill rank unless that is done or under way; does not block."""
@@ -157,7 +142,7 @@ class DecodeAgent:
 
     def open_room(
         self,
-        room: int,
+        room_id: int,
         peers: Sequence[tuple[str, int, bool]],
         born: float | None = None,
         prompt_tokens: int = 0,
@@ -172,25 +157,25 @@ class DecodeAgent:
         Raises:
             TransferError: no peers, all of them dummies, the room is open and has not ended, or its id is out of range.
         """
-        check_room(room)
+        check_room(room_id)
         with self.receiver.turn() as now:
             self.workers.check_alive()
             if all(dummy for _, _, dummy in peers):
-                raise TransferError(f"room {room} needs a prefill rank that sends; got {list(peers)}")
-            old = self.rooms.table.get(room)
+                raise TransferError(f"room {room_id} needs a prefill rank that sends; got {list(peers)}")
+            old = self.rooms.table.get(room_id)
             if old is not None and not old.state.ended:
                 raise TransferError(
-                    f"room {room} is open on decode rank {self.rank}; close it before opening it anew"
+                    f"room {room_id} is open on decode rank {self.rank}; close it before opening it anew"
                 )
             sources = {
                 (host, port): Source(self.connections.connection((host, port)), dummy)
                 for host, port, dummy in peers
             }
-            self.rooms.open(room, sources, now if born is None else born, prompt_tokens, now)
+            self.rooms.open(room_id, sources, now if born is None else born, prompt_tokens, now)
 
     def request(
         self,
-        room: int,
+        room_id: int,
         pages: np.ndarray,
         *,
         metadata_row: int,
@@ -217,19 +202,15 @@ class DecodeAgent:
         self._pool.slots(pages, num_tokens)
         if self._metadata.buffers:
             self._metadata.check(metadata_row)
-        shape = self.shape
+        tokens = -1 if num_tokens is None else num_tokens
         with self.receiver.turn() as now:
             self.workers.check_alive()
-            entry = self._open(room)
-            if entry.requested is not None:
-                raise TransferError(f"room {room} was asked for already on decode rank {self.rank}")
-            entry.slots, entry.metadata_row, entry.expected_ranks = Slots(slots), metadata_row, expected_ranks
-            entry.prefix_tokens, entry.num_tokens = prefix_tokens, -1 if num_tokens is None else num_tokens
-            entry.coverage = Coverage(shape.layers, slots.size, shape.items, shape.first_layer)
-            entry.requested = entry.progress = now
-            self.receiver.advance(entry, now)
+            room = self._open(room_id)
+            if room.requested is not None:
+                raise TransferError(f"room {room_id} was asked for already on decode rank {self.rank}")
+            self.rooms.request(room, Slots(slots), metadata_row, expected_ranks, prefix_tokens, tokens, now)
 
-    def poll(self, room: int) -> RoomState:
+    def poll(self, room_id: int) -> RoomState:
         """State of a room: BOOTSTRAPPING until every prefill rank has registered this one, WAITING for ``request``,
         TRANSFERRING, SUCCESS when every chunk and then the metadata row are in place; FAILED: see `failure`.
 
@@ -237,53 +218,44 @@ class DecodeAgent:
             TransferError: the room is not open.
         """
         with self.workers.lock:
-            return RoomState.FAILED if self.workers.death is not None else self._open(room).state
+            return RoomState.FAILED if self.workers.death is not None else self._open(room_id).state
 
-    def failure(self, room: int) -> str:
+    def failure(self, room_id: int) -> str:
         """Why a room failed; empty if it has not.
 
         Raises:
             TransferError: the room is not open.
         """
         with self.workers.lock:
-            return self.workers.death or self._open(room).reason
+            return self.workers.death or self._open(room_id).reason
 
-    def suspicion(self, room: int) -> str:
-        """Why this rank is about to give up a room: it has nothing to say before it does."""
-        return ""
-
-    def metric(self, room: int) -> TransferMetric:
+    def metric(self, room_id: int) -> TransferMetric:
         """Bytes received so far, and seconds from request to the end."""
         with self.workers.lock:
-            entry = self._open(room)
+            room = self._open(room_id)
             return TransferMetric(
-                wire_bytes=entry.wire_bytes,
-                shared_memory_bytes=entry.shared_memory_bytes,
-                seconds=seconds_since(entry.requested, entry.ended or self.workers.io.now()),
-                chunks=sum(len(source.applied) for source in entry.sources.values()),
-                tokens=max(source.tokens for source in entry.sources.values()),
-                resent=entry.resent,
+                wire_bytes=room.wire_bytes,
+                shared_memory_bytes=room.shared_memory_bytes,
+                seconds=seconds_since(room.requested, room.ended or self.workers.io.now()),
+                chunks=sum(len(source.applied) for source in room.sources.values()),
+                tokens=max(source.tokens for source in room.sources.values()),
+                resent=room.resent,
             )
 
-    def abort(self, room: int, reason: str) -> None:
+    def abort(self, room_id: int, reason: str) -> None:
         """Fail a room and tell its prefill ranks; after the return nothing is written for it any more."""
         with self.workers.lock:
-            entry = self.rooms.table.get(room)
-        if entry is not None:
-            self.receiver.fail(entry, reason)
+            room = self.rooms.table.get(room_id)
+        if room is not None:
+            self.receiver.fail(room, reason)
 
-    def close_room(self, room: int) -> None:
+    def close_room(self, room_id: int) -> None:
         """Forget a room, aborting it if it has not ended; when it returns, nothing is written for it any
         more.
         """
-        self.abort(room, "closed by the decode scheduler before it ended")
+        self.abort(room_id, "closed by the decode scheduler before it ended")
         with self.workers.lock:
-            self.rooms.table.pop(room, None)
-
-    @property
-    def durations(self) -> deque[float]:
-        """Of rooms that succeeded, for whoever publishes them."""
-        return self.workers.durations
+            self.rooms.table.pop(room_id, None)
 
     def stats(self) -> AgentStats:
         """Counters and gauges of now."""
@@ -292,7 +264,7 @@ class DecodeAgent:
             return AgentStats(
                 rooms=len(self.rooms.table),
                 peers=sum(line.link is Link.REGISTERED for line in lines),
-                data_channels=sum(line.inbox is not None and line.inbox.greeted for line in lines),
+                data_channels=sum(line.reader is not None and line.reader.greeted for line in lines),
                 staging_used_bytes=self.credits.used_bytes,
                 staging_limit_bytes=self.workers.settings.staging_bytes,
                 threads_alive=self.workers.alive,
@@ -310,8 +282,8 @@ class DecodeAgent:
                 f"no progress for {self.workers.settings.transfer_timeout_s:g} s in {room.state.name}",
             )
 
-    def _open(self, room: int) -> Room:
-        return opened(self.rooms.table, room, self.role, self.rank)
+    def _open(self, room_id: int) -> Room:
+        return opened(self.rooms.table, room_id, self.role, self.rank)
 
     def _fail_all(self, reason: str) -> None:
         for room in list(self.rooms.table.values()):

@@ -15,46 +15,50 @@ from zmq.utils.monitor import recv_monitor_message
 
 from sglang_tpla.transfer import messages as frames
 from sglang_tpla.transfer.decode.data_channels import DataChannels
-from sglang_tpla.transfer.decode.events import RoomEvents
+from sglang_tpla.transfer.decode.receiver import Receiver
 from sglang_tpla.transfer.decode.state import Address, Connection, Link
 from sglang_tpla.transfer.memory.projection import Projection
 from sglang_tpla.transfer.memory.shared_memory import map_arena
 from sglang_tpla.transfer.memory.staging import pin, unpin
-from sglang_tpla.transfer.network.data_channel import Spares
+from sglang_tpla.transfer.network.control_socket import configure, endpoint, receive_parts
+from sglang_tpla.transfer.network.data_channel import BufferPool
 from sglang_tpla.transfer.network.security import Security
 from sglang_tpla.transfer.room import Limits
-from sglang_tpla.transfer.workers import Workers, configure, endpoint, receive_parts
+from sglang_tpla.transfer.workers import Workers
 
 MAX_UNANSWERED = 3
 WELCOME_DELAY_S = 1.0  # that a Welcome may have been on its way
 
 
 class Connections:
-    """Sockets to prefill ranks, and the arenas that can be read. The I/O thread's, but for `connection` and `put`."""
+    """Sockets to prefill ranks, and the shared memory of theirs that can be read. Everything runs on the I/O thread,
+    but for `connection` (any thread, under the lock) and `put` (any thread).
+    """
 
     def __init__(
         self,
         workers: Workers,
-        events: RoomEvents,
+        receiver: Receiver,
         security: Security,
         hello: frames.Hello,
         limits: Limits,
         projection: Projection | None,
         device: torch.device,
-        spares: Spares,
+        buffers: BufferPool,
+        on_peer_lost: Callable[[str, int], None],
     ) -> None:
         self.table: dict[Address, Connection] = {}
-        self.on_peer_lost: Callable[[str, int], None] | None = None
-        self._workers, self._events, self._security = workers, events, security
-        self._hello, self.limits, self._projection, self._device = hello, limits, projection, device
-        self._maps: dict[bytes, memoryview | None] = {}  # by cookie: arenas that were mapped, or could not be
-        self._channels = DataChannels(workers, events, self, security.secret is not None, spares)
+        self._workers, self._receiver, self._security = workers, receiver, security
+        self._hello, self._limits, self._projection, self._device = hello, limits, projection, device
+        self._on_peer_lost = on_peer_lost
+        self._maps: dict[
+            bytes, memoryview | None
+        ] = {}  # by token: segments that were mapped, or could not be
+        self._channels = DataChannels(workers, receiver, self, security.secret is not None, buffers)
 
-    def forget_arenas(self) -> None:
-        """Unmap all."""
+    def close(self) -> None:
+        """Unmap all shared memory, once the I/O thread has ended."""
         self._maps.clear()
-
-    # Connections
 
     def connection(self, address: Address) -> Connection:
         """The connection to an address; a new one where there is none that can be used. Under the lock."""
@@ -123,7 +127,11 @@ class Connections:
         with self._workers.lock:
             if connection.link in (Link.LOST, Link.REFUSED):
                 return
-            connection.link, connection.reason, connection.last_seen = link, reason, self._workers.io.now()
+            connection.link, connection.lost_reason, connection.last_seen = (
+                link,
+                reason,
+                self._workers.io.now(),
+            )
             self._workers.counts["refused" if link is Link.REFUSED else "peers_lost"] += 1
             if link is Link.LOST and self.table.get(connection.address) is connection:
                 del self.table[connection.address]
@@ -131,7 +139,7 @@ class Connections:
             self._forget_maps()
         self._workers.log.warning("decode rank %d: %s", self._workers.rank, reason)
         self._hang_up(connection)
-        self._events.lost(connection, reason)
+        self._receiver.lost(connection, reason)
         if link is Link.LOST and connection.broken_since is None:
             self._tell_lost(connection)
 
@@ -141,11 +149,10 @@ class Connections:
         )
 
     def _tell_lost(self, connection: Connection) -> None:
-        if self.on_peer_lost is not None:
-            try:
-                self.on_peer_lost(*connection.address)
-            except Exception as error:
-                self._workers.handler_failed("on_peer_lost", error)
+        try:
+            self._on_peer_lost(*connection.address)
+        except Exception as error:
+            self._workers.handler_failed("on_peer_lost", error)
 
     def _hang_up(self, connection: Connection, linger_ms: int = 0) -> None:
         self._channels.end(connection)
@@ -160,7 +167,7 @@ class Connections:
     # Messages in (I/O thread)
 
     def receive(self, connection: Connection) -> None:
-        """What has come from a prefill rank."""
+        """Take the messages that have come from a prefill rank."""
         for _ in range(64):
             if connection.socket is None:
                 return
@@ -169,7 +176,7 @@ class Connections:
                 return
             parsed = self._workers.parse(parts, connection.name, partial(self._refuse_version, connection))
             if parsed is None:
-                if connection.broken_since is not None or self._events.uses(connection):
+                if connection.broken_since is not None or self._receiver.uses(connection):
                     self.broken(connection)  # what was lost comes again on a new connection
                 continue
             message, payload = parsed
@@ -185,6 +192,7 @@ class Connections:
             self.take(connection, message, None if payload is None else payload.buffer)
 
     def take(self, connection: Connection, message: frames.Message, payload: memoryview | None) -> None:
+        """Take one message, or a chunk that has come into staging."""
         connection.last_seen = self._workers.io.now()
         try:
             self._handle(connection, message, payload)
@@ -192,7 +200,7 @@ class Connections:
             self._workers.handler_failed(
                 f"message {type(message).__name__} from the {connection.name}", error
             )
-            self._events.failed(connection, getattr(message, "room", -1), message, error)
+            self._receiver.failed(connection, getattr(message, "room", -1), message, error)
 
     def _handle(self, connection: Connection, message: frames.Message, payload: memoryview | None) -> None:
         match message:
@@ -213,7 +221,7 @@ class Connections:
             case frames.Goodbye():
                 self.give_up(connection, f"the {connection.name} closed: {message.reason}")
             case _:
-                self._events.message(connection, message, payload)
+                self._receiver.message(connection, message, payload)
                 if isinstance(message, frames.Want):
                     self._channels.seek(connection)
 
@@ -221,14 +229,15 @@ class Connections:
 
     def _welcomed(self, connection: Connection, message: frames.Welcome) -> None:
         if connection.agent not in ("", message.agent):
-            self._events.lost(connection, f"the {connection.name} restarted; the request can be retried")
-            connection.said.clear()  # the new process has no such rooms
+            self._receiver.lost(connection, f"the {connection.name} restarted; the request can be retried")
         # what came before it began it knows nothing of; an answer that was long on its way makes it look younger
         began = self._workers.io.now() - message.age_ms / 1000 - WELCOME_DELAY_S
         connection.began = min(connection.began, began) if connection.agent == message.agent else began
         connection.limits = Limits(message.context_tokens, message.pool_tokens)
         connection.agent = message.agent
-        self._send_now(connection, frames.Capacity(self.limits.context_tokens, self.limits.pool_tokens), None)
+        self._send_now(
+            connection, frames.Capacity(self._limits.context_tokens, self._limits.pool_tokens), None
+        )
         connection.layers = (message.first_layer, message.layers)
         near = message.arena is not None and message.host == self._hello.host
         self._map_all(connection, 0, (message.arena,) if near and message.arena is not None else ())
@@ -246,7 +255,7 @@ class Connections:
         with self._workers.lock:
             connection.link = Link.REGISTERED
             resumed, connection.broken_since = connection.broken_since is not None, None
-        self._events.registered(connection, resumed)
+        self._receiver.registered(connection, resumed)
 
     def _map_all(self, connection: Connection, number: int, arenas: tuple[frames.Arena, ...]) -> None:
         """Map the arenas of a list (whole, but for the prefill rank's own) and say which can be read."""
@@ -289,6 +298,7 @@ class Connections:
     # Time, sending (I/O thread)
 
     def expire(self, now: float) -> None:
+        """Dial anew, ping, and give up whoever shows no sign of life."""
         with self._workers.lock:
             connections = list(self.table.values())
         limit = self._workers.settings.peer_timeout_s
@@ -308,7 +318,7 @@ class Connections:
             if connection.socket is None:
                 continue
             self._channels.expire(connection, now)
-            if now - connection.last_seen > limit:
+            if now - max(connection.last_seen, connection.last_chunk) > limit:
                 did = "answer" if connection.link is Link.CONNECTING else "show a sign of life"
                 self.give_up(connection, f"the {connection.name} did not {did} for {limit:g} s")
                 continue
@@ -332,6 +342,7 @@ class Connections:
             self.give_up(connection, f"the {connection.name} does not read; its queue is full")
 
     def say_goodbye(self) -> None:
+        """Tell every prefill rank that this one closes."""
         with self._workers.lock:
             connections = list(self.table.values())
         for connection in connections:

@@ -1,4 +1,4 @@
-"""Inside the decode agent: who may send how much. Staging is a number of bytes here; nothing waits and nothing is sent.
+"""Credit: how many bytes each prefill rank may send. Staging is a number of bytes here; nothing waits, nothing is sent.
 
 Everything runs under the agent's lock.
 """
@@ -25,30 +25,46 @@ class Credits:
         self._window_bytes = min(max(few, limit_bytes // 8), most, max(2 * chunk_bytes, limit_bytes // 4))
 
     def want(self, room: Room, source: Source, total_bytes: int) -> None:
-        """A prefill rank has so many bytes ready or sent, in all."""
+        """Note how many bytes a prefill rank has ready or has sent, in all."""
         source.wanted_bytes = max(source.wanted_bytes, total_bytes)
         self.waiters.setdefault(source, room)
 
+    def covers(self, source: Source, size_bytes: int) -> bool:
+        """True if a prefill rank may send so many bytes more."""
+        return source.received_bytes + size_bytes <= source.granted_bytes
+
+    def receive(self, source: Source, size_bytes: int) -> None:
+        """Use credit up: so many bytes come, or have come."""
+        source.received_bytes += size_bytes
+
+    def unreceive(self, source: Source, size_bytes: int) -> None:
+        """Count bytes as lost with their channel: the chunk comes again."""
+        source.received_bytes -= size_bytes
+
     def free(self, source: Source, size_bytes: int, *, retained: bool = False) -> None:
-        """What came is in its place; staging has it no longer, unless it is retained for the neighbours."""
+        """Free what came and is in its place, unless staging retains it for the colocated ranks."""
         source.released_bytes += size_bytes
         if not retained:
             self.used_bytes -= size_bytes
 
+    def free_retained(self, size_bytes: int) -> None:
+        """Free what was retained."""
+        self.used_bytes -= size_bytes
+
     def void(self, source: Source) -> None:
-        """Credit that was given on a connection that broke counts no more; both sides count from what has come."""
+        """Take back credit given on a connection that broke; both sides count from what has come."""
         self.waiters.pop(source, None)
         self.used_bytes -= source.granted_bytes - source.received_bytes  # sent and lost, or never sent
         source.granted_bytes = source.wanted_bytes = source.received_bytes
 
     def end(self, source: Source) -> None:
-        """The room has ended."""
+        """Free all that a room's source still holds, at the end of the room."""
         self.waiters.pop(source, None)
         self.used_bytes -= source.outstanding_bytes
         source.released_bytes = source.granted_bytes
 
     def grant(self) -> dict[Source, Room]:
-        """Hand out staging, oldest wish first, a whole chunk's worth at a time: whose total has grown."""
+        """Hand out staging, oldest wish first, a whole chunk's worth at a time; the sources whose total has grown."""
         granted: dict[Source, Room] = {}
         for source, room in list(self.waiters.items()):
             missing = source.wanted_bytes - source.granted_bytes

@@ -14,10 +14,10 @@ import msgspec
 import zmq
 
 from sglang_tpla.transfer import messages as frames
-from sglang_tpla.transfer.decode.events import RoomEvents
 from sglang_tpla.transfer.decode.in_place import InPlaceChunk
+from sglang_tpla.transfer.decode.receiver import Receiver
 from sglang_tpla.transfer.decode.state import Connection
-from sglang_tpla.transfer.network.data_channel import ChannelError, ChunkReader, Spares, set_up
+from sglang_tpla.transfer.network.data_channel import BufferPool, ChannelError, ChunkReader, set_up
 from sglang_tpla.transfer.network.sealing import Seal
 from sglang_tpla.transfer.workers import Workers
 
@@ -25,40 +25,33 @@ DATA_TURN_BYTES = 64 << 20  # read from one data channel before others have a tu
 DIALS = 3  # that nobody answers, in the time that a prefill rank without a channel is borne
 
 
-class Line(Protocol):
-    """What a data channel does to the connection that it belongs to."""
+class Control(Protocol):
+    """What a data channel asks of the connection that it belongs to (`Connections`)."""
 
-    def broken(self, connection: Connection) -> None:
-        """Connect anew; rooms go on where they were."""
-
-    def give_up(self, connection: Connection, reason: str) -> None:
-        """End a connection; its rooms fail."""
-
-    def receive(self, connection: Connection) -> None:
-        """What has come from the prefill rank."""
-
-    def take(self, connection: Connection, message: frames.Message, payload: memoryview | None) -> None:
-        """One message of a connection."""
+    def broken(self, connection: Connection) -> None: ...
+    def give_up(self, connection: Connection, reason: str) -> None: ...
+    def receive(self, connection: Connection) -> None: ...
+    def take(self, connection: Connection, message: frames.Message, payload: memoryview | None) -> None: ...
 
 
 class DataChannels:
-    """Data channels of all connections.
+    """The data channels of all connections. Everything runs on the I/O thread.
 
     Args:
         encrypted: without a key no channel is dialled.
-        spares: where payload memory comes from.
+        buffers: where staging comes from.
     """
 
     def __init__(
-        self, workers: Workers, events: RoomEvents, line: Line, encrypted: bool, spares: Spares
+        self, workers: Workers, receiver: Receiver, control: Control, encrypted: bool, buffers: BufferPool
     ) -> None:
-        self._workers, self._events, self._line = workers, events, line
-        self._encrypted, self._spares = encrypted, spares
+        self._workers, self._receiver, self._control = workers, receiver, control
+        self._encrypted, self._buffers = encrypted, buffers
 
     def dial(self, connection: Connection, came: zmq.Frame, data: frames.DataChannel) -> None:
         """Begin to connect a data channel to where a frame came from."""
         if self._encrypted and data.key is None:
-            self._line.give_up(
+            self._control.give_up(
                 connection, f"the {connection.name} offers a data channel without a key; rows stay secret"
             )
             return
@@ -68,40 +61,40 @@ class DataChannels:
         set_up(stream, self._workers.settings.peer_timeout_s)
         seal = None if data.key is None else Seal(data.key)
         announce = partial(self._announced, connection)
-        inbox = connection.inbox = ChunkReader(
-            stream, data.cookie, self._workers.chunk_bytes, self._spares, announce, seal
+        reader = connection.reader = ChunkReader(
+            stream, data.cookie, self._workers.chunk_bytes, self._buffers, announce, seal
         )
         connection.data_port, connection.dialled = data.port, self._workers.io.now()
         error = stream.connect_ex((host, data.port))
-        self._workers.io.add_stream(stream, lambda: self._receive(connection, inbox))
+        self._workers.io.add_stream(stream, lambda: self._receive(connection, reader))
         if error not in (0, errno.EINPROGRESS):
             # a Welcome is being read: what comes after it has to wait
-            self._workers.io.post(self._lose, connection, inbox, ChannelError(os.strerror(error)))
+            self._workers.io.post(self._lose, connection, reader, ChannelError(os.strerror(error)))
             return
         self._workers.io.watch(stream, writable=True)
 
-    def _receive(self, connection: Connection, inbox: ChunkReader) -> None:
+    def _receive(self, connection: Connection, reader: ChunkReader) -> None:
         try:
-            if not inbox.greeted:
-                if inbox.greet():
-                    self._workers.io.watch(inbox.stream, writable=False)
+            if not reader.greeted:
+                if reader.greet():
+                    self._workers.io.watch(reader.stream, writable=False)
                 return
-            for chunk, payload, checksum in inbox.receive(DATA_TURN_BYTES):
+            for chunk, payload, checksum in reader.receive(DATA_TURN_BYTES):
                 connection.without_channel = None
                 whole = msgspec.structs.replace(chunk, checksum=checksum)
                 if isinstance(payload, InPlaceChunk):
-                    connection.last_seen = self._workers.io.now()
+                    connection.last_chunk = self._workers.io.now()
                     payload.chunk = whole
-                    self._events.received(payload)
+                    self._receiver.received(payload)
                 elif isinstance(payload, memoryview):
-                    self._line.take(connection, whole, payload)
-                if connection.inbox is not inbox:
+                    self._control.take(connection, whole, payload)
+                if connection.reader is not reader:
                     return
         except frames.FrameError as error:
             self._workers.drop("malformed_dropped", f"malformed chunk from {connection.name}: {error}")
-            self._lose(connection, inbox, error)
+            self._lose(connection, reader, error)
         except OSError as error:
-            self._lose(connection, inbox, error)
+            self._lose(connection, reader, error)
 
     def _announced(
         self, connection: Connection, header: memoryview, size_bytes: int
@@ -114,16 +107,16 @@ class DataChannels:
         message = frames.decode(header, True)
         if not isinstance(message, frames.Chunk):
             raise frames.FrameError(f"{type(message).__name__} does not come on a data channel")
-        return message, self._events.place(connection, message, size_bytes)
+        return message, self._receiver.place(connection, message, size_bytes)
 
-    def _lose(self, connection: Connection, inbox: ChunkReader[frames.Chunk], error: Exception) -> None:
+    def _lose(self, connection: Connection, reader: ChunkReader[frames.Chunk], error: Exception) -> None:
         """A channel ended, or could not be opened."""
-        if connection.inbox is inbox:
-            self._line.receive(connection)  # what was said last: a Goodbye, perhaps
-        if connection.inbox is not inbox:
+        if connection.reader is reader:
+            self._control.receive(connection)  # what was said last: a Goodbye, perhaps
+        if connection.reader is not reader:
             return
         now = self._workers.io.now()
-        stood = inbox.greeted
+        stood = reader.greeted
         self.end(connection)
         text = "decode rank %d: no data channel to the %s: %s"
         self._workers.log.warning(text, self._workers.rank, connection.name, error)
@@ -136,20 +129,20 @@ class DataChannels:
         """Connect anew where a channel is wanted and there is none, or where chunks may have been lost with one. Where
         for some time none has lasted until a chunk has come on it, the rooms that want one fail.
         """
-        if connection.inbox is not None:
+        if connection.reader is not None:
             return
         now = self._workers.io.now()
         if connection.without_channel is None:
             connection.without_channel = now
-        starved = self._events.starved(connection)
+        starved = self._receiver.starved(connection)
         if now - connection.without_channel <= self._workers.settings.peer_timeout_s:
             if lost or starved:
-                self._line.broken(connection)
+                self._control.broken(connection)
             return
         if starved:
             connection.without_channel = None  # the next room tries anew
         for room in starved:
-            self._events.fail(
+            self._receiver.fail(
                 room,
                 f"rows cannot be fetched from the {connection.name}: its data channel, port {connection.data_port}, "
                 f"failed for {self._workers.settings.peer_timeout_s:g} s ({connection.channel_error}); let decode "
@@ -158,14 +151,15 @@ class DataChannels:
 
     def expire(self, connection: Connection, now: float) -> None:
         """Give a dial up that nobody answers: whoever drops it says nothing."""
-        inbox, patience = connection.inbox, self._workers.settings.peer_timeout_s / DIALS
-        if inbox is not None and not inbox.greeted and now - connection.dialled > patience:
-            self._lose(connection, inbox, ChannelError(f"no answer for {patience:g} s"))
+        reader, patience = connection.reader, self._workers.settings.peer_timeout_s / DIALS
+        if reader is not None and not reader.greeted and now - connection.dialled > patience:
+            self._lose(connection, reader, ChannelError(f"no answer for {patience:g} s"))
 
     def end(self, connection: Connection) -> None:
-        inbox, connection.inbox = connection.inbox, None
-        if inbox is not None:
-            self._workers.io.remove_stream(inbox.stream)
-            inbox.close()
-            if isinstance(inbox.landing, InPlaceChunk):
-                self._events.abandoned(inbox.landing)
+        """Close a connection's channel, if it has one."""
+        reader, connection.reader = connection.reader, None
+        if reader is not None:
+            self._workers.io.remove_stream(reader.stream)
+            reader.close()
+            if isinstance(reader.in_place, InPlaceChunk):
+                self._receiver.abandoned(reader.in_place)

@@ -13,7 +13,7 @@ from cryptography.hazmat.primitives.ciphers import AEADDecryptionContext
 
 from sglang_tpla.transfer import messages as frames
 from sglang_tpla.transfer.decode.state import Room, Source
-from sglang_tpla.transfer.memory.copy import Intake, check_pieces
+from sglang_tpla.transfer.memory.copy import UNCHECKED, SocketCopy, check_pieces
 from sglang_tpla.transfer.memory.iovec import Pieces
 from sglang_tpla.transfer.network.sealing import SealedIntake
 
@@ -35,7 +35,7 @@ class InPlaceChunk:
         self.room, self.source, self.chunk, self.aside = room, source, chunk, aside
         self.size_bytes = self.credit_bytes = pieces.size_bytes
         self._pieces = pieces
-        self._intake: Intake | SealedIntake = Intake(pieces, checked=not aside)
+        self._intake: SocketCopy | SealedIntake = SocketCopy(pieces, UNCHECKED if aside else b"")
         self._left_bytes = self.size_bytes
         self._whole = True
 

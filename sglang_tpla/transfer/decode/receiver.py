@@ -1,10 +1,10 @@
-"""Inside the decode agent: chunks on their way into the pool. `RoomEvents` come in on the I/O thread; worker threads
-write chunks into the pool, but for those that came there by themselves (`in_place`), and check them.
+"""Chunks on their way into the pool: events of connections come in on the I/O thread; worker threads write staged
+chunks into the pool (`Receiver._write`) and check them. Others have come to their places by themselves (`in_place`).
 
 A chunk is written only while its room's `WriteGate` allows it, once, and acknowledged after that; the metadata row is
 written after the last chunk, and only then does the room succeed. What is checked is what was written: a damaged
-chunk does not count and is written over when it comes again, and one in an arena whose place was used anew meanwhile
-fails the check.
+chunk does not count and is written over when it comes again, and one in shared memory whose place was used anew
+meanwhile fails the check.
 """
 
 from __future__ import annotations
@@ -20,21 +20,31 @@ from sglang_tpla.cache_rows.parts import Part
 from sglang_tpla.transfer import messages as frames
 from sglang_tpla.transfer.decode.in_place import InPlaceChunk
 from sglang_tpla.transfer.decode.rooms import Rooms, nack
-from sglang_tpla.transfer.decode.state import Connection, RetainedChunk, Room, Source, StagedChunk
+from sglang_tpla.transfer.decode.state import (
+    AnyChunk,
+    Connection,
+    RetainedChunk,
+    Room,
+    Source,
+    StagedChunk,
+    chunk_id,
+)
 from sglang_tpla.transfer.memory.copy import check_pieces
 from sglang_tpla.transfer.memory.iovec import one_piece
 from sglang_tpla.transfer.memory.rows import RowWriter
 from sglang_tpla.transfer.memory.staging import Staging
-from sglang_tpla.transfer.network.data_channel import Spares
+from sglang_tpla.transfer.network.data_channel import BufferPool
 from sglang_tpla.transfer.room import CachePool, MetadataRows
 from sglang_tpla.transfer.workers import Workers, seconds_since
 
 
 class Receiver:
-    """The rooms' threads: `work_once` is theirs, events are the I/O thread's, `fail` and `turn` are anybody's.
+    """Takes chunks, writes them and completes rooms. Events are for the I/O thread, `fail` and `turn` for any thread; a
+    worker thread takes work with `next_work`.
 
     Args:
-        slots: of this rank's arena, where payloads are kept for the neighbours; None without one.
+        slots: of this rank's shared segment, where payloads are kept for the colocated ranks; None without one.
+        buffers: where staging came from, and goes back to.
         put: queues a message for a prefill rank.
     """
 
@@ -45,14 +55,13 @@ class Receiver:
         pool: CachePool,
         metadata: MetadataRows,
         slots: Staging | None,
-        spares: Spares,
+        buffers: BufferPool,
         put: Callable[[Connection, frames.Message], None],
     ) -> None:
-        self._workers, self._rooms, self._put, self._spares = workers, rooms, put, spares
+        self._workers, self._rooms, self._put, self._buffers = workers, rooms, put, buffers
         self._metadata, self._slots = metadata, slots
         self._writer = RowWriter(pool)
         self._arrivals: deque[StagedChunk | InPlaceChunk] = deque()
-        self._completed: deque[Room] = deque()
 
     @contextmanager
     def turn(self) -> Iterator[float]:
@@ -61,9 +70,10 @@ class Receiver:
             try:
                 yield self._workers.io.now()
             finally:
-                out, self._rooms.out = self._rooms.out, []
-                for connection, message in out:
-                    self._put(connection, message)
+                while self._rooms.out:
+                    self._put(*self._rooms.out.popleft())
+                if self._rooms.finishing:
+                    self._workers.work.notify()
 
     def fail(self, room: Room, reason: str) -> None:
         """Fail a room, without the agent's lock while a write ends."""
@@ -72,32 +82,21 @@ class Receiver:
             if not room.state.ended:
                 self._rooms.fail(room, reason, now)
 
-    def advance(self, room: Room, now: float) -> None:
-        """Move a room on; in a `turn`."""
-        if self._rooms.advance(room, now):
-            self._completed.append(room)
-            self._workers.work.notify()
-
     # Events (I/O thread)
 
     def registered(self, connection: Connection, resumed: bool) -> None:
-        """A connection stands, for the first time or ``resumed``."""
+        """A connection stands, for the first time or ``resumed``: its rooms ask, or go on where they were."""
         with self.turn() as now:
-            if resumed:
-                self._workers.counts["resumed"] += 1
-                self._rooms.resume(connection, now)
-            for room in list(self._rooms.table.values()):
-                if connection.address in room.sources:
-                    self.advance(room, now)
+            self._rooms.registered(connection, resumed, now)
 
     def lost(self, connection: Connection, reason: str) -> None:
-        """A connection, or the process behind it, is gone for good."""
+        """A connection, or the process behind it, is gone for good: its rooms fail."""
         with self._workers.lock:
             rooms = self._rooms.of(connection)
         for room in rooms:
             self.fail(room, reason)
         with self.turn():
-            self._rooms.release_of(connection)
+            self._rooms.forget(connection)
 
     def failed(self, connection: Connection, room_id: int, message: frames.Message, error: Exception) -> None:
         """An exception while a message about a room was handled."""
@@ -107,7 +106,7 @@ class Receiver:
             self.fail(room, f"internal error on {type(message).__name__}: {error!r}")
 
     def uses(self, connection: Connection) -> bool:
-        """Whether a room that is not complete waits for a connection, or something is kept for its neighbours."""
+        """True if what is lost with a connection will be missed."""
         with self._workers.lock:
             return self._rooms.uses(connection)
 
@@ -120,7 +119,7 @@ class Receiver:
         """One message about a room."""
         if isinstance(message, frames.Release):
             with self.turn():
-                self._rooms.release_of(connection, message.offsets)
+                self._rooms.release(connection, message.offsets)
             return
         if not isinstance(message, frames.Chunk | frames.Share | frames.Want | frames.Finish | frames.Abort):
             name = type(message).__name__
@@ -155,56 +154,44 @@ class Receiver:
     def _take_finish(self, room: Room, source: Source, message: frames.Finish, metadata: bytes) -> None:
         with self.turn() as now:
             wrong = self._rooms.finish(room, source, message, metadata, now)
-            if not wrong:
-                self._completed.append(room)
-                self._workers.work.notify()
-                return
-        self.fail(room, f"{source.connection.name} finished with {wrong}")
+        if wrong:
+            self.fail(room, f"{source.connection.name} finished with {wrong}")
 
     def _take_chunk(
-        self,
-        room: Room,
-        source: Source,
-        chunk: frames.Chunk | frames.Share,
-        payload: memoryview,
-        credit_bytes: int,
+        self, room: Room, source: Source, chunk: AnyChunk, payload: memoryview, credit_bytes: int
     ) -> None:
-        counts = self._workers.counts
         with self.turn() as now:
             if room.state.ended:
-                counts["late_dropped"] += 1
+                self._workers.counts["late_dropped"] += 1
                 return
-            key = (chunk.part, chunk.sequence)
-            if key in source.applied or key in source.pending:
+            if chunk_id(chunk) in source.applied or chunk_id(chunk) in source.pending:
                 self._rooms.replay(room, source, chunk, credit_bytes)
                 return
             wrong = self._rooms.wrong_chunk(room, source, chunk, payload.nbytes, credit_bytes)
             if not wrong:
                 self._rooms.begin(source, chunk, credit_bytes)
-                self._rooms.arrived(room, payload.nbytes, now)
-                if not credit_bytes:
-                    room.shared_memory_bytes += payload.nbytes
-                    counts["shared_memory_bytes"] += payload.nbytes
+                self._rooms.came(room, payload.nbytes, now, shared=not credit_bytes)
                 self._arrivals.append(StagedChunk(room, source, chunk, payload, credit_bytes))
                 self._workers.work.notify()
                 return
-            counts["malformed_dropped"] += 1
+            self._workers.counts["malformed_dropped"] += 1
         self.fail(room, f"{source.connection.name} sent chunk {chunk.sequence} {wrong}")
 
     def place(self, connection: Connection, chunk: frames.Chunk, size_bytes: int) -> InPlaceChunk | None:
-        """A chunk goes into the pool at once if nothing is wrong with it and nobody else needs its payload."""
-        key = (chunk.part, chunk.sequence)
+        """The place in the pool of a chunk that begins to come; None for staging: something is wrong with it, it came
+        before, or the colocated ranks need its payload.
+        """
         with self._workers.lock:
             found = self._rooms.live(connection, chunk.room, chunk.generation)
             if found is None or chunk.relay:
                 return None
             room, source = found
-            if key in source.applied or key in source.pending:
+            if chunk_id(chunk) in source.applied or chunk_id(chunk) in source.pending:
                 return None
             if self._rooms.wrong_chunk(room, source, chunk, size_bytes, size_bytes):
                 return None
             spans = room.slots.spans(chunk.first_token, chunk.tokens)
-            pieces = self._writer.pieces(self._layers(chunk), spans, Part(chunk.part))
+            pieces = self._writer.pieces(self._rooms.shape.layers_of(chunk), spans, Part(chunk.part))
             if pieces is None:
                 return None
             self._rooms.begin(source, chunk, size_bytes)
@@ -212,40 +199,29 @@ class Receiver:
             return InPlaceChunk(room, source, chunk, pieces, more and self._workers.checks_aside)
 
     def received(self, chunk: InPlaceChunk) -> None:
-        """A chunk is in the pool, or what came of it when its room had ended is nowhere."""
+        """A chunk has come whole to its place; what came after its room had ended is nowhere."""
         with self._workers.work:
             if not chunk.room.state.ended:
-                self._rooms.arrived(chunk.room, chunk.size_bytes, self._workers.io.now())
+                self._rooms.came(chunk.room, chunk.size_bytes, self._workers.io.now())
             if chunk.aside:
                 self._arrivals.append(chunk)
                 self._workers.work.notify()
                 return
         with self._failing(chunk.room):
-            self._settle(chunk)
+            self._written(chunk, chunk.digest())
 
     def abandoned(self, chunk: InPlaceChunk) -> None:
         """The rest of a chunk will not come."""
         with self._workers.lock:
-            self._rooms.abandoned(chunk.source, chunk.chunk, chunk.size_bytes)
+            self._rooms.abandon(chunk.source, chunk.chunk, chunk.size_bytes)
 
     # Work (worker threads)
 
     def next_work(self) -> Callable[[], None] | None:
-        """Take a chunk or a room that may be complete; under the lock."""
+        """Take a chunk to write or check, or a room that may be complete; under the lock."""
         if self._arrivals:
-            return partial(self._work_on, self._arrivals.popleft())
-        return partial(self._finish, self._completed.popleft()) if self._completed else None
-
-    def _work_on(self, arrival: StagedChunk | InPlaceChunk) -> None:
-        with self._failing(arrival.room):
-            if isinstance(arrival, StagedChunk):
-                self._apply(arrival)
-            else:
-                self._settle(arrival)
-
-    def _finish(self, room: Room) -> None:
-        with self._failing(room):
-            self._complete(room)
+            return partial(self._write, self._arrivals.popleft())
+        return partial(self._complete, self._rooms.finishing.popleft()) if self._rooms.finishing else None
 
     @contextmanager
     def _failing(self, room: Room) -> Iterator[None]:
@@ -256,87 +232,76 @@ class Receiver:
             self._workers.handler_failed(f"write of room {room.room_id}", error)
             self.fail(room, f"internal error while writing: {error!r}")
 
-    def _layers(self, chunk: frames.Chunk | frames.Share) -> range:
-        first = chunk.first_layer - self._writer.pool.first_layer
-        return range(first, first + chunk.layers)
-
-    def _apply(self, arrival: StagedChunk) -> None:
-        room, chunk = arrival.room, arrival.chunk
-        slots = room.slots.part(chunk.first_token, chunk.tokens)
-        digest = None  # of what was written
-        with room.writes.one() as allowed:
-            if allowed:
-                layers, part = self._layers(chunk), Part(chunk.part)
-                digest = self._writer.write(layers, slots, part, arrival.payload)
-        if digest is not None and chunk.checksum == frames.OPENED:
-            self._written(arrival, frames.OPENED)
-        elif digest == b"":
-            self._workers.aside(partial(self._check, arrival))
-        else:
-            self._written(arrival, digest)
-
-    def _check(self, arrival: StagedChunk) -> None:
-        with self._failing(arrival.room):
-            data = np.frombuffer(arrival.payload, dtype=np.uint8)
-            self._written(arrival, check_pieces(one_piece(data)))
-
-    def _written(self, arrival: StagedChunk, digest: bytes | None) -> None:
-        """A chunk was written, with this checksum; with none, its room had ended."""
-        chunk, sound = arrival.chunk, digest == arrival.chunk.checksum
-        relayed = sound and isinstance(chunk, frames.Chunk) and chunk.relay
-        self._account(arrival, digest, self._retain(arrival) if relayed else None)
-        self._spares.give_back(arrival.payload)
-        self._complete(arrival.room)
-
-    def _settle(self, chunk: InPlaceChunk) -> None:
-        self._account(chunk, chunk.digest(), None)
-        self._complete(chunk.room)
-
-    def _account(
-        self,
-        arrival: StagedChunk | InPlaceChunk,
-        digest: bytes | None,
-        retained: RetainedChunk | None,
-    ) -> None:
-        with self.turn():
-            if self._rooms.account(arrival, digest, retained):
+    def _write(self, chunk: StagedChunk | InPlaceChunk) -> None:
+        """Write a staged chunk into the pool, unless its room has ended, and have it checked; one that has come to its
+        place is only checked.
+        """
+        with self._failing(chunk.room):
+            if isinstance(chunk, InPlaceChunk):
+                self._written(chunk, chunk.digest())
                 return
-        self._workers.log.warning(
-            "decode rank %d: chunk %d of room %d came damaged from the %s; asking for it again",
-            self._workers.rank,
-            arrival.chunk.sequence,
-            arrival.room.room_id,
-            arrival.source.connection.name,
-        )
+            room, rows = chunk.room, chunk.chunk
+            slots, layers = room.slots.part(rows.first_token, rows.tokens), self._rooms.shape.layers_of(rows)
+            digest = None  # of what was written
+            with room.writes.one() as allowed:
+                if allowed:
+                    digest = self._writer.write(layers, slots, Part(rows.part), chunk.payload)
+            if digest is not None and rows.checksum == frames.OPENED:
+                self._written(chunk, frames.OPENED)
+            elif digest == b"":
+                self._workers.aside(partial(self._check, chunk))
+            else:
+                self._written(chunk, digest)
 
-    def _retain(self, arrival: StagedChunk) -> RetainedChunk | None:
-        """Copy a payload into the arena for the neighbours; None if there is no place for it."""
+    def _check(self, chunk: StagedChunk) -> None:
+        with self._failing(chunk.room):
+            self._written(chunk, check_pieces(one_piece(np.frombuffer(chunk.payload, dtype=np.uint8))))
+
+    def _written(self, chunk: StagedChunk | InPlaceChunk, digest: bytes | None) -> None:
+        """A chunk was written, with this checksum; with none, its room had ended."""
+        room, source, rows = chunk.room, chunk.source, chunk.chunk
+        relayed = digest == rows.checksum and isinstance(rows, frames.Chunk) and rows.relay
+        retained = self._retain(chunk) if relayed and isinstance(chunk, StagedChunk) else None
+        with self.turn():
+            sound = self._rooms.written(room, source, rows, chunk.credit_bytes, digest, retained)
+        if not sound:
+            text = "decode rank %d: chunk %d of room %d came damaged from the %s; asking for it again"
+            self._workers.log.warning(
+                text, self._workers.rank, rows.sequence, room.room_id, source.connection.name
+            )
+        if isinstance(chunk, StagedChunk):
+            self._buffers.give_back(chunk.payload)
+        self._complete(room)
+
+    def _retain(self, chunk: StagedChunk) -> RetainedChunk | None:
+        """Copy a payload into the shared segment for the colocated ranks; None if there is no place for it."""
         if self._slots is None:
             return None
         with self._workers.lock:
             slot = self._slots.take()
         if slot is None:
             return None
-        size = arrival.payload.nbytes
-        slot.buffer[:size] = np.frombuffer(arrival.payload, dtype=np.uint8)
-        return RetainedChunk(arrival.room, arrival.source.connection, slot, size, self._workers.io.now())
+        size = chunk.payload.nbytes
+        slot.buffer[:size] = np.frombuffer(chunk.payload, dtype=np.uint8)
+        return RetainedChunk(chunk.room, chunk.source.connection, slot, size, self._workers.io.now())
 
     def _complete(self, room: Room) -> None:
         """Write the metadata row and succeed, once every source is complete and the chunks are the request."""
-        with self._workers.lock:
-            if room.state.ended or not all(source.complete for source in room.sources.values()):
+        with self._failing(room):
+            with self._workers.lock:
+                if room.state.ended or not all(source.complete for source in room.sources.values()):
+                    return
+            assert room.coverage is not None
+            sending = [source for source in room.sources.values() if not source.dummy]
+            if missing := room.coverage.missing(sending[0].tokens):
+                self.fail(room, missing)
                 return
-        assert room.coverage is not None
-        sending = [source for source in room.sources.values() if not source.dummy]
-        if missing := room.coverage.missing(sending[0].tokens):
-            self.fail(room, missing)
-            return
-        with room.writes.one(last=True) as allowed:  # all else that was due has been written
-            if not allowed:
-                return
-            if self._metadata.buffers:
-                self._metadata.write(room.metadata_row, sending[-1].metadata)
-        with self.turn() as now:
-            if not room.state.ended:
-                self._rooms.succeed(room, now)
-                self._workers.took(seconds_since(room.requested, now))
+            with room.writes.one(last=True) as allowed:  # all else that was due has been written
+                if not allowed:
+                    return
+                if self._metadata.buffers:
+                    self._metadata.write(room.metadata_row, sending[-1].metadata)
+            with self.turn() as now:
+                if not room.state.ended:
+                    self._rooms.succeed(room, now)
+                    self._workers.took(seconds_since(room.requested, now))

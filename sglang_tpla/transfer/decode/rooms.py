@@ -1,35 +1,33 @@
-"""Inside the decode agent: the state of rooms, and what each event makes of it. Nothing waits and nothing is sent here:
-methods take ``now`` where they need the time, and messages to prefill ranks are put into `Rooms.out`.
+"""The states of rooms, and what each event makes of them. Nothing waits and nothing is sent here: methods take ``now``
+where they need the time, and leave messages in `Rooms.out` and rooms that may be complete in `Rooms.finishing`.
 
 Everything runs under the agent's lock.
 """
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Collection
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sglang_tpla.cache_rows.parts import Part
 from sglang_tpla.config import Settings
 from sglang_tpla.transfer import messages as frames
+from sglang_tpla.transfer.decode.coverage import Coverage
 from sglang_tpla.transfer.decode.credits import Credits
 from sglang_tpla.transfer.decode.state import (
     Address,
+    AnyChunk,
     Connection,
     Link,
     PoolShape,
     RetainedChunk,
     Room,
     Source,
-    StagedChunk,
+    chunk_id,
 )
+from sglang_tpla.transfer.memory.iovec import Slots
 from sglang_tpla.transfer.room import RoomState
-
-if TYPE_CHECKING:
-    from sglang_tpla.transfer.decode.in_place import InPlaceChunk
-
-AnyChunk = frames.Chunk | frames.Share
 
 
 class Rooms:
@@ -37,7 +35,8 @@ class Rooms:
 
     Args:
         shape: of the pool that chunks are for.
-        free_slots: called when places of the arena are no longer in use.
+        generation: the last one that was used; it grows over restarts too.
+        free_slots: called when places of the shared segment are no longer in use.
         ended: told of every room that has, for the log.
     """
 
@@ -52,80 +51,97 @@ class Rooms:
         ended: Callable[[Room], None],
     ) -> None:
         self.table: dict[int, Room] = {}
-        self.retained: dict[int, RetainedChunk] = {}  # by offset in the arena
-        self.out: list[tuple[Connection, frames.Message]] = []
-        self._shape, self._settings, self._credits, self._counts = shape, settings, credits, counts
-        self._generation = generation  # grows over restarts too
-        self._free_slots, self._ended = free_slots, ended
+        self.retained: dict[int, RetainedChunk] = {}  # by offset in the shared segment
+        self.out: deque[tuple[Connection, frames.Message]] = deque()
+        self.finishing: deque[Room] = deque()
+        self.shape, self._settings, self._credits, self._counts = shape, settings, credits, counts
+        self._generation, self._free_slots, self._ended = generation, free_slots, ended
 
     # What the scheduler does
 
     def open(
         self, room_id: int, sources: dict[Address, Source], born: float, prompt_tokens: int, now: float
-    ) -> Room:
+    ) -> None:
         """Begin a new generation of a room."""
         self._generation += 1
         room = self.table[room_id] = Room(room_id, self._generation, sources, born, prompt_tokens, now)
         self.advance(room, now)
-        return room
 
-    def advance(self, room: Room, now: float) -> bool:
-        """Move a room on as far as its connections and its request allow; True where it may be complete."""
+    def request(
+        self,
+        room: Room,
+        slots: Slots,
+        metadata_row: int,
+        expected_ranks: int,
+        prefix_tokens: int,
+        num_tokens: int,
+        now: float,
+    ) -> None:
+        """Ask for a room's rows as soon as its prefill ranks have registered this one."""
+        room.slots, room.metadata_row, room.expected_ranks = slots, metadata_row, expected_ranks
+        room.prefix_tokens, room.num_tokens = prefix_tokens, num_tokens
+        room.coverage = Coverage(self.shape.layers, len(slots), self.shape.items, self.shape.first_layer)
+        room.requested = room.progress = now
+        self.advance(room, now)
+
+    def advance(self, room: Room, now: float) -> None:
+        """Move a room on as far as its connections and its request allow."""
         if room.state.ended:
-            return False
+            return
         real = [source for source in room.sources.values() if not source.dummy]
         for source in real:
             connection, linked = source.connection, source.connection.link is Link.REGISTERED
             if connection.link in (Link.REFUSED, Link.LOST):
-                self.fail(room, connection.reason, now)
-                return False
+                self.fail(room, connection.lost_reason, now)
+                return
             if linked and not source.asked and room.born < connection.began:
                 # its other half went to a process before, or to none, and nobody would answer until the deadline
                 why = f"the {connection.name} started after this request came; the request can be retried"
                 self.fail(room, why, now)
-                return False
+                return
             if linked and (wrong := connection.limits.objection(room.prompt_tokens)):
                 self.fail(room, f"the {connection.name} cannot serve this request: {wrong}", now)
-                return False
+                return
         ready = all(source.connection.link is Link.REGISTERED for source in real)
         if room.state is RoomState.BOOTSTRAPPING and ready:
             room.state = RoomState.WAITING
         if room.requested is None:
-            return False
+            return
         if room.state is RoomState.WAITING:
             room.state = RoomState.TRANSFERRING
-        return self._ask(room, real, ready, now)
-
-    def _ask(self, room: Room, real: list[Source], ready: bool, now: float) -> bool:
-        asked_a_dummy = False
         for source in room.sources.values():
-            linked = source.connection.link is Link.REGISTERED
-            if source.asked or not linked or not (ready or source.dummy):
-                continue
-            source.asked = True
-            # prefill ranks with the same layers hold the same rows and share the sending
-            alike = sorted(
-                other.connection.address
-                for other in real
-                if other.connection.layers == source.connection.layers
-            )
-            if not source.dummy:
-                source.share = (alike.index(source.connection.address), len(alike))
-            request = _request_message(room, source)
-            self._put(source.connection, request)
-            if source.dummy:  # the room does not wait for it, and may have ended when the connection is back
-                source.connection.said.append((request, now))
-                asked_a_dummy = True
-        return asked_a_dummy
+            if not source.asked and source.connection.link is Link.REGISTERED and (ready or source.dummy):
+                self._ask(room, source, real, now)
+
+    def _ask(self, room: Room, source: Source, real: list[Source], now: float) -> None:
+        source.asked = True
+        if source.dummy:  # the room does not wait for it, and may have ended when the connection is back
+            self.finishing.append(room)
+            self._say(source.connection, _request_message(room, source), now)
+            return
+        # prefill ranks with the same layers hold the same rows and share the sending
+        layers = source.connection.layers
+        alike = sorted(other.connection.address for other in real if other.connection.layers == layers)
+        source.share = (alike.index(source.connection.address), len(alike))
+        self._put(source.connection, _request_message(room, source))
 
     # What connections do
 
-    def resume(self, connection: Connection, now: float) -> None:
+    def registered(self, connection: Connection, resumed: bool, now: float) -> None:
+        """Move on the rooms of a connection that stands, for the first time or again."""
+        if resumed:
+            self._resume(connection, now)
+        for room in list(self.table.values()):
+            if connection.address in room.sources:
+                self.advance(room, now)
+
+    def _resume(self, connection: Connection, now: float) -> None:
         """Go on with the rooms of a connection that was broken."""
+        self._counts["resumed"] += 1
         for message, when in connection.said:
             if now - when < 2 * self._settings.peer_timeout_s:  # it may have been lost
                 self._put(connection, message)
-        self.release([offset for offset, kept in self.retained.items() if kept.connection is connection])
+        self.release(connection)
         for room in self.table.values():
             source = room.sources.get(connection.address)
             if source is None or source.connection is not connection or room.state.ended or not source.asked:
@@ -137,6 +153,11 @@ class Rooms:
             resume = frames.Resume(room.room_id, room.generation, source.granted_bytes, applied)
             self._put(connection, resume)
         self.grant()
+
+    def forget(self, connection: Connection) -> None:
+        """Forget what was retained and said for a connection that is gone for good, once its rooms have failed."""
+        connection.said.clear()
+        self.release(connection)
 
     def of(self, connection: Connection) -> list[Room]:
         """Rooms that go on and want rows from a connection."""
@@ -156,7 +177,7 @@ class Rooms:
         ]
 
     def uses(self, connection: Connection) -> bool:
-        """Whether a room that is not complete waits for a connection, or something is kept for its neighbours."""
+        """True if a room waits for a connection, or a chunk that came on it is retained for the colocated ranks."""
         return any(kept.connection is connection for kept in self.retained.values()) or any(
             source.connection is connection and source.asked and not room.state.ended
             for room in self.table.values()
@@ -164,7 +185,7 @@ class Rooms:
         )
 
     def live(self, connection: Connection, room_id: int, generation: int) -> tuple[Room, Source] | None:
-        """The room that a message of a connection is about, and the connection's part in it."""
+        """The room that a message of a connection is about, and the connection's part in it; None after its end."""
         room = self.table.get(room_id)
         source = room.sources.get(connection.address) if room is not None else None
         if room is None or source is None or room.state.ended or room.generation != generation:
@@ -177,22 +198,22 @@ class Rooms:
         self, room: Room, source: Source, chunk: AnyChunk, size_bytes: int, credit_bytes: int
     ) -> str:
         """What is wrong with a chunk; if nothing is, its rows are its own from now on."""
-        layers = self._shape.layers_of(chunk.first_layer, chunk.layers)
+        layers = self.shape.layers_of(chunk)
         if source.dummy or room.coverage is None:
             return "that was not asked for"
-        if layers.start < 0 or layers.stop > self._shape.layers:
-            return f"for layers {layers.start}...{layers.stop - 1} of {self._shape.layers}"
+        if layers.start < 0 or layers.stop > self.shape.layers:
+            return f"for layers {layers.start}...{layers.stop - 1} of {self.shape.layers}"
         if chunk.part not in tuple(Part):
             return f"with unknown part {chunk.part}"
         if chunk.first_token + chunk.tokens > len(room.slots):
             return f"for tokens up to {chunk.first_token + chunk.tokens} where pages hold {len(room.slots)}"
         part = Part(chunk.part)
-        expected = self._shape.payload_bytes(layers, chunk.tokens, part)
+        expected = self.shape.payload_bytes(layers, chunk.tokens, part)
         if size_bytes != expected:
             return f"of {size_bytes} bytes where {expected} were due"
-        if source.received_bytes + credit_bytes > source.granted_bytes:
+        if not self._credits.covers(source, credit_bytes):
             return f"beyond its credit of {source.granted_bytes} bytes"
-        key = (chunk.part, chunk.sequence)
+        key = chunk_id(chunk)
         rows = (chunk.first_layer, chunk.layers, chunk.first_token, chunk.tokens)
         before = source.claims.get(key)
         if before is not None:
@@ -206,69 +227,74 @@ class Rooms:
 
     def begin(self, source: Source, chunk: AnyChunk, credit_bytes: int) -> None:
         """A chunk comes, or has come, and is not in its place yet."""
-        source.pending.add((chunk.part, chunk.sequence))
-        source.received_bytes += credit_bytes
+        source.pending.add(chunk_id(chunk))
+        self._credits.receive(source, credit_bytes)
 
-    def arrived(self, room: Room, size_bytes: int, now: float) -> None:
-        """A chunk that was not there before has come whole."""
+    def came(self, room: Room, size_bytes: int, now: float, *, shared: bool = False) -> None:
+        """A chunk that was not there before has come whole, or can be read in shared memory."""
         room.progress = now
         room.wire_bytes += size_bytes
         self._counts["wire_bytes"] += size_bytes
+        if shared:
+            room.shared_memory_bytes += size_bytes
+            self._counts["shared_memory_bytes"] += size_bytes
 
-    def abandoned(self, source: Source, chunk: AnyChunk, size_bytes: int) -> None:
+    def abandon(self, source: Source, chunk: AnyChunk, credit_bytes: int) -> None:
         """A channel ended in the middle of a chunk: it comes again, and its credit counts as lost with the channel."""
-        source.pending.discard((chunk.part, chunk.sequence))
-        source.received_bytes -= size_bytes
+        source.pending.discard(chunk_id(chunk))
+        self._credits.unreceive(source, credit_bytes)
 
     def replay(self, room: Room, source: Source, chunk: AnyChunk, credit_bytes: int) -> None:
         """A chunk came that had come before: acknowledge it (that may have been lost), do not write it."""
         self._counts["replays_dropped"] += 1
-        if source.received_bytes + credit_bytes <= source.granted_bytes:
-            source.received_bytes += credit_bytes
+        if self._credits.covers(source, credit_bytes):
+            self._credits.receive(source, credit_bytes)
             self._credits.free(source, credit_bytes)
-        if (chunk.part, chunk.sequence) in source.applied:
-            message = frames.Ack(room.room_id, room.generation, chunk.part, chunk.sequence)
-            self._put(source.connection, message)
+        if (key := chunk_id(chunk)) in source.applied:
+            self._put(source.connection, frames.Ack(room.room_id, room.generation, *key))
         self.grant()
 
-    def account(
-        self, arrival: StagedChunk | InPlaceChunk, digest: bytes | None, retained: RetainedChunk | None
+    def written(
+        self,
+        room: Room,
+        source: Source,
+        chunk: AnyChunk,
+        credit_bytes: int,
+        digest: bytes | None,
+        retained: RetainedChunk | None,
     ) -> bool:
         """Acknowledge a chunk that was written, ask again for a damaged one, free its credit; False where it came
         damaged.
 
         ``digest`` is of what was written: None if the room had ended.
         """
-        room, source, chunk = arrival.room, arrival.source, arrival.chunk
-        sound, key = digest == chunk.checksum, (chunk.part, chunk.sequence)
+        sound, key = digest == chunk.checksum, chunk_id(chunk)
         source.pending.discard(key)
         if room.state.ended:
             self._counts["late_dropped"] += 1
             if retained is not None:
                 retained.slot.pending = 0
             return True
-        self._credits.free(source, arrival.credit_bytes, retained=retained is not None)
-        answer: frames.Message | None = None
+        self._credits.free(source, credit_bytes, retained=retained is not None)
         if digest is not None and not sound:
             self._counts["checksum_failures"] += 1
             self._counts["resent"] += 1
             room.resent += 1
-            answer = nack(chunk)
+            self._put(source.connection, nack(chunk))
         elif digest is not None:
             source.applied.add(key)
             self._counts["chunks"] += 1
-            answer = frames.Ack(room.room_id, room.generation, *key)
+            answer: frames.Message = frames.Ack(room.room_id, room.generation, *key)
             if retained is not None:
                 self.retained[retained.slot.offset] = retained
                 answer = frames.Stored(room.room_id, room.generation, *key, retained.slot.offset)
-        if answer is not None:
             self._put(source.connection, answer)
         self.grant()
         return digest is None or sound
 
     def finish(self, room: Room, source: Source, message: frames.Finish, metadata: bytes, now: float) -> str:
         """A prefill rank says how many chunks there are in all; what is wrong with that."""
-        page_size = self._shape.page_size
+        page_size = self.shape.page_size
         pages = -(-message.tokens // page_size)
         told = [
             other
@@ -279,8 +305,8 @@ class Rooms:
             return "rows that were not asked for"
         if frames.checksum(metadata) != message.checksum:
             return "metadata that does not match its checksum"
-        if len(metadata) != self._shape.metadata_bytes:
-            return f"a metadata row of {len(metadata)} bytes where {self._shape.metadata_bytes} were due"
+        if len(metadata) != self.shape.metadata_bytes:
+            return f"a metadata row of {len(metadata)} bytes where {self.shape.metadata_bytes} were due"
         if pages * page_size != len(room.slots) or room.num_tokens not in (-1, message.tokens):
             part = f"{len(room.slots)} or a part of the last page"
             asked = room.num_tokens if room.num_tokens >= 0 else part
@@ -292,6 +318,7 @@ class Rooms:
         if source.chunks is None:
             room.progress = now
         source.chunks, source.tokens, source.metadata = message.chunks, message.tokens, metadata
+        self.finishing.append(room)
         return ""
 
     def want(self, room: Room, source: Source, total_bytes: int) -> None:
@@ -304,26 +331,21 @@ class Rooms:
         for source, room in self._credits.grant().items():
             self._put(source.connection, frames.Credit(room.room_id, room.generation, source.granted_bytes))
 
-    def release(self, offsets: Collection[int]) -> None:
-        """Free places of the arena that nobody reads any more."""
-        for offset in offsets:
+    def release(self, connection: Connection, offsets: Collection[int] | None = None) -> None:
+        """Free places of the shared segment that nobody reads any more: all, or some, of what came on a connection."""
+        self._free_retained(
+            lambda kept: kept.connection is connection and (offsets is None or kept.slot.offset in offsets)
+        )
+
+    def _free_retained(self, unread: Callable[[RetainedChunk], bool]) -> None:
+        freed = [offset for offset, kept in self.retained.items() if unread(kept)]
+        for offset in freed:
             kept = self.retained.pop(offset)
             kept.slot.pending = 0
-            self._credits.used_bytes -= kept.size_bytes
-        if offsets:
+            self._credits.free_retained(kept.size_bytes)
+        if freed:
             self._free_slots()
             self.grant()
-
-    def release_of(self, connection: Connection, offsets: Collection[int] | None = None) -> None:
-        """As `release`, of what came over one connection, whole or some of it."""
-        wanted = self.retained if offsets is None else offsets
-        self.release(
-            [
-                offset
-                for offset in wanted
-                if (kept := self.retained.get(offset)) is not None and kept.connection is connection
-            ]
-        )
 
     # Ends
 
@@ -331,7 +353,7 @@ class Rooms:
         """All is in its place."""
         for source in room.sources.values():
             if not source.dummy:
-                self._tell_end(source.connection, frames.Done(room.room_id, room.generation), now)
+                self._say(source.connection, frames.Done(room.room_id, room.generation), now)
         self._end(room, RoomState.SUCCESS, "", now)
 
     def fail(self, room: Room, reason: str, now: float) -> None:
@@ -339,10 +361,10 @@ class Rooms:
         for source in room.sources.values():
             if source.connection.link in (Link.REGISTERED, Link.CONNECTING):
                 message = frames.Abort(room.room_id, room.generation, frames.sentence(reason))
-                self._tell_end(source.connection, message, now)
+                self._say(source.connection, message, now)
         self._end(room, RoomState.FAILED, reason, now)
         self._counts["rooms_failed"] += 1
-        self.release([offset for offset, kept in self.retained.items() if kept.room is room])
+        self._free_retained(lambda kept: kept.room is room)
 
     def _end(self, room: Room, state: RoomState, reason: str, now: float) -> None:
         room.state, room.reason, room.ended = state, reason, now
@@ -358,7 +380,7 @@ class Rooms:
         places are freed, and who reads them all the same asks again.
         """
         patience = self._settings.transfer_timeout_s
-        self.release([offset for offset, kept in self.retained.items() if now - kept.since > patience])
+        self._free_retained(lambda kept: now - kept.since > patience)
         self._name_expected(now)
         return [
             room for room in self.table.values() if not room.state.ended and now - room.progress > patience
@@ -369,11 +391,11 @@ class Rooms:
         waiting: dict[int, tuple[Connection, list[int]]] = {}
         for room in self.table.values():
             for source in room.sources.values():
-                due = now - source.connection.told_at >= self._settings.heartbeat_s
-                if due and not (source.asked or room.state.ended):
+                if not (source.asked or room.state.ended):
                     waiting.setdefault(id(source.connection), (source.connection, []))[1].append(room.room_id)
         for connection, rooms in waiting.values():
-            if connection.link is Link.REGISTERED:
+            due = now - connection.told_at >= self._settings.heartbeat_s
+            if due and connection.link is Link.REGISTERED:
                 connection.told_at = now
                 for start in range(0, len(rooms), frames.MAX_ROOMS):
                     named = tuple(rooms[start : start + frames.MAX_ROOMS])
@@ -381,8 +403,10 @@ class Rooms:
 
     # Messages out
 
-    def _tell_end(self, connection: Connection, message: frames.Done | frames.Abort, now: float) -> None:
-        """Say how a room ended; once more when the connection is back, if it breaks soon."""
+    def _say(
+        self, connection: Connection, message: frames.Request | frames.Done | frames.Abort, now: float
+    ) -> None:
+        """Tell a prefill rank what no answer will confirm; once more when the connection is back, if it breaks soon."""
         connection.said.append((message, now))
         self._put(connection, message)
 
@@ -392,7 +416,7 @@ class Rooms:
 
 def nack(chunk: AnyChunk) -> frames.Nack:
     """Ask for a chunk again."""
-    return frames.Nack(chunk.room, chunk.generation, chunk.part, chunk.sequence)
+    return frames.Nack(chunk.room, chunk.generation, *chunk_id(chunk))
 
 
 def _request_message(room: Room, source: Source) -> frames.Request:

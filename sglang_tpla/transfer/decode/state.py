@@ -1,5 +1,6 @@
-"""What a decode agent remembers: connections, rooms, and for each (room, prefill rank) a source of numbered
-chunks.
+"""What a decode agent remembers: connections, rooms, and for each (room, prefill rank) a source of numbered chunks.
+
+Any part of the agent may read an attribute, under the agent's lock; the one module that writes it is named beside it.
 """
 
 from __future__ import annotations
@@ -21,7 +22,13 @@ from sglang_tpla.transfer.memory.staging import Slot
 from sglang_tpla.transfer.room import NO_LIMITS, Limits, RoomState
 
 Address = tuple[str, int]
+AnyChunk = frames.Chunk | frames.Share
 ChunkId = tuple[int, int]  # part, sequence
+
+
+def chunk_id(chunk: AnyChunk) -> ChunkId:
+    """Names a chunk among those of its source."""
+    return chunk.part, chunk.sequence
 
 
 class Link(enum.Enum):
@@ -48,10 +55,10 @@ class PoolShape:
         """How many there are."""
         return len(self.row_format.layers)
 
-    def layers_of(self, first_layer: int, layers: int) -> range:
+    def layers_of(self, chunk: AnyChunk) -> range:
         """Layers of a chunk, by index in the pool."""
-        first = first_layer - self.first_layer
-        return range(first, first + layers)
+        first = chunk.first_layer - self.first_layer
+        return range(first, first + chunk.layers)
 
     def items(self, layer: int, part: Part) -> int:
         """Items of one part of a row of a layer (by index)."""
@@ -64,32 +71,36 @@ class PoolShape:
 
 @dataclass(eq=False)
 class Connection:
-    """One DEALER socket to one prefill rank, with an identity of its own. The sockets are `connections`'s."""
+    """One DEALER socket to one prefill rank, with an identity of its own, and its data channel."""
 
+    # connections.py writes these, on the I/O thread
     address: Address
     identity: bytes
     last_seen: float
     socket: Any = None
     monitor: Any = None
-    inbox: Any = None  # the data channel, while there is one
-    data_port: int = 0  # of the data channel that was offered last
-    dialled: float = 0.0  # when the data channel was
-    without_channel: float | None = None  # since when none has lasted until a chunk had come on it
-    channel_error: str = ""  # why the last one ended
     link: Link = Link.CONNECTING
-    reason: str = ""
+    lost_reason: str = ""
     agent: str = ""
     began: float = 0.0  # when the prefill agent did, by this process's clock
     limits: Limits = NO_LIMITS  # of the prefill rank
-    told_at: float = 0.0  # when it was last told which rooms wait here
     layers: tuple[int, int] = (0, 0)  # first layer and number of layers that the prefill rank holds
     unanswered: int = 0  # times that it broke before the prefill rank had ever answered
     broken_since: float | None = None  # monotonic; None while the connection holds
-    # what the prefill rank was told of rooms that have ended, and when: it is said again when the connection is back
-    said: deque[tuple[frames.Message, float]] = field(default_factory=lambda: deque(maxlen=1024))
-    arenas: dict[str, memoryview] = field(default_factory=dict)  # by agent: its own and the neighbours'
+    arenas: dict[str, memoryview] = field(default_factory=dict)  # by agent: its own and the colocated ranks'
     last_ping: float = 0.0
     pings: int = 0
+    # data_channels.py, on the I/O thread
+    reader: Any = None  # the data channel's, while there is one
+    data_port: int = 0  # of the data channel that was offered last
+    dialled: float = 0.0  # when the data channel was
+    last_chunk: float = 0.0  # when one last came
+    without_channel: float | None = None  # since when none has lasted until a chunk had come on it
+    channel_error: str = ""  # why the last one ended
+    # rooms.py, under the lock
+    told_at: float = 0.0  # when the prefill rank was last told which rooms wait here
+    # what it was told that no answer confirms, and when: it is said again when the connection is back
+    said: deque[tuple[frames.Message, float]] = field(default_factory=lambda: deque(maxlen=1024))
 
     @property
     def name(self) -> str:
@@ -101,22 +112,24 @@ class Connection:
 class Source:
     """One prefill rank's part in a room."""
 
+    # rooms.py writes these
     connection: Connection
     dummy: bool
     asked: bool = False
     share: tuple[int, int] = (0, 1)  # which of the prefill ranks with the same layers it is, and of how many
-    wanted_bytes: int = 0
-    granted_bytes: int = 0
-    received_bytes: int = 0
-    released_bytes: int = 0
     pending: set[ChunkId] = field(default_factory=set)
     applied: set[ChunkId] = field(default_factory=set)
     claims: dict[ChunkId, tuple[int, int, int, int]] = field(
         default_factory=dict
-    )  # each chunk's layers and tokens
+    )  # layers and tokens of chunks
     chunks: int | None = None
     tokens: int = 0
     metadata: bytes = b""
+    # credits.py
+    wanted_bytes: int = 0
+    granted_bytes: int = 0
+    received_bytes: int = 0
+    released_bytes: int = 0
 
     @property
     def outstanding_bytes(self) -> int:
@@ -133,7 +146,7 @@ class Source:
 
 @dataclass(eq=False)
 class Room:
-    """One generation of a room on a decode rank."""
+    """One generation of a room on a decode rank. Only rooms.py writes it."""
 
     room_id: int
     generation: int
@@ -159,18 +172,18 @@ class Room:
 
 @dataclass(eq=False)
 class StagedChunk:
-    """A chunk in staging, or in an arena that this rank reads."""
+    """A chunk in staging, or in shared memory that this rank reads."""
 
     room: Room
     source: Source
-    chunk: frames.Chunk | frames.Share
+    chunk: AnyChunk
     payload: memoryview
-    credit_bytes: int  # of staging that it holds; none in an arena
+    credit_bytes: int  # of staging that it holds; none in shared memory
 
 
 @dataclass(eq=False)
 class RetainedChunk:
-    """A payload in this rank's arena, for its neighbours."""
+    """A payload in this rank's shared segment, for the colocated ranks."""
 
     room: Room
     connection: Connection

@@ -149,7 +149,7 @@ class RowReader:
 
     def pieces(self, rectangle: Rectangle, spans: np.ndarray) -> Pieces:
         """The raw rows of a rectangle where they lie in the pool, in the payload's order; ``spans`` are its tokens'
-        slots (`runs.find_spans`).
+        slots (`iovec.find_spans`).
         """
         assert self._dense is not None
         first = rectangle.first_layer - self.pool.first_layer
@@ -300,7 +300,7 @@ class RowWriter:
     def pieces(self, layers: range, spans: np.ndarray, part: Part) -> Pieces | None:
         """Where a payload's bytes belong in the pool, in order; None where they are not long pieces of it.
 
-        ``spans`` are its tokens' slots (`runs.find_spans`).
+        ``spans`` are its tokens' slots (`iovec.find_spans`).
         """
         if self._rows is None or self._dense is None or part is not Part.FULL:
             return None

@@ -33,7 +33,7 @@ def host_identity() -> str:
         return f"{socket.gethostname()}/{secrets.token_hex(8)}"  # equal to no other: nothing is mapped
 
 
-class ArenaMemory:
+class SharedSegment:
     """This process's arena: ``data`` (uint8) behind a header page."""
 
     def __init__(self, agent: str, size_bytes: int) -> None:
@@ -66,11 +66,11 @@ class ArenaMemory:
 
 def make_arena(
     agent: str, size_bytes: int, reserved_bytes: int, logger: logging.Logger
-) -> ArenaMemory | None:
+) -> SharedSegment | None:
     """An arena whose first bytes are reserved, or None where the system has none to give: payloads travel inline."""
     arena = None
     try:
-        arena = ArenaMemory(agent, size_bytes)
+        arena = SharedSegment(agent, size_bytes)
         arena.reserve(0, reserved_bytes)
     except (OSError, AttributeError) as error:
         if arena is not None:

@@ -10,13 +10,14 @@ import zmq
 from zmq.utils.monitor import recv_monitor_message
 
 from sglang_tpla.transfer import messages as frames
+from sglang_tpla.transfer.network.control_socket import configure, endpoint, receive_parts
 from sglang_tpla.transfer.network.data_listener import DataListener
 from sglang_tpla.transfer.network.security import ZAP_ENDPOINT, Security
 from sglang_tpla.transfer.prefill.peers import Peers
 from sglang_tpla.transfer.prefill.rooms import Rooms
 from sglang_tpla.transfer.prefill.state import Outgoing
 from sglang_tpla.transfer.room import TransferError
-from sglang_tpla.transfer.workers import Workers, configure, endpoint, receive_parts
+from sglang_tpla.transfer.workers import Workers
 
 
 class Router:

@@ -13,9 +13,8 @@ import torch
 from sglang_tpla.transfer import messages as frames
 from sglang_tpla.transfer import workers as agent
 from sglang_tpla.transfer.decode import in_place
-from sglang_tpla.transfer.memory import copy as moving
+from sglang_tpla.transfer.memory import copy, native
 from sglang_tpla.transfer.memory import iovec as runs
-from sglang_tpla.transfer.memory import native
 from sglang_tpla.transfer.network import data_channel as channel
 from sglang_tpla.transfer.network.data_channel import PREAMBLE, SIZES
 from sglang_tpla.transfer.room import RoomState
@@ -159,7 +158,7 @@ def test_every_way_is_right_to_the_last_bit(way: str, monkeypatch: pytest.Monkey
     monkeypatch.setattr(agent, "SPARE_CORES", 1 if "by workers" in way else 1 << 20)
     checked_aside = []
     monkeypatch.setattr(
-        in_place, "check_pieces", lambda pieces: checked_aside.append(pieces) or moving.check_pieces(pieces)
+        in_place, "check_pieces", lambda pieces: checked_aside.append(pieces) or copy.check_pieces(pieces)
     )
     if way == "row by row":
         monkeypatch.setattr(runs, "MIN_RUN_BYTES", 1 << 20)
