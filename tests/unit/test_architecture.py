@@ -112,13 +112,11 @@ STATE = [
     "prefill.ended_rooms",
     "prefill.lanes",
 ]
-COMPOSED = ["decode"]  # and prefill, once it is
+AGENTS = ["decode", "prefill"]
 
 
 @pytest.mark.parametrize("module", STATE)
 def test_state_neither_waits_nor_sends(module: str) -> None:
-    if module.split(".")[0] not in COMPOSED:
-        pytest.skip("not composed yet")
     names = {name.split(".")[0] for name in imports()[f"sglang_tpla.transfer.{module}"]}
     assert names.isdisjoint(BLOCKING), names & BLOCKING
 
@@ -126,8 +124,7 @@ def test_state_neither_waits_nor_sends(module: str) -> None:
 def transfer_trees(folder: str = "") -> dict[Path, ast.Module]:
     """Files of transfer/, or of a folder in it."""
     paths = (PACKAGE / "transfer" / folder).rglob("*.py")
-    left_out = {"prefill"}.difference([folder, *COMPOSED])
-    return {path: ast.parse(path.read_text()) for path in paths if path.parent.name not in left_out}
+    return {path: ast.parse(path.read_text()) for path in paths}
 
 
 def test_no_class_of_transfer_inherits_from_another() -> None:
@@ -143,7 +140,7 @@ def test_no_class_of_transfer_inherits_from_another() -> None:
     assert len(behaving) > 30 and behaving.isdisjoint(bases), behaving & bases
 
 
-@pytest.mark.parametrize("folder", COMPOSED)
+@pytest.mark.parametrize("folder", AGENTS)
 def test_no_part_reaches_for_what_is_private_to_another(folder: str) -> None:
     reached = {
         ast.unparse(node)
@@ -156,7 +153,7 @@ def test_no_part_reaches_for_what_is_private_to_another(folder: str) -> None:
     assert not reached, reached
 
 
-@pytest.mark.parametrize("folder", COMPOSED)
+@pytest.mark.parametrize("folder", AGENTS)
 def test_each_attribute_of_the_state_is_written_by_one_module(folder: str) -> None:
     trees = transfer_trees(folder)
     state = trees[PACKAGE / "transfer" / folder / "state.py"]

@@ -105,7 +105,7 @@ class Lanes:
             return
         for lane in room.lanes:
             if lane.planned < len(lane.plan.rectangles):
-                lane.plan_more()
+                self._plan_more(lane)
                 self._queue(lane)
         for destination in room.destinations:
             self._announce(destination)
@@ -113,6 +113,16 @@ class Lanes:
                 destination.finish_sent = True
                 self._finish(destination)
         self._wake()
+
+    def _plan_more(self, lane: Lane) -> None:
+        """Queue the chunks that a lane's plan has grown by."""
+        for sequence in range(lane.planned, len(lane.plan.rectangles)):
+            lane.ahead[sequence % len(lane.ahead)].append(sequence)
+            for taker in lane.takers:
+                taker.due += 1
+            if lane.route is not Route.LOCAL:
+                lane.leader(sequence).wanted_bytes += lane.plan.size(sequence)
+        lane.planned = len(lane.plan.rectangles)
 
     def extend(self, room: Room, segment: Segment) -> None:
         """Rows are handed over."""
@@ -161,6 +171,10 @@ class Lanes:
 
     # What ranks say
 
+    def credit(self, destination: Destination, total_bytes: int) -> None:
+        """A rank takes so many bytes, in all."""
+        destination.credit_bytes = max(destination.credit_bytes, total_bytes)
+
     def confirm(self, destination: Destination) -> None:
         """A rank has everything, also what it has not acknowledged: that may have been lost with a connection."""
         for part, sequence in list(destination.unacked):
@@ -174,9 +188,7 @@ class Lanes:
                 self._has(lane, sequence, destination)
         destination.acked, destination.confirmed = destination.due, True
 
-    def receipt(
-        self, destination: Destination, message: frames.Ack | frames.Nack | frames.Stored, now: float
-    ) -> str:
+    def receipt(self, destination: Destination, message: frames.Ack | frames.Nack | frames.Stored) -> str:
         """What a rank says of one chunk: it has it, it also keeps it for others, or it came damaged.
 
         Returns:
@@ -197,7 +209,6 @@ class Lanes:
             self._has_read(lane, sequence, destination)
         else:
             destination.acked += 1
-            destination.room.progress = now
             self._has(lane, sequence, destination, stored)
         self.staging.reap()
         return ""
@@ -269,7 +280,7 @@ class Lanes:
         if old in self.ready:
             self.ready[new] = self.ready.pop(old)
         for destination in destinations:
-            destination.peer, destination.paused = new, True
+            destination.paused = True
             self._forget_kept(destination)
 
     def _forget_kept(self, leader: Destination) -> None:
@@ -279,7 +290,7 @@ class Lanes:
                 if relay is not None and relay.leader is leader:
                     lane.relays[sequence] = None
 
-    def resume(self, destination: Destination, message: frames.Resume, now: float) -> None:
+    def resume(self, destination: Destination, message: frames.Resume) -> None:
         """Send again what a rank has not got, now that its connection is back."""
         destination.paused = False
         bitmaps = dict(message.applied)
@@ -291,7 +302,6 @@ class Lanes:
             bits = bitmaps.get(part, b"")
             if sequence // 8 < len(bits) and bits[sequence // 8] >> (sequence % 8) & 1:
                 destination.acked += 1
-                destination.room.progress = now
                 self._has(lane, sequence, destination)
             else:
                 self._count_resent(destination)
@@ -390,6 +400,11 @@ class Lanes:
                 continue
             if job.slot.buffer.size or self._in_place(other, job.sequence):
                 self._deliver(job, other, takers)
+
+    def hand_over(self, slot: Slot, peer: Peer) -> None:
+        """A chunk goes to a rank's data channel, which reads it until `let_go`."""
+        slot.pending += 1
+        peer.queued += 1
 
     def let_go(self, slot: Slot, peer: Peer) -> None:
         """A data channel has taken a chunk, or has ended."""

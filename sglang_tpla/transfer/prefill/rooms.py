@@ -138,6 +138,7 @@ class Rooms:
                 request = requests[new.identity] = requests.pop(old.identity)
                 request.peer = new
                 if request.destination is not None:
+                    request.destination.peer = new
                     destinations.append(request.destination)
         self._lanes.take_over(old, new, destinations)
 
@@ -236,12 +237,12 @@ class Rooms:
             ended.abort_early(room_id, agent, generation, reason, now)
 
     def _take_progress(self, destination: Destination, message: Progress, now: float) -> None:
-        room, wrong = destination.room, ""
+        room, acked, wrong = destination.room, destination.acked, ""
         match message:
             case frames.Resume():
-                self._lanes.resume(destination, message, now)
+                self._lanes.resume(destination, message)
             case frames.Credit():
-                destination.credit_bytes = max(destination.credit_bytes, message.total_bytes)
+                self._lanes.credit(destination, message.total_bytes)
             case frames.Done():
                 if destination.finish_sent and all(lane.all_sent for lane in destination.lanes):
                     room.progress = now
@@ -250,7 +251,9 @@ class Rooms:
                 else:
                     wrong = f"{destination.peer.name} confirmed chunks that were not sent"
             case _:
-                wrong = self._lanes.receipt(destination, message, now)
+                wrong = self._lanes.receipt(destination, message)
+        if destination.acked > acked:
+            room.progress = now
         if wrong:
             self.fail(room, wrong, now)
         self._wake()

@@ -131,8 +131,7 @@ class Sender:
                 tokens=rectangle.tokens,
                 checksum=digest or bytes(frames.CHECKSUM_BYTES),
             )
-            job.slot.pending += 1
-            taker.peer.queued += 1
+            self._lanes.hand_over(job.slot, taker.peer)
             self._count_bytes(lane.room, rectangle.payload_bytes, shared=False)
             self._workers.io.post(self._send_chunk, taker.peer, job, lane, message, pieces, digest)
 

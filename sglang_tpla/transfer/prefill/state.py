@@ -220,16 +220,6 @@ class Lane:
         """The rank a chunk travels to."""
         return self.takers[sequence % len(self.takers)]
 
-    def plan_more(self) -> None:
-        """Queue the chunks that the plan has grown by."""
-        for sequence in range(self.planned, len(self.plan.rectangles)):
-            self.ahead[sequence % len(self.ahead)].append(sequence)
-            for taker in self.takers:
-                taker.due += 1
-            if self.route is not Route.LOCAL:
-                self.leader(sequence).wanted_bytes += self.plan.size(sequence)
-        self.planned = len(self.plan.rectangles)
-
     @property
     def all_sent(self) -> bool:
         """True when every planned chunk was sent at least once."""
