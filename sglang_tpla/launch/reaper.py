@@ -11,7 +11,7 @@ removed. SGLang leaves a segment behind at each start, under a name that only it
 at their mappings.
 
 Signals meant for the supervisor do not reach this process: it leads its own session and ignores them.
-Standard library only; Linux.
+Linux.
 """
 
 from __future__ import annotations
@@ -25,47 +25,26 @@ import signal
 import stat
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
+
+import psutil
 
 TERM_GRACE_S = 5.0
 ORPHAN_GRACE_S = 1.0
 LOOK_EVERY_S = 1.0
 POLL_S = 0.05
 SHARED_MEMORY = Path("/dev/shm")
-GONE = (FileNotFoundError, ProcessLookupError, PermissionError)
+GONE = (FileNotFoundError, ProcessLookupError, PermissionError, psutil.Error)
+ENDED = (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)  # these only wait for their parent
 
 
-def numbered_processes() -> Iterator[tuple[int, Path]]:
-    """Every process of this machine with its folder."""
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            yield int(entry.name), entry
-
-
-def session_of(process: Path) -> int | None:
-    """The session of a process that lives; zombies only wait for their parent."""
-    with contextlib.suppress(*GONE):
-        # pid (name) state ppid pgrp session ...; the name may hold spaces and brackets.
-        state, _, _, session = (process / "stat").read_text().rpartition(")")[2].split()[:4]
-        if state not in "ZX":
-            return int(session)
-    return None
-
-
-def mentions(process: Path, folders: Iterable[str]) -> bool:
-    """Whether a process was started with one of the folders for its temporary files."""
-    with contextlib.suppress(*GONE):
-        variables = (process / "environ").read_bytes().split(b"\0")
-        return any(b"TMPDIR=" + os.fsencode(folder) in variables for folder in folders)
-    return False
-
-
-def held_segments(process: Path) -> set[int]:
+def held_segments(pid: int) -> set[int]:
     """Index nodes of the shared memory that a process has mapped or is about to map.
 
     Not names: a semaphore is mapped under a first name and linked to its own afterwards.
     """
+    process = Path("/proc") / str(pid)
     device = SHARED_MEMORY.stat().st_dev
     held: set[int] = set()
     with contextlib.suppress(*GONE):
@@ -76,6 +55,13 @@ def held_segments(process: Path) -> set[int]:
                 if status.st_dev == device and stat.S_ISREG(status.st_mode):
                     held.add(status.st_ino)
     return held
+
+
+def leads_session(pid: int) -> bool:
+    """Whether the process leads a session."""
+    with contextlib.suppress(*GONE):
+        return os.getsid(pid) == pid
+    return False
 
 
 def send(pids: Iterable[int], number: signal.Signals) -> None:
@@ -122,17 +108,23 @@ class Reaper:
     def living(self) -> list[int]:
         """Processes of the deployment, this one excepted."""
         return [
-            pid
-            for pid, process in numbered_processes()
-            if pid != os.getpid()
-            and (session := session_of(process)) is not None
-            and (session in self.sessions or mentions(process, self.folders))
+            process.pid
+            for process in psutil.process_iter()
+            if process.pid != os.getpid() and self._owns(process)
         ]
+
+    def _owns(self, process: psutil.Process) -> bool:
+        """Whether a process lives in one of the sessions, or was started with one of the temporary folders."""
+        with contextlib.suppress(*GONE):
+            return process.status() not in ENDED and (
+                os.getsid(process.pid) in self.sessions or process.environ().get("TMPDIR") in self.folders
+            )
+        return False
 
     def look(self) -> None:
         """Remember the shared memory that the processes hold."""
         for pid in self.living():
-            self.held |= held_segments(Path("/proc") / str(pid)) - self.foreign
+            self.held |= held_segments(pid) - self.foreign
 
     def segments(self) -> list[Path]:
         """What of the deployment's shared memory is there."""
@@ -160,7 +152,7 @@ class Reaper:
         living = self.living()
         send(living, signal.SIGSTOP)
         self.look()
-        leaders = [pid for pid in living if session_of(Path("/proc") / str(pid)) == pid]
+        leaders = [pid for pid in living if leads_session(pid)]
         send(leaders if number == signal.SIGTERM else living, number)
         send(living, signal.SIGCONT)
 
@@ -169,7 +161,7 @@ class Reaper:
         self.frozen_look(signal.SIGTERM)
         deadline = time.monotonic() + grace_s
         while living := self.living():
-            if not any(session_of(Path("/proc") / str(pid)) == pid for pid in living):
+            if not any(leads_session(pid) for pid in living):
                 # Without its leader a session has little to tidy up.
                 deadline = min(deadline, time.monotonic() + ORPHAN_GRACE_S)
             if time.monotonic() >= deadline:

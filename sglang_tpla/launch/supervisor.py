@@ -23,10 +23,11 @@ from types import FrameType, TracebackType
 from typing import Any
 
 import httpx
+import psutil
 from rich.console import Console
 
 from sglang_tpla.errors import SglangTplaError
-from sglang_tpla.launch.reaper import GONE, numbered_processes, segments
+from sglang_tpla.launch.reaper import GONE, segments
 from sglang_tpla.launch.roles import Process
 
 PR_SET_PDEATHSIG = 1
@@ -285,11 +286,10 @@ class Supervisor:
     def _bury(self) -> None:
         """Collect the exit codes of grandchildren that outlived their parents: not every init does."""
         sessions = {child.pid for child in self.children.values()}
-        for pid, process in numbered_processes():
+        for process in psutil.Process().children():
             with contextlib.suppress(*GONE, ChildProcessError):
-                _, parent, _, session = (process / "stat").read_text().rpartition(")")[2].split()[:4]
-                if int(parent) == os.getpid() and int(session) in sessions:
-                    os.waitpid(pid, 0)
+                if os.getsid(process.pid) in sessions:
+                    os.waitpid(process.pid, 0)
         _prctl(PR_SET_CHILD_SUBREAPER, 0)
 
 

@@ -49,6 +49,8 @@ class Connections:
     ) -> None:
         self.table: dict[Address, Connection] = {}
         self._workers, self._receiver, self._security = workers, receiver, security
+        self._io, self._lock, self._log = workers.io, workers.lock, workers.log
+        self._settings, self._rank = workers.settings, workers.rank
         self._hello, self._limits, self._projection, self._device = hello, limits, projection, device
         self._on_peer_lost = on_peer_lost
         self._maps: dict[
@@ -64,34 +66,34 @@ class Connections:
         """The connection to an address; a new one where there is none that can be used. Under the lock."""
         connection = self.table.get(address)
         if connection is not None and connection.link is Link.REFUSED:
-            if self._workers.io.now() - connection.last_seen <= self._workers.settings.peer_timeout_s:
+            if self._io.now() - connection.last_seen <= self._settings.peer_timeout_s:
                 return connection
             connection = None  # the server there may have changed: ask again
         if connection is None or connection.link is Link.LOST:
             self._security.check(address[0], "connecting to")
-            connection = Connection(address, uuid.uuid4().bytes, self._workers.io.now())
+            connection = Connection(address, uuid.uuid4().bytes, self._io.now())
             self.table[address] = connection
-            self._workers.io.post(self._dial, connection)
+            self._io.post(self._dial, connection)
         return connection
 
     def _dial(self, connection: Connection) -> None:
         if self._workers.closing:
             return
-        dealer = self._workers.io.context.socket(zmq.DEALER)
-        configure(dealer, self._workers.settings, frames.MAX_METADATA_BYTES + frames.MAX_HEADER_BYTES)
+        dealer = self._io.context.socket(zmq.DEALER)
+        configure(dealer, self._settings, frames.MAX_METADATA_BYTES + frames.MAX_HEADER_BYTES)
         dealer.setsockopt(zmq.IDENTITY, connection.identity)
         dealer.setsockopt(zmq.IPV6, int(":" in connection.address[0]))
         self._security.apply_client(dealer)
         connection.socket = dealer
         connection.monitor = dealer.get_monitor_socket(zmq.EVENT_DISCONNECTED)
-        self._workers.io.add(connection.monitor, lambda monitor: self._disconnected(connection, monitor))
-        self._workers.io.add(dealer, lambda _: self.receive(connection))
+        self._io.add(connection.monitor, lambda monitor: self._disconnected(connection, monitor))
+        self._io.add(dealer, lambda _: self.receive(connection))
         try:
             dealer.connect(endpoint(*connection.address))
         except zmq.ZMQError as error:
             self.give_up(connection, f"the {connection.name} cannot be connected to: {error}")
             return
-        connection.last_seen = self._workers.io.now()
+        connection.last_seen = self._io.now()
         self._send_now(connection, self._hello, None)
 
     def _disconnected(self, connection: Connection, monitor: zmq.Socket) -> None:
@@ -110,34 +112,29 @@ class Connections:
                 "both sides have keys that go together (--tpla-keys) or both have none",
             )
             return
-        with self._workers.lock:
+        with self._lock:
             connection.link = Link.CONNECTING
             first = connection.broken_since is None
             if first:
-                connection.broken_since = self._workers.io.now()
+                connection.broken_since = self._io.now()
         self._hang_up(connection)  # the next tick dials anew, under another identity
         if first:
-            self._workers.log.warning(
-                "decode rank %d: the %s broke the connection", self._workers.rank, connection.name
-            )
+            self._log.warning("decode rank %d: the %s broke the connection", self._rank, connection.name)
             self._tell_lost(connection)  # it may be back at another address
 
     def give_up(self, connection: Connection, reason: str, link: Link = Link.LOST) -> None:
         """End a connection; its rooms fail. I/O thread only."""
-        with self._workers.lock:
+        with self._lock:
             if connection.link in (Link.LOST, Link.REFUSED):
                 return
-            connection.link, connection.lost_reason, connection.last_seen = (
-                link,
-                reason,
-                self._workers.io.now(),
-            )
+            connection.link, connection.lost_reason = link, reason
+            connection.last_seen = self._io.now()
             self._workers.counts["refused" if link is Link.REFUSED else "peers_lost"] += 1
             if link is Link.LOST and self.table.get(connection.address) is connection:
                 del self.table[connection.address]
             connection.arenas.clear()
             self._forget_maps()
-        self._workers.log.warning("decode rank %d: %s", self._workers.rank, reason)
+        self._log.warning("decode rank %d: %s", self._rank, reason)
         self._hang_up(connection)
         self._receiver.lost(connection, reason)
         if link is Link.LOST and connection.broken_since is None:
@@ -160,9 +157,9 @@ class Connections:
         if dealer is not None:
             if connection.monitor is not None:
                 dealer.disable_monitor()
-                self._workers.io.remove(connection.monitor)
+                self._io.remove(connection.monitor)
                 connection.monitor = None
-            self._workers.io.remove(dealer, linger_ms)
+            self._io.remove(dealer, linger_ms)
 
     # Messages in (I/O thread)
 
@@ -193,14 +190,11 @@ class Connections:
 
     def take(self, connection: Connection, message: frames.Message, payload: memoryview | None) -> None:
         """Take one message, or a chunk that has come into staging."""
-        connection.last_seen = self._workers.io.now()
+        connection.last_seen = self._io.now()
         try:
             self._handle(connection, message, payload)
         except Exception as error:
-            self._workers.handler_failed(
-                f"message {type(message).__name__} from the {connection.name}", error
-            )
-            self._receiver.failed(connection, getattr(message, "room", -1), message, error)
+            self._workers.handler_failed(f"{type(message).__name__} from the {connection.name}", error)
 
     def _handle(self, connection: Connection, message: frames.Message, payload: memoryview | None) -> None:
         match message:
@@ -231,7 +225,7 @@ class Connections:
         if connection.agent not in ("", message.agent):
             self._receiver.lost(connection, f"the {connection.name} restarted; the request can be retried")
         # what came before it began it knows nothing of; an answer that was long on its way makes it look younger
-        began = self._workers.io.now() - message.age_ms / 1000 - WELCOME_DELAY_S
+        began = self._io.now() - message.age_ms / 1000 - WELCOME_DELAY_S
         connection.began = min(connection.began, began) if connection.agent == message.agent else began
         connection.limits = Limits(message.context_tokens, message.pool_tokens)
         connection.agent = message.agent
@@ -252,7 +246,7 @@ class Connections:
                 self._send_now(connection, frames.ProjectionLayer(key, index, digest), data)
 
     def _registered(self, connection: Connection) -> None:
-        with self._workers.lock:
+        with self._lock:
             connection.link = Link.REGISTERED
             resumed, connection.broken_since = connection.broken_since is not None, None
         self._receiver.registered(connection, resumed)
@@ -280,9 +274,7 @@ class Connections:
                 with torch.cuda.device(self._device):
                     pin(data)
             except RuntimeError as error:
-                self._workers.log.warning(
-                    "decode rank %d copies each chunk once more: %s", self._workers.rank, error
-                )
+                self._log.warning("decode rank %d copies each chunk once more: %s", self._rank, error)
             else:
                 # the array dies with its last view, and before the mapping that it holds
                 weakref.finalize(data, unpin, data.ctypes.data).atexit = False
@@ -299,9 +291,9 @@ class Connections:
 
     def expire(self, now: float) -> None:
         """Dial anew, ping, and give up whoever shows no sign of life."""
-        with self._workers.lock:
+        with self._lock:
             connections = list(self.table.values())
-        limit = self._workers.settings.peer_timeout_s
+        limit = self._settings.peer_timeout_s
         for connection in connections:
             if connection.link in (Link.REFUSED, Link.LOST):
                 continue
@@ -322,7 +314,7 @@ class Connections:
                 did = "answer" if connection.link is Link.CONNECTING else "show a sign of life"
                 self.give_up(connection, f"the {connection.name} did not {did} for {limit:g} s")
                 continue
-            due = now - connection.last_ping >= self._workers.settings.heartbeat_s
+            due = now - connection.last_ping >= self._settings.heartbeat_s
             if due and connection.link is Link.REGISTERED:
                 connection.last_ping = now
                 connection.pings += 1
@@ -330,7 +322,7 @@ class Connections:
 
     def put(self, connection: Connection, message: frames.Message) -> None:
         """Queue a message; any thread."""
-        self._workers.io.post(self._send_now, connection, message, None)
+        self._io.post(self._send_now, connection, message, None)
 
     def _send_now(self, connection: Connection, message: frames.Message, payload: bytes | None) -> None:
         if connection.socket is None:
@@ -343,9 +335,9 @@ class Connections:
 
     def say_goodbye(self) -> None:
         """Tell every prefill rank that this one closes."""
-        with self._workers.lock:
+        with self._lock:
             connections = list(self.table.values())
         for connection in connections:
             if connection.socket is not None:
-                self._send_now(connection, frames.Goodbye(f"decode rank {self._workers.rank} closes"), None)
+                self._send_now(connection, frames.Goodbye(f"decode rank {self._rank} closes"), None)
                 self._hang_up(connection, linger_ms=100)

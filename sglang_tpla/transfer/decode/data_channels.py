@@ -46,6 +46,7 @@ class DataChannels:
         self, workers: Workers, receiver: Receiver, control: Control, encrypted: bool, buffers: BufferPool
     ) -> None:
         self._workers, self._receiver, self._control = workers, receiver, control
+        self._io, self._patience_s = workers.io, workers.settings.peer_timeout_s
         self._encrypted, self._buffers = encrypted, buffers
 
     def dial(self, connection: Connection, came: zmq.Frame, data: frames.DataChannel) -> None:
@@ -57,33 +58,33 @@ class DataChannels:
             return
         host = str(came.get("Peer-Address"))
         self.end(connection)
-        stream = self._workers.io.tcp_socket(host)
-        set_up(stream, self._workers.settings.peer_timeout_s)
+        stream = self._io.tcp_socket(host)
+        set_up(stream, self._patience_s)
         seal = None if data.key is None else Seal(data.key)
         announce = partial(self._announced, connection)
         reader = connection.reader = ChunkReader(
             stream, data.cookie, self._workers.chunk_bytes, self._buffers, announce, seal
         )
-        connection.data_port, connection.dialled = data.port, self._workers.io.now()
+        connection.data_port, connection.dialled = data.port, self._io.now()
         error = stream.connect_ex((host, data.port))
-        self._workers.io.add_stream(stream, lambda: self._receive(connection, reader))
+        self._io.add_stream(stream, lambda: self._receive(connection, reader))
         if error not in (0, errno.EINPROGRESS):
             # a Welcome is being read: what comes after it has to wait
-            self._workers.io.post(self._lose, connection, reader, ChannelError(os.strerror(error)))
+            self._io.post(self._lose, connection, reader, ChannelError(os.strerror(error)))
             return
-        self._workers.io.watch(stream, writable=True)
+        self._io.watch(stream, writable=True)
 
     def _receive(self, connection: Connection, reader: ChunkReader) -> None:
         try:
             if not reader.greeted:
                 if reader.greet():
-                    self._workers.io.watch(reader.stream, writable=False)
+                    self._io.watch(reader.stream, writable=False)
                 return
             for chunk, payload, checksum in reader.receive(DATA_TURN_BYTES):
                 connection.without_channel = None
                 whole = msgspec.structs.replace(chunk, checksum=checksum)
                 if isinstance(payload, InPlaceChunk):
-                    connection.last_chunk = self._workers.io.now()
+                    connection.last_chunk = self._io.now()
                     payload.chunk = whole
                     self._receiver.received(payload)
                 elif isinstance(payload, memoryview):
@@ -115,12 +116,12 @@ class DataChannels:
             self._control.receive(connection)  # what was said last: a Goodbye, perhaps
         if connection.reader is not reader:
             return
-        now = self._workers.io.now()
+        now = self._io.now()
         stood = reader.greeted
         self.end(connection)
         text = "decode rank %d: no data channel to the %s: %s"
         self._workers.log.warning(text, self._workers.rank, connection.name, error)
-        if stood and now - connection.dialled > self._workers.settings.peer_timeout_s:
+        if stood and now - connection.dialled > self._patience_s:
             connection.without_channel = now  # what was before is another matter
         connection.channel_error = str(error)
         self.seek(connection, stood)
@@ -131,11 +132,11 @@ class DataChannels:
         """
         if connection.reader is not None:
             return
-        now = self._workers.io.now()
+        now = self._io.now()
         if connection.without_channel is None:
             connection.without_channel = now
         starved = self._receiver.starved(connection)
-        if now - connection.without_channel <= self._workers.settings.peer_timeout_s:
+        if now - connection.without_channel <= self._patience_s:
             if lost or starved:
                 self._control.broken(connection)
             return
@@ -145,13 +146,13 @@ class DataChannels:
             self._receiver.fail(
                 room,
                 f"rows cannot be fetched from the {connection.name}: its data channel, port {connection.data_port}, "
-                f"failed for {self._workers.settings.peer_timeout_s:g} s ({connection.channel_error}); let decode "
+                f"failed for {self._patience_s:g} s ({connection.channel_error}); let decode "
                 "servers reach the transfer port and the one after it",
             )
 
     def expire(self, connection: Connection, now: float) -> None:
         """Give a dial up that nobody answers: whoever drops it says nothing."""
-        reader, patience = connection.reader, self._workers.settings.peer_timeout_s / DIALS
+        reader, patience = connection.reader, self._patience_s / DIALS
         if reader is not None and not reader.greeted and now - connection.dialled > patience:
             self._lose(connection, reader, ChannelError(f"no answer for {patience:g} s"))
 
@@ -159,7 +160,7 @@ class DataChannels:
         """Close a connection's channel, if it has one."""
         reader, connection.reader = connection.reader, None
         if reader is not None:
-            self._workers.io.remove_stream(reader.stream)
+            self._io.remove_stream(reader.stream)
             reader.close()
             if isinstance(reader.in_place, InPlaceChunk):
                 self._receiver.abandoned(reader.in_place)

@@ -37,6 +37,8 @@ from sglang_tpla.transfer.network.data_channel import BufferPool
 from sglang_tpla.transfer.room import CachePool, MetadataRows
 from sglang_tpla.transfer.workers import Workers, seconds_since
 
+RoomMessage = frames.Chunk | frames.Share | frames.Want | frames.Finish | frames.Abort
+
 
 class Receiver:
     """Takes chunks, writes them and completes rooms. Events are for the I/O thread, `fail` and `turn` for any thread; a
@@ -59,6 +61,8 @@ class Receiver:
         put: Callable[[Connection, frames.Message], None],
     ) -> None:
         self._workers, self._rooms, self._put, self._buffers = workers, rooms, put, buffers
+        self._io, self._counts = workers.io, workers.counts
+        self._lock, self._work = workers.lock, workers.work
         self._metadata, self._slots = metadata, slots
         self._writer = RowWriter(pool)
         self._arrivals: deque[StagedChunk | InPlaceChunk] = deque()
@@ -66,14 +70,14 @@ class Receiver:
     @contextmanager
     def turn(self) -> Iterator[float]:
         """Hold the agent's lock while rooms change, and send what they have to say; gives the time."""
-        with self._workers.work:
+        with self._work:
             try:
-                yield self._workers.io.now()
+                yield self._io.now()
             finally:
                 while self._rooms.out:
                     self._put(*self._rooms.out.popleft())
                 if self._rooms.finishing:
-                    self._workers.work.notify()
+                    self._work.notify()
 
     def fail(self, room: Room, reason: str) -> None:
         """Fail a room, without the agent's lock while a write ends."""
@@ -91,28 +95,21 @@ class Receiver:
 
     def lost(self, connection: Connection, reason: str) -> None:
         """A connection, or the process behind it, is gone for good: its rooms fail."""
-        with self._workers.lock:
+        with self._lock:
             rooms = self._rooms.of(connection)
         for room in rooms:
             self.fail(room, reason)
         with self.turn():
             self._rooms.forget(connection)
 
-    def failed(self, connection: Connection, room_id: int, message: frames.Message, error: Exception) -> None:
-        """An exception while a message about a room was handled."""
-        with self._workers.lock:
-            room = self._rooms.table.get(room_id)
-        if room is not None and connection.address in room.sources:
-            self.fail(room, f"internal error on {type(message).__name__}: {error!r}")
-
     def uses(self, connection: Connection) -> bool:
         """True if what is lost with a connection will be missed."""
-        with self._workers.lock:
+        with self._lock:
             return self._rooms.uses(connection)
 
     def starved(self, connection: Connection) -> list[Room]:
         """Rooms that want rows that have not come over a connection."""
-        with self._workers.lock:
+        with self._lock:
             return self._rooms.starved(connection)
 
     def message(self, connection: Connection, message: frames.Message, payload: memoryview | None) -> None:
@@ -121,35 +118,36 @@ class Receiver:
             with self.turn():
                 self._rooms.release(connection, message.offsets)
             return
-        if not isinstance(message, frames.Chunk | frames.Share | frames.Want | frames.Finish | frames.Abort):
+        if not isinstance(message, RoomMessage):
             name = type(message).__name__
             self._workers.drop("malformed_dropped", f"{name} is not for a decode rank ({connection.name})")
             return
-        with self._workers.lock:
+        with self._lock:
             found = self._rooms.live(connection, message.room, message.generation)
             if found is None:
-                self._workers.counts["late_dropped"] += 1
+                self._counts["late_dropped"] += 1
                 return
         room, source = found
-        match message:
-            case frames.Abort():
-                if not source.dummy:
-                    self.fail(room, f"{connection.name}: {message.reason}")
-            case frames.Want():
-                with self.turn():
-                    self._rooms.want(room, source, message.total_bytes)
-            case frames.Finish() if payload is not None:
-                self._take_finish(room, source, message, bytes(payload))
-            case frames.Chunk() if payload is not None:
-                self._take_chunk(room, source, message, payload, payload.nbytes)
-            case frames.Share():
-                arena = connection.arenas.get(message.agent)
-                end = message.offset + message.size_bytes
-                if arena is None or end > arena.nbytes:
-                    self._workers.counts["checksum_failures"] += 1
-                    self._put(connection, nack(message))
-                else:
-                    self._take_chunk(room, source, message, arena[message.offset : end], 0)
+        with self._failing(room, f"on {type(message).__name__}"):
+            match message:
+                case frames.Abort():
+                    if not source.dummy:
+                        self.fail(room, f"{connection.name}: {message.reason}")
+                case frames.Want():
+                    with self.turn():
+                        self._rooms.want(room, source, message.total_bytes)
+                case frames.Finish() if payload is not None:
+                    self._take_finish(room, source, message, bytes(payload))
+                case frames.Chunk() if payload is not None:
+                    self._take_chunk(room, source, message, payload, payload.nbytes)
+                case frames.Share():
+                    arena = connection.arenas.get(message.agent)
+                    end = message.offset + message.size_bytes
+                    if arena is None or end > arena.nbytes:
+                        self._counts["checksum_failures"] += 1
+                        self._put(connection, nack(message))
+                    else:
+                        self._take_chunk(room, source, message, arena[message.offset : end], 0)
 
     def _take_finish(self, room: Room, source: Source, message: frames.Finish, metadata: bytes) -> None:
         with self.turn() as now:
@@ -162,7 +160,7 @@ class Receiver:
     ) -> None:
         with self.turn() as now:
             if room.state.ended:
-                self._workers.counts["late_dropped"] += 1
+                self._counts["late_dropped"] += 1
                 return
             if chunk_id(chunk) in source.applied or chunk_id(chunk) in source.pending:
                 self._rooms.replay(room, source, chunk, credit_bytes)
@@ -172,16 +170,16 @@ class Receiver:
                 self._rooms.begin(source, chunk, credit_bytes)
                 self._rooms.came(room, payload.nbytes, now, shared=not credit_bytes)
                 self._arrivals.append(StagedChunk(room, source, chunk, payload, credit_bytes))
-                self._workers.work.notify()
+                self._work.notify()
                 return
-            self._workers.counts["malformed_dropped"] += 1
+            self._counts["malformed_dropped"] += 1
         self.fail(room, f"{source.connection.name} sent chunk {chunk.sequence} {wrong}")
 
     def place(self, connection: Connection, chunk: frames.Chunk, size_bytes: int) -> InPlaceChunk | None:
         """The place in the pool of a chunk that begins to come; None for staging: something is wrong with it, it came
         before, or the colocated ranks need its payload.
         """
-        with self._workers.lock:
+        with self._lock:
             found = self._rooms.live(connection, chunk.room, chunk.generation)
             if found is None or chunk.relay:
                 return None
@@ -200,19 +198,19 @@ class Receiver:
 
     def received(self, chunk: InPlaceChunk) -> None:
         """A chunk has come whole to its place; what came after its room had ended is nowhere."""
-        with self._workers.work:
+        with self._work:
             if not chunk.room.state.ended:
-                self._rooms.came(chunk.room, chunk.size_bytes, self._workers.io.now())
+                self._rooms.came(chunk.room, chunk.size_bytes, self._io.now())
             if chunk.aside:
                 self._arrivals.append(chunk)
-                self._workers.work.notify()
+                self._work.notify()
                 return
         with self._failing(chunk.room):
             self._written(chunk, chunk.digest())
 
     def abandoned(self, chunk: InPlaceChunk) -> None:
         """The rest of a chunk will not come."""
-        with self._workers.lock:
+        with self._lock:
             self._rooms.abandon(chunk.source, chunk.chunk, chunk.size_bytes)
 
     # Work (worker threads)
@@ -224,13 +222,13 @@ class Receiver:
         return partial(self._complete, self._rooms.finishing.popleft()) if self._rooms.finishing else None
 
     @contextmanager
-    def _failing(self, room: Room) -> Iterator[None]:
+    def _failing(self, room: Room, doing: str = "while writing") -> Iterator[None]:
         """What goes wrong in here fails the room, and is reported."""
         try:
             yield
         except Exception as error:
-            self._workers.handler_failed(f"write of room {room.room_id}", error)
-            self.fail(room, f"internal error while writing: {error!r}")
+            self._workers.handler_failed(f"room {room.room_id}, {doing},", error)
+            self.fail(room, f"internal error {doing}: {error!r}")
 
     def _write(self, chunk: StagedChunk | InPlaceChunk) -> None:
         """Write a staged chunk into the pool, unless its room has ended, and have it checked; one that has come to its
@@ -277,18 +275,18 @@ class Receiver:
         """Copy a payload into the shared segment for the colocated ranks; None if there is no place for it."""
         if self._slots is None:
             return None
-        with self._workers.lock:
+        with self._lock:
             slot = self._slots.take()
         if slot is None:
             return None
         size = chunk.payload.nbytes
         slot.buffer[:size] = np.frombuffer(chunk.payload, dtype=np.uint8)
-        return RetainedChunk(chunk.room, chunk.source.connection, slot, size, self._workers.io.now())
+        return RetainedChunk(chunk.room, chunk.source.connection, slot, size, self._io.now())
 
     def _complete(self, room: Room) -> None:
         """Write the metadata row and succeed, once every source is complete and the chunks are the request."""
         with self._failing(room):
-            with self._workers.lock:
+            with self._lock:
                 if room.state.ended or not all(source.complete for source in room.sources.values()):
                     return
             assert room.coverage is not None

@@ -30,6 +30,21 @@ def until_in_flight(server: Server, more_rooms_than: int = 0) -> None:
     raise AssertionError(f"nothing moved on {server.name}: {idle(server)}")
 
 
+def until_running(server: Server) -> None:
+    """Until the server decodes a request."""
+    deadline = time.monotonic() + 120
+    while not idle(server)["running_batch"]:
+        assert time.monotonic() < deadline, idle(server)
+
+
+def until_answered(load: Load, requests: int) -> None:
+    """Until the load beside has had that many right answers from the plain decode server."""
+    deadline = time.monotonic() + 120
+    while load.right["single"] < requests:
+        assert time.monotonic() < deadline, load.failures
+        time.sleep(0.05)
+
+
 def failed(call: concurrent.futures.Future[Answer]) -> str:
     """Why the request failed; it must have."""
     answer = call.result(FAIL_WITHIN_S)
@@ -50,17 +65,14 @@ def test_decode_killed_at_every_stage_under_load(faulty: Faulty) -> None:
         Load([faulty.side], PROMPTS, faulty.expected, TOKENS) as load,
     ):
         calls = [pool.submit(route.ask, PROMPTS[0], 1500, stream=True)]
-        while not idle(faulty.decode)["running_batch"]:
-            pass
+        until_running(faulty.decode)
         with faulty.network("throttle"):
             calls.append(pool.submit(route.ask, LONG[0], TOKENS))
             until_in_flight(faulty.decode)
             with stopped(*faulty.decode.schedulers()):
                 calls.append(pool.submit(route.ask, PROMPTS[2], TOKENS))
-                while (
-                    counters(faulty.prefill)["rooms"] < 3
-                ):  # this one, the one in mid-chunk, one of the load
-                    pass
+                # Prefill takes requests in their order: it has this one when two later ones were answered.
+                until_answered(load, load.right["single"] + 2)
                 faulty.decode.kill()
         for call in calls:
             failed(call)
