@@ -49,20 +49,10 @@ class Lanes:
     """
 
     def __init__(
-        self,
-        pool: CachePool,
-        staging: Staging,
-        peers: Mapping[bytes, Peer],
-        out: Outgoing,
-        counts: Counter[str],
-        *,
-        agent: str,
-        host: str,
-        chunk_bytes: int,
-        makers: int,
-        has_channel: Callable[[bytes], bool],
-        wake: Callable[[], None],
-    ) -> None:
+        self, pool: CachePool, staging: Staging, peers: Mapping[bytes, Peer], out: Outgoing, counts: Counter[str], *,
+        agent: str, host: str, chunk_bytes: int, makers: int,
+        has_channel: Callable[[bytes], bool], wake: Callable[[], None],
+    ) -> None:  # fmt: skip
         self.staging = staging
         self._pool, self._peers, self._out, self._counts = pool, peers, out, counts
         self._agent, self._host, self._chunk_bytes = agent, host, chunk_bytes

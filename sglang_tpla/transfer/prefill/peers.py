@@ -33,21 +33,10 @@ class Peers:
     """
 
     def __init__(
-        self,
-        table: dict[bytes, Peer],
-        rooms: Rooms,
-        workers: Workers,
-        listener: DataListener,
-        out: Outgoing,
-        pool: CachePool,
-        metadata: MetadataRows,
-        *,
-        name: str,
-        model_hash: str,
-        host: str,
-        limits: Limits,
-        arena: frames.Arena | None,
-    ) -> None:
+        self, table: dict[bytes, Peer], rooms: Rooms, workers: Workers, listener: DataListener, out: Outgoing,
+        pool: CachePool, metadata: MetadataRows, *,
+        name: str, model_hash: str, host: str, limits: Limits, arena: frames.Arena | None,
+    ) -> None:  # fmt: skip
         self.table, self._rooms, self._workers, self._listener, self._out = (
             table,
             rooms,

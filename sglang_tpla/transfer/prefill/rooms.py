@@ -34,17 +34,9 @@ class Rooms:
     """
 
     def __init__(
-        self,
-        settings: Settings,
-        lanes: Lanes,
-        peers: Mapping[bytes, Peer],
-        out: Outgoing,
-        counts: Counter[str],
-        *,
-        drop: Callable[[str, str], None],
-        wake: Callable[[], None],
-        ended: Callable[[Room], None],
-    ) -> None:
+        self, settings: Settings, lanes: Lanes, peers: Mapping[bytes, Peer], out: Outgoing, counts: Counter[str], *,
+        drop: Callable[[str, str], None], wake: Callable[[], None], ended: Callable[[Room], None],
+    ) -> None:  # fmt: skip
         self.table: dict[int, Room] = {}
         self.early_requests: dict[int, dict[bytes, RoomRequest]] = {}  # for rooms that are not open
         self._ended_rooms = EndedRooms()

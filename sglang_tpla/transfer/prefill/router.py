@@ -32,14 +32,9 @@ class Router:
     """
 
     def __init__(
-        self,
-        workers: Workers,
-        security: Security,
-        out: Outgoing,
-        bind_host: str,
-        bind_port: int,
-        advertised_port: int,
-    ) -> None:
+        self, workers: Workers, security: Security, out: Outgoing,
+        bind_host: str, bind_port: int, advertised_port: int,
+    ) -> None:  # fmt: skip
         self._workers, self._security, self._out = workers, security, out
         self._peers: Peers
         self._rooms: Rooms

@@ -10,7 +10,8 @@ own part), and so travels to that host once:
 
 Lanes wait for their own credit and their own ranks only, so a stalled rank stalls its own rooms.
 
-The agent's lock guards all of this, but for `ChunkPlan.rectangles` and `ChunkPlan.segments`, which only grow.
+Any part of the agent may read an attribute, under the agent's lock; the one module that writes it is named beside it.
+Worker threads read what a `ChunkPlan` lists without the lock: its lists only grow.
 """
 
 from __future__ import annotations
@@ -78,27 +79,28 @@ class Upload:
 
 @dataclass(eq=False)
 class Peer:
-    """One connection of one decode rank; ``identity`` is its ZMQ routing id, fresh for each connection.
+    """One connection of one decode rank."""
 
-    ``announced`` are the rows of all its layers, ``row_format`` those of the layers that this rank sends.
-    """
-
-    identity: bytes
+    # peers.py writes these
+    identity: bytes  # its ZMQ routing id, fresh for each connection
     hello: Hello
     last_seen: float
-    announced: RowFormat
-    row_format: RowFormat
-    projection: SenderProjection | None = None
-    upload: Upload | None = None
+    announced: RowFormat  # the rows of all its layers
+    row_format: RowFormat  # those of the layers that this rank sends
     away: bool = False  # its connection is gone; it may come back under another identity
-    slots_held: int = 0  # of staging, by chunks for it
-    queued: int = 0  # chunks for its data channel that the socket has not taken yet
-    early_requests: int = 0  # for rooms that the scheduler has not opened
     limits: Limits = NO_LIMITS
     maps_asked: int = 0  # number of the newest list of arenas it was sent
     maps_asked_at: float = 0.0
     maps_answered: int = -1
-    mapped: frozenset[str] = frozenset()
+    mapped: frozenset[str] = frozenset()  # agents whose arenas it reads
+    # projections.py
+    projection: SenderProjection | None = None
+    upload: Upload | None = None
+    # rooms.py
+    early_requests: int = 0  # for rooms that the scheduler has not opened
+    # lanes.py
+    slots_held: int = 0  # of staging, by chunks for it
+    queued: int = 0  # chunks for its data channel that the socket has not taken yet
 
     def release_slot(self) -> None:
         """A staging slot that held a chunk for this peer is free again."""
@@ -122,7 +124,7 @@ class Segment:
 
 @dataclass(eq=False)
 class ChunkPlan:
-    """The numbered chunks of a room for one projection and part; grows with every ``send``."""
+    """The numbered chunks of a room for one projection and part; lanes.py extends it with every ``send``."""
 
     projection: SenderProjection
     part: Part
@@ -154,10 +156,10 @@ class ChunkPlan:
 
 @dataclass(eq=False)
 class Destination:
-    """One rank's part in a room."""
+    """One rank's part in a room. Only lanes.py writes it, but for ``peer``."""
 
     room: Room
-    peer: Peer
+    peer: Peer  # rooms.py, when the rank is back on another connection
     generation: int
     lanes: list[Lane] = field(default_factory=list)
     due: int = 0  # chunks planned for this rank so far
@@ -199,7 +201,7 @@ class Relay:
 
 @dataclass(eq=False)
 class Lane:
-    """Chunks of one plan to the ranks of one host."""
+    """Chunks of one plan to the ranks of one host. Only lanes.py writes it."""
 
     room: Room
     plan: ChunkPlan
@@ -270,7 +272,7 @@ class ChunkJob:
 
 @dataclass(eq=False)
 class RoomRequest:
-    """What a decode rank asks for."""
+    """What a decode rank asks for. Only rooms.py writes it."""
 
     peer: Peer
     generation: int
@@ -286,6 +288,7 @@ class RoomRequest:
 class Room:
     """One incarnation of a room, from ``open_room`` to ``close_room``."""
 
+    # rooms.py writes these
     room_id: int
     prompt_tokens: int  # of the whole request; 0: not known
     opened: float
@@ -294,19 +297,21 @@ class Room:
     state: RoomState = RoomState.BOOTSTRAPPING
     reason: str = ""
     requests: dict[bytes, RoomRequest] = field(default_factory=dict)  # by the peer's identity
-    plans: list[ChunkPlan] = field(default_factory=list)
-    lanes: list[Lane] = field(default_factory=list)
-    formed: bool = False  # its lanes are laid out
     aborted_by: set[str] = field(default_factory=set)  # agents
-    segments: list[Segment] = field(default_factory=list)
-    tokens: int = 0
     last: bool = False
     metadata: bytes = b""
-    wire_bytes: int = 0
-    shared_memory_bytes: int = 0
     first_send: float | None = None
     last_send: float | None = None  # the last rows were handed over: prefill had computed the whole prompt
     ended: float | None = None
+    # lanes.py
+    segments: list[Segment] = field(default_factory=list)
+    tokens: int = 0
+    plans: list[ChunkPlan] = field(default_factory=list)
+    lanes: list[Lane] = field(default_factory=list)
+    formed: bool = False  # its lanes are laid out
+    # sender.py
+    wire_bytes: int = 0
+    shared_memory_bytes: int = 0
 
     @property
     def destinations(self) -> list[Destination]:
