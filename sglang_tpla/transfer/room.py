@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from sglang_tpla.cache_rows.parts import Part
 from sglang_tpla.cache_rows.row_format import RowFormat
 from sglang_tpla.errors import SglangTplaError
 
@@ -153,6 +154,14 @@ class CachePool:
     def sharing(self, shared: Sequence[int]) -> CachePool:
         """The same pool, so many of whose columns are those of every latent group."""
         return replace(self, encoding=self.row_format.sharing(shared))
+
+    def part_items(self, layer: int, part: Part) -> int:
+        """Items of one part of a row of a layer (by index)."""
+        return self.row_format.layers[layer].part_items(part)
+
+    def payload_bytes(self, layers: range, tokens: int, part: Part) -> int:
+        """Bytes that a chunk of some layers (by index) must have."""
+        return tokens * self.dtype.itemsize * sum(self.part_items(layer, part) for layer in layers)
 
     @property
     def widths(self) -> tuple[int, ...]:

@@ -84,7 +84,7 @@ def test_read_then_write_equals_a_loop(dtype: torch.dtype, scattered: bool, part
     slots = pick.permutation(80)[:tokens] if scattered else np.arange(20, 20 + tokens)
     places = pick.permutation(90)[:tokens] if scattered else np.arange(7, 7 + tokens)
     writer = RowWriter(target.sharing(z.shared))
-    size = writer.payload_bytes(range(1, 3), tokens, part)
+    size = writer.pool.payload_bytes(range(1, 3), tokens, part)
     out = np.empty(size, dtype=np.uint8)
     rectangle = Rectangle(1, 2, 0, tokens, size)
     stacks = cut_stacks(stack_layers(z.matrices, z.shared), 1, 2)

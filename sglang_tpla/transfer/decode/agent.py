@@ -23,7 +23,7 @@ from sglang_tpla.transfer.decode.connections import Connections
 from sglang_tpla.transfer.decode.credits import Credits
 from sglang_tpla.transfer.decode.receiver import Receiver
 from sglang_tpla.transfer.decode.rooms import Rooms
-from sglang_tpla.transfer.decode.state import Link, PoolShape, Room, Source
+from sglang_tpla.transfer.decode.state import Link, Room, Source
 from sglang_tpla.transfer.memory.iovec import Slots
 from sglang_tpla.transfer.memory.projection import Projection
 from sglang_tpla.transfer.memory.staging import Staging
@@ -86,9 +86,6 @@ class DecodeAgent:
         slots = None
         if self.arena is not None:
             slots = Staging(self.arena.data, workers.chunk_bytes, self.arena.reserve)
-        shape = PoolShape(
-            pool.first_layer, pool.page_size, pool.dtype.itemsize, pool.row_format, metadata.row_bytes
-        )
         hello = frames.Hello(
             versions=frames.PROTOCOL_VERSIONS,
             agent=workers.agent_id,
@@ -114,7 +111,7 @@ class DecodeAgent:
         buffers = BufferPool()
         self.credits = Credits(workers.settings.staging_bytes, workers.chunk_bytes)
         self.rooms = Rooms(
-            shape, workers.settings, self.credits, workers.counts, time.time_ns(),
+            pool, metadata.row_bytes, workers.settings, self.credits, workers.counts, time.time_ns(),
             free_slots=lambda: slots is not None and slots.reap(), ended=self._log_end,
         )  # fmt: skip
         self.receiver = Receiver(
@@ -206,9 +203,12 @@ class DecodeAgent:
         with self.receiver.turn() as now:
             self.workers.check_alive()
             room = self._open(room_id)
-            if room.requested is not None:
+            if room.request is not None:
                 raise TransferError(f"room {room_id} was asked for already on decode rank {self.rank}")
-            self.rooms.request(room, Slots(slots), metadata_row, expected_ranks, prefix_tokens, tokens, now)
+            request = frames.Request(
+                room_id, room.generation, expected_ranks, prefix_tokens, tokens, False, 0, 1
+            )
+            self.rooms.request(room, Slots(slots), metadata_row, request, now)
 
     def poll(self, room_id: int) -> RoomState:
         """State of a room: BOOTSTRAPPING until every prefill rank has registered this one, WAITING for ``request``,

@@ -5,7 +5,6 @@ read.
 from __future__ import annotations
 
 import uuid
-import weakref
 from collections.abc import Callable
 from functools import partial
 
@@ -18,8 +17,7 @@ from sglang_tpla.transfer.decode.data_channels import DataChannels
 from sglang_tpla.transfer.decode.receiver import Receiver
 from sglang_tpla.transfer.decode.state import Address, Connection, Link
 from sglang_tpla.transfer.memory.projection import Projection
-from sglang_tpla.transfer.memory.shared_memory import map_arena
-from sglang_tpla.transfer.memory.staging import pin, unpin
+from sglang_tpla.transfer.memory.shared_memory import map_for
 from sglang_tpla.transfer.network.control_socket import configure, endpoint, receive_parts
 from sglang_tpla.transfer.network.data_channel import BufferPool
 from sglang_tpla.transfer.network.security import Security
@@ -257,28 +255,13 @@ class Connections:
         connection.arenas = {} if own is None else {connection.agent: own}
         for arena in arenas:
             if arena.cookie not in self._maps:
-                self._maps[arena.cookie] = self._map(arena, arena.agent == connection.agent)
+                near = arena.agent == connection.agent  # much is read from it
+                self._maps[arena.cookie] = map_for(self._device if near else None, arena, self._log)
             view = self._maps[arena.cookie]
             if view is not None:
                 connection.arenas[arena.agent] = view
         self._forget_maps()
         self._send_now(connection, frames.Mapped(number, tuple(connection.arenas)), None)
-
-    def _map(self, arena: frames.Arena, pinned: bool) -> memoryview | None:
-        """Map an arena; one that much is read from ``pinned``, so that a GPU reads it without a copy on the way."""
-        data = map_arena(arena)
-        if data is None:
-            return None
-        if pinned and self._device.type == "cuda":
-            try:
-                with torch.cuda.device(self._device):
-                    pin(data)
-            except RuntimeError as error:
-                self._log.warning("decode rank %d copies each chunk once more: %s", self._rank, error)
-            else:
-                # the array dies with its last view, and before the mapping that it holds
-                weakref.finalize(data, unpin, data.ctypes.data).atexit = False
-        return data.data
 
     def _forget_maps(self) -> None:
         """Unmap what no connection uses any more."""

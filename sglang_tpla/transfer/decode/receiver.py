@@ -189,7 +189,7 @@ class Receiver:
             if self._rooms.wrong_chunk(room, source, chunk, size_bytes, size_bytes):
                 return None
             spans = room.slots.spans(chunk.first_token, chunk.tokens)
-            pieces = self._writer.pieces(self._rooms.shape.layers_of(chunk), spans, Part(chunk.part))
+            pieces = self._writer.pieces(self._rooms.layers_of(chunk), spans, Part(chunk.part))
             if pieces is None:
                 return None
             self._rooms.begin(source, chunk, size_bytes)
@@ -239,7 +239,7 @@ class Receiver:
                 self._written(chunk, chunk.digest())
                 return
             room, rows = chunk.room, chunk.chunk
-            slots, layers = room.slots.part(rows.first_token, rows.tokens), self._rooms.shape.layers_of(rows)
+            slots, layers = room.slots.part(rows.first_token, rows.tokens), self._rooms.layers_of(rows)
             digest = None  # of what was written
             with room.writes.one() as allowed:
                 if allowed:

@@ -10,6 +10,8 @@ from collections import Counter, deque
 from collections.abc import Callable, Collection
 from typing import Any
 
+import msgspec
+
 from sglang_tpla.cache_rows.parts import Part
 from sglang_tpla.config import Settings
 from sglang_tpla.transfer import messages as frames
@@ -20,21 +22,20 @@ from sglang_tpla.transfer.decode.state import (
     AnyChunk,
     Connection,
     Link,
-    PoolShape,
     RetainedChunk,
     Room,
     Source,
     chunk_id,
 )
 from sglang_tpla.transfer.memory.iovec import Slots
-from sglang_tpla.transfer.room import RoomState
+from sglang_tpla.transfer.room import CachePool, RoomState
 
 
 class Rooms:
     """Every room that the scheduler has opened and not closed.
 
     Args:
-        shape: of the pool that chunks are for.
+        pool: what chunks are for, and `metadata_bytes`, of a metadata row: what they must fit.
         generation: the last one that was used; it grows over restarts too.
         free_slots: called when places of the shared segment are no longer in use.
         ended: told of every room that has, for the log.
@@ -42,7 +43,8 @@ class Rooms:
 
     def __init__(
         self,
-        shape: PoolShape,
+        pool: CachePool,
+        metadata_bytes: int,
         settings: Settings,
         credits: Credits,
         counts: Counter[str],
@@ -54,7 +56,8 @@ class Rooms:
         self.retained: dict[int, RetainedChunk] = {}  # by offset in the shared segment
         self.out: deque[tuple[Connection, frames.Message]] = deque()
         self.finishing: deque[Room] = deque()
-        self.shape, self._settings, self._credits, self._counts = shape, settings, credits, counts
+        self._pool, self._metadata_bytes = pool, metadata_bytes
+        self._settings, self._credits, self._counts = settings, credits, counts
         self._generation, self._free_slots, self._ended = generation, free_slots, ended
 
     # What the scheduler does
@@ -68,19 +71,12 @@ class Rooms:
         self.advance(room, now)
 
     def request(
-        self,
-        room: Room,
-        slots: Slots,
-        metadata_row: int,
-        expected_ranks: int,
-        prefix_tokens: int,
-        num_tokens: int,
-        now: float,
+        self, room: Room, slots: Slots, metadata_row: int, request: frames.Request, now: float
     ) -> None:
         """Ask for a room's rows as soon as its prefill ranks have registered this one."""
-        room.slots, room.metadata_row, room.expected_ranks = slots, metadata_row, expected_ranks
-        room.prefix_tokens, room.num_tokens = prefix_tokens, num_tokens
-        room.coverage = Coverage(self.shape.layers, len(slots), self.shape.items, self.shape.first_layer)
+        room.slots, room.metadata_row, room.request = slots, metadata_row, request
+        pool = self._pool
+        room.coverage = Coverage(len(pool.layers), len(slots), pool.part_items, pool.first_layer)
         room.requested = room.progress = now
         self.advance(room, now)
 
@@ -105,7 +101,7 @@ class Rooms:
         ready = all(source.connection.link is Link.REGISTERED for source in real)
         if room.state is RoomState.BOOTSTRAPPING and ready:
             room.state = RoomState.WAITING
-        if room.requested is None:
+        if room.request is None:
             return
         if room.state is RoomState.WAITING:
             room.state = RoomState.TRANSFERRING
@@ -117,13 +113,13 @@ class Rooms:
         source.asked = True
         if source.dummy:  # the room does not wait for it, and may have ended when the connection is back
             self.finishing.append(room)
-            self._say(source.connection, _request_message(room, source), now)
+            self._say(source.connection, _request_of(room, source), now)
             return
         # prefill ranks with the same layers hold the same rows and share the sending
         layers = source.connection.layers
         alike = sorted(other.connection.address for other in real if other.connection.layers == layers)
         source.share = (alike.index(source.connection.address), len(alike))
-        self._put(source.connection, _request_message(room, source))
+        self._put(source.connection, _request_of(room, source))
 
     # What connections do
 
@@ -147,7 +143,7 @@ class Rooms:
             if source is None or source.connection is not connection or room.state.ended or not source.asked:
                 continue
             self._credits.void(source)
-            self._put(connection, _request_message(room, source))
+            self._put(connection, _request_of(room, source))
             parts = sorted({part for part, _ in source.applied})
             applied = tuple((part, _bitmap(source, part)) for part in parts)
             resume = frames.Resume(room.room_id, room.generation, source.granted_bytes, applied)
@@ -194,21 +190,26 @@ class Rooms:
 
     # What chunks do
 
+    def layers_of(self, chunk: AnyChunk) -> range:
+        """Layers of a chunk, by index in the pool."""
+        first = chunk.first_layer - self._pool.first_layer
+        return range(first, first + chunk.layers)
+
     def wrong_chunk(
         self, room: Room, source: Source, chunk: AnyChunk, size_bytes: int, credit_bytes: int
     ) -> str:
         """What is wrong with a chunk; if nothing is, its rows are its own from now on."""
-        layers = self.shape.layers_of(chunk)
+        layers = self.layers_of(chunk)
         if source.dummy or room.coverage is None:
             return "that was not asked for"
-        if layers.start < 0 or layers.stop > self.shape.layers:
-            return f"for layers {layers.start}...{layers.stop - 1} of {self.shape.layers}"
+        if layers.start < 0 or layers.stop > len(self._pool.layers):
+            return f"for layers {layers.start}...{layers.stop - 1} of {len(self._pool.layers)}"
         if chunk.part not in tuple(Part):
             return f"with unknown part {chunk.part}"
         if chunk.first_token + chunk.tokens > len(room.slots):
             return f"for tokens up to {chunk.first_token + chunk.tokens} where pages hold {len(room.slots)}"
         part = Part(chunk.part)
-        expected = self.shape.payload_bytes(layers, chunk.tokens, part)
+        expected = self._pool.payload_bytes(layers, chunk.tokens, part)
         if size_bytes != expected:
             return f"of {size_bytes} bytes where {expected} were due"
         if not self._credits.covers(source, credit_bytes):
@@ -294,22 +295,22 @@ class Rooms:
 
     def finish(self, room: Room, source: Source, message: frames.Finish, metadata: bytes, now: float) -> str:
         """A prefill rank says how many chunks there are in all; what is wrong with that."""
-        page_size = self.shape.page_size
+        page_size = self._pool.page_size
         pages = -(-message.tokens // page_size)
         told = [
             other
             for other in room.sources.values()
             if other.chunks is not None and other.tokens != message.tokens
         ]
-        if room.coverage is None:
+        if room.request is None:
             return "rows that were not asked for"
         if frames.checksum(metadata) != message.checksum:
             return "metadata that does not match its checksum"
-        if len(metadata) != self.shape.metadata_bytes:
-            return f"a metadata row of {len(metadata)} bytes where {self.shape.metadata_bytes} were due"
-        if pages * page_size != len(room.slots) or room.num_tokens not in (-1, message.tokens):
-            part = f"{len(room.slots)} or a part of the last page"
-            asked = room.num_tokens if room.num_tokens >= 0 else part
+        if len(metadata) != self._metadata_bytes:
+            return f"a metadata row of {len(metadata)} bytes where {self._metadata_bytes} were due"
+        tokens = room.request.num_tokens
+        if pages * page_size != len(room.slots) or tokens not in (-1, message.tokens):
+            asked = tokens if tokens >= 0 else f"{len(room.slots)} or a part of the last page"
             return f"{message.tokens} tokens where {asked} were asked for"
         if len(source.claims) > message.chunks:
             return f"{message.chunks} chunks after {len(source.claims)} had come"
@@ -419,17 +420,10 @@ def nack(chunk: AnyChunk) -> frames.Nack:
     return frames.Nack(chunk.room, chunk.generation, *chunk_id(chunk))
 
 
-def _request_message(room: Room, source: Source) -> frames.Request:
-    return frames.Request(
-        room=room.room_id,
-        generation=room.generation,
-        expected_ranks=room.expected_ranks,
-        prefix_tokens=room.prefix_tokens,
-        num_tokens=room.num_tokens,
-        dummy=source.dummy,
-        share_index=source.share[0],
-        share_count=source.share[1],
-    )
+def _request_of(room: Room, source: Source) -> frames.Request:
+    assert room.request is not None
+    index, count = source.share
+    return msgspec.structs.replace(room.request, dummy=source.dummy, share_index=index, share_count=count)
 
 
 def _bitmap(source: Source, part: int) -> bytes:

@@ -12,8 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from sglang_tpla.cache_rows.parts import Part
-from sglang_tpla.cache_rows.row_format import RowFormat
 from sglang_tpla.transfer import messages as frames
 from sglang_tpla.transfer.decode.coverage import Coverage
 from sglang_tpla.transfer.decode.write_gate import WriteGate
@@ -38,35 +36,6 @@ class Link(enum.Enum):
     REGISTERED = "registered"
     REFUSED = "refused"
     LOST = "lost"
-
-
-@dataclass(frozen=True)
-class PoolShape:
-    """What chunks must fit: a decode rank's pool and metadata row."""
-
-    first_layer: int
-    page_size: int
-    item_bytes: int
-    row_format: RowFormat
-    metadata_bytes: int  # of one row
-
-    @property
-    def layers(self) -> int:
-        """How many there are."""
-        return len(self.row_format.layers)
-
-    def layers_of(self, chunk: AnyChunk) -> range:
-        """Layers of a chunk, by index in the pool."""
-        first = chunk.first_layer - self.first_layer
-        return range(first, first + chunk.layers)
-
-    def items(self, layer: int, part: Part) -> int:
-        """Items of one part of a row of a layer (by index)."""
-        return self.row_format.layers[layer].part_items(part)
-
-    def payload_bytes(self, layers: range, tokens: int, part: Part) -> int:
-        """Bytes that a chunk must have."""
-        return tokens * self.item_bytes * sum(self.items(layer, part) for layer in layers)
 
 
 @dataclass(eq=False)
@@ -122,7 +91,7 @@ class Source:
     claims: dict[ChunkId, tuple[int, int, int, int]] = field(
         default_factory=dict
     )  # layers and tokens of chunks
-    chunks: int | None = None
+    chunks: int | None = None  # in all, once the prefill rank has said so
     tokens: int = 0
     metadata: bytes = b""
     # credits.py
@@ -158,9 +127,7 @@ class Room:
     reason: str = ""
     slots: Slots = field(default_factory=lambda: Slots(np.empty(0, dtype=np.int64)))
     metadata_row: int = -1
-    expected_ranks: int = 1
-    prefix_tokens: int = 0
-    num_tokens: int = -1
+    request: frames.Request | None = None  # what each prefill rank is asked, but for its share
     coverage: Coverage | None = None  # from the request on
     requested: float | None = None
     ended: float | None = None

@@ -291,12 +291,6 @@ class RowWriter:
         self._places: dict[tuple[Field, ...], tuple[torch.Tensor, torch.Tensor]] = {}
         self._own = threading.local()  # ``pinned``: grows to the largest payload of a thread
 
-    def payload_bytes(self, rectangle_layers: range, tokens: int, part: Part) -> int:
-        """Bytes a rectangle of pool layers (by index) must have."""
-        rows = self.pool.row_format.layers
-        items = sum(rows[layer].part_items(part) for layer in rectangle_layers)
-        return items * tokens * self.pool.dtype.itemsize
-
     def pieces(self, layers: range, spans: np.ndarray, part: Part) -> Pieces | None:
         """Where a payload's bytes belong in the pool, in order; None where they are not long pieces of it.
 
