@@ -40,7 +40,7 @@ def form_lanes(
         else:
             together = hello.agent
         # ranks whose requests share the sending differently, or whose rows do not look alike, cannot share chunks
-        key = (hello.host, together, request.share, request.peer.row_format.of_any_group)
+        key = (hello.host, together, _share(request), request.peer.row_format.of_any_group)
         by_host[key].append(request)
     lanes = []
     for place, members in by_host.items():
@@ -51,13 +51,18 @@ def form_lanes(
             route = Route.LOCAL if place[1] is Route.LOCAL else shared
             rows = takers[0].peer.row_format
             kind = rows.of_any_group if part is Part.COMMON else rows
-            plan = make_plan(projection, part, limit, kind, takers[0].share)
+            plan = make_plan(projection, part, limit, kind, _share(takers[0]))
             destinations = [taker.destination for taker in takers if taker.destination is not None]
             lane = Lane(room, plan, destinations, route)
             for destination in destinations:
                 destination.lanes.append(lane)
             lanes.append(lane)
     return lanes
+
+
+def _share(request: RoomRequest) -> tuple[int, int]:
+    """Which of the prefill ranks with the same layers this one is, and of how many."""
+    return request.message.share_index, request.message.share_count
 
 
 def _read_each_other(request: RoomRequest, requests: list[RoomRequest]) -> bool:

@@ -28,7 +28,7 @@ from sglang_tpla.cache_rows.row_format import RowFormat
 from sglang_tpla.transfer.chunks import Rectangle, cut
 from sglang_tpla.transfer.memory.iovec import Slots
 from sglang_tpla.transfer.memory.staging import Slot
-from sglang_tpla.transfer.messages import Hello, Message
+from sglang_tpla.transfer.messages import Hello, Message, Request
 from sglang_tpla.transfer.room import NO_LIMITS, CachePool, Limits, RoomState
 
 ChunkId = tuple[int, int]  # part, sequence
@@ -275,11 +275,7 @@ class RoomRequest:
     """What a decode rank asks for. Only rooms.py writes it."""
 
     peer: Peer
-    generation: int
-    expected_ranks: int
-    prefix_tokens: int
-    dummy: bool
-    share: tuple[int, int]  # which of the prefill ranks with the same layers this one is, and of how many
+    message: Request
     arrived: float
     destination: Destination | None = None  # once a room has it; a dummy has none
 
@@ -320,9 +316,14 @@ class Room:
         return [destination for destination in found if destination is not None]
 
     @property
+    def messages(self) -> list[Request]:
+        """What all ranks have asked."""
+        return [request.message for request in self.requests.values()]
+
+    @property
     def expected_ranks(self) -> int | None:
         """How many ranks will ask, once one has."""
-        return next((request.expected_ranks for request in self.requests.values()), None)
+        return next((asks.expected_ranks for asks in self.messages), None)
 
     @property
     def complete(self) -> bool:
