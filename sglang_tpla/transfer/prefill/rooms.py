@@ -88,14 +88,7 @@ class Rooms:
                 for room_id in message.rooms:
                     if (room := self.table.get(room_id)) is not None:
                         room.sought = now
-            case (
-                frames.Resume()
-                | frames.Credit()
-                | frames.Ack()
-                | frames.Nack()
-                | frames.Stored()
-                | frames.Done()
-            ):
+            case _ if isinstance(message, Progress):
                 destination = self._destination(peer, message.room, message.generation)
                 if destination is not None:
                     self._take_progress(destination, message, now)
@@ -108,7 +101,7 @@ class Rooms:
                 self._drop("malformed_dropped", f"{name} is not for a prefill rank ({peer.name})")
 
     def mapped(self, peer: Peer, now: float) -> None:
-        """A rank has said which arenas it can read: rooms that have waited for that begin."""
+        """A rank has said which shared segments it can read: rooms that have waited for that begin."""
         for room in list(self.table.values()):
             if peer.identity in room.requests and not room.formed and not room.state.ended:
                 self._advance(room, now)

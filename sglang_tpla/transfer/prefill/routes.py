@@ -22,7 +22,7 @@ def form_lanes(
 
     Args:
         make_plan: an existing or new plan of the room for a projection, part, chunk size, row format and share.
-        agent: this prefill agent, whose arena ranks may have mapped.
+        agent: this prefill agent, whose shared segment ranks may have mapped.
         host: identity of this host.
         chunk_bytes: this agent's largest chunk.
     """
@@ -66,7 +66,7 @@ def _share(request: RoomRequest) -> tuple[int, int]:
 
 
 def _read_each_other(request: RoomRequest, requests: list[RoomRequest]) -> bool:
-    """True if the colocated ranks of a request's host can all read each other's arenas."""
+    """True if the colocated ranks of a request's host can all read each other's shared segments."""
     group = [other.peer for other in requests if other.peer.hello.host == request.peer.hello.host]
     return len(group) > 1 and all(
         peer is other or other.hello.agent in peer.mapped for peer in group for other in group

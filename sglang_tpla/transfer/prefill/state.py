@@ -3,10 +3,10 @@
 A *lane* is a run of chunks that some ranks of one host all want (the whole row, its common part, or a group's
 own part), and so travels to that host once:
 
-    LOCAL   the ranks are on this host: they read the chunk from this agent's arena
+    LOCAL   the ranks are on this host: they read the chunk from this agent's shared segment
     DIRECT  one rank: the chunk travels to it
     RELAY   several ranks of another host: the chunk travels to one of them (they take turns), which keeps it in its
-            arena for the others
+            shared segment for the others
 
 Lanes wait for their own credit and their own ranks only, so a stalled rank stalls its own rooms.
 
@@ -89,10 +89,10 @@ class Peer:
     row_format: RowFormat  # those of the layers that this rank sends
     away: bool = False  # its connection is gone; it may come back under another identity
     limits: Limits = NO_LIMITS
-    maps_asked: int = 0  # number of the newest list of arenas it was sent
+    maps_asked: int = 0  # number of the newest list of shared segments it was sent
     maps_asked_at: float = 0.0
     maps_answered: int = -1
-    mapped: frozenset[str] = frozenset()  # agents whose arenas it reads
+    mapped: frozenset[str] = frozenset()  # agents whose shared segments it reads
     # projections.py
     projection: SenderProjection | None = None
     upload: Upload | None = None
@@ -192,7 +192,7 @@ class Destination:
 
 @dataclass(eq=False)
 class Relay:
-    """A chunk that lies in a decode rank's arena until the others have read it."""
+    """A chunk that lies in a decode rank's shared segment until the others have read it."""
 
     leader: Destination
     offset: int
@@ -213,7 +213,7 @@ class Lane:
     repeat: deque[tuple[int, Destination]] = field(
         default_factory=deque
     )  # chunks to send once more, to one rank
-    relays: dict[int, Relay | None] = field(default_factory=dict)  # passed on; None: no longer in an arena
+    relays: dict[int, Relay | None] = field(default_factory=dict)  # passed on; None: no longer kept
 
     def __post_init__(self) -> None:
         self.ahead = [deque() for _ in (self.takers[:1] if self.route is Route.LOCAL else self.takers)]
