@@ -52,9 +52,10 @@ from sglang_tpla.transfer import keys
 from sglang_tpla.transfer import messages as frames
 from sglang_tpla.transfer.decode.agent import DecodeAgent
 from sglang_tpla.transfer.memory import copy
+from sglang_tpla.transfer.memory.pool import CachePool, MetadataRows
 from sglang_tpla.transfer.network.security import KEYS_VARIABLE
 from sglang_tpla.transfer.prefill.agent import PrefillAgent
-from sglang_tpla.transfer.room import CachePool, MetadataRows, RoomState
+from sglang_tpla.transfer.room import RoomState
 
 LATENT, ROPE, LAYERS, PAGE = 512, 64, 61, 64
 ROW_BYTES = 2 * (LATENT + ROPE)

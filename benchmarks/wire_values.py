@@ -10,9 +10,10 @@ import torch
 
 from sglang_tpla.config import Settings
 from sglang_tpla.transfer.decode.agent import DecodeAgent
+from sglang_tpla.transfer.memory.pool import CachePool, MetadataRows
 from sglang_tpla.transfer.memory.projection import Projection
 from sglang_tpla.transfer.prefill.agent import PrefillAgent
-from sglang_tpla.transfer.room import CachePool, MetadataRows, RoomState
+from sglang_tpla.transfer.room import RoomState
 
 LATENT, ROPE, PAGE = 512, 64, 64
 

@@ -65,10 +65,6 @@ class Workers:
         self.io = io or IoLoop(f"tpla-{role}-io-{rank}")
         self.checks_aside = len(os.sched_getaffinity(0)) >= SPARE_CORES
         self.size = WORKERS[device]  # threads that make or write chunks
-        self.next_work: Callable[[], Callable[[], None] | None]
-        self.tick: Callable[[], None]
-        self._say_goodbye: Callable[[], None]
-        self._fail_all: Callable[[str], None]
         self._checks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._checkers = self._threads("check", CHECKERS[device], self._check)
         self._workers = self._threads("work", self.size, self._work)

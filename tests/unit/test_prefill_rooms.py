@@ -11,13 +11,14 @@ import torch
 from sglang_tpla.config import Settings
 from sglang_tpla.transfer import messages as frames
 from sglang_tpla.transfer.memory.iovec import Slots
+from sglang_tpla.transfer.memory.pool import CachePool
 from sglang_tpla.transfer.memory.projection import IDENTITY_HASH
 from sglang_tpla.transfer.memory.staging import Staging
 from sglang_tpla.transfer.prefill.ended_rooms import EndedRooms
 from sglang_tpla.transfer.prefill.lanes import Lanes
 from sglang_tpla.transfer.prefill.rooms import Rooms
 from sglang_tpla.transfer.prefill.state import Outgoing, Peer, Room, Segment, SenderProjection
-from sglang_tpla.transfer.room import CachePool, RoomState
+from sglang_tpla.transfer.room import RoomState
 
 LAYERS, WIDTH, ROPE, PAGE, CHUNK_BYTES = 2, 4, 2, 4, 4 * 6 * 4
 SETTINGS = Settings(role="prefill", transfer_timeout_s=20.0)

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from sglang_tpla.cache_rows.parts import Part
 from sglang_tpla.cache_rows.row_format import Fp8Rows, LayerRows, PlainRows
 from sglang_tpla.transfer.chunks import Rectangle, cut
+from sglang_tpla.transfer.memory.pool import CachePool, MetadataRows
 from sglang_tpla.transfer.memory.projection import Projection, cut_stacks, stack_layers
 from sglang_tpla.transfer.memory.rows import RowReader, RowWriter
-from sglang_tpla.transfer.room import CachePool, MetadataRows, TransferError
+from sglang_tpla.transfer.room import TransferError
 
 
 @given(

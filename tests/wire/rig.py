@@ -14,9 +14,10 @@ from sglang_tpla.cache_rows.row_format import Fp8Rows, GroupRows, RowFormat
 from sglang_tpla.cache_rows.sketched import SketchedRows
 from sglang_tpla.config import Settings
 from sglang_tpla.transfer.decode.agent import DecodeAgent
+from sglang_tpla.transfer.memory.pool import CachePool, MetadataRows
 from sglang_tpla.transfer.memory.projection import Projection
 from sglang_tpla.transfer.prefill.agent import PrefillAgent
-from sglang_tpla.transfer.room import CachePool, MetadataRows, RoomState
+from sglang_tpla.transfer.room import RoomState
 from tests import sketched_reference
 from tests.fp8_reference import assert_row
 from tests.wire.proxy import FaultProxy

@@ -12,10 +12,10 @@ import torch
 
 from sglang_tpla.config import Settings
 from sglang_tpla.transfer.decode.agent import DecodeAgent
+from sglang_tpla.transfer.memory.pool import CachePool, MetadataRows
 from sglang_tpla.transfer.memory.projection import Projection
 from sglang_tpla.transfer.memory.shared_memory import SharedSegment
 from sglang_tpla.transfer.network.event_loop import IoLoop
-from sglang_tpla.transfer.room import CachePool, MetadataRows
 from sglang_tpla.transfer.workers import Workers
 from tests.wire.simulated_network import Loop
 

@@ -12,9 +12,10 @@ import torch
 
 from sglang_tpla.config import Settings
 from sglang_tpla.transfer.decode.connections import MAX_UNANSWERED
+from sglang_tpla.transfer.memory.pool import CachePool, MetadataRows
 from sglang_tpla.transfer.memory.projection import Projection
 from sglang_tpla.transfer.prefill.agent import PrefillAgent
-from sglang_tpla.transfer.room import CachePool, MetadataRows, RoomState
+from sglang_tpla.transfer.room import RoomState
 from tests.wire.simulated_network import Choices, Clock, Loop, Network
 from tests.wire.simulated_ranks import (
     LATENT,

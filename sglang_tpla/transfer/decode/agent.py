@@ -25,6 +25,7 @@ from sglang_tpla.transfer.decode.receiver import Receiver
 from sglang_tpla.transfer.decode.rooms import Rooms
 from sglang_tpla.transfer.decode.state import Link, Room, Source
 from sglang_tpla.transfer.memory.iovec import Slots
+from sglang_tpla.transfer.memory.pool import CachePool, MetadataRows
 from sglang_tpla.transfer.memory.projection import Projection
 from sglang_tpla.transfer.memory.staging import Staging
 from sglang_tpla.transfer.network.data_channel import BufferPool
@@ -32,9 +33,7 @@ from sglang_tpla.transfer.network.security import Security
 from sglang_tpla.transfer.room import (
     NO_LIMITS,
     AgentStats,
-    CachePool,
     Limits,
-    MetadataRows,
     RoomState,
     TransferError,
     TransferMetric,

@@ -51,9 +51,7 @@ class Connections:
         self._settings, self._rank = workers.settings, workers.rank
         self._hello, self._limits, self._projection, self._device = hello, limits, projection, device
         self._on_peer_lost = on_peer_lost
-        self._maps: dict[
-            bytes, memoryview | None
-        ] = {}  # by token: segments that were mapped, or could not be
+        self._maps: dict[bytes, memoryview | None] = {}  # by cookie: segments; None: not to be mapped
         self._channels = DataChannels(workers, receiver, self, security.secret is not None, buffers)
 
     def close(self) -> None:
@@ -138,10 +136,9 @@ class Connections:
         if link is Link.LOST and connection.broken_since is None:
             self._tell_lost(connection)
 
-    def _refuse_version(self, connection: Connection, reason: str) -> None:
-        self.give_up(
-            connection, f"the {connection.name} speaks another framing version: {reason}", Link.REFUSED
-        )
+    def _refuse(self, connection: Connection, version: str) -> None:
+        reason = f"the {connection.name} speaks another framing version: {version}"
+        self.give_up(connection, reason, Link.REFUSED)
 
     def _tell_lost(self, connection: Connection) -> None:
         try:
@@ -169,7 +166,7 @@ class Connections:
             parts = receive_parts(connection.socket)
             if parts is None:
                 return
-            parsed = self._workers.parse(parts, connection.name, partial(self._refuse_version, connection))
+            parsed = self._workers.parse(parts, connection.name, partial(self._refuse, connection))
             if parsed is None:
                 if connection.broken_since is not None or self._receiver.uses(connection):
                     self.broken(connection)  # what was lost comes again on a new connection

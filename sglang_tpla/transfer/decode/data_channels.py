@@ -100,7 +100,7 @@ class DataChannels:
     def _announced(
         self, connection: Connection, header: memoryview, size_bytes: int
     ) -> tuple[frames.Chunk, InPlaceChunk | None]:
-        """What a header on a data channel says, and where its payload lands, if not in staging.
+        """Read a header on a data channel: the chunk, and where its payload goes, if not into staging.
 
         Raises:
             FrameError: anything but a sound Chunk.

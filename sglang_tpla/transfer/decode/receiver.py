@@ -31,10 +31,10 @@ from sglang_tpla.transfer.decode.state import (
 )
 from sglang_tpla.transfer.memory.copy import check_pieces
 from sglang_tpla.transfer.memory.iovec import one_piece
+from sglang_tpla.transfer.memory.pool import CachePool, MetadataRows
 from sglang_tpla.transfer.memory.rows import RowWriter
 from sglang_tpla.transfer.memory.staging import Staging
 from sglang_tpla.transfer.network.data_channel import BufferPool
-from sglang_tpla.transfer.room import CachePool, MetadataRows
 from sglang_tpla.transfer.workers import Workers, seconds_since
 
 RoomMessage = frames.Chunk | frames.Share | frames.Want | frames.Finish | frames.Abort
@@ -137,7 +137,10 @@ class Receiver:
                     with self.turn():
                         self._rooms.want(room, source, message.total_bytes)
                 case frames.Finish() if payload is not None:
-                    self._take_finish(room, source, message, bytes(payload))
+                    with self.turn() as now:
+                        wrong = self._rooms.finish(room, source, message, bytes(payload), now)
+                    if wrong:
+                        self.fail(room, f"{connection.name} finished with {wrong}")
                 case frames.Chunk() if payload is not None:
                     self._take_chunk(room, source, message, payload, payload.nbytes)
                 case frames.Share():
@@ -148,12 +151,6 @@ class Receiver:
                         self._put(connection, nack(message))
                     else:
                         self._take_chunk(room, source, message, arena[message.offset : end], 0)
-
-    def _take_finish(self, room: Room, source: Source, message: frames.Finish, metadata: bytes) -> None:
-        with self.turn() as now:
-            wrong = self._rooms.finish(room, source, message, metadata, now)
-        if wrong:
-            self.fail(room, f"{source.connection.name} finished with {wrong}")
 
     def _take_chunk(
         self, room: Room, source: Source, chunk: AnyChunk, payload: memoryview, credit_bytes: int

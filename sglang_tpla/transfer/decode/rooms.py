@@ -28,7 +28,8 @@ from sglang_tpla.transfer.decode.state import (
     chunk_id,
 )
 from sglang_tpla.transfer.memory.iovec import Slots
-from sglang_tpla.transfer.room import CachePool, RoomState
+from sglang_tpla.transfer.memory.pool import CachePool
+from sglang_tpla.transfer.room import RoomState
 
 
 class Rooms:

@@ -31,8 +31,9 @@ from sglang_tpla.transfer.memory.iovec import (
     one_piece,
     worth_it,
 )
+from sglang_tpla.transfer.memory.pool import CachePool
 from sglang_tpla.transfer.memory.projection import cut_stacks
-from sglang_tpla.transfer.room import CachePool, TransferError
+from sglang_tpla.transfer.room import TransferError
 
 
 def byte_rows(layer: torch.Tensor) -> np.ndarray:

@@ -33,10 +33,6 @@ class IoLoop:
         self._stopping = False
         self._closed = False
         self._guard = threading.Lock()
-        self._tick_s: float
-        self._on_tick: Callable[[], None]
-        self._on_error: Callable[[str, BaseException], None]
-        self._on_death: Callable[[BaseException], None]
         self.thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     def start(
@@ -46,13 +42,8 @@ class IoLoop:
         on_error: Callable[[str, BaseException], None],
         on_death: Callable[[BaseException], None],
     ) -> None:
-        """Start the thread.
-
-        Args:
-            tick_s: seconds between calls of ``on_tick``.
-            on_tick: periodic work (heartbeats, deadlines), in the thread.
-            on_error: told of an exception in a handler.
-            on_death: told of the exception that ended the thread.
+        """Start the thread. It calls ``on_tick`` every ``tick_s``, and says which exception of a handler it outlived,
+        or which ended it.
         """
         self._tick_s, self._on_tick, self._on_error, self._on_death = tick_s, on_tick, on_error, on_death
         self.thread.start()

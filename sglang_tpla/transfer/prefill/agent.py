@@ -23,6 +23,7 @@ import numpy as np
 
 from sglang_tpla.config import Settings
 from sglang_tpla.transfer.memory.iovec import Slots
+from sglang_tpla.transfer.memory.pool import CachePool, MetadataRows
 from sglang_tpla.transfer.memory.staging import Staging, pin, unpin
 from sglang_tpla.transfer.network.security import Security
 from sglang_tpla.transfer.prefill.lanes import Lanes
@@ -34,9 +35,7 @@ from sglang_tpla.transfer.prefill.state import Outgoing, Peer, Room, Segment
 from sglang_tpla.transfer.room import (
     NO_LIMITS,
     AgentStats,
-    CachePool,
     Limits,
-    MetadataRows,
     RoomState,
     TransferError,
     TransferMetric,

@@ -13,6 +13,7 @@ from sglang_tpla.cache_rows.parts import Part
 from sglang_tpla.cache_rows.row_format import RowFormat
 from sglang_tpla.transfer import messages as frames
 from sglang_tpla.transfer.chunks import share_of
+from sglang_tpla.transfer.memory.pool import CachePool
 from sglang_tpla.transfer.memory.staging import Slot, Staging
 from sglang_tpla.transfer.prefill.routes import form_lanes
 from sglang_tpla.transfer.prefill.state import (
@@ -28,7 +29,6 @@ from sglang_tpla.transfer.prefill.state import (
     Segment,
     SenderProjection,
 )
-from sglang_tpla.transfer.room import CachePool
 
 # Chunks of one rank that wait to be read (on this host, for each thread that makes some) or to be taken by the socket
 # (of its data channel): more would be made faster than they go, and leave the processor's caches before they do.

@@ -9,12 +9,13 @@ from __future__ import annotations
 import logging
 
 from sglang_tpla.transfer import messages as frames
+from sglang_tpla.transfer.memory.pool import CachePool, MetadataRows
 from sglang_tpla.transfer.network.data_listener import DataListener
 from sglang_tpla.transfer.prefill.compatibility import agreed_version, announced_rows, mismatch
 from sglang_tpla.transfer.prefill.projections import Projections
 from sglang_tpla.transfer.prefill.rooms import Rooms
 from sglang_tpla.transfer.prefill.state import Outgoing, Peer
-from sglang_tpla.transfer.room import CachePool, Limits, MetadataRows
+from sglang_tpla.transfer.room import Limits
 from sglang_tpla.transfer.workers import Workers
 
 MAX_PEERS = 4096

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 
 from sglang_tpla.transfer import messages as frames
+from sglang_tpla.transfer.memory.pool import CachePool
 from sglang_tpla.transfer.memory.projection import IDENTITY_HASH, projection_digest, stack_layers
 from sglang_tpla.transfer.prefill.state import Peer, SenderProjection, Upload
-from sglang_tpla.transfer.room import CachePool
 
 MAX_PROJECTIONS = 64
 

@@ -9,6 +9,7 @@ from functools import partial
 from sglang_tpla.transfer import messages as frames
 from sglang_tpla.transfer.memory.copy import check_pieces
 from sglang_tpla.transfer.memory.iovec import Pieces, one_piece
+from sglang_tpla.transfer.memory.pool import CachePool
 from sglang_tpla.transfer.memory.projection import cut_stacks
 from sglang_tpla.transfer.memory.rows import RowReader
 from sglang_tpla.transfer.network.data_channel import OutgoingChunk
@@ -16,7 +17,7 @@ from sglang_tpla.transfer.prefill.lanes import Lanes
 from sglang_tpla.transfer.prefill.rooms import Rooms
 from sglang_tpla.transfer.prefill.router import Router
 from sglang_tpla.transfer.prefill.state import ChunkJob, Destination, Lane, Peer, Room, Route
-from sglang_tpla.transfer.room import CachePool, TransferError
+from sglang_tpla.transfer.room import TransferError
 from sglang_tpla.transfer.workers import Workers
 
 

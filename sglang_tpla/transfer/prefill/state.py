@@ -27,9 +27,10 @@ from sglang_tpla.cache_rows.parts import Part
 from sglang_tpla.cache_rows.row_format import RowFormat
 from sglang_tpla.transfer.chunks import Rectangle, cut
 from sglang_tpla.transfer.memory.iovec import Slots
+from sglang_tpla.transfer.memory.pool import CachePool
 from sglang_tpla.transfer.memory.staging import Slot
 from sglang_tpla.transfer.messages import Hello, Message, Request
-from sglang_tpla.transfer.room import NO_LIMITS, CachePool, Limits, RoomState
+from sglang_tpla.transfer.room import NO_LIMITS, Limits, RoomState
 
 ChunkId = tuple[int, int]  # part, sequence
 
