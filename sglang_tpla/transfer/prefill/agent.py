@@ -218,8 +218,7 @@ class PrefillAgent:
     def prefix_tokens(self, room: int) -> int:
         """Tokens that decode has cached already; pages given to `send` start after them. 0 before any request."""
         with self.workers.lock:
-            requests = self._open(room).requests.values()
-            return next((request.prefix_tokens for request in requests if not request.dummy), 0)
+            return next((asks.prefix_tokens for asks in self._open(room).messages if not asks.dummy), 0)
 
     def metric(self, room: int) -> TransferMetric:
         """Bytes on the wire to all ranks so far, and seconds from first send to confirmation."""

@@ -64,7 +64,7 @@ class Lanes:
     # What rooms do
 
     def form(self, room: Room) -> None:
-        """Lay out the lanes of a room, once every rank has asked and said which arenas it can read."""
+        """Lay out the lanes of a room, once every rank has asked and said which shared segments it can read."""
         waits = any(taker.peer.maps_answered < taker.peer.maps_asked for taker in room.destinations)
         if room.formed or waits or not room.complete:
             return
@@ -209,7 +209,7 @@ class Lanes:
             self._has_read(lane, sequence, taker)
             return
         others = {other for other in lane.takers if other is not taker}
-        if stored is None:  # its arena is full, or it has none
+        if stored is None:  # its shared segment is full, or it has none
             lane.relays[sequence] = None
             for other in others:
                 self._repeat(lane, sequence, other)
@@ -219,7 +219,7 @@ class Lanes:
             self.share(lane, sequence, other, taker.peer.hello.agent, stored)
 
     def _has_read(self, lane: Lane, sequence: int, taker: Destination) -> None:
-        """A rank no longer reads a chunk in an arena: free it if it was the last."""
+        """A rank no longer reads a chunk in shared memory: free it if it was the last."""
         relay = lane.relays.get(sequence)
         if relay is not None:
             relay.readers.discard(taker)
@@ -244,7 +244,7 @@ class Lanes:
         self._counts["resent"] += 1
 
     def share(self, lane: Lane, sequence: int, taker: Destination, agent: str, offset: int) -> None:
-        """Tell a rank where in an arena a chunk lies."""
+        """Tell a rank where in an agent's shared segment a chunk lies."""
         rectangle = lane.plan.rectangles[sequence]
         message = frames.Share(
             room=lane.room.room_id,

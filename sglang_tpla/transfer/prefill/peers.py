@@ -30,7 +30,7 @@ class Peers:
         listener: of their data channels.
         name: of this rank, for messages.
         limits: how long a prompt this server takes.
-        arena: of this agent, if it has one.
+        arena: the shared segment of this agent, if it has one.
     """
 
     def __init__(
@@ -178,13 +178,13 @@ class Peers:
     # Colocated ranks
 
     def _introduce(self, host: str, now: float) -> None:
-        """Tell the ranks of a host about each other's arenas, unless it is this one and they read this rank's."""
+        """Tell the ranks of a host about each other's shared segments, unless they read this rank's own."""
         for peer in self._colocated(host):
             peer.maps_asked += 1
             self._name_others(peer, now)
 
     def _colocated(self, host: str) -> list[Peer]:
-        """Ranks of a host that read each other's arenas."""
+        """Ranks of a host that read each other's shared segments."""
         if not host or (host == self._host and self._arena is not None):
             return []
         return [peer for peer in self.table.values() if peer.hello.host == host]

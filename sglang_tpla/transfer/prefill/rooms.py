@@ -51,7 +51,7 @@ class Rooms:
         room = self.table[room_id] = Room(room_id, prompt_tokens, opened=now, progress=now, sought=now)
         self._last_opened = now
         early = self.early_requests.pop(room_id, {})
-        newest = {request.peer.hello.agent: request.generation for request in early.values()}
+        newest = {request.peer.hello.agent: request.message.generation for request in early.values()}
         aborted = ""
         for agent, (generation, reason) in self._ended_rooms.take_early_aborts(room_id).items():
             self._ended_rooms.end(room_id, agent, generation)
@@ -88,14 +88,7 @@ class Rooms:
                 for room_id in message.rooms:
                     if (room := self.table.get(room_id)) is not None:
                         room.sought = now
-            case (
-                frames.Resume()
-                | frames.Credit()
-                | frames.Ack()
-                | frames.Nack()
-                | frames.Stored()
-                | frames.Done()
-            ):
+            case _ if isinstance(message, Progress):
                 destination = self._destination(peer, message.room, message.generation)
                 if destination is not None:
                     self._take_progress(destination, message, now)
@@ -108,7 +101,7 @@ class Rooms:
                 self._drop("malformed_dropped", f"{name} is not for a prefill rank ({peer.name})")
 
     def mapped(self, peer: Peer, now: float) -> None:
-        """A rank has said which arenas it can read: rooms that have waited for that begin."""
+        """A rank has said which shared segments it can read: rooms that have waited for that begin."""
         for room in list(self.table.values()):
             if peer.identity in room.requests and not room.formed and not room.state.ended:
                 self._advance(room, now)
@@ -158,15 +151,7 @@ class Rooms:
             why = f"request for room {message.room} of {peer.name} before registration or with a wrong share"
             self._drop("malformed_dropped", why)
             return
-        request = RoomRequest(
-            peer=peer,
-            generation=message.generation,
-            expected_ranks=message.expected_ranks,
-            prefix_tokens=message.prefix_tokens,
-            dummy=message.dummy,
-            share=(message.share_index, message.share_count),
-            arrived=now,
-        )
+        request = RoomRequest(peer, message, now)
         agent = peer.hello.agent
         if self._ended_rooms.has_ended(message.room, agent, message.generation):
             self._counts["replays_dropped"] += 1
@@ -178,7 +163,7 @@ class Rooms:
             if old is None:
                 self._bind(room, request, now)
                 return
-            if old.generation >= message.generation:
+            if old.message.generation >= message.generation:
                 self._counts["replays_dropped"] += 1
                 return
             self.fail(room, f"{peer.name} asked for the room anew (generation {message.generation})", now)
@@ -194,7 +179,7 @@ class Rooms:
             return
         early = self.early_requests.setdefault(message.room, {})
         before = early.get(peer.identity)
-        if before is not None and before.generation >= message.generation:
+        if before is not None and before.message.generation >= message.generation:
             self._counts["replays_dropped"] += 1
             return
         peer.early_requests += before is None
@@ -210,7 +195,7 @@ class Rooms:
             return
         reason = f"aborted by {peer.name}: {message.reason}"
         early = self.early_requests.get(room_id, {}).get(peer.identity)
-        if early is not None and early.generation <= generation:
+        if early is not None and early.message.generation <= generation:
             self._drop_early(room_id, peer)
         room = self.table.get(room_id)
         if room is not None and not room.state.ended:
@@ -218,7 +203,7 @@ class Rooms:
             if bound is None and ended.failed_unbound(room_id, agent) is not None:
                 ended.end(room_id, agent, generation)
                 return
-            if bound is None or bound.generation <= generation:
+            if bound is None or bound.message.generation <= generation:
                 ended.end(room_id, agent, generation)
                 room.aborted_by.add(agent)
                 self.fail(room, reason, now, but=peer)
@@ -255,19 +240,21 @@ class Rooms:
     def _destination(self, peer: Peer, room_id: int, generation: int) -> Destination | None:
         room = self.table.get(room_id)
         request = room.requests.get(peer.identity) if room is not None and not room.state.ended else None
-        return request.destination if request is not None and request.generation == generation else None
+        return (
+            request.destination if request is not None and request.message.generation == generation else None
+        )
 
     def _bind(self, room: Room, request: RoomRequest, now: float) -> None:
         """Give a room a decode rank's request."""
-        expected = room.expected_ranks
+        expected, asks = room.expected_ranks, request.message
         room.requests[request.peer.identity] = request
         room.progress = now
         asked = len(room.requests)
-        prefixes = sorted({other.prefix_tokens for other in room.requests.values() if not other.dummy})
-        if expected not in (None, request.expected_ranks):
-            wrong = f"decode ranks disagree on how many ask: {expected} and {request.expected_ranks}"
-        elif asked > request.expected_ranks:
-            wrong = f"{asked} decode ranks asked, {request.expected_ranks} were expected"
+        prefixes = sorted({other.prefix_tokens for other in room.messages if not other.dummy})
+        if expected not in (None, asks.expected_ranks):
+            wrong = f"decode ranks disagree on how many ask: {expected} and {asks.expected_ranks}"
+        elif asked > asks.expected_ranks:
+            wrong = f"{asked} decode ranks asked, {asks.expected_ranks} were expected"
         elif len(prefixes) > 1:
             wrong = f"decode ranks disagree on the cached prefix: {prefixes} tokens"
         else:
@@ -276,8 +263,8 @@ class Rooms:
             self.fail(room, wrong, now)
         if room.state.ended:
             return
-        if not request.dummy:
-            request.destination = Destination(room, request.peer, request.generation)
+        if not asks.dummy:
+            request.destination = Destination(room, request.peer, asks.generation)
         if room.complete:
             room.state = RoomState.TRANSFERRING if room.segments else RoomState.WAITING
             self._advance(room, now)
@@ -300,7 +287,7 @@ class Rooms:
             return
         for request in room.requests.values():
             if request.peer is not but and request.peer.identity in self._peers:
-                message = frames.Abort(room.room_id, request.generation, frames.sentence(reason))
+                message = frames.Abort(room.room_id, request.message.generation, frames.sentence(reason))
                 self._out.put(request.peer.identity, message)
         if not room.complete:
             agents = {request.peer.hello.agent for request in room.requests.values()}
@@ -311,7 +298,7 @@ class Rooms:
     def _end(self, room: Room, state: RoomState, reason: str, now: float) -> None:
         room.state, room.reason, room.ended = state, reason, now
         for request in room.requests.values():
-            self._ended_rooms.end(room.room_id, request.peer.hello.agent, request.generation)
+            self._ended_rooms.end(room.room_id, request.peer.hello.agent, request.message.generation)
         self._lanes.end(room)
         self._ended(room)
 
@@ -341,7 +328,7 @@ class Rooms:
                     waited = self._settings.room_timeout_s if passed_over else patience
                     text = f"no prefill request opened this room within {waited:g} s"
                     self._drop_early(room_id, request.peer)
-                    self._out.put(identity, frames.Abort(room_id, request.generation, text))
+                    self._out.put(identity, frames.Abort(room_id, request.message.generation, text))
         self._ended_rooms.expire(now, patience)
         for room in list(self.table.values()):
             if reason := self.unwanted_reason(room, now):

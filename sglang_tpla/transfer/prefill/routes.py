@@ -22,7 +22,7 @@ def form_lanes(
 
     Args:
         make_plan: an existing or new plan of the room for a projection, part, chunk size, row format and share.
-        agent: this prefill agent, whose arena ranks may have mapped.
+        agent: this prefill agent, whose shared segment ranks may have mapped.
         host: identity of this host.
         chunk_bytes: this agent's largest chunk.
     """
@@ -40,7 +40,7 @@ def form_lanes(
         else:
             together = hello.agent
         # ranks whose requests share the sending differently, or whose rows do not look alike, cannot share chunks
-        key = (hello.host, together, request.share, request.peer.row_format.of_any_group)
+        key = (hello.host, together, _share(request), request.peer.row_format.of_any_group)
         by_host[key].append(request)
     lanes = []
     for place, members in by_host.items():
@@ -51,7 +51,7 @@ def form_lanes(
             route = Route.LOCAL if place[1] is Route.LOCAL else shared
             rows = takers[0].peer.row_format
             kind = rows.of_any_group if part is Part.COMMON else rows
-            plan = make_plan(projection, part, limit, kind, takers[0].share)
+            plan = make_plan(projection, part, limit, kind, _share(takers[0]))
             destinations = [taker.destination for taker in takers if taker.destination is not None]
             lane = Lane(room, plan, destinations, route)
             for destination in destinations:
@@ -60,8 +60,13 @@ def form_lanes(
     return lanes
 
 
+def _share(request: RoomRequest) -> tuple[int, int]:
+    """Which of the prefill ranks with the same layers this one is, and of how many."""
+    return request.message.share_index, request.message.share_count
+
+
 def _read_each_other(request: RoomRequest, requests: list[RoomRequest]) -> bool:
-    """True if the colocated ranks of a request's host can all read each other's arenas."""
+    """True if the colocated ranks of a request's host can all read each other's shared segments."""
     group = [other.peer for other in requests if other.peer.hello.host == request.peer.hello.host]
     return len(group) > 1 and all(
         peer is other or other.hello.agent in peer.mapped for peer in group for other in group

@@ -3,10 +3,10 @@
 A *lane* is a run of chunks that some ranks of one host all want (the whole row, its common part, or a group's
 own part), and so travels to that host once:
 
-    LOCAL   the ranks are on this host: they read the chunk from this agent's arena
+    LOCAL   the ranks are on this host: they read the chunk from this agent's shared segment
     DIRECT  one rank: the chunk travels to it
     RELAY   several ranks of another host: the chunk travels to one of them (they take turns), which keeps it in its
-            arena for the others
+            shared segment for the others
 
 Lanes wait for their own credit and their own ranks only, so a stalled rank stalls its own rooms.
 
@@ -29,7 +29,7 @@ from sglang_tpla.transfer.chunks import Rectangle, cut
 from sglang_tpla.transfer.memory.iovec import Slots
 from sglang_tpla.transfer.memory.pool import CachePool
 from sglang_tpla.transfer.memory.staging import Slot
-from sglang_tpla.transfer.messages import Hello, Message
+from sglang_tpla.transfer.messages import Hello, Message, Request
 from sglang_tpla.transfer.room import NO_LIMITS, Limits, RoomState
 
 ChunkId = tuple[int, int]  # part, sequence
@@ -90,10 +90,10 @@ class Peer:
     row_format: RowFormat  # those of the layers that this rank sends
     away: bool = False  # its connection is gone; it may come back under another identity
     limits: Limits = NO_LIMITS
-    maps_asked: int = 0  # number of the newest list of arenas it was sent
+    maps_asked: int = 0  # number of the newest list of shared segments it was sent
     maps_asked_at: float = 0.0
     maps_answered: int = -1
-    mapped: frozenset[str] = frozenset()  # agents whose arenas it reads
+    mapped: frozenset[str] = frozenset()  # agents whose shared segments it reads
     # projections.py
     projection: SenderProjection | None = None
     upload: Upload | None = None
@@ -193,7 +193,7 @@ class Destination:
 
 @dataclass(eq=False)
 class Relay:
-    """A chunk that lies in a decode rank's arena until the others have read it."""
+    """A chunk that lies in a decode rank's shared segment until the others have read it."""
 
     leader: Destination
     offset: int
@@ -214,7 +214,7 @@ class Lane:
     repeat: deque[tuple[int, Destination]] = field(
         default_factory=deque
     )  # chunks to send once more, to one rank
-    relays: dict[int, Relay | None] = field(default_factory=dict)  # passed on; None: no longer in an arena
+    relays: dict[int, Relay | None] = field(default_factory=dict)  # passed on; None: no longer kept
 
     def __post_init__(self) -> None:
         self.ahead = [deque() for _ in (self.takers[:1] if self.route is Route.LOCAL else self.takers)]
@@ -276,11 +276,7 @@ class RoomRequest:
     """What a decode rank asks for. Only rooms.py writes it."""
 
     peer: Peer
-    generation: int
-    expected_ranks: int
-    prefix_tokens: int
-    dummy: bool
-    share: tuple[int, int]  # which of the prefill ranks with the same layers this one is, and of how many
+    message: Request
     arrived: float
     destination: Destination | None = None  # once a room has it; a dummy has none
 
@@ -321,9 +317,14 @@ class Room:
         return [destination for destination in found if destination is not None]
 
     @property
+    def messages(self) -> list[Request]:
+        """What all ranks have asked."""
+        return [request.message for request in self.requests.values()]
+
+    @property
     def expected_ranks(self) -> int | None:
         """How many ranks will ask, once one has."""
-        return next((request.expected_ranks for request in self.requests.values()), None)
+        return next((asks.expected_ranks for asks in self.messages), None)
 
     @property
     def complete(self) -> bool:
