@@ -93,6 +93,7 @@ class AgentStats:
     rooms: int = 0
     peers: int = 0
     data_channels: int = 0
+    sealed_channels: int = 0
     staging_used_bytes: int = 0
     staging_limit_bytes: int = 0
     threads_alive: int = 0

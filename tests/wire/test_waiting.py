@@ -118,8 +118,9 @@ def test_a_request_that_came_while_no_prefill_lived_fails_when_one_is_there() ->
             rig.wait(lambda: decode.poll(2) is RoomState.WAITING, "the next one")
 
 
-def test_a_request_that_prefill_passed_over_fails_soon() -> None:
-    """Its other half never came: the scheduler has opened other rooms long after it was asked for."""
+@pytest.mark.parametrize("idle", [False, True], ids=["other rooms opened", "nothing to do"])
+def test_a_request_that_prefill_passed_over_fails_soon(idle: bool) -> None:
+    """Its other half never came: the scheduler has opened other rooms since, or has had none to open."""
     with begun(b"") as simulation:
         simulation.finish(0)
         for decode in simulation.decodes:
@@ -130,7 +131,7 @@ def test_a_request_that_prefill_passed_over_fails_soon() -> None:
         pass_time(simulation, SETTINGS.room_timeout_s + 1)
         assert not any(decode.agent.poll(1).ended for decode in simulation.decodes)
         for agent in simulation.prefills:
-            agent.open_room(2)
+            agent.note_idle() if idle else agent.open_room(2)
         pass_time(simulation, 1.0)
         for decode in simulation.decodes:
             assert "no prefill request opened this room within 15 s" in decode.agent.failure(1)

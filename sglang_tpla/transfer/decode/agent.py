@@ -260,10 +260,12 @@ class DecodeAgent:
         """Counters and gauges of now."""
         with self.workers.lock:
             lines = list(self.connections.table.values())
+            readers = [line.reader for line in lines if line.reader is not None and line.reader.greeted]
             return AgentStats(
                 rooms=len(self.rooms.table),
                 peers=sum(line.link is Link.REGISTERED for line in lines),
-                data_channels=sum(line.reader is not None and line.reader.greeted for line in lines),
+                data_channels=len(readers),
+                sealed_channels=sum(reader.sealed for reader in readers),
                 staging_used_bytes=self.credits.used_bytes,
                 staging_limit_bytes=self.workers.settings.staging_bytes,
                 threads_alive=self.workers.alive,

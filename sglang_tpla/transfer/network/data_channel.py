@@ -247,6 +247,7 @@ class ChunkReader(Generic[HeaderT]):
         seal: Seal | None = None,
     ) -> None:
         self.stream = stream
+        self.sealed = seal is not None
         self.received_bytes = 0
         self.in_place: InPlace | None = None  # what is coming goes there
         self._greeting = PREAMBLE + cookie

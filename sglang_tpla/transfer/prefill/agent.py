@@ -148,6 +148,10 @@ class PrefillAgent:
                 )
             self.rooms.open(room, prompt_tokens, now)
 
+    def note_idle(self) -> None:
+        """The scheduler has no request left whose room it could open. It says so without rest: no lock is taken."""
+        self.rooms.caught_up = self.workers.io.now()
+
     def send(
         self,
         room: int,
@@ -256,6 +260,7 @@ class PrefillAgent:
                 rooms=len(self.rooms.table) + len(self.rooms.early_requests),
                 peers=len(self.peers.table),
                 data_channels=self.router.listener.bound_channels,
+                sealed_channels=self.router.listener.bound_channels if self.router.listener.sealed else 0,
                 staging_used_bytes=staging.used_bytes,
                 staging_limit_bytes=staging.limit_bytes,
                 threads_alive=self.workers.alive,
