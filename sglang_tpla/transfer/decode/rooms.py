@@ -96,7 +96,7 @@ class Rooms:
                 why = f"the {connection.name} started after this request came; the request can be retried"
                 self.fail(room, why, now)
                 return
-            if linked and (wrong := connection.limits.objection(room.prompt_tokens)):
+            if linked and (wrong := connection.limits.unsupported_reason(room.prompt_tokens)):
                 self.fail(room, f"the {connection.name} cannot serve this request: {wrong}", now)
                 return
         ready = all(source.connection.link is Link.REGISTERED for source in real)
