@@ -150,7 +150,7 @@ class PrefillAgent:
 
     def note_idle(self) -> None:
         """The scheduler has no request left whose room it could open. It says so without rest: no lock is taken."""
-        self.rooms.caught_up = self.workers.io.now()
+        self.rooms.caught_up(self.workers.io.now())
 
     def send(
         self,

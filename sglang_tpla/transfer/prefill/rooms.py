@@ -40,7 +40,7 @@ class Rooms:
         self.table: dict[int, Room] = {}
         self.early_requests: dict[int, dict[bytes, RoomRequest]] = {}  # for rooms that are not open
         self._ended_rooms = EndedRooms()
-        self.caught_up = -math.inf  # when the scheduler last had opened a room for every request that it got
+        self._caught_up = -math.inf  # when the scheduler last had opened a room for every request that it got
         self._settings, self._lanes, self._peers, self._out = settings, lanes, peers, out
         self._counts, self._drop, self._wake, self._ended = counts, drop, wake, ended
 
@@ -49,7 +49,7 @@ class Rooms:
     def open(self, room_id: int, prompt_tokens: int, now: float) -> None:
         """Begin a room: requests that came earlier are bound to it, and an earlier abort fails it."""
         room = self.table[room_id] = Room(room_id, prompt_tokens, opened=now, progress=now, sought=now)
-        self.caught_up = now
+        self._caught_up = now
         early = self.early_requests.pop(room_id, {})
         newest = {request.peer.hello.agent: request.message.generation for request in early.values()}
         aborted = ""
@@ -63,6 +63,10 @@ class Rooms:
             self._bind(room, request, now)
         if aborted:
             self.fail(room, aborted, now)
+
+    def caught_up(self, now: float) -> None:
+        """The scheduler has no request left whose room it could open; it says so without the agent's lock."""
+        self._caught_up = now
 
     def send(self, room: Room, segment: Segment, last: bool, metadata: bytes, now: float) -> None:
         """Rows are handed over; none will follow the last ones, which the metadata row goes with."""
@@ -323,7 +327,7 @@ class Rooms:
         for room_id, early in list(self.early_requests.items()):
             for identity, request in list(early.items()):
                 # the scheduler opens rooms as requests come: if it has none left to open, this one's never came
-                passed_over = self.caught_up - request.arrived > self._settings.room_timeout_s
+                passed_over = self._caught_up - request.arrived > self._settings.room_timeout_s
                 if passed_over or now - request.arrived > patience:
                     waited = self._settings.room_timeout_s if passed_over else patience
                     text = f"no prefill request opened this room within {waited:g} s"
