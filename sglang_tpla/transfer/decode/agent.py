@@ -208,7 +208,7 @@ class DecodeAgent:
 
     def poll(self, room_id: int) -> RoomState:
         """Return the state of a room: BOOTSTRAPPING until every prefill rank has registered this one, WAITING for
-        ``request``, TRANSFERRING, SUCCESS when every chunk and then the metadata row are in place; FAILED: see `failure`.
+        ``request``, TRANSFERRING, SUCCESS when every chunk and then the metadata row are in place; FAILED (`failure`).
 
         Raises:
             TransferError: the room is not open.
