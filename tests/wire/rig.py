@@ -70,6 +70,12 @@ class DecodeRank:
     metadata: MetadataRows
     projection: Projection | None
 
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row, where they are as many in every layer."""
+        (size,) = {layer[0].nbytes for layer in self.pool.layers}
+        return size
+
 
 def prefill_rank(
     dtype: torch.dtype = torch.bfloat16,
@@ -157,6 +163,11 @@ def sketched_projection(
         for kind in rows
     ]
     return Projection(matrices, [kind.shared for kind in rows], sketched=RowFormat.sketched(rows, group))
+
+
+def even_rows() -> Projection | None:
+    """What gives decode ranks rows of the test's kind that are as long in every layer."""
+    return sketched_projection(0, sketch_bits=(4,) * LAYERS) if ROWS == "sketched" else None
 
 
 def decode_rank(

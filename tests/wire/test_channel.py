@@ -16,6 +16,8 @@ from tests.wire import rig
 from tests.wire.fakes import FakeDecode, FakePrefill, hello
 from tests.wire.proxy import FaultProxy
 
+pytestmark = pytest.mark.usefixtures("rows_kind")  # each test with plain and with sketched rows
+
 PAGES = 90
 PAYLOAD_BYTES = rig.LAYERS * PAGES * rig.PAGE * (rig.LATENT + rig.ROPE) * 2
 

@@ -18,6 +18,8 @@ from sglang_tpla.transfer.room import RoomState
 from tests.wire import rig
 from tests.wire.fakes import FakePrefill
 
+pytestmark = pytest.mark.usefixtures("rows_kind")  # each test with plain and with sketched rows
+
 
 @contextlib.contextmanager
 def no_file_above(size_bytes: int) -> Iterator[None]:
