@@ -264,7 +264,7 @@ class Rooms:
         digest: bytes | None,
         retained: RetainedChunk | None,
     ) -> bool:
-        """Acknowledge a written chunk, or ask again for a damaged one, and free its credit. Return if it is sound.
+        """Acknowledge a written chunk, or ask again for a damaged one, and free its credit; True if it is sound.
 
         ``digest`` is that of the written payload, None if the room had ended.
         """
