@@ -117,13 +117,15 @@ def test_a_decode_server_that_is_told_to_end_behind_the_router(pair: Pair, logs:
         assert front.post("/generate", body).status_code == 200
         assert pair.decode.process is not None
         pair.decode.process.send_signal(signal.SIGTERM)
-        for gone in (False, True):
-            if gone:
-                pair.decode.process.wait(60)
-            start = time.monotonic()
-            answer = front.post("/generate", body)
-            assert time.monotonic() - start < SOON_S, (gone, answer.text)
-            assert answer.status_code >= 500 and "decode" in answer.text, (gone, answer.text)
+        assert front.post("/generate", body).status_code in (
+            200,
+            503,
+        )  # it is served until the server stops to listen
+        pair.decode.process.wait(60)
+        start = time.monotonic()
+        answer = front.post("/generate", body)
+        assert time.monotonic() - start < SOON_S, answer.text
+        assert answer.status_code == 503 and "No available decode workers" in answer.text, answer.text
         wait_idle(pair.prefill)
     finally:
         front.stop()
