@@ -83,7 +83,7 @@ def check_flags(args: Any) -> None:
         (args.enable_hisparse, "--enable-hisparse", "it indexes the whole latent"),
         *newer_refusals(args),
         *unchecked_ways_in(args),
-        attention_groups_refusal(args, sliced),
+        attention_groups_refusal(args),
         (args.allow_auto_truncate, "--allow-auto-truncate", "prefill and decode would each cut a prompt to a length "
          "of its own"),
         (args.pp_size > 1, "--pp-size", "pipeline stages are not transferred yet"),
@@ -108,13 +108,17 @@ def check_flags(args: Any) -> None:
         raise ConfigError("; also, ".join(found))
 
 
-def attention_groups_refusal(args: Any, sliced: bool) -> tuple[bool, str, str]:
-    """Data-parallel attention, as ``check_flags`` lists it: where it cannot run, and where it was never tried."""
-    why = "TPLA within the attention groups of a server was never tried on GPUs, and a CPU cannot run it"
-    if args.device == "cpu":
-        why = "SGLang pins memory for its attention groups, which takes a GPU"
+def attention_groups_refusal(args: Any) -> tuple[bool, str, str]:
+    """Data-parallel attention, as ``check_flags`` lists it: refused where a CPU cannot run it."""
     flag = "--enable-dp-attention" if args.enable_dp_attention else "--attn-dp-size"
-    return compat.attention_groups(args) > 1 and (sliced or args.device == "cpu"), flag, why
+    refused = (
+        compat.attention_groups(args) > 1 and args.device == "cpu" and not compat.cpu_has_attention_groups()
+    )
+    return (
+        refused,
+        flag,
+        "this SGLang release pins memory for its attention groups, which takes a GPU; 0.5.19 and later do not",
+    )
 
 
 def unchecked_ways_in(args: Any) -> list[tuple[bool, str, str]]:
