@@ -103,7 +103,7 @@ def check_flags(args: Any) -> None:
             f"the CPU reference platform pages its cache by single tokens; got --page-size {args.page_size}, use "
             "--page-size 1"
         )
-    found += speculation.objections(args, role) if compat.verifies_guesses() else []
+    found += speculation.objections(args, role)
     if found:  # all at once: each further start would cost the time to load SGLang
         raise ConfigError("; also, ".join(found))
 
@@ -146,8 +146,6 @@ def newer_refusals(args: Any) -> list[tuple[bool, str, str]]:
         given("disaggregation_decode_host_receive_threshold"),
     )
     return [
-        (args.speculative_algorithm is not None and not compat.verifies_guesses(), "--speculative-algorithm",
-         "guesses are verified beside SGLang 0.5.17 alone"),
         (bool(given("enable_kv_cache_sharding")), "--enable-kv-cache-sharding", "every prefill rank sends whole rows"),
         (policy not in (None, "early"), f"--disaggregation-decode-allocation-policy {policy}", "rows are sent while "
          "the prompt is computed, into slots that the decode server has allocated"),
@@ -252,7 +250,8 @@ def check_model(args: Any) -> None:
     )
     shapes = slice_shapes(args, config)
     capability = device_capability(torch.device(args.device))
-    speculation.check_backends(args, backend, shapes if loaded else [], draft, capability)
+    own = loaded is not None or sketched()
+    speculation.check_backends(args, backend, shapes if own else [], draft, capability)
     if loaded is None and backend != OURS and args.kv_cache_dtype != FP8_CACHE:
         return  # plain MLA on a stock backend
     if len(shapes) > 1 and backend == "flashinfer":

@@ -58,7 +58,7 @@ def test_flags(nano_mla: str, nano_artifact: str) -> None:
         ("use --page-size 1",),
         ("drop --tokenizer-worker-num 2", "loads no plug-in"),
         ("drop --grpc-mode",),
-        ("--speculative-algorithm",),  # beside 0.5.17 for its draft, beside others altogether
+        ("--speculative-algorithm", "NextN layer"),
     ):
         assert all(word in output for word in words), output[-2000:]
     assert "Traceback" not in output, output[-2000:]

@@ -61,7 +61,7 @@ def test_a_room_whose_decode_ranks_have_ended_fails_soon() -> None:
 def test_a_prompt_that_no_registered_decode_server_takes_fails_at_once() -> None:
     with begun(b"") as simulation:
         for decode in simulation.decodes:
-            decode.agent._limits = Limits(context_tokens=4096, pool_tokens=1000)
+            decode.agent.connections._limits = Limits(context_tokens=4096, pool_tokens=1000)
         simulation.finish(0)
         for agent in simulation.prefills:
             agent.open_room(1, prompt_tokens=1000)
@@ -84,7 +84,7 @@ def test_a_prompt_that_no_registered_decode_server_takes_fails_at_once() -> None
 )
 def test_a_prompt_that_prefill_does_not_take_fails_at_once_at_decode(limits: Limits, said: str) -> None:
     prefill, decode = rig.prefill_rank(), rig.decode_rank()
-    prefill.agent._limits = limits
+    prefill.agent.peers.limits = limits
     with contextlib.closing(prefill.agent), contextlib.closing(decode.agent):
         decode.agent.open_room(1, [prefill.peer], prompt_tokens=100)
         assert rig.ended(decode.agent, 1) is RoomState.FAILED

@@ -47,7 +47,7 @@ class Queries:
         SGLang counts ``seq_lens`` without the drafts when the target verifies them, and with all of them when the draft
         layer is extended by what was verified.
         """
-        args = runner.server_args
+        args = compat.resolved(runner.server_args)
         if args.speculative_algorithm is None:
             return cls()
         drafts = int(args.speculative_num_draft_tokens)
