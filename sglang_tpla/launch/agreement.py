@@ -126,6 +126,7 @@ def for_router(arguments: Sequence[Argument]) -> list[Argument]:
             argument = Argument(argument.name, (f"--{argument.name}", f"[{value}]"))
         if argument.name in ("prefill", "decode"):
             check_server_url(argument.name, value)
+            check_bootstrap_ports(argument)
         result.append(argument)
     return result
 
@@ -147,6 +148,20 @@ def check_server_url(name: str, url: str) -> None:
         raise ConfigError(
             f"--{name} must be the URL of a server, such as http://prefill-1:30000 or http://[::1]:30000; got {url!r}"
         )
+
+
+def check_bootstrap_ports(argument: Argument) -> None:
+    """The port after a prefill server's URL, where one is given.
+
+    Raises:
+        ConfigError: no number from 1 to 65535: every request would be refused for it.
+    """
+    for port in argument.tokens[1:]:
+        if re.fullmatch(r"-?\d+", port) and not 1 <= int(port) <= LAST_PORT:
+            raise ConfigError(
+                f"--{argument.name} {argument.value} must be followed by a bootstrap port from 1 to {LAST_PORT}, the "
+                f"prefill server's --disaggregation-bootstrap-port; got {port}"
+            )
 
 
 def for_server(arguments: Sequence[Argument]) -> list[Argument]:

@@ -16,6 +16,7 @@ from tests.e2e.servers import Pair, Server, launcher, request_body, router, wait
 from tests.ports import free_ports
 
 CONTEXT_TOKENS, POOL_TOKENS, RESERVED_TOKENS = 1024, 1200, 512
+ROOM_TIMEOUT_S = 8  # the default is 15, for machines with more to do
 SOON_S = 60  # far from the deadline of a transfer, 120 s, also on a busy machine
 
 
@@ -26,7 +27,8 @@ def pair(nano_mla: str, logs: Path) -> Iterator[Pair]:
     """
     ports = free_ports(6)
     node = ("--tp", "2", "--nnodes", "2", "--dist-init-addr", f"127.0.0.1:{ports[4]}", "--context-length",
-            str(CONTEXT_TOKENS), "--disaggregation-bootstrap-port", str(ports[1]))  # fmt: skip
+            str(CONTEXT_TOKENS), "--disaggregation-bootstrap-port", str(ports[1]), "--tpla-room-timeout-s",
+            str(ROOM_TIMEOUT_S))  # fmt: skip
     servers = [
         launcher("prefill", nano_mla, ports[0], logs / "node-0.log", *node, "--node-rank", "0"),
         launcher("prefill", nano_mla, ports[3], logs / "node-1.log", *node, "--node-rank", "1",
@@ -90,7 +92,7 @@ def test_a_request_that_no_decode_server_got(pair: Pair) -> None:
     answer = half(pair.prefill, pair, 20)
     pair.next_room += 1
     assert answer.status_code >= 400
-    assert "no decode rank has asked for this room within 15 s" in answer.text, answer.text
+    assert f"no decode rank has asked for this room within {ROOM_TIMEOUT_S} s" in answer.text, answer.text
     assert time.monotonic() - start < SOON_S
 
 
@@ -99,7 +101,7 @@ def test_a_request_that_prefill_never_got(pair: Pair) -> None:
     start = time.monotonic()
     answer = half(pair.decode, pair, 20)
     pair.next_room += 1
-    assert "no prefill request opened this room within 15 s" in answer.text, answer.text
+    assert f"no prefill request opened this room within {ROOM_TIMEOUT_S} s" in answer.text, answer.text
     assert time.monotonic() - start < SOON_S
 
 
@@ -117,13 +119,13 @@ def test_a_decode_server_that_is_told_to_end_behind_the_router(pair: Pair, logs:
         assert front.post("/generate", body).status_code == 200
         assert pair.decode.process is not None
         pair.decode.process.send_signal(signal.SIGTERM)
-        for gone in (False, True):
-            if gone:
-                pair.decode.process.wait(60)
-            start = time.monotonic()
-            answer = front.post("/generate", body)
-            assert time.monotonic() - start < SOON_S, (gone, answer.text)
-            assert answer.status_code >= 500 and "decode" in answer.text, (gone, answer.text)
+        # it is served until the server stops to listen
+        assert front.post("/generate", body).status_code in (200, 503)
+        pair.decode.process.wait(60)
+        start = time.monotonic()
+        answer = front.post("/generate", body)
+        assert time.monotonic() - start < SOON_S, answer.text
+        assert answer.status_code == 503 and "No available decode workers" in answer.text, answer.text
         wait_idle(pair.prefill)
     finally:
         front.stop()

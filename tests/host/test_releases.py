@@ -58,12 +58,13 @@ def test_releases_between_are_refused_by_name(release: str) -> None:
     assert release not in SUPPORTED
 
 
-def test_every_hook_has_every_supported_release_or_ends_for_good() -> None:
-    """A hook may be dropped from a release on, never left out in the middle."""
+def test_every_hook_has_every_supported_release_or_begins_or_ends_with_one() -> None:
+    """A hook may begin with a release and be dropped from one on, never left out in the middle."""
     for hook in ledger.load():
         listed = [release for release in SUPPORTED if release in hook.ast_sha256]
         assert set(hook.ast_sha256) <= set(SUPPORTED)
-        assert listed == list(SUPPORTED[: len(listed)]) and listed, hook.target
+        first = SUPPORTED.index(hook.since or SUPPORTED[0])
+        assert listed == list(SUPPORTED[first : first + len(listed)]) and listed, hook.target
 
 
 def test_targets_follow_the_release() -> None:

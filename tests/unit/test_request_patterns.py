@@ -62,6 +62,9 @@ def nested(depth: int) -> str:
         ({"ebnf": 'root ::= "a"{100001}'}, "count to 100000 at most; got '100001'"),
         ({"json_schema": '{"type": "string", "minLength": 1000000000}'}, "minLength may be 100000 at most"),
         ({"json_schema": nested(200)}, "nested 128 deep at most"),
+        ({"regex": "a\0"}, r"regex may not hold the character \\u0000"),
+        ({"json_schema": json.dumps({"properties": {"a\0": {}}})}, r"may not hold the character \\u0000"),
+        ({"json_schema": json.dumps({"pattern": "a\0"})}, r"may not hold the character \\u0000"),
         ({"structural_tag": nested(5000)}, "nested 128 deep at most"),
     ],
 )

@@ -63,12 +63,19 @@ def check_grammar(params: Any) -> None:
             raise RequestRefused(
                 f"sampling_params.{name} may have {MAX_GRAMMAR_CHARACTERS} characters at most; got {len(value)}"
             )
+        if "\0" in value:
+            raise nul(name)
         if name == "regex":
             check_pattern(name, value, MAX_GRAMMAR_CHARACTERS)
         elif name == "ebnf":
             check_counts(name, value)
         else:
             check_schema(name, value)
+
+
+def nul(name: str) -> RequestRefused:
+    """The refusal of a zero character, over which xgrammar ends the process."""
+    return RequestRefused(f"sampling_params.{name} may not hold the character \\u0000")
 
 
 def check_schema(name: str, text: str) -> None:
@@ -86,6 +93,8 @@ def check_schema(name: str, text: str) -> None:
     for depth, key, value in _entries(parsed):
         if depth > MAX_GRAMMAR_DEPTH or parsed is None:
             raise RequestRefused(f"sampling_params.{name} may be nested {MAX_GRAMMAR_DEPTH} deep at most")
+        if "\0" in key or (isinstance(value, str) and "\0" in value):
+            raise nul(name)
         if key in JSON_COUNTS and isinstance(value, (int, float)) and value > MAX_COUNT:
             raise RequestRefused(
                 f"sampling_params.{name}: {key} may be {MAX_COUNT} at most; got {shown(value)}"
