@@ -59,6 +59,13 @@ def attention_groups(args: Any) -> int:
     return int(getattr(args, "attn_dp_size", None) or 1)
 
 
+def cpu_has_attention_groups() -> bool:
+    """Whether data-parallel attention can run on a CPU: releases before 0.5.19 copy by a kernel and pin memory."""
+    from sglang.srt.layers import dp_attention
+
+    return hasattr(dp_attention, "memcpy_cpu")
+
+
 def data_parallel_ranks(args: Any) -> int:
     """Ranks of a server among which its requests are dealt out, as replicas or as attention groups."""
     replicas = max(1, int(args.dp_size))

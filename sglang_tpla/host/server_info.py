@@ -65,9 +65,13 @@ def startup_info(result: dict[str, Any], self: Any) -> dict[str, Any]:
 
 
 def live_info(result: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
-    """After ``get_internal_state``: counters of this rank's transfer agent, and what its scheduler still holds."""
+    """After ``get_internal_state``: counters of this rank's transfer agent, and what its scheduler still holds.
+
+    The layout is here too: of a server with attention groups SGLang passes on nothing that `startup_info` adds.
+    """
     from sglang_tpla.host.disaggregation.kv_manager import agents
 
+    startup_info(result.internal_state, self)
     result.internal_state["tpla_transfer"] = [asdict(agent.stats()) for agent in agents()]
     result.internal_state["tpla_scheduler"] = scheduler_load(self)
     return result

@@ -82,7 +82,8 @@ def check_flags(args: Any) -> None:
          "the offload manager assumes that all ranks hold the same latent cache"),
         (args.enable_hisparse, "--enable-hisparse", "it indexes the whole latent"),
         *newer_refusals(args),
-        attention_groups_refusal(args, sliced),
+        *unchecked_ways_in(args),
+        attention_groups_refusal(args),
         (args.allow_auto_truncate, "--allow-auto-truncate", "prefill and decode would each cut a prompt to a length "
          "of its own"),
         (args.pp_size > 1, "--pp-size", "pipeline stages are not transferred yet"),
@@ -107,13 +108,31 @@ def check_flags(args: Any) -> None:
         raise ConfigError("; also, ".join(found))
 
 
-def attention_groups_refusal(args: Any, sliced: bool) -> tuple[bool, str, str]:
-    """Data-parallel attention, as ``check_flags`` lists it: where it cannot run, and where it was never tried."""
-    why = "TPLA within the attention groups of a server was never tried on GPUs, and a CPU cannot run it"
-    if args.device == "cpu":
-        why = "SGLang pins memory for its attention groups, which takes a GPU"
+def attention_groups_refusal(args: Any) -> tuple[bool, str, str]:
+    """Data-parallel attention, as ``check_flags`` lists it: refused where a CPU cannot run it."""
     flag = "--enable-dp-attention" if args.enable_dp_attention else "--attn-dp-size"
-    return compat.attention_groups(args) > 1 and (sliced or args.device == "cpu"), flag, why
+    refused = (
+        compat.attention_groups(args) > 1 and args.device == "cpu" and not compat.cpu_has_attention_groups()
+    )
+    return (
+        refused,
+        flag,
+        "this SGLang release pins memory for its attention groups, which takes a GPU; 0.5.19 and later do not",
+    )
+
+
+def unchecked_ways_in(args: Any) -> list[tuple[bool, str, str]]:
+    """Ways for requests to reach a scheduler past `requests/edge.py`, as ``check_flags`` lists them: one request with
+    a token outside the vocabulary would end the server.
+    """
+    return [
+        (args.tokenizer_worker_num > 1, f"--tokenizer-worker-num {args.tokenizer_worker_num}", "SGLang loads no "
+         "plug-in in the processes of its tokenizer workers, so that nobody would check what requests ask for"),
+        (bool(args.grpc_mode or args.smg_grpc_mode), "--grpc-mode" if args.grpc_mode else "--smg-grpc-mode",
+         "requests are checked where the HTTP server takes them, which this flag leaves out"),
+        (bool(envs.SGLANG_RUST_SERVER.get()), "SGLANG_RUST_SERVER=1", "the Rust server hands requests to the scheduler "
+         "unchecked, and its bootstrap server takes registrations from anyone"),
+    ]  # fmt: skip
 
 
 def newer_refusals(args: Any) -> list[tuple[bool, str, str]]:
@@ -149,10 +168,6 @@ def check_address(args: Any) -> None:
     security = Security.from_environment(settings().role)
     if settings().role == "prefill":
         security.check(args.host, "a prefill server on")
-        if envs.SGLANG_RUST_SERVER.get():
-            raise ConfigError(
-                "SGLANG_RUST_SERVER=1 brings a bootstrap server of its own, which checks nobody; unset it"
-            )
         if args.node_rank == 0:
             check_bootstrap_port(args.host, args.disaggregation_bootstrap_port)
 

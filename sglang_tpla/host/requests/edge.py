@@ -23,6 +23,7 @@ from sglang_tpla.host import compat
 from sglang_tpla.host.disaggregation.prefill_lookup import MAX_RANKS
 from sglang_tpla.host.process import serves_decode
 from sglang_tpla.host.requests.fields import Limits, RequestRefused, check_item, check_rooms_differ
+from sglang_tpla.host.requests.patterns import check_grammar, check_stops
 from sglang_tpla.host.requests.samples import give_each_its_room
 
 TOP_LOGPROBS = 128  # MetadataBuffers(max_top_logprobs_num=128)
@@ -120,6 +121,8 @@ def check_normalized(self: Any, obj: Any, *args: Any, **kwargs: Any) -> None:
     bounds = limits(self)
     for item in items:
         check_item(item, bounds)
+        check_stops(item.sampling_params)
+        check_grammar(item.sampling_params)
         params = self.sampling_params_class(
             **{**(self.preferred_sampling_params or {}), **item.sampling_params}
         )
