@@ -18,7 +18,7 @@ def buffers() -> Any:
         warnings.simplefilter("ignore")
         import torch
         from sglang.srt.disaggregation.utils import MetadataBuffers
-    return MetadataBuffers(4, 8, torch.float32)
+    return MetadataBuffers(4, 8, torch.float32, max_sampling_mask_tokens=64)
 
 
 def computed(buffers: Any, tokens: list[int], row: int = 2) -> None:
@@ -31,7 +31,7 @@ def computed(buffers: Any, tokens: list[int], row: int = 2) -> None:
     req = SimpleNamespace(
         metadata_buffer_index=row, output_ids=[5], multimodal_inputs=None, return_logprob=False,
         return_sampling_mask=False, hidden_states_tensor=None, bootstrap_room=9, output_topk_p=None,
-        origin_input_ids=array("q", tokens), **counts,
+        origin_input_ids=array("q", tokens), get_mm_token_counts=lambda: (0, 0, 0), **counts,
     )  # fmt: skip
     buffers.set_buf(req)
     leave_digest(None, buffers, req)
