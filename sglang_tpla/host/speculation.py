@@ -13,7 +13,7 @@ from typing import Any
 from sglang_tpla.attention.backends import Capability
 from sglang_tpla.attention.interface import MAX_QUERY_LEN, DecodeShape
 from sglang_tpla.config import ConfigError
-from sglang_tpla.host.attention.supported import OURS, engine_objection
+from sglang_tpla.host.attention.supported import OURS, engine_unsupported_reason
 from sglang_tpla.host.disaggregation.engine_memory import FP8_CACHE
 from sglang_tpla.host.ledger import host_version
 from sglang_tpla.host.model.rows import sketched
@@ -107,9 +107,9 @@ def check_backends(
             f"{OURS} with --speculative-algorithm {args.speculative_algorithm}"
         )
     chosen = args.speculative_draft_attention_backend or backend
-    if chosen == OURS and (why := engine_objection(OURS, draft, capability)) is not None:
+    if chosen == OURS and (why := engine_unsupported_reason(OURS, draft, capability)) is not None:
         others = ("fa3", "flashinfer", "triton")
-        able = [name for name in others if engine_objection(name, draft, capability) is None]
+        able = [name for name in others if engine_unsupported_reason(name, draft, capability) is None]
         advice = f"use {' or '.join(able)}" if able else "drop --speculative-algorithm"
         raise ConfigError(
             f"--speculative-draft-attention-backend {OURS} cannot serve the draft's layer of {draft.latent_dim} + "

@@ -27,7 +27,7 @@ def cores_per_rank(cores: Sequence[int], ranks: int) -> list[list[int]]:
 def environment(tp_size: int, environ: Mapping[str, str]) -> dict[str, str]:
     """The variables of a server with `tp_size` ranks on this machine's cores.
 
-    Cores and thread counts from the user stay; the other variables have only one value that works.
+    Cores and thread counts that the user named already are kept; the rest has only one value that works.
     """
     deal = cores_per_rank(sorted(os.sched_getaffinity(0)), tp_size)
     chosen = {

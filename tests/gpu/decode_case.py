@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
-from sglang_tpla.attention.interface import DecodeShape, PageTable
+from sglang_tpla.attention.interface import DecodeAttention, DecodeShape, PageTable
 from sglang_tpla.attention.reference import latent_attention, reader_of
 from sglang_tpla.cache_rows import sketched
 from sglang_tpla.cache_rows.fp8 import pack_rows
 
 SCALE = 192**-0.5
+REFILLS = [[3000] * 8, [1, 2, 3, 64, 65, 0, 2999, 1000], [0] * 7 + [3000], [17] * 8]
 
 
 @dataclass(frozen=True)
@@ -94,3 +96,27 @@ def random_sketched(rows: sketched.SketchedRows, tokens: int, generator: torch.G
 def relative_error(out: torch.Tensor, reference: torch.Tensor) -> float:
     """||out - reference|| / ||reference||; NaN anywhere gives NaN, which passes no comparison."""
     return ((out.float() - reference).norm() / reference.norm()).item()
+
+
+def errors_of_replays(
+    kernel: DecodeAttention, case: Case, batches: list[list[int]]
+) -> Iterator[tuple[list[int], float]]:
+    """Capture a plan and three runs in a CUDA graph, and yield its relative error after each refill of its inputs."""
+    out = case.q_latent.new_empty(*case.q_latent.shape[:2], case.shape.latent_dim)
+
+    def step() -> None:
+        kernel.plan(case.table, case.lengths)
+        for _ in range(3):
+            kernel.run(case.q_latent, case.q_rope, case.kv_cache, out)
+
+    step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    for lengths in batches:
+        case.lengths.copy_(torch.tensor(lengths, dtype=torch.int32))
+        case.q_latent.normal_()
+        out.fill_(float("nan"))
+        graph.replay()
+        yield lengths, relative_error(out, case.reference())

@@ -13,7 +13,7 @@ from sglang_tpla.attention.fp8.decode import Fp8Decode
 from sglang_tpla.attention.interface import AttentionInputError, DecodeShape
 
 sys.path.insert(0, str(Path(__file__).parent))
-from decode_case import SCALE, Case, random_case, relative_error
+from decode_case import SCALE, Case, errors_of_replays, random_case, relative_error
 from write_case import fp8_write_case, same_rows
 
 pytestmark = pytest.mark.gpu
@@ -59,19 +59,8 @@ def test_a_graph_stays_right_when_its_inputs_are_refilled() -> None:
     shape = DecodeShape(256, 32, 64, fp8_shared=64)
     case = random_case(shape, [1000, 7, 0, 4096], seed=1)
     kernel = Fp8Decode(shape, SCALE, 8, DEVICE)
-    kernel.plan(case.table, case.lengths)
-    out = torch.empty_like(case.q_latent)
-    kernel.run(case.q_latent, case.q_rope, case.kv_cache, out)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        kernel.run(case.q_latent, case.q_rope, case.kv_cache, out)
-    for lengths in ([1, 7, 0, 2048], [999, 0, 0, 4096]):
-        case.lengths.copy_(torch.tensor(lengths))
-        case.q_latent.normal_()
-        out.fill_(float("nan"))
-        graph.replay()
-        assert relative_error(out, case.reference()) <= BAR
+    for lengths, error in errors_of_replays(kernel, case, [[1, 7, 0, 2048], [999, 0, 0, 4096]]):
+        assert error <= BAR, lengths
 
 
 @pytest.mark.parametrize(("tokens", "d", "w", "shared"), [

@@ -17,6 +17,7 @@ from sglang_tpla.attention.reference import ReferenceDecode
 from sglang_tpla.cache_rows.fp8 import row_bytes
 from sglang_tpla.cache_rows.row_format import RowFormat
 from tests.fp8_reference import assert_row, read_row
+from tests.host.engine_parts import stub_runner
 
 HEADS, ROPE, CONTEXT, REQUESTS, SLOTS, SCALE = 4, 8, 24, 6, 200, 0.3
 WIDTHS = (16, 24)  # of layers 0 and 1
@@ -55,6 +56,12 @@ class Pool:
         self.rows[layer.layer_id][place] = k
 
 
+def runner_of(requests: Any, pool: Any, cache_dtype: torch.dtype, widths: tuple[int, ...]) -> Any:
+    text = SimpleNamespace(kv_lora_rank=max(widths), num_hidden_layers=2)
+    sizes = {"num_attention_heads": HEADS, "qk_rope_head_dim": ROPE, "hf_text_config": text}
+    return stub_runner(requests, pool, cache_dtype, scaling=SCALE, **sizes)
+
+
 @pytest.fixture
 def backend(engine: None, monkeypatch: pytest.MonkeyPatch) -> Any:
     from sglang_tpla.host.attention import backend as decode_attention
@@ -68,23 +75,8 @@ def backend(engine: None, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(decode_attention, "row_format", lambda *model, fp8: rows)
     torch.manual_seed(5)
     slots = torch.randperm(SLOTS - 1)[: REQUESTS * CONTEXT].view(REQUESTS, CONTEXT).to(torch.int32) + 1
-    runner = SimpleNamespace(
-        device="cpu",
-        gpu_id=0,
-        req_to_token_pool=SimpleNamespace(req_to_token=slots, size=REQUESTS),
-        token_to_kv_pool=Pool(),
-        is_draft_worker=False,
-        server_args=SimpleNamespace(speculative_algorithm=None),
-        kv_cache_dtype=torch.float32,
-        model_config=SimpleNamespace(
-            scaling=SCALE,
-            num_attention_heads=HEADS,
-            hf_text_config=SimpleNamespace(kv_lora_rank=24, num_hidden_layers=2),
-            qk_rope_head_dim=ROPE,
-            dtype=torch.float32,
-        ),
-    )
-    return decode_attention.TplaDecodeBackend(runner)
+    requests = SimpleNamespace(req_to_token=slots, size=REQUESTS)
+    return decode_attention.TplaDecodeBackend(runner_of(requests, Pool(), torch.float32, WIDTHS))
 
 
 def batch_of(backend: Any, requests: list[int], lengths: list[int], padding: int = 0) -> Any:
@@ -179,18 +171,7 @@ def test_fp8_rows_are_written_and_read(
     rows = RowFormat.fp8(FP8_WIDTHS, FP8_SHARED, ROPE)
     monkeypatch.setattr(decode_attention, "row_format", lambda *model, fp8: rows)
     pool = Fp8Pool()
-    config = SimpleNamespace(
-        scaling=SCALE,
-        num_attention_heads=HEADS,
-        hf_text_config=SimpleNamespace(kv_lora_rank=32, num_hidden_layers=2),
-        qk_rope_head_dim=ROPE,
-        dtype=torch.float32,
-    )
-    runner = SimpleNamespace(
-        device="cpu", gpu_id=0, req_to_token_pool=backend.req_to_token_pool, token_to_kv_pool=pool,
-        kv_cache_dtype=torch.float8_e4m3fn, model_config=config, is_draft_worker=False,
-        server_args=SimpleNamespace(speculative_algorithm=None),
-    )  # fmt: skip
+    runner = runner_of(backend.req_to_token_pool, pool, torch.float8_e4m3fn, FP8_WIDTHS)
     fp8 = decode_attention.TplaDecodeBackend(runner)
     width, shared = FP8_WIDTHS[layer_id], FP8_SHARED[layer_id]
     layer = SimpleNamespace(

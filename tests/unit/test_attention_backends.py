@@ -66,7 +66,7 @@ def test_choice_and_requirement_agree() -> None:
                     try:
                         require(choose(shape, capability), shape, capability)
                     except BackendRefusal:
-                        assert all(backend.objection(shape, capability) for backend in BACKENDS)
+                        assert all(backend.unsupported_reason(shape, capability) for backend in BACKENDS)
 
 
 def test_unknown_name_and_cpu_device() -> None:

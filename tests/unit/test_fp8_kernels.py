@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -17,6 +16,7 @@ from sglang_tpla.attention.interface import AttentionInputError, DecodeShape, Pa
 from sglang_tpla.attention.reference import ReferenceDecode
 from sglang_tpla.cache_rows.fp8 import row_bytes
 from tests.fp8_reference import assert_row, read_row
+from tests.triton_interpreter import interpret
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "gpu"))
 from decode_case import SCALE, random_case
@@ -63,17 +63,7 @@ for tokens in (1, 3, 19):
 
 
 def test_kernels_in_the_interpreter() -> None:
-    """Triton decides at import whether it interprets: a process of its own."""
-    root = Path(__file__).parents[2]
-    environment = {
-        "TRITON_INTERPRET": "1",
-        "PYTHONPATH": f"{root}:{root / 'tests' / 'gpu'}",
-        "OMP_NUM_THREADS": "1",
-    }
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", INTERPRETED], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    interpret(INTERPRETED)
 
 
 @pytest.mark.parametrize("shared", [0, 20, 48])
