@@ -18,7 +18,7 @@ REFILLS = [[3000] * 8, [1, 2, 3, 64, 65, 0, 2999, 1000], [0] * 7 + [3000], [17] 
 
 @dataclass(frozen=True)
 class Case:
-    """Inputs of one step; unused cache slots hold NaN, so reading one shows."""
+    """The inputs of one step; unused cache slots hold NaN, so that a read of one shows."""
 
     shape: DecodeShape
     table: PageTable
@@ -43,14 +43,14 @@ class Case:
 
 
 def random_case(shape: DecodeShape, lengths: list[int], seed: int, device: str = "cuda") -> Case:
-    """Pages in random order, rows beyond a request's end poisoned with NaN."""
+    """Make a case with pages in random order and with NaN in rows beyond a request's end."""
     generator = torch.Generator(device).manual_seed(seed)
     pages = [-(-length // shape.page_size) for length in lengths]
     indptr = torch.tensor([0, *pages], device=device).cumsum(0).to(torch.int32)
     total = sum(pages)
     order = torch.randperm(total + 5, generator=generator, device=device)[:total].to(torch.int32)
     slots = (total + 5) * shape.page_size
-    # 255: NaN as e4m3, bfloat16 and float32 alike
+    # bytes of 255 are NaN as e4m3, bfloat16 and float32 alike
     poison = float("nan") if shape.cache_dtype != torch.uint8 else 255
     cache = torch.full((slots, shape.cache_dim), poison, dtype=shape.cache_dtype, device=device)
     for request, length in enumerate(lengths):
@@ -81,7 +81,7 @@ def random_case(shape: DecodeShape, lengths: list[int], seed: int, device: str =
 
 
 def random_sketched(rows: sketched.SketchedRows, tokens: int, generator: torch.Generator) -> torch.Tensor:
-    """Sketched rows of Gaussian tokens, of which each has scales of its own."""
+    """Make sketched rows of Gaussian tokens, each with scales of its own."""
 
     def columns(count: int) -> torch.Tensor:
         values = torch.randn(tokens, count, generator=generator, device=generator.device)

@@ -1,19 +1,15 @@
 """The Hopper decode kernel against the float32 reference, with fresh random inputs and poisoned outputs."""
 
 import random
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from decode_case import REFILLS, SCALE, Case, errors_of_replays, random_case, relative_error
 
 from sglang_tpla.attention.backends import choose
 from sglang_tpla.attention.hopper.decode import HopperDecode
 from sglang_tpla.attention.hopper.plan import plan_parts
 from sglang_tpla.attention.interface import AttentionInputError, DecodeShape, PageTable
-
-sys.path.insert(0, str(Path(__file__).parent))
-from decode_case import REFILLS, SCALE, Case, errors_of_replays, random_case, relative_error
 
 pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda:0")

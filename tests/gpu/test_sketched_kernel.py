@@ -1,19 +1,15 @@
 """The Hopper kernel of sketched rows against float32 from the unpacked rows, fresh random inputs, poisoned outputs."""
 
 import random
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
+from decode_case import REFILLS, SCALE, Case, errors_of_replays, random_case, relative_error
 
 from sglang_tpla.attention.hopper.decode import HopperDecode
 from sglang_tpla.attention.interface import AttentionInputError, DecodeShape
 from sglang_tpla.cache_rows.sketched import SketchedRows
-
-sys.path.insert(0, str(Path(__file__).parent))
-from decode_case import REFILLS, SCALE, Case, errors_of_replays, random_case, relative_error
 
 pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda:0")

@@ -1,4 +1,4 @@
-"""Which models are served, by the name of their architecture alone."""
+"""The names of architectures decide alone whether a model is served."""
 
 from __future__ import annotations
 

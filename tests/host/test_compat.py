@@ -1,4 +1,4 @@
-"""What differs between releases says the same in each of them; and the traps that no signature shows."""
+"""The compat module gives the same answers in every release; and the traps that no signature shows."""
 
 from __future__ import annotations
 

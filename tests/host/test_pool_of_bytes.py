@@ -41,7 +41,7 @@ def fp8_hooks(engine: None, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def artifact_of(widths: tuple[int, ...], sketched: Sequence[SketchedRows] = ()) -> Any:
-    """What the hooks ask of an artifact."""
+    """The part of an artifact that the hooks read."""
     return SimpleNamespace(
         meta=SimpleNamespace(
             widths=widths,

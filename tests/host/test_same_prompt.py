@@ -22,7 +22,7 @@ def buffers() -> Any:
 
 
 def computed(buffers: Any, tokens: list[int], row: int = 2) -> None:
-    """What prefill leaves of a request."""
+    """Leave a request in the buffers as prefill does."""
     from sglang_tpla.host.disaggregation.same_prompt import leave_digest
 
     counts = dict.fromkeys(

@@ -25,7 +25,6 @@ from sglang_tpla.measure.decode_error import compare, model_maps
 from sglang_tpla.reference_model.forward import PlainModel
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "benchmarks"))
 from accuracy import END, START, write_into  # noqa: E402
 
 NANO = ROOT / "examples" / "nano-mla"

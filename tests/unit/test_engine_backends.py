@@ -1,4 +1,4 @@
-"""Which of SGLang's attention backends may decode a slice, and which one a server gets that asks for none."""
+"""SGLang's attention backends that may decode a slice, and the one that a server gets if it names none."""
 
 import pytest
 import torch

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
+from decode_case import SCALE, random_case
+from write_case import random_write
 
 from sglang_tpla.attention.cache_write import reference
 from sglang_tpla.attention.cache_write.inputs import CacheWrite
@@ -17,10 +17,6 @@ from sglang_tpla.attention.reference import ReferenceDecode
 from sglang_tpla.cache_rows.fp8 import row_bytes
 from tests.fp8_reference import assert_row, read_row
 from tests.triton_interpreter import interpret
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "gpu"))
-from decode_case import SCALE, random_case
-from write_case import random_write
 
 INTERPRETED = """
 import sys, torch

@@ -1,26 +1,21 @@
-"""Writing a step's cache rows: the twin against complex arithmetic in float64, the kernel in Triton's interpreter."""
-
-import sys
-from pathlib import Path
+"""Cache writes: the twin against complex arithmetic in float64, the kernel in Triton's interpreter against the twin."""
 
 import numpy as np
 import pytest
 import torch
+from write_case import WriteCase, random_write
 
 from sglang_tpla.attention.cache_write import reference
 from sglang_tpla.attention.interface import AttentionInputError
 from sglang_tpla.transfer.memory.projection import project_latent
 from tests.triton_interpreter import interpret
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "gpu"))
-from write_case import WriteCase, random_write
-
 SIZES = [(1, 512, 256, 64), (3, 40, 24, 6), (17, 33, 7, 2), (5, 96, None, 20), (0, 16, 8, 4)]
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 3e-3}
 
 
 def rotated(vectors: torch.Tensor, case: WriteCase, neox: bool) -> np.ndarray:
-    """[tokens, .., rope] turned by each token's position, float64: pairs are complex numbers, rotation is a product."""
+    """Rotate [tokens, .., rope] by each token's position in float64, as products of complex numbers."""
     v = vectors.double().numpy()
     if case.cos_sin is None:
         return v
@@ -61,7 +56,7 @@ def test_twin(tokens: int, d: int, w: int | None, rope: int, rotate: str | None,
 
 
 def test_rows_are_those_of_a_transfer() -> None:
-    """Norm, then `project_latent`, as the sender of a cache does: the same bits."""
+    """The rows have the same bits as those of a sender, which norms and then calls `project_latent`."""
     case = random_write(9, 64, 24, 8, rotated=False, dtype=torch.bfloat16, seed=1)
     reference.write(case.write(1e-6))
     assert case.z is not None

@@ -1,14 +1,13 @@
-"""Sketched rows written and read by the PyTorch twins, against rows read byte by byte and the equation of attention;
-the kernel that writes them against its twin in Triton's interpreter.
+"""The PyTorch twins of sketched rows against rows read byte by byte and the equation of attention.
+
+The kernel that writes such rows runs against its twin in Triton's interpreter.
 """
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from write_case import random_write
 
 from sglang_tpla.attention.cache_write import reference
 from sglang_tpla.attention.cache_write.inputs import CacheWrite
@@ -19,9 +18,6 @@ from sglang_tpla.cache_rows.row_format import GroupRows
 from sglang_tpla.cache_rows.sketched import SketchedRows
 from tests.sketched_reference import assert_row, read_row
 from tests.triton_interpreter import interpret
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "gpu"))
-from write_case import random_write
 
 KINDS = [
     GroupRows(SketchedRows.of(24, 1, 24, 6), 0),
