@@ -23,7 +23,7 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from machine import cpu_seconds
 
-from sglang_tpla.transfer.decode.rooms import WINDOW_CHUNKS
+from sglang_tpla.transfer.decode.credits import WINDOW_CHUNKS
 from sglang_tpla.transfer.memory.copy import copy_pieces
 from sglang_tpla.transfer.memory.iovec import one_piece
 

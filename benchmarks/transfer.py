@@ -51,10 +51,11 @@ from sglang_tpla.launch.supervisor import end_with_parent
 from sglang_tpla.transfer import keys
 from sglang_tpla.transfer import messages as frames
 from sglang_tpla.transfer.decode.agent import DecodeAgent
-from sglang_tpla.transfer.memory import copy as moving
+from sglang_tpla.transfer.memory import copy
+from sglang_tpla.transfer.memory.pool import CachePool, MetadataRows
 from sglang_tpla.transfer.network.security import KEYS_VARIABLE
 from sglang_tpla.transfer.prefill.agent import PrefillAgent
-from sglang_tpla.transfer.room import CachePool, MetadataRows, RoomState
+from sglang_tpla.transfer.room import RoomState
 
 LATENT, ROPE, LAYERS, PAGE = 512, 64, 61, 64
 ROW_BYTES = 2 * (LATENT + ROPE)
@@ -96,13 +97,13 @@ class NoChecksum:
         return bytes(8)
 
 
-CHECKSUMS = frames.checksum, frames.running_checksum, moving.Checksum
+CHECKSUMS = frames.checksum, frames.running_checksum, copy.Checksum
 
 
 def switch_checksums(on: bool) -> None:
     """Let this process's agents compute checksums, or not."""
     off = (lambda data: bytes(8)), NoChecksum, NoChecksum
-    frames.checksum, frames.running_checksum, moving.Checksum = CHECKSUMS if on else off
+    frames.checksum, frames.running_checksum, copy.Checksum = CHECKSUMS if on else off
 
 
 # Children: each serves commands from a pipe and answers with (seconds, cpu_seconds) or a value.
@@ -161,7 +162,6 @@ def decode_child(
         settings=SETTINGS,
         rank=0,
         size=1,
-        groups=1,
         host_id=host_id,
     )
     pipe.send("ready")

@@ -16,7 +16,7 @@ from sglang_tpla.calibrate import pipeline as run
 from sglang_tpla.calibrate.layout_search import Point, Search, point_maps, search, table
 from sglang_tpla.calibrate.learn_layer import LearnPlan
 from sglang_tpla.calibrate.learn_model import learn_model
-from sglang_tpla.calibrate.sketch_maps import default_shared, sketched_rows
+from sglang_tpla.calibrate.sketch_layout import sketched_rows
 from sglang_tpla.calibrate.sketch_search import SketchedSearch, search_sketched
 from sglang_tpla.calibrate.transforms import TRANSFORMS, TransformError
 from sglang_tpla.measure.corpus import CorpusError
@@ -67,7 +67,8 @@ def parser() -> argparse.ArgumentParser:
     text.add_argument(
         "--shared-dims",
         type=int,
-        help="latent values every group keeps (default: d/4 for shared; at most 64 in sketched rows)",
+        help="latent values every group keeps (default: d/4 for shared; in sketched rows at most 64, or more where "
+        "the sketch would be noisy)",
     )
     text.add_argument(
         "--own-bits",
@@ -85,9 +86,9 @@ def parser() -> argparse.ArgumentParser:
     text.add_argument(
         "--rope-bits",
         type=int,
-        default=16,
         choices=ROPE_BITS,
-        help="bits of the rotary key's values in sketched rows (default 16)",
+        help="bits of the rotary key's values in sketched rows (default 16, or 8 where the sketch would be noisy: what "
+        "that saves is spent on shared columns)",
     )
     text.add_argument(
         "--corpus", nargs="+", default=[], metavar="PATH", help="files or folders (default: Python's library)"
@@ -180,21 +181,19 @@ def make(arguments: argparse.Namespace) -> Artifact:
     rows = row_choice(arguments)
     shared_dims = arguments.shared_dims
     if shared_dims is None:
-        usual = run.default_shared_dims(transform, spec.latent_dim, groups)
-        shared_dims = default_shared(spec.latent_dim, groups) if rows == "sketched" and groups >= 1 else usual
+        shared_dims = run.default_shared_dims(transform, spec.latent_dim, groups)
     run.check_settings(transform, groups, shared_dims, spec)
-    sizes = (
-        sketched_rows(
-            spec.latent_dim,
-            spec.rope_dim,
-            groups,
-            shared_dims,
-            arguments.sketch_bits or 4,
-            arguments.rope_bits,
+    bits = arguments.sketch_bits or 4
+    if rows == "sketched" and arguments.shared_dims is not None:
+        # refused before any text is read
+        sketched_rows(spec.latent_dim, spec.rope_dim, groups, shared_dims, bits, arguments.rope_bits or 16)
+
+    def sketched() -> Artifact:
+        layout = run.usual_layout(
+            statistics, checkpoint, groups, bits, arguments.rope_bits, arguments.shared_dims
         )
-        if rows == "sketched"
-        else None
-    )
+        return run.sketched_form(statistics, checkpoint, layout)
+
     closed = "shared" if transform == "learned" else transform
     if arguments.max_kl is not None and arguments.ranks is None:
         raise TransformError("--max-kl chooses g among the divisors of --ranks: give --ranks T as well")
@@ -208,8 +207,8 @@ def make(arguments: argparse.Namespace) -> Artifact:
                 "out --from-stats, or take --transform shared"
             )
         statistics = combine([Statistics.load(path) for path in arguments.from_stats])
-        if sizes is not None:
-            return run.sketched_form(statistics, checkpoint, [sizes] * spec.layers)
+        if rows == "sketched":
+            return sketched()
         return run.closed_form(statistics, checkpoint, closed, groups, shared_dims, arguments.key_map)
     plan = TextPlan(
         corpus=tuple(arguments.corpus),
@@ -230,8 +229,8 @@ def make(arguments: argparse.Namespace) -> Artifact:
     if arguments.max_kl is not None:
         pick = choose_sketched if rows == "sketched" else choose
         artifact = pick(arguments, model, statistics, text.calibration, text.held_out, plan.prompt_tokens)
-    elif sizes is not None:
-        artifact = run.sketched_form(statistics, checkpoint, [sizes] * spec.layers)
+    elif rows == "sketched":
+        artifact = sketched()
     else:
         artifact = run.closed_form(statistics, checkpoint, closed, groups, shared_dims, arguments.key_map)
     if transform == "learned" or arguments.refit_values:
@@ -325,7 +324,7 @@ def choose_sketched(
     """
     wanted = Search(arguments.ranks or 0, arguments.max_kl, lambda width: True)
     bits = SKETCH_BITS if arguments.sketch_bits is None else (arguments.sketch_bits,)
-    looked_at = SketchedSearch(bits, arguments.rope_bits, arguments.shared_dims)
+    looked_at = SketchedSearch(bits, arguments.rope_bits or 16, arguments.shared_dims)
 
     def tell(line: str) -> None:
         if not arguments.quiet:

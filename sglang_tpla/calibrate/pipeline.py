@@ -13,7 +13,8 @@ import sglang_tpla
 from sglang_tpla.artifact.artifact import FORMAT_VERSION, SKETCHED_VERSION, Artifact, ArtifactMeta, build
 from sglang_tpla.artifact.model_identity import config_hash, weights_hash
 from sglang_tpla.cache_rows.sketched import SketchedRows
-from sglang_tpla.calibrate.sketch_maps import layer_sketched_maps
+from sglang_tpla.calibrate.sketch_layout import usual_rows
+from sglang_tpla.calibrate.sketch_maps import LayerWeights, layer_sketched_maps, score_energies
 from sglang_tpla.calibrate.transforms import TRANSFORMS, Maps, TransformError, layer_maps
 from sglang_tpla.measure.decode_error import DecodeErrors, measure, model_maps
 from sglang_tpla.measure.statistics import Statistics, StatisticsError
@@ -24,9 +25,15 @@ from sglang_tpla.reference_model.spec import ModelSpec
 
 def key_weights(checkpoint: Checkpoint, layer: int) -> torch.Tensor:
     """Key half of a layer's kv_b_proj, [H, n, d] float32, reading no other weight."""
+    return layer_weights(checkpoint, layer).key
+
+
+def layer_weights(checkpoint: Checkpoint, layer: int) -> LayerWeights:
+    """Both halves of a layer's kv_b_proj, float32, reading no other weight."""
     spec = ModelSpec.from_config(checkpoint.config)
     kv_b = checkpoint.tensor(checkpoint.layer_name(layer, "self_attn.kv_b_proj.weight"))
-    return kv_b.view(spec.heads, spec.nope_dim + spec.value_dim, spec.latent_dim)[:, : spec.nope_dim]
+    heads = kv_b.view(spec.heads, spec.nope_dim + spec.value_dim, spec.latent_dim)
+    return LayerWeights(heads[:, : spec.nope_dim], heads[:, spec.nope_dim :], spec.scale)
 
 
 def closed_form(
@@ -53,6 +60,30 @@ def closed_form(
     return package(maps, [shared_dims] * spec.layers, statistics, spec, transform)
 
 
+def usual_layout(
+    statistics: Statistics,
+    checkpoint: Checkpoint,
+    groups: int,
+    sketch_bits: int,
+    rope_bits: int | None = None,
+    shared_dims: int | None = None,
+) -> list[SketchedRows]:
+    """Rows of every layer, all alike, with what is None chosen from the statistics (`sketch_layout`).
+
+    Raises:
+        TransformError: the format does not hold them.
+        StatisticsError: moments of another model.
+    """
+    spec = ModelSpec.from_config(checkpoint.config)
+    check_statistics(statistics, checkpoint)
+    energies = [
+        score_energies(moments, layer_weights(checkpoint, layer))
+        for layer, moments in enumerate(statistics.layers)
+    ]
+    rows = usual_rows(energies, spec.scale, spec.rope_dim, groups, sketch_bits, rope_bits, shared_dims)
+    return [rows] * spec.layers
+
+
 def sketched_form(statistics: Statistics, checkpoint: Checkpoint, rows: Sequence[SketchedRows]) -> Artifact:
     """An artifact of sketched rows, sized layer by layer, from second moments and kv_b_proj alone.
 
@@ -73,7 +104,7 @@ def sketched_form(statistics: Statistics, checkpoint: Checkpoint, rows: Sequence
                 f"every layer, got {layer_rows}"
             )
     maps = [
-        layer_sketched_maps(moments, key_weights(checkpoint, layer), layer_rows)
+        layer_sketched_maps(moments, layer_weights(checkpoint, layer), layer_rows)
         for layer, (moments, layer_rows) in enumerate(zip(statistics.layers, rows, strict=True))
     ]
     meta = msgspec.structs.replace(

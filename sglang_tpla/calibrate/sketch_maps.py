@@ -3,11 +3,17 @@
 t = c U with U the score-energy basis (``transforms.score_basis``) of the latent's second moment, so that every column
 has mean square 1; the first r columns are shared, the others are dealt out in turn. (Not of its covariance: a mean
 costs resolution like anything else, and this way most of it lies in the shared columns.) A part of a row is rounded
-with one scale a token, so columns are weighted first and rotated then, which spreads a part's energy and its rounding
-evenly over its columns. With e_j the root mean square of what queries make of column j, weights w_j give a score
-error of (sum w_j^2)(sum e_j^2 / w_j^2), least at w_j = sqrt(e_j): the sketch, which takes part in scores alone, has
-these. The 8-bit columns also make the values, where all columns count alike; they have the geometric mean of both,
-e_j^(1/4). The maps back are exact, so all that is lost is rounding:
+with one scale a token, so a part x = t W R is weighted by a symmetric W first and rotated then, which spreads its
+energy and its rounding evenly over its columns. Where an error of t costs E (a matrix), x's costs
+tr(W^2) tr(E W^-2), least at W = E^(1/4).
+
+* The sketch takes part in scores alone: E is what queries make of t, diagonal in this basis.
+* The 8-bit columns take part in scores and values. Of a head that attends with probabilities p, an error of the score
+  costs sum p^2 |v - o|^2 and one of the values sum p^2 times its square, so that E is the score's part times the
+  values' spread |v - o|^2, plus the values' part. Of their spread over all tokens ``ATTENDED_SPREAD`` is counted, as
+  the tokens that one query attends to are less far from each other than any two.
+
+The maps back are exact, so all that is lost is rounding:
 
     key map   A_i = [shared^-1; own_i^-1; sketch_j^-1 for j != i]: c = [z_i | sketch] A_i but for rounding
     value map B_i = [shared^-1 / g; own_i^-1]: the groups' values add up to c
@@ -15,102 +21,85 @@ e_j^(1/4). The maps back are exact, so all that is lost is rounding:
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from sglang_tpla.cache_rows.rotation import rotation
 from sglang_tpla.cache_rows.sketched import SketchedRows
-from sglang_tpla.calibrate.transforms import Basis, TransformError, score_basis
+from sglang_tpla.calibrate.transforms import Basis, score_basis
 from sglang_tpla.measure.statistics import LayerMoments
 from sglang_tpla.reference_model.sketched_layer import SketchedMaps
 
-SKETCH_POWER, KEPT_POWER = 0.5, 0.25  # of a column's score energy: its weight in the sketch, and at 8 bits
-_LEAST_ENERGY = 1e-6  # of the largest: a column that no query sees keeps a finite weight
+ATTENDED_SPREAD = 0.25
+_LEAST_COST = 1e-12  # of the largest: a direction that costs nothing keeps a finite weight
+_TINY = 1e-30
 
 
-def sketched_rows(
-    latent_dim: int, rope_dim: int, groups: int, shared_dims: int, sketch_bits: int, rope_bits: int
-) -> SketchedRows:
-    """The rows of these settings.
+@dataclass(frozen=True)
+class LayerWeights:
+    """The halves of a layer's kv_b_proj, ``key`` [H, n, d] and ``value`` [H, v, d], and the softmax scale."""
 
-    Raises:
-        TransformError: the format does not hold them; the message says which shared dims it does hold.
-    """
-    try:
-        return SketchedRows.of(
-            latent_dim, groups, shared_dims, rope_dim, sketch_bits=sketch_bits, rope_bits=rope_bits
-        )
-    except ValueError as error:
-        near = sorted(
-            shared_choices(latent_dim, groups, sketch_bits), key=lambda choice: abs(choice - shared_dims)
-        )[:3]
-        raise TransformError(
-            f"{error}; the nearest --shared-dims that {groups} groups hold are {sorted(near) or 'none'}"
-        ) from error
+    key: torch.Tensor
+    value: torch.Tensor
+    scale: float
 
 
-def shared_choices(latent_dim: int, groups: int, sketch_bits: int = 4) -> list[int]:
-    """Every r that g groups of sketched rows hold, ascending; d (all columns shared) is the last."""
-    return [
-        shared
-        for shared in range(latent_dim + 1)
-        if (latent_dim - shared) % groups == 0 and (latent_dim - shared) // groups * sketch_bits % 8 == 0
-    ]
+def score_energies(moments: LayerMoments, weights: LayerWeights) -> torch.Tensor:
+    """What queries make of each column of the layer's basis: their root mean square, descending, [d]."""
+    queries, basis = _basis(moments, weights)
+    return torch.einsum("jd,de,je->j", basis.inverse, queries, basis.inverse).clamp_min(0).sqrt()
 
 
-def default_shared(latent_dim: int, groups: int) -> int:
-    """r when none is given: a quarter of the latent but 64 at most, the nearest that the format holds.
-
-    Whole bytes at every number of bits are preferred: blocks of a multiple of eight columns.
-    """
-    if groups == 1:
-        return latent_dim
-    wanted = min(latent_dim // 4, 64)
-    choices = shared_choices(latent_dim, groups)
-    even = [choice for choice in choices if (latent_dim - choice) // groups % 8 == 0 and choice < latent_dim]
-    near = [choice for choice in even if abs(choice - wanted) <= wanted // 4] or choices
-    return min(near, key=lambda choice: (abs(choice - wanted), choice))
+def _basis(moments: LayerMoments, weights: LayerWeights) -> tuple[torch.Tensor, Basis]:
+    queries = moments.absorbed_queries(weights.key)
+    return queries, score_basis(moments.latent_outer / max(moments.latent_count, 1), queries)
 
 
-def layer_sketched_maps(moments: LayerMoments, w_uk: torch.Tensor, rows: SketchedRows) -> SketchedMaps:
+def layer_sketched_maps(moments: LayerMoments, weights: LayerWeights, rows: SketchedRows) -> SketchedMaps:
     """Maps of one layer, float64.
 
     Args:
         moments: the layer's statistics.
-        w_uk: key half of kv_b_proj, [H, n, d].
+        weights: the layer's weights that read a latent.
         rows: sizes of the rows.
     """
-    queries = moments.absorbed_queries(w_uk)
-    basis = score_basis(moments.latent_outer / max(moments.latent_count, 1), queries)
-    # what queries make of each column: their root mean square along its row of the inverse
-    energy = torch.einsum("jd,de,je->j", basis.inverse, queries, basis.inverse).clamp_min(0).sqrt()
-    energy = energy.clamp_min(energy.max() * _LEAST_ENERGY)
-    kept, sketched = (_weighted(basis, energy**power) for power in (KEPT_POWER, SKETCH_POWER))
-    return _maps(kept, sketched, rows)
+    queries, basis = _basis(moments, weights)
+    value = weights.value.double()
+    values = torch.einsum("hvd,hve->de", value, value) / len(value)
+    spread = ATTENDED_SPREAD * (values * moments.covariance).sum()
+    in_scores = basis.inverse @ queries @ basis.inverse.T
+    in_both = basis.inverse @ (weights.scale**2 * spread * queries + values) @ basis.inverse.T
 
+    def part(cost: torch.Tensor, picked: list[int]) -> Basis:
+        """The columns ``picked``, weighted by what their rounding costs, and rotated."""
+        weight, unweight = _fourth_root(cost[picked][:, picked])
+        turn = rotation(len(picked))
+        return Basis(basis.forward[:, picked] @ weight @ turn, turn.T @ unweight @ basis.inverse[picked])
 
-def _weighted(basis: Basis, weights: torch.Tensor) -> Basis:
-    return Basis(basis.forward * weights, basis.inverse / weights[:, None])
-
-
-def _maps(kept: Basis, sketched: Basis, rows: SketchedRows) -> SketchedMaps:
     shared, groups = rows.shared, rows.groups
     columns = [list(range(shared + group, rows.latent_dim, groups)) for group in range(groups)]
-    if groups == 1:
-        columns = [[]]
-    shared_rotation, own_rotation = rotation(shared), rotation(rows.own)
-    z_shared = kept.forward[:, :shared] @ shared_rotation
-    back_shared = shared_rotation.T @ kept.inverse[:shared]
-    z_own = [kept.forward[:, picked] @ own_rotation for picked in columns]
-    back_own = [own_rotation.T @ kept.inverse[picked] for picked in columns]
-    sketch = [sketched.forward[:, picked] @ own_rotation for picked in columns]
-    back_sketch = [own_rotation.T @ sketched.inverse[picked] for picked in columns]
+    kept = part(in_both, list(range(shared)))
+    own = [part(in_both, picked) for picked in columns]
+    sketch = [part(in_scores, picked) for picked in columns]
     return SketchedMaps(
         rows=rows,
-        z=[torch.cat([z_shared, own], 1) for own in z_own],
-        sketch=torch.cat(sketch, 1),
+        z=[torch.cat([kept.forward, one.forward], 1) for one in own],
+        sketch=torch.cat([block.forward for block in sketch], 1),
         a=[
-            torch.cat([back_shared, own, *(back for j, back in enumerate(back_sketch) if j != i)])
-            for i, own in enumerate(back_own)
+            torch.cat(
+                [kept.inverse, one.inverse, *(block.inverse for j, block in enumerate(sketch) if j != i)]
+            )
+            for i, one in enumerate(own)
         ],
-        b=[torch.cat([back_shared / groups, own]) for own in back_own],
+        b=[torch.cat([kept.inverse / groups, one.inverse]) for one in own],
     )
+
+
+def _fourth_root(cost: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The fourth root of a symmetric matrix and that root's inverse."""
+    if not len(cost):
+        return cost, cost
+    values, vectors = torch.linalg.eigh((cost + cost.T) / 2)
+    roots = values.clamp_min(max(values[-1].item() * _LEAST_COST, _TINY)).pow(0.25)
+    return (vectors * roots) @ vectors.T, (vectors / roots) @ vectors.T

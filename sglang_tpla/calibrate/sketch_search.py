@@ -16,8 +16,9 @@ import torch
 
 from sglang_tpla.cache_rows.sketched import SKETCH_BITS, SketchedRows
 from sglang_tpla.calibrate.layout_search import Point, Search, near_the_bound, widening_walk
-from sglang_tpla.calibrate.pipeline import key_weights
-from sglang_tpla.calibrate.sketch_maps import layer_sketched_maps, shared_choices
+from sglang_tpla.calibrate.pipeline import layer_weights
+from sglang_tpla.calibrate.sketch_layout import shared_choices
+from sglang_tpla.calibrate.sketch_maps import layer_sketched_maps
 from sglang_tpla.calibrate.transforms import TransformError
 from sglang_tpla.measure.decode_error import measure
 from sglang_tpla.measure.statistics import Statistics
@@ -137,7 +138,7 @@ def sketched_point_maps(
     model: PlainModel, statistics: Statistics, layer: int, rows: SketchedRows
 ) -> SketchedMaps:
     """Maps of one layer on the model's device, in its precision."""
-    made = layer_sketched_maps(statistics.layers[layer], key_weights(model.checkpoint, layer), rows)
+    made = layer_sketched_maps(statistics.layers[layer], layer_weights(model.checkpoint, layer), rows)
 
     def placed(parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         return [part.to(model.device, model.dtype) for part in parts]

@@ -59,6 +59,13 @@ def attention_groups(args: Any) -> int:
     return int(getattr(args, "attn_dp_size", None) or 1)
 
 
+def cpu_has_attention_groups() -> bool:
+    """Whether data-parallel attention can run on a CPU: releases before 0.5.19 copy by a kernel and pin memory."""
+    from sglang.srt.layers import dp_attention
+
+    return hasattr(dp_attention, "memcpy_cpu")
+
+
 def data_parallel_ranks(args: Any) -> int:
     """Ranks of a server among which its requests are dealt out, as replicas or as attention groups."""
     replicas = max(1, int(args.dp_size))
@@ -108,11 +115,29 @@ def attention_share() -> dict[str, Any]:
     return {"tp_rank": parallel.attn_tp_rank, "tp_size": parallel.attn_tp_size}
 
 
-def verifies_guesses() -> bool:
-    """Whether the hooks that speculative decoding needs are written for this release."""
-    from sglang_tpla.host import ledger
+def speculates(args: Any | None) -> bool:
+    """Whether a server guesses tokens; this process's where a caller was handed no arguments (0.5.19 on)."""
+    if args is None:
+        from sglang.srt.runtime_context import get_spec
 
-    return ledger.nearest(ledger.host_version(), ledger.supported_releases()) == "0.5.17"
+        args = get_spec()
+    return args.speculative_algorithm is not None
+
+
+def factory_backends(factory: Any) -> dict[str, str]:
+    """The attention backends "prefill" and "decode" that SGLang's ``DraftBackendFactory`` chooses between.
+
+    Up to 0.5.17 it holds the server's arguments; later on it asks the process's settings.
+    """
+    args = getattr(factory, "server_args", None)
+    if args is None:
+        from sglang.srt.runtime_context import attention_backends
+
+        prefill, decode = attention_backends()
+    else:
+        prefill, decode = args.prefill_attention_backend, args.decode_attention_backend
+        prefill, decode = prefill or args.attention_backend, decode or args.attention_backend
+    return {"prefill": str(prefill), "decode": str(decode)}
 
 
 def reads_until_replay_ends() -> Any:

@@ -45,9 +45,10 @@ class Hook:
         reason: the need for the change.
         upstream: the place of the same seam, present or possible, in SGLang.
         remove_when: the event that makes the change unnecessary.
-        ast_sha256: release -> hash of the target's syntax tree, for every supported release up to ``until``.
+        ast_sha256: release -> hash of the target's syntax tree, for each supported release from ``since`` to ``until``.
         targets: release -> the target's dotted path, from that release on, where it differs from ``target``.
-        until: the last supported release in which the hook is applied; None for all.
+        since: the first supported release in which the hook is applied; None for the oldest.
+        until: the last supported release in which the hook is applied; None for the newest.
     """
 
     target: str
@@ -59,6 +60,7 @@ class Hook:
     remove_when: str
     ast_sha256: Mapping[str, str]
     targets: Mapping[str, str] = field(default_factory=dict)
+    since: str | None = None
     until: str | None = None
 
     def __post_init__(self) -> None:
@@ -120,12 +122,15 @@ def load() -> tuple[Hook, ...]:
         expected = {
             release
             for release in supported_releases()
-            if hook.until is None or version_key(release) <= version_key(hook.until)
+            if version_key(hook.since or release)
+            <= version_key(release)
+            <= version_key(hook.until or release)
         }
         if set(hook.ast_sha256) != expected:
             raise LedgerError(
                 f"{hook.target}: ast_sha256 has {', '.join(sorted(hook.ast_sha256))}; expected "
-                f"{', '.join(sorted(expected))}: add the release, or until = the last one that needs the hook"
+                f"{', '.join(sorted(expected))}: add the release, or since and until, "
+                "the first and last that need the hook"
             )
     return hooks
 

@@ -66,9 +66,13 @@ def startup_info(result: dict[str, Any], self: Any) -> dict[str, Any]:
 
 
 def live_info(result: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
-    """Hook after ``get_internal_state``: add counters of this rank's transfer agent and its scheduler's load."""
+    """Hook after ``get_internal_state``: add counters of this rank's transfer agent and its scheduler's load.
+
+    It adds the layout too, because for a server with attention groups SGLang drops what `startup_info` adds.
+    """
     from sglang_tpla.host.disaggregation.kv_manager import agents
 
+    startup_info(result.internal_state, self)
     result.internal_state["tpla_transfer"] = [asdict(agent.stats()) for agent in agents()]
     result.internal_state["tpla_scheduler"] = scheduler_load(self)
     return result

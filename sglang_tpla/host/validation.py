@@ -82,7 +82,8 @@ def check_flags(args: Any) -> None:
          "the offload manager assumes that all ranks hold the same latent cache"),
         (args.enable_hisparse, "--enable-hisparse", "it indexes the whole latent"),
         *newer_refusals(args),
-        attention_groups_refusal(args, sliced),
+        *unchecked_ways_in(args),
+        attention_groups_refusal(args),
         (args.allow_auto_truncate, "--allow-auto-truncate", "prefill and decode would each cut a prompt to a length "
          "of its own"),
         (args.pp_size > 1, "--pp-size", "pipeline stages are not transferred yet"),
@@ -102,22 +103,41 @@ def check_flags(args: Any) -> None:
             f"the CPU reference platform pages its cache by single tokens; got --page-size {args.page_size}, use "
             "--page-size 1"
         )
-    found += speculation.objections(args, role) if compat.verifies_guesses() else []
+    found += speculation.objections(args, role)
     if found:  # all at once: each further start would cost the time to load SGLang
         raise ConfigError("; also, ".join(found))
 
 
-def attention_groups_refusal(args: Any, sliced: bool) -> tuple[bool, str, str]:
-    """The entry of ``check_flags`` for data-parallel attention that cannot run or was never tried."""
-    why = "TPLA within the attention groups of a server was never tried on GPUs, and a CPU cannot run it"
-    if args.device == "cpu":
-        why = "SGLang pins memory for its attention groups, which takes a GPU"
+def attention_groups_refusal(args: Any) -> tuple[bool, str, str]:
+    """The entry of ``check_flags`` for data-parallel attention that a CPU cannot run."""
     flag = "--enable-dp-attention" if args.enable_dp_attention else "--attn-dp-size"
-    return compat.attention_groups(args) > 1 and (sliced or args.device == "cpu"), flag, why
+    refused = (
+        compat.attention_groups(args) > 1 and args.device == "cpu" and not compat.cpu_has_attention_groups()
+    )
+    return (
+        refused,
+        flag,
+        "this SGLang release pins memory for its attention groups, which takes a GPU; 0.5.19 and later do not",
+    )
+
+
+def unchecked_ways_in(args: Any) -> list[tuple[bool, str, str]]:
+    """The entries of ``check_flags`` for ways by which requests reach a scheduler past `requests/edge.py`.
+
+    One request with a token outside the vocabulary would end the server.
+    """
+    return [
+        (args.tokenizer_worker_num > 1, f"--tokenizer-worker-num {args.tokenizer_worker_num}", "SGLang loads no "
+         "plug-in in the processes of its tokenizer workers, so that nobody would check what requests ask for"),
+        (bool(args.grpc_mode or args.smg_grpc_mode), "--grpc-mode" if args.grpc_mode else "--smg-grpc-mode",
+         "requests are checked where the HTTP server takes them, which this flag leaves out"),
+        (bool(envs.SGLANG_RUST_SERVER.get()), "SGLANG_RUST_SERVER=1", "the Rust server hands requests to the scheduler "
+         "unchecked, and its bootstrap server takes registrations from anyone"),
+    ]  # fmt: skip
 
 
 def newer_refusals(args: Any) -> list[tuple[bool, str, str]]:
-    """What is refused beside later releases of SGLang, as ``check_flags`` lists it; nothing of it beside 0.5.17."""
+    """The entries of ``check_flags`` for flags of later releases of SGLang; 0.5.17 has none of them."""
 
     def given(name: str) -> Any:
         return getattr(args, name, None)
@@ -127,8 +147,6 @@ def newer_refusals(args: Any) -> list[tuple[bool, str, str]]:
         given("disaggregation_decode_host_receive_threshold"),
     )
     return [
-        (args.speculative_algorithm is not None and not compat.verifies_guesses(), "--speculative-algorithm",
-         "guesses are verified beside SGLang 0.5.17 alone"),
         (bool(given("enable_kv_cache_sharding")), "--enable-kv-cache-sharding", "every prefill rank sends whole rows"),
         (policy not in (None, "early"), f"--disaggregation-decode-allocation-policy {policy}", "rows are sent while "
          "the prompt is computed, into slots that the decode server has allocated"),
@@ -151,10 +169,6 @@ def check_address(args: Any) -> None:
     security = Security.from_environment(settings().role)
     if settings().role == "prefill":
         security.check(args.host, "a prefill server on")
-        if envs.SGLANG_RUST_SERVER.get():
-            raise ConfigError(
-                "SGLANG_RUST_SERVER=1 brings a bootstrap server of its own, which checks nobody; unset it"
-            )
         if args.node_rank == 0:
             check_bootstrap_port(args.host, args.disaggregation_bootstrap_port)
 
@@ -237,7 +251,8 @@ def check_model(args: Any) -> None:
     )
     shapes = slice_shapes(args, config)
     capability = device_capability(torch.device(args.device))
-    speculation.check_backends(args, backend, shapes if loaded else [], draft, capability)
+    own = loaded is not None or sketched()
+    speculation.check_backends(args, backend, shapes if own else [], draft, capability)
     if loaded is None and backend != OURS and args.kv_cache_dtype != FP8_CACHE:
         return  # plain MLA on a stock backend
     if len(shapes) > 1 and backend == "flashinfer":

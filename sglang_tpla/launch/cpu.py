@@ -27,7 +27,7 @@ def cores_per_rank(cores: Sequence[int], ranks: int) -> list[list[int]]:
 def environment(tp_size: int, environ: Mapping[str, str]) -> dict[str, str]:
     """The variables of a server with `tp_size` ranks on this machine's cores.
 
-    Cores and thread counts that the user named already are kept; the rest has only one value that works.
+    Cores, thread counts and compilation that the user named stay; the other variables have only one value that works.
     """
     deal = cores_per_rank(sorted(os.sched_getaffinity(0)), tp_size)
     chosen = {
@@ -36,6 +36,9 @@ def environment(tp_size: int, environ: Mapping[str, str]) -> dict[str, str]:
         # The servers of one machine share its cores, so threads that wait for each other at every small operation
         # cost more than they bring (measured: 64 tokens took 0.7 s with one thread and 13 s with two).
         "OMP_NUM_THREADS": "1",
+        # SGLang compiles small functions when the first request needs them: half a minute on a busy CPU, in which
+        # prefill gives up the first request of a server that speculates.
+        "TORCHDYNAMO_DISABLE": "1",
     }
     fixed = {
         "SGLANG_PLATFORM": PLATFORM,

@@ -3,7 +3,7 @@
 Work is a list of kernels with their bytes and operations, and of collectives. Times are modelled from it without any
 overlap; `hardware` says which constants were measured.
 
-Methods (T ranks, g latent groups; docs/design.md, sections 2 and 6):
+Methods (T ranks, g latent groups; docs/design.md):
 
     tp    H/T heads, the whole latent on every rank
     tpla  H g/T heads, a slice of w values; with ``scatter`` the groups' head outputs are summed before ``o_proj``, of
@@ -390,7 +390,7 @@ def small_launches(model: PlanModel, method: Method) -> int:
 def break_even_tokens(model: PlanModel, method: Method, precision: Precision, row_bytes: int) -> float:
     """The cached tokens (batch times context) above which rows of so many bytes save more than head weights add.
 
-    It counts bytes alone (docs/design.md, section 6): (g - 1) times a rank's ``q_b_proj`` and, unless ``scatter``,
+    It counts bytes alone (docs/design.md): (g - 1) times a rank's ``q_b_proj`` and, unless ``scatter``,
     ``o_proj``, over the cache bytes saved a token.
     """
     heads = model.heads / method.ranks

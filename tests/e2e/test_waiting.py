@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.e2e.servers import Pair, Server, launcher, request_body
+from tests.e2e.servers import Pair, Server, launcher, request_body, router, wait_idle
 from tests.ports import free_ports
 
 CONTEXT_TOKENS, POOL_TOKENS, RESERVED_TOKENS = 1024, 1200, 512
@@ -91,3 +92,38 @@ def test_a_request_that_no_decode_server_got(pair: Pair) -> None:
     assert answer.status_code >= 400
     assert "no decode rank has asked for this room within 15 s" in answer.text, answer.text
     assert time.monotonic() - start < SOON_S
+
+
+def test_a_request_that_prefill_never_got(pair: Pair) -> None:
+    """Nothing else arrives there, so that no other request shows that this one was passed over."""
+    start = time.monotonic()
+    answer = half(pair.decode, pair, 20)
+    pair.next_room += 1
+    assert "no prefill request opened this room within 15 s" in answer.text, answer.text
+    assert time.monotonic() - start < SOON_S
+
+
+@pytest.mark.slow
+def test_a_decode_server_that_is_told_to_end_behind_the_router(pair: Pair, logs: Path) -> None:
+    """What the router still gives it fails with a reason long before the deadline; prefill goes on. The last test here:
+    the decode server is gone afterwards.
+    """
+    front = router(
+        free_ports(1)[0], logs / "ended-router.log", pair.prefill.url, pair.bootstrap, pair.decode.url
+    )
+    try:
+        front.start().wait("/readiness")
+        body = request_body([5, 6, 7], 4)
+        assert front.post("/generate", body).status_code == 200
+        assert pair.decode.process is not None
+        pair.decode.process.send_signal(signal.SIGTERM)
+        for gone in (False, True):
+            if gone:
+                pair.decode.process.wait(60)
+            start = time.monotonic()
+            answer = front.post("/generate", body)
+            assert time.monotonic() - start < SOON_S, (gone, answer.text)
+            assert answer.status_code >= 500 and "decode" in answer.text, (gone, answer.text)
+        wait_idle(pair.prefill)
+    finally:
+        front.stop()

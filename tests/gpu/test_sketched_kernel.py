@@ -25,7 +25,7 @@ LENGTHS = (
 # (d, g, r): widths from 64 to 512 in odd steps of 16, with and without padding, shared columns that end inside a step
 LAYOUTS = (
     (512, 1, 0), (512, 2, 64), (512, 4, 64), (512, 8, 64), (512, 8, 0), (512, 2, 416), (256, 2, 32), (448, 1, 0),
-    (512, 16, 128), (424, 2, 40), (456, 4, 8),
+    (512, 16, 128), (424, 2, 40), (456, 4, 8), (512, 2, 96), (512, 2, 384), (512, 4, 320),
 )  # fmt: skip
 
 

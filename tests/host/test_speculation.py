@@ -40,6 +40,11 @@ class Pool:
         self.rows[place] = k
 
 
+def resolved_arguments(**values: Any) -> Any:
+    """A server's arguments as 0.5.17 keeps them: resolved in place."""
+    return SimpleNamespace(get_model_config=None, **values)
+
+
 @pytest.fixture
 def runners(engine: None, monkeypatch: pytest.MonkeyPatch) -> dict[bool, Any]:
     """Model runners of the target (False) and of the draft (True), which share a page table."""
@@ -50,7 +55,7 @@ def runners(engine: None, monkeypatch: pytest.MonkeyPatch) -> dict[bool, Any]:
     torch.manual_seed(7)
     slots = torch.randperm(SLOTS - 1)[: REQUESTS * CONTEXT].view(REQUESTS, CONTEXT).to(torch.int32) + 1
     requests = SimpleNamespace(req_to_token=slots, size=REQUESTS)
-    args = SimpleNamespace(speculative_algorithm="EAGLE", speculative_num_draft_tokens=TOKENS)
+    args = resolved_arguments(speculative_algorithm="EAGLE", speculative_num_draft_tokens=TOKENS)
     return {
         draft: SimpleNamespace(
             device="cpu", gpu_id=0, req_to_token_pool=requests, token_to_kv_pool=Pool(LATENT if draft else WIDTH),
@@ -128,7 +133,7 @@ def test_the_mask_of_a_step_is_small_and_unread(runners: dict[bool, Any]) -> Non
     backend.init_cuda_graph_state(2 * REQUESTS, 2 * REQUESTS * TOKENS)
     assert backend.verify_mask.fits(2 * REQUESTS)
     assert TplaDecodeBackend(runners[True]).verify_mask is None
-    runners[False].server_args = SimpleNamespace(speculative_algorithm=None)
+    runners[False].server_args = resolved_arguments(speculative_algorithm=None)
     assert TplaDecodeBackend(runners[False]).verify_mask is None
 
 
@@ -162,10 +167,7 @@ def test_the_draft_layer_is_extended_by_what_was_verified(
 
 def factory(runner: Any, draft: str | None, attention: str, steps: int = GUESSES) -> Any:
     args = SimpleNamespace(
-        speculative_attention_mode="decode",
-        prefill_attention_backend=None,
-        decode_attention_backend=None,
-        attention_backend=attention,
+        prefill_attention_backend=None, decode_attention_backend=None, attention_backend=attention
     )
     return SimpleNamespace(
         server_args=args, draft_attn_backend=draft, draft_model_runner=runner, speculative_num_steps=steps
@@ -191,6 +193,18 @@ def test_the_factory_knows_our_backend_and_names_the_others(runners: dict[bool, 
     extend = draft.extending_backend(lambda self: SimpleNamespace(), other)
     assert (extend.prefill_attention_backend_str, extend.decode_attention_backend_str) == ("fa3", "fa3")
     assert draft.guessing_backend(lambda self: None, factory(runner, None, "tpla", steps=1)) is None
+
+
+def test_where_a_later_factory_has_its_backends_from(engine: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sglang.srt import runtime_context
+
+    from sglang_tpla.host.attention.draft import chosen
+
+    backends = ("triton", "tpla")
+    monkeypatch.setattr(runtime_context, "attention_backends", lambda: backends, raising=False)
+    own = SimpleNamespace(draft_attn_backend=None)  # no server_args
+    assert (chosen(own, "prefill"), chosen(own, "decode")) == ("triton", "tpla")
+    assert chosen(SimpleNamespace(draft_attn_backend="fa3"), "decode") == "fa3"
 
 
 def make_pool(latent: int, layers: int) -> Any:
@@ -247,12 +261,32 @@ def test_the_draft_keeps_whole_rows_and_memory_is_counted(
     assert counted == pytest.approx(row_bytes)
 
 
+def test_memory_of_a_draft_beside_rows_of_bytes(engine: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SGLang counts items of one byte; the draft's are of the model's dtype."""
+    from sglang_tpla.cache_rows.sketched import SketchedRows
+    from sglang_tpla.host.model import kv_pool
+
+    kinds = [SketchedRows.of(LATENT, 2, shared, ROPE) for shared in (8, 12, 16)]
+    monkeypatch.setattr(kv_pool, "row_format", lambda *model, fp8: RowFormat.sketched(kinds, 0))
+    text = SimpleNamespace(kv_lora_rank=LATENT, qk_rope_head_dim=ROPE, num_nextn_predict_layers=1)
+    config = SimpleNamespace(
+        hf_text_config=text, is_draft_model=False, kv_lora_rank=LATENT, qk_rope_head_dim=ROPE,
+        num_hidden_layers=len(kinds), dtype=torch.float32,
+    )  # fmt: skip
+    args = SimpleNamespace(speculative_algorithm="EAGLE")
+    mean = kv_pool.mean_cache_dim(
+        pytest.fail, model_config=config, kv_cache_dtype=torch.float8_e4m3fn, server_args=args
+    )
+    counted = mean * len(kinds) * (1 + 1 / len(kinds))  # as SGLang multiplies it
+    assert counted == pytest.approx(sum(kind.row_bytes for kind in kinds) + (LATENT + ROPE) * 4)
+
+
 def arguments(**changes: Any) -> Any:
     given = {
         "speculative_algorithm": "EAGLE", "speculative_num_draft_tokens": 4, "speculative_eagle_topk": 1,
         "speculative_num_steps": 3, "speculative_draft_model_path": None, "speculative_adaptive": False,
         "enable_multi_layer_eagle": False, "speculative_use_rejection_sampling": False, "enable_dp_attention": False,
-        "kv_cache_dtype": "auto", "disaggregation_decode_enable_radix_cache": False, "model_path": "m",
+        "kv_cache_dtype": "auto", "disaggregation_decode_enable_radix_cache": False, "model_path": "m", "dp_size": 2,
         "speculative_attention_mode": "decode", "speculative_draft_attention_backend": None,
     }  # fmt: skip
     return SimpleNamespace(**{**given, **changes})
@@ -333,9 +367,10 @@ def test_a_drafts_cache_keeps_the_models_precision(engine: None, draft: bool) ->
     assert (runner.kv_cache_dtype, runner.kv_cache_dtype_str) == kept
 
 
-def test_sketched_rows_are_refused_for_now(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("given", ["auto", "fp8_e4m3"])
+def test_sketched_rows_are_served(monkeypatch: pytest.MonkeyPatch, given: str) -> None:
+    """Their pool is one of bytes, under SGLang's name for such, which the user may give or not."""
     from sglang_tpla.host import speculation
 
     monkeypatch.setattr(speculation, "sketched", lambda: True)
-    (found,) = speculation.objections(arguments(), "decode")
-    assert "never tested together" in found and not speculation.objections(arguments(), "prefill")
+    assert not speculation.objections(arguments(kv_cache_dtype=given), "decode")

@@ -9,7 +9,7 @@ import torch
 
 from sglang_tpla.artifact.artifact import Artifact
 from sglang_tpla.calibrate import pipeline as run
-from sglang_tpla.calibrate.sketch_maps import sketched_rows
+from sglang_tpla.calibrate.sketch_layout import sketched_rows
 from sglang_tpla.measure.decode_error import measure, model_maps
 from sglang_tpla.measure.text import TextPlan, collect_statistics, read_text
 from sglang_tpla.reference_model.forward import PlainModel

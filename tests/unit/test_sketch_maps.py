@@ -10,13 +10,7 @@ import torch
 
 from sglang_tpla.artifact.artifact import SKETCHED_VERSION, Artifact, ArtifactError, build
 from sglang_tpla.cache_rows.sketched import SketchedRows, pack_rows, unpack_rows
-from sglang_tpla.calibrate.sketch_maps import (
-    default_shared,
-    layer_sketched_maps,
-    shared_choices,
-    sketched_rows,
-)
-from sglang_tpla.calibrate.transforms import TransformError
+from sglang_tpla.calibrate.sketch_maps import LayerWeights, layer_sketched_maps
 from sglang_tpla.measure.statistics import LayerMoments
 from sglang_tpla.reference_model.sketched_layer import SketchedMaps
 from tests.unit.test_artifact import make_meta
@@ -35,7 +29,8 @@ def make_layer(rows: SketchedRows) -> tuple[SketchedMaps, torch.Tensor, LayerMom
     moments = LayerMoments.zeros(D, H, N)
     moments.update(latent, queries)
     absorbed = torch.einsum("thn,hnd->thd", queries, w_uk)
-    return layer_sketched_maps(moments, w_uk, rows), latent.double(), moments, absorbed.double()
+    weights = LayerWeights(w_uk, torch.randn(H, N, D, generator=generator), N**-0.5)
+    return layer_sketched_maps(moments, weights, rows), latent.double(), moments, absorbed.double()
 
 
 SHAPES = [
@@ -105,18 +100,6 @@ def test_sketched_columns_cost_scores_alike() -> None:
         noise.append((error.square().mean() / exact.square().mean()).item())
     # two bits of the weak columns leave the score nearly whole, and neither group is much worse than the other
     assert max(noise) < 0.01 and max(noise) < 3 * min(noise)
-
-
-def test_the_choice_of_shared_columns() -> None:
-    assert [default_shared(512, g) for g in (1, 2, 4, 8)] == [512, 64, 64, 64]
-    assert [default_shared(128, g) for g in (2, 4, 8)] == [32, 32, 32]
-    assert [default_shared(256, g) for g in (2, 4, 8)] == [64, 64, 64]
-    assert (512 - default_shared(512, 3)) % 3 == 0
-    for groups in (2, 3, 5, 8):
-        for shared in shared_choices(512, groups):
-            SketchedRows.of(512, groups, shared, 64)
-    with pytest.raises(TransformError, match="nearest --shared-dims that 2 groups hold are \\[28, 32, 36\\]"):
-        sketched_rows(128, 32, 2, 33, 4, 16)
 
 
 def make_sketched() -> Artifact:

@@ -51,7 +51,7 @@ def test_new_tokens_are_rounded_from_the_float32_projection(kind: GroupRows, dty
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
-@pytest.mark.parametrize("query_len", [1, 3])
+@pytest.mark.parametrize("query_len", [1, 2, 3, 4])
 @pytest.mark.parametrize("heads", [1, 5])
 def test_attention_is_the_equation_over_rows_read_byte_by_byte(
     kind: GroupRows, query_len: int, heads: int

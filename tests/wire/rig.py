@@ -14,9 +14,10 @@ from sglang_tpla.cache_rows.row_format import Fp8Rows, GroupRows, RowFormat
 from sglang_tpla.cache_rows.sketched import SketchedRows
 from sglang_tpla.config import Settings
 from sglang_tpla.transfer.decode.agent import DecodeAgent
+from sglang_tpla.transfer.memory.pool import CachePool, MetadataRows
 from sglang_tpla.transfer.memory.projection import Projection
 from sglang_tpla.transfer.prefill.agent import PrefillAgent
-from sglang_tpla.transfer.room import CachePool, MetadataRows, RoomState
+from sglang_tpla.transfer.room import RoomState
 from tests import sketched_reference
 from tests.fp8_reference import assert_row
 from tests.wire.proxy import FaultProxy
@@ -70,6 +71,12 @@ class DecodeRank:
     metadata: MetadataRows
     projection: Projection | None
 
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row, where they are as many in every layer."""
+        (size,) = {layer[0].nbytes for layer in self.pool.layers}
+        return size
+
 
 def prefill_rank(
     dtype: torch.dtype = torch.bfloat16,
@@ -105,10 +112,9 @@ def prefill_rank(
 
 def data_port(prefill: PrefillRank, announced: int | None = None) -> int:
     """Port of a prefill rank's data channels; from now on it tells decode ranks ``announced`` instead."""
-    doorway = prefill.agent._doorway
-    assert doorway is not None
-    real = doorway.announced_port
-    doorway.announced_port = real if announced is None else announced
+    listener = prefill.agent.router.listener
+    real = listener.announced_port
+    listener.announced_port = real if announced is None else announced
     return real
 
 
@@ -159,6 +165,11 @@ def sketched_projection(
     return Projection(matrices, [kind.shared for kind in rows], sketched=RowFormat.sketched(rows, group))
 
 
+def even_rows() -> Projection | None:
+    """What gives decode ranks rows of the test's kind that are as long in every layer."""
+    return sketched_projection(0, sketch_bits=(4,) * LAYERS) if ROWS == "sketched" else None
+
+
 def decode_rank(
     z: Projection | None = None,
     dtype: torch.dtype = torch.bfloat16,
@@ -195,7 +206,6 @@ def decode_rank(
         settings=settings(**changes),
         rank=rank,
         size=size,
-        groups=1 if z is None else 2,
         host_id=host,
     )
     return DecodeRank(agent, pool, metadata, z)

@@ -34,8 +34,8 @@ def fake(prefill: rig.PrefillRank) -> Iterator[FakeDecode]:
 
 
 @pytest.fixture
-def decode() -> Iterator[rig.DecodeRank]:
-    item = rig.decode_rank(peer_timeout_s=5.0)
+def decode(rows_kind: str) -> Iterator[rig.DecodeRank]:
+    item = rig.decode_rank(rig.even_rows(), peer_timeout_s=5.0)
     with contextlib.closing(item.agent):
         yield item
 
@@ -175,7 +175,7 @@ def test_credit_of_a_broken_connection_is_void(prefill: rig.PrefillRank) -> None
         seen = [after.read()[0] for _ in range(2)]
         while seen[-1] != frames.Pong(1):
             seen.append(after.read()[0])
-        rig.wait(lambda: prefill.agent._work._waiters, "the worker to have nothing to do")
+        rig.wait(lambda: prefill.agent.workers.work._waiters, "the worker to have nothing to do")
         after.say(frames.Ping(2))
         while seen[-1] != frames.Pong(2):
             seen.append(after.read()[0])
@@ -267,9 +267,6 @@ def serve(fake: FakePrefill, decode: rig.DecodeRank, room: int, wanted: int) -> 
     return request
 
 
-ROW = (rig.LATENT + rig.ROPE) * 2
-
-
 def chunk(request: frames.Request, payload: bytes, sequence: int = 0, **changes: object) -> frames.Chunk:
     """A sound chunk of one layer and four tokens, changed."""
     fields = {
@@ -292,7 +289,7 @@ def chunk(request: frames.Request, payload: bytes, sequence: int = 0, **changes:
     [
         ({"first_layer": 2, "layers": 2}, "for layers 2...3 of 3"),
         ({"first_token": 5}, "for tokens up to 9 where pages hold 8"),
-        ({"tokens": 3}, f"of {4 * ROW} bytes where {3 * ROW} were due"),
+        ({"tokens": 3}, "of {4} bytes where {3} were due"),
         ({"part": 9}, "with unknown part 9"),
     ],
 )
@@ -300,34 +297,35 @@ def test_chunk_outside_what_was_asked_fails_its_room(
     changes: dict, said: str, decode: rig.DecodeRank
 ) -> None:
     with contextlib.closing(FakePrefill()) as fake:
-        payload = bytes(4 * ROW)
-        request = serve(fake, decode, 1, 4 * ROW)
+        payload = bytes(4 * decode.row_bytes)
+        request = serve(fake, decode, 1, 4 * decode.row_bytes)
         fake.say(chunk(request, payload, **changes), payload)
         assert rig.ended(decode.agent, 1) == RoomState.FAILED
+        said = said.format(*(rows * decode.row_bytes for rows in range(5)))
         assert said in decode.agent.failure(1)
         assert said in fake.expect(frames.Abort).reason
 
 
 def test_chunk_beyond_its_credit_fails_its_room(decode: rig.DecodeRank) -> None:
     with contextlib.closing(FakePrefill()) as fake:
-        payload = bytes(4 * ROW)
-        request = serve(fake, decode, 1, 4 * ROW - 1)
+        payload = bytes(4 * decode.row_bytes)
+        request = serve(fake, decode, 1, 4 * decode.row_bytes - 1)
         fake.say(chunk(request, payload), payload)
         assert rig.ended(decode.agent, 1) == RoomState.FAILED
-        assert f"beyond its credit of {4 * ROW - 1} bytes" in decode.agent.failure(1)
+        assert f"beyond its credit of {4 * decode.row_bytes - 1} bytes" in decode.agent.failure(1)
 
 
 def test_damaged_replayed_late_and_unordered_chunks(decode: rig.DecodeRank) -> None:
     with contextlib.closing(FakePrefill()) as fake:
-        late = serve(fake, decode, 1, 4 * ROW)
+        late = serve(fake, decode, 1, 4 * decode.row_bytes)
         decode.agent.close_room(1)
-        request = serve(fake, decode, 1, 36 * ROW)
-        payload, other = (bytes(range(256)) * 8)[: 12 * ROW], bytes(12 * ROW)
+        request = serve(fake, decode, 1, 36 * decode.row_bytes)
+        payload, other = (bytes(range(256)) * 8)[: 12 * decode.row_bytes], bytes(12 * decode.row_bytes)
         fake.say(chunk(late, other), other)  # of the generation before
         whole = {"layers": rig.LAYERS, "first_token": 4}
         fake.say(chunk(request, payload, 1, checksum=DIGEST, **whole), payload)
         assert fake.expect(frames.Nack) == frames.Nack(1, request.generation, 0, 1)
-        fake.say(frames.Want(1, request.generation, 48 * ROW))
+        fake.say(frames.Want(1, request.generation, 48 * decode.row_bytes))
         fake.expect(frames.Credit)
         fake.say(chunk(request, payload, 1, **whole), payload)
         fake.expect(frames.Ack)
@@ -341,7 +339,7 @@ def test_damaged_replayed_late_and_unordered_chunks(decode: rig.DecodeRank) -> N
         slots = decode.pool.slots(rig.pages(1, 2))
         for layer in range(rig.LAYERS):
             got = decode.pool.layers[layer][slots].view(torch.uint8).numpy().tobytes()
-            assert got == payload[4 * layer * ROW :][: 4 * ROW] * 2
+            assert got == payload[4 * layer * decode.row_bytes :][: 4 * decode.row_bytes] * 2
         stats = decode.agent.stats()
         assert (stats.checksum_failures, stats.late_dropped, stats.replays_dropped) == (1, 1, 1)
         assert stats.staging_used_bytes == 0
@@ -375,10 +373,10 @@ def test_chunks_that_are_not_the_request_once_fail_its_room(
     """Each is sound for itself, and their number is what Finish says."""
     row = bytes(sum(rig.ITEM_BYTES))
     with contextlib.closing(FakePrefill()) as fake:
-        request = serve(fake, decode, 1, 48 * ROW)
+        request = serve(fake, decode, 1, 48 * decode.row_bytes)
         fake.say(frames.Finish(1, request.generation, announced, 8, frames.checksum(row)), row)
         for sequence, (tokens, changes) in enumerate(chunks):
-            payload = bytes(tokens * changes.get("layers", 1) * ROW)
+            payload = bytes(tokens * changes.get("layers", 1) * decode.row_bytes)
             fake.say(chunk(request, payload, sequence, tokens=tokens, **changes), payload)
         assert rig.ended(decode.agent, 1) == RoomState.FAILED
         assert said in decode.agent.failure(1)
@@ -387,7 +385,7 @@ def test_chunks_that_are_not_the_request_once_fail_its_room(
 
 def test_a_damaged_chunk_that_comes_again_for_other_rows_fails_its_room(decode: rig.DecodeRank) -> None:
     with contextlib.closing(FakePrefill()) as fake:
-        request, payload = serve(fake, decode, 1, 12 * ROW), bytes(4 * ROW)
+        request, payload = serve(fake, decode, 1, 12 * decode.row_bytes), bytes(4 * decode.row_bytes)
         fake.say(chunk(request, payload, checksum=DIGEST), payload)
         fake.expect(frames.Nack)
         fake.say(chunk(request, payload, first_token=4), payload)
@@ -397,7 +395,7 @@ def test_a_damaged_chunk_that_comes_again_for_other_rows_fails_its_room(decode: 
 
 def test_a_metadata_row_must_come(decode: rig.DecodeRank) -> None:
     with contextlib.closing(FakePrefill()) as fake:
-        request = serve(fake, decode, 1, 4 * ROW)
+        request = serve(fake, decode, 1, 4 * decode.row_bytes)
         fake.say(frames.Finish(1, request.generation, 0, 8, frames.checksum(b"")), b"")
         assert rig.ended(decode.agent, 1) == RoomState.FAILED
         assert f"a metadata row of 0 bytes where {sum(rig.ITEM_BYTES)} were due" in decode.agent.failure(1)
@@ -405,7 +403,7 @@ def test_a_metadata_row_must_come(decode: rig.DecodeRank) -> None:
 
 def test_metadata_that_does_not_match_fails_its_room(decode: rig.DecodeRank) -> None:
     with contextlib.closing(FakePrefill()) as fake:
-        request = serve(fake, decode, 1, 4 * ROW)
+        request = serve(fake, decode, 1, 4 * decode.row_bytes)
         row = bytes(sum(rig.ITEM_BYTES))
         fake.say(frames.Finish(1, request.generation, 0, 8, DIGEST), row)
         assert rig.ended(decode.agent, 1) == RoomState.FAILED

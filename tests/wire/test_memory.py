@@ -18,6 +18,8 @@ from sglang_tpla.transfer.room import RoomState
 from tests.wire import rig
 from tests.wire.fakes import FakePrefill
 
+pytestmark = pytest.mark.usefixtures("rows_kind")  # each test with plain and with sketched rows
+
 
 @contextlib.contextmanager
 def no_file_above(size_bytes: int) -> Iterator[None]:
@@ -107,7 +109,7 @@ def test_places_in_shared_memory_are_used_again() -> None:
         for _ in range(10):
             transfers(prefill, decodes)
         for decode in decodes:
-            assert 0 < decode.agent._kept_slots._reserved < 40  # of the 60 rooms some hundred chunks
+            assert 0 < decode.agent.receiver._slots._reserved < 40  # of the 60 rooms some hundred chunks
 
 
 def test_shared_memory_can_be_switched_off() -> None:

@@ -88,6 +88,8 @@ def test_whoever_listens_reads_no_rows_and_no_headers(
     transfer(prefill, decode, 1)
     said = b"".join(heard)
     assert len(said) > PAYLOAD_BYTES
+    for agent in (prefill.agent, decode.agent):
+        assert agent.stats().data_channels == agent.stats().sealed_channels == 1
     assert frames.PREFIX not in said
     rows = prefill.pool.layers[0][prefill.pool.slots(rig.pages(2, PAGES))].view(torch.uint8).numpy()
     assert not any(row.tobytes()[:16] in said for row in rows)

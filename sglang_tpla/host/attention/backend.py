@@ -47,7 +47,7 @@ class Queries:
         SGLang's ``seq_lens`` leave the drafts out when the target verifies them, and include them all when verified
         tokens extend the draft layer.
         """
-        args = runner.server_args
+        args = compat.resolved(runner.server_args)
         if args.speculative_algorithm is None:
             return cls()
         drafts = int(args.speculative_num_draft_tokens)

@@ -11,6 +11,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from sglang.srt.runtime_context import get_spec
+
+from sglang_tpla.host import compat
 from sglang_tpla.host.attention.supported import OURS
 
 PLAIN = "torch_native"
@@ -50,7 +53,7 @@ class DraftSteps:
 
 def guessing_backend(original: Callable[..., Any], self: Any) -> Any:
     """Around ``create_decode_backend``: what guesses attend with; None where each request has one guess."""
-    name = chosen(self, "decode_attention_backend")
+    name = chosen(self, "decode")
     if self.speculative_num_steps > 1 and name == OURS:
         return DraftSteps(self.draft_model_runner, self.speculative_num_steps)
     if name == PLAIN:  # prefill servers of the CPU platform, which never guess
@@ -60,8 +63,7 @@ def guessing_backend(original: Callable[..., Any], self: Any) -> Any:
 
 def extending_backend(original: Callable[..., Any], self: Any) -> Any:
     """Around ``create_draft_extend_backend``: what the draft layer follows the target with."""
-    mode = self.server_args.speculative_attention_mode
-    name = chosen(self, f"{mode}_attention_backend")
+    name = chosen(self, get_spec().speculative_attention_mode)
     runner = self.draft_model_runner
     if name == PLAIN:
         return named(runner.attn_backend, name)
@@ -94,10 +96,9 @@ def capture_graphs(original: Callable[[Any], None], self: Any) -> None:
         self.cuda_graph_runner_for_draft_extend = EAGLEDraftExtendCudaGraphRunner(self)
 
 
-def chosen(factory: Any, setting: str) -> str:
-    """The backend that the factory would choose."""
-    args = factory.server_args
-    return factory.draft_attn_backend or getattr(args, setting) or args.attention_backend
+def chosen(factory: Any, mode: str) -> str:
+    """The backend that the factory would choose, for "prefill" or for "decode"."""
+    return factory.draft_attn_backend or compat.factory_backends(factory)[mode]
 
 
 def named(backend: Any, name: str) -> Any:

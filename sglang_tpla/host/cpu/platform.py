@@ -62,6 +62,10 @@ class CpuReferencePlatform(SRTPlatform):
 
         return single_token_allocator
 
+    def supports_speculative_algorithm(self, algorithm: str) -> bool:
+        """Asked from 0.5.21 on; which of them is served is said before (``host/speculation.py``)."""
+        return True
+
     def get_compile_backend(self, mode: str | None = None) -> str:
         return "eager"
 

@@ -106,12 +106,18 @@ def sample_chain(
 
 
 def sample_or_verify(
-    original: Callable[..., Any], verify_input: Any, batch: Any, logits_output: Any, grammar_mask: Any = None
+    original: Callable[..., Any],
+    verify_input: Any,
+    batch: Any,
+    logits_output: Any,
+    grammar_mask: Any = None,
+    *rest: Any,
+    **named: Any,
 ) -> Any:
     """Around ``eagle_sample``: requests that sample, which SGLang verifies with a GPU's kernels."""
     info = batch.sampling_info
     if batch.forward_mode.is_idle() or info.is_all_greedy:
-        return original(verify_input, batch, logits_output, grammar_mask)
+        return original(verify_input, batch, logits_output, grammar_mask, *rest, **named)
     drafts = verify_input.draft_token_num
     logits = logits_output.next_token_logits.float()
     for extra in (info.acc_additive_penalties, info.logit_bias):
@@ -212,11 +218,11 @@ class GuessSlots:
         out_cache_loc: torch.Tensor,
         pool_len: int,
         topk: int,
-        speculative_num_steps: int,
+        count: int,
+        **positions: Any,
     ) -> None:
-        out_cache_loc.copy_(
-            _slots_from(req_to_token, req_pool_indices, seq_lens, topk * speculative_num_steps)
-        )
+        """Slots of ``topk * count`` tokens of each request; 0.5.23 also asks for positions, on a GPU."""
+        out_cache_loc.copy_(_slots_from(req_to_token, req_pool_indices, seq_lens, topk * count))
 
 
 def reserve_slots(

@@ -17,7 +17,8 @@ from sglang_tpla.cache_rows.fp8 import FP8
 from sglang_tpla.cache_rows.row_format import RowFormat
 from sglang_tpla.config import ConfigError
 from sglang_tpla.host import compat
-from sglang_tpla.transfer.room import NO_LIMITS, CachePool, Limits, MetadataRows
+from sglang_tpla.transfer.memory.pool import CachePool, MetadataRows
+from sglang_tpla.transfer.room import NO_LIMITS, Limits
 
 FP8_CACHE = "fp8_e4m3"  # --kv-cache-dtype of a decode server with FP8 rows
 RESERVED_INPUT_TOKENS = 5  # SGLang refuses a prompt that leaves fewer

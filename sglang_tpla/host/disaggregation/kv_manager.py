@@ -48,8 +48,7 @@ from sglang_tpla.host.process import current_slice, model_identity, settings
 from sglang_tpla.transfer.decode.agent import DecodeAgent
 from sglang_tpla.transfer.memory.projection import Projection
 from sglang_tpla.transfer.prefill.agent import PrefillAgent
-from sglang_tpla.transfer.room import RoomState, TransferError, TransferMetric
-from sglang_tpla.transfer.workers import remember
+from sglang_tpla.transfer.room import RoomState, TransferError, TransferMetric, remember
 
 logger = logging.getLogger(__name__)
 SWITCH_INTERVAL_S = 0.0002
@@ -149,7 +148,7 @@ class TplaKVManager(CommonKVManager):
             drafts = len(pool.layers) - layers
             matrices = [*projections(part, layers, *model), *[torch.eye(pool.latent_dim)] * drafts]
             projection = Projection(matrices, rows.shared, sketched=rows if sketched() else None)
-        agent = DecodeAgent(
+        return DecodeAgent(
             pool,
             metadata_rows(self.kv_args),
             projection,
@@ -157,12 +156,10 @@ class TplaKVManager(CommonKVManager):
             settings=settings(),
             rank=self.attn_tp_rank,
             size=self.attn_tp_size,
-            groups=settings().groups,
             limits=prompt_limits(self.kv_args, self.server_args),
+            # Called from the agent's thread, while the scheduler may be between a look and a read of the same tables.
+            on_peer_lost=lambda host, port: self._lost_peers.append((host, port)),
         )
-        # Called from the agent's thread, while the scheduler may be between a look and a read of the same tables.
-        agent.on_peer_lost = lambda host, port: self._lost_peers.append((host, port))
-        return agent
 
     def nap_if_idle(self, room: int) -> None:
         """Called for each look at a room: give the agent's threads the interpreter where the scheduler only waits.
@@ -337,7 +334,8 @@ class _Request:
                 reason = self.kv_mgr.failure_records.pop(self.bootstrap_room, None)
         if reason is None and self._opened and agent.poll(self.bootstrap_room) == RoomState.FAILED:
             reason = agent.failure(self.bootstrap_room)
-        if reason is None and self._opened:  # this rank would have failed it a moment later
+        # this rank would have failed it a moment later
+        if reason is None and self._opened and isinstance(agent, PrefillAgent):
             reason = agent.suspicion(self.bootstrap_room) or None
         elsewhere = (
             f"another tensor-parallel rank of this {settings().role} server failed the transfer; "

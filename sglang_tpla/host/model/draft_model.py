@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from sglang_tpla.host import compat
+
 _building_draft: ContextVar[bool] = ContextVar("sglang_tpla_building_draft", default=False)
 
 
@@ -40,7 +42,7 @@ def building_draft() -> bool:
 
 def draft_layers(model_config: Any, server_args: Any) -> int:
     """Layers of the draft model of this server, whose rows share the target's slots; 0 without speculation."""
-    if getattr(server_args, "speculative_algorithm", None) is None:
+    if not compat.speculates(server_args):
         return 0
     return int(getattr(model_config.hf_text_config, "num_nextn_predict_layers", None) or 1)
 

@@ -12,10 +12,9 @@ import torch
 
 from sglang_tpla.transfer import messages as frames
 from sglang_tpla.transfer import workers as agent
-from sglang_tpla.transfer.decode import landing
-from sglang_tpla.transfer.memory import copy as moving
+from sglang_tpla.transfer.decode import in_place
+from sglang_tpla.transfer.memory import copy, native
 from sglang_tpla.transfer.memory import iovec as runs
-from sglang_tpla.transfer.memory import native
 from sglang_tpla.transfer.network import data_channel as channel
 from sglang_tpla.transfer.network.data_channel import PREAMBLE, SIZES
 from sglang_tpla.transfer.room import RoomState
@@ -24,7 +23,6 @@ from tests.wire.fakes import FakeDecode, FakePrefill, hello
 from tests.wire.test_channel import PAGES, transfer
 
 TOKENS = 2 * rig.PAGE
-SIZE = rig.LAYERS * TOKENS * (rig.LATENT + rig.ROPE) * 2
 ROW = bytes(sum(rig.ITEM_BYTES))
 
 
@@ -32,7 +30,8 @@ class Sender:
     """A prefill rank by hand, with one decode agent and its data channel."""
 
     def __init__(self, stack: contextlib.ExitStack) -> None:
-        self.decode = rig.decode_rank(peer_timeout_s=5.0)
+        self.decode = rig.decode_rank(rig.even_rows(), peer_timeout_s=5.0)
+        self.size = rig.LAYERS * TOKENS * self.decode.row_bytes  # of both pages
         stack.enter_context(contextlib.closing(self.decode.agent))
         self.fake = stack.enter_context(contextlib.closing(FakePrefill()))
 
@@ -49,7 +48,7 @@ class Sender:
         rig.wait(lambda: self.decode.agent.poll(room) == RoomState.WAITING, "registration")
         self.decode.agent.request(room, rig.pages(1, 2), metadata_row=0, expected_ranks=1)
         request = self.fake.expect(frames.Request)
-        self.credit(request, 2 * SIZE)
+        self.credit(request, 2 * self.size)
         return request
 
     def credit(self, request: frames.Request, total_bytes: int) -> None:
@@ -57,6 +56,10 @@ class Sender:
         self.fake.say(frames.Want(request.room, request.generation, total_bytes))
         while self.fake.expect(frames.Credit).total_bytes < total_bytes:
             pass
+
+    def payload(self, seed: int) -> bytes:
+        """Bytes of both pages, none of them 0."""
+        return np.random.default_rng(seed).integers(1, 256, self.size, dtype=np.uint8).tobytes()
 
     def begin(self, request: frames.Request, payload: bytes, damaged: bytes | None = None) -> memoryview:
         """Send a header and the first half of a payload of both pages; the other half, and the checksum."""
@@ -80,23 +83,20 @@ class Sender:
 
     def half_is_there(self) -> bool:
         """The first half has come, up to the row that it ends in."""
-        return bool(self.rows().reshape(-1)[SIZE // 2 - 1])
+        return bool(self.rows().reshape(-1)[self.size // 2 - 1])
 
 
 @pytest.fixture(params=["checked on the way", "checked by a worker"])
-def sender(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Sender]:
+def sender(
+    request: pytest.FixtureRequest, rows_kind: str, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Sender]:
     monkeypatch.setattr(agent, "SPARE_CORES", 1 if "worker" in request.param else 1 << 20)
     with contextlib.ExitStack() as stack:
         yield Sender(stack)
 
 
-def payload(seed: int) -> bytes:
-    """Bytes of both pages, none of them 0."""
-    return np.random.default_rng(seed).integers(1, 256, SIZE, dtype=np.uint8).tobytes()
-
-
 def test_the_rest_of_a_chunk_of_an_aborted_room_is_written_nowhere(sender: Sender) -> None:
-    request, sent = sender.open(1), payload(1)
+    request, sent = sender.open(1), sender.payload(1)
     rest = sender.begin(request, sent)
     rig.wait(sender.half_is_there, "the first half")
     sender.decode.agent.abort(1, "the user went away")
@@ -110,18 +110,18 @@ def test_the_rest_of_a_chunk_of_an_aborted_room_is_written_nowhere(sender: Sende
     assert sender.decode.agent.stats().staging_used_bytes == 0
     sender.decode.agent.close_room(1)
 
-    request, sent = sender.open(2), payload(2)  # and the channel goes on
+    request, sent = sender.open(2), sender.payload(2)  # and the channel goes on
     sender.stream.sendall(sender.begin(request, sent))
     assert sender.fake.expect(frames.Ack).room == 2
     assert sender.rows().tobytes() == sent
     sender.finish(request)
 
 
-@pytest.mark.parametrize("position", [0, SIZE // 2, SIZE - 1])
-def test_a_flipped_bit_is_found_and_written_over(sender: Sender, position: int) -> None:
-    request, sent = sender.open(1), payload(1)
+@pytest.mark.parametrize("place", [0, 0.5, 1])
+def test_a_flipped_bit_is_found_and_written_over(sender: Sender, place: float) -> None:
+    request, sent = sender.open(1), sender.payload(1)
     damaged = bytearray(sent)
-    damaged[position] ^= 16
+    damaged[int(place * (sender.size - 1))] ^= 16
     sender.stream.sendall(sender.begin(request, sent, bytes(damaged)))
     assert sender.fake.expect(frames.Nack) == frames.Nack(1, request.generation, 0, 0)
     assert sender.rows().tobytes() == damaged
@@ -135,15 +135,15 @@ def test_a_flipped_bit_is_found_and_written_over(sender: Sender, position: int) 
 
 
 def test_a_chunk_that_ends_half_way_comes_again_within_the_same_credit(sender: Sender) -> None:
-    request, sent = sender.open(1), payload(1)
-    sender.begin(request, payload(3))
+    request, sent = sender.open(1), sender.payload(1)
+    sender.begin(request, sender.payload(3))
     rig.wait(sender.half_is_there, "the first half")
     sender.stream.close()
     sender.connect()
     again = sender.fake.expect(frames.Request)
     resume = sender.fake.expect(frames.Resume)
     assert (again.generation, resume.applied, resume.credit_bytes) == (request.generation, (), 0)
-    sender.credit(request, SIZE)
+    sender.credit(request, sender.size)
     sender.stream.sendall(sender.begin(request, sent))
     sender.fake.expect(frames.Ack)
     assert sender.rows().tobytes() == sent
@@ -151,6 +151,7 @@ def test_a_chunk_that_ends_half_way_comes_again_within_the_same_credit(sender: S
     assert sender.decode.agent.stats().staging_used_bytes == 0
 
 
+@pytest.mark.usefixtures("rows_kind")
 @pytest.mark.parametrize("way", ["in runs", "row by row", "in runs, without C", "in runs, by workers"])
 def test_every_way_is_right_to_the_last_bit(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also when what the pool holds comes in another order than it lies there."""
@@ -159,14 +160,14 @@ def test_every_way_is_right_to_the_last_bit(way: str, monkeypatch: pytest.Monkey
     monkeypatch.setattr(agent, "SPARE_CORES", 1 if "by workers" in way else 1 << 20)
     checked_aside = []
     monkeypatch.setattr(
-        landing, "check_pieces", lambda pieces: checked_aside.append(pieces) or moving.check_pieces(pieces)
+        in_place, "check_pieces", lambda pieces: checked_aside.append(pieces) or copy.check_pieces(pieces)
     )
     if way == "row by row":
         monkeypatch.setattr(runs, "MIN_RUN_BYTES", 1 << 20)
     prefill, decode = rig.prefill_rank(), rig.decode_rank(host="far")
     with contextlib.closing(prefill.agent), contextlib.closing(decode.agent):
         decode.agent.connect(*prefill.agent.address)
-        rig.wait(lambda: prefill.agent._doorway._channels, "the channel")
+        rig.wait(lambda: prefill.agent.router.listener._channels, "the channel")
         transfer(prefill, decode, 1)
         assert prefill.agent.stats().resent == 0
         assert bool(checked_aside) == ("by workers" in way)

@@ -1,7 +1,7 @@
 """Inside the decode agent: a chunk that goes from the socket straight to its place in the pool.
 
 What staging is for, that nothing late is written, holds here piece by piece: each call writes at most `PIECE_BYTES`,
-while the room's `Writes` allow it, and what comes for a room that has ended goes to memory
+while the room's `WriteGate` allow it, and what comes for a room that has ended goes to memory
 that nobody reads.
 """
 
@@ -13,7 +13,7 @@ from cryptography.hazmat.primitives.ciphers import AEADDecryptionContext
 
 from sglang_tpla.transfer import messages as frames
 from sglang_tpla.transfer.decode.state import Room, Source
-from sglang_tpla.transfer.memory.copy import Intake, check_pieces
+from sglang_tpla.transfer.memory.copy import UNCHECKED, SocketCopy, check_pieces
 from sglang_tpla.transfer.memory.iovec import Pieces
 from sglang_tpla.transfer.network.sealing import SealedIntake
 
@@ -21,7 +21,7 @@ PIECE_BYTES = 16 << 20
 _nowhere = memoryview(bytearray(1 << 20))
 
 
-class PoolLanding:
+class InPlaceChunk:
     """A chunk whose bytes have their places in the pool.
 
     Args:
@@ -35,7 +35,7 @@ class PoolLanding:
         self.room, self.source, self.chunk, self.aside = room, source, chunk, aside
         self.size_bytes = self.credit_bytes = pieces.size_bytes
         self._pieces = pieces
-        self._intake: Intake | SealedIntake = Intake(pieces, checked=not aside)
+        self._intake: SocketCopy | SealedIntake = SocketCopy(pieces, UNCHECKED if aside else b"")
         self._left_bytes = self.size_bytes
         self._whole = True
 

@@ -1,0 +1,36 @@
+"""Requests that forbid every token.
+
+A grammar masks tokens, ``min_new_tokens`` the end of the answer, ``logit_bias`` what it likes; together, or where a
+grammar has no way on, they may leave nothing. Probabilities are then no numbers; to sample from them ends the server.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+
+def leave_one(result: None, self: Any, logits: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+    """After ``SamplingBatchInfo.apply_logits_bias``: no row of ``logits`` [requests, vocab] forbids everything.
+
+    A grammar goes before the rest: where it demands the end of an answer, that is the end. Where it has no way on, a
+    token comes that it does not take, at which SGLang ends the request.
+    """
+    if self.grammar_mask is None and self.logit_bias is None and not _penalized(self):
+        return
+    _open_closed_rows(logits)
+    if self.grammar_mask is not None:
+        self.grammar_mask.apply(logits)
+        _open_closed_rows(logits)
+
+
+def _penalized(info: Any) -> bool:
+    orchestrator = info.penalizer_orchestrator
+    return info.acc_additive_penalties is not None or (orchestrator is not None and orchestrator.is_required)
+
+
+def _open_closed_rows(logits: torch.Tensor) -> None:
+    """Every token becomes as good as any other in rows that forbid all; nothing here waits for a device."""
+    logits.masked_fill_(logits.amax(dim=-1, keepdim=True) == -math.inf, 0.0)
