@@ -16,7 +16,7 @@ def test_served(name: str) -> None:
 
 @pytest.mark.parametrize("name", [*REFUSED, "LlamaForCausalLM"])
 def test_refused_by_name(name: str) -> None:
-    """With the reason, and what is served instead."""
+    """The refusal has the reason and names the served models."""
     with pytest.raises(ConfigError) as refusal:
         check_architectures("/models/m", [name])
     words = str(refusal.value)

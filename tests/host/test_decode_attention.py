@@ -1,7 +1,7 @@
 """The engine's backend around the decode kernel, with the kernel's PyTorch twin in its place.
 
-What is checked is the backend's own part: page table and lengths out of SGLang's, new rows written before they are
-read, fixed buffers for CUDA graphs, one kernel a width. The formula below knows neither pages nor plans.
+The tests check the backend's own part: page table and lengths from SGLang's, new rows written before they are read,
+fixed buffers for CUDA graphs, one kernel a width. The formula below knows neither pages nor plans.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ FP8_WIDTHS, FP8_SHARED = (16, 32), (16, 20)
 
 
 class Twin(ReferenceDecode):
-    """Made as the kernel is made; remembers where its plans lay."""
+    """A twin with the kernel's constructor, which remembers the addresses of its plans."""
 
     def __init__(self, shape: Any, scale: float, max_batch: int, device: torch.device) -> None:
         super().__init__(shape, scale)
@@ -80,7 +80,7 @@ def backend(engine: None, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def batch_of(backend: Any, requests: list[int], lengths: list[int], padding: int = 0) -> Any:
-    """A decode step; padding requests are as SGLang fills up a graph's batch: row 0, length 1, slot 0."""
+    """Make a decode step, with SGLang's padding of a graph's batch: requests of row 0, length 1, slot 0."""
     from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
     slots = backend.req_to_token_pool.req_to_token
@@ -96,7 +96,7 @@ def batch_of(backend: Any, requests: list[int], lengths: list[int], padding: int
 
 
 def step(backend: Any, batch: Any, layer_id: int, split: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """One layer of a step with fresh queries and keys: the backend's output, and the formula's."""
+    """Run one layer of a step with fresh queries and keys, and return the backend's output and the formula's."""
     width, tokens = WIDTHS[layer_id], batch.batch_size
     layer = SimpleNamespace(
         layer_id=layer_id, v_head_dim=width, head_dim=width + ROPE, tp_q_head_num=HEADS, scaling=SCALE

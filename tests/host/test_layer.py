@@ -119,7 +119,7 @@ def test_sum_over_ranks_is_the_formula(
         maps = random_maps(groups, 13 if groups == 1 else 11, generator)
     else:
         maps = calibrated_maps(transform, groups, weights, generator)
-    if dtype == torch.bfloat16:  # what both sides see is what bf16 can hold
+    if dtype == torch.bfloat16:  # both sides see weights that bf16 can hold
         weights = {name: w.bfloat16().float() for name, w in weights.items()}
     x, past = random_step(lengths, generator, dtype)
     expected = formula(x, lengths, past, weights, views_of(maps), yarn)
@@ -136,7 +136,7 @@ def test_sum_over_ranks_is_the_formula(
 
 @pytest.mark.parametrize("groups", [1, 2])
 def test_a_temperature_by_position_is_stocks(engine, monkeypatch, one_write, groups) -> None:
-    """``llama_4_scaling`` of a model's config: stock's layer and ours over maps that lose nothing say the same."""
+    """With ``llama_4_scaling``, stock's layer and ours over lossless maps agree."""
     generator = torch.Generator().manual_seed(groups)
     weights = make_weights(Q_RANK, generator)
     lengths = [21, 3, 9]
@@ -162,7 +162,7 @@ def test_a_temperature_by_position_is_stocks(engine, monkeypatch, one_write, gro
 def test_head_outputs_summed_before_o_proj(engine, monkeypatch, size, groups) -> None:
     """`--tpla-o-proj scatter`: ranks hold plain TP's part of ``o_proj``, and the sum over ranks is the formula.
 
-    The ranks run one after another: what each would send is kept, and the reduce-scatter done here.
+    The ranks run one after another; the test keeps what each would send and does the reduce-scatter.
     """
     from sglang_tpla.host.model import attention_layer as layer
 

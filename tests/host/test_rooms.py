@@ -49,7 +49,7 @@ def test_a_room_that_has_ended_is_its_requests_until_it_is_cleared() -> None:
 
 @pytest.mark.usefixtures("engine")
 def test_a_prefix_sent_ahead_is_read_when_its_event_says_so() -> None:
-    """SGLang leaves the event on the sender before it sends pages that the step before may still write."""
+    """SGLang leaves an event on the sender for pages that the step before may still write."""
     prefill, decode = rig.prefill_rank(), rig.decode_rank()
     source, target = rig.pages(0, 4), rig.pages(1, 4)
     right = [layer.clone() for layer in prefill.pool.layers]

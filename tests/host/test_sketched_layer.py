@@ -1,7 +1,7 @@
 """The decode layer with sketched rows inside SGLang's own attention module: T ranks together are the formula.
 
 Every rank is built, loaded and folded as in a server, writes its new token's row and attends through the engine's
-backend. The formula knows whole weights, and of a row only what the reference model says that it stands for.
+backend. The formula of `layer_ranks` knows whole weights, and the rows' values from the reference model.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class SketchedArtifact:
 
 
 def exact_maps(rows: SketchedRows, generator: torch.Generator) -> SketchedMaps:
-    """Maps of a random basis that lose nothing but rounding; the sketch has scales of its own."""
+    """Make maps of a random basis that lose nothing but rounding; the sketch has scales of its own."""
     basis = torch.linalg.qr(torch.randn(D, D, generator=generator))[0]
     r, n, g = rows.shared, rows.own, rows.groups
     shared, own = basis[:, :r], [basis[:, r + i * n : r + (i + 1) * n] for i in range(g)]
