@@ -83,7 +83,7 @@ SERVER_VARIABLE = ENV_PREFIX + "SERVER"  # a server sets it for its own processe
 ROLES = ("prefill", "decode")
 O_PROJ = ("replicate", "scatter")
 ROWS = ("plain", "sketched")
-# A chunk of any size costs some 0.2 ms of messages (on a GPU also of launches).
+# Bytes of a chunk and of staging. A chunk of any size costs some 0.2 ms of messages (on a GPU also of launches).
 DEFAULT_BYTES = {"cpu": (16 << 20, 256 << 20), "cuda": (16 << 20, 512 << 20)}
 
 
