@@ -1,6 +1,6 @@
-"""Speculative decoding on the two kinds of server: which of SGLang's settings work, and what they default to.
+"""Speculative decoding on both kinds of server: SGLang's settings that work.
 
-Supported is the draft that DeepSeek V3, R1 and Kimi K2 come with: one NextN layer in the target's own checkpoint, which
+The supported draft is that of DeepSeek V3, R1 and Kimi K2: one NextN layer in the target's own checkpoint, which
 guesses a chain of up to three tokens. Both servers run it, since the draft layer's cache and first guess are made with
 the prompt.
 """
@@ -22,8 +22,8 @@ ALGORITHMS = ("EAGLE", "NEXTN")
 NEXTN_LAYERS = "num_nextn_predict_layers"
 
 
-def objections(args: Any, role: str) -> list[str]:
-    """What stands against the flags of a server that speculates; empty for one that does not."""
+def unsupported_reasons(args: Any, role: str) -> list[str]:
+    """The reasons against the flags of a server that speculates; empty for one that does not."""
     if args.speculative_algorithm is None:
         return []
     guesses = f"with {args.speculative_algorithm}"
@@ -65,10 +65,10 @@ def check_draft(args: Any, text: Any) -> None:
     """Refuse a checkpoint without the layer that guesses.
 
     Args:
-        text: the model's config (of its text part).
+        text: the config of the model's text part.
 
     Raises:
-        ConfigError: naming what the config says.
+        ConfigError: quoting the config.
     """
     if args.speculative_algorithm is None:
         return
@@ -85,14 +85,14 @@ def check_backends(
 ) -> None:
     """Refuse attention backends that cannot verify, and one that cannot serve the draft's layer.
 
-    Where the draft was given none, SGLang takes the decode server's.
+    SGLang gives a draft without a backend of its own the decode server's.
 
     Args:
         backend: the decode server's. shapes: of its sliced layers, none where it has no slices.
         draft: one rank's layer of the draft.
 
     Raises:
-        ConfigError: what to use instead.
+        ConfigError: naming the backends to use instead.
     """
     if args.speculative_algorithm is None:
         return

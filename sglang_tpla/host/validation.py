@@ -103,7 +103,7 @@ def check_flags(args: Any) -> None:
             f"the CPU reference platform pages its cache by single tokens; got --page-size {args.page_size}, use "
             "--page-size 1"
         )
-    found += speculation.objections(args, role)
+    found += speculation.unsupported_reasons(args, role)
     if found:  # all at once: each further start would cost the time to load SGLang
         raise ConfigError("; also, ".join(found))
 

@@ -310,18 +310,18 @@ def arguments(**changes: Any) -> Any:
     ],
 )
 def test_what_does_not_work_is_refused(engine: None, changes: dict[str, Any], says: str) -> None:
-    from sglang_tpla.host.speculation import objections
+    from sglang_tpla.host.speculation import unsupported_reasons
 
-    (found,) = objections(arguments(**changes), "decode")
+    (found,) = unsupported_reasons(arguments(**changes), "decode")
     assert says in found
-    assert not objections(arguments(), "decode") and not objections(arguments(), "prefill")
-    assert not objections(arguments(**changes | {"speculative_algorithm": None}), "decode")
+    assert not unsupported_reasons(arguments(), "decode") and not unsupported_reasons(arguments(), "prefill")
+    assert not unsupported_reasons(arguments(**changes | {"speculative_algorithm": None}), "decode")
 
 
 def test_prefill_servers_verify_nothing(engine: None) -> None:
-    from sglang_tpla.host.speculation import objections
+    from sglang_tpla.host.speculation import unsupported_reasons
 
-    assert not objections(arguments(speculative_attention_mode="prefill"), "prefill")
+    assert not unsupported_reasons(arguments(speculative_attention_mode="prefill"), "prefill")
 
 
 def test_a_checkpoint_without_the_layer_is_refused(engine: None) -> None:
@@ -371,4 +371,4 @@ def test_sketched_rows_are_served(monkeypatch: pytest.MonkeyPatch, given: str) -
     from sglang_tpla.host import speculation
 
     monkeypatch.setattr(speculation, "sketched", lambda: True)
-    assert not speculation.objections(arguments(kv_cache_dtype=given), "decode")
+    assert not speculation.unsupported_reasons(arguments(kv_cache_dtype=given), "decode")
