@@ -1,4 +1,4 @@
-"""A cache of another prompt fails the request, whatever room it came through."""
+"""A cache of another prompt fails the request in any room."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def buffers() -> Any:
 
 
 def computed(buffers: Any, tokens: list[int], row: int = 2) -> None:
-    """What prefill leaves of a request."""
+    """Leave a request in the buffers as prefill does."""
     from sglang_tpla.host.disaggregation.same_prompt import leave_digest
 
     counts = dict.fromkeys(
@@ -38,7 +38,7 @@ def computed(buffers: Any, tokens: list[int], row: int = 2) -> None:
 
 
 def committed(buffers: Any, tokens: list[int], **changes: Any) -> tuple[bool, Any]:
-    """Whether decode goes on with a request's cache, and the request."""
+    """Commit a request's cache, and return whether decode goes on with it, and the request."""
     from sglang_tpla.host.disaggregation.same_prompt import compare_digest
 
     req = SimpleNamespace(
