@@ -1,4 +1,4 @@
-"""What else could carry a cache in secret: TLS 1.3, and ZMQ with its own encryption, as chunks went before.
+"""Other secret carriers of a cache: TLS 1.3, and ZMQ with its own encryption, which carried chunks before.
 
 TLS moves bytes between two buffers, like the raw socket. ZMQ carries chunks as agents did when they had keys: copied
 and checked into a slot, sent from there without a copy, received, checked and copied to their place, with as many under

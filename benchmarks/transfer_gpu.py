@@ -1,5 +1,6 @@
-"""How fast a latent cache moves between two GPU processes of one host, without servers: agents, pools, and a scheduler
-that polls as SGLang's does.
+"""Measure how fast a latent cache moves between GPU processes of one host, without servers.
+
+The processes have agents, pools, and a scheduler that polls as SGLang's does.
 
     python benchmarks/transfer_gpu.py --out FILE [--tokens 1024 8192] [--chunk-mib 16] [--threads 2] [--unchecked]
 

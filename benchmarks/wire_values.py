@@ -1,4 +1,4 @@
-"""How many values of a token and layer travel for all ranks of one host: a count, not a timing."""
+"""Count the values of a token and layer that travel for all ranks of one host; nothing is timed."""
 
 from __future__ import annotations
 

@@ -92,7 +92,7 @@ def main() -> None:
         pool,
         metadata,
         model_hash=MODEL,
-        settings=Settings(role="prefill"),
+        settings=Settings(role="prefill", room_timeout_s=120.0),  # a child imports torch before it asks
         bind_host="127.0.0.1",
         rank=0,
         size=1,

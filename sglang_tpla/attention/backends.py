@@ -49,7 +49,7 @@ class Backend:
     rows: str = "plain"
     other: Callable[[DecodeShape], str | None] | None = None
 
-    def objection(self, shape: DecodeShape, capability: Capability) -> str | None:
+    def unsupported_reason(self, shape: DecodeShape, capability: Capability) -> str | None:
         """The reason for which this backend must not serve ``shape`` there; None if it may."""
         if not self.has_device(capability):
             return f"it needs {self.device}, this is {_device_text(capability)}"
@@ -69,7 +69,7 @@ class Backend:
 
 
 def _hopper_sketched(shape: DecodeShape) -> str | None:
-    return None if shape.sketched is None else sketched.objection(shape.sketched)
+    return None if shape.sketched is None else sketched.unsupported_reason(shape.sketched)
 
 
 def _device_text(capability: Capability) -> str:
@@ -173,25 +173,25 @@ def require(name: str, shape: DecodeShape, capability: Capability) -> None:
     """
     if name not in _BY_NAME:
         raise BackendRefusal(f"attention backend must be one of {sorted(_BY_NAME)}; got {name!r}")
-    objection = _BY_NAME[name].objection(shape, capability)
-    if objection is not None:
-        able = [b.name for b in BACKENDS if b.objection(shape, capability) is None]
+    reason = _BY_NAME[name].unsupported_reason(shape, capability)
+    if reason is not None:
+        able = [b.name for b in BACKENDS if b.unsupported_reason(shape, capability) is None]
         advice = (
             f"use {able[0]!r}" if able else "change the width (groups, shared dims), the dtype or the device"
         )
-        raise BackendRefusal(f"attention backend {name!r} cannot serve {shape}: {objection}; {advice}")
+        raise BackendRefusal(f"attention backend {name!r} cannot serve {shape}: {reason}; {advice}")
 
 
 def choose(shape: DecodeShape, capability: Capability) -> str:
     """The first backend of the table that serves ``shape``.
 
     Raises:
-        BackendRefusal: with every backend's objection.
+        BackendRefusal: with every backend's reason.
     """
-    objections = []
+    reasons = []
     for backend in BACKENDS:
-        objection = backend.objection(shape, capability)
-        if objection is None:
+        reason = backend.unsupported_reason(shape, capability)
+        if reason is None:
             return backend.name
-        objections.append(f"{backend.name}: {objection}")
-    raise BackendRefusal(f"no attention backend serves {shape}: " + "; ".join(objections))
+        reasons.append(f"{backend.name}: {reason}")
+    raise BackendRefusal(f"no attention backend serves {shape}: " + "; ".join(reasons))

@@ -324,7 +324,8 @@ def choose_sketched(
     """
     wanted = Search(arguments.ranks or 0, arguments.max_kl, lambda width: True)
     bits = SKETCH_BITS if arguments.sketch_bits is None else (arguments.sketch_bits,)
-    looked_at = SketchedSearch(bits, arguments.rope_bits or 16, arguments.shared_dims)
+    keys = ROPE_BITS if arguments.rope_bits is None else (arguments.rope_bits,)
+    looked_at = SketchedSearch(bits, keys, arguments.shared_dims)
 
     def tell(line: str) -> None:
         if not arguments.quiet:

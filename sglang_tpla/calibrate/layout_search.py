@@ -48,8 +48,14 @@ class Point:
         if not self.rows:
             return each(self.widths)
         if self.groups == 1:
-            return "plain MLA in 8-bit rows (no artifact needed)"
-        return f"r {each(self.shared_dims)}, bits {each([layer.sketch_bits for layer in self.rows])}"
+            return f"plain MLA in 8-bit rows (no artifact needed){self._key}"
+        return (
+            f"r {each(self.shared_dims)}, bits {each([layer.sketch_bits for layer in self.rows])}{self._key}"
+        )
+
+    @property
+    def _key(self) -> str:
+        return ", rotary key at 8 bits" if self.rows[0].rope_bits == 8 else ""
 
 
 @dataclass(frozen=True)

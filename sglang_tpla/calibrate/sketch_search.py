@@ -1,10 +1,10 @@
 """Choose a layout of sketched rows: the fewest bytes a token and rank that keep KL under a bound.
 
-For every g that divides the ranks, each layer's KL with only that layer in sketched rows is measured for every pair of
-r shared columns and b sketch bits that is worth its bytes. The layers' KL nearly add up, so a greedy walk from the
-smallest rows, which always enlarges the layer that buys most KL a byte, gives layouts layer by layer. Uniform layouts
-and those of the walk near the bound are then measured whole. One group (plain MLA with an 8-bit cache, which needs no
-artifact) is measured beside them: it is what g > 1 has to beat.
+For every g that divides the ranks and for rotary keys of 16 and of 8 bits, each layer's KL with only that layer in
+sketched rows is measured for every pair of r shared columns and b sketch bits that is worth its bytes. The layers' KL
+nearly add up, so a greedy walk from the smallest rows, which always enlarges the layer that buys most KL a byte, gives
+layouts layer by layer. Uniform layouts and those of the walk near the bound are then measured whole. One group (plain
+MLA with an 8-bit cache, which needs no artifact) is measured beside them: it is what g > 1 has to beat.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from sglang_tpla.cache_rows.sketched import SKETCH_BITS, SketchedRows
+from sglang_tpla.cache_rows.sketched import ROPE_BITS, SKETCH_BITS, SketchedRows
 from sglang_tpla.calibrate.layout_search import Point, Search, near_the_bound, widening_walk
 from sglang_tpla.calibrate.pipeline import layer_weights
 from sglang_tpla.calibrate.sketch_layout import shared_choices
@@ -25,7 +25,8 @@ from sglang_tpla.measure.statistics import Statistics
 from sglang_tpla.reference_model.forward import LayerMaps, PlainModel
 from sglang_tpla.reference_model.sketched_layer import SketchedMaps
 
-_SHARES = (0.125, 0.25, 0.375)  # r as shares of d that are looked at
+# r as shares of d that are looked at, by the bits of the rotary key: what 8 save may be spent on shared columns
+_SHARES = {16: (0.125, 0.25, 0.375), 8: (0.25, 0.5, 0.75)}
 
 
 @dataclass(frozen=True)
@@ -34,25 +35,25 @@ class SketchedSearch:
 
     Args:
         bits: sketch bits that are looked at.
-        rope_bits: the rotary key's, the same in every layout.
+        rope_bits: the rotary key's that are looked at, the same in every layer of a layout.
         shared: the one r that is looked at, or None for a few shares of d.
     """
 
     bits: tuple[int, ...] = SKETCH_BITS
-    rope_bits: int = 16
+    rope_bits: tuple[int, ...] = ROPE_BITS
     shared: int | None = None
 
-    def choices(self, latent_dim: int, rope_dim: int, groups: int) -> list[SketchedRows]:
+    def choices(self, latent_dim: int, rope_dim: int, groups: int, rope_bits: int) -> list[SketchedRows]:
         """Rows by size, ascending; of equal size, the one with more bits, then with more shared columns."""
         found: dict[int, SketchedRows] = {}
         for bits in self.bits:
             held = shared_choices(latent_dim, groups, bits)
-            for share in _SHARES if self.shared is None else (self.shared / latent_dim,):
+            for share in _SHARES[rope_bits] if self.shared is None else (self.shared / latent_dim,):
                 if not held:
                     continue
                 shared = min(held, key=lambda choice, share=share: abs(choice - share * latent_dim))  # type: ignore[misc]
                 rows = SketchedRows.of(
-                    latent_dim, groups, shared, rope_dim, sketch_bits=bits, rope_bits=self.rope_bits
+                    latent_dim, groups, shared, rope_dim, sketch_bits=bits, rope_bits=rope_bits
                 )
                 best = found.get(rows.row_bytes)
                 if best is None or (rows.sketch_bits, rows.shared) > (best.sketch_bits, best.shared):
@@ -76,9 +77,10 @@ def search_sketched(
     """
     points: list[Point] = []
     for groups in (1, *wanted.group_counts()):
-        points += _search_groups(
-            model, statistics, tokens, prompt_tokens, wanted, looked_at, groups, progress
-        )
+        for rope_bits in looked_at.rope_bits:
+            points += _search_groups(
+                model, statistics, tokens, prompt_tokens, wanted, looked_at, groups, rope_bits, progress
+            )
     if not any(point.groups > 1 for point in points):
         raise TransformError(
             f"no number of groups that divides {wanted.ranks} ranks has sketched rows of {model.spec.latent_dim} values"
@@ -94,10 +96,13 @@ def _search_groups(
     wanted: Search,
     looked_at: SketchedSearch,
     groups: int,
+    rope_bits: int,
     progress: Callable[[str], None],
 ) -> list[Point]:
     spec = model.spec
-    choices = looked_at.choices(spec.latent_dim, spec.rope_dim, groups)[: 1 if groups == 1 else None]
+    choices = looked_at.choices(spec.latent_dim, spec.rope_dim, groups, rope_bits)[
+        : 1 if groups == 1 else None
+    ]
     if not choices:
         return []
     maps = [
@@ -113,13 +118,13 @@ def _search_groups(
     if len(choices) > 1:
         alone: list[list[float]] = []
         for layer in range(spec.layers):
-            progress(f"g = {groups}: layer {layer + 1} of {spec.layers}")
+            progress(f"g = {groups}, key of {rope_bits} bits: layer {layer + 1} of {spec.layers}")
             one: list[LayerMaps | None] = [None] * spec.layers
             alone.append(kl_of([[*one[:layer], made[layer], *one[layer + 1 :]] for made in maps]))
         sizes = [rows.row_bytes for rows in choices]
         picks += [pick for pick in widening_walk(alone, sizes) if pick not in picks]
         picks = near_the_bound(picks, alone, wanted.max_kl)
-    progress(f"g = {groups}: {len(picks)} layouts")
+    progress(f"g = {groups}, key of {rope_bits} bits: {len(picks)} layouts")
     found = kl_of([[maps[choice][layer] for layer, choice in enumerate(pick)] for pick in picks])
     return [
         Point(

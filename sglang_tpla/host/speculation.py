@@ -1,6 +1,6 @@
-"""Speculative decoding on the two kinds of server: which of SGLang's settings work, and what they default to.
+"""Speculative decoding on both kinds of server: SGLang's settings that work.
 
-Supported is the draft that DeepSeek V3, R1 and Kimi K2 come with: one NextN layer in the target's own checkpoint, which
+The supported draft is that of DeepSeek V3, R1 and Kimi K2: one NextN layer in the target's own checkpoint, which
 guesses a chain of up to three tokens. Both servers run it, since the draft layer's cache and first guess are made with
 the prompt.
 """
@@ -14,7 +14,7 @@ from sglang_tpla.attention.backends import Capability
 from sglang_tpla.attention.interface import MAX_QUERY_LEN, DecodeShape
 from sglang_tpla.config import ConfigError
 from sglang_tpla.host import compat
-from sglang_tpla.host.attention.supported import OURS, engine_objection
+from sglang_tpla.host.attention.supported import OURS, engine_unsupported_reason
 from sglang_tpla.host.disaggregation.engine_memory import FP8_CACHE
 from sglang_tpla.host.model.rows import sketched
 
@@ -22,8 +22,8 @@ ALGORITHMS = ("EAGLE", "NEXTN")
 NEXTN_LAYERS = "num_nextn_predict_layers"
 
 
-def objections(args: Any, role: str) -> list[str]:
-    """What stands against the flags of a server that speculates; empty for one that does not."""
+def unsupported_reasons(args: Any, role: str) -> list[str]:
+    """The reasons against the flags of a server that speculates; empty for one that does not."""
     if args.speculative_algorithm is None:
         return []
     guesses = f"with {args.speculative_algorithm}"
@@ -65,10 +65,10 @@ def check_draft(args: Any, text: Any) -> None:
     """Refuse a checkpoint without the layer that guesses.
 
     Args:
-        text: the model's config (of its text part).
+        text: the config of the model's text part.
 
     Raises:
-        ConfigError: naming what the config says.
+        ConfigError: quoting the config.
     """
     if args.speculative_algorithm is None:
         return
@@ -85,14 +85,14 @@ def check_backends(
 ) -> None:
     """Refuse attention backends that cannot verify, and one that cannot serve the draft's layer.
 
-    Where the draft was given none, SGLang takes the decode server's.
+    SGLang gives a draft without a backend of its own the decode server's.
 
     Args:
         backend: the decode server's. shapes: of its sliced layers, none where it has no slices.
         draft: one rank's layer of the draft.
 
     Raises:
-        ConfigError: what to use instead.
+        ConfigError: naming the backends to use instead.
     """
     if args.speculative_algorithm is None:
         return
@@ -102,9 +102,9 @@ def check_backends(
             f"{OURS} with --speculative-algorithm {args.speculative_algorithm}"
         )
     chosen = args.speculative_draft_attention_backend or backend
-    if chosen == OURS and (why := engine_objection(OURS, draft, capability)) is not None:
+    if chosen == OURS and (why := engine_unsupported_reason(OURS, draft, capability)) is not None:
         others = ("fa3", "flashinfer", "triton")
-        able = [name for name in others if engine_objection(name, draft, capability) is None]
+        able = [name for name in others if engine_unsupported_reason(name, draft, capability) is None]
         advice = f"use {' or '.join(able)}" if able else "drop --speculative-algorithm"
         raise ConfigError(
             f"--speculative-draft-attention-backend {OURS} cannot serve the draft's layer of {draft.latent_dim} + "

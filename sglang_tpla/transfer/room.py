@@ -45,7 +45,7 @@ class Limits:
     context_tokens: int = 0  # that fit in the context length
     pool_tokens: int = 0  # that fit in the cache
 
-    def objection(self, tokens: int) -> str | None:
+    def unsupported_reason(self, tokens: int) -> str | None:
         """Why a prompt of so many tokens cannot be served, or None."""
         for limit, what in ((self.context_tokens, "context length"), (self.pool_tokens, "cache")):
             if limit and tokens > limit:

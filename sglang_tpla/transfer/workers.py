@@ -74,7 +74,7 @@ class Workers:
         return [threading.Thread(target=self._run, args=(run,), name=name, daemon=True) for name in names]
 
     def make_arena(self) -> SharedSegment | None:
-        """Shared memory for staging, a few slots of it reserved, where the settings want it and there is some."""
+        """Return shared memory for staging, with a few slots reserved; None if settings or system have none."""
         if not self.settings.shared_memory:
             return None
         slots = self.settings.staging_bytes // self.chunk_bytes
@@ -82,7 +82,7 @@ class Workers:
         return make_arena(self.agent_id, slots * self.chunk_bytes, reserved_bytes, self.log)
 
     def host_identity(self, given: str | None) -> str:
-        """What tells hosts apart; unlike all others where shared memory is not wanted."""
+        """Return a text that tells hosts apart; it is unlike all others where shared memory is not wanted."""
         if given is not None:
             return given
         return host_identity() if self.settings.shared_memory else self.agent_id
@@ -127,7 +127,7 @@ class Workers:
 
     @property
     def alive(self) -> int:
-        """How many threads are."""
+        """Return how many threads are alive."""
         return sum(thread.is_alive() for thread in (self.io.thread, *self._workers, *self._checkers))
 
     def _run(self, run: Callable[[], None]) -> None:
@@ -152,14 +152,14 @@ class Workers:
             check()
 
     def aside(self, check: Callable[[], None]) -> None:
-        """Have a checker do this, or do it now where there are none."""
+        """Have a checker thread run this, or run it now where there is none."""
         if self._checkers:
             self._checks.put(check)
         else:
             check()
 
     def died(self, error: BaseException) -> None:
-        """A thread ends: every room fails, and every later call raises."""
+        """Fail every room, and every later call, because a thread has ended."""
         name = threading.current_thread().name
         self.log.critical("transfer thread %s ended", name, exc_info=error)
         with self.work:
@@ -185,7 +185,7 @@ class Workers:
             raise TransferError(f"the {self.role} agent of rank {self.rank} was closed")
 
     def drop(self, counter: str, why: str) -> None:
-        """Count and log something that is dropped."""
+        """Count and log a message that is dropped."""
         with self.lock:
             self.counts[counter] += 1
         self.log.warning("transfer dropped on %s rank %d: %s", self.role, self.rank, why)
@@ -193,7 +193,7 @@ class Workers:
     def parse(
         self, parts: list[zmq.Frame], sender: str, on_other_version: Callable[[str], None]
     ) -> tuple[frames.Message, zmq.Frame | None] | None:
-        """Header and payload of a message, or None after counting and logging what was wrong with it."""
+        """Return the header and the payload of a message, or None after counting and logging a malformed one."""
         try:
             if not 1 <= len(parts) <= 2:
                 raise frames.FrameError(
@@ -208,19 +208,19 @@ class Workers:
         return message, parts[1] if len(parts) == 2 else None
 
     def took(self, seconds: float) -> None:
-        """A room succeeded after so long. Under the lock."""
+        """Count a room that succeeded after so long. The caller holds the lock."""
         self.counts["rooms_succeeded"] += 1
         self.transfer_seconds += seconds
         self.durations.append(seconds)
 
     def log_transfer(self, **fields: Any) -> None:
-        """One line for a transfer that ended; ``at`` is the time of day in seconds since 1970."""
+        """Log one line for a transfer that ended; ``at`` is the time of day in seconds since 1970."""
         line = {"role": self.role, "rank": self.rank, "at": round(time.time(), 6), **fields}
         self.log.info("transfer %s", json.dumps(line))
 
 
 class AnyRoom(Protocol):
-    """What both agents' rooms have."""
+    """The attributes that rooms of both agents have."""
 
     state: RoomState
     reason: str
@@ -230,7 +230,7 @@ RoomT = TypeVar("RoomT", bound=AnyRoom)
 
 
 def opened(rooms: Mapping[int, RoomT], room_id: int, role: str, rank: int) -> RoomT:
-    """A room that a scheduler has opened.
+    """Return a room that a scheduler has opened.
 
     Raises:
         TransferError: it has not.
@@ -242,5 +242,5 @@ def opened(rooms: Mapping[int, RoomT], room_id: int, role: str, rank: int) -> Ro
 
 
 def seconds_since(start: float | None, end: float) -> float:
-    """Elapsed seconds; none before the start."""
+    """Return the elapsed seconds, none before the start."""
     return 0.0 if start is None else end - start

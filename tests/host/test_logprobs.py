@@ -1,4 +1,4 @@
-"""A batch of which one request asks for log-probabilities of tokens that it names."""
+"""A batch in which one request asks for log-probabilities of named tokens."""
 
 from __future__ import annotations
 

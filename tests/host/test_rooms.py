@@ -17,7 +17,7 @@ def request(manager: SimpleNamespace, room: int) -> Any:
     """A request whose scheduler calls come from the test."""
     with warnings.catch_warnings():  # SGLang's own imports warn of what a CPU lacks
         warnings.simplefilter("ignore")
-        from sglang_tpla.host.disaggregation.kv_manager import _Request
+        from sglang_tpla.host.disaggregation.request_ends import _Request
     made: Any = _Request()
     made.kv_mgr, made.bootstrap_room, made.conclude_state = manager, room, None
     return made
@@ -49,7 +49,7 @@ def test_a_room_that_has_ended_is_its_requests_until_it_is_cleared() -> None:
 
 @pytest.mark.usefixtures("engine")
 def test_a_prefix_sent_ahead_is_read_when_its_event_says_so() -> None:
-    """SGLang leaves the event on the sender before it sends pages that the step before may still write."""
+    """SGLang leaves an event on the sender for pages that the step before may still write."""
     prefill, decode = rig.prefill_rank(), rig.decode_rank()
     source, target = rig.pages(0, 4), rig.pages(1, 4)
     right = [layer.clone() for layer in prefill.pool.layers]
@@ -81,7 +81,7 @@ def sender_of(manager: SimpleNamespace, room: int, pages: int) -> Any:
     """A sender as SGLang leaves it behind after ``init``."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        from sglang_tpla.host.disaggregation.kv_manager import TplaKVSender
+        from sglang_tpla.host.disaggregation.request_ends import TplaKVSender
     made: Any = TplaKVSender.__new__(TplaKVSender)
     made.kv_mgr, made.bootstrap_room, made.conclude_state = manager, room, None
     made.curr_idx, made.num_kv_indices, made.aux_index = 0, pages, 0

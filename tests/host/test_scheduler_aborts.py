@@ -1,4 +1,4 @@
-"""An aborted request that waits to be prefilled: its sender hears of it, and no other's."""
+"""The abort of a request that waits for prefill reaches its own sender and no other."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ SAMPLE = "a_" + "0f" * 16
 def test_an_abort_reaches_no_request_whose_id_only_begins_alike(
     rid: str, abort_all: bool, reached: list[str]
 ) -> None:
-    """SGLang compares beginnings; others' ids are out of its sight meanwhile, and theirs again afterwards."""
+    """SGLang compares beginnings of ids, so other requests hide their ids from it meanwhile."""
     wrapped = SimpleNamespace(req=waiting("abc"))
     scheduler = SimpleNamespace(
         waiting_queue=[waiting("a")],

@@ -1,4 +1,4 @@
-"""A server that speculates: its attention backends, its two pools and what memory they are given, and its refusals.
+"""A server that speculates: its attention backends, its two pools and their memory, and its refusals.
 
 The reference for attention is a formula over SGLang's page table that knows neither backends nor plans.
 """
@@ -71,9 +71,7 @@ def runners(engine: None, monkeypatch: pytest.MonkeyPatch) -> dict[bool, Any]:
 
 
 def attend(backend: Any, runner: Any, batch: Any, width: int, starts: list[int], tokens: int) -> None:
-    """One layer of a forward whose requests have ``tokens`` query tokens at positions from ``starts`` on; compared with
-    the formula.
-    """
+    """Run one layer of a forward with ``tokens`` query tokens a request from ``starts`` on, and compare it."""
     table, rows = runner.req_to_token_pool.req_to_token, runner.token_to_kv_pool.rows
     requests = batch.req_pool_indices.tolist()
     batch.out_cache_loc = torch.cat(
@@ -141,7 +139,7 @@ def test_the_mask_of_a_step_is_small_and_unread(runners: dict[bool, Any]) -> Non
 def test_guesses_attend_over_those_before_them(
     runners: dict[bool, Any], requests: list[int], lengths: list[int]
 ) -> None:
-    """Each guess writes its row behind the verified ones; the whole latent, whatever the target's width."""
+    """Each guess writes a row of the whole latent behind the verified ones, beside any width of the target."""
     from sglang_tpla.host.attention.draft import DraftSteps
 
     steps = DraftSteps(runners[True], GUESSES)
@@ -156,7 +154,7 @@ def test_guesses_attend_over_those_before_them(
 def test_the_draft_layer_is_extended_by_what_was_verified(
     runners: dict[bool, Any], requests: list[int], lengths: list[int]
 ) -> None:
-    """SGLang counts the verified tokens in, all of them, before the forward."""
+    """SGLang adds all verified tokens to the lengths before the forward."""
     from sglang_tpla.host.attention.backend import TplaDecodeBackend
 
     backend = TplaDecodeBackend(runners[True])
@@ -312,18 +310,18 @@ def arguments(**changes: Any) -> Any:
     ],
 )
 def test_what_does_not_work_is_refused(engine: None, changes: dict[str, Any], says: str) -> None:
-    from sglang_tpla.host.speculation import objections
+    from sglang_tpla.host.speculation import unsupported_reasons
 
-    (found,) = objections(arguments(**changes), "decode")
+    (found,) = unsupported_reasons(arguments(**changes), "decode")
     assert says in found
-    assert not objections(arguments(), "decode") and not objections(arguments(), "prefill")
-    assert not objections(arguments(**changes | {"speculative_algorithm": None}), "decode")
+    assert not unsupported_reasons(arguments(), "decode") and not unsupported_reasons(arguments(), "prefill")
+    assert not unsupported_reasons(arguments(**changes | {"speculative_algorithm": None}), "decode")
 
 
 def test_prefill_servers_verify_nothing(engine: None) -> None:
-    from sglang_tpla.host.speculation import objections
+    from sglang_tpla.host.speculation import unsupported_reasons
 
-    assert not objections(arguments(speculative_attention_mode="prefill"), "prefill")
+    assert not unsupported_reasons(arguments(speculative_attention_mode="prefill"), "prefill")
 
 
 def test_a_checkpoint_without_the_layer_is_refused(engine: None) -> None:
@@ -369,8 +367,8 @@ def test_a_drafts_cache_keeps_the_models_precision(engine: None, draft: bool) ->
 
 @pytest.mark.parametrize("given", ["auto", "fp8_e4m3"])
 def test_sketched_rows_are_served(monkeypatch: pytest.MonkeyPatch, given: str) -> None:
-    """Their pool is one of bytes, under SGLang's name for such, which the user may give or not."""
+    """Their pool of bytes has a name of SGLang's, which the user may give or not."""
     from sglang_tpla.host import speculation
 
     monkeypatch.setattr(speculation, "sketched", lambda: True)
-    assert not speculation.objections(arguments(kv_cache_dtype=given), "decode")
+    assert not speculation.unsupported_reasons(arguments(kv_cache_dtype=given), "decode")

@@ -178,3 +178,14 @@ def test_each_attribute_of_the_state_is_written_by_one_module(folder: str) -> No
     assert len(writers) > 20
     shared = {attribute: sorted(names) for attribute, names in writers.items() if len(names) > 1}
     assert not shared, shared
+
+
+def test_the_simulation_patches_no_constructor_and_no_clock() -> None:
+    """It hands in its own threads, time and sockets; C alone, which knows the system's sockets only, is left out."""
+    patched = [
+        ast.unparse(node)
+        for path in (ROOT / "tests" / "wire").glob("simul*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and "patch" in ast.unparse(node.func)
+    ]
+    assert patched == ["mock.patch('sglang_tpla.transfer.memory.native.library', return_value=None)"]

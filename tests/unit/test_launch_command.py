@@ -1,4 +1,4 @@
-"""The launcher as people run it: precedence, refusals, and dry runs that a shell can execute."""
+"""The launcher's command line: precedence, refusals, and dry runs that a shell can execute."""
 
 from __future__ import annotations
 

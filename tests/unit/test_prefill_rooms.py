@@ -12,7 +12,6 @@ from sglang_tpla.config import Settings
 from sglang_tpla.transfer import messages as frames
 from sglang_tpla.transfer.memory.iovec import Slots
 from sglang_tpla.transfer.memory.pool import CachePool
-from sglang_tpla.transfer.memory.projection import IDENTITY_HASH
 from sglang_tpla.transfer.memory.staging import Staging
 from sglang_tpla.transfer.prefill.ended_rooms import EndedRooms
 from sglang_tpla.transfer.prefill.lanes import Lanes
@@ -78,7 +77,7 @@ class Rank:
         return found
 
 
-PLAIN = SenderProjection(IDENTITY_HASH, None)
+PLAIN = SenderProjection(None)
 
 
 def request(ranks: int) -> frames.Request:

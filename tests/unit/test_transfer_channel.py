@@ -37,11 +37,11 @@ def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
         yield ends
 
 
-def inbox(stream: socket.socket, limit: int = 1 << 20) -> ChunkReader[bytes]:
-    box = ChunkReader(stream, COOKIE, limit, BufferPool(), lambda header, _: (bytes(header), None))
-    assert not box.greeted
-    assert box.greet() and box.greeted
-    return box
+def chunk_reader(stream: socket.socket, limit: int = 1 << 20) -> ChunkReader[bytes]:
+    reader = ChunkReader(stream, COOKIE, limit, BufferPool(), lambda header, _: (bytes(header), None))
+    assert not reader.greeted
+    assert reader.greet() and reader.greeted
+    return reader
 
 
 def chunk(header: bytes, payload: bytes, log: list[int], wanted: bool = True) -> OutgoingChunk:
@@ -59,9 +59,9 @@ def chunk(header: bytes, payload: bytes, log: list[int], wanted: bool = True) ->
 
 
 def test_the_cookie_is_said_first_and_once(pair: tuple[socket.socket, socket.socket]) -> None:
-    box = inbox(pair[0])
+    reader = chunk_reader(pair[0])
     assert pair[1].recv(100) == PREAMBLE + COOKIE
-    assert box.greet()
+    assert reader.greet()
     with pytest.raises(BlockingIOError):
         pair[1].recv(100)
 
@@ -75,25 +75,27 @@ def test_chunks_arrive_as_they_were_sent(
         (random.bytes(int(random.integers(14, 300))), random.bytes(int(random.integers(1, 60000))))
         for _ in range(30)
     ]
-    queue, box = SendQueue(pair[0]), inbox(pair[1])
+    queue, reader = SendQueue(pair[0]), chunk_reader(pair[1])
     for header, payload in sent:
         queue.push(chunk(header, payload, log))
     came = []
     while len(came) < len(sent):
         queue.flush()
-        came += [(bytes(header), bytes(payload), tail) for header, payload, tail in box.receive(budget_bytes)]
+        came += [
+            (bytes(header), bytes(payload), tail) for header, payload, tail in reader.receive(budget_bytes)
+        ]
     assert came == [(header, payload, checksum(payload)) for header, payload in sent]
     assert log == [len(payload) for _, payload in sent]
     assert not queue
     total = sum(8 + len(header) + len(payload) + 8 for header, payload in sent)
-    assert queue.sent_bytes == box.received_bytes == total
+    assert queue.sent_bytes == reader.received_bytes == total
 
 
 def test_unwanted_parcels_are_left_out_and_begun_ones_finished(
     pair: tuple[socket.socket, socket.socket],
 ) -> None:
     log: list[int] = []
-    queue, box = SendQueue(pair[0]), inbox(pair[1])
+    queue, reader = SendQueue(pair[0]), chunk_reader(pair[1])
     begun = chunk(HEADER, b"a" * 100_000, log)
     queue.push(begun)
     queue.push(chunk(HEADER, b"b" * 50, log, wanted=False))
@@ -104,7 +106,7 @@ def test_unwanted_parcels_are_left_out_and_begun_ones_finished(
     came: list[tuple[bytes, bool]] = []
     while len(came) < 2:
         queue.flush()
-        came += [(bytes(payload), tail == checksum(payload)) for _, payload, tail in box.receive(1 << 20)]
+        came += [(bytes(payload), tail == checksum(payload)) for _, payload, tail in reader.receive(1 << 20)]
     # what nobody wanted any more before it had gone does not count
     assert came == [(b"a" * 100_000, False), (b"c" * 70, True)]
     assert log == [100_000, -50, 70]
@@ -128,20 +130,20 @@ def test_a_closed_outbox_gives_its_memory_back_once(pair: tuple[socket.socket, s
 def test_sizes_out_of_range_end_the_channel(
     pair: tuple[socket.socket, socket.socket], header_bytes: int, payload_bytes: int
 ) -> None:
-    box = inbox(pair[1], limit=1000)
+    reader = chunk_reader(pair[1], limit=1000)
     pair[0].send(struct.pack(">II", header_bytes, payload_bytes) + bytes(100))
     with pytest.raises(FrameError, match=f"{header_bytes} bytes of header and {payload_bytes} of payload"):
-        list(box.receive(1 << 20))
+        list(reader.receive(1 << 20))
 
 
 def test_the_other_side_closing_ends_the_channel(pair: tuple[socket.socket, socket.socket]) -> None:
-    box, queue = inbox(pair[1]), SendQueue(pair[0])
+    reader, queue = chunk_reader(pair[1]), SendQueue(pair[0])
     queue.push(chunk(HEADER, b"whole", []))
     queue.flush()
     pair[0].send(b"\x00\x00")
     assert pair[0].recv(100)  # the greeting: unread, it would make of the end a reset
     pair[0].close()
-    got = box.receive(1 << 20)
+    got = reader.receive(1 << 20)
     assert bytes(next(got)[1]) == b"whole"
     with pytest.raises(ChannelError, match="closed by the other side"):
         next(got)

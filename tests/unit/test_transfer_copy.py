@@ -1,4 +1,4 @@
-"""Copies, checksums, sends and reads of pieces: C and Python do the same, and what xxHash's own library says."""
+"""Copies, checksums, sends and reads of pieces: C and Python agree with each other and with xxHash's own library."""
 
 from __future__ import annotations
 

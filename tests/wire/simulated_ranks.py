@@ -102,16 +102,16 @@ class Decode:
         self.owned: dict[int, np.ndarray] = {}  # by room
         self.held = [layer.clone() for layer in layers]
 
-    def poison(self, room: int) -> None:
+    def poison(self, room_id: int) -> None:
         """What a room must not leave behind, in its pages and its metadata row."""
-        slots = torch.from_numpy(self.pool.slots(self.owned[room]))
+        slots = torch.from_numpy(self.pool.slots(self.owned[room_id]))
         for layer in self.pool.layers:
             layer[slots] = math.nan
-        self.metadata.write(room, b"\xff" * self.metadata.row_bytes)
+        self.metadata.write(room_id, b"\xff" * self.metadata.row_bytes)
 
-    def free(self, room: int) -> None:
+    def free(self, room_id: int) -> None:
         """The room no longer owns its pages: from now on they must stay as they are."""
-        pages = self.owned.pop(room, None)
+        pages = self.owned.pop(room_id, None)
         if pages is not None:
             slots = torch.from_numpy(self.pool.slots(pages))
             for held, layer in zip(self.held, self.pool.layers, strict=True):

@@ -158,20 +158,20 @@ class Steps(Strange):
 
     def advance(self) -> None:
         """All ranks take the next step of a room, and what is under way arrives."""
-        room = self.choices.below(ROOMS)
+        room_id = self.choices.below(ROOMS)
         for agent in self.agents:
-            self._step(agent, room)
+            self._step(agent, room_id)
         self._post()
         self.deliver_all()
         self.deliver_all()
 
-    def _step(self, agent: Any, room: int) -> None:
+    def _step(self, agent: Any, room_id: int) -> None:
         if agent.role == "decode":
-            self._ask(self.decodes[agent.rank], room)
-        elif room not in rooms(agent):
-            agent.open_room(room)
+            self._ask(self.decodes[agent.rank], room_id)
+        elif room_id not in rooms(agent):
+            agent.open_room(room_id)
         else:
-            self._send(agent, room)
+            self._send(agent, room_id)
 
     def _some(self) -> list[Any]:
         """One agent, or all."""
@@ -180,63 +180,65 @@ class Steps(Strange):
 
     def request(self) -> None:
         """The next step of a room on ranks that can take one: open, or ask."""
-        room = self.choices.below(ROOMS)
+        room_id = self.choices.below(ROOMS)
         for agent in self._some():
             if agent.role == "decode":
-                self._ask(self.decodes[agent.rank], room)
-            elif room not in rooms(agent):
-                agent.open_room(room)
+                self._ask(self.decodes[agent.rank], room_id)
+            elif room_id not in rooms(agent):
+                agent.open_room(room_id)
         self._post()
 
-    def _ask(self, decode: Decode, room: int) -> None:
-        entry = decode.agent.rooms.table.get(room)
-        if entry is None:
-            decode.agent.open_room(room, self.peers[decode.agent.rank])
-        elif entry.state is RoomState.WAITING and entry.requested is None:
-            pages = _pages(room, len(decode.owned) + 7 * decode.agent.rank)
+    def _ask(self, decode: Decode, room_id: int) -> None:
+        room = decode.agent.rooms.table.get(room_id)
+        if room is None:
+            decode.agent.open_room(room_id, self.peers[decode.agent.rank])
+        elif room.state is RoomState.WAITING and room.requested is None:
+            pages = _pages(room_id, len(decode.owned) + 7 * decode.agent.rank)
             taken = np.concatenate([np.empty(0, dtype=np.int32), *decode.owned.values()])
             pages = np.setdiff1d(np.arange(PAGES, dtype=np.int32), taken)[::-1][: pages.size].copy()
-            decode.owned[room] = pages
-            decode.poison(room)
-            decode.agent.request(room, pages, metadata_row=room, expected_ranks=len(self.decodes))
+            decode.owned[room_id] = pages
+            decode.poison(room_id)
+            decode.agent.request(room_id, pages, metadata_row=room_id, expected_ranks=len(self.decodes))
 
     def send(self) -> None:
         """Some or all rows of a room, on one prefill rank or both."""
-        room, who = self.choices.below(ROOMS), self.choices.below(3)
+        room_id, who = self.choices.below(ROOMS), self.choices.below(3)
         for rank in range(2) if who == 2 else (who,):
-            self._send(self.prefills[rank], room)
+            self._send(self.prefills[rank], room_id)
         self._post()
 
-    def _send(self, agent: PrefillAgent, room: int) -> None:
+    def _send(self, agent: PrefillAgent, room_id: int) -> None:
         """First some pages, then the others: the first rank takes two steps."""
-        entry = rooms(agent).get(room)
-        if entry is None or entry.state.ended or entry.last:
+        room = rooms(agent).get(room_id)
+        if room is None or room.state.ended or room.last:
             return
-        pages, first = _pages(room, 0), self.steps[agent.rank]
-        last = entry.tokens > 0 or first >= pages.size
-        pages = pages[:first] if not entry.tokens else pages[first:]
-        tokens = pages.size * PAGE - room % 2 if last else None  # some requests do not fill their last page
-        agent.send(room, pages, last=last, metadata_row=room if last else None, num_tokens=tokens)
+        pages, first = _pages(room_id, 0), self.steps[agent.rank]
+        last = room.tokens > 0 or first >= pages.size
+        pages = pages[:first] if not room.tokens else pages[first:]
+        tokens = (
+            pages.size * PAGE - room_id % 2 if last else None
+        )  # some requests do not fill their last page
+        agent.send(room_id, pages, last=last, metadata_row=room_id if last else None, num_tokens=tokens)
 
     def abort(self) -> None:
         """One rank's scheduler aborts."""
-        room, who = self.choices.below(ROOMS), self.choices.below(len(self.agents))
-        self.agents[who].abort(room, "changed its mind")
+        room_id, who = self.choices.below(ROOMS), self.choices.below(len(self.agents))
+        self.agents[who].abort(room_id, "changed its mind")
         if who >= 2:
-            self.decodes[who - 2].free(room)
+            self.decodes[who - 2].free(room_id)
         self._post()
 
     def close(self) -> None:
         """Ranks' schedulers forget a room."""
-        room = self.choices.below(ROOMS)
+        room_id = self.choices.below(ROOMS)
         for agent in self._some():
-            self._close(self.agents.index(agent), room)
+            self._close(self.agents.index(agent), room_id)
         self._post()
 
-    def _close(self, who: int, room: int) -> None:
-        self.agents[who].close_room(room)
+    def _close(self, who: int, room_id: int) -> None:
+        self.agents[who].close_room(room_id)
         if who >= 2:
-            self.decodes[who - 2].free(room)
+            self.decodes[who - 2].free(room_id)
 
     def cut(self) -> None:
         """A connection breaks; what was under way on it is lost."""
@@ -291,22 +293,26 @@ class Steps(Strange):
             stats = agent.stats()
             if not 0 <= stats.staging_used_bytes <= stats.staging_limit_bytes:
                 raise Failure(f"staging of {agent.role} {agent.rank}: {stats.staging_used_bytes} bytes")
-            for entry in rooms(agent).values():
-                if self.kind is not Kind.STRANGE and any(word in entry.reason for word in ACCUSATIONS):
-                    raise Failure(f"honest ranks accuse each other: {entry.reason}")
+            for room in rooms(agent).values():
+                if self.kind is not Kind.STRANGE and any(word in room.reason for word in ACCUSATIONS):
+                    raise Failure(f"honest ranks accuse each other: {room.reason}")
         for decode in self.decodes:
-            for room, entry in list(decode.agent.rooms.table.items()):
-                if entry.state is RoomState.SUCCESS and room in decode.owned and room not in self.doubtful:
-                    self._check_rows(decode, room)
-                if entry.state.ended:
-                    decode.free(room)
+            for room_id, room in list(decode.agent.rooms.table.items()):
+                if (
+                    room.state is RoomState.SUCCESS
+                    and room_id in decode.owned
+                    and room_id not in self.doubtful
+                ):
+                    self._check_rows(decode, room_id)
+                if room.state.ended:
+                    decode.free(room_id)
             decode.check()
 
-    def _check_rows(self, decode: Decode, room: int) -> None:
-        pages = decode.owned[room]
-        tokens = pages.size * PAGE - room % 2
-        to_slots, rest = torch.from_numpy(decode.pool.slots(pages)).split([tokens, room % 2])
-        from_slots = torch.from_numpy(self.source.slots(_pages(room, 0), tokens))
+    def _check_rows(self, decode: Decode, room_id: int) -> None:
+        pages = decode.owned[room_id]
+        tokens = pages.size * PAGE - room_id % 2
+        to_slots, rest = torch.from_numpy(decode.pool.slots(pages)).split([tokens, room_id % 2])
+        from_slots = torch.from_numpy(self.source.slots(_pages(room_id, 0), tokens))
         for number, (layer, rows) in enumerate(zip(decode.pool.layers, self.source.layers, strict=True)):
             want, got = rows[from_slots], layer[to_slots]
             if decode.projection is not None:
@@ -314,11 +320,11 @@ class Steps(Strange):
                 want = torch.cat(((want[:, :LATENT].double() @ z).float(), want[:, LATENT:]), dim=1)
             near = 1e-5 if decode.projection is not None else 0.0
             if not torch.allclose(want, got, rtol=near, atol=near):
-                raise Failure(f"room {room} succeeded with wrong rows in layer {number}")
+                raise Failure(f"room {room_id} succeeded with wrong rows in layer {number}")
             if not layer[rest].isnan().all():
-                raise Failure(f"room {room} wrote beyond its tokens in layer {number}")
-        if decode.metadata.read(room) != bytes(range(32 * room, 32 * room + 32)):
-            raise Failure(f"room {room} succeeded with wrong metadata")
+                raise Failure(f"room {room_id} wrote beyond its tokens in layer {number}")
+        if decode.metadata.read(room_id) != bytes(range(32 * room_id, 32 * room_id + 32)):
+            raise Failure(f"room {room_id} succeeded with wrong metadata")
 
     def close_all(self) -> None:
         """Give the arenas back."""
@@ -339,6 +345,6 @@ def _projection(group: int, columns: Sequence[int]) -> Projection:
     return Projection(matrices, [8] * LAYERS)
 
 
-def _pages(room: int, shift: int) -> np.ndarray:
+def _pages(room_id: int, shift: int) -> np.ndarray:
     """Source pages of a room: 4, 6 or 8 of them."""
-    return np.roll(np.arange(PAGES, dtype=np.int32), -3 * room - shift)[: 4 + 2 * (room % ROOMS)]
+    return np.roll(np.arange(PAGES, dtype=np.int32), -3 * room_id - shift)[: 4 + 2 * (room_id % ROOMS)]

@@ -59,8 +59,8 @@ class Strange:
         kinds = list(frames.Message.__args__)
         kind = kinds[self.choices.below(len(kinds))]
         values = {name: self._value(name) for name in kind.__struct_fields__}
-        if isinstance(room := values.get("room"), int):
-            self.doubtful.add(room)
+        if isinstance(room_id := values.get("room"), int):
+            self.doubtful.add(room_id)
         else:
             self.doubtful.update(range(ROOMS))
         body = msgspec.msgpack.encode([kind.__struct_config__.tag, *values.values()])
@@ -77,7 +77,7 @@ class Strange:
     def _value(self, name: str) -> Any:
         pick = self.choices.below
         generations = [
-            entry.generation for decode in self.decodes for entry in decode.agent.rooms.table.values()
+            room.generation for decode in self.decodes for room in decode.agent.rooms.table.values()
         ] + [0, 2**62]
         agents = [threads(agent).agent_id for agent in self.agents] + ["stranger"]
         hello = self.decodes[pick(len(self.decodes))].agent.connections._hello

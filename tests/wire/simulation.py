@@ -68,17 +68,17 @@ class Simulation(Steps):
             self._tick()
             self._settle()
         for agent in self.agents:
-            for room, entry in rooms(agent).items():
-                if not (entry.state.ended or (agent.role == "prefill" and entry.state is RoomState.WAITING)):
+            for room_id, room in rooms(agent).items():
+                if not (room.state.ended or (agent.role == "prefill" and room.state is RoomState.WAITING)):
                     raise Failure(
-                        f"room {room} goes on for ever on {agent.role} {agent.rank}: {entry.state.name}"
+                        f"room {room_id} goes on for ever on {agent.role} {agent.rank}: {room.state.name}"
                     )
 
     def rest(self) -> None:
         """Close every room, let all come to rest, and check that nothing is held and the next requests are right."""
-        for room in range(ROOMS):
+        for room_id in range(ROOMS):
             for who in range(len(self.agents)):
-                self._close(who, room)
+                self._close(who, room_id)
         for seconds in (0.0, 1.0, 1.0, *[4.0] * 6):  # longer than any patience, short enough for heartbeats
             self.clock.now += seconds
             self._tick()
@@ -108,8 +108,8 @@ class Simulation(Steps):
             first = ROOMS
             self.cut_all()
             self._until(self._linked)
-        for room in range(first, first + ROOMS):
-            self.finish(room)
+        for room_id in range(first, first + ROOMS):
+            self.finish(room_id)
 
     def _check_streams(self) -> None:
         """Every open end is a channel of a connection that lives, and what has been closed is forgotten."""
@@ -157,9 +157,9 @@ class Simulation(Steps):
     def finish(self, *room_ids: int) -> None:
         """All that rooms still need, and their success."""
 
-        def step(agent: Any, room: int) -> None:
-            if room not in rooms(agent) or agent.role == "decode":
-                self._step(agent, room)
+        def step(agent: Any, room_id: int) -> None:
+            if room_id not in rooms(agent) or agent.role == "decode":
+                self._step(agent, room_id)
 
         self._each(step, room_ids)
         self._until(
@@ -169,17 +169,17 @@ class Simulation(Steps):
         )
         for _ in range(2):
             self._each(self._step, room_ids)
-        self._until(lambda: all(agent.poll(room).ended for agent in self.agents for room in room_ids))
+        self._until(lambda: all(agent.poll(room_id).ended for agent in self.agents for room_id in room_ids))
         for agent in self.agents:
-            for room in room_ids:
-                if agent.poll(room) is not RoomState.SUCCESS:
-                    raise Failure(f"a request failed on {agent.role} {agent.rank}: {agent.failure(room)}")
+            for room_id in room_ids:
+                if agent.poll(room_id) is not RoomState.SUCCESS:
+                    raise Failure(f"a request failed on {agent.role} {agent.rank}: {agent.failure(room_id)}")
         self.check()
 
     def _each(self, step: Callable[[Any, int], None], room_ids: Sequence[int]) -> None:
         for agent in self.agents:
-            for room in room_ids:
-                step(agent, room)
+            for room_id in room_ids:
+                step(agent, room_id)
 
     def _until(self, done: Callable[[], bool]) -> None:
         for _ in range(30):

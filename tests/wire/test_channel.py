@@ -64,8 +64,8 @@ def test_chunks_travel_on_the_channel_alone(prefill: rig.PrefillRank) -> None:
         prefill.agent.send(1, rig.pages(2, PAGES), last=True, metadata_row=2)
         assert rig.ended(decode.agent, 1) == RoomState.SUCCESS
         rig.check_rows(prefill, decode, rig.pages(2, PAGES), rig.pages(1, PAGES), PAGES * rig.PAGE)
-        assert data.forwarded_bytes > PAYLOAD_BYTES
-        assert control.forwarded_bytes < PAYLOAD_BYTES / 8
+        assert data.forwarded_bytes > rig.payload_bytes(decode, PAGES)
+        assert control.forwarded_bytes < rig.payload_bytes(decode, PAGES) / 8
 
 
 def test_the_channel_comes_to_the_port_after_the_advertised_one() -> None:
@@ -79,7 +79,7 @@ def test_the_channel_comes_to_the_port_after_the_advertised_one() -> None:
         decode.agent.connect("127.0.0.1", outside)
         rig.wait(lambda: prefill.agent.router.listener._channels, "the channel")
         transfer(prefill, decode, 1, ("127.0.0.1", outside, False))
-        assert translation.forwarded_bytes > PAYLOAD_BYTES
+        assert translation.forwarded_bytes > rig.payload_bytes(decode, PAGES)
         assert prefill.agent.stats().refused == 0
 
 
@@ -92,7 +92,7 @@ def test_a_channel_that_ends_between_rooms_is_opened_again(prefill: rig.PrefillR
         for room in (1, 2, 3, 4):
             transfer(prefill, decode, room)
             before = data.forwarded_bytes
-            assert before > room * PAYLOAD_BYTES  # none went over ZMQ
+            assert before > room * rig.payload_bytes(decode, PAGES)  # none went over ZMQ
             data.cut()
             rig.wait(lambda room=room: decode.agent.stats().resumed == room, "the connection")
             (connection,) = decode.agent.connections.table.values()

@@ -135,8 +135,8 @@ def test_keys_that_do_not_go_together_fail_rooms_with_the_reason(
 ) -> None:
     offer = data_listener.DataListener.offer
 
-    def mixed_up(doorway: data_listener.DataListener, identity: bytes) -> frames.DataChannel:
-        good = offer(doorway, identity)
+    def mixed_up(listener: data_listener.DataListener, identity: bytes) -> frames.DataChannel:
+        good = offer(listener, identity)
         return frames.DataChannel(good.port, good.cookie, sealing.new_key())
 
     with monkeypatch.context() as patch:

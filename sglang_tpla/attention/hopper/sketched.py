@@ -41,7 +41,7 @@ REGISTERS = {1: (40, 144, 184), 2: (32, 112, 112)}
 MAX_ACCUMULATORS = 128  # of the values, a thread
 
 
-def objection(rows: SketchedRows) -> str | None:
+def unsupported_reason(rows: SketchedRows) -> str | None:
     """The reason for which the kernel does not read such rows, or None."""
     if rows.row_bytes % ALIGNMENT or rows.w_pad % ALIGNMENT:
         return f"rows of {rows.row_bytes} bytes are shorter than 256, and not aligned to 16"

@@ -1,7 +1,7 @@
 """Data-parallel attention on a CPU: SGLang copies and pads as on a device unless its own CPU engine runs.
 
-From 0.5.19 on SGLang has the CPU's way beside the device's, chosen by a switch that also asks for AMX kernels. These
-hooks choose it here. Answers to ``sglang/srt/layers/dp_attention.py`` and
+From 0.5.19 on SGLang has a way for CPUs beside that for devices, but its switch also asks for AMX kernels. These hooks
+choose that way here. They follow ``sglang/srt/layers/dp_attention.py`` and
 ``sglang/srt/model_executor/forward_batch_info.py``.
 """
 
@@ -16,21 +16,21 @@ import torch
 def copy_rows(
     target: torch.Tensor, source: torch.Tensor, dim: int, offset: Any, rows: Any, from_offset: bool
 ) -> None:
-    """In place of ``memcpy``: ``rows`` rows from ``offset`` of the source, or to ``offset`` of the target."""
+    """Replace ``memcpy``: copy ``rows`` rows from ``offset`` of the source, or to ``offset`` of the target."""
     from sglang.srt.layers import dp_attention
 
     dp_attention.memcpy_cpu(target, source, dim, offset, rows, from_offset)
 
 
 def padding_mode(cls: Any, is_extend_in_batch: bool, global_num_tokens: list[int]) -> Any:
-    """In place of ``DpPaddingMode.get_dp_padding_mode``: tokens are gathered by a sum, as gloo scatters no sums."""
+    """Replace ``DpPaddingMode.get_dp_padding_mode``: gather tokens by a sum, because gloo has no reduce-scatter."""
     return cls.SUM_LEN
 
 
 def prepare(original: Callable[..., None], batch: Any, model_runner: Any) -> None:
-    """Around ``ForwardBatch.prepare_mlp_sync_batch``: memory that is not pinned, and the CPU's padding.
+    """Hook around ``ForwardBatch.prepare_mlp_sync_batch``: use memory that is not pinned, and the CPU's padding.
 
-    ``TorchNativeAttnBackend`` does not say how long a request is that only pads; it has one token.
+    ``TorchNativeAttnBackend`` gives no length for a request that only pads; such a request has one token.
     """
     from sglang.srt.model_executor import forward_batch_info
 

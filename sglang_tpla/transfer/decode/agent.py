@@ -143,8 +143,7 @@ class DecodeAgent:
         born: float | None = None,
         prompt_tokens: int = 0,
     ) -> None:
-        """Begin a new generation of a room with prefill ranks ``(host, port, is_dummy)``; connects where
-        needed.
+        """Begin a new generation of a room with prefill ranks ``(host, port, is_dummy)``, connecting where needed.
 
         Args:
             born: when its request came (`time.monotonic`; None: now); it fails where a prefill rank began later.
@@ -182,14 +181,12 @@ class DecodeAgent:
         """Ask for a room's rows.
 
         Args:
-            pages: where they go, int32 ``[n]``, after the cached prefix; the agent may write there until the
-            room
+            pages: where the rows go, int32 ``[n]``, after the cached prefix; the agent may write there until the room
                 ends or is aborted or closed.
             metadata_row: row of the metadata buffers to fill, last.
             expected_ranks: how many decode ranks ask each prefill rank for this room.
             prefix_tokens: tokens that are cached here already and are not sent.
-            num_tokens: tokens after the prefix, where the last page is not full; None to learn it from
-            prefill.
+            num_tokens: tokens after the prefix, where the last page is not full; None to learn it from prefill.
 
         Raises:
             TransferError: unknown room, asked twice, or pages outside the pool.
@@ -210,8 +207,8 @@ class DecodeAgent:
             self.rooms.request(room, Slots(slots), metadata_row, request, now)
 
     def poll(self, room_id: int) -> RoomState:
-        """State of a room: BOOTSTRAPPING until every prefill rank has registered this one, WAITING for ``request``,
-        TRANSFERRING, SUCCESS when every chunk and then the metadata row are in place; FAILED: see `failure`.
+        """Return the state of a room: BOOTSTRAPPING until every prefill rank has registered this one, WAITING for
+        ``request``, TRANSFERRING, SUCCESS when every chunk and then the metadata row are in place; FAILED (`failure`).
 
         Raises:
             TransferError: the room is not open.
@@ -220,7 +217,7 @@ class DecodeAgent:
             return RoomState.FAILED if self.workers.death is not None else self._open(room_id).state
 
     def failure(self, room_id: int) -> str:
-        """Why a room failed; empty if it has not.
+        """Return why a room failed, or nothing if it has not.
 
         Raises:
             TransferError: the room is not open.
@@ -229,7 +226,7 @@ class DecodeAgent:
             return self.workers.death or self._open(room_id).reason
 
     def metric(self, room_id: int) -> TransferMetric:
-        """Bytes received so far, and seconds from request to the end."""
+        """Return the bytes received so far and the seconds from the request to the end."""
         with self.workers.lock:
             room = self._open(room_id)
             return TransferMetric(
@@ -242,22 +239,20 @@ class DecodeAgent:
             )
 
     def abort(self, room_id: int, reason: str) -> None:
-        """Fail a room and tell its prefill ranks; after the return nothing is written for it any more."""
+        """Fail a room and tell its prefill ranks. Nothing is written for the room once this returns."""
         with self.workers.lock:
             room = self.rooms.table.get(room_id)
         if room is not None:
             self.receiver.fail(room, reason)
 
     def close_room(self, room_id: int) -> None:
-        """Forget a room, aborting it if it has not ended; when it returns, nothing is written for it any
-        more.
-        """
+        """Forget a room, and abort it if it has not ended. Nothing is written for the room once this returns."""
         self.abort(room_id, "closed by the decode scheduler before it ended")
         with self.workers.lock:
             self.rooms.table.pop(room_id, None)
 
     def stats(self) -> AgentStats:
-        """Counters and gauges of now."""
+        """Return the counters and the gauges of now."""
         with self.workers.lock:
             lines = list(self.connections.table.values())
             readers = [line.reader for line in lines if line.reader is not None and line.reader.greeted]

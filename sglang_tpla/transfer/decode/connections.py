@@ -25,12 +25,13 @@ from sglang_tpla.transfer.room import Limits
 from sglang_tpla.transfer.workers import Workers
 
 MAX_UNANSWERED = 3
-WELCOME_DELAY_S = 1.0  # that a Welcome may have been on its way
+WELCOME_DELAY_S = 1.0  # a Welcome may have been on its way for so long
 
 
 class Connections:
-    """Sockets to prefill ranks, and the shared memory of theirs that can be read. Everything runs on the I/O thread,
-    but for `connection` (any thread, under the lock) and `put` (any thread).
+    """The sockets to prefill ranks, and those ranks' shared memory that this process can read.
+
+    Everything runs on the I/O thread, except for `connection` (any thread, under the lock) and `put` (any thread).
     """
 
     def __init__(
@@ -59,7 +60,7 @@ class Connections:
         self._maps.clear()
 
     def connection(self, address: Address) -> Connection:
-        """The connection to an address; a new one where there is none that can be used. Under the lock."""
+        """Return the connection to an address, or make one where none can be used. The caller holds the lock."""
         connection = self.table.get(address)
         if connection is not None and connection.link is Link.REFUSED:
             if self._io.now() - connection.last_seen <= self._settings.peer_timeout_s:
@@ -94,12 +95,12 @@ class Connections:
 
     def _disconnected(self, connection: Connection, monitor: zmq.Socket) -> None:
         recv_monitor_message(monitor, zmq.NOBLOCK)
-        self.receive(connection)  # what was said last: a Goodbye, perhaps
+        self.receive(connection)  # the last words may be a Goodbye
         if connection.monitor is monitor:
             self.broken(connection)
 
     def broken(self, connection: Connection) -> None:
-        """Try anew: for a while, or a few times where the prefill rank never answered. Rooms go on where they were."""
+        """Connect again: for a while, or a few times if the prefill rank never answered. Rooms then go on."""
         connection.unanswered += not connection.agent
         if connection.unanswered == MAX_UNANSWERED:
             self.give_up(
@@ -119,7 +120,7 @@ class Connections:
             self._tell_lost(connection)  # it may be back at another address
 
     def give_up(self, connection: Connection, reason: str, link: Link = Link.LOST) -> None:
-        """End a connection; its rooms fail. I/O thread only."""
+        """End a connection and fail its rooms."""
         with self._lock:
             if connection.link in (Link.LOST, Link.REFUSED):
                 return
@@ -159,7 +160,7 @@ class Connections:
     # Messages in (I/O thread)
 
     def receive(self, connection: Connection) -> None:
-        """Take the messages that have come from a prefill rank."""
+        """Handle the messages that have come from a prefill rank."""
         for _ in range(64):
             if connection.socket is None:
                 return
@@ -169,7 +170,7 @@ class Connections:
             parsed = self._workers.parse(parts, connection.name, partial(self._refuse, connection))
             if parsed is None:
                 if connection.broken_since is not None or self._receiver.uses(connection):
-                    self.broken(connection)  # what was lost comes again on a new connection
+                    self.broken(connection)  # lost messages come again on a new connection
                 continue
             message, payload = parsed
             if isinstance(message, frames.Chunk):
@@ -184,7 +185,7 @@ class Connections:
             self.take(connection, message, None if payload is None else payload.buffer)
 
     def take(self, connection: Connection, message: frames.Message, payload: memoryview | None) -> None:
-        """Take one message, or a chunk that has come into staging."""
+        """Handle one message, or a chunk that has come into staging."""
         connection.last_seen = self._io.now()
         try:
             self._handle(connection, message, payload)
@@ -219,7 +220,7 @@ class Connections:
     def _welcomed(self, connection: Connection, message: frames.Welcome) -> None:
         if connection.agent not in ("", message.agent):
             self._receiver.lost(connection, f"the {connection.name} restarted; the request can be retried")
-        # what came before it began it knows nothing of; an answer that was long on its way makes it look younger
+        # the agent knows nothing of requests from before it began; a slow answer makes it look younger
         began = self._io.now() - message.age_ms / 1000 - WELCOME_DELAY_S
         connection.began = min(connection.began, began) if connection.agent == message.agent else began
         connection.limits = Limits(message.context_tokens, message.pool_tokens)
@@ -247,12 +248,12 @@ class Connections:
         self._receiver.registered(connection, resumed)
 
     def _map_all(self, connection: Connection, number: int, arenas: tuple[frames.Arena, ...]) -> None:
-        """Map the arenas of a list (whole, but for the prefill rank's own) and say which can be read."""
+        """Map the segments of a list, which is whole but for the prefill rank's own, and say which can be read."""
         own = connection.arenas.get(connection.agent)
         connection.arenas = {} if own is None else {connection.agent: own}
         for arena in arenas:
             if arena.cookie not in self._maps:
-                near = arena.agent == connection.agent  # much is read from it
+                near = arena.agent == connection.agent  # this rank reads much from it
                 self._maps[arena.cookie] = map_for(self._device if near else None, arena, self._log)
             view = self._maps[arena.cookie]
             if view is not None:
@@ -261,7 +262,7 @@ class Connections:
         self._send_now(connection, frames.Mapped(number, tuple(connection.arenas)), None)
 
     def _forget_maps(self) -> None:
-        """Unmap what no connection uses any more."""
+        """Unmap the segments that no connection uses any more."""
         used = {id(view) for other in self.table.values() for view in other.arenas.values()}
         self._maps = {
             cookie: view for cookie, view in self._maps.items() if view is not None and id(view) in used
@@ -270,7 +271,7 @@ class Connections:
     # Time, sending (I/O thread)
 
     def expire(self, now: float) -> None:
-        """Dial anew, ping, and give up whoever shows no sign of life."""
+        """Dial broken connections again, ping, and give up the ranks that show no sign of life."""
         with self._lock:
             connections = list(self.table.values())
         limit = self._settings.peer_timeout_s
@@ -301,7 +302,7 @@ class Connections:
                 self._send_now(connection, frames.Ping(connection.pings), None)
 
     def put(self, connection: Connection, message: frames.Message) -> None:
-        """Queue a message; any thread."""
+        """Queue a message. Any thread may call this."""
         self._io.post(self._send_now, connection, message, None)
 
     def _send_now(self, connection: Connection, message: frames.Message, payload: bytes | None) -> None:

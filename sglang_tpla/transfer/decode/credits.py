@@ -15,7 +15,7 @@ MIN_WINDOW_CHUNKS, WINDOW_CHUNKS = 4, 8
 
 
 class Credits:
-    """Staging, handed out to the sources of rooms."""
+    """Hands out staging to the sources of rooms."""
 
     def __init__(self, limit_bytes: int, chunk_bytes: int) -> None:
         self.used_bytes = 0
@@ -30,41 +30,41 @@ class Credits:
         self.waiters.setdefault(source, room)
 
     def covers(self, source: Source, size_bytes: int) -> bool:
-        """True if a prefill rank may send so many bytes more."""
+        """Return whether a prefill rank may send so many bytes more."""
         return source.received_bytes + size_bytes <= source.granted_bytes
 
     def receive(self, source: Source, size_bytes: int) -> None:
-        """Use credit up: so many bytes come, or have come."""
+        """Use credit up for bytes that come, or have come."""
         source.received_bytes += size_bytes
 
     def unreceive(self, source: Source, size_bytes: int) -> None:
-        """Count bytes as lost with their channel: the chunk comes again."""
+        """Count bytes as lost with their channel, because the chunk comes again."""
         source.received_bytes -= size_bytes
 
     def free(self, source: Source, size_bytes: int, *, retained: bool = False) -> None:
-        """Free what came and is in its place, unless staging retains it for the colocated ranks."""
+        """Free the staging of a chunk that is in its place, unless the chunk is retained for the colocated ranks."""
         source.released_bytes += size_bytes
         if not retained:
             self.used_bytes -= size_bytes
 
     def free_retained(self, size_bytes: int) -> None:
-        """Free what was retained."""
+        """Free the staging of a retained chunk."""
         self.used_bytes -= size_bytes
 
     def void(self, source: Source) -> None:
-        """Take back credit given on a connection that broke; both sides count from what has come."""
+        """Take back the credit given on a broken connection. Both sides count from the bytes that have come."""
         self.waiters.pop(source, None)
         self.used_bytes -= source.granted_bytes - source.received_bytes  # sent and lost, or never sent
         source.granted_bytes = source.wanted_bytes = source.received_bytes
 
     def end(self, source: Source) -> None:
-        """Free all that a room's source still holds, at the end of the room."""
+        """Free all staging that a source holds, at the end of its room."""
         self.waiters.pop(source, None)
         self.used_bytes -= source.outstanding_bytes
         source.released_bytes = source.granted_bytes
 
     def grant(self) -> dict[Source, Room]:
-        """Hand out staging, oldest wish first, a whole chunk's worth at a time; the sources whose total has grown."""
+        """Hand out staging, oldest wish first, a whole chunk's worth at a time. Return the sources that got more."""
         granted: dict[Source, Room] = {}
         for source, room in list(self.waiters.items()):
             missing = source.wanted_bytes - source.granted_bytes

@@ -1,7 +1,4 @@
-"""Inside the decode agent: the data channel of each connection, what comes on it, and what its end means.
-
-Everything here runs on the agent's I/O thread.
-"""
+"""The data channel of each connection: how it is dialled, read and ended."""
 
 from __future__ import annotations
 
@@ -21,12 +18,12 @@ from sglang_tpla.transfer.network.data_channel import BufferPool, ChannelError, 
 from sglang_tpla.transfer.network.sealing import Seal
 from sglang_tpla.transfer.workers import Workers
 
-DATA_TURN_BYTES = 64 << 20  # read from one data channel before others have a turn
-DIALS = 3  # that nobody answers, in the time that a prefill rank without a channel is borne
+DATA_TURN_BYTES = 64 << 20  # one data channel is read so far before others have a turn
+DIALS = 3  # without an answer, before rooms that want the channel fail
 
 
 class Control(Protocol):
-    """What a data channel asks of the connection that it belongs to (`Connections`)."""
+    """The calls that a data channel makes to `Connections`."""
 
     def broken(self, connection: Connection) -> None: ...
     def give_up(self, connection: Connection, reason: str) -> None: ...
@@ -50,7 +47,7 @@ class DataChannels:
         self._encrypted, self._buffers = encrypted, buffers
 
     def dial(self, connection: Connection, came: zmq.Frame, data: frames.DataChannel) -> None:
-        """Begin to connect a data channel to where a frame came from."""
+        """Begin to connect a data channel to the host that a frame came from."""
         if self._encrypted and data.key is None:
             self._control.give_up(
                 connection, f"the {connection.name} offers a data channel without a key; rows stay secret"
@@ -69,7 +66,7 @@ class DataChannels:
         error = stream.connect_ex((host, data.port))
         self._io.add_stream(stream, lambda: self._receive(connection, reader))
         if error not in (0, errno.EINPROGRESS):
-            # a Welcome is being read: what comes after it has to wait
+            # a Welcome is being read: the rest has to wait
             self._io.post(self._lose, connection, reader, ChannelError(os.strerror(error)))
             return
         self._io.watch(stream, writable=True)
@@ -100,7 +97,7 @@ class DataChannels:
     def _announced(
         self, connection: Connection, header: memoryview, size_bytes: int
     ) -> tuple[frames.Chunk, InPlaceChunk | None]:
-        """Read a header on a data channel: the chunk, and where its payload goes, if not into staging.
+        """Read a header on a data channel; return the chunk, and the place of its payload unless that is staging.
 
         Raises:
             FrameError: anything but a sound Chunk.
@@ -111,9 +108,9 @@ class DataChannels:
         return message, self._receiver.place(connection, message, size_bytes)
 
     def _lose(self, connection: Connection, reader: ChunkReader[frames.Chunk], error: Exception) -> None:
-        """A channel ended, or could not be opened."""
+        """Handle the end of a channel, or a channel that could not be opened."""
         if connection.reader is reader:
-            self._control.receive(connection)  # what was said last: a Goodbye, perhaps
+            self._control.receive(connection)  # the last words may be a Goodbye
         if connection.reader is not reader:
             return
         now = self._io.now()
@@ -122,13 +119,13 @@ class DataChannels:
         text = "decode rank %d: no data channel to the %s: %s"
         self._workers.log.warning(text, self._workers.rank, connection.name, error)
         if stood and now - connection.dialled > self._patience_s:
-            connection.without_channel = now  # what was before is another matter
+            connection.without_channel = now  # earlier failures are another matter
         connection.channel_error = str(error)
         self.seek(connection, stood)
 
     def seek(self, connection: Connection, lost: bool = False) -> None:
-        """Connect anew where a channel is wanted and there is none, or where chunks may have been lost with one. Where
-        for some time none has lasted until a chunk has come on it, the rooms that want one fail.
+        """Connect again if a channel is wanted and there is none, or if chunks may have been lost with one. The rooms
+        that want a channel fail once none has brought a chunk for some time.
         """
         if connection.reader is not None:
             return
@@ -141,7 +138,7 @@ class DataChannels:
                 self._control.broken(connection)
             return
         if starved:
-            connection.without_channel = None  # the next room tries anew
+            connection.without_channel = None  # the next room tries again
         for room in starved:
             self._receiver.fail(
                 room,
@@ -151,7 +148,7 @@ class DataChannels:
             )
 
     def expire(self, connection: Connection, now: float) -> None:
-        """Give a dial up that nobody answers: whoever drops it says nothing."""
+        """Give up a dial that nobody answers; a firewall that drops it says nothing."""
         reader, patience = connection.reader, self._patience_s / DIALS
         if reader is not None and not reader.greeted and now - connection.dialled > patience:
             self._lose(connection, reader, ChannelError(f"no answer for {patience:g} s"))

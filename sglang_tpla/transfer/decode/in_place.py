@@ -1,8 +1,7 @@
-"""Inside the decode agent: a chunk that goes from the socket straight to its place in the pool.
+"""In-place receive: a chunk goes from the socket straight to its place in the pool.
 
-What staging is for, that nothing late is written, holds here piece by piece: each call writes at most `PIECE_BYTES`,
-while the room's `WriteGate` allow it, and what comes for a room that has ended goes to memory
-that nobody reads.
+Nothing late is written, as with staging: each call writes at most `PIECE_BYTES`, while the room's `WriteGate` allows
+it, and the bytes of a room that has ended go to memory that nobody reads.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ _nowhere = memoryview(bytearray(1 << 20))
 
 
 class InPlaceChunk:
-    """A chunk whose bytes have their places in the pool.
+    """A chunk whose bytes go to their places in the pool. The I/O thread receives it; any thread takes its digest.
 
     Args:
         pieces: the places, in the payload's order.
@@ -40,11 +39,11 @@ class InPlaceChunk:
         self._whole = True
 
     def open_with(self, context: AEADDecryptionContext) -> None:
-        """What comes is sealed: it is opened in its places in the pool, and its tag is its check."""
+        """Open the sealed payload in its places in the pool; its tag is its check then."""
         self._intake, self.aside = SealedIntake(self._pieces, context), False
 
     def receive(self, stream: socket.socket) -> int:
-        """Take some of the payload from a socket that does not block: bytes, 0 at the end of the stream.
+        """Take some of the payload from a socket that does not block; return the bytes, 0 at the end of the stream.
 
         Raises:
             BlockingIOError: there is nothing now.
@@ -60,7 +59,7 @@ class InPlaceChunk:
         return size
 
     def digest(self) -> bytes | None:
-        """Checksum of what was written, OPENED of what came sealed; None if not all of it was written."""
+        """Return the checksum of the written payload, OPENED if it came sealed, None if not all of it was written."""
         if not self._whole or self._left_bytes:
             return None
         if isinstance(self._intake, SealedIntake):

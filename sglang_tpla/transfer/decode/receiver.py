@@ -1,5 +1,5 @@
-"""Chunks on their way into the pool: events of connections come in on the I/O thread; worker threads write staged
-chunks into the pool (`Receiver._write`) and check them. Others have come to their places by themselves (`in_place`).
+"""The way of chunks into the pool. Connections hand over events on the I/O thread; worker threads write staged chunks
+into the pool (`Receiver._write`) and check them. Other chunks come straight to their places (`in_place`).
 
 A chunk is written only while its room's `WriteGate` allows it, once, and acknowledged after that; the metadata row is
 written after the last chunk, and only then does the room succeed. What is checked is what was written: a damaged
@@ -41,8 +41,8 @@ RoomMessage = frames.Chunk | frames.Share | frames.Want | frames.Finish | frames
 
 
 class Receiver:
-    """Takes chunks, writes them and completes rooms. Events are for the I/O thread, `fail` and `turn` for any thread; a
-    worker thread takes work with `next_work`.
+    """Takes chunks, writes them and completes rooms. The I/O thread calls the events, worker threads call `next_work`,
+    and any thread may call `fail` and `turn`.
 
     Args:
         slots: of this rank's shared segment, where payloads are kept for the colocated ranks; None without one.
@@ -69,7 +69,7 @@ class Receiver:
 
     @contextmanager
     def turn(self) -> Iterator[float]:
-        """Hold the agent's lock while rooms change, and send what they have to say; gives the time."""
+        """Hold the agent's lock while rooms change, then send their messages. Yields the time."""
         with self._work:
             try:
                 yield self._io.now()
@@ -80,7 +80,7 @@ class Receiver:
                     self._work.notify()
 
     def fail(self, room: Room, reason: str) -> None:
-        """Fail a room, without the agent's lock while a write ends."""
+        """Fail a room, once the writes under way have ended. The caller does not hold the agent's lock."""
         room.writes.end()
         with self.turn() as now:
             if not room.state.ended:
@@ -89,12 +89,12 @@ class Receiver:
     # Events (I/O thread)
 
     def registered(self, connection: Connection, resumed: bool) -> None:
-        """A connection stands, for the first time or ``resumed``: its rooms ask, or go on where they were."""
+        """Have the rooms of a connection ask, or go on where they were if it is ``resumed``."""
         with self.turn() as now:
             self._rooms.registered(connection, resumed, now)
 
     def lost(self, connection: Connection, reason: str) -> None:
-        """A connection, or the process behind it, is gone for good: its rooms fail."""
+        """Fail the rooms of a connection that is gone for good, or whose process is."""
         with self._lock:
             rooms = self._rooms.of(connection)
         for room in rooms:
@@ -103,17 +103,17 @@ class Receiver:
             self._rooms.forget(connection)
 
     def uses(self, connection: Connection) -> bool:
-        """True if what is lost with a connection will be missed."""
+        """Return whether messages lost with a connection will be missed."""
         with self._lock:
             return self._rooms.uses(connection)
 
     def starved(self, connection: Connection) -> list[Room]:
-        """Rooms that want rows that have not come over a connection."""
+        """Return the rooms that want rows that have not come over a connection."""
         with self._lock:
             return self._rooms.starved(connection)
 
     def message(self, connection: Connection, message: frames.Message, payload: memoryview | None) -> None:
-        """One message about a room."""
+        """Handle one message about a room."""
         if isinstance(message, frames.Release):
             with self.turn():
                 self._rooms.release(connection, message.offsets)
@@ -173,8 +173,8 @@ class Receiver:
         self.fail(room, f"{source.connection.name} sent chunk {chunk.sequence} {wrong}")
 
     def place(self, connection: Connection, chunk: frames.Chunk, size_bytes: int) -> InPlaceChunk | None:
-        """The place in the pool of a chunk that begins to come; None for staging: something is wrong with it, it came
-        before, or the colocated ranks need its payload.
+        """Return the place in the pool of a chunk that begins to come, or None for staging: something is wrong with the
+        chunk, it came before, or the colocated ranks need its payload.
         """
         with self._lock:
             found = self._rooms.live(connection, chunk.room, chunk.generation)
@@ -194,7 +194,7 @@ class Receiver:
             return InPlaceChunk(room, source, chunk, pieces, more and self._workers.checks_aside)
 
     def received(self, chunk: InPlaceChunk) -> None:
-        """A chunk has come whole to its place; what came after its room had ended is nowhere."""
+        """Account for a chunk that has come whole to its place, and check it or have it checked."""
         with self._work:
             if not chunk.room.state.ended:
                 self._rooms.came(chunk.room, chunk.size_bytes, self._io.now())
@@ -206,21 +206,21 @@ class Receiver:
             self._written(chunk, chunk.digest())
 
     def abandoned(self, chunk: InPlaceChunk) -> None:
-        """The rest of a chunk will not come."""
+        """Forget a chunk whose rest will not come."""
         with self._lock:
             self._rooms.abandon(chunk.source, chunk.chunk, chunk.size_bytes)
 
     # Work (worker threads)
 
     def next_work(self) -> Callable[[], None] | None:
-        """Take a chunk to write or check, or a room that may be complete; under the lock."""
+        """Take a chunk to write or check, or a room that may be complete. The caller holds the lock."""
         if self._arrivals:
             return partial(self._write, self._arrivals.popleft())
         return partial(self._complete, self._rooms.finishing.popleft()) if self._rooms.finishing else None
 
     @contextmanager
     def _failing(self, room: Room, doing: str = "while writing") -> Iterator[None]:
-        """What goes wrong in here fails the room, and is reported."""
+        """Report an exception, and fail the room for it."""
         try:
             yield
         except Exception as error:
@@ -228,8 +228,8 @@ class Receiver:
             self.fail(room, f"internal error {doing}: {error!r}")
 
     def _write(self, chunk: StagedChunk | InPlaceChunk) -> None:
-        """Write a staged chunk into the pool, unless its room has ended, and have it checked; one that has come to its
-        place is only checked.
+        """Write a staged chunk into the pool, unless its room has ended, and have it checked. A chunk that has come to
+        its place is only checked.
         """
         with self._failing(chunk.room):
             if isinstance(chunk, InPlaceChunk):
@@ -237,7 +237,7 @@ class Receiver:
                 return
             room, rows = chunk.room, chunk.chunk
             slots, layers = room.slots.part(rows.first_token, rows.tokens), self._rooms.layers_of(rows)
-            digest = None  # of what was written
+            digest = None  # of the written payload
             with room.writes.one() as allowed:
                 if allowed:
                     digest = self._writer.write(layers, slots, Part(rows.part), chunk.payload)
@@ -253,7 +253,7 @@ class Receiver:
             self._written(chunk, check_pieces(one_piece(np.frombuffer(chunk.payload, dtype=np.uint8))))
 
     def _written(self, chunk: StagedChunk | InPlaceChunk, digest: bytes | None) -> None:
-        """A chunk was written, with this checksum; with none, its room had ended."""
+        """Account for a written chunk with its checksum; with None, its room had ended."""
         room, source, rows = chunk.room, chunk.source, chunk.chunk
         relayed = digest == rows.checksum and isinstance(rows, frames.Chunk) and rows.relay
         retained = self._retain(chunk) if relayed and isinstance(chunk, StagedChunk) else None
@@ -269,7 +269,7 @@ class Receiver:
         self._complete(room)
 
     def _retain(self, chunk: StagedChunk) -> RetainedChunk | None:
-        """Copy a payload into the shared segment for the colocated ranks; None if there is no place for it."""
+        """Copy a payload into the shared segment for the colocated ranks. Return None if there is no place for it."""
         if self._slots is None:
             return None
         with self._lock:
@@ -291,7 +291,7 @@ class Receiver:
             if missing := room.coverage.missing(sending[0].tokens):
                 self.fail(room, missing)
                 return
-            with room.writes.one(last=True) as allowed:  # all else that was due has been written
+            with room.writes.one(last=True) as allowed:  # all rows have been written
                 if not allowed:
                     return
                 if self._metadata.buffers:

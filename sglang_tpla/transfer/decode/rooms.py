@@ -1,7 +1,6 @@
-"""The states of rooms, and what each event makes of them. Nothing waits and nothing is sent here: methods take ``now``
-where they need the time, and leave messages in `Rooms.out` and rooms that may be complete in `Rooms.finishing`.
-
-Everything runs under the agent's lock.
+"""The states of rooms, and the effect of each event on them. Nothing waits and nothing is sent here: methods take
+``now`` where they need the time, and leave messages in `Rooms.out` and rooms that may be complete in
+`Rooms.finishing`.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ from sglang_tpla.transfer.room import RoomState
 
 
 class Rooms:
-    """Every room that the scheduler has opened and not closed.
+    """The rooms that the scheduler has opened and not closed. Any thread that holds the agent's lock may call.
 
     Args:
         pool: what chunks are for, and `metadata_bytes`, of a metadata row: what they must fit.
@@ -61,7 +60,7 @@ class Rooms:
         self._settings, self._credits, self._counts = settings, credits, counts
         self._generation, self._free_slots, self._ended = generation, free_slots, ended
 
-    # What the scheduler does
+    # Calls of the scheduler
 
     def open(
         self, room_id: int, sources: dict[Address, Source], born: float, prompt_tokens: int, now: float
@@ -92,11 +91,11 @@ class Rooms:
                 self.fail(room, connection.lost_reason, now)
                 return
             if linked and not source.asked and room.born < connection.began:
-                # its other half went to a process before, or to none, and nobody would answer until the deadline
+                # the other half of the request went to an earlier process, or to none: nobody would answer
                 why = f"the {connection.name} started after this request came; the request can be retried"
                 self.fail(room, why, now)
                 return
-            if linked and (wrong := connection.limits.objection(room.prompt_tokens)):
+            if linked and (wrong := connection.limits.unsupported_reason(room.prompt_tokens)):
                 self.fail(room, f"the {connection.name} cannot serve this request: {wrong}", now)
                 return
         ready = all(source.connection.link is Link.REGISTERED for source in real)
@@ -122,7 +121,7 @@ class Rooms:
         source.share = (alike.index(source.connection.address), len(alike))
         self._put(source.connection, _request_of(room, source))
 
-    # What connections do
+    # Events of connections
 
     def registered(self, connection: Connection, resumed: bool, now: float) -> None:
         """Move on the rooms of a connection that stands, for the first time or again."""
@@ -133,7 +132,7 @@ class Rooms:
                 self.advance(room, now)
 
     def _resume(self, connection: Connection, now: float) -> None:
-        """Go on with the rooms of a connection that was broken."""
+        """Resume the rooms of a connection that was broken."""
         self._counts["resumed"] += 1
         for message, when in connection.said:
             if now - when < 2 * self._settings.peer_timeout_s:  # it may have been lost
@@ -152,12 +151,12 @@ class Rooms:
         self.grant()
 
     def forget(self, connection: Connection) -> None:
-        """Forget what was retained and said for a connection that is gone for good, once its rooms have failed."""
+        """Drop what was retained and said for a connection that is gone for good, once its rooms have failed."""
         connection.said.clear()
         self.release(connection)
 
     def of(self, connection: Connection) -> list[Room]:
-        """Rooms that go on and want rows from a connection."""
+        """Return the rooms that have not ended and want rows from a connection."""
         return [
             room
             for room in self.table.values()
@@ -166,7 +165,7 @@ class Rooms:
         ]
 
     def starved(self, connection: Connection) -> list[Room]:
-        """Rooms that want rows that have not come over a connection."""
+        """Return the rooms that want rows that have not come over a connection."""
         return [
             room
             for room in self.of(connection)
@@ -174,7 +173,7 @@ class Rooms:
         ]
 
     def uses(self, connection: Connection) -> bool:
-        """True if a room waits for a connection, or a chunk that came on it is retained for the colocated ranks."""
+        """Return whether a room waits for a connection, or a chunk of it is retained for the colocated ranks."""
         return any(kept.connection is connection for kept in self.retained.values()) or any(
             source.connection is connection and source.asked and not room.state.ended
             for room in self.table.values()
@@ -182,24 +181,24 @@ class Rooms:
         )
 
     def live(self, connection: Connection, room_id: int, generation: int) -> tuple[Room, Source] | None:
-        """The room that a message of a connection is about, and the connection's part in it; None after its end."""
+        """Return the room that a message is about, and the connection's part in it; None after the room's end."""
         room = self.table.get(room_id)
         source = room.sources.get(connection.address) if room is not None else None
         if room is None or source is None or room.state.ended or room.generation != generation:
             return None
         return (room, source) if source.connection is connection else None
 
-    # What chunks do
+    # Events of chunks
 
     def layers_of(self, chunk: AnyChunk) -> range:
-        """Layers of a chunk, by index in the pool."""
+        """Return the layers of a chunk, by index in the pool."""
         first = chunk.first_layer - self._pool.first_layer
         return range(first, first + chunk.layers)
 
     def wrong_chunk(
         self, room: Room, source: Source, chunk: AnyChunk, size_bytes: int, credit_bytes: int
     ) -> str:
-        """What is wrong with a chunk; if nothing is, its rows are its own from now on."""
+        """Return what is wrong with a chunk. If nothing is, the chunk owns its rows from now on."""
         layers = self.layers_of(chunk)
         if source.dummy or room.coverage is None:
             return "that was not asked for"
@@ -228,12 +227,12 @@ class Rooms:
         return wrong
 
     def begin(self, source: Source, chunk: AnyChunk, credit_bytes: int) -> None:
-        """A chunk comes, or has come, and is not in its place yet."""
+        """Note a chunk that comes, or has come, and is not in its place yet."""
         source.pending.add(chunk_id(chunk))
         self._credits.receive(source, credit_bytes)
 
     def came(self, room: Room, size_bytes: int, now: float, *, shared: bool = False) -> None:
-        """A chunk that was not there before has come whole, or can be read in shared memory."""
+        """Count a chunk that has come whole for the first time, or can be read in shared memory."""
         room.progress = now
         room.wire_bytes += size_bytes
         self._counts["wire_bytes"] += size_bytes
@@ -242,12 +241,12 @@ class Rooms:
             self._counts["shared_memory_bytes"] += size_bytes
 
     def abandon(self, source: Source, chunk: AnyChunk, credit_bytes: int) -> None:
-        """A channel ended in the middle of a chunk: it comes again, and its credit counts as lost with the channel."""
+        """Forget a chunk whose channel ended in the middle of it: the chunk comes again, and its credit is lost."""
         source.pending.discard(chunk_id(chunk))
         self._credits.unreceive(source, credit_bytes)
 
     def replay(self, room: Room, source: Source, chunk: AnyChunk, credit_bytes: int) -> None:
-        """A chunk came that had come before: acknowledge it (that may have been lost), do not write it."""
+        """Acknowledge a chunk that came before, because the first Ack may have been lost; it is not written again."""
         self._counts["replays_dropped"] += 1
         if self._credits.covers(source, credit_bytes):
             self._credits.receive(source, credit_bytes)
@@ -265,10 +264,9 @@ class Rooms:
         digest: bytes | None,
         retained: RetainedChunk | None,
     ) -> bool:
-        """Acknowledge a chunk that was written, ask again for a damaged one, free its credit; False where it came
-        damaged.
+        """Acknowledge a written chunk, or ask again for a damaged one, and free its credit; True if it is sound.
 
-        ``digest`` is of what was written: None if the room had ended.
+        ``digest`` is that of the written payload, None if the room had ended.
         """
         sound, key = digest == chunk.checksum, chunk_id(chunk)
         source.pending.discard(key)
@@ -295,7 +293,7 @@ class Rooms:
         return digest is None or sound
 
     def finish(self, room: Room, source: Source, message: frames.Finish, metadata: bytes, now: float) -> str:
-        """A prefill rank says how many chunks there are in all; what is wrong with that."""
+        """Take a prefill rank's number of chunks and its metadata row. Return what is wrong with them."""
         page_size = self._pool.page_size
         pages = -(-message.tokens // page_size)
         told = [
@@ -324,17 +322,17 @@ class Rooms:
         return ""
 
     def want(self, room: Room, source: Source, total_bytes: int) -> None:
-        """A prefill rank has so many bytes ready."""
+        """Note how many bytes a prefill rank has ready, and grant what staging allows."""
         self._credits.want(room, source, total_bytes)
         self.grant()
 
     def grant(self) -> None:
-        """Hand out what staging has free."""
+        """Hand out the free staging."""
         for source, room in self._credits.grant().items():
             self._put(source.connection, frames.Credit(room.room_id, room.generation, source.granted_bytes))
 
     def release(self, connection: Connection, offsets: Collection[int] | None = None) -> None:
-        """Free places of the shared segment that nobody reads any more: all, or some, of what came on a connection."""
+        """Free retained chunks that nobody reads any more: all those of a connection, or those at ``offsets``."""
         self._free_retained(
             lambda kept: kept.connection is connection and (offsets is None or kept.slot.offset in offsets)
         )
@@ -352,14 +350,14 @@ class Rooms:
     # Ends
 
     def succeed(self, room: Room, now: float) -> None:
-        """All is in its place."""
+        """End a room whose rows and metadata row are in their places."""
         for source in room.sources.values():
             if not source.dummy:
                 self._say(source.connection, frames.Done(room.room_id, room.generation), now)
         self._end(room, RoomState.SUCCESS, "", now)
 
     def fail(self, room: Room, reason: str, now: float) -> None:
-        """Fail a room whose writes have ended (or that never had any) and tell its prefill ranks."""
+        """Fail a room whose writes have ended, or that never had any, and tell its prefill ranks."""
         for source in room.sources.values():
             if source.connection.link in (Link.REGISTERED, Link.CONNECTING):
                 message = frames.Abort(room.room_id, room.generation, frames.sentence(reason))
@@ -378,8 +376,8 @@ class Rooms:
     # Time
 
     def expire(self, now: float) -> list[Room]:
-        """Rooms whose time is up. What said that nobody reads a chunk in the arena any more may have been lost: such
-        places are freed, and who reads them all the same asks again.
+        """Return the rooms whose time is up, and free chunks that were retained for too long. Their Release may have
+        been lost; a rank that still reads one asks again.
         """
         patience = self._settings.transfer_timeout_s
         self._free_retained(lambda kept: now - kept.since > patience)
@@ -389,7 +387,7 @@ class Rooms:
         ]
 
     def _name_expected(self, now: float) -> None:
-        """Tell prefill ranks which rooms wait for pages here: they give up others sooner."""
+        """Tell prefill ranks which rooms wait for pages here, so that they give up others sooner."""
         waiting: dict[int, tuple[Connection, list[int]]] = {}
         for room in self.table.values():
             for source in room.sources.values():
@@ -408,7 +406,7 @@ class Rooms:
     def _say(
         self, connection: Connection, message: frames.Request | frames.Done | frames.Abort, now: float
     ) -> None:
-        """Tell a prefill rank what no answer will confirm; once more when the connection is back, if it breaks soon."""
+        """Send a message that no answer confirms, and once more when the connection is back if it breaks soon."""
         connection.said.append((message, now))
         self._put(connection, message)
 
@@ -428,7 +426,7 @@ def _request_of(room: Room, source: Source) -> frames.Request:
 
 
 def _bitmap(source: Source, part: int) -> bytes:
-    """Applied chunks of a part, a bit each."""
+    """Return the applied chunks of a part, a bit each."""
     sequences = [sequence for other, sequence in source.applied if other == part]
     bits = bytearray(max(sequences) // 8 + 1)
     for sequence in sequences:

@@ -25,7 +25,7 @@ ChunkId = tuple[int, int]  # part, sequence
 
 
 def chunk_id(chunk: AnyChunk) -> ChunkId:
-    """Names a chunk among those of its source."""
+    """Return the name of a chunk among those of its source."""
     return chunk.part, chunk.sequence
 
 
@@ -62,13 +62,13 @@ class Connection:
     # data_channels.py, on the I/O thread
     reader: Any = None  # the data channel's, while there is one
     data_port: int = 0  # of the data channel that was offered last
-    dialled: float = 0.0  # when the data channel was
-    last_chunk: float = 0.0  # when one last came
+    dialled: float = 0.0  # when the data channel was dialled
+    last_chunk: float = 0.0  # when a chunk last came
     without_channel: float | None = None  # since when none has lasted until a chunk had come on it
-    channel_error: str = ""  # why the last one ended
+    channel_error: str = ""  # why the last data channel ended
     # rooms.py, under the lock
     told_at: float = 0.0  # when the prefill rank was last told which rooms wait here
-    # what it was told that no answer confirms, and when: it is said again when the connection is back
+    # messages that no answer confirms, and when they were sent: they are sent again when the connection is back
     said: deque[tuple[frames.Message, float]] = field(default_factory=lambda: deque(maxlen=1024))
 
     @property
@@ -127,7 +127,7 @@ class Room:
     reason: str = ""
     slots: Slots = field(default_factory=lambda: Slots(np.empty(0, dtype=np.int64)))
     metadata_row: int = -1
-    request: frames.Request | None = None  # what each prefill rank is asked, but for its share
+    request: frames.Request | None = None  # to each prefill rank, but for its share
     coverage: Coverage | None = None  # from the request on
     requested: float | None = None
     ended: float | None = None

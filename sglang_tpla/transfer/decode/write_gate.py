@@ -1,4 +1,4 @@
-"""Inside the decode agent: nothing is written into a room's pages once the room has ended."""
+"""A gate that keeps anything from being written into a room's pages once the room has ended."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from contextlib import contextmanager
 
 
 class WriteGate:
-    """Writes into the pages and the metadata row of one room: several at a time, none after the end. Any thread."""
+    """Admits writes into the pages and the metadata row of one room: several at a time, none after the end. Any thread
+    may call it.
+    """
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -17,7 +19,7 @@ class WriteGate:
 
     @contextmanager
     def one(self, *, last: bool = False) -> Iterator[bool]:
-        """One write; False where none is allowed any more. None follows the last one."""
+        """Admit one write: yields False where none is allowed any more. No write follows the ``last`` one."""
         with self._changed:
             allowed = not self._ended
             self._ended = self._ended or last
@@ -30,7 +32,7 @@ class WriteGate:
                 self._changed.notify_all()
 
     def end(self) -> None:
-        """Allow no more, and wait for those under way."""
+        """Admit no more writes, and wait for those under way."""
         with self._changed:
             self._ended = True
             self._changed.wait_for(lambda: not self._under_way)

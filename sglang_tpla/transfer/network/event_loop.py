@@ -49,11 +49,11 @@ class IoLoop:
         self.thread.start()
 
     def tcp_socket(self, host: str) -> socket.socket:
-        """A plain socket that can be connected to a host."""
+        """Return a plain socket that can be connected to a host."""
         return socket.socket(_family(host), socket.SOCK_STREAM)
 
     def tcp_listener(self, host: str, port: int) -> socket.socket:
-        """A plain socket that listens; "*": on every address.
+        """Return a plain socket that listens on a host's address, or on every address for "*".
 
         Raises:
             OSError: nothing can listen there.

@@ -16,7 +16,6 @@ ended.
 from __future__ import annotations
 
 import logging
-from collections import deque
 from typing import Any
 
 import numpy as np
@@ -79,7 +78,7 @@ class PrefillAgent:
         security = security if security is not None else Security.from_environment(self.role)
         security.check(bind_host, "listening on")
         workers = workers or Workers(self.role, settings, rank, logger, pool.device.type)
-        self.workers = workers
+        self.workers, self.rank, self.durations = workers, rank, workers.durations
         _check_pool(pool, workers.chunk_bytes)
         self._pool, self._metadata = pool, metadata
         out, table = Outgoing(), dict[bytes, Peer]()
@@ -119,16 +118,6 @@ class PrefillAgent:
             self._pinned = None
         if self.arena is not None:
             self.arena.close()
-
-    @property
-    def rank(self) -> int:
-        """Of this agent among those of its server."""
-        return self.workers.rank
-
-    @property
-    def durations(self) -> deque[float]:
-        """Of rooms that succeeded, for whoever publishes them."""
-        return self.workers.durations
 
     def open_room(self, room: int, prompt_tokens: int = 0) -> None:
         """The scheduler has created a sender for ``room``, of a request with so many tokens (0: not known).

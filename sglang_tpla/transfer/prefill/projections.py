@@ -22,7 +22,7 @@ class Projections:
     """By content hash, cut to the layers of this rank's pool."""
 
     def __init__(self, pool: CachePool) -> None:
-        self._table = {IDENTITY_HASH: SenderProjection(IDENTITY_HASH, None)}
+        self._table = {IDENTITY_HASH: SenderProjection(None)}
         self._layers = range(pool.first_layer, pool.first_layer + len(pool.layers))
         self._device = pool.device
 
@@ -73,6 +73,6 @@ class Projections:
             self._table = {other: kept for other, kept in self._table.items() if other in used}
             if len(self._table) > MAX_PROJECTIONS:
                 return f"this rank keeps at most {MAX_PROJECTIONS} projections; close unused decode servers"
-            self._table[key] = SenderProjection(key, stack_layers(upload.kept, peer.row_format.layers))
+            self._table[key] = SenderProjection(stack_layers(upload.kept, peer.row_format.layers))
         peer.projection = self._table[key]
         return ""

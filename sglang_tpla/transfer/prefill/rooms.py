@@ -352,7 +352,7 @@ class Rooms:
                 "given to has ended, cannot be reached, or refused it"
             )
         fresh = now - room.opened <= 2 * self._settings.heartbeat_s or room.sought > room.opened
-        wrong = [peer.limits.objection(room.prompt_tokens) for peer in self._peers.values()]
+        wrong = [peer.limits.unsupported_reason(room.prompt_tokens) for peer in self._peers.values()]
         if fresh or not wrong or None in wrong:
             return ""
         return f"no decode server that is registered here can serve this request: {wrong[0]}"

@@ -61,12 +61,9 @@ class Outgoing:
 
 @dataclass(eq=False)
 class SenderProjection:
-    """A registered projection, cut to this rank's layers; ``stacks`` (`projection.stack_layers`) is None for the raw
-    latent.
-    """
+    """A registered projection, cut to this rank's layers."""
 
-    content_hash: str
-    stacks: tuple[torch.Tensor, ...] | None
+    stacks: tuple[torch.Tensor, ...] | None  # `projection.stack_layers`; None for the raw latent
 
 
 @dataclass(eq=False)

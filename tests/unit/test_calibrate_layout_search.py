@@ -68,13 +68,13 @@ def test_table_leaves_out_what_is_beaten_on_both_counts() -> None:
 
 def test_choices_of_sketched_rows_are_what_the_format_holds_in_order_of_size() -> None:
     for groups in (1, 2, 3, 8):
-        choices = SketchedSearch(rope_bits=8).choices(512, 64, groups)
+        choices = SketchedSearch().choices(512, 64, groups, 8)
         sizes = [rows.row_bytes for rows in choices]
         assert sizes == sorted(set(sizes))
-        assert {rows.groups for rows in choices} == {groups}
-    bits = {rows.sketch_bits for rows in SketchedSearch().choices(512, 64, 2)}
+        assert {rows.groups for rows in choices} == {groups} and {rows.rope_bits for rows in choices} == {8}
+    bits = {rows.sketch_bits for rows in SketchedSearch().choices(512, 64, 2, 16)}
     assert bits == {2, 3, 4}
-    (only,) = SketchedSearch(bits=(3,), shared=64).choices(512, 64, 2)
+    (only,) = SketchedSearch(bits=(3,), shared=64).choices(512, 64, 2, 16)
     assert (only.shared, only.sketch_bits) == (64, 3)
 
 
