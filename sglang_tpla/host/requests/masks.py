@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from http import HTTPStatus
 from typing import Any
 
 import torch
@@ -30,6 +31,17 @@ def leave_one(result: None, self: Any, logits: torch.Tensor, *args: Any, **kwarg
     orchestrator = self.penalizer_orchestrator
     if self.acc_additive_penalties is not None or (orchestrator is not None and orchestrator.is_required):
         open_closed_rows(logits)
+
+
+def blame_grammar(
+    result: None, self: Any, message: str | None = None, status_code: Any = None, *args: Any, **kwargs: Any
+) -> None:
+    """After ``FINISH_ABORT.__init__``: a grammar that has no way on is the request's fault, not the server's.
+
+    Routers try a request again that ends with 500, until they close the service to everyone.
+    """
+    if status_code is not None and (message or "").startswith("Grammar accept_token failed"):
+        self.status_code = HTTPStatus.BAD_REQUEST
 
 
 def open_closed_rows(logits: torch.Tensor) -> None:
