@@ -1,7 +1,7 @@
-"""Requests that forbid every token.
+"""Leave a token to requests that forbid every one.
 
-A grammar masks tokens, ``min_new_tokens`` the end of the answer, ``logit_bias`` what it likes; together, or where a
-grammar has no way on, they may leave nothing. Probabilities are then no numbers; to sample from them ends the server.
+A grammar masks tokens, ``min_new_tokens`` masks the end of the answer, and ``logit_bias`` masks any token. Together, or
+where a grammar has no way on, they may leave no token; probabilities are then NaN, and sampling ends the server.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ import torch
 
 
 def apply_grammar(original: Callable[..., None], self: Any, logits: torch.Tensor) -> None:
-    """Around ``GrammarMask.apply``, for ``logits`` [requests, vocab], also those of guesses that are verified.
+    """Hook around ``GrammarMask.apply`` for ``logits`` [requests, vocab], those of verified guesses included.
 
-    A grammar goes before what was masked earlier: where it demands the end of an answer, that is the end. Where it has
-    no way on, a token comes that it does not take, at which SGLang ends the request.
+    A grammar takes precedence over earlier masks: an answer ends where it demands the end. Where it has no way on,
+    sampling gives a token that it does not accept, at which SGLang ends the request.
     """
     original(self, logits)
     open_closed_rows(logits)
@@ -27,7 +27,7 @@ def apply_grammar(original: Callable[..., None], self: Any, logits: torch.Tensor
 
 
 def leave_one(result: None, self: Any, logits: torch.Tensor, *args: Any, **kwargs: Any) -> None:
-    """After ``SamplingBatchInfo.apply_logits_bias``: no row forbids everything."""
+    """Hook after ``SamplingBatchInfo.apply_logits_bias``: leave no row that forbids every token."""
     orchestrator = self.penalizer_orchestrator
     if self.acc_additive_penalties is not None or (orchestrator is not None and orchestrator.is_required):
         open_closed_rows(logits)
@@ -45,5 +45,5 @@ def blame_grammar(
 
 
 def open_closed_rows(logits: torch.Tensor) -> None:
-    """Every token becomes as good as any other in rows that forbid all; nothing here waits for a device."""
+    """Make all tokens equal in rows that forbid every one, without waiting for a device."""
     logits.masked_fill_(logits.amax(dim=-1, keepdim=True) == -math.inf, 0.0)
