@@ -30,7 +30,7 @@ from typing import Any, Protocol
 import torch
 
 from sglang_tpla.cache_rows import fp8 as fp8_rows
-from sglang_tpla.cache_rows.row_format import Fp8Rows, GroupRows, LayerRows
+from sglang_tpla.cache_rows.layer_rows import Fp8Rows, GroupRows, LayerRows
 from sglang_tpla.cache_rows.sketched import SketchedRows
 from sglang_tpla.errors import SglangTplaError
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 from sglang_tpla.attention.backends import BackendRefusal, choose
 from sglang_tpla.attention.interface import MAX_QUERY_LEN, DecodeShape
-from sglang_tpla.cache_rows.row_format import Fp8Rows, LayerRows, PlainRows
+from sglang_tpla.cache_rows.layer_rows import Fp8Rows, LayerRows, PlainRows
 from sglang_tpla.cache_rows.sketched import SketchedRows
 from sglang_tpla.config import ConfigError, Layout, slice_width
 from sglang_tpla.plan.hardware import Gpu, Link

@@ -7,7 +7,7 @@ from write_case import random_write
 
 from sglang_tpla.attention.cache_write import reference, sketched
 from sglang_tpla.attention.cache_write.inputs import CacheWrite
-from sglang_tpla.cache_rows.row_format import GroupRows
+from sglang_tpla.cache_rows.layer_rows import GroupRows
 from sglang_tpla.cache_rows.sketched import SketchedRows, unpack_rows
 
 KINDS = [

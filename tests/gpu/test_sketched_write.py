@@ -9,7 +9,7 @@ from write_case import random_write
 
 from sglang_tpla.attention.cache_write import reference
 from sglang_tpla.attention.cache_write.write import write
-from sglang_tpla.cache_rows.row_format import GroupRows
+from sglang_tpla.cache_rows.layer_rows import GroupRows
 
 pytestmark = pytest.mark.gpu
 

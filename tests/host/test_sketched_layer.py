@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 import torch
 
+from sglang_tpla.cache_rows.layer_rows import GroupRows
 from sglang_tpla.cache_rows.parts import Part
-from sglang_tpla.cache_rows.row_format import GroupRows, RowFormat
+from sglang_tpla.cache_rows.row_format import RowFormat
 from sglang_tpla.cache_rows.sketched import SketchedRows
 from sglang_tpla.reference_model.sketched_layer import SketchedMaps
 from tests.host.engine_parts import stub_runner

@@ -14,7 +14,7 @@ from sglang_tpla.attention.cache_write.inputs import CacheWrite
 from sglang_tpla.attention.cache_write.write import write
 from sglang_tpla.attention.interface import AttentionInputError, DecodeShape, PageTable
 from sglang_tpla.attention.reference import ReferenceDecode
-from sglang_tpla.cache_rows.row_format import GroupRows
+from sglang_tpla.cache_rows.layer_rows import GroupRows
 from sglang_tpla.cache_rows.sketched import SketchedRows
 from tests.sketched_reference import assert_row, read_row
 from tests.triton_interpreter import interpret

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sglang_tpla.cache_rows.layer_rows import Fp8Rows, LayerRows, PlainRows
 from sglang_tpla.cache_rows.parts import Part
-from sglang_tpla.cache_rows.row_format import Fp8Rows, LayerRows, PlainRows
 from sglang_tpla.transfer.chunks import Rectangle, cut
 from sglang_tpla.transfer.memory.pool import CachePool, MetadataRows
 from sglang_tpla.transfer.memory.projection import Projection, cut_stacks, stack_layers

@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from sglang_tpla.cache_rows.row_format import Fp8Rows, GroupRows, RowFormat
+from sglang_tpla.cache_rows.layer_rows import Fp8Rows, GroupRows
+from sglang_tpla.cache_rows.row_format import RowFormat
 from sglang_tpla.cache_rows.sketched import SketchedRows
 from sglang_tpla.config import Settings
 from sglang_tpla.transfer.decode.agent import DecodeAgent

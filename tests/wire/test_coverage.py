@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+from sglang_tpla.cache_rows.layer_rows import LayerRows
 from sglang_tpla.cache_rows.parts import Part
-from sglang_tpla.cache_rows.row_format import LayerRows
 from sglang_tpla.transfer import workers
 from sglang_tpla.transfer.memory.projection import Projection
 from sglang_tpla.transfer.room import RoomState

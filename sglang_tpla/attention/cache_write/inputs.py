@@ -13,7 +13,7 @@ import torch
 
 from sglang_tpla.attention.interface import AttentionInputError
 from sglang_tpla.cache_rows import fp8 as fp8_rows
-from sglang_tpla.cache_rows.row_format import GroupRows
+from sglang_tpla.cache_rows.layer_rows import GroupRows
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 import torch
 
+from sglang_tpla.cache_rows.layer_rows import GroupRows
 from sglang_tpla.cache_rows.rotation import rotation
-from sglang_tpla.cache_rows.row_format import GroupRows, RowFormat
+from sglang_tpla.cache_rows.row_format import RowFormat
 from sglang_tpla.cache_rows.sketched import SketchedRows
 from sglang_tpla.config import ConfigError
 from sglang_tpla.host.process import Slice, artifact, settings

@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from sglang_tpla.cache_rows.layer_rows import LayerRows
 from sglang_tpla.cache_rows.parts import Field, Part
-from sglang_tpla.cache_rows.row_format import LayerRows, RowFormat
+from sglang_tpla.cache_rows.row_format import RowFormat
 from sglang_tpla.transfer import messages as frames
 from sglang_tpla.transfer.chunks import Rectangle
 from sglang_tpla.transfer.memory.copy import copy_pieces

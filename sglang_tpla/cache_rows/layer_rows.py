@@ -1,0 +1,313 @@
+"""How one layer's rows are encoded, apart from how rows move: what their items are, and which make up each part.
+
+    PlainRows   items of the pool's dtype   [w latent | rope]
+    Fp8Rows     bytes                       [w e4m3 | rope bfloat16 | scale of the shared, of the own columns | zeros]
+                                            (`cache_rows.fp8`)
+    GroupRows   bytes                       [w int8 | rope | sketch of the other groups' columns | scales]
+                                            (`cache_rows.sketched`)
+    WholeRows   bytes                       [d latent | rope] of the model's dtype: a draft's layers behind one of the
+                                            two above
+
+The sender projects in float32 and encodes straight from that, so values are rounded once, and rows of a format of their
+own are bytes from the sender's gather on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from sglang_tpla.cache_rows import fp8 as fp8_rows
+from sglang_tpla.cache_rows import sketched
+from sglang_tpla.cache_rows.parts import Field, Part, side_by_side
+from sglang_tpla.cache_rows.sketched import SketchedRows
+
+
+class LayerRows(Hashable, Protocol):
+    """The rows of one layer on one rank; equal ones are encoded alike.
+
+    Attributes:
+        width: w, latent values of a row that are attended to as values.
+        shared: r, how many of them every group has.
+        rope_dim: values of the rotary key.
+        encoded: whether rows are bytes that the sender makes, whatever dtype its own pool has.
+        row_items: items of a row.
+        columns: of the projection that rows are made from.
+    """
+
+    @property
+    def width(self) -> int: ...
+    @property
+    def shared(self) -> int: ...
+    @property
+    def rope_dim(self) -> int: ...
+    @property
+    def encoded(self) -> bool: ...
+    @property
+    def row_items(self) -> int: ...
+    @property
+    def columns(self) -> int: ...
+
+    def unsupported_reason(self) -> str | None:
+        """Why there are no such rows, or None."""
+
+    def fields(self, part: Part) -> tuple[Field, ...]:
+        """Items of the row that a part fills; what else the payload holds is not this rank's."""
+
+    def part_items(self, part: Part) -> int:
+        """Items a token of one part's payload."""
+
+    def part_columns(self, part: Part) -> tuple[slice, ...]:
+        """Columns of the projection that a part is made from."""
+
+    def encode(self, z: torch.Tensor, k_rope: torch.Tensor, part: Part, out: torch.Tensor) -> None:
+        """Write one part of each row.
+
+        Args:
+            z: ``[..., columns]``, those of `part_columns`, float32 (or the pool's dtype, where they are raw).
+            k_rope: ``[..., rope]``, unused in a group's own part.
+            out: ``[..., part_items]``.
+        """
+
+
+@dataclass(frozen=True)
+class PlainRows:
+    """``[w latent | rope]`` of the pool's dtype."""
+
+    width: int
+    shared: int
+    rope_dim: int
+
+    encoded = False
+
+    @property
+    def row_items(self) -> int:
+        """Items of a row."""
+        return self.width + self.rope_dim
+
+    @property
+    def columns(self) -> int:
+        """Columns of the projection."""
+        return self.width
+
+    def unsupported_reason(self) -> str | None:
+        """Any width will do."""
+        return None
+
+    def fields(self, part: Part) -> tuple[Field, ...]:
+        """See `LayerRows`."""
+        end = self.row_items
+        match part:
+            case Part.FULL:
+                return side_by_side((0, end))
+            case Part.COMMON:
+                return side_by_side((0, self.shared), (self.width, end))
+            case Part.OWN:
+                return side_by_side((self.shared, self.width))
+
+    def part_items(self, part: Part) -> int:
+        """See `LayerRows`."""
+        return sum(field.size for field in self.fields(part))
+
+    def part_columns(self, part: Part) -> tuple[slice, ...]:
+        """See `LayerRows`."""
+        return (_columns(self.shared, part),)
+
+    def encode(self, z: torch.Tensor, k_rope: torch.Tensor, part: Part, out: torch.Tensor) -> None:
+        """See `LayerRows`."""
+        width = z.shape[-1]
+        out[..., :width] = z
+        if part is not Part.OWN:
+            out[..., width:] = k_rope
+
+
+@dataclass(frozen=True)
+class Fp8Rows:
+    """The bytes of `cache_rows.fp8`."""
+
+    width: int
+    shared: int
+    rope_dim: int
+
+    encoded = True
+
+    @property
+    def row_items(self) -> int:
+        """Bytes of a row."""
+        return fp8_rows.row_bytes(self.width, self.rope_dim)
+
+    @property
+    def columns(self) -> int:
+        """Columns of the projection."""
+        return self.width
+
+    def unsupported_reason(self) -> str | None:
+        """Why a slice cannot be kept in such rows, or None."""
+        return fp8_rows.unsupported_reason(self.width, self.rope_dim)
+
+    def fields(self, part: Part) -> tuple[Field, ...]:
+        """See `LayerRows`."""
+        scales = self.width + 2 * self.rope_dim
+        middle = scales + fp8_rows.SCALE_BYTES
+        match part:
+            case Part.FULL:
+                return side_by_side((0, self.row_items))
+            case Part.COMMON:
+                return side_by_side((0, self.shared), (self.width, middle))
+            case Part.OWN if self.shared < self.width:
+                return side_by_side((self.shared, self.width), (middle, middle + fp8_rows.SCALE_BYTES))
+            case _:
+                return ()
+
+    def part_items(self, part: Part) -> int:
+        """See `LayerRows`."""
+        return sum(field.size for field in self.fields(part))
+
+    def part_columns(self, part: Part) -> tuple[slice, ...]:
+        """See `LayerRows`."""
+        return (_columns(self.shared, part),)
+
+    def encode(self, z: torch.Tensor, k_rope: torch.Tensor, part: Part, out: torch.Tensor) -> None:
+        """See `LayerRows`."""
+        match part:
+            case Part.FULL:
+                out.copy_(fp8_rows.pack_rows(z, k_rope, self.shared))
+            case Part.COMMON:
+                out.copy_(fp8_rows.pack_common(z, k_rope))
+            case Part.OWN:
+                out.copy_(fp8_rows.pack_own(z))
+
+
+@dataclass(frozen=True)
+class GroupRows:
+    """The bytes of `cache_rows.sketched`, on a rank of one latent group."""
+
+    rows: SketchedRows
+    group: int
+
+    encoded = True
+
+    @property
+    def width(self) -> int:
+        """Columns kept at 8 bits."""
+        return self.rows.w
+
+    @property
+    def shared(self) -> int:
+        """Columns that every group keeps."""
+        return self.rows.shared
+
+    @property
+    def rope_dim(self) -> int:
+        """Values of a rotary key."""
+        return self.rows.rope_dim
+
+    @property
+    def row_items(self) -> int:
+        """Bytes of a row."""
+        return self.rows.row_bytes
+
+    @property
+    def columns(self) -> int:
+        """Columns of the projection: shared, own, and the sketch of all groups."""
+        return self.rows.w + self.rows.groups * self.rows.own
+
+    def unsupported_reason(self) -> str | None:
+        """Why there are no such rows, or None."""
+        if not 0 <= self.group < self.rows.groups:
+            return f"sketched rows of {self.rows.groups} groups have none of number {self.group}"
+        return None
+
+    def fields(self, part: Part) -> tuple[Field, ...]:
+        """See `LayerRows`; the common part brings every group's sketch, and a row has those of the others."""
+        match part:
+            case Part.FULL:
+                return side_by_side((0, self.row_items))
+            case Part.COMMON:
+                copies = self.rows.common_copies(self.group)
+            case Part.OWN:
+                copies = self.rows.own_copies()
+        return tuple(Field(to, to + size, payload) for payload, to, size in copies)
+
+    def part_items(self, part: Part) -> int:
+        """See `LayerRows`."""
+        rows = self.rows
+        return {Part.FULL: rows.row_bytes, Part.COMMON: rows.common_bytes, Part.OWN: rows.own_bytes}[part]
+
+    def part_columns(self, part: Part) -> tuple[slice, ...]:
+        """See `LayerRows`."""
+        own = slice(self.rows.shared, self.rows.w)
+        match part:
+            case Part.FULL:
+                return (slice(None),)
+            case Part.COMMON:
+                return slice(own.start), slice(own.stop, None)
+            case Part.OWN:
+                return (own,)
+
+    def encode(self, z: torch.Tensor, k_rope: torch.Tensor, part: Part, out: torch.Tensor) -> None:
+        """See `LayerRows`."""
+        rows, r = self.rows, self.rows.shared
+        match part:
+            case Part.FULL:
+                shared, own, sketch = z.split([r, rows.own, rows.groups * rows.own], dim=-1)
+                out.copy_(sketched.pack_rows(rows, self.group, shared, own, sketch, k_rope))
+            case Part.COMMON:
+                out.copy_(sketched.encode_common(rows, z[..., :r], z[..., r:], k_rope))
+            case Part.OWN:
+                out.copy_(sketched.encode_own(rows, z))
+
+
+@dataclass(frozen=True)
+class WholeRows:
+    """``[d latent | rope]`` in a pool of bytes: rows of a draft model's layer, the same on every rank."""
+
+    width: int
+    rope_dim: int
+    dtype: torch.dtype
+
+    encoded = True
+
+    @property
+    def shared(self) -> int:
+        """All of them."""
+        return self.width
+
+    @property
+    def row_items(self) -> int:
+        """Bytes of a row."""
+        return (self.width + self.rope_dim) * self.dtype.itemsize
+
+    @property
+    def columns(self) -> int:
+        """Columns of the projection, which is the identity."""
+        return self.width
+
+    def unsupported_reason(self) -> str | None:
+        """Any width will do."""
+        return None
+
+    def fields(self, part: Part) -> tuple[Field, ...]:
+        """See `LayerRows`; all of it is common."""
+        return () if part is Part.OWN else side_by_side((0, self.row_items))
+
+    def part_items(self, part: Part) -> int:
+        """See `LayerRows`."""
+        return 0 if part is Part.OWN else self.row_items
+
+    def part_columns(self, part: Part) -> tuple[slice, ...]:
+        """See `LayerRows`."""
+        return (_columns(self.width, part),)
+
+    def encode(self, z: torch.Tensor, k_rope: torch.Tensor, part: Part, out: torch.Tensor) -> None:
+        """See `LayerRows`."""
+        if part is not Part.OWN:
+            row = torch.cat((z.to(self.dtype), k_rope.to(self.dtype)), dim=-1)
+            out.copy_(row.contiguous().view(torch.uint8))
+
+
+def _columns(shared: int, part: Part) -> slice:
+    return {Part.FULL: slice(None), Part.COMMON: slice(shared), Part.OWN: slice(shared, None)}[part]
