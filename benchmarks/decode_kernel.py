@@ -168,7 +168,7 @@ def installed(package: str) -> str:
 
 
 def environment() -> dict[str, str]:
-    """Where and with what the numbers were read."""
+    """The machine and the versions of the measurement."""
     git = subprocess.run(
         ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
     )

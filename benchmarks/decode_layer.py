@@ -365,7 +365,7 @@ def planner_choices(report: dict[str, Any]) -> list[tuple[str, str, float]]:
 
 
 def fit_lines(report: dict[str, Any]) -> list[str]:
-    """How the planner's times and choices compare with these."""
+    """The lines that compare the planner's times and choices with the measurements."""
     lines = [
         "### The planner against this run (its time over the measured one, layers without collectives)",
         "",

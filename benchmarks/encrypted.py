@@ -1,4 +1,4 @@
-"""What else could carry a cache in secret: TLS 1.3, and ZMQ with its own encryption, as chunks went before.
+"""Other secret carriers of a cache: TLS 1.3, and ZMQ with its own encryption, which carried chunks before.
 
 TLS moves bytes between two buffers, like the raw socket. ZMQ carries chunks as agents did when they had keys: copied
 and checked into a slot, sent from there without a copy, received, checked and copied to their place, with as many under
@@ -23,7 +23,7 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from machine import cpu_seconds
 
-from sglang_tpla.transfer.decode.rooms import WINDOW_CHUNKS
+from sglang_tpla.transfer.decode.credits import WINDOW_CHUNKS
 from sglang_tpla.transfer.memory.copy import copy_pieces
 from sglang_tpla.transfer.memory.iovec import one_piece
 

@@ -209,7 +209,7 @@ class Rank:
             )  # fmt: skip
 
     def lines(self) -> list[str]:
-        """What the child says until it is ready or ends."""
+        """The child's lines until it is ready or ends."""
         assert self.process.stdout is not None
         found = []
         for line in self.process.stdout:

@@ -51,7 +51,7 @@ def _or_not_here(pipe: Connection) -> Iterator[None]:
 
 
 def mooncake_target(pipe: Connection, size: int) -> None:
-    """Where mooncake writes to."""
+    """The process into which mooncake writes."""
     with _or_not_here(pipe):
         from mooncake.engine import TransferEngine
     target, engine = np.ones(size, dtype=np.uint8), TransferEngine()
@@ -97,7 +97,7 @@ def _nixl_agent(name: str) -> Any:
 
 
 def nixl_target(pipe: Connection, size: int) -> None:
-    """Where NIXL writes to."""
+    """The process into which NIXL writes."""
     with _or_not_here(pipe):
         agent = _nixl_agent("target")
     target = np.ones(size, dtype=np.uint8)

@@ -73,7 +73,7 @@ class Inputs:
 
 
 def tilings(shape: DecodeShape) -> list[Tiling]:
-    """What a sweep tries."""
+    """The tilings of a sweep."""
     most = max(16, min(64, 1 << (shape.heads - 1).bit_length()))
     rows = sorted({most, max(16, most // 2)})
     found = [

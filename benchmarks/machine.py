@@ -1,4 +1,4 @@
-"""What a benchmark runs on, and what it takes of it."""
+"""The machine of a benchmark, and the share of it that the benchmark takes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 
 def memory_bytes(limit_gib: float) -> int:
-    """What one process may hold: the limit, or its part of what is free: a dozen processes hold as much."""
+    """The bytes that one process may hold: the limit, or a fourteenth of the free memory."""
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("MemAvailable"):
             return min(int(limit_gib * 2**30), int(line.split()[1]) * 1024 // 14)
@@ -18,7 +18,7 @@ def memory_bytes(limit_gib: float) -> int:
 
 
 def machine() -> dict[str, Any]:
-    """Where the numbers were read."""
+    """The description of the machine."""
     cpu = next(
         (
             line.split(":", 1)[1].strip()

@@ -85,7 +85,7 @@ class Decoder:
 
     @property
     def server(self) -> Server:
-        """What decodes."""
+        """The decode server."""
         if self._pair is None:
             assert self.engines.stock is not None
             return self.engines.stock
@@ -109,7 +109,7 @@ class Decoder:
 
 
 def parted(plain: dict[str, Any], drafted: dict[str, Any]) -> dict[str, Any] | None:
-    """Where two greedy answers part, with what each thought of both candidates; None where they do not."""
+    """The place where two greedy answers part, with both candidates' log-probabilities; None where they agree."""
     left, right = (answer["meta_info"]["output_token_logprobs"] for answer in (plain, drafted))
     for place, (one, other) in enumerate(zip(left, right, strict=True)):
         if one[1] == other[1]:
@@ -287,7 +287,7 @@ def main() -> None:
             said: dict[tuple[str, str], list[dict[str, Any]]] = {}
 
             def answers(name: str, kind: str) -> list[dict[str, Any]]:
-                """What a server answers to all prompts; asked once."""
+                """The answers of a server to all prompts, each asked once."""
                 if (name, kind) not in said:
                     said[name, kind] = answer_all(both(name)[kind], asked, args.tokens, 8)
                 return said[name, kind]

@@ -113,7 +113,7 @@ def build(
     part = None if stock else Slice(Layout(ranks, groups, model.heads), 0, OneGroup(maps))  # type: ignore[arg-type]
     hooked.make_slice = lambda heads, rank, size: part
     hooked.settings = lambda: SimpleNamespace(o_proj="replicate")
-    hooked.puts_off = lambda latent: one_write
+    hooked.defers = lambda latent: one_write
     quantised = None
     if weights == "fp8":
         quantised = Fp8Config(
@@ -364,7 +364,7 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
                 _, groups, _, one_write, ours = forms[name]
                 from sglang_tpla.host.model import attention_layer as hooked
 
-                hooked.puts_off = lambda latent, one=one_write: one
+                hooked.defers = lambda latent, one=one_write: one
                 with report_failure(report, f"{name}, {weights}, {load}"):
                     steps[name] = Step(layers, model, arguments.ranks, groups, batch, context, ours)
             samples: dict[str, list[float]] = {name: [] for name in steps}

@@ -1,4 +1,4 @@
-"""How fast a latent cache moves from a prefill to a decode process on loopback, beside what else could move it.
+"""Measure how fast a latent cache moves from a prefill to a decode process on loopback, beside other carriers.
 
 One run measures, for each length, one after another in each repetition so that a busy machine hurts all alike:
 
@@ -44,17 +44,18 @@ import numpy as np
 import torch
 from machine import cpu_seconds, machine, memory_bytes
 from pacing import pace, pace_channels
-from wire_values import wire_values
+from transfer_report import print_report, report
 
 from sglang_tpla.config import Settings
 from sglang_tpla.launch.supervisor import end_with_parent
 from sglang_tpla.transfer import keys
 from sglang_tpla.transfer import messages as frames
 from sglang_tpla.transfer.decode.agent import DecodeAgent
-from sglang_tpla.transfer.memory import copy as moving
+from sglang_tpla.transfer.memory import copy
+from sglang_tpla.transfer.memory.pool import CachePool, MetadataRows
 from sglang_tpla.transfer.network.security import KEYS_VARIABLE
 from sglang_tpla.transfer.prefill.agent import PrefillAgent
-from sglang_tpla.transfer.room import CachePool, MetadataRows, RoomState
+from sglang_tpla.transfer.room import RoomState
 
 LATENT, ROPE, LAYERS, PAGE = 512, 64, 61, 64
 ROW_BYTES = 2 * (LATENT + ROPE)
@@ -96,13 +97,13 @@ class NoChecksum:
         return bytes(8)
 
 
-CHECKSUMS = frames.checksum, frames.running_checksum, moving.Checksum
+CHECKSUMS = frames.checksum, frames.running_checksum, copy.Checksum
 
 
 def switch_checksums(on: bool) -> None:
     """Let this process's agents compute checksums, or not."""
     off = (lambda data: bytes(8)), NoChecksum, NoChecksum
-    frames.checksum, frames.running_checksum, moving.Checksum = CHECKSUMS if on else off
+    frames.checksum, frames.running_checksum, copy.Checksum = CHECKSUMS if on else off
 
 
 # Children: each serves commands from a pipe and answers with (seconds, cpu_seconds) or a value.
@@ -161,7 +162,6 @@ def decode_child(
         settings=SETTINGS,
         rank=0,
         size=1,
-        groups=1,
         host_id=host_id,
     )
     pipe.send("ready")
@@ -249,9 +249,7 @@ Measure = Callable[[int], tuple[float, float]]
 
 
 class Bench:
-    """All contestants, set up once for the largest size; each measures (wall seconds, CPU seconds) for a
-    length.
-    """
+    """All contestants, set up once for the largest size; each measures (wall seconds, CPU seconds) of a length."""
 
     def __init__(self, tokens: int, layers: int, gigabits_s: float, stack: contextlib.ExitStack) -> None:
         self.layers, self.size = layers, tokens * layers * ROW_BYTES
@@ -414,34 +412,6 @@ def measure(
     return rows
 
 
-def ratios(rows: list[dict[str, Any]], tokens: int, figure: str) -> dict[str, float | None]:
-    """What the run is for: our goodput over the others', at one length; None where one was not measured."""
-    goodput = {row["contestant"]: row[figure] for row in rows if row["tokens"] == tokens}
-
-    def over(name: str, ours: str) -> float | None:
-        return goodput[ours] / goodput[name] if name in goodput and ours in goodput else None
-
-    far, near, sealed = "agent, two hosts", "agent, one host", "agent, keys"
-    cost = {place: over(f"{place}, unchecked", place) for place in (far, near)}
-    return {
-        "goodput_over_raw_tcp": over("raw TCP", far),
-        "goodput_over_memcpy": over("cp through shm", near),
-        "goodput_over_single_memcpy": over("memcpy", near),
-        "goodput_over_mooncake": over("mooncake", far),
-        "goodput_over_nixl": over("NIXL", far),
-        "one_host_goodput_over_raw_tcp": over("raw TCP", near),
-        "one_host_goodput_over_mooncake": over("mooncake", near),
-        "one_host_goodput_over_nixl": over("NIXL", near),
-        "sealed_goodput_over_raw_tcp": over("raw TCP", sealed),
-        "sealed_goodput_over_unsealed": over(far, sealed),
-        "sealed_goodput_over_tls": over("TLS 1.3", sealed),
-        "sealed_goodput_over_zmq_curve": over("ZMQ CURVE", sealed),
-        "goodput_over_zmq": over("ZMQ", far),
-        "checksum_cost": None if (kept := cost[far]) is None else 1 - kept,
-        "one_host_checksum_cost": None if (kept := cost[near]) is None else 1 - kept,
-    }
-
-
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -471,53 +441,18 @@ def main() -> None:
         for layers, lengths in by_layers.items()
         for row in measure(lengths, layers, args.repeat, args.without, args.link_gbit_s)
     ]
-    missing = {row["contestant"]: row["missing"] for row in measured if "missing" in row}
-    rows = [row for row in measured if "missing" not in row]
-    counts = [
-        {
-            "ranks": 8,
-            "groups": groups,
-            "shared": shared,
-            "host": place,
-            "values": wire_values(8, groups, shared, host),
-        }
-        for groups, shared in ((1, 0), (2, 128), (4, 128), (8, 64), (2, 0))
-        for place, host in (("other host", "far"), ("this host", None))
-    ]
-    for row in counts:
-        print(
-            f"{row['values']:7.1f} values a token for 8 ranks of {row['host']}, "
-            f"g={row['groups']}, r={row['shared']}"
-        )
-    most = max(args.tokens)
     result = {
-        **ratios(rows, most, "goodput_gb_s"),
-        "wire_values_per_token": next(
-            row["values"]
-            for row in counts
-            if (row["groups"], row["shared"], row["host"]) == (2, 128, "other host")
-        ),
-        "tokens": most,
+        **report(measured, args.tokens),
         "layers": {str(count): layers for layers, lengths in by_layers.items() for count in lengths},
         "layers_of_model": LAYERS,
         "row_bytes": ROW_BYTES,
         "repetitions": args.repeat,
         "link_gigabits_s": args.link_gbit_s or None,
-        "medians": ratios(rows, most, "median_goodput_gb_s"),
-        "at_other_lengths": {
-            str(count): ratios(rows, count, "goodput_gb_s") for count in args.tokens if count != most
-        },
-        "wire_values": counts,
-        "not_installed": missing,
         "machine": machine(),
-        "measurements": rows,
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(result, indent=1) + "\n")
-    for name in [key for key, value in result.items() if value is None or isinstance(value, float)]:
-        print(f"{name}: {result[name] if result[name] is None else round(result[name], 3)}")
-    for name, why in missing.items():
-        print(f"{name} was not measured: {why}")
+    print_report(result)
     print(f"written to {args.out}")
 
 

@@ -1,5 +1,6 @@
-"""How fast a latent cache moves between two GPU processes of one host, without servers: agents, pools, and a scheduler
-that polls as SGLang's does.
+"""Measure how fast a latent cache moves between GPU processes of one host, without servers.
+
+The processes have agents, pools, and a scheduler that polls as SGLang's does.
 
     python benchmarks/transfer_gpu.py --out FILE [--tokens 1024 8192] [--chunk-mib 16] [--threads 2] [--unchecked]
 
@@ -37,9 +38,10 @@ from sglang_tpla.transfer import workers as agents
 from sglang_tpla.transfer.decode.agent import DecodeAgent
 from sglang_tpla.transfer.memory.copy import check_pieces
 from sglang_tpla.transfer.memory.iovec import one_piece
+from sglang_tpla.transfer.memory.pool import CachePool, MetadataRows
 from sglang_tpla.transfer.memory.projection import Projection
 from sglang_tpla.transfer.prefill.agent import PrefillAgent
-from sglang_tpla.transfer.room import CachePool, MetadataRows, RoomState
+from sglang_tpla.transfer.room import RoomState
 
 NAP_S = 0.0002  # as SGLang's scheduler naps beside our agent
 
@@ -113,7 +115,6 @@ def decode_child(pipe: Connection, job: dict[str, Any], rank: int, address: tupl
         settings=replace(SETTINGS, chunk_bytes=job["chunk_bytes"]),
         rank=rank,
         size=ranks,
-        groups=ranks,
         host_id=None if job["place"] == "this host" else "other",
     )
     pages = np.random.default_rng(2).permutation(job["tokens"]).astype(np.int32)

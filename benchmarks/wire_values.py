@@ -1,4 +1,4 @@
-"""How many values of a token and layer travel for all ranks of one host: a count, not a timing."""
+"""Count the values of a token and layer that travel for all ranks of one host; nothing is timed."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import torch
 
 from sglang_tpla.config import Settings
 from sglang_tpla.transfer.decode.agent import DecodeAgent
+from sglang_tpla.transfer.memory.pool import CachePool, MetadataRows
 from sglang_tpla.transfer.memory.projection import Projection
 from sglang_tpla.transfer.prefill.agent import PrefillAgent
-from sglang_tpla.transfer.room import CachePool, MetadataRows, RoomState
+from sglang_tpla.transfer.room import RoomState
 
 LATENT, ROPE, PAGE = 512, 64, 64
 
@@ -52,7 +53,6 @@ def wire_values(ranks: int, groups: int, shared: int, host_id: str | None) -> fl
                 settings=settings,
                 rank=rank,
                 size=ranks,
-                groups=groups,
                 host_id=host_id,
             )
             agents.append(stack.enter_context(contextlib.closing(agent)))

@@ -20,9 +20,10 @@ import torch
 
 from sglang_tpla.config import Settings
 from sglang_tpla.transfer.decode.agent import DecodeAgent
+from sglang_tpla.transfer.memory.pool import CachePool, MetadataRows
 from sglang_tpla.transfer.memory.projection import Projection
 from sglang_tpla.transfer.prefill.agent import PrefillAgent
-from sglang_tpla.transfer.room import CachePool, MetadataRows, RoomState
+from sglang_tpla.transfer.room import RoomState
 
 LAYERS, LATENT, ROPE, PAGE_TOKENS = 4, 512, 64, 64
 MODEL = "any text that both sides agree on: the hash of the checkpoint"
@@ -58,9 +59,7 @@ def decode(group: int, groups: int, tokens: int, address: tuple[str, int], resul
     )
     metadata = MetadataRows([np.zeros((1, 64), dtype=np.uint8)])
     settings = Settings(role="decode")
-    agent = DecodeAgent(
-        pool, metadata, z, model_hash=MODEL, settings=settings, rank=group, size=groups, groups=groups
-    )
+    agent = DecodeAgent(pool, metadata, z, model_hash=MODEL, settings=settings, rank=group, size=groups)
     with closing(agent):
         agent.open_room(ROOM, [(*address, False)])
         while agent.poll(ROOM) == RoomState.BOOTSTRAPPING:
@@ -93,7 +92,7 @@ def main() -> None:
         pool,
         metadata,
         model_hash=MODEL,
-        settings=Settings(role="prefill"),
+        settings=Settings(role="prefill", room_timeout_s=120.0),  # a child imports torch before it asks
         bind_host="127.0.0.1",
         rank=0,
         size=1,

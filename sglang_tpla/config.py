@@ -1,4 +1,4 @@
-"""Settings, and who holds what: tensor-parallel rank -> latent group, head shard, widths.
+"""Settings, and each tensor-parallel rank's latent group, head shard and widths.
 
 Notation of the design (TPLA, arXiv 2508.15881): T attention ranks, g latent groups, T/g head shards.
 Rank t belongs to group ``t % g`` and head shard ``t // g``; it computes ``H * g / T`` heads on its
@@ -15,12 +15,12 @@ from sglang_tpla.errors import SglangTplaError
 
 
 class ConfigError(SglangTplaError, ValueError):
-    """A setting that cannot work, said once: what was expected, what came, where, what to do."""
+    """A setting that cannot work; the message says what was expected, what came, where, and what to do."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How T attention tensor-parallel ranks share the latent and the query heads.
+    """The division of the latent and the query heads among T attention tensor-parallel ranks.
 
     Args:
         tp_size: T, attention tensor-parallel ranks.
@@ -56,40 +56,40 @@ class Layout:
 
     @property
     def head_shards(self) -> int:
-        """Number of head shards, T/g."""
+        """The number of head shards, T/g."""
         return self.tp_size // self.groups
 
     @property
     def local_heads(self) -> int:
-        """Query heads one rank computes, H*g/T."""
+        """The query heads that one rank computes, H*g/T."""
         return self.heads // self.head_shards
 
     def group_of(self, rank: int) -> int:
-        """Latent group of a rank."""
+        """The latent group of a rank."""
         return rank % self.groups
 
     def head_shard_of(self, rank: int) -> int:
-        """Head shard of a rank."""
+        """The head shard of a rank."""
         return rank // self.groups
 
 
 def slice_width(latent_dim: int, groups: int, shared_dims: int) -> int:
-    """Latent values one rank keeps a token and layer: w = r + ceil((d - r) / g)."""
+    """The latent values that one rank keeps of a token and layer: w = r + ceil((d - r) / g)."""
     return shared_dims + -(-(latent_dim - shared_dims) // groups)
 
 
 ENV_PREFIX = "SGLANG_TPLA_"
-SERVER_VARIABLE = ENV_PREFIX + "SERVER"  # set by a server for its own processes, see host/process.py
+SERVER_VARIABLE = ENV_PREFIX + "SERVER"  # a server sets it for its own processes, see host/process.py
 ROLES = ("prefill", "decode")
 O_PROJ = ("replicate", "scatter")
 ROWS = ("plain", "sketched")
-# Chunks and staging. A chunk costs some 0.2 ms of messages (on a GPU also of launches), whatever its size.
+# Bytes of a chunk and of staging. A chunk of any size costs some 0.2 ms of messages (on a GPU also of launches).
 DEFAULT_BYTES = {"cpu": (16 << 20, 256 << 20), "cuda": (16 << 20, 512 << 20)}
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What the launcher tells every process of a server, through its environment.
+    """The settings that the launcher passes to every process of a server through its environment.
 
     The engine spawns its schedulers as new processes; the environment is the one channel that reaches
     them all before any plug-in code runs. A process without ``SGLANG_TPLA_ROLE`` is stock SGLang.
@@ -213,13 +213,14 @@ class Settings:
         return self.chunk_bytes or min(chunk_bytes, staging_bytes), staging_bytes
 
     def on(self, device: str) -> Settings:
-        """With the sizes that were left to the kind of device ("cpu", "cuda") that the cache is on."""
+        """Fill in the sizes that depend on the kind of device ("cpu", "cuda") of the cache."""
         chunk_bytes, staging_bytes = self._sizes(device)
         return replace(self, chunk_bytes=chunk_bytes, staging_bytes=staging_bytes)
 
     def advertised(self, rank: int, own: tuple[str, int]) -> tuple[str, int]:
-        """Host and port that decode servers are given for a prefill rank that listens on ``own``; its data channels
-        come to the port after that.
+        """The host and port that decode servers get for a prefill rank that listens on ``own``.
+
+        Its data channels come to the port after that.
 
         Raises:
             ConfigError: ``advertise`` is no HOST or HOST:PORT.

@@ -1,10 +1,9 @@
-"""The artifact: one safetensors file with the slicing maps of every layer and group, and where they came
-from.
+"""The artifact: one safetensors file with the slicing maps of every layer and group, and their provenance.
 
 Tensors, all float32, contiguous (d latent dims, w the layer's 8-bit or plain columns, g groups; n = w - r columns that
 only one group keeps):
 
-    layers.{l}.groups.{i}.Z  [d, w]   z_i = RMSNorm(c) Z_i, what a rank caches
+    layers.{l}.groups.{i}.Z  [d, w]   a rank caches z_i = RMSNorm(c) Z_i
     layers.{l}.groups.{i}.A  [w, d]   key map: scores use q_nope W_UK A_i^T z_i^T
     layers.{l}.groups.{i}.B  [w, d]   value map: o = sum_i (p_i z_i) B_i W_UV W_O
 
@@ -14,12 +13,12 @@ columns, so a layer whose groups have columns of their own has one tensor more, 
     layers.{l}.sketch        [d, g n] blocks of all groups; a rank drops its own
     layers.{l}.groups.{i}.A  [w + (g - 1) n, d]   rows of [z_i | the other groups' blocks, ascending]
 
-Widths may differ between layers; the groups of one layer share one width (short groups are padded with zero
-columns). The first ``shared_dims[l]`` columns of Z are the same, bit for bit, in every group of layer l: the
-transfer agent sends them once. A layer with w = r = d is exact, but for the rounding of its rows.
+Widths may differ between layers; the groups of one layer share one width (short groups are padded with zero columns).
+The first ``shared_dims[l]`` columns of Z are the same, bit for bit, in every group of layer l, so the transfer agent
+sends them once. A layer with w = r = d is exact, except for the rounding of its rows.
 
-Metadata is safetensors' string-to-string map, every value JSON. Loading checks everything and fails with one
-``ArtifactError``; a file that loads is safe to serve.
+Metadata is safetensors' string-to-string map, in which every value is JSON. Loading checks everything and fails with
+one ``ArtifactError``; a file that loads is safe to serve.
 """
 
 from __future__ import annotations
@@ -49,13 +48,13 @@ MAP_NAMES = ("Z", "A", "B")
 
 
 class ArtifactError(SglangTplaError, ValueError):
-    """An artifact that cannot be used: what was expected, what came, where, what to do."""
+    """An artifact that cannot be used; the message says what was expected, what came, where, and what to do."""
 
 
 class ErrorReport(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Decode-phase error on held-out text: prompt exact, every later token through TPLA, against plain MLA.
+    """The decode-phase error on held-out text, with an exact prompt and TPLA for every later token, against plain MLA.
 
-    ``kl_*`` in nats a token; ``perplexity_ratio`` TPLA over plain MLA.
+    ``kl_*`` is in nats a token; ``perplexity_ratio`` is TPLA's perplexity over plain MLA's.
     """
 
     tokens: int
@@ -71,10 +70,10 @@ class ErrorReport(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class ArtifactMeta(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Provenance and layout. ``shared_dims`` (r) and ``widths`` (w) have one entry a layer.
+    """The provenance and layout of an artifact. ``shared_dims`` (r) and ``widths`` (w) have one entry a layer.
 
-    ``sketch_bits`` has one entry a layer in version 2 and none in version 1; ``rope_bits`` is the rotary key's in
-    sketched rows.
+    ``sketch_bits`` has one entry a layer in version 2 and none in version 1; ``rope_bits`` are the bits of a rotary
+    key's value in sketched rows.
     """
 
     format_version: int
@@ -106,7 +105,7 @@ class ArtifactMeta(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """The sketched rows of a layer.
 
         Raises:
-            ValueError: the artifact has none, or sizes that the format does not hold.
+            ValueError: an artifact without sketched rows, or with sizes that the format does not hold.
         """
         if not self.sketched:
             raise ValueError(f"an artifact of format version {self.format_version} has no sketched rows")
@@ -122,12 +121,12 @@ class ArtifactMeta(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def sketch_name(layer: int) -> str:
-    """Stored name of a layer's sketch map."""
+    """The stored name of a layer's sketch map."""
     return f"layers.{layer}.sketch"
 
 
 def tensor_name(layer: int, group: int, which: str) -> str:
-    """Stored name of a map; ``which`` is Z, A or B."""
+    """The stored name of a map; ``which`` is Z, A or B."""
     return f"layers.{layer}.groups.{group}.{which}"
 
 
@@ -138,12 +137,11 @@ class Artifact:
     Args:
         meta: provenance and layout.
         tensors: float32 tensors by stored name, exactly those that ``meta`` implies.
-        source: where it came from, for messages.
+        source: the file's name, for messages.
 
     Raises:
-        ArtifactError: a tensor is missing, extra, of another shape or dtype, not finite, or the shared
-        columns
-            differ between groups; or the metadata contradicts itself.
+        ArtifactError: a tensor that is missing, extra, of another shape or dtype or not finite; shared columns that
+            differ between groups; metadata that contradict themselves.
     """
 
     meta: ArtifactMeta
@@ -159,7 +157,7 @@ class Artifact:
         """Read and check a file.
 
         Raises:
-            ArtifactError: the file is missing, damaged, of another format version, or inconsistent.
+            ArtifactError: a file that is missing, damaged, of another format version, or inconsistent.
         """
         path = Path(path)
         if not path.is_file():
@@ -180,7 +178,7 @@ class Artifact:
         return cls(meta=meta, tensors=tensors, source=str(path))
 
     def save(self, path: str | Path) -> None:
-        """Write the file whole or not at all (temporary file in the same folder, then rename)."""
+        """Write the whole file or nothing, through a temporary file in the same folder."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         tensors = {name: tensor.contiguous() for name, tensor in self.tensors.items()}
@@ -188,7 +186,7 @@ class Artifact:
             save_file(tensors, temporary, metadata=_encode_meta(self.meta))
 
     def maps(self, layer: int, group: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Z [d, w], A [w, d], B [w, d] of one layer and group, float32."""
+        """The maps Z [d, w], A [w, d], B [w, d] of one layer and group, float32."""
         z, a, b = (self.tensors[tensor_name(layer, group, which)] for which in MAP_NAMES)
         return z, a, b
 
@@ -196,7 +194,7 @@ class Artifact:
         """The sketch map [d, g n] of a layer, float32; [d, 0] where the groups have no columns of their own.
 
         Raises:
-            ValueError: the artifact is not one of sketched rows.
+            ValueError: an artifact of other rows.
         """
         if not self.meta.rows(layer).own:
             return torch.zeros(self.meta.latent_dim, 0)
@@ -204,7 +202,7 @@ class Artifact:
 
     @cached_property
     def content_hash(self) -> str:
-        """sha256 (hex) over the tensors in canonical order (layer, group, Z A B) and the metadata."""
+        """The sha256 (hex) of the tensors in canonical order (layer, group, Z A B) and of the metadata."""
         digest = hashlib.sha256()
         for key, value in sorted(_encode_meta(self.meta).items()):
             digest.update(f"{key}={value}\n".encode())
@@ -217,7 +215,7 @@ class Artifact:
         """Refuse another model or another number of groups.
 
         Raises:
-            ArtifactError: the config hash, the weights hash or ``groups`` differ from what was calibrated.
+            ArtifactError: a config hash, a weights hash or ``groups`` that the artifact was not calibrated for.
         """
         again = "make one for this model with `python -m sglang_tpla.calibrate`"
         if groups != self.meta.groups:
@@ -241,7 +239,7 @@ class Artifact:
 
 @contextmanager
 def replace_into(path: Path) -> Iterator[str]:
-    """A temporary file in the same folder that takes ``path``'s place if the block ends well."""
+    """Yield a temporary file in the same folder, which takes ``path``'s place if the block ends well."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     os.close(handle)
     try:
@@ -253,7 +251,7 @@ def replace_into(path: Path) -> Iterator[str]:
 
 
 def expected_names(meta: ArtifactMeta) -> list[str]:
-    """Every tensor name of an artifact in canonical order: a layer's sketch, then its groups' maps."""
+    """The tensor names of an artifact in canonical order: each layer's sketch, then its groups' maps."""
     names: list[str] = []
     for layer in range(meta.num_layers):
         if meta.sketched and meta.widths[layer] > meta.shared_dims[layer]:
@@ -267,7 +265,7 @@ def build(
     maps: Sequence[Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]],
     sketches: Sequence[torch.Tensor] = (),
 ) -> Artifact:
-    """An artifact from ``maps[layer][group] = (Z, A, B)`` and, for sketched rows, ``sketches[layer]``.
+    """Build an artifact from ``maps[layer][group] = (Z, A, B)`` and, for sketched rows, ``sketches[layer]``.
 
     Tensors are converted to float32 on the CPU.
     """
@@ -287,7 +285,7 @@ def build(
 
 def _encode_meta(meta: ArtifactMeta) -> dict[str, str]:
     fields = msgspec.to_builtins(meta)
-    if not meta.sketched:  # version 1 as it has always been: releases that know nothing else read it
+    if not meta.sketched:  # older releases read version 1 only in its own form
         del fields["sketch_bits"], fields["rope_bits"]
     return {key: msgspec.json.encode(value, order="sorted").decode() for key, value in fields.items()}
 

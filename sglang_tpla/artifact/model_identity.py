@@ -1,7 +1,7 @@
-"""Which model an artifact belongs to: a hash of the attention configuration and a cheap hash of the weights.
+"""The identity of an artifact's model: a hash of the attention configuration and a cheap hash of the weights.
 
-Both are the same on every machine and for every copy of a checkpoint, and both stay cheap for a checkpoint of
-hundreds of gigabytes: the weights' hash reads at most 64 KiB and one norm vector a layer.
+Both are the same on every machine and for every copy of a checkpoint. Both stay cheap for a checkpoint of hundreds of
+gigabytes, because the weights' hash reads at most 64 KiB and one norm vector a layer.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _KEYS = (
     "rope_theta",
     "rms_norm_eps",
 )
-# the rope_scaling keys that change what the model computes; the rest are spelling (type, rope_type)
+# These keys of rope_scaling change the model's arithmetic; the rest are spelling (type, rope_type).
 _ROPE_KEYS = (
     "factor",
     "original_max_position_embeddings",
@@ -41,13 +41,13 @@ HEAD_BYTES = 65536
 
 
 def config_hash(config: Mapping[str, Any]) -> str:
-    """sha256 (hex) over what of a Hugging Face config decides the attention's mathematics.
+    """The sha256 (hex) of those keys of a Hugging Face config that decide the attention's mathematics.
 
     Names of architectures, dtypes, vocabulary and feed-forward sizes do not count. ``rope_parameters``
     (transformers 5) and ``rope_theta`` + ``rope_scaling`` (older) give the same hash.
 
     Raises:
-        CheckpointError: a needed key is missing.
+        CheckpointError: a missing key.
     """
     config = language_config(config)
     rope = rope_scaling(config)
@@ -68,12 +68,12 @@ def config_hash(config: Mapping[str, Any]) -> str:
 
 
 def weights_hash(model_path: str | Path) -> str:
-    """sha256 (hex) over each layer's ``kv_a_layernorm.weight`` and the first 64 KiB of ``kv_b_proj.weight``.
+    """The sha256 (hex) of each layer's ``kv_a_layernorm.weight`` and the first 64 KiB of ``kv_b_proj.weight``.
 
-    Stored bytes, in layer order, so that quantised and unquantised copies differ.
+    It covers stored bytes, in layer order, so that quantised and unquantised copies differ.
 
     Raises:
-        CheckpointError: the directory is no readable checkpoint of this family.
+        CheckpointError: a directory that is no readable checkpoint of this family.
     """
     checkpoint = Checkpoint(model_path)
     digest = hashlib.sha256()

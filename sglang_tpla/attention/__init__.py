@@ -1,3 +1,1 @@
-"""Decode attention over a paged latent cache: one interface, a PyTorch reference, FlashInfer, and our Hopper
-kernel.
-"""
+"""Decode attention over a paged latent cache: one interface and its backends, ours and FlashInfer's."""

@@ -1,9 +1,8 @@
-"""Which backend serves which attention shape, and the refusal of every other one. Needs no GPU.
+"""The table of attention backends and the shapes that each serves; every other shape is refused. Needs no GPU.
 
 A backend is listed only for shapes on which it was measured to be right (relative error against float32 under
-3e-3, on an H200). FlashInfer 0.6.15's fa2 template computes wrong numbers without a word at widths 64, 192
-and 320; its fa3 template faults at 256, 128 and 64 and does not compile at 192 and 320. Such widths are
-refused here.
+3e-3, on an H200). FlashInfer 0.6.15's fa2 template silently computes wrong numbers at widths 64, 192 and 320; its fa3
+template faults at 256, 128 and 64 and does not compile at 192 and 320.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ Capability = tuple[int, int] | None  # CUDA compute capability; None is a CPU
 
 
 class BackendRefusal(AttentionInputError):
-    """No backend, or not the one asked for, computes this shape right."""
+    """A shape that no backend, or not the chosen one, computes right."""
 
 
 @dataclass(frozen=True)
@@ -28,13 +27,13 @@ class Backend:
     """One row of the table.
 
     Args:
-        name: what ``choose`` returns.
-        widths: text for messages. has_width: whether w is served.
+        name: the backend's name.
+        widths: text for messages. has_width: whether the backend serves a w.
         dtypes, page_sizes (None: any), heads (lowest, highest).
-        device: text for messages. has_device: whether a capability is served.
-        why_not: why other widths are refused.
-        rows: the kind of rows that it reads (`DecodeShape.kind`).
-        other: a further objection to a shape, or None.
+        device: text for messages. has_device: whether the backend serves a capability.
+        why_not: the reason for which other widths are refused.
+        rows: the kind of rows that the backend reads (`DecodeShape.kind`).
+        other: a further check of a shape, with the reason for refusing it or None.
     """
 
     name: str
@@ -50,8 +49,8 @@ class Backend:
     rows: str = "plain"
     other: Callable[[DecodeShape], str | None] | None = None
 
-    def objection(self, shape: DecodeShape, capability: Capability) -> str | None:
-        """Why this backend must not serve ``shape`` there; None if it may."""
+    def unsupported_reason(self, shape: DecodeShape, capability: Capability) -> str | None:
+        """The reason for which this backend must not serve ``shape`` there; None if it may."""
         if not self.has_device(capability):
             return f"it needs {self.device}, this is {_device_text(capability)}"
         if self.rows != shape.kind:
@@ -70,14 +69,30 @@ class Backend:
 
 
 def _hopper_sketched(shape: DecodeShape) -> str | None:
-    return None if shape.sketched is None else sketched.objection(shape.sketched)
+    return None if shape.sketched is None else sketched.unsupported_reason(shape.sketched)
 
 
 def _device_text(capability: Capability) -> str:
     return "a CPU" if capability is None else f"a GPU of compute capability {capability[0]}.{capability[1]}"
 
 
-# In the order of preference: FlashInfer wherever it is right and as fast.
+def _reference(name: str, rows: str, *dtypes: torch.dtype) -> Backend:
+    return Backend(
+        name=name,
+        widths="any",
+        has_width=lambda w: True,
+        dtypes=(torch.float32, torch.bfloat16, torch.float16, *dtypes),
+        page_sizes=None,
+        heads=(1, 1 << 16),
+        device="a CPU (on a GPU it is for tests only)",
+        has_device=lambda capability: capability is None,
+        why_not="",
+        rope_dims=None,
+        rows=rows,
+    )
+
+
+# The order is that of preference: FlashInfer comes first wherever it is right and as fast.
 BACKENDS: tuple[Backend, ...] = (
     Backend(
         name="flashinfer_fa3",
@@ -125,18 +140,7 @@ BACKENDS: tuple[Backend, ...] = (
         why_not="its tiles are multiples of 32 columns; pad the slice (zero columns) to the next multiple",
         rows="fp8",
     ),
-    Backend(
-        name="reference",
-        widths="any",
-        has_width=lambda w: True,
-        dtypes=(torch.float32, torch.float64, torch.bfloat16, torch.float16),
-        page_sizes=None,
-        heads=(1, 1 << 16),
-        device="a CPU (on a GPU it is for tests only)",
-        has_device=lambda capability: capability is None,
-        why_not="",
-        rope_dims=None,
-    ),
+    _reference("reference", "plain", torch.float64),
     Backend(
         name="hopper_sketched",
         widths="multiples of 16 from 64 to 512",
@@ -150,38 +154,14 @@ BACKENDS: tuple[Backend, ...] = (
         rows="sketched",
         other=_hopper_sketched,
     ),
-    Backend(
-        name="sketched_reference",
-        widths="any",
-        has_width=lambda w: True,
-        dtypes=(torch.float32, torch.bfloat16, torch.float16),
-        page_sizes=None,
-        heads=(1, 1 << 16),
-        device="a CPU (on a GPU it is for tests only)",
-        has_device=lambda capability: capability is None,
-        why_not="",
-        rope_dims=None,
-        rows="sketched",
-    ),
-    Backend(
-        name="fp8_reference",
-        widths="any",
-        has_width=lambda w: True,
-        dtypes=(torch.float32, torch.bfloat16, torch.float16),
-        page_sizes=None,
-        heads=(1, 1 << 16),
-        device="a CPU (on a GPU it is for tests only)",
-        has_device=lambda capability: capability is None,
-        why_not="",
-        rope_dims=None,
-        rows="fp8",
-    ),
+    _reference("sketched_reference", "sketched"),
+    _reference("fp8_reference", "fp8"),
 )
 _BY_NAME = {backend.name: backend for backend in BACKENDS}
 
 
 def device_capability(device: torch.device) -> Capability:
-    """Compute capability of a CUDA device, None for a CPU."""
+    """The compute capability of a CUDA device; None for a CPU."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
 
 
@@ -189,29 +169,29 @@ def require(name: str, shape: DecodeShape, capability: Capability) -> None:
     """Refuse a backend that would compute ``shape`` wrong or not at all.
 
     Raises:
-        BackendRefusal: says why, and which backend to use instead.
+        BackendRefusal: with the reason, and with the backend to use instead.
     """
     if name not in _BY_NAME:
         raise BackendRefusal(f"attention backend must be one of {sorted(_BY_NAME)}; got {name!r}")
-    objection = _BY_NAME[name].objection(shape, capability)
-    if objection is not None:
-        able = [b.name for b in BACKENDS if b.objection(shape, capability) is None]
+    reason = _BY_NAME[name].unsupported_reason(shape, capability)
+    if reason is not None:
+        able = [b.name for b in BACKENDS if b.unsupported_reason(shape, capability) is None]
         advice = (
             f"use {able[0]!r}" if able else "change the width (groups, shared dims), the dtype or the device"
         )
-        raise BackendRefusal(f"attention backend {name!r} cannot serve {shape}: {objection}; {advice}")
+        raise BackendRefusal(f"attention backend {name!r} cannot serve {shape}: {reason}; {advice}")
 
 
 def choose(shape: DecodeShape, capability: Capability) -> str:
     """The first backend of the table that serves ``shape``.
 
     Raises:
-        BackendRefusal: lists every backend's objection.
+        BackendRefusal: with every backend's reason.
     """
-    objections = []
+    reasons = []
     for backend in BACKENDS:
-        objection = backend.objection(shape, capability)
-        if objection is None:
+        reason = backend.unsupported_reason(shape, capability)
+        if reason is None:
             return backend.name
-        objections.append(f"{backend.name}: {objection}")
-    raise BackendRefusal(f"no attention backend serves {shape}: " + "; ".join(objections))
+        reasons.append(f"{backend.name}: {reason}")
+    raise BackendRefusal(f"no attention backend serves {shape}: " + "; ".join(reasons))

@@ -1,8 +1,7 @@
-"""FlashInfer's paged MLA decode (``flashinfer.mla.BatchMLAPagedAttentionWrapper``) behind the attention
-interface.
+"""FlashInfer's paged MLA decode (``flashinfer.mla.BatchMLAPagedAttentionWrapper``) behind the attention interface.
 
-Its templates take the latent width as a parameter, but compute right only at some (``backends.py``).
-Planning runs on the host and reads the lengths back; in a CUDA graph, capture ``run`` and plan outside of it.
+FlashInfer's templates take the latent width as a parameter, but compute right only at some widths (``backends.py``).
+Planning runs on the host and reads the lengths back: capture ``run`` in a CUDA graph, and plan outside of the graph.
 """
 
 from __future__ import annotations
@@ -21,13 +20,13 @@ class FlashInferDecode:
     """FlashInfer for one shape.
 
     Args:
-        shape: what to serve.
+        shape: the shape to serve.
         scale: softmax scale.
         device: a CUDA device.
         template: ``fa3`` (Hopper, width 512) or ``fa2``.
 
     Raises:
-        BackendRefusal: a width the template computes wrong.
+        BackendRefusal: a width that the template computes wrong.
     """
 
     def __init__(self, shape: DecodeShape, scale: float, device: torch.device, template: str) -> None:
@@ -41,8 +40,7 @@ class FlashInferDecode:
         self._table: PageTable | None = None
 
     def plan(self, table: PageTable, lengths: torch.Tensor) -> None:
-        """Plan a step. The table must be CSR with every request's pages in one run, as
-        ``PageTable.from_csr`` makes it.
+        """Plan a step. The table must be CSR without gaps between requests (``PageTable.from_csr``).
 
         Raises:
             AttentionInputError: a table whose starts do not follow from the lengths.

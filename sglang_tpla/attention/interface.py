@@ -9,17 +9,17 @@ Names and shapes, the same for every backend:
     q_latent  [batch * query_len, heads, w]     absorbed queries, tokens of one request side by side
     q_rope    [batch * query_len, heads, rope]
     kv_cache  [slots, w + rope]                 slots = pages * page_size (or [slots, 1, w + rope]);
-                                                or FP8 rows, uint8 [slots, row_bytes] (`fp8_rows`)
-    lengths   [batch] int32                     cached tokens a request has, the query tokens included
+                                                or FP8 rows, uint8 [slots, row_bytes] (`cache_rows.fp8`)
+    lengths   [batch] int32                     cached tokens of a request, its query tokens included
     out       [batch * query_len, heads, w]
 
-Sketched rows (`cache_rows.sketched`) are uint8 [slots, row_bytes]. There w is ``w_pad``, and a query has columns for
-the sketch of the other groups' columns, which takes part in scores alone: q_latent [.., w_pad + (g - 1) n], own columns
-first, zeros in the padded ones.
+Sketched rows (`cache_rows.sketched`) are uint8 [slots, row_bytes], and w is ``w_pad``. The sketch of the other groups'
+columns takes part in scores alone, so a query has columns for it: q_latent is [.., w_pad + (g - 1) n], with the own
+columns first and zeros in the padding.
 
-Query token j of a request sees the first ``length - query_len + 1 + j`` tokens. A request of length 0 gets
-zeros: CUDA graphs pad batches with such requests. A request with 0 < length < query_len has query tokens
-that see nothing; they get zeros too.
+Query token j of a request sees the first ``length - query_len + 1 + j`` tokens. A query token that sees nothing gets
+zeros: all those of a request of length 0, with which CUDA graphs pad batches, and the first ones of a request with
+0 < length < query_len.
 """
 
 from __future__ import annotations
@@ -38,22 +38,22 @@ MAX_QUERY_LEN = 4
 
 
 class AttentionInputError(SglangTplaError, ValueError):
-    """An input that no backend could serve right: what was expected, what came, where, what to do."""
+    """An input that no backend serves right; the message says what was expected, what came and what to do."""
 
 
 @dataclass(frozen=True)
 class DecodeShape:
-    """What one attention layer of one rank looks like; fixed for the life of a server.
+    """The sizes of one attention layer on one rank; they are fixed for the life of a server.
 
     Args:
-        latent_dim: w, latent values a token holds on this rank.
+        latent_dim: w, latent values of a token on this rank.
         heads: query heads on this rank.
-        rope_dim: rotary values a token holds.
-        query_len: query tokens a request has in one step, 1 to 4 (above 1: speculative verification).
-        page_size: tokens a page, a power of two.
-        dtype: of queries, output and, but for FP8 rows, the cache.
-        fp8_shared: r, columns with the first of an FP8 row's two scales; None where the cache holds other rows.
-        sketched: the sizes of sketched rows; None where the cache holds other rows.
+        rope_dim: rotary values of a token.
+        query_len: query tokens of a request in one step, 1 to 4; more than 1 verify speculative tokens.
+        page_size: tokens of a page, a power of two.
+        dtype: of queries and output, and of a plain cache.
+        fp8_shared: r, columns under the first of an FP8 row's two scales; None where the cache holds other rows.
+        sketched: sizes of sketched rows; None where the cache holds other rows.
 
     Raises:
         AttentionInputError: a value outside of these ranges.
@@ -123,12 +123,12 @@ class DecodeShape:
 
     @property
     def kind(self) -> str:
-        """What kind of rows the cache holds: "plain", "fp8" or "sketched"."""
+        """The kind of rows that the cache holds: "plain", "fp8" or "sketched"."""
         return "sketched" if self.sketched is not None else "plain" if self.fp8_shared is None else "fp8"
 
     @property
     def query_dim(self) -> int:
-        """Columns of q_latent: w, and those of the sketch."""
+        """Columns of q_latent: w, plus those of the sketch."""
         return self.latent_dim if self.sketched is None else self.sketched.score_columns
 
     @property
@@ -142,20 +142,20 @@ class DecodeShape:
 
     @property
     def cache_dtype(self) -> torch.dtype:
-        """Type of those items."""
+        """Type of one item of a cache row."""
         return self.dtype if self.kind == "plain" else torch.uint8
 
 
 @dataclass(frozen=True)
 class PageTable:
-    """Where the tokens of each request lie.
+    """The places of each request's tokens in the cache.
 
     Token i of request b is slot ``indices[starts[b] + i // page_size] * page_size + i % page_size``.
 
     Args:
         indices: [any] int32, page numbers.
         starts: [batch] int32, each request's first entry in ``indices``.
-        page_size: tokens a page.
+        page_size: tokens of a page.
     """
 
     indices: torch.Tensor
@@ -177,7 +177,7 @@ class PageTable:
 
     @classmethod
     def from_csr(cls, indptr: torch.Tensor, indices: torch.Tensor, page_size: int = 1) -> PageTable:
-        """FlashInfer's form: request b has ``indices[indptr[b]:indptr[b + 1]]``. Nothing is copied.
+        """The table in FlashInfer's form: request b has ``indices[indptr[b]:indptr[b + 1]]``. Nothing is copied.
 
         Args:
             indptr: [batch + 1] int32.
@@ -187,8 +187,7 @@ class PageTable:
 
     @classmethod
     def from_req_to_token(cls, req_to_token: torch.Tensor, rows: torch.Tensor) -> PageTable:
-        """SGLang's form: request b's token slots are row ``rows[b]`` of ``req_to_token``, whatever the page
-        size.
+        """The table in SGLang's form: row ``rows[b]`` of ``req_to_token`` holds request b's slots at any page size.
 
         Args:
             req_to_token: [requests, max_context] int32, contiguous.
@@ -207,16 +206,15 @@ class PageTable:
 
 
 class DecodeAttention(Protocol):
-    """A backend made for one ``DecodeShape``; ``plan`` once a step, ``run`` once a layer."""
+    """A backend made for one ``DecodeShape``: call ``plan`` once a step and ``run`` once a layer."""
 
     shape: DecodeShape
 
     def plan(self, table: PageTable, lengths: torch.Tensor) -> None:
-        """Lay out the work of a step. Backends for CUDA graphs keep these tensors' addresses: refill, do not
-        replace.
+        """Lay out the work of a step. Backends for CUDA graphs keep the tensors' addresses: refill the tensors.
 
-        From here to the step's last ``run``, lengths, page table and the rows of earlier tokens stay as they
-        are: a kernel may read them while the one before it in the stream still runs. Rows of the step's own
+        From here to the step's last ``run``, lengths, page table and the rows of earlier tokens must not change,
+        because a kernel may read them while its predecessor in the stream still runs. Rows of the step's own
         tokens (the last ``query_len`` of a request) may be written until the ``run`` that reads them.
         """
 
@@ -227,13 +225,27 @@ class DecodeAttention(Protocol):
         kv_cache: torch.Tensor,
         out: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Attend; returns ``out`` [batch * query_len, heads, latent_dim], newly made when None is given."""
+        """Attend, and return ``out`` [batch * query_len, heads, latent_dim], a new tensor where None is given."""
+
+
+def checked_plan(table: PageTable, lengths: torch.Tensor, max_batch: int) -> None:
+    """Check what ``plan`` needs where a kernel reads the lengths on the device.
+
+    Raises:
+        AttentionInputError: lengths that are not contiguous int32 [batch], or more requests than ``max_batch``.
+    """
+    if lengths.dtype != torch.int32 or lengths.shape != table.starts.shape or not lengths.is_contiguous():
+        raise AttentionInputError(
+            f"lengths must be contiguous int32 [{table.batch}]; got {lengths.dtype} {list(lengths.shape)}"
+        )
+    if table.batch > max_batch:
+        raise AttentionInputError(f"at most {max_batch} requests were announced; got {table.batch}")
 
 
 def checked_inputs(
     shape: DecodeShape, table: PageTable, q_latent: torch.Tensor, q_rope: torch.Tensor, kv_cache: torch.Tensor
 ) -> torch.Tensor:
-    """Check what every backend needs, and return the cache as [slots, items].
+    """Check the inputs that every backend needs, and return the cache as [slots, items].
 
     Raises:
         AttentionInputError: a shape or dtype that does not fit ``shape`` and ``table``.

@@ -1,7 +1,7 @@
 """Paged latent decode attention in plain PyTorch: the twin of the kernels.
 
-Works on any device and any width; arithmetic in float32 (float64 for float64 inputs), one request at a time.
-Shapes, meaning and equation as in ``interface.py``.
+It takes any device and any width, and computes in float32 (float64 for float64 inputs), one request at a time.
+``interface.py`` has the names, the shapes and the equation.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from sglang_tpla.cache_rows.fp8 import unpack_rows
 
 
 def token_slots(table: PageTable, request: int, length: int) -> torch.Tensor:
-    """Cache slots of a request's first ``length`` tokens, [length] int64."""
+    """The cache slots of a request's first ``length`` tokens, [length] int64."""
     token = torch.arange(length, device=table.indices.device)
     page = table.indices[table.starts[request].long() + token // table.page_size].long()
     return page * table.page_size + token % table.page_size
@@ -38,9 +38,8 @@ def latent_attention(
     """Attend over the paged cache; see ``interface.py`` for names and shapes.
 
     Args:
-        read: [rows, items] of the cache to what they stand for, [rows, columns of q_latent + rope]; None where that
-            is the same.
-        value_dim: how many leading columns are values too; None: all of q_latent's.
+        read: decodes rows of the cache [rows, items] to [rows, columns of q_latent + rope]; None for plain rows.
+        value_dim: number of leading columns that are values too; None: all of q_latent's.
 
     Returns:
         out [batch * query_len, heads, value_dim] in float32 (float64 for float64 queries), not rounded to the
@@ -64,27 +63,27 @@ def latent_attention(
 
 
 def read_fp8(rows: torch.Tensor, shape: DecodeShape) -> torch.Tensor:
-    """FP8 rows [rows, row_bytes] as [rows, w + rope] float32."""
+    """Decode FP8 rows [rows, row_bytes] to [rows, w + rope] float32."""
     assert shape.fp8_shared is not None
     return torch.cat(unpack_rows(rows, shape.rope_dim, shape.fp8_shared), dim=-1)
 
 
 def read_sketched(rows: torch.Tensor, shape: DecodeShape) -> torch.Tensor:
-    """Sketched rows [rows, row_bytes] as [rows, w_pad + sketch + rope] float32."""
+    """Decode sketched rows [rows, row_bytes] to [rows, w_pad + sketch + rope] float32."""
     assert shape.sketched is not None
     unpacked = sketched.unpack_rows(shape.sketched, rows)
     return torch.cat([unpacked.latent, unpacked.sketch, unpacked.k_rope], dim=-1)
 
 
 def reader_of(shape: DecodeShape) -> Callable[[torch.Tensor], torch.Tensor] | None:
-    """What ``latent_attention`` reads the cache of ``shape`` with."""
+    """The ``read`` of ``latent_attention`` for the cache of ``shape``."""
     if shape.sketched is not None:
         return partial(read_sketched, shape=shape)
     return None if shape.fp8_shared is None else partial(read_fp8, shape=shape)
 
 
 class ReferenceDecode:
-    """``latent_attention`` behind the ``DecodeAttention`` interface, of rows of every format."""
+    """``latent_attention`` behind the ``DecodeAttention`` interface, for rows of every format."""
 
     def __init__(self, shape: DecodeShape, scale: float) -> None:
         self.shape = shape
@@ -103,7 +102,7 @@ class ReferenceDecode:
         kv_cache: torch.Tensor,
         out: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Attend; ``out`` has the queries' dtype."""
+        """Attend, and return ``out`` in the queries' dtype."""
         if self._table is None or self._lengths is None:
             raise RuntimeError("ReferenceDecode.run came before plan: plan the step first")
         cache = checked_inputs(self.shape, self._table, q_latent, q_rope, kv_cache)

@@ -1,9 +1,8 @@
-"""What differs between the supported SGLang releases, each thing asked of the release that is installed.
+"""The differences between the supported SGLang releases, behind functions that mean the same in all of them.
 
-Every function says the same in all of them. Nothing here compares version numbers: each asks for the seam itself, so
-that a release between two supported ones, where ``SGLANG_TPLA_ALLOW_UNKNOWN_HOST`` lets it start, gets the one it has.
-The ledger (``patches/ledger.toml``) has the hooked targets of each release; ``docs/upgrading.md`` has the list of
-differences.
+No function compares version numbers. Each looks for the seam itself in the installed release, so that a release between
+two supported ones, if ``SGLANG_TPLA_ALLOW_UNKNOWN_HOST`` lets it start, gets its own. The ledger
+(``patches/ledger.toml``) has the hooked targets of each release; ``docs/upgrading.md`` lists the differences.
 """
 
 from __future__ import annotations
@@ -13,14 +12,14 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-# Names of the switch for DeepGEMM's batched products, older one first; a release reads one of them.
+# The switch for DeepGEMM's batched products has two names, the older one first; a release reads one of them.
 DEEPGEMM_BMM = ("SGL_USE_DEEPGEMM_BMM", "SGLANG_USE_DEEPGEMM_BMM")
 
 
 def resolved(args: Any) -> Any:
-    """Server arguments as SGLang resolved them.
+    """The server arguments as SGLang resolved them.
 
-    Up to 0.5.18 the record itself is rewritten; since then it stays raw, and a view shows what was decided.
+    SGLang up to 0.5.18 rewrites the record itself; later releases leave it raw and show their decisions in a view.
     """
     if hasattr(args, "get_model_config"):
         return args
@@ -30,7 +29,7 @@ def resolved(args: Any) -> Any:
 
 
 def is_resolved(args: Any) -> bool:
-    """Whether this record has been through SGLang's resolution already (0.5.19 on: in a process before this one)."""
+    """Whether SGLang has resolved this record already, which from 0.5.19 on an earlier process may have done."""
     return bool(getattr(args, "_resolution_finished", False))
 
 
@@ -53,14 +52,21 @@ def decode_backend_name(args: Any) -> str:
 
 
 def attention_groups(args: Any) -> int:
-    """Attention groups of a server's ranks (data-parallel attention), before or after resolution; 1 without it."""
-    if getattr(args, "enable_dp_attention", False):  # 0.5.23 turns the older pair of flags into attn_dp_size
+    """The number of attention groups (data-parallel attention), before or after resolution; 1 without them."""
+    if getattr(args, "enable_dp_attention", False):  # 0.5.23 turns this older pair of flags into attn_dp_size
         return int(args.dp_size)
     return int(getattr(args, "attn_dp_size", None) or 1)
 
 
+def cpu_has_attention_groups() -> bool:
+    """Whether data-parallel attention can run on a CPU: releases before 0.5.19 copy by a kernel and pin memory."""
+    from sglang.srt.layers import dp_attention
+
+    return hasattr(dp_attention, "memcpy_cpu")
+
+
 def data_parallel_ranks(args: Any) -> int:
-    """Ranks of a server among which its requests are dealt out, as replicas or as attention groups."""
+    """The number of replicas or attention groups among which a server's requests are dealt out."""
     replicas = max(1, int(args.dp_size))
     return replicas if getattr(args, "enable_dp_attention", False) else replicas * attention_groups(args)
 
@@ -72,11 +78,11 @@ def uses_deepgemm_bmm() -> bool:
 
 @contextlib.contextmanager
 def attention_rank(rank: int, size: int) -> Iterator[None]:
-    """While layers are built: their linear layers and head counts are those of rank ``rank`` of ``size``.
+    """Build layers with the linear layers and head counts of rank ``rank`` of ``size``.
 
-    The engine's groups stay as they are. Up to 0.5.20 linear layers take rank and size, later on a group; and later on
-    ``override`` checks that the numbers agree with the groups, which ours must not. Then the same values are put
-    where ``override`` puts them, without its check.
+    The engine's groups stay as they are. Linear layers take rank and size up to 0.5.20, and a group later. Later
+    releases also check in ``override`` that the numbers agree with the groups, which ours must not; for them this puts
+    the same values where ``override`` would, without the check.
     """
     from sglang.srt import runtime_context
     from sglang.srt.layers import linear
@@ -98,7 +104,7 @@ def attention_rank(rank: int, size: int) -> Iterator[None]:
 
 
 def attention_share() -> dict[str, Any]:
-    """Arguments of SGLang's linear layers for the share of this attention rank."""
+    """The arguments of SGLang's linear layers for the share of this attention rank."""
     from sglang.srt.layers import linear
     from sglang.srt.runtime_context import get_parallel
 
@@ -108,15 +114,33 @@ def attention_share() -> dict[str, Any]:
     return {"tp_rank": parallel.attn_tp_rank, "tp_size": parallel.attn_tp_size}
 
 
-def verifies_guesses() -> bool:
-    """Whether the hooks that speculative decoding needs are written for this release."""
-    from sglang_tpla.host import ledger
+def speculates(args: Any | None) -> bool:
+    """Whether a server guesses tokens; without arguments (from 0.5.19 on) the answer is about this process."""
+    if args is None:
+        from sglang.srt.runtime_context import get_spec
 
-    return ledger.nearest(ledger.host_version(), ledger.supported_releases()) == "0.5.17"
+        args = get_spec()
+    return args.speculative_algorithm is not None
+
+
+def factory_backends(factory: Any) -> dict[str, str]:
+    """The attention backends "prefill" and "decode" between which SGLang's ``DraftBackendFactory`` chooses.
+
+    The factory holds the server's arguments up to 0.5.17, and reads the process's settings later.
+    """
+    args = getattr(factory, "server_args", None)
+    if args is None:
+        from sglang.srt.runtime_context import attention_backends
+
+        prefill, decode = attention_backends()
+    else:
+        prefill, decode = args.prefill_attention_backend, args.decode_attention_backend
+        prefill, decode = prefill or args.attention_backend, decode or args.attention_backend
+    return {"prefill": str(prefill), "decode": str(decode)}
 
 
 def reads_until_replay_ends() -> Any:
-    """SGLang's word for a backend whose graph reads the page table to its end; None where it does not ask."""
+    """SGLang's constant for a backend whose graph reads the page table to its end; None where SGLang has none."""
     from sglang.srt.layers.attention import base_attn_backend
 
     ends = getattr(base_attn_backend, "SharedReadEnds", None)

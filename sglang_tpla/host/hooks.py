@@ -1,7 +1,7 @@
-"""Apply the ledger's hooks in this process, prove that they are in place, or stop it.
+"""Apply the ledger's hooks in this process, and prove that they are in place or stop the process.
 
-SGLang logs and swallows a hook that fails to apply and then serves unpatched. So the hooks are applied here, each
-target is looked up again, and anything missing ends the process: ``SystemExit`` is what SGLang's plug-in loader lets
+SGLang logs and swallows a hook that fails to apply and then serves unpatched. So this module applies the hooks, looks
+each target up again, and ends the process if one is missing, with the ``SystemExit`` that SGLang's plug-in loader lets
 through.
 """
 
@@ -30,7 +30,7 @@ def implementation(hook: ledger.Hook) -> Callable[..., Any]:
 
 
 def is_in_place(hook: ledger.Hook, function: Callable[..., Any]) -> bool:
-    """True where the target in SGLang now leads to ``function``."""
+    """Whether the target in SGLang now leads to ``function``."""
     current = pkgutil.resolve_name(hook.target_in(ledger.host_version()))
     if isinstance(function, type):
         return current is function
@@ -43,10 +43,10 @@ def is_in_place(hook: ledger.Hook, function: Callable[..., Any]) -> bool:
 
 
 def install(roles: Collection[str], environ: Mapping[str, str] = os.environ) -> tuple[str, ...]:
-    """Check, apply and verify every hook of the process's roles; returns the targets.
+    """Check, apply and verify every hook of the process's roles, and return the targets.
 
     Raises:
-        SystemExit: the host is unknown, or a hook is not in place.
+        SystemExit: an unknown host, or a hook that is not in place.
     """
     release, supported = ledger.host_version(), ledger.supported_releases()
     hooks = [
@@ -79,10 +79,10 @@ def install(roles: Collection[str], environ: Mapping[str, str] = os.environ) -> 
 
 
 def register() -> None:
-    """Body of the plug-in's entry point.
+    """Run the plug-in's entry point.
 
     Raises:
-        SystemExit: bad settings, or `install` refuses.
+        SystemExit: bad settings, or a refusal by `install`.
     """
     try:
         settings = Settings.from_environment(os.environ)
@@ -94,7 +94,7 @@ def register() -> None:
     install(roles)
     if settings is None:
         return
-    # Choice lists that SGLang lets a plug-in extend: without them the command line refuses the names.
+    # SGLang's command line refuses names that a plug-in has not added to its choices.
     from sglang.srt.server_args import add_attention_backend_choices, add_disagg_transfer_backend_choices
 
     add_disagg_transfer_backend_choices(["tpla"])
@@ -106,7 +106,7 @@ def register() -> None:
 
 
 def decode_backend(runner: Any) -> Any:
-    """Our attention backend for a model runner; its kernel is imported where it is wanted."""
+    """Make our attention backend for a model runner; only then are its kernels imported."""
     from sglang_tpla.host.attention.backend import TplaDecodeBackend
 
     return TplaDecodeBackend(runner)

@@ -1,10 +1,10 @@
-"""The ledger of hooks: what is changed in SGLang, why, on which releases, and when it can go.
+"""The ledger of hooks: every change to SGLang with its reason, its releases and the condition for its removal.
 
 ``patches/ledger.toml`` is the one list. It names the supported releases; each entry names a target in SGLang, the
 function here that hooks it, and the hash of the target's abstract syntax tree in every release in which it is hooked.
-The hash is taken from the source file without importing it, and counts every definition of the name (overloads and
-body alike). A target that changed, or a release that is not supported, stops the start. ``source_table.py`` makes the
-table of all targets in all releases from their wheels.
+The hash comes from the source file without an import, and covers every definition of the name (overloads and body). A
+changed target or an unsupported release stops the start. ``source_table.py`` makes the table of all targets in all
+releases from their wheels.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ import sglang_tpla
 from sglang_tpla.config import ROLES
 from sglang_tpla.errors import SglangTplaError
 
-CPU = "cpu"  # the CPU reference platform, in whatever role
+CPU = "cpu"  # the CPU reference platform, in any role
 UNCHECKED = "SGLANG_TPLA_ALLOW_UNKNOWN_HOST"
 
 
 class LedgerError(SglangTplaError, RuntimeError):
-    """The installed SGLang is not what the ledger was written for."""
+    """An installed SGLang for which the ledger was not written."""
 
 
 @dataclass(frozen=True)
@@ -42,12 +42,13 @@ class Hook:
         kind: ``before``, ``after``, ``around`` or ``replace``.
         implementation: ``module:name`` in this package.
         roles: server roles in which it is applied; ``cpu`` stands for the CPU reference platform.
-        reason: what needs it.
-        upstream: where the same seam is, or could be, in SGLang.
-        remove_when: what makes it unnecessary.
-        ast_sha256: release -> hash of the target's syntax tree, for every supported release up to ``until``.
+        reason: the need for the change.
+        upstream: the place of the same seam, present or possible, in SGLang.
+        remove_when: the event that makes the change unnecessary.
+        ast_sha256: release -> hash of the target's syntax tree, for each supported release from ``since`` to ``until``.
         targets: release -> the target's dotted path, from that release on, where it differs from ``target``.
-        until: the last supported release in which the hook is applied; None where it is in all.
+        since: the first supported release in which the hook is applied; None for the oldest.
+        until: the last supported release in which the hook is applied; None for the newest.
     """
 
     target: str
@@ -59,6 +60,7 @@ class Hook:
     remove_when: str
     ast_sha256: Mapping[str, str]
     targets: Mapping[str, str] = field(default_factory=dict)
+    since: str | None = None
     until: str | None = None
 
     def __post_init__(self) -> None:
@@ -72,28 +74,28 @@ class Hook:
             raise LedgerError(f"{self.target}: ast_sha256 must have the hash in every supported release")
 
     def target_in(self, release: str) -> str:
-        """The target's dotted path in a release: that of the newest listed one that is not newer."""
+        """The target's dotted path in a release: that of the newest listed release up to it."""
         earlier = [listed for listed in self.targets if version_key(listed) <= version_key(release)]
         return self.targets[max(earlier, key=version_key)] if earlier else self.target
 
     def applies_in(self, release: str, supported: Collection[str]) -> bool:
-        """Whether the hook is applied in a release; in one that is not supported, as in the nearest older one."""
+        """Whether the hook is applied in a release; an unsupported release follows the nearest older one."""
         return nearest(release, supported) in self.ast_sha256
 
 
 def version_key(release: str) -> tuple[int, ...]:
-    """A release as numbers that compare: ``0.5.17`` -> (0, 5, 17); a suffix such as ``rc1`` does not count."""
+    """Turn a release into numbers that compare: ``0.5.17`` -> (0, 5, 17), without a suffix such as ``rc1``."""
     return tuple(int(number) for number in re.findall(r"(?:^|\.)(\d+)", release))
 
 
 def nearest(release: str, supported: Collection[str]) -> str:
-    """The newest supported release that is not newer than ``release``, or else the oldest one."""
+    """The newest supported release up to ``release``, or else the oldest one."""
     older = [listed for listed in supported if version_key(listed) <= version_key(release)]
     return max(older, key=version_key) if older else min(supported, key=version_key)
 
 
 def refuse(message: str) -> SystemExit:
-    """The exception that ends a process with one clear message."""
+    """Make the exception that ends a process with one clear message."""
     return SystemExit(f"sglang_tpla refuses to start: {message}")
 
 
@@ -114,18 +116,21 @@ def _file() -> dict[str, Any]:
 
 @cache
 def load() -> tuple[Hook, ...]:
-    """All hooks, in the order of the file."""
+    """Load all hooks, in the order of the file."""
     hooks = tuple(Hook(**{**entry, "roles": tuple(entry["roles"])}) for entry in _file()["hook"])
-    for hook in hooks:  # a release that is left out would be a hook that is left out, without a word
+    for hook in hooks:  # a release without a hash would silently be a release without the hook
         expected = {
             release
             for release in supported_releases()
-            if hook.until is None or version_key(release) <= version_key(hook.until)
+            if version_key(hook.since or release)
+            <= version_key(release)
+            <= version_key(hook.until or release)
         }
         if set(hook.ast_sha256) != expected:
             raise LedgerError(
                 f"{hook.target}: ast_sha256 has {', '.join(sorted(hook.ast_sha256))}; expected "
-                f"{', '.join(sorted(expected))}: add the release, or until = the last one that needs the hook"
+                f"{', '.join(sorted(expected))}: add the release, or since and until, "
+                "the first and last that need the hook"
             )
     return hooks
 
@@ -142,12 +147,12 @@ def host_version() -> str:
 
 
 class Source(Protocol):
-    """Where SGLang's source files come from: the installation, or a wheel."""
+    """A source of SGLang's files: the installation, or a wheel."""
 
     release: str
 
     def read(self, module: str) -> str | None:
-        """The source of a module, or None where there is no such module."""
+        """The text of a module, or None where there is no such module."""
 
 
 class Installed:
@@ -159,7 +164,7 @@ class Installed:
     def read(self, module: str) -> str | None:
         try:
             spec = importlib.util.find_spec(module)
-        except ModuleNotFoundError:  # a parent is no package: then the name is a class or a function
+        except ModuleNotFoundError:  # a parent that is no package, so the name is a class or a function
             return None
         if spec is None or spec.origin is None:
             return None
@@ -167,9 +172,9 @@ class Installed:
 
 
 def canonical(node: Any) -> str:
-    """A syntax tree as text, the same under every Python: fields that are absent or empty are left out.
+    """Turn a syntax tree into text that is the same under every Python, without absent or empty fields.
 
-    ``ast.dump`` is not: 3.12 gave functions and classes a field ``type_params``, and 3.13 stopped printing empty lists.
+    ``ast.dump`` varies: 3.12 gave functions and classes a field ``type_params``, and 3.13 stopped printing empty lists.
     """
     if isinstance(node, ast.AST):
         fields = (
@@ -182,7 +187,7 @@ def canonical(node: Any) -> str:
 
 
 def _definitions(parent: ast.AST, name: str) -> list[ast.AST]:
-    """Every definition of a name directly below ``parent``: a function may have overloads beside its body."""
+    """Every definition of a name directly below ``parent``, since a function may have overloads beside its body."""
     kinds = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
     return [
         child for child in ast.iter_child_nodes(parent) if isinstance(child, kinds) and child.name == name
@@ -193,7 +198,7 @@ def target_hash(target: str, source: Source) -> str:
     """sha256 of the syntax trees of all definitions of ``target`` (comments, layout and Python do not count).
 
     Raises:
-        LedgerError: there is no such name.
+        LedgerError: a name that does not exist.
     """
     parts = target.split(".")
     for split in range(len(parts) - 1, 0, -1):
@@ -203,7 +208,7 @@ def target_hash(target: str, source: Source) -> str:
         raise LedgerError(f"SGLang {source.release} has no module {parts[0]}")
     found: list[ast.AST] = [_parsed(text)]
     for name in parts[split:]:
-        found = _definitions(found[-1], name)  # a name means its last definition; its hash covers them all
+        found = _definitions(found[-1], name)  # a name means its last definition; the hash covers them all
         if not found:
             raise LedgerError(f"SGLang {source.release} has no {target} ({name} is missing)")
     return hashlib.sha256("\n".join(map(canonical, found)).encode()).hexdigest()
@@ -220,9 +225,9 @@ def host_hash(target: str) -> str:
 
 
 def check(hook: Hook, source: Source | None = None) -> str | None:
-    """What is wrong with the target of one hook in the installed SGLang (or another source), or None.
+    """Say what is wrong with the target of one hook in the installed SGLang (or another source), or return None.
 
-    In a release that is not supported, a target that is the same as in the nearest older supported one is not wrong.
+    In an unsupported release, a target is right if it is the same as in the nearest older supported release.
     """
     source = source or Installed()
     target = hook.target_in(source.release)
@@ -240,7 +245,7 @@ def check(hook: Hook, source: Source | None = None) -> str | None:
 
 
 def missing(hook: Hook, source: Source | None = None) -> str | None:
-    """The words for a target that is not there at all, which no override can hook; None where it is there."""
+    """Say that a target does not exist at all, so that no override can hook it; return None where it exists."""
     source = source or Installed()
     try:
         target_hash(hook.target_in(source.release), source)
@@ -250,7 +255,7 @@ def missing(hook: Hook, source: Source | None = None) -> str | None:
 
 
 def main() -> None:
-    """Print, for the installed SGLang, every target with its hash: what a new release needs in the ledger."""
+    """Print every target of the installed SGLang with its hash, as the ledger needs them for a new release."""
     release = host_version()
     print(f"# SGLang {release}; supported: {', '.join(supported_releases())}")
     for hook in load():

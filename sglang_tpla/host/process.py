@@ -1,4 +1,4 @@
-"""What this process serves: settings, artifact and layout, worked out once from the environment."""
+"""The settings, the artifact and the layout of this process, read once from its environment."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _hooked: list[str] = []
 
 
 def record_hooks(targets: Iterable[str]) -> tuple[str, ...]:
-    """Keep which targets in SGLang are hooked in this process, and return them."""
+    """Record the targets in SGLang that are hooked in this process, and return them."""
     _hooked[:] = targets
     return hooked()
 
@@ -29,10 +29,10 @@ def hooked() -> tuple[str, ...]:
 
 @cache
 def settings() -> Settings:
-    """Settings of this server process.
+    """The settings of this server process.
 
     Raises:
-        ConfigError: the process was not started by the launcher.
+        ConfigError: a process that the launcher did not start.
     """
     found = Settings.from_environment(os.environ)
     if found is None:
@@ -49,16 +49,16 @@ def serves_decode() -> bool:
 
 
 def name_server(dist_init_addr: str | None, nodes: int) -> None:
-    """Give this server a name that no other one has, before its first process is started.
+    """Give this server a unique name before its first process starts.
 
-    The servers of several machines that are one server agree on ``--dist-init-addr``.
+    The machines of one server agree on ``--dist-init-addr``.
     """
     name = f"nodes of {dist_init_addr}" if nodes > 1 else secrets.token_hex(16)
     os.environ.setdefault(SERVER_VARIABLE, name)
 
 
 def server_identity() -> str:
-    """The name that `name_server` gave; its ranks register with it."""
+    """The name that `name_server` gave; the server's ranks register with it."""
     return os.environ.get(SERVER_VARIABLE, "")
 
 
@@ -71,11 +71,11 @@ def artifact() -> Artifact | None:
 
 @dataclass(frozen=True)
 class Slice:
-    """Which share of the latent and of the heads a decode rank has.
+    """A decode rank's share of the latent and of the heads.
 
     Args:
-        layout: of all ranks. rank: which one.
-        artifact: the maps; None where rows are made of the whole latent without one (`model.rows`).
+        layout: of all ranks. rank: this rank.
+        artifact: the maps; None where rows hold the whole latent without one (`model.rows`).
     """
 
     layout: Layout
@@ -89,7 +89,7 @@ class Slice:
 
 
 def make_slice(heads: int, rank: int, tp_size: int) -> Slice | None:
-    """The slice of attention rank ``rank`` of ``tp_size``, or None where the server caches what stock SGLang does."""
+    """The slice of attention rank ``rank`` of ``tp_size``, or None where the server caches stock SGLang's rows."""
     loaded = artifact()
     if loaded is None and settings().rows != "sketched":
         return None
@@ -103,7 +103,7 @@ def current_slice(server_args: Any, rank: int, tp_size: int) -> Slice | None:
 
 
 def model_identity(server_args: Any) -> str:
-    """What a prefill and a decode server must share: hashes of the config and of the weights."""
+    """The hashes of config and weights, on which a prefill and a decode server must agree."""
     from sglang_tpla.artifact.model_identity import config_hash, weights_hash
     from sglang_tpla.reference_model.checkpoint import Checkpoint, local_checkpoint
 

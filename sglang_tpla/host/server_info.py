@@ -1,6 +1,7 @@
-"""What ``/server_info`` says of TPLA: layout and cache at the top, the agent's counters in the internal state.
+"""TPLA's part of ``/server_info``: layout and cache at the top, the agent's counters in the internal state.
 
-Answers to ``Scheduler.get_init_info`` and ``Scheduler.get_internal_state`` in ``sglang/srt/managers/scheduler.py``.
+The hooks follow ``Scheduler.get_init_info`` and ``Scheduler.get_internal_state`` of
+``sglang/srt/managers/scheduler.py``.
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ def describe(
     """The ``tpla`` section of ``/server_info``: layout, widths, and cache bytes per token and rank.
 
     Args:
-        rows: of every layer.
-        row_bytes: of a token's row in every layer's cache.
-        value_bytes: of a value in the cache of plain MLA, in the model's own precision.
+        rows: format of every layer's rows.
+        row_bytes: bytes of a token's row in each layer's cache.
+        value_bytes: bytes of a value in the cache of plain MLA, in the model's own precision.
     """
     loaded = artifact()
     return {
@@ -53,7 +54,7 @@ def describe(
 
 
 def startup_info(result: dict[str, Any], self: Any) -> dict[str, Any]:
-    """After ``get_init_info``: SGLang merges this dictionary into ``/server_info``."""
+    """Hook after ``get_init_info``, whose dictionary SGLang merges into ``/server_info``."""
     pool = self.token_to_kv_pool_allocator.get_kvcache()
     text = self.model_config.hf_text_config
     layout = Layout(get_parallel().attn_tp_size, settings().groups, text.num_attention_heads)
@@ -65,18 +66,22 @@ def startup_info(result: dict[str, Any], self: Any) -> dict[str, Any]:
 
 
 def live_info(result: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
-    """After ``get_internal_state``: counters of this rank's transfer agent, and what its scheduler still holds."""
+    """Hook after ``get_internal_state``: add counters of this rank's transfer agent and its scheduler's load.
+
+    It adds the layout too, because for a server with attention groups SGLang drops what `startup_info` adds.
+    """
     from sglang_tpla.host.disaggregation.kv_manager import agents
 
+    startup_info(result.internal_state, self)
     result.internal_state["tpla_transfer"] = [asdict(agent.stats()) for agent in agents()]
     result.internal_state["tpla_scheduler"] = scheduler_load(self)
     return result
 
 
 def scheduler_load(scheduler: Any) -> dict[str, int]:
-    """Requests in each of the disaggregation's queues, and cache slots and metadata rows in use.
+    """Count requests in each of the disaggregation's queues, and cache slots and metadata rows in use.
 
-    All zero on an idle server, but for ``cached_tokens``: what the prefix cache keeps and would evict.
+    All counts but ``cached_tokens``, which the prefix cache keeps and would evict, are zero on an idle server.
     """
     bootstrap = scheduler.disagg_prefill_bootstrap_queue
     preallocation = scheduler.disagg_decode_prealloc_queue

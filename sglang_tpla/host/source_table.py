@@ -3,8 +3,8 @@
     pip download --no-deps --dest wheels sglang==0.5.17    # and so on for each release
     python -m sglang_tpla.host.source_table wheels/*.whl > patches/targets.json
 
-For every release it holds the wheel's hash and, for every path that the ledger names for any release, the hash of the
-syntax tree, or null where that release has no such name. Tests hold the ledger against it without a download.
+For every release the table holds the wheel's hash and, for every path that the ledger names for any release, the hash
+of the syntax tree, or null where that release has no such name. Tests compare the ledger with it without a download.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def all_targets() -> list[str]:
 
 
 def release_row(path: Path) -> dict[str, Any]:
-    """One release of the table, from its wheel."""
+    """Make one release's entry of the table from its wheel."""
     source = Wheel(path)
     hashes: dict[str, str | None] = {}
     for target in all_targets():
@@ -55,13 +55,13 @@ def release_row(path: Path) -> dict[str, Any]:
 
 
 def recorded() -> dict[str, Any]:
-    """The table as it is kept beside the ledger: release -> ``wheel_sha256`` and ``targets``."""
+    """The table beside the ledger: release -> ``wheel_sha256`` and ``targets``."""
     table: dict[str, Any] = json.loads((ledger.ledger_path().parent / NAME).read_text(encoding="utf-8"))
     return table
 
 
 def differences(release: str) -> list[str]:
-    """The hooked targets that are not, in this release, what they are in the nearest older supported one."""
+    """The hooked targets that differ in this release from the nearest older supported one."""
     table, supported = recorded(), ledger.supported_releases()
     before = ledger.nearest(release, supported)
     return [

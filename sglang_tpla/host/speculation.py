@@ -1,6 +1,6 @@
-"""Speculative decoding on the two kinds of server: which of SGLang's settings work, and what they default to.
+"""Speculative decoding on both kinds of server: SGLang's settings that work.
 
-Supported is the draft that DeepSeek V3, R1 and Kimi K2 come with: one NextN layer in the target's own checkpoint, which
+The supported draft is that of DeepSeek V3, R1 and Kimi K2: one NextN layer in the target's own checkpoint, which
 guesses a chain of up to three tokens. Both servers run it, since the draft layer's cache and first guess are made with
 the prompt.
 """
@@ -13,18 +13,17 @@ from typing import Any
 from sglang_tpla.attention.backends import Capability
 from sglang_tpla.attention.interface import MAX_QUERY_LEN, DecodeShape
 from sglang_tpla.config import ConfigError
-from sglang_tpla.host.attention.supported import OURS, engine_objection
+from sglang_tpla.host import compat
+from sglang_tpla.host.attention.supported import OURS, engine_unsupported_reason
 from sglang_tpla.host.disaggregation.engine_memory import FP8_CACHE
-from sglang_tpla.host.ledger import host_version
 from sglang_tpla.host.model.rows import sketched
 
 ALGORITHMS = ("EAGLE", "NEXTN")
-RELEASES = ("0.5.17",)  # whose speculation the hooks were written for
 NEXTN_LAYERS = "num_nextn_predict_layers"
 
 
-def objections(args: Any, role: str) -> list[str]:
-    """What stands against the flags of a server that speculates; empty for one that does not."""
+def unsupported_reasons(args: Any, role: str) -> list[str]:
+    """The reasons against the flags of a server that speculates; empty for one that does not."""
     if args.speculative_algorithm is None:
         return []
     guesses = f"with {args.speculative_algorithm}"
@@ -32,10 +31,7 @@ def objections(args: Any, role: str) -> list[str]:
         args.speculative_num_draft_tokens, args.speculative_eagle_topk, args.speculative_num_steps,
     )  # fmt: skip
     draft_path = args.speculative_draft_model_path
-    release = host_version()
     cases = [
-        (release not in RELEASES, "--speculative-algorithm", args.speculative_algorithm,
-         f"it was built for SGLang {', '.join(RELEASES)}, this is {release}; drop the flag or install that release"),
         (args.speculative_algorithm.upper() not in ALGORITHMS, "--speculative-algorithm", args.speculative_algorithm,
          f"the draft must be the checkpoint's own NextN layer; use {' or '.join(ALGORITHMS)}"),
         (draft_path not in (None, args.model_path), "--speculative-draft-model-path", draft_path,
@@ -52,13 +48,12 @@ def objections(args: Any, role: str) -> list[str]:
          "the draft is one layer; drop the flag"),
         (args.speculative_use_rejection_sampling, "--speculative-use-rejection-sampling", "on",
          "the first guess's probabilities do not travel from prefill to decode; drop the flag"),
-        (args.enable_dp_attention, "--enable-dp-attention", guesses,
+        (compat.attention_groups(args) > 1, "--enable-dp-attention", guesses,
          "the two were never tested together; drop one of them"),
-        # Transfers and pools keep a draft's layer apart from such rows; no server has run the two together.
-        (role == "decode" and (args.kv_cache_dtype == FP8_CACHE or sketched()), "FP8 or sketched rows", guesses,
-         "the two were never tested together; use --kv-cache-dtype auto and an artifact for plain rows"),
+        (role == "decode" and args.kv_cache_dtype == FP8_CACHE and not sketched(), f"--kv-cache-dtype {FP8_CACHE}",
+         guesses, "the two were never tested together; use --kv-cache-dtype auto, or an artifact for sketched rows"),
         (role == "decode" and args.disaggregation_decode_enable_radix_cache,
-         "--disaggregation-decode-enable-radix-cache", guesses, "SGLang does not run the two together; drop one"),
+         "--disaggregation-decode-enable-radix-cache", guesses, "the two were never tested together; drop one"),
         (role == "decode" and args.speculative_attention_mode != "decode", "--speculative-attention-mode",
          args.speculative_attention_mode, "a decode server verifies with its decode kernels; use "
          "--speculative-attention-mode decode, as the launcher does by itself"),
@@ -70,10 +65,10 @@ def check_draft(args: Any, text: Any) -> None:
     """Refuse a checkpoint without the layer that guesses.
 
     Args:
-        text: the model's config (of its text part).
+        text: the config of the model's text part.
 
     Raises:
-        ConfigError: naming what the config says.
+        ConfigError: quoting the config.
     """
     if args.speculative_algorithm is None:
         return
@@ -90,14 +85,14 @@ def check_backends(
 ) -> None:
     """Refuse attention backends that cannot verify, and one that cannot serve the draft's layer.
 
-    Where the draft was given none, SGLang takes the decode server's.
+    SGLang gives a draft without a backend of its own the decode server's.
 
     Args:
         backend: the decode server's. shapes: of its sliced layers, none where it has no slices.
         draft: one rank's layer of the draft.
 
     Raises:
-        ConfigError: what to use instead.
+        ConfigError: naming the backends to use instead.
     """
     if args.speculative_algorithm is None:
         return
@@ -107,9 +102,9 @@ def check_backends(
             f"{OURS} with --speculative-algorithm {args.speculative_algorithm}"
         )
     chosen = args.speculative_draft_attention_backend or backend
-    if chosen == OURS and (why := engine_objection(OURS, draft, capability)) is not None:
+    if chosen == OURS and (why := engine_unsupported_reason(OURS, draft, capability)) is not None:
         others = ("fa3", "flashinfer", "triton")
-        able = [name for name in others if engine_objection(name, draft, capability) is None]
+        able = [name for name in others if engine_unsupported_reason(name, draft, capability) is None]
         advice = f"use {' or '.join(able)}" if able else "drop --speculative-algorithm"
         raise ConfigError(
             f"--speculative-draft-attention-backend {OURS} cannot serve the draft's layer of {draft.latent_dim} + "

@@ -1,9 +1,8 @@
-"""Calibration statistics from a running prefill server: second moments of latents and queries, while it serves.
+"""Collect calibration statistics, second moments of latents and queries, on a prefill server while it serves.
 
-For models that fit on no other machine. Each tensor-parallel rank sums over its own heads and writes one file, a few
-megabytes a layer; ``calibrate --from-stats FILE...`` puts ranks and servers together. Watches the modules of
-``DeepseekV2AttentionMLA`` (``sglang/srt/models/deepseek_v2.py``): its latent norm, and the projection that makes
-queries.
+This serves models that fit on no other machine. Each tensor-parallel rank sums over its own heads and writes one file,
+a few megabytes a layer; ``calibrate --from-stats FILE...`` joins ranks and servers. The collector watches the latent
+norm and the query projection of ``DeepseekV2AttentionMLA`` (``sglang/srt/models/deepseek_v2.py``).
 """
 
 from __future__ import annotations
@@ -26,12 +25,12 @@ logger = logging.getLogger(__name__)
 
 
 class Collector:
-    """Moments of every layer on one rank.
+    """Collects the moments of every layer on one rank.
 
     Args:
-        meta: model, and the first of this rank's heads.
-        moments: one a layer, on the model's device.
-        path: file that is replaced whole at every write.
+        meta: the model, and the first of this rank's heads.
+        moments: one for each layer, on the model's device.
+        path: file that every write replaces as a whole.
         every_tokens: tokens between two writes.
     """
 
@@ -81,7 +80,7 @@ class Collector:
 
 
 def observe_model(result: Any, self: Any, *args: Any, **kwargs: Any) -> None:
-    """After ``ModelRunner.load_model``: watch every attention layer, where a folder is set."""
+    """Hook after ``ModelRunner.load_model``: watch every attention layer if a folder is set."""
     folder = settings().statistics_folder
     if folder is None or getattr(self, "is_draft_worker", False):
         return
@@ -106,7 +105,7 @@ def observe_model(result: Any, self: Any, *args: Any, **kwargs: Any) -> None:
         LayerMoments.zeros(first.kv_lora_rank, heads, first.qk_nope_head_dim, str(self.device))
         for _ in attentions
     ]
-    # The process number keeps what a server summed up before a restart.
+    # The process number in the name keeps the sums from before a restart.
     rank = f"rank{parallel.attn_tp_rank}of{parallel.attn_tp_size}"
     name = f"{meta.model_name}-{server.port}-{rank}-{os.getpid()}.safetensors"
     collector = Collector(meta, moments, Path(folder) / name, settings().statistics_every_tokens)

@@ -1,7 +1,7 @@
-"""Combinations that cannot work are refused at start, in the first process, with one message each.
+"""Refuse combinations that cannot work at start, in the first process, with one message each.
 
-Around ``ServerArgs.__post_init__`` in ``sglang/srt/server_args.py``: flags are looked at before SGLang rewrites them,
-the model and the attention backend after it has resolved them.
+The hook is around ``ServerArgs.__post_init__`` in ``sglang/srt/server_args.py``: it checks flags before SGLang rewrites
+them, and the model and the attention backend after SGLang has resolved them.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ SPARSE = "index_topk"  # DSA models (DeepSeek V3.2, GLM-5) carry an indexer over
 
 
 def check_server_args(original: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -> None:
-    """Refuse before and after SGLang resolves its arguments; a record that came resolved was looked at already.
+    """Refuse before and after SGLang resolves its arguments; a record that comes resolved has been checked.
 
     Raises:
         SystemExit: with the reason.
@@ -49,7 +49,7 @@ def check_server_args(original: Callable[..., None], self: Any, *args: Any, **kw
     try:
         check_flags(self)
         if settings().role == "decode" and sketched():
-            self.kv_cache_dtype = FP8_CACHE  # SGLang's name for a pool of bytes, which is what rows are
+            self.kv_cache_dtype = FP8_CACHE  # SGLang's name for a pool of bytes, as these rows need
         check_address(self)
         name_server(self.dist_init_addr, self.nnodes)
         check_config(self.model_path, local_config(self.model_path))
@@ -60,10 +60,10 @@ def check_server_args(original: Callable[..., None], self: Any, *args: Any, **kw
 
 
 def check_flags(args: Any) -> None:
-    """What can be said from the flags alone.
+    """Check the flags alone.
 
     Raises:
-        ConfigError: naming each flag that has to go, and why.
+        ConfigError: naming each flag that has to go, with the reason.
     """
     role = settings().role
     if args.disaggregation_mode != role or args.disaggregation_transfer_backend != "tpla":
@@ -82,7 +82,8 @@ def check_flags(args: Any) -> None:
          "the offload manager assumes that all ranks hold the same latent cache"),
         (args.enable_hisparse, "--enable-hisparse", "it indexes the whole latent"),
         *newer_refusals(args),
-        attention_groups_refusal(args, sliced),
+        *unchecked_ways_in(args),
+        attention_groups_refusal(args),
         (args.allow_auto_truncate, "--allow-auto-truncate", "prefill and decode would each cut a prompt to a length "
          "of its own"),
         (args.pp_size > 1, "--pp-size", "pipeline stages are not transferred yet"),
@@ -102,22 +103,41 @@ def check_flags(args: Any) -> None:
             f"the CPU reference platform pages its cache by single tokens; got --page-size {args.page_size}, use "
             "--page-size 1"
         )
-    found += speculation.objections(args, role) if compat.verifies_guesses() else []
+    found += speculation.unsupported_reasons(args, role)
     if found:  # all at once: each further start would cost the time to load SGLang
         raise ConfigError("; also, ".join(found))
 
 
-def attention_groups_refusal(args: Any, sliced: bool) -> tuple[bool, str, str]:
-    """Data-parallel attention, as ``check_flags`` lists it: where it cannot run, and where it was never tried."""
-    why = "TPLA within the attention groups of a server was never tried on GPUs, and a CPU cannot run it"
-    if args.device == "cpu":
-        why = "SGLang pins memory for its attention groups, which takes a GPU"
+def attention_groups_refusal(args: Any) -> tuple[bool, str, str]:
+    """The entry of ``check_flags`` for data-parallel attention that a CPU cannot run."""
     flag = "--enable-dp-attention" if args.enable_dp_attention else "--attn-dp-size"
-    return compat.attention_groups(args) > 1 and (sliced or args.device == "cpu"), flag, why
+    refused = (
+        compat.attention_groups(args) > 1 and args.device == "cpu" and not compat.cpu_has_attention_groups()
+    )
+    return (
+        refused,
+        flag,
+        "this SGLang release pins memory for its attention groups, which takes a GPU; 0.5.19 and later do not",
+    )
+
+
+def unchecked_ways_in(args: Any) -> list[tuple[bool, str, str]]:
+    """The entries of ``check_flags`` for ways by which requests reach a scheduler past `requests/edge.py`.
+
+    One request with a token outside the vocabulary would end the server.
+    """
+    return [
+        (args.tokenizer_worker_num > 1, f"--tokenizer-worker-num {args.tokenizer_worker_num}", "SGLang loads no "
+         "plug-in in the processes of its tokenizer workers, so that nobody would check what requests ask for"),
+        (bool(args.grpc_mode or args.smg_grpc_mode), "--grpc-mode" if args.grpc_mode else "--smg-grpc-mode",
+         "requests are checked where the HTTP server takes them, which this flag leaves out"),
+        (bool(envs.SGLANG_RUST_SERVER.get()), "SGLANG_RUST_SERVER=1", "the Rust server hands requests to the scheduler "
+         "unchecked, and its bootstrap server takes registrations from anyone"),
+    ]  # fmt: skip
 
 
 def newer_refusals(args: Any) -> list[tuple[bool, str, str]]:
-    """What is refused beside later releases of SGLang, as ``check_flags`` lists it; nothing of it beside 0.5.17."""
+    """The entries of ``check_flags`` for flags of later releases of SGLang; 0.5.17 has none of them."""
 
     def given(name: str) -> Any:
         return getattr(args, name, None)
@@ -127,8 +147,6 @@ def newer_refusals(args: Any) -> list[tuple[bool, str, str]]:
         given("disaggregation_decode_host_receive_threshold"),
     )
     return [
-        (args.speculative_algorithm is not None and not compat.verifies_guesses(), "--speculative-algorithm",
-         "guesses are verified beside SGLang 0.5.17 alone"),
         (bool(given("enable_kv_cache_sharding")), "--enable-kv-cache-sharding", "every prefill rank sends whole rows"),
         (policy not in (None, "early"), f"--disaggregation-decode-allocation-policy {policy}", "rows are sent while "
          "the prompt is computed, into slots that the decode server has allocated"),
@@ -143,7 +161,7 @@ def newer_refusals(args: Any) -> list[tuple[bool, str, str]]:
 
 
 def check_address(args: Any) -> None:
-    """Keys that can be read, and no plain TCP beyond loopback.
+    """Check that keys can be read, that no plain TCP leaves loopback and that the bootstrap port is free.
 
     Raises:
         ConfigError, TransferError: naming the flag that helps.
@@ -151,19 +169,15 @@ def check_address(args: Any) -> None:
     security = Security.from_environment(settings().role)
     if settings().role == "prefill":
         security.check(args.host, "a prefill server on")
-        if envs.SGLANG_RUST_SERVER.get():
-            raise ConfigError(
-                "SGLANG_RUST_SERVER=1 brings a bootstrap server of its own, which checks nobody; unset it"
-            )
         if args.node_rank == 0:
             check_bootstrap_port(args.host, args.disaggregation_bootstrap_port)
 
 
 def check_bootstrap_port(host: str, port: int) -> None:
-    """A port that nobody has: the server would be healthy, and its requests would go to another one.
+    """Refuse a taken port, with which the server would be healthy while its requests go to another server.
 
     Raises:
-        ConfigError: the port is taken.
+        ConfigError: a port that is taken.
     """
     from sglang_tpla.host.disaggregation.bootstrap_server import listening, port_taken
 
@@ -174,7 +188,7 @@ def check_bootstrap_port(host: str, port: int) -> None:
 
 
 def local_config(model_path: str) -> dict[str, Any]:
-    """A checkpoint folder's whole config, read before SGLang acts on it; empty for a model of the hub."""
+    """The whole config of a checkpoint folder, read before SGLang acts on it; empty for a model of the hub."""
     path = Path(model_path) / "config.json"
     if not path.is_file():
         return {}
@@ -182,13 +196,13 @@ def local_config(model_path: str) -> dict[str, Any]:
 
 
 def check_config(model_path: str, config: dict[str, Any]) -> None:
-    """Refuse models that are not served: by their architecture, and by what their config says of the cache.
+    """Refuse models that are not served, by their architecture and by their config's words about the cache.
 
     Args:
-        config: the model's whole config; the language model's may be nested in it.
+        config: the model's whole config, in which the language model's may be nested.
 
     Raises:
-        ConfigError: naming what the config says.
+        ConfigError: quoting the config.
     """
     check_architectures(model_path, config.get("architectures") or ())
     config = language_config(config)
@@ -205,10 +219,10 @@ def check_config(model_path: str, config: dict[str, Any]) -> None:
 
 
 def check_model(args: Any) -> None:
-    """What needs the model's config, the artifact and the resolved backend.
+    """Check the model's config, the artifact and the resolved backend.
 
     Raises:
-        ConfigError, ArtifactError, CheckpointError, BackendRefusal: one message.
+        ConfigError, ArtifactError, CheckpointError, BackendRefusal: with one message.
     """
     config = compat.model_config(args)
     text = config.hf_text_config
@@ -237,7 +251,8 @@ def check_model(args: Any) -> None:
     )
     shapes = slice_shapes(args, config)
     capability = device_capability(torch.device(args.device))
-    speculation.check_backends(args, backend, shapes if loaded else [], draft, capability)
+    own = loaded is not None or sketched()
+    speculation.check_backends(args, backend, shapes if own else [], draft, capability)
     if loaded is None and backend != OURS and args.kv_cache_dtype != FP8_CACHE:
         return  # plain MLA on a stock backend
     if len(shapes) > 1 and backend == "flashinfer":
@@ -251,8 +266,10 @@ def check_model(args: Any) -> None:
 
 
 def check_blocks(text: Any, quantization: dict[str, Any] | None, layout: Layout) -> None:
-    """Block-quantised weights are cut between blocks. SGLang checks that only where it cuts into T parts, and head
-    shards are T/g: beyond that it would take scales of other blocks without a word.
+    """Check that block-quantised weights are cut between blocks.
+
+    SGLang checks that only where it cuts into T parts. There are T/g head shards, for which it would silently take
+    scales of other blocks.
 
     Raises:
         ConfigError: a head shard that ends inside a block.
@@ -275,10 +292,10 @@ def check_blocks(text: Any, quantization: dict[str, Any] | None, layout: Layout)
 
 
 def slice_shapes(args: Any, config: Any) -> list[DecodeShape]:
-    """One rank's attention layers, one shape for each kind among them.
+    """The shapes of one rank's attention layers, one for each kind among them.
 
     Args:
-        config: the engine's ModelConfig, whose heads are H*g already (``model_shape.py``).
+        config: the engine's ModelConfig, whose heads are H*g already (``host/model/model_config.py``).
     """
     attention_ranks = args.tp_size // compat.attention_groups(args)
     text = config.hf_text_config
@@ -299,13 +316,13 @@ def slice_shapes(args: Any, config: Any) -> list[DecodeShape]:
 
 
 def default_backend(original: Callable[..., str], self: Any, use_mla_backend: bool, model_config: Any) -> str:
-    """Around ``ServerArgs._get_default_attn_backend``: stock's choice was made for the whole latent."""
+    """Hook around ``ServerArgs._get_default_attn_backend``, which chooses for the whole latent."""
     stock = original(self, use_mla_backend, model_config)
     args = compat.resolved(self)
     if artifact() is None and args.kv_cache_dtype != FP8_CACHE:
         return stock
     if args.speculative_algorithm is not None:
-        return OURS  # the one that verifies guesses on a slice; what it does not serve is said at start
+        return OURS  # only it verifies guesses on a slice; it refuses at start what it does not serve
     return preferred_backend(
         slice_shapes(args, model_config), device_capability(torch.device(args.device)), stock
     )

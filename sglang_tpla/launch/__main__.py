@@ -3,9 +3,9 @@
     python -m sglang_tpla.launch --role prefill|decode|router|all [--config FILE.yaml] [--dry-run]
         [--tpla-groups G --tpla-artifact FILE] [any flag of SGLang or its router]
 
-One role is executed in place of this process, so that signals and exit codes are the server's own; ``all`` is
-supervised. A mistake in the settings is one line on stderr and exit code 2; a server that dies under ``all``
-is exit code 1; a signal is 128 + its number.
+One role replaces this process, so that signals and exit codes are the server's own; ``all`` is supervised. A mistake in
+the settings gives one line on stderr and exit code 2; a server that dies under ``all`` gives exit code 1, and a signal
+128 + its number.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from sglang_tpla.launch.roles import check_installation, plan
 
 
 def main(tokens: Sequence[str] | None = None) -> int:  # noqa: RET503 (execve does not return)
-    """The command line; returns the exit code unless it executes a server."""
+    """Run the command line, and return the exit code unless a server replaces this process."""
     try:
         options = launch_options.read(sys.argv[1:] if tokens is None else tokens, os.environ)
         processes = plan(options)

@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 from sglang_tpla.config import ConfigError, Settings
 from sglang_tpla.launch.flags import Argument, has, integer, value_of
 
-# Both servers read the prompt, and both sample: what decides either must be the same.
+# Both servers read the prompt and both sample, so these flags must have one value.
 ALIKE = (
     "revision", "tokenizer-path", "tokenizer-mode", "skip-tokenizer-init", "chat-template", "page-size",
     "api-key", "json-model-override-args", "preferred-sampling-params",
@@ -24,10 +24,10 @@ PORTS = ("port", "disaggregation-bootstrap-port", "prometheus-port")
 
 
 def check_ports(role: str, arguments: Sequence[Argument]) -> None:
-    """Ports that a process can listen on: 0 would be another one than its peers are told.
+    """Refuse ports on which no peer could find the process; 0 would become a port that nobody was told.
 
     Raises:
-        ConfigError: no number from 1 to 65535.
+        ConfigError: a port that is no number from 1 to 65535.
     """
     for name in PORTS:
         if has(arguments, name) and not 1 <= (port := integer(arguments, name, 0)) <= LAST_PORT:
@@ -35,10 +35,10 @@ def check_ports(role: str, arguments: Sequence[Argument]) -> None:
 
 
 def check_first_port(port: int) -> None:
-    """A port for the router from which those of the servers are counted.
+    """Check the router's port, after which the servers' ports are counted.
 
     Raises:
-        ConfigError: 0, or so high that the others do not follow.
+        ConfigError: 0, or a port that leaves no room for the others.
     """
     if not 1 <= port <= LAST_PORT - 4:
         raise ConfigError(
@@ -48,7 +48,7 @@ def check_first_port(port: int) -> None:
 
 
 def check_alike(prefill: Sequence[Argument], decode: Sequence[Argument]) -> None:
-    """Flags with one value on both servers.
+    """Check the flags that must have one value on both servers.
 
     Raises:
         ConfigError: naming the flag and both values.
@@ -74,7 +74,7 @@ def given(arguments: Sequence[Argument], name: str) -> str | None:
 
 
 def check_settings_alike(prefill: Settings, decode: Settings) -> None:
-    """Settings with one value on both servers.
+    """Check the settings that must have one value on both servers.
 
     Raises:
         ConfigError: naming the setting and both values.
@@ -89,10 +89,10 @@ def check_settings_alike(prefill: Settings, decode: Settings) -> None:
 
 
 def check_distinct(ports: Mapping[str, int]) -> None:
-    """A port of its own for everything that listens on this machine.
+    """Check that no two listeners of this machine share a port.
 
     Raises:
-        ConfigError: naming two that share one.
+        ConfigError: naming two listeners that share one.
     """
     seen: dict[int, str] = {}
     for name, port in ports.items():
@@ -102,10 +102,10 @@ def check_distinct(ports: Mapping[str, int]) -> None:
 
 
 def router_key(router: Sequence[Argument], key: str | None) -> list[str]:
-    """What the router must be told so that the servers let it in.
+    """The flags with which the router passes the servers' check of the API key.
 
     Raises:
-        ConfigError: it is given another key than theirs.
+        ConfigError: a key of the router's own that differs from theirs.
     """
     own = value_of(router, "api-key")
     if own is not None and own != key:
@@ -114,10 +114,10 @@ def router_key(router: Sequence[Argument], key: str | None) -> list[str]:
 
 
 def for_router(arguments: Sequence[Argument]) -> list[Argument]:
-    """The router's arguments with IPv6 addresses in brackets, as it wants them.
+    """The router's arguments, with IPv6 addresses in the brackets that it needs.
 
     Raises:
-        ConfigError: an address of a server that is no URL.
+        ConfigError: a server's address that is no URL.
     """
     result = []
     for argument in arguments:
@@ -126,15 +126,16 @@ def for_router(arguments: Sequence[Argument]) -> list[Argument]:
             argument = Argument(argument.name, (f"--{argument.name}", f"[{value}]"))
         if argument.name in ("prefill", "decode"):
             check_server_url(argument.name, value)
+            check_bootstrap_ports(argument)
         result.append(argument)
     return result
 
 
 def check_server_url(name: str, url: str) -> None:
-    """An address that the router can be given.
+    """Check a server's address before the router gets it.
 
     Raises:
-        ConfigError: no URL with a host; an IPv6 address stands in brackets.
+        ConfigError: no URL with a host, or an IPv6 address without brackets.
     """
     try:
         parts = urlsplit(url)
@@ -149,8 +150,22 @@ def check_server_url(name: str, url: str) -> None:
         )
 
 
+def check_bootstrap_ports(argument: Argument) -> None:
+    """The port after a prefill server's URL, where one is given.
+
+    Raises:
+        ConfigError: no number from 1 to 65535: every request would be refused for it.
+    """
+    for port in argument.tokens[1:]:
+        if re.fullmatch(r"-?\d+", port) and not 1 <= int(port) <= LAST_PORT:
+            raise ConfigError(
+                f"--{argument.name} {argument.value} must be followed by a bootstrap port from 1 to {LAST_PORT}, the "
+                f"prefill server's --disaggregation-bootstrap-port; got {port}"
+            )
+
+
 def for_server(arguments: Sequence[Argument]) -> list[Argument]:
-    """A server's arguments with IPv6 addresses bare, as SGLang wants them."""
+    """A server's arguments, with IPv6 addresses without brackets, as SGLang needs them."""
     return [
         Argument(a.name, ("--host", value[1:-1]))
         if a.name == "host" and (value := a.value or "").startswith("[") and value.endswith("]")

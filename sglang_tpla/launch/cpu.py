@@ -1,7 +1,7 @@
-"""What a server on a CPU needs in its environment to be served by stock SGLang's own code paths.
+"""The environment in which stock SGLang's own code paths serve on a CPU.
 
-Answers to ``sglang/srt/utils/numa_utils.py`` (cores named for each rank) and to
-``sglang/srt/distributed/device_communicators/pynccl.py`` (a communicator that must not be built).
+It follows ``sglang/srt/utils/numa_utils.py`` (each rank's cores) and
+``sglang/srt/distributed/device_communicators/pynccl.py`` (which must build no communicator).
 """
 
 from __future__ import annotations
@@ -25,21 +25,24 @@ def cores_per_rank(cores: Sequence[int], ranks: int) -> list[list[int]]:
 
 
 def environment(tp_size: int, environ: Mapping[str, str]) -> dict[str, str]:
-    """Variables of a server with `tp_size` ranks on this machine's cores.
+    """The variables of a server with `tp_size` ranks on this machine's cores.
 
-    Cores and thread counts that the user named already are kept; the rest has only one value that works.
+    Cores, thread counts and compilation that the user named stay; the other variables have only one value that works.
     """
     deal = cores_per_rank(sorted(os.sched_getaffinity(0)), tp_size)
     chosen = {
-        # One group for each rank: without it SGLang wants a NUMA node for each.
+        # Without a group of cores for each rank, SGLang wants a NUMA node for each.
         "SGLANG_CPU_OMP_THREADS_BIND": "|".join(",".join(map(str, cores)) for cores in deal),
-        # The servers of one machine share its cores, and threads that wait for each other at every small
-        # operation then cost more than they bring (measured: 64 tokens in 0.7 s with one, 13 s with two).
+        # The servers of one machine share its cores, so threads that wait for each other at every small operation
+        # cost more than they bring (measured: 64 tokens took 0.7 s with one thread and 13 s with two).
         "OMP_NUM_THREADS": "1",
+        # SGLang compiles small functions when the first request needs them: half a minute on a busy CPU, in which
+        # prefill gives up the first request of a server that speculates.
+        "TORCHDYNAMO_DISABLE": "1",
     }
     fixed = {
         "SGLANG_PLATFORM": PLATFORM,
-        # SGLang would build a NCCL communicator for a CPU device and fail; it goes without where none loads.
+        # SGLang would fail to build a NCCL communicator for a CPU; it does without one where no library loads.
         "SGLANG_NCCL_SO_PATH": "no-nccl-on-a-cpu",
         "CUDA_VISIBLE_DEVICES": "",
     }

@@ -1,8 +1,7 @@
-"""Flags as lists of tokens: own ones apart from those that pass through, and one layer over another.
+"""Flags as lists of tokens: the launcher's own apart from those that pass through, and one layer over another.
 
-What this package does not know is handed to ``sglang.launch_server`` or ``sglang_router.launch_router`` token
-by token, so that every flag of theirs works, those of later releases too. Only names are compared, in one
-spelling.
+The launcher passes unknown flags to ``sglang.launch_server`` or ``sglang_router.launch_router`` token by token, so that
+every flag of theirs works, also in later releases. It compares only names, in one spelling.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from typing import Any
 
 from sglang_tpla.config import ConfigError
 
-# Spellings that SGLang accepts for one flag: the alias must not survive beside the name.
+# SGLang accepts several spellings of these flags; an alias must not survive beside the name.
 ALIASES = {
     "tp": "tp-size",
     "tensor-parallel-size": "tp-size",
@@ -25,7 +24,7 @@ ALIASES = {
     "pipeline-parallel-size": "pp-size",
     "model": "model-path",
 }
-# Flags of the router that stand once for every server.
+# The router takes these flags once for every server.
 REPEATED = ("prefill", "decode")
 ROLE_SECTIONS = ("prefill", "decode", "router")
 
@@ -36,7 +35,7 @@ class Argument:
 
     Args:
         name: the flag in one spelling: no leading dashes, ``-`` for ``_``, aliases resolved.
-        tokens: what the command line carries, the flag itself first.
+        tokens: the tokens of the command line, the flag itself first.
     """
 
     name: str
@@ -109,9 +108,10 @@ def outside_sections(arguments: Sequence[Argument]) -> list[Argument]:
 
 
 def from_mapping(values: dict[str, Any], origin: str) -> list[Argument]:
-    """Flags of a YAML mapping: ``true`` is a bare flag, ``false`` and ``null`` are none, a list is several
-    values, a mapping travels as JSON. A list under ``prefill`` or ``decode`` repeats the flag for every
-    element.
+    """The flags of a YAML mapping.
+
+    ``true`` is a bare flag, ``false`` and ``null`` are no flag, a list is several values, and a mapping becomes JSON. A
+    list under ``prefill`` or ``decode`` repeats the flag for every element.
 
     Raises:
         ConfigError: a key that is not a name.
@@ -140,7 +140,7 @@ def _words(value: Any) -> list[str]:
 
 
 def layered(*layers: Sequence[Argument]) -> list[Argument]:
-    """One list from several, the strongest last: a flag of a stronger layer removes its namesakes below."""
+    """Join layers, the strongest last, into one list: a flag of a stronger layer removes its namesakes below."""
     result: list[Argument] = []
     for layer in layers:
         names = {argument.name for argument in layer}
@@ -157,7 +157,7 @@ def value_of(arguments: Sequence[Argument], name: str) -> str | None:
 
 
 def has(arguments: Sequence[Argument], name: str) -> bool:
-    """Whether a flag is there."""
+    """Whether the arguments contain a flag."""
     return any(argument.name == name for argument in arguments)
 
 
@@ -165,7 +165,7 @@ def integer(arguments: Sequence[Argument], name: str, default: int) -> int:
     """A flag's value as a number.
 
     Raises:
-        ConfigError: it is not one.
+        ConfigError: a value that is no number.
     """
     value = value_of(arguments, name)
     if value is None:

@@ -1,8 +1,8 @@
-"""The launcher's own options, and where each value comes from: command line, file, environment, default.
+"""The launcher's own options, each from the first that has it: command line, file, environment, default.
 
-The ``--tpla-*`` flags are the fields of `sglang_tpla.config.Settings`, so that a new setting is one line
-there. A configuration file is YAML: own keys and SGLang's flags by name, and under ``prefill:``, ``decode:``
-and ``router:`` those of one role. ``environment:`` sets variables that the shell does not.
+The ``--tpla-*`` flags are the fields of `sglang_tpla.config.Settings`, so a new setting is one line there. A
+configuration file is YAML: it holds the launcher's keys and SGLang's flags by name, those of one role under
+``prefill:``, ``decode:`` and ``router:``. ``environment:`` sets variables that the shell does not set.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from sglang_tpla.launch.flags import (
 
 ROLES = ("prefill", "decode", "router", "all")
 OWN_PREFIX = "tpla-"
-# Of the launcher itself, at the top of a file.
+# The launcher's own keys stand at the top of a file.
 LAUNCHER_KEYS = ("role", "log-dir", "startup-timeout-s", "environment")
 ADDRESS = ("host", "port")
 SETTING_FIELDS = {
     OWN_PREFIX + entry.name.replace("_", "-"): entry for entry in fields(Settings) if entry.name != "role"
 }
-# Settings of the other role: how decode ranks share the latent, and what a prefill server collects.
+# Each role's own settings: the decode ranks' way of sharing the latent, and a prefill server's statistics.
 OF_THE_OTHER_ROLE = {
     "prefill": ("groups", "artifact", "rows", "o_proj"),
     "decode": ("statistics_folder", "listen_port", "advertise"),
@@ -48,7 +48,7 @@ KINDS = {"int": int, "float": float, "str": str, "str | None": str}
 
 @dataclass(frozen=True)
 class FileSource:
-    """What a configuration file says.
+    """The contents of a configuration file.
 
     Args:
         path: the file, for messages.
@@ -61,13 +61,13 @@ class FileSource:
     sections: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def keys_for(self, section: str) -> dict[str, Any]:
-        """Flags of a role, its section over the common ones; a router beside sections has only its own."""
+        """The flags of a role: its section over the common keys; a router beside sections has only its own."""
         common = {} if section == "router" and self.sections else self.common
         merged = {**common, **self.sections.get(section, {})}
         return {name: value for name, value in merged.items() if name not in LAUNCHER_KEYS}
 
     def environment_for(self, section: str) -> dict[str, Any]:
-        """Variables of a role, its section over the common ones."""
+        """The variables of a role: its section over the common ones."""
         own = self.sections.get(section, {})
         return {**(self.common.get("environment") or {}), **(own.get("environment") or {})}
 
@@ -78,12 +78,12 @@ class Options:
 
     Args:
         role: ``prefill``, ``decode``, ``router`` or ``all``.
-        dry_run: print instead of start.
-        log_dir: where ``all`` keeps its servers' logs; None is a temporary folder.
-        startup_timeout_s: how long ``all`` waits for its servers to be healthy.
-        command_line: everything that is not one of these four.
+        dry_run: print the commands and start nothing.
+        log_dir: folder of the servers' logs under ``all``; None is a temporary folder.
+        startup_timeout_s: time within which ``all`` expects its servers to be healthy.
+        command_line: all flags but these four.
         file: the configuration file.
-        environ: the environment that the launcher was started in.
+        environ: the environment of the launcher.
     """
 
     role: str
@@ -95,10 +95,10 @@ class Options:
     environ: Mapping[str, str]
 
     def engine_arguments(self, section: str) -> list[Argument]:
-        """Flags for SGLang or its router in one role, without own ones, command line over file.
+        """The flags for SGLang or its router in one role, without the launcher's own; command line over file.
 
-        Under ``all``, the router is what clients see: host and port outside any section are its own, and
-        everything else outside the sections is the two servers'.
+        Under ``all``, clients see the router: host and port outside the sections are the router's, and all other flags
+        outside the sections are the two servers'.
         """
         common_file = from_mapping(self.file.keys_for(section), self.file.path)
         common = outside_sections(self.command_line)
@@ -113,12 +113,12 @@ class Options:
         return [argument for argument in merged if not argument.name.startswith(OWN_PREFIX)]
 
     def file_environment(self, section: str) -> dict[str, str]:
-        """Variables that the file sets for a role and the shell does not."""
+        """The variables that the file sets for a role and that the shell does not set."""
         wanted = self.file.environment_for(section)
         return {str(name): str(value) for name, value in wanted.items() if name not in self.environ}
 
     def settings(self, role: str) -> Settings:
-        """Settings of a prefill or decode server.
+        """The settings of a prefill or decode server.
 
         Raises:
             ConfigError: a value of the wrong type or out of range, with its origin.
@@ -130,7 +130,7 @@ class Options:
         dotted = {argument.name: argument for argument in for_section(self.command_line, role)}
         for flag, entry in SETTING_FIELDS.items():
             variable = ENV_PREFIX + entry.name.upper()
-            # Said once for a whole trio, or left in the shell, these mean the other server alone.
+            # A value for the whole trio, or one left in the shell, means the other server alone.
             elsewhere = entry.name in OF_THE_OTHER_ROLE[role]
             if flag in dotted:
                 found, origin = dotted[flag].value, f"--{role}.{flag}"
@@ -161,10 +161,10 @@ def check_own_names(names: Sequence[str], origin: str) -> None:
 
 
 def convert(value: Any, kind: str, origin: str) -> Any:
-    """A setting's value in its type.
+    """Convert a setting's value to its type.
 
     Raises:
-        ConfigError: it has none, or cannot be read as that type.
+        ConfigError: no value, or one that cannot be read as that type.
     """
     if value is None or isinstance(value, (list, dict, bool)):
         raise ConfigError(f"{origin} needs one value of type {kind.removesuffix(' | None')}; got {value!r}")
@@ -178,7 +178,7 @@ def read_file(path: str) -> FileSource:
     """Read a configuration file.
 
     Raises:
-        ConfigError: no such file, no YAML, no mapping.
+        ConfigError: no file, no YAML, or no mapping.
     """
     try:
         loaded = yaml.safe_load(Path(path).read_text())
@@ -244,21 +244,21 @@ def parser() -> argparse.ArgumentParser:
 
 
 def documented(name: str) -> str:
-    """What the settings' own documentation says of a field."""
+    """The settings' own documentation of a field."""
     found = re.search(rf"^\s+{name}: (.+(?:\n {{12}}.+)*)", Settings.__doc__ or "", re.MULTILINE)
     return " ".join(found[1].replace("``", "").rstrip(".").split()).replace("%", "%%") if found else name
 
 
 def read(tokens: Sequence[str], environ: Mapping[str, str]) -> Options:
-    """Read the command line and the file it names.
+    """Read the command line and the file that it names.
 
     Raises:
-        ConfigError: anything wrong with either.
-        SystemExit: ``--help``, or what argparse refuses.
+        ConfigError: a mistake in either.
+        SystemExit: ``--help``, or a command line that argparse refuses.
     """
     arguments = split_tokens(tokens)
     check_own_names([argument.name.rpartition(".")[2] for argument in arguments], "command line")
-    # --log-dir is also a flag of the router: ours only where we supervise.
+    # --log-dir is also a flag of the router; it is the launcher's only under "all".
     ours = ("role", "config", "dry-run", "startup-timeout-s", "help", "h")
     own = parser().parse_args(to_tokens([a for a in arguments if a.name in ours]))
     file = read_file(own.config) if own.config else FileSource()

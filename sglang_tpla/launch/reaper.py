@@ -1,16 +1,15 @@
-"""Sees to it that nothing outlives a supervised deployment, whatever ends it.
+"""End every process of a supervised deployment when the supervisor ends, for whatever reason.
 
     python -m sglang_tpla.launch.reaper
 
-The supervisor holds the other end of this process's standard input. It writes ``foreign NODE ...`` for the
-shared memory that was there before it started anything (this process may come up later than what it is to
-watch), ``folder PATH`` for the folder that holds temporary files, and ``session PID`` for each child, which
-leads a session of its own. When that pipe closes, by an orderly end or because the supervisor was killed, every
-process of those sessions is ended, and the folders and the shared memory that those processes had mapped are
-removed. SGLang leaves a segment behind at each start, under a name that only its processes know, hence the look
-at their mappings.
+The supervisor holds the other end of this process's standard input. It writes ``foreign NODE ...`` for the shared
+memory that existed before its own children (this process may start later than they do), ``folder PATH`` for the folder
+of temporary files, and ``session PID`` for each child, which leads a session of its own. When that pipe closes, because
+the supervisor ended or was killed, this process ends every process of those sessions, and removes the folders and the
+shared memory that those processes had mapped. SGLang leaves a segment behind at each start, under a name that only its
+processes know, so the reaper looks at their mappings.
 
-Signals meant for the supervisor do not reach this process: it leads its own session and ignores them.
+Signals meant for the supervisor do not reach this process, which leads its own session and ignores them. It needs
 Linux.
 """
 
@@ -36,13 +35,13 @@ LOOK_EVERY_S = 1.0
 POLL_S = 0.05
 SHARED_MEMORY = Path("/dev/shm")
 GONE = (FileNotFoundError, ProcessLookupError, PermissionError, psutil.Error)
-ENDED = (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)  # these only wait for their parent
+ENDED = (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)  # such processes only wait for their parent
 
 
 def held_segments(pid: int) -> set[int]:
-    """Index nodes of the shared memory that a process has mapped or is about to map.
+    """The index nodes of the shared memory that a process has mapped or is about to map.
 
-    Not names: a semaphore is mapped under a first name and linked to its own afterwards.
+    Names would not do: a semaphore is mapped under a first name and linked to its own afterwards.
     """
     process = Path("/proc") / str(pid)
     device = SHARED_MEMORY.stat().st_dev
@@ -65,7 +64,7 @@ def leads_session(pid: int) -> bool:
 
 
 def send(pids: Iterable[int], number: signal.Signals) -> None:
-    """Send a signal to whoever still lives."""
+    """Send a signal to those processes that still live."""
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, number)
@@ -81,7 +80,7 @@ def segments() -> dict[int, Path]:
 
 
 class Reaper:
-    """What belongs to the deployment, and its end."""
+    """The processes, folders and shared memory of the deployment, and their end."""
 
     def __init__(self) -> None:
         self.sessions: set[int] = set()
@@ -93,7 +92,7 @@ class Reaper:
         """Take one line of the supervisor.
 
         Raises:
-            ValueError: it is none of ``session PID``, ``folder PATH`` and ``foreign NODE ...``.
+            ValueError: a line that is none of ``session PID``, ``folder PATH`` and ``foreign NODE ...``.
         """
         kind, _, value = line.partition(" ")
         if kind == "session":
@@ -106,7 +105,7 @@ class Reaper:
             raise ValueError(f"expected 'session PID', 'folder PATH' or 'foreign NODE ...'; got {line!r}")
 
     def living(self) -> list[int]:
-        """Processes of the deployment, this one excepted."""
+        """The processes of the deployment, without this one."""
         return [
             process.pid
             for process in psutil.process_iter()
@@ -127,7 +126,7 @@ class Reaper:
             self.held |= held_segments(pid) - self.foreign
 
     def segments(self) -> list[Path]:
-        """What of the deployment's shared memory is there."""
+        """The deployment's shared memory that still exists."""
         return [path for node, path in segments().items() if node in self.held]
 
     def wait_for_end(self, descriptor: int) -> None:
@@ -145,9 +144,9 @@ class Reaper:
                 self.note(os.fsdecode(line))
 
     def frozen_look(self, number: signal.Signals) -> None:
-        """Look at processes that are held still, then send them a signal: what they made later would stay.
+        """Stop the processes, look at them, then send them a signal, so that they make no memory after the look.
 
-        SIGTERM goes to the leaders of the sessions alone, which end their own children.
+        SIGTERM goes only to the leaders of the sessions, which end their own children.
         """
         living = self.living()
         send(living, signal.SIGSTOP)
@@ -157,12 +156,12 @@ class Reaper:
         send(living, signal.SIGCONT)
 
     def end(self, grace_s: float = TERM_GRACE_S) -> None:
-        """Ask the session leaders to end, then end whoever lives, then remove what they left."""
+        """Ask the session leaders to end, then end every process that still lives, then remove what they left."""
         self.frozen_look(signal.SIGTERM)
         deadline = time.monotonic() + grace_s
         while living := self.living():
             if not any(leads_session(pid) for pid in living):
-                # Without its leader a session has little to tidy up.
+                # A session without its leader has little to tidy up.
                 deadline = min(deadline, time.monotonic() + ORPHAN_GRACE_S)
             if time.monotonic() >= deadline:
                 self.frozen_look(signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""From options to processes: the command and the environment of every role."""
+"""Turn options into processes: the command and the environment of every role."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ class Process:
     Args:
         role: ``prefill``, ``decode`` or ``router``.
         command: program and arguments.
-        environment: variables to set, and with None to remove.
-        url: where it answers HTTP.
+        environment: variables to set; those with None are removed.
+        url: address of its HTTP server.
     """
 
     role: str
@@ -68,7 +68,7 @@ class Process:
         return result
 
     def shell(self) -> str:
-        """The command for a shell, copy and paste, one flag a line."""
+        """The command to paste into a shell, one flag a line."""
         removed = [f"-u {name}" for name, value in sorted(self.environment.items()) if value is None]
         added = [
             f"{name}={shlex.quote(value)}"
@@ -81,7 +81,7 @@ class Process:
 
 
 def plan(options: Options) -> list[Process]:
-    """The processes of a role, checked as far as can be without starting them.
+    """The processes of a role, checked as far as is possible before they start.
 
     Raises:
         ConfigError: a setting or combination that cannot work.
@@ -94,7 +94,7 @@ def plan(options: Options) -> list[Process]:
 
 
 def _plan_all(options: Options) -> list[Process]:
-    """Prefill, decode and router on this machine, with ports counted up from the router's."""
+    """Plan prefill, decode and router on this machine, with ports counted up from the router's."""
     router = _with_defaults(options.engine_arguments("router"), host=DEFAULT_HOST, port=DEFAULT_PORT)
     port = integer(router, "port", DEFAULT_PORT)
     check_first_port(port)
@@ -130,13 +130,13 @@ def _plan_all(options: Options) -> list[Process]:
 
 
 def _with_defaults(arguments: list[Argument], **defaults: object) -> list[Argument]:
-    """The arguments, with those of `defaults` (flag with ``_`` for ``-``) that are not given."""
+    """The arguments, and those of `defaults` (flags with ``_`` for ``-``) that they lack."""
     missing = {name: value for name, value in defaults.items() if not has(arguments, name.replace("_", "-"))}
     return arguments + from_mapping(missing, "default")
 
 
 def _server(role: str, arguments: list[Argument], options: Options) -> Process:
-    """A prefill or decode server."""
+    """Plan a prefill or decode server."""
     settings = options.settings(role)
     arguments = for_server(arguments)
     check_ports(role, arguments)
@@ -156,7 +156,7 @@ def _server(role: str, arguments: list[Argument], options: Options) -> Process:
             )
     arguments = _with_speculation(role, arguments)
     variables = {ENV_PREFIX + field.name.upper() for field in fields(Settings)} | {SERVER_VARIABLE}
-    # What a shell still says about another role must not reach this one.
+    # A variable that the shell still holds for another role must not reach this one.
     environment: dict[str, str | None] = dict.fromkeys(variables.intersection(options.environ))
     environment |= options.file_environment(role)
     environment |= settings.to_environment()
@@ -168,9 +168,9 @@ def _server(role: str, arguments: list[Argument], options: Options) -> Process:
 
 
 def _with_speculation(role: str, arguments: list[Argument]) -> list[Argument]:
-    """What follows from ``--speculative-algorithm``: chains of guesses, verified by the decode server's own kernels.
+    """Add the flags that ``--speculative-algorithm`` implies: chains of guesses, verified by decode's own kernels.
 
-    SGLang takes ``--speculative-num-steps`` only together with two more flags, which a chain leaves no choice in.
+    SGLang takes ``--speculative-num-steps`` only together with two more flags, whose values a chain decides.
     """
     if not has(arguments, "speculative-algorithm"):
         return arguments
@@ -183,7 +183,7 @@ def _with_speculation(role: str, arguments: list[Argument]) -> list[Argument]:
 
 
 def _router(arguments: list[Argument], options: Options) -> Process:
-    """The router in prefill/decode mode."""
+    """Plan the router in prefill/decode mode."""
     settings = [argument.name for argument in options.command_line if argument.name.startswith("tpla-")]
     if options.role == "router" and settings:
         raise ConfigError(
@@ -209,7 +209,7 @@ def _url(arguments: Sequence[Argument]) -> str:
 
 
 def _check_layout(settings: Settings, arguments: Sequence[Argument]) -> None:
-    """Refuse groups that the ranks or the heads cannot be divided by."""
+    """Refuse a number of groups that divides neither ranks nor heads."""
     tp_size = integer(arguments, "tp-size", 1)
     if has(arguments, "enable-dp-attention"):
         tp_size //= integer(arguments, "dp-size", 1)
@@ -224,7 +224,7 @@ def _check_layout(settings: Settings, arguments: Sequence[Argument]) -> None:
 
 
 def _check_artifact(settings: Settings, arguments: Sequence[Argument]) -> None:
-    """Refuse an artifact that is not there, with the command that makes one."""
+    """Refuse a missing artifact, with the command that makes one."""
     if settings.artifact and not Path(settings.artifact).is_file():
         raise ConfigError(
             f"--tpla-artifact {settings.artifact}: no such file; make one with `python -m "
@@ -234,12 +234,12 @@ def _check_artifact(settings: Settings, arguments: Sequence[Argument]) -> None:
 
 
 def check_installation(environ: Mapping[str, str] = os.environ) -> None:
-    """Make sure that the servers about to start will find SGLang and load this plug-in.
+    """Check that the servers about to start will find SGLang and load this plug-in.
 
-    SGLang serves unpatched where a plug-in is missing or filtered out, so that is refused here.
+    SGLang would silently serve unpatched where a plug-in is missing or filtered out.
 
     Raises:
-        ConfigError: they will not.
+        ConfigError: an installation in which they will not.
     """
     if importlib.util.find_spec("sglang") is None:
         raise ConfigError(

@@ -1,8 +1,8 @@
-"""Prefill, decode and router as one thing: started in order, watched, and ended together.
+"""Start prefill, decode and router in order, watch them, and end them together.
 
-Each child leads a session of its own and logs to a file. Its temporary files, SGLang's socket files among
-them, lie in one folder. A reaper process (`sglang_tpla.launch.reaper`) ends the sessions and removes the
-folder once this process lets go of it or dies.
+Each child leads a session of its own and logs to a file. Its temporary files, SGLang's sockets among them, lie in one
+folder. A reaper process (`sglang_tpla.launch.reaper`) ends the sessions and removes the folder once this process closes
+its pipe or dies.
 """
 
 from __future__ import annotations
@@ -36,21 +36,21 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 POLL_S = 0.2
 ASK_EVERY_S = 1.0
 LAST_LINES = 20
-SAY_EVERY_S = 15.0  # where there is no terminal to redraw
-# A socket's path may have 107 bytes; SGLang's own names take some 20 of them.
+SAY_EVERY_S = 15.0  # used where there is no terminal to redraw
+# A socket's path may have 107 bytes, of which SGLang's own names take some 20.
 LONGEST_FOLDER = 80
 
 
 class ChildDied(SglangTplaError):
-    """A server ended while the others needed it; the message carries its last log lines."""
+    """A server that ended while the others needed it; the message carries its last log lines."""
 
 
 class StartTimeout(SglangTplaError):
-    """A server was not healthy in time; the message carries its last log lines."""
+    """A server that was not healthy in time; the message carries its last log lines."""
 
 
 class StopRequested(BaseException):
-    """A signal asked this process to end. Not an `Exception`: nothing on the way may take it for an error."""
+    """A signal that asks this process to end. It is no `Exception`, so that no handler takes it for an error."""
 
     def __init__(self, number: int) -> None:
         super().__init__(f"signal {number}")
@@ -58,21 +58,21 @@ class StopRequested(BaseException):
 
 
 def _prctl(option: int, value: int) -> None:
-    """One of Linux's switches of this process (see prctl(2))."""
+    """Set one of Linux's switches of this process (see prctl(2))."""
     if ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0):
         raise OSError(ctypes.get_errno(), f"prctl({option}, {value}) failed")
 
 
 def end_with_parent() -> None:
-    """Have the kernel send SIGTERM to this process when its parent ends: a `make` that is killed, for one."""
+    """Have the kernel send SIGTERM to this process when its parent ends, such as a `make` that is killed."""
     _prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 @contextlib.contextmanager
 def signals_held() -> Iterator[None]:
-    """Put off the stop signals, so that a child is never started without being written down.
+    """Defer the stop signals, so that every child that starts is also written down.
 
-    By handlers and not by a mask: a mask holds for one thread, and any thread may take a signal.
+    Handlers defer them, because a mask holds for one thread and any thread may take a signal.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -94,7 +94,7 @@ def signals_held() -> Iterator[None]:
 
 @contextlib.contextmanager
 def stop_signals_raise() -> Iterator[None]:
-    """Within, SIGINT, SIGTERM and SIGHUP raise `StopRequested` in the main thread."""
+    """Make SIGINT, SIGTERM and SIGHUP raise `StopRequested` in the main thread."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise StopRequested(number)
@@ -108,7 +108,7 @@ def stop_signals_raise() -> Iterator[None]:
 
 
 def _is_healthy(client: httpx.Client, url: str) -> bool:
-    """Whether a server answers 200; one that does not answer yet is not healthy."""
+    """Whether a server answers 200; a server that does not answer yet is not healthy."""
     try:
         return client.get(url).status_code == 200
     except httpx.TransportError:
@@ -119,7 +119,7 @@ class Supervisor:
     """Starts processes and ends them all; use it in a ``with`` statement.
 
     Args:
-        log_dir: where ``ROLE.log`` files stay; None keeps them only when a server fails.
+        log_dir: folder in which ``ROLE.log`` files stay; None keeps them only when a server fails.
         environ: environment of the children, before their own changes.
     """
 
@@ -135,7 +135,7 @@ class Supervisor:
         try:
             self._prepare()
         except BaseException:
-            # A signal that came meanwhile is raised here, where no __exit__ follows.
+            # A signal that came meanwhile is raised here, and no __exit__ follows.
             with signals_held():
                 self.stop()
             raise
@@ -144,7 +144,7 @@ class Supervisor:
     def _prepare(self) -> None:
         """Start the reaper and make the folder."""
         with signals_held():
-            # Grandchildren that lose their parent become ours, so that we can bury them (`_bury`).
+            # Grandchildren that lose their parent become children of this process, which then buries them (`_bury`).
             _prctl(PR_SET_CHILD_SUBREAPER, 1)
             self._reaper = subprocess.Popen(
                 [sys.executable, "-m", "sglang_tpla.launch.reaper"],
@@ -163,7 +163,7 @@ class Supervisor:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # From here on a second Ctrl-C must not leave anything behind: the reaper finishes in any case.
+        # A second Ctrl-C from here on must not leave anything behind; the reaper finishes in any case.
         with signals_held():
             self.stop()
 
@@ -174,7 +174,7 @@ class Supervisor:
         self._reaper.stdin.flush()
 
     def log_of(self, name: str) -> Path:
-        """A child's log file."""
+        """The log file of a child."""
         assert self.log_dir is not None
         return self.log_dir / f"{name}.log"
 
@@ -183,7 +183,7 @@ class Supervisor:
         name = name or process.role
         environment = process.full_environment(self.environ)
         environment["TMPDIR"] = str(self.folder)
-        # Lines must be in the log when a child dies.
+        # When a child dies, its last lines must be in the log.
         environment.setdefault("PYTHONUNBUFFERED", "1")
         with signals_held(), self.log_of(name).open("ab") as log:
             child = subprocess.Popen(
@@ -208,7 +208,7 @@ class Supervisor:
         """Raise if a child has ended.
 
         Raises:
-            ChildDied: which, how, and its last lines.
+            ChildDied: naming the child, its end and its last lines.
         """
         assert self._reaper is not None, "use the supervisor in a with statement"
         watched: dict[str, subprocess.Popen[Any]] = {**self.children, "reaper": self._reaper}
@@ -226,11 +226,11 @@ class Supervisor:
         Args:
             urls: name to health URL.
             timeout_s: for all of them together.
-            on_wait: called now and then with what is waited for and the seconds so far.
+            on_wait: called now and then with the missing servers' names and the seconds so far.
 
         Raises:
-            ChildDied: one ended.
-            StartTimeout: time is up.
+            ChildDied: a child that ended.
+            StartTimeout: a server that was not healthy in time.
         """
         start_s = time.monotonic()
         waiting, ask_at_s = dict(urls), 0.0
@@ -252,17 +252,17 @@ class Supervisor:
                     time.sleep(POLL_S)
 
     def watch(self) -> None:
-        """Return never; raise when a child ends.
+        """Watch the children without returning, until one ends.
 
         Raises:
-            ChildDied: which, how, and its last lines.
+            ChildDied: naming the child, its end and its last lines.
         """
         while True:
             self.check()
             time.sleep(POLL_S)
 
     def save_logs(self) -> Path:
-        """Keep the logs beyond this supervisor; returns their folder."""
+        """Keep the logs beyond this supervisor, and return their folder."""
         assert self.log_dir is not None
         if self.keep_logs:
             return self.log_dir
@@ -271,7 +271,7 @@ class Supervisor:
         return kept
 
     def stop(self) -> None:
-        """End every child: nothing of theirs is left when this returns."""
+        """End every child; nothing of theirs is left when this returns."""
         if self._reaper is None:
             return
         assert self._reaper.stdin is not None
@@ -284,7 +284,7 @@ class Supervisor:
         self.children.clear()
 
     def _bury(self) -> None:
-        """Collect the exit codes of grandchildren that outlived their parents: not every init does."""
+        """Collect the exit codes of grandchildren that outlived their parents, because not every init does."""
         sessions = {child.pid for child in self.children.values()}
         for process in psutil.Process().children():
             with contextlib.suppress(*GONE, ChildProcessError):
@@ -294,8 +294,7 @@ class Supervisor:
 
 
 def supervise(processes: Sequence[Process], log_dir: str | None, startup_timeout_s: float) -> int:
-    """Run a prefill server, a decode server and a router until a signal or a failure; returns the exit
-    code."""
+    """Run a prefill server, a decode server and a router until a signal or a failure, and return the exit code."""
     console = Console(stderr=True, highlight=False)
     try:
         with stop_signals_raise(), Supervisor(log_dir) as supervisor:
@@ -316,11 +315,11 @@ def supervise(processes: Sequence[Process], log_dir: str | None, startup_timeout
 def start_all(
     supervisor: Supervisor, processes: Sequence[Process], startup_timeout_s: float, console: Console
 ) -> None:
-    """Start the servers together, the router once they are healthy.
+    """Start the servers together, and the router once they are healthy.
 
     Raises:
-        ChildDied: one ended.
-        StartTimeout: one was not healthy in time.
+        ChildDied: a server that ended.
+        StartTimeout: a server that was not healthy in time.
     """
     servers = [process for process in processes if process.role != "router"]
     routers = [process for process in processes if process.role == "router"]
@@ -339,7 +338,7 @@ def start_all(
             start_s, said_s = time.monotonic(), 0.0
             for process in group:
                 supervisor.start(process)
-            # A router is healthy before it knows its workers, and ready afterwards.
+            # A router is healthy before it knows its workers, and ready only afterwards.
             path = "/readiness" if group is routers else "/health"
             supervisor.wait_healthy({p.role: p.url + path for p in group}, startup_timeout_s, show)
             names = " and ".join(process.role for process in group)

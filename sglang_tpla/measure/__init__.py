@@ -1,1 +1,1 @@
-"""What calibration and evaluation share: text, second moments of what attention sees, and the error of decoding."""
+"""Text, second moments of latents and queries, and the error of decoding, for calibration and evaluation."""

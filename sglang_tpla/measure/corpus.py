@@ -1,8 +1,8 @@
-"""Text to calibrate and measure on: files -> seeded disjoint split -> token sequences.
+"""Text for calibration and measurement: files, a seeded disjoint split, and token sequences.
 
-The default corpus is the source of Python's standard library, so calibration works wherever Python does. A
-document is a file, or a piece of some 32 KiB of one when there are few files. The seed and the documents'
-names decide which quarter of them is held out.
+The default corpus is the source of Python's standard library, so calibration works wherever Python does. A document is
+a file, or a piece of some 32 KiB of one when there are few files. The seed and the documents' names decide which
+quarter of the documents is held out.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ HELD_OUT_SHARE = 0.25
 _PIECE_CHARS = 32768
 _FEW_FILES = 16
 _LARGEST_FILE_BYTES = 4 << 20
-# tables and tests say little about how code reads, and distributions leave the tests out
+# Tables and tests are unlike other code, and distributions leave the tests out.
 _SKIPPED_FOLDERS = {
     "site-packages",
     "dist-packages",
@@ -36,11 +36,11 @@ _SKIPPED_FOLDERS = {
 
 
 class CorpusError(SglangTplaError, ValueError):
-    """Text that cannot be used: what was expected, what came, where, what to do."""
+    """Text that cannot be used; the message says what was expected, what came, where, and what to do."""
 
 
 class Tokenizer(Protocol):
-    """What the corpus needs of a tokenizer."""
+    """A tokenizer, as the corpus needs it."""
 
     def __call__(self, text: str) -> list[int]: ...
 
@@ -55,7 +55,7 @@ class Document:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents with a name and a hash that say exactly which text it is."""
+    """Documents, with a name and a hash that identify the text."""
 
     name: str
     content_hash: str
@@ -63,10 +63,10 @@ class Corpus:
 
     @classmethod
     def from_paths(cls, paths: Sequence[str | Path] = ()) -> Corpus:
-        """Read files and folders; none given means the standard library.
+        """Read files and folders, or the standard library where none are given.
 
         Raises:
-            CorpusError: a path is missing, or there is no text in any.
+            CorpusError: a missing path, or no text at all.
         """
         if not paths:
             root = Path(sysconfig.get_paths()["stdlib"])
@@ -97,10 +97,10 @@ class Corpus:
         return cls(name=name, content_hash=digest.hexdigest(), documents=tuple(documents))
 
     def split(self, seed: int) -> tuple[list[Document], list[Document]]:
-        """(calibration, held-out) documents, disjoint, each in an order the seed decides.
+        """Split into disjoint (calibration, held-out) documents, in an order that the seed decides.
 
         Raises:
-            CorpusError: one of the two would be empty.
+            CorpusError: a part that would be empty.
         """
         ranked = sorted(self.documents, key=lambda document: _rank(seed, document.name))
         cut = round(len(ranked) * HELD_OUT_SHARE)
@@ -123,12 +123,12 @@ def sequences(
     separator: int | None,
     fewer: bool = False,
 ) -> torch.Tensor:
-    """Token sequences [count, length] from the documents joined in order, ``separator`` between them.
+    """Cut token sequences [count, length] from the documents, joined in order with ``separator`` between them.
 
-    With ``fewer``, as many whole sequences as there are, at least one.
+    With ``fewer``, return as many whole sequences as there are, at least one.
 
     Raises:
-        CorpusError: there is not enough text.
+        CorpusError: too little text.
     """
     needed = length * count
     stream: list[int] = []
@@ -150,10 +150,10 @@ def sequences(
 
 
 def load_tokenizer(model_path: str | Path) -> Tokenizer:
-    """The model's tokenizer, adding no special tokens.
+    """Load the model's tokenizer, which then adds no special tokens.
 
     Raises:
-        CorpusError: the model directory has none.
+        CorpusError: a model directory without a tokenizer.
     """
     path = Path(model_path) / "tokenizer.json"
     if path.is_file():

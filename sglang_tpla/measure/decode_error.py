@@ -1,8 +1,7 @@
-"""Decode-phase error against plain MLA: the prompt exact, every later token through TPLA, by teacher forcing.
+"""Decode-phase error against plain MLA by teacher forcing: the prompt is exact, every later token goes through TPLA.
 
-Everything is measured at the positions whose attention went through the slices: a sequence of P + C tokens
-gives C predictions at positions P .. P+C-1 of the next token (the last of which has no next token and counts
-for KL and agreement only).
+Only positions whose attention went through the slices count: a sequence of P + C tokens gives C predictions of the next
+token, at positions P to P + C - 1. The last one has no next token and counts for KL and agreement only.
 """
 
 from __future__ import annotations
@@ -21,8 +20,8 @@ from sglang_tpla.reference_model.sketched_layer import SketchedMaps
 class DecodeErrors:
     """Per-token results [sequences, continuation], float32, and the text's protocol.
 
-    ``kl`` nats of KL(MLA || TPLA); ``nll_*`` negative log-likelihood of the true next token (NaN at the last
-    position); ``same_top`` whether both put the same token first.
+    ``kl`` is KL(MLA || TPLA) in nats; ``nll_*`` is the negative log-likelihood of the true next token (NaN at the last
+    position); ``same_top`` says whether both put the same token first.
     """
 
     prompt_tokens: int
@@ -33,11 +32,11 @@ class DecodeErrors:
 
     @property
     def tokens(self) -> int:
-        """Tokens measured."""
+        """The number of measured tokens."""
         return self.kl.numel()
 
     def report(self) -> ErrorReport:
-        """The summary that goes into an artifact."""
+        """The summary for an artifact."""
         flat = self.kl.flatten().double()
         mla = self.nll_mla.double().nanmean().exp().item()
         tpla = self.nll_tpla.double().nanmean().exp().item()
@@ -62,7 +61,7 @@ def quantile(values: torch.Tensor, share: float) -> float:
 
 
 def model_maps(artifact: Artifact, model: PlainModel) -> list[LayerMaps]:
-    """An artifact's maps in the model's dtype and on its device."""
+    """Move an artifact's maps to the model's dtype and device."""
 
     def convert(layer: int, group: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         z, a, b = (part.to(model.device, model.dtype) for part in artifact.maps(layer, group))
@@ -91,12 +90,12 @@ def measure(
     batch: int = 1,
     progress: Callable[[int], None] | None = None,
 ) -> list[DecodeErrors]:
-    """Errors of each candidate (maps of every layer) on tokens [sequences, S].
+    """Measure the errors of each candidate (maps of every layer) on tokens [sequences, S].
 
-    Plain MLA runs once for all candidates. ``progress`` is told tokens done.
+    Plain MLA runs once for all candidates. ``progress`` gets the number of tokens done.
 
     Raises:
-        ValueError: no continuation is left after the prompt.
+        ValueError: no continuation after the prompt.
     """
     if not 0 <= prompt_tokens < tokens.shape[1]:
         raise ValueError(f"expected a prompt shorter than the {tokens.shape[1]} tokens, got {prompt_tokens}")
@@ -105,7 +104,7 @@ def measure(
         part = tokens[start : start + batch].to(model.device)
         exact, cache = model.prefill(part)
         reference = model.logits(exact[:, prompt_tokens:]).float().log_softmax(-1)
-        # the prompt is the same for plain MLA and for every candidate
+        # plain MLA and every candidate share the prompt
         past = [
             LayerCache(layer.latent[:, :prompt_tokens], layer.k_rope[:, :prompt_tokens]) for layer in cache
         ]
@@ -126,7 +125,7 @@ def measure(
 def compare(
     reference: torch.Tensor, found: torch.Tensor, following: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """KL, both negative log-likelihoods and top agreement [B, C] of log-probabilities [B, C, vocab].
+    """Compute KL, both negative log-likelihoods and top agreement [B, C] of log-probabilities [B, C, vocab].
 
     ``following`` [B, C-1] holds the true next tokens.
     """

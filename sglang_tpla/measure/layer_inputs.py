@@ -1,6 +1,6 @@
-"""What learning a layer's maps needs: its exact latents and queries on calibration text, and sliced attention
-over a few sampled queries, absorbed as the decode kernels do it.
+"""The inputs for learning a layer's maps: exact latents and queries on calibration text, and sliced attention.
 
+Sliced attention takes a few sampled queries and is absorbed, as in the decode kernels.
 Shapes: N sequences, S tokens, H heads, d latent, n nope, e rope, g groups, w slice width, Q sampled queries.
 """
 
@@ -29,7 +29,7 @@ class Batch:
     positions: torch.Tensor
 
     def rope_scores(self, scale: float) -> torch.Tensor:
-        """The part of the scores that slicing leaves alone, causally masked, [B, H, Q, S]."""
+        """The rotary part of the scores, which slicing does not change, causally masked, [B, H, Q, S]."""
         scores = scale * (self.q_rope @ self.k_rope[:, None].transpose(-1, -2))
         keys = torch.arange(self.latent.shape[1], device=scores.device)
         hidden = keys[None, None] > self.positions[:, :, None]
@@ -37,7 +37,7 @@ class Batch:
 
 
 class LayerData:
-    """Exact latents and queries of one layer over all the calibration text."""
+    """The exact latents and queries of one layer over all the calibration text."""
 
     def __init__(
         self, latent: torch.Tensor, q_nope: torch.Tensor, q_rope: torch.Tensor, k_rope: torch.Tensor
@@ -53,7 +53,7 @@ class LayerData:
         queries: int,
         first_query: int,
     ) -> Batch:
-        """Random sequences and random query positions from ``first_query`` on."""
+        """Draw sequences and query positions from ``first_query`` on at random."""
         count, tokens = self.latent.shape[:2]
         device = self.latent.device
         picked = torch.randint(count, (sequences,), generator=generator).to(device)
@@ -71,10 +71,10 @@ class LayerData:
 
 
 def walk(model: PlainModel, tokens: torch.Tensor, batch: int = 4) -> Iterator[tuple[int, LayerData]]:
-    """Exact attention inputs of one layer after the other for tokens [N, S].
+    """Yield the exact attention inputs of one layer after the other for tokens [N, S].
 
-    Holds the hidden states of the text and one layer's inputs, never two layers'; a model that reads its
-    layers when they are asked for needs the weights of one.
+    It holds the hidden states of the text and the inputs of one layer; a model that reads layers on request then needs
+    the weights of one.
     """
     with torch.no_grad():
         hidden = [model.embedding[part.to(model.device)] for part in tokens.split(batch)]
@@ -101,7 +101,7 @@ def exact_context(
     key: torch.Tensor | None = None,
     value: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Attended latents p c of exact attention, [B, H, Q, d]; other keys or values [B, S, d] where they are given."""
+    """The attended latents p c of exact attention, [B, H, Q, d], with other keys or values [B, S, d] where given."""
     keys, values = ((batch.latent if given is None else given)[:, None] for given in (key, value))
     scores = scale * (batch.absorbed @ keys.transpose(-1, -2)) + rope_scores
     return scores.softmax(-1) @ values
@@ -110,13 +110,13 @@ def exact_context(
 def sliced_slices(
     batch: Batch, rope_scores: torch.Tensor, scale: float, z_map: torch.Tensor, a_map: torch.Tensor
 ) -> torch.Tensor:
-    """Attended slices p_i z_i of one group, [B, H, Q, w]."""
+    """The attended slices p_i z_i of one group, [B, H, Q, w]."""
     z = (batch.latent @ z_map)[:, None]  # [B, 1, S, w]
     scores = scale * ((batch.absorbed @ a_map.T) @ z.transpose(-1, -2)) + rope_scores
     return scores.softmax(-1) @ z
 
 
 def head_outputs(context: torch.Tensor, attention: Attention) -> torch.Tensor:
-    """Values of attended latents [B, H, Q, d], flattened over heads: [B, Q, H * v]."""
+    """The values of attended latents [B, H, Q, d], flattened over heads: [B, Q, H * v]."""
     values = torch.einsum("bhqd,hvd->bqhv", context, attention.w_uv)
     return values.flatten(2)

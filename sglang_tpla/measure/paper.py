@@ -1,14 +1,11 @@
 """The paper's own recipe (arXiv 2508.15881), for comparison only: PCA, and RMSNorm over each rank's slice.
 
-The paper's rank holds a slice of the rotated raw latent and norms it by the slice's own mean square, which
-stands in for the whole latent's through a constant share. With u = c / rms(c) the latent before RMSNorm's
-weight gamma:
+The paper's rank holds a slice of the rotated raw latent and norms it by the slice's own mean square, which replaces the
+whole latent's through a constant share. With u = c / rms(c) the latent before RMSNorm's weight gamma:
 
-    z_i = u U_i * sqrt(E[mean_i]) / sqrt(mean_i),   mean_i = mean square of u U_i,   maps back: U_i^T
-    diag(gamma)
+    z_i = u U_i * sqrt(E[mean_i]) / sqrt(mean_i),   mean_i = mean square of u U_i,   maps back: U_i^T diag(gamma)
 
-U is the PCA of u, dealt out in blocks. No serving code uses this: the map is not linear and the norm is
-inexact.
+U is the PCA of u, dealt out in blocks. No serving code uses this: the map is not linear and the norm is inexact.
 """
 
 from __future__ import annotations
@@ -22,7 +19,7 @@ from sglang_tpla.reference_model.forward import LayerMaps, PlainModel
 
 
 def paper_layers(model: PlainModel, statistics: Statistics, groups: int) -> list[LayerMaps]:
-    """Maps of every layer by the paper's recipe; each Z is a function from latents [B, S, d] to slices."""
+    """Make maps of every layer by the paper's recipe; each Z is a function from latents [B, S, d] to slices."""
     layers: list[LayerMaps] = []
     for layer, moments in zip(model.layers, statistics.layers, strict=True):
         gamma = layer.attention.kv_norm.double().cpu()

@@ -1,4 +1,4 @@
-"""Streamed second moments of what attention sees, a layer at a time: all that the closed-form maps need.
+"""Streamed second moments of latents and queries, a layer at a time; closed-form maps need nothing else.
 
 Per layer, in float64 (d latent dims, H heads, n nope dims a head):
 
@@ -8,8 +8,8 @@ Per layer, in float64 (d latent dims, H heads, n nope dims a head):
     query_count             queries
     query_outer    [H, n, n] sum of q^T q of the queries' nope part, each head by itself
 
-Absorbed queries are q W_UK, so their second moment [d, d] follows from ``query_outer`` and kv_b_proj. Memory
-does not grow with the text, and moments of two servers or ranks may be added.
+Absorbed queries are q W_UK, so their second moment [d, d] follows from ``query_outer`` and kv_b_proj. Memory does not
+grow with the text, and the moments of two servers or ranks may be added.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ FORMAT_VERSION = 1
 
 
 class StatisticsError(SglangTplaError, ValueError):
-    """Statistics that cannot be used: what was expected, what came, where, what to do."""
+    """Statistics that cannot be used; the message says what was expected, what came, where, and what to do."""
 
 
 @dataclass
 class LayerMoments:
-    """Running sums of one layer."""
+    """The running sums of one layer."""
 
     latent_sum: torch.Tensor
     latent_outer: torch.Tensor
@@ -47,7 +47,7 @@ class LayerMoments:
 
     @classmethod
     def zeros(cls, latent_dim: int, heads: int, nope_dim: int, device: str = "cpu") -> LayerMoments:
-        """Moments of nothing yet."""
+        """The moments of no token."""
 
         def zeros(*shape: int) -> torch.Tensor:
             return torch.zeros(*shape, dtype=torch.float64, device=device)
@@ -65,7 +65,7 @@ class LayerMoments:
         self.query_count += q_nope.shape[0]
 
     def merge(self, other: LayerMoments) -> None:
-        """Add another's sums."""
+        """Add the sums of another."""
         self.latent_sum += other.latent_sum
         self.latent_outer += other.latent_outer
         self.query_outer += other.query_outer
@@ -73,7 +73,7 @@ class LayerMoments:
         self.query_count += other.query_count
 
     def on_cpu(self) -> LayerMoments:
-        """The same sums on the CPU, where maps are made."""
+        """The same sums on the CPU, which makes the maps."""
         return LayerMoments(
             self.latent_sum.cpu(),
             self.latent_outer.cpu(),
@@ -84,25 +84,25 @@ class LayerMoments:
 
     @property
     def mean(self) -> torch.Tensor:
-        """Mean latent [d]."""
+        """The mean latent [d]."""
         return self.latent_sum / max(self.latent_count, 1)
 
     @property
     def covariance(self) -> torch.Tensor:
-        """Centred covariance of the latent [d, d]."""
+        """The centred covariance of the latent [d, d]."""
         return self.latent_outer / max(self.latent_count, 1) - torch.outer(self.mean, self.mean)
 
     def absorbed_queries(self, w_uk: torch.Tensor) -> torch.Tensor:
-        """Second moment of absorbed queries [d, d], mean over heads and queries; ``w_uk`` [H, n, d]."""
+        """The second moment of absorbed queries [d, d], a mean over heads and queries; ``w_uk`` is [H, n, d]."""
         w = w_uk.double()
         total = torch.einsum("hnd,hnm,hme->de", w, self.query_outer.to(w.device), w)
         return total / max(self.query_count * w.shape[0], 1)
 
 
 class StatisticsMeta(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Which model and text the moments are of.
+    """The model and the text of the moments.
 
-    A tensor-parallel rank that saw only some query heads says which with ``first_head``.
+    ``first_head`` is the first head of a tensor-parallel rank that saw only some query heads.
     """
 
     format_version: int
@@ -117,14 +117,14 @@ class StatisticsMeta(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 @dataclass
 class Statistics:
-    """Moments of every layer."""
+    """The moments of every layer."""
 
     meta: StatisticsMeta
     layers: list[LayerMoments] = field(default_factory=list)
 
     @property
     def tokens(self) -> int:
-        """Tokens seen (the fewest over the layers)."""
+        """The number of tokens seen (the fewest over the layers)."""
         return int(min(layer.latent_count for layer in self.layers))
 
     def save(self, path: str | Path) -> None:
@@ -144,7 +144,7 @@ class Statistics:
         """Read a file written by ``save``.
 
         Raises:
-            StatisticsError: missing, damaged, incomplete or of another format version.
+            StatisticsError: a file that is missing, damaged, incomplete or of another format version.
         """
         if not Path(path).is_file():
             raise StatisticsError(f"expected a statistics file at {path}, found none")
@@ -182,13 +182,13 @@ class Statistics:
 
 
 def combine(parts: Sequence[Statistics]) -> Statistics:
-    """Moments of several ranks and servers put together.
+    """Combine the moments of several ranks and servers.
 
-    Parts of the same heads are added (several servers); parts of different heads are joined (ranks of one
-    server, which all saw the same latents).
+    Parts of the same heads, from several servers, are added. Parts of different heads, from ranks of one server that
+    all saw the same latents, are joined.
 
     Raises:
-        StatisticsError: the parts are of different models, or heads are missing between them.
+        StatisticsError: parts of different models, or missing heads.
     """
     if not parts:
         raise StatisticsError("expected at least one statistics file, got none")
@@ -224,7 +224,7 @@ def combine(parts: Sequence[Statistics]) -> Statistics:
     whole = ordered[0]
     for part in ordered[1:]:
         for ours, theirs in zip(whole.layers, part.layers, strict=True):
-            # means over queries are what counts, and ranks may have sampled different numbers of them
+            # only means over queries count, because ranks may have sampled different numbers of queries
             ratio = ours.query_count / max(theirs.query_count, 1)
             ours.query_outer = torch.cat([ours.query_outer, theirs.query_outer * ratio])
     return whole
@@ -233,10 +233,10 @@ def combine(parts: Sequence[Statistics]) -> Statistics:
 def collect(
     model: PlainModel, batches: Sequence[torch.Tensor], progress: Callable[[int], None] | None = None
 ) -> list[LayerMoments]:
-    """Moments of every layer over token batches [B, S], streamed; ``progress`` is told tokens done.
+    """Stream the moments of every layer over token batches [B, S]; ``progress`` gets the number of tokens done.
 
-    A model that keeps one layer in memory at a time is walked layer by layer, which holds the hidden states
-    of the whole text instead of the weights.
+    A model that keeps one layer in memory at a time runs layer by layer, with the hidden states of the whole text in
+    memory instead of the weights.
     """
     spec = model.spec
     moments = [

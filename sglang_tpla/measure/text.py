@@ -1,4 +1,4 @@
-"""The text of a calibration or evaluation: which documents, how they are cut, and the moments over them."""
+"""The text of a calibration or evaluation: its documents, their division into sequences, and the moments over them."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from sglang_tpla.reference_model.checkpoint import Checkpoint
 from sglang_tpla.reference_model.forward import PlainModel
 
 CALIBRATION_TOKENS, HELD_OUT_TOKENS = 131072, 8192
-SKETCHED_CALIBRATION_TOKENS = 65536  # second moments in closed form want no more
+SKETCHED_CALIBRATION_TOKENS = 65536  # closed-form maps need no more
 
 
 @dataclass(frozen=True)
 class TextPlan:
-    """Which text, how much of it, and how it is cut.
+    """The choice of a text, its amount and its division into sequences.
 
-    A number of tokens is what there must be; None takes the usual number, or what there is if it is less.
+    The text must have a given number of tokens; None takes the usual number, or all tokens if there are fewer.
 
     Raises:
         CorpusError: a count that is not positive.
@@ -47,7 +47,7 @@ class TextPlan:
 
     @property
     def length(self) -> int:
-        """Tokens of one sequence."""
+        """The tokens of one sequence."""
         return self.prompt_tokens + self.continuation_tokens
 
 
@@ -62,12 +62,12 @@ class Text:
 
 
 def read_text(plan: TextPlan, checkpoint: Checkpoint) -> Text:
-    """Read, split and tokenise.
+    """Read, split and tokenise the text of a plan.
 
-    ``held_out_tokens`` counts continuation tokens, which are what is measured.
+    ``held_out_tokens`` counts continuation tokens, the ones that are measured.
 
     Raises:
-        CorpusError: not enough text, or no tokenizer.
+        CorpusError: too little text, or no tokenizer.
     """
     corpus = Corpus.from_paths(plan.corpus)
     calibration, held_out = corpus.split(plan.seed)
@@ -93,7 +93,7 @@ def read_text(plan: TextPlan, checkpoint: Checkpoint) -> Text:
 
 
 def collect_statistics(model: PlainModel, text: Text, seed: int, *, show_progress: bool) -> Statistics:
-    """Second moments of every layer over the calibration text."""
+    """Collect the second moments of every layer over the calibration text."""
     meta = StatisticsMeta(
         format_version=FORMAT_VERSION,
         model_name=model.checkpoint.path.resolve().name,

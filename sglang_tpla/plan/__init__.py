@@ -1,5 +1,5 @@
-"""What each way of sharing MLA's attention over GPUs costs a decode step, worked out before anything is started.
+"""The planner: the cost of a decode step for each way of sharing MLA's attention over GPUs, before anything starts.
 
-`model` (sizes), `hardware` (rates, links), `work` (bytes and arithmetic of one rank), `price` (seconds), `memory`
-(tokens that fit), `choice` (recommendation), `text` (what is printed).
+`model` has sizes, `hardware` rates and links, `cost` one rank's work, seconds and memory, `choice` the recommendation,
+`text` the printed answer.
 """

@@ -1,13 +1,13 @@
-"""Which way of sharing attention over GPUs decodes fastest for a model, a machine and a load.
+"""Find the way of sharing attention over GPUs that decodes fastest for a model, a machine and a load.
 
     python -m sglang_tpla.plan --model deepseek-v3 --gpu h200 --ranks 8 --link nvlink --weights-dtype fp8 \\
         --batch 16 --context 32768
 
-Prices plain tensor parallelism, plain MLA with an 8-bit cache, TPLA at every g in every row format (head weights
-replicated, or a reduce-scatter before o_proj), decode context parallelism and data-parallel attention, and recommends
-one, with reasons. Several batches and contexts give
-every combination; --map shows the fastest method over a grid. With speculative decoding a step verifies several tokens
-a request (--verified-tokens) and keeps --accepted-length of them.
+The planner prices plain tensor parallelism, plain MLA with an 8-bit cache, TPLA at every g in every row format (head
+weights replicated, or a reduce-scatter before o_proj), decode context parallelism and data-parallel attention, and
+recommends one of them with its reasons. It prices every combination of several batches and contexts; --map shows the
+fastest method over a grid. With speculative decoding a step verifies several tokens of a request (--verified-tokens)
+and keeps --accepted-length of them.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def setting_of(a: argparse.Namespace) -> Setting:
     """The setting that the command line describes.
 
     Raises:
-        PlanError: a value that cannot be.
+        PlanError: an impossible value.
     """
     model = find(a.model)
     if a.ranks < 1 or (a.gpus is not None and a.gpus < a.ranks):
@@ -144,7 +144,7 @@ def _link(a: argparse.Namespace) -> Link:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; 0 on success, 2 on bad input."""
+    """Run the command, and return 0 on success or 2 on bad input."""
     try:
         a = parser().parse_args(argv)
         setting = setting_of(a)

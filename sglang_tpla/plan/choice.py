@@ -1,9 +1,9 @@
-"""Every method at one load, and which to take.
+"""Price every method at one load, and recommend one.
 
-What changes the model's answers is recommended only where it pays: plain MLA with an 8-bit cache, which rounds and no
-more, where it beats the best exact method by more than a margin or nothing exact fits; TPLA on several groups, which
-also replicates head weights, where it beats the better of those two by the margin again; and slices in plain or FP8
-rows, which see only part of the latent, where they beat all of these by it.
+A method that changes the model's answers is recommended only where it pays. Plain MLA with an 8-bit cache only rounds:
+it must beat the best exact method by a margin, unless nothing exact fits. TPLA on several groups also replicates head
+weights: it must beat the better of those two by the margin. Slices in plain or FP8 rows see only part of the latent:
+they must beat all of these by the margin.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from sglang_tpla.plan.model import PlanModel
 
 @dataclass(frozen=True)
 class Setting:
-    """What does not change between loads.
+    """The model, the machine and the methods, which stay the same for every load.
 
     Args:
-        gpus: all GPUs that hold the weights other than attention.
-        memory_fraction: of the device, for weights and cache together.
-        margin: by how much of its time TPLA must beat the best exact method.
+        gpus: number of GPUs that hold the weights other than attention.
+        memory_fraction: share of the device for weights and cache together.
+        margin: share of its time by which TPLA must beat the best exact method.
     """
 
     model: PlanModel
@@ -51,7 +51,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Row:
-    """One method at one load; ``refused`` says why it cannot be had, and the figures are then None."""
+    """One method at one load; ``refused`` has the reason where the method is impossible, without figures."""
 
     method: Method
     refused: str | None = None
@@ -66,7 +66,7 @@ class Row:
 
     @property
     def layer_s(self) -> float:
-        """Time of a layer, infinite where the method cannot be had or the load does not fit."""
+        """The time of a layer; infinite where the method is refused or the load does not fit."""
         return self.price.layer_s if self.price and self.fits else math.inf
 
 
@@ -122,7 +122,7 @@ def answer(setting: Setting, load: Load) -> Answer:
     for found in fastest[1:]:
         if found.layer_s < chosen.layer_s * (1 - setting.margin):
             base, chosen = chosen, found
-    # what the answer is compared with: the one it displaced, or the fastest of those that it was preferred to
+    # the rival is the method that the chosen one displaced, or the fastest of those that it was preferred to
     others = [r for r in fastest if r is not chosen]
     rival = base if base is not chosen else min(others, key=lambda r: r.layer_s, default=None)
     return Answer(load, rows, best.method, chosen.method, reasons(setting, load, rows, chosen, rival))
@@ -149,10 +149,11 @@ def _us(seconds: float) -> str:
 def reasons(
     setting: Setting, load: Load, rows: Sequence[Row], chosen: Row, rival: Row | None
 ) -> tuple[str, ...]:
-    """Why, in plain words: what the chosen method does well, and what the others lose by.
+    """The reasons in plain words: the chosen method's strength, and the other methods' losses.
 
     Args:
-        rival: what it displaced, or, where it is exact, the fastest of what is not; None where there is nothing else.
+        rival: the method that the chosen one displaced; for an exact one, the fastest that is not exact. None where
+            there is no other.
     """
     said: list[str] = []
     plain = next((r for r in rows if r.method.kind == "tp" and r.price), None)
@@ -223,7 +224,7 @@ def _why_not_sliced(sliced: Row, chosen: Row, setting: Setting) -> str:
 
 
 def overall(answers: Sequence[Answer]) -> Method | None:
-    """For several loads: the method that is least behind each load's recommended one, on average."""
+    """The method that is, on average over several loads, least behind each load's recommended one."""
     able = [a for a in answers if a.recommended is not None]
     if not able:
         return None

@@ -1,13 +1,13 @@
-"""What one rank does for one attention layer of one decode step, the seconds that takes, and the memory beside it.
+"""One rank's work for one attention layer of one decode step, the seconds that it takes, and the memory beside it.
 
-Work is counted as kernels by bytes and operations, and collectives; times are modelled from it, nothing overlaps, and
-`hardware` says which constants were measured.
+Work is a list of kernels with their bytes and operations, and of collectives. Times are modelled from it without any
+overlap; `hardware` says which constants were measured.
 
-Methods (T ranks, g latent groups; design, sections 2 and 7):
+Methods (T ranks, g latent groups; docs/design.md):
 
     tp    H/T heads, the whole latent on every rank
-    tpla  H g/T heads, a slice of w values; ``scatter``: the groups' head outputs are summed before ``o_proj``, which
-          is then not held g times. g = 1 in sketched rows is plain MLA with an 8-bit cache
+    tpla  H g/T heads, a slice of w values; with ``scatter`` the groups' head outputs are summed before ``o_proj``, of
+          which a rank then holds no g-fold share. g = 1 in sketched rows is plain MLA with an 8-bit cache
     dcp   all H heads' queries gathered, 1/T of the tokens, outputs and log-sum-exps exchanged
     dp    whole requests: every head's weights, 1/T of the batch
 """
@@ -28,22 +28,22 @@ from sglang_tpla.plan.hardware import Gpu, Link
 from sglang_tpla.plan.model import PlanError, PlanModel
 
 CACHE_DTYPES = ("bf16", "fp8")
-ROWS = ("sketched", "plain", "fp8")  # of TPLA, the one that calibrate makes by default first
+ROWS = ("sketched", "plain", "fp8")  # TPLA's formats; calibrate makes the first by default
 SKETCHED_SHARED = 64  # r of sketched rows, as calibrate chooses for a latent of 512
 WEIGHT_DTYPES = ("bf16", "fp8")
 WIDTH_STEP = 32
-# our kernel shares wider rows between its warpgroups in another way, at another rate
+# our kernel divides wider rows between its warpgroups in another way, at another rate
 WIDE, WIDE_FROM = "hopper_wide", 256
 _BF16_BYTES = 2
 
 
 @dataclass(frozen=True)
 class Load:
-    """Requests that decode together, and the cached tokens each has.
+    """Requests that decode together, and the number of cached tokens of each.
 
     Args:
-        verified: tokens of each that one step computes: more than one with speculative decoding.
-        accepted: tokens that such a step adds to an answer on average, the target's own one included.
+        verified: tokens of a request that one step computes; more than one with speculative decoding.
+        accepted: tokens that such a step adds to an answer on average, the target's own token included.
     """
 
     batch: int
@@ -64,7 +64,7 @@ class Load:
 
     @property
     def tokens(self) -> int:
-        """Cached tokens of all requests."""
+        """The cached tokens of all requests."""
         return self.batch * self.context_tokens
 
 
@@ -85,11 +85,11 @@ class Precision:
 
     @property
     def weight_bytes(self) -> float:
-        """Bytes of one weight; block FP8 has a float32 scale for 128 x 128 of them."""
+        """The bytes of one weight; block FP8 has a float32 scale for 128 x 128 weights."""
         return 2.0 if self.weights == "bf16" else 1 + 4 / 128**2
 
     def whole_row_bytes(self, model: PlanModel) -> int:
-        """Bytes of one token in one layer of SGLang's own cache: of the whole latent."""
+        """The bytes of one token in one layer of SGLang's own cache, which holds the whole latent."""
         return (2 if self.cache == "bf16" else 1) * (model.latent_dim + model.rope_dim)
 
 
@@ -110,7 +110,7 @@ class Method:
 
     @property
     def label(self) -> str:
-        """For people."""
+        """The method's name for people."""
         if self.kind == "tpla" and self.groups == 1 and self.rows == "sketched":
             return "8-bit MLA"
         if self.kind == "tpla":
@@ -120,7 +120,7 @@ class Method:
 
     @property
     def code(self) -> str:
-        """For the map: TP, DCP, DP, T2 (g = 2), T2s (with reduce-scatter), T2.8 (sketched), T2.f (FP8), MLA8."""
+        """The name in the map: TP, DCP, DP, T2 (g = 2), T2s (reduce-scatter), T2.8 (sketched), T2.f (FP8), MLA8."""
         if self.kind == "tpla" and self.groups == 1 and self.rows == "sketched":
             return "MLA8"
         if self.kind == "tpla":
@@ -130,19 +130,19 @@ class Method:
 
     @property
     def exact(self) -> bool:
-        """Whether it computes plain MLA."""
+        """Whether the method computes plain MLA."""
         return self.kind != "tpla"
 
     @property
     def closeness(self) -> int:
-        """How near to the model's own answers: 0 exact, 1 rounded, 2 rounded with a sketch, 3 part of the latent."""
+        """The distance from the model's own answers: 0 exact, 1 rounded, 2 sketched too, 3 part of the latent."""
         if self.exact:
             return 0
         return 1 if self.groups == 1 else 2 if self.rows == "sketched" else 3
 
     @property
     def error(self) -> str:
-        """What it changes in the model's answers, in words; nothing where it is exact."""
+        """The change of the model's answers in words; empty where the method is exact."""
         return (
             "",
             "it rounds the cache to 8 bits, some 0.0002 nats a token",
@@ -152,16 +152,16 @@ class Method:
 
     @property
     def cache_ranks(self) -> int:
-        """Ranks that a token's cache is dealt out over."""
+        """The number of ranks over which a token's cache is dealt out."""
         return self.ranks if self.kind in ("dcp", "dp") else 1
 
 
 @dataclass(frozen=True)
 class Piece:
-    """One kernel: which rate it runs at (`hardware.Gpu.rates`), bytes, floating-point operations, launches.
+    """One kernel: its kind of rate (`hardware.Gpu.rates`), bytes, floating-point operations, launches.
 
     Args:
-        one_request_bytes: of attention, the longest request's cache.
+        one_request_bytes: the longest request's cache, for attention.
     """
 
     name: str
@@ -183,13 +183,13 @@ class Collective:
 
 @dataclass(frozen=True)
 class RankWork:
-    """All of it, and what it was counted from.
+    """All work of a rank, with the sizes from which it was counted.
 
     Args:
-        width: of the latent that the rank attends to as values. absorbed_columns: of a head's absorbed query.
-        heads: whose weights it holds; out_heads: in ``o_proj``.
-        read_heads: heads that attend (all of them under DCP). batch, context_tokens: what it attends to.
-        kernel: its attention kernel.
+        width: latent columns that the rank attends to as values. absorbed_columns: of a head's absorbed query.
+        heads: heads whose weights the rank holds; out_heads: those in ``o_proj``.
+        read_heads: heads that attend (all of them under DCP). batch, context_tokens: requests and tokens attended to.
+        kernel: the attention kernel.
     """
 
     pieces: tuple[Piece, ...]
@@ -216,9 +216,9 @@ def methods(
     """Every method on ``ranks`` GPUs.
 
     Args:
-        groups: limits g; by default every divisor of the ranks from 2 on.
+        groups: values of g; by default every divisor of the ranks from 2 on.
         shared_dims: of plain and FP8 rows. sketched_shared: of sketched ones.
-        rows: formats of TPLA's cache to look at.
+        rows: formats of TPLA's cache to price.
 
     Raises:
         PlanError: a g that does not divide the ranks.
@@ -251,7 +251,7 @@ class ServedRows:
 
     Args:
         width: columns attended to as values. query_columns: of a query's latent part. row_bytes: of a token and layer.
-        projected: columns that a new token's latent is projected to; 0: it is kept whole.
+        projected: columns to which a new token's latent is projected; 0 keeps it whole.
     """
 
     width: int
@@ -268,10 +268,10 @@ def whole_rows(model: PlanModel, precision: Precision, capability: tuple[int, in
 
 
 def served_rows(model: PlanModel, method: Method, heads: int, capability: tuple[int, int]) -> ServedRows:
-    """TPLA's rows; a slice of plain or FP8 rows is widened to the next width that a kernel on this GPU computes right.
+    """TPLA's rows, of which plain and FP8 slices are widened to the next width that a kernel on this GPU serves.
 
     Raises:
-        BackendRefusal: no kernel reads such rows there. ConfigError: there are no such rows.
+        BackendRefusal: no kernel reads such rows on this GPU. ConfigError: there are no such rows.
     """
     if method.rows == "sketched":
         try:
@@ -298,10 +298,10 @@ def served_rows(model: PlanModel, method: Method, heads: int, capability: tuple[
 def rank_work(
     model: PlanModel, method: Method, load: Load, precision: Precision, capability: tuple[int, int]
 ) -> RankWork:
-    """One layer of one decode step on the busiest rank.
+    """The work of one layer of one decode step on the busiest rank.
 
     Raises:
-        ConfigError: the heads or the latent cannot be dealt out so. BackendRefusal: no kernel for the rows on this GPU.
+        ConfigError: heads or a latent that cannot be divided so. BackendRefusal: no kernel for the rows on this GPU.
     """
     ranks, groups = method.ranks, method.groups
     heads = model.heads if method.kind == "dp" else Layout(ranks, groups, model.heads).local_heads
@@ -323,7 +323,7 @@ def rank_work(
 
     def absorbed(name: str, inner: int, columns: int) -> Piece:
         parameters = heads * inner * columns
-        # kept in bf16 under block FP8 too, by SGLang and by us
+        # SGLang and this package keep these weights in bf16 under block FP8 too
         moved = parameters * _BF16_BYTES + rows * heads * (inner + columns) * _BF16_BYTES
         return Piece(name, "bmm", moved, 2 * rows * parameters)
 
@@ -378,9 +378,9 @@ def rank_work(
 
 
 def small_launches(model: PlanModel, method: Method) -> int:
-    """Launches one after another between the products: norms, rotation, cache write.
+    """The number of launches, one after another, between the products: norms, rotation, cache write.
 
-    MLA's two norms run side by side; a slice's norm, projection, rotation and write are one kernel.
+    MLA's two norms run side by side; one kernel does a slice's norm, projection, rotation and write.
     """
     if method.kind == "tpla":
         return 2 if model.q_lora_rank else 1
@@ -388,10 +388,10 @@ def small_launches(model: PlanModel, method: Method) -> int:
 
 
 def break_even_tokens(model: PlanModel, method: Method, precision: Precision, row_bytes: int) -> float:
-    """Cached tokens (batch times context) from which rows of so many bytes save more than their head weights add.
+    """The cached tokens (batch times context) above which rows of so many bytes save more than head weights add.
 
-    Bytes alone (design, section 7): (g - 1) times a rank's ``q_b_proj`` and, unless ``scatter``, ``o_proj``, over the
-    cache bytes saved a token.
+    It counts bytes alone (docs/design.md): (g - 1) times a rank's ``q_b_proj`` and, unless ``scatter``,
+    ``o_proj``, over the cache bytes saved a token.
     """
     heads = model.heads / method.ranks
     parameters = heads * model.query_parameters_a_head
@@ -403,10 +403,10 @@ def break_even_tokens(model: PlanModel, method: Method, precision: Precision, ro
 
 @dataclass(frozen=True)
 class Price:
-    """One layer of one decode step.
+    """The time of one layer of one decode step.
 
     Args:
-        kernels_s: by kernel, in the order they run. collectives_s: all collectives together.
+        kernels_s: by kernel, in the order of launches. collectives_s: all collectives together.
     """
 
     kernels_s: dict[str, float]
@@ -414,12 +414,12 @@ class Price:
 
     @property
     def layer_s(self) -> float:
-        """All of it."""
+        """The whole time of a layer."""
         return sum(self.kernels_s.values()) + self.collectives_s
 
 
 def price(work: RankWork, gpu: Gpu, link: Link) -> Price:
-    """Kernels run one after another, then the collectives: nothing overlaps."""
+    """Price a rank's work: kernels run one after another, then the collectives, without overlap."""
     kernels: dict[str, float] = {}
     for piece in work.pieces:
         rate = gpu.rates[piece.rate]
@@ -431,12 +431,12 @@ def price(work: RankWork, gpu: Gpu, link: Link) -> Price:
 
 
 def weight_bytes(model: PlanModel, work: RankWork, precision: Precision, gpus: int) -> float:
-    """Bytes of weights on one rank; what is not attention is spread evenly over ``gpus``."""
+    """The bytes of weights on one rank; weights other than attention are spread evenly over ``gpus``."""
     heads = work.heads
     quantised = model.down_parameters
     quantised += heads * model.query_parameters_a_head + work.out_heads * model.output_parameters_a_head
     per_head = model.nope_dim + model.value_dim
-    quantised += heads * per_head * model.latent_dim  # kv_b_proj, of which the absorbed weights are made
+    quantised += heads * per_head * model.latent_dim  # kv_b_proj, the source of the absorbed weights
     absorbed = heads * (model.nope_dim * work.absorbed_columns + model.value_dim * work.width)
     attention = model.layers * (quantised * precision.weight_bytes + absorbed * _BF16_BYTES)
     others = model.other_parameters * precision.weight_bytes + model.table_parameters * _BF16_BYTES
@@ -446,6 +446,6 @@ def weight_bytes(model: PlanModel, work: RankWork, precision: Precision, gpus: i
 def tokens_that_fit(
     model: PlanModel, method: Method, work: RankWork, weights: float, gpu: Gpu, fraction: float
 ) -> int:
-    """Cached tokens of all ranks together; 0 where the weights alone do not fit."""
+    """The cached tokens that fit on all ranks together; 0 where the weights alone do not fit."""
     free = gpu.memory_bytes * fraction - weights
     return max(0, int(free // (work.cache_row_bytes * model.layers))) * method.cache_ranks

@@ -1,4 +1,4 @@
-"""GPUs and links: how fast one kind of kernel runs, and what a collective costs.
+"""GPUs and links: the speed of each kind of kernel, and the cost of a collective.
 
 A kernel takes ``overhead + max(bytes / bandwidth, operations / arithmetic rate)``. The H100's constants are fitted by
 ``benchmarks/fit_plan.py`` to the kernels of a first run of ``benchmarks/decode_layer.py``; tests hold the planner's
@@ -25,7 +25,7 @@ class Rate:
     """Cost of one kind of kernel.
 
     Args:
-        one_request: of attention that does not spread a request well: (bytes, seconds) of single requests, ascending.
+        one_request: (bytes, seconds) of single requests, ascending, for attention that spreads a request badly.
     """
 
     overhead_s: float
@@ -34,12 +34,12 @@ class Rate:
     one_request: tuple[tuple[float, float], ...] = ()
 
     def seconds(self, moved_bytes: float, flops: float, one_request_bytes: float = 0.0) -> float:
-        """Time of one launch; ``one_request_bytes``: the longest request's share of an attention kernel's bytes."""
+        """The time of one launch; ``one_request_bytes`` are those of attention's longest request."""
         together = self.overhead_s + max(moved_bytes / self.bytes_per_s, flops / self.flops_per_s)
         return max(together, self.alone_s(one_request_bytes))
 
     def alone_s(self, size_bytes: float) -> float:
-        """Time of one request alone: straight lines between the points, and on along the last one."""
+        """The time of one request alone: straight lines join the points, and the last line goes on."""
         points = self.one_request
         if not points or size_bytes <= points[0][0]:
             return points[0][1] if points and size_bytes else 0.0
@@ -53,10 +53,10 @@ class Gpu:
     """One GPU.
 
     Args:
-        memory_bytes: what the device has. capability: CUDA compute capability; decides which kernels serve it.
-        sheet_bytes_per_s, sheet_flops_per_s: data sheet, dense bf16.
-        rates: by kind of kernel, see `work`.
-        measured, from_data_sheets, assumed: where the rates come from, for people.
+        memory_bytes: the device's memory. capability: CUDA compute capability, which decides the kernels.
+        sheet_bytes_per_s, sheet_flops_per_s: from the data sheet, dense bf16.
+        rates: by kind of kernel, see `cost`.
+        measured, from_data_sheets, assumed: sources of the rates, for people.
     """
 
     name: str
@@ -75,7 +75,7 @@ class Gpu:
         sheet_bytes_per_s: float | None = None,
         sheet_flops_per_s: float | None = None,
     ) -> Gpu:
-        """This GPU with other numbers; rates scale with bandwidth and arithmetic."""
+        """This GPU with other numbers; its rates scale with bandwidth and arithmetic."""
         for name, value in (
             ("memory", memory_bytes),
             ("bandwidth", sheet_bytes_per_s),
@@ -122,11 +122,11 @@ def _scaled(
 
 @dataclass(frozen=True)
 class Link:
-    """What joins the ranks.
+    """A link between the ranks.
 
     Args:
-        latency_s: one small collective among all ranks, under a CUDA graph.
-        bytes_per_s: what one rank sends, and receives, at the same time.
+        latency_s: time of one small collective among all ranks, under a CUDA graph.
+        bytes_per_s: rate at which one rank sends and, at the same time, receives.
     """
 
     name: str
@@ -142,7 +142,7 @@ class Link:
             )
 
     def seconds(self, kind: str, size_bytes: float, ranks: int) -> float:
-        """Time of a collective.
+        """The time of a collective.
 
         Args:
             kind: all_reduce, all_gather, reduce_scatter or all_to_all.

@@ -1,4 +1,4 @@
-"""Sizes of a DeepSeek-shaped model, as far as time and memory depend on them, from its Hugging Face config."""
+"""The sizes of a DeepSeek-shaped model on which time and memory depend, from its Hugging Face config."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sglang_tpla.reference_model.config_file import CheckpointError, language_co
 
 
 class PlanError(SglangTplaError, ValueError):
-    """Something the planner was given and cannot use: what was expected, what came, what to do."""
+    """An input that the planner cannot use; the message says what was expected, what came and what to do."""
 
 
 @dataclass(frozen=True)
@@ -21,9 +21,9 @@ class PlanModel:
 
     Args:
         layers, hidden, heads: of the decoder.
-        latent_dim, rope_dim: d and the rotary key, what a token's cache holds in each layer.
+        latent_dim, rope_dim: d and the rotary key, which a token's cache holds in each layer.
         nope_dim, value_dim: per head. q_lora_rank: None where queries come straight from the hidden state.
-        other_parameters: what is not attention and is spread over all GPUs (experts, dense layers).
+        other_parameters: experts and dense layers, which are spread over all GPUs.
         table_parameters: embedding and head, which stay bf16.
     """
 
@@ -47,17 +47,17 @@ class PlanModel:
 
     @property
     def query_parameters_a_head(self) -> int:
-        """Columns of ``q_b_proj`` (or ``q_proj``) of one head, times its input width."""
+        """The parameters of one head in ``q_b_proj`` (or ``q_proj``)."""
         return (self.q_lora_rank or self.hidden) * (self.nope_dim + self.rope_dim)
 
     @property
     def output_parameters_a_head(self) -> int:
-        """Rows of ``o_proj`` of one head, times the hidden size."""
+        """The parameters of one head in ``o_proj``."""
         return self.value_dim * self.hidden
 
     @property
     def down_parameters(self) -> int:
-        """The joint down-projection (queries where there is a rank, latent, rope key), held by every rank."""
+        """The parameters of the joint down-projection (low-rank queries, latent, rope key), which every rank holds."""
         return self.hidden * ((self.q_lora_rank or 0) + self.latent_dim + self.rope_dim)
 
 
@@ -99,7 +99,7 @@ def _read(config: Mapping[str, Any], name: str) -> PlanModel:
 
 
 _HEAD = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128}
-# From the published config.json of each model.
+# The sizes are those of each model's published config.json.
 BUILT_IN: dict[str, dict[str, Any]] = {
     "deepseek-v3": _HEAD
     | {"hidden_size": 7168, "num_hidden_layers": 61, "num_attention_heads": 128, "q_lora_rank": 1536}
@@ -121,10 +121,10 @@ BUILT_IN: dict[str, dict[str, Any]] = {
 
 
 def find(model: str) -> PlanModel:
-    """A built-in model by name, or the one whose config (file or folder) is given.
+    """Find a built-in model by name, or read the config (file or folder) of another.
 
     Raises:
-        PlanError: neither, or a file that is not such a config.
+        PlanError: neither a name nor such a config.
     """
     if model.lower() in BUILT_IN:
         return from_config(BUILT_IN[model.lower()], model.lower())

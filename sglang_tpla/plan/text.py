@@ -1,4 +1,4 @@
-"""What the planner prints: a table a load, a map of the fastest method, and what of it was measured."""
+"""The planner's printed answer: a table for each load, a map of the fastest method, and the source of each number."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def _time(seconds: float) -> str:
 
 
 def provenance(setting: Setting) -> dict[str, list[str]]:
-    """What was measured, what stands in a data sheet, what is assumed, and what is modelled."""
+    """The source of every number: measured, from a data sheet, assumed or modelled."""
     gpu, link = setting.gpu, setting.link
     link_fact = (
         f"{link.name}: {link.latency_s * 1e6:g} us a collective, {link.bytes_per_s / 1e9:g} GB/s a rank each way "
@@ -33,7 +33,7 @@ def provenance(setting: Setting) -> dict[str, list[str]]:
 
 
 def heading(setting: Setting) -> str:
-    """The setting and where its numbers come from."""
+    """The setting and the sources of its numbers."""
     model, gpu = setting.model, setting.gpu
     ranks = setting.methods[0].ranks
     lines = [
@@ -48,7 +48,7 @@ def heading(setting: Setting) -> str:
 
 
 def table(answer: Answer, layers: int) -> str:
-    """One load: every method's modelled time, cache and capacity, then the recommendation."""
+    """The table of one load: every method's modelled time, cache and capacity, then the recommendation."""
     load = answer.load
     step = "a decode step"
     if load.verified > 1:
@@ -85,7 +85,7 @@ def _line(row: Row, layers: int, recommended: bool, accepted: float) -> str:
 
 
 def fastest_map(answers: Sequence[Answer]) -> str:
-    """Batch by context: the fastest method that fits."""
+    """The map, batch by context, of the fastest method that fits."""
     batches = sorted({a.load.batch for a in answers})
     contexts = sorted({a.load.context_tokens for a in answers})
     cells = {
@@ -103,13 +103,13 @@ def fastest_map(answers: Sequence[Answer]) -> str:
 
 
 def summary(answers: Sequence[Answer]) -> str:
-    """Over several loads: the method that is least behind on average."""
+    """The line about several loads: the method that is least behind on average."""
     method = overall(answers)
     return f"over all loads: {method.label if method else 'nothing fits'}"
 
 
 def as_json(setting: Setting, answers: Sequence[Answer]) -> dict[str, Any]:
-    """Everything, with units in the names."""
+    """The whole answer as JSON, with units in the names."""
     layers = setting.model.layers
     best = overall(answers)
     return {

@@ -1,6 +1,6 @@
-"""Rows as a cache of another precision hands them back, to measure what that precision costs.
+"""Maps whose rows pass through a cache of lower precision, to measure the cost of that precision.
 
-The rotary key is bfloat16 in either; slices are bfloat16 or FP8 (`attention.fp8_rows`).
+The rotary key is bfloat16 in both; slices are bfloat16 or FP8 (`cache_rows.fp8`).
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ def _bf16(values: torch.Tensor) -> torch.Tensor:
 
 
 def cached_maps(maps: Sequence[LayerMaps], cache_dtype: str, shared: Sequence[int]) -> list[LayerMaps]:
-    """Maps whose rows go through a cache: ``exact`` changes nothing, ``bf16`` and ``fp8`` round.
+    """Pass the maps' rows through a cache: ``exact`` changes nothing, ``bf16`` and ``fp8`` round.
 
     Args:
-        shared: how many leading columns every group has, one entry a layer: they have a scale of their own.
+        shared: number of leading columns that every group has, one entry a layer; these have their own scale.
 
     Raises:
-        ValueError: another name.
+        ValueError: an unknown name.
     """
     if cache_dtype not in CACHE_DTYPES:
         raise ValueError(f"expected a cache dtype among {CACHE_DTYPES}, got {cache_dtype!r}")

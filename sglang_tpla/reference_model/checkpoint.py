@@ -1,13 +1,14 @@
 """Read a Hugging Face checkpoint directory tensor by tensor: one file or a sharded index, plain or block-FP8.
 
-Nothing is loaded before it is asked for, so a 671-billion-parameter checkpoint costs one tensor at a time.
-Block-FP8 is the format DeepSeek ships: ``X.weight`` in float8_e4m3fn [out, in] beside ``X.weight_scale_inv``
-[ceil(out/128), ceil(in/128)] in float32; the value is the stored number times its block's scale.
+A tensor is loaded only on request, so a 671-billion-parameter checkpoint costs one tensor at a time. DeepSeek ships
+block-FP8: ``X.weight`` in float8_e4m3fn [out, in] beside ``X.weight_scale_inv`` [ceil(out/128), ceil(in/128)] in
+float32; the value is the stored number times its block's scale.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,10 @@ class Checkpoint:
     """A checkpoint directory.
 
     Args:
-        path: directory with ``config.json`` and ``*.safetensors`` (``model.safetensors.index.json`` when
-        sharded).
+        path: directory with ``config.json`` and ``*.safetensors`` (``model.safetensors.index.json`` when sharded).
 
     Raises:
-        CheckpointError: a file is missing or unreadable, or the model has no multi-head latent attention.
+        CheckpointError: a file that is missing or unreadable, or a model without multi-head latent attention.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -74,7 +74,7 @@ class Checkpoint:
         return name in self._files
 
     def layer_name(self, layer: int, tail: str) -> str:
-        """Stored name of a layer's tensor, e.g. ``layer_name(3, "self_attn.kv_b_proj.weight")``."""
+        """The stored name of a layer's tensor, as in ``layer_name(3, "self_attn.kv_b_proj.weight")``."""
         return f"{self.prefix}layers.{layer}.{tail}"
 
     def _file_of(self, name: str) -> Path:
@@ -94,15 +94,12 @@ class Checkpoint:
         return tensor
 
     def stored_head(self, name: str, limit_bytes: int) -> bytes:
-        """The first ``limit_bytes`` of a tensor's stored bytes, row-major, reading no more rows than "
-        "needed."""
+        """The first ``limit_bytes`` of a tensor's stored bytes, row-major; it reads no more rows than needed."""
         with safe_open(self._file_of(name), framework="pt") as handle:
             rows = handle.get_slice(name)
             shape = rows.get_shape()
-            row_values = 1
-            for size in shape[1:]:
-                row_values *= size
-            # every stored dtype takes at least one byte a value, so this many rows always suffice
+            row_values = math.prod(shape[1:])
+            # a stored value takes at least one byte, so this many rows suffice
             tensor = rows[: -(-limit_bytes // max(row_values, 1))]
         raw: bytes = tensor.contiguous().view(torch.uint8).numpy().tobytes()
         return raw[:limit_bytes]
@@ -111,7 +108,7 @@ class Checkpoint:
         """The tensor's values in ``dtype``; block-FP8 is dequantised.
 
         Raises:
-            CheckpointError: the tensor is missing, or is FP8 without its scales.
+            CheckpointError: a missing tensor, or FP8 without its scales.
         """
         stored = self.stored(name)
         if stored.dtype not in (torch.float8_e4m3fn, torch.float8_e5m2):
@@ -126,10 +123,10 @@ class Checkpoint:
 
 
 def dequantise_blocks(weight: torch.Tensor, scale: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
-    """FP8 weight [out, in] times its block scales [ceil(out/block0), ceil(in/block1)], as float32 [out, in].
+    """Multiply an FP8 weight [out, in] by its scales [ceil(out/block0), ceil(in/block1)], in float32.
 
     Raises:
-        CheckpointError: the scales do not cover the weight.
+        CheckpointError: scales that do not cover the weight.
     """
     expected = (-(-weight.shape[0] // block[0]), -(-weight.shape[1] // block[1]))
     if tuple(scale.shape) != expected:
@@ -143,7 +140,7 @@ def dequantise_blocks(weight: torch.Tensor, scale: torch.Tensor, block: tuple[in
 
 
 def local_checkpoint(model_path: str, revision: str | None) -> Path:
-    """Folder of a checkpoint: the path itself, or its snapshot of the Hugging Face hub."""
+    """The folder of a checkpoint: the path itself, or a snapshot of the Hugging Face hub."""
     if Path(model_path).is_dir():
         return Path(model_path)
     from huggingface_hub import snapshot_download

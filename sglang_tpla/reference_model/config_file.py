@@ -1,7 +1,7 @@
-"""The one reader of a model's ``config.json``: every form that Hugging Face writes becomes one.
+"""The one reader of a model's ``config.json``, which turns every form that Hugging Face writes into one.
 
 - A multimodal wrapper keeps the language model's own configuration one level down.
-- A key that is null is a key that is not there.
+- A null key counts as a missing key.
 - The rotary embedding stands in ``rope_theta`` and ``rope_scaling`` (transformers 4) or in ``rope_parameters`` (5);
   a file may have both, one of them null.
 
@@ -17,28 +17,28 @@ from typing import Any
 
 from sglang_tpla.errors import SglangTplaError
 
-NESTED = ("text_config", "language_config")  # where wrappers keep the language model's configuration
+NESTED = ("text_config", "language_config")  # wrappers keep the language model's configuration there
 DEFAULT_ROPE_THETA = 10000.0
 
 
 class CheckpointError(SglangTplaError, ValueError):
-    """A checkpoint that cannot be read: what was expected, what came, where, what to do."""
+    """A checkpoint that cannot be read; the message says what was expected, what came, where, and what to do."""
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
     """The language model's configuration in a file, or in a checkpoint's folder, in one form.
 
     Raises:
-        CheckpointError: no such file, no JSON, no object.
+        CheckpointError: no file, no JSON, or no object.
     """
     return language_config(read_whole_config(path))
 
 
 def read_whole_config(path: str | Path) -> dict[str, Any]:
-    """The configuration as it was written, a wrapper's too.
+    """The configuration as the file has it, a wrapper's included.
 
     Raises:
-        CheckpointError: no such file, no JSON, no object.
+        CheckpointError: no file, no JSON, or no object.
     """
     path = Path(path)
     path = path / "config.json" if path.is_dir() else path
@@ -54,9 +54,9 @@ def read_whole_config(path: str | Path) -> dict[str, Any]:
 
 
 def language_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The language model's own configuration, without keys that are null.
+    """The language model's own configuration, without null keys.
 
-    How weights are quantised is taken from the wrapper where the inner configuration does not say it.
+    The wrapper's quantisation applies where the inner configuration has none.
     """
     nested = [config[name] for name in NESTED if isinstance(config.get(name), Mapping)]
     if config.get("kv_lora_rank") is None and nested:
@@ -66,7 +66,7 @@ def language_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def rope_scaling(config: Mapping[str, Any]) -> dict[str, Any]:
-    """How the rotary embedding is stretched: ``rope_scaling`` or ``rope_parameters``, without keys that are null.
+    """The stretch of the rotary embedding, ``rope_scaling`` or ``rope_parameters``, without null keys.
 
     Raises:
         CheckpointError: neither null nor an object.
@@ -78,7 +78,7 @@ def rope_scaling(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def rope_theta(config: Mapping[str, Any]) -> float:
-    """The rotary embedding's base: the config's own, or that of its ``rope_parameters``.
+    """The rotary embedding's base, from the config or from its ``rope_parameters``.
 
     Raises:
         CheckpointError: no number above 0.

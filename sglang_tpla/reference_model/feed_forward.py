@@ -1,7 +1,7 @@
-"""Feed-forward layers of the plain forward: dense, and mixtures of experts with V2's and V3's routing.
+"""Feed-forward layers of the plain forward: dense ones, and mixtures of experts with V2's and V3's routing.
 
-Routing follows SGLang's ``srt/layers/moe/topk.py``: softmax ``greedy`` and ``group_limited_greedy`` (V2),
-sigmoid ``noaux_tc`` with the correction bias deciding the choice but not the weight (V3, Kimi K2).
+Routing follows SGLang's ``srt/layers/moe/topk.py``: softmax ``greedy`` and ``group_limited_greedy`` (V2), and sigmoid
+``noaux_tc``, whose correction bias decides the choice but not the weight (V3, Kimi K2).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from sglang_tpla.reference_model.spec import ModelSpec, Routing
 
 @dataclass(frozen=True)
 class Dense:
-    """Gated SiLU; ``gate`` and ``up`` [inner, hidden], ``down`` [hidden, inner]."""
+    """A gated SiLU layer; ``gate`` and ``up`` are [inner, hidden], ``down`` is [hidden, inner]."""
 
     gate: torch.Tensor
     up: torch.Tensor
@@ -29,7 +29,7 @@ class Dense:
 
 @dataclass(frozen=True)
 class Mixture:
-    """Routed experts and the shared one; ``router`` [experts, hidden], ``bias`` [experts] or None."""
+    """Routed experts and the shared one; ``router`` is [experts, hidden], ``bias`` [experts] or None."""
 
     routing: Routing
     router: torch.Tensor
@@ -56,7 +56,7 @@ FeedForward = Dense | Mixture
 def route(
     routing: Routing, router_logits: torch.Tensor, bias: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Experts and weights, both [tokens, per_token], for router logits [tokens, experts].
+    """Choose experts and weights, both [tokens, per_token], by router logits [tokens, experts].
 
     Raises:
         CheckpointError: an unknown routing method.

@@ -1,13 +1,13 @@
 """Plain PyTorch forward of DeepSeek V2/V3 and Kimi K2 shaped models, exact or with TPLA decoding.
 
-The reference for calibration and evaluation: no cache, no kernels, whole sequences, every step as SGLang's
-``srt/models/deepseek_v2.py`` and transformers' ``DeepseekV3ForCausalLM`` compute it. With maps, tokens before
-``prompt_tokens`` attend exactly (they were prefilled by plain MLA) and every later one attends through the
-slices, over all tokens before it, as the design's section 2 has it:
+This reference for calibration and evaluation takes whole sequences, without cache or kernels, and computes every step
+as SGLang's ``srt/models/deepseek_v2.py`` and transformers' ``DeepseekV3ForCausalLM`` do. With maps, tokens before
+``prompt_tokens`` attend exactly, as plain MLA prefilled them, and every later token attends through the slices, over
+all tokens before it (docs/design.md, section 2):
 
     p_i = softmax(scale (q_nope W_UK A_i^T z_i^T + q_rope k_rope^T)),   o = sum_i (p_i z_i) B_i W_UV W_O
 
-That is teacher forcing: one pass gives what token-by-token decoding of the same text would give.
+This is teacher forcing: one pass gives the results of decoding the same text token by token.
 Shapes: B batch, S tokens, H heads, d latent dims, n nope, e rope, v value dims a head.
 """
 
@@ -26,15 +26,15 @@ from sglang_tpla.reference_model.rotary import Rotary, rotate
 from sglang_tpla.reference_model.sketched_layer import SketchedMaps
 from sglang_tpla.reference_model.spec import ModelSpec
 
-# Z [d, w], or a function from latents [B, S, d] to slices [B, S, w] (only comparisons need one)
+# A slicer is Z [d, w], or a function from latents [B, S, d] to slices [B, S, w], which only comparisons need.
 Slicer = torch.Tensor | Callable[[torch.Tensor], torch.Tensor]
-# maps of one layer: (Z, A [w, d], B [w, d]) for each group, or those of sketched rows; None is exact attention
+# One layer's maps are (Z, A [w, d], B [w, d]) for each group, or those of sketched rows; None is exact attention.
 GroupMaps = tuple[Slicer, torch.Tensor, torch.Tensor]
 LayerMaps = Sequence[GroupMaps] | SketchedMaps
 
 
 class CachedMaps(list[GroupMaps]):
-    """Maps of a layer whose cache hands rotary keys back as ``round_key`` makes them."""
+    """The maps of a layer whose cache rounds rotary keys by ``round_key``."""
 
     def __init__(self, maps: Sequence[GroupMaps], round_key: Callable[[torch.Tensor], torch.Tensor]) -> None:
         super().__init__(maps)
@@ -43,10 +43,10 @@ class CachedMaps(list[GroupMaps]):
 
 @dataclass(frozen=True)
 class AttentionInputs:
-    """What the attention of one layer sees: S tokens, of which the last Q ask.
+    """The inputs of one layer's attention: S tokens, of which the last Q have queries.
 
-    ``latent`` [B, S, d] after RMSNorm; ``k_rope`` [B, S, e] rotated; ``q_nope`` [B, H, Q, n] and ``q_rope``
-    [B, H, Q, e] rotated.
+    ``latent`` [B, S, d] is normed; ``k_rope`` [B, S, e] is rotated, and so is ``q_rope`` [B, H, Q, e]; ``q_nope`` is
+    [B, H, Q, n].
     """
 
     latent: torch.Tensor
@@ -55,7 +55,7 @@ class AttentionInputs:
     k_rope: torch.Tensor
 
     def first(self, tokens: int) -> AttentionInputs:
-        """The first ``tokens`` tokens and those of their queries that are here."""
+        """The first ``tokens`` tokens, with those queries of theirs that are present."""
         kept = tokens - (self.latent.shape[1] - self.q_nope.shape[2])
         return AttentionInputs(
             self.latent[:, :tokens],
@@ -65,7 +65,7 @@ class AttentionInputs:
         )
 
     def last_queries(self, queries: int) -> AttentionInputs:
-        """All tokens, but only the last ``queries`` ask."""
+        """All tokens, with only the last ``queries`` queries."""
         skipped = self.q_nope.shape[2] - queries
         return AttentionInputs(
             self.latent, self.q_nope[:, :, skipped:], self.q_rope[:, :, skipped:], self.k_rope
@@ -83,7 +83,7 @@ class AttentionInputs:
 
 @dataclass(frozen=True)
 class LayerCache:
-    """Exact cache of one layer: ``latent`` [B, P, d] after RMSNorm and ``k_rope`` [B, P, e]."""
+    """The exact cache of one layer: ``latent`` [B, P, d] after RMSNorm and ``k_rope`` [B, P, e]."""
 
     latent: torch.Tensor
     k_rope: torch.Tensor
@@ -93,7 +93,7 @@ Observer = Callable[[int, AttentionInputs, torch.Tensor], None]
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """RMSNorm over the last axis, computed in float32 at least."""
+    """Norm the last axis, in float32 or wider."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
     return weight * normed.to(x.dtype)
@@ -101,7 +101,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Attention:
-    """Weights and arithmetic of one attention layer.
+    """The weights and the arithmetic of one attention layer.
 
     ``w_uk`` [H, n, d] and ``w_uv`` [H, v, d] are the halves of kv_b_proj; projections are [out, in].
     """
@@ -120,7 +120,7 @@ class Attention:
     o_bias: torch.Tensor | None
 
     def inputs(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> AttentionInputs:
-        """Normed hidden states [B, S, hidden] -> queries and latents; cos, sin [S, e/2]."""
+        """Compute queries and latents of normed hidden states [B, S, hidden]; cos and sin are [S, e/2]."""
         spec = self.spec
         batch, tokens = x.shape[:2]
         if self.q_a is None or self.q_a_norm is None:
@@ -139,7 +139,7 @@ class Attention:
     def heads_out(
         self, inputs: AttentionInputs, key_latent: torch.Tensor, value_latent: torch.Tensor
     ) -> torch.Tensor:
-        """Causal attention of all the queries; returns [B, H, Q, v].
+        """Attend causally with all queries, and return [B, H, Q, v].
 
         Keys come from ``key_latent`` and values from ``value_latent``, both [B, S, d].
         """
@@ -157,18 +157,18 @@ class Attention:
     def _one_query(
         self, inputs: AttentionInputs, key_latent: torch.Tensor, value_latent: torch.Tensor
     ) -> torch.Tensor:
-        # the last token sees every key: absorbed, no key or value of the whole cache is made, no mask
+        # the last token sees every key, so it needs no mask, and absorbed it needs no keys or values of the whole cache
         absorbed = torch.einsum("bhqn,hnd->bhqd", inputs.q_nope, self.w_uk)
         scores = absorbed @ key_latent[:, None].mT + inputs.q_rope @ inputs.k_rope[:, None].mT
         context = (scores * self.spec.scale).softmax(-1) @ value_latent[:, None]
         return torch.einsum("bhqd,hvd->bhqv", context, self.w_uv)
 
     def project(self, heads_out: torch.Tensor) -> torch.Tensor:
-        """Output projection of [B, H, queries, v] to [B, queries, hidden]."""
+        """Project [B, H, queries, v] to [B, queries, hidden]."""
         return F.linear(heads_out.transpose(1, 2).flatten(2), self.o, self.o_bias)
 
     def tpla_heads_out(self, inputs: AttentionInputs, maps: LayerMaps) -> torch.Tensor:
-        """The same through the slices: the sum over the groups, [B, H, Q, v]."""
+        """Attend through the slices, and return the sum over the groups, [B, H, Q, v]."""
         total: torch.Tensor | None = None
         if isinstance(maps, SketchedMaps):
             for view in maps.views(inputs.latent, inputs.k_rope):
@@ -188,7 +188,7 @@ class Attention:
         return total
 
     def __call__(self, inputs: AttentionInputs, maps: LayerMaps | None, prompt_tokens: int) -> torch.Tensor:
-        """[B, Q, hidden]; exact, or exact before ``prompt_tokens`` and through ``maps`` from there on."""
+        """Attend exactly before ``prompt_tokens`` and through ``maps``, if any, after them; return [B, Q, hidden]."""
         tokens, queries = inputs.latent.shape[1], inputs.q_nope.shape[2]
         if maps is None or prompt_tokens >= tokens:
             return self.project(self.heads_out(inputs, inputs.latent, inputs.latent))
@@ -204,11 +204,11 @@ class Attention:
 def causal_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
 ) -> torch.Tensor:
-    """Attention of the last Q of S tokens: query [B, H, Q, k], key [B, H, S, k], value [B, H, S, v]."""
+    """Attend with the last Q of S tokens: query [B, H, Q, k], key [B, H, S, k], value [B, H, S, v]."""
     queries, tokens = query.shape[2], key.shape[2]
     value_dim = value.shape[-1]
     if value_dim < key.shape[-1]:
-        # the fused kernels want one width; without this the unfused one runs, some three times slower
+        # the fused kernels need one width; the unfused kernel is some three times slower
         value = F.pad(value, (0, key.shape[-1] - value_dim))
     if queries == tokens:
         out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale)
@@ -229,7 +229,7 @@ class Layer:
 
 
 class _LastLayer(Sequence[Layer]):
-    """Layers read when asked for; only the last one read is kept."""
+    """Layers that are read on request, of which only the last one stays in memory."""
 
     def __init__(self, model: PlainModel) -> None:
         self._model = model
@@ -249,7 +249,7 @@ class _LastLayer(Sequence[Layer]):
         if not 0 <= index < len(self):
             raise IndexError(index)
         if self._layer is None or self._index != index:
-            self._layer = None  # let go of the old weights before the new ones come
+            self._layer = None  # release the old weights before the new ones come
             self._layer, self._index = self._model.load_layer(index), index
         return self._layer
 
@@ -264,7 +264,7 @@ class PlainModel:
         resident: keep every layer's weights in memory; otherwise only those of the layer used last.
 
     Raises:
-        CheckpointError: a tensor is missing or the configuration is not of this family.
+        CheckpointError: a missing tensor, or a configuration of another family.
     """
 
     layers: Sequence[Layer]
@@ -307,14 +307,14 @@ class PlainModel:
         )
 
     def attention_inputs(self, index: int, hidden: torch.Tensor, first_position: int = 0) -> AttentionInputs:
-        """Queries and latents of layer ``index`` for hidden states [B, Q, hidden]."""
+        """Compute queries and latents of layer ``index`` for hidden states [B, Q, hidden]."""
         layer = self.layers[index]
         cos, sin = self.rotary.tables(first_position + hidden.shape[1], hidden.dtype)
         normed = rms_norm(hidden, layer.input_norm, self.spec.eps)
         return layer.attention.inputs(normed, cos[first_position:], sin[first_position:])
 
     def finish_layer(self, index: int, hidden: torch.Tensor, attention_out: torch.Tensor) -> torch.Tensor:
-        """Residuals and feed-forward: the hidden states after layer ``index``."""
+        """Add residuals and the feed-forward, and return the hidden states after layer ``index``."""
         layer = self.layers[index]
         hidden = hidden + attention_out
         return hidden + layer.feed_forward(rms_norm(hidden, layer.post_norm, self.spec.eps))
@@ -328,14 +328,13 @@ class PlainModel:
         past: Sequence[LayerCache] | None = None,
         observer: Observer | None = None,
     ) -> torch.Tensor:
-        """Normed hidden states [B, Q, hidden] of tokens [B, Q].
+        """Compute the normed hidden states [B, Q, hidden] of tokens [B, Q].
 
         Args:
             tokens: token ids.
             maps: per layer, maps of every group, or None for an exact layer.
-            prompt_tokens: tokens whose attention is exact although ``maps`` are given, counted from the
-            start.
-            past: per layer, the exact cache of the tokens before these.
+            prompt_tokens: tokens from the start whose attention is exact although ``maps`` are given.
+            past: per layer, the exact cache of earlier tokens.
             observer: called with (layer, attention inputs, attention output [B, Q, hidden]).
         """
         if maps is not None and len(maps) != self.spec.layers:
@@ -353,7 +352,7 @@ class PlainModel:
         return rms_norm(hidden, self.final_norm, self.spec.eps)
 
     def prefill(self, tokens: torch.Tensor) -> tuple[torch.Tensor, list[LayerCache]]:
-        """Exact normed hidden states [B, S, hidden] of tokens [B, S], and the cache they leave."""
+        """Compute exact normed hidden states [B, S, hidden] of tokens [B, S], and the cache that they leave."""
         cache: list[LayerCache] = []
 
         def keep(_layer: int, inputs: AttentionInputs, _out: torch.Tensor) -> None:
@@ -362,13 +361,13 @@ class PlainModel:
         return self.hidden_states(tokens, observer=keep), cache
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits [..., vocab] of normed hidden states [..., hidden]."""
+        """Compute logits [..., vocab] of normed hidden states [..., hidden]."""
         return F.linear(hidden, self.lm_head)
 
     def forward(
         self, tokens: torch.Tensor, *, maps: Sequence[LayerMaps | None] | None = None, prompt_tokens: int = 0
     ) -> torch.Tensor:
-        """Logits [B, S, vocab] of tokens [B, S]; arguments as in ``hidden_states``."""
+        """Compute logits [B, S, vocab] of tokens [B, S]; the arguments are those of ``hidden_states``."""
         return self.logits(self.hidden_states(tokens, maps=maps, prompt_tokens=prompt_tokens))
 
 

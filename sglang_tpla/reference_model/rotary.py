@@ -1,8 +1,7 @@
-"""Rotary embedding with DeepSeek's interleaved pairs and yarn, as SGLang's
-``DeepseekScalingRotaryEmbedding``.
+"""Rotary embedding with DeepSeek's interleaved pairs and yarn, as in SGLang's ``DeepseekScalingRotaryEmbedding``.
 
-Rotated vectors are laid out as (all first halves of the pairs, all second halves), as transformers does;
-scores do not depend on the layout, only on query and key sharing it.
+A rotated vector holds all first halves of the pairs, then all second halves, as in transformers; scores depend only on
+query and key having the same layout.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from sglang_tpla.reference_model.spec import ModelSpec, Yarn, yarn_mscale
 
 
 class Rotary:
-    """Frequencies of a model and the cosine/sine tables made from them."""
+    """The frequencies of a model, and the cosine and sine tables made from them."""
 
     def __init__(self, spec: ModelSpec, device: torch.device) -> None:
         self.device = device
@@ -28,27 +27,27 @@ class Rotary:
             )
 
     def tables(self, tokens: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin, each [tokens, e/2], for positions 0 .. tokens-1."""
+        """Make cos and sin, each [tokens, e/2], for positions 0 to tokens - 1."""
         positions = torch.arange(tokens, dtype=torch.float32, device=self.device)
         angles = positions[:, None] * self.inverse_frequencies
         return (angles.cos() * self.amplitude).to(dtype), (angles.sin() * self.amplitude).to(dtype)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate interleaved pairs of x [..., S, e] by tables [S, e/2]; first halves come first in the result."""
+    """Rotate interleaved pairs of x [..., S, e] by tables [S, e/2]; the result has all first halves first."""
     even, odd = x[..., 0::2], x[..., 1::2]
     return torch.cat([even * cos - odd * sin, odd * cos + even * sin], -1)
 
 
 def inverse_frequencies(spec: ModelSpec) -> torch.Tensor:
-    """Inverse frequencies [e/2], float32, stretched by yarn where the model says so."""
+    """The inverse frequencies [e/2], float32, stretched by yarn where the model has it."""
     dim = spec.rope_dim
     plain = 1.0 / spec.rope_theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
     if spec.yarn is None:
         return plain
     low, high = _correction_range(spec.yarn, spec.rope_theta, dim)
     ramp = ((torch.arange(dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
-    keep = 1 - ramp  # 1 where the frequency is high enough to stay as it is
+    keep = 1 - ramp  # 1 for frequencies that are high enough to stay
     return plain / spec.yarn.factor * (1 - keep) + plain * keep
 
 

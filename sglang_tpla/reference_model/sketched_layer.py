@@ -1,4 +1,4 @@
-"""Sketched rows in the reference forward: what attention of each group sees of a token once its row was packed."""
+"""Sketched rows in the reference forward: each group's view of a token whose row has been packed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sglang_tpla.cache_rows.sketched import SketchedRows, quantise, quantise_ske
 
 @dataclass(frozen=True)
 class GroupView:
-    """Latents that one group's scores (``key``) and values (``value``) see, [B, S, d], and keys [B, S, rope]."""
+    """The latents [B, S, d] of one group's scores (``key``) and values (``value``), and its keys [B, S, rope]."""
 
     key: torch.Tensor
     value: torch.Tensor
@@ -38,9 +38,9 @@ class SketchedMaps:
     b: Sequence[torch.Tensor]
 
     def views(self, latent: torch.Tensor, k_rope: torch.Tensor) -> Iterator[GroupView]:
-        """What each group sees of latents [B, S, d] and rotated keys [B, S, rope], in their dtype."""
+        """Yield each group's view of latents [B, S, d] and rotated keys [B, S, rope], in their dtype."""
         rows, dtype = self.rows, latent.dtype
-        # shared columns, rotary key and sketch are the same for every group: rounded once
+        # round shared columns, rotary key and sketch once, because they are the same for every group
         shared = rounded(latent @ self.z[0][:, : rows.shared])
         key = rounded(k_rope) if rows.rope_bits == 8 else k_rope.to(torch.bfloat16).to(dtype)
         codes, scale = quantise_sketch(latent @ self.sketch, rows.sketch_bits)
@@ -52,6 +52,6 @@ class SketchedMaps:
 
 
 def rounded(values: torch.Tensor) -> torch.Tensor:
-    """Columns as an 8-bit row hands them back, in their own dtype."""
+    """Round columns as an 8-bit row does, in their own dtype."""
     codes, scale = quantise(values)
     return (codes.to(torch.float32) * scale.to(torch.float32)).to(values.dtype)

@@ -1,4 +1,4 @@
-"""The numbers of a DeepSeek V2/V3 or Kimi K2 shaped model, read once from its Hugging Face config."""
+"""The sizes and constants of a DeepSeek V2/V3 or Kimi K2 shaped model, read once from its Hugging Face config."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sglang_tpla.reference_model.config_file import CheckpointError, language_co
 
 @dataclass(frozen=True)
 class Yarn:
-    """Yarn scaling of the rotary embedding; ``mscale`` defaults as in SGLang."""
+    """Yarn scaling of the rotary embedding; ``mscale`` has SGLang's default."""
 
     factor: float
     original_positions: int
@@ -24,7 +24,7 @@ class Yarn:
 
 @dataclass(frozen=True)
 class Routing:
-    """Which experts a token goes to. ``scoring`` is softmax (V2) or sigmoid (V3)."""
+    """The choice of a token's experts; ``scoring`` is softmax (V2) or sigmoid (V3)."""
 
     experts: int
     per_token: int
@@ -63,7 +63,7 @@ class ModelSpec:
         """Read a config.
 
         Raises:
-            CheckpointError: a key is missing, or the rope scaling or scoring is not one this family uses.
+            CheckpointError: a missing key, or a rope scaling or scoring that this family does not use.
         """
         try:
             return cls._read(language_config(config))
@@ -131,7 +131,7 @@ def _read_routing(config: Mapping[str, Any]) -> Routing | None:
     experts = config.get("n_routed_experts")
     if not experts:
         return None
-    # The biased choice of experts (noaux_tc) came with sigmoid scores, and GLM's configs name it alone.
+    # The biased choice of experts (noaux_tc) came with sigmoid scores, and GLM's configs name only the choice.
     biased = config.get("topk_method") == "noaux_tc" or config.get("model_type") == "deepseek_v3"
     scoring = config.get("scoring_func", "sigmoid" if biased else "softmax")
     if scoring not in ("softmax", "sigmoid"):

@@ -1,21 +1,12 @@
-"""What the engine hands to a transfer agent, and what it gets back.
-
-Shapes: one layer of a pool is ``[slots, items]`` with contiguous rows, ``width + rope_dim`` items in plain rows
-and bytes in those of another format (`row_format`); slot
-``page * page_size + offset`` holds one token. Sizes in bytes, times in seconds.
-"""
+"""Rooms as the engine sees them: their states, limits and figures. Sizes in bytes, times in seconds."""
 
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Any
 
-import numpy as np
-import torch
-
-from sglang_tpla.cache_rows.row_format import RowFormat
 from sglang_tpla.errors import SglangTplaError
 
 
@@ -24,6 +15,15 @@ class TransferError(SglangTplaError, RuntimeError):
 
 
 MAX_ROOM_ID = 2**63 - 1
+MAX_REMEMBERED = 65536  # in a table of what has ended
+
+
+def remember(table: OrderedDict[Any, Any], key: object, value: object) -> None:
+    """Keep a value, and forget the oldest of too many."""
+    table[key] = value
+    table.move_to_end(key)
+    while len(table) > MAX_REMEMBERED:
+        table.popitem(last=False)
 
 
 def check_room(room: int) -> None:
@@ -45,7 +45,7 @@ class Limits:
     context_tokens: int = 0  # that fit in the context length
     pool_tokens: int = 0  # that fit in the cache
 
-    def objection(self, tokens: int) -> str | None:
+    def unsupported_reason(self, tokens: int) -> str | None:
         """Why a prompt of so many tokens cannot be served, or None."""
         for limit, what in ((self.context_tokens, "context length"), (self.pool_tokens, "cache")):
             if limit and tokens > limit:
@@ -72,176 +72,6 @@ class RoomState(enum.IntEnum):
 
 
 @dataclass(frozen=True)
-class CachePool:
-    """The latent cache of one rank.
-
-    Args:
-        layers: one tensor a layer, ``[slots, items]``, rows contiguous, one dtype and device.
-        latent_dim: d of the model; on prefill every ``width_l`` equals it.
-        rope_dim: rotary values at the end of each row.
-        page_size: tokens a page.
-        first_layer: model layer of ``layers[0]`` (pipeline stages).
-        encoding: how each layer's rows are encoded; None are plain rows of the layers' own widths.
-
-    Raises:
-        TransferError: shapes, dtypes or devices that do not fit together.
-    """
-
-    layers: Sequence[torch.Tensor]
-    latent_dim: int
-    rope_dim: int
-    page_size: int
-    first_layer: int = 0
-    encoding: RowFormat | None = None
-
-    def __post_init__(self) -> None:
-        if not self.layers:
-            raise TransferError("a cache pool needs at least one layer; got none")
-        if self.latent_dim < 1 or self.rope_dim < 0 or self.page_size < 1 or self.first_layer < 0:
-            raise TransferError(
-                "a cache pool needs latent_dim >= 1, rope_dim >= 0, page_size >= 1, first_layer >= 0; got "
-                f"{self.latent_dim}, {self.rope_dim}, {self.page_size}, {self.first_layer}"
-            )
-        head = self.layers[0]
-        if len(self.row_format.layers) != len(self.layers):
-            raise TransferError(
-                f"the pool's encoding is for {len(self.row_format.layers)} layers, and it has {len(self.layers)}"
-            )
-        if self.row_format.encoded and head.dtype != torch.uint8:
-            name = self.row_format.name(head.dtype)
-            raise TransferError(f"a pool of {name} holds bytes (uint8); got {head.dtype}")
-        for index, (layer, rows) in enumerate(zip(self.layers, self.row_format.layers, strict=True)):
-            if (why := rows.objection()) is not None:
-                raise TransferError(f"layer {index} of the pool: {why}")
-            if (
-                layer.ndim != 2
-                or layer.shape[1] != rows.row_items
-                or not 1 <= rows.width <= self.latent_dim
-                or layer.stride(-1) != 1
-            ):
-                raise TransferError(
-                    f"layer {index} of the pool must be [slots, {rows.row_items}], for rope {self.rope_dim} and a "
-                    f"width in 1...{self.latent_dim}, with contiguous rows; got {tuple(layer.shape)}, strides "
-                    f"{layer.stride()}"
-                )
-            if (layer.dtype, layer.device, layer.shape[0]) != (head.dtype, head.device, head.shape[0]):
-                raise TransferError(
-                    "layers of one pool share dtype, device and slots: layer 0 "
-                    f"has {head.dtype}, {head.device}, "
-                    f"{head.shape[0]}; layer {index} has {layer.dtype}, {layer.device}, {layer.shape[0]}"
-                )
-
-    @cached_property
-    def row_format(self) -> RowFormat:
-        """The rows of each layer."""
-        if self.encoding is not None:
-            return self.encoding
-        widths = [layer.shape[-1] - self.rope_dim for layer in self.layers]
-        return RowFormat.plain(widths, widths, self.rope_dim)
-
-    def sharing(self, shared: Sequence[int]) -> CachePool:
-        """The same pool, so many of whose columns are those of every latent group."""
-        return replace(self, encoding=self.row_format.sharing(shared))
-
-    @property
-    def widths(self) -> tuple[int, ...]:
-        """Latent values a token, one entry a layer."""
-        return self.row_format.widths
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Element type of every layer."""
-        return self.layers[0].dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Where the pool lives."""
-        return self.layers[0].device
-
-    @property
-    def num_pages(self) -> int:
-        """Whole pages in the pool."""
-        return self.layers[0].shape[0] // self.page_size
-
-    def slots(self, pages: np.ndarray, num_tokens: int | None = None) -> np.ndarray:
-        """Slots of the tokens in ``pages``, in order: int64 ``[num_tokens]``.
-
-        Raises:
-            TransferError: a page outside the pool, or ``num_tokens`` that does not fill the pages' last one.
-        """
-        pages = np.asarray(pages, dtype=np.int64).reshape(-1)
-        if pages.size and (pages.min() < 0 or pages.max() >= self.num_pages):
-            raise TransferError(
-                f"pages must lie in 0...{self.num_pages - 1}; got {pages.min()}...{pages.max()}"
-            )
-        capacity = pages.size * self.page_size
-        tokens = capacity if num_tokens is None else num_tokens
-        if not (0 <= tokens <= capacity and capacity - tokens < self.page_size):
-            raise TransferError(
-                f"{pages.size} pages of {self.page_size} tokens hold "
-                f"{max(0, capacity - self.page_size + 1)} to "
-                f"{capacity} tokens; got num_tokens={num_tokens}"
-            )
-        slots = pages[:, None] * self.page_size + np.arange(self.page_size, dtype=np.int64)
-        return np.ascontiguousarray(slots.reshape(-1)[:tokens])
-
-
-@dataclass(frozen=True)
-class MetadataRows:
-    """The engine's metadata buffers: writable uint8 matrices ``[rows, item_bytes]``, views onto its memory.
-
-    Raises:
-        TransferError: a buffer of another type or shape.
-    """
-
-    buffers: Sequence[np.ndarray]
-
-    def __post_init__(self) -> None:
-        for index, buffer in enumerate(self.buffers):
-            if buffer.dtype != np.uint8 or buffer.ndim != 2 or not buffer.flags.writeable:
-                raise TransferError(
-                    f"metadata buffer {index} must be a writable uint8 matrix [rows, item_bytes]; got "
-                    f"{buffer.dtype} {buffer.shape}, writable={buffer.flags.writeable}"
-                )
-
-    @property
-    def item_bytes(self) -> tuple[int, ...]:
-        """Bytes of one row in each buffer."""
-        return tuple(buffer.shape[1] for buffer in self.buffers)
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of one row over all buffers."""
-        return sum(self.item_bytes)
-
-    def check(self, row: int) -> None:
-        """Refuse a row outside any buffer.
-
-        Raises:
-            TransferError: naming the rows there are.
-        """
-        rows = min((buffer.shape[0] for buffer in self.buffers), default=0)
-        if not 0 <= row < rows:
-            raise TransferError(f"metadata row must lie in 0...{rows - 1}; got {row}")
-
-    def read(self, row: int) -> bytes:
-        """Copy of one row, buffers one after another."""
-        self.check(row)
-        return b"".join(buffer[row].tobytes() for buffer in self.buffers)
-
-    def write(self, row: int, data: bytes | memoryview) -> None:
-        """Write one row as `read` returns it."""
-        self.check(row)
-        source = np.frombuffer(data, dtype=np.uint8)
-        if source.size != self.row_bytes:
-            raise TransferError(f"a metadata row is {self.row_bytes} bytes; got {source.size}")
-        start = 0
-        for buffer in self.buffers:
-            buffer[row] = source[start : start + buffer.shape[1]]
-            start += buffer.shape[1]
-
-
-@dataclass(frozen=True)
 class TransferMetric:
     """One room so far: payload bytes that moved (on prefill once for each host), how many of them through
     shared memory instead of the network, seconds from first send (or request) to the end, chunks, tokens,
@@ -263,6 +93,7 @@ class AgentStats:
     rooms: int = 0
     peers: int = 0
     data_channels: int = 0
+    sealed_channels: int = 0
     staging_used_bytes: int = 0
     staging_limit_bytes: int = 0
     threads_alive: int = 0

@@ -41,6 +41,7 @@ class Server:
         port: HTTP port.
         log: where stdout and stderr go.
         env: added to the environment.
+        host: where it listens.
         largest_file_bytes: the system refuses it larger files, those in memory included (EFBIG).
     """
 
@@ -49,12 +50,13 @@ class Server:
     port: int
     log: Path
     env: dict[str, str] = field(default_factory=dict)
+    host: str = "127.0.0.1"
     largest_file_bytes: int = 0
     process: subprocess.Popen[bytes] | None = None
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"http://{self.host}:{self.port}"
 
     def start(self) -> Server:
         environment = {**os.environ, **self.env, "PYTHONUNBUFFERED": "1"}
@@ -143,7 +145,7 @@ def request_body(prompt: str | list[int] | list[str], tokens: int, **extra: Any)
     }
 
 
-def launcher(role: str, model: str, port: int, log: Path, *args: str) -> Server:
+def launcher(role: str, model: str, port: int, log: Path, *args: str, host: str = "127.0.0.1") -> Server:
     """A server of ours, not started yet."""
     command = (
         "-m",
@@ -152,12 +154,12 @@ def launcher(role: str, model: str, port: int, log: Path, *args: str) -> Server:
         role,
         "--model-path",
         model,
-        *COMMON,
+        *(host if arg == "127.0.0.1" else arg for arg in COMMON),
         "--port",
         str(port),
         *args,
     )
-    return Server(role, command, port, log)
+    return Server(role, command, port, log, host=host)
 
 
 def stock(model: str, port: int, log: Path, *args: str) -> Server:

@@ -47,13 +47,18 @@ def test_flags(nano_mla: str, nano_artifact: str) -> None:
         "16",
         "--speculative-algorithm",
         "NGRAM",
+        "--tokenizer-worker-num",
+        "2",
+        "--grpc-mode",
     )
     output = start(*decode(nano_mla, nano_artifact, *wrong))
     for words in (
         ("drop --dcp-size", "DCP", "slices"),
         ("drop --enable-hierarchical-cache", "rank 0"),
         ("use --page-size 1",),
-        ("--speculative-algorithm",),  # beside 0.5.17 for its draft, beside others altogether
+        ("drop --tokenizer-worker-num 2", "loads no plug-in"),
+        ("drop --grpc-mode",),
+        ("--speculative-algorithm", "NextN layer"),
     ):
         assert all(word in output for word in words), output[-2000:]
     assert "Traceback" not in output, output[-2000:]

@@ -145,25 +145,57 @@ def test_grammars_hold_from_the_first_token(trio: Any) -> None:
         assert answer.status_code == 400, answer.text[:300]
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"input_ids": [1, 2, 999999]}, {"input_ids": [1, -1]}, {"input_ids": [[1], [4096]]},
-        {"text": PROMPT, "session_params": {"id": "a"}}, {"text": PROMPT, "lora_path": "nobody"},
-        {"text": PROMPT, "return_logprob": True, "top_logprobs_num": 500},
-        {"text": PROMPT, "return_hidden_states": True}, {"text": "x " * 20000}, {},
-        {"text": PROMPT, "sampling_params": {"regex": "["}}, {"text": PROMPT, "rid": "HEALTH_CHECK_1"},
-    ],
-    ids=lambda changes: ",".join(changes) or "nothing",
-)  # fmt: skip
-def test_a_refusal_through_the_router_is_one_client_error(trio: Any, changes: dict[str, Any]) -> None:
+REFUSED: list[dict[str, Any]] = [
+    {"input_ids": [1, 2, 999999]}, {"input_ids": [1, -1]}, {"input_ids": [[1], [4096]]},
+    {"text": PROMPT, "session_params": {"id": "a"}}, {"text": PROMPT, "lora_path": "nobody"},
+    {"text": PROMPT, "return_logprob": True, "top_logprobs_num": 500},
+    {"text": PROMPT, "return_hidden_states": True}, {"text": "x " * 20000}, {},
+    {"text": PROMPT, "rid": "HEALTH_CHECK_1"},
+    {"text": PROMPT, "sampling_params": {"regex": "["}}, {"text": PROMPT, "sampling_params": {"ebnf": "root ::= root"}},
+    {"text": PROMPT, "sampling_params": {"regex": "([a-z]{1,20}){1,50}"}},
+]  # fmt: skip
+
+
+def test_refusals_through_the_router_are_client_errors(trio: Any) -> None:
     """No 500, which the router would try again until its circuit breakers close the service to everyone."""
-    body = {"sampling_params": {"max_new_tokens": 2}} | changes
     with neighbour(trio):
-        for _ in range(6):  # more than the router's failures before it opens a circuit
-            answer = trio.router.post("/generate", body, DEADLINE_S)
-            assert 400 <= answer.status_code < 500, answer.text[:300]
-            assert "message" in answer.text
+        for changes in REFUSED:
+            body = {"sampling_params": {"max_new_tokens": 2}} | changes
+            for _ in range(6):  # more than the router's failures before it opens a circuit
+                answer = trio.router.post("/generate", body, DEADLINE_S)
+                assert 400 <= answer.status_code < 500, (changes, answer.text[:300])
+                assert "message" in answer.text, changes
+
+
+def test_tokens_named_for_their_log_probabilities_beside_requests_that_name_none(trio: Any) -> None:
+    """In one batch of the decode server, as they run for long enough to meet."""
+    plain_body = request_body(PROMPT, 64)
+    named = plain_body | {"return_logprob": True, "token_ids_logprob": [5, 7]}
+    with concurrent.futures.ThreadPoolExecutor(6) as pool:
+        bodies = [plain_body, named, plain_body | {"return_logprob": True}] * 2
+        answers = list(pool.map(lambda body: trio.router.post("/generate", body, DEADLINE_S), bodies))
+    assert [answer.status_code for answer in answers] == [200] * 6, [answer.text[:300] for answer in answers]
+    said = [answer.json() for answer in answers]
+    assert all(one["output_ids"] == said[0]["output_ids"] for one in said)
+    for one in said[1::3]:
+        values = one["meta_info"]["output_token_ids_logprobs"]
+        assert len(values) == 64 and all([token for _, token, _ in value] == [5, 7] for value in values)
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_a_grammar_that_has_no_way_on_ends_its_request_alone(trio: Any, temperature: int) -> None:
+    """After its first token it forbids everything, of which no token can be sampled."""
+    body = request_body(PROMPT, TOKENS)
+    body["sampling_params"] |= {"ebnf": 'root ::= "a" dead\ndead ::= dead', "temperature": temperature}
+    with neighbour(trio):
+        answer = trio.router.post("/generate", body, DEADLINE_S)
+    assert answer.status_code < 500, answer.text[:300]
+    if answer.status_code == 200:
+        assert answer.json()["meta_info"]["finish_reason"]["type"] == "abort", answer.text[:300]
+    body["sampling_params"] |= {"ebnf": 'root ::= "a"', "min_new_tokens": 4, "ignore_eos": False}
+    answer = trio.router.post("/generate", body, DEADLINE_S)
+    assert answer.json()["text"] == "a", answer.text[:300]
+    wait_idle(trio.prefill, trio.decode)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,10 +12,11 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.e2e.servers import Pair, Server, launcher, request_body
+from tests.e2e.servers import Pair, Server, launcher, request_body, router, wait_idle
 from tests.ports import free_ports
 
 CONTEXT_TOKENS, POOL_TOKENS, RESERVED_TOKENS = 1024, 1200, 512
+ROOM_TIMEOUT_S = 8  # the default is 15, for machines with more to do
 SOON_S = 60  # far from the deadline of a transfer, 120 s, also on a busy machine
 
 
@@ -25,7 +27,8 @@ def pair(nano_mla: str, logs: Path) -> Iterator[Pair]:
     """
     ports = free_ports(6)
     node = ("--tp", "2", "--nnodes", "2", "--dist-init-addr", f"127.0.0.1:{ports[4]}", "--context-length",
-            str(CONTEXT_TOKENS), "--disaggregation-bootstrap-port", str(ports[1]))  # fmt: skip
+            str(CONTEXT_TOKENS), "--disaggregation-bootstrap-port", str(ports[1]), "--tpla-room-timeout-s",
+            str(ROOM_TIMEOUT_S))  # fmt: skip
     servers = [
         launcher("prefill", nano_mla, ports[0], logs / "node-0.log", *node, "--node-rank", "0"),
         launcher("prefill", nano_mla, ports[3], logs / "node-1.log", *node, "--node-rank", "1",
@@ -89,5 +92,40 @@ def test_a_request_that_no_decode_server_got(pair: Pair) -> None:
     answer = half(pair.prefill, pair, 20)
     pair.next_room += 1
     assert answer.status_code >= 400
-    assert "no decode rank has asked for this room within 15 s" in answer.text, answer.text
+    assert f"no decode rank has asked for this room within {ROOM_TIMEOUT_S} s" in answer.text, answer.text
     assert time.monotonic() - start < SOON_S
+
+
+def test_a_request_that_prefill_never_got(pair: Pair) -> None:
+    """Nothing else arrives there, so that no other request shows that this one was passed over."""
+    start = time.monotonic()
+    answer = half(pair.decode, pair, 20)
+    pair.next_room += 1
+    assert f"no prefill request opened this room within {ROOM_TIMEOUT_S} s" in answer.text, answer.text
+    assert time.monotonic() - start < SOON_S
+
+
+@pytest.mark.slow
+def test_a_decode_server_that_is_told_to_end_behind_the_router(pair: Pair, logs: Path) -> None:
+    """What the router still gives it fails with a reason long before the deadline; prefill goes on. The last test here:
+    the decode server is gone afterwards.
+    """
+    front = router(
+        free_ports(1)[0], logs / "ended-router.log", pair.prefill.url, pair.bootstrap, pair.decode.url
+    )
+    try:
+        front.start().wait("/readiness")
+        body = request_body([5, 6, 7], 4)
+        assert front.post("/generate", body).status_code == 200
+        assert pair.decode.process is not None
+        pair.decode.process.send_signal(signal.SIGTERM)
+        # it is served until the server stops to listen
+        assert front.post("/generate", body).status_code in (200, 503)
+        pair.decode.process.wait(60)
+        start = time.monotonic()
+        answer = front.post("/generate", body)
+        assert time.monotonic() - start < SOON_S, answer.text
+        assert answer.status_code == 503 and "No available decode workers" in answer.text, answer.text
+        wait_idle(pair.prefill)
+    finally:
+        front.stop()

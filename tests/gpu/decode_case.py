@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
-from sglang_tpla.attention.interface import DecodeShape, PageTable
+from sglang_tpla.attention.interface import DecodeAttention, DecodeShape, PageTable
 from sglang_tpla.attention.reference import latent_attention, reader_of
 from sglang_tpla.cache_rows import sketched
 from sglang_tpla.cache_rows.fp8 import pack_rows
 
 SCALE = 192**-0.5
+REFILLS = [[3000] * 8, [1, 2, 3, 64, 65, 0, 2999, 1000], [0] * 7 + [3000], [17] * 8]
 
 
 @dataclass(frozen=True)
 class Case:
-    """Inputs of one step; unused cache slots hold NaN, so reading one shows."""
+    """The inputs of one step; unused cache slots hold NaN, so that a read of one shows."""
 
     shape: DecodeShape
     table: PageTable
@@ -41,14 +43,14 @@ class Case:
 
 
 def random_case(shape: DecodeShape, lengths: list[int], seed: int, device: str = "cuda") -> Case:
-    """Pages in random order, rows beyond a request's end poisoned with NaN."""
+    """Make a case with pages in random order and with NaN in rows beyond a request's end."""
     generator = torch.Generator(device).manual_seed(seed)
     pages = [-(-length // shape.page_size) for length in lengths]
     indptr = torch.tensor([0, *pages], device=device).cumsum(0).to(torch.int32)
     total = sum(pages)
     order = torch.randperm(total + 5, generator=generator, device=device)[:total].to(torch.int32)
     slots = (total + 5) * shape.page_size
-    # 255: NaN as e4m3, bfloat16 and float32 alike
+    # bytes of 255 are NaN as e4m3, bfloat16 and float32 alike
     poison = float("nan") if shape.cache_dtype != torch.uint8 else 255
     cache = torch.full((slots, shape.cache_dim), poison, dtype=shape.cache_dtype, device=device)
     for request, length in enumerate(lengths):
@@ -79,7 +81,7 @@ def random_case(shape: DecodeShape, lengths: list[int], seed: int, device: str =
 
 
 def random_sketched(rows: sketched.SketchedRows, tokens: int, generator: torch.Generator) -> torch.Tensor:
-    """Sketched rows of Gaussian tokens, of which each has scales of its own."""
+    """Make sketched rows of Gaussian tokens, each with scales of its own."""
 
     def columns(count: int) -> torch.Tensor:
         values = torch.randn(tokens, count, generator=generator, device=generator.device)
@@ -94,3 +96,27 @@ def random_sketched(rows: sketched.SketchedRows, tokens: int, generator: torch.G
 def relative_error(out: torch.Tensor, reference: torch.Tensor) -> float:
     """||out - reference|| / ||reference||; NaN anywhere gives NaN, which passes no comparison."""
     return ((out.float() - reference).norm() / reference.norm()).item()
+
+
+def errors_of_replays(
+    kernel: DecodeAttention, case: Case, batches: list[list[int]]
+) -> Iterator[tuple[list[int], float]]:
+    """Capture a plan and three runs in a CUDA graph, and yield its relative error after each refill of its inputs."""
+    out = case.q_latent.new_empty(*case.q_latent.shape[:2], case.shape.latent_dim)
+
+    def step() -> None:
+        kernel.plan(case.table, case.lengths)
+        for _ in range(3):
+            kernel.run(case.q_latent, case.q_rope, case.kv_cache, out)
+
+    step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    for lengths in batches:
+        case.lengths.copy_(torch.tensor(lengths, dtype=torch.int32))
+        case.q_latent.normal_()
+        out.fill_(float("nan"))
+        graph.replay()
+        yield lengths, relative_error(out, case.reference())

@@ -24,8 +24,9 @@ DEEPSEEK = [GroupRows(SketchedRows.of(512, g, 64, 64), g - 1) for g in (1, 2, 4,
 def difference(
     kind: GroupRows, tokens: int, rotate: str | None, dtype: torch.dtype, device: str, few: float
 ) -> str | None:
-    """What differs between kernel and twin beyond rounding: a code on a border may fall on either side, in at most a
-    share ``few`` of the bytes; None if nothing does.
+    """Say how kernel and twin differ beyond rounding, or return None.
+
+    A code on a border may fall on either side, in at most a share ``few`` of the bytes.
     """
     rows = kind.rows
     cases = [
@@ -55,7 +56,7 @@ def difference(
 
 
 def difference_of_odd_values(kind: GroupRows, device: str) -> str | None:
-    """The same for rows of zeros, of one huge value, and of very small ones, written from finished columns."""
+    """Say how they differ on rows of zeros, of one huge value and of very small ones, written from finished columns."""
     rows = kind.rows
     z, key = torch.randn(4, kind.columns, device=device), torch.randn(4, rows.rope_dim, device=device)
     z[1], key[1], z[2, 3] = 0, 0, 3e38

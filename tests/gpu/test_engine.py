@@ -125,7 +125,7 @@ class Bench:
         return self._answers["stock"]
 
     def answers(self, layout: str) -> list[dict[str, Any]]:
-        """What a decode server answers, one request at a time; asked once."""
+        """The answers of a decode server to one request at a time; it is asked once."""
         if layout not in self._answers:
             pair = self.engines.pair(layout)
             self._answers[layout] = [pair.generate(prompt, TOKENS, **LOGPROBS)[1] for prompt in self.prompts]
@@ -163,8 +163,9 @@ class Bench:
         return torch.cat(server), torch.cat(twin)
 
     def pull(self, answers: list[dict[str, Any]], decoding: Decoding) -> float:
-        """How far the answers lie from the layout's reference towards plain MLA: 0 there, 1 here, as a mean of all
-        tokens. What else they err by has no such direction.
+        """The answers' place between the layout's reference (0) and plain MLA (1), as a mean of all tokens.
+
+        Other errors have no such direction.
         """
         along = total = 0.0
         for prompt, answer in zip(self.prompts, answers, strict=True):
@@ -177,8 +178,9 @@ class Bench:
         return along / total
 
     def usual(self, twin: torch.Tensor) -> torch.Tensor:
-        """What a server of this model may be expected to err by: the twin's errors, or stock's where those are larger
-        and the twin knows not all that is rounded.
+        """The expected errors of a server of this model: the twin's, or stock's where those are larger.
+
+        The twin of a coded model does not round everything that a server rounds.
         """
         if not self.coded:
             return twin
@@ -207,7 +209,7 @@ def agreement(left: list[dict[str, Any]], right: list[dict[str, Any]]) -> float:
 
 @pytest.fixture(scope="module")
 def report() -> Iterator[dict[str, Any]]:
-    """What was measured; written to ``engine.json`` where a folder for results is named."""
+    """The measurements, which go to ``engine.json`` where a folder for results is named."""
     found: dict[str, Any] = {
         "device": torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu",
         "gpus": GPUS,

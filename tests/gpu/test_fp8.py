@@ -1,20 +1,15 @@
 """The FP8 kernels on a GPU: decode against the float32 reference over the same rows, the write against its twin."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from decode_case import SCALE, Case, errors_of_replays, random_case, relative_error
+from write_case import fp8_write_case, same_rows
 
 from sglang_tpla.attention.cache_write import reference
 from sglang_tpla.attention.cache_write.inputs import CacheWrite
 from sglang_tpla.attention.cache_write.write import write
 from sglang_tpla.attention.fp8.decode import Fp8Decode
 from sglang_tpla.attention.interface import AttentionInputError, DecodeShape
-
-sys.path.insert(0, str(Path(__file__).parent))
-from decode_case import SCALE, Case, random_case, relative_error
-from write_case import fp8_write_case, same_rows
 
 pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda:0")
@@ -41,12 +36,12 @@ def test_right(width: int, shared: int, heads: int, query_len: int, page: int) -
     case = random_case(shape, LENGTHS, seed=width)
     out = run(case, max_batch=11)
     assert relative_error(out, case.reference()) <= BAR
-    assert torch.equal(out, run(case, max_batch=11))  # to the last bit
+    assert torch.equal(out, run(case, max_batch=11))  # results repeat to the last bit
 
 
 @pytest.mark.parametrize("size", [1e-6, 1e4])
 def test_queries_and_rows_far_from_one(size: float) -> None:
-    """What float16 would not hold as it is: tiny and huge queries against huge and tiny rows."""
+    """Tiny and huge queries against huge and tiny rows exceed float16 unless they are scaled."""
     shape = DecodeShape(160, 16, 64, fp8_shared=64)
     case = random_case(shape, [700, 33], seed=5)
     case.q_latent.mul_(size)
@@ -59,19 +54,8 @@ def test_a_graph_stays_right_when_its_inputs_are_refilled() -> None:
     shape = DecodeShape(256, 32, 64, fp8_shared=64)
     case = random_case(shape, [1000, 7, 0, 4096], seed=1)
     kernel = Fp8Decode(shape, SCALE, 8, DEVICE)
-    kernel.plan(case.table, case.lengths)
-    out = torch.empty_like(case.q_latent)
-    kernel.run(case.q_latent, case.q_rope, case.kv_cache, out)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        kernel.run(case.q_latent, case.q_rope, case.kv_cache, out)
-    for lengths in ([1, 7, 0, 2048], [999, 0, 0, 4096]):
-        case.lengths.copy_(torch.tensor(lengths))
-        case.q_latent.normal_()
-        out.fill_(float("nan"))
-        graph.replay()
-        assert relative_error(out, case.reference()) <= BAR
+    for lengths, error in errors_of_replays(kernel, case, [[1, 7, 0, 2048], [999, 0, 0, 4096]]):
+        assert error <= BAR, lengths
 
 
 @pytest.mark.parametrize(("tokens", "d", "w", "shared"), [

@@ -1,17 +1,12 @@
 """The cache-writing kernel against its twin, in one launch each, at odd sizes and on odd rows."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from decode_case import relative_error
+from write_case import random_write
 
 from sglang_tpla.attention.cache_write import reference
 from sglang_tpla.attention.cache_write.write import write
-
-sys.path.insert(0, str(Path(__file__).parent))
-from decode_case import relative_error
-from write_case import random_write
 
 pytestmark = pytest.mark.gpu
 # of the written rows; bfloat16: a value on the border between two may round either way

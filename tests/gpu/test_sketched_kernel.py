@@ -1,19 +1,15 @@
 """The Hopper kernel of sketched rows against float32 from the unpacked rows, fresh random inputs, poisoned outputs."""
 
 import random
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
+from decode_case import REFILLS, SCALE, Case, errors_of_replays, random_case, relative_error
 
 from sglang_tpla.attention.hopper.decode import HopperDecode
 from sglang_tpla.attention.interface import AttentionInputError, DecodeShape
 from sglang_tpla.cache_rows.sketched import SketchedRows
-
-sys.path.insert(0, str(Path(__file__).parent))
-from decode_case import SCALE, Case, random_case, relative_error
 
 pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda:0")
@@ -99,25 +95,8 @@ def test_queries_of_any_size(factor: float) -> None:
 
 def test_cuda_graph_follows_refilled_lengths() -> None:
     case = random_case(DecodeShape.of_sketched(SketchedRows.of(512, 2, 64, 64), 32), [3000] * 8, 11)
-    kernel = HopperDecode(case.shape, SCALE, 8, DEVICE)
-    out = torch.empty(8, 32, case.shape.latent_dim, dtype=torch.bfloat16, device=DEVICE)
-
-    def step() -> None:
-        kernel.plan(case.table, case.lengths)
-        for _ in range(3):
-            kernel.run(case.q_latent, case.q_rope, case.kv_cache, out)
-
-    step()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    for lengths in ([3000] * 8, [1, 2, 3, 64, 65, 0, 2999, 1000], [0] * 7 + [3000], [17] * 8):
-        case.lengths.copy_(torch.tensor(lengths, dtype=torch.int32))
-        case.q_latent.normal_()
-        out.fill_(float("nan"))
-        graph.replay()
-        assert relative_error(out, case.reference()) <= BAR, lengths
+    for lengths, error in errors_of_replays(HopperDecode(case.shape, SCALE, 8, DEVICE), case, REFILLS):
+        assert error <= BAR, lengths
 
 
 def test_short_rows_are_refused() -> None:

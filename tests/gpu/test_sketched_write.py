@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from sketched_case import DEEPSEEK, KINDS, difference, difference_of_odd_values
+from write_case import random_write
 
 from sglang_tpla.attention.cache_write import reference
 from sglang_tpla.attention.cache_write.write import write
 from sglang_tpla.cache_rows.row_format import GroupRows
-
-sys.path.insert(0, str(Path(__file__).parent))
-from sketched_case import DEEPSEEK, KINDS, difference, difference_of_odd_values
-from write_case import random_write
 
 pytestmark = pytest.mark.gpu
 

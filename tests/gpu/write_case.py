@@ -13,7 +13,7 @@ from sglang_tpla.cache_rows.fp8 import row_bytes, slice_width
 
 @dataclass(frozen=True)
 class WriteCase:
-    """Inputs of a cache write; the cache holds NaN wherever nothing was written."""
+    """The inputs of a cache write; the cache holds NaN wherever no row is written."""
 
     latent: torch.Tensor
     k_rope: torch.Tensor
@@ -26,7 +26,7 @@ class WriteCase:
     q_rope: torch.Tensor | None
 
     def write(self, eps: float, rotate: str | None = None, **changes: Any) -> CacheWrite:
-        """As the kernels and their twin take it; ``rotate`` is "halves", "pairs" or None."""
+        """The input of the kernels and their twin; ``rotate`` is "halves", "pairs" or None."""
         inputs = {field.name: getattr(self, field.name) for field in fields(self)}
         return CacheWrite(**(inputs | {"eps": eps, "neox": rotate == "halves"} | changes))
 
@@ -42,8 +42,10 @@ def random_write(
     device: str = "cpu",
     heads: int = 0,
 ) -> WriteCase:
-    """``latent`` and ``k_rope`` are columns of one matrix, as the joint down-projection leaves them; the queries' rope
-    part are the last columns of each head. No heads: no queries.
+    """Make a random case; 0 heads make no queries.
+
+    ``latent`` and ``k_rope`` are columns of one matrix, as the joint down-projection leaves them. The queries' rope
+    part is the last columns of each head.
     """
     g = torch.Generator(device).manual_seed(seed)
 
@@ -86,13 +88,13 @@ def fp8_write_case(
 
 
 def same_rows(case: WriteCase, twin: WriteCase, rope: int, interpreted: bool = False) -> str | None:
-    """What differs between two writes of the same inputs, beyond float32's rounding; None if nothing does.
+    """Say how two writes of the same inputs differ beyond float32's rounding, or return None.
 
-    A value that lies between two e4m3 numbers may fall on either: few do, and none falls further.
+    A few values that lie between two e4m3 numbers may fall on either, and no further.
 
     Args:
-        interpreted: written by Triton's interpreter, which forgets to carry into the exponent where it rounds to e4m3,
-            and rounds subnormals its own way: values an octave apart pass.
+        interpreted: whether Triton's interpreter wrote the rows. It forgets to carry into the exponent where it rounds
+            to e4m3, and rounds subnormals its own way, so values an octave apart pass.
     """
     w = slice_width(case.cache.shape[-1], rope)
     mine, other = case.cache.squeeze(1), twin.cache.squeeze(1)

@@ -67,3 +67,13 @@ def engine(nano_mla: str) -> Iterator[None]:
     yield
     destroy_model_parallel()
     destroy_distributed_environment()
+
+
+@pytest.fixture(params=[False, True], ids=["separate", "one-write"])
+def one_write(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether norm, projection and cache write are one step, as on a GPU; the twin stands for the kernel."""
+    if request.param:
+        from sglang_tpla.host.model import attention_layer
+
+        monkeypatch.setattr(attention_layer, "defers", lambda latent: True)
+    return request.param

@@ -33,7 +33,7 @@ def request(tokens: int, to_finish: Any = None) -> SimpleNamespace:
     return SimpleNamespace(
         origin_input_ids=[1] * tokens, to_finish=to_finish, finished_reason=None, return_logprob=False, rid="a",
         disagg_prefill_dp_rank=None, bootstrap_host="p_1", bootstrap_port=8998,
-        bootstrap_room=5,
+        bootstrap_room=5, grammar=None, vocab_size=3,
     )  # fmt: skip
 
 
@@ -71,6 +71,34 @@ def test_what_sglang_refuses_gets_no_room(mode: str) -> None:
     server.output_streamer.stream_output.assert_called_once_with([req], False)
     (to, reason), _ = server.disagg_decode_prealloc_queue.kv_manager.decline.call_args
     assert to is req and reason == f"the {mode} server refused the request: Input length exceeds"
+
+
+@pytest.mark.parametrize("mode", ["prefill", "decode"])
+@pytest.mark.parametrize(("rule", "queued"), [('"a"', True), ('""', True), ("root", False)])
+def test_a_grammar_that_allows_no_token(mode: str, rule: str, queued: bool) -> None:
+    import xgrammar
+
+    from sglang_tpla.host.requests.admission import admit
+
+    tokens = xgrammar.TokenizerInfo(["a", "b", "end"], stop_token_ids=[2])
+    matcher = xgrammar.GrammarMatcher(xgrammar.GrammarCompiler(tokens).compile_grammar(f"root ::= {rule}"))
+    req, queue = request(5), Mock()
+    req.grammar = SimpleNamespace(
+        allocate_vocab_mask=lambda vocab, rows, device: xgrammar.allocate_token_bitmask(rows, vocab),
+        fill_vocab_mask=matcher.fill_next_token_bitmask,
+    )
+    admit(queue, scheduler(mode), req)
+    assert queue.called is queued
+    assert queued or "allows no token to begin with" in req.finished_reason.message
+    assert queued or req.finished_reason.status_code == 400
+
+
+def test_an_idle_scheduler_says_so_to_its_agent() -> None:
+    from sglang_tpla.host.requests.admission import note_idle
+
+    server = scheduler("prefill")
+    note_idle(server)
+    server.disagg_prefill_bootstrap_queue.kv_manager.agent.note_idle.assert_called_once_with()
 
 
 def test_an_error_over_one_request_is_that_requests() -> None:

@@ -1,4 +1,4 @@
-"""Which models are served, by the name of their architecture alone."""
+"""The names of architectures decide alone whether a model is served."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def test_served(name: str) -> None:
 
 @pytest.mark.parametrize("name", [*REFUSED, "LlamaForCausalLM"])
 def test_refused_by_name(name: str) -> None:
-    """With the reason, and what is served instead."""
+    """The refusal has the reason and names the served models."""
     with pytest.raises(ConfigError) as refusal:
         check_architectures("/models/m", [name])
     words = str(refusal.value)

@@ -1,7 +1,7 @@
 """Block-FP8 weights (DeepSeek's): SGLang's own loading step makes the absorbed weights, then the maps are folded in.
 
-On a CPU that step requantises kv_b_proj to one scale a tensor, on a GPU it dequantises to bfloat16; both are run here
-on the same weights, against a float32 reference that knows neither.
+On a CPU that step requantises kv_b_proj to one scale a tensor, on a GPU it dequantises to bfloat16. The tests run both
+on the same weights, against an independent float32 reference.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def test_maps_fold_into_block_fp8_weights(
         assert (found.float() - right).norm() <= tolerance * right.norm()
     addresses = attention.w_kc.data_ptr(), attention.w_vc.data_ptr()
     before = attention.w_kc.clone()
-    fold_weights(original, whole)  # a reload writes into what captured graphs hold
+    fold_weights(original, whole)  # a reload writes into the tensors that captured graphs hold
     assert (attention.w_kc.data_ptr(), attention.w_vc.data_ptr()) == addresses
     assert torch.equal(attention.w_kc, before)
 
@@ -82,4 +82,4 @@ def test_head_shards_that_end_inside_a_block_are_refused(engine: None) -> None:
     with pytest.raises(ConfigError, match="o_proj has 2 heads of 32 = 64 values"):
         check_blocks(narrow, blocks, Layout(8, 2, 8))
     check_blocks(narrow, None, Layout(8, 2, 8))
-    check_blocks(narrow, blocks, Layout(4, 4, 8))  # one head shard: nothing is cut
+    check_blocks(narrow, blocks, Layout(4, 4, 8))  # one head shard is not cut

@@ -105,7 +105,7 @@ def test_with_keys_only_signed_registrations_are_taken(folder: Path, port: int, 
         assert plain.status_code == 401 and "unsigned; register with the prefill.secret" in plain.text
         with pytest.raises(RegistrationRefused, match="refused a registration: bad_signature"):
             submit(url, "PUT", "/route", payload(port=6667), stranger)
-        assert httpx.get(url + "/route", params=WHOLE).status_code == 503  # nobody has got in
+        assert httpx.get(url + "/route", params=WHOLE).status_code == 503  # nobody has registered
 
         body = b'{"bootstrap_room": 5, "dp_rank": 1}'
         challenge = httpx.get(url + "/challenge").text
@@ -124,7 +124,7 @@ def test_with_keys_only_signed_registrations_are_taken(folder: Path, port: int, 
 
 
 def test_a_registration_captured_elsewhere_is_refused(folder: Path, port: int) -> None:
-    """Same keys, another server, and the same server after its restart."""
+    """Another server with the same keys refuses it, and so does the same server after its restart."""
     body = b"{}"
     with serving(port) as url:
         challenge = httpx.get(url + "/challenge").text
@@ -170,7 +170,7 @@ def test_ranks_outlive_the_bootstrap_server(folder: Path, port: int) -> None:
                 rank.start(patience_s=5)
                 stack.callback(rank.close)
             assert httpx.get(url + "/route", params=WHOLE).status_code == 200
-        with serving(port) as url:  # which knows nobody
+        with serving(port) as url:  # a server without registrations
             rig.wait(lambda: httpx.get(url + "/route", params=WHOLE).status_code == 200, "both ranks")
             found = httpx.get(url + "/route", params=PLACE | {"target_tp_rank": 1}).json()
             assert found == {"rank_ip": "127.0.0.1", "rank_port": 7001}
@@ -194,7 +194,7 @@ def test_nobody_there(port: int) -> None:
 
 
 def test_payload_is_that_of_the_host() -> None:
-    """The one thing copied from SGLang here: its payload, key by key; keys of later releases go to older ones too."""
+    """The payload, copied from SGLang here, agrees key by key; older releases get later releases' keys too."""
     from sglang.srt.disaggregation.common.conn import CommonKVManager
 
     from sglang_tpla.host.disaggregation.bootstrap_server import registration
@@ -209,7 +209,7 @@ def test_payload_is_that_of_the_host() -> None:
 
 
 def test_ranks_of_another_server_are_not_taken(port: int) -> None:
-    """Two servers that were given one port: the second one's ranks would be found in the first one's place."""
+    """Of two servers with one port, the second one's ranks would be found in place of the first one's."""
     with serving(port) as url:
         submit(url, "PUT", "/route", payload(), None)
         for other in ({"server": "another"}, {"server": None}):

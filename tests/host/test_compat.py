@@ -1,4 +1,4 @@
-"""What differs between releases says the same in each of them; and the traps that no signature shows."""
+"""The compat module gives the same answers in every release; and the traps that no signature shows."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_attention_groups_in_either_spelling(fields: dict[str, Any], groups: int
 
 
 def test_layers_are_built_for_a_share(engine: None) -> None:
-    """Rank 1 of 3, although this process is one of one; afterwards everything is as before."""
+    """Layers are built for rank 1 of 3 in a process that is one of one, and everything is as before afterwards."""
     from sglang.srt.layers.linear import ColumnParallelLinear
     from sglang.srt.runtime_context import get_parallel
 
@@ -115,22 +115,18 @@ def test_what_moves_rows_elsewhere_is_refused(field: str, value: Any, flag: str)
 @pytest.mark.parametrize(
     "fields", [{"dp_size": 2, "enable_dp_attention": True}, {"dp_size": 1, "attn_dp_size": 2}]
 )
-@pytest.mark.parametrize(
-    ("device", "sliced", "refused"), [("cpu", False, "pins memory"), ("cuda", True, "never tried")]
-)
-def test_attention_groups_are_refused(
-    fields: dict[str, Any], device: str, sliced: bool, refused: str
-) -> None:
-    """Under either name of the flag, with the reason; a stock prefill server on GPUs may have them."""
+def test_attention_groups_are_refused_where_a_cpu_cannot_run_them(fields: dict[str, Any]) -> None:
+    """Either name of the flag is refused with the reason; a server on GPUs may have attention groups."""
     from sglang_tpla.host.validation import attention_groups_refusal
 
-    args = SimpleNamespace(**{"enable_dp_attention": False, "device": device, **fields})
-    bad, flag, why = attention_groups_refusal(args, sliced)
-    assert bad and refused in why
+    args = SimpleNamespace(**{"enable_dp_attention": False, "device": "cpu", **fields})
+    bad, flag, why = attention_groups_refusal(args)
+    assert bad == (not compat.cpu_has_attention_groups()) == (ledger.host_version() == "0.5.17")
+    assert "pins memory" in why and "0.5.19" in why
     assert flag == ("--enable-dp-attention" if args.enable_dp_attention else "--attn-dp-size")
-    assert not attention_groups_refusal(SimpleNamespace(**{**vars(args), "device": "cuda"}), False)[0]
-    one = {"dp_size": 1, "enable_dp_attention": False, "attn_dp_size": 1, "device": device}
-    assert not attention_groups_refusal(SimpleNamespace(**one), sliced)[0]
+    assert not attention_groups_refusal(SimpleNamespace(**{**vars(args), "device": "cuda"}))[0]
+    one = SimpleNamespace(dp_size=1, enable_dp_attention=False, attn_dp_size=1, device="cpu")
+    assert not attention_groups_refusal(one)[0]
 
 
 def test_arguments_that_came_resolved_are_not_checked_again() -> None:
@@ -138,7 +134,7 @@ def test_arguments_that_came_resolved_are_not_checked_again() -> None:
     from sglang_tpla.host.validation import check_server_args
 
     calls: list[Any] = []
-    args = SimpleNamespace(_resolution_finished=True)  # nothing else: any check would fail
+    args = SimpleNamespace(_resolution_finished=True)  # any check would fail on this record
     check_server_args(calls.append, args)
     assert calls == [args]
 
@@ -146,7 +142,7 @@ def test_arguments_that_came_resolved_are_not_checked_again() -> None:
 def test_rows_in_host_memory_fail_their_request() -> None:
     from sglang.srt.disaggregation.base.conn import KVPoll
 
-    from sglang_tpla.host.disaggregation.kv_manager import TplaKVReceiver
+    from sglang_tpla.host.disaggregation.request_ends import TplaKVReceiver
 
     receiver = TplaKVReceiver.__new__(TplaKVReceiver)
     receiver.bootstrap_room, receiver.conclude_state = 7, None
@@ -158,7 +154,7 @@ def test_an_aborted_room_leaves_nothing_under_its_number() -> None:
     """Later releases keep a failed number failed: the next request in that room would fail with it."""
     from sglang.srt.disaggregation.base.conn import KVPoll
 
-    from sglang_tpla.host.disaggregation.kv_manager import TplaKVSender
+    from sglang_tpla.host.disaggregation.request_ends import TplaKVSender
 
     manager = SimpleNamespace(
         request_status={7: KVPoll.Bootstrapping}, req_to_decode_prefix_len={}, transfer_infos={}, failure_records={},

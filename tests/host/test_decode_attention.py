@@ -1,7 +1,7 @@
 """The engine's backend around the decode kernel, with the kernel's PyTorch twin in its place.
 
-What is checked is the backend's own part: page table and lengths out of SGLang's, new rows written before they are
-read, fixed buffers for CUDA graphs, one kernel a width. The formula below knows neither pages nor plans.
+The tests check the backend's own part: page table and lengths from SGLang's, new rows written before they are read,
+fixed buffers for CUDA graphs, one kernel a width. The formula below knows neither pages nor plans.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from sglang_tpla.attention.reference import ReferenceDecode
 from sglang_tpla.cache_rows.fp8 import row_bytes
 from sglang_tpla.cache_rows.row_format import RowFormat
 from tests.fp8_reference import assert_row, read_row
+from tests.host.engine_parts import stub_runner
 
 HEADS, ROPE, CONTEXT, REQUESTS, SLOTS, SCALE = 4, 8, 24, 6, 200, 0.3
 WIDTHS = (16, 24)  # of layers 0 and 1
@@ -24,7 +25,7 @@ FP8_WIDTHS, FP8_SHARED = (16, 32), (16, 20)
 
 
 class Twin(ReferenceDecode):
-    """Made as the kernel is made; remembers where its plans lay."""
+    """A twin with the kernel's constructor, which remembers the addresses of its plans."""
 
     def __init__(self, shape: Any, scale: float, max_batch: int, device: torch.device) -> None:
         super().__init__(shape, scale)
@@ -55,6 +56,12 @@ class Pool:
         self.rows[layer.layer_id][place] = k
 
 
+def runner_of(requests: Any, pool: Any, cache_dtype: torch.dtype, widths: tuple[int, ...]) -> Any:
+    text = SimpleNamespace(kv_lora_rank=max(widths), num_hidden_layers=2)
+    sizes = {"num_attention_heads": HEADS, "qk_rope_head_dim": ROPE, "hf_text_config": text}
+    return stub_runner(requests, pool, cache_dtype, scaling=SCALE, **sizes)
+
+
 @pytest.fixture
 def backend(engine: None, monkeypatch: pytest.MonkeyPatch) -> Any:
     from sglang_tpla.host.attention import backend as decode_attention
@@ -68,27 +75,12 @@ def backend(engine: None, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(decode_attention, "row_format", lambda *model, fp8: rows)
     torch.manual_seed(5)
     slots = torch.randperm(SLOTS - 1)[: REQUESTS * CONTEXT].view(REQUESTS, CONTEXT).to(torch.int32) + 1
-    runner = SimpleNamespace(
-        device="cpu",
-        gpu_id=0,
-        req_to_token_pool=SimpleNamespace(req_to_token=slots, size=REQUESTS),
-        token_to_kv_pool=Pool(),
-        is_draft_worker=False,
-        server_args=SimpleNamespace(speculative_algorithm=None),
-        kv_cache_dtype=torch.float32,
-        model_config=SimpleNamespace(
-            scaling=SCALE,
-            num_attention_heads=HEADS,
-            hf_text_config=SimpleNamespace(kv_lora_rank=24, num_hidden_layers=2),
-            qk_rope_head_dim=ROPE,
-            dtype=torch.float32,
-        ),
-    )
-    return decode_attention.TplaDecodeBackend(runner)
+    requests = SimpleNamespace(req_to_token=slots, size=REQUESTS)
+    return decode_attention.TplaDecodeBackend(runner_of(requests, Pool(), torch.float32, WIDTHS))
 
 
 def batch_of(backend: Any, requests: list[int], lengths: list[int], padding: int = 0) -> Any:
-    """A decode step; padding requests are as SGLang fills up a graph's batch: row 0, length 1, slot 0."""
+    """Make a decode step, with SGLang's padding of a graph's batch: requests of row 0, length 1, slot 0."""
     from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
     slots = backend.req_to_token_pool.req_to_token
@@ -104,7 +96,7 @@ def batch_of(backend: Any, requests: list[int], lengths: list[int], padding: int
 
 
 def step(backend: Any, batch: Any, layer_id: int, split: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """One layer of a step with fresh queries and keys: the backend's output, and the formula's."""
+    """Run one layer of a step with fresh queries and keys, and return the backend's output and the formula's."""
     width, tokens = WIDTHS[layer_id], batch.batch_size
     layer = SimpleNamespace(
         layer_id=layer_id, v_head_dim=width, head_dim=width + ROPE, tp_q_head_num=HEADS, scaling=SCALE
@@ -179,18 +171,7 @@ def test_fp8_rows_are_written_and_read(
     rows = RowFormat.fp8(FP8_WIDTHS, FP8_SHARED, ROPE)
     monkeypatch.setattr(decode_attention, "row_format", lambda *model, fp8: rows)
     pool = Fp8Pool()
-    config = SimpleNamespace(
-        scaling=SCALE,
-        num_attention_heads=HEADS,
-        hf_text_config=SimpleNamespace(kv_lora_rank=32, num_hidden_layers=2),
-        qk_rope_head_dim=ROPE,
-        dtype=torch.float32,
-    )
-    runner = SimpleNamespace(
-        device="cpu", gpu_id=0, req_to_token_pool=backend.req_to_token_pool, token_to_kv_pool=pool,
-        kv_cache_dtype=torch.float8_e4m3fn, model_config=config, is_draft_worker=False,
-        server_args=SimpleNamespace(speculative_algorithm=None),
-    )  # fmt: skip
+    runner = runner_of(backend.req_to_token_pool, pool, torch.float8_e4m3fn, FP8_WIDTHS)
     fp8 = decode_attention.TplaDecodeBackend(runner)
     width, shared = FP8_WIDTHS[layer_id], FP8_SHARED[layer_id]
     layer = SimpleNamespace(

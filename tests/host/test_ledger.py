@@ -1,4 +1,4 @@
-"""The ledger is the applied set; whatever differs ends the process before it serves."""
+"""The ledger is the set of applied hooks; any difference ends the process before it serves."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_a_host_that_differs_stops_the_start(tmp_path: Path, tamper, words: tupl
 
 
 def test_a_release_that_is_not_supported_stops_the_start() -> None:
-    """The word of its own: also where no hooked target changed."""
+    """The message names the release, also where no hooked target changed."""
     code = f"""
 from sglang_tpla.host import ledger
 ledger.host_version = lambda: "{RELEASE}.post1"
@@ -116,7 +116,7 @@ ledger.host_version = lambda: "{RELEASE}.post1"
 
 
 def test_a_hook_that_does_not_apply_stops_the_start() -> None:
-    """SGLang swallows a failure to apply; we do not."""
+    """SGLang swallows a failure to apply, and this package must not."""
     code = """
 from sglang.srt.plugins.hook_registry import HookRegistry
 HookRegistry._apply_target = classmethod(lambda cls, target, hooks: None)

@@ -1,4 +1,4 @@
-"""SGLang's own latent pool with rows in bytes: their sizes, its accounting, what it hands to a transfer agent."""
+"""SGLang's own latent pool with rows in bytes: sizes, memory accounting, and the pool of a transfer agent."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def fp8_hooks(engine: None, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def artifact_of(widths: tuple[int, ...], sketched: Sequence[SketchedRows] = ()) -> Any:
-    """What the hooks ask of an artifact."""
+    """The part of an artifact that the hooks read."""
     return SimpleNamespace(
         meta=SimpleNamespace(
             widths=widths,
@@ -62,7 +62,7 @@ def make_pool(dtype: torch.dtype, latent: int) -> Any:
 
 
 def accounted(state: Any, dtype: torch.dtype, latent: int) -> float:
-    """Bytes a token of all layers, as SGLang's memory accounting takes them."""
+    """The bytes of a token in all layers, in SGLang's memory accounting."""
     config = SimpleNamespace(
         hf_config=SimpleNamespace(architectures=["DeepseekV3ForCausalLM"]),
         kv_lora_rank=latent, qk_rope_head_dim=ROPE, num_hidden_layers=LAYERS,

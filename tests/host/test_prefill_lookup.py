@@ -1,4 +1,4 @@
-"""A bootstrap server that does not answer holds nobody up: the scheduler is told when the answer is there."""
+"""A bootstrap server that does not answer delays nobody, because the scheduler hears of an answer when it is there."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_other_servers_are_asked_while_one_does_not_answer() -> None:
     assert not lookups.known("lost") and lookups.under_way("lost")
     while not lookups.known("well"):
         pass
-    assert not lookups.known("lost")  # asked once, and no second time while nothing has been said
+    assert not lookups.known("lost")  # asked once, and not again before an answer
     assert asked.count("lost") == 1
     silent.set()
     while not lookups.known("lost"):
@@ -60,7 +60,7 @@ def test_what_was_wrong_is_told_once_and_then_asked_anew() -> None:
 
 
 class _Route(BaseHTTPRequestHandler):
-    """Tensor-parallel rank 0 is where it should be, 1 has not registered, 2 and 3 are nonsense."""
+    """Answers a right address for tensor-parallel rank 0, none for 1, and nonsense for 2 and 3."""
 
     def do_GET(self) -> None:
         place = {name: int(value[0]) for name, value in parse_qs(urlparse(self.path).query).items()}
@@ -131,14 +131,14 @@ def test_a_name_that_nobody_knows_fails_at_once(unknown: str) -> None:
 
 def test_why_a_bootstrap_server_was_not_found(address: str) -> None:
     assert why_unanswered("127.0.0.1:1") == "nobody listens there"
-    assert why_unanswered(address) == "status 200: []"  # which is no layout
+    assert why_unanswered(address) == "status 200: []"  # an empty list is no layout
 
 
 @pytest.mark.parametrize(
     "host", ["prefill1", "prefill_1", "PREFILL_1.example", "[fe80::1_2]", "[::1]", "a_b_c"]
 )
 def test_a_lost_rank_is_looked_up_anew_whatever_its_servers_name(host: str) -> None:
-    """SGLang joins a name and ranks with underscores; nothing is taken out of such a string."""
+    """SGLang joins a name and ranks with underscores, and the lookup must not split such a string."""
     with warnings.catch_warnings():  # SGLang's own imports warn of what a CPU lacks
         warnings.simplefilter("ignore")
         from sglang_tpla.host.disaggregation.kv_manager import TplaKVManager

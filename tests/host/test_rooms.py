@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from sglang_tpla.transfer.room import RoomState
 from tests.wire import rig
 
 
@@ -16,7 +17,7 @@ def request(manager: SimpleNamespace, room: int) -> Any:
     """A request whose scheduler calls come from the test."""
     with warnings.catch_warnings():  # SGLang's own imports warn of what a CPU lacks
         warnings.simplefilter("ignore")
-        from sglang_tpla.host.disaggregation.kv_manager import _Request
+        from sglang_tpla.host.disaggregation.request_ends import _Request
     made: Any = _Request()
     made.kv_mgr, made.bootstrap_room, made.conclude_state = manager, room, None
     return made
@@ -44,3 +45,45 @@ def test_a_room_that_has_ended_is_its_requests_until_it_is_cleared() -> None:
         assert third._state() == KVPoll.Bootstrapping
         third._end("cleared")
         assert agent.stats().rooms == 0 and not manager.rooms_taken
+
+
+@pytest.mark.usefixtures("engine")
+def test_a_prefix_sent_ahead_is_read_when_its_event_says_so() -> None:
+    """SGLang leaves an event on the sender for pages that the step before may still write."""
+    prefill, decode = rig.prefill_rank(), rig.decode_rank()
+    source, target = rig.pages(0, 4), rig.pages(1, 4)
+    right = [layer.clone() for layer in prefill.pool.layers]
+    waited = []
+
+    class Written:
+        def synchronize(self) -> None:
+            waited.append(True)
+            for layer, rows in zip(prefill.pool.layers, right, strict=True):
+                layer.copy_(rows)
+
+    with contextlib.closing(prefill.agent), contextlib.closing(decode.agent):
+        for layer in prefill.pool.layers:
+            layer.zero_()
+        manager = SimpleNamespace(agent=prefill.agent, rooms_taken=set())
+        sender = sender_of(manager, room=1, pages=4)
+        rig.ask(decode, [prefill.peer], 1, target)
+        sender._early_send_wait_event = Written()
+        sender.send(source[:3], num_kv_tokens=3 * rig.PAGE)
+        assert sender._early_send_wait_event is None  # the rest of the prompt is this step's own
+        sender.send(source[3:], num_kv_tokens=rig.PAGE)
+        assert rig.ended(decode.agent, 1) is RoomState.SUCCESS, decode.agent.failure(1)
+        assert waited
+        rig.check_rows(prefill, decode, source, target, 4 * rig.PAGE)
+        sender._end("over")
+
+
+def sender_of(manager: SimpleNamespace, room: int, pages: int) -> Any:
+    """A sender as SGLang leaves it behind after ``init``."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from sglang_tpla.host.disaggregation.request_ends import TplaKVSender
+    made: Any = TplaKVSender.__new__(TplaKVSender)
+    made.kv_mgr, made.bootstrap_room, made.conclude_state = manager, room, None
+    made.curr_idx, made.num_kv_indices, made.aux_index = 0, pages, 0
+    made._open(0)
+    return made

@@ -1,4 +1,4 @@
-"""A cache of another prompt fails the request, whatever room it came through."""
+"""A cache of another prompt fails the request in any room."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ def buffers() -> Any:
         warnings.simplefilter("ignore")
         import torch
         from sglang.srt.disaggregation.utils import MetadataBuffers
-    return MetadataBuffers(4, 8, torch.float32)
+    return MetadataBuffers(4, 8, torch.float32, max_sampling_mask_tokens=64)
 
 
 def computed(buffers: Any, tokens: list[int], row: int = 2) -> None:
-    """What prefill leaves of a request."""
+    """Leave a request in the buffers as prefill does."""
     from sglang_tpla.host.disaggregation.same_prompt import leave_digest
 
     counts = dict.fromkeys(
@@ -31,14 +31,14 @@ def computed(buffers: Any, tokens: list[int], row: int = 2) -> None:
     req = SimpleNamespace(
         metadata_buffer_index=row, output_ids=[5], multimodal_inputs=None, return_logprob=False,
         return_sampling_mask=False, hidden_states_tensor=None, bootstrap_room=9, output_topk_p=None,
-        origin_input_ids=array("q", tokens), **counts,
+        origin_input_ids=array("q", tokens), get_mm_token_counts=lambda: (0, 0, 0), **counts,
     )  # fmt: skip
     buffers.set_buf(req)
     leave_digest(None, buffers, req)
 
 
 def committed(buffers: Any, tokens: list[int], **changes: Any) -> tuple[bool, Any]:
-    """Whether decode goes on with a request's cache, and the request."""
+    """Commit a request's cache, and return whether decode goes on with it, and the request."""
     from sglang_tpla.host.disaggregation.same_prompt import compare_digest
 
     req = SimpleNamespace(

@@ -1,8 +1,11 @@
-"""An aborted request that waits to be prefilled: its sender hears of it, and no other's."""
+"""The abort of a request that waits for prefill reaches its own sender and no other."""
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 from types import SimpleNamespace
+from typing import Any
 from unittest.mock import Mock
 
 import pytest
@@ -43,7 +46,7 @@ SAMPLE = "a_" + "0f" * 16
 def test_an_abort_reaches_no_request_whose_id_only_begins_alike(
     rid: str, abort_all: bool, reached: list[str]
 ) -> None:
-    """SGLang compares beginnings; others' ids are out of its sight meanwhile, and theirs again afterwards."""
+    """SGLang compares beginnings of ids, so other requests hide their ids from it meanwhile."""
     wrapped = SimpleNamespace(req=waiting("abc"))
     scheduler = SimpleNamespace(
         waiting_queue=[waiting("a")],
@@ -63,3 +66,34 @@ def test_an_abort_reaches_no_request_whose_id_only_begins_alike(
     abort(stock, scheduler, SimpleNamespace(rid=rid, abort_all=abort_all))
     assert found == reached
     assert [req.rid for req in live] == ["a", "ab", "abc", SAMPLE]
+
+
+@pytest.mark.parametrize("forgets", [True, False])
+@pytest.mark.parametrize("hangs_up", [True, False])
+def test_who_hangs_up_is_aborted_where_sglang_has_forgotten_it(
+    engine: None, forgets: bool, hangs_up: bool
+) -> None:
+    """From 0.5.18 to 0.5.19 a request's state goes with its client, and an abort of an unknown id is passed over."""
+    from sglang_tpla.host.requests import edge
+
+    sent: list[str] = []
+    manager = SimpleNamespace(_dispatch_to_scheduler=lambda req: sent.append(req.rid))
+    if forgets:
+        manager._discard_pending_req_states = lambda obj: None
+
+    async def answer(self: Any, obj: Any, request: Any) -> Any:
+        for token in range(3):
+            yield token
+
+    async def ask() -> list[int]:
+        said = []
+        outputs = edge.generate(answer, manager, SimpleNamespace(rid=["a", "b"]))
+        async with contextlib.aclosing(outputs):
+            async for token in outputs:
+                said.append(token)
+                if hangs_up:
+                    break
+        return said
+
+    assert asyncio.run(ask()) == ([0] if hangs_up else [0, 1, 2])
+    assert sent == (["a", "b"] if forgets and hangs_up else [])

@@ -1,4 +1,4 @@
-"""A server that speculates: its attention backends, its two pools and what memory they are given, and its refusals.
+"""A server that speculates: its attention backends, its two pools and their memory, and its refusals.
 
 The reference for attention is a formula over SGLang's page table that knows neither backends nor plans.
 """
@@ -40,6 +40,11 @@ class Pool:
         self.rows[place] = k
 
 
+def resolved_arguments(**values: Any) -> Any:
+    """A server's arguments as 0.5.17 keeps them: resolved in place."""
+    return SimpleNamespace(get_model_config=None, **values)
+
+
 @pytest.fixture
 def runners(engine: None, monkeypatch: pytest.MonkeyPatch) -> dict[bool, Any]:
     """Model runners of the target (False) and of the draft (True), which share a page table."""
@@ -50,7 +55,7 @@ def runners(engine: None, monkeypatch: pytest.MonkeyPatch) -> dict[bool, Any]:
     torch.manual_seed(7)
     slots = torch.randperm(SLOTS - 1)[: REQUESTS * CONTEXT].view(REQUESTS, CONTEXT).to(torch.int32) + 1
     requests = SimpleNamespace(req_to_token=slots, size=REQUESTS)
-    args = SimpleNamespace(speculative_algorithm="EAGLE", speculative_num_draft_tokens=TOKENS)
+    args = resolved_arguments(speculative_algorithm="EAGLE", speculative_num_draft_tokens=TOKENS)
     return {
         draft: SimpleNamespace(
             device="cpu", gpu_id=0, req_to_token_pool=requests, token_to_kv_pool=Pool(LATENT if draft else WIDTH),
@@ -66,9 +71,7 @@ def runners(engine: None, monkeypatch: pytest.MonkeyPatch) -> dict[bool, Any]:
 
 
 def attend(backend: Any, runner: Any, batch: Any, width: int, starts: list[int], tokens: int) -> None:
-    """One layer of a forward whose requests have ``tokens`` query tokens at positions from ``starts`` on; compared with
-    the formula.
-    """
+    """Run one layer of a forward with ``tokens`` query tokens a request from ``starts`` on, and compare it."""
     table, rows = runner.req_to_token_pool.req_to_token, runner.token_to_kv_pool.rows
     requests = batch.req_pool_indices.tolist()
     batch.out_cache_loc = torch.cat(
@@ -128,7 +131,7 @@ def test_the_mask_of_a_step_is_small_and_unread(runners: dict[bool, Any]) -> Non
     backend.init_cuda_graph_state(2 * REQUESTS, 2 * REQUESTS * TOKENS)
     assert backend.verify_mask.fits(2 * REQUESTS)
     assert TplaDecodeBackend(runners[True]).verify_mask is None
-    runners[False].server_args = SimpleNamespace(speculative_algorithm=None)
+    runners[False].server_args = resolved_arguments(speculative_algorithm=None)
     assert TplaDecodeBackend(runners[False]).verify_mask is None
 
 
@@ -136,7 +139,7 @@ def test_the_mask_of_a_step_is_small_and_unread(runners: dict[bool, Any]) -> Non
 def test_guesses_attend_over_those_before_them(
     runners: dict[bool, Any], requests: list[int], lengths: list[int]
 ) -> None:
-    """Each guess writes its row behind the verified ones; the whole latent, whatever the target's width."""
+    """Each guess writes a row of the whole latent behind the verified ones, beside any width of the target."""
     from sglang_tpla.host.attention.draft import DraftSteps
 
     steps = DraftSteps(runners[True], GUESSES)
@@ -151,7 +154,7 @@ def test_guesses_attend_over_those_before_them(
 def test_the_draft_layer_is_extended_by_what_was_verified(
     runners: dict[bool, Any], requests: list[int], lengths: list[int]
 ) -> None:
-    """SGLang counts the verified tokens in, all of them, before the forward."""
+    """SGLang adds all verified tokens to the lengths before the forward."""
     from sglang_tpla.host.attention.backend import TplaDecodeBackend
 
     backend = TplaDecodeBackend(runners[True])
@@ -162,10 +165,7 @@ def test_the_draft_layer_is_extended_by_what_was_verified(
 
 def factory(runner: Any, draft: str | None, attention: str, steps: int = GUESSES) -> Any:
     args = SimpleNamespace(
-        speculative_attention_mode="decode",
-        prefill_attention_backend=None,
-        decode_attention_backend=None,
-        attention_backend=attention,
+        prefill_attention_backend=None, decode_attention_backend=None, attention_backend=attention
     )
     return SimpleNamespace(
         server_args=args, draft_attn_backend=draft, draft_model_runner=runner, speculative_num_steps=steps
@@ -191,6 +191,18 @@ def test_the_factory_knows_our_backend_and_names_the_others(runners: dict[bool, 
     extend = draft.extending_backend(lambda self: SimpleNamespace(), other)
     assert (extend.prefill_attention_backend_str, extend.decode_attention_backend_str) == ("fa3", "fa3")
     assert draft.guessing_backend(lambda self: None, factory(runner, None, "tpla", steps=1)) is None
+
+
+def test_where_a_later_factory_has_its_backends_from(engine: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sglang.srt import runtime_context
+
+    from sglang_tpla.host.attention.draft import chosen
+
+    backends = ("triton", "tpla")
+    monkeypatch.setattr(runtime_context, "attention_backends", lambda: backends, raising=False)
+    own = SimpleNamespace(draft_attn_backend=None)  # no server_args
+    assert (chosen(own, "prefill"), chosen(own, "decode")) == ("triton", "tpla")
+    assert chosen(SimpleNamespace(draft_attn_backend="fa3"), "decode") == "fa3"
 
 
 def make_pool(latent: int, layers: int) -> Any:
@@ -247,12 +259,32 @@ def test_the_draft_keeps_whole_rows_and_memory_is_counted(
     assert counted == pytest.approx(row_bytes)
 
 
+def test_memory_of_a_draft_beside_rows_of_bytes(engine: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SGLang counts items of one byte; the draft's are of the model's dtype."""
+    from sglang_tpla.cache_rows.sketched import SketchedRows
+    from sglang_tpla.host.model import kv_pool
+
+    kinds = [SketchedRows.of(LATENT, 2, shared, ROPE) for shared in (8, 12, 16)]
+    monkeypatch.setattr(kv_pool, "row_format", lambda *model, fp8: RowFormat.sketched(kinds, 0))
+    text = SimpleNamespace(kv_lora_rank=LATENT, qk_rope_head_dim=ROPE, num_nextn_predict_layers=1)
+    config = SimpleNamespace(
+        hf_text_config=text, is_draft_model=False, kv_lora_rank=LATENT, qk_rope_head_dim=ROPE,
+        num_hidden_layers=len(kinds), dtype=torch.float32,
+    )  # fmt: skip
+    args = SimpleNamespace(speculative_algorithm="EAGLE")
+    mean = kv_pool.mean_cache_dim(
+        pytest.fail, model_config=config, kv_cache_dtype=torch.float8_e4m3fn, server_args=args
+    )
+    counted = mean * len(kinds) * (1 + 1 / len(kinds))  # as SGLang multiplies it
+    assert counted == pytest.approx(sum(kind.row_bytes for kind in kinds) + (LATENT + ROPE) * 4)
+
+
 def arguments(**changes: Any) -> Any:
     given = {
         "speculative_algorithm": "EAGLE", "speculative_num_draft_tokens": 4, "speculative_eagle_topk": 1,
         "speculative_num_steps": 3, "speculative_draft_model_path": None, "speculative_adaptive": False,
         "enable_multi_layer_eagle": False, "speculative_use_rejection_sampling": False, "enable_dp_attention": False,
-        "kv_cache_dtype": "auto", "disaggregation_decode_enable_radix_cache": False, "model_path": "m",
+        "kv_cache_dtype": "auto", "disaggregation_decode_enable_radix_cache": False, "model_path": "m", "dp_size": 2,
         "speculative_attention_mode": "decode", "speculative_draft_attention_backend": None,
     }  # fmt: skip
     return SimpleNamespace(**{**given, **changes})
@@ -278,18 +310,18 @@ def arguments(**changes: Any) -> Any:
     ],
 )
 def test_what_does_not_work_is_refused(engine: None, changes: dict[str, Any], says: str) -> None:
-    from sglang_tpla.host.speculation import objections
+    from sglang_tpla.host.speculation import unsupported_reasons
 
-    (found,) = objections(arguments(**changes), "decode")
+    (found,) = unsupported_reasons(arguments(**changes), "decode")
     assert says in found
-    assert not objections(arguments(), "decode") and not objections(arguments(), "prefill")
-    assert not objections(arguments(**changes | {"speculative_algorithm": None}), "decode")
+    assert not unsupported_reasons(arguments(), "decode") and not unsupported_reasons(arguments(), "prefill")
+    assert not unsupported_reasons(arguments(**changes | {"speculative_algorithm": None}), "decode")
 
 
 def test_prefill_servers_verify_nothing(engine: None) -> None:
-    from sglang_tpla.host.speculation import objections
+    from sglang_tpla.host.speculation import unsupported_reasons
 
-    assert not objections(arguments(speculative_attention_mode="prefill"), "prefill")
+    assert not unsupported_reasons(arguments(speculative_attention_mode="prefill"), "prefill")
 
 
 def test_a_checkpoint_without_the_layer_is_refused(engine: None) -> None:
@@ -333,9 +365,10 @@ def test_a_drafts_cache_keeps_the_models_precision(engine: None, draft: bool) ->
     assert (runner.kv_cache_dtype, runner.kv_cache_dtype_str) == kept
 
 
-def test_sketched_rows_are_refused_for_now(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("given", ["auto", "fp8_e4m3"])
+def test_sketched_rows_are_served(monkeypatch: pytest.MonkeyPatch, given: str) -> None:
+    """Their pool of bytes has a name of SGLang's, which the user may give or not."""
     from sglang_tpla.host import speculation
 
     monkeypatch.setattr(speculation, "sketched", lambda: True)
-    (found,) = speculation.objections(arguments(), "decode")
-    assert "never tested together" in found and not speculation.objections(arguments(), "prefill")
+    assert not speculation.unsupported_reasons(arguments(kv_cache_dtype=given), "decode")

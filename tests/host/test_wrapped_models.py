@@ -1,7 +1,7 @@
 """Models whose language model is wrapped: SGLang's own classes are hooked, loaded, folded and observed.
 
-Built in this process, because a server of these models wants the image processor's own code, which only their
-published checkpoints carry.
+The tests build them in this process, because a server of these models needs the image processor's own code, which only
+their published checkpoints carry.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ TINY_VISION = {"num_attention_heads": 2, "num_hidden_layers": 1, "hidden_size": 
 
 
 class Maps:
-    """Stands where the artifact does: one group, the same random maps for every layer."""
+    """Stands for an artifact of one group, with the same random maps for every layer."""
 
     def __init__(self) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -61,7 +61,7 @@ def deepseek_vl2() -> tuple[torch.nn.Module, str, dict[str, Any]]:
     from sglang.srt.models.deepseek_vl2 import DeepseekVL2ForCausalLM
 
     class WithoutVision(DeepseekVL2ForCausalLM):
-        """Its encoder is a fixed one of 400 million parameters."""
+        """The model without its encoder, which always has 400 million parameters."""
 
         def _init_vision_module(self, *args: Any, **kwargs: Any) -> torch.nn.Module:
             return torch.nn.Identity()

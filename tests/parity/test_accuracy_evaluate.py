@@ -25,7 +25,6 @@ from sglang_tpla.measure.decode_error import compare, model_maps
 from sglang_tpla.reference_model.forward import PlainModel
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "benchmarks"))
 from accuracy import END, START, write_into  # noqa: E402
 
 NANO = ROOT / "examples" / "nano-mla"
@@ -119,16 +118,19 @@ def test_agreement_is_where_a_greedy_tpla_answer_departs(model: PlainModel, maps
         assert answer.agreement_tokens[row] == agreed
 
 
-def test_command_writes_json_and_a_page_with_plots(tmp_path: Path) -> None:
-    command = [
-        *(sys.executable, "-m", "sglang_tpla.evaluate", "--model-path", NANO, "--artifact", SHIPPED),
-        *("--tokens", "128", "--prompt-tokens", "64", "--continuation-tokens", "64", "--long-tokens", "16"),
-        *("--long-answers", "2", "--needle-tokens", "128", "--needle-cases", "1", "--out", tmp_path),
-        *("--cache-dtype", "fp8"),
-    ]
+def evaluate(folder: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run the command with ``--out folder``."""
+    command = [sys.executable, "-m", "sglang_tpla.evaluate", *map(str, arguments), "--out", str(folder)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        list(map(str, command)), capture_output=True, text=True, env=environment, timeout=300
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=500)
+
+
+def test_command_writes_json_and_a_page_with_plots(tmp_path: Path) -> None:
+    done = evaluate(
+        tmp_path,
+        *("--model-path", NANO, "--artifact", SHIPPED, "--cache-dtype", "fp8"),
+        *("--tokens", 128, "--prompt-tokens", 64, "--continuation-tokens", 64, "--long-tokens", 16),
+        *("--long-answers", 2, "--needle-tokens", 128, "--needle-cases", 1),
     )
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "evaluation.json").read_text())
@@ -155,23 +157,17 @@ def test_command_writes_json_and_a_page_with_plots(tmp_path: Path) -> None:
     ],
 )
 def test_bad_input_is_one_clear_error(arguments, says: str, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "sglang_tpla.evaluate", *map(str, arguments), "--out", str(tmp_path)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    done = evaluate(tmp_path, *arguments)
     assert done.returncode == 2
     assert says in done.stderr
     assert "Traceback" not in done.stderr
 
 
 def test_sketched_rows_beside_the_paper_s_recipe_and_plain_mla(tmp_path: Path) -> None:
-    command = [
-        *(sys.executable, "-m", "sglang_tpla.evaluate", "--model-path", NANO, "--artifact", SKETCHED),
-        *("--tokens", "256", "--long-tokens", "0", "--task-tokens", "512", "--task-documents", "4"),
-        *("--out", tmp_path, "--quiet"),
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        list(map(str, command)), capture_output=True, text=True, env=environment, timeout=500
+    done = evaluate(
+        tmp_path,
+        *("--model-path", NANO, "--artifact", SKETCHED, "--tokens", 256, "--long-tokens", 0, "--quiet"),
+        *("--task-tokens", 512, "--task-documents", 4),
     )
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "evaluation.json").read_text())

@@ -24,7 +24,7 @@ def model() -> PlainModel:
 
 
 def test_shipped_artifact_is_within_its_bar(model: PlainModel, capsys: pytest.CaptureFixture[str]) -> None:
-    """KL a token at most 0.02 over 8,192 decoded tokens, and far below the paper's transforms."""
+    """The KL of a token is at most 0.02 over 8,192 decoded tokens, and far below the paper's transforms."""
     text = read_text(TextPlan(calibration_tokens=16384, held_out_tokens=8192), model.checkpoint)
     shipped = Artifact.load(ROOT / "examples" / "artifacts" / "nano-mla-g2.safetensors")
     assert shipped.meta.seed == 0  # so that this text was held out from it

@@ -1,5 +1,4 @@
-"""The plain forward against transformers' models, and its TPLA mode against a loop written from the "
-"equations."""
+"""The plain forward against transformers' models, and its TPLA mode against a loop from the equations."""
 
 from __future__ import annotations
 
@@ -56,7 +55,7 @@ YARN = {
 
 
 def save_random(kind: str, path: Path, **changes: object):
-    """A random model of a family, saved where the plain forward can read it."""
+    """Save a random model of a family where the plain forward can read it."""
     torch.manual_seed(0)
     config_class, model_class = {
         "v3": (transformers.DeepseekV3Config, transformers.DeepseekV3ForCausalLM),
@@ -123,7 +122,7 @@ def random_maps(layers: int, groups: int, latent: int, width: int, seed: int):
 
 
 def decode_by_the_book(model: PlainModel, tokens: torch.Tensor, maps, prompt: int) -> torch.Tensor:
-    """Logits of one sequence [S], token by token: absorbed queries, sliced cache, one softmax a group."""
+    """Compute the logits of one sequence [S] token by token: absorbed queries, sliced cache, one softmax a group."""
     spec = model.spec
     exact_hidden, cache = model.prefill(tokens[None, :prompt])
     latents = [list(layer.latent[0]) for layer in cache]
@@ -196,7 +195,7 @@ def test_a_model_without_latent_attention_is_refused(tmp_path: Path) -> None:
 
 
 def test_fp8_shards_are_read_as_shipped(tmp_path: Path) -> None:
-    """nano-mla quantised in 128 x 128 blocks over two shards computes what its dequantised weights do."""
+    """nano-mla in 128 x 128 blocks over two shards computes the same as its dequantised weights."""
     from safetensors import safe_open
     from safetensors.torch import save_file
 

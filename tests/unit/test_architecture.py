@@ -6,6 +6,7 @@ Imports are read from the syntax trees, those inside functions too, so that a la
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from functools import cache
 from graphlib import CycleError, TopologicalSorter
@@ -100,3 +101,91 @@ def test_only_the_compat_module_knows_how_a_release_spells_its_arguments() -> No
         if isinstance(node, ast.Attribute) and node.attr in gone
     ]
     assert not found, f"{found}: use sglang_tpla.host.compat, or get_parallel()"
+
+
+BLOCKING = {"zmq", "threading", "socket", "time"}  # what the state of an agent does without
+STATE = [
+    "decode.rooms",
+    "decode.credits",
+    "decode.coverage",
+    "prefill.rooms",
+    "prefill.ended_rooms",
+    "prefill.lanes",
+]
+AGENTS = ["decode", "prefill"]
+
+
+@pytest.mark.parametrize("module", STATE)
+def test_state_neither_waits_nor_sends(module: str) -> None:
+    names = {name.split(".")[0] for name in imports()[f"sglang_tpla.transfer.{module}"]}
+    assert names.isdisjoint(BLOCKING), names & BLOCKING
+
+
+def transfer_trees(folder: str = "") -> dict[Path, ast.Module]:
+    """Files of transfer/, or of a folder in it."""
+    paths = (PACKAGE / "transfer" / folder).rglob("*.py")
+    return {path: ast.parse(path.read_text()) for path in paths}
+
+
+def test_no_class_of_transfer_inherits_from_another() -> None:
+    """Parts are owned. Exceptions and wire messages, which have no behaviour, may have a common base."""
+    classes = [
+        node
+        for tree in transfer_trees().values()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ClassDef)
+    ]
+    behaving = {node.name for node in classes if not node.name.endswith("Error") and node.name != "_Message"}
+    bases = {ast.unparse(base).split("[")[0] for node in classes for base in node.bases}
+    assert len(behaving) > 30 and behaving.isdisjoint(bases), behaving & bases
+
+
+@pytest.mark.parametrize("folder", AGENTS)
+def test_no_part_reaches_for_what_is_private_to_another(folder: str) -> None:
+    reached = {
+        ast.unparse(node)
+        for tree in transfer_trees(folder).values()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute)
+        and re.match(r"_[a-z]", node.attr)
+        and ast.unparse(node.value) != "self"
+    }
+    assert not reached, reached
+
+
+@pytest.mark.parametrize("folder", AGENTS)
+def test_each_attribute_of_the_state_is_written_by_one_module(folder: str) -> None:
+    trees = transfer_trees(folder)
+    state = trees[PACKAGE / "transfer" / folder / "state.py"]
+    fields = {
+        node.target.id
+        for item in ast.walk(state)
+        if isinstance(item, ast.ClassDef)
+        and any("dataclass" in ast.unparse(mark) for mark in item.decorator_list)
+        for node in item.body
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
+    }
+    writers: dict[str, set[str]] = {}
+    for path, tree in trees.items():
+        for node in ast.walk(tree):
+            if (
+                isinstance(node, ast.Attribute)
+                and isinstance(node.ctx, ast.Store)
+                and node.attr in fields
+                and ast.unparse(node.value) != "self"
+            ):
+                writers.setdefault(node.attr, set()).add(path.name)
+    assert len(writers) > 20
+    shared = {attribute: sorted(names) for attribute, names in writers.items() if len(names) > 1}
+    assert not shared, shared
+
+
+def test_the_simulation_patches_no_constructor_and_no_clock() -> None:
+    """It hands in its own threads, time and sockets; C alone, which knows the system's sockets only, is left out."""
+    patched = [
+        ast.unparse(node)
+        for path in (ROOT / "tests" / "wire").glob("simul*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and "patch" in ast.unparse(node.func)
+    ]
+    assert patched == ["mock.patch('sglang_tpla.transfer.memory.native.library', return_value=None)"]

@@ -123,75 +123,42 @@ def _maps(artifact: Artifact) -> list[list[tuple[torch.Tensor, ...]]]:
     return [[tuple(t.clone() for t in artifact.maps(la, g)) for g in range(2)] for la in range(2)]
 
 
-def _drop(tensors, metadata):
-    del tensors["layers.1.groups.0.B"]
+def multiplied(row: int, column: int, factor: float):
+    def change(tensor: torch.Tensor) -> torch.Tensor:
+        tensor[row, column] *= factor
+        return tensor
 
-
-def _extra(tensors, metadata):
-    tensors["layers.2.groups.0.B"] = torch.zeros(W, D)
-
-
-def _shape(tensors, metadata):
-    tensors["layers.0.groups.1.A"] = torch.zeros(W, D + 1)
-
-
-def _dtype(tensors, metadata):
-    tensors["layers.0.groups.1.A"] = tensors["layers.0.groups.1.A"].bfloat16()
-
-
-def _nan(tensors, metadata):
-    tensors["layers.0.groups.0.Z"][0, W - 1] = float("nan")
-
-
-def _shared(tensors, metadata):
-    tensors["layers.0.groups.1.Z"][3, R - 1] *= 1.0000002
-
-
-def _version(tensors, metadata):
-    metadata["format_version"] = "3"
-
-
-def _unknown(tensors, metadata):
-    metadata["colour"] = '"blue"'
-
-
-def _wrong_type(tensors, metadata):
-    metadata["groups"] = '"2"'
-
-
-def _not_json(tensors, metadata):
-    metadata["groups"] = "{"
-
-
-def _no_field(tensors, metadata):
-    del metadata["weights_hash"]
-
-
-def _widths(tensors, metadata):
-    metadata["widths"] = json.dumps([W])
+    return change
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("name", "change", "says"),
     [
-        (_drop, r"missing \['layers.1.groups.0.B'\]"),
-        (_extra, "not known"),
-        (_shape, r"layers.0.groups.1.A as float32 \(5, 8\), got .*\(5, 9\)"),
-        (_dtype, "bfloat16"),
-        (_nan, "layers.0.groups.0.Z has values that are not finite"),
-        (_shared, "shared columns of layer 0 differ between groups 0 and 1"),
-        (_version, "format version 3"),
-        (_unknown, "colour"),
-        (_wrong_type, "groups"),
-        (_not_json, "damaged"),
-        (_no_field, "weights_hash"),
-        (_widths, "one of widths a layer"),
+        ("layers.1.groups.0.B", None, r"missing \['layers.1.groups.0.B'\]"),
+        ("layers.2.groups.0.B", lambda absent: torch.zeros(W, D), "not known"),
+        ("layers.0.groups.1.A", lambda a: torch.zeros(W, D + 1), r"A as float32 \(5, 8\), got .*\(5, 9\)"),
+        ("layers.0.groups.1.A", torch.Tensor.bfloat16, "bfloat16"),
+        ("layers.0.groups.0.Z", multiplied(0, W - 1, float("nan")), "0.Z has values that are not finite"),
+        ("layers.0.groups.1.Z", multiplied(3, R - 1, 1.0000002), "of layer 0 differ between groups 0 and 1"),
+        ("format_version", lambda version: "3", "format version 3"),
+        ("colour", lambda absent: '"blue"', "colour"),
+        ("groups", lambda groups: '"2"', "groups"),
+        ("groups", lambda groups: "{", "damaged"),
+        ("weights_hash", None, "weights_hash"),
+        ("widths", lambda widths: json.dumps([W]), "one of widths a layer"),
     ],
 )
-def test_damage_is_refused(tmp_path: Path, change, says: str) -> None:
+def test_damage_is_refused(tmp_path: Path, name: str, change, says: str) -> None:
     path = tmp_path / "a.safetensors"
     make_artifact().save(path)
-    rewrite(path, change)
+
+    def damage(tensors, metadata):
+        stored = tensors if name.startswith("layers.") else metadata
+        before = stored.pop(name, None)
+        if change is not None:
+            stored[name] = change(before)
+
+    rewrite(path, damage)
     with pytest.raises(ArtifactError, match=says):
         Artifact.load(path)
 

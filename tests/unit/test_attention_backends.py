@@ -57,7 +57,7 @@ def test_the_kernel_says_why_not(shape: DecodeShape, capability: tuple[int, int]
 
 
 def test_choice_and_requirement_agree() -> None:
-    """What ``choose`` picks, ``require`` accepts; what it refuses, every backend refuses."""
+    """``require`` accepts each choice of ``choose``, and every backend refuses a shape that ``choose`` refuses."""
     for latent_dim in (48, 64, 128, 192, 256, 512, 640):
         for heads in (1, 8, 128, 256):
             for dtype in (torch.bfloat16, torch.float16, torch.float32):
@@ -66,7 +66,7 @@ def test_choice_and_requirement_agree() -> None:
                     try:
                         require(choose(shape, capability), shape, capability)
                     except BackendRefusal:
-                        assert all(backend.objection(shape, capability) for backend in BACKENDS)
+                        assert all(backend.unsupported_reason(shape, capability) for backend in BACKENDS)
 
 
 def test_unknown_name_and_cpu_device() -> None:

@@ -8,9 +8,7 @@ from sglang_tpla.attention.hopper.plan import MAX_PARTS, SEGMENT_COST, Plan, pla
 
 
 def segments(plan: Plan, lengths: list[int]) -> list[list[tuple[int, int, int, int]]]:
-    """What each part's block walks over: (request, first tile, end tile, split number), as the kernel
-    does.
-    """
+    """The walk of each part's block: (request, first tile, end tile, split number), as in the kernel."""
     parts = []
     for (request, tile, before), (last, last_tile, _) in zip(
         plan.part_begin, plan.part_begin[1:], strict=False

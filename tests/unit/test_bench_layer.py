@@ -6,11 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import decode_layer
 import numpy as np
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-import decode_layer
 from fit_plan import fit
 
 from sglang_tpla.plan.hardware import LINKS, Rate

@@ -174,7 +174,12 @@ def _squares(attention, batch, maps) -> tuple[float, float]:
 
 
 def test_resumed_run_ends_with_the_same_bits(
-    model: PlainModel, statistics: Statistics, start: Artifact, text: Text, tmp_path: Path
+    model: PlainModel,
+    statistics: Statistics,
+    start: Artifact,
+    text: Text,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def learn(folder: Path, plan: LearnPlan = PLAN) -> Artifact:
         return learn_model(model, start, statistics, text.calibration, plan, folder)[0]
@@ -184,27 +189,23 @@ def test_resumed_run_ends_with_the_same_bits(
     changed = [not torch.equal(whole.maps(la, 0)[1], start.maps(la, 0)[1]) for la in range(4)]
     assert sum(changed) >= 2, "these steps must improve some layers, or this test shows nothing"
 
-    # stop after two layers, as a kill would
     class Stop(Exception):
         pass
 
-    done: list[int] = []
-    original = learn_layer
+    def stop_after_two_layers() -> None:
+        layers = iter((learn_layer, learn_layer))
 
-    def stopping(*arguments, **keywords):
-        if len(done) == 2:
+        def stopping(*arguments, **keywords):
+            for learn_one in layers:
+                return learn_one(*arguments, **keywords)
             raise Stop
-        done.append(1)
-        return original(*arguments, **keywords)
 
-    import sglang_tpla.calibrate.learn_model as module
+        with monkeypatch.context() as patch:
+            patch.setattr("sglang_tpla.calibrate.learn_model.learn_layer", stopping)
+            with pytest.raises(Stop):
+                learn(tmp_path / "cut")
 
-    module.learn_layer = stopping
-    try:
-        with pytest.raises(Stop):
-            learn(tmp_path / "cut")
-    finally:
-        module.learn_layer = original
+    stop_after_two_layers()
     (folder,) = (tmp_path / "cut").iterdir()
     kept = sorted(folder.iterdir())
     assert [file.name for file in kept] == ["layer-0.safetensors", "layer-1.safetensors"]
@@ -213,13 +214,7 @@ def test_resumed_run_ends_with_the_same_bits(
     assert not (tmp_path / "cut").exists()
 
     # a finished layer that is damaged is named, not used
-    module.learn_layer = stopping
-    done.clear()
-    try:
-        with pytest.raises(Stop):
-            learn(tmp_path / "cut")
-    finally:
-        module.learn_layer = original
+    stop_after_two_layers()
     (folder,) = (tmp_path / "cut").iterdir()
     (folder / "layer-1.safetensors").write_bytes(b"\0" * 64)
     with pytest.raises(ArtifactError, match="layer 1"):

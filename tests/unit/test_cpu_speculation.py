@@ -15,7 +15,7 @@ TOKENS = GUESSES + 1
 
 
 def verified(candidates: list[list[int]], said: list[list[int]]) -> list[list[int]]:
-    """What each request's answer grows by: right guesses, and the target's token after the last of them."""
+    """The tokens that each request's answer gains: right guesses, and the target's token after the last of them."""
     grown = []
     for guessed, right in zip(candidates, said, strict=True):
         kept = 0
@@ -26,7 +26,7 @@ def verified(candidates: list[list[int]], said: list[list[int]]) -> list[list[in
 
 
 def filled() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What SGLang hands over to be filled in."""
+    """The empty tensors that SGLang hands over."""
     return (
         torch.zeros(REQUESTS * TOKENS, dtype=torch.int32),
         torch.full((REQUESTS, GUESSES + 1), -1, dtype=torch.int32),
@@ -80,7 +80,7 @@ def test_slots_come_out_of_the_page_table() -> None:
 
 
 def sample(probabilities: torch.Tensor, candidates: torch.Tensor, draws: int) -> list[list[int]]:
-    """Many independent verifications of one request's chain: what each adds to the answer."""
+    """Verify one request's chain many times independently, and return the tokens that each adds."""
     predicts = torch.zeros(draws * TOKENS, dtype=torch.int32)
     index = torch.full((draws, TOKENS), -1, dtype=torch.int32)
     count = torch.empty(draws, dtype=torch.int32)

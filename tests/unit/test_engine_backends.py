@@ -1,4 +1,4 @@
-"""Which of SGLang's attention backends may decode a slice, and which one a server gets that asks for none."""
+"""SGLang's attention backends that may decode a slice, and the one that a server gets if it names none."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import torch
 from sglang_tpla.attention.backends import BackendRefusal
 from sglang_tpla.attention.interface import DecodeShape
 from sglang_tpla.host.attention.supported import (
-    engine_objection,
+    engine_unsupported_reason,
     preferred_backend,
     require_engine_backend,
     triton_serves,
@@ -43,7 +43,7 @@ def test_refused_with_what_to_use_instead(
 
 
 def test_our_kernel_serves_pools_of_any_page_size() -> None:
-    assert engine_objection("tpla", DecodeShape(160, 16, page_size=16), HOPPER) is None
+    assert engine_unsupported_reason("tpla", DecodeShape(160, 16, page_size=16), HOPPER) is None
 
 
 @pytest.mark.parametrize(

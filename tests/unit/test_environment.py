@@ -78,7 +78,7 @@ def test_a_release_of_sglang_has_pins_and_an_environment_of_its_own(
 
 
 def stand_in(folder: Path) -> None:
-    """A build that takes no time: an interpreter that runs."""
+    """Build an interpreter that runs, in no time."""
     (folder / "bin").mkdir(parents=True)
     (folder / "bin" / "python").symlink_to(sys.executable)
 
@@ -219,7 +219,7 @@ def test_every_supported_release_has_pins() -> None:
 
 
 def test_this_environment_is_the_pinned_one() -> None:
-    """Wherever the tests run, the packages that matter are those of the pins."""
+    """The packages that matter are the pinned ones wherever the tests run."""
     release = importlib.metadata.version("sglang")
     own = ROOT / f"requirements-{release}.txt"
     lines = (own if own.exists() else ROOT / "requirements.txt").read_text().splitlines()
@@ -235,7 +235,7 @@ def test_the_plugin_shows_once() -> None:
 
 
 def test_make_prints_the_interpreter_alone() -> None:
-    """``make -s python`` is for scripts: one line on stdout, and it runs this checkout."""
+    """``make -s python`` prints one line for scripts, an interpreter that runs this checkout."""
     environ = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
     made = subprocess.run(["make", "-s", "python"], cwd=ROOT, env=environ, capture_output=True, text=True)
     assert made.returncode == 0, made.stderr

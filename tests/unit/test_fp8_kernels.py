@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
+from decode_case import SCALE, random_case
+from write_case import random_write
 
-from sglang_tpla.attention.cache_write import fp8 as fp8_write
 from sglang_tpla.attention.cache_write import reference
 from sglang_tpla.attention.cache_write.inputs import CacheWrite
 from sglang_tpla.attention.fp8.decode import column_blocks
@@ -18,10 +16,7 @@ from sglang_tpla.attention.interface import AttentionInputError, DecodeShape, Pa
 from sglang_tpla.attention.reference import ReferenceDecode
 from sglang_tpla.cache_rows.fp8 import row_bytes
 from tests.fp8_reference import assert_row, read_row
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "gpu"))
-from decode_case import SCALE, random_case
-from write_case import random_write
+from tests.triton_interpreter import interpret
 
 INTERPRETED = """
 import sys, torch
@@ -64,17 +59,7 @@ for tokens in (1, 3, 19):
 
 
 def test_kernels_in_the_interpreter() -> None:
-    """Triton decides at import whether it interprets: a process of its own."""
-    root = Path(__file__).parents[2]
-    environment = {
-        "TRITON_INTERPRET": "1",
-        "PYTHONPATH": f"{root}:{root / 'tests' / 'gpu'}",
-        "OMP_NUM_THREADS": "1",
-    }
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", INTERPRETED], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    interpret(INTERPRETED)
 
 
 @pytest.mark.parametrize("shared", [0, 20, 48])
@@ -134,8 +119,6 @@ def test_column_blocks_cover_every_column(shared: int, w: int, blocks: tuple[int
 def test_refusals() -> None:
     cache = torch.zeros(4, 96, dtype=torch.uint8)
     z, key, slots = torch.zeros(2, 48), torch.zeros(2, 16), torch.tensor([0, 1])
-    with pytest.raises(AttentionInputError, match=r"runs on a GPU.*cache_write.reference"):
-        fp8_write.write(CacheWrite(z, key, slots, cache, fp8_shared=16))
     with pytest.raises(
         AttentionInputError, match=r"cache must be torch.uint8 \[4, 96\] for 2 tokens; got torch.float32"
     ):

@@ -1,26 +1,21 @@
-"""Writing a step's cache rows: the twin against complex arithmetic in float64, the kernel in Triton's interpreter."""
-
-import subprocess
-import sys
-from pathlib import Path
+"""Cache writes: the twin against complex arithmetic in float64, the kernel in Triton's interpreter against the twin."""
 
 import numpy as np
 import pytest
 import torch
+from write_case import WriteCase, random_write
 
-from sglang_tpla.attention.cache_write import plain, reference
+from sglang_tpla.attention.cache_write import reference
 from sglang_tpla.attention.interface import AttentionInputError
 from sglang_tpla.transfer.memory.projection import project_latent
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "gpu"))
-from write_case import WriteCase, random_write
+from tests.triton_interpreter import interpret
 
 SIZES = [(1, 512, 256, 64), (3, 40, 24, 6), (17, 33, 7, 2), (5, 96, None, 20), (0, 16, 8, 4)]
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 3e-3}
 
 
 def rotated(vectors: torch.Tensor, case: WriteCase, neox: bool) -> np.ndarray:
-    """[tokens, .., rope] turned by each token's position, float64: pairs are complex numbers, rotation is a product."""
+    """Rotate [tokens, .., rope] by each token's position in float64, as products of complex numbers."""
     v = vectors.double().numpy()
     if case.cos_sin is None:
         return v
@@ -61,7 +56,7 @@ def test_twin(tokens: int, d: int, w: int | None, rope: int, rotate: str | None,
 
 
 def test_rows_are_those_of_a_transfer() -> None:
-    """Norm, then `project_latent`, as the sender of a cache does: the same bits."""
+    """The rows have the same bits as those of a sender, which norms and then calls `project_latent`."""
     case = random_write(9, 64, 24, 8, rotated=False, dtype=torch.bfloat16, seed=1)
     reference.write(case.write(1e-6))
     assert case.z is not None
@@ -88,22 +83,13 @@ for tokens in (1, 3, 19):
             if heads:
                 queries = [case.q_rope for case in cases]
                 assert torch.allclose(*queries, rtol=1e-5, atol=1e-6), (tokens, heads, rope, rotate)
-print("right")
 """
 
 
 def test_kernel_in_tritons_interpreter() -> None:
-    """The kernel's own code, at odd sizes, without a GPU."""
+    """The kernel's own code runs at odd sizes without a GPU."""
     pytest.importorskip("triton")
-    folder = Path(__file__).parents[1] / "gpu"
-    result = subprocess.run(
-        [sys.executable, "-c", INTERPRETED],
-        env={"TRITON_INTERPRET": "1", "PYTHONPATH": str(folder), "PATH": "/usr/bin:/bin", "HOME": "/nowhere"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.stdout.strip() == "right", result.stderr[-2000:]
+    interpret(INTERPRETED)
 
 
 def test_what_does_not_fit_is_refused() -> None:
@@ -125,5 +111,3 @@ def test_what_does_not_fit_is_refused() -> None:
     ):
         with pytest.raises(AttentionInputError, match=said):
             case.write(1e-6, **{name: value})
-    with pytest.raises(AttentionInputError, match="runs on a GPU"):
-        plain.write(case.write(1e-6))

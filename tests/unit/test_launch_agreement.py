@@ -83,3 +83,9 @@ def test_a_server_alone() -> None:
         planned(
             "--role", "prefill", "--model-path", "examples/nano-mla", "--disaggregation-bootstrap-port", "0"
         )
+
+
+@pytest.mark.parametrize("port", ["0", "70000"])
+def test_the_router_is_told_a_bootstrap_port_that_can_be(port: str) -> None:
+    with pytest.raises(ConfigError, match=f"bootstrap port from 1 to 65535.*; got {port}"):
+        planned("--role", "router", "--prefill", "http://a:1", port, "--decode", "http://a:3")

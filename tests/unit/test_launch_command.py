@@ -1,4 +1,4 @@
-"""The launcher as people run it: precedence, refusals, and dry runs that a shell can execute."""
+"""The launcher's command line: precedence, refusals, and dry runs that a shell can execute."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from sglang_tpla.config import ConfigError, Settings
+from sglang_tpla.launch import cpu
 from sglang_tpla.launch import options as launch_options
 from sglang_tpla.launch.roles import Process, check_installation, plan
 
@@ -254,6 +255,25 @@ def test_an_unknown_role_is_exit_code_2() -> None:
     assert "invalid choice: 'boss'" in done.stderr
 
 
+def test_nothing_is_compiled_while_a_request_waits() -> None:
+    """A compiler that must not be asked, in a process with a CPU server's environment; without it, it is asked."""
+    program = (
+        "import torch\n"
+        "asked = []\n"
+        "def compiler(graph, inputs):\n"
+        "    asked.append(graph)\n"
+        "    return graph\n"
+        "assert torch.compile(lambda x: x + 1, backend=compiler)(torch.ones(2)).sum() == 4\n"
+        "print(len(asked))"
+    )
+    for environment, compiled in ((cpu.environment(1, {}), "0"), ({"TORCHDYNAMO_DISABLE": "0"}, "1")):
+        done = subprocess.run(
+            [sys.executable, "-c", program], env={**os.environ, **environment}, capture_output=True, text=True
+        )
+        assert done.stdout.strip() == compiled, done.stderr
+    assert "TORCHDYNAMO_DISABLE" not in cpu.environment(1, {"TORCHDYNAMO_DISABLE": "0"})
+
+
 def test_help_lists_every_setting() -> None:
     done = launch("--help")
     assert done.returncode == 0
@@ -281,7 +301,7 @@ def test_a_dry_run_is_what_a_shell_can_execute(tmp_path: Path) -> None:
     argv, seen = yaml.safe_load(shell.stdout)
     assert argv[1:] == list(process.command[3:])
     expected = process.full_environment({**CLEAN, **environ})
-    chosen = {name for name in {**expected, **seen} if name.startswith(("SGLANG_", "OMP_", "CUDA_"))}
+    chosen = {name for name in {**expected, **seen} if name.startswith(("SGLANG_", "OMP_", "CUDA_", "TORCH"))}
     assert {name: seen.get(name) for name in chosen} == {name: expected.get(name) for name in chosen}
 
 

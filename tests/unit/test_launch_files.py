@@ -58,7 +58,7 @@ def kubernetes_commands() -> list[list[str]]:
     return [container["args"] for container in containers]
 
 
-# SGLang in a process of its own: what it does on import must not reach other tests.
+# SGLang runs in a process of its own, so that its import cannot affect other tests.
 PARSE = """
 import argparse, json, sys
 from sglang.srt.server_args import ServerArgs
@@ -81,7 +81,7 @@ def planned(name: str) -> list[Process]:
 
 @pytest.fixture(scope="module")
 def parsed() -> dict[str, list[dict[str, Any]]]:
-    """File to what SGLang reads from each of its processes' command lines."""
+    """Map each file to SGLang's reading of each process's command line."""
     plans = {name: planned(name) for name in ROLES}
     for command in kubernetes_commands():
         own = ["--tpla-artifact", ARTIFACT] if command[0] == "--role=decode" else []

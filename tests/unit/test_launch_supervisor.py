@@ -18,8 +18,8 @@ from sglang_tpla.launch.supervisor import ChildDied, StartTimeout, Supervisor
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# A server as bad as they come: it ignores SIGTERM, starts a child that does too and that outlives it, leaves
-# a socket file and a temporary file, and maps shared memory whose name nobody else knows.
+# The worst of servers ignores SIGTERM, starts a child that does too and outlives it, leaves a socket file and a
+# temporary file, and maps shared memory whose name nobody else knows.
 SERVER = textwrap.dedent(
     """
     import http.server, mmap, os, signal, socket, subprocess, sys, tempfile, uuid
@@ -82,14 +82,14 @@ def alive(pid: int) -> bool:
 
 
 def remains(log: Path) -> list[str]:
-    """What a server said that it made and that is still there."""
+    """The things that a server said it made and that still exist."""
     words = log.read_text().split("\n")[0].split()
     path, child = words[2], int(words[4])
     return [path] * Path(path).exists() + [f"process {child}"] * alive(child)
 
 
 def quiet(names: str, waited_s: float) -> None:
-    """Nobody watches."""
+    """Ignore the news."""
 
 
 def test_everything_is_gone_after_an_orderly_end(tmp_path: Path) -> None:
@@ -114,7 +114,7 @@ def test_a_dead_child_is_named_with_its_last_words(tmp_path: Path) -> None:
 
 
 def test_a_crash_leaves_no_shared_memory(tmp_path: Path) -> None:
-    """The segment of a server that is gone by the time of the end is removed as well: it was seen before."""
+    """The reaper has seen the segment of a server that is gone at the end, and removes it as well."""
     with Supervisor(str(tmp_path)) as supervisor:
         process = server("prefill", free_port())
         supervisor.start(process)
@@ -130,7 +130,7 @@ def test_a_crash_leaves_no_shared_memory(tmp_path: Path) -> None:
 
 
 def wait_until_seen(supervisor: Supervisor) -> None:
-    """Return once the reaper has looked at the processes: it slept, and sleeps again with more bytes read.
+    """Return once the reaper has looked at the processes, which shows by a second sleep after more bytes read.
 
     A wait for the disk is another state, and neither the end of a look nor the beginning of one.
     """
@@ -185,7 +185,7 @@ def test_logs_are_kept_when_asked(tmp_path: Path) -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
 @pytest.mark.parametrize("when", ["while starting", "when ready"])
 def test_nothing_outlives_a_signal(number: signal.Signals, when: str, tmp_path: Path) -> None:
-    """Whatever ends the supervisor, at the start or later: processes, files and shared memory are gone."""
+    """Processes, files and shared memory are gone after any end of the supervisor, at the start or later."""
     ports = [str(free_port()) for _ in range(3)]
     environ = {**os.environ, "TMPDIR": str(tmp_path)}
     segments = set(Path("/dev/shm").glob("test_supervisor_*"))

@@ -1,4 +1,4 @@
-"""What `pip install` copies: a server that starts from an installed package needs more than its Python files."""
+"""`pip install` copies more than Python files, because a server that starts from an installed package needs more."""
 
 from __future__ import annotations
 

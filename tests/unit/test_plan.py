@@ -115,7 +115,7 @@ def test_built_in_models_have_their_published_size(name: str, parameters: float)
 
 
 def test_what_fits_by_hand() -> None:
-    """DeepSeek-V2-Lite, 2 ranks: what 0.5 of 80 GB leaves beside the weights, over the cache bytes."""
+    """Half of 80 GB less the weights, over the cache bytes, for DeepSeek-V2-Lite on 2 ranks."""
     found = answer(
         setting(
             *["--model", "deepseek-v2-lite", "--gpu", "h100", "--ranks", "2", "--memory-fraction", "0.5"]
@@ -201,7 +201,7 @@ def test_bytes_of_every_format() -> None:
 
 
 def test_sketched_rows_by_hand() -> None:
-    """What a rank of 8 moves for one request at g = 2: r = 64, n = 224, w = 288 of 512 columns beside a sketch."""
+    """A rank of 8 moves these bytes for one request at g = 2: r = 64, n = 224, w = 288 of 512 columns, and a sketch."""
     method = Method("tpla", 8, 2, 64, rows="sketched")
     work = rank_work(V3, method, Load(1, 1000), BF16, (9, 0))
     pieces = {piece.name: piece for piece in work.pieces}
@@ -217,7 +217,7 @@ def test_sketched_rows_by_hand() -> None:
 
 
 def test_slices_must_beat_the_8_bit_cache() -> None:
-    """Where 8-bit MLA wins against plain TP, TPLA on several groups is compared with it and not with bf16."""
+    """TPLA on several groups is compared with 8-bit MLA, and not with bf16, where 8-bit MLA beats plain TP."""
     load = Load(16, 32768)
     base = ["--weights-dtype", "fp8", "--without", "dcp", "dp"]
     found = answer(setting(*base, "--margin", "0.15"), load)
@@ -230,7 +230,7 @@ def test_slices_must_beat_the_8_bit_cache() -> None:
 
 
 def test_what_is_not_there_is_said_in_its_row() -> None:
-    """Groups that do not divide the latent, and a GPU without a kernel for such rows."""
+    """A row says that groups do not divide the latent, or that a GPU has no kernel for such rows."""
     odd = answer(setting("--groups", "2", "--shared-dims", "63"), Load(1, 1000))
     refused = {row.method.code: row.refused for row in odd.rows}
     assert "r + g n = d" in (refused["T2.8"] or "") and refused["T2"] is None
@@ -268,9 +268,9 @@ def test_one_request_lies_between_its_points() -> None:
 
 
 def test_h200_attention_agrees_with_the_recorded_run() -> None:
-    """Rows of benchmarks/decode_kernel.py on an H200: times scaled from the H100 within 8%, half within 4%.
+    """Times scaled from the H100 are within 8%, half within 4%, of benchmarks/decode_kernel.py on an H200.
 
-    But for 128 heads, which the tensor cores bound: 14%.
+    With 128 heads, which the tensor cores bound, they are within 14%.
     """
     path = Path(__file__).parents[2] / "benchmarks/results/h200/decode_kernel_apart_2026-11-25.json"
     ratios = []
@@ -391,7 +391,7 @@ def test_every_link_and_gpu_gives_an_answer() -> None:
 
 
 def test_speculation_multiplies_operations_and_not_the_cache() -> None:
-    """By hand: one step's products have so many rows; the cache is read once for all of them."""
+    """One step's products have more rows, and the cache is read once for all of them, by hand."""
     plain = Method("tp", 8)
     one = rank_work(V3, plain, Load(16, 32768), BF16, (9, 0))
     four = rank_work(V3, plain, Load(16, 32768, 4, 2.5), BF16, (9, 0))

@@ -1,4 +1,4 @@
-"""What a request may hold: rooms, hosts, ids and sampling parameters, and one room a sample."""
+"""The valid fields of a request: rooms, hosts, ids and sampling parameters, and one room a sample."""
 
 from __future__ import annotations
 
@@ -169,7 +169,7 @@ FIELDS = [*PER_PROMPT, "text", "input_ids", "bootstrap_room", "sampling_params",
 @settings(deadline=None)
 @given(st.dictionaries(st.sampled_from(FIELDS), anything, max_size=3))
 def test_no_value_ends_in_anything_but_a_refusal(changes: dict[str, Any]) -> None:
-    """What is let through has a room of the range and ids of the vocabulary."""
+    """An accepted request has a room in the range and ids of the vocabulary."""
     request = raw(**changes)
     try:
         give_each_its_room(request)

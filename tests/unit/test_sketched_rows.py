@@ -33,7 +33,7 @@ def test_the_bytes_of_a_row(rows: SketchedRows, row_bytes: int, w_pad: int) -> N
     assert (rows.row_bytes, rows.w_pad) == (row_bytes, w_pad)
     assert rows.scales_offset == row_bytes - 8
     assert rows.sketch_offset + rows.sketch_bytes <= rows.scales_offset
-    if row_bytes >= 256:  # every field is where 16-byte loads want it
+    if row_bytes >= 256:  # every field starts where 16-byte loads need it
         assert row_bytes % 16 == w_pad % 16 == rows.sketch_offset % 16 == 0
     # nothing goes over the wire twice, and all ranks of a host together stay within MLA's bytes in bf16
     assert rows.common_bytes + rows.groups * rows.own_bytes <= 2 * (rows.latent_dim + rows.rope_dim)

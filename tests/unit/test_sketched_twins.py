@@ -1,16 +1,13 @@
-"""Sketched rows written and read by the PyTorch twins, against rows read byte by byte and the equation of attention;
-the kernel that writes them against its twin in Triton's interpreter.
+"""The PyTorch twins of sketched rows against rows read byte by byte and the equation of attention.
+
+The kernel that writes such rows runs against its twin in Triton's interpreter.
 """
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from write_case import random_write
 
 from sglang_tpla.attention.cache_write import reference
 from sglang_tpla.attention.cache_write.inputs import CacheWrite
@@ -20,9 +17,7 @@ from sglang_tpla.attention.reference import ReferenceDecode
 from sglang_tpla.cache_rows.row_format import GroupRows
 from sglang_tpla.cache_rows.sketched import SketchedRows
 from tests.sketched_reference import assert_row, read_row
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "gpu"))
-from write_case import random_write
+from tests.triton_interpreter import interpret
 
 KINDS = [
     GroupRows(SketchedRows.of(24, 1, 24, 6), 0),
@@ -56,7 +51,7 @@ def test_new_tokens_are_rounded_from_the_float32_projection(kind: GroupRows, dty
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
-@pytest.mark.parametrize("query_len", [1, 3])
+@pytest.mark.parametrize("query_len", [1, 2, 3, 4])
 @pytest.mark.parametrize("heads", [1, 5])
 def test_attention_is_the_equation_over_rows_read_byte_by_byte(
     kind: GroupRows, query_len: int, heads: int
@@ -147,13 +142,5 @@ for kind in KINDS:
 
 
 def test_the_writing_kernel_in_the_interpreter() -> None:
-    """Triton decides at import whether it interprets: a process of its own."""
     pytest.importorskip("triton")
-    root = Path(__file__).parents[2]
-    environment = {
-        **os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": f"{root}:{root / 'tests' / 'gpu'}", "OMP_NUM_THREADS": "1",
-    }  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", INTERPRETED], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    interpret(INTERPRETED)

@@ -1,4 +1,4 @@
-"""What a bootstrap server with keys takes as a registration, and what it refuses, for which reason."""
+"""A bootstrap server with keys takes sound registrations and refuses others with the reason."""
 
 from __future__ import annotations
 

@@ -14,11 +14,11 @@ from sglang_tpla.transfer.memory.iovec import Pieces, one_piece
 from sglang_tpla.transfer.messages import FrameError, checksum
 from sglang_tpla.transfer.network.data_channel import (
     PREAMBLE,
+    BufferPool,
     ChannelError,
     ChunkReader,
     OutgoingChunk,
     SendQueue,
-    Spares,
 )
 
 COOKIE = bytes(range(16))
@@ -37,14 +37,14 @@ def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
         yield ends
 
 
-def inbox(stream: socket.socket, limit: int = 1 << 20) -> ChunkReader[bytes]:
-    box = ChunkReader(stream, COOKIE, limit, Spares(), lambda header, _: (bytes(header), None))
-    assert not box.greeted
-    assert box.greet() and box.greeted
-    return box
+def chunk_reader(stream: socket.socket, limit: int = 1 << 20) -> ChunkReader[bytes]:
+    reader = ChunkReader(stream, COOKIE, limit, BufferPool(), lambda header, _: (bytes(header), None))
+    assert not reader.greeted
+    assert reader.greet() and reader.greeted
+    return reader
 
 
-def parcel(header: bytes, payload: bytes, log: list[int], wanted: bool = True) -> OutgoingChunk:
+def chunk(header: bytes, payload: bytes, log: list[int], wanted: bool = True) -> OutgoingChunk:
     """The payload in two pieces, neither of which ends where a page does."""
     memory = np.frombuffer(payload, dtype=np.uint8)
     halves = [one_piece(half) for half in np.array_split(memory, 2) if half.size]
@@ -59,9 +59,9 @@ def parcel(header: bytes, payload: bytes, log: list[int], wanted: bool = True) -
 
 
 def test_the_cookie_is_said_first_and_once(pair: tuple[socket.socket, socket.socket]) -> None:
-    box = inbox(pair[0])
+    reader = chunk_reader(pair[0])
     assert pair[1].recv(100) == PREAMBLE + COOKIE
-    assert box.greet()
+    assert reader.greet()
     with pytest.raises(BlockingIOError):
         pair[1].recv(100)
 
@@ -75,36 +75,38 @@ def test_chunks_arrive_as_they_were_sent(
         (random.bytes(int(random.integers(14, 300))), random.bytes(int(random.integers(1, 60000))))
         for _ in range(30)
     ]
-    outbox, box = SendQueue(pair[0]), inbox(pair[1])
+    queue, reader = SendQueue(pair[0]), chunk_reader(pair[1])
     for header, payload in sent:
-        outbox.push(parcel(header, payload, log))
+        queue.push(chunk(header, payload, log))
     came = []
     while len(came) < len(sent):
-        outbox.flush()
-        came += [(bytes(header), bytes(payload), tail) for header, payload, tail in box.receive(budget_bytes)]
+        queue.flush()
+        came += [
+            (bytes(header), bytes(payload), tail) for header, payload, tail in reader.receive(budget_bytes)
+        ]
     assert came == [(header, payload, checksum(payload)) for header, payload in sent]
     assert log == [len(payload) for _, payload in sent]
-    assert not outbox
+    assert not queue
     total = sum(8 + len(header) + len(payload) + 8 for header, payload in sent)
-    assert outbox.sent_bytes == box.received_bytes == total
+    assert queue.sent_bytes == reader.received_bytes == total
 
 
 def test_unwanted_parcels_are_left_out_and_begun_ones_finished(
     pair: tuple[socket.socket, socket.socket],
 ) -> None:
     log: list[int] = []
-    outbox, box = SendQueue(pair[0]), inbox(pair[1])
-    begun = parcel(HEADER, b"a" * 100_000, log)
-    outbox.push(begun)
-    outbox.push(parcel(HEADER, b"b" * 50, log, wanted=False))
-    outbox.push(parcel(HEADER, b"c" * 70, log))
-    outbox.flush()
+    queue, reader = SendQueue(pair[0]), chunk_reader(pair[1])
+    begun = chunk(HEADER, b"a" * 100_000, log)
+    queue.push(begun)
+    queue.push(chunk(HEADER, b"b" * 50, log, wanted=False))
+    queue.push(chunk(HEADER, b"c" * 70, log))
+    queue.flush()
     assert begun.payload is not None and log == []
     begun.wanted = lambda: False
     came: list[tuple[bytes, bool]] = []
     while len(came) < 2:
-        outbox.flush()
-        came += [(bytes(payload), tail == checksum(payload)) for _, payload, tail in box.receive(1 << 20)]
+        queue.flush()
+        came += [(bytes(payload), tail == checksum(payload)) for _, payload, tail in reader.receive(1 << 20)]
     # what nobody wanted any more before it had gone does not count
     assert came == [(b"a" * 100_000, False), (b"c" * 70, True)]
     assert log == [100_000, -50, 70]
@@ -112,12 +114,12 @@ def test_unwanted_parcels_are_left_out_and_begun_ones_finished(
 
 def test_a_closed_outbox_gives_its_memory_back_once(pair: tuple[socket.socket, socket.socket]) -> None:
     log: list[int] = []
-    outbox = SendQueue(pair[0])
+    queue = SendQueue(pair[0])
     for size in (100_000, 2, 3):
-        outbox.push(parcel(HEADER, bytes(size), log))
-    outbox.flush()
-    outbox.close()
-    outbox.close()
+        queue.push(chunk(HEADER, bytes(size), log))
+    queue.flush()
+    queue.close()
+    queue.close()
     assert log == [-100_000, -2, -3]
 
 
@@ -128,35 +130,35 @@ def test_a_closed_outbox_gives_its_memory_back_once(pair: tuple[socket.socket, s
 def test_sizes_out_of_range_end_the_channel(
     pair: tuple[socket.socket, socket.socket], header_bytes: int, payload_bytes: int
 ) -> None:
-    box = inbox(pair[1], limit=1000)
+    reader = chunk_reader(pair[1], limit=1000)
     pair[0].send(struct.pack(">II", header_bytes, payload_bytes) + bytes(100))
     with pytest.raises(FrameError, match=f"{header_bytes} bytes of header and {payload_bytes} of payload"):
-        list(box.receive(1 << 20))
+        list(reader.receive(1 << 20))
 
 
 def test_the_other_side_closing_ends_the_channel(pair: tuple[socket.socket, socket.socket]) -> None:
-    box, outbox = inbox(pair[1]), SendQueue(pair[0])
-    outbox.push(parcel(HEADER, b"whole", []))
-    outbox.flush()
+    reader, queue = chunk_reader(pair[1]), SendQueue(pair[0])
+    queue.push(chunk(HEADER, b"whole", []))
+    queue.flush()
     pair[0].send(b"\x00\x00")
     assert pair[0].recv(100)  # the greeting: unread, it would make of the end a reset
     pair[0].close()
-    got = box.receive(1 << 20)
+    got = reader.receive(1 << 20)
     assert bytes(next(got)[1]) == b"whole"
     with pytest.raises(ChannelError, match="closed by the other side"):
         next(got)
 
 
 def test_memory_is_used_again_and_never_far_too_large() -> None:
-    spares = Spares()
-    first = spares.take(1000)
+    buffers = BufferPool()
+    first = buffers.take(1000)
     address = np.frombuffer(first, dtype=np.uint8).ctypes.data
-    spares.give_back(first)
-    again = spares.take(600)
+    buffers.give_back(first)
+    again = buffers.take(600)
     assert np.frombuffer(again, dtype=np.uint8).ctypes.data == address and again.nbytes == 600
-    spares.give_back(again)
-    small = spares.take(10)
+    buffers.give_back(again)
+    small = buffers.take(10)
     assert small.obj.nbytes == 10  # 1000 bytes for 10 would let small chunks exceed staging
-    spares.give_back(memoryview(b"not from here"))
+    buffers.give_back(memoryview(b"not from here"))
     for _ in range(20):
-        spares.give_back(spares.take(10))
+        buffers.give_back(buffers.take(10))

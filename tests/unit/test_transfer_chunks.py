@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from sglang_tpla.cache_rows.parts import Part
 from sglang_tpla.cache_rows.row_format import Fp8Rows, LayerRows, PlainRows
 from sglang_tpla.transfer.chunks import Rectangle, cut
+from sglang_tpla.transfer.memory.pool import CachePool, MetadataRows
 from sglang_tpla.transfer.memory.projection import Projection, cut_stacks, stack_layers
 from sglang_tpla.transfer.memory.rows import RowReader, RowWriter
-from sglang_tpla.transfer.room import CachePool, MetadataRows, TransferError
+from sglang_tpla.transfer.room import TransferError
 
 
 @given(
@@ -84,7 +85,7 @@ def test_read_then_write_equals_a_loop(dtype: torch.dtype, scattered: bool, part
     slots = pick.permutation(80)[:tokens] if scattered else np.arange(20, 20 + tokens)
     places = pick.permutation(90)[:tokens] if scattered else np.arange(7, 7 + tokens)
     writer = RowWriter(target.sharing(z.shared))
-    size = writer.payload_bytes(range(1, 3), tokens, part)
+    size = writer.pool.payload_bytes(range(1, 3), tokens, part)
     out = np.empty(size, dtype=np.uint8)
     rectangle = Rectangle(1, 2, 0, tokens, size)
     stacks = cut_stacks(stack_layers(z.matrices, z.shared), 1, 2)

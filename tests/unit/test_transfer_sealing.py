@@ -19,7 +19,7 @@ from sglang_tpla.transfer.memory import native
 from sglang_tpla.transfer.memory.iovec import Pieces, one_piece
 from sglang_tpla.transfer.messages import DAMAGED, OPENED, FrameError
 from sglang_tpla.transfer.network import sealing
-from sglang_tpla.transfer.network.data_channel import ChunkReader, OutgoingChunk, SendQueue, Spares
+from sglang_tpla.transfer.network.data_channel import BufferPool, ChunkReader, OutgoingChunk, SendQueue
 from sglang_tpla.transfer.network.sealing import Seal, new_key
 
 KEY = bytes(range(32))
@@ -46,12 +46,12 @@ def in_pieces(memory: np.ndarray) -> Pieces:
     return Pieces(np.concatenate([part.table for part in parts]), memory)
 
 
-def parcel(header: bytes, payload: bytes, wanted: bool = True) -> OutgoingChunk:
+def chunk(header: bytes, payload: bytes, wanted: bool = True) -> OutgoingChunk:
     memory = np.frombuffer(payload, dtype=np.uint8)
     return OutgoingChunk(header, in_pieces(memory), b"", wanted=lambda: wanted, done=lambda digest: None)
 
 
-class Landing:
+class InPlace:
     """Memory in pieces that chunks land in, as in the pool."""
 
     def __init__(self, size: int) -> None:
@@ -65,15 +65,15 @@ class Landing:
         return self.intake.receive(stream)
 
 
-def inbox(
-    stream: socket.socket, key: bytes = KEY, chunks_per_key: int = 3, lands: bool = False
+def chunk_reader(
+    stream: socket.socket, key: bytes = KEY, chunks_per_key: int = 3, in_place: bool = False
 ) -> ChunkReader[bytes]:
-    def announce(header: memoryview, size: int) -> tuple[bytes, Landing | None]:
-        return bytes(header), Landing(size) if lands else None
+    def announce(header: memoryview, size: int) -> tuple[bytes, InPlace | None]:
+        return bytes(header), InPlace(size) if in_place else None
 
-    box = ChunkReader(stream, bytes(16), 1 << 20, Spares(), announce, Seal(key, chunks_per_key))
-    assert box.greet()
-    return box
+    reader = ChunkReader(stream, bytes(16), 1 << 20, BufferPool(), announce, Seal(key, chunks_per_key))
+    assert reader.greet()
+    return reader
 
 
 def sealed(chunks: list[tuple[bytes, bytes]], key: bytes = KEY) -> list[bytes]:
@@ -82,20 +82,20 @@ def sealed(chunks: list[tuple[bytes, bytes]], key: bytes = KEY) -> list[bytes]:
     near, far = socket.socketpair()
     with near, far:
         near.setblocking(False)
-        outbox = SendQueue(near, Seal(key, 3))
+        queue = SendQueue(near, Seal(key, 3))
         for header, payload in chunks:
-            outbox.push(parcel(header, payload))
-            outbox.flush()
-            assert not outbox
+            queue.push(chunk(header, payload))
+            queue.flush()
+            assert not queue
             said.append(far.recv(1 << 20))
     return said
 
 
 def opened(stream: bytes, pair: Pair, key: bytes = KEY) -> list[tuple[bytes, bytes, bytes]]:
     """What the receiving end makes of bytes."""
-    box = inbox(pair[1], key)
+    reader = chunk_reader(pair[1], key)
     pair[0].sendall(stream)
-    return [(header, bytes(payload), tail) for header, payload, tail in box.receive(1 << 30)]
+    return [(header, bytes(payload), tail) for header, payload, tail in reader.receive(1 << 30)]
 
 
 CHUNKS = [(b"header of chunk %d" % n, b"rows of chunk %d" % n * (n + 1)) for n in range(8)]
@@ -123,10 +123,10 @@ def test_the_wire_is_what_the_page_says() -> None:
         assert said == sizes + aes.encrypt(first, header, sizes) + aes.encrypt(second, payload, header)
 
 
-@pytest.mark.parametrize("lands", [False, True], ids=["staged", "landed"])
+@pytest.mark.parametrize("in_place", [False, True], ids=["staged", "in place"])
 @pytest.mark.parametrize("budget_bytes", [1, 1000, 1 << 30])
 def test_chunks_arrive_as_they_were_sent(
-    pair: Pair, budget_bytes: int, lands: bool, monkeypatch: pytest.MonkeyPatch
+    pair: Pair, budget_bytes: int, in_place: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sealing, "STEP_BYTES", 10_000)
     random = np.random.default_rng(0)
@@ -134,30 +134,30 @@ def test_chunks_arrive_as_they_were_sent(
         (random.bytes(int(random.integers(14, 300))), random.bytes(int(random.integers(1, 60000))))
         for _ in range(20)
     ]
-    outbox, box = SendQueue(pair[0], Seal(KEY, 3)), inbox(pair[1], lands=lands)
+    queue, reader = SendQueue(pair[0], Seal(KEY, 3)), chunk_reader(pair[1], in_place=in_place)
     for header, payload in sent:
-        outbox.push(parcel(header, payload))
+        queue.push(chunk(header, payload))
     came = []
     while len(came) < len(sent):
-        outbox.flush()
-        for header, payload, tail in box.receive(budget_bytes):
-            rows = payload.memory if isinstance(payload, Landing) else payload
+        queue.flush()
+        for header, payload, tail in reader.receive(budget_bytes):
+            rows = payload.memory if isinstance(payload, InPlace) else payload
             came.append((header, bytes(rows), tail))
     assert came == [(header, payload, OPENED) for header, payload in sent]
-    assert outbox.sent_bytes == box.received_bytes == sum(8 + len(h) + 16 + len(p) + 16 for h, p in sent)
+    assert queue.sent_bytes == reader.received_bytes == sum(8 + len(h) + 16 + len(p) + 16 for h, p in sent)
 
 
 def test_what_nobody_wants_any_more_does_not_open(pair: Pair) -> None:
-    outbox, box = SendQueue(pair[0], Seal(KEY, 3)), inbox(pair[1])
-    begun = parcel(b"h" * 20, b"a" * 100_000)
-    for item in (begun, parcel(b"h" * 20, b"b" * 50, wanted=False), parcel(b"h" * 20, b"c" * 70)):
-        outbox.push(item)
-    outbox.flush()
+    queue, reader = SendQueue(pair[0], Seal(KEY, 3)), chunk_reader(pair[1])
+    begun = chunk(b"h" * 20, b"a" * 100_000)
+    for item in (begun, chunk(b"h" * 20, b"b" * 50, wanted=False), chunk(b"h" * 20, b"c" * 70)):
+        queue.push(item)
+    queue.flush()
     begun.wanted = lambda: False
     came: list[tuple[int, bytes]] = []
     while len(came) < 2:
-        outbox.flush()
-        came += [(len(payload), tail) for _, payload, tail in box.receive(1 << 20)]
+        queue.flush()
+        came += [(len(payload), tail) for _, payload, tail in reader.receive(1 << 20)]
     assert came == [(100_000, DAMAGED), (70, OPENED)]
 
 
@@ -223,12 +223,12 @@ def test_another_key_opens_nothing(key: bytes, pair: Pair) -> None:
 
 
 def test_plain_chunks_are_not_taken_for_sealed_ones(pair: Pair) -> None:
-    outbox = SendQueue(pair[0])
-    box = inbox(pair[1])
-    outbox.push(parcel(b"a header of a chunk", b"rows" * 20))
-    outbox.flush()
+    queue = SendQueue(pair[0])
+    reader = chunk_reader(pair[1])
+    queue.push(chunk(b"a header of a chunk", b"rows" * 20))
+    queue.flush()
     with pytest.raises(FrameError, match="does not open"):
-        list(box.receive(1 << 20))
+        list(reader.receive(1 << 20))
 
 
 def test_no_nonce_serves_twice_under_a_key() -> None:

@@ -1,4 +1,4 @@
-"""Which memory staging uses."""
+"""The memory that staging uses."""
 
 from __future__ import annotations
 

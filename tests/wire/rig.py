@@ -14,9 +14,10 @@ from sglang_tpla.cache_rows.row_format import Fp8Rows, GroupRows, RowFormat
 from sglang_tpla.cache_rows.sketched import SketchedRows
 from sglang_tpla.config import Settings
 from sglang_tpla.transfer.decode.agent import DecodeAgent
+from sglang_tpla.transfer.memory.pool import CachePool, MetadataRows
 from sglang_tpla.transfer.memory.projection import Projection
 from sglang_tpla.transfer.prefill.agent import PrefillAgent
-from sglang_tpla.transfer.room import CachePool, MetadataRows, RoomState
+from sglang_tpla.transfer.room import RoomState
 from tests import sketched_reference
 from tests.fp8_reference import assert_row
 from tests.wire.proxy import FaultProxy
@@ -111,10 +112,9 @@ def prefill_rank(
 
 def data_port(prefill: PrefillRank, announced: int | None = None) -> int:
     """Port of a prefill rank's data channels; from now on it tells decode ranks ``announced`` instead."""
-    doorway = prefill.agent._doorway
-    assert doorway is not None
-    real = doorway.announced_port
-    doorway.announced_port = real if announced is None else announced
+    listener = prefill.agent.router.listener
+    real = listener.announced_port
+    listener.announced_port = real if announced is None else announced
     return real
 
 
@@ -206,10 +206,18 @@ def decode_rank(
         settings=settings(**changes),
         rank=rank,
         size=size,
-        groups=1 if z is None else 2,
         host_id=host,
     )
     return DecodeRank(agent, pool, metadata, z)
+
+
+def payload_bytes(decode: DecodeRank, pages_: int) -> int:
+    """What a room of so many pages moves to a rank: whole rows by the formula, others as the rank itself counts."""
+    if decode.projection is None:
+        return LAYERS * pages_ * PAGE * (LATENT + ROPE) * 2
+    rooms = decode.agent.stats().rooms_succeeded
+    assert rooms and decode.agent.stats().wire_bytes
+    return decode.agent.stats().wire_bytes // rooms
 
 
 def pages(seed: int, count: int) -> np.ndarray:

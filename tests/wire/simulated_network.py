@@ -102,7 +102,8 @@ class Socket:
 class Loop:
     """Stands in for `IoLoop`: what is posted runs when the simulation says so."""
 
-    def __init__(self, network: Network) -> None:
+    def __init__(self, network: Network, streams: Any, clock: Clock) -> None:
+        self.now, self.tcp_socket, self.tcp_listener = clock, streams.tcp_socket, streams.tcp_listener
         self.posted: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()
         self.context = mock.Mock()
         self.context.socket = lambda kind: Socket(network)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 from unittest import mock
 
 import numpy as np
@@ -12,8 +12,12 @@ import torch
 
 from sglang_tpla.config import Settings
 from sglang_tpla.transfer.decode.agent import DecodeAgent
+from sglang_tpla.transfer.memory.pool import CachePool, MetadataRows
 from sglang_tpla.transfer.memory.projection import Projection
-from sglang_tpla.transfer.room import CachePool, MetadataRows
+from sglang_tpla.transfer.memory.shared_memory import SharedSegment
+from sglang_tpla.transfer.network.event_loop import IoLoop
+from sglang_tpla.transfer.workers import Workers
+from tests.wire.simulated_network import Loop
 
 LAYERS, LATENT, ROPE, PAGE, PAGES = 3, 56, 8, 4, 24
 ROOMS = 3
@@ -31,24 +35,59 @@ class Failure(AssertionError):
     """Something that must hold did not."""
 
 
-def no_threads(agent: Any) -> None:
-    """Let an agent work only when it is told to, before its sockets are made."""
-    agent._work.wait = lambda timeout=None: True
-    agent._start = lambda: None
-    agent._workers = [mock.Mock()]
-    agent._workers[0].is_alive = lambda: True
+class IdleWorkers(Workers):
+    """The threads of an agent that works only when it is told to."""
 
-    def failed(what: str, error: BaseException) -> None:
+    def __init__(self, role: str, settings: Settings, rank: int, loop: Loop, shared_memory: bool) -> None:
+        super().__init__(role, settings, rank, mock.Mock(), "cpu", cast(IoLoop, loop))
+        self._shared_memory = shared_memory
+
+    def start(
+        self,
+        next_work: Callable[[], Callable[[], None] | None],
+        tick: Callable[[], None],
+        say_goodbye: Callable[[], None],
+        fail_all: Callable[[str], None],
+    ) -> None:
+        """Nothing runs by itself."""
+        self.next_work, self.tick = next_work, tick
+
+    def make_arena(self) -> SharedSegment | None:
+        """None where the system has no shared memory left."""
+        return super().make_arena() if self._shared_memory else None
+
+    def handler_failed(self, what: str, error: BaseException) -> None:
+        """No exception may leave a handler."""
         raise Failure(f"{what}: {error!r}") from error
 
-    agent._handler_failed = failed
+    def work_once(self) -> None:
+        """Do a piece of work, if there is one."""
+        with self.work:
+            work = self.next_work()
+        if work is not None:
+            work()
+
+
+def threads(agent: Any) -> Any:
+    """What an agent runs on."""
+    return agent.workers
+
+
+def rooms(agent: Any) -> dict[int, Any]:
+    """An agent's rooms, by id."""
+    return agent.rooms.table
 
 
 class Decode:
     """A decode agent, the pages its rooms own, and what its pool must hold elsewhere."""
 
     def __init__(
-        self, rank: int, projection: Projection | None, hosts: Sequence[str | None], settings: Settings
+        self,
+        rank: int,
+        projection: Projection | None,
+        hosts: Sequence[str | None],
+        settings: Settings,
+        workers: IdleWorkers,
     ) -> None:
         widths = (LATENT,) * LAYERS if projection is None else projection.widths
         generator = torch.Generator().manual_seed(100 + rank)
@@ -58,21 +97,21 @@ class Decode:
         self.projection = projection
         self.agent = DecodeAgent(
             self.pool, self.metadata, projection, model_hash="m", settings=settings, rank=rank, size=len(hosts),
-            groups=1 if projection is None else 2, host_id=hosts[rank], logger=mock.Mock(),
+            host_id=hosts[rank], workers=workers,
         )  # fmt: skip
         self.owned: dict[int, np.ndarray] = {}  # by room
         self.held = [layer.clone() for layer in layers]
 
-    def poison(self, room: int) -> None:
+    def poison(self, room_id: int) -> None:
         """What a room must not leave behind, in its pages and its metadata row."""
-        slots = torch.from_numpy(self.pool.slots(self.owned[room]))
+        slots = torch.from_numpy(self.pool.slots(self.owned[room_id]))
         for layer in self.pool.layers:
             layer[slots] = math.nan
-        self.metadata.write(room, b"\xff" * self.metadata.row_bytes)
+        self.metadata.write(room_id, b"\xff" * self.metadata.row_bytes)
 
-    def free(self, room: int) -> None:
+    def free(self, room_id: int) -> None:
         """The room no longer owns its pages: from now on they must stay as they are."""
-        pages = self.owned.pop(room, None)
+        pages = self.owned.pop(room_id, None)
         if pages is not None:
             slots = torch.from_numpy(self.pool.slots(pages))
             for held, layer in zip(self.held, self.pool.layers, strict=True):

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import enum
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import torch
 
 from sglang_tpla.config import Settings
 from sglang_tpla.transfer.decode.connections import MAX_UNANSWERED
+from sglang_tpla.transfer.memory.pool import CachePool, MetadataRows
 from sglang_tpla.transfer.memory.projection import Projection
 from sglang_tpla.transfer.prefill.agent import PrefillAgent
-from sglang_tpla.transfer.room import CachePool, MetadataRows, RoomState
+from sglang_tpla.transfer.room import RoomState
 from tests.wire.simulated_network import Choices, Clock, Loop, Network
 from tests.wire.simulated_ranks import (
     LATENT,
@@ -28,7 +27,9 @@ from tests.wire.simulated_ranks import (
     SETTINGS,
     Decode,
     Failure,
-    no_threads,
+    IdleWorkers,
+    rooms,
+    threads,
 )
 from tests.wire.simulated_strange import Strange
 from tests.wire.simulated_streams import Streams
@@ -58,26 +59,28 @@ class Steps(Strange):
         layers = [torch.randn(PAGES * PAGE, LATENT + ROPE, generator=generator) for _ in range(LAYERS)]
         row = np.arange(2 * ROOMS * 32, dtype=np.uint8).reshape(2 * ROOMS, 32)
         self.prefills: list[PrefillAgent] = []
-        with self._simulated():
-            self.source = CachePool(layers, LATENT, ROPE, PAGE)
-            how, hosts = choices.below(256), HOSTS[choices.below(len(HOSTS))]
-            sliced = how % 2
-            # half of all cases: ranks that differ in what they may send, in how they cut it and in when they have it
-            self.uneven = how >= 128
-            self.steps = [2, self._odd(2, 1, 3, PAGES)]  # pages of each prefill rank's first send
-            for rank in range(2):
-                self.refused = bool(rank and self._odd(0, 1))
-                agent = PrefillAgent(
-                    self.source, MetadataRows([row]), model_hash="m", bind_host="127.0.0.1",
-                    settings=self._settings() if rank else SETTINGS, rank=rank, size=2, logger=mock.Mock(),
-                )  # fmt: skip
-                self.prefills.append(agent)
-            own = ((16, 8, 16), (16, 0, 8), (0, 0, 0))[self._odd(0, 1, 2)]
-            maps = [_projection(rank % 2, own) if sliced else None for rank in range(len(hosts))]
-            self.decodes = []
-            for rank in range(len(hosts)):
-                self.refused = bool(rank == 1 and self._odd(0, 1))
-                self.decodes.append(Decode(rank, maps[rank], hosts, self._settings() if rank else SETTINGS))
+        self.source = CachePool(layers, LATENT, ROPE, PAGE)
+        how, hosts = choices.below(256), HOSTS[choices.below(len(HOSTS))]
+        sliced = how % 2
+        # half of all cases: ranks that differ in what they may send, in how they cut it and in when they have it
+        self.uneven = how >= 128
+        self.steps = [2, self._odd(2, 1, 3, PAGES)]  # pages of each prefill rank's first send
+        for rank in range(2):
+            refused = bool(rank and self._odd(0, 1))
+            settings = self._settings() if rank else SETTINGS
+            agent = PrefillAgent(
+                self.source, MetadataRows([row]), model_hash="m", bind_host="127.0.0.1", settings=settings, rank=rank,
+                size=2, workers=self._workers("prefill", rank, settings, refused),
+            )  # fmt: skip
+            self.prefills.append(agent)
+        own = ((16, 8, 16), (16, 0, 8), (0, 0, 0))[self._odd(0, 1, 2)]
+        maps = [_projection(rank % 2, own) if sliced else None for rank in range(len(hosts))]
+        self.decodes = []
+        for rank in range(len(hosts)):
+            refused = bool(rank == 1 and self._odd(0, 1))
+            settings = self._settings() if rank else SETTINGS
+            workers = self._workers("decode", rank, settings, refused)
+            self.decodes.append(Decode(rank, maps[rank], hosts, settings, workers))
         self.agents: list[Any] = [*self.prefills, *(decode.agent for decode in self.decodes)]
         # one of the decode ranks may get all from one prefill rank
         self.peers = [[(*agent.address, False) for agent in self.prefills] for _ in self.decodes]
@@ -96,33 +99,15 @@ class Steps(Strange):
         staging_bytes = self._odd(SETTINGS.staging_bytes, 6000, 4096)
         return replace(SETTINGS, staging_bytes=staging_bytes)
 
-    @contextlib.contextmanager
-    def _simulated(self) -> Iterator[None]:
-        """While agents are made: no threads."""
-        from sglang_tpla.transfer.workers import Agent
-
-        make = Agent.__init__
-
-        def made(agent: Any, *args: Any) -> None:
-            make(agent, *args)
-            no_threads(agent)
-            if self.refused:  # the system has no shared memory left
-                agent._make_arena = lambda: None
-
-        def make_loop(*args: Any) -> Loop:
-            return Loop(self.network)
-
-        with (
-            mock.patch.object(Agent, "__init__", made),
-            mock.patch("sglang_tpla.transfer.workers.IoLoop", make_loop),
-        ):
-            yield
+    def _workers(self, role: str, rank: int, settings: Settings, refused: bool = False) -> IdleWorkers:
+        """Threads that wait for the simulation; ``refused``: the system has no shared memory left."""
+        return IdleWorkers(role, settings, rank, Loop(self.network, self.streams, self.clock), not refused)
 
     # Steps
 
     def _post(self) -> None:
         for agent in self.agents:
-            agent._io.run()
+            threads(agent).io.run()
 
     def deliver(self) -> None:
         """One message on one connection."""
@@ -136,8 +121,8 @@ class Steps(Strange):
         if socket is None:
             return False
         for agent in self.agents:
-            if socket in agent._io.handlers:
-                agent._io.handlers[socket](socket)
+            if socket in threads(agent).io.handlers:
+                threads(agent).io.handlers[socket](socket)
         self._post()
         return True
 
@@ -152,15 +137,15 @@ class Steps(Strange):
 
     def flow(self) -> None:
         """A piece of what is under way on one data channel."""
-        ready = [handler for agent in self.agents for handler in agent._io.ready()]
+        ready = [handler for agent in self.agents for handler in threads(agent).io.ready()]
         if ready:
             ready[self.choices.below(len(ready))]()
             self._post()
 
     def _flow_once(self) -> bool:
-        ready = [(agent, handler) for agent in self.agents for handler in agent._io.ready()]
+        ready = [(agent, handler) for agent in self.agents for handler in threads(agent).io.ready()]
         for agent, handler in ready:
-            if handler in agent._io.ready():  # the ones before it may have closed it
+            if handler in threads(agent).io.ready():  # the ones before it may have closed it
                 handler()
                 self._post()
         return bool(ready)
@@ -168,25 +153,25 @@ class Steps(Strange):
     def work(self) -> None:
         """A piece of one rank's work, or of everyone's."""
         for agent in self._some():
-            agent._work_once()
+            threads(agent).work_once()
         self._post()
 
     def advance(self) -> None:
         """All ranks take the next step of a room, and what is under way arrives."""
-        room = self.choices.below(ROOMS)
+        room_id = self.choices.below(ROOMS)
         for agent in self.agents:
-            self._step(agent, room)
+            self._step(agent, room_id)
         self._post()
         self.deliver_all()
         self.deliver_all()
 
-    def _step(self, agent: Any, room: int) -> None:
+    def _step(self, agent: Any, room_id: int) -> None:
         if agent.role == "decode":
-            self._ask(self.decodes[agent.rank], room)
-        elif room not in agent._rooms:
-            agent.open_room(room)
+            self._ask(self.decodes[agent.rank], room_id)
+        elif room_id not in rooms(agent):
+            agent.open_room(room_id)
         else:
-            self._send(agent, room)
+            self._send(agent, room_id)
 
     def _some(self) -> list[Any]:
         """One agent, or all."""
@@ -195,63 +180,65 @@ class Steps(Strange):
 
     def request(self) -> None:
         """The next step of a room on ranks that can take one: open, or ask."""
-        room = self.choices.below(ROOMS)
+        room_id = self.choices.below(ROOMS)
         for agent in self._some():
             if agent.role == "decode":
-                self._ask(self.decodes[agent.rank], room)
-            elif room not in agent._rooms:
-                agent.open_room(room)
+                self._ask(self.decodes[agent.rank], room_id)
+            elif room_id not in rooms(agent):
+                agent.open_room(room_id)
         self._post()
 
-    def _ask(self, decode: Decode, room: int) -> None:
-        entry = decode.agent._rooms.get(room)
-        if entry is None:
-            decode.agent.open_room(room, self.peers[decode.agent.rank])
-        elif entry.state is RoomState.WAITING and entry.requested is None:
-            pages = _pages(room, len(decode.owned) + 7 * decode.agent.rank)
+    def _ask(self, decode: Decode, room_id: int) -> None:
+        room = decode.agent.rooms.table.get(room_id)
+        if room is None:
+            decode.agent.open_room(room_id, self.peers[decode.agent.rank])
+        elif room.state is RoomState.WAITING and room.requested is None:
+            pages = _pages(room_id, len(decode.owned) + 7 * decode.agent.rank)
             taken = np.concatenate([np.empty(0, dtype=np.int32), *decode.owned.values()])
             pages = np.setdiff1d(np.arange(PAGES, dtype=np.int32), taken)[::-1][: pages.size].copy()
-            decode.owned[room] = pages
-            decode.poison(room)
-            decode.agent.request(room, pages, metadata_row=room, expected_ranks=len(self.decodes))
+            decode.owned[room_id] = pages
+            decode.poison(room_id)
+            decode.agent.request(room_id, pages, metadata_row=room_id, expected_ranks=len(self.decodes))
 
     def send(self) -> None:
         """Some or all rows of a room, on one prefill rank or both."""
-        room, who = self.choices.below(ROOMS), self.choices.below(3)
+        room_id, who = self.choices.below(ROOMS), self.choices.below(3)
         for rank in range(2) if who == 2 else (who,):
-            self._send(self.prefills[rank], room)
+            self._send(self.prefills[rank], room_id)
         self._post()
 
-    def _send(self, agent: PrefillAgent, room: int) -> None:
+    def _send(self, agent: PrefillAgent, room_id: int) -> None:
         """First some pages, then the others: the first rank takes two steps."""
-        entry = agent._rooms.get(room)
-        if entry is None or entry.state.ended or entry.last:
+        room = rooms(agent).get(room_id)
+        if room is None or room.state.ended or room.last:
             return
-        pages, first = _pages(room, 0), self.steps[agent.rank]
-        last = entry.tokens > 0 or first >= pages.size
-        pages = pages[:first] if not entry.tokens else pages[first:]
-        tokens = pages.size * PAGE - room % 2 if last else None  # some requests do not fill their last page
-        agent.send(room, pages, last=last, metadata_row=room if last else None, num_tokens=tokens)
+        pages, first = _pages(room_id, 0), self.steps[agent.rank]
+        last = room.tokens > 0 or first >= pages.size
+        pages = pages[:first] if not room.tokens else pages[first:]
+        tokens = (
+            pages.size * PAGE - room_id % 2 if last else None
+        )  # some requests do not fill their last page
+        agent.send(room_id, pages, last=last, metadata_row=room_id if last else None, num_tokens=tokens)
 
     def abort(self) -> None:
         """One rank's scheduler aborts."""
-        room, who = self.choices.below(ROOMS), self.choices.below(len(self.agents))
-        self.agents[who].abort(room, "changed its mind")
+        room_id, who = self.choices.below(ROOMS), self.choices.below(len(self.agents))
+        self.agents[who].abort(room_id, "changed its mind")
         if who >= 2:
-            self.decodes[who - 2].free(room)
+            self.decodes[who - 2].free(room_id)
         self._post()
 
     def close(self) -> None:
         """Ranks' schedulers forget a room."""
-        room = self.choices.below(ROOMS)
+        room_id = self.choices.below(ROOMS)
         for agent in self._some():
-            self._close(self.agents.index(agent), room)
+            self._close(self.agents.index(agent), room_id)
         self._post()
 
-    def _close(self, who: int, room: int) -> None:
-        self.agents[who].close_room(room)
+    def _close(self, who: int, room_id: int) -> None:
+        self.agents[who].close_room(room_id)
         if who >= 2:
-            self.decodes[who - 2].free(room)
+            self.decodes[who - 2].free(room_id)
 
     def cut(self) -> None:
         """A connection breaks; what was under way on it is lost."""
@@ -261,7 +248,7 @@ class Steps(Strange):
             identities = [
                 line.identity
                 for decode in self.decodes
-                for line in decode.agent._connections.values()
+                for line in decode.agent.connections.table.values()
                 if line.socket and (line.agent or line.unanswered < MAX_UNANSWERED - 1)
             ]
         if not identities:
@@ -272,9 +259,9 @@ class Steps(Strange):
     def _cut(self, identity: bytes) -> None:
         self.network.drop(identity)
         for decode in self.decodes:
-            for connection in list(decode.agent._connections.values()):
+            for connection in list(decode.agent.connections.table.values()):
                 if connection.identity == identity and connection.socket is not None:
-                    decode.agent._broken(connection)
+                    decode.agent.connections.broken(connection)
 
     def cut_all(self) -> None:
         """Every connection breaks, and is dialled anew."""
@@ -295,7 +282,7 @@ class Steps(Strange):
 
     def _tick(self) -> None:
         for agent in self.agents:
-            agent._tick()
+            threads(agent).tick()
         self._post()
 
     # What must hold
@@ -306,22 +293,26 @@ class Steps(Strange):
             stats = agent.stats()
             if not 0 <= stats.staging_used_bytes <= stats.staging_limit_bytes:
                 raise Failure(f"staging of {agent.role} {agent.rank}: {stats.staging_used_bytes} bytes")
-            for entry in agent._rooms.values():
-                if self.kind is not Kind.STRANGE and any(word in entry.reason for word in ACCUSATIONS):
-                    raise Failure(f"honest ranks accuse each other: {entry.reason}")
+            for room in rooms(agent).values():
+                if self.kind is not Kind.STRANGE and any(word in room.reason for word in ACCUSATIONS):
+                    raise Failure(f"honest ranks accuse each other: {room.reason}")
         for decode in self.decodes:
-            for room, entry in list(decode.agent._rooms.items()):
-                if entry.state is RoomState.SUCCESS and room in decode.owned and room not in self.doubtful:
-                    self._check_rows(decode, room)
-                if entry.state.ended:
-                    decode.free(room)
+            for room_id, room in list(decode.agent.rooms.table.items()):
+                if (
+                    room.state is RoomState.SUCCESS
+                    and room_id in decode.owned
+                    and room_id not in self.doubtful
+                ):
+                    self._check_rows(decode, room_id)
+                if room.state.ended:
+                    decode.free(room_id)
             decode.check()
 
-    def _check_rows(self, decode: Decode, room: int) -> None:
-        pages = decode.owned[room]
-        tokens = pages.size * PAGE - room % 2
-        to_slots, rest = torch.from_numpy(decode.pool.slots(pages)).split([tokens, room % 2])
-        from_slots = torch.from_numpy(self.source.slots(_pages(room, 0), tokens))
+    def _check_rows(self, decode: Decode, room_id: int) -> None:
+        pages = decode.owned[room_id]
+        tokens = pages.size * PAGE - room_id % 2
+        to_slots, rest = torch.from_numpy(decode.pool.slots(pages)).split([tokens, room_id % 2])
+        from_slots = torch.from_numpy(self.source.slots(_pages(room_id, 0), tokens))
         for number, (layer, rows) in enumerate(zip(decode.pool.layers, self.source.layers, strict=True)):
             want, got = rows[from_slots], layer[to_slots]
             if decode.projection is not None:
@@ -329,17 +320,17 @@ class Steps(Strange):
                 want = torch.cat(((want[:, :LATENT].double() @ z).float(), want[:, LATENT:]), dim=1)
             near = 1e-5 if decode.projection is not None else 0.0
             if not torch.allclose(want, got, rtol=near, atol=near):
-                raise Failure(f"room {room} succeeded with wrong rows in layer {number}")
+                raise Failure(f"room {room_id} succeeded with wrong rows in layer {number}")
             if not layer[rest].isnan().all():
-                raise Failure(f"room {room} wrote beyond its tokens in layer {number}")
-        if decode.metadata.read(room) != bytes(range(32 * room, 32 * room + 32)):
-            raise Failure(f"room {room} succeeded with wrong metadata")
+                raise Failure(f"room {room_id} wrote beyond its tokens in layer {number}")
+        if decode.metadata.read(room_id) != bytes(range(32 * room_id, 32 * room_id + 32)):
+            raise Failure(f"room {room_id} succeeded with wrong metadata")
 
     def close_all(self) -> None:
         """Give the arenas back."""
         for agent in self.agents:
-            if agent._arena is not None:
-                agent._arena.close()
+            if agent.arena is not None:
+                agent.arena.close()
 
 
 def _projection(group: int, columns: Sequence[int]) -> Projection:
@@ -354,6 +345,6 @@ def _projection(group: int, columns: Sequence[int]) -> Projection:
     return Projection(matrices, [8] * LAYERS)
 
 
-def _pages(room: int, shift: int) -> np.ndarray:
+def _pages(room_id: int, shift: int) -> np.ndarray:
     """Source pages of a room: 4, 6 or 8 of them."""
-    return np.roll(np.arange(PAGES, dtype=np.int32), -3 * room - shift)[: 4 + 2 * (room % ROOMS)]
+    return np.roll(np.arange(PAGES, dtype=np.int32), -3 * room_id - shift)[: 4 + 2 * (room_id % ROOMS)]

@@ -10,7 +10,7 @@ import msgspec
 
 from sglang_tpla.transfer import messages as frames
 from tests.wire.simulated_network import Choices, Network
-from tests.wire.simulated_ranks import ROOMS, Decode
+from tests.wire.simulated_ranks import ROOMS, Decode, threads
 from tests.wire.simulated_streams import Streams
 
 
@@ -59,8 +59,8 @@ class Strange:
         kinds = list(frames.Message.__args__)
         kind = kinds[self.choices.below(len(kinds))]
         values = {name: self._value(name) for name in kind.__struct_fields__}
-        if isinstance(room := values.get("room"), int):
-            self.doubtful.add(room)
+        if isinstance(room_id := values.get("room"), int):
+            self.doubtful.add(room_id)
         else:
             self.doubtful.update(range(ROOMS))
         body = msgspec.msgpack.encode([kind.__struct_config__.tag, *values.values()])
@@ -77,10 +77,10 @@ class Strange:
     def _value(self, name: str) -> Any:
         pick = self.choices.below
         generations = [
-            entry.generation for decode in self.decodes for entry in decode.agent._rooms.values()
+            room.generation for decode in self.decodes for room in decode.agent.rooms.table.values()
         ] + [0, 2**62]
-        agents = [agent._agent_id for agent in self.agents] + ["stranger"]
-        hello = self.decodes[pick(len(self.decodes))].agent._hello
+        agents = [threads(agent).agent_id for agent in self.agents] + ["stranger"]
+        hello = self.decodes[pick(len(self.decodes))].agent.connections._hello
         special = {
             "room": lambda: pick(ROOMS),
             "generation": lambda: generations[pick(len(generations))],

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import socket
 from collections import deque
-from collections.abc import Iterator, Sequence
-from types import SimpleNamespace
+from collections.abc import Sequence
 from typing import Any
-from unittest import mock
 
 from tests.wire.simulated_network import Choices
 
@@ -71,9 +67,6 @@ class Stream:
         listener.waiting.append(self.other)
         return errno.EINPROGRESS
 
-    def fileno(self) -> Stream:
-        return self  # what the patched `os.readv` is given
-
     def send(self, data: Any, flags: int = 0) -> int:
         return self.sendmsg([data])
 
@@ -102,13 +95,13 @@ class Stream:
         view[: len(data)] = data
         return len(data)
 
-    def readv(self, views: Sequence[Any]) -> int:
+    def recvmsg_into(self, views: Sequence[Any]) -> tuple[int]:
         data = self.recv(sum(len(view) for view in views))
         left = data
         for view in views:
             view[: len(left[: len(view)])] = left[: len(view)]
             left = left[len(view) :]
-        return len(data)
+        return (len(data),)
 
     def close(self) -> None:
         self.closed = True
@@ -153,25 +146,10 @@ class Streams:
         stream.is_stranger = True
         return stream
 
-    @contextlib.contextmanager
-    def in_place(self) -> Iterator[None]:
-        """The agents' modules see these instead of the system's."""
+    def tcp_socket(self, host: str) -> Stream:
+        """As `IoLoop.tcp_socket`."""
+        return Stream(self)
 
-        def create_server(address: tuple[str, int], family: int) -> Listener:
-            return Listener(self, address[1] or 9000 + len(self.listeners))
-
-        module = SimpleNamespace(
-            AF_INET=socket.AF_INET,
-            AF_INET6=socket.AF_INET6,
-            SOCK_STREAM=socket.SOCK_STREAM,
-            create_server=create_server,
-            socket=lambda *kind: Stream(self),
-        )
-        with (
-            mock.patch("sglang_tpla.transfer.network.data_listener.socket", module),
-            mock.patch("sglang_tpla.transfer.decode.data_channels.socket", module),
-            mock.patch("sglang_tpla.transfer.memory.copy.os", SimpleNamespace(readv=Stream.readv)),
-            # C knows the system's sockets only
-            mock.patch("sglang_tpla.transfer.memory.native.library", return_value=None),
-        ):
-            yield
+    def tcp_listener(self, host: str, port: int) -> Listener:
+        """As `IoLoop.tcp_listener`."""
+        return Listener(self, port or 9000 + len(self.listeners))

@@ -24,7 +24,7 @@ from unittest import mock
 from sglang_tpla.transfer.decode.state import Link
 from sglang_tpla.transfer.room import RoomState
 from tests.wire.simulated_network import Choices, Clock
-from tests.wire.simulated_ranks import ROOMS, SETTINGS, Failure
+from tests.wire.simulated_ranks import ROOMS, SETTINGS, Failure, rooms, threads
 from tests.wire.simulated_steps import Kind, Steps
 from tests.wire.simulated_streams import Streams
 
@@ -68,17 +68,17 @@ class Simulation(Steps):
             self._tick()
             self._settle()
         for agent in self.agents:
-            for room, entry in agent._rooms.items():
-                if not (entry.state.ended or (agent.role == "prefill" and entry.state is RoomState.WAITING)):
+            for room_id, room in rooms(agent).items():
+                if not (room.state.ended or (agent.role == "prefill" and room.state is RoomState.WAITING)):
                     raise Failure(
-                        f"room {room} goes on for ever on {agent.role} {agent.rank}: {entry.state.name}"
+                        f"room {room_id} goes on for ever on {agent.role} {agent.rank}: {room.state.name}"
                     )
 
     def rest(self) -> None:
         """Close every room, let all come to rest, and check that nothing is held and the next requests are right."""
-        for room in range(ROOMS):
+        for room_id in range(ROOMS):
             for who in range(len(self.agents)):
-                self._close(who, room)
+                self._close(who, room_id)
         for seconds in (0.0, 1.0, 1.0, *[4.0] * 6):  # longer than any patience, short enough for heartbeats
             self.clock.now += seconds
             self._tick()
@@ -89,14 +89,16 @@ class Simulation(Steps):
             if (stats.rooms, stats.staging_used_bytes, stats.internal_errors) != (0, 0, 0):
                 raise Failure(f"at rest, {agent.role} {agent.rank} holds {stats}")
         for agent in self.prefills:
-            for peer in agent._peers.values():
-                if peer.held_requests or peer.slots_held or peer.ready:
-                    raise Failure(
-                        f"at rest, {peer.name} holds {peer.held_requests}, {peer.slots_held}, {peer.ready}"
-                    )
+            for peer in agent.peers.table.values():
+                if peer.early_requests or peer.slots_held:
+                    raise Failure(f"at rest, {peer.name} holds {peer.early_requests}, {peer.slots_held}")
+            if agent.lanes.ready:
+                raise Failure(
+                    f"at rest, prefill {agent.rank} has lanes with chunks to send: {agent.lanes.ready}"
+                )
         for decode in self.decodes:
-            if decode.agent._kept or decode.agent._hungry:
-                raise Failure(f"at rest, decode {decode.agent.rank} keeps {decode.agent._kept}")
+            if decode.agent.rooms.retained or decode.agent.credits.waiters:
+                raise Failure(f"at rest, decode {decode.agent.rank} keeps {decode.agent.rooms.retained}")
         self._check_streams()
         first = 0
         if (
@@ -106,25 +108,29 @@ class Simulation(Steps):
             first = ROOMS
             self.cut_all()
             self._until(self._linked)
-        for room in range(first, first + ROOMS):
-            self.finish(room)
+        for room_id in range(first, first + ROOMS):
+            self.finish(room_id)
 
     def _check_streams(self) -> None:
         """Every open end is a channel of a connection that lives, and what has been closed is forgotten."""
         used = {
-            id(channel.stream) for agent in self.prefills for channel in agent._doorway._channels.values()
+            id(channel.stream)
+            for agent in self.prefills
+            for channel in agent.router.listener._channels.values()
         }
         for decode in self.decodes:
-            used |= {id(c.inbox.stream) for c in decode.agent._connections.values() if c.inbox is not None}
+            used |= {
+                id(c.reader.stream) for c in decode.agent.connections.table.values() if c.reader is not None
+            }
         left = [end for end in self.streams.ends if id(end) not in used and not end.is_stranger]
         if left:
             raise Failure(f"at rest, {len(left)} data channels are open that nobody uses")
         for agent in self.agents:
-            if any(stream.closed for stream in agent._io.streams if hasattr(stream, "closed")):
+            if any(stream.closed for stream in threads(agent).io.streams if hasattr(stream, "closed")):
                 raise Failure(f"at rest, {agent.role} {agent.rank} polls a closed socket")
 
     def _linked(self) -> bool:
-        links = [c.link for decode in self.decodes for c in decode.agent._connections.values()]
+        links = [c.link for decode in self.decodes for c in decode.agent.connections.table.values()]
         return Link.CONNECTING not in links
 
     def _settle(self) -> None:
@@ -136,7 +142,7 @@ class Simulation(Steps):
             self.deliver_all()
             for agent in self.agents:
                 for _ in range(4):
-                    agent._work_once()
+                    threads(agent).work_once()
             self._post()
             flowed = self._flow_once()
             if (
@@ -148,30 +154,32 @@ class Simulation(Steps):
                 return
         raise Failure("messages without end")
 
-    def finish(self, *rooms: int) -> None:
+    def finish(self, *room_ids: int) -> None:
         """All that rooms still need, and their success."""
 
-        def step(agent: Any, room: int) -> None:
-            if room not in agent._rooms or agent.role == "decode":
-                self._step(agent, room)
+        def step(agent: Any, room_id: int) -> None:
+            if room_id not in rooms(agent) or agent.role == "decode":
+                self._step(agent, room_id)
 
-        self._each(step, rooms)
+        self._each(step, room_ids)
         self._until(
-            lambda: all(d.agent.poll(r) is not RoomState.BOOTSTRAPPING for d in self.decodes for r in rooms)
+            lambda: all(
+                d.agent.poll(r) is not RoomState.BOOTSTRAPPING for d in self.decodes for r in room_ids
+            )
         )
         for _ in range(2):
-            self._each(self._step, rooms)
-        self._until(lambda: all(agent.poll(room).ended for agent in self.agents for room in rooms))
+            self._each(self._step, room_ids)
+        self._until(lambda: all(agent.poll(room_id).ended for agent in self.agents for room_id in room_ids))
         for agent in self.agents:
-            for room in rooms:
-                if agent.poll(room) is not RoomState.SUCCESS:
-                    raise Failure(f"a request failed on {agent.role} {agent.rank}: {agent.failure(room)}")
+            for room_id in room_ids:
+                if agent.poll(room_id) is not RoomState.SUCCESS:
+                    raise Failure(f"a request failed on {agent.role} {agent.rank}: {agent.failure(room_id)}")
         self.check()
 
-    def _each(self, step: Callable[[Any, int], None], rooms: Sequence[int]) -> None:
+    def _each(self, step: Callable[[Any, int], None], room_ids: Sequence[int]) -> None:
         for agent in self.agents:
-            for room in rooms:
-                step(agent, room)
+            for room_id in room_ids:
+                step(agent, room_id)
 
     def _until(self, done: Callable[[], bool]) -> None:
         for _ in range(30):
@@ -182,7 +190,7 @@ class Simulation(Steps):
             self.clock.now += 0.3
             self._tick()
         states = [
-            (a.role, a.rank, {r: (e.state.name, e.reason) for r, e in a._rooms.items()}) for a in self.agents
+            (a.role, a.rank, {r: (e.state.name, e.reason) for r, e in rooms(a).items()}) for a in self.agents
         ]
         raise Failure(f"a request does not get on: {states}")
 
@@ -192,10 +200,11 @@ def begun(data: bytes, sealed: bool = False) -> Iterator[Simulation]:
     """Ranks that have done nothing yet, with data channels that are sealed or not."""
     clock, choices = Clock(), Choices(data)
     streams = Streams(choices)
-    with mock.patch("time.monotonic", clock), streams.in_place():
+    # C knows the system's sockets only
+    with mock.patch("sglang_tpla.transfer.memory.native.library", return_value=None):
         simulation = Simulation(choices, clock, streams)
         for agent in simulation.prefills:
-            agent._doorway.sealed = sealed
+            agent.router.listener.sealed = sealed
         try:
             yield simulation
         finally:

@@ -10,12 +10,11 @@ import pytest
 import torch
 
 from sglang_tpla.transfer import workers as agent
-from sglang_tpla.transfer.decode import receiver as scattering
-from sglang_tpla.transfer.memory import copy as moving
-from sglang_tpla.transfer.memory import rows
+from sglang_tpla.transfer.decode import receiver
+from sglang_tpla.transfer.memory import copy, rows
 from sglang_tpla.transfer.prefill import sender as dispatch
 from sglang_tpla.transfer.room import RoomState, TransferError
-from tests.wire import rig
+from tests.wire import rig, simulated_ranks
 
 pytestmark = pytest.mark.usefixtures("rows_kind")  # each test with plain and with sketched rows
 
@@ -56,9 +55,9 @@ def test_no_write_after_an_abort_with_several_threads(checkers: int, monkeypatch
         read, write = rows.RowReader.read, rows.RowWriter.write
         monkeypatch.setattr(rows.RowReader, "read", lambda *given: read(*given) and None)
         monkeypatch.setattr(rows.RowWriter, "write", lambda *given: write(*given) and b"")
-        for module in (dispatch, scattering):
+        for module in (dispatch, receiver):
             monkeypatch.setattr(
-                module, "check_pieces", lambda it: checked.append(it) or moving.check_pieces(it)
+                module, "check_pieces", lambda it: checked.append(it) or copy.check_pieces(it)
             )
     prefill, decode = rig.prefill_rank(), rig.decode_rank()
     with contextlib.closing(prefill.agent), contextlib.closing(decode.agent):
@@ -66,7 +65,11 @@ def test_no_write_after_an_abort_with_several_threads(checkers: int, monkeypatch
         assert prefill.agent.stats().threads_alive == decode.agent.stats().threads_alive == threads
         assert abort_at_random_moments(prefill, decode, times=100) > 10
     assert bool(checked) == bool(checkers)
-    assert not any(thread.is_alive() for side in (prefill, decode) for thread in side.agent._checkers)
+    assert not any(
+        thread.is_alive()
+        for side in (prefill, decode)
+        for thread in simulated_ranks.threads(side.agent)._checkers
+    )
 
 
 def abort_at_random_moments(prefill: rig.PrefillRank, decode: rig.DecodeRank, times: int) -> int:

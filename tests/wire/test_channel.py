@@ -19,6 +19,7 @@ from tests.wire.proxy import FaultProxy
 pytestmark = pytest.mark.usefixtures("rows_kind")  # each test with plain and with sketched rows
 
 PAGES = 90
+PAYLOAD_BYTES = rig.LAYERS * PAGES * rig.PAGE * (rig.LATENT + rig.ROPE) * 2
 
 
 @pytest.fixture
@@ -40,11 +41,6 @@ def transfer(
     rig.check_rows(prefill, decode, rig.pages(room + 1, PAGES), rig.pages(room, PAGES), PAGES * rig.PAGE)
 
 
-def payload_bytes(decode: rig.DecodeRank) -> int:
-    """What the rows of a transfer have at least on the wire."""
-    return PAGES * rig.PAGE * sum(layer[0].nbytes for layer in decode.pool.layers)
-
-
 def knock(prefill: rig.PrefillRank, *said: bytes) -> socket.socket:
     """A stranger at the port of data channels."""
     stream = socket.create_connection(("127.0.0.1", rig.data_port(prefill)))
@@ -62,15 +58,14 @@ def test_chunks_travel_on_the_channel_alone(prefill: rig.PrefillRank) -> None:
         decode = rig.decode_rank(host="far")
         stack.enter_context(contextlib.closing(decode.agent))
         decode.agent.connect("127.0.0.1", control.port)
-        rig.wait(lambda: prefill.agent._doorway._channels, "the channel")
+        rig.wait(lambda: prefill.agent.router.listener._channels, "the channel")
         prefill.agent.open_room(1)
         rig.ask(decode, [control.peer], 1, rig.pages(1, PAGES))
-        before = control.forwarded_bytes  # a projection among them
         prefill.agent.send(1, rig.pages(2, PAGES), last=True, metadata_row=2)
         assert rig.ended(decode.agent, 1) == RoomState.SUCCESS
         rig.check_rows(prefill, decode, rig.pages(2, PAGES), rig.pages(1, PAGES), PAGES * rig.PAGE)
-        assert data.forwarded_bytes > payload_bytes(decode)
-        assert control.forwarded_bytes - before < payload_bytes(decode) / 8
+        assert data.forwarded_bytes > rig.payload_bytes(decode, PAGES)
+        assert control.forwarded_bytes < rig.payload_bytes(decode, PAGES) / 8
 
 
 def test_the_channel_comes_to_the_port_after_the_advertised_one() -> None:
@@ -82,9 +77,9 @@ def test_the_channel_comes_to_the_port_after_the_advertised_one() -> None:
             stack.enter_context(contextlib.closing(agent))
         translation = stack.enter_context(contextlib.closing(FaultProxy(inside, inside + 1, outside)))
         decode.agent.connect("127.0.0.1", outside)
-        rig.wait(lambda: prefill.agent._doorway._channels, "the channel")
+        rig.wait(lambda: prefill.agent.router.listener._channels, "the channel")
         transfer(prefill, decode, 1, ("127.0.0.1", outside, False))
-        assert translation.forwarded_bytes > payload_bytes(decode)
+        assert translation.forwarded_bytes > rig.payload_bytes(decode, PAGES)
         assert prefill.agent.stats().refused == 0
 
 
@@ -97,12 +92,12 @@ def test_a_channel_that_ends_between_rooms_is_opened_again(prefill: rig.PrefillR
         for room in (1, 2, 3, 4):
             transfer(prefill, decode, room)
             before = data.forwarded_bytes
-            assert before > room * payload_bytes(decode)  # none went over ZMQ
+            assert before > room * rig.payload_bytes(decode, PAGES)  # none went over ZMQ
             data.cut()
             rig.wait(lambda room=room: decode.agent.stats().resumed == room, "the connection")
-            (connection,) = decode.agent._connections.values()
+            (connection,) = decode.agent.connections.table.values()
             new = [connection.identity]  # and no longer the one that was cut
-            rig.wait(lambda new=new: list(prefill.agent._doorway._channels) == new, "the channel")
+            rig.wait(lambda new=new: list(prefill.agent.router.listener._channels) == new, "the channel")
 
 
 def test_a_port_that_hangs_up_on_everybody_fails_rooms_with_the_reason(prefill: rig.PrefillRank) -> None:
@@ -180,7 +175,7 @@ def test_a_cookie_serves_once_and_ends_with_its_connection(prefill: rig.PrefillR
         fake.say(hello(host="far"))
         welcome = fake.expect(frames.Welcome)[0]
         with knock(prefill, PREAMBLE + welcome.data.cookie) as first:
-            rig.wait(lambda: prefill.agent._doorway._channels, "the channel")
+            rig.wait(lambda: prefill.agent.router.listener._channels, "the channel")
             with knock(prefill, PREAMBLE + welcome.data.cookie) as second:
                 assert second.recv(1) == b""
             fake.say(frames.Goodbye("enough"))

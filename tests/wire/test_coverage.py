@@ -164,6 +164,17 @@ def test_widths_that_differ_by_layer(fp8: bool, widths: Sequence[int], host: str
     transfer(two(chunk_bytes=4096), groups(widths=widths, fp8=fp8, host=host))
 
 
+@pytest.mark.parametrize("host", [None, "far", ""])
+@pytest.mark.parametrize("decode_refused", [False, True])
+def test_sketched_rows_without_shared_memory(decode_refused: bool, host: str | None) -> None:
+    """Of several widths of their sketches; the sketch of all groups is in the common part."""
+    decodes = []
+    for group in range(2):
+        with refused() if decode_refused and group else contextlib.nullcontext():
+            decodes.append(rig.decode_rank(rig.sketched_projection(group), rank=group, size=2, host=host))
+    transfer(two(chunk_bytes=4096), decodes, ((7,), (8,)))
+
+
 @pytest.mark.parametrize("tokens", [PAGES * rig.PAGE - 1, PAGES * rig.PAGE - 3])
 @pytest.mark.parametrize("prefix", [0, 4, 37])
 def test_a_cached_prefix_and_a_last_page_that_is_not_full(prefix: int, tokens: int) -> None:

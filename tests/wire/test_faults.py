@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from sglang_tpla.transfer import workers as agent
-from sglang_tpla.transfer.decode import receiver as scattering
+from sglang_tpla.transfer.decode import receiver
 from sglang_tpla.transfer.memory import rows
 from sglang_tpla.transfer.prefill import sender as dispatch
 from sglang_tpla.transfer.room import RoomState
@@ -127,7 +127,7 @@ def test_prefill_rank_dies_and_comes_back_on_the_same_address(
     how: signal.Signals, decode: rig.DecodeRank
 ) -> None:
     lost: list[tuple[str, int]] = []
-    decode.agent.on_peer_lost = lambda host, port: lost.append((host, port))
+    decode.agent.connections._on_peer_lost = lambda host, port: lost.append((host, port))
     child = Child("prefill", neighbouring_ports(2))  # nobody else takes them before it is back
     with contextlib.ExitStack() as stack:
         stack.callback(child.end)
@@ -194,7 +194,7 @@ def test_refusals_say_what_is_wrong(
 
 def test_an_ended_thread_is_not_silent(prefill: rig.PrefillRank, decode: rig.DecodeRank) -> None:
     prefill.agent.open_room(1)
-    prefill.agent._died(RuntimeError("the loop broke"))
+    prefill.agent.workers.died(RuntimeError("the loop broke"))
     assert prefill.agent.poll(1) == RoomState.FAILED
     assert "the loop broke" in prefill.agent.failure(1)
     with pytest.raises(Exception, match="the loop broke"):
@@ -205,14 +205,14 @@ def test_an_error_while_gathering_fails_the_room_alone(
     prefill: rig.PrefillRank, decode: rig.DecodeRank, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(prefill.agent._reader, "read", lambda *args: 1 / 0)
+        patch.setattr(prefill.agent.sender.reader, "read", lambda *args: 1 / 0)
         prefill.agent.open_room(1)
         rig.ask(decode, [prefill.peer], 1, rig.pages(1, 3))
         prefill.agent.send(1, rig.pages(2, 3), last=True, metadata_row=0)
         assert rig.ended(decode.agent, 1) == RoomState.FAILED
         assert "division by zero" in decode.agent.failure(1)
     with monkeypatch.context() as patch:
-        patch.setattr(decode.agent._writer, "write", lambda *args: 1 / 0)
+        patch.setattr(decode.agent.receiver._writer, "write", lambda *args: 1 / 0)
         prefill.agent.open_room(2)
         rig.ask(decode, [prefill.peer], 2, rig.pages(1, 3))
         prefill.agent.send(2, rig.pages(2, 3), last=True, metadata_row=0)
@@ -230,7 +230,7 @@ def test_an_error_while_checking_fails_the_room_alone(monkeypatch: pytest.Monkey
     monkeypatch.setattr(rows.RowWriter, "write", lambda *given: write(*given) and b"")
     prefill, decode = rig.prefill_rank(), rig.decode_rank()
     with contextlib.closing(prefill.agent), contextlib.closing(decode.agent):
-        for room, (module, broken) in enumerate([(dispatch, prefill), (scattering, decode)], 1):
+        for room, (module, broken) in enumerate([(dispatch, prefill), (receiver, decode)], 1):
             with monkeypatch.context() as patch:
                 patch.setattr(module, "check_pieces", lambda pieces: 1 / 0)
                 prefill.agent.open_room(room)

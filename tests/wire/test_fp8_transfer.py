@@ -7,7 +7,8 @@ import contextlib
 import pytest
 import torch
 
-from sglang_tpla.transfer.room import CachePool, RoomState, TransferError
+from sglang_tpla.transfer.memory.pool import CachePool
+from sglang_tpla.transfer.room import RoomState, TransferError
 from tests.wire import rig
 
 HOSTS = [None, "far", ""]  # memory shared with prefill, among decode ranks only, not at all

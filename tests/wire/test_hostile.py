@@ -175,7 +175,7 @@ def test_credit_of_a_broken_connection_is_void(prefill: rig.PrefillRank) -> None
         seen = [after.read()[0] for _ in range(2)]
         while seen[-1] != frames.Pong(1):
             seen.append(after.read()[0])
-        rig.wait(lambda: prefill.agent._work._waiters, "the worker to have nothing to do")
+        rig.wait(lambda: prefill.agent.workers.work._waiters, "the worker to have nothing to do")
         after.say(frames.Ping(2))
         while seen[-1] != frames.Pong(2):
             seen.append(after.read()[0])

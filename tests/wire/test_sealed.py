@@ -88,6 +88,8 @@ def test_whoever_listens_reads_no_rows_and_no_headers(
     transfer(prefill, decode, 1)
     said = b"".join(heard)
     assert len(said) > PAYLOAD_BYTES
+    for agent in (prefill.agent, decode.agent):
+        assert agent.stats().data_channels == agent.stats().sealed_channels == 1
     assert frames.PREFIX not in said
     rows = prefill.pool.layers[0][prefill.pool.slots(rig.pages(2, PAGES))].view(torch.uint8).numpy()
     assert not any(row.tobytes()[:16] in said for row in rows)
@@ -133,8 +135,8 @@ def test_keys_that_do_not_go_together_fail_rooms_with_the_reason(
 ) -> None:
     offer = data_listener.DataListener.offer
 
-    def mixed_up(doorway: data_listener.DataListener, identity: bytes) -> frames.DataChannel:
-        good = offer(doorway, identity)
+    def mixed_up(listener: data_listener.DataListener, identity: bytes) -> frames.DataChannel:
+        good = offer(listener, identity)
         return frames.DataChannel(good.port, good.cookie, sealing.new_key())
 
     with monkeypatch.context() as patch:

@@ -87,7 +87,7 @@ def test_plain_tcp_beyond_loopback_needs_the_word(monkeypatch: pytest.MonkeyPatc
         monkeypatch.setenv(INSECURE_VARIABLE, "1")
         open_to_all = PrefillAgent(prefill.pool, prefill.metadata, bind_host="0.0.0.0", **fields)
         open_to_all.close()
-        other = DecodeAgent(decode.pool, decode.metadata, None, groups=1, **fields)
+        other = DecodeAgent(decode.pool, decode.metadata, None, **fields)
         other.connect("192.0.2.1", 1)
         other.close()
 

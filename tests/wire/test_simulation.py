@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from sglang_tpla.transfer import messages as frames
 from sglang_tpla.transfer.decode.connections import MAX_UNANSWERED
-from tests.wire.simulated_ranks import SETTINGS
+from tests.wire.simulated_ranks import SETTINGS, rooms
 from tests.wire.simulated_steps import HOSTS
 from tests.wire.simulation import Kind, Simulation, begun, simulate
 
@@ -68,15 +68,17 @@ def test_a_room_that_only_begins_anew_ends_in_time() -> None:
         for _ in range(4):
             simulation.advance()
         begin = simulation.clock.now
-        rooms = [agent._rooms[0] for agent in simulation.agents]
-        assert not any(room.state.ended for room in rooms)
+        entries = [rooms(agent)[0] for agent in simulation.agents]
+        assert not any(room.state.ended for room in entries)
         while simulation.clock.now <= begin + SETTINGS.transfer_timeout_s:
             simulation.clock.now += 0.3
             simulation.cut_all()
             for _ in range(4):  # Hello, Welcome, Resume, credit; nobody works, so no chunk is made
                 simulation.deliver_all()
         simulation.cut_all()
-        assert all("no progress for 20 s" in room.reason for room in rooms), [room.reason for room in rooms]
+        assert all("no progress for 20 s" in room.reason for room in entries), [
+            room.reason for room in entries
+        ]
         assert all(agent.stats().resumed > 50 for agent in simulation.agents)
         simulation.rest()
 
@@ -111,7 +113,7 @@ def test_an_abort_that_was_lost_is_said_again() -> None:
             simulation.advance()
         decode, prefills = simulation.decodes[0], simulation.prefills
         decode.agent.abort(0, "changed its mind")
-        for identity in [line.identity for line in decode.agent._connections.values()]:
+        for identity in [line.identity for line in decode.agent.connections.table.values()]:
             simulation._cut(identity)  # before it is sent
         simulation._post()
         assert not any(agent.poll(0).ended for agent in prefills)
@@ -127,11 +129,11 @@ def kept_for_neighbours(monkeypatch: pytest.MonkeyPatch) -> Iterator[Simulation]
     with begun(bytes([0, HOSTS.index(("a", "a"))])) as simulation:
         for agent in simulation.prefills:
 
-            def put(identity: bytes, message: Any, *more: Any, put: Any = agent._put) -> None:
+            def put(identity: bytes, message: Any, *more: Any, put: Any = agent.router.send) -> None:
                 if not isinstance(message, frames.Release):
                     put(identity, message, *more)
 
-            monkeypatch.setattr(agent, "_put", put)
+            monkeypatch.setattr(agent.router, "send", put)
         simulation.finish(0)
         assert any(decode.agent.stats().staging_used_bytes for decode in simulation.decodes)
         yield simulation

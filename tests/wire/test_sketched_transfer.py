@@ -11,8 +11,9 @@ import torch
 
 from sglang_tpla.cache_rows.row_format import RowFormat
 from sglang_tpla.cache_rows.sketched import SketchedRows
+from sglang_tpla.transfer.memory.pool import CachePool
 from sglang_tpla.transfer.memory.projection import Projection
-from sglang_tpla.transfer.room import CachePool, RoomState, TransferError
+from sglang_tpla.transfer.room import RoomState, TransferError
 from tests.wire import rig
 
 HOSTS = [None, "far", ""]  # memory shared with prefill, among decode ranks only, not at all

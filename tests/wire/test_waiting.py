@@ -61,7 +61,7 @@ def test_a_room_whose_decode_ranks_have_ended_fails_soon() -> None:
 def test_a_prompt_that_no_registered_decode_server_takes_fails_at_once() -> None:
     with begun(b"") as simulation:
         for decode in simulation.decodes:
-            decode.agent._limits = Limits(context_tokens=4096, pool_tokens=1000)
+            decode.agent.connections._limits = Limits(context_tokens=4096, pool_tokens=1000)
         simulation.finish(0)
         for agent in simulation.prefills:
             agent.open_room(1, prompt_tokens=1000)
@@ -84,7 +84,7 @@ def test_a_prompt_that_no_registered_decode_server_takes_fails_at_once() -> None
 )
 def test_a_prompt_that_prefill_does_not_take_fails_at_once_at_decode(limits: Limits, said: str) -> None:
     prefill, decode = rig.prefill_rank(), rig.decode_rank()
-    prefill.agent._limits = limits
+    prefill.agent.peers.limits = limits
     with contextlib.closing(prefill.agent), contextlib.closing(decode.agent):
         decode.agent.open_room(1, [prefill.peer], prompt_tokens=100)
         assert rig.ended(decode.agent, 1) is RoomState.FAILED
@@ -118,8 +118,9 @@ def test_a_request_that_came_while_no_prefill_lived_fails_when_one_is_there() ->
             rig.wait(lambda: decode.poll(2) is RoomState.WAITING, "the next one")
 
 
-def test_a_request_that_prefill_passed_over_fails_soon() -> None:
-    """Its other half never came: the scheduler has opened other rooms long after it was asked for."""
+@pytest.mark.parametrize("idle", [False, True], ids=["other rooms opened", "nothing to do"])
+def test_a_request_that_prefill_passed_over_fails_soon(idle: bool) -> None:
+    """Its other half never came: the scheduler has opened other rooms since, or has had none to open."""
     with begun(b"") as simulation:
         simulation.finish(0)
         for decode in simulation.decodes:
@@ -130,7 +131,7 @@ def test_a_request_that_prefill_passed_over_fails_soon() -> None:
         pass_time(simulation, SETTINGS.room_timeout_s + 1)
         assert not any(decode.agent.poll(1).ended for decode in simulation.decodes)
         for agent in simulation.prefills:
-            agent.open_room(2)
+            agent.note_idle() if idle else agent.open_room(2)
         pass_time(simulation, 1.0)
         for decode in simulation.decodes:
             assert "no prefill request opened this room within 15 s" in decode.agent.failure(1)

@@ -1,7 +1,7 @@
-"""The Triton kernel behind `fp8_write`. Import it only where Triton is to run: on a GPU, or in its interpreter.
+"""The Triton kernel behind `cache_write.fp8`. Import it only where Triton runs: on a GPU, or in its interpreter.
 
-Grid: [blocks of tokens, shared columns, own columns, the key, then blocks of query heads]. A scale is the largest
-magnitude of its whole part, so one program takes all columns of a part; nothing else differs from `latent_write`.
+Grid: [blocks of tokens, shared columns, own columns, the key, blocks of query heads]. A scale is the largest magnitude
+of its whole part, so one program takes all columns of a part; the rest is as in `plain_triton`.
 """
 
 from __future__ import annotations
@@ -11,14 +11,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sglang_tpla.attention.cache_write.plain_triton import rotate_queries, write_key
+from sglang_tpla.attention.cache_write.plain_triton import inverse_rms, rotate_queries, write_key
 
 LARGEST = tl.constexpr(448.0)
-GIVEN, NORMED, PROJECTED = (
-    0,
-    1,
-    2,
-)  # how slices come out of what is read: as they are, normed, normed and projected
 
 
 @triton.jit
@@ -39,7 +34,7 @@ def quantise_part(
     BLOCK_W: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Columns FIRST ... FIRST + COUNT - 1 of [tokens] slices and their scale.
+    """Write columns FIRST ... FIRST + COUNT - 1 of [tokens] slices, and their scale.
 
     ``source`` points at each token's latent, ``values`` at its row, ``scale_at`` at the scale.
     """
@@ -47,13 +42,7 @@ def quantise_part(
     mine = column < FIRST + COUNT
     there = live[:, None] & mine[None, :]
     if MODE != 0:
-        square = tl.zeros([BLOCK_TOKENS], tl.float32)
-        for start in range(0, D, BLOCK_D):
-            d = start + tl.arange(0, BLOCK_D)
-            here = live[:, None] & (d < D)[None, :]
-            x = tl.load(source[:, None] + d[None, :], mask=here, other=0.0).to(tl.float32)
-            square += tl.sum(x * x, 1)
-        inverse = tl.rsqrt(square / D + eps)
+        inverse = inverse_rms(source, live, eps, D, BLOCK_TOKENS, BLOCK_D)
     if MODE == 2:
         value = tl.zeros([BLOCK_TOKENS, BLOCK_W], tl.float32)
         for start in range(0, D, BLOCK_D):
@@ -62,12 +51,12 @@ def quantise_part(
             x = tl.load(source[:, None] + d[None, :], mask=here, other=0.0)
             factor = tl.load(weight + d, mask=d < D, other=0.0).to(tl.float32)
             normed = x.to(tl.float32) * inverse[:, None] * factor[None, :]
-            normed = normed.to(x.dtype).to(tl.float32)  # as a norm of its own rounds
+            normed = normed.to(x.dtype).to(tl.float32)  # as where the norm is a kernel of its own
             inside = (d < D)[:, None] & mine[None, :]
             tile = tl.load(z + d[:, None] * W + column[None, :], mask=inside, other=0.0)
             if BLOCK_TOKENS == 1:
                 value += tl.sum(tl.reshape(normed, [BLOCK_D, 1]) * tile, 0)[None, :]
-            else:  # normed is exact in tf32; z is taken in three parts
+            else:  # normed is exact in tf32; tf32x3 splits z into three parts
                 value = tl.dot(normed, tile, value, input_precision="tf32x3")
     else:
         x = tl.load(source[:, None] + column[None, :], mask=there, other=0.0)
@@ -147,10 +136,7 @@ def fp8_write_kernel(
             tl.store(trailer + 2, 0.0, mask=live)
             tl.store(trailer + 3, 0.0, mask=live)
     elif HEADS:
-        member = tl.arange(0, BLOCK_TOKENS * BLOCK_HEADS)
-        head = (block - 3) * BLOCK_HEADS + member % BLOCK_HEADS
-        asking = tl.program_id(0) * BLOCK_TOKENS + member // BLOCK_HEADS
-        there = (asking < tokens) & (head < HEADS)
-        asking = asking.to(tl.int64)
-        query = q_rope + asking * q_token_stride + head.to(tl.int64) * q_head_stride
-        rotate_queries(query, cos_sin, positions, asking, there, ROPE, ROTATE, HALF)
+        rotate_queries(
+            q_rope, cos_sin, positions, block - 3, tokens, q_token_stride, q_head_stride,
+            HEADS, ROPE, ROTATE, HALF, BLOCK_TOKENS, BLOCK_HEADS,
+        )  # fmt: skip

@@ -1,8 +1,8 @@
-"""What a cache write takes: new tokens, how they become rows, and where the rows go.
+"""The inputs of a cache write: new tokens, the way in which they become rows, and the places of the rows.
 
     z = RMSNorm(c; weight, eps) Z,    cache[slot] = row of (z, R(position) k_rope),    q_rope <- R(position) q_rope
 
-(design, section 2). One `CacheWrite` serves every row format, the Triton kernels and their PyTorch twin alike.
+(docs/design.md, section 2). One `CacheWrite` serves every row format, the Triton kernels and their PyTorch twin.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ class CacheWrite:
     """The rows of some new tokens in one layer's cache.
 
     Args:
-        latent: [tokens, d], before the norm; rows may be strided. Without ``weight``: the slice itself, [tokens, w].
-        k_rope: [tokens, rope], likewise.
-        slots: [tokens] integer, rows of ``cache``; which of two equal slots wins is not said.
+        latent: [tokens, d] before the norm; without ``weight`` the finished slice [tokens, w]. Rows may be strided.
+        k_rope: [tokens, rope]; rows may be strided.
+        slots: [tokens] integer, rows of ``cache``; either token may win a slot that two name.
         cache: [slots, items] or [slots, 1, items], rows may be strided: w + rope values, or the bytes of a row of
             another format.
-        weight: [d], of the norm; None: norm and projection are done. eps: of the norm.
+        weight: [d], of the norm; None: norm and projection have been done. eps: of the norm.
         z: [d, w] float32, contiguous; None keeps the whole latent (w = d).
-        cos_sin: [positions, rope] float32, cosines then sines; None: ``k_rope`` is rotated already.
+        cos_sin: [positions, rope] float32, cosines then sines; None: ``k_rope`` has been rotated.
         positions: [tokens] integer, rows of ``cos_sin``.
-        q_rope: [tokens, heads, rope], tokens and heads may be strided: the queries' rope part, rotated in place where
-            ``cos_sin`` is given; None rotates no queries.
+        q_rope: [tokens, heads, rope], the queries' rope part, rotated in place where ``cos_sin`` is given; tokens and
+            heads may be strided. None: rotate no queries.
         neox: rotate halves; otherwise neighbours. The result keeps the vector's own order.
-        fp8_shared: r, the columns with the first of an FP8 row's two scales; None writes no FP8 rows.
-        sketched: the sketched rows to write, and the group that they are for: the slice is then
-            ``[shared | own | sketch of all groups]``, and ``z`` [d, w + g n]; None writes no sketched rows.
+        fp8_shared: r, columns under the first of an FP8 row's two scales; None: write no FP8 rows.
+        sketched: the sketched rows and the group that they belong to: the slice is then
+            ``[shared | own | sketch of all groups]``, and ``z`` is [d, w + g n]. None: write no sketched rows.
 
     Raises:
-        AttentionInputError: shapes or dtypes that do not fit: what was expected, and what came.
+        AttentionInputError: shapes or dtypes that do not fit.
     """
 
     latent: torch.Tensor
@@ -96,7 +96,7 @@ class CacheWrite:
                 )
 
     def _expected(self) -> list[tuple[str, torch.Tensor, tuple[int, ...], torch.dtype]]:
-        """Name, tensor, and the shape and dtype that it must have."""
+        """Each tensor with its name and with the shape and dtype that it must have."""
         tokens, d, rope, rows = self.tokens, self.latent.shape[1], self.rope_dim, self.rows
         plain = self.plain
         dtype = self.cache.dtype if plain else self.latent.dtype
@@ -136,22 +136,22 @@ class CacheWrite:
 
     @property
     def tokens(self) -> int:
-        """New tokens."""
+        """Number of new tokens."""
         return self.latent.shape[0]
 
     @property
     def rope_dim(self) -> int:
-        """Values of a rotary key."""
+        """Number of values of a rotary key."""
         return self.k_rope.shape[1]
 
     @property
     def width(self) -> int:
-        """Columns of the slice that a row is made of."""
+        """Number of columns of the slice that a row is made of."""
         return (self.latent if self.z is None else self.z).shape[1]
 
     @property
     def row_items(self) -> int:
-        """Items that a row of the cache must have."""
+        """Number of items that a row of the cache must have."""
         if self.sketched is not None:
             return self.sketched.row_items
         if self.fp8_shared is not None:
@@ -160,17 +160,5 @@ class CacheWrite:
 
     @property
     def heads(self) -> int:
-        """Query heads whose rope part is to be rotated."""
+        """Number of query heads to rotate."""
         return 0 if self.q_rope is None or self.cos_sin is None else self.q_rope.shape[1]
-
-    def require_gpu(self) -> None:
-        """Refuse tensors that no kernel can reach.
-
-        Raises:
-            AttentionInputError: the cache is on a CPU.
-        """
-        if not self.cache.is_cuda:
-            raise AttentionInputError(
-                f"the cache-writing kernel runs on a GPU; got tensors on {self.cache.device}; use "
-                "cache_write.reference on a CPU"
-            )

@@ -1,8 +1,10 @@
-"""The Triton kernel behind `latent_write`. Import it only where Triton is to run: on a GPU, or in its interpreter.
+"""The Triton kernel behind `cache_write.plain`, and the parts that it shares with the kernels of other row formats.
 
-Grid: [blocks of tokens, blocks of slice columns, then one for the rope key, then blocks of query heads]. Every program
-of slice columns norms its tokens' whole latent again (1 KB a token out of the L2 cache), so no program waits for
-another; the others rotate.
+Import this file only where Triton runs: on a GPU, or in its interpreter.
+
+Grid: [blocks of tokens, blocks of slice columns, one block for the rope key, blocks of query heads]. Every program of
+slice columns norms its tokens' whole latent again (1 KB a token from the L2 cache), so that no program waits for
+another; the other programs rotate.
 """
 
 from __future__ import annotations
@@ -15,23 +17,36 @@ import triton.language as tl
 from sglang_tpla.attention.cache_write.inputs import CacheWrite
 
 ROTATE_NOT, ROTATE_PAIRS, ROTATE_HALVES = 0, 1, 2
+GIVEN, NORMED, PROJECTED = (
+    0,
+    1,
+    2,
+)  # a slice is the latent as it comes, its norm, or the projection of its norm
 
 
 def rotation(new: CacheWrite) -> int:
-    """How keys and queries are to be rotated."""
+    """The way in which the kernel rotates keys and queries."""
     if new.cos_sin is None:
         return ROTATE_NOT
     return ROTATE_HALVES if new.neox else ROTATE_PAIRS
+
+
+def mode(new: CacheWrite) -> int:
+    """The way in which the kernel makes slices out of latents."""
+    return GIVEN if new.weight is None else NORMED if new.z is None else PROJECTED
 
 
 @triton.jit
 def rotated_pairs(
     vector, cos_sin, positions, token, live, ROPE: tl.constexpr, ROTATE: tl.constexpr, HALF: tl.constexpr
 ):
-    """The pairs of [rows] vectors of [rows] tokens, turned; where their two members lie; which of them there are."""
+    """Rotate the pairs of [rows] vectors of [rows] tokens.
+
+    Returns both members of the pairs, the columns of both, and the mask of the pairs that exist.
+    """
     pair = tl.arange(0, HALF)
     whole = live[:, None] & (pair < ROPE // 2)[None, :]
-    # side by side, or half a vector apart
+    # a pair's members lie side by side, or half a vector apart
     a = pair if ROTATE == 2 else 2 * pair
     b = pair + ROPE // 2 if ROTATE == 2 else 2 * pair + 1
     even = tl.load(vector[:, None] + a[None, :], mask=whole, other=0.0)
@@ -46,50 +61,54 @@ def rotated_pairs(
 
 
 @triton.jit
-def write_slice(
-    latent,
-    weight,
-    z,
-    row,
-    token,
-    live,
-    column,
-    eps,
-    D: tl.constexpr,
-    W: tl.constexpr,
-    PROJECT: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr,
-    BLOCK_W: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """Norm [tokens] latents and write some columns of their slices; ``latent`` and ``row`` point at each token's."""
+def inverse_rms(latent, live, eps, D: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The factor [tokens] that norms each latent; ``latent`` points at each token's."""
     square = tl.zeros([BLOCK_TOKENS], tl.float32)
     for start in range(0, D, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
         here = live[:, None] & (d < D)[None, :]
         x = tl.load(latent[:, None] + d[None, :], mask=here, other=0.0).to(tl.float32)
         square += tl.sum(x * x, 1)
-    inverse = tl.rsqrt(square / D + eps)
-    if PROJECT:
-        value = tl.zeros([BLOCK_TOKENS, BLOCK_W], tl.float32)
-        for start in range(0, D, BLOCK_D):
-            d = start + tl.arange(0, BLOCK_D)
-            here = live[:, None] & (d < D)[None, :]
-            x = tl.load(latent[:, None] + d[None, :], mask=here, other=0.0).to(tl.float32)
-            scale = tl.load(weight + d, mask=d < D, other=0.0).to(tl.float32)
-            normed = x * inverse[:, None] * scale[None, :]
-            normed = normed.to(row.dtype.element_ty).to(tl.float32)  # as a norm of its own rounds
-            inside = (d < D)[:, None] & (column < W)[None, :]
-            tile = tl.load(z + d[:, None] * W + column[None, :], mask=inside, other=0.0)
-            # few tokens: tensor cores in float32's precision (tf32x3) were two to ten times slower here
-            value += tl.sum(normed[:, :, None] * tile[None, :, :], 1)
-    else:
-        kept = live[:, None] & (column < W)[None, :]
-        x = tl.load(latent[:, None] + column[None, :], mask=kept, other=0.0).to(tl.float32)
-        scale = tl.load(weight + column, mask=column < W, other=0.0).to(tl.float32)
-        value = x * inverse[:, None] * scale[None, :]
+    return tl.rsqrt(square / D + eps)
+
+
+@triton.jit
+def slice_columns(
+    latent,
+    weight,
+    z,
+    live,
+    column,
+    eps,
+    D: tl.constexpr,
+    W: tl.constexpr,
+    MODE: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Some columns of the slices, [tokens, columns] float32; ``latent`` points at each token's."""
     there = live[:, None] & (column < W)[None, :]
-    tl.store(row[:, None] + column[None, :], value.to(row.dtype.element_ty), mask=there)
+    if MODE == 0:
+        return tl.load(latent[:, None] + column[None, :], mask=there, other=0.0).to(tl.float32)
+    inverse = inverse_rms(latent, live, eps, D, BLOCK_TOKENS, BLOCK_D)
+    # a norm is rounded to the model's dtype, as where it is a kernel of its own
+    if MODE == 1:
+        x = tl.load(latent[:, None] + column[None, :], mask=there, other=0.0).to(tl.float32)
+        scale = tl.load(weight + column, mask=column < W, other=0.0).to(tl.float32)
+        return (x * inverse[:, None] * scale[None, :]).to(latent.dtype.element_ty).to(tl.float32)
+    value = tl.zeros([BLOCK_TOKENS, BLOCK_W], tl.float32)
+    for start in range(0, D, BLOCK_D):
+        d = start + tl.arange(0, BLOCK_D)
+        here = live[:, None] & (d < D)[None, :]
+        x = tl.load(latent[:, None] + d[None, :], mask=here, other=0.0).to(tl.float32)
+        scale = tl.load(weight + d, mask=d < D, other=0.0).to(tl.float32)
+        normed = (x * inverse[:, None] * scale[None, :]).to(latent.dtype.element_ty).to(tl.float32)
+        inside = (d < D)[:, None] & (column < W)[None, :]
+        tile = tl.load(z + d[:, None] * W + column[None, :], mask=inside, other=0.0)
+        # for few tokens, tensor cores in float32's precision (tf32x3) were two to ten times slower here
+        value += tl.sum(normed[:, :, None] * tile[None, :, :], 1)
+    return value
 
 
 @triton.jit
@@ -113,9 +132,27 @@ def write_key(
 
 @triton.jit
 def rotate_queries(
-    query, cos_sin, positions, token, live, ROPE: tl.constexpr, ROTATE: tl.constexpr, HALF: tl.constexpr
+    q_rope,
+    cos_sin,
+    positions,
+    block,
+    tokens,
+    token_stride,
+    head_stride,
+    HEADS: tl.constexpr,
+    ROPE: tl.constexpr,
+    ROTATE: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr,
 ):
-    """Rotate [rows] queries in place."""
+    """Rotate the queries of this program's tokens and of the ``block``-th block of heads in place."""
+    member = tl.arange(0, BLOCK_TOKENS * BLOCK_HEADS)
+    head = block * BLOCK_HEADS + member % BLOCK_HEADS
+    token = tl.program_id(0) * BLOCK_TOKENS + member // BLOCK_HEADS
+    live = (token < tokens) & (head < HEADS)
+    token = token.to(tl.int64)
+    query = q_rope + token * token_stride + head.to(tl.int64) * head_stride
     even, odd, a, b, whole = rotated_pairs(query, cos_sin, positions, token, live, ROPE, ROTATE, HALF)
     tl.store(query[:, None] + a[None, :], even, mask=whole)
     tl.store(query[:, None] + b[None, :], odd, mask=whole)
@@ -143,7 +180,7 @@ def latent_write_kernel(
     W: tl.constexpr,
     ROPE: tl.constexpr,
     HEADS: tl.constexpr,
-    PROJECT: tl.constexpr,
+    MODE: tl.constexpr,
     ROTATE: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_W: tl.constexpr,
@@ -161,17 +198,16 @@ def latent_write_kernel(
         if block < COLUMN_BLOCKS:
             column = block * BLOCK_W + tl.arange(0, BLOCK_W)
             raw = latent + token * latent_stride
-            write_slice(
-                raw, weight, z, row, token, live, column, eps, D, W, PROJECT, BLOCK_TOKENS, BLOCK_W, BLOCK_D
+            value = slice_columns(
+                raw, weight, z, live, column, eps, D, W, MODE, BLOCK_TOKENS, BLOCK_W, BLOCK_D
             )
+            there = live[:, None] & (column < W)[None, :]
+            tl.store(row[:, None] + column[None, :], value.to(row.dtype.element_ty), mask=there)
         else:
             key = k_rope + token * rope_stride
             write_key(key, row, cos_sin, positions, token, live, W, ROPE, ROTATE, HALF)
     elif HEADS:
-        member = tl.arange(0, BLOCK_TOKENS * BLOCK_HEADS)
-        head = (block - COLUMN_BLOCKS - 1) * BLOCK_HEADS + member % BLOCK_HEADS
-        asking = tl.program_id(0) * BLOCK_TOKENS + member // BLOCK_HEADS
-        there = (asking < tokens) & (head < HEADS)
-        asking = asking.to(tl.int64)
-        query = q_rope + asking * q_token_stride + head.to(tl.int64) * q_head_stride
-        rotate_queries(query, cos_sin, positions, asking, there, ROPE, ROTATE, HALF)
+        rotate_queries(
+            q_rope, cos_sin, positions, block - COLUMN_BLOCKS - 1, tokens, q_token_stride, q_head_stride,
+            HEADS, ROPE, ROTATE, HALF, BLOCK_TOKENS, BLOCK_HEADS,
+        )  # fmt: skip

@@ -29,9 +29,7 @@ def write(new: CacheWrite) -> None:
 
 
 def _slices(new: CacheWrite) -> torch.Tensor:
-    """[tokens, w] float32; the norm is rounded to the model's dtype first, as where norm and projection are two
-    steps.
-    """
+    """The slices [tokens, w] in float32; the norm is rounded to the model's dtype, as a separate norm kernel would."""
     raw = new.latent.to(torch.float32)
     if new.weight is None:
         return raw
@@ -41,7 +39,7 @@ def _slices(new: CacheWrite) -> torch.Tensor:
 
 
 def rotate_pairs(key: torch.Tensor, cos_sin: torch.Tensor, neox: bool) -> torch.Tensor:
-    """Rotate [.., rope] by [.., rope] of cosines and sines, in the vector's own order."""
+    """Rotate ``key`` [.., rope] by the cosines and sines ``cos_sin`` [.., rope]; the order of values stays."""
     cos, sin = cos_sin.chunk(2, dim=-1)  # [tokens, rope / 2]
     wide = key.to(torch.float32)
     x, y = wide.chunk(2, dim=-1) if neox else (wide[..., 0::2], wide[..., 1::2])

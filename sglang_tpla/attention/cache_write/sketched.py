@@ -1,7 +1,7 @@
-"""One decode step's new sketched rows in one launch: norm, projection, rotation, quantisation, packing, paged write.
+"""Write one decode step's new sketched rows in one launch: norm, projection, rotation, quantisation, packing, write.
 
-As `plain`, with every field quantised straight from the float32 projection: the bytes that a transfer would have
-brought (`cache_rows.sketched`). `cache_write.reference` is the twin.
+The kernel quantises every field straight from the float32 projection: these are the bytes that a transfer would have
+brought (`cache_rows.sketched`). `plain` describes the other steps.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import functools
 import torch
 
 from sglang_tpla.attention.cache_write.inputs import CacheWrite
-from sglang_tpla.attention.cache_write.plain import FEW_TOKENS
+from sglang_tpla.attention.cache_write.plain import operands, strides, tile_of
 from sglang_tpla.cache_rows import sketched as rows_format
 
 MOST_BLOCKS = 1 << 16  # of tokens, in one launch
@@ -22,66 +22,37 @@ def serves(rows: rows_format.SketchedRows) -> bool:
     return rows.alignment == rows_format.ALIGNMENT
 
 
-def write(new: CacheWrite) -> None:
-    """Write sketched rows on a GPU.
-
-    Raises:
-        AttentionInputError: tensors on a CPU.
-    """
-    new.require_gpu()
-    launch(new)
-
-
 @functools.cache
 def _counters(device: torch.device) -> torch.Tensor:
-    """Zeros between launches; launches of one device follow each other in one stream."""
+    """Counters that are zero between launches; launches of one device follow each other in one stream."""
     return torch.zeros(MOST_BLOCKS, dtype=torch.int32, device=device)
 
 
 def launch(new: CacheWrite) -> None:
-    """`write` wherever Triton runs (its interpreter takes CPU tensors)."""
+    """Write sketched rows wherever Triton runs: on a GPU, or in its interpreter."""
     import triton
 
-    from sglang_tpla.attention.cache_write import plain_triton as rotation
     from sglang_tpla.attention.cache_write import sketched_triton as kernels
+    from sglang_tpla.attention.cache_write.plain_triton import mode, rotation
 
     assert new.sketched is not None and serves(new.sketched.rows)
     tokens, d = new.latent.shape
     if tokens == 0:
         return
-    sizes, cache = new.sketched.rows, new.rows
-    columns = new.sketched.columns
-    mode = kernels.GIVEN if new.weight is None else kernels.NORMED if new.z is None else kernels.PROJECTED
-    whole = triton.next_power_of_2(d)
-    if mode != kernels.PROJECTED:
-        block_tokens, block_w, block_d, block_heads = 1, triton.next_power_of_2(columns), whole, 16
-    elif tokens <= FEW_TOKENS:
-        block_tokens, block_w, block_d, block_heads = 1, 16, whole, 16
-    else:
-        block_tokens, block_w, block_d, block_heads = 4, 16, min(whole, 128), 4
-    query = new.latent if new.q_rope is None else new.q_rope
-    work = torch.empty(tokens, columns, dtype=torch.float32, device=cache.device)
-    programs = triton.cdiv(columns, block_w) + triton.cdiv(new.heads, block_heads)
+    sizes, cache, columns = new.sketched.rows, new.rows, new.sketched.columns
+    tile = tile_of(
+        tokens, triton.next_power_of_2(d), triton.next_power_of_2(columns) if new.z is None else None
+    )
+    programs = triton.cdiv(columns, tile.columns) + triton.cdiv(new.heads, tile.heads)
     bits = sizes.sketch_bits
-    kernels.sketched_write_kernel[(triton.cdiv(tokens, block_tokens), programs)](
-        new.latent,
-        new.k_rope,
-        query,
-        new.latent if new.weight is None else new.weight,
-        new.latent if new.z is None else new.z,
-        new.latent if new.cos_sin is None else new.cos_sin,
-        new.slots if new.positions is None else new.positions,
-        new.slots,
+    kernels.sketched_write_kernel[(triton.cdiv(tokens, tile.tokens), programs)](
+        *operands(new),
         cache,
         cache.view(torch.bfloat16),
-        work,
+        torch.empty(tokens, columns, dtype=torch.float32, device=cache.device),
         _counters(cache.device),
         rows_format.midpoints(bits, cache.device),
-        new.latent.stride(0),
-        new.k_rope.stride(0),
-        query.stride(0),
-        query.stride(1),
-        cache.stride(0),
+        *strides(new),
         tokens,
         new.eps,
         rows_format.LARGEST_DEVIATION[bits] / rows_format.INT8_LARGEST,
@@ -97,12 +68,12 @@ def launch(new: CacheWrite) -> None:
         W_PAD=sizes.w_pad,
         SCALES=sizes.scales_offset,
         HEADS=new.heads,
-        MODE=mode,
-        ROTATE=rotation.rotation(new),
-        BLOCK_TOKENS=block_tokens,
-        BLOCK_W=block_w,
-        BLOCK_D=block_d,
-        BLOCK_HEADS=block_heads,
+        MODE=mode(new),
+        ROTATE=rotation(new),
+        BLOCK_TOKENS=tile.tokens,
+        BLOCK_W=tile.columns,
+        BLOCK_D=tile.latent,
+        BLOCK_HEADS=tile.heads,
         HALF=triton.next_power_of_2(max(1, sizes.rope_dim // 2)),
         BLOCK_SHARED=triton.next_power_of_2(max(16, sizes.shared)),
         BLOCK_OWN=triton.next_power_of_2(max(16, sizes.own)),

@@ -1,8 +1,8 @@
-"""The Triton kernel behind `cache_write.sketched`. Import it only where Triton is to run: on a GPU or interpreted.
+"""The Triton kernel behind `cache_write.sketched`. Import it only where Triton runs: on a GPU, or in its interpreter.
 
-Grid: [blocks of tokens, blocks of projected columns, then blocks of query heads]. A program of columns writes what it
-projected to a workspace and counts; the one that comes last for its tokens has all their columns in reach, finds the
-scales and writes the rows. So many programs share the projection though a scale belongs to a whole row.
+Grid: [blocks of tokens, blocks of projected columns, blocks of query heads]. A program of columns writes its part of
+the projection to a workspace and counts itself; the last one for its tokens finds the scales and writes the rows. So
+many programs share the projection although a scale belongs to a whole row.
 """
 
 from __future__ import annotations
@@ -12,57 +12,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sglang_tpla.attention.cache_write.plain_triton import rotate_queries, rotated_pairs
-
-GIVEN, NORMED, PROJECTED = 0, 1, 2
-
-
-@triton.jit
-def some_columns(
-    latent,
-    weight,
-    z,
-    live,
-    column,
-    eps,
-    D: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    MODE: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr,
-    BLOCK_W: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """[tokens, columns] of the projection, float32; ``latent`` points at each token's."""
-    there = live[:, None] & (column < COLUMNS)[None, :]
-    if MODE == 0:
-        return tl.load(latent[:, None] + column[None, :], mask=there, other=0.0).to(tl.float32)
-    square = tl.zeros([BLOCK_TOKENS], tl.float32)
-    for start in range(0, D, BLOCK_D):
-        d = start + tl.arange(0, BLOCK_D)
-        here = live[:, None] & (d < D)[None, :]
-        x = tl.load(latent[:, None] + d[None, :], mask=here, other=0.0).to(tl.float32)
-        square += tl.sum(x * x, 1)
-    inverse = tl.rsqrt(square / D + eps)
-    if MODE == 1:
-        x = tl.load(latent[:, None] + column[None, :], mask=there, other=0.0).to(tl.float32)
-        scale = tl.load(weight + column, mask=column < COLUMNS, other=0.0).to(tl.float32)
-        return (x * inverse[:, None] * scale[None, :]).to(latent.dtype.element_ty).to(tl.float32)
-    value = tl.zeros([BLOCK_TOKENS, BLOCK_W], tl.float32)
-    for start in range(0, D, BLOCK_D):
-        d = start + tl.arange(0, BLOCK_D)
-        here = live[:, None] & (d < D)[None, :]
-        x = tl.load(latent[:, None] + d[None, :], mask=here, other=0.0).to(tl.float32)
-        scale = tl.load(weight + d, mask=d < D, other=0.0).to(tl.float32)
-        normed = (x * inverse[:, None] * scale[None, :]).to(latent.dtype.element_ty).to(tl.float32)
-        inside = (d < D)[:, None] & (column < COLUMNS)[None, :]
-        tile = tl.load(z + d[:, None] * COLUMNS + column[None, :], mask=inside, other=0.0)
-        value += tl.sum(normed[:, :, None] * tile[None, :, :], 1)
-    return value
+from sglang_tpla.attention.cache_write.plain_triton import rotate_queries, rotated_pairs, slice_columns
 
 
 @triton.jit
 def int8_scale(largest):
-    """The largest magnitude over 127, rounded up to bfloat16; of zeros 1."""
+    """The largest magnitude over 127, rounded up to bfloat16; 1 for zeros."""
     bits = tl.div_rn(largest, 127.0).to(tl.int32, bitcast=True)
     scale = ((bits + 0xFFFF) & -65536).to(tl.float32, bitcast=True)
     return tl.where(scale == 0.0, 1.0, scale)
@@ -70,22 +25,22 @@ def int8_scale(largest):
 
 @triton.jit
 def nearest_bfloat16(value):
-    """float32 rounded to bfloat16, ties to even; said in integers, as the interpreter's cast cuts off."""
+    """Round float32 to bfloat16, ties to even; in integers, because the interpreter's cast truncates."""
     bits = value.to(tl.int32, bitcast=True)
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def int8_codes(x, scale):
-    """Values over their scale, rounded to the nearest, of two equally near to the even one."""
+    """Values over their scale, rounded to the nearest integer, ties to even."""
     ratio = tl.div_rn(x, tl.zeros_like(x) + scale)
-    nearest = (ratio + 12582912.0) - 12582912.0  # 1.5 * 2^23: no fraction is left
+    nearest = (ratio + 12582912.0) - 12582912.0  # adding 1.5 * 2^23 leaves no bits for a fraction
     return tl.minimum(tl.maximum(nearest, -127.0), 127.0).to(tl.int8).to(tl.uint8, bitcast=True)
 
 
 @triton.jit
 def quantised_field(row, columns, first, COUNT: tl.constexpr, BLOCK: tl.constexpr):
-    """Quantise ``COUNT`` columns from ``first`` on to the same place of the row; their scale."""
+    """Quantise ``COUNT`` columns from ``first`` on into the same place of the row, and return their scale."""
     at = tl.arange(0, BLOCK)
     x = tl.load(columns + first + at, mask=at < COUNT, other=0.0, cache_modifier=".cg")
     scale = int8_scale(tl.max(tl.abs(x), 0))
@@ -106,7 +61,7 @@ def write_sketch(
     BLOCK_SKETCH: tl.constexpr,
     BLOCK_OWN: tl.constexpr,
 ):
-    """The codes of the other groups' columns, at ``row``; the scale that all groups share."""
+    """Write the codes of the other groups' columns at ``row``, and return the scale that all groups share."""
     kept = tl.arange(0, BLOCK_SKETCH)
     there = kept < (GROUPS - 1) * OWN
     source = kept + tl.where(kept >= GROUP * OWN, OWN, 0)
@@ -162,7 +117,7 @@ def write_row(
     BLOCK_OWN: tl.constexpr,
     BLOCK_SKETCH: tl.constexpr,
 ):
-    """One token's row, from its projected ``columns``; ``row16`` is the row in units of bfloat16."""
+    """Write one token's row from its projected ``columns``; ``row16`` is the row in units of bfloat16."""
     SKETCH: tl.constexpr = W_PAD + ROPE * ROPE_BITS // 8
     SKETCH_BYTES: tl.constexpr = (GROUPS - 1) * OWN * BITS // 8
     shared_scale = 1.0
@@ -262,7 +217,7 @@ def sketched_write_kernel(
         live = token < tokens
         token = token.to(tl.int64)
         column = block * BLOCK_W + tl.arange(0, BLOCK_W)
-        value = some_columns(
+        value = slice_columns(
             latent + token * latent_stride,
             weight,
             z,
@@ -278,7 +233,7 @@ def sketched_write_kernel(
         )
         there = live[:, None] & (column < COLUMNS)[None, :]
         tl.store(work + token[:, None] * COLUMNS + column[None, :], value, mask=there)
-        tl.debug_barrier()  # all threads have stored before one of them counts
+        tl.debug_barrier()  # every thread must have stored before one of them counts
         before = tl.atomic_add(arrived + tl.program_id(0), 1, sem="acq_rel")
         if before == COLUMN_BLOCKS - 1:
             tl.debug_barrier()
@@ -313,10 +268,7 @@ def sketched_write_kernel(
                         BLOCK_SKETCH,
                     )
     elif HEADS:
-        member = tl.arange(0, BLOCK_TOKENS * BLOCK_HEADS)
-        head = (block - COLUMN_BLOCKS) * BLOCK_HEADS + member % BLOCK_HEADS
-        asking = first + member // BLOCK_HEADS
-        asked = (asking < tokens) & (head < HEADS)
-        asking = asking.to(tl.int64)
-        query = q_rope + asking * q_token_stride + head.to(tl.int64) * q_head_stride
-        rotate_queries(query, cos_sin, positions, asking, asked, ROPE, ROTATE, HALF)
+        rotate_queries(
+            q_rope, cos_sin, positions, block - COLUMN_BLOCKS, tokens, q_token_stride, q_head_stride,
+            HEADS, ROPE, ROTATE, HALF, BLOCK_TOKENS, BLOCK_HEADS,
+        )  # fmt: skip

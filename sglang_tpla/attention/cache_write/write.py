@@ -1,4 +1,4 @@
-"""The cache write that serves a row format on a device: a kernel on a GPU, the PyTorch twin for all other rows."""
+"""Choose the cache write of a row format on a device: a kernel on a GPU, the PyTorch twin otherwise."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ def write(new: CacheWrite) -> None:
     if not new.cache.is_cuda or (new.sketched is not None and not sketched.serves(new.sketched.rows)):
         reference.write(new)
     elif new.sketched is not None:
-        sketched.write(new)
+        sketched.launch(new)
     elif new.fp8_shared is not None:
-        fp8.write(new)
+        fp8.launch(new)
     else:
-        plain.write(new)
+        plain.launch(new)

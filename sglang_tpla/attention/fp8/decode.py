@@ -1,10 +1,10 @@
-"""Decode attention over a paged cache of FP8 rows (`fp8_rows`) behind the attention interface, in Triton.
+"""Decode attention over a paged cache of FP8 rows (`cache_rows.fp8`) behind the attention interface, in Triton.
 
-Serves w any multiple of 32 from 64 to 512, up to 128 heads, query length 1 to 4, any page size that is a power of two,
-bfloat16 queries. The cache is split over its length and merged in a fixed order: results repeat to the last bit.
-``plan`` only remembers the step's tensors: the programs work out their stretch from lengths on the device, and a CUDA
-graph of ``run`` stays right when lengths, page table and queries are refilled in place. Twin:
-`reference.ReferenceDecode`.
+The kernel serves every w that is a multiple of 32 from 64 to 512, up to 128 heads, query lengths 1 to 4, every page
+size that is a power of two, and bfloat16 queries. It splits the cache over its length and merges in a fixed order, so
+results repeat to the last bit. ``plan`` only remembers the step's tensors: programs find their stretch from lengths on
+the device, and a CUDA graph of ``run`` stays right when lengths, page table and queries are refilled in place. The twin
+is `reference.ReferenceDecode`.
 """
 
 from __future__ import annotations
@@ -13,21 +13,27 @@ from dataclasses import dataclass
 
 import torch
 
-from sglang_tpla.attention.interface import AttentionInputError, DecodeShape, PageTable, checked_inputs
+from sglang_tpla.attention.interface import (
+    AttentionInputError,
+    DecodeShape,
+    PageTable,
+    checked_inputs,
+    checked_plan,
+)
 from sglang_tpla.cache_rows import fp8 as fp8_rows
 
 MAX_SPLITS = 128  # of one request
-SMALLEST_BLOCK = 16  # columns of a block that a matrix product takes
+SMALLEST_BLOCK = 16  # columns; a matrix product takes no narrower block
 
 
 @dataclass(frozen=True)
 class Tiling:
-    """How the kernel is cut; results differ between tilings in rounding alone.
+    """The sizes of the kernel's tiles; results of two tilings differ in rounding alone.
 
     Args:
         rows: query rows (tokens x heads) of a program. tokens: cache rows of a step of its loop.
-        warps, stages: as Triton counts them. programs: how many share a step's tokens, a multiprocessor.
-        compute: type that values, queries and probabilities are multiplied in.
+        warps, stages: as Triton counts them. programs: programs of a multiprocessor that share a step's tokens.
+        compute: type in which values, queries and probabilities are multiplied.
     """
 
     rows: int
@@ -39,7 +45,7 @@ class Tiling:
 
 
 def tiling_for(shape: DecodeShape) -> Tiling:
-    """The tiling that serves ``shape`` best, as far as it was measured."""
+    """The fastest tiling for ``shape`` among those measured."""
     rows = shape.heads * shape.query_len
     if rows <= 32 or shape.latent_dim > 256:
         return Tiling(16 if rows <= 16 else 32, 64, 4, 3)
@@ -49,14 +55,14 @@ def tiling_for(shape: DecodeShape) -> Tiling:
 
 
 def column_blocks(shared: int, w: int) -> tuple[int, int, int, int]:
-    """Widths of the blocks that columns are loaded in: two of the shared, two of the own columns; 0: none.
+    """The widths of the blocks in which columns are loaded: two of shared, two of own columns; 0 is no block.
 
-    The first block of a part is the largest power of two in it, the second what is left.
+    The first block of a part is the largest power of two in it; the second block is the rest.
     """
 
     def blocks(count: int) -> tuple[int, int]:
         first = 1 << count.bit_length() >> 1
-        # a rest narrower than a matrix product is loaded with the first block, masked
+        # a rest narrower than a matrix product is loaded, masked, with the first block
         return (count, 0) if count - first < SMALLEST_BLOCK else (first, count - first)
 
     return (*blocks(shared), *blocks(w - shared))
@@ -70,14 +76,14 @@ class Fp8Decode:
     """The kernel for one shape, with its buffers.
 
     Args:
-        shape: what to serve, with ``fp8_shared``.
+        shape: the shape to serve, with ``fp8_shared``.
         scale: softmax scale.
-        max_batch: most requests a step has.
+        max_batch: most requests of a step.
         device: a GPU.
-        tiling: other than ``tiling_for(shape)``, for measuring.
+        tiling: a tiling other than ``tiling_for(shape)``, for measuring.
 
     Raises:
-        AttentionInputError: a shape the kernel does not serve.
+        AttentionInputError: a shape that the kernel does not serve.
     """
 
     def __init__(
@@ -110,21 +116,12 @@ class Fp8Decode:
         self._lengths: torch.Tensor | None = None
 
     def _splits(self, batch: int) -> int:
-        """Most stretches of a request: four times an even share, for requests longer than the others."""
+        """The most stretches of a request: four times an even share, for requests longer than the others."""
         return max(1, min(MAX_SPLITS, 4 * self._target // (batch * self._row_blocks)))
 
     def plan(self, table: PageTable, lengths: torch.Tensor) -> None:
-        """Remember the step's table and lengths.
-
-        Raises:
-            AttentionInputError: lengths that are not contiguous int32 [batch], or more requests than ``max_batch``.
-        """
-        if lengths.dtype != torch.int32 or lengths.shape != table.starts.shape or not lengths.is_contiguous():
-            raise AttentionInputError(
-                f"lengths must be contiguous int32 [{table.batch}]; got {lengths.dtype} {list(lengths.shape)}"
-            )
-        if table.batch > self.max_batch:
-            raise AttentionInputError(f"at most {self.max_batch} requests were announced; got {table.batch}")
+        """Remember the step's table and lengths, once `checked_plan` has passed them."""
+        checked_plan(table, lengths, self.max_batch)
         self._table, self._lengths = table, lengths
 
     def run(

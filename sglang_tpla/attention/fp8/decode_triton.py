@@ -1,15 +1,15 @@
-"""The Triton kernels behind `fp8_decode`. Import it only where Triton is to run: on a GPU, or in its interpreter.
+"""The Triton kernels behind `fp8.decode`. Import this file only where Triton runs: on a GPU, or in its interpreter.
 
 A program takes one stretch of one request's tokens and a tile of its query rows (tokens x heads):
 
     score = (q_s v_s) scale_s + (q_o v_o) scale_o + q^R k^R,    acc_s += (p scale_s) v_s,    acc_o += (p scale_o) v_o
 
-Index s: the shared columns, o: a group's own ones. A row's two scales go to scores and probabilities, so that e4m3
-values enter the products as they are: every e4m3 number is a float16 number, and one instruction turns two of them,
-where bfloat16 takes three. So that float16's range holds what meets them, queries are multiplied with a power of two
-that brings their largest magnitude near 2^`QUERY_LARGEST_LOG2`, and p scale is divided by the largest scale so far.
-Each part's columns are at most two blocks of a power of two: what is beyond the largest power is a block of its own.
-`fp8_merge_kernel` joins the stretches in their order.
+Index s stands for the shared columns, o for a group's own columns. A row's two scales go into scores and probabilities,
+so that e4m3 values enter the products as they are: every e4m3 number is a float16 number, and one instruction converts
+two of them, where bfloat16 takes three. Two factors keep the other operands in float16's range: queries are multiplied
+by a power of two that brings their largest magnitude near 2^`QUERY_LARGEST_LOG2`, and p scale is divided by the largest
+scale so far. Each part's columns fill at most two blocks: the largest power of two, and the rest. `fp8_merge_kernel`
+joins the stretches in their order.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ QUERY_LARGEST_LOG2 = tl.constexpr(12)
 
 @triton.jit
 def stretch_of(lengths, length, batch, row_blocks, splits, target, BLOCK_N: tl.constexpr):
-    """Tokens of a stretch: equal shares of the step's tokens for ``target`` programs, at most ``splits`` a request."""
+    """The tokens of a stretch: an equal share for ``target`` programs, but at most ``splits`` stretches a request."""
     total = tl.zeros([128], tl.int32)
     for first in range(0, batch, 128):
         at = first + tl.arange(0, 128)
@@ -36,7 +36,7 @@ def stretch_of(lengths, length, batch, row_blocks, splits, target, BLOCK_N: tl.c
 
 @triton.jit
 def load_query(query, live, FIRST: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """Columns FIRST ... FIRST + WIDTH - 1 of the query rows: [ROWS, BLOCK]."""
+    """Load columns FIRST ... FIRST + WIDTH - 1 of the query rows, [ROWS, BLOCK]."""
     column = tl.arange(0, BLOCK)
     inside = live[:, None] & (column < WIDTH)[None, :]
     return tl.load(query[:, None] + FIRST + column[None, :], mask=inside, other=0.0)
@@ -44,13 +44,13 @@ def load_query(query, live, FIRST: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.
 
 @triton.jit
 def largest_of(query):
-    """Largest magnitude of each query row."""
+    """The largest magnitude of each query row."""
     return tl.max(tl.abs(query.to(tl.float32)), 1)
 
 
 @triton.jit
 def lifted(query, factor, COMPUTE: tl.constexpr):
-    """Query rows times their factors, for the products with cached values."""
+    """Multiply query rows by their factors, for the products with cached values."""
     return (query.to(tl.float32) * factor[:, None]).to(COMPUTE)
 
 
@@ -58,14 +58,14 @@ def lifted(query, factor, COMPUTE: tl.constexpr):
 def load_values(
     values, row, here, FIRST: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, COMPUTE: tl.constexpr
 ):
-    """The same columns of cache rows: [BLOCK_N, BLOCK]."""
+    """Load the same columns of cache rows, [BLOCK_N, BLOCK]."""
     column = tl.arange(0, BLOCK)
     inside = here[:, None] if WIDTH == BLOCK else here[:, None] & (column < WIDTH)[None, :]
     code = tl.load(values + row[:, None] + FIRST + column[None, :], mask=inside, other=0)
     if tl.float16 != COMPUTE:
         return code.to(tl.float8e4nv, bitcast=True).to(COMPUTE)
-    # Four at a time, and "impure": a plain cast would be moved behind shared memory, where products then gather their
-    # operands byte by byte; what is turned before is gathered by matrix loads.
+    # Triton would move a plain cast behind shared memory, where products gather operands byte by byte. An "impure"
+    # conversion stays in front, so matrix loads gather its results.
     return tl.inline_asm_elementwise(
         "{ .reg .b16 low, high; mov.b32 {low, high}, $2;"
         " cvt.rn.f16x2.e4m3x2 $0, low; cvt.rn.f16x2.e4m3x2 $1, high; }",
@@ -171,7 +171,7 @@ def fp8_decode_kernel(
         q_o0 = lifted(q_o0, lift, COMPUTE)
     if O1:
         q_o1 = lifted(q_o1, lift, COMPUTE)
-    unit_s = tl.full([], 0.0, tl.float32)  # largest scales so far: what accumulated values are counted in
+    unit_s = tl.full([], 0.0, tl.float32)  # the largest scale so far is the unit of accumulated values
     unit_o = tl.full([], 0.0, tl.float32)
     largest = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
@@ -260,7 +260,7 @@ def fp8_merge_kernel(
     W_BLOCK: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """One query row: its stretches' outputs weighted by their sums, in the stretches' order."""
+    """Merge one query row: add up its stretches' outputs, weighted by their sums, in the stretches' order."""
     ALL_ROWS: tl.constexpr = QUERY_LEN * HEADS
     row, request = tl.program_id(0), tl.program_id(1)
     length = tl.load(lengths + request)

@@ -1,8 +1,8 @@
 """Compile CUDA source for Hopper with NVRTC, keep the binaries on disk, load and launch their kernels.
 
-NVRTC and the driver bindings (``cuda.bindings``) come with SGLang; no nvcc, host compiler or GPU is needed to
-compile. Binaries are cached under ``$SGLANG_TPLA_CACHE`` (default ``~/.cache/sglang_tpla``) by the hash of
-the source, the options and the compiler's version.
+NVRTC and the driver bindings (``cuda.bindings``) come with SGLang; compiling needs no nvcc, host compiler or GPU.
+Binaries are cached under ``$SGLANG_TPLA_CACHE`` (default ``~/.cache/sglang_tpla``) by the hash of the source, the
+options and the compiler's version.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ ARCHITECTURE = "sm_90a"
 
 
 class KernelCompileError(SglangTplaError, RuntimeError):
-    """NVRTC or the driver refused a kernel; the message carries their log."""
+    """A kernel that NVRTC or the driver refused; the message carries their log."""
 
 
 def cache_folder() -> Path:
-    """Where compiled kernels are kept."""
+    """The folder of compiled kernels."""
     return Path(os.environ.get("SGLANG_TPLA_CACHE", Path.home() / ".cache" / "sglang_tpla")) / "cubin"
 
 
@@ -36,8 +36,7 @@ def _nvrtc(result: tuple[Any, ...], what: str) -> Any:
 
 
 def compile_cubin(source: str, defines: dict[str, int], name: str) -> tuple[bytes, str]:
-    """Compile ``source`` with ``-D`` ``defines``; returns the binary and the compiler's log (registers,
-    spills).
+    """Compile ``source`` with ``-D`` ``defines``, and return the binary and the compiler's log (registers, spills).
 
     Raises:
         KernelCompileError: with the compiler's log.
@@ -61,7 +60,7 @@ def compile_cubin(source: str, defines: dict[str, int], name: str) -> tuple[byte
 
 
 def cached_cubin(source: str, defines: dict[str, int], name: str) -> bytes:
-    """``compile_cubin`` with the disk in front; safe with several processes starting at once."""
+    """Read the binary from the disk, or compile and keep it; several processes may do so at once."""
     from cuda.bindings import nvrtc
 
     version = nvrtc.nvrtcVersion()[1:]
@@ -75,7 +74,7 @@ def cached_cubin(source: str, defines: dict[str, int], name: str) -> bytes:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
         file.write(cubin)
-    os.replace(file.name, path)  # atomic: another process sees all of it or nothing
+    os.replace(file.name, path)  # atomic, so that another process sees the whole file or none
     return cubin
 
 
@@ -86,9 +85,7 @@ def _driver(result: tuple[Any, ...], what: str) -> Any:
 
 
 class KernelModule:
-    """A loaded binary. The current CUDA context (PyTorch's) owns it; keep the object as long as its kernels
-    run.
-    """
+    """A loaded binary, which the current CUDA context (PyTorch's) owns; keep the object while its kernels run."""
 
     def __init__(self, cubin: bytes) -> None:
         from cuda.bindings import driver
@@ -97,7 +94,7 @@ class KernelModule:
         self._module = _driver(driver.cuModuleLoadData(cubin), "cuModuleLoadData")
 
     def kernel(self, name: str, shared_bytes: int = 0) -> Any:
-        """The kernel called ``name``, allowed ``shared_bytes`` of dynamic shared memory."""
+        """The kernel called ``name``, with ``shared_bytes`` of dynamic shared memory allowed."""
         driver = self._driver
         function = _driver(
             driver.cuModuleGetFunction(self._module, name.encode()), f"cuModuleGetFunction({name})"
@@ -118,9 +115,7 @@ class KernelModule:
         shared_bytes: int = 0,
         early: bool = False,
     ) -> None:
-        """Launch with ctypes ``arguments``; ``early`` lets it start before its predecessor ends (it must
-        wait itself).
-        """
+        """Launch with ctypes ``arguments``; an ``early`` kernel may start before its predecessor has ended."""
         driver = self._driver
         config = driver.CUlaunchConfig()
         config.gridDimX, config.gridDimY, config.gridDimZ = grid[0], grid[1], 1

@@ -1,9 +1,9 @@
 """Our paged latent decode kernel for Hopper (``cuda/``) behind the attention interface.
 
-Serves w any multiple of 32 from 64 to 512 with a rope part of 64, up to 128 heads, query length 1 to 4, any
-page size that is a power of two, bfloat16; and sketched rows with a kernel of their own (`sketched`). ``plan`` and
-``run`` launch fixed grids on fixed buffers and never wait for the device, so a CUDA graph of them stays right when
-lengths, page table and queries are refilled in place.
+The kernel serves every w that is a multiple of 32 from 64 to 512, with a rope part of 64, up to 128 heads, query
+lengths 1 to 4, every page size that is a power of two, in bfloat16; a kernel of their own reads sketched rows
+(`sketched`). ``plan`` and ``run`` launch fixed grids on fixed buffers and never wait for the device, so a CUDA graph of
+them stays right when lengths, page table and queries are refilled in place.
 """
 
 from __future__ import annotations
@@ -19,9 +19,15 @@ from sglang_tpla.attention.hopper import sketched, wgmma
 from sglang_tpla.attention.hopper.compile import KernelModule, cached_cubin
 from sglang_tpla.attention.hopper.plan import MAX_PARTS, SEGMENT_COST, TILE_TOKENS
 from sglang_tpla.attention.hopper.sketched import SketchedVariant
-from sglang_tpla.attention.interface import AttentionInputError, DecodeShape, PageTable, checked_inputs
+from sglang_tpla.attention.interface import (
+    AttentionInputError,
+    DecodeShape,
+    PageTable,
+    checked_inputs,
+    checked_plan,
+)
 
-# Compiled as one text, in this order.
+# The files are compiled as one text, in this order.
 SOURCES = tuple(
     Path(__file__).parent / "cuda" / name
     for name in (
@@ -31,13 +37,13 @@ SOURCES = tuple(
         "gather.cuh",  # the producer, which gathers cache rows
         "attend.cuh",  # scores, softmax, values, partial results
         "turns.cuh",  # the consumers' loop over tiles for more than 64 rows
-        "merge_shared.cuh",  # what a block merges
+        "merge_shared.cuh",  # the request that a block helps to merge
         "merge.cuh",  # adding up partial results
         "latent_decode.cu",  # the consumers' loop and the kernel
         "latent_plan.cu",  # the planning kernel
     )
 )
-# A block's shared memory without the first 1,024 bytes, where barriers are.
+# Barriers take the first 1,024 bytes of a block's 227 KiB.
 SHARED_LIMIT_BYTES = 226 * 1024
 MAX_STAGES = 8
 MODES = {"tokens": 0, "rows": 1, "width": 2}
@@ -48,7 +54,7 @@ class Variant:
     """One compiled form of the kernel; see the head of the CUDA source for the modes.
 
     Args:
-        latent_dim: w. rope_dim: rotary values. mode: how two warpgroups share the work.
+        latent_dim: w. rope_dim: rotary values. mode: the division of work between two warpgroups.
         stages: tiles in the ring.
     """
 
@@ -59,18 +65,18 @@ class Variant:
 
     @property
     def rows(self) -> int:
-        """Query rows a block takes."""
+        """The query rows of a block."""
         return 128 if self.mode == "rows" else 64
 
     @property
     def out_columns(self) -> int:
-        """Value columns a warpgroup accumulates."""
+        """The value columns that a warpgroup accumulates."""
         panels = -(-self.latent_dim // 64)
         return 64 * (-(-panels // 2) if self.mode == "width" else panels)
 
     @property
     def shared_bytes(self) -> int:
-        """Dynamic shared memory: query, ring of tiles, slots of two chunks (4 tiles each or 8)."""
+        """The dynamic shared memory: query, ring of tiles, slots of two chunks of 4 or 8 tiles."""
         panels = -(-(self.latent_dim + self.rope_dim) // 64)
         query_panels = -(-self.latent_dim // 64) if self.mode == "rows" else panels
         ring = panels * 128 * self.stages * TILE_TOKENS
@@ -78,7 +84,7 @@ class Variant:
 
     @property
     def defines(self) -> dict[str, int]:
-        """Macros the CUDA source is compiled with."""
+        """The macros of the CUDA source."""
         return {
             "LATENT": self.latent_dim,
             "ROPE": self.rope_dim,
@@ -118,7 +124,7 @@ def variant_for(shape: DecodeShape) -> Variant | SketchedVariant:
 
 
 class _Params(ctypes.Structure):
-    """``struct Params`` of the CUDA source."""
+    """The CUDA source's ``struct Params``."""
 
     _fields_ = (
         [
@@ -171,15 +177,15 @@ class HopperDecode:
     """The kernel for one shape, with its plan and workspace buffers.
 
     Args:
-        shape: what to serve.
+        shape: the shape to serve.
         scale: softmax scale.
-        max_batch: most requests a step has.
+        max_batch: most requests of a step.
         device: a Hopper GPU.
         variant: a form other than ``variant_for(shape)``, for measuring.
 
     Raises:
-        AttentionInputError: a shape the kernel does not serve.
-        KernelCompileError: the compiler or the driver refused it.
+        AttentionInputError: a shape that the kernel does not serve.
+        KernelCompileError: a kernel that the compiler or the driver refused.
     """
 
     def __init__(
@@ -215,22 +221,12 @@ class HopperDecode:
         self._partial_sums = torch.empty(splits * 3 * rows, dtype=torch.float32, device=device)
         self._table: PageTable | None = None
         self._lengths: torch.Tensor | None = None
-        # The first run after a plan waits for it in full; later ones may then read the plan at once.
+        # The first run after a plan waits for the whole plan, so that later runs may read it at once.
         self._after_plan = False
 
     def plan(self, table: PageTable, lengths: torch.Tensor) -> None:
-        """Lay out a step on the device, from lengths on the device; nothing is read back.
-
-        Raises:
-            AttentionInputError: lengths that are not contiguous int32 [batch], or more requests than
-            ``max_batch``.
-        """
-        if lengths.dtype != torch.int32 or lengths.shape != table.starts.shape or not lengths.is_contiguous():
-            raise AttentionInputError(
-                f"lengths must be contiguous int32 [{table.batch}]; got {lengths.dtype} {list(lengths.shape)}"
-            )
-        if table.batch > self.max_batch:
-            raise AttentionInputError(f"at most {self.max_batch} requests were announced; got {table.batch}")
+        """Lay out a step on the device, from lengths on the device that pass `checked_plan`; read nothing back."""
+        checked_plan(table, lengths, self.max_batch)
         self._table, self._lengths = table, lengths
         self._after_plan = False
         arguments = (
@@ -255,8 +251,7 @@ class HopperDecode:
         """Attend over the planned step; see ``interface.py``.
 
         Raises:
-            AttentionInputError: inputs that do not fit the shape, or rows that do not start at 16-byte
-            borders.
+            AttentionInputError: inputs that do not fit the shape, or rows that do not start at 16-byte borders.
         """
         table, lengths, shape = self._table, self._lengths, self.shape
         if table is None or lengths is None:

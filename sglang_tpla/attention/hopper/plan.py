@@ -1,11 +1,10 @@
-"""How a decode step's cache is cut into equal parts, one part a persistent block. Twin of the kernel
-``latent_plan``.
+"""Cut a decode step's cache into equal parts, one for each persistent block. Twin of the kernel ``latent_plan``.
 
 All requests' tiles (64 tokens) stand in one line. A part is a stretch of that line and costs its tiles plus
-``SEGMENT_COST`` for every request it touches (loading the query, joining and storing the result). Where
-parts that do not cross requests are nearly as equal, they are laid that way: fewer partial results.
-Otherwise a greedy walk lays parts of the smallest capacity with which all requests fit. The plan depends on
-the lengths alone, so the merge order, and with it the result, is the same whenever the lengths are.
+``SEGMENT_COST`` for every request that it touches (loading the query, joining and storing the result). Parts that do
+not cross requests leave fewer partial results, so they are preferred where they are nearly as equal. Otherwise a greedy
+walk lays parts of the smallest capacity with which all requests fit. The plan depends on the lengths alone, so equal
+lengths give the same merge order and the same result.
 """
 
 from __future__ import annotations
@@ -23,12 +22,10 @@ class Plan:
     """Parts of a step.
 
     Args:
-        part_begin: parts + 1 rows (request, tile, segments of that request in earlier parts); a part ends
-        where
-            the next begins.
-        split_start: batch + 1 numbers; request b's partial results are split_start[b] up to split_start[b +
-        1].
-            One split: the block writes the output itself. None: the request is empty.
+        part_begin: parts + 1 rows (request, tile, segments of that request in earlier parts); a part ends where the
+            next begins.
+        split_start: batch + 1 numbers; request b's partial results are split_start[b] up to split_start[b + 1]. A
+            request with one split gets its output from the block itself; an empty request has no split.
     """
 
     part_begin: tuple[tuple[int, int, int], ...]
@@ -36,7 +33,7 @@ class Plan:
 
 
 def tiles_of(length: int) -> int:
-    """Tiles that hold ``length`` tokens."""
+    """The number of tiles that hold ``length`` tokens."""
     return -(-length // TILE_TOKENS)
 
 
@@ -74,12 +71,12 @@ def _lay_whole(tiles: Sequence[int], parts: int, most: int) -> Plan | None:
         part_begin += [(request, n * i // count, i) for i in range(count)]
         split_start.append(split_start[-1] + count)
     part_begin += [(len(tiles), 0, 0)] * (parts + 1 - len(part_begin))
-    part_begin[0] = (0, 0, 0)  # the first part also walks over leading empty requests
+    part_begin[0] = (0, 0, 0)  # so that the first part also walks over leading empty requests
     return Plan(tuple(part_begin), tuple(split_start))
 
 
 def plan_parts(lengths: Sequence[int], parts: int) -> Plan:
-    """Cut requests of ``lengths`` tokens into ``parts`` parts of as equal a cost as whole tiles allow.
+    """Cut requests of ``lengths`` tokens into ``parts`` parts whose costs are as equal as whole tiles allow.
 
     Raises:
         ValueError: fewer than 1 or more than ``MAX_PARTS`` parts.

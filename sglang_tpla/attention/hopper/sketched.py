@@ -1,8 +1,8 @@
-"""The form of the Hopper decode kernel that reads sketched rows (`cache_rows.sketched`): what `decode` compiles.
+"""The form of the Hopper decode kernel that reads sketched rows (`cache_rows.sketched`); `decode` compiles it.
 
-Serves rows of at least 256 bytes (w_pad, rope and row are multiples of 16 then) with w_pad 64 to 512, sketch codes of
-2, 3 and 4 bits, a rotary key of 64 values in 8 or 16 bits, up to 128 heads and query length 1 to 4. The head of
-``cuda/sketched_shapes.cuh`` tells how it works.
+The kernel serves rows of at least 256 bytes (whose w_pad, rope and size are multiples of 16) with w_pad 64 to 512,
+sketch codes of 2, 3 and 4 bits, a rotary key of 64 values in 8 or 16 bits, up to 128 heads and query lengths 1 to 4.
+The head of ``cuda/sketched_shapes.cuh`` explains it.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from sglang_tpla.attention.hopper.plan import MAX_PARTS, SEGMENT_COST, TILE_TOKE
 from sglang_tpla.attention.interface import DecodeShape
 from sglang_tpla.cache_rows.sketched import ALIGNMENT, SketchedRows, level_table
 
-# Compiled as one text, in this order.
+# The files are compiled as one text, in this order.
 SOURCES = tuple(
     Path(__file__).parent / "cuda" / name
     for name in (
-        "sketched_shapes.cuh",  # how the kernel works; constants of a variant, parameters
+        "sketched_shapes.cuh",  # explanation; constants of a variant, parameters
         "hopper.cuh",  # barriers, asynchronous copies, wgmma
         "parts.cuh",  # a block's part of the plan
-        "sketched_unpack.cuh",  # codes to what wgmma multiplies
+        "sketched_unpack.cuh",  # from codes to wgmma's operands
         "sketched_gather.cuh",  # the producer, which copies raw rows; the query
-        "merge_shared.cuh",  # what a block merges
+        "merge_shared.cuh",  # the request that a block helps to merge
         "sketched_attend.cuh",  # scores, softmax, values, partial results
         "merge.cuh",  # adding up partial results
         "sketched_decode.cu",  # the consumers' loop and the kernel
@@ -35,14 +35,14 @@ SOURCES = tuple(
 )
 BLOCK_BYTES = 227 * 1024  # shared memory of a block
 MAX_STAGES = 8
-SMALLEST_QUERY_BYTES = 10240  # the merge adds up there
-# of a thread: producer, scores, values; by how many warpgroups add up values
+SMALLEST_QUERY_BYTES = 10240  # the merge adds up in the query's memory
+# warpgroups that add up values -> registers of a thread of the producer, of scores, of values
 REGISTERS = {1: (40, 144, 184), 2: (32, 112, 112)}
 MAX_ACCUMULATORS = 128  # of the values, a thread
 
 
-def objection(rows: SketchedRows) -> str | None:
-    """Why the kernel does not read such rows, or None."""
+def unsupported_reason(rows: SketchedRows) -> str | None:
+    """The reason for which the kernel does not read such rows, or None."""
     if rows.row_bytes % ALIGNMENT or rows.w_pad % ALIGNMENT:
         return f"rows of {rows.row_bytes} bytes are shorter than 256, and not aligned to 16"
     if not 64 <= rows.w_pad <= 512:
@@ -59,10 +59,10 @@ class SketchedVariant:
     """One compiled form of the kernel.
 
     Args:
-        cache: the rows that it reads.
-        rows: query rows a block takes, a multiple of 16.
+        cache: the rows that the kernel reads.
+        rows: query rows of a block, a multiple of 16.
         stages: tiles in the ring.
-        buffers: groups of 32 columns (or tokens) whose registers wgmma may be reading.
+        buffers: groups of 32 columns (or tokens) whose registers wgmma may read at the same time.
         values: warpgroups that add up values.
     """
 
@@ -76,7 +76,7 @@ class SketchedVariant:
 
     @property
     def threads(self) -> int:
-        """Threads of a block."""
+        """The threads of a block."""
         return 128 * (3 + self.values)
 
     @property
@@ -87,25 +87,25 @@ class SketchedVariant:
 
     @property
     def fixed_bytes(self) -> int:
-        """Shared memory whatever the ring: barriers, and what warps tell each other of each query row."""
+        """The shared memory besides query and ring: barriers, and what warps tell each other about query rows."""
         bare = 16 * self.stages + 32 + 16 + 16 + 32 + 512 + 4 * self.rows * (8 + 8 + 2 + 2)
         return -(-bare // 1024) * 1024
 
     @property
     def shared_bytes(self) -> int:
-        """Dynamic shared memory: query, probabilities of two tiles, ring."""
+        """The dynamic shared memory: query, probabilities of two tiles, ring."""
         odd = self.cache.row_bytes // 16 % 2
         stride = self.cache.row_bytes + (0 if odd else 16)
         return self._query_bytes + 2 * self.rows * 128 + self.stages * TILE_TOKENS * stride + 16
 
     @property
     def fits(self) -> bool:
-        """Whether a block has that much."""
+        """Whether a block has that much shared memory."""
         return self.fixed_bytes + self.shared_bytes <= BLOCK_BYTES
 
     @property
     def defines(self) -> dict[str, int]:
-        """Macros the CUDA source is compiled with."""
+        """The macros of the CUDA source."""
         rows = self.cache
         levels = level_table(rows.sketch_bits)[: 1 << rows.sketch_bits - 1].to(torch.float16)
         words = levels.view(torch.int16).tolist() + [0] * (8 - len(levels))
@@ -147,7 +147,7 @@ class SketchedVariant:
 
 
 def variant_for(shape: DecodeShape) -> SketchedVariant:
-    """The form that serves ``shape`` best: as many query rows a block as registers hold, as many stages as fit."""
+    """The best form for ``shape``: as many query rows a block as registers hold, and as many stages as fit."""
     assert shape.sketched is not None
     rows = shape.heads * shape.query_len
     blocks_of_columns = -(-shape.latent_dim // 64)

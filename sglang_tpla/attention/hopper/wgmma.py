@@ -1,8 +1,7 @@
-"""CUDA source of the two wgmma instructions that the decode kernel uses, written out for a given width.
+"""CUDA source of the wgmma instructions that the decode kernels use, written out for a given width.
 
-wgmma (sm_90a) multiplies a 64-row operand with an N-column one for a whole warpgroup; each of its 128 threads
-holds N/2 fp32 accumulators. Inline assembly has to name every accumulator, which is why this text is
-generated.
+wgmma (sm_90a) multiplies a 64-row operand by an N-column operand for a whole warpgroup; each of its 128 threads holds
+N/2 fp32 accumulators. Inline assembly must name every accumulator, so this text is generated.
 """
 
 from __future__ import annotations
@@ -24,8 +23,10 @@ def _accumulators(count: int) -> tuple[str, str]:
 
 
 def scores_source() -> str:
-    """``wgmma_ss_64(d, a, b, accumulate)``: d [64, 64] (+)= a [64, 16] b [64, 16]^T, both in shared memory;
-    ``wgmma_rs_64(d, a0..a3, b, accumulate)``: the same with a in registers.
+    """The source of the products of scores.
+
+    ``wgmma_ss_64(d, a, b, accumulate)`` is d [64, 64] (+)= a [64, 16] b [64, 16]^T, both in shared memory;
+    ``wgmma_rs_64(d, a0..a3, b, accumulate)`` is the same with a in registers.
     """
     names, operands = _accumulators(32)
     return f"""
@@ -44,9 +45,7 @@ __device__ __forceinline__ void wgmma_rs_64(float (&d)[32], u32 a0, u32 a1, u32 
 
 
 def values_source(columns: int) -> str:
-    """``wgmma_rs(d, a0..a3, b)``: d [64, columns] += a [64, 16] in registers times b [16, columns]
-    (transposed).
-    """
+    """The source of ``wgmma_rs(d, a0..a3, b)``: d [64, columns] += a [64, 16] in registers times b [16, columns]."""
     count = columns // 2
     names, operands = _accumulators(count)
     return f"""
@@ -60,8 +59,9 @@ __device__ __forceinline__ void wgmma_rs(float (&d)[{count}], u32 a0, u32 a1, u3
 
 
 def rows_source(columns: int) -> str:
-    """``wgmma_half(d, a0..a3, b, accumulate)``: d [64, columns] (+)= a [64, 16] in registers times b [columns, 16]^T in
-    shared memory, in float16; ``wgmma_bf16``: the same in bfloat16.
+    """The source of ``wgmma_half(d, a0..a3, b, accumulate)`` and ``wgmma_bf16``, in float16 and in bfloat16.
+
+    Each is d [64, columns] (+)= a [64, 16] in registers times b [columns, 16]^T in shared memory.
     """
     count = columns // 2
     names, operands = _accumulators(count)

@@ -1,11 +1,11 @@
 """The paged latent decode kernels of this package as an attention backend of SGLang: ``--attention-backend tpla``.
 
-It serves the decode steps of a decode server, with CUDA graphs: page table and lengths are refilled in fixed buffers
-and planned on the device before each step, for every kind among the layers; nothing is read back. Speculating servers
-verify a chain of guesses as so many query tokens a request, and their draft layer runs here as well. Plain rows are
-read by the kernel for Hopper, FP8 rows (``--kv-cache-dtype fp8_e4m3``) and sketched ones by kernels of their own, on a
-CPU by the twin. A decode server computes no prompts, so there is no other extend. Answers to ``AttentionBackend`` in
-``sglang/srt/layers/attention/base_attn_backend.py``.
+It serves the decode steps of a decode server, with CUDA graphs: it refills page table and lengths in fixed buffers and
+plans on the device before each step, for every kind of layer, and reads nothing back. A speculating server verifies a
+chain of guesses as several query tokens of a request, and runs its draft layer here as well. The Hopper kernel reads
+plain rows, kernels of their own read FP8 rows (``--kv-cache-dtype fp8_e4m3``) and sketched rows, and on a CPU the twin
+reads all. A decode server computes no prompts, so there is no other extend. The class implements ``AttentionBackend``
+of ``sglang/srt/layers/attention/base_attn_backend.py``.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from sglang_tpla.host.model.rows import row_format
 
 @dataclass(frozen=True)
 class Queries:
-    """What the forwards of one backend have in common.
+    """The query tokens of one backend's forwards.
 
     Args:
-        per_request: query tokens a request has in a forward, the last ones of its cache.
+        per_request: query tokens of a request in a forward, the last ones of its cache.
         ahead: tokens that its cache holds beyond SGLang's ``seq_lens`` when the forward attends.
     """
 
@@ -42,12 +42,12 @@ class Queries:
 
     @classmethod
     def of_runner(cls, runner: Any) -> Queries:
-        """Those of a model runner's own backend.
+        """The queries of a model runner's own backend.
 
-        SGLang counts ``seq_lens`` without the drafts when the target verifies them, and with all of them when the draft
-        layer is extended by what was verified.
+        SGLang's ``seq_lens`` leave the drafts out when the target verifies them, and include them all when verified
+        tokens extend the draft layer.
         """
-        args = runner.server_args
+        args = compat.resolved(runner.server_args)
         if args.speculative_algorithm is None:
             return cls()
         drafts = int(args.speculative_num_draft_tokens)
@@ -55,11 +55,11 @@ class Queries:
 
 
 class TplaDecodeBackend(AttentionBackend):
-    """See the module's text; made once a rank, and for a draft model once a drafted token and once for its extend.
+    """The backend of the module's text. A rank has one, and a draft model one a drafted token and one for its extend.
 
     Args:
         runner: SGLang's ModelRunner, of the target or of the draft.
-        queries: of each forward; those of the runner's own backend where none are given.
+        queries: queries of each forward; by default those of the runner's own backend.
     """
 
     needs_cpu_seq_lens = False
@@ -78,7 +78,7 @@ class TplaDecodeBackend(AttentionBackend):
         self._dtype: torch.dtype = config.dtype
         self._shapes = self._layer_shapes(config, runner.kv_cache_dtype == FP8)
         slots = self.req_to_token_pool.req_to_token  # [requests, max_context] int32
-        # Checks once what a step relies on: contiguous int32, positions that fit 32 bits.
+        # This checks once that the table is contiguous int32 and that positions fit 32 bits, as every step requires.
         self._table = PageTable.from_req_to_token(
             slots, torch.zeros(0, dtype=torch.int32, device=self._device)
         )
@@ -87,14 +87,14 @@ class TplaDecodeBackend(AttentionBackend):
         self._make_buffers(self.req_to_token_pool.size)
 
     def shared_read_ends(self, forward_mode: Any) -> Any:
-        """Where the reads of SGLang's page table end: with the last layer, since every layer's kernel reads it.
+        """The end of reads of SGLang's page table: the last layer, because every layer's kernel reads the table.
 
-        SGLang from 0.5.18 on asks; its default says that they end before the first layer.
+        SGLang from 0.5.18 on asks for it; its default is that reads end before the first layer.
         """
         return compat.reads_until_replay_ends()
 
     def _layer_shapes(self, config: Any, fp8: bool) -> list[DecodeShape]:
-        """One shape a layer; a draft model keeps the whole latent."""
+        """The shape of each layer; a draft model keeps the whole latent."""
         text = config.hf_text_config
         model = text.kv_lora_rank, self._rope_dim
         if self._is_draft:
@@ -114,7 +114,7 @@ class TplaDecodeBackend(AttentionBackend):
         return Fp8Decode(shape, self._scale, self._max_batch, self._device)
 
     def _make_buffers(self, max_batch: int) -> None:
-        """Fixed buffers for at most ``max_batch`` requests, and one kernel for each kind of layer."""
+        """Make fixed buffers for at most ``max_batch`` requests, and one kernel for each kind of layer."""
         self._max_batch = max_batch
         self._starts = torch.zeros(max_batch, dtype=torch.int32, device=self._device)
         self._lengths = torch.zeros(max_batch, dtype=torch.int32, device=self._device)
@@ -122,9 +122,10 @@ class TplaDecodeBackend(AttentionBackend):
         self._verify_mask = self._make_verify_mask(max_batch)
 
     def _make_verify_mask(self, max_batch: int) -> Any:
-        """Where SGLang writes the mask of a verified tree: nothing reads it, since a chain is causal.
+        """Make the buffer into which SGLang writes the mask of a verified tree.
 
-        Without it SGLang allocates a mask over the whole context at every step.
+        Nothing reads it, since a chain is causal. Without it SGLang allocates a mask over the whole context at every
+        step.
         """
         if self._is_draft or self._queries.per_request == 1:
             return None
@@ -142,33 +143,33 @@ class TplaDecodeBackend(AttentionBackend):
 
     @property
     def verify_mask(self) -> Any:
-        """See `_make_verify_mask`."""
+        """The buffer that `_make_verify_mask` made."""
         return self._verify_mask
 
     def update_verify_buffers_to_fill_after_draft(self, spec_info: Any, cuda_graph_bs: int | None) -> None:
-        """Nothing: a plan depends on lengths alone, which are known before the drafts."""
+        """Do nothing: a plan depends on lengths alone, which are known before the drafts."""
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
-        """Before the first capture: graphs keep the buffers' addresses from here on."""
+        """Make larger buffers before the first capture if need be; from then on graphs keep their addresses."""
         if max_bs > self._max_batch:
             self._make_buffers(max_bs)
 
     def get_cuda_graph_seq_len_fill_value(self) -> int:
-        """Length of the requests that fill up a graph's batch; positions are lengths minus one."""
+        """The length of the requests that fill up a graph's batch; positions are lengths minus one."""
         return 1
 
     def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> None:
-        """Plan a step: eagerly, before a capture and before each replay alike."""
+        """Plan an eager step, a capture or a replay."""
         if self._serves(forward_batch.forward_mode):
             self.plan(forward_batch)
 
     @staticmethod
     def _serves(mode: Any) -> bool:
-        """Decode steps, drafts that are verified, and what extends the draft layer's cache afterwards."""
+        """Whether the mode is a decode step, a verification of drafts, or the draft layer's extend after it."""
         return bool(mode.is_decode() or mode.is_target_verify() or mode.is_draft_extend_v2())
 
     def plan(self, forward_batch: Any) -> None:
-        """Plan a forward over the requests of a batch, whatever SGLang calls its mode."""
+        """Plan a forward over the requests of a batch in any of SGLang's modes."""
         batch = forward_batch.batch_size
         if batch == 0:
             return
@@ -191,7 +192,7 @@ class TplaDecodeBackend(AttentionBackend):
         k_rope: torch.Tensor | None = None,  # [tokens, 1, rope]
         **kwargs: Any,
     ) -> torch.Tensor:
-        """Write the new tokens' rows, attend over the planned step; ``[tokens, h * w]``."""
+        """Write the new tokens' rows and attend over the planned step; return ``[tokens, h * w]``."""
         shape = self._shapes[layer.layer_id if len(self._shapes) > 1 else 0]
         width, rope = shape.query_dim, shape.rope_dim
         cache = self.token_to_kv_pool.get_key_buffer(layer.layer_id)
@@ -217,7 +218,7 @@ class TplaDecodeBackend(AttentionBackend):
         v: torch.Tensor | None,
         k_rope: torch.Tensor | None,
     ) -> None:
-        """Rows of the new tokens; FP8 rows are quantised here, sketched ones were written by the layer."""
+        """Write plain or FP8 rows of the new tokens; the layer has written sketched ones."""
         if shape.fp8_shared is None and k_rope is not None:
             self.token_to_kv_pool.set_mla_kv_buffer(layer, place, k, k_rope)
         elif shape.fp8_shared is None:
@@ -238,10 +239,10 @@ class TplaDecodeBackend(AttentionBackend):
         save_kv_cache: bool = True,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """Verify drafts, or extend the draft layer: as a decode step, with several query tokens a request.
+        """Verify drafts or extend the draft layer, as a decode step with several query tokens of a request.
 
         Raises:
-            AttentionInputError: a prompt; those come from prefill servers.
+            AttentionInputError: a prompt, which a prefill server should have computed.
         """
         if self._serves(forward_batch.forward_mode):
             return self.forward_decode(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)

@@ -1,9 +1,9 @@
-"""The draft model's attention on a server that speculates: where SGLang finds a backend for it.
+"""The backends of the draft model's attention on a server that speculates.
 
-SGLang makes the draft's backends in a factory of its own (``DraftBackendFactory`` in
-``sglang/srt/speculative/draft_utils.py``): one for each guessed token but the last, and one that extends the draft's
-cache by what was verified. The factory's tables are closed and do not know ``tpla`` or ``torch_native``, and it tells
-nobody which backend it chose: a draft layer then takes the target's for its own and hands over keys in the wrong form.
+SGLang makes them in a factory of its own (``DraftBackendFactory`` in ``sglang/srt/speculative/draft_utils.py``): one
+for each guessed token but the last, and one that extends the draft's cache by verified tokens. The factory's tables are
+closed and lack ``tpla`` and ``torch_native``. It also names its choice to nobody, so that a draft layer would take the
+target's backend for its own and hand over keys in the wrong form.
 """
 
 from __future__ import annotations
@@ -11,15 +11,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from sglang.srt.runtime_context import get_spec
+
+from sglang_tpla.host import compat
 from sglang_tpla.host.attention.supported import OURS
 
 PLAIN = "torch_native"
 
 
 class DraftSteps:
-    """The kernels of this package for a draft model that guesses a chain of tokens: one backend a guessed token.
+    """Backends with this package's kernels for a draft model that guesses a chain of tokens, one a guessed token.
 
-    Guess i is computed with i + 1 tokens in the cache beyond those that were verified.
+    Guess i is computed with i + 1 tokens in the cache beyond the verified ones.
     """
 
     needs_cpu_seq_lens = False
@@ -31,7 +34,7 @@ class DraftSteps:
         self.attn_backends = [TplaDecodeBackend(runner, Queries(1, step + 1)) for step in range(steps - 1)]
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
-        """Before the first capture."""
+        """Prepare all backends before the first capture."""
         for backend in self.attn_backends:
             backend.init_cuda_graph_state(max_bs, max_num_tokens)
 
@@ -40,28 +43,27 @@ class DraftSteps:
         self.init_forward_metadata_out_graph(forward_batch)
 
     def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> None:
-        """Plan all guesses, before a capture and before each replay alike."""
+        """Plan all guesses of an eager step, a capture or a replay."""
         for backend in self.attn_backends:
             backend.plan(forward_batch)
 
     def init_forward_metadata_in_graph(self, forward_batch: Any) -> None:
-        """Nothing: plans are made outside of the graph."""
+        """Do nothing, because plans are made outside of the graph."""
 
 
 def guessing_backend(original: Callable[..., Any], self: Any) -> Any:
-    """Around ``create_decode_backend``: what guesses attend with; None where each request has one guess."""
-    name = chosen(self, "decode_attention_backend")
+    """Hook around ``create_decode_backend``: make the guesses' backend, or None where each request has one guess."""
+    name = chosen(self, "decode")
     if self.speculative_num_steps > 1 and name == OURS:
         return DraftSteps(self.draft_model_runner, self.speculative_num_steps)
-    if name == PLAIN:  # prefill servers of the CPU platform, which never guess
+    if name == PLAIN:  # a prefill server of the CPU platform, which never guesses
         return None
     return named(original(self), name)
 
 
 def extending_backend(original: Callable[..., Any], self: Any) -> Any:
-    """Around ``create_draft_extend_backend``: what the draft layer follows the target with."""
-    mode = self.server_args.speculative_attention_mode
-    name = chosen(self, f"{mode}_attention_backend")
+    """Hook around ``create_draft_extend_backend``: make the backend with which the draft layer follows the target."""
+    name = chosen(self, get_spec().speculative_attention_mode)
     runner = self.draft_model_runner
     if name == PLAIN:
         return named(runner.attn_backend, name)
@@ -69,14 +71,14 @@ def extending_backend(original: Callable[..., Any], self: Any) -> Any:
         return named(original(self), name)
     from sglang_tpla.host.attention.backend import TplaDecodeBackend
 
-    own = runner.attn_backend  # the same, unless the server computes prompts with another backend
+    own = runner.attn_backend  # this is it, unless the server computes prompts with another backend
     return named(own if isinstance(own, TplaDecodeBackend) else TplaDecodeBackend(runner), name)
 
 
 def capture_graphs(original: Callable[[Any], None], self: Any) -> None:
-    """Around ``EagleDraftWorker._capture_cuda_graphs``: a graph of the draft layer's extend over our kernels as well.
+    """Hook around ``EagleDraftWorker._capture_cuda_graphs``: capture the draft layer's extend over our kernels as well.
 
-    SGLang captures it for a list of its own backends; the others run it launch by launch. On a CPU there are no graphs.
+    SGLang captures it only for a list of its own backends, and never on a CPU.
     """
     if self.device == "cpu":
         self.cuda_graph_runner = self.cuda_graph_runner_for_draft_extend = None
@@ -94,14 +96,13 @@ def capture_graphs(original: Callable[[Any], None], self: Any) -> None:
         self.cuda_graph_runner_for_draft_extend = EAGLEDraftExtendCudaGraphRunner(self)
 
 
-def chosen(factory: Any, setting: str) -> str:
-    """The backend that the factory would choose."""
-    args = factory.server_args
-    return factory.draft_attn_backend or getattr(args, setting) or args.attention_backend
+def chosen(factory: Any, mode: str) -> str:
+    """The backend that the factory would choose, for "prefill" or for "decode"."""
+    return factory.draft_attn_backend or compat.factory_backends(factory)[mode]
 
 
 def named(backend: Any, name: str) -> Any:
-    """The backend with its name on it, as SGLang puts one on a model runner's own backend."""
+    """Mark a backend with its name, as SGLang marks a model runner's own backend."""
     for one in getattr(backend, "attn_backends", [backend]):
         if one is not None:
             one.prefill_attention_backend_str = one.decode_attention_backend_str = name

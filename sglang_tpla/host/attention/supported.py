@@ -1,8 +1,8 @@
-"""Which of SGLang's attention backends may decode a slice, as measured (``sglang_tpla/attention/backends.py``).
+"""The attention backends of SGLang that may decode a slice, as measured (``sglang_tpla/attention/backends.py``).
 
-SGLang's names differ from kernels: its ``flashinfer`` backend lets FlashInfer choose a template by the GPU, its ``fa3``
-is the FlashAttention-3 of sgl_kernel, which takes value widths of 256 and more; ``tpla`` is this package's kernel
-(``decode_attention.py``). Needs no SGLang and no GPU.
+SGLang's names are not those of kernels: its ``flashinfer`` lets FlashInfer choose a template by the GPU, its ``fa3`` is
+the FlashAttention-3 of sgl_kernel, which takes value widths of 256 and more, and ``tpla`` is this package's kernel
+(``host/attention/backend.py``). Needs no SGLang and no GPU.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from sglang_tpla.attention.backends import BACKENDS, BackendRefusal, Capability
 from sglang_tpla.attention.interface import DecodeShape
 
 OURS = "tpla"
-FA3_WIDTHS = (256, 320, 512)  # measured right on an H200; below 256 the kernel refuses
+FA3_WIDTHS = (256, 320, 512)  # measured right on an H200; the kernel refuses widths below 256
 
 
 def triton_serves(latent_dim: int, rope_dim: int) -> bool:
-    """Whether SGLang's Triton decode compiles: the blocks of key and value columns must be one.
+    """Whether SGLang's Triton decode compiles: key and value columns must form blocks of one size.
 
-    Answers to ``_decode_grouped_att_m_fwd`` in ``sglang/kernels/ops/attention/decode_attention.py``, which splits off
-    the rope of 512 + 64 and 256 + 32 alone. Tried on an H200 at 80 + 32 (right), 128 + 32 and 256 + 64 (refused by the
-    compiler at the first step).
+    It follows ``_decode_grouped_att_m_fwd`` in ``sglang/kernels/ops/attention/decode_attention.py``, which splits off
+    the rope of 512 + 64 and 256 + 32 alone. On an H200, 80 + 32 was right, and the compiler refused 128 + 32 and
+    256 + 64 at the first step.
     """
 
     def rounded(values: int) -> int:
@@ -32,8 +32,8 @@ def triton_serves(latent_dim: int, rope_dim: int) -> bool:
     return keys == rounded(latent_dim)
 
 
-def engine_objection(name: str, shape: DecodeShape, capability: Capability) -> str | None:
-    """Why an attention backend of the engine must not decode this shape there; None if it may.
+def engine_unsupported_reason(name: str, shape: DecodeShape, capability: Capability) -> str | None:
+    """The reason for which an attention backend of the engine must not decode this shape there; None if it may.
 
     Args:
         name: value of ``--attention-backend`` (or ``--decode-attention-backend``).
@@ -46,8 +46,8 @@ def engine_objection(name: str, shape: DecodeShape, capability: Capability) -> s
             asked = {"fp8": "--kv-cache-dtype fp8_e4m3", "sketched": "--tpla-rows sketched"}[shape.kind]
             return f"it does not read the rows of {asked}"
         readers = [backend for backend in BACKENDS if backend.rows == shape.kind]
-        objections = [backend.objection(replace(shape, page_size=1), capability) for backend in readers]
-        return None if None in objections else objections[0]
+        reasons = [backend.unsupported_reason(replace(shape, page_size=1), capability) for backend in readers]
+        return None if None in reasons else reasons[0]
     if name == "torch_native":
         return None
     if name == "triton":
@@ -60,12 +60,12 @@ def engine_objection(name: str, shape: DecodeShape, capability: Capability) -> s
             "round up to the same power of two"
         )
     if name == "flashinfer":
-        return kernels["flashinfer_fa3" if capability == (9, 0) else "flashinfer_fa2"].objection(
+        return kernels["flashinfer_fa3" if capability == (9, 0) else "flashinfer_fa2"].unsupported_reason(
             shape, capability
         )
     if name == OURS:  # it gathers single tokens, whatever the page size of the pool
         kernel = kernels["reference" if capability is None else "hopper"]
-        return kernel.objection(replace(shape, page_size=1), capability)
+        return kernel.unsupported_reason(replace(shape, page_size=1), capability)
     if name == "fa3":
         if capability != (9, 0) or shape.latent_dim not in FA3_WIDTHS:
             return f"it serves latent widths {list(FA3_WIDTHS)} on compute capability 9.0"
@@ -77,19 +77,19 @@ def require_engine_backend(name: str, shape: DecodeShape, capability: Capability
     """Refuse an attention backend of the engine that is wrong, faults or was never measured at this shape.
 
     Raises:
-        BackendRefusal: with the reason and what to use instead.
+        BackendRefusal: with the reason and with the backends to use instead.
     """
-    objection = engine_objection(name, shape, capability)
-    if objection is not None:
+    reason = engine_unsupported_reason(name, shape, capability)
+    if reason is not None:
         able = [
             other
             for other in (OURS, "fa3", "flashinfer", "triton", "torch_native")
-            if engine_objection(other, shape, capability) is None
+            if engine_unsupported_reason(other, shape, capability) is None
         ]
         remedy = "use an artifact of another width, or --kv-cache-dtype auto"
         raise BackendRefusal(
             f"--attention-backend {name} cannot decode a latent slice of width {shape.latent_dim} with rope "
-            f"{shape.rope_dim} and {shape.heads} heads here: {objection}; "
+            f"{shape.rope_dim} and {shape.heads} heads here: {reason}; "
             + (
                 f"use --attention-backend {' or '.join(able)}, or an artifact of another width"
                 if able
@@ -99,14 +99,14 @@ def require_engine_backend(name: str, shape: DecodeShape, capability: Capability
 
 
 def preferred_backend(shapes: Sequence[DecodeShape], capability: Capability, stock: str) -> str:
-    """The backend of a decode server that was not told one: SGLang's own choice where that is right.
+    """The backend of a decode server whose flags name none: SGLang's own choice where that is right.
 
     Args:
         shapes: one for each width among the layers.
-        stock: what SGLang chose on this machine, for the whole latent.
+        stock: SGLang's choice on this machine, for the whole latent.
     """
     for name in (stock, OURS, "triton"):
-        if all(engine_objection(name, shape, capability) is None for shape in shapes):
+        if all(engine_unsupported_reason(name, shape, capability) is None for shape in shapes):
             return name
-    # plain PyTorch takes every width of plain rows; others are ours, and what is wrong with them is said at start
+    # PyTorch takes every width of plain rows; ours refuses other rows at start, with the reason
     return "torch_native" if all(shape.kind == "plain" for shape in shapes) else OURS

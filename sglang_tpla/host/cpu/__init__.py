@@ -1,1 +1,1 @@
-"""The CPU reference platform: what SGLang needs to serve without a GPU."""
+"""The CPU reference platform, with which SGLang serves without a GPU."""

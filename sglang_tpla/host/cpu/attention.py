@@ -2,7 +2,7 @@
 
 SGLang's ``torch_native`` backend pads a chunk's queries to the whole sequence, so each chunk of a long prompt costs
 the square of the sequence. Here a chunk of q tokens over n cached ones costs q * n, and the heads, which share one
-latent, are rows of one matrix product. Answers to ``TorchNativeAttnBackend._run_sdpa_forward_extend`` in
+latent, are rows of one matrix product. The hook follows ``TorchNativeAttnBackend._run_sdpa_forward_extend`` of
 ``sglang/srt/layers/attention/torch_native_backend.py``.
 """
 
@@ -34,8 +34,8 @@ def extend(
     sliding_window_size: int | None = None,
     **kwargs: Any,
 ) -> torch.Tensor:
-    """Around ``_run_sdpa_forward_extend``: causal attention over one shared latent head; anything else is SGLang's."""
-    # Without a prefix SGLang's step pads nothing: it is used as it is, and its numbers are stock's to the last bit.
+    """Hook around ``_run_sdpa_forward_extend`` for causal attention over one shared latent head alone."""
+    # Without a prefix SGLang's own step pads nothing, and gives stock's numbers to the last bit.
     unpadded = not bool(extend_prefix_lens.any())
     plain = causal and encoder_lens is None and sliding_window_size is None
     if unpadded or k_cache.shape[1] != 1 or not plain:

@@ -1,6 +1,6 @@
-"""Grammars on a CPU: SGLang's use of xgrammar wants pinned memory and a Triton kernel, which only a device has.
+"""Grammars on a CPU: SGLang's use of xgrammar needs pinned memory and a Triton kernel, which only a device has.
 
-Answers to ``sglang/srt/constrained/xgrammar_backend.py``. xgrammar itself masks logits on a CPU.
+The hooks follow ``sglang/srt/constrained/xgrammar_backend.py``. xgrammar itself masks logits on a CPU.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ import xgrammar
 
 
 def bitmask(vocab_size: int, batch_size: int) -> torch.Tensor:
-    """In place of ``_allocate_token_bitmask``: all tokens allowed, in ordinary memory."""
+    """Replace ``_allocate_token_bitmask``: allow all tokens, in ordinary memory."""
     return xgrammar.allocate_token_bitmask(batch_size, vocab_size)
 
 
 def mask(self: Any, logits: torch.Tensor, vocab_mask: torch.Tensor) -> None:
-    """In place of ``XGrammarGrammar.apply_vocab_mask``, in place in ``logits`` [requests, vocab]."""
+    """Replace ``XGrammarGrammar.apply_vocab_mask``: mask ``logits`` [requests, vocab] in place."""
     xgrammar.apply_token_bitmask_inplace(logits, vocab_mask)
 
 
 def mask_batch(logits: torch.Tensor, vocab_mask: torch.Tensor) -> None:
-    """In place of ``XGrammarGrammarBackend.apply_vocab_mask``, which belongs to no grammar."""
+    """Replace ``XGrammarGrammarBackend.apply_vocab_mask``, which takes no grammar."""
     xgrammar.apply_token_bitmask_inplace(logits, vocab_mask)

@@ -1,8 +1,9 @@
 """A memory budget for each rank of the CPU reference platform.
 
-On a CPU every rank sees the whole machine and would take most of it for its cache; two ranks then take it twice. Here a
-rank has a twelfth of the machine, or what ``SGLANG_TPLA_CPU_MEMORY_BYTES`` says, for weights and cache, counted from
-what the process held when it first asked. Answers to ``get_available_gpu_memory`` in ``sglang/srt/utils/common.py``.
+On a CPU every rank sees the whole machine and would take most of it for its cache, and two ranks would take it twice.
+Here a rank has a twelfth of the machine, or ``SGLANG_TPLA_CPU_MEMORY_BYTES``, for weights and cache, beyond the memory
+that the process held when it first asked. The hook follows ``get_available_gpu_memory`` of
+``sglang/srt/utils/common.py``.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ SHARE = 12
 
 
 def budget_bytes() -> int:
-    """What one rank may use."""
+    """The bytes that one rank may use."""
     return int(os.environ.get(VARIABLE, 0)) or psutil.virtual_memory().total // SHARE
 
 
@@ -37,7 +38,7 @@ def available_gib(
     empty_cache: bool = True,
     cpu_group: Any = None,
 ) -> float:
-    """Around ``get_available_gpu_memory``: GiB left of the budget, the least of all ranks where ``distributed``."""
+    """Hook around ``get_available_gpu_memory``: return the GiB left of the budget, or the least over all ranks."""
     if device != "cpu":
         return original(device, gpu_id, distributed, empty_cache, cpu_group)
     baseline = _baseline_bytes()

@@ -1,10 +1,10 @@
 """CPU reference platform: real SGLang servers on any x86 machine, without AMX, vllm or Triton.
 
-Registered as an out-of-tree platform (entry point group ``sglang.srt.platforms``) and active only where
-``SGLANG_PLATFORM=sglang_tpla_cpu`` asks for it. It chooses what exists already: gloo, the ``torch_native``
-attention backend, PyTorch sampling, and the absorbed MLA path. It answers to
-``sglang/srt/platforms/interface.py`` and ``sglang/srt/mem_cache/kv_cache_configurator.py``. SGLang imports this
-module while it imports itself, so everything else of SGLang is imported inside the methods.
+It is an out-of-tree platform (entry point group ``sglang.srt.platforms``), active only where
+``SGLANG_PLATFORM=sglang_tpla_cpu`` asks for it. It chooses existing parts: gloo, the ``torch_native`` attention
+backend, PyTorch sampling, and the absorbed MLA path. The class follows ``sglang/srt/platforms/interface.py`` and
+``sglang/srt/mem_cache/kv_cache_configurator.py``. SGLang imports this module while it imports itself, so the methods
+import everything else of SGLang.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from sglang.srt.platforms.interface import SRTPlatform
 
 
 class CpuReferencePlatform(SRTPlatform):
-    """See the module's text."""
+    """The platform of the module's text."""
 
     _enum = PlatformEnum.OOT
     device_name = "cpu"
@@ -29,13 +29,13 @@ class CpuReferencePlatform(SRTPlatform):
         from sglang_tpla.host.disaggregation.engine_memory import FP8_CACHE
         from sglang_tpla.host.process import serves_decode
 
-        # SGLang has chosen intel_amx for "cpu" by now, whose kernels need AMX.
+        # By now SGLang has chosen intel_amx for "cpu", whose kernels need AMX.
         if server_args.attention_backend in (None, "intel_amx"):
-            # Rows in bytes and several query tokens a request are known to our own twin alone.
+            # Only our own twin reads rows in bytes and takes several query tokens of a request.
             ours = server_args.kv_cache_dtype == FP8_CACHE or server_args.speculative_algorithm is not None
             server_args.attention_backend = OURS if ours and serves_decode() else "torch_native"
         server_args.sampling_backend = "pytorch"
-        # Overlap scheduling exists to hide CPU work behind a device; here both are the same cores.
+        # Overlap scheduling hides CPU work behind a device; here both are the same cores.
         server_args.disable_overlap_schedule = True
         # An idle scheduler otherwise spins on a core that its neighbours need.
         server_args.sleep_on_idle = True
@@ -44,7 +44,7 @@ class CpuReferencePlatform(SRTPlatform):
         return "torch_native"
 
     def get_kv_pool_cls(self, *, kind: str) -> type | None:
-        """The pool for one kind of model (0.5.22 on; before, one method a kind)."""
+        """The pool for one kind of model, for which SGLang asks from 0.5.22 on; older releases have a method a kind."""
         return self.get_mla_kv_pool_cls() if kind == "mla" else None
 
     def get_mha_kv_pool_cls(self) -> type:
@@ -61,6 +61,10 @@ class CpuReferencePlatform(SRTPlatform):
         from sglang_tpla.host.cpu.pool import single_token_allocator
 
         return single_token_allocator
+
+    def supports_speculative_algorithm(self, algorithm: str) -> bool:
+        """Asked from 0.5.21 on; which of them is served is said before (``host/speculation.py``)."""
+        return True
 
     def get_compile_backend(self, mode: str | None = None) -> str:
         return "eager"
@@ -88,5 +92,5 @@ class CpuReferencePlatform(SRTPlatform):
             AttnForwardMethod,
         )
 
-        # torch_native reads keys from the pool, which holds latents: only the absorbed path is right.
+        # torch_native reads keys from the pool, which holds latents, so only the absorbed path is right.
         AttentionBackendRegistry.register("torch_native", lambda attn, forward_batch: AttnForwardMethod.MLA)

@@ -1,6 +1,6 @@
 """Latent pool and allocator of the CPU reference platform: plain indexing where SGLang has Triton kernels.
 
-Answers to ``MLATokenToKVPool`` in ``sglang/srt/mem_cache/memory_pool.py``.
+The pool follows ``MLATokenToKVPool`` of ``sglang/srt/mem_cache/memory_pool.py``.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from sglang_tpla.config import ConfigError
 
 
 class CpuLatentPool(MLATokenToKVPool):
-    """SGLang's latent pool, written and read with plain indexing instead of Triton kernels."""
+    """SGLang's latent pool, written and read by plain indexing instead of Triton kernels."""
 
     def __init__(self, *args: Any, index_head_dim: int | None = None, **kwargs: Any) -> None:
         if index_head_dim is not None:

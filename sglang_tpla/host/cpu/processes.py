@@ -1,8 +1,8 @@
-"""How a server on the CPU reference platform starts its processes: forked from the first one, not spawned.
+"""Fork the processes of a server on the CPU reference platform instead of spawning them.
 
-SGLang spawns because a forked process cannot use CUDA. Here there is none, and spawning makes every rank and the
-detokenizer import all of SGLang again: some ten seconds of processor time and 700 MB each. Forks share both.
-After ``_set_envs_and_config`` in ``sglang/srt/entrypoints/engine.py``, which runs before any thread is started.
+SGLang spawns because a forked process cannot use CUDA. Without CUDA, spawning only makes every rank and the detokenizer
+import all of SGLang again: some ten seconds of processor time and 700 MB each. Forks share both. The hook comes after
+``_set_envs_and_config`` of ``sglang/srt/entrypoints/engine.py``, which runs before any thread starts.
 """
 
 from __future__ import annotations
@@ -12,6 +12,6 @@ from typing import Any
 
 
 def fork_ranks(result: Any, server_args: Any) -> None:
-    """Let the server's next processes be forks of this one."""
+    """Make the server's next processes forks of this one."""
     if server_args.device == "cpu":
         multiprocessing.set_start_method("fork", force=True)

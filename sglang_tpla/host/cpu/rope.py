@@ -1,10 +1,10 @@
-"""What SGLang would do to a model because its device is named "cpu", undone on the CPU reference platform.
+"""Undo SGLang's changes to a model whose device is named "cpu", on the CPU reference platform.
 
-- Rotary embedding: SGLang's CPU path knows ``deepseek_yarn`` alone; its general factory has the plain embedding, in
-  PyTorch. Answers to ``get_rope_cpu`` in ``sglang/srt/layers/rotary_embedding/factory.py``.
+- Rotary embedding: SGLang's CPU path knows only ``deepseek_yarn``; its general factory has the plain embedding, in
+  PyTorch. The hook follows ``get_rope_cpu`` of ``sglang/srt/layers/rotary_embedding/factory.py``.
 - Sizes: SGLang pads intermediate sizes to a multiple of 32 a rank for its AMX kernels and fills the padding only where
-  those kernels are active; elsewhere the padded weights would be uninitialised memory. Answers to
-  ``adjust_config_with_unaligned_cpu_tp`` in ``sglang/srt/configs/update_config.py``.
+  those kernels are active; elsewhere the padded weights would be uninitialised memory. The hook follows
+  ``adjust_config_with_unaligned_cpu_tp`` of ``sglang/srt/configs/update_config.py``.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def rope(
     partial_rotary_factor: float = 1.0,
     device: str | None = None,
 ) -> Any:
-    """Around ``get_rope_cpu``."""
+    """Hook around ``get_rope_cpu``: make the plain embedding where there is no scaling."""
     common = (
         head_size,
         rotary_dim,
@@ -44,5 +44,5 @@ def rope(
 
 
 def keep_sizes(original: Callable[..., Any], model_config: Any, load_config: Any, tp_size: int) -> Any:
-    """Instead of ``adjust_config_with_unaligned_cpu_tp``."""
+    """Replace ``adjust_config_with_unaligned_cpu_tp``, and keep the config as it is."""
     return model_config

@@ -1,8 +1,8 @@
 """Speculative decoding on the CPU reference platform: plain PyTorch where SGLang has kernels for GPUs and for AMX.
 
-Only chains of guesses (``--speculative-eagle-topk 1``): guess i + 1 follows guess i. Each function stands around the
-one of the same purpose in ``sglang/srt/speculative/eagle_utils.py``, ``sglang/srt/mem_cache/allocation.py`` or
-``sglang/kernels/ops/speculative/``.
+It serves only chains of guesses (``--speculative-eagle-topk 1``), in which guess i + 1 follows guess i. Each function
+hooks the one of the same purpose in ``sglang/srt/speculative/eagle_utils.py``, ``sglang/srt/mem_cache/allocation.py``
+or ``sglang/kernels/ops/speculative/``.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ import torch
 
 
 def supports_triton(original: Callable[[str], bool], backend: str) -> bool:
-    """Around ``support_triton``: nothing is compiled on a CPU, whatever the attention backend."""
+    """Hook around ``support_triton``: compile nothing on a CPU, with any attention backend."""
     return False
 
 
 def build_chain(
     original: Callable[..., Any],
-    bonus_tokens: torch.Tensor,  # [requests], the last token that was verified
+    bonus_tokens: torch.Tensor,  # [requests], the last verified token
     parent_list: Any,
     top_scores_index: Any,
     draft_tokens: torch.Tensor,  # [requests, guesses]
@@ -32,7 +32,7 @@ def build_chain(
     *args: Any,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, ...]:
-    """Around ``build_tree_kernel_efficient``: mask (which nobody reads), positions, the chain's links, its tokens."""
+    """Hook around ``build_tree_kernel_efficient``: make an unread mask, positions, links and tokens."""
     requests, tokens = seq_lens.numel(), num_verify_tokens
     place = torch.arange(tokens)
     following = torch.where(place + 1 < tokens, place + 1, -1)
@@ -55,7 +55,7 @@ def verify_chain(
     target_predict: torch.Tensor,  # [requests, tokens]
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Around ``verify_tree_greedy_func``: guesses are accepted up to the first that the target would not have said."""
+    """Hook around ``verify_tree_greedy_func``: accept guesses up to the first that differs from the target's token."""
     right = (candidates[:, 1:] == target_predict[:, :-1]).int().cumprod(dim=1).sum(dim=1)  # [requests]
     return accept_chain(predicts, accept_index, accept_token_num, target_predict, right)
 
@@ -64,10 +64,10 @@ def accept_chain(
     predicts: torch.Tensor,
     accept_index: torch.Tensor,
     accept_token_num: torch.Tensor,
-    said: torch.Tensor,  # [requests, tokens]: what follows each token of the chain
-    accepted: torch.Tensor,  # [requests]: guesses that stay
+    said: torch.Tensor,  # [requests, tokens]: the token after each token of the chain
+    accepted: torch.Tensor,  # [requests]: number of guesses that stay
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Fill in what SGLang's kernels fill in: ``accepted`` guesses, and the token that the target says after them."""
+    """Fill in ``accepted`` guesses and the target's token after them, as SGLang's kernels do."""
     requests, tokens = said.shape
     place = torch.arange(tokens)
     kept = place <= accepted[:, None]
@@ -87,9 +87,9 @@ def sample_chain(
     coins: torch.Tensor,  # [requests, tokens] in [0, 1): one a guess
     last_coins: torch.Tensor,  # [requests] in [0, 1)
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Accept each guess with the target's own probability of it; at the first refusal, sample from all other tokens.
+    """Accept each guess with the target's own probability of it, and at the first refusal sample from all other tokens.
 
-    So every token has the target's distribution, whatever was guessed.
+    So every token has the target's distribution for any guesses.
     """
     requests, tokens = candidates.shape
     guesses = candidates[:, 1:, None].long()
@@ -106,12 +106,18 @@ def sample_chain(
 
 
 def sample_or_verify(
-    original: Callable[..., Any], verify_input: Any, batch: Any, logits_output: Any, grammar_mask: Any = None
+    original: Callable[..., Any],
+    verify_input: Any,
+    batch: Any,
+    logits_output: Any,
+    grammar_mask: Any = None,
+    *rest: Any,
+    **named: Any,
 ) -> Any:
-    """Around ``eagle_sample``: requests that sample, which SGLang verifies with a GPU's kernels."""
+    """Hook around ``eagle_sample``: verify requests that sample, for which SGLang has only a GPU's kernels."""
     info = batch.sampling_info
     if batch.forward_mode.is_idle() or info.is_all_greedy:
-        return original(verify_input, batch, logits_output, grammar_mask)
+        return original(verify_input, batch, logits_output, grammar_mask, *rest, **named)
     drafts = verify_input.draft_token_num
     logits = logits_output.next_token_logits.float()
     for extra in (info.acc_additive_penalties, info.logit_bias):
@@ -142,7 +148,7 @@ def sample_or_verify(
         torch.rand(requests),
     )
     if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-        for shared in (predicts, index, count):  # every rank draws; all take what the first one drew
+        for shared in (predicts, index, count):  # every rank draws, and all take the first one's draw
             torch.distributed.broadcast(shared, src=0)
     return predicts, count + 1, index
 
@@ -152,7 +158,7 @@ def limited(
     top_ks: torch.Tensor | None,  # [rows]
     top_ps: torch.Tensor | None,  # [rows]
 ) -> torch.Tensor:
-    """The likeliest tokens alone: ``top_k`` of them, or as many as hold ``top_p`` of the probability."""
+    """Keep only the likeliest tokens: ``top_k`` of them, or as many as hold ``top_p`` of the probability."""
     ordered, places = probabilities.sort(dim=-1, descending=True)
     if top_ks is not None:
         ordered[torch.arange(ordered.shape[1]) >= top_ks[:, None]] = 0
@@ -171,7 +177,7 @@ def last_accepted(
     accept_stride: int,
     batch_size: int,
 ) -> None:
-    """Around ``fill_bonus_tokens_func``: each request's last token."""
+    """Hook around ``fill_bonus_tokens_func``: fill in each request's last token."""
     place = torch.arange(batch_size) * accept_stride + accept_lens - 1
     bonus_tokens.copy_(accept_tokens.flatten()[place])
 
@@ -179,7 +185,7 @@ def last_accepted(
 def _slots_from(
     req_to_token: torch.Tensor, req_pool_indices: torch.Tensor, starts: torch.Tensor, count: int
 ) -> torch.Tensor:
-    """Slots of ``count`` tokens of each request from ``starts`` on, flat."""
+    """The slots of ``count`` tokens of each request from ``starts`` on, flat."""
     columns = starts.long()[:, None] + torch.arange(count)
     return req_to_token[req_pool_indices.long()[:, None], columns].flatten().to(torch.int64)
 
@@ -194,12 +200,12 @@ def extend_slots(
     draft_token_num: int,
     device: Any,
 ) -> torch.Tensor:
-    """Around ``assign_extend_cache_locs_func``: where the verified tokens' rows go."""
+    """Hook around ``assign_extend_cache_locs_func``: find the slots of the verified tokens' rows."""
     return _slots_from(req_to_token, req_pool_indices, start_offset, draft_token_num)
 
 
 class GuessSlots:
-    """In the place of the kernel ``assign_draft_cache_locs_contiguous``: where the guesses' rows go."""
+    """Stands for the kernel ``assign_draft_cache_locs_contiguous``, which finds the slots of the guesses' rows."""
 
     def __class_getitem__(cls, grid: Any) -> Callable[..., None]:
         return cls.assign
@@ -212,11 +218,11 @@ class GuessSlots:
         out_cache_loc: torch.Tensor,
         pool_len: int,
         topk: int,
-        speculative_num_steps: int,
+        count: int,
+        **positions: Any,
     ) -> None:
-        out_cache_loc.copy_(
-            _slots_from(req_to_token, req_pool_indices, seq_lens, topk * speculative_num_steps)
-        )
+        """Fill in the slots of ``topk * count`` tokens of each request; 0.5.23 also asks for positions, on a GPU."""
+        out_cache_loc.copy_(_slots_from(req_to_token, req_pool_indices, seq_lens, topk * count))
 
 
 def reserve_slots(
@@ -228,7 +234,7 @@ def reserve_slots(
     out_cache_loc: torch.Tensor,
     batch_size: int,
 ) -> None:
-    """Around ``assign_req_to_token_pool_func``: new slots for tokens ``start_offset`` up to ``end_offset``."""
+    """Hook around ``assign_req_to_token_pool_func``: take slots for tokens ``start_offset`` up to ``end_offset``."""
     taken = 0
     for row, start, stop in zip(
         req_pool_indices.tolist(), start_offset.tolist(), end_offset.tolist(), strict=True
@@ -238,6 +244,6 @@ def reserve_slots(
 
 
 def share_embedding(original: Callable[..., None], self: Any, embed: Any, head: Any) -> None:
-    """Around ``set_embed_and_head`` of the draft: SGLang also empties a GPU's memory."""
+    """Hook around the draft's ``set_embed_and_head``, in which SGLang also empties a GPU's cache."""
     del self.model.embed_tokens.weight, self.lm_head.weight
     self.model.embed_tokens.weight, self.lm_head.weight = embed, head

@@ -1,9 +1,9 @@
-"""Aborts of one request: it alone, and heard by its peer.
+"""Abort one request and no other, and tell its peer.
 
-Around ``Scheduler.abort_request`` in ``sglang/srt/managers/scheduler.py``. SGLang aborts every request whose id begins
-with the one that is named, another client's too; and it takes an aborted request out of the waiting queue without a
-word to its sender, which leaves the room open on the prefill rank for good, and the decode server waiting for the
-transfer's deadline.
+The hook is around ``Scheduler.abort_request`` in ``sglang/srt/managers/scheduler.py``. SGLang aborts every request
+whose id begins with the named one, another client's too. It also takes an aborted request out of the waiting queue
+without telling its sender, which leaves the room open on the prefill rank for good and makes the decode server wait for
+the transfer's deadline.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
-SHIELD = "\0"  # no client's id begins with it
-SAMPLE = re.compile(r"_[0-9a-f]{32}")  # how SGLang names the samples of one request
+SHIELD = "\0"  # no client's id begins with this character
+SAMPLE = re.compile(r"_[0-9a-f]{32}")  # SGLang's suffix for the samples of one request
 
 
 def abort(original: Callable[..., Any], self: Any, recv_req: Any) -> Any:
-    """Abort the named request and its samples, after telling the decode ranks of those that wait."""
+    """Abort the named request and its samples, after telling the decode ranks of waiting ones."""
     named = recv_req.rid
     others = []
     if not recv_req.abort_all:
@@ -28,7 +28,7 @@ def abort(original: Callable[..., Any], self: Any, recv_req: Any) -> Any:
     try:
         if not hasattr(
             self, "release_aborted_prefill_waiting_req"
-        ):  # later releases abort the sender themselves
+        ):  # later releases abort the sender in their own code
             drop_waiting(self, recv_req)
         return original(self, recv_req)
     finally:
@@ -52,7 +52,7 @@ def live_requests(scheduler: Any) -> Iterator[Any]:
     seen: set[int] = set()
     for queue in queues:
         for entry in queue:
-            req = getattr(entry, "req", entry)  # decode's queues wrap them
+            req = getattr(entry, "req", entry)  # decode's queues wrap requests
             if id(req) not in seen:
                 seen.add(id(req))
                 yield req

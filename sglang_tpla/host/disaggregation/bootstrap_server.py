@@ -1,9 +1,8 @@
-"""SGLang's bootstrap server (``sglang/srt/disaggregation/common/conn.py``), which here checks who registers.
+"""SGLang's bootstrap server (``sglang/srt/disaggregation/common/conn.py``) with a check of registrations.
 
-It serves on the prefill server's ``--disaggregation-bootstrap-port``, which it takes or ends the server, and takes
-the ranks of this server alone: those of another one would be found in place of its own. Besides SGLang's routes:
-``GET /challenge`` and ``GET /registrations`` (how many were accepted, and refused for which reason), also as Prometheus
-series.
+It takes the prefill server's ``--disaggregation-bootstrap-port``, or ends the server. It registers only ranks of this
+server, because another server's would be found in their place. Besides SGLang's routes it has ``GET /challenge`` and
+``GET /registrations`` (the number accepted, and refused for each reason), the latter also as Prometheus series.
 """
 
 from __future__ import annotations
@@ -32,10 +31,10 @@ Handler = Callable[[web.Request], Awaitable[web.Response]]
 
 
 class TplaKVBootstrapServer(CommonKVBootstrapServer):
-    """Takes registrations of its own server's ranks, and signed ones only, where there are keys.
+    """Registers its own server's ranks; where there are keys, registrations must be signed.
 
     Raises:
-        SystemExit: the port is taken.
+        SystemExit: a port that is taken.
     """
 
     def __init__(self, host: str, port: int) -> None:
@@ -74,7 +73,7 @@ class TplaKVBootstrapServer(CommonKVBootstrapServer):
             )
 
         response = await self._checked(request, take)
-        # A rank that registers anew is still one rank.
+        # A rank that registers again is still one rank.
         self._registered_count = sum(
             len(stages)
             for cp_groups in self.prefill_port_table.values()
@@ -84,7 +83,7 @@ class TplaKVBootstrapServer(CommonKVBootstrapServer):
         return response
 
     def _run_server(self) -> None:
-        """As SGLang's, on the socket that was bound before this thread began."""
+        """Run SGLang's server on the socket that was bound before this thread began."""
         self._loop = asyncio.new_event_loop()
         asyncio.set_event_loop(self._loop)
         self._runner = web.AppRunner(self.app, access_log=None)
@@ -122,10 +121,10 @@ class TplaKVBootstrapServer(CommonKVBootstrapServer):
 
 
 def listening(host: str, port: int) -> socket.socket:
-    """A socket that listens, IPv4 or IPv6 as the host is.
+    """Open a listening socket, IPv4 or IPv6 like the host.
 
     Raises:
-        OSError: the address is taken, or not this machine's.
+        OSError: an address that is taken, or not this machine's.
     """
     family, _, _, _, address = socket.getaddrinfo(
         host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -134,15 +133,15 @@ def listening(host: str, port: int) -> socket.socket:
 
 
 def port_taken(host: str, port: int, error: OSError) -> str:
-    """Why a prefill server with this bootstrap port does not start."""
+    """The reason for which a prefill server with this bootstrap port does not start."""
     return f"the bootstrap server cannot listen on {host}:{port}: {error.strerror or error}; {OWN_PORT}"
 
 
 def check_registration(data: dict[str, Any], known: CommonKVBootstrapServer) -> None:
-    """Sizes that agree with those of the ranks before, and a rank within them.
+    """Check that a registration's sizes agree with those of earlier ranks and that its rank lies within them.
 
     Raises:
-        ValueError: they do not.
+        ValueError: sizes that disagree, or a rank outside of them.
     """
     for axis in ("attn_tp", "attn_cp", "attn_dp", "pp", "system_dp"):
         size, rank = data[f"{axis}_size"], data[f"{axis}_rank"]
@@ -154,12 +153,12 @@ def check_registration(data: dict[str, Any], known: CommonKVBootstrapServer) -> 
 
 
 def registration(manager: Any) -> Registrar:
-    """What a prefill rank tells the bootstrap server: the payload of ``CommonKVManager.register_to_bootstrap``.
+    """The registration of a prefill rank, with the payload of ``CommonKVManager.register_to_bootstrap``.
 
     Args:
-        manager: a `TplaKVManager` whose ``local_ip`` and ``rank_port`` are what decode servers shall connect to.
+        manager: a `TplaKVManager`, to whose ``local_ip`` and ``rank_port`` decode servers shall connect.
     """
-    if manager.dist_init_addr:  # several machines: the first one has the bootstrap server
+    if manager.dist_init_addr:  # the first of several machines has the bootstrap server
         host = NetworkAddress.parse(manager.dist_init_addr).resolved().host
     else:
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(manager.bootstrap_host, manager.bootstrap_host)
@@ -178,11 +177,11 @@ def registration(manager: Any) -> Registrar:
         "rank_ip": manager.local_ip,
         "rank_port": manager.rank_port,
         "page_size": manager.kv_args.page_size,
-        "kv_cache_dtype": None,  # SGLang wants it alike on both sides; ours may differ, and registration compares
+        "kv_cache_dtype": None,  # SGLang wants equal types on both sides; ours may differ, and registration compares
         "load_balance_method": parallel.load_balance_method,
         "enable_dsa_cache_layer_split": parallel.enable_dsa_cache_layer_split,
         "prefill_http_port": get_serving().port,
-        # Later releases ask for these; an older bootstrap server takes no notice.
+        # Later releases ask for these; an older bootstrap server ignores them.
         "enable_kv_cache_sharding": False,
         "decode_allocation_policy": "early",
         "kv_layout": None,
@@ -200,7 +199,7 @@ def registration(manager: Any) -> Registrar:
 
 
 def _series() -> Any:
-    """The counter of registrations, where this process publishes metrics (SGLang has then named a folder for them)."""
+    """The counter of registrations, if this process publishes metrics, for which SGLang then names a folder."""
     if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
         return None
     from prometheus_client import REGISTRY, Counter

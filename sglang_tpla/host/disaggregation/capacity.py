@@ -1,9 +1,9 @@
-"""Prompts that never fit are refused at once, with the number, and the other side hears of it.
+"""Refuse prompts that never fit at once, with the number, and tell the other side.
 
-Around ``_check_if_req_exceed_kv_capacity`` of ``PrefillBootstrapQueue`` and ``DecodePreallocQueue`` in
-``sglang/srt/disaggregation/{prefill,decode}.py``, which both look at a request before its sender or receiver is made.
-SGLang's decode compares the prompt with its whole cache; a prompt that fits there, but not with the tokens that SGLang
-reserves for decoding, would wait at the head of the queue for ever, and every request behind it too.
+The hook is around ``_check_if_req_exceed_kv_capacity`` of ``PrefillBootstrapQueue`` and ``DecodePreallocQueue`` in
+``sglang/srt/disaggregation/{prefill,decode}.py``, which check a request before its sender or receiver is made. SGLang's
+decode compares the prompt with its whole cache. A prompt that fits there, but not with the tokens that SGLang reserves
+for decoding, would wait at the head of the queue for ever, and so would every request behind it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from sglang_tpla.host.disaggregation.kv_manager import TplaKVManager
 
 
 def exceeds(original: Callable[..., bool], self: Any, req: Any) -> bool:
-    """True where a request was refused; else its length is noted for the room that is opened next."""
+    """Return whether a request was refused; otherwise note its length for the room that is opened next."""
     manager = self.kv_manager
     if not isinstance(manager, TplaKVManager):
         return original(self, req)
@@ -38,7 +38,7 @@ def exceeds(original: Callable[..., bool], self: Any, req: Any) -> bool:
 
 
 def never_fits(queue: Any, tokens: int) -> str:
-    """Why a prompt would wait for ever, or nothing."""
+    """The reason for which a prompt would wait for ever; empty if it would not."""
     most = queue.max_total_num_tokens - queue.num_reserved_decode_tokens
     if tokens <= most:
         return ""

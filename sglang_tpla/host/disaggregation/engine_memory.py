@@ -1,8 +1,8 @@
 """Tensors over the engine's memory, from the pointers that ``KVArgs`` hands to a transfer backend.
 
-``kv_data_ptrs`` has one pointer a layer to ``[slots, 1, w + rope]`` (``MLATokenToKVPool`` in
-``sglang/srt/mem_cache/memory_pool.py``) or to rows in bytes (``kv_pool.py``), ``aux_data_ptrs`` one a metadata
-buffer to ``[rows, ...]``.
+``kv_data_ptrs`` has a pointer for each layer, to ``[slots, 1, w + rope]`` (``MLATokenToKVPool`` in
+``sglang/srt/mem_cache/memory_pool.py``) or to rows in bytes (``kv_pool.py``); ``aux_data_ptrs`` has one for each
+metadata buffer, to ``[rows, ...]``.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from sglang_tpla.cache_rows.fp8 import FP8
 from sglang_tpla.cache_rows.row_format import RowFormat
 from sglang_tpla.config import ConfigError
 from sglang_tpla.host import compat
-from sglang_tpla.transfer.room import NO_LIMITS, CachePool, Limits, MetadataRows
+from sglang_tpla.transfer.memory.pool import CachePool, MetadataRows
+from sglang_tpla.transfer.room import NO_LIMITS, Limits
 
 FP8_CACHE = "fp8_e4m3"  # --kv-cache-dtype of a decode server with FP8 rows
-RESERVED_INPUT_TOKENS = 5  # SGLang refuses a prompt that leaves fewer
+RESERVED_INPUT_TOKENS = 5  # SGLang refuses a prompt that leaves fewer tokens
 CACHE_DTYPES = {
     "bf16": torch.bfloat16,
     "bfloat16": torch.bfloat16,
@@ -30,7 +31,7 @@ CACHE_DTYPES = {
 
 
 class _CudaBytes:
-    """Raw device memory, described the way torch imports it."""
+    """Raw device memory, in the description that torch imports."""
 
     def __init__(self, pointer: int, nbytes: int) -> None:
         self.__cuda_array_interface__ = {
@@ -42,14 +43,14 @@ class _CudaBytes:
 
 
 def bytes_at(pointer: int, nbytes: int, device: torch.device) -> torch.Tensor:
-    """uint8 ``[nbytes]`` over memory that someone else owns and keeps alive."""
+    """A view uint8 ``[nbytes]`` of memory that another owner keeps alive."""
     if device.type == "cuda":
         return torch.as_tensor(_CudaBytes(pointer, nbytes), device=device)
     return torch.frombuffer((ctypes.c_uint8 * nbytes).from_address(pointer), dtype=torch.uint8)
 
 
 def cache_dtype(kv_args: Any, server_args: Any) -> torch.dtype:
-    """Element type of the pool."""
+    """The element type of the pool."""
     name = kv_args.kv_cache_dtype_str
     if name == "auto":
         return compat.model_config(server_args).dtype
@@ -61,13 +62,13 @@ def cache_dtype(kv_args: Any, server_args: Any) -> torch.dtype:
 
 
 def cache_pool(kv_args: Any, server_args: Any, rows: RowFormat | None = None) -> CachePool:
-    """The rank's latent pool as one ``[slots, items]`` tensor a layer.
+    """The rank's latent pool, with one ``[slots, items]`` tensor for each layer.
 
     Args:
-        rows: of each layer; None are plain ones.
+        rows: formats of each layer's rows; None stands for plain rows.
 
     Raises:
-        ConfigError: the pool is no latent pool, or carries state that is not transferred.
+        ConfigError: a pool of other rows than latents, or with state that is not transferred.
     """
     if kv_args.state_types:
         raise ConfigError(
@@ -93,8 +94,10 @@ def cache_pool(kv_args: Any, server_args: Any, rows: RowFormat | None = None) ->
 
 
 def prompt_limits(kv_args: Any, server_args: Any) -> Limits:
-    """How long a prompt the scheduler of this rank takes (``get_worker_info`` in ``managers/tp_worker.py``; on decode
-    also ``_check_if_req_exceed_kv_capacity`` with what a request must find free beside its prompt).
+    """The longest prompt that the scheduler of this rank takes.
+
+    It follows ``get_worker_info`` in ``managers/tp_worker.py`` and, on decode, ``_check_if_req_exceed_kv_capacity``
+    with the tokens that a request must find free beside its prompt.
     """
     args = compat.resolved(server_args)
     if args.allow_auto_truncate:
@@ -106,7 +109,7 @@ def prompt_limits(kv_args: Any, server_args: Any) -> Limits:
             for nbytes, item in zip(kv_args.kv_data_lens, kv_args.kv_item_lens, strict=True)
         )
         - page
-    )  # the first page is nobody's
+    )  # the first page belongs to no request
     longest = pool_tokens - 1 - RESERVED_INPUT_TOKENS - 1
     if args.disaggregation_mode == "decode":
         longest = min(longest, pool_tokens - args.num_reserved_decode_tokens)

@@ -1,8 +1,8 @@
-"""Where prefill ranks are, asked on threads of their own.
+"""Look up the addresses of prefill ranks on threads of their own.
 
 SGLang's decode scheduler asks bootstrap servers (`try_ensure_parallel_info`, `_get_bootstrap_info_from_server` in
-``sglang/srt/disaggregation/common/conn.py``) between two decode steps, and waits up to five seconds for each answer. A
-machine that lost its power would so hold up the requests of all other prefill servers for over a minute.
+``sglang/srt/disaggregation/common/conn.py``) between two decode steps, and waits up to five seconds for each answer. So
+a machine that lost its power would delay the requests of all other prefill servers for over a minute.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import requests
 
 from sglang_tpla.transfer.room import TransferError
 
-WAIT_S = 0.05  # of the scheduler, for an answer that most often comes at once
+WAIT_S = 0.05  # the scheduler's wait for an answer, which most often comes at once
 ASK_S = 5.0
 MAX_RANKS = 4096
 PLACE = ("prefill_dp_rank", "prefill_cp_rank", "target_tp_rank", "target_pp_rank")
@@ -34,8 +34,8 @@ class Lookups:
     """Questions under way, one for each bootstrap server.
 
     Args:
-        ask: may wait; True when all is known, False to be asked again later, or an exception for whoever asked.
-        wait_s: how long `known` may wait.
+        ask: may wait; it returns True when all is known, False to be asked again later, or raises for the asker.
+        wait_s: longest wait of `known`.
     """
 
     def __init__(self, ask: Callable[[str], bool], wait_s: float = WAIT_S) -> None:
@@ -43,7 +43,7 @@ class Lookups:
         self._asked: dict[str, concurrent.futures.Future[bool]] = {}
 
     def known(self, address: str) -> bool:
-        """What ``ask`` said of a bootstrap server, or False while it has not said anything. One thread calls this."""
+        """The answer of ``ask`` about a bootstrap server, or False before there is one. One thread calls this."""
         answer = self._asked.get(address)
         if answer is None:
             answer = self._asked[address] = concurrent.futures.Future()
@@ -60,7 +60,7 @@ class Lookups:
         return result
 
     def under_way(self, address: str) -> bool:
-        """Whether a question has not been answered, or the answer not been taken."""
+        """Whether a question waits for its answer, or an answer for its asker."""
         return address in self._asked
 
     def _run(self, address: str, answer: concurrent.futures.Future[bool]) -> None:
@@ -71,10 +71,10 @@ class Lookups:
 
 
 def require_resolvable(address: str) -> None:
-    """Look a bootstrap server's name up.
+    """Look up a bootstrap server's name.
 
     Raises:
-        TransferError: nobody knows the name. Asking again would only delay the answer to who named it.
+        TransferError: an unknown name; another try would only delay the client's answer.
     """
     parts = urlsplit(f"http://{address}")
     try:
@@ -85,7 +85,7 @@ def require_resolvable(address: str) -> None:
 
 
 def why_unanswered(address: str) -> str:
-    """What comes of asking a bootstrap server for its layout, for the client who waits for it."""
+    """The result of asking a bootstrap server for its layout, for the client who waits for it."""
     query = dict.fromkeys(PLACE, -1)
     try:
         response = requests.get(f"http://{address}/route", params=query, timeout=ASK_S)
@@ -97,13 +97,13 @@ def why_unanswered(address: str) -> str:
 
 
 def rank_addresses(address: str, info: Any) -> dict[Place, dict[str, Any]]:
-    """Addresses of the prefill ranks that a decode rank may need, as ``GET /route`` gives them.
+    """The addresses of the prefill ranks that a decode rank may need, from ``GET /route``.
 
-    Empty (with a line in the log) where the bootstrap server does not say.
+    It is empty, with a line in the log, where the bootstrap server does not answer.
 
     Args:
-        address: of the bootstrap server.
-        info: SGLang's ``PrefillServerInfo``, its rank mapping resolved.
+        address: the bootstrap server's.
+        info: SGLang's ``PrefillServerInfo`` with a resolved rank mapping.
 
     Raises:
         TransferError: an answer that cannot be right.

@@ -1,4 +1,4 @@
-"""Make ``tpla`` one of SGLang's transfer backends: its enumeration and its class table are both closed."""
+"""Make ``tpla`` one of SGLang's transfer backends, whose enumeration and class table are both closed."""
 
 from __future__ import annotations
 
@@ -10,23 +10,22 @@ from sglang.srt.disaggregation.base import KVArgs
 from sglang.srt.disaggregation.utils import KVClassType
 from sglang.srt.disaggregation.utils import TransferBackend as _Stock
 
-# The members of SGLang's enumeration and ours; SGLang compares them by identity within this one class.
+# This enumeration has SGLang's members and ours, because SGLang compares them by identity within one class.
 TransferBackend = Enum(  # type: ignore[misc]
     "TransferBackend", {**{member.name: member.value for member in _Stock}, "TPLA": "tpla"}
 )
 
 
 def kv_class(original: Callable[..., Any], transfer_backend: Any, class_type: KVClassType) -> Any:
-    """Around ``get_kv_class``."""
+    """Hook around ``get_kv_class``: return this package's classes for ``tpla``."""
     if getattr(transfer_backend, "value", None) != "tpla":
         return original(transfer_backend, class_type)
-    from sglang_tpla.host.disaggregation import bootstrap_server
-    from sglang_tpla.host.disaggregation import kv_manager as ours
+    from sglang_tpla.host.disaggregation import bootstrap_server, kv_manager, request_ends
 
     return {
         KVClassType.KVARGS: KVArgs,
-        KVClassType.MANAGER: ours.TplaKVManager,
-        KVClassType.SENDER: ours.TplaKVSender,
-        KVClassType.RECEIVER: ours.TplaKVReceiver,
+        KVClassType.MANAGER: kv_manager.TplaKVManager,
+        KVClassType.SENDER: request_ends.TplaKVSender,
+        KVClassType.RECEIVER: request_ends.TplaKVReceiver,
         KVClassType.BOOTSTRAP_SERVER: bootstrap_server.TplaKVBootstrapServer,
     }[class_type]

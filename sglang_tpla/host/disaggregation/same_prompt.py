@@ -1,10 +1,9 @@
 """Proof that a decode server got the cache of its own prompt.
 
-Both servers turn a request into tokens, each for itself, and only the room joins the two. Where two clients take one
-room, or where tokenizers or chat templates differ, prefill's cache can be another prompt's of the same length, and
-nothing in the transfer tells. So prefill leaves a digest of the tokens in the request's metadata row, in the last of
-the spare places of ``cached_tokens`` (``MetadataBuffers`` in ``sglang/srt/disaggregation/utils.py``), and decode
-compares.
+Each server turns a request into tokens by itself, and only the room joins the two. Where two clients take one room, or
+where tokenizers or chat templates differ, prefill's cache can be another prompt's of the same length, and nothing in
+the transfer shows it. So prefill leaves a digest of the tokens in the request's metadata row, in the last spare place
+of ``cached_tokens`` (``MetadataBuffers`` in ``sglang/srt/disaggregation/utils.py``), and decode compares it.
 """
 
 from __future__ import annotations
@@ -18,25 +17,25 @@ from typing import Any
 
 from sglang.srt.disaggregation.utils import FAKE_BOOTSTRAP_HOST, prepare_abort
 
-PLACE = 15  # of 16; SGLang uses 0 to 6
+PLACE = 15  # the last of 16, of which SGLang uses 0 to 6
 logger = logging.getLogger(__name__)
 
 
 def digest(tokens: Sequence[int]) -> int:
-    """31 bits that tell a prompt from others, never 0: that is a row without a digest."""
+    """A digest of a prompt in 31 bits; it is never 0, which marks a row without one."""
     return (zlib.crc32(array("q", tokens).tobytes()) & 0x7FFFFFFF) | 1
 
 
 def leave_digest(result: Any, self: Any, req: Any) -> None:
-    """After ``MetadataBuffers.set_buf`` on prefill."""
+    """Hook after ``MetadataBuffers.set_buf`` on prefill: leave the digest."""
     self.cached_tokens[req.metadata_buffer_index][PLACE] = digest(req.origin_input_ids)
 
 
 def compare_digest(original: Callable[..., None], self: Any, decode_req: Any) -> None:
-    """Around ``DecodeTransferQueue._commit_transfer_to_req``: another prompt's cache fails the request."""
+    """Hook around ``DecodeTransferQueue._commit_transfer_to_req``: fail the request over another prompt's cache."""
     req = decode_req.req
     found = int(self.metadata_buffers.cached_tokens[decode_req.metadata_buffer_index][PLACE])
-    own_request = req.bootstrap_host in (None, FAKE_BOOTSTRAP_HOST)  # nothing was transferred
+    own_request = req.bootstrap_host in (None, FAKE_BOOTSTRAP_HOST)  # such a request has no transfer
     replayed = getattr(decode_req, "is_rebootstrap", False)  # prefill computed the answer so far as well
     if own_request or replayed or found in (0, digest(req.origin_input_ids)):
         original(self, decode_req)

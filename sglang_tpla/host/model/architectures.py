@@ -1,8 +1,8 @@
-"""Which models are served: the architectures whose attention is SGLang's ``DeepseekV2AttentionMLA`` and nothing else.
+"""The served models: the architectures whose attention is SGLang's ``DeepseekV2AttentionMLA`` and nothing else.
 
 A model may have a latent cache and still not go through the hooked layer (``attention_layer.py``), or keep state beside
-the cache that no transfer moves. So the list is closed: what is not on it is refused, and the models that users ask for
-are refused with their own reason. The names are those of ``architectures`` in a model's ``config.json``.
+the cache that no transfer moves. So the list is closed: any other model is refused, and models that users ask for are
+refused with their own reason. The names are those of ``architectures`` in a model's ``config.json``.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ def check_architectures(model_path: str, names: Iterable[str]) -> None:
     """Refuse a model whose architecture is not served.
 
     Args:
-        names: ``architectures`` of its config; a config without any says nothing.
+        names: ``architectures`` of its config; a config without any passes.
 
     Raises:
-        ConfigError: naming the architecture, why it is not served, and what is.
+        ConfigError: naming the architecture, the reason and the served models.
     """
     for name in names:
         if name in SERVED:

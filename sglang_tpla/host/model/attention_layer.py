@@ -8,8 +8,7 @@ The all-reduce after the attention block, which SGLang does anyway, adds the o_i
 B_i are folded into the absorbed weights (``w_kc`` [h, qk_nope, d] -> [h, qk_nope, w], ``w_vc`` [h, d, v] -> [h, w, v]),
 so the layer runs SGLang's own absorbed path with w in the place of d. Sketched rows add the sketch's columns to
 ``w_kc`` alone. With ``--tpla-o-proj scatter`` the p_i z_i B_i W_UV are summed over groups before W_O
-(`head_reduce_scatter`). Answers to ``DeepseekV2AttentionMLA`` in
-``sglang/srt/models/deepseek_v2.py``.
+(`head_reduce_scatter`). The hooks follow ``DeepseekV2AttentionMLA`` of ``sglang/srt/models/deepseek_v2.py``.
 """
 
 from __future__ import annotations
@@ -43,37 +42,37 @@ from sglang_tpla.transfer.memory.projection import project_latent
 class SlicedNorm(nn.Module):
     """SGLang's latent norm followed by the projection to this rank's slice: ``[..., d] -> [..., w]``.
 
-    The norm sees the whole latent, so it is exact. ``weight`` is the norm's own parameter under its own name: the
-    checkpoint loads as before. Where one kernel writes the rows it is put off: the raw latent goes on to
-    `absorbed_core`, which knows where they go.
+    The norm sees the whole latent, so it is exact. ``weight`` is the norm's own parameter under its own name, so the
+    checkpoint loads as before. Where one kernel writes the rows, both steps are deferred: the raw latent goes on to
+    `absorbed_core`, which knows the rows' places.
     """
 
-    z: torch.Tensor | None  # [d, w] float32; None where it is the identity (g = 1): nothing to multiply with
+    z: torch.Tensor | None  # [d, w] float32; None where it is the identity (g = 1) and needs no product
 
     def __init__(self, norm: Any, z: torch.Tensor, wide: bool = False) -> None:
-        """``wide``: the slice in float32, for a cache that rounds it otherwise than the model does."""
+        """Wrap SGLang's norm; ``wide`` makes float32 slices, for a cache with a rounding of its own."""
         super().__init__()
         self._wide = wide
         self.weight = norm.weight
         self.variance_epsilon = norm.variance_epsilon
-        self._norm = (norm,)  # in a tuple: not a submodule, or the weight would be listed twice
+        self._norm = (norm,)  # a tuple, because a submodule would list the weight twice
         whole = z.shape[0] == z.shape[1] and torch.equal(z, torch.eye(len(z), device=z.device))
         self.register_buffer("z", None if whole else z.to(norm.weight.device), persistent=False)
 
     def forward(self, latent: torch.Tensor) -> torch.Tensor:
-        """Norm, then project; or, where that is put off, the latent as it came."""
-        return latent if puts_off(latent) else self.project(latent)
+        """Norm and project the latent, or return it as it is where that is deferred."""
+        return latent if defers(latent) else self.project(latent)
 
     def project(self, latent: torch.Tensor) -> torch.Tensor:
-        """Norm, then project."""
+        """Norm and project the latent."""
         normed = self._norm[0](latent)
         if self._wide:
             normed = normed.to(torch.float32)
         return normed if self.z is None else project_latent(normed, self.z)
 
 
-class PutOffRotation(nn.Module):
-    """SGLang's rotary embedding, put off to `absorbed_core` wherever one kernel writes the rows: it rotates as well."""
+class DeferredRotation(nn.Module):
+    """SGLang's rotary embedding, deferred to `absorbed_core` where one kernel rotates and writes the rows."""
 
     def __init__(self, rotary: Any) -> None:
         super().__init__()
@@ -82,17 +81,17 @@ class PutOffRotation(nn.Module):
     def forward(
         self, positions: torch.Tensor, query: torch.Tensor, key: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rotate; or, where that is put off, both as they came."""
-        return (query, key) if puts_off(key) else self.rotary(positions, query, key)
+        """Rotate query and key, or return both as they are where that is deferred."""
+        return (query, key) if defers(key) else self.rotary(positions, query, key)
 
 
-def puts_off(latent: torch.Tensor) -> bool:
-    """Whether norm, projection and rotation wait for the cache write: where its kernel runs."""
+def defers(latent: torch.Tensor) -> bool:
+    """Whether norm, projection and rotation wait for the cache write, whose kernel needs a GPU."""
     return latent.is_cuda
 
 
 def build_attention(original: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -> None:
-    """Around ``DeepseekV2AttentionMLA.__init__``: head shards instead of ranks, and the slice's width."""
+    """Hook around ``DeepseekV2AttentionMLA.__init__``: build for head shards and for the slice's width."""
     bound = inspect.signature(original).bind(self, *args, **kwargs)
     bound.apply_defaults()
     given = bound.arguments
@@ -103,7 +102,7 @@ def build_attention(original: Callable[..., None], self: Any, *args: Any, **kwar
         original(self, *args, **kwargs)
         return
     shard, shards = part.layout.head_shard_of(part.rank), part.layout.head_shards
-    # The linear layers and the head count take their share from here: g ranks hold the same heads.
+    # The linear layers and the head count take this shard as their rank, so that g ranks hold the same heads.
     with attention_rank(shard, shards):
         original(self, *args, **kwargs)
     maps = layer_maps(part, self.layer_id, self.kv_lora_rank, self.qk_rope_head_dim)
@@ -126,7 +125,7 @@ def build_attention(original: Callable[..., None], self: Any, *args: Any, **kwar
     wide = fp8 or maps.rows is not None
     self.kv_a_layernorm = SlicedNorm(self.kv_a_layernorm, maps.projection, wide=wide)
     if self.rotary_emb is not None:
-        self.rotary_emb = PutOffRotation(self.rotary_emb)
+        self.rotary_emb = DeferredRotation(self.rotary_emb)
     self.attn_mqa = RadixAttention(
         self.num_local_heads,
         len(maps.key_map) + self.qk_rope_head_dim,
@@ -140,24 +139,26 @@ def build_attention(original: Callable[..., None], self: Any, *args: Any, **kwar
 
 
 def absorbed_only(original: Callable[..., Any], self: Any, forward_batch: Any) -> Any:
-    """Around ``dispatch_attn_forward_method``: a slice has no per-head keys, so every batch is absorbed."""
+    """Hook around ``dispatch_attn_forward_method``: absorb every batch, because a slice has no per-head keys."""
     method = original(self, forward_batch)
     return method if self.tpla is None else AttnForwardMethod.MLA
 
 
 def fold_weights(original: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -> None:
-    """Around ``post_load_weights``: SGLang makes ``w_kc`` and ``w_vc`` [.., d, ..], then the maps are folded in."""
+    """Hook around ``post_load_weights``: fold the maps into SGLang's ``w_kc`` and ``w_vc`` [.., d, ..]."""
     sliced = [
         module
         for module in self.modules()
         if getattr(module, "tpla", None) is not None and hasattr(module, "w_kc")
     ]
     folded = [(module.w_kc, module.w_vc) for module in sliced]
-    for module in sliced:  # SGLang copies into what is there, which has the slice's shape after a first load
+    for (
+        module
+    ) in sliced:  # SGLang would copy into the present tensors, which a first load gave the slice's shape
         module.w_kc = module.w_vc = None
     original(self, *args, **kwargs)
     for module, (old_kc, old_vc) in zip(sliced, folded, strict=True):
-        if module.w_kc is None:  # a partial reload that left this layer alone
+        if module.w_kc is None:  # a partial reload left this layer alone
             module.w_kc, module.w_vc = old_kc, old_vc
             continue
         a, b = module.tpla.key_map, module.tpla.value_map
@@ -169,7 +170,7 @@ def fold_weights(original: Callable[..., None], self: Any, *args: Any, **kwargs:
 
 
 def _keep_storage(old: torch.Tensor | None, new: torch.Tensor) -> torch.Tensor:
-    """Captured graphs hold the old tensor's address: reload in place."""
+    """Reload in place, because captured graphs hold the old tensor's address."""
     return new if old is None else old.copy_(new)
 
 
@@ -181,8 +182,9 @@ def write_rows(
     positions: torch.Tensor,
     forward_batch: Any,
 ) -> bool:
-    """Norm, project, rotate and write the rows of a decode step or of a verified draft with one kernel; False where
-    that kernel does not serve.
+    """Norm, project, rotate and write the rows of a decode step or of a verified draft with one kernel.
+
+    Returns whether that kernel serves.
 
     Args:
         latent: [tokens, 1, d], before the norm. k_rope: [tokens, 1, rope], not rotated.
@@ -196,7 +198,7 @@ def write_rows(
     if not (mode.is_decode() or mode.is_target_verify()) or not same:
         return False
     if rotary is not None and rotary.rotary.cos_sin_cache.dtype != torch.float32:
-        return False  # SGLang's embedding for head sizes that its own kernel does not know
+        return False  # only SGLang's embedding serves head sizes that its own kernel does not know
     write(
         CacheWrite(
             latent=latent.squeeze(1),
@@ -218,7 +220,7 @@ def write_rows(
 
 
 def write_sketched(self: Any, key: torch.Tensor, k_rope: torch.Tensor, forward_batch: Any) -> None:
-    """Write sketched rows from what norm, projection and rotation made; SGLang hands on no key of such a width.
+    """Write sketched rows from projected columns and a rotated key; SGLang passes on no key of such a width.
 
     Args:
         key: [tokens, 1, columns]. k_rope: [tokens, 1, rope].
@@ -234,7 +236,7 @@ def absorbed_core(
     q_pe: torch.Tensor,  # [tokens, h, rope]
     k_pe: torch.Tensor,  # [tokens, 1, rope]
     q_nope_out: torch.Tensor,  # [tokens, h, w], with sketched rows also the sketch's columns
-    k_nope: torch.Tensor,  # [tokens, 1, w], or the latent as it came where norm and projection are put off
+    k_nope: torch.Tensor,  # [tokens, 1, w], or the raw latent where norm and projection are deferred
     forward_batch: Any,
     zero_allocator: Any,
     positions: torch.Tensor,
@@ -243,14 +245,14 @@ def absorbed_core(
     *rest: Any,
     **named: Any,
 ) -> torch.Tensor:
-    """Around ``forward_absorb_core``: the same steps at the slice's width."""
+    """Hook around ``forward_absorb_core``: the same steps at the slice's width."""
     if self.tpla is None:
         return original(
             self, q_pe, k_pe, q_nope_out, k_nope, forward_batch, zero_allocator, positions, topk_indices,
             llama_4_scaling, *rest, **named,
         )  # fmt: skip
     key: torch.Tensor | None = k_nope
-    if puts_off(k_nope):
+    if defers(k_nope):
         key = None
         if not write_rows(self, k_nope, k_pe, q_pe, positions, forward_batch):
             key = self.kv_a_layernorm.project(k_nope.squeeze(1)).unsqueeze(1)
@@ -259,7 +261,7 @@ def absorbed_core(
     if key is not None and self.tpla.rows is not None:
         write_sketched(self, key, k_pe, forward_batch)
         key = None
-    if llama_4_scaling is not None:  # a temperature by position, which scales the whole query
+    if llama_4_scaling is not None:  # a temperature by position scales the whole query
         q_nope_out, q_pe = q_nope_out * llama_4_scaling, q_pe * llama_4_scaling
     save = {"save_kv_cache": key is not None}
     if self.current_attention_backend in (OURS, *FORWARD_ABSORB_CORE_ATTENTION_BACKENDS):

@@ -1,10 +1,10 @@
-"""Whether SGLang is building the target model of a speculating server or its draft model.
+"""Tell the draft model of a speculating server from its target model while SGLang builds them.
 
 A server that speculates runs two model runners in one process. The target's attention layers and cache are sliced; the
 draft's stay whole, because nobody has calibrated its one layer and its guesses depend on it. SGLang marks the runner
-(``is_draft_worker``) and not the layers: a draft layer looks like any other unless it is a NextN layer. So the mark is
-carried here from the runner to what it builds. Answers to ``ModelRunner.load_model`` and
-``ModelRunner.alloc_memory_pool`` in ``sglang/srt/model_executor/model_runner.py``.
+(``is_draft_worker``) and not the layers: a draft layer looks like any other unless it is a NextN layer. So this module
+carries the mark from the runner to the layers and cache that it builds. The hooks follow ``ModelRunner.load_model`` and
+``ModelRunner.alloc_memory_pool`` of ``sglang/srt/model_executor/model_runner.py``.
 """
 
 from __future__ import annotations
@@ -15,11 +15,13 @@ from typing import Any
 
 import torch
 
+from sglang_tpla.host import compat
+
 _building_draft: ContextVar[bool] = ContextVar("sglang_tpla_building_draft", default=False)
 
 
 def mark_runner(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
-    """Around the runner's methods that build layers and the cache."""
+    """Hook around the runner's methods that build layers and the cache."""
     token = _building_draft.set(bool(self.is_draft_worker))
     try:
         return original(self, *args, **kwargs)
@@ -28,19 +30,19 @@ def mark_runner(original: Callable[..., Any], self: Any, *args: Any, **kwargs: A
 
 
 def keep_precision(result: None, self: Any) -> None:
-    """After ``configure_kv_cache_dtype``: a draft's cache has the model's precision, whatever the target's rows are."""
+    """Hook after ``configure_kv_cache_dtype``: give a draft's cache the model's precision beside any target's rows."""
     if self.is_draft_worker and self.kv_cache_dtype.itemsize == 1:
         self.kv_cache_dtype, self.kv_cache_dtype_str = self.dtype, "auto"
 
 
 def building_draft() -> bool:
-    """True while a draft model's layers or cache are being built in this context."""
+    """Whether a draft model's layers or cache are being built in this context."""
     return _building_draft.get()
 
 
 def draft_layers(model_config: Any, server_args: Any) -> int:
     """Layers of the draft model of this server, whose rows share the target's slots; 0 without speculation."""
-    if getattr(server_args, "speculative_algorithm", None) is None:
+    if not compat.speculates(server_args):
         return 0
     return int(getattr(model_config.hf_text_config, "num_nextn_predict_layers", None) or 1)
 

@@ -3,7 +3,7 @@
 The g ranks of a head shard compute the same heads on different slices. One reduce-scatter among them adds their
 outputs and leaves rank t the heads that plain tensor parallelism would give it (H t/T to H (t+1)/T): ranks t = g s + i
 of shard s are neighbours, and part i of the shard's heads is the t-th part of all. The all-reduce after ``o_proj``
-stays. It costs a collective a layer and saves g - 1 parts of ``o_proj`` in memory and in reading.
+stays. The sum costs a collective a layer and saves g - 1 parts of ``o_proj`` in memory and in reading.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from sglang.srt.distributed.parallel_state import get_world_group, init_model_pa
 
 @cache
 def head_shard_ranks(groups: int) -> Any:
-    """The ranks that hold this rank's heads; every rank of the server must ask, and does when layers are built."""
+    """The ranks that hold this rank's heads. Every rank of the server must call this, and does so with its layers."""
     world = get_world_group()
     size = torch.distributed.get_world_size()
     return init_model_parallel_group(
@@ -30,11 +30,11 @@ def head_shard_ranks(groups: int) -> Any:
 
 
 def sum_over_groups(values: torch.Tensor, groups: int) -> torch.Tensor:
-    """This rank's part of the heads' outputs, summed over the groups: [h, tokens, v] -> [h / g, tokens, v]."""
+    """Sum the heads' outputs over the groups, and keep this rank's part: [h, tokens, v] -> [h / g, tokens, v]."""
     summed = values.new_empty(values.shape[0] // groups, *values.shape[1:])
     ranks = head_shard_ranks(groups)
     if values.is_cuda:
         ranks.reduce_scatter_tensor(summed, values)
-    else:  # SGLang registers its operator for GPUs alone
+    else:  # SGLang registers its operator only for GPUs
         torch.distributed.reduce_scatter_tensor(summed, values, group=ranks.device_group)
     return summed

@@ -3,8 +3,8 @@
 An artifact with a per-layer policy gives layer l its own w_l; the pool's layer l is then ``[slots, 1, w_l + rope]``.
 FP8 and sketched rows (``cache_rows/``) are bytes, ``[slots, 1, row_bytes]`` in a pool of SGLang's one-byte type, and
 ``host/attention/backend.py`` alone writes and reads them. Where all layers have one width and plain rows these hooks do
-nothing. Answers to ``MLATokenToKVPool`` in ``sglang/srt/mem_cache/memory_pool.py`` and
-``calculate_mla_kv_cache_dim`` in ``.../kv_cache_configurator.py``.
+nothing. They follow ``MLATokenToKVPool`` of ``sglang/srt/mem_cache/memory_pool.py`` and
+``calculate_mla_kv_cache_dim`` of ``.../kv_cache_configurator.py``.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from sglang_tpla.host.process import artifact
 
 
 def layer_items(dtype: torch.dtype, latent_dim: int, rope_dim: int, layers: int) -> list[int] | None:
-    """Items of a row in every layer, or None where SGLang's own pool has the right ones.
+    """The items of a row in every layer, or None where SGLang's own pool has the right number.
 
     Args:
-        dtype: of the pool.
-        latent_dim: the engine's latent width. layers: how many there are.
+        dtype: the pool's type.
+        latent_dim: the engine's latent width. layers: the number of layers.
     """
     rows = row_format(latent_dim, rope_dim, layers, fp8=dtype == FP8)
     items = [layer.row_items for layer in rows.layers]
@@ -33,9 +33,9 @@ def layer_items(dtype: torch.dtype, latent_dim: int, rope_dim: int, layers: int)
 
 
 def create_buffers(original: Callable[[Any], None], self: Any) -> None:
-    """Around ``MLATokenToKVPool._create_buffers``: SGLang allocates, one layer at a time with its own width.
+    """Hook around ``MLATokenToKVPool._create_buffers``: let SGLang allocate each layer with its own width.
 
-    A draft model's pool is SGLang's own: whole latents in the model's precision.
+    A draft model's pool is SGLang's own, with whole latents in the model's precision.
     """
     self.tpla_draft = building_draft()
     if self.tpla_draft:
@@ -59,10 +59,10 @@ def create_buffers(original: Callable[[Any], None], self: Any) -> None:
 
 
 def value_buffer(original: Callable[..., torch.Tensor], self: Any, layer_id: int) -> torch.Tensor:
-    """Around ``MLATokenToKVPool.get_value_buffer``: the latent part ``[slots, 1, w_l]`` of a row.
+    """Hook around ``MLATokenToKVPool.get_value_buffer``: return the latent part ``[slots, 1, w_l]`` of a row.
 
     Raises:
-        TypeError: rows in bytes, whose values are nothing without their scales.
+        TypeError: rows in bytes, whose values mean nothing without their scales.
     """
     if self.tpla_draft:
         return original(self, layer_id)
@@ -77,10 +77,10 @@ def value_buffer(original: Callable[..., torch.Tensor], self: Any, layer_id: int
 def mean_cache_dim(
     original: Callable[..., int], *, model_config: Any, kv_cache_dtype: torch.dtype, **kwargs: Any
 ) -> float:
-    """Around ``calculate_mla_kv_cache_dim``: items of a mean row, which SGLang multiplies with the number of layers.
+    """Hook around ``calculate_mla_kv_cache_dim``: the items of a mean row, which SGLang multiplies by the layers.
 
-    A speculating server's draft layers count as well: SGLang takes ``1 + draft layers / layers`` times the product, as
-    if their rows were like the target's.
+    A speculating server's draft layers count as well, because SGLang takes ``1 + draft layers / layers`` times the
+    product, as if their rows were like the target's.
     """
     if getattr(model_config, "is_draft_model", False):
         return original(model_config=model_config, kv_cache_dtype=kv_cache_dtype, **kwargs)

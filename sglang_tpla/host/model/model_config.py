@@ -2,7 +2,7 @@
 
 Pool, memory accounting and attention plans follow ``ModelConfig.kv_lora_rank`` and
 ``ModelConfig.num_attention_heads // tp``; the model itself reads its own config, which stays as it is. With H*g heads
-each rank's share is H*g/T, which is what a rank of g groups computes. Answers to
+each rank's share is the H*g/T heads that a rank of g groups computes. The hook follows
 ``sglang/srt/configs/model_config.py``.
 """
 
@@ -14,9 +14,9 @@ from sglang_tpla.host.process import artifact, settings
 
 
 def slice_shape(result: None, self: Any, *args: Any, **kwargs: Any) -> None:
-    """After ``ModelConfig.__init__``."""
+    """Hook after ``ModelConfig.__init__``."""
     loaded = artifact()
     if loaded is None or getattr(self, "is_draft_model", False):
         return
-    self.kv_lora_rank = max(loaded.meta.widths)  # layers of other widths: sglang_tpla/host/model/kv_pool.py
+    self.kv_lora_rank = max(loaded.meta.widths)  # kv_pool.py gives layers their own widths
     self.num_attention_heads *= settings().groups

@@ -1,8 +1,8 @@
-"""What every layer of a decode server caches, and the maps that make it: from the artifact, or of the whole latent.
+"""The rows of every layer on a decode server and the maps that make them, from the artifact or of the whole latent.
 
-Sketched rows come from an artifact made for them, or, with one group and no artifact, from ``--tpla-rows sketched``:
-plain MLA with an 8-bit cache, whose one map is the rotation that spreads a token's values evenly before they are
-rounded. ``--kv-cache-dtype fp8_e4m3`` asks for FP8 rows. Otherwise rows are plain.
+Sketched rows come from an artifact made for them or, with one group and no artifact, from ``--tpla-rows sketched``:
+plain MLA with an 8-bit cache, whose one map is the rotation that spreads a token's values evenly before rounding.
+``--kv-cache-dtype fp8_e4m3`` asks for FP8 rows. All other rows are plain.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def sketched() -> bool:
     """Whether this decode server caches sketched rows.
 
     Raises:
-        ConfigError: ``--tpla-rows`` asks for other rows than the artifact is for.
+        ConfigError: ``--tpla-rows`` asks for rows for which the artifact was not made.
     """
     loaded, asked = artifact(), settings().rows
     if loaded is None:
@@ -44,8 +44,8 @@ def row_format(
     """The rows of every layer on a rank of ``group``; their sizes are the same in every group.
 
     Args:
-        latent_dim, rope_dim: of the model. layers: how many there are.
-        fp8: the pool holds single bytes, and not for sketched rows.
+        latent_dim, rope_dim: the model's widths. layers: the number of layers.
+        fp8: the pool holds single bytes, which are not sketched rows.
     """
     loaded = artifact()
     if sketched():
@@ -58,21 +58,20 @@ def row_format(
 
 
 def sketched_rows(layer: int, latent_dim: int, rope_dim: int) -> SketchedRows:
-    """Sizes of one layer's rows on a server of sketched rows."""
+    """The sizes of one layer's rows on a server of sketched rows."""
     loaded = artifact()
     return SketchedRows.of(latent_dim, 1, latent_dim, rope_dim) if loaded is None else loaded.meta.rows(layer)
 
 
 @dataclass(frozen=True)
 class LayerMaps:
-    """One rank's maps of one layer, float32, as its cache and its kernels want them.
+    """One rank's maps of one layer, float32, in the form that its cache and its kernels need.
 
     Args:
-        projection: ``[d, columns]``, what a row is made from: the slice, and in sketched rows behind it the sketch
-            columns of all groups.
-        key_map: ``[query columns, d]``, folded into the queries' absorbed weights; zeros in padded columns.
-        value_map: ``[value columns, d]``, folded into those of the values; zeros in padded columns.
-        rows: of the cache, where those are sketched.
+        projection: ``[d, columns]`` makes the slice and, for sketched rows, behind it the sketch columns of all groups.
+        key_map: ``[query columns, d]`` is folded into the queries' absorbed weights; padded columns have zeros.
+        value_map: ``[value columns, d]`` is folded into the values' absorbed weights; padded columns have zeros.
+        rows: the cache's rows where they are sketched.
     """
 
     projection: torch.Tensor
@@ -102,5 +101,5 @@ def layer_maps(part: Slice, layer: int, latent_dim: int, rope_dim: int) -> Layer
 
 
 def projections(part: Slice, layers: int, latent_dim: int, rope_dim: int) -> Sequence[torch.Tensor]:
-    """What a rank hands to prefill ranks: one matrix ``[d, columns]`` a layer."""
+    """The projections that a rank hands to prefill ranks: one matrix ``[d, columns]`` for each layer."""
     return [layer_maps(part, layer, latent_dim, rope_dim).projection for layer in range(layers)]

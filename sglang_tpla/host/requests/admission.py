@@ -11,6 +11,7 @@ from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any
 
+import torch
 from sglang.srt.disaggregation.utils import FAKE_BOOTSTRAP_HOST, DisaggregationMode, prepare_abort
 from sglang.srt.managers.io_struct import AbortReq
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
@@ -29,8 +30,8 @@ def admit(original: Callable[..., None], self: Any, req: Any, is_retracted: bool
     reason, status = None, HTTPStatus.BAD_REQUEST
     if isinstance(req.to_finish, FINISH_ABORT):
         reason, status = req.to_finish.message, req.to_finish.status_code or status
-    elif decodes:
-        reason = no_such_rank(queue, req)
+    else:
+        reason = (no_such_rank(queue, req) if decodes else None) or no_token_allowed(req)
     if reason is None:
         original(self, req)
         return
@@ -58,6 +59,17 @@ def no_such_rank(queue: Any, req: Any) -> str | None:
     return f"disagg_prefill_dp_rank must lie in 0...{info.dp_size - 1} for the prefill server {address}; got {rank}"
 
 
+def no_token_allowed(req: Any) -> str | None:
+    """Why a grammar that is ready can have no answer, or None: every token would be masked (``root ::= root``)."""
+    if req.grammar is None:
+        return None
+    mask = req.grammar.allocate_vocab_mask(req.vocab_size, 1, "cpu")
+    if mask is None or mask.dtype != torch.int32:  # outlines has no bits, and says what is forbidden
+        return None
+    req.grammar.fill_vocab_mask(mask, 0)
+    return None if mask.any() else "the grammar of this request allows no token to begin with: it has no end"
+
+
 def handle(original: Callable[..., None], self: Any, recv_req: Any, **kwargs: Any) -> None:
     """Around ``Scheduler.handle_generate_request``: an error over one request is that request's."""
     try:
@@ -72,3 +84,12 @@ def handle(original: Callable[..., None], self: Any, recv_req: Any, **kwargs: An
         self.ipc_channels.send_to_tokenizer.send_output(
             AbortReq(rid=recv_req.rid, finished_reason=reason), recv_req
         )
+
+
+def note_idle(self: Any) -> None:
+    """Before ``Scheduler.on_idle`` on prefill: no request is left whose room could still be opened.
+
+    A decode rank that asks for a room whose request was refused at the edge, or never came, does not wait for the
+    deadline.
+    """
+    self.disagg_prefill_bootstrap_queue.kv_manager.agent.note_idle()

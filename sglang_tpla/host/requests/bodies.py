@@ -15,12 +15,11 @@ WRONG_VALUE = (AttributeError, TypeError, KeyError, IndexError, OverflowError, R
 
 
 def answer_unreadable(state: Any) -> None:
-    """Before ``set_global_state``, which comes once in each process that serves HTTP, before its first request."""
+    """Before ``set_global_state``, which comes once in the process that serves HTTP, before its first request."""
     from sglang.srt.entrypoints.http_server import app
 
-    if app.middleware_stack is None:
-        for error in WRONG_VALUE:
-            app.add_exception_handler(error, refuse)
+    for error in WRONG_VALUE:
+        app.add_exception_handler(error, refuse)
 
 
 async def refuse(request: Any, error: Exception) -> JSONResponse:

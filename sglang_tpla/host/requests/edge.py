@@ -6,6 +6,7 @@ again, and no circuit breaker opens. A 500 would be tried again and again, and t
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 from collections.abc import AsyncIterator, Callable
@@ -15,13 +16,14 @@ from typing import Any
 import msgspec
 from sglang.srt.constants import HEALTH_CHECK_RID_PREFIX
 from sglang.srt.disaggregation.utils import FAKE_BOOTSTRAP_HOST
-from sglang.srt.managers.io_struct import GenerateReqInput
+from sglang.srt.managers.io_struct import AbortReq, GenerateReqInput
 from sglang.srt.managers.tokenizer_manager import ServerStatus
 
 from sglang_tpla.host import compat
 from sglang_tpla.host.disaggregation.prefill_lookup import MAX_RANKS
 from sglang_tpla.host.process import serves_decode
 from sglang_tpla.host.requests.fields import Limits, RequestRefused, check_item, check_rooms_differ
+from sglang_tpla.host.requests.patterns import check_grammar, check_stops
 from sglang_tpla.host.requests.samples import give_each_its_room
 
 TOP_LOGPROBS = 128  # MetadataBuffers(max_top_logprobs_num=128)
@@ -70,11 +72,26 @@ async def generate(
             async for output in outputs:
                 answered = True
                 yield output
+    except (GeneratorExit, asyncio.CancelledError):  # the client hung up
+        abort_forgotten(self, obj)
+        raise
     except WRONG_VALUE as error:
         if answered:
             raise
         logger.exception("a request that cannot be read")
         raise RequestRefused(f"a field of the request has a wrong value: {error}") from error
+
+
+def abort_forgotten(manager: Any, obj: Any) -> None:
+    """Abort what a client has hung up on, where SGLang has forgotten it by the time it would abort it itself.
+
+    So it is from 0.5.18 to 0.5.19: its own abort comes two seconds later, and passes over ids that it does not know.
+    """
+    if not hasattr(manager, "_discard_pending_req_states"):
+        return
+    for rid in obj.rid if isinstance(obj.rid, list) else [obj.rid]:
+        if rid is not None:
+            manager._dispatch_to_scheduler(AbortReq(rid=rid))
 
 
 def check_rid(rid: Any) -> None:
@@ -104,6 +121,8 @@ def check_normalized(self: Any, obj: Any, *args: Any, **kwargs: Any) -> None:
     bounds = limits(self)
     for item in items:
         check_item(item, bounds)
+        check_stops(item.sampling_params)
+        check_grammar(item.sampling_params)
         params = self.sampling_params_class(
             **{**(self.preferred_sampling_params or {}), **item.sampling_params}
         )

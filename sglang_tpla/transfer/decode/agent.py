@@ -1,51 +1,149 @@
 """The decode side: one agent a rank, a DEALER socket for each prefill rank, and chunks into the paged pool.
 
-The scheduler opens rooms and hands over pages; prefill ranks send what credit allows. The I/O thread keeps
-frames in staging, the worker thread checks and scatters them (`scattering`). Public calls return
-at once (`abort` and `close_room` wait for a write in progress, at most one chunk), from any thread, and raise
-`TransferError` for misuse or when a thread of the agent has ended.
+The scheduler opens rooms and hands over pages; prefill ranks send what credit allows. The agent owns its parts:
+
+    Workers      threads, lock, counters
+    Connections  sockets to prefill ranks; it owns their DataChannels, and tells what comes to the
+    Receiver     which writes chunks into the pool and checks them, and asks the
+    Rooms        what each event means, and with them the
+    Credits      who may send how much
 """
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from sglang_tpla.transfer.decode.coverage import Coverage
-from sglang_tpla.transfer.decode.receiver import DecodeScattering
+from sglang_tpla.config import Settings
+from sglang_tpla.transfer import messages as frames
+from sglang_tpla.transfer.decode.connections import Connections
+from sglang_tpla.transfer.decode.credits import Credits
+from sglang_tpla.transfer.decode.receiver import Receiver
+from sglang_tpla.transfer.decode.rooms import Rooms
 from sglang_tpla.transfer.decode.state import Link, Room, Source
 from sglang_tpla.transfer.memory.iovec import Slots
-from sglang_tpla.transfer.room import AgentStats, TransferError, TransferMetric, check_room
-from sglang_tpla.transfer.workers import seconds_since
+from sglang_tpla.transfer.memory.pool import CachePool, MetadataRows
+from sglang_tpla.transfer.memory.projection import Projection
+from sglang_tpla.transfer.memory.staging import Staging
+from sglang_tpla.transfer.network.data_channel import BufferPool
+from sglang_tpla.transfer.network.security import Security
+from sglang_tpla.transfer.room import (
+    NO_LIMITS,
+    AgentStats,
+    Limits,
+    RoomState,
+    TransferError,
+    TransferMetric,
+    check_room,
+)
+from sglang_tpla.transfer.workers import Workers, opened, seconds_since
 
 
-class DecodeAgent(DecodeScattering):
-    """Fetches latent caches for one decode rank.
+class DecodeAgent:
+    """Fetches latent caches for one decode rank. Any thread may call any public method: all return at once (`abort` and
+    `close_room` wait for a write in progress, at most one chunk) and raise `TransferError` for misuse or when a thread
+    of the agent has ended.
 
-    ``DecodeAgent(pool, metadata, projection, *, model_hash, settings, rank, size, groups, host_id=None,
-    security=None, logger=None)``; ``host_id`` overrides what tells hosts apart;
-    ``projection`` is None where the pool holds the whole latent. ``on_peer_lost(host, port)`` is called, from
-    the I/O thread, once for each prefill rank whose connection breaks or that is given up: ask anew where it
-    is.
+    Args:
+        projection: None where the pool holds the whole latent.
+        host_id: overrides what tells hosts apart.
+        limits: how long a prompt this server takes.
+        on_peer_lost: called with host and port, from the I/O thread, once for each prefill rank whose connection breaks
+            or that is given up: ask anew where it is.
     """
+
+    role = "decode"
+
+    def __init__(
+        self,
+        pool: CachePool,
+        metadata: MetadataRows,
+        projection: Projection | None,
+        *,
+        model_hash: str,
+        settings: Settings,
+        rank: int,
+        size: int,
+        host_id: str | None = None,
+        limits: Limits = NO_LIMITS,
+        security: Security | None = None,
+        on_peer_lost: Callable[[str, int], None] = lambda host, port: None,
+        logger: logging.Logger | None = None,
+        workers: Workers | None = None,
+    ) -> None:
+        security = security if security is not None else Security.from_environment(self.role)
+        if projection is not None and len(projection.shared) == len(pool.layers):
+            pool = pool.sharing(projection.shared)
+        _check_projection(pool, projection)
+        self._pool, self._metadata = pool, metadata
+        workers = workers or Workers(self.role, settings, rank, logger, pool.device.type)
+        self.workers = workers
+        self.arena = workers.make_arena()
+        slots = None
+        if self.arena is not None:
+            slots = Staging(self.arena.data, workers.chunk_bytes, self.arena.reserve)
+        hello = frames.Hello(
+            versions=frames.PROTOCOL_VERSIONS,
+            agent=workers.agent_id,
+            model_hash=model_hash,
+            rank=rank,
+            size=size,
+            host=workers.host_identity(host_id),
+            max_chunk_bytes=workers.chunk_bytes,
+            layout=frames.CacheLayout(
+                first_layer=pool.first_layer,
+                latent_dim=pool.latent_dim,
+                rope_dim=pool.rope_dim,
+                dtype=pool.row_format.name(pool.dtype),
+                page_size=pool.page_size,
+                widths=pool.widths,
+                shared=pool.row_format.shared,
+                metadata_bytes=metadata.item_bytes,
+            ),
+            projection=projection.content_hash if projection is not None else "",
+            common=projection.common_hash if projection is not None else "",
+            arena=self.arena.announcement if self.arena is not None else None,
+        )
+        buffers = BufferPool()
+        self.credits = Credits(workers.settings.staging_bytes, workers.chunk_bytes)
+        self.rooms = Rooms(
+            pool, metadata.row_bytes, workers.settings, self.credits, workers.counts, time.time_ns(),
+            free_slots=lambda: slots is not None and slots.reap(), ended=self._log_end,
+        )  # fmt: skip
+        self.receiver = Receiver(
+            workers, self.rooms, pool, metadata, slots, buffers,
+            put=lambda connection, message: self.connections.put(connection, message),
+        )  # fmt: skip
+        self.connections = Connections(
+            workers, self.receiver, security, hello, limits, projection, pool.device, buffers, on_peer_lost
+        )
+        self.rank, self.durations = rank, workers.durations
+        workers.start(self.receiver.next_work, self._tick, self.connections.say_goodbye, self._fail_all)
+
+    def close(self) -> None:
+        """End all threads and free sockets and staging; rooms that are still alive fail. May be called twice."""
+        self.workers.close()
+        self.connections.close()
+        if self.arena is not None:
+            self.arena.close()
 
     def connect(self, host: str, port: int) -> None:
         """Register with a prefill rank unless that is done or under way; does not block."""
-        with self._lock:
-            self._check_alive()
-            self._connection((host, port))
+        with self.workers.lock:
+            self.workers.check_alive()
+            self.connections.connection((host, port))
 
     def open_room(
         self,
-        room: int,
+        room_id: int,
         peers: Sequence[tuple[str, int, bool]],
         born: float | None = None,
         prompt_tokens: int = 0,
     ) -> None:
-        """Begin a new generation of a room with prefill ranks ``(host, port, is_dummy)``; connects where
-        needed.
+        """Begin a new generation of a room with prefill ranks ``(host, port, is_dummy)``, connecting where needed.
 
         Args:
             born: when its request came (`time.monotonic`; None: now); it fails where a prefill rank began later.
@@ -54,29 +152,25 @@ class DecodeAgent(DecodeScattering):
         Raises:
             TransferError: no peers, all of them dummies, the room is open and has not ended, or its id is out of range.
         """
-        check_room(room)
-        with self._lock:
-            self._check_alive()
+        check_room(room_id)
+        with self.receiver.turn() as now:
+            self.workers.check_alive()
             if all(dummy for _, _, dummy in peers):
-                raise TransferError(f"room {room} needs a prefill rank that sends; got {list(peers)}")
-            old = self._rooms.get(room)
+                raise TransferError(f"room {room_id} needs a prefill rank that sends; got {list(peers)}")
+            old = self.rooms.table.get(room_id)
             if old is not None and not old.state.ended:
                 raise TransferError(
-                    f"room {room} is open on decode rank {self._rank}; close it before opening it anew"
+                    f"room {room_id} is open on decode rank {self.rank}; close it before opening it anew"
                 )
-            self._generation += 1
-            now = time.monotonic()
             sources = {
-                (host, port): Source(self._connection((host, port)), dummy) for host, port, dummy in peers
+                (host, port): Source(self.connections.connection((host, port)), dummy)
+                for host, port, dummy in peers
             }
-            entry = self._rooms[room] = Room(
-                room, self._generation, sources, now if born is None else born, prompt_tokens, now
-            )
-            self._advance(entry)
+            self.rooms.open(room_id, sources, now if born is None else born, prompt_tokens, now)
 
     def request(
         self,
-        room: int,
+        room_id: int,
         pages: np.ndarray,
         *,
         metadata_row: int,
@@ -87,14 +181,12 @@ class DecodeAgent(DecodeScattering):
         """Ask for a room's rows.
 
         Args:
-            pages: where they go, int32 ``[n]``, after the cached prefix; the agent may write there until the
-            room
+            pages: where the rows go, int32 ``[n]``, after the cached prefix; the agent may write there until the room
                 ends or is aborted or closed.
             metadata_row: row of the metadata buffers to fill, last.
             expected_ranks: how many decode ranks ask each prefill rank for this room.
             prefix_tokens: tokens that are cached here already and are not sent.
-            num_tokens: tokens after the prefix, where the last page is not full; None to learn it from
-            prefill.
+            num_tokens: tokens after the prefix, where the last page is not full; None to learn it from prefill.
 
         Raises:
             TransferError: unknown room, asked twice, or pages outside the pool.
@@ -103,68 +195,125 @@ class DecodeAgent(DecodeScattering):
         self._pool.slots(pages, num_tokens)
         if self._metadata.buffers:
             self._metadata.check(metadata_row)
-        with self._lock:
-            self._check_alive()
-            entry = self._open(room)
-            if entry.requested is not None:
-                raise TransferError(f"room {room} was asked for already on decode rank {self._rank}")
-            entry.slots, entry.metadata_row, entry.expected_ranks = Slots(slots), metadata_row, expected_ranks
-            entry.prefix_tokens, entry.num_tokens = prefix_tokens, -1 if num_tokens is None else num_tokens
-            entry.coverage = Coverage(
-                len(self._pool.layers), slots.size, self._part_items, self._pool.first_layer
+        tokens = -1 if num_tokens is None else num_tokens
+        with self.receiver.turn() as now:
+            self.workers.check_alive()
+            room = self._open(room_id)
+            if room.request is not None:
+                raise TransferError(f"room {room_id} was asked for already on decode rank {self.rank}")
+            request = frames.Request(
+                room_id, room.generation, expected_ranks, prefix_tokens, tokens, False, 0, 1
             )
-            entry.requested = entry.progress = time.monotonic()
-            self._advance(entry)
+            self.rooms.request(room, Slots(slots), metadata_row, request, now)
 
-    def suspicion(self, room: int) -> str:
-        """Why this rank is about to give up a room: it has nothing to say before it does."""
-        return ""
+    def poll(self, room_id: int) -> RoomState:
+        """Return the state of a room: BOOTSTRAPPING until every prefill rank has registered this one, WAITING for
+        ``request``, TRANSFERRING, SUCCESS when every chunk and then the metadata row are in place; FAILED (`failure`).
 
-    def metric(self, room: int) -> TransferMetric:
-        """Bytes received so far, and seconds from request to the end."""
-        with self._lock:
-            entry = self._open(room)
-            return TransferMetric(
-                wire_bytes=entry.wire_bytes,
-                shared_memory_bytes=entry.shared_memory_bytes,
-                seconds=seconds_since(entry.requested, entry.ended),
-                chunks=sum(len(source.applied) for source in entry.sources.values()),
-                tokens=max(source.tokens for source in entry.sources.values()),
-                resent=entry.resent,
-            )
-
-    def abort(self, room: int, reason: str) -> None:
-        """Fail a room and tell its prefill ranks; after the return nothing is written for it any more."""
-        with self._lock:
-            entry = self._rooms.get(room)
-        if entry is None:
-            return
-        entry.writes.end()
-        with self._lock:
-            if not entry.state.ended:
-                self._fail(entry, reason)
-
-    def close_room(self, room: int) -> None:
-        """Forget a room, aborting it if it has not ended; when it returns, nothing is written for it any
-        more.
+        Raises:
+            TransferError: the room is not open.
         """
-        self.abort(room, "closed by the decode scheduler before it ended")
-        with self._lock:
-            self._rooms.pop(room, None)
+        with self.workers.lock:
+            return RoomState.FAILED if self.workers.death is not None else self._open(room_id).state
+
+    def failure(self, room_id: int) -> str:
+        """Return why a room failed, or nothing if it has not.
+
+        Raises:
+            TransferError: the room is not open.
+        """
+        with self.workers.lock:
+            return self.workers.death or self._open(room_id).reason
+
+    def metric(self, room_id: int) -> TransferMetric:
+        """Return the bytes received so far and the seconds from the request to the end."""
+        with self.workers.lock:
+            room = self._open(room_id)
+            return TransferMetric(
+                wire_bytes=room.wire_bytes,
+                shared_memory_bytes=room.shared_memory_bytes,
+                seconds=seconds_since(room.requested, room.ended or self.workers.io.now()),
+                chunks=sum(len(source.applied) for source in room.sources.values()),
+                tokens=max(source.tokens for source in room.sources.values()),
+                resent=room.resent,
+            )
+
+    def abort(self, room_id: int, reason: str) -> None:
+        """Fail a room and tell its prefill ranks. Nothing is written for the room once this returns."""
+        with self.workers.lock:
+            room = self.rooms.table.get(room_id)
+        if room is not None:
+            self.receiver.fail(room, reason)
+
+    def close_room(self, room_id: int) -> None:
+        """Forget a room, and abort it if it has not ended. Nothing is written for the room once this returns."""
+        self.abort(room_id, "closed by the decode scheduler before it ended")
+        with self.workers.lock:
+            self.rooms.table.pop(room_id, None)
 
     def stats(self) -> AgentStats:
-        """Counters and gauges of now."""
-        with self._lock:
+        """Return the counters and the gauges of now."""
+        with self.workers.lock:
+            lines = list(self.connections.table.values())
+            readers = [line.reader for line in lines if line.reader is not None and line.reader.greeted]
             return AgentStats(
-                rooms=len(self._rooms),
-                peers=sum(connection.link is Link.REGISTERED for connection in self._connections.values()),
-                data_channels=sum(
-                    connection.inbox is not None and connection.inbox.greeted
-                    for connection in self._connections.values()
-                ),
-                staging_used_bytes=self._staging_used_bytes,
-                staging_limit_bytes=self._settings.staging_bytes,
-                threads_alive=self._threads_alive,
-                transfer_seconds=self._transfer_seconds,
-                **self._counts,
+                rooms=len(self.rooms.table),
+                peers=sum(line.link is Link.REGISTERED for line in lines),
+                data_channels=len(readers),
+                sealed_channels=sum(reader.sealed for reader in readers),
+                staging_used_bytes=self.credits.used_bytes,
+                staging_limit_bytes=self.workers.settings.staging_bytes,
+                threads_alive=self.workers.alive,
+                transfer_seconds=self.workers.transfer_seconds,
+                **self.workers.counts,
             )
+
+    def _tick(self) -> None:
+        with self.receiver.turn() as now:
+            late = self.rooms.expire(now)
+        self.connections.expire(now)
+        for room in late:
+            self.receiver.fail(
+                room,
+                f"no progress for {self.workers.settings.transfer_timeout_s:g} s in {room.state.name}",
+            )
+
+    def _open(self, room_id: int) -> Room:
+        return opened(self.rooms.table, room_id, self.role, self.rank)
+
+    def _fail_all(self, reason: str) -> None:
+        for room in list(self.rooms.table.values()):
+            if not room.state.ended:
+                self.receiver.fail(room, reason)
+
+    def _log_end(self, room: Room) -> None:
+        sources = room.sources.values()
+        self.workers.log_transfer(
+            room=room.room_id,
+            peer=[source.connection.name for source in sources if not source.dummy],
+            tokens=max(source.tokens for source in sources),
+            chunks=sum(len(source.applied) for source in sources),
+            bytes=room.wire_bytes,
+            shared_memory_bytes=room.shared_memory_bytes,
+            seconds=round(seconds_since(room.requested, room.ended or 0.0), 6),
+            result="success" if room.state is RoomState.SUCCESS else room.reason,
+            resent=room.resent,
+        )
+
+
+def _check_projection(pool: CachePool, projection: Projection | None) -> None:
+    """Refuse a projection that is not for this pool.
+
+    Raises:
+        TransferError: naming both.
+    """
+    if projection is None:
+        return
+    theirs = (projection.first_layer, projection.latent_dim, projection.widths)
+    ours = (pool.first_layer, pool.latent_dim, pool.widths)
+    if theirs != ours or projection.sketched not in (None, pool.row_format):
+        raise TransferError(
+            f"the projection is for layers from {projection.first_layer} on with d={projection.latent_dim} and widths "
+            f"{projection.widths[:4]}..., the pool holds layers from {pool.first_layer} on with d={pool.latent_dim} "
+            f"and widths {pool.widths[:4]}...; use the artifact this server was started with"
+        )

@@ -4,11 +4,7 @@ read.
 
 from __future__ import annotations
 
-import logging
-import time
 import uuid
-import weakref
-from abc import abstractmethod
 from collections.abc import Callable
 from functools import partial
 
@@ -16,159 +12,98 @@ import torch
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
-from sglang_tpla.config import Settings
 from sglang_tpla.transfer import messages as frames
-from sglang_tpla.transfer.decode.data_channels import DecodeChannels
+from sglang_tpla.transfer.decode.data_channels import DataChannels
+from sglang_tpla.transfer.decode.receiver import Receiver
 from sglang_tpla.transfer.decode.state import Address, Connection, Link
 from sglang_tpla.transfer.memory.projection import Projection
-from sglang_tpla.transfer.memory.rows import RowWriter
-from sglang_tpla.transfer.memory.shared_memory import map_arena
-from sglang_tpla.transfer.memory.staging import Staging, pin, unpin
-from sglang_tpla.transfer.network.data_channel import Spares
+from sglang_tpla.transfer.memory.shared_memory import map_for
+from sglang_tpla.transfer.network.control_socket import configure, endpoint, receive_parts
+from sglang_tpla.transfer.network.data_channel import BufferPool
 from sglang_tpla.transfer.network.security import Security
-from sglang_tpla.transfer.room import NO_LIMITS, CachePool, Limits, MetadataRows, TransferError
-from sglang_tpla.transfer.workers import endpoint
+from sglang_tpla.transfer.room import Limits
+from sglang_tpla.transfer.workers import Workers
 
 MAX_UNANSWERED = 3
-WELCOME_DELAY_S = 1.0  # that a Welcome may have been on its way
+WELCOME_DELAY_S = 1.0  # a Welcome may have been on its way for so long
 
 
-class DecodeDialing(DecodeChannels):
-    """Sockets and connections of `DecodeAgent`."""
+class Connections:
+    """The sockets to prefill ranks, and those ranks' shared memory that this process can read.
 
-    role = "decode"
+    Everything runs on the I/O thread, except for `connection` (any thread, under the lock) and `put` (any thread).
+    """
 
     def __init__(
         self,
-        pool: CachePool,
-        metadata: MetadataRows,
+        workers: Workers,
+        receiver: Receiver,
+        security: Security,
+        hello: frames.Hello,
+        limits: Limits,
         projection: Projection | None,
-        *,
-        model_hash: str,
-        settings: Settings,
-        rank: int,
-        size: int,
-        groups: int,
-        host_id: str | None = None,
-        limits: Limits = NO_LIMITS,
-        security: Security | None = None,
-        logger: logging.Logger | None = None,
+        device: torch.device,
+        buffers: BufferPool,
+        on_peer_lost: Callable[[str, int], None],
     ) -> None:
-        self._security = security if security is not None else Security.from_environment(self.role)
-        super().__init__(settings, rank, size, logger, pool.device.type)
-        if projection is not None and len(projection.shared) == len(pool.layers):
-            pool = pool.sharing(projection.shared)
-        self._pool, self._metadata, self._projection, self._groups = pool, metadata, projection, groups
-        self._limits = limits
-        first, widths = pool.first_layer, pool.widths
-        if projection is not None and (
-            projection.widths != widths
-            or projection.sketched not in (None, pool.row_format)
-            or projection.first_layer != first
-            or projection.latent_dim != pool.latent_dim
-        ):
-            raise TransferError(
-                f"the projection is for layers from {projection.first_layer} on "
-                f"with d={projection.latent_dim} and "
-                f"widths {projection.widths[:4]}..., the pool holds layers from {first} on with "
-                f"d={pool.latent_dim} and widths {widths[:4]}...; use the "
-                "artifact this server was started with"
-            )
-        self._writer = RowWriter(pool)
-        self._host = self._host_identity(host_id)
-        self._arena = self._make_arena()
-        self._kept_slots = (
-            Staging(self._arena.data, self._chunk_bytes, self._arena.reserve)
-            if self._arena is not None
-            else None
-        )
-        self._hello = frames.Hello(
-            versions=frames.PROTOCOL_VERSIONS,
-            agent=self._agent_id,
-            model_hash=model_hash,
-            rank=rank,
-            size=size,
-            host=self._host,
-            max_chunk_bytes=self._chunk_bytes,
-            layout=frames.CacheLayout(
-                first_layer=first,
-                latent_dim=pool.latent_dim,
-                rope_dim=pool.rope_dim,
-                dtype=pool.row_format.name(pool.dtype),
-                page_size=pool.page_size,
-                widths=widths,
-                shared=pool.row_format.shared,
-                metadata_bytes=metadata.item_bytes,
-            ),
-            projection=projection.content_hash if projection is not None else "",
-            common=projection.common_hash if projection is not None else "",
-            arena=self._arena.announcement if self._arena is not None else None,
-        )
-        self._connections: dict[Address, Connection] = {}
-        self._maps: dict[bytes, memoryview | None] = {}  # by cookie: arenas that were mapped, or could not be
-        self.on_peer_lost: Callable[[str, int], None] | None = None
-        self._spares = Spares()
-        self._prepare()
-        self._start()
-
-    @abstractmethod
-    def _prepare(self) -> None:
-        """Set up what the subclass keeps, before the threads start."""
+        self.table: dict[Address, Connection] = {}
+        self._workers, self._receiver, self._security = workers, receiver, security
+        self._io, self._lock, self._log = workers.io, workers.lock, workers.log
+        self._settings, self._rank = workers.settings, workers.rank
+        self._hello, self._limits, self._projection, self._device = hello, limits, projection, device
+        self._on_peer_lost = on_peer_lost
+        self._maps: dict[bytes, memoryview | None] = {}  # by cookie: segments; None: not to be mapped
+        self._channels = DataChannels(workers, receiver, self, security.secret is not None, buffers)
 
     def close(self) -> None:
-        """End all threads and free sockets and staging; rooms that are still alive fail."""
-        super().close()
+        """Unmap all shared memory, once the I/O thread has ended."""
         self._maps.clear()
-        if self._arena is not None:
-            self._arena.close()
 
-    # Connections
-
-    def _connection(self, address: Address) -> Connection:
-        """The connection to an address; a new one where there is none that can be used. Under the lock."""
-        connection = self._connections.get(address)
+    def connection(self, address: Address) -> Connection:
+        """Return the connection to an address, or make one where none can be used. The caller holds the lock."""
+        connection = self.table.get(address)
         if connection is not None and connection.link is Link.REFUSED:
-            if time.monotonic() - connection.last_seen <= self._settings.peer_timeout_s:
+            if self._io.now() - connection.last_seen <= self._settings.peer_timeout_s:
                 return connection
             connection = None  # the server there may have changed: ask again
         if connection is None or connection.link is Link.LOST:
             self._security.check(address[0], "connecting to")
-            connection = Connection(address, uuid.uuid4().bytes, time.monotonic())
-            self._connections[address] = connection
+            connection = Connection(address, uuid.uuid4().bytes, self._io.now())
+            self.table[address] = connection
             self._io.post(self._dial, connection)
         return connection
 
     def _dial(self, connection: Connection) -> None:
-        if self._closing:
+        if self._workers.closing:
             return
         dealer = self._io.context.socket(zmq.DEALER)
-        self._configure(dealer, frames.MAX_METADATA_BYTES + frames.MAX_HEADER_BYTES)
+        configure(dealer, self._settings, frames.MAX_METADATA_BYTES + frames.MAX_HEADER_BYTES)
         dealer.setsockopt(zmq.IDENTITY, connection.identity)
         dealer.setsockopt(zmq.IPV6, int(":" in connection.address[0]))
         self._security.apply_client(dealer)
         connection.socket = dealer
         connection.monitor = dealer.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         self._io.add(connection.monitor, lambda monitor: self._disconnected(connection, monitor))
-        self._io.add(dealer, lambda _: self._receive(connection))
+        self._io.add(dealer, lambda _: self.receive(connection))
         try:
             dealer.connect(endpoint(*connection.address))
         except zmq.ZMQError as error:
-            self._give_up(connection, f"the {connection.name} cannot be connected to: {error}")
+            self.give_up(connection, f"the {connection.name} cannot be connected to: {error}")
             return
-        connection.last_seen = time.monotonic()
+        connection.last_seen = self._io.now()
         self._send_now(connection, self._hello, None)
 
     def _disconnected(self, connection: Connection, monitor: zmq.Socket) -> None:
         recv_monitor_message(monitor, zmq.NOBLOCK)
-        self._receive(connection)  # what was said last: a Goodbye, perhaps
+        self.receive(connection)  # the last words may be a Goodbye
         if connection.monitor is monitor:
-            self._broken(connection)
+            self.broken(connection)
 
-    def _broken(self, connection: Connection) -> None:
-        """Try anew: for a while, or a few times where the prefill rank never answered. Rooms go on where they were."""
+    def broken(self, connection: Connection) -> None:
+        """Connect again: for a while, or a few times if the prefill rank never answered. Rooms then go on."""
         connection.unanswered += not connection.agent
         if connection.unanswered == MAX_UNANSWERED:
-            self._give_up(
+            self.give_up(
                 connection,
                 f"the connection to the {connection.name} broke {MAX_UNANSWERED} times before it answered; check that "
                 "both sides have keys that go together (--tpla-keys) or both have none",
@@ -178,43 +113,42 @@ class DecodeDialing(DecodeChannels):
             connection.link = Link.CONNECTING
             first = connection.broken_since is None
             if first:
-                connection.broken_since = time.monotonic()
+                connection.broken_since = self._io.now()
         self._hang_up(connection)  # the next tick dials anew, under another identity
         if first:
             self._log.warning("decode rank %d: the %s broke the connection", self._rank, connection.name)
             self._tell_lost(connection)  # it may be back at another address
 
-    def _give_up(self, connection: Connection, reason: str, link: Link = Link.LOST) -> None:
-        """End a connection; its rooms fail. I/O thread only."""
+    def give_up(self, connection: Connection, reason: str, link: Link = Link.LOST) -> None:
+        """End a connection and fail its rooms."""
         with self._lock:
             if connection.link in (Link.LOST, Link.REFUSED):
                 return
-            connection.link, connection.reason, connection.last_seen = link, reason, time.monotonic()
-            self._counts["refused" if link is Link.REFUSED else "peers_lost"] += 1
-            if link is Link.LOST and self._connections.get(connection.address) is connection:
-                del self._connections[connection.address]
+            connection.link, connection.lost_reason = link, reason
+            connection.last_seen = self._io.now()
+            self._workers.counts["refused" if link is Link.REFUSED else "peers_lost"] += 1
+            if link is Link.LOST and self.table.get(connection.address) is connection:
+                del self.table[connection.address]
             connection.arenas.clear()
             self._forget_maps()
         self._log.warning("decode rank %d: %s", self._rank, reason)
         self._hang_up(connection)
-        self._drop_rooms(connection, reason)
+        self._receiver.lost(connection, reason)
         if link is Link.LOST and connection.broken_since is None:
             self._tell_lost(connection)
 
-    def _refuse_version(self, connection: Connection, reason: str) -> None:
-        self._give_up(
-            connection, f"the {connection.name} speaks another framing version: {reason}", Link.REFUSED
-        )
+    def _refuse(self, connection: Connection, version: str) -> None:
+        reason = f"the {connection.name} speaks another framing version: {version}"
+        self.give_up(connection, reason, Link.REFUSED)
 
     def _tell_lost(self, connection: Connection) -> None:
-        if self.on_peer_lost is not None:
-            try:
-                self.on_peer_lost(*connection.address)
-            except Exception as error:
-                self._handler_failed("on_peer_lost", error)
+        try:
+            self._on_peer_lost(*connection.address)
+        except Exception as error:
+            self._workers.handler_failed("on_peer_lost", error)
 
     def _hang_up(self, connection: Connection, linger_ms: int = 0) -> None:
-        self._end_data(connection)
+        self._channels.end(connection)
         dealer, connection.socket = connection.socket, None
         if dealer is not None:
             if connection.monitor is not None:
@@ -223,43 +157,40 @@ class DecodeDialing(DecodeChannels):
                 connection.monitor = None
             self._io.remove(dealer, linger_ms)
 
-    @abstractmethod
-    def _in_use(self, connection: Connection) -> bool:
-        """Whether a room that is not complete waits for this connection, or something is kept for its neighbours."""
-
     # Messages in (I/O thread)
 
-    def _receive(self, connection: Connection) -> None:
+    def receive(self, connection: Connection) -> None:
+        """Handle the messages that have come from a prefill rank."""
         for _ in range(64):
             if connection.socket is None:
                 return
-            parts = self._receive_parts(connection.socket)
+            parts = receive_parts(connection.socket)
             if parts is None:
                 return
-            parsed = self._parse(parts, connection.name, partial(self._refuse_version, connection))
+            parsed = self._workers.parse(parts, connection.name, partial(self._refuse, connection))
             if parsed is None:
-                if connection.broken_since is not None or self._in_use(connection):
-                    self._broken(connection)  # what was lost comes again on a new connection
+                if connection.broken_since is not None or self._receiver.uses(connection):
+                    self.broken(connection)  # lost messages come again on a new connection
                 continue
             message, payload = parsed
             if isinstance(message, frames.Chunk):
-                self._drop(
+                self._workers.drop(
                     "malformed_dropped", f"a chunk of the {connection.name} came beside its data channel"
                 )
                 continue
             if isinstance(message, frames.Welcome):
-                self._dial_data(connection, parts[0], message.data)
+                self._channels.dial(connection, parts[0], message.data)
                 if connection.socket is None:
                     return
-            self._take(connection, message, None if payload is None else payload.buffer)
+            self.take(connection, message, None if payload is None else payload.buffer)
 
-    def _take(self, connection: Connection, message: frames.Message, payload: memoryview | None) -> None:
-        connection.last_seen = time.monotonic()
+    def take(self, connection: Connection, message: frames.Message, payload: memoryview | None) -> None:
+        """Handle one message, or a chunk that has come into staging."""
+        connection.last_seen = self._io.now()
         try:
             self._handle(connection, message, payload)
         except Exception as error:
-            self._handler_failed(f"message {type(message).__name__} from the {connection.name}", error)
-            self._room_failed(connection, getattr(message, "room", -1), message, error)
+            self._workers.handler_failed(f"{type(message).__name__} from the {connection.name}", error)
 
     def _handle(self, connection: Connection, message: frames.Message, payload: memoryview | None) -> None:
         match message:
@@ -274,46 +205,23 @@ class DecodeDialing(DecodeChannels):
             case frames.Neighbours():
                 self._map_all(connection, message.number, message.arenas)
             case frames.Refused():
-                self._give_up(connection, message.reason, Link.REFUSED)
+                self.give_up(connection, message.reason, Link.REFUSED)
             case frames.Unregistered():
-                self._broken(connection)
+                self.broken(connection)
             case frames.Goodbye():
-                self._give_up(connection, f"the {connection.name} closed: {message.reason}")
+                self.give_up(connection, f"the {connection.name} closed: {message.reason}")
             case _:
-                self._handle_room(connection, message, payload)
-
-    @abstractmethod
-    def _handle_room(
-        self, connection: Connection, message: frames.Message, payload: memoryview | None
-    ) -> None:
-        """One message about a room, on the I/O thread."""
-
-    @abstractmethod
-    def _room_failed(
-        self, connection: Connection, room: int, message: frames.Message, error: Exception
-    ) -> None:
-        """An exception while a message about a room was handled, on the I/O thread."""
-
-    @abstractmethod
-    def _drop_rooms(self, connection: Connection, reason: str) -> None:
-        """Fail the rooms that wait for this connection."""
-
-    @abstractmethod
-    def _resume(self, connection: Connection) -> None:
-        """Take up the rooms that were under way when the connection broke. Under the lock."""
-
-    @abstractmethod
-    def _link_up(self, connection: Connection) -> None:
-        """The connection is registered: rooms that waited for it ask now."""
+                self._receiver.message(connection, message, payload)
+                if isinstance(message, frames.Want):
+                    self._channels.seek(connection)
 
     # Registration
 
     def _welcomed(self, connection: Connection, message: frames.Welcome) -> None:
         if connection.agent not in ("", message.agent):
-            self._drop_rooms(connection, f"the {connection.name} restarted; the request can be retried")
-            connection.said.clear()  # the new process has no such rooms
-        # what came before it began it knows nothing of; an answer that was long on its way makes it look younger
-        began = time.monotonic() - message.age_ms / 1000 - WELCOME_DELAY_S
+            self._receiver.lost(connection, f"the {connection.name} restarted; the request can be retried")
+        # the agent knows nothing of requests from before it began; a slow answer makes it look younger
+        began = self._io.now() - message.age_ms / 1000 - WELCOME_DELAY_S
         connection.began = min(connection.began, began) if connection.agent == message.agent else began
         connection.limits = Limits(message.context_tokens, message.pool_tokens)
         connection.agent = message.agent
@@ -321,12 +229,12 @@ class DecodeDialing(DecodeChannels):
             connection, frames.Capacity(self._limits.context_tokens, self._limits.pool_tokens), None
         )
         connection.layers = (message.first_layer, message.layers)
-        near = message.arena is not None and message.host == self._host
+        near = message.arena is not None and message.host == self._hello.host
         self._map_all(connection, 0, (message.arena,) if near and message.arena is not None else ())
         if not message.need_projection:
             self._registered(connection)
         elif self._projection is None:
-            self._give_up(connection, f"the {connection.name} asked for a projection where there is none")
+            self.give_up(connection, f"the {connection.name} asked for a projection where there is none")
         else:
             key = self._projection.content_hash
             for index, data in enumerate(self._projection.layer_bytes):
@@ -337,52 +245,35 @@ class DecodeDialing(DecodeChannels):
         with self._lock:
             connection.link = Link.REGISTERED
             resumed, connection.broken_since = connection.broken_since is not None, None
-            if resumed:
-                self._counts["resumed"] += 1
-                self._resume(connection)
-            self._link_up(connection)
+        self._receiver.registered(connection, resumed)
 
     def _map_all(self, connection: Connection, number: int, arenas: tuple[frames.Arena, ...]) -> None:
-        """Map the arenas of a list (whole, but for the prefill rank's own) and say which can be read."""
+        """Map the segments of a list, which is whole but for the prefill rank's own, and say which can be read."""
         own = connection.arenas.get(connection.agent)
         connection.arenas = {} if own is None else {connection.agent: own}
         for arena in arenas:
             if arena.cookie not in self._maps:
-                self._maps[arena.cookie] = self._map(arena, arena.agent == connection.agent)
+                near = arena.agent == connection.agent  # this rank reads much from it
+                self._maps[arena.cookie] = map_for(self._device if near else None, arena, self._log)
             view = self._maps[arena.cookie]
             if view is not None:
                 connection.arenas[arena.agent] = view
         self._forget_maps()
         self._send_now(connection, frames.Mapped(number, tuple(connection.arenas)), None)
 
-    def _map(self, arena: frames.Arena, pinned: bool) -> memoryview | None:
-        """Map an arena; one that much is read from ``pinned``, so that a GPU reads it without a copy on the way."""
-        data = map_arena(arena)
-        if data is None:
-            return None
-        if pinned and self._pool.device.type == "cuda":
-            try:
-                with torch.cuda.device(self._pool.device):
-                    pin(data)
-            except RuntimeError as error:
-                self._log.warning("decode rank %d copies each chunk once more: %s", self._rank, error)
-            else:
-                # the array dies with its last view, and before the mapping that it holds
-                weakref.finalize(data, unpin, data.ctypes.data).atexit = False
-        return data.data
-
     def _forget_maps(self) -> None:
-        """Unmap what no connection uses any more."""
-        used = {id(view) for other in self._connections.values() for view in other.arenas.values()}
+        """Unmap the segments that no connection uses any more."""
+        used = {id(view) for other in self.table.values() for view in other.arenas.values()}
         self._maps = {
             cookie: view for cookie, view in self._maps.items() if view is not None and id(view) in used
         }
 
     # Time, sending (I/O thread)
 
-    def _expire_connections(self, now: float) -> None:
+    def expire(self, now: float) -> None:
+        """Dial broken connections again, ping, and give up the ranks that show no sign of life."""
         with self._lock:
-            connections = list(self._connections.values())
+            connections = list(self.table.values())
         limit = self._settings.peer_timeout_s
         for connection in connections:
             if connection.link in (Link.REFUSED, Link.LOST):
@@ -392,17 +283,17 @@ class DecodeDialing(DecodeChannels):
                     text = (
                         f"the connection to the {connection.name} broke and did not come back for {limit:g} s"
                     )
-                    self._give_up(connection, text)
+                    self.give_up(connection, text)
                 elif connection.socket is None:
                     connection.identity = uuid.uuid4().bytes
                     self._dial(connection)
                 continue
             if connection.socket is None:
                 continue
-            self._expire_channel(connection, now)
-            if now - connection.last_seen > limit:
+            self._channels.expire(connection, now)
+            if now - max(connection.last_seen, connection.last_chunk) > limit:
                 did = "answer" if connection.link is Link.CONNECTING else "show a sign of life"
-                self._give_up(connection, f"the {connection.name} did not {did} for {limit:g} s")
+                self.give_up(connection, f"the {connection.name} did not {did} for {limit:g} s")
                 continue
             due = now - connection.last_ping >= self._settings.heartbeat_s
             if due and connection.link is Link.REGISTERED:
@@ -410,13 +301,8 @@ class DecodeDialing(DecodeChannels):
                 connection.pings += 1
                 self._send_now(connection, frames.Ping(connection.pings), None)
 
-    def _tell_end(self, connection: Connection, message: frames.Done | frames.Abort) -> None:
-        """Say how a room ended; once more when the connection is back, if it breaks soon. Any thread."""
-        connection.said.append((message, time.monotonic()))
-        self._put(connection, message)
-
-    def _put(self, connection: Connection, message: frames.Message) -> None:
-        """Queue a message; any thread."""
+    def put(self, connection: Connection, message: frames.Message) -> None:
+        """Queue a message. Any thread may call this."""
         self._io.post(self._send_now, connection, message, None)
 
     def _send_now(self, connection: Connection, message: frames.Message, payload: bytes | None) -> None:
@@ -426,11 +312,12 @@ class DecodeDialing(DecodeChannels):
         try:
             connection.socket.send_multipart(parts, zmq.NOBLOCK)
         except zmq.Again:
-            self._give_up(connection, f"the {connection.name} does not read; its queue is full")
+            self.give_up(connection, f"the {connection.name} does not read; its queue is full")
 
-    def _say_goodbye(self) -> None:
+    def say_goodbye(self) -> None:
+        """Tell every prefill rank that this one closes."""
         with self._lock:
-            connections = list(self._connections.values())
+            connections = list(self.table.values())
         for connection in connections:
             if connection.socket is not None:
                 self._send_now(connection, frames.Goodbye(f"decode rank {self._rank} closes"), None)

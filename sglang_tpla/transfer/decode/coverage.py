@@ -1,4 +1,4 @@
-"""Inside the decode agent: the proof that a room's chunks are the whole request, each byte of it once.
+"""The proof that a room's chunks are the whole request, each byte of it once.
 
 Prefill ranks decide for themselves how they cut and share a request, so that counting chunks says nothing about rows.
 A cell is one layer of one token of the request, in two parts: the common and the own columns (`cache_rows.parts`).
@@ -17,7 +17,7 @@ NAMES = {1: "common columns", 2: "own columns", 3: "row"}
 
 
 class Coverage:
-    """Cells that chunks have claimed. Not for several threads at once.
+    """The cells that chunks of one room have claimed. Any thread that holds the agent's lock may call.
 
     Args:
         layers: of the pool.
@@ -38,7 +38,7 @@ class Coverage:
         self._claimed = np.zeros((layers, tokens), dtype=np.uint8)
 
     def claim(self, layers: range, first_token: int, tokens: int, part: Part) -> str:
-        """Claim a chunk's cells; what is wrong, and nothing claimed, where another chunk had some of them."""
+        """Claim a chunk's cells, or return what is wrong and claim nothing, because another chunk had some of them."""
         cells = self._claimed[layers.start : layers.stop, first_token : first_token + tokens]
         bits = BITS[part] & self._needed[layers.start : layers.stop]
         twice = cells & bits
@@ -58,7 +58,7 @@ class Coverage:
         return ""
 
     def missing(self, tokens: int) -> str:
-        """What keeps the chunks from being exactly the request's first ``tokens`` tokens; empty if nothing does."""
+        """Return what keeps the chunks from being exactly the request's first ``tokens`` tokens, or nothing."""
         holes = (self._claimed[:, :tokens] & self._needed) != self._needed
         if holes.any():
             layer, token = np.argwhere(holes)[0]

@@ -1,16 +1,16 @@
-"""Inside the decode agent: worker threads write chunks into the pool, but for those that came there by themselves
-(`landing`), and check them.
+"""The way of chunks into the pool. Connections hand over events on the I/O thread; worker threads write staged chunks
+into the pool (`Receiver._write`) and check them. Other chunks come straight to their places (`in_place`).
 
-A chunk is written only while its room's `Writes` allow it, once, and acknowledged after that; the metadata row is
+A chunk is written only while its room's `WriteGate` allows it, once, and acknowledged after that; the metadata row is
 written after the last chunk, and only then does the room succeed. What is checked is what was written: a damaged
-chunk does not count and is written over when it comes again, and one in an arena whose place was used anew meanwhile
-fails the check.
+chunk does not count and is written over when it comes again, and one in shared memory whose place was used anew
+meanwhile fails the check.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
@@ -18,170 +18,285 @@ import numpy as np
 
 from sglang_tpla.cache_rows.parts import Part
 from sglang_tpla.transfer import messages as frames
-from sglang_tpla.transfer.decode.landing import PoolLanding
-from sglang_tpla.transfer.decode.rooms import DecodeFetching
-from sglang_tpla.transfer.decode.state import Arrival, Kept, Room
+from sglang_tpla.transfer.decode.in_place import InPlaceChunk
+from sglang_tpla.transfer.decode.rooms import Rooms, nack
+from sglang_tpla.transfer.decode.state import (
+    AnyChunk,
+    Connection,
+    RetainedChunk,
+    Room,
+    Source,
+    StagedChunk,
+    chunk_id,
+)
 from sglang_tpla.transfer.memory.copy import check_pieces
 from sglang_tpla.transfer.memory.iovec import one_piece
-from sglang_tpla.transfer.room import RoomState
-from sglang_tpla.transfer.workers import seconds_since
+from sglang_tpla.transfer.memory.pool import CachePool, MetadataRows
+from sglang_tpla.transfer.memory.rows import RowWriter
+from sglang_tpla.transfer.memory.staging import Staging
+from sglang_tpla.transfer.network.data_channel import BufferPool
+from sglang_tpla.transfer.workers import Workers, seconds_since
+
+RoomMessage = frames.Chunk | frames.Share | frames.Want | frames.Finish | frames.Abort
 
 
-class DecodeScattering(DecodeFetching):
-    """The worker threads of `DecodeAgent`."""
+class Receiver:
+    """Takes chunks, writes them and completes rooms. The I/O thread calls the events, worker threads call `next_work`,
+    and any thread may call `fail` and `turn`.
 
-    def _work_once(self) -> bool:
-        with self._work:
-            if self._closing:
-                return False
-            if not self._arrivals and not self._completed:
-                self._work.wait(0.5)
-                return True
-            arrival = self._arrivals.popleft() if self._arrivals else None
-            entry = arrival.room if arrival is not None else self._completed.popleft()
-        with self._failing(entry):
-            if isinstance(arrival, Arrival):
-                self._apply(arrival)
-            elif arrival is not None:
-                self._settle(arrival)
-            else:
-                self._complete(entry)
-        return True
+    Args:
+        slots: of this rank's shared segment, where payloads are kept for the colocated ranks; None without one.
+        buffers: where staging came from, and goes back to.
+        put: queues a message for a prefill rank.
+    """
+
+    def __init__(
+        self,
+        workers: Workers,
+        rooms: Rooms,
+        pool: CachePool,
+        metadata: MetadataRows,
+        slots: Staging | None,
+        buffers: BufferPool,
+        put: Callable[[Connection, frames.Message], None],
+    ) -> None:
+        self._workers, self._rooms, self._put, self._buffers = workers, rooms, put, buffers
+        self._io, self._counts = workers.io, workers.counts
+        self._lock, self._work = workers.lock, workers.work
+        self._metadata, self._slots = metadata, slots
+        self._writer = RowWriter(pool)
+        self._arrivals: deque[StagedChunk | InPlaceChunk] = deque()
 
     @contextmanager
-    def _failing(self, entry: Room) -> Iterator[None]:
-        """What goes wrong in here fails the room, and is reported."""
+    def turn(self) -> Iterator[float]:
+        """Hold the agent's lock while rooms change, then send their messages. Yields the time."""
+        with self._work:
+            try:
+                yield self._io.now()
+            finally:
+                while self._rooms.out:
+                    self._put(*self._rooms.out.popleft())
+                if self._rooms.finishing:
+                    self._work.notify()
+
+    def fail(self, room: Room, reason: str) -> None:
+        """Fail a room, once the writes under way have ended. The caller does not hold the agent's lock."""
+        room.writes.end()
+        with self.turn() as now:
+            if not room.state.ended:
+                self._rooms.fail(room, reason, now)
+
+    # Events (I/O thread)
+
+    def registered(self, connection: Connection, resumed: bool) -> None:
+        """Have the rooms of a connection ask, or go on where they were if it is ``resumed``."""
+        with self.turn() as now:
+            self._rooms.registered(connection, resumed, now)
+
+    def lost(self, connection: Connection, reason: str) -> None:
+        """Fail the rooms of a connection that is gone for good, or whose process is."""
+        with self._lock:
+            rooms = self._rooms.of(connection)
+        for room in rooms:
+            self.fail(room, reason)
+        with self.turn():
+            self._rooms.forget(connection)
+
+    def uses(self, connection: Connection) -> bool:
+        """Return whether messages lost with a connection will be missed."""
+        with self._lock:
+            return self._rooms.uses(connection)
+
+    def starved(self, connection: Connection) -> list[Room]:
+        """Return the rooms that want rows that have not come over a connection."""
+        with self._lock:
+            return self._rooms.starved(connection)
+
+    def message(self, connection: Connection, message: frames.Message, payload: memoryview | None) -> None:
+        """Handle one message about a room."""
+        if isinstance(message, frames.Release):
+            with self.turn():
+                self._rooms.release(connection, message.offsets)
+            return
+        if not isinstance(message, RoomMessage):
+            name = type(message).__name__
+            self._workers.drop("malformed_dropped", f"{name} is not for a decode rank ({connection.name})")
+            return
+        with self._lock:
+            found = self._rooms.live(connection, message.room, message.generation)
+            if found is None:
+                self._counts["late_dropped"] += 1
+                return
+        room, source = found
+        with self._failing(room, f"on {type(message).__name__}"):
+            match message:
+                case frames.Abort():
+                    if not source.dummy:
+                        self.fail(room, f"{connection.name}: {message.reason}")
+                case frames.Want():
+                    with self.turn():
+                        self._rooms.want(room, source, message.total_bytes)
+                case frames.Finish() if payload is not None:
+                    with self.turn() as now:
+                        wrong = self._rooms.finish(room, source, message, bytes(payload), now)
+                    if wrong:
+                        self.fail(room, f"{connection.name} finished with {wrong}")
+                case frames.Chunk() if payload is not None:
+                    self._take_chunk(room, source, message, payload, payload.nbytes)
+                case frames.Share():
+                    arena = connection.arenas.get(message.agent)
+                    end = message.offset + message.size_bytes
+                    if arena is None or end > arena.nbytes:
+                        self._counts["checksum_failures"] += 1
+                        self._put(connection, nack(message))
+                    else:
+                        self._take_chunk(room, source, message, arena[message.offset : end], 0)
+
+    def _take_chunk(
+        self, room: Room, source: Source, chunk: AnyChunk, payload: memoryview, credit_bytes: int
+    ) -> None:
+        with self.turn() as now:
+            if room.state.ended:
+                self._counts["late_dropped"] += 1
+                return
+            if chunk_id(chunk) in source.applied or chunk_id(chunk) in source.pending:
+                self._rooms.replay(room, source, chunk, credit_bytes)
+                return
+            wrong = self._rooms.wrong_chunk(room, source, chunk, payload.nbytes, credit_bytes)
+            if not wrong:
+                self._rooms.begin(source, chunk, credit_bytes)
+                self._rooms.came(room, payload.nbytes, now, shared=not credit_bytes)
+                self._arrivals.append(StagedChunk(room, source, chunk, payload, credit_bytes))
+                self._work.notify()
+                return
+            self._counts["malformed_dropped"] += 1
+        self.fail(room, f"{source.connection.name} sent chunk {chunk.sequence} {wrong}")
+
+    def place(self, connection: Connection, chunk: frames.Chunk, size_bytes: int) -> InPlaceChunk | None:
+        """Return the place in the pool of a chunk that begins to come, or None for staging: something is wrong with the
+        chunk, it came before, or the colocated ranks need its payload.
+        """
+        with self._lock:
+            found = self._rooms.live(connection, chunk.room, chunk.generation)
+            if found is None or chunk.relay:
+                return None
+            room, source = found
+            if chunk_id(chunk) in source.applied or chunk_id(chunk) in source.pending:
+                return None
+            if self._rooms.wrong_chunk(room, source, chunk, size_bytes, size_bytes):
+                return None
+            spans = room.slots.spans(chunk.first_token, chunk.tokens)
+            pieces = self._writer.pieces(self._rooms.layers_of(chunk), spans, Part(chunk.part))
+            if pieces is None:
+                return None
+            self._rooms.begin(source, chunk, size_bytes)
+            more = source.received_bytes < source.wanted_bytes  # the last one would only wait for its check
+            return InPlaceChunk(room, source, chunk, pieces, more and self._workers.checks_aside)
+
+    def received(self, chunk: InPlaceChunk) -> None:
+        """Account for a chunk that has come whole to its place, and check it or have it checked."""
+        with self._work:
+            if not chunk.room.state.ended:
+                self._rooms.came(chunk.room, chunk.size_bytes, self._io.now())
+            if chunk.aside:
+                self._arrivals.append(chunk)
+                self._work.notify()
+                return
+        with self._failing(chunk.room):
+            self._written(chunk, chunk.digest())
+
+    def abandoned(self, chunk: InPlaceChunk) -> None:
+        """Forget a chunk whose rest will not come."""
+        with self._lock:
+            self._rooms.abandon(chunk.source, chunk.chunk, chunk.size_bytes)
+
+    # Work (worker threads)
+
+    def next_work(self) -> Callable[[], None] | None:
+        """Take a chunk to write or check, or a room that may be complete. The caller holds the lock."""
+        if self._arrivals:
+            return partial(self._write, self._arrivals.popleft())
+        return partial(self._complete, self._rooms.finishing.popleft()) if self._rooms.finishing else None
+
+    @contextmanager
+    def _failing(self, room: Room, doing: str = "while writing") -> Iterator[None]:
+        """Report an exception, and fail the room for it."""
         try:
             yield
         except Exception as error:
-            self._handler_failed(f"write of room {entry.room}", error)
-            self._fail_from_io(entry, f"internal error while writing: {error!r}")
+            self._workers.handler_failed(f"room {room.room_id}, {doing},", error)
+            self.fail(room, f"internal error {doing}: {error!r}")
 
-    def _apply(self, arrival: Arrival) -> None:
-        entry, chunk = arrival.room, arrival.chunk
-        slots = entry.slots.part(chunk.first_token, chunk.tokens)
-        digest = None  # of what was written
-        with entry.writes.one() as allowed:
-            if allowed:
-                part = Part(chunk.part)
-                digest = self._writer.write(arrival.layers, slots, part, arrival.payload)
-        if digest is not None and chunk.checksum == frames.OPENED:
-            self._written(arrival, frames.OPENED)
-        elif digest == b"":
-            self._aside(partial(self._check, arrival))
-        else:
-            self._written(arrival, digest)
-
-    def _check(self, arrival: Arrival) -> None:
-        with self._failing(arrival.room):
-            data = np.frombuffer(arrival.payload, dtype=np.uint8)
-            self._written(arrival, check_pieces(one_piece(data)))
-
-    def _written(self, arrival: Arrival, digest: bytes | None) -> None:
-        """A chunk was written, with this checksum; with none, its room had ended."""
-        chunk, sound = arrival.chunk, digest == arrival.chunk.checksum
-        kept = self._keep(arrival) if sound and isinstance(chunk, frames.Chunk) and chunk.relay else None
-        self._account(arrival, digest, kept)
-        self._spares.give_back(arrival.payload)
-        self._complete(arrival.room)
-
-    def _landed(self, landing: PoolLanding) -> None:
-        """A chunk is in the pool, or what came of it when its room had ended is nowhere (I/O thread)."""
-        with self._work:
-            if not landing.room.state.ended:
-                self._count_arrival(landing.room, landing.size_bytes)
-            if landing.aside:
-                self._arrivals.append(landing)
-                self._work.notify()
-                return
-        with self._failing(landing.room):
-            self._settle(landing)
-
-    def _settle(self, landing: PoolLanding) -> None:
-        self._account(landing, landing.digest(), None)
-        self._complete(landing.room)
-
-    def _account(self, arrival: Arrival | PoolLanding, digest: bytes | None, kept: Kept | None) -> None:
-        """Acknowledge a chunk that was written, ask again for a damaged one, free its credit.
-
-        ``digest`` is of what was written: None if the room had ended.
+    def _write(self, chunk: StagedChunk | InPlaceChunk) -> None:
+        """Write a staged chunk into the pool, unless its room has ended, and have it checked. A chunk that has come to
+        its place is only checked.
         """
-        entry, source, chunk = arrival.room, arrival.source, arrival.chunk
-        sound = digest == chunk.checksum
-        with self._work:
-            key = (chunk.part, chunk.sequence)
-            source.pending.discard(key)
-            if entry.state.ended:
-                self._counts["late_dropped"] += 1
-                if kept is not None:
-                    kept.slot.pending = 0
+        with self._failing(chunk.room):
+            if isinstance(chunk, InPlaceChunk):
+                self._written(chunk, chunk.digest())
                 return
-            source.released_bytes += arrival.credit_bytes
-            if kept is None:
-                self._staging_used_bytes -= arrival.credit_bytes
-            if digest is not None and not sound:
-                self._damaged(arrival)
-            elif digest is not None:
-                source.applied.add(key)
-                self._counts["chunks"] += 1
-                if kept is not None:
-                    self._kept[kept.slot.offset] = kept
-                    stored = frames.Stored(entry.room, entry.generation, *key, kept.slot.offset)
-                    self._put(source.connection, stored)
-                else:
-                    self._put(source.connection, frames.Ack(entry.room, entry.generation, *key))
-            self._grant()
+            room, rows = chunk.room, chunk.chunk
+            slots, layers = room.slots.part(rows.first_token, rows.tokens), self._rooms.layers_of(rows)
+            digest = None  # of the written payload
+            with room.writes.one() as allowed:
+                if allowed:
+                    digest = self._writer.write(layers, slots, Part(rows.part), chunk.payload)
+            if digest is not None and rows.checksum == frames.OPENED:
+                self._written(chunk, frames.OPENED)
+            elif digest == b"":
+                self._workers.aside(partial(self._check, chunk))
+            else:
+                self._written(chunk, digest)
 
-    def _keep(self, arrival: Arrival) -> Kept | None:
-        """Copy a payload into the arena for the neighbours; None if there is no place for it."""
-        if self._kept_slots is None:
+    def _check(self, chunk: StagedChunk) -> None:
+        with self._failing(chunk.room):
+            self._written(chunk, check_pieces(one_piece(np.frombuffer(chunk.payload, dtype=np.uint8))))
+
+    def _written(self, chunk: StagedChunk | InPlaceChunk, digest: bytes | None) -> None:
+        """Account for a written chunk with its checksum; with None, its room had ended."""
+        room, source, rows = chunk.room, chunk.source, chunk.chunk
+        relayed = digest == rows.checksum and isinstance(rows, frames.Chunk) and rows.relay
+        retained = self._retain(chunk) if relayed and isinstance(chunk, StagedChunk) else None
+        with self.turn():
+            sound = self._rooms.written(room, source, rows, chunk.credit_bytes, digest, retained)
+        if not sound:
+            text = "decode rank %d: chunk %d of room %d came damaged from the %s; asking for it again"
+            self._workers.log.warning(
+                text, self._workers.rank, rows.sequence, room.room_id, source.connection.name
+            )
+        if isinstance(chunk, StagedChunk):
+            self._buffers.give_back(chunk.payload)
+        self._complete(room)
+
+    def _retain(self, chunk: StagedChunk) -> RetainedChunk | None:
+        """Copy a payload into the shared segment for the colocated ranks. Return None if there is no place for it."""
+        if self._slots is None:
             return None
         with self._lock:
-            slot = self._kept_slots.take()
+            slot = self._slots.take()
         if slot is None:
             return None
-        size = arrival.payload.nbytes
-        slot.buffer[:size] = np.frombuffer(arrival.payload, dtype=np.uint8)
-        return Kept(arrival.room, arrival.source.connection, slot, size, time.monotonic())
+        size = chunk.payload.nbytes
+        slot.buffer[:size] = np.frombuffer(chunk.payload, dtype=np.uint8)
+        return RetainedChunk(chunk.room, chunk.source.connection, slot, size, self._io.now())
 
-    def _damaged(self, arrival: Arrival | PoolLanding) -> None:
-        """Ask for a chunk again. Under the lock."""
-        entry, chunk, connection = arrival.room, arrival.chunk, arrival.source.connection
-        self._counts["checksum_failures"] += 1
-        self._counts["resent"] += 1
-        entry.resent += 1
-        self._log.warning(
-            "decode rank %d: chunk %d of room %d came damaged from the %s; asking for it again",
-            self._rank,
-            chunk.sequence,
-            entry.room,
-            connection.name,
-        )
-        self._put(connection, frames.Nack(entry.room, entry.generation, chunk.part, chunk.sequence))
-
-    def _complete(self, entry: Room) -> None:
-        """Write the metadata row and succeed, once every source is complete."""
-        with self._work:
-            if entry.state.ended or not all(source.complete for source in entry.sources.values()):
+    def _complete(self, room: Room) -> None:
+        """Write the metadata row and succeed, once every source is complete and the chunks are the request."""
+        with self._failing(room):
+            with self._lock:
+                if room.state.ended or not all(source.complete for source in room.sources.values()):
+                    return
+            assert room.coverage is not None
+            sending = [source for source in room.sources.values() if not source.dummy]
+            if missing := room.coverage.missing(sending[0].tokens):
+                self.fail(room, missing)
                 return
-            sending = [source for source in entry.sources.values() if not source.dummy]
-            missing = (
-                entry.coverage.missing(sending[0].tokens) if entry.coverage is not None else "never asked"
-            )
-        if missing:
-            self._fail_from_io(entry, missing)
-            return
-        with entry.writes.one(last=True) as allowed:  # all else that was due has been written
-            if not allowed:
-                return
-            if self._metadata.buffers:
-                self._metadata.write(entry.metadata_row, sending[-1].metadata)
-        with self._work:
-            if entry.state.ended:
-                return
-            for source in entry.sources.values():
-                if not source.dummy:
-                    self._tell_end(source.connection, frames.Done(entry.room, entry.generation))
-            self._end(entry, RoomState.SUCCESS, "")
-            self._counts["rooms_succeeded"] += 1
-            self._took(seconds_since(entry.requested, entry.ended))
+            with room.writes.one(last=True) as allowed:  # all rows have been written
+                if not allowed:
+                    return
+                if self._metadata.buffers:
+                    self._metadata.write(room.metadata_row, sending[-1].metadata)
+            with self.turn() as now:
+                if not room.state.ended:
+                    self._rooms.succeed(room, now)
+                    self._workers.took(seconds_since(room.requested, now))

@@ -1,500 +1,434 @@
-"""Inside the decode agent: rooms, credits, and what it does with each message about a room."""
+"""The states of rooms, and the effect of each event on them. Nothing waits and nothing is sent here: methods take
+``now`` where they need the time, and leave messages in `Rooms.out` and rooms that may be complete in
+`Rooms.finishing`.
+"""
 
 from __future__ import annotations
 
-import time
-from collections import OrderedDict, deque
+from collections import Counter, deque
+from collections.abc import Callable, Collection
+from typing import Any
+
+import msgspec
 
 from sglang_tpla.cache_rows.parts import Part
+from sglang_tpla.config import Settings
 from sglang_tpla.transfer import messages as frames
-from sglang_tpla.transfer.decode.connections import DecodeDialing
-from sglang_tpla.transfer.decode.landing import PoolLanding
-from sglang_tpla.transfer.decode.state import Arrival, Connection, Kept, Link, Room, Source
+from sglang_tpla.transfer.decode.coverage import Coverage
+from sglang_tpla.transfer.decode.credits import Credits
+from sglang_tpla.transfer.decode.state import (
+    Address,
+    AnyChunk,
+    Connection,
+    Link,
+    RetainedChunk,
+    Room,
+    Source,
+    chunk_id,
+)
+from sglang_tpla.transfer.memory.iovec import Slots
+from sglang_tpla.transfer.memory.pool import CachePool
 from sglang_tpla.transfer.room import RoomState
-from sglang_tpla.transfer.workers import seconds_since
-
-# Of one room in flight, where staging has room for several such rooms: more are on their way while one is acknowledged,
-# and a chunk seldom fills the whole chunk's worth of credit that it was given.
-MIN_WINDOW_CHUNKS, WINDOW_CHUNKS = 4, 8
 
 
-class DecodeFetching(DecodeDialing):
-    """Rooms of `DecodeAgent`."""
+class Rooms:
+    """The rooms that the scheduler has opened and not closed. Any thread that holds the agent's lock may call.
 
-    def _prepare(self) -> None:
-        self._rooms: dict[int, Room] = {}
-        self._generation = time.time_ns()  # grows over restarts too
-        self._arrivals: deque[Arrival | PoolLanding] = deque()
-        self._completed: deque[Room] = deque()
-        self._hungry: OrderedDict[Source, Room] = OrderedDict()  # want more than granted, oldest first
-        self._kept: dict[int, Kept] = {}  # by offset in the arena
-        self._staging_used_bytes = 0
-        limit = self._settings.staging_bytes
-        few, most = MIN_WINDOW_CHUNKS * self._chunk_bytes, WINDOW_CHUNKS * self._chunk_bytes
-        self._window_bytes = min(max(few, limit // 8), most, max(2 * self._chunk_bytes, limit // 4))
+    Args:
+        pool: what chunks are for, and `metadata_bytes`, of a metadata row: what they must fit.
+        generation: the last one that was used; it grows over restarts too.
+        free_slots: called when places of the shared segment are no longer in use.
+        ended: told of every room that has, for the log.
+    """
 
-    # Messages in (I/O thread)
-
-    def _handle_room(
-        self, connection: Connection, message: frames.Message, payload: memoryview | None
-    ) -> None:
-        if isinstance(message, frames.Release):
-            with self._lock:
-                offsets = [
-                    offset
-                    for offset in message.offsets
-                    if (kept := self._kept.get(offset)) is not None and kept.connection is connection
-                ]
-                self._release(offsets)
-            return
-        if not isinstance(message, frames.Chunk | frames.Share | frames.Want | frames.Finish | frames.Abort):
-            name = type(message).__name__
-            self._drop("malformed_dropped", f"{name} is not for a decode rank ({connection.name})")
-            return
-        with self._lock:
-            found = self._live_source(connection, message.room, message.generation)
-            if found is None:
-                self._counts["late_dropped"] += 1
-                return
-        entry, source = found
-        match message:
-            case frames.Abort():
-                if not source.dummy:
-                    self._fail_from_io(entry, f"{connection.name}: {message.reason}")
-            case frames.Want():
-                with self._lock:
-                    source.wanted_bytes = max(source.wanted_bytes, message.total_bytes)
-                    self._hungry.setdefault(source, entry)
-                    self._grant()
-                self._seek_channel(connection)
-            case frames.Finish() if payload is not None:
-                self._take_finish(entry, source, message, payload)
-            case frames.Chunk() if payload is not None:
-                self._take_chunk(entry, source, message, payload, payload.nbytes)
-            case frames.Share():
-                arena = connection.arenas.get(message.agent)
-                end = message.offset + message.size_bytes
-                if arena is None or end > arena.nbytes:
-                    self._counts["checksum_failures"] += 1
-                    self._put(connection, _nack(message))
-                else:
-                    self._take_chunk(entry, source, message, arena[message.offset : end], 0)
-
-    def _live_source(self, connection: Connection, room: int, generation: int) -> tuple[Room, Source] | None:
-        """The room that a message of a connection is about, and the connection's part in it. Under the lock."""
-        entry = self._rooms.get(room)
-        source = entry.sources.get(connection.address) if entry is not None else None
-        if (
-            entry is None
-            or source is None
-            or entry.state.ended
-            or entry.generation != generation
-            or source.connection is not connection
-        ):
-            return None
-        return entry, source
-
-    def _room_failed(
-        self, connection: Connection, room: int, message: frames.Message, error: Exception
-    ) -> None:
-        with self._lock:
-            entry = self._rooms.get(room)
-        if entry is not None and connection.address in entry.sources:
-            self._fail_from_io(entry, f"internal error on {type(message).__name__}: {error!r}")
-
-    def _take_chunk(
+    def __init__(
         self,
-        entry: Room,
-        source: Source,
-        chunk: frames.Chunk | frames.Share,
-        payload: memoryview,
-        credit_bytes: int,
+        pool: CachePool,
+        metadata_bytes: int,
+        settings: Settings,
+        credits: Credits,
+        counts: Counter[str],
+        generation: int,
+        free_slots: Callable[[], Any],
+        ended: Callable[[Room], None],
     ) -> None:
-        with self._work:
-            if entry.state.ended:
-                self._counts["late_dropped"] += 1
-                return
-            key = (chunk.part, chunk.sequence)
-            if key in source.applied or key in source.pending:
-                self._take_replay(entry, source, chunk, credit_bytes)
-                return
-            layers = self._layers_of(chunk)
-            wrong = self._wrong_chunk(
-                entry, source, chunk, layers, payload.nbytes, credit_bytes
-            ) or self._claim(entry, source, chunk, layers)
-            if not wrong:
-                source.pending.add(key)
-                source.received_bytes += credit_bytes
-                self._count_arrival(entry, payload.nbytes)
-                if not credit_bytes:
-                    entry.shared_memory_bytes += payload.nbytes
-                    self._counts["shared_memory_bytes"] += payload.nbytes
-                self._arrivals.append(Arrival(entry, source, chunk, payload, credit_bytes, layers))
-                self._work.notify()
-                return
-            self._counts["malformed_dropped"] += 1
-        self._fail_from_io(entry, f"{source.connection.name} sent chunk {chunk.sequence} {wrong}")
+        self.table: dict[int, Room] = {}
+        self.retained: dict[int, RetainedChunk] = {}  # by offset in the shared segment
+        self.out: deque[tuple[Connection, frames.Message]] = deque()
+        self.finishing: deque[Room] = deque()
+        self._pool, self._metadata_bytes = pool, metadata_bytes
+        self._settings, self._credits, self._counts = settings, credits, counts
+        self._generation, self._free_slots, self._ended = generation, free_slots, ended
 
-    def _layers_of(self, chunk: frames.Chunk | frames.Share) -> range:
-        """Layers of a chunk, by index in the pool."""
+    # Calls of the scheduler
+
+    def open(
+        self, room_id: int, sources: dict[Address, Source], born: float, prompt_tokens: int, now: float
+    ) -> None:
+        """Begin a new generation of a room."""
+        self._generation += 1
+        room = self.table[room_id] = Room(room_id, self._generation, sources, born, prompt_tokens, now)
+        self.advance(room, now)
+
+    def request(
+        self, room: Room, slots: Slots, metadata_row: int, request: frames.Request, now: float
+    ) -> None:
+        """Ask for a room's rows as soon as its prefill ranks have registered this one."""
+        room.slots, room.metadata_row, room.request = slots, metadata_row, request
+        pool = self._pool
+        room.coverage = Coverage(len(pool.layers), len(slots), pool.part_items, pool.first_layer)
+        room.requested = room.progress = now
+        self.advance(room, now)
+
+    def advance(self, room: Room, now: float) -> None:
+        """Move a room on as far as its connections and its request allow."""
+        if room.state.ended:
+            return
+        real = [source for source in room.sources.values() if not source.dummy]
+        for source in real:
+            connection, linked = source.connection, source.connection.link is Link.REGISTERED
+            if connection.link in (Link.REFUSED, Link.LOST):
+                self.fail(room, connection.lost_reason, now)
+                return
+            if linked and not source.asked and room.born < connection.began:
+                # the other half of the request went to an earlier process, or to none: nobody would answer
+                why = f"the {connection.name} started after this request came; the request can be retried"
+                self.fail(room, why, now)
+                return
+            if linked and (wrong := connection.limits.unsupported_reason(room.prompt_tokens)):
+                self.fail(room, f"the {connection.name} cannot serve this request: {wrong}", now)
+                return
+        ready = all(source.connection.link is Link.REGISTERED for source in real)
+        if room.state is RoomState.BOOTSTRAPPING and ready:
+            room.state = RoomState.WAITING
+        if room.request is None:
+            return
+        if room.state is RoomState.WAITING:
+            room.state = RoomState.TRANSFERRING
+        for source in room.sources.values():
+            if not source.asked and source.connection.link is Link.REGISTERED and (ready or source.dummy):
+                self._ask(room, source, real, now)
+
+    def _ask(self, room: Room, source: Source, real: list[Source], now: float) -> None:
+        source.asked = True
+        if source.dummy:  # the room does not wait for it, and may have ended when the connection is back
+            self.finishing.append(room)
+            self._say(source.connection, _request_of(room, source), now)
+            return
+        # prefill ranks with the same layers hold the same rows and share the sending
+        layers = source.connection.layers
+        alike = sorted(other.connection.address for other in real if other.connection.layers == layers)
+        source.share = (alike.index(source.connection.address), len(alike))
+        self._put(source.connection, _request_of(room, source))
+
+    # Events of connections
+
+    def registered(self, connection: Connection, resumed: bool, now: float) -> None:
+        """Move on the rooms of a connection that stands, for the first time or again."""
+        if resumed:
+            self._resume(connection, now)
+        for room in list(self.table.values()):
+            if connection.address in room.sources:
+                self.advance(room, now)
+
+    def _resume(self, connection: Connection, now: float) -> None:
+        """Resume the rooms of a connection that was broken."""
+        self._counts["resumed"] += 1
+        for message, when in connection.said:
+            if now - when < 2 * self._settings.peer_timeout_s:  # it may have been lost
+                self._put(connection, message)
+        self.release(connection)
+        for room in self.table.values():
+            source = room.sources.get(connection.address)
+            if source is None or source.connection is not connection or room.state.ended or not source.asked:
+                continue
+            self._credits.void(source)
+            self._put(connection, _request_of(room, source))
+            parts = sorted({part for part, _ in source.applied})
+            applied = tuple((part, _bitmap(source, part)) for part in parts)
+            resume = frames.Resume(room.room_id, room.generation, source.granted_bytes, applied)
+            self._put(connection, resume)
+        self.grant()
+
+    def forget(self, connection: Connection) -> None:
+        """Drop what was retained and said for a connection that is gone for good, once its rooms have failed."""
+        connection.said.clear()
+        self.release(connection)
+
+    def of(self, connection: Connection) -> list[Room]:
+        """Return the rooms that have not ended and want rows from a connection."""
+        return [
+            room
+            for room in self.table.values()
+            for source in room.sources.values()
+            if source.connection is connection and not source.dummy and not room.state.ended
+        ]
+
+    def starved(self, connection: Connection) -> list[Room]:
+        """Return the rooms that want rows that have not come over a connection."""
+        return [
+            room
+            for room in self.of(connection)
+            if (source := room.sources[connection.address]).wanted_bytes > source.received_bytes
+        ]
+
+    def uses(self, connection: Connection) -> bool:
+        """Return whether a room waits for a connection, or a chunk of it is retained for the colocated ranks."""
+        return any(kept.connection is connection for kept in self.retained.values()) or any(
+            source.connection is connection and source.asked and not room.state.ended
+            for room in self.table.values()
+            for source in room.sources.values()
+        )
+
+    def live(self, connection: Connection, room_id: int, generation: int) -> tuple[Room, Source] | None:
+        """Return the room that a message is about, and the connection's part in it; None after the room's end."""
+        room = self.table.get(room_id)
+        source = room.sources.get(connection.address) if room is not None else None
+        if room is None or source is None or room.state.ended or room.generation != generation:
+            return None
+        return (room, source) if source.connection is connection else None
+
+    # Events of chunks
+
+    def layers_of(self, chunk: AnyChunk) -> range:
+        """Return the layers of a chunk, by index in the pool."""
         first = chunk.first_layer - self._pool.first_layer
         return range(first, first + chunk.layers)
 
-    def _count_arrival(self, entry: Room, size_bytes: int) -> None:
-        entry.progress = time.monotonic()
-        entry.wire_bytes += size_bytes
-        self._counts["wire_bytes"] += size_bytes
-
-    def _place(self, connection: Connection, chunk: frames.Chunk, size_bytes: int) -> PoolLanding | None:
-        """A chunk lands in the pool if nothing is wrong with it and nobody else needs its payload."""
-        key = (chunk.part, chunk.sequence)
-        with self._lock:
-            found = self._live_source(connection, chunk.room, chunk.generation)
-            if found is None or chunk.relay:
-                return None
-            entry, source = found
-            if key in source.applied or key in source.pending:
-                return None
-            layers = self._layers_of(chunk)
-            if self._wrong_chunk(entry, source, chunk, layers, size_bytes, size_bytes):
-                return None
-            spans = entry.slots.spans(chunk.first_token, chunk.tokens)
-            pieces = self._writer.pieces(layers, spans, Part(chunk.part))
-            if pieces is None or self._claim(entry, source, chunk, layers):
-                return None
-            source.pending.add(key)
-            source.received_bytes += size_bytes
-            more = source.received_bytes < source.wanted_bytes  # the last one would only wait for its check
-            return PoolLanding(entry, source, chunk, pieces, more and self._checks_aside)
-
-    def _abandon(self, landing: PoolLanding) -> None:
-        """A channel ended in the middle of a chunk: it comes again, and its credit counts as lost with the channel."""
-        source, chunk = landing.source, landing.chunk
-        with self._lock:
-            source.pending.discard((chunk.part, chunk.sequence))
-            source.received_bytes -= landing.size_bytes
-
-    def _take_replay(
-        self, entry: Room, source: Source, chunk: frames.Chunk | frames.Share, credit_bytes: int
-    ) -> None:
-        """A chunk that came before: acknowledge it (that may have been lost), do not write it."""
-        self._counts["replays_dropped"] += 1
-        if source.received_bytes + credit_bytes <= source.granted_bytes:
-            source.received_bytes += credit_bytes
-            source.released_bytes += credit_bytes
-            self._staging_used_bytes -= credit_bytes
-        if (chunk.part, chunk.sequence) in source.applied:
-            message = frames.Ack(entry.room, entry.generation, chunk.part, chunk.sequence)
-            self._put(source.connection, message)
-        self._grant()
-
-    def _wrong_chunk(
-        self,
-        entry: Room,
-        source: Source,
-        chunk: frames.Chunk | frames.Share,
-        layers: range,
-        size: int,
-        credit_bytes: int,
+    def wrong_chunk(
+        self, room: Room, source: Source, chunk: AnyChunk, size_bytes: int, credit_bytes: int
     ) -> str:
-        if source.dummy or entry.requested is None:
+        """Return what is wrong with a chunk. If nothing is, the chunk owns its rows from now on."""
+        layers = self.layers_of(chunk)
+        if source.dummy or room.coverage is None:
             return "that was not asked for"
         if layers.start < 0 or layers.stop > len(self._pool.layers):
             return f"for layers {layers.start}...{layers.stop - 1} of {len(self._pool.layers)}"
         if chunk.part not in tuple(Part):
             return f"with unknown part {chunk.part}"
-        if chunk.first_token + chunk.tokens > len(entry.slots):
-            return f"for tokens up to {chunk.first_token + chunk.tokens} where pages hold {len(entry.slots)}"
-        expected = self._writer.payload_bytes(layers, chunk.tokens, Part(chunk.part))
-        if size != expected:
-            return f"of {size} bytes where {expected} were due"
-        if source.received_bytes + credit_bytes > source.granted_bytes:
+        if chunk.first_token + chunk.tokens > len(room.slots):
+            return f"for tokens up to {chunk.first_token + chunk.tokens} where pages hold {len(room.slots)}"
+        part = Part(chunk.part)
+        expected = self._pool.payload_bytes(layers, chunk.tokens, part)
+        if size_bytes != expected:
+            return f"of {size_bytes} bytes where {expected} were due"
+        if not self._credits.covers(source, credit_bytes):
             return f"beyond its credit of {source.granted_bytes} bytes"
-        return ""
-
-    def _claim(self, entry: Room, source: Source, chunk: frames.Chunk | frames.Share, layers: range) -> str:
-        """What is wrong with the rows that a chunk says it has: no other has them, and it has the same each time."""
-        assert entry.coverage is not None
-        key = (chunk.part, chunk.sequence)
+        key = chunk_id(chunk)
         rows = (chunk.first_layer, chunk.layers, chunk.first_token, chunk.tokens)
         before = source.claims.get(key)
         if before is not None:
             return "" if before == rows else f"anew for other rows (layers, tokens: {rows} after {before})"
         if source.chunks is not None and len(source.claims) >= source.chunks:
             return f"beyond the {source.chunks} that it had announced"
-        wrong = entry.coverage.claim(layers, chunk.first_token, chunk.tokens, Part(chunk.part))
+        wrong = room.coverage.claim(layers, chunk.first_token, chunk.tokens, part)
         if not wrong:
             source.claims[key] = rows
         return wrong
 
-    def _part_items(self, layer: int, part: Part) -> int:
-        """Items of one part of a row of a layer."""
-        return self._pool.row_format.layers[layer].part_items(part)
+    def begin(self, source: Source, chunk: AnyChunk, credit_bytes: int) -> None:
+        """Note a chunk that comes, or has come, and is not in its place yet."""
+        source.pending.add(chunk_id(chunk))
+        self._credits.receive(source, credit_bytes)
 
-    def _take_finish(self, entry: Room, source: Source, message: frames.Finish, payload: memoryview) -> None:
-        metadata = bytes(payload)
-        pages = -(-message.tokens // self._pool.page_size)
-        wrong = ""
+    def came(self, room: Room, size_bytes: int, now: float, *, shared: bool = False) -> None:
+        """Count a chunk that has come whole for the first time, or can be read in shared memory."""
+        room.progress = now
+        room.wire_bytes += size_bytes
+        self._counts["wire_bytes"] += size_bytes
+        if shared:
+            room.shared_memory_bytes += size_bytes
+            self._counts["shared_memory_bytes"] += size_bytes
+
+    def abandon(self, source: Source, chunk: AnyChunk, credit_bytes: int) -> None:
+        """Forget a chunk whose channel ended in the middle of it: the chunk comes again, and its credit is lost."""
+        source.pending.discard(chunk_id(chunk))
+        self._credits.unreceive(source, credit_bytes)
+
+    def replay(self, room: Room, source: Source, chunk: AnyChunk, credit_bytes: int) -> None:
+        """Acknowledge a chunk that came before, because the first Ack may have been lost; it is not written again."""
+        self._counts["replays_dropped"] += 1
+        if self._credits.covers(source, credit_bytes):
+            self._credits.receive(source, credit_bytes)
+            self._credits.free(source, credit_bytes)
+        if (key := chunk_id(chunk)) in source.applied:
+            self._put(source.connection, frames.Ack(room.room_id, room.generation, *key))
+        self.grant()
+
+    def written(
+        self,
+        room: Room,
+        source: Source,
+        chunk: AnyChunk,
+        credit_bytes: int,
+        digest: bytes | None,
+        retained: RetainedChunk | None,
+    ) -> bool:
+        """Acknowledge a written chunk, or ask again for a damaged one, and free its credit; True if it is sound.
+
+        ``digest`` is that of the written payload, None if the room had ended.
+        """
+        sound, key = digest == chunk.checksum, chunk_id(chunk)
+        source.pending.discard(key)
+        if room.state.ended:
+            self._counts["late_dropped"] += 1
+            if retained is not None:
+                retained.slot.pending = 0
+            return True
+        self._credits.free(source, credit_bytes, retained=retained is not None)
+        if digest is not None and not sound:
+            self._counts["checksum_failures"] += 1
+            self._counts["resent"] += 1
+            room.resent += 1
+            self._put(source.connection, nack(chunk))
+        elif digest is not None:
+            source.applied.add(key)
+            self._counts["chunks"] += 1
+            answer: frames.Message = frames.Ack(room.room_id, room.generation, *key)
+            if retained is not None:
+                self.retained[retained.slot.offset] = retained
+                answer = frames.Stored(room.room_id, room.generation, *key, retained.slot.offset)
+            self._put(source.connection, answer)
+        self.grant()
+        return digest is None or sound
+
+    def finish(self, room: Room, source: Source, message: frames.Finish, metadata: bytes, now: float) -> str:
+        """Take a prefill rank's number of chunks and its metadata row. Return what is wrong with them."""
+        page_size = self._pool.page_size
+        pages = -(-message.tokens // page_size)
+        told = [
+            other
+            for other in room.sources.values()
+            if other.chunks is not None and other.tokens != message.tokens
+        ]
+        if room.request is None:
+            return "rows that were not asked for"
         if frames.checksum(metadata) != message.checksum:
-            wrong = "metadata that does not match its checksum"
-        elif len(metadata) != self._metadata.row_bytes:
-            wrong = f"a metadata row of {len(metadata)} bytes where {self._metadata.row_bytes} were due"
-        elif pages * self._pool.page_size != len(entry.slots) or entry.num_tokens not in (-1, message.tokens):
-            part = f"{len(entry.slots)} or a part of the last page"
-            asked = entry.num_tokens if entry.num_tokens >= 0 else part
-            wrong = f"{message.tokens} tokens where {asked} were asked for"
-        elif len(source.claims) > message.chunks:
-            wrong = f"{message.chunks} chunks after {len(source.claims)} had come"
-        elif told := [
-            s for s in entry.sources.values() if s.chunks is not None and s.tokens != message.tokens
-        ]:
-            wrong = f"{message.tokens} tokens where the {told[0].connection.name} had {told[0].tokens}"
-        if wrong:
-            self._fail_from_io(entry, f"{source.connection.name} finished with {wrong}")
-            return
-        with self._work:
-            if source.chunks is None:
-                entry.progress = time.monotonic()
-            source.chunks, source.tokens, source.metadata = message.chunks, message.tokens, metadata
-            self._completed.append(entry)
-            self._work.notify()
+            return "metadata that does not match its checksum"
+        if len(metadata) != self._metadata_bytes:
+            return f"a metadata row of {len(metadata)} bytes where {self._metadata_bytes} were due"
+        tokens = room.request.num_tokens
+        if pages * page_size != len(room.slots) or tokens not in (-1, message.tokens):
+            asked = tokens if tokens >= 0 else f"{len(room.slots)} or a part of the last page"
+            return f"{message.tokens} tokens where {asked} were asked for"
+        if len(source.claims) > message.chunks:
+            return f"{message.chunks} chunks after {len(source.claims)} had come"
+        if told:
+            return f"{message.tokens} tokens where the {told[0].connection.name} had {told[0].tokens}"
+        if source.chunks is None:
+            room.progress = now
+        source.chunks, source.tokens, source.metadata = message.chunks, message.tokens, metadata
+        self.finishing.append(room)
+        return ""
 
-    # Rooms
+    def want(self, room: Room, source: Source, total_bytes: int) -> None:
+        """Note how many bytes a prefill rank has ready, and grant what staging allows."""
+        self._credits.want(room, source, total_bytes)
+        self.grant()
 
-    def _starved(self, connection: Connection) -> list[Room]:
-        with self._lock:
-            return [
-                entry
-                for entry in self._rooms.values()
-                for source in entry.sources.values()
-                if source.connection is connection
-                and not entry.state.ended
-                and source.wanted_bytes > source.received_bytes
-            ]
+    def grant(self) -> None:
+        """Hand out the free staging."""
+        for source, room in self._credits.grant().items():
+            self._put(source.connection, frames.Credit(room.room_id, room.generation, source.granted_bytes))
 
-    def _in_use(self, connection: Connection) -> bool:
-        with self._lock:
-            return any(kept.connection is connection for kept in self._kept.values()) or any(
-                source.connection is connection and source.asked and not entry.state.ended
-                for entry in self._rooms.values()
-                for source in entry.sources.values()
-            )
-
-    def _resume(self, connection: Connection) -> None:
-        """Go on with the rooms of a connection that was broken. Under the lock."""
-        now = time.monotonic()
-        for message, when in connection.said:
-            if now - when < 2 * self._settings.peer_timeout_s:  # it may have been lost
-                self._put(connection, message)
-        self._release([offset for offset, kept in self._kept.items() if kept.connection is connection])
-        for entry in list(self._rooms.values()):
-            source = entry.sources.get(connection.address)
-            if source is None or source.connection is not connection or entry.state.ended or not source.asked:
-                continue
-            self._hungry.pop(source, None)
-            lost = source.granted_bytes - source.received_bytes  # sent and lost, or never sent
-            self._staging_used_bytes -= lost
-            source.granted_bytes = source.wanted_bytes = source.received_bytes
-            self._put(connection, self._request_message(entry, source))
-            parts = sorted({part for part, _ in source.applied})
-            applied = tuple((part, _bitmap(source, part)) for part in parts)
-            resume = frames.Resume(entry.room, entry.generation, source.granted_bytes, applied)
-            self._put(connection, resume)
-        self._grant()
-
-    def _link_up(self, connection: Connection) -> None:
-        for entry in list(self._rooms.values()):
-            if connection.address in entry.sources:
-                self._advance(entry)
-
-    def _advance(self, entry: Room) -> None:
-        """Move a room on as far as its connections and its request allow. Under the lock."""
-        if entry.state.ended:
-            return
-        real = [source for source in entry.sources.values() if not source.dummy]
-        for source in real:
-            if source.connection.link in (Link.REFUSED, Link.LOST):
-                self._fail(entry, source.connection.reason)
-                return
-            connection, linked = source.connection, source.connection.link is Link.REGISTERED
-            if linked and not source.asked and entry.born < connection.began:
-                # its other half went to a process before, or to none, and nobody would answer until the deadline
-                why = f"the {connection.name} started after this request came; the request can be retried"
-                self._fail(entry, why)
-                return
-            if linked and (wrong := connection.limits.objection(entry.prompt_tokens)):
-                self._fail(entry, f"the {connection.name} cannot serve this request: {wrong}")
-                return
-        ready = all(source.connection.link is Link.REGISTERED for source in real)
-        if entry.state is RoomState.BOOTSTRAPPING and ready:
-            entry.state = RoomState.WAITING
-        if entry.requested is None:
-            return
-        if entry.state is RoomState.WAITING:
-            entry.state = RoomState.TRANSFERRING
-        for source in entry.sources.values():
-            linked = source.connection.link is Link.REGISTERED
-            if not source.asked and linked and (ready or source.dummy):
-                source.asked = True
-                # prefill ranks with the same layers hold the same rows and share the sending
-                alike = sorted(
-                    other.connection.address
-                    for other in real
-                    if other.connection.layers == source.connection.layers
-                )
-                if not source.dummy:
-                    source.share = (alike.index(source.connection.address), len(alike))
-                request = self._request_message(entry, source)
-                self._put(source.connection, request)
-                if (
-                    source.dummy
-                ):  # the room does not wait for it, and may have ended when the connection is back
-                    source.connection.said.append((request, time.monotonic()))
-                    self._completed.append(entry)
-                    self._work.notify()
-
-    def _request_message(self, entry: Room, source: Source) -> frames.Request:
-        return frames.Request(
-            room=entry.room,
-            generation=entry.generation,
-            expected_ranks=entry.expected_ranks,
-            prefix_tokens=entry.prefix_tokens,
-            num_tokens=entry.num_tokens,
-            dummy=source.dummy,
-            share_index=source.share[0],
-            share_count=source.share[1],
+    def release(self, connection: Connection, offsets: Collection[int] | None = None) -> None:
+        """Free retained chunks that nobody reads any more: all those of a connection, or those at ``offsets``."""
+        self._free_retained(
+            lambda kept: kept.connection is connection and (offsets is None or kept.slot.offset in offsets)
         )
 
-    def _fail_from_io(self, entry: Room, reason: str) -> None:
-        """Fail a room without holding the agent's lock while a write ends."""
-        entry.writes.end()
-        with self._lock:
-            if not entry.state.ended:
-                self._fail(entry, reason)
-
-    def _fail(self, entry: Room, reason: str) -> None:
-        """Fail a room whose writes have ended (or that never had any) and tell its prefill ranks."""
-        for source in entry.sources.values():
-            if source.connection.link in (Link.REGISTERED, Link.CONNECTING):
-                message = frames.Abort(entry.room, entry.generation, frames.sentence(reason))
-                self._tell_end(source.connection, message)
-        self._end(entry, RoomState.FAILED, reason)
-        self._counts["rooms_failed"] += 1
-        self._release([offset for offset, kept in self._kept.items() if kept.room is entry])
-
-    def _end(self, entry: Room, state: RoomState, reason: str) -> None:
-        entry.state, entry.reason, entry.ended = state, reason, time.monotonic()
-        for source in entry.sources.values():
-            self._hungry.pop(source, None)
-            self._staging_used_bytes -= source.outstanding_bytes
-            source.released_bytes = source.granted_bytes
-        self._grant()
-        self._log_transfer(
-            room=entry.room,
-            peer=[source.connection.name for source in entry.sources.values() if not source.dummy],
-            tokens=max(source.tokens for source in entry.sources.values()),
-            chunks=sum(len(source.applied) for source in entry.sources.values()),
-            bytes=entry.wire_bytes,
-            shared_memory_bytes=entry.shared_memory_bytes,
-            seconds=round(seconds_since(entry.requested, entry.ended), 6),
-            result="success" if state is RoomState.SUCCESS else reason,
-            resent=entry.resent,
-        )
-
-    def _fail_all(self, reason: str) -> None:
-        for entry in list(self._rooms.values()):
-            if not entry.state.ended:
-                entry.writes.end()
-                self._fail(entry, reason)
-
-    def _drop_rooms(self, connection: Connection, reason: str) -> None:
-        with self._lock:
-            rooms = [
-                entry
-                for entry in self._rooms.values()
-                for source in entry.sources.values()
-                if source.connection is connection and not source.dummy and not entry.state.ended
-            ]
-        for entry in rooms:
-            self._fail_from_io(entry, reason)
-        with self._lock:
-            self._release([offset for offset, kept in self._kept.items() if kept.connection is connection])
-
-    def _release(self, offsets: list[int]) -> None:
-        """Free places of the arena that nobody reads any more. Under the lock."""
-        for offset in offsets:
-            kept = self._kept.pop(offset)
+    def _free_retained(self, unread: Callable[[RetainedChunk], bool]) -> None:
+        freed = [offset for offset, kept in self.retained.items() if unread(kept)]
+        for offset in freed:
+            kept = self.retained.pop(offset)
             kept.slot.pending = 0
-            self._staging_used_bytes -= kept.size_bytes
-        if offsets and self._kept_slots is not None:
-            self._kept_slots.reap()
-            self._grant()
+            self._credits.free_retained(kept.size_bytes)
+        if freed:
+            self._free_slots()
+            self.grant()
 
-    def _grant(self) -> None:
-        """Hand out staging, oldest wish first, a whole chunk's worth at a time. Under the lock."""
-        granted: dict[Source, Room] = {}
-        limit = self._settings.staging_bytes
-        for source, entry in list(self._hungry.items()):
-            missing = source.wanted_bytes - source.granted_bytes
-            if missing > 0 and 2 * source.outstanding_bytes > self._window_bytes:
-                continue  # several chunks' worth at once, later: each message has a price
-            while (missing := source.wanted_bytes - source.granted_bytes) > 0:
-                quantum = min(self._chunk_bytes, missing)
-                if source.outstanding_bytes + quantum > self._window_bytes:
-                    break
-                if self._staging_used_bytes + quantum > limit:
-                    break
-                source.granted_bytes += quantum
-                self._staging_used_bytes += quantum
-                granted[source] = entry
-            if missing <= 0:
-                del self._hungry[source]
-            elif self._staging_used_bytes + min(self._chunk_bytes, missing) > limit:
-                break  # the oldest waits for the next bytes that come free
-        for source, entry in granted.items():
-            self._put(source.connection, frames.Credit(entry.room, entry.generation, source.granted_bytes))
+    # Ends
 
-    # Time (I/O thread)
+    def succeed(self, room: Room, now: float) -> None:
+        """End a room whose rows and metadata row are in their places."""
+        for source in room.sources.values():
+            if not source.dummy:
+                self._say(source.connection, frames.Done(room.room_id, room.generation), now)
+        self._end(room, RoomState.SUCCESS, "", now)
+
+    def fail(self, room: Room, reason: str, now: float) -> None:
+        """Fail a room whose writes have ended, or that never had any, and tell its prefill ranks."""
+        for source in room.sources.values():
+            if source.connection.link in (Link.REGISTERED, Link.CONNECTING):
+                message = frames.Abort(room.room_id, room.generation, frames.sentence(reason))
+                self._say(source.connection, message, now)
+        self._end(room, RoomState.FAILED, reason, now)
+        self._counts["rooms_failed"] += 1
+        self._free_retained(lambda kept: kept.room is room)
+
+    def _end(self, room: Room, state: RoomState, reason: str, now: float) -> None:
+        room.state, room.reason, room.ended = state, reason, now
+        for source in room.sources.values():
+            self._credits.end(source)
+        self.grant()
+        self._ended(room)
+
+    # Time
+
+    def expire(self, now: float) -> list[Room]:
+        """Return the rooms whose time is up, and free chunks that were retained for too long. Their Release may have
+        been lost; a rank that still reads one asks again.
+        """
+        patience = self._settings.transfer_timeout_s
+        self._free_retained(lambda kept: now - kept.since > patience)
+        self._name_expected(now)
+        return [
+            room for room in self.table.values() if not room.state.ended and now - room.progress > patience
+        ]
 
     def _name_expected(self, now: float) -> None:
-        """Tell prefill ranks which rooms wait for pages here: they give up others sooner. Under the lock."""
+        """Tell prefill ranks which rooms wait for pages here, so that they give up others sooner."""
         waiting: dict[int, tuple[Connection, list[int]]] = {}
-        for entry in self._rooms.values():
-            for source in entry.sources.values():
-                due = now - source.connection.told_at >= self._settings.heartbeat_s
-                if due and not (source.asked or entry.state.ended):
-                    waiting.setdefault(id(source.connection), (source.connection, []))[1].append(entry.room)
+        for room in self.table.values():
+            for source in room.sources.values():
+                if not (source.asked or room.state.ended):
+                    waiting.setdefault(id(source.connection), (source.connection, []))[1].append(room.room_id)
         for connection, rooms in waiting.values():
-            if connection.link is Link.REGISTERED:
+            due = now - connection.told_at >= self._settings.heartbeat_s
+            if due and connection.link is Link.REGISTERED:
                 connection.told_at = now
                 for start in range(0, len(rooms), frames.MAX_ROOMS):
-                    self._put(connection, frames.Expected(tuple(rooms[start : start + frames.MAX_ROOMS])))
+                    named = tuple(rooms[start : start + frames.MAX_ROOMS])
+                    self._put(connection, frames.Expected(named))
 
-    def _tick(self) -> None:
-        now = time.monotonic()
-        patience = self._settings.transfer_timeout_s
-        with self._lock:
-            late = [
-                entry
-                for entry in self._rooms.values()
-                if not entry.state.ended and now - entry.progress > patience
-            ]
-            # what said that nobody reads these any more was lost; who does all the same asks for them again
-            self._release([offset for offset, kept in self._kept.items() if now - kept.since > patience])
-            self._name_expected(now)
-        self._expire_connections(now)
-        for entry in late:
-            self._fail_from_io(entry, f"no progress for {patience:g} s in {entry.state.name}")
+    # Messages out
+
+    def _say(
+        self, connection: Connection, message: frames.Request | frames.Done | frames.Abort, now: float
+    ) -> None:
+        """Send a message that no answer confirms, and once more when the connection is back if it breaks soon."""
+        connection.said.append((message, now))
+        self._put(connection, message)
+
+    def _put(self, connection: Connection, message: frames.Message) -> None:
+        self.out.append((connection, message))
+
+
+def nack(chunk: AnyChunk) -> frames.Nack:
+    """Ask for a chunk again."""
+    return frames.Nack(chunk.room, chunk.generation, *chunk_id(chunk))
+
+
+def _request_of(room: Room, source: Source) -> frames.Request:
+    assert room.request is not None
+    index, count = source.share
+    return msgspec.structs.replace(room.request, dummy=source.dummy, share_index=index, share_count=count)
 
 
 def _bitmap(source: Source, part: int) -> bytes:
-    """Applied chunks of a part, a bit each."""
+    """Return the applied chunks of a part, a bit each."""
     sequences = [sequence for other, sequence in source.applied if other == part]
     bits = bytearray(max(sequences) // 8 + 1)
     for sequence in sequences:
         bits[sequence // 8] |= 1 << (sequence % 8)
     return bytes(bits)
-
-
-def _nack(chunk: frames.Chunk | frames.Share) -> frames.Nack:
-    return frames.Nack(chunk.room, chunk.generation, chunk.part, chunk.sequence)

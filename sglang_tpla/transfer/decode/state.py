@@ -1,28 +1,32 @@
-"""What a decode agent remembers: connections, rooms, and for each (room, prefill rank) a source of numbered
-chunks.
+"""What a decode agent remembers: connections, rooms, and for each (room, prefill rank) a source of numbered chunks.
+
+Any part of the agent may read an attribute, under the agent's lock; the one module that writes it is named beside it.
 """
 
 from __future__ import annotations
 
 import enum
-import threading
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
-import zmq
 
 from sglang_tpla.transfer import messages as frames
 from sglang_tpla.transfer.decode.coverage import Coverage
+from sglang_tpla.transfer.decode.write_gate import WriteGate
 from sglang_tpla.transfer.memory.iovec import Slots
 from sglang_tpla.transfer.memory.staging import Slot
-from sglang_tpla.transfer.network.data_channel import ChunkReader
 from sglang_tpla.transfer.room import NO_LIMITS, Limits, RoomState
 
 Address = tuple[str, int]
+AnyChunk = frames.Chunk | frames.Share
 ChunkId = tuple[int, int]  # part, sequence
+
+
+def chunk_id(chunk: AnyChunk) -> ChunkId:
+    """Return the name of a chunk among those of its source."""
+    return chunk.part, chunk.sequence
 
 
 class Link(enum.Enum):
@@ -36,32 +40,36 @@ class Link(enum.Enum):
 
 @dataclass(eq=False)
 class Connection:
-    """One DEALER socket to one prefill rank, with an identity of its own."""
+    """One DEALER socket to one prefill rank, with an identity of its own, and its data channel."""
 
+    # connections.py writes these, on the I/O thread
     address: Address
     identity: bytes
     last_seen: float
-    socket: zmq.Socket | None = None
-    monitor: zmq.Socket | None = None
-    inbox: ChunkReader[frames.Chunk] | None = None  # the data channel, where there is one
-    data_port: int = 0  # of the data channel that was offered last
-    dialled: float = 0.0  # when the data channel was
-    without_channel: float | None = None  # since when none has lasted until a chunk had come on it
-    channel_error: str = ""  # why the last one ended
+    socket: Any = None
+    monitor: Any = None
     link: Link = Link.CONNECTING
-    reason: str = ""
+    lost_reason: str = ""
     agent: str = ""
     began: float = 0.0  # when the prefill agent did, by this process's clock
     limits: Limits = NO_LIMITS  # of the prefill rank
-    told_at: float = 0.0  # when it was last told which rooms wait here
     layers: tuple[int, int] = (0, 0)  # first layer and number of layers that the prefill rank holds
     unanswered: int = 0  # times that it broke before the prefill rank had ever answered
     broken_since: float | None = None  # monotonic; None while the connection holds
-    # what the prefill rank was told of rooms that have ended, and when: it is said again when the connection is back
-    said: deque[tuple[frames.Message, float]] = field(default_factory=lambda: deque(maxlen=1024))
-    arenas: dict[str, memoryview] = field(default_factory=dict)  # by agent: its own and the neighbours'
+    arenas: dict[str, memoryview] = field(default_factory=dict)  # by agent: its own and the colocated ranks'
     last_ping: float = 0.0
     pings: int = 0
+    # data_channels.py, on the I/O thread
+    reader: Any = None  # the data channel's, while there is one
+    data_port: int = 0  # of the data channel that was offered last
+    dialled: float = 0.0  # when the data channel was dialled
+    last_chunk: float = 0.0  # when a chunk last came
+    without_channel: float | None = None  # since when none has lasted until a chunk had come on it
+    channel_error: str = ""  # why the last data channel ended
+    # rooms.py, under the lock
+    told_at: float = 0.0  # when the prefill rank was last told which rooms wait here
+    # messages that no answer confirms, and when they were sent: they are sent again when the connection is back
+    said: deque[tuple[frames.Message, float]] = field(default_factory=lambda: deque(maxlen=1024))
 
     @property
     def name(self) -> str:
@@ -73,22 +81,24 @@ class Connection:
 class Source:
     """One prefill rank's part in a room."""
 
+    # rooms.py writes these
     connection: Connection
     dummy: bool
     asked: bool = False
     share: tuple[int, int] = (0, 1)  # which of the prefill ranks with the same layers it is, and of how many
-    wanted_bytes: int = 0
-    granted_bytes: int = 0
-    received_bytes: int = 0
-    released_bytes: int = 0
     pending: set[ChunkId] = field(default_factory=set)
     applied: set[ChunkId] = field(default_factory=set)
     claims: dict[ChunkId, tuple[int, int, int, int]] = field(
         default_factory=dict
-    )  # each chunk's layers and tokens
-    chunks: int | None = None
+    )  # layers and tokens of chunks
+    chunks: int | None = None  # in all, once the prefill rank has said so
     tokens: int = 0
     metadata: bytes = b""
+    # credits.py
+    wanted_bytes: int = 0
+    granted_bytes: int = 0
+    received_bytes: int = 0
+    released_bytes: int = 0
 
     @property
     def outstanding_bytes(self) -> int:
@@ -103,40 +113,11 @@ class Source:
         return self.chunks is not None and len(self.applied) == len(self.claims) == self.chunks
 
 
-class Writes:
-    """Writes into the pages and the metadata row of one room: several at a time, none after the end."""
-
-    def __init__(self) -> None:
-        self._changed = threading.Condition()
-        self._under_way = 0
-        self._ended = False
-
-    @contextmanager
-    def one(self, *, last: bool = False) -> Iterator[bool]:
-        """One write; False where none is allowed any more. None follows the last one."""
-        with self._changed:
-            allowed = not self._ended
-            self._ended = self._ended or last
-            self._under_way += allowed
-        try:
-            yield allowed
-        finally:
-            with self._changed:
-                self._under_way -= allowed
-                self._changed.notify_all()
-
-    def end(self) -> None:
-        """Allow no more, and wait for those under way."""
-        with self._changed:
-            self._ended = True
-            self._changed.wait_for(lambda: not self._under_way)
-
-
 @dataclass(eq=False)
 class Room:
-    """One generation of a room on a decode rank."""
+    """One generation of a room on a decode rank. Only rooms.py writes it."""
 
-    room: int
+    room_id: int
     generation: int
     sources: dict[Address, Source]
     born: float  # when its request came
@@ -146,33 +127,30 @@ class Room:
     reason: str = ""
     slots: Slots = field(default_factory=lambda: Slots(np.empty(0, dtype=np.int64)))
     metadata_row: int = -1
-    expected_ranks: int = 1
-    prefix_tokens: int = 0
-    num_tokens: int = -1
+    request: frames.Request | None = None  # to each prefill rank, but for its share
     coverage: Coverage | None = None  # from the request on
     requested: float | None = None
     ended: float | None = None
     wire_bytes: int = 0
     shared_memory_bytes: int = 0
     resent: int = 0
-    writes: Writes = field(default_factory=Writes)
+    writes: WriteGate = field(default_factory=WriteGate)
 
 
 @dataclass(eq=False)
-class Arrival:
-    """A chunk in staging, or in an arena that this rank reads."""
+class StagedChunk:
+    """A chunk in staging, or in shared memory that this rank reads."""
 
     room: Room
     source: Source
-    chunk: frames.Chunk | frames.Share
+    chunk: AnyChunk
     payload: memoryview
-    credit_bytes: int  # of staging that it holds; none in an arena
-    layers: range  # of the pool, by index
+    credit_bytes: int  # of staging that it holds; none in shared memory
 
 
 @dataclass(eq=False)
-class Kept:
-    """A payload in this rank's arena, for its neighbours."""
+class RetainedChunk:
+    """A payload in this rank's shared segment, for the colocated ranks."""
 
     room: Room
     connection: Connection

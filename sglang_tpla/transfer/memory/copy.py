@@ -1,4 +1,4 @@
-"""Copies, checksums, sends and reads of payloads in pieces (`runs.Pieces`): in C (`native`) where that is compiled,
+"""Copies, checksums, sends and reads of payloads in pieces (`iovec.Pieces`): in C (`native`) where that is compiled,
 else the same in Python.
 """
 
@@ -79,11 +79,13 @@ def copy_pieces(source: Pieces, target: Pieces) -> bytes:
     return running.digest()
 
 
-class _Moving:
-    """A payload that moves on through its pieces, and its checksum.
+class SocketCopy:
+    """A payload on its way from a socket to its pieces (`receive`), or from them into a socket (`send`).
+
+    Its checksum is taken on the way, in both directions.
 
     Args:
-        digest: of the payload, where it is known already.
+        digest: of the payload, where it is known already; `UNCHECKED` where nobody asks for it.
     """
 
     def __init__(self, pieces: Pieces, digest: bytes = b"") -> None:
@@ -113,17 +115,6 @@ class _Moving:
             left -= min(left, view.nbytes)
         self._cursor.advance(size_bytes)
 
-
-class Intake(_Moving):
-    """A payload on its way from a socket to its pieces.
-
-    Args:
-        checked: otherwise it has no digest.
-    """
-
-    def __init__(self, pieces: Pieces, checked: bool = True) -> None:
-        super().__init__(pieces, b"" if checked else UNCHECKED)
-
     def receive(self, stream: socket.socket, limit_bytes: int) -> int:
         """Take what is there, some ``limit_bytes`` at most, from a socket that does not block: bytes, 0 at the end of
         the stream.
@@ -133,7 +124,7 @@ class Intake(_Moving):
             OSError: the connection is gone.
         """
         if self._library is None:
-            size = os.readv(stream.fileno(), self._cursor.ahead(limit_bytes, MAX_PIECES))
+            size = stream.recvmsg_into(self._cursor.ahead(limit_bytes, MAX_PIECES))[0]
             self._advance(size)
         else:
             size = self._library.receive_pieces(*self._place, stream.fileno(), len(self._table), limit_bytes)
@@ -141,10 +132,6 @@ class Intake(_Moving):
                 raise _error(-size)
         self.left_bytes -= size
         return size
-
-
-class Outgoing(_Moving):
-    """A payload on its way from its pieces into a socket."""
 
     def send(self, stream: socket.socket) -> int:
         """Send what a socket takes now: bytes.

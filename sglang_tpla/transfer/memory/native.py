@@ -1,7 +1,7 @@
 """``native.c``, compiled when first wanted: one call a chunk where Python would make one a piece.
 
 Each call lets other threads have the interpreter meanwhile; a chunk of some sixty pieces would otherwise give it away
-and wait for it as often. A machine without a C compiler does the same in Python (`moving`), more slowly, and says so
+and wait for it as often. A machine without a C compiler does the same in Python (`copy`), more slowly, and says so
 once.
 The library is kept under ``$SGLANG_TPLA_CACHE`` (default ``~/.cache/sglang_tpla``) by the hash of the source, the
 compiler and the machine's kind.

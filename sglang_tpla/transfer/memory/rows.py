@@ -31,8 +31,9 @@ from sglang_tpla.transfer.memory.iovec import (
     one_piece,
     worth_it,
 )
+from sglang_tpla.transfer.memory.pool import CachePool
 from sglang_tpla.transfer.memory.projection import cut_stacks
-from sglang_tpla.transfer.room import CachePool, TransferError
+from sglang_tpla.transfer.room import TransferError
 
 
 def byte_rows(layer: torch.Tensor) -> np.ndarray:
@@ -149,7 +150,7 @@ class RowReader:
 
     def pieces(self, rectangle: Rectangle, spans: np.ndarray) -> Pieces:
         """The raw rows of a rectangle where they lie in the pool, in the payload's order; ``spans`` are its tokens'
-        slots (`runs.find_spans`).
+        slots (`iovec.find_spans`).
         """
         assert self._dense is not None
         first = rectangle.first_layer - self.pool.first_layer
@@ -291,16 +292,10 @@ class RowWriter:
         self._places: dict[tuple[Field, ...], tuple[torch.Tensor, torch.Tensor]] = {}
         self._own = threading.local()  # ``pinned``: grows to the largest payload of a thread
 
-    def payload_bytes(self, rectangle_layers: range, tokens: int, part: Part) -> int:
-        """Bytes a rectangle of pool layers (by index) must have."""
-        rows = self.pool.row_format.layers
-        items = sum(rows[layer].part_items(part) for layer in rectangle_layers)
-        return items * tokens * self.pool.dtype.itemsize
-
     def pieces(self, layers: range, spans: np.ndarray, part: Part) -> Pieces | None:
         """Where a payload's bytes belong in the pool, in order; None where they are not long pieces of it.
 
-        ``spans`` are its tokens' slots (`runs.find_spans`).
+        ``spans`` are its tokens' slots (`iovec.find_spans`).
         """
         if self._rows is None or self._dense is None or part is not Part.FULL:
             return None

@@ -14,10 +14,13 @@ import mmap
 import os
 import secrets
 import socket
+import weakref
 
 import numpy as np
+import torch
 
 from sglang_tpla.transfer import messages as frames
+from sglang_tpla.transfer.memory.staging import pin, unpin
 
 HEADER_BYTES = 4096
 COOKIE_BYTES = 8
@@ -33,7 +36,7 @@ def host_identity() -> str:
         return f"{socket.gethostname()}/{secrets.token_hex(8)}"  # equal to no other: nothing is mapped
 
 
-class ArenaMemory:
+class SharedSegment:
     """This process's arena: ``data`` (uint8) behind a header page."""
 
     def __init__(self, agent: str, size_bytes: int) -> None:
@@ -66,11 +69,11 @@ class ArenaMemory:
 
 def make_arena(
     agent: str, size_bytes: int, reserved_bytes: int, logger: logging.Logger
-) -> ArenaMemory | None:
+) -> SharedSegment | None:
     """An arena whose first bytes are reserved, or None where the system has none to give: payloads travel inline."""
     arena = None
     try:
-        arena = ArenaMemory(agent, size_bytes)
+        arena = SharedSegment(agent, size_bytes)
         arena.reserve(0, reserved_bytes)
     except (OSError, AttributeError) as error:
         if arena is not None:
@@ -103,3 +106,20 @@ def map_arena(arena: frames.Arena) -> np.ndarray | None:
     if memory[:COOKIE_BYTES] != arena.cookie:
         return None
     return np.frombuffer(memory, dtype=np.uint8, offset=HEADER_BYTES)
+
+
+def map_for(device: torch.device | None, arena: frames.Arena, logger: logging.Logger) -> memoryview | None:
+    """As `map_arena`, and pinned if ``device`` is a GPU, which reads it without a copy on the way then."""
+    data = map_arena(arena)
+    if data is None:
+        return None
+    if device is not None and device.type == "cuda":
+        try:
+            with torch.cuda.device(device):
+                pin(data)
+        except RuntimeError as error:
+            logger.warning("each chunk of agent %s is copied once more: %s", arena.agent, error)
+        else:
+            # the array dies with its last view, and before the mapping that it holds
+            weakref.finalize(data, unpin, data.ctypes.data).atexit = False
+    return data.data

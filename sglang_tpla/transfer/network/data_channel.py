@@ -1,9 +1,9 @@
 """The data channel: a TCP socket beside a registered ZMQ connection, for chunks only (PROTOCOL.md).
 
 ZMQ allocates each message that comes in and hands it through two more threads; here the kernel takes payloads straight
-out of the sender's memory and copies them straight into the pool (`landing`), or into receiver staging that is used
-again while it is in the processor's caches. Where the ZMQ connection is encrypted, its Welcome names a key, and chunks
-are sealed with it (`sealing`). Both ends are used by the agent's I/O thread alone and never block.
+out of the sender's memory and copies them straight into the pool (`decode.in_place`), or into receiver staging that is
+used again while it is in the processor's caches. Where the ZMQ connection is encrypted, its Welcome names a key, and
+chunks are sealed with it (`sealing`). Both ends are used by the agent's I/O thread alone and never block.
 
     decode -> prefill   once: ``b"TPLD"``, version, the cookie that Welcome named: 21 bytes
     prefill -> decode   for each chunk: header bytes, payload bytes (two 32-bit big-endian numbers), header, payload,
@@ -27,7 +27,7 @@ import numpy as np
 from cryptography.hazmat.primitives.ciphers import AEADDecryptionContext
 
 from sglang_tpla.errors import SglangTplaError
-from sglang_tpla.transfer.memory.copy import Outgoing
+from sglang_tpla.transfer.memory.copy import SocketCopy
 from sglang_tpla.transfer.memory.iovec import Pieces, one_piece
 from sglang_tpla.transfer.messages import (
     CHANNEL_COOKIE_BYTES,
@@ -50,7 +50,7 @@ from sglang_tpla.transfer.network.sealing import (
 PREAMBLE = b"TPLD\x03"
 PREAMBLE_BYTES = len(PREAMBLE) + CHANNEL_COOKIE_BYTES
 SIZES = struct.Struct(">II")
-MAX_SPARE_BUFFERS = 8
+MAX_BUFFERS = 8
 WAKE_BYTES = 1 << 20  # of a payload, before its receiver wakes up
 KEEPALIVES = 3  # of a silent network before it is given up
 BUFFER_BYTES = 4 << 20  # for sending and receiving; the system may give less
@@ -104,7 +104,7 @@ class OutgoingChunk:
     ) -> None:
         self.header, self.pieces, self.known = header, pieces, digest
         self.head = memoryview(b"")
-        self.payload: Outgoing | SealedOutgoing | None = None  # once it has begun
+        self.payload: SocketCopy | SealedOutgoing | None = None  # once it has begun
         self.tail: memoryview | None = None  # once all of the payload has gone
         self.digest = b""
         self.wanted = wanted
@@ -112,9 +112,9 @@ class OutgoingChunk:
 
 
 class SendQueue:
-    """The sending end: parcels in order, as the socket takes them.
+    """The sending end: chunks in order, as the socket takes them.
 
-    A parcel that is no longer wanted when its turn comes is left out, one that has begun is finished.
+    A chunk that is no longer wanted when its turn comes is left out, one that has begun is finished.
 
     Args:
         seal: None where chunks go as they are.
@@ -125,55 +125,55 @@ class SendQueue:
         self.sent_bytes = 0
         self._seal = seal
         self._scratch = np.empty(STEP_BYTES if seal is not None else 0, dtype=np.uint8)
-        self._parcels: deque[OutgoingChunk] = deque()
+        self._chunks: deque[OutgoingChunk] = deque()
 
     def __bool__(self) -> bool:
-        return bool(self._parcels)
+        return bool(self._chunks)
 
-    def push(self, parcel: OutgoingChunk) -> None:
-        """Queue a parcel; `flush` sends it."""
-        self._parcels.append(parcel)
+    def push(self, chunk: OutgoingChunk) -> None:
+        """Queue a chunk; `flush` sends it."""
+        self._chunks.append(chunk)
 
     def flush(self) -> None:
         """Send what the socket takes now. Raises OSError when the connection is gone."""
-        while self._parcels:
-            parcel = self._parcels[0]
-            if parcel.payload is not None or parcel.wanted():
-                payload = parcel.payload or self._begin(parcel)
-                if not self._send(parcel, payload):
+        while self._chunks:
+            chunk = self._chunks[0]
+            if chunk.payload is not None or chunk.wanted():
+                payload = chunk.payload or self._begin(chunk)
+                if not self._send(chunk, payload):
                     return
-            self._parcels.popleft()
-            parcel.done(parcel.digest)
+            self._chunks.popleft()
+            chunk.done(chunk.digest)
 
-    def _begin(self, parcel: OutgoingChunk) -> Outgoing | SealedOutgoing:
-        header, pieces = parcel.header, parcel.pieces
+    def _begin(self, chunk: OutgoingChunk) -> SocketCopy | SealedOutgoing:
+        header, pieces = chunk.header, chunk.pieces
         sizes = SIZES.pack(len(header), pieces.size_bytes)
-        payload: Outgoing | SealedOutgoing
+        payload: SocketCopy | SealedOutgoing
         if self._seal is None:
-            parcel.head, payload = memoryview(sizes + header), Outgoing(pieces, parcel.known)
+            chunk.head, payload = memoryview(sizes + header), SocketCopy(pieces, chunk.known)
         else:
-            parcel.head = memoryview(sizes + self._seal.seal_header(sizes, header))
+            chunk.head = memoryview(sizes + self._seal.seal_header(sizes, header))
             payload = SealedOutgoing(pieces, self._seal.seal_payload(header), self._scratch)
-        parcel.payload = payload
+        chunk.payload = payload
         return payload
 
-    def _send(self, parcel: OutgoingChunk, payload: Outgoing | SealedOutgoing) -> bool:
-        """Send of a parcel what the socket takes now; True when that was the end of it."""
+    def _send(self, chunk: OutgoingChunk, payload: SocketCopy | SealedOutgoing) -> bool:
+        """Send of a chunk what the socket takes now; True when that was the end of it."""
         try:
-            while parcel.head:
-                sent = self.stream.send(parcel.head, socket.MSG_MORE)
+            while chunk.head:
+                sent = self.stream.send(chunk.head, socket.MSG_MORE)
                 self.sent_bytes += sent
-                parcel.head = parcel.head[sent:]
+                chunk.head = chunk.head[sent:]
             while payload.left_bytes:
                 self.sent_bytes += payload.send(self.stream)
-            if parcel.tail is None:
+            if chunk.tail is None:
                 digest = payload.digest()
-                parcel.digest = digest if self._seal is None else parcel.known
-                parcel.tail = memoryview(digest if parcel.wanted() else wrong(digest))
-            while parcel.tail:
-                sent = self.stream.send(parcel.tail)
+                chunk.digest = digest if self._seal is None else chunk.known
+                chunk.tail = memoryview(digest if chunk.wanted() else wrong(digest))
+            while chunk.tail:
+                sent = self.stream.send(chunk.tail)
                 self.sent_bytes += sent
-                parcel.tail = parcel.tail[sent:]
+                chunk.tail = chunk.tail[sent:]
         except BlockingIOError:
             return False
         return True
@@ -181,11 +181,11 @@ class SendQueue:
     def close(self) -> None:
         """Close the socket and give all memory back."""
         self.stream.close()
-        while self._parcels:
-            self._parcels.popleft().done(b"")
+        while self._chunks:
+            self._chunks.popleft().done(b"")
 
 
-class Landing(Protocol):
+class InPlace(Protocol):
     """Where a payload goes instead of staging."""
 
     size_bytes: int
@@ -202,16 +202,16 @@ class Landing(Protocol):
 HeaderT = TypeVar("HeaderT")
 
 
-class Spares:
+class BufferPool:
     """Payload buffers, the one used last first: its memory is mapped and may still be cached. Thread-safe."""
 
     def __init__(self) -> None:
-        self._buffers: deque[np.ndarray] = deque(maxlen=MAX_SPARE_BUFFERS)
+        self._free: deque[np.ndarray] = deque(maxlen=MAX_BUFFERS)
 
     def take(self, size: int) -> memoryview:
         """Memory for ``size`` bytes, at most twice as large."""
         try:
-            buffer = self._buffers.pop()
+            buffer = self._free.pop()
         except IndexError:
             buffer = None
         if buffer is None or not size <= buffer.size <= 2 * size:
@@ -221,7 +221,7 @@ class Spares:
     def give_back(self, view: memoryview) -> None:
         """Take the memory of a view that came from `take` back; nothing for other memory (an arena's is read-only)."""
         if isinstance(view.obj, np.ndarray) and not view.readonly:
-            self._buffers.append(view.obj)
+            self._free.append(view.obj)
 
 
 class ChunkReader(Generic[HeaderT]):
@@ -231,7 +231,7 @@ class ChunkReader(Generic[HeaderT]):
         stream: not yet connected, or connected.
         cookie: told to the other side first.
         max_payload_bytes: a larger payload ends the channel before any memory is taken for it.
-        spares: where payload memory comes from.
+        buffers: where payload memory comes from.
         announce: told of each header and the bytes that follow; returns what the header says, and where the payload
             is to land, or None for staging.
         seal: None where chunks come as they are.
@@ -242,20 +242,21 @@ class ChunkReader(Generic[HeaderT]):
         stream: socket.socket,
         cookie: bytes,
         max_payload_bytes: int,
-        spares: Spares,
-        announce: Callable[[memoryview, int], tuple[HeaderT, Landing | None]],
+        buffers: BufferPool,
+        announce: Callable[[memoryview, int], tuple[HeaderT, InPlace | None]],
         seal: Seal | None = None,
     ) -> None:
         self.stream = stream
+        self.sealed = seal is not None
         self.received_bytes = 0
-        self.landing: Landing | None = None  # what is coming goes there
+        self.in_place: InPlace | None = None  # what is coming goes there
         self._greeting = PREAMBLE + cookie
-        self._limit, self._spares, self._announce, self._seal = max_payload_bytes, spares, announce, seal
+        self._limit, self._buffers, self._announce, self._seal = max_payload_bytes, buffers, announce, seal
         self._sizes = bytearray(SIZES.size)
         self._header: memoryview | None = None  # of the chunk that is coming, once its sizes are known
         self._said: HeaderT | None = None  # and what it says, once it is whole
         self._payload_bytes = 0
-        self._payload: memoryview | Landing | None = None  # come whole, but for its checksum
+        self._payload: memoryview | InPlace | None = None  # come whole, but for its checksum
         self._opening: AEADDecryptionContext | None = None  # of a sealed payload
         self._intake: SealedIntake | None = None  # of one that goes into staging
         self._tail: bytearray | None = None
@@ -280,8 +281,8 @@ class ChunkReader(Generic[HeaderT]):
             self._greeting = self._greeting[sent:]
         return self.greeted
 
-    def receive(self, budget_bytes: int) -> Iterator[tuple[HeaderT, memoryview | Landing, bytes]]:
-        """(what the header says, payload or where it landed, the checksum that was sent) of chunks that are complete,
+    def receive(self, budget_bytes: int) -> Iterator[tuple[HeaderT, memoryview | InPlace, bytes]]:
+        """(what the header says, payload or its place, the checksum that was sent) of chunks that are complete,
         until the socket has no more or some ``budget_bytes`` were read. Of a sealed chunk OPENED or DAMAGED takes the
         checksum's place: its tag.
 
@@ -306,7 +307,7 @@ class ChunkReader(Generic[HeaderT]):
             elif self._said is None:
                 self._expect_payload(self._header)
             elif self._tail is None:
-                self._payload = self.landing or self._target
+                self._payload = self.in_place or self._target
                 self._tail = bytearray(CHECKSUM_BYTES if self._seal is None else TAG_BYTES)
                 self._expect(memoryview(self._tail), len(self._tail))
                 self._wait_for(1)
@@ -314,7 +315,7 @@ class ChunkReader(Generic[HeaderT]):
                 said, payload, tail = self._said, self._payload, bytes(self._tail)
                 if self._opening is not None:
                     tail = OPENED if is_proved(self._opening, tail) else DAMAGED
-                self._header = self._said = self.landing = self._tail = self._payload = None
+                self._header = self._said = self.in_place = self._tail = self._payload = None
                 self._opening = self._intake = None
                 self._expect(memoryview(self._sizes), SIZES.size)
                 if payload is not None:
@@ -324,8 +325,8 @@ class ChunkReader(Generic[HeaderT]):
         """Take some of what is due: bytes, 0 at the end of the stream. Raises BlockingIOError, OSError."""
         if self._said is None or self._tail is not None:
             return self.stream.recv_into(self._target[self._filled :])
-        if self.landing is not None:
-            return self.landing.receive(self.stream)
+        if self.in_place is not None:
+            return self.in_place.receive(self.stream)
         if self._intake is not None:
             return self._intake.receive(self.stream)
         return self.stream.recv_into(self._target[self._filled :])
@@ -354,15 +355,15 @@ class ChunkReader(Generic[HeaderT]):
     def _expect_payload(self, header: memoryview) -> None:
         if self._seal is not None:
             header = memoryview(self._seal.open_header(bytes(self._sizes), header))
-        self._said, self.landing = self._announce(header, self._payload_bytes)
+        self._said, self.in_place = self._announce(header, self._payload_bytes)
         target = self._target
-        if self.landing is None:
-            target = self._spares.take(self._payload_bytes)
+        if self.in_place is None:
+            target = self._buffers.take(self._payload_bytes)
         self._expect(target, self._payload_bytes)
         if self._seal is not None:
             self._opening = self._seal.open_payload(bytes(header))
-            if self.landing is not None:
-                self.landing.open_with(self._opening)
+            if self.in_place is not None:
+                self.in_place.open_with(self._opening)
             else:
                 staged = one_piece(np.frombuffer(target, dtype=np.uint8))
                 self._intake = SealedIntake(staged, self._opening)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import secrets
 import socket
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -23,7 +22,7 @@ from sglang_tpla.transfer.network.data_channel import (
 from sglang_tpla.transfer.network.event_loop import IoLoop
 from sglang_tpla.transfer.network.sealing import Seal, new_key
 
-MAX_STRANGERS = 256  # connections that have not said whose they are
+MAX_PENDING = 256  # connections that have not said whose they are
 
 
 @dataclass(eq=False)
@@ -42,7 +41,7 @@ class DataListener:
         io: the agent's loop.
         host: where the agent listens.
         port: for data channels; 0 takes one that the system chooses.
-        timeout_s: how long a stranger, and a silent network, is borne.
+        timeout_s: how long a pending connection, and a silent network, is borne.
         sealed: chunks are sealed, with a key for each offer.
         on_refused: told of each connection that is turned away.
         on_bound: told when a connection's channel stands.
@@ -65,11 +64,10 @@ class DataListener:
     ) -> None:
         self._io, self._timeout_s, self.sealed = io, timeout_s, sealed
         self._on_refused, self._on_bound, self._on_lost = on_refused, on_bound, on_lost
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        self._listener = socket.create_server(("" if host == "*" else host, port), family=family)
+        self._listener = io.tcp_listener(host, port)
         self._listener.setblocking(False)
         self.announced_port: int = self._listener.getsockname()[1]
-        self._strangers: list[PendingConnection] = []
+        self._pending: list[PendingConnection] = []
         self._offers: dict[bytes, tuple[bytes, bytes | None]] = {}  # by cookie: whose it is, and its key
         self._channels: dict[bytes, SendQueue] = {}  # by identity
         io.add_stream(self._listener, self._accept)
@@ -85,18 +83,18 @@ class DataListener:
         """The connection is over: its offer and its channel end."""
         for cookie in [cookie for cookie, (whose, _) in self._offers.items() if whose == identity]:
             del self._offers[cookie]
-        outbox = self._channels.pop(identity, None)
-        if outbox is not None:
-            self._io.remove_stream(outbox.stream)
-            outbox.close()
+        queue = self._channels.pop(identity, None)
+        if queue is not None:
+            self._io.remove_stream(queue.stream)
+            queue.close()
 
-    def send(self, identity: bytes, parcel: OutgoingChunk) -> bool:
+    def send(self, identity: bytes, chunk: OutgoingChunk) -> bool:
         """Send a chunk on the connection's channel; False if it has none."""
-        outbox = self._channels.get(identity)
-        if outbox is None:
+        queue = self._channels.get(identity)
+        if queue is None:
             return False
-        outbox.push(parcel)
-        self._flush(identity, outbox)
+        queue.push(chunk)
+        self._flush(identity, queue)
         return True
 
     @property
@@ -109,9 +107,9 @@ class DataListener:
         return identity in self._channels
 
     def expire(self, now: float) -> None:
-        """Turn away the strangers that said nothing in time."""
-        for stranger in [item for item in self._strangers if now - item.arrived > self._timeout_s]:
-            self._turn_away(stranger, "said nothing in time")
+        """Turn away the pending connections that said nothing in time."""
+        for pending in [item for item in self._pending if now - item.arrived > self._timeout_s]:
+            self._turn_away(pending, "said nothing in time")
 
     def _accept(self) -> None:
         try:
@@ -119,61 +117,61 @@ class DataListener:
         except OSError:
             return  # gone again, or no descriptors: the next one may do better
         set_up(stream, self._timeout_s)
-        stranger = PendingConnection(stream, time.monotonic())
-        self._strangers.append(stranger)
-        self._io.add_stream(stream, lambda: self._listen_to(stranger))
-        if len(self._strangers) > MAX_STRANGERS:
-            self._turn_away(self._strangers[0], f"was the oldest of {MAX_STRANGERS} that had said nothing")
+        pending = PendingConnection(stream, self._io.now())
+        self._pending.append(pending)
+        self._io.add_stream(stream, lambda: self._listen_to(pending))
+        if len(self._pending) > MAX_PENDING:
+            self._turn_away(self._pending[0], f"was the oldest of {MAX_PENDING} that had said nothing")
 
-    def _listen_to(self, stranger: PendingConnection) -> None:
+    def _listen_to(self, pending: PendingConnection) -> None:
         try:
-            data = stranger.stream.recv(PREAMBLE_BYTES - len(stranger.said))
+            data = pending.stream.recv(PREAMBLE_BYTES - len(pending.said))
         except BlockingIOError:
             return
         except OSError as error:
-            self._turn_away(stranger, str(error))
+            self._turn_away(pending, str(error))
             return
-        stranger.said += data
-        if not data or stranger.said[: len(PREAMBLE)] != PREAMBLE[: len(stranger.said)]:
-            self._turn_away(stranger, f"said {stranger.said!r}, where {PREAMBLE!r} and a cookie were due")
+        pending.said += data
+        if not data or pending.said[: len(PREAMBLE)] != PREAMBLE[: len(pending.said)]:
+            self._turn_away(pending, f"said {pending.said!r}, where {PREAMBLE!r} and a cookie were due")
             return
-        if len(stranger.said) < PREAMBLE_BYTES:
+        if len(pending.said) < PREAMBLE_BYTES:
             return
-        offer = self._offers.pop(stranger.said[len(PREAMBLE) :], None)
+        offer = self._offers.pop(pending.said[len(PREAMBLE) :], None)
         if offer is None:
-            self._turn_away(stranger, "came with a cookie that was not given out, or has been used")
+            self._turn_away(pending, "came with a cookie that was not given out, or has been used")
             return
-        self._strangers.remove(stranger)
-        self._io.remove_stream(stranger.stream)
+        self._pending.remove(pending)
+        self._io.remove_stream(pending.stream)
         identity, key = offer
-        outbox = self._channels[identity] = SendQueue(stranger.stream, None if key is None else Seal(key))
-        self._io.add_stream(outbox.stream, lambda: self._ready(identity, outbox))
+        queue = self._channels[identity] = SendQueue(pending.stream, None if key is None else Seal(key))
+        self._io.add_stream(queue.stream, lambda: self._ready(identity, queue))
         self._on_bound()
 
-    def _turn_away(self, stranger: PendingConnection, why: str) -> None:
-        self._strangers.remove(stranger)
-        self._io.remove_stream(stranger.stream)
-        stranger.stream.close()
+    def _turn_away(self, pending: PendingConnection, why: str) -> None:
+        self._pending.remove(pending)
+        self._io.remove_stream(pending.stream)
+        pending.stream.close()
         self._on_refused(f"a data channel that {why}")
 
-    def _ready(self, identity: bytes, outbox: SendQueue) -> None:
+    def _ready(self, identity: bytes, queue: SendQueue) -> None:
         try:
-            said = outbox.stream.recv(1)
+            said = queue.stream.recv(1)
         except BlockingIOError:
-            self._flush(identity, outbox)
+            self._flush(identity, queue)
             return
         except OSError as error:
             self._lose(identity, str(error))
             return
         self._lose(identity, "it was closed" if not said else "bytes came on it")
 
-    def _flush(self, identity: bytes, outbox: SendQueue) -> None:
+    def _flush(self, identity: bytes, queue: SendQueue) -> None:
         try:
-            outbox.flush()
+            queue.flush()
         except OSError as error:
             self._lose(identity, str(error))
             return
-        self._io.watch(outbox.stream, writable=bool(outbox))
+        self._io.watch(queue.stream, writable=bool(queue))
 
     def _lose(self, identity: bytes, why: str) -> None:
         self.withdraw(identity)

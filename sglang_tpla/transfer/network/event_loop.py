@@ -19,29 +19,11 @@ import zmq
 
 
 class IoLoop:
-    """One daemon thread around a poller.
+    """One daemon thread around a poller; the sockets and the time of an agent come from here."""
 
-    Args:
-        name: of the thread.
-        tick_s: seconds between calls of ``on_tick``.
-        on_tick: periodic work (heartbeats, deadlines), in the thread.
-        on_error: told of an exception in a handler.
-        on_death: told of the exception that ended the thread.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        tick_s: float,
-        on_tick: Callable[[], None],
-        on_error: Callable[[str, BaseException], None],
-        on_death: Callable[[BaseException], None],
-    ) -> None:
+    def __init__(self, name: str) -> None:
         self.context = zmq.Context()
-        self._tick_s = tick_s
-        self._on_tick = on_tick
-        self._on_error = on_error
-        self._on_death = on_death
+        self.now = time.monotonic
         self._posted: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._handlers: dict[zmq.Socket, Callable[[zmq.Socket], None]] = {}
@@ -53,9 +35,30 @@ class IoLoop:
         self._guard = threading.Lock()
         self.thread = threading.Thread(target=self._run, name=name, daemon=True)
 
-    def start(self) -> None:
-        """Start the thread."""
+    def start(
+        self,
+        tick_s: float,
+        on_tick: Callable[[], None],
+        on_error: Callable[[str, BaseException], None],
+        on_death: Callable[[BaseException], None],
+    ) -> None:
+        """Start the thread. It calls ``on_tick`` every ``tick_s``, and says which exception of a handler it outlived,
+        or which ended it.
+        """
+        self._tick_s, self._on_tick, self._on_error, self._on_death = tick_s, on_tick, on_error, on_death
         self.thread.start()
+
+    def tcp_socket(self, host: str) -> socket.socket:
+        """Return a plain socket that can be connected to a host."""
+        return socket.socket(_family(host), socket.SOCK_STREAM)
+
+    def tcp_listener(self, host: str, port: int) -> socket.socket:
+        """Return a plain socket that listens on a host's address, or on every address for "*".
+
+        Raises:
+            OSError: nothing can listen there.
+        """
+        return socket.create_server(("" if host == "*" else host, port), family=_family(host))
 
     def post(self, function: Callable[..., None], *args: Any) -> None:
         """Run ``function(*args)`` in the thread, in order. From any thread; ignored after the end."""
@@ -142,3 +145,7 @@ class IoLoop:
             function(*args)
         except Exception as error:
             self._on_error(what, error)
+
+
+def _family(host: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in host else socket.AF_INET

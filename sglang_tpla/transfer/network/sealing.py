@@ -24,7 +24,7 @@ from cryptography.hazmat.primitives.ciphers.modes import GCM
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
 
-from sglang_tpla.transfer.memory.copy import MAX_PIECES, UNCHECKED, Intake, Outgoing
+from sglang_tpla.transfer.memory.copy import MAX_PIECES, UNCHECKED, SocketCopy
 from sglang_tpla.transfer.memory.iovec import Cursor, Pieces, one_piece
 from sglang_tpla.transfer.messages import CHANNEL_KEY_BYTES, FrameError
 
@@ -106,7 +106,7 @@ class SealedOutgoing:
     def __init__(self, pieces: Pieces, context: AEADEncryptionContext, scratch: np.ndarray) -> None:
         self.left_bytes = pieces.size_bytes
         self._cursor, self._context, self._scratch = Cursor(pieces), context, scratch
-        self._step: Outgoing | None = None  # sealed, and not yet sent
+        self._step: SocketCopy | None = None  # sealed, and not yet sent
 
     def send(self, stream: socket.socket) -> int:
         """Send what a socket takes now of one step: bytes.
@@ -116,7 +116,7 @@ class SealedOutgoing:
             OSError: the connection is gone.
         """
         if self._step is None or not self._step.left_bytes:
-            self._step = Outgoing(one_piece(self._scratch[: self._seal()]), UNCHECKED)
+            self._step = SocketCopy(one_piece(self._scratch[: self._seal()]), UNCHECKED)
         sent = self._step.send(stream)
         self.left_bytes -= sent
         return sent
@@ -140,10 +140,10 @@ class SealedIntake:
     """A payload on its way from a socket, opened, to its pieces. Its context must prove it before it counts."""
 
     def __init__(self, pieces: Pieces, context: AEADDecryptionContext) -> None:
-        self._intake, self._cursor, self._context = Intake(pieces, checked=False), Cursor(pieces), context
+        self._intake, self._cursor, self._context = SocketCopy(pieces, UNCHECKED), Cursor(pieces), context
 
     def receive(self, stream: socket.socket, limit_bytes: int = STEP_BYTES) -> int:
-        """As `Intake.receive`."""
+        """As `SocketCopy.receive`."""
         size = left = self._intake.receive(stream, min(limit_bytes, STEP_BYTES))
         while left:
             for view in self._cursor.ahead(left, MAX_PIECES):

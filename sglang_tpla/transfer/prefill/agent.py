@@ -1,33 +1,123 @@
 """The prefill side: one agent a rank, a ROUTER socket, and chunks out of the latent pool.
 
-The scheduler opens rooms and hands over pages; decode ranks ask for rooms and grant credit. The I/O thread
-answers and sends (`greeting`, `serving`), the worker thread gathers, projects and checksums (`dispatch`).
-Public calls return at once, from any thread, and raise `TransferError` for misuse or when a thread of the
-agent has ended.
+The scheduler opens rooms and hands over pages; decode ranks ask for rooms and grant credit. The agent owns its parts:
+
+    Workers  threads, lock, counters
+    Router   the sockets that decode ranks connect to (I/O thread); it hands what comes to
+    Peers    the registered ranks, and with them the `Projections` that they brought; these tell
+    Rooms    what ranks ask for and confirm: they decide what becomes of each room, and with them
+    Lanes    which chunk goes next, and who has which; whereupon the
+    Sender   which has the pool, makes it and sends it off (worker threads)
+
+Public calls return at once, from any thread, and raise `TransferError` for misuse or when a thread of the agent has
+ended.
 """
 
 from __future__ import annotations
 
-import time
+import logging
 from typing import Any
 
 import numpy as np
 
+from sglang_tpla.config import Settings
 from sglang_tpla.transfer.memory.iovec import Slots
-from sglang_tpla.transfer.prefill.sender import PrefillDispatch
-from sglang_tpla.transfer.prefill.state import Room, Segment
-from sglang_tpla.transfer.room import AgentStats, RoomState, TransferError, TransferMetric, check_room
-from sglang_tpla.transfer.workers import seconds_since
+from sglang_tpla.transfer.memory.pool import CachePool, MetadataRows
+from sglang_tpla.transfer.memory.staging import Staging, pin, unpin
+from sglang_tpla.transfer.network.security import Security
+from sglang_tpla.transfer.prefill.lanes import Lanes
+from sglang_tpla.transfer.prefill.peers import Peers
+from sglang_tpla.transfer.prefill.rooms import Rooms
+from sglang_tpla.transfer.prefill.router import Router
+from sglang_tpla.transfer.prefill.sender import Sender
+from sglang_tpla.transfer.prefill.state import Outgoing, Peer, Room, Segment
+from sglang_tpla.transfer.room import (
+    NO_LIMITS,
+    AgentStats,
+    Limits,
+    RoomState,
+    TransferError,
+    TransferMetric,
+    check_room,
+)
+from sglang_tpla.transfer.workers import Workers, opened, seconds_since
 
 
-class PrefillAgent(PrefillDispatch):
+class PrefillAgent:
     """Serves one prefill rank's latent cache to decode ranks.
 
-    ``PrefillAgent(pool, metadata, *, model_hash, settings, bind_host, rank, size, bind_port=0, advertised_port=0,
-    host_id=None, security=None, logger=None)``; listens on ``address`` (a port that the system chose, where
-    ``bind_port`` is 0) from construction to `close`. Data channels come to the port after ``bind_port``, which decode
-    ranks reach at ``advertised_port`` + 1, if that is given.
+    It listens on ``address`` from construction to `close`. Data channels come to the port after it.
+
+    Args:
+        bind_port: 0 takes one that the system chooses.
+        advertised_port: decode ranks reach it there, and data channels at the port after it, if that is given.
+        host_id: overrides what tells hosts apart.
+        limits: how long a prompt this server takes.
     """
+
+    role = "prefill"
+
+    def __init__(
+        self,
+        pool: CachePool,
+        metadata: MetadataRows,
+        *,
+        model_hash: str,
+        settings: Settings,
+        bind_host: str,
+        rank: int,
+        size: int,
+        bind_port: int = 0,
+        advertised_port: int = 0,
+        host_id: str | None = None,
+        limits: Limits = NO_LIMITS,
+        security: Security | None = None,
+        logger: logging.Logger | None = None,
+        workers: Workers | None = None,
+    ) -> None:
+        security = security if security is not None else Security.from_environment(self.role)
+        security.check(bind_host, "listening on")
+        workers = workers or Workers(self.role, settings, rank, logger, pool.device.type)
+        self.workers, self.rank, self.durations = workers, rank, workers.durations
+        _check_pool(pool, workers.chunk_bytes)
+        self._pool, self._metadata = pool, metadata
+        out, table = Outgoing(), dict[bytes, Peer]()
+        self.router = Router(workers, security, out, bind_host, bind_port, advertised_port)
+        self.address = self.router.address
+        self.arena = workers.make_arena()
+        # without shared memory: committed page by page as slots are first used
+        slots_bytes = workers.settings.staging_bytes // workers.chunk_bytes * workers.chunk_bytes
+        memory = self.arena.data if self.arena is not None else np.empty(slots_bytes, dtype=np.uint8)
+        self._pinned = memory if pool.device.type == "cuda" else None
+        if self._pinned is not None:
+            pin(self._pinned)
+        reserve = [] if self.arena is None else [self.arena.reserve]
+        host, wake = workers.host_identity(host_id), workers.work.notify
+        self.lanes = Lanes(
+            pool, Staging(memory, workers.chunk_bytes, *reserve), table, out, workers.counts,
+            agent=workers.agent_id, host=host, chunk_bytes=workers.chunk_bytes, makers=workers.size,
+            has_channel=self.router.listener.bound, wake=wake,
+        )  # fmt: skip
+        self.rooms = Rooms(
+            workers.settings, self.lanes, table, out, workers.counts, drop=workers.drop, wake=wake, ended=self._log_end
+        )  # fmt: skip
+        self.peers = Peers(
+            table, self.rooms, workers, self.router.listener, out, pool, metadata, name=self.router.name,
+            model_hash=model_hash, host=host, limits=limits,
+            arena=self.arena.announcement if self.arena is not None else None,
+        )  # fmt: skip
+        self.sender = Sender(workers, self.router, self.rooms, self.lanes, pool)
+        self.router.serve(self.peers, self.rooms)
+        workers.start(self.sender.next_work, self._tick, self.router.say_goodbye, self._fail_all)
+
+    def close(self) -> None:
+        """End all threads and free sockets and staging; rooms that are still alive fail. May be called twice."""
+        self.workers.close()
+        if self._pinned is not None:
+            unpin(self._pinned.ctypes.data)
+            self._pinned = None
+        if self.arena is not None:
+            self.arena.close()
 
     def open_room(self, room: int, prompt_tokens: int = 0) -> None:
         """The scheduler has created a sender for ``room``, of a request with so many tokens (0: not known).
@@ -38,24 +128,18 @@ class PrefillAgent(PrefillDispatch):
             TransferError: the room is open and has not ended, or its id is out of range.
         """
         check_room(room)
-        with self._work:
-            self._check_alive()
-            old = self._rooms.get(room)
+        with self.router.turn() as now:
+            self.workers.check_alive()
+            old = self.rooms.table.get(room)
             if old is not None and not old.state.ended:
                 raise TransferError(
-                    f"room {room} is open on prefill rank {self._rank}; close it before opening it anew"
+                    f"room {room} is open on prefill rank {self.rank}; close it before opening it anew"
                 )
-            if old is not None:
-                self._forget(old)
-            entry = self._rooms[room] = Room(room, now := time.monotonic(), prompt_tokens, now, now)
-            self._last_opened = now
-            held = self._held.pop(room, {})
-            aborted = self._take_aborted(entry, held)
-            for ask in held.values():
-                ask.peer.held_requests -= 1
-                self._bind(entry, ask)
-            if aborted:
-                self._fail(entry, aborted)
+            self.rooms.open(room, prompt_tokens, now)
+
+    def note_idle(self) -> None:
+        """The scheduler has no request left whose room it could open. It says so without rest: no lock is taken."""
+        self.rooms.caught_up(self.workers.io.now())
 
     def send(
         self,
@@ -70,9 +154,10 @@ class PrefillAgent(PrefillDispatch):
         """Append rows to a room and send them as credit comes; does not block.
 
         Args:
-            pages: page numbers, int32 ``[n]``, after those of earlier calls; they stay valid until the room
-            ends. last: no more rows follow; ``metadata_row`` is copied now. metadata_row: row of the metadata
-            buffers, with ``last``. num_tokens: tokens of this call, where its last page is not full.
+            pages: page numbers, int32 ``[n]``, after those of earlier calls; they stay valid until the room ends.
+            last: no more rows follow; ``metadata_row`` is copied now.
+            metadata_row: row of the metadata buffers, with ``last``.
+            num_tokens: tokens of this call, where its last page is not full.
             after: event (``wait``, ``synchronize``) of another stream that writes rows of this call.
 
         Raises:
@@ -82,27 +167,15 @@ class PrefillAgent(PrefillDispatch):
         if last and metadata_row is None and self._metadata.buffers:
             raise TransferError(f"the last send of room {room} needs metadata_row; got None")
         metadata = self._metadata.read(metadata_row) if last and metadata_row is not None else b""
-        ready, in_place = self._reader.ready_events(after), self._reader.in_place(slots)
-        with self._work:
-            self._check_alive()
+        ready, in_place = self.sender.reader.ready_events(after), self.sender.reader.in_place(slots)
+        with self.router.turn() as now:
+            self.workers.check_alive()
             entry = self._open(room)
             if entry.state.ended:
                 return  # the scheduler learns from poll()
             if entry.last:
                 raise TransferError(f"room {room} got rows after its last send")
-            segment = Segment(entry.tokens, Slots(slots), ready, in_place)
-            entry.segments.append(segment)
-            entry.tokens += slots.size
-            entry.progress = time.monotonic()
-            entry.first_send = entry.first_send or entry.progress
-            entry.last_send = entry.progress if last else None
-            entry.last, entry.metadata = last, metadata
-            for plan in entry.plans:
-                plan.extend(self._pool, segment)
-            if entry.complete:
-                entry.state = RoomState.TRANSFERRING
-            self._proceed(entry)
-            self._conclude(entry)
+            self.rooms.send(entry, Segment(entry.tokens, Slots(slots), ready, in_place), last, metadata, now)
 
     def decline(self, room: int, reason: str) -> None:
         """The scheduler refused a request: decode ranks that speak of its room are told why."""
@@ -110,61 +183,123 @@ class PrefillAgent(PrefillDispatch):
         self.abort(room, reason)
         self.close_room(room)
 
+    def poll(self, room: int) -> RoomState:
+        """State of a room: BOOTSTRAPPING until every expected rank has asked, WAITING for rows, TRANSFERRING, SUCCESS
+        when every rank has confirmed; FAILED: see `failure`.
+
+        Raises:
+            TransferError: the room is not open.
+        """
+        with self.workers.lock:
+            return RoomState.FAILED if self.workers.death is not None else self._open(room).state
+
+    def failure(self, room: int) -> str:
+        """Why a room failed; empty if it has not.
+
+        Raises:
+            TransferError: the room is not open.
+        """
+        with self.workers.lock:
+            return self.workers.death or self._open(room).reason
+
     def suspicion(self, room: int) -> str:
         """Why this rank is about to give up a room that nobody has asked for; empty if it is not."""
-        with self._lock:
-            entry = self._open(room)
-            soon = time.monotonic() + 2 * self._settings.heartbeat_s
-            return "" if entry.state.ended or entry.asks else self._unwanted(entry, soon)
+        soon = self.workers.io.now() + 2 * self.workers.settings.heartbeat_s
+        with self.workers.lock:
+            return self.rooms.unwanted_reason(self._open(room), soon)
 
     def prefix_tokens(self, room: int) -> int:
-        """Tokens that decode has cached already; pages given to `send` start after them. 0 before any
-        request.
-        """
-        with self._lock:
-            return next((ask.prefix_tokens for ask in self._open(room).asks.values() if not ask.dummy), 0)
+        """Tokens that decode has cached already; pages given to `send` start after them. 0 before any request."""
+        with self.workers.lock:
+            return next((asks.prefix_tokens for asks in self._open(room).messages if not asks.dummy), 0)
 
     def metric(self, room: int) -> TransferMetric:
         """Bytes on the wire to all ranks so far, and seconds from first send to confirmation."""
-        with self._lock:
+        with self.workers.lock:
             entry = self._open(room)
             return TransferMetric(
                 wire_bytes=entry.wire_bytes,
                 shared_memory_bytes=entry.shared_memory_bytes,
-                seconds=seconds_since(entry.first_send, entry.ended),
-                chunks=sum(stream.acked for stream in entry.streams),
+                seconds=seconds_since(entry.first_send, entry.ended or self.workers.io.now()),
+                chunks=sum(destination.acked for destination in entry.destinations),
                 tokens=entry.tokens,
-                resent=sum(stream.resent for stream in entry.streams),
+                resent=sum(destination.resent for destination in entry.destinations),
             )
 
     def abort(self, room: int, reason: str) -> None:
         """Fail a room and tell its decode ranks; nothing for an unknown or ended one."""
-        with self._lock:
-            entry = self._rooms.get(room)
-            if entry is not None and not entry.state.ended:
-                self._fail(entry, reason)
+        with self.router.turn() as now:
+            entry = self.rooms.table.get(room)
+            if entry is not None:
+                self.rooms.fail(entry, reason, now)
 
     def close_room(self, room: int) -> None:
         """Forget a room; one that has not ended is aborted first."""
-        with self._lock:
-            entry = self._rooms.get(room)
-            if entry is None:
-                return
-            if not entry.state.ended:
-                self._fail(entry, "closed by the prefill scheduler before it ended")
-            self._forget(entry)
+        with self.router.turn() as now:
+            entry = self.rooms.table.pop(room, None)
+            if entry is not None:
+                self.rooms.fail(entry, "closed by the prefill scheduler before it ended", now)
 
     def stats(self) -> AgentStats:
         """Counters and gauges of now."""
-        with self._lock:
-            self._staging.reap()
+        with self.workers.lock:
+            staging = self.lanes.staging
+            staging.reap()
             return AgentStats(
-                rooms=len(self._rooms) + len(self._held),
-                peers=len(self._peers),
-                data_channels=self._doorway.bound_channels,
-                staging_used_bytes=self._staging.used_bytes,
-                staging_limit_bytes=self._staging.limit_bytes,
-                threads_alive=self._threads_alive,
-                transfer_seconds=self._transfer_seconds,
-                **self._counts,
+                rooms=len(self.rooms.table) + len(self.rooms.early_requests),
+                peers=len(self.peers.table),
+                data_channels=self.router.listener.bound_channels,
+                sealed_channels=self.router.listener.bound_channels if self.router.listener.sealed else 0,
+                staging_used_bytes=staging.used_bytes,
+                staging_limit_bytes=staging.limit_bytes,
+                threads_alive=self.workers.alive,
+                transfer_seconds=self.workers.transfer_seconds,
+                **self.workers.counts,
             )
+
+    def _open(self, room: int) -> Room:
+        return opened(self.rooms.table, room, self.role, self.rank)
+
+    def _tick(self) -> None:
+        with self.router.turn() as now:
+            self.peers.expire(now)
+            self.rooms.expire(now)
+            if self.lanes.staging.reap():
+                self.workers.work.notify()
+
+    def _fail_all(self, reason: str) -> None:
+        with self.router.turn() as now:
+            self.rooms.fail_all(reason, now)
+
+    def _log_end(self, room: Room) -> None:
+        ended = room.ended or 0.0
+        seconds = seconds_since(room.first_send, ended)
+        if room.state is RoomState.SUCCESS:
+            self.workers.took(seconds)
+        destinations = room.destinations
+        self.workers.log_transfer(
+            room=room.room_id,
+            peer=[destination.peer.name for destination in destinations],
+            tokens=room.tokens,
+            chunks=sum(destination.acked for destination in destinations),
+            bytes=room.wire_bytes,
+            shared_memory_bytes=room.shared_memory_bytes,
+            seconds=round(seconds, 6),
+            after_prefill_seconds=round(seconds_since(room.last_send, ended), 6),
+            result="success" if room.state is RoomState.SUCCESS else room.reason,
+            resent=sum(destination.resent for destination in destinations),
+        )
+
+
+def _check_pool(pool: CachePool, chunk_bytes: int) -> None:
+    """Refuse a pool that a prefill rank cannot have.
+
+    Raises:
+        TransferError: naming its widths and bytes.
+    """
+    row_bytes = (pool.latent_dim + pool.rope_dim) * pool.dtype.itemsize
+    if any(width != pool.latent_dim for width in pool.widths) or row_bytes > chunk_bytes:
+        raise TransferError(
+            f"a prefill pool holds whole latents of {pool.latent_dim} values, got widths {set(pool.widths)}; one row "
+            f"of {row_bytes} bytes must fit in a chunk of {chunk_bytes} (raise chunk_bytes, staging_bytes)"
+        )

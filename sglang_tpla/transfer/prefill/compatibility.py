@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from sglang_tpla.cache_rows.parts import Part
 from sglang_tpla.cache_rows.row_format import SENDER_DTYPES, RowFormat
+from sglang_tpla.transfer.memory.pool import CachePool, MetadataRows
 from sglang_tpla.transfer.messages import PROTOCOL_VERSIONS, CacheLayout, Hello
-from sglang_tpla.transfer.room import CachePool, MetadataRows
 
 
 def agreed_version(versions: tuple[int, int]) -> int | None:

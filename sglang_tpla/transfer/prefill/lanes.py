@@ -1,89 +1,403 @@
-"""Which lanes a room's chunks take: every byte once to each host, where its ranks share memory."""
+"""Inside the prefill agent: which chunk goes next on which lane, and what becomes of those that went.
+
+Nothing waits and nothing is sent here: messages to decode ranks are put into `Outgoing`, chunks are handed out as jobs.
+Everything runs under the agent's lock.
+"""
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable, Mapping
 
 from sglang_tpla.cache_rows.parts import Part
 from sglang_tpla.cache_rows.row_format import RowFormat
-from sglang_tpla.transfer.memory.projection import IDENTITY_HASH
-from sglang_tpla.transfer.prefill.state import Ask, Lane, Mode, Plan, Room, SenderProjection
+from sglang_tpla.transfer import messages as frames
+from sglang_tpla.transfer.chunks import share_of
+from sglang_tpla.transfer.memory.pool import CachePool
+from sglang_tpla.transfer.memory.staging import Slot, Staging
+from sglang_tpla.transfer.prefill.routes import form_lanes
+from sglang_tpla.transfer.prefill.state import (
+    ChunkJob,
+    ChunkPlan,
+    Destination,
+    Lane,
+    Outgoing,
+    Peer,
+    Relay,
+    Room,
+    Route,
+    Segment,
+    SenderProjection,
+)
+
+# Chunks of one rank that wait to be read (on this host, for each thread that makes some) or to be taken by the socket
+# (of its data channel): more would be made faster than they go, and leave the processor's caches before they do.
+LOCAL_CHUNKS = 4
+CHUNKS_AHEAD = 3
 
 
-def form_lanes(
-    room: Room,
-    make_plan: Callable[[SenderProjection, Part, int, RowFormat, tuple[int, int]], Plan],
-    agent: str,
-    host: str,
-    chunk_bytes: int,
-) -> list[Lane]:
-    """Lanes for all ranks of a room that get data.
+class Lanes:
+    """The lanes of all rooms, and credit and staging as far as they hold chunks back.
 
     Args:
-        make_plan: an existing or new plan of the room for a projection, part, chunk size, row format and
-            share.
-        agent: this prefill agent, whose arena ranks may have mapped.
-        host: identity of this host.
-        chunk_bytes: this agent's largest chunk.
+        pool: what chunks are cut out of.
+        peers: the registered decode ranks: each has a share of staging.
+        agent, host, chunk_bytes: of this agent.
+        makers: how many threads make chunks.
+        has_channel: whether chunks can be sent to a connection.
+        wake: called where a thread that waits for a chunk may find one.
     """
-    asks = [ask for ask in room.asks.values() if ask.stream is not None]
-    if not asks:
-        return []
-    limit = min(chunk_bytes, *(ask.peer.hello.max_chunk_bytes for ask in asks))
-    by_host: dict[tuple[object, ...], list[Ask]] = defaultdict(list)
-    for ask in asks:
-        hello = ask.peer.hello
-        if hello.host == host and agent in ask.peer.mapped:
-            together: object = Mode.LOCAL
-        elif _maps_neighbours(ask, asks):
-            together = Mode.RELAY
+
+    def __init__(
+        self, pool: CachePool, staging: Staging, peers: Mapping[bytes, Peer], out: Outgoing, counts: Counter[str], *,
+        agent: str, host: str, chunk_bytes: int, makers: int,
+        has_channel: Callable[[bytes], bool], wake: Callable[[], None],
+    ) -> None:  # fmt: skip
+        self.staging = staging
+        self._pool, self._peers, self._out, self._counts = pool, peers, out, counts
+        self._agent, self._host, self._chunk_bytes = agent, host, chunk_bytes
+        self._local_chunks = LOCAL_CHUNKS * makers
+        self._has_channel, self._wake = has_channel, wake
+        # ranks whose lanes have chunks to send, and these lanes; the next to have a turn first
+        self.ready: OrderedDict[Peer, OrderedDict[Lane, None]] = OrderedDict()
+
+    # What rooms do
+
+    def form(self, room: Room) -> None:
+        """Lay out the lanes of a room, once every rank has asked and said which shared segments it can read."""
+        waits = any(taker.peer.maps_answered < taker.peer.maps_asked for taker in room.destinations)
+        if room.formed or waits or not room.complete:
+            return
+        room.formed = True
+
+        def make_plan(
+            projection: SenderProjection,
+            part: Part,
+            limit: int,
+            row_format: RowFormat,
+            share: tuple[int, int],
+        ) -> ChunkPlan:
+            wanted = (projection, part, limit, row_format, share_of(len(self._pool.layers), *share))
+            for plan in room.plans:
+                if (plan.projection, plan.part, plan.max_bytes, plan.row_format, plan.share) == wanted:
+                    return plan
+            plan = ChunkPlan(*wanted)
+            for segment in room.segments:
+                plan.extend(self._pool, segment)
+            room.plans.append(plan)
+            return plan
+
+        room.lanes = form_lanes(room, make_plan, self._agent, self._host, self._chunk_bytes)
+
+    def proceed(self, room: Room) -> None:
+        """Queue what a room has to send, announce it, and say what is due after the last rows."""
+        if not room.formed:
+            return
+        for lane in room.lanes:
+            if lane.planned < len(lane.plan.rectangles):
+                self._plan_more(lane)
+                self._queue(lane)
+        for destination in room.destinations:
+            self._announce(destination)
+            if room.last and not destination.finish_sent:
+                destination.finish_sent = True
+                self._finish(destination)
+        self._wake()
+
+    def _plan_more(self, lane: Lane) -> None:
+        """Queue the chunks that a lane's plan has grown by."""
+        for sequence in range(lane.planned, len(lane.plan.rectangles)):
+            lane.ahead[sequence % len(lane.ahead)].append(sequence)
+            for taker in lane.takers:
+                taker.due += 1
+            if lane.route is not Route.LOCAL:
+                lane.leader(sequence).wanted_bytes += lane.plan.size(sequence)
+        lane.planned = len(lane.plan.rectangles)
+
+    def extend(self, room: Room, segment: Segment) -> None:
+        """Rows are handed over."""
+        room.segments.append(segment)
+        room.tokens += len(segment.slots)
+        for plan in room.plans:
+            plan.extend(self._pool, segment)
+
+    def end(self, room: Room) -> None:
+        """A room has ended: nothing of it goes any more, and nobody keeps any of it."""
+        for lane in room.lanes:
+            self._unqueue(lane)
+            for relay in lane.relays.values():
+                self._release(relay)
+            lane.relays.clear()
+        for destination in room.destinations:
+            for chunk in list(destination.unacked):
+                destination.settle(chunk)
+        room.segments.clear()
+        self._wake()
+
+    def _queue(self, lane: Lane) -> None:
+        if lane.heads():
+            self.ready.setdefault(lane.takers[0].peer, OrderedDict())[lane] = None
+
+    def _unqueue(self, lane: Lane) -> None:
+        peer = lane.takers[0].peer
+        ready = self.ready.get(peer, OrderedDict())
+        ready.pop(lane, None)
+        if not ready:
+            self.ready.pop(peer, None)
+
+    def _announce(self, destination: Destination) -> None:
+        if destination.wanted_bytes > destination.announced_bytes:
+            destination.announced_bytes = destination.wanted_bytes
+            room_id, generation = destination.room.room_id, destination.generation
+            self._out.put(
+                destination.peer.identity, frames.Want(room_id, generation, destination.wanted_bytes)
+            )
+
+    def _finish(self, destination: Destination) -> None:
+        room = destination.room
+        digest = frames.checksum(room.metadata)
+        message = frames.Finish(room.room_id, destination.generation, destination.due, room.tokens, digest)
+        self._out.put(destination.peer.identity, message, room.metadata)
+
+    # What ranks say
+
+    def credit(self, destination: Destination, total_bytes: int) -> None:
+        """A rank takes so many bytes, in all."""
+        destination.credit_bytes = max(destination.credit_bytes, total_bytes)
+
+    def confirm(self, destination: Destination) -> None:
+        """A rank has everything, also what it has not acknowledged: that may have been lost with a connection."""
+        for part, sequence in list(destination.unacked):
+            destination.settle((part, sequence))
+            if (lane := destination.lane(part)) is not None:
+                self._has(lane, sequence, destination)
+        for lane in destination.lanes:
+            again = [sequence for sequence, other in lane.repeat if other is destination]
+            lane.repeat = deque(item for item in lane.repeat if item[1] is not destination)
+            for sequence in again:
+                self._has(lane, sequence, destination)
+        destination.acked, destination.confirmed = destination.due, True
+
+    def receipt(self, destination: Destination, message: frames.Ack | frames.Nack | frames.Stored) -> str:
+        """What a rank says of one chunk: it has it, it also keeps it for others, or it came damaged.
+
+        Returns:
+            Why the room must fail; empty if it need not.
+        """
+        lane, sequence = destination.lane(message.part), message.sequence
+        stored = message.offset if isinstance(message, frames.Stored) else None
+        if lane is None or not destination.settle((message.part, sequence)):
+            self._counts["replays_dropped"] += 1
+            if stored is not None:
+                self._out.put(destination.peer.identity, frames.Release((stored,)))
+        elif isinstance(message, frames.Nack):
+            self._count_resent(destination)
+            destination.damaged += 1
+            if destination.damaged > max(8, destination.due):
+                return f"{destination.peer.name} got too many damaged chunks ({destination.damaged})"
+            self._repeat(lane, sequence, destination)
+            self._has_read(lane, sequence, destination)
         else:
-            together = hello.agent
-        # ranks whose requests share the sending differently, or whose rows do not look alike, cannot share chunks
-        key = (hello.host, together, ask.share_index, ask.share_count, ask.peer.row_format.of_any_group)
-        by_host[key].append(ask)
-    lanes = []
-    for place, members in by_host.items():
-        for part, takers in _parts(members):
-            projection = takers[0].peer.projection
-            assert projection is not None
-            mode = Mode.LOCAL if place[1] is Mode.LOCAL else Mode.RELAY if len(takers) > 1 else Mode.DIRECT
-            streams = [ask.stream for ask in takers if ask.stream is not None]
-            share = takers[0].share_index, takers[0].share_count
-            rows = takers[0].peer.row_format
-            kind = rows.of_any_group if part is Part.COMMON else rows
-            plan = make_plan(projection, part, limit, kind, share)
-            lane = Lane(room, plan, streams, mode)
-            for stream in streams:
-                stream.lanes.append(lane)
-            lanes.append(lane)
-    return lanes
+            destination.acked += 1
+            self._has(lane, sequence, destination, stored)
+        self.staging.reap()
+        return ""
 
+    def _has(self, lane: Lane, sequence: int, taker: Destination, stored: int | None = None) -> None:
+        """A rank has a chunk: if it was the first of its host, the others get it now."""
+        if lane.route is not Route.RELAY or sequence in lane.relays:
+            self._has_read(lane, sequence, taker)
+            return
+        others = {other for other in lane.takers if other is not taker}
+        if stored is None:  # its shared segment is full, or it has none
+            lane.relays[sequence] = None
+            for other in others:
+                self._repeat(lane, sequence, other)
+            return
+        lane.relays[sequence] = Relay(taker, stored, others)
+        for other in others:
+            self.share(lane, sequence, other, taker.peer.hello.agent, stored)
 
-def _maps_neighbours(ask: Ask, asks: list[Ask]) -> bool:
-    """True if the ranks of this host can all read each other's arenas."""
-    group = [other.peer for other in asks if other.peer.hello.host == ask.peer.hello.host]
-    return len(group) > 1 and all(
-        peer is other or other.hello.agent in peer.mapped for peer in group for other in group
-    )
+    def _has_read(self, lane: Lane, sequence: int, taker: Destination) -> None:
+        """A rank no longer reads a chunk in shared memory: free it if it was the last."""
+        relay = lane.relays.get(sequence)
+        if relay is not None:
+            relay.readers.discard(taker)
+            if not relay.readers:
+                lane.relays[sequence] = None
+                self._release(relay)
 
+    def _release(self, relay: Relay | None) -> None:
+        if relay is not None:
+            self._out.put(relay.leader.peer.identity, frames.Release((relay.offset,)))
 
-def _parts(members: list[Ask]) -> list[tuple[Part, list[Ask]]]:
-    """Who takes which part: one whole row if all want the same, else the common part once and each group's
-    own.
-    """
-    by_projection: dict[str, list[Ask]] = defaultdict(list)
-    for ask in members:
-        by_projection[ask.peer.hello.projection or IDENTITY_HASH].append(ask)
-    by_common: dict[str, list[list[Ask]]] = defaultdict(list)
-    for key, group in by_projection.items():
-        by_common[group[0].peer.hello.common or key].append(group)
-    parts = []
-    for groups in by_common.values():
-        if len(groups) == 1:
-            parts.append((Part.FULL, groups[0]))
-            continue
-        parts.append((Part.COMMON, [ask for group in groups for ask in group]))
-        parts += [(Part.OWN, group) for group in groups]
-    return parts
+    def _repeat(self, lane: Lane, sequence: int, destination: Destination) -> None:
+        """Send a chunk (again) to one rank."""
+        lane.repeat.append((sequence, destination))
+        if lane.route is not Route.LOCAL:
+            destination.wanted_bytes += lane.plan.size(sequence)
+            self._announce(destination)
+        self._queue(lane)
+
+    def _count_resent(self, destination: Destination) -> None:
+        destination.resent += 1
+        self._counts["resent"] += 1
+
+    def share(self, lane: Lane, sequence: int, taker: Destination, agent: str, offset: int) -> None:
+        """Tell a rank where in an agent's shared segment a chunk lies."""
+        rectangle = lane.plan.rectangles[sequence]
+        message = frames.Share(
+            room=lane.room.room_id,
+            generation=taker.generation,
+            part=int(lane.plan.part),
+            sequence=sequence,
+            first_layer=rectangle.first_layer,
+            layers=rectangle.layers,
+            first_token=rectangle.first_token,
+            tokens=rectangle.tokens,
+            checksum=lane.plan.digests[sequence],
+            agent=agent,
+            offset=offset,
+            size_bytes=rectangle.payload_bytes,
+        )
+        taker.unacked.setdefault((message.part, sequence), None)
+        self._out.put(taker.peer.identity, message)
+
+    # Connections that break and come back
+
+    def take_over(self, old: Peer, new: Peer, destinations: list[Destination]) -> None:
+        """A rank has come back under another identity: what it gets goes on when it has said what it has."""
+        if old in self.ready:
+            self.ready[new] = self.ready.pop(old)
+        for destination in destinations:
+            destination.paused = True
+            self._forget_kept(destination)
+
+    def _forget_kept(self, leader: Destination) -> None:
+        """A rank that is back frees what it kept for others; whoever had not read it asks again."""
+        for lane in leader.lanes:
+            for sequence, relay in lane.relays.items():
+                if relay is not None and relay.leader is leader:
+                    lane.relays[sequence] = None
+
+    def resume(self, destination: Destination, message: frames.Resume) -> None:
+        """Send again what a rank has not got, now that its connection is back."""
+        destination.paused = False
+        bitmaps = dict(message.applied)
+        self._forget_kept(destination)
+        for part, sequence in list(destination.unacked):
+            lane = destination.lane(part)
+            if lane is None or not destination.settle((part, sequence)):
+                continue
+            bits = bitmaps.get(part, b"")
+            if sequence // 8 < len(bits) and bits[sequence // 8] >> (sequence % 8) & 1:
+                destination.acked += 1
+                self._has(lane, sequence, destination)
+            else:
+                self._count_resent(destination)
+                lane.repeat.append((sequence, destination))
+                self._has_read(lane, sequence, destination)  # whoever keeps it need not wait for that
+        destination.credit_bytes = destination.sent_bytes = message.credit_bytes
+        destination.wanted_bytes, destination.announced_bytes = message.credit_bytes, 0
+        for lane in destination.lanes:
+            destination.wanted_bytes += lane.left_bytes(destination)
+            self._queue(lane)
+        self._announce(destination)
+        if destination.finish_sent:
+            self._finish(destination)
+        self._wake()
+
+    # What goes next
+
+    def next_job(self) -> ChunkJob | None:
+        """The next chunk that some rank can take: ranks in turn, and each rank's lanes in turn."""
+        self.staging.reap()
+        cap = max(1, self.staging.slots // (len(self._peers) + 1))
+        for peer, ready in list(self.ready.items()):
+            for lane in list(ready):
+                heads = lane.heads()
+                if not heads:
+                    self._unqueue(lane)
+                found = next((head for head in heads if self._can_take(lane, *head, cap)), None)
+                if found is None:
+                    continue
+                sequence, takers = found
+                slot = self.staging.hold() if self._in_place(lane, sequence) else self.staging.take()
+                if slot is None:
+                    return None
+                ready.move_to_end(lane)
+                self.ready.move_to_end(peer)
+                job = ChunkJob(sequence, slot, [])
+                self._deliver(job, lane, takers)
+                if not lane.repeat:
+                    self._deliver_elsewhere(job, cap)
+                return job
+        return None
+
+    def _can_take(self, lane: Lane, sequence: int, takers: list[Destination], cap: int) -> bool:
+        if any(taker.paused or taker.peer.away or taker.peer.slots_held >= cap for taker in takers):
+            return False
+        if lane.route is Route.LOCAL:
+            return all(len(taker.unacked) < self._local_chunks for taker in takers)
+        if any(
+            taker.peer.queued >= CHUNKS_AHEAD or not self._has_channel(taker.peer.identity)
+            for taker in takers
+        ):
+            return False
+        size = lane.plan.size(sequence)
+        enough = all(taker.credit_bytes - taker.sent_bytes >= size for taker in takers)
+        if enough:
+            lane.starved.discard(sequence)
+        elif sequence not in lane.starved:
+            self._counts["credit_waits"] += 1
+            lane.starved.add(sequence)
+        return enough
+
+    def _in_place(self, lane: Lane, sequence: int) -> bool:
+        """True if a chunk can be sent from where its rows lie: they stay as they are until their room ends."""
+        plan = lane.plan
+        return (
+            lane.route is not Route.LOCAL
+            and plan.projection.stacks is None
+            and not plan.row_format.encoded
+            and plan.segments[sequence].in_place
+        )
+
+    def _deliver(self, job: ChunkJob, lane: Lane, takers: list[Destination]) -> None:
+        """Mark a chunk as under way to some ranks."""
+        lane.take(job.sequence, takers)
+        chunk, slot = (int(lane.plan.part), job.sequence), job.slot
+        for taker in takers:
+            taker.unacked[chunk] = None
+            if slot.buffer.size:
+                taker.peer.slots_held += 1
+                slot.holders.append(taker.peer.release_slot)
+            if lane.route is Route.LOCAL:
+                taker.unacked[chunk] = slot
+                slot.pending += 1  # until the rank has read it
+            else:
+                taker.sent_bytes += lane.plan.size(job.sequence)
+        job.deliveries.append((lane, list(takers)))
+
+    def _deliver_elsewhere(self, job: ChunkJob, cap: int) -> None:
+        """Lanes of the room to other hosts that want the same chunk and can take it now."""
+        first = job.deliveries[0][0]
+        for other in first.room.lanes:
+            if other is first or other.plan is not first.plan or other.repeat:
+                continue
+            takers = next((takers for sequence, takers in other.heads() if sequence == job.sequence), None)
+            if takers is None or not self._can_take(other, job.sequence, takers, cap):
+                continue
+            if job.slot.buffer.size or self._in_place(other, job.sequence):
+                self._deliver(job, other, takers)
+
+    def hand_over(self, slot: Slot, peer: Peer) -> None:
+        """A chunk goes to a rank's data channel, which reads it until `let_go`."""
+        slot.pending += 1
+        peer.queued += 1
+
+    def let_go(self, slot: Slot, peer: Peer) -> None:
+        """A data channel has taken a chunk, or has ended."""
+        slot.pending -= 1
+        peer.queued -= 1
+        self._wake()

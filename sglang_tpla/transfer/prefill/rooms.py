@@ -1,511 +1,358 @@
-"""Inside the prefill agent: rooms, requests for them, and what becomes of each."""
+"""Inside the prefill agent: the state of rooms, and what each event makes of it.
+
+Nothing waits and nothing is sent here: methods take ``now``, and messages to decode ranks are put into `Outgoing`.
+
+Everything runs under the agent's lock.
+"""
 
 from __future__ import annotations
 
 import math
-import time
-from abc import abstractmethod
-from collections import OrderedDict, deque
+from collections import Counter
+from collections.abc import Callable, Mapping
 
-from sglang_tpla.cache_rows.parts import Part
-from sglang_tpla.cache_rows.row_format import RowFormat
+from sglang_tpla.config import Settings
 from sglang_tpla.transfer import messages as frames
-from sglang_tpla.transfer.chunks import share_of
-from sglang_tpla.transfer.prefill.lanes import form_lanes
-from sglang_tpla.transfer.prefill.peers import PrefillGreeting
-from sglang_tpla.transfer.prefill.state import (
-    Ask,
-    Lane,
-    Mode,
-    Peer,
-    Plan,
-    Relay,
-    Room,
-    SenderProjection,
-    Stream,
-)
+from sglang_tpla.transfer.prefill.ended_rooms import EndedRooms
+from sglang_tpla.transfer.prefill.lanes import Lanes
+from sglang_tpla.transfer.prefill.state import Destination, Outgoing, Peer, Room, RoomRequest, Segment
 from sglang_tpla.transfer.room import RoomState
-from sglang_tpla.transfer.workers import remember, seconds_since
 
-MAX_HELD_REQUESTS = 16384  # of one peer, for rooms that the scheduler has not opened
+MAX_EARLY_REQUESTS = 16384  # of one peer, for rooms that the scheduler has not opened
+
+Progress = frames.Resume | frames.Credit | frames.Ack | frames.Nack | frames.Stored | frames.Done
 
 
-class PrefillServing(PrefillGreeting):
-    """Rooms of `PrefillAgent`. Everything here runs under the agent's lock."""
+class Rooms:
+    """Every room that the scheduler has opened and not closed, and requests for others.
 
-    def _prepare(self) -> None:
-        self._rooms: dict[int, Room] = {}
-        self._last_opened = -math.inf  # when the scheduler last opened a room
-        self._held: dict[int, dict[bytes, Ask]] = {}
-        self._aborted: OrderedDict[tuple[int, str], tuple[int, str, float]] = OrderedDict()
-        self._ended: OrderedDict[tuple[int, str], int] = OrderedDict()
-        # rooms that failed before every rank had spoken: who had, why, and when
-        self._orphans: OrderedDict[int, tuple[set[str], str, float]] = OrderedDict()
+    Args:
+        peers: the registered decode ranks.
+        drop: counts and logs what is dropped.
+        wake: called where a thread that waits for a chunk may find one.
+        ended: told of every room that has, for the log.
+    """
 
-    # Messages
+    def __init__(
+        self, settings: Settings, lanes: Lanes, peers: Mapping[bytes, Peer], out: Outgoing, counts: Counter[str], *,
+        drop: Callable[[str, str], None], wake: Callable[[], None], ended: Callable[[Room], None],
+    ) -> None:  # fmt: skip
+        self.table: dict[int, Room] = {}
+        self.early_requests: dict[int, dict[bytes, RoomRequest]] = {}  # for rooms that are not open
+        self._ended_rooms = EndedRooms()
+        self._caught_up = -math.inf  # when the scheduler last had opened a room for every request that it got
+        self._settings, self._lanes, self._peers, self._out = settings, lanes, peers, out
+        self._counts, self._drop, self._wake, self._ended = counts, drop, wake, ended
 
-    def _handle_room(self, peer: Peer, message: frames.Message) -> None:
+    # What the scheduler does
+
+    def open(self, room_id: int, prompt_tokens: int, now: float) -> None:
+        """Begin a room: requests that came earlier are bound to it, and an earlier abort fails it."""
+        room = self.table[room_id] = Room(room_id, prompt_tokens, opened=now, progress=now, sought=now)
+        self._caught_up = now
+        early = self.early_requests.pop(room_id, {})
+        newest = {request.peer.hello.agent: request.message.generation for request in early.values()}
+        aborted = ""
+        for agent, (generation, reason) in self._ended_rooms.take_early_aborts(room_id).items():
+            self._ended_rooms.end(room_id, agent, generation)
+            room.aborted_by.add(agent)
+            if newest.get(agent, -1) <= generation:
+                aborted = reason
+        for request in early.values():
+            request.peer.early_requests -= 1
+            self._bind(room, request, now)
+        if aborted:
+            self.fail(room, aborted, now)
+
+    def caught_up(self, now: float) -> None:
+        """The scheduler has no request left whose room it could open; it says so without the agent's lock."""
+        self._caught_up = now
+
+    def send(self, room: Room, segment: Segment, last: bool, metadata: bytes, now: float) -> None:
+        """Rows are handed over; none will follow the last ones, which the metadata row goes with."""
+        self._lanes.extend(room, segment)
+        room.progress = now
+        room.first_send = room.first_send or now
+        room.last_send = now if last else None
+        room.last, room.metadata = last, metadata
+        if room.complete:
+            room.state = RoomState.TRANSFERRING
+        self._advance(room, now)
+
+    # What peers do
+
+    def message(self, peer: Peer, message: frames.Message, now: float) -> None:
+        """One message about rooms."""
         match message:
             case frames.Request():
-                self._take_request(peer, message)
+                self._take_request(peer, message, now)
             case frames.Abort():
-                self._take_abort(peer, message)
+                self._take_abort(peer, message, now)
             case frames.Expected():
-                for room in message.rooms:
-                    if (entry := self._rooms.get(room)) is not None:
-                        entry.sought = time.monotonic()
-            case frames.Resume():
-                stream = self._stream(peer, message.room, message.generation)
-                if stream is not None:
-                    self._take_resume(stream, message)
-            case frames.Credit() | frames.Ack() | frames.Nack() | frames.Stored() | frames.Done():
-                stream = self._stream(peer, message.room, message.generation)
-                if stream is not None:
-                    self._take_progress(stream, message)
-                    return
-                self._counts["late_dropped"] += 1
-                if isinstance(message, frames.Stored):
-                    self._put(peer.identity, frames.Release((message.offset,)))
+                for room_id in message.rooms:
+                    if (room := self.table.get(room_id)) is not None:
+                        room.sought = now
+            case _ if isinstance(message, Progress):
+                destination = self._destination(peer, message.room, message.generation)
+                if destination is not None:
+                    self._take_progress(destination, message, now)
+                elif not isinstance(message, frames.Resume):
+                    self._counts["late_dropped"] += 1
+                    if isinstance(message, frames.Stored):
+                        self._out.put(peer.identity, frames.Release((message.offset,)))
             case _:
                 name = type(message).__name__
                 self._drop("malformed_dropped", f"{name} is not for a prefill rank ({peer.name})")
 
-    def _room_failed(self, identity: bytes, room: int, message: frames.Message, error: Exception) -> None:
-        entry = self._rooms.get(room)
-        if entry is not None and identity in entry.asks and not entry.state.ended:
-            self._fail(entry, f"internal error on {type(message).__name__}: {error!r}")
+    def mapped(self, peer: Peer, now: float) -> None:
+        """A rank has said which shared segments it can read: rooms that have waited for that begin."""
+        for room in list(self.table.values()):
+            if peer.identity in room.requests and not room.formed and not room.state.ended:
+                self._advance(room, now)
 
-    def _take_request(self, peer: Peer, message: frames.Request) -> None:
+    def uses(self, peer: Peer) -> bool:
+        """Whether a room that goes on needs a connection."""
+        return any(
+            destination.peer is peer and not destination.confirmed and not room.state.ended
+            for room in self.table.values()
+            for destination in room.destinations
+        )
+
+    def take_over(self, old: Peer, new: Peer) -> None:
+        """A rank has come back under another identity: its rooms go on."""
+        new.early_requests = old.early_requests
+        destinations = []
+        for requests in [room.requests for room in self.table.values()] + list(self.early_requests.values()):
+            if old.identity in requests:
+                request = requests[new.identity] = requests.pop(old.identity)
+                request.peer = new
+                if request.destination is not None:
+                    request.destination.peer = new
+                    destinations.append(request.destination)
+        self._lanes.take_over(old, new, destinations)
+
+    def lost(self, peer: Peer, reason: str, now: float) -> None:
+        """A rank is gone for good: every room that it has not confirmed fails."""
+        for room_id in [room_id for room_id, early in self.early_requests.items() if peer.identity in early]:
+            self._drop_early(room_id, peer)
+        for room in list(self.table.values()):
+            request = room.requests.get(peer.identity)
+            if request is not None and not (request.destination and request.destination.confirmed):
+                self.fail(room, f"{peer.name} was lost: {reason}", now)
+
+    def failed(
+        self, identity: bytes, room_id: int, message: frames.Message, error: Exception, now: float
+    ) -> None:
+        """An exception while a message about a room was handled."""
+        room = self.table.get(room_id)
+        if room is not None and identity in room.requests:
+            self.fail(room, f"internal error on {type(message).__name__}: {error!r}", now)
+
+    # Messages
+
+    def _take_request(self, peer: Peer, message: frames.Request, now: float) -> None:
         if peer.projection is None or message.share_index >= message.share_count:
             why = f"request for room {message.room} of {peer.name} before registration or with a wrong share"
             self._drop("malformed_dropped", why)
             return
-        ask = Ask(
-            peer,
-            message.generation,
-            message.expected_ranks,
-            message.prefix_tokens,
-            message.num_tokens,
-            message.dummy,
-            message.share_index,
-            message.share_count,
-            time.monotonic(),
-        )
-        if message.generation <= self._ended.get((message.room, peer.hello.agent), -1):
+        request = RoomRequest(peer, message, now)
+        agent = peer.hello.agent
+        if self._ended_rooms.has_ended(message.room, agent, message.generation):
             self._counts["replays_dropped"] += 1
-            text = "this room has ended on the prefill rank"
-            self._put(peer.identity, frames.Abort(message.room, message.generation, text))
+            self._answer_abort(message, peer, "this room has ended on the prefill rank")
             return
-        entry = self._rooms.get(message.room)
-        if entry is not None and not entry.state.ended:
-            old = entry.asks.get(peer.identity)
+        room = self.table.get(message.room)
+        if room is not None and not room.state.ended:
+            old = room.requests.get(peer.identity)
             if old is None:
-                self._bind(entry, ask)
+                self._bind(room, request, now)
                 return
-            if old.generation >= message.generation:
+            if old.message.generation >= message.generation:
                 self._counts["replays_dropped"] += 1
                 return
-            self._fail(entry, f"{peer.name} asked for the room anew (generation {message.generation})")
-        elif (reason := self._orphaned(message.room, peer)) is not None:
-            self._remember_end((message.room, peer.hello.agent), message.generation)
-            text = frames.sentence(reason)
-            self._put(peer.identity, frames.Abort(message.room, message.generation, text))
+            self.fail(room, f"{peer.name} asked for the room anew (generation {message.generation})", now)
+        elif (reason := self._ended_rooms.failed_unbound(message.room, agent)) is not None:
+            self._ended_rooms.end(message.room, agent, message.generation)
+            self._answer_abort(message, peer, reason)
             return
-        if peer.held_requests >= MAX_HELD_REQUESTS:
-            text = (
-                f"{peer.name} has {MAX_HELD_REQUESTS} requests for rooms that no prefill request has opened"
+        if peer.early_requests >= MAX_EARLY_REQUESTS:
+            why = (
+                f"{peer.name} has {MAX_EARLY_REQUESTS} requests for rooms that no prefill request has opened"
             )
-            self._put(peer.identity, frames.Abort(message.room, message.generation, text))
+            self._answer_abort(message, peer, why)
             return
-        held = self._held.setdefault(message.room, {})
-        earlier = held.get(peer.identity)
-        if earlier is not None and earlier.generation >= message.generation:
+        early = self.early_requests.setdefault(message.room, {})
+        before = early.get(peer.identity)
+        if before is not None and before.message.generation >= message.generation:
             self._counts["replays_dropped"] += 1
             return
-        peer.held_requests += earlier is None
-        held[peer.identity] = ask
+        peer.early_requests += before is None
+        early[peer.identity] = request
 
-    def _take_abort(self, peer: Peer, message: frames.Abort) -> None:
-        key = (message.room, peer.hello.agent)
-        if message.generation <= self._ended.get(key, -1):
+    def _answer_abort(self, message: frames.Request, peer: Peer, reason: str) -> None:
+        self._out.put(peer.identity, frames.Abort(message.room, message.generation, frames.sentence(reason)))
+
+    def _take_abort(self, peer: Peer, message: frames.Abort, now: float) -> None:
+        room_id, agent, generation = message.room, peer.hello.agent, message.generation
+        ended = self._ended_rooms
+        if ended.has_ended(room_id, agent, generation):
             return
         reason = f"aborted by {peer.name}: {message.reason}"
-        held = self._held.get(message.room, {})
-        ask = held.get(peer.identity)
-        if ask is not None and ask.generation <= message.generation:
-            del held[peer.identity]
-            peer.held_requests -= 1
-            if not held:
-                del self._held[message.room]
-        entry = self._rooms.get(message.room)
-        if entry is not None and not entry.state.ended:
-            bound = entry.asks.get(peer.identity)
-            if bound is None and self._orphaned(message.room, peer) is not None:
-                self._remember_end(key, message.generation)
+        early = self.early_requests.get(room_id, {}).get(peer.identity)
+        if early is not None and early.message.generation <= generation:
+            self._drop_early(room_id, peer)
+        room = self.table.get(room_id)
+        if room is not None and not room.state.ended:
+            bound = room.requests.get(peer.identity)
+            if bound is None and ended.failed_unbound(room_id, agent) is not None:
+                ended.end(room_id, agent, generation)
                 return
-            if bound is None or bound.generation <= message.generation:
-                self._remember_end(key, message.generation)
-                entry.aborted_by.add(peer.hello.agent)
-                self._fail(entry, reason, but=peer)
+            if bound is None or bound.message.generation <= generation:
+                ended.end(room_id, agent, generation)
+                room.aborted_by.add(agent)
+                self.fail(room, reason, now, but=peer)
                 return
-        if self._orphaned(message.room, peer) is not None:
-            self._remember_end(key, message.generation)
+        if ended.failed_unbound(room_id, agent) is not None:
+            ended.end(room_id, agent, generation)
         else:
-            remember(self._aborted, key, (message.generation, reason, time.monotonic()))
+            ended.abort_early(room_id, agent, generation, reason, now)
 
-    def _orphaned(self, room: int, peer: Peer) -> str | None:
-        """Why the room failed that this rank now speaks of for the first time, or None if it did not."""
-        spoken, reason, _ = self._orphans.get(room, (set(), "", 0.0))
-        if not reason or peer.hello.agent in spoken:
-            return None
-        spoken.add(peer.hello.agent)
-        return reason
-
-    def _take_progress(
-        self, stream: Stream, message: frames.Credit | frames.Ack | frames.Nack | frames.Stored | frames.Done
-    ) -> None:
-        entry = stream.room
+    def _take_progress(self, destination: Destination, message: Progress, now: float) -> None:
+        room, acked, wrong = destination.room, destination.acked, ""
         match message:
+            case frames.Resume():
+                self._lanes.resume(destination, message)
             case frames.Credit():
-                stream.credit_bytes = max(stream.credit_bytes, message.total_bytes)
+                self._lanes.credit(destination, message.total_bytes)
             case frames.Done():
-                if stream.finish_sent and all(lane.all_sent for lane in stream.lanes):
-                    entry.progress = time.monotonic()
-                    self._confirm(stream)
-                    self._conclude(entry)
+                if destination.finish_sent and all(lane.all_sent for lane in destination.lanes):
+                    room.progress = now
+                    self._lanes.confirm(destination)
+                    self._conclude(room, now)
                 else:
-                    self._fail(entry, f"{stream.peer.name} confirmed chunks that were not sent")
+                    wrong = f"{destination.peer.name} confirmed chunks that were not sent"
             case _:
-                self._take_receipt(stream, message)
-                self._staging.reap()
-        self._work.notify()
+                wrong = self._lanes.receipt(destination, message)
+        if destination.acked > acked:
+            room.progress = now
+        if wrong:
+            self.fail(room, wrong, now)
+        self._wake()
 
-    def _confirm(self, stream: Stream) -> None:
-        """A rank has everything, also what it has not acknowledged: that may have been lost with a
-        connection.
-        """
-        for part, sequence in list(stream.unacked):
-            stream.settle((part, sequence))
-            if (lane := stream.lane(part)) is not None:
-                self._has(lane, sequence, stream)
-        for lane in stream.lanes:
-            again = [sequence for sequence, other in lane.repeat if other is stream]
-            lane.repeat = deque(item for item in lane.repeat if item[1] is not stream)
-            for sequence in again:
-                self._has(lane, sequence, stream)
-        stream.acked, stream.confirmed = stream.due, True
+    # The life of a room
 
-    def _take_receipt(self, stream: Stream, message: frames.Ack | frames.Nack | frames.Stored) -> None:
-        """What a rank says of one chunk: it has it, it also keeps it for others, or it came damaged."""
-        lane, sequence = stream.lane(message.part), message.sequence
-        stored = message.offset if isinstance(message, frames.Stored) else None
-        if lane is None or not stream.settle((message.part, sequence)):
-            self._counts["replays_dropped"] += 1
-            if stored is not None:
-                self._put(stream.peer.identity, frames.Release((stored,)))
-            return
-        damaged = isinstance(message, frames.Nack)
-        if damaged:
-            stream.resent += 1
-            self._counts["resent"] += 1
-            stream.damaged += 1
-            if stream.damaged > max(8, stream.due):
-                text = f"{stream.peer.name} got too many damaged chunks ({stream.damaged})"
-                self._fail(stream.room, text)
-                return
-            self._repeat(lane, sequence, stream)
-            self._read_by(lane, sequence, stream)
-        else:
-            stream.acked += 1
-            stream.room.progress = time.monotonic()
-            self._has(lane, sequence, stream, stored)
-
-    def _has(self, lane: Lane, sequence: int, stream: Stream, stored: int | None = None) -> None:
-        """A rank has a chunk: if it was the first of its host, the others get it now."""
-        if lane.mode is Mode.RELAY and sequence not in lane.relays:
-            self._pass_on(lane, sequence, stream, stored)
-        else:
-            self._read_by(lane, sequence, stream)
-
-    def _read_by(self, lane: Lane, sequence: int, stream: Stream) -> None:
-        """A rank no longer reads a chunk in an arena: free it if it was the last."""
-        relay = lane.relays.get(sequence)
-        if relay is not None:
-            relay.readers.discard(stream)
-            if not relay.readers:
-                lane.relays[sequence] = None
-                self._put(relay.leader.peer.identity, frames.Release((relay.offset,)))
-
-    @abstractmethod
-    def _take_resume(self, stream: Stream, message: frames.Resume) -> None:
-        """A rank that is back says what it has."""
-
-    def _pass_on(self, lane: Lane, sequence: int, leader: Stream, offset: int | None) -> None:
-        """A chunk has reached its host: let the other ranks read it there, or send it to each."""
-        others = {taker for taker in lane.takers if taker is not leader}
-        if offset is None:  # the leader's arena is full, or it has none
-            lane.relays[sequence] = None
-            for other in others:
-                self._repeat(lane, sequence, other)
-            return
-        lane.relays[sequence] = Relay(leader, offset, others)
-        for other in others:
-            self._share(lane, sequence, other, leader.peer.hello.agent, offset)
-
-    def _repeat(self, lane: Lane, sequence: int, stream: Stream) -> None:
-        """Send a chunk (again) to one rank."""
-        lane.repeat.append((sequence, stream))
-        if lane.mode is not Mode.LOCAL:
-            stream.wanted_bytes += lane.plan.size(sequence)
-            self._want(stream)
-        self._ready(lane)
-
-    def _share(self, lane: Lane, sequence: int, stream: Stream, agent: str, offset: int) -> None:
-        """Tell a rank where in an arena a chunk lies."""
-        rectangle = lane.plan.rectangles[sequence]
-        message = frames.Share(
-            room=lane.room.room,
-            generation=stream.generation,
-            part=int(lane.plan.part),
-            sequence=sequence,
-            first_layer=rectangle.first_layer,
-            layers=rectangle.layers,
-            first_token=rectangle.first_token,
-            tokens=rectangle.tokens,
-            checksum=lane.plan.digests[sequence],
-            agent=agent,
-            offset=offset,
-            size_bytes=rectangle.payload_bytes,
+    def _destination(self, peer: Peer, room_id: int, generation: int) -> Destination | None:
+        room = self.table.get(room_id)
+        request = room.requests.get(peer.identity) if room is not None and not room.state.ended else None
+        return (
+            request.destination if request is not None and request.message.generation == generation else None
         )
-        stream.unacked.setdefault((message.part, sequence), None)
-        self._put(stream.peer.identity, message)
 
-    # Rooms
-
-    def _stream(self, peer: Peer, room: int, generation: int) -> Stream | None:
-        entry = self._rooms.get(room)
-        ask = entry.asks.get(peer.identity) if entry is not None and not entry.state.ended else None
-        return ask.stream if ask is not None and ask.generation == generation else None
-
-    def _bind(self, entry: Room, ask: Ask) -> None:
+    def _bind(self, room: Room, request: RoomRequest, now: float) -> None:
         """Give a room a decode rank's request."""
-        expected = entry.expected_ranks
-        entry.asks[ask.peer.identity] = ask
-        entry.progress = time.monotonic()
-        prefixes = sorted({other.prefix_tokens for other in entry.asks.values() if not other.dummy})
-        if expected is not None and expected != ask.expected_ranks:
-            self._fail(entry, f"decode ranks disagree on how many ask: {expected} and {ask.expected_ranks}")
-        elif len(entry.asks) > ask.expected_ranks:
-            self._fail(entry, f"{len(entry.asks)} decode ranks asked, {ask.expected_ranks} were expected")
+        expected, asks = room.expected_ranks, request.message
+        room.requests[request.peer.identity] = request
+        room.progress = now
+        asked = len(room.requests)
+        prefixes = sorted({other.prefix_tokens for other in room.messages if not other.dummy})
+        if expected not in (None, asks.expected_ranks):
+            wrong = f"decode ranks disagree on how many ask: {expected} and {asks.expected_ranks}"
+        elif asked > asks.expected_ranks:
+            wrong = f"{asked} decode ranks asked, {asks.expected_ranks} were expected"
         elif len(prefixes) > 1:
-            self._fail(entry, f"decode ranks disagree on the cached prefix: {prefixes} tokens")
-        if entry.state.ended:
+            wrong = f"decode ranks disagree on the cached prefix: {prefixes} tokens"
+        else:
+            wrong = ""
+        if wrong:
+            self.fail(room, wrong, now)
+        if room.state.ended:
             return
-        if not ask.dummy:
-            ask.stream = Stream(entry, ask.peer, ask.generation)
-        if entry.complete:
-            entry.state = RoomState.TRANSFERRING if entry.segments else RoomState.WAITING
-            self._form(entry)
+        if not asks.dummy:
+            request.destination = Destination(room, request.peer, asks.generation)
+        if room.complete:
+            room.state = RoomState.TRANSFERRING if room.segments else RoomState.WAITING
+            self._advance(room, now)
 
-    def _form(self, entry: Room) -> None:
-        """Lay out the lanes of a room, once every rank has asked and said which arenas it can read."""
-        waiting = any(stream.peer.maps_answered < stream.peer.maps_asked for stream in entry.streams)
-        if entry.formed or waiting or not entry.complete:
-            return
-        entry.formed = True
+    def _advance(self, room: Room, now: float) -> None:
+        """Move a room on as far as requests and rows allow."""
+        self._lanes.form(room)
+        self._lanes.proceed(room)
+        self._conclude(room, now)
 
-        def make_plan(
-            projection: SenderProjection,
-            part: Part,
-            limit: int,
-            row_format: RowFormat,
-            share: tuple[int, int],
-        ) -> Plan:
-            wanted = (projection, part, limit, row_format, share_of(len(self._pool.layers), *share))
-            for plan in entry.plans:
-                if (plan.projection, plan.part, plan.max_bytes, plan.row_format, plan.share) == wanted:
-                    return plan
-            plan = Plan(*wanted)
-            for segment in entry.segments:
-                plan.extend(self._pool, segment)
-            entry.plans.append(plan)
-            return plan
-
-        entry.lanes = form_lanes(entry, make_plan, self._agent_id, self._host, self._chunk_bytes)
-        self._proceed(entry)
-
-    def _maps_changed(self, peer: Peer) -> None:
-        for entry in list(self._rooms.values()):
-            if peer.identity in entry.asks and not entry.formed and not entry.state.ended:
-                self._form(entry)
-
-    def _proceed(self, entry: Room) -> None:
-        """Announce and queue what a room's lanes have to send; tell the ranks what is due after the last
-        rows.
-        """
-        if not entry.formed:
-            return
-        for lane in entry.lanes:
-            if lane.planned < len(lane.plan.rectangles):
-                lane.plan_more()
-                self._ready(lane)
-        for stream in entry.streams:
-            self._want(stream)
-            if entry.last and not stream.finish_sent:
-                stream.finish_sent = True
-                self._send_finish(stream)
-        self._conclude(entry)
-        self._work.notify()
-
-    def _send_finish(self, stream: Stream) -> None:
-        entry = stream.room
-        digest = frames.checksum(entry.metadata)
-        message = frames.Finish(entry.room, stream.generation, stream.due, entry.tokens, digest)
-        self._put(stream.peer.identity, message, entry.metadata)
-
-    def _ready(self, lane: Lane) -> None:
-        if lane.heads():
-            lane.takers[0].peer.ready[id(lane)] = lane
-
-    def _want(self, stream: Stream) -> None:
-        if stream.wanted_bytes > stream.wanted_told:
-            stream.wanted_told = stream.wanted_bytes
-            message = frames.Want(stream.room.room, stream.generation, stream.wanted_bytes)
-            self._put(stream.peer.identity, message)
-
-    def _conclude(self, entry: Room) -> None:
+    def _conclude(self, room: Room, now: float) -> None:
         """SUCCESS, once every rank that gets data has confirmed."""
-        if entry.state.ended or not entry.complete or not entry.last:
-            return
-        if all(stream.confirmed for stream in entry.streams):
-            self._end(entry, RoomState.SUCCESS, "")
-            self._counts["rooms_succeeded"] += 1
-            self._took(seconds_since(entry.first_send, entry.ended))
+        done = room.complete and room.last and all(other.confirmed for other in room.destinations)
+        if done and not room.state.ended:
+            self._end(room, RoomState.SUCCESS, "", now)
 
-    def _fail(self, entry: Room, reason: str, but: Peer | None = None) -> None:
-        """Fail a room and tell its decode ranks (but the one that asked for it)."""
-        for ask in entry.asks.values():
-            if ask.peer is not but and ask.peer.identity in self._peers:
-                message = frames.Abort(entry.room, ask.generation, frames.sentence(reason))
-                self._put(ask.peer.identity, message)
-        self._end(entry, RoomState.FAILED, reason)
+    def fail(self, room: Room, reason: str, now: float, but: Peer | None = None) -> None:
+        """Fail a room that has not ended, and tell its decode ranks (but the one that asked for it)."""
+        if room.state.ended:
+            return
+        for request in room.requests.values():
+            if request.peer is not but and request.peer.identity in self._peers:
+                message = frames.Abort(room.room_id, request.message.generation, frames.sentence(reason))
+                self._out.put(request.peer.identity, message)
+        if not room.complete:
+            agents = {request.peer.hello.agent for request in room.requests.values()}
+            self._ended_rooms.fail_unbound(room.room_id, agents | room.aborted_by, reason, now)
+        self._end(room, RoomState.FAILED, reason, now)
         self._counts["rooms_failed"] += 1
 
-    def _end(self, entry: Room, state: RoomState, reason: str) -> None:
-        entry.state, entry.reason, entry.ended = state, reason, time.monotonic()
-        for lane in entry.lanes:
-            lane.takers[0].peer.ready.pop(id(lane), None)
-            for relay in lane.relays.values():
-                if relay is not None:
-                    self._put(relay.leader.peer.identity, frames.Release((relay.offset,)))
-            lane.relays.clear()
-        for ask in entry.asks.values():
-            self._remember_end((entry.room, ask.peer.hello.agent), ask.generation)
-        if state is RoomState.FAILED and not entry.complete:
-            agents = {ask.peer.hello.agent for ask in entry.asks.values()}
-            remember(self._orphans, entry.room, (agents | entry.aborted_by, reason, entry.ended))
-        streams = entry.streams
-        for stream in streams:
-            for chunk in list(stream.unacked):
-                stream.settle(chunk)
-        entry.segments.clear()
-        self._work.notify()
-        self._log_transfer(
-            room=entry.room,
-            peer=[stream.peer.name for stream in streams],
-            tokens=entry.tokens,
-            chunks=sum(stream.acked for stream in streams),
-            bytes=entry.wire_bytes,
-            shared_memory_bytes=entry.shared_memory_bytes,
-            seconds=round(seconds_since(entry.first_send, entry.ended), 6),
-            after_prefill_seconds=round(seconds_since(entry.last_send, entry.ended), 6),
-            result="success" if state is RoomState.SUCCESS else reason,
-            resent=sum(stream.resent for stream in streams),
-        )
+    def _end(self, room: Room, state: RoomState, reason: str, now: float) -> None:
+        room.state, room.reason, room.ended = state, reason, now
+        for request in room.requests.values():
+            self._ended_rooms.end(room.room_id, request.peer.hello.agent, request.message.generation)
+        self._lanes.end(room)
+        self._ended(room)
 
-    def _forget(self, entry: Room) -> None:
-        if self._rooms.get(entry.room) is entry:
-            del self._rooms[entry.room]
+    def fail_all(self, reason: str, now: float) -> None:
+        """The agent ends."""
+        for room in list(self.table.values()):
+            self.fail(room, reason, now)
+        self.early_requests.clear()
 
-    def _fail_all(self, reason: str) -> None:
-        for entry in list(self._rooms.values()):
-            if not entry.state.ended:
-                self._fail(entry, reason)
-        self._held.clear()
+    def _drop_early(self, room_id: int, peer: Peer) -> None:
+        early = self.early_requests[room_id]
+        del early[peer.identity]
+        peer.early_requests -= 1
+        if not early:
+            del self.early_requests[room_id]
 
-    def _take_aborted(self, entry: Room, held: dict[bytes, Ask]) -> str:
-        """The reason of an abort that came before this room was opened; each is used once."""
-        newest = {ask.peer.hello.agent: ask.generation for ask in held.values()}
-        found = ""
-        for key in [key for key in self._aborted if key[0] == entry.room]:
-            generation, reason, _ = self._aborted.pop(key)
-            self._remember_end(key, generation)
-            entry.aborted_by.add(key[1])
-            if newest.get(key[1], -1) <= generation:
-                found = reason
-        return found
+    # Time
 
-    def _remember_end(self, key: tuple[int, str], generation: int) -> None:
-        remember(self._ended, key, max(generation, self._ended.get(key, -1)))
-
-    def _drop_rooms(self, peer: Peer, reason: str) -> None:
-        for room in [room for room, asks in self._held.items() if peer.identity in asks]:
-            del self._held[room][peer.identity]
-            if not self._held[room]:
-                del self._held[room]
-        for entry in list(self._rooms.values()):
-            if peer.identity in entry.asks and not entry.state.ended:
-                stream = entry.asks[peer.identity].stream
-                if stream is None or not stream.confirmed:
-                    self._fail(entry, f"{peer.name} was lost: {reason}")
-
-    # Time (I/O thread)
-
-    def _tick(self) -> None:
-        now = time.monotonic()
-        with self._work:
-            self._expire_peers(now)
-            self._ask_again(now)
-            self._expire_rooms(now)
-            if self._staging.reap():
-                self._work.notify()
-
-    def _expire_rooms(self, now: float) -> None:
+    def expire(self, now: float) -> None:
+        """Give up what has waited for too long."""
         patience = self._settings.transfer_timeout_s
-        for room, asks in list(self._held.items()):
-            for identity, ask in list(asks.items()):
-                # the scheduler opens rooms as requests come: if it has opened others since, this one's never came
-                passed_over = self._last_opened - ask.arrived > self._settings.room_timeout_s
-                if passed_over or now - ask.arrived > patience:
-                    del asks[identity]
-                    ask.peer.held_requests -= 1
+        for room_id, early in list(self.early_requests.items()):
+            for identity, request in list(early.items()):
+                # the scheduler opens rooms as requests come: if it has none left to open, this one's never came
+                passed_over = self._caught_up - request.arrived > self._settings.room_timeout_s
+                if passed_over or now - request.arrived > patience:
                     waited = self._settings.room_timeout_s if passed_over else patience
                     text = f"no prefill request opened this room within {waited:g} s"
-                    self._put(identity, frames.Abort(room, ask.generation, text))
-            if not asks:
-                del self._held[room]
-        while self._aborted and now - next(iter(self._aborted.values()))[2] > patience:
-            self._aborted.popitem(last=False)
-        while self._orphans and now - next(iter(self._orphans.values()))[2] > patience:
-            self._orphans.popitem(last=False)
-        for entry in list(self._rooms.values()):
-            if not entry.state.ended and not entry.asks and (reason := self._unwanted(entry, now)):
-                self._fail(entry, reason)
-            waiting_for_rows = entry.state is RoomState.WAITING
-            if not entry.state.ended and not waiting_for_rows and now - entry.progress > patience:
-                asked = f"{len(entry.asks)} of {entry.expected_ranks or 'unknown'} decode ranks had asked"
-                self._fail(entry, f"no progress for {patience:g} s in {entry.state.name}; {asked}")
+                    self._drop_early(room_id, request.peer)
+                    self._out.put(identity, frames.Abort(room_id, request.message.generation, text))
+        self._ended_rooms.expire(now, patience)
+        for room in list(self.table.values()):
+            if reason := self.unwanted_reason(room, now):
+                self.fail(room, reason, now)
+            if room.state is not RoomState.WAITING and now - room.progress > patience:
+                asked = f"{len(room.requests)} of {room.expected_ranks or 'unknown'} decode ranks had asked"
+                self.fail(room, f"no progress for {patience:g} s in {room.state.name}; {asked}", now)
 
-    def _unwanted(self, entry: Room, now: float) -> str:
+    def unwanted_reason(self, room: Room, now: float) -> str:
         """Why no decode rank will ask for a room that none has asked for yet; empty while one may."""
         patience = self._settings.room_timeout_s
-        if now - entry.sought > patience:
+        if room.state.ended or room.requests:
+            return ""
+        if now - room.sought > patience:
             return (
                 f"no decode rank has asked for this room within {patience:g} s: the decode server that the request was "
                 "given to has ended, cannot be reached, or refused it"
             )
-        fresh = now - entry.opened <= 2 * self._settings.heartbeat_s or entry.sought > entry.opened
-        wrong = [peer.limits.objection(entry.prompt_tokens) for peer in self._peers.values()]
+        fresh = now - room.opened <= 2 * self._settings.heartbeat_s or room.sought > room.opened
+        wrong = [peer.limits.unsupported_reason(room.prompt_tokens) for peer in self._peers.values()]
         if fresh or not wrong or None in wrong:
             return ""
         return f"no decode server that is registered here can serve this request: {wrong[0]}"

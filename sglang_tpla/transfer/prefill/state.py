@@ -3,19 +3,21 @@
 A *lane* is a run of chunks that some ranks of one host all want (the whole row, its common part, or a group's
 own part), and so travels to that host once:
 
-    LOCAL   the ranks are on this host: they read the chunk from this agent's arena
+    LOCAL   the ranks are on this host: they read the chunk from this agent's shared segment
     DIRECT  one rank: the chunk travels to it
-    RELAY   several ranks of another host: the chunk travels to one of them (they take turns), which keeps it
-    in
-            its arena for the others
+    RELAY   several ranks of another host: the chunk travels to one of them (they take turns), which keeps it in its
+            shared segment for the others
 
 Lanes wait for their own credit and their own ranks only, so a stalled rank stalls its own rooms.
+
+Any part of the agent may read an attribute, under the agent's lock; the one module that writes it is named beside it.
+Worker threads read what a `ChunkPlan` lists without the lock: its lists only grow.
 """
 
 from __future__ import annotations
 
 import enum
-from collections import OrderedDict, deque
+from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,14 +27,15 @@ from sglang_tpla.cache_rows.parts import Part
 from sglang_tpla.cache_rows.row_format import RowFormat
 from sglang_tpla.transfer.chunks import Rectangle, cut
 from sglang_tpla.transfer.memory.iovec import Slots
+from sglang_tpla.transfer.memory.pool import CachePool
 from sglang_tpla.transfer.memory.staging import Slot
-from sglang_tpla.transfer.messages import Hello
-from sglang_tpla.transfer.room import NO_LIMITS, CachePool, Limits, RoomState
+from sglang_tpla.transfer.messages import Hello, Message, Request
+from sglang_tpla.transfer.room import NO_LIMITS, Limits, RoomState
 
 ChunkId = tuple[int, int]  # part, sequence
 
 
-class Mode(enum.Enum):
+class Route(enum.Enum):
     """How a lane's chunks travel."""
 
     LOCAL = "local"
@@ -40,14 +43,27 @@ class Mode(enum.Enum):
     RELAY = "relay"
 
 
+class Outgoing:
+    """Messages to decode ranks, by ZMQ routing id: they go when the agent's lock is given back (`Router.turn`)."""
+
+    def __init__(self) -> None:
+        self._messages: list[tuple[bytes, Message, bytes | None]] = []
+
+    def put(self, identity: bytes, message: Message, payload: bytes | None = None) -> None:
+        """Add one."""
+        self._messages.append((identity, message, payload))
+
+    def take(self) -> list[tuple[bytes, Message, bytes | None]]:
+        """All, in order."""
+        messages, self._messages = self._messages, []
+        return messages
+
+
 @dataclass(eq=False)
 class SenderProjection:
-    """A registered projection, cut to this rank's layers; ``stacks`` (`projection.stack_layers`) is None for the raw
-    latent.
-    """
+    """A registered projection, cut to this rank's layers."""
 
-    content_hash: str
-    stacks: tuple[torch.Tensor, ...] | None
+    stacks: tuple[torch.Tensor, ...] | None  # `projection.stack_layers`; None for the raw latent
 
 
 @dataclass(eq=False)
@@ -61,28 +77,28 @@ class Upload:
 
 @dataclass(eq=False)
 class Peer:
-    """One connection of one decode rank; ``identity`` is its ZMQ routing id, fresh for each connection.
+    """One connection of one decode rank."""
 
-    ``announced`` are the rows of all its layers, ``row_format`` those of the layers that this rank sends.
-    """
-
-    identity: bytes
+    # peers.py writes these
+    identity: bytes  # its ZMQ routing id, fresh for each connection
     hello: Hello
     last_seen: float
-    announced: RowFormat
-    row_format: RowFormat
-    projection: SenderProjection | None = None
-    upload: Upload | None = None
+    announced: RowFormat  # the rows of all its layers
+    row_format: RowFormat  # those of the layers that this rank sends
     away: bool = False  # its connection is gone; it may come back under another identity
-    slots_held: int = 0
-    queued: int = 0  # chunks for its data channel that the socket has not taken yet
-    held_requests: int = 0
     limits: Limits = NO_LIMITS
-    maps_asked: int = 0  # number of the newest list of arenas it was sent
+    maps_asked: int = 0  # number of the newest list of shared segments it was sent
     maps_asked_at: float = 0.0
     maps_answered: int = -1
-    mapped: frozenset[str] = frozenset()
-    ready: OrderedDict[int, Lane] = field(default_factory=OrderedDict)  # lanes with chunks to send, by id()
+    mapped: frozenset[str] = frozenset()  # agents whose shared segments it reads
+    # projections.py
+    projection: SenderProjection | None = None
+    upload: Upload | None = None
+    # rooms.py
+    early_requests: int = 0  # for rooms that the scheduler has not opened
+    # lanes.py
+    slots_held: int = 0  # of staging, by chunks for it
+    queued: int = 0  # chunks for its data channel that the socket has not taken yet
 
     def release_slot(self) -> None:
         """A staging slot that held a chunk for this peer is free again."""
@@ -105,8 +121,8 @@ class Segment:
 
 
 @dataclass(eq=False)
-class Plan:
-    """The numbered chunks of a room for one projection and part; grows with every ``send``."""
+class ChunkPlan:
+    """The numbered chunks of a room for one projection and part; lanes.py extends it with every ``send``."""
 
     projection: SenderProjection
     part: Part
@@ -137,11 +153,11 @@ class Plan:
 
 
 @dataclass(eq=False)
-class Stream:
-    """One rank's part in a room."""
+class Destination:
+    """One rank's part in a room. Only lanes.py writes it, but for ``peer``."""
 
     room: Room
-    peer: Peer
+    peer: Peer  # rooms.py, when the rank is back on another connection
     generation: int
     lanes: list[Lane] = field(default_factory=list)
     due: int = 0  # chunks planned for this rank so far
@@ -151,10 +167,9 @@ class Stream:
     credit_bytes: int = 0
     sent_bytes: int = 0
     wanted_bytes: int = 0
-    wanted_told: int = 0
-    unacked: dict[ChunkId, Slot | None] = field(
-        default_factory=dict
-    )  # and the slot it is read from, if that is one of this agent
+    announced_bytes: int = 0
+    # chunks under way, and the slot that each is read from, if that is one of this agent
+    unacked: dict[ChunkId, Slot | None] = field(default_factory=dict)
     finish_sent: bool = False
     confirmed: bool = False
     paused: bool = False  # its rank is back and has not said yet what it has, and from where credit counts
@@ -175,133 +190,140 @@ class Stream:
 
 @dataclass(eq=False)
 class Relay:
-    """A chunk that lies in a decode rank's arena until the others have read it."""
+    """A chunk that lies in a decode rank's shared segment until the others have read it."""
 
-    leader: Stream
+    leader: Destination
     offset: int
-    readers: set[Stream]
+    readers: set[Destination]
 
 
 @dataclass(eq=False)
 class Lane:
-    """Chunks of one plan to the ranks of one host."""
+    """Chunks of one plan to the ranks of one host. Only lanes.py writes it."""
 
     room: Room
-    plan: Plan
-    takers: list[Stream]
-    mode: Mode
+    plan: ChunkPlan
+    takers: list[Destination]
+    route: Route
     planned: int = 0
-    ahead: list[deque[int]] = field(
-        default_factory=list
-    )  # chunks not sent yet, of each rank that they travel to
+    ahead: list[deque[int]] = field(init=False)  # chunks not sent yet, of each rank that they travel to
     starved: set[int] = field(default_factory=set)  # chunks that wait for credit
-    repeat: deque[tuple[int, Stream]] = field(default_factory=deque)  # chunks to send once more, to one rank
-    relays: dict[int, Relay | None] = field(default_factory=dict)  # passed on; None: no longer in an arena
+    repeat: deque[tuple[int, Destination]] = field(
+        default_factory=deque
+    )  # chunks to send once more, to one rank
+    relays: dict[int, Relay | None] = field(default_factory=dict)  # passed on; None: no longer kept
 
     def __post_init__(self) -> None:
-        self.ahead = [deque() for _ in (self.takers[:1] if self.mode is Mode.LOCAL else self.takers)]
+        self.ahead = [deque() for _ in (self.takers[:1] if self.route is Route.LOCAL else self.takers)]
 
-    def leader(self, sequence: int) -> Stream:
+    def leader(self, sequence: int) -> Destination:
         """The rank a chunk travels to."""
         return self.takers[sequence % len(self.takers)]
-
-    def plan_more(self) -> None:
-        """Queue the chunks that the plan has grown by."""
-        for sequence in range(self.planned, len(self.plan.rectangles)):
-            self.ahead[sequence % len(self.ahead)].append(sequence)
-            for taker in self.takers:
-                taker.due += 1
-            if self.mode is not Mode.LOCAL:
-                self.leader(sequence).wanted_bytes += self.plan.size(sequence)
-        self.planned = len(self.plan.rectangles)
 
     @property
     def all_sent(self) -> bool:
         """True when every planned chunk was sent at least once."""
         return not any(self.ahead)
 
-    def left_bytes(self, stream: Stream) -> int:
+    def left_bytes(self, destination: Destination) -> int:
         """Chunk bytes that are still to travel to a rank."""
-        if self.mode is Mode.LOCAL:
+        if self.route is Route.LOCAL:
             return 0
-        left = [sequence for sequence, other in self.repeat if other is stream]
-        left += self.ahead[self.takers.index(stream)]
+        left = [sequence for sequence, other in self.repeat if other is destination]
+        left += self.ahead[self.takers.index(destination)]
         return sum(self.plan.size(sequence) for sequence in left)
 
-    def heads(self) -> list[tuple[int, list[Stream]]]:
+    def heads(self) -> list[tuple[int, list[Destination]]]:
         """The chunks that may go next, and the ranks each goes to at once: one for each rank, so that no rank waits for
         another one's credit.
         """
-        again: dict[Stream, int] = {}
-        for sequence, stream in self.repeat:
-            again.setdefault(stream, sequence)
-        return [(sequence, [stream]) for stream, sequence in again.items()] + [
-            (queue[0], self.takers if self.mode is Mode.LOCAL else [self.leader(queue[0])])
+        again: dict[Destination, int] = {}
+        for sequence, destination in self.repeat:
+            again.setdefault(destination, sequence)
+        return [(sequence, [destination]) for destination, sequence in again.items()] + [
+            (queue[0], self.takers if self.route is Route.LOCAL else [self.leader(queue[0])])
             for queue in self.ahead
             if queue
         ]
 
-    def take(self, sequence: int, streams: list[Stream]) -> None:
+    def take(self, sequence: int, takers: list[Destination]) -> None:
         """Take one of the chunks that `heads` named."""
-        if (sequence, streams[0]) in self.repeat:
-            self.repeat.remove((sequence, streams[0]))
+        if (sequence, takers[0]) in self.repeat:
+            self.repeat.remove((sequence, takers[0]))
         else:
             self.ahead[sequence % len(self.ahead)].popleft()
 
 
 @dataclass(eq=False)
-class Ask:
-    """A decode rank's request for a room."""
+class ChunkJob:
+    """One chunk to make, and where it goes now: lanes of several hosts may take the same one."""
+
+    sequence: int
+    slot: Slot  # without memory where the chunk is sent from the pool
+    deliveries: list[tuple[Lane, list[Destination]]]
+
+    @property
+    def plan(self) -> ChunkPlan:
+        """That of all its lanes."""
+        return self.deliveries[0][0].plan
+
+
+@dataclass(eq=False)
+class RoomRequest:
+    """What a decode rank asks for. Only rooms.py writes it."""
 
     peer: Peer
-    generation: int
-    expected_ranks: int
-    prefix_tokens: int
-    num_tokens: int
-    dummy: bool
-    share_index: int
-    share_count: int
+    message: Request
     arrived: float
-    stream: Stream | None = None
+    destination: Destination | None = None  # once a room has it; a dummy has none
 
 
 @dataclass(eq=False)
 class Room:
     """One incarnation of a room, from ``open_room`` to ``close_room``."""
 
-    room: int
+    # rooms.py writes these
+    room_id: int
+    prompt_tokens: int  # of the whole request; 0: not known
+    opened: float
     progress: float  # when a row was last handed over, or a chunk confirmed
-    prompt_tokens: int = 0  # of the whole request; 0: not known
-    opened: float = 0.0
-    sought: float = 0.0  # when a decode rank was last known to want it
+    sought: float  # when a decode rank was last known to want it
     state: RoomState = RoomState.BOOTSTRAPPING
     reason: str = ""
-    asks: dict[bytes, Ask] = field(default_factory=dict)
-    plans: list[Plan] = field(default_factory=list)
-    lanes: list[Lane] = field(default_factory=list)
-    formed: bool = False
+    requests: dict[bytes, RoomRequest] = field(default_factory=dict)  # by the peer's identity
     aborted_by: set[str] = field(default_factory=set)  # agents
-    segments: list[Segment] = field(default_factory=list)
-    tokens: int = 0
     last: bool = False
     metadata: bytes = b""
-    wire_bytes: int = 0
-    shared_memory_bytes: int = 0
     first_send: float | None = None
     last_send: float | None = None  # the last rows were handed over: prefill had computed the whole prompt
     ended: float | None = None
+    # lanes.py
+    segments: list[Segment] = field(default_factory=list)
+    tokens: int = 0
+    plans: list[ChunkPlan] = field(default_factory=list)
+    lanes: list[Lane] = field(default_factory=list)
+    formed: bool = False  # its lanes are laid out
+    # sender.py
+    wire_bytes: int = 0
+    shared_memory_bytes: int = 0
 
     @property
-    def streams(self) -> list[Stream]:
-        """Streams of all ranks that get data."""
-        return [ask.stream for ask in self.asks.values() if ask.stream is not None]
+    def destinations(self) -> list[Destination]:
+        """All ranks that get data."""
+        found = (request.destination for request in self.requests.values())
+        return [destination for destination in found if destination is not None]
+
+    @property
+    def messages(self) -> list[Request]:
+        """What all ranks have asked."""
+        return [request.message for request in self.requests.values()]
 
     @property
     def expected_ranks(self) -> int | None:
         """How many ranks will ask, once one has."""
-        return next((ask.expected_ranks for ask in self.asks.values()), None)
+        return next((asks.expected_ranks for asks in self.messages), None)
 
     @property
     def complete(self) -> bool:
         """True when every expected rank has asked."""
-        return bool(self.asks) and len(self.asks) >= (self.expected_ranks or 1)
+        return bool(self.requests) and len(self.requests) >= (self.expected_ranks or 1)

@@ -5,7 +5,7 @@ struct Softmax {
     float highest[2], total[2];
 };
 
-// The query's last kRegisterSteps steps, if any, as wgmma wants them: rows lane / 4 and 8 further on, column pairs 8 apart.
+// The query's last kRegisterSteps steps, if any, in wgmma's layout: rows lane / 4 and 8 further on, column pairs 8 apart.
 struct QueryRegisters { u32 value[kRegisterSteps ? 4 * kRegisterSteps : 1]; };
 
 __device__ __forceinline__ void load_query_registers(const Params& p, QueryRegisters& query, int request, int first_row,
@@ -25,8 +25,8 @@ __device__ __forceinline__ void load_query_registers(const Params& p, QueryRegis
     }
 }
 
-// Queues the scores of a tile. Steps with both operands in shared memory take all that it can read, so those that take the
-// query from registers are spread among them.
+// Queues the scores of a tile. Steps with both operands in shared memory use all of its bandwidth, so the steps that take
+// the query from registers are spread among them.
 __device__ __forceinline__ void scores(float (&s)[32], u32 q_rows, const QueryRegisters& query, u32 stage) {
     const u64 q = descriptor(q_rows, 16), k = descriptor(stage, 16);
     pin(s);
@@ -54,11 +54,11 @@ __device__ __forceinline__ void add_values(float (&o)[kOut], const u32 (&probabi
     wgmma_commit();
 }
 
-// How far (in powers of two) a row's subtracted maximum may lag behind its true one: so the accumulators are rescaled after
-// the first tiles only, and fp32 sums of values up to 2^8 lose nothing.
+// A row's subtracted maximum may lag behind its true maximum by this many powers of two, so that only the first tiles rescale
+// the accumulators; fp32 sums of values up to 2^8 lose nothing.
 constexpr float kLag = 8.f;
 
-// Turns scores into unnormalised probabilities in place; returns by what each row's older sums must be multiplied.
+// Turns scores into unnormalised probabilities in place, and returns the factor for each row's older sums.
 __device__ __forceinline__ void soften(float (&s)[32], Softmax& state, float (&factor)[2], float scale_log2, int first_token,
                                        const int (&limit)[2], bool masked, int lane) {
     if (masked) {
@@ -102,7 +102,7 @@ __device__ __forceinline__ void pack_probability(u32 (&packed)[16], const float 
     for (int i = 0; i < 16; ++i) packed[i] = pack_bf16(s[2 * i], s[2 * i + 1]);
 }
 
-// The tiles of a segment and where they come through.
+// The tiles of a segment, and the ring through which they come.
 struct Stretch {
     u32 ring, full, empty, base;                                 // base: tiles that went through the ring before
     int tiles, first_token, unmasked;                            // unmasked: tokens that every row may see
@@ -194,10 +194,10 @@ __device__ __forceinline__ void store_out(const Params& p, const float (&o)[kOut
 // The first of the two columns that value pair k of item `piece` of a partial result holds, see store_partial().
 __device__ __forceinline__ int item_column(int piece, int k) { return piece / 4 * 32 + piece % 4 * 2 + k * 8; }
 
-// Writes the same as a partial result. Half as many bytes as in float32, and as good: each row (of this warpgroup) is scaled
-// by its largest value, so 11 bits are left where the output has 8. In memory 8 values of a lane lie side by side: of each 32
-// columns, lane % 4 has 2 * (lane % 4) and the one after it, and those 8, 16 and 24 further on. Sums lie row by row, so that
-// a warp fills whole sectors: one written in part is read back from device memory before it can be used.
+// Writes the same as a partial result, in float16: half the bytes of float32 without a loss, because each row (of this
+// warpgroup) is scaled by its largest value, which leaves 11 bits where the output has 8. In memory 8 values of a lane lie
+// side by side: of each 32 columns, lane % 4 has 2 * (lane % 4) and the one after it, and those 8, 16 and 24 further on. Sums
+// lie row by row, so that a warp fills whole sectors: a sector written in part is read back from device memory first.
 template <int kFirst, int kCount>
 __device__ __forceinline__ void store_partial(const Params& p, const float (&o)[kOut], const Softmax& state, int split,
                                               int first_row, int first_column, int group, int thread) {

@@ -1,7 +1,7 @@
 // ---- producer -----------------------------------------------------------------------------------------------------
 //
 // Cache rows, except those of the step's own tokens, and the page table are as they were when the step was planned, and
-// the plan was complete before the kernel's predecessor in the stream started (hopper_decode.py sees to that). So the
+// the plan was complete before the kernel's predecessor in the stream started (decode.py sees to that). So the
 // producer fills the ring while the predecessor still runs, and waits for it only before the newest rows.
 
 template <int kThreads>
@@ -28,8 +28,8 @@ __device__ __forceinline__ void load_query(const Params& p, u32 q_smem, int requ
 constexpr int kRowsPerThread = kTile / (kProducerThreads / 8);             // cache rows a thread copies of a tile
 constexpr int kSlotsPerThread = kChunkTiles * kTile / kProducerThreads;    // slots a thread looks up of a chunk
 
-// Slots of a chunk's tokens, one thread every 128th; -1 beyond the end of the request. Not through the read-only cache: this
-// kernel may start before one that writes the page table has ended, and that cache promises data constant from the start.
+// Slots of a chunk's tokens, of which a thread has every 128th; -1 beyond the end of the request. The loads avoid the read-only
+// cache, which promises data constant from the start: this kernel may start before one that writes the page table has ended.
 __device__ __forceinline__ void load_slots(const Params& p, int start, int length, int tile, int thread,
                                            int (&slots)[kSlotsPerThread]) {
     const int mask = (1 << p.page_bits) - 1;

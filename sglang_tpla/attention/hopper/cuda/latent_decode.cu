@@ -1,4 +1,4 @@
-// What has its place in shared memory whatever the variant. 1,024 bytes, so that the rest starts where the swizzle does.
+// Shared memory that every variant has. It takes 1,024 bytes, so that the rest starts where the swizzle does.
 struct alignas(1024) Fixed {
     u64 full[STAGES], empty[STAGES], q_full, q_empty;
     Shared merge;
@@ -37,7 +37,7 @@ __device__ __forceinline__ void consume(const Params& p, Fixed& fixed, u32 q_sme
 #pragma unroll
         for (int i = 0; i < kOut; ++i) o[i] = 0.f;
         load_query_registers(p, query, seg.request, first_row, thread);
-        if (base == 0) {                                         // the first query comes before its keys crowd the memory
+        if (base == 0) {                                         // load the first query before its keys crowd the memory
             load_query<kConsumerThreads>(p, q_smem, seg.request, consumer);
             wait_for_copies();
             fence_async_proxy();
@@ -61,7 +61,7 @@ __device__ __forceinline__ void consume(const Params& p, Fixed& fixed, u32 q_sme
         }
         const int split = first_split + seg.before;
         if (MODE != MODE_TOKENS) {
-            __syncwarp();                                        // all lanes have read the query's memory
+            __syncwarp();                                        // all lanes have now read the query's memory
             if (lane == 0) barrier_arrive(q_empty);
             store<0, kOut>(p, o, state, seg.request, split, whole, first_row, first_panel * 64, group, thread);
         } else if (group == 0) {
@@ -84,7 +84,7 @@ __device__ __forceinline__ void consume(const Params& p, Fixed& fixed, u32 q_sme
                 fixed.merge = {seg.request, seg.before, splits - (goes_on ? 1 : 0), target};
         }
     }
-    sync_consumers();                                            // the query's memory is free, fixed.merge is written
+    sync_consumers();                                            // now the query's memory is free and fixed.merge is written
     if (fixed.merge.request >= 0) merge(p, fixed.merge, q_buffer, consumer);
 }
 

@@ -14,8 +14,8 @@ struct PlanBuffers {
     }
 };
 
-// Lays the requests into parts of `capacity`, see plan.py, its twin. With `keep` stores the plan (the lanes of the warp share
-// the work then); returns whether `parts` of them suffice.
+// Lays the requests into parts of `capacity`, as the twin in plan.py does. With `keep` the lanes of the warp store the plan
+// together. Returns whether `parts` parts suffice.
 __device__ __forceinline__ bool lay_parts(const PlanBuffers& plan, int capacity, bool keep, int lane) {
     const int most = capacity - SEGMENT_COST;                    // tiles of a part that holds one segment
     int part = 0, left = capacity, splits = 0;
@@ -44,8 +44,8 @@ __device__ __forceinline__ bool lay_parts(const PlanBuffers& plan, int capacity,
     return true;
 }
 
-// Parts that do not cross requests: each request gets as many parts as `most` tiles a part ask for. Returns how many that are;
-// with `keep` stores the plan. Twin: plan.py.
+// Lays parts that do not cross requests: each request gets as many parts as `most` tiles a part ask for. Returns their number;
+// with `keep` stores the plan. The twin is in plan.py.
 __device__ __forceinline__ int lay_whole(const PlanBuffers& plan, int most, bool keep, int lane) {
     int used = 0;
     for (int base = 0; base < plan.batch; base += 32) {
@@ -67,13 +67,13 @@ __device__ __forceinline__ int lay_whole(const PlanBuffers& plan, int most, bool
     if (keep) {
         for (int i = used + lane; i <= plan.parts; i += 32) plan.store_part(i, plan.batch, 0, 0);
         __syncwarp();
-        if (lane == 0) plan.split_start[plan.batch] = used, plan.store_part(0, 0, 0, 0);   // it walks over leading empty requests
+        if (lane == 0) plan.split_start[plan.batch] = used, plan.store_part(0, 0, 0, 0);   // part 0 walks over empty requests
     }
     return used;
 }
 
-// One warp. Parts that do not cross requests, if they are nearly as equal; else lane i tries the i-th larger capacity, and
-// the smallest that fits is laid. Also sets `arrived` to zero.
+// Runs as one warp. Lays parts that do not cross requests if they are nearly as equal; otherwise lane i tries the i-th larger
+// capacity, and the smallest that fits is laid. Also sets `arrived` to zero.
 extern "C" __global__ void __launch_bounds__(32) latent_plan(const int* lengths, const int* page_starts, int batch, int parts,
                                                              int* part_begin, int* split_start, u32* arrived, int counters) {
     __shared__ int copy[PLAN_BATCH];

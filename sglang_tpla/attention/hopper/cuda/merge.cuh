@@ -1,16 +1,16 @@
 // ---- merge --------------------------------------------------------------------------------------------------------
 
-// Tells that this block's partial result of `request` is stored. Called by all consumers.
+// Announces that this block has stored its partial result of `request`. All consumers call it.
 __device__ __forceinline__ u32 announce(const Params& p, int request, int splits, int consumer) {
     sync_consumers();
     if (consumer != 0) return 0;
-    u32 before;                                                  // after the barrier: it releases the stores of all consumers
+    u32 before;                                                  // taken after the barrier: releases the stores of all consumers
     asm volatile("atom.add.release.gpu.global.u32 %0, [%1], 1;"
                  : "=r"(before) : "l"(p.arrived + blockIdx.y * p.batch + request) : "memory");
     return (before / splits + 1) * splits;                       // the counter runs on over the layers of a step
 }
 
-// A sum over splits of 8 columns on its way: values scaled to 2^-top, and the sum of weights.
+// A running sum of 8 columns over splits: values scaled to 2^-top, and the sum of weights.
 struct Sum {
     float value[8];
     float top, total;
@@ -40,7 +40,7 @@ struct Sum {
 };
 
 // Adds up items [begin, end), 8 values of a row each, in the order of the splits. With `together` (many splits, few items)
-// eight warps share an item's splits. Per step a thread has kItems * kBatch loads of values in flight.
+// eight warps share an item's splits. A thread keeps kItems * kBatch loads of values in flight.
 template <int kItems, int kBatch>
 __device__ __forceinline__ void merge_items(const Params& p, int request, int first, int splits, int begin, int end,
                                             bool together, Sum* sums, int consumer) {

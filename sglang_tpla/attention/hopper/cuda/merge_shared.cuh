@@ -1,4 +1,4 @@
-// The request whose merge this block has a share in: at most one, that of the part's last segment.
+// The request that this block helps to merge: at most one, that of the part's last segment.
 struct Shared {
     int request, share, shares;
     u32 target;                // value of `arrived` when all partial results are stored

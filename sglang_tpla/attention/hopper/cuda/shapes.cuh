@@ -5,16 +5,16 @@
 //
 // A block is three warpgroups: warpgroup 0 gathers cache rows with cp.async into a ring of tiles (64 tokens each,
 // panels of 64 columns in the 128-byte swizzle that wgmma reads); warpgroups 1 and 2 compute. How those two share
-// the work is the compile-time MODE:
+// the work depends on the compile-time MODE:
 //     MODE_TOKENS  up to 64 rows: they take alternate tiles and add up through shared memory at the end;
 //     MODE_ROWS    up to 128 rows: each has 64 rows of every tile; they take turns at the tensor cores (turns.cuh);
 //     MODE_WIDTH   latent wider than 256: each has half of the value columns and computes all scores.
-// The grid is persistent: block x runs part x of the plan (see plan.py), so its size never depends on the lengths.
+// The grid is persistent: block x runs part x of the plan (see plan.py), so the grid's size never depends on the lengths.
 // A request that lies in several parts is merged at the end by the blocks that hold it: each waits until all have
 // stored their partial results, then adds up its share of the rows, in the order of the splits. All blocks must be
 // resident at once for that, so the grid never has more blocks than the GPU has multiprocessors.
 //
-// Compiled with -DLATENT -DROPE -DMODE -DSTAGES (hopper_decode.py); wgmma_ss_64, wgmma_rs_64 and wgmma_rs come from wgmma.py.
+// Compiled with -DLATENT -DROPE -DMODE -DSTAGES (decode.py); wgmma_ss_64, wgmma_rs_64 and wgmma_rs come from wgmma.py.
 
 constexpr int kTile = 64;                                   // tokens a tile
 constexpr int kWidth = LATENT + ROPE;                       // columns of a cache row
@@ -23,7 +23,7 @@ constexpr int kValuePanels = (LATENT + 63) / 64;
 constexpr int kRows = MODE == MODE_ROWS ? 128 : 64;         // query rows a block
 constexpr int kOutPanels = MODE == MODE_WIDTH ? (kValuePanels + 1) / 2 : kValuePanels;
 constexpr int kOut = kOutPanels * 32;                       // fp32 accumulators a thread
-// The warpgroup that stores a row scales what it stores: from this column on it is the second one.
+// Each warpgroup scales the columns that it stores: from this column on, the second warpgroup stores.
 constexpr int kScaleColumn = MODE == MODE_TOKENS ? kOutPanels * 32 : MODE == MODE_WIDTH ? kOutPanels * 64 : LATENT;
 constexpr int kPanelBytes = kTile * 128;
 constexpr int kQPanelBytes = kRows * 128;
@@ -45,7 +45,7 @@ struct Params {
     const u16* q_rope;         // [batch * query_len, heads, ROPE]
     const u16* kv;             // [slots, LATENT + ROPE]
     u16* out;                  // [batch * query_len, heads, LATENT]
-    u16* partial_out;          // [splits, query_len * heads, LATENT] float16 of values / scale; for their order see store()
+    u16* partial_out;          // [splits, query_len * heads, LATENT] float16 of values / scale; store_partial() has their order
     float* partial_sums;       // [splits, 3, query_len * heads]: log-sum-exp (base 2), scale of the columns before
                                // kScaleColumn, scale of the others
     const int* lengths;        // [batch]

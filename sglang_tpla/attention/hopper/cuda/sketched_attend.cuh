@@ -4,7 +4,7 @@
 // 2 (lane % 4) and the next: element 4 j + 2 i + e is row i, column 8 j + 2 (lane % 4) + e. Columns are query rows in both
 // products, so what belongs to a query row (its reference, its sum) is held the same way.
 
-// What all lanes of a block share whatever the variant. First index: warpgroup, of scores but for the last one.
+// Shared memory that every variant has. The first index is the warpgroup: of scores, except in the last array.
 struct alignas(1024) Fixed {
     u64 full[STAGES], empty[STAGES], ready[2], used[2];          // ready, used: a tile's probabilities, by its warpgroup
     uint4 levels;                                                // magnitudes of sketch codes, see levels_of()
@@ -12,11 +12,11 @@ struct alignas(1024) Fixed {
     u32 flag[2][2], stamp[2], largest, unused;
     u16 ratio[2][2][kTile];                                      // of a tile's shared, of its own scale
     float exchange[2][4][kRows];                                 // between warps
-    float reference[2][4][kRows];                                // of each warp: what its probabilities are relative to
-    float published[2][kRows];                                   // what those of the tile that is ready are relative to
-    float applied[2][kRows];                                     // what a warpgroup's values are relative to
+    float reference[2][4][kRows];                                // of each warp: the reference of its probabilities
+    float published[2][kRows];                                   // the reference of the tile that is ready
+    float applied[2][kRows];                                     // the reference of a warpgroup's values
 
-    // Where a warp of values tells its rows' largest ones, when no tile is under way any more.
+    // A warp of values tells its rows' largest values here once no tile is under way.
     __device__ __forceinline__ float* largest_values(int group, int warp) {
         return warp == 0 ? published[group] : reference[group][warp];
     }
@@ -24,10 +24,10 @@ struct alignas(1024) Fixed {
 
 __device__ __forceinline__ void sync_group(int group) { asm volatile("bar.sync %0, 128;" ::"r"(3 + group) : "memory"); }
 
-// What a warpgroup knows of the segment at hand.
+// A warpgroup's view of the current segment.
 struct Segment {
     int length, unmasked;                                        // unmasked: tokens that every query row may see
-    float scale_log2;                                            // what a score is multiplied by besides its token's power
+    float scale_log2;                                            // factor of a score besides its token's power
     u32 ring, base, q_smem, probability;                         // base: tiles that went through the ring before
     int tiles, first_token, group, warp, lane;
 };
@@ -125,8 +125,8 @@ __device__ __forceinline__ void settle(Fixed& fixed, const Segment& c, bool star
     if (start) sync_consumers();                                 // both have read what was offered
 }
 
-// Scores to weighted probabilities relative to the reference, in place and packed. Returns whether one is too large for
-// float16 to hold its like.
+// Turns scores into weighted probabilities relative to the reference, in place and packed. Returns whether one is too large
+// for float16.
 template <bool kMasked>
 __device__ __forceinline__ bool soften(const Params& p, const Fixed& fixed, const Segment& c, float (&s)[kPart],
                                        const TokenScales& t, int first_token, u32 (&packed)[kPart / 2]) {
@@ -217,7 +217,7 @@ __device__ __forceinline__ void attend(const Params& p, Fixed& fixed, const Segm
     u32 packed[kPart / 2];
     const u32 full = shared_address(fixed.full), ready = shared_address(fixed.ready + c.group);
     const u32 used = shared_address(fixed.used + c.group);
-    if (c.group >= c.tiles) {                                    // no tile: the other one has its reference alone
+    if (c.group >= c.tiles) {                                    // no tile: the other warpgroup alone sets the reference
         for (int row = c.lane; row < kRows; row += 32) fixed.exchange[c.group][c.warp][row] = negative_infinity();
         settle(fixed, c, true, total);
     }
@@ -259,7 +259,7 @@ __device__ __forceinline__ void attend(const Params& p, Fixed& fixed, const Segm
             }
             fence_async_proxy();
             sync_group(c.group);
-            // A score far above all before: once more, with a new reference. All four warps see the same flag.
+            // A score far above all before asks for a second try with a new reference. All four warps see the same flag.
             if (fresh || *reinterpret_cast<volatile u32*>(&fixed.flag[c.group][tries & 1]) != tries) break;
             fresh = true;
         }
@@ -290,7 +290,7 @@ template <int kGroup>
 __device__ __forceinline__ void gather_values(Fixed& fixed, const Segment& c, u32 (&done)[2], float (&o)[kMyBlocks][kPart]) {
     const u32 empty = shared_address(fixed.empty), ready = shared_address(fixed.ready), used = shared_address(fixed.used);
     const int column = 2 * (c.lane % 4);
-    u32 stamp = 0xffffffffu;                                     // of no tile: the first one sets what values are relative to
+    u32 stamp = 0xffffffffu;                                     // of no tile: the first tile sets the values' reference
     for (int row = c.warp * 32 + c.lane; row < kRows; row += 128) fixed.applied[kGroup][row] = negative_infinity();
     for (int j = 0; j < c.tiles; ++j) {
         const int from = j & 1;

@@ -1,5 +1,5 @@
-// The segments of a block's part, by a warpgroup of scores (role 0, 1) or of values (2, 3). All meet when a segment begins,
-// when its sums are there and when its result is stored.
+// A warpgroup of scores (role 0, 1) or of values (2, 3) walks the segments of its block's part. All warpgroups meet when a
+// segment begins, when its sums are there and when its result is stored.
 template <bool kScores, int kGroup>
 __device__ __forceinline__ void consume(const Params& p, Fixed& fixed, u32 q_smem, float* buffer, u32 ring, int role, int thread) {
     const int consumer = role * 128 + thread, warp = thread / 32, lane = thread % 32;
@@ -48,7 +48,7 @@ __device__ __forceinline__ void consume(const Params& p, Fixed& fixed, u32 q_sme
             fixed.merge = {seg.request, seg.before, splits - (goes_on ? 1 : 0), target};
     }
     if (!kScores) return;
-    sync_consumers();                                            // the query's memory is free, fixed.merge is written
+    sync_consumers();                                            // now the query's memory is free and fixed.merge is written
     if (fixed.merge.request >= 0) merge(p, fixed.merge, buffer, consumer);
 }
 
@@ -75,7 +75,7 @@ extern "C" __global__ void __launch_bounds__(kAllThreads + 128, 1) sketched_deco
         fence_async_proxy();
     }
     __syncthreads();
-    // As in latent_decode.cu: no more registers than the block starts with.
+    // No more registers than the block starts with, as in latent_decode.cu.
     static_assert(PRODUCER_REGISTERS + 2 * SCORE_REGISTERS + VALUES * VALUE_REGISTERS <= (VALUES == 1 ? 4 * 128 : 5 * 96), "registers");
     float* buffer = reinterpret_cast<float*>(raw);
     if (group == 0) {

@@ -1,6 +1,6 @@
 // ---- producer -----------------------------------------------------------------------------------------------------
 //
-// When what may be read: see gather.cuh.
+// gather.cuh says when the producer may read which rows.
 
 constexpr int kChunkTiles = 4;                                   // tiles whose slots are looked up together
 
@@ -115,11 +115,11 @@ __device__ __forceinline__ u32 load_query_group(const Params& p, u32 q_smem, int
 
 __device__ __forceinline__ void sync_all() { asm volatile("bar.sync 2, %0;" ::"n"(kAllThreads) : "memory"); }
 
-// By all but the producer: the segment's query in shared memory, in float16 (its rotary part in bfloat16 where the keys' is),
-// multiplied by a power of two that leaves none too large; returns that power's inverse.
+// Loads the segment's query into shared memory, in float16 (its rotary part in bfloat16 where the keys' is), multiplied by a
+// power of two that leaves no value too large; returns that power's inverse. All threads but the producer's call it.
 __device__ __forceinline__ float load_query(const Params& p, u32 q_smem, int request, u32* shared_largest, int consumer) {
     if (consumer == 0) *shared_largest = 0;
-    sync_all();                                                  // nobody reads the memory any more
+    sync_all();                                                  // no thread reads the memory any more
     u32 largest = 0;
 #pragma unroll 1
     for (int item = consumer; item < kRows * kGroups; item += kAllThreads)

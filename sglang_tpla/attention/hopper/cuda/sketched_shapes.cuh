@@ -1,6 +1,6 @@
 // Paged decode attention over sketched rows for Hopper (sm_90a). A row, see cache_rows/sketched.py, is
 //     [ shared int8 | own int8 | zeros to LATENT | rotary key | sketch of the other groups' columns | 4 scales ]
-// and takes part with all of it in the scores, with [shared | own] in the values:
+// whose fields all take part in the scores, and whose [shared | own] are also the values:
 //     p = softmax(scale * (q_latent . [own, sketch] + q_rope . k_rope)),  out = p [own]
 //
 // Tokens stand in the rows of both products, query rows (token, head) in their columns: a warpgroup multiplies 64 tokens by
@@ -12,8 +12,8 @@
 // scores are multiplied by in float32; probabilities are weighted by the larger of its two 8-bit scales.
 //
 // A block is a warpgroup that copies raw rows into a ring of tiles, two that compute scores and probabilities of alternate
-// tiles, and VALUES that add up values of all tiles, each for columns of its own: unpacking is bound by latency, so what
-// counts is how many warps do it. Plan, parts and merging are those of latent_decode.cu.
+// tiles, and VALUES that add up values of all tiles, each for columns of its own: unpacking is bound by latency, so more
+// warps make it faster. Plan, parts and merging are those of latent_decode.cu.
 //
 // Compiled with the macros of decode.py's SketchedVariant; wgmma_half and wgmma_bf16 come from wgmma.py.
 
@@ -37,8 +37,8 @@ constexpr int kStride = ROW_BYTES / 16 % 2 ? ROW_BYTES : ROW_BYTES + 16;
 constexpr int kStageBytes = kTile * kStride;
 constexpr int kBlocks = (LATENT + 63) / 64;                 // blocks of 64 value columns
 constexpr int kMyBlocks = (kBlocks + VALUES - 1) / VALUES;  // of which a warpgroup adds up these
-constexpr int kScaleColumn = kMyBlocks * 64;                // what the second one stores has a scale of its own
-constexpr int kConsumerThreads = 256;                       // that compute scores, and merge
+constexpr int kScaleColumn = kMyBlocks * 64;                // from here on the second warpgroup stores, with its own scale
+constexpr int kConsumerThreads = 256;                       // the threads that compute scores, and merge
 constexpr int kAllThreads = kConsumerThreads + VALUES * 128;
 constexpr bool kTwoScales = SHARED > 0 && OWN > 0;
 static_assert(LATENT % 16 == 0 && ROPE % 32 == 0 && ROW_BYTES % 16 == 0 && SKETCH % 8 == 0, "pieces of 16 bytes");

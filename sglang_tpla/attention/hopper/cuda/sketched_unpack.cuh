@@ -50,7 +50,7 @@ __device__ __forceinline__ void load_matrices4(u32 (&r)[8], int at, u32 address)
 __device__ __forceinline__ void load_matrices2(u32 (&r)[8], u32 address) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];" : "=r"(r[0]), "=r"(r[1]) : "r"(address) : "memory");
 }
-// The same turned: the lane gets bytes 2 (l / 4) and 2 (l / 4) + 1 of rows 2 (l % 4) and 2 (l % 4) + 1.
+// The same, transposed: the lane gets bytes 2 (l / 4) and 2 (l / 4) + 1 of rows 2 (l % 4) and 2 (l % 4) + 1.
 __device__ __forceinline__ void load_turned4(u32 (&r)[4], u32 address) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
@@ -97,8 +97,8 @@ __device__ __forceinline__ void levels_of(u32 x, const uint4& table, u32 (&pair)
     }
 }
 
-// What a warp's lanes need of their two tokens (rows lane / 4 and 8 further on) in the scores, two float16 or bfloat16 alike
-// in a register, and in the softmax.
+// Factors of a lane's two tokens (rows lane / 4 and 8 further on): for the scores as the same float16 or bfloat16 twice in a
+// register, and for the softmax.
 struct TokenScales {
     u32 shared[2], own[2], sketch[2], rope[2];   // relative to a power of two
     float power[2];                              // that power of two
@@ -191,7 +191,7 @@ __device__ __forceinline__ void unpack_group(int g, const u32 (&raw)[8], const T
         for (int i = 0; i < 2; ++i) {
             const int step = 2 * g + i;
             if (step >= kOwnSteps) break;
-            const bool shared = 16 * step + 4 * (lane % 4) < SHARED;        // known to the compiler but in one step
+            const bool shared = 16 * step + 4 * (lane % 4) < SHARED;        // a compile-time constant in all steps but one
             const u32 scale[2] = {shared ? t.shared[0] : t.own[0], shared ? t.shared[1] : t.own[1]};
             unpack_codes(raw[2 * i], raw[2 * i + 1], 16 * step + 16 <= SHARED ? t.shared : 16 * step >= SHARED ? t.own : scale,
                          a + 4 * i);

@@ -12,10 +12,9 @@ import torch
 
 from sglang_tpla.transfer import messages as frames
 from sglang_tpla.transfer import workers as agent
-from sglang_tpla.transfer.decode import landing
-from sglang_tpla.transfer.memory import copy as moving
+from sglang_tpla.transfer.decode import in_place
+from sglang_tpla.transfer.memory import copy, native
 from sglang_tpla.transfer.memory import iovec as runs
-from sglang_tpla.transfer.memory import native
 from sglang_tpla.transfer.network import data_channel as channel
 from sglang_tpla.transfer.network.data_channel import PREAMBLE, SIZES
 from sglang_tpla.transfer.room import RoomState
@@ -161,14 +160,14 @@ def test_every_way_is_right_to_the_last_bit(way: str, monkeypatch: pytest.Monkey
     monkeypatch.setattr(agent, "SPARE_CORES", 1 if "by workers" in way else 1 << 20)
     checked_aside = []
     monkeypatch.setattr(
-        landing, "check_pieces", lambda pieces: checked_aside.append(pieces) or moving.check_pieces(pieces)
+        in_place, "check_pieces", lambda pieces: checked_aside.append(pieces) or copy.check_pieces(pieces)
     )
     if way == "row by row":
         monkeypatch.setattr(runs, "MIN_RUN_BYTES", 1 << 20)
     prefill, decode = rig.prefill_rank(), rig.decode_rank(host="far")
     with contextlib.closing(prefill.agent), contextlib.closing(decode.agent):
         decode.agent.connect(*prefill.agent.address)
-        rig.wait(lambda: prefill.agent._doorway._channels, "the channel")
+        rig.wait(lambda: prefill.agent.router.listener._channels, "the channel")
         transfer(prefill, decode, 1)
         assert prefill.agent.stats().resent == 0
         assert bool(checked_aside) == ("by workers" in way)

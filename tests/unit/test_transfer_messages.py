@@ -1,4 +1,4 @@
-"""The wire format to the byte, and what is not it."""
+"""The wire format to the byte, and the refusal of other bytes."""
 
 from __future__ import annotations
 

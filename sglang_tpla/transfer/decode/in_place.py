@@ -1,8 +1,7 @@
-"""Inside the decode agent: a chunk that goes from the socket straight to its place in the pool.
+"""In-place receive: a chunk goes from the socket straight to its place in the pool.
 
-What staging is for, that nothing late is written, holds here piece by piece: each call writes at most `PIECE_BYTES`,
-while the room's `Writes` allow it, and what comes for a room that has ended goes to memory
-that nobody reads.
+Nothing late is written, as with staging: each call writes at most `PIECE_BYTES`, while the room's `WriteGate` allows
+it, and the bytes of a room that has ended go to memory that nobody reads.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from cryptography.hazmat.primitives.ciphers import AEADDecryptionContext
 
 from sglang_tpla.transfer import messages as frames
 from sglang_tpla.transfer.decode.state import Room, Source
-from sglang_tpla.transfer.memory.copy import Intake, check_pieces
+from sglang_tpla.transfer.memory.copy import UNCHECKED, SocketCopy, check_pieces
 from sglang_tpla.transfer.memory.iovec import Pieces
 from sglang_tpla.transfer.network.sealing import SealedIntake
 
@@ -21,8 +20,8 @@ PIECE_BYTES = 16 << 20
 _nowhere = memoryview(bytearray(1 << 20))
 
 
-class PoolLanding:
-    """A chunk whose bytes have their places in the pool.
+class InPlaceChunk:
+    """A chunk whose bytes go to their places in the pool. The I/O thread receives it; any thread takes its digest.
 
     Args:
         pieces: the places, in the payload's order.
@@ -35,16 +34,16 @@ class PoolLanding:
         self.room, self.source, self.chunk, self.aside = room, source, chunk, aside
         self.size_bytes = self.credit_bytes = pieces.size_bytes
         self._pieces = pieces
-        self._intake: Intake | SealedIntake = Intake(pieces, checked=not aside)
+        self._intake: SocketCopy | SealedIntake = SocketCopy(pieces, UNCHECKED if aside else b"")
         self._left_bytes = self.size_bytes
         self._whole = True
 
     def open_with(self, context: AEADDecryptionContext) -> None:
-        """What comes is sealed: it is opened in its places in the pool, and its tag is its check."""
+        """Open the sealed payload in its places in the pool; its tag is its check then."""
         self._intake, self.aside = SealedIntake(self._pieces, context), False
 
     def receive(self, stream: socket.socket) -> int:
-        """Take some of the payload from a socket that does not block: bytes, 0 at the end of the stream.
+        """Take some of the payload from a socket that does not block; return the bytes, 0 at the end of the stream.
 
         Raises:
             BlockingIOError: there is nothing now.
@@ -60,7 +59,7 @@ class PoolLanding:
         return size
 
     def digest(self) -> bytes | None:
-        """Checksum of what was written, OPENED of what came sealed; None if not all of it was written."""
+        """Return the checksum of the written payload, OPENED if it came sealed, None if not all of it was written."""
         if not self._whole or self._left_bytes:
             return None
         if isinstance(self._intake, SealedIntake):

@@ -1,4 +1,4 @@
-"""Copies, checksums, sends and reads of pieces: C and Python do the same, and what xxHash's own library says."""
+"""Copies, checksums, sends and reads of pieces: C and Python agree with each other and with xxHash's own library."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sglang_tpla.transfer.memory import copy as moving
-from sglang_tpla.transfer.memory import native
+from sglang_tpla.transfer.memory import copy, native
 from sglang_tpla.transfer.memory.iovec import Pieces, one_piece
 
 SIZES = st.lists(st.integers(1, 3000), min_size=1, max_size=12)
@@ -44,7 +43,7 @@ def content(payload: Pieces) -> bytes:
 
 def checksum_of(payload: Pieces) -> bytes:
     """As a copy takes it."""
-    return moving.copy_pieces(payload, one_piece(np.empty(payload.size_bytes, dtype=np.uint8)))
+    return copy.copy_pieces(payload, one_piece(np.empty(payload.size_bytes, dtype=np.uint8)))
 
 
 @WAYS
@@ -56,7 +55,7 @@ def test_checksums_are_xxh3(way: str, sizes: list[int]) -> None:
             patch.setattr(native, "library", lambda: None)
         payload = pieces(sizes, 1)
         assert checksum_of(payload) == xxhash.xxh3_64_digest(content(payload))
-        assert moving.check_pieces(payload) == xxhash.xxh3_64_digest(content(payload))
+        assert copy.check_pieces(payload) == xxhash.xxh3_64_digest(content(payload))
 
 
 @pytest.mark.parametrize("size", [*range(236, 330), 1023, 1024, 1025, 1087, 1088, 1089, 2048, 2049, 70_001])
@@ -82,7 +81,7 @@ def test_blocks_are_copied_and_checked_wherever_they_begin(sizes: list[int], off
     source, room = pieces(sizes, 8), np.zeros(sum(sizes) + 128, dtype=np.uint8)
     first = -room.ctypes.data % 64 + offset
     target = room[first : first + sum(sizes)]
-    assert moving.copy_pieces(source, one_piece(target)) == xxhash.xxh3_64_digest(content(source))
+    assert copy.copy_pieces(source, one_piece(target)) == xxhash.xxh3_64_digest(content(source))
     assert target.tobytes() == content(source)
     assert not room[:first].any() and not room[first + target.size :].any()
 
@@ -107,7 +106,7 @@ def test_copies_are_whole_and_checked(way: str, sizes: list[int], cuts: list[int
     with pytest.MonkeyPatch.context() as patch:
         if way == "Python":
             patch.setattr(native, "library", lambda: None)
-        assert moving.copy_pieces(source, target) == xxhash.xxh3_64_digest(content(source))
+        assert copy.copy_pieces(source, target) == xxhash.xxh3_64_digest(content(source))
     assert content(source) == content(target)
 
 
@@ -127,7 +126,7 @@ def _cut(sizes: list[int], total: int) -> list[int]:
 def test_what_is_sent_comes_with_its_checksum(library: None, known: bytes, sizes: list[int]) -> None:
     """Over TCP with small buffers, so that both ends stop in the middle often."""
     source, target = pieces(sizes, 4), pieces(sizes[::-1], 5)
-    outgoing, intake = moving.Outgoing(source, known), moving.Intake(target)
+    outgoing, intake = copy.SocketCopy(source, known), copy.SocketCopy(target)
     with socket.create_server(("127.0.0.1", 0)) as server:
         near = socket.create_connection(server.getsockname())
         far = server.accept()[0]
@@ -151,7 +150,7 @@ def test_the_end_of_a_stream_and_errors(library: None) -> None:
     near, far = socket.socketpair()
     with far:
         far.setblocking(False)
-        intake = moving.Intake(pieces([600], 1))
+        intake = copy.SocketCopy(pieces([600], 1))
         with near:
             with pytest.raises(BlockingIOError):
                 intake.receive(far, 100)
@@ -159,7 +158,7 @@ def test_the_end_of_a_stream_and_errors(library: None) -> None:
             assert intake.receive(far, 1 << 20) == 300
         assert intake.receive(far, 1 << 20) == 0
         with pytest.raises(BrokenPipeError):
-            moving.Outgoing(pieces([600], 1)).send(far)
+            copy.SocketCopy(pieces([600], 1)).send(far)
 
 
 def test_without_a_compiler_it_says_so_and_python_does_it(

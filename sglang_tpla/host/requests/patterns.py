@@ -1,0 +1,251 @@
+"""Patterns and grammars that would hold up a scheduler, and with it every other client.
+
+``stop_regex`` is searched by Python after each token, a grammar masks the vocabulary before each, and neither can be
+interrupted. A repetition of something that itself matches in several ways, ``(a+)+`` or ``([a-z]{1,20}){1,50}``, takes
+longer than anyone waits; so does a grammar of great length, depth or count. All is refused by its form: a pattern that
+would happen to be quick may be among it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator
+from re import _constants, _parser  # type: ignore[attr-defined]
+from typing import Any
+
+from sglang_tpla.host.requests.fields import RequestRefused, shown
+
+MAX_STOPS = 64  # strings or patterns; each is looked for after every token
+MAX_STOP_REGEX_CHARACTERS = 1024
+MAX_GRAMMAR_CHARACTERS = 65536
+MAX_GRAMMAR_DEPTH = 128
+MAX_COUNT = 100_000  # in {n}, minLength and their like
+MAX_EFFORT = 100  # of one repetition (`effort`)
+COUNTS = re.compile(r"\{\s*(\d+)\s*(?:,\s*(\d*)\s*)?\}")
+REPEATS = (_constants.MAX_REPEAT, _constants.MIN_REPEAT)
+UNBOUNDED = _constants.MAXREPEAT
+CATEGORIES = {"CATEGORY_DIGIT": r"\d", "CATEGORY_NOT_DIGIT": r"\D", "CATEGORY_SPACE": r"\s",
+              "CATEGORY_NOT_SPACE": r"\S", "CATEGORY_WORD": r"\w", "CATEGORY_NOT_WORD": r"\W"}  # fmt: skip
+JSON_COUNTS = ("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties")
+
+
+def check_stops(params: Any) -> None:
+    """``stop`` and ``stop_regex`` of a request's sampling parameters.
+
+    Raises:
+        RequestRefused: too many, too long, or a pattern that may backtrack without end.
+    """
+    for name in ("stop", "stop_regex"):
+        value = params.get(name)
+        if isinstance(value, list) and len(value) > MAX_STOPS:
+            raise RequestRefused(
+                f"sampling_params.{name} may hold {MAX_STOPS} entries at most; got {len(value)}"
+            )
+    value = params.get("stop_regex")
+    for pattern in value if isinstance(value, list) else [value]:
+        if isinstance(pattern, str):
+            check_pattern("stop_regex", pattern, MAX_STOP_REGEX_CHARACTERS, backtracks=True)
+
+
+def check_grammar(params: Any) -> None:
+    """The grammar of a request's sampling parameters.
+
+    Raises:
+        RequestRefused: too long, too deep, or with repetitions that take too long to follow.
+    """
+    for name in ("regex", "ebnf", "json_schema", "structural_tag"):
+        value = params.get(name)
+        if not isinstance(value, str):
+            continue
+        if len(value) > MAX_GRAMMAR_CHARACTERS:
+            raise RequestRefused(
+                f"sampling_params.{name} may have {MAX_GRAMMAR_CHARACTERS} characters at most; got {len(value)}"
+            )
+        if "\0" in value:
+            raise nul(name)
+        if name == "regex":
+            check_pattern(name, value, MAX_GRAMMAR_CHARACTERS)
+        elif name == "ebnf":
+            check_counts(name, value)
+        else:
+            check_schema(name, value)
+
+
+def nul(name: str) -> RequestRefused:
+    """The refusal of a zero character, over which xgrammar ends the process."""
+    return RequestRefused(f"sampling_params.{name} may not hold the character \\u0000")
+
+
+def check_schema(name: str, text: str) -> None:
+    """A JSON schema, or an object with several.
+
+    Raises:
+        RequestRefused: too deep, or with a count or a pattern that is refused.
+    """
+    try:
+        parsed = json.loads(text)
+    except ValueError:
+        return  # the grammar's compiler says what is wrong with it
+    except RecursionError:
+        parsed = None
+    for depth, key, value in _entries(parsed):
+        if depth > MAX_GRAMMAR_DEPTH or parsed is None:
+            raise RequestRefused(f"sampling_params.{name} may be nested {MAX_GRAMMAR_DEPTH} deep at most")
+        if "\0" in key or (isinstance(value, str) and "\0" in value):
+            raise nul(name)
+        if key in JSON_COUNTS and isinstance(value, (int, float)) and value > MAX_COUNT:
+            raise RequestRefused(
+                f"sampling_params.{name}: {key} may be {MAX_COUNT} at most; got {shown(value)}"
+            )
+        if key == "pattern" and isinstance(value, str):
+            check_pattern(name, value, MAX_GRAMMAR_CHARACTERS)
+
+
+def _entries(root: Any) -> Iterator[tuple[int, str, Any]]:
+    """Every value of a JSON document, with its depth and its key; without recursion."""
+    stack: list[tuple[int, str, Any]] = [(0, "", root)]
+    while stack:
+        depth, key, value = stack.pop()
+        yield depth, key, value
+        if isinstance(value, dict):
+            stack += [(depth + 1, name, one) for name, one in value.items()]
+        elif isinstance(value, list):
+            stack += [(depth + 1, "", one) for one in value]
+
+
+def check_counts(name: str, text: str) -> None:
+    """The counts of repetitions that are written out.
+
+    Raises:
+        RequestRefused: a large one.
+    """
+    for first, last in COUNTS.findall(text):
+        for count in (first, last):
+            if len(count) > 6 or int(count or 0) > MAX_COUNT:
+                raise RequestRefused(
+                    f"sampling_params.{name}: a repetition may count to {MAX_COUNT} at most; got {shown(count)}"
+                )
+
+
+def check_pattern(name: str, pattern: str, most: int, backtracks: bool = False) -> None:
+    """A regular expression.
+
+    Raises:
+        RequestRefused: too long, with a large count, or with a repetition that matches one text in too many ways.
+    """
+    if len(pattern) > most:
+        raise RequestRefused(f"sampling_params.{name} may have {most} characters at most; got {len(pattern)}")
+    check_counts(name, pattern)
+    try:
+        found = effort(_parser.parse(pattern), backtracks)
+    except (re.error, OverflowError):
+        return  # of another dialect, or wrong: whoever compiles it says so
+    except RecursionError:
+        found = math.inf
+    if found > MAX_EFFORT:
+        raise RequestRefused(
+            f"sampling_params.{name}: {shown(pattern)} repeats what may itself match in several ways, such as (a+)+ or "
+            "([a-z]{1,20}){1,50}, which could hold up the server; begin or end what is repeated with a character that "
+            "the rest of it does not match"
+        )
+
+
+def effort(items: Any, backtracks: bool) -> float:
+    """What the repetitions of a parsed pattern may cost, at most.
+
+    Args:
+        backtracks: for Python's ``re``, which tries w ways of a body n times over: w to the power of n. A grammar
+            follows all ways at once, w times n, and bodies and repetitions without bound cost it nothing.
+
+    >>> effort(_parser.parse(r"[a-z]+@[a-z]{2,20}"), True), effort(_parser.parse("(a+)+"), True)
+    (1.0, inf)
+    """
+    found = 1.0
+    for op, value in items:
+        if op in REPEATS:
+            _, most, body = value
+            inside = 1.0 if delimited(body) else choices(body, backtracks)
+            if inside > 1 and most > 1 and (backtracks or most is not UNBOUNDED):
+                cost = inside * most if not backtracks else 2.0 ** min(math.log2(inside) * most, 1000)
+                found = max(found, math.inf if most is UNBOUNDED else cost)
+        found = max([found, *(effort(part, backtracks) for part in parts(op, value))])
+    return found
+
+
+def choices(items: Any, backtracks: bool) -> float:
+    """In how many lengths or forms the body of a repetition can match."""
+    found = 1.0
+    for op, value in items:
+        if op in REPEATS and (backtracks or value[1] is not UNBOUNDED):
+            found *= math.inf if value[1] is UNBOUNDED else value[1] - value[0] + 1
+        elif op is _constants.BRANCH and backtracks:
+            found *= 1 if told_apart(value[1]) else len(value[1])
+        for part in parts(op, value):
+            found *= choices(part, backtracks)
+    return found
+
+
+def told_apart(branches: Any) -> bool:
+    """Whether the first character says which alternative it is: all begin with another one, but for one with a set."""
+    first = [branch[0] if len(branch) else (_constants.ANY, None) for branch in branches]
+    plain: set[int] = {value for op, value in first if op is _constants.LITERAL}  # type: ignore[misc]
+    others = [item for item in first if item[0] is not _constants.LITERAL]
+    distinct = len(plain) + len(others) == len(first) and len(others) <= 1
+    return (
+        distinct
+        and all(op in (_constants.IN, _constants.NOT_LITERAL) for op, _ in others)
+        and not any(takes(others, character) for character in plain)
+    )
+
+
+def delimited(items: Any) -> bool:
+    """Whether a body begins or ends with a character that nothing else in it matches: then one text fits one way."""
+    while len(items) == 1 and items[0][0] is _constants.SUBPATTERN:
+        items = items[0][1][3]
+    ends = [(items[0], items[1:]), (items[-1], items[:-1])] if len(items) else []
+    return any(op is _constants.LITERAL and not takes(rest, value) for (op, value), rest in ends)
+
+
+def takes(items: Any, character: int) -> bool:
+    """Whether some item of a parsed pattern may match a character, in either case: a flag may ignore that."""
+    spellings = {character, *map(ord, chr(character).lower() + chr(character).upper())}
+    for op, value in items:
+        if op is _constants.ANY or (op is _constants.LITERAL and value in spellings):
+            return True
+        if op is _constants.NOT_LITERAL and spellings != {value}:
+            return True
+        if op is _constants.IN:
+            negated = value[0][0] is _constants.NEGATE
+            if any(any(_holds(kind, one, c) for kind, one in value) != negated for c in spellings):
+                return True
+        if op is _constants.GROUPREF or any(takes(part, character) for part in parts(op, value)):
+            return True
+    return False
+
+
+def _holds(op: Any, value: Any, character: int) -> bool:
+    """Whether one entry of a set matches a character."""
+    if op is _constants.RANGE:
+        return bool(value[0] <= character <= value[1])
+    if op is _constants.CATEGORY:
+        return re.fullmatch(CATEGORIES[str(value)], chr(character)) is not None
+    return bool(op is _constants.LITERAL and value == character)
+
+
+def parts(op: Any, value: Any) -> list[Any]:
+    """The patterns inside an item of a parsed pattern."""
+    if op is _constants.BRANCH:
+        return list(value[1])
+    if op is _constants.SUBPATTERN:
+        return [value[3]]
+    if op is _constants.ATOMIC_GROUP:
+        return [value]
+    if op in (*REPEATS, _constants.POSSESSIVE_REPEAT):
+        return [value[2]]
+    if op in (_constants.ASSERT, _constants.ASSERT_NOT):
+        return [value[1]]
+    if op is _constants.GROUPREF_EXISTS:
+        return [part for part in value[1:] if part is not None]
+    return []

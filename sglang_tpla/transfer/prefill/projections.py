@@ -1,0 +1,78 @@
+"""Inside the prefill agent: the projections that decode ranks have registered, layer by layer.
+
+Everything runs under the agent's lock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import numpy as np
+import torch
+
+from sglang_tpla.transfer import messages as frames
+from sglang_tpla.transfer.memory.pool import CachePool
+from sglang_tpla.transfer.memory.projection import IDENTITY_HASH, projection_digest, stack_layers
+from sglang_tpla.transfer.prefill.state import Peer, SenderProjection, Upload
+
+MAX_PROJECTIONS = 64
+
+
+class Projections:
+    """By content hash, cut to the layers of this rank's pool."""
+
+    def __init__(self, pool: CachePool) -> None:
+        self._table = {IDENTITY_HASH: SenderProjection(None)}
+        self._layers = range(pool.first_layer, pool.first_layer + len(pool.layers))
+        self._device = pool.device
+
+    def begin(self, peer: Peer) -> None:
+        """Give a rank its projection, or await its layers."""
+        layout = peer.hello.layout
+        peer.projection = self._table.get(peer.hello.projection or IDENTITY_HASH)
+        if peer.projection is None:
+            peer.upload = Upload(projection_digest(layout.first_layer, layout.latent_dim, peer.announced))
+
+    def awaits(self, peer: Peer, message: frames.ProjectionLayer) -> bool:
+        """True if a layer is the next one of a rank."""
+        upload = peer.upload
+        return upload is not None and (message.projection, message.index) == (
+            peer.hello.projection,
+            upload.next_index,
+        )
+
+    def take(
+        self, peer: Peer, message: frames.ProjectionLayer, data: memoryview, peers: Collection[Peer]
+    ) -> str:
+        """Take the layer that a rank was to send next; the last one registers its projection.
+
+        Args:
+            peers: all that are registered; projections of no others are kept.
+
+        Returns:
+            What is wrong; empty if nothing is.
+        """
+        upload, layout = peer.upload, peer.hello.layout
+        assert upload is not None
+        width = peer.announced.layers[message.index].columns
+        if data.nbytes != layout.latent_dim * width * 4 or frames.checksum(data) != message.checksum:
+            return f"projection layer {message.index} came damaged or cut; connect again"
+        upload.digest.update(data)
+        upload.next_index += 1
+        if layout.first_layer + message.index in self._layers:
+            values = np.frombuffer(data, dtype="<f4").astype(np.float32).reshape(layout.latent_dim, width)
+            upload.kept.append(torch.from_numpy(values).to(self._device))
+        if upload.next_index < len(layout.widths):
+            return ""
+        peer.upload = None
+        key = peer.hello.projection
+        if upload.digest.hexdigest() != key:
+            return f"the projection does not have the hash {key[:12]} it was announced with"
+        if key not in self._table:
+            used = {other.hello.projection for other in peers} | {IDENTITY_HASH}
+            self._table = {other: kept for other, kept in self._table.items() if other in used}
+            if len(self._table) > MAX_PROJECTIONS:
+                return f"this rank keeps at most {MAX_PROJECTIONS} projections; close unused decode servers"
+            self._table[key] = SenderProjection(stack_layers(upload.kept, peer.row_format.layers))
+        peer.projection = self._table[key]
+        return ""

@@ -1,0 +1,91 @@
+"""Which lanes a room's chunks take: every byte once to each host, where its ranks share memory."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+
+from sglang_tpla.cache_rows.parts import Part
+from sglang_tpla.cache_rows.row_format import RowFormat
+from sglang_tpla.transfer.memory.projection import IDENTITY_HASH
+from sglang_tpla.transfer.prefill.state import ChunkPlan, Lane, Room, RoomRequest, Route, SenderProjection
+
+
+def form_lanes(
+    room: Room,
+    make_plan: Callable[[SenderProjection, Part, int, RowFormat, tuple[int, int]], ChunkPlan],
+    agent: str,
+    host: str,
+    chunk_bytes: int,
+) -> list[Lane]:
+    """Lanes for all ranks of a room that get data.
+
+    Args:
+        make_plan: an existing or new plan of the room for a projection, part, chunk size, row format and share.
+        agent: this prefill agent, whose shared segment ranks may have mapped.
+        host: identity of this host.
+        chunk_bytes: this agent's largest chunk.
+    """
+    requests = [request for request in room.requests.values() if request.destination is not None]
+    if not requests:
+        return []
+    limit = min(chunk_bytes, *(request.peer.hello.max_chunk_bytes for request in requests))
+    by_host: dict[tuple[object, ...], list[RoomRequest]] = defaultdict(list)
+    for request in requests:
+        hello = request.peer.hello
+        if hello.host == host and agent in request.peer.mapped:
+            together: object = Route.LOCAL
+        elif _read_each_other(request, requests):
+            together = Route.RELAY
+        else:
+            together = hello.agent
+        # ranks whose requests share the sending differently, or whose rows do not look alike, cannot share chunks
+        key = (hello.host, together, _share(request), request.peer.row_format.of_any_group)
+        by_host[key].append(request)
+    lanes = []
+    for place, members in by_host.items():
+        for part, takers in _parts(members):
+            projection = takers[0].peer.projection
+            assert projection is not None
+            shared = Route.RELAY if len(takers) > 1 else Route.DIRECT
+            route = Route.LOCAL if place[1] is Route.LOCAL else shared
+            rows = takers[0].peer.row_format
+            kind = rows.of_any_group if part is Part.COMMON else rows
+            plan = make_plan(projection, part, limit, kind, _share(takers[0]))
+            destinations = [taker.destination for taker in takers if taker.destination is not None]
+            lane = Lane(room, plan, destinations, route)
+            for destination in destinations:
+                destination.lanes.append(lane)
+            lanes.append(lane)
+    return lanes
+
+
+def _share(request: RoomRequest) -> tuple[int, int]:
+    """Which of the prefill ranks with the same layers this one is, and of how many."""
+    return request.message.share_index, request.message.share_count
+
+
+def _read_each_other(request: RoomRequest, requests: list[RoomRequest]) -> bool:
+    """True if the colocated ranks of a request's host can all read each other's shared segments."""
+    group = [other.peer for other in requests if other.peer.hello.host == request.peer.hello.host]
+    return len(group) > 1 and all(
+        peer is other or other.hello.agent in peer.mapped for peer in group for other in group
+    )
+
+
+def _parts(members: list[RoomRequest]) -> list[tuple[Part, list[RoomRequest]]]:
+    """Who takes which part: one whole row if all want the same, else the common part once and each group's own."""
+    by_projection: dict[str, list[RoomRequest]] = defaultdict(list)
+    for request in members:
+        by_projection[request.peer.hello.projection or IDENTITY_HASH].append(request)
+    by_common: dict[str, list[list[RoomRequest]]] = defaultdict(list)
+    for key, group in by_projection.items():
+        by_common[group[0].peer.hello.common or key].append(group)
+    parts = []
+    for groups in by_common.values():
+        if len(groups) == 1:
+            parts.append((Part.FULL, groups[0]))
+            continue
+        parts.append((Part.COMMON, [request for group in groups for request in group]))
+        parts += [(Part.OWN, group) for group in groups]
+    return parts

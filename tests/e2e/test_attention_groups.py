@@ -1,0 +1,69 @@
+"""Data-parallel attention on a decode server: TPLA within each attention group, real servers on a CPU.
+
+Four ranks in two attention groups of two; each group keeps both latent slices of its own requests and no other's.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sglang_tpla.artifact.artifact import Artifact
+from sglang_tpla.host import compat
+from tests.e2e.prompts import short_prompts
+from tests.e2e.servers import Pair, Server, launcher, router, wait_idle
+from tests.e2e.test_tpla_parity import assert_answers_follow_the_formula
+from tests.ports import free_ports
+
+pytestmark = pytest.mark.skipif(
+    not compat.cpu_has_attention_groups(),
+    reason="attention groups need a GPU beside this SGLang release; test_compat holds the refusal",
+)
+TOKENS = 12
+
+
+@pytest.fixture(scope="module")
+def decode(nano_mla: str, nano_artifact: str, logs: Path) -> Iterator[Server]:
+    """T = 4, two attention groups, g = 2: each rank keeps a slice of its attention group's requests."""
+    server = launcher(
+        "decode", nano_mla, free_ports(1)[0], logs / "decode-attention-groups.log", "--tp", "4", "--dp-size", "2",
+        "--enable-dp-attention", "--tpla-groups", "2", "--tpla-artifact", nano_artifact,
+    )  # fmt: skip
+    with contextlib.ExitStack() as stack:
+        stack.callback(server.stop)
+        yield server.start().wait()
+
+
+def test_answers_follow_the_formula_in_both_attention_groups(
+    trio: Any, decode: Server, nano_mla: str, nano_artifact: str
+) -> None:
+    """Rooms with even and odd numbers go to one group and the other."""
+    states = decode.get("/server_info")["internal_states"]
+    assert [(state["tpla"]["groups"], state["tpla"]["head_shards"]) for state in states] == [(2, 1), (2, 1)]
+    pair = Pair(trio.prefill, trio.bootstrap, decode, next_room=130_000)
+    assert_answers_follow_the_formula(
+        pair, Artifact.load(nano_artifact), nano_mla, prompts=4, new_tokens=TOKENS
+    )
+    served = [line for line in decode.log.read_text(errors="replace").splitlines() if " transfer {" in line]
+    for rank in ("DP0 TP0", "DP0 TP1", "DP1 TP2", "DP1 TP3"):
+        rooms = [line for line in served if rank in line]
+        assert len(rooms) == 2 and all('"success"' in line for line in rooms), served
+
+
+def test_the_router_finds_the_group_of_each_request(trio: Any, decode: Server, logs: Path) -> None:
+    """Requests at once, through the router, answer as they do through the trio's decode server of one group."""
+    front = router(
+        free_ports(1)[0], logs / "router-attention-groups.log", trio.prefill.url, trio.bootstrap, decode.url
+    )
+    prompts = short_prompts(4, seed=9)
+    with contextlib.ExitStack() as stack, concurrent.futures.ThreadPoolExecutor(4) as pool:
+        stack.callback(front.stop)
+        front.start().wait("/readiness")
+        answers = list(pool.map(lambda prompt: front.generate(prompt, 6)["text"], prompts))
+    assert answers == [trio.router.generate(prompt, 6)["text"] for prompt in prompts]
+    wait_idle(trio.prefill)

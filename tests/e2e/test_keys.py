@@ -1,0 +1,96 @@
+"""Servers with keys, on an address of this machine that is not loopback: as in a deployment on several machines."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+
+from sglang_tpla.transfer import keys
+from tests.e2e.servers import Server, launcher, request_body, router, wait_idle
+from tests.ports import free_ports
+
+TOKENS = 8
+PROMPT = "def fibonacci(n):\n"
+
+
+def own_address() -> str:
+    """An IPv4 address of this machine that is not loopback; loopback, where it has no other."""
+    found = [
+        address.address
+        for addresses in psutil.net_if_addrs().values()
+        for address in addresses
+        if address.family == socket.AF_INET and not address.address.startswith("127.")
+    ]
+    return found[0] if found else "127.0.0.1"
+
+
+@dataclass
+class Deployment:
+    """A prefill server that may use no shared memory, a decode server that has its keys, and one that has others."""
+
+    prefill: Server
+    decode: Server
+    stranger: Server
+    router: Server
+    address: str
+    bootstrap: int
+
+
+@pytest.fixture(scope="module")
+def keyed(nano_mla: str, logs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
+    address, ports = own_address(), free_ports(5)
+    folders = [tmp_path_factory.mktemp("keys") for _ in range(2)]
+    for folder in folders:
+        keys.main([str(folder)])
+    prefill = launcher("prefill", nano_mla, ports[0], logs / "keyed-prefill.log", "--disaggregation-bootstrap-port",
+                       str(ports[1]), "--tpla-keys", str(folders[0]), host=address)  # fmt: skip
+    prefill.largest_file_bytes = 128 << 20  # less than an arena: all rows go through the data channel
+    decode, stranger = (
+        launcher("decode", nano_mla, port, logs / f"{name}.log", "--tpla-keys", str(folder))
+        for name, port, folder in zip(("keyed-decode", "stranger"), ports[2:4], folders, strict=True)
+    )
+    servers = [prefill, decode, stranger]
+    with contextlib.ExitStack() as stack:
+        for server in servers:
+            stack.callback(server.stop)
+            server.start()
+        for server in servers:
+            server.wait()
+        front = router(ports[4], logs / "keyed-router.log", prefill.url, ports[1], decode.url)
+        stack.callback(front.stop)
+        front.start().wait("/readiness")
+        yield Deployment(prefill, decode, stranger, front, address, ports[1])
+
+
+@pytest.mark.slow
+def test_answers_come_through_sealed_channels(keyed: Deployment, reference: Server) -> None:
+    answer = keyed.router.generate(PROMPT, TOKENS)
+    assert answer["output_ids"] == reference.generate(PROMPT, TOKENS)["output_ids"]
+    for server in (keyed.prefill, keyed.decode):
+        (agent,) = server.get("/server_info")["internal_states"][0]["tpla_transfer"]
+        assert agent["data_channels"] == agent["sealed_channels"] == 1
+        assert agent["wire_bytes"] > 0 and agent["shared_memory_bytes"] == 0
+
+
+@pytest.mark.slow
+def test_a_decode_server_with_other_keys_is_refused(keyed: Deployment) -> None:
+    """Its request ends with a reason, on both sides; the others go on."""
+    body = request_body(PROMPT, TOKENS)
+    body |= {"bootstrap_host": keyed.address, "bootstrap_port": keyed.bootstrap, "bootstrap_room": 77}
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        prefill, decode = pool.map(
+            lambda server: server.post("/generate", body), (keyed.prefill, keyed.stranger)
+        )
+    assert decode.status_code >= 500 and "key" in decode.text, decode.text
+    assert "no decode rank has asked for this room" in prefill.text, prefill.text
+    (agent,) = keyed.prefill.get("/server_info")["internal_states"][0]["tpla_transfer"]
+    assert agent["refused"] >= 1 and agent["peers"] == 1
+    assert keyed.router.generate(PROMPT, TOKENS)["output_ids"]
+    wait_idle(keyed.prefill, keyed.decode, keyed.stranger)

@@ -1,0 +1,54 @@
+"""Pages name what exists: links and their anchors, this package's flags, its modules; and no result lies about that no
+page names.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from sglang_tpla.config import Settings
+
+ROOT = Path(__file__).resolve().parents[2]
+HIDDEN = {".git", ".pytest_cache", "node_modules", "out"}
+PAGES = sorted(path for path in ROOT.rglob("*.md") if not HIDDEN & set(path.relative_to(ROOT).parts))
+LAUNCHER = {"tpla-" + entry.name.replace("_", "-") for entry in fields(Settings)}
+EVALUATE = {"tpla-url"}
+
+
+def anchors(page: Path) -> set[str]:
+    """Of a page's headings, as hosts of Markdown make them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.S)
+    for target in re.findall(r"\]\(\s*([^)\s]+)\)", text):
+        if target.startswith("http"):
+            continue
+        path, _, anchor = target.partition("#")
+        found = (page.parent / path).resolve() if path else page
+        assert found.exists(), f"{target} leads nowhere"
+        assert not anchor or anchor in anchors(found), f"{found.name} has no heading {anchor}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_flags_and_modules_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    flags = set(re.findall(r"--(tpla-[a-z-]+[a-z])\b(?!\*)", text))
+    assert flags <= LAUNCHER | EVALUATE
+    for module in re.findall(r"python -m (sglang_tpla[\w.]*\w)", text):
+        path = ROOT / module.replace(".", "/")
+        assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file(), module
+
+
+def test_every_result_is_named_by_a_page_or_a_module() -> None:
+    naming = [*PAGES, *(ROOT / "sglang_tpla").rglob("*.py")]
+    text = "\n".join(path.read_text(encoding="utf-8") for path in naming)
+    results = [path.name for path in (ROOT / "benchmarks" / "results").rglob("*.json")]
+    assert results and [name for name in results if name not in text] == []

@@ -1,0 +1,159 @@
+"""Rooms and lanes of the prefill side alone: no threads, no sockets, and the time is what the test says."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import torch
+
+from sglang_tpla.config import Settings
+from sglang_tpla.transfer import messages as frames
+from sglang_tpla.transfer.memory.iovec import Slots
+from sglang_tpla.transfer.memory.pool import CachePool
+from sglang_tpla.transfer.memory.staging import Staging
+from sglang_tpla.transfer.prefill.ended_rooms import EndedRooms
+from sglang_tpla.transfer.prefill.lanes import Lanes
+from sglang_tpla.transfer.prefill.rooms import Rooms
+from sglang_tpla.transfer.prefill.state import Outgoing, Peer, Room, Segment, SenderProjection
+from sglang_tpla.transfer.room import RoomState
+
+LAYERS, WIDTH, ROPE, PAGE, CHUNK_BYTES = 2, 4, 2, 4, 4 * 6 * 4
+SETTINGS = Settings(role="prefill", transfer_timeout_s=20.0)
+
+
+class Rank:
+    """The state of a prefill agent, and decode ranks of one other host, which read each other's memory."""
+
+    def __init__(self, *names: str) -> None:
+        pool = CachePool([torch.zeros(8 * PAGE, WIDTH + ROPE) for _ in range(LAYERS)], WIDTH, ROPE, PAGE)
+        self.out, self.peers, self.counts = Outgoing(), dict[bytes, Peer](), Counter[str]()
+        self.ended: list[Room] = []
+        layout = frames.CacheLayout(
+            first_layer=0, latent_dim=WIDTH, rope_dim=ROPE, dtype="float32", page_size=PAGE, widths=pool.widths,
+            shared=pool.row_format.shared, metadata_bytes=(),
+        )  # fmt: skip
+        for name in names:
+            hello = frames.Hello(
+                versions=frames.PROTOCOL_VERSIONS, agent=name, model_hash="m", rank=0, size=len(names), host="far",
+                max_chunk_bytes=CHUNK_BYTES, layout=layout, projection="", common="", arena=None,
+            )  # fmt: skip
+            peer = Peer(name.encode(), hello, 0.0, pool.row_format, pool.row_format)
+            peer.projection, peer.maps_answered, peer.mapped = PLAIN, 0, frozenset(names)
+            self.peers[peer.identity] = peer
+        self.lanes = Lanes(
+            pool, Staging(np.zeros(8 * CHUNK_BYTES, dtype=np.uint8), CHUNK_BYTES), self.peers, self.out, self.counts,
+            agent="prefill", host="here", chunk_bytes=CHUNK_BYTES, makers=1, has_channel=lambda _: True,
+            wake=lambda: None,
+        )  # fmt: skip
+        self.rooms = Rooms(
+            SETTINGS, self.lanes, self.peers, self.out, self.counts, drop=lambda *_: None, wake=lambda: None,
+            ended=self.ended.append,
+        )  # fmt: skip
+
+    def hear(self, name: str, message: Any, now: float = 0.0) -> None:
+        """A decode rank says something."""
+        self.rooms.message(self.peers[name.encode()], message, now)
+
+    def said(self, name: str) -> list[Any]:
+        """What was said since, to a decode rank or to none."""
+        return [message for identity, message, _ in self.out.take() if identity == name.encode()]
+
+    def send_all(self, room_id: int, now: float = 0.0) -> None:
+        """One page of rows, the last."""
+        segment = Segment(0, Slots(np.arange(PAGE)), (), in_place=False)
+        self.rooms.send(self.rooms.table[room_id], segment, True, b"row", now)
+
+    def chunks(self) -> list[tuple[int, list[str]]]:
+        """All that can go now: sequence, and the ranks that each chunk travels to."""
+        found = []
+        while (job := self.lanes.next_job()) is not None:
+            job.plan.digests[job.sequence] = bytes(8)
+            job.slot.pending -= 1
+            found += [
+                (job.sequence, [taker.peer.hello.agent for taker in takers]) for _, takers in job.deliveries
+            ]
+        return found
+
+
+PLAIN = SenderProjection(None)
+
+
+def request(ranks: int) -> frames.Request:
+    """For room 1, which so many decode ranks ask for."""
+    return frames.Request(1, 5, ranks, 0, PAGE, False, 0, 1)
+
+
+def test_a_room_from_its_request_to_its_end() -> None:
+    rank = Rank("a")
+    rank.hear("a", request(1), 1.0)
+    rank.rooms.open(1, PAGE, 2.0)
+    room = rank.rooms.table[1]
+    assert room.state is RoomState.WAITING and rank.said("a") == []
+    rank.send_all(1, 3.0)
+    want, finish = rank.said("a")
+    assert (want.total_bytes, finish.chunks, room.first_send) == (2 * CHUNK_BYTES, 2, 3.0)
+    assert rank.chunks() == []  # no credit yet
+    rank.hear("a", frames.Credit(1, 5, CHUNK_BYTES), 4.0)
+    assert rank.chunks() == [(0, ["a"])]
+    rank.hear("a", frames.Credit(1, 5, 2 * CHUNK_BYTES), 5.0)
+    assert rank.chunks() == [(1, ["a"])] and room.progress == 3.0
+    rank.hear("a", frames.Ack(1, 5, 0, 0), 6.0)
+    assert room.progress == 6.0 and not room.state.ended
+    rank.hear("a", frames.Done(1, 5), 7.0)
+    assert room.state is RoomState.SUCCESS and room.ended == 7.0 and rank.ended == [room]
+    assert not rank.lanes.ready and not rank.peers[b"a"].slots_held
+
+
+def test_the_time_is_what_the_caller_says() -> None:
+    rank = Rank("a")
+    rank.hear("a", request(2), 1.0)
+    rank.rooms.open(1, PAGE, 2.0)
+    rank.rooms.expire(22.0)
+    assert not rank.rooms.table[1].state.ended
+    rank.rooms.expire(22.1)
+    assert rank.rooms.table[1].reason == (
+        "no progress for 20 s in BOOTSTRAPPING; 1 of 2 decode ranks had asked"
+    )
+    assert [type(message) for message in rank.said("a")] == [frames.Abort]
+
+
+def test_a_chunk_is_repeated_when_the_first_rank_of_its_host_is_done_and_gone() -> None:
+    """Lanes go by their first rank; one that has all must not hold up the others when it leaves."""
+    rank = Rank("a", "b")
+    rank.rooms.open(1, PAGE, 0.0)
+    for name in ("a", "b"):
+        rank.hear(name, request(2))
+        rank.hear(name, frames.Credit(1, 5, 10 * CHUNK_BYTES))
+    rank.send_all(1)
+    assert rank.chunks() == [(0, ["a"]), (1, ["b"])]
+    rank.hear("a", frames.Stored(1, 5, 0, 0, 64))
+    rank.hear("b", frames.Stored(1, 5, 0, 1, 128))
+    rank.out.take()
+    rank.hear("a", frames.Done(1, 5))
+    gone = rank.peers.pop(b"a")
+    rank.rooms.lost(gone, "closed", 1.0)
+    assert not rank.rooms.table[1].state.ended
+    rank.hear("b", frames.Nack(1, 5, 0, 0))  # it could not read there any more
+    assert rank.chunks() == [(0, ["b"])]
+    rank.hear("b", frames.Done(1, 5))
+    assert rank.rooms.table[1].state is RoomState.SUCCESS
+
+
+def test_an_abort_that_comes_before_its_room_counts_once_and_not_for_ever() -> None:
+    ended = EndedRooms()
+    ended.abort_early(1, "a", 5, "changed its mind", now=10.0)
+    ended.abort_early(2, "a", 6, "changed its mind", now=11.0)
+    ended.expire(30.5, 20.0)
+    assert ended.take_early_aborts(1) == {}
+    assert ended.take_early_aborts(2) == {"a": (6, "changed its mind")}
+    assert ended.take_early_aborts(2) == {}
+
+
+def test_each_agent_is_told_once_why_a_room_failed_that_it_had_not_spoken_of() -> None:
+    ended = EndedRooms()
+    ended.fail_unbound(1, {"a"}, "too long", now=0.0)
+    assert ended.failed_unbound(1, "a") is None
+    assert ended.failed_unbound(1, "b") == "too long"
+    assert ended.failed_unbound(1, "b") is None

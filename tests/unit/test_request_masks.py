@@ -1,0 +1,43 @@
+"""Rows of logits in which every token is forbidden: one that sampling can take, and the grammar has the last word."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from sglang_tpla.host.requests.masks import apply_grammar, leave_one
+
+NEVER = float("-inf")
+
+
+def allow(*rows: list[int]) -> Any:
+    """A grammar's mask: the tokens that each row allows, of four."""
+    forbidden = torch.tensor([[token not in row for token in range(4)] for row in rows])
+    return lambda self, logits: logits.masked_fill_(forbidden, NEVER)
+
+
+def test_a_grammar_without_a_way_on() -> None:
+    logits = torch.tensor([[1.0, 2, 3, 4], [1.0, 2, 3, 4]])
+    apply_grammar(allow([0, 1, 2], []), None, logits)
+    assert logits[0].tolist() == [1, 2, 3, NEVER], "others are as they would be"
+    torch.multinomial(logits.softmax(-1), 1)  # which ends the server over a row of no numbers
+
+
+def test_a_grammar_that_demands_the_end_goes_before_a_shortest_length() -> None:
+    logits = torch.tensor([[1.0, 2, 3, NEVER]])  # min_new_tokens holds back token 3
+    apply_grammar(allow([3]), None, logits)
+    assert logits.softmax(-1).tolist() == [[0, 0, 0, 1]]
+
+
+@pytest.mark.parametrize("penalized", [True, False])
+def test_a_shortest_length_that_holds_back_every_token(penalized: bool) -> None:
+    info = SimpleNamespace(
+        acc_additive_penalties=None, penalizer_orchestrator=SimpleNamespace(is_required=penalized)
+    )
+    logits = torch.tensor([[1.0, NEVER, NEVER, 2], [NEVER] * 4])
+    leave_one(None, info, logits)
+    assert logits[0].tolist() == [1, NEVER, NEVER, 2]
+    assert torch.isneginf(logits[1]).all() != penalized

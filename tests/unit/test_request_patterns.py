@@ -1,0 +1,85 @@
+"""Patterns and grammars that would hold up a server are refused by their form, and those that people write are not."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from sglang_tpla.host.requests.fields import RequestRefused
+from sglang_tpla.host.requests.patterns import check_grammar, check_stops
+
+ORDINARY = [
+    r"\d+\.\d+", r"(\d{1,3}\.){3}\d{1,3}", "(foo|bar)+", r"(\w+,)*\w+", "[^,]+(,[^,]+)*", r'"([^"\\]|\\.)*"',
+    "(?:[0-9a-f]{2}:){5}[0-9a-f]{2}", r"\s*\w+\s*=", "(ab*c)*", "[a-z]{1,2000}", "(?P<q>['\"]).*(?P=q)",
+]  # fmt: skip
+# Python searches each of these in a text of some thirty letters for longer than a request lives.
+BACKTRACKS = ["(a+)+$", "(a|aa)+b", "(.|a)*b", "(a?){50}b", r"(\w+\s?)*b", "((a{0,9}){0,9}){0,9}b", "(?:x|y|xy)*z",
+              "(?i)(aA*)*b"]  # fmt: skip
+# xgrammar masks the first token of each of these for seconds or minutes.
+SLOW_GRAMMARS = ["([a-z]{1,20}){1,50}", "([a-z]{0,1}){1,300}", r"([a-z]{2,20},?){1,50}"]
+
+
+@pytest.mark.parametrize("pattern", ORDINARY)
+def test_ordinary_patterns(pattern: str) -> None:
+    check_stops({"stop_regex": [pattern]})
+    check_grammar({"regex": pattern, "json_schema": json.dumps({"type": "string", "pattern": pattern})})
+
+
+@pytest.mark.parametrize("pattern", BACKTRACKS)
+def test_what_backtracks_without_end(pattern: str) -> None:
+    with pytest.raises(RequestRefused, match=r"stop_regex: .* could hold up the server"):
+        check_stops({"stop_regex": pattern})
+
+
+@pytest.mark.parametrize("pattern", SLOW_GRAMMARS)
+def test_counted_repetitions_of_counted_repetitions(pattern: str) -> None:
+    for params in (
+        {"regex": pattern},
+        {"json_schema": json.dumps({"properties": {"a": {"type": "string", "pattern": pattern}}})},
+    ):
+        with pytest.raises(RequestRefused, match="could hold up the server"):
+            check_grammar(params)
+
+
+def check(params: dict[str, Any]) -> None:
+    check_stops(params)
+    check_grammar(params)
+
+
+def nested(depth: int) -> str:
+    return '{"items": ' * depth + "{}" + "}" * depth
+
+
+@pytest.mark.parametrize(
+    ("params", "said"),
+    [
+        ({"stop": ["a"] * 65}, "stop may hold 64 entries at most; got 65"),
+        ({"stop_regex": "a" * 1025}, "1024 characters at most; got 1025"),
+        ({"stop_regex": "a{1,99999999}"}, "count to 100000 at most; got '99999999'"),
+        ({"regex": "a" * 65537}, "65536 characters at most; got 65537"),
+        ({"ebnf": 'root ::= "a"{100001}'}, "count to 100000 at most; got '100001'"),
+        ({"json_schema": '{"type": "string", "minLength": 1000000000}'}, "minLength may be 100000 at most"),
+        ({"json_schema": nested(200)}, "nested 128 deep at most"),
+        ({"regex": "a\0"}, r"regex may not hold the character \\u0000"),
+        ({"json_schema": json.dumps({"properties": {"a\0": {}}})}, r"may not hold the character \\u0000"),
+        ({"json_schema": json.dumps({"pattern": "a\0"})}, r"may not hold the character \\u0000"),
+        ({"structural_tag": nested(5000)}, "nested 128 deep at most"),
+    ],
+)
+def test_size(params: dict[str, Any], said: str) -> None:
+    with pytest.raises(RequestRefused, match=said):
+        check(params)
+
+
+def test_the_largest_that_go() -> None:
+    check_stops({"stop": ["a"] * 64, "stop_regex": "a" * 1024})
+    check_grammar({"regex": "a{100000}", "ebnf": 'root ::= "a"{100000}', "json_schema": nested(100)})
+
+
+@pytest.mark.parametrize(
+    "params", [{"regex": "["}, {"regex": r"\p{L}+"}, {"json_schema": "{"}, {"stop_regex": 5}]
+)
+def test_what_cannot_be_read_is_left_to_those_who_compile_it(params: dict[str, Any]) -> None:
+    check(params)
