@@ -114,8 +114,9 @@ class RoundedInputs(TorchFunctionMode):
 
 
 def quantised_weights(model: PlainModel) -> list[torch.Tensor]:
-    """Weights of the layers that a server computes in block-FP8. The absorbed halves of kv_b_proj are not among them:
-    a server has them in bfloat16.
+    """The weights of the layers that a server computes in block-FP8.
+
+    The absorbed halves of kv_b_proj are not among them, because a server has them in bfloat16.
     """
     found: list[torch.Tensor | None] = []
     for layer in model.layers:

@@ -1,4 +1,4 @@
-"""What every test may use, and which tests must run in one process when several share the work."""
+"""The fixtures of all tests, and the tests that must share a process when several processes share the work."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from tests.fp8_reference import bfloat16
 
 @dataclass(frozen=True)
 class ReadRow:
-    """What one row says: codes of each field, float64 scales, and the key's values."""
+    """The contents of one row: codes of each field, float64 scales, and the key's values."""
 
     shared: np.ndarray  # [r]
     own: np.ndarray  # [n]

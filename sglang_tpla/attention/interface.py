@@ -87,7 +87,7 @@ class DecodeShape:
             raise AttentionInputError(
                 f"DecodeShape.fp8_shared must lie in 0...{self.latent_dim}; got {self.fp8_shared}"
             )
-        if (why := fp8_rows.objection(self.latent_dim, self.rope_dim)) is not None:
+        if (why := fp8_rows.unsupported_reason(self.latent_dim, self.rope_dim)) is not None:
             raise AttentionInputError(f"{why}; use --kv-cache-dtype auto, or an artifact of other widths")
 
     def _check_sketched(self, rows: SketchedRows) -> None:

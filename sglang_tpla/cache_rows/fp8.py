@@ -32,7 +32,7 @@ def slice_width(size: int, rope: int) -> int:
     return size - 2 * rope - TRAILER_BYTES
 
 
-def objection(w: int, rope: int) -> str | None:
+def unsupported_reason(w: int, rope: int) -> str | None:
     """Why a slice cannot be kept in such rows, or None."""
     if w % ALIGNMENT or w < ALIGNMENT:
         return f"FP8 rows hold slices of a multiple of {ALIGNMENT} values, got width {w}"

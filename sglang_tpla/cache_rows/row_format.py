@@ -69,7 +69,7 @@ class LayerRows(Hashable, Protocol):
     @property
     def columns(self) -> int: ...
 
-    def objection(self) -> str | None:
+    def unsupported_reason(self) -> str | None:
         """Why there are no such rows, or None."""
 
     def fields(self, part: Part) -> tuple[Field, ...]:
@@ -111,7 +111,7 @@ class PlainRows:
         """Columns of the projection."""
         return self.width
 
-    def objection(self) -> str | None:
+    def unsupported_reason(self) -> str | None:
         """Any width will do."""
         return None
 
@@ -162,9 +162,9 @@ class Fp8Rows:
         """Columns of the projection."""
         return self.width
 
-    def objection(self) -> str | None:
+    def unsupported_reason(self) -> str | None:
         """Why a slice cannot be kept in such rows, or None."""
-        return fp8_rows.objection(self.width, self.rope_dim)
+        return fp8_rows.unsupported_reason(self.width, self.rope_dim)
 
     def fields(self, part: Part) -> tuple[Field, ...]:
         """See `LayerRows`."""
@@ -233,7 +233,7 @@ class GroupRows:
         """Columns of the projection: shared, own, and the sketch of all groups."""
         return self.rows.w + self.rows.groups * self.rows.own
 
-    def objection(self) -> str | None:
+    def unsupported_reason(self) -> str | None:
         """Why there are no such rows, or None."""
         if not 0 <= self.group < self.rows.groups:
             return f"sketched rows of {self.rows.groups} groups have none of number {self.group}"
@@ -304,7 +304,7 @@ class WholeRows:
         """Columns of the projection, which is the identity."""
         return self.width
 
-    def objection(self) -> str | None:
+    def unsupported_reason(self) -> str | None:
         """Any width will do."""
         return None
 

@@ -228,12 +228,12 @@ def point_maps(
 
 
 def table(points: Sequence[Point], chosen: Point | None, bytes_mla: int) -> str:
-    """The frontier as text, bytes of plain MLA for comparison; layouts beaten on both counts are left out."""
+    """The frontier as text; layouts beaten on both counts are left out, but for plain MLA, which is for comparison."""
     lines = [f"{'g':>3} {'bytes a token and rank':>23} {'of MLA':>7} {'KL a token':>11}  layout"]
     best = float("inf")
     for point in points:
         mark = "  <- chosen" if point is chosen else ""
-        if point.kl >= best and not mark:
+        if point.kl >= best and not mark and point.groups > 1:
             continue
         best = min(best, point.kl)
         lines.append(

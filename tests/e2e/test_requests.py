@@ -177,9 +177,10 @@ def test_tokens_named_for_their_log_probabilities_beside_requests_that_name_none
     assert [answer.status_code for answer in answers] == [200] * 6, [answer.text[:300] for answer in answers]
     said = [answer.json() for answer in answers]
     assert all(one["output_ids"] == said[0]["output_ids"] for one in said)
-    for one in said[1::3]:  # the first token is prefill's
+    for one in said[1::3]:
         values = one["meta_info"]["output_token_ids_logprobs"]
-        assert all([token for _, token, _ in value] == [5, 7] for value in values[1:]), values[:3]
+        # 0.5.23 says nothing of the first token, which prefill sampled.
+        assert len(values) == 64 and all([token for _, token, _ in value] == [5, 7] for value in values[1:])
 
 
 @pytest.mark.parametrize("temperature", [0, 1])

@@ -91,7 +91,7 @@ def test_no_module_imports_itself_in_a_circle() -> None:
 
 
 def test_only_the_compat_module_knows_how_a_release_spells_its_arguments() -> None:
-    """What later releases of SGLang have no longer is asked of one module, or it would break beside them alone."""
+    """One module reads the arguments that later releases of SGLang lack, or code would break only beside those."""
     gone = {"get_model_config", "get_attention_backends", "ps"}
     found = [
         f"{path.relative_to(ROOT)}:{node.lineno} .{node.attr}"

@@ -87,7 +87,7 @@ def test_rows_are_sketched_unless_another_transform_or_format_is_asked_for(tmp_p
         *("--save-stats", tmp_path / "stats", *stats),
     )
     assert done.returncode == 0, done.stderr
-    assert "132 bytes a token and layer (41.2% of plain MLA's in bf16)" in done.stdout
+    assert "140 bytes a token and layer (43.8% of plain MLA's in bf16)" in done.stdout
     meta = Artifact.load(tmp_path / "a").meta
     assert (meta.format_version, meta.sketch_bits, meta.rope_bits) == (2, (2,) * 4, 8)
     again = ("--model-path", NANO, "--from-stats", tmp_path / "stats", "--out")

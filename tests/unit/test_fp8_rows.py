@@ -89,8 +89,8 @@ def test_empty() -> None:
     ("w", "rope", "word"), [(40, 64, "width 40"), (0, 64, "width 0"), (64, 12, "got 12")]
 )
 def test_rows_that_would_not_be_aligned(w: int, rope: int, word: str) -> None:
-    assert word in (fp8_rows.objection(w, rope) or "")
-    assert fp8_rows.objection(48, 32) is None
+    assert word in (fp8_rows.unsupported_reason(w, rope) or "")
+    assert fp8_rows.unsupported_reason(48, 32) is None
 
 
 def test_cached_maps() -> None:

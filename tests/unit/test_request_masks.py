@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from sglang_tpla.host.requests.masks import apply_grammar, leave_one
+from sglang_tpla.host.requests.masks import apply_grammar, blame_grammar, leave_one
 
 NEVER = float("-inf")
 
@@ -41,3 +41,20 @@ def test_a_shortest_length_that_holds_back_every_token(penalized: bool) -> None:
     leave_one(None, info, logits)
     assert logits[0].tolist() == [1, NEVER, NEVER, 2]
     assert torch.isneginf(logits[1]).all() != penalized
+
+
+@pytest.mark.parametrize(
+    ("message", "given", "kept"),
+    [
+        ("Grammar accept_token failed: Tokens not accepted", 500, 400),
+        ("Grammar accept_token failed", None, None),
+        ("another reason", 500, 500),
+        (None, None, None),
+    ],
+)
+def test_a_grammar_without_a_way_on_is_the_clients_fault(
+    message: str | None, given: int | None, kept: int | None
+) -> None:
+    reason = SimpleNamespace(status_code=given)
+    blame_grammar(None, reason, message, given)
+    assert reason.status_code == kept

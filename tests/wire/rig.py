@@ -211,15 +211,6 @@ def decode_rank(
     return DecodeRank(agent, pool, metadata, z)
 
 
-def payload_bytes(decode: DecodeRank, pages_: int) -> int:
-    """What a room of so many pages moves to a rank: whole rows by the formula, others as the rank itself counts."""
-    if decode.projection is None:
-        return LAYERS * pages_ * PAGE * (LATENT + ROPE) * 2
-    rooms = decode.agent.stats().rooms_succeeded
-    assert rooms and decode.agent.stats().wire_bytes
-    return decode.agent.stats().wire_bytes // rooms
-
-
 def pages(seed: int, count: int) -> np.ndarray:
     """Distinct pages in random order."""
     return np.random.default_rng(seed).permutation(PAGES)[:count].astype(np.int32)

@@ -18,7 +18,7 @@ from sglang_tpla.transfer.room import RoomState
 from tests.wire import rig
 from tests.wire.fakes import FakePrefill
 from tests.wire.proxy import FaultProxy
-from tests.wire.test_channel import PAGES, PAYLOAD_BYTES, transfer
+from tests.wire.test_channel import PAGES, payload_bytes, transfer
 
 
 @pytest.fixture(autouse=True)
@@ -87,7 +87,7 @@ def test_whoever_listens_reads_no_rows_and_no_headers(
     data.tamper = lambda piece: heard.append(piece) or piece
     transfer(prefill, decode, 1)
     said = b"".join(heard)
-    assert len(said) > PAYLOAD_BYTES
+    assert len(said) > payload_bytes(decode)
     for agent in (prefill.agent, decode.agent):
         assert agent.stats().data_channels == agent.stats().sealed_channels == 1
     assert frames.PREFIX not in said

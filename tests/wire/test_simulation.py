@@ -52,6 +52,12 @@ FINDS: list[tuple[Kind, str]] = [
         Kind.CUTS,
         "010181887328cd1c4d26257f6927eeb994d68bae5ee6ac5caa4dd683d0c95cc82743de1e43996a8615dc19bcfc5c8efa",
     ),
+    # a dial that nobody answered, long before any room wanted the channel, failed the first one that did
+    (
+        Kind.FAULTS,
+        "01824d58558b2c11a1461c737841b8dbb8adc313f9e459e9ebac522fcf028c95681d05ebe731343263356561613232666134643631613863"
+        "62383661313637303834303133fafaf15542",
+    ),
 ]
 
 

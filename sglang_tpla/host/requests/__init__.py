@@ -1,1 +1,1 @@
-"""What a client may ask for: checked where a request enters, so that it fails alone and at once."""
+"""Check requests where they enter, so that a bad one fails alone and at once."""

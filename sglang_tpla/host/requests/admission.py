@@ -1,7 +1,7 @@
-"""Hooks where a request reaches a scheduler: what cannot be served is answered at once, on both sides, without a room.
+"""Hooks where a request reaches a scheduler, which refuse at once, on both sides and without a room, what cannot run.
 
 SGLang marks such a request and lets one token of it run, so that its caches are cleaned up. Between prefill and decode
-that means a transfer which the other side knows nothing of, and a wait for its deadline.
+that would mean a transfer of which the other side knows nothing, and a wait for its deadline.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 def admit(original: Callable[..., None], self: Any, req: Any, is_retracted: bool = False) -> None:
-    """Around ``Scheduler._add_request_to_queue``."""
+    """Hook around ``Scheduler._add_request_to_queue``: refuse a request or let it in."""
     if is_retracted:
         original(self, req, is_retracted=True)
         return
@@ -38,7 +38,7 @@ def admit(original: Callable[..., None], self: Any, req: Any, is_retracted: bool
     logger.error("%s, %s", reason, req.rid)
     if hasattr(
         self, "_release_aborted_request"
-    ):  # later releases keep inputs and cache handles for a request
+    ):  # later releases hold inputs and cache handles for a request
         self._release_aborted_request(req)
     prepare_abort(req, reason, status_code=status)
     self.output_streamer.stream_output([req], req.return_logprob)
@@ -48,7 +48,7 @@ def admit(original: Callable[..., None], self: Any, req: Any, is_retracted: bool
 
 
 def no_such_rank(queue: Any, req: Any) -> str | None:
-    """Why the data-parallel rank of prefill that a request names cannot have its cache, or None as far as is known."""
+    """The reason for which the request's data-parallel rank of prefill cannot have its cache; None if none is known."""
     rank, host = req.disagg_prefill_dp_rank, req.bootstrap_host
     if rank is None or host is None:
         return None
@@ -60,18 +60,18 @@ def no_such_rank(queue: Any, req: Any) -> str | None:
 
 
 def no_token_allowed(req: Any) -> str | None:
-    """Why a grammar that is ready can have no answer, or None: every token would be masked (``root ::= root``)."""
+    """The reason for which a ready grammar has no answer, because it masks every token (``root ::= root``), or None."""
     if req.grammar is None:
         return None
     mask = req.grammar.allocate_vocab_mask(req.vocab_size, 1, "cpu")
-    if mask is None or mask.dtype != torch.int32:  # outlines has no bits, and says what is forbidden
+    if mask is None or mask.dtype != torch.int32:  # outlines marks forbidden tokens and has no bits
         return None
     req.grammar.fill_vocab_mask(mask, 0)
     return None if mask.any() else "the grammar of this request allows no token to begin with: it has no end"
 
 
 def handle(original: Callable[..., None], self: Any, recv_req: Any, **kwargs: Any) -> None:
-    """Around ``Scheduler.handle_generate_request``: an error over one request is that request's."""
+    """Hook around ``Scheduler.handle_generate_request``: let an error over one request fail that request alone."""
     try:
         original(self, recv_req, **kwargs)
     except Exception as error:
@@ -87,9 +87,9 @@ def handle(original: Callable[..., None], self: Any, recv_req: Any, **kwargs: An
 
 
 def note_idle(self: Any) -> None:
-    """Before ``Scheduler.on_idle`` on prefill: no request is left whose room could still be opened.
+    """Hook before ``Scheduler.on_idle`` on prefill: tell the agent that no request is left to open a room.
 
-    A decode rank that asks for a room whose request was refused at the edge, or never came, does not wait for the
+    So a decode rank that asks for a room whose request was refused at the edge, or never came, does not wait for the
     deadline.
     """
     self.disagg_prefill_bootstrap_queue.kv_manager.agent.note_idle()

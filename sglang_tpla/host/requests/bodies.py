@@ -1,7 +1,7 @@
-"""Bodies of requests that break the code which reads them.
+"""Answer 400 to request bodies that break the code which reads them.
 
-SGLang's OpenAI protocol looks into fields before pydantic has checked their types, and answers 500 to what it cannot
-look into (``"response_format": true``); routers try that again, and count it against the server.
+SGLang's OpenAI protocol reads fields before pydantic has checked their types, and answers 500 where that fails
+(``"response_format": true``). Routers try again after a 500, and count it against the server.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from typing import Any
 
 from starlette.responses import JSONResponse
 
-READS_BODIES = "request_body_to_args"  # the function of FastAPI in which bodies become requests
+READS_BODIES = "request_body_to_args"  # FastAPI's function that turns bodies into requests
 WRONG_VALUE = (AttributeError, TypeError, KeyError, IndexError, OverflowError, RecursionError)
 
 
 def answer_unreadable(state: Any) -> None:
-    """Before ``set_global_state``, which comes once in the process that serves HTTP, before its first request."""
+    """Hook before ``set_global_state``, which the process that serves HTTP calls once before its first request."""
     from sglang.srt.entrypoints.http_server import app
 
     for error in WRONG_VALUE:
@@ -23,10 +23,10 @@ def answer_unreadable(state: Any) -> None:
 
 
 async def refuse(request: Any, error: Exception) -> JSONResponse:
-    """Status 400 for an error over the body; any other error is the server's.
+    """Answer status 400 to an error over the body; any other error is the server's.
 
     Raises:
-        Exception: the error, where it came from elsewhere.
+        Exception: an error from elsewhere.
     """
     if not happened_in(READS_BODIES, error):
         raise error
@@ -37,7 +37,7 @@ async def refuse(request: Any, error: Exception) -> JSONResponse:
 
 
 def happened_in(function: str, error: BaseException) -> bool:
-    """Whether a function of this name was being run."""
+    """Whether the error happened within a function of this name."""
     frame = error.__traceback__
     while frame is not None:
         if frame.tb_frame.f_code.co_name == function:

@@ -1,7 +1,7 @@
 """Hooks where a request enters the server: on ``TokenizerManager`` and on the OpenAI endpoints.
 
-What is wrong with a request becomes a ``ValueError`` here, which SGLang answers with status 400: routers do not try
-again, and no circuit breaker opens. A 500 would be tried again and again, and then close the service to everyone.
+A mistake in a request becomes a ``ValueError`` here, which SGLang answers with status 400: routers do not try again,
+and no circuit breaker opens. A 500 would be tried again and again, and then close the service to everyone.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from sglang_tpla.host.requests.patterns import check_grammar, check_stops
 from sglang_tpla.host.requests.samples import give_each_its_room
 
 TOP_LOGPROBS = 128  # MetadataBuffers(max_top_logprobs_num=128)
-# What Python raises over a value of the wrong type or form.
+# Python raises these over a value of the wrong type or form.
 WRONG_VALUE = (TypeError, KeyError, IndexError, AttributeError, OverflowError, AssertionError, re.error,
                msgspec.MsgspecError, RecursionError)  # fmt: skip
 OPAQUE = ("input_ids", "mm_inputs", "mm_data_mooncake", "time_stats", "input_embeds", "positional_embed_overrides",
@@ -37,16 +37,16 @@ logger = logging.getLogger(__name__)
 
 
 def limits(manager: Any) -> Limits:
-    """What the server behind a tokenizer manager can serve."""
-    # A decode server learns later how many ranks a prefill server has (`admission.py`).
+    """The limits of the server behind a tokenizer manager."""
+    # A decode server learns a prefill server's number of ranks later (`admission.py`).
     ranks = MAX_RANKS if serves_decode() else compat.data_parallel_ranks(manager.server_args)
     return Limits(manager.model_config.vocab_size, TOP_LOGPROBS, ranks, FAKE_BOOTSTRAP_HOST)
 
 
 def is_own(manager: Any, obj: Any) -> bool:
-    """Whether the server asks itself: to warm up, or for its health. Such a request goes through no transfer.
+    """Whether the server sends the request to itself, to warm up or to check its health, without a transfer.
 
-    SGLang marks these with a host of its own and would serve anyone who names it, from pages that nobody wrote.
+    SGLang marks such requests with a special host, and would serve any client that names it from unwritten pages.
     """
     if obj.bootstrap_host != FAKE_BOOTSTRAP_HOST and obj.bootstrap_host != [FAKE_BOOTSTRAP_HOST]:
         return False
@@ -58,10 +58,10 @@ def is_own(manager: Any, obj: Any) -> bool:
 async def generate(
     original: Callable[..., AsyncIterator[Any]], self: Any, obj: Any, request: Any = None
 ) -> AsyncIterator[Any]:
-    """Around ``TokenizerManager.generate_request``.
+    """Hook around ``TokenizerManager.generate_request``: check the request.
 
     Raises:
-        RequestRefused: the request cannot be served.
+        RequestRefused: a request that cannot be served.
     """
     answered = False
     try:
@@ -83,9 +83,9 @@ async def generate(
 
 
 def abort_forgotten(manager: Any, obj: Any) -> None:
-    """Abort what a client has hung up on, where SGLang has forgotten it by the time it would abort it itself.
+    """Abort a request whose client has hung up, where SGLang forgets it before its own abort.
 
-    So it is from 0.5.18 to 0.5.19: its own abort comes two seconds later, and passes over ids that it does not know.
+    That is so in 0.5.18 and 0.5.19, whose abort comes two seconds later and ignores unknown ids.
     """
     if not hasattr(manager, "_discard_pending_req_states"):
         return
@@ -95,10 +95,10 @@ def abort_forgotten(manager: Any, obj: Any) -> None:
 
 
 def check_rid(rid: Any) -> None:
-    """Request ids that SGLang does not take for its own.
+    """Refuse request ids that SGLang takes for its own.
 
     Raises:
-        RequestRefused: an empty id, or one of a health check, whose request SGLang drops while it is busy.
+        RequestRefused: an empty id, or a health check's, whose request SGLang drops while it is busy.
     """
     for one in rid if isinstance(rid, list) else [rid]:
         if one is not None and (
@@ -110,10 +110,10 @@ def check_rid(rid: Any) -> None:
 
 
 def check_normalized(self: Any, obj: Any, *args: Any, **kwargs: Any) -> None:
-    """Before ``TokenizerManager._init_req_state``: the whole batch, before its first request is on its way.
+    """Hook before ``TokenizerManager._init_req_state``: check the whole batch before its first request leaves.
 
     Raises:
-        RequestRefused: the first thing that is wrong.
+        RequestRefused: the first mistake.
     """
     if not isinstance(obj, GenerateReqInput) or is_own(self, obj):
         return
@@ -126,16 +126,18 @@ def check_normalized(self: Any, obj: Any, *args: Any, **kwargs: Any) -> None:
         params = self.sampling_params_class(
             **{**(self.preferred_sampling_params or {}), **item.sampling_params}
         )
-        msgspec.msgpack.decode(msgspec.msgpack.encode(params), type=type(params))  # as the scheduler will
+        msgspec.msgpack.decode(
+            msgspec.msgpack.encode(params), type=type(params)
+        )  # the scheduler does the same
         params.normalize(self.tokenizer)
         params.verify(bounds.vocab)
     check_rooms_differ(items)
 
 
 def check_wire(result: Any, self: Any, *args: Any, **kwargs: Any) -> None:
-    """After ``TokenizerManager._create_tokenized_object``: the types that the scheduler's decoder wants.
+    """Hook after ``TokenizerManager._create_tokenized_object``: check the types that the scheduler's decoder needs.
 
-    A field of another type would end the scheduler, which reads it.
+    A field of another type would end the scheduler.
 
     Raises:
         RequestRefused: naming the field.
@@ -151,10 +153,10 @@ def check_wire(result: Any, self: Any, *args: Any, **kwargs: Any) -> None:
 
 
 def convert(original: Callable[..., Any], self: Any, request: Any, raw_request: Any = None) -> Any:
-    """Around ``_convert_to_internal_request`` of the OpenAI endpoints.
+    """Hook around ``_convert_to_internal_request`` of the OpenAI endpoints: refuse what breaks it.
 
     Raises:
-        RequestRefused: messages, tools or parameters that cannot be turned into a prompt.
+        RequestRefused: messages, tools or parameters that cannot become a prompt.
     """
     from jinja2 import TemplateError
 

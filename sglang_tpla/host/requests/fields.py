@@ -1,7 +1,7 @@
-"""The fields of a request that cross from prefill to decode or end a scheduler, checked before anything is sent.
+"""Check the fields of a request that cross from prefill to decode or could end a scheduler, before anything is sent.
 
-A wrong value here would hang both servers, end one of them, or reach a neighbour: SGLang passes most fields on as they
-came. Nothing here imports SGLang; requests are read through the attributes of ``GenerateReqInput``.
+SGLang passes most fields on unchecked, so that a wrong value would hang both servers, end one of them, or reach another
+client. Nothing here imports SGLang; requests are read through the attributes of ``GenerateReqInput``.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from typing import Any
 
 from sglang_tpla.errors import SglangTplaError
 
-# The metadata row writes 0 where no room has been, and the wire carries a room as a signed number of 64 bits.
+# The metadata row has 0 where there was no room, and the wire carries a room as a signed number of 64 bits.
 FIRST_ROOM, LAST_ROOM = 1, 2**63 - 1
 INT32_MAX, INT64_MAX = 2**31 - 1, 2**63 - 1
-MAX_SAMPLES = 1024  # of one request: prompts times n
+MAX_SAMPLES = 1024  # prompts times n of one request
 LARGEST_BIAS = (
-    1e9  # a larger one divided by a small temperature is infinite, and sampling then ends the scheduler
+    1e9  # a larger value over a small temperature is infinite, and sampling then ends the scheduler
 )
 HOST_NAME = re.compile(r"[a-z0-9_]([a-z0-9_.-]{0,251}[a-z0-9_])?")
-# Filled in by SGLang's own processes; a client's value would send the answer elsewhere.
+# SGLang's own processes fill these in; a client's value would send the answer elsewhere.
 INTERNAL_FIELDS = ("http_worker_ipc", "mm_data_mooncake", "num_items_assigned", "encoder_urls", "lora_id")
 INTERNAL_SAMPLING = frozenset(
     ("is_normalized", "stop_strs", "stop_regex_strs", "stop_str_max_len", "stop_regex_max_len")
@@ -42,13 +42,13 @@ class RequestRefused(SglangTplaError, ValueError):
 
 @dataclass(frozen=True)
 class Limits:
-    """What the server can serve.
+    """The limits of a server.
 
     Args:
-        vocab: tokens of the model.
-        top_logprobs: alternatives of one token that the metadata row holds.
-        data_parallel: ranks that a request may name as those of its prefill server.
-        own_host: the host with which a server marks the requests that it sends to itself.
+        vocab: number of the model's tokens.
+        top_logprobs: number of alternatives of one token in the metadata row.
+        data_parallel: number of its prefill server's ranks that a request may name.
+        own_host: host with which a server marks the requests that it sends to itself.
     """
 
     vocab: int
@@ -67,7 +67,7 @@ def is_integer(value: Any) -> bool:
 
 
 def shown(value: Any) -> str:
-    """A value for a message, cut."""
+    """The short form of a value for a message."""
     text = (
         repr(value) if not isinstance(value, (list, dict, str)) or len(value) < 100 else f"{value!r:.80}..."
     )
@@ -75,10 +75,10 @@ def shown(value: Any) -> str:
 
 
 def within(name: str, value: Any, first: int, last: int) -> int:
-    """The value, a whole number of a range.
+    """Check that a value is a whole number of a range, and return it.
 
     Raises:
-        RequestRefused: it is not.
+        RequestRefused: another value.
     """
     if not is_integer(value) or not first <= value <= last:
         raise RequestRefused(f"{name} must be a whole number from {first} to {last}; got {shown(value)}")
@@ -86,10 +86,10 @@ def within(name: str, value: Any, first: int, last: int) -> int:
 
 
 def checked_host(value: Any) -> str:
-    """A bootstrap server's host in one spelling: lower case, no brackets, no dot at the end.
+    """Return a bootstrap server's host in one spelling: lower case, no brackets, no dot at the end.
 
     Raises:
-        RequestRefused: no host name and no address, or one with a port, a path or a user.
+        RequestRefused: neither a host name nor an address, or one with a port, a path or a user.
     """
     if isinstance(value, str):
         host = value.strip().lower()
@@ -107,7 +107,7 @@ def checked_host(value: Any) -> str:
 
 
 def check_transfer(item: Any, limits: Limits) -> None:
-    """Room, host and port of one request; the host is put into one spelling.
+    """Check room, host and port of one request, and put the host into one spelling.
 
     Raises:
         RequestRefused: naming the field and its range.
@@ -133,10 +133,10 @@ def check_transfer(item: Any, limits: Limits) -> None:
 
 
 def check_carried(item: Any) -> None:
-    """No field that decode would miss.
+    """Refuse fields that would not reach decode.
 
     Raises:
-        RequestRefused: naming the field, and the way around.
+        RequestRefused: naming the field, and the remedy.
     """
     for name, why in NOT_CARRIED.items():
         if getattr(item, name, None) is not None:
@@ -147,7 +147,7 @@ def check_carried(item: Any) -> None:
 
 
 def check_prompt(item: Any, limits: Limits) -> None:
-    """Text, or token ids of the vocabulary.
+    """Check that the prompt is text, or token ids of the vocabulary.
 
     Raises:
         RequestRefused: naming the first id outside.
@@ -161,10 +161,10 @@ def check_prompt(item: Any, limits: Limits) -> None:
 
 
 def check_token_ids(name: str, ids: Any, vocab: int) -> None:
-    """Ids that the embedding has a row for: it ends the server at any other.
+    """Check that the embedding has a row for each id, because any other id ends the server.
 
     Raises:
-        RequestRefused: naming the first wrong one.
+        RequestRefused: naming the first wrong id.
     """
     if not isinstance(ids, list):
         raise RequestRefused(f"{name} must be a list of token ids; got {shown(ids)}")
@@ -180,7 +180,7 @@ def check_token_ids(name: str, ids: Any, vocab: int) -> None:
 
 
 def check_logprobs(item: Any, limits: Limits) -> None:
-    """What is asked of log-probabilities.
+    """Check the fields about log-probabilities.
 
     Raises:
         RequestRefused: naming the field and its range.
@@ -192,7 +192,7 @@ def check_logprobs(item: Any, limits: Limits) -> None:
 
 
 def check_sampling(params: Any, limits: Limits) -> None:
-    """Sampling parameters as they came.
+    """Check sampling parameters in the client's own form.
 
     Raises:
         RequestRefused: naming the parameter and its range.
@@ -213,7 +213,7 @@ def check_sampling(params: Any, limits: Limits) -> None:
             within(f"sampling_params.{name}", params[name], first, last)
     stops = params.get("stop_token_ids")
     if stops is not None:
-        # min_new_tokens holds these back by their place in the vocabulary
+        # min_new_tokens masks these by their place in the vocabulary
         last = limits.vocab - 1 if params.get("min_new_tokens") else INT32_MAX
         for token in stops if isinstance(stops, list) else [stops]:
             if token is not None:
@@ -235,10 +235,10 @@ def check_sampling(params: Any, limits: Limits) -> None:
 
 
 def check_item(item: Any, limits: Limits) -> None:
-    """One request, a batch's or a single one, after SGLang has filled in what it leaves out.
+    """Check one request, single or of a batch, after SGLang has filled in missing fields.
 
     Raises:
-        RequestRefused: the first thing that is wrong with it.
+        RequestRefused: the first mistake.
     """
     check_carried(item)
     check_transfer(item, limits)
@@ -248,10 +248,10 @@ def check_item(item: Any, limits: Limits) -> None:
 
 
 def check_rooms_differ(items: list[Any]) -> None:
-    """Every request of a batch in a room of its own.
+    """Check that every request of a batch has a room of its own.
 
     Raises:
-        RequestRefused: naming a room that comes twice.
+        RequestRefused: naming a room that two requests have.
     """
     seen: set[int] = set()
     for item in items:

@@ -1,7 +1,7 @@
 """Log-probabilities of named tokens beside requests that name none.
 
 SGLang gathers a batch's values on the device, with an empty list for every request without ``token_ids_logprob``, and
-then copies each entry as a tensor: one request that names tokens, in one batch with one that does not, ends the server.
+then copies each entry as a tensor. So a batch in which only some requests name tokens ends the server.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def all_tensors(
     no_copy_to_cpu: bool = False,
     **kwargs: Any,
 ) -> tuple[list[Any], list[Any]]:
-    """After ``get_token_ids_logprobs_raw``: an entry without values is a tensor as well, where entries are copied."""
+    """Hook after ``get_token_ids_logprobs_raw``: make tensors of entries without values too, which are copied."""
     values, tokens = result
     if no_copy_to_cpu:
         values = [logprobs.new_empty(0) if isinstance(entry, list) else entry for entry in values]

@@ -1,23 +1,24 @@
-"""Requests that forbid every token.
+"""Leave a token to requests that forbid every one.
 
-A grammar masks tokens, ``min_new_tokens`` the end of the answer, ``logit_bias`` what it likes; together, or where a
-grammar has no way on, they may leave nothing. Probabilities are then no numbers; to sample from them ends the server.
+A grammar masks tokens, ``min_new_tokens`` masks the end of the answer, and ``logit_bias`` masks any token. Together, or
+where a grammar has no way on, they may leave no token; probabilities are then NaN, and sampling ends the server.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from http import HTTPStatus
 from typing import Any
 
 import torch
 
 
 def apply_grammar(original: Callable[..., None], self: Any, logits: torch.Tensor) -> None:
-    """Around ``GrammarMask.apply``, for ``logits`` [requests, vocab], also those of guesses that are verified.
+    """Hook around ``GrammarMask.apply`` for ``logits`` [requests, vocab], those of verified guesses included.
 
-    A grammar goes before what was masked earlier: where it demands the end of an answer, that is the end. Where it has
-    no way on, a token comes that it does not take, at which SGLang ends the request.
+    A grammar takes precedence over earlier masks: an answer ends where it demands the end. Where it has no way on,
+    sampling gives a token that it does not accept, at which SGLang ends the request.
     """
     original(self, logits)
     open_closed_rows(logits)
@@ -26,12 +27,23 @@ def apply_grammar(original: Callable[..., None], self: Any, logits: torch.Tensor
 
 
 def leave_one(result: None, self: Any, logits: torch.Tensor, *args: Any, **kwargs: Any) -> None:
-    """After ``SamplingBatchInfo.apply_logits_bias``: no row forbids everything."""
+    """Hook after ``SamplingBatchInfo.apply_logits_bias``: leave no row that forbids every token."""
     orchestrator = self.penalizer_orchestrator
     if self.acc_additive_penalties is not None or (orchestrator is not None and orchestrator.is_required):
         open_closed_rows(logits)
 
 
+def blame_grammar(
+    result: None, self: Any, message: str | None = None, status_code: Any = None, *args: Any, **kwargs: Any
+) -> None:
+    """After ``FINISH_ABORT.__init__``: a grammar that has no way on is the request's fault, not the server's.
+
+    Routers try a request again that ends with 500, until they close the service to everyone.
+    """
+    if status_code is not None and (message or "").startswith("Grammar accept_token failed"):
+        self.status_code = HTTPStatus.BAD_REQUEST
+
+
 def open_closed_rows(logits: torch.Tensor) -> None:
-    """Every token becomes as good as any other in rows that forbid all; nothing here waits for a device."""
+    """Make all tokens equal in rows that forbid every one, without waiting for a device."""
     logits.masked_fill_(logits.amax(dim=-1, keepdim=True) == -math.inf, 0.0)

@@ -1,9 +1,9 @@
-"""Patterns and grammars that would hold up a scheduler, and with it every other client.
+"""Refuse patterns and grammars that would hold up a scheduler, and with it every other client.
 
-``stop_regex`` is searched by Python after each token, a grammar masks the vocabulary before each, and neither can be
-interrupted. A repetition of something that itself matches in several ways, ``(a+)+`` or ``([a-z]{1,20}){1,50}``, takes
-longer than anyone waits; so does a grammar of great length, depth or count. All is refused by its form: a pattern that
-would happen to be quick may be among it.
+Python searches ``stop_regex`` after each token, a grammar masks the vocabulary before each, and neither can be
+interrupted. A repetition of a body that itself matches in several ways, ``(a+)+`` or ``([a-z]{1,20}){1,50}``, takes
+longer than anyone waits; so does a grammar of great length, depth or count. The check looks at the form alone, so it
+may refuse a pattern that would happen to be quick.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from typing import Any
 
 from sglang_tpla.host.requests.fields import RequestRefused, shown
 
-MAX_STOPS = 64  # strings or patterns; each is looked for after every token
+MAX_STOPS = 64  # strings or patterns; SGLang searches for each after every token
 MAX_STOP_REGEX_CHARACTERS = 1024
 MAX_GRAMMAR_CHARACTERS = 65536
 MAX_GRAMMAR_DEPTH = 128
-MAX_COUNT = 100_000  # in {n}, minLength and their like
-MAX_EFFORT = 100  # of one repetition (`effort`)
+MAX_COUNT = 100_000  # largest number in {n}, minLength and the like
+MAX_EFFORT = 100  # largest `effort` of one repetition
 COUNTS = re.compile(r"\{\s*(\d+)\s*(?:,\s*(\d*)\s*)?\}")
 REPEATS = (_constants.MAX_REPEAT, _constants.MIN_REPEAT)
 UNBOUNDED = _constants.MAXREPEAT
@@ -32,10 +32,10 @@ JSON_COUNTS = ("minLength", "maxLength", "minItems", "maxItems", "minProperties"
 
 
 def check_stops(params: Any) -> None:
-    """``stop`` and ``stop_regex`` of a request's sampling parameters.
+    """Check ``stop`` and ``stop_regex`` of a request's sampling parameters.
 
     Raises:
-        RequestRefused: too many, too long, or a pattern that may backtrack without end.
+        RequestRefused: too many or too long ones, or a pattern that may backtrack without end.
     """
     for name in ("stop", "stop_regex"):
         value = params.get(name)
@@ -50,10 +50,10 @@ def check_stops(params: Any) -> None:
 
 
 def check_grammar(params: Any) -> None:
-    """The grammar of a request's sampling parameters.
+    """Check the grammar of a request's sampling parameters.
 
     Raises:
-        RequestRefused: too long, too deep, or with repetitions that take too long to follow.
+        RequestRefused: a grammar that is too long, too deep, or with repetitions that take too long to follow.
     """
     for name in ("regex", "ebnf", "json_schema", "structural_tag"):
         value = params.get(name)
@@ -74,20 +74,20 @@ def check_grammar(params: Any) -> None:
 
 
 def nul(name: str) -> RequestRefused:
-    """The refusal of a zero character, over which xgrammar ends the process."""
+    """Make the refusal of a zero character, over which xgrammar ends the process."""
     return RequestRefused(f"sampling_params.{name} may not hold the character \\u0000")
 
 
 def check_schema(name: str, text: str) -> None:
-    """A JSON schema, or an object with several.
+    """Check a JSON schema, or an object with several.
 
     Raises:
-        RequestRefused: too deep, or with a count or a pattern that is refused.
+        RequestRefused: a schema that is too deep, or with a count or a pattern that is refused.
     """
     try:
         parsed = json.loads(text)
     except ValueError:
-        return  # the grammar's compiler says what is wrong with it
+        return  # the grammar's compiler names the mistake
     except RecursionError:
         parsed = None
     for depth, key, value in _entries(parsed):
@@ -104,7 +104,7 @@ def check_schema(name: str, text: str) -> None:
 
 
 def _entries(root: Any) -> Iterator[tuple[int, str, Any]]:
-    """Every value of a JSON document, with its depth and its key; without recursion."""
+    """Yield every value of a JSON document with its depth and its key, without recursion."""
     stack: list[tuple[int, str, Any]] = [(0, "", root)]
     while stack:
         depth, key, value = stack.pop()
@@ -116,10 +116,10 @@ def _entries(root: Any) -> Iterator[tuple[int, str, Any]]:
 
 
 def check_counts(name: str, text: str) -> None:
-    """The counts of repetitions that are written out.
+    """Check the counts of repetitions in a text.
 
     Raises:
-        RequestRefused: a large one.
+        RequestRefused: a large count.
     """
     for first, last in COUNTS.findall(text):
         for count in (first, last):
@@ -130,10 +130,10 @@ def check_counts(name: str, text: str) -> None:
 
 
 def check_pattern(name: str, pattern: str, most: int, backtracks: bool = False) -> None:
-    """A regular expression.
+    """Check a regular expression.
 
     Raises:
-        RequestRefused: too long, with a large count, or with a repetition that matches one text in too many ways.
+        RequestRefused: one that is too long, has a large count, or a repetition that matches a text in too many ways.
     """
     if len(pattern) > most:
         raise RequestRefused(f"sampling_params.{name} may have {most} characters at most; got {len(pattern)}")
@@ -141,7 +141,7 @@ def check_pattern(name: str, pattern: str, most: int, backtracks: bool = False) 
     try:
         found = effort(_parser.parse(pattern), backtracks)
     except (re.error, OverflowError):
-        return  # of another dialect, or wrong: whoever compiles it says so
+        return  # the compiler names the mistake, or knows the pattern's dialect
     except RecursionError:
         found = math.inf
     if found > MAX_EFFORT:
@@ -153,7 +153,7 @@ def check_pattern(name: str, pattern: str, most: int, backtracks: bool = False) 
 
 
 def effort(items: Any, backtracks: bool) -> float:
-    """What the repetitions of a parsed pattern may cost, at most.
+    """The highest cost of the repetitions of a parsed pattern.
 
     Args:
         backtracks: for Python's ``re``, which tries w ways of a body n times over: w to the power of n. A grammar
@@ -175,7 +175,7 @@ def effort(items: Any, backtracks: bool) -> float:
 
 
 def choices(items: Any, backtracks: bool) -> float:
-    """In how many lengths or forms the body of a repetition can match."""
+    """The number of lengths or forms in which the body of a repetition can match."""
     found = 1.0
     for op, value in items:
         if op in REPEATS and (backtracks or value[1] is not UNBOUNDED):
@@ -188,7 +188,7 @@ def choices(items: Any, backtracks: bool) -> float:
 
 
 def told_apart(branches: Any) -> bool:
-    """Whether the first character says which alternative it is: all begin with another one, but for one with a set."""
+    """Whether the first character decides the alternative: each begins with its own, except one with a set."""
     first = [branch[0] if len(branch) else (_constants.ANY, None) for branch in branches]
     plain: set[int] = {value for op, value in first if op is _constants.LITERAL}  # type: ignore[misc]
     others = [item for item in first if item[0] is not _constants.LITERAL]
@@ -201,7 +201,7 @@ def told_apart(branches: Any) -> bool:
 
 
 def delimited(items: Any) -> bool:
-    """Whether a body begins or ends with a character that nothing else in it matches: then one text fits one way."""
+    """Whether a body begins or ends with a character that nothing else in it matches, so that a text fits one way."""
     while len(items) == 1 and items[0][0] is _constants.SUBPATTERN:
         items = items[0][1][3]
     ends = [(items[0], items[1:]), (items[-1], items[:-1])] if len(items) else []
@@ -209,7 +209,7 @@ def delimited(items: Any) -> bool:
 
 
 def takes(items: Any, character: int) -> bool:
-    """Whether some item of a parsed pattern may match a character, in either case: a flag may ignore that."""
+    """Whether some item of a parsed pattern may match a character in either case, which a flag may ignore."""
     spellings = {character, *map(ord, chr(character).lower() + chr(character).upper())}
     for op, value in items:
         if op is _constants.ANY or (op is _constants.LITERAL and value in spellings):

@@ -1,8 +1,8 @@
-"""Parallel samples: each becomes a request of its own, with a room of its own.
+"""Turn parallel samples into requests of their own, each with its own room.
 
-SGLang sends ``n`` samples of a prompt, and before them a request that only fills the prefix cache, under one room.
-Here they become a batch before SGLang sees them: prefill's cache finds the shared prompt by itself. Both servers get
-the same request and must come to the same rooms, so the rooms are worked out from what the request says.
+SGLang sends ``n`` samples of a prompt, and before them a request that only fills the prefix cache, under one room. Here
+they become a batch before SGLang sees them, and prefill's cache finds the shared prompt by itself. Both servers get the
+same request and must arrive at the same rooms, so the rooms follow from the request.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ from typing import Any
 
 from sglang_tpla.host.requests.fields import LAST_ROOM, MAX_SAMPLES, RequestRefused, is_integer, shown, within
 
-# One value, or one a prompt.
+# These fields have one value, or one for each prompt.
 PER_PROMPT = ("return_logprob", "logprob_start_len", "top_logprobs_num", "return_sampling_mask", "return_hidden_states",
               "custom_logit_processor", "extra_key", "lora_path", "bootstrap_host", "bootstrap_port",
               "bootstrap_pair_key", "decode_tp_size")  # fmt: skip
 
 
 def room_of(room: int, sample: int) -> int:
-    """The room of a sample; the first keeps the request's own.
+    """The room of a sample; the first sample keeps the request's room.
 
-    The others are drawn from the whole range by a hash, so that they miss rooms that clients or routers choose.
+    A hash draws the others from the whole range, so that they miss rooms that clients or routers choose.
 
     >>> room_of(7, 0)
     7
@@ -33,10 +33,10 @@ def room_of(room: int, sample: int) -> int:
 
 
 def samples_of(obj: Any) -> int:
-    """``n`` of a request, which SGLang wants alike for all prompts of a batch.
+    """The ``n`` of a request, which SGLang wants equal for all prompts of a batch.
 
     Raises:
-        RequestRefused: no whole number of at least 1, or prompts that differ in it.
+        RequestRefused: a value that is no whole number of at least 1, or prompts that differ in it.
     """
     params = obj.sampling_params
     each = params if isinstance(params, list) else [params]
@@ -54,7 +54,7 @@ def samples_of(obj: Any) -> int:
 
 
 def prompts_of(obj: Any) -> int | None:
-    """Prompts of a batch, or None for a single prompt.
+    """The number of prompts of a batch, or None for a single prompt.
 
     Raises:
         RequestRefused: an empty batch, or no prompt.
@@ -79,10 +79,10 @@ def rooms_of(room: Any, prompts: int | None, samples: int) -> Any:
     """The rooms of a request's samples, all samples of a prompt one after another.
 
     Args:
-        room: one for a single prompt, or for a batch the first of as many in a row; a list has one a prompt or, as
-            routers give them, one a sample.
+        room: one number is a single prompt's room, or the first of a batch's successive rooms; a list has one for each
+            prompt or, from routers, one for each sample.
         prompts: number of prompts, or None for a single one.
-        samples: of each prompt.
+        samples: number of samples of each prompt.
 
     Raises:
         RequestRefused: a list of another length.
@@ -109,7 +109,7 @@ def rooms_of(room: Any, prompts: int | None, samples: int) -> Any:
 
 
 def spread(value: Any, prompts: int | None, samples: int, name: str) -> Any:
-    """A field of a batch with one entry a sample; a value that stands for all stays one value.
+    """Spread a field of a batch to one entry for each sample; a value for all stays one value.
 
     Raises:
         RequestRefused: a list of another length.
@@ -125,10 +125,10 @@ def spread(value: Any, prompts: int | None, samples: int, name: str) -> Any:
 
 
 def give_each_its_room(obj: Any) -> None:
-    """Turn ``n`` samples into a batch, in place, and see that lists have as many entries as there are requests.
+    """Turn ``n`` samples into a batch in place, and check that lists have an entry for each request.
 
     Raises:
-        RequestRefused: what cannot be served.
+        RequestRefused: a request that cannot be served.
     """
     prompts, samples = prompts_of(obj), samples_of(obj)
     count = prompts or 1

@@ -78,7 +78,7 @@ class DataChannels:
                     self._io.watch(reader.stream, writable=False)
                 return
             for chunk, payload, checksum in reader.receive(DATA_TURN_BYTES):
-                connection.without_channel = None
+                connection.without_channel = connection.starved_since = None
                 whole = msgspec.structs.replace(chunk, checksum=checksum)
                 if isinstance(payload, InPlaceChunk):
                     connection.last_chunk = self._io.now()
@@ -119,7 +119,10 @@ class DataChannels:
         text = "decode rank %d: no data channel to the %s: %s"
         self._workers.log.warning(text, self._workers.rank, connection.name, error)
         if stood and now - connection.dialled > self._patience_s:
-            connection.without_channel = now  # earlier failures are another matter
+            connection.without_channel, connection.starved_since = (
+                now,
+                None,
+            )  # earlier failures are another matter
         connection.channel_error = str(error)
         self.seek(connection, stood)
 
@@ -133,12 +136,18 @@ class DataChannels:
         if connection.without_channel is None:
             connection.without_channel = now
         starved = self._receiver.starved(connection)
-        if now - connection.without_channel <= self._patience_s:
-            if lost or starved:
+        if not starved:
+            if not self._receiver.uses(connection):
+                connection.starved_since = None
+            if lost and now - connection.without_channel <= self._patience_s:
                 self._control.broken(connection)
             return
-        if starved:
-            connection.without_channel = None  # the next room tries again
+        if connection.starved_since is None:
+            connection.starved_since = now  # the time in which no room wanted the channel does not count
+        if now - connection.starved_since <= self._patience_s:
+            self._control.broken(connection)
+            return
+        connection.without_channel = connection.starved_since = None  # the next room tries again
         for room in starved:
             self._receiver.fail(
                 room,

@@ -65,6 +65,7 @@ class Connection:
     dialled: float = 0.0  # when the data channel was dialled
     last_chunk: float = 0.0  # when a chunk last came
     without_channel: float | None = None  # since when none has lasted until a chunk had come on it
+    starved_since: float | None = None  # since when a room has wanted rows that no channel brought
     channel_error: str = ""  # why the last data channel ended
     # rooms.py, under the lock
     told_at: float = 0.0  # when the prefill rank was last told which rooms wait here

@@ -58,7 +58,7 @@ class CachePool:
             name = self.row_format.name(head.dtype)
             raise TransferError(f"a pool of {name} holds bytes (uint8); got {head.dtype}")
         for index, (layer, rows) in enumerate(zip(self.layers, self.row_format.layers, strict=True)):
-            if (why := rows.objection()) is not None:
+            if (why := rows.unsupported_reason()) is not None:
                 raise TransferError(f"layer {index} of the pool: {why}")
             if (
                 layer.ndim != 2

@@ -91,7 +91,7 @@ def mismatch(hello: Hello, pool: CachePool, metadata: MetadataRows, model_hash: 
         )
     try:
         rows = announced_rows(layout)
-        reasons = (layer.objection() for layer in rows.layers)
+        reasons = (layer.unsupported_reason() for layer in rows.layers)
         why = next((reason for reason in reasons if reason is not None), None)
     except ValueError as error:
         why = str(error)
