@@ -180,7 +180,9 @@ def test_tokens_named_for_their_log_probabilities_beside_requests_that_name_none
     for one in said[1::3]:
         values = one["meta_info"]["output_token_ids_logprobs"]
         # SGLang says nothing of some tokens: 0.5.23 of the first, 0.5.17 of one or two where a batch has just grown.
-        assert 60 <= len(values) <= 64 and all([token for _, token, _ in value] == [5, 7] for value in values[1:])
+        assert 60 <= len(values) <= 64 and all(
+            [token for _, token, _ in value] == [5, 7] for value in values[1:]
+        )
 
 
 @pytest.mark.parametrize("temperature", [0, 1])
