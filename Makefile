@@ -13,7 +13,8 @@ ENVIRONMENT = $(if $(PYTHON),"$(PYTHON)" .ci/environment.py,{ echo "error: no Py
 export SGLANG
 # Beside another release: what meets SGLang, in a quarter of an hour on two cores. Before a release of this package,
 # TESTS="tests/e2e tests/parity tests/host" takes all of that: faults, capacities, model families and refusals as well.
-RELEASES = $(patsubst %,tests/e2e/test_%.py,trio tpla_parity parity sketched_rows speculation requests waiting) \
+RELEASES = $(patsubst %,tests/e2e/test_%.py,trio tpla_parity parity sketched_rows speculation requests waiting \
+	attention_groups) \
 	tests/parity tests/host
 TESTS = $(if $(filter-out 0.5.17,$(SGLANG)),$(RELEASES))
 WITH_PYTHON = python=$$($(ENVIRONMENT)) && "$$python"
