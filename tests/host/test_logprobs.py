@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 
-from sglang_tpla.host.requests.logprobs import all_tensors
+from sglang_tpla.host.requests.logprobs import all_tensors, keep_first_place
 
 
 def test_a_batch_in_which_not_everyone_names_tokens(engine: None) -> None:
@@ -23,3 +25,19 @@ def test_a_batch_in_which_not_everyone_names_tokens(engine: None) -> None:
         assert tokens == [[], [5, 2], []]
         found = [entry.tolist() for entry in values] if on_device else values
         assert found == [[], logprobs[1, [5, 2]].tolist(), []]
+
+
+@pytest.mark.parametrize(("named", "places"), [([5, 2], [[], [-1.0, -2.0]]), (None, [[-1.0, -2.0]])])
+def test_the_first_token_has_a_place_without_values(named: list[int] | None, places: list[Any]) -> None:
+    """A value stands at its own token's place, however the answer is cut."""
+    logprob = SimpleNamespace(
+        token_ids_logprob=named,
+        output_token_logprobs_val=[-0.5],
+        output_token_ids_logprobs_val=[],
+        output_token_ids_logprobs_idx=[],
+    )
+    req = SimpleNamespace(return_logprob=True, logprob=logprob)
+    for _ in range(2):  # the second time there is a place
+        keep_first_place(req)
+    logprob.output_token_ids_logprobs_val.append([-1.0, -2.0])
+    assert logprob.output_token_ids_logprobs_val == places

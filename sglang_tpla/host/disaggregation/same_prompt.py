@@ -17,6 +17,8 @@ from typing import Any
 
 from sglang.srt.disaggregation.utils import FAKE_BOOTSTRAP_HOST, prepare_abort
 
+from sglang_tpla.host.requests.logprobs import keep_first_place
+
 PLACE = 15  # the last of 16, of which SGLang uses 0 to 6
 logger = logging.getLogger(__name__)
 
@@ -39,6 +41,7 @@ def compare_digest(original: Callable[..., None], self: Any, decode_req: Any) ->
     replayed = getattr(decode_req, "is_rebootstrap", False)  # prefill computed the answer so far as well
     if own_request or replayed or found in (0, digest(req.origin_input_ids)):
         original(self, decode_req)
+        keep_first_place(req)
         return
     reason = (
         f"prefill computed another prompt than decode's in room {req.bootstrap_room}: let every request have a room of "

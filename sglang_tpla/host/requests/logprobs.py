@@ -1,7 +1,10 @@
-"""Log-probabilities of named tokens beside requests that name none.
+"""Log-probabilities of tokens that a request names (``token_ids_logprob``), on a decode server.
 
-SGLang gathers a batch's values on the device, with an empty list for every request without ``token_ids_logprob``, and
-then copies each entry as a tensor. So a batch in which only some requests name tokens ends the server.
+SGLang gathers a batch's values on the device, with an empty list for every request that names no tokens, and then
+copies each entry as a tensor. So a batch in which only some requests name tokens ends the server.
+
+Prefill sends no such values for the first token. Up to 0.5.19 decode leaves no place for them either, and cuts what it
+answers by the number of tokens: each part of a streamed answer, and each fifty tokens of another, then loses a value.
 """
 
 from __future__ import annotations
@@ -23,3 +26,13 @@ def all_tensors(
     if no_copy_to_cpu:
         values = [logprobs.new_empty(0) if isinstance(entry, list) else entry for entry in values]
     return values, tokens
+
+
+def keep_first_place(req: Any) -> None:
+    """Leave an empty place for the first token of a request whose cache has come, where SGLang has left none."""
+    if not req.return_logprob or req.logprob.token_ids_logprob is None:
+        return
+    logprob = req.logprob
+    if len(logprob.output_token_ids_logprobs_val) < len(logprob.output_token_logprobs_val):
+        logprob.output_token_ids_logprobs_val.append([])
+        logprob.output_token_ids_logprobs_idx.append([])
