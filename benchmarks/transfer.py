@@ -125,9 +125,7 @@ def prefill_child(
     pace_channels(gigabits_s)
     pool = make_pool(tokens, layers)
     metadata = MetadataRows([np.zeros((8, 64), dtype=np.uint8)])
-    agent = PrefillAgent(
-        pool, metadata, model_hash="bench", settings=SETTINGS, bind_host="127.0.0.1", rank=0, size=1
-    )
+    agent = PrefillAgent(pool, metadata, model_hash="bench", settings=SETTINGS, bind_host="127.0.0.1", rank=0)
     pipe.send(agent.address)
     while (command := pipe.recv()) is not None:
         room, pages, checked = command

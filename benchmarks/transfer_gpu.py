@@ -81,7 +81,6 @@ def prefill_child(pipe: Connection, job: dict[str, Any]) -> None:
         settings=replace(SETTINGS, chunk_bytes=job["chunk_bytes"]),
         bind_host="127.0.0.1",
         rank=0,
-        size=1,
     )
     pages = np.random.default_rng(1).permutation(job["tokens"]).astype(np.int32)
     pipe.send(agent.address)

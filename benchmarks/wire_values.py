@@ -33,9 +33,7 @@ def wire_values(ranks: int, groups: int, shared: int, host_id: str | None) -> fl
     with contextlib.ExitStack() as stack:
         prefill = stack.enter_context(
             contextlib.closing(
-                PrefillAgent(
-                    pool, metadata, model_hash="", settings=settings, bind_host="127.0.0.1", rank=0, size=1
-                )
+                PrefillAgent(pool, metadata, model_hash="", settings=settings, bind_host="127.0.0.1", rank=0)
             )
         )
         prefill.open_room(1)

@@ -95,7 +95,6 @@ def main() -> None:
         settings=Settings(role="prefill", room_timeout_s=120.0),  # a child imports torch before it asks
         bind_host="127.0.0.1",
         rank=0,
-        size=1,
     )
     spawn = multiprocessing.get_context("spawn")
     with closing(agent):

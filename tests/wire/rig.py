@@ -83,7 +83,6 @@ def prefill_rank(
     dtype: torch.dtype = torch.bfloat16,
     seed: int = 0,
     rank: int = 0,
-    size: int = 1,
     port: int = 0,
     advertised_port: int = 0,
     device: str = "cpu",
@@ -104,7 +103,6 @@ def prefill_rank(
         settings=settings(**changes),
         bind_host="127.0.0.1",
         rank=rank,
-        size=size,
         bind_port=port,
         advertised_port=advertised_port,
     )

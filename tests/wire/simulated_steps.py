@@ -70,7 +70,7 @@ class Steps(Strange):
             settings = self._settings() if rank else SETTINGS
             agent = PrefillAgent(
                 self.source, MetadataRows([row]), model_hash="m", bind_host="127.0.0.1", settings=settings, rank=rank,
-                size=2, workers=self._workers("prefill", rank, settings, refused),
+                workers=self._workers("prefill", rank, settings, refused),
             )  # fmt: skip
             self.prefills.append(agent)
         own = ((16, 8, 16), (16, 0, 8), (0, 0, 0))[self._odd(0, 1, 2)]

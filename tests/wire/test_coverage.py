@@ -95,7 +95,7 @@ def uncarried(rows: LayerRows) -> list[int]:
 
 def two(**changes: Any) -> list[rig.PrefillRank]:
     """Prefill ranks of one server, the second one with other settings."""
-    return [rig.prefill_rank(rank=0, size=2), rig.prefill_rank(rank=1, size=2, **changes)]
+    return [rig.prefill_rank(rank=0), rig.prefill_rank(rank=1, **changes)]
 
 
 def groups(
@@ -130,9 +130,9 @@ def test_ranks_that_hand_rows_over_in_other_steps(host: str | None, steps: Seque
 
 @pytest.mark.parametrize("decodes_refused", [(), (1,), (0, 1)])
 def test_ranks_that_the_system_refused_shared_memory(decodes_refused: Sequence[int]) -> None:
-    prefills = [rig.prefill_rank(rank=0, size=2)]
+    prefills = [rig.prefill_rank(rank=0)]
     with refused():
-        prefills.append(rig.prefill_rank(rank=1, size=2))
+        prefills.append(rig.prefill_rank(rank=1))
     decodes = groups()
     for index in decodes_refused:
         decodes[index].agent.close()
@@ -183,7 +183,7 @@ def test_a_cached_prefix_and_a_last_page_that_is_not_full(prefix: int, tokens: i
 
 def test_more_prefill_ranks_than_layers() -> None:
     """Some send nothing but the metadata row."""
-    prefills = [rig.prefill_rank(rank=rank, size=rig.LAYERS + 2) for rank in range(rig.LAYERS + 2)]
+    prefills = [rig.prefill_rank(rank=rank) for rank in range(rig.LAYERS + 2)]
     transfer(prefills, groups(), ((),) * len(prefills))
 
 
@@ -202,7 +202,7 @@ def test_a_rank_that_restarted_with_another_chunk_size() -> None:
         assert rig.ended(decode.agent, 1) == RoomState.FAILED
         assert str(port) in decode.agent.failure(1)
         decode.agent.close_room(1)
-        again = rig.prefill_rank(rank=1, size=2, port=port, chunk_bytes=4096)
+        again = rig.prefill_rank(rank=1, port=port, chunk_bytes=4096)
         first.agent.close_room(1)
         with contextlib.closing(again.agent):
             for prefill in (first, again):

@@ -42,7 +42,7 @@ def test_raw_rows_arrive_to_the_bit(dtype: torch.dtype, tokens: int, host: str |
 @pytest.mark.parametrize(("ranks", "groups"), [(1, 1), (2, 1), (2, 2), (4, 1), (4, 2)])
 @pytest.mark.parametrize("prefills", [1, 2])
 def test_every_rank_gets_its_slice(prefills: int, ranks: int, groups: int, host: str | None) -> None:
-    senders = [rig.prefill_rank(rank=rank, size=prefills) for rank in range(prefills)]
+    senders = [rig.prefill_rank(rank=rank) for rank in range(prefills)]
     receivers = [
         rig.decode_rank(
             rig.projection(rank % groups) if groups > 1 else None, rank=rank, size=ranks, host=host
@@ -117,7 +117,7 @@ def test_every_byte_travels_once_to_a_host(groups: int, shared: int, host: str |
 
 @pytest.mark.parametrize("host", HOSTS)
 def test_prefill_ranks_share_the_sending(host: str | None) -> None:
-    senders = [rig.prefill_rank(rank=rank, size=2) for rank in range(2)]
+    senders = [rig.prefill_rank(rank=rank) for rank in range(2)]
     ranks = [rig.decode_rank(rig.projection(rank % 2), rank=rank, size=4, host=host) for rank in range(4)]
     with contextlib.ExitStack() as stack:
         for item in (*senders, *ranks):
@@ -165,7 +165,7 @@ def test_everything_cached_sends_the_metadata_row_alone() -> None:
 
 
 def test_rooms_to_an_all_dummy_prefill_rank_succeed_without_sending() -> None:
-    sender, idle, decode = rig.prefill_rank(), rig.prefill_rank(rank=1, size=2), rig.decode_rank()
+    sender, idle, decode = rig.prefill_rank(), rig.prefill_rank(rank=1), rig.decode_rank()
     with contextlib.closing(sender.agent), contextlib.closing(idle.agent), contextlib.closing(decode.agent):
         source, destination = rig.pages(1, 6), rig.pages(2, 6)
         for item in (sender, idle):

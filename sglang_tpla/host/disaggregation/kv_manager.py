@@ -106,7 +106,6 @@ class TplaKVManager(CommonKVManager):
             settings=settings(),
             bind_host=host,
             rank=self.attn_tp_rank,
-            size=self.attn_tp_size,
             bind_port=settings().listen_port and settings().listen_port + 2 * self._place,
             advertised_port=settings().advertised(self._place, ("", 0))[1],
             limits=prompt_limits(self.kv_args, self.server_args),

@@ -66,7 +66,6 @@ class PrefillAgent:
         settings: Settings,
         bind_host: str,
         rank: int,
-        size: int,
         bind_port: int = 0,
         advertised_port: int = 0,
         host_id: str | None = None,
