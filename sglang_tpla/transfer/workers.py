@@ -102,7 +102,7 @@ class Workers:
             say_goodbye: tells the peers that the agent closes, on the I/O thread.
             fail_all: fails every room that has not ended, with a reason.
         """
-        self.next_work, self.tick = next_work, tick
+        self.next_work = next_work
         self._say_goodbye, self._fail_all = say_goodbye, fail_all
         self.io.start(min(self.settings.heartbeat_s / 2, 0.25), tick, self.handler_failed, self.died)
         for thread in (*self._workers, *self._checkers):

@@ -6,6 +6,7 @@ from collections import Counter
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 from sglang_tpla.config import Settings
@@ -117,6 +118,29 @@ def test_the_time_is_what_the_caller_says() -> None:
         "no progress for 20 s in BOOTSTRAPPING; 1 of 2 decode ranks had asked"
     )
     assert [type(message) for message in rank.said("a")] == [frames.Abort]
+
+
+@pytest.mark.parametrize(
+    ("expected", "prefixes", "why"),
+    [
+        ((3, 3, 3), (0, 1, 0), "disagree on the cached prefix: [0, 1] tokens"),
+        ((2, 3, 2), (0, 0, 0), "disagree on how many ask: 2 and 3"),
+        ((1, 1, 1), (0, 0, 0), "2 decode ranks asked, 1 were expected"),
+    ],
+)
+def test_every_rank_is_told_once_that_requests_do_not_go_together(
+    expected: tuple[int, ...], prefixes: tuple[int, ...], why: str
+) -> None:
+    """Also one that is looked at, when the room opens, after an earlier one has failed it."""
+    rank = Rank("a", "b", "c")
+    for name, ranks, prefix in zip("abc", expected, prefixes, strict=True):
+        rank.hear(name, frames.Request(1, 5, ranks, prefix, PAGE, False, 0, 1))
+    rank.rooms.open(1, PAGE, 0.0)
+    assert why in rank.rooms.table[1].reason and len(rank.ended) == 1
+    told = rank.out.take()
+    assert sorted(identity for identity, *_ in told) == [b"a", b"b", b"c"]
+    assert all(type(message) is frames.Abort and why in message.reason for _, message, _ in told)
+    assert not rank.rooms.early_requests
 
 
 def test_a_chunk_is_repeated_when_the_first_rank_of_its_host_is_done_and_gone() -> None:

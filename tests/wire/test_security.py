@@ -78,7 +78,7 @@ def test_decode_refuses_a_prefill_rank_with_another_key(folder: Path, tmp_path: 
 
 def test_plain_tcp_beyond_loopback_needs_the_word(monkeypatch: pytest.MonkeyPatch) -> None:
     prefill, decode = rig.prefill_rank(), rig.decode_rank()
-    fields = {"model_hash": "model", "settings": rig.SETTINGS, "rank": 0, "size": 1}
+    fields = {"model_hash": "model", "settings": rig.SETTINGS, "rank": 0}
     with contextlib.closing(prefill.agent), contextlib.closing(decode.agent):
         with pytest.raises(TransferError, match=r"listening on 0\.0\.0\.0 without keys .* --tpla-keys"):
             PrefillAgent(prefill.pool, prefill.metadata, bind_host="0.0.0.0", **fields)
@@ -87,7 +87,7 @@ def test_plain_tcp_beyond_loopback_needs_the_word(monkeypatch: pytest.MonkeyPatc
         monkeypatch.setenv(INSECURE_VARIABLE, "1")
         open_to_all = PrefillAgent(prefill.pool, prefill.metadata, bind_host="0.0.0.0", **fields)
         open_to_all.close()
-        other = DecodeAgent(decode.pool, decode.metadata, None, **fields)
+        other = DecodeAgent(decode.pool, decode.metadata, None, size=1, **fields)
         other.connect("192.0.2.1", 1)
         other.close()
 

@@ -88,6 +88,9 @@ class Lanes:
             return plan
 
         room.lanes = form_lanes(room, make_plan, self._agent, self._host, self._chunk_bytes)
+        for lane in room.lanes:
+            for destination in lane.takers:
+                destination.lanes.append(lane)
 
     def proceed(self, room: Room) -> None:
         """Queue what a room has to send, announce it, and say what is due after the last rows."""

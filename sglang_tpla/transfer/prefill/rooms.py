@@ -251,6 +251,10 @@ class Rooms:
     def _bind(self, room: Room, request: RoomRequest, now: float) -> None:
         """Give a room a decode rank's request."""
         expected, asks = room.expected_ranks, request.message
+        if room.state.ended:  # by a request that was bound before this one
+            self._ended_rooms.end(room.room_id, request.peer.hello.agent, asks.generation)
+            self._answer_abort(asks, request.peer, room.reason)
+            return
         room.requests[request.peer.identity] = request
         room.progress = now
         asked = len(room.requests)

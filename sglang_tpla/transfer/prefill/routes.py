@@ -53,10 +53,7 @@ def form_lanes(
             kind = rows.of_any_group if part is Part.COMMON else rows
             plan = make_plan(projection, part, limit, kind, _share(takers[0]))
             destinations = [taker.destination for taker in takers if taker.destination is not None]
-            lane = Lane(room, plan, destinations, route)
-            for destination in destinations:
-                destination.lanes.append(lane)
-            lanes.append(lane)
+            lanes.append(Lane(room, plan, destinations, route))
     return lanes
 
 

@@ -131,7 +131,7 @@ class ChunkPlan:
     share: range  # the layers that this rank sends, by index in its pool
     rectangles: list[Rectangle] = field(default_factory=list)
     segments: list[Segment] = field(default_factory=list)  # of each rectangle
-    digests: dict[int, bytes] = field(default_factory=dict)  # of chunks that were made
+    digests: dict[int, bytes] = field(default_factory=dict)  # sender.py: of chunks that were made
 
     def extend(self, pool: CachePool, segment: Segment) -> None:
         """Number the chunks of another segment."""
