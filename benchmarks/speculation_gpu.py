@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import json
+import os
 import statistics
 import sys
 import time
@@ -50,7 +51,7 @@ STOCK_SPECULATION = (
     *SPECULATION, "--speculative-eagle-topk", "1", "--speculative-num-draft-tokens", str(STEPS + 1),
 )  # fmt: skip
 REQUESTS = ("--max-running-requests", "32")
-SEED = ("--random-seed", "17", "--grammar-backend", "xgrammar")
+SEED = ("--random-seed", "17", "--grammar-backend", os.environ.get("TEST_GRAMMAR_BACKEND", "xgrammar"))
 # One graph a batch that is measured, and one between: each takes a second to capture.
 BATCHES = ("--cuda-graph-bs-decode", "1", "2", "4", "8", "16")
 OURS = ("--attention-backend", "tpla") if DEVICE == "cuda" else ()
