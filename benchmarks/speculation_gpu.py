@@ -197,7 +197,7 @@ def speed(decoder: Decoder, asked: list[list[int]], tokens: int, batches: list[i
 
 
 def samples(
-    asked: list[list[int]], decoders: dict[str, Decoder], draws: int, limit_s: float
+    asked: list[list[int]], decoders: dict[str, Decoder], draws: int, limit_s: float, tokens: int
 ) -> dict[str, Any]:
     """Draws from a server with speculation and from one without it: at single prompts, and along whole answers."""
     found: dict[str, Any] = {"prompts": []}
@@ -213,13 +213,13 @@ def samples(
         found["prompts"].append(
             {"tokens": len(prompt), "pairs": compare_draws(drawn["plain"], drawn["drafting"])}
         )
-    params = {"max_new_tokens": 128, "temperature": 1.0, "ignore_eos": True}
+    params = {"max_new_tokens": tokens, "temperature": 1.0, "ignore_eos": True}
     for kind, decoder in decoders.items():
         said = [
             answer
             for _ in range(5)
             for prompt in asked[:2]
-            for answer in decoder.together([prompt] * 16, 128, sampling_params=params, **LOGPROBS)
+            for answer in decoder.together([prompt] * 16, tokens, sampling_params=params, **LOGPROBS)
         ]
         found[f"along answers, {kind}"] = chances(said) | {"accept_length": accepted(said)}
     return found
@@ -378,7 +378,9 @@ def main() -> None:
             for name in one_rank:
                 keep(
                     f"{name}: sampled",
-                    lambda name=name: samples(asked[8:17:4], both(name), args.draws, args.draw_s),
+                    lambda name=name: samples(
+                        asked[8:17:4], both(name), args.draws, args.draw_s, args.tokens
+                    ),
                 )
             for name in every:
                 for kind in ("plain", "drafting"):
