@@ -211,7 +211,7 @@ def samples(
         for decoder in decoders.values():
             _ = decoder.pair  # further rooms
         found["prompts"].append(
-            {"tokens": len(prompt), "pairs": compare_draws(drawn["plain"], drawn["drafting"])}
+            {"tokens": len(prompt), "tests": compare_draws(drawn["plain"], drawn["drafting"])}
         )
     params = {"max_new_tokens": tokens, "temperature": 1.0, "ignore_eos": True}
     for kind, decoder in decoders.items():
