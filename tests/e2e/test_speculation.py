@@ -244,5 +244,32 @@ def test_a_decode_server_that_was_killed(servers: Servers, prompts: list[list[in
     assert pair.generate(prompts[0], TOKENS)[1]["output_ids"] == right["output_ids"]
 
 
+@plain_rows
+@pytest.mark.slow
+def test_requests_that_are_retracted(servers: Servers, model: Model, prompts: list[list[int]]) -> None:
+    """A server that takes requests out of its batch again and again gives the same answers in the end.
+
+    SGLang keeps the rows of a retracted request on the host, but not the draft's: its guesses are worse from there on.
+    """
+    (port,), log = free_ports(1), model.folder / "retracting-decode.log"
+    same = servers.speculating
+    decode = launcher("decode", str(model.path), port, log)
+    decode.command = tuple(
+        str(port) if part == str(same.decode.port) else part for part in same.decode.command
+    )
+    decode.env |= {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "5"}
+    told = {"return_logprob": True, "top_logprobs_num": 2}
+    expected = [servers.plain.generate(prompt, TOKENS, **told)[1] for prompt in prompts]
+    try:
+        pair = Pair(same.prefill, same.bootstrap, decode.start().wait(), next_room=800_000)
+        answers = pair.generate(prompts, TOKENS, **told)[1]
+        for answer, right in zip(answers, expected, strict=True):
+            agree(answer, right, 1e-4)
+        assert "Testing retraction" in log_of(decode)
+        wait_idle(pair.prefill, pair.decode)
+    finally:
+        decode.stop()
+
+
 def log_of(server: Server) -> str:
     return server.log.read_text(errors="replace")
