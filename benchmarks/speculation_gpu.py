@@ -45,11 +45,7 @@ from tests.ports import free_ports
 from tests.speculating_model import pad_latent
 
 ROOT = Path(__file__).resolve().parents[1]
-STEPS = 3
-SPECULATION = ("--speculative-algorithm", "EAGLE", "--speculative-num-steps", str(STEPS))
-STOCK_SPECULATION = (
-    *SPECULATION, "--speculative-eagle-topk", "1", "--speculative-num-draft-tokens", str(STEPS + 1),
-)  # fmt: skip
+GUESSES = 3
 REQUESTS = ("--max-running-requests", "32")
 SEED = ("--random-seed", "17", "--grammar-backend", os.environ.get("TEST_GRAMMAR_BACKEND", "xgrammar"))
 # One graph a batch that is measured, and one between: each takes a second to capture.
@@ -250,6 +246,7 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=20_000, help="samples at each of three prompts")
     parser.add_argument("--draw-s", type=float, default=100, help="they take no longer")
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--guesses", type=int, default=GUESSES, help="a step")
     parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--longest", type=int, default=3000)
     parser.add_argument("--tokens", type=int, default=128)
@@ -259,6 +256,8 @@ def main() -> None:
     )
     parser.add_argument("--limit-s", type=float, default=420, help="no part is begun after so many seconds")
     args = parser.parse_args()
+    speculation = ("--speculative-algorithm", "EAGLE", "--speculative-num-steps", str(args.guesses))
+    chains = ("--speculative-eagle-topk", "1", "--speculative-num-draft-tokens", str(args.guesses + 1))
     args.out.parent.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
     parts: dict[str, Any] = {}
@@ -269,7 +268,7 @@ def main() -> None:
         "sglang": version("sglang"),
         "torch": torch.__version__,
         "model": args.model.name,
-        "guesses": STEPS,
+        "guesses": args.guesses,
         "parts": parts,
     }
     tokenizer = Tokenizer.from_file(str(args.model / "tokenizer.json"))
@@ -305,7 +304,7 @@ def main() -> None:
                 one.log.mkdir(parents=True, exist_ok=True)
             # The prompts' backend computes prompts alone: SGLang's own tables have none for the draft's guesses.
             draft = ("--speculative-draft-attention-backend", "triton") if DEVICE == "cuda" else ()
-            engines["drafting"].start_prefill(*REQUESTS, *SEED, *SPECULATION, *draft)
+            engines["drafting"].start_prefill(*REQUESTS, *SEED, *speculation, *draft)
             engines["plain"].start_prefill(*REQUESTS, *SEED)
             two = ("--tpla-groups", "2", *OURS, *(GRAPHS if GPUS > 1 else ()), "--tpla-artifact")
             layouts: dict[str, tuple[int, tuple[str, ...]]] = {
@@ -320,12 +319,12 @@ def main() -> None:
                     del layouts[name]
             layouts = {name: layout for name, layout in layouts.items() if name in args.only}
             for name, (ranks, flags) in layouts.items():
-                engines["drafting"].decode(name, ranks, *REQUESTS, *SEED, *flags, *SPECULATION)
+                engines["drafting"].decode(name, ranks, *REQUESTS, *SEED, *flags, *speculation)
                 if name != "eager":  # answers without speculation are those with graphs
                     engines["plain"].decode(name, ranks, *REQUESTS, *SEED, *flags)
             if "stock" in args.only and DEVICE == "cuda":
                 padded = pad_latent(args.model, Path(scratch) / "padded", STOCK_LATENT)
-                for kind, extra in (("drafting", STOCK_SPECULATION), ("plain", ())):
+                for kind, extra in (("drafting", (*speculation, *chains)), ("plain", ())):
                     stocks[kind] = Engines(str(padded), logs / f"stock-{kind}")
                     stocks[kind].log.mkdir(parents=True, exist_ok=True)
                     start_stock(stocks[kind], *extra)
