@@ -20,8 +20,8 @@ from typing import Any, Protocol, TypeVar
 import zmq
 
 from sglang_tpla.config import Settings
-from sglang_tpla.transfer import messages as frames
-from sglang_tpla.transfer.memory.shared_memory import SharedSegment, host_identity, make_arena
+from sglang_tpla.transfer import messages
+from sglang_tpla.transfer.memory.shared_memory import SharedSegment, host_identity, make_segment
 from sglang_tpla.transfer.network.event_loop import IoLoop
 from sglang_tpla.transfer.room import RoomState, TransferError
 
@@ -73,13 +73,13 @@ class Workers:
         names = [f"tpla-{self.role}-{name}-{self.rank}-{number}" for number in range(count)]
         return [threading.Thread(target=self._run, args=(run,), name=name, daemon=True) for name in names]
 
-    def make_arena(self) -> SharedSegment | None:
+    def make_segment(self) -> SharedSegment | None:
         """Return shared memory for staging, with a few slots reserved; None if settings or system have none."""
         if not self.settings.shared_memory:
             return None
         slots = self.settings.staging_bytes // self.chunk_bytes
         reserved_bytes = min(slots, FIRST_SLOTS) * self.chunk_bytes
-        return make_arena(self.agent_id, slots * self.chunk_bytes, reserved_bytes, self.log)
+        return make_segment(self.agent_id, slots * self.chunk_bytes, reserved_bytes, self.log)
 
     def host_identity(self, given: str | None) -> str:
         """Return a text that tells hosts apart; it is unlike all others where shared memory is not wanted."""
@@ -192,17 +192,17 @@ class Workers:
 
     def parse(
         self, parts: list[zmq.Frame], sender: str, on_other_version: Callable[[str], None]
-    ) -> tuple[frames.Message, zmq.Frame | None] | None:
+    ) -> tuple[messages.Message, zmq.Frame | None] | None:
         """Return the header and the payload of a message, or None after counting and logging a malformed one."""
         try:
             if not 1 <= len(parts) <= 2:
-                raise frames.FrameError(
+                raise messages.FrameError(
                     f"a message has a header and at most one payload; got {len(parts)} frames"
                 )
-            message = frames.decode(parts[0].buffer, len(parts) == 2)
-        except frames.FrameError as error:
+            message = messages.decode(parts[0].buffer, len(parts) == 2)
+        except messages.FrameError as error:
             self.drop("malformed_dropped", f"malformed frame from {sender}: {error}")
-            if isinstance(error, frames.FramingVersionError):
+            if isinstance(error, messages.FramingVersionError):
                 on_other_version(str(error))
             return None
         return message, parts[1] if len(parts) == 2 else None

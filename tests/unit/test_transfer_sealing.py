@@ -16,7 +16,7 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from sglang_tpla.transfer.memory import native
-from sglang_tpla.transfer.memory.iovec import Pieces, one_piece
+from sglang_tpla.transfer.memory.iovec import IoVec, one_piece
 from sglang_tpla.transfer.messages import DAMAGED, OPENED, FrameError
 from sglang_tpla.transfer.network import sealing
 from sglang_tpla.transfer.network.data_channel import BufferPool, ChunkReader, OutgoingChunk, SendQueue
@@ -40,10 +40,10 @@ def pair(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
         yield ends
 
 
-def in_pieces(memory: np.ndarray) -> Pieces:
+def in_pieces(memory: np.ndarray) -> IoVec:
     """Pieces of no round size."""
     parts = [one_piece(part) for part in np.array_split(memory, 3) if part.size]
-    return Pieces(np.concatenate([part.table for part in parts]), memory)
+    return IoVec(np.concatenate([part.table for part in parts]), memory)
 
 
 def chunk(header: bytes, payload: bytes, wanted: bool = True) -> OutgoingChunk:

@@ -327,10 +327,10 @@ class Steps(Strange):
             raise Failure(f"room {room_id} succeeded with wrong metadata")
 
     def close_all(self) -> None:
-        """Give the arenas back."""
+        """Give the segments back."""
         for agent in self.agents:
-            if agent.arena is not None:
-                agent.arena.close()
+            if agent.segment is not None:
+                agent.segment.close()
 
 
 def _projection(group: int, columns: Sequence[int]) -> Projection:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from sglang_tpla.transfer import messages as frames
+from sglang_tpla.transfer import messages
 from sglang_tpla.transfer.network.data_channel import PREAMBLE, SIZES
 from sglang_tpla.transfer.room import RoomState, TransferError
 from tests.ports import neighbouring_ports
@@ -156,7 +156,7 @@ def test_a_data_port_that_is_taken_is_no_start() -> None:
 @pytest.mark.parametrize(
     "said",
     [b"GET / HTTP/1.1\r\n", PREAMBLE + bytes(16), PREAMBLE[:4] + b"\xff" + bytes(16), b"T" + bytes(3)],
-    ids=["another protocol", "a cookie of nobody", "another version", "damaged"],
+    ids=["another protocol", "a token of nobody", "another version", "damaged"],
 )
 def test_strangers_are_turned_away_and_counted(prefill: rig.PrefillRank, said: bytes) -> None:
     before = prefill.agent.stats().refused
@@ -178,29 +178,29 @@ def test_strangers_who_say_nothing_do_not_stay(prefill: rig.PrefillRank) -> None
 def test_a_cookie_serves_once_and_ends_with_its_connection(prefill: rig.PrefillRank) -> None:
     with contextlib.closing(FakeDecode(prefill.agent.address[1])) as fake:
         fake.say(hello(host="far"))
-        welcome = fake.expect(frames.Welcome)[0]
-        with knock(prefill, PREAMBLE + welcome.data.cookie) as first:
+        welcome = fake.expect(messages.Welcome)[0]
+        with knock(prefill, PREAMBLE + welcome.data.token) as first:
             rig.wait(lambda: prefill.agent.router.listener._channels, "the channel")
-            with knock(prefill, PREAMBLE + welcome.data.cookie) as second:
+            with knock(prefill, PREAMBLE + welcome.data.token) as second:
                 assert second.recv(1) == b""
-            fake.say(frames.Goodbye("enough"))
+            fake.say(messages.Goodbye("enough"))
             assert first.recv(1) == b""
         fake.say(hello(host="far"))
-        cookie = fake.expect(frames.Welcome)[0].data.cookie
-        fake.say(frames.Goodbye("enough"))
+        token = fake.expect(messages.Welcome)[0].data.token
+        fake.say(messages.Goodbye("enough"))
         rig.wait(lambda: prefill.agent.stats().peers == 0, "the goodbye")
-        with knock(prefill, PREAMBLE + cookie) as late:
+        with knock(prefill, PREAMBLE + token) as late:
             assert late.recv(1) == b""
     assert prefill.agent.stats().refused == 2
 
 
-GOOD = frames.encode(frames.Chunk(1, 1, 0, 0, False, 0, 1, 0, 1, frames.checksum(b"")))
+GOOD = messages.encode(messages.Chunk(1, 1, 0, 0, False, 0, 1, 0, 1, messages.checksum(b"")))
 HOSTILE = {
     "sizes": SIZES.pack(2**32 - 1, 2**32 - 1),
     "more than a chunk": SIZES.pack(len(GOOD), rig.SETTINGS.chunk_bytes + 1) + GOOD,
     "a header that is none": SIZES.pack(20, 1) + bytes(21),
-    "another message": SIZES.pack(len(frames.encode(frames.Ping(1))), 1)
-    + frames.encode(frames.Ping(1))
+    "another message": SIZES.pack(len(messages.encode(messages.Ping(1))), 1)
+    + messages.encode(messages.Ping(1))
     + b"x",
 }
 
@@ -219,7 +219,7 @@ def test_what_no_prefill_rank_would_send_ends_the_channel(said: bytes) -> None:
             assert stream.recv(1) == b""
         fake.welcome()  # on a new connection
         rig.wait(lambda: decode.agent.stats().peers == 1, "the connection to go on")
-        fake.expect(frames.Ping)
+        fake.expect(messages.Ping)
         assert decode.agent.stats().malformed_dropped == 1
         assert decode.agent.stats().internal_errors == 0
         assert decode.agent.stats().threads_alive == 2

@@ -25,7 +25,7 @@ POISON = 0xFF  # no number in any floating-point format here
 def refused() -> Iterator[None]:
     """The system gives no shared memory, as with a full /dev/shm."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(workers, "make_arena", lambda *_: None)
+        patch.setattr(workers, "make_segment", lambda *_: None)
         yield
 
 

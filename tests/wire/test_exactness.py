@@ -111,7 +111,7 @@ def test_every_byte_travels_once_to_a_host(groups: int, shared: int, host: str |
         assert per_token == (apart if host == "" else once)
         assert metric.shared_memory_bytes == (metric.wire_bytes if host is None else 0)
         rig.wait(
-            lambda: all(rank.agent.stats().staging_used_bytes == 0 for rank in ranks), "arenas to be free"
+            lambda: all(rank.agent.stats().staging_used_bytes == 0 for rank in ranks), "segments to be free"
         )
 
 

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from sglang_tpla.transfer import messages as frames
-from sglang_tpla.transfer.memory import iovec as runs
+from sglang_tpla.transfer import messages
+from sglang_tpla.transfer.memory import iovec
 from sglang_tpla.transfer.memory.shared_memory import HEADER_BYTES
 from sglang_tpla.transfer.room import RoomState
 from tests.wire import rig
@@ -66,7 +66,7 @@ def test_no_shared_memory_at_the_start(who: str, host: str | None, caplog: pytes
             stack.enter_context(contextlib.closing(decode.agent))
         assert "no shared memory of 131072 bytes ([Errno 27] File too large)" in caplog.text
         transfers(prefill, decodes)
-        # decode reads what prefill's arena holds, or one of its ranks what the other's does
+        # decode reads what prefill's segment holds, or one of its ranks what the other's does
         other = who == "prefill" or (who, host) == ("decode", None)
         assert any(decode.agent.stats().shared_memory_bytes > 0 for decode in decodes) is other
 
@@ -88,7 +88,7 @@ def test_shared_memory_runs_out(
         reserve(file, offset, size_bytes)
 
     monkeypatch.setattr(os, "posix_fallocate", full_after_three)
-    monkeypatch.setattr(runs, "MIN_RUN_BYTES", 1 << 20)  # or the channel would need no staging
+    monkeypatch.setattr(iovec, "MIN_EXTENT_BYTES", 1 << 20)  # or the channel would need no staging
     prefill = rig.prefill_rank()
     decodes = [rig.decode_rank(rank=rank, size=2, host=host) for rank in range(2)]
     with contextlib.ExitStack() as stack:
@@ -103,7 +103,7 @@ def test_shared_memory_runs_out(
 
 
 def test_places_in_shared_memory_are_used_again() -> None:
-    """Ranks of another host that pass chunks on: no more of their arenas is touched than is in use at a time."""
+    """Ranks of another host that pass chunks on: no more of their segments is touched than is in use at a time."""
     prefill = rig.prefill_rank()
     decodes = [rig.decode_rank(rank=rank, size=2, host="far", staging_bytes=4 << 20) for rank in range(2)]
     with contextlib.ExitStack() as stack:
@@ -132,7 +132,7 @@ def test_a_room_gets_credit_for_some_chunks_at_once(staging_chunks: int, granted
         fake.welcome()
         rig.wait(lambda: decode.agent.poll(1) == RoomState.WAITING, "registration")
         decode.agent.request(1, rig.pages(1, 2), metadata_row=0, expected_ranks=1)
-        request = fake.expect(frames.Request)
-        fake.say(frames.Want(1, request.generation, 100 * chunk))
-        assert fake.expect(frames.Credit).total_bytes == granted_chunks * chunk
+        request = fake.expect(messages.Request)
+        fake.say(messages.Want(1, request.generation, 100 * chunk))
+        assert fake.expect(messages.Credit).total_bytes == granted_chunks * chunk
         assert decode.agent.stats().staging_used_bytes == granted_chunks * chunk

@@ -10,8 +10,7 @@ import pytest
 import torch
 import zmq
 
-from sglang_tpla.transfer import keys
-from sglang_tpla.transfer import messages as frames
+from sglang_tpla.transfer import keys, messages
 from sglang_tpla.transfer.network import data_listener, sealing
 from sglang_tpla.transfer.network.security import KEYS_VARIABLE, Security
 from sglang_tpla.transfer.room import RoomState
@@ -90,7 +89,7 @@ def test_whoever_listens_reads_no_rows_and_no_headers(
     assert len(said) > payload_bytes(decode)
     for agent in (prefill.agent, decode.agent):
         assert agent.stats().data_channels == agent.stats().sealed_channels == 1
-    assert frames.PREFIX not in said
+    assert messages.PREFIX not in said
     rows = prefill.pool.layers[0][prefill.pool.slots(rig.pages(2, PAGES))].view(torch.uint8).numpy()
     assert not any(row.tobytes()[:16] in said for row in rows)
 
@@ -135,9 +134,9 @@ def test_keys_that_do_not_go_together_fail_rooms_with_the_reason(
 ) -> None:
     offer = data_listener.DataListener.offer
 
-    def mixed_up(listener: data_listener.DataListener, identity: bytes) -> frames.DataChannel:
+    def mixed_up(listener: data_listener.DataListener, identity: bytes) -> messages.DataChannel:
         good = offer(listener, identity)
-        return frames.DataChannel(good.port, good.cookie, sealing.new_key())
+        return messages.DataChannel(good.port, good.token, sealing.new_key())
 
     with monkeypatch.context() as patch:
         patch.setattr(data_listener.DataListener, "offer", mixed_up)

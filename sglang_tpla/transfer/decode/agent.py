@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from sglang_tpla.config import Settings
-from sglang_tpla.transfer import messages as frames
+from sglang_tpla.transfer import messages
 from sglang_tpla.transfer.decode.connections import Connections
 from sglang_tpla.transfer.decode.credits import Credits
 from sglang_tpla.transfer.decode.receiver import Receiver
@@ -81,19 +81,19 @@ class DecodeAgent:
         self._pool, self._metadata = pool, metadata
         workers = workers or Workers(self.role, settings, rank, logger, pool.device.type)
         self.workers = workers
-        self.arena = workers.make_arena()
+        self.segment = workers.make_segment()
         slots = None
-        if self.arena is not None:
-            slots = Staging(self.arena.data, workers.chunk_bytes, self.arena.reserve)
-        hello = frames.Hello(
-            versions=frames.PROTOCOL_VERSIONS,
+        if self.segment is not None:
+            slots = Staging(self.segment.data, workers.chunk_bytes, self.segment.reserve)
+        hello = messages.Hello(
+            versions=messages.PROTOCOL_VERSIONS,
             agent=workers.agent_id,
             model_hash=model_hash,
             rank=rank,
             size=size,
             host=workers.host_identity(host_id),
             max_chunk_bytes=workers.chunk_bytes,
-            layout=frames.CacheLayout(
+            layout=messages.CacheLayout(
                 first_layer=pool.first_layer,
                 latent_dim=pool.latent_dim,
                 rope_dim=pool.rope_dim,
@@ -105,7 +105,7 @@ class DecodeAgent:
             ),
             projection=projection.content_hash if projection is not None else "",
             common=projection.common_hash if projection is not None else "",
-            arena=self.arena.announcement if self.arena is not None else None,
+            segment=self.segment.announcement if self.segment is not None else None,
         )
         buffers = BufferPool()
         self.credits = Credits(workers.settings.staging_bytes, workers.chunk_bytes)
@@ -127,8 +127,8 @@ class DecodeAgent:
         """End all threads and free sockets and staging; rooms that are still alive fail. May be called twice."""
         self.workers.close()
         self.connections.close()
-        if self.arena is not None:
-            self.arena.close()
+        if self.segment is not None:
+            self.segment.close()
 
     def connect(self, host: str, port: int) -> None:
         """Register with a prefill rank unless that is done or under way; does not block."""
@@ -201,7 +201,7 @@ class DecodeAgent:
             room = self._open(room_id)
             if room.request is not None:
                 raise TransferError(f"room {room_id} was asked for already on decode rank {self.rank}")
-            request = frames.Request(
+            request = messages.Request(
                 room_id, room.generation, expected_ranks, prefix_tokens, tokens, False, 0, 1
             )
             self.rooms.request(room, Slots(slots), metadata_row, request, now)

@@ -25,7 +25,7 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
 
 from sglang_tpla.transfer.memory.copy import MAX_PIECES, UNCHECKED, SocketCopy
-from sglang_tpla.transfer.memory.iovec import Cursor, Pieces, one_piece
+from sglang_tpla.transfer.memory.iovec import Cursor, IoVec, one_piece
 from sglang_tpla.transfer.messages import CHANNEL_KEY_BYTES, FrameError
 
 TAG_BYTES = 16
@@ -103,7 +103,7 @@ class SealedOutgoing:
         scratch: uint8 ``[STEP_BYTES]``, this payload's until all of it has gone.
     """
 
-    def __init__(self, pieces: Pieces, context: AEADEncryptionContext, scratch: np.ndarray) -> None:
+    def __init__(self, pieces: IoVec, context: AEADEncryptionContext, scratch: np.ndarray) -> None:
         self.left_bytes = pieces.size_bytes
         self._cursor, self._context, self._scratch = Cursor(pieces), context, scratch
         self._step: SocketCopy | None = None  # sealed, and not yet sent
@@ -139,7 +139,7 @@ class SealedOutgoing:
 class SealedIntake:
     """A payload on its way from a socket, opened, to its pieces. Its context must prove it before it counts."""
 
-    def __init__(self, pieces: Pieces, context: AEADDecryptionContext) -> None:
+    def __init__(self, pieces: IoVec, context: AEADDecryptionContext) -> None:
         self._intake, self._cursor, self._context = SocketCopy(pieces, UNCHECKED), Cursor(pieces), context
 
     def receive(self, stream: socket.socket, limit_bytes: int = STEP_BYTES) -> int:

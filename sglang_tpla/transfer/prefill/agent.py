@@ -30,7 +30,7 @@ from sglang_tpla.transfer.prefill.peers import Peers
 from sglang_tpla.transfer.prefill.rooms import Rooms
 from sglang_tpla.transfer.prefill.router import Router
 from sglang_tpla.transfer.prefill.sender import Sender
-from sglang_tpla.transfer.prefill.state import Outgoing, Peer, Room, Segment
+from sglang_tpla.transfer.prefill.state import Outgoing, Peer, Room, Span
 from sglang_tpla.transfer.room import (
     NO_LIMITS,
     AgentStats,
@@ -83,14 +83,14 @@ class PrefillAgent:
         out, table = Outgoing(), dict[bytes, Peer]()
         self.router = Router(workers, security, out, bind_host, bind_port, advertised_port)
         self.address = self.router.address
-        self.arena = workers.make_arena()
+        self.segment = workers.make_segment()
         # without shared memory: committed page by page as slots are first used
         slots_bytes = workers.settings.staging_bytes // workers.chunk_bytes * workers.chunk_bytes
-        memory = self.arena.data if self.arena is not None else np.empty(slots_bytes, dtype=np.uint8)
+        memory = self.segment.data if self.segment is not None else np.empty(slots_bytes, dtype=np.uint8)
         self._pinned = memory if pool.device.type == "cuda" else None
         if self._pinned is not None:
             pin(self._pinned)
-        reserve = [] if self.arena is None else [self.arena.reserve]
+        reserve = [] if self.segment is None else [self.segment.reserve]
         host, wake = workers.host_identity(host_id), workers.work.notify
         self.lanes = Lanes(
             pool, Staging(memory, workers.chunk_bytes, *reserve), table, out, workers.counts,
@@ -103,7 +103,7 @@ class PrefillAgent:
         self.peers = Peers(
             table, self.rooms, workers, self.router.listener, out, pool, metadata, name=self.router.name,
             model_hash=model_hash, host=host, limits=limits,
-            arena=self.arena.announcement if self.arena is not None else None,
+            segment=self.segment.announcement if self.segment is not None else None,
         )  # fmt: skip
         self.sender = Sender(workers, self.router, self.rooms, self.lanes, pool)
         self.router.serve(self.peers, self.rooms)
@@ -115,8 +115,8 @@ class PrefillAgent:
         if self._pinned is not None:
             unpin(self._pinned.ctypes.data)
             self._pinned = None
-        if self.arena is not None:
-            self.arena.close()
+        if self.segment is not None:
+            self.segment.close()
 
     def open_room(self, room: int, prompt_tokens: int = 0) -> None:
         """The scheduler has created a sender for ``room``, of a request with so many tokens (0: not known).
@@ -174,7 +174,7 @@ class PrefillAgent:
                 return  # the scheduler learns from poll()
             if entry.last:
                 raise TransferError(f"room {room} got rows after its last send")
-            self.rooms.send(entry, Segment(entry.tokens, Slots(slots), ready, in_place), last, metadata, now)
+            self.rooms.send(entry, Span(entry.tokens, Slots(slots), ready, in_place), last, metadata, now)
 
     def decline(self, room: int, reason: str) -> None:
         """The scheduler refused a request: decode ranks that speak of its room are told why."""

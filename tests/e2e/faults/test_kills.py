@@ -122,7 +122,7 @@ def test_first_token_is_the_same_for_any_decode_layout(faulty: Faulty) -> None:
 
 
 def test_no_shared_memory_on_the_prefill_server(faulty: Faulty) -> None:
-    """It was started where no file may be as large as its arena: it says so, and all goes through sockets."""
+    """It was started where no file may be as large as its segment: it says so, and all goes through sockets."""
     said = faulty.prefill.log.read_text(errors="replace")
     assert "no shared memory of" in said and "File too large" in said
     assert counters(faulty.decode)["wire_bytes"] > 0
