@@ -36,7 +36,14 @@ def fake(prefill: rig.PrefillRank) -> Iterator[FakeDecode]:
 @pytest.fixture
 def decode(rows_kind: str) -> Iterator[rig.DecodeRank]:
     item = rig.decode_rank(rig.even_rows(), peer_timeout_s=5.0)
-    with contextlib.closing(item.agent):
+    with rig.serving(item):
+        yield item
+
+
+@pytest.fixture
+def server() -> Iterator[FakePrefill]:
+    """The prefill rank that ``decode`` has."""
+    with contextlib.closing(FakePrefill()) as item:
         yield item
 
 
@@ -44,13 +51,7 @@ def still_serves(prefill: rig.PrefillRank, room: int = 12345) -> None:
     """A whole transfer of a new decode rank is right, and both threads live."""
     decode = rig.decode_rank()
     with contextlib.closing(decode.agent):
-        source, destination = rig.pages(1, 9), rig.pages(2, 9)
-        prefill.agent.open_room(room)
-        rig.ask(decode, [prefill.peer], room, destination)
-        prefill.agent.send(room, source, last=True, metadata_row=0)
-        assert rig.ended(decode.agent, room) == RoomState.SUCCESS
-        assert rig.ended(prefill.agent, room) == RoomState.SUCCESS
-        rig.check_rows(prefill, decode, source, destination, 9 * rig.PAGE)
+        rig.transfer(prefill, decode, room, count=9)
         prefill.agent.close_room(room)
     assert prefill.agent.stats().threads_alive == 2
     assert prefill.agent.stats().internal_errors == 0
@@ -95,16 +96,15 @@ def test_malformed_frames_leave_the_prefill_rank_serving(prefill: rig.PrefillRan
 
 
 @pytest.mark.parametrize("what", MALFORMED)
-def test_malformed_frame_at_decode(what: str, decode: rig.DecodeRank) -> None:
-    with contextlib.closing(FakePrefill()) as fake:
-        decode.agent.open_room(1, [fake.peer])
-        fake.welcome()
-        rig.wait(lambda: decode.agent.poll(1) == RoomState.WAITING, "registration")
-        fake.send(*MALFORMED[what])
-        fake.say(messages.Ping(78))
-        assert fake.expect(messages.Pong) == messages.Pong(78)
-        assert decode.agent.stats().malformed_dropped == 1
-        assert decode.agent.poll(1) == RoomState.WAITING
+def test_malformed_frame_at_decode(what: str, decode: rig.DecodeRank, server: FakePrefill) -> None:
+    decode.agent.open_room(1, [server.peer])
+    server.welcome()
+    rig.wait(lambda: decode.agent.poll(1) == RoomState.WAITING, "registration")
+    server.send(*MALFORMED[what])
+    server.say(messages.Ping(78))
+    assert server.expect(messages.Pong) == messages.Pong(78)
+    assert decode.agent.stats().malformed_dropped == 1
+    assert decode.agent.poll(1) == RoomState.WAITING
 
 
 @pytest.mark.parametrize("host", ["", "elsewhere"])
@@ -126,14 +126,12 @@ def test_another_framing_version_is_refused_at_prefill(prefill: rig.PrefillRank,
     assert prefill.agent.stats().refused == before + 1
 
 
-def test_another_framing_version_is_refused_at_decode(decode: rig.DecodeRank) -> None:
-    with contextlib.closing(FakePrefill()) as fake:
-        decode.agent.open_room(1, [fake.peer])
-        fake.expect(messages.Hello)
-        fake.send(messages.seal(msgspec.msgpack.encode(messages.Ping(1)), version=9))
-        assert rig.ended(decode.agent, 1) == RoomState.FAILED
-        assert "framing version is 2; got 9: run the same release on both sides" in decode.agent.failure(1)
-        assert decode.agent.stats().refused == 1
+def test_another_framing_version_is_refused_at_decode(decode: rig.DecodeRank, server: FakePrefill) -> None:
+    decode.agent.open_room(1, [server.peer])
+    server.expect(messages.Hello)
+    server.send(messages.seal(msgspec.msgpack.encode(messages.Ping(1)), version=9))
+    rig.fail(1, "framing version is 2; got 9: run the same release on both sides", decode)
+    assert decode.agent.stats().refused == 1
 
 
 @pytest.mark.parametrize("versions", [(8, 9), (1, 2)])
@@ -148,8 +146,7 @@ def test_protocol_versions_without_a_common_one(
     with contextlib.closing(decode.agent):
         before = prefill.agent.stats().refused
         decode.agent.open_room(1, [prefill.peer])
-        assert rig.ended(decode.agent, 1) == RoomState.FAILED
-        assert said in decode.agent.failure(1)
+        rig.fail(1, said, decode)
         assert (prefill.agent.stats().refused, decode.agent.stats().refused) == (before + 1, 1)
         decode.agent.close_room(1)
         assert decode.agent.stats().rooms == 0
@@ -294,55 +291,50 @@ def chunk(request: messages.Request, payload: bytes, sequence: int = 0, **change
     ],
 )
 def test_chunk_outside_what_was_asked_fails_its_room(
-    changes: dict, said: str, decode: rig.DecodeRank
+    changes: dict, said: str, decode: rig.DecodeRank, server: FakePrefill
 ) -> None:
-    with contextlib.closing(FakePrefill()) as fake:
-        payload = bytes(4 * decode.row_bytes)
-        request = serve(fake, decode, 1, 4 * decode.row_bytes)
-        fake.say(chunk(request, payload, **changes), payload)
-        assert rig.ended(decode.agent, 1) == RoomState.FAILED
-        said = said.format(*(rows * decode.row_bytes for rows in range(5)))
-        assert said in decode.agent.failure(1)
-        assert said in fake.expect(messages.Abort).reason
+    payload = bytes(4 * decode.row_bytes)
+    request = serve(server, decode, 1, 4 * decode.row_bytes)
+    server.say(chunk(request, payload, **changes), payload)
+    said = said.format(*(rows * decode.row_bytes for rows in range(5)))
+    rig.fail(1, said, decode)
+    assert said in server.expect(messages.Abort).reason
 
 
-def test_chunk_beyond_its_credit_fails_its_room(decode: rig.DecodeRank) -> None:
-    with contextlib.closing(FakePrefill()) as fake:
-        payload = bytes(4 * decode.row_bytes)
-        request = serve(fake, decode, 1, 4 * decode.row_bytes - 1)
-        fake.say(chunk(request, payload), payload)
-        assert rig.ended(decode.agent, 1) == RoomState.FAILED
-        assert f"beyond its credit of {4 * decode.row_bytes - 1} bytes" in decode.agent.failure(1)
+def test_chunk_beyond_its_credit_fails_its_room(decode: rig.DecodeRank, server: FakePrefill) -> None:
+    payload = bytes(4 * decode.row_bytes)
+    request = serve(server, decode, 1, 4 * decode.row_bytes - 1)
+    server.say(chunk(request, payload), payload)
+    rig.fail(1, f"beyond its credit of {4 * decode.row_bytes - 1} bytes", decode)
 
 
-def test_damaged_replayed_late_and_unordered_chunks(decode: rig.DecodeRank) -> None:
-    with contextlib.closing(FakePrefill()) as fake:
-        late = serve(fake, decode, 1, 4 * decode.row_bytes)
-        decode.agent.close_room(1)
-        request = serve(fake, decode, 1, 36 * decode.row_bytes)
-        payload, other = (bytes(range(256)) * 8)[: 12 * decode.row_bytes], bytes(12 * decode.row_bytes)
-        fake.say(chunk(late, other), other)  # of the generation before
-        whole = {"layers": rig.LAYERS, "first_token": 4}
-        fake.say(chunk(request, payload, 1, checksum=DIGEST, **whole), payload)
-        assert fake.expect(messages.Nack) == messages.Nack(1, request.generation, 0, 1)
-        fake.say(messages.Want(1, request.generation, 48 * decode.row_bytes))
-        fake.expect(messages.Credit)
-        fake.say(chunk(request, payload, 1, **whole), payload)
-        fake.expect(messages.Ack)
-        fake.say(chunk(request, other, 1, **whole), other)  # again, with other rows
-        fake.say(chunk(request, payload, 0, layers=rig.LAYERS), payload)
-        fake.expect(messages.Ack)
-        row = bytes(sum(rig.ITEM_BYTES))
-        fake.say(messages.Finish(1, request.generation, 2, 8, messages.checksum(row)), row)
-        fake.expect(messages.Done)
-        assert rig.ended(decode.agent, 1) == RoomState.SUCCESS
-        slots = decode.pool.slots(rig.pages(1, 2))
-        for layer in range(rig.LAYERS):
-            got = decode.pool.layers[layer][slots].view(torch.uint8).numpy().tobytes()
-            assert got == payload[4 * layer * decode.row_bytes :][: 4 * decode.row_bytes] * 2
-        stats = decode.agent.stats()
-        assert (stats.checksum_failures, stats.late_dropped, stats.replays_dropped) == (1, 1, 1)
-        assert stats.staging_used_bytes == 0
+def test_damaged_replayed_late_and_unordered_chunks(decode: rig.DecodeRank, server: FakePrefill) -> None:
+    late = serve(server, decode, 1, 4 * decode.row_bytes)
+    decode.agent.close_room(1)
+    request = serve(server, decode, 1, 36 * decode.row_bytes)
+    payload, other = (bytes(range(256)) * 8)[: 12 * decode.row_bytes], bytes(12 * decode.row_bytes)
+    server.say(chunk(late, other), other)  # of the generation before
+    whole = {"layers": rig.LAYERS, "first_token": 4}
+    server.say(chunk(request, payload, 1, checksum=DIGEST, **whole), payload)
+    assert server.expect(messages.Nack) == messages.Nack(1, request.generation, 0, 1)
+    server.say(messages.Want(1, request.generation, 48 * decode.row_bytes))
+    server.expect(messages.Credit)
+    server.say(chunk(request, payload, 1, **whole), payload)
+    server.expect(messages.Ack)
+    server.say(chunk(request, other, 1, **whole), other)  # again, with other rows
+    server.say(chunk(request, payload, 0, layers=rig.LAYERS), payload)
+    server.expect(messages.Ack)
+    row = bytes(sum(rig.ITEM_BYTES))
+    server.say(messages.Finish(1, request.generation, 2, 8, messages.checksum(row)), row)
+    server.expect(messages.Done)
+    assert rig.ended(decode.agent, 1) == RoomState.SUCCESS
+    slots = decode.pool.slots(rig.pages(1, 2))
+    for layer in range(rig.LAYERS):
+        got = decode.pool.layers[layer][slots].view(torch.uint8).numpy().tobytes()
+        assert got == payload[4 * layer * decode.row_bytes :][: 4 * decode.row_bytes] * 2
+    stats = decode.agent.stats()
+    assert (stats.checksum_failures, stats.late_dropped, stats.replays_dropped) == (1, 1, 1)
+    assert stats.staging_used_bytes == 0
 
 
 ALL = {"layers": rig.LAYERS}
@@ -368,46 +360,44 @@ ALL = {"layers": rig.LAYERS}
     ],
 )
 def test_chunks_that_are_not_the_request_once_fail_its_room(
-    chunks: list[tuple[int, dict[str, int]]], announced: int, said: str, decode: rig.DecodeRank
+    chunks: list[tuple[int, dict[str, int]]],
+    announced: int,
+    said: str,
+    decode: rig.DecodeRank,
+    server: FakePrefill,
 ) -> None:
     """Each is sound for itself, and their number is what Finish says."""
     row = bytes(sum(rig.ITEM_BYTES))
-    with contextlib.closing(FakePrefill()) as fake:
-        request = serve(fake, decode, 1, 48 * decode.row_bytes)
-        fake.say(messages.Finish(1, request.generation, announced, 8, messages.checksum(row)), row)
-        for sequence, (tokens, changes) in enumerate(chunks):
-            payload = bytes(tokens * changes.get("layers", 1) * decode.row_bytes)
-            fake.say(chunk(request, payload, sequence, tokens=tokens, **changes), payload)
-        assert rig.ended(decode.agent, 1) == RoomState.FAILED
-        assert said in decode.agent.failure(1)
-        assert said in fake.expect(messages.Abort).reason
+    request = serve(server, decode, 1, 48 * decode.row_bytes)
+    server.say(messages.Finish(1, request.generation, announced, 8, messages.checksum(row)), row)
+    for sequence, (tokens, changes) in enumerate(chunks):
+        payload = bytes(tokens * changes.get("layers", 1) * decode.row_bytes)
+        server.say(chunk(request, payload, sequence, tokens=tokens, **changes), payload)
+    rig.fail(1, said, decode)
+    assert said in server.expect(messages.Abort).reason
 
 
-def test_a_damaged_chunk_that_comes_again_for_other_rows_fails_its_room(decode: rig.DecodeRank) -> None:
-    with contextlib.closing(FakePrefill()) as fake:
-        request, payload = serve(fake, decode, 1, 12 * decode.row_bytes), bytes(4 * decode.row_bytes)
-        fake.say(chunk(request, payload, checksum=DIGEST), payload)
-        fake.expect(messages.Nack)
-        fake.say(chunk(request, payload, first_token=4), payload)
-        assert rig.ended(decode.agent, 1) == RoomState.FAILED
-        assert "anew for other rows" in decode.agent.failure(1)
+def test_a_damaged_chunk_that_comes_again_for_other_rows_fails_its_room(
+    decode: rig.DecodeRank, server: FakePrefill
+) -> None:
+    request, payload = serve(server, decode, 1, 12 * decode.row_bytes), bytes(4 * decode.row_bytes)
+    server.say(chunk(request, payload, checksum=DIGEST), payload)
+    server.expect(messages.Nack)
+    server.say(chunk(request, payload, first_token=4), payload)
+    rig.fail(1, "anew for other rows", decode)
 
 
-def test_a_metadata_row_must_come(decode: rig.DecodeRank) -> None:
-    with contextlib.closing(FakePrefill()) as fake:
-        request = serve(fake, decode, 1, 4 * decode.row_bytes)
-        fake.say(messages.Finish(1, request.generation, 0, 8, messages.checksum(b"")), b"")
-        assert rig.ended(decode.agent, 1) == RoomState.FAILED
-        assert f"a metadata row of 0 bytes where {sum(rig.ITEM_BYTES)} were due" in decode.agent.failure(1)
+def test_a_metadata_row_must_come(decode: rig.DecodeRank, server: FakePrefill) -> None:
+    request = serve(server, decode, 1, 4 * decode.row_bytes)
+    server.say(messages.Finish(1, request.generation, 0, 8, messages.checksum(b"")), b"")
+    rig.fail(1, f"a metadata row of 0 bytes where {sum(rig.ITEM_BYTES)} were due", decode)
 
 
-def test_metadata_that_does_not_match_fails_its_room(decode: rig.DecodeRank) -> None:
-    with contextlib.closing(FakePrefill()) as fake:
-        request = serve(fake, decode, 1, 4 * decode.row_bytes)
-        row = bytes(sum(rig.ITEM_BYTES))
-        fake.say(messages.Finish(1, request.generation, 0, 8, DIGEST), row)
-        assert rig.ended(decode.agent, 1) == RoomState.FAILED
-        assert "metadata that does not match its checksum" in decode.agent.failure(1)
+def test_metadata_that_does_not_match_fails_its_room(decode: rig.DecodeRank, server: FakePrefill) -> None:
+    request = serve(server, decode, 1, 4 * decode.row_bytes)
+    row = bytes(sum(rig.ITEM_BYTES))
+    server.say(messages.Finish(1, request.generation, 0, 8, DIGEST), row)
+    rig.fail(1, "metadata that does not match its checksum", decode)
 
 
 numbers = st.integers(0, 2**31 - 1) | st.integers(0, 3)

@@ -19,7 +19,7 @@ from sglang_tpla.transfer.network.data_channel import PREAMBLE, SIZES
 from sglang_tpla.transfer.room import RoomState
 from tests.wire import rig
 from tests.wire.fakes import FakeDecode, FakePrefill, hello
-from tests.wire.test_channel import PAGES, transfer
+from tests.wire.test_channel import PAGES
 
 TOKENS = 2 * rig.PAGE
 ROW = bytes(sum(rig.ITEM_BYTES))
@@ -166,10 +166,10 @@ def test_every_way_is_right_to_the_last_bit(way: str, monkeypatch: pytest.Monkey
     if way == "row by row":
         monkeypatch.setattr(iovec, "MIN_EXTENT_BYTES", 1 << 20)
     prefill, decode = rig.prefill_rank(), rig.decode_rank(host="far")
-    with contextlib.closing(prefill.agent), contextlib.closing(decode.agent):
+    with rig.serving(prefill, decode):
         decode.agent.connect(*prefill.agent.address)
         rig.wait(lambda: prefill.agent.router.listener._channels, "the channel")
-        transfer(prefill, decode, 1)
+        rig.transfer(prefill, decode)
         assert prefill.agent.stats().resent == 0
         assert bool(checked_aside) == ("by workers" in way)
         rig.wait(lambda: prefill.agent.stats().staging_used_bytes == 0, "staging to be free")
