@@ -54,8 +54,7 @@ def generate(
 class LongAnswer:
     """Errors along plain MLA's continuations, and where a greedy TPLA answer would first depart.
 
-    ``agreement_tokens`` [sequences]: tokens before the first different choice (all of them when none
-    differs).
+    ``agreement_tokens`` [sequences]: tokens before the first different choice (all of them when none differs).
     """
 
     temperature: float

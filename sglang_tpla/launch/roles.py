@@ -248,9 +248,8 @@ def check_installation(environ: Mapping[str, str] = os.environ) -> None:
     names = {entry.name for entry in importlib.metadata.entry_points(group=PLUGIN_GROUP)}
     if PLUGIN_NAME not in names:
         raise ConfigError(
-            f"{sys.executable} does not show the plug-in {PLUGIN_NAME} to SGLang (entry points "
-            f"{PLUGIN_GROUP}: {sorted(names)}); install this package there, or use "
-            "the interpreter that `make python` prints"
+            f"{sys.executable} does not show the plug-in {PLUGIN_NAME} to SGLang (entry points {PLUGIN_GROUP}: "
+            f"{sorted(names)}); install this package there, or use the interpreter that `make python` prints"
         )
     allowed = environ.get("SGLANG_PLUGINS", "")
     if allowed and PLUGIN_NAME not in [name.strip() for name in allowed.split(",")]:

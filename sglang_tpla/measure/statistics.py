@@ -201,8 +201,7 @@ def combine(parts: Sequence[Statistics]) -> Statistics:
             )
         if len(part.layers) != len(parts[0].layers):
             raise StatisticsError(
-                f"statistics of {len(parts[0].layers)} and of "
-                f"{len(part.layers)} layers cannot be put together"
+                f"statistics of {len(parts[0].layers)} and of {len(part.layers)} layers cannot be put together"
             )
     by_head: dict[int, Statistics] = {}
     for part in parts:
@@ -216,9 +215,8 @@ def combine(parts: Sequence[Statistics]) -> Statistics:
     for part in ordered:
         if part.meta.first_head != expected:
             raise StatisticsError(
-                f"expected statistics of the heads from {expected} on, got "
-                f"those from {part.meta.first_head} on; "
-                "give the files of every tensor-parallel rank"
+                f"expected statistics of the heads from {expected} on, got those from {part.meta.first_head} on; give "
+                "the files of every tensor-parallel rank"
             )
         expected += part.layers[0].query_outer.shape[0]
     whole = ordered[0]

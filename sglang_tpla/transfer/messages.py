@@ -1,5 +1,4 @@
-"""The wire format: one header frame, and for some messages one payload frame (PROTOCOL.md is the
-specification).
+"""The wire format: one header frame, and for some messages one payload frame (PROTOCOL.md is the specification).
 
 A header is ``b"TPLA"``, the framing version, a digest of the rest, and one msgpack array: a message tag, then the
 message's fields in order. The digest is what keeps a flipped bit in, say, ``first_token`` from writing good rows to a
@@ -225,9 +224,7 @@ class Nack(_Message, frozen=True, tag=13):
 
 
 class Finish(_Message, frozen=True, tag=14):
-    """prefill -> decode, payload metadata row: nothing more comes after ``chunks`` chunks of ``tokens``
-    tokens.
-    """
+    """prefill -> decode, payload metadata row: nothing more comes after ``chunks`` chunks of ``tokens`` tokens."""
 
     room: Count
     generation: Count
@@ -311,8 +308,7 @@ class Release(_Message, frozen=True, tag=23):
 
 
 class Resume(_Message, frozen=True, tag=24):
-    """decode -> prefill, after a Request that repeats the first one: go on with this room on a new
-    connection.
+    """decode -> prefill, after a Request that repeats the first one: go on with this room on a new connection.
 
     ``applied`` has a bitmap for each part: bit ``s % 8`` of byte ``s // 8`` is set for chunks in the pool.
     ``credit_bytes`` is where both sides count chunk bytes from.

@@ -142,9 +142,8 @@ class Faulty:
     single: Server
     proxies: list[FaultProxy]
     door: FaultProxy  # to the bootstrap server
-    expected: dict[str, list[Answer]] = field(
-        default_factory=dict
-    )  # by decode server, in the order of PROMPTS
+    # by decode server, in the order of PROMPTS
+    expected: dict[str, list[Answer]] = field(default_factory=dict)
 
     @classmethod
     @contextlib.contextmanager

@@ -64,9 +64,8 @@ def test_no_shared_memory_at_the_start(who: str, host: str | None, caplog: pytes
         assert any(decode.agent.stats().shared_memory_bytes > 0 for decode in decodes) is other
 
 
-@pytest.mark.parametrize(
-    "rows_kind", ["plain"], indirect=True
-)  # sketched rows seldom have four chunks under way
+# sketched rows seldom have four chunks under way
+@pytest.mark.parametrize("rows_kind", ["plain"], indirect=True)
 @pytest.mark.parametrize("host", [None, "far"], ids=["near", "far"])
 def test_shared_memory_runs_out(
     host: str | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture

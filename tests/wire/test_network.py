@@ -1,6 +1,4 @@
-"""A bad network: what was begun is finished to the last bit or fails with a reason, and the next request is
-right.
-"""
+"""A bad network: what was begun is finished to the last bit or fails with a reason, and the next request is right."""
 
 from __future__ import annotations
 

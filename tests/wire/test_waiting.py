@@ -102,9 +102,8 @@ def test_a_request_that_prefill_refused_is_told_why() -> None:
 def test_a_request_that_came_while_no_prefill_lived_fails_when_one_is_there() -> None:
     """Its other half reached nobody."""
     with contextlib.closing(rig.decode_rank(peer_timeout_s=20.0).agent) as decode:
-        first = rig.prefill_rank(
-            port=neighbouring_ports(2)
-        )  # nobody else takes them before it is started anew
+        # nobody else takes them before it is started anew
+        first = rig.prefill_rank(port=neighbouring_ports(2))
         address = first.agent.address
         first.agent.close()
         decode.open_room(1, [(*address, False)], born=time.monotonic() - 2 * WELCOME_DELAY_S)

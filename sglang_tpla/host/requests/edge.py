@@ -126,9 +126,8 @@ def check_normalized(self: Any, obj: Any, *args: Any, **kwargs: Any) -> None:
         params = self.sampling_params_class(
             **{**(self.preferred_sampling_params or {}), **item.sampling_params}
         )
-        msgspec.msgpack.decode(
-            msgspec.msgpack.encode(params), type=type(params)
-        )  # the scheduler does the same
+        # the scheduler does the same
+        msgspec.msgpack.decode(msgspec.msgpack.encode(params), type=type(params))
         params.normalize(self.tokenizer)
         params.verify(bounds.vocab)
     check_rooms_differ(items)

@@ -37,9 +37,9 @@ from sglang_tpla.transfer.room import (
     RoomState,
     TransferError,
     TransferMetric,
-    check_room,
+    check_room_id,
 )
-from sglang_tpla.transfer.workers import Workers, opened, seconds_since
+from sglang_tpla.transfer.workers import Workers, check_closed, opened, seconds_since
 
 
 class DecodeAgent:
@@ -152,16 +152,12 @@ class DecodeAgent:
         Raises:
             TransferError: no peers, all of them dummies, the room is open and has not ended, or its id is out of range.
         """
-        check_room(room_id)
+        check_room_id(room_id)
         with self.receiver.turn() as now:
             self.workers.check_alive()
             if all(dummy for _, _, dummy in peers):
                 raise TransferError(f"room {room_id} needs a prefill rank that sends; got {list(peers)}")
-            old = self.rooms.table.get(room_id)
-            if old is not None and not old.state.ended:
-                raise TransferError(
-                    f"room {room_id} is open on decode rank {self.rank}; close it before opening it anew"
-                )
+            check_closed(self.rooms.table, room_id, self.role, self.rank)
             sources = {
                 (host, port): Source(self.connections.connection((host, port)), dummy)
                 for host, port, dummy in peers
@@ -228,15 +224,17 @@ class DecodeAgent:
     def metric(self, room_id: int) -> TransferMetric:
         """Return the bytes received so far and the seconds from the request to the end."""
         with self.workers.lock:
-            room = self._open(room_id)
-            return TransferMetric(
-                wire_bytes=room.wire_bytes,
-                shared_memory_bytes=room.shared_memory_bytes,
-                seconds=seconds_since(room.requested, room.ended or self.workers.io.now()),
-                chunks=sum(len(source.applied) for source in room.sources.values()),
-                tokens=max(source.tokens for source in room.sources.values()),
-                resent=room.resent,
-            )
+            return self._metric(self._open(room_id))
+
+    def _metric(self, room: Room) -> TransferMetric:
+        return TransferMetric(
+            wire_bytes=room.wire_bytes,
+            shared_memory_bytes=room.shared_memory_bytes,
+            seconds=seconds_since(room.requested, room.ended or self.workers.io.now()),
+            chunks=sum(len(source.applied) for source in room.sources.values()),
+            tokens=max(source.tokens for source in room.sources.values()),
+            resent=room.resent,
+        )
 
     def abort(self, room_id: int, reason: str) -> None:
         """Fail a room and tell its prefill ranks. Nothing is written for the room once this returns."""
@@ -287,18 +285,8 @@ class DecodeAgent:
                 self.receiver.fail(room, reason)
 
     def _log_end(self, room: Room) -> None:
-        sources = room.sources.values()
-        self.workers.log_transfer(
-            room=room.room_id,
-            peer=[source.connection.name for source in sources if not source.dummy],
-            tokens=max(source.tokens for source in sources),
-            chunks=sum(len(source.applied) for source in sources),
-            bytes=room.wire_bytes,
-            shared_memory_bytes=room.shared_memory_bytes,
-            seconds=round(seconds_since(room.requested, room.ended or 0.0), 6),
-            result="success" if room.state is RoomState.SUCCESS else room.reason,
-            resent=room.resent,
-        )
+        peers = [source.connection.name for source in room.sources.values() if not source.dummy]
+        self.workers.log_transfer(room.room_id, room, peers, self._metric(room))
 
 
 def _check_projection(pool: CachePool, projection: Projection | None) -> None:

@@ -1,6 +1,4 @@
-"""Inside the decode agent: a DEALER socket for each prefill rank, registration there, and the segments it can
-read.
-"""
+"""Inside the decode agent: a DEALER socket for each prefill rank, registration there, and the segments it can read."""
 
 from __future__ import annotations
 

@@ -119,10 +119,8 @@ class DataChannels:
         text = "decode rank %d: no data channel to the %s: %s"
         self._workers.log.warning(text, self._workers.rank, connection.name, error)
         if stood and now - connection.dialled > self._patience_s:
-            connection.without_channel, connection.starved_since = (
-                now,
-                None,
-            )  # earlier failures are another matter
+            # earlier failures are another matter
+            connection.without_channel, connection.starved_since = (now, None)
         connection.channel_error = str(error)
         self.seek(connection, stood)
 

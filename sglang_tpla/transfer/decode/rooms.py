@@ -1,6 +1,5 @@
 """The states of rooms, and the effect of each event on them. Nothing waits and nothing is sent here: methods take
-``now`` where they need the time, and leave messages in `Rooms.out` and rooms that may be complete in
-`Rooms.finishing`.
+``now`` where they need the time, and leave messages in `Rooms.out` and rooms that may be complete in `Rooms.finishing`.
 """
 
 from __future__ import annotations

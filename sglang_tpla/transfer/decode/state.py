@@ -56,9 +56,8 @@ class Connection:
     layers: tuple[int, int] = (0, 0)  # first layer and number of layers that the prefill rank holds
     unanswered: int = 0  # times that it broke before the prefill rank had ever answered
     broken_since: float | None = None  # monotonic; None while the connection holds
-    segments: dict[str, memoryview] = field(
-        default_factory=dict
-    )  # by agent: its own and the colocated ranks'
+    # by agent: its own and the colocated ranks'
+    segments: dict[str, memoryview] = field(default_factory=dict)
     last_ping: float = 0.0
     pings: int = 0
     # data_channels.py, on the I/O thread
@@ -91,9 +90,8 @@ class Source:
     share: tuple[int, int] = (0, 1)  # which of the prefill ranks with the same layers it is, and of how many
     pending: set[ChunkId] = field(default_factory=set)
     applied: set[ChunkId] = field(default_factory=set)
-    claims: dict[ChunkId, tuple[int, int, int, int]] = field(
-        default_factory=dict
-    )  # layers and tokens of chunks
+    # layers and tokens of chunks
+    claims: dict[ChunkId, tuple[int, int, int, int]] = field(default_factory=dict)
     chunks: int | None = None  # in all, once the prefill rank has said so
     tokens: int = 0
     metadata: bytes = b""

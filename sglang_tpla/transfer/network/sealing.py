@@ -30,9 +30,8 @@ from sglang_tpla.transfer.messages import CHANNEL_KEY_BYTES, FrameError
 
 TAG_BYTES = 16
 STEP_BYTES = 512 << 10  # sealed before it is sent, opened after it came: it stays in a core's own cache
-CHUNKS_PER_KEY = (
-    1 << 16
-)  # of at most 64 MiB: 2^38 blocks, where the bound on telling AES from random is 2^-53
+# of at most 64 MiB: 2^38 blocks, where the bound on telling AES from random is 2^-53
+CHUNKS_PER_KEY = 1 << 16
 NEXT_KEY = b"tpla data channel: next key"
 
 

@@ -208,9 +208,8 @@ class Lane:
     planned: int = 0
     ahead: list[deque[int]] = field(init=False)  # chunks not sent yet, of each rank that they travel to
     starved: set[int] = field(default_factory=set)  # chunks that wait for credit
-    repeat: deque[tuple[int, Destination]] = field(
-        default_factory=deque
-    )  # chunks to send once more, to one rank
+    # chunks to send once more, to one rank
+    repeat: deque[tuple[int, Destination]] = field(default_factory=deque)
     relays: dict[int, Relay | None] = field(default_factory=dict)  # passed on; None: no longer kept
 
     def __post_init__(self) -> None:

@@ -13,9 +13,8 @@ from tests.e2e.prompts import source
 from tests.e2e.servers import Server, idle, wait_idle
 from tests.e2e.traffic import Answer, Load
 
-LONG = [
-    source(seed=9 + n, characters=5_000) for n in range(2)
-]  # some 1,500 tokens: many chunks, no common prefix
+# some 1,500 tokens: many chunks, no common prefix
+LONG = [source(seed=9 + n, characters=5_000) for n in range(2)]
 FAIL_WITHIN_S = 100.0
 
 
