@@ -152,14 +152,7 @@ def decode_child(
     pool = make_pool(tokens, layers)
     metadata = MetadataRows([np.zeros((8, 64), dtype=np.uint8)])
     agent = DecodeAgent(
-        pool,
-        metadata,
-        None,
-        model_hash="bench",
-        settings=SETTINGS,
-        rank=0,
-        size=1,
-        host_id=host_id,
+        pool, metadata, None, model_hash="bench", settings=SETTINGS, rank=0, size=1, host_id=host_id
     )
     pipe.send("ready")
     while (command := pipe.recv()) is not None:

@@ -50,9 +50,7 @@ def parser() -> argparse.ArgumentParser:
         "--seed", type=int, help="split of the text (default: the artifact's, so it was held out)"
     )
     text.add_argument(
-        "--tokens",
-        type=int,
-        help=f"decoded tokens measured (default {HELD_OUT_TOKENS}, or what there is)",
+        "--tokens", type=int, help=f"decoded tokens measured (default {HELD_OUT_TOKENS}, or what there is)"
     )
     text.add_argument("--prompt-tokens", type=int, default=512)
     text.add_argument("--continuation-tokens", type=int, default=512)

@@ -25,11 +25,7 @@ from sglang_tpla.host.ledger import refuse
 from sglang_tpla.host.model.architectures import check_architectures
 from sglang_tpla.host.model.rows import row_format, sketched
 from sglang_tpla.host.process import artifact, name_server, settings
-from sglang_tpla.reference_model.checkpoint import (
-    Checkpoint,
-    CheckpointError,
-    local_checkpoint,
-)
+from sglang_tpla.reference_model.checkpoint import Checkpoint, CheckpointError, local_checkpoint
 from sglang_tpla.reference_model.config_file import language_config, read_whole_config
 from sglang_tpla.transfer.network.security import Security
 from sglang_tpla.transfer.room import TransferError

@@ -23,15 +23,7 @@ from sglang_tpla.launch.agreement import (
     for_server,
     router_key,
 )
-from sglang_tpla.launch.flags import (
-    Argument,
-    from_mapping,
-    has,
-    integer,
-    split_tokens,
-    to_tokens,
-    value_of,
-)
+from sglang_tpla.launch.flags import Argument, from_mapping, has, integer, split_tokens, to_tokens, value_of
 from sglang_tpla.launch.options import Options
 from sglang_tpla.reference_model.config_file import read_config
 

@@ -344,9 +344,7 @@ def rank_work(
         ),
         absorbed("value", model.value_dim, width),
         gemm(
-            "output",
-            out_heads * model.output_parameters_a_head,
-            model.hidden + out_heads * model.value_dim,
+            "output", out_heads * model.output_parameters_a_head, model.hidden + out_heads * model.value_dim
         ),
     ]
     vector = rows * _BF16_BYTES

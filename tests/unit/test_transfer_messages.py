@@ -129,10 +129,7 @@ GOLDEN = [
         ),
         "9d150102010305060708c4080001020304050607a26133ce00100000cd1000",
     ),
-    (
-        messages.Stored(room=1, generation=2, part=1, sequence=3, offset=1048576),
-        "961601020103ce00100000",
-    ),
+    (messages.Stored(room=1, generation=2, part=1, sequence=3, offset=1048576), "961601020103ce00100000"),
     (messages.Release(offsets=(0, 1048576)), "92179200ce00100000"),
     (
         messages.Resume(room=1, generation=2, credit_bytes=4194304, applied=((0, b"\x07"), (2, b"\x01\x80"))),

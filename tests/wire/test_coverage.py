@@ -103,8 +103,7 @@ def groups(
 
 @pytest.mark.parametrize("host", [None, "far"])
 @pytest.mark.parametrize(
-    "changes",
-    [{}, {"chunk_bytes": 4096}, {"staging_bytes": 12 << 10}, {"shared_memory": 0}],
+    "changes", [{}, {"chunk_bytes": 4096}, {"staging_bytes": 12 << 10}, {"shared_memory": 0}]
 )
 @pytest.mark.parametrize("make", [lambda host: [rig.decode_rank(host=host)], lambda host: groups(host=host)])
 def test_ranks_with_other_settings(

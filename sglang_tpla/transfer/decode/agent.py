@@ -272,8 +272,7 @@ class DecodeAgent:
         self.connections.expire(now)
         for room in late:
             self.receiver.fail(
-                room,
-                f"no progress for {self.workers.settings.transfer_timeout_s:g} s in {room.state.name}",
+                room, f"no progress for {self.workers.settings.transfer_timeout_s:g} s in {room.state.name}"
             )
 
     def _open(self, room_id: int) -> Room:

@@ -112,10 +112,7 @@ def test_prefill_killed_in_mid_chunk_under_load(faulty: Faulty) -> None:
 
 def test_first_token_is_the_same_for_any_decode_layout(faulty: Faulty) -> None:
     """Two prefill ranks share the sending to one plain MLA decode rank, as to two ranks with a slice each."""
-    first, second = (
-        faulty.expected["decode"],
-        faulty.expected["single"],
-    )
+    first, second = (faulty.expected["decode"], faulty.expected["single"])
     assert [answer.tokens[0] for answer in first] == [answer.tokens[0] for answer in second]
     wait_idle(*faulty.servers)
 
