@@ -172,7 +172,6 @@ class DecodeAgent:
         metadata_row: int,
         expected_ranks: int,
         prefix_tokens: int = 0,
-        num_tokens: int | None = None,
     ) -> None:
         """Ask for a room's rows.
 
@@ -182,42 +181,33 @@ class DecodeAgent:
             metadata_row: row of the metadata buffers to fill, last.
             expected_ranks: how many decode ranks ask each prefill rank for this room.
             prefix_tokens: tokens that are cached here already and are not sent.
-            num_tokens: tokens after the prefix, where the last page is not full; None to learn it from prefill.
 
         Raises:
             TransferError: unknown room, asked twice, or pages outside the pool.
         """
-        slots = self._pool.slots(pages, None)
-        self._pool.slots(pages, num_tokens)
+        slots = self._pool.slots(pages)
         if self._metadata.buffers:
             self._metadata.check(metadata_row)
-        tokens = -1 if num_tokens is None else num_tokens
         with self.receiver.turn() as now:
             self.workers.check_alive()
             room = self._open(room_id)
             if room.request is not None:
                 raise TransferError(f"room {room_id} was asked for already on decode rank {self.rank}")
+            unknown = -1  # how full the last page is, prefill says
             request = messages.Request(
-                room_id, room.generation, expected_ranks, prefix_tokens, tokens, False, 0, 1
+                room_id, room.generation, expected_ranks, prefix_tokens, unknown, False, 0, 1
             )
             self.rooms.request(room, Slots(slots), metadata_row, request, now)
 
     def poll(self, room_id: int) -> RoomState:
         """Return the state of a room: BOOTSTRAPPING until every prefill rank has registered this one, WAITING for
         ``request``, TRANSFERRING, SUCCESS when every chunk and then the metadata row are in place; FAILED (`failure`).
-
-        Raises:
-            TransferError: the room is not open.
         """
         with self.workers.lock:
             return RoomState.FAILED if self.workers.death is not None else self._open(room_id).state
 
     def failure(self, room_id: int) -> str:
-        """Return why a room failed, or nothing if it has not.
-
-        Raises:
-            TransferError: the room is not open.
-        """
+        """Return why a room failed, or nothing if it has not."""
         with self.workers.lock:
             return self.workers.death or self._open(room_id).reason
 

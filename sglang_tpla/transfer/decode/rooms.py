@@ -308,10 +308,10 @@ class Rooms:
             return "metadata that does not match its checksum"
         if len(metadata) != self._metadata_bytes:
             return f"a metadata row of {len(metadata)} bytes where {self._metadata_bytes} were due"
-        tokens = room.request.num_tokens
-        if pages * page_size != len(room.slots) or tokens not in (-1, message.tokens):
-            asked = tokens if tokens >= 0 else f"{len(room.slots)} or a part of the last page"
-            return f"{message.tokens} tokens where {asked} were asked for"
+        if pages * page_size != len(room.slots):
+            return (
+                f"{message.tokens} tokens where {len(room.slots)} or a part of the last page were asked for"
+            )
         if len(source.claims) > message.chunks:
             return f"{message.chunks} chunks after {len(source.claims)} had come"
         if told:

@@ -102,14 +102,6 @@ class Projection:
             return self.sketched.widths
         return tuple(matrix.shape[1] for matrix in self.matrices)
 
-    def matrix(self, layer: int) -> torch.Tensor:
-        """Z ``[d, w]`` of a model layer."""
-        return self.matrices[layer - self.first_layer]
-
-    def project(self, latent: torch.Tensor, layer: int) -> torch.Tensor:
-        """`project_latent` with this layer's Z; the result has the latent's dtype and device."""
-        return project_latent(latent, self.matrix(layer).to(latent.device))
-
     @cached_property
     def layer_bytes(self) -> tuple[bytes, ...]:
         """Each matrix as little-endian float32, row by row: what travels at registration."""

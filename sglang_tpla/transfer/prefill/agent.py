@@ -119,7 +119,7 @@ class PrefillAgent:
             self.segment.close()
 
     def open_room(self, room_id: int, prompt_tokens: int = 0) -> None:
-        """The scheduler has created a sender for a room, of a request with so many tokens (0: not known).
+        """Open a room whose request has so many tokens (0: not known).
 
         Requests that came earlier are bound to it; if a decode rank aborted it earlier, it fails at once.
 
@@ -133,7 +133,7 @@ class PrefillAgent:
             self.rooms.open(room_id, prompt_tokens, now)
 
     def note_idle(self) -> None:
-        """The scheduler has no request left whose room it could open. It says so without rest: no lock is taken."""
+        """Note that the scheduler has no request left whose room it could open. It says so often: no lock is taken."""
         self.rooms.caught_up(self.workers.io.now())
 
     def send(
@@ -173,43 +173,36 @@ class PrefillAgent:
             self.rooms.send(room, Span(room.tokens, Slots(slots), ready, in_place), last, metadata, now)
 
     def decline(self, room_id: int, reason: str) -> None:
-        """The scheduler refused a request: decode ranks that speak of its room are told why."""
+        """Tell decode ranks that speak of a room why the scheduler refused its request."""
         self.open_room(room_id)
         self.abort(room_id, reason)
         self.close_room(room_id)
 
     def poll(self, room_id: int) -> RoomState:
-        """State of a room: BOOTSTRAPPING until every expected rank has asked, WAITING for rows, TRANSFERRING, SUCCESS
-        when every rank has confirmed; FAILED: see `failure`.
-
-        Raises:
-            TransferError: the room is not open.
+        """Return the state of a room: BOOTSTRAPPING until every expected rank has asked, WAITING for rows,
+        TRANSFERRING, SUCCESS when every rank has confirmed; FAILED (`failure`).
         """
         with self.workers.lock:
             return RoomState.FAILED if self.workers.death is not None else self._open(room_id).state
 
     def failure(self, room_id: int) -> str:
-        """Why a room failed; empty if it has not.
-
-        Raises:
-            TransferError: the room is not open.
-        """
+        """Return why a room failed, or nothing if it has not."""
         with self.workers.lock:
             return self.workers.death or self._open(room_id).reason
 
     def suspicion(self, room_id: int) -> str:
-        """Why this rank is about to give up a room that nobody has asked for; empty if it is not."""
+        """Return why this rank is about to give up a room that nobody has asked for, or nothing if it is not."""
         soon = self.workers.io.now() + 2 * self.workers.settings.heartbeat_s
         with self.workers.lock:
             return self.rooms.unwanted_reason(self._open(room_id), soon)
 
     def prefix_tokens(self, room_id: int) -> int:
-        """Tokens that decode has cached already; pages given to `send` start after them. 0 before any request."""
+        """Return how many tokens decode has cached, after which the pages of `send` start; 0 before any request."""
         with self.workers.lock:
             return next((asks.prefix_tokens for asks in self._open(room_id).messages if not asks.dummy), 0)
 
     def metric(self, room_id: int) -> TransferMetric:
-        """Bytes on the wire to all ranks so far, and seconds from first send to confirmation."""
+        """Return the bytes sent to all ranks so far and the seconds from the first send to the confirmation."""
         with self.workers.lock:
             return self._metric(self._open(room_id))
 
@@ -224,21 +217,21 @@ class PrefillAgent:
         )
 
     def abort(self, room_id: int, reason: str) -> None:
-        """Fail a room and tell its decode ranks; nothing for an unknown or ended one."""
+        """Fail a room and tell its decode ranks, unless it is unknown or has ended."""
         with self.router.turn() as now:
             room = self.rooms.table.get(room_id)
             if room is not None:
                 self.rooms.fail(room, reason, now)
 
     def close_room(self, room_id: int) -> None:
-        """Forget a room; one that has not ended is aborted first."""
+        """Forget a room, and abort it if it has not ended."""
         with self.router.turn() as now:
             room = self.rooms.table.pop(room_id, None)
             if room is not None:
                 self.rooms.fail(room, "closed by the prefill scheduler before it ended", now)
 
     def stats(self) -> AgentStats:
-        """Counters and gauges of now."""
+        """Return the counters and the gauges of now."""
         with self.workers.lock:
             staging = self.lanes.staging
             staging.reap()
