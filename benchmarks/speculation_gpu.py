@@ -296,9 +296,8 @@ def main() -> None:
     with TemporaryDirectory() as scratch:
         logs = args.out.parent
         stocks: dict[str, Engines] = {}
-        engines = {
-            kind: Engines(str(args.model), logs / kind) for kind in ("drafting", "plain")
-        }  # each kind has a prefill server of its own: half a pair that drafts is refused
+        # each kind has a prefill server of its own: half a pair that drafts is refused
+        engines = {kind: Engines(str(args.model), logs / kind) for kind in ("drafting", "plain")}
         try:
             for one in engines.values():
                 one.log.mkdir(parents=True, exist_ok=True)
