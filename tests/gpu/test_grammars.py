@@ -9,6 +9,7 @@ from __future__ import annotations
 import concurrent.futures
 import itertools
 import json
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from tests.e2e.servers import Pair, request_body
 from tests.gpu.engine import ANY_WIDTH, DEVICE, Engines
 
 pytestmark = pytest.mark.gpu
+RESULTS = "SGLANG_TPLA_TEST_RESULTS"  # folder for the servers' logs
 XGRAMMAR = ("--grammar-backend", "xgrammar")
 TOKENS = 64
 DEADLINE_S = 60.0
@@ -120,7 +122,9 @@ class Served:
 
 @pytest.fixture(scope="module")
 def served(nano_mla: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    engines = Engines(nano_mla, tmp_path_factory.mktemp("grammars"))
+    log = Path(os.environ.get(RESULTS) or tmp_path_factory.mktemp("grammars")) / "grammars"
+    log.mkdir(parents=True, exist_ok=True)
+    engines = Engines(nano_mla, log)
     try:
         engines.start_prefill(*XGRAMMAR)
         engines.decode("decode", 1, "--tpla-groups", "1", *XGRAMMAR, *ANY_WIDTH)
