@@ -47,7 +47,19 @@ CONFIGS: dict[str, dict[str, Any]] = {
     | BIASED
     | {
         "architectures": ["Glm4MoeLiteForCausalLM"], "model_type": "glm4_moe_lite", "q_lora_rank": 96,
-        "rope_theta": 1000000.0, "routed_scaling_factor": 1.8, "partial_rotary_factor": 1.0,
+        "rope_theta": 1000000.0, "routed_scaling_factor": 1.8, "partial_rotary_factor": 1.0, "qk_nope_head_dim": 24,
+    },
+    "deepseek-v2.5": SIZES
+    | {
+        "architectures": ["DeepseekV2ForCausalLM"], "model_type": "deepseek_v2", "q_lora_rank": 96, "rope_theta": 10000,
+        "rope_scaling": YARN, "scoring_func": "softmax", "topk_method": "group_limited_greedy", "norm_topk_prob": False,
+        "routed_scaling_factor": 16.0, "n_group": 4, "topk_group": 2,
+    },
+    "deepseek-v3": SIZES
+    | V3
+    | {
+        "q_lora_rank": 96, "rope_theta": 10000, "rope_scaling": YARN, "routed_scaling_factor": 2.5, "n_group": 4,
+        "topk_group": 2,
     },
 }  # fmt: skip
 # The encoders are as small as they can be: no test shows them an image.
@@ -56,8 +68,10 @@ VISION_K25 = VISION | {
     "text_hidden_size": 128, "mm_hidden_size": 32, "vt_hidden_size": 32, "vt_num_attention_heads": 2,
     "vt_num_hidden_layers": 1, "vt_intermediate_size": 32,
 }  # fmt: skip
-WRAPPERS: dict[str, tuple[str, str, dict[str, Any]]] = {
+# name -> the language model, the key of its config, the prefix of its weights, and what the wrapper adds
+WRAPPERS: dict[str, tuple[str, str, str, dict[str, Any]]] = {
     "kimi-k2.5": (
+        "kimi-k2",
         "text_config",
         "language_model.",
         {
@@ -66,6 +80,7 @@ WRAPPERS: dict[str, tuple[str, str, dict[str, Any]]] = {
         },
     ),
     "kimi-vl": (
+        "moonlight",
         "text_config",
         "language_model.",
         {
@@ -74,10 +89,11 @@ WRAPPERS: dict[str, tuple[str, str, dict[str, Any]]] = {
         },
     ),
     "deepseek-vl2": (
+        "deepseek-v2",
         "language_config",
         "language.",
         {
-            "architectures": ["DeepseekVL2ForCausalLM"], "model_type": "deepseek_vl_v2", "tile_tag": "2D",
+            "model_type": "deepseek_vl_v2", "tile_tag": "2D",
             "projector_config": {"projector_type": "linear", "input_dim": 8, "n_embed": 128},
             "candidate_resolutions": [[384, 384]],
         },
@@ -85,9 +101,10 @@ WRAPPERS: dict[str, tuple[str, str, dict[str, Any]]] = {
 }  # fmt: skip
 PROCESSOR_CONFIG = {
     "auto_map": {"AutoProcessor": "processing_text.TextProcessor"},
-    "candidate_resolutions": [[384, 384]], "patch_size": 14, "downsample_ratio": 2,  # of SGLang's own, for DeepSeek-VL2
+    # what SGLang's own processor needs, for DeepSeek-VL2
+    "candidate_resolutions": [[384, 384]], "patch_size": 14, "downsample_ratio": 2,
 }  # fmt: skip
-# Published wrappers carry their image processor's code, which SGLang runs with --trust-remote-code; this one reads text.
+# Published wrappers carry their processor's code, which SGLang runs with --trust-remote-code. This one takes text.
 TEXT_PROCESSOR = '''"""A processor without images."""
 from types import SimpleNamespace
 
@@ -179,11 +196,11 @@ def save(folder: Path, config: dict[str, Any], weights: dict[str, torch.Tensor],
 
 
 def random_checkpoint(folder: Path, family: str, tokenizer_of: str) -> Path:
-    """A small random checkpoint of a family of `CONFIGS`, or of `WRAPPERS` around a Kimi K2 or DeepSeek V2."""
+    """A small random checkpoint of a family of `CONFIGS` or `WRAPPERS`."""
     if family in CONFIGS:
         return save(folder, CONFIGS[family], draw_weights(CONFIGS[family]), tokenizer_of)
-    key, prefix, outer = WRAPPERS[family]
-    inner = CONFIGS["kimi-k2" if family == "kimi-k2.5" else "deepseek-v2"]
+    name, key, prefix, outer = WRAPPERS[family]
+    inner = CONFIGS[name]
     weights = {prefix + name: weight for name, weight in draw_weights(inner).items()}
     save(folder, {**outer, key: inner}, weights, tokenizer_of)
     (folder / "processing_text.py").write_text(TEXT_PROCESSOR)
