@@ -160,7 +160,7 @@ def check_wire(result: Any, self: Any, *args: Any, **kwargs: Any) -> None:
 
 
 def convert(original: Callable[..., Any], self: Any, request: Any, raw_request: Any = None) -> Any:
-    """Hook around ``_convert_to_internal_request`` of the OpenAI endpoints: refuse what breaks it, as `generate` does."""
+    """Hook around ``_convert_to_internal_request`` of the OpenAI endpoints: refuse what breaks it, like `generate`."""
     from jinja2 import TemplateError
 
     try:
