@@ -101,10 +101,11 @@ class SketchedVariant:
     @property
     def registers(self) -> tuple[int, int, int]:
         """The registers of a thread of the producer, of scores and of values, 512 with scores counted twice."""
-        if not self.row_values or self.cache.w_pad > 208:
-            return 40, 144, 184
-        values = 128 if self.cache.w_pad > 144 else 104
-        return 40, 168 if values == 128 else 176, values
+        if self.row_values:
+            values = self.cache.w_pad // 2 + 40
+        else:
+            values = min(184, -(-self.cache.w_pad // 64) * self.rows // 2 + 64)
+        return 40, (472 - values) // 16 * 8, values // 8 * 8
 
     @property
     def fits(self) -> bool:

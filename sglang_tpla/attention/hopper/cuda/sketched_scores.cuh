@@ -54,7 +54,7 @@ __device__ __forceinline__ void scores(float (&s)[kPart], u32 tokens, const Toke
     const Constants constants = {load_shared4(shared_address(&shared_constants.levels)),
                                  load_shared(shared_address(&shared_constants.exponent))};
     u32 raw[3][8], a[2][8] = {};
-    float sketch[kPart] = {}, rope[kPart] = {};                     // kSplit alone
+    float sketch[kPart] = {}, rope[kPart] = {}, own[kPart] = {};  // kSplit; own: kApart
     load_group(0, rows, row, c.lane, raw[0]);
     load_group(1, rows, row, c.lane, raw[1]);
     pin(s);
@@ -76,6 +76,8 @@ __device__ __forceinline__ void scores(float (&s)[kPart], u32 tokens, const Toke
             const u32* r = a[g % 2] + 4 * i;
             if (kSplit) {
                 if (step < kRopeStep) wgmma_half(sketch, r[0], r[1], r[2], r[3], columns, step > 0);
+                else if (kApart && step >= kOwnStep + SHARED / 16)
+                    wgmma_half(own, r[0], r[1], r[2], r[3], columns, step > kOwnStep + SHARED / 16);
                 else if (step >= kOwnStep) wgmma_half(s, r[0], r[1], r[2], r[3], columns, step > kOwnStep);
                 else if (ROPE_BITS == 16) wgmma_bf16(rope, r[0], r[1], r[2], r[3], columns, step > kRopeStep);
                 else wgmma_half(rope, r[0], r[1], r[2], r[3], columns, step > kRopeStep);
@@ -94,15 +96,18 @@ __device__ __forceinline__ void scores(float (&s)[kPart], u32 tokens, const Toke
 #pragma unroll
     for (int i = 0; i < 2; ++i) pin(a[i]);
     if (kSplit) pin(sketch), pin(rope);
+    if (kApart) pin(own);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
         const float scale = t.power[i] * c.scale_log2;
+        const float of_own = t.own_scale[i] * c.scale_log2;
         const float of_sketch = t.sketch_scale[i] * c.scale_log2, of_rope = t.rope_scale[i] * c.scale_log2;
 #pragma unroll
         for (int k = 2 * i; k < kPart; k += 4)
 #pragma unroll
             for (int e = k; e < k + 2; ++e) {
                 s[e] *= scale;
+                if (kApart) s[e] = fmaf(own[e], of_own, s[e]);
                 if (kSplit && SKETCH > 0) s[e] = fmaf(sketch[e], of_sketch, s[e]);
                 if (kSplit) s[e] = fmaf(rope[e], of_rope, s[e]);
             }

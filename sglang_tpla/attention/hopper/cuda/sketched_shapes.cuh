@@ -31,7 +31,9 @@ constexpr int kRows = ROWS;                                 // query rows a bloc
 constexpr int kPart = kRows / 2;                            // accumulators a thread has of 64 x ROWS
 constexpr bool kSplit = kRows <= 32;
 constexpr bool kTwoScales = SHARED > 0 && OWN > 0;
-constexpr bool kScaleCodes = kTwoScales || !kSplit;         // whether 8-bit codes are multiplied by their scale's factor
+// Shared and own columns have a sum each where a step holds one kind and the values need no scaled codes.
+constexpr bool kApart = kSplit && kTwoScales && !ROW_VALUES && SHARED % 16 == 0;
+constexpr bool kScaleCodes = !kSplit || (kTwoScales && !kApart);               // whether codes are multiplied by their scale's factor
 // Columns are unpacked 32 at a time (a group), and multiplied 16 at a time (a step): sketch, rotary key, 8-bit codes.
 constexpr int kOwnSteps = LATENT / 16, kOwnGroups = (kOwnSteps + 1) / 2;
 constexpr int kSketchGroups = (SKETCH + 31) / 32;           // codes behind the last meet a query of zeros

@@ -113,8 +113,8 @@ __device__ __forceinline__ void levels_of(u32 x, const uint4& table, u32 (&pair)
 struct TokenScales {
     u32 shared[2], own[2];                       // kScaleCodes: relative to `power`, the same float16 twice in a register
     u32 sketch[2], rope[2];                      // not kSplit: likewise (rope in bfloat16 where the key is)
-    float power[2];                              // of the scores; kSplit: of those of 8-bit codes
-    float sketch_scale[2], rope_scale[2];        // kSplit
+    float power[2];                              // of the scores; kSplit: of those of 8-bit codes; kApart: of shared ones
+    float own_scale[2], sketch_scale[2], rope_scale[2];          // kSplit; own: kApart
     float weight_log2[2], inverse_weight[2];     // of the factor that weights the probability
     u32 shared_ratio[2], own_ratio[2];           // not ROW_VALUES: of the two 8-bit scales to it, float16
 };
@@ -135,7 +135,7 @@ __device__ __forceinline__ TokenScales load_scales(u32 trailer, const bool (&bey
         const float shared = __uint_as_float(raw.x << 16), own = __uint_as_float(raw.x & 0xFFFF0000u);
         const float sketch = __uint_as_float(raw.y << 16), rope = __uint_as_float(raw.y & 0xFFFF0000u);
         const float largest_code = fmaxf(SHARED > 0 ? shared : 0.f, OWN > 0 ? own : 0.f);
-        t.power[i] = largest_code;
+        t.power[i] = kApart ? shared : largest_code;
         if (kScaleCodes) {
             float largest = largest_code;
             if (!kSplit && SKETCH > 0) largest = fmaxf(largest, sketch);
@@ -149,7 +149,7 @@ __device__ __forceinline__ TokenScales load_scales(u32 trailer, const bool (&bey
             t.sketch[i] = pack_half(sketch * inverse, sketch * inverse);
             t.rope[i] = ROPE_BITS == 8 ? pack_half(rope * inverse, rope * inverse) : pack_bf16(inverse, inverse);
         }
-        t.sketch_scale[i] = sketch, t.rope_scale[i] = ROPE_BITS == 8 ? rope : 1.f;
+        t.own_scale[i] = own, t.sketch_scale[i] = sketch, t.rope_scale[i] = ROPE_BITS == 8 ? rope : 1.f;
         const float weight = ROW_VALUES ? t.power[i] : largest_code, inverse_weight = reciprocal(weight);
         t.weight_log2[i] = log2_fast(weight);
         t.inverse_weight[i] = beyond[i] ? 0.f : inverse_weight;
