@@ -54,7 +54,7 @@ __device__ __forceinline__ void scores(float (&s)[kPart], u32 tokens, const Toke
     const Constants constants = {load_shared4(shared_address(&shared_constants.levels)),
                                  load_shared(shared_address(&shared_constants.exponent))};
     u32 raw[3][8], a[2][8] = {};
-    float sketch[kPart] = {}, rope[kPart] = {}, own[kPart] = {};  // kSplit; own: kApart
+    float sketch[kPart] = {}, rope[kPart] = {}, own[kPart] = {};  // rope: kSplit; own: kApart
     load_group(0, rows, row, c.lane, raw[0]);
     load_group(1, rows, row, c.lane, raw[1]);
     pin(s);
@@ -74,18 +74,14 @@ __device__ __forceinline__ void scores(float (&s)[kPart], u32 tokens, const Toke
             if (step >= kSteps) break;
             const u64 columns = q + ((step / 4 * kQPanelBytes + step % 4 * 32) >> 4);
             const u32* r = a[g % 2] + 4 * i;
-            if (kSplit) {
-                if (step < kRopeStep) wgmma_half(sketch, r[0], r[1], r[2], r[3], columns, step > 0);
-                else if (kApart && step >= kOwnStep + SHARED / 16)
-                    wgmma_half(own, r[0], r[1], r[2], r[3], columns, step > kOwnStep + SHARED / 16);
-                else if (step >= kOwnStep) wgmma_half(s, r[0], r[1], r[2], r[3], columns, step > kOwnStep);
-                else if (ROPE_BITS == 16) wgmma_bf16(rope, r[0], r[1], r[2], r[3], columns, step > kRopeStep);
-                else wgmma_half(rope, r[0], r[1], r[2], r[3], columns, step > kRopeStep);
-            } else {
-                if (ROPE_BITS == 16 && step >= kRopeStep && step < kOwnStep)
-                    wgmma_bf16(s, r[0], r[1], r[2], r[3], columns, step > 0);
-                else wgmma_half(s, r[0], r[1], r[2], r[3], columns, step > 0);
-            }
+            const bool of_rope = step >= kRopeStep && step < kOwnStep, first = step == kRopeStep || step == kOwnStep;
+            if (step < kRopeStep) wgmma_half(sketch, r[0], r[1], r[2], r[3], columns, step > 0);
+            else if (kApart && step >= kOwnStep + SHARED / 16)
+                wgmma_half(own, r[0], r[1], r[2], r[3], columns, step > kOwnStep + SHARED / 16);
+            else if (of_rope && kSplit && ROPE_BITS == 16) wgmma_bf16(rope, r[0], r[1], r[2], r[3], columns, !first);
+            else if (of_rope && kSplit) wgmma_half(rope, r[0], r[1], r[2], r[3], columns, !first);
+            else if (of_rope && ROPE_BITS == 16) wgmma_bf16(s, r[0], r[1], r[2], r[3], columns, !first);
+            else wgmma_half(s, r[0], r[1], r[2], r[3], columns, kSplit ? !first : step > kRopeStep);
             if (ROW_VALUES && step >= kOwnStep)
                 store_matrices4(target + (step - kOwnStep) / 4 * kPanelBytes + (chunk ^ (step - kOwnStep) % 4 << 5), r);
         }
@@ -95,7 +91,8 @@ __device__ __forceinline__ void scores(float (&s)[kPart], u32 tokens, const Toke
     pin(s);
 #pragma unroll
     for (int i = 0; i < 2; ++i) pin(a[i]);
-    if (kSplit) pin(sketch), pin(rope);
+    if (SKETCH > 0) pin(sketch);
+    if (kSplit) pin(rope);
     if (kApart) pin(own);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -108,7 +105,7 @@ __device__ __forceinline__ void scores(float (&s)[kPart], u32 tokens, const Toke
             for (int e = k; e < k + 2; ++e) {
                 s[e] *= scale;
                 if (kApart) s[e] = fmaf(own[e], of_own, s[e]);
-                if (kSplit && SKETCH > 0) s[e] = fmaf(sketch[e], of_sketch, s[e]);
+                if (SKETCH > 0) s[e] = fmaf(sketch[e], of_sketch, s[e]);
                 if (kSplit) s[e] = fmaf(rope[e], of_rope, s[e]);
             }
     }

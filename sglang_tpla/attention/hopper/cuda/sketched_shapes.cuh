@@ -13,10 +13,10 @@
 // Wider sums do not fit that warpgroup's registers; there it unpacks the raw rows again, turned, for
 //     values  O [64 columns, ROWS] += V^T [64, 64 tokens] P        left: codes, turned by ldmatrix.trans, from registers
 //
-// Every code is exact in float16. With up to 32 query rows (kSplit) 8-bit codes, sketch and rotary key have sums of their own,
-// which a token's scales multiply in float32. With more, registers allow one sum: scales come in as factors of at most 1
-// relative to a power of two that the scores are multiplied by. Probabilities are weighted by the factor that is left to
-// the values: that power of two, or the scale.
+// Every code is exact in float16. The sketch has a sum of its own, which its scale multiplies in float32; with up to 32 query
+// rows (kSplit) so has the rotary key. Where 8-bit codes of two scales, or codes and key, share a sum, their scales come in as
+// factors of at most 1 relative to a power of two that the sum is multiplied by. Probabilities are weighted by the factor that
+// is left to the values: that power of two, or the scale.
 //
 // A block is a warpgroup that copies raw rows into a ring of half tiles, two that compute scores and probabilities of alternate
 // tiles, and one that adds up values of all tiles. Plan, parts and merging are those of latent_decode.cu.

@@ -112,9 +112,9 @@ __device__ __forceinline__ void levels_of(u32 x, const uint4& table, u32 (&pair)
 // Factors of a lane's two tokens (rows lane / 4 and 8 further on).
 struct TokenScales {
     u32 shared[2], own[2];                       // kScaleCodes: relative to `power`, the same float16 twice in a register
-    u32 sketch[2], rope[2];                      // not kSplit: likewise (rope in bfloat16 where the key is)
+    u32 rope[2];                                 // not kSplit: likewise (in bfloat16 where the key is)
     float power[2];                              // of the scores; kSplit: of those of 8-bit codes; kApart: of shared ones
-    float own_scale[2], sketch_scale[2], rope_scale[2];          // kSplit; own: kApart
+    float own_scale[2], sketch_scale[2], rope_scale[2];          // own: kApart; rope: kSplit
     float weight_log2[2], inverse_weight[2];     // of the factor that weights the probability
     u32 shared_ratio[2], own_ratio[2];           // not ROW_VALUES: of the two 8-bit scales to it, float16
 };
@@ -138,7 +138,6 @@ __device__ __forceinline__ TokenScales load_scales(u32 trailer, const bool (&bey
         t.power[i] = kApart ? shared : largest_code;
         if (kScaleCodes) {
             float largest = largest_code;
-            if (!kSplit && SKETCH > 0) largest = fmaxf(largest, sketch);
             if (!kSplit && ROPE_BITS == 8) largest = fmaxf(largest, rope);
             u32 bits = (__float_as_uint(largest) & 0x7F800000u) + 0x00800000u;
             bits = min(max(bits, 0x02000000u), 0x7D000000u);
@@ -146,7 +145,6 @@ __device__ __forceinline__ TokenScales load_scales(u32 trailer, const bool (&bey
             const float inverse = __uint_as_float(0x7F000000u - bits);
             t.shared[i] = pack_half(shared * inverse, shared * inverse);
             t.own[i] = pack_half(own * inverse, own * inverse);
-            t.sketch[i] = pack_half(sketch * inverse, sketch * inverse);
             t.rope[i] = ROPE_BITS == 8 ? pack_half(rope * inverse, rope * inverse) : pack_bf16(inverse, inverse);
         }
         t.own_scale[i] = own, t.sketch_scale[i] = sketch, t.rope_scale[i] = ROPE_BITS == 8 ? rope : 1.f;
@@ -210,8 +208,7 @@ __device__ __forceinline__ void unpack_group(int g, const u32 (&raw)[8], const T
             u32 pair[4];
             levels_of(nibbles<BITS>(raw[row]), constants.levels, pair);
 #pragma unroll
-            for (int i = 0; i < 4; ++i)
-                a[i / 2 * 4 + i % 2 * 2 + row] = kSplit ? pair[i] : multiply_half(pair[i], t.sketch[row]);
+            for (int i = 0; i < 4; ++i) a[i / 2 * 4 + i % 2 * 2 + row] = pair[i];
         }
     } else if (g < kOwnGroup) {
         if (ROPE_BITS == 8) {
