@@ -19,7 +19,7 @@ from sglang_tpla.cache_rows.sketched import ALIGNMENT, SketchedRows, level_table
 
 # The files are compiled as one text, in this order.
 SOURCES = tuple(
-    Path(__file__).parent / "cuda" / name
+    str(Path(__file__).parent / "cuda" / name)
     for name in (
         "sketched_shapes.cuh",  # explanation; constants of a variant, parameters
         "hopper.cuh",  # barriers, asynchronous copies, wgmma
@@ -27,18 +27,21 @@ SOURCES = tuple(
         "sketched_unpack.cuh",  # from codes to wgmma's operands
         "sketched_gather.cuh",  # the producer, which copies raw rows; the query
         "merge_shared.cuh",  # the request that a block helps to merge
-        "sketched_attend.cuh",  # scores, softmax, values, partial results
+        "sketched_scores.cuh",  # scores, softmax
+        "sketched_results.cuh",  # where a segment's sums go
+        "sketched_{values}_values.cuh",  # the values, by query rows or turned; partial results
         "merge.cuh",  # adding up partial results
         "sketched_decode.cu",  # the consumers' loop and the kernel
         "latent_plan.cu",  # the planning kernel
     )
 )
 BLOCK_BYTES = 227 * 1024  # shared memory of a block
-MAX_STAGES = 8
+HALF_TOKENS = TILE_TOKENS // 2  # a stage of the ring
+PANEL_BYTES = TILE_TOKENS * 128  # 64 columns of a tile's values
+MAX_STAGES, MIN_STAGES = 12, 3
 SMALLEST_QUERY_BYTES = 10240  # the merge adds up in the query's memory
-# warpgroups that add up values -> registers of a thread of the producer, of scores, of values
-REGISTERS = {1: (40, 144, 184), 2: (32, 112, 112)}
-MAX_ACCUMULATORS = 128  # of the values, a thread
+MAX_ACCUMULATORS = 128  # of turned values, a thread
+MAX_ROW_VALUES = 288  # columns of values by query rows, of which a thread holds half
 
 
 def unsupported_reason(rows: SketchedRows) -> str | None:
@@ -61,23 +64,17 @@ class SketchedVariant:
     Args:
         cache: the rows that the kernel reads.
         rows: query rows of a block, a multiple of 16.
-        stages: tiles in the ring.
-        buffers: groups of 32 columns (or tokens) whose registers wgmma may read at the same time.
-        values: warpgroups that add up values.
+        stages: half tiles in the ring.
+        row_values: values by query rows, from shared memory; else turned, from the raw rows.
     """
 
     cache: SketchedRows
     rows: int
     stages: int
-    buffers: int = 2
-    values: int = 1
+    row_values: bool
 
     name = "sketched_decode"
-
-    @property
-    def threads(self) -> int:
-        """The threads of a block."""
-        return 128 * (3 + self.values)
+    threads = 512
 
     @property
     def _query_bytes(self) -> int:
@@ -87,21 +84,33 @@ class SketchedVariant:
 
     @property
     def fixed_bytes(self) -> int:
-        """The shared memory besides query and ring: barriers, and what warps tell each other about query rows."""
-        bare = 16 * self.stages + 32 + 16 + 16 + 32 + 512 + 4 * self.rows * (8 + 8 + 2 + 2)
-        return -(-bare // 1024) * 1024
+        """The shared memory behind the ring: barriers, constants, and what warps tell each other about query rows."""
+        bare = 16 * self.stages + 32 + 32 + 16 + 32 + 4 * self.rows * (8 + 8 + 2)
+        return -(-(bare + (32 if self.row_values else 4 * self.rows + 512)) // 16) * 16
 
     @property
     def shared_bytes(self) -> int:
-        """The dynamic shared memory: query, probabilities of two tiles, ring."""
+        """The dynamic shared memory: query, probabilities and values of two tiles, ring, and what is fixed."""
         odd = self.cache.row_bytes // 16 % 2
         stride = self.cache.row_bytes + (0 if odd else 16)
-        return self._query_bytes + 2 * self.rows * 128 + self.stages * TILE_TOKENS * stride + 16
+        tile = 128 * (64 if self.row_values else self.rows)
+        if self.row_values:
+            tile += -(-self.cache.w_pad // 64) * PANEL_BYTES
+        return self._query_bytes + 2 * tile + self.stages * HALF_TOKENS * stride + self.fixed_bytes
+
+    @property
+    def registers(self) -> tuple[int, int, int]:
+        """The registers of a thread of the producer, of scores and of values, 512 with scores counted twice."""
+        if self.row_values:
+            values = self.cache.w_pad // 2 + 40
+        else:
+            values = min(184, -(-self.cache.w_pad // 64) * self.rows // 2 + 64)
+        return 40, (472 - values) // 16 * 8, values // 8 * 8
 
     @property
     def fits(self) -> bool:
         """Whether a block has that much shared memory."""
-        return self.fixed_bytes + self.shared_bytes <= BLOCK_BYTES
+        return self.shared_bytes <= BLOCK_BYTES
 
     @property
     def defines(self) -> dict[str, int]:
@@ -127,13 +136,10 @@ class SketchedVariant:
             "ROW_BYTES": rows.row_bytes,
             "ROWS": self.rows,
             "STAGES": self.stages,
-            "BUFFERS": self.buffers,
+            "ROW_VALUES": int(self.row_values),
             "FIXED_BYTES": self.fixed_bytes,
             "SHARED_BYTES": self.shared_bytes,
-            "VALUES": self.values,
-            "PRODUCER_REGISTERS": REGISTERS[self.values][0],
-            "SCORE_REGISTERS": REGISTERS[self.values][1],
-            "VALUE_REGISTERS": REGISTERS[self.values][2],
+            **dict(zip(("PRODUCER_REGISTERS", "SCORE_REGISTERS", "VALUE_REGISTERS"), self.registers, strict=True)),
             "MAX_PARTS": MAX_PARTS,
             "SEGMENT_COST": SEGMENT_COST,
             "PLAN_BATCH": 2048,
@@ -142,21 +148,26 @@ class SketchedVariant:
 
     def source(self) -> str:
         """The whole CUDA source."""
-        text = "\n".join(path.read_text() for path in SOURCES)
-        return wgmma.PRELUDE + wgmma.rows_source(self.rows) + text
+        form = "row" if self.row_values else "turned"
+        text = "\n".join(Path(path.format(values=form)).read_text() for path in SOURCES)
+        instructions = wgmma.rows_source(self.rows)
+        if self.row_values:
+            instructions += wgmma.row_values_source(self.cache.w_pad)
+        return wgmma.PRELUDE + instructions + text
 
 
 def variant_for(shape: DecodeShape) -> SketchedVariant:
     """The best form for ``shape``: as many query rows a block as registers hold, and as many stages as fit."""
     assert shape.sketched is not None
-    rows = shape.heads * shape.query_len
-    blocks_of_columns = -(-shape.latent_dim // 64)
-    most = min(64, MAX_ACCUMULATORS // blocks_of_columns * 2 // 16 * 16)
-    row_blocks = -(-rows // most)
-    per_block = -(-rows // (16 * row_blocks)) * 16
+    rows, query_rows = shape.sketched, shape.heads * shape.query_len
+    row_values = rows.w_pad <= MAX_ROW_VALUES and query_rows > 32  # fewer need little unpacking, and more of the ring
+    turned = MAX_ACCUMULATORS // -(-rows.w_pad // 64) * 2 // 16 * 16
+    most = 64 if row_values else min(64, turned)
+    row_blocks = -(-query_rows // most)
+    per_block = -(-query_rows // (16 * row_blocks)) * 16
     stages = MAX_STAGES
     while True:
-        variant = SketchedVariant(shape.sketched, per_block, stages)
-        if variant.fits:
+        variant = SketchedVariant(rows, per_block, stages, row_values)
+        if variant.fits or stages == MIN_STAGES:
             return variant
         stages -= 1

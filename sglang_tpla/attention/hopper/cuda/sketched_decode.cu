@@ -1,6 +1,6 @@
-// A warpgroup of scores (role 0, 1) or of values (2, 3) walks the segments of its block's part. All warpgroups meet when a
+// A warpgroup of scores (role 0, 1) or of values (2) walks the segments of its block's part. All warpgroups meet when a
 // segment begins, when its sums are there and when its result is stored.
-template <bool kScores, int kGroup>
+template <bool kScores>
 __device__ __forceinline__ void consume(const Params& p, Fixed& fixed, u32 q_smem, float* buffer, u32 ring, int role, int thread) {
     const int consumer = role * 128 + thread, warp = thread / 32, lane = thread % 32;
     u32 base = 0, tries = 0, done = 0, done_of[2] = {0, 0};
@@ -15,9 +15,10 @@ __device__ __forceinline__ void consume(const Params& p, Fixed& fixed, u32 q_sme
         const int splits = __ldcg(p.split_start + seg.request + 1) - first_split;
         const bool whole = splits == 1;
         const float inverse = load_query(p, q_smem, seg.request, &fixed.largest, consumer);
+        const u32 group = kScores ? role : 0, probability = q_smem + kQBytes, values = probability + 2 * kProbabilityBytes;
         const Segment c = {length, length - p.query_len + 1, p.scale_log2 * inverse, ring, base, q_smem,
-                           q_smem + kQBytes + (kScores ? role * kProbabilityBytes : 0), tiles, seg.first_tile * kTile,
-                           kScores ? role : kGroup, warp, lane};
+                           probability + group * kProbabilityBytes, values + group * kValueBytes, tiles, seg.first_tile * kTile,
+                           (int)group, warp, lane};
         base += tiles;
         if constexpr (kScores) {
             float total[kRows / 4];
@@ -28,14 +29,11 @@ __device__ __forceinline__ void consume(const Params& p, Fixed& fixed, u32 q_sme
             attend(p, fixed, c, tries, done, total);
             sync_all();
         } else {
-            float o[kMyBlocks][kPart];
-#pragma unroll
-            for (int b = 0; b < kMyBlocks; ++b)
-#pragma unroll
-                for (int i = 0; i < kPart; ++i) o[b][i] = 0.f;
-            gather_values<kGroup>(fixed, c, done_of, o);
+            Values v;
+            v.clear();
+            gather_values(fixed, c, done_of, v);
             sync_all();
-            store<kGroup>(p, fixed, o, seg.request, first_split + seg.before, whole, warp, lane);
+            store(p, fixed, v, seg.request, first_split + seg.before, whole, warp, lane);
         }
         if (whole) continue;
         sync_all();
@@ -53,30 +51,29 @@ __device__ __forceinline__ void consume(const Params& p, Fixed& fixed, u32 q_sme
 }
 
 extern "C" __global__ void __launch_bounds__(kAllThreads + 128, 1) sketched_decode(const __grid_constant__ Params p) {
-    __shared__ Fixed fixed;
     extern __shared__ __align__(1024) char raw[];
-    static_assert(sizeof(Fixed) == FIXED_BYTES, "decode.py counts this much");
-    static_assert(kQBytes + 2 * kProbabilityBytes + STAGES * kStageBytes <= SHARED_BYTES, "decode.py counts less");
-    const u32 q_smem = shared_address(raw), ring = q_smem + kQBytes + 2 * kProbabilityBytes;
+    Fixed& fixed = *reinterpret_cast<Fixed*>(raw + kRingOffset + STAGES * kStageBytes);
+    static_assert(sizeof(Fixed) <= FIXED_BYTES && kRingOffset + STAGES * kStageBytes + FIXED_BYTES == SHARED_BYTES, "as decode.py counts");
+    const u32 q_smem = shared_address(raw), ring = q_smem + kRingOffset;
     const int group = __shfl_sync(0xffffffff, threadIdx.x / 128, 0), thread = threadIdx.x % 128;
     if (threadIdx.x == 0) {
         if (q_smem % 1024) __trap();                             // the swizzle repeats every 1,024 bytes
         for (int i = 0; i < STAGES; ++i) {
             barrier_init(shared_address(fixed.full + i), kFullArrivals);
-            barrier_init(shared_address(fixed.empty + i), 4 * VALUES);
+            barrier_init(shared_address(fixed.empty + i), ROW_VALUES ? 2 : 4);  // warps that read a half
         }
         for (int i = 0; i < 2; ++i) {
             barrier_init(shared_address(fixed.ready + i), 1);
-            barrier_init(shared_address(fixed.used + i), 4 * VALUES);
+            barrier_init(shared_address(fixed.used + i), 4);
             fixed.flag[i][0] = fixed.flag[i][1] = 0;
         }
-        fixed.levels = make_uint4(LEVELS_LOW_0, LEVELS_LOW_1, LEVELS_HIGH_0, LEVELS_HIGH_1);
+        fixed.constants = {make_uint4(LEVELS_LOW_0, LEVELS_LOW_1, LEVELS_HIGH_0, LEVELS_HIGH_1), 0x64646464u};
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
         fence_async_proxy();
     }
     __syncthreads();
     // No more registers than the block starts with, as in latent_decode.cu.
-    static_assert(PRODUCER_REGISTERS + 2 * SCORE_REGISTERS + VALUES * VALUE_REGISTERS <= (VALUES == 1 ? 4 * 128 : 5 * 96), "registers");
+    static_assert(PRODUCER_REGISTERS + 2 * SCORE_REGISTERS + VALUE_REGISTERS <= 4 * 128, "registers");
     float* buffer = reinterpret_cast<float*>(raw);
     if (group == 0) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(PRODUCER_REGISTERS));
@@ -85,14 +82,12 @@ extern "C" __global__ void __launch_bounds__(kAllThreads + 128, 1) sketched_deco
         asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(SCORE_REGISTERS));
         wait_for_predecessor();
         asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-        consume<true, 0>(p, fixed, q_smem, buffer, ring, group - 1, thread);
+        consume<true>(p, fixed, q_smem, buffer, ring, group - 1, thread);
     } else {
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(VALUE_REGISTERS));
+        if (VALUE_REGISTERS > 128) asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(VALUE_REGISTERS));
+        else asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(VALUE_REGISTERS));
         wait_for_predecessor();
         asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-        if constexpr (VALUES == 2) {
-            if (group == 4) return consume<false, 1>(p, fixed, q_smem, buffer, ring, 3, thread);
-        }
-        consume<false, 0>(p, fixed, q_smem, buffer, ring, 2, thread);
+        consume<false>(p, fixed, q_smem, buffer, ring, 2, thread);
     }
 }

@@ -2,60 +2,58 @@
 //
 // gather.cuh says when the producer may read which rows.
 
-constexpr int kChunkTiles = 4;                                   // tiles whose slots are looked up together
-
-// Slot of a token, -1 behind the last one.
+// Slot of a token; behind the last one slot 0, whose row is read and masked.
 __device__ __forceinline__ int slot_of(const Params& p, int start, int length, int token) {
-    if (token >= length) return -1;
+    if (token >= length) return 0;
     const int mask = (1 << p.page_bits) - 1;
     return (__ldcg(p.page_indices + start + (token >> p.page_bits)) << p.page_bits) | (token & mask);
 }
 
-// Four warps; eight lanes copy a row, each time the 16-byte pieces of one line of 128 bytes: rows begin anywhere in a line,
-// and a request that crosses lines counts twice. No prefetch into the L2: what lies beside a row is another token.
-constexpr int kFullArrivals = 128, kSlots = kChunkTiles;
-__device__ __forceinline__ void load_tile(const Params& p, u32 stage, u32 full, int my_slot, int warp, int lane) {
+// A warp copies 16 rows of a half tile; eight lanes copy a row, each time the 16-byte pieces of one line of 128 bytes: rows
+// begin anywhere in a line, and a request that crosses lines counts twice. No prefetch into the L2: what lies beside a row is
+// another token. Lane `first + row` knows the slot of a row.
+constexpr int kFullArrivals = 64;
+__device__ __forceinline__ void load_rows(const Params& p, u32 stage, u32 full, int slots, int first, int lane) {
     constexpr int kPieces = ROW_BYTES / 16;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-        const int row = i * 4 + lane / 8, slot = __shfl_sync(0xffffffff, my_slot, row);
-        const u8* source = p.kv + (slot < 0 ? 0 : slot) * p.kv_stride;
-        const int lead = (int)((unsigned long long)source >> 4 & 7);
-        const u32 target = stage + (warp * 16 + row) * kStride;
+        const int row = i * 4 + lane / 8, slot = __shfl_sync(0xffffffff, slots, first + row);
+        const u8* source = p.kv + slot * p.kv_stride;
+        const int begin = lane % 8 - (int)((unsigned long long)source >> 4 & 7);       // the lane's piece of the first line
+        source += begin * 16;
+        const u32 target = stage + row * kStride + begin * 16;
 #pragma unroll
         for (int line = 0; line < kPieces + 7; line += 8) {
-            const int piece = line + lane % 8 - lead;
-            if (piece >= 0 && piece < kPieces && slot >= 0)
-                asm volatile("cp.async.cg.shared.global [%0], [%1], 16;"
-                             ::"r"(target + piece * 16), "l"(source + piece * 16) : "memory");
+            bool here = line > 0 || begin >= 0;
+            if (line + 7 >= kPieces) here = here && begin < kPieces - line;
+            if (here)
+                asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(target + line * 16), "l"(source + line * 16) : "memory");
         }
     }
     barrier_arrive_when_copied(full);
 }
 
+// Each warp fills every second stage: warps 0 and 1 the first halves of the tiles. Slots are looked up two tiles ahead.
 __device__ __forceinline__ void produce(const Params& p, u32 ring, u32 full, u32 empty, int thread) {
-    const int warp = thread / 32, lane = thread % 32, my_row = warp * 16 + lane % 16;
-    u32 stage = 0, phase = 0;
+    const int warp = thread / 32, lane = thread % 32, my_token = lane / 16 * kTile + warp * 16 + lane % 16;
+    const u32 rows = ring + warp % 2 * 16 * kStride;
+    u32 stage = warp / 2, phase = 0;
     for (Segments s(p); s.more(); s.next()) {
         const int length = s.length, start = s.start, end = s.end_tile();
         if (s.first_tile >= end) continue;
-        int now[kSlots], ahead[kSlots];                          // ahead: slots of the next chunk, on their way
+        int ahead = slot_of(p, start, length, s.first_tile * kTile + my_token);
+#pragma unroll 1
+        for (int tile = s.first_tile; tile < end; tile += 2) {
+            const int now = ahead;
+            ahead = slot_of(p, start, length, (tile + 2) * kTile + my_token);
 #pragma unroll
-        for (int i = 0; i < kSlots; ++i) ahead[i] = slot_of(p, start, length, (s.first_tile + i) * kTile + my_row);
-        for (int first = s.first_tile; first < end; first += kChunkTiles) {
-#pragma unroll
-            for (int i = 0; i < kSlots; ++i) {
-                now[i] = ahead[i];
-                ahead[i] = slot_of(p, start, length, (first + kChunkTiles + i) * kTile + my_row);
-            }
-#pragma unroll
-            for (int k = 0; k < kChunkTiles; ++k) {
-                const int tile = first + k;
-                if (tile >= end) break;
+            for (int k = 0; k < 2; ++k) {
+                if (tile + k >= end) break;
                 barrier_wait(empty + 8 * stage, phase ^ 1);
-                if ((tile + 1) * kTile > length - p.query_len) wait_for_predecessor();
-                load_tile(p, ring + stage * kStageBytes, full + 8 * stage, now[k], warp, lane);
-                if (++stage == STAGES) stage = 0, phase ^= 1;
+                if ((tile + k + 1) * kTile > length - p.query_len) wait_for_predecessor();
+                load_rows(p, rows + stage * kStageBytes, full + 8 * stage, now, 16 * k, lane);
+                stage += 2;
+                if (stage >= STAGES) stage -= STAGES, phase ^= 1;
             }
         }
     }
@@ -79,8 +77,8 @@ __device__ __forceinline__ u32 load_query_group(const Params& p, u32 q_smem, int
     const bool valid = global_row < p.query_len * p.heads;
     const int token = valid ? global_row / p.heads : 0, head = valid ? global_row - token * p.heads : 0;
     const long long query = (long long)request * p.query_len + token;
-    const bool own = g < kOwnGroups, sketch = !own && g < kOwnGroups + kSketchGroups;
-    const int group = own ? g : sketch ? g - kOwnGroups : g - kOwnGroups - kSketchGroups;
+    const bool own = g >= kOwnGroup, sketch = g < kSketchGroups;
+    const int group = own ? g - kOwnGroup : sketch ? g : g - kSketchGroups;
     const int columns = own ? LATENT : sketch ? SKETCH : ROPE;
     const u16* source = own || sketch
         ? p.q_latent + query * p.q_latent_token_stride + head * p.q_latent_head_stride + (sketch ? LATENT : 0)
@@ -94,10 +92,10 @@ __device__ __forceinline__ u32 load_query_group(const Params& p, u32 q_smem, int
     }
 #pragma unroll
     for (int i = 0; i < 16; ++i) largest = largest_of(largest, w[i]);
-    const int step = (own ? 0 : sketch ? kSketchStep : kRopeStep) + 2 * group;
+    const int step = (own ? kOwnStep : sketch ? 0 : kRopeStep) + 2 * group;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-        if (own && step + i >= kOwnSteps) break;
+        if (step + i >= kSteps) break;
         const u32 before = query_address(q_smem, row, step + i, 0), behind = query_address(q_smem, row, step + i, 1);
         if (sketch) {
             store_shared4(before, w[2 * i], w[2 * i + 4], w[2 * i + 8], w[2 * i + 12]);
@@ -140,7 +138,7 @@ __device__ __forceinline__ float load_query(const Params& p, u32 q_smem, int req
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             const float low = __uint_as_float(w[i] << 16) * factor, high = __uint_as_float(w[i] & 0xFFFF0000u) * factor;
-            w[i] = ROPE_BITS == 16 && step >= kRopeStep ? pack_bf16(low, high) : pack_half(low, high);
+            w[i] = ROPE_BITS == 16 && step >= kRopeStep && step < kOwnStep ? pack_bf16(low, high) : pack_half(low, high);
         }
         store_shared4(address, w[0], w[1], w[2], w[3]);
     }

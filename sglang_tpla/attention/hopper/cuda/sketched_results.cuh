@@ -1,0 +1,32 @@
+// ---- results of a segment -----------------------------------------------------------------------------------------
+
+// The first of the two columns that value pair k of item `piece` of a partial result holds.
+__device__ __forceinline__ int item_column(int piece, int k) { return piece * 8 + k * 2; }
+
+// The sum of a row's probabilities relative to `top`, from what attend() left in `exchange`.
+__device__ __forceinline__ float total_of(const Fixed& fixed, int row, float top) {
+    float total = 0.f;
+#pragma unroll
+    for (int g = 0; g < 2; ++g) {
+        float sum = 0.f;
+#pragma unroll
+        for (int k = 0; k < 4; ++k) sum += fixed.exchange[g][k][row];
+        const float reference = fixed.reference[g][0][row];
+        total += sum * (reference == negative_infinity() ? 0.f : exp2_fast(reference - top));
+    }
+    return total;
+}
+
+__device__ __forceinline__ void store_sums(const Params& p, int split, int row, float top, float total, float largest) {
+    const int rows = p.query_len * p.heads;
+    float* sums = p.partial_sums + 3ll * split * rows + row;
+    sums[0] = total > 0.f ? top + log2_fast(total) : negative_infinity();
+    sums[rows] = total > 0.f ? largest / total : 0.f;
+}
+
+// Where a row's columns go: the output, or the partial result of the split.
+__device__ __forceinline__ u16* target_of(const Params& p, int request, int split, int row, bool whole) {
+    const int token = row / p.heads, head = row - token * p.heads;
+    return whole ? p.out + ((long long)request * p.query_len + token) * p.out_token_stride + head * p.out_head_stride
+                 : p.partial_out + ((long long)split * p.query_len * p.heads + row) * LATENT;
+}

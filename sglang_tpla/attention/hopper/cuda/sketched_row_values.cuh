@@ -1,0 +1,82 @@
+// ---- values, by query rows ----------------------------------------------------------------------------------------
+//
+// With ROW_VALUES: one warpgroup adds up O [64 query rows, LATENT] from what scores() stored. A thread holds rows
+// 16 warp + lane / 4 and 8 further on: element 4 j + 2 i + e is row i, stored column 8 j + 2 (lane % 4) + e. Stored columns
+// 16 s + c and 16 s + 8 + c are 16 s + 2 c and 16 s + 2 c + 2 for even c, see load_query_group(): a thread has four
+// neighbours of each step.
+
+struct Values {
+    float o[LATENT / 2];
+    float applied[2];                                            // the rows' reference
+
+    __device__ __forceinline__ void clear() {
+#pragma unroll
+        for (int i = 0; i < LATENT / 2; ++i) o[i] = 0.f;
+        applied[0] = applied[1] = negative_infinity();
+    }
+};
+
+// The warpgroup of values: every tile. `done`: tiles of each warpgroup of scores before.
+__device__ __forceinline__ void gather_values(Fixed& fixed, const Segment& c, u32 (&done)[2], Values& v) {
+    const u32 ready = shared_address(fixed.ready), used = shared_address(fixed.used);
+    u32 stamp = 0xffffffffu;                                     // of no tile: the first tile sets the values' reference
+    for (int j = 0; j < c.tiles; ++j) {
+        const int from = j & 1;
+        barrier_wait(ready + 8 * from, (from ? done[1] : done[0]) & 1);
+        if (from) ++done[1];
+        else ++done[0];
+        const u32 now = *reinterpret_cast<volatile u32*>(&fixed.stamp[from]);
+        if (now != stamp) {
+            stamp = now;
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                const int row = c.warp * 16 + c.lane / 4 + 8 * i;
+                const float top = row < kRows ? fixed.published[from][row] : negative_infinity();
+                const float factor = v.applied[i] == negative_infinity() ? 0.f : exp2_fast(v.applied[i] - top);
+                v.applied[i] = top;
+#pragma unroll
+                for (int k = 2 * i; k < LATENT / 2; k += 4) v.o[k] *= factor, v.o[k + 1] *= factor;
+            }
+        }
+        const u64 weights = descriptor(c.probability + from * kProbabilityBytes, 16);
+        const u64 columns = descriptor(c.values + from * kValueBytes, kPanelBytes);
+        pin(v.o);
+        wgmma_fence();
+#pragma unroll
+        for (int step = 0; step < kTile / 16; ++step) wgmma_values(v.o, weights + (step * 32 >> 4), columns + (step * 16 * 128 >> 4));
+        wgmma_commit();
+        wgmma_wait<0>();
+        pin(v.o);
+        if (c.lane == 0) barrier_arrive(used + 8 * from);
+    }
+}
+
+// Writes a segment: to the output where it is the whole request, else as a partial result, in which each row is scaled by its
+// largest value.
+__device__ __forceinline__ void store(const Params& p, Fixed& fixed, const Values& v, int request, int split, bool whole, int warp,
+                                      int lane) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        float largest = 0.f;
+#pragma unroll
+        for (int k = 2 * i; k < LATENT / 2; k += 4) largest = fmaxf(largest, fmaxf(fabsf(v.o[k]), fabsf(v.o[k + 1])));
+        largest = fmaxf(largest, __shfl_xor_sync(0xffffffff, largest, 1));
+        largest = fmaxf(largest, __shfl_xor_sync(0xffffffff, largest, 2));
+        const int row = warp * 16 + lane / 4 + 8 * i, global_row = blockIdx.y * kRows + row;
+        if (row >= kRows || global_row >= p.query_len * p.heads) continue;
+        const float total = total_of(fixed, row, v.applied[i]);
+        float scale = total > 0.f ? 1.f / total : 0.f;
+        if (!whole) {
+            scale = largest > 1e-37f ? 1.f / largest : 0.f;
+            if (lane % 4 == 0) store_sums(p, split, global_row, v.applied[i], total, largest);
+        }
+        u16* target = target_of(p, request, split, global_row, whole) + 4 * (lane % 4);
+#pragma unroll
+        for (int step = 0; step < LATENT / 16; ++step) {
+            const float* o = v.o + 8 * step + 2 * i;
+            const float x[4] = {o[0] * scale, o[1] * scale, o[4] * scale, o[5] * scale};
+            *reinterpret_cast<uint2*>(target + 16 * step) = whole ? make_uint2(pack_bf16(x[0], x[1]), pack_bf16(x[2], x[3]))
+                                                                  : make_uint2(pack_half(x[0], x[1]), pack_half(x[2], x[3]));
+        }
+    }
+}

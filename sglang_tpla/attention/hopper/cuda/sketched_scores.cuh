@@ -1,0 +1,269 @@
+// ---- scores -------------------------------------------------------------------------------------------------------
+//
+// A thread holds of a product [64, kRows] rows lane / 4 and 8 further on of its warp's 16, and of each 8 columns
+// 2 (lane % 4) and the next: element 4 j + 2 i + e is row i, column 8 j + 2 (lane % 4) + e. Rows are tokens, columns query
+// rows. What belongs to a query row (its reference, its sum) is held the same way: element 2 j + e.
+
+// Shared memory behind the ring. The first index is the warpgroup of scores.
+struct alignas(16) Fixed {
+    u64 full[STAGES], empty[STAGES], ready[2], used[2];          // ready, used: a tile's probabilities and values
+    Constants constants;
+    Shared merge;
+    u32 flag[2][2], stamp[2], largest;
+    u16 ratio[2][2][ROW_VALUES ? 1 : kTile];                     // of a tile's shared, of its own scale
+    alignas(16) float exchange[2][4][kRows];                     // between warps
+    float reference[2][4][kRows];                                // of each warp: the reference of its probabilities
+    float published[2][kRows];                                   // the reference of the tile that is ready
+    float applied[ROW_VALUES ? 1 : kRows];                       // the reference of the values
+
+    // A warp of values tells its rows' largest values here once no tile is under way.
+    __device__ __forceinline__ float* largest_values(int warp) { return warp == 0 ? published[0] : reference[0][warp]; }
+};
+
+__device__ __forceinline__ void sync_group(int group) { asm volatile("bar.sync %0, 128;" ::"r"(3 + group) : "memory"); }
+
+// A warpgroup's view of the current segment.
+struct Segment {
+    int length, unmasked;                                        // unmasked: tokens that every query row may see
+    float scale_log2;                                            // factor of a score besides its token's scales
+    u32 ring, base, q_smem, probability, values;                 // base: tiles that went through the ring before
+    int tiles, first_token, group, warp, lane;
+};
+
+// Stage and phase of half `half` of the tile that is number `tile` through the ring.
+struct Stage {
+    u32 slot, phase;
+    __device__ __forceinline__ Stage(u32 tile, u32 half) : slot((2 * tile + half) % STAGES), phase((2 * tile + half) / STAGES & 1) {}
+};
+
+// Tokens that query row `row` of the block may see.
+__device__ __forceinline__ int limit_of(const Params& p, int length, int row) {
+    const int at = blockIdx.y * kRows + row;
+    const int token = (at >= p.heads) + (at >= 2 * p.heads) + (at >= 3 * p.heads);
+    return length - p.query_len + 1 + min(token, p.query_len - 1);
+}
+
+// Scores of a warp's 16 tokens, whose raw rows begin at `tokens`, times scale_log2. With ROW_VALUES the warp also stores their
+// 8-bit columns, as they are multiplied, once `used` says that those before are not needed any more: row r of a panel is
+// token r, and its column 16 s + c of step s is as wgmma's left operand has it.
+__device__ __forceinline__ void scores(float (&s)[kPart], u32 tokens, const TokenScales& t, const Segment& c,
+                                       const Constants& shared_constants, u32 used, u32 used_phase) {
+    const u32 rows = tokens + c.lane % 16 * kStride + c.lane / 16 * 16, row = tokens + c.lane / 4 * kStride;
+    const u32 target = c.values + (c.warp * 16 + c.lane % 16) * 128, chunk = (c.lane / 16 ^ c.lane % 8) << 4;
+    const u64 q = descriptor(c.q_smem, 16);
+    const Constants constants = {load_shared4(shared_address(&shared_constants.levels)),
+                                 load_shared(shared_address(&shared_constants.exponent))};
+    u32 raw[3][8], a[2][8] = {};
+    float sketch[kPart] = {}, rope[kPart] = {}, own[kPart] = {};  // rope: kSplit; own: kApart
+    load_group(0, rows, row, c.lane, raw[0]);
+    load_group(1, rows, row, c.lane, raw[1]);
+    pin(s);
+#pragma unroll
+    for (int g = 0; g < kGroups; ++g) {
+        if (g + 2 < kGroups) load_group(g + 2, rows, row, c.lane, raw[(g + 2) % 3]);
+        if (g >= 2) {                                            // the registers of an earlier group are free
+            wgmma_wait<1>();
+            pin(a[g % 2]);
+        }
+        unpack_group(g, raw[g % 3], t, constants, c.lane, a[g % 2]);
+        if (ROW_VALUES && g == kOwnGroup) barrier_wait(used, used_phase);
+        wgmma_fence();
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const int step = 2 * g + i;
+            if (step >= kSteps) break;
+            const u64 columns = q + ((step / 4 * kQPanelBytes + step % 4 * 32) >> 4);
+            const u32* r = a[g % 2] + 4 * i;
+            const bool of_rope = step >= kRopeStep && step < kOwnStep, first = step == kRopeStep || step == kOwnStep;
+            if (step < kRopeStep) wgmma_half(sketch, r[0], r[1], r[2], r[3], columns, step > 0);
+            else if (kApart && step >= kOwnStep + SHARED / 16)
+                wgmma_half(own, r[0], r[1], r[2], r[3], columns, step > kOwnStep + SHARED / 16);
+            else if (of_rope && kSplit && ROPE_BITS == 16) wgmma_bf16(rope, r[0], r[1], r[2], r[3], columns, !first);
+            else if (of_rope && kSplit) wgmma_half(rope, r[0], r[1], r[2], r[3], columns, !first);
+            else if (of_rope && ROPE_BITS == 16) wgmma_bf16(s, r[0], r[1], r[2], r[3], columns, !first);
+            else wgmma_half(s, r[0], r[1], r[2], r[3], columns, kSplit ? !first : step > kRopeStep);
+            if (ROW_VALUES && step >= kOwnStep)
+                store_matrices4(target + (step - kOwnStep) / 4 * kPanelBytes + (chunk ^ (step - kOwnStep) % 4 << 5), r);
+        }
+        wgmma_commit();
+    }
+    wgmma_wait<0>();
+    pin(s);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) pin(a[i]);
+    if (SKETCH > 0) pin(sketch);
+    if (kSplit) pin(rope);
+    if (kApart) pin(own);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        const float scale = t.power[i] * c.scale_log2;
+        const float of_own = t.own_scale[i] * c.scale_log2;
+        const float of_sketch = t.sketch_scale[i] * c.scale_log2, of_rope = t.rope_scale[i] * c.scale_log2;
+#pragma unroll
+        for (int k = 2 * i; k < kPart; k += 4)
+#pragma unroll
+            for (int e = k; e < k + 2; ++e) {
+                s[e] *= scale;
+                if (kApart) s[e] = fmaf(own[e], of_own, s[e]);
+                if (SKETCH > 0) s[e] = fmaf(sketch[e], of_sketch, s[e]);
+                if (kSplit) s[e] = fmaf(rope[e], of_rope, s[e]);
+            }
+    }
+}
+
+// The largest weighted exponents of a tile, for settle().
+__device__ __forceinline__ void offer(const Params& p, Fixed& fixed, const Segment& c, const float (&s)[kPart],
+                                      const TokenScales& t, int first_token) {
+    const int column = 2 * (c.lane % 4), token = first_token + c.warp * 16 + c.lane / 4;
+#pragma unroll
+    for (int j = 0; j < kRows / 8; ++j) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+            const int limit = limit_of(p, c.length, 8 * j + column + e);
+            float top = negative_infinity();
+#pragma unroll
+            for (int i = 0; i < 2; ++i)
+                if (token + 8 * i < limit) top = fmaxf(top, s[4 * j + 2 * i + e] + t.weight_log2[i]);
+            top = fmaxf(top, __shfl_xor_sync(0xffffffff, top, 4));
+            top = fmaxf(top, __shfl_xor_sync(0xffffffff, top, 8));
+            top = fmaxf(top, __shfl_xor_sync(0xffffffff, top, 16));
+            if (c.lane < 4) fixed.exchange[c.group][c.warp][8 * j + column + e] = top;
+        }
+    }
+}
+
+// Raises a warpgroup's reference to what was offered: at the start of a segment by both warpgroups, so that they agree, later
+// by its own; and scales its sums.
+__device__ __forceinline__ void settle(Fixed& fixed, const Segment& c, bool start, float (&total)[kRows / 4]) {
+    const int column = 2 * (c.lane % 4);
+    float(&mine)[kRows] = fixed.reference[c.group][c.warp];
+    if (start) sync_consumers();
+    else sync_group(c.group);
+#pragma unroll
+    for (int j = 0; j < kRows / 8; ++j) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+            const int row = 8 * j + column + e;
+            const float before = mine[row];
+            float top = before;
+#pragma unroll
+            for (int warp = 0; warp < 4; ++warp) {
+                top = fmaxf(top, fixed.exchange[c.group][warp][row]);
+                if (start) top = fmaxf(top, fixed.exchange[1 - c.group][warp][row]);
+            }
+            __syncwarp();
+            if (c.lane < 4) mine[row] = top;
+            total[2 * j + e] *= before == negative_infinity() ? 0.f : exp2_fast(before - top);
+        }
+    }
+    __syncwarp();
+    if (start) sync_consumers();                                 // both have read what was offered
+}
+
+// Turns scores into weighted probabilities relative to the reference, packed, and adds them up. Returns whether one is too large
+// for float16.
+template <bool kMasked>
+__device__ __forceinline__ bool soften(const Params& p, const Fixed& fixed, const Segment& c, const float (&s)[kPart],
+                                       const TokenScales& t, int first_token, u32 (&packed)[kPart / 2], float (&total)[kRows / 4]) {
+    const int column = 2 * (c.lane % 4), token = first_token + c.warp * 16 + c.lane / 4;
+    const float* reference = fixed.reference[c.group][c.warp] + column;
+    u32 largest = 0;
+#pragma unroll
+    for (int j = 0; j < kRows / 8; ++j) {
+        const float2 r = *reinterpret_cast<const float2*>(reference + 8 * j);
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            float x[2];
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+                x[e] = s[4 * j + 2 * i + e] + (t.weight_log2[i] - (e ? r.y : r.x));
+                if (kMasked && token + 8 * i >= limit_of(p, c.length, 8 * j + column + e)) x[e] = negative_infinity();
+                x[e] = exp2_fast(x[e]);
+                total[2 * j + e] = fmaf(x[e], t.inverse_weight[i], total[2 * j + e]);
+            }
+            packed[2 * j + i] = pack_half(x[0], x[1]);
+            largest = larger_half(largest, packed[2 * j + i]);
+        }
+    }
+    return (largest & 0xFFFF) >= 0x7400 || largest >> 16 >= 0x7400;        // 2^14
+}
+
+// A warpgroup of scores: every second tile of the segment. `tries` counts its tries at tiles, `done` its tiles.
+__device__ __forceinline__ void attend(const Params& p, Fixed& fixed, const Segment& c, u32& tries, u32& done,
+                                       float (&total)[kRows / 4]) {
+    float s[kPart];
+    u32 packed[kPart / 2];
+    const u32 full = shared_address(fixed.full), empty = shared_address(fixed.empty);
+    const u32 ready = shared_address(fixed.ready + c.group), used = shared_address(fixed.used + c.group);
+    if (c.group >= c.tiles) {                                    // no tile: the other warpgroup alone sets the reference
+        for (int row = c.lane; row < kRows; row += 32) fixed.exchange[c.group][c.warp][row] = negative_infinity();
+        settle(fixed, c, true, total);
+    }
+    for (int j = c.group; j < c.tiles; j += 2, ++done) {
+        const Stage stage(c.base + j, c.warp / 2);
+        const u32 tokens = c.ring + stage.slot * kStageBytes + c.warp % 2 * 16 * kStride;
+        const int first_token = c.first_token + j * kTile, token = first_token + c.warp * 16 + c.lane / 4;
+        const bool masked = first_token + kTile > c.unmasked;
+        const bool beyond[2] = {token >= c.length, token + 8 >= c.length};
+        bool fresh = j == c.group;                               // the first tile sets the reference
+        barrier_wait(full + 8 * stage.slot, stage.phase);
+        const TokenScales t = load_scales(tokens + c.lane / 4 * kStride + ROW_BYTES - 8, beyond);
+        scores(s, tokens, t, c, fixed.constants, used, (done & 1) ^ 1);
+        if (ROW_VALUES) {                                        // the raw rows have been read
+            __syncwarp();
+            if (c.lane == 0) barrier_arrive(empty + 8 * stage.slot);
+        }
+#pragma unroll 1
+        while (true) {
+            if (fresh) {
+                offer(p, fixed, c, s, t, first_token);
+                settle(fixed, c, j == c.group, total);
+            }
+            float before[kRows / 4];
+#pragma unroll
+            for (int i = 0; i < kRows / 4; ++i) before[i] = total[i];
+            const bool over = masked ? soften<true>(p, fixed, c, s, t, first_token, packed, total)
+                                     : soften<false>(p, fixed, c, s, t, first_token, packed, total);
+            if (!ROW_VALUES) barrier_wait(used, (done & 1) ^ 1);  // the probabilities before have been used
+            ++tries;
+            if (__any_sync(0xffffffff, over) && c.lane == 0) fixed.flag[c.group][tries & 1] = tries;
+#pragma unroll
+            for (int k = 0; k < kRows / 8; k += 2)
+                store_turned4(c.probability + (8 * k + c.lane / 16 * 8 + c.lane % 8) * 128
+                                  + (((2 * c.warp + (c.lane >> 3 & 1)) ^ (c.lane & 7)) << 4),
+                              packed[2 * k], packed[2 * k + 1], packed[2 * k + 2], packed[2 * k + 3]);
+            if (!ROW_VALUES && kTwoScales && c.lane % 4 == 0) {
+#pragma unroll
+                for (int i = 0; i < 2; ++i) {
+                    fixed.ratio[c.group][0][c.warp * 16 + c.lane / 4 + 8 * i] = (u16)t.shared_ratio[i];
+                    fixed.ratio[c.group][1][c.warp * 16 + c.lane / 4 + 8 * i] = (u16)t.own_ratio[i];
+                }
+            }
+            if (fresh && c.warp == 0) {
+                for (int row = c.lane; row < kRows; row += 32) fixed.published[c.group][row] = fixed.reference[c.group][0][row];
+                if (c.lane == 0) fixed.stamp[c.group] = j == c.group ? 0 : 2 * tries + c.group;
+            }
+            fence_async_proxy();
+            sync_group(c.group);
+            // A score far above all before asks for a second try with a new reference. All four warps see the same flag.
+            if (fresh || *reinterpret_cast<volatile u32*>(&fixed.flag[c.group][tries & 1]) != tries) break;
+            fresh = true;
+#pragma unroll
+            for (int i = 0; i < kRows / 4; ++i) total[i] = before[i];
+        }
+        if (c.warp == 0 && c.lane == 0) barrier_arrive(ready);
+    }
+    const int column = 2 * (c.lane % 4);
+#pragma unroll
+    for (int i = 0; i < kRows / 4; ++i) {
+        float sum = total[i];
+        sum += __shfl_xor_sync(0xffffffff, sum, 4);
+        sum += __shfl_xor_sync(0xffffffff, sum, 8);
+        sum += __shfl_xor_sync(0xffffffff, sum, 16);
+        total[i] = sum;
+    }
+    sync_group(c.group);                                         // what was offered last has been read
+#pragma unroll
+    for (int i = 0; i < kRows / 4; ++i)
+        if (c.lane < 4) fixed.exchange[c.group][c.warp][i / 2 * 8 + column + i % 2] = total[i];
+}

@@ -1,0 +1,160 @@
+// ---- values, turned -----------------------------------------------------------------------------------------------
+//
+// Without ROW_VALUES: one warpgroup adds up O [64 columns, kRows] for each of kBlocks blocks, from the raw rows.
+
+struct Values {
+    float o[kBlocks][kPart];                                     // columns 16 warp + lane / 4 * 2 and the next of each block
+
+    __device__ __forceinline__ void clear() {
+#pragma unroll
+        for (int b = 0; b < kBlocks; ++b)
+#pragma unroll
+            for (int i = 0; i < kPart; ++i) o[b][i] = 0.f;
+    }
+};
+
+// O += V^T P of a tile, by blocks of 64 columns of which each warp has 16, tokens 32 at a time. Gives the raw rows back.
+__device__ __forceinline__ void add_values(const u16 (&ratios)[2][kTile], float (&o)[kBlocks][kPart], const u32 (&stages)[2],
+                                           const u32 (&empty)[2], u32 probability, u32 exponent, int warp, int lane) {
+    const u32 rows[2] = {stages[0] + lane * kStride + warp * 16, stages[1] + lane * kStride + warp * 16};
+    const u64 weights = descriptor(probability, 16);
+    u32 raw[3][4], a[2][8] = {}, ratio[2][4];
+    load_turned4(raw[0], rows[0]);
+    load_turned4(raw[1], rows[1 / kBlocks] + 1 % kBlocks * 64);
+#pragma unroll
+    for (int b = 0; b < kBlocks; ++b) pin(o[b]);
+#pragma unroll
+    for (int at = 0; at < 2 * kBlocks; ++at) {
+        const int half = at / kBlocks, block = at % kBlocks, next = at + 2;
+        if (kTwoScales && block == 0) {
+#pragma unroll
+            for (int which = 0; which < 2; ++which)
+#pragma unroll
+                for (int i = 0; i < 4; ++i)
+                    ratio[which][i] = *reinterpret_cast<const u32*>(&ratios[which][32 * half + 8 * i + 2 * (lane % 4)]);
+        }
+        if (next < 2 * kBlocks) load_turned4(raw[next % 3], rows[next / kBlocks] + next % kBlocks * 64);
+        if (at >= 2) {
+            wgmma_wait<1>();
+            pin(a[at % 2]);
+        }
+        const bool shared = block * 64 + warp * 16 + lane / 4 * 2 < SHARED;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {                            // 8 tokens each
+            const u32 codes = raw[at % 3][i] ^ 0x80808080u;
+            u32 first = half_of_codes<0, 2>(codes, exponent), second = half_of_codes<1, 3>(codes, exponent);
+            if (kTwoScales) {
+                const u32 scale = block * 64 + 64 <= SHARED ? ratio[0][i] : block * 64 >= SHARED ? ratio[1][i]
+                                : shared ? ratio[0][i] : ratio[1][i];
+                first = multiply_half(first, scale), second = multiply_half(second, scale);
+            }
+            a[at % 2][i / 2 * 4 + i % 2 * 2] = first, a[at % 2][i / 2 * 4 + i % 2 * 2 + 1] = second;
+        }
+        if (block + 1 == kBlocks) {                              // the raw rows of this half have been read
+            __syncwarp();
+            if (lane == 0) barrier_arrive(empty[half]);
+        }
+        wgmma_fence();
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const u32* r = a[at % 2] + 4 * i;
+            wgmma_half(o[block], r[0], r[1], r[2], r[3], weights + ((2 * half + i) * 32 >> 4), 1);
+        }
+        wgmma_commit();
+    }
+    wgmma_wait<0>();
+#pragma unroll
+    for (int b = 0; b < kBlocks; ++b) pin(o[b]);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) pin(a[i]);
+}
+
+// The warpgroup of values: every tile. `done`: tiles of each warpgroup of scores before.
+__device__ __forceinline__ void gather_values(Fixed& fixed, const Segment& c, u32 (&done)[2], Values& v) {
+    const u32 empty = shared_address(fixed.empty), ready = shared_address(fixed.ready), used = shared_address(fixed.used);
+    const u32 exponent = load_shared(shared_address(&fixed.constants.exponent));
+    const int column = 2 * (c.lane % 4);
+    u32 stamp = 0xffffffffu;                                     // of no tile: the first tile sets the values' reference
+    for (int row = c.warp * 32 + c.lane; row < kRows; row += 128) fixed.applied[row] = negative_infinity();
+    for (int j = 0; j < c.tiles; ++j) {
+        const int from = j & 1;
+        const Stage first(c.base + j, 0), second(c.base + j, 1);
+        barrier_wait(ready + 8 * from, (from ? done[1] : done[0]) & 1);
+        if (from) ++done[1];
+        else ++done[0];
+        const u32 now = *reinterpret_cast<volatile u32*>(&fixed.stamp[from]);
+        if (now != stamp) {
+            stamp = now;
+            sync_group(2);                                       // `applied` is written
+#pragma unroll
+            for (int i = 0; i < kRows / 4; ++i) {
+                const int row = i / 2 * 8 + column + i % 2;
+                const float before = fixed.applied[row], top = fixed.published[from][row];
+                const float factor = before == negative_infinity() ? 0.f : exp2_fast(before - top);
+#pragma unroll
+                for (int b = 0; b < kBlocks; ++b)
+#pragma unroll
+                    for (int k = 0; k < 2; ++k) v.o[b][i / 2 * 4 + 2 * k + i % 2] *= factor;
+            }
+            sync_group(2);                                       // it has been read
+            for (int row = c.warp * 32 + c.lane; row < kRows; row += 128) fixed.applied[row] = fixed.published[from][row];
+        }
+        const u32 stages[2] = {c.ring + first.slot * kStageBytes, c.ring + second.slot * kStageBytes};
+        const u32 empties[2] = {empty + 8 * first.slot, empty + 8 * second.slot};
+        add_values(fixed.ratio[from], v.o, stages, empties, c.probability + from * kProbabilityBytes, exponent, c.warp, c.lane);
+        if (c.lane == 0) barrier_arrive(used + 8 * from);
+    }
+}
+
+// Writes a segment: to the output where it is the whole request, else as a partial result, in which each row is scaled by its
+// largest value.
+__device__ __forceinline__ void store(const Params& p, Fixed& fixed, const Values& v, int request, int split, bool whole, int warp,
+                                      int lane) {
+    const int rows = p.query_len * p.heads, first_column = warp * 16 + lane / 4 * 2;
+    float scale[kRows / 4];
+    if (!whole) {
+        float largest[kRows / 4];
+#pragma unroll
+        for (int i = 0; i < kRows / 4; ++i) {
+            float x = 0.f;
+#pragma unroll
+            for (int b = 0; b < kBlocks; ++b)
+                if (b * 64 + first_column < LATENT)
+                    x = fmaxf(x, fmaxf(fabsf(v.o[b][i / 2 * 4 + i % 2]), fabsf(v.o[b][i / 2 * 4 + 2 + i % 2])));
+            x = fmaxf(x, __shfl_xor_sync(0xffffffff, x, 4));
+            x = fmaxf(x, __shfl_xor_sync(0xffffffff, x, 8));
+            largest[i] = fmaxf(x, __shfl_xor_sync(0xffffffff, x, 16));
+        }
+#pragma unroll
+        for (int i = 0; i < kRows / 4; ++i)
+            if (lane < 4) fixed.largest_values(warp)[i / 2 * 8 + 2 * lane + i % 2] = largest[i];
+        sync_group(2);
+    }
+#pragma unroll
+    for (int i = 0; i < kRows / 4; ++i) {
+        const int row = i / 2 * 8 + 2 * (lane % 4) + i % 2, global_row = blockIdx.y * kRows + row;
+        const float top = fixed.applied[row], total = total_of(fixed, row, top);
+        if (whole) {
+            scale[i] = total > 0.f ? 1.f / total : 0.f;
+            continue;
+        }
+        float largest = 0.f;
+#pragma unroll
+        for (int k = 0; k < 4; ++k) largest = fmaxf(largest, fixed.largest_values(k)[row]);
+        scale[i] = largest > 1e-37f ? 1.f / largest : 0.f;
+        if (warp == 0 && lane < 4 && global_row < rows) store_sums(p, split, global_row, top, total, largest);
+    }
+#pragma unroll
+    for (int i = 0; i < kRows / 4; ++i) {
+        const int row = blockIdx.y * kRows + i / 2 * 8 + 2 * (lane % 4) + i % 2;
+        if (row >= rows) continue;
+        u16* target = target_of(p, request, split, row, whole);
+#pragma unroll
+        for (int b = 0; b < kBlocks; ++b) {
+            const int at = b * 64 + first_column;
+            if (at >= LATENT) continue;
+            const float low = v.o[b][i / 2 * 4 + i % 2] * scale[i], high = v.o[b][i / 2 * 4 + 2 + i % 2] * scale[i];
+            *reinterpret_cast<u32*>(target + at) = whole ? pack_bf16(low, high) : pack_half(low, high);
+        }
+    }
+}
