@@ -1,9 +1,10 @@
 """Sizes of sketched rows: which the format holds, and which to take when none are given.
 
-How many columns want 8 bits on every rank differs from model to model, and the statistics tell: they give the noise
-that the sketch's rounding adds to a score (``sketch_noise``). Where a quarter of the columns shared leaves little of
-it, that is the layout. Where it does not (a tight latent, sharp attention), bytes are better spent on shared columns
-than on the second byte of the rotary key's values, whose rounding to 8 bits costs less than the sketch does.
+How many columns want 8 bits on every rank, and how fine a sketch the others need, differs from model to model, and the
+statistics tell: they give what each part's rounding costs (``rounding_cost``). Where a quarter of the columns shared
+leaves the sketch little noise, rows of that size share as many columns and have as fine a sketch as cost least. Where
+it does not (a tight latent, sharp attention), bytes are better spent on shared columns than on the second byte of the
+rotary key's values, whose rounding to 8 bits costs less than the sketch does.
 """
 
 from __future__ import annotations
@@ -11,15 +12,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-import torch
-
-from sglang_tpla.cache_rows.sketched import SketchedRows
+from sglang_tpla.cache_rows.sketched import SKETCH_BITS, SketchedRows
+from sglang_tpla.calibrate.rounding_cost import LayerCosts
 from sglang_tpla.calibrate.transforms import TransformError
 
-# mean square error of Lloyd and Max's levels, of a Gaussian's variance, by bits
-DISTORTION = {2: 0.1175, 3: 0.03454, 4: 0.009497}
 QUIET = 1e-3  # square nats of a score: some 0.0002 to 0.0003 nats of KL a token on three small models
-_ROPE_BITS = 16
+_ROPE_BITS, _SKETCH_BITS = 16, 4
+_WORTH_FEWER_BITS = 0.9  # of what 4 bits cost: gains below are within the estimate's error
 
 
 def sketched_rows(
@@ -70,27 +69,11 @@ def nearest_shared(latent_dim: int, groups: int, wanted: int, sketch_bits: int =
     return min(near, key=lambda choice: (abs(choice - wanted), -choice))
 
 
-def sketch_noise(energies: Sequence[torch.Tensor], rows: SketchedRows, scale: float) -> float:
-    """The variance that a sketch's rounding adds to a score, mean over layers.
-
-    Args:
-        energies: of each layer, what queries make of each column, their root mean square, descending, [d].
-        rows: sizes of the rows.
-        scale: the softmax scale.
-    """
-    if not rows.own:
-        return 0.0
-    left = [energy[rows.shared :].sum().item() ** 2 / (rows.latent_dim - rows.shared) for energy in energies]
-    others = (rows.groups - 1) / rows.groups
-    return scale**2 * others * DISTORTION[rows.sketch_bits] * sum(left) / len(left)
-
-
 def usual_rows(
-    energies: Sequence[torch.Tensor],
-    scale: float,
+    costs: Sequence[LayerCosts],
     rope_dim: int,
     groups: int,
-    sketch_bits: int,
+    sketch_bits: int | None = None,
     rope_bits: int | None = None,
     shared_dims: int | None = None,
 ) -> SketchedRows:
@@ -102,34 +85,54 @@ def usual_rows(
     Raises:
         TransformError: the format does not hold them.
     """
-    latent_dim = len(energies[0])
+    latent_dim = len(costs[0].in_scores)
+    bits = sketch_bits or _SKETCH_BITS
 
     def made(shared: int, key: int) -> SketchedRows:
-        return sketched_rows(latent_dim, rope_dim, groups, shared, sketch_bits, key)
+        return sketched_rows(latent_dim, rope_dim, groups, shared, bits, key)
 
     if shared_dims is not None:
         return made(shared_dims, rope_bits or _ROPE_BITS)
-    usual = made(default_shared(latent_dim, groups, sketch_bits), rope_bits or _ROPE_BITS)
-    usual = _filled(usual)
-    if rope_bits == _ROPE_BITS or sketch_noise(energies, usual, scale) <= QUIET:
+    usual = made(default_shared(latent_dim, groups, bits), rope_bits or _ROPE_BITS)
+    if groups == 1:
         return usual
-    held = shared_choices(latent_dim, groups, sketch_bits)
+    if rope_bits == _ROPE_BITS or sketch_noise(costs, usual) <= QUIET:
+        return _least_rounding(costs, usual, SKETCH_BITS if sketch_bits is None else (bits,))
+    held = shared_choices(latent_dim, groups, bits)
     eighths = [r for r in held if r % max(latent_dim // 8, 1) == 0] or held
     most = 3 * latent_dim // (4 if rope_bits is None else 8)
     wide = [made(r, 8) for r in eighths if usual.shared < r <= most]
     if rope_bits is None:
-        quarter = nearest_shared(latent_dim, groups, latent_dim // 4, sketch_bits)
+        quarter = nearest_shared(latent_dim, groups, latent_dim // 4, bits)
         bound = made(quarter, _ROPE_BITS).row_bytes
         wide = [rows for rows in wide if rows.row_bytes <= bound]
     return wide[-1] if wide else usual
 
 
-def _filled(rows: SketchedRows) -> SketchedRows:
-    """Those of as many bytes that share most: what would be padding is put to use."""
-    for shared in range(rows.latent_dim - 1, rows.shared, -1):
-        own = (rows.latent_dim - shared) // rows.groups
-        if own % 8 == 0 and shared + rows.groups * own == rows.latent_dim:
-            wider = replace(rows, shared=shared, own=own)
-            if wider.row_bytes <= rows.row_bytes:
-                return wider
-    return rows
+def sketch_noise(costs: Sequence[LayerCosts], rows: SketchedRows) -> float:
+    """The variance that a sketch's rounding adds to a score, mean over layers."""
+    return sum(layer.sketch(rows) for layer in costs) / len(costs)
+
+
+def _least_rounding(
+    costs: Sequence[LayerCosts], usual: SketchedRows, sketch_bits: Sequence[int]
+) -> SketchedRows:
+    """Of the rows with as many bytes as the usual ones at most, those whose rounding costs least."""
+    d, groups = usual.latent_dim, usual.groups
+    columns: dict[int, float] = {}  # by r
+    best: dict[int, tuple[float, SketchedRows]] = {}  # by bits
+    for bits in sketch_bits:
+        for shared in shared_choices(d, groups, bits):
+            own = (d - shared) // groups
+            even = own % 8 == 0 and shared % max(d // 16, 1) == 0 and own
+            rows = replace(usual, shared=shared, own=own, sketch_bits=bits)
+            if not (even or rows == usual) or rows.row_bytes > usual.row_bytes:
+                continue
+            if shared not in columns:
+                columns[shared] = sum(layer.columns(rows) for layer in costs) / len(costs)
+            cost = columns[shared] + sketch_noise(costs, rows)
+            if bits not in best or cost < best[bits][0]:
+                best[bits] = cost, rows
+    least, rows = min(best.values(), key=lambda choice: choice[0])
+    usual_least, usual_best = best[usual.sketch_bits]
+    return rows if least < _WORTH_FEWER_BITS * usual_least else usual_best
