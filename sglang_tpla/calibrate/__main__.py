@@ -81,7 +81,7 @@ def parser() -> argparse.ArgumentParser:
         "--sketch-bits",
         type=int,
         choices=SKETCH_BITS,
-        help="bits of a sketched column (default 4, or fewer where shared columns are the better use of the bytes; "
+        help="bits of a sketched column (default 4, or by layer where fewer and more shared columns cost far less; "
         "--max-kl chooses among all)",
     )
     text.add_argument(
@@ -192,7 +192,7 @@ def make(arguments: argparse.Namespace) -> Artifact:
     def sketched() -> Artifact:
         costs = run.layer_costs(statistics, checkpoint)
         asked = arguments.sketch_bits, arguments.rope_bits, arguments.shared_dims
-        layout = [usual_rows(costs, spec.rope_dim, groups, *asked)] * spec.layers
+        layout = usual_rows(costs, spec.rope_dim, groups, *asked)
         return run.sketched_form(statistics, spec, costs, layout)
 
     closed = "shared" if transform == "learned" else transform
@@ -203,9 +203,8 @@ def make(arguments: argparse.Namespace) -> Artifact:
     if arguments.from_stats:
         if transform == "learned" or arguments.refit_values:
             raise TransformError(
-                "--from-stats has second moments only; learned maps and "
-                "refits need the model and text: leave "
-                "out --from-stats, or take --transform shared"
+                "--from-stats has second moments only; learned maps and refits need the model and text: leave out "
+                "--from-stats, or take --transform shared"
             )
         statistics = combine([Statistics.load(path) for path in arguments.from_stats])
         if rows == "sketched":
