@@ -139,13 +139,14 @@ class SketchedRows:
         return self.rope_dim * self.rope_bits // 8
 
     @property
-    def _bare_bytes(self) -> int:
+    def bare_bytes(self) -> int:
+        """Bytes of a row but for padding."""
         return self.w + self.rope_bytes + self.sketch_bytes + SCALES_BYTES
 
     @property
     def alignment(self) -> int:
         """What the size of a row is a multiple of: 16, or 4 for rows below 256 bytes."""
-        return ALIGNMENT if self._bare_bytes >= ALIGNED_FROM_BYTES else 4
+        return ALIGNMENT if self.bare_bytes >= ALIGNED_FROM_BYTES else 4
 
     @property
     def w_pad(self) -> int:

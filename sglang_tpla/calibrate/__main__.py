@@ -16,7 +16,7 @@ from sglang_tpla.calibrate import pipeline as run
 from sglang_tpla.calibrate.layout_search import Point, Search, point_maps, search, table
 from sglang_tpla.calibrate.learn_layer import LearnPlan
 from sglang_tpla.calibrate.learn_model import learn_model
-from sglang_tpla.calibrate.sketch_layout import sketched_rows
+from sglang_tpla.calibrate.sketch_layout import sketched_rows, usual_rows
 from sglang_tpla.calibrate.sketch_search import SketchedSearch, search_sketched
 from sglang_tpla.calibrate.transforms import TRANSFORMS, TransformError
 from sglang_tpla.measure.corpus import CorpusError
@@ -81,7 +81,8 @@ def parser() -> argparse.ArgumentParser:
         "--sketch-bits",
         type=int,
         choices=SKETCH_BITS,
-        help="bits of a sketched column (default 4; --max-kl chooses among all)",
+        help="bits of a sketched column (default 4, or by layer where fewer and more shared columns cost far less; "
+        "--max-kl chooses among all)",
     )
     text.add_argument(
         "--rope-bits",
@@ -189,10 +190,10 @@ def make(arguments: argparse.Namespace) -> Artifact:
         sketched_rows(spec.latent_dim, spec.rope_dim, groups, shared_dims, bits, arguments.rope_bits or 16)
 
     def sketched() -> Artifact:
-        layout = run.usual_layout(
-            statistics, checkpoint, groups, bits, arguments.rope_bits, arguments.shared_dims
-        )
-        return run.sketched_form(statistics, checkpoint, layout)
+        costs = run.layer_costs(statistics, checkpoint)
+        asked = arguments.sketch_bits, arguments.rope_bits, arguments.shared_dims
+        layout = usual_rows(costs, spec.rope_dim, groups, *asked)
+        return run.sketched_form(statistics, spec, costs, layout)
 
     closed = "shared" if transform == "learned" else transform
     if arguments.max_kl is not None and arguments.ranks is None:
@@ -331,11 +332,12 @@ def choose_sketched(
             print(line, file=sys.stderr)
 
     some = tokens[:_SKETCHED_CHOICE_SEQUENCES]
-    points = search_sketched(model, statistics, some, prompt_tokens, wanted, looked_at, tell)
+    costs = run.layer_costs(statistics, model.checkpoint)
+    points = search_sketched(model, costs, some, prompt_tokens, wanted, looked_at, tell)
     chosen = next((point for point in points if point.groups > 1 and point.kl <= wanted.max_kl), None)
 
     def make_point(point: Point) -> Artifact:
-        return run.sketched_form(statistics, model.checkpoint, point.rows)
+        return run.sketched_form(statistics, model.spec, costs, point.rows)
 
     return _cheapest(points, chosen, wanted, make_point, model, held_out, prompt_tokens)
 

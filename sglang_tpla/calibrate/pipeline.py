@@ -13,8 +13,8 @@ import sglang_tpla
 from sglang_tpla.artifact.artifact import FORMAT_VERSION, SKETCHED_VERSION, Artifact, ArtifactMeta, build
 from sglang_tpla.artifact.model_identity import config_hash, weights_hash
 from sglang_tpla.cache_rows.sketched import SketchedRows
-from sglang_tpla.calibrate.sketch_layout import usual_rows
-from sglang_tpla.calibrate.sketch_maps import LayerWeights, layer_sketched_maps, score_energies
+from sglang_tpla.calibrate.rounding_cost import LayerCosts, LayerWeights
+from sglang_tpla.calibrate.sketch_maps import layer_sketched_maps
 from sglang_tpla.calibrate.transforms import TRANSFORMS, Maps, TransformError, layer_maps
 from sglang_tpla.measure.decode_error import DecodeErrors, measure, model_maps
 from sglang_tpla.measure.statistics import Statistics, StatisticsError
@@ -60,39 +60,27 @@ def closed_form(
     return package(maps, [shared_dims] * spec.layers, statistics, spec, transform)
 
 
-def usual_layout(
-    statistics: Statistics,
-    checkpoint: Checkpoint,
-    groups: int,
-    sketch_bits: int,
-    rope_bits: int | None = None,
-    shared_dims: int | None = None,
-) -> list[SketchedRows]:
-    """Rows of every layer, all alike, with what is None chosen from the statistics (`sketch_layout`).
+def layer_costs(statistics: Statistics, checkpoint: Checkpoint) -> list[LayerCosts]:
+    """What rounding costs in every layer, from second moments and kv_b_proj alone.
 
     Raises:
-        TransformError: the format does not hold them.
         StatisticsError: moments of another model.
     """
-    spec = ModelSpec.from_config(checkpoint.config)
     check_statistics(statistics, checkpoint)
-    energies = [
-        score_energies(moments, layer_weights(checkpoint, layer))
+    return [
+        LayerCosts.of(moments, layer_weights(checkpoint, layer))
         for layer, moments in enumerate(statistics.layers)
     ]
-    rows = usual_rows(energies, spec.scale, spec.rope_dim, groups, sketch_bits, rope_bits, shared_dims)
-    return [rows] * spec.layers
 
 
-def sketched_form(statistics: Statistics, checkpoint: Checkpoint, rows: Sequence[SketchedRows]) -> Artifact:
-    """An artifact of sketched rows, sized layer by layer, from second moments and kv_b_proj alone.
+def sketched_form(
+    statistics: Statistics, spec: ModelSpec, costs: Sequence[LayerCosts], rows: Sequence[SketchedRows]
+) -> Artifact:
+    """An artifact of sketched rows, sized layer by layer, from what rounding costs in every layer.
 
     Raises:
         TransformError: layers that do not share groups and the rotary key's bits, or rows of another model.
-        StatisticsError: moments of another model.
     """
-    spec = ModelSpec.from_config(checkpoint.config)
-    check_statistics(statistics, checkpoint)
     first = rows[0]
     for layer_rows in rows:
         if (layer_rows.latent_dim, layer_rows.rope_dim) != (spec.latent_dim, spec.rope_dim) or (
@@ -103,10 +91,7 @@ def sketched_form(statistics: Statistics, checkpoint: Checkpoint, rows: Sequence
                 f"expected rows of {spec.latent_dim} + {spec.rope_dim} values with the same groups and --rope-bits in "
                 f"every layer, got {layer_rows}"
             )
-    maps = [
-        layer_sketched_maps(moments, layer_weights(checkpoint, layer), layer_rows)
-        for layer, (moments, layer_rows) in enumerate(zip(statistics.layers, rows, strict=True))
-    ]
+    maps = [layer_sketched_maps(cost, layer_rows) for cost, layer_rows in zip(costs, rows, strict=True)]
     meta = msgspec.structs.replace(
         _provenance(statistics, spec, "shared", first.groups),
         format_version=SKETCHED_VERSION,

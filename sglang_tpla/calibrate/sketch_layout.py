@@ -1,9 +1,11 @@
 """Sizes of sketched rows: which the format holds, and which to take when none are given.
 
-How many columns want 8 bits on every rank differs from model to model, and the statistics tell: they give the noise
-that the sketch's rounding adds to a score (``sketch_noise``). Where a quarter of the columns shared leaves little of
-it, that is the layout. Where it does not (a tight latent, sharp attention), bytes are better spent on shared columns
-than on the second byte of the rotary key's values, whose rounding to 8 bits costs less than the sketch does.
+How many columns want 8 bits on every rank, and how fine a sketch the others need, differs from model to model, and the
+statistics tell: they give what each part's rounding costs (``rounding_cost``). Where a quarter of the columns shared
+leaves the sketch little noise, that is the layout, in every layer; or, where other shares and bits layer by layer cost
+far less at about as many bytes, those. Where the sketch is noisy (a tight latent, sharp attention), bytes are better
+spent on shared columns than on the second byte of the rotary key's values, whose rounding to 8 bits costs less than
+the sketch does.
 """
 
 from __future__ import annotations
@@ -11,15 +13,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-import torch
-
-from sglang_tpla.cache_rows.sketched import SketchedRows
+from sglang_tpla.cache_rows.sketched import SKETCH_BITS, SketchedRows
+from sglang_tpla.calibrate.layout_search import widening_walk
+from sglang_tpla.calibrate.rounding_cost import LayerCosts
 from sglang_tpla.calibrate.transforms import TransformError
 
-# mean square error of Lloyd and Max's levels, of a Gaussian's variance, by bits
-DISTORTION = {2: 0.1175, 3: 0.03454, 4: 0.009497}
 QUIET = 1e-3  # square nats of a score: some 0.0002 to 0.0003 nats of KL a token on three small models
-_ROPE_BITS = 16
+_ROPE_BITS, _SKETCH_BITS = 16, 4
+_WORTH_LAYERS = 0.72  # of what the usual rows cost: for less than that gain, layers that are alike are better
 
 
 def sketched_rows(
@@ -70,31 +71,15 @@ def nearest_shared(latent_dim: int, groups: int, wanted: int, sketch_bits: int =
     return min(near, key=lambda choice: (abs(choice - wanted), -choice))
 
 
-def sketch_noise(energies: Sequence[torch.Tensor], rows: SketchedRows, scale: float) -> float:
-    """The variance that a sketch's rounding adds to a score, mean over layers.
-
-    Args:
-        energies: of each layer, what queries make of each column, their root mean square, descending, [d].
-        rows: sizes of the rows.
-        scale: the softmax scale.
-    """
-    if not rows.own:
-        return 0.0
-    left = [energy[rows.shared :].sum().item() ** 2 / (rows.latent_dim - rows.shared) for energy in energies]
-    others = (rows.groups - 1) / rows.groups
-    return scale**2 * others * DISTORTION[rows.sketch_bits] * sum(left) / len(left)
-
-
 def usual_rows(
-    energies: Sequence[torch.Tensor],
-    scale: float,
+    costs: Sequence[LayerCosts],
     rope_dim: int,
     groups: int,
-    sketch_bits: int,
+    sketch_bits: int | None = None,
     rope_bits: int | None = None,
     shared_dims: int | None = None,
-) -> SketchedRows:
-    """The rows of these settings, what is None chosen: with no more bytes than a quarter shared and a key of 16 bits.
+) -> list[SketchedRows]:
+    """The rows of every layer at these settings, what is None chosen.
 
     Where a quarter shared is noisy, the rotary key has 8 bits and what that saves is spent on shared columns, up to
     three quarters. Who asks for 8 bits wants few bytes and gets three eighths shared.
@@ -102,26 +87,87 @@ def usual_rows(
     Raises:
         TransformError: the format does not hold them.
     """
-    latent_dim = len(energies[0])
+    latent_dim = len(costs[0].in_scores)
+    bits = sketch_bits or _SKETCH_BITS
 
     def made(shared: int, key: int) -> SketchedRows:
-        return sketched_rows(latent_dim, rope_dim, groups, shared, sketch_bits, key)
+        return sketched_rows(latent_dim, rope_dim, groups, shared, bits, key)
 
     if shared_dims is not None:
-        return made(shared_dims, rope_bits or _ROPE_BITS)
-    usual = made(default_shared(latent_dim, groups, sketch_bits), rope_bits or _ROPE_BITS)
-    usual = _filled(usual)
-    if rope_bits == _ROPE_BITS or sketch_noise(energies, usual, scale) <= QUIET:
-        return usual
-    held = shared_choices(latent_dim, groups, sketch_bits)
+        return [made(shared_dims, rope_bits or _ROPE_BITS)] * len(costs)
+    usual = made(default_shared(latent_dim, groups, bits), rope_bits or _ROPE_BITS)
+    if rope_bits == _ROPE_BITS or sketch_noise(costs, usual) <= QUIET:
+        usual = _filled(usual)
+        return _by_layer(costs, usual) if sketch_bits is rope_bits is None else [usual] * len(costs)
+    held = shared_choices(latent_dim, groups, bits)
     eighths = [r for r in held if r % max(latent_dim // 8, 1) == 0] or held
     most = 3 * latent_dim // (4 if rope_bits is None else 8)
     wide = [made(r, 8) for r in eighths if usual.shared < r <= most]
     if rope_bits is None:
-        quarter = nearest_shared(latent_dim, groups, latent_dim // 4, sketch_bits)
+        quarter = nearest_shared(latent_dim, groups, latent_dim // 4, bits)
         bound = made(quarter, _ROPE_BITS).row_bytes
         wide = [rows for rows in wide if rows.row_bytes <= bound]
-    return wide[-1] if wide else usual
+    return [wide[-1] if wide else usual] * len(costs)
+
+
+def sketch_noise(costs: Sequence[LayerCosts], rows: SketchedRows) -> float:
+    """The variance that a sketch's rounding adds to a score, mean over layers."""
+    return sum(layer.sketch(rows) for layer in costs) / len(costs)
+
+
+def _by_layer(costs: Sequence[LayerCosts], usual: SketchedRows) -> list[SketchedRows]:
+    """Rows that lower what rounding costs most for their bytes, layer by layer; the usual ones where that is little.
+
+    An error of an early layer passes the experts' routing of every later one: it counts for each.
+    """
+    layers = [usual] * len(costs)
+    if usual.groups == 1:
+        return layers
+    weighted = [(len(costs) - index, layer) for index, layer in enumerate(costs)]
+    choices = _even_rows(usual)
+    sizes = sorted({rows.row_bytes for rows in choices})
+    columns = {
+        rows.shared: [layer.columns(rows) for layer in costs] for rows in choices
+    }  # the same at any bits
+
+    def best(index: int, size: int) -> tuple[float, SketchedRows]:
+        weight, layer = weighted[index]
+        found = [
+            (weight * (columns[rows.shared][index] + layer.sketch(rows)), rows)
+            for rows in choices
+            if rows.row_bytes == size
+        ]
+        return min(found, key=lambda choice: choice[0])
+
+    table = [[best(index, size) for size in sizes] for index in range(len(costs))]
+    walk = widening_walk([[cost for cost, _ in layer] for layer in table], sizes)
+    bound = len(costs) * _most_bytes(usual)
+    held = [pick for pick in walk if sum(sizes[choice] for choice in pick) <= bound]
+    if not held:
+        return layers
+    picked = [table[index][choice] for index, choice in enumerate(held[-1])]
+    now = sum(weight * (layer.columns(usual) + layer.sketch(usual)) for weight, layer in weighted)
+    return [rows for _, rows in picked] if sum(cost for cost, _ in picked) < _WORTH_LAYERS * now else layers
+
+
+def _even_rows(usual: SketchedRows) -> list[SketchedRows]:
+    """Rows whose blocks are multiples of eight columns, with r a multiple of a sixteenth of d."""
+    d, groups = usual.latent_dim, usual.groups
+    return [
+        replace(usual, shared=shared, own=(d - shared) // groups, sketch_bits=bits)
+        for bits in SKETCH_BITS
+        for shared in range(0, d, max(d // 16, 1))
+        if (d - shared) % (8 * groups) == 0
+    ]
+
+
+def _most_bytes(usual: SketchedRows) -> float:
+    """Bytes of a row, mean over layers, that rows by layer may have: a fiftieth of plain MLA's more than they need.
+
+    But no more than 56, 52 and 50 hundredths of plain MLA's at two, four and eight groups, unless they need them.
+    """
+    mla = 2 * (usual.latent_dim + usual.rope_dim)
+    return max(min(usual.bare_bytes + mla / 50, mla * (0.48 + 0.16 / usual.groups)), usual.bare_bytes)
 
 
 def _filled(rows: SketchedRows) -> SketchedRows:

@@ -21,55 +21,20 @@ The maps back are exact, so all that is lost is rounding:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
 from sglang_tpla.cache_rows.rotation import rotation
 from sglang_tpla.cache_rows.sketched import SketchedRows
-from sglang_tpla.calibrate.transforms import Basis, score_basis
-from sglang_tpla.measure.statistics import LayerMoments
+from sglang_tpla.calibrate.rounding_cost import TINY, LayerCosts, own_columns
+from sglang_tpla.calibrate.transforms import Basis
 from sglang_tpla.reference_model.sketched_layer import SketchedMaps
 
-ATTENDED_SPREAD = 0.25
 _LEAST_COST = 1e-12  # of the largest: a direction that costs nothing keeps a finite weight
-_TINY = 1e-30
 
 
-@dataclass(frozen=True)
-class LayerWeights:
-    """The halves of a layer's kv_b_proj, ``key`` [H, n, d] and ``value`` [H, v, d], and the softmax scale."""
-
-    key: torch.Tensor
-    value: torch.Tensor
-    scale: float
-
-
-def score_energies(moments: LayerMoments, weights: LayerWeights) -> torch.Tensor:
-    """What queries make of each column of the layer's basis: their root mean square, descending, [d]."""
-    queries, basis = _basis(moments, weights)
-    return torch.einsum("jd,de,je->j", basis.inverse, queries, basis.inverse).clamp_min(0).sqrt()
-
-
-def _basis(moments: LayerMoments, weights: LayerWeights) -> tuple[torch.Tensor, Basis]:
-    queries = moments.absorbed_queries(weights.key)
-    return queries, score_basis(moments.latent_outer / max(moments.latent_count, 1), queries)
-
-
-def layer_sketched_maps(moments: LayerMoments, weights: LayerWeights, rows: SketchedRows) -> SketchedMaps:
-    """Maps of one layer, float64.
-
-    Args:
-        moments: the layer's statistics.
-        weights: the layer's weights that read a latent.
-        rows: sizes of the rows.
-    """
-    queries, basis = _basis(moments, weights)
-    value = weights.value.double()
-    values = torch.einsum("hvd,hve->de", value, value) / len(value)
-    spread = ATTENDED_SPREAD * (values * moments.covariance).sum()
-    in_scores = basis.inverse @ queries @ basis.inverse.T
-    in_both = basis.inverse @ (weights.scale**2 * spread * queries + values) @ basis.inverse.T
+def layer_sketched_maps(costs: LayerCosts, rows: SketchedRows) -> SketchedMaps:
+    """Maps of one layer, float64, in rows of these sizes."""
+    basis = costs.basis
 
     def part(cost: torch.Tensor, picked: list[int]) -> Basis:
         """The columns ``picked``, weighted by what their rounding costs, and rotated."""
@@ -77,11 +42,10 @@ def layer_sketched_maps(moments: LayerMoments, weights: LayerWeights, rows: Sket
         turn = rotation(len(picked))
         return Basis(basis.forward[:, picked] @ weight @ turn, turn.T @ unweight @ basis.inverse[picked])
 
-    shared, groups = rows.shared, rows.groups
-    columns = [list(range(shared + group, rows.latent_dim, groups)) for group in range(groups)]
-    kept = part(in_both, list(range(shared)))
-    own = [part(in_both, picked) for picked in columns]
-    sketch = [part(in_scores, picked) for picked in columns]
+    columns = own_columns(rows)
+    kept = part(costs.in_both, list(range(rows.shared)))
+    own = [part(costs.in_both, picked) for picked in columns]
+    sketch = [part(costs.in_scores, picked) for picked in columns]
     return SketchedMaps(
         rows=rows,
         z=[torch.cat([kept.forward, one.forward], 1) for one in own],
@@ -92,7 +56,7 @@ def layer_sketched_maps(moments: LayerMoments, weights: LayerWeights, rows: Sket
             )
             for i, one in enumerate(own)
         ],
-        b=[torch.cat([kept.inverse / groups, one.inverse]) for one in own],
+        b=[torch.cat([kept.inverse / rows.groups, one.inverse]) for one in own],
     )
 
 
@@ -101,5 +65,5 @@ def _fourth_root(cost: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     if not len(cost):
         return cost, cost
     values, vectors = torch.linalg.eigh((cost + cost.T) / 2)
-    roots = values.clamp_min(max(values[-1].item() * _LEAST_COST, _TINY)).pow(0.25)
+    roots = values.clamp_min(max(values[-1].item() * _LEAST_COST, TINY)).pow(0.25)
     return (vectors * roots) @ vectors.T, (vectors / roots) @ vectors.T

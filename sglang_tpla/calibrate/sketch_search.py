@@ -16,12 +16,11 @@ import torch
 
 from sglang_tpla.cache_rows.sketched import ROPE_BITS, SKETCH_BITS, SketchedRows
 from sglang_tpla.calibrate.layout_search import Point, Search, near_the_bound, widening_walk
-from sglang_tpla.calibrate.pipeline import layer_weights
+from sglang_tpla.calibrate.rounding_cost import LayerCosts
 from sglang_tpla.calibrate.sketch_layout import shared_choices
 from sglang_tpla.calibrate.sketch_maps import layer_sketched_maps
 from sglang_tpla.calibrate.transforms import TransformError
 from sglang_tpla.measure.decode_error import measure
-from sglang_tpla.measure.statistics import Statistics
 from sglang_tpla.reference_model.forward import LayerMaps, PlainModel
 from sglang_tpla.reference_model.sketched_layer import SketchedMaps
 
@@ -63,7 +62,7 @@ class SketchedSearch:
 
 def search_sketched(
     model: PlainModel,
-    statistics: Statistics,
+    costs: Sequence[LayerCosts],
     tokens: torch.Tensor,
     prompt_tokens: int,
     wanted: Search,
@@ -79,7 +78,7 @@ def search_sketched(
     for groups in (1, *wanted.group_counts()):
         for rope_bits in looked_at.rope_bits:
             points += _search_groups(
-                model, statistics, tokens, prompt_tokens, wanted, looked_at, groups, rope_bits, progress
+                model, costs, tokens, prompt_tokens, wanted, looked_at, groups, rope_bits, progress
             )
     if not any(point.groups > 1 for point in points):
         raise TransformError(
@@ -90,7 +89,7 @@ def search_sketched(
 
 def _search_groups(
     model: PlainModel,
-    statistics: Statistics,
+    costs: Sequence[LayerCosts],
     tokens: torch.Tensor,
     prompt_tokens: int,
     wanted: Search,
@@ -105,10 +104,7 @@ def _search_groups(
     ]
     if not choices:
         return []
-    maps = [
-        [sketched_point_maps(model, statistics, layer, rows) for layer in range(spec.layers)]
-        for rows in choices
-    ]
+    maps = [[sketched_point_maps(model, layer, rows) for layer in costs] for rows in choices]
 
     def kl_of(candidates: Sequence[Sequence[LayerMaps | None]]) -> list[float]:
         found = measure(model, tokens, candidates, prompt_tokens)
@@ -139,11 +135,9 @@ def _search_groups(
     ]
 
 
-def sketched_point_maps(
-    model: PlainModel, statistics: Statistics, layer: int, rows: SketchedRows
-) -> SketchedMaps:
+def sketched_point_maps(model: PlainModel, costs: LayerCosts, rows: SketchedRows) -> SketchedMaps:
     """Maps of one layer on the model's device, in its precision."""
-    made = layer_sketched_maps(statistics.layers[layer], layer_weights(model.checkpoint, layer), rows)
+    made = layer_sketched_maps(costs, rows)
 
     def placed(parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         return [part.to(model.device, model.dtype) for part in parts]

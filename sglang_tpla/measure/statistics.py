@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 
 from sglang_tpla.errors import SglangTplaError
 from sglang_tpla.measure.layer_inputs import walk
-from sglang_tpla.reference_model.forward import AttentionInputs, PlainModel
+from sglang_tpla.reference_model.forward import PlainModel
 
 _NAMES = ("latent_count", "latent_sum", "latent_outer", "query_count", "query_outer")
 FORMAT_VERSION = 1
@@ -228,9 +228,6 @@ def collect(
         for _ in range(spec.layers)
     ]
 
-    def observe(layer: int, inputs: AttentionInputs, _out: torch.Tensor) -> None:
-        moments[layer].update(inputs.latent.flatten(0, 1), inputs.q_nope.transpose(1, 2).flatten(0, 1))
-
     if not model.resident:
         whole = torch.cat(list(batches))
         for layer, data in walk(model, whole):
@@ -239,6 +236,12 @@ def collect(
             progress(whole.numel() // spec.layers)
         return [part.on_cpu() for part in moments]
     for tokens in batches:
-        model.hidden_states(tokens.to(model.device), observer=observe)
+        hidden = model.embedding[tokens.to(model.device)]
+        for layer, part in enumerate(moments):
+            inputs = model.attention_inputs(layer, hidden)
+            part.update(inputs.latent.flatten(0, 1), inputs.q_nope.transpose(1, 2).flatten(0, 1))
+            if layer + 1 < spec.layers:  # of the last layer nothing else is wanted
+                attended = model.layers[layer].attention(inputs, None, 0)
+                hidden = model.finish_layer(layer, hidden, attended)
         progress(tokens.numel())
     return [part.on_cpu() for part in moments]

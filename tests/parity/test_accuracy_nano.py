@@ -47,7 +47,8 @@ def test_sketched_rows_are_near_exact_at_half_the_bytes(model: PlainModel) -> No
     statistics = collect_statistics(model, text, 0, show_progress=False)
     spec = model.spec
     rows = [sketched_rows(128, 32, groups, shared, 4, 16) for groups, shared in ((1, 128), (2, 32), (4, 32))]
-    artifacts = [run.sketched_form(statistics, model.checkpoint, [layer] * spec.layers) for layer in rows]
+    costs = run.layer_costs(statistics, model.checkpoint)
+    artifacts = [run.sketched_form(statistics, spec, costs, [layer] * spec.layers) for layer in rows]
     found = measure(model, text.held_out, [model_maps(artifact, model) for artifact in artifacts], 512)
     assert [layer.row_bytes / 320 for layer in rows] == [0.625, 0.55, 0.5125]
     for errors, bound in zip(found, (0.0003, 0.0006, 0.0006), strict=True):

@@ -1,4 +1,4 @@
-"""Sizes of sketched rows that nobody gave: the noise that decides, and what comes of it."""
+"""Sizes of sketched rows that nobody gave: what rounding costs, and what comes of it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from sglang_tpla.cache_rows.sketched import SketchedRows, quantise_sketch, sketch_values
+from sglang_tpla.calibrate.rounding_cost import LayerCosts, LayerWeights
 from sglang_tpla.calibrate.sketch_layout import (
     QUIET,
     default_shared,
@@ -14,13 +15,21 @@ from sglang_tpla.calibrate.sketch_layout import (
     sketched_rows,
     usual_rows,
 )
-from sglang_tpla.calibrate.sketch_maps import LayerWeights, layer_sketched_maps, score_energies
-from sglang_tpla.calibrate.transforms import TransformError
+from sglang_tpla.calibrate.sketch_maps import layer_sketched_maps
+from sglang_tpla.calibrate.transforms import Basis, TransformError
 from sglang_tpla.measure.statistics import LayerMoments
+from sglang_tpla.reference_model.sketched_layer import rounded
 
-LOUD = [torch.linspace(8, 0.5, 128, dtype=torch.float64)] * 2
-QUIET_ENERGIES = [torch.full((128,), 0.1, dtype=torch.float64)] * 2
-SCALE = 0.1
+
+def layers(energies: torch.Tensor) -> list[LayerCosts]:
+    """Two layers whose columns cost scores the squares of ``energies``, and values nine times as much."""
+    scores = torch.diag(energies.double().square())
+    eye = torch.eye(len(energies), dtype=torch.float64)
+    return [LayerCosts(Basis(eye, eye), scores, 10 * scores)] * 2
+
+
+LOUD = layers(torch.linspace(0.8, 0.05, 128))
+QUIET_COSTS = layers(torch.full((128,), 0.01))
 
 
 def test_the_choice_of_shared_columns() -> None:
@@ -36,59 +45,95 @@ def test_the_choice_of_shared_columns() -> None:
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
-def test_the_noise_is_that_of_scores_through_the_sketch_alone(bits: int) -> None:
+def test_costs_are_those_of_scores_and_values_that_rounding_moves(bits: int) -> None:
     d, heads, nope, tokens = 128, 2, 128, 4000
     generator = torch.Generator().manual_seed(3)
     spread = torch.randn(d, d, generator=generator) * torch.linspace(2, 0.3, d)[:, None]
     latent = torch.randn(tokens, d, generator=generator) @ spread
     queries = torch.randn(tokens, heads, nope, generator=generator)
     w_uk = torch.randn(heads, nope, d, generator=generator)
+    w_uv = torch.randn(heads, nope, d, generator=generator)
     moments = LayerMoments.zeros(d, heads, nope)
     moments.update(latent, queries)
-    weights = LayerWeights(w_uk, torch.randn(heads, nope, d, generator=generator), 1.0)
+    costs = LayerCosts.of(moments, LayerWeights(w_uk, w_uv, 1.0))
     rows = SketchedRows.of(d, 2, 64, 8, sketch_bits=bits)
-    maps = layer_sketched_maps(moments, weights, rows)
+    maps = layer_sketched_maps(costs, rows)
     absorbed = torch.einsum("thn,hnd->thd", queries[:200], w_uk).flatten(0, 1).double()
-    columns = latent.double() @ maps.sketch
+    latent = latent.double()
+    columns = latent @ maps.sketch
     codes, scales = quantise_sketch(columns, bits)
     rounding = (sketch_values(codes, scales, bits) - columns).unflatten(-1, (2, rows.own))
     found = [
         (absorbed @ (rounding[:, 1 - group] @ maps.a[group][rows.w :]).T).square().mean().item()
         for group in range(2)
     ]
-    assert sum(found) / 2 == pytest.approx(
-        sketch_noise([score_energies(moments, weights)], rows, 1.0), rel=0.1
-    )
+    assert sum(found) / 2 == pytest.approx(costs.sketch(rows), rel=0.1)
+    # of columns at 8 bits: errors of values count as those of scores do whose keys differ by a quarter of their spread
+    values = torch.einsum("td,hvd->thv", latent, w_uv.double())
+    apart = (values - values.mean(0)).square().sum(-1).mean() / 4
+    total = 0.0
+    for picked in (slice(rows.shared), slice(rows.shared, rows.w)):
+        for group in range(2) if picked.start else (0,):
+            kept = latent @ maps.z[group][:, picked]
+            error = (rounded(kept) - kept) @ maps.a[group][picked]
+            in_values = torch.einsum("td,hvd->thv", error, w_uv.double()).square().sum(-1).mean()
+            total += ((absorbed @ error.T).square().mean() + in_values / apart).item()
+    assert total == pytest.approx(costs.columns(rows), rel=0.2)
+
+
+def alike(costs: list[LayerCosts], *settings: int | None, **more: int) -> SketchedRows:
+    """The rows of all layers, where they are the same."""
+    (rows,) = set(usual_rows(costs, *settings, **more))
+    return rows
 
 
 def test_a_quiet_model_shares_a_quarter_and_keeps_the_key() -> None:
+    gentle = layers(0.02 * 0.99 ** torch.arange(128))
     for groups in (2, 4, 8):
-        rows = usual_rows(QUIET_ENERGIES, SCALE, 32, groups, 4)
-        assert sketch_noise(QUIET_ENERGIES, rows, SCALE) <= QUIET
-        assert (rows.shared, rows.rope_bits) == (32, 16)
-    assert usual_rows(QUIET_ENERGIES, SCALE, 32, 2, 4, rope_bits=8).shared == 32
+        rows = alike(gentle, 32, groups)
+        assert sketch_noise(gentle, rows) <= QUIET
+        assert (rows.shared, rows.rope_bits, rows.sketch_bits) == (32, 16, 4)
+    assert alike(gentle, 32, 2, rope_bits=8).shared == 32
 
 
 def test_padding_is_put_to_use() -> None:
-    energies = [torch.full((512,), 0.1, dtype=torch.float64)]
-    rows = usual_rows(energies, SCALE, 64, 2, 4)
+    even = layers(torch.full((512,), 0.01))
+    rows = alike(even, 64, 2)
     assert rows.shared == 96 and rows.row_bytes == SketchedRows.of(512, 2, 64, 64).row_bytes == 544
-    assert usual_rows(energies, SCALE, 64, 4, 4) == SketchedRows.of(512, 4, 64, 64)
+    assert alike(even, 64, 4) == SketchedRows.of(512, 4, 64, 64)
+
+
+@pytest.mark.parametrize("groups", [2, 4, 8])
+def test_bytes_go_where_rounding_costs_most(groups: int) -> None:
+    steep = [layers(0.1 * decay ** torch.arange(256))[0] for decay in (0.9, 0.93, 0.97)]
+    rows = usual_rows(steep, 64, groups)
+    usual = alike(steep, 64, groups, 4)
+    assert all(layer.rope_bits == 16 for layer in rows)
+    assert sum(layer.row_bytes for layer in rows) / 3 <= 640 * {2: 0.56, 4: 0.52, 8: 0.5}[groups]
+
+    def cost(of: list[SketchedRows]) -> float:  # the first layer's errors pass three layers of experts
+        each = zip(steep, of, strict=True)
+        return sum((3 - i) * (layer.columns(x) + layer.sketch(x)) for i, (layer, x) in enumerate(each))
+
+    assert cost(rows) < 0.75 * cost([usual] * 3)
+    # what was asked for is in every layer
+    assert alike(steep, 64, groups, 3).sketch_bits == 3
+    assert alike(steep, 64, groups, rope_bits=16) == usual
 
 
 @pytest.mark.parametrize("groups", [2, 3, 4, 8])
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_a_loud_model_spends_the_keys_second_byte_on_shared_columns(groups: int, bits: int) -> None:
-    usual = usual_rows(LOUD, SCALE, 32, groups, bits, rope_bits=16)
-    assert usual.shared == default_shared(128, groups, bits) and sketch_noise(LOUD, usual, SCALE) > QUIET
-    rows = usual_rows(LOUD, SCALE, 32, groups, bits)
+    usual = alike(LOUD, 32, groups, bits, rope_bits=16)
+    assert usual.shared == default_shared(128, groups, bits) and sketch_noise(LOUD, usual) > QUIET
+    rows = alike(LOUD, 32, groups, bits)
     if (groups, bits) == (8, 3):  # the format holds no more than a half shared
         assert rows == usual and rows.shared == 64
         return
     assert rows.rope_bits == 8 and usual.shared < rows.shared <= 96 and rows.row_bytes <= usual.row_bytes
-    assert sketch_noise(LOUD, rows, SCALE) < sketch_noise(LOUD, usual, SCALE)
+    assert sketch_noise(LOUD, rows) < sketch_noise(LOUD, usual)
     # asked for 8 bits, it saves bytes
-    asked = usual_rows(LOUD, SCALE, 32, groups, bits, rope_bits=8)
+    asked = alike(LOUD, 32, groups, bits, rope_bits=8)
     assert (
         asked.rope_bits == 8
         and usual.shared <= asked.shared <= max(48, usual.shared)
@@ -97,10 +142,10 @@ def test_a_loud_model_spends_the_keys_second_byte_on_shared_columns(groups: int,
 
 
 def test_what_is_given_is_kept() -> None:
-    rows = usual_rows(LOUD, SCALE, 32, 2, 3, shared_dims=64)
+    rows = alike(LOUD, 32, 2, 3, shared_dims=64)
     assert rows == SketchedRows.of(128, 2, 64, 32, sketch_bits=3)
-    assert usual_rows(LOUD, SCALE, 32, 2, 4, 8, 16) == SketchedRows.of(128, 2, 16, 32, rope_bits=8)
-    one = usual_rows(LOUD, SCALE, 32, 1, 4)
-    assert one == SketchedRows.of(128, 1, 128, 32) and sketch_noise(LOUD, one, SCALE) == 0
+    assert alike(LOUD, 32, 2, 4, 8, 16) == SketchedRows.of(128, 2, 16, 32, rope_bits=8)
+    one = alike(LOUD, 32, 1, 4)
+    assert one == SketchedRows.of(128, 1, 128, 32) and sketch_noise(LOUD, one) == 0
     with pytest.raises(TransformError, match="--shared-dims"):
-        usual_rows(LOUD, SCALE, 32, 2, 4, shared_dims=33)
+        alike(LOUD, 32, 2, 4, shared_dims=33)

@@ -10,7 +10,8 @@ import torch
 
 from sglang_tpla.artifact.artifact import SKETCHED_VERSION, Artifact, ArtifactError, build
 from sglang_tpla.cache_rows.sketched import SketchedRows, pack_rows, unpack_rows
-from sglang_tpla.calibrate.sketch_maps import LayerWeights, layer_sketched_maps
+from sglang_tpla.calibrate.rounding_cost import LayerCosts, LayerWeights
+from sglang_tpla.calibrate.sketch_maps import layer_sketched_maps
 from sglang_tpla.measure.statistics import LayerMoments
 from sglang_tpla.reference_model.sketched_layer import SketchedMaps
 from tests.unit.test_artifact import make_meta
@@ -30,7 +31,12 @@ def make_layer(rows: SketchedRows) -> tuple[SketchedMaps, torch.Tensor, LayerMom
     moments.update(latent, queries)
     absorbed = torch.einsum("thn,hnd->thd", queries, w_uk)
     weights = LayerWeights(w_uk, torch.randn(H, N, D, generator=generator), N**-0.5)
-    return layer_sketched_maps(moments, weights, rows), latent.double(), moments, absorbed.double()
+    return (
+        layer_sketched_maps(LayerCosts.of(moments, weights), rows),
+        latent.double(),
+        moments,
+        absorbed.double(),
+    )
 
 
 SHAPES = [
