@@ -147,7 +147,8 @@ class Receiver:
                     arena = connection.arenas.get(message.agent)
                     end = message.offset + message.size_bytes
                     if arena is None or end > arena.nbytes:
-                        self._counts["checksum_failures"] += 1
+                        with self._lock:
+                            self._counts["checksum_failures"] += 1
                         self._put(connection, nack(message))
                     else:
                         self._take_chunk(room, source, message, arena[message.offset : end], 0)
