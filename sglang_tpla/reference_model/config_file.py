@@ -5,7 +5,8 @@
 - The rotary embedding stands in ``rope_theta`` and ``rope_scaling`` (transformers 4) or in ``rope_parameters`` (5);
   a file may have both, one of them null.
 
-Nothing here imports torch, so that the launcher can read a config too.
+A file that is none, or a value of another type, raises `CheckpointError`. Nothing here imports torch, so that the
+launcher can read a config too.
 """
 
 from __future__ import annotations
@@ -26,23 +27,20 @@ class CheckpointError(SglangTplaError, ValueError):
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
-    """The language model's configuration in a file, or in a checkpoint's folder, in one form.
-
-    Raises:
-        CheckpointError: no file, no JSON, or no object.
-    """
+    """The language model's configuration in a file, or in a checkpoint's folder, in one form."""
     return language_config(read_whole_config(path))
 
 
 def read_whole_config(path: str | Path) -> dict[str, Any]:
-    """The configuration as the file has it, a wrapper's included.
-
-    Raises:
-        CheckpointError: no file, no JSON, or no object.
-    """
+    """The configuration as the file has it, a wrapper's included."""
     path = Path(path)
     path = path / "config.json" if path.is_dir() else path
     if not path.is_file():
+        if path.with_name("params.json").is_file():
+            raise CheckpointError(
+                f"{path.parent} is in Mistral's own format (params.json without config.json), which is not read: serve "
+                "Mistral Large 3 with stock SGLang"
+            )
         raise CheckpointError(f"expected a model directory with config.json, found none at {path}")
     try:
         loaded = json.loads(path.read_text(encoding="utf-8"))
@@ -66,23 +64,35 @@ def language_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def rope_scaling(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The stretch of the rotary embedding, ``rope_scaling`` or ``rope_parameters``, without null keys.
-
-    Raises:
-        CheckpointError: neither null nor an object.
-    """
+    """The stretch of the rotary embedding, ``rope_scaling`` or ``rope_parameters``, without null keys."""
     found = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if not isinstance(found, Mapping):
         raise CheckpointError(f"expected rope_scaling to be a mapping, got {found!r}")
     return {name: value for name, value in found.items() if value is not None}
 
 
-def rope_theta(config: Mapping[str, Any]) -> float:
-    """The rotary embedding's base, from the config or from its ``rope_parameters``.
+def check_query_scaling(config: Mapping[str, Any]) -> None:
+    """Refuse a model that scales queries by their position, as Mistral's do.
+
+    SGLang knows one of the two names, and follows it in some of its ways to compute attention, not in all.
 
     Raises:
-        CheckpointError: no number above 0.
+        CheckpointError: naming the key.
     """
+    for name, part in (
+        ("llama_4_scaling", config),
+        *(("llama_4_scaling_beta", config.get(key)) for key in ("rope_scaling", "rope_parameters")),
+        ("llama_4_scaling_beta", config),
+    ):
+        if isinstance(part, Mapping) and part.get(name) is not None:
+            raise CheckpointError(
+                f"the model scales queries by their position (its config has {name} = {part[name]!r}), which "
+                "sglang_tpla does not compute: serve it with stock SGLang"
+            )
+
+
+def rope_theta(config: Mapping[str, Any]) -> float:
+    """The rotary embedding's base, from the config or from its ``rope_parameters``."""
     theta = config.get("rope_theta")
     for name in ("rope_scaling", "rope_parameters"):
         part = config.get(name)

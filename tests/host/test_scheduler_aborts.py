@@ -32,10 +32,7 @@ def test_waiting_requests(rid: str, abort_all: bool, dropped: list[str]) -> None
 
     queue = [waiting("a1"), waiting("b"), waiting("c", pending_bootstrap=True)]
     queue.append(SimpleNamespace(rid="a2", pending_bootstrap=False, disagg_kv_sender=None))
-    drop_waiting(
-        SimpleNamespace(waiting_queue=queue),
-        SimpleNamespace(rid=rid, abort_all=abort_all),
-    )
+    drop_waiting(SimpleNamespace(waiting_queue=queue), SimpleNamespace(rid=rid, abort_all=abort_all))
     assert [req.rid for req in queue if req.disagg_kv_sender and req.disagg_kv_sender.clear.called] == dropped
 
 

@@ -137,12 +137,7 @@ class TplaKVSender(_Request, CommonKVSender):
     _early_send_wait_event: Any = None
 
     def __init__(
-        self,
-        mgr: TplaKVManager,
-        bootstrap_addr: str,
-        bootstrap_room: int,
-        *args: Any,
-        **kwargs: Any,
+        self, mgr: TplaKVManager, bootstrap_addr: str, bootstrap_room: int, *args: Any, **kwargs: Any
     ) -> None:
         super().__init__(mgr, bootstrap_addr, bootstrap_room, *args, **kwargs)
         self.init_time = time.time()

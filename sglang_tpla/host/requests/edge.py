@@ -1,6 +1,6 @@
 """Hooks where a request enters the server: on ``TokenizerManager`` and on the OpenAI endpoints.
 
-A mistake in a request becomes a ``ValueError`` here, which SGLang answers with status 400: routers do not try again,
+A mistake in a request becomes a `RequestRefused` here, which SGLang answers with status 400: routers do not try again,
 and no circuit breaker opens. A 500 would be tried again and again, and then close the service to everyone.
 """
 
@@ -62,11 +62,7 @@ def is_own(manager: Any, obj: Any) -> bool:
 async def generate(
     original: Callable[..., AsyncIterator[Any]], self: Any, obj: Any, request: Any = None
 ) -> AsyncIterator[Any]:
-    """Hook around ``TokenizerManager.generate_request``: check the request, and tell the other server of a refusal.
-
-    Raises:
-        RequestRefused: a request that cannot be served.
-    """
+    """Hook around ``TokenizerManager.generate_request``: check the request, and tell the other server of a refusal."""
     answered = False
     try:
         if isinstance(obj, GenerateReqInput) and not is_own(self, obj):
@@ -118,11 +114,7 @@ def abort_forgotten(manager: Any, obj: Any) -> None:
 
 
 def check_rid(rid: Any) -> None:
-    """Refuse request ids that SGLang takes for its own.
-
-    Raises:
-        RequestRefused: an empty id, or a health check's, whose request SGLang drops while it is busy.
-    """
+    """Refuse an empty id, and those of health checks, whose requests SGLang drops while it is busy."""
     for one in rid if isinstance(rid, list) else [rid]:
         if one is not None and (
             not isinstance(one, str) or not one or one.startswith(HEALTH_CHECK_RID_PREFIX)
@@ -133,11 +125,7 @@ def check_rid(rid: Any) -> None:
 
 
 def check_normalized(self: Any, obj: Any, *args: Any, **kwargs: Any) -> None:
-    """Hook before ``TokenizerManager._init_req_state``: check the whole batch before its first request leaves.
-
-    Raises:
-        RequestRefused: the first mistake.
-    """
+    """Hook before ``TokenizerManager._init_req_state``: check the whole batch before its first request leaves."""
     if not isinstance(obj, GenerateReqInput) or is_own(self, obj):
         return
     items = [obj] if obj.is_single else [obj[i] for i in range(obj.batch_size)]
@@ -149,9 +137,8 @@ def check_normalized(self: Any, obj: Any, *args: Any, **kwargs: Any) -> None:
         params = self.sampling_params_class(
             **{**(self.preferred_sampling_params or {}), **item.sampling_params}
         )
-        msgspec.msgpack.decode(
-            msgspec.msgpack.encode(params), type=type(params)
-        )  # the scheduler does the same
+        # the scheduler does the same
+        msgspec.msgpack.decode(msgspec.msgpack.encode(params), type=type(params))
         params.normalize(self.tokenizer)
         params.verify(bounds.vocab)
     check_rooms_differ(items)
@@ -161,9 +148,6 @@ def check_wire(result: Any, self: Any, *args: Any, **kwargs: Any) -> None:
     """Hook after ``TokenizerManager._create_tokenized_object``: check the types that the scheduler's decoder needs.
 
     A field of another type would end the scheduler.
-
-    Raises:
-        RequestRefused: naming the field.
     """
     for field in msgspec.structs.fields(type(result)):
         value = getattr(result, field.name)
@@ -176,11 +160,7 @@ def check_wire(result: Any, self: Any, *args: Any, **kwargs: Any) -> None:
 
 
 def convert(original: Callable[..., Any], self: Any, request: Any, raw_request: Any = None) -> Any:
-    """Hook around ``_convert_to_internal_request`` of the OpenAI endpoints: refuse what breaks it, as `generate` does.
-
-    Raises:
-        RequestRefused: messages, tools or parameters that cannot become a prompt.
-    """
+    """Hook around ``_convert_to_internal_request`` of the OpenAI endpoints: refuse what breaks it, like `generate`."""
     from jinja2 import TemplateError
 
     try:
