@@ -20,8 +20,8 @@ SAMPLING = (
     "frequency_penalty", "presence_penalty", "repetition_penalty", "n", "json_schema", "regex", "ebnf",
     "structural_tag", "ignore_eos", "skip_special_tokens", "spaces_between_special_tokens", "no_stop_trim",
     "stream_interval", "logit_bias", "sampling_seed", "custom_params", "is_normalized", "stop_strs", "unknown",
+    "max_new_tokens", "stop_regex_strs", "stop_str_max_len", "stop_regex_max_len",
 )  # fmt: skip
-# No max_new_tokens: a large one is served, and takes its time.
 NATIVE = (
     "rid", "session_id", "text", "input_ids", "input_embeds", "image_data", "video_data", "audio_data", "mm_hashes",
     "return_logprob", "logprob_start_len", "top_logprobs_num", "token_ids_logprob", "return_sampling_mask",
@@ -33,7 +33,8 @@ NATIVE = (
     "max_thinking_tokens", "priority", "extra_key", "no_logs", "custom_labels", "return_bytes", "return_entropy",
     "return_prompt_token_ids", "external_trace_header", "received_time", "need_wait_for_mm_inputs",
     "num_items_assigned", "mm_data_mooncake", "encoder_urls", "max_dynamic_patch", "images_config",
-    "multi_item_delimiter_indices", "sampling_params", "background",
+    "multi_item_delimiter_indices", "sampling_params", "background", "bootstrap_host", "bootstrap_port",
+    "image_max_dynamic_patch", "min_dynamic_patch", "use_audio_in_video", "video_max_dynamic_patch",
 )  # fmt: skip
 OPENAI = (
     "prompt", "echo", "logprobs", "n", "best_of", "stop", "suffix", "seed", "temperature", "top_p", "top_k", "min_p",
@@ -43,6 +44,10 @@ OPENAI = (
     "priority", "rid", "extra_key", "cache_salt", "custom_logit_processor", "messages", "tools", "tool_choice",
     "top_logprobs", "continue_final_message", "add_generation_prompt", "chat_template_kwargs", "reasoning_effort",
     "parallel_tool_calls", "separate_reasoning", "data_parallel_rank", "routed_dp_rank", "disagg_prefill_dp_rank",
+    "bootstrap_host", "bootstrap_port", "max_tokens", "max_completion_tokens", "model", "input_ids", "session_id",
+    "custom_labels", "custom_params", "images_config", "max_dynamic_patch", "min_dynamic_patch", "use_audio_in_video",
+    "return_cached_tokens_details", "return_meta_info", "return_prompt_token_ids", "return_token_ids",
+    "return_routed_experts", "routed_experts_start_len", "stream_reasoning", "task",
 )  # fmt: skip
 # Values that are nearly right reach further than those of another type.
 NEARLY: dict[str, list[Any]] = {
@@ -75,10 +80,20 @@ NEARLY: dict[str, list[Any]] = {
     "tool_choice": ["required", "auto", {"type": "function", "function": {"name": "g"}}],
     "chat_template_kwargs": [{"a": 1}, {"tokenize": False}], "stream_options": [{"include_usage": True}],
 }  # fmt: skip
+LENGTHS = [0, -1, 2, 1.5, "5", [], [2], {}, True, 2**31, 2**63, 2**64]
+# Any other value of these is served: a length takes its time, and a place may be somebody's.
+ONLY: dict[str, list[Any]] = {
+    "max_new_tokens": LENGTHS, "max_tokens": LENGTHS, "max_completion_tokens": LENGTHS,
+    "bootstrap_host": [None, 5, True, "", " ", "a/b", "http://x", "x:8998", "[::1", "x" * 300, "\x00", "2.2.2.2", [],
+                       {}, [None], ["127.0.0.1"], ["127.0.0.1"] * 2],
+    "bootstrap_port": ["x", "", 0, -1, 65536, 2**40, 2**64, 1.5, [], {}, [None], [0]],
+}  # fmt: skip
 
 
 def values(name: str) -> st.SearchStrategy[Any]:
     """Odd values for a field, half of them nearly right where some are known."""
+    if name in ONLY:
+        return st.sampled_from(ONLY[name])
     return st.sampled_from(NEARLY[name]) | ANYTHING if name in NEARLY else ANYTHING
 
 

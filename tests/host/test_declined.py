@@ -131,9 +131,10 @@ def test_a_room_of_another_request_is_left_alone(taken: set[int]) -> None:
     assert found.agent.decline.mock_calls == ([] if taken else [call(5, "no such LoRA")])
 
 
+@pytest.mark.parametrize("known_to", ["agent", "manager"])
 @pytest.mark.parametrize("rank", [0, 1])
 def test_the_rank_that_answers_clients_hears_the_reason_first(
-    rank: int, monkeypatch: pytest.MonkeyPatch
+    rank: int, known_to: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One rank's failure fails the request on all ranks: the others wait a little with theirs."""
     from sglang.srt.disaggregation.base.conn import KVPoll
@@ -149,7 +150,10 @@ def test_the_rank_that_answers_clients_hears_the_reason_first(
     )
     made.bootstrap_room, made.conclude_state, made._opened = 7, None, True
     assert made._state() == KVPoll.WaitingForInput
-    agent.poll.return_value = KVPoll.Failed
+    if known_to == "agent":
+        agent.poll.return_value = KVPoll.Failed
+    else:  # SGLang's own part: its bootstrap server was not found
+        made.kv_mgr.request_status[7] = KVPoll.Failed
     assert made._state() == (KVPoll.WaitingForInput if rank else KVPoll.Failed)
     now[0] += request_ends.HOLD_BACK_S
     assert made._state() == KVPoll.Failed

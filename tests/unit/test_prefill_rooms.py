@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -14,6 +15,7 @@ from sglang_tpla.transfer import messages
 from sglang_tpla.transfer.memory.iovec import Slots
 from sglang_tpla.transfer.memory.pool import CachePool
 from sglang_tpla.transfer.memory.staging import Staging
+from sglang_tpla.transfer.prefill import rooms
 from sglang_tpla.transfer.prefill.ended_rooms import EndedRooms
 from sglang_tpla.transfer.prefill.lanes import Lanes
 from sglang_tpla.transfer.prefill.rooms import Rooms
@@ -181,3 +183,22 @@ def test_each_agent_is_told_once_why_a_room_failed_that_it_had_not_spoken_of() -
     assert ended.failed_unbound(1, "a") is None
     assert ended.failed_unbound(1, "b") == "too long"
     assert ended.failed_unbound(1, "b") is None
+
+
+def test_requests_for_rooms_that_nobody_has_opened_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one rank: the next one is turned away, and there is room again once a room is opened or given up."""
+    monkeypatch.setattr(rooms, "MAX_EARLY_REQUESTS", 2)
+    rank = Rank("a", "b")
+
+    def ask(name: str, room_id: int) -> list[Any]:
+        rank.hear(name, msgspec.structs.replace(request(1), room=room_id))
+        return rank.said(name)
+
+    assert [ask("a", room_id) for room_id in (1, 2)] == [[], []]
+    (refusal,) = ask("a", 3)
+    assert refusal.room == 3 and "has 2 requests for rooms that no prefill request" in refusal.reason
+    assert ask("b", 3) == []
+    rank.rooms.open(1, PAGE, 1.0)
+    assert ask("a", 4) == [] and len(ask("a", 5)) == 1
+    rank.hear("a", messages.Abort(4, 5, "no longer wanted"))
+    assert ask("a", 6) == []

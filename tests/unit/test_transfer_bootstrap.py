@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import threading
+from typing import Any
 
+import httpx
 import pytest
 import zmq
 import zmq.utils.z85
 
+from sglang_tpla.transfer.network import bootstrap
 from sglang_tpla.transfer.network.bootstrap import (
     CHALLENGE_HEADER,
     CHALLENGE_S,
     MAX_BODY_BYTES,
     SIGNATURE_HEADER,
     Gate,
+    Registrar,
     sign,
     signing_key,
 )
@@ -66,6 +71,7 @@ def test_what_was_not_signed_so_is_refused() -> None:
             headers(gate, path="/register_dp_rank"),
             headers(gate) | {SIGNATURE_HEADER: "é" * 64},
             headers(gate) | {CHALLENGE_HEADER: gate.challenge()},
+            headers(gate) | {CHALLENGE_HEADER: "\udcff"},  # a byte that is no text, as aiohttp hands it on
         ],
         "foreign_challenge": [  # captured at another bootstrap server of the same keys, or before this one started
             headers(other),
@@ -80,7 +86,9 @@ def test_what_was_not_signed_so_is_refused() -> None:
             assert gate.wrong("PUT", "/route", BODY, attempt) == reason, attempt
 
 
-@pytest.mark.parametrize("body", [b"", b"[]", b"{", b"\xff", b'{"x": "' + b"x" * MAX_BODY_BYTES + b'"}'])
+@pytest.mark.parametrize(
+    "body", [b"", b"[]", b"{", b"\xff", b"[" * 60000, b'{"x": "' + b"x" * MAX_BODY_BYTES + b'"}']
+)
 @pytest.mark.parametrize("secret", [None, SECRET], ids=["open", "signed"])  # the key is another one each time
 def test_what_is_no_registration(body: bytes, secret: bytes | None) -> None:
     gate = Gate(secret)
@@ -109,3 +117,36 @@ def test_strangers_leave_nothing_behind() -> None:
 
 def test_without_keys_everyone_registers() -> None:
     assert Gate(None).wrong("PUT", "/route", BODY, {}) is None
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [{}, [], "gone", {"rank_ip": "127.0.0.1", "rank_port": None}, {"rank_ip": "127.0.0.1", "rank_port": 8}],
+)
+def test_a_rank_goes_on_looking_whoever_answers(
+    answer: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Another service may have taken the bootstrap server's port; the rank says so once, and registers when it can."""
+    looks = iter([answer, answer, {"rank_ip": "127.0.0.1", "rank_port": 7}])
+    registrar = Registrar(
+        "http://bootstrap", {"rank_ip": "127.0.0.1", "rank_port": 7}, {}, None, period_s=0.001
+    )
+    seen = threading.Event()
+
+    def respond(request: httpx.Request) -> httpx.Response:
+        found = next(looks, None)
+        if found is None:
+            seen.set()
+            return httpx.Response(503)
+        return httpx.Response(200, json=found)
+
+    client = httpx.Client
+    monkeypatch.setattr(
+        bootstrap.httpx, "Client", lambda **kwargs: client(**kwargs, transport=httpx.MockTransport(respond))
+    )
+    registrar._thread.start()
+    try:
+        assert seen.wait(10)
+    finally:
+        registrar.close()
+    assert sum("registration of this prefill rank" in line for line in caplog.messages) >= 1

@@ -28,10 +28,11 @@ TOKEN = bytes(range(messages.CHANNEL_TOKEN_BYTES))
 class FakeDecode:
     """A bare DEALER socket to a prefill agent, and its data channel once it has registered."""
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, queue_frames: int = 1000) -> None:
         self.context = zmq.Context()
         self.socket = self.context.socket(zmq.DEALER)
         self.socket.setsockopt(zmq.LINGER, 0)
+        self.socket.setsockopt(zmq.RCVHWM, queue_frames)
         self.socket.connect(f"tcp://127.0.0.1:{port}")
         self.stream: socket.socket | None = None
 

@@ -10,11 +10,15 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
+import torch
 
 from sglang_tpla.transfer import messages
 from sglang_tpla.transfer.memory import iovec
+from sglang_tpla.transfer.memory.pool import CachePool
 from sglang_tpla.transfer.memory.shared_memory import HEADER_BYTES
+from sglang_tpla.transfer.prefill import agent
 from sglang_tpla.transfer.room import RoomState
+from tests.ports import neighbouring_ports
 from tests.wire import rig
 from tests.wire.fakes import FakePrefill
 
@@ -90,6 +94,22 @@ def test_shared_memory_runs_out(
         assert "no memory for more than 24576 bytes of staging: [Errno 28] No space left" in caplog.text
         monkeypatch.undo()  # there is room again
         transfers(prefill, decodes)
+
+
+def test_memory_that_cuda_refuses_leaves_nothing_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rank says so and does not start; another one can have its ports while the error is still told."""
+
+    def refuse(memory: np.ndarray) -> None:
+        raise RuntimeError(f"cudaHostRegister of {memory.nbytes} bytes failed: lower staging_bytes")
+
+    port = neighbouring_ports(2)
+    with monkeypatch.context() as patch:
+        patch.setattr(CachePool, "device", torch.device("cuda"))
+        patch.setattr(agent, "pin", refuse)
+        with pytest.raises(RuntimeError, match="lower staging_bytes") as refused:
+            rig.prefill_rank(port=port)
+    rig.prefill_rank(port=port).agent.close()
+    assert refused.traceback
 
 
 def test_places_in_shared_memory_are_used_again() -> None:

@@ -75,8 +75,8 @@ class _Request:
         if state != KVPoll.Failed and self._opened:
             self.kv_mgr.nap_if_idle(self.bootstrap_room)
             state = int(self.kv_mgr.agent.poll(self.bootstrap_room))
-            if state == KVPoll.Failed and self._holds_back():
-                return self._highest
+        if state == KVPoll.Failed and self._holds_back():
+            return self._highest
         if state in (KVPoll.Success, KVPoll.Failed):
             self.conclude_state = state
             return state
@@ -88,7 +88,8 @@ class _Request:
     def _holds_back(self) -> bool:
         """Whether this rank still keeps a failure to itself, so that the rank that answers the client hears why first.
 
-        One rank's failure fails the request on all of them at once. The reason takes its way over the other server.
+        One rank's failure fails the request on all of them at once. Each finds the reason itself, or hears it from the
+        other server.
         """
         if self.kv_mgr.attn_tp_rank == 0:
             return False

@@ -147,7 +147,8 @@ class Receiver:
                     segment = connection.segments.get(message.agent)
                     end = message.offset + message.size_bytes
                     if segment is None or end > segment.nbytes:
-                        self._counts["checksum_failures"] += 1
+                        with self._lock:
+                            self._counts["checksum_failures"] += 1
                         self._put(connection, nack(message))
                     else:
                         self._take_chunk(room, source, message, segment[message.offset : end], 0)

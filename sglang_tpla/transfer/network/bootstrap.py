@@ -53,7 +53,8 @@ def signing_key(secret: bytes) -> bytes:
 def sign(key: bytes, method: str, path: str, body: bytes, challenge: str) -> str:
     """HMAC-SHA256 over what a registration says, hexadecimal."""
     said = "\n".join((method, path, challenge, hashlib.sha256(body).hexdigest()))
-    return hmac.new(key, said.encode(), hashlib.sha256).hexdigest()
+    # a header may hold bytes that are no text
+    return hmac.new(key, said.encode("utf-8", "surrogateescape"), hashlib.sha256).hexdigest()
 
 
 class Gate:
@@ -86,7 +87,7 @@ class Gate:
         try:
             if len(body) > MAX_BODY_BYTES or not isinstance(json.loads(body), dict):
                 return "malformed"
-        except ValueError:
+        except (ValueError, RecursionError):
             return "malformed"
         if self._key is None:
             return None
@@ -222,8 +223,8 @@ class Registrar:
             try:
                 self._look()
                 self._say(logging.INFO, "")
-            except (TransferError, httpx.HTTPError, ValueError) as error:
-                self._say(logging.WARNING, f"registration of this prefill rank: {error}")
+            except Exception as error:  # whoever answers there now, this rank goes on looking
+                self._say(logging.WARNING, f"registration of this prefill rank: {error!r}")
 
     def _look(self) -> None:
         """Ask as a decode server would, and register anew where the answer is nobody."""

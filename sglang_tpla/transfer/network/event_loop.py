@@ -104,16 +104,23 @@ class IoLoop:
         except BaseException as error:
             self._on_death(error)
         finally:
-            for socket in list(self._handlers):
-                socket.close(linger=100)
-            self._handlers.clear()
-            self.context.destroy(linger=100)  # what was said last goes before the streams' end is seen
-            for stream, _ in self._streams.values():
-                stream.close()
-            self._streams.clear()
-            with self._guard:
-                self._closed = True
-                os.close(self._wake)
+            self._free(linger_ms=100)
+
+    def discard(self) -> None:
+        """Free what was opened for a loop that will not be started."""
+        self._free(linger_ms=0)
+
+    def _free(self, linger_ms: int) -> None:
+        for polled in list(self._handlers):
+            polled.close(linger=linger_ms)
+        self._handlers.clear()
+        self.context.destroy(linger=linger_ms)  # what was said last goes before the streams' end is seen
+        for stream, _ in self._streams.values():
+            stream.close()
+        self._streams.clear()
+        with self._guard:
+            self._closed = True
+            os.close(self._wake)
 
     def _serve(self) -> None:
         next_tick = time.monotonic()

@@ -89,7 +89,13 @@ class PrefillAgent:
         memory = self.segment.data if self.segment is not None else np.empty(slots_bytes, dtype=np.uint8)
         self._pinned = memory if pool.device.type == "cuda" else None
         if self._pinned is not None:
-            pin(self._pinned)
+            try:
+                pin(self._pinned)
+            except RuntimeError:
+                workers.io.discard()
+                if self.segment is not None:
+                    self.segment.close()
+                raise
         reserve = [] if self.segment is None else [self.segment.reserve]
         host, wake = workers.host_identity(host_id), workers.work.notify
         self.lanes = Lanes(
