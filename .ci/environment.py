@@ -242,8 +242,7 @@ def build_overlay(folder: Path, base: Path, checkout: Path) -> None:
     try:
         run([*command, "-e", checkout], folder / "install.log")
     finally:
-        # setuptools leaves a second copy of the metadata in the checkout; the installed one is in the
-        # overlay.
+        # setuptools leaves a second copy of the metadata in the checkout; the installed one is in the overlay.
         shutil.rmtree(checkout / "sglang_tpla.egg-info", ignore_errors=True)
     check_overlay(folder, checkout)
 

@@ -161,16 +161,13 @@ def markdown(results: Sequence[RowResult]) -> str:
         lines += [
             f"### {model}",
             "",
-            f"Text: `{first.corpus}` (hash {first.corpus_hash[:12]}), "
-            f"split by seed {first.seed}; calibrated on "
-            f"{first.calibration_tokens:,} tokens, measured on "
-            f"{report.tokens:,} tokens of other files, prompt "
-            f"{report.prompt_tokens}, continuation {report.continuation_tokens}, fp32. "
-            f"Perplexity of plain MLA: {report.perplexity_mla:.3f}.",
+            f"Text: `{first.corpus}` (hash {first.corpus_hash[:12]}), split by seed {first.seed}; calibrated on "
+            f"{first.calibration_tokens:,} tokens, measured on {report.tokens:,} tokens of other files, prompt "
+            f"{report.prompt_tokens}, continuation {report.continuation_tokens}, fp32. Perplexity of plain MLA: "
+            f"{report.perplexity_mla:.3f}.",
             "",
-            "| g | width per rank | r | bar | KL, `shared` | KL, "
-            "`learned` | perplexity, `learned` | same top token "
-            "| the paper's recipe: width, KL |",
+            "| g | width per rank | r | bar | KL, `shared` | KL, `learned` | perplexity, `learned` | same top token | "
+            "the paper's recipe: width, KL |",
             "|---|---|---|---|---|---|---|---|---|",
         ]
         for row in rows:
@@ -178,10 +175,9 @@ def markdown(results: Sequence[RowResult]) -> str:
             latent = (row.width - row.shared_dims) * row.groups + row.shared_dims
             paper = f"{latent // row.groups}, {row.paper.kl_mean:.4f}" if row.paper else "-"
             lines.append(
-                f"| {row.groups} | {row.width} | {row.shared_dims} | {row.bar_kl} "
-                f"| {row.shared.kl_mean:.5f} | {row.learned.kl_mean:.5f} "
-                f"({row.learn_steps}; {met}) | x{row.learned.perplexity_ratio:.4f} "
-                f"| {row.learned.top1_agreement:.1%} | {paper} |"
+                f"| {row.groups} | {row.width} | {row.shared_dims} | {row.bar_kl} | {row.shared.kl_mean:.5f} | "
+                f"{row.learned.kl_mean:.5f} ({row.learn_steps}; {met}) | x{row.learned.perplexity_ratio:.4f} | "
+                f"{row.learned.top1_agreement:.1%} | {paper} |"
             )
         lines.append("")
     return "\n".join(lines)

@@ -72,9 +72,7 @@ class Step:
 def prepare(
     shape: DecodeShape, batch: int, tokens: int, layout: str, make: Callable[[DecodeShape], DecodeAttention]
 ) -> Step:
-    """Random inputs, a planned backend, and its relative error against float32 on the first and last
-    request.
-    """
+    """Random inputs, a planned backend, and its relative error against float32 on the first and last request."""
     device = torch.device("cuda:0")
     pages = batch * tokens // shape.page_size
     cache = torch.randn(pages * shape.page_size, shape.cache_dim, device=device, dtype=torch.float32).to(
@@ -211,8 +209,7 @@ def main() -> None:
         print(
             f"{row.latent_dim:<4} {row.heads:>5} ({row.mla_heads:>3})  {row.batch:>3} x {row.tokens:<8} "
             f"{result['mla_ms']:8.4f} {result['tpla_ms']:8.4f}  {result['tpla_gb_s']:5.0f}  "
-            f"{result['tpla_error']:.1e}  "
-            f"{result['bytes_bound']:.2f}   {result['speedup']:.2f}   {row.bar:.2f} "
+            f"{result['tpla_error']:.1e}  {result['bytes_bound']:.2f}   {result['speedup']:.2f}   {row.bar:.2f} "
             f"{'met' if result['met'] else 'MISSED'}",
             flush=True,
         )

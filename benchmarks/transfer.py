@@ -48,8 +48,7 @@ from transfer_report import print_report, report
 
 from sglang_tpla.config import Settings
 from sglang_tpla.launch.supervisor import end_with_parent
-from sglang_tpla.transfer import keys
-from sglang_tpla.transfer import messages as frames
+from sglang_tpla.transfer import keys, messages
 from sglang_tpla.transfer.decode.agent import DecodeAgent
 from sglang_tpla.transfer.memory import copy
 from sglang_tpla.transfer.memory.pool import CachePool, MetadataRows
@@ -97,13 +96,13 @@ class NoChecksum:
         return bytes(8)
 
 
-CHECKSUMS = frames.checksum, frames.running_checksum, copy.Checksum
+CHECKSUMS = messages.checksum, messages.running_checksum, copy.Checksum
 
 
 def switch_checksums(on: bool) -> None:
     """Let this process's agents compute checksums, or not."""
     off = (lambda data: bytes(8)), NoChecksum, NoChecksum
-    frames.checksum, frames.running_checksum, copy.Checksum = CHECKSUMS if on else off
+    messages.checksum, messages.running_checksum, copy.Checksum = CHECKSUMS if on else off
 
 
 # Children: each serves commands from a pipe and answers with (seconds, cpu_seconds) or a value.
@@ -153,14 +152,7 @@ def decode_child(
     pool = make_pool(tokens, layers)
     metadata = MetadataRows([np.zeros((8, 64), dtype=np.uint8)])
     agent = DecodeAgent(
-        pool,
-        metadata,
-        None,
-        model_hash="bench",
-        settings=SETTINGS,
-        rank=0,
-        size=1,
-        host_id=host_id,
+        pool, metadata, None, model_hash="bench", settings=SETTINGS, rank=0, size=1, host_id=host_id
     )
     pipe.send("ready")
     while (command := pipe.recv()) is not None:

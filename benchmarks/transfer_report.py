@@ -77,8 +77,7 @@ def print_report(result: dict[str, Any]) -> None:
     """Print the values on the wire, every ratio, and the contestants that were not measured."""
     for row in result["wire_values"]:
         print(
-            f"{row['values']:7.1f} values a token for 8 ranks of {row['host']}, "
-            f"g={row['groups']}, r={row['shared']}"
+            f"{row['values']:7.1f} values a token for 8 ranks of {row['host']}, g={row['groups']}, r={row['shared']}"
         )
     for name, value in result.items():
         if value is None or isinstance(value, float):

@@ -44,14 +44,7 @@ def wire_values(ranks: int, groups: int, shared: int, host_id: str | None) -> fl
             mine = CachePool([torch.zeros(tokens, rows).bfloat16() for _ in range(2)], LATENT, ROPE, PAGE)
             own = MetadataRows([np.zeros((1, 64), dtype=np.uint8)])
             agent = DecodeAgent(
-                mine,
-                own,
-                z,
-                model_hash="",
-                settings=settings,
-                rank=rank,
-                size=ranks,
-                host_id=host_id,
+                mine, own, z, model_hash="", settings=settings, rank=rank, size=ranks, host_id=host_id
             )
             agents.append(stack.enter_context(contextlib.closing(agent)))
             agent.open_room(1, [(*prefill.address, False)])

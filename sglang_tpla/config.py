@@ -38,14 +38,12 @@ class Layout:
     def __post_init__(self) -> None:
         if self.tp_size < 1 or self.groups < 1:
             raise ConfigError(
-                f"--tpla-groups and --tp-size must be at least 1; "
-                f"got groups={self.groups}, tp_size={self.tp_size}"
+                f"--tpla-groups and --tp-size must be at least 1; got groups={self.groups}, tp_size={self.tp_size}"
             )
         if self.tp_size % self.groups:
             raise ConfigError(
-                f"--tpla-groups must divide the attention tensor-parallel size: got "
-                f"groups={self.groups} with tp_size={self.tp_size}; use one of "
-                f"{[g for g in range(1, self.tp_size + 1) if self.tp_size % g == 0]}"
+                f"--tpla-groups must divide the attention tensor-parallel size: got groups={self.groups} with "
+                f"tp_size={self.tp_size}; use one of {[g for g in range(1, self.tp_size + 1) if self.tp_size % g == 0]}"
             )
         if self.heads % self.head_shards:
             raise ConfigError(
@@ -155,9 +153,8 @@ class Settings:
             )
         if self.groups > 1 and not self.artifact:
             raise ConfigError(
-                f"--tpla-groups {self.groups} needs --tpla-artifact; make one with "
-                f"`python -m sglang_tpla.calibrate --model-path MODEL --groups {self.groups} "
-                "--rows sketched --out FILE`"
+                f"--tpla-groups {self.groups} needs --tpla-artifact; make one with `python -m sglang_tpla.calibrate "
+                f"--model-path MODEL --groups {self.groups} --rows sketched --out FILE`"
             )
         if self.rows not in (None, *ROWS):
             raise ConfigError(f"--tpla-rows must be one of {', '.join(ROWS)}; got {self.rows!r}")

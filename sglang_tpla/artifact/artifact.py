@@ -197,7 +197,7 @@ class Artifact:
             ValueError: an artifact of other rows.
         """
         if not self.meta.rows(layer).own:
-            return torch.zeros(self.meta.latent_dim, 0)
+            return torch.zeros(self.meta.latent_dim, 0, device="cpu")
         return self.tensors[sketch_name(layer)]
 
     @cached_property
@@ -231,8 +231,7 @@ class Artifact:
             )
         if weights_hash != self.meta.weights_hash:
             raise ArtifactError(
-                f"{self.source} was made from weights {self.meta.weights_hash[:12]} of "
-                f"{self.meta.model_name!r}, but "
+                f"{self.source} was made from weights {self.meta.weights_hash[:12]} of {self.meta.model_name!r}, but "
                 f"this checkpoint's are {weights_hash[:12]} (same configuration, other weights); {again}"
             )
 
@@ -300,9 +299,8 @@ def _decode_meta(raw: dict[str, str], source: str) -> ArtifactMeta:
             )
         if fields["format_version"] not in (FORMAT_VERSION, SKETCHED_VERSION):
             raise ArtifactError(
-                f"{source} has format version {fields['format_version']!r}, this release reads "
-                f"{FORMAT_VERSION} and {SKETCHED_VERSION}; "
-                "make the artifact anew with `python -m sglang_tpla.calibrate`"
+                f"{source} has format version {fields['format_version']!r}, this release reads {FORMAT_VERSION} and "
+                f"{SKETCHED_VERSION}; make the artifact anew with `python -m sglang_tpla.calibrate`"
             )
         return msgspec.convert(fields, ArtifactMeta, strict=True)
     except (msgspec.ValidationError, msgspec.DecodeError) as error:
@@ -314,8 +312,7 @@ def _decode_meta(raw: dict[str, str], source: str) -> ArtifactMeta:
 def _check_meta(meta: ArtifactMeta, source: str) -> None:
     if meta.groups < 1 or meta.num_layers < 1 or meta.latent_dim < 1:
         raise ArtifactError(
-            f"{source}: groups, num_layers and latent_dim must be positive, got {meta.groups}, "
-            f"{meta.num_layers}, "
+            f"{source}: groups, num_layers and latent_dim must be positive, got {meta.groups}, {meta.num_layers}, "
             f"{meta.latent_dim}"
         )
     for label, values in (("shared_dims", meta.shared_dims), ("widths", meta.widths)):
@@ -347,9 +344,8 @@ def _check_tensors(meta: ArtifactMeta, tensors: Mapping[str, torch.Tensor], sour
     extra = sorted(set(tensors) - set(names))
     if missing or extra:
         raise ArtifactError(
-            f"{source}: expected the {len(names)} tensors of {meta.num_layers} layers x {meta.groups} "
-            f"groups; "
-            f"missing {missing[:3]} ({len(missing)} in all), not known {extra[:3]} ({len(extra)} in all)"
+            f"{source}: expected the {len(names)} tensors of {meta.num_layers} layers x {meta.groups} groups; missing "
+            f"{missing[:3]} ({len(missing)} in all), not known {extra[:3]} ({len(extra)} in all)"
         )
     for layer in range(meta.num_layers):
         width, shared = meta.widths[layer], meta.shared_dims[layer]
@@ -367,8 +363,7 @@ def _check_tensors(meta: ArtifactMeta, tensors: Mapping[str, torch.Tensor], sour
             other = tensors[tensor_name(layer, group, "Z")][:, :shared].contiguous().view(torch.int32)
             if not torch.equal(first, other):
                 raise ArtifactError(
-                    f"{source}: the {shared} shared columns of layer {layer} differ between groups 0 and "
-                    f"{group}"
+                    f"{source}: the {shared} shared columns of layer {layer} differ between groups 0 and {group}"
                 )
 
 

@@ -166,8 +166,7 @@ class PageTable:
         for name, tensor in (("indices", self.indices), ("starts", self.starts)):
             if tensor.dtype != torch.int32 or tensor.dim() != 1 or not tensor.is_contiguous():
                 raise AttentionInputError(
-                    f"PageTable.{name} must be a contiguous int32 vector; "
-                    f"got {tensor.dtype} {list(tensor.shape)}"
+                    f"PageTable.{name} must be a contiguous int32 vector; got {tensor.dtype} {list(tensor.shape)}"
                 )
 
     @property

@@ -1,6 +1,5 @@
-"""Calibration: statistics of a model's latents and queries -> slicing maps -> one artifact.
+"""Calibration: statistics of a model's latents and queries, slicing maps, one artifact.
 
-``corpus`` chooses the text, ``statistics`` streams second moments, ``transforms`` turns them into maps in
-closed form, ``learn`` optimises maps on a layer's output error, ``artifact`` is the file everything else
-reads.
+`transforms` turns second moments into maps in closed form, `learn_layer` refines a map on its layer's output error,
+`layout_search` and `sketch_search` choose widths, `pipeline` puts the steps together.
 """

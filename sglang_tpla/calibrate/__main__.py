@@ -202,9 +202,8 @@ def make(arguments: argparse.Namespace) -> Artifact:
     if arguments.from_stats:
         if transform == "learned" or arguments.refit_values:
             raise TransformError(
-                "--from-stats has second moments only; learned maps and "
-                "refits need the model and text: leave "
-                "out --from-stats, or take --transform shared"
+                "--from-stats has second moments only; learned maps and refits need the model and text: leave out "
+                "--from-stats, or take --transform shared"
             )
         statistics = combine([Statistics.load(path) for path in arguments.from_stats])
         if rows == "sketched":

@@ -1,11 +1,10 @@
 """Choose a layout: the fewest cached values a token and rank that keep KL under a bound.
 
-For every g that divides the ranks, ``shared`` maps are made for a grid of r. Each layer's KL with only that
-layer sliced is measured for every (g, r); since the layers' KL nearly add up, a greedy walk from the
-narrowest widths that always widens the layer that buys most KL per value gives layouts with a width per
-layer, exact layers (w = d) among them. Uniform layouts and the walk's are then measured whole, and the
-cheapest within the bound is taken. Choices are made on calibration text; the artifact's report is on held-out
-text as always.
+For every g that divides the ranks, ``shared`` maps are made for a grid of r. Each layer's KL with only that layer
+sliced is measured for every (g, r); since the layers' KL nearly add up, a greedy walk from the narrowest widths that
+always widens the layer that buys most KL per value gives layouts with a width per layer, exact layers (w = d) among
+them. Uniform layouts and the walk's are then measured whole, and the cheapest within the bound is taken. Choices are
+made on calibration text; the artifact's report is on held-out text as always.
 """
 
 from __future__ import annotations
@@ -100,9 +99,8 @@ class Search:
             choices.append(latent_dim)
         if not choices:
             raise TransformError(
-                "the attention backend serves no slice width of a latent of "
-                f"{latent_dim} at {groups} groups; "
-                "choose another --attention-backend"
+                f"the attention backend serves no slice width of a latent of {latent_dim} at {groups} groups; choose "
+                "another --attention-backend"
             )
         return choices
 

@@ -125,23 +125,20 @@ class _Whitened:
         ]
 
 
-def output_error(
-    attention: Attention, batch: Batch, maps: Maps, metric: torch.Tensor | None = None
-) -> torch.Tensor:
+def output_error(attention: Attention, batch: Batch, maps: Maps) -> torch.Tensor:
     """Squared error of the layer's output over the batch, relative to the exact output's square."""
     scale = attention.spec.scale
     rope = batch.rope_scores(scale)
-    projection = attention.o if metric is None else metric @ attention.o
     with torch.no_grad():
         exact = exact_context(batch, rope, scale)
-        target = F.linear(head_outputs(exact, attention), projection)
+        target = F.linear(head_outputs(exact, attention), attention.o)
     context: torch.Tensor | None = None
     for z_map, a_map, b_map in maps:
         part = sliced_slices(batch, rope, scale, z_map, a_map) @ b_map
         context = part if context is None else context + part
     if context is None:
         raise ValueError("expected maps for at least one group, got none")
-    found = F.linear(head_outputs(context, attention), projection)
+    found = F.linear(head_outputs(context, attention), attention.o)
     return (found - target).pow(2).sum() / target.pow(2).sum()
 
 
@@ -154,8 +151,7 @@ def learn_layer(
     plan: LearnPlan,
     layer: int,
     *,
-    metric: torch.Tensor | None = None,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int], object] = lambda done: None,
 ) -> LearnedLayer:
     """Optimise one layer's maps.
 
@@ -167,7 +163,6 @@ def learn_layer(
         covariance: of the latent [d, d], for the coordinates.
         plan: steps and batch.
         layer: number of the layer; with the seed it decides the batches.
-        metric: [m, hidden], what of the output's error counts (None: all alike).
         progress: told the steps done.
     """
     device = data.latent.device
@@ -192,8 +187,7 @@ def learn_layer(
     start = [(z.to(device).float(), a.to(device).float(), b.to(device).float()) for z, a, b in maps]
     before = probe(start)
     if before < plan.good_enough or plan.steps == 0:
-        if progress is not None:
-            progress(plan.total_steps)
+        progress(plan.total_steps)
         return LearnedLayer(start, before, before)
 
     def descend(scale: float, steps: int) -> Maps:
@@ -207,13 +201,12 @@ def learn_layer(
 
         schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, rate)
         for _ in range(steps):
-            loss = output_error(attention, draw(), whitened.maps(), metric)
+            loss = output_error(attention, draw(), whitened.maps())
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
             optimiser.step()
             schedule.step()
-            if progress is not None:
-                progress(1)
+            progress(1)
         with torch.no_grad():
             return whitened.maps()
 

@@ -137,8 +137,7 @@ def check_statistics(statistics: Statistics, checkpoint: Checkpoint) -> None:
     heads = statistics.layers[0].query_outer.shape[0]
     if (len(statistics.layers), heads) != (spec.layers, spec.heads):
         raise StatisticsError(
-            f"expected statistics of {spec.layers} layers and "
-            f"{spec.heads} heads, got {len(statistics.layers)} and "
+            f"expected statistics of {spec.layers} layers and {spec.heads} heads, got {len(statistics.layers)} and "
             f"{heads}; give the files of every tensor-parallel rank"
         )
     if statistics.tokens < spec.latent_dim:

@@ -35,8 +35,7 @@ class TransformError(SglangTplaError, ValueError):
 
 @dataclass(frozen=True)
 class Basis:
-    """An invertible basis: columns of ``forward`` [d, d] are kept values, rows of ``inverse`` [d, d] undo
-    them.
+    """An invertible basis: columns of ``forward`` [d, d] are kept values, rows of ``inverse`` [d, d] undo them.
 
     Columns are in order of importance.
     """

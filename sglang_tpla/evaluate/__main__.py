@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -24,8 +24,8 @@ from sglang_tpla.evaluate.endpoints import EndpointError, compare_endpoints
 from sglang_tpla.evaluate.generate import long_answers
 from sglang_tpla.evaluate.layers import kl_alone, layer_errors
 from sglang_tpla.evaluate.recall import PLAIN, RecallRow, documents, recall, recall_endpoints, recall_table
-from sglang_tpla.evaluate.report import Bin, Evaluation, LayerRow, LongRow, NeedleRow, summary, write
-from sglang_tpla.evaluate.retrieval import retrieval
+from sglang_tpla.evaluate.report import Bin, Evaluation, LayerRow, LongRow, summary, write
+from sglang_tpla.evaluate.retrieval import NeedleRow, retrieval
 from sglang_tpla.measure.corpus import Corpus, CorpusError, load_tokenizer
 from sglang_tpla.measure.decode_error import DecodeErrors, measure, model_maps, quantile
 from sglang_tpla.measure.paper import paper_layers
@@ -50,9 +50,7 @@ def parser() -> argparse.ArgumentParser:
         "--seed", type=int, help="split of the text (default: the artifact's, so it was held out)"
     )
     text.add_argument(
-        "--tokens",
-        type=int,
-        help=f"decoded tokens measured (default {HELD_OUT_TOKENS}, or what there is)",
+        "--tokens", type=int, help=f"decoded tokens measured (default {HELD_OUT_TOKENS}, or what there is)"
     )
     text.add_argument("--prompt-tokens", type=int, default=512)
     text.add_argument("--continuation-tokens", type=int, default=512)
@@ -294,17 +292,10 @@ def _needles(
     total = len(arguments.needle_tokens) * len(depths) * arguments.needle_cases
     with tqdm(total=total, desc="needles", unit="case", disable=arguments.quiet) as bar:
         found = retrieval(
-            model,
-            maps,
-            tokenizer,
-            filler,
-            lengths=arguments.needle_tokens,
-            depths=depths,
-            cases=arguments.needle_cases,
-            seed=plan.seed,
-            progress=bar.update,
-        )
-    return tuple(NeedleRow(**asdict(result)) for result in found)
+            model, maps, tokenizer, filler, lengths=arguments.needle_tokens, depths=depths,
+            cases=arguments.needle_cases, seed=plan.seed, progress=bar.update,
+        )  # fmt: skip
+    return tuple(found)
 
 
 def _endpoint_recall(arguments: argparse.Namespace) -> list[RecallRow]:

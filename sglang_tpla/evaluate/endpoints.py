@@ -29,7 +29,6 @@ class PromptComparison:
     ``departed`` is whether they parted. The token at which they part still had the same context and counts.
     """
 
-    answer_tokens: int
     agreement_tokens: int
     departed: bool
     kl: tuple[float, ...]
@@ -52,7 +51,7 @@ def compare_endpoints(
     new_tokens: int = 128,
     top_tokens: int = 20,
     timeout_s: float = 300.0,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int], object] = lambda done: None,
 ) -> list[PromptComparison]:
     """Continue every prompt on both servers and compare.
 
@@ -66,8 +65,7 @@ def compare_endpoints(
                 _steps(client, url, prompt, new_tokens, top_tokens) for url in (stock_url, tpla_url)
             )
             results.append(compare_steps(stock, tpla))
-            if progress is not None:
-                progress(1)
+            progress(1)
     return results
 
 
@@ -84,7 +82,7 @@ def compare_steps(stock: Sequence[Step], tpla: Sequence[Step]) -> PromptComparis
             departed = True
             break
         agreement += 1
-    return PromptComparison(len(stock), agreement, departed, tuple(kl), largest)
+    return PromptComparison(agreement, departed, tuple(kl), largest)
 
 
 def partial_kl(reference: dict[int, float], found: dict[int, float]) -> float:
@@ -96,21 +94,39 @@ def partial_kl(reference: dict[int, float], found: dict[int, float]) -> float:
     return max(total + rest_p * math.log(rest_p / rest_q), 0.0)
 
 
-def _steps(client: httpx.Client, url: str, prompt: str, new_tokens: int, top_tokens: int) -> list[Step]:
-    body = {
-        "text": prompt,
-        "sampling_params": {"temperature": 0.0, "max_new_tokens": new_tokens},
-        "return_logprob": True,
-        "top_logprobs_num": top_tokens,
-    }
+def ask(
+    client: httpx.Client, url: str, body: dict[str, Any], new_tokens: int, **sampling: object
+) -> dict[str, Any]:
+    """Have a server answer greedily, with log-probabilities; the answer's ``meta_info``.
+
+    Raises:
+        EndpointError: the server is not there, refuses, or answers something else.
+    """
+    params = {"temperature": 0.0, "max_new_tokens": new_tokens, **sampling}
     try:
-        answer = client.post(f"{url.rstrip('/')}/generate", json=body)
+        answer = client.post(
+            f"{url.rstrip('/')}/generate", json={**body, "sampling_params": params, "return_logprob": True}
+        )
     except httpx.HTTPError as error:
         raise EndpointError(f"{url} did not answer: {error!r}; is the server up?") from error
     if answer.status_code != 200:
         raise EndpointError(f"{url} answered {answer.status_code}: {answer.text[:300]}")
     try:
-        meta: dict[str, Any] = answer.json()["meta_info"]
+        return dict(answer.json()["meta_info"])
+    except (KeyError, ValueError, TypeError) as error:
+        raise unusable(url, error) from error
+
+
+def unusable(url: str, error: Exception) -> EndpointError:
+    """What to raise where an answer lacks what was asked for."""
+    return EndpointError(
+        f"{url} answered without usable log-probabilities ({error!r}); expected SGLang's /generate"
+    )
+
+
+def _steps(client: httpx.Client, url: str, prompt: str, new_tokens: int, top_tokens: int) -> list[Step]:
+    meta = ask(client, url, {"text": prompt, "top_logprobs_num": top_tokens}, new_tokens)
+    try:
         chosen, tops = meta["output_token_logprobs"], meta["output_top_logprobs"]
         # every entry is [log-probability, token id, text or null]
         return [
@@ -118,6 +134,4 @@ def _steps(client: httpx.Client, url: str, prompt: str, new_tokens: int, top_tok
             for entry, top in zip(chosen, tops, strict=True)
         ]
     except (KeyError, ValueError, TypeError, IndexError) as error:
-        raise EndpointError(
-            f"{url} answered without usable log-probabilities ({error!r}); expected SGLang's /generate"
-        ) from error
+        raise unusable(url, error) from error

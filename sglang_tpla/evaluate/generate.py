@@ -25,7 +25,7 @@ def generate(
     *,
     temperature: float = 0.0,
     seed: int = 0,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int], object] = lambda done: None,
 ) -> torch.Tensor:
     """Continue prompts [B, P] with plain MLA; returns [B, P + new_tokens]."""
     generator = torch.Generator(device=model.device).manual_seed(seed)
@@ -45,8 +45,7 @@ def generate(
 
         hidden = model.hidden_states(chosen, past=cache, observer=keep)
         cache = grown
-        if progress is not None:
-            progress(chosen.shape[0])
+        progress(chosen.shape[0])
     return tokens.cpu()
 
 
@@ -54,11 +53,9 @@ def generate(
 class LongAnswer:
     """Errors along plain MLA's continuations, and where a greedy TPLA answer would first depart.
 
-    ``agreement_tokens`` [sequences]: tokens before the first different choice (all of them when none
-    differs).
+    ``agreement_tokens`` [sequences]: tokens before the first different choice (all of them when none differs).
     """
 
-    temperature: float
     errors: DecodeErrors
     agreement_tokens: tuple[int, ...]
 
@@ -71,7 +68,7 @@ def long_answers(
     *,
     temperature: float = 0.0,
     seed: int = 0,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int], object] = lambda done: None,
 ) -> LongAnswer:
     """Measure on plain MLA's continuations of prompts [B, P]."""
     text = generate(model, prompts, new_tokens, temperature=temperature, seed=seed, progress=progress)
@@ -80,4 +77,4 @@ def long_answers(
     for row in errors.same_top:
         wrong = (~row).nonzero()
         agreement.append(int(wrong[0]) if len(wrong) else row.numel())
-    return LongAnswer(temperature, errors, tuple(agreement))
+    return LongAnswer(errors, tuple(agreement))

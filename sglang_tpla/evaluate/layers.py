@@ -93,7 +93,7 @@ def kl_alone(
     maps: Sequence[LayerMaps],
     tokens: torch.Tensor,
     prompt_tokens: int,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int], object] = lambda done: None,
 ) -> list[float]:
     """KL a token of each layer's slicing by itself."""
     candidates: list[list[LayerMaps | None]] = [

@@ -14,7 +14,7 @@ import httpx
 import msgspec
 import torch
 
-from sglang_tpla.evaluate.endpoints import EndpointError
+from sglang_tpla.evaluate.endpoints import ask, unusable
 from sglang_tpla.evaluate.recall_tasks import KINDS, TaskDocument, make_document
 from sglang_tpla.measure.corpus import Tokenizer
 from sglang_tpla.reference_model.forward import LayerCache, LayerMaps, PlainModel
@@ -79,14 +79,13 @@ def recall(
     model: PlainModel,
     methods: Mapping[str, Sequence[LayerMaps | None]],
     cases: Sequence[TaskDocument],
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int], object] = lambda done: None,
 ) -> list[RecallRow]:
     """Results of every method by kind and length, in one process."""
     results = []
     for document in cases:
         results.append((document, first_tokens(model, document, methods)))
-        if progress is not None:
-            progress(1)
+        progress(1)
     return tally(results)
 
 
@@ -117,7 +116,7 @@ def recall_endpoints(
     cases: Sequence[TaskDocument],
     *,
     timeout_s: float = 300.0,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int], object] = lambda done: None,
 ) -> list[RecallRow]:
     """Results of live servers by name, PLAIN among them.
 
@@ -137,30 +136,17 @@ def recall_endpoints(
                     found[name].append([ours == theirs for ours, theirs in zip(padded, answer, strict=False)])
                 context += answer
             results.append((document, found))
-            if progress is not None:
-                progress(1)
+            progress(1)
     return tally(results)
 
 
 def _greedy(client: httpx.Client, url: str, tokens: Sequence[int], new_tokens: int) -> list[int]:
-    body = {
-        "input_ids": list(tokens),
-        "sampling_params": {"temperature": 0.0, "max_new_tokens": new_tokens, "ignore_eos": True},
-        "return_logprob": True,
-    }
-    try:
-        answer = client.post(f"{url.rstrip('/')}/generate", json=body)
-    except httpx.HTTPError as error:
-        raise EndpointError(f"{url} did not answer: {error!r}; is the server up?") from error
-    if answer.status_code != 200:
-        raise EndpointError(f"{url} answered {answer.status_code}: {answer.text[:300]}")
+    meta = ask(client, url, {"input_ids": list(tokens)}, new_tokens, ignore_eos=True)
     try:
         # every entry is [log-probability, token id, text or null]
-        return [int(entry[1]) for entry in answer.json()["meta_info"]["output_token_logprobs"]]
+        return [int(entry[1]) for entry in meta["output_token_logprobs"]]
     except (KeyError, ValueError, TypeError, IndexError) as error:
-        raise EndpointError(
-            f"{url} answered without usable token ids ({error!r}); expected SGLang's /generate"
-        ) from error
+        raise unusable(url, error) from error
 
 
 def recall_table(rows: Sequence[RecallRow]) -> str:

@@ -11,6 +11,7 @@ import msgspec
 
 from sglang_tpla.artifact.artifact import ErrorReport
 from sglang_tpla.evaluate.recall import RecallRow, recall_table
+from sglang_tpla.evaluate.retrieval import NeedleRow
 
 
 class Bin(msgspec.Struct, frozen=True):
@@ -40,18 +41,6 @@ class LongRow(msgspec.Struct, frozen=True):
     report: ErrorReport
     agreement_tokens: tuple[int, ...]
     by_position: tuple[Bin, ...]
-
-
-class NeedleRow(msgspec.Struct, frozen=True):
-    """Retrieval at one prompt length and depth."""
-
-    prompt_tokens: int
-    depth: float
-    cases: int
-    right_mla: float
-    right_tpla: float
-    same_top: float
-    kl_mean: float
 
 
 class Evaluation(msgspec.Struct, frozen=True):

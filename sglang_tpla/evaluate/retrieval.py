@@ -12,6 +12,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import msgspec
 import torch
 
 from sglang_tpla.measure.corpus import Tokenizer
@@ -30,12 +31,11 @@ class Needle:
     tokens: torch.Tensor
 
 
-@dataclass(frozen=True)
-class NeedleResult:
-    """Over the cases of one depth and length: whole answers right, and KL a token of the answer."""
+class NeedleRow(msgspec.Struct, frozen=True):
+    """The cases of one length and depth: shares of whole answers right, and KL a token of the answer."""
 
-    depth: float
     prompt_tokens: int
+    depth: float
     cases: int
     right_mla: float
     right_tpla: float
@@ -71,8 +71,8 @@ def retrieval(
     depths: Sequence[float],
     cases: int,
     seed: int,
-    progress: Callable[[int], None] | None = None,
-) -> list[NeedleResult]:
+    progress: Callable[[int], object] = lambda done: None,
+) -> list[NeedleRow]:
     """Results for every length and depth, ``cases`` needles each."""
     results = []
     for length in lengths:
@@ -91,17 +91,16 @@ def retrieval(
                 tops = answers(model, maps, whole, prompt)
                 right["mla"] += bool((tops[0] == expected).all())
                 right["tpla"] += bool((tops[1] == expected).all())
-                if progress is not None:
-                    progress(1)
+                progress(1)
             results.append(
-                NeedleResult(
-                    depth,
-                    length,
-                    cases,
-                    right["mla"] / cases,
-                    right["tpla"] / cases,
-                    torch.cat(same).mean().item(),
-                    torch.cat(kl).double().mean().item(),
+                NeedleRow(
+                    prompt_tokens=length,
+                    depth=depth,
+                    cases=cases,
+                    right_mla=right["mla"] / cases,
+                    right_tpla=right["tpla"] / cases,
+                    same_top=torch.cat(same).mean().item(),
+                    kl_mean=torch.cat(kl).double().mean().item(),
                 )
             )
     return results

@@ -1,7 +1,8 @@
 """Refuse combinations that cannot work at start, in the first process, with one message each.
 
 The hook is around ``ServerArgs.__post_init__`` in ``sglang/srt/server_args.py``: it checks flags before SGLang rewrites
-them, and the model and the attention backend after SGLang has resolved them.
+them, and the model and the attention backend after SGLang has resolved them. Each check raises one of `REFUSALS`, which
+names what has to go; the process then ends with its text.
 """
 
 from __future__ import annotations
@@ -25,24 +26,17 @@ from sglang_tpla.host.ledger import refuse
 from sglang_tpla.host.model.architectures import check_architectures
 from sglang_tpla.host.model.rows import row_format, sketched
 from sglang_tpla.host.process import artifact, name_server, settings
-from sglang_tpla.reference_model.checkpoint import (
-    Checkpoint,
-    CheckpointError,
-    local_checkpoint,
-)
+from sglang_tpla.reference_model.checkpoint import Checkpoint, CheckpointError, local_checkpoint
 from sglang_tpla.reference_model.config_file import check_query_scaling, language_config, read_whole_config
 from sglang_tpla.transfer.network.security import Security
 from sglang_tpla.transfer.room import TransferError
 
+REFUSALS = (ConfigError, ArtifactError, CheckpointError, AttentionInputError, TransferError)
 SPARSE = "index_topk"  # DSA models (DeepSeek V3.2, GLM-5) carry an indexer over the whole latent
 
 
 def check_server_args(original: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -> None:
-    """Refuse before and after SGLang resolves its arguments; a record that comes resolved has been checked.
-
-    Raises:
-        SystemExit: with the reason.
-    """
+    """Refuse before and after SGLang resolves its arguments; a record that comes resolved has been checked."""
     if compat.is_resolved(self):
         original(self, *args, **kwargs)
         return
@@ -55,16 +49,12 @@ def check_server_args(original: Callable[..., None], self: Any, *args: Any, **kw
         check_config(self.model_path, local_config(self.model_path))
         original(self, *args, **kwargs)
         check_model(compat.resolved(self))
-    except (ConfigError, ArtifactError, CheckpointError, AttentionInputError, TransferError) as error:
+    except REFUSALS as error:
         raise refuse(str(error)) from error
 
 
 def check_flags(args: Any) -> None:
-    """Check the flags alone.
-
-    Raises:
-        ConfigError: naming each flag that has to go, with the reason.
-    """
+    """Check the flags alone."""
     role = settings().role
     if args.disaggregation_mode != role or args.disaggregation_transfer_backend != "tpla":
         raise ConfigError(
@@ -164,11 +154,7 @@ def newer_refusals(args: Any) -> list[tuple[bool, str, str]]:
 
 
 def check_address(args: Any) -> None:
-    """Check that keys can be read, that no plain TCP leaves loopback and that the bootstrap port is free.
-
-    Raises:
-        ConfigError, TransferError: naming the flag that helps.
-    """
+    """Check that keys can be read, that no plain TCP leaves loopback and that the bootstrap port is free."""
     security = Security.from_environment(settings().role)
     if settings().role == "prefill":
         security.check(args.host, "a prefill server on")
@@ -177,11 +163,7 @@ def check_address(args: Any) -> None:
 
 
 def check_bootstrap_port(host: str, port: int) -> None:
-    """Refuse a taken port, with which the server would be healthy while its requests go to another server.
-
-    Raises:
-        ConfigError: a port that is taken.
-    """
+    """Refuse a taken port, with which the server would be healthy while its requests go to another server."""
     from sglang_tpla.host.disaggregation.bootstrap_server import listening, port_taken
 
     try:
@@ -200,9 +182,6 @@ def check_config(model_path: str, config: dict[str, Any]) -> None:
 
     Args:
         config: the model's whole config, in which the language model's may be nested.
-
-    Raises:
-        ConfigError, CheckpointError: quoting the config.
     """
     check_architectures(model_path, config.get("architectures") or ())
     config = language_config(config)
@@ -220,11 +199,7 @@ def check_config(model_path: str, config: dict[str, Any]) -> None:
 
 
 def check_model(args: Any) -> None:
-    """Check the model's config, the artifact and the resolved backend.
-
-    Raises:
-        ConfigError, ArtifactError, CheckpointError, BackendRefusal: with one message.
-    """
+    """Check the model's config, the artifact and the resolved backend."""
     config = compat.model_config(args)
     text = config.hf_text_config
     check_config(args.model_path, {**text.to_dict(), "architectures": config.hf_config.architectures})
@@ -271,9 +246,6 @@ def check_blocks(text: Any, quantization: dict[str, Any] | None, layout: Layout)
 
     SGLang checks that only where it cuts into T parts. There are T/g head shards, for which it would silently take
     scales of other blocks.
-
-    Raises:
-        ConfigError: a head shard that ends inside a block.
     """
     block = (quantization or {}).get("weight_block_size")
     if not block or layout.head_shards == 1:

@@ -1,4 +1,7 @@
-"""Flags that must agree between the processes of one deployment, in the form that each of them takes."""
+"""Flags that must agree between the processes of one deployment, in the form that each of them takes.
+
+Every check raises `ConfigError`, which names the flag and what came.
+"""
 
 from __future__ import annotations
 
@@ -24,22 +27,14 @@ PORTS = ("port", "disaggregation-bootstrap-port", "prometheus-port")
 
 
 def check_ports(role: str, arguments: Sequence[Argument]) -> None:
-    """Refuse ports on which no peer could find the process; 0 would become a port that nobody was told.
-
-    Raises:
-        ConfigError: a port that is no number from 1 to 65535.
-    """
+    """Refuse ports on which no peer could find the process; 0 would become a port that nobody was told."""
     for name in PORTS:
         if has(arguments, name) and not 1 <= (port := integer(arguments, name, 0)) <= LAST_PORT:
             raise ConfigError(f"{role}: --{name} must lie in 1...{LAST_PORT}; got {port}")
 
 
 def check_first_port(port: int) -> None:
-    """Check the router's port, after which the servers' ports are counted.
-
-    Raises:
-        ConfigError: 0, or a port that leaves no room for the others.
-    """
+    """Check the router's port, after which the servers' ports are counted."""
     if not 1 <= port <= LAST_PORT - 4:
         raise ConfigError(
             f"--port must lie in 1...{LAST_PORT - 4}: the router listens there, and prefill, decode, bootstrap server "
@@ -48,11 +43,7 @@ def check_first_port(port: int) -> None:
 
 
 def check_alike(prefill: Sequence[Argument], decode: Sequence[Argument]) -> None:
-    """Check the flags that must have one value on both servers.
-
-    Raises:
-        ConfigError: naming the flag and both values.
-    """
+    """Check the flags that must have one value on both servers."""
     for name in ALIKE:
         first, second = given(prefill, name), given(decode, name)
         if first != second:
@@ -74,11 +65,7 @@ def given(arguments: Sequence[Argument], name: str) -> str | None:
 
 
 def check_settings_alike(prefill: Settings, decode: Settings) -> None:
-    """Check the settings that must have one value on both servers.
-
-    Raises:
-        ConfigError: naming the setting and both values.
-    """
+    """Check the settings that must have one value on both servers."""
     for name in ALIKE_SETTINGS:
         first, second = getattr(prefill, name), getattr(decode, name)
         if first != second:
@@ -89,11 +76,7 @@ def check_settings_alike(prefill: Settings, decode: Settings) -> None:
 
 
 def check_distinct(ports: Mapping[str, int]) -> None:
-    """Check that no two listeners of this machine share a port.
-
-    Raises:
-        ConfigError: naming two listeners that share one.
-    """
+    """Check that no two listeners of this machine share a port."""
     seen: dict[int, str] = {}
     for name, port in ports.items():
         if port in seen:
@@ -102,11 +85,7 @@ def check_distinct(ports: Mapping[str, int]) -> None:
 
 
 def router_key(router: Sequence[Argument], key: str | None) -> list[str]:
-    """The flags with which the router passes the servers' check of the API key.
-
-    Raises:
-        ConfigError: a key of the router's own that differs from theirs.
-    """
+    """The flags with which the router passes the servers' check of the API key."""
     own = value_of(router, "api-key")
     if own is not None and own != key:
         raise ConfigError("--router.api-key must be the servers' --api-key, with which the router asks them")
@@ -114,11 +93,7 @@ def router_key(router: Sequence[Argument], key: str | None) -> list[str]:
 
 
 def for_router(arguments: Sequence[Argument]) -> list[Argument]:
-    """The router's arguments, with IPv6 addresses in the brackets that it needs.
-
-    Raises:
-        ConfigError: a server's address that is no URL.
-    """
+    """The router's arguments, with IPv6 addresses in the brackets that it needs."""
     result = []
     for argument in arguments:
         value = argument.value or ""
@@ -132,11 +107,7 @@ def for_router(arguments: Sequence[Argument]) -> list[Argument]:
 
 
 def check_server_url(name: str, url: str) -> None:
-    """Check a server's address before the router gets it.
-
-    Raises:
-        ConfigError: no URL with a host, or an IPv6 address without brackets.
-    """
+    """Check a server's address before the router gets it."""
     try:
         parts = urlsplit(url)
         good = bool(parts.scheme and parts.hostname) and parts.netloc.count(":") <= 1
@@ -151,11 +122,7 @@ def check_server_url(name: str, url: str) -> None:
 
 
 def check_bootstrap_ports(argument: Argument) -> None:
-    """The port after a prefill server's URL, where one is given.
-
-    Raises:
-        ConfigError: no number from 1 to 65535: every request would be refused for it.
-    """
+    """Check the port after a prefill server's URL, where one is given: with a wrong one every request is refused."""
     for port in argument.tokens[1:]:
         if re.fullmatch(r"-?\d+", port) and not 1 <= int(port) <= LAST_PORT:
             raise ConfigError(

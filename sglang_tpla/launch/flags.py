@@ -66,11 +66,7 @@ def is_flag(token: str) -> bool:
 
 
 def split_tokens(tokens: Iterable[str]) -> list[Argument]:
-    """Group a command line's tokens by flag.
-
-    Raises:
-        ConfigError: a value before any flag.
-    """
+    """Group a command line's tokens by flag."""
     grouped: list[list[str]] = []
     for token in tokens:
         if is_flag(token):
@@ -112,9 +108,6 @@ def from_mapping(values: dict[str, Any], origin: str) -> list[Argument]:
 
     ``true`` is a bare flag, ``false`` and ``null`` are no flag, a list is several values, and a mapping becomes JSON. A
     list under ``prefill`` or ``decode`` repeats the flag for every element.
-
-    Raises:
-        ConfigError: a key that is not a name.
     """
     arguments = []
     for key, value in values.items():
@@ -162,11 +155,7 @@ def has(arguments: Sequence[Argument], name: str) -> bool:
 
 
 def integer(arguments: Sequence[Argument], name: str, default: int) -> int:
-    """A flag's value as a number.
-
-    Raises:
-        ConfigError: a value that is no number.
-    """
+    """A flag's value as a number."""
     value = value_of(arguments, name)
     if value is None:
         return default

@@ -2,7 +2,8 @@
 
 The ``--tpla-*`` flags are the fields of `sglang_tpla.config.Settings`, so a new setting is one line there. A
 configuration file is YAML: it holds the launcher's keys and SGLang's flags by name, those of one role under
-``prefill:``, ``decode:`` and ``router:``. ``environment:`` sets variables that the shell does not set.
+``prefill:``, ``decode:`` and ``router:``. ``environment:`` sets variables that the shell does not set. A mistake
+raises `ConfigError`, which names the value's origin.
 """
 
 from __future__ import annotations
@@ -118,11 +119,7 @@ class Options:
         return {str(name): str(value) for name, value in wanted.items() if name not in self.environ}
 
     def settings(self, role: str) -> Settings:
-        """The settings of a prefill or decode server.
-
-        Raises:
-            ConfigError: a value of the wrong type or out of range, with its origin.
-        """
+        """The settings of a prefill or decode server."""
         chosen: dict[str, Any] = {}
         file_keys = self.file.keys_for(role)
         section_keys = self.file.sections.get(role, {})
@@ -147,11 +144,7 @@ class Options:
 
 
 def check_own_names(names: Sequence[str], origin: str) -> None:
-    """Refuse ``tpla-`` names that do not exist, with the nearest one that does.
-
-    Raises:
-        ConfigError: an unknown name.
-    """
+    """Refuse ``tpla-`` names that do not exist, with the nearest one that does."""
     for name in names:
         if name.startswith(OWN_PREFIX) and name not in SETTING_FIELDS:
             near = difflib.get_close_matches(name, SETTING_FIELDS, n=1)
@@ -161,11 +154,7 @@ def check_own_names(names: Sequence[str], origin: str) -> None:
 
 
 def convert(value: Any, kind: str, origin: str) -> Any:
-    """Convert a setting's value to its type.
-
-    Raises:
-        ConfigError: no value, or one that cannot be read as that type.
-    """
+    """Convert a setting's value to its type."""
     if value is None or isinstance(value, (list, dict, bool)):
         raise ConfigError(f"{origin} needs one value of type {kind.removesuffix(' | None')}; got {value!r}")
     try:
@@ -175,11 +164,7 @@ def convert(value: Any, kind: str, origin: str) -> Any:
 
 
 def read_file(path: str) -> FileSource:
-    """Read a configuration file.
-
-    Raises:
-        ConfigError: no file, no YAML, or no mapping.
-    """
+    """Read a configuration file."""
     try:
         loaded = yaml.safe_load(Path(path).read_text())
     except OSError as error:

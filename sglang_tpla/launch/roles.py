@@ -23,15 +23,7 @@ from sglang_tpla.launch.agreement import (
     for_server,
     router_key,
 )
-from sglang_tpla.launch.flags import (
-    Argument,
-    from_mapping,
-    has,
-    integer,
-    split_tokens,
-    to_tokens,
-    value_of,
-)
+from sglang_tpla.launch.flags import Argument, from_mapping, has, integer, split_tokens, to_tokens, value_of
 from sglang_tpla.launch.options import Options
 from sglang_tpla.reference_model.config_file import read_config
 
@@ -248,9 +240,8 @@ def check_installation(environ: Mapping[str, str] = os.environ) -> None:
     names = {entry.name for entry in importlib.metadata.entry_points(group=PLUGIN_GROUP)}
     if PLUGIN_NAME not in names:
         raise ConfigError(
-            f"{sys.executable} does not show the plug-in {PLUGIN_NAME} to SGLang (entry points "
-            f"{PLUGIN_GROUP}: {sorted(names)}); install this package there, or use "
-            "the interpreter that `make python` prints"
+            f"{sys.executable} does not show the plug-in {PLUGIN_NAME} to SGLang (entry points {PLUGIN_GROUP}: "
+            f"{sorted(names)}); install this package there, or use the interpreter that `make python` prints"
         )
     allowed = environ.get("SGLANG_PLUGINS", "")
     if allowed and PLUGIN_NAME not in [name.strip() for name in allowed.split(",")]:

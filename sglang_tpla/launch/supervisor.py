@@ -120,13 +120,11 @@ class Supervisor:
 
     Args:
         log_dir: folder in which ``ROLE.log`` files stay; None keeps them only when a server fails.
-        environ: environment of the children, before their own changes.
     """
 
-    def __init__(self, log_dir: str | None = None, environ: Mapping[str, str] | None = None) -> None:
+    def __init__(self, log_dir: str | None = None) -> None:
         self.keep_logs = log_dir is not None
         self.log_dir = Path(log_dir) if log_dir else None
-        self.environ = dict(os.environ if environ is None else environ)
         self.children: dict[str, subprocess.Popen[bytes]] = {}
         self._reaper: subprocess.Popen[str] | None = None
         self.folder = Path()
@@ -181,7 +179,7 @@ class Supervisor:
     def start(self, process: Process, name: str | None = None) -> None:
         """Start one process; its name is its role unless given."""
         name = name or process.role
-        environment = process.full_environment(self.environ)
+        environment = process.full_environment(os.environ)
         environment["TMPDIR"] = str(self.folder)
         # When a child dies, its last lines must be in the log.
         environment.setdefault("PYTHONUNBUFFERED", "1")

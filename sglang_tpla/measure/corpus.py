@@ -107,9 +107,8 @@ class Corpus:
         held_out, calibration = ranked[:cut], ranked[cut:]
         if not held_out or not calibration:
             raise CorpusError(
-                f"the corpus {self.name} has {len(self.documents)} document(s), too few to hold some out; "
-                f"give "
-                "more or longer files to --corpus"
+                f"the corpus {self.name} has {len(self.documents)} document(s), too few to hold some out; give more or "
+                "longer files to --corpus"
             )
         return calibration, held_out
 

@@ -88,7 +88,7 @@ def measure(
     prompt_tokens: int,
     *,
     batch: int = 1,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int], object] = lambda done: None,
 ) -> list[DecodeErrors]:
     """Measure the errors of each candidate (maps of every layer) on tokens [sequences, S].
 
@@ -113,8 +113,7 @@ def measure(
             hidden = model.hidden_states(part[:, prompt_tokens:], maps=maps, past=past)
             found = model.logits(hidden).float().log_softmax(-1)
             rows[index].append(tuple(value.cpu() for value in compare(reference, found, following)))
-        if progress is not None:
-            progress(part.numel())
+        progress(part.numel())
     results = []
     for parts in rows:
         kl, nll_mla, nll_tpla, same = (torch.cat(column) for column in zip(*parts, strict=True))

@@ -15,8 +15,9 @@ grow with the text, and the moments of two servers or ranks may be added.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import torch
@@ -66,21 +67,13 @@ class LayerMoments:
 
     def merge(self, other: LayerMoments) -> None:
         """Add the sums of another."""
-        self.latent_sum += other.latent_sum
-        self.latent_outer += other.latent_outer
-        self.query_outer += other.query_outer
-        self.latent_count += other.latent_count
-        self.query_count += other.query_count
+        for name in _NAMES:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
 
     def on_cpu(self) -> LayerMoments:
         """The same sums on the CPU, which makes the maps."""
-        return LayerMoments(
-            self.latent_sum.cpu(),
-            self.latent_outer.cpu(),
-            self.query_outer.cpu(),
-            self.latent_count,
-            self.query_count,
-        )
+        sums = {name: getattr(self, name).cpu() for name in ("latent_sum", "latent_outer", "query_outer")}
+        return replace(self, **sums)
 
     @property
     def mean(self) -> torch.Tensor:
@@ -169,15 +162,8 @@ class Statistics:
         layers = []
         for index in range(count):
             get = {name: tensors[f"layers.{index}.{name}"] for name in _NAMES}
-            layers.append(
-                LayerMoments(
-                    latent_sum=get["latent_sum"],
-                    latent_outer=get["latent_outer"],
-                    query_outer=get["query_outer"],
-                    latent_count=float(get["latent_count"]),
-                    query_count=float(get["query_count"]),
-                )
-            )
+            counts: dict[str, Any] = {name: float(get.pop(name)) for name in ("latent_count", "query_count")}
+            layers.append(LayerMoments(**get, **counts))
         return cls(meta, layers)
 
 
@@ -201,8 +187,7 @@ def combine(parts: Sequence[Statistics]) -> Statistics:
             )
         if len(part.layers) != len(parts[0].layers):
             raise StatisticsError(
-                f"statistics of {len(parts[0].layers)} and of "
-                f"{len(part.layers)} layers cannot be put together"
+                f"statistics of {len(parts[0].layers)} and of {len(part.layers)} layers cannot be put together"
             )
     by_head: dict[int, Statistics] = {}
     for part in parts:
@@ -216,9 +201,8 @@ def combine(parts: Sequence[Statistics]) -> Statistics:
     for part in ordered:
         if part.meta.first_head != expected:
             raise StatisticsError(
-                f"expected statistics of the heads from {expected} on, got "
-                f"those from {part.meta.first_head} on; "
-                "give the files of every tensor-parallel rank"
+                f"expected statistics of the heads from {expected} on, got those from {part.meta.first_head} on; give "
+                "the files of every tensor-parallel rank"
             )
         expected += part.layers[0].query_outer.shape[0]
     whole = ordered[0]
@@ -231,7 +215,7 @@ def combine(parts: Sequence[Statistics]) -> Statistics:
 
 
 def collect(
-    model: PlainModel, batches: Sequence[torch.Tensor], progress: Callable[[int], None] | None = None
+    model: PlainModel, batches: Sequence[torch.Tensor], progress: Callable[[int], object] = lambda done: None
 ) -> list[LayerMoments]:
     """Stream the moments of every layer over token batches [B, S]; ``progress`` gets the number of tokens done.
 
@@ -252,11 +236,9 @@ def collect(
         for layer, data in walk(model, whole):
             for latent, q_nope in zip(data.latent, data.q_nope, strict=True):
                 moments[layer].update(latent, q_nope.transpose(0, 1))
-            if progress is not None:
-                progress(whole.numel() // spec.layers)
+            progress(whole.numel() // spec.layers)
         return [part.on_cpu() for part in moments]
     for tokens in batches:
         model.hidden_states(tokens.to(model.device), observer=observe)
-        if progress is not None:
-            progress(tokens.numel())
+        progress(tokens.numel())
     return [part.on_cpu() for part in moments]

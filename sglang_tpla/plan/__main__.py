@@ -86,10 +86,7 @@ def parser() -> argparse.ArgumentParser:
         "--memory-fraction", type=float, default=0.88, help="of a GPU, for weights and cache (default 0.88)"
     )
     p.add_argument(
-        "--margin",
-        type=float,
-        default=0.05,
-        help="what TPLA must gain over exact methods (default 0.05)",
+        "--margin", type=float, default=0.05, help="what TPLA must gain over exact methods (default 0.05)"
     )
     p.add_argument("--map", action="store_true", help="batch x context: the fastest method")
     p.add_argument("--json", action="store_true", help="everything as JSON")

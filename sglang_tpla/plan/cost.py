@@ -306,9 +306,8 @@ def rank_work(
     ranks, groups = method.ranks, method.groups
     heads = model.heads if method.kind == "dp" else Layout(ranks, groups, model.heads).local_heads
     batch = math.ceil(load.batch / ranks) if method.kind == "dp" else load.batch
-    ours = method.kind == "tpla" and (
-        groups > 1 or method.rows != "plain"
-    )  # one group of plain rows is plain MLA
+    # one group of plain rows is plain MLA
+    ours = method.kind == "tpla" and (groups > 1 or method.rows != "plain")
     kept = served_rows(model, method, heads, capability) if ours else whole_rows(model, precision, capability)
     width, kernel, row_bytes = kept.width, kept.kernel, kept.row_bytes
     read_heads = model.heads if method.kind == "dcp" else heads
@@ -345,9 +344,7 @@ def rank_work(
         ),
         absorbed("value", model.value_dim, width),
         gemm(
-            "output",
-            out_heads * model.output_parameters_a_head,
-            model.hidden + out_heads * model.value_dim,
+            "output", out_heads * model.output_parameters_a_head, model.hidden + out_heads * model.value_dim
         ),
     ]
     vector = rows * _BF16_BYTES

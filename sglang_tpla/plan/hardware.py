@@ -220,11 +220,7 @@ GPUS = {
 }
 LINKS = {
     link.name: link
-    for link in (
-        Link("nvlink", 10e-6, 360e9),
-        Link("pcie", 30e-6, 40e9),
-        Link("ethernet-400", 40e-6, 45e9),
-    )
+    for link in (Link("nvlink", 10e-6, 360e9), Link("pcie", 30e-6, 40e9), Link("ethernet-400", 40e-6, 45e9))
 }
 
 

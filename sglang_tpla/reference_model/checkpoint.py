@@ -48,8 +48,7 @@ class Checkpoint:
         files = sorted(self.path.glob("*.safetensors"))
         if not files:
             raise CheckpointError(
-                f"expected *.safetensors in {self.path}, found none; convert the checkpoint to safetensors "
-                f"first"
+                f"expected *.safetensors in {self.path}, found none; convert the checkpoint to safetensors first"
             )
         names: dict[str, str] = {}
         for file in files:
@@ -65,8 +64,7 @@ class Checkpoint:
             if name.endswith(_ATTENTION_PROBE):
                 return name[: -len(_ATTENTION_PROBE)]
         raise CheckpointError(
-            f"{self.path} has no tensor named *{_ATTENTION_PROBE}: not a model with multi-head latent "
-            f"attention "
+            f"{self.path} has no tensor named *{_ATTENTION_PROBE}: not a model with multi-head latent attention "
             "(expected a DeepSeek V2/V3 or Kimi K2 shaped checkpoint)"
         )
 
@@ -131,9 +129,8 @@ def dequantise_blocks(weight: torch.Tensor, scale: torch.Tensor, block: tuple[in
     expected = (-(-weight.shape[0] // block[0]), -(-weight.shape[1] // block[1]))
     if tuple(scale.shape) != expected:
         raise CheckpointError(
-            f"expected block scales of shape {expected} for a weight {tuple(weight.shape)} in blocks "
-            f"{block}, "
-            f"got {tuple(scale.shape)}"
+            f"expected block scales of shape {expected} for a weight {tuple(weight.shape)} in blocks {block}, got "
+            f"{tuple(scale.shape)}"
         )
     rows = scale.float().repeat_interleave(block[0], 0)[: weight.shape[0]]
     return weight.float() * rows.repeat_interleave(block[1], 1)[:, : weight.shape[1]]

@@ -5,7 +5,8 @@
 - The rotary embedding stands in ``rope_theta`` and ``rope_scaling`` (transformers 4) or in ``rope_parameters`` (5);
   a file may have both, one of them null.
 
-Nothing here imports torch, so that the launcher can read a config too.
+A file that is none, or a value of another type, raises `CheckpointError`. Nothing here imports torch, so that the
+launcher can read a config too.
 """
 
 from __future__ import annotations
@@ -26,20 +27,12 @@ class CheckpointError(SglangTplaError, ValueError):
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
-    """The language model's configuration in a file, or in a checkpoint's folder, in one form.
-
-    Raises:
-        CheckpointError: no file, no JSON, or no object.
-    """
+    """The language model's configuration in a file, or in a checkpoint's folder, in one form."""
     return language_config(read_whole_config(path))
 
 
 def read_whole_config(path: str | Path) -> dict[str, Any]:
-    """The configuration as the file has it, a wrapper's included.
-
-    Raises:
-        CheckpointError: no file, no JSON, or no object.
-    """
+    """The configuration as the file has it, a wrapper's included."""
     path = Path(path)
     path = path / "config.json" if path.is_dir() else path
     if not path.is_file():
@@ -71,11 +64,7 @@ def language_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def rope_scaling(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The stretch of the rotary embedding, ``rope_scaling`` or ``rope_parameters``, without null keys.
-
-    Raises:
-        CheckpointError: neither null nor an object.
-    """
+    """The stretch of the rotary embedding, ``rope_scaling`` or ``rope_parameters``, without null keys."""
     found = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if not isinstance(found, Mapping):
         raise CheckpointError(f"expected rope_scaling to be a mapping, got {found!r}")
@@ -103,11 +92,7 @@ def check_query_scaling(config: Mapping[str, Any]) -> None:
 
 
 def rope_theta(config: Mapping[str, Any]) -> float:
-    """The rotary embedding's base, from the config or from its ``rope_parameters``.
-
-    Raises:
-        CheckpointError: no number above 0.
-    """
+    """The rotary embedding's base, from the config or from its ``rope_parameters``."""
     theta = config.get("rope_theta")
     for name in ("rope_scaling", "rope_parameters"):
         part = config.get(name)

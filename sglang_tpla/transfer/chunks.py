@@ -30,12 +30,7 @@ def share_of(layers: int, index: int, count: int) -> range:
 
 
 def cut(
-    first_layer: int,
-    widths: Sequence[int],
-    first_token: int,
-    tokens: int,
-    item_bytes: int,
-    max_bytes: int,
+    first_layer: int, widths: Sequence[int], first_token: int, tokens: int, item_bytes: int, max_bytes: int
 ) -> list[Rectangle]:
     """Rectangles of at most ``max_bytes`` that cover ``tokens`` rows of ``widths`` values in every layer.
 

@@ -1,5 +1,4 @@
-"""The wire format: one header frame, and for some messages one payload frame (PROTOCOL.md is the
-specification).
+"""The wire format: one header frame, and for some messages one payload frame (PROTOCOL.md is the specification).
 
 A header is ``b"TPLA"``, the framing version, a digest of the rest, and one msgpack array: a message tag, then the
 message's fields in order. The digest is what keeps a flipped bit in, say, ``first_token`` from writing good rows to a
@@ -22,13 +21,13 @@ PROTOCOL_VERSIONS = (3, 3)  # lowest and highest protocol version this release s
 PREFIX = b"TPLA" + bytes([FRAMING_VERSION])
 HEAD_BYTES = len(PREFIX) + 8  # and the digest
 MAX_HEADER_BYTES = 64 << 10
-CHANNEL_COOKIE_BYTES = 16
+CHANNEL_TOKEN_BYTES = 16
 CHANNEL_KEY_BYTES = 32  # AES-256
 CHECKSUM_BYTES = 8
 MAX_LAYERS = 1024
 MAX_PROJECTION_BYTES = 64 << 20  # one layer's matrix: 4096 x 4096 float32
 MAX_METADATA_BYTES = 16 << 20
-MAX_NEIGHBOURS = 256
+MAX_COLOCATED = 256
 MAX_OFFSETS = 4096
 OPENED, DAMAGED = b"", b"damaged"  # instead of a checksum: what a sealed chunk's tag has shown
 MAX_ROOMS = 4096  # in one Expected
@@ -44,7 +43,7 @@ Bitmap = Annotated[bytes, Meta(max_length=16 << 10)]
 Digest = Annotated[bytes, Meta(min_length=CHECKSUM_BYTES, max_length=CHECKSUM_BYTES)]
 Port = Annotated[int, Meta(ge=1, le=65535)]
 Key = Annotated[bytes, Meta(min_length=CHANNEL_KEY_BYTES, max_length=CHANNEL_KEY_BYTES)]
-Cookie = Annotated[bytes, Meta(min_length=CHANNEL_COOKIE_BYTES, max_length=CHANNEL_COOKIE_BYTES)]
+ChannelToken = Annotated[bytes, Meta(min_length=CHANNEL_TOKEN_BYTES, max_length=CHANNEL_TOKEN_BYTES)]
 
 
 class FrameError(SglangTplaError, ValueError):
@@ -72,14 +71,14 @@ class CacheLayout(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_f
     metadata_bytes: Annotated[tuple[Small, ...], Meta(max_length=64)]
 
 
-class Arena(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+class Segment(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """Anonymous shared memory of an agent, which a process of the same host and user can map."""
 
     agent: Name
     pid: Positive
     descriptor: Small
     size_bytes: Count
-    cookie: Digest
+    token: Digest
 
 
 class DataChannel(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -88,7 +87,7 @@ class DataChannel(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_f
     """
 
     port: Port
-    cookie: Cookie
+    token: ChannelToken
     key: Key | None
 
 
@@ -105,7 +104,7 @@ class Hello(_Message, frozen=True, tag=1):
     layout: CacheLayout
     projection: Name
     common: Name
-    arena: Arena | None
+    segment: Segment | None
 
 
 class Welcome(_Message, frozen=True, tag=2):
@@ -120,7 +119,7 @@ class Welcome(_Message, frozen=True, tag=2):
     first_layer: Small
     layers: Positive
     need_projection: bool
-    arena: Arena | None
+    segment: Segment | None
     data: DataChannel
     age_ms: Count
     context_tokens: Small
@@ -191,7 +190,7 @@ class Credit(_Message, frozen=True, tag=10):
 class Chunk(_Message, frozen=True, tag=11):
     """prefill -> decode, payload: rows of some layers and tokens, layer by layer, token by token.
 
-    With ``relay`` the receiver also keeps the payload in its arena, for its neighbours, and answers `Stored`.
+    With ``relay`` the receiver also keeps the payload in its segment for its colocated ranks, and answers `Stored`.
     """
 
     room: Count
@@ -225,9 +224,7 @@ class Nack(_Message, frozen=True, tag=13):
 
 
 class Finish(_Message, frozen=True, tag=14):
-    """prefill -> decode, payload metadata row: nothing more comes after ``chunks`` chunks of ``tokens``
-    tokens.
-    """
+    """prefill -> decode, payload metadata row: nothing more comes after ``chunks`` chunks of ``tokens`` tokens."""
 
     room: Count
     generation: Count
@@ -263,22 +260,22 @@ class Goodbye(_Message, frozen=True, tag=18):
     reason: Sentence
 
 
-class Neighbours(_Message, frozen=True, tag=19):
+class Colocated(_Message, frozen=True, tag=19):
     """prefill -> decode: the other registered ranks of your host, whole list; answered with Mapped."""
 
     number: Count
-    arenas: Annotated[tuple[Arena, ...], Meta(max_length=MAX_NEIGHBOURS)]
+    segments: Annotated[tuple[Segment, ...], Meta(max_length=MAX_COLOCATED)]
 
 
 class Mapped(_Message, frozen=True, tag=20):
-    """decode -> prefill: the agents whose arenas this rank can read, whole list."""
+    """decode -> prefill: the agents whose segments this rank can read, whole list."""
 
     number: Count
-    agents: Annotated[tuple[Name, ...], Meta(max_length=MAX_NEIGHBOURS + 1)]
+    agents: Annotated[tuple[Name, ...], Meta(max_length=MAX_COLOCATED + 1)]
 
 
 class Share(_Message, frozen=True, tag=21):
-    """prefill -> decode: a chunk whose payload lies in an arena that this rank has mapped."""
+    """prefill -> decode: a chunk whose payload lies in a segment that this rank has mapped."""
 
     room: Count
     generation: Count
@@ -295,7 +292,7 @@ class Share(_Message, frozen=True, tag=21):
 
 
 class Stored(_Message, frozen=True, tag=22):
-    """decode -> prefill: this chunk is in the pool, and at ``offset`` of this rank's arena until released."""
+    """decode -> prefill: this chunk is in the pool, and at ``offset`` of this rank's segment until released."""
 
     room: Count
     generation: Count
@@ -305,14 +302,13 @@ class Stored(_Message, frozen=True, tag=22):
 
 
 class Release(_Message, frozen=True, tag=23):
-    """prefill -> decode: nobody reads these places of the arena any more."""
+    """prefill -> decode: nobody reads these places of the segment any more."""
 
     offsets: Annotated[tuple[Count, ...], Meta(min_length=1, max_length=MAX_OFFSETS)]
 
 
 class Resume(_Message, frozen=True, tag=24):
-    """decode -> prefill, after a Request that repeats the first one: go on with this room on a new
-    connection.
+    """decode -> prefill, after a Request that repeats the first one: go on with this room on a new connection.
 
     ``applied`` has a bitmap for each part: bit ``s % 8`` of byte ``s // 8`` is set for chunks in the pool.
     ``credit_bytes`` is where both sides count chunk bytes from.
@@ -356,7 +352,7 @@ Message: TypeAlias = (
     | Abort
     | Registered
     | Goodbye
-    | Neighbours
+    | Colocated
     | Mapped
     | Share
     | Stored

@@ -108,9 +108,8 @@ class AgentPublisher:
                 gauge.labels(*labels).set(getattr(stats, name))
             for name, counter in self._counters.items():
                 key, value = (name, *labels), float(getattr(stats, name))
-                series = counter.labels(
-                    *labels
-                )  # there from the first copy on: rates need the zero before a one
+                # there from the first copy on: rates need the zero before a one
+                series = counter.labels(*labels)
                 if value > (told := self._told.get(key, 0.0)):
                     series.inc(value - told)
                     self._told[key] = value

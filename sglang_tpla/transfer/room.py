@@ -15,6 +15,7 @@ class TransferError(SglangTplaError, RuntimeError):
 
 
 MAX_ROOM_ID = 2**63 - 1
+REFUSED = "refused the request: "  # in a reason: the request cannot be served as it is, which its client is told (400)
 MAX_REMEMBERED = 65536  # in a table of what has ended
 
 
@@ -26,15 +27,15 @@ def remember(table: OrderedDict[Any, Any], key: object, value: object) -> None:
         table.popitem(last=False)
 
 
-def check_room(room: int) -> None:
+def check_room_id(room_id: int) -> None:
     """Refuse a room id that no message can carry.
 
     Raises:
         TransferError: naming the range.
     """
-    if not isinstance(room, int) or not 0 <= room <= MAX_ROOM_ID:
+    if not isinstance(room_id, int) or not 0 <= room_id <= MAX_ROOM_ID:
         raise TransferError(
-            f"a room id (bootstrap_room) must be an integer in 0...{MAX_ROOM_ID}; got {room!r}"
+            f"a room id (bootstrap_room) must be an integer in 0...{MAX_ROOM_ID}; got {room_id!r}"
         )
 
 
@@ -73,9 +74,8 @@ class RoomState(enum.IntEnum):
 
 @dataclass(frozen=True)
 class TransferMetric:
-    """One room so far: payload bytes that moved (on prefill once for each host), how many of them through
-    shared memory instead of the network, seconds from first send (or request) to the end, chunks, tokens,
-    resends.
+    """One room so far: payload bytes that moved (on prefill once for each host), how many of them through shared memory
+    instead of the network, seconds from first send (or request) to the end, chunks, tokens, resends.
     """
 
     wire_bytes: int = 0

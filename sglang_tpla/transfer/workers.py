@@ -15,15 +15,15 @@ import time
 import uuid
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import zmq
 
 from sglang_tpla.config import Settings
-from sglang_tpla.transfer import messages as frames
-from sglang_tpla.transfer.memory.shared_memory import SharedSegment, host_identity, make_arena
+from sglang_tpla.transfer import messages
+from sglang_tpla.transfer.memory.shared_memory import SharedSegment, host_identity, make_segment
 from sglang_tpla.transfer.network.event_loop import IoLoop
-from sglang_tpla.transfer.room import RoomState, TransferError
+from sglang_tpla.transfer.room import RoomState, TransferError, TransferMetric
 
 FIRST_SLOTS = 2  # of staging, reserved at the start
 # Threads that make or write chunks. More are slower: each call into torch gives the interpreter away, all wait for it
@@ -73,13 +73,13 @@ class Workers:
         names = [f"tpla-{self.role}-{name}-{self.rank}-{number}" for number in range(count)]
         return [threading.Thread(target=self._run, args=(run,), name=name, daemon=True) for name in names]
 
-    def make_arena(self) -> SharedSegment | None:
+    def make_segment(self) -> SharedSegment | None:
         """Return shared memory for staging, with a few slots reserved; None if settings or system have none."""
         if not self.settings.shared_memory:
             return None
         slots = self.settings.staging_bytes // self.chunk_bytes
         reserved_bytes = min(slots, FIRST_SLOTS) * self.chunk_bytes
-        return make_arena(self.agent_id, slots * self.chunk_bytes, reserved_bytes, self.log)
+        return make_segment(self.agent_id, slots * self.chunk_bytes, reserved_bytes, self.log)
 
     def host_identity(self, given: str | None) -> str:
         """Return a text that tells hosts apart; it is unlike all others where shared memory is not wanted."""
@@ -192,17 +192,17 @@ class Workers:
 
     def parse(
         self, parts: list[zmq.Frame], sender: str, on_other_version: Callable[[str], None]
-    ) -> tuple[frames.Message, zmq.Frame | None] | None:
+    ) -> tuple[messages.Message, zmq.Frame | None] | None:
         """Return the header and the payload of a message, or None after counting and logging a malformed one."""
         try:
             if not 1 <= len(parts) <= 2:
-                raise frames.FrameError(
+                raise messages.FrameError(
                     f"a message has a header and at most one payload; got {len(parts)} frames"
                 )
-            message = frames.decode(parts[0].buffer, len(parts) == 2)
-        except frames.FrameError as error:
+            message = messages.decode(parts[0].buffer, len(parts) == 2)
+        except messages.FrameError as error:
             self.drop("malformed_dropped", f"malformed frame from {sender}: {error}")
-            if isinstance(error, frames.FramingVersionError):
+            if isinstance(error, messages.FramingVersionError):
                 on_other_version(str(error))
             return None
         return message, parts[1] if len(parts) == 2 else None
@@ -213,9 +213,25 @@ class Workers:
         self.transfer_seconds += seconds
         self.durations.append(seconds)
 
-    def log_transfer(self, **fields: Any) -> None:
+    def log_transfer(
+        self, room_id: int, room: AnyRoom, peers: list[str], metric: TransferMetric, **more: float
+    ) -> None:
         """Log one line for a transfer that ended; ``at`` is the time of day in seconds since 1970."""
-        line = {"role": self.role, "rank": self.rank, "at": round(time.time(), 6), **fields}
+        line = {
+            "role": self.role,
+            "rank": self.rank,
+            "at": round(time.time(), 6),
+            "room": room_id,
+            "peer": peers,
+            "tokens": metric.tokens,
+            "chunks": metric.chunks,
+            "bytes": metric.wire_bytes,
+            "shared_memory_bytes": metric.shared_memory_bytes,
+            "seconds": round(metric.seconds, 6),
+            **more,
+            "result": "success" if room.state is RoomState.SUCCESS else room.reason,
+            "resent": metric.resent,
+        }
         self.log.info("transfer %s", json.dumps(line))
 
 
@@ -239,6 +255,17 @@ def opened(rooms: Mapping[int, RoomT], room_id: int, role: str, rank: int) -> Ro
     if room is None:
         raise TransferError(f"room {room_id} is not open on {role} rank {rank}; call open_room first")
     return room
+
+
+def check_closed(rooms: Mapping[int, AnyRoom], room_id: int, role: str, rank: int) -> None:
+    """Refuse to open a room that is open and has not ended.
+
+    Raises:
+        TransferError: it is.
+    """
+    room = rooms.get(room_id)
+    if room is not None and not room.state.ended:
+        raise TransferError(f"room {room_id} is open on {role} rank {rank}; close it before opening it anew")
 
 
 def seconds_since(start: float | None, end: float) -> float:

@@ -142,9 +142,8 @@ class Faulty:
     single: Server
     proxies: list[FaultProxy]
     door: FaultProxy  # to the bootstrap server
-    expected: dict[str, list[Answer]] = field(
-        default_factory=dict
-    )  # by decode server, in the order of PROMPTS
+    # by decode server, in the order of PROMPTS
+    expected: dict[str, list[Answer]] = field(default_factory=dict)
 
     @classmethod
     @contextlib.contextmanager
@@ -157,7 +156,7 @@ class Faulty:
                            str(ports[1]), "--chunked-prefill-size", "128", "--tp", "2", *TRANSFER,
                            "--tpla-listen-port", str(listen), "--tpla-advertise", f"127.0.0.1:{shown}",
                            *prefill_arguments)  # fmt: skip
-        prefill.largest_file_bytes = 128 << 20  # less than an arena: all it sends goes through the proxies
+        prefill.largest_file_bytes = 128 << 20  # less than a segment: all it sends goes through the proxies
         pool = ("--max-total-tokens", str(POOL_TOKENS))
         decode = launcher("decode", model, ports[2], logs / "faulty-decode.log", "--tp", "2", "--tpla-groups", "2",
                           "--tpla-artifact", artifact, *TRANSFER, *pool)  # fmt: skip

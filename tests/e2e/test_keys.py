@@ -51,7 +51,7 @@ def keyed(nano_mla: str, logs: Path, tmp_path_factory: pytest.TempPathFactory) -
         keys.main([str(folder)])
     prefill = launcher("prefill", nano_mla, ports[0], logs / "keyed-prefill.log", "--disaggregation-bootstrap-port",
                        str(ports[1]), "--tpla-keys", str(folders[0]), host=address)  # fmt: skip
-    prefill.largest_file_bytes = 128 << 20  # less than an arena: all rows go through the data channel
+    prefill.largest_file_bytes = 128 << 20  # less than a segment: all rows go through the data channel
     decode, stranger = (
         launcher("decode", nano_mla, port, logs / f"{name}.log", "--tpla-keys", str(folder))
         for name, port, folder in zip(("keyed-decode", "stranger"), ports[2:4], folders, strict=True)

@@ -54,9 +54,8 @@ def test_one_group_gives_stock_tokens_and_logprobs(
         for step, (left, right) in enumerate(zip(top_logprobs(stock), top_logprobs(ours), strict=True)):
             for token in left.keys() & right.keys():
                 assert left[token] == pytest.approx(right[token], abs=1e-4), f"prompt {number}, step {step}"
-            assert len(left.keys() & right.keys()) >= len(left) - 1, (
-                f"prompt {number}, step {step}"
-            )  # a tie at the end
+            # a tie at the end
+            assert len(left.keys() & right.keys()) >= len(left) - 1, f"prompt {number}, step {step}"
 
 
 @pytest.mark.parametrize("characters", [30, 500, 5000])

@@ -8,19 +8,19 @@ from functools import partial
 import atheris
 
 with atheris.instrument_imports(include=["sglang_tpla.transfer"]):
-    from sglang_tpla.transfer import messages as frames
+    from sglang_tpla.transfer import messages
     from tests.wire import simulation
 
 
 def decode_frames(data: bytes) -> None:
     """Any bytes are a message that encodes to itself, or a `FrameError`; sealed, so that the digest stops nothing."""
-    for header in (data, frames.seal(data)):
+    for header in (data, messages.seal(data)):
         for has_payload in (False, True):
             try:
-                message = frames.decode(header, has_payload)
-            except frames.FrameError:
+                message = messages.decode(header, has_payload)
+            except messages.FrameError:
                 continue
-            again = frames.decode(frames.encode(message), has_payload)
+            again = messages.decode(messages.encode(message), has_payload)
             if again != message:
                 raise AssertionError(f"{message} came back as {again}")
 

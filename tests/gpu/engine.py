@@ -38,10 +38,8 @@ ENV = {
     "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
     "NVSHMEM_DISABLE_NVLS": "1",
 }
-GLOO_ENV = {
-    "ONE_GPU": "gloo",
-    "SGLANG_NCCL_SO_PATH": "no-nccl-on-one-gpu",
-}  # NCCL refuses two ranks on one device
+# NCCL refuses two ranks on one device
+GLOO_ENV = {"ONE_GPU": "gloo", "SGLANG_NCCL_SO_PATH": "no-nccl-on-one-gpu"}
 # A dozen schedulers that spin while they are idle would leave no core to those that work.
 SERVER = (
     "--grammar-backend",

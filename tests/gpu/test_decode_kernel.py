@@ -97,9 +97,8 @@ def test_newest_rows_may_be_written_by_the_kernel_before() -> None:
     shape = DecodeShape(128, 16, query_len=4, page_size=64)
     case = random_case(shape, [900, 316, 70], 14)
     page = case.table.indices[case.table.starts[1] + 316 // 64].item()
-    rows = case.kv_cache[
-        page * 64 + 56 : page * 64 + 64
-    ]  # tokens 312 to 315, and four slots that nothing uses
+    # tokens 312 to 315, and four slots that nothing uses
+    rows = case.kv_cache[page * 64 + 56 : page * 64 + 64]
     kernel = HopperDecode(shape, SCALE, 3, DEVICE)
     kernel.plan(case.table, case.lengths)
     out = torch.empty_like(case.q_latent)

@@ -123,10 +123,8 @@ def test_sketched_rows_and_accounting(fp8_hooks: Any, with_artifact: bool) -> No
     sizes = [200] * LAYERS  # 128 + 2 * 32 + 8
     if with_artifact:
         kinds = [SketchedRows.of(LATENT, 2, 32, ROPE, sketch_bits=bits) for bits in (4, 2, 4)]
-        fp8_hooks.artifact, sizes = (
-            artifact_of((80,) * LAYERS, kinds),
-            [176, 164, 176],
-        )  # 80 + 64 + 24 or 12 + 8
+        # 80 + 64 + 24 or 12 + 8
+        fp8_hooks.artifact, sizes = (artifact_of((80,) * LAYERS, kinds), [176, 164, 176])
     else:
         fp8_hooks.rows = "sketched"
     dtype = torch.float8_e4m3fn

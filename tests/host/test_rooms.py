@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from sglang_tpla.transfer.room import RoomState
 from tests.wire import rig
 
 
@@ -29,7 +28,7 @@ def test_a_room_that_has_ended_is_its_requests_until_it_is_cleared() -> None:
 
     with contextlib.closing(rig.prefill_rank().agent) as agent:
         manager = SimpleNamespace(
-            agent=agent, rooms_taken=set(), request_status={}, nap_if_idle=lambda room: None
+            agent=agent, rooms_taken=set(), request_status={}, nap_if_idle=lambda room: None, attn_tp_rank=0
         )
         first, second = request(manager, 7), request(manager, 7)
         first._open()
@@ -51,28 +50,17 @@ def test_a_room_that_has_ended_is_its_requests_until_it_is_cleared() -> None:
 def test_a_prefix_sent_ahead_is_read_when_its_event_says_so() -> None:
     """SGLang leaves an event on the sender for pages that the step before may still write."""
     prefill, decode = rig.prefill_rank(), rig.decode_rank()
-    source, target = rig.pages(0, 4), rig.pages(1, 4)
-    right = [layer.clone() for layer in prefill.pool.layers]
-    waited = []
-
-    class Written:
-        def synchronize(self) -> None:
-            waited.append(True)
-            for layer, rows in zip(prefill.pool.layers, right, strict=True):
-                layer.copy_(rows)
-
-    with contextlib.closing(prefill.agent), contextlib.closing(decode.agent):
-        for layer in prefill.pool.layers:
-            layer.zero_()
+    source, target, written = rig.pages(0, 4), rig.pages(1, 4), rig.WrittenLater(prefill)
+    with rig.serving(prefill, decode):
         manager = SimpleNamespace(agent=prefill.agent, rooms_taken=set())
         sender = sender_of(manager, room=1, pages=4)
         rig.ask(decode, [prefill.peer], 1, target)
-        sender._early_send_wait_event = Written()
+        sender._early_send_wait_event = written
         sender.send(source[:3], num_kv_tokens=3 * rig.PAGE)
         assert sender._early_send_wait_event is None  # the rest of the prompt is this step's own
         sender.send(source[3:], num_kv_tokens=rig.PAGE)
-        assert rig.ended(decode.agent, 1) is RoomState.SUCCESS, decode.agent.failure(1)
-        assert waited
+        rig.succeed(1, decode)
+        assert written.waited
         rig.check_rows(prefill, decode, source, target, 4 * rig.PAGE)
         sender._end("over")
 

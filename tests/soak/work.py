@@ -16,20 +16,8 @@ from tests.e2e.traffic import Answer, Route
 
 # Greedy tokens depend on the batch where two are as good as equal: prompts on whose way that happens are left out.
 CLEAR = 0.02  # in log-probability, between the best token and the next
-LENGTHS = (
-    1,
-    12,
-    40,
-    90,
-    200,
-    400,
-    900,
-    1800,
-    3500,
-    5000,
-    7000,
-    9_000,
-)  # characters; the first one: one token; the last ones, with the 512 that SGLang keeps free, fit into a decode pool
+# characters; the first one: one token; the last ones, with the 512 that SGLang keeps free, fit into a decode pool
+LENGTHS = (1, 12, 40, 90, 200, 400, 900, 1800, 3500, 5000, 7000, 9_000)
 FAMILIES, SIBLINGS = 3, 3  # prompts that share a long beginning
 TOKENS = (1, 4, 9, 16, 32)
 GRACE_S = 20.0  # what a fault began may fail as long after its end

@@ -1,6 +1,4 @@
-"""The kernel compiles for Hopper without a GPU, fits its shared memory, and keeps its accumulators in
-registers.
-"""
+"""The kernel compiles for Hopper without a GPU, fits its shared memory, and keeps its accumulators in registers."""
 
 import re
 

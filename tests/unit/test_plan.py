@@ -18,12 +18,7 @@ FREE_LINK = Link("free", 0.0, 1e18)
 BF16, FP8 = Precision(), Precision(weights="fp8")
 # A GPU where only bytes cost: 1 TB/s, no overhead.
 BYTES_ONLY = Gpu(
-    "bytes",
-    1e12,
-    (9, 0),
-    1e12,
-    1e15,
-    MappingProxyType({kind: Rate(0.0, 1e12, 1e30) for kind in H200.rates}),
+    "bytes", 1e12, (9, 0), 1e12, 1e15, MappingProxyType({kind: Rate(0.0, 1e12, 1e30) for kind in H200.rates})
 )
 
 

@@ -10,14 +10,14 @@ import pytest
 import torch
 
 from sglang_tpla.config import Settings
-from sglang_tpla.transfer import messages as frames
+from sglang_tpla.transfer import messages
 from sglang_tpla.transfer.memory.iovec import Slots
 from sglang_tpla.transfer.memory.pool import CachePool
 from sglang_tpla.transfer.memory.staging import Staging
 from sglang_tpla.transfer.prefill.ended_rooms import EndedRooms
 from sglang_tpla.transfer.prefill.lanes import Lanes
 from sglang_tpla.transfer.prefill.rooms import Rooms
-from sglang_tpla.transfer.prefill.state import Outgoing, Peer, Room, Segment, SenderProjection
+from sglang_tpla.transfer.prefill.state import Outgoing, Peer, Room, SenderProjection, Span
 from sglang_tpla.transfer.room import RoomState
 
 LAYERS, WIDTH, ROPE, PAGE, CHUNK_BYTES = 2, 4, 2, 4, 4 * 6 * 4
@@ -31,14 +31,14 @@ class Rank:
         pool = CachePool([torch.zeros(8 * PAGE, WIDTH + ROPE) for _ in range(LAYERS)], WIDTH, ROPE, PAGE)
         self.out, self.peers, self.counts = Outgoing(), dict[bytes, Peer](), Counter[str]()
         self.ended: list[Room] = []
-        layout = frames.CacheLayout(
+        layout = messages.CacheLayout(
             first_layer=0, latent_dim=WIDTH, rope_dim=ROPE, dtype="float32", page_size=PAGE, widths=pool.widths,
             shared=pool.row_format.shared, metadata_bytes=(),
         )  # fmt: skip
         for name in names:
-            hello = frames.Hello(
-                versions=frames.PROTOCOL_VERSIONS, agent=name, model_hash="m", rank=0, size=len(names), host="far",
-                max_chunk_bytes=CHUNK_BYTES, layout=layout, projection="", common="", arena=None,
+            hello = messages.Hello(
+                versions=messages.PROTOCOL_VERSIONS, agent=name, model_hash="m", rank=0, size=len(names), host="far",
+                max_chunk_bytes=CHUNK_BYTES, layout=layout, projection="", common="", segment=None,
             )  # fmt: skip
             peer = Peer(name.encode(), hello, 0.0, pool.row_format, pool.row_format)
             peer.projection, peer.maps_answered, peer.mapped = PLAIN, 0, frozenset(names)
@@ -63,8 +63,8 @@ class Rank:
 
     def send_all(self, room_id: int, now: float = 0.0) -> None:
         """One page of rows, the last."""
-        segment = Segment(0, Slots(np.arange(PAGE)), (), in_place=False)
-        self.rooms.send(self.rooms.table[room_id], segment, True, b"row", now)
+        span = Span(0, Slots(np.arange(PAGE)), (), in_place=False)
+        self.rooms.send(self.rooms.table[room_id], span, True, b"row", now)
 
     def chunks(self) -> list[tuple[int, list[str]]]:
         """All that can go now: sequence, and the ranks that each chunk travels to."""
@@ -81,9 +81,9 @@ class Rank:
 PLAIN = SenderProjection(None)
 
 
-def request(ranks: int) -> frames.Request:
+def request(ranks: int) -> messages.Request:
     """For room 1, which so many decode ranks ask for."""
-    return frames.Request(1, 5, ranks, 0, PAGE, False, 0, 1)
+    return messages.Request(1, 5, ranks, 0, PAGE, False, 0, 1)
 
 
 def test_a_room_from_its_request_to_its_end() -> None:
@@ -96,13 +96,13 @@ def test_a_room_from_its_request_to_its_end() -> None:
     want, finish = rank.said("a")
     assert (want.total_bytes, finish.chunks, room.first_send) == (2 * CHUNK_BYTES, 2, 3.0)
     assert rank.chunks() == []  # no credit yet
-    rank.hear("a", frames.Credit(1, 5, CHUNK_BYTES), 4.0)
+    rank.hear("a", messages.Credit(1, 5, CHUNK_BYTES), 4.0)
     assert rank.chunks() == [(0, ["a"])]
-    rank.hear("a", frames.Credit(1, 5, 2 * CHUNK_BYTES), 5.0)
+    rank.hear("a", messages.Credit(1, 5, 2 * CHUNK_BYTES), 5.0)
     assert rank.chunks() == [(1, ["a"])] and room.progress == 3.0
-    rank.hear("a", frames.Ack(1, 5, 0, 0), 6.0)
+    rank.hear("a", messages.Ack(1, 5, 0, 0), 6.0)
     assert room.progress == 6.0 and not room.state.ended
-    rank.hear("a", frames.Done(1, 5), 7.0)
+    rank.hear("a", messages.Done(1, 5), 7.0)
     assert room.state is RoomState.SUCCESS and room.ended == 7.0 and rank.ended == [room]
     assert not rank.lanes.ready and not rank.peers[b"a"].slots_held
 
@@ -117,7 +117,7 @@ def test_the_time_is_what_the_caller_says() -> None:
     assert rank.rooms.table[1].reason == (
         "no progress for 20 s in BOOTSTRAPPING; 1 of 2 decode ranks had asked"
     )
-    assert [type(message) for message in rank.said("a")] == [frames.Abort]
+    assert [type(message) for message in rank.said("a")] == [messages.Abort]
 
 
 @pytest.mark.parametrize(
@@ -134,12 +134,12 @@ def test_every_rank_is_told_once_that_requests_do_not_go_together(
     """Also one that is looked at, when the room opens, after an earlier one has failed it."""
     rank = Rank("a", "b", "c")
     for name, ranks, prefix in zip("abc", expected, prefixes, strict=True):
-        rank.hear(name, frames.Request(1, 5, ranks, prefix, PAGE, False, 0, 1))
+        rank.hear(name, messages.Request(1, 5, ranks, prefix, PAGE, False, 0, 1))
     rank.rooms.open(1, PAGE, 0.0)
     assert why in rank.rooms.table[1].reason and len(rank.ended) == 1
     told = rank.out.take()
     assert sorted(identity for identity, *_ in told) == [b"a", b"b", b"c"]
-    assert all(type(message) is frames.Abort and why in message.reason for _, message, _ in told)
+    assert all(type(message) is messages.Abort and why in message.reason for _, message, _ in told)
     assert not rank.rooms.early_requests
 
 
@@ -149,19 +149,19 @@ def test_a_chunk_is_repeated_when_the_first_rank_of_its_host_is_done_and_gone() 
     rank.rooms.open(1, PAGE, 0.0)
     for name in ("a", "b"):
         rank.hear(name, request(2))
-        rank.hear(name, frames.Credit(1, 5, 10 * CHUNK_BYTES))
+        rank.hear(name, messages.Credit(1, 5, 10 * CHUNK_BYTES))
     rank.send_all(1)
     assert rank.chunks() == [(0, ["a"]), (1, ["b"])]
-    rank.hear("a", frames.Stored(1, 5, 0, 0, 64))
-    rank.hear("b", frames.Stored(1, 5, 0, 1, 128))
+    rank.hear("a", messages.Stored(1, 5, 0, 0, 64))
+    rank.hear("b", messages.Stored(1, 5, 0, 1, 128))
     rank.out.take()
-    rank.hear("a", frames.Done(1, 5))
+    rank.hear("a", messages.Done(1, 5))
     gone = rank.peers.pop(b"a")
     rank.rooms.lost(gone, "closed", 1.0)
     assert not rank.rooms.table[1].state.ended
-    rank.hear("b", frames.Nack(1, 5, 0, 0))  # it could not read there any more
+    rank.hear("b", messages.Nack(1, 5, 0, 0))  # it could not read there any more
     assert rank.chunks() == [(0, ["b"])]
-    rank.hear("b", frames.Done(1, 5))
+    rank.hear("b", messages.Done(1, 5))
     assert rank.rooms.table[1].state is RoomState.SUCCESS
 
 

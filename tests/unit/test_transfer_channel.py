@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from sglang_tpla.transfer.memory.iovec import Pieces, one_piece
+from sglang_tpla.transfer.memory.iovec import IoVec, one_piece
 from sglang_tpla.transfer.messages import FrameError, checksum
 from sglang_tpla.transfer.network.data_channel import (
     PREAMBLE,
@@ -21,7 +21,7 @@ from sglang_tpla.transfer.network.data_channel import (
     SendQueue,
 )
 
-COOKIE = bytes(range(16))
+TOKEN = bytes(range(16))
 HEADER = b"h" * 40
 
 
@@ -38,7 +38,7 @@ def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
 
 
 def chunk_reader(stream: socket.socket, limit: int = 1 << 20) -> ChunkReader[bytes]:
-    reader = ChunkReader(stream, COOKIE, limit, BufferPool(), lambda header, _: (bytes(header), None))
+    reader = ChunkReader(stream, TOKEN, limit, BufferPool(), lambda header, _: (bytes(header), None))
     assert not reader.greeted
     assert reader.greet() and reader.greeted
     return reader
@@ -48,7 +48,7 @@ def chunk(header: bytes, payload: bytes, log: list[int], wanted: bool = True) ->
     """The payload in two pieces, neither of which ends where a page does."""
     memory = np.frombuffer(payload, dtype=np.uint8)
     halves = [one_piece(half) for half in np.array_split(memory, 2) if half.size]
-    pieces = Pieces(np.concatenate([half.table for half in halves]), memory)
+    pieces = IoVec(np.concatenate([half.table for half in halves]), memory)
     known = checksum(payload) if len(payload) % 2 else b""
 
     def done(digest: bytes) -> None:
@@ -60,7 +60,7 @@ def chunk(header: bytes, payload: bytes, log: list[int], wanted: bool = True) ->
 
 def test_the_cookie_is_said_first_and_once(pair: tuple[socket.socket, socket.socket]) -> None:
     reader = chunk_reader(pair[0])
-    assert pair[1].recv(100) == PREAMBLE + COOKIE
+    assert pair[1].recv(100) == PREAMBLE + TOKEN
     assert reader.greet()
     with pytest.raises(BlockingIOError):
         pair[1].recv(100)

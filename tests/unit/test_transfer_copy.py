@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sglang_tpla.transfer.memory import copy, native
-from sglang_tpla.transfer.memory.iovec import Pieces, one_piece
+from sglang_tpla.transfer.memory.iovec import IoVec, one_piece
 
 SIZES = st.lists(st.integers(1, 3000), min_size=1, max_size=12)
 WAYS = pytest.mark.parametrize("way", ["C", "Python"])
@@ -27,21 +27,21 @@ def library(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
         assert native.library() is not None, "these tests need a C compiler"
 
 
-def pieces(sizes: list[int], seed: int) -> Pieces:
+def pieces(sizes: list[int], seed: int) -> IoVec:
     """Random pieces with gaps between them, in memory's reverse order."""
     memory = np.random.default_rng(seed).integers(0, 256, sum(sizes) + 7 * len(sizes), dtype=np.uint8)
     places, place = [], memory.size
     for size in sizes:
         place -= size + 7
         places.append((memory.ctypes.data + place, size))
-    return Pieces(np.array(places, dtype=np.uint64), memory)
+    return IoVec(np.array(places, dtype=np.uint64), memory)
 
 
-def content(payload: Pieces) -> bytes:
+def content(payload: IoVec) -> bytes:
     return b"".join(payload.views)
 
 
-def checksum_of(payload: Pieces) -> bytes:
+def checksum_of(payload: IoVec) -> bytes:
     """As a copy takes it."""
     return copy.copy_pieces(payload, one_piece(np.empty(payload.size_bytes, dtype=np.uint8)))
 

@@ -1,4 +1,4 @@
-"""Rows as runs of neighbours: all of them, in order, and the arithmetic on pieces of memory."""
+"""Rows as extents: all of them, in order, and the arithmetic on pieces of memory."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sglang_tpla.transfer.memory import iovec as runs
+from sglang_tpla.transfer.memory import iovec
 
 SLOTS = st.lists(st.tuples(st.integers(0, 50), st.integers(1, 9)), min_size=1, max_size=8).map(
     lambda pairs: np.concatenate([np.arange(first, first + count) for first, count in pairs])
@@ -18,7 +18,7 @@ SLOTS = st.lists(st.tuples(st.integers(0, 50), st.integers(1, 9)), min_size=1, m
 @settings(deadline=None)
 @given(slots=SLOTS, most=st.integers(1, 9))
 def test_runs_are_the_slots_in_order(slots: np.ndarray, most: int) -> None:
-    found = runs.find_runs(slots, most)
+    found = iovec.list_extents(slots, most)
     flat = [(slot + step, row + step) for slot, row, count in found for step in range(count)]
     assert flat == [(int(slot), row) for row, slot in enumerate(slots)]
     assert all(count <= most for _, _, count in found)
@@ -27,28 +27,28 @@ def test_runs_are_the_slots_in_order(slots: np.ndarray, most: int) -> None:
 @settings(deadline=None)
 @given(slots=SLOTS)
 def test_spans_are_the_longest_runs(slots: np.ndarray) -> None:
-    spans = runs.find_spans(slots)
-    assert [slot + step for slot, rows in spans.tolist() for step in range(rows)] == slots.tolist()
-    assert all(first + rows != second for (first, rows), (second, _) in itertools.pairwise(spans.tolist()))
+    extents = iovec.find_extents(slots)
+    assert [slot + step for slot, rows in extents.tolist() for step in range(rows)] == slots.tolist()
+    assert all(first + rows != second for (first, rows), (second, _) in itertools.pairwise(extents.tolist()))
 
 
 def test_nothing_has_no_runs() -> None:
     nothing = np.empty(0, dtype=np.int64)
-    assert runs.find_runs(nothing, 5) == []
-    assert runs.find_spans(nothing).shape == (0, 2)
+    assert iovec.list_extents(nothing, 5) == []
+    assert iovec.find_extents(nothing).shape == (0, 2)
 
 
 @settings(deadline=None)
 @given(slots=SLOTS, row_bytes=st.integers(1, 200_000))
 def test_blocks_cover_every_row_once(slots: np.ndarray, row_bytes: int) -> None:
-    blocks = runs.cut_blocks(slots, row_bytes)
+    blocks = iovec.cut_blocks(slots, row_bytes)
     rows = [row for block in blocks for row in range(block.rows.start, block.rows.stop)]
     assert rows == list(range(slots.size))
-    step = max(1, runs.BLOCK_BYTES // row_bytes)
+    step = max(1, iovec.BLOCK_BYTES // row_bytes)
     for block in blocks:
         assert block.rows.stop - block.rows.start <= step
-        if block.runs:
-            covered = [row + step for _, row, count in block.runs for step in range(count)]
+        if block.extents:
+            covered = [row + step for _, row, count in block.extents for step in range(count)]
             assert covered == list(range(block.rows.start, block.rows.stop))
 
 
@@ -57,12 +57,12 @@ def test_blocks_cover_every_row_once(slots: np.ndarray, row_bytes: int) -> None:
 def test_pieces_of_a_pool_are_its_rows(slots: np.ndarray, data: st.DataObject) -> None:
     layers = [np.random.default_rng(seed).integers(0, 256, (60, 6), dtype=np.uint8) for seed in range(2)]
     want = b"".join(layer[slots].tobytes() for layer in layers)
-    pieces = runs.Layers([layers[0], *layers]).pieces(range(1, 3), runs.find_spans(slots))
+    pieces = iovec.Layers([layers[0], *layers]).pieces(range(1, 3), iovec.find_extents(slots))
     assert pieces.table.flags.c_contiguous
     assert b"".join(pieces.views) == want
     assert pieces.size_bytes == len(want)
     assert [view.nbytes for view in pieces.views] == pieces.table[:, 1].tolist()
-    cursor, read = runs.Cursor(pieces), b""
+    cursor, read = iovec.Cursor(pieces), b""
     while read != want:
         limit = data.draw(st.integers(1, 4))
         ahead = b"".join(cursor.ahead(data.draw(st.integers(1, 100)), limit))
@@ -77,12 +77,12 @@ def test_slots_find_the_runs_of_each_part_once() -> None:
     numbers = np.concatenate(
         [np.arange(start, start + 7) for start in np.random.default_rng(2).permutation(40) * 9]
     )
-    slots = runs.Slots(numbers)
+    slots = iovec.Slots(numbers)
     assert len(slots) == 280
     for first in range(0, 280, 3):
         for count in (1, 8, 280 - first):
             assert np.array_equal(slots.part(first, count), numbers[first : first + count])
-            found = slots.spans(first, count)
-            assert np.array_equal(found, runs.find_spans(numbers[first : first + count]))
-            assert slots.spans(first, count) is found
+            found = slots.extents(first, count)
+            assert np.array_equal(found, iovec.find_extents(numbers[first : first + count]))
+            assert slots.extents(first, count) is found
     assert len(slots._found) <= slots.MOST

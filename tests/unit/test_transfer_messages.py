@@ -6,14 +6,14 @@ import msgspec
 import pytest
 import xxhash
 
-from sglang_tpla.transfer import messages as frames
+from sglang_tpla.transfer import messages
 
 DIGEST = bytes(range(8))
 # The arrays; a header is HEAD, the digest of the array, and the array. Changing a byte is a new protocol version.
 HEAD = "54504c4102"
 GOLDEN = [
     (
-        frames.Hello(
+        messages.Hello(
             versions=(1, 1),
             agent="a1",
             model_hash="m1",
@@ -21,7 +21,7 @@ GOLDEN = [
             size=8,
             host="h1",
             max_chunk_bytes=4194304,
-            layout=frames.CacheLayout(
+            layout=messages.CacheLayout(
                 first_layer=0,
                 latent_dim=512,
                 rope_dim=64,
@@ -33,20 +33,20 @@ GOLDEN = [
             ),
             projection="p1",
             common="c1",
-            arena=frames.Arena(agent="a1", pid=77, descriptor=5, size_bytes=268435456, cookie=DIGEST),
+            segment=messages.Segment(agent="a1", pid=77, descriptor=5, size_bytes=268435456, token=DIGEST),
         ),
         "9c01920101a26131a26d310308a26831ce004000009800cd020040a862666c6f617431364092cd0140cd012092cc80409240cd0200a27031a2633195a261314d05ce10000000c4080001020304050607",
     ),
     (
-        frames.Welcome(
+        messages.Welcome(
             version=3,
             agent="a2",
             host="h1",
             first_layer=0,
             layers=61,
             need_projection=False,
-            arena=None,
-            data=frames.DataChannel(port=30001, cookie=bytes(range(16)), key=bytes(range(32))),
+            segment=None,
+            data=messages.DataChannel(port=30001, token=bytes(range(16)), key=bytes(range(32))),
             age_ms=1000,
             context_tokens=4096,
             pool_tokens=65536,
@@ -54,16 +54,16 @@ GOLDEN = [
         "9c0203a26132a26831003dc2c093cd7531c410000102030405060708090a0b0c0d0e0f"
         "c420000102030405060708090a0b0c0d0e0f101112131415161718191a1b1c1d1e1fcd03e8cd1000ce00010000",
     ),
-    (frames.Refused(reason="no"), "9203a26e6f"),
+    (messages.Refused(reason="no"), "9203a26e6f"),
     (
-        frames.ProjectionLayer(projection="p1", index=60, checksum=DIGEST),
+        messages.ProjectionLayer(projection="p1", index=60, checksum=DIGEST),
         "9404a270313cc4080001020304050607",
     ),
-    (frames.Ping(number=1), "920501"),
-    (frames.Pong(number=1099511627776), "9206cf0000010000000000"),
-    (frames.Unregistered(), "9107"),
+    (messages.Ping(number=1), "920501"),
+    (messages.Pong(number=1099511627776), "9206cf0000010000000000"),
+    (messages.Unregistered(), "9107"),
     (
-        frames.Request(
+        messages.Request(
             room=9223372036854775807,
             generation=7,
             expected_ranks=8,
@@ -75,10 +75,10 @@ GOLDEN = [
         ),
         "9908cf7fffffffffffffff070840ffc20102",
     ),
-    (frames.Want(room=1, generation=2, total_bytes=3), "9409010203"),
-    (frames.Credit(room=1, generation=2, total_bytes=8589934592), "940a0102cf0000000200000000"),
+    (messages.Want(room=1, generation=2, total_bytes=3), "9409010203"),
+    (messages.Credit(room=1, generation=2, total_bytes=8589934592), "940a0102cf0000000200000000"),
     (
-        frames.Chunk(
+        messages.Chunk(
             room=1,
             generation=2,
             part=0,
@@ -92,26 +92,28 @@ GOLDEN = [
         ),
         "9b0b01020003c305060708c4080001020304050607",
     ),
-    (frames.Ack(room=1, generation=2, part=0, sequence=4), "950c01020004"),
-    (frames.Nack(room=1, generation=2, part=1, sequence=3), "950d01020103"),
+    (messages.Ack(room=1, generation=2, part=0, sequence=4), "950c01020004"),
+    (messages.Nack(room=1, generation=2, part=1, sequence=3), "950d01020103"),
     (
-        frames.Finish(room=1, generation=2, chunks=3, tokens=4, checksum=DIGEST),
+        messages.Finish(room=1, generation=2, chunks=3, tokens=4, checksum=DIGEST),
         "960e01020304c4080001020304050607",
     ),
-    (frames.Done(room=1, generation=2), "930f0102"),
-    (frames.Abort(room=1, generation=2, reason="why"), "94100102a3776879"),
-    (frames.Registered(projection="p1"), "9211a27031"),
-    (frames.Goodbye(reason="bye"), "9212a3627965"),
+    (messages.Done(room=1, generation=2), "930f0102"),
+    (messages.Abort(room=1, generation=2, reason="why"), "94100102a3776879"),
+    (messages.Registered(projection="p1"), "9211a27031"),
+    (messages.Goodbye(reason="bye"), "9212a3627965"),
     (
-        frames.Neighbours(
+        messages.Colocated(
             number=3,
-            arenas=(frames.Arena(agent="a3", pid=78, descriptor=6, size_bytes=268435456, cookie=DIGEST),),
+            segments=(
+                messages.Segment(agent="a3", pid=78, descriptor=6, size_bytes=268435456, token=DIGEST),
+            ),
         ),
         "9313039195a261334e06ce10000000c4080001020304050607",
     ),
-    (frames.Mapped(number=3, agents=("a2", "a3")), "93140392a26132a26133"),
+    (messages.Mapped(number=3, agents=("a2", "a3")), "93140392a26132a26133"),
     (
-        frames.Share(
+        messages.Share(
             room=1,
             generation=2,
             part=1,
@@ -127,66 +129,63 @@ GOLDEN = [
         ),
         "9d150102010305060708c4080001020304050607a26133ce00100000cd1000",
     ),
+    (messages.Stored(room=1, generation=2, part=1, sequence=3, offset=1048576), "961601020103ce00100000"),
+    (messages.Release(offsets=(0, 1048576)), "92179200ce00100000"),
     (
-        frames.Stored(room=1, generation=2, part=1, sequence=3, offset=1048576),
-        "961601020103ce00100000",
-    ),
-    (frames.Release(offsets=(0, 1048576)), "92179200ce00100000"),
-    (
-        frames.Resume(room=1, generation=2, credit_bytes=4194304, applied=((0, b"\x07"), (2, b"\x01\x80"))),
+        messages.Resume(room=1, generation=2, credit_bytes=4194304, applied=((0, b"\x07"), (2, b"\x01\x80"))),
         "95180102ce00400000929200c401079202c4020180",
     ),
-    (frames.Expected(rooms=(1, 9223372036854775807)), "92199201cf7fffffffffffffff"),
-    (frames.Capacity(context_tokens=4096, pool_tokens=65536), "931acd1000ce00010000"),
+    (messages.Expected(rooms=(1, 9223372036854775807)), "92199201cf7fffffffffffffff"),
+    (messages.Capacity(context_tokens=4096, pool_tokens=65536), "931acd1000ce00010000"),
 ]
 
 
 @pytest.mark.parametrize(("message", "golden"), GOLDEN, ids=lambda item: type(item).__name__)
-def test_golden_bytes(message: frames.Message, golden: str) -> None:
+def test_golden_bytes(message: messages.Message, golden: str) -> None:
     body = bytes.fromhex(golden)
     header = bytes.fromhex(HEAD) + xxhash.xxh3_64(body, seed=2).digest() + body
-    assert frames.encode(message) == header
-    has_payload = isinstance(message, frames.WITH_PAYLOAD)
-    assert frames.decode(header, has_payload) == message
+    assert messages.encode(message) == header
+    has_payload = isinstance(message, messages.WITH_PAYLOAD)
+    assert messages.decode(header, has_payload) == message
 
 
 def test_golden_bytes_of_an_offer_without_a_key() -> None:
-    offer = frames.DataChannel(port=30001, cookie=bytes(range(16)), key=None)
+    offer = messages.DataChannel(port=30001, token=bytes(range(16)), key=None)
     assert msgspec.msgpack.encode(offer).hex() == "93cd7531c410000102030405060708090a0b0c0d0e0fc0"
     with pytest.raises(msgspec.ValidationError):
-        msgspec.msgpack.decode(msgspec.msgpack.encode([1, bytes(16), bytes(16)]), type=frames.DataChannel)
+        msgspec.msgpack.decode(msgspec.msgpack.encode([1, bytes(16), bytes(16)]), type=messages.DataChannel)
 
 
 def test_golden_header() -> None:
-    assert frames.encode(frames.Ping(number=1)).hex() == "54504c41024837781e65543da4920501"
+    assert messages.encode(messages.Ping(number=1)).hex() == "54504c41024837781e65543da4920501"
 
 
 def test_any_flipped_bit_is_seen() -> None:
     """In the array, its digest or before them: a header is read as it was written, or not at all."""
-    header = frames.encode(GOLDEN[10][0])
+    header = messages.encode(GOLDEN[10][0])
     for bit in range(8 * len(header)):
         damaged = bytearray(header)
         damaged[bit // 8] ^= 1 << bit % 8
-        with pytest.raises(frames.FrameError):
-            frames.decode(bytes(damaged), True)
+        with pytest.raises(messages.FrameError):
+            messages.decode(bytes(damaged), True)
 
 
 def test_every_message_has_golden_bytes() -> None:
-    assert {type(message) for message, _ in GOLDEN} == set(frames.Message.__args__)
+    assert {type(message) for message, _ in GOLDEN} == set(messages.Message.__args__)
     tags = [msgspec.msgpack.decode(bytes.fromhex(golden))[0] for _, golden in GOLDEN]
     assert sorted(tags) == list(range(1, len(GOLDEN) + 1))
 
 
 def test_checksum_is_xxh3() -> None:
-    assert frames.checksum(b"").hex() == "2d06800538d394c2"  # of the algorithm's own test vectors
+    assert messages.checksum(b"").hex() == "2d06800538d394c2"  # of the algorithm's own test vectors
 
 
 def test_refused_is_read_in_any_framing_version() -> None:
-    data = frames.seal(msgspec.msgpack.encode(frames.Refused("speak 9")), version=9)
-    assert frames.decode(data, False) == frames.Refused("speak 9")
-    data = frames.seal(msgspec.msgpack.encode(frames.Ping(1)), version=9)
-    with pytest.raises(frames.FramingVersionError, match="framing version is 2; got 9"):
-        frames.decode(data, False)
+    data = messages.seal(msgspec.msgpack.encode(messages.Refused("speak 9")), version=9)
+    assert messages.decode(data, False) == messages.Refused("speak 9")
+    data = messages.seal(msgspec.msgpack.encode(messages.Ping(1)), version=9)
+    with pytest.raises(messages.FramingVersionError, match="framing version is 2; got 9"):
+        messages.decode(data, False)
 
 
 @pytest.mark.parametrize(
@@ -194,18 +193,18 @@ def test_refused_is_read_in_any_framing_version() -> None:
     [
         (b"", False, "starts with"),
         (b"GET / HTTP/1.1", False, "starts with"),
-        (frames.encode(frames.Ping(1)), True, "comes without a payload"),
-        (frames.encode(frames.Finish(1, 2, 3, 4, DIGEST)), False, "comes with a payload"),
-        (frames.encode(frames.Ping(1)) + b"\x00", False, "damaged"),
-        (frames.seal(msgspec.msgpack.encode(frames.Ping(1)) + b"\x00"), False, "trailing"),
-        (frames.seal(msgspec.msgpack.encode([5, -1])), False, "malformed"),
-        (frames.seal(msgspec.msgpack.encode([5, 1.5])), False, "malformed"),
-        (frames.seal(msgspec.msgpack.encode([23, []])), False, "malformed"),
-        (frames.seal(msgspec.msgpack.encode([3, "x" * 3000])), False, "malformed"),
-        (frames.seal(msgspec.msgpack.encode([15, 1, 2, 3])), False, "malformed"),
-        (frames.PREFIX + bytes(frames.MAX_HEADER_BYTES), False, "at most"),
+        (messages.encode(messages.Ping(1)), True, "comes without a payload"),
+        (messages.encode(messages.Finish(1, 2, 3, 4, DIGEST)), False, "comes with a payload"),
+        (messages.encode(messages.Ping(1)) + b"\x00", False, "damaged"),
+        (messages.seal(msgspec.msgpack.encode(messages.Ping(1)) + b"\x00"), False, "trailing"),
+        (messages.seal(msgspec.msgpack.encode([5, -1])), False, "malformed"),
+        (messages.seal(msgspec.msgpack.encode([5, 1.5])), False, "malformed"),
+        (messages.seal(msgspec.msgpack.encode([23, []])), False, "malformed"),
+        (messages.seal(msgspec.msgpack.encode([3, "x" * 3000])), False, "malformed"),
+        (messages.seal(msgspec.msgpack.encode([15, 1, 2, 3])), False, "malformed"),
+        (messages.PREFIX + bytes(messages.MAX_HEADER_BYTES), False, "at most"),
     ],
 )
 def test_what_is_not_a_frame(header: bytes, payload: bool, said: str) -> None:
-    with pytest.raises(frames.FrameError, match=said):
-        frames.decode(header, payload)
+    with pytest.raises(messages.FrameError, match=said):
+        messages.decode(header, payload)

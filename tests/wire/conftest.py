@@ -1,17 +1,24 @@
-"""The pools of these tests are so small that their rows would never be moved in runs."""
+"""The pools of these tests are so small that their rows would never be moved in extents."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
 
-from sglang_tpla.transfer.memory import iovec as runs
+from sglang_tpla.transfer import keys
+from sglang_tpla.transfer.memory import iovec
+from sglang_tpla.transfer.network.security import KEYS_VARIABLE
 from tests.wire import rig
+from tests.wire.proxy import FaultProxy
 
 
 @pytest.fixture(autouse=True)
-def short_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+def short_extents(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of one page are sent from where they lie, and received there."""
-    monkeypatch.setattr(runs, "MIN_RUN_BYTES", 128)
+    monkeypatch.setattr(iovec, "MIN_EXTENT_BYTES", 128)
 
 
 @pytest.fixture(params=["plain", "sketched"])
@@ -20,3 +27,42 @@ def rows_kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(rig, "ROWS", request.param)
     monkeypatch.setenv("TEST_WIRE_ROWS", request.param)
     return request.param
+
+
+@pytest.fixture
+def prefill() -> Iterator[rig.PrefillRank]:
+    rank = rig.prefill_rank()
+    with rig.serving(rank):
+        yield rank
+
+
+@pytest.fixture(params=[None])
+def decode(request: pytest.FixtureRequest) -> Iterator[rig.DecodeRank]:
+    """On the host that the test names, by ``indirect``; else on prefill's."""
+    rank = rig.decode_rank(host=request.param)
+    with rig.serving(rank):
+        yield rank
+
+
+@pytest.fixture
+def key_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Keys, named by the environment."""
+    keys.main([str(tmp_path / "keys")])
+    monkeypatch.setenv(KEYS_VARIABLE, str(tmp_path / "keys"))
+    return tmp_path / "keys"
+
+
+@pytest.fixture
+def far() -> Iterator[rig.DecodeRank]:
+    """A decode rank of another host."""
+    rank = rig.decode_rank(host="far")
+    with rig.serving(rank):
+        yield rank
+
+
+@pytest.fixture
+def data(prefill: rig.PrefillRank) -> Iterator[FaultProxy]:
+    """The network that data channels go through."""
+    with contextlib.closing(FaultProxy(rig.data_port(prefill))) as proxy:
+        rig.data_port(prefill, proxy.port)
+        yield proxy

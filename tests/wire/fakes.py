@@ -7,7 +7,7 @@ import time
 
 import zmq
 
-from sglang_tpla.transfer import messages as frames
+from sglang_tpla.transfer import messages
 from sglang_tpla.transfer.network.data_channel import PREAMBLE, PREAMBLE_BYTES, SIZES
 from tests.wire import rig
 
@@ -22,7 +22,7 @@ def exactly(stream: socket.socket, size: int) -> bytes:
     return data
 
 
-COOKIE = bytes(range(frames.CHANNEL_COOKIE_BYTES))
+TOKEN = bytes(range(messages.CHANNEL_TOKEN_BYTES))
 
 
 class FakeDecode:
@@ -39,11 +39,11 @@ class FakeDecode:
         """Frames as they are."""
         self.socket.send_multipart(parts)
 
-    def say(self, message: frames.Message, payload: bytes | None = None) -> None:
+    def say(self, message: messages.Message, payload: bytes | None = None) -> None:
         """A message."""
-        self.send(frames.encode(message), *([] if payload is None else [payload]))
+        self.send(messages.encode(message), *([] if payload is None else [payload]))
 
-    def read(self, timeout_s: float = 10.0) -> tuple[frames.Message, bytes | None]:
+    def read(self, timeout_s: float = 10.0) -> tuple[messages.Message, bytes | None]:
         """The next message, or chunk of the data channel."""
         poller = zmq.Poller()
         poller.register(self.socket, zmq.POLLIN)
@@ -58,12 +58,12 @@ class FakeDecode:
                 return self.read(timeout_s)
             header_bytes, payload_bytes = SIZES.unpack(exactly(self.stream, SIZES.size))
             header, payload = exactly(self.stream, header_bytes), exactly(self.stream, payload_bytes)
-            assert exactly(self.stream, frames.CHECKSUM_BYTES) == frames.checksum(payload)
-            return frames.decode(header, True), payload
+            assert exactly(self.stream, messages.CHECKSUM_BYTES) == messages.checksum(payload)
+            return messages.decode(header, True), payload
         parts = self.socket.recv_multipart()
-        return frames.decode(parts[0], len(parts) > 1), parts[1] if len(parts) > 1 else None
+        return messages.decode(parts[0], len(parts) > 1), parts[1] if len(parts) > 1 else None
 
-    def expect(self, kind: type, timeout_s: float = 10.0) -> tuple[frames.Message, bytes | None]:
+    def expect(self, kind: type, timeout_s: float = 10.0) -> tuple[messages.Message, bytes | None]:
         """The next message of a kind."""
         end = time.monotonic() + timeout_s
         while time.monotonic() < end:
@@ -75,10 +75,10 @@ class FakeDecode:
     def register(self, **changes: object) -> None:
         """Say Hello as a raw-latent rank, read the welcome, and open the data channel that it offers."""
         self.say(hello(**changes))
-        offer = self.expect(frames.Welcome)[0].data
+        offer = self.expect(messages.Welcome)[0].data
         self.stream = socket.create_connection(("127.0.0.1", offer.port))
         self.stream.settimeout(10)
-        self.stream.sendall(PREAMBLE + offer.cookie)
+        self.stream.sendall(PREAMBLE + offer.token)
 
     def close(self) -> None:
         """Free the sockets."""
@@ -116,10 +116,10 @@ class FakePrefill:
         """Frames as they are."""
         self.socket.send_multipart((self.identity, *parts))
 
-    def say(self, message: frames.Message, payload: bytes | None = None) -> None:
+    def say(self, message: messages.Message, payload: bytes | None = None) -> None:
         """A message; a chunk goes on the data channel, with the checksum that it names."""
-        header = frames.encode(message)
-        if isinstance(message, frames.Chunk) and payload is not None:
+        header = messages.encode(message)
+        if isinstance(message, messages.Chunk) and payload is not None:
             self.channel().sendall(
                 SIZES.pack(len(header), len(payload)) + header + payload + message.checksum
             )
@@ -131,29 +131,29 @@ class FakePrefill:
         if self.stream is None:
             self.stream = self.server.accept()[0]
             self.stream.settimeout(10)
-            assert exactly(self.stream, PREAMBLE_BYTES) == PREAMBLE + COOKIE
+            assert exactly(self.stream, PREAMBLE_BYTES) == PREAMBLE + TOKEN
         return self.stream
 
-    def expect(self, kind: type, timeout_s: float = 10.0) -> frames.Message:
+    def expect(self, kind: type, timeout_s: float = 10.0) -> messages.Message:
         """The next message of a kind; pings are answered on the way."""
         end = time.monotonic() + timeout_s
         while time.monotonic() < end:
             assert self.socket.poll(int(timeout_s * 1000)), f"no {kind.__name__}"
             self.identity, header, *payload = self.socket.recv_multipart()
-            message = frames.decode(header, bool(payload))
+            message = messages.decode(header, bool(payload))
             if isinstance(message, kind):
                 return message
-            if isinstance(message, frames.Ping):
-                self.say(frames.Pong(message.number))
+            if isinstance(message, messages.Ping):
+                self.say(messages.Pong(message.number))
         raise AssertionError(f"no {kind.__name__}")
 
     def welcome(self) -> None:
         """Read Hello and accept it."""
-        self.expect(frames.Hello)
+        self.expect(messages.Hello)
         if self.stream is not None:
             self.stream.close()
             self.stream = None
-        offer = frames.DataChannel(self.server.getsockname()[1], COOKIE, self.key)
+        offer = messages.DataChannel(self.server.getsockname()[1], TOKEN, self.key)
         self.say(welcome(offer))
 
     def close(self) -> None:
@@ -165,27 +165,27 @@ class FakePrefill:
         self.context.term()
 
 
-def welcome(data: frames.DataChannel, **changes: object) -> frames.Welcome:
+def welcome(data: messages.DataChannel, **changes: object) -> messages.Welcome:
     """What a prefill rank that has lived for an hour and takes any prompt answers."""
     fields = {
-        "version": frames.PROTOCOL_VERSIONS[1],
+        "version": messages.PROTOCOL_VERSIONS[1],
         "agent": "fake",
         "host": "elsewhere",
         "first_layer": 0,
         "layers": rig.LAYERS,
         "need_projection": False,
-        "arena": None,
+        "segment": None,
         "data": data,
         "age_ms": 3_600_000,
         "context_tokens": 0,
         "pool_tokens": 0,
     }
-    return frames.Welcome(**{**fields, **changes})
+    return messages.Welcome(**{**fields, **changes})
 
 
-def hello(**changes: object) -> frames.Hello:
+def hello(**changes: object) -> messages.Hello:
     """What a raw-latent decode rank of the rig says first."""
-    layout = frames.CacheLayout(
+    layout = messages.CacheLayout(
         first_layer=0,
         latent_dim=rig.LATENT,
         rope_dim=rig.ROPE,
@@ -196,7 +196,7 @@ def hello(**changes: object) -> frames.Hello:
         metadata_bytes=rig.ITEM_BYTES,
     )
     fields = {
-        "versions": frames.PROTOCOL_VERSIONS,
+        "versions": messages.PROTOCOL_VERSIONS,
         "agent": "fake",
         "model_hash": "model",
         "rank": 0,
@@ -206,6 +206,6 @@ def hello(**changes: object) -> frames.Hello:
         "layout": layout,
         "projection": "",
         "common": "",
-        "arena": None,
+        "segment": None,
     }
-    return frames.Hello(**{**fields, **changes})
+    return messages.Hello(**{**fields, **changes})

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -25,6 +27,7 @@ from tests.wire.proxy import FaultProxy
 
 LAYERS, LATENT, ROPE, PAGE, PAGES = 3, 64, 16, 4, 96
 ITEM_BYTES = (64, 512)
+HOSTS = [None, "far", ""]  # of decode ranks: memory shared with prefill, among themselves only, not at all
 ROWS = os.environ.get("TEST_WIRE_ROWS", "plain")  # of decode ranks that are not given any: conftest.py
 SETTINGS = Settings(
     role="prefill",
@@ -34,6 +37,22 @@ SETTINGS = Settings(
     peer_timeout_s=2.0,
     transfer_timeout_s=30.0,
 )
+
+
+class WrittenLater:
+    """An event, before which a prefill rank's rows are zero."""
+
+    def __init__(self, prefill: PrefillRank) -> None:
+        self.waited = False
+        self._rows = [(layer, layer.clone()) for layer in prefill.pool.layers]
+        for layer, _ in self._rows:
+            layer.zero_()
+
+    def synchronize(self) -> None:
+        """Write them."""
+        self.waited = True
+        for layer, rows in self._rows:
+            layer.copy_(rows)
 
 
 def settings(**changes: float) -> Settings:
@@ -77,6 +96,18 @@ class DecodeRank:
         """Bytes of a row, where they are as many in every layer."""
         (size,) = {layer[0].nbytes for layer in self.pool.layers}
         return size
+
+
+Rank = PrefillRank | DecodeRank
+
+
+@contextlib.contextmanager
+def serving(*ranks: Rank) -> Iterator[None]:
+    """Close the ranks' agents at the end."""
+    with contextlib.ExitStack() as stack:
+        for rank in ranks:
+            stack.enter_context(contextlib.closing(rank.agent))
+        yield
 
 
 def prefill_rank(
@@ -237,6 +268,87 @@ def ended(agent: PrefillAgent | DecodeAgent, room: int) -> RoomState:
     """Wait for the end of a room and return its last state."""
     wait(lambda: agent.poll(room).ended, f"the end of room {room}")
     return agent.poll(room)
+
+
+def succeed(room: int, *ranks: Rank) -> None:
+    """Wait for a room's good end on each rank."""
+    for rank in ranks:
+        assert ended(rank.agent, room) == RoomState.SUCCESS, rank.agent.failure(room)
+
+
+def fail(room: int, said: str, *ranks: Rank) -> None:
+    """Wait for a room's failure on each rank, for a reason that has ``said`` in it."""
+    for rank in ranks:
+        assert ended(rank.agent, room) == RoomState.FAILED
+        assert said in rank.agent.failure(room)
+
+
+def close(room: int, *ranks: Rank) -> None:
+    """Close a room on each rank."""
+    for rank in ranks:
+        rank.agent.close_room(room)
+
+
+def idle(*ranks: Rank) -> None:
+    """Wait until no staging is in use; no room is left, and nothing went wrong inside."""
+    for rank in ranks:
+        wait(lambda agent=rank.agent: agent.stats().staging_used_bytes == 0, "staging to be free")
+        assert (rank.agent.stats().rooms, rank.agent.stats().internal_errors) == (0, 0)
+
+
+def send(
+    prefill: PrefillRank,
+    room: int,
+    source: np.ndarray,
+    cuts: Sequence[int] = (),
+    tokens: int | None = None,
+    metadata_row: int = 0,
+) -> None:
+    """Hand over a room's pages in steps that end at ``cuts``; all ``tokens`` of them."""
+    for start, stop in itertools.pairwise((0, *cuts, len(source))):
+        last = stop == len(source)
+        prefill.agent.send(
+            room,
+            source[start:stop],
+            last=last,
+            metadata_row=metadata_row if last else None,
+            num_tokens=tokens - start * PAGE if last and tokens is not None else None,
+        )
+
+
+def begin(
+    prefills: Sequence[PrefillRank],
+    decodes: Sequence[DecodeRank],
+    room: int,
+    source: np.ndarray,
+    targets: Sequence[np.ndarray],
+    cuts: Sequence[int] = (),
+) -> None:
+    """Open a room on all ranks, have each decode rank ask all prefill ranks for it, and hand over its pages."""
+    for prefill in prefills:
+        prefill.agent.open_room(room)
+    for decode, target in zip(decodes, targets, strict=True):
+        ask(decode, [prefill.peer for prefill in prefills], room, target, expected=len(decodes))
+    for prefill in prefills:
+        send(prefill, room, source, cuts)
+
+
+def transfer(
+    prefills: PrefillRank | Sequence[PrefillRank],
+    decodes: DecodeRank | Sequence[DecodeRank],
+    room: int = 1,
+    count: int = 90,
+    cuts: Sequence[int] = (),
+) -> None:
+    """A room of ``count`` pages from all prefill ranks to all decode ranks, right to the last bit."""
+    prefills = [prefills] if isinstance(prefills, PrefillRank) else prefills
+    decodes = [decodes] if isinstance(decodes, DecodeRank) else decodes
+    source, targets = pages(50 + room, count), [pages(room + index, count) for index in range(len(decodes))]
+    begin(prefills, decodes, room, source, targets, cuts)
+    succeed(room, *prefills, *decodes)
+    for decode, target in zip(decodes, targets, strict=True):
+        check_rows(prefills[0], decode, source, target, count * PAGE)
+        assert decode.metadata.read(3) == prefills[0].metadata.read(0)
 
 
 def check_rows(

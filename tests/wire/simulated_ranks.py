@@ -52,9 +52,9 @@ class IdleWorkers(Workers):
         """Nothing runs by itself."""
         self.next_work, self.tick = next_work, tick
 
-    def make_arena(self) -> SharedSegment | None:
+    def make_segment(self) -> SharedSegment | None:
         """None where the system has no shared memory left."""
-        return super().make_arena() if self._shared_memory else None
+        return super().make_segment() if self._shared_memory else None
 
     def handler_failed(self, what: str, error: BaseException) -> None:
         """No exception may leave a handler."""

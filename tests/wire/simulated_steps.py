@@ -215,9 +215,8 @@ class Steps(Strange):
         pages, first = _pages(room_id, 0), self.steps[agent.rank]
         last = room.tokens > 0 or first >= pages.size
         pages = pages[:first] if not room.tokens else pages[first:]
-        tokens = (
-            pages.size * PAGE - room_id % 2 if last else None
-        )  # some requests do not fill their last page
+        # some requests do not fill their last page
+        tokens = pages.size * PAGE - room_id % 2 if last else None
         agent.send(room_id, pages, last=last, metadata_row=room_id if last else None, num_tokens=tokens)
 
     def abort(self) -> None:
@@ -327,10 +326,10 @@ class Steps(Strange):
             raise Failure(f"room {room_id} succeeded with wrong metadata")
 
     def close_all(self) -> None:
-        """Give the arenas back."""
+        """Give the segments back."""
         for agent in self.agents:
-            if agent.arena is not None:
-                agent.arena.close()
+            if agent.segment is not None:
+                agent.segment.close()
 
 
 def _projection(group: int, columns: Sequence[int]) -> Projection:

@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from sglang_tpla.transfer import messages as frames
+from sglang_tpla.transfer import messages
 from tests.wire.simulated_network import Choices, Network
 from tests.wire.simulated_ranks import ROOMS, Decode, threads
 from tests.wire.simulated_streams import Streams
@@ -50,13 +50,13 @@ class Strange:
     def garbage(self) -> None:
         """A message that is none, on a connection that is in use: what was lost with it must come again."""
         upwards, data = bool(self.choices.below(2)), self.choices.take(1 + self.choices.below(24))
-        kinds = [[data], [frames.seal(data)], [frames.PREFIX + data], [data, data], [data] * 3]
+        kinds = [[data], [messages.seal(data)], [messages.PREFIX + data], [data, data], [data] * 3]
         self._inject(upwards, kinds[self.choices.below(len(kinds))])
 
     def odd_message(self) -> None:
         """A well-formed message with fields from small ranges, as a peer that is wrong or lies could send it."""
         upwards = bool(self.choices.below(2))
-        kinds = list(frames.Message.__args__)
+        kinds = list(messages.Message.__args__)
         kind = kinds[self.choices.below(len(kinds))]
         values = {name: self._value(name) for name in kind.__struct_fields__}
         if isinstance(room_id := values.get("room"), int):
@@ -64,13 +64,15 @@ class Strange:
         else:
             self.doubtful.update(range(ROOMS))
         body = msgspec.msgpack.encode([kind.__struct_config__.tag, *values.values()])
-        parts = [frames.seal(body)]
-        if kind in frames.WITH_PAYLOAD:
+        parts = [messages.seal(body)]
+        if kind in messages.WITH_PAYLOAD:
             size = (0, 32, 2048, 4096, 256)[self.choices.below(5)]
             payload = bytes([self.choices.below(256)]) * size
             if self.choices.below(4):
-                values["checksum"] = frames.checksum(payload)
-                parts = [frames.seal(msgspec.msgpack.encode([kind.__struct_config__.tag, *values.values()]))]
+                values["checksum"] = messages.checksum(payload)
+                parts = [
+                    messages.seal(msgspec.msgpack.encode([kind.__struct_config__.tag, *values.values()]))
+                ]
             parts.append(payload)
         self._inject(upwards, parts)
 
@@ -93,8 +95,8 @@ class Strange:
             "layout": lambda: hello.layout,
             "projection": lambda: hello.projection if pick(4) else "x",
             "common": lambda: hello.common,
-            "arena": lambda: hello.arena if pick(2) else None,
-            "arenas": lambda: [hello.arena] * pick(3),
+            "segment": lambda: hello.segment if pick(2) else None,
+            "segments": lambda: [hello.segment] * pick(3),
             "checksum": lambda: b"\x00" * 8,
             "reason": lambda: "why not",
             "relay": lambda: bool(pick(2)),

@@ -212,7 +212,7 @@ def begun(data: bytes, sealed: bool = False) -> Iterator[Simulation]:
 
 
 def simulate(data: bytes, kind: Kind) -> None:
-    """Run one case.
+    """Extent one case.
 
     Args:
         data: all decisions; channels are sealed where its length is odd.

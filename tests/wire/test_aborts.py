@@ -23,21 +23,14 @@ pytestmark = pytest.mark.usefixtures("rows_kind")  # each test with plain and wi
 def pair(request):
     """A prefill and a decode rank, on one host or on two."""
     prefill, decode = rig.prefill_rank(), rig.decode_rank(host=request.param)
-    with contextlib.closing(prefill.agent), contextlib.closing(decode.agent):
+    with rig.serving(prefill, decode):
         yield prefill, decode
 
 
 def complete(prefill: rig.PrefillRank, decode: rig.DecodeRank, room: int) -> None:
     """A whole transfer that must be right."""
-    source, destination = rig.pages(room, 5), rig.pages(room + 1, 5)
-    prefill.agent.open_room(room)
-    rig.ask(decode, [prefill.peer], room, destination)
-    prefill.agent.send(room, source, last=True, metadata_row=0)
-    assert rig.ended(decode.agent, room) == RoomState.SUCCESS, decode.agent.failure(room)
-    assert rig.ended(prefill.agent, room) == RoomState.SUCCESS, prefill.agent.failure(room)
-    rig.check_rows(prefill, decode, source, destination, 5 * rig.PAGE)
-    prefill.agent.close_room(room)
-    decode.agent.close_room(room)
+    rig.transfer(prefill, decode, room, count=5)
+    rig.close(room, prefill, decode)
 
 
 def test_no_write_after_an_abort(pair) -> None:
@@ -60,7 +53,7 @@ def test_no_write_after_an_abort_with_several_threads(checkers: int, monkeypatch
                 module, "check_pieces", lambda it: checked.append(it) or copy.check_pieces(it)
             )
     prefill, decode = rig.prefill_rank(), rig.decode_rank()
-    with contextlib.closing(prefill.agent), contextlib.closing(decode.agent):
+    with rig.serving(prefill, decode):
         threads = 5 + checkers
         assert prefill.agent.stats().threads_alive == decode.agent.stats().threads_alive == threads
         assert abort_at_random_moments(prefill, decode, times=100) > 10
@@ -78,9 +71,7 @@ def abort_at_random_moments(prefill: rig.PrefillRank, decode: rig.DecodeRank, ti
     aborted = 0
     for room in range(times):
         destination = rig.pages(room, 24)
-        prefill.agent.open_room(room)
-        rig.ask(decode, [prefill.peer], room, destination)
-        prefill.agent.send(room, rig.pages(room + 1, 24), last=True, metadata_row=0)
+        rig.begin([prefill], [decode], room, rig.pages(room + 1, 24), [destination])
         for _ in range(moments.randrange(60)):
             decode.agent.poll(room)
         decode.agent.abort(room, "the user went away")
@@ -95,12 +86,9 @@ def abort_at_random_moments(prefill: rig.PrefillRank, decode: rig.DecodeRank, ti
             aborted += 1
         for layer, mark in zip(decode.pool.layers, marks, strict=True):
             assert torch.equal(layer[slots], mark.to(layer.dtype)), f"room {room} was written after its abort"
-        prefill.agent.close_room(room)
-        decode.agent.close_room(room)
+        rig.close(room, prefill, decode)
     complete(prefill, decode, 1000)
-    rig.wait(lambda: prefill.agent.stats().staging_used_bytes == 0, "staging to be free")
-    assert decode.agent.stats().staging_used_bytes == 0
-    assert prefill.agent.stats().rooms == decode.agent.stats().rooms == 0
+    rig.idle(prefill, decode)
     return aborted
 
 
@@ -110,33 +98,22 @@ def test_abort_by_prefill_reaches_decode(pair) -> None:
     rig.ask(decode, [prefill.peer], 1, rig.pages(1, 4))
     rig.wait(lambda: prefill.agent.poll(1) == RoomState.WAITING, "the request")
     prefill.agent.abort(1, "prefill was cancelled")
-    assert rig.ended(decode.agent, 1) == RoomState.FAILED
-    assert "prefill was cancelled" in decode.agent.failure(1)
-    assert "prefill was cancelled" in prefill.agent.failure(1)
+    rig.fail(1, "prefill was cancelled", decode, prefill)
 
 
-@pytest.mark.parametrize("host", [None, "far", ""])
+@pytest.mark.parametrize("host", rig.HOSTS)
 def test_abort_of_one_rank_fails_the_room_on_all(host: str | None) -> None:
     prefill = rig.prefill_rank()
     ranks = [rig.decode_rank(rank=rank, size=4, host=host) for rank in range(4)]
-    with contextlib.ExitStack() as stack:
-        for item in (prefill, *ranks):
-            stack.enter_context(contextlib.closing(item.agent))
+    with rig.serving(prefill, *ranks):
         prefill.agent.open_room(1)
         for rank in ranks:
             rig.ask(rank, [prefill.peer], 1, rig.pages(1, 4), expected=4)
         prefill.agent.send(1, rig.pages(2, 2), last=False)
         ranks[2].agent.abort(1, "rank 2 gave up")
-        for item in (prefill, *ranks):
-            assert rig.ended(item.agent, 1) == RoomState.FAILED
-            assert "rank 2 gave up" in item.agent.failure(1)
-            item.agent.close_room(1)
-        prefill.agent.open_room(1)
-        for rank in ranks:
-            rig.ask(rank, [prefill.peer], 1, rig.pages(1, 4), expected=4)
-        prefill.agent.send(1, rig.pages(2, 4), last=True, metadata_row=0)
-        for item in (prefill, *ranks):
-            assert rig.ended(item.agent, 1) == RoomState.SUCCESS, item.agent.failure(1)
+        rig.fail(1, "rank 2 gave up", prefill, *ranks)
+        rig.close(1, prefill, *ranks)
+        rig.transfer(prefill, ranks, 1, count=4)
 
 
 def test_abort_before_the_prefill_request_fails_it_when_it_comes(pair) -> None:
@@ -155,23 +132,17 @@ def test_abort_before_the_prefill_request_fails_it_when_it_comes(pair) -> None:
 def test_room_reused_right_after_an_abort_by_decode(pair) -> None:
     prefill, decode = pair
     for _ in range(30):
-        prefill.agent.open_room(3)
-        rig.ask(decode, [prefill.peer], 3, rig.pages(1, 20))
-        prefill.agent.send(3, rig.pages(2, 20), last=True, metadata_row=0)
+        rig.begin([prefill], [decode], 3, rig.pages(2, 20), [rig.pages(1, 20)])
         decode.agent.close_room(3)
         rig.ask(decode, [prefill.peer], 3, rig.pages(4, 6))  # the new request overtakes the prefill scheduler
-        if rig.ended(prefill.agent, 3) == RoomState.FAILED:
-            prefill.agent.close_room(3)
-        else:
-            prefill.agent.close_room(3)
+        rig.ended(prefill.agent, 3)
+        prefill.agent.close_room(3)
         prefill.agent.open_room(3)
         prefill.agent.send(3, rig.pages(5, 6), last=True, metadata_row=2)
-        assert rig.ended(decode.agent, 3) == RoomState.SUCCESS, decode.agent.failure(3)
-        assert rig.ended(prefill.agent, 3) == RoomState.SUCCESS, prefill.agent.failure(3)
+        rig.succeed(3, decode, prefill)
         rig.check_rows(prefill, decode, rig.pages(5, 6), rig.pages(4, 6), 6 * rig.PAGE)
         assert decode.metadata.read(3) == prefill.metadata.read(2)
-        prefill.agent.close_room(3)
-        decode.agent.close_room(3)
+        rig.close(3, prefill, decode)
 
 
 def test_request_that_comes_after_the_room_failed_is_told_why(pair) -> None:
@@ -180,8 +151,7 @@ def test_request_that_comes_after_the_room_failed_is_told_why(pair) -> None:
     prefill.agent.abort(7, "prefill was cancelled early")
     prefill.agent.close_room(7)
     rig.ask(decode, [prefill.peer], 7, rig.pages(1, 4))
-    assert rig.ended(decode.agent, 7) == RoomState.FAILED
-    assert "prefill was cancelled early" in decode.agent.failure(7)
+    rig.fail(7, "prefill was cancelled early", decode)
     decode.agent.close_room(7)
     complete(prefill, decode, 7)
 
@@ -199,22 +169,17 @@ def test_request_is_held_until_the_scheduler_opens_the_room(pair) -> None:
 def test_held_request_and_idle_room_expire() -> None:
     prefill = rig.prefill_rank(transfer_timeout_s=0.5)
     decode = rig.decode_rank()
-    with contextlib.closing(prefill.agent), contextlib.closing(decode.agent):
+    with rig.serving(prefill, decode):
         prefill.agent.open_room(8)
         rig.ask(decode, [prefill.peer], 7, rig.pages(1, 4))
-        assert rig.ended(decode.agent, 7) == RoomState.FAILED
-        assert "no prefill request opened this room within 0.5 s" in decode.agent.failure(7)
-        assert rig.ended(prefill.agent, 8) == RoomState.FAILED
-        assert "0 of unknown decode ranks had asked" in prefill.agent.failure(8)
+        rig.fail(7, "no prefill request opened this room within 0.5 s", decode)
+        rig.fail(8, "0 of unknown decode ranks had asked", prefill)
 
 
 def test_wrong_number_of_rows_fails_with_the_numbers(pair) -> None:
     prefill, decode = pair
-    prefill.agent.open_room(7)
-    rig.ask(decode, [prefill.peer], 7, rig.pages(1, 4))
-    prefill.agent.send(7, rig.pages(2, 3), last=True, metadata_row=0)
-    assert rig.ended(decode.agent, 7) == RoomState.FAILED
-    assert "12 tokens where 16 or a part of the last page were asked for" in decode.agent.failure(7)
+    rig.begin([prefill], [decode], 7, rig.pages(2, 3), [rig.pages(1, 4)])
+    rig.fail(7, "12 tokens where 16 or a part of the last page were asked for", decode)
 
 
 def test_misuse_is_one_clear_error(pair) -> None:

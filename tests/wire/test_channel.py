@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import socket
-from collections.abc import Iterator
 
 import pytest
 
-from sglang_tpla.transfer import messages as frames
+from sglang_tpla.transfer import messages
 from sglang_tpla.transfer.network.data_channel import PREAMBLE, SIZES
-from sglang_tpla.transfer.room import RoomState, TransferError
+from sglang_tpla.transfer.room import TransferError
 from tests.ports import neighbouring_ports
 from tests.wire import rig
 from tests.wire.fakes import FakeDecode, FakePrefill, hello
@@ -19,25 +18,6 @@ from tests.wire.proxy import FaultProxy
 pytestmark = pytest.mark.usefixtures("rows_kind")  # each test with plain and with sketched rows
 
 PAGES = 90
-
-
-@pytest.fixture
-def prefill() -> Iterator[rig.PrefillRank]:
-    item = rig.prefill_rank()
-    with contextlib.closing(item.agent):
-        yield item
-
-
-def transfer(
-    prefill: rig.PrefillRank, decode: rig.DecodeRank, room: int, peer: tuple[str, int, bool] | None = None
-) -> None:
-    """A whole room, right to the last bit."""
-    prefill.agent.open_room(room)
-    rig.ask(decode, [peer or prefill.peer], room, rig.pages(room, PAGES))
-    prefill.agent.send(room, rig.pages(room + 1, PAGES), last=True, metadata_row=2)
-    assert rig.ended(decode.agent, room) == RoomState.SUCCESS, decode.agent.failure(room)
-    assert rig.ended(prefill.agent, room) == RoomState.SUCCESS, prefill.agent.failure(room)
-    rig.check_rows(prefill, decode, rig.pages(room + 1, PAGES), rig.pages(room, PAGES), PAGES * rig.PAGE)
 
 
 def payload_bytes(decode: rig.DecodeRank) -> int:
@@ -54,92 +34,82 @@ def knock(prefill: rig.PrefillRank, *said: bytes) -> socket.socket:
     return stream
 
 
-def test_chunks_travel_on_the_channel_alone(prefill: rig.PrefillRank) -> None:
-    with contextlib.ExitStack() as stack:
-        control = stack.enter_context(contextlib.closing(rig.FaultProxy(prefill.agent.address[1])))
-        data = stack.enter_context(contextlib.closing(rig.FaultProxy(rig.data_port(prefill))))
-        rig.data_port(prefill, data.port)
-        decode = rig.decode_rank(host="far")
-        stack.enter_context(contextlib.closing(decode.agent))
-        decode.agent.connect("127.0.0.1", control.port)
+def test_chunks_travel_on_the_channel_alone(
+    prefill: rig.PrefillRank, far: rig.DecodeRank, data: FaultProxy
+) -> None:
+    with contextlib.closing(FaultProxy(prefill.agent.address[1])) as control:
+        far.agent.connect("127.0.0.1", control.port)
         rig.wait(lambda: prefill.agent.router.listener._channels, "the channel")
         prefill.agent.open_room(1)
-        rig.ask(decode, [control.peer], 1, rig.pages(1, PAGES))
+        rig.ask(far, [control.peer], 1, rig.pages(1, PAGES))
         before = control.forwarded_bytes  # a projection among them
-        prefill.agent.send(1, rig.pages(2, PAGES), last=True, metadata_row=2)
-        assert rig.ended(decode.agent, 1) == RoomState.SUCCESS
-        rig.check_rows(prefill, decode, rig.pages(2, PAGES), rig.pages(1, PAGES), PAGES * rig.PAGE)
-        assert data.forwarded_bytes > payload_bytes(decode)
-        assert control.forwarded_bytes - before < payload_bytes(decode) / 8
+        rig.send(prefill, 1, rig.pages(2, PAGES))
+        rig.succeed(1, far)
+        rig.check_rows(prefill, far, rig.pages(2, PAGES), rig.pages(1, PAGES), PAGES * rig.PAGE)
+        assert data.forwarded_bytes > payload_bytes(far)
+        assert control.forwarded_bytes - before < payload_bytes(far) / 8
 
 
 def test_the_channel_comes_to_the_port_after_the_advertised_one() -> None:
     """Behind address translation: two neighbouring ports a rank, inside and outside."""
     inside, outside = neighbouring_ports(2), neighbouring_ports(2)
     prefill, decode = rig.prefill_rank(port=inside, advertised_port=outside), rig.decode_rank(host="far")
-    with contextlib.ExitStack() as stack:
-        for agent in (prefill.agent, decode.agent):
-            stack.enter_context(contextlib.closing(agent))
-        translation = stack.enter_context(contextlib.closing(FaultProxy(inside, inside + 1, outside)))
+    with (
+        rig.serving(prefill, decode),
+        contextlib.closing(FaultProxy(inside, inside + 1, outside)) as translation,
+    ):
         decode.agent.connect("127.0.0.1", outside)
         rig.wait(lambda: prefill.agent.router.listener._channels, "the channel")
-        transfer(prefill, decode, 1, ("127.0.0.1", outside, False))
+        prefill.agent.open_room(1)
+        rig.ask(decode, [("127.0.0.1", outside, False)], 1, rig.pages(1, PAGES))
+        rig.send(prefill, 1, rig.pages(2, PAGES))
+        rig.succeed(1, prefill, decode)
+        rig.check_rows(prefill, decode, rig.pages(2, PAGES), rig.pages(1, PAGES), PAGES * rig.PAGE)
         assert translation.forwarded_bytes > payload_bytes(decode)
         assert prefill.agent.stats().refused == 0
 
 
-def test_a_channel_that_ends_between_rooms_is_opened_again(prefill: rig.PrefillRank) -> None:
-    decode = rig.decode_rank(host="far")
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(contextlib.closing(decode.agent))
-        data = stack.enter_context(contextlib.closing(FaultProxy(rig.data_port(prefill))))
-        rig.data_port(prefill, data.port)
-        for room in (1, 2, 3, 4):
-            transfer(prefill, decode, room)
-            before = data.forwarded_bytes
-            assert before > room * payload_bytes(decode)  # none went over ZMQ
-            data.cut()
-            rig.wait(lambda room=room: decode.agent.stats().resumed == room, "the connection")
-            (connection,) = decode.agent.connections.table.values()
-            new = [connection.identity]  # and no longer the one that was cut
-            rig.wait(lambda new=new: list(prefill.agent.router.listener._channels) == new, "the channel")
+def test_a_channel_that_ends_between_rooms_is_opened_again(
+    prefill: rig.PrefillRank, far: rig.DecodeRank, data: FaultProxy
+) -> None:
+    for room in (1, 2, 3, 4):
+        rig.transfer(prefill, far, room)
+        assert data.forwarded_bytes > room * payload_bytes(far)  # none went over ZMQ
+        data.cut()
+        rig.wait(lambda room=room: far.agent.stats().resumed == room, "the connection")
+        (connection,) = far.agent.connections.table.values()
+        new = [connection.identity]  # and no longer the one that was cut
+        rig.wait(lambda new=new: list(prefill.agent.router.listener._channels) == new, "the channel")
 
 
-def test_a_port_that_hangs_up_on_everybody_fails_rooms_with_the_reason(prefill: rig.PrefillRank) -> None:
-    decode = rig.decode_rank(host="far")
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(contextlib.closing(decode.agent))
-        data = stack.enter_context(contextlib.closing(FaultProxy(rig.data_port(prefill))))
-        data.refusing = True
-        rig.data_port(prefill, data.port)
-        fails(prefill, decode, 1, " by ")  # closed or reset
-        data.refusing = False
-        transfer(prefill, decode, 2)
+def test_a_port_that_hangs_up_on_everybody_fails_rooms_with_the_reason(
+    prefill: rig.PrefillRank, far: rig.DecodeRank, data: FaultProxy
+) -> None:
+    data.refusing = True
+    fails(prefill, far, 1, " by ")  # closed or reset
+    data.refusing = False
+    rig.transfer(prefill, far, 2)
 
 
 def fails(prefill: rig.PrefillRank, decode: rig.DecodeRank, room: int, why: str) -> None:
     """A room whose rows cannot be fetched ends soon, on both sides, and says what to do."""
-    prefill.agent.open_room(room)
-    rig.ask(decode, [prefill.peer], room, rig.pages(room, PAGES))
-    prefill.agent.send(room, rig.pages(room + 1, PAGES), last=True, metadata_row=2)
-    for agent in (decode.agent, prefill.agent):
-        assert rig.ended(agent, room) == RoomState.FAILED
-        for part in ("its data channel, port", "failed for 2 s", why, "let decode servers reach"):
-            assert part in agent.failure(room)
+    rig.begin([prefill], [decode], room, rig.pages(room + 1, PAGES), [rig.pages(room, PAGES)])
+    for said in ("its data channel, port", "failed for 2 s", why, "let decode servers reach"):
+        rig.fail(room, said, decode, prefill)
     assert decode.agent.stats().staging_used_bytes == prefill.agent.stats().staging_used_bytes == 0
 
 
-def test_a_port_that_nobody_reaches_fails_rooms_with_the_reason(prefill: rig.PrefillRank) -> None:
+def test_a_port_that_nobody_reaches_fails_rooms_with_the_reason(
+    prefill: rig.PrefillRank, far: rig.DecodeRank, decode: rig.DecodeRank
+) -> None:
     with socket.create_server(("127.0.0.1", 0)) as gone:
         port = gone.getsockname()[1]
     real = rig.data_port(prefill, port)
-    far, near = rig.decode_rank(host="far"), rig.decode_rank()
-    with contextlib.closing(far.agent), contextlib.closing(near.agent):
-        fails(prefill, far, 1, "Connection refused")
-        transfer(prefill, near, 2)  # by shared memory
-        assert near.agent.stats().resumed == 0
-        rig.data_port(prefill, real)
-        transfer(prefill, far, 3)
+    fails(prefill, far, 1, "Connection refused")
+    rig.transfer(prefill, decode, 2)  # by shared memory
+    assert decode.agent.stats().resumed == 0
+    rig.data_port(prefill, real)
+    rig.transfer(prefill, far, 3)
 
 
 def test_a_data_port_that_is_taken_is_no_start() -> None:
@@ -156,17 +126,17 @@ def test_a_data_port_that_is_taken_is_no_start() -> None:
 @pytest.mark.parametrize(
     "said",
     [b"GET / HTTP/1.1\r\n", PREAMBLE + bytes(16), PREAMBLE[:4] + b"\xff" + bytes(16), b"T" + bytes(3)],
-    ids=["another protocol", "a cookie of nobody", "another version", "damaged"],
+    ids=["another protocol", "a token of nobody", "another version", "damaged"],
 )
-def test_strangers_are_turned_away_and_counted(prefill: rig.PrefillRank, said: bytes) -> None:
+def test_strangers_are_turned_away_and_counted(
+    prefill: rig.PrefillRank, far: rig.DecodeRank, said: bytes
+) -> None:
     before = prefill.agent.stats().refused
     with knock(prefill, said) as stream:
         with contextlib.suppress(ConnectionResetError):
             assert stream.recv(1) == b""
         rig.wait(lambda: prefill.agent.stats().refused == before + 1, "the refusal to be counted")
-    decode = rig.decode_rank(host="far")
-    with contextlib.closing(decode.agent):
-        transfer(prefill, decode, 1)
+    rig.transfer(prefill, far)
 
 
 def test_strangers_who_say_nothing_do_not_stay(prefill: rig.PrefillRank) -> None:
@@ -175,42 +145,39 @@ def test_strangers_who_say_nothing_do_not_stay(prefill: rig.PrefillRank) -> None
     assert prefill.agent.stats().refused == 2
 
 
-def test_a_cookie_serves_once_and_ends_with_its_connection(prefill: rig.PrefillRank) -> None:
+def test_a_token_serves_once_and_ends_with_its_connection(prefill: rig.PrefillRank) -> None:
     with contextlib.closing(FakeDecode(prefill.agent.address[1])) as fake:
         fake.say(hello(host="far"))
-        welcome = fake.expect(frames.Welcome)[0]
-        with knock(prefill, PREAMBLE + welcome.data.cookie) as first:
+        welcome = fake.expect(messages.Welcome)[0]
+        with knock(prefill, PREAMBLE + welcome.data.token) as first:
             rig.wait(lambda: prefill.agent.router.listener._channels, "the channel")
-            with knock(prefill, PREAMBLE + welcome.data.cookie) as second:
+            with knock(prefill, PREAMBLE + welcome.data.token) as second:
                 assert second.recv(1) == b""
-            fake.say(frames.Goodbye("enough"))
+            fake.say(messages.Goodbye("enough"))
             assert first.recv(1) == b""
         fake.say(hello(host="far"))
-        cookie = fake.expect(frames.Welcome)[0].data.cookie
-        fake.say(frames.Goodbye("enough"))
+        token = fake.expect(messages.Welcome)[0].data.token
+        fake.say(messages.Goodbye("enough"))
         rig.wait(lambda: prefill.agent.stats().peers == 0, "the goodbye")
-        with knock(prefill, PREAMBLE + cookie) as late:
+        with knock(prefill, PREAMBLE + token) as late:
             assert late.recv(1) == b""
     assert prefill.agent.stats().refused == 2
 
 
-GOOD = frames.encode(frames.Chunk(1, 1, 0, 0, False, 0, 1, 0, 1, frames.checksum(b"")))
+GOOD = messages.encode(messages.Chunk(1, 1, 0, 0, False, 0, 1, 0, 1, messages.checksum(b"")))
+PING = messages.encode(messages.Ping(1))
 HOSTILE = {
     "sizes": SIZES.pack(2**32 - 1, 2**32 - 1),
     "more than a chunk": SIZES.pack(len(GOOD), rig.SETTINGS.chunk_bytes + 1) + GOOD,
     "a header that is none": SIZES.pack(20, 1) + bytes(21),
-    "another message": SIZES.pack(len(frames.encode(frames.Ping(1))), 1)
-    + frames.encode(frames.Ping(1))
-    + b"x",
+    "another message": SIZES.pack(len(PING), 1) + PING + b"x",
 }
 
 
 @pytest.mark.parametrize("said", HOSTILE.values(), ids=HOSTILE)
 def test_what_no_prefill_rank_would_send_ends_the_channel(said: bytes) -> None:
     decode = rig.decode_rank(peer_timeout_s=5.0)
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(contextlib.closing(decode.agent))
-        fake = stack.enter_context(contextlib.closing(FakePrefill()))
+    with rig.serving(decode), contextlib.closing(FakePrefill()) as fake:
         decode.agent.connect("127.0.0.1", fake.port)
         fake.welcome()
         stream = fake.channel()
@@ -219,7 +186,7 @@ def test_what_no_prefill_rank_would_send_ends_the_channel(said: bytes) -> None:
             assert stream.recv(1) == b""
         fake.welcome()  # on a new connection
         rig.wait(lambda: decode.agent.stats().peers == 1, "the connection to go on")
-        fake.expect(frames.Ping)
+        fake.expect(messages.Ping)
         assert decode.agent.stats().malformed_dropped == 1
         assert decode.agent.stats().internal_errors == 0
         assert decode.agent.stats().threads_alive == 2

@@ -13,7 +13,6 @@ from sglang_tpla.cache_rows.layer_rows import LayerRows
 from sglang_tpla.cache_rows.parts import Part
 from sglang_tpla.transfer import workers
 from sglang_tpla.transfer.memory.projection import Projection
-from sglang_tpla.transfer.room import RoomState
 from tests.ports import neighbouring_ports
 from tests.wire import rig
 
@@ -25,7 +24,7 @@ POISON = 0xFF  # no number in any floating-point format here
 def refused() -> Iterator[None]:
     """The system gives no shared memory, as with a full /dev/shm."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(workers, "make_arena", lambda *_: None)
+        patch.setattr(workers, "make_segment", lambda *_: None)
         yield
 
 
@@ -44,9 +43,7 @@ def transfer(
         asked: the prefill ranks from which each decode rank wants rows; the others are asked for form's sake.
         prefix: tokens that decode has already.
     """
-    with contextlib.ExitStack() as stack:
-        for item in (*prefills, *decodes):
-            stack.enter_context(contextlib.closing(item.agent))
+    with rig.serving(*prefills, *decodes):
         source = rig.pages(50, PAGES)
         targets = [rig.pages(index, PAGES) for index in range(len(decodes))]
         for prefill in prefills:
@@ -65,14 +62,8 @@ def transfer(
             peers = [(*p.agent.address, number not in wanted) for number, p in enumerate(prefills)]
             rig.ask(decode, peers, 1, target, expected=len(decodes), prefix=prefix)
         for prefill, cuts in zip(prefills, steps, strict=True):
-            for start, stop in zip((0, *cuts), (*cuts, PAGES), strict=True):
-                last = stop == PAGES
-                prefill.agent.send(
-                    1, source[start:stop], last=last, metadata_row=0 if last else None,
-                    num_tokens=tokens - start * rig.PAGE if last else None,
-                )  # fmt: skip
-        for item in (*prefills, *decodes):
-            assert rig.ended(item.agent, 1) == RoomState.SUCCESS, item.agent.failure(1)
+            rig.send(prefill, 1, source, cuts, tokens=tokens)
+        rig.succeed(1, *prefills, *decodes)
         for decode, target in zip(decodes, targets, strict=True):
             rig.check_rows(prefills[0], decode, source, target, tokens)
             assert decode.metadata.read(3) == prefills[0].metadata.read(0)
@@ -112,8 +103,7 @@ def groups(
 
 @pytest.mark.parametrize("host", [None, "far"])
 @pytest.mark.parametrize(
-    "changes",
-    [{}, {"chunk_bytes": 4096}, {"staging_bytes": 12 << 10}, {"shared_memory": 0}],
+    "changes", [{}, {"chunk_bytes": 4096}, {"staging_bytes": 12 << 10}, {"shared_memory": 0}]
 )
 @pytest.mark.parametrize("make", [lambda host: [rig.decode_rank(host=host)], lambda host: groups(host=host)])
 def test_ranks_with_other_settings(
@@ -142,7 +132,7 @@ def test_ranks_that_the_system_refused_shared_memory(decodes_refused: Sequence[i
 
 
 @pytest.mark.parametrize("asked", [((0, 1), (0,)), ((1,), (0, 1)), ((0,), (1,))])
-@pytest.mark.parametrize("host", [None, "far", ""])
+@pytest.mark.parametrize("host", rig.HOSTS)
 def test_decode_ranks_that_ask_for_unequal_shares(host: str | None, asked: Sequence[Sequence[int]]) -> None:
     transfer(two(chunk_bytes=4096), groups(host=host), asked=asked)
 
@@ -164,7 +154,7 @@ def test_widths_that_differ_by_layer(fp8: bool, widths: Sequence[int], host: str
     transfer(two(chunk_bytes=4096), groups(widths=widths, fp8=fp8, host=host))
 
 
-@pytest.mark.parametrize("host", [None, "far", ""])
+@pytest.mark.parametrize("host", rig.HOSTS)
 @pytest.mark.parametrize("decode_refused", [False, True])
 def test_sketched_rows_without_shared_memory(decode_refused: bool, host: str | None) -> None:
     """Of several widths of their sketches; the sketch of all groups is in the common part."""
@@ -199,17 +189,9 @@ def test_a_rank_that_restarted_with_another_chunk_size() -> None:
         for prefill in (first, second):
             prefill.agent.send(1, rig.pages(50, 7), last=False)
         second.agent.close()
-        assert rig.ended(decode.agent, 1) == RoomState.FAILED
-        assert str(port) in decode.agent.failure(1)
+        rig.fail(1, str(port), decode)
         decode.agent.close_room(1)
         again = rig.prefill_rank(rank=1, port=port, chunk_bytes=4096)
         first.agent.close_room(1)
         with contextlib.closing(again.agent):
-            for prefill in (first, again):
-                prefill.agent.open_room(2)
-            target, source = rig.pages(1, PAGES), rig.pages(51, PAGES)
-            rig.ask(decode, [first.peer, again.peer], 2, target)
-            for prefill in (first, again):
-                prefill.agent.send(2, source, last=True, metadata_row=0)
-            assert rig.ended(decode.agent, 2) == RoomState.SUCCESS, decode.agent.failure(2)
-            rig.check_rows(first, decode, source, target, PAGES * rig.PAGE)
+            rig.transfer([first, again], decode, 2, count=PAGES)

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -62,30 +61,10 @@ class Child:
         self.process.communicate()
 
 
-@pytest.fixture
-def prefill() -> Iterator[rig.PrefillRank]:
-    item = rig.prefill_rank()
-    with contextlib.closing(item.agent):
-        yield item
-
-
-@pytest.fixture
-def decode() -> Iterator[rig.DecodeRank]:
-    item = rig.decode_rank()
-    with contextlib.closing(item.agent):
-        yield item
-
-
 def transfer(prefill: rig.PrefillRank, decode: rig.DecodeRank, room: int) -> None:
-    source, destination = rig.pages(room, 30), rig.pages(room + 1, 30)
-    prefill.agent.open_room(room)
-    rig.ask(decode, [prefill.peer], room, destination)
-    prefill.agent.send(room, source, last=True, metadata_row=0)
-    assert rig.ended(decode.agent, room) == RoomState.SUCCESS, decode.agent.failure(room)
-    assert rig.ended(prefill.agent, room) == RoomState.SUCCESS, prefill.agent.failure(room)
-    rig.check_rows(prefill, decode, source, destination, 30 * rig.PAGE)
-    for item in (prefill, decode):
-        item.agent.close_room(room)
+    """A whole room that must be right, and is closed."""
+    rig.transfer(prefill, decode, room, count=30)
+    rig.close(room, prefill, decode)
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
@@ -157,8 +136,7 @@ def test_prefill_rank_dies_and_comes_back_on_the_same_address(
 
 def test_nobody_listens(decode: rig.DecodeRank) -> None:
     decode.agent.open_room(1, [("127.0.0.1", 9, False)])
-    assert rig.ended(decode.agent, 1) == RoomState.FAILED
-    assert "the prefill rank at 127.0.0.1:9 did not answer for 2 s" in decode.agent.failure(1)
+    rig.fail(1, "the prefill rank at 127.0.0.1:9 did not answer for 2 s", decode)
 
 
 @pytest.mark.parametrize(
@@ -183,8 +161,7 @@ def test_refusals_say_what_is_wrong(
             transfer(prefill, decode, 1)
             return
         decode.agent.open_room(1, [prefill.peer])
-        assert rig.ended(decode.agent, 1) == RoomState.FAILED
-        assert said in decode.agent.failure(1)
+        rig.fail(1, said, decode)
         assert f"127.0.0.1:{prefill.agent.address[1]} refused decode rank 0" in decode.agent.failure(1)
         decode.agent.close_room(1)
         decode.agent.open_room(2, [prefill.peer])
@@ -204,20 +181,12 @@ def test_an_ended_thread_is_not_silent(prefill: rig.PrefillRank, decode: rig.Dec
 def test_an_error_while_gathering_fails_the_room_alone(
     prefill: rig.PrefillRank, decode: rig.DecodeRank, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr(prefill.agent.sender.reader, "read", lambda *args: 1 / 0)
-        prefill.agent.open_room(1)
-        rig.ask(decode, [prefill.peer], 1, rig.pages(1, 3))
-        prefill.agent.send(1, rig.pages(2, 3), last=True, metadata_row=0)
-        assert rig.ended(decode.agent, 1) == RoomState.FAILED
-        assert "division by zero" in decode.agent.failure(1)
-    with monkeypatch.context() as patch:
-        patch.setattr(decode.agent.receiver._writer, "write", lambda *args: 1 / 0)
-        prefill.agent.open_room(2)
-        rig.ask(decode, [prefill.peer], 2, rig.pages(1, 3))
-        prefill.agent.send(2, rig.pages(2, 3), last=True, metadata_row=0)
-        assert rig.ended(prefill.agent, 2) == RoomState.FAILED
-        assert "division by zero" in prefill.agent.failure(2)
+    parts = [(prefill.agent.sender.reader, "read", decode), (decode.agent.receiver._writer, "write", prefill)]
+    for room, (part, method, other) in enumerate(parts, 1):
+        with monkeypatch.context() as patch:
+            patch.setattr(part, method, lambda *args: 1 / 0)
+            rig.begin([prefill], [decode], room, rig.pages(2, 3), [rig.pages(1, 3)])
+            rig.fail(room, "division by zero", other)
     assert prefill.agent.stats().internal_errors == decode.agent.stats().internal_errors == 1
     transfer(prefill, decode, 3)
 
@@ -229,16 +198,12 @@ def test_an_error_while_checking_fails_the_room_alone(monkeypatch: pytest.Monkey
     monkeypatch.setattr(rows.RowReader, "read", lambda *given: read(*given) and None)
     monkeypatch.setattr(rows.RowWriter, "write", lambda *given: write(*given) and b"")
     prefill, decode = rig.prefill_rank(), rig.decode_rank()
-    with contextlib.closing(prefill.agent), contextlib.closing(decode.agent):
+    with rig.serving(prefill, decode):
         for room, (module, broken) in enumerate([(dispatch, prefill), (receiver, decode)], 1):
             with monkeypatch.context() as patch:
                 patch.setattr(module, "check_pieces", lambda pieces: 1 / 0)
-                prefill.agent.open_room(room)
-                rig.ask(decode, [prefill.peer], room, rig.pages(1, 3))
-                prefill.agent.send(room, rig.pages(2, 3), last=True, metadata_row=0)
-                for side in (prefill, decode):
-                    assert rig.ended(side.agent, room) == RoomState.FAILED
-                    assert "division by zero" in side.agent.failure(room)
+                rig.begin([prefill], [decode], room, rig.pages(2, 3), [rig.pages(1, 3)])
+                rig.fail(room, "division by zero", prefill, decode)
                 assert broken.agent.stats().internal_errors == 1
         rig.wait(lambda: prefill.agent.stats().staging_used_bytes == 0, "staging to be free")
         assert prefill.agent.stats().threads_alive == decode.agent.stats().threads_alive == 3

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import pytest
 import torch
 
-from sglang_tpla.transfer.room import RoomState
 from tests.wire import rig
 
 pytestmark = [
@@ -16,7 +13,7 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("host", [None, "far", ""])
+@pytest.mark.parametrize("host", rig.HOSTS)
 @pytest.mark.parametrize("rows", ["raw", "slices", "sketched"])
 @pytest.mark.parametrize(
     ("source_device", "target_device"), [("cuda", "cuda"), ("cuda", "cpu"), ("cpu", "cuda")]
@@ -33,16 +30,6 @@ def test_rows_in_device_memory(source_device: str, target_device: str, rows: str
         )
         for rank in range(2)
     ]
-    with contextlib.ExitStack() as stack:
-        for item in (prefill, *ranks):
-            stack.enter_context(contextlib.closing(item.agent))
+    with rig.serving(prefill, *ranks):
         for room in range(3):
-            prefill.agent.open_room(room)
-            for rank in ranks:
-                rig.ask(rank, [prefill.peer], room, rig.pages(room, 40), expected=2)
-            prefill.agent.send(room, rig.pages(50, 40)[:16], last=False)
-            prefill.agent.send(room, rig.pages(50, 40)[16:], last=True, metadata_row=0)
-            for item in (prefill, *ranks):
-                assert rig.ended(item.agent, room) == RoomState.SUCCESS, item.agent.failure(room)
-            for rank in ranks:
-                rig.check_rows(prefill, rank, rig.pages(50, 40), rig.pages(room, 40), 40 * rig.PAGE)
+            rig.transfer(prefill, ranks, room, count=40, cuts=(16,))

@@ -12,12 +12,12 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from sglang_tpla.transfer import messages as frames
+from sglang_tpla.transfer import messages
 from sglang_tpla.transfer.room import RoomState
 from tests.wire import rig
 from tests.wire.fakes import FakeDecode, FakePrefill, hello
 
-DIGEST = frames.checksum(b"")
+DIGEST = messages.checksum(b"")
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,14 @@ def fake(prefill: rig.PrefillRank) -> Iterator[FakeDecode]:
 @pytest.fixture
 def decode(rows_kind: str) -> Iterator[rig.DecodeRank]:
     item = rig.decode_rank(rig.even_rows(), peer_timeout_s=5.0)
-    with contextlib.closing(item.agent):
+    with rig.serving(item):
+        yield item
+
+
+@pytest.fixture
+def server() -> Iterator[FakePrefill]:
+    """The prefill rank that ``decode`` has."""
+    with contextlib.closing(FakePrefill()) as item:
         yield item
 
 
@@ -44,39 +51,33 @@ def still_serves(prefill: rig.PrefillRank, room: int = 12345) -> None:
     """A whole transfer of a new decode rank is right, and both threads live."""
     decode = rig.decode_rank()
     with contextlib.closing(decode.agent):
-        source, destination = rig.pages(1, 9), rig.pages(2, 9)
-        prefill.agent.open_room(room)
-        rig.ask(decode, [prefill.peer], room, destination)
-        prefill.agent.send(room, source, last=True, metadata_row=0)
-        assert rig.ended(decode.agent, room) == RoomState.SUCCESS
-        assert rig.ended(prefill.agent, room) == RoomState.SUCCESS
-        rig.check_rows(prefill, decode, source, destination, 9 * rig.PAGE)
+        rig.transfer(prefill, decode, room, count=9)
         prefill.agent.close_room(room)
     assert prefill.agent.stats().threads_alive == 2
     assert prefill.agent.stats().internal_errors == 0
 
 
-GOOD = frames.encode(frames.Request(1, 2, 1, 0, -1, False, 0, 1))
+GOOD = messages.encode(messages.Request(1, 2, 1, 0, -1, False, 0, 1))
 MALFORMED = {
     "empty": [b""],
     "text": [b"hello"],
-    "prefix alone": [frames.PREFIX],
+    "prefix alone": [messages.PREFIX],
     "truncated": [GOOD[:-1]],
     "longer": [GOOD + b"\x00"],
-    "unknown tag": [frames.seal(b"\x92\x7f\x01")],
-    "no tag": [frames.seal(b"\x90")],
-    "a map": [frames.seal(b"\x80")],
-    "wrong type": [frames.seal(b"\x99\x08\xa1x\x02\x01\x00\xff\xc2\x00\x01")],
-    "negative room": [frames.seal(b"\x99\x08\xff\x02\x01\x00\xff\xc2\x00\x01")],
-    "one field more": [frames.seal(b"\x9a\x08\x01\x02\x01\x00\xff\xc2\x00\x01\x00")],
+    "unknown tag": [messages.seal(b"\x92\x7f\x01")],
+    "no tag": [messages.seal(b"\x90")],
+    "a map": [messages.seal(b"\x80")],
+    "wrong type": [messages.seal(b"\x99\x08\xa1x\x02\x01\x00\xff\xc2\x00\x01")],
+    "negative room": [messages.seal(b"\x99\x08\xff\x02\x01\x00\xff\xc2\x00\x01")],
+    "one field more": [messages.seal(b"\x9a\x08\x01\x02\x01\x00\xff\xc2\x00\x01\x00")],
     "damaged framing version": [b"TPLA\x09" + GOOD[5:]],
     "damaged field": [GOOD[:-1] + b"\x02"],
     "payload that must not be": [GOOD, b"payload"],
-    "no payload": [frames.encode(frames.ProjectionLayer("x", 0, DIGEST))],
+    "no payload": [messages.encode(messages.ProjectionLayer("x", 0, DIGEST))],
     "three frames": [GOOD, b"", b""],
     "a thousand frames": [GOOD] * 1000,
-    "a header too large": [frames.seal(b"\x91" + b"\x00" * frames.MAX_HEADER_BYTES)],
-    "deep nesting": [frames.seal(b"\x91" * 5000)],
+    "a header too large": [messages.seal(b"\x91" + b"\x00" * messages.MAX_HEADER_BYTES)],
+    "deep nesting": [messages.seal(b"\x91" * 5000)],
 }
 
 
@@ -85,8 +86,8 @@ def test_malformed_frame_at_prefill(what: str, prefill: rig.PrefillRank, fake: F
     fake.register()
     before = prefill.agent.stats().malformed_dropped
     fake.send(*MALFORMED[what])
-    fake.say(frames.Ping(77))
-    assert fake.expect(frames.Pong)[0] == frames.Pong(77)
+    fake.say(messages.Ping(77))
+    assert fake.expect(messages.Pong)[0] == messages.Pong(77)
     assert prefill.agent.stats().malformed_dropped == before + 1
 
 
@@ -95,45 +96,42 @@ def test_malformed_frames_leave_the_prefill_rank_serving(prefill: rig.PrefillRan
 
 
 @pytest.mark.parametrize("what", MALFORMED)
-def test_malformed_frame_at_decode(what: str, decode: rig.DecodeRank) -> None:
-    with contextlib.closing(FakePrefill()) as fake:
-        decode.agent.open_room(1, [fake.peer])
-        fake.welcome()
-        rig.wait(lambda: decode.agent.poll(1) == RoomState.WAITING, "registration")
-        fake.send(*MALFORMED[what])
-        fake.say(frames.Ping(78))
-        assert fake.expect(frames.Pong) == frames.Pong(78)
-        assert decode.agent.stats().malformed_dropped == 1
-        assert decode.agent.poll(1) == RoomState.WAITING
+def test_malformed_frame_at_decode(what: str, decode: rig.DecodeRank, server: FakePrefill) -> None:
+    decode.agent.open_room(1, [server.peer])
+    server.welcome()
+    rig.wait(lambda: decode.agent.poll(1) == RoomState.WAITING, "registration")
+    server.send(*MALFORMED[what])
+    server.say(messages.Ping(78))
+    assert server.expect(messages.Pong) == messages.Pong(78)
+    assert decode.agent.stats().malformed_dropped == 1
+    assert decode.agent.poll(1) == RoomState.WAITING
 
 
 @pytest.mark.parametrize("host", ["", "elsewhere"])
 def test_a_rank_that_does_not_say_what_it_can_read_is_asked_again(fake: FakeDecode, host: str) -> None:
     fake.register(host=host)
-    asked = [fake.expect(frames.Neighbours)[0] for _ in range(3)]
+    asked = [fake.expect(messages.Colocated)[0] for _ in range(3)]
     assert len({message.number for message in asked}) == 1
-    fake.say(frames.Mapped(asked[0].number, ()))
-    fake.say(frames.Ping(3))
-    fake.expect(frames.Pong)
+    fake.say(messages.Mapped(asked[0].number, ()))
+    fake.say(messages.Ping(3))
+    fake.expect(messages.Pong)
     assert not fake.socket.poll(500)  # five heartbeats
 
 
 def test_another_framing_version_is_refused_at_prefill(prefill: rig.PrefillRank, fake: FakeDecode) -> None:
     before = prefill.agent.stats().refused
-    fake.send(frames.seal(msgspec.msgpack.encode(hello()), version=9))
-    (refusal, _) = fake.expect(frames.Refused)
+    fake.send(messages.seal(msgspec.msgpack.encode(hello()), version=9))
+    (refusal, _) = fake.expect(messages.Refused)
     assert "framing version is 2; got 9: run the same release on both sides" in refusal.reason
     assert prefill.agent.stats().refused == before + 1
 
 
-def test_another_framing_version_is_refused_at_decode(decode: rig.DecodeRank) -> None:
-    with contextlib.closing(FakePrefill()) as fake:
-        decode.agent.open_room(1, [fake.peer])
-        fake.expect(frames.Hello)
-        fake.send(frames.seal(msgspec.msgpack.encode(frames.Ping(1)), version=9))
-        assert rig.ended(decode.agent, 1) == RoomState.FAILED
-        assert "framing version is 2; got 9: run the same release on both sides" in decode.agent.failure(1)
-        assert decode.agent.stats().refused == 1
+def test_another_framing_version_is_refused_at_decode(decode: rig.DecodeRank, server: FakePrefill) -> None:
+    decode.agent.open_room(1, [server.peer])
+    server.expect(messages.Hello)
+    server.send(messages.seal(msgspec.msgpack.encode(messages.Ping(1)), version=9))
+    rig.fail(1, "framing version is 2; got 9: run the same release on both sides", decode)
+    assert decode.agent.stats().refused == 1
 
 
 @pytest.mark.parametrize("versions", [(8, 9), (1, 2)])
@@ -142,14 +140,13 @@ def test_protocol_versions_without_a_common_one(
 ) -> None:
     """A whole decode agent of another release: the same reason on both sides, and no room left behind."""
     with monkeypatch.context() as patch:
-        patch.setattr(frames, "PROTOCOL_VERSIONS", versions)
+        patch.setattr(messages, "PROTOCOL_VERSIONS", versions)
         decode = rig.decode_rank()
     said = f"prefill speaks 3 to 3, decode {versions[0]} to {versions[1]}; run the same release on both sides"
     with contextlib.closing(decode.agent):
         before = prefill.agent.stats().refused
         decode.agent.open_room(1, [prefill.peer])
-        assert rig.ended(decode.agent, 1) == RoomState.FAILED
-        assert said in decode.agent.failure(1)
+        rig.fail(1, said, decode)
         assert (prefill.agent.stats().refused, decode.agent.stats().refused) == (before + 1, 1)
         decode.agent.close_room(1)
         assert decode.agent.stats().rooms == 0
@@ -159,50 +156,50 @@ def test_protocol_versions_without_a_common_one(
 def test_credit_of_a_broken_connection_is_void(prefill: rig.PrefillRank) -> None:
     """Rows that come between a rank's Hello and its Resume wait for the credit that Resume counts from."""
     prefill.agent.open_room(60)
-    request = frames.Request(60, 5, 1, 0, -1, False, 0, 1)
+    request = messages.Request(60, 5, 1, 0, -1, False, 0, 1)
     with contextlib.closing(FakeDecode(prefill.agent.address[1])) as before:
         before.register(agent="comes back")
-        before.say(frames.Mapped(0, ()))
+        before.say(messages.Mapped(0, ()))
         before.say(request)
         prefill.agent.send(60, rig.pages(1, 8), last=False)
-        before.say(frames.Credit(60, 5, 10**6))
-        before.expect(frames.Chunk)
+        before.say(messages.Credit(60, 5, 10**6))
+        before.expect(messages.Chunk)
     with contextlib.closing(FakeDecode(prefill.agent.address[1])) as after:
         after.register(agent="comes back")
-        after.say(frames.Mapped(0, ()))
+        after.say(messages.Mapped(0, ()))
         prefill.agent.send(60, rig.pages(2, 8), last=True, metadata_row=0)
-        after.say(frames.Ping(1))
+        after.say(messages.Ping(1))
         seen = [after.read()[0] for _ in range(2)]
-        while seen[-1] != frames.Pong(1):
+        while seen[-1] != messages.Pong(1):
             seen.append(after.read()[0])
         rig.wait(lambda: prefill.agent.workers.work._waiters, "the worker to have nothing to do")
-        after.say(frames.Ping(2))
-        while seen[-1] != frames.Pong(2):
+        after.say(messages.Ping(2))
+        while seen[-1] != messages.Pong(2):
             seen.append(after.read()[0])
-        assert not any(isinstance(message, frames.Chunk) for message in seen), seen
+        assert not any(isinstance(message, messages.Chunk) for message in seen), seen
         after.say(request)
-        after.say(frames.Resume(60, 5, 0, ()))
-        after.say(frames.Credit(60, 5, 10**6))
-        after.expect(frames.Chunk)
+        after.say(messages.Resume(60, 5, 0, ()))
+        after.say(messages.Credit(60, 5, 10**6))
+        after.expect(messages.Chunk)
     prefill.agent.close_room(60)
 
 
 def test_unknown_peer_is_told_to_register(prefill: rig.PrefillRank, fake: FakeDecode) -> None:
     before = prefill.agent.stats().unknown_peer
-    fake.say(frames.Request(1, 2, 1, 0, -1, False, 0, 1))
-    assert fake.read()[0] == frames.Unregistered()
+    fake.say(messages.Request(1, 2, 1, 0, -1, False, 0, 1))
+    assert fake.read()[0] == messages.Unregistered()
     assert prefill.agent.stats().unknown_peer == before + 1
 
 
 def test_oversized_message_ends_its_own_connection_only(prefill: rig.PrefillRank, fake: FakeDecode) -> None:
     fake.register()
-    fake.send(GOOD, bytes(frames.MAX_PROJECTION_BYTES + 1))
+    fake.send(GOOD, bytes(messages.MAX_PROJECTION_BYTES + 1))
     still_serves(prefill)
 
 
 def test_version_mismatch_is_refused_with_both_numbers(fake: FakeDecode) -> None:
     fake.say(hello(versions=(7, 9)))
-    message, _ = fake.expect(frames.Refused)
+    message, _ = fake.expect(messages.Refused)
     assert "prefill speaks 3 to 3, decode 7 to 9" in message.reason
 
 
@@ -216,7 +213,7 @@ def test_half_a_pair_that_speculates_is_refused(fake: FakeDecode) -> None:
         metadata_bytes=(*plain.metadata_bytes, 64),
     )
     fake.say(hello(layout=more))
-    message, _ = fake.expect(frames.Refused)
+    message, _ = fake.expect(messages.Refused)
     layers = rig.LAYERS
     assert f"speculative decoding: prefill holds {layers} layers, decode {layers + 1}" in message.reason
     assert "--speculative-algorithm to both or to neither" in message.reason
@@ -224,50 +221,50 @@ def test_half_a_pair_that_speculates_is_refused(fake: FakeDecode) -> None:
 
 def test_projection_with_another_hash_is_refused(prefill: rig.PrefillRank, fake: FakeDecode) -> None:
     z = rig.projection(0)
-    layout = frames.CacheLayout(
+    layout = messages.CacheLayout(
         0, rig.LATENT, rig.ROPE, "bfloat16", rig.PAGE, z.widths, tuple(z.shared), rig.ITEM_BYTES
     )
     fake.register(layout=layout, projection="0" * 64)
     for index, data in enumerate(z.layer_bytes):
-        fake.say(frames.ProjectionLayer("0" * 64, index, frames.checksum(data)), data)
-    assert "does not have the hash 000000000000" in fake.expect(frames.Refused)[0].reason
+        fake.say(messages.ProjectionLayer("0" * 64, index, messages.checksum(data)), data)
+    assert "does not have the hash 000000000000" in fake.expect(messages.Refused)[0].reason
 
 
 def test_replays_and_late_messages_are_counted(prefill: rig.PrefillRank, fake: FakeDecode) -> None:
     fake.register()
     before = prefill.agent.stats()
-    fake.say(frames.Request(1, 5, 1, 0, -1, False, 0, 1))
-    fake.say(frames.Request(1, 5, 1, 0, -1, False, 0, 1))
-    fake.say(frames.Request(1, 4, 1, 0, -1, False, 0, 1))
+    fake.say(messages.Request(1, 5, 1, 0, -1, False, 0, 1))
+    fake.say(messages.Request(1, 5, 1, 0, -1, False, 0, 1))
+    fake.say(messages.Request(1, 4, 1, 0, -1, False, 0, 1))
     for message in (
-        frames.Ack(1, 5, 0, 0),
-        frames.Credit(9, 9, 9),
-        frames.Done(1, 4),
-        frames.Nack(2, 2, 0, 2),
+        messages.Ack(1, 5, 0, 0),
+        messages.Credit(9, 9, 9),
+        messages.Done(1, 4),
+        messages.Nack(2, 2, 0, 2),
     ):
         fake.say(message)
-    fake.say(frames.Ping(1))
-    fake.expect(frames.Pong)
+    fake.say(messages.Ping(1))
+    fake.expect(messages.Pong)
     after = prefill.agent.stats()
     assert after.replays_dropped - before.replays_dropped == 2
     assert after.late_dropped - before.late_dropped == 4
-    fake.say(frames.Abort(1, 5, "enough"))
+    fake.say(messages.Abort(1, 5, "enough"))
 
 
-def serve(fake: FakePrefill, decode: rig.DecodeRank, room: int, wanted: int) -> frames.Request:
+def serve(fake: FakePrefill, decode: rig.DecodeRank, room: int, wanted: int) -> messages.Request:
     """Let a decode agent ask the fake for two pages and grant it credit."""
     decode.agent.open_room(room, [fake.peer])
     if not fake.identity:
         fake.welcome()
     rig.wait(lambda: decode.agent.poll(room) == RoomState.WAITING, "registration")
     decode.agent.request(room, rig.pages(1, 2), metadata_row=0, expected_ranks=1)
-    request = fake.expect(frames.Request)
-    fake.say(frames.Want(room, request.generation, wanted))
-    fake.expect(frames.Credit)
+    request = fake.expect(messages.Request)
+    fake.say(messages.Want(room, request.generation, wanted))
+    fake.expect(messages.Credit)
     return request
 
 
-def chunk(request: frames.Request, payload: bytes, sequence: int = 0, **changes: object) -> frames.Chunk:
+def chunk(request: messages.Request, payload: bytes, sequence: int = 0, **changes: object) -> messages.Chunk:
     """A sound chunk of one layer and four tokens, changed."""
     fields = {
         "room": request.room,
@@ -279,9 +276,9 @@ def chunk(request: frames.Request, payload: bytes, sequence: int = 0, **changes:
         "layers": 1,
         "first_token": 0,
         "tokens": 4,
-        "checksum": frames.checksum(payload),
+        "checksum": messages.checksum(payload),
     }
-    return frames.Chunk(**{**fields, **changes})
+    return messages.Chunk(**{**fields, **changes})
 
 
 @pytest.mark.parametrize(
@@ -294,55 +291,50 @@ def chunk(request: frames.Request, payload: bytes, sequence: int = 0, **changes:
     ],
 )
 def test_chunk_outside_what_was_asked_fails_its_room(
-    changes: dict, said: str, decode: rig.DecodeRank
+    changes: dict, said: str, decode: rig.DecodeRank, server: FakePrefill
 ) -> None:
-    with contextlib.closing(FakePrefill()) as fake:
-        payload = bytes(4 * decode.row_bytes)
-        request = serve(fake, decode, 1, 4 * decode.row_bytes)
-        fake.say(chunk(request, payload, **changes), payload)
-        assert rig.ended(decode.agent, 1) == RoomState.FAILED
-        said = said.format(*(rows * decode.row_bytes for rows in range(5)))
-        assert said in decode.agent.failure(1)
-        assert said in fake.expect(frames.Abort).reason
+    payload = bytes(4 * decode.row_bytes)
+    request = serve(server, decode, 1, 4 * decode.row_bytes)
+    server.say(chunk(request, payload, **changes), payload)
+    said = said.format(*(rows * decode.row_bytes for rows in range(5)))
+    rig.fail(1, said, decode)
+    assert said in server.expect(messages.Abort).reason
 
 
-def test_chunk_beyond_its_credit_fails_its_room(decode: rig.DecodeRank) -> None:
-    with contextlib.closing(FakePrefill()) as fake:
-        payload = bytes(4 * decode.row_bytes)
-        request = serve(fake, decode, 1, 4 * decode.row_bytes - 1)
-        fake.say(chunk(request, payload), payload)
-        assert rig.ended(decode.agent, 1) == RoomState.FAILED
-        assert f"beyond its credit of {4 * decode.row_bytes - 1} bytes" in decode.agent.failure(1)
+def test_chunk_beyond_its_credit_fails_its_room(decode: rig.DecodeRank, server: FakePrefill) -> None:
+    payload = bytes(4 * decode.row_bytes)
+    request = serve(server, decode, 1, 4 * decode.row_bytes - 1)
+    server.say(chunk(request, payload), payload)
+    rig.fail(1, f"beyond its credit of {4 * decode.row_bytes - 1} bytes", decode)
 
 
-def test_damaged_replayed_late_and_unordered_chunks(decode: rig.DecodeRank) -> None:
-    with contextlib.closing(FakePrefill()) as fake:
-        late = serve(fake, decode, 1, 4 * decode.row_bytes)
-        decode.agent.close_room(1)
-        request = serve(fake, decode, 1, 36 * decode.row_bytes)
-        payload, other = (bytes(range(256)) * 8)[: 12 * decode.row_bytes], bytes(12 * decode.row_bytes)
-        fake.say(chunk(late, other), other)  # of the generation before
-        whole = {"layers": rig.LAYERS, "first_token": 4}
-        fake.say(chunk(request, payload, 1, checksum=DIGEST, **whole), payload)
-        assert fake.expect(frames.Nack) == frames.Nack(1, request.generation, 0, 1)
-        fake.say(frames.Want(1, request.generation, 48 * decode.row_bytes))
-        fake.expect(frames.Credit)
-        fake.say(chunk(request, payload, 1, **whole), payload)
-        fake.expect(frames.Ack)
-        fake.say(chunk(request, other, 1, **whole), other)  # again, with other rows
-        fake.say(chunk(request, payload, 0, layers=rig.LAYERS), payload)
-        fake.expect(frames.Ack)
-        row = bytes(sum(rig.ITEM_BYTES))
-        fake.say(frames.Finish(1, request.generation, 2, 8, frames.checksum(row)), row)
-        fake.expect(frames.Done)
-        assert rig.ended(decode.agent, 1) == RoomState.SUCCESS
-        slots = decode.pool.slots(rig.pages(1, 2))
-        for layer in range(rig.LAYERS):
-            got = decode.pool.layers[layer][slots].view(torch.uint8).numpy().tobytes()
-            assert got == payload[4 * layer * decode.row_bytes :][: 4 * decode.row_bytes] * 2
-        stats = decode.agent.stats()
-        assert (stats.checksum_failures, stats.late_dropped, stats.replays_dropped) == (1, 1, 1)
-        assert stats.staging_used_bytes == 0
+def test_damaged_replayed_late_and_unordered_chunks(decode: rig.DecodeRank, server: FakePrefill) -> None:
+    late = serve(server, decode, 1, 4 * decode.row_bytes)
+    decode.agent.close_room(1)
+    request = serve(server, decode, 1, 36 * decode.row_bytes)
+    payload, other = (bytes(range(256)) * 8)[: 12 * decode.row_bytes], bytes(12 * decode.row_bytes)
+    server.say(chunk(late, other), other)  # of the generation before
+    whole = {"layers": rig.LAYERS, "first_token": 4}
+    server.say(chunk(request, payload, 1, checksum=DIGEST, **whole), payload)
+    assert server.expect(messages.Nack) == messages.Nack(1, request.generation, 0, 1)
+    server.say(messages.Want(1, request.generation, 48 * decode.row_bytes))
+    server.expect(messages.Credit)
+    server.say(chunk(request, payload, 1, **whole), payload)
+    server.expect(messages.Ack)
+    server.say(chunk(request, other, 1, **whole), other)  # again, with other rows
+    server.say(chunk(request, payload, 0, layers=rig.LAYERS), payload)
+    server.expect(messages.Ack)
+    row = bytes(sum(rig.ITEM_BYTES))
+    server.say(messages.Finish(1, request.generation, 2, 8, messages.checksum(row)), row)
+    server.expect(messages.Done)
+    assert rig.ended(decode.agent, 1) == RoomState.SUCCESS
+    slots = decode.pool.slots(rig.pages(1, 2))
+    for layer in range(rig.LAYERS):
+        got = decode.pool.layers[layer][slots].view(torch.uint8).numpy().tobytes()
+        assert got == payload[4 * layer * decode.row_bytes :][: 4 * decode.row_bytes] * 2
+    stats = decode.agent.stats()
+    assert (stats.checksum_failures, stats.late_dropped, stats.replays_dropped) == (1, 1, 1)
+    assert stats.staging_used_bytes == 0
 
 
 ALL = {"layers": rig.LAYERS}
@@ -368,46 +360,44 @@ ALL = {"layers": rig.LAYERS}
     ],
 )
 def test_chunks_that_are_not_the_request_once_fail_its_room(
-    chunks: list[tuple[int, dict[str, int]]], announced: int, said: str, decode: rig.DecodeRank
+    chunks: list[tuple[int, dict[str, int]]],
+    announced: int,
+    said: str,
+    decode: rig.DecodeRank,
+    server: FakePrefill,
 ) -> None:
     """Each is sound for itself, and their number is what Finish says."""
     row = bytes(sum(rig.ITEM_BYTES))
-    with contextlib.closing(FakePrefill()) as fake:
-        request = serve(fake, decode, 1, 48 * decode.row_bytes)
-        fake.say(frames.Finish(1, request.generation, announced, 8, frames.checksum(row)), row)
-        for sequence, (tokens, changes) in enumerate(chunks):
-            payload = bytes(tokens * changes.get("layers", 1) * decode.row_bytes)
-            fake.say(chunk(request, payload, sequence, tokens=tokens, **changes), payload)
-        assert rig.ended(decode.agent, 1) == RoomState.FAILED
-        assert said in decode.agent.failure(1)
-        assert said in fake.expect(frames.Abort).reason
+    request = serve(server, decode, 1, 48 * decode.row_bytes)
+    server.say(messages.Finish(1, request.generation, announced, 8, messages.checksum(row)), row)
+    for sequence, (tokens, changes) in enumerate(chunks):
+        payload = bytes(tokens * changes.get("layers", 1) * decode.row_bytes)
+        server.say(chunk(request, payload, sequence, tokens=tokens, **changes), payload)
+    rig.fail(1, said, decode)
+    assert said in server.expect(messages.Abort).reason
 
 
-def test_a_damaged_chunk_that_comes_again_for_other_rows_fails_its_room(decode: rig.DecodeRank) -> None:
-    with contextlib.closing(FakePrefill()) as fake:
-        request, payload = serve(fake, decode, 1, 12 * decode.row_bytes), bytes(4 * decode.row_bytes)
-        fake.say(chunk(request, payload, checksum=DIGEST), payload)
-        fake.expect(frames.Nack)
-        fake.say(chunk(request, payload, first_token=4), payload)
-        assert rig.ended(decode.agent, 1) == RoomState.FAILED
-        assert "anew for other rows" in decode.agent.failure(1)
+def test_a_damaged_chunk_that_comes_again_for_other_rows_fails_its_room(
+    decode: rig.DecodeRank, server: FakePrefill
+) -> None:
+    request, payload = serve(server, decode, 1, 12 * decode.row_bytes), bytes(4 * decode.row_bytes)
+    server.say(chunk(request, payload, checksum=DIGEST), payload)
+    server.expect(messages.Nack)
+    server.say(chunk(request, payload, first_token=4), payload)
+    rig.fail(1, "anew for other rows", decode)
 
 
-def test_a_metadata_row_must_come(decode: rig.DecodeRank) -> None:
-    with contextlib.closing(FakePrefill()) as fake:
-        request = serve(fake, decode, 1, 4 * decode.row_bytes)
-        fake.say(frames.Finish(1, request.generation, 0, 8, frames.checksum(b"")), b"")
-        assert rig.ended(decode.agent, 1) == RoomState.FAILED
-        assert f"a metadata row of 0 bytes where {sum(rig.ITEM_BYTES)} were due" in decode.agent.failure(1)
+def test_a_metadata_row_must_come(decode: rig.DecodeRank, server: FakePrefill) -> None:
+    request = serve(server, decode, 1, 4 * decode.row_bytes)
+    server.say(messages.Finish(1, request.generation, 0, 8, messages.checksum(b"")), b"")
+    rig.fail(1, f"a metadata row of 0 bytes where {sum(rig.ITEM_BYTES)} were due", decode)
 
 
-def test_metadata_that_does_not_match_fails_its_room(decode: rig.DecodeRank) -> None:
-    with contextlib.closing(FakePrefill()) as fake:
-        request = serve(fake, decode, 1, 4 * decode.row_bytes)
-        row = bytes(sum(rig.ITEM_BYTES))
-        fake.say(frames.Finish(1, request.generation, 0, 8, DIGEST), row)
-        assert rig.ended(decode.agent, 1) == RoomState.FAILED
-        assert "metadata that does not match its checksum" in decode.agent.failure(1)
+def test_metadata_that_does_not_match_fails_its_room(decode: rig.DecodeRank, server: FakePrefill) -> None:
+    request = serve(server, decode, 1, 4 * decode.row_bytes)
+    row = bytes(sum(rig.ITEM_BYTES))
+    server.say(messages.Finish(1, request.generation, 0, 8, DIGEST), row)
+    rig.fail(1, "metadata that does not match its checksum", decode)
 
 
 numbers = st.integers(0, 2**31 - 1) | st.integers(0, 3)
@@ -429,9 +419,9 @@ anything = st.recursive(
 )
 @given(
     header=st.binary(max_size=200)
-    | st.builds(frames.seal, st.binary(max_size=200))
+    | st.builds(messages.seal, st.binary(max_size=200))
     | st.builds(
-        lambda tag, body: frames.seal(msgspec.msgpack.encode([tag, *body])),
+        lambda tag, body: messages.seal(msgspec.msgpack.encode([tag, *body])),
         st.integers(0, 20),
         st.lists(anything, max_size=11),
     ),
@@ -443,8 +433,8 @@ def test_random_frames_end_nothing(
     fake.say(hello())
     fake.send(header, *([] if payload is None else [payload]))
     fake.say(hello())
-    fake.say(frames.Ping(5))
-    fake.expect(frames.Pong)
+    fake.say(messages.Ping(5))
+    fake.expect(messages.Pong)
     stats = prefill.agent.stats()
     assert stats.threads_alive == 2
     assert stats.internal_errors == 0

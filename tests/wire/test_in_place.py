@@ -10,17 +10,16 @@ import numpy as np
 import pytest
 import torch
 
-from sglang_tpla.transfer import messages as frames
+from sglang_tpla.transfer import messages
 from sglang_tpla.transfer import workers as agent
 from sglang_tpla.transfer.decode import in_place
-from sglang_tpla.transfer.memory import copy, native
-from sglang_tpla.transfer.memory import iovec as runs
+from sglang_tpla.transfer.memory import copy, iovec, native
 from sglang_tpla.transfer.network import data_channel as channel
 from sglang_tpla.transfer.network.data_channel import PREAMBLE, SIZES
 from sglang_tpla.transfer.room import RoomState
 from tests.wire import rig
 from tests.wire.fakes import FakeDecode, FakePrefill, hello
-from tests.wire.test_channel import PAGES, transfer
+from tests.wire.test_channel import PAGES
 
 TOKENS = 2 * rig.PAGE
 ROW = bytes(sum(rig.ITEM_BYTES))
@@ -40,39 +39,39 @@ class Sender:
         self.fake.welcome()
         self.stream = self.fake.channel()
 
-    def open(self, room: int) -> frames.Request:
+    def open(self, room: int) -> messages.Request:
         """A room that asks for two pages, with credit for two chunks."""
         self.decode.agent.open_room(room, [self.fake.peer])
         if not hasattr(self, "stream"):
             self.connect()
         rig.wait(lambda: self.decode.agent.poll(room) == RoomState.WAITING, "registration")
         self.decode.agent.request(room, rig.pages(1, 2), metadata_row=0, expected_ranks=1)
-        request = self.fake.expect(frames.Request)
+        request = self.fake.expect(messages.Request)
         self.credit(request, 2 * self.size)
         return request
 
-    def credit(self, request: frames.Request, total_bytes: int) -> None:
+    def credit(self, request: messages.Request, total_bytes: int) -> None:
         """Have so much granted in all."""
-        self.fake.say(frames.Want(request.room, request.generation, total_bytes))
-        while self.fake.expect(frames.Credit).total_bytes < total_bytes:
+        self.fake.say(messages.Want(request.room, request.generation, total_bytes))
+        while self.fake.expect(messages.Credit).total_bytes < total_bytes:
             pass
 
     def payload(self, seed: int) -> bytes:
         """Bytes of both pages, none of them 0."""
         return np.random.default_rng(seed).integers(1, 256, self.size, dtype=np.uint8).tobytes()
 
-    def begin(self, request: frames.Request, payload: bytes, damaged: bytes | None = None) -> memoryview:
+    def begin(self, request: messages.Request, payload: bytes, damaged: bytes | None = None) -> memoryview:
         """Send a header and the first half of a payload of both pages; the other half, and the checksum."""
-        digest, none = frames.checksum(payload), bytes(frames.CHECKSUM_BYTES)
-        chunk = frames.Chunk(request.room, request.generation, 0, 0, False, 0, rig.LAYERS, 0, TOKENS, none)
-        header, sent = frames.encode(chunk), damaged or payload
+        digest, none = messages.checksum(payload), bytes(messages.CHECKSUM_BYTES)
+        chunk = messages.Chunk(request.room, request.generation, 0, 0, False, 0, rig.LAYERS, 0, TOKENS, none)
+        header, sent = messages.encode(chunk), damaged or payload
         half = len(sent) // 2 + 7  # in the middle of a row
         self.stream.sendall(SIZES.pack(len(header), len(sent)) + header + sent[:half])
         return memoryview(sent + digest)[half:]
 
-    def finish(self, request: frames.Request) -> None:
+    def finish(self, request: messages.Request) -> None:
         """What ends a room of one chunk."""
-        message = frames.Finish(request.room, request.generation, 1, TOKENS, frames.checksum(ROW))
+        message = messages.Finish(request.room, request.generation, 1, TOKENS, messages.checksum(ROW))
         self.fake.say(message, ROW)
         assert rig.ended(self.decode.agent, request.room) == RoomState.SUCCESS
 
@@ -112,7 +111,7 @@ def test_the_rest_of_a_chunk_of_an_aborted_room_is_written_nowhere(sender: Sende
 
     request, sent = sender.open(2), sender.payload(2)  # and the channel goes on
     sender.stream.sendall(sender.begin(request, sent))
-    assert sender.fake.expect(frames.Ack).room == 2
+    assert sender.fake.expect(messages.Ack).room == 2
     assert sender.rows().tobytes() == sent
     sender.finish(request)
 
@@ -123,11 +122,11 @@ def test_a_flipped_bit_is_found_and_written_over(sender: Sender, place: float) -
     damaged = bytearray(sent)
     damaged[int(place * (sender.size - 1))] ^= 16
     sender.stream.sendall(sender.begin(request, sent, bytes(damaged)))
-    assert sender.fake.expect(frames.Nack) == frames.Nack(1, request.generation, 0, 0)
+    assert sender.fake.expect(messages.Nack) == messages.Nack(1, request.generation, 0, 0)
     assert sender.rows().tobytes() == damaged
     assert sender.decode.agent.poll(1) == RoomState.TRANSFERRING
     sender.stream.sendall(sender.begin(request, sent))
-    sender.fake.expect(frames.Ack)
+    sender.fake.expect(messages.Ack)
     assert sender.rows().tobytes() == sent
     sender.finish(request)
     assert sender.decode.agent.stats().checksum_failures == 1
@@ -140,19 +139,21 @@ def test_a_chunk_that_ends_half_way_comes_again_within_the_same_credit(sender: S
     rig.wait(sender.half_is_there, "the first half")
     sender.stream.close()
     sender.connect()
-    again = sender.fake.expect(frames.Request)
-    resume = sender.fake.expect(frames.Resume)
+    again = sender.fake.expect(messages.Request)
+    resume = sender.fake.expect(messages.Resume)
     assert (again.generation, resume.applied, resume.credit_bytes) == (request.generation, (), 0)
     sender.credit(request, sender.size)
     sender.stream.sendall(sender.begin(request, sent))
-    sender.fake.expect(frames.Ack)
+    sender.fake.expect(messages.Ack)
     assert sender.rows().tobytes() == sent
     sender.finish(request)
     assert sender.decode.agent.stats().staging_used_bytes == 0
 
 
 @pytest.mark.usefixtures("rows_kind")
-@pytest.mark.parametrize("way", ["in runs", "row by row", "in runs, without C", "in runs, by workers"])
+@pytest.mark.parametrize(
+    "way", ["in extents", "row by row", "in extents, without C", "in extents, by workers"]
+)
 def test_every_way_is_right_to_the_last_bit(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also when what the pool holds comes in another order than it lies there."""
     if "without C" in way:
@@ -163,12 +164,12 @@ def test_every_way_is_right_to_the_last_bit(way: str, monkeypatch: pytest.Monkey
         in_place, "check_pieces", lambda pieces: checked_aside.append(pieces) or copy.check_pieces(pieces)
     )
     if way == "row by row":
-        monkeypatch.setattr(runs, "MIN_RUN_BYTES", 1 << 20)
+        monkeypatch.setattr(iovec, "MIN_EXTENT_BYTES", 1 << 20)
     prefill, decode = rig.prefill_rank(), rig.decode_rank(host="far")
-    with contextlib.closing(prefill.agent), contextlib.closing(decode.agent):
+    with rig.serving(prefill, decode):
         decode.agent.connect(*prefill.agent.address)
         rig.wait(lambda: prefill.agent.router.listener._channels, "the channel")
-        transfer(prefill, decode, 1)
+        rig.transfer(prefill, decode)
         assert prefill.agent.stats().resent == 0
         assert bool(checked_aside) == ("by workers" in way)
         rig.wait(lambda: prefill.agent.stats().staging_used_bytes == 0, "staging to be free")
@@ -182,16 +183,16 @@ def test_rows_that_their_next_owner_wrote_on_the_way_do_not_count(monkeypatch: p
     pages = np.arange(PAGES, dtype=np.int32)
     with contextlib.closing(prefill.agent), contextlib.closing(FakeDecode(prefill.agent.address[1])) as fake:
         fake.say(hello(host="far", max_chunk_bytes=256 << 10))
-        welcome, _ = fake.expect(frames.Welcome)
-        fake.say(frames.Mapped(fake.expect(frames.Neighbours)[0].number, ()))
+        welcome, _ = fake.expect(messages.Welcome)
+        fake.say(messages.Mapped(fake.expect(messages.Colocated)[0].number, ()))
         with socket.socket() as stream:
             stream.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             stream.connect(("127.0.0.1", welcome.data.port))
-            stream.sendall(PREAMBLE + welcome.data.cookie)
+            stream.sendall(PREAMBLE + welcome.data.token)
             rig.wait(lambda: prefill.agent.stats().data_channels == 1, "the channel")
             prefill.agent.open_room(1)
-            fake.say(frames.Request(1, 1, 1, 0, PAGES * rig.PAGE, False, 0, 1))
-            fake.say(frames.Credit(1, 1, 1 << 20))
+            fake.say(messages.Request(1, 1, 1, 0, PAGES * rig.PAGE, False, 0, 1))
+            fake.say(messages.Credit(1, 1, 1 << 20))
             prefill.agent.send(1, pages, last=True, metadata_row=0)
             header_bytes, size_bytes = SIZES.unpack(stream.recv(SIZES.size, socket.MSG_WAITALL))
             stream.recv(header_bytes, socket.MSG_WAITALL)
@@ -199,8 +200,8 @@ def test_rows_that_their_next_owner_wrote_on_the_way_do_not_count(monkeypatch: p
             prefill.agent.abort(1, "its client left")
             prefill.pool.layers[-1].zero_()
             payload = stream.recv(size_bytes, socket.MSG_WAITALL)
-            said = stream.recv(frames.CHECKSUM_BYTES, socket.MSG_WAITALL)
+            said = stream.recv(messages.CHECKSUM_BYTES, socket.MSG_WAITALL)
     rows = before[: PAGES * rig.PAGE].view(torch.uint8).numpy().tobytes()
     assert size_bytes == 3 * len(rows)
     assert not payload.endswith(rows[-100:])  # the last layer came as it is now
-    assert said != frames.checksum(payload)
+    assert said != messages.checksum(payload)

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from sglang_tpla.transfer import messages as frames
-from sglang_tpla.transfer.memory import iovec as runs
+from sglang_tpla.transfer import messages
+from sglang_tpla.transfer.memory import iovec
 from sglang_tpla.transfer.memory.shared_memory import HEADER_BYTES
 from sglang_tpla.transfer.room import RoomState
 from tests.wire import rig
@@ -41,39 +41,31 @@ def transfers(prefill: rig.PrefillRank, decodes: list[rig.DecodeRank], rooms: in
             rig.ask(decode, [prefill.peer], room, at[room], expected=len(decodes), metadata_row=room)
         prefill.agent.send(room, rig.pages(room, 12), last=True, metadata_row=room)
     for room in range(rooms):
+        rig.succeed(room, prefill, *decodes)
         for decode in decodes:
-            assert rig.ended(decode.agent, room) == RoomState.SUCCESS, decode.agent.failure(room)
             assert decode.metadata.read(room) == prefill.metadata.read(room)
             rig.check_rows(prefill, decode, rig.pages(room, 12), at[room], 12 * rig.PAGE)
-        assert rig.ended(prefill.agent, room) == RoomState.SUCCESS
-        for item in (prefill, *decodes):
-            item.agent.close_room(room)
-    for item in (prefill, *decodes):
-        rig.wait(lambda agent=item.agent: agent.stats().staging_used_bytes == 0, "staging to be free")
-        assert (item.agent.stats().rooms, item.agent.stats().internal_errors) == (0, 0)
+        rig.close(room, prefill, *decodes)
+    rig.idle(prefill, *decodes)
 
 
 @pytest.mark.parametrize("host", [None, "far"], ids=["near", "far"])
 @pytest.mark.parametrize("who", ["prefill", "decode", "both"])
 def test_no_shared_memory_at_the_start(who: str, host: str | None, caplog: pytest.LogCaptureFixture) -> None:
-    with contextlib.ExitStack() as stack:
-        with no_file_above(64 << 10) if who != "decode" else contextlib.nullcontext():
-            prefill = rig.prefill_rank()
-        stack.enter_context(contextlib.closing(prefill.agent))
-        with no_file_above(64 << 10) if who != "prefill" else contextlib.nullcontext():
-            decodes = [rig.decode_rank(rank=rank, size=2, host=host) for rank in range(2)]
-        for decode in decodes:
-            stack.enter_context(contextlib.closing(decode.agent))
+    with no_file_above(64 << 10) if who != "decode" else contextlib.nullcontext():
+        prefill = rig.prefill_rank()
+    with no_file_above(64 << 10) if who != "prefill" else contextlib.nullcontext():
+        decodes = [rig.decode_rank(rank=rank, size=2, host=host) for rank in range(2)]
+    with rig.serving(prefill, *decodes):
         assert "no shared memory of 131072 bytes ([Errno 27] File too large)" in caplog.text
         transfers(prefill, decodes)
-        # decode reads what prefill's arena holds, or one of its ranks what the other's does
+        # decode reads what prefill's segment holds, or one of its ranks what the other's does
         other = who == "prefill" or (who, host) == ("decode", None)
         assert any(decode.agent.stats().shared_memory_bytes > 0 for decode in decodes) is other
 
 
-@pytest.mark.parametrize(
-    "rows_kind", ["plain"], indirect=True
-)  # sketched rows seldom have four chunks under way
+# sketched rows seldom have four chunks under way
+@pytest.mark.parametrize("rows_kind", ["plain"], indirect=True)
 @pytest.mark.parametrize("host", [None, "far"], ids=["near", "far"])
 def test_shared_memory_runs_out(
     host: str | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
@@ -88,12 +80,10 @@ def test_shared_memory_runs_out(
         reserve(file, offset, size_bytes)
 
     monkeypatch.setattr(os, "posix_fallocate", full_after_three)
-    monkeypatch.setattr(runs, "MIN_RUN_BYTES", 1 << 20)  # or the channel would need no staging
+    monkeypatch.setattr(iovec, "MIN_EXTENT_BYTES", 1 << 20)  # or the channel would need no staging
     prefill = rig.prefill_rank()
     decodes = [rig.decode_rank(rank=rank, size=2, host=host) for rank in range(2)]
-    with contextlib.ExitStack() as stack:
-        for item in (prefill, *decodes):
-            stack.enter_context(contextlib.closing(item.agent))
+    with rig.serving(prefill, *decodes):
         transfers(prefill, decodes)
         assert prefill.agent.stats().staging_limit_bytes == 3 * rig.SETTINGS.chunk_bytes
         assert refused
@@ -103,12 +93,10 @@ def test_shared_memory_runs_out(
 
 
 def test_places_in_shared_memory_are_used_again() -> None:
-    """Ranks of another host that pass chunks on: no more of their arenas is touched than is in use at a time."""
+    """Ranks of another host that pass chunks on: no more of their segments is touched than is in use at a time."""
     prefill = rig.prefill_rank()
     decodes = [rig.decode_rank(rank=rank, size=2, host="far", staging_bytes=4 << 20) for rank in range(2)]
-    with contextlib.ExitStack() as stack:
-        for item in (prefill, *decodes):
-            stack.enter_context(contextlib.closing(item.agent))
+    with rig.serving(prefill, *decodes):
         for _ in range(10):
             transfers(prefill, decodes)
         for decode in decodes:
@@ -117,7 +105,7 @@ def test_places_in_shared_memory_are_used_again() -> None:
 
 def test_shared_memory_can_be_switched_off() -> None:
     prefill, decode = rig.prefill_rank(shared_memory=0), rig.decode_rank()
-    with contextlib.closing(prefill.agent), contextlib.closing(decode.agent):
+    with rig.serving(prefill, decode):
         transfers(prefill, [decode])
         assert decode.agent.stats().wire_bytes > 0 == decode.agent.stats().shared_memory_bytes
 
@@ -132,7 +120,7 @@ def test_a_room_gets_credit_for_some_chunks_at_once(staging_chunks: int, granted
         fake.welcome()
         rig.wait(lambda: decode.agent.poll(1) == RoomState.WAITING, "registration")
         decode.agent.request(1, rig.pages(1, 2), metadata_row=0, expected_ranks=1)
-        request = fake.expect(frames.Request)
-        fake.say(frames.Want(1, request.generation, 100 * chunk))
-        assert fake.expect(frames.Credit).total_bytes == granted_chunks * chunk
+        request = fake.expect(messages.Request)
+        fake.say(messages.Want(1, request.generation, 100 * chunk))
+        assert fake.expect(messages.Credit).total_bytes == granted_chunks * chunk
         assert decode.agent.stats().staging_used_bytes == granted_chunks * chunk

@@ -8,7 +8,6 @@ from pathlib import Path
 from prometheus_client import CollectorRegistry
 
 from sglang_tpla.transfer.metrics import COUNTERS, GAUGES, LATENCY, AgentPublisher
-from sglang_tpla.transfer.room import RoomState
 from tests.dashboard import asked_series
 from tests.wire import rig
 
@@ -19,15 +18,8 @@ def test_series_after_a_transfer_to_two_ranks() -> None:
     prefill = rig.prefill_rank()
     ranks = [rig.decode_rank(rank=rank, size=2, host="") for rank in range(2)]
     agents = [prefill.agent, *(rank.agent for rank in ranks)]
-    with contextlib.ExitStack() as stack:
-        for agent in agents:
-            stack.enter_context(contextlib.closing(agent))
-        prefill.agent.open_room(1)
-        for rank in ranks:
-            rig.ask(rank, [prefill.peer], 1, rig.pages(1, 5), expected=2)
-        prefill.agent.send(1, rig.pages(2, 5), last=True, metadata_row=0)
-        for agent in agents:
-            assert rig.ended(agent, 1) == RoomState.SUCCESS
+    with rig.serving(prefill, *ranks):
+        rig.transfer(prefill, ranks, count=5)
         registry = CollectorRegistry()
         with contextlib.closing(AgentPublisher(lambda: agents, registry, period_s=60.0)) as publisher:
             publisher.publish()

@@ -1,6 +1,4 @@
-"""A bad network: what was begun is finished to the last bit or fails with a reason, and the next request is
-right.
-"""
+"""A bad network: what was begun is finished to the last bit or fails with a reason, and the next request is right."""
 
 from __future__ import annotations
 
@@ -14,29 +12,18 @@ from sglang_tpla.transfer.room import RoomState
 from tests.wire import rig
 from tests.wire.proxy import FaultProxy, Spoiler
 
-pytestmark = pytest.mark.usefixtures("rows_kind")  # each test with plain and with sketched rows
+pytestmark = [
+    pytest.mark.usefixtures("rows_kind"),  # each test with plain and with sketched rows
+    pytest.mark.parametrize("decode", [None, "far"], ids=["near", "far"], indirect=True),
+]
 
 
 PAGES = 90  # 29 KiB a layer: a dozen chunks
 
 
 @pytest.fixture
-def prefill() -> Iterator[rig.PrefillRank]:
-    item = rig.prefill_rank()
-    with contextlib.closing(item.agent):
-        yield item
-
-
-@pytest.fixture
 def proxy(prefill: rig.PrefillRank) -> Iterator[FaultProxy]:
     with contextlib.closing(rig.through(prefill)) as item:
-        yield item
-
-
-@pytest.fixture(params=[None, "far"], ids=["near", "far"])
-def decode(request: pytest.FixtureRequest) -> Iterator[rig.DecodeRank]:
-    item = rig.decode_rank(host=request.param)
-    with contextlib.closing(item.agent):
         yield item
 
 
@@ -50,20 +37,16 @@ def begin(prefill: rig.PrefillRank, proxy: FaultProxy, decode: rig.DecodeRank, r
 def finish(prefill: rig.PrefillRank, decode: rig.DecodeRank, room: int) -> None:
     """The other half, and a check of all of it."""
     prefill.agent.send(room, rig.pages(room + 1, PAGES)[40:], last=True, metadata_row=2)
-    assert rig.ended(decode.agent, room) == RoomState.SUCCESS, decode.agent.failure(room)
-    assert rig.ended(prefill.agent, room) == RoomState.SUCCESS, prefill.agent.failure(room)
+    rig.succeed(room, decode, prefill)
     rig.check_rows(prefill, decode, rig.pages(room + 1, PAGES), rig.pages(room, PAGES), PAGES * rig.PAGE)
     assert decode.metadata.read(3) == prefill.metadata.read(2)
-    for item in (prefill, decode):
-        item.agent.close_room(room)
+    rig.close(room, prefill, decode)
 
 
 def at_rest(*items: rig.PrefillRank | rig.DecodeRank) -> None:
     """Nothing is left, and both threads live."""
-    for item in items:
-        rig.wait(lambda agent=item.agent: agent.stats().staging_used_bytes == 0, "staging to be free")
-        stats = item.agent.stats()
-        assert (stats.rooms, stats.threads_alive, stats.internal_errors) == (0, 2, 0)
+    rig.idle(*items)
+    assert all(item.agent.stats().threads_alive == 2 for item in items)
 
 
 def test_cut_connections_are_taken_up_again(
@@ -93,35 +76,25 @@ def test_network_away_for_less_than_the_timeout(
     at_rest(prefill, decode)
 
 
+@pytest.mark.parametrize("how", ["cut", "half open"])
 def test_network_away_for_longer_than_the_timeout(
-    prefill: rig.PrefillRank, proxy: FaultProxy, decode: rig.DecodeRank
+    how: str, prefill: rig.PrefillRank, proxy: FaultProxy, decode: rig.DecodeRank
 ) -> None:
     begin(prefill, proxy, decode, 1)
     rig.wait(lambda: decode.agent.metric(1).chunks > 0, "a chunk")
-    proxy.refusing = True
-    proxy.cut()
-    assert rig.ended(decode.agent, 1) == RoomState.FAILED
-    assert "did not come back for 2 s" in decode.agent.failure(1)
-    assert rig.ended(prefill.agent, 1) == RoomState.FAILED
-    assert "was lost: no sign of life for 2 s" in prefill.agent.failure(1)
-    for item in (prefill, decode):
-        item.agent.close_room(1)
-    proxy.refusing = False
-    begin(prefill, proxy, decode, 2)
-    finish(prefill, decode, 2)
-    at_rest(prefill, decode)
-
-
-def test_half_open_connection(prefill: rig.PrefillRank, proxy: FaultProxy, decode: rig.DecodeRank) -> None:
-    begin(prefill, proxy, decode, 1)
-    rig.wait(lambda: decode.agent.metric(1).chunks > 0, "a chunk")
-    proxy.flowing.clear()
-    assert rig.ended(decode.agent, 1) == RoomState.FAILED
-    assert rig.ended(prefill.agent, 1) == RoomState.FAILED
-    proxy.cut()
-    proxy.flowing.set()
-    for item in (prefill, decode):
-        item.agent.close_room(1)
+    if how == "cut":
+        proxy.refusing = True
+        proxy.cut()
+    else:
+        proxy.flowing.clear()
+    rig.fail(1, "did not come back for 2 s" if how == "cut" else "", decode)
+    rig.fail(1, "was lost: no sign of life for 2 s" if how == "cut" else "", prefill)
+    if how == "cut":
+        proxy.refusing = False
+    else:
+        proxy.cut()
+        proxy.flowing.set()
+    rig.close(1, prefill, decode)
     begin(prefill, proxy, decode, 2)
     finish(prefill, decode, 2)
     at_rest(prefill, decode)
@@ -146,28 +119,23 @@ def test_flipped_bit_in_the_greeting(
         rig.ended(decode.agent, 2 * round_)
         proxy.tamper = None
         proxy.cut()
-        for item in (decode, prefill):
-            item.agent.close_room(2 * round_)
+        rig.close(2 * round_, decode, prefill)
         begin(prefill, proxy, decode, 2 * round_ + 1)
         finish(prefill, decode, 2 * round_ + 1)
     at_rest(prefill, decode)
 
 
-@pytest.mark.parametrize("host", [None, "far"], ids=["near", "far"])
-def test_spoiled_streams(host: str | None) -> None:
-    """Damage anywhere in the streams: payloads are asked for again, broken framing breaks the connection."""
-    prefill, decode = (
-        rig.prefill_rank(transfer_timeout_s=3.0),
-        rig.decode_rank(host=host, transfer_timeout_s=3.0),
-    )
-    with contextlib.ExitStack() as stack:
-        for item in (prefill, decode):
-            stack.enter_context(contextlib.closing(item.agent))
-        damage(prefill, decode, stack.enter_context(contextlib.closing(rig.through(prefill))))
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks that are made now wait for 3 s."""
+    monkeypatch.setattr(rig, "SETTINGS", rig.settings(transfer_timeout_s=3.0))
 
 
-def damage(prefill: rig.PrefillRank, decode: rig.DecodeRank, proxy: FaultProxy) -> None:
-    """Twenty rooms through a proxy that spoils one piece in fifty, either way, four rooms for each kind of damage."""
+@pytest.mark.usefixtures("impatient")
+def test_spoiled_streams(prefill: rig.PrefillRank, proxy: FaultProxy, decode: rig.DecodeRank) -> None:
+    """Twenty rooms through a proxy that spoils one piece in fifty, either way, four rooms for each kind of damage:
+    payloads are asked for again, broken framing breaks the connection.
+    """
     right = spoiled = 0
     for room in range(20):
         kind = ("drop", "duplicate", "reorder", "truncate", "flip")[room % 5]

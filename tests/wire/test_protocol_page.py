@@ -118,7 +118,7 @@ def test_a_decode_rank_from_the_page(sealed: bool, tmp_path: Path, monkeypatch: 
         layout = (0, rig.LATENT, rig.ROPE, "bfloat16", rig.PAGE, widths, shared, rig.ITEM_BYTES)
         names = ("an agent", "model", 0, 1, "a host of its own")
         say(header(HELLO, (3, 3), *names, CHUNK_BYTES, layout, projection, common, None))
-        (version, _, _, first, layers, need, _, (port, cookie, key), *_), _ = hear(WELCOME)
+        (version, _, _, first, layers, need, _, (port, token, key), *_), _ = hear(WELCOME)
         assert (version, first, layers, need) == (3, 0, rig.LAYERS, True) and (key is not None) == sealed
         say(header(CAPACITY, 0, 0))
         say(header(MAPPED, 0, ()))
@@ -126,7 +126,7 @@ def test_a_decode_rank_from_the_page(sealed: bool, tmp_path: Path, monkeypatch: 
             say(header(LAYER, projection, index, xxh3(matrix)), matrix)
         assert hear(REGISTERED)[0] == [projection]
         with socket.create_connection(("127.0.0.1", port), timeout=10) as stream:
-            stream.sendall(b"TPLD\x03" + cookie)
+            stream.sendall(b"TPLD\x03" + token)
             say(header(REQUEST, ROOM, GENERATION, 1, 0, -1, False, 0, 1))
             total = hear(WANT)[0][2]
             say(header(CREDIT, ROOM, GENERATION, total))

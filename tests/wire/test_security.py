@@ -15,14 +15,6 @@ from sglang_tpla.transfer.room import RoomState, TransferError
 from tests.wire import rig
 
 
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Keys, named by the environment."""
-    keys.main([str(tmp_path / "keys")])
-    monkeypatch.setenv(KEYS_VARIABLE, str(tmp_path / "keys"))
-    return tmp_path / "keys"
-
-
 def fetch(prefill: rig.PrefillRank, decode: rig.DecodeRank, room: int) -> RoomState:
     """Try one transfer."""
     prefill.agent.open_room(room)
@@ -35,21 +27,21 @@ def fetch(prefill: rig.PrefillRank, decode: rig.DecodeRank, room: int) -> RoomSt
     return rig.ended(decode.agent, room)
 
 
-def test_allowed_keys_transfer(folder: Path) -> None:
+def test_allowed_keys_transfer(key_folder: Path) -> None:
     prefill, decode = rig.prefill_rank(), rig.decode_rank(host="far")
-    with contextlib.closing(prefill.agent), contextlib.closing(decode.agent):
+    with rig.serving(prefill, decode):
         assert fetch(prefill, decode, 1) == RoomState.SUCCESS, decode.agent.failure(1)
         rig.check_rows(prefill, decode, rig.pages(2, 9), rig.pages(1, 9), 9 * rig.PAGE)
 
 
-def test_other_keys_and_no_keys_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_keys_and_no_keys_are_refused(key_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prefill = rig.prefill_rank()
     with contextlib.closing(prefill.agent):
-        (folder / "decode.secret").unlink()
-        keys.main([str(folder), "--decode", "stranger"])
-        text = (folder / "stranger.secret").read_text()
-        (folder / "decode.secret").write_text(text)  # a key made after prefill read its allow-list
-        (folder / "decode.secret").chmod(0o600)
+        (key_folder / "decode.secret").unlink()
+        keys.main([str(key_folder), "--decode", "stranger"])
+        text = (key_folder / "stranger.secret").read_text()
+        (key_folder / "decode.secret").write_text(text)  # a key made after prefill read its allow-list
+        (key_folder / "decode.secret").chmod(0o600)
         stranger = rig.decode_rank()
         monkeypatch.delenv(KEYS_VARIABLE)
         bare = rig.decode_rank()
@@ -65,21 +57,21 @@ def test_other_keys_and_no_keys_are_refused(folder: Path, monkeypatch: pytest.Mo
         assert prefill.agent.stats().peers == 0
 
 
-def test_decode_refuses_a_prefill_rank_with_another_key(folder: Path, tmp_path: Path) -> None:
+def test_decode_refuses_a_prefill_rank_with_another_key(key_folder: Path, tmp_path: Path) -> None:
     keys.main([str(tmp_path / "others")])
     decode = rig.decode_rank()
-    (folder / "prefill.secret").unlink()
-    (folder / "prefill.secret").write_text((tmp_path / "others" / "prefill.secret").read_text())
-    (folder / "prefill.secret").chmod(0o600)
+    (key_folder / "prefill.secret").unlink()
+    (key_folder / "prefill.secret").write_text((tmp_path / "others" / "prefill.secret").read_text())
+    (key_folder / "prefill.secret").chmod(0o600)
     prefill = rig.prefill_rank()
-    with contextlib.closing(prefill.agent), contextlib.closing(decode.agent):
+    with rig.serving(prefill, decode):
         assert fetch(prefill, decode, 1) == RoomState.FAILED
 
 
 def test_plain_tcp_beyond_loopback_needs_the_word(monkeypatch: pytest.MonkeyPatch) -> None:
     prefill, decode = rig.prefill_rank(), rig.decode_rank()
     fields = {"model_hash": "model", "settings": rig.SETTINGS, "rank": 0}
-    with contextlib.closing(prefill.agent), contextlib.closing(decode.agent):
+    with rig.serving(prefill, decode):
         with pytest.raises(TransferError, match=r"listening on 0\.0\.0\.0 without keys .* --tpla-keys"):
             PrefillAgent(prefill.pool, prefill.metadata, bind_host="0.0.0.0", **fields)
         with pytest.raises(TransferError, match=r"connecting to 192\.0\.2\.1 without keys"):
@@ -92,14 +84,14 @@ def test_plain_tcp_beyond_loopback_needs_the_word(monkeypatch: pytest.MonkeyPatc
         other.close()
 
 
-def test_key_files_are_checked(folder: Path) -> None:
-    (folder / "decode.secret").chmod(0o644)
+def test_key_files_are_checked(key_folder: Path) -> None:
+    (key_folder / "decode.secret").chmod(0o644)
     with pytest.raises(TransferError, match="can be read by others; run `chmod 600"):
         Security.from_environment("decode")
-    (folder / "decode.secret").chmod(0o600)
-    (folder / "prefill.public").write_text("short\n")
+    (key_folder / "decode.secret").chmod(0o600)
+    (key_folder / "prefill.public").write_text("short\n")
     with pytest.raises(TransferError, match=r"expected 40 characters \(z85\), got 5"):
         Security.from_environment("decode")
-    (folder / "allowed").unlink()
+    (key_folder / "allowed").unlink()
     with pytest.raises(TransferError, match="expected the decode keys to serve"):
         Security.from_environment("prefill")

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from sglang_tpla.transfer import messages as frames
+from sglang_tpla.transfer import messages
 from sglang_tpla.transfer.decode.connections import MAX_UNANSWERED
 from tests.wire.simulated_ranks import SETTINGS, rooms
 from tests.wire.simulated_steps import HOSTS
@@ -136,7 +136,7 @@ def kept_for_neighbours(monkeypatch: pytest.MonkeyPatch) -> Iterator[Simulation]
         for agent in simulation.prefills:
 
             def put(identity: bytes, message: Any, *more: Any, put: Any = agent.router.send) -> None:
-                if not isinstance(message, frames.Release):
+                if not isinstance(message, messages.Release):
                     put(identity, message, *more)
 
             monkeypatch.setattr(agent.router, "send", put)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import re
-
 import numpy as np
 import pytest
 import torch
@@ -13,24 +10,11 @@ from sglang_tpla.cache_rows.row_format import RowFormat
 from sglang_tpla.cache_rows.sketched import SketchedRows
 from sglang_tpla.transfer.memory.pool import CachePool
 from sglang_tpla.transfer.memory.projection import Projection
-from sglang_tpla.transfer.room import RoomState, TransferError
+from sglang_tpla.transfer.room import TransferError
 from tests.wire import rig
 
-HOSTS = [None, "far", ""]  # memory shared with prefill, among decode ranks only, not at all
 
-
-def send(prefill: rig.PrefillRank, ranks: list[rig.DecodeRank], pages: int, room: int = 1) -> list[RoomState]:
-    """One room to all ranks, in two halves; the states in which they end."""
-    prefill.agent.open_room(room)
-    for rank, decode in enumerate(ranks):
-        rig.ask(decode, [prefill.peer], room, rig.pages(rank, pages), expected=len(ranks))
-    source = rig.pages(50, pages)
-    prefill.agent.send(room, source[: pages // 2], last=False)
-    prefill.agent.send(room, source[pages // 2 :], last=True, metadata_row=0)
-    return [rig.ended(item.agent, room) for item in (prefill, *ranks)]
-
-
-@pytest.mark.parametrize("host", HOSTS)
+@pytest.mark.parametrize("host", rig.HOSTS)
 @pytest.mark.parametrize(
     ("groups", "shared", "bits", "rope_bits"),
     [(1, 64, (4, 4, 4), 16), (2, 16, (4, 4, 2), 16), (2, 0, (3, 3, 3), 8), (4, 32, (4, 2, 4), 8),
@@ -47,12 +31,8 @@ def test_rows_are_the_senders_bytes(
     ranks = [
         rig.decode_rank(projections[rank % groups], rank=rank, size=count, host=host) for rank in range(count)
     ]
-    with contextlib.ExitStack() as stack:
-        for item in (prefill, *ranks):
-            stack.enter_context(contextlib.closing(item.agent))
-        assert send(prefill, ranks, pages) == [RoomState.SUCCESS] * (count + 1), prefill.agent.failure(1)
-        for rank, decode in enumerate(ranks):
-            rig.check_rows(prefill, decode, rig.pages(50, pages), rig.pages(rank, pages), pages * rig.PAGE)
+    with rig.serving(prefill, *ranks):
+        rig.transfer(prefill, ranks, count=pages, cuts=(pages // 2,))
         per_token = prefill.agent.metric(1).wire_bytes / (pages * rig.PAGE)
         whole = sum(rows.row_items for rows in ranks[0].pool.row_format.layers)
         n = (rig.LATENT - shared) // groups
@@ -74,23 +54,18 @@ def test_plain_and_sketched_servers_are_served_side_by_side() -> None:
     prefill = rig.prefill_rank()
     kinds = [rig.projection(0, 48, 16), rig.sketched_projection(0), rig.sketched_projection(1), None]
     ranks = [rig.decode_rank(z, rank=rank, size=len(kinds), fp8=z is None) for rank, z in enumerate(kinds)]
-    with contextlib.ExitStack() as stack:
-        for item in (prefill, *ranks):
-            stack.enter_context(contextlib.closing(item.agent))
-        assert send(prefill, ranks, 9) == [RoomState.SUCCESS] * 5, prefill.agent.failure(1)
-        for rank, decode in enumerate(ranks):
-            rig.check_rows(prefill, decode, rig.pages(50, 9), rig.pages(rank, 9), 9 * rig.PAGE)
+    with rig.serving(prefill, *ranks):
+        rig.transfer(prefill, ranks, count=9, cuts=(4,))
 
 
 @pytest.mark.parametrize("value", [0.0, 3e38, -3e38, 1e-30])
 def test_rows_of_zeros_and_of_one_huge_value(value: float) -> None:
     prefill, decode = rig.prefill_rank(torch.float32), rig.decode_rank(rig.sketched_projection(1))
-    with contextlib.closing(prefill.agent), contextlib.closing(decode.agent):
+    with rig.serving(prefill, decode):
         for layer in prefill.pool.layers:
             layer[:, :] = 0
             layer[:, 0] = value / 16  # projected columns stay within float32
-        assert send(prefill, [decode], 4) == [RoomState.SUCCESS] * 2
-        rig.check_rows(prefill, decode, rig.pages(50, 4), rig.pages(0, 4), 4 * rig.PAGE)
+        rig.transfer(prefill, decode, count=4, cuts=(2,))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -99,14 +74,16 @@ def test_rows_of_zeros_and_of_one_huge_value(value: float) -> None:
 def test_a_value_that_is_not_finite_fails_its_request_alone(value: float, column: int, fp8: bool) -> None:
     z = rig.projection(0, 48) if fp8 else rig.sketched_projection(0)
     prefill, decode = rig.prefill_rank(), rig.decode_rank(z, fp8=fp8)
-    with contextlib.closing(prefill.agent), contextlib.closing(decode.agent):
-        slot = int(prefill.pool.slots(rig.pages(50, 4))[5])
+    with rig.serving(prefill, decode):
+        source = rig.pages(50, 4)
+        slot = int(prefill.pool.slots(source)[5])
         before = prefill.pool.layers[1][slot, column].clone()
         prefill.pool.layers[1][slot, column] = value
-        assert send(prefill, [decode], 4) == [RoomState.FAILED] * 2
-        assert "not finite" in prefill.agent.failure(1) and "not finite" in decode.agent.failure(1)
+        rig.begin([prefill], [decode], 1, source, [rig.pages(0, 4)], (2,))
+        rig.fail(1, "not finite", prefill, decode)
         prefill.pool.layers[1][slot, column] = before
-        assert send(prefill, [decode], 4, room=2) == [RoomState.SUCCESS] * 2
+        rig.begin([prefill], [decode], 2, source, [rig.pages(0, 4)], (2,))
+        rig.succeed(2, prefill, decode)
 
 
 def test_what_is_announced_is_read_back_and_what_is_not_sound_is_refused() -> None:
@@ -124,16 +101,11 @@ def test_what_is_announced_is_read_back_and_what_is_not_sound_is_refused() -> No
         assert str(raised.value)
 
 
-def refused(decode: rig.DecodeRank, prefill: rig.PrefillRank) -> str:
-    with contextlib.closing(prefill.agent), contextlib.closing(decode.agent):
-        decode.agent.open_room(1, [prefill.peer])
-        assert rig.ended(decode.agent, 1) == RoomState.FAILED
-        return decode.agent.failure(1)
-
-
 def test_a_prefill_rank_with_rows_in_bytes_of_its_own_is_refused() -> None:
-    reason = refused(rig.decode_rank(rig.sketched_projection(0)), rig.prefill_rank(torch.float8_e4m3fn))
-    assert re.search(r"cache dtype: prefill has float8_e4m3fn, decode has sketched_rows groups=2", reason)
+    prefill, decode = rig.prefill_rank(torch.float8_e4m3fn), rig.decode_rank(rig.sketched_projection(0))
+    with rig.serving(prefill, decode):
+        decode.agent.open_room(1, [prefill.peer])
+        rig.fail(1, "cache dtype: prefill has float8_e4m3fn, decode has sketched_rows groups=2", decode)
 
 
 def test_projections_and_pools_that_do_not_go_with_the_rows() -> None:
@@ -177,14 +149,13 @@ def test_a_drafts_layer_travels_whole_behind_rows_in_bytes(dtype: torch.dtype, e
         name = rows.name(torch.uint8)
         assert RowFormat.announced(name, rig.LATENT, rows.widths, rows.shared, rig.ROPE) == rows
         ranks.append(rig.decode_rank(projection, rank=rank, size=2, rows=rows))
-    with contextlib.ExitStack() as stack:
-        for item in (prefill, *ranks):
-            stack.enter_context(contextlib.closing(item.agent))
-        assert send(prefill, ranks, 9) == [RoomState.SUCCESS] * 3, prefill.agent.failure(1)
-        source = torch.from_numpy(prefill.pool.slots(rig.pages(50, 9)))
-        sent = prefill.pool.layers[-1][source].view(torch.uint8)
-        for rank, decode in enumerate(ranks):
-            place = torch.from_numpy(decode.pool.slots(rig.pages(rank, 9)))
+    source, targets = rig.pages(50, 9), [rig.pages(rank, 9) for rank in range(2)]
+    with rig.serving(prefill, *ranks):
+        rig.begin([prefill], ranks, 1, source, targets, (4,))
+        rig.succeed(1, prefill, *ranks)
+        sent = prefill.pool.layers[-1][torch.from_numpy(prefill.pool.slots(source))].view(torch.uint8)
+        for decode, target in zip(ranks, targets, strict=True):
+            place = torch.from_numpy(decode.pool.slots(target))
             assert torch.equal(decode.pool.layers[-1][place], sent)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 import time
 
 import pytest
@@ -85,29 +84,26 @@ def test_a_prompt_that_no_registered_decode_server_takes_fails_at_once() -> None
 def test_a_prompt_that_prefill_does_not_take_fails_at_once_at_decode(limits: Limits, said: str) -> None:
     prefill, decode = rig.prefill_rank(), rig.decode_rank()
     prefill.agent.peers.limits = limits
-    with contextlib.closing(prefill.agent), contextlib.closing(decode.agent):
+    with rig.serving(prefill, decode):
         decode.agent.open_room(1, [prefill.peer], prompt_tokens=100)
-        assert rig.ended(decode.agent, 1) is RoomState.FAILED
-        assert said in decode.agent.failure(1)
+        rig.fail(1, said, decode)
         decode.agent.open_room(2, [prefill.peer], prompt_tokens=50)
         rig.wait(lambda: decode.agent.poll(2) is RoomState.WAITING, "one that fits")
 
 
 def test_a_request_that_prefill_refused_is_told_why() -> None:
     prefill, decode = rig.prefill_rank(), rig.decode_rank()
-    with contextlib.closing(prefill.agent), contextlib.closing(decode.agent):
+    with rig.serving(prefill, decode):
         prefill.agent.decline(1, "it is too long")
         rig.ask(decode, [prefill.peer], 1, rig.pages(0, 2))
-        assert rig.ended(decode.agent, 1) is RoomState.FAILED
-        assert "it is too long" in decode.agent.failure(1)
+        rig.fail(1, "it is too long", decode)
 
 
 def test_a_request_that_came_while_no_prefill_lived_fails_when_one_is_there() -> None:
     """Its other half reached nobody."""
     with contextlib.closing(rig.decode_rank(peer_timeout_s=20.0).agent) as decode:
-        first = rig.prefill_rank(
-            port=neighbouring_ports(2)
-        )  # nobody else takes them before it is started anew
+        # nobody else takes them before it is started anew
+        first = rig.prefill_rank(port=neighbouring_ports(2))
         address = first.agent.address
         first.agent.close()
         decode.open_room(1, [(*address, False)], born=time.monotonic() - 2 * WELCOME_DELAY_S)
@@ -140,7 +136,7 @@ def test_a_request_that_prefill_passed_over_fails_soon(idle: bool) -> None:
 @pytest.mark.parametrize("room", [-1, 2**63, "7", None, 1.0])
 def test_a_room_id_out_of_range_is_refused_where_it_is_opened(room: object) -> None:
     prefill, decode = rig.prefill_rank(), rig.decode_rank()
-    with contextlib.closing(prefill.agent), contextlib.closing(decode.agent):
+    with rig.serving(prefill, decode):
         said = r"must be an integer in 0\.\.\.9223372036854775807; got " + repr(room)
         with pytest.raises(TransferError, match=said):
             prefill.agent.open_room(room)  # type: ignore[arg-type]
@@ -151,22 +147,11 @@ def test_a_room_id_out_of_range_is_refused_where_it_is_opened(room: object) -> N
 def test_rows_are_read_after_the_event_that_they_wait_for() -> None:
     """A cached prefix that is sent ahead may still be written by the step before."""
     prefill, decode = rig.prefill_rank(), rig.decode_rank()
-    source, target = rig.pages(0, 6), rig.pages(1, 6)
-    right = [layer.clone() for layer in prefill.pool.layers]
-    asked = threading.Event()
-
-    class Written:
-        def synchronize(self) -> None:
-            asked.set()
-            for layer, rows in zip(prefill.pool.layers, right, strict=True):
-                layer.copy_(rows)
-
-    with contextlib.closing(prefill.agent), contextlib.closing(decode.agent):
-        for layer in prefill.pool.layers:
-            layer.zero_()
+    source, target, written = rig.pages(0, 6), rig.pages(1, 6), rig.WrittenLater(prefill)
+    with rig.serving(prefill, decode):
         prefill.agent.open_room(1)
-        prefill.agent.send(1, source, last=True, metadata_row=0, after=Written())
+        prefill.agent.send(1, source, last=True, metadata_row=0, after=written)
         rig.ask(decode, [prefill.peer], 1, target)
-        assert rig.ended(decode.agent, 1) is RoomState.SUCCESS, decode.agent.failure(1)
-        assert asked.is_set()
+        rig.succeed(1, decode)
+        assert written.waited
         rig.check_rows(prefill, decode, source, target, 6 * rig.PAGE)

@@ -1,7 +1,8 @@
 """Check the fields of a request that cross from prefill to decode or could end a scheduler, before anything is sent.
 
 SGLang passes most fields on unchecked, so that a wrong value would hang both servers, end one of them, or reach another
-client. Nothing here imports SGLang; requests are read through the attributes of ``GenerateReqInput``.
+client. Every check raises `RequestRefused`, which names the field, its range and what came. Nothing here imports
+SGLang; requests are read through the attributes of ``GenerateReqInput``.
 """
 
 from __future__ import annotations
@@ -75,22 +76,14 @@ def shown(value: Any) -> str:
 
 
 def within(name: str, value: Any, first: int, last: int) -> int:
-    """Check that a value is a whole number of a range, and return it.
-
-    Raises:
-        RequestRefused: another value.
-    """
+    """Check that a value is a whole number of a range, and return it."""
     if not is_integer(value) or not first <= value <= last:
         raise RequestRefused(f"{name} must be a whole number from {first} to {last}; got {shown(value)}")
     return int(value)
 
 
 def checked_host(value: Any) -> str:
-    """Return a bootstrap server's host in one spelling: lower case, no brackets, no dot at the end.
-
-    Raises:
-        RequestRefused: neither a host name nor an address, or one with a port, a path or a user.
-    """
+    """Return a bootstrap server's host in one spelling: lower case, no brackets, no dot at the end."""
     if isinstance(value, str):
         host = value.strip().lower()
         bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
@@ -107,11 +100,7 @@ def checked_host(value: Any) -> str:
 
 
 def check_transfer(item: Any, limits: Limits) -> None:
-    """Check room, host and port of one request, and put the host into one spelling.
-
-    Raises:
-        RequestRefused: naming the field and its range.
-    """
+    """Check room, host and port of one request, and put the host into one spelling."""
     if item.bootstrap_room is None:
         raise RequestRefused(
             "bootstrap_room is missing: this server is one of a pair; send requests to the router, or the same "
@@ -133,11 +122,7 @@ def check_transfer(item: Any, limits: Limits) -> None:
 
 
 def check_carried(item: Any) -> None:
-    """Refuse fields that would not reach decode.
-
-    Raises:
-        RequestRefused: naming the field, and the remedy.
-    """
+    """Refuse fields that would not reach decode."""
     for name, why in NOT_CARRIED.items():
         if getattr(item, name, None) is not None:
             raise RequestRefused(f"{name}: {why}")
@@ -147,11 +132,7 @@ def check_carried(item: Any) -> None:
 
 
 def check_prompt(item: Any, limits: Limits) -> None:
-    """Check that the prompt is text, or token ids of the vocabulary.
-
-    Raises:
-        RequestRefused: naming the first id outside.
-    """
+    """Check that the prompt is text, or token ids of the vocabulary."""
     if item.text is not None and not isinstance(item.text, str):
         raise RequestRefused(f"text must be a string or a list of strings; got {shown(item.text)}")
     if item.text is None and item.input_ids is not None:
@@ -161,11 +142,7 @@ def check_prompt(item: Any, limits: Limits) -> None:
 
 
 def check_token_ids(name: str, ids: Any, vocab: int) -> None:
-    """Check that the embedding has a row for each id, because any other id ends the server.
-
-    Raises:
-        RequestRefused: naming the first wrong id.
-    """
+    """Check that the embedding has a row for each id, because any other id ends the server."""
     if not isinstance(ids, list):
         raise RequestRefused(f"{name} must be a list of token ids; got {shown(ids)}")
     try:
@@ -180,11 +157,7 @@ def check_token_ids(name: str, ids: Any, vocab: int) -> None:
 
 
 def check_logprobs(item: Any, limits: Limits) -> None:
-    """Check the fields about log-probabilities.
-
-    Raises:
-        RequestRefused: naming the field and its range.
-    """
+    """Check the fields about log-probabilities."""
     within("top_logprobs_num", item.top_logprobs_num, 0, min(limits.top_logprobs, limits.vocab))
     within("logprob_start_len", item.logprob_start_len, -1, INT32_MAX)
     if item.token_ids_logprob:
@@ -192,11 +165,7 @@ def check_logprobs(item: Any, limits: Limits) -> None:
 
 
 def check_sampling(params: Any, limits: Limits) -> None:
-    """Check sampling parameters in the client's own form.
-
-    Raises:
-        RequestRefused: naming the parameter and its range.
-    """
+    """Check sampling parameters in the client's own form."""
     if not isinstance(params, Mapping):
         raise RequestRefused(f"sampling_params must be an object; got {shown(params)}")
     if internal := INTERNAL_SAMPLING.intersection(params):
@@ -235,11 +204,7 @@ def check_sampling(params: Any, limits: Limits) -> None:
 
 
 def check_item(item: Any, limits: Limits) -> None:
-    """Check one request, single or of a batch, after SGLang has filled in missing fields.
-
-    Raises:
-        RequestRefused: the first mistake.
-    """
+    """Check one request, single or of a batch, after SGLang has filled in missing fields."""
     check_carried(item)
     check_transfer(item, limits)
     check_prompt(item, limits)
@@ -248,11 +213,7 @@ def check_item(item: Any, limits: Limits) -> None:
 
 
 def check_rooms_differ(items: list[Any]) -> None:
-    """Check that every request of a batch has a room of its own.
-
-    Raises:
-        RequestRefused: naming a room that two requests have.
-    """
+    """Check that every request of a batch has a room of its own."""
     seen: set[int] = set()
     for item in items:
         if item.bootstrap_room in seen:

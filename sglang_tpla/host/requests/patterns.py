@@ -3,7 +3,7 @@
 Python searches ``stop_regex`` after each token, a grammar masks the vocabulary before each, and neither can be
 interrupted. A repetition of a body that itself matches in several ways, ``(a+)+`` or ``([a-z]{1,20}){1,50}``, takes
 longer than anyone waits; so does a grammar of great length, depth or count. The check looks at the form alone, so it
-may refuse a pattern that would happen to be quick.
+may refuse a pattern that would happen to be quick. Every check raises `RequestRefused`.
 """
 
 from __future__ import annotations
@@ -32,11 +32,7 @@ JSON_COUNTS = ("minLength", "maxLength", "minItems", "maxItems", "minProperties"
 
 
 def check_stops(params: Any) -> None:
-    """Check ``stop`` and ``stop_regex`` of a request's sampling parameters.
-
-    Raises:
-        RequestRefused: too many or too long ones, or a pattern that may backtrack without end.
-    """
+    """Check ``stop`` and ``stop_regex`` of a request's sampling parameters."""
     for name in ("stop", "stop_regex"):
         value = params.get(name)
         if isinstance(value, list) and len(value) > MAX_STOPS:
@@ -50,11 +46,7 @@ def check_stops(params: Any) -> None:
 
 
 def check_grammar(params: Any) -> None:
-    """Check the grammar of a request's sampling parameters.
-
-    Raises:
-        RequestRefused: a grammar that is too long, too deep, or with repetitions that take too long to follow.
-    """
+    """Check the grammar of a request's sampling parameters."""
     for name in ("regex", "ebnf", "json_schema", "structural_tag"):
         value = params.get(name)
         if not isinstance(value, str):
@@ -79,11 +71,7 @@ def nul(name: str) -> RequestRefused:
 
 
 def check_schema(name: str, text: str) -> None:
-    """Check a JSON schema, or an object with several.
-
-    Raises:
-        RequestRefused: a schema that is too deep, or with a count or a pattern that is refused.
-    """
+    """Check a JSON schema, or an object with several."""
     try:
         parsed = json.loads(text)
     except ValueError:
@@ -116,11 +104,7 @@ def _entries(root: Any) -> Iterator[tuple[int, str, Any]]:
 
 
 def check_counts(name: str, text: str) -> None:
-    """Check the counts of repetitions in a text.
-
-    Raises:
-        RequestRefused: a large count.
-    """
+    """Check the counts of repetitions in a text."""
     for first, last in COUNTS.findall(text):
         for count in (first, last):
             if len(count) > 6 or int(count or 0) > MAX_COUNT:
@@ -130,11 +114,7 @@ def check_counts(name: str, text: str) -> None:
 
 
 def check_pattern(name: str, pattern: str, most: int, backtracks: bool = False) -> None:
-    """Check a regular expression.
-
-    Raises:
-        RequestRefused: one that is too long, has a large count, or a repetition that matches a text in too many ways.
-    """
+    """Check a regular expression."""
     if len(pattern) > most:
         raise RequestRefused(f"sampling_params.{name} may have {most} characters at most; got {len(pattern)}")
     check_counts(name, pattern)

@@ -2,7 +2,8 @@
 
 SGLang sends ``n`` samples of a prompt, and before them a request that only fills the prefix cache, under one room. Here
 they become a batch before SGLang sees them, and prefill's cache finds the shared prompt by itself. Both servers get the
-same request and must arrive at the same rooms, so the rooms follow from the request.
+same request and must arrive at the same rooms, so the rooms follow from the request. Lists that do not go together
+raise `RequestRefused`.
 """
 
 from __future__ import annotations
@@ -33,11 +34,7 @@ def room_of(room: int, sample: int) -> int:
 
 
 def samples_of(obj: Any) -> int:
-    """The ``n`` of a request, which SGLang wants equal for all prompts of a batch.
-
-    Raises:
-        RequestRefused: a value that is no whole number of at least 1, or prompts that differ in it.
-    """
+    """The ``n`` of a request, which SGLang wants equal for all prompts of a batch."""
     params = obj.sampling_params
     each = params if isinstance(params, list) else [params]
     found = set()
@@ -54,11 +51,7 @@ def samples_of(obj: Any) -> int:
 
 
 def prompts_of(obj: Any) -> int | None:
-    """The number of prompts of a batch, or None for a single prompt.
-
-    Raises:
-        RequestRefused: an empty batch, or no prompt.
-    """
+    """The number of prompts of a batch, or None for a single prompt."""
     for name in ("text", "input_ids"):
         value = getattr(obj, name)
         if value is None:
@@ -83,9 +76,6 @@ def rooms_of(room: Any, prompts: int | None, samples: int) -> Any:
             prompt or, from routers, one for each sample.
         prompts: number of prompts, or None for a single one.
         samples: number of samples of each prompt.
-
-    Raises:
-        RequestRefused: a list of another length.
     """
     count = prompts or 1
     if room is None:
@@ -109,11 +99,7 @@ def rooms_of(room: Any, prompts: int | None, samples: int) -> Any:
 
 
 def spread(value: Any, prompts: int | None, samples: int, name: str) -> Any:
-    """Spread a field of a batch to one entry for each sample; a value for all stays one value.
-
-    Raises:
-        RequestRefused: a list of another length.
-    """
+    """Spread a field of a batch to one entry for each sample; a value for all stays one value."""
     if not isinstance(value, list):
         return value
     count = prompts or 1
@@ -125,11 +111,7 @@ def spread(value: Any, prompts: int | None, samples: int, name: str) -> Any:
 
 
 def give_each_its_room(obj: Any) -> None:
-    """Turn ``n`` samples into a batch in place, and check that lists have an entry for each request.
-
-    Raises:
-        RequestRefused: a request that cannot be served.
-    """
+    """Turn ``n`` samples into a batch in place, and check that lists have an entry for each request."""
     prompts, samples = prompts_of(obj), samples_of(obj)
     count = prompts or 1
     if count * samples > MAX_SAMPLES and samples > 1:

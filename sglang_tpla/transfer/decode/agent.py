@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from sglang_tpla.config import Settings
-from sglang_tpla.transfer import messages as frames
+from sglang_tpla.transfer import messages
 from sglang_tpla.transfer.decode.connections import Connections
 from sglang_tpla.transfer.decode.credits import Credits
 from sglang_tpla.transfer.decode.receiver import Receiver
@@ -37,9 +37,9 @@ from sglang_tpla.transfer.room import (
     RoomState,
     TransferError,
     TransferMetric,
-    check_room,
+    check_room_id,
 )
-from sglang_tpla.transfer.workers import Workers, opened, seconds_since
+from sglang_tpla.transfer.workers import Workers, check_closed, opened, seconds_since
 
 
 class DecodeAgent:
@@ -81,19 +81,19 @@ class DecodeAgent:
         self._pool, self._metadata = pool, metadata
         workers = workers or Workers(self.role, settings, rank, logger, pool.device.type)
         self.workers = workers
-        self.arena = workers.make_arena()
+        self.segment = workers.make_segment()
         slots = None
-        if self.arena is not None:
-            slots = Staging(self.arena.data, workers.chunk_bytes, self.arena.reserve)
-        hello = frames.Hello(
-            versions=frames.PROTOCOL_VERSIONS,
+        if self.segment is not None:
+            slots = Staging(self.segment.data, workers.chunk_bytes, self.segment.reserve)
+        hello = messages.Hello(
+            versions=messages.PROTOCOL_VERSIONS,
             agent=workers.agent_id,
             model_hash=model_hash,
             rank=rank,
             size=size,
             host=workers.host_identity(host_id),
             max_chunk_bytes=workers.chunk_bytes,
-            layout=frames.CacheLayout(
+            layout=messages.CacheLayout(
                 first_layer=pool.first_layer,
                 latent_dim=pool.latent_dim,
                 rope_dim=pool.rope_dim,
@@ -105,7 +105,7 @@ class DecodeAgent:
             ),
             projection=projection.content_hash if projection is not None else "",
             common=projection.common_hash if projection is not None else "",
-            arena=self.arena.announcement if self.arena is not None else None,
+            segment=self.segment.announcement if self.segment is not None else None,
         )
         buffers = BufferPool()
         self.credits = Credits(workers.settings.staging_bytes, workers.chunk_bytes)
@@ -127,8 +127,8 @@ class DecodeAgent:
         """End all threads and free sockets and staging; rooms that are still alive fail. May be called twice."""
         self.workers.close()
         self.connections.close()
-        if self.arena is not None:
-            self.arena.close()
+        if self.segment is not None:
+            self.segment.close()
 
     def connect(self, host: str, port: int) -> None:
         """Register with a prefill rank unless that is done or under way; does not block."""
@@ -152,16 +152,12 @@ class DecodeAgent:
         Raises:
             TransferError: no peers, all of them dummies, the room is open and has not ended, or its id is out of range.
         """
-        check_room(room_id)
+        check_room_id(room_id)
         with self.receiver.turn() as now:
             self.workers.check_alive()
             if all(dummy for _, _, dummy in peers):
                 raise TransferError(f"room {room_id} needs a prefill rank that sends; got {list(peers)}")
-            old = self.rooms.table.get(room_id)
-            if old is not None and not old.state.ended:
-                raise TransferError(
-                    f"room {room_id} is open on decode rank {self.rank}; close it before opening it anew"
-                )
+            check_closed(self.rooms.table, room_id, self.role, self.rank)
             sources = {
                 (host, port): Source(self.connections.connection((host, port)), dummy)
                 for host, port, dummy in peers
@@ -176,7 +172,6 @@ class DecodeAgent:
         metadata_row: int,
         expected_ranks: int,
         prefix_tokens: int = 0,
-        num_tokens: int | None = None,
     ) -> None:
         """Ask for a room's rows.
 
@@ -186,57 +181,50 @@ class DecodeAgent:
             metadata_row: row of the metadata buffers to fill, last.
             expected_ranks: how many decode ranks ask each prefill rank for this room.
             prefix_tokens: tokens that are cached here already and are not sent.
-            num_tokens: tokens after the prefix, where the last page is not full; None to learn it from prefill.
 
         Raises:
             TransferError: unknown room, asked twice, or pages outside the pool.
         """
-        slots = self._pool.slots(pages, None)
-        self._pool.slots(pages, num_tokens)
+        slots = self._pool.slots(pages)
         if self._metadata.buffers:
             self._metadata.check(metadata_row)
-        tokens = -1 if num_tokens is None else num_tokens
         with self.receiver.turn() as now:
             self.workers.check_alive()
             room = self._open(room_id)
             if room.request is not None:
                 raise TransferError(f"room {room_id} was asked for already on decode rank {self.rank}")
-            request = frames.Request(
-                room_id, room.generation, expected_ranks, prefix_tokens, tokens, False, 0, 1
+            unknown = -1  # how full the last page is, prefill says
+            request = messages.Request(
+                room_id, room.generation, expected_ranks, prefix_tokens, unknown, False, 0, 1
             )
             self.rooms.request(room, Slots(slots), metadata_row, request, now)
 
     def poll(self, room_id: int) -> RoomState:
         """Return the state of a room: BOOTSTRAPPING until every prefill rank has registered this one, WAITING for
         ``request``, TRANSFERRING, SUCCESS when every chunk and then the metadata row are in place; FAILED (`failure`).
-
-        Raises:
-            TransferError: the room is not open.
         """
         with self.workers.lock:
             return RoomState.FAILED if self.workers.death is not None else self._open(room_id).state
 
     def failure(self, room_id: int) -> str:
-        """Return why a room failed, or nothing if it has not.
-
-        Raises:
-            TransferError: the room is not open.
-        """
+        """Return why a room failed, or nothing if it has not."""
         with self.workers.lock:
             return self.workers.death or self._open(room_id).reason
 
     def metric(self, room_id: int) -> TransferMetric:
         """Return the bytes received so far and the seconds from the request to the end."""
         with self.workers.lock:
-            room = self._open(room_id)
-            return TransferMetric(
-                wire_bytes=room.wire_bytes,
-                shared_memory_bytes=room.shared_memory_bytes,
-                seconds=seconds_since(room.requested, room.ended or self.workers.io.now()),
-                chunks=sum(len(source.applied) for source in room.sources.values()),
-                tokens=max(source.tokens for source in room.sources.values()),
-                resent=room.resent,
-            )
+            return self._metric(self._open(room_id))
+
+    def _metric(self, room: Room) -> TransferMetric:
+        return TransferMetric(
+            wire_bytes=room.wire_bytes,
+            shared_memory_bytes=room.shared_memory_bytes,
+            seconds=seconds_since(room.requested, room.ended or self.workers.io.now()),
+            chunks=sum(len(source.applied) for source in room.sources.values()),
+            tokens=max(source.tokens for source in room.sources.values()),
+            resent=room.resent,
+        )
 
     def abort(self, room_id: int, reason: str) -> None:
         """Fail a room and tell its prefill ranks. Nothing is written for the room once this returns."""
@@ -274,8 +262,7 @@ class DecodeAgent:
         self.connections.expire(now)
         for room in late:
             self.receiver.fail(
-                room,
-                f"no progress for {self.workers.settings.transfer_timeout_s:g} s in {room.state.name}",
+                room, f"no progress for {self.workers.settings.transfer_timeout_s:g} s in {room.state.name}"
             )
 
     def _open(self, room_id: int) -> Room:
@@ -287,18 +274,8 @@ class DecodeAgent:
                 self.receiver.fail(room, reason)
 
     def _log_end(self, room: Room) -> None:
-        sources = room.sources.values()
-        self.workers.log_transfer(
-            room=room.room_id,
-            peer=[source.connection.name for source in sources if not source.dummy],
-            tokens=max(source.tokens for source in sources),
-            chunks=sum(len(source.applied) for source in sources),
-            bytes=room.wire_bytes,
-            shared_memory_bytes=room.shared_memory_bytes,
-            seconds=round(seconds_since(room.requested, room.ended or 0.0), 6),
-            result="success" if room.state is RoomState.SUCCESS else room.reason,
-            resent=room.resent,
-        )
+        peers = [source.connection.name for source in room.sources.values() if not source.dummy]
+        self.workers.log_transfer(room.room_id, room, peers, self._metric(room))
 
 
 def _check_projection(pool: CachePool, projection: Projection | None) -> None:

@@ -1,6 +1,4 @@
-"""Inside the decode agent: a DEALER socket for each prefill rank, registration there, and the arenas it can
-read.
-"""
+"""Inside the decode agent: a DEALER socket for each prefill rank, registration there, and the segments it can read."""
 
 from __future__ import annotations
 
@@ -12,7 +10,7 @@ import torch
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
-from sglang_tpla.transfer import messages as frames
+from sglang_tpla.transfer import messages
 from sglang_tpla.transfer.decode.data_channels import DataChannels
 from sglang_tpla.transfer.decode.receiver import Receiver
 from sglang_tpla.transfer.decode.state import Address, Connection, Link
@@ -39,7 +37,7 @@ class Connections:
         workers: Workers,
         receiver: Receiver,
         security: Security,
-        hello: frames.Hello,
+        hello: messages.Hello,
         limits: Limits,
         projection: Projection | None,
         device: torch.device,
@@ -52,7 +50,7 @@ class Connections:
         self._settings, self._rank = workers.settings, workers.rank
         self._hello, self._limits, self._projection, self._device = hello, limits, projection, device
         self._on_peer_lost = on_peer_lost
-        self._maps: dict[bytes, memoryview | None] = {}  # by cookie: segments; None: not to be mapped
+        self._maps: dict[bytes, memoryview | None] = {}  # by token: segments; None: not to be mapped
         self._channels = DataChannels(workers, receiver, self, security.secret is not None, buffers)
 
     def close(self) -> None:
@@ -77,7 +75,7 @@ class Connections:
         if self._workers.closing:
             return
         dealer = self._io.context.socket(zmq.DEALER)
-        configure(dealer, self._settings, frames.MAX_METADATA_BYTES + frames.MAX_HEADER_BYTES)
+        configure(dealer, self._settings, messages.MAX_METADATA_BYTES + messages.MAX_HEADER_BYTES)
         dealer.setsockopt(zmq.IDENTITY, connection.identity)
         dealer.setsockopt(zmq.IPV6, int(":" in connection.address[0]))
         self._security.apply_client(dealer)
@@ -129,7 +127,7 @@ class Connections:
             self._workers.counts["refused" if link is Link.REFUSED else "peers_lost"] += 1
             if link is Link.LOST and self.table.get(connection.address) is connection:
                 del self.table[connection.address]
-            connection.arenas.clear()
+            connection.segments.clear()
             self._forget_maps()
         self._log.warning("decode rank %d: %s", self._rank, reason)
         self._hang_up(connection)
@@ -173,18 +171,18 @@ class Connections:
                     self.broken(connection)  # lost messages come again on a new connection
                 continue
             message, payload = parsed
-            if isinstance(message, frames.Chunk):
+            if isinstance(message, messages.Chunk):
                 self._workers.drop(
                     "malformed_dropped", f"a chunk of the {connection.name} came beside its data channel"
                 )
                 continue
-            if isinstance(message, frames.Welcome):
+            if isinstance(message, messages.Welcome):
                 self._channels.dial(connection, parts[0], message.data)
                 if connection.socket is None:
                     return
             self.take(connection, message, None if payload is None else payload.buffer)
 
-    def take(self, connection: Connection, message: frames.Message, payload: memoryview | None) -> None:
+    def take(self, connection: Connection, message: messages.Message, payload: memoryview | None) -> None:
         """Handle one message, or a chunk that has come into staging."""
         connection.last_seen = self._io.now()
         try:
@@ -192,32 +190,32 @@ class Connections:
         except Exception as error:
             self._workers.handler_failed(f"{type(message).__name__} from the {connection.name}", error)
 
-    def _handle(self, connection: Connection, message: frames.Message, payload: memoryview | None) -> None:
+    def _handle(self, connection: Connection, message: messages.Message, payload: memoryview | None) -> None:
         match message:
-            case frames.Pong():
+            case messages.Pong():
                 pass
-            case frames.Ping():
-                self._send_now(connection, frames.Pong(message.number), None)
-            case frames.Welcome():
+            case messages.Ping():
+                self._send_now(connection, messages.Pong(message.number), None)
+            case messages.Welcome():
                 self._welcomed(connection, message)
-            case frames.Registered():
+            case messages.Registered():
                 self._registered(connection)
-            case frames.Neighbours():
-                self._map_all(connection, message.number, message.arenas)
-            case frames.Refused():
+            case messages.Colocated():
+                self._map_all(connection, message.number, message.segments)
+            case messages.Refused():
                 self.give_up(connection, message.reason, Link.REFUSED)
-            case frames.Unregistered():
+            case messages.Unregistered():
                 self.broken(connection)
-            case frames.Goodbye():
+            case messages.Goodbye():
                 self.give_up(connection, f"the {connection.name} closed: {message.reason}")
             case _:
                 self._receiver.message(connection, message, payload)
-                if isinstance(message, frames.Want):
+                if isinstance(message, messages.Want):
                     self._channels.seek(connection)
 
     # Registration
 
-    def _welcomed(self, connection: Connection, message: frames.Welcome) -> None:
+    def _welcomed(self, connection: Connection, message: messages.Welcome) -> None:
         if connection.agent not in ("", message.agent):
             self._receiver.lost(connection, f"the {connection.name} restarted; the request can be retried")
         # the agent knows nothing of requests from before it began; a slow answer makes it look younger
@@ -226,11 +224,11 @@ class Connections:
         connection.limits = Limits(message.context_tokens, message.pool_tokens)
         connection.agent = message.agent
         self._send_now(
-            connection, frames.Capacity(self._limits.context_tokens, self._limits.pool_tokens), None
+            connection, messages.Capacity(self._limits.context_tokens, self._limits.pool_tokens), None
         )
         connection.layers = (message.first_layer, message.layers)
-        near = message.arena is not None and message.host == self._hello.host
-        self._map_all(connection, 0, (message.arena,) if near and message.arena is not None else ())
+        near = message.segment is not None and message.host == self._hello.host
+        self._map_all(connection, 0, (message.segment,) if near and message.segment is not None else ())
         if not message.need_projection:
             self._registered(connection)
         elif self._projection is None:
@@ -238,8 +236,8 @@ class Connections:
         else:
             key = self._projection.content_hash
             for index, data in enumerate(self._projection.layer_bytes):
-                digest = frames.checksum(data)
-                self._send_now(connection, frames.ProjectionLayer(key, index, digest), data)
+                digest = messages.checksum(data)
+                self._send_now(connection, messages.ProjectionLayer(key, index, digest), data)
 
     def _registered(self, connection: Connection) -> None:
         with self._lock:
@@ -247,25 +245,25 @@ class Connections:
             resumed, connection.broken_since = connection.broken_since is not None, None
         self._receiver.registered(connection, resumed)
 
-    def _map_all(self, connection: Connection, number: int, arenas: tuple[frames.Arena, ...]) -> None:
+    def _map_all(self, connection: Connection, number: int, segments: tuple[messages.Segment, ...]) -> None:
         """Map the segments of a list, which is whole but for the prefill rank's own, and say which can be read."""
-        own = connection.arenas.get(connection.agent)
-        connection.arenas = {} if own is None else {connection.agent: own}
-        for arena in arenas:
-            if arena.cookie not in self._maps:
-                near = arena.agent == connection.agent  # this rank reads much from it
-                self._maps[arena.cookie] = map_for(self._device if near else None, arena, self._log)
-            view = self._maps[arena.cookie]
+        own = connection.segments.get(connection.agent)
+        connection.segments = {} if own is None else {connection.agent: own}
+        for segment in segments:
+            if segment.token not in self._maps:
+                near = segment.agent == connection.agent  # this rank reads much from it
+                self._maps[segment.token] = map_for(self._device if near else None, segment, self._log)
+            view = self._maps[segment.token]
             if view is not None:
-                connection.arenas[arena.agent] = view
+                connection.segments[segment.agent] = view
         self._forget_maps()
-        self._send_now(connection, frames.Mapped(number, tuple(connection.arenas)), None)
+        self._send_now(connection, messages.Mapped(number, tuple(connection.segments)), None)
 
     def _forget_maps(self) -> None:
         """Unmap the segments that no connection uses any more."""
-        used = {id(view) for other in self.table.values() for view in other.arenas.values()}
+        used = {id(view) for other in self.table.values() for view in other.segments.values()}
         self._maps = {
-            cookie: view for cookie, view in self._maps.items() if view is not None and id(view) in used
+            token: view for token, view in self._maps.items() if view is not None and id(view) in used
         }
 
     # Time, sending (I/O thread)
@@ -299,16 +297,16 @@ class Connections:
             if due and connection.link is Link.REGISTERED:
                 connection.last_ping = now
                 connection.pings += 1
-                self._send_now(connection, frames.Ping(connection.pings), None)
+                self._send_now(connection, messages.Ping(connection.pings), None)
 
-    def put(self, connection: Connection, message: frames.Message) -> None:
+    def put(self, connection: Connection, message: messages.Message) -> None:
         """Queue a message. Any thread may call this."""
         self._io.post(self._send_now, connection, message, None)
 
-    def _send_now(self, connection: Connection, message: frames.Message, payload: bytes | None) -> None:
+    def _send_now(self, connection: Connection, message: messages.Message, payload: bytes | None) -> None:
         if connection.socket is None:
             return
-        parts = [frames.encode(message)] + ([] if payload is None else [payload])
+        parts = [messages.encode(message)] + ([] if payload is None else [payload])
         try:
             connection.socket.send_multipart(parts, zmq.NOBLOCK)
         except zmq.Again:
@@ -320,5 +318,5 @@ class Connections:
             connections = list(self.table.values())
         for connection in connections:
             if connection.socket is not None:
-                self._send_now(connection, frames.Goodbye(f"decode rank {self._rank} closes"), None)
+                self._send_now(connection, messages.Goodbye(f"decode rank {self._rank} closes"), None)
                 self._hang_up(connection, linger_ms=100)

@@ -50,10 +50,7 @@ class Coverage:
                 if twice[row, token] == self._needed[layers.start + row, 0]
                 else NAMES[int(twice[row, token])]
             )
-            return (
-                f"that covers the {what} of layer {layer}, token {first_token + token}, which "
-                "another chunk had"
-            )
+            return f"that covers the {what} of layer {layer}, token {first_token + token}, which another chunk had"
         cells |= bits
         return ""
 

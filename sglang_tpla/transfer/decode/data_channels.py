@@ -10,7 +10,7 @@ from typing import Protocol
 import msgspec
 import zmq
 
-from sglang_tpla.transfer import messages as frames
+from sglang_tpla.transfer import messages
 from sglang_tpla.transfer.decode.in_place import InPlaceChunk
 from sglang_tpla.transfer.decode.receiver import Receiver
 from sglang_tpla.transfer.decode.state import Connection
@@ -28,7 +28,7 @@ class Control(Protocol):
     def broken(self, connection: Connection) -> None: ...
     def give_up(self, connection: Connection, reason: str) -> None: ...
     def receive(self, connection: Connection) -> None: ...
-    def take(self, connection: Connection, message: frames.Message, payload: memoryview | None) -> None: ...
+    def take(self, connection: Connection, message: messages.Message, payload: memoryview | None) -> None: ...
 
 
 class DataChannels:
@@ -46,7 +46,7 @@ class DataChannels:
         self._io, self._patience_s = workers.io, workers.settings.peer_timeout_s
         self._encrypted, self._buffers = encrypted, buffers
 
-    def dial(self, connection: Connection, came: zmq.Frame, data: frames.DataChannel) -> None:
+    def dial(self, connection: Connection, came: zmq.Frame, data: messages.DataChannel) -> None:
         """Begin to connect a data channel to the host that a frame came from."""
         if self._encrypted and data.key is None:
             self._control.give_up(
@@ -60,7 +60,7 @@ class DataChannels:
         seal = None if data.key is None else Seal(data.key)
         announce = partial(self._announced, connection)
         reader = connection.reader = ChunkReader(
-            stream, data.cookie, self._workers.chunk_bytes, self._buffers, announce, seal
+            stream, data.token, self._workers.chunk_bytes, self._buffers, announce, seal
         )
         connection.data_port, connection.dialled = data.port, self._io.now()
         error = stream.connect_ex((host, data.port))
@@ -88,7 +88,7 @@ class DataChannels:
                     self._control.take(connection, whole, payload)
                 if connection.reader is not reader:
                     return
-        except frames.FrameError as error:
+        except messages.FrameError as error:
             self._workers.drop("malformed_dropped", f"malformed chunk from {connection.name}: {error}")
             self._lose(connection, reader, error)
         except OSError as error:
@@ -96,18 +96,18 @@ class DataChannels:
 
     def _announced(
         self, connection: Connection, header: memoryview, size_bytes: int
-    ) -> tuple[frames.Chunk, InPlaceChunk | None]:
+    ) -> tuple[messages.Chunk, InPlaceChunk | None]:
         """Read a header on a data channel; return the chunk, and the place of its payload unless that is staging.
 
         Raises:
             FrameError: anything but a sound Chunk.
         """
-        message = frames.decode(header, True)
-        if not isinstance(message, frames.Chunk):
-            raise frames.FrameError(f"{type(message).__name__} does not come on a data channel")
+        message = messages.decode(header, True)
+        if not isinstance(message, messages.Chunk):
+            raise messages.FrameError(f"{type(message).__name__} does not come on a data channel")
         return message, self._receiver.place(connection, message, size_bytes)
 
-    def _lose(self, connection: Connection, reader: ChunkReader[frames.Chunk], error: Exception) -> None:
+    def _lose(self, connection: Connection, reader: ChunkReader[messages.Chunk], error: Exception) -> None:
         """Handle the end of a channel, or a channel that could not be opened."""
         if connection.reader is reader:
             self._control.receive(connection)  # the last words may be a Goodbye
@@ -119,10 +119,8 @@ class DataChannels:
         text = "decode rank %d: no data channel to the %s: %s"
         self._workers.log.warning(text, self._workers.rank, connection.name, error)
         if stood and now - connection.dialled > self._patience_s:
-            connection.without_channel, connection.starved_since = (
-                now,
-                None,
-            )  # earlier failures are another matter
+            # earlier failures are another matter
+            connection.without_channel, connection.starved_since = (now, None)
         connection.channel_error = str(error)
         self.seek(connection, stood)
 

@@ -10,10 +10,10 @@ import socket
 
 from cryptography.hazmat.primitives.ciphers import AEADDecryptionContext
 
-from sglang_tpla.transfer import messages as frames
+from sglang_tpla.transfer import messages
 from sglang_tpla.transfer.decode.state import Room, Source
 from sglang_tpla.transfer.memory.copy import UNCHECKED, SocketCopy, check_pieces
-from sglang_tpla.transfer.memory.iovec import Pieces
+from sglang_tpla.transfer.memory.iovec import IoVec
 from sglang_tpla.transfer.network.sealing import SealedIntake
 
 PIECE_BYTES = 16 << 20
@@ -29,7 +29,7 @@ class InPlaceChunk:
     """
 
     def __init__(
-        self, room: Room, source: Source, chunk: frames.Chunk, pieces: Pieces, aside: bool = False
+        self, room: Room, source: Source, chunk: messages.Chunk, pieces: IoVec, aside: bool = False
     ) -> None:
         self.room, self.source, self.chunk, self.aside = room, source, chunk, aside
         self.size_bytes = self.credit_bytes = pieces.size_bytes
@@ -63,5 +63,5 @@ class InPlaceChunk:
         if not self._whole or self._left_bytes:
             return None
         if isinstance(self._intake, SealedIntake):
-            return frames.OPENED
+            return messages.OPENED
         return check_pieces(self._pieces) if self.aside else self._intake.digest()

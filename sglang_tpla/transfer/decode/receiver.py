@@ -17,7 +17,7 @@ from functools import partial
 import numpy as np
 
 from sglang_tpla.cache_rows.parts import Part
-from sglang_tpla.transfer import messages as frames
+from sglang_tpla.transfer import messages
 from sglang_tpla.transfer.decode.in_place import InPlaceChunk
 from sglang_tpla.transfer.decode.rooms import Rooms, nack
 from sglang_tpla.transfer.decode.state import (
@@ -37,7 +37,7 @@ from sglang_tpla.transfer.memory.staging import Staging
 from sglang_tpla.transfer.network.data_channel import BufferPool
 from sglang_tpla.transfer.workers import Workers, seconds_since
 
-RoomMessage = frames.Chunk | frames.Share | frames.Want | frames.Finish | frames.Abort
+RoomMessage = messages.Chunk | messages.Share | messages.Want | messages.Finish | messages.Abort
 
 
 class Receiver:
@@ -58,7 +58,7 @@ class Receiver:
         metadata: MetadataRows,
         slots: Staging | None,
         buffers: BufferPool,
-        put: Callable[[Connection, frames.Message], None],
+        put: Callable[[Connection, messages.Message], None],
     ) -> None:
         self._workers, self._rooms, self._put, self._buffers = workers, rooms, put, buffers
         self._io, self._counts = workers.io, workers.counts
@@ -112,9 +112,9 @@ class Receiver:
         with self._lock:
             return self._rooms.starved(connection)
 
-    def message(self, connection: Connection, message: frames.Message, payload: memoryview | None) -> None:
+    def message(self, connection: Connection, message: messages.Message, payload: memoryview | None) -> None:
         """Handle one message about a room."""
-        if isinstance(message, frames.Release):
+        if isinstance(message, messages.Release):
             with self.turn():
                 self._rooms.release(connection, message.offsets)
             return
@@ -130,27 +130,27 @@ class Receiver:
         room, source = found
         with self._failing(room, f"on {type(message).__name__}"):
             match message:
-                case frames.Abort():
+                case messages.Abort():
                     if not source.dummy:
                         self.fail(room, f"{connection.name}: {message.reason}")
-                case frames.Want():
+                case messages.Want():
                     with self.turn():
                         self._rooms.want(room, source, message.total_bytes)
-                case frames.Finish() if payload is not None:
+                case messages.Finish() if payload is not None:
                     with self.turn() as now:
                         wrong = self._rooms.finish(room, source, message, bytes(payload), now)
                     if wrong:
                         self.fail(room, f"{connection.name} finished with {wrong}")
-                case frames.Chunk() if payload is not None:
+                case messages.Chunk() if payload is not None:
                     self._take_chunk(room, source, message, payload, payload.nbytes)
-                case frames.Share():
-                    arena = connection.arenas.get(message.agent)
+                case messages.Share():
+                    segment = connection.segments.get(message.agent)
                     end = message.offset + message.size_bytes
-                    if arena is None or end > arena.nbytes:
+                    if segment is None or end > segment.nbytes:
                         self._counts["checksum_failures"] += 1
                         self._put(connection, nack(message))
                     else:
-                        self._take_chunk(room, source, message, arena[message.offset : end], 0)
+                        self._take_chunk(room, source, message, segment[message.offset : end], 0)
 
     def _take_chunk(
         self, room: Room, source: Source, chunk: AnyChunk, payload: memoryview, credit_bytes: int
@@ -172,7 +172,7 @@ class Receiver:
             self._counts["malformed_dropped"] += 1
         self.fail(room, f"{source.connection.name} sent chunk {chunk.sequence} {wrong}")
 
-    def place(self, connection: Connection, chunk: frames.Chunk, size_bytes: int) -> InPlaceChunk | None:
+    def place(self, connection: Connection, chunk: messages.Chunk, size_bytes: int) -> InPlaceChunk | None:
         """Return the place in the pool of a chunk that begins to come, or None for staging: something is wrong with the
         chunk, it came before, or the colocated ranks need its payload.
         """
@@ -185,8 +185,8 @@ class Receiver:
                 return None
             if self._rooms.wrong_chunk(room, source, chunk, size_bytes, size_bytes):
                 return None
-            spans = room.slots.spans(chunk.first_token, chunk.tokens)
-            pieces = self._writer.pieces(self._rooms.layers_of(chunk), spans, Part(chunk.part))
+            extents = room.slots.extents(chunk.first_token, chunk.tokens)
+            pieces = self._writer.pieces(self._rooms.layers_of(chunk), extents, Part(chunk.part))
             if pieces is None:
                 return None
             self._rooms.begin(source, chunk, size_bytes)
@@ -241,8 +241,8 @@ class Receiver:
             with room.writes.one() as allowed:
                 if allowed:
                     digest = self._writer.write(layers, slots, Part(rows.part), chunk.payload)
-            if digest is not None and rows.checksum == frames.OPENED:
-                self._written(chunk, frames.OPENED)
+            if digest is not None and rows.checksum == messages.OPENED:
+                self._written(chunk, messages.OPENED)
             elif digest == b"":
                 self._workers.aside(partial(self._check, chunk))
             else:
@@ -255,7 +255,7 @@ class Receiver:
     def _written(self, chunk: StagedChunk | InPlaceChunk, digest: bytes | None) -> None:
         """Account for a written chunk with its checksum; with None, its room had ended."""
         room, source, rows = chunk.room, chunk.source, chunk.chunk
-        relayed = digest == rows.checksum and isinstance(rows, frames.Chunk) and rows.relay
+        relayed = digest == rows.checksum and isinstance(rows, messages.Chunk) and rows.relay
         retained = self._retain(chunk) if relayed and isinstance(chunk, StagedChunk) else None
         with self.turn():
             sound = self._rooms.written(room, source, rows, chunk.credit_bytes, digest, retained)

@@ -1,6 +1,5 @@
 """The states of rooms, and the effect of each event on them. Nothing waits and nothing is sent here: methods take
-``now`` where they need the time, and leave messages in `Rooms.out` and rooms that may be complete in
-`Rooms.finishing`.
+``now`` where they need the time, and leave messages in `Rooms.out` and rooms that may be complete in `Rooms.finishing`.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import msgspec
 
 from sglang_tpla.cache_rows.parts import Part
 from sglang_tpla.config import Settings
-from sglang_tpla.transfer import messages as frames
+from sglang_tpla.transfer import messages
 from sglang_tpla.transfer.decode.coverage import Coverage
 from sglang_tpla.transfer.decode.credits import Credits
 from sglang_tpla.transfer.decode.state import (
@@ -28,7 +27,7 @@ from sglang_tpla.transfer.decode.state import (
 )
 from sglang_tpla.transfer.memory.iovec import Slots
 from sglang_tpla.transfer.memory.pool import CachePool
-from sglang_tpla.transfer.room import RoomState
+from sglang_tpla.transfer.room import REFUSED, RoomState
 
 
 class Rooms:
@@ -54,7 +53,7 @@ class Rooms:
     ) -> None:
         self.table: dict[int, Room] = {}
         self.retained: dict[int, RetainedChunk] = {}  # by offset in the shared segment
-        self.out: deque[tuple[Connection, frames.Message]] = deque()
+        self.out: deque[tuple[Connection, messages.Message]] = deque()
         self.finishing: deque[Room] = deque()
         self._pool, self._metadata_bytes = pool, metadata_bytes
         self._settings, self._credits, self._counts = settings, credits, counts
@@ -71,7 +70,7 @@ class Rooms:
         self.advance(room, now)
 
     def request(
-        self, room: Room, slots: Slots, metadata_row: int, request: frames.Request, now: float
+        self, room: Room, slots: Slots, metadata_row: int, request: messages.Request, now: float
     ) -> None:
         """Ask for a room's rows as soon as its prefill ranks have registered this one."""
         room.slots, room.metadata_row, room.request = slots, metadata_row, request
@@ -96,7 +95,7 @@ class Rooms:
                 self.fail(room, why, now)
                 return
             if linked and (wrong := connection.limits.unsupported_reason(room.prompt_tokens)):
-                self.fail(room, f"the {connection.name} cannot serve this request: {wrong}", now)
+                self.fail(room, f"the {connection.name} {REFUSED}{wrong}", now)
                 return
         ready = all(source.connection.link is Link.REGISTERED for source in real)
         if room.state is RoomState.BOOTSTRAPPING and ready:
@@ -146,7 +145,7 @@ class Rooms:
             self._put(connection, _request_of(room, source))
             parts = sorted({part for part, _ in source.applied})
             applied = tuple((part, _bitmap(source, part)) for part in parts)
-            resume = frames.Resume(room.room_id, room.generation, source.granted_bytes, applied)
+            resume = messages.Resume(room.room_id, room.generation, source.granted_bytes, applied)
             self._put(connection, resume)
         self.grant()
 
@@ -252,7 +251,7 @@ class Rooms:
             self._credits.receive(source, credit_bytes)
             self._credits.free(source, credit_bytes)
         if (key := chunk_id(chunk)) in source.applied:
-            self._put(source.connection, frames.Ack(room.room_id, room.generation, *key))
+            self._put(source.connection, messages.Ack(room.room_id, room.generation, *key))
         self.grant()
 
     def written(
@@ -284,15 +283,17 @@ class Rooms:
         elif digest is not None:
             source.applied.add(key)
             self._counts["chunks"] += 1
-            answer: frames.Message = frames.Ack(room.room_id, room.generation, *key)
+            answer: messages.Message = messages.Ack(room.room_id, room.generation, *key)
             if retained is not None:
                 self.retained[retained.slot.offset] = retained
-                answer = frames.Stored(room.room_id, room.generation, *key, retained.slot.offset)
+                answer = messages.Stored(room.room_id, room.generation, *key, retained.slot.offset)
             self._put(source.connection, answer)
         self.grant()
         return digest is None or sound
 
-    def finish(self, room: Room, source: Source, message: frames.Finish, metadata: bytes, now: float) -> str:
+    def finish(
+        self, room: Room, source: Source, message: messages.Finish, metadata: bytes, now: float
+    ) -> str:
         """Take a prefill rank's number of chunks and its metadata row. Return what is wrong with them."""
         page_size = self._pool.page_size
         pages = -(-message.tokens // page_size)
@@ -303,14 +304,14 @@ class Rooms:
         ]
         if room.request is None:
             return "rows that were not asked for"
-        if frames.checksum(metadata) != message.checksum:
+        if messages.checksum(metadata) != message.checksum:
             return "metadata that does not match its checksum"
         if len(metadata) != self._metadata_bytes:
             return f"a metadata row of {len(metadata)} bytes where {self._metadata_bytes} were due"
-        tokens = room.request.num_tokens
-        if pages * page_size != len(room.slots) or tokens not in (-1, message.tokens):
-            asked = tokens if tokens >= 0 else f"{len(room.slots)} or a part of the last page"
-            return f"{message.tokens} tokens where {asked} were asked for"
+        if pages * page_size != len(room.slots):
+            return (
+                f"{message.tokens} tokens where {len(room.slots)} or a part of the last page were asked for"
+            )
         if len(source.claims) > message.chunks:
             return f"{message.chunks} chunks after {len(source.claims)} had come"
         if told:
@@ -329,7 +330,7 @@ class Rooms:
     def grant(self) -> None:
         """Hand out the free staging."""
         for source, room in self._credits.grant().items():
-            self._put(source.connection, frames.Credit(room.room_id, room.generation, source.granted_bytes))
+            self._put(source.connection, messages.Credit(room.room_id, room.generation, source.granted_bytes))
 
     def release(self, connection: Connection, offsets: Collection[int] | None = None) -> None:
         """Free retained chunks that nobody reads any more: all those of a connection, or those at ``offsets``."""
@@ -353,14 +354,14 @@ class Rooms:
         """End a room whose rows and metadata row are in their places."""
         for source in room.sources.values():
             if not source.dummy:
-                self._say(source.connection, frames.Done(room.room_id, room.generation), now)
+                self._say(source.connection, messages.Done(room.room_id, room.generation), now)
         self._end(room, RoomState.SUCCESS, "", now)
 
     def fail(self, room: Room, reason: str, now: float) -> None:
         """Fail a room whose writes have ended, or that never had any, and tell its prefill ranks."""
         for source in room.sources.values():
             if source.connection.link in (Link.REGISTERED, Link.CONNECTING):
-                message = frames.Abort(room.room_id, room.generation, frames.sentence(reason))
+                message = messages.Abort(room.room_id, room.generation, messages.sentence(reason))
                 self._say(source.connection, message, now)
         self._end(room, RoomState.FAILED, reason, now)
         self._counts["rooms_failed"] += 1
@@ -397,29 +398,29 @@ class Rooms:
             due = now - connection.told_at >= self._settings.heartbeat_s
             if due and connection.link is Link.REGISTERED:
                 connection.told_at = now
-                for start in range(0, len(rooms), frames.MAX_ROOMS):
-                    named = tuple(rooms[start : start + frames.MAX_ROOMS])
-                    self._put(connection, frames.Expected(named))
+                for start in range(0, len(rooms), messages.MAX_ROOMS):
+                    named = tuple(rooms[start : start + messages.MAX_ROOMS])
+                    self._put(connection, messages.Expected(named))
 
     # Messages out
 
     def _say(
-        self, connection: Connection, message: frames.Request | frames.Done | frames.Abort, now: float
+        self, connection: Connection, message: messages.Request | messages.Done | messages.Abort, now: float
     ) -> None:
         """Send a message that no answer confirms, and once more when the connection is back if it breaks soon."""
         connection.said.append((message, now))
         self._put(connection, message)
 
-    def _put(self, connection: Connection, message: frames.Message) -> None:
+    def _put(self, connection: Connection, message: messages.Message) -> None:
         self.out.append((connection, message))
 
 
-def nack(chunk: AnyChunk) -> frames.Nack:
+def nack(chunk: AnyChunk) -> messages.Nack:
     """Ask for a chunk again."""
-    return frames.Nack(chunk.room, chunk.generation, *chunk_id(chunk))
+    return messages.Nack(chunk.room, chunk.generation, *chunk_id(chunk))
 
 
-def _request_of(room: Room, source: Source) -> frames.Request:
+def _request_of(room: Room, source: Source) -> messages.Request:
     assert room.request is not None
     index, count = source.share
     return msgspec.structs.replace(room.request, dummy=source.dummy, share_index=index, share_count=count)

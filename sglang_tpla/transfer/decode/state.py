@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from sglang_tpla.transfer import messages as frames
+from sglang_tpla.transfer import messages
 from sglang_tpla.transfer.decode.coverage import Coverage
 from sglang_tpla.transfer.decode.write_gate import WriteGate
 from sglang_tpla.transfer.memory.iovec import Slots
@@ -20,7 +20,7 @@ from sglang_tpla.transfer.memory.staging import Slot
 from sglang_tpla.transfer.room import NO_LIMITS, Limits, RoomState
 
 Address = tuple[str, int]
-AnyChunk = frames.Chunk | frames.Share
+AnyChunk = messages.Chunk | messages.Share
 ChunkId = tuple[int, int]  # part, sequence
 
 
@@ -56,7 +56,8 @@ class Connection:
     layers: tuple[int, int] = (0, 0)  # first layer and number of layers that the prefill rank holds
     unanswered: int = 0  # times that it broke before the prefill rank had ever answered
     broken_since: float | None = None  # monotonic; None while the connection holds
-    arenas: dict[str, memoryview] = field(default_factory=dict)  # by agent: its own and the colocated ranks'
+    # by agent: its own and the colocated ranks'
+    segments: dict[str, memoryview] = field(default_factory=dict)
     last_ping: float = 0.0
     pings: int = 0
     # data_channels.py, on the I/O thread
@@ -70,7 +71,7 @@ class Connection:
     # rooms.py, under the lock
     told_at: float = 0.0  # when the prefill rank was last told which rooms wait here
     # messages that no answer confirms, and when they were sent: they are sent again when the connection is back
-    said: deque[tuple[frames.Message, float]] = field(default_factory=lambda: deque(maxlen=1024))
+    said: deque[tuple[messages.Message, float]] = field(default_factory=lambda: deque(maxlen=1024))
 
     @property
     def name(self) -> str:
@@ -89,9 +90,8 @@ class Source:
     share: tuple[int, int] = (0, 1)  # which of the prefill ranks with the same layers it is, and of how many
     pending: set[ChunkId] = field(default_factory=set)
     applied: set[ChunkId] = field(default_factory=set)
-    claims: dict[ChunkId, tuple[int, int, int, int]] = field(
-        default_factory=dict
-    )  # layers and tokens of chunks
+    # layers and tokens of chunks
+    claims: dict[ChunkId, tuple[int, int, int, int]] = field(default_factory=dict)
     chunks: int | None = None  # in all, once the prefill rank has said so
     tokens: int = 0
     metadata: bytes = b""
@@ -128,7 +128,7 @@ class Room:
     reason: str = ""
     slots: Slots = field(default_factory=lambda: Slots(np.empty(0, dtype=np.int64)))
     metadata_row: int = -1
-    request: frames.Request | None = None  # to each prefill rank, but for its share
+    request: messages.Request | None = None  # to each prefill rank, but for its share
     coverage: Coverage | None = None  # from the request on
     requested: float | None = None
     ended: float | None = None

@@ -1,4 +1,4 @@
-"""Copies, checksums, sends and reads of payloads in pieces (`iovec.Pieces`): in C (`native`) where that is compiled,
+"""Copies, checksums, sends and reads of payloads in pieces (`iovec.IoVec`): in C (`native`) where that is compiled,
 else the same in Python.
 """
 
@@ -12,7 +12,7 @@ import numpy as np
 import xxhash
 
 from sglang_tpla.transfer.memory import native
-from sglang_tpla.transfer.memory.iovec import Cursor, Pieces
+from sglang_tpla.transfer.memory.iovec import Cursor, IoVec
 
 MIN_NATIVE_BYTES = 241  # of a payload: XXH3 has other formulas for shorter ones
 END = np.zeros((1, 2), dtype=np.uint64)  # of a list of pieces
@@ -23,7 +23,7 @@ SEND_BYTES, SEND_PIECES = 1 << 20, 64  # of one call
 
 
 class Checksum:
-    """A running xxh3 (64 bits, big-endian: `frames.checksum`) of ``size_bytes`` in C, at least `MIN_NATIVE_BYTES`."""
+    """A running xxh3 (64 bits, big-endian: `messages.checksum`) of ``size_bytes`` in C, at least `MIN_NATIVE_BYTES`."""
 
     def __init__(self, library: ctypes.CDLL, size_bytes: int) -> None:
         self._library = library
@@ -40,12 +40,12 @@ def _library(size_bytes: int) -> ctypes.CDLL | None:
     return native.library() if size_bytes >= MIN_NATIVE_BYTES else None
 
 
-def _listed(pieces: Pieces) -> np.ndarray:
+def _listed(pieces: IoVec) -> np.ndarray:
     """Their table, and its end."""
     return np.concatenate((pieces.table, END))
 
 
-def check_pieces(pieces: Pieces) -> bytes:
+def check_pieces(pieces: IoVec) -> bytes:
     """The checksum of a payload."""
     library = _library(pieces.size_bytes)
     if library is not None:
@@ -58,7 +58,7 @@ def check_pieces(pieces: Pieces) -> bytes:
     return running.digest()
 
 
-def copy_pieces(source: Pieces, target: Pieces) -> bytes:
+def copy_pieces(source: IoVec, target: IoVec) -> bytes:
     """Copy a payload to as many bytes of other pieces; the checksum of what was copied."""
     library = _library(source.size_bytes)
     if library is not None:
@@ -88,7 +88,7 @@ class SocketCopy:
         digest: of the payload, where it is known already; `UNCHECKED` where nobody asks for it.
     """
 
-    def __init__(self, pieces: Pieces, digest: bytes = b"") -> None:
+    def __init__(self, pieces: IoVec, digest: bytes = b"") -> None:
         self.left_bytes = pieces.size_bytes
         self._pieces, self._digest = pieces, digest  # the pieces keep the memory
         self._library = _library(pieces.size_bytes)

@@ -1,4 +1,4 @@
-"""Runs of rows that lie side by side in a pool: what is copied, hashed, sent and received as one piece.
+"""Extents of rows that lie side by side in a pool: what is copied, hashed, sent and received as one piece.
 
 A request's rows lie in pages, and the tokens of one page (often those of several) follow each other in every layer.
 A payload is then a few long pieces of the pool's own memory. Where slots are scattered one by one, moving whole
@@ -16,29 +16,29 @@ from typing import Any
 
 import numpy as np
 
-MIN_RUN_BYTES = 8 << 10  # on average; with shorter ones the calls cost more than the copy they spare
+MIN_EXTENT_BYTES = 8 << 10  # on average; with shorter ones the calls cost more than the copy they spare
 BLOCK_BYTES = 256 << 10  # what stays in a core's cache from its copy to its checksum
-Run = tuple[int, int, int]  # first slot, first row of the payload, rows
+Extent = tuple[int, int, int]  # first slot, first row of the payload, rows
 
 
 def _cut(slots: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of ``slots`` at which a run of neighbours begins, and the rows of each run; not for none."""
+    """Rows of ``slots`` at which an extent begins, and the rows of each extent; not for none."""
     starts = np.concatenate(([0], np.flatnonzero(slots[1:] != slots[:-1] + 1) + 1))
     return starts, np.diff(starts, append=slots.size)
 
 
-def find_spans(slots: np.ndarray) -> np.ndarray:
-    """``slots`` as runs of neighbours, in order: uint64 ``[runs, first slot and rows]``."""
-    spans = np.zeros((0, 2), dtype=np.uint64)
+def find_extents(slots: np.ndarray) -> np.ndarray:
+    """``slots`` as extents, in order: uint64 ``[extents, first slot and rows]``."""
+    extents = np.zeros((0, 2), dtype=np.uint64)
     if slots.size:
         starts, counts = _cut(slots)
-        spans = np.empty((starts.size, 2), dtype=np.uint64)
-        spans[:, 0], spans[:, 1] = slots[starts], counts
-    return spans
+        extents = np.empty((starts.size, 2), dtype=np.uint64)
+        extents[:, 0], extents[:, 1] = slots[starts], counts
+    return extents
 
 
 class Slots:
-    """Slots of a request's tokens, and `find_spans` of parts of them.
+    """Slots of a request's tokens, and `find_extents` of parts of them.
 
     Each layer asks for the same parts, between two chunks, when little is in the processor's caches: what was found is
     kept.
@@ -57,62 +57,62 @@ class Slots:
         """``count`` slots from the ``first`` on."""
         return self._slots[first : first + count]
 
-    def spans(self, first: int, count: int) -> np.ndarray:
-        """Runs of neighbours among them."""
-        spans = self._found.get((first, count))
-        if spans is None:
+    def extents(self, first: int, count: int) -> np.ndarray:
+        """Extents among them."""
+        extents = self._found.get((first, count))
+        if extents is None:
             if len(self._found) >= self.MOST:
                 self._found.clear()
-            spans = self._found[first, count] = find_spans(self.part(first, count))
-        return spans
+            extents = self._found[first, count] = find_extents(self.part(first, count))
+        return extents
 
 
-def find_runs(slots: np.ndarray, max_rows: int) -> list[Run]:
-    """The same as `Run`s, none longer than ``max_rows``."""
+def list_extents(slots: np.ndarray, max_rows: int) -> list[Extent]:
+    """The same as `Extent`s, none longer than ``max_rows``."""
     if not slots.size:
         return []
     starts, counts = _cut(slots)
-    runs = zip(slots[starts].tolist(), starts.tolist(), counts.tolist(), strict=True)
+    extents = zip(slots[starts].tolist(), starts.tolist(), counts.tolist(), strict=True)
     return [
         (slot + done, row + done, min(max_rows, count - done))
-        for slot, row, count in runs
+        for slot, row, count in extents
         for done in range(0, count, max_rows)
     ]
 
 
-def worth_it(runs: np.ndarray | Sequence[Run], rows: int, row_bytes: int) -> bool:
-    """True where runs are long enough to be moved one by one."""
-    return len(runs) * MIN_RUN_BYTES <= rows * row_bytes
+def worth_it(extents: np.ndarray | Sequence[Extent], rows: int, row_bytes: int) -> bool:
+    """True where extents are long enough to be moved one by one."""
+    return len(extents) * MIN_EXTENT_BYTES <= rows * row_bytes
 
 
 @dataclass(frozen=True)
 class Block:
-    """Some consecutive rows of a payload, and the runs they are; no runs where they are scattered."""
+    """Some consecutive rows of a payload, and the extents they are; no extents where they are scattered."""
 
     rows: slice
-    runs: Sequence[Run] = ()
+    extents: Sequence[Extent] = ()
 
 
 def cut_blocks(slots: np.ndarray, row_bytes: int) -> list[Block]:
     """A payload's rows in blocks of some `BLOCK_BYTES`."""
     step = max(1, BLOCK_BYTES // max(1, row_bytes))
-    runs = find_runs(slots, step)
-    if not worth_it(runs, slots.size, row_bytes):
+    extents = list_extents(slots, step)
+    if not worth_it(extents, slots.size, row_bytes):
         return [Block(slice(start, min(start + step, slots.size))) for start in range(0, slots.size, step)]
     blocks: list[Block] = []
-    taken: list[Run] = []
+    taken: list[Extent] = []
     start = 0
-    for run in runs:
-        end = run[1] + run[2]
+    for extent in extents:
+        end = extent[1] + extent[2]
         if taken and end - start > step:
-            blocks.append(Block(slice(start, run[1]), taken))
-            taken, start = [], run[1]
-        taken.append(run)
+            blocks.append(Block(slice(start, extent[1]), taken))
+            taken, start = [], extent[1]
+        taken.append(extent)
     return [*blocks, Block(slice(start, slots.size), taken)]
 
 
 @dataclass(frozen=True)
-class Pieces:
+class IoVec:
     """A payload as pieces of memory, in order.
 
     Attributes:
@@ -135,9 +135,9 @@ class Pieces:
         return [memoryview(kind.from_address(address)).cast("B") for kind, address in kinds]
 
 
-def one_piece(buffer: np.ndarray) -> Pieces:
+def one_piece(buffer: np.ndarray) -> IoVec:
     """A packed payload (uint8, contiguous)."""
-    return Pieces(np.array([[buffer.ctypes.data, buffer.size]], dtype=np.uint64), buffer)
+    return IoVec(np.array([[buffer.ctypes.data, buffer.size]], dtype=np.uint64), buffer)
 
 
 class Layers:
@@ -147,19 +147,19 @@ class Layers:
         self._rows = rows
         self._places = np.array([(layer.ctypes.data, layer.shape[1]) for layer in rows], dtype=np.uint64)
 
-    def pieces(self, layers: range, spans: np.ndarray) -> Pieces:
-        """The rows of ``spans`` (`find_spans`) in each of some layers (by index), layer by layer."""
+    def pieces(self, layers: range, extents: np.ndarray) -> IoVec:
+        """The rows of ``extents`` (`find_extents`) in each of some layers (by index), layer by layer."""
         places = self._places[layers.start : layers.stop, None]  # [layers, 1, address and row bytes]
-        table = spans * places[:, :, 1:]
+        table = extents * places[:, :, 1:]
         table[:, :, 0] += places[:, :, 0]
         # numpy may lay it out otherwise
-        return Pieces(np.ascontiguousarray(table.reshape(-1, 2)), self._rows)
+        return IoVec(np.ascontiguousarray(table.reshape(-1, 2)), self._rows)
 
 
 class Cursor:
     """A place in a payload's pieces, and how it moves on."""
 
-    def __init__(self, pieces: Pieces) -> None:
+    def __init__(self, pieces: IoVec) -> None:
         self._views = pieces.views
         self._ends: list[int] = np.cumsum(pieces.table[:, 1]).tolist()
         self._index, self._done_bytes = 0, 0

@@ -2,8 +2,7 @@
 
 Each call lets other threads have the interpreter meanwhile; a chunk of some sixty pieces would otherwise give it away
 and wait for it as often. A machine without a C compiler does the same in Python (`copy`), more slowly, and says so
-once.
-The library is kept under ``$SGLANG_TPLA_CACHE`` (default ``~/.cache/sglang_tpla``) by the hash of the source, the
+once. The library is kept under ``$SGLANG_TPLA_CACHE`` (default ``~/.cache/sglang_tpla``) by the hash of the source, the
 compiler and the machine's kind.
 """
 

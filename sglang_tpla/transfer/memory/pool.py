@@ -73,8 +73,7 @@ class CachePool:
                 )
             if (layer.dtype, layer.device, layer.shape[0]) != (head.dtype, head.device, head.shape[0]):
                 raise TransferError(
-                    "layers of one pool share dtype, device and slots: layer 0 "
-                    f"has {head.dtype}, {head.device}, "
+                    f"layers of one pool share dtype, device and slots: layer 0 has {head.dtype}, {head.device}, "
                     f"{head.shape[0]}; layer {index} has {layer.dtype}, {layer.device}, {layer.shape[0]}"
                 )
 
@@ -133,8 +132,7 @@ class CachePool:
         tokens = capacity if num_tokens is None else num_tokens
         if not (0 <= tokens <= capacity and capacity - tokens < self.page_size):
             raise TransferError(
-                f"{pages.size} pages of {self.page_size} tokens hold "
-                f"{max(0, capacity - self.page_size + 1)} to "
+                f"{pages.size} pages of {self.page_size} tokens hold {max(0, capacity - self.page_size + 1)} to "
                 f"{capacity} tokens; got num_tokens={num_tokens}"
             )
         slots = pages[:, None] * self.page_size + np.arange(self.page_size, dtype=np.int64)

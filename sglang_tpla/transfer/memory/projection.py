@@ -1,5 +1,4 @@
-"""A rank's projection Z, one matrix a layer: what the prefill side applies before it sends (design, section
-2).
+"""A rank's projection Z, one matrix a layer: what the prefill side applies before it sends (design, section 2).
 
 ``z = c_hat @ Z``: latent ``[tokens, d]`` to ``[tokens, w]``, computed in float32 and cast to the cache dtype.
 The decode layer projects new tokens with the same function, so both kinds of row are rounded alike.
@@ -29,9 +28,7 @@ IDENTITY_HASH = "identity"
 
 
 def project_latent(latent: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
-    """Project latent rows ``[..., d]`` with z ``[d, w]`` in float32; result ``[..., w]`` in the latent's
-    dtype.
-    """
+    """Project latent rows ``[..., d]`` with z ``[d, w]`` in float32; result ``[..., w]`` in the latent's dtype."""
     return (latent.to(torch.float32) @ z.to(torch.float32)).to(latent.dtype)
 
 
@@ -58,8 +55,7 @@ class Projection:
     def __post_init__(self) -> None:
         if not self.matrices or len(self.matrices) != len(self.shared):
             raise TransferError(
-                "a projection needs one matrix and one shared width a layer; got "
-                f"{len(self.matrices)} matrices and "
+                f"a projection needs one matrix and one shared width a layer; got {len(self.matrices)} matrices and "
                 f"{len(self.shared)} shared widths"
             )
         d = self.matrices[0].shape[0]
@@ -84,15 +80,13 @@ class Projection:
                 or not 0 <= shared <= matrix.shape[1]
             ):
                 raise TransferError(
-                    f"layer {self.first_layer + index} of a projection must be "
-                    f"float32 [{d}, w] on the CPU with "
-                    f"0 <= shared <= w <= {most}; got {matrix.dtype} {tuple(matrix.shape)} on {matrix.device}, "
+                    f"layer {self.first_layer + index} of a projection must be float32 [{d}, w] on the CPU with 0 <= "
+                    f"shared <= w <= {most}; got {matrix.dtype} {tuple(matrix.shape)} on {matrix.device}, "
                     f"shared={shared}"
                 )
             if not bool(torch.isfinite(matrix).all()):
                 raise TransferError(
-                    f"layer {self.first_layer + index} of the projection has "
-                    "values that are not finite; make the "
+                    f"layer {self.first_layer + index} of the projection has values that are not finite; make the "
                     "artifact anew"
                 )
 
@@ -103,18 +97,10 @@ class Projection:
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """w_l, one entry a layer."""
+        """Return w_l of each layer."""
         if self.sketched is not None:
             return self.sketched.widths
         return tuple(matrix.shape[1] for matrix in self.matrices)
-
-    def matrix(self, layer: int) -> torch.Tensor:
-        """Z ``[d, w]`` of a model layer."""
-        return self.matrices[layer - self.first_layer]
-
-    def project(self, latent: torch.Tensor, layer: int) -> torch.Tensor:
-        """`project_latent` with this layer's Z; the result has the latent's dtype and device."""
-        return project_latent(latent, self.matrix(layer).to(latent.device))
 
     @cached_property
     def layer_bytes(self) -> tuple[bytes, ...]:
@@ -132,9 +118,7 @@ class Projection:
 
     @cached_property
     def common_hash(self) -> str:
-        """sha256 (hex) over the columns of all layers that make up the common part: equal in every group of one
-        server.
-        """
+        """Return the sha256 (hex) of the columns of the common part, which is equal in every group of a server."""
         rows = self.sketched or RowFormat.plain(self.widths, self.shared, 0)
         head = f"common {self.first_layer} {tuple(self.shared)}{rows.common_suffix}"
         digest = hashlib.sha256(head.encode())

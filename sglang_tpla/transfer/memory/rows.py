@@ -20,15 +20,15 @@ import torch
 from sglang_tpla.cache_rows.layer_rows import LayerRows
 from sglang_tpla.cache_rows.parts import Field, Part
 from sglang_tpla.cache_rows.row_format import RowFormat
-from sglang_tpla.transfer import messages as frames
+from sglang_tpla.transfer import messages
 from sglang_tpla.transfer.chunks import Rectangle
 from sglang_tpla.transfer.memory.copy import copy_pieces
 from sglang_tpla.transfer.memory.iovec import (
     Block,
+    IoVec,
     Layers,
-    Pieces,
     cut_blocks,
-    find_spans,
+    find_extents,
     one_piece,
     worth_it,
 )
@@ -63,17 +63,17 @@ def scatter_rows(rows: np.ndarray, slots: np.ndarray, packed: np.ndarray) -> Non
 
 def gather_block(rows: np.ndarray, slots: np.ndarray, block: Block, packed: np.ndarray) -> None:
     """`gather_rows` of one block of a payload."""
-    if not block.runs:
+    if not block.extents:
         gather_rows(rows, slots[block.rows], packed[block.rows])
-    for slot, row, count in block.runs:
+    for slot, row, count in block.extents:
         packed[row : row + count] = rows[slot : slot + count]
 
 
 def scatter_block(rows: np.ndarray, slots: np.ndarray, block: Block, packed: np.ndarray) -> None:
     """`scatter_rows` of one block of a payload."""
-    if not block.runs:
+    if not block.extents:
         scatter_rows(rows, slots[block.rows], packed[block.rows])
-    for slot, row, count in block.runs:
+    for slot, row, count in block.extents:
         rows[slot : slot + count] = packed[row : row + count]
 
 
@@ -147,15 +147,15 @@ class RowReader:
     def in_place(self, slots: np.ndarray) -> bool:
         """True if raw rows of ``slots`` can be sent from where they lie: `pieces` of them are few and long."""
         row_bytes = self.pool.layers[0].shape[1] * self.pool.dtype.itemsize
-        return self._dense is not None and worth_it(find_spans(slots), slots.size, row_bytes)
+        return self._dense is not None and worth_it(find_extents(slots), slots.size, row_bytes)
 
-    def pieces(self, rectangle: Rectangle, spans: np.ndarray) -> Pieces:
-        """The raw rows of a rectangle where they lie in the pool, in the payload's order; ``spans`` are its tokens'
-        slots (`iovec.find_spans`).
+    def pieces(self, rectangle: Rectangle, extents: np.ndarray) -> IoVec:
+        """The raw rows of a rectangle where they lie in the pool, in the payload's order; ``extents`` are its tokens'
+        slots (`iovec.find_extents`).
         """
         assert self._dense is not None
         first = rectangle.first_layer - self.pool.first_layer
-        return self._dense.pieces(range(first, first + rectangle.layers), spans)
+        return self._dense.pieces(range(first, first + rectangle.layers), extents)
 
     def read(
         self,
@@ -189,9 +189,9 @@ class RowReader:
         assert self._rows is not None
         if stacks is None and not row_format.encoded:
             if self.in_place(slots):
-                return copy_pieces(self.pieces(rectangle, find_spans(slots)), one_piece(out))
+                return copy_pieces(self.pieces(rectangle, find_extents(slots)), one_piece(out))
             packed = out.reshape(len(layers), slots.size, -1)
-            checksum = frames.running_checksum()
+            checksum = messages.running_checksum()
             blocks = cut_blocks(slots, packed.shape[2])
             for position, layer in enumerate(layers):
                 for block in blocks:
@@ -293,16 +293,18 @@ class RowWriter:
         self._places: dict[tuple[Field, ...], tuple[torch.Tensor, torch.Tensor]] = {}
         self._own = threading.local()  # ``pinned``: grows to the largest payload of a thread
 
-    def pieces(self, layers: range, spans: np.ndarray, part: Part) -> Pieces | None:
+    def pieces(self, layers: range, extents: np.ndarray, part: Part) -> IoVec | None:
         """Where a payload's bytes belong in the pool, in order; None where they are not long pieces of it.
 
-        ``spans`` are its tokens' slots (`iovec.find_spans`).
+        ``extents`` are its tokens' slots (`iovec.find_extents`).
         """
         if self._rows is None or self._dense is None or part is not Part.FULL:
             return None
-        if not worth_it(spans, int(spans[:, 1].sum()), min(self._rows[layer].shape[1] for layer in layers)):
+        if not worth_it(
+            extents, int(extents[:, 1].sum()), min(self._rows[layer].shape[1] for layer in layers)
+        ):
             return None
-        return self._dense.pieces(layers, spans)
+        return self._dense.pieces(layers, extents)
 
     def write(self, layers: range, slots: np.ndarray, part: Part, payload: memoryview) -> bytes:
         """Write a payload to the rows ``slots`` of the pool layers ``layers`` (by index); returns when it is
@@ -313,11 +315,11 @@ class RowWriter:
         if self._stream is not None:
             return self._write_cuda(layers, slots, part, data)
         assert self._rows is not None
-        pieces = self.pieces(layers, find_spans(slots), part)
+        pieces = self.pieces(layers, find_extents(slots), part)
         if pieces is not None:
             return copy_pieces(one_piece(data), pieces)
         start = 0
-        checksum = frames.running_checksum()
+        checksum = messages.running_checksum()
         blocks: dict[int, list[Block]] = {}  # by the bytes of a row
         for layer in layers:
             layer_rows = self.pool.row_format.layers[layer]

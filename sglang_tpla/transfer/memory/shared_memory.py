@@ -2,7 +2,7 @@
 
 No name means nothing to clean up: the memory goes when the last process that maps it goes, however it ends. Pages are
 reserved before they are first written: where the system has none left that is an error here, not a signal later. A
-random cookie in the first bytes tells a mapped segment from another that happens to have the same process and
+random token in the first bytes tells a mapped segment from another that happens to have the same process and
 descriptor numbers (a different process-id namespace, a process id used again).
 """
 
@@ -19,15 +19,15 @@ import weakref
 import numpy as np
 import torch
 
-from sglang_tpla.transfer import messages as frames
+from sglang_tpla.transfer import messages
 from sglang_tpla.transfer.memory.staging import pin, unpin
 
 HEADER_BYTES = 4096
-COOKIE_BYTES = 8
+TOKEN_BYTES = 8
 
 
 def host_identity() -> str:
-    """Names this host, user and process-id namespace: equal where arenas can be mapped."""
+    """Names this host, user and process-id namespace: equal where segments can be mapped."""
     try:
         with open("/proc/sys/kernel/random/boot_id") as file:
             boot = file.read().strip()
@@ -37,7 +37,7 @@ def host_identity() -> str:
 
 
 class SharedSegment:
-    """This process's arena: ``data`` (uint8) behind a header page."""
+    """This process's shared segment: ``data`` (uint8) behind a header page."""
 
     def __init__(self, agent: str, size_bytes: int) -> None:
         self._file = os.memfd_create("sglang-tpla", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
@@ -47,10 +47,10 @@ class SharedSegment:
             self._file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
         )
         self._map = mmap.mmap(self._file, HEADER_BYTES + size_bytes)
-        cookie = secrets.token_bytes(COOKIE_BYTES)
-        self._map[:COOKIE_BYTES] = cookie
+        token = secrets.token_bytes(TOKEN_BYTES)
+        self._map[:TOKEN_BYTES] = token
         self.data = np.frombuffer(self._map, dtype=np.uint8, offset=HEADER_BYTES)
-        self.announcement = frames.Arena(agent, os.getpid(), self._file, size_bytes, cookie)
+        self.announcement = messages.Segment(agent, os.getpid(), self._file, size_bytes, token)
 
     def reserve(self, offset: int, size_bytes: int) -> None:
         """Make sure that a piece of ``data`` has memory behind it.
@@ -67,50 +67,52 @@ class SharedSegment:
             self._file = -1
 
 
-def make_arena(
+def make_segment(
     agent: str, size_bytes: int, reserved_bytes: int, logger: logging.Logger
 ) -> SharedSegment | None:
-    """An arena whose first bytes are reserved, or None where the system has none to give: payloads travel inline."""
-    arena = None
+    """A segment whose first bytes are reserved, or None where the system has none to give: payloads travel inline."""
+    segment = None
     try:
-        arena = SharedSegment(agent, size_bytes)
-        arena.reserve(0, reserved_bytes)
+        segment = SharedSegment(agent, size_bytes)
+        segment.reserve(0, reserved_bytes)
     except (OSError, AttributeError) as error:
-        if arena is not None:
-            arena.close()
+        if segment is not None:
+            segment.close()
         logger.warning(
             "no shared memory of %d bytes (%s): payloads go through sockets; raise the limit on memory or file sizes",
             size_bytes,
             error,
         )
         return None
-    return arena
+    return segment
 
 
-def map_arena(arena: frames.Arena) -> np.ndarray | None:
-    """Another process's arena for reading (uint8, without its header), or None where it cannot be had."""
+def map_segment(segment: messages.Segment) -> np.ndarray | None:
+    """Another process's segment for reading (uint8, without its header), or None where it cannot be had."""
     try:
-        file = os.open(f"/proc/{arena.pid}/fd/{arena.descriptor}", os.O_RDONLY | os.O_CLOEXEC)
+        file = os.open(f"/proc/{segment.pid}/fd/{segment.descriptor}", os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
         return None
     try:
-        if os.fstat(file).st_size != HEADER_BYTES + arena.size_bytes:
+        if os.fstat(file).st_size != HEADER_BYTES + segment.size_bytes:
             return None
         if not fcntl.fcntl(file, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK:
             return None
-        memory = mmap.mmap(file, HEADER_BYTES + arena.size_bytes, prot=mmap.PROT_READ)
+        memory = mmap.mmap(file, HEADER_BYTES + segment.size_bytes, prot=mmap.PROT_READ)
     except (OSError, ValueError):
         return None
     finally:
         os.close(file)
-    if memory[:COOKIE_BYTES] != arena.cookie:
+    if memory[:TOKEN_BYTES] != segment.token:
         return None
     return np.frombuffer(memory, dtype=np.uint8, offset=HEADER_BYTES)
 
 
-def map_for(device: torch.device | None, arena: frames.Arena, logger: logging.Logger) -> memoryview | None:
-    """As `map_arena`, and pinned if ``device`` is a GPU, which reads it without a copy on the way then."""
-    data = map_arena(arena)
+def map_for(
+    device: torch.device | None, segment: messages.Segment, logger: logging.Logger
+) -> memoryview | None:
+    """As `map_segment`, and pinned if ``device`` is a GPU, which reads it without a copy on the way then."""
+    data = map_segment(segment)
     if data is None:
         return None
     if device is not None and device.type == "cuda":
@@ -118,7 +120,7 @@ def map_for(device: torch.device | None, arena: frames.Arena, logger: logging.Lo
             with torch.cuda.device(device):
                 pin(data)
         except RuntimeError as error:
-            logger.warning("each chunk of agent %s is copied once more: %s", arena.agent, error)
+            logger.warning("each chunk of agent %s is copied once more: %s", segment.agent, error)
         else:
             # the array dies with its last view, and before the mapping that it holds
             weakref.finalize(data, unpin, data.ctypes.data).atexit = False

@@ -5,7 +5,7 @@ out of the sender's memory and copies them straight into the pool (`decode.in_pl
 used again while it is in the processor's caches. Where the ZMQ connection is encrypted, its Welcome names a key, and
 chunks are sealed with it (`sealing`). Both ends are used by the agent's I/O thread alone and never block.
 
-    decode -> prefill   once: ``b"TPLD"``, version, the cookie that Welcome named: 21 bytes
+    decode -> prefill   once: ``b"TPLD"``, version, the token that Welcome named: 21 bytes
     prefill -> decode   for each chunk: header bytes, payload bytes (two 32-bit big-endian numbers), header, payload,
                         the payload's checksum (8 bytes)
                sealed   the same numbers, header and its tag (16 bytes), payload, its tag (16 bytes)
@@ -28,9 +28,9 @@ from cryptography.hazmat.primitives.ciphers import AEADDecryptionContext
 
 from sglang_tpla.errors import SglangTplaError
 from sglang_tpla.transfer.memory.copy import SocketCopy
-from sglang_tpla.transfer.memory.iovec import Pieces, one_piece
+from sglang_tpla.transfer.memory.iovec import IoVec, one_piece
 from sglang_tpla.transfer.messages import (
-    CHANNEL_COOKIE_BYTES,
+    CHANNEL_TOKEN_BYTES,
     CHECKSUM_BYTES,
     DAMAGED,
     HEAD_BYTES,
@@ -48,7 +48,7 @@ from sglang_tpla.transfer.network.sealing import (
 )
 
 PREAMBLE = b"TPLD\x03"
-PREAMBLE_BYTES = len(PREAMBLE) + CHANNEL_COOKIE_BYTES
+PREAMBLE_BYTES = len(PREAMBLE) + CHANNEL_TOKEN_BYTES
 SIZES = struct.Struct(">II")
 MAX_BUFFERS = 8
 WAKE_BYTES = 1 << 20  # of a payload, before its receiver wakes up
@@ -97,7 +97,7 @@ class OutgoingChunk:
     def __init__(
         self,
         header: bytes,
-        pieces: Pieces,
+        pieces: IoVec,
         digest: bytes,
         wanted: Callable[[], bool],
         done: Callable[[bytes], None],
@@ -219,7 +219,7 @@ class BufferPool:
         return buffer.data[:size]
 
     def give_back(self, view: memoryview) -> None:
-        """Take the memory of a view that came from `take` back; nothing for other memory (an arena's is read-only)."""
+        """Take the memory of a view that came from `take` back; nothing for other memory (a segment's is read-only)."""
         if isinstance(view.obj, np.ndarray) and not view.readonly:
             self._free.append(view.obj)
 
@@ -229,7 +229,7 @@ class ChunkReader(Generic[HeaderT]):
 
     Args:
         stream: not yet connected, or connected.
-        cookie: told to the other side first.
+        token: told to the other side first.
         max_payload_bytes: a larger payload ends the channel before any memory is taken for it.
         buffers: where payload memory comes from.
         announce: told of each header and the bytes that follow; returns what the header says, and where the payload
@@ -240,7 +240,7 @@ class ChunkReader(Generic[HeaderT]):
     def __init__(
         self,
         stream: socket.socket,
-        cookie: bytes,
+        token: bytes,
         max_payload_bytes: int,
         buffers: BufferPool,
         announce: Callable[[memoryview, int], tuple[HeaderT, InPlace | None]],
@@ -250,7 +250,7 @@ class ChunkReader(Generic[HeaderT]):
         self.sealed = seal is not None
         self.received_bytes = 0
         self.in_place: InPlace | None = None  # what is coming goes there
-        self._greeting = PREAMBLE + cookie
+        self._greeting = PREAMBLE + token
         self._limit, self._buffers, self._announce, self._seal = max_payload_bytes, buffers, announce, seal
         self._sizes = bytearray(SIZES.size)
         self._header: memoryview | None = None  # of the chunk that is coming, once its sizes are known

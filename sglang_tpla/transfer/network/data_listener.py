@@ -1,6 +1,6 @@
 """Inside the prefill agent: the port of data channels, and which connection each channel belongs to.
 
-A channel is bound to a registered connection by the cookie that its Welcome named, once; with it goes the key of that
+A channel is bound to a registered connection by the token that its Welcome named, once; with it goes the key of that
 Welcome, if there is one. Everything here runs on the agent's I/O thread.
 """
 
@@ -11,7 +11,7 @@ import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from sglang_tpla.transfer.messages import CHANNEL_COOKIE_BYTES, DataChannel
+from sglang_tpla.transfer.messages import CHANNEL_TOKEN_BYTES, DataChannel
 from sglang_tpla.transfer.network.data_channel import (
     PREAMBLE,
     PREAMBLE_BYTES,
@@ -68,21 +68,21 @@ class DataListener:
         self._listener.setblocking(False)
         self.announced_port: int = self._listener.getsockname()[1]
         self._pending: list[PendingConnection] = []
-        self._offers: dict[bytes, tuple[bytes, bytes | None]] = {}  # by cookie: whose it is, and its key
+        self._offers: dict[bytes, tuple[bytes, bytes | None]] = {}  # by token: whose it is, and its key
         self._channels: dict[bytes, SendQueue] = {}  # by identity
         io.add_stream(self._listener, self._accept)
 
     def offer(self, identity: bytes) -> DataChannel:
         """What a Welcome tells a connection; an earlier offer ends."""
         self.withdraw(identity)
-        cookie, key = secrets.token_bytes(CHANNEL_COOKIE_BYTES), new_key() if self.sealed else None
-        self._offers[cookie] = identity, key
-        return DataChannel(self.announced_port, cookie, key)
+        token, key = secrets.token_bytes(CHANNEL_TOKEN_BYTES), new_key() if self.sealed else None
+        self._offers[token] = identity, key
+        return DataChannel(self.announced_port, token, key)
 
     def withdraw(self, identity: bytes) -> None:
         """The connection is over: its offer and its channel end."""
-        for cookie in [cookie for cookie, (whose, _) in self._offers.items() if whose == identity]:
-            del self._offers[cookie]
+        for token in [token for token, (whose, _) in self._offers.items() if whose == identity]:
+            del self._offers[token]
         queue = self._channels.pop(identity, None)
         if queue is not None:
             self._io.remove_stream(queue.stream)
@@ -133,13 +133,13 @@ class DataListener:
             return
         pending.said += data
         if not data or pending.said[: len(PREAMBLE)] != PREAMBLE[: len(pending.said)]:
-            self._turn_away(pending, f"said {pending.said!r}, where {PREAMBLE!r} and a cookie were due")
+            self._turn_away(pending, f"said {pending.said!r}, where {PREAMBLE!r} and a token were due")
             return
         if len(pending.said) < PREAMBLE_BYTES:
             return
         offer = self._offers.pop(pending.said[len(PREAMBLE) :], None)
         if offer is None:
-            self._turn_away(pending, "came with a cookie that was not given out, or has been used")
+            self._turn_away(pending, "came with a token that was not given out, or has been used")
             return
         self._pending.remove(pending)
         self._io.remove_stream(pending.stream)

@@ -1,5 +1,4 @@
-"""The I/O thread: owns every socket of an agent, runs what other threads post, and survives any one handler's
-error.
+"""The I/O thread: owns every socket of an agent, runs what other threads post, and survives any one handler's error.
 
 An exception in a handler is the agent's to report (`on_error`) and the loop goes on. If the loop itself
 cannot go on, `on_death` is told why: nothing ends silently.

@@ -13,11 +13,7 @@ import socket
 
 import numpy as np
 from cryptography.exceptions import InvalidTag
-from cryptography.hazmat.primitives.ciphers import (
-    AEADDecryptionContext,
-    AEADEncryptionContext,
-    Cipher,
-)
+from cryptography.hazmat.primitives.ciphers import AEADDecryptionContext, AEADEncryptionContext, Cipher
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.ciphers.algorithms import AES
 from cryptography.hazmat.primitives.ciphers.modes import GCM
@@ -25,14 +21,13 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
 
 from sglang_tpla.transfer.memory.copy import MAX_PIECES, UNCHECKED, SocketCopy
-from sglang_tpla.transfer.memory.iovec import Cursor, Pieces, one_piece
+from sglang_tpla.transfer.memory.iovec import Cursor, IoVec, one_piece
 from sglang_tpla.transfer.messages import CHANNEL_KEY_BYTES, FrameError
 
 TAG_BYTES = 16
 STEP_BYTES = 512 << 10  # sealed before it is sent, opened after it came: it stays in a core's own cache
-CHUNKS_PER_KEY = (
-    1 << 16
-)  # of at most 64 MiB: 2^38 blocks, where the bound on telling AES from random is 2^-53
+# of at most 64 MiB: 2^38 blocks, where the bound on telling AES from random is 2^-53
+CHUNKS_PER_KEY = 1 << 16
 NEXT_KEY = b"tpla data channel: next key"
 
 
@@ -103,7 +98,7 @@ class SealedOutgoing:
         scratch: uint8 ``[STEP_BYTES]``, this payload's until all of it has gone.
     """
 
-    def __init__(self, pieces: Pieces, context: AEADEncryptionContext, scratch: np.ndarray) -> None:
+    def __init__(self, pieces: IoVec, context: AEADEncryptionContext, scratch: np.ndarray) -> None:
         self.left_bytes = pieces.size_bytes
         self._cursor, self._context, self._scratch = Cursor(pieces), context, scratch
         self._step: SocketCopy | None = None  # sealed, and not yet sent
@@ -139,7 +134,7 @@ class SealedOutgoing:
 class SealedIntake:
     """A payload on its way from a socket, opened, to its pieces. Its context must prove it before it counts."""
 
-    def __init__(self, pieces: Pieces, context: AEADDecryptionContext) -> None:
+    def __init__(self, pieces: IoVec, context: AEADDecryptionContext) -> None:
         self._intake, self._cursor, self._context = SocketCopy(pieces, UNCHECKED), Cursor(pieces), context
 
     def receive(self, stream: socket.socket, limit_bytes: int = STEP_BYTES) -> int:

@@ -1,10 +1,9 @@
 """Who may speak to an agent: CURVE keys and an allow-list, and when plain TCP will do.
 
-On loopback plain TCP is allowed. On any other address agents need keys (``SGLANG_TPLA_KEYS``, a folder made
-by ``python -m sglang_tpla.transfer.keys``) or the word that nobody else can reach the port
-(``SGLANG_TPLA_INSECURE=1``). With keys, everything is encrypted, decode knows that it speaks to prefill, and
-prefill serves only the decode keys listed in ``allowed``; everyone else is refused before a single frame is
-read, and counted.
+On loopback plain TCP is allowed. On any other address agents need keys (``SGLANG_TPLA_KEYS``, a folder made by ``python
+-m sglang_tpla.transfer.keys``) or the word that nobody else can reach the port (``SGLANG_TPLA_INSECURE=1``). With keys,
+everything is encrypted, decode knows that it speaks to prefill, and prefill serves only the decode keys listed in
+``allowed``; everyone else is refused before a single frame is read, and counted.
 """
 
 from __future__ import annotations
@@ -115,8 +114,7 @@ def _read_key(path: Path, private: bool = False) -> bytes:
         key = path.read_text().split()[0].encode()
     except (OSError, IndexError) as error:
         raise TransferError(
-            f"expected a key in {path}: {error}; make one with `python -m "
-            f"sglang_tpla.transfer.keys {path.parent}`"
+            f"expected a key in {path}: {error}; make one with `python -m sglang_tpla.transfer.keys {path.parent}`"
         ) from error
     return _checked(key, path)
 

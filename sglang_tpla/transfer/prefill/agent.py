@@ -30,7 +30,7 @@ from sglang_tpla.transfer.prefill.peers import Peers
 from sglang_tpla.transfer.prefill.rooms import Rooms
 from sglang_tpla.transfer.prefill.router import Router
 from sglang_tpla.transfer.prefill.sender import Sender
-from sglang_tpla.transfer.prefill.state import Outgoing, Peer, Room, Segment
+from sglang_tpla.transfer.prefill.state import Outgoing, Peer, Room, Span
 from sglang_tpla.transfer.room import (
     NO_LIMITS,
     AgentStats,
@@ -38,9 +38,9 @@ from sglang_tpla.transfer.room import (
     RoomState,
     TransferError,
     TransferMetric,
-    check_room,
+    check_room_id,
 )
-from sglang_tpla.transfer.workers import Workers, opened, seconds_since
+from sglang_tpla.transfer.workers import Workers, check_closed, opened, seconds_since
 
 
 class PrefillAgent:
@@ -83,14 +83,14 @@ class PrefillAgent:
         out, table = Outgoing(), dict[bytes, Peer]()
         self.router = Router(workers, security, out, bind_host, bind_port, advertised_port)
         self.address = self.router.address
-        self.arena = workers.make_arena()
+        self.segment = workers.make_segment()
         # without shared memory: committed page by page as slots are first used
         slots_bytes = workers.settings.staging_bytes // workers.chunk_bytes * workers.chunk_bytes
-        memory = self.arena.data if self.arena is not None else np.empty(slots_bytes, dtype=np.uint8)
+        memory = self.segment.data if self.segment is not None else np.empty(slots_bytes, dtype=np.uint8)
         self._pinned = memory if pool.device.type == "cuda" else None
         if self._pinned is not None:
             pin(self._pinned)
-        reserve = [] if self.arena is None else [self.arena.reserve]
+        reserve = [] if self.segment is None else [self.segment.reserve]
         host, wake = workers.host_identity(host_id), workers.work.notify
         self.lanes = Lanes(
             pool, Staging(memory, workers.chunk_bytes, *reserve), table, out, workers.counts,
@@ -103,7 +103,7 @@ class PrefillAgent:
         self.peers = Peers(
             table, self.rooms, workers, self.router.listener, out, pool, metadata, name=self.router.name,
             model_hash=model_hash, host=host, limits=limits,
-            arena=self.arena.announcement if self.arena is not None else None,
+            segment=self.segment.announcement if self.segment is not None else None,
         )  # fmt: skip
         self.sender = Sender(workers, self.router, self.rooms, self.lanes, pool)
         self.router.serve(self.peers, self.rooms)
@@ -115,34 +115,30 @@ class PrefillAgent:
         if self._pinned is not None:
             unpin(self._pinned.ctypes.data)
             self._pinned = None
-        if self.arena is not None:
-            self.arena.close()
+        if self.segment is not None:
+            self.segment.close()
 
-    def open_room(self, room: int, prompt_tokens: int = 0) -> None:
-        """The scheduler has created a sender for ``room``, of a request with so many tokens (0: not known).
+    def open_room(self, room_id: int, prompt_tokens: int = 0) -> None:
+        """Open a room whose request has so many tokens (0: not known).
 
         Requests that came earlier are bound to it; if a decode rank aborted it earlier, it fails at once.
 
         Raises:
             TransferError: the room is open and has not ended, or its id is out of range.
         """
-        check_room(room)
+        check_room_id(room_id)
         with self.router.turn() as now:
             self.workers.check_alive()
-            old = self.rooms.table.get(room)
-            if old is not None and not old.state.ended:
-                raise TransferError(
-                    f"room {room} is open on prefill rank {self.rank}; close it before opening it anew"
-                )
-            self.rooms.open(room, prompt_tokens, now)
+            check_closed(self.rooms.table, room_id, self.role, self.rank)
+            self.rooms.open(room_id, prompt_tokens, now)
 
     def note_idle(self) -> None:
-        """The scheduler has no request left whose room it could open. It says so without rest: no lock is taken."""
+        """Note that the scheduler has no request left whose room it could open. It says so often: no lock is taken."""
         self.rooms.caught_up(self.workers.io.now())
 
     def send(
         self,
-        room: int,
+        room_id: int,
         pages: np.ndarray,
         *,
         last: bool,
@@ -164,83 +160,78 @@ class PrefillAgent:
         """
         slots = self._pool.slots(pages, num_tokens)
         if last and metadata_row is None and self._metadata.buffers:
-            raise TransferError(f"the last send of room {room} needs metadata_row; got None")
+            raise TransferError(f"the last send of room {room_id} needs metadata_row; got None")
         metadata = self._metadata.read(metadata_row) if last and metadata_row is not None else b""
         ready, in_place = self.sender.reader.ready_events(after), self.sender.reader.in_place(slots)
         with self.router.turn() as now:
             self.workers.check_alive()
-            entry = self._open(room)
-            if entry.state.ended:
+            room = self._open(room_id)
+            if room.state.ended:
                 return  # the scheduler learns from poll()
-            if entry.last:
-                raise TransferError(f"room {room} got rows after its last send")
-            self.rooms.send(entry, Segment(entry.tokens, Slots(slots), ready, in_place), last, metadata, now)
+            if room.last:
+                raise TransferError(f"room {room_id} got rows after its last send")
+            self.rooms.send(room, Span(room.tokens, Slots(slots), ready, in_place), last, metadata, now)
 
-    def decline(self, room: int, reason: str) -> None:
-        """The scheduler refused a request: decode ranks that speak of its room are told why."""
-        self.open_room(room)
-        self.abort(room, reason)
-        self.close_room(room)
+    def decline(self, room_id: int, reason: str) -> None:
+        """Tell decode ranks that speak of a room why the scheduler refused its request."""
+        self.open_room(room_id)
+        self.abort(room_id, reason)
+        self.close_room(room_id)
 
-    def poll(self, room: int) -> RoomState:
-        """State of a room: BOOTSTRAPPING until every expected rank has asked, WAITING for rows, TRANSFERRING, SUCCESS
-        when every rank has confirmed; FAILED: see `failure`.
-
-        Raises:
-            TransferError: the room is not open.
+    def poll(self, room_id: int) -> RoomState:
+        """Return the state of a room: BOOTSTRAPPING until every expected rank has asked, WAITING for rows,
+        TRANSFERRING, SUCCESS when every rank has confirmed; FAILED (`failure`).
         """
         with self.workers.lock:
-            return RoomState.FAILED if self.workers.death is not None else self._open(room).state
+            return RoomState.FAILED if self.workers.death is not None else self._open(room_id).state
 
-    def failure(self, room: int) -> str:
-        """Why a room failed; empty if it has not.
-
-        Raises:
-            TransferError: the room is not open.
-        """
+    def failure(self, room_id: int) -> str:
+        """Return why a room failed, or nothing if it has not."""
         with self.workers.lock:
-            return self.workers.death or self._open(room).reason
+            return self.workers.death or self._open(room_id).reason
 
-    def suspicion(self, room: int) -> str:
-        """Why this rank is about to give up a room that nobody has asked for; empty if it is not."""
+    def suspicion(self, room_id: int) -> str:
+        """Return why this rank is about to give up a room that nobody has asked for, or nothing if it is not."""
         soon = self.workers.io.now() + 2 * self.workers.settings.heartbeat_s
         with self.workers.lock:
-            return self.rooms.unwanted_reason(self._open(room), soon)
+            return self.rooms.unwanted_reason(self._open(room_id), soon)
 
-    def prefix_tokens(self, room: int) -> int:
-        """Tokens that decode has cached already; pages given to `send` start after them. 0 before any request."""
+    def prefix_tokens(self, room_id: int) -> int:
+        """Return how many tokens decode has cached, after which the pages of `send` start; 0 before any request."""
         with self.workers.lock:
-            return next((asks.prefix_tokens for asks in self._open(room).messages if not asks.dummy), 0)
+            return next((asks.prefix_tokens for asks in self._open(room_id).messages if not asks.dummy), 0)
 
-    def metric(self, room: int) -> TransferMetric:
-        """Bytes on the wire to all ranks so far, and seconds from first send to confirmation."""
+    def metric(self, room_id: int) -> TransferMetric:
+        """Return the bytes sent to all ranks so far and the seconds from the first send to the confirmation."""
         with self.workers.lock:
-            entry = self._open(room)
-            return TransferMetric(
-                wire_bytes=entry.wire_bytes,
-                shared_memory_bytes=entry.shared_memory_bytes,
-                seconds=seconds_since(entry.first_send, entry.ended or self.workers.io.now()),
-                chunks=sum(destination.acked for destination in entry.destinations),
-                tokens=entry.tokens,
-                resent=sum(destination.resent for destination in entry.destinations),
-            )
+            return self._metric(self._open(room_id))
 
-    def abort(self, room: int, reason: str) -> None:
-        """Fail a room and tell its decode ranks; nothing for an unknown or ended one."""
-        with self.router.turn() as now:
-            entry = self.rooms.table.get(room)
-            if entry is not None:
-                self.rooms.fail(entry, reason, now)
+    def _metric(self, room: Room) -> TransferMetric:
+        return TransferMetric(
+            wire_bytes=room.wire_bytes,
+            shared_memory_bytes=room.shared_memory_bytes,
+            seconds=seconds_since(room.first_send, room.ended or self.workers.io.now()),
+            chunks=sum(destination.acked for destination in room.destinations),
+            tokens=room.tokens,
+            resent=sum(destination.resent for destination in room.destinations),
+        )
 
-    def close_room(self, room: int) -> None:
-        """Forget a room; one that has not ended is aborted first."""
+    def abort(self, room_id: int, reason: str) -> None:
+        """Fail a room and tell its decode ranks, unless it is unknown or has ended."""
         with self.router.turn() as now:
-            entry = self.rooms.table.pop(room, None)
-            if entry is not None:
-                self.rooms.fail(entry, "closed by the prefill scheduler before it ended", now)
+            room = self.rooms.table.get(room_id)
+            if room is not None:
+                self.rooms.fail(room, reason, now)
+
+    def close_room(self, room_id: int) -> None:
+        """Forget a room, and abort it if it has not ended."""
+        with self.router.turn() as now:
+            room = self.rooms.table.pop(room_id, None)
+            if room is not None:
+                self.rooms.fail(room, "closed by the prefill scheduler before it ended", now)
 
     def stats(self) -> AgentStats:
-        """Counters and gauges of now."""
+        """Return the counters and the gauges of now."""
         with self.workers.lock:
             staging = self.lanes.staging
             staging.reap()
@@ -256,8 +247,8 @@ class PrefillAgent:
                 **self.workers.counts,
             )
 
-    def _open(self, room: int) -> Room:
-        return opened(self.rooms.table, room, self.role, self.rank)
+    def _open(self, room_id: int) -> Room:
+        return opened(self.rooms.table, room_id, self.role, self.rank)
 
     def _tick(self) -> None:
         with self.router.turn() as now:
@@ -271,23 +262,12 @@ class PrefillAgent:
             self.rooms.fail_all(reason, now)
 
     def _log_end(self, room: Room) -> None:
-        ended = room.ended or 0.0
-        seconds = seconds_since(room.first_send, ended)
+        metric = self._metric(room)
         if room.state is RoomState.SUCCESS:
-            self.workers.took(seconds)
-        destinations = room.destinations
-        self.workers.log_transfer(
-            room=room.room_id,
-            peer=[destination.peer.name for destination in destinations],
-            tokens=room.tokens,
-            chunks=sum(destination.acked for destination in destinations),
-            bytes=room.wire_bytes,
-            shared_memory_bytes=room.shared_memory_bytes,
-            seconds=round(seconds, 6),
-            after_prefill_seconds=round(seconds_since(room.last_send, ended), 6),
-            result="success" if room.state is RoomState.SUCCESS else room.reason,
-            resent=sum(destination.resent for destination in destinations),
-        )
+            self.workers.took(metric.seconds)
+        peers = [destination.peer.name for destination in room.destinations]
+        after = round(seconds_since(room.last_send, room.ended or 0.0), 6)
+        self.workers.log_transfer(room.room_id, room, peers, metric, after_prefill_seconds=after)
 
 
 def _check_pool(pool: CachePool, chunk_bytes: int) -> None:

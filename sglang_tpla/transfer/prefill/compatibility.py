@@ -71,8 +71,7 @@ def mismatch(hello: Hello, pool: CachePool, metadata: MetadataRows, model_hash: 
     if ours_range.start < theirs_range.start or ours_range.stop > theirs_range.stop:
         return (
             f"layers: prefill holds {ours_range.start}...{ours_range.stop - 1}, decode "
-            f"{theirs_range.start}...{theirs_range.stop - 1}; the decode rank "
-            "must hold every layer it is sent"
+            f"{theirs_range.start}...{theirs_range.stop - 1}; the decode rank must hold every layer it is sent"
         )
     d = pool.latent_dim
     if len(layout.shared) != len(layout.widths) or any(
@@ -85,8 +84,7 @@ def mismatch(hello: Hello, pool: CachePool, metadata: MetadataRows, model_hash: 
         )
     if not hello.projection and any(width != d for width in layout.widths):
         return (
-            f"projection: widths {layout.widths[:4]}... below {d} need a "
-            "projection and none was announced; start "
+            f"projection: widths {layout.widths[:4]}... below {d} need a projection and none was announced; start "
             "decode with --tpla-artifact"
         )
     try:
@@ -105,8 +103,7 @@ def mismatch(hello: Hello, pool: CachePool, metadata: MetadataRows, model_hash: 
     row_bytes = max(rows.part_items(Part.FULL)) * rows.item_dtype(pool.dtype).itemsize
     if row_bytes > hello.max_chunk_bytes:
         return (
-            f"chunk size: one row has {row_bytes} bytes, the decode rank "
-            f"takes {hello.max_chunk_bytes}; raise "
+            f"chunk size: one row has {row_bytes} bytes, the decode rank takes {hello.max_chunk_bytes}; raise "
             "chunk_bytes there"
         )
     return None

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 
 from sglang_tpla.cache_rows.parts import Part
 from sglang_tpla.cache_rows.row_format import RowFormat
-from sglang_tpla.transfer import messages as frames
+from sglang_tpla.transfer import messages
 from sglang_tpla.transfer.chunks import share_of
 from sglang_tpla.transfer.memory.pool import CachePool
 from sglang_tpla.transfer.memory.staging import Slot, Staging
@@ -26,8 +26,8 @@ from sglang_tpla.transfer.prefill.state import (
     Relay,
     Room,
     Route,
-    Segment,
     SenderProjection,
+    Span,
 )
 
 # Chunks of one rank that wait to be read (on this host, for each thread that makes some) or to be taken by the socket
@@ -82,8 +82,8 @@ class Lanes:
                 if (plan.projection, plan.part, plan.max_bytes, plan.row_format, plan.share) == wanted:
                     return plan
             plan = ChunkPlan(*wanted)
-            for segment in room.segments:
-                plan.extend(self._pool, segment)
+            for span in room.spans:
+                plan.extend(self._pool, span)
             room.plans.append(plan)
             return plan
 
@@ -117,12 +117,12 @@ class Lanes:
                 lane.leader(sequence).wanted_bytes += lane.plan.size(sequence)
         lane.planned = len(lane.plan.rectangles)
 
-    def extend(self, room: Room, segment: Segment) -> None:
+    def extend(self, room: Room, span: Span) -> None:
         """Rows are handed over."""
-        room.segments.append(segment)
-        room.tokens += len(segment.slots)
+        room.spans.append(span)
+        room.tokens += len(span.slots)
         for plan in room.plans:
-            plan.extend(self._pool, segment)
+            plan.extend(self._pool, span)
 
     def end(self, room: Room) -> None:
         """A room has ended: nothing of it goes any more, and nobody keeps any of it."""
@@ -134,7 +134,7 @@ class Lanes:
         for destination in room.destinations:
             for chunk in list(destination.unacked):
                 destination.settle(chunk)
-        room.segments.clear()
+        room.spans.clear()
         self._wake()
 
     def _queue(self, lane: Lane) -> None:
@@ -153,13 +153,13 @@ class Lanes:
             destination.announced_bytes = destination.wanted_bytes
             room_id, generation = destination.room.room_id, destination.generation
             self._out.put(
-                destination.peer.identity, frames.Want(room_id, generation, destination.wanted_bytes)
+                destination.peer.identity, messages.Want(room_id, generation, destination.wanted_bytes)
             )
 
     def _finish(self, destination: Destination) -> None:
         room = destination.room
-        digest = frames.checksum(room.metadata)
-        message = frames.Finish(room.room_id, destination.generation, destination.due, room.tokens, digest)
+        digest = messages.checksum(room.metadata)
+        message = messages.Finish(room.room_id, destination.generation, destination.due, room.tokens, digest)
         self._out.put(destination.peer.identity, message, room.metadata)
 
     # What ranks say
@@ -181,19 +181,21 @@ class Lanes:
                 self._has(lane, sequence, destination)
         destination.acked, destination.confirmed = destination.due, True
 
-    def receipt(self, destination: Destination, message: frames.Ack | frames.Nack | frames.Stored) -> str:
+    def receipt(
+        self, destination: Destination, message: messages.Ack | messages.Nack | messages.Stored
+    ) -> str:
         """What a rank says of one chunk: it has it, it also keeps it for others, or it came damaged.
 
         Returns:
             Why the room must fail; empty if it need not.
         """
         lane, sequence = destination.lane(message.part), message.sequence
-        stored = message.offset if isinstance(message, frames.Stored) else None
+        stored = message.offset if isinstance(message, messages.Stored) else None
         if lane is None or not destination.settle((message.part, sequence)):
             self._counts["replays_dropped"] += 1
             if stored is not None:
-                self._out.put(destination.peer.identity, frames.Release((stored,)))
-        elif isinstance(message, frames.Nack):
+                self._out.put(destination.peer.identity, messages.Release((stored,)))
+        elif isinstance(message, messages.Nack):
             self._count_resent(destination)
             destination.damaged += 1
             if destination.damaged > max(8, destination.due):
@@ -232,7 +234,7 @@ class Lanes:
 
     def _release(self, relay: Relay | None) -> None:
         if relay is not None:
-            self._out.put(relay.leader.peer.identity, frames.Release((relay.offset,)))
+            self._out.put(relay.leader.peer.identity, messages.Release((relay.offset,)))
 
     def _repeat(self, lane: Lane, sequence: int, destination: Destination) -> None:
         """Send a chunk (again) to one rank."""
@@ -249,7 +251,7 @@ class Lanes:
     def share(self, lane: Lane, sequence: int, taker: Destination, agent: str, offset: int) -> None:
         """Tell a rank where in an agent's shared segment a chunk lies."""
         rectangle = lane.plan.rectangles[sequence]
-        message = frames.Share(
+        message = messages.Share(
             room=lane.room.room_id,
             generation=taker.generation,
             part=int(lane.plan.part),
@@ -283,7 +285,7 @@ class Lanes:
                 if relay is not None and relay.leader is leader:
                     lane.relays[sequence] = None
 
-    def resume(self, destination: Destination, message: frames.Resume) -> None:
+    def resume(self, destination: Destination, message: messages.Resume) -> None:
         """Send again what a rank has not got, now that its connection is back."""
         destination.paused = False
         bitmaps = dict(message.applied)
@@ -363,7 +365,7 @@ class Lanes:
             lane.route is not Route.LOCAL
             and plan.projection.stacks is None
             and not plan.row_format.encoded
-            and plan.segments[sequence].in_place
+            and plan.spans[sequence].in_place
         )
 
     def _deliver(self, job: ChunkJob, lane: Lane, takers: list[Destination]) -> None:

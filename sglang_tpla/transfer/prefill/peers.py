@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 
-from sglang_tpla.transfer import messages as frames
+from sglang_tpla.transfer import messages
 from sglang_tpla.transfer.memory.pool import CachePool, MetadataRows
 from sglang_tpla.transfer.network.data_listener import DataListener
 from sglang_tpla.transfer.prefill.compatibility import agreed_version, announced_rows, mismatch
@@ -30,13 +30,13 @@ class Peers:
         listener: of their data channels.
         name: of this rank, for messages.
         limits: how long a prompt this server takes.
-        arena: the shared segment of this agent, if it has one.
+        segment: the shared segment of this agent, if it has one.
     """
 
     def __init__(
         self, table: dict[bytes, Peer], rooms: Rooms, workers: Workers, listener: DataListener, out: Outgoing,
         pool: CachePool, metadata: MetadataRows, *,
-        name: str, model_hash: str, host: str, limits: Limits, arena: frames.Arena | None,
+        name: str, model_hash: str, host: str, limits: Limits, segment: messages.Segment | None,
     ) -> None:  # fmt: skip
         self.table, self._rooms, self._workers, self._listener, self._out = (
             table,
@@ -46,39 +46,39 @@ class Peers:
             out,
         )
         self._pool, self._metadata, self._projections = pool, metadata, Projections(pool)
-        self._name, self._model_hash, self._host, self._arena = name, model_hash, host, arena
+        self._name, self._model_hash, self._host, self._arena = name, model_hash, host, segment
         self.limits, self._began = limits, workers.io.now()
 
     # What connections bring
 
     def message(
-        self, identity: bytes, message: frames.Message, payload: memoryview | None, now: float
+        self, identity: bytes, message: messages.Message, payload: memoryview | None, now: float
     ) -> None:
         """One message."""
-        if isinstance(message, frames.Hello):
+        if isinstance(message, messages.Hello):
             self._greet(identity, message, now)
             return
         peer = self.table.get(identity)
         if peer is None:
             name = type(message).__name__
             self._workers.drop("unknown_peer", f"{name} from unregistered peer {identity.hex()[:8]}")
-            self._out.put(identity, frames.Unregistered())
+            self._out.put(identity, messages.Unregistered())
             return
         peer.last_seen, peer.away = now, False
         match message:
-            case frames.Ping():
-                self._out.put(identity, frames.Pong(message.number))
-            case frames.Pong():
+            case messages.Ping():
+                self._out.put(identity, messages.Pong(message.number))
+            case messages.Pong():
                 pass
-            case frames.ProjectionLayer() if payload is not None:
+            case messages.ProjectionLayer() if payload is not None:
                 self._take_layer(peer, message, payload, now)
-            case frames.Mapped():
+            case messages.Mapped():
                 if message.number >= peer.maps_answered:
                     peer.maps_answered, peer.mapped = message.number, frozenset(message.agents)
                     self._rooms.mapped(peer, now)
-            case frames.Capacity():
+            case messages.Capacity():
                 peer.limits = Limits(message.context_tokens, message.pool_tokens)
-            case frames.Goodbye():
+            case messages.Goodbye():
                 self.lose(peer, f"closed: {message.reason}", now)
             case _:
                 self._rooms.message(peer, message, now)
@@ -87,7 +87,7 @@ class Peers:
         """Something came that is no message; what was lost with it comes again on a new connection."""
         peer = self.table.get(identity)
         if peer is not None and self._rooms.uses(peer):
-            self._out.put(identity, frames.Unregistered())
+            self._out.put(identity, messages.Unregistered())
 
     def channel_lost(self, identity: bytes, why: str) -> None:
         """What was on its way is lost with a data channel, and no chunk goes without one: connect anew."""
@@ -96,7 +96,7 @@ class Peers:
             level = logging.WARNING if self._rooms.uses(peer) else logging.DEBUG  # who closes hangs up too
             text = "prefill rank %d: data channel of %s ended: %s"
             self._workers.log.log(level, text, self._workers.rank, peer.name, why)
-            self._out.put(identity, frames.Unregistered())
+            self._out.put(identity, messages.Unregistered())
 
     def not_sent(self, identity: bytes, full: bool, now: float) -> None:
         """A message could not be sent: its connection is gone for a while, or its queue is ``full``."""
@@ -109,7 +109,7 @@ class Peers:
 
     # Registration
 
-    def _greet(self, identity: bytes, hello: frames.Hello, now: float) -> None:
+    def _greet(self, identity: bytes, hello: messages.Hello, now: float) -> None:
         reason = mismatch(hello, self._pool, self._metadata, self._model_hash)
         if reason is None and identity not in self.table and len(self.table) >= MAX_PEERS:
             reason = f"peers: this rank serves at most {MAX_PEERS}; close unused decode servers"
@@ -117,7 +117,7 @@ class Peers:
             self._workers.counts["refused"] += 1
             text = f"{self._name} refused decode rank {hello.rank}: {reason}"
             self._workers.log.warning("%s", text)
-            self._out.put(identity, frames.Refused(frames.sentence(text)))
+            self._out.put(identity, messages.Refused(messages.sentence(text)))
             return
         if (old := self.table.get(identity)) is not None:
             self.lose(old, "registered anew", now)
@@ -135,14 +135,14 @@ class Peers:
             self._rooms.take_over(before, peer)
         version = agreed_version(hello.versions)
         assert version is not None
-        welcome = frames.Welcome(
+        welcome = messages.Welcome(
             version=version,
             agent=self._workers.agent_id,
             host=self._host,
             first_layer=self._pool.first_layer,
             layers=len(self._pool.layers),
             need_projection=peer.projection is None,
-            arena=self._arena,
+            segment=self._arena,
             data=self._listener.offer(identity),
             age_ms=int(1000 * (now - self._began)),
             context_tokens=self.limits.context_tokens,
@@ -152,7 +152,7 @@ class Peers:
         self._introduce(hello.host, now)
 
     def _take_layer(
-        self, peer: Peer, message: frames.ProjectionLayer, payload: memoryview, now: float
+        self, peer: Peer, message: messages.ProjectionLayer, payload: memoryview, now: float
     ) -> None:
         if not self._projections.awaits(peer, message):
             why = f"projection layer {message.index} of {peer.name} was not expected"
@@ -162,10 +162,10 @@ class Peers:
         if wrong:
             self._workers.counts["refused"] += 1
             self._workers.log.warning("prefill rank %d refused %s: %s", self._workers.rank, peer.name, wrong)
-            self._out.put(peer.identity, frames.Refused(frames.sentence(wrong)))
+            self._out.put(peer.identity, messages.Refused(messages.sentence(wrong)))
             self.lose(peer, wrong, now)
         elif peer.projection is not None:
-            self._out.put(peer.identity, frames.Registered(peer.hello.projection))
+            self._out.put(peer.identity, messages.Registered(peer.hello.projection))
 
     def lose(self, peer: Peer, reason: str, now: float) -> None:
         """Forget a connection; its rooms fail."""
@@ -191,9 +191,9 @@ class Peers:
 
     def _name_others(self, peer: Peer, now: float) -> None:
         others = [other for other in self._colocated(peer.hello.host) if other is not peer]
-        arenas = [other.hello.arena for other in others if other.hello.arena is not None]
+        segments = [other.hello.segment for other in others if other.hello.segment is not None]
         peer.maps_asked_at = now
-        message = frames.Neighbours(peer.maps_asked, tuple(arenas[: frames.MAX_NEIGHBOURS]))
+        message = messages.Colocated(peer.maps_asked, tuple(segments[: messages.MAX_COLOCATED]))
         self._out.put(peer.identity, message)
 
     # Time

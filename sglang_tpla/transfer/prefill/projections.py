@@ -10,7 +10,7 @@ from collections.abc import Collection
 import numpy as np
 import torch
 
-from sglang_tpla.transfer import messages as frames
+from sglang_tpla.transfer import messages
 from sglang_tpla.transfer.memory.pool import CachePool
 from sglang_tpla.transfer.memory.projection import IDENTITY_HASH, projection_digest, stack_layers
 from sglang_tpla.transfer.prefill.state import Peer, SenderProjection, Upload
@@ -33,7 +33,7 @@ class Projections:
         if peer.projection is None:
             peer.upload = Upload(projection_digest(layout.first_layer, layout.latent_dim, peer.announced))
 
-    def awaits(self, peer: Peer, message: frames.ProjectionLayer) -> bool:
+    def awaits(self, peer: Peer, message: messages.ProjectionLayer) -> bool:
         """True if a layer is the next one of a rank."""
         upload = peer.upload
         return upload is not None and (message.projection, message.index) == (
@@ -42,7 +42,7 @@ class Projections:
         )
 
     def take(
-        self, peer: Peer, message: frames.ProjectionLayer, data: memoryview, peers: Collection[Peer]
+        self, peer: Peer, message: messages.ProjectionLayer, data: memoryview, peers: Collection[Peer]
     ) -> str:
         """Take the layer that a rank was to send next; the last one registers its projection.
 
@@ -55,7 +55,7 @@ class Projections:
         upload, layout = peer.upload, peer.hello.layout
         assert upload is not None
         width = peer.announced.layers[message.index].columns
-        if data.nbytes != layout.latent_dim * width * 4 or frames.checksum(data) != message.checksum:
+        if data.nbytes != layout.latent_dim * width * 4 or messages.checksum(data) != message.checksum:
             return f"projection layer {message.index} came damaged or cut; connect again"
         upload.digest.update(data)
         upload.next_index += 1

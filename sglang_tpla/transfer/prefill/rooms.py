@@ -12,15 +12,15 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 
 from sglang_tpla.config import Settings
-from sglang_tpla.transfer import messages as frames
+from sglang_tpla.transfer import messages
 from sglang_tpla.transfer.prefill.ended_rooms import EndedRooms
 from sglang_tpla.transfer.prefill.lanes import Lanes
-from sglang_tpla.transfer.prefill.state import Destination, Outgoing, Peer, Room, RoomRequest, Segment
-from sglang_tpla.transfer.room import RoomState
+from sglang_tpla.transfer.prefill.state import Destination, Outgoing, Peer, Room, RoomRequest, Span
+from sglang_tpla.transfer.room import REFUSED, RoomState
 
 MAX_EARLY_REQUESTS = 16384  # of one peer, for rooms that the scheduler has not opened
 
-Progress = frames.Resume | frames.Credit | frames.Ack | frames.Nack | frames.Stored | frames.Done
+Progress = messages.Resume | messages.Credit | messages.Ack | messages.Nack | messages.Stored | messages.Done
 
 
 class Rooms:
@@ -68,9 +68,9 @@ class Rooms:
         """The scheduler has no request left whose room it could open; it says so without the agent's lock."""
         self._caught_up = now
 
-    def send(self, room: Room, segment: Segment, last: bool, metadata: bytes, now: float) -> None:
+    def send(self, room: Room, span: Span, last: bool, metadata: bytes, now: float) -> None:
         """Rows are handed over; none will follow the last ones, which the metadata row goes with."""
-        self._lanes.extend(room, segment)
+        self._lanes.extend(room, span)
         room.progress = now
         room.first_send = room.first_send or now
         room.last_send = now if last else None
@@ -81,14 +81,14 @@ class Rooms:
 
     # What peers do
 
-    def message(self, peer: Peer, message: frames.Message, now: float) -> None:
+    def message(self, peer: Peer, message: messages.Message, now: float) -> None:
         """One message about rooms."""
         match message:
-            case frames.Request():
+            case messages.Request():
                 self._take_request(peer, message, now)
-            case frames.Abort():
+            case messages.Abort():
                 self._take_abort(peer, message, now)
-            case frames.Expected():
+            case messages.Expected():
                 for room_id in message.rooms:
                     if (room := self.table.get(room_id)) is not None:
                         room.sought = now
@@ -96,10 +96,10 @@ class Rooms:
                 destination = self._destination(peer, message.room, message.generation)
                 if destination is not None:
                     self._take_progress(destination, message, now)
-                elif not isinstance(message, frames.Resume):
+                elif not isinstance(message, messages.Resume):
                     self._counts["late_dropped"] += 1
-                    if isinstance(message, frames.Stored):
-                        self._out.put(peer.identity, frames.Release((message.offset,)))
+                    if isinstance(message, messages.Stored):
+                        self._out.put(peer.identity, messages.Release((message.offset,)))
             case _:
                 name = type(message).__name__
                 self._drop("malformed_dropped", f"{name} is not for a prefill rank ({peer.name})")
@@ -141,7 +141,7 @@ class Rooms:
                 self.fail(room, f"{peer.name} was lost: {reason}", now)
 
     def failed(
-        self, identity: bytes, room_id: int, message: frames.Message, error: Exception, now: float
+        self, identity: bytes, room_id: int, message: messages.Message, error: Exception, now: float
     ) -> None:
         """An exception while a message about a room was handled."""
         room = self.table.get(room_id)
@@ -150,7 +150,7 @@ class Rooms:
 
     # Messages
 
-    def _take_request(self, peer: Peer, message: frames.Request, now: float) -> None:
+    def _take_request(self, peer: Peer, message: messages.Request, now: float) -> None:
         if peer.projection is None or message.share_index >= message.share_count:
             why = f"request for room {message.room} of {peer.name} before registration or with a wrong share"
             self._drop("malformed_dropped", why)
@@ -189,10 +189,12 @@ class Rooms:
         peer.early_requests += before is None
         early[peer.identity] = request
 
-    def _answer_abort(self, message: frames.Request, peer: Peer, reason: str) -> None:
-        self._out.put(peer.identity, frames.Abort(message.room, message.generation, frames.sentence(reason)))
+    def _answer_abort(self, message: messages.Request, peer: Peer, reason: str) -> None:
+        self._out.put(
+            peer.identity, messages.Abort(message.room, message.generation, messages.sentence(reason))
+        )
 
-    def _take_abort(self, peer: Peer, message: frames.Abort, now: float) -> None:
+    def _take_abort(self, peer: Peer, message: messages.Abort, now: float) -> None:
         room_id, agent, generation = message.room, peer.hello.agent, message.generation
         ended = self._ended_rooms
         if ended.has_ended(room_id, agent, generation):
@@ -220,11 +222,11 @@ class Rooms:
     def _take_progress(self, destination: Destination, message: Progress, now: float) -> None:
         room, acked, wrong = destination.room, destination.acked, ""
         match message:
-            case frames.Resume():
+            case messages.Resume():
                 self._lanes.resume(destination, message)
-            case frames.Credit():
+            case messages.Credit():
                 self._lanes.credit(destination, message.total_bytes)
-            case frames.Done():
+            case messages.Done():
                 if destination.finish_sent and all(lane.all_sent for lane in destination.lanes):
                     room.progress = now
                     self._lanes.confirm(destination)
@@ -274,7 +276,7 @@ class Rooms:
         if not asks.dummy:
             request.destination = Destination(room, request.peer, asks.generation)
         if room.complete:
-            room.state = RoomState.TRANSFERRING if room.segments else RoomState.WAITING
+            room.state = RoomState.TRANSFERRING if room.spans else RoomState.WAITING
             self._advance(room, now)
 
     def _advance(self, room: Room, now: float) -> None:
@@ -295,7 +297,7 @@ class Rooms:
             return
         for request in room.requests.values():
             if request.peer is not but and request.peer.identity in self._peers:
-                message = frames.Abort(room.room_id, request.message.generation, frames.sentence(reason))
+                message = messages.Abort(room.room_id, request.message.generation, messages.sentence(reason))
                 self._out.put(request.peer.identity, message)
         if not room.complete:
             agents = {request.peer.hello.agent for request in room.requests.values()}
@@ -336,7 +338,7 @@ class Rooms:
                     waited = self._settings.room_timeout_s if passed_over else patience
                     text = f"no prefill request opened this room within {waited:g} s"
                     self._drop_early(room_id, request.peer)
-                    self._out.put(identity, frames.Abort(room_id, request.message.generation, text))
+                    self._out.put(identity, messages.Abort(room_id, request.message.generation, text))
         self._ended_rooms.expire(now, patience)
         for room in list(self.table.values()):
             if reason := self.unwanted_reason(room, now):
@@ -359,4 +361,4 @@ class Rooms:
         wrong = [peer.limits.unsupported_reason(room.prompt_tokens) for peer in self._peers.values()]
         if fresh or not wrong or None in wrong:
             return ""
-        return f"no decode server that is registered here can serve this request: {wrong[0]}"
+        return f"every decode server that is registered here {REFUSED}{wrong[0]}"

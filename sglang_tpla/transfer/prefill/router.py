@@ -9,7 +9,7 @@ from functools import partial
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
-from sglang_tpla.transfer import messages as frames
+from sglang_tpla.transfer import messages
 from sglang_tpla.transfer.network.control_socket import configure, endpoint, receive_parts
 from sglang_tpla.transfer.network.data_listener import DataListener
 from sglang_tpla.transfer.network.security import ZAP_ENDPOINT, Security
@@ -39,7 +39,7 @@ class Router:
         self._peers: Peers
         self._rooms: Rooms
         self._socket = workers.io.context.socket(zmq.ROUTER)
-        configure(self._socket, workers.settings, frames.MAX_PROJECTION_BYTES)
+        configure(self._socket, workers.settings, messages.MAX_PROJECTION_BYTES)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self._socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
         self._socket.setsockopt(zmq.IPV6, int(":" in bind_host))
@@ -143,11 +143,11 @@ class Router:
         with self.turn():
             self._workers.counts["refused"] += 1
             text = f"{self.name} cannot read this peer: {reason}"
-            self._out.put(identity, frames.Refused(frames.sentence(text)))
+            self._out.put(identity, messages.Refused(messages.sentence(text)))
 
-    def send(self, identity: bytes, message: frames.Message, payload: bytes | None = None) -> None:
+    def send(self, identity: bytes, message: messages.Message, payload: bytes | None = None) -> None:
         """Send a message now."""
-        parts = [identity, frames.encode(message)] + ([] if payload is None else [payload])
+        parts = [identity, messages.encode(message)] + ([] if payload is None else [payload])
         try:
             self._socket.send_multipart(parts, zmq.NOBLOCK)
         except zmq.ZMQError as error:
@@ -161,4 +161,4 @@ class Router:
         with self._workers.lock:
             identities = list(self._peers.table)
         for identity in identities:
-            self.send(identity, frames.Goodbye(f"prefill rank {self._workers.rank} closes"))
+            self.send(identity, messages.Goodbye(f"prefill rank {self._workers.rank} closes"))

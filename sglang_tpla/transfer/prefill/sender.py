@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
-from sglang_tpla.transfer import messages as frames
+from sglang_tpla.transfer import messages
 from sglang_tpla.transfer.memory.copy import check_pieces
-from sglang_tpla.transfer.memory.iovec import Pieces, one_piece
+from sglang_tpla.transfer.memory.iovec import IoVec, one_piece
 from sglang_tpla.transfer.memory.pool import CachePool
 from sglang_tpla.transfer.memory.projection import cut_stacks
 from sglang_tpla.transfer.memory.rows import RowReader
@@ -45,7 +45,7 @@ class Sender:
             else:
                 self._deliver(job, pieces, digest)
 
-    def _check(self, job: ChunkJob, pieces: Pieces) -> None:
+    def _check(self, job: ChunkJob, pieces: IoVec) -> None:
         with self._failing(job):
             self._deliver(job, pieces, check_pieces(pieces))
 
@@ -69,16 +69,16 @@ class Sender:
         direct = all(lane.route is Route.DIRECT for lane, _ in job.deliveries)
         return not (self._router.listener.sealed and direct)
 
-    def _make(self, job: ChunkJob) -> tuple[Pieces, bytes]:
+    def _make(self, job: ChunkJob) -> tuple[IoVec, bytes]:
         """Fill the job's slot, if it has memory: where the payload is, and its checksum, if it is known by now."""
         plan = job.plan
-        rectangle, segment = plan.rectangles[job.sequence], plan.segments[job.sequence]
+        rectangle, span = plan.rectangles[job.sequence], plan.spans[job.sequence]
         first = rectangle.first_layer - self._first_layer
         stacks = plan.projection.stacks
-        start = rectangle.first_token - segment.first_token
-        self.reader.wait(segment.ready)
+        start = rectangle.first_token - span.first_token
+        self.reader.wait(span.ready)
         if not job.slot.buffer.size:
-            pieces = self.reader.pieces(rectangle, segment.slots.spans(start, rectangle.tokens))
+            pieces = self.reader.pieces(rectangle, span.slots.extents(start, rectangle.tokens))
             if self._router.listener.sealed:
                 return pieces, check_pieces(pieces) if self._needs_digest(job) else b""
             # checked on its way (`data_channel`), unless it would only wait there
@@ -87,16 +87,16 @@ class Sender:
         payload = job.slot.buffer[: rectangle.payload_bytes]
         digest = self.reader.read(
             rectangle,
-            segment.slots.part(start, rectangle.tokens),
+            span.slots.part(start, rectangle.tokens),
             None if stacks is None else cut_stacks(stacks, first, rectangle.layers),
             plan.part,
             payload,
-            segment.ready,
+            span.ready,
             plan.row_format.part(first, rectangle.layers),
         )
         return one_piece(payload), digest or b""
 
-    def _deliver(self, job: ChunkJob, pieces: Pieces, digest: bytes) -> None:
+    def _deliver(self, job: ChunkJob, pieces: IoVec, digest: bytes) -> None:
         with self._router.turn():
             if digest:
                 job.plan.digests[job.sequence] = digest
@@ -110,7 +110,7 @@ class Sender:
             job.slot.pending -= 1
 
     def _send(
-        self, job: ChunkJob, lane: Lane, takers: list[Destination], pieces: Pieces, digest: bytes
+        self, job: ChunkJob, lane: Lane, takers: list[Destination], pieces: IoVec, digest: bytes
     ) -> None:
         rectangle = lane.plan.rectangles[job.sequence]
         self._workers.counts["chunks"] += 1
@@ -120,7 +120,7 @@ class Sender:
                 self._lanes.share(lane, job.sequence, taker, self._workers.agent_id, job.slot.offset)
             return
         for taker in takers:
-            message = frames.Chunk(
+            message = messages.Chunk(
                 room=lane.room.room_id,
                 generation=taker.generation,
                 part=int(lane.plan.part),
@@ -130,7 +130,7 @@ class Sender:
                 layers=rectangle.layers,
                 first_token=rectangle.first_token,
                 tokens=rectangle.tokens,
-                checksum=digest or bytes(frames.CHECKSUM_BYTES),
+                checksum=digest or bytes(messages.CHECKSUM_BYTES),
             )
             self._lanes.hand_over(job.slot, taker.peer)
             self._count_bytes(lane.room, rectangle.payload_bytes, shared=False)
@@ -144,7 +144,7 @@ class Sender:
             self._workers.counts["shared_memory_bytes"] += size_bytes
 
     def _send_chunk(
-        self, peer: Peer, job: ChunkJob, lane: Lane, message: frames.Chunk, pieces: Pieces, digest: bytes
+        self, peer: Peer, job: ChunkJob, lane: Lane, message: messages.Chunk, pieces: IoVec, digest: bytes
     ) -> None:
         """Hand a chunk to the rank's data channel; if it has ended, the rank asks for what it lacks when it is back."""
 
@@ -155,7 +155,7 @@ class Sender:
                 self._lanes.let_go(job.slot, peer)
 
         chunk = OutgoingChunk(
-            frames.encode(message), pieces, digest, wanted=lambda: not lane.room.state.ended, done=done
+            messages.encode(message), pieces, digest, wanted=lambda: not lane.room.state.ended, done=done
         )
         if not self._router.listener.send(peer.identity, chunk):
             done(b"")

@@ -111,7 +111,7 @@ class Peer:
 
 
 @dataclass(eq=False)
-class Segment:
+class Span:
     """The rows of one ``send`` call."""
 
     first_token: int
@@ -130,22 +130,22 @@ class ChunkPlan:
     row_format: RowFormat
     share: range  # the layers that this rank sends, by index in its pool
     rectangles: list[Rectangle] = field(default_factory=list)
-    segments: list[Segment] = field(default_factory=list)  # of each rectangle
+    spans: list[Span] = field(default_factory=list)  # of each rectangle
     digests: dict[int, bytes] = field(default_factory=dict)  # sender.py: of chunks that were made
 
-    def extend(self, pool: CachePool, segment: Segment) -> None:
-        """Number the chunks of another segment."""
+    def extend(self, pool: CachePool, span: Span) -> None:
+        """Number the chunks of another span."""
         items = self.row_format.part_items(self.part)
         new = cut(
             pool.first_layer + self.share.start,
             items[self.share.start : self.share.stop],
-            segment.first_token,
-            len(segment.slots),
+            span.first_token,
+            len(span.slots),
             self.row_format.item_dtype(pool.dtype).itemsize,
             self.max_bytes,
         )
         self.rectangles += new
-        self.segments += [segment] * len(new)
+        self.spans += [span] * len(new)
 
     def size(self, sequence: int) -> int:
         """Payload bytes of a chunk."""
@@ -208,9 +208,8 @@ class Lane:
     planned: int = 0
     ahead: list[deque[int]] = field(init=False)  # chunks not sent yet, of each rank that they travel to
     starved: set[int] = field(default_factory=set)  # chunks that wait for credit
-    repeat: deque[tuple[int, Destination]] = field(
-        default_factory=deque
-    )  # chunks to send once more, to one rank
+    # chunks to send once more, to one rank
+    repeat: deque[tuple[int, Destination]] = field(default_factory=deque)
     relays: dict[int, Relay | None] = field(default_factory=dict)  # passed on; None: no longer kept
 
     def __post_init__(self) -> None:
@@ -298,7 +297,7 @@ class Room:
     last_send: float | None = None  # the last rows were handed over: prefill had computed the whole prompt
     ended: float | None = None
     # lanes.py
-    segments: list[Segment] = field(default_factory=list)
+    spans: list[Span] = field(default_factory=list)
     tokens: int = 0
     plans: list[ChunkPlan] = field(default_factory=list)
     lanes: list[Lane] = field(default_factory=list)

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from sglang_tpla.transfer import messages as frames
+from sglang_tpla.transfer import messages
 from tests.e2e.faulty import FAULTS, PEER_TIMEOUT_S, PROMPTS, SLOW, TOKENS, Faulty, counters
 from tests.wire.fakes import FakeDecode, hello
 from tests.wire.test_hostile import MALFORMED
@@ -69,11 +69,11 @@ def test_hostile_frames_at_a_serving_prefill_rank(faulty: Faulty) -> None:
             for fake in fakes:
                 fake.send(*kind)
                 fake.say(hello(versions=(7, 9)))
-                fake.say(frames.Request(1, 2, 1, 0, -1, False, 0, 1))
+                fake.say(messages.Request(1, 2, 1, 0, -1, False, 0, 1))
             answer = faulty.route.ask(PROMPTS[0], TOKENS)
             assert answer.same_text(faulty.expected["decode"][0]), answer
         for fake in fakes:
-            assert "decode 7 to 9" in fake.expect(frames.Refused)[0].reason
+            assert "decode 7 to 9" in fake.expect(messages.Refused)[0].reason
     finally:
         for fake in fakes:
             fake.close()

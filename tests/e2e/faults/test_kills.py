@@ -13,9 +13,8 @@ from tests.e2e.prompts import source
 from tests.e2e.servers import Server, idle, wait_idle
 from tests.e2e.traffic import Answer, Load
 
-LONG = [
-    source(seed=9 + n, characters=5_000) for n in range(2)
-]  # some 1,500 tokens: many chunks, no common prefix
+# some 1,500 tokens: many chunks, no common prefix
+LONG = [source(seed=9 + n, characters=5_000) for n in range(2)]
 FAIL_WITHIN_S = 100.0
 
 
@@ -113,16 +112,13 @@ def test_prefill_killed_in_mid_chunk_under_load(faulty: Faulty) -> None:
 
 def test_first_token_is_the_same_for_any_decode_layout(faulty: Faulty) -> None:
     """Two prefill ranks share the sending to one plain MLA decode rank, as to two ranks with a slice each."""
-    first, second = (
-        faulty.expected["decode"],
-        faulty.expected["single"],
-    )
+    first, second = (faulty.expected["decode"], faulty.expected["single"])
     assert [answer.tokens[0] for answer in first] == [answer.tokens[0] for answer in second]
     wait_idle(*faulty.servers)
 
 
 def test_no_shared_memory_on_the_prefill_server(faulty: Faulty) -> None:
-    """It was started where no file may be as large as its arena: it says so, and all goes through sockets."""
+    """It was started where no file may be as large as its segment: it says so, and all goes through sockets."""
     said = faulty.prefill.log.read_text(errors="replace")
     assert "no shared memory of" in said and "File too large" in said
     assert counters(faulty.decode)["wire_bytes"] > 0
