@@ -128,6 +128,17 @@ def test_defaults_of_server_arguments() -> None:
     assert compat.default_of(ServerArgs, "tp_size") == 1
 
 
+def test_the_rust_server_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its bootstrap server would take registrations from anyone."""
+    from sglang_tpla.host.validation import unchecked_ways_in
+
+    args = SimpleNamespace(tokenizer_worker_num=1, grpc_mode=False, smg_grpc_mode=False)
+    assert not any(bad for bad, _, _ in unchecked_ways_in(args))
+    monkeypatch.setenv("SGLANG_RUST_SERVER", "1")
+    (refused,) = [name for bad, name, _ in unchecked_ways_in(args) if bad]
+    assert refused == "SGLANG_RUST_SERVER=1"
+
+
 @pytest.mark.parametrize(
     "fields", [{"dp_size": 2, "enable_dp_attention": True}, {"dp_size": 1, "attn_dp_size": 2}]
 )
