@@ -8,6 +8,7 @@ two supported ones, if ``SGLANG_TPLA_ALLOW_UNKNOWN_HOST`` lets it start, gets it
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -31,6 +32,12 @@ def resolved(args: Any) -> Any:
 def is_resolved(args: Any) -> bool:
     """Whether SGLang has resolved this record already, which from 0.5.19 on an earlier process may have done."""
     return bool(getattr(args, "_resolution_finished", False))
+
+
+def default_of(kind: type, name: str) -> Any:
+    """The value of an argument that nobody gave to a ``ServerArgs``; None where the release has no such argument."""
+    found = inspect.signature(kind).parameters.get(name)
+    return None if found is None else found.default
 
 
 def model_config(args: Any) -> Any:

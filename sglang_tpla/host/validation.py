@@ -136,11 +136,14 @@ def newer_refusals(args: Any) -> list[tuple[bool, str, str]]:
         given("disaggregation_decode_allocation_policy"),
         given("disaggregation_decode_host_receive_threshold"),
     )
+    never = compat.default_of(
+        type(args), "disaggregation_decode_host_receive_threshold"
+    )  # 0 up to 0.5.21, 1 later
     return [
         (bool(given("enable_kv_cache_sharding")), "--enable-kv-cache-sharding", "every prefill rank sends whole rows"),
         (policy not in (None, "early"), f"--disaggregation-decode-allocation-policy {policy}", "rows are sent while "
          "the prompt is computed, into slots that the decode server has allocated"),
-        (threshold is not None and threshold < 1, f"--disaggregation-decode-host-receive-threshold {threshold}",
+        (threshold != never, f"--disaggregation-decode-host-receive-threshold {threshold}",
          "rows are received into the engine's own pool"),
         (bool(given("disaggregation_enable_kv_checksum")), "--disaggregation-enable-kv-checksum", "it compares whole "
          "rows of both sides; the agents check every frame by a checksum of their own"),

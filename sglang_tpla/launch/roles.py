@@ -203,8 +203,8 @@ def _url(arguments: Sequence[Argument]) -> str:
 def _check_layout(settings: Settings, arguments: Sequence[Argument]) -> None:
     """Refuse a number of groups that divides neither ranks nor heads."""
     tp_size = integer(arguments, "tp-size", 1)
-    if has(arguments, "enable-dp-attention"):
-        tp_size //= integer(arguments, "dp-size", 1)
+    older = has(arguments, "enable-dp-attention")
+    tp_size //= max(1, integer(arguments, "dp-size" if older else "attn-dp-size", 1))
     model_config = Path(value_of(arguments, "model-path") or "") / "config.json"
     heads = tp_size
     if model_config.is_file():

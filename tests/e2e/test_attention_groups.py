@@ -1,6 +1,7 @@
-"""Data-parallel attention on a decode server: TPLA within each attention group, real servers on a CPU.
+"""Data-parallel attention: TPLA within each attention group of a decode server, real servers on a CPU.
 
-Four ranks in two attention groups of two; each group keeps both latent slices of its own requests and no other's.
+Four ranks in two attention groups of two; each group keeps both latent slices of its own requests and no other's. A
+prefill server may have attention groups too, each of which holds the rows of its own requests.
 """
 
 from __future__ import annotations
@@ -25,14 +26,20 @@ pytestmark = pytest.mark.skipif(
     reason="attention groups need a GPU beside this SGLang release; test_compat holds the refusal",
 )
 TOKENS = 12
+# 0.5.23 has a flag of its own, and warns of the older pair
+GROUPS = (
+    ("--attn-dp-size", "2")
+    if ledger.host_version() == "0.5.23"
+    else ("--dp-size", "2", "--enable-dp-attention")
+)
 
 
 @pytest.fixture(scope="module")
 def decode(nano_mla: str, nano_artifact: str, logs: Path) -> Iterator[Server]:
     """T = 4, two attention groups, g = 2: each rank keeps a slice of its attention group's requests."""
     server = launcher(
-        "decode", nano_mla, free_ports(1)[0], logs / "decode-attention-groups.log", "--tp", "4", "--dp-size", "2",
-        "--enable-dp-attention", "--tpla-groups", "2", "--tpla-artifact", nano_artifact,
+        "decode", nano_mla, free_ports(1)[0], logs / "decode-attention-groups.log", "--tp", "4", *GROUPS,
+        "--tpla-groups", "2", "--tpla-artifact", nano_artifact,
     )  # fmt: skip
     with contextlib.ExitStack() as stack:
         stack.callback(server.stop)
@@ -67,3 +74,25 @@ def test_the_router_finds_the_group_of_each_request(trio: Any, decode: Server, l
         answers = list(pool.map(lambda prompt: front.generate(prompt, 6)["text"], prompts))
     assert answers == [trio.router.generate(prompt, 6)["text"] for prompt in prompts]
     wait_idle(trio.prefill)
+
+
+def test_a_prefill_server_of_two_attention_groups(
+    decode: Server, nano_mla: str, nano_artifact: str, logs: Path
+) -> None:
+    """Requests of either prefill group reach either decode group, and each is sent by its own group's rank."""
+    ports = free_ports(2)
+    prefill = launcher(
+        "prefill", nano_mla, ports[0], logs / "prefill-attention-groups.log", "--tp", "2", *GROUPS,
+        "--disaggregation-bootstrap-port", str(ports[1]), "--chunked-prefill-size", "512",
+    )  # fmt: skip
+    with contextlib.ExitStack() as stack:
+        stack.callback(prefill.stop)
+        pair = Pair(prefill.start().wait(), ports[1], decode, next_room=140_000)
+        assert_answers_follow_the_formula(
+            pair, Artifact.load(nano_artifact), nano_mla, prompts=4, new_tokens=TOKENS
+        )
+        served = [
+            line for line in prefill.log.read_text(errors="replace").splitlines() if " transfer {" in line
+        ]
+        for rank in ("DP0 TP0", "DP1 TP1"):
+            assert any(rank in line and '"success"' in line for line in served), served

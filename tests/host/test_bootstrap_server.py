@@ -239,3 +239,22 @@ def test_a_port_that_is_taken_ends_the_server(port: int) -> None:
         pytest.raises(SystemExit, match=rf"cannot listen on 127.0.0.1:{port}.*of a machine its own"),
     ):
         TplaKVBootstrapServer("127.0.0.1", port)
+
+
+@pytest.mark.parametrize("groups", ["replicas", "attention groups"])
+def test_every_rank_has_a_place_of_its_own(groups: str) -> None:
+    """SGLang gives attention groups a number under both names, and replicas under one."""
+    from sglang_tpla.host.disaggregation.kv_manager import TplaKVManager
+
+    places = []
+    for group in range(2):
+        for rank in range(3):
+            manager = TplaKVManager.__new__(TplaKVManager)
+            manager.attn_tp_size, manager.attn_tp_rank = 3, rank
+            manager.attn_cp_size, manager.attn_cp_rank = 1, 0
+            replicas = groups == "replicas"
+            manager.system_dp_size, manager.attn_dp_size = (2, 1) if replicas else (1, 2)
+            manager.system_dp_rank, manager.attn_dp_rank = group, 0 if replicas else group
+            assert manager.data_parallel_group == group
+            places.append(manager._place)
+    assert places == list(range(6))

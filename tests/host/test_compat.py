@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import make_dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -92,11 +93,6 @@ def test_the_page_table_is_read_to_the_end_of_the_replay(engine: None) -> None:
     [
         ("enable_kv_cache_sharding", True, "--enable-kv-cache-sharding"),
         ("disaggregation_decode_allocation_policy", "prefill_complete", "prefill_complete"),
-        (
-            "disaggregation_decode_host_receive_threshold",
-            0.5,
-            "--disaggregation-decode-host-receive-threshold 0.5",
-        ),
         ("disaggregation_enable_kv_checksum", True, "--disaggregation-enable-kv-checksum"),
         ("enable_page_major_kv_layout", True, "--enable-page-major-kv-layout"),
         ("enable_unified_memory", True, "--enable-unified-memory"),
@@ -105,11 +101,42 @@ def test_the_page_table_is_read_to_the_end_of_the_replay(engine: None) -> None:
 def test_what_moves_rows_elsewhere_is_refused(field: str, value: Any, flag: str) -> None:
     from sglang_tpla.host.validation import newer_refusals
 
-    args = SimpleNamespace(speculative_algorithm=None)
+    args = make_dataclass("Args", [("speculative_algorithm", str, None)])()
     assert not any(bad for bad, _, _ in newer_refusals(args))
     setattr(args, field, value)
     (refused,) = [name for bad, name, _ in newer_refusals(args) if bad]
     assert flag in refused
+
+
+@pytest.mark.parametrize("never", [0.0, 1.0])
+def test_rows_received_into_host_memory_are_refused(never: float) -> None:
+    """The value that means never was 0, and is 1 from 0.5.22 on."""
+    from sglang_tpla.host.validation import newer_refusals
+
+    args = make_dataclass("Args", [("disaggregation_decode_host_receive_threshold", float, never)])()
+    assert not any(bad for bad, _, _ in newer_refusals(args))
+    args.disaggregation_decode_host_receive_threshold = 0.5
+    (refused,) = [name for bad, name, _ in newer_refusals(args) if bad]
+    assert refused == "--disaggregation-decode-host-receive-threshold 0.5"
+
+
+def test_defaults_of_server_arguments() -> None:
+    from sglang.srt.server_args import ServerArgs
+
+    expected = 1.0 if ledger.host_version() == "0.5.23" else None
+    assert compat.default_of(ServerArgs, "disaggregation_decode_host_receive_threshold") == expected
+    assert compat.default_of(ServerArgs, "tp_size") == 1
+
+
+def test_the_rust_server_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its bootstrap server would take registrations from anyone."""
+    from sglang_tpla.host.validation import unchecked_ways_in
+
+    args = SimpleNamespace(tokenizer_worker_num=1, grpc_mode=False, smg_grpc_mode=False)
+    assert not any(bad for bad, _, _ in unchecked_ways_in(args))
+    monkeypatch.setenv("SGLANG_RUST_SERVER", "1")
+    (refused,) = [name for bad, name, _ in unchecked_ways_in(args) if bad]
+    assert refused == "SGLANG_RUST_SERVER=1"
 
 
 @pytest.mark.parametrize(

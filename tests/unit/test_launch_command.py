@@ -200,6 +200,7 @@ def test_cpu_servers_get_their_platform() -> None:
         ([*DECODE, "--tpla-groups", "3"], "must divide the attention tensor-parallel size: got groups=3"),
         ([*DECODE, "--tp-size", "48", "--tpla-groups", "2"], "8 query heads cannot be split over 24"),
         ([*DECODE, "--enable-dp-attention", "--dp-size", "2"], "got groups=2 with tp_size=1"),
+        ([*DECODE, "--attn-dp-size", "2"], "got groups=2 with tp_size=1"),
         ([*DECODE, "--tpla-groups", "two"], "--tpla-groups must be of type int; got 'two'"),
         ([*DECODE, "--tpla-gruops", "2"], "there is no --tpla-gruops; did you mean --tpla-groups?"),
         ([*DECODE, "--tpla-chunk-bytes", "1"], "chunk_bytes must lie between 4096"),

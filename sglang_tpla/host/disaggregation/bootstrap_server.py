@@ -173,7 +173,8 @@ def registration(manager: Any) -> Registrar:
         "pp_size": manager.pp_size,
         "pp_rank": manager.pp_rank,
         "system_dp_size": manager.system_dp_size,
-        "system_dp_rank": manager.system_dp_rank,
+        "system_dp_rank": manager.system_dp_rank
+        % manager.system_dp_size,  # the group's, with attention groups
         "rank_ip": manager.local_ip,
         "rank_port": manager.rank_port,
         "page_size": manager.kv_args.page_size,
@@ -189,7 +190,7 @@ def registration(manager: Any) -> Registrar:
         "server": server_identity(),
     }
     place = {
-        "prefill_dp_rank": manager.attn_dp_rank if manager.system_dp_size == 1 else manager.system_dp_rank,
+        "prefill_dp_rank": manager.data_parallel_group,
         "prefill_cp_rank": manager.attn_cp_rank,
         "target_tp_rank": manager.attn_tp_rank,
         "target_pp_rank": manager.pp_rank,

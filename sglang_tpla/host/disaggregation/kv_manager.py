@@ -113,10 +113,15 @@ class TplaKVManager(CommonKVManager):
         self._registrar.start()
 
     @property
+    def data_parallel_group(self) -> int:
+        """The number of this rank's replica or attention group; SGLang's ``system_dp_rank`` may be either's."""
+        return self.attn_dp_rank if self.system_dp_size == 1 else self.system_dp_rank
+
+    @property
     def _place(self) -> int:
         """The number of this rank among all ranks of its server."""
-        group = self.system_dp_rank * self.attn_dp_size + self.attn_dp_rank
-        return (group * self.attn_cp_size + self.attn_cp_rank) * self.attn_tp_size + self.attn_tp_rank
+        group = self.data_parallel_group * self.attn_cp_size + self.attn_cp_rank
+        return group * self.attn_tp_size + self.attn_tp_rank
 
     def _decode_agent(self) -> DecodeAgent:
         part = current_slice(self.server_args, self.attn_tp_rank, self.attn_tp_size)
