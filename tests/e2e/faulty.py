@@ -23,7 +23,7 @@ import httpx
 import psutil
 
 from tests.e2e.prompts import source
-from tests.e2e.servers import START_S, Server, launcher, wait_idle
+from tests.e2e.servers import START_S, Server, launcher, running, wait_idle
 from tests.e2e.traffic import Answer, Route
 from tests.ports import free_ports, neighbouring_ports
 from tests.wire.proxy import FaultProxy, Spoiler
@@ -171,11 +171,7 @@ class Faulty:
             ]
             door = stack.enter_context(contextlib.closing(FaultProxy(ports[1])))
             faulty = cls(prefill, decode, single, proxies, door)
-            for server in faulty.servers:
-                stack.callback(server.stop)
-                server.start()
-            for server in faulty.servers:
-                server.wait(timeout_s=patience_s)
+            stack.enter_context(running(*faulty.servers, timeout_s=patience_s))
             faulty.expected = {
                 route.decode.name: [faulty.ask_patiently(route, prompt) for prompt in PROMPTS]
                 for route in (faulty.route, faulty.side)

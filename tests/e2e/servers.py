@@ -5,6 +5,7 @@ A server is a process group; `stop` and the end of the test session leave none o
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import json
 import os
@@ -12,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -74,9 +76,10 @@ class Server:
         text = self.log.read_text(errors="replace").splitlines()
         return "\n".join(line[:400] for line in text[-lines:] if "server_args=" not in line)
 
-    def wait(self, path: str = "/health", timeout_s: float = START_S) -> Server:
-        """Until ``path`` answers 200; the log's end when it ends or never does."""
+    def wait(self, timeout_s: float = START_S) -> Server:
+        """Wait until the server is healthy, a router until it knows its workers; show the log's end if it never is."""
         assert self.process is not None
+        path = "/readiness" if self.name == "router" else "/health"
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
             if self.process.poll() is not None:
@@ -136,6 +139,18 @@ class Server:
         return response.json()
 
 
+@contextlib.contextmanager
+def running(*servers: Server, timeout_s: float = START_S) -> Iterator[None]:
+    """Start servers together, wait until each is healthy, and stop them at the end."""
+    with contextlib.ExitStack() as stack:
+        for server in servers:
+            stack.callback(server.stop)
+            server.start()
+        for server in servers:
+            server.wait(timeout_s)
+        yield
+
+
 def request_body(prompt: str | list[int] | list[str], tokens: int, **extra: Any) -> dict[str, Any]:
     text = isinstance(prompt, str) or (bool(prompt) and isinstance(prompt[0], str))
     return {
@@ -147,6 +162,7 @@ def request_body(prompt: str | list[int] | list[str], tokens: int, **extra: Any)
 
 def launcher(role: str, model: str, port: int, log: Path, *args: str, host: str = "127.0.0.1") -> Server:
     """A server of ours, not started yet."""
+    common = (host if arg == "127.0.0.1" else arg for arg in COMMON)
     command = (
         "-m",
         "sglang_tpla.launch",
@@ -154,7 +170,7 @@ def launcher(role: str, model: str, port: int, log: Path, *args: str, host: str 
         role,
         "--model-path",
         model,
-        *(host if arg == "127.0.0.1" else arg for arg in COMMON),
+        *common,
         "--port",
         str(port),
         *args,
@@ -205,8 +221,6 @@ class Pair:
             "bootstrap_port": [self.bootstrap] * batch if batch else self.bootstrap,
             "bootstrap_room": rooms if batch else rooms[0],
         }
-        import concurrent.futures
-
         with concurrent.futures.ThreadPoolExecutor(2) as pool:
             first = pool.submit(self.prefill.post, "/generate", body, timeout_s)
             second = pool.submit(self.decode.post, "/generate", body, timeout_s)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import concurrent.futures
-import contextlib
 import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ import psutil
 import pytest
 
 from sglang_tpla.transfer import keys
-from tests.e2e.servers import Server, launcher, request_body, router, wait_idle
+from tests.e2e.servers import Server, launcher, request_body, router, running, wait_idle
 from tests.ports import free_ports
 
 TOKENS = 8
@@ -56,16 +55,8 @@ def keyed(nano_mla: str, logs: Path, tmp_path_factory: pytest.TempPathFactory) -
         launcher("decode", nano_mla, port, logs / f"{name}.log", "--tpla-keys", str(folder))
         for name, port, folder in zip(("keyed-decode", "stranger"), ports[2:4], folders, strict=True)
     )
-    servers = [prefill, decode, stranger]
-    with contextlib.ExitStack() as stack:
-        for server in servers:
-            stack.callback(server.stop)
-            server.start()
-        for server in servers:
-            server.wait()
-        front = router(ports[4], logs / "keyed-router.log", prefill.url, ports[1], decode.url)
-        stack.callback(front.stop)
-        front.start().wait("/readiness")
+    front = router(ports[4], logs / "keyed-router.log", prefill.url, ports[1], decode.url)
+    with running(prefill, decode, stranger), running(front):
         yield Deployment(prefill, decode, stranger, front, address, ports[1])
 
 

@@ -21,8 +21,9 @@ from sglang_tpla.cache_rows.sketched import SketchedRows
 from sglang_tpla.measure.decode_error import model_maps
 from sglang_tpla.reference_model.forward import LayerMaps, PlainModel
 from sglang_tpla.reference_model.sketched_layer import SketchedMaps
+from tests.e2e.model_answers import said_and_due
 from tests.e2e.prompts import short_prompts
-from tests.e2e.servers import Pair, Server, launcher, request_body, transfer_lines, wait_idle
+from tests.e2e.servers import Pair, Server, launcher, request_body, running, transfer_lines, wait_idle
 from tests.ports import free_ports
 
 LAYERS, LATENT, ROPE = 4, 128, 32
@@ -36,10 +37,8 @@ def decode_server(model: str, log: Path, *flags: str) -> Iterator[Server]:
     """A decode server that keeps the caches of ended requests for those that begin alike."""
     port = free_ports(1)[0]
     server = launcher("decode", model, port, log, "--disaggregation-decode-enable-radix-cache", *flags)
-    try:
-        yield server.start().wait()
-    finally:
-        server.stop()
+    with running(server):
+        yield server
 
 
 def whole_latent(model: PlainModel) -> list[LayerMaps]:
@@ -55,16 +54,8 @@ def follow_the_model(pair: Pair, model: PlainModel, maps: Sequence[LayerMaps]) -
     apart, rounding = [], []
     for prompt in short_prompts(8, seed=3):
         ids = tokenizer.encode(prompt).ids
-        _, answer = pair.generate(ids, 32, return_logprob=True)
-        said = answer["meta_info"]["output_token_logprobs"]
-        tokens = torch.tensor([ids + [token for _, token, _ in said]])
-        at = torch.arange(len(ids) - 1, tokens.shape[1] - 1)
-        with torch.no_grad():
-            outputs = [
-                model.forward(tokens[:, :-1], maps=kind, prompt_tokens=len(ids)) for kind in (maps, None)
-            ]
-        rounded, exact = (logits.log_softmax(-1)[0, at, tokens[0, at + 1]] for logits in outputs)
-        apart.append((torch.tensor([value for value, *_ in said]) - rounded).abs())
+        said, rounded, exact = said_and_due(pair, model, ids, 32, maps, None)
+        apart.append((said - rounded).abs())
         rounding.append((exact - rounded).abs())
     off, cost = torch.cat(apart), torch.cat(rounding)
     found = (

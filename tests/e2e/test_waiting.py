@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import signal
 import time
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.e2e.servers import Pair, Server, launcher, request_body, router, wait_idle
+from tests.e2e.servers import Pair, Server, launcher, request_body, router, running, wait_idle
 from tests.ports import free_ports
 
 CONTEXT_TOKENS, POOL_TOKENS, RESERVED_TOKENS = 1024, 1200, 512
@@ -36,15 +37,12 @@ def pair(nano_mla: str, logs: Path) -> Iterator[Pair]:
         launcher("decode", nano_mla, ports[2], logs / "small-decode.log", "--max-total-tokens", str(POOL_TOKENS),
                  "--num-reserved-decode-tokens", str(RESERVED_TOKENS)),
     ]  # fmt: skip
-    try:
-        for server in servers:
-            server.start()
-        servers[0].wait()
-        servers[2].wait()
-        yield Pair(servers[0], ports[1], servers[2])
-    finally:
-        for server in servers:
-            server.stop()
+    prefill, node, decode = servers
+    with contextlib.ExitStack() as stack:
+        stack.callback(node.stop)
+        node.start()  # it serves no HTTP
+        stack.enter_context(running(prefill, decode))
+        yield Pair(prefill, ports[1], decode)
 
 
 def both(pair: Pair, tokens: int) -> tuple[httpx.Response, httpx.Response, float]:
@@ -113,8 +111,7 @@ def test_a_decode_server_that_is_told_to_end_behind_the_router(pair: Pair, logs:
     front = router(
         free_ports(1)[0], logs / "ended-router.log", pair.prefill.url, pair.bootstrap, pair.decode.url
     )
-    try:
-        front.start().wait("/readiness")
+    with running(front):
         body = request_body([5, 6, 7], 4)
         assert front.post("/generate", body).status_code == 200
         assert pair.decode.process is not None
@@ -128,5 +125,3 @@ def test_a_decode_server_that_is_told_to_end_behind_the_router(pair: Pair, logs:
         # what the router finds out by itself: after its attempts nobody is left, or the connection is refused
         assert answer.status_code in (502, 503) and "decode" in answer.text, answer.text
         wait_idle(pair.prefill)
-    finally:
-        front.stop()
