@@ -1,6 +1,6 @@
 """Speculative decoding through real servers on GPUs: is it right, how many guesses are accepted, how fast is it.
 
-    python benchmarks/speculation_gpu.py --model DIR --out FILE [--artifact FILE] [--limit-s 420]
+    python benchmarks/speculation_gpu.py --model DIR --out FILE [--artifact FILE] [--sketched-artifact FILE]
 
 DIR holds a checkpoint with a NextN layer whose widths the kernels take (``tests/speculating_model.py``). All servers
 are started at once; each question below is answered as soon as its servers are up, and the file is written after each:
@@ -10,9 +10,11 @@ are started at once; each question below is answered as soon as its servers are 
 - useful: tokens accepted a step (``spec_accept_length``), beside stock SGLang's own with plain MLA, whose kernels need
   a latent of 512: it serves the same model with zeros added.
 - fast: tokens a second at batch 1, 4 and 16, with and without speculation, with and without CUDA graphs, and stock.
+- sampled: tokens drawn with and without speculation come from one distribution, and from the target's own.
+- requests: stops, grammars, streaming, shared prefixes, samples and aborts of a server that speculates.
 
-Layouts: ``g1`` plain MLA on this package's kernel, ``g2`` two groups (needs the artifact; on one GPU its ranks speak
-over gloo and without CUDA graphs).
+Layouts: ``g1`` plain MLA on this package's kernel, ``q1`` the same with 8-bit rows, ``g2`` and ``q2`` two groups of
+plain and of sketched rows (each needs its artifact; on one GPU the ranks speak over gloo and without CUDA graphs).
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import json
+import os
 import statistics
 import sys
 import time
@@ -35,18 +38,16 @@ import torch
 from tokenizers import Tokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.speculation_requests import chances, compare_draws, draw, every_kind
 from tests.e2e.servers import Pair, Server
 from tests.gpu.engine import DEVICE, EAGER, ENV, GPUS, SHARED_FLAGS, Engines
 from tests.ports import free_ports
 from tests.speculating_model import pad_latent
 
 ROOT = Path(__file__).resolve().parents[1]
-STEPS = 3
-SPECULATION = ("--speculative-algorithm", "EAGLE", "--speculative-num-steps", str(STEPS))
-STOCK_SPECULATION = (
-    *SPECULATION, "--speculative-eagle-topk", "1", "--speculative-num-draft-tokens", str(STEPS + 1),
-)  # fmt: skip
+GUESSES = 3
 REQUESTS = ("--max-running-requests", "32")
+SEED = ("--random-seed", "17", "--grammar-backend", os.environ.get("TEST_GRAMMAR_BACKEND", "xgrammar"))
 # One graph a batch that is measured, and one between: each takes a second to capture.
 BATCHES = ("--cuda-graph-bs-decode", "1", "2", "4", "8", "16")
 OURS = ("--attention-backend", "tpla") if DEVICE == "cuda" else ()
@@ -82,6 +83,13 @@ class Decoder:
             self._pair = None
         else:
             self._pair = self.engines.pair(self.name)
+
+    @property
+    def pair(self) -> Pair:
+        """Prefill and decode server, with rooms that nobody has."""
+        assert self._pair is not None
+        self._pair.next_room += 100_000
+        return self._pair
 
     @property
     def server(self) -> Server:
@@ -184,6 +192,35 @@ def speed(decoder: Decoder, asked: list[list[int]], tokens: int, batches: list[i
     return rows
 
 
+def samples(
+    asked: list[list[int]], decoders: dict[str, Decoder], draws: int, limit_s: float, tokens: int
+) -> dict[str, Any]:
+    """Draws from a server with speculation and from one without it: at single prompts, and along whole answers."""
+    found: dict[str, Any] = {"prompts": []}
+    for prompt in asked:
+        with concurrent.futures.ThreadPoolExecutor(len(decoders)) as pool:
+            jobs = {
+                kind: pool.submit(draw, decoder.ask, prompt, 3, draws, limit_s / len(asked))
+                for kind, decoder in decoders.items()
+            }
+            drawn = {kind: job.result() for kind, job in jobs.items()}
+        for decoder in decoders.values():
+            _ = decoder.pair  # further rooms
+        found["prompts"].append(
+            {"tokens": len(prompt), "tests": compare_draws(drawn["plain"], drawn["drafting"])}
+        )
+    params = {"max_new_tokens": tokens, "temperature": 1.0, "ignore_eos": True}
+    for kind, decoder in decoders.items():
+        said = [
+            answer
+            for _ in range(5)
+            for prompt in asked[:2]
+            for answer in decoder.together([prompt] * 16, tokens, sampling_params=params, **LOGPROBS)
+        ]
+        found[f"along answers, {kind}"] = chances(said) | {"accept_length": accepted(said)}
+    return found
+
+
 def start_stock(engines: Engines, *flags: str) -> None:
     """Stock SGLang without a plug-in, on the one of its backends that computes prompts and steps of any batch here."""
     (port,) = free_ports(1)
@@ -201,15 +238,26 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--artifact", type=Path, help="of two groups, for this model")
+    parser.add_argument("--artifact", type=Path, help="of two groups of plain rows, for this model")
+    parser.add_argument("--sketched-artifact", type=Path, help="of two groups of sketched rows")
+    parser.add_argument(
+        "--documents", type=Path, help="JSON of prompts that ask for what stands in them, as token ids"
+    )
+    parser.add_argument("--draws", type=int, default=20_000, help="samples at each of three prompts")
+    parser.add_argument("--draw-s", type=float, default=100, help="they take no longer")
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--guesses", type=int, default=GUESSES, help="a step")
     parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--longest", type=int, default=3000)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16])
-    parser.add_argument("--only", nargs="+", default=["g1", "eager", "g2", "stock"], help="parts to run")
+    parser.add_argument(
+        "--only", nargs="+", default=["g1", "q1", "eager", "g2", "q2", "stock"], help="parts to run"
+    )
     parser.add_argument("--limit-s", type=float, default=420, help="no part is begun after so many seconds")
     args = parser.parse_args()
+    speculation = ("--speculative-algorithm", "EAGLE", "--speculative-num-steps", str(args.guesses))
+    chains = ("--speculative-eagle-topk", "1", "--speculative-num-draft-tokens", str(args.guesses + 1))
     args.out.parent.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
     parts: dict[str, Any] = {}
@@ -220,7 +268,7 @@ def main() -> None:
         "sglang": version("sglang"),
         "torch": torch.__version__,
         "model": args.model.name,
-        "guesses": STEPS,
+        "guesses": args.guesses,
         "parts": parts,
     }
     tokenizer = Tokenizer.from_file(str(args.model / "tokenizer.json"))
@@ -255,20 +303,27 @@ def main() -> None:
                 one.log.mkdir(parents=True, exist_ok=True)
             # The prompts' backend computes prompts alone: SGLang's own tables have none for the draft's guesses.
             draft = ("--speculative-draft-attention-backend", "triton") if DEVICE == "cuda" else ()
-            engines["drafting"].start_prefill(*REQUESTS, *SPECULATION, *draft)
-            engines["plain"].start_prefill(*REQUESTS)
-            layouts: dict[str, tuple[int, tuple[str, ...]]] = {"g1": (1, (*OURS, *GRAPHS))}
-            if "eager" in args.only:
-                layouts["g1-eager"] = (1, (*OURS, *EAGER))
-            if "g2" in args.only and args.artifact:
-                flags = ("--tpla-groups", "2", "--tpla-artifact", str(args.artifact), *OURS)
-                layouts["g2"] = (2, (*flags, *(GRAPHS if GPUS > 1 else ())))
+            engines["drafting"].start_prefill(*REQUESTS, *SEED, *speculation, *draft)
+            engines["plain"].start_prefill(*REQUESTS, *SEED)
+            two = ("--tpla-groups", "2", *OURS, *(GRAPHS if GPUS > 1 else ()), "--tpla-artifact")
+            layouts: dict[str, tuple[int, tuple[str, ...]]] = {
+                "g1": (1, (*OURS, *GRAPHS)),
+                "q1": (1, (*OURS, *GRAPHS, "--tpla-rows", "sketched")),
+                "eager": (1, (*OURS, *EAGER)),
+                "g2": (2, (*two, str(args.artifact))),
+                "q2": (2, (*two, str(args.sketched_artifact))),
+            }
+            for name, needed in (("g2", args.artifact), ("q2", args.sketched_artifact)):
+                if needed is None:
+                    del layouts[name]
+            layouts = {name: layout for name, layout in layouts.items() if name in args.only}
             for name, (ranks, flags) in layouts.items():
-                engines["drafting"].decode(name, ranks, *REQUESTS, *flags, *SPECULATION)
-                engines["plain"].decode(name, ranks, *REQUESTS, *flags)
+                engines["drafting"].decode(name, ranks, *REQUESTS, *SEED, *flags, *speculation)
+                if name != "eager":  # answers without speculation are those with graphs
+                    engines["plain"].decode(name, ranks, *REQUESTS, *SEED, *flags)
             if "stock" in args.only and DEVICE == "cuda":
                 padded = pad_latent(args.model, Path(scratch) / "padded", STOCK_LATENT)
-                for kind, extra in (("drafting", STOCK_SPECULATION), ("plain", ())):
+                for kind, extra in (("drafting", (*speculation, *chains)), ("plain", ())):
                     stocks[kind] = Engines(str(padded), logs / f"stock-{kind}")
                     stocks[kind].log.mkdir(parents=True, exist_ok=True)
                     start_stock(stocks[kind], *extra)
@@ -278,7 +333,10 @@ def main() -> None:
                 """The two servers of a layout, up."""
                 if name not in opened:
                     source = stocks if name == "stock" else engines
-                    opened[name] = {kind: Decoder(source[kind], name) for kind in source}
+                    layout_of = {
+                        kind: "g1" if (name, kind) == ("eager", "plain") else name for kind in source
+                    }
+                    opened[name] = {kind: Decoder(source[kind], layout) for kind, layout in layout_of.items()}
                     for decoder in opened[name].values():
                         decoder.open()
                 return opened[name]
@@ -301,18 +359,41 @@ def main() -> None:
                     answers(name, "plain"), answer_all(both(name)["plain"], asked, args.tokens, 16)
                 )
 
-            for name in (*layouts, *(["stock"] if stocks else [])):
+            def documents(name: str) -> dict[str, Any]:
+                """Answers to documents: what is accepted, and whether they part."""
+                told = json.loads(args.documents.read_text())
+                said = {kind: answer_all(one, told, 64, 16) for kind, one in both(name).items()}
+                return compare(said["plain"], said["drafting"])
+
+            every = [*layouts, *(["stock"] if stocks else [])]
+            one_rank = [name for name in ("g1", "q1") if name in layouts]
+            for name in every:
                 keep(f"{name}: right", lambda name=name: right(name))
-            for name in ("g1", *(["stock"] if stocks else [])):
-                keep(f"{name}: control", lambda name=name: control(name))
-            for name in (*layouts, *(["stock"] if stocks else [])):
+            for name in one_rank:
+                keep(
+                    f"{name}: requests", lambda name=name: every_kind(both(name)["drafting"].pair, asked[12])
+                )
+            for name in one_rank:
+                keep(
+                    f"{name}: sampled",
+                    lambda name=name: samples(
+                        asked[8:17:4], both(name), args.draws, args.draw_s, args.tokens
+                    ),
+                )
+            for name in every:
                 for kind in ("plain", "drafting"):
-                    keep(
-                        f"{name}: fast, {kind}",
-                        lambda name=name, kind=kind: speed(
-                            both(name)[kind], short, args.tokens, args.batches
-                        ),
-                    )
+                    if (name, kind) != ("eager", "plain"):
+                        keep(
+                            f"{name}: fast, {kind}",
+                            lambda name=name, kind=kind: speed(
+                                both(name)[kind], short, args.tokens, args.batches
+                            ),
+                        )
+            for name in every if args.documents else ():
+                keep(f"{name}: documents", lambda name=name: documents(name))
+            for name in every:
+                if name in ("g1", "q1", "stock"):
+                    keep(f"{name}: control", lambda name=name: control(name))
         finally:
             for one in (*engines.values(), *stocks.values()):
                 one.stop()

@@ -47,14 +47,84 @@ CONFIGS: dict[str, dict[str, Any]] = {
     | BIASED
     | {
         "architectures": ["Glm4MoeLiteForCausalLM"], "model_type": "glm4_moe_lite", "q_lora_rank": 96,
-        "rope_theta": 1000000.0, "routed_scaling_factor": 1.8, "partial_rotary_factor": 1.0,
+        "rope_theta": 1000000.0, "routed_scaling_factor": 1.8, "partial_rotary_factor": 1.0, "qk_nope_head_dim": 24,
+    },
+    "deepseek-v2.5": SIZES
+    | {
+        "architectures": ["DeepseekV2ForCausalLM"], "model_type": "deepseek_v2", "q_lora_rank": 96, "rope_theta": 10000,
+        "rope_scaling": YARN, "scoring_func": "softmax", "topk_method": "group_limited_greedy", "norm_topk_prob": False,
+        "routed_scaling_factor": 16.0, "n_group": 4, "topk_group": 2,
+    },
+    "deepseek-v3": SIZES
+    | V3
+    | {
+        "q_lora_rank": 96, "rope_theta": 10000, "rope_scaling": YARN, "routed_scaling_factor": 2.5, "n_group": 4,
+        "topk_group": 2,
     },
 }  # fmt: skip
-WRAPPERS = {
-    "kimi-k2.5": ("text_config", "language_model.", {"architectures": ["KimiK25ForConditionalGeneration"]}),
-    "kimi-vl": ("text_config", "language_model.", {"architectures": ["KimiVLForConditionalGeneration"]}),
-    "deepseek-vl2": ("language_config", "language.", {"model_type": "deepseek_vl_v2"}),
-}
+# The encoders are as small as they can be: no test shows them an image.
+VISION = {"num_attention_heads": 2, "num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 32}
+VISION_K25 = VISION | {
+    "text_hidden_size": 128, "mm_hidden_size": 32, "vt_hidden_size": 32, "vt_num_attention_heads": 2,
+    "vt_num_hidden_layers": 1, "vt_intermediate_size": 32,
+}  # fmt: skip
+# name -> the language model, the key of its config, the prefix of its weights, and what the wrapper adds
+WRAPPERS: dict[str, tuple[str, str, str, dict[str, Any]]] = {
+    "kimi-k2.5": (
+        "kimi-k2",
+        "text_config",
+        "language_model.",
+        {
+            "architectures": ["KimiK25ForConditionalGeneration"], "model_type": "kimi_k25",
+            "vision_config": VISION_K25, "media_placeholder_token_id": 4095,
+        },
+    ),
+    "kimi-vl": (
+        "moonlight",
+        "text_config",
+        "language_model.",
+        {
+            "architectures": ["KimiVLForConditionalGeneration"], "model_type": "kimi_vl",
+            "vision_config": VISION, "media_placeholder_token_id": 4095,
+        },
+    ),
+    "deepseek-vl2": (
+        "deepseek-v2",
+        "language_config",
+        "language.",
+        {
+            "model_type": "deepseek_vl_v2", "tile_tag": "2D",
+            "projector_config": {"projector_type": "linear", "input_dim": 8, "n_embed": 128},
+            "candidate_resolutions": [[384, 384]],
+        },
+    ),
+}  # fmt: skip
+PROCESSOR_CONFIG = {
+    "auto_map": {"AutoProcessor": "processing_text.TextProcessor"},
+    # what SGLang's own processor needs, for DeepSeek-VL2
+    "candidate_resolutions": [[384, 384]], "patch_size": 14, "downsample_ratio": 2,
+}  # fmt: skip
+# Published wrappers carry their processor's code, which SGLang runs with --trust-remote-code. This one takes text.
+TEXT_PROCESSOR = '''"""A processor without images."""
+from types import SimpleNamespace
+
+from transformers import AutoTokenizer, ProcessorMixin
+
+
+class TextProcessor(ProcessorMixin):
+    attributes = ["tokenizer"]
+    tokenizer_class = "AutoTokenizer"
+
+    def __init__(self, tokenizer=None, **kwargs):
+        super().__init__(tokenizer)
+        self.image_processor = None
+        config = dict(patch_size=14, merge_kernel_size=2, in_patch_limit=64, patch_limit_on_one_side=8)
+        self.media_processor = SimpleNamespace(media_proc_cfg=config | dict(image_mean=[0.5], image_std=[0.5]))
+
+    @classmethod
+    def from_pretrained(cls, path, **kwargs):
+        return cls(AutoTokenizer.from_pretrained(path))
+'''
 
 
 def draw_weights(config: dict[str, Any], seed: int = 0) -> dict[str, torch.Tensor]:
@@ -126,10 +196,13 @@ def save(folder: Path, config: dict[str, Any], weights: dict[str, torch.Tensor],
 
 
 def random_checkpoint(folder: Path, family: str, tokenizer_of: str) -> Path:
-    """A small random checkpoint of a family of `CONFIGS`, or of `WRAPPERS` around a Kimi K2 or DeepSeek V2."""
+    """A small random checkpoint of a family of `CONFIGS` or `WRAPPERS`."""
     if family in CONFIGS:
         return save(folder, CONFIGS[family], draw_weights(CONFIGS[family]), tokenizer_of)
-    key, prefix, outer = WRAPPERS[family]
-    inner = CONFIGS["kimi-k2" if family == "kimi-k2.5" else "deepseek-v2"]
+    name, key, prefix, outer = WRAPPERS[family]
+    inner = CONFIGS[name]
     weights = {prefix + name: weight for name, weight in draw_weights(inner).items()}
-    return save(folder, {**outer, key: inner}, weights, tokenizer_of)
+    save(folder, {**outer, key: inner}, weights, tokenizer_of)
+    (folder / "processing_text.py").write_text(TEXT_PROCESSOR)
+    (folder / "processor_config.json").write_text(json.dumps(PROCESSOR_CONFIG))
+    return folder

@@ -27,7 +27,7 @@ from sglang_tpla.host.model.architectures import check_architectures
 from sglang_tpla.host.model.rows import row_format, sketched
 from sglang_tpla.host.process import artifact, name_server, settings
 from sglang_tpla.reference_model.checkpoint import Checkpoint, CheckpointError, local_checkpoint
-from sglang_tpla.reference_model.config_file import language_config, read_whole_config
+from sglang_tpla.reference_model.config_file import check_query_scaling, language_config, read_whole_config
 from sglang_tpla.transfer.network.security import Security
 from sglang_tpla.transfer.room import TransferError
 
@@ -171,10 +171,7 @@ def check_bootstrap_port(host: str, port: int) -> None:
 
 def local_config(model_path: str) -> dict[str, Any]:
     """The whole config of a checkpoint folder, read before SGLang acts on it; empty for a model of the hub."""
-    path = Path(model_path) / "config.json"
-    if not path.is_file():
-        return {}
-    return read_whole_config(path)
+    return read_whole_config(model_path) if Path(model_path).is_dir() else {}
 
 
 def check_config(model_path: str, config: dict[str, Any]) -> None:
@@ -185,6 +182,7 @@ def check_config(model_path: str, config: dict[str, Any]) -> None:
     """
     check_architectures(model_path, config.get("architectures") or ())
     config = language_config(config)
+    check_query_scaling(config)
     if config.get(SPARSE) is not None:
         raise ConfigError(
             f"{model_path} uses DeepSeek sparse attention (its config has {SPARSE!r}): the indexer needs the whole "

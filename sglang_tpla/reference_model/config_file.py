@@ -36,6 +36,11 @@ def read_whole_config(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     path = path / "config.json" if path.is_dir() else path
     if not path.is_file():
+        if path.with_name("params.json").is_file():
+            raise CheckpointError(
+                f"{path.parent} is in Mistral's own format (params.json without config.json), which is not read: serve "
+                "Mistral Large 3 with stock SGLang"
+            )
         raise CheckpointError(f"expected a model directory with config.json, found none at {path}")
     try:
         loaded = json.loads(path.read_text(encoding="utf-8"))
@@ -64,6 +69,26 @@ def rope_scaling(config: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(found, Mapping):
         raise CheckpointError(f"expected rope_scaling to be a mapping, got {found!r}")
     return {name: value for name, value in found.items() if value is not None}
+
+
+def check_query_scaling(config: Mapping[str, Any]) -> None:
+    """Refuse a model that scales queries by their position, as Mistral's do.
+
+    SGLang knows one of the two names, and follows it in some of its ways to compute attention, not in all.
+
+    Raises:
+        CheckpointError: naming the key.
+    """
+    for name, part in (
+        ("llama_4_scaling", config),
+        *(("llama_4_scaling_beta", config.get(key)) for key in ("rope_scaling", "rope_parameters")),
+        ("llama_4_scaling_beta", config),
+    ):
+        if isinstance(part, Mapping) and part.get(name) is not None:
+            raise CheckpointError(
+                f"the model scales queries by their position (its config has {name} = {part[name]!r}), which "
+                "sglang_tpla does not compute: serve it with stock SGLang"
+            )
 
 
 def rope_theta(config: Mapping[str, Any]) -> float:

@@ -7,7 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sglang_tpla.reference_model.config_file import CheckpointError, language_config, rope_scaling, rope_theta
+from sglang_tpla.reference_model.config_file import (
+    CheckpointError,
+    check_query_scaling,
+    language_config,
+    rope_scaling,
+    rope_theta,
+)
 
 
 @dataclass(frozen=True)
@@ -63,7 +69,7 @@ class ModelSpec:
         """Read a config.
 
         Raises:
-            CheckpointError: a missing key, or a rope scaling or scoring that this family does not use.
+            CheckpointError: a missing key, or a rope scaling, query scaling or scoring that this family does not use.
         """
         try:
             return cls._read(language_config(config))
@@ -74,6 +80,7 @@ class ModelSpec:
 
     @classmethod
     def _read(cls, config: Mapping[str, Any]) -> ModelSpec:
+        check_query_scaling(config)
         yarn = _read_yarn(rope_scaling(config), config)
         scale = (config["qk_nope_head_dim"] + config["qk_rope_head_dim"]) ** -0.5
         if yarn is not None:

@@ -15,6 +15,7 @@ class TransferError(SglangTplaError, RuntimeError):
 
 
 MAX_ROOM_ID = 2**63 - 1
+REFUSED = "refused the request: "  # in a reason: the request cannot be served as it is, which its client is told (400)
 MAX_REMEMBERED = 65536  # in a table of what has ended
 
 

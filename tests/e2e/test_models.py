@@ -1,7 +1,8 @@
 """Every served family by a small random checkpoint, through real servers, against the plain model.
 
 The maps lose nothing: both groups keep the whole latent and each gives half of the values. So every hook of the layer
-runs, with two ranks that hold all heads, and the answer is that of plain MLA.
+runs, with two ranks that hold all heads, and the answer is that of plain MLA. Wrapped models answer text: their
+language model goes through the same hooks.
 """
 
 from __future__ import annotations
@@ -13,15 +14,18 @@ import torch
 
 from sglang_tpla.artifact.artifact import ArtifactMeta, build
 from sglang_tpla.artifact.model_identity import config_hash, weights_hash
+from sglang_tpla.measure.statistics import Statistics
 from sglang_tpla.plan.model import from_config
 from sglang_tpla.reference_model.checkpoint import Checkpoint
 from sglang_tpla.reference_model.forward import PlainModel
 from tests.e2e.model_answers import said_and_due
 from tests.e2e.servers import Pair, launcher, running
 from tests.ports import free_ports
-from tests.random_checkpoint import CONFIGS, random_checkpoint
+from tests.random_checkpoint import CONFIGS, WRAPPERS, random_checkpoint
 
 TOKENS = 8
+# Kimi K2.5 and Kimi-VL have the language models of two of these; DeepSeek-VL2's encoder has one size alone, 1.6 GB.
+SLOW = ("kimi-k2", "moonlight", "deepseek-v2.5", "deepseek-v3", "deepseek-vl2")
 
 
 def whole_latents(folder: Path, path: Path) -> Path:
@@ -39,19 +43,30 @@ def whole_latents(folder: Path, path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("family", sorted(CONFIGS))
-def test_a_family_is_served(family: str, nano_mla: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name in SLOW else ())
+        for name in sorted(CONFIGS | WRAPPERS)
+    ],
+)
+def test_a_family_is_served(
+    family: str, nano_mla: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = random_checkpoint(tmp_path / family, family, nano_mla)
+    wrapper = ("--trust-remote-code",) if family in WRAPPERS else ()
+    monkeypatch.setenv("SGLANG_TPLA_CPU_MEMORY_BYTES", str(3 << 30))
     assert from_config(Checkpoint(folder).config, family).latent_dim == 64
     artifact = whole_latents(folder, tmp_path / "whole.safetensors")
     ports = free_ports(3)
     prefill = launcher(
         "prefill", str(folder), ports[0], tmp_path / "prefill.log", "--disaggregation-bootstrap-port", str(ports[1]),
         "--tpla-statistics-folder", str(tmp_path / "statistics"), "--tpla-statistics-every-tokens", "8",
+        *wrapper,
     )  # fmt: skip
     decode = launcher(
         "decode", str(folder), ports[2], tmp_path / "decode.log", "--tp", "2", "--tpla-groups", "2",
-        "--tpla-artifact", str(artifact),
+        "--tpla-artifact", str(artifact), *wrapper,
     )  # fmt: skip
     model = PlainModel(str(folder))
     with running(prefill, decode):
@@ -64,4 +79,5 @@ def test_a_family_is_served(family: str, nano_mla: str, tmp_path: Path) -> None:
             torch.testing.assert_close(said, expected, rtol=0, atol=2e-3)
         assert decode.get("/server_info")["tpla"]["widths"] == [64] * 3
     (written,) = (tmp_path / "statistics").iterdir()
-    assert written.suffix == ".safetensors"
+    layers = Statistics.load(written).layers
+    assert len(layers) == 3 and all(layer.latent_count >= 20 for layer in layers)

@@ -141,3 +141,20 @@ def test_models_that_are_not_served_are_refused_by_name(tmp_path: Path, nano_mla
         output = start("--role", "prefill", "--model-path", model, *COMMON)
         assert f"is a {name}, which sglang_tpla does not serve" in output and reason in output, output[-2000:]
         assert "Traceback" not in output and "DeepseekV3ForCausalLM" in output, output[-2000:]
+
+
+def test_mistral_large_3_by_its_own_format(tmp_path: Path, nano_mla: str) -> None:
+    """SGLang reads ``params.json`` for such a name, so that only then the architecture is known."""
+    model = Path(other_model(tmp_path / "Mistral-Large-3-tiny", nano_mla))
+    params = {
+        "dim": 256, "n_layers": 4, "head_dim": 64, "hidden_dim": 512, "n_heads": 8, "n_kv_heads": 8, "norm_eps": 1e-6,
+        "rope_theta": 10000.0, "vocab_size": 4096, "q_lora_rank": 128, "kv_lora_rank": 128, "qk_rope_head_dim": 32,
+        "qk_nope_head_dim": 32, "v_head_dim": 32, "llama_4_scaling": {"original_max_position_embeddings": 9, "beta": 1},
+        "moe": {"num_experts": 8, "num_experts_per_tok": 2, "num_shared_experts": 1, "expert_hidden_dim": 64},
+    }  # fmt: skip
+    (model / "params.json").write_text(json.dumps(params))
+    output = start("--role", "prefill", "--model-path", str(model), *COMMON)
+    assert "is a MistralLarge3ForCausalLM, which sglang_tpla does not serve" in output, output[-2000:]
+    (model / "config.json").unlink()
+    output = start("--role", "prefill", "--model-path", str(model), *COMMON)
+    assert "Mistral's own format" in output and "Traceback" not in output, output[-2000:]

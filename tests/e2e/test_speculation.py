@@ -8,6 +8,7 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import re
+import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,8 +110,8 @@ def until_running(decode: Server, call: concurrent.futures.Future[Answer]) -> No
         assert not call.done(), call.result()
 
 
-def agree(answer: dict[str, Any], right: dict[str, Any], far: float) -> None:
-    """The same tokens up to a tie, log-probabilities within ``far``, and few of them beyond 5e-3."""
+def agree(answer: dict[str, Any], right: dict[str, Any], far: float) -> list[float]:
+    """Check that tokens are the same up to a tie, and return how far their log-probabilities differ, below ``far``."""
     apart = []
     for (token, value), best in zip(said(answer), right["meta_info"]["output_top_logprobs"], strict=True):
         (first, expected, _), (second, other, _) = best
@@ -118,22 +119,26 @@ def agree(answer: dict[str, Any], right: dict[str, Any], far: float) -> None:
             assert token == other and first - second < far, (token, value, best)
             break
         apart.append(abs(value - first))
-    assert max(apart) < far and sum(value > 5e-3 for value in apart) <= len(apart) / 10, apart
+    assert max(apart) < far, apart
+    return apart
 
 
 def test_greedy_answers_are_those_without_speculation(servers: Servers, prompts: list[list[int]]) -> None:
     """Token by token, with their log-probabilities, one request at a time and all at once.
 
-    Several tokens at once add up in another order: a value of sketched rows between two codes may go to either.
+    Several tokens at once add up in another order. In sketched rows an 8-bit code, or a value of the rotary key in
+    bfloat16, then falls to its other side now and then: in the reference model, rows that differ by a millionth before
+    rounding give a mean of 3e-4 and single differences up to 9e-3. Rows that were not rounded at all would give a mean
+    of 9e-3.
     """
-    far = {"plain": 1e-4, "sketched": 5e-2}[servers.rows]
+    far, mean = {"plain": (1e-4, 1e-5), "sketched": (2e-2, 1e-3)}[servers.rows]
     told = {"return_logprob": True, "top_logprobs_num": 2}
     expected = [servers.plain.generate(prompt, TOKENS, **told)[1] for prompt in prompts]
     alone = [servers.speculating.generate(prompt, TOKENS, **told)[1] for prompt in prompts]
     together = servers.speculating.generate(prompts, TOKENS, **told)[1]
     for answers in (alone, together):
-        for answer, right in zip(answers, expected, strict=True):
-            agree(answer, right, far)
+        pairs = zip(answers, expected, strict=True)
+        assert statistics.fmean(one for pair in pairs for one in agree(*pair, far)) < mean
     steps = sum(answer["meta_info"]["spec_verify_ct"] for answer in alone)
     kept = sum(answer["meta_info"]["completion_tokens"] for answer in alone)
     assert steps < kept  # some guesses were right
@@ -242,6 +247,33 @@ def test_a_decode_server_that_was_killed(servers: Servers, prompts: list[list[in
     pair.decode.start().wait()
     right = servers.plain.generate(prompts[0], TOKENS)[1]
     assert pair.generate(prompts[0], TOKENS)[1]["output_ids"] == right["output_ids"]
+
+
+@plain_rows
+@pytest.mark.slow
+def test_requests_that_are_retracted(servers: Servers, model: Model, prompts: list[list[int]]) -> None:
+    """A server that takes requests out of its batch again and again gives the same answers in the end.
+
+    SGLang keeps the rows of a retracted request on the host, but not the draft's: its guesses are worse from there on.
+    """
+    (port,), log = free_ports(1), model.folder / "retracting-decode.log"
+    same = servers.speculating
+    decode = launcher("decode", str(model.path), port, log)
+    decode.command = tuple(
+        str(port) if part == str(same.decode.port) else part for part in same.decode.command
+    )
+    decode.env |= {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "5"}
+    told = {"return_logprob": True, "top_logprobs_num": 2}
+    expected = [servers.plain.generate(prompt, TOKENS, **told)[1] for prompt in prompts]
+    try:
+        pair = Pair(same.prefill, same.bootstrap, decode.start().wait(), next_room=800_000)
+        answers = pair.generate(prompts, TOKENS, **told)[1]
+        for answer, right in zip(answers, expected, strict=True):
+            agree(answer, right, 1e-4)
+        assert "Testing retraction" in log_of(decode)
+        wait_idle(pair.prefill, pair.decode)
+    finally:
+        decode.stop()
 
 
 def log_of(server: Server) -> str:

@@ -35,7 +35,7 @@ def pair(nano_mla: str, logs: Path) -> Iterator[Pair]:
         launcher("prefill", nano_mla, ports[3], logs / "node-1.log", *node, "--node-rank", "1",
                  "--tpla-chunk-bytes", "4096"),
         launcher("decode", nano_mla, ports[2], logs / "small-decode.log", "--max-total-tokens", str(POOL_TOKENS),
-                 "--num-reserved-decode-tokens", str(RESERVED_TOKENS)),
+                 "--num-reserved-decode-tokens", str(RESERVED_TOKENS), "--enable-custom-logit-processor"),
     ]  # fmt: skip
     prefill, node, decode = servers
     with contextlib.ExitStack() as stack:
@@ -45,20 +45,20 @@ def pair(nano_mla: str, logs: Path) -> Iterator[Pair]:
         yield Pair(prefill, ports[1], decode)
 
 
-def both(pair: Pair, tokens: int) -> tuple[httpx.Response, httpx.Response, float]:
+def both(pair: Pair, tokens: int, **changes: Any) -> tuple[httpx.Response, httpx.Response, float]:
     """The answers to a prompt of so many tokens, and when the second one had come."""
     start = time.monotonic()
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        asked = [pool.submit(half, server, pair, tokens) for server in (pair.prefill, pair.decode)]
+        asked = [pool.submit(half, server, pair, tokens, **changes) for server in (pair.prefill, pair.decode)]
         prefill, decode = (answer.result() for answer in asked)
     pair.next_room += 1
     return prefill, decode, time.monotonic() - start
 
 
-def half(server: Server, pair: Pair, tokens: int) -> httpx.Response:
+def half(server: Server, pair: Pair, tokens: int, **changes: Any) -> httpx.Response:
     body: dict[str, Any] = request_body([7 + n % 50 for n in range(tokens)], 4)
     place = {"bootstrap_host": "127.0.0.1", "bootstrap_port": pair.bootstrap}
-    return server.post("/generate", body | place | {"bootstrap_room": pair.next_room})
+    return server.post("/generate", body | place | {"bootstrap_room": pair.next_room} | changes)
 
 
 def test_nodes_that_cut_chunks_differently_serve(pair: Pair) -> None:
@@ -70,9 +70,47 @@ def test_nodes_that_cut_chunks_differently_serve(pair: Pair) -> None:
 
 def test_a_prompt_above_the_context_of_prefill(pair: Pair) -> None:
     prefill, decode, seconds = both(pair, CONTEXT_TOKENS + 1)
-    assert prefill.status_code == 400 and decode.status_code >= 400
+    assert (prefill.status_code, decode.status_code) == (400, 400)
     assert f"{CONTEXT_TOKENS + 1} tokens" in decode.text, decode.text
     assert seconds < SOON_S
+
+
+# A field of which only decode's flags know what to do with it.
+PROCESSOR = {"custom_logit_processor": '{"callable": "80"}'}
+WHY = "not configured to enable custom logit processor"
+
+
+def test_what_prefill_alone_refuses_is_answered_with_its_reason(pair: Pair) -> None:
+    prefill, decode, _ = both(pair, 20, **PROCESSOR)
+    assert (prefill.status_code, decode.status_code) == (400, 400), decode.text
+    assert f"the prefill server refused the request: The server is {WHY}" in decode.text, decode.text
+    place = [7000 + pair.next_room, 7001 + pair.next_room]
+    batch: dict[str, Any] = {"input_ids": [[5, 6], [7, 8]], "bootstrap_room": place}
+    prefill, decode, _ = both(pair, 20, **PROCESSOR, **batch)
+    assert (prefill.status_code, decode.status_code) == (400, 400) and WHY in decode.text, decode.text
+    wait_idle(
+        pair.prefill, pair.decode, timeout_s=ROOM_TIMEOUT_S / 2
+    )  # each room was told, not the first one alone
+    assert [answer.status_code for answer in both(pair, 20)[:2]] == [200, 200]
+
+
+def test_refusals_of_one_side_do_not_close_the_service(pair: Pair, logs: Path) -> None:
+    """The router would try again after a 500, and give up a server after some: for everyone."""
+    front = router(
+        free_ports(1)[0], logs / "one-sided-router.log", pair.prefill.url, pair.bootstrap, pair.decode.url
+    )
+    try:
+        front.start().wait("/readiness")
+        body = request_body([5, 6, 7], 4)
+        long = request_body([7] * (CONTEXT_TOKENS + 1), 4)
+        longer = request_body([7] * (POOL_TOKENS - RESERVED_TOKENS + 1), 4)
+        for wrong in (body | PROCESSOR, long, longer):
+            for _ in range(6):  # more than the router's failures before it opens a circuit
+                answer = front.post("/generate", wrong)
+                assert answer.status_code == 400, answer.text
+        assert front.post("/generate", body).status_code == 200
+    finally:
+        front.stop()
 
 
 def test_a_prompt_that_never_fits_beside_what_decode_reserves(pair: Pair) -> None:
@@ -80,7 +118,7 @@ def test_a_prompt_that_never_fits_beside_what_decode_reserves(pair: Pair) -> Non
     prefill, decode, seconds = both(pair, tokens)
     assert decode.status_code == 400, decode.text
     assert f"takes at most {POOL_TOKENS - RESERVED_TOKENS}" in decode.text
-    assert prefill.status_code >= 400 and f"{tokens} tokens" in prefill.text, prefill.text
+    assert prefill.status_code == 400 and f"{tokens} tokens" in prefill.text, prefill.text
     assert seconds < SOON_S
     assert [answer.status_code for answer in both(pair, 20)[:2]] == [200, 200]
 

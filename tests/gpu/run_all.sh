@@ -4,7 +4,7 @@
 #   tests/gpu/run_all.sh [PARTS] [pytest arguments]
 #
 # PARTS is a folder with SGLang packed as base-* (tar, xz, split), for a machine that has none installed. It is unpacked
-# into $SGLANG_SITE (/tmp/sglang-site). The engine's tests also serve the checkpoint SGLANG_TPLA_TEST_TINY with the
+# into $SGLANG_SITE (/tmp/sglang-site). Grammars need the real xgrammar in it. The engine's tests also serve the checkpoint SGLANG_TPLA_TEST_TINY with the
 # artifact SGLANG_TPLA_TEST_TINY_ARTIFACT, where named; SGLANG_TPLA_TEST_RESULTS is a folder for figures and logs.
 set -eu
 root=$(cd "$(dirname "$0")/../.." && pwd)

@@ -11,7 +11,6 @@ import concurrent.futures
 import contextlib
 import json
 import os
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -326,19 +325,6 @@ def test_answers_through_the_router(bench: Bench, layout: str) -> None:
     with concurrent.futures.ThreadPoolExecutor(len(bench.prompts)) as pool:
         routed = list(pool.map(lambda prompt: front.generate(prompt, TOKENS, **LOGPROBS), bench.prompts))
     assert_good(bench, layout, routed)
-
-
-@pytest.mark.parametrize(("bench", "layout"), [(name, "two-groups") for name in MODELS], indirect=["bench"])
-def test_grammars_hold_from_prefills_token_on(bench: Bench, layout: str) -> None:
-    """Prefill samples the first token and decode the others, both under the grammar, which each compiles for itself."""
-    pair = bench.engines.pair(layout)
-    grammar = {"max_new_tokens": 8, "temperature": 0, "regex": "[0-9]{3}-[ab]{2}"}
-    _, said = pair.generate(bench.prompts[0], 8, sampling_params=grammar)
-    assert re.fullmatch("[0-9]{3}-[ab]{0,2}|[0-9]{0,3}", said["text"]) and said["text"], said
-    _, said = pair.generate(
-        bench.prompts[0], 8, sampling_params=grammar | {"regex": None, "ebnf": 'root ::= "yes"'}
-    )
-    assert said["text"] == "yes"
 
 
 def assert_good(bench: Bench, layout: str, answers: list[dict[str, Any]]) -> None:

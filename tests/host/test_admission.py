@@ -69,8 +69,10 @@ def test_what_sglang_refuses_gets_no_room(mode: str) -> None:
     admit(queue, server, req)
     assert not queue.called and req.finished_reason.message == "Input length exceeds"
     server.output_streamer.stream_output.assert_called_once_with([req], False)
-    (to, reason), _ = server.disagg_decode_prealloc_queue.kv_manager.decline.call_args
-    assert to is req and reason == f"the {mode} server refused the request: Input length exceeds"
+    decline = server.disagg_decode_prealloc_queue.kv_manager.decline
+    decline.assert_called_once_with(
+        5, "p_1", 8998, f"the {mode} server refused the request: Input length exceeds"
+    )
 
 
 @pytest.mark.parametrize("mode", ["prefill", "decode"])

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 
 from sglang_tpla.config import ConfigError
 from sglang_tpla.host.model.architectures import REFUSED, SERVED, check_architectures
-from sglang_tpla.host.validation import check_config
+from sglang_tpla.host.validation import check_config, local_config
+from sglang_tpla.reference_model.config_file import CheckpointError
 
 
 @pytest.mark.parametrize("name", SERVED)
@@ -41,3 +45,22 @@ def test_a_latent_cache_is_not_enough() -> None:
     inner = {**latent, "index_topk": 2048}
     with pytest.raises(ConfigError, match="sparse attention"):
         check_config("/m", {"architectures": ["KimiK25ForConditionalGeneration"], "text_config": inner})
+
+
+def test_mistral_large_3_in_the_forms_in_which_it_comes(tmp_path: Path) -> None:
+    """By its name, by its own format, and as a model of a served class that scales queries by their position."""
+    latent: dict[str, Any] = {"kv_lora_rank": 512, "architectures": ["DeepseekV3ForCausalLM"]}
+    for form in (
+        {"llama_4_scaling": {"original_max_position_embeddings": 8192, "beta": 0.1}},
+        {"rope_parameters": {"rope_type": "yarn", "factor": 128.0, "llama_4_scaling_beta": 0.1}},
+    ):
+        with pytest.raises(CheckpointError, match="scales queries by their position"):
+            check_config("/m", latent | form)
+        with pytest.raises(CheckpointError, match="scales queries by their position"):
+            check_config(
+                "/m", {"architectures": ["KimiK25ForConditionalGeneration"], "text_config": latent | form}
+            )
+    (tmp_path / "params.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="Mistral's own format"):
+        local_config(str(tmp_path))
+    assert local_config("mistralai/a-model-of-the-hub") == {}

@@ -28,7 +28,7 @@ def test_a_room_that_has_ended_is_its_requests_until_it_is_cleared() -> None:
 
     with contextlib.closing(rig.prefill_rank().agent) as agent:
         manager = SimpleNamespace(
-            agent=agent, rooms_taken=set(), request_status={}, nap_if_idle=lambda room: None
+            agent=agent, rooms_taken=set(), request_status={}, nap_if_idle=lambda room: None, attn_tp_rank=0
         )
         first, second = request(manager, 7), request(manager, 7)
         first._open()

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import warnings
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
 import pytest
 
-from sglang_tpla.host.disaggregation.aborts import abort, drop_waiting
+
+@pytest.fixture(scope="module", autouse=True)
+def imported() -> None:
+    with warnings.catch_warnings():  # SGLang's own imports warn of what a CPU lacks
+        warnings.simplefilter("ignore")
+        import sglang_tpla.host.disaggregation.aborts  # noqa: F401
 
 
 def waiting(rid: str, pending_bootstrap: bool = False) -> SimpleNamespace:
@@ -22,6 +28,8 @@ def waiting(rid: str, pending_bootstrap: bool = False) -> SimpleNamespace:
     [("a", False, ["a1"]), ("c", False, []), ("", True, ["a1", "b"]), ("z", False, [])],
 )
 def test_waiting_requests(rid: str, abort_all: bool, dropped: list[str]) -> None:
+    from sglang_tpla.host.disaggregation.aborts import drop_waiting
+
     queue = [waiting("a1"), waiting("b"), waiting("c", pending_bootstrap=True)]
     queue.append(SimpleNamespace(rid="a2", pending_bootstrap=False, disagg_kv_sender=None))
     drop_waiting(SimpleNamespace(waiting_queue=queue), SimpleNamespace(rid=rid, abort_all=abort_all))
@@ -44,6 +52,8 @@ def test_an_abort_reaches_no_request_whose_id_only_begins_alike(
     rid: str, abort_all: bool, reached: list[str]
 ) -> None:
     """SGLang compares beginnings of ids, so other requests hide their ids from it meanwhile."""
+    from sglang_tpla.host.disaggregation.aborts import abort
+
     wrapped = SimpleNamespace(req=waiting("abc"))
     scheduler = SimpleNamespace(
         waiting_queue=[waiting("a")],

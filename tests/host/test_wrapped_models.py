@@ -1,7 +1,6 @@
 """Models whose language model is wrapped: SGLang's own classes are hooked, loaded, folded and observed.
 
-The tests build them in this process, because a server of these models needs the image processor's own code, which only
-their published checkpoints carry.
+``tests/e2e/test_models.py`` has them in real servers.
 """
 
 from __future__ import annotations

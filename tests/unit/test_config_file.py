@@ -63,6 +63,31 @@ def test_a_base_that_is_no_number(theta: Any) -> None:
         rope_theta({"rope_theta": theta})
 
 
+SCALING = {"original_max_position_embeddings": 8192, "beta": 0.1}
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        {"llama_4_scaling": SCALING},
+        {"rope_parameters": YARN | {"llama_4_scaling_beta": 0.1}},
+        {"rope_scaling": YARN | {"llama_4_scaling_beta": 0.1}},
+        {"llama_4_scaling_beta": 0.1},
+    ],
+)
+def test_queries_scaled_by_position_are_refused(form: dict[str, Any], tmp_path: Path) -> None:
+    config = read_config(written(tmp_path, **form))
+    with pytest.raises(CheckpointError, match=r"scales queries by their position .*llama_4_scaling"):
+        ModelSpec.from_config(config)
+    ModelSpec.from_config(read_config(written(tmp_path, llama_4_scaling=None)))
+
+
+def test_mistrals_own_format_is_named(tmp_path: Path) -> None:
+    (tmp_path / "params.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="Mistral's own format"):
+        read_config(tmp_path)
+
+
 @pytest.mark.parametrize(("content", "said"), [("[]", "JSON object"), ("{", "not valid JSON")])
 def test_what_is_no_config(content: str, said: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(content)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from sglang_tpla.host.requests.masks import apply_grammar, blame_grammar, leave_one
+from sglang_tpla.host.requests.masks import apply_grammar, blame_request, leave_one
 
 NEVER = float("-inf")
 
@@ -48,13 +48,14 @@ def test_a_shortest_length_that_holds_back_every_token(penalized: bool) -> None:
     [
         ("Grammar accept_token failed: Tokens not accepted", 500, 400),
         ("Grammar accept_token failed", None, None),
+        ("room 5: aborted: the prefill server refused the request: no such LoRA", 500, 400),
         ("another reason", 500, 500),
         (None, None, None),
     ],
 )
-def test_a_grammar_without_a_way_on_is_the_clients_fault(
+def test_what_is_the_requests_fault_is_answered_so(
     message: str | None, given: int | None, kept: int | None
 ) -> None:
     reason = SimpleNamespace(status_code=given)
-    blame_grammar(None, reason, message, given)
+    blame_request(None, reason, message, given)
     assert reason.status_code == kept

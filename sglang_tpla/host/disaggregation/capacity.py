@@ -15,6 +15,7 @@ from typing import Any
 from sglang.srt.disaggregation.utils import prepare_abort
 
 from sglang_tpla.host.disaggregation.kv_manager import TplaKVManager
+from sglang_tpla.transfer.room import REFUSED
 
 
 def exceeds(original: Callable[..., bool], self: Any, req: Any) -> bool:
@@ -29,9 +30,8 @@ def exceeds(original: Callable[..., bool], self: Any, req: Any) -> bool:
         self.scheduler.output_streamer.stream_output([req], req.return_logprob)
         refused = True
     if refused:
-        manager.decline(
-            req, f"the {manager.agent.role} server refused a prompt of {tokens} tokens: it does not fit"
-        )
+        reason = f"the {manager.agent.role} server {REFUSED}a prompt of {tokens} tokens does not fit"
+        manager.decline(req.bootstrap_room, req.bootstrap_host, req.bootstrap_port, reason)
     elif req.bootstrap_room is not None:
         manager.prompts[req.bootstrap_room] = tokens
     return refused

@@ -165,16 +165,19 @@ class TplaKVManager(CommonKVManager):
         if room == watched or now - before > IDLE_PASS_S:
             self._watched = room, now
 
-    def decline(self, req: Any, reason: str) -> None:
-        """Tell the other side not to wait for a request that this server refused before its sender or receiver."""
-        room = req.bootstrap_room
+    def decline(self, room: int, host: str, port: int | None, reason: str) -> None:
+        """Tell the other side not to wait for a request that this server refused before its sender or receiver.
+
+        Args:
+            host: of the prefill server's bootstrap server, with its port.
+        """
+        if room in self.rooms_taken:
+            return  # another request's
         try:
             if self.disaggregation_mode == DisaggregationMode.PREFILL:
                 self.agent.decline(room, reason)
                 return
-            known = self.rank_addresses.get(
-                NetworkAddress(req.bootstrap_host, req.bootstrap_port).to_host_port_str()
-            )
+            known = self.rank_addresses.get(NetworkAddress(host, port).to_host_port_str())
             peers = {(info["rank_ip"], info["rank_port"], False) for info in (known or {}).values()}
             if peers:  # without peers the other rank waits for room_timeout_s
                 self.agent.open_room(room, sorted(peers))

@@ -19,6 +19,8 @@ from sglang_tpla.host.process import settings
 from sglang_tpla.transfer.prefill.agent import PrefillAgent
 from sglang_tpla.transfer.room import RoomState, TransferError, TransferMetric
 
+HOLD_BACK_S = 0.2
+
 logger = logging.getLogger(__name__)
 
 
@@ -36,6 +38,7 @@ class _Request:
     _owner = True  # SGLang's tables under the room number are this request's
     _reason: str | None = None
     _highest = KVPoll.Bootstrapping
+    _failed_at: float | None = None  # when this rank first saw its room failed
     _metric = TransferMetric()
 
     def _ask(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> bool:
@@ -72,6 +75,8 @@ class _Request:
         if state != KVPoll.Failed and self._opened:
             self.kv_mgr.nap_if_idle(self.bootstrap_room)
             state = int(self.kv_mgr.agent.poll(self.bootstrap_room))
+            if state == KVPoll.Failed and self._holds_back():
+                return self._highest
         if state in (KVPoll.Success, KVPoll.Failed):
             self.conclude_state = state
             return state
@@ -79,6 +84,17 @@ class _Request:
         # stays in its state, until it is asked for again or fails at its deadline.
         self._highest = max(self._highest, state)
         return self._highest
+
+    def _holds_back(self) -> bool:
+        """Whether this rank still keeps a failure to itself, so that the rank that answers the client hears why first.
+
+        One rank's failure fails the request on all of them at once. The reason takes its way over the other server.
+        """
+        if self.kv_mgr.attn_tp_rank == 0:
+            return False
+        now = time.monotonic()
+        self._failed_at = self._failed_at or now
+        return now - self._failed_at < HOLD_BACK_S
 
     def _end(self, reason: str) -> None:
         """Close the room; abort it first if it still moves, so that its peers hear the reason."""

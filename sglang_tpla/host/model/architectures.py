@@ -22,6 +22,7 @@ SERVED = {
 _SPARSE = "its indexer (DeepSeek sparse attention) needs the whole latent on every rank"
 _LINEAR = "the state of its linear-attention layers is not transferred"
 _OWN = "its attention is a class of its own, which is not hooked"
+_MISTRAL = "it scales queries by their position, and its checkpoints are in Mistral's own format"
 REFUSED = {
     "DeepseekV32ForCausalLM": _SPARSE,
     "GlmMoeDsaForCausalLM": _SPARSE,
@@ -39,8 +40,10 @@ REFUSED = {
     "GigaChat35ForCausalLM": _LINEAR,
     "SarvamMLAForCausalLM": _OWN,
     "MiniCPM3ForCausalLM": _OWN,
-    "MistralLarge3ForCausalLM": "its checkpoints are in Mistral's own format, which calibration does not read",
-    "PixtralForConditionalGeneration": "its checkpoints are in Mistral's own format, which calibration does not read",
+    "MistralLarge3ForCausalLM": _MISTRAL,
+    "PixtralForConditionalGeneration": _MISTRAL,
+    "Mistral4ForCausalLM": _MISTRAL,
+    "DeepseekOCRForCausalLM": "it was never tried",
     "DotsVLMForCausalLM": "it was never tried",
 }
 

@@ -17,6 +17,9 @@ from sglang.srt.managers.io_struct import AbortReq
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
 from sglang.srt.utils.network import NetworkAddress
 
+from sglang_tpla.host.requests.declined import FAILED
+from sglang_tpla.transfer.room import REFUSED
+
 logger = logging.getLogger(__name__)
 
 
@@ -43,8 +46,9 @@ def admit(original: Callable[..., None], self: Any, req: Any, is_retracted: bool
     prepare_abort(req, reason, status_code=status)
     self.output_streamer.stream_output([req], req.return_logprob)
     if req.bootstrap_room is not None and req.bootstrap_host not in (None, FAKE_BOOTSTRAP_HOST):
-        role = self.disaggregation_mode.value
-        queue.kv_manager.decline(req, f"the {role} server refused the request: {reason}")
+        verb = REFUSED if status < HTTPStatus.INTERNAL_SERVER_ERROR else FAILED
+        reason = f"the {self.disaggregation_mode.value} server {verb}{reason}"
+        queue.kv_manager.decline(req.bootstrap_room, req.bootstrap_host, req.bootstrap_port, reason)
 
 
 def no_such_rank(queue: Any, req: Any) -> str | None:

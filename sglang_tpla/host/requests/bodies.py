@@ -28,7 +28,7 @@ async def refuse(request: Any, error: Exception) -> JSONResponse:
     Raises:
         Exception: an error from elsewhere.
     """
-    if not happened_in(READS_BODIES, error):
+    if not happened_in(error, READS_BODIES):
         raise error
     return JSONResponse(
         {"error": {"message": f"a field of the request has a wrong value: {error}", "code": 400}},
@@ -36,11 +36,11 @@ async def refuse(request: Any, error: Exception) -> JSONResponse:
     )
 
 
-def happened_in(function: str, error: BaseException) -> bool:
-    """Whether the error happened within a function of this name."""
+def happened_in(error: BaseException, *functions: str) -> bool:
+    """Whether the error happened within a function of one of these names."""
     frame = error.__traceback__
     while frame is not None:
-        if frame.tb_frame.f_code.co_name == function:
+        if frame.tb_frame.f_code.co_name in functions:
             return True
         frame = frame.tb_next
     return False

@@ -22,6 +22,8 @@ from sglang.srt.managers.tokenizer_manager import ServerStatus
 from sglang_tpla.host import compat
 from sglang_tpla.host.disaggregation.prefill_lookup import MAX_RANKS
 from sglang_tpla.host.process import serves_decode
+from sglang_tpla.host.requests.bodies import happened_in
+from sglang_tpla.host.requests.declined import declined
 from sglang_tpla.host.requests.fields import Limits, RequestRefused, check_item, check_rooms_differ
 from sglang_tpla.host.requests.patterns import check_grammar, check_stops
 from sglang_tpla.host.requests.samples import give_each_its_room
@@ -30,6 +32,8 @@ TOP_LOGPROBS = 128  # MetadataBuffers(max_top_logprobs_num=128)
 # Python raises these over a value of the wrong type or form.
 WRONG_VALUE = (TypeError, KeyError, IndexError, AttributeError, OverflowError, AssertionError, re.error,
                msgspec.MsgspecError, RecursionError)  # fmt: skip
+# Functions of SGLang in which an error is the scheduler's answer.
+WAITS_FOR_SCHEDULER = ("_wait_one_response", "_stream_one_response")
 OPAQUE = ("input_ids", "mm_inputs", "mm_data_mooncake", "time_stats", "input_embeds", "positional_embed_overrides",
           "sampling_params", "session_params", "num_items_assigned")  # fmt: skip
 
@@ -58,7 +62,7 @@ def is_own(manager: Any, obj: Any) -> bool:
 async def generate(
     original: Callable[..., AsyncIterator[Any]], self: Any, obj: Any, request: Any = None
 ) -> AsyncIterator[Any]:
-    """Hook around ``TokenizerManager.generate_request``: check the request."""
+    """Hook around ``TokenizerManager.generate_request``: check the request, and tell the other server of a refusal."""
     answered = False
     try:
         if isinstance(obj, GenerateReqInput) and not is_own(self, obj):
@@ -71,11 +75,30 @@ async def generate(
     except (GeneratorExit, asyncio.CancelledError):  # the client hung up
         abort_forgotten(self, obj)
         raise
-    except WRONG_VALUE as error:
+    except Exception as error:
         if answered:
             raise
-        logger.exception("a request that cannot be read")
-        raise RequestRefused(f"a field of the request has a wrong value: {error}") from error
+        problem = explained(error)
+        if not happened_in(error, *WAITS_FOR_SCHEDULER):  # a scheduler that refuses a request says so itself
+            tell_other_server(self, obj, problem)
+        if problem is error:
+            raise
+        raise problem from error
+
+
+def explained(error: Exception) -> Exception:
+    """An error over a value of the wrong type as a refusal, which is answered with status 400; others as they are."""
+    if not isinstance(error, WRONG_VALUE):
+        return error
+    logger.error("a request that cannot be read", exc_info=error)
+    return RequestRefused(f"a field of the request has a wrong value: {error}")
+
+
+def tell_other_server(manager: Any, obj: Any, problem: Exception) -> None:
+    """Let the schedulers tell the other server that a request will not come."""
+    message = declined(obj, "decode" if serves_decode() else "prefill", problem)
+    if message is not None:
+        manager._dispatch_to_scheduler(message)
 
 
 def abort_forgotten(manager: Any, obj: Any) -> None:
@@ -137,11 +160,15 @@ def check_wire(result: Any, self: Any, *args: Any, **kwargs: Any) -> None:
 
 
 def convert(original: Callable[..., Any], self: Any, request: Any, raw_request: Any = None) -> Any:
-    """Hook around ``_convert_to_internal_request`` of the OpenAI endpoints: refuse what breaks it."""
+    """Hook around ``_convert_to_internal_request`` of the OpenAI endpoints: refuse what breaks it, like `generate`."""
     from jinja2 import TemplateError
 
     try:
         return original(self, request, raw_request)
-    except (*WRONG_VALUE, TemplateError) as error:
-        logger.exception("a request that cannot be read")
-        raise RequestRefused(f"a field of the request has a wrong value: {error}") from error
+    except Exception as error:
+        wrong_template = isinstance(error, TemplateError)
+        problem = RequestRefused(f"the chat template: {error}") if wrong_template else explained(error)
+        tell_other_server(self.tokenizer_manager, request, problem)
+        if problem is error:
+            raise
+        raise problem from error

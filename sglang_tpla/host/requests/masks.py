@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from sglang_tpla.transfer.room import REFUSED
+
 
 def apply_grammar(original: Callable[..., None], self: Any, logits: torch.Tensor) -> None:
     """Hook around ``GrammarMask.apply`` for ``logits`` [requests, vocab], those of verified guesses included.
@@ -33,14 +35,16 @@ def leave_one(result: None, self: Any, logits: torch.Tensor, *args: Any, **kwarg
         open_closed_rows(logits)
 
 
-def blame_grammar(
+def blame_request(
     result: None, self: Any, message: str | None = None, status_code: Any = None, *args: Any, **kwargs: Any
 ) -> None:
-    """After ``FINISH_ABORT.__init__``: a grammar that has no way on is the request's fault, not the server's.
+    """Hook after ``FINISH_ABORT.__init__``: answer 400 where the fault is the request's, not the server's.
 
-    Routers try a request again that ends with 500, until they close the service to everyone.
+    That is so where its grammar has no way on, and where the other server refused it. Routers try a request again that
+    ends with 500, until they close the service to everyone.
     """
-    if status_code is not None and (message or "").startswith("Grammar accept_token failed"):
+    text = message or ""
+    if status_code is not None and (text.startswith("Grammar accept_token failed") or REFUSED in text):
         self.status_code = HTTPStatus.BAD_REQUEST
 
 

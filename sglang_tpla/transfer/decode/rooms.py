@@ -27,7 +27,7 @@ from sglang_tpla.transfer.decode.state import (
 )
 from sglang_tpla.transfer.memory.iovec import Slots
 from sglang_tpla.transfer.memory.pool import CachePool
-from sglang_tpla.transfer.room import RoomState
+from sglang_tpla.transfer.room import REFUSED, RoomState
 
 
 class Rooms:
@@ -95,7 +95,7 @@ class Rooms:
                 self.fail(room, why, now)
                 return
             if linked and (wrong := connection.limits.unsupported_reason(room.prompt_tokens)):
-                self.fail(room, f"the {connection.name} cannot serve this request: {wrong}", now)
+                self.fail(room, f"the {connection.name} {REFUSED}{wrong}", now)
                 return
         ready = all(source.connection.link is Link.REGISTERED for source in real)
         if room.state is RoomState.BOOTSTRAPPING and ready:

@@ -16,7 +16,7 @@ from sglang_tpla.transfer import messages
 from sglang_tpla.transfer.prefill.ended_rooms import EndedRooms
 from sglang_tpla.transfer.prefill.lanes import Lanes
 from sglang_tpla.transfer.prefill.state import Destination, Outgoing, Peer, Room, RoomRequest, Span
-from sglang_tpla.transfer.room import RoomState
+from sglang_tpla.transfer.room import REFUSED, RoomState
 
 MAX_EARLY_REQUESTS = 16384  # of one peer, for rooms that the scheduler has not opened
 
@@ -361,4 +361,4 @@ class Rooms:
         wrong = [peer.limits.unsupported_reason(room.prompt_tokens) for peer in self._peers.values()]
         if fresh or not wrong or None in wrong:
             return ""
-        return f"no decode server that is registered here can serve this request: {wrong[0]}"
+        return f"every decode server that is registered here {REFUSED}{wrong[0]}"

@@ -1,0 +1,164 @@
+"""What `speculation_gpu.py` asks of a decode server besides greedy answers: samples, and requests of every kind."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import re
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from tests.e2e.servers import Pair, idle, wait_idle
+from tests.e2e.traffic import Answer, Route
+
+RANKS = 4  # likeliest tokens that are told apart
+FEW = 20  # a cell of a chi-squared test with fewer draws is pooled with others
+PATTERN = "[0-9]{3}-[ab]{2}"
+
+
+def chances(answers: list[dict[str, Any]]) -> dict[str, Any]:
+    """How often sampled tokens were the target's likeliest one, its second and so on, beside how often they should be.
+
+    The answers come with the target's own log-probabilities of the ``RANKS`` likeliest tokens at every place. The first
+    token of an answer is prefill's and is left out. ``deviations`` are in standard deviations of a right sampler.
+    """
+    seen, expected, variance = (torch.zeros(RANKS + 1, dtype=torch.float64) for _ in range(3))
+    for answer in answers:
+        meta = answer["meta_info"]
+        places = zip(meta["output_token_logprobs"], meta["output_top_logprobs"], strict=True)
+        for (_, token, *_), best in list(places)[1:]:
+            chance = torch.tensor([value for value, *_ in best[:RANKS]], dtype=torch.float64).exp()
+            chance = torch.cat((chance, (1 - chance.sum()).clamp(min=0)[None]))
+            named = [one for _, one, *_ in best[:RANKS]]
+            seen[named.index(token) if token in named else RANKS] += 1
+            expected += chance
+            variance += chance * (1 - chance)
+    return {
+        "tokens": int(seen.sum()),
+        "seen": seen.tolist(),
+        "expected": expected.tolist(),
+        "deviations": ((seen - expected) / variance.sqrt().clamp(min=1e-9)).tolist(),
+    }
+
+
+def draw(
+    ask: Callable[..., Any], prompt: list[int], tokens: int, draws: int, limit_s: float, at_once: int = 8
+) -> list[tuple[int, ...]]:
+    """The first ``tokens`` tokens of ``draws`` samples, or of as many as there is time for.
+
+    Args:
+        ask: as `Decoder.ask`, called by ``at_once`` threads with rooms that are 100 apart.
+    """
+    each, end = 25, time.monotonic() + limit_s
+    params = {"max_new_tokens": tokens, "temperature": 1.0, "ignore_eos": True, "n": each}
+
+    def some(first: int) -> list[tuple[int, ...]]:
+        if time.monotonic() > end:
+            return []
+        answers = ask(prompt, tokens, first * 100, sampling_params=params)
+        return [tuple(answer["output_ids"]) for answer in answers]
+
+    with concurrent.futures.ThreadPoolExecutor(at_once) as pool:
+        return [row for rows in pool.map(some, range(-(-draws // each))) for row in rows]
+
+
+def same_source(one: Counter[Any], other: Counter[Any]) -> dict[str, Any]:
+    """A chi-squared test of two samples of a categorical distribution; cells of few draws are pooled."""
+    cells: list[list[float]] = [[0.0, 0.0]]
+    for key in one | other:
+        pair = [float(one[key]), float(other[key])]
+        if sum(pair) < 2 * FEW:
+            cells[0] = [a + b for a, b in zip(cells[0], pair, strict=True)]
+        else:
+            cells.append(pair)
+    counts = torch.tensor([cell for cell in cells if sum(cell)], dtype=torch.float64)  # [cells, 2]
+    totals = counts.sum(0)
+    expected = counts.sum(1, keepdim=True) * totals / totals.sum()
+    chi = ((counts - expected) ** 2 / expected).sum()
+    freedom = torch.tensor(len(counts) - 1.0, dtype=torch.float64)
+    chance = float(torch.special.gammaincc(freedom / 2, chi / 2)) if len(counts) > 1 else 1.0
+    return {
+        "draws": totals.tolist(),
+        "cells": len(counts),
+        "chi_squared": float(chi),
+        "p": chance,
+    }
+
+
+def compare_draws(plain: list[tuple[int, ...]], drafted: list[tuple[int, ...]]) -> dict[str, Any]:
+    """With speculation beside without it: single tokens from prefill's on, and pairs of neighbours."""
+    spans = [(first, first + width) for width in (1, 2) for first in range(len(plain[0]) + 1 - width)]
+    return {
+        f"tokens {first} to {end - 1}": same_source(
+            *(Counter(row[first:end] for row in rows) for rows in (plain, drafted))
+        )
+        for first, end in spans
+    }
+
+
+def every_kind(pair: Pair, prompt: list[int], tokens: int = 40) -> dict[str, Any]:
+    """Whether requests that stop early, obey a grammar, stream, share a prefix or are dropped do what they should.
+
+    Everything is held against the same server's own whole answer, whose prompt is in prefill's cache by then.
+    """
+    route, found = Route(pair.prefill, pair.bootstrap, pair.decode), {}
+
+    def answer(**params: Any) -> Any:
+        pair.next_room += 10
+        sampling = {"max_new_tokens": tokens, "temperature": 0, "ignore_eos": True} | params
+        said = pair.generate(prompt, tokens, sampling_params=sampling)
+        pair.next_room += 10
+        return said
+
+    answer()
+    first, whole = answer()
+    text, ids = whole["text"], whole["output_ids"]
+
+    def stop_token() -> bool:
+        said = answer(stop_token_ids=[ids[6]], ignore_eos=False)[1]
+        return said["output_ids"][: ids.index(ids[6])] == ids[: ids.index(ids[6])] and stopped(said)
+
+    def stop_string() -> bool:
+        end = text[12:15]
+        said = answer(stop=end, ignore_eos=False)[1]
+        return said["text"] == text[: text.index(end)] and stopped(said)
+
+    def stopped(said: Any) -> bool:
+        return said["meta_info"]["finish_reason"]["type"] == "stop"
+
+    def grammar() -> bool:
+        hot = [answer(regex=PATTERN, temperature=1.5, ignore_eos=False)[1]["text"] for _ in range(4)]
+        said = [answer(regex=PATTERN, ignore_eos=False)[1]["text"], *hot]
+        return all(re.fullmatch(PATTERN, one) for one in said) or said  # type: ignore[return-value]
+
+    def streamed() -> bool:
+        return list(route.ask(prompt, tokens, stream=True).tokens) == ids
+
+    def prefix() -> bool:
+        return first["meta_info"]["cached_tokens"] >= len(prompt) - 2
+
+    def samples() -> bool:
+        said = [one["output_ids"] for one in answer(n=3)[1]]
+        return len(said) == 3 and all(one[:8] == ids[:8] for one in said)
+
+    def given_up() -> bool:
+        route.leave(prompt, 500, after_s=20)
+        wait_idle(pair.prefill, pair.decode)
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            call: concurrent.futures.Future[Answer] = pool.submit(route.ask, prompt, 2000, rid="given up")
+            while not idle(pair.decode)["running_batch"]:
+                assert not call.done(), call.result()
+            route.abort("given up", pair.decode)
+            dropped = '"type": "abort"' in call.result().failure
+        wait_idle(pair.prefill, pair.decode)
+        return dropped and answer()[1]["output_ids"] == ids
+
+    for check in (streamed, stop_token, stop_string, prefix, samples, given_up, grammar):
+        try:
+            found[check.__name__] = check()
+        except Exception as error:
+            found[check.__name__] = f"{type(error).__name__}: {error}"[:600]
+    return found

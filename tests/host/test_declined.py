@@ -1,0 +1,155 @@
+"""A request that is refused where it enters: both servers' clients get the reason, and nobody else's room ends."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import warnings
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import Mock, call
+
+import pytest
+
+
+@pytest.fixture(scope="module", autouse=True)
+def imported() -> None:
+    with warnings.catch_warnings():  # SGLang's own imports warn of what a CPU lacks
+        warnings.simplefilter("ignore")
+        import sglang_tpla.host.disaggregation.request_ends
+        import sglang_tpla.host.requests.edge  # noqa: F401
+
+
+def request(room: Any = 5, host: Any = "p_1", port: Any = 8998) -> SimpleNamespace:
+    return SimpleNamespace(bootstrap_room=room, bootstrap_host=host, bootstrap_port=port, rid="a")
+
+
+@pytest.mark.parametrize(
+    ("fields", "places"),
+    [
+        ((5, "P_1.", 8998), [[5, "p_1", 8998]]),
+        (([5, 6], "p_1", [1, 2]), [[5, "p_1", 1], [6, "p_1", 2]]),
+        (([5, None, "x", -1, 2**63, True], "p_1", None), [[5, "p_1", None]]),
+        ((5, "a/b", 1), []),
+        ((5, None, 1), []),
+        ((5, "p_1", 70000), []),
+        ((5, "2.2.2.2", 1), []),  # SGLang's mark of a server's requests to itself
+        ((None, "p_1", 1), []),
+        (([], "p_1", 1), []),
+        (({}, [], "y"), []),
+    ],
+)
+def test_the_rooms_in_which_the_other_server_may_wait(fields: Any, places: list[Any]) -> None:
+    from sglang_tpla.host.requests.declined import declined
+
+    message = declined(request(*fields), "prefill", ValueError("no such LoRA"))
+    assert (json.loads(message.abort_message)["places"] if message else []) == places
+
+
+@pytest.mark.parametrize("mode", ["prefill", "decode"])
+@pytest.mark.parametrize("blamed", [True, False])
+def test_a_scheduler_that_hears_of_it_tells_its_agent_and_aborts_nothing(mode: str, blamed: bool) -> None:
+    from sglang.srt.disaggregation.utils import DisaggregationMode
+
+    from sglang_tpla.host.disaggregation.aborts import abort
+    from sglang_tpla.host.requests.declined import declined
+    from sglang_tpla.transfer.room import REFUSED
+
+    stock, queue = Mock(), Mock()
+    scheduler = SimpleNamespace(
+        disaggregation_mode=DisaggregationMode(mode),
+        **{f"disagg_{'decode_prealloc' if mode == 'decode' else 'prefill_bootstrap'}_queue": queue},
+    )
+    error = ValueError("no such LoRA") if blamed else OSError("no such LoRA")
+    abort(stock, scheduler, declined(request([5, 6]), mode, error))
+    (reason,) = {args.args[3] for args in queue.kv_manager.decline.mock_calls}
+    assert queue.kv_manager.decline.mock_calls == [call(room, "p_1", 8998, reason) for room in (5, 6)]
+    assert "no such LoRA" in reason and f"the {mode} server" in reason and (REFUSED in reason) is blamed
+    assert not stock.called
+
+
+async def _wait_one_response(error: Exception) -> None:
+    """Named as SGLang's: an error in it is the scheduler's answer."""
+    raise error
+
+
+@pytest.mark.parametrize("by", ["edge", "scheduler", "after the first token"])
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (ValueError("too hot"), "too hot"),
+        (KeyError("x"), "a field of the request has a wrong value: 'x'"),
+        (OSError("disk"), "disk"),
+    ],
+)
+def test_only_what_no_scheduler_has_seen_is_told(by: str, error: Exception, said: str) -> None:
+    from sglang_tpla.host.requests import edge
+
+    sent: list[Any] = []
+
+    async def answer(self: Any, obj: Any, _request: Any) -> Any:
+        if by == "scheduler":
+            await _wait_one_response(error)
+        if by == "after the first token":
+            yield 1
+        raise error
+
+    async def ask() -> None:
+        async for _ in edge.generate(answer, SimpleNamespace(_dispatch_to_scheduler=sent.append), request()):
+            pass
+
+    with pytest.raises(type(error) if by == "after the first token" else (ValueError, OSError)) as raised:
+        asyncio.run(ask())
+    assert by == "after the first token" or str(raised.value) == said
+    assert [said in one.abort_message for one in sent] == ([True] if by == "edge" else [])
+
+
+def test_messages_that_make_no_prompt_are_told_too() -> None:
+    from sglang_tpla.host.requests import edge
+
+    sent: list[Any] = []
+    endpoint = SimpleNamespace(tokenizer_manager=SimpleNamespace(_dispatch_to_scheduler=sent.append))
+    with pytest.raises(edge.RequestRefused, match="wrong value"):
+        edge.convert(Mock(side_effect=TypeError("no list")), endpoint, request(), None)
+    assert "no list" in sent[0].abort_message
+
+
+def manager(taken: set[int], **found: Any) -> Any:
+    from sglang.srt.disaggregation.utils import DisaggregationMode
+
+    return SimpleNamespace(
+        rooms_taken=taken, disaggregation_mode=DisaggregationMode.PREFILL, agent=Mock(), **found
+    )
+
+
+@pytest.mark.parametrize("taken", [set(), {5}])
+def test_a_room_of_another_request_is_left_alone(taken: set[int]) -> None:
+    from sglang_tpla.host.disaggregation.kv_manager import TplaKVManager
+
+    found = manager(taken)
+    TplaKVManager.decline(found, 5, "p_1", 8998, "no such LoRA")
+    assert found.agent.decline.mock_calls == ([] if taken else [call(5, "no such LoRA")])
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_rank_that_answers_clients_hears_the_reason_first(
+    rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One rank's failure fails the request on all ranks: the others wait a little with theirs."""
+    from sglang.srt.disaggregation.base.conn import KVPoll
+
+    from sglang_tpla.host.disaggregation import request_ends
+
+    now = [100.0]
+    monkeypatch.setattr(request_ends.time, "monotonic", lambda: now[0])
+    made: Any = request_ends._Request()
+    agent = Mock(poll=Mock(return_value=KVPoll.WaitingForInput))
+    made.kv_mgr = SimpleNamespace(
+        attn_tp_rank=rank, agent=agent, request_status={}, nap_if_idle=lambda room: None
+    )
+    made.bootstrap_room, made.conclude_state, made._opened = 7, None, True
+    assert made._state() == KVPoll.WaitingForInput
+    agent.poll.return_value = KVPoll.Failed
+    assert made._state() == (KVPoll.WaitingForInput if rank else KVPoll.Failed)
+    now[0] += request_ends.HOLD_BACK_S
+    assert made._state() == KVPoll.Failed
