@@ -99,8 +99,7 @@ def test_refusals_of_one_side_do_not_close_the_service(pair: Pair, logs: Path) -
     front = router(
         free_ports(1)[0], logs / "one-sided-router.log", pair.prefill.url, pair.bootstrap, pair.decode.url
     )
-    try:
-        front.start().wait("/readiness")
+    with running(front):
         body = request_body([5, 6, 7], 4)
         long = request_body([7] * (CONTEXT_TOKENS + 1), 4)
         longer = request_body([7] * (POOL_TOKENS - RESERVED_TOKENS + 1), 4)
@@ -109,8 +108,6 @@ def test_refusals_of_one_side_do_not_close_the_service(pair: Pair, logs: Path) -
                 answer = front.post("/generate", wrong)
                 assert answer.status_code == 400, answer.text
         assert front.post("/generate", body).status_code == 200
-    finally:
-        front.stop()
 
 
 def test_a_prompt_that_never_fits_beside_what_decode_reserves(pair: Pair) -> None:

@@ -41,7 +41,7 @@ def pair(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
 
 
 def in_pieces(memory: np.ndarray) -> IoVec:
-    """Pieces of no round size."""
+    """The memory in pieces of no round size."""
     parts = [one_piece(part) for part in np.array_split(memory, 3) if part.size]
     return IoVec(np.concatenate([part.table for part in parts]), memory)
 

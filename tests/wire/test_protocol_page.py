@@ -98,7 +98,7 @@ def test_a_decode_rank_from_the_page(sealed: bool, tmp_path: Path, monkeypatch: 
             dealer.send_multipart(frames)
 
         def hear(tag: int) -> tuple[list[Any], list[bytes]]:
-            """The next message with a tag; Ping and Neighbours are answered on the way."""
+            """The next message with a tag; Ping and Colocated are answered on the way."""
             while True:
                 frame, *payload = dealer.recv_multipart()
                 message = fields(frame)
