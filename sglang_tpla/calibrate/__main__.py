@@ -41,7 +41,7 @@ ERRORS = (ArtifactError, CheckpointError, CorpusError, StatisticsError, Transfor
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the parser of the command line."""
     text = argparse.ArgumentParser(prog="python -m sglang_tpla.calibrate", description=__doc__)
     text.add_argument(
         "--model-path", required=True, help="checkpoint directory with config.json and safetensors"
@@ -159,7 +159,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; 0 on success, 2 on bad input."""
+    """Run the command, and return 0 on success or 2 on bad input."""
     arguments = parser().parse_args(argv)
     try:
         artifact = make(arguments)
@@ -174,7 +174,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def make(arguments: argparse.Namespace) -> Artifact:
-    """Everything but writing the artifact."""
+    """Make the artifact, without writing it."""
     checkpoint = Checkpoint(arguments.model_path)
     spec = ModelSpec.from_config(checkpoint.config)
     transform, groups = arguments.transform, arguments.groups
@@ -261,7 +261,7 @@ def make(arguments: argparse.Namespace) -> Artifact:
 
 
 def row_choice(arguments: argparse.Namespace) -> str:
-    """The row format that was asked for, or the default: sketched wherever its maps are those of ``shared``.
+    """Return the row format that was asked for, or the default: sketched wherever its maps are those of ``shared``.
 
     Raises:
         TransformError: sketched rows with a transform or an option that has no meaning for them.
@@ -287,7 +287,7 @@ def choose(
     held_out: torch.Tensor,
     prompt_tokens: int,
 ) -> Artifact:
-    """The cheapest layout within the bound; prints what was looked at.
+    """Make the cheapest layout within the bound, and print what was looked at.
 
     Raises:
         TransformError: no layout keeps the bound.
@@ -316,7 +316,7 @@ def choose_sketched(
     held_out: torch.Tensor,
     prompt_tokens: int,
 ) -> Artifact:
-    """The cheapest layout of sketched rows within the bound; prints what was looked at.
+    """Make the cheapest layout of sketched rows within the bound, and print what was looked at.
 
     Raises:
         TransformError: no layout keeps the bound.
@@ -373,7 +373,7 @@ def _held_out_kl(artifact: Artifact, model: PlainModel, held_out: torch.Tensor, 
 
 
 def summary(artifact: Artifact) -> str:
-    """What was made and how far it is from plain MLA, in a few lines."""
+    """Describe the artifact and its distance from plain MLA in a few lines."""
     meta = artifact.meta
     if meta.sketched:
         lines = [sketched_summary(artifact)]
@@ -391,7 +391,7 @@ def summary(artifact: Artifact) -> str:
 
 
 def sketched_summary(artifact: Artifact) -> str:
-    """One line on the layout of sketched rows."""
+    """Describe the layout of sketched rows in one line."""
     meta = artifact.meta
     rows = [meta.rows(layer) for layer in range(meta.num_layers)]
     mean = sum(layer.row_bytes for layer in rows) / len(rows)
@@ -409,7 +409,7 @@ def sketched_summary(artifact: Artifact) -> str:
 
 
 def plain_summary(artifact: Artifact) -> str:
-    """One line on the layout of plain rows."""
+    """Describe the layout of plain rows in one line."""
     meta = artifact.meta
     widths = sorted(set(meta.widths))
     kept = sum(meta.widths) / meta.num_layers + meta.rope_dim

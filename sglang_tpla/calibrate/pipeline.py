@@ -24,12 +24,12 @@ from sglang_tpla.reference_model.spec import ModelSpec
 
 
 def key_weights(checkpoint: Checkpoint, layer: int) -> torch.Tensor:
-    """Key half of a layer's kv_b_proj, [H, n, d] float32, reading no other weight."""
+    """Read the key half of a layer's kv_b_proj, [H, n, d] float32, and no other weight."""
     return layer_weights(checkpoint, layer).key
 
 
 def layer_weights(checkpoint: Checkpoint, layer: int) -> LayerWeights:
-    """Both halves of a layer's kv_b_proj, float32, reading no other weight."""
+    """Read both halves of a layer's kv_b_proj, float32, and no other weight."""
     spec = ModelSpec.from_config(checkpoint.config)
     kv_b = checkpoint.tensor(checkpoint.layer_name(layer, "self_attn.kv_b_proj.weight"))
     heads = kv_b.view(spec.heads, spec.nope_dim + spec.value_dim, spec.latent_dim)
@@ -44,7 +44,7 @@ def closed_form(
     shared_dims: int,
     key_map: str = "regression",
 ) -> Artifact:
-    """An artifact from second moments and kv_b_proj alone.
+    """Make an artifact from second moments and kv_b_proj alone.
 
     Raises:
         TransformError: settings that give no transform.
@@ -68,7 +68,7 @@ def usual_layout(
     rope_bits: int | None = None,
     shared_dims: int | None = None,
 ) -> list[SketchedRows]:
-    """Rows of every layer, all alike, with what is None chosen from the statistics (`sketch_layout`).
+    """Return equal rows for every layer, and choose from the statistics what is None (`sketch_layout`).
 
     Raises:
         TransformError: the format does not hold them.
@@ -85,7 +85,7 @@ def usual_layout(
 
 
 def sketched_form(statistics: Statistics, checkpoint: Checkpoint, rows: Sequence[SketchedRows]) -> Artifact:
-    """An artifact of sketched rows, sized layer by layer, from second moments and kv_b_proj alone.
+    """Make an artifact of sketched rows, sized layer by layer, from second moments and kv_b_proj alone.
 
     Raises:
         TransformError: layers that do not share groups and the rotary key's bits, or rows of another model.
@@ -150,7 +150,7 @@ def check_statistics(statistics: Statistics, checkpoint: Checkpoint) -> None:
 def package(
     maps: list[Maps], shared_dims: list[int], statistics: Statistics, spec: ModelSpec, transform: str
 ) -> Artifact:
-    """Maps of every layer with their provenance, without an error report yet."""
+    """Join maps of every layer and their provenance in an artifact, which has no error report yet."""
     meta = msgspec.structs.replace(
         _provenance(statistics, spec, transform, len(maps[0])),
         shared_dims=tuple(shared_dims),
@@ -160,7 +160,7 @@ def package(
 
 
 def _provenance(statistics: Statistics, spec: ModelSpec, transform: str, groups: int) -> ArtifactMeta:
-    """Metadata of plain rows whose layers have no widths yet."""
+    """Return the metadata of plain rows whose layers have no widths yet."""
     source = statistics.meta
     return ArtifactMeta(
         format_version=FORMAT_VERSION,
@@ -208,7 +208,7 @@ def with_report(
     show_progress: bool,
     maps: Sequence[LayerMaps] | None = None,
 ) -> tuple[Artifact, DecodeErrors]:
-    """The artifact with its decode error on held-out text [sequences, length], and the errors themselves.
+    """Measure an artifact on held-out text [sequences, length]. Return it with the error report, and the errors.
 
     Args:
         maps: what is measured where that is not the artifact's maps as they are (rows of another precision).
@@ -221,5 +221,5 @@ def with_report(
 
 
 def default_shared_dims(transform: str, latent_dim: int, groups: int) -> int:
-    """r when none is given: a quarter of the latent where dims are shared at all, else none."""
+    """Return r where none is given: a quarter of the latent where columns are shared at all, else none."""
     return latent_dim // 4 if transform in ("shared", "learned") and groups > 1 else 0

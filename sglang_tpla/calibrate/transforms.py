@@ -53,7 +53,7 @@ def layer_maps(
     seed: int,
     key_map: str = "regression",
 ) -> Maps:
-    """Maps (Z, A, B) of each group, float64.
+    """Make the maps (Z, A, B) of each group, float64.
 
     Args:
         transform: one of ``TRANSFORMS``.
@@ -87,7 +87,7 @@ def layer_maps(
 
 
 def make_basis(transform: str, moments: LayerMoments, w_uk: torch.Tensor, seed: int) -> Basis:
-    """The basis of a transform, float64.
+    """Make the basis of a transform, float64.
 
     Raises:
         TransformError: unknown transform, or a latent dimension Hadamard has no matrix for.
@@ -109,7 +109,7 @@ def make_basis(transform: str, moments: LayerMoments, w_uk: torch.Tensor, seed: 
 
 
 def score_basis(covariance: torch.Tensor, query_moment: torch.Tensor) -> Basis:
-    """Whitened directions in order of score energy; both arguments and both results [d, d]."""
+    """Order whitened directions by score energy; both arguments and both results are [d, d]."""
     values, vectors = torch.linalg.eigh(covariance)
     values = values.clamp_min(values[-1] * _RELATIVE_FLOOR)
     root = (vectors * values.sqrt()) @ vectors.T
@@ -120,7 +120,7 @@ def score_basis(covariance: torch.Tensor, query_moment: torch.Tensor) -> Basis:
 
 
 def hadamard(size: int, seed: int) -> torch.Tensor:
-    """Orthogonal [size, size]: Sylvester's matrix with seeded column signs.
+    """Make an orthogonal [size, size]: Sylvester's matrix with seeded column signs.
 
     Raises:
         TransformError: ``size`` is no power of two.
@@ -135,7 +135,7 @@ def hadamard(size: int, seed: int) -> torch.Tensor:
 
 
 def deal(latent_dim: int, groups: int, shared_dims: int) -> list[list[int]]:
-    """Basis columns of each group: the first ``shared_dims``, then a block of the rest.
+    """Deal the basis columns out to the groups: to each the first ``shared_dims``, then a block of the rest.
 
     Blocks of an ordered basis, not columns in turn: a group with a poor score does harm in proportion to the
     values it carries, so the first group should have both the good scores and the large values. On a
@@ -150,7 +150,7 @@ def deal(latent_dim: int, groups: int, shared_dims: int) -> list[list[int]]:
 def maps_from_basis(
     basis: Basis, covariance: torch.Tensor, columns: list[list[int]], shared_dims: int
 ) -> Maps:
-    """Maps of each group from its basis columns; short groups are padded with zero columns."""
+    """Make the maps of each group from its basis columns; short groups are padded with zero columns."""
     groups = len(columns)
     width = max(map(len, columns))
     latent_dim = basis.forward.shape[0]
@@ -170,7 +170,7 @@ def maps_from_basis(
 
 
 def regression(z: torch.Tensor, covariance: torch.Tensor) -> torch.Tensor:
-    """Linear map [w, d] that predicts the centred latent best from the slice z = c Z; Z [d, w]."""
+    """Return the linear map [w, d] that best predicts the centred latent from the slice z = c Z; Z is [d, w]."""
     cross = z.T @ covariance  # [w, d]
     gram = cross @ z
     gram = (gram + gram.T) / 2

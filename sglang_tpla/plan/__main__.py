@@ -34,7 +34,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the parser of the command line."""
     p = _Parser(
         prog="python -m sglang_tpla.plan",
         description=__doc__,
@@ -94,7 +94,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def setting_of(a: argparse.Namespace) -> Setting:
-    """The setting that the command line describes.
+    """Return the setting that the command line describes.
 
     Raises:
         PlanError: an impossible value.

@@ -191,7 +191,7 @@ class InPlace(Protocol):
     size_bytes: int
 
     def receive(self, stream: socket.socket) -> int:
-        """Take some of it from a socket. Return the bytes, 0 at the end of the stream. Raises BlockingIOError, OSError."""
+        """Take some of it from a socket. Return the bytes, 0 at the stream's end. Raises BlockingIOError, OSError."""
         ...
 
     def open_with(self, context: AEADDecryptionContext) -> None:

@@ -267,7 +267,7 @@ class Lanes:
     # Connections that break and come back
 
     def take_over(self, old: Peer, new: Peer, destinations: list[Destination]) -> None:
-        """Move the rooms of a rank that has come back under another identity. They go on once it has said what it has."""
+        """Move the rooms of a rank that has come back as another identity. They go on when it has said what it has."""
         if old in self.ready:
             self.ready[new] = self.ready.pop(old)
         for destination in destinations:
