@@ -46,7 +46,7 @@ def trio(nano_mla: str, nano_artifact: str, logs: Path) -> Iterator[Trio]:
 
 @pytest.fixture(scope="session")
 def reference(nano_mla: str, logs: Path) -> Iterator[Server]:
-    """Stock SGLang, plain MLA, one process."""
+    """Start stock SGLang: plain MLA, one process."""
     server = stock(nano_mla, free_ports(1)[0], logs / "stock.log", "--chunked-prefill-size", "512")
     with running(server):
         yield server

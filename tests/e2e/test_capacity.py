@@ -70,7 +70,7 @@ def wide_artifact(wide_model: Path) -> Path:
 
 
 def capacity(name: str, model: Path, log: Path, *args: str) -> tuple[int, int]:
-    """Tokens that a decode server says it holds, and cache bytes a token on one rank."""
+    """Return the tokens that a decode server says it holds, and its cache bytes a token on one rank."""
     port = free_ports(1)[0]
     common = [arg for arg in COMMON if arg not in ("--max-total-tokens", "20000")]
     command = ("-m", "sglang_tpla.launch", "--role", "decode", "--model-path", str(model), *common, "--tp", "2",

@@ -20,7 +20,7 @@ PROMPT = "def fibonacci(n):\n"
 
 
 def own_address() -> str:
-    """An IPv4 address of this machine that is not loopback; loopback, where it has no other."""
+    """Return an IPv4 address of this machine that is not loopback; loopback, where it has no other."""
     found = [
         address.address
         for addresses in psutil.net_if_addrs().values()
@@ -72,7 +72,7 @@ def test_answers_come_through_sealed_channels(keyed: Deployment, reference: Serv
 
 @pytest.mark.slow
 def test_a_decode_server_with_other_keys_is_refused(keyed: Deployment) -> None:
-    """Its request ends with a reason, on both sides; the others go on."""
+    """The server's request ends with a reason on both sides; the others go on."""
     body = request_body(PROMPT, TOKENS)
     body |= {"bootstrap_host": keyed.address, "bootstrap_port": keyed.bootstrap, "bootstrap_room": 77}
     with concurrent.futures.ThreadPoolExecutor(2) as pool:

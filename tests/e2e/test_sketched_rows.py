@@ -34,7 +34,7 @@ NEAR, OUTLIERS, BESIDE = 5e-3, 0.05, 0.25
 
 @contextlib.contextmanager
 def decode_server(model: str, log: Path, *flags: str) -> Iterator[Server]:
-    """A decode server that keeps the caches of ended requests for those that begin alike."""
+    """Start a decode server that keeps the caches of ended requests for those that begin alike."""
     port = free_ports(1)[0]
     server = launcher("decode", model, port, log, "--disaggregation-decode-enable-radix-cache", *flags)
     with running(server):
@@ -42,14 +42,14 @@ def decode_server(model: str, log: Path, *flags: str) -> Iterator[Server]:
 
 
 def whole_latent(model: PlainModel) -> list[LayerMaps]:
-    """One group's maps: the latent rotated, rounded to 8 bits, and rotated back."""
+    """Return one group's maps: the latent rotated, rounded to 8 bits, and rotated back."""
     turn = rotation(LATENT, model.dtype)
     rows = SketchedRows.of(LATENT, 1, LATENT, ROPE)
     return [SketchedMaps(rows, [turn], turn[:, :0], [turn.T], [turn.T])] * LAYERS
 
 
 def follow_the_model(pair: Pair, model: PlainModel, maps: Sequence[LayerMaps]) -> None:
-    """Every greedy token's logprob, as the server said it, is the plain model's with rows rounded alike."""
+    """Check that every greedy token's logprob, as the server said it, is the plain model's with rows rounded alike."""
     tokenizer = Tokenizer.from_file(f"{model.checkpoint.path}/tokenizer.json")
     apart, rounding = [], []
     for prompt in short_prompts(8, seed=3):
@@ -67,7 +67,7 @@ def follow_the_model(pair: Pair, model: PlainModel, maps: Sequence[LayerMaps]) -
 def check(
     trio: Any, decode: Server, room: int, model: PlainModel, maps: Sequence[LayerMaps], wire_bytes: int
 ) -> None:
-    """Parity, bytes of every transfer, a cached prefix, an abort, and an idle server at the end.
+    """Check parity, the bytes of every transfer, a cached prefix, an abort, and an idle server at the end.
 
     Args:
         wire_bytes: of a token, all layers and ranks.

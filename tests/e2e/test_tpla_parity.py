@@ -27,7 +27,7 @@ TOKENS = 32
 
 
 def mixed_widths(path: str, folder: Path) -> Path:
-    """The shipped artifact's provenance with maps of four widths: coordinates dealt out, the last layer exact."""
+    """Make an artifact of four widths with the shipped provenance: coordinates dealt out, the last layer exact."""
     shipped = Artifact.load(path)
     d, maps, widths = shipped.meta.latent_dim, [], []
     shared = (96, 64, 110, d)
@@ -55,7 +55,7 @@ def assert_answers_follow_the_formula(
     prompts: int = 8,
     new_tokens: int = TOKENS,
 ) -> None:
-    """Every greedy token's logprob, as the server said it, is the plain TPLA model's."""
+    """Check that every greedy token's logprob, as the server said it, is the plain TPLA model's."""
     model = PlainModel(model_path)
     plain = model_maps(artifact, model)
     maps = cached_maps(plain, cache_dtype, artifact.meta.shared_dims)
@@ -69,8 +69,8 @@ def assert_answers_are_the_models(
     pair: Pair, model: PlainModel, maps: Sequence[LayerMaps], other: Sequence[LayerMaps] | None, near: float,
     prompts: int = 8, new_tokens: int = TOKENS,
 ) -> None:  # fmt: skip
-    """Every greedy token's logprob is the plain model's with ``maps``, and the comparison can tell it from ``other``
-    (None: plain MLA), what the servers must not be taken for.
+    """Check that every greedy token's logprob is the plain model's with ``maps``, and that the comparison can tell it
+    from ``other`` (None: plain MLA), for which the servers must not be taken.
     """
     tokenizer = Tokenizer.from_file(f"{model.checkpoint.path}/tokenizer.json")
     differs = 0

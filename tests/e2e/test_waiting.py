@@ -46,7 +46,7 @@ def pair(nano_mla: str, logs: Path) -> Iterator[Pair]:
 
 
 def both(pair: Pair, tokens: int, **changes: Any) -> tuple[httpx.Response, httpx.Response, float]:
-    """The answers to a prompt of so many tokens, and when the second one had come."""
+    """Return the answers to a prompt of so many tokens, and when the second one had come."""
     start = time.monotonic()
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         asked = [pool.submit(half, server, pair, tokens, **changes) for server in (pair.prefill, pair.decode)]
@@ -95,7 +95,7 @@ def test_what_prefill_alone_refuses_is_answered_with_its_reason(pair: Pair) -> N
 
 
 def test_refusals_of_one_side_do_not_close_the_service(pair: Pair, logs: Path) -> None:
-    """The router would try again after a 500, and give up a server after some: for everyone."""
+    """After a 500 the router would try again, and after some it would give up the server for everyone."""
     front = router(
         free_ports(1)[0], logs / "one-sided-router.log", pair.prefill.url, pair.bootstrap, pair.decode.url
     )
@@ -130,7 +130,7 @@ def test_a_request_that_no_decode_server_got(pair: Pair) -> None:
 
 
 def test_a_request_that_prefill_never_got(pair: Pair) -> None:
-    """Nothing else arrives there, so that no other request shows that this one was passed over."""
+    """Nothing else arrives at prefill, so that no other request shows that this one was passed over."""
     start = time.monotonic()
     answer = half(pair.decode, pair, 20)
     pair.next_room += 1

@@ -28,7 +28,7 @@ def pair(request):
 
 
 def complete(prefill: rig.PrefillRank, decode: rig.DecodeRank, room: int) -> None:
-    """A whole transfer that must be right."""
+    """Make a whole transfer, which must be right."""
     rig.transfer(prefill, decode, room, count=5)
     rig.close(room, prefill, decode)
 
@@ -40,7 +40,7 @@ def test_no_write_after_an_abort(pair) -> None:
 
 @pytest.mark.parametrize("checkers", [0, 2])
 def test_no_write_after_an_abort_with_several_threads(checkers: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a GPU: where there are checkers, nothing was checked before."""
+    """With several threads, as on a GPU. Where there are checkers, no other thread checks a chunk."""
     monkeypatch.setitem(agent.WORKERS, "cpu", 4)
     monkeypatch.setitem(agent.CHECKERS, "cpu", checkers)
     checked = []
@@ -66,7 +66,9 @@ def test_no_write_after_an_abort_with_several_threads(checkers: int, monkeypatch
 
 
 def abort_at_random_moments(prefill: rig.PrefillRank, decode: rig.DecodeRank, times: int) -> int:
-    """Pages are reused at once and must keep what the next owner wrote; how many rooms were not over before."""
+    """Abort rooms whose pages are reused at once and must keep what the next owner wrote. Return how many were aborted
+    in time.
+    """
     moments = random.Random(5)
     aborted = 0
     for room in range(times):

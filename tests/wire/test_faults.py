@@ -42,7 +42,7 @@ class Child:
         self.port = int(self.readline().split()[1])
 
     def readline(self) -> str:
-        """One answer."""
+        """Read one answer."""
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         assert line, "the child has ended"
@@ -62,7 +62,7 @@ class Child:
 
 
 def transfer(prefill: rig.PrefillRank, decode: rig.DecodeRank, room: int) -> None:
-    """A whole room that must be right, and is closed."""
+    """Make a whole transfer, which must be right, and close its room."""
     rig.transfer(prefill, decode, room, count=30)
     rig.close(room, prefill, decode)
 
@@ -192,7 +192,7 @@ def test_an_error_while_gathering_fails_the_room_alone(
 
 
 def test_an_error_while_checking_fails_the_room_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the threads that check for a GPU: prefill's room, then decode's."""
+    """The threads that check for a GPU raise an error: prefill's in one room, decode's in the next."""
     monkeypatch.setitem(agent.CHECKERS, "cpu", 1)
     read, write = rows.RowReader.read, rows.RowWriter.write
     monkeypatch.setattr(rows.RowReader, "read", lambda *given: read(*given) and None)

@@ -1,4 +1,4 @@
-"""Chunks that land in the pool as they come, and are sent from it: what stops in the middle, what comes damaged."""
+"""Chunks that are received in place, and sent from the pool: what stops in the middle, what comes damaged."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Sender:
         self.stream = self.fake.channel()
 
     def open(self, room: int) -> messages.Request:
-        """A room that asks for two pages, with credit for two chunks."""
+        """Open a room that asks for two pages, and have it granted two chunks."""
         self.decode.agent.open_room(room, [self.fake.peer])
         if not hasattr(self, "stream"):
             self.connect()
@@ -57,11 +57,11 @@ class Sender:
             pass
 
     def payload(self, seed: int) -> bytes:
-        """Bytes of both pages, none of them 0."""
+        """Return bytes for both pages, none of them 0."""
         return np.random.default_rng(seed).integers(1, 256, self.size, dtype=np.uint8).tobytes()
 
     def begin(self, request: messages.Request, payload: bytes, damaged: bytes | None = None) -> memoryview:
-        """Send a header and the first half of a payload of both pages; the other half, and the checksum."""
+        """Send a header and the first half of a payload of both pages. Return the other half and the checksum."""
         digest, none = messages.checksum(payload), bytes(messages.CHECKSUM_BYTES)
         chunk = messages.Chunk(request.room, request.generation, 0, 0, False, 0, rig.LAYERS, 0, TOKENS, none)
         header, sent = messages.encode(chunk), damaged or payload
@@ -70,18 +70,18 @@ class Sender:
         return memoryview(sent + digest)[half:]
 
     def finish(self, request: messages.Request) -> None:
-        """What ends a room of one chunk."""
+        """End a room of one chunk."""
         message = messages.Finish(request.room, request.generation, 1, TOKENS, messages.checksum(ROW))
         self.fake.say(message, ROW)
         assert rig.ended(self.decode.agent, request.room) == RoomState.SUCCESS
 
     def rows(self) -> np.ndarray:
-        """What the pool holds in both pages, as bytes."""
+        """Return what the pool holds in both pages, as bytes."""
         slots = torch.from_numpy(self.decode.pool.slots(rig.pages(1, 2)))
         return torch.stack([layer[slots] for layer in self.decode.pool.layers]).view(torch.uint8).numpy()
 
     def half_is_there(self) -> bool:
-        """The first half has come, up to the row that it ends in."""
+        """Return whether the first half has come, up to the row in which it ends."""
         return bool(self.rows().reshape(-1)[self.size // 2 - 1])
 
 
@@ -155,7 +155,7 @@ def test_a_chunk_that_ends_half_way_comes_again_within_the_same_credit(sender: S
     "way", ["in extents", "row by row", "in extents, without C", "in extents, by workers"]
 )
 def test_every_way_is_right_to_the_last_bit(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also when what the pool holds comes in another order than it lies there."""
+    """The rows come in another order than that in which they lie in the pool."""
     if "without C" in way:
         monkeypatch.setattr(native, "library", lambda: None)
     monkeypatch.setattr(agent, "SPARE_CORES", 1 if "by workers" in way else 1 << 20)
