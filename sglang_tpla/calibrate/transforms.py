@@ -3,15 +3,14 @@
 Every transform is a basis of the latent space, dealt out to the groups, and two maps back:
 
     Z_i [d, w]  the group's basis columns: z_i = c Z_i
-    A_i [w, d]  centred regression of the whole latent c on z_i. A constant key shifts a query's scores all
-    by the
+    A_i [w, d]  centred regression of the whole latent c on z_i. A constant key shifts a query's scores all by the
                 same amount, which its softmax ignores, so the mean needs no term of its own.
     B_i [w, d]  rows of the inverse basis; those of shared columns count 1/g in each group, so that
                 sum_i Z_i B_i = I and the output is exact wherever the groups' probabilities are.
 
-Bases: ``identity``, ``hadamard`` (seeded signs, spreads energy evenly), ``pca`` (the paper's: eigenvectors of
-the latent's covariance), ``shared`` (ours: whitened latent, directions ordered by score energy S_K^1/2 S_Q
-S_K^1/2; every group keeps the first r, and the rest goes out in blocks).
+Bases: ``identity``, ``hadamard`` (seeded signs, spreads energy evenly), ``pca`` (the paper's: eigenvectors of the
+latent's covariance), ``shared`` (ours: whitened latent, directions ordered by score energy S_K^1/2 S_Q S_K^1/2; every
+group keeps the first r, and the rest goes out in blocks).
 """
 
 from __future__ import annotations

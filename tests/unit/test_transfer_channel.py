@@ -58,7 +58,7 @@ def chunk(header: bytes, payload: bytes, log: list[int], wanted: bool = True) ->
     return OutgoingChunk(header, pieces, known, wanted=lambda: wanted, done=done)
 
 
-def test_the_cookie_is_said_first_and_once(pair: tuple[socket.socket, socket.socket]) -> None:
+def test_the_token_is_said_first_and_once(pair: tuple[socket.socket, socket.socket]) -> None:
     reader = chunk_reader(pair[0])
     assert pair[1].recv(100) == PREAMBLE + TOKEN
     assert reader.greet()
@@ -91,7 +91,7 @@ def test_chunks_arrive_as_they_were_sent(
     assert queue.sent_bytes == reader.received_bytes == total
 
 
-def test_unwanted_parcels_are_left_out_and_begun_ones_finished(
+def test_unwanted_chunks_are_left_out_and_begun_ones_finished(
     pair: tuple[socket.socket, socket.socket],
 ) -> None:
     log: list[int] = []
@@ -112,7 +112,7 @@ def test_unwanted_parcels_are_left_out_and_begun_ones_finished(
     assert log == [100_000, -50, 70]
 
 
-def test_a_closed_outbox_gives_its_memory_back_once(pair: tuple[socket.socket, socket.socket]) -> None:
+def test_a_closed_send_queue_gives_its_memory_back_once(pair: tuple[socket.socket, socket.socket]) -> None:
     log: list[int] = []
     queue = SendQueue(pair[0])
     for size in (100_000, 2, 3):

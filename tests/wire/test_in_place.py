@@ -10,11 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from sglang_tpla.transfer import messages
-from sglang_tpla.transfer import workers as agent
+from sglang_tpla.transfer import messages, workers
 from sglang_tpla.transfer.decode import in_place
 from sglang_tpla.transfer.memory import copy, iovec, native
-from sglang_tpla.transfer.network import data_channel as channel
+from sglang_tpla.transfer.network import data_channel
 from sglang_tpla.transfer.network.data_channel import PREAMBLE, SIZES
 from sglang_tpla.transfer.room import RoomState
 from tests.wire import rig
@@ -89,7 +88,7 @@ class Sender:
 def sender(
     request: pytest.FixtureRequest, rows_kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Sender]:
-    monkeypatch.setattr(agent, "SPARE_CORES", 1 if "worker" in request.param else 1 << 20)
+    monkeypatch.setattr(workers, "SPARE_CORES", 1 if "worker" in request.param else 1 << 20)
     with contextlib.ExitStack() as stack:
         yield Sender(stack)
 
@@ -158,7 +157,7 @@ def test_every_way_is_right_to_the_last_bit(way: str, monkeypatch: pytest.Monkey
     """The rows come in another order than that in which they lie in the pool."""
     if "without C" in way:
         monkeypatch.setattr(native, "library", lambda: None)
-    monkeypatch.setattr(agent, "SPARE_CORES", 1 if "by workers" in way else 1 << 20)
+    monkeypatch.setattr(workers, "SPARE_CORES", 1 if "by workers" in way else 1 << 20)
     checked_aside = []
     monkeypatch.setattr(
         in_place, "check_pieces", lambda pieces: checked_aside.append(pieces) or copy.check_pieces(pieces)
@@ -178,7 +177,7 @@ def test_every_way_is_right_to_the_last_bit(way: str, monkeypatch: pytest.Monkey
 
 def test_rows_that_their_next_owner_wrote_on_the_way_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     """The room ends in mid-payload and its pages are written over: what is on its way comes with a wrong checksum."""
-    monkeypatch.setattr(channel, "BUFFER_BYTES", 4096)
+    monkeypatch.setattr(data_channel, "BUFFER_BYTES", 4096)
     prefill = rig.prefill_rank(chunk_bytes=256 << 10, staging_bytes=1 << 20)
     pages = np.arange(PAGES, dtype=np.int32)
     with contextlib.closing(prefill.agent), contextlib.closing(FakeDecode(prefill.agent.address[1])) as fake:
