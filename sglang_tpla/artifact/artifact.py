@@ -197,7 +197,7 @@ class Artifact:
             ValueError: an artifact of other rows.
         """
         if not self.meta.rows(layer).own:
-            return torch.zeros(self.meta.latent_dim, 0)
+            return torch.zeros(self.meta.latent_dim, 0, device="cpu")
         return self.tensors[sketch_name(layer)]
 
     @cached_property

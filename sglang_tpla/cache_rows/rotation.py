@@ -15,7 +15,7 @@ import torch
 @functools.lru_cache(maxsize=64)
 def _matrix(size: int) -> torch.Tensor:
     power = size & -size  # the largest power of two that divides the size
-    found = torch.ones(1, 1, dtype=torch.float64)
+    found = torch.ones(1, 1, dtype=torch.float64, device="cpu")
     while found.shape[0] < power:
         found = torch.cat([torch.cat([found, found], 1), torch.cat([found, -found], 1)])
     return torch.kron(found / math.sqrt(power), _cosines(size // power)).contiguous()
@@ -23,14 +23,14 @@ def _matrix(size: int) -> torch.Tensor:
 
 def _cosines(size: int) -> torch.Tensor:
     """The orthonormal discrete cosine transform of an odd size (the identity for 1)."""
-    place = torch.arange(size, dtype=torch.float64)
+    place = torch.arange(size, dtype=torch.float64, device="cpu")
     rows = torch.cos(math.pi / size * (place[None, :] + 0.5) * place[:, None]) * math.sqrt(2 / size)
     rows[0] /= math.sqrt(2)
     return rows
 
 
 def rotation(size: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-    """An orthogonal matrix ``[size, size]``: Hadamard's for a power of two, else one that ends in cosines.
+    """An orthogonal matrix ``[size, size]`` on the CPU: Hadamard's for a power of two, else one that ends in cosines.
 
     Row vectors are rotated by ``x @ rotation(n)`` and back by its transpose.
 
@@ -40,5 +40,5 @@ def rotation(size: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
     if size < 0:
         raise ValueError(f"expected the size of a rotation to be at least 0, got {size}")
     if size == 0:
-        return torch.zeros(0, 0, dtype=dtype)
+        return torch.zeros(0, 0, dtype=dtype, device="cpu")
     return _matrix(size).to(dtype, copy=True)

@@ -333,14 +333,14 @@ def sketch_values(codes: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.
 @functools.lru_cache(maxsize=8)
 def level_table(bits: int) -> torch.Tensor:
     """The int8 level of every code, ``[2 ** bits]``: what a kernel looks codes up in."""
-    positive = torch.tensor(LEVELS[bits], dtype=torch.int8)
+    positive = torch.tensor(LEVELS[bits], dtype=torch.int8, device="cpu")
     return torch.cat([positive, -positive])
 
 
 @functools.lru_cache(maxsize=64)
 def midpoints(bits: int, device: torch.device) -> torch.Tensor:
     """Where one magnitude ends and the next begins, in units of the scale; a midpoint belongs to the larger one."""
-    levels = torch.tensor(LEVELS[bits], dtype=torch.float32)
+    levels = torch.tensor(LEVELS[bits], dtype=torch.float32, device="cpu")
     return ((levels[1:] + levels[:-1]) / 2).to(device)
 
 

@@ -63,6 +63,24 @@ def exact_maps(rows: SketchedRows, generator: torch.Generator) -> SketchedMaps:
     return SketchedMaps(rows, z, sketch, a, b)
 
 
+@pytest.mark.parametrize("groups", [1, 2])
+def test_maps_are_on_the_cpu_whatever_the_default_device(
+    engine: None, monkeypatch: pytest.MonkeyPatch, groups: int
+) -> None:
+    """SGLang builds layers with the GPU as the default device."""
+    from sglang_tpla.host.model import rows as of_model
+
+    monkeypatch.setattr(of_model, "artifact", lambda: None)
+    rows = SketchedRows.of(D, groups, 8, ROPE)
+    maps = exact_maps(rows, torch.Generator().manual_seed(1))
+    part = SimpleNamespace(artifact=SketchedArtifact(maps) if groups > 1 else None, group=0)
+    expected = of_model.layer_maps(part, 0, D, ROPE)
+    with torch.device("meta"):
+        found = of_model.layer_maps(part, 0, D, ROPE)
+    for name in ("projection", "key_map", "value_map"):
+        assert torch.equal(getattr(found, name), getattr(expected, name)), name
+
+
 def run_rank(
     attention: Any, x: Any, lengths: Any, past: Any, kind: GroupRows, maps: SketchedMaps
 ) -> torch.Tensor:

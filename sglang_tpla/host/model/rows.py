@@ -82,7 +82,7 @@ class LayerMaps:
 
 
 def layer_maps(part: Slice, layer: int, latent_dim: int, rope_dim: int) -> LayerMaps:
-    """The maps of one layer on one rank."""
+    """The maps of one layer on one rank, on the CPU, also where SGLang builds layers with a GPU as the default device."""
     if part.artifact is None:
         turn = rotation(latent_dim, torch.float32)
         rows = sketched_rows(layer, latent_dim, rope_dim)
@@ -92,7 +92,7 @@ def layer_maps(part: Slice, layer: int, latent_dim: int, rope_dim: int) -> Layer
         if not part.artifact.meta.sketched:
             return LayerMaps(z, a, b, None)
         rows, sketch = part.artifact.meta.rows(layer), part.artifact.sketch(layer)
-    padding = torch.zeros(rows.w_pad - rows.w, latent_dim)
+    padding = a.new_zeros(rows.w_pad - rows.w, latent_dim)
     return LayerMaps(
         projection=torch.cat([z, sketch], dim=1),
         key_map=torch.cat([a[: rows.w], padding, a[rows.w :]]),
