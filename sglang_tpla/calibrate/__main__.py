@@ -261,11 +261,7 @@ def make(arguments: argparse.Namespace) -> Artifact:
 
 
 def row_choice(arguments: argparse.Namespace) -> str:
-    """Return the row format that was asked for, or the default: sketched wherever its maps are those of ``shared``.
-
-    Raises:
-        TransformError: sketched rows with a transform or an option that has no meaning for them.
-    """
+    """Return the row format that was asked for, or the default: sketched wherever its maps are those of ``shared``."""
     simple = (
         arguments.transform == "shared" and arguments.key_map == "regression" and not arguments.refit_values
     )
@@ -287,11 +283,7 @@ def choose(
     held_out: torch.Tensor,
     prompt_tokens: int,
 ) -> Artifact:
-    """Make the cheapest layout within the bound, and print what was looked at.
-
-    Raises:
-        TransformError: no layout keeps the bound.
-    """
+    """Make the cheapest layout within the bound, and print what was looked at; TransformError where none keeps it."""
     backend = next(entry for entry in BACKENDS if entry.name == arguments.attention_backend)
     wanted = Search(arguments.ranks or 0, arguments.max_kl, backend.has_width)
 
@@ -316,11 +308,7 @@ def choose_sketched(
     held_out: torch.Tensor,
     prompt_tokens: int,
 ) -> Artifact:
-    """Make the cheapest layout of sketched rows within the bound, and print what was looked at.
-
-    Raises:
-        TransformError: no layout keeps the bound.
-    """
+    """Do the same as `choose` for sketched rows."""
     wanted = Search(arguments.ranks or 0, arguments.max_kl, lambda width: True)
     bits = SKETCH_BITS if arguments.sketch_bits is None else (arguments.sketch_bits,)
     keys = ROPE_BITS if arguments.rope_bits is None else (arguments.rope_bits,)

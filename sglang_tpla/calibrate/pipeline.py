@@ -1,4 +1,7 @@
-"""From second moments to an artifact: the steps of the calibration command as functions."""
+"""From second moments to an artifact: the steps of the calibration command as functions.
+
+Settings that give no transform raise `TransformError`; moments of another model, or too few, raise `StatisticsError`.
+"""
 
 from __future__ import annotations
 
@@ -44,11 +47,7 @@ def closed_form(
     shared_dims: int,
     key_map: str = "regression",
 ) -> Artifact:
-    """Make an artifact from second moments and kv_b_proj alone.
-
-    Raises:
-        TransformError: settings that give no transform.
-    """
+    """Make an artifact from second moments and kv_b_proj alone."""
     spec = ModelSpec.from_config(checkpoint.config)
     check_settings(transform, groups, shared_dims, spec)
     check_statistics(statistics, checkpoint)
@@ -120,11 +119,7 @@ def sketched_form(statistics: Statistics, checkpoint: Checkpoint, rows: Sequence
 
 
 def check_statistics(statistics: Statistics, checkpoint: Checkpoint) -> None:
-    """Refuse moments of another model.
-
-    Raises:
-        StatisticsError: another configuration or other weights, or too few layers, heads or tokens.
-    """
+    """Refuse moments of another model."""
     spec = ModelSpec.from_config(checkpoint.config)
     found = (config_hash(checkpoint.config), weights_hash(checkpoint.path))
     meta = statistics.meta
@@ -183,11 +178,7 @@ def _provenance(statistics: Statistics, spec: ModelSpec, transform: str, groups:
 
 
 def check_settings(transform: str, groups: int, shared_dims: int, spec: ModelSpec) -> None:
-    """Refuse settings before any work.
-
-    Raises:
-        TransformError: unknown transform, groups or shared dims out of range.
-    """
+    """Refuse settings before any work."""
     known = (*TRANSFORMS, "learned")
     if transform not in known:
         raise TransformError(f"expected --transform to be one of {', '.join(known)}, got {transform!r}")

@@ -10,7 +10,8 @@ Every transform is a basis of the latent space, dealt out to the groups, and two
 
 Bases: ``identity``, ``hadamard`` (seeded signs, spreads energy evenly), ``pca`` (the paper's: eigenvectors of the
 latent's covariance), ``shared`` (ours: whitened latent, directions ordered by score energy S_K^1/2 S_Q S_K^1/2; every
-group keeps the first r, and the rest goes out in blocks).
+group keeps the first r, and the rest goes out in blocks). Settings out of range, and a latent for which a basis does
+not exist, raise `TransformError`.
 """
 
 from __future__ import annotations
@@ -63,9 +64,6 @@ def layer_maps(
         seed: decides Hadamard's signs.
         key_map: ``regression``, or ``scalar`` for the map the paper would take: the slice's own rows of the
             inverse basis, times g for Hadamard, whose slices each hold 1/g of the energy.
-
-    Raises:
-        TransformError: unknown transform or key map, or r out of range.
     """
     latent_dim = moments.latent_sum.shape[0]
     if not 0 <= shared_dims <= latent_dim:
@@ -86,11 +84,7 @@ def layer_maps(
 
 
 def make_basis(transform: str, moments: LayerMoments, w_uk: torch.Tensor, seed: int) -> Basis:
-    """Make the basis of a transform, float64.
-
-    Raises:
-        TransformError: unknown transform, or a latent dimension Hadamard has no matrix for.
-    """
+    """Make the basis of a transform, float64."""
     covariance = moments.covariance
     latent_dim = covariance.shape[0]
     if transform == "identity":
@@ -119,11 +113,7 @@ def score_basis(covariance: torch.Tensor, query_moment: torch.Tensor) -> Basis:
 
 
 def hadamard(size: int, seed: int) -> torch.Tensor:
-    """Make an orthogonal [size, size]: Sylvester's matrix with seeded column signs.
-
-    Raises:
-        TransformError: ``size`` is no power of two.
-    """
+    """Make an orthogonal [size, size]: Sylvester's matrix with seeded column signs."""
     if size & (size - 1):
         raise TransformError(f"hadamard needs a latent dimension that is a power of two, got {size}; use pca")
     matrix = torch.ones(1, 1, dtype=torch.float64)
