@@ -1,7 +1,4 @@
-"""From second moments to an artifact: the steps of the calibration command as functions.
-
-Settings that give no transform raise `TransformError`; moments of another model, or too few, raise `StatisticsError`.
-"""
+"""From second moments to an artifact: the steps of the calibration command as functions."""
 
 from __future__ import annotations
 
@@ -27,12 +24,12 @@ from sglang_tpla.reference_model.spec import ModelSpec
 
 
 def key_weights(checkpoint: Checkpoint, layer: int) -> torch.Tensor:
-    """Read the key half of a layer's kv_b_proj, [H, n, d] float32, and no other weight."""
+    """Key half of a layer's kv_b_proj, [H, n, d] float32, reading no other weight."""
     return layer_weights(checkpoint, layer).key
 
 
 def layer_weights(checkpoint: Checkpoint, layer: int) -> LayerWeights:
-    """Read both halves of a layer's kv_b_proj, float32, and no other weight."""
+    """Both halves of a layer's kv_b_proj, float32, reading no other weight."""
     spec = ModelSpec.from_config(checkpoint.config)
     kv_b = checkpoint.tensor(checkpoint.layer_name(layer, "self_attn.kv_b_proj.weight"))
     heads = kv_b.view(spec.heads, spec.nope_dim + spec.value_dim, spec.latent_dim)
@@ -47,7 +44,11 @@ def closed_form(
     shared_dims: int,
     key_map: str = "regression",
 ) -> Artifact:
-    """Make an artifact from second moments and kv_b_proj alone."""
+    """An artifact from second moments and kv_b_proj alone.
+
+    Raises:
+        TransformError: settings that give no transform.
+    """
     spec = ModelSpec.from_config(checkpoint.config)
     check_settings(transform, groups, shared_dims, spec)
     check_statistics(statistics, checkpoint)
@@ -67,7 +68,7 @@ def usual_layout(
     rope_bits: int | None = None,
     shared_dims: int | None = None,
 ) -> list[SketchedRows]:
-    """Return equal rows for every layer, and choose from the statistics what is None (`sketch_layout`).
+    """Rows of every layer, all alike, with what is None chosen from the statistics (`sketch_layout`).
 
     Raises:
         TransformError: the format does not hold them.
@@ -84,7 +85,7 @@ def usual_layout(
 
 
 def sketched_form(statistics: Statistics, checkpoint: Checkpoint, rows: Sequence[SketchedRows]) -> Artifact:
-    """Make an artifact of sketched rows, sized layer by layer, from second moments and kv_b_proj alone.
+    """An artifact of sketched rows, sized layer by layer, from second moments and kv_b_proj alone.
 
     Raises:
         TransformError: layers that do not share groups and the rotary key's bits, or rows of another model.
@@ -119,7 +120,11 @@ def sketched_form(statistics: Statistics, checkpoint: Checkpoint, rows: Sequence
 
 
 def check_statistics(statistics: Statistics, checkpoint: Checkpoint) -> None:
-    """Refuse moments of another model."""
+    """Refuse moments of another model.
+
+    Raises:
+        StatisticsError: another configuration or other weights, or too few layers, heads or tokens.
+    """
     spec = ModelSpec.from_config(checkpoint.config)
     found = (config_hash(checkpoint.config), weights_hash(checkpoint.path))
     meta = statistics.meta
@@ -145,7 +150,7 @@ def check_statistics(statistics: Statistics, checkpoint: Checkpoint) -> None:
 def package(
     maps: list[Maps], shared_dims: list[int], statistics: Statistics, spec: ModelSpec, transform: str
 ) -> Artifact:
-    """Join maps of every layer and their provenance in an artifact, which has no error report yet."""
+    """Maps of every layer with their provenance, without an error report yet."""
     meta = msgspec.structs.replace(
         _provenance(statistics, spec, transform, len(maps[0])),
         shared_dims=tuple(shared_dims),
@@ -155,7 +160,7 @@ def package(
 
 
 def _provenance(statistics: Statistics, spec: ModelSpec, transform: str, groups: int) -> ArtifactMeta:
-    """Return the metadata of plain rows whose layers have no widths yet."""
+    """Metadata of plain rows whose layers have no widths yet."""
     source = statistics.meta
     return ArtifactMeta(
         format_version=FORMAT_VERSION,
@@ -178,7 +183,11 @@ def _provenance(statistics: Statistics, spec: ModelSpec, transform: str, groups:
 
 
 def check_settings(transform: str, groups: int, shared_dims: int, spec: ModelSpec) -> None:
-    """Refuse settings before any work."""
+    """Refuse settings before any work.
+
+    Raises:
+        TransformError: unknown transform, groups or shared dims out of range.
+    """
     known = (*TRANSFORMS, "learned")
     if transform not in known:
         raise TransformError(f"expected --transform to be one of {', '.join(known)}, got {transform!r}")
@@ -199,7 +208,7 @@ def with_report(
     show_progress: bool,
     maps: Sequence[LayerMaps] | None = None,
 ) -> tuple[Artifact, DecodeErrors]:
-    """Measure an artifact on held-out text [sequences, length]. Return it with the error report, and the errors.
+    """The artifact with its decode error on held-out text [sequences, length], and the errors themselves.
 
     Args:
         maps: what is measured where that is not the artifact's maps as they are (rows of another precision).
@@ -212,5 +221,5 @@ def with_report(
 
 
 def default_shared_dims(transform: str, latent_dim: int, groups: int) -> int:
-    """Return r where none is given: a quarter of the latent where columns are shared at all, else none."""
+    """r when none is given: a quarter of the latent where dims are shared at all, else none."""
     return latent_dim // 4 if transform in ("shared", "learned") and groups > 1 else 0
