@@ -81,9 +81,8 @@ def test_a_prefill_server_of_two_attention_groups(
         "prefill", nano_mla, ports[0], logs / "prefill-attention-groups.log", "--tp", "2", *GROUPS,
         "--disaggregation-bootstrap-port", str(ports[1]), "--chunked-prefill-size", "512",
     )  # fmt: skip
-    with contextlib.ExitStack() as stack:
-        stack.callback(prefill.stop)
-        pair = Pair(prefill.start().wait(), ports[1], decode, next_room=140_000)
+    with running(prefill):
+        pair = Pair(prefill, ports[1], decode, next_room=140_000)
         assert_answers_follow_the_formula(
             pair, Artifact.load(nano_artifact), nano_mla, prompts=4, new_tokens=TOKENS
         )
