@@ -83,8 +83,8 @@ __device__ __forceinline__ void {name}(float (&d)[{count}], u32 a0, u32 a1, u32 
 def row_values_source(columns: int) -> str:
     """The source of ``wgmma_values(d, a, b)``: d [64, columns] += a [64, 16] times b [16, columns].
 
-    Both are float16 in shared memory. More than 192 columns take two instructions, of which the first does 128, two panels of b: the compiler allots an
-    instruction no more than a block's 128 registers.
+    Both are float16 in shared memory. More than 192 columns take two instructions, of which the first does 128, two
+    panels of b: the compiler allots an instruction no more than a block's 128 registers.
     """
     parts = [(0, columns)] if columns <= 192 else [(0, 128), (128, columns - 128)]
     lines = []
