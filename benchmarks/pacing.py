@@ -5,8 +5,7 @@ from __future__ import annotations
 import socket
 import struct
 
-from sglang_tpla.transfer.network import data_channel as channel
-from sglang_tpla.transfer.network import data_listener as doorway
+from sglang_tpla.transfer.network import data_channel, data_listener
 
 SO_MAX_PACING_RATE = 47  # of Linux; Python does not name it
 
@@ -21,7 +20,7 @@ def pace_channels(gigabits_s: float) -> None:
     """Slow down the data channels that this process's prefill agents will serve."""
 
     def set_up(stream: socket.socket, timeout_s: float) -> None:
-        channel.set_up(stream, timeout_s)
+        data_channel.set_up(stream, timeout_s)
         pace(stream, gigabits_s)
 
-    doorway.set_up = set_up
+    data_listener.set_up = set_up

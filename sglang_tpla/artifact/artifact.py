@@ -102,7 +102,7 @@ class ArtifactMeta(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return self.format_version == SKETCHED_VERSION
 
     def rows(self, layer: int) -> SketchedRows:
-        """The sketched rows of a layer.
+        """Return the sketched rows of a layer.
 
         Raises:
             ValueError: an artifact without sketched rows, or with sizes that the format does not hold.
@@ -121,12 +121,12 @@ class ArtifactMeta(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def sketch_name(layer: int) -> str:
-    """The stored name of a layer's sketch map."""
+    """Return the stored name of a layer's sketch map."""
     return f"layers.{layer}.sketch"
 
 
 def tensor_name(layer: int, group: int, which: str) -> str:
-    """The stored name of a map; ``which`` is Z, A or B."""
+    """Return the stored name of a map; ``which`` is Z, A or B."""
     return f"layers.{layer}.groups.{group}.{which}"
 
 
@@ -186,12 +186,12 @@ class Artifact:
             save_file(tensors, temporary, metadata=_encode_meta(self.meta))
 
     def maps(self, layer: int, group: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The maps Z [d, w], A [w, d], B [w, d] of one layer and group, float32."""
+        """Return the maps Z [d, w], A [w, d], B [w, d] of one layer and group, float32."""
         z, a, b = (self.tensors[tensor_name(layer, group, which)] for which in MAP_NAMES)
         return z, a, b
 
     def sketch(self, layer: int) -> torch.Tensor:
-        """The sketch map [d, g n] of a layer, float32; [d, 0] where the groups have no columns of their own.
+        """Return the sketch map [d, g n] of a layer, float32; [d, 0] where the groups have no columns of their own.
 
         Raises:
             ValueError: an artifact of other rows.
@@ -250,7 +250,7 @@ def replace_into(path: Path) -> Iterator[str]:
 
 
 def expected_names(meta: ArtifactMeta) -> list[str]:
-    """The tensor names of an artifact in canonical order: each layer's sketch, then its groups' maps."""
+    """Return the tensor names of an artifact in canonical order: each layer's sketch, then its groups' maps."""
     names: list[str] = []
     for layer in range(meta.num_layers):
         if meta.sketched and meta.widths[layer] > meta.shared_dims[layer]:

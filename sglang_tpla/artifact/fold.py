@@ -9,7 +9,7 @@ import torch
 
 
 def fold_key_map(w_kc: torch.Tensor, a: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
-    """The absorbed key weights of a slice, float32 ``[h, qk_nope, w]``, in the memory layout of SGLang's ``w_kc``.
+    """Return the absorbed key weights of a slice, float32 ``[h, qk_nope, w]``, in the layout of SGLang's ``w_kc``.
 
     Args:
         w_kc: ``[h, qk_nope, d]``, any dtype.
@@ -21,7 +21,7 @@ def fold_key_map(w_kc: torch.Tensor, a: torch.Tensor, scale: float = 1.0) -> tor
 
 
 def fold_value_map(w_vc: torch.Tensor, b: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
-    """The absorbed value weights of a slice, float32 ``[h, w, v]``, in the memory layout of SGLang's ``w_vc``.
+    """Return the absorbed value weights of a slice, float32 ``[h, w, v]``, in the layout of SGLang's ``w_vc``.
 
     Args:
         w_vc: ``[h, d, v]``, any dtype.

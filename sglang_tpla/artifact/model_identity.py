@@ -41,7 +41,7 @@ HEAD_BYTES = 65536
 
 
 def config_hash(config: Mapping[str, Any]) -> str:
-    """The sha256 (hex) of those keys of a Hugging Face config that decide the attention's mathematics.
+    """Return the sha256 (hex) of those keys of a Hugging Face config that decide the attention's mathematics.
 
     Names of architectures, dtypes, vocabulary and feed-forward sizes do not count. ``rope_parameters``
     (transformers 5) and ``rope_theta`` + ``rope_scaling`` (older) give the same hash.
@@ -68,7 +68,7 @@ def config_hash(config: Mapping[str, Any]) -> str:
 
 
 def weights_hash(model_path: str | Path) -> str:
-    """The sha256 (hex) of each layer's ``kv_a_layernorm.weight`` and the first 64 KiB of ``kv_b_proj.weight``.
+    """Return the sha256 (hex) of each layer's ``kv_a_layernorm.weight`` and first 64 KiB of ``kv_b_proj.weight``.
 
     It covers stored bytes, in layer order, so that quantised and unquantised copies differ.
 

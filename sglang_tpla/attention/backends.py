@@ -50,7 +50,7 @@ class Backend:
     other: Callable[[DecodeShape], str | None] | None = None
 
     def unsupported_reason(self, shape: DecodeShape, capability: Capability) -> str | None:
-        """The reason for which this backend must not serve ``shape`` there; None if it may."""
+        """Return why this backend must not serve ``shape`` there, or None if it may."""
         if not self.has_device(capability):
             return f"it needs {self.device}, this is {_device_text(capability)}"
         if self.rows != shape.kind:
@@ -161,7 +161,7 @@ _BY_NAME = {backend.name: backend for backend in BACKENDS}
 
 
 def device_capability(device: torch.device) -> Capability:
-    """The compute capability of a CUDA device; None for a CPU."""
+    """Return the compute capability of a CUDA device; None for a CPU."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
 
 
@@ -183,7 +183,7 @@ def require(name: str, shape: DecodeShape, capability: Capability) -> None:
 
 
 def choose(shape: DecodeShape, capability: Capability) -> str:
-    """The first backend of the table that serves ``shape``.
+    """Return the first backend of the table that serves ``shape``.
 
     Raises:
         BackendRefusal: with every backend's reason.

@@ -17,7 +17,7 @@ from sglang_tpla.cache_rows.fp8 import unpack_rows
 
 
 def token_slots(table: PageTable, request: int, length: int) -> torch.Tensor:
-    """The cache slots of a request's first ``length`` tokens, [length] int64."""
+    """Return the cache slots of a request's first ``length`` tokens, [length] int64."""
     token = torch.arange(length, device=table.indices.device)
     page = table.indices[table.starts[request].long() + token // table.page_size].long()
     return page * table.page_size + token % table.page_size
@@ -76,7 +76,7 @@ def read_sketched(rows: torch.Tensor, shape: DecodeShape) -> torch.Tensor:
 
 
 def reader_of(shape: DecodeShape) -> Callable[[torch.Tensor], torch.Tensor] | None:
-    """The ``read`` of ``latent_attention`` for the cache of ``shape``."""
+    """Return the ``read`` of ``latent_attention`` for the cache of ``shape``."""
     if shape.sketched is not None:
         return partial(read_sketched, shape=shape)
     return None if shape.fp8_shared is None else partial(read_fp8, shape=shape)

@@ -23,7 +23,7 @@ ALIGNMENT = 16
 
 
 def row_bytes(w: int, rope: int) -> int:
-    """Bytes of one row."""
+    """Return the bytes of one row."""
     return w + 2 * rope + TRAILER_BYTES
 
 
@@ -33,7 +33,7 @@ def slice_width(size: int, rope: int) -> int:
 
 
 def unsupported_reason(w: int, rope: int) -> str | None:
-    """Why a slice cannot be kept in such rows, or None."""
+    """Return why a slice cannot be kept in such rows, or None."""
     if w % ALIGNMENT or w < ALIGNMENT:
         return f"FP8 rows hold slices of a multiple of {ALIGNMENT} values, got width {w}"
     if 2 * rope % ALIGNMENT:
@@ -42,7 +42,7 @@ def unsupported_reason(w: int, rope: int) -> str | None:
 
 
 def pack_rows(z: torch.Tensor, k_rope: torch.Tensor, shared: int) -> torch.Tensor:
-    """Rows ``[..., row_bytes]`` uint8 of slices ``[..., w]`` and rotated keys ``[..., rope]``.
+    """Pack slices ``[..., w]`` and rotated keys ``[..., rope]`` into rows ``[..., row_bytes]`` uint8.
 
     Args:
         shared: r, how many leading columns every group has.
@@ -58,13 +58,15 @@ def pack_rows(z: torch.Tensor, k_rope: torch.Tensor, shared: int) -> torch.Tenso
 
 
 def pack_common(z: torch.Tensor, k_rope: torch.Tensor) -> torch.Tensor:
-    """What all groups have of a token: ``[..., r + 2 rope + 4]``, of the shared columns ``[..., r]`` and the key."""
+    """Pack what all groups have of a token, ``[..., r + 2 rope + 4]``, from the shared columns ``[..., r]`` and the
+    key.
+    """
     values, scale = quantise(z)
     return _bytes(values, k_rope.to(torch.bfloat16), scale)
 
 
 def pack_own(z: torch.Tensor) -> torch.Tensor:
-    """What one group's rows have besides: ``[..., w - r + 4]`` of its own columns ``[..., w - r]``."""
+    """Pack what one group's rows have besides, ``[..., w - r + 4]``, from its own columns ``[..., w - r]``."""
     return _bytes(*quantise(z))
 
 
@@ -73,7 +75,7 @@ def _bytes(*parts: torch.Tensor) -> torch.Tensor:
 
 
 def unpack_rows(rows: torch.Tensor, rope: int, shared: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The slices ``[..., w]`` and the keys ``[..., rope]`` that rows stand for, float32."""
+    """Return the slices ``[..., w]`` and the keys ``[..., rope]`` that rows stand for, float32."""
     w = slice_width(rows.shape[-1], rope)
     values, key, scales, _ = rows.split(
         [w, 2 * rope, 2 * SCALE_BYTES, TRAILER_BYTES - 2 * SCALE_BYTES], dim=-1

@@ -52,13 +52,13 @@ class LayerRows(Hashable, Protocol):
     def columns(self) -> int: ...
 
     def unsupported_reason(self) -> str | None:
-        """Why there are no such rows, or None."""
+        """Return why there are no such rows, or None."""
 
     def fields(self, part: Part) -> tuple[Field, ...]:
-        """Items of the row that a part fills; what else the payload holds is not this rank's."""
+        """Return the items of the row that a part fills; what else the payload holds is not this rank's."""
 
     def part_items(self, part: Part) -> int:
-        """Items a token of one part's payload."""
+        """Return the items that one part's payload has of a token."""
 
     def part_columns(self, part: Part) -> tuple[slice, ...]:
         """Columns of the projection that a part is made from."""
@@ -145,7 +145,7 @@ class Fp8Rows:
         return self.width
 
     def unsupported_reason(self) -> str | None:
-        """Why a slice cannot be kept in such rows, or None."""
+        """Return why a slice cannot be kept in such rows, or None."""
         return fp8_rows.unsupported_reason(self.width, self.rope_dim)
 
     def fields(self, part: Part) -> tuple[Field, ...]:
@@ -216,7 +216,7 @@ class GroupRows:
         return self.rows.w + self.rows.groups * self.rows.own
 
     def unsupported_reason(self) -> str | None:
-        """Why there are no such rows, or None."""
+        """Return why there are no such rows, or None."""
         if not 0 <= self.group < self.rows.groups:
             return f"sketched rows of {self.rows.groups} groups have none of number {self.group}"
         return None

@@ -22,7 +22,7 @@ def _matrix(size: int) -> torch.Tensor:
 
 
 def _cosines(size: int) -> torch.Tensor:
-    """The orthonormal discrete cosine transform of an odd size (the identity for 1)."""
+    """Return the orthonormal discrete cosine transform of an odd size (the identity for 1)."""
     place = torch.arange(size, dtype=torch.float64, device="cpu")
     rows = torch.cos(math.pi / size * (place[None, :] + 0.5) * place[:, None]) * math.sqrt(2 / size)
     rows[0] /= math.sqrt(2)
@@ -30,7 +30,8 @@ def _cosines(size: int) -> torch.Tensor:
 
 
 def rotation(size: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-    """An orthogonal matrix ``[size, size]`` on the CPU: Hadamard's for a power of two, else one that ends in cosines.
+    """Return an orthogonal matrix ``[size, size]`` on the CPU: Hadamard's for a power of two, else one that ends in
+    cosines.
 
     Row vectors are rotated by ``x @ rotation(n)`` and back by its transpose.
 

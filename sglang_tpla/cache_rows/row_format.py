@@ -54,7 +54,7 @@ class RowFormat:
     def announced(
         cls, name: str, latent_dim: int, widths: Sequence[int], shared: Sequence[int], rope_dim: int
     ) -> RowFormat:
-        """What a receiver announced: ``name`` (`name`) stands in the place of a dtype's.
+        """Return the rows that a receiver announced: ``name`` (`name`) stands in the place of a dtype's.
 
         Raises:
             ValueError: it describes no rows.
@@ -90,11 +90,11 @@ class RowFormat:
 
     @staticmethod
     def is_encoded(name: str) -> bool:
-        """Whether what a receiver announced are rows that the sender makes."""
+        """Return whether a receiver announced rows that the sender makes."""
         return name.partition(" ")[0] in (FP8_NAME, SKETCHED_NAME)
 
     def name(self, dtype: torch.dtype) -> str:
-        """What a receiver with a pool of this dtype announces."""
+        """Return the name that a receiver with a pool of this dtype announces."""
         head = self.layers[0]
         if isinstance(head, Fp8Rows):
             return FP8_NAME + self._whole
@@ -162,7 +162,9 @@ class RowFormat:
         return tuple(rows.shared for rows in self.layers)
 
     def sharing(self, shared: Sequence[int]) -> RowFormat:
-        """The same rows, so many of whose columns are those of every group; sketched rows know that by themselves."""
+        """Return the same rows, so many of whose columns are those of every group; sketched rows know that by
+        themselves.
+        """
         if isinstance(self.layers[0], GroupRows):
             return self
         pairs = zip(self.layers, shared, strict=True)
@@ -173,7 +175,7 @@ class RowFormat:
     def with_whole_latents(
         self, layers: int, latent_dim: int, rope_dim: int, dtype: torch.dtype
     ) -> RowFormat:
-        """The same, and behind them rows of whole latents of so many layers: those of a draft model.
+        """Return the same rows, with rows of whole latents for so many layers of a draft model behind them.
 
         Args:
             dtype: of the draft's cache.
@@ -199,18 +201,18 @@ class RowFormat:
         return torch.uint8 if self.encoded else sender
 
     def part_items(self, part: Part) -> list[int]:
-        """Items a token of one part's payload, one entry a layer."""
+        """Return the items that one part's payload has of a token, one entry a layer."""
         return [rows.part_items(part) for rows in self.layers]
 
 
 def _fold(numbers: Sequence[int]) -> str:
-    """One number a layer as runs: ``4*3,2`` is 4, 4, 4, 2."""
+    """Write one number a layer with repeats counted: ``4*3,2`` is 4, 4, 4, 2."""
     runs = [(number, len(list(run))) for number, run in groupby(numbers)]
     return ",".join(f"{number}*{count}" if count > 1 else f"{number}" for number, count in runs)
 
 
 def _unfold(text: str, layers: int) -> list[int]:
-    """One number a layer of `_fold`'s runs.
+    """Read one number a layer from `_fold`'s text.
 
     Raises:
         ValueError: it is no such text, or not for so many layers.

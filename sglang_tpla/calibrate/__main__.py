@@ -41,7 +41,7 @@ ERRORS = (ArtifactError, CheckpointError, CorpusError, StatisticsError, Transfor
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the parser of the command line."""
     text = argparse.ArgumentParser(prog="python -m sglang_tpla.calibrate", description=__doc__)
     text.add_argument(
         "--model-path", required=True, help="checkpoint directory with config.json and safetensors"
@@ -160,7 +160,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; 0 on success, 2 on bad input."""
+    """Run the command, and return 0 on success or 2 on bad input."""
     arguments = parser().parse_args(argv)
     try:
         artifact = make(arguments)
@@ -175,7 +175,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def make(arguments: argparse.Namespace) -> Artifact:
-    """Everything but writing the artifact."""
+    """Make the artifact, without writing it."""
     checkpoint = Checkpoint(arguments.model_path)
     spec = ModelSpec.from_config(checkpoint.config)
     transform, groups = arguments.transform, arguments.groups
@@ -262,11 +262,7 @@ def make(arguments: argparse.Namespace) -> Artifact:
 
 
 def row_choice(arguments: argparse.Namespace) -> str:
-    """The row format that was asked for, or the default: sketched wherever its maps are those of ``shared``.
-
-    Raises:
-        TransformError: sketched rows with a transform or an option that has no meaning for them.
-    """
+    """Return the row format that was asked for, or the default: sketched wherever its maps are those of ``shared``."""
     simple = (
         arguments.transform == "shared" and arguments.key_map == "regression" and not arguments.refit_values
     )
@@ -288,11 +284,7 @@ def choose(
     held_out: torch.Tensor,
     prompt_tokens: int,
 ) -> Artifact:
-    """The cheapest layout within the bound; prints what was looked at.
-
-    Raises:
-        TransformError: no layout keeps the bound.
-    """
+    """Make the cheapest layout within the bound, and print what was looked at; TransformError where none keeps it."""
     backend = next(entry for entry in BACKENDS if entry.name == arguments.attention_backend)
     wanted = Search(arguments.ranks or 0, arguments.max_kl, backend.has_width)
 
@@ -317,11 +309,7 @@ def choose_sketched(
     held_out: torch.Tensor,
     prompt_tokens: int,
 ) -> Artifact:
-    """The cheapest layout of sketched rows within the bound; prints what was looked at.
-
-    Raises:
-        TransformError: no layout keeps the bound.
-    """
+    """Do the same as `choose` for sketched rows."""
     wanted = Search(arguments.ranks or 0, arguments.max_kl, lambda width: True)
     bits = SKETCH_BITS if arguments.sketch_bits is None else (arguments.sketch_bits,)
     keys = ROPE_BITS if arguments.rope_bits is None else (arguments.rope_bits,)
@@ -375,7 +363,7 @@ def _held_out_kl(artifact: Artifact, model: PlainModel, held_out: torch.Tensor, 
 
 
 def summary(artifact: Artifact) -> str:
-    """What was made and how far it is from plain MLA, in a few lines."""
+    """Describe the artifact and its distance from plain MLA in a few lines."""
     meta = artifact.meta
     if meta.sketched:
         lines = [sketched_summary(artifact)]
@@ -393,7 +381,7 @@ def summary(artifact: Artifact) -> str:
 
 
 def sketched_summary(artifact: Artifact) -> str:
-    """One line on the layout of sketched rows."""
+    """Describe the layout of sketched rows in one line."""
     meta = artifact.meta
     rows = [meta.rows(layer) for layer in range(meta.num_layers)]
     mean = sum(layer.row_bytes for layer in rows) / len(rows)
@@ -411,7 +399,7 @@ def sketched_summary(artifact: Artifact) -> str:
 
 
 def plain_summary(artifact: Artifact) -> str:
-    """One line on the layout of plain rows."""
+    """Describe the layout of plain rows in one line."""
     meta = artifact.meta
     widths = sorted(set(meta.widths))
     kept = sum(meta.widths) / meta.num_layers + meta.rope_dim

@@ -39,7 +39,7 @@ class Point:
 
     @property
     def label(self) -> str:
-        """What tells its layers apart: widths, or shared columns and sketch bits."""
+        """The layers' differences in words: widths, or shared columns and sketch bits."""
 
         def each(values: Sequence[int]) -> str:
             return "/".join(map(str, values if len(set(values)) > 1 else values[:1]))
@@ -80,11 +80,11 @@ class Search:
             )
 
     def group_counts(self) -> list[int]:
-        """g to look at: the divisors of the ranks above 1."""
+        """Return the g to look at: the divisors of the ranks above 1."""
         return [g for g in range(2, self.ranks + 1) if self.ranks % g == 0]
 
     def shared_choices(self, latent_dim: int, groups: int) -> list[int]:
-        """r whose slice width the backend serves, ascending; d (an exact layer) last."""
+        """Return every r whose slice width the backend serves, ascending; d (an exact layer) is the last."""
         found: dict[int, int] = {}
         for share in self.shares:
             start = round(share * latent_dim)
@@ -113,7 +113,9 @@ def search(
     wanted: Search,
     progress: Callable[[str], None] = lambda _: None,
 ) -> tuple[list[Point], Point | None]:
-    """Every layout measured, cheapest first, and the cheapest within the bound (None: only plain MLA is)."""
+    """Return every layout that was measured, the cheapest first, and the cheapest within the bound (None: only plain
+    MLA is).
+    """
     points: list[Point] = []
     for groups in wanted.group_counts():
         points += _search_groups(model, statistics, tokens, prompt_tokens, wanted, groups, progress)
@@ -168,7 +170,7 @@ def _search_groups(
 
 
 def widening_walk(alone: Sequence[Sequence[float]], widths: Sequence[int]) -> list[list[int]]:
-    """Layouts (a choice per layer) from the narrowest on, each widening the layer that buys most per value.
+    """Return layouts (a choice per layer) from the narrowest on; each widens the layer that buys most per value.
 
     Args:
         alone: KL of each layer by itself at each choice, [layers][choices].
@@ -193,7 +195,7 @@ def widening_walk(alone: Sequence[Sequence[float]], widths: Sequence[int]) -> li
 def near_the_bound(
     picks: list[list[int]], alone: Sequence[Sequence[float]], max_kl: float, most: int = 12
 ) -> list[list[int]]:
-    """The uniform layouts and those of the others whose layers' KL adds up to about the bound."""
+    """Return the uniform layouts, and of the others those whose layers' KL adds up to about the bound."""
 
     def distance(pick: list[int]) -> float:
         total = sum(alone[layer][choice] for layer, choice in enumerate(pick))
@@ -207,7 +209,7 @@ def near_the_bound(
 def point_maps(
     model: PlainModel, statistics: Statistics, groups: int, shared_dims: Sequence[int]
 ) -> list[Maps]:
-    """``shared`` maps (float32, on the model's device) with r per layer."""
+    """Make ``shared`` maps (float32, on the model's device) with an r per layer."""
     layers: list[Maps] = []
     for layer, shared in enumerate(shared_dims):
         w_uk = key_weights(model.checkpoint, layer)
@@ -226,7 +228,9 @@ def point_maps(
 
 
 def table(points: Sequence[Point], chosen: Point | None, bytes_mla: int) -> str:
-    """The frontier as text; layouts beaten on both counts are left out, but for plain MLA, which is for comparison."""
+    """Return the frontier as text. Layouts that are beaten on both counts are left out, except for plain MLA, for
+    comparison.
+    """
     lines = [f"{'g':>3} {'bytes a token and rank':>23} {'of MLA':>7} {'KL a token':>11}  layout"]
     best = float("inf")
     for point in points:

@@ -71,12 +71,12 @@ class LearnPlan:
 
     @property
     def trials(self) -> tuple[float, ...]:
-        """Scales to try; one needs no trial."""
+        """The scales to try; a single one needs no trial."""
         return self.trial_scales if len(self.trial_scales) > 1 and self.steps else ()
 
     @property
     def total_steps(self) -> int:
-        """Steps of a layer, trials included."""
+        """The steps of a layer, trials included."""
         return self.steps + len(self.trials) * self.trial_steps
 
 
@@ -117,7 +117,7 @@ class _Whitened:
         return [leaf for leaf in (self.shared, self.rest, self.keys, self.values) if leaf.numel()]
 
     def maps(self) -> Maps:
-        """Maps in the latent's own coordinates; the shared columns are computed once."""
+        """Return the maps in the latent's own coordinates; the shared columns are computed once."""
         common = self.inverse @ self.shared
         return [
             (torch.cat([common, self.inverse @ rest], 1), keys @ self.root, values @ self.root)
@@ -126,7 +126,7 @@ class _Whitened:
 
 
 def output_error(attention: Attention, batch: Batch, maps: Maps) -> torch.Tensor:
-    """Squared error of the layer's output over the batch, relative to the exact output's square."""
+    """Return the squared error of the layer's output over the batch, relative to the exact output's square."""
     scale = attention.spec.scale
     rope = batch.rope_scores(scale)
     with torch.no_grad():

@@ -49,7 +49,7 @@ def learn_model(
     refit: bool = False,
     show_progress: bool = False,
 ) -> tuple[Artifact, list[LayerNote]]:
-    """An artifact with transform ``learned`` from a starting one.
+    """Make an artifact with transform ``learned`` from a starting one.
 
     Args:
         model: the exact model.

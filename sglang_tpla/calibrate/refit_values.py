@@ -1,4 +1,4 @@
-"""Closed-form refit of the value maps, given each group's probabilities: least squares, no gradient.
+"""Closed-form refit of the value maps for fixed probabilities of each group: least squares, no gradient.
 
 With u_{i,h} = p_{i,h} z_i fixed, the layer's output is linear in the B_i:
 
@@ -44,7 +44,7 @@ class _Problem:
 def refit_values(
     attention: Attention, batches: Sequence[Batch], maps: Maps, *, iterations: int = 20
 ) -> tuple[Maps, float, float]:
-    """Maps with B refitted, and the relative squared output error on the batches before and after.
+    """Refit B. Return the maps, and the relative squared output error on the batches before and after.
 
     The error never grows: conjugate gradients lower it at every step.
     """

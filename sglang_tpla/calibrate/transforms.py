@@ -3,15 +3,15 @@
 Every transform is a basis of the latent space, dealt out to the groups, and two maps back:
 
     Z_i [d, w]  the group's basis columns: z_i = c Z_i
-    A_i [w, d]  centred regression of the whole latent c on z_i. A constant key shifts a query's scores all
-    by the
+    A_i [w, d]  centred regression of the whole latent c on z_i. A constant key shifts a query's scores all by the
                 same amount, which its softmax ignores, so the mean needs no term of its own.
     B_i [w, d]  rows of the inverse basis; those of shared columns count 1/g in each group, so that
                 sum_i Z_i B_i = I and the output is exact wherever the groups' probabilities are.
 
-Bases: ``identity``, ``hadamard`` (seeded signs, spreads energy evenly), ``pca`` (the paper's: eigenvectors of
-the latent's covariance), ``shared`` (ours: whitened latent, directions ordered by score energy S_K^1/2 S_Q
-S_K^1/2; every group keeps the first r, and the rest goes out in blocks).
+Bases: ``identity``, ``hadamard`` (seeded signs, spreads energy evenly), ``pca`` (the paper's: eigenvectors of the
+latent's covariance), ``shared`` (ours: whitened latent, directions ordered by score energy S_K^1/2 S_Q S_K^1/2; every
+group keeps the first r, and the rest goes out in blocks). Settings out of range, and a latent for which a basis does
+not exist, raise `TransformError`.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def layer_maps(
     seed: int,
     key_map: str = "regression",
 ) -> Maps:
-    """Maps (Z, A, B) of each group, float64.
+    """Make the maps (Z, A, B) of each group, float64.
 
     Args:
         transform: one of ``TRANSFORMS``.
@@ -64,9 +64,6 @@ def layer_maps(
         seed: decides Hadamard's signs.
         key_map: ``regression``, or ``scalar`` for the map the paper would take: the slice's own rows of the
             inverse basis, times g for Hadamard, whose slices each hold 1/g of the energy.
-
-    Raises:
-        TransformError: unknown transform or key map, or r out of range.
     """
     latent_dim = moments.latent_sum.shape[0]
     if not 0 <= shared_dims <= latent_dim:
@@ -87,11 +84,7 @@ def layer_maps(
 
 
 def make_basis(transform: str, moments: LayerMoments, w_uk: torch.Tensor, seed: int) -> Basis:
-    """The basis of a transform, float64.
-
-    Raises:
-        TransformError: unknown transform, or a latent dimension Hadamard has no matrix for.
-    """
+    """Make the basis of a transform, float64."""
     covariance = moments.covariance
     latent_dim = covariance.shape[0]
     if transform == "identity":
@@ -109,7 +102,7 @@ def make_basis(transform: str, moments: LayerMoments, w_uk: torch.Tensor, seed: 
 
 
 def score_basis(covariance: torch.Tensor, query_moment: torch.Tensor) -> Basis:
-    """Whitened directions in order of score energy; both arguments and both results [d, d]."""
+    """Order whitened directions by score energy; both arguments and both results are [d, d]."""
     values, vectors = torch.linalg.eigh(covariance)
     values = values.clamp_min(values[-1] * _RELATIVE_FLOOR)
     root = (vectors * values.sqrt()) @ vectors.T
@@ -120,11 +113,7 @@ def score_basis(covariance: torch.Tensor, query_moment: torch.Tensor) -> Basis:
 
 
 def hadamard(size: int, seed: int) -> torch.Tensor:
-    """Orthogonal [size, size]: Sylvester's matrix with seeded column signs.
-
-    Raises:
-        TransformError: ``size`` is no power of two.
-    """
+    """Make an orthogonal [size, size]: Sylvester's matrix with seeded column signs."""
     if size & (size - 1):
         raise TransformError(f"hadamard needs a latent dimension that is a power of two, got {size}; use pca")
     matrix = torch.ones(1, 1, dtype=torch.float64)
@@ -135,7 +124,7 @@ def hadamard(size: int, seed: int) -> torch.Tensor:
 
 
 def deal(latent_dim: int, groups: int, shared_dims: int) -> list[list[int]]:
-    """Basis columns of each group: the first ``shared_dims``, then a block of the rest.
+    """Deal the basis columns out to the groups: to each the first ``shared_dims``, then a block of the rest.
 
     Blocks of an ordered basis, not columns in turn: a group with a poor score does harm in proportion to the
     values it carries, so the first group should have both the good scores and the large values. On a
@@ -150,7 +139,7 @@ def deal(latent_dim: int, groups: int, shared_dims: int) -> list[list[int]]:
 def maps_from_basis(
     basis: Basis, covariance: torch.Tensor, columns: list[list[int]], shared_dims: int
 ) -> Maps:
-    """Maps of each group from its basis columns; short groups are padded with zero columns."""
+    """Make the maps of each group from its basis columns; short groups are padded with zero columns."""
     groups = len(columns)
     width = max(map(len, columns))
     latent_dim = basis.forward.shape[0]
@@ -170,7 +159,7 @@ def maps_from_basis(
 
 
 def regression(z: torch.Tensor, covariance: torch.Tensor) -> torch.Tensor:
-    """Linear map [w, d] that predicts the centred latent best from the slice z = c Z; Z [d, w]."""
+    """Return the linear map [w, d] that best predicts the centred latent from the slice z = c Z; Z is [d, w]."""
     cross = z.T @ covariance  # [w, d]
     gram = cross @ z
     gram = (gram + gram.T) / 2

@@ -41,7 +41,7 @@ PAPER_TOKENS = 16384  # of calibration text, for the principal components of the
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the parser of the command line."""
     text = argparse.ArgumentParser(prog="python -m sglang_tpla.evaluate", description=__doc__)
     text.add_argument("--model-path", help="checkpoint directory")
     text.add_argument("--artifact", type=Path, help="artifact to measure")
@@ -99,7 +99,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; 0 on success, 2 on bad input."""
+    """Run the command, and return 0 on success or 2 on bad input."""
     arguments = parser().parse_args(argv)
     try:
         if arguments.stock_url or arguments.tpla_url:
@@ -119,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def evaluate(arguments: argparse.Namespace) -> Evaluation:
-    """Everything but writing the files."""
+    """Measure everything, without writing the files."""
     checkpoint = Checkpoint(arguments.model_path)
     artifact = Artifact.load(arguments.artifact)
     artifact.check_model(checkpoint.config, weights_hash(checkpoint.path), artifact.meta.groups)
@@ -175,7 +175,7 @@ def evaluate(arguments: argparse.Namespace) -> Evaluation:
 
 
 def cache_bytes(meta: ArtifactMeta, cache_dtype: str) -> int:
-    """Bytes that a rank caches of a token, all layers: in sketched or FP8 rows, or 16 bits a value."""
+    """Return the bytes that a rank caches of a token in all layers: in sketched or FP8 rows, or at 16 bits a value."""
     if meta.sketched:
         return sum(meta.rows(layer).row_bytes for layer in range(meta.num_layers))
     if cache_dtype == "fp8":
@@ -184,7 +184,7 @@ def cache_bytes(meta: ArtifactMeta, cache_dtype: str) -> int:
 
 
 def _paper(model: PlainModel, plan: TextPlan, groups: int, quiet: bool) -> list[LayerMaps]:
-    """Maps by the paper's recipe, from moments over a little calibration text."""
+    """Make maps by the paper's recipe, from moments over a little calibration text."""
     count = -(-PAPER_TOKENS // plan.length)
     text = read_text(
         replace(plan, calibration_tokens=count * plan.length, held_out_tokens=0), model.checkpoint
@@ -219,7 +219,7 @@ def _recall(
 
 
 def positions(errors: DecodeErrors, bins: int = 16) -> tuple[Bin, ...]:
-    """KL against position after the prompt, in at most ``bins`` equal ranges."""
+    """Return the KL against the position after the prompt, in at most ``bins`` equal ranges."""
     length = errors.kl.shape[1]
     step = -(-length // bins)
     return tuple(

@@ -86,7 +86,7 @@ def compare_steps(stock: Sequence[Step], tpla: Sequence[Step]) -> PromptComparis
 
 
 def partial_kl(reference: dict[int, float], found: dict[int, float]) -> float:
-    """KL over the listed tokens that both have and one outcome for everything else; at least 0."""
+    """Return the KL over the listed tokens that both have and one outcome for everything else; it is at least 0."""
     common = reference.keys() & found.keys()
     total = sum(math.exp(reference[token]) * (reference[token] - found[token]) for token in common)
     rest_p = max(1.0 - sum(math.exp(reference[token]) for token in common), 1e-12)
@@ -97,7 +97,7 @@ def partial_kl(reference: dict[int, float], found: dict[int, float]) -> float:
 def ask(
     client: httpx.Client, url: str, body: dict[str, Any], new_tokens: int, **sampling: object
 ) -> dict[str, Any]:
-    """Have a server answer greedily, with log-probabilities; the answer's ``meta_info``.
+    """Have a server answer greedily, with log-probabilities. Return the answer's ``meta_info``.
 
     Raises:
         EndpointError: the server is not there, refuses, or answers something else.
@@ -118,7 +118,7 @@ def ask(
 
 
 def unusable(url: str, error: Exception) -> EndpointError:
-    """What to raise where an answer lacks what was asked for."""
+    """Return the error for an answer that lacks what was asked for."""
     return EndpointError(
         f"{url} answered without usable log-probabilities ({error!r}); expected SGLang's /generate"
     )

@@ -27,7 +27,7 @@ def generate(
     seed: int = 0,
     progress: Callable[[int], object] = lambda done: None,
 ) -> torch.Tensor:
-    """Continue prompts [B, P] with plain MLA; returns [B, P + new_tokens]."""
+    """Continue prompts [B, P] with plain MLA. Return [B, P + new_tokens]."""
     generator = torch.Generator(device=model.device).manual_seed(seed)
     hidden, cache = model.prefill(prompts.to(model.device))
     tokens = prompts.to(model.device)
@@ -70,7 +70,7 @@ def long_answers(
     seed: int = 0,
     progress: Callable[[int], object] = lambda done: None,
 ) -> LongAnswer:
-    """Measure on plain MLA's continuations of prompts [B, P]."""
+    """Measure along plain MLA's continuations of prompts [B, P]."""
     text = generate(model, prompts, new_tokens, temperature=temperature, seed=seed, progress=progress)
     (errors,) = measure(model, text, [list(maps)], prompts.shape[1])
     agreement = []

@@ -38,7 +38,7 @@ class LayerError:
 def layer_errors(
     model: PlainModel, maps: Sequence[LayerMaps], tokens: torch.Tensor, first_query: int, *, queries: int = 64
 ) -> list[LayerError]:
-    """Errors of every layer over ``queries`` sampled positions of each sequence of tokens [N, S]."""
+    """Measure the errors of every layer at ``queries`` sampled positions of each sequence of tokens [N, S]."""
     return [
         _layer_error(layer, model.layers[layer].attention, data, maps[layer], first_query, queries)
         for layer, data in walk(model, tokens)
@@ -74,7 +74,7 @@ def _layer_error(
 
 
 def _sliced_context(batch: Batch, maps: LayerMaps, rope: torch.Tensor, scale: float) -> torch.Tensor:
-    """Attended latents through the slices, the sum over the groups [B, H, Q, d]."""
+    """Return the attended latents through the slices, the sum over the groups [B, H, Q, d]."""
     found = torch.zeros_like(batch.absorbed)
     if isinstance(maps, SketchedMaps):
         for view in maps.views(batch.latent, batch.k_rope):
@@ -95,7 +95,7 @@ def kl_alone(
     prompt_tokens: int,
     progress: Callable[[int], object] = lambda done: None,
 ) -> list[float]:
-    """KL a token of each layer's slicing by itself."""
+    """Return the KL a token that each layer's slicing causes by itself."""
     candidates: list[list[LayerMaps | None]] = [
         [maps[index] if index == layer else None for index in range(len(maps))] for layer in range(len(maps))
     ]

@@ -43,7 +43,7 @@ class RecallRow(msgspec.Struct, frozen=True):
 def documents(
     tokenizer: Tokenizer, filler: Sequence[str], lengths: Sequence[int], count: int, seed: int
 ) -> list[TaskDocument]:
-    """``count`` documents of each length, the kinds in turn."""
+    """Make ``count`` documents of each length, the kinds in turn."""
     found = []
     for length in lengths:
         for number in range(count):
@@ -56,7 +56,7 @@ def documents(
 def first_tokens(
     model: PlainModel, document: TaskDocument, methods: Mapping[str, Sequence[LayerMaps | None]]
 ) -> dict[str, list[list[bool]]]:
-    """Whether each token of each answer is first, by method, plain MLA among them."""
+    """Return whether each token of each answer is the most likely one, by method; plain MLA is one of them."""
     tokens = document.tokens.to(model.device)
     prompt = len(document.prompt)
     exact, cache = model.prefill(tokens)
@@ -81,7 +81,7 @@ def recall(
     cases: Sequence[TaskDocument],
     progress: Callable[[int], object] = lambda done: None,
 ) -> list[RecallRow]:
-    """Results of every method by kind and length, in one process."""
+    """Return the results of every method by kind and length, in one process."""
     results = []
     for document in cases:
         results.append((document, first_tokens(model, document, methods)))
@@ -90,7 +90,9 @@ def recall(
 
 
 def tally(results: Sequence[tuple[TaskDocument, Mapping[str, Sequence[Sequence[bool]]]]]) -> list[RecallRow]:
-    """Rows by length, kind and method from whether each token of each answer is first; PLAIN is one of the methods."""
+    """Count by length, kind and method whether each token of each answer is the most likely one. PLAIN is one of the
+    methods.
+    """
     sums: dict[tuple[int, str, str], list[int]] = {}
     for document, found in results:
         plain = [all(answer) for answer in found[PLAIN]]
@@ -118,7 +120,7 @@ def recall_endpoints(
     timeout_s: float = 300.0,
     progress: Callable[[int], object] = lambda done: None,
 ) -> list[RecallRow]:
-    """Results of live servers by name, PLAIN among them.
+    """Return the results of live servers by name; PLAIN is one of them.
 
     Raises:
         EndpointError: a server is not there, refuses, or answers without token ids.
@@ -150,7 +152,7 @@ def _greedy(client: httpx.Client, url: str, tokens: Sequence[int], new_tokens: i
 
 
 def recall_table(rows: Sequence[RecallRow]) -> str:
-    """The results as text: a line for each length and kind, a column for each method, and sums by length."""
+    """Return the results as text: a line for each length and kind, a column for each method, and sums by length."""
     methods = list(dict.fromkeys(row.method for row in rows))
     lines = [f"{'length':>7} {'kind':<8}" + "".join(f" {method:>20}" for method in methods)]
     for length in dict.fromkeys(row.length for row in rows):

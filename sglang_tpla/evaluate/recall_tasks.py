@@ -1,4 +1,4 @@
-"""Documents that plant facts in a text and ask for them at its end: what a rank that sees part of a score gets wrong.
+"""Documents that plant facts in a text and ask for them at its end, where a rank that sees only part of a score errs.
 
 A document is filler (lines of real text) with planted facts, then ``# checks``, then questions with their answers:
 
@@ -60,7 +60,7 @@ class TaskDocument:
         return torch.tensor([[*self.prompt, *rest]], dtype=torch.long)
 
     def answer_places(self) -> list[range]:
-        """Where each answer's tokens are in the document."""
+        """Return the places of each answer's tokens in the document."""
         places, at = [], len(self.prompt)
         for question, answer in self.questions:
             at += len(question)
@@ -72,7 +72,7 @@ class TaskDocument:
 def make_document(
     tokenizer: Tokenizer, filler: Sequence[str], length: int, kind: str, rng: random.Random
 ) -> TaskDocument:
-    """A document of at most ``length`` tokens, and not many fewer.
+    """Make a document of at most ``length`` tokens, and not many fewer.
 
     Args:
         filler: lines of text, more than the document takes.
@@ -106,7 +106,7 @@ def make_document(
 def _wording(
     kind: str, names: Sequence[str], values: Sequence[str], asked: Sequence[int]
 ) -> tuple[list[str], list[tuple[str, str]]]:
-    """Facts in the order in which they are planted, and questions with answers."""
+    """Return the facts in the order in which they are planted, and questions with answers."""
     pairs = list(zip(names, values, strict=True))
     match kind:
         case "needle":
@@ -140,7 +140,7 @@ def _value(rng: random.Random) -> str:
 
 
 def _filler(tokenizer: Tokenizer, filler: Sequence[str], room: int, rng: random.Random) -> list[str]:
-    """Consecutive lines of ``room`` tokens at most."""
+    """Return successive lines of ``room`` tokens at most."""
     at, used = rng.randrange(max(len(filler) // 2, 1)), 0
     lines: list[str] = []
     while at < len(filler):

@@ -68,7 +68,7 @@ class Evaluation(msgspec.Struct, frozen=True):
 
 
 def write(evaluation: Evaluation, folder: Path) -> tuple[Path, Path]:
-    """Write ``evaluation.json`` and ``evaluation.html``; returns their paths."""
+    """Write ``evaluation.json`` and ``evaluation.html``, and return their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     data, page = folder / "evaluation.json", folder / "evaluation.html"
     data.write_bytes(msgspec.json.format(msgspec.json.encode(evaluation), indent=1))
@@ -77,7 +77,7 @@ def write(evaluation: Evaluation, folder: Path) -> tuple[Path, Path]:
 
 
 def summary(evaluation: Evaluation) -> str:
-    """A few lines for the terminal."""
+    """Describe an evaluation in a few lines for the terminal."""
     report = evaluation.report
     worst = max(evaluation.layers, key=lambda row: row.kl_alone, default=None)
     lines = [

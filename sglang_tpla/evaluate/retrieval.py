@@ -44,7 +44,7 @@ class NeedleRow(msgspec.Struct, frozen=True):
 
 
 def make_needle(tokenizer: Tokenizer, filler: Sequence[int], length: int, depth: float, seed: int) -> Needle:
-    """A prompt of ``length`` tokens out of filler tokens with one planted assignment, and its answer."""
+    """Make a prompt of ``length`` filler tokens with one planted assignment, and its answer."""
     rng = random.Random(seed)
     name = "token_" + "".join(rng.choices(_LETTERS, k=4))
     value = "".join(rng.choices(_LETTERS, k=8))
@@ -73,7 +73,7 @@ def retrieval(
     seed: int,
     progress: Callable[[int], object] = lambda done: None,
 ) -> list[NeedleRow]:
-    """Results for every length and depth, ``cases`` needles each."""
+    """Return the results for every length and depth, over ``cases`` needles each."""
     results = []
     for length in lengths:
         for depth in depths:
@@ -110,7 +110,7 @@ def retrieval(
 def answers(
     model: PlainModel, maps: Sequence[LayerMaps], tokens: torch.Tensor, prompt_tokens: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Most likely next tokens of plain MLA and of TPLA from ``prompt_tokens`` on, each [answer]."""
+    """Return the most likely next tokens of plain MLA and of TPLA from ``prompt_tokens`` on, each [answer]."""
     tokens = tokens.to(model.device)
     exact = model.logits(model.hidden_states(tokens)[0, prompt_tokens:]).argmax(-1)
     sliced = model.hidden_states(tokens, maps=list(maps), prompt_tokens=prompt_tokens)

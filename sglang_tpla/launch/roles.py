@@ -73,11 +73,7 @@ class Process:
 
 
 def plan(options: Options) -> list[Process]:
-    """The processes of a role, checked as far as is possible before they start.
-
-    Raises:
-        ConfigError: a setting or combination that cannot work.
-    """
+    """The processes of a role, checked as far as is possible before they start."""
     if options.role == "all":
         return _plan_all(options)
     if options.role == "router":
@@ -229,9 +225,6 @@ def check_installation(environ: Mapping[str, str] = os.environ) -> None:
     """Check that the servers about to start will find SGLang and load this plug-in.
 
     SGLang would silently serve unpatched where a plug-in is missing or filtered out.
-
-    Raises:
-        ConfigError: an installation in which they will not.
     """
     if importlib.util.find_spec("sglang") is None:
         raise ConfigError(

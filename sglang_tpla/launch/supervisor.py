@@ -69,6 +69,17 @@ def end_with_parent() -> None:
 
 
 @contextlib.contextmanager
+def _stop_signals(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Have ``handler`` take the stop signals."""
+    before = {number: signal.signal(number, handler) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
+
+
+@contextlib.contextmanager
 def signals_held() -> Iterator[None]:
     """Defer the stop signals, so that every child that starts is also written down.
 
@@ -78,16 +89,10 @@ def signals_held() -> Iterator[None]:
         yield
         return
     pending: list[int] = []
-
-    def hold(number: int, frame: FrameType | None) -> None:
-        pending.append(number)
-
-    before = {number: signal.signal(number, hold) for number in STOP_SIGNALS}
     try:
-        yield
+        with _stop_signals(lambda number, frame: pending.append(number)):
+            yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
         if pending:
             signal.raise_signal(pending[0])
 
@@ -99,12 +104,8 @@ def stop_signals_raise() -> Iterator[None]:
     def stop(number: int, frame: FrameType | None) -> None:
         raise StopRequested(number)
 
-    before = {number: signal.signal(number, stop) for number in STOP_SIGNALS}
-    try:
+    with _stop_signals(stop):
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _is_healthy(client: httpx.Client, url: str) -> bool:

@@ -2,7 +2,7 @@
 
 The default corpus is the source of Python's standard library, so calibration works wherever Python does. A document is
 a file, or a piece of some 32 KiB of one when there are few files. The seed and the documents' names decide which
-quarter of the documents is held out.
+quarter of the documents is held out. Missing files, too little text and a missing tokenizer raise `CorpusError`.
 """
 
 from __future__ import annotations
@@ -63,11 +63,7 @@ class Corpus:
 
     @classmethod
     def from_paths(cls, paths: Sequence[str | Path] = ()) -> Corpus:
-        """Read files and folders, or the standard library where none are given.
-
-        Raises:
-            CorpusError: a missing path, or no text at all.
-        """
+        """Read files and folders, or the standard library where none are given."""
         if not paths:
             root = Path(sysconfig.get_paths()["stdlib"])
             version = ".".join(map(str, sys.version_info[:3]))
@@ -97,11 +93,7 @@ class Corpus:
         return cls(name=name, content_hash=digest.hexdigest(), documents=tuple(documents))
 
     def split(self, seed: int) -> tuple[list[Document], list[Document]]:
-        """Split into disjoint (calibration, held-out) documents, in an order that the seed decides.
-
-        Raises:
-            CorpusError: a part that would be empty.
-        """
+        """Split into disjoint (calibration, held-out) documents, in an order that the seed decides."""
         ranked = sorted(self.documents, key=lambda document: _rank(seed, document.name))
         cut = round(len(ranked) * HELD_OUT_SHARE)
         held_out, calibration = ranked[:cut], ranked[cut:]
@@ -125,9 +117,6 @@ def sequences(
     """Cut token sequences [count, length] from the documents, joined in order with ``separator`` between them.
 
     With ``fewer``, return as many whole sequences as there are, at least one.
-
-    Raises:
-        CorpusError: too little text.
     """
     needed = length * count
     stream: list[int] = []
@@ -149,11 +138,7 @@ def sequences(
 
 
 def load_tokenizer(model_path: str | Path) -> Tokenizer:
-    """Load the model's tokenizer, which then adds no special tokens.
-
-    Raises:
-        CorpusError: a model directory without a tokenizer.
-    """
+    """Load the model's tokenizer, which then adds no special tokens."""
     path = Path(model_path) / "tokenizer.json"
     if path.is_file():
         from tokenizers import Tokenizer as FastTokenizer  # type: ignore[import-untyped]

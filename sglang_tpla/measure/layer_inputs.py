@@ -29,7 +29,7 @@ class Batch:
     positions: torch.Tensor
 
     def rope_scores(self, scale: float) -> torch.Tensor:
-        """The rotary part of the scores, which slicing does not change, causally masked, [B, H, Q, S]."""
+        """Return the rotary part of the scores, which slicing does not change, causally masked, [B, H, Q, S]."""
         scores = scale * (self.q_rope @ self.k_rope[:, None].transpose(-1, -2))
         keys = torch.arange(self.latent.shape[1], device=scores.device)
         hidden = keys[None, None] > self.positions[:, :, None]
@@ -61,7 +61,7 @@ class LayerData:
         return self.batch(attention, picked, positions)
 
     def batch(self, attention: Attention, picked: torch.Tensor, positions: torch.Tensor) -> Batch:
-        """The sequences ``picked`` [B] and the queries at ``positions`` [B, Q]."""
+        """Return the sequences ``picked`` [B] and the queries at ``positions`` [B, Q]."""
         rows = picked[:, None]
         # [B, Q, H, .] -> [B, H, Q, .]
         q_nope = self.q_nope.transpose(1, 2)[rows, positions].transpose(1, 2)
@@ -101,7 +101,7 @@ def exact_context(
     key: torch.Tensor | None = None,
     value: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The attended latents p c of exact attention, [B, H, Q, d], with other keys or values [B, S, d] where given."""
+    """Return attended latents p c of exact attention, [B, H, Q, d], with other keys or values [B, S, d] where given."""
     keys, values = ((batch.latent if given is None else given)[:, None] for given in (key, value))
     scores = scale * (batch.absorbed @ keys.transpose(-1, -2)) + rope_scores
     return scores.softmax(-1) @ values
@@ -110,13 +110,13 @@ def exact_context(
 def sliced_slices(
     batch: Batch, rope_scores: torch.Tensor, scale: float, z_map: torch.Tensor, a_map: torch.Tensor
 ) -> torch.Tensor:
-    """The attended slices p_i z_i of one group, [B, H, Q, w]."""
+    """Return the attended slices p_i z_i of one group, [B, H, Q, w]."""
     z = (batch.latent @ z_map)[:, None]  # [B, 1, S, w]
     scores = scale * ((batch.absorbed @ a_map.T) @ z.transpose(-1, -2)) + rope_scores
     return scores.softmax(-1) @ z
 
 
 def head_outputs(context: torch.Tensor, attention: Attention) -> torch.Tensor:
-    """The values of attended latents [B, H, Q, d], flattened over heads: [B, Q, H * v]."""
+    """Return the values of attended latents [B, H, Q, d], flattened over heads: [B, Q, H * v]."""
     values = torch.einsum("bhqd,hvd->bqhv", context, attention.w_uv)
     return values.flatten(2)

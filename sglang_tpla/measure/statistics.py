@@ -9,7 +9,8 @@ Per layer, in float64 (d latent dims, H heads, n nope dims a head):
     query_outer    [H, n, n] sum of q^T q of the queries' nope part, each head by itself
 
 Absorbed queries are q W_UK, so their second moment [d, d] follows from ``query_outer`` and kv_b_proj. Memory does not
-grow with the text, and the moments of two servers or ranks may be added.
+grow with the text, and the moments of two servers or ranks may be added. A damaged file, moments of different models
+and missing heads raise `StatisticsError`.
 """
 
 from __future__ import annotations
@@ -134,11 +135,7 @@ class Statistics:
 
     @classmethod
     def load(cls, path: str | Path) -> Statistics:
-        """Read a file written by ``save``.
-
-        Raises:
-            StatisticsError: a file that is missing, damaged, incomplete or of another format version.
-        """
+        """Read a file written by ``save``."""
         if not Path(path).is_file():
             raise StatisticsError(f"expected a statistics file at {path}, found none")
         try:
@@ -172,9 +169,6 @@ def combine(parts: Sequence[Statistics]) -> Statistics:
 
     Parts of the same heads, from several servers, are added. Parts of different heads, from ranks of one server that
     all saw the same latents, are joined.
-
-    Raises:
-        StatisticsError: parts of different models, or missing heads.
     """
     if not parts:
         raise StatisticsError("expected at least one statistics file, got none")

@@ -34,7 +34,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the parser of the command line."""
     p = _Parser(
         prog="python -m sglang_tpla.plan",
         description=__doc__,
@@ -94,11 +94,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def setting_of(a: argparse.Namespace) -> Setting:
-    """The setting that the command line describes.
-
-    Raises:
-        PlanError: an impossible value.
-    """
+    """Return the setting that the command line describes."""
     model = find(a.model)
     if a.ranks < 1 or (a.gpus is not None and a.gpus < a.ranks):
         raise PlanError(f"--ranks must be at least 1 and --gpus at least --ranks, got {a.ranks} and {a.gpus}")

@@ -219,9 +219,6 @@ def methods(
         groups: values of g; by default every divisor of the ranks from 2 on.
         shared_dims: of plain and FP8 rows. sketched_shared: of sketched ones.
         rows: formats of TPLA's cache to price.
-
-    Raises:
-        PlanError: a g that does not divide the ranks.
     """
     for g in groups or []:
         if g < 2 or ranks % g:

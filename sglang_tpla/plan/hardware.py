@@ -75,7 +75,7 @@ class Gpu:
         sheet_bytes_per_s: float | None = None,
         sheet_flops_per_s: float | None = None,
     ) -> Gpu:
-        """This GPU with other numbers; its rates scale with bandwidth and arithmetic."""
+        """Return this GPU with other numbers; its rates scale with bandwidth and arithmetic."""
         for name, value in (
             ("memory", memory_bytes),
             ("bandwidth", sheet_bytes_per_s),
@@ -225,12 +225,12 @@ LINKS = {
 
 
 def find_gpu(name: str) -> Gpu:
-    """A GPU by name; PlanError where the table has none."""
+    """Return a GPU by name. Raises PlanError where the table has none."""
     return _find("gpu", GPUS, name, "--gpu-memory-gb, --gpu-bandwidth-gb-s and --gpu-tflops")
 
 
 def find_link(name: str) -> Link:
-    """A link by name; PlanError where the table has none."""
+    """Return a link by name. Raises PlanError where the table has none."""
     return _find("link", LINKS, name, "--link-latency-us and --link-gb-s")
 
 

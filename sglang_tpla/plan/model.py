@@ -1,4 +1,7 @@
-"""The sizes of a DeepSeek-shaped model on which time and memory depend, from its Hugging Face config."""
+"""The sizes of a DeepSeek-shaped model on which time and memory depend, from its Hugging Face config.
+
+A config without a key, or with an unusable value, raises `PlanError`.
+"""
 
 from __future__ import annotations
 
@@ -62,11 +65,7 @@ class PlanModel:
 
 
 def from_config(config: Mapping[str, Any], name: str) -> PlanModel:
-    """Read a config.
-
-    Raises:
-        PlanError: a key is missing or has no usable value.
-    """
+    """Read a config."""
     try:
         return _read(language_config(config), name)
     except KeyError as error:
@@ -121,11 +120,7 @@ BUILT_IN: dict[str, dict[str, Any]] = {
 
 
 def find(model: str) -> PlanModel:
-    """Find a built-in model by name, or read the config (file or folder) of another.
-
-    Raises:
-        PlanError: neither a name nor such a config.
-    """
+    """Find a built-in model by name, or read the config (file or folder) of another."""
     if model.lower() in BUILT_IN:
         return from_config(BUILT_IN[model.lower()], model.lower())
     path = Path(model)

@@ -2,7 +2,8 @@
 
 A tensor is loaded only on request, so a 671-billion-parameter checkpoint costs one tensor at a time. DeepSeek ships
 block-FP8: ``X.weight`` in float8_e4m3fn [out, in] beside ``X.weight_scale_inv`` [ceil(out/128), ceil(in/128)] in
-float32; the value is the stored number times its block's scale.
+float32; the value is the stored number times its block's scale. A missing or unreadable file, a missing tensor or
+scale, and a model without multi-head latent attention raise `CheckpointError`.
 """
 
 from __future__ import annotations
@@ -26,9 +27,6 @@ class Checkpoint:
 
     Args:
         path: directory with ``config.json`` and ``*.safetensors`` (``model.safetensors.index.json`` when sharded).
-
-    Raises:
-        CheckpointError: a file that is missing or unreadable, or a model without multi-head latent attention.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -103,11 +101,7 @@ class Checkpoint:
         return raw[:limit_bytes]
 
     def tensor(self, name: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """The tensor's values in ``dtype``; block-FP8 is dequantised.
-
-        Raises:
-            CheckpointError: a missing tensor, or FP8 without its scales.
-        """
+        """The tensor's values in ``dtype``; block-FP8 is dequantised."""
         stored = self.stored(name)
         if stored.dtype not in (torch.float8_e4m3fn, torch.float8_e5m2):
             return stored.to(dtype)
@@ -121,11 +115,7 @@ class Checkpoint:
 
 
 def dequantise_blocks(weight: torch.Tensor, scale: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
-    """Multiply an FP8 weight [out, in] by its scales [ceil(out/block0), ceil(in/block1)], in float32.
-
-    Raises:
-        CheckpointError: scales that do not cover the weight.
-    """
+    """Multiply an FP8 weight [out, in] by its scales [ceil(out/block0), ceil(in/block1)], in float32."""
     expected = (-(-weight.shape[0] // block[0]), -(-weight.shape[1] // block[1]))
     if tuple(scale.shape) != expected:
         raise CheckpointError(

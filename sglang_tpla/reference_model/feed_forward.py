@@ -56,11 +56,7 @@ FeedForward = Dense | Mixture
 def route(
     routing: Routing, router_logits: torch.Tensor, bias: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Choose experts and weights, both [tokens, per_token], by router logits [tokens, experts].
-
-    Raises:
-        CheckpointError: an unknown routing method.
-    """
+    """Choose experts and weights, both [tokens, per_token], by router logits [tokens, experts]."""
     logits = router_logits
     scores = logits.sigmoid() if routing.scoring == "sigmoid" else logits.softmax(-1)
     choice = scores if bias is None else scores + bias

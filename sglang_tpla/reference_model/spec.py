@@ -1,4 +1,7 @@
-"""The sizes and constants of a DeepSeek V2/V3 or Kimi K2 shaped model, read once from its Hugging Face config."""
+"""The sizes and constants of a DeepSeek V2/V3 or Kimi K2 shaped model, read once from its Hugging Face config.
+
+A missing key, or a rope scaling, query scaling or scoring that this family does not use, raises `CheckpointError`.
+"""
 
 from __future__ import annotations
 
@@ -66,11 +69,7 @@ class ModelSpec:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> ModelSpec:
-        """Read a config.
-
-        Raises:
-            CheckpointError: a missing key, or a rope scaling, query scaling or scoring that this family does not use.
-        """
+        """Read a config."""
         try:
             return cls._read(language_config(config))
         except KeyError as error:

@@ -21,7 +21,7 @@ class Rectangle:
 
 
 def share_of(layers: int, index: int, count: int) -> range:
-    """The layers, counted from a rank's first one, that it sends where ``count`` ranks hold the same ones.
+    """Return the layers, counted from a rank's first one, that it sends where ``count`` ranks hold the same ones.
 
     Ranks share a request by layers and by nothing else, so that each may cut its own into chunks as it likes: the
     shares are disjoint and whole whatever its chunk size, its memory and the steps in which its rows come.
@@ -32,7 +32,7 @@ def share_of(layers: int, index: int, count: int) -> range:
 def cut(
     first_layer: int, widths: Sequence[int], first_token: int, tokens: int, item_bytes: int, max_bytes: int
 ) -> list[Rectangle]:
-    """Rectangles of at most ``max_bytes`` that cover ``tokens`` rows of ``widths`` values in every layer.
+    """Cut ``tokens`` rows of ``widths`` values in every layer into rectangles of at most ``max_bytes``.
 
     Few tokens: many layers a chunk. Many tokens: one layer a chunk, in blocks of like size. Layers of width 0
     are covered without bytes. Raises ValueError if one row does not fit in ``max_bytes``.

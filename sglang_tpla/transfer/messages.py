@@ -368,32 +368,32 @@ _decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(Message)
 
 
 def checksum(data: Buffer) -> bytes:
-    """xxh3 (64 bits, big-endian) of a payload."""
+    """Return the xxh3 (64 bits, big-endian) of a payload."""
     return xxhash.xxh3_64_digest(data)
 
 
 def running_checksum() -> xxhash.xxh3_64:
-    """`checksum` over pieces: ``update(piece)`` in order, then ``digest()``."""
+    """Return a `checksum` over pieces: call ``update(piece)`` in order, then ``digest()``."""
     return xxhash.xxh3_64()
 
 
 def sentence(text: str) -> str:
-    """``text`` cut to what a `Sentence` field takes."""
+    """Cut ``text`` to what a `Sentence` field takes."""
     return text if len(text) <= 2048 else text[:2045] + "..."
 
 
 def encode(message: Message) -> bytes:
-    """Header frame of a message."""
+    """Return the header frame of a message."""
     return seal(_encoder.encode(message))
 
 
 def seal(body: bytes, version: int = FRAMING_VERSION) -> bytes:
-    """Header frame around an encoded array."""
+    """Return the header frame around an encoded array."""
     return PREFIX[:4] + bytes([version]) + xxhash.xxh3_64_digest(body, seed=version) + body
 
 
 def decode(header: Buffer, has_payload: bool) -> Message:
-    """The message in a header frame.
+    """Return the message in a header frame.
 
     Raises:
         FramingVersionError: of another framing version, and no `Refused`.

@@ -47,7 +47,7 @@ class Limits:
     pool_tokens: int = 0  # that fit in the cache
 
     def unsupported_reason(self, tokens: int) -> str | None:
-        """Why a prompt of so many tokens cannot be served, or None."""
+        """Return why a prompt of so many tokens cannot be served, or None."""
         for limit, what in ((self.context_tokens, "context length"), (self.pool_tokens, "cache")):
             if limit and tokens > limit:
                 return f"a prompt of {tokens} tokens does not fit in its {what}, which takes {limit}"

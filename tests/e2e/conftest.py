@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.servers import Pair, Server, launcher, router, stock
+from tests.e2e.servers import Pair, Server, launcher, router, running, stock
 from tests.ports import free_ports
 
 
@@ -35,31 +35,18 @@ def logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def trio(nano_mla: str, nano_artifact: str, logs: Path) -> Iterator[Trio]:
     ports = free_ports(4)
-    servers = [
-        launcher("prefill", nano_mla, ports[0], logs / "prefill.log", "--disaggregation-bootstrap-port", str(ports[1]),
-                 "--chunked-prefill-size", "512"),
-        launcher("decode", nano_mla, ports[2], logs / "decode.log", "--tp", "2", "--tpla-groups", "2",
-                 "--tpla-artifact", nano_artifact),
-    ]  # fmt: skip
-    try:
-        for server in servers:
-            server.start()
-        for server in servers:
-            server.wait()
-        front = router(ports[3], logs / "router.log", servers[0].url, ports[1], servers[1].url).start()
-        servers.append(front)
-        front.wait("/readiness")
-        yield Trio(servers[0], servers[1], front, ports[1])
-    finally:
-        for server in servers:
-            server.stop()
+    prefill = launcher("prefill", nano_mla, ports[0], logs / "prefill.log", "--disaggregation-bootstrap-port",
+                       str(ports[1]), "--chunked-prefill-size", "512")  # fmt: skip
+    decode = launcher("decode", nano_mla, ports[2], logs / "decode.log", "--tp", "2", "--tpla-groups", "2",
+                      "--tpla-artifact", nano_artifact)  # fmt: skip
+    front = router(ports[3], logs / "router.log", prefill.url, ports[1], decode.url)
+    with running(prefill, decode), running(front):
+        yield Trio(prefill, decode, front, ports[1])
 
 
 @pytest.fixture(scope="session")
 def reference(nano_mla: str, logs: Path) -> Iterator[Server]:
-    """Stock SGLang, plain MLA, one process."""
-    server = stock(nano_mla, free_ports(1)[0], logs / "stock.log", "--chunked-prefill-size", "512").start()
-    try:
-        yield server.wait()
-    finally:
-        server.stop()
+    """Start stock SGLang: plain MLA, one process."""
+    server = stock(nano_mla, free_ports(1)[0], logs / "stock.log", "--chunked-prefill-size", "512")
+    with running(server):
+        yield server

@@ -23,7 +23,7 @@ import httpx
 import psutil
 
 from tests.e2e.prompts import source
-from tests.e2e.servers import START_S, Server, launcher, wait_idle
+from tests.e2e.servers import START_S, Server, launcher, running, wait_idle
 from tests.e2e.traffic import Answer, Route
 from tests.ports import free_ports, neighbouring_ports
 from tests.wire.proxy import FaultProxy, Spoiler
@@ -48,14 +48,14 @@ Held = dict[int, tuple[Kinds, Kinds, int]]
 
 
 def resources(server: Server, but_to: Collection[int] = ()) -> Held:
-    """Threads by name, file handles by kind (but for connections to some ports), and resident bytes of each rank
-    process.
+    """Return each rank process's threads by name, file handles by kind (without connections to some ports), and
+    resident bytes.
     """
     return {p.pid: (threads(p.pid), handles(p.pid, but_to), p.memory_info().rss) for p in server.schedulers()}
 
 
 def threads(pid: int) -> Kinds:
-    """Names of a process's threads."""
+    """Return the names of a process's threads."""
     kinds = Kinds()
     for task in Path(f"/proc/{pid}/task").iterdir():
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # ended meanwhile
@@ -64,8 +64,8 @@ def threads(pid: int) -> Kinds:
 
 
 def handles(pid: int, but_to: Collection[int] = ()) -> Kinds:
-    """What a process has open; but for prometheus_client's files, one a kind of series, made at its first use, and
-    connections to some ports.
+    """Return what a process has open, without connections to some ports and the files that prometheus_client makes at a
+    series' first use.
     """
     kinds = Kinds()
     connections = psutil.Process(pid).net_connections(kind="tcp")
@@ -83,7 +83,7 @@ def handles(pid: int, but_to: Collection[int] = ()) -> Kinds:
 
 
 def growth(before: Held, after: Held) -> list[str]:
-    """What processes that lived through it hold more than before."""
+    """Return what processes that lived through a fault hold more than before."""
     found = []
     for pid in before.keys() & after.keys():
         for what, old, new in zip(("threads", "handles"), before[pid], after[pid], strict=False):
@@ -98,13 +98,13 @@ def growth(before: Held, after: Held) -> list[str]:
 
 
 def counters(server: Server) -> dict[str, Any]:
-    """Of the agent of rank 0."""
+    """Return the counters of rank 0's agent."""
     (agent,) = server.get("/server_info")["internal_states"][0]["tpla_transfer"]
     return agent
 
 
 def series(server: Server) -> dict[str, dict[int, float]]:
-    """The transfer agents' Prometheus series, as scraped: by name, by rank."""
+    """Return the transfer agents' Prometheus series as scraped: by name, by rank."""
     found: dict[str, dict[int, float]] = {}
     for line in httpx.get(server.url + "/metrics", timeout=30).text.splitlines():
         if line.startswith("sglang_tpla:") and 'rank="' in line:
@@ -116,7 +116,7 @@ def series(server: Server) -> dict[str, dict[int, float]]:
 
 @contextlib.contextmanager
 def stopped(*processes: psutil.Process) -> Iterator[None]:
-    """SIGSTOP, and SIGCONT at the end."""
+    """Stop a process with SIGSTOP, and continue it at the end."""
     try:
         for process in processes:
             process.send_signal(signal.SIGSTOP)
@@ -128,7 +128,7 @@ def stopped(*processes: psutil.Process) -> Iterator[None]:
 
 
 def rank_process(server: Server, rank: int) -> psutil.Process:
-    """The process of one rank, by what it calls itself."""
+    """Return the process of one rank, found by its name."""
     (found,) = [p for p in server.schedulers() if f"TP{rank}" in " ".join(p.cmdline())]
     return found
 
@@ -150,7 +150,7 @@ class Faulty:
     def start(
         cls, model: str, artifact: str, logs: Path, *prefill_arguments: str, patience_s: float = START_S
     ) -> Iterator[Faulty]:
-        """Start them, learn what they answer on a good network, and end them."""
+        """Start the servers, learn their answers on a good network, and end them."""
         ports, listen, shown = free_ports(4), neighbouring_ports(4), neighbouring_ports(4)
         prefill = launcher("prefill", model, ports[0], logs / "faulty-prefill.log", "--disaggregation-bootstrap-port",
                            str(ports[1]), "--chunked-prefill-size", "128", "--tp", "2", *TRANSFER,
@@ -171,11 +171,7 @@ class Faulty:
             ]
             door = stack.enter_context(contextlib.closing(FaultProxy(ports[1])))
             faulty = cls(prefill, decode, single, proxies, door)
-            for server in faulty.servers:
-                stack.callback(server.stop)
-                server.start()
-            for server in faulty.servers:
-                server.wait(timeout_s=patience_s)
+            stack.enter_context(running(*faulty.servers, timeout_s=patience_s))
             faulty.expected = {
                 route.decode.name: [faulty.ask_patiently(route, prompt) for prompt in PROMPTS]
                 for route in (faulty.route, faulty.side)
@@ -184,22 +180,22 @@ class Faulty:
 
     @property
     def servers(self) -> tuple[Server, Server, Server]:
-        """All three."""
+        """All three servers."""
         return self.prefill, self.decode, self.single
 
     @property
     def route(self) -> Route:
-        """To the decode server with two ranks."""
+        """The way to the decode server with two ranks."""
         return Route(self.prefill, self.door.port, self.decode)
 
     @property
     def side(self) -> Route:
-        """To the decode server with one rank."""
+        """The way to the decode server with one rank."""
         return Route(self.prefill, self.door.port, self.single)
 
     def ask_patiently(self, route: Route, prompt: Any) -> Answer:
-        """The answer to a prompt that prefill has not cached: a connection that just broke may take one request along,
-        and so may a machine that stood still.
+        """Return the answer to a prompt that prefill has not cached. A connection that just broke, or a machine that
+        stood still, may fail one request.
         """
         deadline = time.monotonic() + 60
         while True:
@@ -211,7 +207,7 @@ class Faulty:
             wait_idle(*self.servers)
 
     def held(self) -> list[Held]:
-        """`resources` of all servers, once every connection has its data channel again."""
+        """Return the `resources` of all servers, once every connection has its data channel again."""
         deadline = time.monotonic() + 30
         while (now := series(self.prefill))["data_channels"] != now["peers"] or set(
             now["peers"].values()
@@ -221,17 +217,19 @@ class Faulty:
         return [self._resources(server) for server in self.servers]
 
     def _resources(self, server: Server) -> Held:
-        """But for SGLang's connection to the bootstrap server, which stays from its first question on."""
+        """Return the `resources` without SGLang's connection to the bootstrap server, which stays from its first
+        question on.
+        """
         return resources(server, (self.door.port,))
 
     def ask_all(self) -> list[Answer]:
-        """Every prompt at once."""
+        """Send every prompt at once."""
         with concurrent.futures.ThreadPoolExecutor(len(PROMPTS)) as pool:
             return list(pool.map(lambda prompt: self.route.ask(prompt, TOKENS), PROMPTS))
 
     @contextlib.contextmanager
     def network(self, fault: str, seed: int = 0, bytes_per_s: float = Spoiler.BYTES_PER_S) -> Iterator[None]:
-        """A network with a fault; a good one again afterwards."""
+        """Give the network a fault, and heal it afterwards."""
         stop = threading.Event()
 
         def disturb() -> None:
@@ -267,7 +265,7 @@ class Faulty:
 
     @contextlib.contextmanager
     def network_gone(self) -> Iterator[None]:
-        """Connections stay open and nothing comes through; at the end they work again."""
+        """Keep connections open and let nothing through; at the end they work again."""
         for proxy in self.proxies:
             proxy.flowing.clear()
         try:
@@ -277,7 +275,7 @@ class Faulty:
                 proxy.flowing.set()
 
     def check(self, answers: Sequence[Answer], fault: str) -> int:
-        """Every answer is right or says why there is none; how many are right."""
+        """Check that every answer is right or says why there is none. Return how many are right."""
         for answer, expected in zip(answers, self.expected[self.decode.name], strict=True):
             if fault in HARMLESS:
                 assert not answer.failure, (fault, answer)
@@ -285,8 +283,8 @@ class Faulty:
         return sum(not answer.failure for answer in answers)
 
     def at_rest(self, before: Sequence[Held] = ()) -> None:
-        """The servers hold nothing and answer to the last bit as at the start; processes that live hold no more than
-        before.
+        """Check that the servers hold nothing, answer to the last bit as at the start, and hold no more than before
+        where they live.
         """
         wait_idle(*self.servers)
         for server in self.servers:
@@ -303,7 +301,7 @@ class Faulty:
 
     @staticmethod
     def _all_ranks_at_rest(server: Server) -> None:
-        """As the series say, which are a second old at most: every rank, not the first alone."""
+        """Check by the series, which are a second old at most, that every rank is at rest, and not the first alone."""
         deadline = time.monotonic() + 20
         while True:
             now = series(server)

@@ -91,20 +91,20 @@ ONLY: dict[str, list[Any]] = {
 
 
 def values(name: str) -> st.SearchStrategy[Any]:
-    """Odd values for a field, half of them nearly right where some are known."""
+    """Draw odd values for a field, half of them nearly right where some are known."""
     if name in ONLY:
         return st.sampled_from(ONLY[name])
     return st.sampled_from(NEARLY[name]) | ANYTHING if name in NEARLY else ANYTHING
 
 
 def changes(names: tuple[str, ...], most: int) -> st.SearchStrategy[dict[str, Any]]:
-    """Some of the fields, each with an odd value."""
+    """Draw some of the fields, each with an odd value."""
     chosen = st.lists(st.sampled_from(names), min_size=1, max_size=most, unique=True)
     return chosen.flatmap(lambda found: st.fixed_dictionaries({name: values(name) for name in found}))
 
 
 def native() -> st.SearchStrategy[tuple[str, dict[str, Any]]]:
-    """Bodies for /generate."""
+    """Draw bodies for /generate."""
 
     def body(fields: dict[str, Any], sampling: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         params = {"max_new_tokens": 3, "temperature": 0} | sampling
@@ -120,7 +120,7 @@ def native() -> st.SearchStrategy[tuple[str, dict[str, Any]]]:
 
 
 def openai() -> st.SearchStrategy[tuple[str, dict[str, Any]]]:
-    """Bodies for the two OpenAI endpoints."""
+    """Draw bodies for the two OpenAI endpoints."""
     completion = {"model": "m", "prompt": "x = 1\n", "max_tokens": 3, "temperature": 0}
     chat = {"model": "m", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 3, "temperature": 0}
     return st.one_of(

@@ -35,7 +35,7 @@ MODULES: tuple[ModuleType, ...] = (
 
 
 def source(seed: int, characters: int) -> str:
-    """A piece of source text of about ``characters``, cut at a line."""
+    """Return a piece of source text of about ``characters``, cut at a line."""
     chooser = random.Random(seed)
     text = inspect.getsource(chooser.choice(MODULES))
     while len(text) < characters + 1000:
@@ -48,6 +48,6 @@ def source(seed: int, characters: int) -> str:
 
 
 def short_prompts(count: int, seed: int = 0) -> list[str]:
-    """Prompts of a line to some 300 tokens."""
+    """Return prompts of a line to some 300 tokens."""
     chooser = random.Random(seed)
     return [source(seed * 1000 + n, chooser.choice((12, 40, 90, 200, 400, 900))) for n in range(count)]

@@ -5,6 +5,7 @@ A server is a process group; `stop` and the end of the test session leave none o
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import json
 import os
@@ -12,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -74,9 +76,10 @@ class Server:
         text = self.log.read_text(errors="replace").splitlines()
         return "\n".join(line[:400] for line in text[-lines:] if "server_args=" not in line)
 
-    def wait(self, path: str = "/health", timeout_s: float = START_S) -> Server:
-        """Until ``path`` answers 200; the log's end when it ends or never does."""
+    def wait(self, timeout_s: float = START_S) -> Server:
+        """Wait until the server is healthy, a router until it knows its workers; show the log's end if it never is."""
         assert self.process is not None
+        path = "/readiness" if self.name == "router" else "/health"
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
             if self.process.poll() is not None:
@@ -89,7 +92,7 @@ class Server:
         raise ServerFailed(f"{self.name} did not answer {path} within {timeout_s} s:\n{self.tail()}")
 
     def tree(self) -> list[psutil.Process]:
-        """The process and its descendants."""
+        """Return the process and its descendants."""
         assert self.process is not None
         with contextlib.suppress(psutil.NoSuchProcess):
             root = psutil.Process(self.process.pid)
@@ -97,11 +100,11 @@ class Server:
         return []
 
     def schedulers(self) -> list[psutil.Process]:
-        """The rank processes."""
+        """Return the rank processes."""
         return [p for p in self.tree() if "scheduler" in " ".join([p.name(), *p.cmdline()]).lower()]
 
     def kill(self) -> None:
-        """SIGKILL to the whole group, as a machine that loses power."""
+        """Send SIGKILL to the whole group, as a power failure would end it."""
         assert self.process is not None
         tree = self.tree()
         with contextlib.suppress(ProcessLookupError):
@@ -113,7 +116,7 @@ class Server:
         self.process.wait(20)
 
     def stop(self) -> None:
-        """End it, however far it came. By SIGKILL: after SIGTERM SGLang waits 15 s before it ends itself."""
+        """End the server, however far it came. SIGKILL ends it, because after SIGTERM SGLang waits for 15 s."""
         if self.process is not None:
             self.kill()
 
@@ -128,12 +131,24 @@ class Server:
     def generate(
         self, prompt: str | list[int], tokens: int, timeout_s: float = 240, **extra: Any
     ) -> dict[str, Any]:
-        """Greedy /generate; raises on any other answer than 200."""
+        """Ask /generate greedily, and fail on any other answer than 200."""
         response = self.post("/generate", request_body(prompt, tokens, **extra), timeout_s)
         assert response.status_code == 200, (
             f"{self.name}: {response.status_code} {response.text[:500]}\n{self.tail()}"
         )
         return response.json()
+
+
+@contextlib.contextmanager
+def running(*servers: Server, timeout_s: float = START_S) -> Iterator[None]:
+    """Start servers together, wait until each is healthy, and stop them at the end."""
+    with contextlib.ExitStack() as stack:
+        for server in servers:
+            stack.callback(server.stop)
+            server.start()
+        for server in servers:
+            server.wait(timeout_s)
+        yield
 
 
 def request_body(prompt: str | list[int] | list[str], tokens: int, **extra: Any) -> dict[str, Any]:
@@ -146,7 +161,8 @@ def request_body(prompt: str | list[int] | list[str], tokens: int, **extra: Any)
 
 
 def launcher(role: str, model: str, port: int, log: Path, *args: str, host: str = "127.0.0.1") -> Server:
-    """A server of ours, not started yet."""
+    """Return a server of ours that is not started yet."""
+    common = (host if arg == "127.0.0.1" else arg for arg in COMMON)
     command = (
         "-m",
         "sglang_tpla.launch",
@@ -154,7 +170,7 @@ def launcher(role: str, model: str, port: int, log: Path, *args: str, host: str 
         role,
         "--model-path",
         model,
-        *(host if arg == "127.0.0.1" else arg for arg in COMMON),
+        *common,
         "--port",
         str(port),
         *args,
@@ -163,7 +179,9 @@ def launcher(role: str, model: str, port: int, log: Path, *args: str, host: str 
 
 
 def stock(model: str, port: int, log: Path, *args: str) -> Server:
-    """Stock SGLang on the CPU reference platform, no general plug-in loaded: none of our hooks, the CPU's included."""
+    """Return stock SGLang on the CPU reference platform, without any plug-in: with none of our hooks, the CPU's
+    included.
+    """
     env = {
         "SGLANG_PLATFORM": "sglang_tpla_cpu",
         "SGLANG_PLUGINS": "none",
@@ -177,7 +195,7 @@ def stock(model: str, port: int, log: Path, *args: str) -> Server:
 
 
 def router(port: int, log: Path, prefill: str, bootstrap: int, decode: str, *args: str) -> Server:
-    """The real sglang_router in front of one prefill and one decode server."""
+    """Return the real sglang_router in front of one prefill and one decode server."""
     command = (
         "-m", "sglang_tpla.launch", "--role", "router", "--host", "127.0.0.1", "--port", str(port),
         "--prometheus-port", str(free_ports(1)[0]), "--prefill", prefill, str(bootstrap), "--decode", decode, *args,
@@ -195,7 +213,7 @@ class Pair:
     next_room: int = 1000
 
     def generate(self, prompt: Any, tokens: int, timeout_s: float = 240, **extra: Any) -> tuple[Any, Any]:
-        """The answers of prefill and decode to one request (or one batch) in its own room(s)."""
+        """Return the answers of prefill and decode to one request (or one batch) in its own room(s)."""
         batch = len(prompt) if isinstance(prompt, list) and not isinstance(prompt[0], int) else 0
         rooms = list(range(self.next_room, self.next_room + max(batch, 1)))
         self.next_room += max(batch, 1)
@@ -205,8 +223,6 @@ class Pair:
             "bootstrap_port": [self.bootstrap] * batch if batch else self.bootstrap,
             "bootstrap_room": rooms if batch else rooms[0],
         }
-        import concurrent.futures
-
         with concurrent.futures.ThreadPoolExecutor(2) as pool:
             first = pool.submit(self.prefill.post, "/generate", body, timeout_s)
             second = pool.submit(self.decode.post, "/generate", body, timeout_s)
@@ -219,13 +235,13 @@ class Pair:
 
 
 def transfer_lines(server: Server) -> list[dict[str, Any]]:
-    """The structured log lines of a server's transfers."""
+    """Return the structured log lines of a server's transfers."""
     lines = [line for line in server.log.read_text(errors="replace").splitlines() if " transfer {" in line]
     return [json.loads(line[line.index("transfer {") + len("transfer ") :]) for line in lines]
 
 
 def idle(server: Server) -> dict[str, Any]:
-    """What the server still holds, with the agent's rooms and staging."""
+    """Return what the server still holds, with the agent's rooms and staging."""
     state = server.get("/server_info")["internal_states"][0]
     (agent,) = state["tpla_transfer"]
     held = {k: v for k, v in state["tpla_scheduler"].items() if k != "cached_tokens"}
@@ -233,7 +249,7 @@ def idle(server: Server) -> dict[str, Any]:
 
 
 def wait_idle(*servers: Server, timeout_s: float = 60) -> None:
-    """Until queues, rooms, staging and cache slots are at zero; what is left if they never are."""
+    """Wait until queues, rooms, staging and cache slots are at zero; fail with what is left if they never are."""
     deadline = time.monotonic() + timeout_s
     while any(any(idle(server).values()) for server in servers):
         assert time.monotonic() < deadline, [(server.name, idle(server)) for server in servers]

@@ -7,7 +7,6 @@ prefill server may have attention groups too, each of which holds the rows of it
 from __future__ import annotations
 
 import concurrent.futures
-import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ import pytest
 from sglang_tpla.artifact.artifact import Artifact
 from sglang_tpla.host import ledger
 from tests.e2e.prompts import short_prompts
-from tests.e2e.servers import Pair, Server, launcher, router, wait_idle
+from tests.e2e.servers import Pair, Server, launcher, router, running, wait_idle
 from tests.e2e.test_tpla_parity import assert_answers_follow_the_formula
 from tests.ports import free_ports
 
@@ -41,9 +40,8 @@ def decode(nano_mla: str, nano_artifact: str, logs: Path) -> Iterator[Server]:
         "decode", nano_mla, free_ports(1)[0], logs / "decode-attention-groups.log", "--tp", "4", *GROUPS,
         "--tpla-groups", "2", "--tpla-artifact", nano_artifact,
     )  # fmt: skip
-    with contextlib.ExitStack() as stack:
-        stack.callback(server.stop)
-        yield server.start().wait()
+    with running(server):
+        yield server
 
 
 def test_answers_follow_the_formula_in_both_attention_groups(
@@ -68,9 +66,7 @@ def test_the_router_finds_the_group_of_each_request(trio: Any, decode: Server, l
         free_ports(1)[0], logs / "router-attention-groups.log", trio.prefill.url, trio.bootstrap, decode.url
     )
     prompts = short_prompts(4, seed=9)
-    with contextlib.ExitStack() as stack, concurrent.futures.ThreadPoolExecutor(4) as pool:
-        stack.callback(front.stop)
-        front.start().wait("/readiness")
+    with running(front), concurrent.futures.ThreadPoolExecutor(4) as pool:
         answers = list(pool.map(lambda prompt: front.generate(prompt, 6)["text"], prompts))
     assert answers == [trio.router.generate(prompt, 6)["text"] for prompt in prompts]
     wait_idle(trio.prefill)
@@ -85,9 +81,8 @@ def test_a_prefill_server_of_two_attention_groups(
         "prefill", nano_mla, ports[0], logs / "prefill-attention-groups.log", "--tp", "2", *GROUPS,
         "--disaggregation-bootstrap-port", str(ports[1]), "--chunked-prefill-size", "512",
     )  # fmt: skip
-    with contextlib.ExitStack() as stack:
-        stack.callback(prefill.stop)
-        pair = Pair(prefill.start().wait(), ports[1], decode, next_room=140_000)
+    with running(prefill):
+        pair = Pair(prefill, ports[1], decode, next_room=140_000)
         assert_answers_follow_the_formula(
             pair, Artifact.load(nano_artifact), nano_mla, prompts=4, new_tokens=TOKENS
         )

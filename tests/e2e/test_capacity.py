@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from sglang_tpla.artifact.artifact import Artifact, ArtifactMeta, build
 from sglang_tpla.artifact.model_identity import config_hash, weights_hash
-from tests.e2e.servers import COMMON, Server
+from tests.e2e.servers import COMMON, Server, running
 from tests.ports import free_ports
 
 LAYERS, HIDDEN, HEADS, D, ROPE, NOPE, V = 2, 128, 4, 512, 64, 32, 32
@@ -70,17 +70,15 @@ def wide_artifact(wide_model: Path) -> Path:
 
 
 def capacity(name: str, model: Path, log: Path, *args: str) -> tuple[int, int]:
-    """Tokens that a decode server says it holds, and cache bytes a token on one rank."""
+    """Return the tokens that a decode server says it holds, and its cache bytes a token on one rank."""
     port = free_ports(1)[0]
     common = [arg for arg in COMMON if arg not in ("--max-total-tokens", "20000")]
     command = ("-m", "sglang_tpla.launch", "--role", "decode", "--model-path", str(model), *common, "--tp", "2",
                "--port", str(port), "--mem-fraction-static", "0.8", "--context-length", "4096", *args)  # fmt: skip
     server = Server(name, command, port, log, {"SGLANG_TPLA_CPU_MEMORY_BYTES": str(4 << 30)})
-    try:
-        info = server.start().wait().get("/server_info")
+    with running(server):
+        info = server.get("/server_info")
         return info["max_total_num_tokens"], info["tpla"]["cache_bytes_per_token_and_rank"]
-    finally:
-        server.stop()
 
 
 def test_tokens_for_the_same_memory(wide_model: Path, wide_artifact: Path, logs: Path) -> None:

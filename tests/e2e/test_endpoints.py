@@ -23,7 +23,9 @@ PROMPTS, NEW_TOKENS = 4, 24
 
 
 def expected_kl(reference: Server, artifact: Artifact, model_path: str) -> tuple[list[float], list[int]]:
-    """Whole-vocabulary KL at every compared token of the stock server's greedy answers, and where TPLA would part."""
+    """Return the whole-vocabulary KL at every compared token of the stock server's greedy answers, and where TPLA would
+    part.
+    """
     model = PlainModel(model_path)
     maps = model_maps(artifact, model)
     _, held_out = Corpus.from_paths().split(0)

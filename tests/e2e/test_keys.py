@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import concurrent.futures
-import contextlib
 import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ import psutil
 import pytest
 
 from sglang_tpla.transfer import keys
-from tests.e2e.servers import Server, launcher, request_body, router, wait_idle
+from tests.e2e.servers import Server, launcher, request_body, router, running, wait_idle
 from tests.ports import free_ports
 
 TOKENS = 8
@@ -21,7 +20,7 @@ PROMPT = "def fibonacci(n):\n"
 
 
 def own_address() -> str:
-    """An IPv4 address of this machine that is not loopback; loopback, where it has no other."""
+    """Return an IPv4 address of this machine that is not loopback; loopback, where it has no other."""
     found = [
         address.address
         for addresses in psutil.net_if_addrs().values()
@@ -56,16 +55,8 @@ def keyed(nano_mla: str, logs: Path, tmp_path_factory: pytest.TempPathFactory) -
         launcher("decode", nano_mla, port, logs / f"{name}.log", "--tpla-keys", str(folder))
         for name, port, folder in zip(("keyed-decode", "stranger"), ports[2:4], folders, strict=True)
     )
-    servers = [prefill, decode, stranger]
-    with contextlib.ExitStack() as stack:
-        for server in servers:
-            stack.callback(server.stop)
-            server.start()
-        for server in servers:
-            server.wait()
-        front = router(ports[4], logs / "keyed-router.log", prefill.url, ports[1], decode.url)
-        stack.callback(front.stop)
-        front.start().wait("/readiness")
+    front = router(ports[4], logs / "keyed-router.log", prefill.url, ports[1], decode.url)
+    with running(prefill, decode, stranger), running(front):
         yield Deployment(prefill, decode, stranger, front, address, ports[1])
 
 
@@ -81,7 +72,7 @@ def test_answers_come_through_sealed_channels(keyed: Deployment, reference: Serv
 
 @pytest.mark.slow
 def test_a_decode_server_with_other_keys_is_refused(keyed: Deployment) -> None:
-    """Its request ends with a reason, on both sides; the others go on."""
+    """The server's request ends with a reason on both sides; the others go on."""
     body = request_body(PROMPT, TOKENS)
     body |= {"bootstrap_host": keyed.address, "bootstrap_port": keyed.bootstrap, "bootstrap_room": 77}
     with concurrent.futures.ThreadPoolExecutor(2) as pool:

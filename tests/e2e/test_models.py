@@ -7,7 +7,6 @@ language model goes through the same hooks.
 
 from __future__ import annotations
 
-import contextlib
 from pathlib import Path
 
 import pytest
@@ -19,7 +18,8 @@ from sglang_tpla.measure.statistics import Statistics
 from sglang_tpla.plan.model import from_config
 from sglang_tpla.reference_model.checkpoint import Checkpoint
 from sglang_tpla.reference_model.forward import PlainModel
-from tests.e2e.servers import Pair, launcher
+from tests.e2e.model_answers import said_and_due
+from tests.e2e.servers import Pair, launcher, running
 from tests.ports import free_ports
 from tests.random_checkpoint import CONFIGS, WRAPPERS, random_checkpoint
 
@@ -69,25 +69,14 @@ def test_a_family_is_served(
         "--tpla-artifact", str(artifact), *wrapper,
     )  # fmt: skip
     model = PlainModel(str(folder))
-    with contextlib.ExitStack() as stack:
-        for server in (prefill, decode):
-            stack.callback(server.stop)
-            server.start()
-        for server in (prefill, decode):
-            server.wait()
+    with running(prefill, decode):
         pair = Pair(prefill, ports[1], decode)
         for seed in range(3):
             ids = torch.randint(
                 3, 4096, (20 + 7 * seed,), generator=torch.Generator().manual_seed(seed)
             ).tolist()
-            _, answer = pair.generate(ids, TOKENS, return_logprob=True)
-            said = answer["meta_info"]["output_token_logprobs"]
-            tokens = torch.tensor([ids + [token for _, token, _ in said]])
-            with torch.no_grad():
-                expected = model.forward(tokens[:, :-1]).log_softmax(-1)[0]
-            at = torch.arange(len(ids) - 1, tokens.shape[1] - 1)
-            values = torch.tensor([value for value, *_ in said])
-            torch.testing.assert_close(values, expected[at, tokens[0, at + 1]], rtol=0, atol=2e-3)
+            said, expected = said_and_due(pair, model, ids, TOKENS, None)
+            torch.testing.assert_close(said, expected, rtol=0, atol=2e-3)
         assert decode.get("/server_info")["tpla"]["widths"] == [64] * 3
     (written,) = (tmp_path / "statistics").iterdir()
     layers = Statistics.load(written).layers

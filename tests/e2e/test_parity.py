@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.e2e.prompts import short_prompts, source
-from tests.e2e.servers import Pair, Server, launcher
+from tests.e2e.servers import Pair, Server, launcher, running
 from tests.ports import free_ports
 
 PROMPTS, TOKENS = 32, 64
@@ -40,9 +39,7 @@ def test_one_group_gives_stock_tokens_and_logprobs(
     decode = launcher(
         "decode", nano_mla, port, logs / f"decode-g1-t{ranks}.log", "--tp", str(ranks), "--tpla-groups", "1"
     )
-    with contextlib.ExitStack() as stack:
-        stack.callback(decode.stop)
-        decode.start().wait()
+    with running(decode):
         pair = Pair(trio.prefill, trio.bootstrap, decode, next_room=10_000 * ranks)
         _, answers = pair.generate(short_prompts(PROMPTS), TOKENS, **LOGPROBS)
         tpla = decode.get("/server_info")["tpla"]

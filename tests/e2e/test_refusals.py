@@ -13,7 +13,7 @@ from tests.e2e.servers import COMMON, ROOT
 
 
 def start(*args: str) -> str:
-    """Run the launcher until it refuses; its whole output."""
+    """Run the launcher until it refuses. Return its whole output."""
     done = subprocess.run(
         [sys.executable, "-m", "sglang_tpla.launch", *args],
         capture_output=True, text=True, timeout=240, cwd=ROOT,
@@ -29,7 +29,7 @@ def decode(model: str, artifact: str, *args: str) -> tuple[str, ...]:
 
 
 def other_model(folder: Path, nano_mla: str, **changes: object) -> str:
-    """A copy of the checkpoint whose config says something else."""
+    """Copy the checkpoint with a config that says something else."""
     shutil.copytree(nano_mla, folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").chmod(0o644)
@@ -115,7 +115,7 @@ def test_damaged_artifact(tmp_path: Path, nano_mla: str, nano_artifact: str) -> 
 
 
 def test_a_bootstrap_port_that_another_server_has(nano_mla: str) -> None:
-    """It would be healthy, and its ranks would take the place of the other server's."""
+    """The server would be healthy, and its ranks would take the place of the other server's."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         output = start(

@@ -38,7 +38,7 @@ def place(trio: Any, **changes: Any) -> dict[str, Any]:
 
 
 def ask_both(trio: Any, path: str, body: dict[str, Any]) -> list[httpx.Response]:
-    """The same body to prefill and decode, as a router would send it; their answers, in time."""
+    """Send the same body to prefill and decode, as a router would. Return their answers, which must come in time."""
     content = json.dumps(body).encode()
 
     def ask(server: Server) -> httpx.Response:
@@ -50,14 +50,14 @@ def ask_both(trio: Any, path: str, body: dict[str, Any]) -> list[httpx.Response]
 
 
 def plain(trio: Any) -> list[int]:
-    """What anyone is answered."""
+    """The answer that anyone gets."""
     said = trio.router.generate(PROMPT, TOKENS, DEADLINE_S)
     return list(said["output_ids"])
 
 
 @contextmanager
 def neighbour(trio: Any) -> Iterator[None]:
-    """Someone who asks all the time, and must be answered the same all the time."""
+    """Ask all the time, and check that the answer is the same all the time."""
     expected, over, wrong, asked = plain(trio), threading.Event(), list[str](), itertools.count()
 
     def ask() -> None:
@@ -87,7 +87,7 @@ def texts(response: httpx.Response) -> list[str]:
 
 
 def test_parallel_samples_are_served(trio: Any) -> None:
-    """Greedy samples are all the one answer; each came through a room of its own."""
+    """All greedy samples are the one answer, and each came through a room of its own."""
     one = texts(trio.router.post("/v1/completions", COMPLETION))
     (chat,) = texts(trio.router.post("/v1/chat/completions", CHAT))
     for n in (2, 3):
@@ -157,7 +157,9 @@ REFUSED: list[dict[str, Any]] = [
 
 
 def test_refusals_through_the_router_are_client_errors(trio: Any) -> None:
-    """No 500, which the router would try again until its circuit breakers close the service to everyone."""
+    """No answer is 500, after which the router would try again until its circuit breakers close the service to
+    everyone.
+    """
     with neighbour(trio):
         for changes in REFUSED:
             body = {"sampling_params": {"max_new_tokens": 2}} | changes
@@ -168,7 +170,7 @@ def test_refusals_through_the_router_are_client_errors(trio: Any) -> None:
 
 
 def test_tokens_named_for_their_log_probabilities_beside_requests_that_name_none(trio: Any) -> None:
-    """In one batch of the decode server, as they run for long enough to meet."""
+    """The requests run for long enough to meet in one batch of the decode server."""
     plain_body = request_body(PROMPT, 64)
     named = plain_body | {"return_logprob": True, "token_ids_logprob": [5, 7]}
     with concurrent.futures.ThreadPoolExecutor(6) as pool:
@@ -189,7 +191,7 @@ def test_tokens_named_for_their_log_probabilities_beside_requests_that_name_none
 
 @pytest.mark.parametrize("temperature", [0, 1])
 def test_a_grammar_that_has_no_way_on_ends_its_request_alone(trio: Any, temperature: int) -> None:
-    """After its first token it forbids everything, of which no token can be sampled."""
+    """After its first token the grammar forbids everything, so that no token can be sampled."""
     body = request_body(PROMPT, TOKENS)
     body["sampling_params"] |= {"ebnf": 'root ::= "a" dead\ndead ::= dead', "temperature": temperature}
     with neighbour(trio):
@@ -315,7 +317,7 @@ odd = settings(
 
 
 def test_odd_values_in_native_requests(trio: Any) -> None:
-    """Never a dead process, a hang, a failure that counts against the server, or another answer for a neighbour."""
+    """No process dies or hangs, no failure counts against the server, and a neighbour's answer stays the same."""
 
     @odd
     @given(native())

@@ -21,8 +21,9 @@ from sglang_tpla.cache_rows.sketched import SketchedRows
 from sglang_tpla.measure.decode_error import model_maps
 from sglang_tpla.reference_model.forward import LayerMaps, PlainModel
 from sglang_tpla.reference_model.sketched_layer import SketchedMaps
+from tests.e2e.model_answers import said_and_due
 from tests.e2e.prompts import short_prompts
-from tests.e2e.servers import Pair, Server, launcher, request_body, transfer_lines, wait_idle
+from tests.e2e.servers import Pair, Server, launcher, request_body, running, transfer_lines, wait_idle
 from tests.ports import free_ports
 
 LAYERS, LATENT, ROPE = 4, 128, 32
@@ -33,38 +34,28 @@ NEAR, OUTLIERS, BESIDE = 5e-3, 0.05, 0.25
 
 @contextlib.contextmanager
 def decode_server(model: str, log: Path, *flags: str) -> Iterator[Server]:
-    """A decode server that keeps the caches of ended requests for those that begin alike."""
+    """Start a decode server that keeps the caches of ended requests for those that begin alike."""
     port = free_ports(1)[0]
     server = launcher("decode", model, port, log, "--disaggregation-decode-enable-radix-cache", *flags)
-    try:
-        yield server.start().wait()
-    finally:
-        server.stop()
+    with running(server):
+        yield server
 
 
 def whole_latent(model: PlainModel) -> list[LayerMaps]:
-    """One group's maps: the latent rotated, rounded to 8 bits, and rotated back."""
+    """Return one group's maps: the latent rotated, rounded to 8 bits, and rotated back."""
     turn = rotation(LATENT, model.dtype)
     rows = SketchedRows.of(LATENT, 1, LATENT, ROPE)
     return [SketchedMaps(rows, [turn], turn[:, :0], [turn.T], [turn.T])] * LAYERS
 
 
 def follow_the_model(pair: Pair, model: PlainModel, maps: Sequence[LayerMaps]) -> None:
-    """Every greedy token's logprob, as the server said it, is the plain model's with rows rounded alike."""
+    """Check that every greedy token's logprob, as the server said it, is the plain model's with rows rounded alike."""
     tokenizer = Tokenizer.from_file(f"{model.checkpoint.path}/tokenizer.json")
     apart, rounding = [], []
     for prompt in short_prompts(8, seed=3):
         ids = tokenizer.encode(prompt).ids
-        _, answer = pair.generate(ids, 32, return_logprob=True)
-        said = answer["meta_info"]["output_token_logprobs"]
-        tokens = torch.tensor([ids + [token for _, token, _ in said]])
-        at = torch.arange(len(ids) - 1, tokens.shape[1] - 1)
-        with torch.no_grad():
-            outputs = [
-                model.forward(tokens[:, :-1], maps=kind, prompt_tokens=len(ids)) for kind in (maps, None)
-            ]
-        rounded, exact = (logits.log_softmax(-1)[0, at, tokens[0, at + 1]] for logits in outputs)
-        apart.append((torch.tensor([value for value, *_ in said]) - rounded).abs())
+        said, rounded, exact = said_and_due(pair, model, ids, 32, maps, None)
+        apart.append((said - rounded).abs())
         rounding.append((exact - rounded).abs())
     off, cost = torch.cat(apart), torch.cat(rounding)
     found = (
@@ -76,7 +67,7 @@ def follow_the_model(pair: Pair, model: PlainModel, maps: Sequence[LayerMaps]) -
 def check(
     trio: Any, decode: Server, room: int, model: PlainModel, maps: Sequence[LayerMaps], wire_bytes: int
 ) -> None:
-    """Parity, bytes of every transfer, a cached prefix, an abort, and an idle server at the end.
+    """Check parity, the bytes of every transfer, a cached prefix, an abort, and an idle server at the end.
 
     Args:
         wire_bytes: of a token, all layers and ranks.

@@ -105,7 +105,7 @@ def said(answer: dict[str, Any]) -> list[tuple[int, float]]:
 
 
 def until_running(decode: Server, call: concurrent.futures.Future[Answer]) -> None:
-    """Until the server decodes a request, which must not have ended."""
+    """Wait until the server decodes a request, which must not have ended."""
     while not idle(decode)["running_batch"]:
         assert not call.done(), call.result()
 
@@ -124,7 +124,7 @@ def agree(answer: dict[str, Any], right: dict[str, Any], far: float) -> list[flo
 
 
 def test_greedy_answers_are_those_without_speculation(servers: Servers, prompts: list[list[int]]) -> None:
-    """Token by token, with their log-probabilities, one request at a time and all at once.
+    """Tokens and their log-probabilities agree, one request at a time and all at once.
 
     Several tokens at once add up in another order. In sketched rows an 8-bit code, or a value of the rotary key in
     bfloat16, then falls to its other side now and then: in the reference model, rows that differ by a millionth before
@@ -146,7 +146,7 @@ def test_greedy_answers_are_those_without_speculation(servers: Servers, prompts:
 
 
 def test_the_drafts_cache_is_whole_and_counted(servers: Servers, prompts: list[list[int]]) -> None:
-    """One layer of 128 + 32 float32 values behind the target's four slices, in each rank's transfers."""
+    """Each rank's transfers have one layer of 128 + 32 float32 values behind the target's four slices."""
     info = servers.speculating.decode.get("/server_info")
     assert info["speculative_algorithm"] == "EAGLE"
     assert info["speculative_attention_mode"] == "decode"
@@ -236,7 +236,7 @@ def test_half_a_pair_that_speculates_is_refused(servers: Servers, prompts: list[
 @plain_rows
 @pytest.mark.slow
 def test_a_decode_server_that_was_killed(servers: Servers, prompts: list[list[int]]) -> None:
-    """Its requests fail, prefill holds nothing of them, and a new one at the same address is served."""
+    """The server's requests fail, prefill holds nothing of them, and a new server at the same address is served."""
     pair = servers.speculating
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         call = pool.submit(servers.route.ask, prompts[1], 2000)

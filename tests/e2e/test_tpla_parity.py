@@ -5,11 +5,11 @@ The servers compute on shards, from caches that crossed the wire; the plain mode
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from tokenizers import Tokenizer
@@ -18,15 +18,16 @@ from sglang_tpla.artifact.artifact import Artifact, build
 from sglang_tpla.measure.decode_error import model_maps
 from sglang_tpla.reference_model.cached_maps import cached_maps
 from sglang_tpla.reference_model.forward import LayerMaps, PlainModel
+from tests.e2e.model_answers import said_and_due
 from tests.e2e.prompts import short_prompts
-from tests.e2e.servers import Pair, launcher, transfer_lines
+from tests.e2e.servers import Pair, launcher, running, transfer_lines
 from tests.ports import free_ports
 
 TOKENS = 32
 
 
 def mixed_widths(path: str, folder: Path) -> Path:
-    """The shipped artifact's provenance with maps of four widths: coordinates dealt out, the last layer exact."""
+    """Make an artifact of four widths with the shipped provenance: coordinates dealt out, the last layer exact."""
     shipped = Artifact.load(path)
     d, maps, widths = shipped.meta.latent_dim, [], []
     shared = (96, 64, 110, d)
@@ -39,8 +40,6 @@ def mixed_widths(path: str, folder: Path) -> Path:
             groups.append((z, z.T, z.T * weight[:, None]))
         maps.append(groups)
         widths.append(groups[0][0].shape[1])
-    import msgspec
-
     meta = msgspec.structs.replace(
         shipped.meta, transform="identity", shared_dims=shared, widths=tuple(widths), error_report=None
     )
@@ -56,7 +55,7 @@ def assert_answers_follow_the_formula(
     prompts: int = 8,
     new_tokens: int = TOKENS,
 ) -> None:
-    """Every greedy token's logprob, as the server said it, is the plain TPLA model's."""
+    """Check that every greedy token's logprob, as the server said it, is the plain TPLA model's."""
     model = PlainModel(model_path)
     plain = model_maps(artifact, model)
     maps = cached_maps(plain, cache_dtype, artifact.meta.shared_dims)
@@ -70,23 +69,16 @@ def assert_answers_are_the_models(
     pair: Pair, model: PlainModel, maps: Sequence[LayerMaps], other: Sequence[LayerMaps] | None, near: float,
     prompts: int = 8, new_tokens: int = TOKENS,
 ) -> None:  # fmt: skip
-    """Every greedy token's logprob is the plain model's with ``maps``, and the comparison can tell it from ``other``
-    (None: plain MLA), what the servers must not be taken for.
+    """Check that every greedy token's logprob is the plain model's with ``maps``, and that the comparison can tell it
+    from ``other`` (None: plain MLA), for which the servers must not be taken.
     """
     tokenizer = Tokenizer.from_file(f"{model.checkpoint.path}/tokenizer.json")
     differs = 0
     for prompt in short_prompts(prompts, seed=3):
         ids = tokenizer.encode(prompt).ids
-        _, answer = pair.generate(ids, new_tokens, return_logprob=True)
-        said = answer["meta_info"]["output_token_logprobs"]
-        tokens = torch.tensor([ids + [token for _, token, _ in said]])
-        with torch.no_grad():
-            sliced = model.forward(tokens[:, :-1], maps=maps, prompt_tokens=len(ids)).log_softmax(-1)[0]
-            exact = model.forward(tokens[:, :-1], maps=other, prompt_tokens=len(ids)).log_softmax(-1)[0]
-        at = torch.arange(len(ids) - 1, tokens.shape[1] - 1)
-        expected = sliced[at, tokens[0, at + 1]]
-        torch.testing.assert_close(torch.tensor([value for value, *_ in said]), expected, rtol=0, atol=near)
-        differs += int(((exact[at, tokens[0, at + 1]] - expected).abs() > 1e-2).any())
+        said, expected, otherwise = said_and_due(pair, model, ids, new_tokens, maps, other)
+        torch.testing.assert_close(said, expected, rtol=0, atol=near)
+        differs += int(((otherwise - expected).abs() > 1e-2).any())
     assert differs >= prompts // 2
 
 
@@ -104,9 +96,8 @@ def test_layers_of_different_width_head_shards_and_summed_heads(
         "decode", nano_mla, free_ports(1)[0], logs / "decode-mixed.log", "--tp", str(ranks),
         "--tpla-groups", str(groups), "--tpla-artifact", str(path), "--tpla-o-proj", "scatter",
     )  # fmt: skip
-    with contextlib.ExitStack() as stack:
-        stack.callback(decode.stop)
-        tpla = decode.start().wait().get("/server_info")["tpla"]
+    with running(decode):
+        tpla = decode.get("/server_info")["tpla"]
         assert (tpla["head_shards"], tpla["widths"]) == (ranks // groups, [112, 96, 119, 128])
         assert tpla["cache_bytes_per_token_and_rank"] == 4 * sum(w + 32 for w in tpla["widths"])
         pair = Pair(trio.prefill, trio.bootstrap, decode, next_room=70_000)
@@ -120,9 +111,8 @@ def test_fp8_cache(trio: Any, nano_mla: str, nano_artifact: str, logs: Path) -> 
         "decode", nano_mla, free_ports(1)[0], logs / "decode-fp8.log", "--tp", "2", "--tpla-groups", "2",
         "--tpla-artifact", nano_artifact, "--kv-cache-dtype", "fp8_e4m3",
     )  # fmt: skip
-    with contextlib.ExitStack() as stack:
-        stack.callback(decode.stop)
-        tpla = decode.start().wait().get("/server_info")["tpla"]
+    with running(decode):
+        tpla = decode.get("/server_info")["tpla"]
         layers, w, r, rope = 4, 80, 32, 32
         assert tpla["cache_bytes_per_token_and_rank"] == layers * (w + 2 * rope + 16)
         pair = Pair(trio.prefill, trio.bootstrap, decode, next_room=80_000)

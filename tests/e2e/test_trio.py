@@ -86,7 +86,7 @@ def test_examples_run_against_the_router(trio: Any, example: str) -> None:
 
 
 def test_24_concurrent_requests_and_aborts(trio: Any) -> None:
-    """Mixed lengths from one token to several chunks, two with one long prefix, some aborted half way."""
+    """Requests of one token to several chunks run at once, two with one long prefix, some aborted half way."""
     prefix = source(seed=5, characters=6000)
     prompts: list[Any] = [prefix + "\n# one\n", prefix + "\n# two\n", [17], [5, 6]]
     prompts += [

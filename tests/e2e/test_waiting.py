@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import signal
 import time
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.e2e.servers import Pair, Server, launcher, request_body, router, wait_idle
+from tests.e2e.servers import Pair, Server, launcher, request_body, router, running, wait_idle
 from tests.ports import free_ports
 
 CONTEXT_TOKENS, POOL_TOKENS, RESERVED_TOKENS = 1024, 1200, 512
@@ -36,19 +37,16 @@ def pair(nano_mla: str, logs: Path) -> Iterator[Pair]:
         launcher("decode", nano_mla, ports[2], logs / "small-decode.log", "--max-total-tokens", str(POOL_TOKENS),
                  "--num-reserved-decode-tokens", str(RESERVED_TOKENS), "--enable-custom-logit-processor"),
     ]  # fmt: skip
-    try:
-        for server in servers:
-            server.start()
-        servers[0].wait()
-        servers[2].wait()
-        yield Pair(servers[0], ports[1], servers[2])
-    finally:
-        for server in servers:
-            server.stop()
+    prefill, node, decode = servers
+    with contextlib.ExitStack() as stack:
+        stack.callback(node.stop)
+        node.start()  # it serves no HTTP
+        stack.enter_context(running(prefill, decode))
+        yield Pair(prefill, ports[1], decode)
 
 
 def both(pair: Pair, tokens: int, **changes: Any) -> tuple[httpx.Response, httpx.Response, float]:
-    """The answers to a prompt of so many tokens, and when the second one had come."""
+    """Return the answers to a prompt of so many tokens, and when the second one had come."""
     start = time.monotonic()
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         asked = [pool.submit(half, server, pair, tokens, **changes) for server in (pair.prefill, pair.decode)]
@@ -97,12 +95,11 @@ def test_what_prefill_alone_refuses_is_answered_with_its_reason(pair: Pair) -> N
 
 
 def test_refusals_of_one_side_do_not_close_the_service(pair: Pair, logs: Path) -> None:
-    """The router would try again after a 500, and give up a server after some: for everyone."""
+    """After a 500 the router would try again, and after some it would give up the server for everyone."""
     front = router(
         free_ports(1)[0], logs / "one-sided-router.log", pair.prefill.url, pair.bootstrap, pair.decode.url
     )
-    try:
-        front.start().wait("/readiness")
+    with running(front):
         body = request_body([5, 6, 7], 4)
         long = request_body([7] * (CONTEXT_TOKENS + 1), 4)
         longer = request_body([7] * (POOL_TOKENS - RESERVED_TOKENS + 1), 4)
@@ -111,8 +108,6 @@ def test_refusals_of_one_side_do_not_close_the_service(pair: Pair, logs: Path) -
                 answer = front.post("/generate", wrong)
                 assert answer.status_code == 400, answer.text
         assert front.post("/generate", body).status_code == 200
-    finally:
-        front.stop()
 
 
 def test_a_prompt_that_never_fits_beside_what_decode_reserves(pair: Pair) -> None:
@@ -135,7 +130,7 @@ def test_a_request_that_no_decode_server_got(pair: Pair) -> None:
 
 
 def test_a_request_that_prefill_never_got(pair: Pair) -> None:
-    """Nothing else arrives there, so that no other request shows that this one was passed over."""
+    """Nothing else arrives at prefill, so that no other request shows that this one was passed over."""
     start = time.monotonic()
     answer = half(pair.decode, pair, 20)
     pair.next_room += 1
@@ -151,8 +146,7 @@ def test_a_decode_server_that_is_told_to_end_behind_the_router(pair: Pair, logs:
     front = router(
         free_ports(1)[0], logs / "ended-router.log", pair.prefill.url, pair.bootstrap, pair.decode.url
     )
-    try:
-        front.start().wait("/readiness")
+    with running(front):
         body = request_body([5, 6, 7], 4)
         assert front.post("/generate", body).status_code == 200
         assert pair.decode.process is not None
@@ -166,5 +160,3 @@ def test_a_decode_server_that_is_told_to_end_behind_the_router(pair: Pair, logs:
         # what the router finds out by itself: after its attempts nobody is left, or the connection is refused
         assert answer.status_code in (502, 503) and "decode" in answer.text, answer.text
         wait_idle(pair.prefill)
-    finally:
-        front.stop()

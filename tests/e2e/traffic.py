@@ -25,21 +25,21 @@ client = httpx.Client(
 
 @dataclass
 class Answer:
-    """What a decode server said: tokens and their log-probabilities, or why there are none."""
+    """An answer of a decode server: tokens and their log-probabilities, or why there are none."""
 
     tokens: tuple[int, ...] = ()
     logprobs: tuple[float, ...] = ()
     failure: str = ""
 
     def same_text(self, other: Answer, tolerance: float = 1e-3) -> bool:
-        """The same tokens, and log-probabilities that differ as another batch's order of sums makes them."""
+        """Return whether tokens are equal, and log-probabilities differ by no more than another order of sums."""
         return self.tokens == other.tokens and all(
             abs(a - b) <= tolerance for a, b in zip(self.logprobs, other.logprobs, strict=True)
         )
 
 
 def read(said: dict[str, Any], tokens: int) -> Answer:
-    """The answer in one result of /generate, or in its last event."""
+    """Read the answer in one result of /generate, or in its last event."""
     meta = said.get("meta_info")
     if meta is None or meta["finish_reason"] is None or meta["finish_reason"]["type"] == "abort":
         return Answer(failure=json.dumps(said)[:2000])
@@ -59,7 +59,7 @@ class Route:
     def body(
         self, prompt: Any, tokens: int, batch: int = 0, room: int | None = None, **extra: Any
     ) -> dict[str, Any]:
-        """One request (or one batch of prompts) as the router would send it to both."""
+        """Return one request (or one batch of prompts) as the router would send it to both."""
         place = {
             "bootstrap_host": ["127.0.0.1"] * batch if batch else "127.0.0.1",
             "bootstrap_port": [self.bootstrap] * batch if batch else self.bootstrap,
@@ -90,7 +90,7 @@ class Route:
         return read(said, tokens)
 
     def _said(self, send: Callable[..., tuple[int, Any]], body: dict[str, Any]) -> tuple[int, Any]:
-        """Send a body to both: the decode server's status and answer."""
+        """Send a body to both. Return the decode server's status and answer."""
         with _both(self) as (pool, servers):
             first, second = (pool.submit(send, server, body) for server in servers)
             try:
@@ -100,7 +100,7 @@ class Route:
         return answer
 
     def ask_batch(self, prompts: Sequence[Any], tokens: int) -> list[Answer]:
-        """As `ask`, several prompts in one request."""
+        """Ask several prompts in one request."""
         body = self.body(list(prompts), tokens, batch=len(prompts))
         status, said = self._said(_post, body)
         if status != 200 or not isinstance(said, list):
@@ -127,7 +127,7 @@ def _both(route: Route) -> Iterator[tuple[concurrent.futures.ThreadPoolExecutor,
 
 
 def _post(server: Server, body: dict[str, Any]) -> tuple[int, Any]:
-    """Status and what was said; 0 and why where the server went away. Waiting too long is not borne."""
+    """Return the status and the text; 0 and the reason where the server went away. Waiting too long is an error."""
     try:
         response = client.post(server.url + "/generate", json=body)
     except httpx.TimeoutException:
@@ -141,7 +141,7 @@ def _post(server: Server, body: dict[str, Any]) -> tuple[int, Any]:
 
 
 def _last_event(server: Server, body: dict[str, Any]) -> tuple[int, Any]:
-    """As `_post`, streamed: what the last event said."""
+    """Return the same of a streamed answer: what the last event said."""
     last: Any = {"error": "no event"}
     try:
         with client.stream("POST", server.url + "/generate", json=body) as response:

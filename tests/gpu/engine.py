@@ -169,7 +169,7 @@ class Engines:
             port, self.log / f"router-{name}.log", self.prefill.url, str(self.bootstrap), front.url
         )
         self.routers.append(server.start())
-        return server.wait("/readiness", timeout_s=60)
+        return server.wait(timeout_s=60)
 
     def wait(self, *servers: Server) -> None:
         """Until the servers answer; once for each."""

@@ -15,12 +15,23 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 
 @pytest.fixture(scope="session")
-def engine(nano_mla: str) -> Iterator[None]:
-    """SGLang's process-wide state: published arguments, gloo, one tensor-parallel rank, hooked layers."""
-    with warnings.catch_warnings():  # SGLang's own imports warn of what a CPU lacks
+def imported() -> None:
+    """SGLang and the modules that import it, without the warnings of SGLang's imports about what a CPU lacks."""
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        import sglang.srt.models.deepseek_v2  # noqa: F401
-        import torch
+
+        import sglang_tpla.host.disaggregation.aborts
+        import sglang_tpla.host.disaggregation.bootstrap_server
+        import sglang_tpla.host.disaggregation.kv_manager
+        import sglang_tpla.host.disaggregation.request_ends
+        import sglang_tpla.host.requests.admission
+        import sglang_tpla.host.requests.edge  # noqa: F401
+
+
+@pytest.fixture(scope="session")
+def engine(imported: None, nano_mla: str) -> Iterator[None]:
+    """SGLang's process-wide state: published arguments, gloo, one tensor-parallel rank, hooked layers."""
+    import torch
     from sglang.srt import runtime_context
     from sglang.srt.distributed.parallel_state import (
         destroy_distributed_environment,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
@@ -10,12 +9,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-
-@pytest.fixture(scope="module", autouse=True)
-def imported() -> None:
-    with warnings.catch_warnings():  # SGLang's own imports warn of what a CPU lacks
-        warnings.simplefilter("ignore")
-        import sglang_tpla.host.requests.admission  # noqa: F401
+pytestmark = pytest.mark.usefixtures("imported")
 
 
 def scheduler(mode: str) -> SimpleNamespace:

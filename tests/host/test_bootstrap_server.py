@@ -6,7 +6,6 @@ import contextlib
 import inspect
 import re
 import socket
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -49,11 +48,7 @@ def payload(rank: int = 0, size: int = 1, port: int = 7000) -> dict[str, Any]:
     }  # fmt: skip
 
 
-@pytest.fixture(scope="module", autouse=True)
-def imported() -> None:
-    with warnings.catch_warnings():  # SGLang's own imports warn of what a CPU lacks
-        warnings.simplefilter("ignore")
-        import sglang_tpla.host.disaggregation.bootstrap_server  # noqa: F401
+pytestmark = pytest.mark.usefixtures("imported")
 
 
 @pytest.fixture

@@ -4,20 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
-import warnings
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock, call
 
 import pytest
 
-
-@pytest.fixture(scope="module", autouse=True)
-def imported() -> None:
-    with warnings.catch_warnings():  # SGLang's own imports warn of what a CPU lacks
-        warnings.simplefilter("ignore")
-        import sglang_tpla.host.disaggregation.request_ends
-        import sglang_tpla.host.requests.edge  # noqa: F401
+pytestmark = pytest.mark.usefixtures("imported")
 
 
 def request(room: Any = 5, host: Any = "p_1", port: Any = 8998) -> SimpleNamespace:

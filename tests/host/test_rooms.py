@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,9 +13,8 @@ from tests.wire import rig
 
 def request(manager: SimpleNamespace, room: int) -> Any:
     """A request whose scheduler calls come from the test."""
-    with warnings.catch_warnings():  # SGLang's own imports warn of what a CPU lacks
-        warnings.simplefilter("ignore")
-        from sglang_tpla.host.disaggregation.request_ends import _Request
+    from sglang_tpla.host.disaggregation.request_ends import _Request
+
     made: Any = _Request()
     made.kv_mgr, made.bootstrap_room, made.conclude_state = manager, room, None
     return made
@@ -67,9 +65,8 @@ def test_a_prefix_sent_ahead_is_read_when_its_event_says_so() -> None:
 
 def sender_of(manager: SimpleNamespace, room: int, pages: int) -> Any:
     """A sender as SGLang leaves it behind after ``init``."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from sglang_tpla.host.disaggregation.request_ends import TplaKVSender
+    from sglang_tpla.host.disaggregation.request_ends import TplaKVSender
+
     made: Any = TplaKVSender.__new__(TplaKVSender)
     made.kv_mgr, made.bootstrap_room, made.conclude_state = manager, room, None
     made.curr_idx, made.num_kv_indices, made.aux_index = 0, pages, 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from array import array
 from types import SimpleNamespace
 from typing import Any
@@ -12,12 +11,11 @@ import pytest
 
 
 @pytest.fixture(scope="module")
-def buffers() -> Any:
+def buffers(imported: None) -> Any:
     """SGLang's own metadata rows."""
-    with warnings.catch_warnings():  # SGLang's own imports warn of what a CPU lacks
-        warnings.simplefilter("ignore")
-        import torch
-        from sglang.srt.disaggregation.utils import MetadataBuffers
+    import torch
+    from sglang.srt.disaggregation.utils import MetadataBuffers
+
     return MetadataBuffers(4, 8, torch.float32, max_sampling_mask_tokens=64)
 
 

@@ -4,19 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import warnings
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
 import pytest
 
-
-@pytest.fixture(scope="module", autouse=True)
-def imported() -> None:
-    with warnings.catch_warnings():  # SGLang's own imports warn of what a CPU lacks
-        warnings.simplefilter("ignore")
-        import sglang_tpla.host.disaggregation.aborts  # noqa: F401
+pytestmark = pytest.mark.usefixtures("imported")
 
 
 def waiting(rid: str, pending_bootstrap: bool = False) -> SimpleNamespace:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import socket
 import struct
 from collections.abc import Iterator
@@ -10,7 +9,6 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from sglang_tpla.transfer.memory.iovec import IoVec, one_piece
 from sglang_tpla.transfer.messages import FrameError, checksum
 from sglang_tpla.transfer.network.data_channel import (
     PREAMBLE,
@@ -20,20 +18,15 @@ from sglang_tpla.transfer.network.data_channel import (
     OutgoingChunk,
     SendQueue,
 )
+from tests.unit.channel_ends import Pair, in_pieces, random_chunks, socket_pair
 
 TOKEN = bytes(range(16))
 HEADER = b"h" * 40
 
 
 @pytest.fixture
-def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
-    ends = socket.socketpair()
-    for end in ends:
-        end.setblocking(False)
-        end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8192)
-    with contextlib.ExitStack() as stack:
-        for end in ends:
-            stack.enter_context(end)
+def pair() -> Iterator[Pair]:
+    with socket_pair() as ends:
         yield ends
 
 
@@ -45,20 +38,16 @@ def chunk_reader(stream: socket.socket, limit: int = 1 << 20) -> ChunkReader[byt
 
 
 def chunk(header: bytes, payload: bytes, log: list[int], wanted: bool = True) -> OutgoingChunk:
-    """The payload in two pieces, neither of which ends where a page does."""
-    memory = np.frombuffer(payload, dtype=np.uint8)
-    halves = [one_piece(half) for half in np.array_split(memory, 2) if half.size]
-    pieces = IoVec(np.concatenate([half.table for half in halves]), memory)
     known = checksum(payload) if len(payload) % 2 else b""
 
     def done(digest: bytes) -> None:
         assert digest in (checksum(payload), b"")
         log.append(len(payload) if digest else -len(payload))
 
-    return OutgoingChunk(header, pieces, known, wanted=lambda: wanted, done=done)
+    return OutgoingChunk(header, in_pieces(payload, 2), known, wanted=lambda: wanted, done=done)
 
 
-def test_the_cookie_is_said_first_and_once(pair: tuple[socket.socket, socket.socket]) -> None:
+def test_the_token_is_said_first_and_once(pair: Pair) -> None:
     reader = chunk_reader(pair[0])
     assert pair[1].recv(100) == PREAMBLE + TOKEN
     assert reader.greet()
@@ -67,14 +56,8 @@ def test_the_cookie_is_said_first_and_once(pair: tuple[socket.socket, socket.soc
 
 
 @pytest.mark.parametrize("budget_bytes", [1, 1000, 1 << 30])
-def test_chunks_arrive_as_they_were_sent(
-    pair: tuple[socket.socket, socket.socket], budget_bytes: int
-) -> None:
-    random, log = np.random.default_rng(0), []
-    sent = [
-        (random.bytes(int(random.integers(14, 300))), random.bytes(int(random.integers(1, 60000))))
-        for _ in range(30)
-    ]
+def test_chunks_arrive_as_they_were_sent(pair: Pair, budget_bytes: int) -> None:
+    sent, log = random_chunks(30), []
     queue, reader = SendQueue(pair[0]), chunk_reader(pair[1])
     for header, payload in sent:
         queue.push(chunk(header, payload, log))
@@ -91,8 +74,8 @@ def test_chunks_arrive_as_they_were_sent(
     assert queue.sent_bytes == reader.received_bytes == total
 
 
-def test_unwanted_parcels_are_left_out_and_begun_ones_finished(
-    pair: tuple[socket.socket, socket.socket],
+def test_unwanted_chunks_are_left_out_and_begun_ones_finished(
+    pair: Pair,
 ) -> None:
     log: list[int] = []
     queue, reader = SendQueue(pair[0]), chunk_reader(pair[1])
@@ -112,7 +95,7 @@ def test_unwanted_parcels_are_left_out_and_begun_ones_finished(
     assert log == [100_000, -50, 70]
 
 
-def test_a_closed_outbox_gives_its_memory_back_once(pair: tuple[socket.socket, socket.socket]) -> None:
+def test_a_closed_send_queue_gives_its_memory_back_once(pair: Pair) -> None:
     log: list[int] = []
     queue = SendQueue(pair[0])
     for size in (100_000, 2, 3):
@@ -127,16 +110,14 @@ def test_a_closed_outbox_gives_its_memory_back_once(pair: tuple[socket.socket, s
     ("header_bytes", "payload_bytes"),
     [(13, 10), (0, 0), ((64 << 10) + 1, 10), (40, 0), (40, 1001), (2**32 - 1, 2**32 - 1)],
 )
-def test_sizes_out_of_range_end_the_channel(
-    pair: tuple[socket.socket, socket.socket], header_bytes: int, payload_bytes: int
-) -> None:
+def test_sizes_out_of_range_end_the_channel(pair: Pair, header_bytes: int, payload_bytes: int) -> None:
     reader = chunk_reader(pair[1], limit=1000)
     pair[0].send(struct.pack(">II", header_bytes, payload_bytes) + bytes(100))
     with pytest.raises(FrameError, match=f"{header_bytes} bytes of header and {payload_bytes} of payload"):
         list(reader.receive(1 << 20))
 
 
-def test_the_other_side_closing_ends_the_channel(pair: tuple[socket.socket, socket.socket]) -> None:
+def test_the_other_side_closing_ends_the_channel(pair: Pair) -> None:
     reader, queue = chunk_reader(pair[1]), SendQueue(pair[0])
     queue.push(chunk(HEADER, b"whole", []))
     queue.flush()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import hmac
 import socket
@@ -16,39 +15,25 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from sglang_tpla.transfer.memory import native
-from sglang_tpla.transfer.memory.iovec import IoVec, one_piece
 from sglang_tpla.transfer.messages import DAMAGED, OPENED, FrameError
 from sglang_tpla.transfer.network import sealing
 from sglang_tpla.transfer.network.data_channel import BufferPool, ChunkReader, OutgoingChunk, SendQueue
 from sglang_tpla.transfer.network.sealing import Seal, new_key
+from tests.unit.channel_ends import Pair, in_pieces, random_chunks, socket_pair
 
 KEY = bytes(range(32))
-Pair = tuple[socket.socket, socket.socket]
 
 
 @pytest.fixture(params=["in C", "in Python"])
 def pair(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pair]:
     if "Python" in request.param:
         monkeypatch.setattr(native, "library", lambda: None)
-    ends = socket.socketpair()
-    for end in ends:
-        end.setblocking(False)
-        end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8192)
-    with contextlib.ExitStack() as stack:
-        for end in ends:
-            stack.enter_context(end)
+    with socket_pair() as ends:
         yield ends
 
 
-def in_pieces(memory: np.ndarray) -> IoVec:
-    """Pieces of no round size."""
-    parts = [one_piece(part) for part in np.array_split(memory, 3) if part.size]
-    return IoVec(np.concatenate([part.table for part in parts]), memory)
-
-
 def chunk(header: bytes, payload: bytes, wanted: bool = True) -> OutgoingChunk:
-    memory = np.frombuffer(payload, dtype=np.uint8)
-    return OutgoingChunk(header, in_pieces(memory), b"", wanted=lambda: wanted, done=lambda digest: None)
+    return OutgoingChunk(header, in_pieces(payload, 3), b"", wanted=lambda: wanted, done=lambda digest: None)
 
 
 class InPlace:
@@ -59,7 +44,7 @@ class InPlace:
         self.size_bytes = size
 
     def open_with(self, context: sealing.AEADDecryptionContext) -> None:
-        self.intake = sealing.SealedIntake(in_pieces(self.memory), context)
+        self.intake = sealing.SealedIntake(in_pieces(self.memory, 3), context)
 
     def receive(self, stream: socket.socket) -> int:
         return self.intake.receive(stream)
@@ -128,11 +113,7 @@ def test_chunks_arrive_as_they_were_sent(
     pair: Pair, budget_bytes: int, in_place: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sealing, "STEP_BYTES", 10_000)
-    random = np.random.default_rng(0)
-    sent = [
-        (random.bytes(int(random.integers(14, 300))), random.bytes(int(random.integers(1, 60000))))
-        for _ in range(20)
-    ]
+    sent = random_chunks(20)
     queue, reader = SendQueue(pair[0], Seal(KEY, 3)), chunk_reader(pair[1], in_place=in_place)
     for header, payload in sent:
         queue.push(chunk(header, payload))

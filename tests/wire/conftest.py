@@ -1,4 +1,4 @@
-"""The pools of these tests are so small that their rows would never be moved in extents."""
+"""Fixtures of the wire tests. Their pools are so small that rows would never be moved in extents."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def prefill() -> Iterator[rig.PrefillRank]:
 
 @pytest.fixture(params=[None])
 def decode(request: pytest.FixtureRequest) -> Iterator[rig.DecodeRank]:
-    """On the host that the test names, by ``indirect``; else on prefill's."""
+    """A decode rank on the host that the test names by ``indirect``, or on prefill's."""
     rank = rig.decode_rank(host=request.param)
     with rig.serving(rank):
         yield rank

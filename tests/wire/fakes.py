@@ -13,7 +13,7 @@ from tests.wire import rig
 
 
 def exactly(stream: socket.socket, size: int) -> bytes:
-    """So many bytes of a socket."""
+    """Read so many bytes of a socket."""
     data = b""
     while len(data) < size:
         piece = stream.recv(size - len(data))
@@ -37,15 +37,15 @@ class FakeDecode:
         self.stream: socket.socket | None = None
 
     def send(self, *parts: bytes) -> None:
-        """Frames as they are."""
+        """Send frames as they are."""
         self.socket.send_multipart(parts)
 
     def say(self, message: messages.Message, payload: bytes | None = None) -> None:
-        """A message."""
+        """Send a message."""
         self.send(messages.encode(message), *([] if payload is None else [payload]))
 
     def read(self, timeout_s: float = 10.0) -> tuple[messages.Message, bytes | None]:
-        """The next message, or chunk of the data channel."""
+        """Return the next message, or the next chunk of the data channel."""
         poller = zmq.Poller()
         poller.register(self.socket, zmq.POLLIN)
         if self.stream is not None:
@@ -65,7 +65,7 @@ class FakeDecode:
         return messages.decode(parts[0], len(parts) > 1), parts[1] if len(parts) > 1 else None
 
     def expect(self, kind: type, timeout_s: float = 10.0) -> tuple[messages.Message, bytes | None]:
-        """The next message of a kind."""
+        """Return the next message of a kind."""
         end = time.monotonic() + timeout_s
         while time.monotonic() < end:
             message, payload = self.read(timeout_s)
@@ -110,15 +110,15 @@ class FakePrefill:
 
     @property
     def peer(self) -> tuple[str, int, bool]:
-        """As a sending peer of ``open_room``."""
+        """The fake as a sending peer of ``open_room``."""
         return ("127.0.0.1", self.port, False)
 
     def send(self, *parts: bytes) -> None:
-        """Frames as they are."""
+        """Send frames as they are."""
         self.socket.send_multipart((self.identity, *parts))
 
     def say(self, message: messages.Message, payload: bytes | None = None) -> None:
-        """A message; a chunk goes on the data channel, with the checksum that it names."""
+        """Send a message. A chunk goes on the data channel, with the checksum that it names."""
         header = messages.encode(message)
         if isinstance(message, messages.Chunk) and payload is not None:
             self.channel().sendall(
@@ -128,7 +128,7 @@ class FakePrefill:
         self.send(header, *([] if payload is None else [payload]))
 
     def channel(self) -> socket.socket:
-        """The data channel, once the agent has opened it and said whose it is."""
+        """Return the data channel, once the agent has opened it and said whose it is."""
         if self.stream is None:
             self.stream = self.server.accept()[0]
             self.stream.settimeout(10)
@@ -136,7 +136,7 @@ class FakePrefill:
         return self.stream
 
     def expect(self, kind: type, timeout_s: float = 10.0) -> messages.Message:
-        """The next message of a kind; pings are answered on the way."""
+        """Return the next message of a kind, and answer pings on the way."""
         end = time.monotonic() + timeout_s
         while time.monotonic() < end:
             assert self.socket.poll(int(timeout_s * 1000)), f"no {kind.__name__}"
@@ -167,7 +167,7 @@ class FakePrefill:
 
 
 def welcome(data: messages.DataChannel, **changes: object) -> messages.Welcome:
-    """What a prefill rank that has lived for an hour and takes any prompt answers."""
+    """Return the Welcome of a prefill rank that has lived for an hour and takes any prompt."""
     fields = {
         "version": messages.PROTOCOL_VERSIONS[1],
         "agent": "fake",
@@ -185,7 +185,7 @@ def welcome(data: messages.DataChannel, **changes: object) -> messages.Welcome:
 
 
 def hello(**changes: object) -> messages.Hello:
-    """What a raw-latent decode rank of the rig says first."""
+    """Return the Hello of a decode rank of the rig that caches the whole latent."""
     layout = messages.CacheLayout(
         first_layer=0,
         latent_dim=rig.LATENT,

@@ -93,7 +93,7 @@ class FaultProxy:
 
     @property
     def peer(self) -> tuple[str, int, bool]:
-        """As a sending peer of ``open_room``."""
+        """The proxy as a sending peer of ``open_room``."""
         return ("127.0.0.1", self.port, False)
 
     def cut(self) -> None:

@@ -40,7 +40,7 @@ SETTINGS = Settings(
 
 
 class WrittenLater:
-    """An event, before which a prefill rank's rows are zero."""
+    """An event that writes a prefill rank's rows; before it they are zero."""
 
     def __init__(self, prefill: PrefillRank) -> None:
         self.waited = False
@@ -49,14 +49,14 @@ class WrittenLater:
             layer.zero_()
 
     def synchronize(self) -> None:
-        """Write them."""
+        """Write the rows."""
         self.waited = True
         for layer, rows in self._rows:
             layer.copy_(rows)
 
 
 def settings(**changes: float) -> Settings:
-    """The rig's settings with some changed."""
+    """Return the rig's settings with some changed."""
     return replace(SETTINGS, **changes)
 
 
@@ -78,7 +78,7 @@ class PrefillRank:
 
     @property
     def peer(self) -> tuple[str, int, bool]:
-        """As a sending peer of ``open_room``."""
+        """The rank as a sending peer of ``open_room``."""
         return (*self.agent.address, False)
 
 
@@ -93,7 +93,7 @@ class DecodeRank:
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of a row, where they are as many in every layer."""
+        """The bytes of a row, where every layer has as many."""
         (size,) = {layer[0].nbytes for layer in self.pool.layers}
         return size
 
@@ -119,7 +119,7 @@ def prefill_rank(
     device: str = "cpu",
     **changes: float,
 ) -> PrefillRank:
-    """A prefill rank with random rows; equal seeds give equal rows."""
+    """Make a prefill rank with random rows; equal seeds give equal rows."""
     generator = torch.Generator().manual_seed(seed)
     layers = [
         torch.randn(PAGES * PAGE, LATENT + ROPE, generator=generator).to(device, dtype) for _ in range(LAYERS)
@@ -141,7 +141,7 @@ def prefill_rank(
 
 
 def data_port(prefill: PrefillRank, announced: int | None = None) -> int:
-    """Port of a prefill rank's data channels; from now on it tells decode ranks ``announced`` instead."""
+    """Return the port of a prefill rank's data channels, and have the rank tell decode ranks ``announced`` instead."""
     listener = prefill.agent.router.listener
     real = listener.announced_port
     listener.announced_port = real if announced is None else announced
@@ -149,14 +149,14 @@ def data_port(prefill: PrefillRank, announced: int | None = None) -> int:
 
 
 def through(prefill: PrefillRank) -> FaultProxy:
-    """A proxy that all of a prefill rank's traffic goes through, the data channels' too."""
+    """Make a proxy for all of a prefill rank's traffic, that of the data channels included."""
     proxy = FaultProxy(prefill.agent.address[1], data_port(prefill))
     data_port(prefill, proxy.data_port)
     return proxy
 
 
 def projection(group: int, width: int = 40, shared: int = 16) -> Projection:
-    """A random projection; groups share the leading columns."""
+    """Make a random projection; groups share the leading columns."""
     common = torch.Generator().manual_seed(1000)
     own = torch.Generator().manual_seed(2000 + group)
     matrices = [
@@ -175,7 +175,7 @@ def projection(group: int, width: int = 40, shared: int = 16) -> Projection:
 def sketched_projection(
     group: int, groups: int = 2, shared: int = 16, sketch_bits: Sequence[int] = (4, 4, 2), rope_bits: int = 16
 ) -> Projection:
-    """A random projection to sketched rows; groups have the shared and the sketch columns in common."""
+    """Make a random projection to sketched rows; groups have the shared and the sketch columns in common."""
     common, own = (torch.Generator().manual_seed(seed) for seed in (3000, 4000 + group))
     rows = [
         SketchedRows.of(LATENT, groups, shared, ROPE, sketch_bits=bits, rope_bits=rope_bits)
@@ -196,7 +196,7 @@ def sketched_projection(
 
 
 def even_rows() -> Projection | None:
-    """What gives decode ranks rows of the test's kind that are as long in every layer."""
+    """Return a projection to rows of the test's kind that are as long in every layer; None for plain rows."""
     return sketched_projection(0, sketch_bits=(4,) * LAYERS) if ROWS == "sketched" else None
 
 
@@ -213,8 +213,8 @@ def decode_rank(
     rows: RowFormat | None = None,
     **changes: float,
 ) -> DecodeRank:
-    """A decode rank with zeroed rows (``rows``, or plain ones of ``dtype``, FP8 rows, or those of ``z``); on this host
-    or on one of another name.
+    """Make a decode rank with zeroed rows (``rows``, or plain ones of ``dtype``, FP8 rows, or those of ``z``), on this
+    host or on one of another name.
     """
     if z is None and not fp8 and ROWS == "sketched":
         z = sketched_projection(0)
@@ -242,7 +242,7 @@ def decode_rank(
 
 
 def pages(seed: int, count: int) -> np.ndarray:
-    """Distinct pages in random order."""
+    """Return distinct pages in random order."""
     return np.random.default_rng(seed).permutation(PAGES)[:count].astype(np.int32)
 
 
@@ -340,7 +340,7 @@ def transfer(
     count: int = 90,
     cuts: Sequence[int] = (),
 ) -> None:
-    """A room of ``count`` pages from all prefill ranks to all decode ranks, right to the last bit."""
+    """Move a room of ``count`` pages from all prefill ranks to all decode ranks, and check it to the last bit."""
     prefills = [prefills] if isinstance(prefills, PrefillRank) else prefills
     decodes = [decodes] if isinstance(decodes, DecodeRank) else decodes
     source, targets = pages(50 + room, count), [pages(room + index, count) for index in range(len(decodes))]
@@ -379,7 +379,7 @@ def check_rows(
 
 
 def _check_fp8_rows(rows: torch.Tensor, got: torch.Tensor, z: Projection | None, layer: int) -> None:
-    """Prefill's ``rows`` against the FP8 rows that arrived, of every seventh token."""
+    """Compare prefill's ``rows`` with the FP8 rows that arrived, for every seventh token."""
     latent, key = rows[:, :LATENT].double(), rows[:, LATENT:].bfloat16().float()
     kept = latent if z is None else latent @ z.matrices[layer].double()
     shared = LATENT if z is None else z.shared[layer]
@@ -388,7 +388,7 @@ def _check_fp8_rows(rows: torch.Tensor, got: torch.Tensor, z: Projection | None,
 
 
 def _check_sketched_rows(rows: torch.Tensor, got: torch.Tensor, z: torch.Tensor, kind: GroupRows) -> None:
-    """Prefill's ``rows`` against the sketched rows that arrived, of every seventh token."""
+    """Compare prefill's ``rows`` with the sketched rows that arrived, for every seventh token."""
     columns = rows[:, :LATENT].double() @ z.double()
     key = rows[:, LATENT:].bfloat16() if kind.rows.rope_bits == 16 else rows[:, LATENT:]
     for token in range(0, len(rows), 7):

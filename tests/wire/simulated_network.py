@@ -1,4 +1,4 @@
-"""What stands in for sockets, threads and the clock in `simulation`: a network whose deliveries somebody chooses."""
+"""Stand-ins for sockets, threads and the clock in `simulation`: a network whose deliveries somebody chooses."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ class Choices:
 
     @property
     def left(self) -> bool:
-        """True until the string is used up."""
+        """Whether the string is not used up yet."""
         return self._next < len(self._data)
 
     def below(self, count: int) -> int:
-        """0 ... count - 1, count at most 256."""
+        """Choose one of 0 ... count - 1; count is at most 256."""
         return self.take(1)[0] % count if self.left else 0
 
     def take(self, count: int) -> bytes:
-        """The next bytes; fewer at the end."""
+        """Return the next bytes; fewer at the end."""
         self._next += count
         return self._data[self._next - count : self._next]
 
 
 class Frame:
-    """What a received ZMQ frame looks like."""
+    """A received ZMQ frame."""
 
     def __init__(self, data: bytes, more: bool) -> None:
         self.bytes, self.buffer, self.more = data, memoryview(data), more
 
     def get(self, what: str) -> str:
-        """What ZMQ says of a frame: where it came from."""
+        """Return what ZMQ says of a frame's origin."""
         return "127.0.0.1"
 
 
@@ -135,7 +135,7 @@ class Loop:
         self.streams.pop(stream, None)
 
     def ready(self) -> list[Callable[[], None]]:
-        """Handlers of the plain sockets that a poller would name now."""
+        """Return the handlers of the plain sockets that a poller would name now."""
         return [
             handler
             for stream, (handler, writable) in list(self.streams.items())
@@ -143,7 +143,7 @@ class Loop:
         ]
 
     def run(self) -> None:
-        """All that is posted."""
+        """Run all that is posted."""
         while self.posted:
             function, args = self.posted.popleft()
             function(*args)
@@ -164,7 +164,7 @@ class Network:
             table.pop(identity, None)
 
     def deliver(self, identity: bytes, upwards: bool) -> Socket | None:
-        """Move one message; the socket that can be read now."""
+        """Move one message. Return the socket that can be read now."""
         queue = (self.up if upwards else self.down).get(identity)
         dealer = self.dealers.get(identity)
         if not queue or dealer is None:

@@ -49,15 +49,15 @@ class IdleWorkers(Workers):
         say_goodbye: Callable[[], None],
         fail_all: Callable[[str], None],
     ) -> None:
-        """Nothing runs by itself."""
+        """Start nothing: no thread runs by itself."""
         self.next_work, self.tick = next_work, tick
 
     def make_segment(self) -> SharedSegment | None:
-        """None where the system has no shared memory left."""
+        """Return None where the system has no shared memory left."""
         return super().make_segment() if self._shared_memory else None
 
     def handler_failed(self, what: str, error: BaseException) -> None:
-        """No exception may leave a handler."""
+        """Fail the case: no exception may leave a handler."""
         raise Failure(f"{what}: {error!r}") from error
 
     def work_once(self) -> None:
@@ -69,12 +69,12 @@ class IdleWorkers(Workers):
 
 
 def threads(agent: Any) -> Any:
-    """What an agent runs on."""
+    """Return the threads of an agent."""
     return agent.workers
 
 
 def rooms(agent: Any) -> dict[int, Any]:
-    """An agent's rooms, by id."""
+    """Return an agent's rooms, by id."""
     return agent.rooms.table
 
 
@@ -103,14 +103,14 @@ class Decode:
         self.held = [layer.clone() for layer in layers]
 
     def poison(self, room_id: int) -> None:
-        """What a room must not leave behind, in its pages and its metadata row."""
+        """Fill a room's pages and its metadata row with what must not be left behind."""
         slots = torch.from_numpy(self.pool.slots(self.owned[room_id]))
         for layer in self.pool.layers:
             layer[slots] = math.nan
         self.metadata.write(room_id, b"\xff" * self.metadata.row_bytes)
 
     def free(self, room_id: int) -> None:
-        """The room no longer owns its pages: from now on they must stay as they are."""
+        """Take a room's pages from it; from now on they must stay as they are."""
         pages = self.owned.pop(room_id, None)
         if pages is not None:
             slots = torch.from_numpy(self.pool.slots(pages))
@@ -118,7 +118,7 @@ class Decode:
                 held[slots] = layer[slots]
 
     def check(self) -> None:
-        """No row has changed that nobody owns."""
+        """Check that no row has changed that nobody owns."""
         mine = np.ones(PAGES * PAGE, dtype=bool)
         for pages in self.owned.values():
             mine[self.pool.slots(pages)] = False

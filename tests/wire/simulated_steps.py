@@ -1,4 +1,4 @@
-"""What the ranks of `simulation` and their network can do, a step at a time, and what must hold after each."""
+"""The steps that the ranks of `simulation` and their network can take, and what must hold after each."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ ACCUSATIONS = ("sent chunk", "finished with", "confirmed chunks", "too many dama
 
 
 class Kind(enum.Enum):
-    """What may happen."""
+    """Which steps may happen."""
 
     CUTS = "cuts"  # connections break, and come back at once
     FAULTS = "faults"  # also aborts, and time that goes by
@@ -91,16 +91,16 @@ class Steps(Strange):
         self.doubtful: set[int] = set()
 
     def _odd(self, usual: int, *others: int) -> int:
-        """The usual one, or one of all where ranks differ."""
+        """Choose the usual value, or any one where ranks differ."""
         return (usual, *others)[self.choices.below(1 + len(others))] if self.uneven else usual
 
     def _settings(self) -> Settings:
-        """Of a rank whose chunks are smaller, or those of all."""
+        """Return the settings of a rank whose chunks are smaller, or those of all."""
         staging_bytes = self._odd(SETTINGS.staging_bytes, 6000, 4096)
         return replace(SETTINGS, staging_bytes=staging_bytes)
 
     def _workers(self, role: str, rank: int, settings: Settings, refused: bool = False) -> IdleWorkers:
-        """Threads that wait for the simulation; ``refused``: the system has no shared memory left."""
+        """Make threads that wait for the simulation. Where ``refused``, the system has no shared memory left."""
         return IdleWorkers(role, settings, rank, Loop(self.network, self.streams, self.clock), not refused)
 
     # Steps
@@ -110,7 +110,7 @@ class Steps(Strange):
             threads(agent).io.run()
 
     def deliver(self) -> None:
-        """One message on one connection."""
+        """Deliver one message on one connection."""
         identities = list(self.network.dealers)
         if identities:
             which, upwards = self.choices.below(len(identities)), bool(self.choices.below(2))
@@ -127,7 +127,7 @@ class Steps(Strange):
         return True
 
     def deliver_all(self) -> None:
-        """What is under way now."""
+        """Deliver what is under way now."""
         for identity in list(self.network.dealers):
             for upwards in (True, False):
                 for _ in range(len((self.network.up if upwards else self.network.down).get(identity, ()))):
@@ -136,7 +136,7 @@ class Steps(Strange):
             self._flow_once()
 
     def flow(self) -> None:
-        """A piece of what is under way on one data channel."""
+        """Move a piece of what is under way on one data channel."""
         ready = [handler for agent in self.agents for handler in threads(agent).io.ready()]
         if ready:
             ready[self.choices.below(len(ready))]()
@@ -151,13 +151,13 @@ class Steps(Strange):
         return bool(ready)
 
     def work(self) -> None:
-        """A piece of one rank's work, or of everyone's."""
+        """Do a piece of one rank's work, or of everyone's."""
         for agent in self._some():
             threads(agent).work_once()
         self._post()
 
     def advance(self) -> None:
-        """All ranks take the next step of a room, and what is under way arrives."""
+        """Have all ranks take the next step of a room, and deliver what is under way."""
         room_id = self.choices.below(ROOMS)
         for agent in self.agents:
             self._step(agent, room_id)
@@ -174,12 +174,12 @@ class Steps(Strange):
             self._send(agent, room_id)
 
     def _some(self) -> list[Any]:
-        """One agent, or all."""
+        """Choose one agent, or all."""
         who = self.choices.below(len(self.agents) + 2)
         return self.agents if who >= len(self.agents) else [self.agents[who]]
 
     def request(self) -> None:
-        """The next step of a room on ranks that can take one: open, or ask."""
+        """Take the next step of a room on ranks that can take one: open it, or ask for it."""
         room_id = self.choices.below(ROOMS)
         for agent in self._some():
             if agent.role == "decode":
@@ -201,14 +201,14 @@ class Steps(Strange):
             decode.agent.request(room_id, pages, metadata_row=room_id, expected_ranks=len(self.decodes))
 
     def send(self) -> None:
-        """Some or all rows of a room, on one prefill rank or both."""
+        """Hand over some or all rows of a room, on one prefill rank or both."""
         room_id, who = self.choices.below(ROOMS), self.choices.below(3)
         for rank in range(2) if who == 2 else (who,):
             self._send(self.prefills[rank], room_id)
         self._post()
 
     def _send(self, agent: PrefillAgent, room_id: int) -> None:
-        """First some pages, then the others: the first rank takes two steps."""
+        """Hand over some pages first, then the others: the first rank takes two steps."""
         room = rooms(agent).get(room_id)
         if room is None or room.state.ended or room.last:
             return
@@ -220,7 +220,7 @@ class Steps(Strange):
         agent.send(room_id, pages, last=last, metadata_row=room_id if last else None, num_tokens=tokens)
 
     def abort(self) -> None:
-        """One rank's scheduler aborts."""
+        """Have one rank's scheduler abort a room."""
         room_id, who = self.choices.below(ROOMS), self.choices.below(len(self.agents))
         self.agents[who].abort(room_id, "changed its mind")
         if who >= 2:
@@ -228,7 +228,7 @@ class Steps(Strange):
         self._post()
 
     def close(self) -> None:
-        """Ranks' schedulers forget a room."""
+        """Have ranks' schedulers forget a room."""
         room_id = self.choices.below(ROOMS)
         for agent in self._some():
             self._close(self.agents.index(agent), room_id)
@@ -240,7 +240,7 @@ class Steps(Strange):
             self.decodes[who - 2].free(room_id)
 
     def cut(self) -> None:
-        """A connection breaks; what was under way on it is lost."""
+        """Break a connection; what was under way on it is lost."""
         identities = list(self.network.dealers)
         if self.kind is Kind.CUTS:
             # one that breaks too often before its first answer fails its rooms, and says so
@@ -263,18 +263,18 @@ class Steps(Strange):
                     decode.agent.connections.broken(connection)
 
     def cut_all(self) -> None:
-        """Every connection breaks, and is dialled anew."""
+        """Break every connection, and dial all anew."""
         for identity in list(self.network.dealers):
             self._cut(identity)
         self._tick()
 
     def cut_stream(self) -> None:
-        """A data channel breaks alone; what was under way on it is lost."""
+        """Break a data channel alone; what was under way on it is lost."""
         if self.streams.ends:
             self.streams.ends[self.choices.below(len(self.streams.ends))].cut()
 
     def tick(self) -> None:
-        """Time goes by, mostly little."""
+        """Let time go by, mostly little."""
         long = (6.0, 21.0)[self.choices.below(2)] if self.choices.below(16) == 15 else 0.0
         self.clock.now += long or (0.3, 1.1, 2.5)[self.choices.below(3)]
         self._tick()
@@ -287,7 +287,7 @@ class Steps(Strange):
     # What must hold
 
     def check(self) -> None:
-        """After every step."""
+        """Check what must hold after every step."""
         for agent in self.agents:
             stats = agent.stats()
             if not 0 <= stats.staging_used_bytes <= stats.staging_limit_bytes:
@@ -326,14 +326,14 @@ class Steps(Strange):
             raise Failure(f"room {room_id} succeeded with wrong metadata")
 
     def close_all(self) -> None:
-        """Give the segments back."""
+        """Give all shared memory back."""
         for agent in self.agents:
             if agent.segment is not None:
                 agent.segment.close()
 
 
 def _projection(group: int, columns: Sequence[int]) -> Projection:
-    """Of one group, with so many own columns in each layer."""
+    """Make the projection of one group, with so many own columns in each layer."""
     common, own = torch.Generator().manual_seed(1), torch.Generator().manual_seed(10 + group)
     matrices = [
         torch.cat(
@@ -345,5 +345,5 @@ def _projection(group: int, columns: Sequence[int]) -> Projection:
 
 
 def _pages(room_id: int, shift: int) -> np.ndarray:
-    """Source pages of a room: 4, 6 or 8 of them."""
+    """Return the source pages of a room: 4, 6 or 8 of them."""
     return np.roll(np.arange(PAGES, dtype=np.int32), -3 * room_id - shift)[: 4 + 2 * (room_id % ROOMS)]

@@ -1,4 +1,4 @@
-"""What no honest agent of `simulation` says or does: damaged bytes, messages of its own making, strangers."""
+"""Steps of `simulation` that no honest agent takes: damaged bytes, invented messages, strangers."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class Strange:
 
     @abstractmethod
     def _deliver(self, identity: bytes, upwards: bool) -> bool:
-        """The next message of a connection; False if there is none."""
+        """Deliver the next message of a connection. Return whether there was one."""
 
     def odd_bytes(self) -> None:
-        """Bytes that no agent sends, in the middle of a data channel or damaged on their way."""
+        """Put bytes that no agent sends into a data channel, or damage bytes on their way."""
         if not self.streams.ends:
             return
         end = self.streams.ends[self.choices.below(len(self.streams.ends))]
@@ -39,7 +39,7 @@ class Strange:
             end.arrived += self.choices.take(1 + self.choices.below(24))
 
     def stranger(self) -> None:
-        """Somebody at the port of data channels, who says something, or nothing, and stays or goes."""
+        """Connect a stranger to the port of data channels, who says something or nothing, and stays or goes."""
         ports = list(self.streams.listeners)
         stream = self.streams.connect(ports[self.choices.below(len(ports))])
         kinds = (b"", b"TPLD", b"TPLD\x03" + bytes(16), b"GET / HTTP/1.1\r\n\r\n")
@@ -48,13 +48,13 @@ class Strange:
             stream.close()
 
     def garbage(self) -> None:
-        """A message that is none, on a connection that is in use: what was lost with it must come again."""
+        """Send what is no message on a connection in use: what was lost with it must come again."""
         upwards, data = bool(self.choices.below(2)), self.choices.take(1 + self.choices.below(24))
         kinds = [[data], [messages.seal(data)], [messages.PREFIX + data], [data, data], [data] * 3]
         self._inject(upwards, kinds[self.choices.below(len(kinds))])
 
     def odd_message(self) -> None:
-        """A well-formed message with fields from small ranges, as a peer that is wrong or lies could send it."""
+        """Send a well-formed message with fields from small ranges, as a peer could that errs or lies."""
         upwards = bool(self.choices.below(2))
         kinds = list(messages.Message.__args__)
         kind = kinds[self.choices.below(len(kinds))]

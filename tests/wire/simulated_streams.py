@@ -33,7 +33,7 @@ class Listener:
 
     @property
     def readable(self) -> bool:
-        """Somebody waits."""
+        """Whether a connection waits to be accepted."""
         return bool(self.waiting)
 
     writable = False
@@ -110,7 +110,7 @@ class Stream:
         self.streams.ends = [end for end in self.streams.ends if end is not self]
 
     def cut(self) -> None:
-        """The network ends the connection; what was under way is lost."""
+        """End the connection, as the network does; what was under way is lost."""
         for end in (self, self.other):
             if end is not None:
                 end.ended = True
@@ -118,17 +118,17 @@ class Stream:
 
     @property
     def readable(self) -> bool:
-        """Something has come, or nothing will come any more."""
+        """Whether something has come, or nothing will come any more."""
         return bool(self.arrived) or self.ended
 
     @property
     def writable(self) -> bool:
-        """There is room, or an error to be seen."""
+        """Whether there is room, or an error to be seen."""
         return self.ended or self.other is None or len(self.other.arrived) < CAPACITY_BYTES
 
 
 class Streams:
-    """All of them."""
+    """All plain sockets of the simulation."""
 
     def __init__(self, choices: Choices) -> None:
         self.ends: list[Stream] = []
@@ -136,20 +136,20 @@ class Streams:
         self._choices = choices
 
     def piece(self) -> int:
-        """How much is read now."""
+        """Choose how much is read now."""
         return PIECES[self._choices.below(len(PIECES))]
 
     def connect(self, port: int) -> Stream:
-        """A stranger's connection."""
+        """Open a stranger's connection."""
         stream = Stream(self)
         stream.connect_ex(("127.0.0.1", port))
         stream.is_stranger = True
         return stream
 
     def tcp_socket(self, host: str) -> Stream:
-        """As `IoLoop.tcp_socket`."""
+        """Make a socket, as `IoLoop.tcp_socket` does."""
         return Stream(self)
 
     def tcp_listener(self, host: str, port: int) -> Listener:
-        """As `IoLoop.tcp_listener`."""
+        """Make a listener, as `IoLoop.tcp_listener` does."""
         return Listener(self, port or 9000 + len(self.listeners))

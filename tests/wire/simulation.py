@@ -30,7 +30,7 @@ from tests.wire.simulated_streams import Streams
 
 
 class Simulation(Steps):
-    """`run` is the whole of one case."""
+    """One case; `run` is the whole of it."""
 
     def run(self, kind: Kind) -> None:
         """Do what the choices say, then check that everything comes to rest and works."""
@@ -62,7 +62,7 @@ class Simulation(Steps):
         self.rest()
 
     def _expire(self) -> None:
-        """No scheduler does anything more: every room ends in time, but for those that wait for a scheduler's rows."""
+        """Let time pass without any scheduler: every room ends, except for those that wait for a scheduler's rows."""
         for _ in range(int(SETTINGS.transfer_timeout_s + SETTINGS.peer_timeout_s) + 1):
             self.clock.now += 1.0
             self._tick()
@@ -112,7 +112,7 @@ class Simulation(Steps):
             self.finish(room_id)
 
     def _check_streams(self) -> None:
-        """Every open end is a channel of a connection that lives, and what has been closed is forgotten."""
+        """Check that every open end is a channel of a live connection, and that what was closed is forgotten."""
         used = {
             id(channel.stream)
             for agent in self.prefills
@@ -155,7 +155,7 @@ class Simulation(Steps):
         raise Failure("messages without end")
 
     def finish(self, *room_ids: int) -> None:
-        """All that rooms still need, and their success."""
+        """Do all that rooms still need, and check that they succeed."""
 
         def step(agent: Any, room_id: int) -> None:
             if room_id not in rooms(agent) or agent.role == "decode":
@@ -197,7 +197,7 @@ class Simulation(Steps):
 
 @contextlib.contextmanager
 def begun(data: bytes, sealed: bool = False) -> Iterator[Simulation]:
-    """Ranks that have done nothing yet, with data channels that are sealed or not."""
+    """Make ranks that have done nothing yet, with data channels that are sealed or not."""
     clock, choices = Clock(), Choices(data)
     streams = Streams(choices)
     # C knows the system's sockets only
@@ -212,7 +212,7 @@ def begun(data: bytes, sealed: bool = False) -> Iterator[Simulation]:
 
 
 def simulate(data: bytes, kind: Kind) -> None:
-    """Extent one case.
+    """Run one case.
 
     Args:
         data: all decisions; channels are sealed where its length is odd.

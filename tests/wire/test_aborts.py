@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from sglang_tpla.transfer import workers as agent
+from sglang_tpla.transfer import workers
 from sglang_tpla.transfer.decode import receiver
 from sglang_tpla.transfer.memory import copy, rows
-from sglang_tpla.transfer.prefill import sender as dispatch
+from sglang_tpla.transfer.prefill import sender
 from sglang_tpla.transfer.room import RoomState, TransferError
 from tests.wire import rig, simulated_ranks
 
@@ -28,7 +28,7 @@ def pair(request):
 
 
 def complete(prefill: rig.PrefillRank, decode: rig.DecodeRank, room: int) -> None:
-    """A whole transfer that must be right."""
+    """Make a whole transfer, which must be right."""
     rig.transfer(prefill, decode, room, count=5)
     rig.close(room, prefill, decode)
 
@@ -40,15 +40,15 @@ def test_no_write_after_an_abort(pair) -> None:
 
 @pytest.mark.parametrize("checkers", [0, 2])
 def test_no_write_after_an_abort_with_several_threads(checkers: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a GPU: where there are checkers, nothing was checked before."""
-    monkeypatch.setitem(agent.WORKERS, "cpu", 4)
-    monkeypatch.setitem(agent.CHECKERS, "cpu", checkers)
+    """With several threads, as on a GPU. Where there are checkers, no other thread checks a chunk."""
+    monkeypatch.setitem(workers.WORKERS, "cpu", 4)
+    monkeypatch.setitem(workers.CHECKERS, "cpu", checkers)
     checked = []
     if checkers:
         read, write = rows.RowReader.read, rows.RowWriter.write
         monkeypatch.setattr(rows.RowReader, "read", lambda *given: read(*given) and None)
         monkeypatch.setattr(rows.RowWriter, "write", lambda *given: write(*given) and b"")
-        for module in (dispatch, receiver):
+        for module in (sender, receiver):
             monkeypatch.setattr(
                 module, "check_pieces", lambda it: checked.append(it) or copy.check_pieces(it)
             )
@@ -66,7 +66,9 @@ def test_no_write_after_an_abort_with_several_threads(checkers: int, monkeypatch
 
 
 def abort_at_random_moments(prefill: rig.PrefillRank, decode: rig.DecodeRank, times: int) -> int:
-    """Pages are reused at once and must keep what the next owner wrote; how many rooms were not over before."""
+    """Abort rooms whose pages are reused at once and must keep what the next owner wrote. Return how many were aborted
+    in time.
+    """
     moments = random.Random(5)
     aborted = 0
     for room in range(times):

@@ -1,4 +1,4 @@
-"""The data channel: chunks take it and nothing else, nobody else gets in, and who cannot have one is told why."""
+"""The data channel: chunks take it and nothing else, no stranger gets in, and a rank without one is told why."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ PAGES = 90
 
 
 def payload_bytes(decode: rig.DecodeRank) -> int:
-    """What the rows of a transfer have at least on the wire."""
+    """Return the fewest bytes that the rows of a transfer take on the wire."""
     return PAGES * rig.PAGE * sum(layer[0].nbytes for layer in decode.pool.layers)
 
 
 def knock(prefill: rig.PrefillRank, *said: bytes) -> socket.socket:
-    """A stranger at the port of data channels."""
+    """Open a stranger's connection to the port of data channels."""
     stream = socket.create_connection(("127.0.0.1", rig.data_port(prefill)))
     stream.settimeout(10)
     for data in said:
@@ -92,7 +92,7 @@ def test_a_port_that_hangs_up_on_everybody_fails_rooms_with_the_reason(
 
 
 def fails(prefill: rig.PrefillRank, decode: rig.DecodeRank, room: int, why: str) -> None:
-    """A room whose rows cannot be fetched ends soon, on both sides, and says what to do."""
+    """Check that a room whose rows cannot be fetched ends soon on both sides, with a reason that says what to do."""
     rig.begin([prefill], [decode], room, rig.pages(room + 1, PAGES), [rig.pages(room, PAGES)])
     for said in ("its data channel, port", "failed for 2 s", why, "let decode servers reach"):
         rig.fail(room, said, decode, prefill)

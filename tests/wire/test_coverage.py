@@ -22,7 +22,7 @@ POISON = 0xFF  # no number in any floating-point format here
 
 @contextlib.contextmanager
 def refused() -> Iterator[None]:
-    """The system gives no shared memory, as with a full /dev/shm."""
+    """Have the system give no shared memory, as with a full /dev/shm."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(workers, "make_segment", lambda *_: None)
         yield
@@ -36,7 +36,7 @@ def transfer(
     tokens: int = PAGES * rig.PAGE,
     prefix: int = 0,
 ) -> None:
-    """One room from all to all, then the pools.
+    """Move one room from all to all, and check the pools.
 
     Args:
         steps: pages after which a prefill rank's hand-over is cut.
@@ -78,21 +78,21 @@ def transfer(
 
 
 def uncarried(rows: LayerRows) -> list[int]:
-    """Bytes of a row that neither the common nor the own part brings."""
+    """Return the bytes of a row that neither the common nor the own part brings."""
     brought = [field for part in (Part.COMMON, Part.OWN) for field in rows.fields(part)]
     kept = {item for field in brought for item in range(field.start, field.stop)}
     return [item for item in range(rows.row_items) if item not in kept]
 
 
 def two(**changes: Any) -> list[rig.PrefillRank]:
-    """Prefill ranks of one server, the second one with other settings."""
+    """Make two prefill ranks of one server, the second one with other settings."""
     return [rig.prefill_rank(rank=0), rig.prefill_rank(rank=1, **changes)]
 
 
 def groups(
     count: int = 2, widths: Sequence[int] = (40,) * rig.LAYERS, **changes: Any
 ) -> list[rig.DecodeRank]:
-    """Decode ranks of latent groups, 16 of whose columns are shared."""
+    """Make decode ranks of latent groups, 16 of whose columns are shared."""
     ranks = []
     for group in range(count):
         parts = [rig.projection(group, width) for width in widths]
@@ -140,7 +140,7 @@ def test_decode_ranks_that_ask_for_unequal_shares(host: str | None, asked: Seque
 @pytest.mark.parametrize("host", [None, "far"])
 @pytest.mark.parametrize("count", [1, 2, 4])
 def test_sketched_rows(count: int, host: str | None) -> None:
-    """From two prefill ranks, the second one with smaller chunks, to every group."""
+    """Two prefill ranks, the second one with smaller chunks, serve every group."""
     parts = [rig.sketched_projection(group, 4, 32, (4, 2, 3)) for group in range(count)]
     ranks = [rig.decode_rank(z, rank=group, size=count, host=host) for group, z in enumerate(parts)]
     transfer(two(chunk_bytes=4096), ranks)
@@ -150,14 +150,14 @@ def test_sketched_rows(count: int, host: str | None) -> None:
 @pytest.mark.parametrize("widths", [(48, 16, 32), (16, 16, 16), (16, 48, 16)])
 @pytest.mark.parametrize("fp8", [False, True])
 def test_widths_that_differ_by_layer(fp8: bool, widths: Sequence[int], host: str | None) -> None:
-    """Also layers that have shared columns alone."""
+    """Some layers have shared columns alone."""
     transfer(two(chunk_bytes=4096), groups(widths=widths, fp8=fp8, host=host))
 
 
 @pytest.mark.parametrize("host", rig.HOSTS)
 @pytest.mark.parametrize("decode_refused", [False, True])
 def test_sketched_rows_without_shared_memory(decode_refused: bool, host: str | None) -> None:
-    """Of several widths of their sketches; the sketch of all groups is in the common part."""
+    """The layers' sketches have different widths; the sketch of all groups is in the common part."""
     decodes = []
     for group in range(2):
         with refused() if decode_refused and group else contextlib.nullcontext():
@@ -172,13 +172,13 @@ def test_a_cached_prefix_and_a_last_page_that_is_not_full(prefix: int, tokens: i
 
 
 def test_more_prefill_ranks_than_layers() -> None:
-    """Some send nothing but the metadata row."""
+    """Some ranks send nothing but the metadata row."""
     prefills = [rig.prefill_rank(rank=rank) for rank in range(rig.LAYERS + 2)]
     transfer(prefills, groups(), ((),) * len(prefills))
 
 
 def test_a_rank_that_restarted_with_another_chunk_size() -> None:
-    """Its rooms fail, with the reason; the next one is whole."""
+    """The rank's rooms fail with the reason; the next room is whole."""
     port = neighbouring_ports(2)  # for messages and for data: nobody else takes them in between
     first, second = two(port=port)
     decode = rig.decode_rank(host="far")

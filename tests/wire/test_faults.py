@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from sglang_tpla.transfer import workers as agent
+from sglang_tpla.transfer import workers
 from sglang_tpla.transfer.decode import receiver
 from sglang_tpla.transfer.memory import rows
-from sglang_tpla.transfer.prefill import sender as dispatch
+from sglang_tpla.transfer.prefill import sender
 from sglang_tpla.transfer.room import RoomState
 from tests.ports import neighbouring_ports
 from tests.wire import rig
@@ -42,7 +42,7 @@ class Child:
         self.port = int(self.readline().split()[1])
 
     def readline(self) -> str:
-        """One answer."""
+        """Read one answer."""
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         assert line, "the child has ended"
@@ -62,7 +62,7 @@ class Child:
 
 
 def transfer(prefill: rig.PrefillRank, decode: rig.DecodeRank, room: int) -> None:
-    """A whole room that must be right, and is closed."""
+    """Make a whole transfer, which must be right, and close its room."""
     rig.transfer(prefill, decode, room, count=30)
     rig.close(room, prefill, decode)
 
@@ -192,14 +192,14 @@ def test_an_error_while_gathering_fails_the_room_alone(
 
 
 def test_an_error_while_checking_fails_the_room_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the threads that check for a GPU: prefill's room, then decode's."""
-    monkeypatch.setitem(agent.CHECKERS, "cpu", 1)
+    """The threads that check for a GPU raise an error: prefill's in one room, decode's in the next."""
+    monkeypatch.setitem(workers.CHECKERS, "cpu", 1)
     read, write = rows.RowReader.read, rows.RowWriter.write
     monkeypatch.setattr(rows.RowReader, "read", lambda *given: read(*given) and None)
     monkeypatch.setattr(rows.RowWriter, "write", lambda *given: write(*given) and b"")
     prefill, decode = rig.prefill_rank(), rig.decode_rank()
     with rig.serving(prefill, decode):
-        for room, (module, broken) in enumerate([(dispatch, prefill), (receiver, decode)], 1):
+        for room, (module, broken) in enumerate([(sender, prefill), (receiver, decode)], 1):
             with monkeypatch.context() as patch:
                 patch.setattr(module, "check_pieces", lambda pieces: 1 / 0)
                 rig.begin([prefill], [decode], room, rig.pages(2, 3), [rig.pages(1, 3)])

@@ -45,13 +45,13 @@ def decode(rows_kind: str) -> Iterator[rig.DecodeRank]:
 
 @pytest.fixture
 def server() -> Iterator[FakePrefill]:
-    """The prefill rank that ``decode`` has."""
+    """A fake prefill rank for ``decode``."""
     with contextlib.closing(FakePrefill()) as item:
         yield item
 
 
 def still_serves(prefill: rig.PrefillRank, room: int = 12345) -> None:
-    """A whole transfer of a new decode rank is right, and both threads live."""
+    """Check that a whole transfer to a new decode rank is right, and that both threads live."""
     decode = rig.decode_rank()
     with contextlib.closing(decode.agent):
         rig.transfer(prefill, decode, room, count=9)
@@ -141,7 +141,7 @@ def test_another_framing_version_is_refused_at_decode(decode: rig.DecodeRank, se
 def test_protocol_versions_without_a_common_one(
     versions: tuple[int, int], prefill: rig.PrefillRank, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A whole decode agent of another release: the same reason on both sides, and no room left behind."""
+    """A whole decode agent of another release gets the same reason on both sides, and leaves no room behind."""
     with monkeypatch.context() as patch:
         patch.setattr(messages, "PROTOCOL_VERSIONS", versions)
         decode = rig.decode_rank()
@@ -331,7 +331,7 @@ def serve(fake: FakePrefill, decode: rig.DecodeRank, room: int, wanted: int) -> 
 
 
 def chunk(request: messages.Request, payload: bytes, sequence: int = 0, **changes: object) -> messages.Chunk:
-    """A sound chunk of one layer and four tokens, changed."""
+    """Make a sound chunk of one layer and four tokens, then change it."""
     fields = {
         "room": request.room,
         "generation": request.generation,
@@ -432,7 +432,7 @@ def test_chunks_that_are_not_the_request_once_fail_its_room(
     decode: rig.DecodeRank,
     server: FakePrefill,
 ) -> None:
-    """Each is sound for itself, and their number is what Finish says."""
+    """Each chunk is sound for itself, and there are as many as Finish says."""
     row = bytes(sum(rig.ITEM_BYTES))
     request = serve(server, decode, 1, 48 * decode.row_bytes)
     server.say(messages.Finish(1, request.generation, announced, 8, messages.checksum(row)), row)

@@ -1,4 +1,4 @@
-"""Chunks that land in the pool as they come, and are sent from it: what stops in the middle, what comes damaged."""
+"""Chunks that are received in place, and sent from the pool: what stops in the middle, what comes damaged."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from sglang_tpla.transfer import messages
-from sglang_tpla.transfer import workers as agent
+from sglang_tpla.transfer import messages, workers
 from sglang_tpla.transfer.decode import in_place
 from sglang_tpla.transfer.memory import copy, iovec, native
-from sglang_tpla.transfer.network import data_channel as channel
+from sglang_tpla.transfer.network import data_channel
 from sglang_tpla.transfer.network.data_channel import PREAMBLE, SIZES
 from sglang_tpla.transfer.room import RoomState
 from tests.wire import rig
@@ -40,7 +39,7 @@ class Sender:
         self.stream = self.fake.channel()
 
     def open(self, room: int) -> messages.Request:
-        """A room that asks for two pages, with credit for two chunks."""
+        """Open a room that asks for two pages, and have it granted two chunks."""
         self.decode.agent.open_room(room, [self.fake.peer])
         if not hasattr(self, "stream"):
             self.connect()
@@ -57,11 +56,11 @@ class Sender:
             pass
 
     def payload(self, seed: int) -> bytes:
-        """Bytes of both pages, none of them 0."""
+        """Return bytes for both pages, none of them 0."""
         return np.random.default_rng(seed).integers(1, 256, self.size, dtype=np.uint8).tobytes()
 
     def begin(self, request: messages.Request, payload: bytes, damaged: bytes | None = None) -> memoryview:
-        """Send a header and the first half of a payload of both pages; the other half, and the checksum."""
+        """Send a header and the first half of a payload of both pages. Return the other half and the checksum."""
         digest, none = messages.checksum(payload), bytes(messages.CHECKSUM_BYTES)
         chunk = messages.Chunk(request.room, request.generation, 0, 0, False, 0, rig.LAYERS, 0, TOKENS, none)
         header, sent = messages.encode(chunk), damaged or payload
@@ -70,18 +69,18 @@ class Sender:
         return memoryview(sent + digest)[half:]
 
     def finish(self, request: messages.Request) -> None:
-        """What ends a room of one chunk."""
+        """End a room of one chunk."""
         message = messages.Finish(request.room, request.generation, 1, TOKENS, messages.checksum(ROW))
         self.fake.say(message, ROW)
         assert rig.ended(self.decode.agent, request.room) == RoomState.SUCCESS
 
     def rows(self) -> np.ndarray:
-        """What the pool holds in both pages, as bytes."""
+        """Return what the pool holds in both pages, as bytes."""
         slots = torch.from_numpy(self.decode.pool.slots(rig.pages(1, 2)))
         return torch.stack([layer[slots] for layer in self.decode.pool.layers]).view(torch.uint8).numpy()
 
     def half_is_there(self) -> bool:
-        """The first half has come, up to the row that it ends in."""
+        """Return whether the first half has come, up to the row in which it ends."""
         return bool(self.rows().reshape(-1)[self.size // 2 - 1])
 
 
@@ -89,7 +88,7 @@ class Sender:
 def sender(
     request: pytest.FixtureRequest, rows_kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Sender]:
-    monkeypatch.setattr(agent, "SPARE_CORES", 1 if "worker" in request.param else 1 << 20)
+    monkeypatch.setattr(workers, "SPARE_CORES", 1 if "worker" in request.param else 1 << 20)
     with contextlib.ExitStack() as stack:
         yield Sender(stack)
 
@@ -155,10 +154,10 @@ def test_a_chunk_that_ends_half_way_comes_again_within_the_same_credit(sender: S
     "way", ["in extents", "row by row", "in extents, without C", "in extents, by workers"]
 )
 def test_every_way_is_right_to_the_last_bit(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also when what the pool holds comes in another order than it lies there."""
+    """The rows come in another order than that in which they lie in the pool."""
     if "without C" in way:
         monkeypatch.setattr(native, "library", lambda: None)
-    monkeypatch.setattr(agent, "SPARE_CORES", 1 if "by workers" in way else 1 << 20)
+    monkeypatch.setattr(workers, "SPARE_CORES", 1 if "by workers" in way else 1 << 20)
     checked_aside = []
     monkeypatch.setattr(
         in_place, "check_pieces", lambda pieces: checked_aside.append(pieces) or copy.check_pieces(pieces)
@@ -178,7 +177,7 @@ def test_every_way_is_right_to_the_last_bit(way: str, monkeypatch: pytest.Monkey
 
 def test_rows_that_their_next_owner_wrote_on_the_way_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     """The room ends in mid-payload and its pages are written over: what is on its way comes with a wrong checksum."""
-    monkeypatch.setattr(channel, "BUFFER_BYTES", 4096)
+    monkeypatch.setattr(data_channel, "BUFFER_BYTES", 4096)
     prefill = rig.prefill_rank(chunk_bytes=256 << 10, staging_bytes=1 << 20)
     pages = np.arange(PAGES, dtype=np.int32)
     with contextlib.closing(prefill.agent), contextlib.closing(FakeDecode(prefill.agent.address[1])) as fake:

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("rows_kind")  # each test with plain and wi
 
 @contextlib.contextmanager
 def no_file_above(size_bytes: int) -> Iterator[None]:
-    """The kernel refuses larger files, memory files included (EFBIG)."""
+    """Have the kernel refuse larger files, memory files included (EFBIG)."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, hard))
     try:
@@ -37,7 +37,7 @@ def no_file_above(size_bytes: int) -> Iterator[None]:
 
 
 def transfers(prefill: rig.PrefillRank, decodes: list[rig.DecodeRank], rooms: int = 6) -> None:
-    """Several rooms at once to all ranks, all right, and nothing left of them."""
+    """Move several rooms at once to all ranks; all are right, and nothing of them is left."""
     at = np.split(rig.pages(7, 12 * rooms), rooms)
     for room in range(rooms):
         prefill.agent.open_room(room)
@@ -74,7 +74,7 @@ def test_no_shared_memory_at_the_start(who: str, host: str | None, caplog: pytes
 def test_shared_memory_runs_out(
     host: str | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """After a few slots the system has none left: less is in flight at a time, and that is all."""
+    """After a few slots the system has none left, so that less is in flight at a time."""
     reserve, refused = os.posix_fallocate, list[int]()
 
     def full_after_three(file: int, offset: int, size_bytes: int) -> None:
@@ -113,7 +113,7 @@ def test_memory_that_cuda_refuses_leaves_nothing_open(monkeypatch: pytest.Monkey
 
 
 def test_places_in_shared_memory_are_used_again() -> None:
-    """Ranks of another host that pass chunks on: no more of their segments is touched than is in use at a time."""
+    """Ranks of another host that pass chunks on touch no more of their segments than is in use at a time."""
     prefill = rig.prefill_rank()
     decodes = [rig.decode_rank(rank=rank, size=2, host="far", staging_bytes=4 << 20) for rank in range(2)]
     with rig.serving(prefill, *decodes):
@@ -132,7 +132,7 @@ def test_shared_memory_can_be_switched_off() -> None:
 
 @pytest.mark.parametrize(("staging_chunks", "granted_chunks"), [(256, 8), (16, 4), (8, 2)])
 def test_a_room_gets_credit_for_some_chunks_at_once(staging_chunks: int, granted_chunks: int) -> None:
-    """Eight of a large staging, four of a small one, but no more than a quarter of it."""
+    """A room gets eight chunks of a large staging, four of a small one, and never more than a quarter of it."""
     chunk = 64 << 10
     decode = rig.decode_rank(host="far", chunk_bytes=chunk, staging_bytes=staging_chunks * chunk)
     with contextlib.closing(decode.agent), contextlib.closing(FakePrefill()) as fake:

@@ -28,14 +28,14 @@ def proxy(prefill: rig.PrefillRank) -> Iterator[FaultProxy]:
 
 
 def begin(prefill: rig.PrefillRank, proxy: FaultProxy, decode: rig.DecodeRank, room: int) -> None:
-    """Half of a room."""
+    """Open a room and hand over its first half."""
     prefill.agent.open_room(room)
     rig.ask(decode, [proxy.peer], room, rig.pages(room, PAGES))
     prefill.agent.send(room, rig.pages(room + 1, PAGES)[:40], last=False)
 
 
 def finish(prefill: rig.PrefillRank, decode: rig.DecodeRank, room: int) -> None:
-    """The other half, and a check of all of it."""
+    """Hand over the other half, and check the whole room."""
     prefill.agent.send(room, rig.pages(room + 1, PAGES)[40:], last=True, metadata_row=2)
     rig.succeed(room, decode, prefill)
     rig.check_rows(prefill, decode, rig.pages(room + 1, PAGES), rig.pages(room, PAGES), PAGES * rig.PAGE)
@@ -44,7 +44,7 @@ def finish(prefill: rig.PrefillRank, decode: rig.DecodeRank, room: int) -> None:
 
 
 def at_rest(*items: rig.PrefillRank | rig.DecodeRank) -> None:
-    """Nothing is left, and both threads live."""
+    """Check that nothing is left, and that both threads live."""
     rig.idle(*items)
     assert all(item.agent.stats().threads_alive == 2 for item in items)
 
@@ -127,7 +127,7 @@ def test_flipped_bit_in_the_greeting(
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ranks that are made now wait for 3 s."""
+    """Have ranks that are made from now on wait for 3 s."""
     monkeypatch.setattr(rig, "SETTINGS", rig.settings(transfer_timeout_s=3.0))
 
 

@@ -57,7 +57,7 @@ def exactly(stream: socket.socket, size: int) -> bytes:
 
 
 def next_chunk(stream: socket.socket, key: bytes | None, number: int) -> tuple[list[Any], bytes]:
-    """One chunk of a data channel: what its header says, and its payload, proved."""
+    """Read one chunk of a data channel. Return what its header says, and its payload, proved."""
     sizes = exactly(stream, 8)
     header_bytes, payload_bytes = struct.unpack(">II", sizes)
     if key is None:
@@ -98,7 +98,7 @@ def test_a_decode_rank_from_the_page(sealed: bool, tmp_path: Path, monkeypatch: 
             dealer.send_multipart(frames)
 
         def hear(tag: int) -> tuple[list[Any], list[bytes]]:
-            """The next message with a tag; Ping and Neighbours are answered on the way."""
+            """Return the next message with a tag, and answer Ping and Colocated on the way."""
             while True:
                 frame, *payload = dealer.recv_multipart()
                 message = fields(frame)

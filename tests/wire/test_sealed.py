@@ -34,7 +34,7 @@ def given(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
 
 
 class Once:
-    """Does something to one piece of bytes, some pieces after the first."""
+    """Spoils one piece of bytes, some pieces after the first."""
 
     def __init__(self, spoil: object, after: int = 5) -> None:
         self.spoil, self.left = spoil, after
@@ -143,7 +143,7 @@ def test_a_decode_rank_with_keys_takes_no_channel_without_one(
 def test_ranks_of_two_groups_get_their_slices(
     hosts: tuple[str | None, ...], fp8: bool, prefill: rig.PrefillRank
 ) -> None:
-    """Chunks that travel once to a host, and are read there by its other ranks, by checksum."""
+    """Chunks travel once to a host, and its other ranks read them there, by checksum."""
     decodes = [
         rig.decode_rank(rig.projection(rank % 2, 48), rank=rank, size=4, host=host, fp8=fp8)
         for rank, host in enumerate(hosts)

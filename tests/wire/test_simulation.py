@@ -69,7 +69,7 @@ def test_finds(kind: Kind, data: str) -> None:
 
 
 def test_a_room_that_only_begins_anew_ends_in_time() -> None:
-    """Connections come back each time, and break before a chunk is through: that is no progress."""
+    """Connections that come back each time and break before a chunk is through are no progress."""
     with begun(b"") as simulation:
         for _ in range(4):
             simulation.advance()
@@ -113,7 +113,7 @@ def test_a_connection_that_never_lasts_until_an_answer_is_given_up() -> None:
 
 
 def test_an_abort_that_was_lost_is_said_again() -> None:
-    """A prefill rank learns it when the connection is back, and not by the deadline of the room."""
+    """A prefill rank learns of the abort when the connection is back, and not by the deadline of the room."""
     with begun(b"") as simulation:
         for _ in range(4):
             simulation.advance()
@@ -130,8 +130,8 @@ def test_an_abort_that_was_lost_is_said_again() -> None:
 
 
 @contextlib.contextmanager
-def kept_for_neighbours(monkeypatch: pytest.MonkeyPatch) -> Iterator[Simulation]:
-    """A room has succeeded, and no Release says that what was kept on the way has been read."""
+def kept_for_colocated_ranks(monkeypatch: pytest.MonkeyPatch) -> Iterator[Simulation]:
+    """End a room well without any Release for what was kept on the way."""
     with begun(bytes([0, HOSTS.index(("a", "a"))])) as simulation:
         for agent in simulation.prefills:
 
@@ -147,13 +147,13 @@ def kept_for_neighbours(monkeypatch: pytest.MonkeyPatch) -> Iterator[Simulation]
 
 
 def test_a_release_that_was_lost_is_not_waited_for_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    with kept_for_neighbours(monkeypatch) as simulation:
+    with kept_for_colocated_ranks(monkeypatch) as simulation:
         simulation._expire()
 
 
 def test_a_release_that_came_damaged_ends_with_its_connection(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where no room is under way: a damaged message may have been one."""
-    with kept_for_neighbours(monkeypatch) as simulation:
+    """A damaged message ends its connection even where no room is under way: it may have been a Release."""
+    with kept_for_colocated_ranks(monkeypatch) as simulation:
         for identity in list(simulation.network.dealers):
             simulation.network.down.setdefault(identity, deque()).append([b"damaged"])
         simulation.deliver_all()

@@ -36,7 +36,7 @@ def test_a_room_that_no_decode_rank_knows_of_fails_soon() -> None:
 
 
 def test_a_room_that_waits_for_pages_does_not() -> None:
-    """Decode ranks say that they know of it, until they ask."""
+    """Decode ranks name the room until they ask for it."""
     with begun(b"") as simulation:
         simulation._each(simulation._step, [0])
         pass_time(simulation, SETTINGS.room_timeout_s + 2)
@@ -46,7 +46,7 @@ def test_a_room_that_waits_for_pages_does_not() -> None:
 
 
 def test_a_room_whose_decode_ranks_have_ended_fails_soon() -> None:
-    """They had said that they know of it, and say so no longer."""
+    """The decode ranks had named the room, and name it no longer."""
     with begun(b"") as simulation:
         simulation._each(simulation._step, [0])
         pass_time(simulation, 2.0)
@@ -100,7 +100,7 @@ def test_a_request_that_prefill_refused_is_told_why() -> None:
 
 
 def test_a_request_that_came_while_no_prefill_lived_fails_when_one_is_there() -> None:
-    """Its other half reached nobody."""
+    """The other half of the request reached nobody."""
     with contextlib.closing(rig.decode_rank(peer_timeout_s=20.0).agent) as decode:
         # nobody else takes them before it is started anew
         first = rig.prefill_rank(port=neighbouring_ports(2))
@@ -116,7 +116,7 @@ def test_a_request_that_came_while_no_prefill_lived_fails_when_one_is_there() ->
 
 @pytest.mark.parametrize("idle", [False, True], ids=["other rooms opened", "nothing to do"])
 def test_a_request_that_prefill_passed_over_fails_soon(idle: bool) -> None:
-    """Its other half never came: the scheduler has opened other rooms since, or has had none to open."""
+    """The other half never came: the scheduler has opened other rooms since, or has had none to open."""
     with begun(b"") as simulation:
         simulation.finish(0)
         for decode in simulation.decodes:

@@ -139,7 +139,9 @@ class SketchedVariant:
             "ROW_VALUES": int(self.row_values),
             "FIXED_BYTES": self.fixed_bytes,
             "SHARED_BYTES": self.shared_bytes,
-            **dict(zip(("PRODUCER_REGISTERS", "SCORE_REGISTERS", "VALUE_REGISTERS"), self.registers, strict=True)),
+            **dict(
+                zip(("PRODUCER_REGISTERS", "SCORE_REGISTERS", "VALUE_REGISTERS"), self.registers, strict=True)
+            ),
             "MAX_PARTS": MAX_PARTS,
             "SEGMENT_COST": SEGMENT_COST,
             "PLAN_BATCH": 2048,
@@ -160,7 +162,9 @@ def variant_for(shape: DecodeShape) -> SketchedVariant:
     """The best form for ``shape``: as many query rows a block as registers hold, and as many stages as fit."""
     assert shape.sketched is not None
     rows, query_rows = shape.sketched, shape.heads * shape.query_len
-    row_values = rows.w_pad <= MAX_ROW_VALUES and query_rows > 32  # fewer need little unpacking, and more of the ring
+    row_values = (
+        rows.w_pad <= MAX_ROW_VALUES and query_rows > 32
+    )  # fewer need little unpacking, and more of the ring
     turned = MAX_ACCUMULATORS // -(-rows.w_pad // 64) * 2 // 16 * 16
     most = 64 if row_values else min(64, turned)
     row_blocks = -(-query_rows // most)

@@ -81,19 +81,20 @@ __device__ __forceinline__ void {name}(float (&d)[{count}], u32 a0, u32 a1, u32 
 
 
 def row_values_source(columns: int) -> str:
-    """The source of ``wgmma_values(d, a, b)``: d [64, columns] += a [64, 16] times b [16, columns], float16, both in shared memory.
+    """The source of ``wgmma_values(d, a, b)``: d [64, columns] += a [64, 16] times b [16, columns].
 
-    More than 192 columns take two instructions, of which the first does 128, two panels of b: the compiler allots an
-    instruction no more than a block's 128 registers.
+    Both are float16 in shared memory. More than 192 columns take two instructions, of which the first does 128, two
+    panels of b: the compiler allots an instruction no more than a block's 128 registers.
     """
     parts = [(0, columns)] if columns <= 192 else [(0, 128), (128, columns - 128)]
     lines = []
     for first, width in parts:
         count = width // 2
-        names = ", ".join(f"%{i}" for i in range(count))
+        names = "{" + ", ".join(f"%{i}" for i in range(count)) + "}"
         operands = ", ".join(f'"+f"(d[{first // 2 + i}])' for i in range(count))
+        name = f"wgmma.mma_async.sync.aligned.m64n{width}k16.f32.f16.f16"
         lines.append(f"""    asm volatile("{{\\n.reg .pred p;\\nsetp.eq.b32 p, 0, 0;\\n"
-        "wgmma.mma_async.sync.aligned.m64n{width}k16.f32.f16.f16 {{{names}}}, %{count}, %{count + 1}, p, 1, 1, 0, 1;\\n}}"
+        "{name} {names}, %{count}, %{count + 1}, p, 1, 1, 0, 1;\\n}}"
         : {operands} : "l"(a), "l"(b + {first // 64 * 8192 // 16}));
 """)
     head = f"__device__ __forceinline__ void wgmma_values(float (&d)[{columns // 2}], u64 a, u64 b) {{\n"

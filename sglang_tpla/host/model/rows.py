@@ -82,7 +82,7 @@ class LayerMaps:
 
 
 def layer_maps(part: Slice, layer: int, latent_dim: int, rope_dim: int) -> LayerMaps:
-    """The maps of one layer on one rank, on the CPU, also where the default device is a GPU."""
+    """Return the maps of one layer on one rank, on the CPU even where SGLang's default device is a GPU."""
     if part.artifact is None:
         turn = rotation(latent_dim, torch.float32)
         rows = sketched_rows(layer, latent_dim, rope_dim)

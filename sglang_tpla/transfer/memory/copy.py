@@ -32,7 +32,7 @@ class Checksum:
         library.checksum_start(self.pointer, size_bytes)
 
     def digest(self) -> bytes:
-        """Of all that was added."""
+        """Return the checksum of all that was added."""
         return int(self._library.checksum_end(self.pointer)).to_bytes(8, "big")
 
 
@@ -41,12 +41,12 @@ def _library(size_bytes: int) -> ctypes.CDLL | None:
 
 
 def _listed(pieces: IoVec) -> np.ndarray:
-    """Their table, and its end."""
+    """Return the pieces' table with its end."""
     return np.concatenate((pieces.table, END))
 
 
 def check_pieces(pieces: IoVec) -> bytes:
-    """The checksum of a payload."""
+    """Return the checksum of a payload."""
     library = _library(pieces.size_bytes)
     if library is not None:
         checksum, table = Checksum(library, pieces.size_bytes), _listed(pieces)
@@ -59,7 +59,7 @@ def check_pieces(pieces: IoVec) -> bytes:
 
 
 def copy_pieces(source: IoVec, target: IoVec) -> bytes:
-    """Copy a payload to as many bytes of other pieces; the checksum of what was copied."""
+    """Copy a payload to as many bytes of other pieces. Return the checksum of what was copied."""
     library = _library(source.size_bytes)
     if library is not None:
         checksum = Checksum(library, source.size_bytes)
@@ -102,13 +102,13 @@ class SocketCopy:
             self._running, self._cursor = xxhash.xxh3_64(), Cursor(pieces)
 
     def digest(self) -> bytes:
-        """Checksum of the payload, once all of it has moved."""
+        """Return the checksum of the payload, once all of it has moved."""
         if self._digest:
             return self._digest
         return self._checksum.digest() if self._checksum is not None else self._running.digest()
 
     def _advance(self, size_bytes: int) -> None:
-        """So much of what came next has moved (Python)."""
+        """Note that so many of the next bytes have moved (Python)."""
         left = size_bytes
         for view in self._cursor.ahead(size_bytes, MAX_PIECES) if size_bytes and not self._digest else ():
             self._running.update(view[:left])
@@ -116,7 +116,7 @@ class SocketCopy:
         self._cursor.advance(size_bytes)
 
     def receive(self, stream: socket.socket, limit_bytes: int) -> int:
-        """Take what is there, some ``limit_bytes`` at most, from a socket that does not block: bytes, 0 at the end of
+        """Take what a socket that does not block has, some ``limit_bytes`` at most. Return the bytes, 0 at the end of
         the stream.
 
         Raises:
@@ -134,7 +134,7 @@ class SocketCopy:
         return size
 
     def send(self, stream: socket.socket) -> int:
-        """Send what a socket takes now: bytes.
+        """Send what a socket takes now. Return the bytes.
 
         Raises:
             BlockingIOError: it takes nothing.

@@ -22,13 +22,13 @@ Extent = tuple[int, int, int]  # first slot, first row of the payload, rows
 
 
 def _cut(slots: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of ``slots`` at which an extent begins, and the rows of each extent; not for none."""
+    """Return the rows of ``slots`` (not empty) at which extents begin, and each extent's number of rows."""
     starts = np.concatenate(([0], np.flatnonzero(slots[1:] != slots[:-1] + 1) + 1))
     return starts, np.diff(starts, append=slots.size)
 
 
 def find_extents(slots: np.ndarray) -> np.ndarray:
-    """``slots`` as extents, in order: uint64 ``[extents, first slot and rows]``."""
+    """Return ``slots`` as extents, in order: uint64 ``[extents, first slot and rows]``."""
     extents = np.zeros((0, 2), dtype=np.uint64)
     if slots.size:
         starts, counts = _cut(slots)
@@ -54,11 +54,11 @@ class Slots:
         return self._slots.size
 
     def part(self, first: int, count: int) -> np.ndarray:
-        """``count`` slots from the ``first`` on."""
+        """Return ``count`` slots from the ``first`` on."""
         return self._slots[first : first + count]
 
     def extents(self, first: int, count: int) -> np.ndarray:
-        """Extents among them."""
+        """Return the extents of these slots."""
         extents = self._found.get((first, count))
         if extents is None:
             if len(self._found) >= self.MOST:
@@ -68,7 +68,7 @@ class Slots:
 
 
 def list_extents(slots: np.ndarray, max_rows: int) -> list[Extent]:
-    """The same as `Extent`s, none longer than ``max_rows``."""
+    """Return the same as `Extent`s, none longer than ``max_rows``."""
     if not slots.size:
         return []
     starts, counts = _cut(slots)
@@ -81,7 +81,7 @@ def list_extents(slots: np.ndarray, max_rows: int) -> list[Extent]:
 
 
 def worth_it(extents: np.ndarray | Sequence[Extent], rows: int, row_bytes: int) -> bool:
-    """True where extents are long enough to be moved one by one."""
+    """Return whether extents are long enough to be moved one by one."""
     return len(extents) * MIN_EXTENT_BYTES <= rows * row_bytes
 
 
@@ -94,7 +94,7 @@ class Block:
 
 
 def cut_blocks(slots: np.ndarray, row_bytes: int) -> list[Block]:
-    """A payload's rows in blocks of some `BLOCK_BYTES`."""
+    """Cut a payload's rows into blocks of some `BLOCK_BYTES`."""
     step = max(1, BLOCK_BYTES // max(1, row_bytes))
     extents = list_extents(slots, step)
     if not worth_it(extents, slots.size, row_bytes):
@@ -125,18 +125,18 @@ class IoVec:
 
     @cached_property
     def size_bytes(self) -> int:
-        """Of all pieces."""
+        """The bytes of all pieces."""
         return int(self.table[:, 1].sum())
 
     @cached_property
     def views(self) -> list[memoryview]:
-        """uint8, one a piece."""
+        """A uint8 view of each piece."""
         kinds = ((ctypes.c_uint8 * size, address) for address, size in self.table.tolist())
         return [memoryview(kind.from_address(address)).cast("B") for kind, address in kinds]
 
 
 def one_piece(buffer: np.ndarray) -> IoVec:
-    """A packed payload (uint8, contiguous)."""
+    """Return a packed payload (uint8, contiguous) as one piece."""
     return IoVec(np.array([[buffer.ctypes.data, buffer.size]], dtype=np.uint64), buffer)
 
 
@@ -148,7 +148,7 @@ class Layers:
         self._places = np.array([(layer.ctypes.data, layer.shape[1]) for layer in rows], dtype=np.uint64)
 
     def pieces(self, layers: range, extents: np.ndarray) -> IoVec:
-        """The rows of ``extents`` (`find_extents`) in each of some layers (by index), layer by layer."""
+        """Return the rows of ``extents`` (`find_extents`) in each of some layers (by index), layer by layer."""
         places = self._places[layers.start : layers.stop, None]  # [layers, 1, address and row bytes]
         table = extents * places[:, :, 1:]
         table[:, :, 0] += places[:, :, 0]
@@ -165,7 +165,7 @@ class Cursor:
         self._index, self._done_bytes = 0, 0
 
     def ahead(self, limit_bytes: int, limit_pieces: int) -> list[memoryview]:
-        """What comes next; empty at the end."""
+        """Return the pieces that come next; none at the end."""
         found = []
         start = self._done_bytes - (self._ends[self._index - 1] if self._index else 0)
         for view in self._views[self._index : self._index + limit_pieces]:
@@ -178,6 +178,6 @@ class Cursor:
         return found
 
     def advance(self, size_bytes: int) -> None:
-        """Move on."""
+        """Move on by so many bytes."""
         self._done_bytes += size_bytes
         self._index = bisect_right(self._ends, self._done_bytes, self._index)

@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 def cache_folder() -> Path:
-    """Where compiled libraries are kept."""
+    """Return the folder of compiled libraries."""
     return Path(os.environ.get("SGLANG_TPLA_CACHE", Path.home() / ".cache" / "sglang_tpla")) / "native"
 
 
@@ -37,7 +37,7 @@ class NativeError(SglangTplaError, RuntimeError):
 
 
 def compiled(compiler: str) -> Path:
-    """The library, made by ``compiler`` unless it is there. Several processes may ask at once.
+    """Return the library's path, and let ``compiler`` make it unless it is there. Several processes may ask at once.
 
     Raises:
         NativeError: no such compiler, it refuses the source, or the cache cannot be written.
@@ -66,7 +66,7 @@ def compiled(compiler: str) -> Path:
 
 
 def loaded(path: Path) -> ctypes.CDLL:
-    """The library with its functions' types.
+    """Load the library and declare its functions' types.
 
     Raises:
         NativeError: it cannot be loaded here.
@@ -92,7 +92,7 @@ def loaded(path: Path) -> ctypes.CDLL:
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The compiled library, or None where there is no compiler (``$CC``, or cc), with a line in the log."""
+    """Return the compiled library; None, with a line in the log, where there is no compiler (``$CC``, or cc)."""
     try:
         return loaded(compiled(os.environ.get("CC") or "cc"))
     except NativeError as error:

@@ -86,39 +86,39 @@ class CachePool:
         return RowFormat.plain(widths, widths, self.rope_dim)
 
     def sharing(self, shared: Sequence[int]) -> CachePool:
-        """The same pool, so many of whose columns are those of every latent group."""
+        """Return the same pool, so many of whose columns are those of every latent group."""
         return replace(self, encoding=self.row_format.sharing(shared))
 
     def part_items(self, layer: int, part: Part) -> int:
-        """Items of one part of a row of a layer (by index)."""
+        """Return the items of one part of a row of a layer (by index)."""
         return self.row_format.layers[layer].part_items(part)
 
     def payload_bytes(self, layers: range, tokens: int, part: Part) -> int:
-        """Bytes that a chunk of some layers (by index) must have."""
+        """Return the bytes that a chunk of some layers (by index) must have."""
         return tokens * self.dtype.itemsize * sum(self.part_items(layer, part) for layer in layers)
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """Latent values a token, one entry a layer."""
+        """The latent values of a token in each layer."""
         return self.row_format.widths
 
     @property
     def dtype(self) -> torch.dtype:
-        """Element type of every layer."""
+        """The element type of every layer."""
         return self.layers[0].dtype
 
     @property
     def device(self) -> torch.device:
-        """Where the pool lives."""
+        """The device on which the pool lives."""
         return self.layers[0].device
 
     @property
     def num_pages(self) -> int:
-        """Whole pages in the pool."""
+        """The number of whole pages in the pool."""
         return self.layers[0].shape[0] // self.page_size
 
     def slots(self, pages: np.ndarray, num_tokens: int | None = None) -> np.ndarray:
-        """Slots of the tokens in ``pages``, in order: int64 ``[num_tokens]``.
+        """Return the slots of the tokens in ``pages``, in order: int64 ``[num_tokens]``.
 
         Raises:
             TransferError: a page outside the pool, or ``num_tokens`` that does not fill the pages' last one.
@@ -159,12 +159,12 @@ class MetadataRows:
 
     @property
     def item_bytes(self) -> tuple[int, ...]:
-        """Bytes of one row in each buffer."""
+        """The bytes of one row in each buffer."""
         return tuple(buffer.shape[1] for buffer in self.buffers)
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of one row over all buffers."""
+        """The bytes of one row over all buffers."""
         return sum(self.item_bytes)
 
     def check(self, row: int) -> None:
@@ -178,12 +178,12 @@ class MetadataRows:
             raise TransferError(f"metadata row must lie in 0...{rows - 1}; got {row}")
 
     def read(self, row: int) -> bytes:
-        """Copy of one row, buffers one after another."""
+        """Copy one row, buffers one after another."""
         self.check(row)
         return b"".join(buffer[row].tobytes() for buffer in self.buffers)
 
     def write(self, row: int, data: bytes | memoryview) -> None:
-        """Write one row as `read` returns it."""
+        """Write one row in the form in which `read` returns it."""
         self.check(row)
         source = np.frombuffer(data, dtype=np.uint8)
         if source.size != self.row_bytes:

@@ -28,7 +28,7 @@ IDENTITY_HASH = "identity"
 
 
 def project_latent(latent: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
-    """Project latent rows ``[..., d]`` with z ``[d, w]`` in float32; result ``[..., w]`` in the latent's dtype."""
+    """Project latent rows ``[..., d]`` with z ``[d, w]`` in float32. Return ``[..., w]`` in the latent's dtype."""
     return (latent.to(torch.float32) @ z.to(torch.float32)).to(latent.dtype)
 
 
@@ -97,7 +97,7 @@ class Projection:
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """Return w_l of each layer."""
+        """w_l of each layer."""
         if self.sketched is not None:
             return self.sketched.widths
         return tuple(matrix.shape[1] for matrix in self.matrices)
@@ -109,7 +109,7 @@ class Projection:
 
     @cached_property
     def content_hash(self) -> str:
-        """sha256 (hex) over layout and values."""
+        """The sha256 (hex) of layout and values."""
         rows = self.sketched or RowFormat.plain(self.widths, self.shared, 0)
         digest = projection_digest(self.first_layer, self.latent_dim, rows)
         for data in self.layer_bytes:
@@ -118,7 +118,7 @@ class Projection:
 
     @cached_property
     def common_hash(self) -> str:
-        """Return the sha256 (hex) of the columns of the common part, which is equal in every group of a server."""
+        """The sha256 (hex) of the columns of the common part, which is equal in every group of a server."""
         rows = self.sketched or RowFormat.plain(self.widths, self.shared, 0)
         head = f"common {self.first_layer} {tuple(self.shared)}{rows.common_suffix}"
         digest = hashlib.sha256(head.encode())
@@ -129,7 +129,7 @@ class Projection:
 
 
 def projection_digest(first_layer: int, latent_dim: int, rows: RowFormat) -> Any:
-    """The hash under which a projection is registered, before its values: sha256 over its layout.
+    """Begin the hash under which a projection is registered: sha256 over its layout.
 
     Each layer's little-endian float32 values follow, in order.
     """
@@ -138,8 +138,8 @@ def projection_digest(first_layer: int, latent_dim: int, rows: RowFormat) -> Any
 
 
 def stack_layers(matrices: Sequence[torch.Tensor], kinds: Sequence[Hashable]) -> tuple[torch.Tensor, ...]:
-    """``[d, columns]`` matrices as ``[layers, d, columns]`` of neighbouring layers of one shape and kind, in order:
-    each is applied in one batched product.
+    """Stack ``[d, columns]`` matrices of successive layers of one shape and kind, in order, to ``[layers, d,
+    columns]``: each stack is applied in one batched product.
     """
     pairs = zip(matrices, kinds, strict=True)
     runs = groupby(pairs, key=lambda pair: (pair[0].shape[1], pair[1]))
@@ -147,7 +147,7 @@ def stack_layers(matrices: Sequence[torch.Tensor], kinds: Sequence[Hashable]) ->
 
 
 def cut_stacks(stacks: Sequence[torch.Tensor], first: int, count: int) -> tuple[torch.Tensor, ...]:
-    """The stacks of layers ``first ... first + count - 1`` (counted from the first stack's first)."""
+    """Return the stacks of layers ``first ... first + count - 1`` (counted from the first stack's first)."""
     found, start = [], 0
     for stack in stacks:
         stop = start + stack.shape[0]

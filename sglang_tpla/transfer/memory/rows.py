@@ -38,12 +38,12 @@ from sglang_tpla.transfer.room import TransferError
 
 
 def byte_rows(layer: torch.Tensor) -> np.ndarray:
-    """A CPU layer as uint8 ``[slots, row_bytes]``, sharing its memory."""
+    """View a CPU layer as uint8 ``[slots, row_bytes]``, sharing its memory."""
     return layer.view(torch.uint8).numpy()
 
 
 def _items(rows: np.ndarray) -> np.ndarray:
-    """uint8 ``[n, bytes]`` as n opaque items, sharing its memory: one copy an item instead of one a value."""
+    """View uint8 ``[n, bytes]`` as n opaque items, so that numpy copies one item at a time and not one value."""
     return rows.view(np.dtype((np.void, rows.shape[1])))[:, 0]
 
 
@@ -62,7 +62,7 @@ def scatter_rows(rows: np.ndarray, slots: np.ndarray, packed: np.ndarray) -> Non
 
 
 def gather_block(rows: np.ndarray, slots: np.ndarray, block: Block, packed: np.ndarray) -> None:
-    """`gather_rows` of one block of a payload."""
+    """Gather one block of a payload, as `gather_rows` does or extent by extent."""
     if not block.extents:
         gather_rows(rows, slots[block.rows], packed[block.rows])
     for slot, row, count in block.extents:
@@ -70,7 +70,7 @@ def gather_block(rows: np.ndarray, slots: np.ndarray, block: Block, packed: np.n
 
 
 def scatter_block(rows: np.ndarray, slots: np.ndarray, block: Block, packed: np.ndarray) -> None:
-    """`scatter_rows` of one block of a payload."""
+    """Scatter one block of a payload, as `scatter_rows` does or extent by extent."""
     if not block.extents:
         scatter_rows(rows, slots[block.rows], packed[block.rows])
     for slot, row, count in block.extents:
@@ -78,20 +78,20 @@ def scatter_block(rows: np.ndarray, slots: np.ndarray, block: Block, packed: np.
 
 
 def _dense(layers: Sequence[np.ndarray] | None) -> Layers | None:
-    """The layers of a CPU pool in which neighbouring slots lie side by side."""
+    """Look up the layers of a CPU pool whose successive slots lie side by side; None where they do not."""
     dense = layers is not None and all(rows.flags.c_contiguous for rows in layers)
     return Layers(layers) if layers is not None and dense else None
 
 
 def as_tensor(data: np.ndarray) -> torch.Tensor:
-    """uint8 ``[n]`` that shares the memory of ``data``, which the caller keeps alive. Only for reading: torch knows no
+    """View ``data``, which the caller keeps alive, as a uint8 tensor ``[n]``. It is only for reading: torch has no
     tensors that cannot be written, and warns of arrays that cannot.
     """
     return torch.frombuffer((ctypes.c_uint8 * data.size).from_address(data.ctypes.data), dtype=torch.uint8)
 
 
 def _all_finite(rows: torch.Tensor) -> torch.Tensor:
-    """Whether all of ``[layers, tokens, items]`` are finite; a value that is not makes its sum so as well."""
+    """Return whether all of ``[layers, tokens, items]`` are finite: a value that is not makes its sum so as well."""
     return torch.isfinite(rows.sum(dim=(1, 2), dtype=torch.float64)).all()
 
 
@@ -128,8 +128,8 @@ class RowReader:
         self._dense = _dense(self._rows)
 
     def ready_events(self, after: Any) -> tuple[Any, ...]:
-        """Events before which rows must not be read: on a GPU one after all that the calling thread has queued so far,
-        and ``after``, if there is one.
+        """Return the events before which rows must not be read: on a GPU one after all that the calling thread has
+        queued so far, and ``after``, if there is one.
         """
         events: tuple[Any, ...] = () if after is None else (after,)
         if self._stream is not None:
@@ -145,13 +145,15 @@ class RowReader:
                 event.synchronize()
 
     def in_place(self, slots: np.ndarray) -> bool:
-        """True if raw rows of ``slots`` can be sent from where they lie: `pieces` of them are few and long."""
+        """Return whether raw rows of ``slots`` can be sent from where they lie: whether their `pieces` are few and
+        long.
+        """
         row_bytes = self.pool.layers[0].shape[1] * self.pool.dtype.itemsize
         return self._dense is not None and worth_it(find_extents(slots), slots.size, row_bytes)
 
     def pieces(self, rectangle: Rectangle, extents: np.ndarray) -> IoVec:
-        """The raw rows of a rectangle where they lie in the pool, in the payload's order; ``extents`` are its tokens'
-        slots (`iovec.find_extents`).
+        """Return the raw rows of a rectangle where they lie in the pool, in the payload's order; ``extents`` are its
+        tokens' slots (`iovec.find_extents`).
         """
         assert self._dense is not None
         first = rectangle.first_layer - self.pool.first_layer
@@ -167,8 +169,8 @@ class RowReader:
         ready: tuple[Any, ...] = (),
         row_format: RowFormat | None = None,
     ) -> bytes | None:
-        """Fill ``out`` (uint8 ``[payload_bytes]``, pinned where the pool is on a GPU) with a rectangle; the checksum of
-        ``out``, where it was taken on the way.
+        """Fill ``out`` (uint8 ``[payload_bytes]``, pinned where the pool is on a GPU) with a rectangle. Return the
+        checksum of ``out``, where it was taken on the way.
 
         Args:
             slots: pool slots of the rectangle's tokens.
@@ -294,7 +296,7 @@ class RowWriter:
         self._own = threading.local()  # ``pinned``: grows to the largest payload of a thread
 
     def pieces(self, layers: range, extents: np.ndarray, part: Part) -> IoVec | None:
-        """Where a payload's bytes belong in the pool, in order; None where they are not long pieces of it.
+        """Return where a payload's bytes belong in the pool, in order; None where these are not long pieces of it.
 
         ``extents`` are its tokens' slots (`iovec.find_extents`).
         """
@@ -307,8 +309,8 @@ class RowWriter:
         return self._dense.pieces(layers, extents)
 
     def write(self, layers: range, slots: np.ndarray, part: Part, payload: memoryview) -> bytes:
-        """Write a payload to the rows ``slots`` of the pool layers ``layers`` (by index); returns when it is
-        there, with the checksum of what was written; nothing if that was not taken on the way.
+        """Write a payload to the rows ``slots`` of the pool layers ``layers`` (by index). Return, once it is there, the
+        checksum of what was written, or nothing if that was not taken on the way.
         """
         data = np.frombuffer(payload, dtype=np.uint8)
         item = self.pool.dtype.itemsize
@@ -371,21 +373,23 @@ class RowWriter:
         self.pool.layers[layer].index_put_((index[:, None], to), values[:, taken])
 
     def _columns(self, fields: tuple[Field, ...]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Columns of a row that fields fill and where they lie in the payload, each ``[columns]``."""
+        """Return the columns of a row that fields fill, and their places in the payload, each ``[columns]``."""
         if fields not in self._places:
             pairs = [(field.start + i, field.payload + i) for field in fields for i in range(field.size)]
             self._places[fields] = tuple(torch.tensor(pairs, device=self.pool.device).unbind(1))  # type: ignore[assignment]
         return self._places[fields]
 
     def _column_view(self, layer: int, first: int, stop: int) -> torch.Tensor:
-        """Columns of a pool layer, made once: each call into torch gives the interpreter away and waits for it."""
+        """Return columns of a pool layer. The view is made once, because each call into torch waits for the
+        interpreter.
+        """
         key = (layer, first, stop)
         if key not in self._views:
             self._views[key] = self.pool.layers[layer][:, first:stop]
         return self._views[key]
 
     def _pinned(self, size_bytes: int) -> torch.Tensor:
-        """Memory that the device can read by itself; good until this thread's next payload."""
+        """Return memory that the device can read by itself; it is good until this thread's next payload."""
         pinned: torch.Tensor | None = getattr(self._own, "pinned", None)
         if pinned is None or pinned.numel() < size_bytes:
             with torch.cuda.device(

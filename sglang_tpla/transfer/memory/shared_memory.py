@@ -27,7 +27,7 @@ TOKEN_BYTES = 8
 
 
 def host_identity() -> str:
-    """Names this host, user and process-id namespace: equal where segments can be mapped."""
+    """Return a name of this host, user and process-id namespace, equal where segments can be mapped."""
     try:
         with open("/proc/sys/kernel/random/boot_id") as file:
             boot = file.read().strip()
@@ -70,7 +70,7 @@ class SharedSegment:
 def make_segment(
     agent: str, size_bytes: int, reserved_bytes: int, logger: logging.Logger
 ) -> SharedSegment | None:
-    """A segment whose first bytes are reserved, or None where the system has none to give: payloads travel inline."""
+    """Make a segment whose first bytes are reserved; None where the system has none to give: payloads travel inline."""
     segment = None
     try:
         segment = SharedSegment(agent, size_bytes)
@@ -88,7 +88,7 @@ def make_segment(
 
 
 def map_segment(segment: messages.Segment) -> np.ndarray | None:
-    """Another process's segment for reading (uint8, without its header), or None where it cannot be had."""
+    """Map another process's segment for reading (uint8, without its header); None where it cannot be had."""
     try:
         file = os.open(f"/proc/{segment.pid}/fd/{segment.descriptor}", os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
@@ -111,7 +111,7 @@ def map_segment(segment: messages.Segment) -> np.ndarray | None:
 def map_for(
     device: torch.device | None, segment: messages.Segment, logger: logging.Logger
 ) -> memoryview | None:
-    """As `map_segment`, and pinned if ``device`` is a GPU, which reads it without a copy on the way then."""
+    """Map a segment as `map_segment` does, and pin it for a GPU, which then reads it without another copy."""
     data = map_segment(segment)
     if data is None:
         return None

@@ -54,17 +54,17 @@ class Staging:
 
     @property
     def used_bytes(self) -> int:
-        """Bytes in slots that are taken."""
+        """The bytes of the slots that are taken."""
         return sum(bool(slot.buffer.size) for slot in self._busy) * self.slot_bytes
 
     @property
     def limit_bytes(self) -> int:
-        """Bytes in all slots."""
+        """The bytes of all slots."""
         return self.slots * self.slot_bytes
 
     def take(self) -> Slot | None:
-        """A free slot, or None. The one that came free last: memory is touched only where that much is in use, if what
-        nobody holds any more is reaped in time.
+        """Take a free slot; None where there is none. It is the slot that came free last, so that no more memory is
+        touched than is in use.
         """
         if not self._free:
             self.reap()
@@ -76,14 +76,14 @@ class Staging:
         return slot
 
     def hold(self) -> Slot:
-        """A slot without memory, for a chunk that stays in the pool."""
+        """Return a slot without memory, for a chunk that stays in the pool."""
         slot = Slot(NO_MEMORY, 0)
         slot.pending = 1  # the taker's own hold
         self._busy.append(slot)
         return slot
 
     def _has_memory(self, slot: Slot) -> bool:
-        """Reserve a slot's memory before its first use."""
+        """Reserve a slot's memory before its first use. Return whether there is any."""
         if slot.reserved:
             return True
         try:
@@ -99,7 +99,7 @@ class Staging:
         return True
 
     def reap(self) -> bool:
-        """Free the slots that nobody holds any more; True if there was one."""
+        """Free the slots that nobody holds any more. Return whether there was one."""
         still = []
         freed = False
         for slot in self._busy:

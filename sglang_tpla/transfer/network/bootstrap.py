@@ -46,12 +46,12 @@ class RegistrationRefused(TransferError):
 
 
 def signing_key(secret: bytes) -> bytes:
-    """The key of registrations (32 bytes), derived from the prefill side's CURVE secret (z85)."""
+    """Derive the key of registrations (32 bytes) from the prefill side's CURVE secret (z85)."""
     return hashlib.blake2b(zmq.utils.z85.decode(secret), digest_size=32, person=b"tpla-bootstrap").digest()
 
 
 def sign(key: bytes, method: str, path: str, body: bytes, challenge: str) -> str:
-    """HMAC-SHA256 over what a registration says, hexadecimal."""
+    """Return the HMAC-SHA256 over what a registration says, hexadecimal."""
     said = "\n".join((method, path, challenge, hashlib.sha256(body).hexdigest()))
     # a header may hold bytes that are no text
     return hmac.new(key, said.encode("utf-8", "surrogateescape"), hashlib.sha256).hexdigest()
@@ -74,16 +74,18 @@ class Gate:
 
     @property
     def closed(self) -> bool:
-        """True where registrations must be signed."""
+        """Whether registrations must be signed."""
         return self._key is not None
 
     def challenge(self) -> str:
-        """A new one; nothing is remembered of it."""
+        """Return a new challenge, of which the server remembers nothing."""
         content = secrets.token_bytes(16) + struct.pack(">d", self._clock())
         return (content + self._mark(content)).hex()
 
     def wrong(self, method: str, path: str, body: bytes, headers: Mapping[str, str]) -> str | None:
-        """One of REASONS why a registration is refused, or None where it is good (its challenge is then used up)."""
+        """Return which of REASONS speaks against a registration, or None where it is good (its challenge is then used
+        up).
+        """
         try:
             if len(body) > MAX_BODY_BYTES or not isinstance(json.loads(body), dict):
                 return "malformed"
@@ -111,7 +113,7 @@ class Gate:
         return None
 
     def _issued(self, challenge: str) -> float | None:
-        """When this server gave a challenge out, or None if it did not."""
+        """Return when this server gave a challenge out, or None if it did not."""
         try:
             data = bytes.fromhex(challenge)
         except ValueError:
@@ -212,7 +214,7 @@ class Registrar:
             self._thread.join(10.0)
 
     def submit(self, method: str, path: str, payload: Mapping[str, Any]) -> None:
-        """`submit` at this rank's bootstrap server."""
+        """Send a registration to this rank's bootstrap server."""
         submit(self._base_url, method, path, payload, self._secret)
 
     def _register(self) -> None:
@@ -227,7 +229,7 @@ class Registrar:
                 self._say(logging.WARNING, f"registration of this prefill rank: {error!r}")
 
     def _look(self) -> None:
-        """Ask as a decode server would, and register anew where the answer is nobody."""
+        """Ask as a decode server would, and register anew where the answer names nobody."""
         with httpx.Client(base_url=self._base_url, timeout=5.0, trust_env=False) as client:
             response = client.get("/route", params=dict(self._place))
         if response.status_code in (404, 503):

@@ -12,7 +12,7 @@ MAX_PARTS = 3
 
 
 def configure(socket: zmq.Socket, settings: Settings, max_message_bytes: int) -> None:
-    """Limits and heartbeats of a ZMQ socket."""
+    """Set the limits and heartbeats of a ZMQ socket."""
     timeout_ms = int(settings.peer_timeout_s * 1000)
     socket.setsockopt(zmq.LINGER, 0)
     socket.setsockopt(zmq.SNDHWM, QUEUE_FRAMES)
@@ -25,7 +25,7 @@ def configure(socket: zmq.Socket, settings: Settings, max_message_bytes: int) ->
 
 
 def receive_parts(socket: zmq.Socket) -> list[zmq.Frame] | None:
-    """One message without blocking, at most MAX_PARTS frames of it (one more says there was more), or None."""
+    """Receive one message without blocking, at most MAX_PARTS frames of it (one more says there was more), or None."""
     try:
         parts = [socket.recv(zmq.NOBLOCK, copy=False)]
     except zmq.Again:
@@ -38,5 +38,5 @@ def receive_parts(socket: zmq.Socket) -> list[zmq.Frame] | None:
 
 
 def endpoint(host: str, port: int | str) -> str:
-    """ZMQ address of a host (name, IPv4 or IPv6) and port."""
+    """Return the ZMQ address of a host (name, IPv4 or IPv6) and port."""
     return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"

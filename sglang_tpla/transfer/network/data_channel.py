@@ -61,8 +61,8 @@ class ChannelError(SglangTplaError, ConnectionError):
 
 
 def set_up(stream: socket.socket, timeout_s: float) -> None:
-    """Options of either end: never block, send at once, give a silent network up after ``timeout_s``, also where
-    nothing is sent.
+    """Set the options of either end: never block, send at once, and give a silent network up after ``timeout_s`` even
+    if nothing is sent.
     """
     stream.setblocking(False)
     stream.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -75,7 +75,7 @@ def set_up(stream: socket.socket, timeout_s: float) -> None:
 
 
 def wrong(digest: bytes) -> bytes:
-    """A checksum that is not this one."""
+    """Return a checksum that differs from this one."""
     return bytes(byte ^ 0xFF for byte in digest)
 
 
@@ -158,7 +158,7 @@ class SendQueue:
         return payload
 
     def _send(self, chunk: OutgoingChunk, payload: SocketCopy | SealedOutgoing) -> bool:
-        """Send of a chunk what the socket takes now; True when that was the end of it."""
+        """Send what the socket takes of a chunk now. Return whether the chunk has gone."""
         try:
             while chunk.head:
                 sent = self.stream.send(chunk.head, socket.MSG_MORE)
@@ -191,11 +191,11 @@ class InPlace(Protocol):
     size_bytes: int
 
     def receive(self, stream: socket.socket) -> int:
-        """Take some of it from a socket: bytes, 0 at the end of the stream. Raises BlockingIOError, OSError."""
+        """Take some of it from a socket. Return the bytes, 0 at the stream's end. Raises BlockingIOError, OSError."""
         ...
 
     def open_with(self, context: AEADDecryptionContext) -> None:
-        """What comes is sealed, and opened by this."""
+        """Open with this what comes from now on."""
         ...
 
 
@@ -209,7 +209,7 @@ class BufferPool:
         self._free: deque[np.ndarray] = deque(maxlen=MAX_BUFFERS)
 
     def take(self, size: int) -> memoryview:
-        """Memory for ``size`` bytes, at most twice as large."""
+        """Return memory for ``size`` bytes, at most twice as large."""
         try:
             buffer = self._free.pop()
         except IndexError:
@@ -219,7 +219,7 @@ class BufferPool:
         return buffer.data[:size]
 
     def give_back(self, view: memoryview) -> None:
-        """Take the memory of a view that came from `take` back; nothing for other memory (a segment's is read-only)."""
+        """Take back the memory of a view that came from `take`; ignore other memory (a segment's is read-only)."""
         if isinstance(view.obj, np.ndarray) and not view.readonly:
             self._free.append(view.obj)
 
@@ -265,11 +265,11 @@ class ChunkReader(Generic[HeaderT]):
 
     @property
     def greeted(self) -> bool:
-        """True once the other side was told whose channel this is."""
+        """Whether the other side was told whose channel this is."""
         return not self._greeting
 
     def greet(self) -> bool:
-        """Say who this is, once the connection stands; False while it does not. Raises OSError."""
+        """Say who this is, once the connection stands. Return whether all of it has gone. Raises OSError."""
         if self._greeting:
             error = self.stream.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
             if error:
@@ -282,9 +282,9 @@ class ChunkReader(Generic[HeaderT]):
         return self.greeted
 
     def receive(self, budget_bytes: int) -> Iterator[tuple[HeaderT, memoryview | InPlace, bytes]]:
-        """(what the header says, payload or its place, the checksum that was sent) of chunks that are complete,
-        until the socket has no more or some ``budget_bytes`` were read. Of a sealed chunk OPENED or DAMAGED takes the
-        checksum's place: its tag.
+        """Yield each complete chunk until the socket has no more or some ``budget_bytes`` were read: what its header
+        says, its payload or the payload's place, and the checksum that was sent. Of a sealed chunk OPENED or DAMAGED
+        takes the checksum's place.
 
         Raises:
             OSError: the connection is gone.
@@ -322,7 +322,7 @@ class ChunkReader(Generic[HeaderT]):
                     yield said, payload, tail
 
     def _take(self) -> int:
-        """Take some of what is due: bytes, 0 at the end of the stream. Raises BlockingIOError, OSError."""
+        """Take some of what is due. Return the bytes, 0 at the end of the stream. Raises BlockingIOError, OSError."""
         if self._said is None or self._tail is not None:
             return self.stream.recv_into(self._target[self._filled :])
         if self.in_place is not None:
@@ -335,7 +335,9 @@ class ChunkReader(Generic[HeaderT]):
         self._target, self._filled, self._due_bytes = target, 0, size_bytes
 
     def _wait_for(self, size_bytes: int) -> None:
-        """Have the socket be called readable when so much (or much) is there: each wake-up has a price."""
+        """Have the socket called readable when so many bytes (or very many) are there, because each wake-up has a
+        price.
+        """
         size_bytes = min(size_bytes, WAKE_BYTES)
         if size_bytes != self._low_water:
             self._low_water = size_bytes

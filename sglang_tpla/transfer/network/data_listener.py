@@ -73,14 +73,14 @@ class DataListener:
         io.add_stream(self._listener, self._accept)
 
     def offer(self, identity: bytes) -> DataChannel:
-        """What a Welcome tells a connection; an earlier offer ends."""
+        """Return what a Welcome tells a connection about its channel. An earlier offer ends."""
         self.withdraw(identity)
         token, key = secrets.token_bytes(CHANNEL_TOKEN_BYTES), new_key() if self.sealed else None
         self._offers[token] = identity, key
         return DataChannel(self.announced_port, token, key)
 
     def withdraw(self, identity: bytes) -> None:
-        """The connection is over: its offer and its channel end."""
+        """End the offer and the channel of a connection that is over."""
         for token in [token for token, (whose, _) in self._offers.items() if whose == identity]:
             del self._offers[token]
         queue = self._channels.pop(identity, None)
@@ -89,7 +89,7 @@ class DataListener:
             queue.close()
 
     def send(self, identity: bytes, chunk: OutgoingChunk) -> bool:
-        """Send a chunk on the connection's channel; False if it has none."""
+        """Send a chunk on the connection's channel. Return whether it has one."""
         queue = self._channels.get(identity)
         if queue is None:
             return False
@@ -99,11 +99,11 @@ class DataListener:
 
     @property
     def bound_channels(self) -> int:
-        """How many connections have a channel. Any thread."""
+        """The number of connections that have a channel. Any thread may ask."""
         return len(self._channels)
 
     def bound(self, identity: bytes) -> bool:
-        """True while a connection has a channel. Any thread."""
+        """Return whether a connection has a channel. Any thread may ask."""
         return identity in self._channels
 
     def expire(self, now: float) -> None:

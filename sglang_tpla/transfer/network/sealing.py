@@ -32,7 +32,7 @@ NEXT_KEY = b"tpla data channel: next key"
 
 
 def new_key() -> bytes:
-    """A key for one data channel, never used before."""
+    """Return a key for one data channel, which was never used before."""
     return secrets.token_bytes(CHANNEL_KEY_BYTES)
 
 
@@ -50,12 +50,12 @@ class Seal:
         self._chunk = -1
 
     def seal_header(self, sizes: bytes, header: bytes) -> bytes:
-        """Begin the next chunk: its header, sealed with the two sizes before it."""
+        """Begin the next chunk. Return its header, sealed with the two sizes before it."""
         self._advance()
         return self._headers.encrypt(self._nonce(0), header, sizes)
 
     def open_header(self, sizes: bytes, sealed: memoryview) -> bytes:
-        """Begin the next chunk: its header.
+        """Begin the next chunk. Return its header.
 
         Raises:
             FrameError: it was not sealed as this chunk of this channel.
@@ -70,13 +70,13 @@ class Seal:
             ) from None
 
     def seal_payload(self, header: bytes) -> AEADEncryptionContext:
-        """What seals the payload after the header that was sealed last."""
+        """Return what seals the payload after the header that was sealed last."""
         context = Cipher(self._aes, GCM(self._nonce(1))).encryptor()
         context.authenticate_additional_data(header)
         return context
 
     def open_payload(self, header: bytes) -> AEADDecryptionContext:
-        """What opens the payload after the header that was opened last."""
+        """Return what opens the payload after the header that was opened last."""
         context = Cipher(self._aes, GCM(self._nonce(1))).decryptor()
         context.authenticate_additional_data(header)
         return context
@@ -104,7 +104,7 @@ class SealedOutgoing:
         self._step: SocketCopy | None = None  # sealed, and not yet sent
 
     def send(self, stream: socket.socket) -> int:
-        """Send what a socket takes now of one step: bytes.
+        """Send what a socket takes now of one step. Return the bytes.
 
         Raises:
             BlockingIOError: it takes nothing.
@@ -117,7 +117,7 @@ class SealedOutgoing:
         return sent
 
     def _seal(self) -> int:
-        """Seal the next step: bytes."""
+        """Seal the next step. Return its bytes."""
         size = 0
         for view in self._cursor.ahead(STEP_BYTES, MAX_PIECES):
             self._context.update_into(view, self._scratch.data[size : size + view.nbytes])
@@ -126,7 +126,7 @@ class SealedOutgoing:
         return size
 
     def digest(self) -> bytes:
-        """The tag, once all has gone."""
+        """Return the tag, once all has gone."""
         self._context.finalize()
         return self._context.tag
 
@@ -138,7 +138,7 @@ class SealedIntake:
         self._intake, self._cursor, self._context = SocketCopy(pieces, UNCHECKED), Cursor(pieces), context
 
     def receive(self, stream: socket.socket, limit_bytes: int = STEP_BYTES) -> int:
-        """As `SocketCopy.receive`."""
+        """Take what is there, as `SocketCopy.receive` does, and open it."""
         size = left = self._intake.receive(stream, min(limit_bytes, STEP_BYTES))
         while left:
             for view in self._cursor.ahead(left, MAX_PIECES):
@@ -149,7 +149,7 @@ class SealedIntake:
 
 
 def is_proved(context: AEADDecryptionContext, tag: bytes) -> bool:
-    """Whether all that a context opened is what was sealed. Once."""
+    """Return whether all that a context opened is what was sealed. It can be asked once."""
     try:
         context.finalize_with_tag(tag)
     except InvalidTag:

@@ -29,7 +29,7 @@ REMEDY = (
 
 
 def is_loopback(host: str) -> bool:
-    """True for an address that never leaves this machine."""
+    """Return whether an address never leaves this machine."""
     if host == "localhost":
         return True
     try:
@@ -58,7 +58,7 @@ class Security:
 
     @classmethod
     def from_environment(cls, role: str, environ: Mapping[str, str] = os.environ) -> Security:
-        """Keys of a ``prefill`` or ``decode`` agent as the environment names them.
+        """Read the keys of a ``prefill`` or ``decode`` agent as the environment names them.
 
         Raises:
             TransferError: a key file is missing, readable by others, or not a key.
@@ -99,7 +99,7 @@ class Security:
             socket.setsockopt(zmq.CURVE_SERVERKEY, self.server)
 
     def answer(self, request: list[bytes]) -> tuple[list[bytes], bool]:
-        """Reply to a question of ZMQ's authentication protocol (ZAP 1.0), and whether it was a yes."""
+        """Reply to a question of ZMQ's authentication protocol (ZAP 1.0). Return whether it was a yes."""
         version, number, mechanism = request[0], request[1], request[5] if len(request) > 5 else b""
         key = zmq.utils.z85.encode(request[6]) if mechanism == b"CURVE" and len(request) == 7 else b""
         known = key in self.allowed

@@ -9,13 +9,13 @@ from sglang_tpla.transfer.messages import PROTOCOL_VERSIONS, CacheLayout, Hello
 
 
 def agreed_version(versions: tuple[int, int]) -> int | None:
-    """Highest protocol version both sides speak, or None."""
+    """Return the highest protocol version that both sides speak, or None."""
     version = min(versions[1], PROTOCOL_VERSIONS[1])
     return version if version >= max(versions[0], PROTOCOL_VERSIONS[0]) else None
 
 
 def announced_rows(layout: CacheLayout) -> RowFormat:
-    """The rows that a decode rank announced.
+    """Return the rows that a decode rank announced.
 
     Raises:
         ValueError: there are no such rows.
@@ -24,7 +24,7 @@ def announced_rows(layout: CacheLayout) -> RowFormat:
 
 
 def mismatch(hello: Hello, pool: CachePool, metadata: MetadataRows, model_hash: str) -> str | None:
-    """Why a decode rank cannot be served by a prefill rank with this cache, or None."""
+    """Return why a prefill rank with this cache cannot serve a decode rank, or None."""
     layout = hello.layout
     # rows of a format of their own are made by the sender, out of whatever precision it has
     encoded = RowFormat.is_encoded(layout.dtype) and pool.dtype in SENDER_DTYPES

@@ -22,20 +22,20 @@ class EndedRooms:
         self._failed_unbound: OrderedDict[int, tuple[set[str], str, float]] = OrderedDict()
 
     def has_ended(self, room_id: int, agent: str, generation: int) -> bool:
-        """True if an agent's generation of a room has ended, or a later one has."""
+        """Return whether an agent's generation of a room, or a later one, has ended."""
         return generation <= self._generations.get((room_id, agent), -1)
 
     def end(self, room_id: int, agent: str, generation: int) -> None:
-        """A generation of a room has ended for an agent."""
+        """Note that a generation of a room has ended for an agent."""
         key = (room_id, agent)
         remember(self._generations, key, max(generation, self._generations.get(key, -1)))
 
     def fail_unbound(self, room_id: int, spoken: set[str], reason: str, now: float) -> None:
-        """A room failed before every rank had asked for it; ``spoken``: the agents that know of it."""
+        """Note that a room failed before every rank had asked for it. The agents in ``spoken`` know of it."""
         remember(self._failed_unbound, room_id, (spoken, reason, now))
 
     def failed_unbound(self, room_id: int, agent: str) -> str | None:
-        """Why the room failed that this agent now speaks of for the first time, or None if it did not."""
+        """Return why the room failed of which this agent now speaks for the first time, or None if it did not fail."""
         spoken, reason, _ = self._failed_unbound.get(room_id, (set(), "", 0.0))
         if not reason or agent in spoken:
             return None
@@ -43,16 +43,16 @@ class EndedRooms:
         return reason
 
     def abort_early(self, room_id: int, agent: str, generation: int, reason: str, now: float) -> None:
-        """An agent aborts a room that the scheduler may open yet."""
+        """Keep an agent's abort of a room that the scheduler may still open."""
         remember(self._early_aborts, (room_id, agent), (generation, reason, now))
 
     def take_early_aborts(self, room_id: int) -> dict[str, tuple[int, str]]:
-        """Generation and reason of each agent's abort that came before a room was opened; each is used once."""
+        """Return and forget the aborts that came before a room was opened: each agent's generation and reason."""
         keys = [key for key in self._early_aborts if key[0] == room_id]
         return {key[1]: self._early_aborts.pop(key)[:2] for key in keys}
 
     def expire(self, now: float, patience_s: float) -> None:
-        """Forget what no room and no rank will ask for any more."""
+        """Forget the rooms for which no rank will ask any more."""
         while self._early_aborts and now - next(iter(self._early_aborts.values()))[2] > patience_s:
             self._early_aborts.popitem(last=False)
         while self._failed_unbound and now - next(iter(self._failed_unbound.values()))[2] > patience_s:

@@ -93,7 +93,7 @@ class Lanes:
                 destination.lanes.append(lane)
 
     def proceed(self, room: Room) -> None:
-        """Queue what a room has to send, announce it, and say what is due after the last rows."""
+        """Queue the chunks of a room that are ready, announce their bytes, and finish the room after its last rows."""
         if not room.formed:
             return
         for lane in room.lanes:
@@ -108,7 +108,7 @@ class Lanes:
         self._wake()
 
     def _plan_more(self, lane: Lane) -> None:
-        """Queue the chunks that a lane's plan has grown by."""
+        """Queue the chunks by which a lane's plan has grown."""
         for sequence in range(lane.planned, len(lane.plan.rectangles)):
             lane.ahead[sequence % len(lane.ahead)].append(sequence)
             for taker in lane.takers:
@@ -118,14 +118,14 @@ class Lanes:
         lane.planned = len(lane.plan.rectangles)
 
     def extend(self, room: Room, span: Span) -> None:
-        """Rows are handed over."""
+        """Add a span of rows to a room and its plans."""
         room.spans.append(span)
         room.tokens += len(span.slots)
         for plan in room.plans:
             plan.extend(self._pool, span)
 
     def end(self, room: Room) -> None:
-        """A room has ended: nothing of it goes any more, and nobody keeps any of it."""
+        """Drop all chunks of a room that has ended, and free those that ranks keep for it."""
         for lane in room.lanes:
             self._unqueue(lane)
             for relay in lane.relays.values():
@@ -165,11 +165,11 @@ class Lanes:
     # What ranks say
 
     def credit(self, destination: Destination, total_bytes: int) -> None:
-        """A rank takes so many bytes, in all."""
+        """Raise a rank's credit to so many bytes in all."""
         destination.credit_bytes = max(destination.credit_bytes, total_bytes)
 
     def confirm(self, destination: Destination) -> None:
-        """A rank has everything, also what it has not acknowledged: that may have been lost with a connection."""
+        """Settle all chunks of a rank that has confirmed its room: their Acks may have been lost with a connection."""
         for part, sequence in list(destination.unacked):
             destination.settle((part, sequence))
             if (lane := destination.lane(part)) is not None:
@@ -184,11 +184,7 @@ class Lanes:
     def receipt(
         self, destination: Destination, message: messages.Ack | messages.Nack | messages.Stored
     ) -> str:
-        """What a rank says of one chunk: it has it, it also keeps it for others, or it came damaged.
-
-        Returns:
-            Why the room must fail; empty if it need not.
-        """
+        """Handle an Ack, a Stored or a Nack of one chunk. Return why the room must fail, or nothing."""
         lane, sequence = destination.lane(message.part), message.sequence
         stored = message.offset if isinstance(message, messages.Stored) else None
         if lane is None or not destination.settle((message.part, sequence)):
@@ -209,7 +205,7 @@ class Lanes:
         return ""
 
     def _has(self, lane: Lane, sequence: int, taker: Destination, stored: int | None = None) -> None:
-        """A rank has a chunk: if it was the first of its host, the others get it now."""
+        """Note that a rank has a chunk. If the rank was the first of its host, share the chunk with the others."""
         if lane.route is not Route.RELAY or sequence in lane.relays:
             self._has_read(lane, sequence, taker)
             return
@@ -224,7 +220,7 @@ class Lanes:
             self.share(lane, sequence, other, taker.peer.hello.agent, stored)
 
     def _has_read(self, lane: Lane, sequence: int, taker: Destination) -> None:
-        """A rank no longer reads a chunk in shared memory: free it if it was the last."""
+        """Note that a rank no longer reads a chunk in shared memory, and free the chunk after its last reader."""
         relay = lane.relays.get(sequence)
         if relay is not None:
             relay.readers.discard(taker)
@@ -237,7 +233,7 @@ class Lanes:
             self._out.put(relay.leader.peer.identity, messages.Release((relay.offset,)))
 
     def _repeat(self, lane: Lane, sequence: int, destination: Destination) -> None:
-        """Send a chunk (again) to one rank."""
+        """Queue a chunk for one rank once more."""
         lane.repeat.append((sequence, destination))
         if lane.route is not Route.LOCAL:
             destination.wanted_bytes += lane.plan.size(sequence)
@@ -271,7 +267,7 @@ class Lanes:
     # Connections that break and come back
 
     def take_over(self, old: Peer, new: Peer, destinations: list[Destination]) -> None:
-        """A rank has come back under another identity: what it gets goes on when it has said what it has."""
+        """Move the rooms of a rank that has come back as another identity. They go on when it has said what it has."""
         if old in self.ready:
             self.ready[new] = self.ready.pop(old)
         for destination in destinations:
@@ -279,14 +275,14 @@ class Lanes:
             self._forget_kept(destination)
 
     def _forget_kept(self, leader: Destination) -> None:
-        """A rank that is back frees what it kept for others; whoever had not read it asks again."""
+        """Forget the chunks that a returning rank kept for others; it has freed them, and late readers ask again."""
         for lane in leader.lanes:
             for sequence, relay in lane.relays.items():
                 if relay is not None and relay.leader is leader:
                     lane.relays[sequence] = None
 
     def resume(self, destination: Destination, message: messages.Resume) -> None:
-        """Send again what a rank has not got, now that its connection is back."""
+        """Queue the chunks that a rank has not got, now that its connection is back."""
         destination.paused = False
         bitmaps = dict(message.applied)
         self._forget_kept(destination)
@@ -315,7 +311,7 @@ class Lanes:
     # What goes next
 
     def next_job(self) -> ChunkJob | None:
-        """The next chunk that some rank can take: ranks in turn, and each rank's lanes in turn."""
+        """Return the next chunk that some rank can take: ranks in turn, and each rank's lanes in turn."""
         self.staging.reap()
         cap = max(1, self.staging.slots // (len(self._peers) + 1))
         for peer, ready in list(self.ready.items()):
@@ -359,7 +355,7 @@ class Lanes:
         return enough
 
     def _in_place(self, lane: Lane, sequence: int) -> bool:
-        """True if a chunk can be sent from where its rows lie: they stay as they are until their room ends."""
+        """Return whether a chunk can be sent from its rows in the pool, which do not change until their room ends."""
         plan = lane.plan
         return (
             lane.route is not Route.LOCAL
@@ -385,7 +381,7 @@ class Lanes:
         job.deliveries.append((lane, list(takers)))
 
     def _deliver_elsewhere(self, job: ChunkJob, cap: int) -> None:
-        """Lanes of the room to other hosts that want the same chunk and can take it now."""
+        """Return the deliveries of the same chunk to other hosts whose lanes can take it now."""
         first = job.deliveries[0][0]
         for other in first.room.lanes:
             if other is first or other.plan is not first.plan or other.repeat:
@@ -397,12 +393,12 @@ class Lanes:
                 self._deliver(job, other, takers)
 
     def hand_over(self, slot: Slot, peer: Peer) -> None:
-        """A chunk goes to a rank's data channel, which reads it until `let_go`."""
+        """Count a chunk that a rank's data channel reads until `let_go`."""
         slot.pending += 1
         peer.queued += 1
 
     def let_go(self, slot: Slot, peer: Peer) -> None:
-        """A data channel has taken a chunk, or has ended."""
+        """Free a chunk that a data channel has taken, or that was left in a channel that has ended."""
         slot.pending -= 1
         peer.queued -= 1
         self._wake()

@@ -54,7 +54,7 @@ class Peers:
     def message(
         self, identity: bytes, message: messages.Message, payload: memoryview | None, now: float
     ) -> None:
-        """One message."""
+        """Handle one message."""
         if isinstance(message, messages.Hello):
             self._greet(identity, message, now)
             return
@@ -84,13 +84,15 @@ class Peers:
                 self._rooms.message(peer, message, now)
 
     def damaged(self, identity: bytes) -> None:
-        """Something came that is no message; what was lost with it comes again on a new connection."""
+        """Have a peer connect anew after a malformed message, so that what was lost with it comes again."""
         peer = self.table.get(identity)
         if peer is not None and self._rooms.uses(peer):
             self._out.put(identity, messages.Unregistered())
 
     def channel_lost(self, identity: bytes, why: str) -> None:
-        """What was on its way is lost with a data channel, and no chunk goes without one: connect anew."""
+        """Have a rank connect anew when its data channel has ended: chunks on their way are lost, and none goes without
+        one.
+        """
         peer = self.table.get(identity)
         if peer is not None:
             level = logging.WARNING if self._rooms.uses(peer) else logging.DEBUG  # who closes hangs up too
@@ -99,7 +101,7 @@ class Peers:
             self._out.put(identity, messages.Unregistered())
 
     def not_sent(self, identity: bytes, full: bool, now: float) -> None:
-        """A message could not be sent: its connection is gone for a while, or its queue is ``full``."""
+        """Handle a message that could not be sent: its connection is away for a while, or its queue is ``full``."""
         peer = self.table.get(identity)
         if peer is not None and full:
             self._workers.counts["peers_lost"] += 1
@@ -168,7 +170,7 @@ class Peers:
             self._out.put(peer.identity, messages.Registered(peer.hello.projection))
 
     def lose(self, peer: Peer, reason: str, now: float) -> None:
-        """Forget a connection; its rooms fail."""
+        """Forget a connection and fail its rooms."""
         del self.table[peer.identity]
         self._listener.withdraw(peer.identity)
         self._workers.log.info("prefill rank %d: %s is gone: %s", self._workers.rank, peer.name, reason)
@@ -184,7 +186,7 @@ class Peers:
             self._name_others(peer, now)
 
     def _colocated(self, host: str) -> list[Peer]:
-        """Ranks of a host that read each other's shared segments."""
+        """Return the ranks of a host that read each other's shared segments."""
         if not host or (host == self._host and self._arena is not None):
             return []
         return [peer for peer in self.table.values() if peer.hello.host == host]
@@ -199,8 +201,8 @@ class Peers:
     # Time
 
     def expire(self, now: float) -> None:
-        """Give up ranks that say nothing. No room of a rank starts before it has said what it can read, and the
-        question or its answer may be lost: it is asked again.
+        """Give up ranks that say nothing. No room of a rank starts before it has said what it can read; since the
+        question or its answer may be lost, it is asked again.
         """
         limit = self._workers.settings.peer_timeout_s
         self._listener.expire(now)

@@ -34,7 +34,7 @@ class Projections:
             peer.upload = Upload(projection_digest(layout.first_layer, layout.latent_dim, peer.announced))
 
     def awaits(self, peer: Peer, message: messages.ProjectionLayer) -> bool:
-        """True if a layer is the next one of a rank."""
+        """Return whether a layer is the next one that a rank has to send."""
         upload = peer.upload
         return upload is not None and (message.projection, message.index) == (
             peer.hello.projection,
@@ -44,7 +44,7 @@ class Projections:
     def take(
         self, peer: Peer, message: messages.ProjectionLayer, data: memoryview, peers: Collection[Peer]
     ) -> str:
-        """Take the layer that a rank was to send next; the last one registers its projection.
+        """Take the next layer of a rank's projection. The last layer registers it.
 
         Args:
             peers: all that are registered; projections of no others are kept.

@@ -47,7 +47,7 @@ class Rooms:
     # What the scheduler does
 
     def open(self, room_id: int, prompt_tokens: int, now: float) -> None:
-        """Begin a room: requests that came earlier are bound to it, and an earlier abort fails it."""
+        """Begin a room: bind the requests that came earlier, and fail it if an abort came earlier."""
         room = self.table[room_id] = Room(room_id, prompt_tokens, opened=now, progress=now, sought=now)
         self._caught_up = now
         early = self.early_requests.pop(room_id, {})
@@ -65,11 +65,11 @@ class Rooms:
             self.fail(room, aborted, now)
 
     def caught_up(self, now: float) -> None:
-        """The scheduler has no request left whose room it could open; it says so without the agent's lock."""
+        """Note that the scheduler has no request left whose room it could open. It says so without the agent's lock."""
         self._caught_up = now
 
     def send(self, room: Room, span: Span, last: bool, metadata: bytes, now: float) -> None:
-        """Rows are handed over; none will follow the last ones, which the metadata row goes with."""
+        """Take rows of a room. None follow the last ones, which bring the metadata row."""
         self._lanes.extend(room, span)
         room.progress = now
         room.first_send = room.first_send or now
@@ -82,7 +82,7 @@ class Rooms:
     # What peers do
 
     def message(self, peer: Peer, message: messages.Message, now: float) -> None:
-        """One message about rooms."""
+        """Handle one message about rooms."""
         match message:
             case messages.Request():
                 self._take_request(peer, message, now)
@@ -105,13 +105,13 @@ class Rooms:
                 self._drop("malformed_dropped", f"{name} is not for a prefill rank ({peer.name})")
 
     def mapped(self, peer: Peer, now: float) -> None:
-        """A rank has said which shared segments it can read: rooms that have waited for that begin."""
+        """Begin the rooms that have waited for a rank to say which shared segments it can read."""
         for room in list(self.table.values()):
             if peer.identity in room.requests and not room.formed and not room.state.ended:
                 self._advance(room, now)
 
     def uses(self, peer: Peer) -> bool:
-        """Whether a room that goes on needs a connection."""
+        """Return whether a room that has not ended needs a connection."""
         return any(
             destination.peer is peer and not destination.confirmed and not room.state.ended
             for room in self.table.values()
@@ -119,7 +119,7 @@ class Rooms:
         )
 
     def take_over(self, old: Peer, new: Peer) -> None:
-        """A rank has come back under another identity: its rooms go on."""
+        """Move the rooms of a rank that has come back under another identity."""
         new.early_requests = old.early_requests
         destinations = []
         for requests in [room.requests for room in self.table.values()] + list(self.early_requests.values()):
@@ -132,7 +132,7 @@ class Rooms:
         self._lanes.take_over(old, new, destinations)
 
     def lost(self, peer: Peer, reason: str, now: float) -> None:
-        """A rank is gone for good: every room that it has not confirmed fails."""
+        """Fail every room that a rank which is gone for good has not confirmed."""
         for room_id in [room_id for room_id, early in self.early_requests.items() if peer.identity in early]:
             self._drop_early(room_id, peer)
         for room in list(self.table.values()):
@@ -143,7 +143,7 @@ class Rooms:
     def failed(
         self, identity: bytes, room_id: int, message: messages.Message, error: Exception, now: float
     ) -> None:
-        """An exception while a message about a room was handled."""
+        """Fail the room of a message whose handling raised an exception."""
         room = self.table.get(room_id)
         if room is not None and identity in room.requests:
             self.fail(room, f"internal error on {type(message).__name__}: {error!r}", now)
@@ -286,13 +286,13 @@ class Rooms:
         self._conclude(room, now)
 
     def _conclude(self, room: Room, now: float) -> None:
-        """SUCCESS, once every rank that gets data has confirmed."""
+        """End a room well once every rank that gets data has confirmed it."""
         done = room.complete and room.last and all(other.confirmed for other in room.destinations)
         if done and not room.state.ended:
             self._end(room, RoomState.SUCCESS, "", now)
 
     def fail(self, room: Room, reason: str, now: float, but: Peer | None = None) -> None:
-        """Fail a room that has not ended, and tell its decode ranks (but the one that asked for it)."""
+        """Fail a room that has not ended, and tell its decode ranks, except for the one that asked for it."""
         if room.state.ended:
             return
         for request in room.requests.values():
@@ -313,7 +313,7 @@ class Rooms:
         self._ended(room)
 
     def fail_all(self, reason: str, now: float) -> None:
-        """The agent ends."""
+        """Fail every room, because the agent ends."""
         for room in list(self.table.values()):
             self.fail(room, reason, now)
         self.early_requests.clear()
@@ -328,7 +328,7 @@ class Rooms:
     # Time
 
     def expire(self, now: float) -> None:
-        """Give up what has waited for too long."""
+        """Give up the rooms and the requests that have waited for too long."""
         patience = self._settings.transfer_timeout_s
         for room_id, early in list(self.early_requests.items()):
             for identity, request in list(early.items()):
@@ -348,7 +348,7 @@ class Rooms:
                 self.fail(room, f"no progress for {patience:g} s in {room.state.name}; {asked}", now)
 
     def unwanted_reason(self, room: Room, now: float) -> str:
-        """Why no decode rank will ask for a room that none has asked for yet; empty while one may."""
+        """Return why no decode rank will ask for a room that none has asked for yet, or nothing while one may."""
         patience = self._settings.room_timeout_s
         if room.state.ended or room.requests:
             return ""

@@ -79,11 +79,11 @@ class Router:
 
     @property
     def name(self) -> str:
-        """Of this rank, for messages to decode ranks."""
+        """Return the name of this rank, for messages to decode ranks."""
         return f"prefill rank {self._workers.rank} at {self.address[0]}:{self.address[1]}"
 
     def serve(self, peers: Peers, rooms: Rooms) -> None:
-        """Hand what comes to these from now on; before the threads start."""
+        """Hand messages and lost channels to these parts from now on. Called before the threads start."""
         self._peers, self._rooms = peers, rooms
         self._workers.io.add(self._socket, self._receive)
         # who has no key where one is due, or does not speak ZMQ's protocol, never gets as far as the allow-list
@@ -92,7 +92,7 @@ class Router:
 
     @contextmanager
     def turn(self) -> Iterator[float]:
-        """Hold the agent's lock while peers and rooms change, and send what they have to say; gives the time."""
+        """Hold the agent's lock while peers and rooms change, then send their messages. Yields the time."""
         with self._workers.work:
             try:
                 yield self._workers.io.now()
@@ -139,7 +139,7 @@ class Router:
                     self._rooms.failed(identity, getattr(message, "room", -1), message, error, now)
 
     def _refuse_version(self, identity: bytes, reason: str) -> None:
-        """A sound frame of another framing version came, from a peer that can read `Refused` all the same."""
+        """Refuse a peer whose frame has another framing version; it can read `Refused` all the same."""
         with self.turn():
             self._workers.counts["refused"] += 1
             text = f"{self.name} cannot read this peer: {reason}"

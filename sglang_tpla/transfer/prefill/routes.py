@@ -18,7 +18,7 @@ def form_lanes(
     host: str,
     chunk_bytes: int,
 ) -> list[Lane]:
-    """Lanes for all ranks of a room that get data.
+    """Return the lanes of a room to all ranks that get data.
 
     Args:
         make_plan: an existing or new plan of the room for a projection, part, chunk size, row format and share.
@@ -58,12 +58,12 @@ def form_lanes(
 
 
 def _share(request: RoomRequest) -> tuple[int, int]:
-    """Which of the prefill ranks with the same layers this one is, and of how many."""
+    """Return which of the prefill ranks with the same layers this one is, and of how many."""
     return request.message.share_index, request.message.share_count
 
 
 def _read_each_other(request: RoomRequest, requests: list[RoomRequest]) -> bool:
-    """True if the colocated ranks of a request's host can all read each other's shared segments."""
+    """Return whether the colocated ranks of a request's host can all read each other's shared segments."""
     group = [other.peer for other in requests if other.peer.hello.host == request.peer.hello.host]
     return len(group) > 1 and all(
         peer is other or other.hello.agent in peer.mapped for peer in group for other in group
@@ -71,7 +71,7 @@ def _read_each_other(request: RoomRequest, requests: list[RoomRequest]) -> bool:
 
 
 def _parts(members: list[RoomRequest]) -> list[tuple[Part, list[RoomRequest]]]:
-    """Who takes which part: one whole row if all want the same, else the common part once and each group's own."""
+    """Return who takes which part: a whole row if all want the same, else the common part once and each group's own."""
     by_projection: dict[str, list[RoomRequest]] = defaultdict(list)
     for request in members:
         by_projection[request.peer.hello.projection or IDENTITY_HASH].append(request)

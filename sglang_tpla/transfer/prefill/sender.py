@@ -30,7 +30,7 @@ class Sender:
         self.reader = RowReader(pool)
 
     def next_work(self) -> Callable[[], None] | None:
-        """Take a chunk to make; under the lock."""
+        """Take a chunk to make. The caller holds the lock."""
         job = self._lanes.next_job()
         if job is None:
             return None
@@ -51,7 +51,7 @@ class Sender:
 
     @contextmanager
     def _failing(self, job: ChunkJob) -> Iterator[None]:
-        """What goes wrong in here fails the rooms that wait for the chunk, and is reported."""
+        """Fail the rooms that wait for a chunk if making it raises an exception, and report the exception."""
         try:
             yield
         except Exception as error:
@@ -65,12 +65,14 @@ class Sender:
                     self._rooms.fail(lane.room, reason, now)
 
     def _needs_digest(self, job: ChunkJob) -> bool:
-        """True if somebody checks a chunk by its checksum: not where its tag is all that it goes with."""
+        """Return whether a receiver checks a chunk by its checksum; a sealed chunk has a tag instead."""
         direct = all(lane.route is Route.DIRECT for lane, _ in job.deliveries)
         return not (self._router.listener.sealed and direct)
 
     def _make(self, job: ChunkJob) -> tuple[IoVec, bytes]:
-        """Fill the job's slot, if it has memory: where the payload is, and its checksum, if it is known by now."""
+        """Fill the job's slot, if it has memory. Return where the payload is, and its checksum where that is known by
+        now.
+        """
         plan = job.plan
         rectangle, span = plan.rectangles[job.sequence], plan.spans[job.sequence]
         first = rectangle.first_layer - self._first_layer
@@ -146,7 +148,9 @@ class Sender:
     def _send_chunk(
         self, peer: Peer, job: ChunkJob, lane: Lane, message: messages.Chunk, pieces: IoVec, digest: bytes
     ) -> None:
-        """Hand a chunk to the rank's data channel; if it has ended, the rank asks for what it lacks when it is back."""
+        """Hand a chunk to the rank's data channel. If the channel has ended, the rank asks for the chunk when it is
+        back.
+        """
 
         def done(digest: bytes) -> None:
             with self._workers.lock:

@@ -50,11 +50,11 @@ class Outgoing:
         self._messages: list[tuple[bytes, Message, bytes | None]] = []
 
     def put(self, identity: bytes, message: Message, payload: bytes | None = None) -> None:
-        """Add one."""
+        """Add a message."""
         self._messages.append((identity, message, payload))
 
     def take(self) -> list[tuple[bytes, Message, bytes | None]]:
-        """All, in order."""
+        """Return all messages in order, and forget them."""
         messages, self._messages = self._messages, []
         return messages
 
@@ -101,12 +101,12 @@ class Peer:
     queued: int = 0  # chunks for its data channel that the socket has not taken yet
 
     def release_slot(self) -> None:
-        """A staging slot that held a chunk for this peer is free again."""
+        """Count a staging slot that held a chunk for this peer as free."""
         self.slots_held -= 1
 
     @property
     def name(self) -> str:
-        """For messages and logs."""
+        """Return the name of the rank, for messages and logs."""
         return f"decode rank {self.hello.rank} of {self.hello.size} ({self.hello.agent[:8]})"
 
 
@@ -148,7 +148,7 @@ class ChunkPlan:
         self.spans += [span] * len(new)
 
     def size(self, sequence: int) -> int:
-        """Payload bytes of a chunk."""
+        """Return the payload bytes of a chunk."""
         return self.rectangles[sequence].payload_bytes
 
 
@@ -175,11 +175,11 @@ class Destination:
     paused: bool = False  # its rank is back and has not said yet what it has, and from where credit counts
 
     def lane(self, part: int) -> Lane | None:
-        """The lane that carries a part to this rank."""
+        """Return the lane that carries a part to this rank, or None."""
         return next((lane for lane in self.lanes if lane.plan.part == part), None)
 
     def settle(self, chunk: ChunkId) -> bool:
-        """Strike a chunk off what is under way, letting go of its slot; False if it was not."""
+        """Strike a chunk off those under way and let go of its slot. Return whether it was under way."""
         if chunk not in self.unacked:
             return False
         slot = self.unacked.pop(chunk)
@@ -216,16 +216,16 @@ class Lane:
         self.ahead = [deque() for _ in (self.takers[:1] if self.route is Route.LOCAL else self.takers)]
 
     def leader(self, sequence: int) -> Destination:
-        """The rank a chunk travels to."""
+        """Return the rank to which a chunk travels."""
         return self.takers[sequence % len(self.takers)]
 
     @property
     def all_sent(self) -> bool:
-        """True when every planned chunk was sent at least once."""
+        """Whether every planned chunk was sent at least once."""
         return not any(self.ahead)
 
     def left_bytes(self, destination: Destination) -> int:
-        """Chunk bytes that are still to travel to a rank."""
+        """Return the chunk bytes that are still to travel to a rank."""
         if self.route is Route.LOCAL:
             return 0
         left = [sequence for sequence, other in self.repeat if other is destination]
@@ -233,8 +233,8 @@ class Lane:
         return sum(self.plan.size(sequence) for sequence in left)
 
     def heads(self) -> list[tuple[int, list[Destination]]]:
-        """The chunks that may go next, and the ranks each goes to at once: one for each rank, so that no rank waits for
-        another one's credit.
+        """Return the chunks that may go next, with the ranks to which each goes at once. Each rank has a chunk of its
+        own, so that no rank waits for another one's credit.
         """
         again: dict[Destination, int] = {}
         for sequence, destination in self.repeat:
@@ -263,7 +263,7 @@ class ChunkJob:
 
     @property
     def plan(self) -> ChunkPlan:
-        """That of all its lanes."""
+        """The plan of all its lanes."""
         return self.deliveries[0][0].plan
 
 
@@ -308,21 +308,21 @@ class Room:
 
     @property
     def destinations(self) -> list[Destination]:
-        """All ranks that get data."""
+        """The destinations of all ranks that get data."""
         found = (request.destination for request in self.requests.values())
         return [destination for destination in found if destination is not None]
 
     @property
     def messages(self) -> list[Request]:
-        """What all ranks have asked."""
+        """The requests of all ranks."""
         return [request.message for request in self.requests.values()]
 
     @property
     def expected_ranks(self) -> int | None:
-        """How many ranks will ask, once one has."""
+        """How many ranks will ask; None before one has."""
         return next((asks.expected_ranks for asks in self.messages), None)
 
     @property
     def complete(self) -> bool:
-        """True when every expected rank has asked."""
+        """Whether every expected rank has asked."""
         return bool(self.requests) and len(self.requests) >= (self.expected_ranks or 1)

@@ -21,7 +21,7 @@ NEARLY = 1e-3
 
 @pytest.fixture
 def heir(faulty: Faulty) -> Iterator[Answer]:
-    """What is asked after each abort, as it is answered once prefill has it in its cache; and rest afterwards."""
+    """The request that follows each abort, with the answer that prefill gives from its cache; at the end, rest."""
     before = faulty.held()
     for prompt in (VICTIM, HEIR):
         assert not faulty.route.ask(prompt, TOKENS).failure
@@ -84,7 +84,7 @@ def test_each_rank_ends_its_own_part_of_an_aborted_room(faulty: Faulty, heir: An
 
 
 def test_storm_of_aborts(faulty: Faulty, heir: Answer) -> None:
-    """Twenty requests with sends in flight, all given up within a second on either side, to both decode servers."""
+    """Twenty requests with sends in flight are given up within a second on either side, to both decode servers."""
     chooser = random.Random(7)
     prompts = [VICTIM, HEIR, *PROMPTS]
     with faulty.network("throttle"), concurrent.futures.ThreadPoolExecutor(20) as pool:
@@ -103,7 +103,7 @@ def test_storm_of_aborts(faulty: Faulty, heir: Answer) -> None:
 
 @pytest.mark.parametrize("times", [3, pytest.param(10, marks=pytest.mark.slow)])
 def test_room_reused_with_chunks_of_the_old_one_in_flight(faulty: Faulty, heir: Answer, times: int) -> None:
-    """The same room number again right after an abort, as a client that repeats its request would do."""
+    """A client repeats its request with the same room number right after an abort."""
     with faulty.network("throttle", bytes_per_s=SLOW), concurrent.futures.ThreadPoolExecutor(1) as pool:
         for number in range(times):
             room, rid = 7_000_000 + 100 * times + number, f"reuse-{times}-{number}"
@@ -116,7 +116,7 @@ def test_room_reused_with_chunks_of_the_old_one_in_flight(faulty: Faulty, heir: 
 
 
 def until_rooms(faulty: Faulty, count: int) -> None:
-    """Until the decode server has that many rooms open."""
+    """Wait until the decode server has that many rooms open."""
     deadline = time.monotonic() + 60
     while counters(faulty.decode)["rooms"] < count:
         assert time.monotonic() < deadline

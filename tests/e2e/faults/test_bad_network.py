@@ -51,7 +51,7 @@ def test_network_gone_for_longer_than_the_heartbeat_and_back(faulty: Faulty) -> 
 
 
 def test_bootstrap_server_away(faulty: Faulty) -> None:
-    """What is under way, and what follows between servers that know each other, does not need it."""
+    """Requests under way, and later ones between servers that know each other, do not need the bootstrap server."""
     faulty.door.refusing = True
     faulty.door.cut()
     assert faulty.check(faulty.ask_all(), "cut") == len(PROMPTS)
@@ -60,7 +60,7 @@ def test_bootstrap_server_away(faulty: Faulty) -> None:
 
 
 def test_hostile_frames_at_a_serving_prefill_rank(faulty: Faulty) -> None:
-    """Malformed frames of every kind and strangers' messages, from a registered peer, while requests are served."""
+    """A registered peer sends malformed frames of every kind, and strangers send messages, while it serves others."""
     before, at_start = faulty.held(), counters(faulty.prefill)
     (peer,) = {proxy.port for proxy in faulty.proxies[:1]}
     fakes = [FakeDecode(peer) for _ in range(2)]
@@ -87,7 +87,7 @@ def test_hostile_frames_at_a_serving_prefill_rank(faulty: Faulty) -> None:
 
 @pytest.mark.slow
 def test_network_gone_and_back_twenty_times(faulty: Faulty) -> None:
-    """For a moment, for less and for more than the heartbeat's patience, under requests."""
+    """The network is gone for a moment, for less and for more than the heartbeat's patience, under requests."""
     before = faulty.held()
     for number in range(20):
         with faulty.network_gone():

@@ -25,7 +25,7 @@ RANK = {"rank_ip": "127.0.0.1", "rank_port": 9}
 
 @pytest.fixture
 def liar() -> Iterator[ThreadingHTTPServer]:
-    """A bootstrap server that says whatever ``server`` and ``rank`` hold."""
+    """Start a bootstrap server that says whatever ``server`` and ``rank`` hold."""
 
     class Answers(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -47,7 +47,7 @@ def liar() -> Iterator[ThreadingHTTPServer]:
 
 
 def ask_decode(faulty: Faulty, port: int) -> str:
-    """Why a request that names this bootstrap server fails on the decode server; prefill never hears of it."""
+    """Return why a request that names this bootstrap server fails on the decode server; prefill never hears of it."""
     body = Route(faulty.prefill, port, faulty.decode).body(PROMPTS[0], TOKENS)
     response = client.post(faulty.decode.url + "/generate", json=body)
     assert response.status_code != 200 or response.json()["meta_info"]["finish_reason"]["type"] == "abort"
@@ -69,7 +69,7 @@ def ask_decode(faulty: Faulty, port: int) -> str:
 def test_what_a_bootstrap_server_says_wrong_fails_one_request(
     faulty: Faulty, liar: Any, server: Any, rank: Any, said: str
 ) -> None:
-    """Each is the client's own choice of a bootstrap server: it must not end the decode server."""
+    """A client may choose any bootstrap server, which must not end the decode server."""
     liar.server, liar.rank = server, rank
     earlier = len(faulty.decode.log.read_text())
     answer = ask_decode(faulty, liar.server_address[1])
@@ -82,7 +82,9 @@ def test_what_a_bootstrap_server_says_wrong_fails_one_request(
 
 
 def test_a_silent_bootstrap_server_delays_no_other_request(faulty: Faulty) -> None:
-    """It takes connections and says nothing; others' requests go on, and the one that waits for it fails."""
+    """The bootstrap server takes connections and says nothing. Other requests go on, and the one that waits for it
+    fails.
+    """
     with (
         socket.create_server(("127.0.0.1", 0), backlog=128) as silent,
         concurrent.futures.ThreadPoolExecutor(1) as pool,

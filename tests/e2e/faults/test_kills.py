@@ -19,7 +19,7 @@ FAIL_WITHIN_S = 100.0
 
 
 def until_in_flight(server: Server, more_rooms_than: int = 0) -> None:
-    """Until the server has that many rooms open and chunks of them have moved."""
+    """Wait until the server has that many rooms open and chunks of them have moved."""
     start = counters(server)["chunks"]
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
@@ -30,14 +30,14 @@ def until_in_flight(server: Server, more_rooms_than: int = 0) -> None:
 
 
 def until_running(server: Server) -> None:
-    """Until the server decodes a request."""
+    """Wait until the server decodes a request."""
     deadline = time.monotonic() + 120
     while not idle(server)["running_batch"]:
         assert time.monotonic() < deadline, idle(server)
 
 
 def until_answered(load: Load, requests: int) -> None:
-    """Until the load beside has had that many right answers from the plain decode server."""
+    """Wait until the load beside has had that many right answers from the plain decode server."""
     deadline = time.monotonic() + 120
     while load.right["single"] < requests:
         assert time.monotonic() < deadline, load.failures
@@ -45,14 +45,15 @@ def until_answered(load: Load, requests: int) -> None:
 
 
 def failed(call: concurrent.futures.Future[Answer]) -> str:
-    """Why the request failed; it must have."""
+    """Return why the request failed, as it must have."""
     answer = call.result(FAIL_WITHIN_S)
     assert answer.failure, answer
     return answer.failure
 
 
 def test_decode_killed_at_every_stage_under_load(faulty: Faulty) -> None:
-    """One request before its decode ranks have asked, one in mid-chunk, one that decodes; others are served meanwhile.
+    """The ranks of one request have not asked yet, another is in mid-chunk, a third decodes; others are served
+    meanwhile.
 
     Prefill fails the first two (the first after a time of its own, as nobody ever asks), and none
     of the other decode server's.
@@ -85,7 +86,9 @@ def test_decode_killed_at_every_stage_under_load(faulty: Faulty) -> None:
 
 
 def test_prefill_killed_in_mid_chunk_under_load(faulty: Faulty) -> None:
-    """Every request that it served fails and says so; started anew on the same address, it serves both servers."""
+    """Every request of the prefill server fails with a reason. Started anew on the same address, it serves both
+    servers.
+    """
     survivors, before = (faulty.decode, faulty.single), faulty.held()
     pids = [server.process.pid for server in survivors if server.process is not None]
     with Load([faulty.route, faulty.side], PROMPTS, faulty.expected, TOKENS) as load:
@@ -118,14 +121,14 @@ def test_first_token_is_the_same_for_any_decode_layout(faulty: Faulty) -> None:
 
 
 def test_no_shared_memory_on_the_prefill_server(faulty: Faulty) -> None:
-    """It was started where no file may be as large as its segment: it says so, and all goes through sockets."""
+    """The server may make no file as large as its segment: it says so, and all rows go through sockets."""
     said = faulty.prefill.log.read_text(errors="replace")
     assert "no shared memory of" in said and "File too large" in said
     assert counters(faulty.decode)["wire_bytes"] > 0
 
 
 def test_statistics_of_live_traffic(faulty: Faulty, nano_mla: str, statistics_folder: Path) -> None:
-    """What the prefill ranks summed up while they served is what the plain model says of such text."""
+    """The prefill ranks' sums over their traffic are those of the plain model over such text."""
     from tokenizers import Tokenizer
 
     from sglang_tpla.measure.statistics import Statistics, collect, combine

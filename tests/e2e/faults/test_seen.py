@@ -13,7 +13,7 @@ from tests.e2e.servers import Server, transfer_lines, wait_idle
 
 
 def told(server: Server, lines: int) -> dict[int, dict[str, float]]:
-    """What the log lines after the first ``lines`` add up to, by rank."""
+    """Return what the log lines after the first ``lines`` add up to, by rank."""
     sums: dict[int, dict[str, float]] = {}
     for line in transfer_lines(server)[lines:]:
         rank = sums.setdefault(line["rank"], dict.fromkeys(("bytes", "seconds", "rooms", "resent"), 0))
@@ -33,7 +33,7 @@ NAMES = {
 
 
 def test_series_of_every_rank_are_what_its_log_lines_add_up_to(faulty: Faulty) -> None:
-    """One line a transfer and rank; the slices of two ranks, and what one of them relays, are counted once each."""
+    """Each transfer has one line a rank. The slices of two ranks, and what one of them relays, count once each."""
     wait_idle(*faulty.servers)
     time.sleep(2)  # series are copied each second
     lines = [len(transfer_lines(server)) for server in faulty.servers]

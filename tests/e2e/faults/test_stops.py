@@ -16,7 +16,7 @@ from tests.e2e.traffic import Load, Route
 def serve_meanwhile(
     faulty: Faulty, halted: psutil.Process, stuck: Route, others: Route, seconds: float
 ) -> None:
-    """Stop a process for so long: requests of ``others`` are all right, one of ``stuck`` ends, and all is as before."""
+    """Stop a process for so long. Requests of ``others`` are all right, one of ``stuck`` ends, and all is as before."""
     before = faulty.held()
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         with Load([others], PROMPTS, faulty.expected, TOKENS) as load, stopped(halted):
@@ -40,14 +40,14 @@ def serve_meanwhile(
 )
 @pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_decode_rank_stopped(faulty: Faulty, rank: int, seconds: float) -> None:
-    """One of two ranks; the other decode server's requests all succeed meanwhile."""
+    """One of two ranks stops; the other decode server's requests all succeed meanwhile."""
     lost = sum(series(faulty.prefill)["peers_lost_total"].values())
     serve_meanwhile(faulty, _rank(faulty.decode, rank), faulty.route, faulty.side, seconds)
     assert sum(series(faulty.prefill)["peers_lost_total"].values()) > lost
 
 
 def test_decode_rank_stopped_for_a_moment(faulty: Faulty) -> None:
-    """For less than the heartbeat's patience: nothing fails, not even what was under way."""
+    """The rank stops for less than the heartbeat's patience: nothing fails, not even what was under way."""
     before = faulty.held()
     with concurrent.futures.ThreadPoolExecutor(1) as pool, faulty.network("throttle"):
         call = pool.submit(faulty.ask_all)
