@@ -62,8 +62,11 @@ def test_sketched_variant_fits(groups: int, shared: int, heads: int, query_len: 
     assert blocks * variant.rows >= heads * query_len
 
 
-def test_sketched_kernel_compiles() -> None:
-    variant = variant_for(DecodeShape.of_sketched(SketchedRows.of(512, 2, 64, 64), 32))
+@pytest.mark.parametrize(("groups", "heads", "row_values"), [(2, 32, False), (8, 128, True)])
+def test_sketched_kernel_compiles(groups: int, heads: int, row_values: bool) -> None:
+    variant = variant_for(DecodeShape.of_sketched(SketchedRows.of(512, groups, 64, 64), heads))
+    assert isinstance(variant, SketchedVariant)
+    assert variant.row_values == row_values
     cubin, log = compile_cubin(variant.source(), variant.defines, "sketched_decode.cu")
     assert cubin[:4] == b"\x7fELF"
     assert "C7510" not in log, "wgmma instructions were serialised"
