@@ -79,5 +79,7 @@ def test_a_family_is_served(
             torch.testing.assert_close(said, expected, rtol=0, atol=2e-3)
         assert decode.get("/server_info")["tpla"]["widths"] == [64] * 3
     (written,) = (tmp_path / "statistics").iterdir()
-    layers = Statistics.load(written).layers
-    assert len(layers) == 3 and all(layer.latent_count >= 20 for layer in layers)
+    seen = Statistics.load(written)
+    assert len(seen.layers) == 3 and all(layer.latent_count >= 20 for layer in seen.layers)
+    config = Checkpoint(folder).config  # what `calibrate --from-stats` asks of them
+    assert (seen.meta.config_hash, seen.meta.weights_hash) == (config_hash(config), weights_hash(folder))
