@@ -75,12 +75,16 @@ def servers(
     rows = request.param
     maps = {"plain": nano_artifact, "sketched": sketched_artifact}[rows]
     artifact = artifact_for(model.path, maps, model.folder / f"{rows}-g2.safetensors")
-    layout = ("--tp", "2", "--tpla-groups", "2", "--tpla-artifact", str(artifact))
+    # Each kind of rows with one way of keeping the output projection.
+    heads = {"plain": "replicate", "sketched": "scatter"}[rows]
+    layout = ("--tp", "2", "--tpla-groups", "2", "--tpla-artifact", str(artifact), "--tpla-o-proj", heads)
     with contextlib.ExitStack() as stack:
         pairs = {}
         for name, flags in FLAGS.items():
             (port,), log = free_ports(1), model.folder / f"{rows}-{name}-decode.log"
-            decode = launcher("decode", str(model.path), port, log, *layout, *COMMON, *flags)
+            other = {"EAGLE": "NEXTN"} if rows == "sketched" else {}  # two names of one algorithm
+            named = (other.get(flag, flag) for flag in flags)
+            decode = launcher("decode", str(model.path), port, log, *layout, *COMMON, *named)
             stack.callback(decode.stop)
             pairs[name] = Pair(*model.prefill[name], decode.start(), 1000 if rows == "plain" else 500_000)
         for pair in pairs.values():
