@@ -1,13 +1,14 @@
 """The kernel compiles for Hopper without a GPU, fits its shared memory, and keeps its accumulators in registers."""
 
+import itertools
 import re
 
 import pytest
 
 from sglang_tpla.attention.hopper.compile import KernelCompileError, cached_cubin, compile_cubin
 from sglang_tpla.attention.hopper.decode import SHARED_LIMIT_BYTES, variant_for
-from sglang_tpla.attention.hopper.sketched import SketchedVariant
-from sglang_tpla.attention.interface import DecodeShape
+from sglang_tpla.attention.hopper.sketched import SketchedVariant, unsupported_reason
+from sglang_tpla.attention.interface import AttentionInputError, DecodeShape
 from sglang_tpla.cache_rows.sketched import SketchedRows
 
 
@@ -60,6 +61,25 @@ def test_sketched_variant_fits(groups: int, shared: int, heads: int, query_len: 
     assert variant.stages >= 3
     blocks = -(-heads * query_len // variant.rows)
     assert blocks * variant.rows >= heads * query_len
+
+
+@pytest.mark.parametrize("groups", [2, 3, 4, 8, 16])
+def test_every_shape_has_a_form_that_fits(groups: int) -> None:
+    """Also where the ring, or values by query rows, leave no room for 64 of them."""
+    for shared, bits, rope_bits in itertools.product(range(0, 512, 8), (2, 4), (8, 16)):
+        if (512 - shared) % (8 * groups):
+            continue
+        rows = SketchedRows.of(512, groups, shared, 64, sketch_bits=bits, rope_bits=rope_bits)
+        for heads, query_len in itertools.product((8, 16, 48, 128), (1, 4)):
+            if unsupported_reason(rows) is None:
+                variant = variant_for(DecodeShape.of_sketched(rows, heads, query_len))
+                assert isinstance(variant, SketchedVariant) and variant.fits, (rows, heads, query_len)
+
+
+def test_rows_that_fit_no_block_are_refused() -> None:
+    rows = SketchedRows.of(8192, 16, 0, 64)
+    with pytest.raises(AttentionInputError, match="do not fit the 232448 bytes"):
+        variant_for(DecodeShape.of_sketched(rows, 16))
 
 
 @pytest.mark.parametrize(("groups", "heads", "row_values"), [(2, 32, False), (8, 128, True)])

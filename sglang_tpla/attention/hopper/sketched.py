@@ -14,7 +14,7 @@ import torch
 
 from sglang_tpla.attention.hopper import wgmma
 from sglang_tpla.attention.hopper.plan import MAX_PARTS, SEGMENT_COST, TILE_TOKENS
-from sglang_tpla.attention.interface import DecodeShape
+from sglang_tpla.attention.interface import AttentionInputError, DecodeShape
 from sglang_tpla.cache_rows.sketched import ALIGNMENT, SketchedRows, level_table
 
 # The files are compiled as one text, in this order.
@@ -28,7 +28,7 @@ SOURCES = tuple(
         "sketched_gather.cuh",  # the producer, which copies raw rows; the query
         "merge_shared.cuh",  # the request that a block helps to merge
         "sketched_scores.cuh",  # scores, softmax
-        "sketched_results.cuh",  # where a segment's sums go
+        "sketched_results.cuh",  # what both forms of values share
         "sketched_{values}_values.cuh",  # the values, by query rows or turned; partial results
         "merge.cuh",  # adding up partial results
         "sketched_decode.cu",  # the consumers' loop and the kernel
@@ -159,19 +159,25 @@ class SketchedVariant:
 
 
 def variant_for(shape: DecodeShape) -> SketchedVariant:
-    """The best form for ``shape``: as many query rows a block as registers hold, and as many stages as fit."""
+    """The best form for ``shape``: as many query rows a block as registers and memory hold, then as many stages as fit.
+
+    Raises:
+        AttentionInputError: no form fits a block's shared memory.
+    """
     assert shape.sketched is not None
     rows, query_rows = shape.sketched, shape.heads * shape.query_len
-    row_values = (
-        rows.w_pad <= MAX_ROW_VALUES and query_rows > 32
-    )  # fewer need little unpacking, and more of the ring
-    turned = MAX_ACCUMULATORS // -(-rows.w_pad // 64) * 2 // 16 * 16
-    most = 64 if row_values else min(64, turned)
-    row_blocks = -(-query_rows // most)
-    per_block = -(-query_rows // (16 * row_blocks)) * 16
-    stages = MAX_STAGES
-    while True:
-        variant = SketchedVariant(rows, per_block, stages, row_values)
-        if variant.fits or stages == MIN_STAGES:
-            return variant
-        stages -= 1
+    turned = min(64, MAX_ACCUMULATORS // -(-rows.w_pad // 64) * 2 // 16 * 16)
+    forms = [(False, most) for most in range(turned, 0, -16)]
+    if rows.w_pad <= MAX_ROW_VALUES and query_rows > 32:  # fewer need little unpacking, and more of the ring
+        forms.insert(0, (True, 64))
+    for row_values, most in forms:
+        row_blocks = -(-query_rows // most)
+        per_block = -(-query_rows // (16 * row_blocks)) * 16
+        for stages in range(MAX_STAGES, MIN_STAGES - 1, -1):
+            variant = SketchedVariant(rows, per_block, stages, row_values)
+            if variant.fits:
+                return variant
+    raise AttentionInputError(
+        f"rows of {rows.row_bytes} bytes and queries of {shape.query_dim} columns do not fit the {BLOCK_BYTES} bytes "
+        "of shared memory that a block has; choose more shared columns or fewer bits"
+    )

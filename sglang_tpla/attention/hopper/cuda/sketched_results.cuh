@@ -1,4 +1,12 @@
-// ---- results of a segment -----------------------------------------------------------------------------------------
+// ---- what both forms of values share ------------------------------------------------------------------------------
+
+// Waits for the next tile of warpgroup `from`, whose tiles `done` counts; returns the stamp of its reference.
+__device__ __forceinline__ u32 wait_for_tile(Fixed& fixed, int from, u32 (&done)[2]) {
+    barrier_wait(shared_address(fixed.ready) + 8 * from, (from ? done[1] : done[0]) & 1);
+    if (from) ++done[1];
+    else ++done[0];
+    return *reinterpret_cast<volatile u32*>(&fixed.stamp[from]);
+}
 
 // The first of the two columns that value pair k of item `piece` of a partial result holds.
 __device__ __forceinline__ int item_column(int piece, int k) { return piece * 8 + k * 2; }

@@ -18,14 +18,11 @@ struct Values {
 
 // The warpgroup of values: every tile. `done`: tiles of each warpgroup of scores before.
 __device__ __forceinline__ void gather_values(Fixed& fixed, const Segment& c, u32 (&done)[2], Values& v) {
-    const u32 ready = shared_address(fixed.ready), used = shared_address(fixed.used);
+    const u32 used = shared_address(fixed.used);
     u32 stamp = 0xffffffffu;                                     // of no tile: the first tile sets the values' reference
     for (int j = 0; j < c.tiles; ++j) {
         const int from = j & 1;
-        barrier_wait(ready + 8 * from, (from ? done[1] : done[0]) & 1);
-        if (from) ++done[1];
-        else ++done[0];
-        const u32 now = *reinterpret_cast<volatile u32*>(&fixed.stamp[from]);
+        const u32 now = wait_for_tile(fixed, from, done);
         if (now != stamp) {
             stamp = now;
 #pragma unroll

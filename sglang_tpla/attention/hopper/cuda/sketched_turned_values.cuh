@@ -71,7 +71,7 @@ __device__ __forceinline__ void add_values(const u16 (&ratios)[2][kTile], float 
 
 // The warpgroup of values: every tile. `done`: tiles of each warpgroup of scores before.
 __device__ __forceinline__ void gather_values(Fixed& fixed, const Segment& c, u32 (&done)[2], Values& v) {
-    const u32 empty = shared_address(fixed.empty), ready = shared_address(fixed.ready), used = shared_address(fixed.used);
+    const u32 empty = shared_address(fixed.empty), used = shared_address(fixed.used);
     const u32 exponent = load_shared(shared_address(&fixed.constants.exponent));
     const int column = 2 * (c.lane % 4);
     u32 stamp = 0xffffffffu;                                     // of no tile: the first tile sets the values' reference
@@ -79,10 +79,7 @@ __device__ __forceinline__ void gather_values(Fixed& fixed, const Segment& c, u3
     for (int j = 0; j < c.tiles; ++j) {
         const int from = j & 1;
         const Stage first(c.base + j, 0), second(c.base + j, 1);
-        barrier_wait(ready + 8 * from, (from ? done[1] : done[0]) & 1);
-        if (from) ++done[1];
-        else ++done[0];
-        const u32 now = *reinterpret_cast<volatile u32*>(&fixed.stamp[from]);
+        const u32 now = wait_for_tile(fixed, from, done);
         if (now != stamp) {
             stamp = now;
             sync_group(2);                                       // `applied` is written
