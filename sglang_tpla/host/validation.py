@@ -136,9 +136,8 @@ def newer_refusals(args: Any) -> list[tuple[bool, str, str]]:
         given("disaggregation_decode_allocation_policy"),
         given("disaggregation_decode_host_receive_threshold"),
     )
-    never = compat.default_of(
-        type(args), "disaggregation_decode_host_receive_threshold"
-    )  # 0 up to 0.5.21, 1 later
+    # 0 up to 0.5.21, 1 later
+    never = compat.default_of(type(args), "disaggregation_decode_host_receive_threshold")
     return [
         (bool(given("enable_kv_cache_sharding")), "--enable-kv-cache-sharding", "every prefill rank sends whole rows"),
         (policy not in (None, "early"), f"--disaggregation-decode-allocation-policy {policy}", "rows are sent while "

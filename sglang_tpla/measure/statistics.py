@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 
 from sglang_tpla.errors import SglangTplaError
 from sglang_tpla.measure.layer_inputs import walk
-from sglang_tpla.reference_model.forward import PlainModel
+from sglang_tpla.reference_model.forward import AttentionInputs, PlainModel
 
 _NAMES = ("latent_count", "latent_sum", "latent_outer", "query_count", "query_outer")
 FORMAT_VERSION = 1
@@ -229,13 +229,11 @@ def collect(
                 moments[layer].update(latent, q_nope.transpose(0, 1))
             progress(whole.numel() // spec.layers)
         return [part.on_cpu() for part in moments]
+
+    def observe(layer: int, inputs: AttentionInputs, _out: torch.Tensor) -> None:
+        moments[layer].update(inputs.latent.flatten(0, 1), inputs.q_nope.transpose(1, 2).flatten(0, 1))
+
     for tokens in batches:
-        hidden = model.embedding[tokens.to(model.device)]
-        for layer, part in enumerate(moments):
-            inputs = model.attention_inputs(layer, hidden)
-            part.update(inputs.latent.flatten(0, 1), inputs.q_nope.transpose(1, 2).flatten(0, 1))
-            if layer + 1 < spec.layers:  # of the last layer nothing else is wanted
-                attended = model.layers[layer].attention(inputs, None, 0)
-                hidden = model.finish_layer(layer, hidden, attended)
+        model.hidden_states(tokens.to(model.device), observer=observe)
         progress(tokens.numel())
     return [part.on_cpu() for part in moments]

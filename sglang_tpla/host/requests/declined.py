@@ -6,6 +6,7 @@ each rank's agent tells the other server, which then answers its half of the req
 
 from __future__ import annotations
 
+import itertools
 import json
 from typing import Any
 
@@ -37,7 +38,8 @@ def declined(obj: Any, role: str, error: Exception) -> AbortReq | None:
     fields = [getattr(obj, name, None) for name in PLACE]
     count = len(fields[0]) if isinstance(fields[0], list) else 1
     columns = [value if isinstance(value, list) else [value] * count for value in fields]
-    places = [place for row in zip(*columns, strict=False) if (place := checked_place(*row))][:MAX_SAMPLES]
+    rows = itertools.islice(zip(*columns, strict=False), MAX_SAMPLES)  # a client's list may have any length
+    places = [place for row in rows if (place := checked_place(*row))]
     if not places:
         return None
     # An error of another kind is this server's, and another server may serve the request.
