@@ -72,7 +72,7 @@ NEARLY: dict[str, list[Any]] = {
     "custom_logit_processor": ["{}", '{"callable": "80"}'], "routed_dp_rank": [0, 1, -1],
     "disagg_prefill_dp_rank": [0, 1, 7], "priority": [5], "max_thinking_tokens": [3], "stream_interval": [1, 0],
     "image_data": ["file:///etc/hostname", ["http://127.0.0.1:9/a.png"], {"url": "x"}],
-    "custom_params": [{"a": {"b": [1]}}], "rid": ["same", ["a", "b"], "HEALTH_CHECK_1"],
+    "custom_params": [{"a": {"b": [1]}}], "rid": ["same", ["a", "b"], "HEALTH_CHECK_1", "\0declined"],
     "messages": [[], [{"role": "user"}], [{"role": "robot", "content": "x"}], [{"role": "user", "content": None}],
                  [{"role": "user", "content": [{"type": "text"}]}], [{"role": "assistant", "content": "x"}],
                  [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "file:///x"}}]}]],

@@ -151,6 +151,7 @@ REFUSED: list[dict[str, Any]] = [
     {"text": PROMPT, "return_logprob": True, "top_logprobs_num": 500},
     {"text": PROMPT, "return_hidden_states": True}, {"text": "x " * 20000}, {},
     {"text": PROMPT, "rid": "HEALTH_CHECK_1"},
+    {"text": PROMPT, "rid": "\0declined"},
     {"text": PROMPT, "sampling_params": {"regex": "["}}, {"text": PROMPT, "sampling_params": {"ebnf": "root ::= root"}},
     {"text": PROMPT, "sampling_params": {"regex": "([a-z]{1,20}){1,50}"}},
 ]  # fmt: skip

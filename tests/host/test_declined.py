@@ -97,6 +97,25 @@ def test_only_what_no_scheduler_has_seen_is_told(by: str, error: Exception, said
     assert [said in one.abort_message for one in sent] == ([True] if by == "edge" else [])
 
 
+@pytest.mark.parametrize("rid", ["\0declined", "\0", "HEALTH_CHECK_1", "", 5, ["a", "\0declined"]])
+def test_no_client_has_a_reserved_id(rid: Any) -> None:
+    from sglang_tpla.host.requests import edge
+
+    with pytest.raises(edge.RequestRefused, match="rid must be a string"):
+        edge.check_rid(rid)
+
+
+def test_a_clients_abort_of_the_reserved_id_does_nothing() -> None:
+    from sglang.srt.managers.io_struct import AbortReq
+
+    from sglang_tpla.host.disaggregation.aborts import abort
+    from sglang_tpla.host.requests.declined import DECLINED
+
+    stock = Mock()
+    assert abort(stock, SimpleNamespace(), AbortReq(rid=DECLINED)) is None
+    assert not stock.mock_calls
+
+
 def test_messages_that_make_no_prompt_are_told_too() -> None:
     from sglang_tpla.host.requests import edge
 

@@ -12,16 +12,17 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from sglang_tpla.host.requests.declined import DECLINED, decline
+from sglang_tpla.host.requests.declined import DECLINED, RESERVED, decline
 
-SHIELD = "\0"  # no client's id begins with this character
+SHIELD = RESERVED  # no client's id begins with it
 SAMPLE = re.compile(r"_[0-9a-f]{32}")  # SGLang's suffix for the samples of one request
 
 
 def abort(original: Callable[..., Any], self: Any, recv_req: Any) -> Any:
     """Abort the named request and its samples, after telling the decode ranks of waiting ones."""
     if recv_req.rid == DECLINED:
-        decline(self, recv_req)
+        if recv_req.abort_message:  # a client's abort has none, whatever its id
+            decline(self, recv_req)
         return None
     named = recv_req.rid
     others = []

@@ -23,7 +23,8 @@ from sglang_tpla.host.requests.fields import (
 )
 from sglang_tpla.transfer.room import REFUSED
 
-DECLINED = "\0declined"
+RESERVED = "\0"  # begins no client's id
+DECLINED = RESERVED + "declined"
 FAILED = "failed over the request: "  # and not the request's fault
 PLACE = ("bootstrap_room", "bootstrap_host", "bootstrap_port")
 MAX_REASON_CHARACTERS = 1024
@@ -64,6 +65,6 @@ def decline(scheduler: Any, message: AbortReq) -> None:
     """Let this rank's agent tell the other server, as `declined` says."""
     decodes = scheduler.disaggregation_mode == DisaggregationMode.DECODE
     queue = scheduler.disagg_decode_prealloc_queue if decodes else scheduler.disagg_prefill_bootstrap_queue
-    said = json.loads(message.abort_message or "{}")
+    said = json.loads(message.abort_message)
     for room, host, port in said["places"]:
         queue.kv_manager.decline(room, host, port, said["reason"])

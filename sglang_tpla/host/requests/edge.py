@@ -23,7 +23,7 @@ from sglang_tpla.host import compat
 from sglang_tpla.host.disaggregation.prefill_lookup import MAX_RANKS
 from sglang_tpla.host.process import serves_decode
 from sglang_tpla.host.requests.bodies import happened_in
-from sglang_tpla.host.requests.declined import declined
+from sglang_tpla.host.requests.declined import RESERVED, declined
 from sglang_tpla.host.requests.fields import Limits, RequestRefused, check_item, check_rooms_differ
 from sglang_tpla.host.requests.patterns import check_grammar, check_stops
 from sglang_tpla.host.requests.samples import give_each_its_room
@@ -114,13 +114,12 @@ def abort_forgotten(manager: Any, obj: Any) -> None:
 
 
 def check_rid(rid: Any) -> None:
-    """Refuse an empty id, and those of health checks, whose requests SGLang drops while it is busy."""
+    """Refuse an empty id, this package's own, and those of health checks, which SGLang drops while it is busy."""
+    reserved = (HEALTH_CHECK_RID_PREFIX, RESERVED)
     for one in rid if isinstance(rid, list) else [rid]:
-        if one is not None and (
-            not isinstance(one, str) or not one or one.startswith(HEALTH_CHECK_RID_PREFIX)
-        ):
+        if one is not None and (not isinstance(one, str) or not one or one.startswith(reserved)):
             raise RequestRefused(
-                f"rid must be a string that is not empty and does not begin with {HEALTH_CHECK_RID_PREFIX}; got {one!r}"
+                f"rid must be a string that is not empty and begins with none of {list(reserved)}; got {one!r}"
             )
 
 
