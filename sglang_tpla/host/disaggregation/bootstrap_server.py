@@ -174,7 +174,7 @@ def registration(manager: Any) -> Registrar:
         "pp_rank": manager.pp_rank,
         "system_dp_size": manager.system_dp_size,
         "system_dp_rank": manager.system_dp_rank
-        % manager.system_dp_size,  # the group's, with attention groups
+        % manager.system_dp_size,  # SGLang's may be an attention group's
         "rank_ip": manager.local_ip,
         "rank_port": manager.rank_port,
         "page_size": manager.kv_args.page_size,

@@ -46,7 +46,7 @@ class Peers:
             out,
         )
         self._pool, self._metadata, self._projections = pool, metadata, Projections(pool)
-        self._name, self._model_hash, self._host, self._arena = name, model_hash, host, segment
+        self._name, self._model_hash, self._host, self._segment = name, model_hash, host, segment
         self.limits, self._began = limits, workers.io.now()
 
     # What connections bring
@@ -144,7 +144,7 @@ class Peers:
             first_layer=self._pool.first_layer,
             layers=len(self._pool.layers),
             need_projection=peer.projection is None,
-            segment=self._arena,
+            segment=self._segment,
             data=self._listener.offer(identity),
             age_ms=int(1000 * (now - self._began)),
             context_tokens=self.limits.context_tokens,
@@ -187,7 +187,7 @@ class Peers:
 
     def _colocated(self, host: str) -> list[Peer]:
         """Return the ranks of a host that read each other's shared segments."""
-        if not host or (host == self._host and self._arena is not None):
+        if not host or (host == self._host and self._segment is not None):
             return []
         return [peer for peer in self.table.values() if peer.hello.host == host]
 
