@@ -31,6 +31,9 @@ def imported() -> None:
 @pytest.fixture(scope="session")
 def engine(imported: None, nano_mla: str) -> Iterator[None]:
     """SGLang's process-wide state: published arguments, gloo, one tensor-parallel rank, hooked layers."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import sglang.srt.models.deepseek_v2  # noqa: F401
     import torch
     from sglang.srt import runtime_context
     from sglang.srt.distributed.parallel_state import (
