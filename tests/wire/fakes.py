@@ -28,11 +28,13 @@ TOKEN = bytes(range(messages.CHANNEL_TOKEN_BYTES))
 class FakeDecode:
     """A bare DEALER socket to a prefill agent, and its data channel once it has registered."""
 
-    def __init__(self, port: int, queue_frames: int = 1000) -> None:
+    def __init__(self, port: int, *, reads_little: bool = False) -> None:
         self.context = zmq.Context()
         self.socket = self.context.socket(zmq.DEALER)
         self.socket.setsockopt(zmq.LINGER, 0)
-        self.socket.setsockopt(zmq.RCVHWM, queue_frames)
+        if reads_little:  # what is not read soon fills the other side's queue
+            self.socket.setsockopt(zmq.RCVHWM, 1)
+            self.socket.setsockopt(zmq.RCVBUF, 4096)
         self.socket.connect(f"tcp://127.0.0.1:{port}")
         self.stream: socket.socket | None = None
 

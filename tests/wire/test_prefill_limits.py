@@ -62,7 +62,7 @@ def test_a_decode_rank_that_asks_and_does_not_read_is_given_up(monkeypatch: pyte
     monkeypatch.setattr(control_socket, "SOCKET_BUFFER_BYTES", 4096)
     with (
         contextlib.closing(rig.prefill_rank(peer_timeout_s=60.0).agent) as agent,
-        contextlib.closing(FakeDecode(agent.address[1], queue_frames=1)) as fake,
+        contextlib.closing(FakeDecode(agent.address[1], reads_little=True)) as fake,
     ):
         fake.register()
         ping = messages.encode(messages.Ping(1))
