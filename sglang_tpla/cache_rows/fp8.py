@@ -58,9 +58,7 @@ def pack_rows(z: torch.Tensor, k_rope: torch.Tensor, shared: int) -> torch.Tenso
 
 
 def pack_common(z: torch.Tensor, k_rope: torch.Tensor) -> torch.Tensor:
-    """Pack what all groups have of a token, ``[..., r + 2 rope + 4]``, from the shared columns ``[..., r]`` and the
-    key.
-    """
+    """Pack what all groups have of a token: shared columns ``[..., r]`` and key become ``[..., r + 2 rope + 4]``."""
     values, scale = quantise(z)
     return _bytes(values, k_rope.to(torch.bfloat16), scale)
 

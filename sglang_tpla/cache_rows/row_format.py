@@ -119,9 +119,7 @@ class RowFormat:
 
     @property
     def suffix(self) -> str:
-        """What the hash of a projection (`memory.projection`) says of the rows beside their widths: of sketched rows
-        all that is announced.
-        """
+        """What a projection's hash (`memory.projection`) says of sketched rows beside widths: all that is announced."""
         return f" {self.name(torch.uint8)}" if isinstance(self.layers[0], GroupRows) else ""
 
     @property
@@ -162,9 +160,7 @@ class RowFormat:
         return tuple(rows.shared for rows in self.layers)
 
     def sharing(self, shared: Sequence[int]) -> RowFormat:
-        """Return the same rows, so many of whose columns are those of every group; sketched rows know that by
-        themselves.
-        """
+        """Return the same rows with ``shared`` columns of every group; sketched rows know theirs by themselves."""
         if isinstance(self.layers[0], GroupRows):
             return self
         pairs = zip(self.layers, shared, strict=True)

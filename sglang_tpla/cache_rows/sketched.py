@@ -347,9 +347,7 @@ def midpoints(bits: int, device: torch.device) -> torch.Tensor:
 
 @functools.lru_cache(maxsize=64)
 def _constant(values: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    """uint8 ``[values]``, made once a device: copying it there each time would wait for the host, and a CUDA graph
-    cannot record it.
-    """
+    """uint8 ``[values]``, made once a device: a copy would wait for the host, and no CUDA graph can record it."""
     return torch.tensor(values, dtype=torch.uint8, device=device)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -13,7 +13,7 @@ from sglang_tpla.artifact.artifact import Artifact, ArtifactError
 from sglang_tpla.attention.backends import BACKENDS
 from sglang_tpla.cache_rows.sketched import ROPE_BITS, SKETCH_BITS
 from sglang_tpla.calibrate import pipeline as run
-from sglang_tpla.calibrate.layout_search import Point, Search, point_maps, search, table
+from sglang_tpla.calibrate.layout_search import Point, Search, each, point_maps, search, table
 from sglang_tpla.calibrate.learn_layer import LearnPlan
 from sglang_tpla.calibrate.learn_model import learn_model
 from sglang_tpla.calibrate.sketch_layout import sketched_rows, usual_rows
@@ -227,8 +227,9 @@ def make(arguments: argparse.Namespace) -> Artifact:
     if arguments.save_stats is not None:
         statistics.save(arguments.save_stats)
     if arguments.max_kl is not None:
-        pick = choose_sketched if rows == "sketched" else choose
-        artifact = pick(arguments, model, statistics, text.calibration, text.held_out, plan.prompt_tokens)
+        artifact = choose(
+            arguments, model, statistics, text.calibration, text.held_out, plan.prompt_tokens, rows
+        )
     elif rows == "sketched":
         artifact = sketched()
     else:
@@ -283,73 +284,42 @@ def choose(
     tokens: torch.Tensor,
     held_out: torch.Tensor,
     prompt_tokens: int,
+    rows: str,
 ) -> Artifact:
     """Make the cheapest layout within the bound, and print what was looked at; TransformError where none keeps it."""
-    backend = next(entry for entry in BACKENDS if entry.name == arguments.attention_backend)
-    wanted = Search(arguments.ranks or 0, arguments.max_kl, backend.has_width)
 
     def tell(line: str) -> None:
         if not arguments.quiet:
             print(line, file=sys.stderr)
 
-    points, chosen = search(model, statistics, tokens[:_CHOICE_SEQUENCES], prompt_tokens, wanted, tell)
+    if rows == "sketched":
+        wanted = Search(arguments.ranks or 0, arguments.max_kl, lambda width: True)
+        bits = SKETCH_BITS if arguments.sketch_bits is None else (arguments.sketch_bits,)
+        keys = ROPE_BITS if arguments.rope_bits is None else (arguments.rope_bits,)
+        looked_at = SketchedSearch(bits, keys, arguments.shared_dims)
+        costs = run.layer_costs(statistics, model.checkpoint)
+        some = tokens[:_SKETCHED_CHOICE_SEQUENCES]
+        points = search_sketched(model, costs, some, prompt_tokens, wanted, looked_at, tell)
+    else:
+        backend = next(entry for entry in BACKENDS if entry.name == arguments.attention_backend)
+        wanted = Search(arguments.ranks or 0, arguments.max_kl, backend.has_width)
+        points = search(model, statistics, tokens[:_CHOICE_SEQUENCES], prompt_tokens, wanted, tell)
 
-    def make_point(point: Point) -> Artifact:
+    def artifact_of(point: Point) -> Artifact:
+        if point.rows:
+            return run.sketched_form(statistics, model.spec, costs, point.rows)
         maps = point_maps(model, statistics, point.groups, point.shared_dims)
         return run.package(maps, list(point.shared_dims), statistics, model.spec, "shared")
 
-    return _cheapest(points, chosen, wanted, make_point, model, held_out, prompt_tokens)
-
-
-def choose_sketched(
-    arguments: argparse.Namespace,
-    model: PlainModel,
-    statistics: Statistics,
-    tokens: torch.Tensor,
-    held_out: torch.Tensor,
-    prompt_tokens: int,
-) -> Artifact:
-    """Do the same as `choose` for sketched rows."""
-    wanted = Search(arguments.ranks or 0, arguments.max_kl, lambda width: True)
-    bits = SKETCH_BITS if arguments.sketch_bits is None else (arguments.sketch_bits,)
-    keys = ROPE_BITS if arguments.rope_bits is None else (arguments.rope_bits,)
-    looked_at = SketchedSearch(bits, keys, arguments.shared_dims)
-
-    def tell(line: str) -> None:
-        if not arguments.quiet:
-            print(line, file=sys.stderr)
-
-    some = tokens[:_SKETCHED_CHOICE_SEQUENCES]
-    costs = run.layer_costs(statistics, model.checkpoint)
-    points = search_sketched(model, costs, some, prompt_tokens, wanted, looked_at, tell)
-    chosen = next((point for point in points if point.groups > 1 and point.kl <= wanted.max_kl), None)
-
-    def make_point(point: Point) -> Artifact:
-        return run.sketched_form(statistics, model.spec, costs, point.rows)
-
-    return _cheapest(points, chosen, wanted, make_point, model, held_out, prompt_tokens)
-
-
-def _cheapest(
-    points: Sequence[Point],
-    chosen: Point | None,
-    wanted: Search,
-    make_point: Callable[[Point], Artifact],
-    model: PlainModel,
-    held_out: torch.Tensor,
-    prompt_tokens: int,
-) -> Artifact:
-    spec = model.spec
-    bytes_mla = 2 * spec.layers * (spec.latent_dim + spec.rope_dim)
-    for point in points:
-        if point.kl > wanted.max_kl or point.groups == 1:
-            continue
-        artifact = make_point(point)
+    bytes_mla = 2 * model.spec.layers * (model.spec.latent_dim + model.spec.rope_dim)
+    within = [point for point in points if point.groups > 1 and point.kl <= wanted.max_kl]
+    for point in within:
+        artifact = artifact_of(point)
         # the bound is promised on text that neither the maps nor the choice have seen
         if not len(held_out) or _held_out_kl(artifact, model, held_out, prompt_tokens) <= wanted.max_kl:
             print(table(points, point, bytes_mla))
             return artifact
-    print(table(points, chosen, bytes_mla))
+    print(table(points, within[0] if within else None, bytes_mla))
     best = min(points, key=lambda point: point.kl)
     raise TransformError(
         f"no layout over {wanted.ranks} ranks keeps KL within {wanted.max_kl}; the best looked at has "
@@ -365,10 +335,7 @@ def _held_out_kl(artifact: Artifact, model: PlainModel, held_out: torch.Tensor, 
 def summary(artifact: Artifact) -> str:
     """Describe the artifact and its distance from plain MLA in a few lines."""
     meta = artifact.meta
-    if meta.sketched:
-        lines = [sketched_summary(artifact)]
-    else:
-        lines = [plain_summary(artifact)]
+    lines = [sketched_summary(artifact) if meta.sketched else plain_summary(artifact)]
     lines.append(f"calibrated on {meta.calibrated_tokens} tokens of {meta.corpus} (seed {meta.seed})")
     report = meta.error_report
     if report is not None:
@@ -386,10 +353,6 @@ def sketched_summary(artifact: Artifact) -> str:
     rows = [meta.rows(layer) for layer in range(meta.num_layers)]
     mean = sum(layer.row_bytes for layer in rows) / len(rows)
     share = mean / (2 * (meta.latent_dim + meta.rope_dim))
-
-    def each(values: list[int]) -> str:
-        return "/".join(map(str, values if len(set(values)) > 1 else values[:1]))
-
     return (
         f"{meta.model_name}: sketched rows, g = {meta.groups}, {each([layer.shared for layer in rows])} shared and "
         f"{each([layer.own for layer in rows])} own columns at 8 bits, the other groups' at "

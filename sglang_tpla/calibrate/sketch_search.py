@@ -22,7 +22,6 @@ from sglang_tpla.calibrate.sketch_maps import layer_sketched_maps
 from sglang_tpla.calibrate.transforms import TransformError
 from sglang_tpla.measure.decode_error import measure
 from sglang_tpla.reference_model.forward import LayerMaps, PlainModel
-from sglang_tpla.reference_model.sketched_layer import SketchedMaps
 
 # r as shares of d that are looked at, by the bits of the rotary key: what 8 save may be spent on shared columns
 _SHARES = {16: (0.125, 0.25, 0.375), 8: (0.25, 0.5, 0.75)}
@@ -104,7 +103,10 @@ def _search_groups(
     ]
     if not choices:
         return []
-    maps = [[sketched_point_maps(model, layer, rows) for layer in costs] for rows in choices]
+    maps = [
+        [layer_sketched_maps(layer, rows).to(model.device, model.dtype) for layer in costs]
+        for rows in choices
+    ]
 
     def kl_of(candidates: Sequence[Sequence[LayerMaps | None]]) -> list[float]:
         found = measure(model, tokens, candidates, prompt_tokens)
@@ -133,14 +135,3 @@ def _search_groups(
         )
         for pick, kl in zip(picks, found, strict=True)
     ]
-
-
-def sketched_point_maps(model: PlainModel, costs: LayerCosts, rows: SketchedRows) -> SketchedMaps:
-    """Maps of one layer on the model's device, in its precision."""
-    made = layer_sketched_maps(costs, rows)
-
-    def placed(parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        return [part.to(model.device, model.dtype) for part in parts]
-
-    (sketch,) = placed([made.sketch])
-    return SketchedMaps(rows, placed(made.z), sketch, placed(made.a), placed(made.b))

@@ -90,9 +90,7 @@ def recall(
 
 
 def tally(results: Sequence[tuple[TaskDocument, Mapping[str, Sequence[Sequence[bool]]]]]) -> list[RecallRow]:
-    """Count by length, kind and method whether each token of each answer is the most likely one. PLAIN is one of the
-    methods.
-    """
+    """Count by length, kind and method (PLAIN is one) whether each token of each answer is the most likely one."""
     sums: dict[tuple[int, str, str], list[int]] = {}
     for document, found in results:
         plain = [all(answer) for answer in found[PLAIN]]

@@ -62,21 +62,15 @@ def quantile(values: torch.Tensor, share: float) -> float:
 
 def model_maps(artifact: Artifact, model: PlainModel) -> list[LayerMaps]:
     """Move an artifact's maps to the model's dtype and device."""
-
-    def convert(layer: int, group: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        z, a, b = (part.to(model.device, model.dtype) for part in artifact.maps(layer, group))
-        return z, a, b
-
-    meta = artifact.meta
+    meta, where = artifact.meta, (model.device, model.dtype)
     maps: list[LayerMaps] = []
     for layer in range(meta.num_layers):
-        triples = [convert(layer, group) for group in range(meta.groups)]
+        triples = [artifact.maps(layer, group) for group in range(meta.groups)]
         if meta.sketched:
-            z, a, b = (list(column) for column in zip(*triples, strict=True))
-            sketch = artifact.sketch(layer).to(model.device, model.dtype)
-            maps.append(SketchedMaps(meta.rows(layer), z, sketch, a, b))
+            z, a, b = zip(*triples, strict=True)
+            maps.append(SketchedMaps(meta.rows(layer), z, artifact.sketch(layer), a, b).to(*where))
         else:
-            maps.append(triples)
+            maps.append([(z.to(*where), a.to(*where), b.to(*where)) for z, a, b in triples])
     return maps
 
 

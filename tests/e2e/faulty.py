@@ -48,9 +48,7 @@ Held = dict[int, tuple[Kinds, Kinds, int]]
 
 
 def resources(server: Server, but_to: Collection[int] = ()) -> Held:
-    """Return each rank process's threads by name, file handles by kind (without connections to some ports), and
-    resident bytes.
-    """
+    """Return each rank's threads by name, file handles by kind (but for connections to some ports), and bytes."""
     return {p.pid: (threads(p.pid), handles(p.pid, but_to), p.memory_info().rss) for p in server.schedulers()}
 
 
@@ -64,9 +62,7 @@ def threads(pid: int) -> Kinds:
 
 
 def handles(pid: int, but_to: Collection[int] = ()) -> Kinds:
-    """Return what a process has open, without connections to some ports and the files that prometheus_client makes at a
-    series' first use.
-    """
+    """Return open files and connections, but for some ports and the files of prometheus_client's first use."""
     kinds = Kinds()
     connections = psutil.Process(pid).net_connections(kind="tcp")
     ends = {
@@ -194,9 +190,7 @@ class Faulty:
         return Route(self.prefill, self.door.port, self.single)
 
     def ask_patiently(self, route: Route, prompt: Any) -> Answer:
-        """Return the answer to a prompt that prefill has not cached. A connection that just broke, or a machine that
-        stood still, may fail one request.
-        """
+        """Return the answer to a prompt that prefill has not cached; one request may fail where a connection broke."""
         deadline = time.monotonic() + 60
         while True:
             assert httpx.post(self.prefill.url + "/flush_cache", timeout=30).status_code == 200
@@ -217,9 +211,7 @@ class Faulty:
         return [self._resources(server) for server in self.servers]
 
     def _resources(self, server: Server) -> Held:
-        """Return the `resources` without SGLang's connection to the bootstrap server, which stays from its first
-        question on.
-        """
+        """Return the `resources` without SGLang's connection to the bootstrap server, which stays from the first on."""
         return resources(server, (self.door.port,))
 
     def ask_all(self) -> list[Answer]:
@@ -283,9 +275,7 @@ class Faulty:
         return sum(not answer.failure for answer in answers)
 
     def at_rest(self, before: Sequence[Held] = ()) -> None:
-        """Check that the servers hold nothing, answer to the last bit as at the start, and hold no more than before
-        where they live.
-        """
+        """Check that the servers hold nothing, answer to the last bit as at the start, and have grown by nothing."""
         wait_idle(*self.servers)
         for server in self.servers:
             assert httpx.get(server.url + "/health", timeout=30).status_code == 200

@@ -13,9 +13,7 @@ from tests.e2e.servers import Pair
 def said_and_due(
     pair: Pair, model: PlainModel, ids: list[int], new_tokens: int, *candidates: Sequence[LayerMaps] | None
 ) -> tuple[torch.Tensor, ...]:
-    """Return the server's values [new tokens], then the model's with each candidate's maps (None: plain MLA). The
-    prompt is exact.
-    """
+    """Return the server's values [new tokens], then the model's with each candidate's maps (None: plain MLA)."""
     _, answer = pair.generate(ids, new_tokens, return_logprob=True)
     said = answer["meta_info"]["output_token_logprobs"]
     tokens = torch.tensor([ids + [token for _, token, _ in said]])

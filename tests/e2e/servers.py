@@ -179,9 +179,7 @@ def launcher(role: str, model: str, port: int, log: Path, *args: str, host: str 
 
 
 def stock(model: str, port: int, log: Path, *args: str) -> Server:
-    """Return stock SGLang on the CPU reference platform, without any plug-in: with none of our hooks, the CPU's
-    included.
-    """
+    """Return stock SGLang on the CPU reference platform, with none of our hooks, the CPU's included."""
     env = {
         "SGLANG_PLATFORM": "sglang_tpla_cpu",
         "SGLANG_PLUGINS": "none",

@@ -23,9 +23,7 @@ PROMPTS, NEW_TOKENS = 4, 24
 
 
 def expected_kl(reference: Server, artifact: Artifact, model_path: str) -> tuple[list[float], list[int]]:
-    """Return the whole-vocabulary KL at every compared token of the stock server's greedy answers, and where TPLA would
-    part.
-    """
+    """Return the KL at every compared token of the stock server's greedy answers, and where TPLA would part."""
     model = PlainModel(model_path)
     maps = model_maps(artifact, model)
     _, held_out = Corpus.from_paths().split(0)

@@ -158,9 +158,7 @@ REFUSED: list[dict[str, Any]] = [
 
 
 def test_refusals_through_the_router_are_client_errors(trio: Any) -> None:
-    """No answer is 500, after which the router would try again until its circuit breakers close the service to
-    everyone.
-    """
+    """No answer is 500, after which the router would try again until its circuit breakers close the service."""
     with neighbour(trio):
         for changes in REFUSED:
             body = {"sampling_params": {"max_new_tokens": 2}} | changes

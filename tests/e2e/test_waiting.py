@@ -23,9 +23,7 @@ SOON_S = 60  # far from the deadline of a transfer, 120 s, also on a busy machin
 
 @pytest.fixture(scope="module")
 def pair(nano_mla: str, logs: Path) -> Iterator[Pair]:
-    """A prefill server of two nodes that cut chunks differently, with a short context; a decode server with a small
-    cache.
-    """
+    """A prefill server of two nodes, with other chunks and a short context; a decode server with a small cache."""
     ports = free_ports(6)
     node = ("--tp", "2", "--nnodes", "2", "--dist-init-addr", f"127.0.0.1:{ports[4]}", "--context-length",
             str(CONTEXT_TOKENS), "--disaggregation-bootstrap-port", str(ports[1]), "--tpla-room-timeout-s",
@@ -140,9 +138,7 @@ def test_a_request_that_prefill_never_got(pair: Pair) -> None:
 
 @pytest.mark.slow
 def test_a_decode_server_that_is_told_to_end_behind_the_router(pair: Pair, logs: Path) -> None:
-    """What the router still gives it fails with a reason long before the deadline; prefill goes on. The last test here:
-    the decode server is gone afterwards.
-    """
+    """What the router still gives it fails with a reason long before the deadline. It is the last test here."""
     front = router(
         free_ports(1)[0], logs / "ended-router.log", pair.prefill.url, pair.bootstrap, pair.decode.url
     )

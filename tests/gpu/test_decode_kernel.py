@@ -5,10 +5,10 @@ import random
 import pytest
 import torch
 from decode_case import REFILLS, SCALE, Case, errors_of_replays, random_case, relative_error
+from plan_twin import plan_parts
 
 from sglang_tpla.attention.backends import choose
 from sglang_tpla.attention.hopper.decode import HopperDecode
-from sglang_tpla.attention.hopper.plan import plan_parts
 from sglang_tpla.attention.interface import AttentionInputError, DecodeShape, PageTable
 
 pytestmark = pytest.mark.gpu

@@ -3,8 +3,9 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plan_twin import Plan, plan_parts, tiles_of
 
-from sglang_tpla.attention.hopper.plan import MAX_PARTS, SEGMENT_COST, Plan, plan_parts, tiles_of
+from sglang_tpla.attention.hopper.plan import MAX_PARTS, SEGMENT_COST
 
 
 def segments(plan: Plan, lengths: list[int]) -> list[list[tuple[int, int, int, int]]]:

@@ -1,6 +1,4 @@
-"""Pages name what exists: links and their anchors, this package's flags, its modules; and no result lies about that no
-page names.
-"""
+"""Pages name what exists: links, anchors, flags and modules; and each result is named by a page or a module."""
 
 from __future__ import annotations
 

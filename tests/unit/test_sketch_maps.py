@@ -67,13 +67,7 @@ def test_maps_are_exact_but_for_rounding(rows: SketchedRows) -> None:
 def test_the_reference_sees_what_packed_rows_stand_for(rows: SketchedRows) -> None:
     maps, latent, _, _ = make_layer(rows)
     latent, k_rope = latent[:50].float(), torch.randn(50, ROPE, generator=torch.Generator().manual_seed(2))
-    maps = SketchedMaps(
-        rows,
-        [z.float() for z in maps.z],
-        maps.sketch.float(),
-        [a.float() for a in maps.a],
-        [b.float() for b in maps.b],
-    )
+    maps = maps.to(latent.device, torch.float32)
     for group, view in enumerate(maps.views(latent[None], k_rope[None])):
         shared, own = (latent @ maps.z[group]).split([rows.shared, rows.own], -1)
         packed = pack_rows(rows, group, shared, own, latent @ maps.sketch, k_rope)

@@ -213,9 +213,7 @@ def decode_rank(
     rows: RowFormat | None = None,
     **changes: float,
 ) -> DecodeRank:
-    """Make a decode rank with zeroed rows (``rows``, or plain ones of ``dtype``, FP8 rows, or those of ``z``), on this
-    host or on one of another name.
-    """
+    """Make a decode rank with zeroed rows: ``rows``, or plain ones of ``dtype``, FP8 ones, or those of ``z``."""
     if z is None and not fp8 and ROWS == "sketched":
         z = sketched_projection(0)
     widths = z.widths if z is not None else (LATENT,) * LAYERS

@@ -66,9 +66,7 @@ def test_no_write_after_an_abort_with_several_threads(checkers: int, monkeypatch
 
 
 def abort_at_random_moments(prefill: rig.PrefillRank, decode: rig.DecodeRank, times: int) -> int:
-    """Abort rooms whose pages are reused at once and must keep what the next owner wrote. Return how many were aborted
-    in time.
-    """
+    """Abort rooms whose reused pages must keep what their next owner wrote; return how many were aborted in time."""
     moments = random.Random(5)
     aborted = 0
     for room in range(times):

@@ -1,6 +1,4 @@
-"""Interleavings of whole agents: some thousand random ones in all the runs of CI together, and every one that failed
-once. ``make fuzz`` looks for more.
-"""
+"""Interleavings of whole agents: random ones (``make fuzz`` runs more), and every one that failed once."""
 
 from __future__ import annotations
 

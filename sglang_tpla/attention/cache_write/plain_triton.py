@@ -17,11 +17,8 @@ import triton.language as tl
 from sglang_tpla.attention.cache_write.inputs import CacheWrite
 
 ROTATE_NOT, ROTATE_PAIRS, ROTATE_HALVES = 0, 1, 2
-GIVEN, NORMED, PROJECTED = (
-    0,
-    1,
-    2,
-)  # a slice is the latent as it comes, its norm, or the projection of its norm
+# a slice is the latent as it comes, its norm, or the projection of its norm
+GIVEN, NORMED, PROJECTED = 0, 1, 2
 
 
 def rotation(new: CacheWrite) -> int:

@@ -229,9 +229,7 @@ class Receiver:
             self.fail(room, f"internal error {doing}: {error!r}")
 
     def _write(self, chunk: StagedChunk | InPlaceChunk) -> None:
-        """Write a staged chunk into the pool, unless its room has ended, and have it checked. A chunk that has come to
-        its place is only checked.
-        """
+        """Write a staged chunk into the pool and check it, unless its room has ended; in place, it is only checked."""
         with self._failing(chunk.room):
             if isinstance(chunk, InPlaceChunk):
                 self._written(chunk, chunk.digest())

@@ -377,9 +377,7 @@ class Rooms:
     # Time
 
     def expire(self, now: float) -> list[Room]:
-        """Return the rooms whose time is up, and free chunks that were retained for too long. Their Release may have
-        been lost; a rank that still reads one asks again.
-        """
+        """Return the rooms whose time is up, and free chunks retained so long that their Release may be lost."""
         patience = self._settings.transfer_timeout_s
         self._free_retained(lambda kept: now - kept.since > patience)
         self._name_expected(now)

@@ -8,9 +8,7 @@ from contextlib import contextmanager
 
 
 class WriteGate:
-    """Admits writes into the pages and the metadata row of one room: several at a time, none after the end. Any thread
-    may call it.
-    """
+    """Admits any thread's writes to one room's pages and metadata row: several at a time, none after the end."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()

@@ -138,9 +138,7 @@ def projection_digest(first_layer: int, latent_dim: int, rows: RowFormat) -> Any
 
 
 def stack_layers(matrices: Sequence[torch.Tensor], kinds: Sequence[Hashable]) -> tuple[torch.Tensor, ...]:
-    """Stack ``[d, columns]`` matrices of successive layers of one shape and kind, in order, to ``[layers, d,
-    columns]``: each stack is applied in one batched product.
-    """
+    """Stack successive layers' ``[d, columns]`` matrices of one shape and kind, each stack for one batched product."""
     pairs = zip(matrices, kinds, strict=True)
     runs = groupby(pairs, key=lambda pair: (pair[0].shape[1], pair[1]))
     return tuple(torch.stack([matrix for matrix, _ in run]) for _, run in runs)

@@ -128,9 +128,7 @@ class RowReader:
         self._dense = _dense(self._rows)
 
     def ready_events(self, after: Any) -> tuple[Any, ...]:
-        """Return the events before which rows must not be read: on a GPU one after all that the calling thread has
-        queued so far, and ``after``, if there is one.
-        """
+        """Return events before which rows must not be read: ``after``, and the work that this thread has queued."""
         events: tuple[Any, ...] = () if after is None else (after,)
         if self._stream is not None:
             event = torch.cuda.Event()
@@ -145,16 +143,12 @@ class RowReader:
                 event.synchronize()
 
     def in_place(self, slots: np.ndarray) -> bool:
-        """Return whether raw rows of ``slots`` can be sent from where they lie: whether their `pieces` are few and
-        long.
-        """
+        """Return whether raw rows of ``slots`` can be sent from where they lie: as few, long `pieces`."""
         row_bytes = self.pool.layers[0].shape[1] * self.pool.dtype.itemsize
         return self._dense is not None and worth_it(find_extents(slots), slots.size, row_bytes)
 
     def pieces(self, rectangle: Rectangle, extents: np.ndarray) -> IoVec:
-        """Return the raw rows of a rectangle where they lie in the pool, in the payload's order; ``extents`` are its
-        tokens' slots (`iovec.find_extents`).
-        """
+        """Return a rectangle's raw rows where they lie in the pool, in the payload's order, given `find_extents`."""
         assert self._dense is not None
         first = rectangle.first_layer - self.pool.first_layer
         return self._dense.pieces(range(first, first + rectangle.layers), extents)
@@ -380,9 +374,7 @@ class RowWriter:
         return self._places[fields]
 
     def _column_view(self, layer: int, first: int, stop: int) -> torch.Tensor:
-        """Return columns of a pool layer. The view is made once, because each call into torch waits for the
-        interpreter.
-        """
+        """Return columns of a pool layer; the view is made once, because each call into torch waits for the GIL."""
         key = (layer, first, stop)
         if key not in self._views:
             self._views[key] = self.pool.layers[layer][:, first:stop]

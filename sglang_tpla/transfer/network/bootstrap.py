@@ -83,9 +83,7 @@ class Gate:
         return (content + self._mark(content)).hex()
 
     def wrong(self, method: str, path: str, body: bytes, headers: Mapping[str, str]) -> str | None:
-        """Return which of REASONS speaks against a registration, or None where it is good (its challenge is then used
-        up).
-        """
+        """Return which of REASONS refuses a registration, or None where it is good, and use its challenge up."""
         try:
             if len(body) > MAX_BODY_BYTES or not isinstance(json.loads(body), dict):
                 return "malformed"

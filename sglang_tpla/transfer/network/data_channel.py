@@ -61,9 +61,7 @@ class ChannelError(SglangTplaError, ConnectionError):
 
 
 def set_up(stream: socket.socket, timeout_s: float) -> None:
-    """Set the options of either end: never block, send at once, and give a silent network up after ``timeout_s`` even
-    if nothing is sent.
-    """
+    """Set either end's options: never block, send at once, and give a silent network up after ``timeout_s``."""
     stream.setblocking(False)
     stream.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for option in (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL):
@@ -335,9 +333,7 @@ class ChunkReader(Generic[HeaderT]):
         self._target, self._filled, self._due_bytes = target, 0, size_bytes
 
     def _wait_for(self, size_bytes: int) -> None:
-        """Have the socket called readable when so many bytes (or very many) are there, because each wake-up has a
-        price.
-        """
+        """Have the socket called readable when so many bytes (or very many) are there: each wake-up has a price."""
         size_bytes = min(size_bytes, WAKE_BYTES)
         if size_bytes != self._low_water:
             self._low_water = size_bytes

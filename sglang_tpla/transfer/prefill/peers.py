@@ -90,9 +90,7 @@ class Peers:
             self._out.put(identity, messages.Unregistered())
 
     def channel_lost(self, identity: bytes, why: str) -> None:
-        """Have a rank connect anew when its data channel has ended: chunks on their way are lost, and none goes without
-        one.
-        """
+        """Have a rank connect anew whose data channel has ended: chunks on their way are lost, and none can follow."""
         peer = self.table.get(identity)
         if peer is not None:
             level = logging.WARNING if self._rooms.uses(peer) else logging.DEBUG  # who closes hangs up too
@@ -201,9 +199,7 @@ class Peers:
     # Time
 
     def expire(self, now: float) -> None:
-        """Give up ranks that say nothing. No room of a rank starts before it has said what it can read; since the
-        question or its answer may be lost, it is asked again.
-        """
+        """Give up silent ranks, and ask anew what each can read: no room starts before that, and answers get lost."""
         limit = self._workers.settings.peer_timeout_s
         self._listener.expire(now)
         for peer in list(self.table.values()):

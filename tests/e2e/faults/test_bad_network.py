@@ -1,6 +1,4 @@
-"""A bad network between real servers. After each fault the servers hold nothing, all their threads live, and the next
-answer is the one from before, to the last bit.
-"""
+"""A bad network between real servers: afterwards they hold nothing, all threads live, and answers are the same bits."""
 
 from __future__ import annotations
 
