@@ -14,8 +14,6 @@ random weights in bfloat16. A load is B requests of S cached tokens in random pa
 - host_ms: from the call of SGLang's forward to the end of the step, planning included, median
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import json
@@ -188,10 +186,7 @@ def environment(job: dict[str, Any], gpu: int) -> dict[str, str]:
         "NVSHMEM_DISABLE_NVLS": "1",
     }
     if not GPU:
-        found |= {
-            "SGLANG_PLATFORM": "sglang_tpla_cpu",
-            "SGLANG_CPU_OMP_THREADS_BIND": "|".join("0" * job["ranks"]),
-        }
+        found |= {"SGLANG_PLATFORM": "sglang_tpla_cpu", "SGLANG_CPU_OMP_THREADS_BIND": "|".join("0" * job["ranks"])}
     if job["groups"]:
         return found | Settings("decode", job["groups"], job["artifact"]).to_environment()
     return found | {"SGLANG_PLUGINS": "none"}
@@ -226,16 +221,12 @@ class Rank:
             self.process.stdin.close()
         found = [json.loads(line) for line in self.lines() if line.startswith("{")]
         if self.process.wait(60):
-            print(
-                f"T = {self.job['ranks']}, g = {self.job['groups']} ended early: {self.log.read_text()[-2000:]}"
-            )
+            print(f"T = {self.job['ranks']}, g = {self.job['groups']} ended early: {self.log.read_text()[-2000:]}")
         return [{key: self.job[key] for key in ("ranks", "groups", "attention")} | row for row in found]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--ranks", type=int, nargs="+", default=[8, 4, 2])
     parser.add_argument("--layers", type=int, default=4)

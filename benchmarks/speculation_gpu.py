@@ -17,8 +17,6 @@ Layouts: ``g1`` plain MLA on this package's kernel, ``q1`` the same with 8-bit r
 plain and of sketched rows (each needs its artifact; on one GPU the ranks speak over gloo and without CUDA graphs).
 """
 
-from __future__ import annotations
-
 import argparse
 import concurrent.futures
 import json
@@ -206,9 +204,7 @@ def samples(
             drawn = {kind: job.result() for kind, job in jobs.items()}
         for decoder in decoders.values():
             _ = decoder.pair  # further rooms
-        found["prompts"].append(
-            {"tokens": len(prompt), "tests": compare_draws(drawn["plain"], drawn["drafting"])}
-        )
+        found["prompts"].append({"tokens": len(prompt), "tests": compare_draws(drawn["plain"], drawn["drafting"])})
     params = {"max_new_tokens": tokens, "temperature": 1.0, "ignore_eos": True}
     for kind, decoder in decoders.items():
         said = [
@@ -228,21 +224,15 @@ def start_stock(engines: Engines, *flags: str) -> None:
         "-m", "sglang.launch_server", "--model-path", engines.model, *SHARED_FLAGS, "--port", str(port), *REQUESTS,
         "--attention-backend", "triton", "--disable-prefill-cuda-graph", *GRAPHS, *flags,
     )  # fmt: skip
-    engines.stock = Server(
-        "stock", command, port, engines.log / "stock.log", ENV | {"SGLANG_PLUGINS": "none"}
-    ).start()
+    engines.stock = Server("stock", command, port, engines.log / "stock.log", ENV | {"SGLANG_PLUGINS": "none"}).start()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--artifact", type=Path, help="of two groups of plain rows, for this model")
     parser.add_argument("--sketched-artifact", type=Path, help="of two groups of sketched rows")
-    parser.add_argument(
-        "--documents", type=Path, help="JSON of prompts that ask for what stands in them, as token ids"
-    )
+    parser.add_argument("--documents", type=Path, help="JSON of prompts that ask for what stands in them, as token ids")
     parser.add_argument("--draws", type=int, default=20_000, help="samples at each of three prompts")
     parser.add_argument("--draw-s", type=float, default=100, help="they take no longer")
     parser.add_argument("--out", type=Path, required=True)
@@ -251,9 +241,7 @@ def main() -> None:
     parser.add_argument("--longest", type=int, default=3000)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16])
-    parser.add_argument(
-        "--only", nargs="+", default=["g1", "q1", "eager", "g2", "q2", "stock"], help="parts to run"
-    )
+    parser.add_argument("--only", nargs="+", default=["g1", "q1", "eager", "g2", "q2", "stock"], help="parts to run")
     parser.add_argument("--limit-s", type=float, default=420, help="no part is begun after so many seconds")
     args = parser.parse_args()
     speculation = ("--speculative-algorithm", "EAGLE", "--speculative-num-steps", str(args.guesses))
@@ -333,9 +321,7 @@ def main() -> None:
                 """The two servers of a layout, up."""
                 if name not in opened:
                     source = stocks if name == "stock" else engines
-                    layout_of = {
-                        kind: "g1" if (name, kind) == ("eager", "plain") else name for kind in source
-                    }
+                    layout_of = {kind: "g1" if (name, kind) == ("eager", "plain") else name for kind in source}
                     opened[name] = {kind: Decoder(source[kind], layout) for kind, layout in layout_of.items()}
                     for decoder in opened[name].values():
                         decoder.open()
@@ -355,9 +341,7 @@ def main() -> None:
 
             def control(name: str) -> dict[str, Any]:
                 """Without speculation in other batches: what bfloat16 does by itself."""
-                return compare(
-                    answers(name, "plain"), answer_all(both(name)["plain"], asked, args.tokens, 16)
-                )
+                return compare(answers(name, "plain"), answer_all(both(name)["plain"], asked, args.tokens, 16))
 
             def documents(name: str) -> dict[str, Any]:
                 """Answers to documents: what is accepted, and whether they part."""
@@ -370,24 +354,18 @@ def main() -> None:
             for name in every:
                 keep(f"{name}: right", lambda name=name: right(name))
             for name in one_rank:
-                keep(
-                    f"{name}: requests", lambda name=name: every_kind(both(name)["drafting"].pair, asked[12])
-                )
+                keep(f"{name}: requests", lambda name=name: every_kind(both(name)["drafting"].pair, asked[12]))
             for name in one_rank:
                 keep(
                     f"{name}: sampled",
-                    lambda name=name: samples(
-                        asked[8:17:4], both(name), args.draws, args.draw_s, args.tokens
-                    ),
+                    lambda name=name: samples(asked[8:17:4], both(name), args.draws, args.draw_s, args.tokens),
                 )
             for name in every:
                 for kind in ("plain", "drafting"):
                     if (name, kind) != ("eager", "plain"):
                         keep(
                             f"{name}: fast, {kind}",
-                            lambda name=name, kind=kind: speed(
-                                both(name)[kind], short, args.tokens, args.batches
-                            ),
+                            lambda name=name, kind=kind: speed(both(name)[kind], short, args.tokens, args.batches),
                         )
             for name in every if args.documents else ():
                 keep(f"{name}: documents", lambda name=name: documents(name))

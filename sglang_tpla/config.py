@@ -161,9 +161,7 @@ class Settings:
         if self.o_proj not in O_PROJ:
             raise ConfigError(f"--tpla-o-proj must be one of {', '.join(O_PROJ)}; got {self.o_proj!r}")
         if self.o_proj == "scatter" and self.groups == 1:
-            raise ConfigError(
-                "--tpla-o-proj scatter sums over latent groups, and --tpla-groups is 1; drop it"
-            )
+            raise ConfigError("--tpla-o-proj scatter sums over latent groups, and --tpla-groups is 1; drop it")
         if self.insecure not in (0, 1):
             raise ConfigError(f"--tpla-insecure must be 0 or 1; got {self.insecure}")
         if self.role == "decode" and self.statistics_folder:
@@ -182,9 +180,7 @@ class Settings:
         if self.advertise is not None:
             self.advertised(0, ("", 0))
         if self.statistics_every_tokens < 1:
-            raise ConfigError(
-                f"--tpla-statistics-every-tokens must be at least 1; got {self.statistics_every_tokens}"
-            )
+            raise ConfigError(f"--tpla-statistics-every-tokens must be at least 1; got {self.statistics_every_tokens}")
         for device in DEFAULT_BYTES:
             chunk_bytes, staging_bytes = self._sizes(device)
             if not 4096 <= chunk_bytes <= staging_bytes:
@@ -200,9 +196,7 @@ class Settings:
                 f"name the requests that wait there; got {self.room_timeout_s}"
             )
         if self.peer_timeout_s <= self.heartbeat_s:
-            raise ConfigError(
-                f"peer_timeout_s must exceed heartbeat_s={self.heartbeat_s}; got {self.peer_timeout_s}"
-            )
+            raise ConfigError(f"peer_timeout_s must exceed heartbeat_s={self.heartbeat_s}; got {self.peer_timeout_s}")
 
     def _sizes(self, device: str) -> tuple[int, int]:
         chunk_bytes, staging_bytes = DEFAULT_BYTES[device]

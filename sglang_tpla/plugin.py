@@ -4,8 +4,6 @@ SGLang swallows any ordinary exception of a plug-in and serves on without it, so
 process with ``SystemExit`` instead.
 """
 
-from __future__ import annotations
-
 
 def cpu_platform() -> str | None:
     """Qualified name of the CPU platform class; SGLang calls this only where it is asked for."""

@@ -92,9 +92,7 @@ class DecodeShape:
 
     def _check_sketched(self, rows: SketchedRows) -> None:
         if self.fp8_shared is not None:
-            raise AttentionInputError(
-                "DecodeShape has rows of one format: expected fp8_shared or sketched, got both"
-            )
+            raise AttentionInputError("DecodeShape has rows of one format: expected fp8_shared or sketched, got both")
         if (self.latent_dim, self.rope_dim) != (rows.w_pad, rows.rope_dim):
             raise AttentionInputError(
                 f"DecodeShape of sketched rows must have latent_dim {rows.w_pad} (w_pad) and rope_dim {rows.rope_dim}; "
@@ -103,12 +101,7 @@ class DecodeShape:
 
     @classmethod
     def of_sketched(
-        cls,
-        rows: SketchedRows,
-        heads: int,
-        query_len: int = 1,
-        page_size: int = 1,
-        dtype: torch.dtype = torch.bfloat16,
+        cls, rows: SketchedRows, heads: int, query_len: int = 1, page_size: int = 1, dtype: torch.dtype = torch.bfloat16
     ) -> DecodeShape:
         """The shape of a layer whose cache holds ``rows``."""
         return cls(rows.w_pad, heads, rows.rope_dim, query_len, page_size, dtype, sketched=rows)
@@ -218,11 +211,7 @@ class DecodeAttention(Protocol):
         """
 
     def run(
-        self,
-        q_latent: torch.Tensor,
-        q_rope: torch.Tensor,
-        kv_cache: torch.Tensor,
-        out: torch.Tensor | None = None,
+        self, q_latent: torch.Tensor, q_rope: torch.Tensor, kv_cache: torch.Tensor, out: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Attend, and return ``out`` [batch * query_len, heads, latent_dim], a new tensor where None is given."""
 

@@ -11,8 +11,6 @@ bfloat16: positions make it too sensitive for three mantissa bits. A part withou
 Plain MLA's 1,152 bytes in bf16 become 464 at w = 320 with rope 64.
 """
 
-from __future__ import annotations
-
 import torch
 
 FP8 = torch.float8_e4m3fn
@@ -52,9 +50,7 @@ def pack_rows(z: torch.Tensor, k_rope: torch.Tensor, shared: int) -> torch.Tenso
     tail = shared + 2 * k_rope.shape[-1]  # where the common part's scale begins
     zeros = own.new_zeros(*own.shape[:-1], TRAILER_BYTES - 2 * SCALE_BYTES)
     values, scale = own.split([own.shape[-1] - SCALE_BYTES, SCALE_BYTES], dim=-1)
-    return torch.cat(
-        [common[..., :shared], values, common[..., shared:tail], common[..., tail:], scale, zeros], dim=-1
-    )
+    return torch.cat([common[..., :shared], values, common[..., shared:tail], common[..., tail:], scale, zeros], dim=-1)
 
 
 def pack_common(z: torch.Tensor, k_rope: torch.Tensor) -> torch.Tensor:
@@ -75,9 +71,7 @@ def _bytes(*parts: torch.Tensor) -> torch.Tensor:
 def unpack_rows(rows: torch.Tensor, rope: int, shared: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the slices ``[..., w]`` and the keys ``[..., rope]`` that rows stand for, float32."""
     w = slice_width(rows.shape[-1], rope)
-    values, key, scales, _ = rows.split(
-        [w, 2 * rope, 2 * SCALE_BYTES, TRAILER_BYTES - 2 * SCALE_BYTES], dim=-1
-    )
+    values, key, scales, _ = rows.split([w, 2 * rope, 2 * SCALE_BYTES, TRAILER_BYTES - 2 * SCALE_BYTES], dim=-1)
     wide = values.contiguous().view(FP8).to(torch.float32)
     common, own = scales.contiguous().view(torch.float32).split(1, dim=-1)
     return (

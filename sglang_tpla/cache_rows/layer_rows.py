@@ -12,8 +12,6 @@ The sender projects in float32 and encodes straight from that, so values are rou
 own are bytes from the sender's gather on.
 """
 
-from __future__ import annotations
-
 from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Protocol

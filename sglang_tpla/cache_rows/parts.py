@@ -5,8 +5,6 @@ COMMON  the columns that every group has, the rotary key, and what goes with the
 OWN     the columns of one group
 """
 
-from __future__ import annotations
-
 import enum
 from dataclasses import dataclass
 

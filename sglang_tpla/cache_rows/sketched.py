@@ -35,11 +35,7 @@ LARGEST_BFLOAT16 = torch.finfo(torch.bfloat16).max
 
 # Magnitudes of the Lloyd-Max quantiser for a Gaussian, as int8, the largest 127; and that largest magnitude in
 # standard deviations, which turns the root mean square of a sketch into its scale.
-LEVELS: dict[int, tuple[int, ...]] = {
-    2: (38, 127),
-    3: (14, 45, 79, 127),
-    4: (6, 18, 31, 44, 58, 75, 96, 127),
-}
+LEVELS: dict[int, tuple[int, ...]] = {2: (38, 127), 3: (14, 45, 79, 127), 4: (6, 18, 31, 44, 58, 75, 96, 127)}
 LARGEST_DEVIATION: dict[int, float] = {2: 1.5104, 3: 2.1519, 4: 2.7326}
 
 
@@ -90,14 +86,7 @@ class SketchedRows:
 
     @classmethod
     def of(
-        cls,
-        latent_dim: int,
-        groups: int,
-        shared: int,
-        rope_dim: int,
-        *,
-        sketch_bits: int = 4,
-        rope_bits: int = 16,
+        cls, latent_dim: int, groups: int, shared: int, rope_dim: int, *, sketch_bits: int = 4, rope_bits: int = 16
     ) -> SketchedRows:
         """The rows of g groups with r shared columns; one group shares them all.
 
@@ -202,10 +191,7 @@ class SketchedRows:
         """(from, to, bytes) of each piece of a group's own part in a row."""
         if not self.own:
             return ()
-        return (
-            (0, self.shared, self.own),
-            (self.own, self.scales_offset + SCALE_BYTES, SCALE_BYTES),
-        )
+        return ((0, self.shared, self.own), (self.own, self.scales_offset + SCALE_BYTES, SCALE_BYTES))
 
 
 @dataclass(frozen=True)
@@ -218,12 +204,7 @@ class Unpacked:
 
 
 def pack_rows(
-    rows: SketchedRows,
-    group: int,
-    shared: torch.Tensor,
-    own: torch.Tensor,
-    sketch: torch.Tensor,
-    k_rope: torch.Tensor,
+    rows: SketchedRows, group: int, shared: torch.Tensor, own: torch.Tensor, sketch: torch.Tensor, k_rope: torch.Tensor
 ) -> torch.Tensor:
     """Rows ``[..., row_bytes]`` uint8 of group ``group``.
 
@@ -236,9 +217,7 @@ def pack_rows(
     return assemble(rows, group, encode_common(rows, shared, sketch, k_rope), encode_own(rows, own))
 
 
-def encode_common(
-    rows: SketchedRows, shared: torch.Tensor, sketch: torch.Tensor, k_rope: torch.Tensor
-) -> torch.Tensor:
+def encode_common(rows: SketchedRows, shared: torch.Tensor, sketch: torch.Tensor, k_rope: torch.Tensor) -> torch.Tensor:
     """What all groups have of a token, ``[..., common_bytes]`` uint8; arguments as in ``pack_rows``.
 
     In order: shared codes, rotary key, the sketch blocks of all groups, the scales of shared, sketch and rope.
@@ -287,9 +266,7 @@ def unpack_rows(rows: SketchedRows, packed: torch.Tensor) -> Unpacked:
     else:
         k_rope = key.view(torch.bfloat16).to(torch.float32)
     bits = packed[..., rows.sketch_offset : rows.sketch_offset + rows.sketch_bytes]
-    return Unpacked(
-        latent, k_rope, sketch_values(unpack_bits(bits, rows.sketch_bits), sketch, rows.sketch_bits)
-    )
+    return Unpacked(latent, k_rope, sketch_values(unpack_bits(bits, rows.sketch_bits), sketch, rows.sketch_bits))
 
 
 def quantise(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

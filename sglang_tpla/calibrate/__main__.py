@@ -1,7 +1,5 @@
 """``python -m sglang_tpla.calibrate``: make the artifact that a TPLA decode server loads."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Sequence
@@ -43,9 +41,7 @@ ERRORS = (ArtifactError, CheckpointError, CorpusError, StatisticsError, Transfor
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     text = argparse.ArgumentParser(prog="python -m sglang_tpla.calibrate", description=__doc__)
-    text.add_argument(
-        "--model-path", required=True, help="checkpoint directory with config.json and safetensors"
-    )
+    text.add_argument("--model-path", required=True, help="checkpoint directory with config.json and safetensors")
     text.add_argument("--out", required=True, type=Path, help="artifact file to write")
     text.add_argument("--groups", type=int, default=2, help="latent groups g (default 2)")
     text.add_argument(
@@ -55,9 +51,7 @@ def parser() -> argparse.ArgumentParser:
         help="default: shared. learned lowers the KL of plain and FP8 rows by a quarter to a half, in minutes a "
         "layer; sketched rows lose nothing but rounding and have no use for it",
     )
-    text.add_argument(
-        "--key-map", default="regression", choices=("regression", "scalar"), help="scalar: the paper's"
-    )
+    text.add_argument("--key-map", default="regression", choices=("regression", "scalar"), help="scalar: the paper's")
     text.add_argument(
         "--rows",
         choices=("sketched", "plain", "fp8"),
@@ -71,11 +65,7 @@ def parser() -> argparse.ArgumentParser:
         "the sketch would be noisy)",
     )
     text.add_argument(
-        "--own-bits",
-        type=int,
-        default=8,
-        choices=(8,),
-        help="bits of a rank's own columns in sketched rows (int8)",
+        "--own-bits", type=int, default=8, choices=(8,), help="bits of a rank's own columns in sketched rows (int8)"
     )
     text.add_argument(
         "--sketch-bits",
@@ -105,14 +95,9 @@ def parser() -> argparse.ArgumentParser:
         type=int,
         help=f"tokens of the error report; 0 for none (default {HELD_OUT_TOKENS}, or what there is)",
     )
+    text.add_argument("--prompt-tokens", type=int, default=512, help="exact prompt of the report (default 512)")
     text.add_argument(
-        "--prompt-tokens", type=int, default=512, help="exact prompt of the report (default 512)"
-    )
-    text.add_argument(
-        "--continuation-tokens",
-        type=int,
-        default=512,
-        help="tokens decoded through TPLA after it (default 512)",
+        "--continuation-tokens", type=int, default=512, help="tokens decoded through TPLA after it (default 512)"
     )
     text.add_argument("--seed", type=int, default=0, help="decides the split and the order of the text")
     for name, what in (
@@ -121,17 +106,11 @@ def parser() -> argparse.ArgumentParser:
         ("queries", "queries a sequence and step"),
     ):
         default = getattr(LearnPlan, name)
-        text.add_argument(
-            f"--learn-{name}", type=int, default=default, help=f"{what} of learned (default {default})"
-        )
+        text.add_argument(f"--learn-{name}", type=int, default=default, help=f"{what} of learned (default {default})")
     text.add_argument(
-        "--refit-values",
-        action="store_true",
-        help="refit the value maps in closed form given the probabilities",
+        "--refit-values", action="store_true", help="refit the value maps in closed form given the probabilities"
     )
-    text.add_argument(
-        "--max-kl", type=float, help="choose the cheapest layout within this KL a token (needs --ranks)"
-    )
+    text.add_argument("--max-kl", type=float, help="choose the cheapest layout within this KL a token (needs --ranks)")
     text.add_argument("--ranks", type=int, help="tensor-parallel ranks of the decode server, for --max-kl")
     text.add_argument(
         "--attention-backend",
@@ -150,9 +129,7 @@ def parser() -> argparse.ArgumentParser:
         "of the checkpoint only kv_b_proj is read, and there is no error report",
     )
     text.add_argument(
-        "--one-layer-at-a-time",
-        action="store_true",
-        help="hold one layer's weights, for models that do not fit",
+        "--one-layer-at-a-time", action="store_true", help="hold one layer's weights, for models that do not fit"
     )
     text.add_argument("--device", default="cpu", help="torch device (default cpu)")
     text.add_argument("--quiet", action="store_true", help="no progress bars")
@@ -227,9 +204,7 @@ def make(arguments: argparse.Namespace) -> Artifact:
     if arguments.save_stats is not None:
         statistics.save(arguments.save_stats)
     if arguments.max_kl is not None:
-        artifact = choose(
-            arguments, model, statistics, text.calibration, text.held_out, plan.prompt_tokens, rows
-        )
+        artifact = choose(arguments, model, statistics, text.calibration, text.held_out, plan.prompt_tokens, rows)
     elif rows == "sketched":
         artifact = sketched()
     else:
@@ -256,17 +231,13 @@ def make(arguments: argparse.Namespace) -> Artifact:
         maps = model_maps(artifact, model)
         if rows == "fp8":
             maps = cached_maps(maps, "fp8", artifact.meta.shared_dims)
-        artifact, _ = run.with_report(
-            artifact, model, text.held_out, plan.prompt_tokens, show_progress=show, maps=maps
-        )
+        artifact, _ = run.with_report(artifact, model, text.held_out, plan.prompt_tokens, show_progress=show, maps=maps)
     return artifact
 
 
 def row_choice(arguments: argparse.Namespace) -> str:
     """Return the row format that was asked for, or the default: sketched wherever its maps are those of ``shared``."""
-    simple = (
-        arguments.transform == "shared" and arguments.key_map == "regression" and not arguments.refit_values
-    )
+    simple = arguments.transform == "shared" and arguments.key_map == "regression" and not arguments.refit_values
     if arguments.rows is None:
         return "sketched" if simple and arguments.groups > 1 else "plain"
     if arguments.rows == "sketched" and not simple:

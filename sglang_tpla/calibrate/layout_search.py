@@ -7,8 +7,6 @@ them. Uniform layouts and the walk's are then measured whole, and the cheapest w
 made on calibration text; the artifact's report is on held-out text as always.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -49,9 +47,7 @@ class Point:
             return each(self.widths)
         if self.groups == 1:
             return f"plain MLA in 8-bit rows (no artifact needed){self._key}"
-        return (
-            f"r {each(self.shared_dims)}, bits {each([layer.sketch_bits for layer in self.rows])}{self._key}"
-        )
+        return f"r {each(self.shared_dims)}, bits {each([layer.sketch_bits for layer in self.rows])}{self._key}"
 
     @property
     def _key(self) -> str:
@@ -144,9 +140,7 @@ def _search_groups(
     for layer in range(spec.layers):
         progress(f"g = {groups}: layer {layer + 1} of {spec.layers}")
         others: list[LayerMaps | None] = [None] * spec.layers
-        alone.append(
-            kl_of([[*others[:layer], maps[shared][layer], *others[layer + 1 :]] for shared in choices])
-        )
+        alone.append(kl_of([[*others[:layer], maps[shared][layer], *others[layer + 1 :]] for shared in choices]))
     picks = [[c] * spec.layers for c in range(len(choices))]
     picks += [pick for pick in widening_walk(alone, widths) if pick not in picks]
     picks = near_the_bound(picks, alone, wanted.max_kl)
@@ -201,9 +195,7 @@ def near_the_bound(
     return uniform + mixed[: max(most - len(uniform), 4)]
 
 
-def point_maps(
-    model: PlainModel, statistics: Statistics, groups: int, shared_dims: Sequence[int]
-) -> list[Maps]:
+def point_maps(model: PlainModel, statistics: Statistics, groups: int, shared_dims: Sequence[int]) -> list[Maps]:
     """Make ``shared`` maps (float32, on the model's device) with an r per layer."""
     layers: list[Maps] = []
     for layer, shared in enumerate(shared_dims):

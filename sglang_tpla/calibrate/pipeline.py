@@ -1,7 +1,5 @@
 """From second moments to an artifact: the steps of the calibration command as functions."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -67,10 +65,7 @@ def layer_costs(statistics: Statistics, checkpoint: Checkpoint) -> list[LayerCos
         StatisticsError: moments of another model.
     """
     check_statistics(statistics, checkpoint)
-    return [
-        LayerCosts.of(moments, layer_weights(checkpoint, layer))
-        for layer, moments in enumerate(statistics.layers)
-    ]
+    return [LayerCosts.of(moments, layer_weights(checkpoint, layer)) for layer, moments in enumerate(statistics.layers)]
 
 
 def sketched_form(

@@ -8,8 +8,6 @@ spent on shared columns than on the second byte of the rotary key's values, whos
 the sketch does.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -32,13 +30,9 @@ def sketched_rows(
         TransformError: the format does not hold them; the message says which shared dims it does hold.
     """
     try:
-        return SketchedRows.of(
-            latent_dim, groups, shared_dims, rope_dim, sketch_bits=sketch_bits, rope_bits=rope_bits
-        )
+        return SketchedRows.of(latent_dim, groups, shared_dims, rope_dim, sketch_bits=sketch_bits, rope_bits=rope_bits)
     except ValueError as error:
-        near = sorted(
-            shared_choices(latent_dim, groups, sketch_bits), key=lambda choice: abs(choice - shared_dims)
-        )[:3]
+        near = sorted(shared_choices(latent_dim, groups, sketch_bits), key=lambda choice: abs(choice - shared_dims))[:3]
         raise TransformError(
             f"{error}; the nearest --shared-dims that {groups} groups hold are {sorted(near) or 'none'}"
         ) from error
@@ -126,9 +120,7 @@ def _by_layer(costs: Sequence[LayerCosts], usual: SketchedRows) -> list[Sketched
     weighted = [(len(costs) - index, layer) for index, layer in enumerate(costs)]
     choices = _even_rows(usual)
     sizes = sorted({rows.row_bytes for rows in choices})
-    columns = {
-        rows.shared: [layer.columns(rows) for layer in costs] for rows in choices
-    }  # the same at any bits
+    columns = {rows.shared: [layer.columns(rows) for layer in costs] for rows in choices}  # the same at any bits
 
     def best(index: int, size: int) -> tuple[float, SketchedRows]:
         weight, layer = weighted[index]

@@ -19,8 +19,6 @@ The maps back are exact, so all that is lost is rounding:
     value map B_i = [shared^-1 / g; own_i^-1]: the groups' values add up to c
 """
 
-from __future__ import annotations
-
 import torch
 
 from sglang_tpla.cache_rows.rotation import rotation
@@ -51,9 +49,7 @@ def layer_sketched_maps(costs: LayerCosts, rows: SketchedRows) -> SketchedMaps:
         z=[torch.cat([kept.forward, one.forward], 1) for one in own],
         sketch=torch.cat([block.forward for block in sketch], 1),
         a=[
-            torch.cat(
-                [kept.inverse, one.inverse, *(block.inverse for j, block in enumerate(sketch) if j != i)]
-            )
+            torch.cat([kept.inverse, one.inverse, *(block.inverse for j, block in enumerate(sketch) if j != i)])
             for i, one in enumerate(own)
         ],
         b=[torch.cat([kept.inverse / rows.groups, one.inverse]) for one in own],

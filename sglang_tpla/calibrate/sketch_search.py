@@ -7,8 +7,6 @@ layouts layer by layer. Uniform layouts and those of the walk near the bound are
 MLA with an 8-bit cache, which needs no artifact) is measured beside them: it is what g > 1 has to beat.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -50,9 +48,7 @@ class SketchedSearch:
                 if not held:
                     continue
                 shared = min(held, key=lambda choice, share=share: abs(choice - share * latent_dim))  # type: ignore[misc]
-                rows = SketchedRows.of(
-                    latent_dim, groups, shared, rope_dim, sketch_bits=bits, rope_bits=rope_bits
-                )
+                rows = SketchedRows.of(latent_dim, groups, shared, rope_dim, sketch_bits=bits, rope_bits=rope_bits)
                 best = found.get(rows.row_bytes)
                 if best is None or (rows.sketch_bits, rows.shared) > (best.sketch_bits, best.shared):
                     found[rows.row_bytes] = rows
@@ -98,15 +94,10 @@ def _search_groups(
     progress: Callable[[str], None],
 ) -> list[Point]:
     spec = model.spec
-    choices = looked_at.choices(spec.latent_dim, spec.rope_dim, groups, rope_bits)[
-        : 1 if groups == 1 else None
-    ]
+    choices = looked_at.choices(spec.latent_dim, spec.rope_dim, groups, rope_bits)[: 1 if groups == 1 else None]
     if not choices:
         return []
-    maps = [
-        [layer_sketched_maps(layer, rows).to(model.device, model.dtype) for layer in costs]
-        for rows in choices
-    ]
+    maps = [[layer_sketched_maps(layer, rows).to(model.device, model.dtype) for layer in costs] for rows in choices]
 
     def kl_of(candidates: Sequence[Sequence[LayerMaps | None]]) -> list[float]:
         found = measure(model, tokens, candidates, prompt_tokens)

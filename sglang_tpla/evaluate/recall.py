@@ -5,8 +5,6 @@ forcing through each method. Between two live deployments every question is a re
 questions and answers before it, answered greedily.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable, Mapping, Sequence
 

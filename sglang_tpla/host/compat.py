@@ -5,8 +5,6 @@ two supported ones, if ``SGLANG_TPLA_ALLOW_UNKNOWN_HOST`` lets it start, gets it
 (``patches/ledger.toml``) has the hooked targets of each release; ``docs/upgrading.md`` lists the differences.
 """
 
-from __future__ import annotations
-
 import contextlib
 import inspect
 import os

@@ -7,8 +7,6 @@ changed target or an unsupported release stops the start. ``source_table.py`` ma
 releases from their wheels.
 """
 
-from __future__ import annotations
-
 import ast
 import hashlib
 import importlib.util
@@ -65,9 +63,7 @@ class Hook:
 
     def __post_init__(self) -> None:
         if self.kind not in ("before", "after", "around", "replace"):
-            raise LedgerError(
-                f"{self.target}: kind must be before, after, around or replace; got {self.kind!r}"
-            )
+            raise LedgerError(f"{self.target}: kind must be before, after, around or replace; got {self.kind!r}")
         if not set(self.roles) <= {*ROLES, CPU}:
             raise LedgerError(f"{self.target}: roles must be among {(*ROLES, CPU)}; got {self.roles}")
         if not self.ast_sha256:
@@ -122,9 +118,7 @@ def load() -> tuple[Hook, ...]:
         expected = {
             release
             for release in supported_releases()
-            if version_key(hook.since or release)
-            <= version_key(release)
-            <= version_key(hook.until or release)
+            if version_key(hook.since or release) <= version_key(release) <= version_key(hook.until or release)
         }
         if set(hook.ast_sha256) != expected:
             raise LedgerError(
@@ -177,9 +171,7 @@ def canonical(node: Any) -> str:
     ``ast.dump`` varies: 3.12 gave functions and classes a field ``type_params``, and 3.13 stopped printing empty lists.
     """
     if isinstance(node, ast.AST):
-        fields = (
-            f"{name}={canonical(value)}" for name, value in ast.iter_fields(node) if value not in (None, [])
-        )
+        fields = (f"{name}={canonical(value)}" for name, value in ast.iter_fields(node) if value not in (None, []))
         return f"{type(node).__name__}({', '.join(fields)})"
     if isinstance(node, list):
         return f"[{', '.join(map(canonical, node))}]"
@@ -189,9 +181,7 @@ def canonical(node: Any) -> str:
 def _definitions(parent: ast.AST, name: str) -> list[ast.AST]:
     """Every definition of a name directly below ``parent``, since a function may have overloads beside its body."""
     kinds = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
-    return [
-        child for child in ast.iter_child_nodes(parent) if isinstance(child, kinds) and child.name == name
-    ]
+    return [child for child in ast.iter_child_nodes(parent) if isinstance(child, kinds) and child.name == name]
 
 
 def target_hash(target: str, source: Source) -> str:

@@ -1,7 +1,5 @@
 """The settings, the artifact and the layout of this process, read once from its environment."""
 
-from __future__ import annotations
-
 import os
 import secrets
 from collections.abc import Iterable
@@ -36,9 +34,7 @@ def settings() -> Settings:
     """
     found = Settings.from_environment(os.environ)
     if found is None:
-        raise ConfigError(
-            "this process has no SGLANG_TPLA_ROLE; start it with `python -m sglang_tpla.launch`"
-        )
+        raise ConfigError("this process has no SGLANG_TPLA_ROLE; start it with `python -m sglang_tpla.launch`")
     return found
 
 

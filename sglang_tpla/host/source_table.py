@@ -7,8 +7,6 @@ For every release the table holds the wheel's hash and, for every path that the 
 of the syntax tree, or null where that release has no such name. Tests compare the ledger with it without a download.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import sys

@@ -5,8 +5,6 @@ guesses a chain of up to three tokens. Both servers run it, since the draft laye
 the prompt.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

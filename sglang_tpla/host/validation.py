@@ -5,8 +5,6 @@ them, and the model and the attention backend after SGLang has resolved them. Ea
 names what has to go; the process then ends with its text.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -101,9 +99,7 @@ def check_flags(args: Any) -> None:
 def attention_groups_refusal(args: Any) -> tuple[bool, str, str]:
     """The entry of ``check_flags`` for data-parallel attention that a CPU cannot run."""
     flag = "--enable-dp-attention" if args.enable_dp_attention else "--attn-dp-size"
-    refused = (
-        compat.attention_groups(args) > 1 and args.device == "cpu" and not compat.cpu_has_attention_groups()
-    )
+    refused = compat.attention_groups(args) > 1 and args.device == "cpu" and not compat.cpu_has_attention_groups()
     return (
         refused,
         flag,
@@ -295,6 +291,4 @@ def default_backend(original: Callable[..., str], self: Any, use_mla_backend: bo
         return stock
     if args.speculative_algorithm is not None:
         return OURS  # only it verifies guesses on a slice; it refuses at start what it does not serve
-    return preferred_backend(
-        slice_shapes(args, model_config), device_capability(torch.device(args.device)), stock
-    )
+    return preferred_backend(slice_shapes(args, model_config), device_capability(torch.device(args.device)), stock)

@@ -3,8 +3,6 @@
 Every check raises `ConfigError`, which names the flag and what came.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from urllib.parse import urlsplit

@@ -4,8 +4,6 @@ It follows ``sglang/srt/utils/numa_utils.py`` (each rank's cores) and
 ``sglang/srt/distributed/device_communicators/pynccl.py`` (which must build no communicator).
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping, Sequence
 

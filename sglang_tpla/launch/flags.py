@@ -4,8 +4,6 @@ The launcher passes unknown flags to ``sglang.launch_server`` or ``sglang_router
 every flag of theirs works, also in later releases. It compares only names, in one spelling.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterable, Sequence
@@ -82,9 +80,7 @@ def for_section(arguments: Sequence[Argument], section: str) -> list[Argument]:
     """The flags written ``--prefill.NAME``, ``--decode.NAME`` or ``--router.NAME``, without that prefix."""
     prefix = section + "."
     return [
-        Argument(
-            canonical(argument.name[len(prefix) :]), (_unprefixed(argument.tokens[0]), *argument.tokens[1:])
-        )
+        Argument(canonical(argument.name[len(prefix) :]), (_unprefixed(argument.tokens[0]), *argument.tokens[1:]))
         for argument in arguments
         if argument.name.startswith(prefix)
     ]

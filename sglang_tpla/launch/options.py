@@ -6,8 +6,6 @@ configuration file is YAML: it holds the launcher's keys and SGLang's flags by n
 raises `ConfigError`, which names the value's origin.
 """
 
-from __future__ import annotations
-
 import argparse
 import difflib
 import re
@@ -174,9 +172,7 @@ def read_file(path: str) -> FileSource:
     if loaded is None:
         loaded = {}
     if not isinstance(loaded, dict):
-        raise ConfigError(
-            f"--config {path}: expected a mapping of flags at the top; got {type(loaded).__name__}"
-        )
+        raise ConfigError(f"--config {path}: expected a mapping of flags at the top; got {type(loaded).__name__}")
     sections = {
         name: _checked_keys(value, path)
         for name, value in loaded.items()
@@ -214,12 +210,8 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--role", choices=ROLES, help="what to start; may also stand in the file")
     result.add_argument("--config", metavar="FILE.yaml", help="flags by name, with sections per role")
     result.add_argument("--dry-run", action="store_true", help="print environment and command, start nothing")
-    result.add_argument(
-        "--startup-timeout-s", type=float, help="--role all: wait this long for health (1800)"
-    )
-    result.add_argument(
-        "--log-dir", help="--role all: keep the servers' logs here; otherwise the router's own flag"
-    )
+    result.add_argument("--startup-timeout-s", type=float, help="--role all: wait this long for health (1800)")
+    result.add_argument("--log-dir", help="--role all: keep the servers' logs here; otherwise the router's own flag")
     group = result.add_argument_group("settings", "see sglang_tpla.config.Settings")
     for flag, entry in SETTING_FIELDS.items():
         default = "" if entry.default in (None, MISSING) else f" (default {entry.default})"

@@ -13,8 +13,6 @@ Signals meant for the supervisor do not reach this process, which leads its own 
 Linux.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import re
@@ -106,11 +104,7 @@ class Reaper:
 
     def living(self) -> list[int]:
         """The processes of the deployment, without this one."""
-        return [
-            process.pid
-            for process in psutil.process_iter()
-            if process.pid != os.getpid() and self._owns(process)
-        ]
+        return [process.pid for process in psutil.process_iter() if process.pid != os.getpid() and self._owns(process)]
 
     def _owns(self, process: psutil.Process) -> bool:
         """Whether a process lives in one of the sessions, or was started with one of the temporary folders."""

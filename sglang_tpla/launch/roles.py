@@ -1,7 +1,5 @@
 """Turn options into processes: the command and the environment of every role."""
 
-from __future__ import annotations
-
 import importlib.metadata
 import importlib.util
 import os
@@ -63,9 +61,7 @@ class Process:
         """The command to paste into a shell, one flag a line."""
         removed = [f"-u {name}" for name, value in sorted(self.environment.items()) if value is None]
         added = [
-            f"{name}={shlex.quote(value)}"
-            for name, value in sorted(self.environment.items())
-            if value is not None
+            f"{name}={shlex.quote(value)}" for name, value in sorted(self.environment.items()) if value is not None
         ]
         head = shlex.join(self.command[:3])
         flags = [shlex.join(argument.tokens) for argument in split_tokens(self.command[3:])]
@@ -88,10 +84,7 @@ def _plan_all(options: Options) -> list[Process]:
     check_first_port(port)
     router = _with_defaults(router, prometheus_port=port + 4)
     prefill = _with_defaults(
-        options.engine_arguments("prefill"),
-        host=DEFAULT_HOST,
-        port=port + 1,
-        disaggregation_bootstrap_port=port + 3,
+        options.engine_arguments("prefill"), host=DEFAULT_HOST, port=port + 1, disaggregation_bootstrap_port=port + 3
     )
     decode = _with_defaults(options.engine_arguments("decode"), host=DEFAULT_HOST, port=port + 2)
     if name := next((n for n in ("ssl-certfile", "ssl-keyfile") if has(prefill, n) or has(decode, n)), None):
@@ -164,9 +157,7 @@ def _with_speculation(role: str, arguments: list[Argument]) -> list[Argument]:
         return arguments
     if has(arguments, "speculative-num-steps"):
         steps = integer(arguments, "speculative-num-steps", 0)
-        arguments = _with_defaults(
-            arguments, speculative_eagle_topk=1, speculative_num_draft_tokens=steps + 1
-        )
+        arguments = _with_defaults(arguments, speculative_eagle_topk=1, speculative_num_draft_tokens=steps + 1)
     return _with_defaults(arguments, speculative_attention_mode="decode") if role == "decode" else arguments
 
 
@@ -174,9 +165,7 @@ def _router(arguments: list[Argument], options: Options) -> Process:
     """Plan the router in prefill/decode mode."""
     settings = [argument.name for argument in options.command_line if argument.name.startswith("tpla-")]
     if options.role == "router" and settings:
-        raise ConfigError(
-            f"the router has no settings of its own; got --{settings[0]}: give it to the decode server"
-        )
+        raise ConfigError(f"the router has no settings of its own; got --{settings[0]}: give it to the decode server")
     if not has(arguments, "service-discovery"):
         for name, example in (("prefill", "URL BOOTSTRAP_PORT"), ("decode", "URL")):
             if not has(arguments, name):
@@ -227,9 +216,7 @@ def check_installation(environ: Mapping[str, str] = os.environ) -> None:
     SGLang would silently serve unpatched where a plug-in is missing or filtered out.
     """
     if importlib.util.find_spec("sglang") is None:
-        raise ConfigError(
-            f"{sys.executable} has no SGLang; run `make python` and use the interpreter that it prints"
-        )
+        raise ConfigError(f"{sys.executable} has no SGLang; run `make python` and use the interpreter that it prints")
     names = {entry.name for entry in importlib.metadata.entry_points(group=PLUGIN_GROUP)}
     if PLUGIN_NAME not in names:
         raise ConfigError(
@@ -238,6 +225,4 @@ def check_installation(environ: Mapping[str, str] = os.environ) -> None:
         )
     allowed = environ.get("SGLANG_PLUGINS", "")
     if allowed and PLUGIN_NAME not in [name.strip() for name in allowed.split(",")]:
-        raise ConfigError(
-            f"SGLANG_PLUGINS={allowed} keeps SGLang from loading {PLUGIN_NAME}; add it or unset that"
-        )
+        raise ConfigError(f"SGLANG_PLUGINS={allowed} keeps SGLang from loading {PLUGIN_NAME}; add it or unset that")

@@ -217,9 +217,7 @@ class Supervisor:
                 how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with {code}"
                 raise ChildDied(f"the {name} process {how}; its last lines:\n{self.last_lines(name)}")
 
-    def wait_healthy(
-        self, urls: Mapping[str, str], timeout_s: float, on_wait: Callable[[str, float], None]
-    ) -> None:
+    def wait_healthy(self, urls: Mapping[str, str], timeout_s: float, on_wait: Callable[[str, float], None]) -> None:
         """Wait until each URL answers 200, watching all children.
 
         Args:
@@ -311,9 +309,7 @@ def supervise(processes: Sequence[Process], log_dir: str | None, startup_timeout
     return 0
 
 
-def start_all(
-    supervisor: Supervisor, processes: Sequence[Process], startup_timeout_s: float, console: Console
-) -> None:
+def start_all(supervisor: Supervisor, processes: Sequence[Process], startup_timeout_s: float, console: Console) -> None:
     """Start the servers together, and the router once they are healthy.
 
     Raises:

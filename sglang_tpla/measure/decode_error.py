@@ -4,8 +4,6 @@ Only positions whose attention went through the slices count: a sequence of P + 
 token, at positions P to P + C - 1. The last one has no next token and counts for KL and agreement only.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -99,9 +97,7 @@ def measure(
         exact, cache = model.prefill(part)
         reference = model.logits(exact[:, prompt_tokens:]).float().log_softmax(-1)
         # plain MLA and every candidate share the prompt
-        past = [
-            LayerCache(layer.latent[:, :prompt_tokens], layer.k_rope[:, :prompt_tokens]) for layer in cache
-        ]
+        past = [LayerCache(layer.latent[:, :prompt_tokens], layer.k_rope[:, :prompt_tokens]) for layer in cache]
         following = part[:, prompt_tokens + 1 :]
         for index, maps in enumerate(candidates):
             hidden = model.hidden_states(part[:, prompt_tokens:], maps=maps, past=past)

@@ -127,9 +127,7 @@ class Statistics:
         for index, layer in enumerate(self.layers):
             for name in _NAMES:
                 value = getattr(layer, name)
-                tensor = (
-                    value if isinstance(value, torch.Tensor) else torch.tensor(value, dtype=torch.float64)
-                )
+                tensor = value if isinstance(value, torch.Tensor) else torch.tensor(value, dtype=torch.float64)
                 tensors[f"layers.{index}.{name}"] = tensor.cpu().contiguous()
         save_file(tensors, str(path), metadata={"meta": msgspec.json.encode(self.meta).decode()})
 
@@ -146,9 +144,7 @@ class Statistics:
         except (SafetensorError, OSError, msgspec.MsgspecError) as error:
             raise StatisticsError(f"{path} is not a readable statistics file: {error}") from error
         if meta.format_version != FORMAT_VERSION:
-            raise StatisticsError(
-                f"{path} has format {meta.format_version}, this release reads {FORMAT_VERSION}"
-            )
+            raise StatisticsError(f"{path} has format {meta.format_version}, this release reads {FORMAT_VERSION}")
         count = len(tensors) // len(_NAMES)
         expected = {f"layers.{index}.{name}" for index in range(count) for name in _NAMES}
         if not count or set(tensors) != expected:
@@ -218,8 +214,7 @@ def collect(
     """
     spec = model.spec
     moments = [
-        LayerMoments.zeros(spec.latent_dim, spec.heads, spec.nope_dim, str(model.device))
-        for _ in range(spec.layers)
+        LayerMoments.zeros(spec.latent_dim, spec.heads, spec.nope_dim, str(model.device)) for _ in range(spec.layers)
     ]
 
     if not model.resident:

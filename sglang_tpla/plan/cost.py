@@ -12,8 +12,6 @@ Methods (T ranks, g latent groups; docs/design.md):
     dp    whole requests: every head's weights, 1/T of the batch
 """
 
-from __future__ import annotations
-
 import contextlib
 import math
 from collections.abc import Sequence
@@ -58,9 +56,7 @@ class Load:
                 f"{self.verified} and {self.accepted:g}"
             )
         if self.batch < 1 or self.context_tokens < 1:
-            raise PlanError(
-                f"batch and context must be at least 1, got {self.batch} and {self.context_tokens}"
-            )
+            raise PlanError(f"batch and context must be at least 1, got {self.batch} and {self.context_tokens}")
 
     @property
     def tokens(self) -> int:
@@ -76,10 +72,7 @@ class Precision:
     cache: str = "bf16"
 
     def __post_init__(self) -> None:
-        for name, value, known in (
-            ("weights", self.weights, WEIGHT_DTYPES),
-            ("cache", self.cache, CACHE_DTYPES),
-        ):
+        for name, value, known in (("weights", self.weights, WEIGHT_DTYPES), ("cache", self.cache, CACHE_DTYPES)):
             if value not in known:
                 raise PlanError(f"--{name}-dtype must be one of {', '.join(known)}, got {value!r}")
 
@@ -340,9 +333,7 @@ def rank_work(
             one_request_bytes=context * row_bytes,
         ),
         absorbed("value", model.value_dim, width),
-        gemm(
-            "output", out_heads * model.output_parameters_a_head, model.hidden + out_heads * model.value_dim
-        ),
+        gemm("output", out_heads * model.output_parameters_a_head, model.hidden + out_heads * model.value_dim),
     ]
     vector = rows * _BF16_BYTES
     joins: list[Collective] = []
@@ -437,9 +428,7 @@ def weight_bytes(model: PlanModel, work: RankWork, precision: Precision, gpus: i
     return attention + others / gpus
 
 
-def tokens_that_fit(
-    model: PlanModel, method: Method, work: RankWork, weights: float, gpu: Gpu, fraction: float
-) -> int:
+def tokens_that_fit(model: PlanModel, method: Method, work: RankWork, weights: float, gpu: Gpu, fraction: float) -> int:
     """The cached tokens that fit on all ranks together; 0 where the weights alone do not fit."""
     free = gpu.memory_bytes * fraction - weights
     return max(0, int(free // (work.cache_row_bytes * model.layers))) * method.cache_ranks

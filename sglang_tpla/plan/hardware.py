@@ -98,13 +98,7 @@ class Gpu:
 
 
 def _scaled(
-    base: Gpu,
-    name: str,
-    memory_bytes: float,
-    capability: tuple[int, int],
-    bandwidth: float,
-    flops: float,
-    source: str,
+    base: Gpu, name: str, memory_bytes: float, capability: tuple[int, int], bandwidth: float, flops: float, source: str
 ) -> Gpu:
     wider, faster = bandwidth / base.sheet_bytes_per_s, flops / base.sheet_flops_per_s
     rates = {

@@ -1,7 +1,5 @@
 """The planner's printed answer: a table for each load, a map of the fastest method, and the source of each number."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -88,10 +86,7 @@ def fastest_map(answers: Sequence[Answer]) -> str:
     """The map, batch by context, of the fastest method that fits."""
     batches = sorted({a.load.batch for a in answers})
     contexts = sorted({a.load.context_tokens for a in answers})
-    cells = {
-        (a.load.batch, a.load.context_tokens): a.fastest.code if a.fastest is not None else "-"
-        for a in answers
-    }
+    cells = {(a.load.batch, a.load.context_tokens): a.fastest.code if a.fastest is not None else "-" for a in answers}
     lines = [
         "fastest method that fits, modelled (TP, DCP, DP attention; MLA8: plain MLA with an 8-bit cache; Tg: TPLA with",
         "g groups, Tg.8 in sketched and Tg.f in FP8 rows, s: with the reduce-scatter before o_proj; -: nothing fits)",

@@ -6,8 +6,6 @@ float32; the value is the stored number times its block's scale. A missing or un
 scale, and a model without multi-head latent attention raise `CheckpointError`.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from pathlib import Path
@@ -78,9 +76,7 @@ class Checkpoint:
             raise CheckpointError(f"expected a tensor {name!r} in {self.path}, found none")
         file = self.path / self._files[name]
         if not file.is_file():
-            raise CheckpointError(
-                f"the index of {self.path} names {file.name} for {name!r}, which is missing"
-            )
+            raise CheckpointError(f"the index of {self.path} names {file.name} for {name!r}, which is missing")
         return file
 
     def stored(self, name: str) -> torch.Tensor:
@@ -107,9 +103,7 @@ class Checkpoint:
             return stored.to(dtype)
         scale_name = f"{name}_scale_inv"
         if scale_name not in self._files:
-            raise CheckpointError(
-                f"{name!r} is stored as {stored.dtype} and needs {scale_name!r}, which is missing"
-            )
+            raise CheckpointError(f"{name!r} is stored as {stored.dtype} and needs {scale_name!r}, which is missing")
         block = (self.config.get("quantization_config") or {}).get("weight_block_size") or [128, 128]
         return dequantise_blocks(stored, self.stored(scale_name), (int(block[0]), int(block[1]))).to(dtype)
 

@@ -9,8 +9,6 @@ A file that is none, or a value of another type, raises `CheckpointError`. Nothi
 launcher can read a config too.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from pathlib import Path

@@ -4,8 +4,6 @@ A rotated vector holds all first halves of the pairs, then all second halves, as
 query and key having the same layout.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch
@@ -22,9 +20,7 @@ class Rotary:
         self.amplitude = 1.0
         if spec.yarn is not None:
             yarn = spec.yarn
-            self.amplitude = yarn_mscale(yarn.factor, yarn.mscale) / yarn_mscale(
-                yarn.factor, yarn.mscale_all_dim
-            )
+            self.amplitude = yarn_mscale(yarn.factor, yarn.mscale) / yarn_mscale(yarn.factor, yarn.mscale_all_dim)
 
     def tables(self, tokens: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """Make cos and sin, each [tokens, e/2], for positions 0 to tokens - 1."""

@@ -118,9 +118,7 @@ def _read_yarn(rope: Mapping[str, Any], config: Mapping[str, Any]) -> Yarn | Non
     if kind == "default":
         return None
     if kind not in ("yarn", "deepseek_yarn"):
-        raise CheckpointError(
-            f"expected rope scaling 'yarn' or none, got {kind!r}: not a model of this family"
-        )
+        raise CheckpointError(f"expected rope scaling 'yarn' or none, got {kind!r}: not a model of this family")
     return Yarn(
         factor=float(rope["factor"]),
         original_positions=int(

@@ -6,8 +6,6 @@ Writes ``prefill.secret``, ``prefill.public``, ``decode.secret``, ``decode.publi
 installed there as ``decode.secret``) and allows it. Keys that exist are kept.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 from pathlib import Path

@@ -6,8 +6,6 @@ wrong place. Decoding is strict: a wrong digest, unknown tags, missing or extra 
 range are all `FrameError`, and nothing larger than ``MAX_HEADER_BYTES`` is looked at.
 """
 
-from __future__ import annotations
-
 from typing import Annotated, Any, TypeAlias
 
 import msgspec
@@ -374,7 +372,5 @@ def decode(header: Buffer, has_payload: bool) -> Message:
     if version != FRAMING_VERSION and not isinstance(message, Refused):
         raise other
     if has_payload != isinstance(message, WITH_PAYLOAD):
-        raise FrameError(
-            f"{type(message).__name__} comes {'with' if not has_payload else 'without'} a payload frame"
-        )
+        raise FrameError(f"{type(message).__name__} comes {'with' if not has_payload else 'without'} a payload frame")
     return message

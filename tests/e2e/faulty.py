@@ -66,8 +66,7 @@ def handles(pid: int, but_to: Collection[int] = ()) -> Kinds:
     kinds = Kinds()
     connections = psutil.Process(pid).net_connections(kind="tcp")
     ends = {
-        str(end.fd): f"{end.status} {end.laddr.port} to {end.raddr.port if end.raddr else '-'}"
-        for end in connections
+        str(end.fd): f"{end.status} {end.laddr.port} to {end.raddr.port if end.raddr else '-'}" for end in connections
     }
     left_out = {str(end.fd) for end in connections if end.raddr and end.raddr.port in but_to}
     for link in Path(f"/proc/{pid}/fd").iterdir():
@@ -85,9 +84,7 @@ def growth(before: Held, after: Held) -> list[str]:
         for what, old, new in zip(("threads", "handles"), before[pid], after[pid], strict=False):
             assert isinstance(old, collections.Counter) and isinstance(new, collections.Counter)
             if new.total() > old.total():
-                found.append(
-                    f"process {pid}: {new.total()} {what} where {old.total()} were: {new - old} came"
-                )
+                found.append(f"process {pid}: {new.total()} {what} where {old.total()} were: {new - old} came")
         if after[pid][2] > before[pid][2] + GROWTH_BYTES:
             found.append(f"process {pid}: {before[pid][2]} bytes before, {after[pid][2]} after")
     return found
@@ -156,9 +153,7 @@ class Faulty:
         pool = ("--max-total-tokens", str(POOL_TOKENS))
         decode = launcher("decode", model, ports[2], logs / "faulty-decode.log", "--tp", "2", "--tpla-groups", "2",
                           "--tpla-artifact", artifact, *TRANSFER, *pool)  # fmt: skip
-        single = launcher(
-            "decode", model, ports[3], logs / "faulty-single.log", "--tpla-groups", "1", *TRANSFER, *pool
-        )
+        single = launcher("decode", model, ports[3], logs / "faulty-single.log", "--tpla-groups", "1", *TRANSFER, *pool)
         single.name = "single"
         with contextlib.ExitStack() as stack:
             proxies = [
@@ -203,9 +198,7 @@ class Faulty:
     def held(self) -> list[Held]:
         """Return the `resources` of all servers, once every connection has its data channel again."""
         deadline = time.monotonic() + 30
-        while (now := series(self.prefill))["data_channels"] != now["peers"] or set(
-            now["peers"].values()
-        ) != {3}:
+        while (now := series(self.prefill))["data_channels"] != now["peers"] or set(now["peers"].values()) != {3}:
             assert time.monotonic() < deadline, now
             time.sleep(0.2)
         return [self._resources(server) for server in self.servers]

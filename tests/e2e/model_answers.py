@@ -1,7 +1,5 @@
 """Log-probabilities of a greedy answer's tokens: as a server said them, and as the plain PyTorch model has them."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch
@@ -20,8 +18,7 @@ def said_and_due(
     at = torch.arange(len(ids) - 1, tokens.shape[1] - 1)
     with torch.no_grad():
         outputs = [
-            model.forward(tokens[:, :-1], maps=maps, prompt_tokens=len(ids)).log_softmax(-1)
-            for maps in candidates
+            model.forward(tokens[:, :-1], maps=maps, prompt_tokens=len(ids)).log_softmax(-1) for maps in candidates
         ]
     due = (values[0, at, tokens[0, at + 1]] for values in outputs)
     return torch.tensor([value for value, *_ in said]), *due

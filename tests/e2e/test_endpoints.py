@@ -3,8 +3,6 @@
 What it reports is compared with the plain PyTorch model on the same text: exact and through the slices.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +46,7 @@ def expected_kl(reference: Server, artifact: Artifact, model_path: str) -> tuple
     return found, agreed
 
 
-def test_two_live_deployments(
-    reference: Server, trio: Any, nano_mla: str, nano_artifact: str, tmp_path: Path
-) -> None:
+def test_two_live_deployments(reference: Server, trio: Any, nano_mla: str, nano_artifact: str, tmp_path: Path) -> None:
     code = command.main([
         "--stock-url", reference.url, "--tpla-url", trio.router.url, "--prompts", str(PROMPTS),
         "--new-tokens", str(NEW_TOKENS), "--out", str(tmp_path), "--quiet",

@@ -1,7 +1,5 @@
 """Random inputs of a decode step on the GPU, shared by tests, benchmark and sanitizer runs."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 

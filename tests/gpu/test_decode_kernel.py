@@ -40,9 +40,7 @@ def test_right_at_every_width(latent_dim: int) -> None:
         for query_len in (1, 2, 3, 4):
             page_size = dice.choice((1, 64))
             lengths = dice.choice(LENGTHS)
-            case = random_case(
-                DecodeShape(latent_dim, heads, 64, query_len, page_size), lengths, dice.randrange(2**31)
-            )
+            case = random_case(DecodeShape(latent_dim, heads, 64, query_len, page_size), lengths, dice.randrange(2**31))
             error = relative_error(run(case), case.reference())
             assert error <= BAR, (latent_dim, heads, query_len, page_size, lengths)
 
@@ -62,17 +60,9 @@ def test_bit_identical_on_repetition(latent_dim: int, heads: int, lengths: list[
 def test_device_plan_equals_its_twin() -> None:
     dice = random.Random(3)
     kernel = HopperDecode(DecodeShape(128, 16), SCALE, 300, DEVICE)
-    batches = [
-        *LENGTHS,
-        [32768] * 16,
-        [4096] * 128,
-        [131072],
-        [0, 0],
-        [dice.randrange(9000) for _ in range(299)],
-    ]
+    batches = [*LENGTHS, [32768] * 16, [4096] * 128, [131072], [0, 0], [dice.randrange(9000) for _ in range(299)]]
     batches += [
-        [dice.choice((0, 1, 64, 65, dice.randrange(70000))) for _ in range(dice.randrange(1, 60))]
-        for _ in range(40)
+        [dice.choice((0, 1, 64, 65, dice.randrange(70000))) for _ in range(dice.randrange(1, 60))] for _ in range(40)
     ]
     for lengths in batches:
         tensor = torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
@@ -147,7 +137,5 @@ def test_flashinfer_at_full_width(page_size: int) -> None:
     assert choose(case.shape, (9, 0)) == "flashinfer_fa3"
     flashinfer = FlashInferDecode(case.shape, SCALE, DEVICE, "fa3")
     flashinfer.plan(case.table, case.lengths)
-    error = relative_error(
-        flashinfer.run(case.q_latent, case.q_rope, case.kv_cache.nan_to_num()), case.reference()
-    )
+    error = relative_error(flashinfer.run(case.q_latent, case.q_rope, case.kv_cache.nan_to_num()), case.reference())
     assert error <= BAR

@@ -3,8 +3,6 @@
 The formula is written from the paper's equations and uses whole weights, without sharding.
 """
 
-from __future__ import annotations
-
 import math
 from types import SimpleNamespace
 
@@ -102,8 +100,7 @@ def random_step(lengths, generator, dtype=torch.float32):
     """New tokens [batch, hidden] and the past of each request, as `formula` takes them."""
     x = torch.randn(len(lengths), HIDDEN, generator=generator).to(dtype).float()
     past = [
-        (torch.randn(n - 1, D, generator=generator), torch.randn(n - 1, ROPE, generator=generator))
-        for n in lengths
+        (torch.randn(n - 1, D, generator=generator), torch.randn(n - 1, ROPE, generator=generator)) for n in lengths
     ]
     return x, past
 
@@ -176,9 +173,7 @@ def decode_step(attention, backend, x, lengths, slots, **options):
         seq_lens_sum=sum(lengths), positions=positions,
     )  # fmt: skip
     boundary = attention_boundary()
-    inputs = boundary.AttentionInputs(
-        x, forward_batch, attention.prepare_qkv_latent if attention.q_lora_rank else None
-    )
+    inputs = boundary.AttentionInputs(x, forward_batch, attention.prepare_qkv_latent if attention.q_lora_rank else None)
     with torch.no_grad(), forward_context(ForwardContext(attn_backend=backend)):
         boundary.get_attn_tp_context().set_attn_inputs(inputs)
         backend.init_forward_metadata(forward_batch)

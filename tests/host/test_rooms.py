@@ -1,7 +1,5 @@
 """Requests of SGLang's that come with the same room number: one has the room until SGLang has cleared it."""
 
-from __future__ import annotations
-
 import contextlib
 from types import SimpleNamespace
 from typing import Any

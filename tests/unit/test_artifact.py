@@ -1,7 +1,5 @@
 """The artifact file: what is written is what is read, and nothing damaged or foreign gets through."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
@@ -11,14 +9,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from sglang_tpla.artifact.artifact import (
-    FORMAT_VERSION,
-    Artifact,
-    ArtifactError,
-    ArtifactMeta,
-    ErrorReport,
-    build,
-)
+from sglang_tpla.artifact.artifact import FORMAT_VERSION, Artifact, ArtifactError, ArtifactMeta, ErrorReport, build
 from sglang_tpla.artifact.model_identity import config_hash, weights_hash
 
 ROOT = Path(__file__).resolve().parents[2]

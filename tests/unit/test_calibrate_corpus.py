@@ -1,7 +1,5 @@
 """How much text a corpus gives: exactly what was asked for, or what there is."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """Streamed statistics and the text they come from."""
 
-from __future__ import annotations
-
 import itertools
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Whoever uses the package can catch all that it raises by one name."""
 
-from __future__ import annotations
-
 import ast
 from pathlib import Path
 

@@ -1,16 +1,12 @@
 """Folding the maps into the absorbed weights gives what applying them one after another gives."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 
 from sglang_tpla.artifact.fold import fold_key_map, fold_value_map
 
 
-@pytest.mark.parametrize(
-    ("heads", "nope", "d", "w", "v"), [(3, 5, 17, 7, 4), (1, 1, 2, 1, 1), (8, 32, 128, 80, 32)]
-)
+@pytest.mark.parametrize(("heads", "nope", "d", "w", "v"), [(3, 5, 17, 7, 4), (1, 1, 2, 1, 1), (8, 32, 128, 80, 32)])
 def test_scores_and_outputs(heads: int, nope: int, d: int, w: int, v: int) -> None:
     torch.manual_seed(heads)
     w_kc, w_vc = torch.randn(heads, nope, d), torch.randn(heads, d, v)

@@ -1,7 +1,5 @@
 """Flags that must agree between prefill, decode and router do, in the form that each takes, or are refused."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest
@@ -68,21 +66,15 @@ def test_ipv6_addresses_in_the_form_that_each_takes(host: str) -> None:
     assert value(router, "--host") == "[::1]"
 
 
-@pytest.mark.parametrize(
-    "url", ["http://::1:30001", "prefill", "http://a:0", "http://a:b", "http://[::1", ""]
-)
+@pytest.mark.parametrize("url", ["http://::1:30001", "prefill", "http://a:0", "http://a:b", "http://[::1", ""])
 def test_an_address_that_is_no_url(url: str) -> None:
     with pytest.raises(ConfigError, match="--decode must be the URL of a server"):
         planned("--role", "router", "--prefill", "http://a:1", "2", f"--decode={url}")
 
 
 def test_a_server_alone() -> None:
-    with pytest.raises(
-        ConfigError, match=r"prefill: --disaggregation-bootstrap-port must lie in 1\.\.\.65535; got 0"
-    ):
-        planned(
-            "--role", "prefill", "--model-path", "examples/nano-mla", "--disaggregation-bootstrap-port", "0"
-        )
+    with pytest.raises(ConfigError, match=r"prefill: --disaggregation-bootstrap-port must lie in 1\.\.\.65535; got 0"):
+        planned("--role", "prefill", "--model-path", "examples/nano-mla", "--disaggregation-bootstrap-port", "0")
 
 
 @pytest.mark.parametrize("port", ["0", "70000"])

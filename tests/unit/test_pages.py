@@ -1,7 +1,5 @@
 """Pages name what exists: links, anchors, flags and modules; and each result is named by a page or a module."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import fields
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Maps of sketched rows: exact but for rounding, the same for all columns shared as for one group, and in the file."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import msgspec
@@ -31,12 +29,7 @@ def make_layer(rows: SketchedRows) -> tuple[SketchedMaps, torch.Tensor, LayerMom
     moments.update(latent, queries)
     absorbed = torch.einsum("thn,hnd->thd", queries, w_uk)
     weights = LayerWeights(w_uk, torch.randn(H, N, D, generator=generator), N**-0.5)
-    return (
-        layer_sketched_maps(LayerCosts.of(moments, weights), rows),
-        latent.double(),
-        moments,
-        absorbed.double(),
-    )
+    return (layer_sketched_maps(LayerCosts.of(moments, weights), rows), latent.double(), moments, absorbed.double())
 
 
 SHAPES = [
@@ -148,9 +141,7 @@ def test_contradictions_of_version_2_are_refused() -> None:
         Artifact(artifact.meta, tensors)
 
 
-def test_the_page_on_artifacts_checks_one(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_page_on_artifacts_checks_one(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     page = (ROOT / "docs" / "artifact.md").read_text(encoding="utf-8")
     program = page.split("```python\n")[1].split("```")[0]
     monkeypatch.chdir(ROOT)

@@ -1,7 +1,5 @@
 """Rows as extents: all of them, in order, and the arithmetic on pieces of memory."""
 
-from __future__ import annotations
-
 import itertools
 
 import numpy as np
@@ -74,9 +72,7 @@ def test_pieces_of_a_pool_are_its_rows(slots: np.ndarray, data: st.DataObject) -
 
 
 def test_slots_find_the_runs_of_each_part_once() -> None:
-    numbers = np.concatenate(
-        [np.arange(start, start + 7) for start in np.random.default_rng(2).permutation(40) * 9]
-    )
+    numbers = np.concatenate([np.arange(start, start + 7) for start in np.random.default_rng(2).permutation(40) * 9])
     slots = iovec.Slots(numbers)
     assert len(slots) == 280
     for first in range(0, 280, 3):

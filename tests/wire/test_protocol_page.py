@@ -2,8 +2,6 @@
 What it needs and the page does not say is a hole in the page.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import secrets

@@ -9,8 +9,6 @@ The norm covers the whole latent and is rounded to the cache's dtype before the 
 The rotation is that of SGLang's ``DeepseekScalingRotaryEmbedding``.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

@@ -195,9 +195,7 @@ def latent_write_kernel(
         if block < COLUMN_BLOCKS:
             column = block * BLOCK_W + tl.arange(0, BLOCK_W)
             raw = latent + token * latent_stride
-            value = slice_columns(
-                raw, weight, z, live, column, eps, D, W, MODE, BLOCK_TOKENS, BLOCK_W, BLOCK_D
-            )
+            value = slice_columns(raw, weight, z, live, column, eps, D, W, MODE, BLOCK_TOKENS, BLOCK_W, BLOCK_D)
             there = live[:, None] & (column < W)[None, :]
             tl.store(row[:, None] + column[None, :], value.to(row.dtype.element_ty), mask=there)
         else:

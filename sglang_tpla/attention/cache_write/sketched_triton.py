@@ -137,9 +137,7 @@ def write_row(
     tl.store(row + behind + few, tl.zeros([16], tl.uint8), mask=few < SCALES - behind)
     if ROPE:
         one = tl.zeros([1], tl.int64)
-        even, odd, a, b, whole = rotated_pairs(
-            key + one, cos_sin, positions, token + one, one == 0, ROPE, ROTATE, HALF
-        )
+        even, odd, a, b, whole = rotated_pairs(key + one, cos_sin, positions, token + one, one == 0, ROPE, ROTATE, HALF)
         if ROPE_BITS == 8:
             even, odd = tl.where(whole, even.to(tl.float32), 0.0), tl.where(whole, odd.to(tl.float32), 0.0)
             rope_scale = int8_scale(tl.maximum(tl.max(tl.abs(even)), tl.max(tl.abs(odd))))
@@ -209,9 +207,7 @@ def sketched_write_kernel(
         token = token.to(tl.int64)
         column = block * BLOCK_W + tl.arange(0, BLOCK_W)
         raw = latent + token * latent_stride
-        value = slice_columns(
-            raw, weight, z, live, column, eps, D, COLUMNS, MODE, BLOCK_TOKENS, BLOCK_W, BLOCK_D
-        )
+        value = slice_columns(raw, weight, z, live, column, eps, D, COLUMNS, MODE, BLOCK_TOKENS, BLOCK_W, BLOCK_D)
         there = live[:, None] & (column < COLUMNS)[None, :]
         tl.store(work + token[:, None] * COLUMNS + column[None, :], value, mask=there)
         tl.debug_barrier()  # every thread must have stored before one of them counts

@@ -7,19 +7,11 @@ the device, and a CUDA graph of ``run`` stays right when lengths, page table and
 is `reference.ReferenceDecode`.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch
 
-from sglang_tpla.attention.interface import (
-    AttentionInputError,
-    DecodeShape,
-    PageTable,
-    checked_inputs,
-    checked_plan,
-)
+from sglang_tpla.attention.interface import AttentionInputError, DecodeShape, PageTable, checked_inputs, checked_plan
 from sglang_tpla.cache_rows import fp8 as fp8_rows
 
 MAX_SPLITS = 128  # of one request
@@ -87,12 +79,7 @@ class Fp8Decode:
     """
 
     def __init__(
-        self,
-        shape: DecodeShape,
-        scale: float,
-        max_batch: int,
-        device: torch.device,
-        tiling: Tiling | None = None,
+        self, shape: DecodeShape, scale: float, max_batch: int, device: torch.device, tiling: Tiling | None = None
     ) -> None:
         self.shape, self.scale, self.max_batch = shape, scale, max_batch
         self.device = torch.device(device)
@@ -108,9 +95,7 @@ class Fp8Decode:
         self._row_blocks = -(-self._rows // self.tiling.rows)
         self._target = processors * self.tiling.programs
         most = max(batch * self._splits(batch) for batch in range(1, max_batch + 1))
-        self._partial_out = torch.empty(
-            most * self._rows * shape.latent_dim, dtype=torch.float32, device=device
-        )
+        self._partial_out = torch.empty(most * self._rows * shape.latent_dim, dtype=torch.float32, device=device)
         self._partial_lse = torch.empty(most * self._rows, dtype=torch.float32, device=device)
         self._table: PageTable | None = None
         self._lengths: torch.Tensor | None = None
@@ -125,11 +110,7 @@ class Fp8Decode:
         self._table, self._lengths = table, lengths
 
     def run(
-        self,
-        q_latent: torch.Tensor,
-        q_rope: torch.Tensor,
-        kv_cache: torch.Tensor,
-        out: torch.Tensor | None = None,
+        self, q_latent: torch.Tensor, q_rope: torch.Tensor, kv_cache: torch.Tensor, out: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Attend over the planned step; see ``interface.py``.
 

@@ -79,9 +79,7 @@ class TplaDecodeBackend(AttentionBackend):
         self._shapes = self._layer_shapes(config, runner.kv_cache_dtype == FP8)
         slots = self.req_to_token_pool.req_to_token  # [requests, max_context] int32
         # This checks once that the table is contiguous int32 and that positions fit 32 bits, as every step requires.
-        self._table = PageTable.from_req_to_token(
-            slots, torch.zeros(0, dtype=torch.int32, device=self._device)
-        )
+        self._table = PageTable.from_req_to_token(slots, torch.zeros(0, dtype=torch.int32, device=self._device))
         self._row_tokens = slots.shape[1]
         self.max_context_len: int = slots.shape[1]
         self._make_buffers(self.req_to_token_pool.size)

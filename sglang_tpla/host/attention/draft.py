@@ -6,8 +6,6 @@ closed and lack ``tpla`` and ``torch_native``. It also names its choice to nobod
 target's backend for its own and hand over keys in the wrong form.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -5,8 +5,6 @@ the FlashAttention-3 of sgl_kernel, which takes value widths of 256 and more, an
 (``host/attention/backend.py``). Needs no SGLang and no GPU.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -90,11 +88,7 @@ def require_engine_backend(name: str, shape: DecodeShape, capability: Capability
         raise BackendRefusal(
             f"--attention-backend {name} cannot decode a latent slice of width {shape.latent_dim} with rope "
             f"{shape.rope_dim} and {shape.heads} heads here: {reason}; "
-            + (
-                f"use --attention-backend {' or '.join(able)}, or an artifact of another width"
-                if able
-                else remedy
-            )
+            + (f"use --attention-backend {' or '.join(able)}, or an artifact of another width" if able else remedy)
         )
 
 

@@ -6,8 +6,6 @@ that the process held when it first asked. The hook follows ``get_available_gpu_
 ``sglang/srt/utils/common.py``.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable
 from functools import cache

@@ -7,8 +7,6 @@ backend, PyTorch sampling, and the absorbed MLA path. The class follows ``sglang
 import everything else of SGLang.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import psutil
@@ -88,9 +86,7 @@ class CpuReferencePlatform(SRTPlatform):
 
     def init_backend(self) -> None:
         from sglang.srt.models.deepseek_common.attention_backend_handler import AttentionBackendRegistry
-        from sglang.srt.models.deepseek_common.attention_forward_methods.forward_methods import (
-            AttnForwardMethod,
-        )
+        from sglang.srt.models.deepseek_common.attention_forward_methods.forward_methods import AttnForwardMethod
 
         # torch_native reads keys from the pool, which holds latents, so only the absorbed path is right.
         AttentionBackendRegistry.register("torch_native", lambda attn, forward_batch: AttnForwardMethod.MLA)

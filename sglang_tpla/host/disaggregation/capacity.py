@@ -6,8 +6,6 @@ decode compares the prompt with its whole cache. A prompt that fits there, but n
 for decoding, would wait at the head of the queue for ever, and so would every request behind it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any

@@ -5,8 +5,6 @@ SGLang's decode scheduler asks bootstrap servers (`try_ensure_parallel_info`, `_
 a machine that lost its power would delay the requests of all other prefill servers for over a minute.
 """
 
-from __future__ import annotations
-
 import concurrent.futures
 import itertools
 import logging
@@ -47,9 +45,7 @@ class Lookups:
         answer = self._asked.get(address)
         if answer is None:
             answer = self._asked[address] = concurrent.futures.Future()
-            threading.Thread(
-                target=self._run, args=(address, answer), name="tpla-prefill-lookup", daemon=True
-            ).start()
+            threading.Thread(target=self._run, args=(address, answer), name="tpla-prefill-lookup", daemon=True).start()
         try:
             result = answer.result(self._wait_s)
         except concurrent.futures.TimeoutError:

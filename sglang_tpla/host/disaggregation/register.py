@@ -1,7 +1,5 @@
 """Make ``tpla`` one of SGLang's transfer backends, whose enumeration and class table are both closed."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from enum import Enum
 from typing import Any

@@ -3,8 +3,6 @@
 They are those of ``sglang/srt/disaggregation/common/conn.py``, with this rank's transfer agent behind them.
 """
 
-from __future__ import annotations
-
 import logging
 import time
 from collections.abc import Callable
@@ -137,9 +135,7 @@ class TplaKVSender(_Request, CommonKVSender):
 
     _early_send_wait_event: Any = None
 
-    def __init__(
-        self, mgr: TplaKVManager, bootstrap_addr: str, bootstrap_room: int, *args: Any, **kwargs: Any
-    ) -> None:
+    def __init__(self, mgr: TplaKVManager, bootstrap_addr: str, bootstrap_room: int, *args: Any, **kwargs: Any) -> None:
         super().__init__(mgr, bootstrap_addr, bootstrap_room, *args, **kwargs)
         self.init_time = time.time()
         self._open(mgr.prompts.pop(bootstrap_room, 0))
@@ -215,9 +211,7 @@ class TplaKVReceiver(_Request, CommonKVReceiver):
         """Open the room, now that the prefill ranks are known, so that they hear that this request waits for pages."""
         super().init(prefill_dp_rank)
         if self.conclude_state is None and self.bootstrap_infos is not None:
-            peers = [
-                (info["rank_ip"], info["rank_port"], bool(info["is_dummy"])) for info in self.bootstrap_infos
-            ]
+            peers = [(info["rank_ip"], info["rank_port"], bool(info["is_dummy"])) for info in self.bootstrap_infos]
             self._open(peers, self._born, self._prompt_tokens)
 
     def _get_bootstrap_info_from_server(

@@ -6,8 +6,6 @@ the transfer shows it. So prefill leaves a digest of the tokens in the request's
 of ``cached_tokens`` (``MetadataBuffers`` in ``sglang/srt/disaggregation/utils.py``), and decode compares it.
 """
 
-from __future__ import annotations
-
 import logging
 import zlib
 from array import array

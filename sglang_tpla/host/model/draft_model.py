@@ -7,8 +7,6 @@ carries the mark from the runner to the layers and cache that it builds. The hoo
 ``ModelRunner.alloc_memory_pool`` of ``sglang/srt/model_executor/model_runner.py``.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any

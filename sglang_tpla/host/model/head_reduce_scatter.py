@@ -6,8 +6,6 @@ of shard s are neighbours, and part i of the shard's heads is the t-th part of a
 stays. The sum costs a collective a layer and saves g - 1 parts of ``o_proj`` in memory and in reading.
 """
 
-from __future__ import annotations
-
 from functools import cache
 from typing import Any
 

@@ -7,8 +7,6 @@ nothing. They follow ``MLATokenToKVPool`` of ``sglang/srt/mem_cache/memory_pool.
 ``calculate_mla_kv_cache_dim`` of ``.../kv_cache_configurator.py``.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -5,8 +5,6 @@ plain MLA with an 8-bit cache, whose one map is the rotation that spreads a toke
 ``--kv-cache-dtype fp8_e4m3`` asks for FP8 rows. All other rows are plain.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -39,9 +37,7 @@ def sketched() -> bool:
     return found
 
 
-def row_format(
-    latent_dim: int, rope_dim: int, layers: int, *, fp8: bool = False, group: int = 0
-) -> RowFormat:
+def row_format(latent_dim: int, rope_dim: int, layers: int, *, fp8: bool = False, group: int = 0) -> RowFormat:
     """The rows of every layer on a rank of ``group``; their sizes are the same in every group.
 
     Args:
@@ -50,9 +46,7 @@ def row_format(
     """
     loaded = artifact()
     if sketched():
-        return RowFormat.sketched(
-            [sketched_rows(layer, latent_dim, rope_dim) for layer in range(layers)], group
-        )
+        return RowFormat.sketched([sketched_rows(layer, latent_dim, rope_dim) for layer in range(layers)], group)
     widths = loaded.meta.widths if loaded is not None else (latent_dim,) * layers
     shared = loaded.meta.shared_dims if loaded is not None else widths
     return (RowFormat.fp8 if fp8 else RowFormat.plain)(widths, shared, rope_dim)

@@ -4,8 +4,6 @@ SGLang marks such a request and lets one token of it run, so that its caches are
 that would mean a transfer of which the other side knows nothing, and a wait for its deadline.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable
 from http import HTTPStatus
@@ -39,9 +37,7 @@ def admit(original: Callable[..., None], self: Any, req: Any, is_retracted: bool
         original(self, req)
         return
     logger.error("%s, %s", reason, req.rid)
-    if hasattr(
-        self, "_release_aborted_request"
-    ):  # later releases hold inputs and cache handles for a request
+    if hasattr(self, "_release_aborted_request"):  # later releases hold inputs and cache handles for a request
         self._release_aborted_request(req)
     prepare_abort(req, reason, status_code=status)
     self.output_streamer.stream_output([req], req.return_logprob)
@@ -85,9 +81,7 @@ def handle(original: Callable[..., None], self: Any, recv_req: Any, **kwargs: An
             "status_code": HTTPStatus.BAD_REQUEST,
             "message": f"this server cannot read the request: {type(error).__name__}: {error}",
         }
-        self.ipc_channels.send_to_tokenizer.send_output(
-            AbortReq(rid=recv_req.rid, finished_reason=reason), recv_req
-        )
+        self.ipc_channels.send_to_tokenizer.send_output(AbortReq(rid=recv_req.rid, finished_reason=reason), recv_req)
 
 
 def note_idle(self: Any) -> None:

@@ -4,8 +4,6 @@ The edge has no agent. It sends its schedulers a message of SGLang's, an abort o
 each rank's agent tells the other server, which then answers its half of the request at once and with the reason.
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 from typing import Any

@@ -4,8 +4,6 @@ A mistake in a request becomes a `RequestRefused` here, which SGLang answers wit
 and no circuit breaker opens. A 500 would be tried again and again, and then close the service to everyone.
 """
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import re
@@ -133,9 +131,7 @@ def check_normalized(self: Any, obj: Any, *args: Any, **kwargs: Any) -> None:
         check_item(item, bounds)
         check_stops(item.sampling_params)
         check_grammar(item.sampling_params)
-        params = self.sampling_params_class(
-            **{**(self.preferred_sampling_params or {}), **item.sampling_params}
-        )
+        params = self.sampling_params_class(**{**(self.preferred_sampling_params or {}), **item.sampling_params})
         # the scheduler does the same
         msgspec.msgpack.decode(msgspec.msgpack.encode(params), type=type(params))
         params.normalize(self.tokenizer)

@@ -1,7 +1,5 @@
 """A gate that keeps anything from being written into a room's pages once the room has ended."""
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager

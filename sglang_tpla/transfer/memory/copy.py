@@ -1,7 +1,5 @@
 """Copy, check, send and read payloads in pieces (`iovec.IoVec`): in C where `native` is compiled, else in Python."""
 
-from __future__ import annotations
-
 import ctypes
 import os
 import socket

@@ -8,8 +8,6 @@ the *common* part of a row, the other columns are a group's *own* part. Each par
 sender sees which ranks want the same bytes.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
@@ -61,8 +59,7 @@ class Projection:
         d = self.matrices[0].shape[0]
         if self.sketched is not None and (
             tuple(self.sketched.shared) != tuple(self.shared)
-            or [rows.columns for rows in self.sketched.layers]
-            != [matrix.shape[-1] for matrix in self.matrices]
+            or [rows.columns for rows in self.sketched.layers] != [matrix.shape[-1] for matrix in self.matrices]
         ):
             raise TransferError(
                 "a projection of sketched rows has the columns [shared | own | sketch of all groups]; got widths "

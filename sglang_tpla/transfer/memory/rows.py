@@ -6,8 +6,6 @@ pinned memory and the scatter; a call returns when the device is done, and sever
 projection is applied to all layers of a chunk in one batched product.
 """
 
-from __future__ import annotations
-
 import ctypes
 import threading
 from collections.abc import Sequence
@@ -23,15 +21,7 @@ from sglang_tpla.cache_rows.row_format import RowFormat
 from sglang_tpla.transfer import messages
 from sglang_tpla.transfer.chunks import Rectangle
 from sglang_tpla.transfer.memory.copy import copy_pieces
-from sglang_tpla.transfer.memory.iovec import (
-    Block,
-    IoVec,
-    Layers,
-    cut_blocks,
-    find_extents,
-    one_piece,
-    worth_it,
-)
+from sglang_tpla.transfer.memory.iovec import Block, IoVec, Layers, cut_blocks, find_extents, one_piece, worth_it
 from sglang_tpla.transfer.memory.pool import CachePool
 from sglang_tpla.transfer.memory.projection import cut_stacks
 from sglang_tpla.transfer.room import TransferError
@@ -96,12 +86,7 @@ def _all_finite(rows: torch.Tensor) -> torch.Tensor:
 
 
 def project_stack(
-    rows: torch.Tensor,
-    stack: torch.Tensor,
-    latent_dim: int,
-    part: Part,
-    out: torch.Tensor,
-    layer_rows: LayerRows,
+    rows: torch.Tensor, stack: torch.Tensor, latent_dim: int, part: Part, out: torch.Tensor, layer_rows: LayerRows
 ) -> None:
     """Project a batch of layers and encode one part of the result.
 
@@ -296,9 +281,7 @@ class RowWriter:
         """
         if self._rows is None or self._dense is None or part is not Part.FULL:
             return None
-        if not worth_it(
-            extents, int(extents[:, 1].sum()), min(self._rows[layer].shape[1] for layer in layers)
-        ):
+        if not worth_it(extents, int(extents[:, 1].sum()), min(self._rows[layer].shape[1] for layer in layers)):
             return None
         return self._dense.pieces(layers, extents)
 
@@ -354,9 +337,7 @@ class RowWriter:
         done.synchronize()  # what another process may write over is checked when it has been read, not before
         return digest
 
-    def _scatter(
-        self, layer: int, index: torch.Tensor, fields: tuple[Field, ...], values: torch.Tensor
-    ) -> None:
+    def _scatter(self, layer: int, index: torch.Tensor, fields: tuple[Field, ...], values: torch.Tensor) -> None:
         """Write ``[tokens, items]`` of a payload to the fields of one layer's rows."""
         if len(fields) <= 2:
             for field in fields:
@@ -384,8 +365,6 @@ class RowWriter:
         """Return memory that the device can read by itself; it is good until this thread's next payload."""
         pinned: torch.Tensor | None = getattr(self._own, "pinned", None)
         if pinned is None or pinned.numel() < size_bytes:
-            with torch.cuda.device(
-                self.pool.device
-            ):  # a thread's own is GPU 0, and pinning would wake that one
+            with torch.cuda.device(self.pool.device):  # a thread's own is GPU 0, and pinning would wake that one
                 pinned = self._own.pinned = torch.empty(size_bytes, dtype=torch.uint8, pin_memory=True)
         return pinned[:size_bytes]

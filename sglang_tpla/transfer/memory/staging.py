@@ -5,8 +5,6 @@ taken it yet, and each rank of this host that has not yet acknowledged the chunk
 slots; nothing is allocated beyond it. A chunk that is sent from where it lies in the pool has a slot without memory.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable
 

@@ -14,8 +14,6 @@ The checksum or tag comes last so that either end takes it of what it moves, ste
 caches.
 """
 
-from __future__ import annotations
-
 import os
 import socket
 import struct
@@ -38,14 +36,7 @@ from sglang_tpla.transfer.messages import (
     OPENED,
     FrameError,
 )
-from sglang_tpla.transfer.network.sealing import (
-    STEP_BYTES,
-    TAG_BYTES,
-    Seal,
-    SealedIntake,
-    SealedOutgoing,
-    is_proved,
-)
+from sglang_tpla.transfer.network.sealing import STEP_BYTES, TAG_BYTES, Seal, SealedIntake, SealedOutgoing, is_proved
 
 PREAMBLE = b"TPLD\x03"
 PREAMBLE_BYTES = len(PREAMBLE) + CHANNEL_TOKEN_BYTES
@@ -93,12 +84,7 @@ class OutgoingChunk:
     __slots__ = ("digest", "done", "head", "header", "known", "payload", "pieces", "tail", "wanted")
 
     def __init__(
-        self,
-        header: bytes,
-        pieces: IoVec,
-        digest: bytes,
-        wanted: Callable[[], bool],
-        done: Callable[[bytes], None],
+        self, header: bytes, pieces: IoVec, digest: bytes, wanted: Callable[[], bool], done: Callable[[bytes], None]
     ) -> None:
         self.header, self.pieces, self.known = header, pieces, digest
         self.head = memoryview(b"")

@@ -4,8 +4,6 @@ An exception in a handler is the agent's to report (`on_error`) and the loop goe
 cannot go on, `on_death` is told why: nothing ends silently.
 """
 
-from __future__ import annotations
-
 import os
 import socket
 import threading

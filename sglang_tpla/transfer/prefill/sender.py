@@ -1,7 +1,5 @@
 """Inside the prefill agent: the next chunk is gathered, projected, checksummed and sent off."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -109,9 +107,7 @@ class Sender:
                     self._send(job, lane, takers, pieces, digest)
             job.slot.pending -= 1
 
-    def _send(
-        self, job: ChunkJob, lane: Lane, takers: list[Destination], pieces: IoVec, digest: bytes
-    ) -> None:
+    def _send(self, job: ChunkJob, lane: Lane, takers: list[Destination], pieces: IoVec, digest: bytes) -> None:
         rectangle = lane.plan.rectangles[job.sequence]
         self._workers.counts["chunks"] += 1
         if lane.route is Route.LOCAL:

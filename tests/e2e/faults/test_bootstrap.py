@@ -1,7 +1,5 @@
 """Bootstrap servers that are silent, or lie: requests that name them fail, and all others are served."""
 
-from __future__ import annotations
-
 import concurrent.futures
 import json
 import socket
@@ -74,9 +72,7 @@ def test_what_a_bootstrap_server_says_wrong_fails_one_request(
     earlier = len(faulty.decode.log.read_text())
     answer = ask_decode(faulty, liar.server_address[1])
     # the rank that answers may learn from the other one that the request failed, before it knows why
-    assert said in answer or (
-        "that rank's log says why" in answer and said in faulty.decode.log.read_text()[earlier:]
-    )
+    assert said in answer or ("that rank's log says why" in answer and said in faulty.decode.log.read_text()[earlier:])
     answer = faulty.route.ask(PROMPTS[0], TOKENS)
     assert answer.same_text(faulty.expected["decode"][0]), answer
 

@@ -1,7 +1,5 @@
 """kill -9 of one side under load: the survivors are well, fail what was in flight, and serve when it is back."""
 
-from __future__ import annotations
-
 import concurrent.futures
 import time
 from pathlib import Path
