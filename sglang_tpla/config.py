@@ -63,16 +63,16 @@ class Layout:
         return self.heads // self.head_shards
 
     def group_of(self, rank: int) -> int:
-        """The latent group of a rank."""
+        """Return the latent group of a rank."""
         return rank % self.groups
 
     def head_shard_of(self, rank: int) -> int:
-        """The head shard of a rank."""
+        """Return the head shard of a rank."""
         return rank // self.groups
 
 
 def slice_width(latent_dim: int, groups: int, shared_dims: int) -> int:
-    """The latent values that one rank keeps of a token and layer: w = r + ceil((d - r) / g)."""
+    """Return the latent values that one rank keeps of a token and layer: w = r + ceil((d - r) / g)."""
     return shared_dims + -(-(latent_dim - shared_dims) // groups)
 
 
@@ -209,7 +209,7 @@ class Settings:
         return replace(self, chunk_bytes=chunk_bytes, staging_bytes=staging_bytes)
 
     def advertised(self, rank: int, own: tuple[str, int]) -> tuple[str, int]:
-        """The host and port that decode servers get for a prefill rank that listens on ``own``.
+        """Return the host and port that decode servers get for a prefill rank that listens on ``own``.
 
         Its data channels come to the port after that.
 
@@ -230,7 +230,7 @@ class Settings:
         return host, int(port) + 2 * rank if port else own[1]
 
     def to_environment(self) -> dict[str, str]:
-        """Variables that `from_environment` reads back."""
+        """Return the variables that `from_environment` reads back."""
         return {
             ENV_PREFIX + field.name.upper(): str(value)
             for field in fields(self)
@@ -239,7 +239,7 @@ class Settings:
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str]) -> Settings | None:
-        """Settings of this process, or None where it is stock SGLang.
+        """Return the settings of this process, or None where it is stock SGLang.
 
         Raises:
             ConfigError: an unreadable or invalid value.

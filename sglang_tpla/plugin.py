@@ -6,7 +6,7 @@ process with ``SystemExit`` instead.
 
 
 def cpu_platform() -> str | None:
-    """Qualified name of the CPU platform class; SGLang calls this only where it is asked for."""
+    """Return the qualified name of the CPU platform class; SGLang calls this only where it is asked for."""
     import os
 
     return (

@@ -103,12 +103,12 @@ class DecodeShape:
     def of_sketched(
         cls, rows: SketchedRows, heads: int, query_len: int = 1, page_size: int = 1, dtype: torch.dtype = torch.bfloat16
     ) -> DecodeShape:
-        """The shape of a layer whose cache holds ``rows``."""
+        """Return the shape of a layer whose cache holds ``rows``."""
         return cls(rows.w_pad, heads, rows.rope_dim, query_len, page_size, dtype, sketched=rows)
 
     @classmethod
     def of_rows(cls, rows: LayerRows, heads: int, **others: Any) -> DecodeShape:
-        """The shape of a layer that caches such rows; ``others`` are the remaining fields."""
+        """Return the shape of a layer that caches such rows; ``others`` are the remaining fields."""
         if isinstance(rows, GroupRows):
             return cls.of_sketched(rows.rows, heads, **others)
         fp8_shared = rows.shared if isinstance(rows, Fp8Rows) else None
@@ -169,7 +169,7 @@ class PageTable:
 
     @classmethod
     def from_csr(cls, indptr: torch.Tensor, indices: torch.Tensor, page_size: int = 1) -> PageTable:
-        """The table in FlashInfer's form: request b has ``indices[indptr[b]:indptr[b + 1]]``. Nothing is copied.
+        """Return the table in FlashInfer's form: request b has ``indices[indptr[b]:indptr[b + 1]]``. Nothing is copied.
 
         Args:
             indptr: [batch + 1] int32.
@@ -179,7 +179,7 @@ class PageTable:
 
     @classmethod
     def from_req_to_token(cls, req_to_token: torch.Tensor, rows: torch.Tensor) -> PageTable:
-        """The table in SGLang's form: row ``rows[b]`` of ``req_to_token`` holds request b's slots at any page size.
+        """Return the table in SGLang's form: row ``rows[b]`` of ``req_to_token`` has request b's slots, a slot a token.
 
         Args:
             req_to_token: [requests, max_context] int32, contiguous.

@@ -26,7 +26,7 @@ def row_bytes(w: int, rope: int) -> int:
 
 
 def slice_width(size: int, rope: int) -> int:
-    """w of a row of ``size`` bytes."""
+    """Return w of a row of ``size`` bytes."""
     return size - 2 * rope - TRAILER_BYTES
 
 
@@ -81,7 +81,7 @@ def unpack_rows(rows: torch.Tensor, rope: int, shared: int) -> tuple[torch.Tenso
 
 
 def quantise(z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """e4m3 values ``[..., n]`` and one float32 scale each ``[..., 1]`` of columns ``[..., n]``."""
+    """Return e4m3 values ``[..., n]`` and one float32 scale each ``[..., 1]`` of columns ``[..., n]``."""
     wide = z.to(torch.float32)
     if not wide.shape[-1]:
         return wide.to(FP8), wide.new_ones(*wide.shape[:-1], 1)
@@ -91,6 +91,6 @@ def quantise(z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def rounded(z: torch.Tensor, shared: int) -> torch.Tensor:
-    """Slices as a reader of the cache sees them, in their own dtype."""
+    """Return slices as a reader of the cache sees them, in their own dtype."""
     parts = [quantise(part) for part in (z[..., :shared], z[..., shared:])]
     return torch.cat([values.to(torch.float32) * scale for values, scale in parts], dim=-1).to(z.dtype)

@@ -59,7 +59,7 @@ class LayerRows(Hashable, Protocol):
         """Return the items that one part's payload has of a token."""
 
     def part_columns(self, part: Part) -> tuple[slice, ...]:
-        """Columns of the projection that a part is made from."""
+        """Return the columns of the projection that a part is made from."""
 
     def encode(self, z: torch.Tensor, k_rope: torch.Tensor, part: Part, out: torch.Tensor) -> None:
         """Write one part of each row.

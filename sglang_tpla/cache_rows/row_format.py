@@ -31,17 +31,17 @@ class RowFormat:
 
     @classmethod
     def plain(cls, widths: Sequence[int], shared: Sequence[int], rope_dim: int) -> RowFormat:
-        """Plain rows."""
+        """Return plain rows."""
         return cls(tuple(PlainRows(w, r, rope_dim) for w, r in zip(widths, shared, strict=True)))
 
     @classmethod
     def fp8(cls, widths: Sequence[int], shared: Sequence[int], rope_dim: int) -> RowFormat:
-        """FP8 rows."""
+        """Return FP8 rows."""
         return cls(tuple(Fp8Rows(w, r, rope_dim) for w, r in zip(widths, shared, strict=True)))
 
     @classmethod
     def sketched(cls, layers: Sequence[SketchedRows], group: int) -> RowFormat:
-        """Sketched rows on a rank of one latent group."""
+        """Return sketched rows on a rank of one latent group."""
         return cls(tuple(GroupRows(rows, group) for rows in layers))
 
     @classmethod
@@ -172,11 +172,11 @@ class RowFormat:
         return RowFormat(tuple(replace(rows, group=0) if isinstance(rows, GroupRows) else rows for rows in self.layers))
 
     def part(self, first: int, count: int) -> RowFormat:
-        """Those of ``count`` layers from the ``first`` on (by index)."""
+        """Return the rows of ``count`` layers from the ``first`` on (by index)."""
         return RowFormat(self.layers[first : first + count])
 
     def item_dtype(self, sender: torch.dtype) -> torch.dtype:
-        """Type of one item of a row, where the sender's pool has dtype ``sender``."""
+        """Return the type of one item of a row, where the sender's pool has dtype ``sender``."""
         return torch.uint8 if self.encoded else sender
 
     def part_items(self, part: Part) -> list[int]:

@@ -22,7 +22,7 @@ from sglang_tpla.reference_model.forward import LayerMaps, PlainModel
 
 
 def each(values: Sequence[int]) -> str:
-    """Each layer's number, or the one number of all layers."""
+    """Return each layer's number, or the one number of all layers."""
     return "/".join(map(str, values if len(set(values)) > 1 else values[:1]))
 
 

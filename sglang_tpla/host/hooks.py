@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 def implementation(hook: ledger.Hook) -> Callable[..., Any]:
-    """The function of this package that a ledger entry names."""
+    """Return the function of this package that a ledger entry names."""
     module, _, name = hook.implementation.partition(":")
     return getattr(importlib.import_module(module), name)
 

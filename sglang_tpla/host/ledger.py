@@ -70,7 +70,7 @@ class Hook:
             raise LedgerError(f"{self.target}: ast_sha256 must have the hash in every supported release")
 
     def target_in(self, release: str) -> str:
-        """The target's dotted path in a release: that of the newest listed release up to it."""
+        """Return the target's dotted path in a release: that of the newest listed release up to it."""
         earlier = [listed for listed in self.targets if version_key(listed) <= version_key(release)]
         return self.targets[max(earlier, key=version_key)] if earlier else self.target
 
@@ -85,7 +85,7 @@ def version_key(release: str) -> tuple[int, ...]:
 
 
 def nearest(release: str, supported: Collection[str]) -> str:
-    """The newest supported release up to ``release``, or else the oldest one."""
+    """Return the newest supported release up to ``release``, or else the oldest one."""
     older = [listed for listed in supported if version_key(listed) <= version_key(release)]
     return max(older, key=version_key) if older else min(supported, key=version_key)
 
@@ -96,7 +96,7 @@ def refuse(message: str) -> SystemExit:
 
 
 def ledger_path() -> Path:
-    """The ledger of this installation: beside the package in a checkout, inside it when installed."""
+    """Return the ledger of this installation: beside the package in a checkout, inside it when installed."""
     package = Path(sglang_tpla.__file__).parent
     for folder in (package.parent / "patches", package / "patches"):
         if (folder / "ledger.toml").is_file():
@@ -131,12 +131,12 @@ def load() -> tuple[Hook, ...]:
 
 @cache
 def supported_releases() -> tuple[str, ...]:
-    """The SGLang releases that this package runs beside, oldest first."""
+    """Return the SGLang releases that this package runs beside, oldest first."""
     return tuple(_file()["releases"])
 
 
 def host_version() -> str:
-    """The installed SGLang release."""
+    """Return the installed SGLang release."""
     return version("sglang")
 
 
@@ -146,7 +146,7 @@ class Source(Protocol):
     release: str
 
     def read(self, module: str) -> str | None:
-        """The text of a module, or None where there is no such module."""
+        """Return the text of a module, or None where there is no such module."""
 
 
 class Installed:
@@ -179,13 +179,13 @@ def canonical(node: Any) -> str:
 
 
 def _definitions(parent: ast.AST, name: str) -> list[ast.AST]:
-    """Every definition of a name directly below ``parent``, since a function may have overloads beside its body."""
+    """Return every definition of a name directly below ``parent``: a function may have overloads beside its body."""
     kinds = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
     return [child for child in ast.iter_child_nodes(parent) if isinstance(child, kinds) and child.name == name]
 
 
 def target_hash(target: str, source: Source) -> str:
-    """sha256 of the syntax trees of all definitions of ``target`` (comments, layout and Python do not count).
+    """Return sha256 of the syntax trees of all definitions of ``target`` (comments, layout and Python do not count).
 
     Raises:
         LedgerError: a name that does not exist.
@@ -210,7 +210,7 @@ def _parsed(text: str) -> ast.Module:
 
 
 def host_hash(target: str) -> str:
-    """`target_hash` in the installed SGLang."""
+    """Return `target_hash` in the installed SGLang."""
     return target_hash(target, Installed())
 
 

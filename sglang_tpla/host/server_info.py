@@ -19,7 +19,7 @@ from sglang_tpla.host.process import artifact, hooked, settings
 def describe(
     layout: Layout, latent_dim: int, rope_dim: int, rows: RowFormat, row_bytes: Sequence[int], value_bytes: int
 ) -> dict[str, Any]:
-    """The ``tpla`` section of ``/server_info``: layout, widths, and cache bytes per token and rank.
+    """Return the ``tpla`` section of ``/server_info``: layout, widths, and cache bytes per token and rank.
 
     Args:
         rows: format of every layer's rows.

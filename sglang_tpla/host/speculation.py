@@ -21,7 +21,7 @@ NEXTN_LAYERS = "num_nextn_predict_layers"
 
 
 def unsupported_reasons(args: Any, role: str) -> list[str]:
-    """The reasons against the flags of a server that speculates; empty for one that does not."""
+    """Return the reasons against the flags of a server that speculates; empty for one that does not."""
     if args.speculative_algorithm is None:
         return []
     guesses = f"with {args.speculative_algorithm}"

@@ -97,7 +97,7 @@ def check_flags(args: Any) -> None:
 
 
 def attention_groups_refusal(args: Any) -> tuple[bool, str, str]:
-    """The entry of ``check_flags`` for data-parallel attention that a CPU cannot run."""
+    """Return the entry of ``check_flags`` for data-parallel attention that a CPU cannot run."""
     flag = "--enable-dp-attention" if args.enable_dp_attention else "--attn-dp-size"
     refused = compat.attention_groups(args) > 1 and args.device == "cpu" and not compat.cpu_has_attention_groups()
     return (
@@ -108,7 +108,7 @@ def attention_groups_refusal(args: Any) -> tuple[bool, str, str]:
 
 
 def unchecked_ways_in(args: Any) -> list[tuple[bool, str, str]]:
-    """The entries of ``check_flags`` for ways by which requests reach a scheduler past `requests/edge.py`.
+    """Return the entries of ``check_flags`` for ways by which requests reach a scheduler past `requests/edge.py`.
 
     One request with a token outside the vocabulary would end the server.
     """
@@ -123,7 +123,7 @@ def unchecked_ways_in(args: Any) -> list[tuple[bool, str, str]]:
 
 
 def newer_refusals(args: Any) -> list[tuple[bool, str, str]]:
-    """The entries of ``check_flags`` for flags of later releases of SGLang; 0.5.17 has none of them."""
+    """Return the entries of ``check_flags`` for flags of later releases of SGLang; 0.5.17 has none of them."""
 
     def given(name: str) -> Any:
         return getattr(args, name, None)
@@ -168,7 +168,7 @@ def check_bootstrap_port(host: str, port: int) -> None:
 
 
 def local_config(model_path: str) -> dict[str, Any]:
-    """The whole config of a checkpoint folder, read before SGLang acts on it; empty for a model of the hub."""
+    """Return the whole config of a checkpoint folder, read before SGLang acts on it; empty for a model of the hub."""
     return read_whole_config(model_path) if Path(model_path).is_dir() else {}
 
 
@@ -260,7 +260,7 @@ def check_blocks(text: Any, quantization: dict[str, Any] | None, layout: Layout)
 
 
 def slice_shapes(args: Any, config: Any) -> list[DecodeShape]:
-    """The shapes of one rank's attention layers, one for each kind among them.
+    """Return the shapes of one rank's attention layers, one for each kind among them.
 
     Args:
         config: the engine's ModelConfig, whose heads are H*g already (``host/model/model_config.py``).

@@ -53,7 +53,7 @@ def check_alike(prefill: Sequence[Argument], decode: Sequence[Argument]) -> None
 
 
 def given(arguments: Sequence[Argument], name: str) -> str | None:
-    """A flag's values as they were written, or None."""
+    """Return a flag's values as they were written, or None."""
     found = None
     for argument in arguments:
         if argument.name == name:
@@ -83,7 +83,7 @@ def check_distinct(ports: Mapping[str, int]) -> None:
 
 
 def router_key(router: Sequence[Argument], key: str | None) -> list[str]:
-    """The flags with which the router passes the servers' check of the API key."""
+    """Return the flags with which the router passes the servers' check of the API key."""
     own = value_of(router, "api-key")
     if own is not None and own != key:
         raise ConfigError("--router.api-key must be the servers' --api-key, with which the router asks them")
@@ -91,7 +91,7 @@ def router_key(router: Sequence[Argument], key: str | None) -> list[str]:
 
 
 def for_router(arguments: Sequence[Argument]) -> list[Argument]:
-    """The router's arguments, with IPv6 addresses in the brackets that it needs."""
+    """Return the router's arguments, with IPv6 addresses in the brackets that it needs."""
     result = []
     for argument in arguments:
         value = argument.value or ""
@@ -130,7 +130,7 @@ def check_bootstrap_ports(argument: Argument) -> None:
 
 
 def for_server(arguments: Sequence[Argument]) -> list[Argument]:
-    """A server's arguments, with IPv6 addresses without brackets, as SGLang needs them."""
+    """Return a server's arguments, with IPv6 addresses without brackets, as SGLang needs them."""
     return [
         Argument(a.name, ("--host", value[1:-1]))
         if a.name == "host" and (value := a.value or "").startswith("[") and value.endswith("]")

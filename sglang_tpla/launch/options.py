@@ -60,13 +60,13 @@ class FileSource:
     sections: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def keys_for(self, section: str) -> dict[str, Any]:
-        """The flags of a role: its section over the common keys; a router beside sections has only its own."""
+        """Return the flags of a role: its section over the common keys; a router beside sections has only its own."""
         common = {} if section == "router" and self.sections else self.common
         merged = {**common, **self.sections.get(section, {})}
         return {name: value for name, value in merged.items() if name not in LAUNCHER_KEYS}
 
     def environment_for(self, section: str) -> dict[str, Any]:
-        """The variables of a role: its section over the common ones."""
+        """Return the variables of a role: its section over the common ones."""
         own = self.sections.get(section, {})
         return {**(self.common.get("environment") or {}), **(own.get("environment") or {})}
 
@@ -94,7 +94,7 @@ class Options:
     environ: Mapping[str, str]
 
     def engine_arguments(self, section: str) -> list[Argument]:
-        """The flags for SGLang or its router in one role, without the launcher's own; command line over file.
+        """Return the flags for SGLang or its router in one role, without the launcher's own; command line over file.
 
         Under ``all``, clients see the router: host and port outside the sections are the router's, and all other flags
         outside the sections are the two servers'.
@@ -112,12 +112,12 @@ class Options:
         return [argument for argument in merged if not argument.name.startswith(OWN_PREFIX)]
 
     def file_environment(self, section: str) -> dict[str, str]:
-        """The variables that the file sets for a role and that the shell does not set."""
+        """Return the variables that the file sets for a role and that the shell does not set."""
         wanted = self.file.environment_for(section)
         return {str(name): str(value) for name, value in wanted.items() if name not in self.environ}
 
     def settings(self, role: str) -> Settings:
-        """The settings of a prefill or decode server."""
+        """Return the settings of a prefill or decode server."""
         chosen: dict[str, Any] = {}
         file_keys = self.file.keys_for(role)
         section_keys = self.file.sections.get(role, {})
@@ -183,7 +183,7 @@ def read_file(path: str) -> FileSource:
 
 
 def _checked_keys(values: dict[Any, Any], path: str) -> dict[str, Any]:
-    """The mapping with its keys in one spelling."""
+    """Return the mapping with its keys in one spelling."""
     for key in values:
         if not isinstance(key, str):
             raise ConfigError(f"--config {path}: expected flag names as keys, such as tp-size; got {key!r}")
@@ -194,7 +194,7 @@ def _checked_keys(values: dict[Any, Any], path: str) -> dict[str, Any]:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The launcher's own command line, for its checks and its help."""
+    """Return the launcher's own command line, for its checks and its help."""
     result = argparse.ArgumentParser(
         prog="python -m sglang_tpla.launch",
         allow_abbrev=False,
@@ -221,7 +221,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def documented(name: str) -> str:
-    """The settings' own documentation of a field."""
+    """Return the settings' own documentation of a field."""
     found = re.search(rf"^\s+{name}: (.+(?:\n {{12}}.+)*)", Settings.__doc__ or "", re.MULTILINE)
     return " ".join(found[1].replace("``", "").rstrip(".").split()).replace("%", "%%") if found else name
 

@@ -48,7 +48,7 @@ class Process:
     url: str
 
     def full_environment(self, environ: Mapping[str, str]) -> dict[str, str]:
-        """`environ` with this process's changes."""
+        """Return `environ` with this process's changes."""
         result = dict(environ)
         for name, value in self.environment.items():
             if value is None:
@@ -58,7 +58,7 @@ class Process:
         return result
 
     def shell(self) -> str:
-        """The command to paste into a shell, one flag a line."""
+        """Return the command to paste into a shell, one flag a line."""
         removed = [f"-u {name}" for name, value in sorted(self.environment.items()) if value is None]
         added = [
             f"{name}={shlex.quote(value)}" for name, value in sorted(self.environment.items()) if value is not None
@@ -69,7 +69,7 @@ class Process:
 
 
 def plan(options: Options) -> list[Process]:
-    """The processes of a role, checked as far as is possible before they start."""
+    """Return the processes of a role, checked as far as is possible before they start."""
     if options.role == "all":
         return _plan_all(options)
     if options.role == "router":
@@ -111,7 +111,7 @@ def _plan_all(options: Options) -> list[Process]:
 
 
 def _with_defaults(arguments: list[Argument], **defaults: object) -> list[Argument]:
-    """The arguments, and those of `defaults` (flags with ``_`` for ``-``) that they lack."""
+    """Return the arguments, and those of `defaults` (flags with ``_`` for ``-``) that they lack."""
     missing = {name: value for name, value in defaults.items() if not has(arguments, name.replace("_", "-"))}
     return arguments + from_mapping(missing, "default")
 

@@ -173,7 +173,7 @@ class Supervisor:
         self._reaper.stdin.flush()
 
     def log_of(self, name: str) -> Path:
-        """The log file of a child."""
+        """Return the log file of a child."""
         assert self.log_dir is not None
         return self.log_dir / f"{name}.log"
 
@@ -197,7 +197,7 @@ class Supervisor:
             self._tell(f"session {child.pid}")
 
     def last_lines(self, name: str) -> str:
-        """The end of a child's log."""
+        """Return the end of a child's log."""
         if not self.log_of(name).exists():
             return "(it keeps no log)"
         lines = self.log_of(name).read_text(errors="replace").splitlines()

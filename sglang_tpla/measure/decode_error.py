@@ -34,7 +34,7 @@ class DecodeErrors:
         return self.kl.numel()
 
     def report(self) -> ErrorReport:
-        """The summary for an artifact."""
+        """Return the summary for an artifact."""
         flat = self.kl.flatten().double()
         mla = self.nll_mla.double().nanmean().exp().item()
         tpla = self.nll_tpla.double().nanmean().exp().item()
@@ -53,7 +53,7 @@ class DecodeErrors:
 
 
 def quantile(values: torch.Tensor, share: float) -> float:
-    """The value below which ``share`` of a flat tensor lies (no size limit, unlike torch.quantile)."""
+    """Return the value below which ``share`` of a flat tensor lies (no size limit, unlike torch.quantile)."""
     ordered = values.sort().values
     return ordered[min(int(share * ordered.numel()), ordered.numel() - 1)].item()
 

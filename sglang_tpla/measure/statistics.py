@@ -49,7 +49,7 @@ class LayerMoments:
 
     @classmethod
     def zeros(cls, latent_dim: int, heads: int, nope_dim: int, device: str = "cpu") -> LayerMoments:
-        """The moments of no token."""
+        """Return the moments of no token."""
 
         def zeros(*shape: int) -> torch.Tensor:
             return torch.zeros(*shape, dtype=torch.float64, device=device)
@@ -72,7 +72,7 @@ class LayerMoments:
             setattr(self, name, getattr(self, name) + getattr(other, name))
 
     def on_cpu(self) -> LayerMoments:
-        """The same sums on the CPU, which makes the maps."""
+        """Return the same sums on the CPU, which makes the maps."""
         sums = {name: getattr(self, name).cpu() for name in ("latent_sum", "latent_outer", "query_outer")}
         return replace(self, **sums)
 
@@ -87,7 +87,7 @@ class LayerMoments:
         return self.latent_outer / max(self.latent_count, 1) - torch.outer(self.mean, self.mean)
 
     def absorbed_queries(self, w_uk: torch.Tensor) -> torch.Tensor:
-        """The second moment of absorbed queries [d, d], a mean over heads and queries; ``w_uk`` is [H, n, d]."""
+        """Return the second moment of absorbed queries [d, d], a mean over heads and queries; ``w_uk`` is [H, n, d]."""
         w = w_uk.double()
         total = torch.einsum("hnd,hnm,hme->de", w, self.query_outer.to(w.device), w)
         return total / max(self.query_count * w.shape[0], 1)

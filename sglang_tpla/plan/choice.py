@@ -145,7 +145,7 @@ def _us(seconds: float) -> str:
 
 
 def reasons(setting: Setting, load: Load, rows: Sequence[Row], chosen: Row, rival: Row | None) -> tuple[str, ...]:
-    """The reasons in plain words: the chosen method's strength, and the other methods' losses.
+    """Return the reasons in plain words: the chosen method's strength, and the other methods' losses.
 
     Args:
         rival: the method that the chosen one displaced; for an exact one, the fastest that is not exact. None where
@@ -216,7 +216,7 @@ def _why_not_sliced(sliced: Row, chosen: Row, setting: Setting) -> str:
 
 
 def overall(answers: Sequence[Answer]) -> Method | None:
-    """The method that is, on average over several loads, least behind each load's recommended one."""
+    """Return the method that is, on average over several loads, least behind each load's recommended one."""
     able = [a for a in answers if a.recommended is not None]
     if not able:
         return None

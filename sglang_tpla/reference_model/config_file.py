@@ -25,12 +25,12 @@ class CheckpointError(SglangTplaError, ValueError):
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
-    """The language model's configuration in a file, or in a checkpoint's folder, in one form."""
+    """Return the language model's configuration in a file, or in a checkpoint's folder, in one form."""
     return language_config(read_whole_config(path))
 
 
 def read_whole_config(path: str | Path) -> dict[str, Any]:
-    """The configuration as the file has it, a wrapper's included."""
+    """Return the configuration as the file has it, a wrapper's included."""
     path = Path(path)
     path = path / "config.json" if path.is_dir() else path
     if not path.is_file():
@@ -50,7 +50,7 @@ def read_whole_config(path: str | Path) -> dict[str, Any]:
 
 
 def language_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The language model's own configuration, without null keys.
+    """Return the language model's own configuration, without null keys.
 
     The wrapper's quantisation applies where the inner configuration has none.
     """
@@ -62,7 +62,7 @@ def language_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def rope_scaling(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The stretch of the rotary embedding, ``rope_scaling`` or ``rope_parameters``, without null keys."""
+    """Return the stretch of the rotary embedding, ``rope_scaling`` or ``rope_parameters``, without null keys."""
     found = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if not isinstance(found, Mapping):
         raise CheckpointError(f"expected rope_scaling to be a mapping, got {found!r}")
@@ -90,7 +90,7 @@ def check_query_scaling(config: Mapping[str, Any]) -> None:
 
 
 def rope_theta(config: Mapping[str, Any]) -> float:
-    """The rotary embedding's base, from the config or from its ``rope_parameters``."""
+    """Return the rotary embedding's base, from the config or from its ``rope_parameters``."""
     theta = config.get("rope_theta")
     for name in ("rope_scaling", "rope_parameters"):
         part = config.get(name)

@@ -55,19 +55,19 @@ class AttentionInputs:
     k_rope: torch.Tensor
 
     def first(self, tokens: int) -> AttentionInputs:
-        """The first ``tokens`` tokens, with those queries of theirs that are present."""
+        """Return the first ``tokens`` tokens, with those queries of theirs that are present."""
         kept = tokens - (self.latent.shape[1] - self.q_nope.shape[2])
         return AttentionInputs(
             self.latent[:, :tokens], self.q_nope[:, :, :kept], self.q_rope[:, :, :kept], self.k_rope[:, :tokens]
         )
 
     def last_queries(self, queries: int) -> AttentionInputs:
-        """All tokens, with only the last ``queries`` queries."""
+        """Return all tokens, with only the last ``queries`` queries."""
         skipped = self.q_nope.shape[2] - queries
         return AttentionInputs(self.latent, self.q_nope[:, :, skipped:], self.q_rope[:, :, skipped:], self.k_rope)
 
     def after(self, past: LayerCache) -> AttentionInputs:
-        """The same queries with earlier tokens' latents in front."""
+        """Return the same queries with earlier tokens' latents in front."""
         return AttentionInputs(
             torch.cat([past.latent, self.latent], 1), self.q_nope, self.q_rope, torch.cat([past.k_rope, self.k_rope], 1)
         )

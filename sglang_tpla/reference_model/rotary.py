@@ -36,7 +36,7 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 
 
 def inverse_frequencies(spec: ModelSpec) -> torch.Tensor:
-    """The inverse frequencies [e/2], float32, stretched by yarn where the model has it."""
+    """Return the inverse frequencies [e/2], float32, stretched by yarn where the model has it."""
     dim = spec.rope_dim
     plain = 1.0 / spec.rope_theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
     if spec.yarn is None:

@@ -109,7 +109,7 @@ class ModelSpec:
 
 
 def yarn_mscale(factor: float, mscale: float) -> float:
-    """Yarn's attention temperature for a stretch of ``factor``."""
+    """Return Yarn's attention temperature for a stretch of ``factor``."""
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
 

@@ -56,7 +56,7 @@ class Agent(Protocol):
     durations: deque[float]
 
     def stats(self) -> AgentStats:
-        """Counters and gauges."""
+        """Return counters and gauges."""
         ...
 
 

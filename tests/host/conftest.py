@@ -21,7 +21,7 @@ def imported() -> None:
         import sglang_tpla.host.disaggregation.aborts
         import sglang_tpla.host.disaggregation.bootstrap_server
         import sglang_tpla.host.disaggregation.kv_manager
-        import sglang_tpla.host.disaggregation.request_ends
+        import sglang_tpla.host.disaggregation.kv_sender_receiver
         import sglang_tpla.host.requests.admission
         import sglang_tpla.host.requests.edge  # noqa: F401
 

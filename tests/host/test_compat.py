@@ -161,7 +161,7 @@ def test_arguments_that_came_resolved_are_not_checked_again() -> None:
 def test_rows_in_host_memory_fail_their_request() -> None:
     from sglang.srt.disaggregation.base.conn import KVPoll
 
-    from sglang_tpla.host.disaggregation.request_ends import TplaKVReceiver
+    from sglang_tpla.host.disaggregation.kv_sender_receiver import TplaKVReceiver
 
     receiver = TplaKVReceiver.__new__(TplaKVReceiver)
     receiver.bootstrap_room, receiver.conclude_state = 7, None
@@ -173,7 +173,7 @@ def test_an_aborted_room_leaves_nothing_under_its_number() -> None:
     """Later releases keep a failed number failed: the next request in that room would fail with it."""
     from sglang.srt.disaggregation.base.conn import KVPoll
 
-    from sglang_tpla.host.disaggregation.request_ends import TplaKVSender
+    from sglang_tpla.host.disaggregation.kv_sender_receiver import TplaKVSender
 
     manager = SimpleNamespace(
         request_status={7: KVPoll.Bootstrapping}, req_to_decode_prefix_len={}, transfer_infos={}, failure_records={},

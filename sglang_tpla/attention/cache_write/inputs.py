@@ -89,7 +89,7 @@ class CacheWrite:
                 )
 
     def _expected(self) -> list[tuple[str, torch.Tensor, tuple[int, ...], torch.dtype]]:
-        """Each tensor with its name and with the shape and dtype that it must have."""
+        """Return each tensor with its name and with the shape and dtype that it must have."""
         tokens, d, rope, rows = self.tokens, self.latent.shape[1], self.rope_dim, self.rows
         plain = self.plain
         dtype = self.cache.dtype if plain else self.latent.dtype

@@ -25,7 +25,7 @@ def write(new: CacheWrite) -> None:
 
 
 def _slices(new: CacheWrite) -> torch.Tensor:
-    """The slices [tokens, w] in float32; the norm is rounded to the model's dtype, as a separate norm kernel would."""
+    """Return float32 slices [tokens, w]; the norm is rounded to the model's dtype, as a kernel of its own would."""
     raw = new.latent.to(torch.float32)
     if new.weight is None:
         return raw

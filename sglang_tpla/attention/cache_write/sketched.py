@@ -22,7 +22,7 @@ def serves(rows: rows_format.SketchedRows) -> bool:
 
 @functools.cache
 def _counters(device: torch.device) -> torch.Tensor:
-    """Counters that are zero between launches; launches of one device follow each other in one stream."""
+    """Return counters that are zero between launches; launches of one device follow each other in one stream."""
     return torch.zeros(MOST_BLOCKS, dtype=torch.int32, device=device)
 
 

@@ -37,7 +37,7 @@ class Tiling:
 
 
 def tiling_for(shape: DecodeShape) -> Tiling:
-    """The fastest tiling for ``shape`` among those measured."""
+    """Return the fastest tiling for ``shape`` among those measured."""
     rows = shape.heads * shape.query_len
     if rows <= 32 or shape.latent_dim > 256:
         return Tiling(16 if rows <= 16 else 32, 64, 4, 3)
@@ -47,7 +47,7 @@ def tiling_for(shape: DecodeShape) -> Tiling:
 
 
 def column_blocks(shared: int, w: int) -> tuple[int, int, int, int]:
-    """The widths of the blocks in which columns are loaded: two of shared, two of own columns; 0 is no block.
+    """Return the widths of the blocks in which columns are loaded: two of shared, two of own columns; 0 is no block.
 
     The first block of a part is the largest power of two in it; the second block is the rest.
     """
@@ -101,7 +101,7 @@ class Fp8Decode:
         self._lengths: torch.Tensor | None = None
 
     def _splits(self, batch: int) -> int:
-        """The most stretches of a request: four times an even share, for requests longer than the others."""
+        """Return the most stretches of a request: four times an even share, for requests longer than the others."""
         return max(1, min(MAX_SPLITS, 4 * self._target // (batch * self._row_blocks)))
 
     def plan(self, table: PageTable, lengths: torch.Tensor) -> None:

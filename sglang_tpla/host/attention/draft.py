@@ -95,7 +95,7 @@ def capture_graphs(original: Callable[[Any], None], self: Any) -> None:
 
 
 def chosen(factory: Any, mode: str) -> str:
-    """The backend that the factory would choose, for "prefill" or for "decode"."""
+    """Return the backend that the factory would choose, for "prefill" or for "decode"."""
     return factory.draft_attn_backend or compat.factory_backends(factory)[mode]
 
 

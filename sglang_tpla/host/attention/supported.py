@@ -31,7 +31,7 @@ def triton_serves(latent_dim: int, rope_dim: int) -> bool:
 
 
 def engine_unsupported_reason(name: str, shape: DecodeShape, capability: Capability) -> str | None:
-    """The reason for which an attention backend of the engine must not decode this shape there; None if it may.
+    """Return the reason for which an attention backend of the engine must not decode this shape there; None if it may.
 
     Args:
         name: value of ``--attention-backend`` (or ``--decode-attention-backend``).
@@ -93,7 +93,7 @@ def require_engine_backend(name: str, shape: DecodeShape, capability: Capability
 
 
 def preferred_backend(shapes: Sequence[DecodeShape], capability: Capability, stock: str) -> str:
-    """The backend of a decode server whose flags name none: SGLang's own choice where that is right.
+    """Return the backend of a decode server whose flags name none: SGLang's own choice where that is right.
 
     Args:
         shapes: one for each width among the layers.

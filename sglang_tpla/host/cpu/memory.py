@@ -19,7 +19,7 @@ SHARE = 12
 
 
 def budget_bytes() -> int:
-    """The bytes that one rank may use."""
+    """Return the bytes that one rank may use."""
     return int(os.environ.get(VARIABLE, 0)) or psutil.virtual_memory().total // SHARE
 
 

@@ -42,7 +42,7 @@ class CpuReferencePlatform(SRTPlatform):
         return "torch_native"
 
     def get_kv_pool_cls(self, *, kind: str) -> type | None:
-        """The pool for one kind of model, for which SGLang asks from 0.5.22 on; older releases have a method a kind."""
+        """Return the pool of one kind of model (from 0.5.22 on; older releases have a method a kind)."""
         return self.get_mla_kv_pool_cls() if kind == "mla" else None
 
     def get_mha_kv_pool_cls(self) -> type:

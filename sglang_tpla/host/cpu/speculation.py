@@ -183,7 +183,7 @@ def last_accepted(
 def _slots_from(
     req_to_token: torch.Tensor, req_pool_indices: torch.Tensor, starts: torch.Tensor, count: int
 ) -> torch.Tensor:
-    """The slots of ``count`` tokens of each request from ``starts`` on, flat."""
+    """Return the slots of ``count`` tokens of each request from ``starts`` on, flat."""
     columns = starts.long()[:, None] + torch.arange(count)
     return req_to_token[req_pool_indices.long()[:, None], columns].flatten().to(torch.int64)
 

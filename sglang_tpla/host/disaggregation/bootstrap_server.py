@@ -127,7 +127,7 @@ def listening(host: str, port: int) -> socket.socket:
 
 
 def port_taken(host: str, port: int, error: OSError) -> str:
-    """The reason for which a prefill server with this bootstrap port does not start."""
+    """Return the reason for which a prefill server with this bootstrap port does not start."""
     return f"the bootstrap server cannot listen on {host}:{port}: {error.strerror or error}; {OWN_PORT}"
 
 
@@ -147,7 +147,7 @@ def check_registration(data: dict[str, Any], known: CommonKVBootstrapServer) -> 
 
 
 def registration(manager: Any) -> Registrar:
-    """The registration of a prefill rank, with the payload of ``CommonKVManager.register_to_bootstrap``.
+    """Return the registration of a prefill rank, with the payload of ``CommonKVManager.register_to_bootstrap``.
 
     Args:
         manager: a `TplaKVManager`, to whose ``local_ip`` and ``rank_port`` decode servers shall connect.
@@ -193,7 +193,7 @@ def registration(manager: Any) -> Registrar:
 
 
 def _series() -> Any:
-    """The counter of registrations, if this process publishes metrics, for which SGLang then names a folder."""
+    """Return the counter of registrations, if this process publishes metrics, for which SGLang then names a folder."""
     if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
         return None
     from prometheus_client import REGISTRY, Counter

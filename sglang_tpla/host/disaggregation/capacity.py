@@ -36,7 +36,7 @@ def exceeds(original: Callable[..., bool], self: Any, req: Any) -> bool:
 
 
 def never_fits(queue: Any, tokens: int) -> str:
-    """The reason for which a prompt would wait for ever; empty if it would not."""
+    """Return the reason for which a prompt would wait for ever; empty if it would not."""
     most = queue.max_total_num_tokens - queue.num_reserved_decode_tokens
     if tokens <= most:
         return ""

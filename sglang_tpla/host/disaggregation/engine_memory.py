@@ -31,14 +31,14 @@ class _CudaBytes:
 
 
 def bytes_at(pointer: int, nbytes: int, device: torch.device) -> torch.Tensor:
-    """A view uint8 ``[nbytes]`` of memory that another owner keeps alive."""
+    """Return a view uint8 ``[nbytes]`` of memory that another owner keeps alive."""
     if device.type == "cuda":
         return torch.as_tensor(_CudaBytes(pointer, nbytes), device=device)
     return torch.frombuffer((ctypes.c_uint8 * nbytes).from_address(pointer), dtype=torch.uint8)
 
 
 def cache_dtype(kv_args: Any, server_args: Any) -> torch.dtype:
-    """The element type of the pool."""
+    """Return the element type of the pool."""
     name = kv_args.kv_cache_dtype_str
     if name == "auto":
         return compat.model_config(server_args).dtype
@@ -48,7 +48,7 @@ def cache_dtype(kv_args: Any, server_args: Any) -> torch.dtype:
 
 
 def cache_pool(kv_args: Any, server_args: Any, rows: RowFormat | None = None) -> CachePool:
-    """The rank's latent pool, with one ``[slots, items]`` tensor for each layer.
+    """Return the rank's latent pool, with one ``[slots, items]`` tensor for each layer.
 
     Args:
         rows: formats of each layer's rows; None stands for plain rows.
@@ -76,7 +76,7 @@ def cache_pool(kv_args: Any, server_args: Any, rows: RowFormat | None = None) ->
 
 
 def prompt_limits(kv_args: Any, server_args: Any) -> Limits:
-    """The longest prompt that the scheduler of this rank takes.
+    """Return the longest prompt that the scheduler of this rank takes.
 
     It follows ``get_worker_info`` in ``managers/tp_worker.py`` and, on decode, ``_check_if_req_exceed_kv_capacity``
     with the tokens that a request must find free beside its prompt.
@@ -97,7 +97,7 @@ def prompt_limits(kv_args: Any, server_args: Any) -> Limits:
 
 
 def metadata_rows(kv_args: Any) -> MetadataRows:
-    """SGLang's metadata buffers (first token, logprobs, hidden states ...) as byte rows."""
+    """Return SGLang's metadata buffers (first token, logprobs, hidden states ...) as byte rows."""
     return MetadataRows(
         [
             np.ctypeslib.as_array((ctypes.c_uint8 * nbytes).from_address(pointer)).reshape(-1, item)

@@ -45,7 +45,7 @@ _agents: list[Any] = []
 
 
 def agents() -> tuple[Any, ...]:
-    """The agents of this process, one for each rank."""
+    """Return the agents of this process, one for each rank."""
     return tuple(_agents)
 
 

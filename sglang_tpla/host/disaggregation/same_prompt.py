@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 def digest(tokens: Sequence[int]) -> int:
-    """A digest of a prompt in 31 bits; it is never 0, which marks a row without one."""
+    """Return a digest of a prompt in 31 bits; it is never 0, which marks a row without one."""
     return (zlib.crc32(array("q", tokens).tobytes()) & 0x7FFFFFFF) | 1
 
 

@@ -38,7 +38,7 @@ def sketched() -> bool:
 
 
 def row_format(latent_dim: int, rope_dim: int, layers: int, *, fp8: bool = False, group: int = 0) -> RowFormat:
-    """The rows of every layer on a rank of ``group``; their sizes are the same in every group.
+    """Return the rows of every layer on a rank of ``group``; their sizes are the same in every group.
 
     Args:
         latent_dim, rope_dim: the model's widths. layers: the number of layers.
@@ -53,7 +53,7 @@ def row_format(latent_dim: int, rope_dim: int, layers: int, *, fp8: bool = False
 
 
 def sketched_rows(layer: int, latent_dim: int, rope_dim: int) -> SketchedRows:
-    """The sizes of one layer's rows on a server of sketched rows."""
+    """Return the sizes of one layer's rows on a server of sketched rows."""
     loaded = artifact()
     return SketchedRows.of(latent_dim, 1, latent_dim, rope_dim) if loaded is None else loaded.meta.rows(layer)
 
@@ -96,5 +96,5 @@ def layer_maps(part: Slice, layer: int, latent_dim: int, rope_dim: int) -> Layer
 
 
 def projections(part: Slice, layers: int, latent_dim: int, rope_dim: int) -> Sequence[torch.Tensor]:
-    """The projections that a rank hands to prefill ranks: one matrix ``[d, columns]`` for each layer."""
+    """Return the projections that a rank hands to prefill ranks: one matrix ``[d, columns]`` for each layer."""
     return [layer_maps(part, layer, latent_dim, rope_dim).projection for layer in range(layers)]

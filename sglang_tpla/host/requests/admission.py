@@ -48,7 +48,7 @@ def admit(original: Callable[..., None], self: Any, req: Any, is_retracted: bool
 
 
 def no_such_rank(queue: Any, req: Any) -> str | None:
-    """The reason for which the request's data-parallel rank of prefill cannot have its cache; None if none is known."""
+    """Return why the request's data-parallel rank of prefill cannot have its cache; None if no reason is known."""
     rank, host = req.disagg_prefill_dp_rank, req.bootstrap_host
     if rank is None or host is None:
         return None
@@ -60,7 +60,7 @@ def no_such_rank(queue: Any, req: Any) -> str | None:
 
 
 def no_token_allowed(req: Any) -> str | None:
-    """The reason for which a ready grammar has no answer, because it masks every token (``root ::= root``), or None."""
+    """Return why a ready grammar has no answer, because it masks every token (``root ::= root``), or None."""
     if req.grammar is None:
         return None
     mask = req.grammar.allocate_vocab_mask(req.vocab_size, 1, "cpu")

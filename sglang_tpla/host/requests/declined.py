@@ -48,7 +48,7 @@ def declined(obj: Any, role: str, error: Exception) -> AbortReq | None:
 
 
 def checked_place(room: Any, host: Any, port: Any) -> tuple[int, str, int | None] | None:
-    """Room, and host and port of the bootstrap server, if the other server may wait there."""
+    """Return the room, and host and port of the bootstrap server, if the other server may wait there."""
     if not is_integer(room) or not FIRST_ROOM <= room <= LAST_ROOM or host == FAKE_BOOTSTRAP_HOST:
         return None
     if port is not None and (not is_integer(port) or not 1 <= port <= 65535):

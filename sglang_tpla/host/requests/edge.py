@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 
 def limits(manager: Any) -> Limits:
-    """The limits of the server behind a tokenizer manager."""
+    """Return the limits of the server behind a tokenizer manager."""
     # A decode server learns a prefill server's number of ranks later (`admission.py`).
     ranks = MAX_RANKS if serves_decode() else compat.data_parallel_ranks(manager.server_args)
     return Limits(manager.model_config.vocab_size, TOP_LOGPROBS, ranks, FAKE_BOOTSTRAP_HOST)
@@ -85,7 +85,7 @@ async def generate(
 
 
 def explained(error: Exception) -> Exception:
-    """An error over a value of the wrong type as a refusal, which is answered with status 400; others as they are."""
+    """Return an error over a value of the wrong type as a refusal with status 400, and others as they are."""
     if not isinstance(error, WRONG_VALUE):
         return error
     logger.error("a request that cannot be read", exc_info=error)

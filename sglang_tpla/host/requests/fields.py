@@ -64,7 +64,7 @@ def is_integer(value: Any) -> bool:
 
 
 def shown(value: Any) -> str:
-    """The short form of a value for a message."""
+    """Return the short form of a value for a message."""
     text = repr(value) if not isinstance(value, (list, dict, str)) or len(value) < 100 else f"{value!r:.80}..."
     return text[:120]
 

@@ -127,7 +127,7 @@ def check_pattern(name: str, pattern: str, most: int, backtracks: bool = False) 
 
 
 def effort(items: Any, backtracks: bool) -> float:
-    """The highest cost of the repetitions of a parsed pattern.
+    """Return the highest cost of the repetitions of a parsed pattern.
 
     Args:
         backtracks: for Python's ``re``, which tries w ways of a body n times over: w to the power of n. A grammar
@@ -149,7 +149,7 @@ def effort(items: Any, backtracks: bool) -> float:
 
 
 def choices(items: Any, backtracks: bool) -> float:
-    """The number of lengths or forms in which the body of a repetition can match."""
+    """Return the number of lengths or forms in which the body of a repetition can match."""
     found = 1.0
     for op, value in items:
         if op in REPEATS and (backtracks or value[1] is not UNBOUNDED):
@@ -209,7 +209,7 @@ def _holds(op: Any, value: Any, character: int) -> bool:
 
 
 def parts(op: Any, value: Any) -> list[Any]:
-    """The patterns inside an item of a parsed pattern."""
+    """Return the patterns inside an item of a parsed pattern."""
     if op is _constants.BRANCH:
         return list(value[1])
     if op is _constants.SUBPATTERN:

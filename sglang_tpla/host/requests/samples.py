@@ -18,7 +18,7 @@ PER_PROMPT = ("return_logprob", "logprob_start_len", "top_logprobs_num", "return
 
 
 def room_of(room: int, sample: int) -> int:
-    """The room of a sample; the first sample keeps the request's room.
+    """Return the room of a sample; the first sample keeps the request's room.
 
     A hash draws the others from the whole range, so that they miss rooms that clients or routers choose.
 
@@ -32,7 +32,7 @@ def room_of(room: int, sample: int) -> int:
 
 
 def samples_of(obj: Any) -> int:
-    """The ``n`` of a request, which SGLang wants equal for all prompts of a batch."""
+    """Return the ``n`` of a request, which SGLang wants equal for all prompts of a batch."""
     params = obj.sampling_params
     each = params if isinstance(params, list) else [params]
     found = set()
@@ -47,7 +47,7 @@ def samples_of(obj: Any) -> int:
 
 
 def prompts_of(obj: Any) -> int | None:
-    """The number of prompts of a batch, or None for a single prompt."""
+    """Return the number of prompts of a batch, or None for a single prompt."""
     for name in ("text", "input_ids"):
         value = getattr(obj, name)
         if value is None:
@@ -63,7 +63,7 @@ def prompts_of(obj: Any) -> int | None:
 
 
 def rooms_of(room: Any, prompts: int | None, samples: int) -> Any:
-    """The rooms of a request's samples, all samples of a prompt one after another.
+    """Return the rooms of a request's samples, all samples of a prompt one after another.
 
     Args:
         room: one number is a single prompt's room, or the first of a batch's successive rooms; a list has one for each

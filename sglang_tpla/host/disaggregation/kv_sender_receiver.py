@@ -66,7 +66,7 @@ class _Request:
         logger.error("room %s: %s", self.bootstrap_room, reason)
 
     def _state(self) -> Any:
-        """The KVPoll of the room; a failure known to SGLang's side counts before the agent's view."""
+        """Return the KVPoll of the room; a failure known to SGLang's side counts before the agent's view."""
         if self.conclude_state is not None:
             return self.conclude_state
         state = self.kv_mgr.request_status.get(self.bootstrap_room, KVPoll.Bootstrapping)
@@ -141,7 +141,7 @@ class TplaKVSender(_Request, CommonKVSender):
         self._open(mgr.prompts.pop(bootstrap_room, 0))
 
     def pop_decode_prefix_len(self) -> int:
-        """The number of tokens that the decode side has already."""
+        """Return the number of tokens that the decode side has already."""
         return self.kv_mgr.agent.prefix_tokens(self.bootstrap_room)
 
     def send(self, kv_indices: Any, state_indices: Any = None, num_kv_tokens: int | None = None) -> None:
@@ -163,14 +163,14 @@ class TplaKVSender(_Request, CommonKVSender):
         )
 
     def poll(self) -> Any:
-        """The KVPoll of the request."""
+        """Return the KVPoll of the request."""
         state = self._state()
         if state == KVPoll.Bootstrapping:
             return self._check_bootstrap_timeout() or state
         return state
 
     def get_transfer_metric(self) -> KVTransferMetric:
-        """The bytes on the wire, and the seconds from the first send to the last confirmation."""
+        """Return the bytes on the wire, and the seconds from the first send to the last confirmation."""
         metric = self.kv_mgr.agent.metric(self.bootstrap_room) if self._opened else self._metric
         return KVTransferMetric(transfer_latency_s=metric.seconds, transfer_total_bytes=metric.wire_bytes)
 
@@ -217,7 +217,7 @@ class TplaKVReceiver(_Request, CommonKVReceiver):
     def _get_bootstrap_info_from_server(
         self, prefill_dp_rank: int, prefill_cp_rank: int, target_tp_rank: int, target_pp_rank: int
     ) -> Any:
-        """The result of the look-up; None fails the request."""
+        """Return the result of the look-up; None fails the request."""
         place = (prefill_dp_rank, prefill_cp_rank, target_tp_rank, target_pp_rank)
         found = self.kv_mgr.rank_addresses.get(self.bootstrap_addr, {}).get(place)
         return None if found is None else dict(found)  # a copy, because SGLang adds to it
@@ -266,7 +266,7 @@ class TplaKVReceiver(_Request, CommonKVReceiver):
             )
 
     def poll(self) -> Any:
-        """The KVPoll of the request."""
+        """Return the KVPoll of the request."""
         return self._state()
 
     def clear(self) -> None:
