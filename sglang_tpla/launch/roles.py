@@ -15,6 +15,7 @@ from sglang_tpla.launch.agreement import (
     check_alike,
     check_distinct,
     check_first_port,
+    check_hosts,
     check_ports,
     check_settings_alike,
     for_router,
@@ -28,6 +29,7 @@ from sglang_tpla.reference_model.config_file import read_config
 TRANSFER_BACKEND = "tpla"
 DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 30000
+DEFAULT_BOOTSTRAP_PORT = 8998
 PLUGIN_GROUP, PLUGIN_NAME = "sglang.srt.plugins", "sglang_tpla"
 
 
@@ -119,8 +121,17 @@ def _with_defaults(arguments: list[Argument], **defaults: object) -> list[Argume
 def _server(role: str, arguments: list[Argument], options: Options) -> Process:
     """Plan a prefill or decode server."""
     settings = options.settings(role)
-    arguments = for_server(arguments)
+    check_hosts(role, arguments)
     check_ports(role, arguments)
+    arguments = for_server(arguments)
+    if role == "prefill":
+        bootstrap = integer(arguments, "disaggregation-bootstrap-port", DEFAULT_BOOTSTRAP_PORT)
+        check_distinct(
+            {
+                "the prefill server": integer(arguments, "port", DEFAULT_PORT),
+                "its bootstrap server": bootstrap,
+            }
+        )
     if not has(arguments, "model-path"):
         raise ConfigError(f"a {role} server needs --model-path MODEL (a folder or a model's name)")
     if role == "decode":
@@ -170,6 +181,7 @@ def _router(arguments: list[Argument], options: Options) -> Process:
         for name, example in (("prefill", "URL BOOTSTRAP_PORT"), ("decode", "URL")):
             if not has(arguments, name):
                 raise ConfigError(f"the router needs --{name} {example}, once for every {name} server")
+    check_hosts("router", arguments)
     check_ports("router", arguments)
     arguments = for_router(arguments)
     if not has(arguments, "pd-disaggregation"):
