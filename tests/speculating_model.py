@@ -26,7 +26,7 @@ def with_nextn(model: Path, nextn: Path, out: Path, *, rope_dim: int | None = No
         if (model / name).is_file():
             shutil.copy(model / name, out / name)
     config = json.loads((model / "config.json").read_text())
-    shards = {"model.safetensors": load_file(model / "model.safetensors"), NEXTN_FILE: load_file(nextn / NEXTN_FILE)}
+    shards = {path.name: load_file(path) for path in [*model.glob("*.safetensors"), nextn / NEXTN_FILE]}
     if rope_dim is not None and rope_dim != config["qk_rope_head_dim"]:
         shards = {name: widen_rope(tensors, config, rope_dim) for name, tensors in shards.items()}
         config["qk_rope_head_dim"] = rope_dim
@@ -96,7 +96,7 @@ def copied_layer(model: Path, out: Path) -> Path:
     """
     config = json.loads((model / "config.json").read_text())
     layers, hidden = config["num_hidden_layers"], config["hidden_size"]
-    weights = load_file(model / "model.safetensors")
+    weights = {name: tensor for path in model.glob("*.safetensors") for name, tensor in load_file(path).items()}
     last, own = f"model.layers.{layers - 1}.", f"model.layers.{layers}."
     tensors = {own + name[len(last) :]: weight for name, weight in weights.items() if name.startswith(last)}
     norm = weights["model.norm.weight"]

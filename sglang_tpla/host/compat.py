@@ -63,6 +63,11 @@ def attention_groups(args: Any) -> int:
     return int(getattr(args, "attn_dp_size", None) or 1)
 
 
+def attention_groups_flag(args: Any) -> str:
+    """The flag by which a server was asked for attention groups."""
+    return "--enable-dp-attention" if getattr(args, "enable_dp_attention", False) else "--attn-dp-size"
+
+
 def cpu_has_attention_groups() -> bool:
     """Whether data-parallel attention can run on a CPU: releases before 0.5.19 copy by a kernel and pin memory."""
     from sglang.srt.layers import dp_attention

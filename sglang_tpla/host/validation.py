@@ -98,11 +98,10 @@ def check_flags(args: Any) -> None:
 
 def attention_groups_refusal(args: Any) -> tuple[bool, str, str]:
     """Return the entry of ``check_flags`` for data-parallel attention that a CPU cannot run."""
-    flag = "--enable-dp-attention" if args.enable_dp_attention else "--attn-dp-size"
     refused = compat.attention_groups(args) > 1 and args.device == "cpu" and not compat.cpu_has_attention_groups()
     return (
         refused,
-        flag,
+        compat.attention_groups_flag(args),
         "this SGLang release pins memory for its attention groups, which takes a GPU; 0.5.19 and later do not",
     )
 

@@ -1,6 +1,7 @@
-"""Log-probabilities of a greedy answer's tokens: as a server said them, and as the plain PyTorch model has them."""
+"""Log-probabilities of greedy answers: as servers said them, and as the plain PyTorch model has them."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -22,3 +23,21 @@ def said_and_due(
         ]
     due = (values[0, at, tokens[0, at + 1]] for values in outputs)
     return torch.tensor([value for value, *_ in said]), *due
+
+
+def said(answer: dict[str, Any]) -> list[tuple[int, float]]:
+    """Return the tokens of an answer with their log-probabilities."""
+    return [(token, value) for value, token, *_ in answer["meta_info"]["output_token_logprobs"]]
+
+
+def agree(answer: dict[str, Any], right: dict[str, Any], far: float) -> list[float]:
+    """Check that tokens are the same up to a tie, and return how far their log-probabilities differ, below ``far``."""
+    apart = []
+    for (token, value), best in zip(said(answer), right["meta_info"]["output_top_logprobs"], strict=True):
+        (first, expected, _), (second, other, _) = best
+        if token != expected:
+            assert token == other and first - second < far, (token, value, best)
+            break
+        apart.append(abs(value - first))
+    assert max(apart) < far, apart
+    return apart
