@@ -64,7 +64,7 @@ def attention_groups(args: Any) -> int:
 
 
 def attention_groups_flag(args: Any) -> str:
-    """The flag by which a server was asked for attention groups."""
+    """Return the flag by which a server was asked for attention groups."""
     return "--enable-dp-attention" if getattr(args, "enable_dp_attention", False) else "--attn-dp-size"
 
 

@@ -53,7 +53,7 @@ def check_hosts(role: str, arguments: Sequence[Argument]) -> None:
 
 
 def without_brackets(host: str) -> str:
-    """An IPv6 address as it stands outside a URL; other hosts as they are."""
+    """Return an IPv6 address as it stands outside a URL; other hosts as they are."""
     return host[1:-1] if host.startswith("[") and host.endswith("]") else host
 
 

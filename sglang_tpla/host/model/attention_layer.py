@@ -164,7 +164,7 @@ def fold_weights(original: Callable[..., None], self: Any, *args: Any, **kwargs:
 
 
 def _keep_storage(old: torch.Tensor | None, new: torch.Tensor) -> torch.Tensor:
-    """Reload in place, because captured graphs hold the old tensor's address."""
+    """Return reload in place, because captured graphs hold the old tensor's address."""
     return new if old is None else old.copy_(new)
 
 
