@@ -4,7 +4,17 @@ import random
 
 import pytest
 import torch
-from decode_case import REFILLS, SCALE, Case, errors_of_replays, random_case, relative_error
+from decode_case import (
+    BAR,
+    LENGTHS,
+    REFILLS,
+    SCALE,
+    assert_right_and_repeated,
+    errors_of_replays,
+    random_case,
+    relative_error,
+    run_hopper,
+)
 from plan_twin import plan_parts
 
 from sglang_tpla.attention.backends import choose
@@ -13,23 +23,6 @@ from sglang_tpla.attention.interface import AttentionInputError, DecodeShape, Pa
 
 pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda:0")
-BAR = 3e-3
-LENGTHS = (
-    [1],
-    [63, 64, 65, 4, 128],
-    [1000, 77, 4097],
-    [0, 5001, 0, 0, 1, 129, 0],
-    [20011, 3],
-    [300 + 17 * i for i in range(40)],
-    [0] * 3 + [4, 700, 64] * 60,
-)
-
-
-def run(case: Case, **options: object) -> torch.Tensor:
-    kernel = HopperDecode(case.shape, SCALE, case.table.batch, DEVICE, **options)
-    kernel.plan(case.table, case.lengths)
-    out = torch.full_like(case.q_latent, float("nan"))
-    return kernel.run(case.q_latent, case.q_rope, case.kv_cache, out)
 
 
 @pytest.mark.parametrize("latent_dim", range(64, 513, 32))
@@ -41,7 +34,7 @@ def test_right_at_every_width(latent_dim: int) -> None:
             page_size = dice.choice((1, 64))
             lengths = dice.choice(LENGTHS)
             case = random_case(DecodeShape(latent_dim, heads, 64, query_len, page_size), lengths, dice.randrange(2**31))
-            error = relative_error(run(case), case.reference())
+            error = relative_error(run_hopper(case), case.reference())
             assert error <= BAR, (latent_dim, heads, query_len, page_size, lengths)
 
 
@@ -49,12 +42,7 @@ def test_right_at_every_width(latent_dim: int) -> None:
 @pytest.mark.parametrize(("latent_dim", "heads"), [(256, 32), (128, 64), (256, 128), (512, 16)])
 def test_bit_identical_on_repetition(latent_dim: int, heads: int, lengths: list[int]) -> None:
     case = random_case(DecodeShape(latent_dim, heads), lengths, 7)
-    first = run(case)
-    kernel = HopperDecode(case.shape, SCALE, case.table.batch, DEVICE)
-    kernel.plan(case.table, case.lengths)
-    for _ in range(20):
-        again = kernel.run(case.q_latent, case.q_rope, case.kv_cache, torch.full_like(first, float("nan")))
-        assert torch.equal(first, again)
+    assert_right_and_repeated(case)
 
 
 def test_device_plan_equals_its_twin() -> None:

@@ -1,4 +1,4 @@
-"""The edges of the house: which folder of the package may import which, and what may import SGLang.
+"""The edges of the house: which folder may import which, what may import SGLang, and the one base of exceptions.
 
 Imports are read from the syntax trees, those inside functions too, so that a lazy import cannot hide an edge.
 """
@@ -160,3 +160,23 @@ def test_the_simulation_patches_no_constructor_and_no_clock() -> None:
         if isinstance(node, ast.Call) and "patch" in ast.unparse(node.func)
     ]
     assert patched == ["mock.patch('sglang_tpla.transfer.memory.native.library', return_value=None)"]
+
+
+# How a process is told to end is no error.
+NOT_ERRORS = {"StopRequested"}
+
+
+def test_every_exception_has_the_one_base() -> None:
+    bases: dict[str, set[str]] = {}
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef):
+                bases.setdefault(node.name, set()).update(ast.unparse(base) for base in node.bases)
+
+    def lineage(name: str) -> set[str]:
+        return {name}.union(*(lineage(base) for base in bases.get(name, ())))
+
+    builtin = {"Exception", "BaseException", "ValueError", "RuntimeError", "TypeError", "KeyError", "OSError"}
+    builtin |= {"ConnectionError", "LookupError", "ArithmeticError"}
+    raised = {name for name in bases if lineage(name) & builtin} - {"SglangTplaError"} - NOT_ERRORS
+    assert raised and {name for name in raised if "SglangTplaError" not in lineage(name)} == set()

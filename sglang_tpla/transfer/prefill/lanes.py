@@ -368,7 +368,7 @@ class Lanes:
         job.deliveries.append((lane, list(takers)))
 
     def _deliver_elsewhere(self, job: ChunkJob, cap: int) -> None:
-        """Return the deliveries of the same chunk to other hosts whose lanes can take it now."""
+        """Mark the same chunk as under way to ranks of other hosts whose lanes can take it now."""
         first = job.deliveries[0][0]
         for other in first.room.lanes:
             if other is first or other.plan is not first.plan or other.repeat:
