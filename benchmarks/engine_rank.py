@@ -106,8 +106,11 @@ def decode_batch(runner: Any, batch: int, context: int) -> Any:
     from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
     device = runner.device
-    slots = torch.randperm(runner.max_total_num_tokens - 1, device=device)[: batch * context] + 1
-    rows = slots.view(batch, context).to(torch.int32)
+    # Under decode context parallelism a rank keeps one of slots r * dcp to r * dcp + dcp - 1, successive tokens, as row r.
+    dcp, each = runner.server_args.dcp_size, -(-context // runner.server_args.dcp_size)
+    own = torch.randperm(runner.max_total_num_tokens - 1, device=device)[: batch * each] + 1
+    slots = own.view(batch, each, 1) * dcp + torch.arange(dcp, device=device)
+    rows = slots.view(batch, each * dcp)[:, :context].to(torch.int32)
     runner.req_to_token_pool.req_to_token[:batch, :context] = rows
     lengths = torch.full((batch,), context, dtype=torch.int64)
     return ForwardBatch(

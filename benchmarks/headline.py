@@ -313,7 +313,7 @@ def jobs_of(model: str, names: list[str], kinds: list[str], folder: Path, memory
                 "artifact": str(artifacts[method.rows]) if method.groups > 1 else None,
                 "attention": "tpla" if method.groups else "flashinfer" if GPU else "torch_native",
                 "loads": loads,
-                "tokens": max(batch * context for batch, context in loads) + 256,
+                "tokens": max(batch * context for batch, context in loads) // method.flags.get("dcp_size", 1) + 256,
                 "port": PORT + len(found),
             }
         )
