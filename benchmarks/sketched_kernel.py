@@ -51,9 +51,7 @@ def mla(heads: int, row: Row) -> Step:
     """FlashInfer fa3 on plain MLA's rows."""
     device = torch.device("cuda:0")
     shape = DecodeShape(MLA_DIM, heads, ROPE_DIM)
-    return prepare(
-        shape, row.batch, row.tokens, "random", lambda s: FlashInferDecode(s, SCALE, device, "fa3")
-    )
+    return prepare(shape, row.batch, row.tokens, "random", lambda s: FlashInferDecode(s, SCALE, device, "fa3"))
 
 
 def sketched(row: Row) -> Step:
@@ -98,9 +96,7 @@ def measure(row: Row, rounds: int, calls: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "out" / "sketched_kernel.json")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--calls", type=int, default=10, help="calls in one CUDA graph")

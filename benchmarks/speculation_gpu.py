@@ -17,8 +17,6 @@ Layouts: ``g1`` plain MLA on this package's kernel, ``q1`` the same with 8-bit r
 plain and of sketched rows (each needs its artifact; on one GPU the ranks speak over gloo and without CUDA graphs).
 """
 
-from __future__ import annotations
-
 import argparse
 import concurrent.futures
 import functools
@@ -198,10 +196,7 @@ def speed(decoder: Decoder, asked: list[list[int]], tokens: int, batches: list[i
 def draws_at(prompt: list[int], decoders: dict[str, Decoder], draws: int, limit_s: float) -> dict[str, Any]:
     """Draws of a few tokens at one prompt from a server with speculation and from one without it."""
     with concurrent.futures.ThreadPoolExecutor(len(decoders)) as pool:
-        jobs = {
-            kind: pool.submit(draw, decoder.ask, prompt, 3, draws, limit_s)
-            for kind, decoder in decoders.items()
-        }
+        jobs = {kind: pool.submit(draw, decoder.ask, prompt, 3, draws, limit_s) for kind, decoder in decoders.items()}
         drawn = {kind: job.result() for kind, job in jobs.items()}
     for decoder in decoders.values():
         _ = decoder.pair  # further rooms
@@ -227,21 +222,15 @@ def start_stock(engines: Engines, *flags: str) -> None:
         "-m", "sglang.launch_server", "--model-path", engines.model, *SHARED_FLAGS, "--port", str(port), *REQUESTS,
         "--attention-backend", "triton", "--disable-prefill-cuda-graph", *GRAPHS, *flags,
     )  # fmt: skip
-    engines.stock = Server(
-        "stock", command, port, engines.log / "stock.log", ENV | {"SGLANG_PLUGINS": "none"}
-    ).start()
+    engines.stock = Server("stock", command, port, engines.log / "stock.log", ENV | {"SGLANG_PLUGINS": "none"}).start()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--artifact", type=Path, help="of two groups of plain rows, for this model")
     parser.add_argument("--sketched-artifact", type=Path, help="of two groups of sketched rows")
-    parser.add_argument(
-        "--documents", type=Path, help="JSON of prompts that ask for what stands in them, as token ids"
-    )
+    parser.add_argument("--documents", type=Path, help="JSON of prompts that ask for what stands in them, as token ids")
     parser.add_argument("--draws", type=int, default=20_000, help="samples at each of three prompts")
     parser.add_argument("--draw-s", type=float, default=35, help="those at one prompt take no longer")
     parser.add_argument("--out", type=Path, required=True)
@@ -333,9 +322,7 @@ def main() -> None:
                 """The two servers of a layout, up."""
                 if name not in opened:
                     source = stocks if name == "stock" else engines
-                    layout_of = {
-                        kind: "g1" if (name, kind) == ("eager", "plain") else name for kind in source
-                    }
+                    layout_of = {kind: "g1" if (name, kind) == ("eager", "plain") else name for kind in source}
                     opened[name] = {kind: Decoder(source[kind], layout) for kind, layout in layout_of.items()}
                     for decoder in opened[name].values():
                         decoder.open()
@@ -355,9 +342,7 @@ def main() -> None:
 
             def control(name: str) -> dict[str, Any]:
                 """Without speculation in other batches: what bfloat16 does by itself."""
-                return compare(
-                    answers(name, "plain"), answer_all(both(name)["plain"], asked, args.tokens, 16)
-                )
+                return compare(answers(name, "plain"), answer_all(both(name)["plain"], asked, args.tokens, 16))
 
             def documents(name: str) -> dict[str, Any]:
                 """Answers to documents: what is accepted, and whether they part."""

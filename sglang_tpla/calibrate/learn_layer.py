@@ -11,8 +11,6 @@ S is one tensor for all groups: the shared columns stay the same bits. ``learned
 together and resumes.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,13 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from sglang_tpla.calibrate.transforms import Maps, TransformError
-from sglang_tpla.measure.layer_inputs import (
-    Batch,
-    LayerData,
-    exact_context,
-    head_outputs,
-    sliced_slices,
-)
+from sglang_tpla.measure.layer_inputs import Batch, LayerData, exact_context, head_outputs, sliced_slices
 from sglang_tpla.reference_model.forward import Attention
 
 _VARIANCE_FLOOR = 1e-8
@@ -60,9 +52,7 @@ class LearnPlan:
         least = {"steps": 0, "sequences": 1, "queries": 1, "first_query": 0, "trial_steps": 1}
         for name, low in least.items():
             if getattr(self, name) < low:
-                raise TransformError(
-                    f"expected {name} of learning to be at least {low}, got {getattr(self, name)}"
-                )
+                raise TransformError(f"expected {name} of learning to be at least {low}, got {getattr(self, name)}")
         if not self.trial_scales or min(self.rate, self.highest_rate, *self.trial_scales) <= 0:
             raise TransformError(
                 f"expected rate, highest_rate and trial_scales (one or more) of learning above 0, got {self.rate}, "

@@ -1,11 +1,8 @@
 """Speculative decoding on both kinds of server: SGLang's settings that work.
 
-The supported draft is that of DeepSeek V3, R1 and Kimi K2: one NextN layer in the target's own checkpoint, which
-guesses a chain of up to three tokens. Both servers run it, since the draft layer's cache and first guess are made with
-the prompt.
+The supported draft is that of DeepSeek V3 and R1: one NextN layer in the target's own checkpoint, which guesses a chain
+of up to three tokens. Both servers run it, since the draft layer's cache and first guess are made with the prompt.
 """
-
-from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
@@ -23,7 +20,7 @@ NEXTN_LAYERS = "num_nextn_predict_layers"
 
 
 def unsupported_reasons(args: Any, role: str) -> list[str]:
-    """The reasons against the flags of a server that speculates; empty for one that does not."""
+    """Return the reasons against the flags of a server that speculates; empty for one that does not."""
     if args.speculative_algorithm is None:
         return []
     guesses = f"with {args.speculative_algorithm}"
@@ -48,7 +45,7 @@ def unsupported_reasons(args: Any, role: str) -> list[str]:
          "the draft is one layer; drop the flag"),
         (args.speculative_use_rejection_sampling, "--speculative-use-rejection-sampling", "on",
          "the first guess's probabilities do not travel from prefill to decode; drop the flag"),
-        (compat.attention_groups(args) > 1, "--enable-dp-attention", guesses,
+        (compat.attention_groups(args) > 1, compat.attention_groups_flag(args), guesses,
          "the two were never tested together; drop one of them"),
         (role == "decode" and args.kv_cache_dtype == FP8_CACHE and not sketched(), f"--kv-cache-dtype {FP8_CACHE}",
          guesses, "the two were never tested together; use --kv-cache-dtype auto, or an artifact for sketched rows"),

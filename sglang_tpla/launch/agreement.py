@@ -3,8 +3,6 @@
 Every check raises `ConfigError`, which names the flag and what came.
 """
 
-from __future__ import annotations
-
 import re
 import socket
 from collections.abc import Mapping, Sequence
@@ -50,7 +48,7 @@ def check_hosts(role: str, arguments: Sequence[Argument]) -> None:
 
 
 def without_brackets(host: str) -> str:
-    """An IPv6 address as it stands outside a URL; other hosts as they are."""
+    """Return an IPv6 address as it stands outside a URL; other hosts as they are."""
     return host[1:-1] if host.startswith("[") and host.endswith("]") else host
 
 
@@ -76,7 +74,7 @@ def check_alike(prefill: Sequence[Argument], decode: Sequence[Argument]) -> None
 
 
 def given(arguments: Sequence[Argument], name: str) -> str | None:
-    """A flag's values as they were written, or None."""
+    """Return a flag's values as they were written, or None."""
     found = None
     for argument in arguments:
         if argument.name == name:
@@ -106,7 +104,7 @@ def check_distinct(ports: Mapping[str, int]) -> None:
 
 
 def router_key(router: Sequence[Argument], key: str | None) -> list[str]:
-    """The flags with which the router passes the servers' check of the API key."""
+    """Return the flags with which the router passes the servers' check of the API key."""
     own = value_of(router, "api-key")
     if own is not None and own != key:
         raise ConfigError("--router.api-key must be the servers' --api-key, with which the router asks them")
@@ -114,7 +112,7 @@ def router_key(router: Sequence[Argument], key: str | None) -> list[str]:
 
 
 def for_router(arguments: Sequence[Argument]) -> list[Argument]:
-    """The router's arguments, with hosts in the form that it needs."""
+    """Return the router's arguments, with hosts in the form that it needs."""
     result = []
     for argument in arguments:
         value = argument.value or ""
@@ -168,8 +166,5 @@ def check_bootstrap_ports(argument: Argument) -> None:
 
 
 def for_server(arguments: Sequence[Argument]) -> list[Argument]:
-    """A server's arguments, with IPv6 addresses without brackets, as SGLang needs them."""
-    return [
-        Argument(a.name, ("--host", without_brackets(a.value or ""))) if a.name == "host" else a
-        for a in arguments
-    ]
+    """Return a server's arguments, with IPv6 addresses without brackets, as SGLang needs them."""
+    return [Argument(a.name, ("--host", without_brackets(a.value or ""))) if a.name == "host" else a for a in arguments]

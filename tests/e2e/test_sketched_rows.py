@@ -3,8 +3,6 @@
 All stand behind the shared prefill server, whose own cache is float32.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -58,15 +56,11 @@ def follow_the_model(pair: Pair, model: PlainModel, maps: Sequence[LayerMaps]) -
         apart.append((said - rounded).abs())
         rounding.append((exact - rounded).abs())
     off, cost = torch.cat(apart), torch.cat(rounding)
-    found = (
-        f"mean {off.mean():.5f}, largest {off.max():.4f}; rounding costs {cost.mean():.5f}, {cost.max():.4f}"
-    )
+    found = f"mean {off.mean():.5f}, largest {off.max():.4f}; rounding costs {cost.mean():.5f}, {cost.max():.4f}"
     assert (off > NEAR).float().mean() <= OUTLIERS and off.mean() <= BESIDE * cost.mean(), found
 
 
-def check(
-    trio: Any, decode: Server, room: int, model: PlainModel, maps: Sequence[LayerMaps], wire_bytes: int
-) -> None:
+def check(trio: Any, decode: Server, room: int, model: PlainModel, maps: Sequence[LayerMaps], wire_bytes: int) -> None:
     """Check parity, the bytes of every transfer, a cached prefix, an abort, and an idle server at the end.
 
     Args:
@@ -86,9 +80,7 @@ def check(
     body |= {"bootstrap_host": "127.0.0.1", "bootstrap_port": pair.bootstrap, "bootstrap_room": room + 500}
     with contextlib.ExitStack() as stack:
         for server in (trio.prefill, decode):
-            answer = stack.enter_context(
-                httpx.stream("POST", server.url + "/generate", json=body, timeout=240)
-            )
+            answer = stack.enter_context(httpx.stream("POST", server.url + "/generate", json=body, timeout=240))
             for _ in zip(range(3), answer.iter_lines(), strict=False):
                 pass
     wait_idle(trio.prefill, decode)

@@ -3,8 +3,6 @@
 The draft is a copy of the target's last layer: right now and then, and wrong often enough that guesses are dropped.
 """
 
-from __future__ import annotations
-
 import concurrent.futures
 import contextlib
 import re
@@ -12,11 +10,11 @@ import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 from tokenizers import Tokenizer
 
+from tests.e2e.model_answers import agree, said
 from tests.e2e.prompts import short_prompts
 from tests.e2e.servers import Pair, Server, idle, launcher, transfer_lines, wait_idle
 from tests.e2e.traffic import Answer, Route
@@ -104,27 +102,10 @@ def prompts(nano_mla: str) -> list[list[int]]:
     return [*(tokenizer.encode(text).ids for text in texts), tokenizer.encode("    pass\n").ids * 30]
 
 
-def said(answer: dict[str, Any]) -> list[tuple[int, float]]:
-    return [(token, value) for value, token, *_ in answer["meta_info"]["output_token_logprobs"]]
-
-
 def until_running(decode: Server, call: concurrent.futures.Future[Answer]) -> None:
     """Wait until the server decodes a request, which must not have ended."""
     while not idle(decode)["running_batch"]:
         assert not call.done(), call.result()
-
-
-def agree(answer: dict[str, Any], right: dict[str, Any], far: float) -> list[float]:
-    """Check that tokens are the same up to a tie, and return how far their log-probabilities differ, below ``far``."""
-    apart = []
-    for (token, value), best in zip(said(answer), right["meta_info"]["output_top_logprobs"], strict=True):
-        (first, expected, _), (second, other, _) = best
-        if token != expected:
-            assert token == other and first - second < far, (token, value, best)
-            break
-        apart.append(abs(value - first))
-    assert max(apart) < far, apart
-    return apart
 
 
 def test_greedy_answers_are_those_without_speculation(servers: Servers, prompts: list[list[int]]) -> None:
@@ -231,9 +212,7 @@ def test_half_a_pair_that_speculates_is_refused(servers: Servers, prompts: list[
         answer = second.decode.post("/generate", body, 60)
         assert answer.status_code != 200
         # The rank that answers may have heard of it from the other one.
-        assert (
-            "give --speculative-algorithm to both or to neither" in answer.text + log_of(second.decode)[seen:]
-        )
+        assert "give --speculative-algorithm to both or to neither" in answer.text + log_of(second.decode)[seen:]
         wait_idle(second.decode)
 
 
@@ -263,9 +242,7 @@ def test_requests_that_are_retracted(servers: Servers, model: Model, prompts: li
     (port,), log = free_ports(1), model.folder / "retracting-decode.log"
     same = servers.speculating
     decode = launcher("decode", str(model.path), port, log)
-    decode.command = tuple(
-        str(port) if part == str(same.decode.port) else part for part in same.decode.command
-    )
+    decode.command = tuple(str(port) if part == str(same.decode.port) else part for part in same.decode.command)
     decode.env |= {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "5"}
     told = {"return_logprob": True, "top_logprobs_num": 2}
     expected = [servers.plain.generate(prompt, TOKENS, **told)[1] for prompt in prompts]

@@ -1,7 +1,5 @@
 """Parts of SGLang that moved between the supported releases, and stand-ins for others."""
 
-from __future__ import annotations
-
 import importlib
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -17,10 +15,17 @@ def attention_boundary() -> ModuleType:
         return importlib.import_module("sglang.srt.layers.layer_boundary.adapters.attention")
 
 
-def stub_runner(requests: Any, pool: Any, cache_dtype: torch.dtype, **config: Any) -> Any:
-    """A model runner of a server without speculation, as an attention backend reads it; ``config`` is the model's."""
+def stub_runner(requests: Any, pool: Any, cache_dtype: torch.dtype, verified: int = 1, **config: Any) -> Any:
+    """A target's model runner as an attention backend reads it; ``config`` is the model's.
+
+    Args:
+        verified: tokens that are verified at once; 1 without speculation.
+    """
+    args = SimpleNamespace(
+        speculative_algorithm="EAGLE" if verified > 1 else None, speculative_num_draft_tokens=verified,
+        get_model_config=None,
+    )  # fmt: skip
     return SimpleNamespace(
         device="cpu", gpu_id=0, req_to_token_pool=requests, token_to_kv_pool=pool, kv_cache_dtype=cache_dtype,
-        is_draft_worker=False, server_args=SimpleNamespace(speculative_algorithm=None, get_model_config=None),
-        model_config=SimpleNamespace(dtype=torch.float32, **config),
+        is_draft_worker=False, server_args=args, model_config=SimpleNamespace(dtype=torch.float32, **config),
     )  # fmt: skip

@@ -3,8 +3,6 @@
 The formula is written from the paper's equations and uses whole weights, without sharding.
 """
 
-from __future__ import annotations
-
 import math
 from types import SimpleNamespace
 
@@ -72,38 +70,44 @@ def softmax_scale(yarn: bool) -> float:
 
 
 def formula(x, lengths, past, weights, views, yarn=True):
-    """o = sum_i softmax(scale (q^nope W_UK key_i^T + q^R rope_i^T)) value_i W_UV W_O, for one new token a request.
+    """o = sum_i softmax(scale (q^nope W_UK key_i^T + q^R rope_i^T)) value_i W_UV W_O, for the last tokens of requests.
 
-    x [batch, hidden]; past: one (normed latents [n, d], rotated keys [n, rope]) a request, without the new token.
-    ``views`` gives each group's (key, value, rope) of such latents and keys.
+    x [batch * new, hidden], where lengths count the new tokens; past: one (normed latents [n, d], rotated keys
+    [n, rope]) a request, without them. ``views`` gives each group's (key, value, rope) of such latents and keys.
     """
     if "q_proj" in weights:
         q = x @ weights["q_proj"].T
     else:
         q = rms_norm(x @ weights["q_a_proj"].T, weights["q_a_layernorm"]) @ weights["q_b_proj"].T
     q = q.view(-1, HEADS, NOPE + ROPE)
-    positions = torch.tensor(lengths) - 1
+    new = len(x) // len(lengths)
+    positions = last_positions(lengths, new)
     q_rope = rotate(q[..., NOPE:], positions, yarn)
     kv = x @ weights["kv_a_proj_with_mqa"].T
     latent, k_rope = rms_norm(kv[:, :D], weights["kv_a_layernorm"]), rotate(kv[:, D:], positions, yarn)
     w_uk, w_uv = weights["kv_b_proj"].view(HEADS, NOPE + V, D).split((NOPE, V), dim=1)
     out = torch.zeros(len(x), HEADS, V)
-    for b, (old_latent, old_rope) in enumerate(past):
-        keys = torch.cat((old_latent, latent[b : b + 1]))
-        ropes = torch.cat((old_rope, k_rope[b : b + 1]))
-        absorbed = torch.einsum("hn,hnd->hd", q[b, :, :NOPE], w_uk)
+    for t in range(len(x)):
+        first, (old_latent, old_rope) = t - t % new, past[t // new]
+        keys = torch.cat((old_latent, latent[first : t + 1]))
+        ropes = torch.cat((old_rope, k_rope[first : t + 1]))
+        absorbed = torch.einsum("hn,hnd->hd", q[t, :, :NOPE], w_uk)
         for key, value, rope in views(keys, ropes):
-            score = softmax_scale(yarn) * (absorbed @ key.T + q_rope[b] @ rope.T)
-            out[b] += torch.einsum("hd,hvd->hv", score.softmax(-1) @ value, w_uv)
+            score = softmax_scale(yarn) * (absorbed @ key.T + q_rope[t] @ rope.T)
+            out[t] += torch.einsum("hd,hvd->hv", score.softmax(-1) @ value, w_uv)
     return out.flatten(1) @ weights["o_proj"].T
 
 
-def random_step(lengths, generator, dtype=torch.float32):
-    """New tokens [batch, hidden] and the past of each request, as `formula` takes them."""
-    x = torch.randn(len(lengths), HIDDEN, generator=generator).to(dtype).float()
+def last_positions(lengths, new):
+    """Positions [batch * new] of the last tokens of each request."""
+    return (torch.tensor(lengths)[:, None] - new + torch.arange(new)).flatten()
+
+
+def random_step(lengths, generator, dtype=torch.float32, new=1):
+    """New tokens [batch * new, hidden] and the past of each request, as `formula` takes them."""
+    x = torch.randn(len(lengths) * new, HIDDEN, generator=generator).to(dtype).float()
     past = [
-        (torch.randn(n - 1, D, generator=generator), torch.randn(n - 1, ROPE, generator=generator))
-        for n in lengths
+        (torch.randn(n - new, D, generator=generator), torch.randn(n - new, ROPE, generator=generator)) for n in lengths
     ]
     return x, past
 
@@ -164,21 +168,21 @@ def page_table(lengths):
 
 
 def decode_step(attention, backend, x, lengths, slots, **options):
-    """Run one decode step of one rank; ``options`` go to the layer's forward."""
+    """Run one decode step of one rank, or verify several new tokens a request; ``options`` go to its forward."""
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
     from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
 
-    batch, length = len(x), torch.tensor(lengths)
-    positions = length - 1
+    batch, new = len(lengths), len(x) // len(lengths)
+    positions = last_positions(lengths, new)
+    known = torch.tensor(lengths) - (new if new > 1 else 0)  # SGLang leaves out what is being verified
     forward_batch = ForwardBatch(
-        forward_mode=ForwardMode.DECODE, batch_size=batch, input_ids=torch.zeros(batch, dtype=torch.long),
-        req_pool_indices=torch.arange(batch), seq_lens=length, out_cache_loc=slots[torch.arange(batch), positions],
-        seq_lens_sum=sum(lengths), positions=positions,
+        forward_mode=ForwardMode.DECODE if new == 1 else ForwardMode.TARGET_VERIFY, batch_size=batch,
+        input_ids=torch.zeros(len(x), dtype=torch.long), req_pool_indices=torch.arange(batch), seq_lens=known,
+        out_cache_loc=slots[torch.arange(batch).repeat_interleave(new), positions], seq_lens_sum=int(known.sum()),
+        positions=positions,
     )  # fmt: skip
     boundary = attention_boundary()
-    inputs = boundary.AttentionInputs(
-        x, forward_batch, attention.prepare_qkv_latent if attention.q_lora_rank else None
-    )
+    inputs = boundary.AttentionInputs(x, forward_batch, attention.prepare_qkv_latent if attention.q_lora_rank else None)
     with torch.no_grad(), forward_context(ForwardContext(attn_backend=backend)):
         boundary.get_attn_tp_context().set_attn_inputs(inputs)
         backend.init_forward_metadata(forward_batch)

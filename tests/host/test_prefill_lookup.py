@@ -1,7 +1,5 @@
 """A bootstrap server that does not answer delays nobody, because the scheduler hears of an answer when it is there."""
 
-from __future__ import annotations
-
 import threading
 from collections import deque
 from collections.abc import Iterator
@@ -151,9 +149,7 @@ def test_where_nobody_listens_is_asked_twice() -> None:
     unanswered.note("gone:1", "nobody listens there")
 
 
-@pytest.mark.parametrize(
-    "host", ["prefill1", "prefill_1", "PREFILL_1.example", "[fe80::1_2]", "[::1]", "a_b_c"]
-)
+@pytest.mark.parametrize("host", ["prefill1", "prefill_1", "PREFILL_1.example", "[fe80::1_2]", "[::1]", "a_b_c"])
 def test_a_lost_rank_is_looked_up_anew_whatever_its_servers_name(imported: None, host: str) -> None:
     """SGLang joins a name and ranks with underscores, and the lookup must not split such a string."""
     from sglang_tpla.host.disaggregation.kv_manager import TplaKVManager

@@ -1,7 +1,5 @@
 """Decode-phase accuracy of the shipped artifact on held-out text, beside the transforms it replaces."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

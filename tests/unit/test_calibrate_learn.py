@@ -1,7 +1,5 @@
 """Learned maps, the closed-form refit, resumption after a kill, and statistics from elsewhere."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess
@@ -88,9 +86,7 @@ def test_learning_lowers_the_layer_s_error_and_keeps_shared_bits(
 ) -> None:
     maps = [start.maps(3, group) for group in range(2)]
     plan = replace(PLAN, steps=60, highest_rate=4e-4, queries=96, sequences=2, warmup_steps=5)
-    learned = learn_layer(
-        model.layers[3].attention, last_layer, maps, 32, statistics.layers[3].covariance, plan, 3
-    )
+    learned = learn_layer(model.layers[3].attention, last_layer, maps, 32, statistics.layers[3].covariance, plan, 3)
     assert learned.error_after < 0.97 * learned.error_before
     (first, _, _), (second, _, _) = learned.maps
     assert torch.equal(first[:, :32], second[:, :32])
@@ -141,9 +137,7 @@ def test_refit_is_least_squares(model: PlainModel, start: Artifact, last_layer: 
     attention = model.layers[3].attention
     maps = [start.maps(3, group) for group in range(2)]
     generator = torch.Generator().manual_seed(0)
-    batches = [
-        last_layer.sample(attention, generator, sequences=2, queries=32, first_query=64) for _ in range(6)
-    ]
+    batches = [last_layer.sample(attention, generator, sequences=2, queries=32, first_query=64) for _ in range(6)]
     refitted, before, after = refit_values(attention, batches, maps, iterations=15)
     assert after < before
     direct = sum(_squares(attention, batch, refitted)[0] for batch in batches)

@@ -1,7 +1,5 @@
 """Ranks, groups and head shards; settings through the environment."""
 
-from __future__ import annotations
-
 import math
 
 import pytest
@@ -18,8 +16,7 @@ def test_every_head_meets_every_group_once(groups: int) -> None:
         (head, layout.group_of(rank))
         for rank in range(8)
         for head in range(
-            layout.head_shard_of(rank) * layout.local_heads,
-            (layout.head_shard_of(rank) + 1) * layout.local_heads,
+            layout.head_shard_of(rank) * layout.local_heads, (layout.head_shard_of(rank) + 1) * layout.local_heads
         )
     }
     assert seen == {(head, group) for head in range(128) for group in range(groups)}
@@ -28,12 +25,7 @@ def test_every_head_meets_every_group_once(groups: int) -> None:
 
 @pytest.mark.parametrize(
     ("tp_size", "groups", "heads", "word"),
-    [
-        (4, 3, 128, "--tpla-groups"),
-        (8, 2, 6, "head shards"),
-        (0, 1, 8, "at least 1"),
-        (2, 0, 8, "at least 1"),
-    ],
+    [(4, 3, 128, "--tpla-groups"), (8, 2, 6, "head shards"), (0, 1, 8, "at least 1"), (2, 0, 8, "at least 1")],
 )
 def test_layouts_that_cannot_work(tp_size: int, groups: int, heads: int, word: str) -> None:
     with pytest.raises(ConfigError, match=word):
@@ -49,13 +41,7 @@ def test_slices_cover_the_latent(latent: int, groups: int, data: st.DataObject) 
 
 
 def test_documented_widths() -> None:
-    assert [slice_width(512, g, r) for g, r in ((2, 0), (4, 0), (4, 128), (8, 0), (8, 64))] == [
-        256,
-        128,
-        224,
-        64,
-        120,
-    ]
+    assert [slice_width(512, g, r) for g, r in ((2, 0), (4, 0), (4, 128), (8, 0), (8, 64))] == [256, 128, 224, 64, 120]
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,5 @@
 """Flags that must agree between prefill, decode and router do, in the form that each takes, or are refused."""
 
-from __future__ import annotations
-
 import socket
 from pathlib import Path
 
@@ -43,10 +41,7 @@ def value(process: Process, flag: str) -> str | None:
         (("--api-key", "k", "--router.api-key", "other"), "must be the servers' --api-key"),
         (("--ssl-certfile", "x.pem"), "does not go with --role all"),
         (("--prefill.tpla-insecure", "1"), "--tpla-insecure must be the same"),
-        (
-            ("--decode.tool-call-parser", "kimi_k2"),
-            "--tool-call-parser must be the same .* nothing and kimi_k2",
-        ),
+        (("--decode.tool-call-parser", "kimi_k2"), "--tool-call-parser must be the same .* nothing and kimi_k2"),
         (("--decode.sampling-defaults", "openai"), "--sampling-defaults must be the same"),
         (("--host", "127.0.0.1:3000"), "router: --host must be a host name or an IP address, without a port"),
         (("--host", "http://127.0.0.1"), "router: --host must be a host name or an IP address"),
@@ -100,26 +95,18 @@ def test_the_router_listens_on_addresses_alone(host: str, form: str, monkeypatch
     assert value(router, "--host") == form
 
 
-@pytest.mark.parametrize(
-    "url", ["http://::1:30001", "prefill", "http://a:0", "http://a:b", "http://[::1", ""]
-)
+@pytest.mark.parametrize("url", ["http://::1:30001", "prefill", "http://a:0", "http://a:b", "http://[::1", ""])
 def test_an_address_that_is_no_url(url: str) -> None:
     with pytest.raises(ConfigError, match="--decode must be the URL of a server"):
         planned("--role", "router", "--prefill", "http://a:1", "2", f"--decode={url}")
 
 
 def test_a_server_alone() -> None:
-    with pytest.raises(
-        ConfigError, match=r"prefill: --disaggregation-bootstrap-port must lie in 1\.\.\.65535; got 0"
-    ):
-        planned(
-            "--role", "prefill", "--model-path", "examples/nano-mla", "--disaggregation-bootstrap-port", "0"
-        )
+    with pytest.raises(ConfigError, match=r"prefill: --disaggregation-bootstrap-port must lie in 1\.\.\.65535; got 0"):
+        planned("--role", "prefill", "--model-path", "examples/nano-mla", "--disaggregation-bootstrap-port", "0")
 
 
-@pytest.mark.parametrize(
-    "flags", [("--port", "8998"), ("--port", "30000", "--disaggregation-bootstrap-port", "30000")]
-)
+@pytest.mark.parametrize("flags", [("--port", "8998"), ("--port", "30000", "--disaggregation-bootstrap-port", "30000")])
 def test_a_prefill_server_and_its_bootstrap_server_on_one_port(flags: tuple[str, ...]) -> None:
     with pytest.raises(ConfigError, match="the prefill server and its bootstrap server would both listen"):
         planned("--role", "prefill", "--model-path", "examples/nano-mla", *flags)

@@ -1,7 +1,5 @@
 """Frames that no agent would send: each is counted and answered or dropped, and nothing else happens."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 
@@ -236,12 +234,7 @@ def test_replays_and_late_messages_are_counted(prefill: rig.PrefillRank, fake: F
     fake.say(messages.Request(1, 5, 1, 0, -1, False, 0, 1))
     fake.say(messages.Request(1, 5, 1, 0, -1, False, 0, 1))
     fake.say(messages.Request(1, 4, 1, 0, -1, False, 0, 1))
-    for message in (
-        messages.Ack(1, 5, 0, 0),
-        messages.Credit(9, 9, 9),
-        messages.Done(1, 4),
-        messages.Nack(2, 2, 0, 2),
-    ):
+    for message in (messages.Ack(1, 5, 0, 0), messages.Credit(9, 9, 9), messages.Done(1, 4), messages.Nack(2, 2, 0, 2)):
         fake.say(message)
     fake.say(messages.Ping(1))
     fake.expect(messages.Pong)
@@ -343,28 +336,16 @@ ALL = {"layers": rig.LAYERS}
 @pytest.mark.parametrize(
     ("chunks", "announced", "said"),
     [
-        (
-            [(4, ALL)],
-            1,
-            "12 of 24 rows were not among the chunks that the prefill ranks announced (first: row of",
-        ),
+        ([(4, ALL)], 1, "12 of 24 rows were not among the chunks that the prefill ranks announced (first: row of"),
         ([(4, ALL)], 1, "row of layer 0, token 4)"),
         ([(4, ALL), (4, {"layers": 2, "first_token": 4})], 2, "4 of 24 rows were not among"),
-        (
-            [(8, ALL), (1, {"first_token": 7})],
-            2,
-            "covers the row of layer 0, token 7, which another chunk had",
-        ),
+        ([(8, ALL), (1, {"first_token": 7})], 2, "covers the row of layer 0, token 7, which another chunk had"),
         ([(4, ALL), (8, ALL)], 2, "covers the row of layer 0, token 0, which another chunk had"),
         ([], 0, "24 of 24 rows were not among the chunks"),
     ],
 )
 def test_chunks_that_are_not_the_request_once_fail_its_room(
-    chunks: list[tuple[int, dict[str, int]]],
-    announced: int,
-    said: str,
-    decode: rig.DecodeRank,
-    server: FakePrefill,
+    chunks: list[tuple[int, dict[str, int]]], announced: int, said: str, decode: rig.DecodeRank, server: FakePrefill
 ) -> None:
     """Each chunk is sound for itself, and there are as many as Finish says."""
     row = bytes(sum(rig.ITEM_BYTES))
@@ -403,20 +384,13 @@ def test_metadata_that_does_not_match_fails_its_room(decode: rig.DecodeRank, ser
 numbers = st.integers(0, 2**31 - 1) | st.integers(0, 3)
 words = st.text(max_size=8)
 anything = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers(-(2**63), 2**64 - 1)
-    | st.floats()
-    | st.binary(max_size=16)
-    | words,
+    st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats() | st.binary(max_size=16) | words,
     lambda inner: st.lists(inner, max_size=12) | st.dictionaries(words, inner, max_size=4),
     max_leaves=20,
 )
 
 
-@hypothesis_settings(
-    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@hypothesis_settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     header=st.binary(max_size=200)
     | st.builds(messages.seal, st.binary(max_size=200))

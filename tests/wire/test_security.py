@@ -1,7 +1,5 @@
 """Keys: allowed ones transfer as without, all others are refused and counted; plain TCP only on loopback."""
 
-from __future__ import annotations
-
 import contextlib
 from pathlib import Path
 
@@ -49,9 +47,7 @@ def test_other_keys_and_no_keys_are_refused(key_folder: Path, monkeypatch: pytes
             with contextlib.closing(decode.agent):
                 before = prefill.agent.stats().refused
                 assert fetch(prefill, decode, 1) == RoomState.FAILED
-                rig.wait(
-                    lambda before=before: prefill.agent.stats().refused > before, "the refusal to be counted"
-                )
+                rig.wait(lambda before=before: prefill.agent.stats().refused > before, "the refusal to be counted")
                 assert "--tpla-keys" in decode.agent.failure(1)
                 prefill.agent.close_room(1)
         assert prefill.agent.stats().peers == 0

@@ -6,8 +6,6 @@ alone decide who is alive, so a bootstrap server that is away fails no transfer.
 change: every decode rank asks every tensor-parallel prefill rank.
 """
 
-from __future__ import annotations
-
 import logging
 import sys
 import time
@@ -24,12 +22,7 @@ from sglang.srt.utils.network import NetworkAddress
 from sglang_tpla.cache_rows.fp8 import FP8
 from sglang_tpla.host import compat
 from sglang_tpla.host.disaggregation.bootstrap_server import registration
-from sglang_tpla.host.disaggregation.engine_memory import (
-    cache_dtype,
-    cache_pool,
-    metadata_rows,
-    prompt_limits,
-)
+from sglang_tpla.host.disaggregation.engine_memory import cache_dtype, cache_pool, metadata_rows, prompt_limits
 from sglang_tpla.host.disaggregation.prefill_lookup import (
     Lookups,
     Place,
@@ -53,7 +46,7 @@ _agents: list[Any] = []
 
 
 def agents() -> tuple[Any, ...]:
-    """The agents of this process, one for each rank."""
+    """Return the agents of this process, one for each rank."""
     return tuple(_agents)
 
 
@@ -63,11 +56,7 @@ class TplaKVManager(CommonKVManager):
     local_ip: str
 
     def __init__(
-        self,
-        args: Any,
-        disaggregation_mode: DisaggregationMode,
-        server_args: Any,
-        is_mla_backend: bool = False,
+        self, args: Any, disaggregation_mode: DisaggregationMode, server_args: Any, is_mla_backend: bool = False
     ) -> None:
         self.agent: Any  # a PrefillAgent or a DecodeAgent, by the server's role
         self._lost_peers: deque[tuple[str, int]] = deque()
@@ -94,9 +83,7 @@ class TplaKVManager(CommonKVManager):
     def register_to_bootstrap(self) -> None:
         """Start the prefill agent and register its address instead of the common manager's socket."""
         # A server that listens only on loopback keeps its transfers there as well.
-        host = (
-            self.bootstrap_host if self.bootstrap_host in ("127.0.0.1", "localhost", "::1") else self.local_ip
-        )
+        host = self.bootstrap_host if self.bootstrap_host in ("127.0.0.1", "localhost", "::1") else self.local_ip
         self.agent = PrefillAgent(
             cache_pool(self.kv_args, self.server_args),
             metadata_rows(self.kv_args),

@@ -5,8 +5,6 @@ SGLang's decode scheduler asks bootstrap servers (`try_ensure_parallel_info`, `_
 a machine that lost its power would delay the requests of all other prefill servers for over a minute.
 """
 
-from __future__ import annotations
-
 import concurrent.futures
 import itertools
 import logging
@@ -47,13 +45,11 @@ class Lookups:
         self._asked: dict[str, concurrent.futures.Future[bool]] = {}
 
     def known(self, address: str) -> bool:
-        """The answer of ``ask`` about a bootstrap server, or False before there is one. One thread calls this."""
+        """Return what ``ask`` said of a bootstrap server, or False before it has. One thread calls this."""
         answer = self._asked.get(address)
         if answer is None:
             answer = self._asked[address] = concurrent.futures.Future()
-            threading.Thread(
-                target=self._run, args=(address, answer), name="tpla-prefill-lookup", daemon=True
-            ).start()
+            threading.Thread(target=self._run, args=(address, answer), name="tpla-prefill-lookup", daemon=True).start()
         try:
             result = answer.result(self._wait_s)
         except concurrent.futures.TimeoutError:
@@ -119,7 +115,7 @@ def require_resolvable(address: str) -> None:
 
 
 def why_unanswered(address: str) -> str:
-    """The result of asking a bootstrap server for its layout, for the client who waits for it."""
+    """Return the result of asking a bootstrap server for its layout, for the client who waits for it."""
     query = dict.fromkeys(PLACE, -1)
     try:
         response = requests.get(f"http://{address}/route", params=query, timeout=ASK_S)
@@ -136,7 +132,7 @@ def was_refused(error: BaseException | None) -> bool:
 
 
 def rank_addresses(address: str, info: Any) -> dict[Place, dict[str, Any]]:
-    """The addresses of the prefill ranks that a decode rank may need, from ``GET /route``.
+    """Return the addresses of the prefill ranks that a decode rank may need, from ``GET /route``.
 
     It is empty, with a line in the log, where the bootstrap server does not answer.
 

@@ -1,0 +1,140 @@
+"""Verifying guesses in the TPLA layer: several new tokens a request, in every layout, against the formula.
+
+Every rank is SGLang's own module with the backend of ``--attention-backend tpla``, as a speculating server runs it. The
+sum over ranks stands for the all-reduce, and the test does the reduce-scatter of ``--tpla-o-proj scatter``.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from sglang_tpla.cache_rows.layer_rows import GroupRows
+from sglang_tpla.cache_rows.parts import Part
+from sglang_tpla.cache_rows.row_format import RowFormat
+from sglang_tpla.cache_rows.sketched import SketchedRows
+from tests.host.engine_parts import stub_runner
+from tests.host.layer_ranks import (
+    Q_RANK,
+    ROPE,
+    D,
+    build_rank,
+    decode_step,
+    formula,
+    make_weights,
+    page_table,
+    random_step,
+)
+from tests.host.test_layer import OneGroup, random_maps, views_of
+from tests.host.test_sketched_layer import SketchedArtifact, exact_maps
+
+WIDTH = 11  # of plain rows
+LENGTHS = [31, 4, 6, 17]  # with the new tokens
+
+
+class Plain:
+    """Plain rows of random maps."""
+
+    far = 2e-5
+
+    def __init__(self, groups: int, generator: torch.Generator) -> None:
+        self.maps = random_maps(groups, WIDTH, generator)
+        self.artifact, self.views = OneGroup(self.maps), views_of(self.maps)
+
+    def cache(self, group: int, latent: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
+        return torch.cat((latent @ self.maps[group][0], rope), dim=-1)
+
+    def format(self, group: int) -> RowFormat:
+        return RowFormat.plain((WIDTH,), (WIDTH,), ROPE)
+
+
+class Sketched:
+    """Sketched rows of maps that lose nothing but rounding."""
+
+    # The formula rounds in the same places; a code on the other side of a boundary moves little.
+    far = 2e-3
+
+    def __init__(self, groups: int, generator: torch.Generator) -> None:
+        self.rows = SketchedRows.of(D, groups, D if groups == 1 else 0, ROPE)
+        self.maps = exact_maps(self.rows, generator)
+        self.artifact = SketchedArtifact(self.maps)
+
+    def views(self, *rows: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:
+        return [(view.key, view.value, view.k_rope) for view in self.maps.views(*rows)]
+
+    def cache(self, group: int, latent: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
+        kind = GroupRows(self.rows, group)
+        packed = torch.empty(len(latent), kind.row_items, dtype=torch.uint8)
+        kind.encode(torch.cat([latent @ self.maps.z[group], latent @ self.maps.sketch], 1), rope, Part.FULL, packed)
+        return packed
+
+    def format(self, group: int) -> RowFormat:
+        return RowFormat((GroupRows(self.rows, group),))
+
+
+def verify(attention: Any, kind: Plain | Sketched, group: int, x: torch.Tensor, past: Any, new: int) -> torch.Tensor:
+    """One rank's part of the answer, over a pool with the rows of the past."""
+    from sglang_tpla.host.attention.backend import TplaDecodeBackend
+
+    slots = page_table(LENGTHS)
+    example = kind.cache(group, *past[0])
+    cache = torch.zeros(slots.numel() + 8, 1, example.shape[1], dtype=example.dtype)
+    for request, rows in enumerate(past):
+        cache[slots[request, : len(rows[0])], 0] = kind.cache(group, *rows)
+    if isinstance(kind, Sketched):
+        cache = cache.view(torch.float8_e4m3fn)
+
+    def write(layer: Any, place: torch.Tensor, row: torch.Tensor, value: torch.Tensor) -> None:
+        cache[place] = row
+
+    pool = SimpleNamespace(get_key_buffer=lambda layer_id: cache, set_kv_buffer=write)
+    requests = SimpleNamespace(req_to_token=slots.to(torch.int32), size=len(LENGTHS))
+    runner = stub_runner(
+        requests, pool, cache.dtype, new, scaling=attention.scaling, num_attention_heads=attention.num_local_heads,
+        qk_rope_head_dim=ROPE, hf_text_config=SimpleNamespace(kv_lora_rank=D, num_hidden_layers=1),
+    )  # fmt: skip
+    return decode_step(attention, TplaDecodeBackend(runner), x, LENGTHS, slots)
+
+
+@pytest.mark.parametrize("heads", ["replicate", "scatter"])
+@pytest.mark.parametrize("kind", [Plain, Sketched])
+@pytest.mark.parametrize(("size", "groups", "new"), [(1, 1, 2), (2, 2, 4), (4, 2, 3), (4, 4, 2), (8, 4, 4), (8, 8, 3)])
+def test_every_new_token_is_the_formulas(
+    engine: None, monkeypatch: pytest.MonkeyPatch, one_write: bool, size: int, groups: int, new: int, kind: Any,
+    heads: str,
+) -> None:  # fmt: skip
+    from sglang_tpla.host.attention import backend
+    from sglang_tpla.host.model import attention_layer
+
+    generator = torch.Generator().manual_seed(size + groups)
+    weights, rows = make_weights(Q_RANK, generator), kind(groups, generator)
+    x, past = random_step(LENGTHS, generator, new=new)
+    expected = formula(x, LENGTHS, past, weights, rows.views)
+    sent: list[torch.Tensor] = []  # [h, tokens, v] of each rank
+
+    def keep(values: torch.Tensor, among: int) -> torch.Tensor:
+        assert among == groups
+        sent.append(values)
+        return values[: len(values) // groups]
+
+    monkeypatch.setattr(attention_layer, "sum_over_groups", keep)
+    parts, projections = [], []
+    for rank in range(size):
+        of_rank = rows.format(rank % groups)
+        monkeypatch.setattr(backend, "row_format", lambda *model, fp8, found=of_rank: found)
+        attention = build_rank(
+            rank, size, groups, rows.artifact, weights, Q_RANK, True, torch.float32, monkeypatch, heads
+        )
+        parts.append(verify(attention, rows, rank % groups, x, past, new))
+        projections.append(attention.o_proj)
+    if sent:  # the reduce-scatter
+        for rank, o_proj in enumerate(projections):
+            first = rank - rank % groups
+            summed = torch.stack(sent[first : first + groups]).sum(0).chunk(groups)[rank % groups]
+            parts[rank] = o_proj(summed.transpose(0, 1).flatten(1))[0]
+    assert bool(sent) == (heads == "scatter" and groups > 1)
+    error = (sum(parts) - expected).norm() / expected.norm()
+    assert error < rows.far, f"relative error {error:.2e}"
