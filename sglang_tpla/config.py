@@ -7,6 +7,9 @@ group's slice of the latent. The replicated rotary key travels beside every slic
 
 from __future__ import annotations
 
+import ipaddress
+import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -83,6 +86,15 @@ O_PROJ = ("replicate", "scatter")
 ROWS = ("plain", "sketched")
 # Bytes of a chunk and of staging. A chunk of any size costs some 0.2 ms of messages (on a GPU also of launches).
 DEFAULT_BYTES = {"cpu": (16 << 20, 256 << 20), "cuda": (16 << 20, 512 << 20)}
+
+
+def is_host(text: str) -> bool:
+    """Whether a text is an IP address, or may be a host name: neither a URL nor a name with a port."""
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return re.search(r"[:/*\s]|^$", text) is None
+    return True
 
 
 @dataclass(frozen=True)
@@ -188,8 +200,8 @@ class Settings:
                     f"chunk_bytes must lie between 4096 and staging_bytes={staging_bytes}; got {chunk_bytes}"
                 )
         for name in ("heartbeat_s", "peer_timeout_s", "transfer_timeout_s", "room_timeout_s"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name} must be positive; got {getattr(self, name)}")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ConfigError(f"{name} must be positive and finite; got {getattr(self, name)}")
         if self.room_timeout_s <= 2 * self.heartbeat_s:
             raise ConfigError(
                 f"room_timeout_s must exceed two heartbeats of heartbeat_s={self.heartbeat_s}, in which decode servers "
@@ -222,7 +234,7 @@ class Settings:
         if not colon or self.advertise.endswith("]") or (host.count(":") and not host.startswith("[")):
             host, port = self.advertise, ""
         host = host.removeprefix("[").removesuffix("]")
-        if not host or (port and not (port.isdigit() and 0 < int(port) + 2 * rank + 1 < 65536)):
+        if not is_host(host) or (port and not (port.isdigit() and 0 < int(port) + 2 * rank + 1 < 65536)):
             raise ConfigError(
                 f"--tpla-advertise must be HOST or HOST:PORT, an IPv6 address with a port in brackets; got "
                 f"{self.advertise!r}"

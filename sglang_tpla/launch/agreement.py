@@ -3,13 +3,12 @@
 Every check raises `ConfigError`, which names the flag and what came.
 """
 
-import ipaddress
 import re
 import socket
 from collections.abc import Mapping, Sequence
 from urllib.parse import urlsplit
 
-from sglang_tpla.config import ConfigError, Settings
+from sglang_tpla.config import ConfigError, Settings, is_host
 from sglang_tpla.launch.flags import Argument, has, integer, value_of
 
 # Both servers read the prompt and both sample, so these flags must have one value.
@@ -26,7 +25,6 @@ ALIKE_SETTINGS = ("keys", "insecure")
 LAST_PORT = 65535
 PORTS = ("port", "disaggregation-bootstrap-port", "prometheus-port")
 HOSTS = ("host", "prometheus-host")
-NO_HOST_NAME = re.compile(r"[:/*\s]|^$")
 
 
 def check_ports(role: str, arguments: Sequence[Argument]) -> None:
@@ -42,14 +40,11 @@ def check_hosts(role: str, arguments: Sequence[Argument]) -> None:
         if argument.name not in HOSTS:
             continue
         value = argument.value or ""
-        try:
-            ipaddress.ip_address(without_brackets(value))
-        except ValueError as error:
-            if NO_HOST_NAME.search(value):
-                raise ConfigError(
-                    f"{role}: --{argument.name} must be a host name or an IP address, without a port (that is --port); "
-                    f"got {value!r}"
-                ) from error
+        if not is_host(without_brackets(value)):
+            raise ConfigError(
+                f"{role}: --{argument.name} must be a host name or an IP address, without a port (that is --port); "
+                f"got {value!r}"
+            )
 
 
 def without_brackets(host: str) -> str:
@@ -131,7 +126,7 @@ def for_router(arguments: Sequence[Argument]) -> list[Argument]:
 
 
 def router_address(name: str, host: str) -> str:
-    """The IP address of a host to listen on, because the router takes no names and no zones; IPv6 in brackets."""
+    """Return the IP address of a host to listen on, as the router takes no names and no zones; IPv6 in brackets."""
     try:
         found = socket.getaddrinfo(without_brackets(host), None, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:

@@ -9,7 +9,13 @@ from urllib.parse import parse_qs, urlparse
 
 import pytest
 
-from sglang_tpla.host.disaggregation.prefill_lookup import Lookups, rank_addresses, require_resolvable, why_unanswered
+from sglang_tpla.host.disaggregation.prefill_lookup import (
+    Lookups,
+    Unanswered,
+    rank_addresses,
+    require_resolvable,
+    why_unanswered,
+)
 from sglang_tpla.transfer.room import TransferError
 
 
@@ -124,6 +130,23 @@ def test_a_name_that_nobody_knows_fails_at_once(unknown: str) -> None:
 def test_why_a_bootstrap_server_was_not_found(address: str) -> None:
     assert why_unanswered("127.0.0.1:1") == "nobody listens there"
     assert why_unanswered(address) == "status 200: []"  # an empty list is no layout
+
+
+def test_where_nobody_listens_is_asked_twice() -> None:
+    """A prefill server that is gone has lost its half of the request, and later ones hear so at the first refusal."""
+    times = iter([100.0, 100.5, 101.0, 104.0, 150.0, 151.0, 152.0])
+    unanswered = Unanswered(lambda: next(times))
+    assert unanswered.reason("gone:1") == ""
+    unanswered.note("gone:1", "nobody listens there")
+    unanswered.note("other:1", "nobody listens there")
+    reason = "no answer from the bootstrap server at gone:1: nobody listens there"
+    assert unanswered.reason("gone:1") == reason
+    for _ in range(2):
+        with pytest.raises(TransferError, match=reason):
+            unanswered.note("gone:1", "nobody listens there")
+    unanswered.note("gone:1", "nobody listens there")  # long after
+    unanswered.note("gone:1", "ReadTimeout")  # somebody listens, and may answer yet
+    unanswered.note("gone:1", "nobody listens there")
 
 
 @pytest.mark.parametrize("host", ["prefill1", "prefill_1", "PREFILL_1.example", "[fe80::1_2]", "[::1]", "a_b_c"])

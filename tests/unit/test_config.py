@@ -1,5 +1,7 @@
 """Ranks, groups and head shards; settings through the environment."""
 
+import math
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -64,6 +66,10 @@ def test_advertised_address(advertise: str | None, rank: int, expected: tuple[st
         ({"advertise": ":70"}, "must be HOST or HOST:PORT"),
         ({"advertise": "host:port"}, "must be HOST or HOST:PORT"),
         ({"advertise": "host:70000"}, "must be HOST or HOST:PORT"),
+        ({"advertise": "http://host:70"}, "must be HOST or HOST:PORT"),
+        ({"advertise": "a host"}, "must be HOST or HOST:PORT"),
+        ({"room_timeout_s": math.inf}, "room_timeout_s must be positive and finite"),
+        ({"heartbeat_s": math.nan}, "heartbeat_s must be positive and finite"),
         ({"listen_port": 65535}, "must lie in 0...65534"),
         ({"role": "decode", "listen_port": 5000}, "are for prefill servers"),
         ({"role": "decode", "advertise": "host"}, "are for prefill servers"),

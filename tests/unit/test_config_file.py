@@ -29,6 +29,8 @@ FORMS: list[dict[str, Any]] = [
     {"rope_parameters": YARN | {"rope_theta": 50000.0, "beta_fast": None}},
     {"rope_theta": 50000.0, "rope_parameters": YARN | {"rope_theta": None}},
     {"rope_scaling": YARN, "rope_parameters": {"rope_theta": 50000.0}},
+    {"rope_theta": 10000.0, "rope_parameters": YARN | {"rope_theta": 50000.0}},
+    {"rope_scaling": YARN | {"rope_theta": 50000.0}, "rope_parameters": YARN | {"rope_theta": 10000.0}},
 ]
 
 

@@ -9,7 +9,7 @@ change: every decode rank asks every tensor-parallel prefill rank.
 import logging
 import sys
 import time
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Iterable
 from typing import Any
 
@@ -26,6 +26,7 @@ from sglang_tpla.host.disaggregation.engine_memory import cache_dtype, cache_poo
 from sglang_tpla.host.disaggregation.prefill_lookup import (
     Lookups,
     Place,
+    Unanswered,
     rank_addresses,
     require_resolvable,
     why_unanswered,
@@ -35,7 +36,7 @@ from sglang_tpla.host.process import current_slice, model_identity, settings
 from sglang_tpla.transfer.decode.agent import DecodeAgent
 from sglang_tpla.transfer.memory.projection import Projection
 from sglang_tpla.transfer.prefill.agent import PrefillAgent
-from sglang_tpla.transfer.room import TransferError, remember
+from sglang_tpla.transfer.room import TransferError
 
 logger = logging.getLogger(__name__)
 SWITCH_INTERVAL_S = 0.0002
@@ -63,9 +64,8 @@ class TplaKVManager(CommonKVManager):
         self.rooms_taken: set[int] = set()  # from a request's opening of its room to the end of the request
         self.prompts: dict[int, int] = {}  # tokens of requests whose rooms are about to be opened, by room
         self._lookups = Lookups(self._look_up)
-        # Both are by bootstrap server: the reason for which it was not found at the last try; its ranks' addresses.
-        self.unanswered: OrderedDict[str, str] = OrderedDict()
-        self.rank_addresses: dict[str, dict[Place, dict[str, Any]]] = {}
+        self.unanswered = Unanswered()
+        self.rank_addresses: dict[str, dict[Place, dict[str, Any]]] = {}  # by bootstrap server
         # The scheduler's loop polls without rest during a transfer. At Python's default switch interval of 5 ms, each
         # of the agent's threads would wait that long for the interpreter after every call into ZMQ or torch.
         sys.setswitchinterval(SWITCH_INTERVAL_S)
@@ -225,12 +225,12 @@ class TplaKVManager(CommonKVManager):
         """Ask for a prefill server's layout and the addresses of its ranks, on a thread that may wait."""
         require_resolvable(bootstrap_addr)
         if not super().try_ensure_parallel_info(bootstrap_addr):
-            remember(self.unanswered, bootstrap_addr, why_unanswered(bootstrap_addr))
+            self.unanswered.note(bootstrap_addr, why_unanswered(bootstrap_addr))
             return False
         info = self.prefill_info_table.pop(bootstrap_addr, None)
         found = info and rank_addresses(bootstrap_addr, info)
         if not found:
-            remember(self.unanswered, bootstrap_addr, "it does not say where its ranks are")
+            self.unanswered.note(bootstrap_addr, "it does not say where its ranks are")
             return False
         self.rank_addresses[bootstrap_addr], self.prefill_info_table[bootstrap_addr] = found, info
         return True

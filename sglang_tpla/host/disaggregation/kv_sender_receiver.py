@@ -18,6 +18,7 @@ from sglang_tpla.transfer.prefill.agent import PrefillAgent
 from sglang_tpla.transfer.room import RoomState, TransferError, TransferMetric
 
 HOLD_BACK_S = 0.2
+LOOKUP_HOLD_BACK_S = 3.0  # ranks ask bootstrap servers each for itself, once a second
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +94,11 @@ class _Request:
             return False
         now = time.monotonic()
         self._failed_at = self._failed_at or now
-        return now - self._failed_at < HOLD_BACK_S
+        return now - self._failed_at < (HOLD_BACK_S if self._opened else LOOKUP_HOLD_BACK_S)
+
+    def _not_found(self) -> str:
+        """Return the reason for which the request's bootstrap server is not known; empty where there is none."""
+        return ""
 
     def _end(self, reason: str) -> None:
         """Close the room; abort it first if it still moves, so that its peers hear the reason."""
@@ -122,6 +127,8 @@ class _Request:
         # this rank would have failed the request a moment later
         if reason is None and self._opened and isinstance(agent, PrefillAgent):
             reason = agent.suspicion(self.bootstrap_room) or None
+        if reason is None:
+            reason = self._not_found() or None
         elsewhere = (
             f"another tensor-parallel rank of this {settings().role} server failed the transfer; "
             "that rank's log says why"
@@ -269,6 +276,11 @@ class TplaKVReceiver(_Request, CommonKVReceiver):
         """Return the KVPoll of the request."""
         return self._state()
 
+    def _not_found(self) -> str:
+        if self.bootstrap_addr in self.kv_mgr.prefill_info_table:
+            return ""
+        return self.kv_mgr.unanswered.reason(self.bootstrap_addr)
+
     def clear(self) -> None:
         """Forget the request, after which none of its frames is written."""
         self._end("the decode server dropped the request")
@@ -279,12 +291,12 @@ class TplaKVReceiver(_Request, CommonKVReceiver):
 
     def abort(self) -> None:
         """Fail the request, because the client gave up, or SGLang did after asking the bootstrap server in vain."""
-        reason = "Aborted by AbortReq."
-        unknown = self.bootstrap_addr not in self.kv_mgr.prefill_info_table
-        if unknown and (why := self.kv_mgr.unanswered.get(self.bootstrap_addr)):
-            reason = f"no answer from the bootstrap server at {self.bootstrap_addr}: {why}"
+        not_found = self._not_found()
+        reason = not_found or "Aborted by AbortReq."
         if self._owner:
             self.kv_mgr.record_failure(self.bootstrap_room, reason)
             self.kv_mgr.update_status(self.bootstrap_room, KVPoll.Failed)
-        self.conclude_state = KVPoll.Failed
+        if not not_found or self.kv_mgr.request_status.get(self.bootstrap_room) != KVPoll.Failed:
+            # `_state` holds back the other reason, which each rank finds at a time of its own
+            self.conclude_state = KVPoll.Failed
         self._end(reason)

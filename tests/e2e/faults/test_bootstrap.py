@@ -69,10 +69,7 @@ def test_what_a_bootstrap_server_says_wrong_fails_one_request(
 ) -> None:
     """A client may choose any bootstrap server, which must not end the decode server."""
     liar.server, liar.rank = server, rank
-    earlier = len(faulty.decode.log.read_text())
-    answer = ask_decode(faulty, liar.server_address[1])
-    # the rank that answers may learn from the other one that the request failed, before it knows why
-    assert said in answer or ("that rank's log says why" in answer and said in faulty.decode.log.read_text()[earlier:])
+    assert said in ask_decode(faulty, liar.server_address[1])
     answer = faulty.route.ask(PROMPTS[0], TOKENS)
     assert answer.same_text(faulty.expected["decode"][0]), answer
 
