@@ -17,7 +17,7 @@ import torch
 
 from sglang_tpla.artifact.artifact import ErrorReport
 from sglang_tpla.artifact.model_identity import weights_hash
-from sglang_tpla.calibrate import pipeline as run
+from sglang_tpla.calibrate import pipeline
 from sglang_tpla.calibrate.__main__ import ERRORS
 from sglang_tpla.calibrate.learn_layer import LearnPlan
 from sglang_tpla.calibrate.learn_model import learn_model
@@ -100,7 +100,7 @@ def measure_rows(path: Path, rows: Sequence[Row], settings: Settings) -> list[Ro
 
 
 def _measure(row: Row, model: PlainModel, statistics: Statistics, text: Text, settings: Settings) -> RowResult:
-    shared = run.closed_form(statistics, model.checkpoint, "shared", row.groups, row.shared_dims)
+    shared = pipeline.closed_form(statistics, model.checkpoint, "shared", row.groups, row.shared_dims)
     learned, _ = learn_model(
         model, shared, statistics, text.calibration, settings.learn, settings.cache / "work", show_progress=True
     )

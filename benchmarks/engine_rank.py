@@ -106,7 +106,7 @@ def decode_batch(runner: Any, batch: int, context: int) -> Any:
     from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
     device = runner.device
-    # Under decode context parallelism a rank keeps one of slots r * dcp to r * dcp + dcp - 1, successive tokens, as row r.
+    # Under decode context parallelism row r of a rank is one of slots r * dcp to r * dcp + dcp - 1, successive tokens.
     dcp, each = runner.server_args.dcp_size, -(-context // runner.server_args.dcp_size)
     own = torch.randperm(runner.max_total_num_tokens - 1, device=device)[: batch * each] + 1
     slots = own.view(batch, each, 1) * dcp + torch.arange(dcp, device=device)

@@ -10,7 +10,7 @@ import torch
 from sglang_tpla.artifact.artifact import Artifact, ArtifactError
 from sglang_tpla.attention.backends import BACKENDS
 from sglang_tpla.cache_rows.sketched import ROPE_BITS, SKETCH_BITS
-from sglang_tpla.calibrate import pipeline as run
+from sglang_tpla.calibrate import pipeline
 from sglang_tpla.calibrate.layout_search import Point, Search, each, point_maps, search, table
 from sglang_tpla.calibrate.learn_layer import LearnPlan
 from sglang_tpla.calibrate.learn_model import learn_model
@@ -159,18 +159,18 @@ def make(arguments: argparse.Namespace) -> Artifact:
     rows = row_choice(arguments)
     shared_dims = arguments.shared_dims
     if shared_dims is None:
-        shared_dims = run.default_shared_dims(transform, spec.latent_dim, groups)
-    run.check_settings(transform, groups, shared_dims, spec)
+        shared_dims = pipeline.default_shared_dims(transform, spec.latent_dim, groups)
+    pipeline.check_settings(transform, groups, shared_dims, spec)
     bits = arguments.sketch_bits or 4
     if rows == "sketched" and arguments.shared_dims is not None:
         # refused before any text is read
         sketched_rows(spec.latent_dim, spec.rope_dim, groups, shared_dims, bits, arguments.rope_bits or 16)
 
     def sketched() -> Artifact:
-        costs = run.layer_costs(statistics, checkpoint)
+        costs = pipeline.layer_costs(statistics, checkpoint)
         asked = arguments.sketch_bits, arguments.rope_bits, arguments.shared_dims
         layout = usual_rows(costs, spec.rope_dim, groups, *asked)
-        return run.sketched_form(statistics, spec, costs, layout)
+        return pipeline.sketched_form(statistics, spec, costs, layout)
 
     closed = "shared" if transform == "learned" else transform
     if arguments.max_kl is not None and arguments.ranks is None:
@@ -186,7 +186,7 @@ def make(arguments: argparse.Namespace) -> Artifact:
         statistics = combine([Statistics.load(path) for path in arguments.from_stats])
         if rows == "sketched":
             return sketched()
-        return run.closed_form(statistics, checkpoint, closed, groups, shared_dims, arguments.key_map)
+        return pipeline.closed_form(statistics, checkpoint, closed, groups, shared_dims, arguments.key_map)
     plan = TextPlan(
         corpus=tuple(arguments.corpus),
         seed=arguments.seed,
@@ -208,7 +208,7 @@ def make(arguments: argparse.Namespace) -> Artifact:
     elif rows == "sketched":
         artifact = sketched()
     else:
-        artifact = run.closed_form(statistics, checkpoint, closed, groups, shared_dims, arguments.key_map)
+        artifact = pipeline.closed_form(statistics, checkpoint, closed, groups, shared_dims, arguments.key_map)
     if transform == "learned" or arguments.refit_values:
         steps = arguments.learn_steps if transform == "learned" else 0
         artifact, _ = learn_model(
@@ -231,7 +231,9 @@ def make(arguments: argparse.Namespace) -> Artifact:
         maps = model_maps(artifact, model)
         if rows == "fp8":
             maps = cached_maps(maps, "fp8", artifact.meta.shared_dims)
-        artifact, _ = run.with_report(artifact, model, text.held_out, plan.prompt_tokens, show_progress=show, maps=maps)
+        artifact, _ = pipeline.with_report(
+            artifact, model, text.held_out, plan.prompt_tokens, show_progress=show, maps=maps
+        )
     return artifact
 
 
@@ -268,7 +270,7 @@ def choose(
         bits = SKETCH_BITS if arguments.sketch_bits is None else (arguments.sketch_bits,)
         keys = ROPE_BITS if arguments.rope_bits is None else (arguments.rope_bits,)
         looked_at = SketchedSearch(bits, keys, arguments.shared_dims)
-        costs = run.layer_costs(statistics, model.checkpoint)
+        costs = pipeline.layer_costs(statistics, model.checkpoint)
         some = tokens[:_SKETCHED_CHOICE_SEQUENCES]
         points = search_sketched(model, costs, some, prompt_tokens, wanted, looked_at, tell)
     else:
@@ -278,9 +280,9 @@ def choose(
 
     def artifact_of(point: Point) -> Artifact:
         if point.rows:
-            return run.sketched_form(statistics, model.spec, costs, point.rows)
+            return pipeline.sketched_form(statistics, model.spec, costs, point.rows)
         maps = point_maps(model, statistics, point.groups, point.shared_dims)
-        return run.package(maps, list(point.shared_dims), statistics, model.spec, "shared")
+        return pipeline.package(maps, list(point.shared_dims), statistics, model.spec, "shared")
 
     bytes_mla = 2 * model.spec.layers * (model.spec.latent_dim + model.spec.rope_dim)
     within = [point for point in points if point.groups > 1 and point.kl <= wanted.max_kl]

@@ -1,10 +1,10 @@
 """Choose a layout: the fewest cached values a token and rank that keep KL under a bound.
 
-For every g that divides the ranks, ``shared`` maps are made for a grid of r. Each layer's KL with only that layer
-sliced is measured for every (g, r); since the layers' KL nearly add up, a greedy walk from the narrowest widths that
-always widens the layer that buys most KL per value gives layouts with a width per layer, exact layers (w = d) among
-them. Uniform layouts and the walk's are then measured whole, and the cheapest within the bound is taken. Choices are
-made on calibration text; the artifact's report is on held-out text as always.
+The search makes ``shared`` maps for every g that divides the ranks and for a grid of r, and measures each layer's KL
+with only that layer sliced. The layers' KL nearly add up, so a greedy walk gives layouts with a width for each layer,
+exact layers (w = d) among them: it starts at the narrowest widths, and each step widens the layer that buys most KL a
+value. Uniform layouts and the walk's layouts are then measured whole, and the cheapest within the bound is taken.
+Choices are made on calibration text; the artifact's report is on held-out text as always.
 """
 
 from collections.abc import Callable, Sequence

@@ -1,8 +1,8 @@
 """Learn the maps of a whole model, one layer after the other, resumable at every layer.
 
-Finished layers lie in a folder named after everything that decides the result (model, text, starting maps,
-plan), so a killed run goes on where it was, ends with the same bits, and never mixes two settings. The folder
-goes when the artifact is made.
+Finished layers lie in a folder named after everything that decides the result (model, text, starting maps, plan), so a
+killed run goes on where it was, ends with the same bits, and never mixes two settings. The folder is removed when the
+artifact is made.
 """
 
 import hashlib

@@ -126,7 +126,7 @@ def for_router(arguments: Sequence[Argument]) -> list[Argument]:
 
 
 def router_address(name: str, host: str) -> str:
-    """The IP address of a host to listen on, because the router takes no names and no zones; IPv6 in brackets."""
+    """Return the IP address of a host to listen on, as the router takes no names and no zones; IPv6 in brackets."""
     try:
         found = socket.getaddrinfo(without_brackets(host), None, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:

@@ -58,8 +58,8 @@ def main(arguments: list[str] | None = None) -> int:
             before = set(finds.iterdir())
             command = [
                 sys.executable, "-m", "tests.fuzz.harness", target, str(corpus), f"-artifact_prefix={finds}/",
-                f"-max_total_time={left}", "-timeout=60", "-rss_limit_mb=4096", "-max_len=1500", "-len_control=0",
-                "-print_final_stats=1",
+                f"-max_total_time={left}", "-timeout=60", "-report_slow_units=60", "-rss_limit_mb=4096",
+                "-max_len=1500", "-len_control=0", "-print_final_stats=1",
             ]  # fmt: skip
             done = subprocess.run(command, cwd=ROOT, env=environment, check=False)
             new = sorted(set(finds.iterdir()) - before)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from sglang_tpla.artifact.artifact import Artifact, ArtifactError
-from sglang_tpla.calibrate import pipeline as run
+from sglang_tpla.calibrate import pipeline
 from sglang_tpla.calibrate.learn_layer import LearnPlan, learn_layer, output_error
 from sglang_tpla.calibrate.learn_model import learn_model
 from sglang_tpla.calibrate.refit_values import refit_values
@@ -47,7 +47,7 @@ def statistics(model: PlainModel, text: Text) -> Statistics:
 
 @pytest.fixture(scope="module")
 def start(model: PlainModel, statistics: Statistics) -> Artifact:
-    return run.closed_form(statistics, model.checkpoint, "shared", 2, 32)
+    return pipeline.closed_form(statistics, model.checkpoint, "shared", 2, 32)
 
 
 @pytest.fixture(scope="module")
@@ -247,7 +247,7 @@ def test_from_statistics_alone_gives_the_same_maps(
 ) -> None:
     statistics.save(tmp_path / "stats")
     loaded = combine([Statistics.load(tmp_path / "stats")])
-    again = run.closed_form(loaded, model.checkpoint, "shared", 2, 32)
+    again = pipeline.closed_form(loaded, model.checkpoint, "shared", 2, 32)
     assert again.content_hash == start.content_hash
 
 
@@ -279,7 +279,7 @@ def test_statistics_of_ranks_and_servers_are_put_together(statistics: Statistics
 def test_statistics_of_another_model_are_refused(model: PlainModel, statistics: Statistics) -> None:
     other = Statistics(msgspec.structs.replace(statistics.meta, weights_hash="x" * 64), statistics.layers)
     with pytest.raises(StatisticsError, match="collect them from this model"):
-        run.closed_form(other, model.checkpoint, "shared", 2, 32)
+        pipeline.closed_form(other, model.checkpoint, "shared", 2, 32)
 
 
 def test_one_layer_at_a_time_gives_the_same_statistics(text: Text, statistics: Statistics) -> None:

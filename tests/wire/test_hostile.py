@@ -195,12 +195,6 @@ def test_oversized_message_ends_its_own_connection_only(prefill: rig.PrefillRank
     still_serves(prefill)
 
 
-def test_version_mismatch_is_refused_with_both_numbers(fake: FakeDecode) -> None:
-    fake.say(hello(versions=(7, 9)))
-    message, _ = fake.expect(messages.Refused)
-    assert "prefill speaks 3 to 3, decode 7 to 9" in message.reason
-
-
 def test_half_a_pair_that_speculates_is_refused(fake: FakeDecode) -> None:
     """A draft model brings a layer and wider metadata rows; two reasons, of which one says what to do."""
     plain = hello().layout
@@ -368,17 +362,19 @@ def test_a_damaged_chunk_that_comes_again_for_other_rows_fails_its_room(
     rig.fail(1, "anew for other rows", decode)
 
 
-def test_a_metadata_row_must_come(decode: rig.DecodeRank, server: FakePrefill) -> None:
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        (b"", f"a metadata row of 0 bytes where {sum(rig.ITEM_BYTES)} were due"),
+        (bytes(sum(rig.ITEM_BYTES)), "metadata that does not match its checksum"),
+    ],
+)
+def test_metadata_that_is_not_whole_and_sound_fails_its_room(
+    row: bytes, said: str, decode: rig.DecodeRank, server: FakePrefill
+) -> None:
     request = serve(server, decode, 1, 4 * decode.row_bytes)
-    server.say(messages.Finish(1, request.generation, 0, 8, messages.checksum(b"")), b"")
-    rig.fail(1, f"a metadata row of 0 bytes where {sum(rig.ITEM_BYTES)} were due", decode)
-
-
-def test_metadata_that_does_not_match_fails_its_room(decode: rig.DecodeRank, server: FakePrefill) -> None:
-    request = serve(server, decode, 1, 4 * decode.row_bytes)
-    row = bytes(sum(rig.ITEM_BYTES))
     server.say(messages.Finish(1, request.generation, 0, 8, DIGEST), row)
-    rig.fail(1, "metadata that does not match its checksum", decode)
+    rig.fail(1, said, decode)
 
 
 numbers = st.integers(0, 2**31 - 1) | st.integers(0, 3)

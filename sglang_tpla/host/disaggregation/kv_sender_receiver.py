@@ -97,7 +97,7 @@ class _Request:
         return now - self._failed_at < (HOLD_BACK_S if self._opened else LOOKUP_HOLD_BACK_S)
 
     def _not_found(self) -> str:
-        """The reason for which the request's bootstrap server is not known; empty where there is none."""
+        """Return the reason for which the request's bootstrap server is not known; empty where there is none."""
         return ""
 
     def _end(self, reason: str) -> None:

@@ -95,7 +95,7 @@ class Unanswered:
             raise TransferError(self.reason(address))
 
     def reason(self, address: str) -> str:
-        """The reason for the client; empty where none was noted."""
+        """Return the reason for the client; empty where none was noted."""
         why, _ = self._found.get(address, ("", 0.0))
         return why and f"no answer from the bootstrap server at {address}: {why}"
 

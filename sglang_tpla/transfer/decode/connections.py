@@ -302,7 +302,9 @@ class Connections:
         try:
             connection.socket.send_multipart(parts, zmq.NOBLOCK)
         except zmq.Again:
-            self.give_up(connection, f"the {connection.name} does not read; its queue is full")
+            # a connection that has just ended takes nothing either: its monitor says so next, and it is dialled anew
+            if connection.monitor is None or not connection.monitor.poll(0):
+                self.give_up(connection, f"the {connection.name} does not read; its queue is full")
 
     def say_goodbye(self) -> None:
         """Tell every prefill rank that this one closes."""
