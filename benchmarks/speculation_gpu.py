@@ -55,6 +55,7 @@ GRAPHS = BATCHES if DEVICE == "cuda" else ()
 STOCK_LATENT = 512
 # Two candidates whose log-probabilities differ by less are a tie: logits of 16 to 32 are 0.125 apart in bfloat16.
 TIE = 0.26
+QUESTIONS = ["right", "requests", "sampled", "fast", "documents", "control"]
 LOGPROBS = {"return_logprob": True, "top_logprobs_num": 4}
 
 
@@ -254,6 +255,7 @@ def main() -> None:
     parser.add_argument(
         "--only", nargs="+", default=["g1", "q1", "eager", "g2", "q2", "stock"], help="parts to run"
     )
+    parser.add_argument("--questions", nargs="+", default=QUESTIONS, choices=QUESTIONS, help="to answer")
     parser.add_argument("--limit-s", type=float, default=420, help="no part is begun after so many seconds")
     args = parser.parse_args()
     speculation = ("--speculative-algorithm", "EAGLE", "--speculative-num-steps", str(args.guesses))
@@ -276,7 +278,9 @@ def main() -> None:
     short = [ids[:64] for ids in asked if len(ids) >= 64]
 
     def keep(name: str, work: Callable[[], Any]) -> None:
-        """One part: whatever becomes of it, the file has the others."""
+        """One part, if it is asked for: whatever becomes of it, the file has the others."""
+        if name.split(": ")[1].split(",")[0] not in args.questions:
+            return
         start = time.monotonic()
         if start - began > args.limit_s:
             parts[name] = {"skipped": f"after {start - began:.0f} s"}
