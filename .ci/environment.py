@@ -93,9 +93,7 @@ def base_key(checkout: Path) -> str:
 
 def overlay_key(checkout: Path) -> str:
     """Hash of the base, the checkout's place and what its installation depends on."""
-    return short_hash(
-        base_key(checkout).encode(), os.fsencode(checkout), (checkout / "pyproject.toml").read_bytes()
-    )
+    return short_hash(base_key(checkout).encode(), os.fsencode(checkout), (checkout / "pyproject.toml").read_bytes())
 
 
 @contextlib.contextmanager
@@ -181,9 +179,7 @@ class InstallProgress:
 def works(python: Path) -> bool:
     """Whether an environment's interpreter still runs (its Python may have been uninstalled)."""
     try:
-        return (
-            subprocess.run([python, "-c", ""], stdin=subprocess.DEVNULL, capture_output=True).returncode == 0
-        )
+        return subprocess.run([python, "-c", ""], stdin=subprocess.DEVNULL, capture_output=True).returncode == 0
     except OSError:
         return False
 
@@ -284,9 +280,7 @@ def make(checkout: Path = CHECKOUT) -> Path:
     if sys.version_info[:2] != PYTHON_VERSION or sys.platform != "linux":
         raise EnvironmentFailure(
             "SGLang's wheels and the pins are for Python {}.{} on Linux; this is Python {}.{} on {}. "
-            "Run `make PYTHON=/path/to/python3.11 ...`".format(
-                *PYTHON_VERSION, *sys.version_info[:2], sys.platform
-            )
+            "Run `make PYTHON=/path/to/python3.11 ...`".format(*PYTHON_VERSION, *sys.version_info[:2], sys.platform)
         )
     try:
         import ensurepip  # noqa: F401

@@ -5,8 +5,6 @@ For each checkpoint and row: calibrate on a corpus's calibration split, measure 
 RMSNorm over the slice). Finished rows are kept in a cache folder, so a run that is interrupted goes on.
 """
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import sys
@@ -19,7 +17,7 @@ import torch
 
 from sglang_tpla.artifact.artifact import ErrorReport
 from sglang_tpla.artifact.model_identity import weights_hash
-from sglang_tpla.calibrate import pipeline as run
+from sglang_tpla.calibrate import pipeline
 from sglang_tpla.calibrate.__main__ import ERRORS
 from sglang_tpla.calibrate.learn_layer import LearnPlan
 from sglang_tpla.calibrate.learn_model import learn_model
@@ -101,18 +99,10 @@ def measure_rows(path: Path, rows: Sequence[Row], settings: Settings) -> list[Ro
     return [msgspec.json.decode(files[row].read_bytes(), type=RowResult) for row in rows]
 
 
-def _measure(
-    row: Row, model: PlainModel, statistics: Statistics, text: Text, settings: Settings
-) -> RowResult:
-    shared = run.closed_form(statistics, model.checkpoint, "shared", row.groups, row.shared_dims)
+def _measure(row: Row, model: PlainModel, statistics: Statistics, text: Text, settings: Settings) -> RowResult:
+    shared = pipeline.closed_form(statistics, model.checkpoint, "shared", row.groups, row.shared_dims)
     learned, _ = learn_model(
-        model,
-        shared,
-        statistics,
-        text.calibration,
-        settings.learn,
-        settings.cache / "work",
-        show_progress=True,
+        model, shared, statistics, text.calibration, settings.learn, settings.cache / "work", show_progress=True
     )
     candidates = [model_maps(artifact, model) for artifact in (shared, learned)]
     prompt = settings.plan.prompt_tokens
@@ -146,9 +136,7 @@ def _batch(model: PlainModel) -> int:
 
 def _key(path: Path, row: Row, settings: Settings) -> str:
     what = (weights_hash(path), row, settings.plan, settings.learn)
-    return (
-        f"{row.model}-g{row.groups}-r{row.shared_dims}-{hashlib.sha256(repr(what).encode()).hexdigest()[:12]}"
-    )
+    return f"{row.model}-g{row.groups}-r{row.shared_dims}-{hashlib.sha256(repr(what).encode()).hexdigest()[:12]}"
 
 
 def markdown(results: Sequence[RowResult]) -> str:
@@ -194,9 +182,7 @@ def write_into(document: Path, tables: str) -> None:
     """
     text = document.read_text(encoding="utf-8")
     if START not in text or END not in text:
-        raise CorpusError(
-            f"expected the markers {START!r} and {END!r} in {document}; put them where tables go"
-        )
+        raise CorpusError(f"expected the markers {START!r} and {END!r} in {document}; put them where tables go")
     before, rest = text.split(START, 1)
     old, after = rest.split(END, 1)
     sections = {**_sections(old), **_sections(tables)}
@@ -213,24 +199,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; 0 when every bar is met, 1 when one is missed, 2 on bad input."""
     parser = argparse.ArgumentParser(prog="python benchmarks/accuracy.py", description=__doc__)
     parser.add_argument("--nano", type=Path, default=ROOT / "examples" / "nano-mla", help="nano-mla's folder")
-    parser.add_argument(
-        "--tiny", type=Path, help="tiny-mla's folder (default: ../shared/models/tiny-mla if there)"
-    )
+    parser.add_argument("--tiny", type=Path, help="tiny-mla's folder (default: ../shared/models/tiny-mla if there)")
     parser.add_argument("--corpus", nargs="+", default=[], metavar="PATH", help="default: Python's library")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tokens", type=int, default=262144, help="calibration tokens")
     parser.add_argument("--held-out-tokens", type=int, default=16384)
     for name in ("steps", "sequences", "queries"):
-        parser.add_argument(
-            f"--learn-{name}", type=int, default=getattr(LearnPlan, name), help="as of calibrate"
-        )
+        parser.add_argument(f"--learn-{name}", type=int, default=getattr(LearnPlan, name), help="as of calibrate")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--only", help="rows whose MODEL-gG-rR starts with this")
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "sglang_tpla" / "accuracy")
     parser.add_argument(
-        "--write",
-        type=Path,
-        help="document whose tables to replace (default: docs/accuracy.md, without --only)",
+        "--write", type=Path, help="document whose tables to replace (default: docs/accuracy.md, without --only)"
     )
     arguments = parser.parse_args(argv)
     tiny = arguments.tiny or ROOT.parent / "shared" / "models" / "tiny-mla"
@@ -255,10 +235,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         results: list[RowResult] = []
         for name, folder in folders.items():
             if name == "tiny-mla" and arguments.tiny is None and not folder.is_dir():
-                print(
-                    f"{name} is not at {folder}: its table is left out (--tiny PATH gives it)",
-                    file=sys.stderr,
-                )
+                print(f"{name} is not at {folder}: its table is left out (--tiny PATH gives it)", file=sys.stderr)
                 continue
             wanted = [row for row in ROWS if row.model == name and _wanted(row, arguments.only)]
             results += measure_rows(folder, wanted, settings)

@@ -1,7 +1,5 @@
 """Benchmarks that start together and measure one after another: most of their time is servers coming up."""
 
-from __future__ import annotations
-
 import fcntl
 import os
 from collections.abc import Iterator

@@ -10,8 +10,6 @@ starts while its predecessor ends; with ``--apart`` an ordinary small kernel sta
 engine, and its time counts in both.
 """
 
-from __future__ import annotations
-
 import argparse
 import functools
 import json
@@ -75,9 +73,7 @@ def prepare(
     """Random inputs, a planned backend, and its relative error against float32 on the first and last request."""
     device = torch.device("cuda:0")
     pages = batch * tokens // shape.page_size
-    cache = torch.randn(pages * shape.page_size, shape.cache_dim, device=device, dtype=torch.float32).to(
-        shape.dtype
-    )
+    cache = torch.randn(pages * shape.page_size, shape.cache_dim, device=device, dtype=torch.float32).to(shape.dtype)
     order = torch.randperm(pages, device=device) if layout == "random" else torch.arange(pages, device=device)
     indptr = torch.arange(batch + 1, device=device, dtype=torch.int32) * (tokens // shape.page_size)
     table = PageTable.from_csr(indptr, order.to(torch.int32), shape.page_size)
@@ -117,16 +113,12 @@ def capture(run: Callable[[], object], calls: int) -> Callable[[], float]:
     return measure
 
 
-def measure_row(
-    row: Row, page_size: int, layout: str, rounds: int, calls: int, apart: bool
-) -> dict[str, object]:
+def measure_row(row: Row, page_size: int, layout: str, rounds: int, calls: int, apart: bool) -> dict[str, object]:
     """Time MLA and TPLA in turns."""
     device = torch.device("cuda:0")
     mla_shape = DecodeShape(MLA_DIM, row.mla_heads, ROPE_DIM, page_size=page_size)
     shape = DecodeShape(row.latent_dim, row.heads, ROPE_DIM, page_size=page_size)
-    mla = prepare(
-        mla_shape, row.batch, row.tokens, layout, lambda s: FlashInferDecode(s, SCALE, device, "fa3")
-    )
+    mla = prepare(mla_shape, row.batch, row.tokens, layout, lambda s: FlashInferDecode(s, SCALE, device, "fa3"))
     tpla = prepare(shape, row.batch, row.tokens, layout, lambda s: HopperDecode(s, SCALE, row.batch, device))
     between = torch.zeros(row.batch, MLA_DIM + ROPE_DIM, device=device)
 
@@ -187,14 +179,10 @@ def environment() -> dict[str, str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "out" / "decode_kernel.json")
     parser.add_argument("--page-size", type=int, default=1, choices=(1, 64))
-    parser.add_argument(
-        "--layout", default="random", choices=("random", "linear"), help="order of the pages in memory"
-    )
+    parser.add_argument("--layout", default="random", choices=("random", "linear"), help="order of the pages in memory")
     parser.add_argument("--apart", action="store_true", help="an ordinary kernel before each call")
     parser.add_argument("--rounds", type=int, default=25)
     parser.add_argument("--calls", type=int, default=10, help="calls in one CUDA graph")

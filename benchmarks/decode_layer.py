@@ -11,8 +11,6 @@ layers, medians. **Modelled**: collectives, from the planner's table of links. E
 what the planner's constants are fitted to (`benchmarks/fit_plan.py`).
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import statistics
@@ -61,12 +59,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     started = time.monotonic()
     buffers = Buffers.make(CACHE_BYTES)
     report: dict[str, Any] = {"environment": environment(), "gpu": torch.cuda.get_device_name()}
-    report |= {
-        "copy_gb_s": round(copy_bytes_per_s(buffers) / 1e9),
-        "layers": [],
-        "kernels": [],
-        "not_run": [],
-    }
+    report |= {"copy_gb_s": round(copy_bytes_per_s(buffers) / 1e9), "layers": [], "kernels": [], "not_run": []}
     report["writes"] = measure_writes(buffers) if arguments.writes else []
     report["g1_against_stock_relative_error"] = equality(buffers)
     print(f"ready after {time.monotonic() - started:.0f} s", flush=True)
@@ -114,9 +107,7 @@ def block(
     """All methods and loads of one model, number of ranks and dtype, as far as ``ends`` (of the monotonic clock)."""
     from layer_rank import L2_BYTES, LAYERS, RankLayer, run_all, time_graph
 
-    first = RankLayer(
-        model, Method("tp", ranks), Load(arguments.batches[0], 2048), Precision(weights), buffers
-    )
+    first = RankLayer(model, Method("tp", ranks), Load(arguments.batches[0], 2048), Precision(weights), buffers)
     time_graph(run_all(first.steps, LAYERS), LAYERS, 50)  # not kept: libraries choose, the clock rises
     for batch in arguments.batches:
         save(report, arguments.out)
@@ -214,9 +205,7 @@ def merged(reports: list[dict[str, Any]]) -> dict[str, Any]:
     """Runs on one card, one after another, as one: the first one's environment, everybody's rows."""
     cards = {report["gpu"] for report in reports}
     if len(cards) > 1:
-        raise SystemExit(
-            f"expected runs on one kind of card, got {sorted(cards)}; merge each card's by itself"
-        )
+        raise SystemExit(f"expected runs on one kind of card, got {sorted(cards)}; merge each card's by itself")
     whole = dict(reports[0])
     for report in reports[1:]:
         for key in ("layers", "kernels", "writes", "not_run"):
@@ -309,9 +298,7 @@ def write_lines(report: dict[str, Any]) -> list[str]:
     lines.append("| tokens | " + " | ".join(f"w {w}" if w else "whole latent" for w in widths) + " |")
     lines.append("|---" * (len(widths) + 1) + "|")
     for batch in dict.fromkeys(row["batch"] for row in report["writes"]):
-        cells = [
-            f"{r['fused_us']:.1f} / {r['separate_us']:.1f}" for r in report["writes"] if r["batch"] == batch
-        ]
+        cells = [f"{r['fused_us']:.1f} / {r['separate_us']:.1f}" for r in report["writes"] if r["batch"] == batch]
         lines.append(f"| {batch} | " + " | ".join(cells) + " |")
     ratios = defaultdict(list)
     for loads in blocks_of(report).values():
@@ -366,10 +353,7 @@ def planner_choices(report: dict[str, Any]) -> list[tuple[str, str, float]]:
 
 def fit_lines(report: dict[str, Any]) -> list[str]:
     """The lines that compare the planner's times and choices with the measurements."""
-    lines = [
-        "### The planner against this run (its time over the measured one, layers without collectives)",
-        "",
-    ]
+    lines = ["### The planner against this run (its time over the measured one, layers without collectives)", ""]
     lines += ["| method | cases | 5% | median | 95% |", "|---|---|---|---|---|"]
     found = planner_ratios(report)
     for name, values in {**found, "all": [v for vs in found.values() for v in vs]}.items():
@@ -378,10 +362,7 @@ def fit_lines(report: dict[str, Any]) -> list[str]:
     choices = planner_choices(report)
     costs = sorted(cost for *_, cost in choices)
     same = sum(best == chosen for best, chosen, _ in choices)
-    lines += [
-        "",
-        f"Of {len(choices)} loads and links the planner names the fastest method in {same}; its choice takes",
-    ]
+    lines += ["", f"Of {len(choices)} loads and links the planner names the fastest method in {same}; its choice takes"]
     lines += [
         f"at most {costs[int(0.9 * len(costs))]:.2f} times the fastest's time in nine of ten, {costs[-1]:.2f} at worst."
     ]
@@ -389,9 +370,7 @@ def fit_lines(report: dict[str, Any]) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "out" / "decode_layer.json")
     parser.add_argument("--models", nargs="+", default=["deepseek-v3", "kimi-k2"])
     parser.add_argument("--ranks", nargs="+", type=int, default=[8, 4, 2])
@@ -399,9 +378,7 @@ def main() -> None:
     parser.add_argument("--batches", nargs="+", type=int, default=list(BATCHES))
     parser.add_argument("--contexts", nargs="+", type=int, default=list(CONTEXTS))
     parser.add_argument("--no-kernels", dest="kernels", action="store_false", help="whole layers only")
-    parser.add_argument(
-        "--budget-s", type=float, default=float("inf"), help="start nothing new after this long"
-    )
+    parser.add_argument("--budget-s", type=float, default=float("inf"), help="start nothing new after this long")
     parser.add_argument("--no-writes", dest="writes", action="store_false", help="not the cache write alone")
     parser.add_argument("--merge", type=Path, nargs="+", help="join recorded runs into --out; needs no GPU")
     parser.add_argument("--report", type=Path, help="print a recorded run")

@@ -5,8 +5,6 @@ and checked into a slot, sent from there without a copy, received, checked and c
 way as a room may have. Without keys it is the same without CURVE.
 """
 
-from __future__ import annotations
-
 import datetime
 import ssl
 import tempfile

@@ -16,8 +16,6 @@ hands the last rows to the sender, that is, when prefill has ended:
 - goodput: bytes moved after the prefill's end over sent_ms (prompts beyond a chunk overlap with prefill)
 """
 
-from __future__ import annotations
-
 import argparse
 import concurrent.futures
 import json
@@ -52,9 +50,7 @@ def one_request(pair: Pair, prompt: list[int]) -> dict[str, Any]:
     seen: list[float] = []
 
     def decode() -> None:
-        with httpx.stream(
-            "POST", pair.decode.url + "/generate", json=body | {"stream": True}, timeout=300
-        ) as answer:
+        with httpx.stream("POST", pair.decode.url + "/generate", json=body | {"stream": True}, timeout=300) as answer:
             for line in answer.iter_lines():
                 if line.startswith("data: {"):
                     seen.append(time.time())
@@ -67,10 +63,7 @@ def one_request(pair: Pair, prompt: list[int]) -> dict[str, Any]:
     assert line["result"] == "success", line
     end_of_prefill = line["at"] - line["after_prefill_seconds"]
     assert len(seen) >= ANSWER_TOKENS, seen  # one event a token, or times mean nothing
-    return line | {
-        "first_token_seconds": seen[0] - end_of_prefill,
-        "first_step_seconds": seen[1] - end_of_prefill,
-    }
+    return line | {"first_token_seconds": seen[0] - end_of_prefill, "first_step_seconds": seen[1] - end_of_prefill}
 
 
 def measure(pair: Pair, tokens: int, repeats: int, chunk: int) -> dict[str, Any]:
@@ -101,9 +94,7 @@ def measure(pair: Pair, tokens: int, repeats: int, chunk: int) -> dict[str, Any]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--layers", type=int, default=61)
     parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 8192, 32768])

@@ -14,8 +14,6 @@ random weights in bfloat16. A load is B requests of S cached tokens in random pa
 - host_ms: from the call of SGLang's forward to the end of the step, planning included, median
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import json
@@ -108,8 +106,11 @@ def decode_batch(runner: Any, batch: int, context: int) -> Any:
     from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
     device = runner.device
-    slots = torch.randperm(runner.max_total_num_tokens - 1, device=device)[: batch * context] + 1
-    rows = slots.view(batch, context).to(torch.int32)
+    # Under decode context parallelism row r of a rank is one of slots r * dcp to r * dcp + dcp - 1, successive tokens.
+    dcp, each = runner.server_args.dcp_size, -(-context // runner.server_args.dcp_size)
+    own = torch.randperm(runner.max_total_num_tokens - 1, device=device)[: batch * each] + 1
+    slots = own.view(batch, each, 1) * dcp + torch.arange(dcp, device=device)
+    rows = slots.view(batch, each * dcp)[:, :context].to(torch.int32)
     runner.req_to_token_pool.req_to_token[:batch, :context] = rows
     lengths = torch.full((batch,), context, dtype=torch.int64)
     return ForwardBatch(
@@ -188,10 +189,7 @@ def environment(job: dict[str, Any], gpu: int) -> dict[str, str]:
         "NVSHMEM_DISABLE_NVLS": "1",
     }
     if not GPU:
-        found |= {
-            "SGLANG_PLATFORM": "sglang_tpla_cpu",
-            "SGLANG_CPU_OMP_THREADS_BIND": "|".join("0" * job["ranks"]),
-        }
+        found |= {"SGLANG_PLATFORM": "sglang_tpla_cpu", "SGLANG_CPU_OMP_THREADS_BIND": "|".join("0" * job["ranks"])}
     if job["groups"]:
         return found | Settings("decode", job["groups"], job["artifact"]).to_environment()
     return found | {"SGLANG_PLUGINS": "none"}
@@ -226,16 +224,12 @@ class Rank:
             self.process.stdin.close()
         found = [json.loads(line) for line in self.lines() if line.startswith("{")]
         if self.process.wait(60):
-            print(
-                f"T = {self.job['ranks']}, g = {self.job['groups']} ended early: {self.log.read_text()[-2000:]}"
-            )
+            print(f"T = {self.job['ranks']}, g = {self.job['groups']} ended early: {self.log.read_text()[-2000:]}")
         return [{key: self.job[key] for key in ("ranks", "groups", "attention")} | row for row in found]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--ranks", type=int, nargs="+", default=[8, 4, 2])
     parser.add_argument("--layers", type=int, default=4)

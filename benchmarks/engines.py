@@ -4,8 +4,6 @@ Each gets the easiest task there is: two registered, contiguous buffers, in a pr
 they wait, so both processes stand still (SIGSTOP) while others are measured.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import signal

@@ -7,8 +7,6 @@ absolute logarithm of modelled over measured time. FlashInfer's attention over s
 Prints `Rate` lines for `sglang_tpla/plan/hardware.py`.
 """
 
-from __future__ import annotations
-
 import json
 import statistics
 import sys

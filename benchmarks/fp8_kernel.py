@@ -7,8 +7,6 @@ both; FP8 rows with two scales (r = 64). Times are medians over replays of a CUD
 ``--sweep`` times every tiling of a list instead of the one that `tiling_for` takes, each checked against float32.
 """
 
-from __future__ import annotations
-
 import argparse
 import concurrent.futures
 import itertools
@@ -42,10 +40,7 @@ class Inputs:
         self.plain = DecodeShape(width, heads, ROPE_DIM)
         self.fp8 = DecodeShape(width, heads, ROPE_DIM, fp8_shared=min(SHARED, width))
         self.rows = torch.randn(batch * tokens, width + ROPE_DIM, device=device).bfloat16()
-        parts = [
-            pack_rows(part[:, :width], part[:, width:], min(SHARED, width))
-            for part in self.rows.split(1 << 16)
-        ]
+        parts = [pack_rows(part[:, :width], part[:, width:], min(SHARED, width)) for part in self.rows.split(1 << 16)]
         self.fp8_rows = torch.cat(parts)
         order = torch.randperm(batch * tokens, device=device).to(torch.int32)
         starts = torch.arange(batch + 1, device=device, dtype=torch.int32) * tokens
@@ -125,11 +120,7 @@ def time_in_turns(steps: list[object]) -> list[float]:
 
 def measure(sweep: bool, out: Path | None) -> None:
     """Print and write the table."""
-    result: dict[str, object] = {
-        "gpu": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "shared": SHARED,
-    }
+    result: dict[str, object] = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "shared": SHARED}
     rows: list[dict[str, object]] = []
     result["rows"] = rows
     broken: dict[tuple[DecodeShape, Tiling], str] = {}
@@ -171,9 +162,7 @@ def measure(sweep: bool, out: Path | None) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--sweep", action="store_true")
     arguments = parser.parse_args()

@@ -18,8 +18,6 @@ and the next one comes. Step times are medians over replays of the step's graph 
 ranks on the CPU, to try this file.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os
@@ -101,9 +99,7 @@ def loads_of(method: Method, heads: int, memory_bytes: float, kinds: list[str]) 
     halves = RANKS // method.ranks  # requests of a load that each rank has
     found = set()
     if "throughput" in kinds:
-        found |= {(batch // halves, CONTEXT) for batch in (16, 48) if batch // halves < most} | {
-            (most, CONTEXT)
-        }
+        found |= {(batch // halves, CONTEXT) for batch in (16, 48) if batch // halves < most} | {(most, CONTEXT)}
     if "latency" in kinds:
         found |= {(max(1, batch // halves), tokens) for batch in (1, 4, 16) for tokens in (CONTEXT, LONG)}
     fits = most * CONTEXT
@@ -178,11 +174,7 @@ def time_step(runner: Any, batch: int, context: int) -> dict[str, Any]:
             torch.cuda.synchronize()
         host.append(1e3 * (time.perf_counter() - start))
     torch.cuda.CUDAGraph.replay = replay
-    row: dict[str, Any] = {
-        "batch": batch,
-        "context": context,
-        "host_ms": statistics.median(host[len(host) // 4 :]),
-    }
+    row: dict[str, Any] = {"batch": batch, "context": context, "host_ms": statistics.median(host[len(host) // 4 :])}
     if not GPU:
         return row | {"step_ms": row["host_ms"]}
     (graph,) = set(replayed)  # one step is one graph
@@ -297,19 +289,14 @@ def print_row(job: dict[str, Any], row: dict[str, Any]) -> None:
     )
 
 
-def jobs_of(
-    model: str, names: list[str], kinds: list[str], folder: Path, memory_bytes: float
-) -> list[dict[str, Any]]:
+def jobs_of(model: str, names: list[str], kinds: list[str], folder: Path, memory_bytes: float) -> list[dict[str, Any]]:
     """One for each method that fits, with checkpoint and artifacts written."""
     heads = HEADS[model] if GPU else 16
     path = folder / model
     sizes = {"hidden": 7168, "query_latent": 1536, "intermediate": 512} if GPU else engine_rank.SMALL
     shape = v3_shaped.Shape(LAYERS if GPU else 2, 2 * LONG, **(sizes | {"heads": heads}))
     v3_shaped.write_checkpoint(path, shape, only_identity=True)
-    artifacts = {
-        None: folder / f"{model}-g2.safetensors",
-        "sketched": folder / f"{model}-g2-sketched.safetensors",
-    }
+    artifacts = {None: folder / f"{model}-g2.safetensors", "sketched": folder / f"{model}-g2-sketched.safetensors"}
     v3_shaped.write_artifact(artifacts[None], path, 2)
     v3_shaped.write_sketched_artifact(artifacts["sketched"], path, 2)
     found = []
@@ -326,7 +313,7 @@ def jobs_of(
                 "artifact": str(artifacts[method.rows]) if method.groups > 1 else None,
                 "attention": "tpla" if method.groups else "flashinfer" if GPU else "torch_native",
                 "loads": loads,
-                "tokens": max(batch * context for batch, context in loads) + 256,
+                "tokens": max(batch * context for batch, context in loads) // method.flags.get("dcp_size", 1) + 256,
                 "port": PORT + len(found),
             }
         )
@@ -334,15 +321,11 @@ def jobs_of(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "out" / "headline.json")
     parser.add_argument("--models", nargs="+", choices=HEADS, default=list(HEADS))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument(
-        "--loads", nargs="+", choices=("throughput", "latency"), default=["throughput", "latency"]
-    )
+    parser.add_argument("--loads", nargs="+", choices=("throughput", "latency"), default=["throughput", "latency"])
     parser.add_argument("--limit", type=float, default=150.0, help="seconds a method may take on a model")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
@@ -371,8 +354,7 @@ def main() -> None:
                 rows, why = running.run(args.limit)
                 seconds = round(time.monotonic() - start, 1)
                 report["rows"] += [
-                    row | {"job": job["name"], "requests": requests_of(job, row), "seconds": seconds}
-                    for row in rows
+                    row | {"job": job["name"], "requests": requests_of(job, row), "seconds": seconds} for row in rows
                 ]
                 if why:
                     report["failed"][job["name"]] = why
@@ -387,9 +369,7 @@ def main() -> None:
                 best[row["job"]] = max(best.get(row["job"], 0.0), rate)
         beside = best.get(f"{model}-mla")
         for name, rate in best.items():
-            print(
-                f"{name:>24}  {rate:8.0f} tokens/s" + (f"  {rate / beside:.2f} of plain TP" if beside else "")
-            )
+            print(f"{name:>24}  {rate:8.0f} tokens/s" + (f"  {rate / beside:.2f} of plain TP" if beside else ""))
     return None
 
 

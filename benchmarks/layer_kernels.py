@@ -3,8 +3,6 @@
 The engine's own need its compiled extension; these move the same bytes in the same number of launches.
 """
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl
@@ -27,9 +25,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tenso
 
 
 @triton.jit
-def _rotate(
-    query, key, cos_sin, positions, q_token, q_head, k_token, HEADS: tl.constexpr, HALF: tl.constexpr
-):
+def _rotate(query, key, cos_sin, positions, q_token, q_head, k_token, HEADS: tl.constexpr, HALF: tl.constexpr):
     token, head, pair = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.arange(0, HALF)
     turn = cos_sin + tl.load(positions + token).to(tl.int64) * 2 * HALF + pair
     cos, sin = tl.load(turn), tl.load(turn + HALF)
@@ -40,9 +36,7 @@ def _rotate(
     tl.store(base + 2 * pair + 1, (y * cos + x * sin).to(query.dtype.element_ty))
 
 
-def rotate(
-    query: torch.Tensor, key: torch.Tensor | None, cos_sin: torch.Tensor, positions: torch.Tensor
-) -> None:
+def rotate(query: torch.Tensor, key: torch.Tensor | None, cos_sin: torch.Tensor, positions: torch.Tensor) -> None:
     """Rotate neighbours of query [tokens, heads, rope] and, where given, key [tokens, rope], in place."""
     tokens, heads, rope = query.shape
     some = query if key is None else key
@@ -54,16 +48,7 @@ def rotate(
 
 @triton.jit
 def _write(
-    latent,
-    key,
-    slots,
-    cache,
-    l_stride,
-    k_stride,
-    c_stride,
-    D: tl.constexpr,
-    ROPE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    latent, key, slots, cache, l_stride, k_stride, c_stride, D: tl.constexpr, ROPE: tl.constexpr, BLOCK: tl.constexpr
 ):
     token = tl.program_id(0).to(tl.int64)
     row = cache + tl.load(slots + token).to(tl.int64) * c_stride
@@ -84,16 +69,7 @@ def write_rows(latent: torch.Tensor, key: torch.Tensor, slots: torch.Tensor, cac
 
 @triton.jit
 def _quantise(
-    x,
-    out,
-    scales,
-    x_stride,
-    out_stride,
-    s_row,
-    s_group,
-    N: tl.constexpr,
-    GROUP: tl.constexpr,
-    BLOCK: tl.constexpr,
+    x, out, scales, x_stride, out_stride, s_row, s_group, N: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr
 ):
     row, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
     inside = tl.arange(0, BLOCK)

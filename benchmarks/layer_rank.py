@@ -96,9 +96,7 @@ class Buffers:
             if kernel == "hopper":
                 self.backends[key] = HopperDecode(shape, SCALE, 128, DEVICE)
             else:
-                self.backends[key] = FlashInferDecode(
-                    shape, SCALE, DEVICE, kernel.removeprefix("flashinfer_")
-                )
+                self.backends[key] = FlashInferDecode(shape, SCALE, DEVICE, kernel.removeprefix("flashinfer_"))
         return self.backends[key]
 
 
@@ -125,9 +123,7 @@ def run_all(steps: Sequence[Step], layers: int) -> Callable[[], None]:
 class RankLayer:
     """The busiest rank's layer under one method at one load; TPLA writes the cache with one kernel."""
 
-    def __init__(
-        self, model: PlanModel, method: Method, load: Load, precision: Precision, buffers: Buffers
-    ) -> None:
+    def __init__(self, model: PlanModel, method: Method, load: Load, precision: Precision, buffers: Buffers) -> None:
         self.work = work = rank_work(model, method, load, precision, (9, 0))
         self.model, self.method, self.precision, self.buffers = model, method, precision, buffers
         self._used = 0
@@ -178,11 +174,7 @@ class RankLayer:
         kc, vc = self._weights(heads, w, nope), self._weights(heads, value, w)
         q_nope = per_head[..., :nope].transpose(0, 1)
         absorbed_bytes = 2 * heads * nope * w
-        add(
-            "absorb",
-            lambda i: partial(torch.bmm, q_nope, kc(i).transpose(1, 2), out=q_latent),
-            absorbed_bytes,
-        )
+        add("absorb", lambda i: partial(torch.bmm, q_nope, kc(i).transpose(1, 2), out=q_latent), absorbed_bytes)
         turn = (buffers.cos_sin, positions)
         if method.kind == "tpla":
             z = None if w == latent else [torch.randn(latent, w, device=DEVICE) / 16 for _ in range(LAYERS)]
@@ -210,11 +202,7 @@ class RankLayer:
             add("merge", lambda _: partial(small.merge, parts, sums, own))
         into = values.view(batch, heads, value).transpose(0, 1)
         by_head = own.transpose(0, 1)
-        add(
-            "value",
-            lambda i: partial(torch.bmm, by_head, vc(i).transpose(1, 2), out=into),
-            2 * heads * w * value,
-        )
+        add("value", lambda i: partial(torch.bmm, by_head, vc(i).transpose(1, 2), out=into), 2 * heads * w * value)
         summed = self._fresh(batch, work.out_heads * value) if method.scatter else values
         steps.append(self._linear("output", model.hidden, summed, self.out))
         self.steps = steps
@@ -277,9 +265,7 @@ class Fp8Linear:
     kernel was slower at every shape here (1.2 to 2.3 times, untuned, one H100).
     """
 
-    def __init__(
-        self, x: torch.Tensor, columns: int, weight: Callable[[int], torch.Tensor], out: torch.Tensor
-    ) -> None:
+    def __init__(self, x: torch.Tensor, columns: int, weight: Callable[[int], torch.Tensor], out: torch.Tensor) -> None:
         self.x, self.weight, self.columns = x, weight, columns
         tokens, self.inner = x.shape
         self.padded = -(-tokens // 16) * 16
@@ -294,8 +280,6 @@ class Fp8Linear:
 
         def run() -> None:
             small.quantise(self.x, self.quantised, scale_a, 128)
-            torch._scaled_mm(
-                self.quantised, weight, scale_a, scale_b, out_dtype=torch.bfloat16, out=self.padded_out
-            )
+            torch._scaled_mm(self.quantised, weight, scale_a, scale_b, out_dtype=torch.bfloat16, out=self.padded_out)
 
         return run

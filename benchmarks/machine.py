@@ -1,7 +1,5 @@
 """The machine of a benchmark, and the share of it that the benchmark takes."""
 
-from __future__ import annotations
-
 import os
 import platform
 import resource

@@ -1,7 +1,5 @@
 """A link of a given speed on loopback: the system sends on a socket no faster (``SO_MAX_PACING_RATE``)."""
 
-from __future__ import annotations
-
 import socket
 import struct
 

@@ -17,10 +17,9 @@ Layouts: ``g1`` plain MLA on this package's kernel, ``q1`` the same with 8-bit r
 plain and of sketched rows (each needs its artifact; on one GPU the ranks speak over gloo and without CUDA graphs).
 """
 
-from __future__ import annotations
-
 import argparse
 import concurrent.futures
+import functools
 import json
 import os
 import statistics
@@ -46,6 +45,7 @@ from tests.speculating_model import pad_latent
 
 ROOT = Path(__file__).resolve().parents[1]
 GUESSES = 3
+PARTS = ["right", "requests", "fast", "documents", "sampled", "control"]
 REQUESTS = ("--max-running-requests", "32")
 SEED = ("--random-seed", "17", "--grammar-backend", os.environ.get("TEST_GRAMMAR_BACKEND", "xgrammar"))
 # One graph a batch that is measured, and one between: each takes a second to capture.
@@ -55,7 +55,6 @@ GRAPHS = BATCHES if DEVICE == "cuda" else ()
 STOCK_LATENT = 512
 # Two candidates whose log-probabilities differ by less are a tie: logits of 16 to 32 are 0.125 apart in bfloat16.
 TIE = 0.26
-QUESTIONS = ["right", "requests", "sampled", "fast", "documents", "control"]
 LOGPROBS = {"return_logprob": True, "top_logprobs_num": 4}
 
 
@@ -180,46 +179,40 @@ def accepted(answers: list[dict[str, Any]]) -> float | None:
 
 
 def speed(decoder: Decoder, asked: list[list[int]], tokens: int, batches: list[int]) -> list[dict[str, Any]]:
-    """Tokens a second of a batch, prompts (short ones) included, the best of two; and what was accepted meanwhile."""
+    """Tokens a second of a batch, prompts (short ones) included, the best of three; and what was accepted meanwhile."""
     rows = []
     decoder.together(asked[:2], 8)
     for batch in batches:
         rates = []
-        for _ in range(2):
+        for _ in range(3):
             start = time.perf_counter()
             answers = decoder.together(asked[:batch], tokens)
             rates.append(batch * tokens / (time.perf_counter() - start))
-        rows.append({"batch": batch, "tokens_per_second": max(rates), "accept_length": accepted(answers)})
+        fastest = {"tokens_per_second": max(rates), "rates": rates}
+        rows.append({"batch": batch, **fastest, "accept_length": accepted(answers)})
     return rows
 
 
-def samples(
-    asked: list[list[int]], decoders: dict[str, Decoder], draws: int, limit_s: float, tokens: int
-) -> dict[str, Any]:
-    """Draws from a server with speculation and from one without it: at single prompts, and along whole answers."""
-    found: dict[str, Any] = {"prompts": []}
-    for prompt in asked:
-        with concurrent.futures.ThreadPoolExecutor(len(decoders)) as pool:
-            jobs = {
-                kind: pool.submit(draw, decoder.ask, prompt, 3, draws, limit_s / len(asked))
-                for kind, decoder in decoders.items()
-            }
-            drawn = {kind: job.result() for kind, job in jobs.items()}
-        for decoder in decoders.values():
-            _ = decoder.pair  # further rooms
-        found["prompts"].append(
-            {"tokens": len(prompt), "tests": compare_draws(drawn["plain"], drawn["drafting"])}
-        )
+def draws_at(prompt: list[int], decoders: dict[str, Decoder], draws: int, limit_s: float) -> dict[str, Any]:
+    """Draws of a few tokens at one prompt from a server with speculation and from one without it."""
+    with concurrent.futures.ThreadPoolExecutor(len(decoders)) as pool:
+        jobs = {kind: pool.submit(draw, decoder.ask, prompt, 3, draws, limit_s) for kind, decoder in decoders.items()}
+        drawn = {kind: job.result() for kind, job in jobs.items()}
+    for decoder in decoders.values():
+        _ = decoder.pair  # further rooms
+    return {"tokens": len(prompt), "tests": compare_draws(drawn["plain"], drawn["drafting"])}
+
+
+def along_answers(asked: list[list[int]], decoder: Decoder, tokens: int) -> dict[str, Any]:
+    """Draws along whole answers, beside the target's own distribution."""
     params = {"max_new_tokens": tokens, "temperature": 1.0, "ignore_eos": True}
-    for kind, decoder in decoders.items():
-        said = [
-            answer
-            for _ in range(5)
-            for prompt in asked[:2]
-            for answer in decoder.together([prompt] * 16, tokens, sampling_params=params, **LOGPROBS)
-        ]
-        found[f"along answers, {kind}"] = chances(said) | {"accept_length": accepted(said)}
-    return found
+    said = [
+        answer
+        for _ in range(5)
+        for prompt in asked
+        for answer in decoder.together([prompt] * 16, tokens, sampling_params=params, **LOGPROBS)
+    ]
+    return chances(said) | {"accept_length": accepted(said)}
 
 
 def start_stock(engines: Engines, *flags: str) -> None:
@@ -229,23 +222,17 @@ def start_stock(engines: Engines, *flags: str) -> None:
         "-m", "sglang.launch_server", "--model-path", engines.model, *SHARED_FLAGS, "--port", str(port), *REQUESTS,
         "--attention-backend", "triton", "--disable-prefill-cuda-graph", *GRAPHS, *flags,
     )  # fmt: skip
-    engines.stock = Server(
-        "stock", command, port, engines.log / "stock.log", ENV | {"SGLANG_PLUGINS": "none"}
-    ).start()
+    engines.stock = Server("stock", command, port, engines.log / "stock.log", ENV | {"SGLANG_PLUGINS": "none"}).start()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--artifact", type=Path, help="of two groups of plain rows, for this model")
     parser.add_argument("--sketched-artifact", type=Path, help="of two groups of sketched rows")
-    parser.add_argument(
-        "--documents", type=Path, help="JSON of prompts that ask for what stands in them, as token ids"
-    )
+    parser.add_argument("--documents", type=Path, help="JSON of prompts that ask for what stands in them, as token ids")
     parser.add_argument("--draws", type=int, default=20_000, help="samples at each of three prompts")
-    parser.add_argument("--draw-s", type=float, default=100, help="they take no longer")
+    parser.add_argument("--draw-s", type=float, default=35, help="those at one prompt take no longer")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--guesses", type=int, default=GUESSES, help="a step")
     parser.add_argument("--prompts", type=int, default=32)
@@ -253,9 +240,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument(
-        "--only", nargs="+", default=["g1", "q1", "eager", "g2", "q2", "stock"], help="parts to run"
+        "--only", nargs="+", default=["g1", "q1", "eager", "g2", "q2", "stock"], help="layouts, in this order"
     )
-    parser.add_argument("--questions", nargs="+", default=QUESTIONS, choices=QUESTIONS, help="to answer")
+    parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS, help="questions, in this order")
     parser.add_argument("--limit-s", type=float, default=420, help="no part is begun after so many seconds")
     args = parser.parse_args()
     speculation = ("--speculative-algorithm", "EAGLE", "--speculative-num-steps", str(args.guesses))
@@ -278,9 +265,7 @@ def main() -> None:
     short = [ids[:64] for ids in asked if len(ids) >= 64]
 
     def keep(name: str, work: Callable[[], Any]) -> None:
-        """One part, if it is asked for: whatever becomes of it, the file has the others."""
-        if name.split(": ")[1].split(",")[0] not in args.questions:
-            return
+        """One part: whatever becomes of it, the file has the others."""
         start = time.monotonic()
         if start - began > args.limit_s:
             parts[name] = {"skipped": f"after {start - began:.0f} s"}
@@ -320,7 +305,7 @@ def main() -> None:
             for name, needed in (("g2", args.artifact), ("q2", args.sketched_artifact)):
                 if needed is None:
                     del layouts[name]
-            layouts = {name: layout for name, layout in layouts.items() if name in args.only}
+            layouts = {name: layouts[name] for name in args.only if name in layouts}
             for name, (ranks, flags) in layouts.items():
                 engines["drafting"].decode(name, ranks, *REQUESTS, *SEED, *flags, *speculation)
                 if name != "eager":  # answers without speculation are those with graphs
@@ -337,9 +322,7 @@ def main() -> None:
                 """The two servers of a layout, up."""
                 if name not in opened:
                     source = stocks if name == "stock" else engines
-                    layout_of = {
-                        kind: "g1" if (name, kind) == ("eager", "plain") else name for kind in source
-                    }
+                    layout_of = {kind: "g1" if (name, kind) == ("eager", "plain") else name for kind in source}
                     opened[name] = {kind: Decoder(source[kind], layout) for kind, layout in layout_of.items()}
                     for decoder in opened[name].values():
                         decoder.open()
@@ -359,9 +342,7 @@ def main() -> None:
 
             def control(name: str) -> dict[str, Any]:
                 """Without speculation in other batches: what bfloat16 does by itself."""
-                return compare(
-                    answers(name, "plain"), answer_all(both(name)["plain"], asked, args.tokens, 16)
-                )
+                return compare(answers(name, "plain"), answer_all(both(name)["plain"], asked, args.tokens, 16))
 
             def documents(name: str) -> dict[str, Any]:
                 """Answers to documents: what is accepted, and whether they part."""
@@ -369,35 +350,39 @@ def main() -> None:
                 said = {kind: answer_all(one, told, 64, 16) for kind, one in both(name).items()}
                 return compare(said["plain"], said["drafting"])
 
-            every = [*layouts, *(["stock"] if stocks else [])]
-            one_rank = [name for name in ("g1", "q1") if name in layouts]
-            for name in every:
-                keep(f"{name}: right", lambda name=name: right(name))
-            for name in one_rank:
-                keep(
-                    f"{name}: requests", lambda name=name: every_kind(both(name)["drafting"].pair, asked[12])
-                )
-            for name in one_rank:
-                keep(
-                    f"{name}: sampled",
-                    lambda name=name: samples(
-                        asked[8:17:4], both(name), args.draws, args.draw_s, args.tokens
-                    ),
-                )
-            for name in every:
-                for kind in ("plain", "drafting"):
-                    if (name, kind) != ("eager", "plain"):
-                        keep(
-                            f"{name}: fast, {kind}",
-                            lambda name=name, kind=kind: speed(
-                                both(name)[kind], short, args.tokens, args.batches
-                            ),
+            def part(question: str, name: str) -> None:
+                """One question about one layout."""
+                if question == "right":
+                    keep(f"{name}: right", lambda: right(name))
+                elif question == "requests" and name in ("g1", "q1"):
+                    keep(f"{name}: requests", lambda: every_kind(both(name)["drafting"].pair, asked[12]))
+                elif question == "fast":
+                    for kind in ("plain", "drafting"):
+                        if (name, kind) != ("eager", "plain"):
+                            work = functools.partial(
+                                lambda kind: speed(both(name)[kind], short, args.tokens, args.batches), kind
+                            )
+                            keep(f"{name}: fast, {kind}", work)
+                elif question == "documents" and args.documents:
+                    keep(f"{name}: documents", lambda: documents(name))
+                elif question == "sampled" and name in ("g1", "q1"):
+                    for prompt in asked[8:17:4]:
+                        work = functools.partial(
+                            lambda prompt: draws_at(prompt, both(name), args.draws, args.draw_s), prompt
                         )
-            for name in every if args.documents else ():
-                keep(f"{name}: documents", lambda name=name: documents(name))
-            for name in every:
-                if name in ("g1", "q1", "stock"):
-                    keep(f"{name}: control", lambda name=name: control(name))
+                        keep(f"{name}: sampled at {len(prompt)} tokens", work)
+                    for kind in ("plain", "drafting"):
+                        work = functools.partial(
+                            lambda kind: along_answers(asked[8:13:4], both(name)[kind], args.tokens), kind
+                        )
+                        keep(f"{name}: sampled along answers, {kind}", work)
+                elif question == "control" and name in ("g1", "q1", "stock"):
+                    keep(f"{name}: control", lambda: control(name))
+
+            every = [name for name in args.only if name in layouts or (name == "stock" and stocks)]
+            for question in args.parts:
+                for name in every:
+                    part(question, name)
         finally:
             for one in (*engines.values(), *stocks.values()):
                 one.stop()

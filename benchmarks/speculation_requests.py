@@ -1,7 +1,5 @@
 """What `speculation_gpu.py` asks of a decode server besides greedy answers: samples, and requests of every kind."""
 
-from __future__ import annotations
-
 import concurrent.futures
 import re
 import time
@@ -80,12 +78,7 @@ def same_source(one: Counter[Any], other: Counter[Any]) -> dict[str, Any]:
     chi = ((counts - expected) ** 2 / expected).sum()
     freedom = torch.tensor(len(counts) - 1.0, dtype=torch.float64)
     chance = float(torch.special.gammaincc(freedom / 2, chi / 2)) if len(counts) > 1 else 1.0
-    return {
-        "draws": totals.tolist(),
-        "cells": len(counts),
-        "chi_squared": float(chi),
-        "p": chance,
-    }
+    return {"draws": totals.tolist(), "cells": len(counts), "chi_squared": float(chi), "p": chance}
 
 
 def compare_draws(plain: list[tuple[int, ...]], drafted: list[tuple[int, ...]]) -> dict[str, Any]:

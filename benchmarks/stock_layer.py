@@ -9,8 +9,6 @@ reduced. Four layers a graph, more weights than the L2 cache holds; graphs take 
 of a replay are listed too, as the profiler saw them. Needs SGLang.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os
@@ -79,9 +77,7 @@ def start_engine() -> None:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     address = f"tcp://127.0.0.1:{port}"
-    init_distributed_environment(
-        backend="gloo", world_size=1, rank=0, local_rank=0, distributed_init_method=address
-    )
+    init_distributed_environment(backend="gloo", world_size=1, rank=0, local_rank=0, distributed_init_method=address)
     initialize_model_parallel()
     initialize_dp_attention(args, args.get_model_config())
     for hook in ledger.load():
@@ -120,10 +116,7 @@ def build(
             is_checkpoint_fp8_serialized=True, activation_scheme="dynamic", weight_block_size=[128, 128]
         )
     config = SimpleNamespace(
-        rms_norm_eps=EPS,
-        rope_interleave=True,
-        architectures=["DeepseekV3ForCausalLM"],
-        num_hidden_layers=LAYERS,
+        rms_norm_eps=EPS, rope_interleave=True, architectures=["DeepseekV3ForCausalLM"], num_hidden_layers=LAYERS
     )
     side_stream = torch.cuda.Stream()
     torch.manual_seed(0)
@@ -196,14 +189,7 @@ class Step:
     """A decode step of some layers over a random cache: planned, captured, replayed."""
 
     def __init__(
-        self,
-        layers: list[Any],
-        model: PlanModel,
-        ranks: int,
-        groups: int,
-        batch: int,
-        context: int,
-        ours: bool,
+        self, layers: list[Any], model: PlanModel, ranks: int, groups: int, batch: int, context: int, ours: bool
     ) -> None:
         from sglang.srt.layers.attention.flashinfer_mla_backend import FlashInferMLAAttnBackend
         from sglang.srt.mem_cache.memory_pool import MLATokenToKVPool
@@ -213,14 +199,7 @@ class Step:
         width = getattr(layers[0], "tpla_width", model.latent_dim)
         g = torch.Generator(DEVICE).manual_seed(2)
         pool = MLATokenToKVPool(
-            batch * context + 64,
-            1,
-            torch.bfloat16,
-            width,
-            model.rope_dim,
-            LAYERS,
-            DEVICE,
-            enable_memory_saver=False,
+            batch * context + 64, 1, torch.bfloat16, width, model.rope_dim, LAYERS, DEVICE, enable_memory_saver=False
         )
         for buffer in pool.kv_buffer:
             buffer.normal_(generator=g)
@@ -290,11 +269,7 @@ class Step:
         from sglang.srt.model_executor.runner_utils.capture_mode import model_capture_mode
 
         graph = torch.cuda.CUDAGraph()
-        with (
-            torch.no_grad(),
-            forward_context(ForwardContext(attn_backend=self.backend)),
-            model_capture_mode(),
-        ):
+        with torch.no_grad(), forward_context(ForwardContext(attn_backend=self.backend)), model_capture_mode():
             size = self.batch.batch_size
             self.backend.init_cuda_graph_state(size, size)
             self.backend.init_forward_metadata_out_graph(self.batch, in_capture=True)
@@ -414,16 +389,12 @@ def save(report: dict[str, Any], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "out" / "stock_layer.json")
     parser.add_argument("--ranks", type=int, default=8)
     parser.add_argument("--weights", nargs="+", default=["bf16", "fp8"])
     parser.add_argument("--loads", nargs="+", default=list(LOADS), help="BATCHxCONTEXT")
-    parser.add_argument(
-        "--list-kernels", nargs="+", default=["1x8192"], help="loads whose kernels are listed"
-    )
+    parser.add_argument("--list-kernels", nargs="+", default=["1x8192"], help="loads whose kernels are listed")
     parser.add_argument("--replays", type=int, default=100)
     arguments = parser.parse_args()
     save(compare(arguments), arguments.out)

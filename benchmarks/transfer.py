@@ -19,8 +19,6 @@ are as many of 61 as fit in --memory-gib a process, pages are scattered in runs 
 to --out.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import io
@@ -115,9 +113,7 @@ def use_keys(folder: str | None) -> None:
         os.environ[KEYS_VARIABLE] = folder
 
 
-def prefill_child(
-    pipe: Connection, tokens: int, layers: int, gigabits_s: float, keys_folder: str | None
-) -> None:
+def prefill_child(pipe: Connection, tokens: int, layers: int, gigabits_s: float, keys_folder: str | None) -> None:
     """A prefill agent with random rows."""
     torch.set_num_threads(1)
     use_keys(keys_folder)
@@ -151,9 +147,7 @@ def decode_child(
     use_keys(keys_folder)
     pool = make_pool(tokens, layers)
     metadata = MetadataRows([np.zeros((8, 64), dtype=np.uint8)])
-    agent = DecodeAgent(
-        pool, metadata, None, model_hash="bench", settings=SETTINGS, rank=0, size=1, host_id=host_id
-    )
+    agent = DecodeAgent(pool, metadata, None, model_hash="bench", settings=SETTINGS, rank=0, size=1, host_id=host_id)
     pipe.send("ready")
     while (command := pipe.recv()) is not None:
         room, pages, checked = command
@@ -259,8 +253,8 @@ class Bench:
             decode = self.child(decode_child, tokens, layers, prefill.first[1], host_id, kept)
             for checked in (True, False) if kept is None else (True,):
                 whole = f"agent, {name}" + ("" if checked else ", unchecked")
-                self.measures[whole] = lambda count, prefill=prefill, decode=decode, checked=checked: (
-                    self.agent(prefill, decode, count, checked)
+                self.measures[whole] = lambda count, prefill=prefill, decode=decode, checked=checked: self.agent(
+                    prefill, decode, count, checked
                 )
         source = random_bytes(self.size)
         self.measures["raw TCP"] = self.raw_tcp(source)

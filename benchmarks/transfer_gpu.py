@@ -14,8 +14,6 @@ the nap of ``host/disaggregation/kv_manager.py``, or (``spin``) without it. Page
 - ceilings: one copy of the same bytes from the GPU to pinned memory, the other way, and one checksum of them, alone
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import itertools
@@ -155,9 +153,7 @@ def measure(job: dict[str, Any], lengths: list[int], repeats: int) -> list[dict[
                 seconds = [one for one, _ in samples[1:]]
                 size = samples[-1][1]
                 middle = statistics.median(seconds)
-                setting = {
-                    key: job[key] for key in ("place", "ranks", "chunk_bytes", "threads", "nap", "switch_s")
-                }
+                setting = {key: job[key] for key in ("place", "ranks", "chunk_bytes", "threads", "nap", "switch_s")}
                 rows.append(
                     setting
                     | {"checked": checked, "tokens": tokens, "bytes": size, "seconds": middle}
@@ -196,9 +192,7 @@ def ceilings(size: int) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 8192])
     parser.add_argument("--chunk-mib", type=int, nargs="+", default=[16])
@@ -223,9 +217,7 @@ def main() -> None:
         "rows": rows,
     }
     print(result["gigabytes_per_second_alone"], flush=True)
-    for place, ranks, chunk, threads in itertools.product(
-        args.place, args.ranks, args.chunk_mib, args.threads
-    ):
+    for place, ranks, chunk, threads in itertools.product(args.place, args.ranks, args.chunk_mib, args.threads):
         job = {
             "tokens": max(args.tokens), "place": place, "ranks": ranks, "chunk_bytes": chunk << 20, "threads": threads,
             "switch_s": args.switch_us * 1e-6, "nap": not args.spin, "source": devices[-1],

@@ -1,7 +1,5 @@
 """The report of ``transfer.py``: ratios of goodput, values on the wire, and the lines that it prints."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 
@@ -39,13 +37,7 @@ def ratios(rows: list[dict[str, Any]], tokens: int, figure: str) -> dict[str, fl
 def wire_counts() -> list[dict[str, Any]]:
     """The values of a token that travel for 8 ranks of one host, in several layouts."""
     return [
-        {
-            "ranks": 8,
-            "groups": groups,
-            "shared": shared,
-            "host": place,
-            "values": wire_values(8, groups, shared, host),
-        }
+        {"ranks": 8, "groups": groups, "shared": shared, "host": place, "values": wire_values(8, groups, shared, host)}
         for groups, shared in ((1, 0), (2, 128), (4, 128), (8, 64), (2, 0))
         for place, host in (("other host", "far"), ("this host", None))
     ]
@@ -58,15 +50,11 @@ def report(measured: Sequence[dict[str, Any]], tokens: Sequence[int]) -> dict[st
     return {
         **ratios(rows, most, "goodput_gb_s"),
         "wire_values_per_token": next(
-            row["values"]
-            for row in counts
-            if (row["groups"], row["shared"], row["host"]) == (2, 128, "other host")
+            row["values"] for row in counts if (row["groups"], row["shared"], row["host"]) == (2, 128, "other host")
         ),
         "tokens": most,
         "medians": ratios(rows, most, "median_goodput_gb_s"),
-        "at_other_lengths": {
-            str(count): ratios(rows, count, "goodput_gb_s") for count in tokens if count != most
-        },
+        "at_other_lengths": {str(count): ratios(rows, count, "goodput_gb_s") for count in tokens if count != most},
         "wire_values": counts,
         "not_installed": {row["contestant"]: row["missing"] for row in measured if "missing" in row},
         "measurements": rows,
@@ -76,9 +64,7 @@ def report(measured: Sequence[dict[str, Any]], tokens: Sequence[int]) -> dict[st
 def print_report(result: dict[str, Any]) -> None:
     """Print the values on the wire, every ratio, and the contestants that were not measured."""
     for row in result["wire_values"]:
-        print(
-            f"{row['values']:7.1f} values a token for 8 ranks of {row['host']}, g={row['groups']}, r={row['shared']}"
-        )
+        print(f"{row['values']:7.1f} values a token for 8 ranks of {row['host']}, g={row['groups']}, r={row['shared']}")
     for name, value in result.items():
         if value is None or isinstance(value, float):
             print(f"{name}: {None if value is None else round(value, 3)}")

@@ -4,8 +4,6 @@ The latent (512 + 64 values a token and layer) and the heads' sizes are V3's; ho
 everything else is, is the caller's.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 from dataclasses import dataclass
@@ -119,9 +117,7 @@ def write_artifact(path: Path, model: Path, groups: int) -> None:
     build(meta, [[(z, z.T, z.T) for z in columns]] * layers).save(path)
 
 
-def write_sketched_artifact(
-    path: Path, model: Path, groups: int, shared: int = 64, sketch_bits: int = 4
-) -> None:
+def write_sketched_artifact(path: Path, model: Path, groups: int, shared: int = 64, sketch_bits: int = 4) -> None:
     """Maps of sketched rows that keep ``shared`` columns on every rank and deal out the others: nothing calibrated."""
     config = json.loads((model / "config.json").read_text())
     layers, own = config["num_hidden_layers"], (LATENT - shared) // groups

@@ -1,7 +1,5 @@
 """Count the values of a token and layer that travel for all ranks of one host; nothing is timed."""
 
-from __future__ import annotations
-
 import contextlib
 import threading
 
@@ -43,9 +41,7 @@ def wire_values(ranks: int, groups: int, shared: int, host_id: str | None) -> fl
             rows = (width if groups > 1 else LATENT) + ROPE
             mine = CachePool([torch.zeros(tokens, rows).bfloat16() for _ in range(2)], LATENT, ROPE, PAGE)
             own = MetadataRows([np.zeros((1, 64), dtype=np.uint8)])
-            agent = DecodeAgent(
-                mine, own, z, model_hash="", settings=settings, rank=rank, size=ranks, host_id=host_id
-            )
+            agent = DecodeAgent(mine, own, z, model_hash="", settings=settings, rank=rank, size=ranks, host_id=host_id)
             agents.append(stack.enter_context(contextlib.closing(agent)))
             agent.open_room(1, [(*prefill.address, False)])
             agent.request(1, pages, metadata_row=0, expected_ranks=ranks)

@@ -6,8 +6,6 @@ Nothing in it knows of TPLA: the router's address is an ordinary SGLang endpoint
 only continues Python source, so the program asks for that.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from typing import Any

@@ -3,8 +3,6 @@
 python examples/openai_client.py --url http://127.0.0.1:30000
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 
@@ -29,21 +27,15 @@ def main() -> int:
 
         console.rule("completions")
         prompt = "import os\n\n\ndef list_files(folder):\n"
-        whole = client.completions.create(
-            model=model, prompt=prompt, max_tokens=24, temperature=0, logprobs=2
-        )
+        whole = client.completions.create(model=model, prompt=prompt, max_tokens=24, temperature=0, logprobs=2)
         choice = whole.choices[0]
         check(whole.usage is not None and whole.usage.completion_tokens > 0, "tokens", whole.usage)
-        check(
-            choice.logprobs is not None and bool(choice.logprobs.token_logprobs), "logprobs", choice.logprobs
-        )
+        check(choice.logprobs is not None and bool(choice.logprobs.token_logprobs), "logprobs", choice.logprobs)
         console.print(prompt + choice.text, markup=False)
 
         console.rule("completions, streamed")
         pieces = []
-        for event in client.completions.create(
-            model=model, prompt=prompt, max_tokens=24, temperature=0, stream=True
-        ):
+        for event in client.completions.create(model=model, prompt=prompt, max_tokens=24, temperature=0, stream=True):
             pieces.append(event.choices[0].text)
             console.print(pieces[-1], end="", markup=False)
         console.print()

@@ -8,8 +8,6 @@ cache bytes of a token and rank, what the artifact costs on held-out text, and w
 it ends everything, and checks that nothing is left.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import socket
@@ -132,9 +130,7 @@ def show_answers(console: Console, answers: list[tuple[str, Answer, Answer]]) ->
         distances += [abs(a - b) for a, b in zip(ours.logprobs[:same], theirs.logprobs[:same], strict=True)]
         said = f"all {length} tokens agree" if same == length else f"tokens agree up to {same} of {length}"
         last_line = prompt.rstrip("\n").splitlines()[-1]
-        table = Table(
-            title=Text(f"… {last_line}  ({ours.prompt_tokens} prompt tokens)"), box=box.ROUNDED, expand=True
-        )
+        table = Table(title=Text(f"… {last_line}  ({ours.prompt_tokens} prompt tokens)"), box=box.ROUNDED, expand=True)
         table.add_column("TPLA, prefill → 2 decode ranks", ratio=1)
         table.add_column("plain MLA, stock SGLang", ratio=1)
         table.add_row(shortened(ours.text), shortened(theirs.text))
@@ -173,18 +169,8 @@ def transfers(log: Path) -> list[dict[str, Any]]:
 
 def show_transfers(console: Console, found: list[dict[str, Any]]) -> None:
     """Bytes and time of each transfer, as its receiver saw it."""
-    table = Table(
-        title="Transfers from the prefill server, as each decode rank saw them", box=box.SIMPLE_HEAD
-    )
-    for name in (
-        "prompt tokens",
-        "decode rank",
-        "chunks",
-        "over TCP",
-        "through shared memory",
-        "time",
-        "result",
-    ):
+    table = Table(title="Transfers from the prefill server, as each decode rank saw them", box=box.SIMPLE_HEAD)
+    for name in ("prompt tokens", "decode rank", "chunks", "over TCP", "through shared memory", "time", "result"):
         table.add_column(name, justify="right")
     for line in found:
         table.add_row(

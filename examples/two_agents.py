@@ -7,8 +7,6 @@ hands over its projection when it registers, asks for one room, and compares eve
 ``z = c Z``. What SGLang's scheduler would do is done here by hand: choosing pages, opening rooms, polling.
 """
 
-from __future__ import annotations
-
 import argparse
 import multiprocessing
 import time
@@ -54,9 +52,7 @@ def wait_for_end(agent: PrefillAgent | DecodeAgent) -> None:
 def decode(group: int, groups: int, tokens: int, address: tuple[str, int], results: Connection) -> None:
     """A decode rank: ask for the room's rows, wait, and compare them with the formula."""
     z = projection(group, groups)
-    pool = CachePool(
-        [torch.zeros_like(layer) for layer in rows(tokens, LATENT // groups)], LATENT, ROPE, PAGE_TOKENS
-    )
+    pool = CachePool([torch.zeros_like(layer) for layer in rows(tokens, LATENT // groups)], LATENT, ROPE, PAGE_TOKENS)
     metadata = MetadataRows([np.zeros((1, 64), dtype=np.uint8)])
     settings = Settings(role="decode")
     agent = DecodeAgent(pool, metadata, z, model_hash=MODEL, settings=settings, rank=group, size=groups)
@@ -71,18 +67,14 @@ def decode(group: int, groups: int, tokens: int, address: tuple[str, int], resul
         seconds = time.monotonic() - start
     slots = torch.from_numpy(pool.slots(pages, tokens))
     for sent, received, matrix in zip(rows(tokens, LATENT), pool.layers, z.matrices, strict=True):
-        torch.testing.assert_close(
-            received[slots, : z.widths[0]], (sent[:, :LATENT].float() @ matrix).bfloat16()
-        )
+        torch.testing.assert_close(received[slots, : z.widths[0]], (sent[:, :LATENT].float() @ matrix).bfloat16())
         assert torch.equal(received[slots, z.widths[0] :], sent[:, LATENT:])
     results.send((sum(layer.nbytes for layer in pool.layers), seconds))
 
 
 def main() -> None:
     """The prefill rank, and one child process for each latent group."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--groups", type=int, default=2, help="latent groups, one decode rank each")
     parser.add_argument("--tokens", type=int, default=4096, help=f"a multiple of {PAGE_TOKENS}")
     options = parser.parse_args()
@@ -112,9 +104,7 @@ def main() -> None:
         for group, (process, results) in enumerate(children):
             received_bytes, seconds = results.recv()
             process.join()
-            print(
-                f"group {group}: {received_bytes / 1e6:.1f} MB in {seconds * 1e3:.0f} ms, every row as it should be"
-            )
+            print(f"group {group}: {received_bytes / 1e6:.1f} MB in {seconds * 1e3:.0f} ms, every row as it should be")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,9 @@ group's slice of the latent. The replicated rotary key travels beside every slic
 
 from __future__ import annotations
 
+import ipaddress
+import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -63,16 +66,16 @@ class Layout:
         return self.heads // self.head_shards
 
     def group_of(self, rank: int) -> int:
-        """The latent group of a rank."""
+        """Return the latent group of a rank."""
         return rank % self.groups
 
     def head_shard_of(self, rank: int) -> int:
-        """The head shard of a rank."""
+        """Return the head shard of a rank."""
         return rank // self.groups
 
 
 def slice_width(latent_dim: int, groups: int, shared_dims: int) -> int:
-    """The latent values that one rank keeps of a token and layer: w = r + ceil((d - r) / g)."""
+    """Return the latent values that one rank keeps of a token and layer: w = r + ceil((d - r) / g)."""
     return shared_dims + -(-(latent_dim - shared_dims) // groups)
 
 
@@ -83,6 +86,15 @@ O_PROJ = ("replicate", "scatter")
 ROWS = ("plain", "sketched")
 # Bytes of a chunk and of staging. A chunk of any size costs some 0.2 ms of messages (on a GPU also of launches).
 DEFAULT_BYTES = {"cpu": (16 << 20, 256 << 20), "cuda": (16 << 20, 512 << 20)}
+
+
+def is_host(text: str) -> bool:
+    """Whether a text is an IP address, or may be a host name: neither a URL nor a name with a port."""
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return re.search(r"[:/*\s]|^$", text) is None
+    return True
 
 
 @dataclass(frozen=True)
@@ -161,9 +173,7 @@ class Settings:
         if self.o_proj not in O_PROJ:
             raise ConfigError(f"--tpla-o-proj must be one of {', '.join(O_PROJ)}; got {self.o_proj!r}")
         if self.o_proj == "scatter" and self.groups == 1:
-            raise ConfigError(
-                "--tpla-o-proj scatter sums over latent groups, and --tpla-groups is 1; drop it"
-            )
+            raise ConfigError("--tpla-o-proj scatter sums over latent groups, and --tpla-groups is 1; drop it")
         if self.insecure not in (0, 1):
             raise ConfigError(f"--tpla-insecure must be 0 or 1; got {self.insecure}")
         if self.role == "decode" and self.statistics_folder:
@@ -182,9 +192,7 @@ class Settings:
         if self.advertise is not None:
             self.advertised(0, ("", 0))
         if self.statistics_every_tokens < 1:
-            raise ConfigError(
-                f"--tpla-statistics-every-tokens must be at least 1; got {self.statistics_every_tokens}"
-            )
+            raise ConfigError(f"--tpla-statistics-every-tokens must be at least 1; got {self.statistics_every_tokens}")
         for device in DEFAULT_BYTES:
             chunk_bytes, staging_bytes = self._sizes(device)
             if not 4096 <= chunk_bytes <= staging_bytes:
@@ -192,17 +200,15 @@ class Settings:
                     f"chunk_bytes must lie between 4096 and staging_bytes={staging_bytes}; got {chunk_bytes}"
                 )
         for name in ("heartbeat_s", "peer_timeout_s", "transfer_timeout_s", "room_timeout_s"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name} must be positive; got {getattr(self, name)}")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ConfigError(f"{name} must be positive and finite; got {getattr(self, name)}")
         if self.room_timeout_s <= 2 * self.heartbeat_s:
             raise ConfigError(
                 f"room_timeout_s must exceed two heartbeats of heartbeat_s={self.heartbeat_s}, in which decode servers "
                 f"name the requests that wait there; got {self.room_timeout_s}"
             )
         if self.peer_timeout_s <= self.heartbeat_s:
-            raise ConfigError(
-                f"peer_timeout_s must exceed heartbeat_s={self.heartbeat_s}; got {self.peer_timeout_s}"
-            )
+            raise ConfigError(f"peer_timeout_s must exceed heartbeat_s={self.heartbeat_s}; got {self.peer_timeout_s}")
 
     def _sizes(self, device: str) -> tuple[int, int]:
         chunk_bytes, staging_bytes = DEFAULT_BYTES[device]
@@ -215,7 +221,7 @@ class Settings:
         return replace(self, chunk_bytes=chunk_bytes, staging_bytes=staging_bytes)
 
     def advertised(self, rank: int, own: tuple[str, int]) -> tuple[str, int]:
-        """The host and port that decode servers get for a prefill rank that listens on ``own``.
+        """Return the host and port that decode servers get for a prefill rank that listens on ``own``.
 
         Its data channels come to the port after that.
 
@@ -228,7 +234,7 @@ class Settings:
         if not colon or self.advertise.endswith("]") or (host.count(":") and not host.startswith("[")):
             host, port = self.advertise, ""
         host = host.removeprefix("[").removesuffix("]")
-        if not host or (port and not (port.isdigit() and 0 < int(port) + 2 * rank + 1 < 65536)):
+        if not is_host(host) or (port and not (port.isdigit() and 0 < int(port) + 2 * rank + 1 < 65536)):
             raise ConfigError(
                 f"--tpla-advertise must be HOST or HOST:PORT, an IPv6 address with a port in brackets; got "
                 f"{self.advertise!r}"
@@ -236,7 +242,7 @@ class Settings:
         return host, int(port) + 2 * rank if port else own[1]
 
     def to_environment(self) -> dict[str, str]:
-        """Variables that `from_environment` reads back."""
+        """Return the variables that `from_environment` reads back."""
         return {
             ENV_PREFIX + field.name.upper(): str(value)
             for field in fields(self)
@@ -245,7 +251,7 @@ class Settings:
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str]) -> Settings | None:
-        """Settings of this process, or None where it is stock SGLang.
+        """Return the settings of this process, or None where it is stock SGLang.
 
         Raises:
             ConfigError: an unreadable or invalid value.

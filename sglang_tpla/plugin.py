@@ -4,11 +4,9 @@ SGLang swallows any ordinary exception of a plug-in and serves on without it, so
 process with ``SystemExit`` instead.
 """
 
-from __future__ import annotations
-
 
 def cpu_platform() -> str | None:
-    """Qualified name of the CPU platform class; SGLang calls this only where it is asked for."""
+    """Return the qualified name of the CPU platform class; SGLang calls this only where it is asked for."""
     import os
 
     return (

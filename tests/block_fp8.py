@@ -6,8 +6,6 @@ the inner width of small experts is padded: the units in equal shares over as ma
 and zeros between them, which add nothing.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import shutil
@@ -28,12 +26,7 @@ BLOCK = 128
 LARGEST = 448.0  # of e4m3
 QUANTISED = re.compile(r"\.layers\.\d+\..*_proj(_with_mqa)?\.weight$")
 EXPERT = re.compile(r"\.mlp\.(experts\.\d+|shared_experts)\.(gate|up|down)_proj\.weight$")
-BLOCK_FP8 = {
-    "activation_scheme": "dynamic",
-    "fmt": "e4m3",
-    "quant_method": "fp8",
-    "weight_block_size": [BLOCK, BLOCK],
-}
+BLOCK_FP8 = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [BLOCK, BLOCK]}
 
 
 def quantise_blocks(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

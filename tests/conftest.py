@@ -1,7 +1,5 @@
 """The fixtures of all tests, and the tests that must share a process when several processes share the work."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

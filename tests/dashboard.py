@@ -1,7 +1,5 @@
 """The dashboard that is shipped."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

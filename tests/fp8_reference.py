@@ -1,7 +1,5 @@
 """FP8 cache rows read by the letter of their description, byte by byte: no code of the package's."""
 
-from __future__ import annotations
-
 import struct
 
 import numpy as np

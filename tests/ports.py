@@ -4,8 +4,6 @@ They lie below those that the system gives to connections (from 32,768 on), and 
 and its server's start nobody else takes it.
 """
 
-from __future__ import annotations
-
 import contextlib
 import random
 import socket

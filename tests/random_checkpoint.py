@@ -1,7 +1,5 @@
 """Small random checkpoints of the served model families, as Hugging Face stores them: sharded, with an index."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path
@@ -24,11 +22,7 @@ YARN = {
     "mscale": 0.707, "mscale_all_dim": 0.707,
 }  # fmt: skip
 BIASED = {"topk_method": "noaux_tc", "norm_topk_prob": True, "n_group": 1, "topk_group": 1}
-V3 = {
-    "architectures": ["DeepseekV3ForCausalLM"],
-    "model_type": "deepseek_v3",
-    "scoring_func": "sigmoid",
-} | BIASED
+V3 = {"architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3", "scoring_func": "sigmoid"} | BIASED
 CONFIGS: dict[str, dict[str, Any]] = {
     "deepseek-v2": SIZES
     | {

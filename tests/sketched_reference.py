@@ -1,7 +1,5 @@
 """Sketched cache rows read by the letter of their description, byte by byte: no packing code of the package's."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np
@@ -52,9 +50,7 @@ def read_row(row: bytes, rows: SketchedRows) -> ReadRow:
     bits = rows.sketch_bits
     whole = int.from_bytes(stream, "little")  # blocks are whole bytes, so the blocks are one stream
     found = [whole >> (k * bits) & ((1 << bits) - 1) for k in range((g - 1) * n)]
-    levels = [
-        (-1 if code >> (bits - 1) else 1) * LEVELS[bits][code & ((1 << (bits - 1)) - 1)] for code in found
-    ]
+    levels = [(-1 if code >> (bits - 1) else 1) * LEVELS[bits][code & ((1 << (bits - 1)) - 1)] for code in found]
     return ReadRow(
         shared=codes[:r],
         own=codes[r : r + n],

@@ -1,7 +1,5 @@
 """A checkpoint with its NextN layer, put together as DeepSeek-V3's are, and one with a wider rope for GPU kernels."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path
@@ -41,9 +39,7 @@ def with_nextn(model: Path, nextn: Path, out: Path, *, rope_dim: int | None = No
     return out
 
 
-def widen_rope(
-    tensors: dict[str, torch.Tensor], config: dict[str, int], rope_dim: int
-) -> dict[str, torch.Tensor]:
+def widen_rope(tensors: dict[str, torch.Tensor], config: dict[str, int], rope_dim: int) -> dict[str, torch.Tensor]:
     """The same attention with twice as many rotary values a head.
 
     Pair i of ``rope_dim`` values turns at the frequency ``base ** (-2 i / rope_dim)``: the old pair i is the new pair
@@ -100,16 +96,12 @@ def copied_layer(model: Path, out: Path) -> Path:
     """
     config = json.loads((model / "config.json").read_text())
     layers, hidden = config["num_hidden_layers"], config["hidden_size"]
-    weights = {
-        name: tensor for path in model.glob("*.safetensors") for name, tensor in load_file(path).items()
-    }
+    weights = {name: tensor for path in model.glob("*.safetensors") for name, tensor in load_file(path).items()}
     last, own = f"model.layers.{layers - 1}.", f"model.layers.{layers}."
     tensors = {own + name[len(last) :]: weight for name, weight in weights.items() if name.startswith(last)}
     norm = weights["model.norm.weight"]
     tensors[own + "enorm.weight"] = tensors[own + "hnorm.weight"] = torch.ones_like(norm)
-    tensors[own + "eh_proj.weight"] = torch.cat((torch.zeros(hidden, hidden), torch.eye(hidden)), dim=1).to(
-        norm
-    )
+    tensors[own + "eh_proj.weight"] = torch.cat((torch.zeros(hidden, hidden), torch.eye(hidden)), dim=1).to(norm)
     tensors[own + "shared_head.norm.weight"] = norm
     out.mkdir(parents=True, exist_ok=True)
     copied = {name: weight.clone() for name, weight in tensors.items()}

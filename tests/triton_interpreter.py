@@ -1,7 +1,5 @@
 """Run kernels in Triton's interpreter, in a process of its own, because Triton chooses it at import."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

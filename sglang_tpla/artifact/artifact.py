@@ -294,9 +294,7 @@ def _decode_meta(raw: dict[str, str], source: str) -> ArtifactMeta:
     try:
         fields = {key: msgspec.json.decode(value) for key, value in raw.items()}
         if "format_version" not in fields:
-            raise ArtifactError(
-                f"{source} has no format_version in its metadata: not an artifact of this project"
-            )
+            raise ArtifactError(f"{source} has no format_version in its metadata: not an artifact of this project")
         if fields["format_version"] not in (FORMAT_VERSION, SKETCHED_VERSION):
             raise ArtifactError(
                 f"{source} has format version {fields['format_version']!r}, this release reads {FORMAT_VERSION} and "
@@ -304,9 +302,7 @@ def _decode_meta(raw: dict[str, str], source: str) -> ArtifactMeta:
             )
         return msgspec.convert(fields, ArtifactMeta, strict=True)
     except (msgspec.ValidationError, msgspec.DecodeError) as error:
-        raise ArtifactError(
-            f"the metadata of {source} is damaged: {error}; make the artifact anew"
-        ) from error
+        raise ArtifactError(f"the metadata of {source} is damaged: {error}; make the artifact anew") from error
 
 
 def _check_meta(meta: ArtifactMeta, source: str) -> None:
@@ -317,9 +313,7 @@ def _check_meta(meta: ArtifactMeta, source: str) -> None:
         )
     for label, values in (("shared_dims", meta.shared_dims), ("widths", meta.widths)):
         if len(values) != meta.num_layers:
-            raise ArtifactError(
-                f"{source}: expected one of {label} a layer ({meta.num_layers}), got {len(values)}"
-            )
+            raise ArtifactError(f"{source}: expected one of {label} a layer ({meta.num_layers}), got {len(values)}")
     for layer, (shared, width) in enumerate(zip(meta.shared_dims, meta.widths, strict=True)):
         if not 0 <= shared <= width or not 1 <= width <= meta.latent_dim:
             raise ArtifactError(
@@ -369,8 +363,6 @@ def _check_tensors(meta: ArtifactMeta, tensors: Mapping[str, torch.Tensor], sour
 
 def _check_tensor(name: str, tensor: torch.Tensor, shape: tuple[int, int], source: str) -> None:
     if tensor.dtype != torch.float32 or tuple(tensor.shape) != shape:
-        raise ArtifactError(
-            f"{source}: expected {name} as float32 {shape}, got {tensor.dtype} {tuple(tensor.shape)}"
-        )
+        raise ArtifactError(f"{source}: expected {name} as float32 {shape}, got {tensor.dtype} {tuple(tensor.shape)}")
     if not bool(torch.isfinite(tensor).all()):
         raise ArtifactError(f"{source}: {name} has values that are not finite; make the artifact anew")

@@ -3,8 +3,6 @@
 w_kc [h, qk_nope, d] A^T [d, w] -> [h, qk_nope, w]        B [w, d] w_vc [h, d, v] -> [h, w, v]
 """
 
-from __future__ import annotations
-
 import torch
 
 

@@ -4,8 +4,6 @@ Both are the same on every machine and for every copy of a checkpoint. Both stay
 gigabytes, because the weights' hash reads at most 64 KiB and one norm vector a layer.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Mapping
@@ -28,14 +26,7 @@ _KEYS = (
     "rms_norm_eps",
 )
 # These keys of rope_scaling change the model's arithmetic; the rest are spelling (type, rope_type).
-_ROPE_KEYS = (
-    "factor",
-    "original_max_position_embeddings",
-    "beta_fast",
-    "beta_slow",
-    "mscale",
-    "mscale_all_dim",
-)
+_ROPE_KEYS = ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
 _DEFAULTS = {"rms_norm_eps": 1e-6, "q_lora_rank": None}
 HEAD_BYTES = 65536
 
@@ -56,9 +47,7 @@ def config_hash(config: Mapping[str, Any]) -> str:
     for key in _KEYS:
         value = config.get(key, _DEFAULTS.get(key))
         if value is None and key != "q_lora_rank":
-            raise CheckpointError(
-                f"the model's config has no {key!r}: not a DeepSeek V2/V3 or Kimi K2 shaped model"
-            )
+            raise CheckpointError(f"the model's config has no {key!r}: not a DeepSeek V2/V3 or Kimi K2 shaped model")
         canonical[key] = value if value is None else float(value)
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default":

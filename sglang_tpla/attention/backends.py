@@ -5,8 +5,6 @@ A backend is listed only for shapes on which it was measured to be right (relati
 template faults at 256, 128 and 64 and does not compile at 192 and 320.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -176,9 +174,7 @@ def require(name: str, shape: DecodeShape, capability: Capability) -> None:
     reason = _BY_NAME[name].unsupported_reason(shape, capability)
     if reason is not None:
         able = [b.name for b in BACKENDS if b.unsupported_reason(shape, capability) is None]
-        advice = (
-            f"use {able[0]!r}" if able else "change the width (groups, shared dims), the dtype or the device"
-        )
+        advice = f"use {able[0]!r}" if able else "change the width (groups, shared dims), the dtype or the device"
         raise BackendRefusal(f"attention backend {name!r} cannot serve {shape}: {reason}; {advice}")
 
 

@@ -4,8 +4,6 @@ FlashInfer's templates take the latent width as a parameter, but compute right o
 Planning runs on the host and reads the lengths back: capture ``run`` in a CUDA graph, and plan outside of the graph.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -52,9 +50,7 @@ class FlashInferDecode:
                 "FlashInfer needs a CSR page table without gaps: entry b + 1 of starts must be entry b plus "
                 "the request's pages; build it with PageTable.from_csr"
             )
-        query_indptr = (
-            torch.arange(table.batch + 1, dtype=torch.int32, device=indptr.device) * self.shape.query_len
-        )
+        query_indptr = torch.arange(table.batch + 1, dtype=torch.int32, device=indptr.device) * self.shape.query_len
         self._wrapper.plan(
             query_indptr,
             indptr,
@@ -72,11 +68,7 @@ class FlashInferDecode:
         self._table = table
 
     def run(
-        self,
-        q_latent: torch.Tensor,
-        q_rope: torch.Tensor,
-        kv_cache: torch.Tensor,
-        out: torch.Tensor | None = None,
+        self, q_latent: torch.Tensor, q_rope: torch.Tensor, kv_cache: torch.Tensor, out: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Attend over the planned step; see ``interface.py``."""
         if self._table is None:

@@ -92,9 +92,7 @@ class DecodeShape:
 
     def _check_sketched(self, rows: SketchedRows) -> None:
         if self.fp8_shared is not None:
-            raise AttentionInputError(
-                "DecodeShape has rows of one format: expected fp8_shared or sketched, got both"
-            )
+            raise AttentionInputError("DecodeShape has rows of one format: expected fp8_shared or sketched, got both")
         if (self.latent_dim, self.rope_dim) != (rows.w_pad, rows.rope_dim):
             raise AttentionInputError(
                 f"DecodeShape of sketched rows must have latent_dim {rows.w_pad} (w_pad) and rope_dim {rows.rope_dim}; "
@@ -103,19 +101,14 @@ class DecodeShape:
 
     @classmethod
     def of_sketched(
-        cls,
-        rows: SketchedRows,
-        heads: int,
-        query_len: int = 1,
-        page_size: int = 1,
-        dtype: torch.dtype = torch.bfloat16,
+        cls, rows: SketchedRows, heads: int, query_len: int = 1, page_size: int = 1, dtype: torch.dtype = torch.bfloat16
     ) -> DecodeShape:
-        """The shape of a layer whose cache holds ``rows``."""
+        """Return the shape of a layer whose cache holds ``rows``."""
         return cls(rows.w_pad, heads, rows.rope_dim, query_len, page_size, dtype, sketched=rows)
 
     @classmethod
     def of_rows(cls, rows: LayerRows, heads: int, **others: Any) -> DecodeShape:
-        """The shape of a layer that caches such rows; ``others`` are the remaining fields."""
+        """Return the shape of a layer that caches such rows; ``others`` are the remaining fields."""
         if isinstance(rows, GroupRows):
             return cls.of_sketched(rows.rows, heads, **others)
         fp8_shared = rows.shared if isinstance(rows, Fp8Rows) else None
@@ -176,7 +169,7 @@ class PageTable:
 
     @classmethod
     def from_csr(cls, indptr: torch.Tensor, indices: torch.Tensor, page_size: int = 1) -> PageTable:
-        """The table in FlashInfer's form: request b has ``indices[indptr[b]:indptr[b + 1]]``. Nothing is copied.
+        """Return the table in FlashInfer's form: request b has ``indices[indptr[b]:indptr[b + 1]]``. Nothing is copied.
 
         Args:
             indptr: [batch + 1] int32.
@@ -186,7 +179,7 @@ class PageTable:
 
     @classmethod
     def from_req_to_token(cls, req_to_token: torch.Tensor, rows: torch.Tensor) -> PageTable:
-        """The table in SGLang's form: row ``rows[b]`` of ``req_to_token`` holds request b's slots at any page size.
+        """Return the table in SGLang's form: row ``rows[b]`` of ``req_to_token`` has request b's slots, a slot a token.
 
         Args:
             req_to_token: [requests, max_context] int32, contiguous.
@@ -218,11 +211,7 @@ class DecodeAttention(Protocol):
         """
 
     def run(
-        self,
-        q_latent: torch.Tensor,
-        q_rope: torch.Tensor,
-        kv_cache: torch.Tensor,
-        out: torch.Tensor | None = None,
+        self, q_latent: torch.Tensor, q_rope: torch.Tensor, kv_cache: torch.Tensor, out: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Attend, and return ``out`` [batch * query_len, heads, latent_dim], a new tensor where None is given."""
 

@@ -4,8 +4,6 @@ It takes any device and any width, and computes in float32 (float64 for float64 
 ``interface.py`` has the names, the shapes and the equation.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 
@@ -96,11 +94,7 @@ class ReferenceDecode:
         self._table, self._lengths = table, lengths
 
     def run(
-        self,
-        q_latent: torch.Tensor,
-        q_rope: torch.Tensor,
-        kv_cache: torch.Tensor,
-        out: torch.Tensor | None = None,
+        self, q_latent: torch.Tensor, q_rope: torch.Tensor, kv_cache: torch.Tensor, out: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Attend, and return ``out`` in the queries' dtype."""
         if self._table is None or self._lengths is None:

@@ -11,8 +11,6 @@ bfloat16: positions make it too sensitive for three mantissa bits. A part withou
 Plain MLA's 1,152 bytes in bf16 become 464 at w = 320 with rope 64.
 """
 
-from __future__ import annotations
-
 import torch
 
 FP8 = torch.float8_e4m3fn
@@ -28,7 +26,7 @@ def row_bytes(w: int, rope: int) -> int:
 
 
 def slice_width(size: int, rope: int) -> int:
-    """w of a row of ``size`` bytes."""
+    """Return w of a row of ``size`` bytes."""
     return size - 2 * rope - TRAILER_BYTES
 
 
@@ -52,15 +50,11 @@ def pack_rows(z: torch.Tensor, k_rope: torch.Tensor, shared: int) -> torch.Tenso
     tail = shared + 2 * k_rope.shape[-1]  # where the common part's scale begins
     zeros = own.new_zeros(*own.shape[:-1], TRAILER_BYTES - 2 * SCALE_BYTES)
     values, scale = own.split([own.shape[-1] - SCALE_BYTES, SCALE_BYTES], dim=-1)
-    return torch.cat(
-        [common[..., :shared], values, common[..., shared:tail], common[..., tail:], scale, zeros], dim=-1
-    )
+    return torch.cat([common[..., :shared], values, common[..., shared:tail], common[..., tail:], scale, zeros], dim=-1)
 
 
 def pack_common(z: torch.Tensor, k_rope: torch.Tensor) -> torch.Tensor:
-    """Pack what all groups have of a token, ``[..., r + 2 rope + 4]``, from the shared columns ``[..., r]`` and the
-    key.
-    """
+    """Pack what all groups have of a token: shared columns ``[..., r]`` and key become ``[..., r + 2 rope + 4]``."""
     values, scale = quantise(z)
     return _bytes(values, k_rope.to(torch.bfloat16), scale)
 
@@ -77,9 +71,7 @@ def _bytes(*parts: torch.Tensor) -> torch.Tensor:
 def unpack_rows(rows: torch.Tensor, rope: int, shared: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the slices ``[..., w]`` and the keys ``[..., rope]`` that rows stand for, float32."""
     w = slice_width(rows.shape[-1], rope)
-    values, key, scales, _ = rows.split(
-        [w, 2 * rope, 2 * SCALE_BYTES, TRAILER_BYTES - 2 * SCALE_BYTES], dim=-1
-    )
+    values, key, scales, _ = rows.split([w, 2 * rope, 2 * SCALE_BYTES, TRAILER_BYTES - 2 * SCALE_BYTES], dim=-1)
     wide = values.contiguous().view(FP8).to(torch.float32)
     common, own = scales.contiguous().view(torch.float32).split(1, dim=-1)
     return (
@@ -89,7 +81,7 @@ def unpack_rows(rows: torch.Tensor, rope: int, shared: int) -> tuple[torch.Tenso
 
 
 def quantise(z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """e4m3 values ``[..., n]`` and one float32 scale each ``[..., 1]`` of columns ``[..., n]``."""
+    """Return e4m3 values ``[..., n]`` and one float32 scale each ``[..., 1]`` of columns ``[..., n]``."""
     wide = z.to(torch.float32)
     if not wide.shape[-1]:
         return wide.to(FP8), wide.new_ones(*wide.shape[:-1], 1)
@@ -99,6 +91,6 @@ def quantise(z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def rounded(z: torch.Tensor, shared: int) -> torch.Tensor:
-    """Slices as a reader of the cache sees them, in their own dtype."""
+    """Return slices as a reader of the cache sees them, in their own dtype."""
     parts = [quantise(part) for part in (z[..., :shared], z[..., shared:])]
     return torch.cat([values.to(torch.float32) * scale for values, scale in parts], dim=-1).to(z.dtype)

@@ -12,8 +12,6 @@ The sender projects in float32 and encodes straight from that, so values are rou
 own are bytes from the sender's gather on.
 """
 
-from __future__ import annotations
-
 from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Protocol
@@ -27,7 +25,7 @@ from sglang_tpla.cache_rows.sketched import SketchedRows
 
 
 class LayerRows(Hashable, Protocol):
-    """The rows of one layer on one rank; equal ones are encoded alike.
+    """The rows of one layer on one rank; equal ones are encoded alike. The classes below say no more than differs.
 
     Attributes:
         width: w, latent values of a row that are attended to as values.
@@ -61,7 +59,7 @@ class LayerRows(Hashable, Protocol):
         """Return the items that one part's payload has of a token."""
 
     def part_columns(self, part: Part) -> tuple[slice, ...]:
-        """Columns of the projection that a part is made from."""
+        """Return the columns of the projection that a part is made from."""
 
     def encode(self, z: torch.Tensor, k_rope: torch.Tensor, part: Part, out: torch.Tensor) -> None:
         """Write one part of each row.
@@ -73,8 +71,26 @@ class LayerRows(Hashable, Protocol):
         """
 
 
+class _SharedFirst:
+    """What rows have in common whose projection is the slice, the columns of every group first."""
+
+    @property
+    def columns(self: LayerRows) -> int:
+        return self.width
+
+    def unsupported_reason(self) -> str | None:
+        return None
+
+    def part_items(self: LayerRows, part: Part) -> int:
+        return sum(field.size for field in self.fields(part))
+
+    def part_columns(self: LayerRows, part: Part) -> tuple[slice, ...]:
+        r = self.shared
+        return ({Part.FULL: slice(None), Part.COMMON: slice(r), Part.OWN: slice(r, None)}[part],)
+
+
 @dataclass(frozen=True)
-class PlainRows:
+class PlainRows(_SharedFirst):
     """``[w latent | rope]`` of the pool's dtype."""
 
     width: int
@@ -85,20 +101,9 @@ class PlainRows:
 
     @property
     def row_items(self) -> int:
-        """Items of a row."""
         return self.width + self.rope_dim
 
-    @property
-    def columns(self) -> int:
-        """Columns of the projection."""
-        return self.width
-
-    def unsupported_reason(self) -> str | None:
-        """Any width will do."""
-        return None
-
     def fields(self, part: Part) -> tuple[Field, ...]:
-        """See `LayerRows`."""
         end = self.row_items
         match part:
             case Part.FULL:
@@ -108,16 +113,7 @@ class PlainRows:
             case Part.OWN:
                 return side_by_side((self.shared, self.width))
 
-    def part_items(self, part: Part) -> int:
-        """See `LayerRows`."""
-        return sum(field.size for field in self.fields(part))
-
-    def part_columns(self, part: Part) -> tuple[slice, ...]:
-        """See `LayerRows`."""
-        return (_columns(self.shared, part),)
-
     def encode(self, z: torch.Tensor, k_rope: torch.Tensor, part: Part, out: torch.Tensor) -> None:
-        """See `LayerRows`."""
         width = z.shape[-1]
         out[..., :width] = z
         if part is not Part.OWN:
@@ -125,7 +121,7 @@ class PlainRows:
 
 
 @dataclass(frozen=True)
-class Fp8Rows:
+class Fp8Rows(_SharedFirst):
     """The bytes of `cache_rows.fp8`."""
 
     width: int
@@ -136,20 +132,12 @@ class Fp8Rows:
 
     @property
     def row_items(self) -> int:
-        """Bytes of a row."""
         return fp8_rows.row_bytes(self.width, self.rope_dim)
 
-    @property
-    def columns(self) -> int:
-        """Columns of the projection."""
-        return self.width
-
     def unsupported_reason(self) -> str | None:
-        """Return why a slice cannot be kept in such rows, or None."""
         return fp8_rows.unsupported_reason(self.width, self.rope_dim)
 
     def fields(self, part: Part) -> tuple[Field, ...]:
-        """See `LayerRows`."""
         scales = self.width + 2 * self.rope_dim
         middle = scales + fp8_rows.SCALE_BYTES
         match part:
@@ -162,16 +150,7 @@ class Fp8Rows:
             case _:
                 return ()
 
-    def part_items(self, part: Part) -> int:
-        """See `LayerRows`."""
-        return sum(field.size for field in self.fields(part))
-
-    def part_columns(self, part: Part) -> tuple[slice, ...]:
-        """See `LayerRows`."""
-        return (_columns(self.shared, part),)
-
     def encode(self, z: torch.Tensor, k_rope: torch.Tensor, part: Part, out: torch.Tensor) -> None:
-        """See `LayerRows`."""
         match part:
             case Part.FULL:
                 out.copy_(fp8_rows.pack_rows(z, k_rope, self.shared))
@@ -197,17 +176,14 @@ class GroupRows:
 
     @property
     def shared(self) -> int:
-        """Columns that every group keeps."""
         return self.rows.shared
 
     @property
     def rope_dim(self) -> int:
-        """Values of a rotary key."""
         return self.rows.rope_dim
 
     @property
     def row_items(self) -> int:
-        """Bytes of a row."""
         return self.rows.row_bytes
 
     @property
@@ -216,14 +192,12 @@ class GroupRows:
         return self.rows.w + self.rows.groups * self.rows.own
 
     def unsupported_reason(self) -> str | None:
-        """Return why there are no such rows, or None."""
         if not 0 <= self.group < self.rows.groups:
             return f"sketched rows of {self.rows.groups} groups have none of number {self.group}"
         return None
 
     def fields(self, part: Part) -> tuple[Field, ...]:
-        """See `LayerRows`; the common part brings every group's sketch, and a row has those of the others."""
-        match part:
+        match part:  # the common part brings every group's sketch, and a row has those of the others
             case Part.FULL:
                 return side_by_side((0, self.row_items))
             case Part.COMMON:
@@ -233,12 +207,10 @@ class GroupRows:
         return tuple(Field(to, to + size, payload) for payload, to, size in copies)
 
     def part_items(self, part: Part) -> int:
-        """See `LayerRows`."""
         rows = self.rows
         return {Part.FULL: rows.row_bytes, Part.COMMON: rows.common_bytes, Part.OWN: rows.own_bytes}[part]
 
     def part_columns(self, part: Part) -> tuple[slice, ...]:
-        """See `LayerRows`."""
         own = slice(self.rows.shared, self.rows.w)
         match part:
             case Part.FULL:
@@ -249,7 +221,6 @@ class GroupRows:
                 return (own,)
 
     def encode(self, z: torch.Tensor, k_rope: torch.Tensor, part: Part, out: torch.Tensor) -> None:
-        """See `LayerRows`."""
         rows, r = self.rows, self.rows.shared
         match part:
             case Part.FULL:
@@ -262,7 +233,7 @@ class GroupRows:
 
 
 @dataclass(frozen=True)
-class WholeRows:
+class WholeRows(_SharedFirst):
     """``[d latent | rope]`` in a pool of bytes: rows of a draft model's layer, the same on every rank."""
 
     width: int
@@ -273,41 +244,16 @@ class WholeRows:
 
     @property
     def shared(self) -> int:
-        """All of them."""
         return self.width
 
     @property
     def row_items(self) -> int:
-        """Bytes of a row."""
         return (self.width + self.rope_dim) * self.dtype.itemsize
 
-    @property
-    def columns(self) -> int:
-        """Columns of the projection, which is the identity."""
-        return self.width
-
-    def unsupported_reason(self) -> str | None:
-        """Any width will do."""
-        return None
-
     def fields(self, part: Part) -> tuple[Field, ...]:
-        """See `LayerRows`; all of it is common."""
         return () if part is Part.OWN else side_by_side((0, self.row_items))
 
-    def part_items(self, part: Part) -> int:
-        """See `LayerRows`."""
-        return 0 if part is Part.OWN else self.row_items
-
-    def part_columns(self, part: Part) -> tuple[slice, ...]:
-        """See `LayerRows`."""
-        return (_columns(self.width, part),)
-
     def encode(self, z: torch.Tensor, k_rope: torch.Tensor, part: Part, out: torch.Tensor) -> None:
-        """See `LayerRows`."""
         if part is not Part.OWN:
             row = torch.cat((z.to(self.dtype), k_rope.to(self.dtype)), dim=-1)
             out.copy_(row.contiguous().view(torch.uint8))
-
-
-def _columns(shared: int, part: Part) -> slice:
-    return {Part.FULL: slice(None), Part.COMMON: slice(shared), Part.OWN: slice(shared, None)}[part]

@@ -5,8 +5,6 @@ COMMON  the columns that every group has, the rotary key, and what goes with the
 OWN     the columns of one group
 """
 
-from __future__ import annotations
-
 import enum
 from dataclasses import dataclass
 
@@ -34,7 +32,7 @@ class Field:
 
 
 def side_by_side(*ranges: tuple[int, int]) -> tuple[Field, ...]:
-    """Fields of ranges of a row that follow each other in the payload; empty ranges are left out."""
+    """Return the fields of ranges of a row that follow each other in the payload; empty ranges are left out."""
     fields, payload = [], 0
     for start, stop in ranges:
         if start < stop:

@@ -4,8 +4,6 @@ A rounded row has one scale a token and part, so one large column would cost eve
 the rotation every column is a sum of all, and looks Gaussian.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 

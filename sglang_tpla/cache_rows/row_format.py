@@ -17,16 +17,10 @@ from sglang_tpla.cache_rows.sketched import SketchedRows
 # in the place of a dtype's name, where formats are announced
 FP8_NAME = "fp8_rows"
 SKETCHED_NAME = "sketched_rows"
-ANNOUNCED = re.compile(
-    SKETCHED_NAME + r" groups=(\d{1,4}) group=(\d{1,4}) sketch_bits=([\d*,]+) rope_bits=([\d*,]+)"
-)
+ANNOUNCED = re.compile(SKETCHED_NAME + r" groups=(\d{1,4}) group=(\d{1,4}) sketch_bits=([\d*,]+) rope_bits=([\d*,]+)")
 # behind it, where the last layers are a draft model's
 WHOLE = re.compile(r"(.+) whole_layers=([1-9]\d?) whole_dtype=(bfloat16|float16|float32)")
-SENDER_DTYPES = (
-    torch.bfloat16,
-    torch.float16,
-    torch.float32,
-)  # of a pool whose rows are sent in another format
+SENDER_DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # of a pool whose rows are sent in another format
 
 
 @dataclass(frozen=True)
@@ -37,17 +31,17 @@ class RowFormat:
 
     @classmethod
     def plain(cls, widths: Sequence[int], shared: Sequence[int], rope_dim: int) -> RowFormat:
-        """Plain rows."""
+        """Return plain rows."""
         return cls(tuple(PlainRows(w, r, rope_dim) for w, r in zip(widths, shared, strict=True)))
 
     @classmethod
     def fp8(cls, widths: Sequence[int], shared: Sequence[int], rope_dim: int) -> RowFormat:
-        """FP8 rows."""
+        """Return FP8 rows."""
         return cls(tuple(Fp8Rows(w, r, rope_dim) for w, r in zip(widths, shared, strict=True)))
 
     @classmethod
     def sketched(cls, layers: Sequence[SketchedRows], group: int) -> RowFormat:
-        """Sketched rows on a rank of one latent group."""
+        """Return sketched rows on a rank of one latent group."""
         return cls(tuple(GroupRows(rows, group) for rows in layers))
 
     @classmethod
@@ -66,9 +60,7 @@ class RowFormat:
                 or not cls.is_encoded(draft[1])
                 or any(w != latent_dim for w in (*widths[kept:], *shared[kept:]))
             ):
-                raise ValueError(
-                    f"expected {draft[2]} whole layers of {latent_dim} behind others, got {widths}"
-                )
+                raise ValueError(f"expected {draft[2]} whole layers of {latent_dim} behind others, got {widths}")
             target = cls.announced(draft[1], latent_dim, widths[:kept], shared[:kept], rope_dim)
             return target.with_whole_latents(len(widths) - kept, latent_dim, rope_dim, dtype)
         if not name.startswith(SKETCHED_NAME):
@@ -111,17 +103,12 @@ class RowFormat:
     @property
     def _bits(self) -> str:
         rows = [layer.rows for layer in self.layers if isinstance(layer, GroupRows)]
-        sketch, rope = (
-            _fold([layer.sketch_bits for layer in rows]),
-            _fold([layer.rope_bits for layer in rows]),
-        )
+        sketch, rope = (_fold([layer.sketch_bits for layer in rows]), _fold([layer.rope_bits for layer in rows]))
         return f" sketch_bits={sketch} rope_bits={rope}"
 
     @property
     def suffix(self) -> str:
-        """What the hash of a projection (`memory.projection`) says of the rows beside their widths: of sketched rows
-        all that is announced.
-        """
+        """What a projection's hash (`memory.projection`) says of sketched rows beside widths: all that is announced."""
         return f" {self.name(torch.uint8)}" if isinstance(self.layers[0], GroupRows) else ""
 
     @property
@@ -147,9 +134,7 @@ class RowFormat:
     @property
     def sketch_bits(self) -> list[int]:
         """Bits of a sketch code in each layer; empty where rows have no sketch."""
-        return [
-            rows.rows.sketch_bits for rows in self.layers if isinstance(rows, GroupRows) and rows.rows.own
-        ]
+        return [rows.rows.sketch_bits for rows in self.layers if isinstance(rows, GroupRows) and rows.rows.own]
 
     @cached_property
     def widths(self) -> tuple[int, ...]:
@@ -162,9 +147,7 @@ class RowFormat:
         return tuple(rows.shared for rows in self.layers)
 
     def sharing(self, shared: Sequence[int]) -> RowFormat:
-        """Return the same rows, so many of whose columns are those of every group; sketched rows know that by
-        themselves.
-        """
+        """Return the same rows with ``shared`` columns of every group; sketched rows know theirs by themselves."""
         if isinstance(self.layers[0], GroupRows):
             return self
         pairs = zip(self.layers, shared, strict=True)
@@ -172,9 +155,7 @@ class RowFormat:
             tuple(rows if isinstance(rows, WholeRows) else replace(rows, shared=r) for rows, r in pairs)  # type: ignore[type-var]
         )
 
-    def with_whole_latents(
-        self, layers: int, latent_dim: int, rope_dim: int, dtype: torch.dtype
-    ) -> RowFormat:
+    def with_whole_latents(self, layers: int, latent_dim: int, rope_dim: int, dtype: torch.dtype) -> RowFormat:
         """Return the same rows, with rows of whole latents for so many layers of a draft model behind them.
 
         Args:
@@ -188,16 +169,14 @@ class RowFormat:
     @cached_property
     def of_any_group(self) -> RowFormat:
         """Equal for the ranks whose common part is the same."""
-        return RowFormat(
-            tuple(replace(rows, group=0) if isinstance(rows, GroupRows) else rows for rows in self.layers)
-        )
+        return RowFormat(tuple(replace(rows, group=0) if isinstance(rows, GroupRows) else rows for rows in self.layers))
 
     def part(self, first: int, count: int) -> RowFormat:
-        """Those of ``count`` layers from the ``first`` on (by index)."""
+        """Return the rows of ``count`` layers from the ``first`` on (by index)."""
         return RowFormat(self.layers[first : first + count])
 
     def item_dtype(self, sender: torch.dtype) -> torch.dtype:
-        """Type of one item of a row, where the sender's pool has dtype ``sender``."""
+        """Return the type of one item of a row, where the sender's pool has dtype ``sender``."""
         return torch.uint8 if self.encoded else sender
 
     def part_items(self, part: Part) -> list[int]:

@@ -35,11 +35,7 @@ LARGEST_BFLOAT16 = torch.finfo(torch.bfloat16).max
 
 # Magnitudes of the Lloyd-Max quantiser for a Gaussian, as int8, the largest 127; and that largest magnitude in
 # standard deviations, which turns the root mean square of a sketch into its scale.
-LEVELS: dict[int, tuple[int, ...]] = {
-    2: (38, 127),
-    3: (14, 45, 79, 127),
-    4: (6, 18, 31, 44, 58, 75, 96, 127),
-}
+LEVELS: dict[int, tuple[int, ...]] = {2: (38, 127), 3: (14, 45, 79, 127), 4: (6, 18, 31, 44, 58, 75, 96, 127)}
 LARGEST_DEVIATION: dict[int, float] = {2: 1.5104, 3: 2.1519, 4: 2.7326}
 
 
@@ -90,16 +86,9 @@ class SketchedRows:
 
     @classmethod
     def of(
-        cls,
-        latent_dim: int,
-        groups: int,
-        shared: int,
-        rope_dim: int,
-        *,
-        sketch_bits: int = 4,
-        rope_bits: int = 16,
+        cls, latent_dim: int, groups: int, shared: int, rope_dim: int, *, sketch_bits: int = 4, rope_bits: int = 16
     ) -> SketchedRows:
-        """The rows of g groups with r shared columns; one group shares them all.
+        """Return the rows of g groups with r shared columns; one group shares them all.
 
         Raises:
             ValueError: g does not divide d - r, or the format does not hold such rows.
@@ -184,7 +173,7 @@ class SketchedRows:
         return self.own + SCALE_BYTES if self.own else 0
 
     def common_copies(self, group: int) -> tuple[tuple[int, int, int], ...]:
-        """(from, to, bytes) of each piece of the common part in a row of ``group``; its own block is left out."""
+        """Return (from, to, bytes) of each piece of the common part in a row of ``group``, without its own block."""
         sketch = self.shared + self.rope_bytes
         block, before = self.block_bytes, group * self.block_bytes
         scales = sketch + self.groups * block
@@ -199,13 +188,10 @@ class SketchedRows:
         return tuple(piece for piece in pieces if piece[2])
 
     def own_copies(self) -> tuple[tuple[int, int, int], ...]:
-        """(from, to, bytes) of each piece of a group's own part in a row."""
+        """Return (from, to, bytes) of each piece of a group's own part in a row."""
         if not self.own:
             return ()
-        return (
-            (0, self.shared, self.own),
-            (self.own, self.scales_offset + SCALE_BYTES, SCALE_BYTES),
-        )
+        return ((0, self.shared, self.own), (self.own, self.scales_offset + SCALE_BYTES, SCALE_BYTES))
 
 
 @dataclass(frozen=True)
@@ -218,14 +204,9 @@ class Unpacked:
 
 
 def pack_rows(
-    rows: SketchedRows,
-    group: int,
-    shared: torch.Tensor,
-    own: torch.Tensor,
-    sketch: torch.Tensor,
-    k_rope: torch.Tensor,
+    rows: SketchedRows, group: int, shared: torch.Tensor, own: torch.Tensor, sketch: torch.Tensor, k_rope: torch.Tensor
 ) -> torch.Tensor:
-    """Rows ``[..., row_bytes]`` uint8 of group ``group``.
+    """Return rows ``[..., row_bytes]`` uint8 of group ``group``.
 
     Args:
         shared: ``[..., r]``, rotated.
@@ -236,10 +217,8 @@ def pack_rows(
     return assemble(rows, group, encode_common(rows, shared, sketch, k_rope), encode_own(rows, own))
 
 
-def encode_common(
-    rows: SketchedRows, shared: torch.Tensor, sketch: torch.Tensor, k_rope: torch.Tensor
-) -> torch.Tensor:
-    """What all groups have of a token, ``[..., common_bytes]`` uint8; arguments as in ``pack_rows``.
+def encode_common(rows: SketchedRows, shared: torch.Tensor, sketch: torch.Tensor, k_rope: torch.Tensor) -> torch.Tensor:
+    """Return what all groups have of a token, ``[..., common_bytes]`` uint8; arguments as in ``pack_rows``.
 
     In order: shared codes, rotary key, the sketch blocks of all groups, the scales of shared, sketch and rope.
     """
@@ -254,14 +233,14 @@ def encode_common(
 
 
 def encode_own(rows: SketchedRows, own: torch.Tensor) -> torch.Tensor:
-    """What one group's rows have besides, ``[..., own_bytes]`` uint8: codes and scale of its own columns."""
+    """Return what one group's rows have besides, ``[..., own_bytes]`` uint8: codes and scale of its own columns."""
     if not rows.own:
         return own.new_empty(*own.shape[:-1], 0, dtype=torch.uint8)
     return _bytes(*quantise(own))
 
 
 def assemble(rows: SketchedRows, group: int, common: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
-    """Rows ``[..., row_bytes]`` of group ``group`` from both parts."""
+    """Return rows ``[..., row_bytes]`` of group ``group`` from both parts."""
     if not 0 <= group < rows.groups:
         raise ValueError(f"expected a group from 0 to {rows.groups - 1}, got {group}")
     out = common.new_zeros(*common.shape[:-1], rows.row_bytes)
@@ -275,7 +254,7 @@ def assemble(rows: SketchedRows, group: int, common: torch.Tensor, own: torch.Te
 
 
 def unpack_rows(rows: SketchedRows, packed: torch.Tensor) -> Unpacked:
-    """What rows ``[..., row_bytes]`` uint8 stand for; padded latent columns are zeros."""
+    """Return what rows ``[..., row_bytes]`` uint8 stand for; padded latent columns are zeros."""
     scales = packed[..., rows.scales_offset :].contiguous().view(torch.bfloat16).to(torch.float32)
     shared, own, sketch, rope = scales.split(1, dim=-1)
     codes = packed[..., : rows.w_pad].contiguous().view(torch.int8).to(torch.float32)
@@ -287,13 +266,11 @@ def unpack_rows(rows: SketchedRows, packed: torch.Tensor) -> Unpacked:
     else:
         k_rope = key.view(torch.bfloat16).to(torch.float32)
     bits = packed[..., rows.sketch_offset : rows.sketch_offset + rows.sketch_bytes]
-    return Unpacked(
-        latent, k_rope, sketch_values(unpack_bits(bits, rows.sketch_bits), sketch, rows.sketch_bits)
-    )
+    return Unpacked(latent, k_rope, sketch_values(unpack_bits(bits, rows.sketch_bits), sketch, rows.sketch_bits))
 
 
 def quantise(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """int8 codes ``[..., n]`` and a bfloat16 scale each ``[..., 1]`` of ``[..., n]``; no columns have scale 1."""
+    """Return int8 codes ``[..., n]`` and a bfloat16 scale ``[..., 1]`` of ``[..., n]``; no columns have scale 1."""
     wide = values.to(torch.float32)
     if not wide.shape[-1]:
         return wide.to(torch.int8), wide.new_ones(*wide.shape[:-1], 1, dtype=torch.bfloat16)
@@ -304,13 +281,13 @@ def quantise(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def round_up_bfloat16(values: torch.Tensor) -> torch.Tensor:
-    """The least bfloat16 values, as float32, that are not below positive float32 ``values``."""
+    """Return the least bfloat16 values, as float32, that are not below positive float32 ``values``."""
     bits = values.contiguous().view(torch.int32)
     return ((bits + 0xFFFF) & ~0xFFFF).view(torch.float32)
 
 
 def quantise_sketch(values: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes ``[..., m]`` uint8, one a column, and one bfloat16 scale ``[..., 1]`` of columns ``[..., m]``."""
+    """Return codes ``[..., m]`` uint8, one a column, and one bfloat16 scale ``[..., 1]`` of columns ``[..., m]``."""
     wide = values.to(torch.float32)
     if not wide.shape[-1]:
         return wide.to(torch.uint8), wide.new_ones(*wide.shape[:-1], 1, dtype=torch.bfloat16)
@@ -327,34 +304,32 @@ def quantise_sketch(values: torch.Tensor, bits: int) -> tuple[torch.Tensor, torc
 
 
 def sketch_values(codes: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:
-    """What sketch codes ``[..., m]`` with scales ``[..., 1]`` stand for, float32."""
+    """Return what sketch codes ``[..., m]`` with scales ``[..., 1]`` stand for, float32."""
     return level_table(bits).to(codes.device, torch.float32)[codes.to(torch.int64)] * scale.to(torch.float32)
 
 
 @functools.lru_cache(maxsize=8)
 def level_table(bits: int) -> torch.Tensor:
-    """The int8 level of every code, ``[2 ** bits]``: what a kernel looks codes up in."""
+    """Return the int8 level of every code, ``[2 ** bits]``: what a kernel looks codes up in."""
     positive = torch.tensor(LEVELS[bits], dtype=torch.int8, device="cpu")
     return torch.cat([positive, -positive])
 
 
 @functools.lru_cache(maxsize=64)
 def midpoints(bits: int, device: torch.device) -> torch.Tensor:
-    """Where one magnitude ends and the next begins, in units of the scale; a midpoint belongs to the larger one."""
+    """Return where one magnitude ends and the larger one begins, which has the midpoint, in units of the scale."""
     levels = torch.tensor(LEVELS[bits], dtype=torch.float32, device="cpu")
     return ((levels[1:] + levels[:-1]) / 2).to(device)
 
 
 @functools.lru_cache(maxsize=64)
 def _constant(values: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    """uint8 ``[values]``, made once a device: copying it there each time would wait for the host, and a CUDA graph
-    cannot record it.
-    """
+    """Return uint8 ``[values]``, made once a device: a copy waits for the host, and no CUDA graph can record it."""
     return torch.tensor(values, dtype=torch.uint8, device=device)
 
 
 def pack_bits(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """The little-endian bit stream ``[..., m * bits / 8]`` uint8 of codes ``[..., m]``; m * bits is a multiple of 8."""
+    """Return codes ``[..., m]`` as a little-endian bit stream ``[..., m * bits / 8]`` uint8 of whole bytes."""
     lead = codes.shape[:-1]
     places = _constant(tuple(range(bits)), codes.device)
     stream = ((codes[..., None] >> places) & 1).reshape(*lead, codes.shape[-1] * bits // 8, 8)
@@ -363,7 +338,7 @@ def pack_bits(codes: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def unpack_bits(packed: torch.Tensor, bits: int) -> torch.Tensor:
-    """The codes ``[..., m]`` uint8 of a bit stream ``[..., m * bits / 8]``."""
+    """Return the codes ``[..., m]`` uint8 of a bit stream ``[..., m * bits / 8]``."""
     lead = packed.shape[:-1]
     eight = _constant(tuple(range(8)), packed.device)
     stream = ((packed[..., None] >> eight) & 1).reshape(*lead, packed.shape[-1] * 8 // bits, bits)

@@ -1,10 +1,8 @@
 """``python -m sglang_tpla.calibrate``: make the artifact that a TPLA decode server loads."""
 
-from __future__ import annotations
-
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -12,8 +10,8 @@ import torch
 from sglang_tpla.artifact.artifact import Artifact, ArtifactError
 from sglang_tpla.attention.backends import BACKENDS
 from sglang_tpla.cache_rows.sketched import ROPE_BITS, SKETCH_BITS
-from sglang_tpla.calibrate import pipeline as run
-from sglang_tpla.calibrate.layout_search import Point, Search, point_maps, search, table
+from sglang_tpla.calibrate import pipeline
+from sglang_tpla.calibrate.layout_search import Point, Search, each, point_maps, search, table
 from sglang_tpla.calibrate.learn_layer import LearnPlan
 from sglang_tpla.calibrate.learn_model import learn_model
 from sglang_tpla.calibrate.sketch_layout import sketched_rows, usual_rows
@@ -43,9 +41,7 @@ ERRORS = (ArtifactError, CheckpointError, CorpusError, StatisticsError, Transfor
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     text = argparse.ArgumentParser(prog="python -m sglang_tpla.calibrate", description=__doc__)
-    text.add_argument(
-        "--model-path", required=True, help="checkpoint directory with config.json and safetensors"
-    )
+    text.add_argument("--model-path", required=True, help="checkpoint directory with config.json and safetensors")
     text.add_argument("--out", required=True, type=Path, help="artifact file to write")
     text.add_argument("--groups", type=int, default=2, help="latent groups g (default 2)")
     text.add_argument(
@@ -55,9 +51,7 @@ def parser() -> argparse.ArgumentParser:
         help="default: shared. learned lowers the KL of plain and FP8 rows by a quarter to a half, in minutes a "
         "layer; sketched rows lose nothing but rounding and have no use for it",
     )
-    text.add_argument(
-        "--key-map", default="regression", choices=("regression", "scalar"), help="scalar: the paper's"
-    )
+    text.add_argument("--key-map", default="regression", choices=("regression", "scalar"), help="scalar: the paper's")
     text.add_argument(
         "--rows",
         choices=("sketched", "plain", "fp8"),
@@ -71,11 +65,7 @@ def parser() -> argparse.ArgumentParser:
         "the sketch would be noisy)",
     )
     text.add_argument(
-        "--own-bits",
-        type=int,
-        default=8,
-        choices=(8,),
-        help="bits of a rank's own columns in sketched rows (int8)",
+        "--own-bits", type=int, default=8, choices=(8,), help="bits of a rank's own columns in sketched rows (int8)"
     )
     text.add_argument(
         "--sketch-bits",
@@ -105,14 +95,9 @@ def parser() -> argparse.ArgumentParser:
         type=int,
         help=f"tokens of the error report; 0 for none (default {HELD_OUT_TOKENS}, or what there is)",
     )
+    text.add_argument("--prompt-tokens", type=int, default=512, help="exact prompt of the report (default 512)")
     text.add_argument(
-        "--prompt-tokens", type=int, default=512, help="exact prompt of the report (default 512)"
-    )
-    text.add_argument(
-        "--continuation-tokens",
-        type=int,
-        default=512,
-        help="tokens decoded through TPLA after it (default 512)",
+        "--continuation-tokens", type=int, default=512, help="tokens decoded through TPLA after it (default 512)"
     )
     text.add_argument("--seed", type=int, default=0, help="decides the split and the order of the text")
     for name, what in (
@@ -121,17 +106,11 @@ def parser() -> argparse.ArgumentParser:
         ("queries", "queries a sequence and step"),
     ):
         default = getattr(LearnPlan, name)
-        text.add_argument(
-            f"--learn-{name}", type=int, default=default, help=f"{what} of learned (default {default})"
-        )
+        text.add_argument(f"--learn-{name}", type=int, default=default, help=f"{what} of learned (default {default})")
     text.add_argument(
-        "--refit-values",
-        action="store_true",
-        help="refit the value maps in closed form given the probabilities",
+        "--refit-values", action="store_true", help="refit the value maps in closed form given the probabilities"
     )
-    text.add_argument(
-        "--max-kl", type=float, help="choose the cheapest layout within this KL a token (needs --ranks)"
-    )
+    text.add_argument("--max-kl", type=float, help="choose the cheapest layout within this KL a token (needs --ranks)")
     text.add_argument("--ranks", type=int, help="tensor-parallel ranks of the decode server, for --max-kl")
     text.add_argument(
         "--attention-backend",
@@ -150,9 +129,7 @@ def parser() -> argparse.ArgumentParser:
         "of the checkpoint only kv_b_proj is read, and there is no error report",
     )
     text.add_argument(
-        "--one-layer-at-a-time",
-        action="store_true",
-        help="hold one layer's weights, for models that do not fit",
+        "--one-layer-at-a-time", action="store_true", help="hold one layer's weights, for models that do not fit"
     )
     text.add_argument("--device", default="cpu", help="torch device (default cpu)")
     text.add_argument("--quiet", action="store_true", help="no progress bars")
@@ -182,18 +159,18 @@ def make(arguments: argparse.Namespace) -> Artifact:
     rows = row_choice(arguments)
     shared_dims = arguments.shared_dims
     if shared_dims is None:
-        shared_dims = run.default_shared_dims(transform, spec.latent_dim, groups)
-    run.check_settings(transform, groups, shared_dims, spec)
+        shared_dims = pipeline.default_shared_dims(transform, spec.latent_dim, groups)
+    pipeline.check_settings(transform, groups, shared_dims, spec)
     bits = arguments.sketch_bits or 4
     if rows == "sketched" and arguments.shared_dims is not None:
         # refused before any text is read
         sketched_rows(spec.latent_dim, spec.rope_dim, groups, shared_dims, bits, arguments.rope_bits or 16)
 
     def sketched() -> Artifact:
-        costs = run.layer_costs(statistics, checkpoint)
+        costs = pipeline.layer_costs(statistics, checkpoint)
         asked = arguments.sketch_bits, arguments.rope_bits, arguments.shared_dims
         layout = usual_rows(costs, spec.rope_dim, groups, *asked)
-        return run.sketched_form(statistics, spec, costs, layout)
+        return pipeline.sketched_form(statistics, spec, costs, layout)
 
     closed = "shared" if transform == "learned" else transform
     if arguments.max_kl is not None and arguments.ranks is None:
@@ -209,7 +186,7 @@ def make(arguments: argparse.Namespace) -> Artifact:
         statistics = combine([Statistics.load(path) for path in arguments.from_stats])
         if rows == "sketched":
             return sketched()
-        return run.closed_form(statistics, checkpoint, closed, groups, shared_dims, arguments.key_map)
+        return pipeline.closed_form(statistics, checkpoint, closed, groups, shared_dims, arguments.key_map)
     plan = TextPlan(
         corpus=tuple(arguments.corpus),
         seed=arguments.seed,
@@ -227,12 +204,11 @@ def make(arguments: argparse.Namespace) -> Artifact:
     if arguments.save_stats is not None:
         statistics.save(arguments.save_stats)
     if arguments.max_kl is not None:
-        pick = choose_sketched if rows == "sketched" else choose
-        artifact = pick(arguments, model, statistics, text.calibration, text.held_out, plan.prompt_tokens)
+        artifact = choose(arguments, model, statistics, text.calibration, text.held_out, plan.prompt_tokens, rows)
     elif rows == "sketched":
         artifact = sketched()
     else:
-        artifact = run.closed_form(statistics, checkpoint, closed, groups, shared_dims, arguments.key_map)
+        artifact = pipeline.closed_form(statistics, checkpoint, closed, groups, shared_dims, arguments.key_map)
     if transform == "learned" or arguments.refit_values:
         steps = arguments.learn_steps if transform == "learned" else 0
         artifact, _ = learn_model(
@@ -255,7 +231,7 @@ def make(arguments: argparse.Namespace) -> Artifact:
         maps = model_maps(artifact, model)
         if rows == "fp8":
             maps = cached_maps(maps, "fp8", artifact.meta.shared_dims)
-        artifact, _ = run.with_report(
+        artifact, _ = pipeline.with_report(
             artifact, model, text.held_out, plan.prompt_tokens, show_progress=show, maps=maps
         )
     return artifact
@@ -263,9 +239,7 @@ def make(arguments: argparse.Namespace) -> Artifact:
 
 def row_choice(arguments: argparse.Namespace) -> str:
     """Return the row format that was asked for, or the default: sketched wherever its maps are those of ``shared``."""
-    simple = (
-        arguments.transform == "shared" and arguments.key_map == "regression" and not arguments.refit_values
-    )
+    simple = arguments.transform == "shared" and arguments.key_map == "regression" and not arguments.refit_values
     if arguments.rows is None:
         return "sketched" if simple and arguments.groups > 1 else "plain"
     if arguments.rows == "sketched" and not simple:
@@ -283,73 +257,42 @@ def choose(
     tokens: torch.Tensor,
     held_out: torch.Tensor,
     prompt_tokens: int,
+    rows: str,
 ) -> Artifact:
     """Make the cheapest layout within the bound, and print what was looked at; TransformError where none keeps it."""
-    backend = next(entry for entry in BACKENDS if entry.name == arguments.attention_backend)
-    wanted = Search(arguments.ranks or 0, arguments.max_kl, backend.has_width)
 
     def tell(line: str) -> None:
         if not arguments.quiet:
             print(line, file=sys.stderr)
 
-    points, chosen = search(model, statistics, tokens[:_CHOICE_SEQUENCES], prompt_tokens, wanted, tell)
+    if rows == "sketched":
+        wanted = Search(arguments.ranks or 0, arguments.max_kl, lambda width: True)
+        bits = SKETCH_BITS if arguments.sketch_bits is None else (arguments.sketch_bits,)
+        keys = ROPE_BITS if arguments.rope_bits is None else (arguments.rope_bits,)
+        looked_at = SketchedSearch(bits, keys, arguments.shared_dims)
+        costs = pipeline.layer_costs(statistics, model.checkpoint)
+        some = tokens[:_SKETCHED_CHOICE_SEQUENCES]
+        points = search_sketched(model, costs, some, prompt_tokens, wanted, looked_at, tell)
+    else:
+        backend = next(entry for entry in BACKENDS if entry.name == arguments.attention_backend)
+        wanted = Search(arguments.ranks or 0, arguments.max_kl, backend.has_width)
+        points = search(model, statistics, tokens[:_CHOICE_SEQUENCES], prompt_tokens, wanted, tell)
 
-    def make_point(point: Point) -> Artifact:
+    def artifact_of(point: Point) -> Artifact:
+        if point.rows:
+            return pipeline.sketched_form(statistics, model.spec, costs, point.rows)
         maps = point_maps(model, statistics, point.groups, point.shared_dims)
-        return run.package(maps, list(point.shared_dims), statistics, model.spec, "shared")
+        return pipeline.package(maps, list(point.shared_dims), statistics, model.spec, "shared")
 
-    return _cheapest(points, chosen, wanted, make_point, model, held_out, prompt_tokens)
-
-
-def choose_sketched(
-    arguments: argparse.Namespace,
-    model: PlainModel,
-    statistics: Statistics,
-    tokens: torch.Tensor,
-    held_out: torch.Tensor,
-    prompt_tokens: int,
-) -> Artifact:
-    """Do the same as `choose` for sketched rows."""
-    wanted = Search(arguments.ranks or 0, arguments.max_kl, lambda width: True)
-    bits = SKETCH_BITS if arguments.sketch_bits is None else (arguments.sketch_bits,)
-    keys = ROPE_BITS if arguments.rope_bits is None else (arguments.rope_bits,)
-    looked_at = SketchedSearch(bits, keys, arguments.shared_dims)
-
-    def tell(line: str) -> None:
-        if not arguments.quiet:
-            print(line, file=sys.stderr)
-
-    some = tokens[:_SKETCHED_CHOICE_SEQUENCES]
-    costs = run.layer_costs(statistics, model.checkpoint)
-    points = search_sketched(model, costs, some, prompt_tokens, wanted, looked_at, tell)
-    chosen = next((point for point in points if point.groups > 1 and point.kl <= wanted.max_kl), None)
-
-    def make_point(point: Point) -> Artifact:
-        return run.sketched_form(statistics, model.spec, costs, point.rows)
-
-    return _cheapest(points, chosen, wanted, make_point, model, held_out, prompt_tokens)
-
-
-def _cheapest(
-    points: Sequence[Point],
-    chosen: Point | None,
-    wanted: Search,
-    make_point: Callable[[Point], Artifact],
-    model: PlainModel,
-    held_out: torch.Tensor,
-    prompt_tokens: int,
-) -> Artifact:
-    spec = model.spec
-    bytes_mla = 2 * spec.layers * (spec.latent_dim + spec.rope_dim)
-    for point in points:
-        if point.kl > wanted.max_kl or point.groups == 1:
-            continue
-        artifact = make_point(point)
+    bytes_mla = 2 * model.spec.layers * (model.spec.latent_dim + model.spec.rope_dim)
+    within = [point for point in points if point.groups > 1 and point.kl <= wanted.max_kl]
+    for point in within:
+        artifact = artifact_of(point)
         # the bound is promised on text that neither the maps nor the choice have seen
         if not len(held_out) or _held_out_kl(artifact, model, held_out, prompt_tokens) <= wanted.max_kl:
             print(table(points, point, bytes_mla))
             return artifact
-    print(table(points, chosen, bytes_mla))
+    print(table(points, within[0] if within else None, bytes_mla))
     best = min(points, key=lambda point: point.kl)
     raise TransformError(
         f"no layout over {wanted.ranks} ranks keeps KL within {wanted.max_kl}; the best looked at has "
@@ -365,10 +308,7 @@ def _held_out_kl(artifact: Artifact, model: PlainModel, held_out: torch.Tensor, 
 def summary(artifact: Artifact) -> str:
     """Describe the artifact and its distance from plain MLA in a few lines."""
     meta = artifact.meta
-    if meta.sketched:
-        lines = [sketched_summary(artifact)]
-    else:
-        lines = [plain_summary(artifact)]
+    lines = [sketched_summary(artifact) if meta.sketched else plain_summary(artifact)]
     lines.append(f"calibrated on {meta.calibrated_tokens} tokens of {meta.corpus} (seed {meta.seed})")
     report = meta.error_report
     if report is not None:
@@ -386,10 +326,6 @@ def sketched_summary(artifact: Artifact) -> str:
     rows = [meta.rows(layer) for layer in range(meta.num_layers)]
     mean = sum(layer.row_bytes for layer in rows) / len(rows)
     share = mean / (2 * (meta.latent_dim + meta.rope_dim))
-
-    def each(values: list[int]) -> str:
-        return "/".join(map(str, values if len(set(values)) > 1 else values[:1]))
-
     return (
         f"{meta.model_name}: sketched rows, g = {meta.groups}, {each([layer.shared for layer in rows])} shared and "
         f"{each([layer.own for layer in rows])} own columns at 8 bits, the other groups' at "

@@ -1,13 +1,11 @@
 """Choose a layout: the fewest cached values a token and rank that keep KL under a bound.
 
-For every g that divides the ranks, ``shared`` maps are made for a grid of r. Each layer's KL with only that layer
-sliced is measured for every (g, r); since the layers' KL nearly add up, a greedy walk from the narrowest widths that
-always widens the layer that buys most KL per value gives layouts with a width per layer, exact layers (w = d) among
-them. Uniform layouts and the walk's are then measured whole, and the cheapest within the bound is taken. Choices are
-made on calibration text; the artifact's report is on held-out text as always.
+The search makes ``shared`` maps for every g that divides the ranks and for a grid of r, and measures each layer's KL
+with only that layer sliced. The layers' KL nearly add up, so a greedy walk gives layouts with a width for each layer,
+exact layers (w = d) among them: it starts at the narrowest widths, and each step widens the layer that buys most KL a
+value. Uniform layouts and the walk's layouts are then measured whole, and the cheapest within the bound is taken.
+Choices are made on calibration text; the artifact's report is on held-out text as always.
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,6 +19,11 @@ from sglang_tpla.config import slice_width
 from sglang_tpla.measure.decode_error import measure
 from sglang_tpla.measure.statistics import Statistics
 from sglang_tpla.reference_model.forward import LayerMaps, PlainModel
+
+
+def each(values: Sequence[int]) -> str:
+    """Return each layer's number, or the one number of all layers."""
+    return "/".join(map(str, values if len(set(values)) > 1 else values[:1]))
 
 
 @dataclass(frozen=True)
@@ -40,17 +43,11 @@ class Point:
     @property
     def label(self) -> str:
         """The layers' differences in words: widths, or shared columns and sketch bits."""
-
-        def each(values: Sequence[int]) -> str:
-            return "/".join(map(str, values if len(set(values)) > 1 else values[:1]))
-
         if not self.rows:
             return each(self.widths)
         if self.groups == 1:
             return f"plain MLA in 8-bit rows (no artifact needed){self._key}"
-        return (
-            f"r {each(self.shared_dims)}, bits {each([layer.sketch_bits for layer in self.rows])}{self._key}"
-        )
+        return f"r {each(self.shared_dims)}, bits {each([layer.sketch_bits for layer in self.rows])}{self._key}"
 
     @property
     def _key(self) -> str:
@@ -112,16 +109,12 @@ def search(
     prompt_tokens: int,
     wanted: Search,
     progress: Callable[[str], None] = lambda _: None,
-) -> tuple[list[Point], Point | None]:
-    """Return every layout that was measured, the cheapest first, and the cheapest within the bound (None: only plain
-    MLA is).
-    """
+) -> list[Point]:
+    """Return every layout that was measured, the cheapest first."""
     points: list[Point] = []
     for groups in wanted.group_counts():
         points += _search_groups(model, statistics, tokens, prompt_tokens, wanted, groups, progress)
-    points.sort(key=lambda point: (point.bytes_per_token, point.kl))
-    within = [point for point in points if point.kl <= wanted.max_kl]
-    return points, within[0] if within else None
+    return sorted(points, key=lambda point: (point.bytes_per_token, point.kl))
 
 
 def _search_groups(
@@ -138,8 +131,7 @@ def _search_groups(
     maps = {shared: point_maps(model, statistics, groups, [shared] * spec.layers) for shared in choices}
     widths = [slice_width(spec.latent_dim, groups, shared) for shared in choices]
 
-    def whole(picks: Sequence[Sequence[int]]) -> list[float]:
-        candidates = [[maps[choices[c]][layer] for layer, c in enumerate(pick)] for pick in picks]
+    def kl_of(candidates: Sequence[Sequence[LayerMaps | None]]) -> list[float]:
         found = measure(model, tokens, candidates, prompt_tokens)
         return [errors.kl.double().mean().item() for errors in found]
 
@@ -147,16 +139,13 @@ def _search_groups(
     alone: list[list[float]] = []
     for layer in range(spec.layers):
         progress(f"g = {groups}: layer {layer + 1} of {spec.layers}")
-        candidates: list[list[LayerMaps | None]] = [
-            [maps[shared][index] if index == layer else None for index in range(spec.layers)]
-            for shared in choices
-        ]
-        found = measure(model, tokens, candidates, prompt_tokens)
-        alone.append([errors.kl.double().mean().item() for errors in found])
+        others: list[LayerMaps | None] = [None] * spec.layers
+        alone.append(kl_of([[*others[:layer], maps[shared][layer], *others[layer + 1 :]] for shared in choices]))
     picks = [[c] * spec.layers for c in range(len(choices))]
     picks += [pick for pick in widening_walk(alone, widths) if pick not in picks]
     picks = near_the_bound(picks, alone, wanted.max_kl)
     progress(f"g = {groups}: {len(picks)} layouts")
+    found = kl_of([[maps[choices[c]][layer] for layer, c in enumerate(pick)] for pick in picks])
     return [
         Point(
             groups,
@@ -165,7 +154,7 @@ def _search_groups(
             2 * sum(widths[c] + spec.rope_dim for c in pick),
             kl,
         )
-        for pick, kl in zip(picks, whole(picks), strict=True)
+        for pick, kl in zip(picks, found, strict=True)
     ]
 
 
@@ -206,31 +195,19 @@ def near_the_bound(
     return uniform + mixed[: max(most - len(uniform), 4)]
 
 
-def point_maps(
-    model: PlainModel, statistics: Statistics, groups: int, shared_dims: Sequence[int]
-) -> list[Maps]:
+def point_maps(model: PlainModel, statistics: Statistics, groups: int, shared_dims: Sequence[int]) -> list[Maps]:
     """Make ``shared`` maps (float32, on the model's device) with an r per layer."""
     layers: list[Maps] = []
     for layer, shared in enumerate(shared_dims):
         w_uk = key_weights(model.checkpoint, layer)
         made = layer_maps("shared", statistics.layers[layer], w_uk, groups, shared, statistics.meta.seed)
-        layers.append(
-            [
-                (
-                    z.to(model.device, model.dtype),
-                    a.to(model.device, model.dtype),
-                    b.to(model.device, model.dtype),
-                )
-                for z, a, b in made
-            ]
-        )
+        where = model.device, model.dtype
+        layers.append([(z.to(*where), a.to(*where), b.to(*where)) for z, a, b in made])
     return layers
 
 
 def table(points: Sequence[Point], chosen: Point | None, bytes_mla: int) -> str:
-    """Return the frontier as text. Layouts that are beaten on both counts are left out, except for plain MLA, for
-    comparison.
-    """
+    """Return the frontier as text, without layouts that another one beats on both counts, and with plain MLA."""
     lines = [f"{'g':>3} {'bytes a token and rank':>23} {'of MLA':>7} {'KL a token':>11}  layout"]
     best = float("inf")
     for point in points:

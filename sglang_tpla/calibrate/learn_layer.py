@@ -1,17 +1,15 @@
 """Transform ``learned``: maps optimised layer by layer on the layer's own output error.
 
-Starts from ``shared``. For each layer, Adam minimises the squared error of the attention's output (after W_O)
-over sampled queries of the calibration text, with exact inputs; no other weight is touched and nothing is
-propagated between layers. Parameters live in whitened coordinates, where every direction of the latent has
-the same variance, so that one step size suits them all:
+The maps start as those of ``shared``. For each layer, Adam minimises the squared error of the attention's output (after
+W_O) over sampled queries of the calibration text, with exact inputs. It touches no other weight, and no error passes
+from layer to layer. Parameters live in whitened coordinates, where every direction of the latent has the same variance,
+so that one step size suits them all:
 
     Z_i = C^-1/2 [S | R_i],   A_i = A'_i C^1/2,   B_i = B'_i C^1/2
 
-S is one tensor for all groups: the shared columns stay the same bits. ``learned_run`` strings the layers
-together and resumes.
+S is one tensor for all groups, so the shared columns stay the same bits. `learn_model` runs layer after layer, and
+resumes.
 """
-
-from __future__ import annotations
 
 import math
 from collections.abc import Callable
@@ -21,13 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from sglang_tpla.calibrate.transforms import Maps, TransformError
-from sglang_tpla.measure.layer_inputs import (
-    Batch,
-    LayerData,
-    exact_context,
-    head_outputs,
-    sliced_slices,
-)
+from sglang_tpla.measure.layer_inputs import Batch, LayerData, exact_context, head_outputs, sliced_slices
 from sglang_tpla.reference_model.forward import Attention
 
 _VARIANCE_FLOOR = 1e-8
@@ -35,12 +27,12 @@ _VARIANCE_FLOOR = 1e-8
 
 @dataclass(frozen=True)
 class LearnPlan:
-    """How long and on what.
+    """The steps and the batches of learning.
 
-    ``rate`` is Adam's peak step size for a layer whose relative squared error is 1e-3; others get it times
-    the square root of their error's ratio to that, since that is how far their maps are from the best. Layers
-    differ in how much of it they bear: each of ``trial_scales`` times it is tried for ``trial_steps``, and the
-    best goes the whole way. A layer below ``good_enough`` is left as it is. ``queries`` count a sequence.
+    ``rate`` is Adam's peak step size for a layer whose relative squared error is 1e-3. Another layer's step size is
+    that times the square root of the ratio of their errors, since that is how far its maps are from the best. Layers
+    differ in the step size that they bear: each of ``trial_scales`` times it is tried for ``trial_steps``, and the best
+    goes the whole way. A layer below ``good_enough`` is left as it is. ``queries`` is a number for each sequence.
     """
 
     steps: int = 400
@@ -60,9 +52,7 @@ class LearnPlan:
         least = {"steps": 0, "sequences": 1, "queries": 1, "first_query": 0, "trial_steps": 1}
         for name, low in least.items():
             if getattr(self, name) < low:
-                raise TransformError(
-                    f"expected {name} of learning to be at least {low}, got {getattr(self, name)}"
-                )
+                raise TransformError(f"expected {name} of learning to be at least {low}, got {getattr(self, name)}")
         if not self.trial_scales or min(self.rate, self.highest_rate, *self.trial_scales) <= 0:
             raise TransformError(
                 f"expected rate, highest_rate and trial_scales (one or more) of learning above 0, got {self.rate}, "

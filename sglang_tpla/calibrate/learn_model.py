@@ -1,11 +1,9 @@
 """Learn the maps of a whole model, one layer after the other, resumable at every layer.
 
-Finished layers lie in a folder named after everything that decides the result (model, text, starting maps,
-plan), so a killed run goes on where it was, ends with the same bits, and never mixes two settings. The folder
-goes when the artifact is made.
+Finished layers lie in a folder named after everything that decides the result (model, text, starting maps, plan), so a
+killed run goes on where it was, ends with the same bits, and never mixes two settings. The folder is removed when the
+artifact is made.
 """
-
-from __future__ import annotations
 
 import hashlib
 import shutil
@@ -81,9 +79,7 @@ def learn_model(
                 initial = [start.maps(layer, group) for group in range(start.meta.groups)]
                 shared = start.meta.shared_dims[layer]
                 covariance = statistics.layers[layer].covariance
-                learned = learn_layer(
-                    attention, data, initial, shared, covariance, plan, layer, progress=bar.update
-                )
+                learned = learn_layer(attention, data, initial, shared, covariance, plan, layer, progress=bar.update)
                 maps = learned.maps
                 if refit:
                     maps = _refit(attention, data, maps, plan, layer)
@@ -105,8 +101,7 @@ def _refit(attention: Attention, data: LayerData, maps: Maps, plan: LearnPlan, l
     generator = torch.Generator().manual_seed((plan.seed + _REFIT_SEED) * 1000003 + layer)
     first = min(plan.first_query, data.latent.shape[1] - 1)
     batches = [
-        data.sample(attention, generator, sequences=2, queries=plan.queries, first_query=first)
-        for _ in range(32)
+        data.sample(attention, generator, sequences=2, queries=plan.queries, first_query=first) for _ in range(32)
     ]
     return refit_values(attention, batches, maps, iterations=10)[0]
 
@@ -134,11 +129,7 @@ def _load(path: Path, layer: int, groups: int) -> tuple[Maps, LayerNote]:
         with safe_open(path, framework="pt") as handle:
             note = msgspec.json.decode((handle.metadata() or {}).get("note", ""), type=LayerNote)
             maps: Maps = [
-                (
-                    handle.get_tensor(f"{group}.Z"),
-                    handle.get_tensor(f"{group}.A"),
-                    handle.get_tensor(f"{group}.B"),
-                )
+                (handle.get_tensor(f"{group}.Z"), handle.get_tensor(f"{group}.A"), handle.get_tensor(f"{group}.B"))
                 for group in range(groups)
             ]
     except (SafetensorError, OSError, msgspec.MsgspecError) as error:

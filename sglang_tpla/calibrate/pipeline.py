@@ -1,7 +1,5 @@
 """From second moments to an artifact: the steps of the calibration command as functions."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -24,12 +22,12 @@ from sglang_tpla.reference_model.spec import ModelSpec
 
 
 def key_weights(checkpoint: Checkpoint, layer: int) -> torch.Tensor:
-    """Key half of a layer's kv_b_proj, [H, n, d] float32, reading no other weight."""
+    """Return the key half of a layer's kv_b_proj, [H, n, d] float32, reading no other weight."""
     return layer_weights(checkpoint, layer).key
 
 
 def layer_weights(checkpoint: Checkpoint, layer: int) -> LayerWeights:
-    """Both halves of a layer's kv_b_proj, float32, reading no other weight."""
+    """Return both halves of a layer's kv_b_proj, float32, reading no other weight."""
     spec = ModelSpec.from_config(checkpoint.config)
     kv_b = checkpoint.tensor(checkpoint.layer_name(layer, "self_attn.kv_b_proj.weight"))
     heads = kv_b.view(spec.heads, spec.nope_dim + spec.value_dim, spec.latent_dim)
@@ -44,7 +42,7 @@ def closed_form(
     shared_dims: int,
     key_map: str = "regression",
 ) -> Artifact:
-    """An artifact from second moments and kv_b_proj alone.
+    """Return an artifact from second moments and kv_b_proj alone.
 
     Raises:
         TransformError: settings that give no transform.
@@ -61,22 +59,19 @@ def closed_form(
 
 
 def layer_costs(statistics: Statistics, checkpoint: Checkpoint) -> list[LayerCosts]:
-    """What rounding costs in every layer, from second moments and kv_b_proj alone.
+    """Return what rounding costs in every layer, from second moments and kv_b_proj alone.
 
     Raises:
         StatisticsError: moments of another model.
     """
     check_statistics(statistics, checkpoint)
-    return [
-        LayerCosts.of(moments, layer_weights(checkpoint, layer))
-        for layer, moments in enumerate(statistics.layers)
-    ]
+    return [LayerCosts.of(moments, layer_weights(checkpoint, layer)) for layer, moments in enumerate(statistics.layers)]
 
 
 def sketched_form(
     statistics: Statistics, spec: ModelSpec, costs: Sequence[LayerCosts], rows: Sequence[SketchedRows]
 ) -> Artifact:
-    """An artifact of sketched rows, sized layer by layer, from what rounding costs in every layer.
+    """Return an artifact of sketched rows, sized layer by layer, from what rounding costs in every layer.
 
     Raises:
         TransformError: layers that do not share groups and the rotary key's bits, or rows of another model.
@@ -135,7 +130,7 @@ def check_statistics(statistics: Statistics, checkpoint: Checkpoint) -> None:
 def package(
     maps: list[Maps], shared_dims: list[int], statistics: Statistics, spec: ModelSpec, transform: str
 ) -> Artifact:
-    """Maps of every layer with their provenance, without an error report yet."""
+    """Return maps of every layer with their provenance, without an error report yet."""
     meta = msgspec.structs.replace(
         _provenance(statistics, spec, transform, len(maps[0])),
         shared_dims=tuple(shared_dims),
@@ -145,7 +140,7 @@ def package(
 
 
 def _provenance(statistics: Statistics, spec: ModelSpec, transform: str, groups: int) -> ArtifactMeta:
-    """Metadata of plain rows whose layers have no widths yet."""
+    """Return metadata of plain rows whose layers have no widths yet."""
     source = statistics.meta
     return ArtifactMeta(
         format_version=FORMAT_VERSION,
@@ -193,7 +188,7 @@ def with_report(
     show_progress: bool,
     maps: Sequence[LayerMaps] | None = None,
 ) -> tuple[Artifact, DecodeErrors]:
-    """The artifact with its decode error on held-out text [sequences, length], and the errors themselves.
+    """Return the artifact with its decode error on held-out text [sequences, length], and the errors themselves.
 
     Args:
         maps: what is measured where that is not the artifact's maps as they are (rows of another precision).
@@ -206,5 +201,5 @@ def with_report(
 
 
 def default_shared_dims(transform: str, latent_dim: int, groups: int) -> int:
-    """r when none is given: a quarter of the latent where dims are shared at all, else none."""
+    """Return r when none is given: a quarter of the latent where dims are shared at all, else none."""
     return latent_dim // 4 if transform in ("shared", "learned") and groups > 1 else 0

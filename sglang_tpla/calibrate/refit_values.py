@@ -9,8 +9,6 @@ directions that the text says nothing about where they were. Shapes: M queries, 
 latent dims.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -1,7 +1,7 @@
-"""What the rounding of a layer's sketched rows costs, from its second moments: the ground on which layouts are chosen.
+"""The cost of rounding a layer's sketched rows, from the layer's second moments. Layouts are chosen by it.
 
-An error of the latent is counted in squared nats of a score. Measured on three small models, a mean of 0.001 costs
-some 0.0003 nats of KL a token, whichever part of a row it comes from.
+An error of the latent is counted in squared nats of a score. On three small models, a mean of 0.001 squared nats cost
+some 0.0003 nats of KL a token, whichever part of a row it came from.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ class LayerWeights:
 
 @dataclass(frozen=True)
 class LayerCosts:
-    """What an error of a layer's columns costs, in squared nats of a score.
+    """The costs of errors of a layer's columns, in squared nats of a score.
 
     Args:
         basis: columns of mean square 1, in order of score energy.
-        in_scores: of errors that scores see, diagonal, [d, d].
-        in_both: of errors that scores and values see, [d, d].
+        in_scores: cost of errors that scores alone see, diagonal, [d, d].
+        in_both: cost of errors that scores and values see, [d, d].
     """
 
     basis: Basis
@@ -48,7 +48,7 @@ class LayerCosts:
 
     @classmethod
     def of(cls, moments: LayerMoments, weights: LayerWeights) -> LayerCosts:
-        """The costs from a layer's statistics, float64."""
+        """Return the costs from a layer's statistics, float64."""
         queries = moments.absorbed_queries(weights.key) * weights.scale**2
         basis = score_basis(moments.latent_outer / max(moments.latent_count, 1), queries)
         value = weights.value.double()
@@ -58,7 +58,7 @@ class LayerCosts:
         return cls(basis, in_scores, in_scores + in_values)
 
     def sketch(self, rows: SketchedRows) -> float:
-        """What the sketch adds to the variance of a score."""
+        """Return what the sketch adds to the variance of a score."""
         if not rows.own:
             return 0.0
         left = self.in_scores.diagonal()[rows.shared :].clamp_min(0).sqrt().sum().item()
@@ -66,7 +66,7 @@ class LayerCosts:
         return others * DISTORTION[rows.sketch_bits] * left**2 / (rows.latent_dim - rows.shared)
 
     def columns(self, rows: SketchedRows) -> float:
-        """What the rounding of shared and own columns to 8 bits costs."""
+        """Return what the rounding of shared and own columns to 8 bits costs."""
         parts = [list(range(rows.shared)), *own_columns(rows)]
         return INT8_DISTORTION * sum(self._part(picked) for picked in parts if picked)
 
@@ -76,5 +76,5 @@ class LayerCosts:
 
 
 def own_columns(rows: SketchedRows) -> list[list[int]]:
-    """The own columns of each group, dealt out in turn."""
+    """Return the own columns of each group, dealt out in turn."""
     return [list(range(rows.shared + group, rows.latent_dim, rows.groups)) for group in range(rows.groups)]

@@ -1,14 +1,13 @@
-"""Sizes of sketched rows: which the format holds, and which to take when none are given.
+"""Sizes of sketched rows: those that the format holds, and those that calibration takes when none are given.
 
-How many columns want 8 bits on every rank, and how fine a sketch the others need, differs from model to model, and the
-statistics tell: they give what each part's rounding costs (``rounding_cost``). Where a quarter of the columns shared
-leaves the sketch little noise, that is the layout, in every layer; or, where other shares and bits layer by layer cost
-far less at about as many bytes, those. Where the sketch is noisy (a tight latent, sharp attention), bytes are better
-spent on shared columns than on the second byte of the rotary key's values, whose rounding to 8 bits costs less than
-the sketch does.
+Models differ in how many columns need 8 bits on every rank and in how fine a sketch the others need. The statistics
+show both, because they give the cost of each part's rounding (`rounding_cost`), and there are three cases:
+
+* A quarter of the columns shared leaves the sketch little noise: every layer has that layout.
+* The same, but other shares and bits layer by layer cost far less at about as many bytes: each layer has its own.
+* The sketch is noisy (a tight latent, sharp attention): the rotary key has 8 bits, which cost less than the sketch
+  does, and the bytes that this saves are spent on shared columns.
 """
-
-from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -20,32 +19,28 @@ from sglang_tpla.calibrate.transforms import TransformError
 
 QUIET = 1e-3  # square nats of a score: some 0.0002 to 0.0003 nats of KL a token on three small models
 _ROPE_BITS, _SKETCH_BITS = 16, 4
-_WORTH_LAYERS = 0.72  # of what the usual rows cost: for less than that gain, layers that are alike are better
+_WORTH_LAYERS = 0.72  # of the usual rows' cost: rows by layer must cost less than this share to be taken
 
 
 def sketched_rows(
     latent_dim: int, rope_dim: int, groups: int, shared_dims: int, sketch_bits: int, rope_bits: int
 ) -> SketchedRows:
-    """The rows of these settings.
+    """Return the rows of these settings.
 
     Raises:
         TransformError: the format does not hold them; the message says which shared dims it does hold.
     """
     try:
-        return SketchedRows.of(
-            latent_dim, groups, shared_dims, rope_dim, sketch_bits=sketch_bits, rope_bits=rope_bits
-        )
+        return SketchedRows.of(latent_dim, groups, shared_dims, rope_dim, sketch_bits=sketch_bits, rope_bits=rope_bits)
     except ValueError as error:
-        near = sorted(
-            shared_choices(latent_dim, groups, sketch_bits), key=lambda choice: abs(choice - shared_dims)
-        )[:3]
+        near = sorted(shared_choices(latent_dim, groups, sketch_bits), key=lambda choice: abs(choice - shared_dims))[:3]
         raise TransformError(
             f"{error}; the nearest --shared-dims that {groups} groups hold are {sorted(near) or 'none'}"
         ) from error
 
 
 def shared_choices(latent_dim: int, groups: int, sketch_bits: int = 4) -> list[int]:
-    """Every r that g groups of sketched rows hold, ascending; d (all columns shared) is the last."""
+    """Return every r that g groups of sketched rows hold, ascending; d (all columns shared) is the last."""
     return [
         shared
         for shared in range(latent_dim + 1)
@@ -54,14 +49,14 @@ def shared_choices(latent_dim: int, groups: int, sketch_bits: int = 4) -> list[i
 
 
 def default_shared(latent_dim: int, groups: int, sketch_bits: int = 4) -> int:
-    """r of a quiet model when none is given: a quarter of the latent but 64 at most."""
+    """Return r of a quiet model when none is given: a quarter of the latent but 64 at most."""
     if groups == 1:
         return latent_dim
     return nearest_shared(latent_dim, groups, min(latent_dim // 4, 64), sketch_bits)
 
 
 def nearest_shared(latent_dim: int, groups: int, wanted: int, sketch_bits: int = 4) -> int:
-    """The r nearest to the one wanted that the format holds.
+    """Return the r nearest to the one wanted that the format holds.
 
     Whole bytes at every number of bits are preferred: blocks of a multiple of eight columns.
     """
@@ -79,10 +74,10 @@ def usual_rows(
     rope_bits: int | None = None,
     shared_dims: int | None = None,
 ) -> list[SketchedRows]:
-    """The rows of every layer at these settings, what is None chosen.
+    """Return the rows of every layer at these settings, and choose what is None.
 
-    Where a quarter shared is noisy, the rotary key has 8 bits and what that saves is spent on shared columns, up to
-    three quarters. Who asks for 8 bits wants few bytes and gets three eighths shared.
+    Where a quarter shared is noisy, the rotary key has 8 bits, and the bytes that this saves are spent on shared
+    columns, up to three quarters of all. A user who asks for 8 bits wants few bytes and gets three eighths shared.
 
     Raises:
         TransformError: the format does not hold them.
@@ -111,14 +106,14 @@ def usual_rows(
 
 
 def sketch_noise(costs: Sequence[LayerCosts], rows: SketchedRows) -> float:
-    """The variance that a sketch's rounding adds to a score, mean over layers."""
+    """Return the variance that a sketch's rounding adds to a score, mean over layers."""
     return sum(layer.sketch(rows) for layer in costs) / len(costs)
 
 
 def _by_layer(costs: Sequence[LayerCosts], usual: SketchedRows) -> list[SketchedRows]:
-    """Rows that lower what rounding costs most for their bytes, layer by layer; the usual ones where that is little.
+    """Return the rows that lower rounding's cost most for their bytes, layer by layer; the usual ones for a small gain.
 
-    An error of an early layer passes the experts' routing of every later one: it counts for each.
+    An early layer's error passes the experts' routing of every later layer, so it counts once for each of them.
     """
     layers = [usual] * len(costs)
     if usual.groups == 1:
@@ -126,9 +121,7 @@ def _by_layer(costs: Sequence[LayerCosts], usual: SketchedRows) -> list[Sketched
     weighted = [(len(costs) - index, layer) for index, layer in enumerate(costs)]
     choices = _even_rows(usual)
     sizes = sorted({rows.row_bytes for rows in choices})
-    columns = {
-        rows.shared: [layer.columns(rows) for layer in costs] for rows in choices
-    }  # the same at any bits
+    columns = {rows.shared: [layer.columns(rows) for layer in costs] for rows in choices}  # the same at any bits
 
     def best(index: int, size: int) -> tuple[float, SketchedRows]:
         weight, layer = weighted[index]
@@ -151,7 +144,7 @@ def _by_layer(costs: Sequence[LayerCosts], usual: SketchedRows) -> list[Sketched
 
 
 def _even_rows(usual: SketchedRows) -> list[SketchedRows]:
-    """Rows whose blocks are multiples of eight columns, with r a multiple of a sixteenth of d."""
+    """Return rows whose blocks are multiples of eight columns, with r a multiple of a sixteenth of d."""
     d, groups = usual.latent_dim, usual.groups
     return [
         replace(usual, shared=shared, own=(d - shared) // groups, sketch_bits=bits)
@@ -162,16 +155,17 @@ def _even_rows(usual: SketchedRows) -> list[SketchedRows]:
 
 
 def _most_bytes(usual: SketchedRows) -> float:
-    """Bytes of a row, mean over layers, that rows by layer may have: a fiftieth of plain MLA's more than they need.
+    """Return the most bytes, mean over layers, that a row chosen by layer may have.
 
-    But no more than 56, 52 and 50 hundredths of plain MLA's at two, four and eight groups, unless they need them.
+    The usual rows' bytes bound them, with a fiftieth of plain MLA's added, and 56, 52 and 50 hundredths of plain MLA's
+    at two, four and eight groups; the usual rows' own bytes are always allowed.
     """
     mla = 2 * (usual.latent_dim + usual.rope_dim)
     return max(min(usual.bare_bytes + mla / 50, mla * (0.48 + 0.16 / usual.groups)), usual.bare_bytes)
 
 
 def _filled(rows: SketchedRows) -> SketchedRows:
-    """Those of as many bytes that share most: what would be padding is put to use."""
+    """Return the rows of no more bytes that share most columns: what would be padding is put to use."""
     for shared in range(rows.latent_dim - 1, rows.shared, -1):
         own = (rows.latent_dim - shared) // rows.groups
         if own % 8 == 0 and shared + rows.groups * own == rows.latent_dim:

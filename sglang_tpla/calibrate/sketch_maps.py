@@ -1,25 +1,23 @@
 """Closed-form maps of sketched rows of one layer, from its second moments.
 
-t = c U with U the score-energy basis (``transforms.score_basis``) of the latent's second moment, so that every column
-has mean square 1; the first r columns are shared, the others are dealt out in turn. (Not of its covariance: a mean
-costs resolution like anything else, and this way most of it lies in the shared columns.) A part of a row is rounded
-with one scale a token, so a part x = t W R is weighted by a symmetric W first and rotated then, which spreads its
-energy and its rounding evenly over its columns. Where an error of t costs E (a matrix), x's costs
-tr(W^2) tr(E W^-2), least at W = E^(1/4).
+The latent c is turned into t = c U, where U is the score-energy basis (`transforms.score_basis`) of the latent's second
+moment, so that every column of t has mean square 1. The first r columns are shared, and the others are dealt out in
+turn. The second moment stands in place of the covariance because a mean, too, costs resolution, and this way most of
+it lies in the shared columns. A row rounds each part with one scale a token. A part x = t W R is therefore weighted by
+a symmetric W and then rotated by R, which spreads its energy and its rounding evenly over its columns. Where an error
+of t costs E (a matrix), an error of x costs tr(W^2) tr(E W^-2), which is least at W = E^(1/4).
 
-* The sketch takes part in scores alone: E is what queries make of t, diagonal in this basis.
-* The 8-bit columns take part in scores and values. Of a head that attends with probabilities p, an error of the score
-  costs sum p^2 |v - o|^2 and one of the values sum p^2 times its square, so that E is the score's part times the
-  values' spread |v - o|^2, plus the values' part. Of their spread over all tokens ``ATTENDED_SPREAD`` is counted, as
-  the tokens that one query attends to are less far from each other than any two.
+* The sketch takes part in scores alone: E is the queries' second moment, diagonal in this basis.
+* The 8-bit columns take part in scores and values. A head attends with probabilities p: an error of its score costs
+  sum p^2 |v - o|^2, and an error of its values costs sum p^2 times the error's square, so E is the scores' part times
+  the values' spread |v - o|^2, plus the values' part. ``ATTENDED_SPREAD`` of the spread over all tokens is counted,
+  because the tokens that one query attends to lie nearer to each other than any two tokens do.
 
-The maps back are exact, so all that is lost is rounding:
+The maps back are exact, so rounding is the only loss:
 
     key map   A_i = [shared^-1; own_i^-1; sketch_j^-1 for j != i]: c = [z_i | sketch] A_i but for rounding
     value map B_i = [shared^-1 / g; own_i^-1]: the groups' values add up to c
 """
-
-from __future__ import annotations
 
 import torch
 
@@ -33,11 +31,11 @@ _LEAST_COST = 1e-12  # of the largest: a direction that costs nothing keeps a fi
 
 
 def layer_sketched_maps(costs: LayerCosts, rows: SketchedRows) -> SketchedMaps:
-    """Maps of one layer, float64, in rows of these sizes."""
+    """Return maps of one layer, float64, in rows of these sizes."""
     basis = costs.basis
 
     def part(cost: torch.Tensor, picked: list[int]) -> Basis:
-        """The columns ``picked``, weighted by what their rounding costs, and rotated."""
+        """Return the columns ``picked``, weighted by what their rounding costs, and rotated."""
         weight, unweight = _fourth_root(cost[picked][:, picked])
         turn = rotation(len(picked))
         return Basis(basis.forward[:, picked] @ weight @ turn, turn.T @ unweight @ basis.inverse[picked])
@@ -51,9 +49,7 @@ def layer_sketched_maps(costs: LayerCosts, rows: SketchedRows) -> SketchedMaps:
         z=[torch.cat([kept.forward, one.forward], 1) for one in own],
         sketch=torch.cat([block.forward for block in sketch], 1),
         a=[
-            torch.cat(
-                [kept.inverse, one.inverse, *(block.inverse for j, block in enumerate(sketch) if j != i)]
-            )
+            torch.cat([kept.inverse, one.inverse, *(block.inverse for j, block in enumerate(sketch) if j != i)])
             for i, one in enumerate(own)
         ],
         b=[torch.cat([kept.inverse / rows.groups, one.inverse]) for one in own],
@@ -61,7 +57,7 @@ def layer_sketched_maps(costs: LayerCosts, rows: SketchedRows) -> SketchedMaps:
 
 
 def _fourth_root(cost: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The fourth root of a symmetric matrix and that root's inverse."""
+    """Return the fourth root of a symmetric matrix and that root's inverse."""
     if not len(cost):
         return cost, cost
     values, vectors = torch.linalg.eigh((cost + cost.T) / 2)

@@ -1,13 +1,12 @@
 """Choose a layout of sketched rows: the fewest bytes a token and rank that keep KL under a bound.
 
-For every g that divides the ranks and for rotary keys of 16 and of 8 bits, each layer's KL with only that layer in
-sketched rows is measured for every pair of r shared columns and b sketch bits that is worth its bytes. The layers' KL
-nearly add up, so a greedy walk from the smallest rows, which always enlarges the layer that buys most KL a byte, gives
-layouts layer by layer. Uniform layouts and those of the walk near the bound are then measured whole. One group (plain
-MLA with an 8-bit cache, which needs no artifact) is measured beside them: it is what g > 1 has to beat.
+The search runs for every g that divides the ranks, with rotary keys of 16 and of 8 bits. It measures each layer's KL
+with only that layer in sketched rows, for every pair of r shared columns and b sketch bits that is worth its bytes. The
+layers' KL nearly add up, so a greedy walk gives layouts layer by layer: it starts at the smallest rows, and each step
+enlarges the layer that buys most KL a byte. Uniform layouts and the walk's layouts near the bound are then measured
+whole. One group (plain MLA with an 8-bit cache, which needs no artifact) is measured beside them, because g > 1 has to
+beat it.
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,19 +21,18 @@ from sglang_tpla.calibrate.sketch_maps import layer_sketched_maps
 from sglang_tpla.calibrate.transforms import TransformError
 from sglang_tpla.measure.decode_error import measure
 from sglang_tpla.reference_model.forward import LayerMaps, PlainModel
-from sglang_tpla.reference_model.sketched_layer import SketchedMaps
 
-# r as shares of d that are looked at, by the bits of the rotary key: what 8 save may be spent on shared columns
+# r as shares of d that are looked at, by the rotary key's bits: the bytes that 8 bits save may go to shared columns
 _SHARES = {16: (0.125, 0.25, 0.375), 8: (0.25, 0.5, 0.75)}
 
 
 @dataclass(frozen=True)
 class SketchedSearch:
-    """What may be chosen, besides what ``Search`` says of ranks and bound.
+    """The sketched rows that may be chosen; `Search` has the ranks and the bound.
 
     Args:
         bits: sketch bits that are looked at.
-        rope_bits: the rotary key's that are looked at, the same in every layer of a layout.
+        rope_bits: bits of the rotary key that are looked at, the same in every layer of a layout.
         shared: the one r that is looked at, or None for a few shares of d.
     """
 
@@ -43,7 +41,7 @@ class SketchedSearch:
     shared: int | None = None
 
     def choices(self, latent_dim: int, rope_dim: int, groups: int, rope_bits: int) -> list[SketchedRows]:
-        """Rows by size, ascending; of equal size, the one with more bits, then with more shared columns."""
+        """Return rows by size, ascending; of one size, those with most bits, then with most shared columns."""
         found: dict[int, SketchedRows] = {}
         for bits in self.bits:
             held = shared_choices(latent_dim, groups, bits)
@@ -51,9 +49,7 @@ class SketchedSearch:
                 if not held:
                     continue
                 shared = min(held, key=lambda choice, share=share: abs(choice - share * latent_dim))  # type: ignore[misc]
-                rows = SketchedRows.of(
-                    latent_dim, groups, shared, rope_dim, sketch_bits=bits, rope_bits=rope_bits
-                )
+                rows = SketchedRows.of(latent_dim, groups, shared, rope_dim, sketch_bits=bits, rope_bits=rope_bits)
                 best = found.get(rows.row_bytes)
                 if best is None or (rows.sketch_bits, rows.shared) > (best.sketch_bits, best.shared):
                     found[rows.row_bytes] = rows
@@ -69,7 +65,7 @@ def search_sketched(
     looked_at: SketchedSearch,
     progress: Callable[[str], None] = lambda _: None,
 ) -> list[Point]:
-    """Every layout measured, the fewest bytes first; those of one group are for comparison.
+    """Return every layout measured, the fewest bytes first; those of one group are for comparison.
 
     Raises:
         TransformError: no number of groups has rows that the format holds.
@@ -99,12 +95,10 @@ def _search_groups(
     progress: Callable[[str], None],
 ) -> list[Point]:
     spec = model.spec
-    choices = looked_at.choices(spec.latent_dim, spec.rope_dim, groups, rope_bits)[
-        : 1 if groups == 1 else None
-    ]
+    choices = looked_at.choices(spec.latent_dim, spec.rope_dim, groups, rope_bits)[: 1 if groups == 1 else None]
     if not choices:
         return []
-    maps = [[sketched_point_maps(model, layer, rows) for layer in costs] for rows in choices]
+    maps = [[layer_sketched_maps(layer, rows).to(model.device, model.dtype) for layer in costs] for rows in choices]
 
     def kl_of(candidates: Sequence[Sequence[LayerMaps | None]]) -> list[float]:
         found = measure(model, tokens, candidates, prompt_tokens)
@@ -133,14 +127,3 @@ def _search_groups(
         )
         for pick, kl in zip(picks, found, strict=True)
     ]
-
-
-def sketched_point_maps(model: PlainModel, costs: LayerCosts, rows: SketchedRows) -> SketchedMaps:
-    """Maps of one layer on the model's device, in its precision."""
-    made = layer_sketched_maps(costs, rows)
-
-    def placed(parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        return [part.to(model.device, model.dtype) for part in parts]
-
-    (sketch,) = placed([made.sketch])
-    return SketchedMaps(rows, placed(made.z), sketch, placed(made.a), placed(made.b))

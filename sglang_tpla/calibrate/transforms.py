@@ -14,8 +14,6 @@ group keeps the first r, and the rest goes out in blocks). Settings out of range
 not exist, raise `TransformError`.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch
@@ -136,9 +134,7 @@ def deal(latent_dim: int, groups: int, shared_dims: int) -> list[list[int]]:
     return [list(range(shared_dims)) + block for block in blocks]
 
 
-def maps_from_basis(
-    basis: Basis, covariance: torch.Tensor, columns: list[list[int]], shared_dims: int
-) -> Maps:
+def maps_from_basis(basis: Basis, covariance: torch.Tensor, columns: list[list[int]], shared_dims: int) -> Maps:
     """Make the maps of each group from its basis columns; short groups are padded with zero columns."""
     groups = len(columns)
     width = max(map(len, columns))

@@ -5,8 +5,6 @@ With two live servers: ``--stock-url U --tpla-url V`` compares their log-probabi
 With either, ``--task-tokens 1024 2048`` also counts the questions that are answered about facts planted in documents.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Sequence
@@ -46,24 +44,17 @@ def parser() -> argparse.ArgumentParser:
     text.add_argument("--model-path", help="checkpoint directory")
     text.add_argument("--artifact", type=Path, help="artifact to measure")
     text.add_argument("--corpus", nargs="+", default=[], metavar="PATH", help="default: Python's library")
-    text.add_argument(
-        "--seed", type=int, help="split of the text (default: the artifact's, so it was held out)"
-    )
+    text.add_argument("--seed", type=int, help="split of the text (default: the artifact's, so it was held out)")
     text.add_argument(
         "--tokens", type=int, help=f"decoded tokens measured (default {HELD_OUT_TOKENS}, or what there is)"
     )
     text.add_argument("--prompt-tokens", type=int, default=512)
     text.add_argument("--continuation-tokens", type=int, default=512)
     text.add_argument(
-        "--long-tokens",
-        type=int,
-        default=128,
-        help="follow the model's own answers this far, up to 4096; 0: not",
+        "--long-tokens", type=int, default=128, help="follow the model's own answers this far, up to 4096; 0: not"
     )
     text.add_argument("--long-answers", type=int, default=4, help="how many of them (default 4)")
-    text.add_argument(
-        "--needle-tokens", type=int, nargs="*", default=[], help="retrieval prompts: 1024 2048 ..."
-    )
+    text.add_argument("--needle-tokens", type=int, nargs="*", default=[], help="retrieval prompts: 1024 2048 ...")
     text.add_argument("--needle-cases", type=int, default=4, help="needles for each length and depth")
     text.add_argument(
         "--task-tokens",
@@ -74,10 +65,7 @@ def parser() -> argparse.ArgumentParser:
         help="lengths of documents with planted facts and questions: 1024 2048 4096 ...",
     )
     text.add_argument(
-        "--task-documents",
-        type=int,
-        default=8,
-        help="such documents of each length, kinds in turn (default 8)",
+        "--task-documents", type=int, default=8, help="such documents of each length, kinds in turn (default 8)"
     )
     text.add_argument(
         "--no-paper", action="store_true", help="leave out the paper's recipe, which is measured side by side"
@@ -186,17 +174,13 @@ def cache_bytes(meta: ArtifactMeta, cache_dtype: str) -> int:
 def _paper(model: PlainModel, plan: TextPlan, groups: int, quiet: bool) -> list[LayerMaps]:
     """Make maps by the paper's recipe, from moments over a little calibration text."""
     count = -(-PAPER_TOKENS // plan.length)
-    text = read_text(
-        replace(plan, calibration_tokens=count * plan.length, held_out_tokens=0), model.checkpoint
-    )
+    text = read_text(replace(plan, calibration_tokens=count * plan.length, held_out_tokens=0), model.checkpoint)
     return paper_layers(model, collect_statistics(model, text, plan.seed, show_progress=not quiet), groups)
 
 
 def _filler_lines(plan: TextPlan) -> list[str]:
     return [
-        line
-        for document in Corpus.from_paths(plan.corpus).split(plan.seed)[1]
-        for line in document.text.splitlines()
+        line for document in Corpus.from_paths(plan.corpus).split(plan.seed)[1] for line in document.text.splitlines()
     ]
 
 
@@ -210,9 +194,7 @@ def _recall(
     if not arguments.task_tokens:
         return ()
     tokenizer = load_tokenizer(model.checkpoint.path)
-    cases = documents(
-        tokenizer, _filler_lines(plan), arguments.task_tokens, arguments.task_documents, plan.seed
-    )
+    cases = documents(tokenizer, _filler_lines(plan), arguments.task_tokens, arguments.task_documents, plan.seed)
     methods = {"the artifact": maps} if paper is None else {"the paper's recipe": paper, "the artifact": maps}
     with tqdm(total=len(cases), desc="tasks", unit="document", disable=arguments.quiet) as bar:
         return tuple(recall(model, methods, cases, bar.update))
@@ -234,20 +216,13 @@ def positions(errors: DecodeErrors, bins: int = 16) -> tuple[Bin, ...]:
 
 
 def _layers(
-    model: PlainModel,
-    maps: list[LayerMaps],
-    tokens: torch.Tensor,
-    artifact: Artifact,
-    prompt_tokens: int,
-    quiet: bool,
+    model: PlainModel, maps: list[LayerMaps], tokens: torch.Tensor, artifact: Artifact, prompt_tokens: int, quiet: bool
 ) -> tuple[LayerRow, ...]:
     some = tokens[:4]
     with tqdm(total=some.numel(), desc="layer by layer", unit="tok", disable=quiet) as bar:
         alone = kl_alone(model, maps, some, prompt_tokens, bar.update)
     return tuple(
-        LayerRow(
-            error.layer, artifact.meta.widths[error.layer], error.output, error.heads, alone[error.layer]
-        )
+        LayerRow(error.layer, artifact.meta.widths[error.layer], error.output, error.heads, alone[error.layer])
         for error in layer_errors(model, maps, some, prompt_tokens)
     )
 
@@ -328,11 +303,7 @@ def _endpoints(arguments: argparse.Namespace) -> int:
         raise CorpusError("expected held-out documents of 2,000 characters or more, found none")
     with tqdm(total=len(prompts), desc="prompts", disable=arguments.quiet) as bar:
         found = compare_endpoints(
-            arguments.stock_url,
-            arguments.tpla_url,
-            prompts,
-            new_tokens=arguments.new_tokens,
-            progress=bar.update,
+            arguments.stock_url, arguments.tpla_url, prompts, new_tokens=arguments.new_tokens, progress=bar.update
         )
     kl = torch.tensor([value for comparison in found for value in comparison.kl], dtype=torch.float64)
     result = {

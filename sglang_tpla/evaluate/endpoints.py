@@ -6,8 +6,6 @@ ends the comparison of that prompt. KL is estimated over the stock server's top 
 what is left over as one more outcome, so it is a lower bound that more ``top_tokens`` tighten.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -61,9 +59,7 @@ def compare_endpoints(
     results = []
     with httpx.Client(timeout=timeout_s) as client:
         for prompt in prompts:
-            stock, tpla = (
-                _steps(client, url, prompt, new_tokens, top_tokens) for url in (stock_url, tpla_url)
-            )
+            stock, tpla = (_steps(client, url, prompt, new_tokens, top_tokens) for url in (stock_url, tpla_url))
             results.append(compare_steps(stock, tpla))
             progress(1)
     return results
@@ -94,9 +90,7 @@ def partial_kl(reference: dict[int, float], found: dict[int, float]) -> float:
     return max(total + rest_p * math.log(rest_p / rest_q), 0.0)
 
 
-def ask(
-    client: httpx.Client, url: str, body: dict[str, Any], new_tokens: int, **sampling: object
-) -> dict[str, Any]:
+def ask(client: httpx.Client, url: str, body: dict[str, Any], new_tokens: int, **sampling: object) -> dict[str, Any]:
     """Have a server answer greedily, with log-probabilities. Return the answer's ``meta_info``.
 
     Raises:
@@ -119,9 +113,7 @@ def ask(
 
 def unusable(url: str, error: Exception) -> EndpointError:
     """Return the error for an answer that lacks what was asked for."""
-    return EndpointError(
-        f"{url} answered without usable log-probabilities ({error!r}); expected SGLang's /generate"
-    )
+    return EndpointError(f"{url} answered without usable log-probabilities ({error!r}); expected SGLang's /generate")
 
 
 def _steps(client: httpx.Client, url: str, prompt: str, new_tokens: int, top_tokens: int) -> list[Step]:

@@ -6,8 +6,6 @@ agree on the greedy token, TPLA would have written the same; the first disagreem
 answer departs.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 

@@ -5,22 +5,13 @@ inputs. ``kl_alone``: the KL a token when only one layer decodes through slices 
 sum over layers is close to the whole, so it says where width would be best spent.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from sglang_tpla.measure.decode_error import measure
-from sglang_tpla.measure.layer_inputs import (
-    Batch,
-    LayerData,
-    exact_context,
-    head_outputs,
-    sliced_slices,
-    walk,
-)
+from sglang_tpla.measure.layer_inputs import Batch, LayerData, exact_context, head_outputs, sliced_slices, walk
 from sglang_tpla.reference_model.forward import Attention, LayerMaps, PlainModel
 from sglang_tpla.reference_model.sketched_layer import SketchedMaps
 

@@ -5,8 +5,6 @@ forcing through each method. Between two live deployments every question is a re
 questions and answers before it, answered greedily.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable, Mapping, Sequence
 
@@ -90,9 +88,7 @@ def recall(
 
 
 def tally(results: Sequence[tuple[TaskDocument, Mapping[str, Sequence[Sequence[bool]]]]]) -> list[RecallRow]:
-    """Count by length, kind and method whether each token of each answer is the most likely one. PLAIN is one of the
-    methods.
-    """
+    """Count by length, kind and method (PLAIN is one) whether each token of each answer is the most likely one."""
     sums: dict[tuple[int, str, str], list[int]] = {}
     for document, found in results:
         plain = [all(answer) for answer in found[PLAIN]]

@@ -11,8 +11,6 @@ Needles are few and far between, the others many and alike. The prompt, up to ``
 questions and answers are decoded, so that every look-up happens in decode.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -121,9 +119,7 @@ def _wording(
         case _:
             facts = ["TABLE = {", *(f'    "{name}": "{value}",' for name, value in pairs), "}"]
             questions = [f'assert TABLE["{names[index]}"] == "' for index in asked]
-    return facts, [
-        (question, f'{values[index]}"\n') for question, index in zip(questions, asked, strict=True)
-    ]
+    return facts, [(question, f'{values[index]}"\n') for question, index in zip(questions, asked, strict=True)]
 
 
 def _names(rng: random.Random, count: int) -> list[str]:

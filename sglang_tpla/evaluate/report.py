@@ -1,7 +1,5 @@
 """The evaluation's JSON and its one-page HTML with plots."""
 
-from __future__ import annotations
-
 import base64
 import html
 import io

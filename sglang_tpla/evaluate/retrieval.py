@@ -6,8 +6,6 @@ The prompt is exact; only the answer is decoded through slices, which is where a
 needle. Plain MLA's own success is reported beside, since a small model may not retrieve at all.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

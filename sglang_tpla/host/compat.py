@@ -5,8 +5,6 @@ two supported ones, if ``SGLANG_TPLA_ALLOW_UNKNOWN_HOST`` lets it start, gets it
 (``patches/ledger.toml``) has the hooked targets of each release; ``docs/upgrading.md`` lists the differences.
 """
 
-from __future__ import annotations
-
 import contextlib
 import inspect
 import os
@@ -18,7 +16,7 @@ DEEPGEMM_BMM = ("SGL_USE_DEEPGEMM_BMM", "SGLANG_USE_DEEPGEMM_BMM")
 
 
 def resolved(args: Any) -> Any:
-    """The server arguments as SGLang resolved them.
+    """Return the server arguments as SGLang resolved them.
 
     SGLang up to 0.5.18 rewrites the record itself; later releases leave it raw and show their decisions in a view.
     """
@@ -35,13 +33,13 @@ def is_resolved(args: Any) -> bool:
 
 
 def default_of(kind: type, name: str) -> Any:
-    """The value of an argument that nobody gave to a ``ServerArgs``; None where the release has no such argument."""
+    """Return a ``ServerArgs`` argument's value where nobody gave one; None where the release has no such argument."""
     found = inspect.signature(kind).parameters.get(name)
     return None if found is None else found.default
 
 
 def model_config(args: Any) -> Any:
-    """SGLang's ModelConfig of a server's arguments."""
+    """Return SGLang's ModelConfig of a server's arguments."""
     if hasattr(args, "get_model_config"):
         return args.get_model_config()
     from sglang.srt.arg_groups.model_override_base import model_config_of
@@ -50,7 +48,7 @@ def model_config(args: Any) -> Any:
 
 
 def decode_backend_name(args: Any) -> str:
-    """The attention backend that computes decode steps, as SGLang resolved it."""
+    """Return the attention backend that computes decode steps, as SGLang resolved it."""
     if hasattr(args, "get_attention_backends"):
         return str(args.get_attention_backends()[1])
     from sglang.srt.arg_groups.model_override_base import attention_backends_of
@@ -59,14 +57,14 @@ def decode_backend_name(args: Any) -> str:
 
 
 def attention_groups(args: Any) -> int:
-    """The number of attention groups (data-parallel attention), before or after resolution; 1 without them."""
+    """Return the number of attention groups (data-parallel attention), before or after resolution; 1 without them."""
     if getattr(args, "enable_dp_attention", False):  # 0.5.23 turns this older pair of flags into attn_dp_size
         return int(args.dp_size)
     return int(getattr(args, "attn_dp_size", None) or 1)
 
 
 def attention_groups_flag(args: Any) -> str:
-    """The flag by which a server was asked for attention groups."""
+    """Return the flag by which a server was asked for attention groups."""
     return "--enable-dp-attention" if getattr(args, "enable_dp_attention", False) else "--attn-dp-size"
 
 
@@ -78,7 +76,7 @@ def cpu_has_attention_groups() -> bool:
 
 
 def data_parallel_ranks(args: Any) -> int:
-    """The number of replicas or attention groups among which a server's requests are dealt out."""
+    """Return the number of replicas or attention groups among which a server's requests are dealt out."""
     replicas = max(1, int(args.dp_size))
     return replicas if getattr(args, "enable_dp_attention", False) else replicas * attention_groups(args)
 
@@ -116,7 +114,7 @@ def attention_rank(rank: int, size: int) -> Iterator[None]:
 
 
 def attention_share() -> dict[str, Any]:
-    """The arguments of SGLang's linear layers for the share of this attention rank."""
+    """Return the arguments of SGLang's linear layers for the share of this attention rank."""
     from sglang.srt.layers import linear
     from sglang.srt.runtime_context import get_parallel
 
@@ -136,7 +134,7 @@ def speculates(args: Any | None) -> bool:
 
 
 def factory_backends(factory: Any) -> dict[str, str]:
-    """The attention backends "prefill" and "decode" between which SGLang's ``DraftBackendFactory`` chooses.
+    """Return the attention backends "prefill" and "decode" between which SGLang's ``DraftBackendFactory`` chooses.
 
     The factory holds the server's arguments up to 0.5.17, and reads the process's settings later.
     """
@@ -152,7 +150,7 @@ def factory_backends(factory: Any) -> dict[str, str]:
 
 
 def reads_until_replay_ends() -> Any:
-    """SGLang's constant for a backend whose graph reads the page table to its end; None where SGLang has none."""
+    """Return SGLang's constant for a backend whose graph reads the page table to its end, or None where it has none."""
     from sglang.srt.layers.attention import base_attn_backend
 
     ends = getattr(base_attn_backend, "SharedReadEnds", None)

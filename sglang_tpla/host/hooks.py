@@ -5,8 +5,6 @@ each target up again, and ends the process if one is missing, with the ``SystemE
 through.
 """
 
-from __future__ import annotations
-
 import importlib
 import logging
 import os
@@ -24,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 def implementation(hook: ledger.Hook) -> Callable[..., Any]:
-    """The function of this package that a ledger entry names."""
+    """Return the function of this package that a ledger entry names."""
     module, _, name = hook.implementation.partition(":")
     return getattr(importlib.import_module(module), name)
 
@@ -49,9 +47,7 @@ def install(roles: Collection[str], environ: Mapping[str, str] = os.environ) -> 
         SystemExit: an unknown host, or a hook that is not in place.
     """
     release, supported = ledger.host_version(), ledger.supported_releases()
-    hooks = [
-        hook for hook in ledger.load() if set(roles) & set(hook.roles) and hook.applies_in(release, supported)
-    ]
+    hooks = [hook for hook in ledger.load() if set(roles) & set(hook.roles) and hook.applies_in(release, supported)]
     problems = [problem for hook in hooks if (problem := ledger.check(hook))]
     if hooks and release not in supported:
         problems.insert(0, f"SGLang {release} is not supported (these are: {', '.join(supported)})")

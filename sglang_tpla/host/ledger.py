@@ -7,8 +7,6 @@ changed target or an unsupported release stops the start. ``source_table.py`` ma
 releases from their wheels.
 """
 
-from __future__ import annotations
-
 import ast
 import hashlib
 import importlib.util
@@ -65,16 +63,14 @@ class Hook:
 
     def __post_init__(self) -> None:
         if self.kind not in ("before", "after", "around", "replace"):
-            raise LedgerError(
-                f"{self.target}: kind must be before, after, around or replace; got {self.kind!r}"
-            )
+            raise LedgerError(f"{self.target}: kind must be before, after, around or replace; got {self.kind!r}")
         if not set(self.roles) <= {*ROLES, CPU}:
             raise LedgerError(f"{self.target}: roles must be among {(*ROLES, CPU)}; got {self.roles}")
         if not self.ast_sha256:
             raise LedgerError(f"{self.target}: ast_sha256 must have the hash in every supported release")
 
     def target_in(self, release: str) -> str:
-        """The target's dotted path in a release: that of the newest listed release up to it."""
+        """Return the target's dotted path in a release: that of the newest listed release up to it."""
         earlier = [listed for listed in self.targets if version_key(listed) <= version_key(release)]
         return self.targets[max(earlier, key=version_key)] if earlier else self.target
 
@@ -89,7 +85,7 @@ def version_key(release: str) -> tuple[int, ...]:
 
 
 def nearest(release: str, supported: Collection[str]) -> str:
-    """The newest supported release up to ``release``, or else the oldest one."""
+    """Return the newest supported release up to ``release``, or else the oldest one."""
     older = [listed for listed in supported if version_key(listed) <= version_key(release)]
     return max(older, key=version_key) if older else min(supported, key=version_key)
 
@@ -100,7 +96,7 @@ def refuse(message: str) -> SystemExit:
 
 
 def ledger_path() -> Path:
-    """The ledger of this installation: beside the package in a checkout, inside it when installed."""
+    """Return the ledger of this installation: beside the package in a checkout, inside it when installed."""
     package = Path(sglang_tpla.__file__).parent
     for folder in (package.parent / "patches", package / "patches"):
         if (folder / "ledger.toml").is_file():
@@ -122,9 +118,7 @@ def load() -> tuple[Hook, ...]:
         expected = {
             release
             for release in supported_releases()
-            if version_key(hook.since or release)
-            <= version_key(release)
-            <= version_key(hook.until or release)
+            if version_key(hook.since or release) <= version_key(release) <= version_key(hook.until or release)
         }
         if set(hook.ast_sha256) != expected:
             raise LedgerError(
@@ -137,12 +131,12 @@ def load() -> tuple[Hook, ...]:
 
 @cache
 def supported_releases() -> tuple[str, ...]:
-    """The SGLang releases that this package runs beside, oldest first."""
+    """Return the SGLang releases that this package runs beside, oldest first."""
     return tuple(_file()["releases"])
 
 
 def host_version() -> str:
-    """The installed SGLang release."""
+    """Return the installed SGLang release."""
     return version("sglang")
 
 
@@ -152,7 +146,7 @@ class Source(Protocol):
     release: str
 
     def read(self, module: str) -> str | None:
-        """The text of a module, or None where there is no such module."""
+        """Return the text of a module, or None where there is no such module."""
 
 
 class Installed:
@@ -177,9 +171,7 @@ def canonical(node: Any) -> str:
     ``ast.dump`` varies: 3.12 gave functions and classes a field ``type_params``, and 3.13 stopped printing empty lists.
     """
     if isinstance(node, ast.AST):
-        fields = (
-            f"{name}={canonical(value)}" for name, value in ast.iter_fields(node) if value not in (None, [])
-        )
+        fields = (f"{name}={canonical(value)}" for name, value in ast.iter_fields(node) if value not in (None, []))
         return f"{type(node).__name__}({', '.join(fields)})"
     if isinstance(node, list):
         return f"[{', '.join(map(canonical, node))}]"
@@ -187,15 +179,13 @@ def canonical(node: Any) -> str:
 
 
 def _definitions(parent: ast.AST, name: str) -> list[ast.AST]:
-    """Every definition of a name directly below ``parent``, since a function may have overloads beside its body."""
+    """Return every definition of a name directly below ``parent``: a function may have overloads beside its body."""
     kinds = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
-    return [
-        child for child in ast.iter_child_nodes(parent) if isinstance(child, kinds) and child.name == name
-    ]
+    return [child for child in ast.iter_child_nodes(parent) if isinstance(child, kinds) and child.name == name]
 
 
 def target_hash(target: str, source: Source) -> str:
-    """sha256 of the syntax trees of all definitions of ``target`` (comments, layout and Python do not count).
+    """Return sha256 of the syntax trees of all definitions of ``target`` (comments, layout and Python do not count).
 
     Raises:
         LedgerError: a name that does not exist.
@@ -220,7 +210,7 @@ def _parsed(text: str) -> ast.Module:
 
 
 def host_hash(target: str) -> str:
-    """`target_hash` in the installed SGLang."""
+    """Return `target_hash` in the installed SGLang."""
     return target_hash(target, Installed())
 
 

@@ -1,7 +1,5 @@
 """The settings, the artifact and the layout of this process, read once from its environment."""
 
-from __future__ import annotations
-
 import os
 import secrets
 from collections.abc import Iterable
@@ -23,22 +21,20 @@ def record_hooks(targets: Iterable[str]) -> tuple[str, ...]:
 
 
 def hooked() -> tuple[str, ...]:
-    """The targets in SGLang that are hooked in this process."""
+    """Return the targets in SGLang that are hooked in this process."""
     return tuple(_hooked)
 
 
 @cache
 def settings() -> Settings:
-    """The settings of this server process.
+    """Return the settings of this server process.
 
     Raises:
         ConfigError: a process that the launcher did not start.
     """
     found = Settings.from_environment(os.environ)
     if found is None:
-        raise ConfigError(
-            "this process has no SGLANG_TPLA_ROLE; start it with `python -m sglang_tpla.launch`"
-        )
+        raise ConfigError("this process has no SGLANG_TPLA_ROLE; start it with `python -m sglang_tpla.launch`")
     return found
 
 
@@ -58,13 +54,13 @@ def name_server(dist_init_addr: str | None, nodes: int) -> None:
 
 
 def server_identity() -> str:
-    """The name that `name_server` gave; the server's ranks register with it."""
+    """Return the name that `name_server` gave; the server's ranks register with it."""
     return os.environ.get(SERVER_VARIABLE, "")
 
 
 @cache
 def artifact() -> Artifact | None:
-    """The calibration artifact of a decode server, or None for plain MLA."""
+    """Return the calibration artifact of a decode server, or None for plain MLA."""
     path = settings().artifact
     return Artifact.load(path) if path else None
 
@@ -89,7 +85,7 @@ class Slice:
 
 
 def make_slice(heads: int, rank: int, tp_size: int) -> Slice | None:
-    """The slice of attention rank ``rank`` of ``tp_size``, or None where the server caches stock SGLang's rows."""
+    """Return the slice of attention rank ``rank`` of ``tp_size``, or None where the rows are stock SGLang's."""
     loaded = artifact()
     if loaded is None and settings().rows != "sketched":
         return None
@@ -97,13 +93,13 @@ def make_slice(heads: int, rank: int, tp_size: int) -> Slice | None:
 
 
 def current_slice(server_args: Any, rank: int, tp_size: int) -> Slice | None:
-    """`make_slice` for the model of a server."""
+    """Return `make_slice` for the model of a server."""
     text = compat.model_config(server_args).hf_text_config
     return make_slice(text.num_attention_heads, rank, tp_size)
 
 
 def model_identity(server_args: Any) -> str:
-    """The hashes of config and weights, on which a prefill and a decode server must agree."""
+    """Return the hashes of config and weights, on which a prefill and a decode server must agree."""
     from sglang_tpla.artifact.model_identity import config_hash, weights_hash
     from sglang_tpla.reference_model.checkpoint import Checkpoint, local_checkpoint
 

@@ -4,8 +4,6 @@ The hooks follow ``Scheduler.get_init_info`` and ``Scheduler.get_internal_state`
 ``sglang/srt/managers/scheduler.py``.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -19,14 +17,9 @@ from sglang_tpla.host.process import artifact, hooked, settings
 
 
 def describe(
-    layout: Layout,
-    latent_dim: int,
-    rope_dim: int,
-    rows: RowFormat,
-    row_bytes: Sequence[int],
-    value_bytes: int,
+    layout: Layout, latent_dim: int, rope_dim: int, rows: RowFormat, row_bytes: Sequence[int], value_bytes: int
 ) -> dict[str, Any]:
-    """The ``tpla`` section of ``/server_info``: layout, widths, and cache bytes per token and rank.
+    """Return the ``tpla`` section of ``/server_info``: layout, widths, and cache bytes per token and rank.
 
     Args:
         rows: format of every layer's rows.
@@ -95,9 +88,7 @@ def scheduler_load(scheduler: Any) -> dict[str, int]:
         "transfer_queue": len(transfer.queue) if transfer else 0,
         "waiting_queue": len(scheduler.waiting_queue),
         "running_batch": len(scheduler.running_batch.reqs),
-        "used_tokens": scheduler.max_total_num_tokens
-        - scheduler.token_to_kv_pool_allocator.available_size()
-        - cached,
+        "used_tokens": scheduler.max_total_num_tokens - scheduler.token_to_kv_pool_allocator.available_size() - cached,
         "cached_tokens": cached,
         "used_metadata_rows": rows.size - rows.available_size(),
     }

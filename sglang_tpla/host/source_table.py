@@ -7,8 +7,6 @@ For every release the table holds the wheel's hash and, for every path that the 
 of the syntax tree, or null where that release has no such name. Tests compare the ledger with it without a download.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import sys
@@ -38,7 +36,7 @@ class Wheel:
 
 
 def all_targets() -> list[str]:
-    """Every path that the ledger names for any release."""
+    """Return every path that the ledger names for any release."""
     return sorted({path for hook in ledger.load() for path in (hook.target, *hook.targets.values())})
 
 
@@ -55,13 +53,13 @@ def release_row(path: Path) -> dict[str, Any]:
 
 
 def recorded() -> dict[str, Any]:
-    """The table beside the ledger: release -> ``wheel_sha256`` and ``targets``."""
+    """Return the table beside the ledger: release -> ``wheel_sha256`` and ``targets``."""
     table: dict[str, Any] = json.loads((ledger.ledger_path().parent / NAME).read_text(encoding="utf-8"))
     return table
 
 
 def differences(release: str) -> list[str]:
-    """The hooked targets that differ in this release from the nearest older supported one."""
+    """Return the hooked targets that differ in this release from the nearest older supported one."""
     table, supported = recorded(), ledger.supported_releases()
     before = ledger.nearest(release, supported)
     return [

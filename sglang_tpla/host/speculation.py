@@ -4,8 +4,6 @@ The supported draft is that of DeepSeek V3 and R1: one NextN layer in the target
 of up to three tokens. Both servers run it, since the draft layer's cache and first guess are made with the prompt.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,7 +20,7 @@ NEXTN_LAYERS = "num_nextn_predict_layers"
 
 
 def unsupported_reasons(args: Any, role: str) -> list[str]:
-    """The reasons against the flags of a server that speculates; empty for one that does not."""
+    """Return the reasons against the flags of a server that speculates; empty for one that does not."""
     if args.speculative_algorithm is None:
         return []
     guesses = f"with {args.speculative_algorithm}"

@@ -5,8 +5,6 @@ a few megabytes a layer; ``calibrate --from-stats FILE...`` joins ranks and serv
 norm and the query projection of ``DeepseekV2AttentionMLA`` (``sglang/srt/models/deepseek_v2.py``).
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import socket
@@ -34,9 +32,7 @@ class Collector:
         every_tokens: tokens between two writes.
     """
 
-    def __init__(
-        self, meta: StatisticsMeta, moments: list[LayerMoments], path: Path, every_tokens: int
-    ) -> None:
+    def __init__(self, meta: StatisticsMeta, moments: list[LayerMoments], path: Path, every_tokens: int) -> None:
         self.statistics = Statistics(meta, moments)
         self._path, self._every_tokens = path, every_tokens
         self._written = 0.0
@@ -46,13 +42,9 @@ class Collector:
         """Hook the two modules of one layer."""
         queries = attention.q_b_proj if attention.q_lora_rank is not None else attention.q_proj
         shape = (attention.num_local_heads, attention.qk_nope_head_dim, attention.qk_rope_head_dim)
-        attention.kv_a_layernorm.register_forward_hook(
-            self._observer(layer, "latent", lambda out: out.flatten(0, -2))
-        )
+        attention.kv_a_layernorm.register_forward_hook(self._observer(layer, "latent", lambda out: out.flatten(0, -2)))
         queries.register_forward_hook(
-            self._observer(
-                layer, "q_nope", lambda out: out[0].view(-1, shape[0], shape[1] + shape[2])[..., : shape[1]]
-            )
+            self._observer(layer, "q_nope", lambda out: out[0].view(-1, shape[0], shape[1] + shape[2])[..., : shape[1]])
         )
 
     def _observer(self, layer: int, name: str, pick: Callable[[Any], torch.Tensor]) -> Callable[..., None]:
@@ -102,8 +94,7 @@ def observe_model(result: Any, self: Any, *args: Any, **kwargs: Any) -> None:
         first_head=parallel.attn_tp_rank * heads,
     )
     moments = [
-        LayerMoments.zeros(first.kv_lora_rank, heads, first.qk_nope_head_dim, str(self.device))
-        for _ in attentions
+        LayerMoments.zeros(first.kv_lora_rank, heads, first.qk_nope_head_dim, str(self.device)) for _ in attentions
     ]
     # The process number in the name keeps the sums from before a restart.
     rank = f"rank{parallel.attn_tp_rank}of{parallel.attn_tp_size}"

@@ -5,8 +5,6 @@ them, and the model and the attention backend after SGLang has resolved them. Ea
 names what has to go; the process then ends with its text.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -99,10 +97,8 @@ def check_flags(args: Any) -> None:
 
 
 def attention_groups_refusal(args: Any) -> tuple[bool, str, str]:
-    """The entry of ``check_flags`` for data-parallel attention that a CPU cannot run."""
-    refused = (
-        compat.attention_groups(args) > 1 and args.device == "cpu" and not compat.cpu_has_attention_groups()
-    )
+    """Return the entry of ``check_flags`` for data-parallel attention that a CPU cannot run."""
+    refused = compat.attention_groups(args) > 1 and args.device == "cpu" and not compat.cpu_has_attention_groups()
     return (
         refused,
         compat.attention_groups_flag(args),
@@ -111,7 +107,7 @@ def attention_groups_refusal(args: Any) -> tuple[bool, str, str]:
 
 
 def unchecked_ways_in(args: Any) -> list[tuple[bool, str, str]]:
-    """The entries of ``check_flags`` for ways by which requests reach a scheduler past `requests/edge.py`.
+    """Return the entries of ``check_flags`` for ways by which requests reach a scheduler past `requests/edge.py`.
 
     One request with a token outside the vocabulary would end the server.
     """
@@ -126,7 +122,7 @@ def unchecked_ways_in(args: Any) -> list[tuple[bool, str, str]]:
 
 
 def newer_refusals(args: Any) -> list[tuple[bool, str, str]]:
-    """The entries of ``check_flags`` for flags of later releases of SGLang; 0.5.17 has none of them."""
+    """Return the entries of ``check_flags`` for flags of later releases of SGLang; 0.5.17 has none of them."""
 
     def given(name: str) -> Any:
         return getattr(args, name, None)
@@ -171,7 +167,7 @@ def check_bootstrap_port(host: str, port: int) -> None:
 
 
 def local_config(model_path: str) -> dict[str, Any]:
-    """The whole config of a checkpoint folder, read before SGLang acts on it; empty for a model of the hub."""
+    """Return the whole config of a checkpoint folder, read before SGLang acts on it; empty for a model of the hub."""
     return read_whole_config(model_path) if Path(model_path).is_dir() else {}
 
 
@@ -263,7 +259,7 @@ def check_blocks(text: Any, quantization: dict[str, Any] | None, layout: Layout)
 
 
 def slice_shapes(args: Any, config: Any) -> list[DecodeShape]:
-    """The shapes of one rank's attention layers, one for each kind among them.
+    """Return the shapes of one rank's attention layers, one for each kind among them.
 
     Args:
         config: the engine's ModelConfig, whose heads are H*g already (``host/model/model_config.py``).
@@ -294,6 +290,4 @@ def default_backend(original: Callable[..., str], self: Any, use_mla_backend: bo
         return stock
     if args.speculative_algorithm is not None:
         return OURS  # only it verifies guesses on a slice; it refuses at start what it does not serve
-    return preferred_backend(
-        slice_shapes(args, model_config), device_capability(torch.device(args.device)), stock
-    )
+    return preferred_backend(slice_shapes(args, model_config), device_capability(torch.device(args.device)), stock)

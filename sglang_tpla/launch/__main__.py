@@ -8,8 +8,6 @@ the settings gives one line on stderr and exit code 2; a server that dies under 
 128 + its number.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 from collections.abc import Sequence

@@ -3,27 +3,28 @@
 Every check raises `ConfigError`, which names the flag and what came.
 """
 
-from __future__ import annotations
-
 import re
+import socket
 from collections.abc import Mapping, Sequence
 from urllib.parse import urlsplit
 
-from sglang_tpla.config import ConfigError, Settings
+from sglang_tpla.config import ConfigError, Settings, is_host
 from sglang_tpla.launch.flags import Argument, has, integer, value_of
 
 # Both servers read the prompt and both sample, so these flags must have one value.
 ALIKE = (
-    "revision", "tokenizer-path", "tokenizer-mode", "skip-tokenizer-init", "chat-template", "page-size",
-    "api-key", "json-model-override-args", "preferred-sampling-params",
+    "revision", "tokenizer-path", "tokenizer-mode", "skip-tokenizer-init", "chat-template", "hf-chat-template-name",
+    "default-chat-template-kwargs", "page-size",
+    "api-key", "json-model-override-args", "preferred-sampling-params", "sampling-defaults",
     "enable-custom-logit-processor", "grammar-backend", "constrained-json-whitespace-pattern",
-    "constrained-json-disable-any-whitespace", "enable-strict-thinking", "reasoning-parser",
+    "constrained-json-disable-any-whitespace", "enable-strict-thinking", "reasoning-parser", "tool-call-parser",
     "speculative-algorithm", "enable-lora", "lora-paths",
 )  # fmt: skip
 SECRET = ("api-key",)  # never shown
 ALIKE_SETTINGS = ("keys", "insecure")
 LAST_PORT = 65535
 PORTS = ("port", "disaggregation-bootstrap-port", "prometheus-port")
+HOSTS = ("host", "prometheus-host")
 
 
 def check_ports(role: str, arguments: Sequence[Argument]) -> None:
@@ -31,6 +32,24 @@ def check_ports(role: str, arguments: Sequence[Argument]) -> None:
     for name in PORTS:
         if has(arguments, name) and not 1 <= (port := integer(arguments, name, 0)) <= LAST_PORT:
             raise ConfigError(f"{role}: --{name} must lie in 1...{LAST_PORT}; got {port}")
+
+
+def check_hosts(role: str, arguments: Sequence[Argument]) -> None:
+    """Refuse what is neither an IP address nor a host name, such as a name with a port."""
+    for argument in arguments:
+        if argument.name not in HOSTS:
+            continue
+        value = argument.value or ""
+        if not is_host(without_brackets(value)):
+            raise ConfigError(
+                f"{role}: --{argument.name} must be a host name or an IP address, without a port (that is --port); "
+                f"got {value!r}"
+            )
+
+
+def without_brackets(host: str) -> str:
+    """Return an IPv6 address as it stands outside a URL; other hosts as they are."""
+    return host[1:-1] if host.startswith("[") and host.endswith("]") else host
 
 
 def check_first_port(port: int) -> None:
@@ -55,7 +74,7 @@ def check_alike(prefill: Sequence[Argument], decode: Sequence[Argument]) -> None
 
 
 def given(arguments: Sequence[Argument], name: str) -> str | None:
-    """A flag's values as they were written, or None."""
+    """Return a flag's values as they were written, or None."""
     found = None
     for argument in arguments:
         if argument.name == name:
@@ -85,7 +104,7 @@ def check_distinct(ports: Mapping[str, int]) -> None:
 
 
 def router_key(router: Sequence[Argument], key: str | None) -> list[str]:
-    """The flags with which the router passes the servers' check of the API key."""
+    """Return the flags with which the router passes the servers' check of the API key."""
     own = value_of(router, "api-key")
     if own is not None and own != key:
         raise ConfigError("--router.api-key must be the servers' --api-key, with which the router asks them")
@@ -93,17 +112,32 @@ def router_key(router: Sequence[Argument], key: str | None) -> list[str]:
 
 
 def for_router(arguments: Sequence[Argument]) -> list[Argument]:
-    """The router's arguments, with IPv6 addresses in the brackets that it needs."""
+    """Return the router's arguments, with hosts in the form that it needs."""
     result = []
     for argument in arguments:
         value = argument.value or ""
-        if argument.name in ("host", "prometheus-host") and ":" in value and not value.startswith("["):
-            argument = Argument(argument.name, (f"--{argument.name}", f"[{value}]"))
+        if argument.name in HOSTS:
+            argument = Argument(argument.name, (f"--{argument.name}", router_address(argument.name, value)))
         if argument.name in ("prefill", "decode"):
             check_server_url(argument.name, value)
             check_bootstrap_ports(argument)
         result.append(argument)
     return result
+
+
+def router_address(name: str, host: str) -> str:
+    """Return the IP address of a host to listen on, as the router takes no names and no zones; IPv6 in brackets."""
+    try:
+        found = socket.getaddrinfo(without_brackets(host), None, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        raise ConfigError(
+            f"router: --{name} must be an address of this machine; {host!r} cannot be resolved: {error}"
+        ) from error
+    # IPv4 first: a client of localhost tries both.
+    _, _, _, _, (address, _, *zone) = min(found, key=lambda one: one[0] != socket.AF_INET)
+    if not zone:
+        return str(address)
+    return f"[{str(address).partition('%')[0]}{f'%{zone[1]}' if zone[1] else ''}]"
 
 
 def check_server_url(name: str, url: str) -> None:
@@ -132,10 +166,5 @@ def check_bootstrap_ports(argument: Argument) -> None:
 
 
 def for_server(arguments: Sequence[Argument]) -> list[Argument]:
-    """A server's arguments, with IPv6 addresses without brackets, as SGLang needs them."""
-    return [
-        Argument(a.name, ("--host", value[1:-1]))
-        if a.name == "host" and (value := a.value or "").startswith("[") and value.endswith("]")
-        else a
-        for a in arguments
-    ]
+    """Return a server's arguments, with IPv6 addresses without brackets, as SGLang needs them."""
+    return [Argument(a.name, ("--host", without_brackets(a.value or ""))) if a.name == "host" else a for a in arguments]

@@ -4,8 +4,6 @@ It follows ``sglang/srt/utils/numa_utils.py`` (each rank's cores) and
 ``sglang/srt/distributed/device_communicators/pynccl.py`` (which must build no communicator).
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping, Sequence
 
@@ -25,7 +23,7 @@ def cores_per_rank(cores: Sequence[int], ranks: int) -> list[list[int]]:
 
 
 def environment(tp_size: int, environ: Mapping[str, str]) -> dict[str, str]:
-    """The variables of a server with `tp_size` ranks on this machine's cores.
+    """Return the variables of a server with `tp_size` ranks on this machine's cores.
 
     Cores, thread counts and compilation that the user named stay; the other variables have only one value that works.
     """

@@ -4,8 +4,6 @@ The launcher passes unknown flags to ``sglang.launch_server`` or ``sglang_router
 every flag of theirs works, also in later releases. It compares only names, in one spelling.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterable, Sequence
@@ -51,7 +49,7 @@ class Argument:
 
 
 def canonical(flag: str) -> str:
-    """One spelling for a flag's name.
+    """Return one spelling for a flag's name.
 
     >>> canonical("--tensor_parallel_size=2")
     'tp-size'
@@ -79,12 +77,10 @@ def split_tokens(tokens: Iterable[str]) -> list[Argument]:
 
 
 def for_section(arguments: Sequence[Argument], section: str) -> list[Argument]:
-    """The flags written ``--prefill.NAME``, ``--decode.NAME`` or ``--router.NAME``, without that prefix."""
+    """Return the flags written ``--prefill.NAME``, ``--decode.NAME`` or ``--router.NAME``, without that prefix."""
     prefix = section + "."
     return [
-        Argument(
-            canonical(argument.name[len(prefix) :]), (_unprefixed(argument.tokens[0]), *argument.tokens[1:])
-        )
+        Argument(canonical(argument.name[len(prefix) :]), (_unprefixed(argument.tokens[0]), *argument.tokens[1:]))
         for argument in arguments
         if argument.name.startswith(prefix)
     ]
@@ -95,7 +91,7 @@ def _unprefixed(token: str) -> str:
 
 
 def outside_sections(arguments: Sequence[Argument]) -> list[Argument]:
-    """The flags that carry no section prefix."""
+    """Return the flags that carry no section prefix."""
     return [
         argument
         for argument in arguments
@@ -104,7 +100,7 @@ def outside_sections(arguments: Sequence[Argument]) -> list[Argument]:
 
 
 def from_mapping(values: dict[str, Any], origin: str) -> list[Argument]:
-    """The flags of a YAML mapping.
+    """Return the flags of a YAML mapping.
 
     ``true`` is a bare flag, ``false`` and ``null`` are no flag, a list is several values, and a mapping becomes JSON. A
     list under ``prefill`` or ``decode`` repeats the flag for every element.
@@ -142,7 +138,7 @@ def layered(*layers: Sequence[Argument]) -> list[Argument]:
 
 
 def value_of(arguments: Sequence[Argument], name: str) -> str | None:
-    """The last value given to a flag, or None."""
+    """Return the last value given to a flag, or None."""
     for argument in reversed(arguments):
         if argument.name == name:
             return argument.value
@@ -155,7 +151,7 @@ def has(arguments: Sequence[Argument], name: str) -> bool:
 
 
 def integer(arguments: Sequence[Argument], name: str, default: int) -> int:
-    """A flag's value as a number."""
+    """Return a flag's value as a number."""
     value = value_of(arguments, name)
     if value is None:
         return default
@@ -166,5 +162,5 @@ def integer(arguments: Sequence[Argument], name: str, default: int) -> int:
 
 
 def to_tokens(arguments: Sequence[Argument]) -> list[str]:
-    """The command line again."""
+    """Return the command line again."""
     return [token for argument in arguments for token in argument.tokens]

@@ -6,8 +6,6 @@ configuration file is YAML: it holds the launcher's keys and SGLang's flags by n
 raises `ConfigError`, which names the value's origin.
 """
 
-from __future__ import annotations
-
 import argparse
 import difflib
 import re
@@ -62,13 +60,13 @@ class FileSource:
     sections: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def keys_for(self, section: str) -> dict[str, Any]:
-        """The flags of a role: its section over the common keys; a router beside sections has only its own."""
+        """Return the flags of a role: its section over the common keys; a router beside sections has only its own."""
         common = {} if section == "router" and self.sections else self.common
         merged = {**common, **self.sections.get(section, {})}
         return {name: value for name, value in merged.items() if name not in LAUNCHER_KEYS}
 
     def environment_for(self, section: str) -> dict[str, Any]:
-        """The variables of a role: its section over the common ones."""
+        """Return the variables of a role: its section over the common ones."""
         own = self.sections.get(section, {})
         return {**(self.common.get("environment") or {}), **(own.get("environment") or {})}
 
@@ -96,7 +94,7 @@ class Options:
     environ: Mapping[str, str]
 
     def engine_arguments(self, section: str) -> list[Argument]:
-        """The flags for SGLang or its router in one role, without the launcher's own; command line over file.
+        """Return the flags for SGLang or its router in one role, without the launcher's own; command line over file.
 
         Under ``all``, clients see the router: host and port outside the sections are the router's, and all other flags
         outside the sections are the two servers'.
@@ -114,12 +112,12 @@ class Options:
         return [argument for argument in merged if not argument.name.startswith(OWN_PREFIX)]
 
     def file_environment(self, section: str) -> dict[str, str]:
-        """The variables that the file sets for a role and that the shell does not set."""
+        """Return the variables that the file sets for a role and that the shell does not set."""
         wanted = self.file.environment_for(section)
         return {str(name): str(value) for name, value in wanted.items() if name not in self.environ}
 
     def settings(self, role: str) -> Settings:
-        """The settings of a prefill or decode server."""
+        """Return the settings of a prefill or decode server."""
         chosen: dict[str, Any] = {}
         file_keys = self.file.keys_for(role)
         section_keys = self.file.sections.get(role, {})
@@ -174,9 +172,7 @@ def read_file(path: str) -> FileSource:
     if loaded is None:
         loaded = {}
     if not isinstance(loaded, dict):
-        raise ConfigError(
-            f"--config {path}: expected a mapping of flags at the top; got {type(loaded).__name__}"
-        )
+        raise ConfigError(f"--config {path}: expected a mapping of flags at the top; got {type(loaded).__name__}")
     sections = {
         name: _checked_keys(value, path)
         for name, value in loaded.items()
@@ -187,7 +183,7 @@ def read_file(path: str) -> FileSource:
 
 
 def _checked_keys(values: dict[Any, Any], path: str) -> dict[str, Any]:
-    """The mapping with its keys in one spelling."""
+    """Return the mapping with its keys in one spelling."""
     for key in values:
         if not isinstance(key, str):
             raise ConfigError(f"--config {path}: expected flag names as keys, such as tp-size; got {key!r}")
@@ -198,7 +194,7 @@ def _checked_keys(values: dict[Any, Any], path: str) -> dict[str, Any]:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The launcher's own command line, for its checks and its help."""
+    """Return the launcher's own command line, for its checks and its help."""
     result = argparse.ArgumentParser(
         prog="python -m sglang_tpla.launch",
         allow_abbrev=False,
@@ -214,12 +210,8 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--role", choices=ROLES, help="what to start; may also stand in the file")
     result.add_argument("--config", metavar="FILE.yaml", help="flags by name, with sections per role")
     result.add_argument("--dry-run", action="store_true", help="print environment and command, start nothing")
-    result.add_argument(
-        "--startup-timeout-s", type=float, help="--role all: wait this long for health (1800)"
-    )
-    result.add_argument(
-        "--log-dir", help="--role all: keep the servers' logs here; otherwise the router's own flag"
-    )
+    result.add_argument("--startup-timeout-s", type=float, help="--role all: wait this long for health (1800)")
+    result.add_argument("--log-dir", help="--role all: keep the servers' logs here; otherwise the router's own flag")
     group = result.add_argument_group("settings", "see sglang_tpla.config.Settings")
     for flag, entry in SETTING_FIELDS.items():
         default = "" if entry.default in (None, MISSING) else f" (default {entry.default})"
@@ -229,7 +221,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def documented(name: str) -> str:
-    """The settings' own documentation of a field."""
+    """Return the settings' own documentation of a field."""
     found = re.search(rf"^\s+{name}: (.+(?:\n {{12}}.+)*)", Settings.__doc__ or "", re.MULTILINE)
     return " ".join(found[1].replace("``", "").rstrip(".").split()).replace("%", "%%") if found else name
 

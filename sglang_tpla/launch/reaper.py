@@ -13,8 +13,6 @@ Signals meant for the supervisor do not reach this process, which leads its own 
 Linux.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import re
@@ -39,7 +37,7 @@ ENDED = (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)  # such processes only wait f
 
 
 def held_segments(pid: int) -> set[int]:
-    """The index nodes of the shared memory that a process has mapped or is about to map.
+    """Return the index nodes of the shared memory that a process has mapped or is about to map.
 
     Names would not do: a semaphore is mapped under a first name and linked to its own afterwards.
     """
@@ -71,7 +69,7 @@ def send(pids: Iterable[int], number: signal.Signals) -> None:
 
 
 def segments() -> dict[int, Path]:
-    """Every file in shared memory by its index node."""
+    """Return every file in shared memory by its index node."""
     found = {}
     for path in SHARED_MEMORY.iterdir():
         with contextlib.suppress(*GONE):
@@ -105,12 +103,8 @@ class Reaper:
             raise ValueError(f"expected 'session PID', 'folder PATH' or 'foreign NODE ...'; got {line!r}")
 
     def living(self) -> list[int]:
-        """The processes of the deployment, without this one."""
-        return [
-            process.pid
-            for process in psutil.process_iter()
-            if process.pid != os.getpid() and self._owns(process)
-        ]
+        """Return the processes of the deployment, without this one."""
+        return [process.pid for process in psutil.process_iter() if process.pid != os.getpid() and self._owns(process)]
 
     def _owns(self, process: psutil.Process) -> bool:
         """Whether a process lives in one of the sessions, or was started with one of the temporary folders."""
@@ -126,7 +120,7 @@ class Reaper:
             self.held |= held_segments(pid) - self.foreign
 
     def segments(self) -> list[Path]:
-        """The deployment's shared memory that still exists."""
+        """Return the deployment's shared memory that still exists."""
         return [path for node, path in segments().items() if node in self.held]
 
     def wait_for_end(self, descriptor: int) -> None:

@@ -1,7 +1,5 @@
 """Turn options into processes: the command and the environment of every role."""
 
-from __future__ import annotations
-
 import importlib.metadata
 import importlib.util
 import os
@@ -17,6 +15,7 @@ from sglang_tpla.launch.agreement import (
     check_alike,
     check_distinct,
     check_first_port,
+    check_hosts,
     check_ports,
     check_settings_alike,
     for_router,
@@ -30,6 +29,7 @@ from sglang_tpla.reference_model.config_file import read_config
 TRANSFER_BACKEND = "tpla"
 DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 30000
+DEFAULT_BOOTSTRAP_PORT = 8998
 PLUGIN_GROUP, PLUGIN_NAME = "sglang.srt.plugins", "sglang_tpla"
 
 
@@ -50,7 +50,7 @@ class Process:
     url: str
 
     def full_environment(self, environ: Mapping[str, str]) -> dict[str, str]:
-        """`environ` with this process's changes."""
+        """Return `environ` with this process's changes."""
         result = dict(environ)
         for name, value in self.environment.items():
             if value is None:
@@ -60,12 +60,10 @@ class Process:
         return result
 
     def shell(self) -> str:
-        """The command to paste into a shell, one flag a line."""
+        """Return the command to paste into a shell, one flag a line."""
         removed = [f"-u {name}" for name, value in sorted(self.environment.items()) if value is None]
         added = [
-            f"{name}={shlex.quote(value)}"
-            for name, value in sorted(self.environment.items())
-            if value is not None
+            f"{name}={shlex.quote(value)}" for name, value in sorted(self.environment.items()) if value is not None
         ]
         head = shlex.join(self.command[:3])
         flags = [shlex.join(argument.tokens) for argument in split_tokens(self.command[3:])]
@@ -73,7 +71,7 @@ class Process:
 
 
 def plan(options: Options) -> list[Process]:
-    """The processes of a role, checked as far as is possible before they start."""
+    """Return the processes of a role, checked as far as is possible before they start."""
     if options.role == "all":
         return _plan_all(options)
     if options.role == "router":
@@ -88,10 +86,7 @@ def _plan_all(options: Options) -> list[Process]:
     check_first_port(port)
     router = _with_defaults(router, prometheus_port=port + 4)
     prefill = _with_defaults(
-        options.engine_arguments("prefill"),
-        host=DEFAULT_HOST,
-        port=port + 1,
-        disaggregation_bootstrap_port=port + 3,
+        options.engine_arguments("prefill"), host=DEFAULT_HOST, port=port + 1, disaggregation_bootstrap_port=port + 3
     )
     decode = _with_defaults(options.engine_arguments("decode"), host=DEFAULT_HOST, port=port + 2)
     if name := next((n for n in ("ssl-certfile", "ssl-keyfile") if has(prefill, n) or has(decode, n)), None):
@@ -118,7 +113,7 @@ def _plan_all(options: Options) -> list[Process]:
 
 
 def _with_defaults(arguments: list[Argument], **defaults: object) -> list[Argument]:
-    """The arguments, and those of `defaults` (flags with ``_`` for ``-``) that they lack."""
+    """Return the arguments, and those of `defaults` (flags with ``_`` for ``-``) that they lack."""
     missing = {name: value for name, value in defaults.items() if not has(arguments, name.replace("_", "-"))}
     return arguments + from_mapping(missing, "default")
 
@@ -126,8 +121,17 @@ def _with_defaults(arguments: list[Argument], **defaults: object) -> list[Argume
 def _server(role: str, arguments: list[Argument], options: Options) -> Process:
     """Plan a prefill or decode server."""
     settings = options.settings(role)
-    arguments = for_server(arguments)
+    check_hosts(role, arguments)
     check_ports(role, arguments)
+    arguments = for_server(arguments)
+    if role == "prefill":
+        bootstrap = integer(arguments, "disaggregation-bootstrap-port", DEFAULT_BOOTSTRAP_PORT)
+        check_distinct(
+            {
+                "the prefill server": integer(arguments, "port", DEFAULT_PORT),
+                "its bootstrap server": bootstrap,
+            }
+        )
     if not has(arguments, "model-path"):
         raise ConfigError(f"a {role} server needs --model-path MODEL (a folder or a model's name)")
     if role == "decode":
@@ -164,9 +168,7 @@ def _with_speculation(role: str, arguments: list[Argument]) -> list[Argument]:
         return arguments
     if has(arguments, "speculative-num-steps"):
         steps = integer(arguments, "speculative-num-steps", 0)
-        arguments = _with_defaults(
-            arguments, speculative_eagle_topk=1, speculative_num_draft_tokens=steps + 1
-        )
+        arguments = _with_defaults(arguments, speculative_eagle_topk=1, speculative_num_draft_tokens=steps + 1)
     return _with_defaults(arguments, speculative_attention_mode="decode") if role == "decode" else arguments
 
 
@@ -174,13 +176,12 @@ def _router(arguments: list[Argument], options: Options) -> Process:
     """Plan the router in prefill/decode mode."""
     settings = [argument.name for argument in options.command_line if argument.name.startswith("tpla-")]
     if options.role == "router" and settings:
-        raise ConfigError(
-            f"the router has no settings of its own; got --{settings[0]}: give it to the decode server"
-        )
+        raise ConfigError(f"the router has no settings of its own; got --{settings[0]}: give it to the decode server")
     if not has(arguments, "service-discovery"):
         for name, example in (("prefill", "URL BOOTSTRAP_PORT"), ("decode", "URL")):
             if not has(arguments, name):
                 raise ConfigError(f"the router needs --{name} {example}, once for every {name} server")
+    check_hosts("router", arguments)
     check_ports("router", arguments)
     arguments = for_router(arguments)
     if not has(arguments, "pd-disaggregation"):
@@ -227,9 +228,7 @@ def check_installation(environ: Mapping[str, str] = os.environ) -> None:
     SGLang would silently serve unpatched where a plug-in is missing or filtered out.
     """
     if importlib.util.find_spec("sglang") is None:
-        raise ConfigError(
-            f"{sys.executable} has no SGLang; run `make python` and use the interpreter that it prints"
-        )
+        raise ConfigError(f"{sys.executable} has no SGLang; run `make python` and use the interpreter that it prints")
     names = {entry.name for entry in importlib.metadata.entry_points(group=PLUGIN_GROUP)}
     if PLUGIN_NAME not in names:
         raise ConfigError(
@@ -238,6 +237,4 @@ def check_installation(environ: Mapping[str, str] = os.environ) -> None:
         )
     allowed = environ.get("SGLANG_PLUGINS", "")
     if allowed and PLUGIN_NAME not in [name.strip() for name in allowed.split(",")]:
-        raise ConfigError(
-            f"SGLANG_PLUGINS={allowed} keeps SGLang from loading {PLUGIN_NAME}; add it or unset that"
-        )
+        raise ConfigError(f"SGLANG_PLUGINS={allowed} keeps SGLang from loading {PLUGIN_NAME}; add it or unset that")

@@ -173,7 +173,7 @@ class Supervisor:
         self._reaper.stdin.flush()
 
     def log_of(self, name: str) -> Path:
-        """The log file of a child."""
+        """Return the log file of a child."""
         assert self.log_dir is not None
         return self.log_dir / f"{name}.log"
 
@@ -197,7 +197,7 @@ class Supervisor:
             self._tell(f"session {child.pid}")
 
     def last_lines(self, name: str) -> str:
-        """The end of a child's log."""
+        """Return the end of a child's log."""
         if not self.log_of(name).exists():
             return "(it keeps no log)"
         lines = self.log_of(name).read_text(errors="replace").splitlines()
@@ -217,9 +217,7 @@ class Supervisor:
                 how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with {code}"
                 raise ChildDied(f"the {name} process {how}; its last lines:\n{self.last_lines(name)}")
 
-    def wait_healthy(
-        self, urls: Mapping[str, str], timeout_s: float, on_wait: Callable[[str, float], None]
-    ) -> None:
+    def wait_healthy(self, urls: Mapping[str, str], timeout_s: float, on_wait: Callable[[str, float], None]) -> None:
         """Wait until each URL answers 200, watching all children.
 
         Args:
@@ -311,9 +309,7 @@ def supervise(processes: Sequence[Process], log_dir: str | None, startup_timeout
     return 0
 
 
-def start_all(
-    supervisor: Supervisor, processes: Sequence[Process], startup_timeout_s: float, console: Console
-) -> None:
+def start_all(supervisor: Supervisor, processes: Sequence[Process], startup_timeout_s: float, console: Console) -> None:
     """Start the servers together, and the router once they are healthy.
 
     Raises:

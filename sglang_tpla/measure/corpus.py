@@ -24,15 +24,7 @@ _PIECE_CHARS = 32768
 _FEW_FILES = 16
 _LARGEST_FILE_BYTES = 4 << 20
 # Tables and tests are unlike other code, and distributions leave the tests out.
-_SKIPPED_FOLDERS = {
-    "site-packages",
-    "dist-packages",
-    "__pycache__",
-    "test",
-    "tests",
-    "encodings",
-    "pydoc_data",
-}
+_SKIPPED_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "encodings", "pydoc_data"}
 
 
 class CorpusError(SglangTplaError, ValueError):

@@ -4,8 +4,6 @@ Only positions whose attention went through the slices count: a sequence of P + 
 token, at positions P to P + C - 1. The last one has no next token and counts for KL and agreement only.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -36,7 +34,7 @@ class DecodeErrors:
         return self.kl.numel()
 
     def report(self) -> ErrorReport:
-        """The summary for an artifact."""
+        """Return the summary for an artifact."""
         flat = self.kl.flatten().double()
         mla = self.nll_mla.double().nanmean().exp().item()
         tpla = self.nll_tpla.double().nanmean().exp().item()
@@ -55,28 +53,22 @@ class DecodeErrors:
 
 
 def quantile(values: torch.Tensor, share: float) -> float:
-    """The value below which ``share`` of a flat tensor lies (no size limit, unlike torch.quantile)."""
+    """Return the value below which ``share`` of a flat tensor lies (no size limit, unlike torch.quantile)."""
     ordered = values.sort().values
     return ordered[min(int(share * ordered.numel()), ordered.numel() - 1)].item()
 
 
 def model_maps(artifact: Artifact, model: PlainModel) -> list[LayerMaps]:
     """Move an artifact's maps to the model's dtype and device."""
-
-    def convert(layer: int, group: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        z, a, b = (part.to(model.device, model.dtype) for part in artifact.maps(layer, group))
-        return z, a, b
-
-    meta = artifact.meta
+    meta, where = artifact.meta, (model.device, model.dtype)
     maps: list[LayerMaps] = []
     for layer in range(meta.num_layers):
-        triples = [convert(layer, group) for group in range(meta.groups)]
+        triples = [artifact.maps(layer, group) for group in range(meta.groups)]
         if meta.sketched:
-            z, a, b = (list(column) for column in zip(*triples, strict=True))
-            sketch = artifact.sketch(layer).to(model.device, model.dtype)
-            maps.append(SketchedMaps(meta.rows(layer), z, sketch, a, b))
+            z, a, b = zip(*triples, strict=True)
+            maps.append(SketchedMaps(meta.rows(layer), z, artifact.sketch(layer), a, b).to(*where))
         else:
-            maps.append(triples)
+            maps.append([(z.to(*where), a.to(*where), b.to(*where)) for z, a, b in triples])
     return maps
 
 
@@ -105,9 +97,7 @@ def measure(
         exact, cache = model.prefill(part)
         reference = model.logits(exact[:, prompt_tokens:]).float().log_softmax(-1)
         # plain MLA and every candidate share the prompt
-        past = [
-            LayerCache(layer.latent[:, :prompt_tokens], layer.k_rope[:, :prompt_tokens]) for layer in cache
-        ]
+        past = [LayerCache(layer.latent[:, :prompt_tokens], layer.k_rope[:, :prompt_tokens]) for layer in cache]
         following = part[:, prompt_tokens + 1 :]
         for index, maps in enumerate(candidates):
             hidden = model.hidden_states(part[:, prompt_tokens:], maps=maps, past=past)

@@ -4,8 +4,6 @@ Sliced attention takes a few sampled queries and is absorbed, as in the decode k
 Shapes: N sequences, S tokens, H heads, d latent, n nope, e rope, g groups, w slice width, Q sampled queries.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -39,19 +37,11 @@ class Batch:
 class LayerData:
     """The exact latents and queries of one layer over all the calibration text."""
 
-    def __init__(
-        self, latent: torch.Tensor, q_nope: torch.Tensor, q_rope: torch.Tensor, k_rope: torch.Tensor
-    ):
+    def __init__(self, latent: torch.Tensor, q_nope: torch.Tensor, q_rope: torch.Tensor, k_rope: torch.Tensor):
         self.latent, self.q_nope, self.q_rope, self.k_rope = latent, q_nope, q_rope, k_rope
 
     def sample(
-        self,
-        attention: Attention,
-        generator: torch.Generator,
-        *,
-        sequences: int,
-        queries: int,
-        first_query: int,
+        self, attention: Attention, generator: torch.Generator, *, sequences: int, queries: int, first_query: int
     ) -> Batch:
         """Draw sequences and query positions from ``first_query`` on at random."""
         count, tokens = self.latent.shape[:2]

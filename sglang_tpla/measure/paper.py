@@ -8,8 +8,6 @@ whole latent's through a constant share. With u = c / rms(c) the latent before R
 U is the PCA of u, dealt out in blocks. No serving code uses this: the map is not linear and the norm is inexact.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

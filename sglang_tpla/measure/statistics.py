@@ -49,7 +49,7 @@ class LayerMoments:
 
     @classmethod
     def zeros(cls, latent_dim: int, heads: int, nope_dim: int, device: str = "cpu") -> LayerMoments:
-        """The moments of no token."""
+        """Return the moments of no token."""
 
         def zeros(*shape: int) -> torch.Tensor:
             return torch.zeros(*shape, dtype=torch.float64, device=device)
@@ -72,7 +72,7 @@ class LayerMoments:
             setattr(self, name, getattr(self, name) + getattr(other, name))
 
     def on_cpu(self) -> LayerMoments:
-        """The same sums on the CPU, which makes the maps."""
+        """Return the same sums on the CPU, which makes the maps."""
         sums = {name: getattr(self, name).cpu() for name in ("latent_sum", "latent_outer", "query_outer")}
         return replace(self, **sums)
 
@@ -87,7 +87,7 @@ class LayerMoments:
         return self.latent_outer / max(self.latent_count, 1) - torch.outer(self.mean, self.mean)
 
     def absorbed_queries(self, w_uk: torch.Tensor) -> torch.Tensor:
-        """The second moment of absorbed queries [d, d], a mean over heads and queries; ``w_uk`` is [H, n, d]."""
+        """Return the second moment of absorbed queries [d, d], a mean over heads and queries; ``w_uk`` is [H, n, d]."""
         w = w_uk.double()
         total = torch.einsum("hnd,hnm,hme->de", w, self.query_outer.to(w.device), w)
         return total / max(self.query_count * w.shape[0], 1)
@@ -127,9 +127,7 @@ class Statistics:
         for index, layer in enumerate(self.layers):
             for name in _NAMES:
                 value = getattr(layer, name)
-                tensor = (
-                    value if isinstance(value, torch.Tensor) else torch.tensor(value, dtype=torch.float64)
-                )
+                tensor = value if isinstance(value, torch.Tensor) else torch.tensor(value, dtype=torch.float64)
                 tensors[f"layers.{index}.{name}"] = tensor.cpu().contiguous()
         save_file(tensors, str(path), metadata={"meta": msgspec.json.encode(self.meta).decode()})
 
@@ -146,9 +144,7 @@ class Statistics:
         except (SafetensorError, OSError, msgspec.MsgspecError) as error:
             raise StatisticsError(f"{path} is not a readable statistics file: {error}") from error
         if meta.format_version != FORMAT_VERSION:
-            raise StatisticsError(
-                f"{path} has format {meta.format_version}, this release reads {FORMAT_VERSION}"
-            )
+            raise StatisticsError(f"{path} has format {meta.format_version}, this release reads {FORMAT_VERSION}")
         count = len(tensors) // len(_NAMES)
         expected = {f"layers.{index}.{name}" for index in range(count) for name in _NAMES}
         if not count or set(tensors) != expected:
@@ -218,8 +214,7 @@ def collect(
     """
     spec = model.spec
     moments = [
-        LayerMoments.zeros(spec.latent_dim, spec.heads, spec.nope_dim, str(model.device))
-        for _ in range(spec.layers)
+        LayerMoments.zeros(spec.latent_dim, spec.heads, spec.nope_dim, str(model.device)) for _ in range(spec.layers)
     ]
 
     if not model.resident:

@@ -1,7 +1,5 @@
 """The text of a calibration or evaluation: its documents, their division into sequences, and the moments over them."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch
@@ -41,9 +39,7 @@ class TextPlan:
             if value is not None and value < 1:
                 raise CorpusError(f"expected {name} to be at least 1, got {value}")
         if self.held_out_tokens is not None and self.held_out_tokens < 0:
-            raise CorpusError(
-                f"expected held_out_tokens to be 0 (no report) or more, got {self.held_out_tokens}"
-            )
+            raise CorpusError(f"expected held_out_tokens to be 0 (no report) or more, got {self.held_out_tokens}")
 
     @property
     def length(self) -> int:

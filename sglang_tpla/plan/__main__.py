@@ -10,8 +10,6 @@ fastest method over a grid. With speculative decoding a step verifies several to
 and keeps --accepted-length of them.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import sys
@@ -36,9 +34,7 @@ class _Parser(argparse.ArgumentParser):
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     p = _Parser(
-        prog="python -m sglang_tpla.plan",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="python -m sglang_tpla.plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     p.add_argument("--model", default="deepseek-v3", help=f"{', '.join(BUILT_IN)}, or a config.json")
     p.add_argument("--gpu", default="h200", help=f"{', '.join(GPUS)} (default h200)")
@@ -52,9 +48,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--link-gb-s", type=float, help="a rank, each way, instead of the table's")
     p.add_argument("--weights-dtype", default="bf16", help="bf16 or fp8 (DeepSeek's blocks; default bf16)")
     p.add_argument("--cache-dtype", default="bf16", help="of SGLang's own cache: bf16 or fp8 (default bf16)")
-    p.add_argument(
-        "--rows", nargs="+", default=list(ROWS), choices=ROWS, help="formats of TPLA's cache (default: all)"
-    )
+    p.add_argument("--rows", nargs="+", default=list(ROWS), choices=ROWS, help="formats of TPLA's cache (default: all)")
     p.add_argument("--batch", type=int, nargs="+", help="requests that decode together (default 16)")
     p.add_argument("--context", type=int, nargs="+", help="cached tokens of each (default 32768)")
     p.add_argument(
@@ -76,18 +70,10 @@ def parser() -> argparse.ArgumentParser:
         help="latent values that every group keeps (default: d/4, at most 64 in sketched rows, as in calibrate)",
     )
     p.add_argument(
-        "--without",
-        nargs="+",
-        default=[],
-        choices=("tp", "tpla", "dcp", "dp"),
-        help="methods that are not open to you",
+        "--without", nargs="+", default=[], choices=("tp", "tpla", "dcp", "dp"), help="methods that are not open to you"
     )
-    p.add_argument(
-        "--memory-fraction", type=float, default=0.88, help="of a GPU, for weights and cache (default 0.88)"
-    )
-    p.add_argument(
-        "--margin", type=float, default=0.05, help="what TPLA must gain over exact methods (default 0.05)"
-    )
+    p.add_argument("--memory-fraction", type=float, default=0.88, help="of a GPU, for weights and cache (default 0.88)")
+    p.add_argument("--margin", type=float, default=0.05, help="what TPLA must gain over exact methods (default 0.05)")
     p.add_argument("--map", action="store_true", help="batch x context: the fastest method")
     p.add_argument("--json", action="store_true", help="everything as JSON")
     return p

@@ -6,8 +6,6 @@ weights: it must beat the better of those two by the margin. Slices in plain or 
 they must beat all of these by the margin.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -146,10 +144,8 @@ def _us(seconds: float) -> str:
     return f"{seconds * 1e6:.0f} us"
 
 
-def reasons(
-    setting: Setting, load: Load, rows: Sequence[Row], chosen: Row, rival: Row | None
-) -> tuple[str, ...]:
-    """The reasons in plain words: the chosen method's strength, and the other methods' losses.
+def reasons(setting: Setting, load: Load, rows: Sequence[Row], chosen: Row, rival: Row | None) -> tuple[str, ...]:
+    """Return the reasons in plain words: the chosen method's strength, and the other methods' losses.
 
     Args:
         rival: the method that the chosen one displaced; for an exact one, the fastest that is not exact. None where
@@ -211,20 +207,16 @@ def _why_ours(chosen: Row, rival: Row | None) -> str:
 
 
 def _why_not_sliced(sliced: Row, chosen: Row, setting: Setting) -> str:
-    text = (
-        f"{sliced.method.label}, the fastest TPLA, takes {_us(sliced.layer_s)} against {_us(chosen.layer_s)}"
-    )
+    text = f"{sliced.method.label}, the fastest TPLA, takes {_us(sliced.layer_s)} against {_us(chosen.layer_s)}"
     if sliced.layer_s < chosen.layer_s:
         return f"{text}: less than the {setting.margin:.0%} that it should gain (--margin)"
     if math.isfinite(sliced.break_even_tokens) and chosen.method.kind == "tp":
-        text += (
-            f"; by bytes alone it pays against plain TP from {sliced.break_even_tokens:,.0f} cached tokens on"
-        )
+        text += f"; by bytes alone it pays against plain TP from {sliced.break_even_tokens:,.0f} cached tokens on"
     return text
 
 
 def overall(answers: Sequence[Answer]) -> Method | None:
-    """The method that is, on average over several loads, least behind each load's recommended one."""
+    """Return the method that is, on average over several loads, least behind each load's recommended one."""
     able = [a for a in answers if a.recommended is not None]
     if not able:
         return None

@@ -12,8 +12,6 @@ Methods (T ranks, g latent groups; docs/design.md):
     dp    whole requests: every head's weights, 1/T of the batch
 """
 
-from __future__ import annotations
-
 import contextlib
 import math
 from collections.abc import Sequence
@@ -58,9 +56,7 @@ class Load:
                 f"{self.verified} and {self.accepted:g}"
             )
         if self.batch < 1 or self.context_tokens < 1:
-            raise PlanError(
-                f"batch and context must be at least 1, got {self.batch} and {self.context_tokens}"
-            )
+            raise PlanError(f"batch and context must be at least 1, got {self.batch} and {self.context_tokens}")
 
     @property
     def tokens(self) -> int:
@@ -76,10 +72,7 @@ class Precision:
     cache: str = "bf16"
 
     def __post_init__(self) -> None:
-        for name, value, known in (
-            ("weights", self.weights, WEIGHT_DTYPES),
-            ("cache", self.cache, CACHE_DTYPES),
-        ):
+        for name, value, known in (("weights", self.weights, WEIGHT_DTYPES), ("cache", self.cache, CACHE_DTYPES)):
             if value not in known:
                 raise PlanError(f"--{name}-dtype must be one of {', '.join(known)}, got {value!r}")
 
@@ -89,7 +82,7 @@ class Precision:
         return 2.0 if self.weights == "bf16" else 1 + 4 / 128**2
 
     def whole_row_bytes(self, model: PlanModel) -> int:
-        """The bytes of one token in one layer of SGLang's own cache, which holds the whole latent."""
+        """Return the bytes of one token in one layer of SGLang's own cache, which holds the whole latent."""
         return (2 if self.cache == "bf16" else 1) * (model.latent_dim + model.rope_dim)
 
 
@@ -213,7 +206,7 @@ def methods(
     rows: Sequence[str] = ROWS,
     sketched_shared: int | None = None,
 ) -> list[Method]:
-    """Every method on ``ranks`` GPUs.
+    """Return every method on ``ranks`` GPUs.
 
     Args:
         groups: values of g; by default every divisor of the ranks from 2 on.
@@ -259,13 +252,13 @@ class ServedRows:
 
 
 def whole_rows(model: PlanModel, precision: Precision, capability: tuple[int, int]) -> ServedRows:
-    """SGLang's own cache, read by its own kernels."""
+    """Return SGLang's own cache, read by its own kernels."""
     kernel = "flashinfer_fa3" if capability == (9, 0) else "flashinfer_fa2"
     return ServedRows(model.latent_dim, model.latent_dim, precision.whole_row_bytes(model), 0, kernel)
 
 
 def served_rows(model: PlanModel, method: Method, heads: int, capability: tuple[int, int]) -> ServedRows:
-    """TPLA's rows, of which plain and FP8 slices are widened to the next width that a kernel on this GPU serves.
+    """Return TPLA's rows, of which plain and FP8 slices are widened to the next width that a kernel on this GPU serves.
 
     Raises:
         BackendRefusal: no kernel reads such rows on this GPU. ConfigError: there are no such rows.
@@ -295,7 +288,7 @@ def served_rows(model: PlanModel, method: Method, heads: int, capability: tuple[
 def rank_work(
     model: PlanModel, method: Method, load: Load, precision: Precision, capability: tuple[int, int]
 ) -> RankWork:
-    """The work of one layer of one decode step on the busiest rank.
+    """Return the work of one layer of one decode step on the busiest rank.
 
     Raises:
         ConfigError: heads or a latent that cannot be divided so. BackendRefusal: no kernel for the rows on this GPU.
@@ -340,9 +333,7 @@ def rank_work(
             one_request_bytes=context * row_bytes,
         ),
         absorbed("value", model.value_dim, width),
-        gemm(
-            "output", out_heads * model.output_parameters_a_head, model.hidden + out_heads * model.value_dim
-        ),
+        gemm("output", out_heads * model.output_parameters_a_head, model.hidden + out_heads * model.value_dim),
     ]
     vector = rows * _BF16_BYTES
     joins: list[Collective] = []
@@ -372,7 +363,7 @@ def rank_work(
 
 
 def small_launches(model: PlanModel, method: Method) -> int:
-    """The number of launches, one after another, between the products: norms, rotation, cache write.
+    """Return the number of launches, one after another, between the products: norms, rotation, cache write.
 
     MLA's two norms run side by side; one kernel does a slice's norm, projection, rotation and write.
     """
@@ -382,7 +373,7 @@ def small_launches(model: PlanModel, method: Method) -> int:
 
 
 def break_even_tokens(model: PlanModel, method: Method, precision: Precision, row_bytes: int) -> float:
-    """The cached tokens (batch times context) above which rows of so many bytes save more than head weights add.
+    """Return the cached tokens (batch times context) above which rows of so many bytes save more than head weights add.
 
     It counts bytes alone (docs/design.md): (g - 1) times a rank's ``q_b_proj`` and, unless ``scatter``,
     ``o_proj``, over the cache bytes saved a token.
@@ -425,7 +416,7 @@ def price(work: RankWork, gpu: Gpu, link: Link) -> Price:
 
 
 def weight_bytes(model: PlanModel, work: RankWork, precision: Precision, gpus: int) -> float:
-    """The bytes of weights on one rank; weights other than attention are spread evenly over ``gpus``."""
+    """Return the bytes of weights on one rank; weights other than attention are spread evenly over ``gpus``."""
     heads = work.heads
     quantised = model.down_parameters
     quantised += heads * model.query_parameters_a_head + work.out_heads * model.output_parameters_a_head
@@ -437,9 +428,7 @@ def weight_bytes(model: PlanModel, work: RankWork, precision: Precision, gpus: i
     return attention + others / gpus
 
 
-def tokens_that_fit(
-    model: PlanModel, method: Method, work: RankWork, weights: float, gpu: Gpu, fraction: float
-) -> int:
-    """The cached tokens that fit on all ranks together; 0 where the weights alone do not fit."""
+def tokens_that_fit(model: PlanModel, method: Method, work: RankWork, weights: float, gpu: Gpu, fraction: float) -> int:
+    """Return the cached tokens that fit on all ranks together; 0 where the weights alone do not fit."""
     free = gpu.memory_bytes * fraction - weights
     return max(0, int(free // (work.cache_row_bytes * model.layers))) * method.cache_ranks

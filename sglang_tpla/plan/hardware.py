@@ -34,12 +34,12 @@ class Rate:
     one_request: tuple[tuple[float, float], ...] = ()
 
     def seconds(self, moved_bytes: float, flops: float, one_request_bytes: float = 0.0) -> float:
-        """The time of one launch; ``one_request_bytes`` are those of attention's longest request."""
+        """Return the time of one launch; ``one_request_bytes`` are those of attention's longest request."""
         together = self.overhead_s + max(moved_bytes / self.bytes_per_s, flops / self.flops_per_s)
         return max(together, self.alone_s(one_request_bytes))
 
     def alone_s(self, size_bytes: float) -> float:
-        """The time of one request alone: straight lines join the points, and the last line goes on."""
+        """Return the time of one request alone: straight lines join the points, and the last line goes on."""
         points = self.one_request
         if not points or size_bytes <= points[0][0]:
             return points[0][1] if points and size_bytes else 0.0
@@ -98,13 +98,7 @@ class Gpu:
 
 
 def _scaled(
-    base: Gpu,
-    name: str,
-    memory_bytes: float,
-    capability: tuple[int, int],
-    bandwidth: float,
-    flops: float,
-    source: str,
+    base: Gpu, name: str, memory_bytes: float, capability: tuple[int, int], bandwidth: float, flops: float, source: str
 ) -> Gpu:
     wider, faster = bandwidth / base.sheet_bytes_per_s, flops / base.sheet_flops_per_s
     rates = {
@@ -142,7 +136,7 @@ class Link:
             )
 
     def seconds(self, kind: str, size_bytes: float, ranks: int) -> float:
-        """The time of a collective.
+        """Return the time of a collective.
 
         Args:
             kind: all_reduce, all_gather, reduce_scatter or all_to_all.

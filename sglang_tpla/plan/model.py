@@ -3,8 +3,6 @@
 A config without a key, or with an unusable value, raises `PlanError`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,9 +124,7 @@ def find(model: str) -> PlanModel:
     path = Path(model)
     path = path / "config.json" if path.is_dir() else path
     if not path.is_file():
-        raise PlanError(
-            f"--model must be one of {', '.join(BUILT_IN)}, or a config.json or its folder; got {model!r}"
-        )
+        raise PlanError(f"--model must be one of {', '.join(BUILT_IN)}, or a config.json or its folder; got {model!r}")
     try:
         return from_config(read_config(path), str(path))
     except CheckpointError as error:

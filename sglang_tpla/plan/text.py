@@ -1,7 +1,5 @@
 """The planner's printed answer: a table for each load, a map of the fastest method, and the source of each number."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -14,7 +12,7 @@ def _time(seconds: float) -> str:
 
 
 def provenance(setting: Setting) -> dict[str, list[str]]:
-    """The source of every number: measured, from a data sheet, assumed or modelled."""
+    """Return the source of every number: measured, from a data sheet, assumed or modelled."""
     gpu, link = setting.gpu, setting.link
     link_fact = (
         f"{link.name}: {link.latency_s * 1e6:g} us a collective, {link.bytes_per_s / 1e9:g} GB/s a rank each way "
@@ -33,7 +31,7 @@ def provenance(setting: Setting) -> dict[str, list[str]]:
 
 
 def heading(setting: Setting) -> str:
-    """The setting and the sources of its numbers."""
+    """Return the setting and the sources of its numbers."""
     model, gpu = setting.model, setting.gpu
     ranks = setting.methods[0].ranks
     lines = [
@@ -48,7 +46,7 @@ def heading(setting: Setting) -> str:
 
 
 def table(answer: Answer, layers: int) -> str:
-    """The table of one load: every method's modelled time, cache and capacity, then the recommendation."""
+    """Return the table of one load: every method's modelled time, cache and capacity, then the recommendation."""
     load = answer.load
     step = "a decode step"
     if load.verified > 1:
@@ -85,13 +83,10 @@ def _line(row: Row, layers: int, recommended: bool, accepted: float) -> str:
 
 
 def fastest_map(answers: Sequence[Answer]) -> str:
-    """The map, batch by context, of the fastest method that fits."""
+    """Return the map, batch by context, of the fastest method that fits."""
     batches = sorted({a.load.batch for a in answers})
     contexts = sorted({a.load.context_tokens for a in answers})
-    cells = {
-        (a.load.batch, a.load.context_tokens): a.fastest.code if a.fastest is not None else "-"
-        for a in answers
-    }
+    cells = {(a.load.batch, a.load.context_tokens): a.fastest.code if a.fastest is not None else "-" for a in answers}
     lines = [
         "fastest method that fits, modelled (TP, DCP, DP attention; MLA8: plain MLA with an 8-bit cache; Tg: TPLA with",
         "g groups, Tg.8 in sketched and Tg.f in FP8 rows, s: with the reduce-scatter before o_proj; -: nothing fits)",
@@ -103,13 +98,13 @@ def fastest_map(answers: Sequence[Answer]) -> str:
 
 
 def summary(answers: Sequence[Answer]) -> str:
-    """The line about several loads: the method that is least behind on average."""
+    """Return the line about several loads: the method that is least behind on average."""
     method = overall(answers)
     return f"over all loads: {method.label if method else 'nothing fits'}"
 
 
 def as_json(setting: Setting, answers: Sequence[Answer]) -> dict[str, Any]:
-    """The whole answer as JSON, with units in the names."""
+    """Return the whole answer as JSON, with units in the names."""
     layers = setting.model.layers
     best = overall(answers)
     return {

@@ -3,8 +3,6 @@
 The rotary key is bfloat16 in both; slices are bfloat16 or FP8 (`cache_rows.fp8`).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -37,9 +35,7 @@ def cached_maps(maps: Sequence[LayerMaps], cache_dtype: str, shared: Sequence[in
     cached: list[LayerMaps] = []
     for layer, common in zip(maps, shared, strict=True):
         if isinstance(layer, SketchedMaps):
-            raise ValueError(
-                f"sketched rows have a precision of their own: expected 'exact', got {cache_dtype!r}"
-            )
+            raise ValueError(f"sketched rows have a precision of their own: expected 'exact', got {cache_dtype!r}")
         rounding = partial(rounded, shared=common) if cache_dtype == "fp8" else _bf16
         cached.append(CachedMaps([(_through(z, rounding), a, b) for z, a, b in layer], _bf16))
     return cached

@@ -6,8 +6,6 @@ float32; the value is the stored number times its block's scale. A missing or un
 scale, and a model without multi-head latent attention raise `CheckpointError`.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from pathlib import Path
@@ -70,7 +68,7 @@ class Checkpoint:
         return name in self._files
 
     def layer_name(self, layer: int, tail: str) -> str:
-        """The stored name of a layer's tensor, as in ``layer_name(3, "self_attn.kv_b_proj.weight")``."""
+        """Return the stored name of a layer's tensor, as in ``layer_name(3, "self_attn.kv_b_proj.weight")``."""
         return f"{self.prefix}layers.{layer}.{tail}"
 
     def _file_of(self, name: str) -> Path:
@@ -78,19 +76,17 @@ class Checkpoint:
             raise CheckpointError(f"expected a tensor {name!r} in {self.path}, found none")
         file = self.path / self._files[name]
         if not file.is_file():
-            raise CheckpointError(
-                f"the index of {self.path} names {file.name} for {name!r}, which is missing"
-            )
+            raise CheckpointError(f"the index of {self.path} names {file.name} for {name!r}, which is missing")
         return file
 
     def stored(self, name: str) -> torch.Tensor:
-        """The tensor as stored, in its stored dtype."""
+        """Return the tensor as stored, in its stored dtype."""
         with safe_open(self._file_of(name), framework="pt") as handle:
             tensor: torch.Tensor = handle.get_tensor(name)
         return tensor
 
     def stored_head(self, name: str, limit_bytes: int) -> bytes:
-        """The first ``limit_bytes`` of a tensor's stored bytes, row-major; it reads no more rows than needed."""
+        """Return the first ``limit_bytes`` of a tensor's stored bytes, row-major; it reads no more rows than needed."""
         with safe_open(self._file_of(name), framework="pt") as handle:
             rows = handle.get_slice(name)
             shape = rows.get_shape()
@@ -101,15 +97,13 @@ class Checkpoint:
         return raw[:limit_bytes]
 
     def tensor(self, name: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """The tensor's values in ``dtype``; block-FP8 is dequantised."""
+        """Return the tensor's values in ``dtype``; block-FP8 is dequantised."""
         stored = self.stored(name)
         if stored.dtype not in (torch.float8_e4m3fn, torch.float8_e5m2):
             return stored.to(dtype)
         scale_name = f"{name}_scale_inv"
         if scale_name not in self._files:
-            raise CheckpointError(
-                f"{name!r} is stored as {stored.dtype} and needs {scale_name!r}, which is missing"
-            )
+            raise CheckpointError(f"{name!r} is stored as {stored.dtype} and needs {scale_name!r}, which is missing")
         block = (self.config.get("quantization_config") or {}).get("weight_block_size") or [128, 128]
         return dequantise_blocks(stored, self.stored(scale_name), (int(block[0]), int(block[1]))).to(dtype)
 
@@ -127,7 +121,7 @@ def dequantise_blocks(weight: torch.Tensor, scale: torch.Tensor, block: tuple[in
 
 
 def local_checkpoint(model_path: str, revision: str | None) -> Path:
-    """The folder of a checkpoint: the path itself, or a snapshot of the Hugging Face hub."""
+    """Return the folder of a checkpoint: the path itself, or a snapshot of the Hugging Face hub."""
     if Path(model_path).is_dir():
         return Path(model_path)
     from huggingface_hub import snapshot_download

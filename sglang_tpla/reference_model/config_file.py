@@ -9,8 +9,6 @@ A file that is none, or a value of another type, raises `CheckpointError`. Nothi
 launcher can read a config too.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,12 +25,12 @@ class CheckpointError(SglangTplaError, ValueError):
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
-    """The language model's configuration in a file, or in a checkpoint's folder, in one form."""
+    """Return the language model's configuration in a file, or in a checkpoint's folder, in one form."""
     return language_config(read_whole_config(path))
 
 
 def read_whole_config(path: str | Path) -> dict[str, Any]:
-    """The configuration as the file has it, a wrapper's included."""
+    """Return the configuration as the file has it, a wrapper's included."""
     path = Path(path)
     path = path / "config.json" if path.is_dir() else path
     if not path.is_file():
@@ -52,7 +50,7 @@ def read_whole_config(path: str | Path) -> dict[str, Any]:
 
 
 def language_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The language model's own configuration, without null keys.
+    """Return the language model's own configuration, without null keys.
 
     The wrapper's quantisation applies where the inner configuration has none.
     """
@@ -64,7 +62,7 @@ def language_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def rope_scaling(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The stretch of the rotary embedding, ``rope_scaling`` or ``rope_parameters``, without null keys."""
+    """Return the stretch of the rotary embedding, ``rope_scaling`` or ``rope_parameters``, without null keys."""
     found = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if not isinstance(found, Mapping):
         raise CheckpointError(f"expected rope_scaling to be a mapping, got {found!r}")
@@ -92,13 +90,10 @@ def check_query_scaling(config: Mapping[str, Any]) -> None:
 
 
 def rope_theta(config: Mapping[str, Any]) -> float:
-    """The rotary embedding's base, from the config or from its ``rope_parameters``."""
-    theta = config.get("rope_theta")
-    for name in ("rope_scaling", "rope_parameters"):
-        part = config.get(name)
-        if theta is None and isinstance(part, Mapping):
-            theta = part.get("rope_theta")
-    theta = DEFAULT_ROPE_THETA if theta is None else theta
+    """Return the rotary embedding's base; one beside the stretch replaces the config's own, as in transformers 5."""
+    parts = (config.get("rope_scaling"), config.get("rope_parameters"), config)
+    found = [part["rope_theta"] for part in parts if isinstance(part, Mapping) and part.get("rope_theta") is not None]
+    theta = found[0] if found else DEFAULT_ROPE_THETA
     if isinstance(theta, bool) or not isinstance(theta, (int, float)) or not theta > 0:
         raise CheckpointError(f"expected rope_theta to be a number above 0, got {theta!r}")
     return float(theta)

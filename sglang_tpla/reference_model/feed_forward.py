@@ -4,8 +4,6 @@ Routing follows SGLang's ``srt/layers/moe/topk.py``: softmax ``greedy`` and ``gr
 ``noaux_tc``, whose correction bias decides the choice but not the weight (V3, Kimi K2).
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch
@@ -70,9 +68,7 @@ def route(
         mask = torch.zeros_like(group_scores, dtype=torch.bool).scatter_(1, kept, True)
         choice = grouped.masked_fill(~mask[..., None], float("-inf")).flatten(1)
     elif routing.method != "greedy":
-        raise CheckpointError(
-            f"expected topk_method greedy, group_limited_greedy or noaux_tc, got {routing.method!r}"
-        )
+        raise CheckpointError(f"expected topk_method greedy, group_limited_greedy or noaux_tc, got {routing.method!r}")
     chosen = choice.topk(routing.per_token, -1)[1]
     weights = scores.gather(1, chosen)
     if routing.normalise:
@@ -89,9 +85,7 @@ def load_feed_forward(
         return checkpoint.tensor(checkpoint.layer_name(index, f"mlp.{tail}"), dtype).to(device)
 
     def dense(stem: str) -> Dense:
-        return Dense(
-            get(f"{stem}gate_proj.weight"), get(f"{stem}up_proj.weight"), get(f"{stem}down_proj.weight")
-        )
+        return Dense(get(f"{stem}gate_proj.weight"), get(f"{stem}up_proj.weight"), get(f"{stem}down_proj.weight"))
 
     if spec.routing is None or not spec.is_moe(index):
         return dense("")

@@ -55,29 +55,21 @@ class AttentionInputs:
     k_rope: torch.Tensor
 
     def first(self, tokens: int) -> AttentionInputs:
-        """The first ``tokens`` tokens, with those queries of theirs that are present."""
+        """Return the first ``tokens`` tokens, with those queries of theirs that are present."""
         kept = tokens - (self.latent.shape[1] - self.q_nope.shape[2])
         return AttentionInputs(
-            self.latent[:, :tokens],
-            self.q_nope[:, :, :kept],
-            self.q_rope[:, :, :kept],
-            self.k_rope[:, :tokens],
+            self.latent[:, :tokens], self.q_nope[:, :, :kept], self.q_rope[:, :, :kept], self.k_rope[:, :tokens]
         )
 
     def last_queries(self, queries: int) -> AttentionInputs:
-        """All tokens, with only the last ``queries`` queries."""
+        """Return all tokens, with only the last ``queries`` queries."""
         skipped = self.q_nope.shape[2] - queries
-        return AttentionInputs(
-            self.latent, self.q_nope[:, :, skipped:], self.q_rope[:, :, skipped:], self.k_rope
-        )
+        return AttentionInputs(self.latent, self.q_nope[:, :, skipped:], self.q_rope[:, :, skipped:], self.k_rope)
 
     def after(self, past: LayerCache) -> AttentionInputs:
-        """The same queries with earlier tokens' latents in front."""
+        """Return the same queries with earlier tokens' latents in front."""
         return AttentionInputs(
-            torch.cat([past.latent, self.latent], 1),
-            self.q_nope,
-            self.q_rope,
-            torch.cat([past.k_rope, self.k_rope], 1),
+            torch.cat([past.latent, self.latent], 1), self.q_nope, self.q_rope, torch.cat([past.k_rope, self.k_rope], 1)
         )
 
 
@@ -136,9 +128,7 @@ class Attention:
             k_rope=rotate(raw[..., spec.latent_dim :], cos, sin),
         )
 
-    def heads_out(
-        self, inputs: AttentionInputs, key_latent: torch.Tensor, value_latent: torch.Tensor
-    ) -> torch.Tensor:
+    def heads_out(self, inputs: AttentionInputs, key_latent: torch.Tensor, value_latent: torch.Tensor) -> torch.Tensor:
         """Attend causally with all queries, and return [B, H, Q, v].
 
         Keys come from ``key_latent`` and values from ``value_latent``, both [B, S, d].
@@ -154,9 +144,7 @@ class Attention:
         query = torch.cat([inputs.q_nope, inputs.q_rope], -1)
         return causal_attention(query, key, value, spec.scale)
 
-    def _one_query(
-        self, inputs: AttentionInputs, key_latent: torch.Tensor, value_latent: torch.Tensor
-    ) -> torch.Tensor:
+    def _one_query(self, inputs: AttentionInputs, key_latent: torch.Tensor, value_latent: torch.Tensor) -> torch.Tensor:
         # the last token sees every key, so it needs no mask, and absorbed it needs no keys or values of the whole cache
         absorbed = torch.einsum("bhqn,hnd->bhqd", inputs.q_nope, self.w_uk)
         scores = absorbed @ key_latent[:, None].mT + inputs.q_rope @ inputs.k_rope[:, None].mT
@@ -201,9 +189,7 @@ class Attention:
         return self.project(torch.cat([exact, decoded], 2))
 
 
-def causal_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
-) -> torch.Tensor:
+def causal_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
     """Attend with the last Q of S tokens: query [B, H, Q, k], key [B, H, S, k], value [B, H, S, v]."""
     queries, tokens = query.shape[2], key.shape[2]
     value_dim = value.shape[-1]
@@ -286,9 +272,7 @@ class PlainModel:
         head = f"{self.checkpoint.prefix.removesuffix('model.')}lm_head.weight"
         self.lm_head = self._tensor(head) if head in self.checkpoint else self.embedding
         self.resident = resident
-        self.layers = (
-            [self.load_layer(index) for index in range(self.spec.layers)] if resident else _LastLayer(self)
-        )
+        self.layers = [self.load_layer(index) for index in range(self.spec.layers)] if resident else _LastLayer(self)
 
     def _tensor(self, name: str) -> torch.Tensor:
         return self.checkpoint.tensor(name, self.dtype).to(self.device)

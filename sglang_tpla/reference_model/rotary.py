@@ -4,8 +4,6 @@ A rotated vector holds all first halves of the pairs, then all second halves, as
 query and key having the same layout.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch
@@ -22,9 +20,7 @@ class Rotary:
         self.amplitude = 1.0
         if spec.yarn is not None:
             yarn = spec.yarn
-            self.amplitude = yarn_mscale(yarn.factor, yarn.mscale) / yarn_mscale(
-                yarn.factor, yarn.mscale_all_dim
-            )
+            self.amplitude = yarn_mscale(yarn.factor, yarn.mscale) / yarn_mscale(yarn.factor, yarn.mscale_all_dim)
 
     def tables(self, tokens: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """Make cos and sin, each [tokens, e/2], for positions 0 to tokens - 1."""
@@ -40,7 +36,7 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 
 
 def inverse_frequencies(spec: ModelSpec) -> torch.Tensor:
-    """The inverse frequencies [e/2], float32, stretched by yarn where the model has it."""
+    """Return the inverse frequencies [e/2], float32, stretched by yarn where the model has it."""
     dim = spec.rope_dim
     plain = 1.0 / spec.rope_theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
     if spec.yarn is None:

@@ -37,6 +37,11 @@ class SketchedMaps:
     a: Sequence[torch.Tensor]
     b: Sequence[torch.Tensor]
 
+    def to(self, device: torch.device, dtype: torch.dtype) -> SketchedMaps:
+        """Return the same maps there, in that precision."""
+        z, a, b = ([part.to(device, dtype) for part in parts] for parts in (self.z, self.a, self.b))
+        return SketchedMaps(self.rows, z, self.sketch.to(device, dtype), a, b)
+
     def views(self, latent: torch.Tensor, k_rope: torch.Tensor) -> Iterator[GroupView]:
         """Yield each group's view of latents [B, S, d] and rotated keys [B, S, rope], in their dtype."""
         rows, dtype = self.rows, latent.dtype

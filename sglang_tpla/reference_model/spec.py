@@ -109,7 +109,7 @@ class ModelSpec:
 
 
 def yarn_mscale(factor: float, mscale: float) -> float:
-    """Yarn's attention temperature for a stretch of ``factor``."""
+    """Return Yarn's attention temperature for a stretch of ``factor``."""
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
 
@@ -118,9 +118,7 @@ def _read_yarn(rope: Mapping[str, Any], config: Mapping[str, Any]) -> Yarn | Non
     if kind == "default":
         return None
     if kind not in ("yarn", "deepseek_yarn"):
-        raise CheckpointError(
-            f"expected rope scaling 'yarn' or none, got {kind!r}: not a model of this family"
-        )
+        raise CheckpointError(f"expected rope scaling 'yarn' or none, got {kind!r}: not a model of this family")
     return Yarn(
         factor=float(rope["factor"]),
         original_positions=int(

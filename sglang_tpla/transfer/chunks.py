@@ -3,8 +3,6 @@
 A chunk's payload is layer by layer, token by token, without padding.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -53,8 +51,6 @@ def cut(
                 size += widths[end] * (stop - start) * item_bytes
                 end += 1
             if size:
-                rectangles.append(
-                    Rectangle(first_layer + layer, end - layer, first_token + start, stop - start, size)
-                )
+                rectangles.append(Rectangle(first_layer + layer, end - layer, first_token + start, stop - start, size))
             layer = end
     return rectangles

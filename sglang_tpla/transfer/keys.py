@@ -6,8 +6,6 @@ Writes ``prefill.secret``, ``prefill.public``, ``decode.secret``, ``decode.publi
 installed there as ``decode.secret``) and allows it. Keys that exist are kept.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 from pathlib import Path
@@ -16,7 +14,7 @@ import zmq
 
 
 def make_pair(folder: Path, name: str) -> tuple[str, bool]:
-    """Public key of ``name``, made with its secret unless both exist; and whether it was made."""
+    """Return the public key of ``name``, made with its secret unless both exist; and whether it was made."""
     secret_path, public_path = folder / f"{name}.secret", folder / f"{name}.public"
     if secret_path.exists() and public_path.exists():
         return public_path.read_text().split()[0], False

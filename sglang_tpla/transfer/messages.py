@@ -6,8 +6,6 @@ wrong place. Decoding is strict: a wrong digest, unknown tags, missing or extra 
 range are all `FrameError`, and nothing larger than ``MAX_HEADER_BYTES`` is looked at.
 """
 
-from __future__ import annotations
-
 from typing import Annotated, Any, TypeAlias
 
 import msgspec
@@ -56,6 +54,20 @@ class FramingVersionError(FrameError):
 
 class _Message(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """Base of all messages: a msgpack array ``[tag, field, ...]``."""
+
+
+class _RoomMessage(_Message, frozen=True):
+    """Base of messages about one generation of a room."""
+
+    room: Count
+    generation: Count
+
+
+class _ChunkMessage(_RoomMessage, frozen=True):
+    """Base of messages about one chunk of a room."""
+
+    part: Small
+    sequence: Small
 
 
 class CacheLayout(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -156,13 +168,9 @@ class Unregistered(_Message, frozen=True, tag=7):
     """prefill -> decode: a message came from a peer that never said Hello; register again."""
 
 
-class Request(_Message, frozen=True, tag=8):
-    """decode -> prefill: pages are allocated, send this room: of the layers that the rank holds, the share
-    ``share_index`` of ``share_count`` (`chunks.share_of`).
-    """
+class Request(_RoomMessage, frozen=True, tag=8):
+    """decode -> prefill: pages are ready for the ``share_index``-th of ``share_count`` shares (`chunks.share_of`)."""
 
-    room: Count
-    generation: Count
     expected_ranks: Positive
     prefix_tokens: Small
     num_tokens: Annotated[int, Meta(ge=-1, le=2**31 - 1)]
@@ -171,32 +179,24 @@ class Request(_Message, frozen=True, tag=8):
     share_count: Positive
 
 
-class Want(_Message, frozen=True, tag=9):
+class Want(_RoomMessage, frozen=True, tag=9):
     """prefill -> decode: chunk bytes of this room that are ready or sent so far, in all."""
 
-    room: Count
-    generation: Count
     total_bytes: Count
 
 
-class Credit(_Message, frozen=True, tag=10):
+class Credit(_RoomMessage, frozen=True, tag=10):
     """decode -> prefill: chunk bytes of this room that may be sent so far, in all."""
 
-    room: Count
-    generation: Count
     total_bytes: Count
 
 
-class Chunk(_Message, frozen=True, tag=11):
+class Chunk(_ChunkMessage, frozen=True, tag=11):
     """prefill -> decode, payload: rows of some layers and tokens, layer by layer, token by token.
 
     With ``relay`` the receiver also keeps the payload in its segment for its colocated ranks, and answers `Stored`.
     """
 
-    room: Count
-    generation: Count
-    part: Small
-    sequence: Small
     relay: bool
     first_layer: Small
     layers: Positive
@@ -205,46 +205,29 @@ class Chunk(_Message, frozen=True, tag=11):
     checksum: Digest
 
 
-class Ack(_Message, frozen=True, tag=12):
+class Ack(_ChunkMessage, frozen=True, tag=12):
     """decode -> prefill: this chunk is in the pool."""
 
-    room: Count
-    generation: Count
-    part: Small
-    sequence: Small
 
-
-class Nack(_Message, frozen=True, tag=13):
+class Nack(_ChunkMessage, frozen=True, tag=13):
     """decode -> prefill: this chunk came damaged, send it again."""
 
-    room: Count
-    generation: Count
-    part: Small
-    sequence: Small
 
-
-class Finish(_Message, frozen=True, tag=14):
+class Finish(_RoomMessage, frozen=True, tag=14):
     """prefill -> decode, payload metadata row: nothing more comes after ``chunks`` chunks of ``tokens`` tokens."""
 
-    room: Count
-    generation: Count
     chunks: Small
     tokens: Small
     checksum: Digest
 
 
-class Done(_Message, frozen=True, tag=15):
+class Done(_RoomMessage, frozen=True, tag=15):
     """decode -> prefill: every chunk and the metadata row are in place."""
 
-    room: Count
-    generation: Count
 
-
-class Abort(_Message, frozen=True, tag=16):
+class Abort(_RoomMessage, frozen=True, tag=16):
     """Either way: this generation of the room is over."""
 
-    room: Count
-    generation: Count
     reason: Sentence
 
 
@@ -274,13 +257,9 @@ class Mapped(_Message, frozen=True, tag=20):
     agents: Annotated[tuple[Name, ...], Meta(max_length=MAX_COLOCATED + 1)]
 
 
-class Share(_Message, frozen=True, tag=21):
+class Share(_ChunkMessage, frozen=True, tag=21):
     """prefill -> decode: a chunk whose payload lies in a segment that this rank has mapped."""
 
-    room: Count
-    generation: Count
-    part: Small
-    sequence: Small
     first_layer: Small
     layers: Positive
     first_token: Small
@@ -291,13 +270,9 @@ class Share(_Message, frozen=True, tag=21):
     size_bytes: Positive
 
 
-class Stored(_Message, frozen=True, tag=22):
+class Stored(_ChunkMessage, frozen=True, tag=22):
     """decode -> prefill: this chunk is in the pool, and at ``offset`` of this rank's segment until released."""
 
-    room: Count
-    generation: Count
-    part: Small
-    sequence: Small
     offset: Count
 
 
@@ -307,15 +282,13 @@ class Release(_Message, frozen=True, tag=23):
     offsets: Annotated[tuple[Count, ...], Meta(min_length=1, max_length=MAX_OFFSETS)]
 
 
-class Resume(_Message, frozen=True, tag=24):
+class Resume(_RoomMessage, frozen=True, tag=24):
     """decode -> prefill, after a Request that repeats the first one: go on with this room on a new connection.
 
     ``applied`` has a bitmap for each part: bit ``s % 8`` of byte ``s // 8`` is set for chunks in the pool.
     ``credit_bytes`` is where both sides count chunk bytes from.
     """
 
-    room: Count
-    generation: Count
     credit_bytes: Count
     applied: Annotated[tuple[tuple[Small, Bitmap], ...], Meta(max_length=3)]
 
@@ -334,33 +307,10 @@ class Capacity(_Message, frozen=True, tag=26):
 
 
 Message: TypeAlias = (
-    Hello
-    | Welcome
-    | Refused
-    | ProjectionLayer
-    | Ping
-    | Pong
-    | Unregistered
-    | Request
-    | Want
-    | Credit
-    | Chunk
-    | Ack
-    | Nack
-    | Finish
-    | Done
-    | Abort
-    | Registered
-    | Goodbye
-    | Colocated
-    | Mapped
-    | Share
-    | Stored
-    | Release
-    | Resume
-    | Expected
-    | Capacity
-)
+    Hello | Welcome | Refused | ProjectionLayer | Ping | Pong | Unregistered | Request | Want | Credit | Chunk |
+    Ack | Nack | Finish | Done | Abort | Registered | Goodbye | Colocated | Mapped | Share | Stored | Release |
+    Resume | Expected | Capacity
+)  # fmt: skip
 WITH_PAYLOAD = (ProjectionLayer, Chunk, Finish)
 
 _encoder = msgspec.msgpack.Encoder()
@@ -422,7 +372,5 @@ def decode(header: Buffer, has_payload: bool) -> Message:
     if version != FRAMING_VERSION and not isinstance(message, Refused):
         raise other
     if has_payload != isinstance(message, WITH_PAYLOAD):
-        raise FrameError(
-            f"{type(message).__name__} comes {'with' if not has_payload else 'without'} a payload frame"
-        )
+        raise FrameError(f"{type(message).__name__} comes {'with' if not has_payload else 'without'} a payload frame")
     return message

@@ -6,8 +6,6 @@ are merged over processes, each under its own ``role`` and ``rank``. Transfers a
 sum over ``role="prefill"`` for what was sent, over ``role="decode"`` for what each rank received.
 """
 
-from __future__ import annotations
-
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -58,7 +56,7 @@ class Agent(Protocol):
     durations: deque[float]
 
     def stats(self) -> AgentStats:
-        """Counters and gauges."""
+        """Return counters and gauges."""
         ...
 
 
@@ -69,24 +67,18 @@ class AgentPublisher:
     """
 
     def __init__(
-        self,
-        agents: Callable[[], Sequence[Agent]],
-        registry: CollectorRegistry | None = None,
-        period_s: float = 1.0,
+        self, agents: Callable[[], Sequence[Agent]], registry: CollectorRegistry | None = None, period_s: float = 1.0
     ) -> None:
         from prometheus_client import REGISTRY
 
         where = registry or REGISTRY
         self._agents, self._period_s = agents, period_s
         self._gauges = {
-            name: Gauge(
-                f"sglang_tpla:{name}", text, LABELS, registry=where, multiprocess_mode="livemostrecent"
-            )
+            name: Gauge(f"sglang_tpla:{name}", text, LABELS, registry=where, multiprocess_mode="livemostrecent")
             for name, text in GAUGES.items()
         }
         self._counters = {
-            name: Counter(f"sglang_tpla:{name}", text, LABELS, registry=where)
-            for name, text in COUNTERS.items()
+            name: Counter(f"sglang_tpla:{name}", text, LABELS, registry=where) for name, text in COUNTERS.items()
         }
         self._latency = Histogram(
             f"sglang_tpla:{LATENCY}",

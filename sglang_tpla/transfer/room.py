@@ -1,7 +1,5 @@
 """Rooms as the engine sees them: their states, limits and figures. Sizes in bytes, times in seconds."""
 
-from __future__ import annotations
-
 import enum
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -34,9 +32,7 @@ def check_room_id(room_id: int) -> None:
         TransferError: naming the range.
     """
     if not isinstance(room_id, int) or not 0 <= room_id <= MAX_ROOM_ID:
-        raise TransferError(
-            f"a room id (bootstrap_room) must be an integer in 0...{MAX_ROOM_ID}; got {room_id!r}"
-        )
+        raise TransferError(f"a room id (bootstrap_room) must be an integer in 0...{MAX_ROOM_ID}; got {room_id!r}")
 
 
 @dataclass(frozen=True)

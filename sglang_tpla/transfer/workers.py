@@ -196,9 +196,7 @@ class Workers:
         """Return the header and the payload of a message, or None after counting and logging a malformed one."""
         try:
             if not 1 <= len(parts) <= 2:
-                raise messages.FrameError(
-                    f"a message has a header and at most one payload; got {len(parts)} frames"
-                )
+                raise messages.FrameError(f"a message has a header and at most one payload; got {len(parts)} frames")
             message = messages.decode(parts[0].buffer, len(parts) == 2)
         except messages.FrameError as error:
             self.drop("malformed_dropped", f"malformed frame from {sender}: {error}")

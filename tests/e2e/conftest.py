@@ -1,7 +1,5 @@
 """Servers shared by the end-to-end tests; each is started once, when the first test asks for it."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property

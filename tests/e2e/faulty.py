@@ -48,9 +48,7 @@ Held = dict[int, tuple[Kinds, Kinds, int]]
 
 
 def resources(server: Server, but_to: Collection[int] = ()) -> Held:
-    """Return each rank process's threads by name, file handles by kind (without connections to some ports), and
-    resident bytes.
-    """
+    """Return each rank's threads by name, file handles by kind (but for connections to some ports), and bytes."""
     return {p.pid: (threads(p.pid), handles(p.pid, but_to), p.memory_info().rss) for p in server.schedulers()}
 
 
@@ -64,14 +62,11 @@ def threads(pid: int) -> Kinds:
 
 
 def handles(pid: int, but_to: Collection[int] = ()) -> Kinds:
-    """Return what a process has open, without connections to some ports and the files that prometheus_client makes at a
-    series' first use.
-    """
+    """Return open files and connections, but for some ports and the files of prometheus_client's first use."""
     kinds = Kinds()
     connections = psutil.Process(pid).net_connections(kind="tcp")
     ends = {
-        str(end.fd): f"{end.status} {end.laddr.port} to {end.raddr.port if end.raddr else '-'}"
-        for end in connections
+        str(end.fd): f"{end.status} {end.laddr.port} to {end.raddr.port if end.raddr else '-'}" for end in connections
     }
     left_out = {str(end.fd) for end in connections if end.raddr and end.raddr.port in but_to}
     for link in Path(f"/proc/{pid}/fd").iterdir():
@@ -89,9 +84,7 @@ def growth(before: Held, after: Held) -> list[str]:
         for what, old, new in zip(("threads", "handles"), before[pid], after[pid], strict=False):
             assert isinstance(old, collections.Counter) and isinstance(new, collections.Counter)
             if new.total() > old.total():
-                found.append(
-                    f"process {pid}: {new.total()} {what} where {old.total()} were: {new - old} came"
-                )
+                found.append(f"process {pid}: {new.total()} {what} where {old.total()} were: {new - old} came")
         if after[pid][2] > before[pid][2] + GROWTH_BYTES:
             found.append(f"process {pid}: {before[pid][2]} bytes before, {after[pid][2]} after")
     return found
@@ -160,9 +153,7 @@ class Faulty:
         pool = ("--max-total-tokens", str(POOL_TOKENS))
         decode = launcher("decode", model, ports[2], logs / "faulty-decode.log", "--tp", "2", "--tpla-groups", "2",
                           "--tpla-artifact", artifact, *TRANSFER, *pool)  # fmt: skip
-        single = launcher(
-            "decode", model, ports[3], logs / "faulty-single.log", "--tpla-groups", "1", *TRANSFER, *pool
-        )
+        single = launcher("decode", model, ports[3], logs / "faulty-single.log", "--tpla-groups", "1", *TRANSFER, *pool)
         single.name = "single"
         with contextlib.ExitStack() as stack:
             proxies = [
@@ -194,9 +185,7 @@ class Faulty:
         return Route(self.prefill, self.door.port, self.single)
 
     def ask_patiently(self, route: Route, prompt: Any) -> Answer:
-        """Return the answer to a prompt that prefill has not cached. A connection that just broke, or a machine that
-        stood still, may fail one request.
-        """
+        """Return the answer to a prompt that prefill has not cached; one request may fail where a connection broke."""
         deadline = time.monotonic() + 60
         while True:
             assert httpx.post(self.prefill.url + "/flush_cache", timeout=30).status_code == 200
@@ -209,17 +198,13 @@ class Faulty:
     def held(self) -> list[Held]:
         """Return the `resources` of all servers, once every connection has its data channel again."""
         deadline = time.monotonic() + 30
-        while (now := series(self.prefill))["data_channels"] != now["peers"] or set(
-            now["peers"].values()
-        ) != {3}:
+        while (now := series(self.prefill))["data_channels"] != now["peers"] or set(now["peers"].values()) != {3}:
             assert time.monotonic() < deadline, now
             time.sleep(0.2)
         return [self._resources(server) for server in self.servers]
 
     def _resources(self, server: Server) -> Held:
-        """Return the `resources` without SGLang's connection to the bootstrap server, which stays from its first
-        question on.
-        """
+        """Return the `resources` without SGLang's connection to the bootstrap server, which stays from the first on."""
         return resources(server, (self.door.port,))
 
     def ask_all(self) -> list[Answer]:
@@ -283,9 +268,7 @@ class Faulty:
         return sum(not answer.failure for answer in answers)
 
     def at_rest(self, before: Sequence[Held] = ()) -> None:
-        """Check that the servers hold nothing, answer to the last bit as at the start, and hold no more than before
-        where they live.
-        """
+        """Check that the servers hold nothing, answer to the last bit as at the start, and have grown by nothing."""
         wait_idle(*self.servers)
         for server in self.servers:
             assert httpx.get(server.url + "/health", timeout=30).status_code == 200

@@ -1,16 +1,12 @@
 """Requests with odd values, drawn by hypothesis: every field that crosses to decode or that SGLang hands on unread."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from hypothesis import strategies as st
 
 HUGE = st.sampled_from([2**31 - 1, 2**31, 2**32, 2**53 + 1, 2**63 - 1, 2**63, 2**64, -(2**63), -(2**63) - 1])
 NUMBERS = st.sampled_from([-2, -1, 0, 1, 2, 1e-9, 0.5, 1.5, -0.0, 1e39, -1e39, 1e308]) | HUGE
-WORDS = st.sampled_from(
-    ["", " ", "x", "-1", "0", "null", "\x00", "\ud83d\ude00", "../..", "a" * 5000, "[", "{}"]
-)
+WORDS = st.sampled_from(["", " ", "x", "-1", "0", "null", "\x00", "\ud83d\ude00", "../..", "a" * 5000, "[", "{}"])
 SCALARS = st.none() | st.booleans() | NUMBERS | WORDS
 ANYTHING = SCALARS | st.lists(SCALARS, max_size=3) | st.lists(st.lists(SCALARS, max_size=2), max_size=2)
 ANYTHING |= st.dictionaries(WORDS, SCALARS, max_size=2)

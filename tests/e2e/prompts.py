@@ -1,7 +1,5 @@
 """Prompts for the end-to-end tests: pieces of the standard library's source, the same on every machine of a release."""
 
-from __future__ import annotations
-
 import argparse
 import ast
 import bisect

@@ -128,14 +128,10 @@ class Server:
     def post(self, path: str, body: dict[str, Any], timeout_s: float = 240) -> httpx.Response:
         return httpx.post(self.url + path, json=body, timeout=timeout_s)
 
-    def generate(
-        self, prompt: str | list[int], tokens: int, timeout_s: float = 240, **extra: Any
-    ) -> dict[str, Any]:
+    def generate(self, prompt: str | list[int], tokens: int, timeout_s: float = 240, **extra: Any) -> dict[str, Any]:
         """Ask /generate greedily, and fail on any other answer than 200."""
         response = self.post("/generate", request_body(prompt, tokens, **extra), timeout_s)
-        assert response.status_code == 200, (
-            f"{self.name}: {response.status_code} {response.text[:500]}\n{self.tail()}"
-        )
+        assert response.status_code == 200, f"{self.name}: {response.status_code} {response.text[:500]}\n{self.tail()}"
         return response.json()
 
 
@@ -163,25 +159,12 @@ def request_body(prompt: str | list[int] | list[str], tokens: int, **extra: Any)
 def launcher(role: str, model: str, port: int, log: Path, *args: str, host: str = "127.0.0.1") -> Server:
     """Return a server of ours that is not started yet."""
     common = (host if arg == "127.0.0.1" else arg for arg in COMMON)
-    command = (
-        "-m",
-        "sglang_tpla.launch",
-        "--role",
-        role,
-        "--model-path",
-        model,
-        *common,
-        "--port",
-        str(port),
-        *args,
-    )
+    command = ("-m", "sglang_tpla.launch", "--role", role, "--model-path", model, *common, "--port", str(port), *args)
     return Server(role, command, port, log, host=host)
 
 
 def stock(model: str, port: int, log: Path, *args: str) -> Server:
-    """Return stock SGLang on the CPU reference platform, without any plug-in: with none of our hooks, the CPU's
-    included.
-    """
+    """Return stock SGLang on the CPU reference platform, with none of our hooks, the CPU's included."""
     env = {
         "SGLANG_PLATFORM": "sglang_tpla_cpu",
         "SGLANG_PLUGINS": "none",

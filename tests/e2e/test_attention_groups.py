@@ -4,8 +4,6 @@ Four ranks in two attention groups of two; each group keeps both latent slices o
 prefill server may have attention groups too, each of which holds the rows of its own requests.
 """
 
-from __future__ import annotations
-
 import concurrent.futures
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,11 +24,7 @@ pytestmark = pytest.mark.skipif(
 )
 TOKENS = 12
 # 0.5.23 has a flag of its own, and warns of the older pair
-GROUPS = (
-    ("--attn-dp-size", "2")
-    if ledger.host_version() == "0.5.23"
-    else ("--dp-size", "2", "--enable-dp-attention")
-)
+GROUPS = ("--attn-dp-size", "2") if ledger.host_version() == "0.5.23" else ("--dp-size", "2", "--enable-dp-attention")
 
 
 @pytest.fixture(scope="module")
@@ -51,9 +45,7 @@ def test_answers_follow_the_formula_in_both_attention_groups(
     states = decode.get("/server_info")["internal_states"]
     assert [(state["tpla"]["groups"], state["tpla"]["head_shards"]) for state in states] == [(2, 1), (2, 1)]
     pair = Pair(trio.prefill, trio.bootstrap, decode, next_room=130_000)
-    assert_answers_follow_the_formula(
-        pair, Artifact.load(nano_artifact), nano_mla, prompts=4, new_tokens=TOKENS
-    )
+    assert_answers_follow_the_formula(pair, Artifact.load(nano_artifact), nano_mla, prompts=4, new_tokens=TOKENS)
     served = [line for line in decode.log.read_text(errors="replace").splitlines() if " transfer {" in line]
     for rank in ("DP0 TP0", "DP0 TP1", "DP1 TP2", "DP1 TP3"):
         rooms = [line for line in served if rank in line]
@@ -62,9 +54,7 @@ def test_answers_follow_the_formula_in_both_attention_groups(
 
 def test_the_router_finds_the_group_of_each_request(trio: Any, decode: Server, logs: Path) -> None:
     """Requests at once, through the router, answer as they do through the trio's decode server of one group."""
-    front = router(
-        free_ports(1)[0], logs / "router-attention-groups.log", trio.prefill.url, trio.bootstrap, decode.url
-    )
+    front = router(free_ports(1)[0], logs / "router-attention-groups.log", trio.prefill.url, trio.bootstrap, decode.url)
     prompts = short_prompts(4, seed=9)
     with running(front), concurrent.futures.ThreadPoolExecutor(4) as pool:
         answers = list(pool.map(lambda prompt: front.generate(prompt, 6)["text"], prompts))
@@ -83,11 +73,7 @@ def test_a_prefill_server_of_two_attention_groups(
     )  # fmt: skip
     with running(prefill):
         pair = Pair(prefill, ports[1], decode, next_room=140_000)
-        assert_answers_follow_the_formula(
-            pair, Artifact.load(nano_artifact), nano_mla, prompts=4, new_tokens=TOKENS
-        )
-        served = [
-            line for line in prefill.log.read_text(errors="replace").splitlines() if " transfer {" in line
-        ]
+        assert_answers_follow_the_formula(pair, Artifact.load(nano_artifact), nano_mla, prompts=4, new_tokens=TOKENS)
+        served = [line for line in prefill.log.read_text(errors="replace").splitlines() if " transfer {" in line]
         for rank in ("DP0 TP0", "DP1 TP1"):
             assert any(rank in line and '"success"' in line for line in served), served

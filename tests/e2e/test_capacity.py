@@ -1,7 +1,5 @@
 """For the same memory a decode rank at g = 2 holds 1.8 times the tokens: real servers, DeepSeek's 512 + 64 latent."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
@@ -45,9 +43,7 @@ def wide_model(tmp_path_factory: pytest.TempPathFactory, nano_mla: str) -> Path:
     weights = {f"{name}.weight": torch.randn(config["vocab_size"], HIDDEN) for name in tables}
     weights["model.norm.weight"] = torch.ones(HIDDEN)
     for layer in range(LAYERS):
-        weights |= {
-            f"model.layers.{layer}.{n}.weight": torch.randn(*s) / s[1] ** 0.5 for n, s in shapes.items()
-        }
+        weights |= {f"model.layers.{layer}.{n}.weight": torch.randn(*s) / s[1] ** 0.5 for n, s in shapes.items()}
         weights |= {f"model.layers.{layer}.{n}.weight": torch.ones(s) for n, s in norms.items()}
     save_file({name: tensor.bfloat16() for name, tensor in weights.items()}, folder / "model.safetensors")
     return folder

@@ -3,8 +3,6 @@
 What it reports is compared with the plain PyTorch model on the same text: exact and through the slices.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +21,7 @@ PROMPTS, NEW_TOKENS = 4, 24
 
 
 def expected_kl(reference: Server, artifact: Artifact, model_path: str) -> tuple[list[float], list[int]]:
-    """Return the whole-vocabulary KL at every compared token of the stock server's greedy answers, and where TPLA would
-    part.
-    """
+    """Return the KL at every compared token of the stock server's greedy answers, and where TPLA would part."""
     model = PlainModel(model_path)
     maps = model_maps(artifact, model)
     _, held_out = Corpus.from_paths().split(0)
@@ -50,9 +46,7 @@ def expected_kl(reference: Server, artifact: Artifact, model_path: str) -> tuple
     return found, agreed
 
 
-def test_two_live_deployments(
-    reference: Server, trio: Any, nano_mla: str, nano_artifact: str, tmp_path: Path
-) -> None:
+def test_two_live_deployments(reference: Server, trio: Any, nano_mla: str, nano_artifact: str, tmp_path: Path) -> None:
     code = command.main([
         "--stock-url", reference.url, "--tpla-url", trio.router.url, "--prompts", str(PROMPTS),
         "--new-tokens", str(NEW_TOKENS), "--out", str(tmp_path), "--quiet",

@@ -1,7 +1,5 @@
 """Servers with keys, on an address of this machine that is not loopback: as in a deployment on several machines."""
 
-from __future__ import annotations
-
 import concurrent.futures
 import socket
 from collections.abc import Iterator
@@ -76,9 +74,7 @@ def test_a_decode_server_with_other_keys_is_refused(keyed: Deployment) -> None:
     body = request_body(PROMPT, TOKENS)
     body |= {"bootstrap_host": keyed.address, "bootstrap_port": keyed.bootstrap, "bootstrap_room": 77}
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        prefill, decode = pool.map(
-            lambda server: server.post("/generate", body), (keyed.prefill, keyed.stranger)
-        )
+        prefill, decode = pool.map(lambda server: server.post("/generate", body), (keyed.prefill, keyed.stranger))
     assert decode.status_code >= 500 and "key" in decode.text, decode.text
     assert "no decode rank has asked for this room" in prefill.text, prefill.text
     (agent,) = keyed.prefill.get("/server_info")["internal_states"][0]["tpla_transfer"]

@@ -5,8 +5,6 @@ runs, with two ranks that hold all heads, and the answer is that of plain MLA. W
 language model goes through the same hooks.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest
@@ -45,14 +43,9 @@ def whole_latents(folder: Path, path: Path) -> Path:
 
 @pytest.mark.parametrize(
     "family",
-    [
-        pytest.param(name, marks=pytest.mark.slow if name in SLOW else ())
-        for name in sorted(CONFIGS | WRAPPERS)
-    ],
+    [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in sorted(CONFIGS | WRAPPERS)],
 )
-def test_a_family_is_served(
-    family: str, nano_mla: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_family_is_served(family: str, nano_mla: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = random_checkpoint(tmp_path / family, family, nano_mla)
     wrapper = ("--trust-remote-code",) if family in WRAPPERS else ()
     monkeypatch.setenv("SGLANG_TPLA_CPU_MEMORY_BYTES", str(3 << 30))
@@ -72,9 +65,7 @@ def test_a_family_is_served(
     with running(prefill, decode):
         pair = Pair(prefill, ports[1], decode)
         for seed in range(3):
-            ids = torch.randint(
-                3, 4096, (20 + 7 * seed,), generator=torch.Generator().manual_seed(seed)
-            ).tolist()
+            ids = torch.randint(3, 4096, (20 + 7 * seed,), generator=torch.Generator().manual_seed(seed)).tolist()
             said, expected = said_and_due(pair, model, ids, TOKENS, None)
             torch.testing.assert_close(said, expected, rtol=0, atol=2e-3)
         assert decode.get("/server_info")["tpla"]["widths"] == [64] * 3

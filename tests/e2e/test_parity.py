@@ -1,7 +1,5 @@
 """g = 1 is plain MLA: prefill + decode servers of ours against stock SGLang on the same prompts, float32, greedy."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +18,7 @@ def tokens_of(answer: dict[str, Any]) -> list[int]:
 
 
 def top_logprobs(answer: dict[str, Any]) -> list[dict[int, float]]:
-    return [
-        {token: value for value, token, *_ in step} for step in answer["meta_info"]["output_top_logprobs"]
-    ]
+    return [{token: value for value, token, *_ in step} for step in answer["meta_info"]["output_top_logprobs"]]
 
 
 @pytest.fixture(scope="session")
@@ -70,7 +66,4 @@ def test_prefill_is_stock_to_the_last_bit(trio: Any, reference: Server, characte
         assert ours.keys() == theirs.keys()
         assert all(ours[token] == pytest.approx(theirs[token], abs=2e-5) for token in ours)
     # and what travelled in the metadata row is the same again
-    assert (
-        decoded["meta_info"]["output_token_logprobs"][0][:2]
-        == first["meta_info"]["output_token_logprobs"][0][:2]
-    )
+    assert decoded["meta_info"]["output_token_logprobs"][0][:2] == first["meta_info"]["output_token_logprobs"][0][:2]

@@ -1,7 +1,5 @@
 """What cannot work is refused at start, by the real command, with one clear message and a failing exit code."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import socket
@@ -101,9 +99,7 @@ def test_artifact_of_another_layout(nano_mla: str, nano_artifact: str) -> None:
 
 def test_missing_artifact_names_the_command(tmp_path: Path, nano_mla: str) -> None:
     for extra in ((), ("--tpla-artifact", str(tmp_path / "none.safetensors"))):
-        output = start(
-            "--role", "decode", "--model-path", nano_mla, *COMMON, "--tp", "2", "--tpla-groups", "2", *extra
-        )
+        output = start("--role", "decode", "--model-path", nano_mla, *COMMON, "--tp", "2", "--tpla-groups", "2", *extra)
         assert "python -m sglang_tpla.calibrate" in output and "Traceback" not in output, output[-2000:]
 
 
@@ -118,12 +114,8 @@ def test_a_bootstrap_port_that_another_server_has(nano_mla: str) -> None:
     """The server would be healthy, and its ranks would take the place of the other server's."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
-        output = start(
-            "--role", "prefill", "--model-path", nano_mla, *COMMON, "--disaggregation-bootstrap-port", port
-        )
-    assert (
-        f"cannot listen on 127.0.0.1:{port}" in output and "its own --disaggregation-bootstrap-port" in output
-    )
+        output = start("--role", "prefill", "--model-path", nano_mla, *COMMON, "--disaggregation-bootstrap-port", port)
+    assert f"cannot listen on 127.0.0.1:{port}" in output and "its own --disaggregation-bootstrap-port" in output
     assert "Traceback" not in output, output[-2000:]
 
 
@@ -133,10 +125,7 @@ def test_prompts_cut_to_a_length_of_each_servers_own(nano_mla: str) -> None:
 
 
 def test_models_that_are_not_served_are_refused_by_name(tmp_path: Path, nano_mla: str) -> None:
-    for name, reason in (
-        ("KimiLinearForCausalLM", "linear-attention"),
-        ("SarvamMLAForCausalLM", "class of its own"),
-    ):
+    for name, reason in (("KimiLinearForCausalLM", "linear-attention"), ("SarvamMLAForCausalLM", "class of its own")):
         model = other_model(tmp_path / name, nano_mla, architectures=[name])
         output = start("--role", "prefill", "--model-path", model, *COMMON)
         assert f"is a {name}, which sglang_tpla does not serve" in output and reason in output, output[-2000:]

@@ -3,8 +3,6 @@
 All stand behind the shared prefill server, whose own cache is float32.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,7 +16,9 @@ from tokenizers import Tokenizer
 from sglang_tpla.artifact.artifact import Artifact
 from sglang_tpla.cache_rows.rotation import rotation
 from sglang_tpla.cache_rows.sketched import SketchedRows
+from sglang_tpla.calibrate.pipeline import layer_costs, sketched_form
 from sglang_tpla.measure.decode_error import model_maps
+from sglang_tpla.measure.text import TextPlan, collect_statistics, read_text
 from sglang_tpla.reference_model.forward import LayerMaps, PlainModel
 from sglang_tpla.reference_model.sketched_layer import SketchedMaps
 from tests.e2e.model_answers import said_and_due
@@ -58,15 +58,11 @@ def follow_the_model(pair: Pair, model: PlainModel, maps: Sequence[LayerMaps]) -
         apart.append((said - rounded).abs())
         rounding.append((exact - rounded).abs())
     off, cost = torch.cat(apart), torch.cat(rounding)
-    found = (
-        f"mean {off.mean():.5f}, largest {off.max():.4f}; rounding costs {cost.mean():.5f}, {cost.max():.4f}"
-    )
+    found = f"mean {off.mean():.5f}, largest {off.max():.4f}; rounding costs {cost.mean():.5f}, {cost.max():.4f}"
     assert (off > NEAR).float().mean() <= OUTLIERS and off.mean() <= BESIDE * cost.mean(), found
 
 
-def check(
-    trio: Any, decode: Server, room: int, model: PlainModel, maps: Sequence[LayerMaps], wire_bytes: int
-) -> None:
+def check(trio: Any, decode: Server, room: int, model: PlainModel, maps: Sequence[LayerMaps], wire_bytes: int) -> None:
     """Check parity, the bytes of every transfer, a cached prefix, an abort, and an idle server at the end.
 
     Args:
@@ -86,9 +82,7 @@ def check(
     body |= {"bootstrap_host": "127.0.0.1", "bootstrap_port": pair.bootstrap, "bootstrap_room": room + 500}
     with contextlib.ExitStack() as stack:
         for server in (trio.prefill, decode):
-            answer = stack.enter_context(
-                httpx.stream("POST", server.url + "/generate", json=body, timeout=240)
-            )
+            answer = stack.enter_context(httpx.stream("POST", server.url + "/generate", json=body, timeout=240))
             for _ in zip(range(3), answer.iter_lines(), strict=False):
                 pass
     wait_idle(trio.prefill, decode)
@@ -105,14 +99,36 @@ def test_plain_mla_with_an_8_bit_cache(trio: Any, nano_mla: str, logs: Path) -> 
         check(trio, decode, 110_000, model, whole_latent(model), LAYERS * row_bytes)
 
 
-@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_two_groups(trio: Any, nano_mla: str, sketched_artifact: str, logs: Path, ranks: int) -> None:
-    artifact, model = Artifact.load(sketched_artifact), PlainModel(nano_mla)
-    flags = ["--tp", str(ranks), "--tpla-groups", "2", "--tpla-artifact", sketched_artifact]
+@pytest.fixture(scope="module")
+def rows_by_layer(nano_mla: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Return an artifact of two groups whose layers differ in shared columns, sketch bits and bytes."""
+    model = PlainModel(nano_mla)
+    text = read_text(TextPlan(calibration_tokens=4096, held_out_tokens=0), model.checkpoint)
+    statistics = collect_statistics(model, text, 0, show_progress=False)
+    rows = [
+        SketchedRows.of(LATENT, 2, shared, ROPE, sketch_bits=bits)
+        for shared, bits in ((64, 2), (16, 4), (LATENT, 4), (96, 3))
+    ]
+    costs = layer_costs(statistics, model.checkpoint)
+    path = tmp_path_factory.mktemp("by-layer") / "artifact.safetensors"
+    sketched_form(statistics, model.spec, costs, rows).save(path)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("layers", "ranks"), [("rows_by_layer", 2), pytest.param("sketched_artifact", 4, marks=pytest.mark.slow)]
+)
+def test_two_groups(
+    trio: Any, request: pytest.FixtureRequest, nano_mla: str, logs: Path, layers: str, ranks: int
+) -> None:
+    path = request.getfixturevalue(layers)
+    artifact, model = Artifact.load(path), PlainModel(nano_mla)
+    flags = ["--tp", str(ranks), "--tpla-groups", "2", "--tpla-artifact", path]
     with decode_server(nano_mla, logs / f"decode-sketched-{ranks}.log", *flags) as decode:
         tpla = decode.get("/server_info")["tpla"]
         rows = [artifact.meta.rows(layer) for layer in range(LAYERS)]
-        assert (tpla["rows"], tpla["sketch_bits"]) == ("sketched", [kind.sketch_bits for kind in rows])
+        assert tpla["rows"] == "sketched"
+        assert tpla["sketch_bits"] == [kind.sketch_bits for kind in rows if kind.own]
         assert tpla["cache_bytes_per_token_and_rank"] == sum(kind.row_bytes for kind in rows)
         wire = sum(kind.common_bytes + 2 * kind.own_bytes for kind in rows)
         check(trio, decode, 120_000 + 1000 * ranks, model, model_maps(artifact, model), wire)

@@ -3,8 +3,6 @@
 The draft is a copy of the target's last layer: right now and then, and wrong often enough that guesses are dropped.
 """
 
-from __future__ import annotations
-
 import concurrent.futures
 import contextlib
 import re
@@ -214,9 +212,7 @@ def test_half_a_pair_that_speculates_is_refused(servers: Servers, prompts: list[
         answer = second.decode.post("/generate", body, 60)
         assert answer.status_code != 200
         # The rank that answers may have heard of it from the other one.
-        assert (
-            "give --speculative-algorithm to both or to neither" in answer.text + log_of(second.decode)[seen:]
-        )
+        assert "give --speculative-algorithm to both or to neither" in answer.text + log_of(second.decode)[seen:]
         wait_idle(second.decode)
 
 
@@ -246,9 +242,7 @@ def test_requests_that_are_retracted(servers: Servers, model: Model, prompts: li
     (port,), log = free_ports(1), model.folder / "retracting-decode.log"
     same = servers.speculating
     decode = launcher("decode", str(model.path), port, log)
-    decode.command = tuple(
-        str(port) if part == str(same.decode.port) else part for part in same.decode.command
-    )
+    decode.command = tuple(str(port) if part == str(same.decode.port) else part for part in same.decode.command)
     decode.env |= {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "5"}
     told = {"return_logprob": True, "top_logprobs_num": 2}
     expected = [servers.plain.generate(prompt, TOKENS, **told)[1] for prompt in prompts]

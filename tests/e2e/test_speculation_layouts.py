@@ -83,9 +83,7 @@ class Deployment:
 
 
 def deployment(folder: Path, model: Path) -> Iterator[Deployment]:
-    made = Deployment(
-        folder, with_nextn(model, copied_layer(model, folder / "layer"), folder / "speculating")
-    )
+    made = Deployment(folder, with_nextn(model, copied_layer(model, folder / "layer"), folder / "speculating"))
     with made.stack:
         yield made
 
@@ -151,9 +149,7 @@ def test_a_layout(
 
 
 @pytest.mark.parametrize("rows", ["plain", "sketched"])
-def test_another_family_with_a_layer_that_guesses(
-    glm: Deployment, prompts: list[list[int]], rows: str
-) -> None:
+def test_another_family_with_a_layer_that_guesses(glm: Deployment, prompts: list[list[int]], rows: str) -> None:
     """GLM-4.7-Flash: SGLang has a class of its own for its draft."""
     maps = str(artifact(glm.model, 2, rows))
     check(glm, prompts, 3, rows, "--tp", "2", "--tpla-groups", "2", "--tpla-artifact", maps)

@@ -3,8 +3,6 @@
 The servers compute on shards, from caches that crossed the wire; the plain model has neither.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -119,7 +117,5 @@ def test_fp8_cache(trio: Any, nano_mla: str, nano_artifact: str, logs: Path) -> 
         assert_answers_follow_the_formula(pair, Artifact.load(nano_artifact), nano_mla, "fp8")
     moved = [line for line in transfer_lines(trio.prefill) if line["room"] >= 80_000]
     assert len(moved) == 8
-    for (
-        line
-    ) in moved:  # for both ranks: shared columns, keys and their scale once, each group's own and their scale
+    for line in moved:  # for both ranks: shared columns, keys and their scale once, each group's own and their scale
         assert line["bytes"] == line["tokens"] * layers * (r + 2 * rope + 4 + 2 * (w - r + 4))

@@ -1,7 +1,5 @@
 """Prefill, TPLA decode (TP 2, g 2) and router together: every way in, concurrency, aborts, and idle afterwards."""
 
-from __future__ import annotations
-
 import concurrent.futures
 import contextlib
 import json
@@ -56,9 +54,7 @@ def test_logprobs_through_the_router(trio: Any) -> None:
     answer = trio.router.generate("import os\nimport sys\n", 8, return_logprob=True, top_logprobs_num=3)
     meta = answer["meta_info"]
     assert len(meta["output_token_logprobs"]) == 8
-    for (value, token, _), top in zip(
-        meta["output_token_logprobs"], meta["output_top_logprobs"], strict=True
-    ):
+    for (value, token, _), top in zip(meta["output_token_logprobs"], meta["output_top_logprobs"], strict=True):
         assert len(top) == 3 and top[0][1] == token and top[0][0] == pytest.approx(value)
 
 
@@ -89,10 +85,7 @@ def test_24_concurrent_requests_and_aborts(trio: Any) -> None:
     """Requests of one token to several chunks run at once, two with one long prefix, some aborted half way."""
     prefix = source(seed=5, characters=6000)
     prompts: list[Any] = [prefix + "\n# one\n", prefix + "\n# two\n", [17], [5, 6]]
-    prompts += [
-        source(seed=100 + n, characters=c)
-        for n, c in enumerate((20, 60, 150, 300, 700, 1500, 3000, 5000) * 2)
-    ]
+    prompts += [source(seed=100 + n, characters=c) for n, c in enumerate((20, 60, 150, 300, 700, 1500, 3000, 5000) * 2)]
     aborted = [source(seed=300 + n, characters=c) for n, c in enumerate((200, 2500, 900, 4000))]
     singles = [trio.router.generate(prompt, 20)["text"] for prompt in prompts]
     wait_idle(trio.prefill, trio.decode)
@@ -135,9 +128,7 @@ def test_24_concurrent_requests_and_aborts(trio: Any) -> None:
 def test_one_line_a_transfer(trio: Any) -> None:
     trio.router.generate("x = 1\n", 2)
     line = transfer_lines(trio.decode)[-1]
-    assert (
-        line["role"] == "decode" and line["result"] == "success" and line["tokens"] > 0 and line["bytes"] > 0
-    )
+    assert line["role"] == "decode" and line["result"] == "success" and line["tokens"] > 0 and line["bytes"] > 0
 
 
 def test_a_room_in_use_fails_one_request_only(trio: Any) -> None:

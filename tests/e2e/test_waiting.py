@@ -1,7 +1,5 @@
 """Real servers: prompts that one side cannot take, and requests whose other half is nowhere, end at once on both."""
 
-from __future__ import annotations
-
 import concurrent.futures
 import contextlib
 import signal
@@ -23,9 +21,7 @@ SOON_S = 60  # far from the deadline of a transfer, 120 s, also on a busy machin
 
 @pytest.fixture(scope="module")
 def pair(nano_mla: str, logs: Path) -> Iterator[Pair]:
-    """A prefill server of two nodes that cut chunks differently, with a short context; a decode server with a small
-    cache.
-    """
+    """A prefill server of two nodes, with other chunks and a short context; a decode server with a small cache."""
     ports = free_ports(6)
     node = ("--tp", "2", "--nnodes", "2", "--dist-init-addr", f"127.0.0.1:{ports[4]}", "--context-length",
             str(CONTEXT_TOKENS), "--disaggregation-bootstrap-port", str(ports[1]), "--tpla-room-timeout-s",
@@ -88,17 +84,13 @@ def test_what_prefill_alone_refuses_is_answered_with_its_reason(pair: Pair) -> N
     batch: dict[str, Any] = {"input_ids": [[5, 6], [7, 8]], "bootstrap_room": place}
     prefill, decode, _ = both(pair, 20, **PROCESSOR, **batch)
     assert (prefill.status_code, decode.status_code) == (400, 400) and WHY in decode.text, decode.text
-    wait_idle(
-        pair.prefill, pair.decode, timeout_s=ROOM_TIMEOUT_S / 2
-    )  # each room was told, not the first one alone
+    wait_idle(pair.prefill, pair.decode, timeout_s=ROOM_TIMEOUT_S / 2)  # each room was told, not the first one alone
     assert [answer.status_code for answer in both(pair, 20)[:2]] == [200, 200]
 
 
 def test_refusals_of_one_side_do_not_close_the_service(pair: Pair, logs: Path) -> None:
     """After a 500 the router would try again, and after some it would give up the server for everyone."""
-    front = router(
-        free_ports(1)[0], logs / "one-sided-router.log", pair.prefill.url, pair.bootstrap, pair.decode.url
-    )
+    front = router(free_ports(1)[0], logs / "one-sided-router.log", pair.prefill.url, pair.bootstrap, pair.decode.url)
     with running(front):
         body = request_body([5, 6, 7], 4)
         long = request_body([7] * (CONTEXT_TOKENS + 1), 4)
@@ -140,12 +132,8 @@ def test_a_request_that_prefill_never_got(pair: Pair) -> None:
 
 @pytest.mark.slow
 def test_a_decode_server_that_is_told_to_end_behind_the_router(pair: Pair, logs: Path) -> None:
-    """What the router still gives it fails with a reason long before the deadline; prefill goes on. The last test here:
-    the decode server is gone afterwards.
-    """
-    front = router(
-        free_ports(1)[0], logs / "ended-router.log", pair.prefill.url, pair.bootstrap, pair.decode.url
-    )
+    """What the router still gives it fails with a reason long before the deadline. It is the last test here."""
+    front = router(free_ports(1)[0], logs / "ended-router.log", pair.prefill.url, pair.bootstrap, pair.decode.url)
     with running(front):
         body = request_body([5, 6, 7], 4)
         assert front.post("/generate", body).status_code == 200

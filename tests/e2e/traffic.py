@@ -18,9 +18,7 @@ from tests.e2e.servers import Server, request_body
 PATIENCE_S = 200.0  # longer than any deadline of the servers: who waits longer hangs
 rooms = itertools.count(200_000)
 # one connection a request, so that a server's death is one request's matter; made once, as its TLS context is costly
-client = httpx.Client(
-    limits=httpx.Limits(max_connections=None, max_keepalive_connections=0), timeout=PATIENCE_S
-)
+client = httpx.Client(limits=httpx.Limits(max_connections=None, max_keepalive_connections=0), timeout=PATIENCE_S)
 
 
 @dataclass
@@ -56,18 +54,12 @@ class Route:
     bootstrap: int
     decode: Server
 
-    def body(
-        self, prompt: Any, tokens: int, batch: int = 0, room: int | None = None, **extra: Any
-    ) -> dict[str, Any]:
+    def body(self, prompt: Any, tokens: int, batch: int = 0, room: int | None = None, **extra: Any) -> dict[str, Any]:
         """Return one request (or one batch of prompts) as the router would send it to both."""
         place = {
             "bootstrap_host": ["127.0.0.1"] * batch if batch else "127.0.0.1",
             "bootstrap_port": [self.bootstrap] * batch if batch else self.bootstrap,
-            "bootstrap_room": [next(rooms) for _ in range(batch)]
-            if batch
-            else next(rooms)
-            if room is None
-            else room,
+            "bootstrap_room": [next(rooms) for _ in range(batch)] if batch else next(rooms) if room is None else room,
         }
         return request_body(prompt, tokens, return_logprob=True, **extra) | place
 
@@ -158,9 +150,7 @@ def _last_event(server: Server, body: dict[str, Any]) -> tuple[int, Any]:
 def _hang_up(server: Server, body: dict[str, Any], after_s: float) -> None:
     with (
         contextlib.suppress(httpx.TransportError),
-        client.stream(
-            "POST", server.url + "/generate", json=body, timeout=httpx.Timeout(20, read=after_s)
-        ) as response,
+        client.stream("POST", server.url + "/generate", json=body, timeout=httpx.Timeout(20, read=after_s)) as response,
     ):
         for _ in zip(range(6), response.iter_lines(), strict=False):
             pass

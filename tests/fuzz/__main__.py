@@ -7,8 +7,6 @@ is printed as bytes in hexadecimal: add it to ``FINDS`` of ``tests/wire/test_sim
 mend the fault.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import random
@@ -28,29 +26,15 @@ def install(folder: Path) -> None:
     if (folder / "atheris").is_dir():
         return
     print(f"installing {ATHERIS} into {folder}", flush=True)
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "install",
-        "--quiet",
-        "--no-deps",
-        "--target",
-        str(folder),
-        ATHERIS,
-    ]
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder), ATHERIS]
     subprocess.run(command, check=True)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line; 1 where something was found."""
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
-    parser.add_argument(
-        "targets", nargs="*", choices=[*TARGETS, []], metavar="TARGET", help=", ".join(TARGETS)
-    )
-    parser.add_argument(
-        "--seconds", type=int, default=3600, help="for all targets together (default: an hour)"
-    )
+    parser.add_argument("targets", nargs="*", choices=[*TARGETS, []], metavar="TARGET", help=", ".join(TARGETS))
+    parser.add_argument("--seconds", type=int, default=3600, help="for all targets together (default: an hour)")
     parser.add_argument("--out", type=Path, help="corpus and finds (default: a new temporary folder)")
     args = parser.parse_args(arguments)
     targets = args.targets or list(TARGETS)
@@ -67,17 +51,15 @@ def main(arguments: list[str] | None = None) -> int:
         corpus.mkdir(parents=True, exist_ok=True)
         finds.mkdir(exist_ok=True)
         chooser = random.Random(target)
-        for number in range(
-            0 if any(corpus.iterdir()) else 32
-        ):  # short inputs never get as far as a transfer
+        for number in range(0 if any(corpus.iterdir()) else 32):  # short inputs never get as far as a transfer
             (corpus / f"seed-{number}").write_bytes(chooser.randbytes(60 * (1 + number % 8)))
         end = time.monotonic() + seconds
         while (left := int(end - time.monotonic())) > 0:
             before = set(finds.iterdir())
             command = [
                 sys.executable, "-m", "tests.fuzz.harness", target, str(corpus), f"-artifact_prefix={finds}/",
-                f"-max_total_time={left}", "-timeout=60", "-rss_limit_mb=4096", "-max_len=1500", "-len_control=0",
-                "-print_final_stats=1",
+                f"-max_total_time={left}", "-timeout=60", "-report_slow_units=60", "-rss_limit_mb=4096",
+                "-max_len=1500", "-len_control=0", "-print_final_stats=1",
             ]  # fmt: skip
             done = subprocess.run(command, cwd=ROOT, env=environment, check=False)
             new = sorted(set(finds.iterdir()) - before)

@@ -1,7 +1,5 @@
 """One fuzzing target under atheris: ``python -m tests.fuzz.harness TARGET CORPUS [libFuzzer flags]``."""
 
-from __future__ import annotations
-
 import sys
 from functools import partial
 
@@ -25,10 +23,7 @@ def decode_frames(data: bytes) -> None:
                 raise AssertionError(f"{message} came back as {again}")
 
 
-TARGETS = {
-    "frames": decode_frames,
-    **{kind.value: partial(simulation.simulate, kind=kind) for kind in simulation.Kind},
-}
+TARGETS = {"frames": decode_frames, **{kind.value: partial(simulation.simulate, kind=kind) for kind in simulation.Kind}}
 
 if __name__ == "__main__":
     target = TARGETS[sys.argv.pop(1)]

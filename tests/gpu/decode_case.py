@@ -1,18 +1,27 @@
 """Random inputs of a decode step on the GPU, shared by tests, benchmark and sanitizer runs."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
+from sglang_tpla.attention.hopper.decode import HopperDecode
 from sglang_tpla.attention.interface import DecodeAttention, DecodeShape, PageTable
 from sglang_tpla.attention.reference import latent_attention, reader_of
 from sglang_tpla.cache_rows import sketched
 from sglang_tpla.cache_rows.fp8 import pack_rows
 
 SCALE = 192**-0.5
+BAR = 3e-3  # of the relative error
+LENGTHS = (
+    [1],
+    [63, 64, 65, 4, 128],
+    [1000, 77, 4097],
+    [0, 5001, 0, 0, 1, 129, 0],
+    [20011, 3],
+    [300 + 17 * i for i in range(40)],
+    [0] * 3 + [4, 700, 64] * 60,
+)
 REFILLS = [[3000] * 8, [1, 2, 3, 64, 65, 0, 2999, 1000], [0] * 7 + [3000], [17] * 8]
 
 
@@ -91,6 +100,25 @@ def random_sketched(rows: sketched.SketchedRows, tokens: int, generator: torch.G
     group = rows.groups - 1
     parts = (columns(count) for count in (rows.shared, rows.own, rows.groups * rows.own, rows.rope_dim))
     return sketched.pack_rows(rows, group, *parts)
+
+
+def run_hopper(case: Case) -> torch.Tensor:
+    """Run the Hopper kernel of the case's rows into a poisoned output."""
+    kernel = HopperDecode(case.shape, SCALE, case.table.batch, case.lengths.device)
+    kernel.plan(case.table, case.lengths)
+    out = case.q_latent.new_full((*case.q_latent.shape[:2], case.shape.latent_dim), float("nan"))
+    return kernel.run(case.q_latent, case.q_rope, case.kv_cache, out)
+
+
+def assert_right_and_repeated(case: Case) -> None:
+    """The Hopper kernel is right, and twenty more runs of one plan give the same bits."""
+    first = run_hopper(case)
+    assert relative_error(first, case.reference()) <= BAR or not case.lengths.any()
+    kernel = HopperDecode(case.shape, SCALE, case.table.batch, case.lengths.device)
+    kernel.plan(case.table, case.lengths)
+    for _ in range(20):
+        again = kernel.run(case.q_latent, case.q_rope, case.kv_cache, torch.full_like(first, float("nan")))
+        assert torch.equal(first, again)
 
 
 def relative_error(out: torch.Tensor, reference: torch.Tensor) -> float:

@@ -5,8 +5,6 @@ there are as many GPUs as ranks, each rank has its own and they speak over NCCL,
 are two "nodes" whose collectives run over gloo (``one_gpu/``).
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -41,14 +39,7 @@ ENV = {
 # NCCL refuses two ranks on one device
 GLOO_ENV = {"ONE_GPU": "gloo", "SGLANG_NCCL_SO_PATH": "no-nccl-on-one-gpu"}
 # A dozen schedulers that spin while they are idle would leave no core to those that work.
-SERVER = (
-    "--grammar-backend",
-    "none",
-    "--sampling-backend",
-    "pytorch",
-    "--skip-server-warmup",
-    "--sleep-on-idle",
-)
+SERVER = ("--grammar-backend", "none", "--sampling-backend", "pytorch", "--skip-server-warmup", "--sleep-on-idle")
 CUDA = (
     "--device", "cuda", "--dtype", "bfloat16", "--host", "127.0.0.1", "--max-total-tokens", "70000",
     "--disable-custom-all-reduce", "--enforce-disable-flashinfer-allreduce-fusion",
@@ -110,15 +101,7 @@ class Engines:
     def start_stock(self, *extra: str) -> None:
         """Start SGLang with no plug-in."""
         (port,) = free_ports(1)
-        command = (
-            "-m",
-            "sglang.launch_server",
-            "--model-path",
-            self.model,
-            *SHARED_FLAGS,
-            "--port",
-            str(port),
-        )
+        command = ("-m", "sglang.launch_server", "--model-path", self.model, *SHARED_FLAGS, "--port", str(port))
         env = ENV | {"SGLANG_PLUGINS": "none"} | (CPU_ENV if DEVICE == "cpu" else {})
         flags = (*PROMPTS, *self._place(1), *extra)
         self.stock = Server("stock", (*command, *flags), port, self.log / "stock.log", env).start()
@@ -165,9 +148,7 @@ class Engines:
         assert self.prefill is not None
         (port,) = free_ports(1)
         front = self.decodes[name].front
-        server = router(
-            port, self.log / f"router-{name}.log", self.prefill.url, str(self.bootstrap), front.url
-        )
+        server = router(port, self.log / f"router-{name}.log", self.prefill.url, str(self.bootstrap), front.url)
         self.routers.append(server.start())
         return server.wait(timeout_s=60)
 

@@ -1,7 +1,5 @@
 """Writes of sketched rows by the kernel and by its twin, for CPU (interpreted) and GPU tests."""
 
-from __future__ import annotations
-
 import torch
 from write_case import random_write
 
@@ -30,15 +28,10 @@ def difference(
     """
     rows = kind.rows
     cases = [
-        random_write(
-            tokens, rows.latent_dim, kind.columns, rows.rope_dim, rotate is not None, dtype, 5, device, 5
-        )
+        random_write(tokens, rows.latent_dim, kind.columns, rows.rope_dim, rotate is not None, dtype, 5, device, 5)
         for _ in "ab"
     ]
-    caches = [
-        torch.full((len(case.cache), 1, rows.row_bytes), 255, dtype=torch.uint8, device=device)
-        for case in cases
-    ]
+    caches = [torch.full((len(case.cache), 1, rows.row_bytes), 255, dtype=torch.uint8, device=device) for case in cases]
     for write, case, cache in zip((reference.write, sketched.launch), cases, caches, strict=True):
         write(case.write(1e-6, rotate, cache=cache, sketched=kind))
     keys = [unpack_rows(rows, cache[case.slots, 0]).k_rope for cache, case in zip(caches, cases, strict=True)]

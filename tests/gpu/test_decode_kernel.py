@@ -4,32 +4,25 @@ import random
 
 import pytest
 import torch
-from decode_case import REFILLS, SCALE, Case, errors_of_replays, random_case, relative_error
+from decode_case import (
+    BAR,
+    LENGTHS,
+    REFILLS,
+    SCALE,
+    assert_right_and_repeated,
+    errors_of_replays,
+    random_case,
+    relative_error,
+    run_hopper,
+)
+from plan_twin import plan_parts
 
 from sglang_tpla.attention.backends import choose
 from sglang_tpla.attention.hopper.decode import HopperDecode
-from sglang_tpla.attention.hopper.plan import plan_parts
 from sglang_tpla.attention.interface import AttentionInputError, DecodeShape, PageTable
 
 pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda:0")
-BAR = 3e-3
-LENGTHS = (
-    [1],
-    [63, 64, 65, 4, 128],
-    [1000, 77, 4097],
-    [0, 5001, 0, 0, 1, 129, 0],
-    [20011, 3],
-    [300 + 17 * i for i in range(40)],
-    [0] * 3 + [4, 700, 64] * 60,
-)
-
-
-def run(case: Case, **options: object) -> torch.Tensor:
-    kernel = HopperDecode(case.shape, SCALE, case.table.batch, DEVICE, **options)
-    kernel.plan(case.table, case.lengths)
-    out = torch.full_like(case.q_latent, float("nan"))
-    return kernel.run(case.q_latent, case.q_rope, case.kv_cache, out)
 
 
 @pytest.mark.parametrize("latent_dim", range(64, 513, 32))
@@ -40,10 +33,8 @@ def test_right_at_every_width(latent_dim: int) -> None:
         for query_len in (1, 2, 3, 4):
             page_size = dice.choice((1, 64))
             lengths = dice.choice(LENGTHS)
-            case = random_case(
-                DecodeShape(latent_dim, heads, 64, query_len, page_size), lengths, dice.randrange(2**31)
-            )
-            error = relative_error(run(case), case.reference())
+            case = random_case(DecodeShape(latent_dim, heads, 64, query_len, page_size), lengths, dice.randrange(2**31))
+            error = relative_error(run_hopper(case), case.reference())
             assert error <= BAR, (latent_dim, heads, query_len, page_size, lengths)
 
 
@@ -51,28 +42,15 @@ def test_right_at_every_width(latent_dim: int) -> None:
 @pytest.mark.parametrize(("latent_dim", "heads"), [(256, 32), (128, 64), (256, 128), (512, 16)])
 def test_bit_identical_on_repetition(latent_dim: int, heads: int, lengths: list[int]) -> None:
     case = random_case(DecodeShape(latent_dim, heads), lengths, 7)
-    first = run(case)
-    kernel = HopperDecode(case.shape, SCALE, case.table.batch, DEVICE)
-    kernel.plan(case.table, case.lengths)
-    for _ in range(20):
-        again = kernel.run(case.q_latent, case.q_rope, case.kv_cache, torch.full_like(first, float("nan")))
-        assert torch.equal(first, again)
+    assert_right_and_repeated(case)
 
 
 def test_device_plan_equals_its_twin() -> None:
     dice = random.Random(3)
     kernel = HopperDecode(DecodeShape(128, 16), SCALE, 300, DEVICE)
-    batches = [
-        *LENGTHS,
-        [32768] * 16,
-        [4096] * 128,
-        [131072],
-        [0, 0],
-        [dice.randrange(9000) for _ in range(299)],
-    ]
+    batches = [*LENGTHS, [32768] * 16, [4096] * 128, [131072], [0, 0], [dice.randrange(9000) for _ in range(299)]]
     batches += [
-        [dice.choice((0, 1, 64, 65, dice.randrange(70000))) for _ in range(dice.randrange(1, 60))]
-        for _ in range(40)
+        [dice.choice((0, 1, 64, 65, dice.randrange(70000))) for _ in range(dice.randrange(1, 60))] for _ in range(40)
     ]
     for lengths in batches:
         tensor = torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
@@ -147,7 +125,5 @@ def test_flashinfer_at_full_width(page_size: int) -> None:
     assert choose(case.shape, (9, 0)) == "flashinfer_fa3"
     flashinfer = FlashInferDecode(case.shape, SCALE, DEVICE, "fa3")
     flashinfer.plan(case.table, case.lengths)
-    error = relative_error(
-        flashinfer.run(case.q_latent, case.q_rope, case.kv_cache.nan_to_num()), case.reference()
-    )
+    error = relative_error(flashinfer.run(case.q_latent, case.q_rope, case.kv_cache.nan_to_num()), case.reference())
     assert error <= BAR

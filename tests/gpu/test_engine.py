@@ -5,8 +5,6 @@ computes in bfloat16, so it differs, now and then by much: a token whose second 
 to another one. How much of that is bfloat16 is what the same plain model differs by in bfloat16, on the same tokens.
 """
 
-from __future__ import annotations
-
 import concurrent.futures
 import contextlib
 import json
@@ -97,9 +95,7 @@ class Bench:
         self.plain = PlainModel(model, device=DEVICE)
         self.twin = PlainModel(model, DTYPE, device=DEVICE)
         self.coded = "quantization_config" in self.twin.checkpoint.config
-        self._rounded = (
-            RoundedInputs(quantised_weights(self.twin)) if self.coded else contextlib.nullcontext()
-        )
+        self._rounded = RoundedInputs(quantised_weights(self.twin)) if self.coded else contextlib.nullcontext()
         tokenizer = Tokenizer.from_file(f"{model}/tokenizer.json")
         long = [source(seed, characters) for seed, characters in ((5, 2500), (6, 4500), (7, 12000))]
         texts = [*short_prompts(8, seed=3), *long]  # up to some 3,300 tokens: 7 chunks
@@ -131,9 +127,7 @@ class Bench:
         return self._answers[layout]
 
     @torch.no_grad()
-    def expected(
-        self, model: PlainModel, prompt: list[int], tokens: list[int], decoding: Decoding
-    ) -> torch.Tensor:
+    def expected(self, model: PlainModel, prompt: list[int], tokens: list[int], decoding: Decoding) -> torch.Tensor:
         """A plain model's logprobs of ``tokens`` after ``prompt`` in the layout, ``[len(tokens)]``."""
         ids = torch.tensor([prompt + tokens], device=DEVICE)
         maps: dict[str, Any] = {}
@@ -231,10 +225,7 @@ def block_fp8(folder: Path) -> tuple[str, str]:
 
 @pytest.fixture(scope="module")
 def benches(
-    request: pytest.FixtureRequest,
-    nano_mla: str,
-    nano_artifact: str,
-    tmp_path_factory: pytest.TempPathFactory,
+    request: pytest.FixtureRequest, nano_mla: str, nano_artifact: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[dict[str, Bench]]:
     """All servers that the chosen tests ask for, started together; fewer with ``-k "tiny and one-group"``."""
     chosen: dict[str, set[str]] = {}

@@ -63,12 +63,8 @@ def test_a_graph_stays_right_when_its_inputs_are_refilled() -> None:
     (33, 256, 160, 20),
 ])  # fmt: skip
 @pytest.mark.parametrize("rotate", [None, "pairs", "halves"])
-def test_written_rows_are_the_twins(
-    tokens: int, d: int, w: int | None, shared: int, rotate: str | None
-) -> None:
-    case, twin = (
-        fp8_write_case(tokens, d, w, 64, rotate is not None, torch.bfloat16, 3, "cuda", 16) for _ in "ab"
-    )
+def test_written_rows_are_the_twins(tokens: int, d: int, w: int | None, shared: int, rotate: str | None) -> None:
+    case, twin = (fp8_write_case(tokens, d, w, 64, rotate is not None, torch.bfloat16, 3, "cuda", 16) for _ in "ab")
     write(case.write(1e-6, rotate, fp8_shared=shared))
     reference.write(twin.write(1e-6, rotate, fp8_shared=shared))
     assert same_rows(case, twin, 64) is None
@@ -77,10 +73,7 @@ def test_written_rows_are_the_twins(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_given_rows_are_the_twins(dtype: torch.dtype) -> None:
     case, twin = (fp8_write_case(37, 320, None, 64, False, dtype, 4, "cuda") for _ in "ab")
-    z, key = (
-        torch.randn(37, 320, device="cuda").to(dtype),
-        torch.randn(37, 64, device="cuda").to(torch.bfloat16),
-    )
+    z, key = (torch.randn(37, 320, device="cuda").to(dtype), torch.randn(37, 64, device="cuda").to(torch.bfloat16))
     write(CacheWrite(z, key, case.slots, case.cache, fp8_shared=128))
     reference.write(CacheWrite(z, key, twin.slots, twin.cache, fp8_shared=128))
     assert same_rows(case, twin, 64) is None

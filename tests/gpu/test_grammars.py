@@ -4,8 +4,6 @@ The reference is the plain PyTorch model in float32 under the same grammar: of t
 server must choose the one that the model likes best, but for its own rounding.
 """
 
-from __future__ import annotations
-
 import concurrent.futures
 import itertools
 import json
@@ -173,12 +171,7 @@ def test_answers_are_the_constrained_models(served: Served, prompts: list[list[i
 
 
 def test_a_chat_that_wants_json_is_answered_in_json(served: Served) -> None:
-    body = {
-        "model": "m",
-        "messages": [{"role": "user", "content": "hi"}],
-        "max_tokens": TOKENS,
-        "temperature": 0,
-    }
+    body = {"model": "m", "messages": [{"role": "user", "content": "hi"}], "max_tokens": TOKENS, "temperature": 0}
     for wanted in ({"type": "json_object"},
                    {"type": "json_schema", "json_schema": {"name": "a", "schema": SCHEMA}}):  # fmt: skip
         answer = served.ask("/v1/chat/completions", body | {"response_format": wanted})[1]

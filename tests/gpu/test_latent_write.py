@@ -33,8 +33,7 @@ def test_kernel_equals_twin(
 ) -> None:
     for tokens in (0, 1, 2, 7, 8, 9, 33, 100, 128):
         ours, twin = (
-            random_write(tokens, d, w, rope, rotate is not None, dtype, tokens, "cuda", heads)
-            for _ in range(2)
+            random_write(tokens, d, w, rope, rotate is not None, dtype, tokens, "cuda", heads) for _ in range(2)
         )
         write(ours.write(1e-6, rotate))
         reference.write(twin.write(1e-6, rotate))

@@ -5,7 +5,17 @@ from dataclasses import replace
 
 import pytest
 import torch
-from decode_case import REFILLS, SCALE, Case, errors_of_replays, random_case, relative_error
+from decode_case import (
+    BAR,
+    LENGTHS,
+    REFILLS,
+    SCALE,
+    assert_right_and_repeated,
+    errors_of_replays,
+    random_case,
+    relative_error,
+    run_hopper,
+)
 
 from sglang_tpla.attention.hopper.decode import HopperDecode
 from sglang_tpla.attention.interface import AttentionInputError, DecodeShape
@@ -13,27 +23,11 @@ from sglang_tpla.cache_rows.sketched import SketchedRows
 
 pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda:0")
-BAR = 3e-3
-LENGTHS = (
-    [1],
-    [63, 64, 65, 4, 128],
-    [1000, 77, 4097],
-    [0, 5001, 0, 0, 1, 129, 0],
-    [300 + 17 * i for i in range(40)],
-    [0] * 3 + [4, 700, 64] * 60,
-)
 # (d, g, r): widths from 64 to 512 in odd steps of 16, with and without padding, shared columns that end inside a step
 LAYOUTS = (
     (512, 1, 0), (512, 2, 64), (512, 4, 64), (512, 8, 64), (512, 8, 0), (512, 2, 416), (256, 2, 32), (448, 1, 0),
     (512, 16, 128), (424, 2, 40), (456, 4, 8), (512, 2, 96), (512, 2, 384), (512, 4, 320),
 )  # fmt: skip
-
-
-def run(case: Case) -> torch.Tensor:
-    kernel = HopperDecode(case.shape, SCALE, case.table.batch, DEVICE)
-    kernel.plan(case.table, case.lengths)
-    out = torch.full((*case.q_latent.shape[:2], case.shape.latent_dim), float("nan"), device=DEVICE)
-    return kernel.run(case.q_latent, case.q_rope, case.kv_cache, out.to(case.shape.dtype))
 
 
 @pytest.mark.parametrize(("d", "groups", "shared"), LAYOUTS)
@@ -49,7 +43,7 @@ def test_right_for_every_layout(d: int, groups: int, shared: int) -> None:
                 query_len, page_size, lengths = dice.randint(1, 4), dice.choice((1, 64)), dice.choice(LENGTHS)
                 shape = DecodeShape.of_sketched(rows, heads, query_len, page_size)
                 case = random_case(shape, lengths, dice.randrange(2**31))
-                error = relative_error(run(case), case.reference())
+                error = relative_error(run_hopper(case), case.reference())
                 assert error <= BAR, (rows, heads, query_len, page_size, lengths)
 
 
@@ -57,13 +51,7 @@ def test_right_for_every_layout(d: int, groups: int, shared: int) -> None:
 @pytest.mark.parametrize(("groups", "heads"), [(1, 16), (2, 32), (4, 64), (8, 128)])
 def test_bit_identical_on_repetition(groups: int, heads: int, lengths: list[int]) -> None:
     case = random_case(DecodeShape.of_sketched(SketchedRows.of(512, groups, 64, 64), heads), lengths, 7)
-    first = run(case)
-    assert relative_error(first, case.reference()) <= BAR or not sum(lengths)
-    kernel = HopperDecode(case.shape, SCALE, case.table.batch, DEVICE)
-    kernel.plan(case.table, case.lengths)
-    for _ in range(20):
-        again = kernel.run(case.q_latent, case.q_rope, case.kv_cache, torch.full_like(first, float("nan")))
-        assert torch.equal(first, again)
+    assert_right_and_repeated(case)
 
 
 def test_scores_far_above_all_before() -> None:
@@ -75,7 +63,7 @@ def test_scores_far_above_all_before() -> None:
         slots = case.table.indices[case.table.starts[request].item() :][:length].long()
         growth = torch.logspace(-1.5, 1, length, device=DEVICE).unsqueeze(1)
         scales[slots] = (scales[slots].float() * growth).to(torch.bfloat16)
-    assert relative_error(run(case), case.reference()) <= BAR
+    assert relative_error(run_hopper(case), case.reference()) <= BAR
 
 
 @pytest.mark.parametrize("factor", [2.0**-60, 2.0**60])
@@ -90,7 +78,7 @@ def test_queries_of_any_size(factor: float) -> None:
     case = replace(case, q_latent=case.q_latent * factor, q_rope=case.q_rope * factor)
     right = case.reference()
     assert right.isfinite().all()
-    assert relative_error(run(case) * factor, right * factor) <= BAR
+    assert relative_error(run_hopper(case) * factor, right * factor) <= BAR
 
 
 def test_cuda_graph_follows_refilled_lengths() -> None:

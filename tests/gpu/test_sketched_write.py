@@ -1,7 +1,5 @@
 """The kernel that writes sketched rows against its twin, at DeepSeek's sizes and at odd ones, and in a CUDA graph."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from sketched_case import DEEPSEEK, KINDS, difference, difference_of_odd_values

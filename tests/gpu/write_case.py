@@ -1,7 +1,5 @@
 """Random inputs of a cache write, for CPU and GPU tests: strided rows, slots in random order, a poisoned cache."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -101,9 +99,7 @@ def same_rows(case: WriteCase, twin: WriteCase, rope: int, interpreted: bool = F
     scales, others = (rows[:, w + 2 * rope :].contiguous().view(torch.float32) for rows in (mine, other))
     if not torch.allclose(scales, others, rtol=1e-5, equal_nan=True):
         return f"scales or the row's end: {scales} and {others}"
-    keys, turned = (
-        rows[:, w : w + 2 * rope].contiguous().view(torch.bfloat16).float() for rows in (mine, other)
-    )
+    keys, turned = (rows[:, w : w + 2 * rope].contiguous().view(torch.bfloat16).float() for rows in (mine, other))
     if not torch.allclose(keys, turned, rtol=2**-7, atol=2**-7, equal_nan=True):
         return f"keys: {keys} and {turned}"
     queries = [torch.empty(0) if one.q_rope is None else one.q_rope.float() for one in (case, twin)]
@@ -112,7 +108,5 @@ def same_rows(case: WriteCase, twin: WriteCase, rope: int, interpreted: bool = F
     apart = (mine[:, :w].int() - other[:, :w].int()).abs()
     octave = (apart == 8) & torch.tensor(interpreted, device=apart.device)
     if apart[~octave].max() > 1 or apart.bool().float().mean() > (0.1 if interpreted else 0.01):
-        return (
-            f"values: {int(apart.bool().sum())} of {apart.numel()} bytes differ, by up to {int(apart.max())}"
-        )
+        return f"values: {int(apart.bool().sum())} of {apart.numel()} bytes differ, by up to {int(apart.max())}"
     return None

@@ -1,7 +1,5 @@
 """SGLang in this process, on the CPU reference platform, with the decode layer's hooks and one real rank."""
 
-from __future__ import annotations
-
 import inspect
 import os
 import socket
@@ -23,7 +21,7 @@ def imported() -> None:
         import sglang_tpla.host.disaggregation.aborts
         import sglang_tpla.host.disaggregation.bootstrap_server
         import sglang_tpla.host.disaggregation.kv_manager
-        import sglang_tpla.host.disaggregation.request_ends
+        import sglang_tpla.host.disaggregation.kv_sender_receiver
         import sglang_tpla.host.requests.admission
         import sglang_tpla.host.requests.edge  # noqa: F401
 
@@ -71,9 +69,7 @@ def engine(imported: None, nano_mla: str) -> Iterator[None]:
     older = "model_config" in inspect.signature(initialize_dp_attention).parameters
     initialize_dp_attention(args, *([compat.model_config(args)] if older else []))
     for hook in ledger.load():
-        if hook.implementation.startswith(
-            ("sglang_tpla.host.model.attention_layer:", "sglang_tpla.host.cpu.rope:")
-        ):
+        if hook.implementation.startswith(("sglang_tpla.host.model.attention_layer:", "sglang_tpla.host.cpu.rope:")):
             HookRegistry.register(
                 hook.target_in(ledger.host_version()), hooks.implementation(hook), HookType(hook.kind)
             )

@@ -1,7 +1,5 @@
 """Parts of SGLang that moved between the supported releases, and stand-ins for others."""
 
-from __future__ import annotations
-
 import importlib
 from types import ModuleType, SimpleNamespace
 from typing import Any

@@ -3,8 +3,6 @@
 The formula is written from the paper's equations and uses whole weights, without sharding.
 """
 
-from __future__ import annotations
-
 import math
 from types import SimpleNamespace
 
@@ -109,8 +107,7 @@ def random_step(lengths, generator, dtype=torch.float32, new=1):
     """New tokens [batch * new, hidden] and the past of each request, as `formula` takes them."""
     x = torch.randn(len(lengths) * new, HIDDEN, generator=generator).to(dtype).float()
     past = [
-        (torch.randn(n - new, D, generator=generator), torch.randn(n - new, ROPE, generator=generator))
-        for n in lengths
+        (torch.randn(n - new, D, generator=generator), torch.randn(n - new, ROPE, generator=generator)) for n in lengths
     ]
     return x, past
 
@@ -185,9 +182,7 @@ def decode_step(attention, backend, x, lengths, slots, **options):
         positions=positions,
     )  # fmt: skip
     boundary = attention_boundary()
-    inputs = boundary.AttentionInputs(
-        x, forward_batch, attention.prepare_qkv_latent if attention.q_lora_rank else None
-    )
+    inputs = boundary.AttentionInputs(x, forward_batch, attention.prepare_qkv_latent if attention.q_lora_rank else None)
     with torch.no_grad(), forward_context(ForwardContext(attn_backend=backend)):
         boundary.get_attn_tp_context().set_attn_inputs(inputs)
         backend.init_forward_metadata(forward_batch)

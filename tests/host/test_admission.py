@@ -1,7 +1,5 @@
 """Requests that a scheduler cannot serve are answered before they are queued; grammars mask logits on a CPU."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
@@ -64,9 +62,7 @@ def test_what_sglang_refuses_gets_no_room(mode: str) -> None:
     assert not queue.called and req.finished_reason.message == "Input length exceeds"
     server.output_streamer.stream_output.assert_called_once_with([req], False)
     decline = server.disagg_decode_prealloc_queue.kv_manager.decline
-    decline.assert_called_once_with(
-        5, "p_1", 8998, f"the {mode} server refused the request: Input length exceeds"
-    )
+    decline.assert_called_once_with(5, "p_1", 8998, f"the {mode} server refused the request: Input length exceeds")
 
 
 @pytest.mark.parametrize("mode", ["prefill", "decode"])
@@ -113,10 +109,7 @@ def test_grammar_masks_on_a_cpu() -> None:
     bits = grammar.bitmask(vocab_size=40, batch_size=2)
     assert bits.shape == (2, 2) and not bits.is_pinned()
     bits[0, 0], bits[0, 1] = 0b101, 0
-    for apply in (
-        lambda logits: grammar.mask(None, logits, bits),
-        lambda logits: grammar.mask_batch(logits, bits),
-    ):
+    for apply in (lambda logits: grammar.mask(None, logits, bits), lambda logits: grammar.mask_batch(logits, bits)):
         logits = torch.zeros(2, 40)
         apply(logits)
         allowed = (logits == 0).nonzero().tolist()

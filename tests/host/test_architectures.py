@@ -1,7 +1,5 @@
 """The names of architectures decide alone whether a model is served."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +37,7 @@ def test_a_latent_cache_is_not_enough() -> None:
     with pytest.raises(ConfigError, match="linear-attention"):
         check_config("/m", latent | {"architectures": ["KimiLinearForCausalLM"]})
     with pytest.raises(ConfigError, match="no latent cache"):
-        check_config(
-            "/m", {"architectures": ["KimiVLForConditionalGeneration"], "text_config": {"hidden_size": 8}}
-        )
+        check_config("/m", {"architectures": ["KimiVLForConditionalGeneration"], "text_config": {"hidden_size": 8}})
     inner = {**latent, "index_topk": 2048}
     with pytest.raises(ConfigError, match="sparse attention"):
         check_config("/m", {"architectures": ["KimiK25ForConditionalGeneration"], "text_config": inner})
@@ -57,9 +53,7 @@ def test_mistral_large_3_in_the_forms_in_which_it_comes(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match="scales queries by their position"):
             check_config("/m", latent | form)
         with pytest.raises(CheckpointError, match="scales queries by their position"):
-            check_config(
-                "/m", {"architectures": ["KimiK25ForConditionalGeneration"], "text_config": latent | form}
-            )
+            check_config("/m", {"architectures": ["KimiK25ForConditionalGeneration"], "text_config": latent | form})
     (tmp_path / "params.json").write_text("{}")
     with pytest.raises(CheckpointError, match="Mistral's own format"):
         local_config(str(tmp_path))

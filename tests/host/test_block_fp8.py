@@ -4,8 +4,6 @@ On a CPU that step requantises kv_b_proj to one scale a tensor, on a GPU it dequ
 on the same weights, against an independent float32 reference.
 """
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 from typing import Any
 
@@ -74,9 +72,7 @@ def test_head_shards_that_end_inside_a_block_are_refused(engine: None) -> None:
     blocks = {"quant_method": "fp8", "weight_block_size": [128, 128]}
     for ranks, groups in ((8, 2), (16, 1), (64, 1), (8, 8)):
         check_blocks(v3, blocks, Layout(ranks, groups, 128))
-    with pytest.raises(
-        ConfigError, match=r"q_b_proj has 1 heads of 192 = 192 values.*fewer head shards than 128"
-    ):
+    with pytest.raises(ConfigError, match=r"q_b_proj has 1 heads of 192 = 192 values.*fewer head shards than 128"):
         check_blocks(v3, blocks, Layout(256, 2, 128))
     narrow = SimpleNamespace(qk_nope_head_dim=96, qk_rope_head_dim=32, v_head_dim=32)
     with pytest.raises(ConfigError, match="o_proj has 2 heads of 32 = 64 values"):

@@ -1,7 +1,5 @@
 """The bootstrap server over real HTTP: who may register, what is counted, and ranks that outlive it."""
 
-from __future__ import annotations
-
 import contextlib
 import inspect
 import re
@@ -208,9 +206,7 @@ def test_ranks_of_another_server_are_not_taken(port: int) -> None:
     with serving(port) as url:
         submit(url, "PUT", "/route", payload(), None)
         for other in ({"server": "another"}, {"server": None}):
-            with pytest.raises(
-                RegistrationRefused, match="bootstrap server of another prefill server; give each"
-            ):
+            with pytest.raises(RegistrationRefused, match="bootstrap server of another prefill server; give each"):
                 submit(url, "PUT", "/route", payload(port=7001) | other, None)
         assert httpx.get(url + "/route", params=PLACE).json()["rank_port"] == 7000
 
@@ -229,10 +225,7 @@ def test_a_rank_that_does_not_fit_the_others(port: int, changes: dict[str, int],
 def test_a_port_that_is_taken_ends_the_server(port: int) -> None:
     from sglang_tpla.host.disaggregation.bootstrap_server import TplaKVBootstrapServer
 
-    with (
-        serving(port),
-        pytest.raises(SystemExit, match=rf"cannot listen on 127.0.0.1:{port}.*of a machine its own"),
-    ):
+    with serving(port), pytest.raises(SystemExit, match=rf"cannot listen on 127.0.0.1:{port}.*of a machine its own"):
         TplaKVBootstrapServer("127.0.0.1", port)
 
 

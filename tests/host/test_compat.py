@@ -1,7 +1,5 @@
 """The compat module gives the same answers in every release; and the traps that no signature shows."""
 
-from __future__ import annotations
-
 from dataclasses import make_dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -24,11 +22,7 @@ def test_arguments_as_resolved(engine: None, nano_mla: str) -> None:
         assert compat.is_resolved(args)
     assert compat.decode_backend_name(args) == "torch_native"
     assert compat.resolved(args).attention_backend == "torch_native"
-    assert (
-        compat.model_config(args).kv_lora_rank
-        == compat.model_config(compat.resolved(args)).kv_lora_rank
-        == 128
-    )
+    assert compat.model_config(args).kv_lora_rank == compat.model_config(compat.resolved(args)).kv_lora_rank == 128
 
 
 @pytest.mark.parametrize(
@@ -139,9 +133,7 @@ def test_the_rust_server_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     assert refused == "SGLANG_RUST_SERVER=1"
 
 
-@pytest.mark.parametrize(
-    "fields", [{"dp_size": 2, "enable_dp_attention": True}, {"dp_size": 1, "attn_dp_size": 2}]
-)
+@pytest.mark.parametrize("fields", [{"dp_size": 2, "enable_dp_attention": True}, {"dp_size": 1, "attn_dp_size": 2}])
 def test_attention_groups_are_refused_where_a_cpu_cannot_run_them(fields: dict[str, Any]) -> None:
     """Either name of the flag is refused with the reason; a server on GPUs may have attention groups."""
     from sglang_tpla.host.validation import attention_groups_refusal
@@ -169,7 +161,7 @@ def test_arguments_that_came_resolved_are_not_checked_again() -> None:
 def test_rows_in_host_memory_fail_their_request() -> None:
     from sglang.srt.disaggregation.base.conn import KVPoll
 
-    from sglang_tpla.host.disaggregation.request_ends import TplaKVReceiver
+    from sglang_tpla.host.disaggregation.kv_sender_receiver import TplaKVReceiver
 
     receiver = TplaKVReceiver.__new__(TplaKVReceiver)
     receiver.bootstrap_room, receiver.conclude_state = 7, None
@@ -181,7 +173,7 @@ def test_an_aborted_room_leaves_nothing_under_its_number() -> None:
     """Later releases keep a failed number failed: the next request in that room would fail with it."""
     from sglang.srt.disaggregation.base.conn import KVPoll
 
-    from sglang_tpla.host.disaggregation.request_ends import TplaKVSender
+    from sglang_tpla.host.disaggregation.kv_sender_receiver import TplaKVSender
 
     manager = SimpleNamespace(
         request_status={7: KVPoll.Bootstrapping}, req_to_decode_prefix_len={}, transfer_infos={}, failure_records={},

@@ -1,7 +1,5 @@
 """The CPU platform's prefill attention against PyTorch's own, chunk by chunk."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 
@@ -33,7 +31,5 @@ def test_chunks_against_scaled_dot_product(engine, monkeypatch, heads: int, dtyp
             k[:, :width].expand(heads, -1, -1), attn_mask=mask, scale=0.3,
         ).transpose(0, 1)  # fmt: skip
         tolerance = 1e-5 if dtype == torch.float32 else 2e-2
-        torch.testing.assert_close(
-            out[start : start + count].float(), expected, rtol=tolerance, atol=tolerance
-        )
+        torch.testing.assert_close(out[start : start + count].float(), expected, rtol=tolerance, atol=tolerance)
         start += count

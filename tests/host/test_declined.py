@@ -1,7 +1,5 @@
 """A request that is refused where it enters: both servers' clients get the reason, and nobody else's room ends."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 from types import SimpleNamespace
@@ -129,9 +127,7 @@ def test_messages_that_make_no_prompt_are_told_too() -> None:
 def manager(taken: set[int], **found: Any) -> Any:
     from sglang.srt.disaggregation.utils import DisaggregationMode
 
-    return SimpleNamespace(
-        rooms_taken=taken, disaggregation_mode=DisaggregationMode.PREFILL, agent=Mock(), **found
-    )
+    return SimpleNamespace(rooms_taken=taken, disaggregation_mode=DisaggregationMode.PREFILL, agent=Mock(), **found)
 
 
 @pytest.mark.parametrize("taken", [set(), {5}])
@@ -151,15 +147,13 @@ def test_the_rank_that_answers_clients_hears_the_reason_first(
     """One rank's failure fails the request on all ranks: the others wait a little with theirs."""
     from sglang.srt.disaggregation.base.conn import KVPoll
 
-    from sglang_tpla.host.disaggregation import request_ends
+    from sglang_tpla.host.disaggregation import kv_sender_receiver
 
     now = [100.0]
-    monkeypatch.setattr(request_ends.time, "monotonic", lambda: now[0])
-    made: Any = request_ends._Request()
+    monkeypatch.setattr(kv_sender_receiver.time, "monotonic", lambda: now[0])
+    made: Any = kv_sender_receiver._Request()
     agent = Mock(poll=Mock(return_value=KVPoll.WaitingForInput))
-    made.kv_mgr = SimpleNamespace(
-        attn_tp_rank=rank, agent=agent, request_status={}, nap_if_idle=lambda room: None
-    )
+    made.kv_mgr = SimpleNamespace(attn_tp_rank=rank, agent=agent, request_status={}, nap_if_idle=lambda room: None)
     made.bootstrap_room, made.conclude_state, made._opened = 7, None, True
     assert made._state() == KVPoll.WaitingForInput
     if known_to == "agent":
@@ -167,5 +161,5 @@ def test_the_rank_that_answers_clients_hears_the_reason_first(
     else:  # SGLang's own part: its bootstrap server was not found
         made.kv_mgr.request_status[7] = KVPoll.Failed
     assert made._state() == (KVPoll.WaitingForInput if rank else KVPoll.Failed)
-    now[0] += request_ends.HOLD_BACK_S
+    now[0] += kv_sender_receiver.HOLD_BACK_S
     assert made._state() == KVPoll.Failed

@@ -4,8 +4,6 @@ The tests check the backend's own part: page table and lengths from SGLang's, ne
 fixed buffers for CUDA graphs, one kernel a width. The formula below knows neither pages nor plans.
 """
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 from typing import Any
 
@@ -47,9 +45,7 @@ class Pool:
     def get_key_buffer(self, layer_id: int) -> torch.Tensor:
         return self.rows[layer_id]
 
-    def set_mla_kv_buffer(
-        self, layer: Any, place: torch.Tensor, k: torch.Tensor, k_rope: torch.Tensor
-    ) -> None:
+    def set_mla_kv_buffer(self, layer: Any, place: torch.Tensor, k: torch.Tensor, k_rope: torch.Tensor) -> None:
         self.rows[layer.layer_id][place] = torch.cat((k, k_rope), dim=-1)
 
     def set_kv_buffer(self, layer: Any, place: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
@@ -186,19 +182,12 @@ def test_fp8_rows_are_written_and_read(
         keys.append(key[0, 0])
         z, turned = key.split((width, ROPE), dim=-1)
         if split:
-            out = fp8.forward_decode(
-                query[..., :width], z, z, layer, batch, q_rope=query[..., width:], k_rope=turned
-            )
+            out = fp8.forward_decode(query[..., :width], z, z, layer, batch, q_rope=query[..., width:], k_rope=turned)
         else:
             out = fp8.forward_decode(query, key, z, layer, batch)
         row = bytes(pool.rows[layer_id][int(slots[n - 1]), 0].tolist())
         assert_row(row, z[0, 0].double().numpy(), turned[0, 0].bfloat16().float().numpy(), shared)
-        read = [
-            read_row(bytes(pool.rows[layer_id][int(slot), 0].tolist()), width, ROPE, shared)
-            for slot in slots[:n]
-        ]
+        read = [read_row(bytes(pool.rows[layer_id][int(slot), 0].tolist()), width, ROPE, shared) for slot in slots[:n]]
         past = torch.tensor([[*value, *k_rope] for value, k_rope in read])
         weights = (SCALE * (query[0].double() @ past.T)).softmax(-1)
-        torch.testing.assert_close(
-            out.double(), (weights @ past[:, :width]).flatten()[None], rtol=1e-5, atol=1e-5
-        )
+        torch.testing.assert_close(out.double(), (weights @ past[:, :width]).flatten()[None], rtol=1e-5, atol=1e-5)

@@ -4,8 +4,6 @@ Every rank of T is built from SGLang's own ``DeepseekV2AttentionMLA`` with the s
 sum over ranks stands for the all-reduce after the block.
 """
 
-from __future__ import annotations
-
 import math
 from types import SimpleNamespace
 
@@ -33,24 +31,18 @@ from tests.host.layer_ranks import (
 
 def random_maps(groups: int, width: int, generator: torch.Generator):
     return [
-        tuple(
-            torch.randn(*shape, generator=generator) / math.sqrt(D)
-            for shape in ((D, width), (width, D), (width, D))
-        )
+        tuple(torch.randn(*shape, generator=generator) / math.sqrt(D) for shape in ((D, width), (width, D), (width, D)))
         for _ in range(groups)
     ]
 
 
 def calibrated_maps(transform: str, groups: int, weights, generator: torch.Generator):
     moments = LayerMoments.zeros(D, HEADS, NOPE)
-    moments.update(
-        torch.randn(500, D, generator=generator), torch.randn(500, HEADS, NOPE, generator=generator)
-    )
+    moments.update(torch.randn(500, D, generator=generator), torch.randn(500, HEADS, NOPE, generator=generator))
     w_uk = weights["kv_b_proj"].view(HEADS, NOPE + V, D)[:, :NOPE]
     shared = D // 4 if transform == "shared" and groups > 1 else 0
     return [
-        tuple(part.float() for part in maps)
-        for maps in layer_maps(transform, moments, w_uk, groups, shared, seed=0)
+        tuple(part.float() for part in maps) for maps in layer_maps(transform, moments, w_uk, groups, shared, seed=0)
     ]
 
 
@@ -84,9 +76,7 @@ def run_rank(attention, x, lengths, past, z_map, dtype, **options):
     for b, (latent, rope) in enumerate(past):
         rows = torch.cat((latent @ z_map, rope), dim=-1).to(dtype)
         pool.kv_buffer[0][slots[b, : len(rows)], 0] = rows
-    runner = SimpleNamespace(
-        device="cpu", req_to_token_pool=SimpleNamespace(req_to_token=slots), token_to_kv_pool=pool
-    )
+    runner = SimpleNamespace(device="cpu", req_to_token_pool=SimpleNamespace(req_to_token=slots), token_to_kv_pool=pool)
     return decode_step(attention, TorchNativeAttnBackend(runner), x, lengths, slots, **options)
 
 
@@ -183,18 +173,7 @@ def test_head_outputs_summed_before_o_proj(engine, monkeypatch, size, groups) ->
     monkeypatch.setattr(layer, "sum_over_groups", keep)
     projections = []
     for rank in range(size):
-        args = (
-            rank,
-            size,
-            groups,
-            OneGroup(maps),
-            weights,
-            Q_RANK,
-            True,
-            torch.float32,
-            monkeypatch,
-            "scatter",
-        )
+        args = (rank, size, groups, OneGroup(maps), weights, Q_RANK, True, torch.float32, monkeypatch, "scatter")
         attention = build_rank(*args)
         assert attention.o_proj.weight.shape == (HIDDEN, HEADS * V // size)
         run_rank(attention, x, lengths, past, maps[rank % groups][0], torch.float32)

@@ -1,7 +1,5 @@
 """The ledger is the set of applied hooks; any difference ends the process before it serves."""
 
-from __future__ import annotations
-
 import ast
 import importlib.metadata
 import os
@@ -92,10 +90,7 @@ def test_a_host_that_differs_stops_the_start(tmp_path: Path, tamper, words: tupl
         assert word in done.stderr, done.stderr[-2000:]
     if "missing-function" not in os.environ.get("PYTEST_CURRENT_TEST", ""):
         loud = run(
-            PROBE + "\nprint('SERVES')",
-            tmp_path,
-            SGLANG_TPLA_ROLE="prefill",
-            SGLANG_TPLA_ALLOW_UNKNOWN_HOST="1",
+            PROBE + "\nprint('SERVES')", tmp_path, SGLANG_TPLA_ROLE="prefill", SGLANG_TPLA_ALLOW_UNKNOWN_HOST="1"
         )
         assert "SERVES" in loud.stdout and "SGLANG_TPLA_ALLOW_UNKNOWN_HOST" in loud.stderr
 
@@ -109,9 +104,7 @@ ledger.host_version = lambda: "{RELEASE}.post1"
     done = run(code + PROBE + "\nprint('SERVES')", SGLANG_TPLA_ROLE="prefill")
     assert done.returncode != 0 and "SERVES" not in done.stdout
     assert f"SGLang {RELEASE}.post1 is not supported (these are: 0.5.17, 0.5.19, 0.5.23)" in done.stderr
-    loud = run(
-        code + PROBE + "\nprint('SERVES')", SGLANG_TPLA_ROLE="prefill", SGLANG_TPLA_ALLOW_UNKNOWN_HOST="1"
-    )
+    loud = run(code + PROBE + "\nprint('SERVES')", SGLANG_TPLA_ROLE="prefill", SGLANG_TPLA_ALLOW_UNKNOWN_HOST="1")
     assert "SERVES" in loud.stdout and "SGLANG_TPLA_ALLOW_UNKNOWN_HOST" in loud.stderr
 
 
@@ -146,9 +139,9 @@ def test_the_hash_does_not_depend_on_python() -> None:
 
 def test_every_entry_says_why_and_until_when() -> None:
     for hook in LEDGER:
-        assert (
-            hook["reason"] and hook["remove_when"] and hook["upstream"].startswith("https://github.com/")
-        ), hook["target"]
+        assert hook["reason"] and hook["remove_when"] and hook["upstream"].startswith("https://github.com/"), hook[
+            "target"
+        ]
     places = [(hook["target"], role) for hook in LEDGER for role in hook["roles"]]
     assert len(set(places)) == len(places), "two hooks of one role on one target"
 
@@ -158,8 +151,7 @@ def test_only_host_imports_sglang() -> None:
     offenders = [
         path
         for path in (ROOT / "sglang_tpla").rglob("*.py")
-        if "host" not in path.relative_to(ROOT / "sglang_tpla").parts[:1]
-        and importing.search(path.read_text())
+        if "host" not in path.relative_to(ROOT / "sglang_tpla").parts[:1] and importing.search(path.read_text())
     ]
     assert not offenders
 

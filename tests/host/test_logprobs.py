@@ -1,7 +1,5 @@
 """A batch in which one request asks for log-probabilities of named tokens."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,9 +17,7 @@ def test_a_batch_in_which_not_everyone_names_tokens(engine: None) -> None:
     asked: list[Any] = [None, [5, 2], None]
     for on_device in (True, False):
         known = {"stage": LogprobStage.DECODE, "no_copy_to_cpu": on_device}
-        values, tokens = all_tensors(
-            get_token_ids_logprobs_raw(logprobs, asked, **known), logprobs, asked, **known
-        )
+        values, tokens = all_tensors(get_token_ids_logprobs_raw(logprobs, asked, **known), logprobs, asked, **known)
         assert tokens == [[], [5, 2], []]
         found = [entry.tolist() for entry in values] if on_device else values
         assert found == [[], logprobs[1, [5, 2]].tolist(), []]

@@ -1,7 +1,5 @@
 """SGLang's own latent pool with rows in bytes: sizes, memory accounting, and the pool of a transfer agent."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Sequence
 from types import SimpleNamespace
@@ -44,10 +42,7 @@ def artifact_of(widths: tuple[int, ...], sketched: Sequence[SketchedRows] = ()) 
     """The part of an artifact that the hooks read."""
     return SimpleNamespace(
         meta=SimpleNamespace(
-            widths=widths,
-            shared_dims=(16,) * len(widths),
-            sketched=bool(sketched),
-            rows=lambda layer: sketched[layer],
+            widths=widths, shared_dims=(16,) * len(widths), sketched=bool(sketched), rows=lambda layer: sketched[layer]
         )
     )
 

@@ -1,7 +1,5 @@
 """A bootstrap server that does not answer delays nobody, because the scheduler hears of an answer when it is there."""
 
-from __future__ import annotations
-
 import threading
 from collections import deque
 from collections.abc import Iterator
@@ -13,6 +11,7 @@ import pytest
 
 from sglang_tpla.host.disaggregation.prefill_lookup import (
     Lookups,
+    Unanswered,
     rank_addresses,
     require_resolvable,
     why_unanswered,
@@ -133,9 +132,24 @@ def test_why_a_bootstrap_server_was_not_found(address: str) -> None:
     assert why_unanswered(address) == "status 200: []"  # an empty list is no layout
 
 
-@pytest.mark.parametrize(
-    "host", ["prefill1", "prefill_1", "PREFILL_1.example", "[fe80::1_2]", "[::1]", "a_b_c"]
-)
+def test_where_nobody_listens_is_asked_twice() -> None:
+    """A prefill server that is gone has lost its half of the request, and later ones hear so at the first refusal."""
+    times = iter([100.0, 100.5, 101.0, 104.0, 150.0, 151.0, 152.0])
+    unanswered = Unanswered(lambda: next(times))
+    assert unanswered.reason("gone:1") == ""
+    unanswered.note("gone:1", "nobody listens there")
+    unanswered.note("other:1", "nobody listens there")
+    reason = "no answer from the bootstrap server at gone:1: nobody listens there"
+    assert unanswered.reason("gone:1") == reason
+    for _ in range(2):
+        with pytest.raises(TransferError, match=reason):
+            unanswered.note("gone:1", "nobody listens there")
+    unanswered.note("gone:1", "nobody listens there")  # long after
+    unanswered.note("gone:1", "ReadTimeout")  # somebody listens, and may answer yet
+    unanswered.note("gone:1", "nobody listens there")
+
+
+@pytest.mark.parametrize("host", ["prefill1", "prefill_1", "PREFILL_1.example", "[fe80::1_2]", "[::1]", "a_b_c"])
 def test_a_lost_rank_is_looked_up_anew_whatever_its_servers_name(imported: None, host: str) -> None:
     """SGLang joins a name and ranks with underscores, and the lookup must not split such a string."""
     from sglang_tpla.host.disaggregation.kv_manager import TplaKVManager

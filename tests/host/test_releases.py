@@ -1,7 +1,5 @@
 """The ledger against SGLang's releases as they were published, from the table made of their wheels."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 
@@ -75,13 +73,7 @@ def test_targets_follow_the_release() -> None:
 
 @pytest.mark.parametrize(
     ("release", "expected"),
-    [
-        ("0.5.16", "0.5.17"),
-        ("0.5.18", "0.5.17"),
-        ("0.5.19", "0.5.19"),
-        ("0.5.22.post1", "0.5.19"),
-        ("0.6.0", "0.5.23"),
-    ],
+    [("0.5.16", "0.5.17"), ("0.5.18", "0.5.17"), ("0.5.19", "0.5.19"), ("0.5.22.post1", "0.5.19"), ("0.6.0", "0.5.23")],
 )
 def test_the_nearest_release(release: str, expected: str) -> None:
     assert ledger.nearest(release, SUPPORTED) == expected

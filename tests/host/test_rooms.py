@@ -1,7 +1,5 @@
 """Requests of SGLang's that come with the same room number: one has the room until SGLang has cleared it."""
 
-from __future__ import annotations
-
 import contextlib
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +11,7 @@ from tests.wire import rig
 
 def request(manager: SimpleNamespace, room: int) -> Any:
     """A request whose scheduler calls come from the test."""
-    from sglang_tpla.host.disaggregation.request_ends import _Request
+    from sglang_tpla.host.disaggregation.kv_sender_receiver import _Request
 
     made: Any = _Request()
     made.kv_mgr, made.bootstrap_room, made.conclude_state = manager, room, None
@@ -65,7 +63,7 @@ def test_a_prefix_sent_ahead_is_read_when_its_event_says_so() -> None:
 
 def sender_of(manager: SimpleNamespace, room: int, pages: int) -> Any:
     """A sender as SGLang leaves it behind after ``init``."""
-    from sglang_tpla.host.disaggregation.request_ends import TplaKVSender
+    from sglang_tpla.host.disaggregation.kv_sender_receiver import TplaKVSender
 
     made: Any = TplaKVSender.__new__(TplaKVSender)
     made.kv_mgr, made.bootstrap_room, made.conclude_state = manager, room, None

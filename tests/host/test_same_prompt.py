@@ -1,7 +1,5 @@
 """A cache of another prompt fails the request in any room."""
 
-from __future__ import annotations
-
 from array import array
 from types import SimpleNamespace
 from typing import Any
@@ -23,9 +21,7 @@ def computed(buffers: Any, tokens: list[int], row: int = 2) -> None:
     """Leave a request in the buffers as prefill does."""
     from sglang_tpla.host.disaggregation.same_prompt import leave_digest
 
-    counts = dict.fromkeys(
-        ("cached_tokens", "cached_tokens_device", "cached_tokens_host", "cached_tokens_storage"), 7
-    )
+    counts = dict.fromkeys(("cached_tokens", "cached_tokens_device", "cached_tokens_host", "cached_tokens_storage"), 7)
     req = SimpleNamespace(
         metadata_buffer_index=row, output_ids=[5], multimodal_inputs=None, return_logprob=False,
         return_sampling_mask=False, hidden_states_tensor=None, bootstrap_room=9, output_topk_p=None,
@@ -45,10 +41,7 @@ def committed(buffers: Any, tokens: list[int], **changes: Any) -> tuple[bool, An
     )  # fmt: skip
     vars(req).update({k: v for k, v in changes.items() if k == "bootstrap_host"})
     decode_req = SimpleNamespace(
-        req=req,
-        metadata_buffer_index=2,
-        kv_receiver=Mock(),
-        is_rebootstrap=changes.get("is_rebootstrap", False),
+        req=req, metadata_buffer_index=2, kv_receiver=Mock(), is_rebootstrap=changes.get("is_rebootstrap", False)
     )
     original = Mock()
     compare_digest(original, SimpleNamespace(metadata_buffers=buffers), decode_req)

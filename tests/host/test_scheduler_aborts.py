@@ -1,7 +1,5 @@
 """The abort of a request that waits for prefill reaches its own sender and no other."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 from types import SimpleNamespace
@@ -18,8 +16,7 @@ def waiting(rid: str, pending_bootstrap: bool = False) -> SimpleNamespace:
 
 
 @pytest.mark.parametrize(
-    ("rid", "abort_all", "dropped"),
-    [("a", False, ["a1"]), ("c", False, []), ("", True, ["a1", "b"]), ("z", False, [])],
+    ("rid", "abort_all", "dropped"), [("a", False, ["a1"]), ("c", False, []), ("", True, ["a1", "b"]), ("z", False, [])]
 )
 def test_waiting_requests(rid: str, abort_all: bool, dropped: list[str]) -> None:
     from sglang_tpla.host.disaggregation.aborts import drop_waiting
@@ -35,16 +32,9 @@ SAMPLE = "a_" + "0f" * 16
 
 @pytest.mark.parametrize(
     ("rid", "abort_all", "reached"),
-    [
-        ("a", False, ["a", SAMPLE]),
-        ("ab", False, ["ab"]),
-        ("gone", False, []),
-        ("", True, ["a", "ab", "abc", SAMPLE]),
-    ],
+    [("a", False, ["a", SAMPLE]), ("ab", False, ["ab"]), ("gone", False, []), ("", True, ["a", "ab", "abc", SAMPLE])],
 )
-def test_an_abort_reaches_no_request_whose_id_only_begins_alike(
-    rid: str, abort_all: bool, reached: list[str]
-) -> None:
+def test_an_abort_reaches_no_request_whose_id_only_begins_alike(rid: str, abort_all: bool, reached: list[str]) -> None:
     """SGLang compares beginnings of ids, so other requests hide their ids from it meanwhile."""
     from sglang_tpla.host.disaggregation.aborts import abort
 
@@ -71,9 +61,7 @@ def test_an_abort_reaches_no_request_whose_id_only_begins_alike(
 
 @pytest.mark.parametrize("forgets", [True, False])
 @pytest.mark.parametrize("hangs_up", [True, False])
-def test_who_hangs_up_is_aborted_where_sglang_has_forgotten_it(
-    engine: None, forgets: bool, hangs_up: bool
-) -> None:
+def test_who_hangs_up_is_aborted_where_sglang_has_forgotten_it(engine: None, forgets: bool, hangs_up: bool) -> None:
     """From 0.5.18 to 0.5.19 a request's state goes with its client, and an abort of an unknown id is passed over."""
     from sglang_tpla.host.requests import edge
 

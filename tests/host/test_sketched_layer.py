@@ -4,8 +4,6 @@ Every rank is built, loaded and folded as in a server, writes its new token's ro
 backend. The formula of `layer_ranks` knows whole weights, and the rows' values from the reference model.
 """
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 from typing import Any
 
@@ -81,9 +79,7 @@ def test_maps_are_on_the_cpu_whatever_the_default_device(
         assert torch.equal(getattr(found, name), getattr(expected, name)), name
 
 
-def run_rank(
-    attention: Any, x: Any, lengths: Any, past: Any, kind: GroupRows, maps: SketchedMaps
-) -> torch.Tensor:
+def run_rank(attention: Any, x: Any, lengths: Any, past: Any, kind: GroupRows, maps: SketchedMaps) -> torch.Tensor:
     """Run one decode step of one rank over its past tokens' rows, with the backend of ``--attention-backend tpla``."""
     from sglang_tpla.host.attention.backend import TplaDecodeBackend
 
@@ -124,9 +120,7 @@ def test_sum_over_ranks_is_the_formula(
     weights, lengths = make_weights(Q_RANK, generator), [31, 1, 6, 8]
     maps = exact_maps(rows, generator)
     x, past = random_step(lengths, generator)
-    expected = formula(
-        x, lengths, past, weights, lambda *rows: [(v.key, v.value, v.k_rope) for v in maps.views(*rows)]
-    )
+    expected = formula(x, lengths, past, weights, lambda *rows: [(v.key, v.value, v.k_rope) for v in maps.views(*rows)])
     total = torch.zeros_like(expected)
     for rank in range(size):
         kind = GroupRows(rows, rank % rows.groups)

@@ -3,8 +3,6 @@
 The reference for attention is a formula over SGLang's page table that knows neither backends nor plans.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -74,9 +72,7 @@ def attend(backend: Any, runner: Any, batch: Any, width: int, starts: list[int],
     """Run one layer of a forward with ``tokens`` query tokens a request from ``starts`` on, and compare it."""
     table, rows = runner.req_to_token_pool.req_to_token, runner.token_to_kv_pool.rows
     requests = batch.req_pool_indices.tolist()
-    batch.out_cache_loc = torch.cat(
-        [table[r, s : s + tokens] for r, s in zip(requests, starts, strict=True)]
-    ).long()
+    batch.out_cache_loc = torch.cat([table[r, s : s + tokens] for r, s in zip(requests, starts, strict=True)]).long()
     query, key = (
         torch.randn(len(requests) * tokens, HEADS, width + ROPE),
         torch.randn(len(requests) * tokens, 1, width + ROPE),
@@ -108,9 +104,7 @@ CASES = (([3], [1]), ([5, 0, 2], [36, 7, 13]))  # requests, and tokens they have
 
 
 @pytest.mark.parametrize(("requests", "lengths"), CASES)
-def test_the_target_verifies_every_guess(
-    runners: dict[bool, Any], requests: list[int], lengths: list[int]
-) -> None:
+def test_the_target_verifies_every_guess(runners: dict[bool, Any], requests: list[int], lengths: list[int]) -> None:
     from sglang_tpla.host.attention.backend import TplaDecodeBackend
 
     backend = TplaDecodeBackend(runners[False])
@@ -164,9 +158,7 @@ def test_the_draft_layer_is_extended_by_what_was_verified(
 
 
 def factory(runner: Any, draft: str | None, attention: str, steps: int = GUESSES) -> Any:
-    args = SimpleNamespace(
-        prefill_attention_backend=None, decode_attention_backend=None, attention_backend=attention
-    )
+    args = SimpleNamespace(prefill_attention_backend=None, decode_attention_backend=None, attention_backend=attention)
     return SimpleNamespace(
         server_args=args, draft_attn_backend=draft, draft_model_runner=runner, speculative_num_steps=steps
     )
@@ -214,9 +206,7 @@ def make_pool(latent: int, layers: int) -> Any:
     )  # fmt: skip
 
 
-def test_the_draft_keeps_whole_rows_and_memory_is_counted(
-    engine: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_draft_keeps_whole_rows_and_memory_is_counted(engine: None, monkeypatch: pytest.MonkeyPatch) -> None:
     from sglang.srt.mem_cache import kv_cache_configurator
     from sglang.srt.mem_cache.memory_pool import MLATokenToKVPool
 
@@ -227,9 +217,7 @@ def test_the_draft_keeps_whole_rows_and_memory_is_counted(
     monkeypatch.setattr(kv_pool, "artifact", lambda: SimpleNamespace(meta=SimpleNamespace(widths=widths)))
     monkeypatch.setattr(kv_pool, "row_format", lambda *model, fp8: rows)
     create, value = MLATokenToKVPool._create_buffers, MLATokenToKVPool.get_value_buffer
-    monkeypatch.setattr(
-        MLATokenToKVPool, "_create_buffers", lambda self: kv_pool.create_buffers(create, self)
-    )
+    monkeypatch.setattr(MLATokenToKVPool, "_create_buffers", lambda self: kv_pool.create_buffers(create, self))
     monkeypatch.setattr(
         MLATokenToKVPool, "get_value_buffer", lambda self, layer: kv_pool.value_buffer(value, self, layer)
     )
@@ -356,10 +344,7 @@ def test_a_drafts_cache_keeps_the_models_precision(engine: None, draft: bool) ->
     from sglang_tpla.host.model.draft_model import keep_precision
 
     runner = SimpleNamespace(
-        is_draft_worker=draft,
-        dtype=torch.bfloat16,
-        kv_cache_dtype=torch.float8_e4m3fn,
-        kv_cache_dtype_str="fp8_e4m3",
+        is_draft_worker=draft, dtype=torch.bfloat16, kv_cache_dtype=torch.float8_e4m3fn, kv_cache_dtype_str="fp8_e4m3"
     )
     keep_precision(None, runner)
     kept = (torch.bfloat16, "auto") if draft else (torch.float8_e4m3fn, "fp8_e4m3")

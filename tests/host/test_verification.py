@@ -68,18 +68,14 @@ class Sketched:
     def cache(self, group: int, latent: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
         kind = GroupRows(self.rows, group)
         packed = torch.empty(len(latent), kind.row_items, dtype=torch.uint8)
-        kind.encode(
-            torch.cat([latent @ self.maps.z[group], latent @ self.maps.sketch], 1), rope, Part.FULL, packed
-        )
+        kind.encode(torch.cat([latent @ self.maps.z[group], latent @ self.maps.sketch], 1), rope, Part.FULL, packed)
         return packed
 
     def format(self, group: int) -> RowFormat:
         return RowFormat((GroupRows(self.rows, group),))
 
 
-def verify(
-    attention: Any, kind: Plain | Sketched, group: int, x: torch.Tensor, past: Any, new: int
-) -> torch.Tensor:
+def verify(attention: Any, kind: Plain | Sketched, group: int, x: torch.Tensor, past: Any, new: int) -> torch.Tensor:
     """One rank's part of the answer, over a pool with the rows of the past."""
     from sglang_tpla.host.attention.backend import TplaDecodeBackend
 
@@ -105,9 +101,7 @@ def verify(
 
 @pytest.mark.parametrize("heads", ["replicate", "scatter"])
 @pytest.mark.parametrize("kind", [Plain, Sketched])
-@pytest.mark.parametrize(
-    ("size", "groups", "new"), [(1, 1, 2), (2, 2, 4), (4, 2, 3), (4, 4, 2), (8, 4, 4), (8, 8, 3)]
-)
+@pytest.mark.parametrize(("size", "groups", "new"), [(1, 1, 2), (2, 2, 4), (4, 2, 3), (4, 4, 2), (8, 4, 4), (8, 8, 3)])
 def test_every_new_token_is_the_formulas(
     engine: None, monkeypatch: pytest.MonkeyPatch, one_write: bool, size: int, groups: int, new: int, kind: Any,
     heads: str,

@@ -3,8 +3,6 @@
 ``tests/e2e/test_models.py`` has them in real servers.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -93,14 +91,9 @@ def test_the_language_model_is_hooked(engine: None, make: Any, monkeypatch: pyte
         attention = block.self_attn
         whole = weights[f"model.layers.{index}.self_attn.kv_b_proj.weight"].float().view(4, 64, 64)
         assert attention.tpla_width == WIDTH and attention.attn_mqa.v_head_dim == WIDTH
+        torch.testing.assert_close(attention.w_kc.float(), fold_key_map(whole[:, :32], a, 1.0), rtol=2e-2, atol=2e-2)
         torch.testing.assert_close(
-            attention.w_kc.float(), fold_key_map(whole[:, :32], a, 1.0), rtol=2e-2, atol=2e-2
-        )
-        torch.testing.assert_close(
-            attention.w_vc.float(),
-            fold_value_map(whole[:, 32:].transpose(1, 2), b, 1.0),
-            rtol=2e-2,
-            atol=2e-2,
+            attention.w_vc.float(), fold_value_map(whole[:, 32:].transpose(1, 2), b, 1.0), rtol=2e-2, atol=2e-2
         )
 
 

@@ -1,14 +1,12 @@
 """Decode-phase accuracy of the shipped artifact on held-out text, beside the transforms it replaces."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest
 import torch
 
 from sglang_tpla.artifact.artifact import Artifact
-from sglang_tpla.calibrate import pipeline as run
+from sglang_tpla.calibrate import pipeline
 from sglang_tpla.calibrate.sketch_layout import sketched_rows
 from sglang_tpla.measure.decode_error import measure, model_maps
 from sglang_tpla.measure.text import TextPlan, collect_statistics, read_text
@@ -31,7 +29,7 @@ def test_shipped_artifact_is_within_its_bar(model: PlainModel, capsys: pytest.Ca
     statistics = collect_statistics(model, text, 0, show_progress=False)
     artifacts = {"shipped": shipped}
     for transform in ("pca", "hadamard", "identity"):
-        artifacts[transform] = run.closed_form(statistics, model.checkpoint, transform, 2, 0, "scalar")
+        artifacts[transform] = pipeline.closed_form(statistics, model.checkpoint, transform, 2, 0, "scalar")
     found = measure(model, text.held_out, [model_maps(a, model) for a in artifacts.values()], 512)
     kl = {name: errors.report().kl_mean for name, errors in zip(artifacts, found, strict=True)}
     with capsys.disabled():
@@ -47,8 +45,8 @@ def test_sketched_rows_are_near_exact_at_half_the_bytes(model: PlainModel) -> No
     statistics = collect_statistics(model, text, 0, show_progress=False)
     spec = model.spec
     rows = [sketched_rows(128, 32, groups, shared, 4, 16) for groups, shared in ((1, 128), (2, 32), (4, 32))]
-    costs = run.layer_costs(statistics, model.checkpoint)
-    artifacts = [run.sketched_form(statistics, spec, costs, [layer] * spec.layers) for layer in rows]
+    costs = pipeline.layer_costs(statistics, model.checkpoint)
+    artifacts = [pipeline.sketched_form(statistics, spec, costs, [layer] * spec.layers) for layer in rows]
     found = measure(model, text.held_out, [model_maps(artifact, model) for artifact in artifacts], 512)
     assert [layer.row_bytes / 320 for layer in rows] == [0.625, 0.55, 0.5125]
     for errors, bound in zip(found, (0.0003, 0.0006, 0.0006), strict=True):

@@ -1,7 +1,5 @@
 """The plain forward against transformers' models, and its TPLA mode against a loop from the equations."""
 
-from __future__ import annotations
-
 import json
 import math
 from pathlib import Path
@@ -145,9 +143,7 @@ def decode_by_the_book(model: PlainModel, tokens: torch.Tensor, maps, prompt: in
                     scores = spec.scale * (z @ absorbed + k_rope @ inputs.q_rope[0, head, 0])
                     out = out + scores.softmax(0) @ z @ b_map @ w_uv.T
                 heads.append(out)
-            hidden = model.finish_layer(
-                index, hidden, F.linear(torch.cat(heads), layer.attention.o)[None, None]
-            )
+            hidden = model.finish_layer(index, hidden, F.linear(torch.cat(heads), layer.attention.o)[None, None])
         normed = hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + spec.eps) * model.final_norm
         rows.append(F.linear(normed[0, 0], model.lm_head))
     return torch.stack(rows)
@@ -229,9 +225,7 @@ def test_fp8_shards_are_read_as_shipped(tmp_path: Path) -> None:
         (tmp_path / folder / "model.safetensors.index.json").write_text(index)
     tokens = torch.randint(3, 4096, (1, 40), generator=torch.Generator().manual_seed(5))
     found = PlainModel(str(tmp_path / "fp8"), resident=False).forward(tokens)
-    torch.testing.assert_close(
-        found, PlainModel(str(tmp_path / "plain")).forward(tokens), atol=1e-4, rtol=1e-4
-    )
+    torch.testing.assert_close(found, PlainModel(str(tmp_path / "plain")).forward(tokens), atol=1e-4, rtol=1e-4)
     assert (found - PlainModel(str(NANO)).forward(tokens)).abs().max() > 1e-2
 
     index_path = tmp_path / "fp8" / "model.safetensors.index.json"

@@ -10,8 +10,6 @@ load pauses and nothing may be left: pages, rooms, staging, queues, threads, fil
 ``--seed`` repeats the prompts, the requests and the order and length of faults; what meets what is the machine's.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import json
@@ -95,9 +93,7 @@ class Soak:
                 if answer.same_text(case.expected[route.decode.name]):
                     break
                 if time.monotonic() > deadline:
-                    self.tally.problem(
-                        f"no recovery of {route.prefill.name} to {route.decode.name}: {answer}"
-                    )
+                    self.tally.problem(f"no recovery of {route.prefill.name} to {route.decode.name}: {answer}")
                     return
                 time.sleep(0.5)
 
@@ -158,18 +154,8 @@ class Soak:
 
 def errors_in(log: Path) -> list[str]:
     """Lines of a server's log that speak of faults of the program."""
-    words = (
-        "Traceback",
-        "failed on prefill rank",
-        "failed on decode rank",
-        "transfer thread",
-        "Scheduler hit an",
-    )
-    return [
-        line[:300]
-        for line in log.read_text(errors="replace").splitlines()
-        if any(word in line for word in words)
-    ]
+    words = ("Traceback", "failed on prefill rank", "failed on decode rank", "transfer thread", "Scheduler hit an")
+    return [line[:300] for line in log.read_text(errors="replace").splitlines() if any(word in line for word in words)]
 
 
 def near_prefill(model: str, logs: Path) -> tuple[Server, int]:
@@ -188,9 +174,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--threads", type=int, default=5, help="requests under way at a time")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "out" / "soak.json")
-    parser.add_argument(
-        "--logs", type=Path, help="folder for the servers' logs (default: a new temporary one)"
-    )
+    parser.add_argument("--logs", type=Path, help="folder for the servers' logs (default: a new temporary one)")
     args = parser.parse_args(arguments)
     logs = args.logs or Path(tempfile.mkdtemp(prefix="sglang-tpla-soak-"))
     logs.mkdir(parents=True, exist_ok=True)
@@ -214,12 +198,7 @@ def main(arguments: list[str] | None = None) -> int:
             server.name: errors_in(server.log) for server in site.servers if errors_in(server.log)
         }
     machine = {"cpus": os.cpu_count(), "platform": platform.platform()}
-    result = {
-        "minutes": round(minutes, 1),
-        "seed": args.seed,
-        "threads": args.threads,
-        "machine": machine,
-    } | result
+    result = {"minutes": round(minutes, 1), "seed": args.seed, "threads": args.threads, "machine": machine} | result
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(result, indent=1))
     print_tables(result)

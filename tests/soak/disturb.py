@@ -1,7 +1,5 @@
 """The faults of the soak: each begins, holds for a while, and is healed; the load goes on through all of them."""
 
-from __future__ import annotations
-
 import contextlib
 import random
 import subprocess
@@ -33,10 +31,7 @@ class Site:
     @property
     def routes(self) -> list[Route]:
         """Each prefill server with each decode server."""
-        near = [
-            Route(self.near, self.near_bootstrap, server)
-            for server in (self.faulty.decode, self.faulty.single)
-        ]
+        near = [Route(self.near, self.near_bootstrap, server) for server in (self.faulty.decode, self.faulty.single)]
         return [self.faulty.route, self.faulty.side, *near]
 
 

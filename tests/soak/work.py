@@ -1,7 +1,5 @@
 """What the soak asks: prompts of all lengths with the answers of a quiet day, and threads that send them."""
 
-from __future__ import annotations
-
 import collections
 import concurrent.futures
 import random
@@ -151,13 +149,7 @@ class Workers:
     """Threads that send requests without rest, and pause when they are told to."""
 
     def __init__(
-        self,
-        count: int,
-        seed: int,
-        routes: Sequence[Route],
-        cases: Sequence[Case],
-        faults: Faults,
-        tally: Tally,
+        self, count: int, seed: int, routes: Sequence[Route], cases: Sequence[Case], faults: Faults, tally: Tally
     ) -> None:
         self._routes, self._cases, self._faults, self._tally = routes, cases, faults, tally
         self._run = threading.Event()
@@ -165,8 +157,7 @@ class Workers:
         self._idle = threading.Semaphore(0)
         self._count = count
         self._threads = [
-            threading.Thread(target=self._work, args=(random.Random(f"{seed} {n}"),), daemon=True)
-            for n in range(count)
+            threading.Thread(target=self._work, args=(random.Random(f"{seed} {n}"),), daemon=True) for n in range(count)
         ]
         for thread in self._threads:
             thread.start()
@@ -210,9 +201,7 @@ class Workers:
             self._tally.count("left by their client")
             return
         if kind == "batch":
-            same = [
-                other for other in self._cases if other.tokens == case.tokens and type(other.prompt) is str
-            ]
+            same = [other for other in self._cases if other.tokens == case.tokens and type(other.prompt) is str]
             cases = chooser.sample(same, min(3, len(same)))
             answers = route.ask_batch([other.prompt for other in cases], case.tokens)
         else:

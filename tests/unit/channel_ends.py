@@ -1,7 +1,5 @@
 """Both ends of a data channel on a socket pair, and chunks to send over it."""
 
-from __future__ import annotations
-
 import contextlib
 import socket
 from collections.abc import Iterator

@@ -1,9 +1,7 @@
-"""The edges of the house: which folder of the package may import which, and what may import SGLang.
+"""The edges of the house: which folder may import which, what may import SGLang, and the one base of exceptions.
 
 Imports are read from the syntax trees, those inside functions too, so that a lazy import cannot hide an edge.
 """
-
-from __future__ import annotations
 
 import ast
 import re
@@ -92,14 +90,7 @@ def test_only_the_compat_module_knows_how_a_release_spells_its_arguments() -> No
 
 
 BLOCKING = {"zmq", "threading", "socket", "time"}  # what the state of an agent does without
-STATE = [
-    "decode.rooms",
-    "decode.credits",
-    "decode.coverage",
-    "prefill.rooms",
-    "prefill.ended_rooms",
-    "prefill.lanes",
-]
+STATE = ["decode.rooms", "decode.credits", "decode.coverage", "prefill.rooms", "prefill.ended_rooms", "prefill.lanes"]
 AGENTS = ["decode", "prefill"]
 
 
@@ -117,13 +108,8 @@ def transfer_trees(folder: str = "") -> dict[Path, ast.Module]:
 
 def test_no_class_of_transfer_inherits_from_another() -> None:
     """Parts are owned. Exceptions and wire messages, which have no behaviour, may have a common base."""
-    classes = [
-        node
-        for tree in transfer_trees().values()
-        for node in ast.walk(tree)
-        if isinstance(node, ast.ClassDef)
-    ]
-    behaving = {node.name for node in classes if not node.name.endswith("Error") and node.name != "_Message"}
+    classes = [node for tree in transfer_trees().values() for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+    behaving = {node.name for node in classes if not node.name.endswith(("Error", "Message"))}
     bases = {ast.unparse(base).split("[")[0] for node in classes for base in node.bases}
     assert len(behaving) > 30 and behaving.isdisjoint(bases), behaving & bases
 
@@ -134,9 +120,7 @@ def test_no_part_reaches_for_what_is_private_to_another(folder: str) -> None:
         ast.unparse(node)
         for tree in transfer_trees(folder).values()
         for node in ast.walk(tree)
-        if isinstance(node, ast.Attribute)
-        and re.match(r"_[a-z]", node.attr)
-        and ast.unparse(node.value) != "self"
+        if isinstance(node, ast.Attribute) and re.match(r"_[a-z]", node.attr) and ast.unparse(node.value) != "self"
     }
     assert not reached, reached
 
@@ -148,8 +132,7 @@ def test_each_attribute_of_the_state_is_written_by_one_module(folder: str) -> No
     fields = {
         node.target.id
         for item in ast.walk(state)
-        if isinstance(item, ast.ClassDef)
-        and any("dataclass" in ast.unparse(mark) for mark in item.decorator_list)
+        if isinstance(item, ast.ClassDef) and any("dataclass" in ast.unparse(mark) for mark in item.decorator_list)
         for node in item.body
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
     }
@@ -177,3 +160,23 @@ def test_the_simulation_patches_no_constructor_and_no_clock() -> None:
         if isinstance(node, ast.Call) and "patch" in ast.unparse(node.func)
     ]
     assert patched == ["mock.patch('sglang_tpla.transfer.memory.native.library', return_value=None)"]
+
+
+# How a process is told to end is no error.
+NOT_ERRORS = {"StopRequested"}
+
+
+def test_every_exception_has_the_one_base() -> None:
+    bases: dict[str, set[str]] = {}
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef):
+                bases.setdefault(node.name, set()).update(ast.unparse(base) for base in node.bases)
+
+    def lineage(name: str) -> set[str]:
+        return {name}.union(*(lineage(base) for base in bases.get(name, ())))
+
+    builtin = {"Exception", "BaseException", "ValueError", "RuntimeError", "TypeError", "KeyError", "OSError"}
+    builtin |= {"ConnectionError", "LookupError", "ArithmeticError"}
+    raised = {name for name in bases if lineage(name) & builtin} - {"SglangTplaError"} - NOT_ERRORS
+    assert raised and {name for name in raised if "SglangTplaError" not in lineage(name)} == set()

@@ -17,9 +17,7 @@ def test_hopper_serves_every_width(latent_dim: int) -> None:
 
 @pytest.mark.parametrize("latent_dim", [1, 60, 80, 88, 512])
 def test_a_cpu_has_the_reference_for_any_width(latent_dim: int) -> None:
-    assert (
-        choose(DecodeShape(latent_dim, 3, rope_dim=32, page_size=4, dtype=torch.float32), CPU) == "reference"
-    )
+    assert choose(DecodeShape(latent_dim, 3, rope_dim=32, page_size=4, dtype=torch.float32), CPU) == "reference"
 
 
 @pytest.mark.parametrize("latent_dim", [64, 192, 320, 96, 224, 384])

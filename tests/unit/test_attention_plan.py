@@ -3,16 +3,15 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plan_twin import Plan, plan_parts, tiles_of
 
-from sglang_tpla.attention.hopper.plan import MAX_PARTS, SEGMENT_COST, Plan, plan_parts, tiles_of
+from sglang_tpla.attention.hopper.plan import MAX_PARTS, SEGMENT_COST
 
 
 def segments(plan: Plan, lengths: list[int]) -> list[list[tuple[int, int, int, int]]]:
     """The walk of each part's block: (request, first tile, end tile, split number), as in the kernel."""
     parts = []
-    for (request, tile, before), (last, last_tile, _) in zip(
-        plan.part_begin, plan.part_begin[1:], strict=False
-    ):
+    for (request, tile, before), (last, last_tile, _) in zip(plan.part_begin, plan.part_begin[1:], strict=False):
         walked = []
         while request < last or (request == last and tile < last_tile):
             end = last_tile if request == last else tiles_of(lengths[request])
@@ -22,9 +21,7 @@ def segments(plan: Plan, lengths: list[int]) -> list[list[tuple[int, int, int, i
     return parts
 
 
-lengths_strategy = st.lists(
-    st.one_of(st.just(0), st.integers(1, 200), st.integers(1, 20000)), min_size=1, max_size=60
-)
+lengths_strategy = st.lists(st.one_of(st.just(0), st.integers(1, 200), st.integers(1, 20000)), min_size=1, max_size=60)
 
 
 @settings(max_examples=300, deadline=None)

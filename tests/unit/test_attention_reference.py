@@ -16,10 +16,7 @@ def slow_attention(q, keys, values, scale):
     top = max(scores)
     weights = [math.exp(score - top) for score in scores]
     total = math.fsum(weights)
-    return [
-        math.fsum(w * v[i] for w, v in zip(weights, values, strict=True)) / total
-        for i in range(len(values[0]))
-    ]
+    return [math.fsum(w * v[i] for w, v in zip(weights, values, strict=True)) / total for i in range(len(values[0]))]
 
 
 @pytest.mark.parametrize("page_size", [1, 4])
@@ -55,9 +52,7 @@ def test_reference_is_the_definition(page_size: int, query_len: int) -> None:
                     continue
                 query = q_latent[token, head].tolist() + q_rope[token, head].tolist()
                 expected = slow_attention(query, seen, [row[:width] for row in seen], 0.3)
-                torch.testing.assert_close(
-                    got, torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=1e-12
-                )
+                torch.testing.assert_close(got, torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=1e-12)
 
 
 def test_req_to_token_equals_csr() -> None:

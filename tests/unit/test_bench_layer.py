@@ -56,12 +56,7 @@ def test_rank_layer_on_the_cpu() -> None:
     pytest.importorskip("triton")
     result = subprocess.run(
         [sys.executable, "-c", ON_THE_CPU],
-        env={
-            "TRITON_INTERPRET": "1",
-            "PYTHONPATH": str(BENCHMARKS),
-            "PATH": "/usr/bin:/bin",
-            "HOME": "/nowhere",
-        },
+        env={"TRITON_INTERPRET": "1", "PYTHONPATH": str(BENCHMARKS), "PATH": "/usr/bin:/bin", "HOME": "/nowhere"},
         capture_output=True,
         text=True,
         check=False,
@@ -115,16 +110,12 @@ def test_fit_finds_the_constants_that_made_the_times() -> None:
     assert found.flops_per_s == pytest.approx(true.flops_per_s, rel=0.03)
 
 
-@pytest.mark.parametrize(
-    "path", sorted((BENCHMARKS / "results").glob("*/decode_layer_*.json")), ids=lambda p: p.stem
-)
+@pytest.mark.parametrize("path", sorted((BENCHMARKS / "results").glob("*/decode_layer_*.json")), ids=lambda p: p.stem)
 def test_planner_agrees_with_recorded_runs(path: Path) -> None:
     """Nine in ten layers within 12% of the measured time, and choices that cost little where they differ."""
     report = json.loads(path.read_text())
     assert len(report["layers"]) > 500
-    off = sorted(
-        abs(math.log(ratio)) for ratios in decode_layer.planner_ratios(report).values() for ratio in ratios
-    )
+    off = sorted(abs(math.log(ratio)) for ratios in decode_layer.planner_ratios(report).values() for ratio in ratios)
     assert off[int(0.9 * len(off))] < math.log(1.12)
     choices = decode_layer.planner_choices(report)
     costs = sorted(cost for *_, cost in choices)

@@ -1,7 +1,5 @@
 """The block-FP8 checkpoints that the engine's tests serve: what is in them, and what it stands for."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
@@ -13,15 +11,7 @@ from tokenizers import Tokenizer
 
 from sglang_tpla.reference_model.checkpoint import Checkpoint, dequantise_blocks
 from sglang_tpla.reference_model.forward import PlainModel
-from tests.block_fp8 import (
-    BLOCK,
-    RoundedInputs,
-    convert,
-    quantise_blocks,
-    quantised_weights,
-    round_inputs,
-    spread,
-)
+from tests.block_fp8 import BLOCK, RoundedInputs, convert, quantise_blocks, quantised_weights, round_inputs, spread
 from tests.e2e.prompts import source
 
 EXPERT_WIDTH = 512
@@ -96,7 +86,5 @@ def test_inputs_are_rounded_in_groups_of_a_token() -> None:
     x = torch.randn(7, 2 * BLOCK, generator=generator)
     x[:, BLOCK:] *= 1e-4  # a group of its own scale
     back = round_inputs(x)
-    assert (
-        (back - x).abs() <= x.abs().unflatten(-1, (2, BLOCK)).amax(-1).repeat_interleave(BLOCK, 1) / 16
-    ).all()
+    assert ((back - x).abs() <= x.abs().unflatten(-1, (2, BLOCK)).amax(-1).repeat_interleave(BLOCK, 1) / 16).all()
     assert torch.equal(round_inputs(torch.zeros(2, BLOCK)), torch.zeros(2, BLOCK))

@@ -1,7 +1,5 @@
 """The calibration command as a user runs it."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys
@@ -16,16 +14,7 @@ from sglang_tpla.reference_model.checkpoint import Checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 NANO = ROOT / "examples" / "nano-mla"
-SMALL = [
-    "--tokens",
-    "2048",
-    "--held-out-tokens",
-    "128",
-    "--prompt-tokens",
-    "64",
-    "--continuation-tokens",
-    "64",
-]
+SMALL = ["--tokens", "2048", "--held-out-tokens", "128", "--prompt-tokens", "64", "--continuation-tokens", "64"]
 
 
 def calibrate(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
@@ -61,10 +50,7 @@ def test_makes_an_artifact_with_provenance_twice_the_same(tmp_path: Path) -> Non
         (["--transform", "fourier"], "--transform"),
         (["--corpus", "/nonexistent/text"], "/nonexistent/text"),
         (["--rows", "sketched", "--transform", "pca"], "--rows sketched takes --transform shared"),
-        (
-            ["--rows", "sketched", "--shared-dims", "33"],
-            "nearest --shared-dims that 2 groups hold are [28, 32, 36]",
-        ),
+        (["--rows", "sketched", "--shared-dims", "33"], "nearest --shared-dims that 2 groups hold are [28, 32, 36]"),
         (["--sketch-bits", "5"], "--sketch-bits"),
         (["--own-bits", "4"], "--own-bits"),
         (["--tokens", "0"], "at least 1"),

@@ -1,7 +1,5 @@
 """Choosing a layout under a bound: the walk over per-layer widths, what a backend serves, and the command."""
 
-from __future__ import annotations
-
 import itertools
 import os
 import subprocess
@@ -55,11 +53,7 @@ def test_only_served_widths_are_looked_at(latent: int, groups: int) -> None:
 
 
 def test_table_leaves_out_what_is_beaten_on_both_counts() -> None:
-    points = [
-        Point(4, (0,), (32,), 100, 0.5),
-        Point(2, (0,), (64,), 120, 0.6),
-        Point(2, (32,), (80,), 140, 0.01),
-    ]
+    points = [Point(4, (0,), (32,), 100, 0.5), Point(2, (0,), (64,), 120, 0.6), Point(2, (32,), (80,), 140, 0.01)]
     text = table(points, points[2], 200)
     assert "0.60000" not in text
     assert text.count("<- chosen") == 1
@@ -104,9 +98,7 @@ def test_command_keeps_the_bound_on_held_out_text(tmp_path: Path) -> None:
     assert report is not None
     assert report.kl_mean <= 0.02
     assert sum(artifact.meta.widths) < 4 * 128
-    for layer, (shared, width) in enumerate(
-        zip(artifact.meta.shared_dims, artifact.meta.widths, strict=True)
-    ):
+    for layer, (shared, width) in enumerate(zip(artifact.meta.shared_dims, artifact.meta.widths, strict=True)):
         assert artifact.maps(layer, 1)[0].shape == (128, width)
         if shared == 128:
             assert torch.equal(artifact.maps(layer, 0)[0], artifact.maps(layer, 1)[0])

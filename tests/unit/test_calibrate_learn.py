@@ -1,7 +1,5 @@
 """Learned maps, the closed-form refit, resumption after a kill, and statistics from elsewhere."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess
@@ -16,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from sglang_tpla.artifact.artifact import Artifact, ArtifactError
-from sglang_tpla.calibrate import pipeline as run
+from sglang_tpla.calibrate import pipeline
 from sglang_tpla.calibrate.learn_layer import LearnPlan, learn_layer, output_error
 from sglang_tpla.calibrate.learn_model import learn_model
 from sglang_tpla.calibrate.refit_values import refit_values
@@ -49,7 +47,7 @@ def statistics(model: PlainModel, text: Text) -> Statistics:
 
 @pytest.fixture(scope="module")
 def start(model: PlainModel, statistics: Statistics) -> Artifact:
-    return run.closed_form(statistics, model.checkpoint, "shared", 2, 32)
+    return pipeline.closed_form(statistics, model.checkpoint, "shared", 2, 32)
 
 
 @pytest.fixture(scope="module")
@@ -88,9 +86,7 @@ def test_learning_lowers_the_layer_s_error_and_keeps_shared_bits(
 ) -> None:
     maps = [start.maps(3, group) for group in range(2)]
     plan = replace(PLAN, steps=60, highest_rate=4e-4, queries=96, sequences=2, warmup_steps=5)
-    learned = learn_layer(
-        model.layers[3].attention, last_layer, maps, 32, statistics.layers[3].covariance, plan, 3
-    )
+    learned = learn_layer(model.layers[3].attention, last_layer, maps, 32, statistics.layers[3].covariance, plan, 3)
     assert learned.error_after < 0.97 * learned.error_before
     (first, _, _), (second, _, _) = learned.maps
     assert torch.equal(first[:, :32], second[:, :32])
@@ -141,9 +137,7 @@ def test_refit_is_least_squares(model: PlainModel, start: Artifact, last_layer: 
     attention = model.layers[3].attention
     maps = [start.maps(3, group) for group in range(2)]
     generator = torch.Generator().manual_seed(0)
-    batches = [
-        last_layer.sample(attention, generator, sequences=2, queries=32, first_query=64) for _ in range(6)
-    ]
+    batches = [last_layer.sample(attention, generator, sequences=2, queries=32, first_query=64) for _ in range(6)]
     refitted, before, after = refit_values(attention, batches, maps, iterations=15)
     assert after < before
     direct = sum(_squares(attention, batch, refitted)[0] for batch in batches)
@@ -253,7 +247,7 @@ def test_from_statistics_alone_gives_the_same_maps(
 ) -> None:
     statistics.save(tmp_path / "stats")
     loaded = combine([Statistics.load(tmp_path / "stats")])
-    again = run.closed_form(loaded, model.checkpoint, "shared", 2, 32)
+    again = pipeline.closed_form(loaded, model.checkpoint, "shared", 2, 32)
     assert again.content_hash == start.content_hash
 
 
@@ -285,7 +279,7 @@ def test_statistics_of_ranks_and_servers_are_put_together(statistics: Statistics
 def test_statistics_of_another_model_are_refused(model: PlainModel, statistics: Statistics) -> None:
     other = Statistics(msgspec.structs.replace(statistics.meta, weights_hash="x" * 64), statistics.layers)
     with pytest.raises(StatisticsError, match="collect them from this model"):
-        run.closed_form(other, model.checkpoint, "shared", 2, 32)
+        pipeline.closed_form(other, model.checkpoint, "shared", 2, 32)
 
 
 def test_one_layer_at_a_time_gives_the_same_statistics(text: Text, statistics: Statistics) -> None:

@@ -1,18 +1,9 @@
 """Algebra of the closed-form maps, on statistics with a known, uneven spectrum."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 
-from sglang_tpla.calibrate.transforms import (
-    TRANSFORMS,
-    TransformError,
-    deal,
-    hadamard,
-    layer_maps,
-    regression,
-)
+from sglang_tpla.calibrate.transforms import TRANSFORMS, TransformError, deal, hadamard, layer_maps, regression
 from sglang_tpla.measure.statistics import LayerMoments
 
 D, H, N = 16, 3, 6
@@ -43,9 +34,7 @@ def test_value_maps_sum_to_the_identity(transform: str, groups: int) -> None:
     torch.testing.assert_close(total, torch.eye(D, dtype=torch.float64), atol=1e-9, rtol=0)
 
 
-@pytest.mark.parametrize(
-    ("transform", "groups"), [(name, 1) for name in TRANSFORMS] + [("shared", 2), ("shared", 4)]
-)
+@pytest.mark.parametrize(("transform", "groups"), [(name, 1) for name in TRANSFORMS] + [("shared", 2), ("shared", 4)])
 def test_whole_slices_are_exact(transform: str, groups: int) -> None:
     moments, w_uk, latent = make_moments()
     kept = D if transform == "shared" else 0

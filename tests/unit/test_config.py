@@ -1,6 +1,6 @@
 """Ranks, groups and head shards; settings through the environment."""
 
-from __future__ import annotations
+import math
 
 import pytest
 from hypothesis import given
@@ -16,8 +16,7 @@ def test_every_head_meets_every_group_once(groups: int) -> None:
         (head, layout.group_of(rank))
         for rank in range(8)
         for head in range(
-            layout.head_shard_of(rank) * layout.local_heads,
-            (layout.head_shard_of(rank) + 1) * layout.local_heads,
+            layout.head_shard_of(rank) * layout.local_heads, (layout.head_shard_of(rank) + 1) * layout.local_heads
         )
     }
     assert seen == {(head, group) for head in range(128) for group in range(groups)}
@@ -26,12 +25,7 @@ def test_every_head_meets_every_group_once(groups: int) -> None:
 
 @pytest.mark.parametrize(
     ("tp_size", "groups", "heads", "word"),
-    [
-        (4, 3, 128, "--tpla-groups"),
-        (8, 2, 6, "head shards"),
-        (0, 1, 8, "at least 1"),
-        (2, 0, 8, "at least 1"),
-    ],
+    [(4, 3, 128, "--tpla-groups"), (8, 2, 6, "head shards"), (0, 1, 8, "at least 1"), (2, 0, 8, "at least 1")],
 )
 def test_layouts_that_cannot_work(tp_size: int, groups: int, heads: int, word: str) -> None:
     with pytest.raises(ConfigError, match=word):
@@ -47,13 +41,7 @@ def test_slices_cover_the_latent(latent: int, groups: int, data: st.DataObject) 
 
 
 def test_documented_widths() -> None:
-    assert [slice_width(512, g, r) for g, r in ((2, 0), (4, 0), (4, 128), (8, 0), (8, 64))] == [
-        256,
-        128,
-        224,
-        64,
-        120,
-    ]
+    assert [slice_width(512, g, r) for g, r in ((2, 0), (4, 0), (4, 128), (8, 0), (8, 64))] == [256, 128, 224, 64, 120]
 
 
 @pytest.mark.parametrize(
@@ -78,6 +66,10 @@ def test_advertised_address(advertise: str | None, rank: int, expected: tuple[st
         ({"advertise": ":70"}, "must be HOST or HOST:PORT"),
         ({"advertise": "host:port"}, "must be HOST or HOST:PORT"),
         ({"advertise": "host:70000"}, "must be HOST or HOST:PORT"),
+        ({"advertise": "http://host:70"}, "must be HOST or HOST:PORT"),
+        ({"advertise": "a host"}, "must be HOST or HOST:PORT"),
+        ({"room_timeout_s": math.inf}, "room_timeout_s must be positive and finite"),
+        ({"heartbeat_s": math.nan}, "heartbeat_s must be positive and finite"),
         ({"listen_port": 65535}, "must lie in 0...65534"),
         ({"role": "decode", "listen_port": 5000}, "are for prefill servers"),
         ({"role": "decode", "advertise": "host"}, "are for prefill servers"),

@@ -1,7 +1,5 @@
 """Every form of a config.json is one to all who read it."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any
@@ -31,6 +29,8 @@ FORMS: list[dict[str, Any]] = [
     {"rope_parameters": YARN | {"rope_theta": 50000.0, "beta_fast": None}},
     {"rope_theta": 50000.0, "rope_parameters": YARN | {"rope_theta": None}},
     {"rope_scaling": YARN, "rope_parameters": {"rope_theta": 50000.0}},
+    {"rope_theta": 10000.0, "rope_parameters": YARN | {"rope_theta": 50000.0}},
+    {"rope_scaling": YARN | {"rope_theta": 50000.0}, "rope_parameters": YARN | {"rope_theta": 10000.0}},
 ]
 
 
@@ -39,18 +39,12 @@ def test_the_rotary_embedding_in_every_form(form: dict[str, Any], tmp_path: Path
     config = read_config(written(tmp_path, **form))
     spec = ModelSpec.from_config(config)
     assert spec.rope_theta == 50000.0 and spec.yarn is not None and spec.yarn.factor == 4.0
-    assert config_hash(config) == config_hash(
-        FORMS[0] | {k: v for k, v in config.items() if not k.startswith("rope")}
-    )
+    assert config_hash(config) == config_hash(FORMS[0] | {k: v for k, v in config.items() if not k.startswith("rope")})
 
 
 def test_a_wrapper_keeps_the_language_model_one_level_down(tmp_path: Path) -> None:
     inner = json.loads(Path("examples/nano-mla/config.json").read_text())
-    wrapper = {
-        "architectures": ["Wrapper"],
-        "kv_lora_rank": None,
-        "text_config": inner | {"moe_layer_freq": None},
-    }
+    wrapper = {"architectures": ["Wrapper"], "kv_lora_rank": None, "text_config": inner | {"moe_layer_freq": None}}
     (tmp_path / "config.json").write_text(json.dumps(wrapper))
     config = read_config(tmp_path)
     assert ModelSpec.from_config(config).layers == inner["num_hidden_layers"] == find(str(tmp_path)).layers

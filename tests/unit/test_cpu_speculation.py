@@ -1,7 +1,5 @@
 """Chains of guesses on the CPU platform, against plain loops over Python lists."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 from typing import Any
 
@@ -122,9 +120,7 @@ def chi_squared(counts: torch.Tensor, probabilities: torch.Tensor) -> float:
 
 
 def test_nothing_is_compiled_on_a_cpu() -> None:
-    assert not any(
-        speculation.supports_triton(pytest.fail, name) for name in ("tpla", "triton", "torch_native")
-    )
+    assert not any(speculation.supports_triton(pytest.fail, name) for name in ("tpla", "triton", "torch_native"))
 
 
 def test_the_draft_takes_the_targets_embedding() -> None:
@@ -144,14 +140,9 @@ def test_the_draft_takes_the_targets_embedding() -> None:
 def sampled_answer(**changes: Any) -> list[int]:
     """The answer to one sampling request of two guesses, by `sample_or_verify`."""
     logits = torch.tensor([[2.0, -1.0, 4.0, 0.5]] * 3)  # [drafted tokens, vocabulary]
-    nothing = dict.fromkeys(
-        ("acc_additive_penalties", "acc_scaling_penalties", "logit_bias", "top_ks", "top_ps")
-    )
+    nothing = dict.fromkeys(("acc_additive_penalties", "acc_scaling_penalties", "logit_bias", "top_ks", "top_ps"))
     info = {**nothing, "need_top_k_sampling": False, "need_top_p_sampling": False, "is_all_greedy": False}
-    info |= {
-        "temperatures": torch.ones(1, 1),
-        **{key: value for key, value in changes.items() if key != "mask"},
-    }
+    info |= {"temperatures": torch.ones(1, 1), **{key: value for key, value in changes.items() if key != "mask"}}
     batch = SimpleNamespace(
         sampling_info=SimpleNamespace(**info),
         forward_mode=SimpleNamespace(is_idle=lambda: False),

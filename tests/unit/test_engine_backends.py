@@ -18,12 +18,7 @@ HOPPER, AMPERE, CPU = (9, 0), (8, 0), None
 @pytest.mark.parametrize(
     ("name", "shape", "capability", "words"),
     [
-        (
-            "flashinfer",
-            DecodeShape(160, 16),
-            HOPPER,
-            "use --attention-backend tpla or triton or torch_native",
-        ),
+        ("flashinfer", DecodeShape(160, 16), HOPPER, "use --attention-backend tpla or triton or torch_native"),
         ("flashinfer", DecodeShape(160, 16), AMPERE, "silently.*use --attention-backend triton"),
         ("fa3", DecodeShape(160, 16), HOPPER, "latent widths"),
         ("fa3", DecodeShape(256, 16), AMPERE, "compute capability 9.0"),
@@ -72,9 +67,7 @@ def test_triton_compiles_where_its_two_blocks_are_one(latent_dim: int, rope_dim:
         ([DecodeShape(80, 8, rope_dim=32, dtype=torch.float32)], CPU, "torch_native", "torch_native"),
     ],
 )
-def test_default(
-    shapes: list[DecodeShape], capability: tuple[int, int] | None, stock: str, expected: str
-) -> None:
+def test_default(shapes: list[DecodeShape], capability: tuple[int, int] | None, stock: str, expected: str) -> None:
     assert preferred_backend(shapes, capability, stock) == expected
     for shape in shapes:
         require_engine_backend(expected, shape, capability)

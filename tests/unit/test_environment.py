@@ -1,7 +1,5 @@
 """The environment's keys, locks and repairs; the real one is what this test runs in."""
 
-from __future__ import annotations
-
 import importlib.metadata
 import importlib.util
 import os
@@ -153,9 +151,7 @@ def test_overlays_of_vanished_checkouts_go(environment: ModuleType, checkout: Pa
 
 def test_a_failing_command_tells_its_last_lines(environment: ModuleType, tmp_path: Path) -> None:
     program = "print('no such package'); raise SystemExit(3)"
-    with pytest.raises(
-        environment.EnvironmentFailure, match=r"ended with 3; its last lines:\nno such package"
-    ):
+    with pytest.raises(environment.EnvironmentFailure, match=r"ended with 3; its last lines:\nno such package"):
         environment.run([sys.executable, "-c", program], tmp_path / "log")
     assert (tmp_path / "log").read_text() == "no such package\n"
 

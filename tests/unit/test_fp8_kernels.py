@@ -1,7 +1,5 @@
 """FP8 rows written and read by the kernels in Triton's interpreter, and by their twins, at odd sizes."""
 
-from __future__ import annotations
-
 from functools import partial
 
 import pytest
@@ -127,9 +125,7 @@ def test_refusals() -> None:
         CacheWrite(z, key, slots[:1], cache, fp8_shared=16)
     with pytest.raises(AttentionInputError, match=r"fp8_shared must lie in 0...48; got 49"):
         DecodeShape(48, 2, 16, fp8_shared=49)
-    with pytest.raises(
-        AttentionInputError, match=r"multiple of 16 values, got width 40.*--kv-cache-dtype auto"
-    ):
+    with pytest.raises(AttentionInputError, match=r"multiple of 16 values, got width 40.*--kv-cache-dtype auto"):
         DecodeShape(40, 2, 16, fp8_shared=0)
     twin = ReferenceDecode(DecodeShape(48, 2, 16, dtype=torch.float32, fp8_shared=0), 1.0)
     empty = torch.zeros(0, dtype=torch.int32)

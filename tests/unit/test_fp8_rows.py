@@ -7,15 +7,7 @@ import pytest
 import torch
 
 from sglang_tpla.cache_rows import fp8 as fp8_rows
-from sglang_tpla.cache_rows.fp8 import (
-    pack_common,
-    pack_own,
-    pack_rows,
-    quantise,
-    rounded,
-    row_bytes,
-    unpack_rows,
-)
+from sglang_tpla.cache_rows.fp8 import pack_common, pack_own, pack_rows, quantise, rounded, row_bytes, unpack_rows
 from sglang_tpla.reference_model.cached_maps import cached_maps
 from tests.fp8_reference import VALUES, assert_row
 
@@ -85,9 +77,7 @@ def test_empty() -> None:
     assert pack_rows(torch.zeros(0, 16), torch.zeros(0, 8), 4).shape == (0, row_bytes(16, 8))
 
 
-@pytest.mark.parametrize(
-    ("w", "rope", "word"), [(40, 64, "width 40"), (0, 64, "width 0"), (64, 12, "got 12")]
-)
+@pytest.mark.parametrize(("w", "rope", "word"), [(40, 64, "width 40"), (0, 64, "width 0"), (64, 12, "got 12")])
 def test_rows_that_would_not_be_aligned(w: int, rope: int, word: str) -> None:
     assert word in (fp8_rows.unsupported_reason(w, rope) or "")
     assert fp8_rows.unsupported_reason(48, 32) is None
@@ -98,11 +88,7 @@ def test_cached_maps() -> None:
     maps = [[(z_map, other, other)]]
     assert cached_maps(maps, "exact", [1]) == maps
     ((fp8, _, b_map),) = cached_maps(maps, "fp8", [1])[0]
-    assert (
-        not isinstance(fp8, torch.Tensor)
-        and torch.equal(fp8(latent), rounded(latent @ z_map, 1))
-        and b_map is other
-    )
+    assert not isinstance(fp8, torch.Tensor) and torch.equal(fp8(latent), rounded(latent @ z_map, 1)) and b_map is other
     ((bf16, _, _),) = cached_maps(maps, "bf16", [1])[0]
     assert not isinstance(bf16, torch.Tensor)
     assert torch.equal(bf16(latent), (latent @ z_map).bfloat16().float())

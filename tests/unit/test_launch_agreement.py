@@ -1,7 +1,6 @@
 """Flags that must agree between prefill, decode and router do, in the form that each takes, or are refused."""
 
-from __future__ import annotations
-
+import socket
 from pathlib import Path
 
 import pytest
@@ -42,6 +41,14 @@ def value(process: Process, flag: str) -> str | None:
         (("--api-key", "k", "--router.api-key", "other"), "must be the servers' --api-key"),
         (("--ssl-certfile", "x.pem"), "does not go with --role all"),
         (("--prefill.tpla-insecure", "1"), "--tpla-insecure must be the same"),
+        (("--decode.tool-call-parser", "kimi_k2"), "--tool-call-parser must be the same .* nothing and kimi_k2"),
+        (("--decode.sampling-defaults", "openai"), "--sampling-defaults must be the same"),
+        (("--host", "127.0.0.1:3000"), "router: --host must be a host name or an IP address, without a port"),
+        (("--host", "http://127.0.0.1"), "router: --host must be a host name or an IP address"),
+        (("--host", ""), "router: --host must be a host name or an IP address"),
+        (("--router.prometheus-host", "*"), "router: --prometheus-host must be a host name or an IP address"),
+        (("--host", "no-such-host.invalid"), "router: --host must be an address of this machine"),
+        (("--decode.host", "[127.0.0.1:3000]"), "decode: --host must be a host name or an IP address"),
     ],
 )
 def test_what_cannot_work_is_refused(flags: tuple[str, ...], said: str) -> None:
@@ -69,20 +76,40 @@ def test_ipv6_addresses_in_the_form_that_each_takes(host: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "url", ["http://::1:30001", "prefill", "http://a:0", "http://a:b", "http://[::1", ""]
+    ("host", "form"),
+    [("localhost", "127.0.0.1"), ("LOCALHOST", "127.0.0.1"), ("::1%lo", "[::1%1]"), ("0.0.0.0", "0.0.0.0")],
 )
+def test_the_router_listens_on_addresses_alone(host: str, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The router's own parser takes neither names nor the names of zones."""
+    known = {
+        "localhost": [(socket.AF_INET6, ("::1", 0, 0, 0)), (socket.AF_INET, ("127.0.0.1", 0))],
+        "::1%lo": [(socket.AF_INET6, ("::1%lo", 0, 0, 1))],
+        "0.0.0.0": [(socket.AF_INET, ("0.0.0.0", 0))],
+    }
+
+    def resolve(name: str, *_: object, **__: object) -> list[tuple[object, ...]]:
+        return [(family, None, None, "", address) for family, address in known[name.lower()]]
+
+    monkeypatch.setattr("socket.getaddrinfo", resolve)
+    *_, router = planned(*ALL, "--host", host)
+    assert value(router, "--host") == form
+
+
+@pytest.mark.parametrize("url", ["http://::1:30001", "prefill", "http://a:0", "http://a:b", "http://[::1", ""])
 def test_an_address_that_is_no_url(url: str) -> None:
     with pytest.raises(ConfigError, match="--decode must be the URL of a server"):
         planned("--role", "router", "--prefill", "http://a:1", "2", f"--decode={url}")
 
 
 def test_a_server_alone() -> None:
-    with pytest.raises(
-        ConfigError, match=r"prefill: --disaggregation-bootstrap-port must lie in 1\.\.\.65535; got 0"
-    ):
-        planned(
-            "--role", "prefill", "--model-path", "examples/nano-mla", "--disaggregation-bootstrap-port", "0"
-        )
+    with pytest.raises(ConfigError, match=r"prefill: --disaggregation-bootstrap-port must lie in 1\.\.\.65535; got 0"):
+        planned("--role", "prefill", "--model-path", "examples/nano-mla", "--disaggregation-bootstrap-port", "0")
+
+
+@pytest.mark.parametrize("flags", [("--port", "8998"), ("--port", "30000", "--disaggregation-bootstrap-port", "30000")])
+def test_a_prefill_server_and_its_bootstrap_server_on_one_port(flags: tuple[str, ...]) -> None:
+    with pytest.raises(ConfigError, match="the prefill server and its bootstrap server would both listen"):
+        planned("--role", "prefill", "--model-path", "examples/nano-mla", *flags)
 
 
 @pytest.mark.parametrize("port", ["0", "70000"])

@@ -1,7 +1,5 @@
 """Flags as tokens: grouping, one spelling, layers, YAML."""
 
-from __future__ import annotations
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -47,12 +45,7 @@ def test_one_spelling(flag: str, name: str) -> None:
 
 def test_values_are_read_from_either_form() -> None:
     arguments = split_tokens(["--port=1", "--flag", "--offset", "-7", "--stop", "a", "b"])
-    assert [value_of(arguments, name) for name in ("port", "flag", "offset", "stop")] == [
-        "1",
-        None,
-        "-7",
-        "a",
-    ]
+    assert [value_of(arguments, name) for name in ("port", "flag", "offset", "stop")] == ["1", None, "-7", "a"]
     assert integer(arguments, "offset", 0) == -7
     assert integer(arguments, "absent", 3) == 3
     with pytest.raises(ConfigError, match="--stop must be a whole number; got 'a'"):

@@ -1,7 +1,5 @@
 """The launcher's command line: precedence, refusals, and dry runs that a shell can execute."""
 
-from __future__ import annotations
-
 import os
 import shlex
 import subprocess
@@ -20,23 +18,8 @@ from sglang_tpla.launch.roles import Process, check_installation, plan
 ROOT = Path(__file__).resolve().parents[2]
 NANO = "examples/nano-mla"
 ARTIFACT = "examples/artifacts/nano-mla-g2.safetensors"
-CLEAN = {
-    name: value
-    for name, value in os.environ.items()
-    if not name.startswith(("SGLANG_", "OMP_", "CUDA_VISIBLE"))
-}
-DECODE = [
-    "--role",
-    "decode",
-    "--model-path",
-    NANO,
-    "--tp",
-    "2",
-    "--tpla-groups",
-    "2",
-    "--tpla-artifact",
-    ARTIFACT,
-]
+CLEAN = {name: value for name, value in os.environ.items() if not name.startswith(("SGLANG_", "OMP_", "CUDA_VISIBLE"))}
+DECODE = ["--role", "decode", "--model-path", NANO, "--tp", "2", "--tpla-groups", "2", "--tpla-artifact", ARTIFACT]
 
 
 @pytest.fixture(autouse=True)
@@ -192,10 +175,7 @@ def test_cpu_servers_get_their_platform() -> None:
         (["--model-path", NANO], "--role must be one of prefill, decode, router, all; got None"),
         (["--role", "prefill"], "a prefill server needs --model-path"),
         (["--role", "prefill", "--model-path", NANO, "--tpla-groups", "2"], "stock MLA and takes neither"),
-        (
-            DECODE[:-2],
-            "--tpla-groups 2 needs --tpla-artifact; make one with `python -m sglang_tpla.calibrate",
-        ),
+        (DECODE[:-2], "--tpla-groups 2 needs --tpla-artifact; make one with `python -m sglang_tpla.calibrate"),
         ([*DECODE[:-1], "none.safetensors"], "no such file; make one with `python -m sglang_tpla.calibrate"),
         ([*DECODE, "--tpla-groups", "3"], "must divide the attention tensor-parallel size: got groups=3"),
         ([*DECODE, "--tp-size", "48", "--tpla-groups", "2"], "8 query heads cannot be split over 24"),
@@ -227,10 +207,7 @@ def test_refusals(tokens: list[str], message: str) -> None:
         ("environment: [A]", "environment must be a mapping"),
         ("tpla-group: 2", "there is no --tpla-group; did you mean --tpla-groups?"),
         ("decode: {tpla_artefact: f}", "there is no --tpla-artefact; did you mean --tpla-artifact?"),
-        (
-            "{role: decode, model-path: m, tpla-groups: [2]}",
-            "tpla-groups in FILE needs one value of type int",
-        ),
+        ("{role: decode, model-path: m, tpla-groups: [2]}", "tpla-groups in FILE needs one value of type int"),
         ("{role: decode, model-path: m, tpla-groups: x}", "tpla-groups in FILE must be of type int; got 'x'"),
         ("{role: boss}", "--role must be one of prefill, decode, router, all; got 'boss'"),
     ],
@@ -290,14 +267,10 @@ def test_a_dry_run_is_what_a_shell_can_execute(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     (process,) = planned(*tokens, environ=environ)
     show = tmp_path / "show"
-    show.write_text(
-        f"#!{sys.executable}\nimport os, sys, json\njson.dump([sys.argv, dict(os.environ)], sys.stdout)\n"
-    )
+    show.write_text(f"#!{sys.executable}\nimport os, sys, json\njson.dump([sys.argv, dict(os.environ)], sys.stdout)\n")
     show.chmod(0o755)
     text = done.stdout.replace(f"{sys.executable} -m sglang.launch_server", shlex.quote(str(show)))
-    shell = subprocess.run(
-        ["bash", "-c", text], capture_output=True, text=True, env={**CLEAN, **environ}, timeout=60
-    )
+    shell = subprocess.run(["bash", "-c", text], capture_output=True, text=True, env={**CLEAN, **environ}, timeout=60)
     assert shell.returncode == 0, shell.stderr
     argv, seen = yaml.safe_load(shell.stdout)
     assert argv[1:] == list(process.command[3:])
@@ -322,9 +295,7 @@ def test_an_interpreter_without_the_plugin_is_refused() -> None:
 def flags_of(process: Process) -> dict[str, str]:
     """Values of the flags of speculation on a server's command line."""
     command = process.command
-    return {
-        flag: command[place + 1] for place, flag in enumerate(command) if flag.startswith("--speculative-")
-    }
+    return {flag: command[place + 1] for place, flag in enumerate(command) if flag.startswith("--speculative-")}
 
 
 def test_speculation_says_what_follows_from_it() -> None:
@@ -337,9 +308,7 @@ def test_speculation_says_what_follows_from_it() -> None:
     assert flags_of(prefill) == given | chain
     (default,) = planned(*DECODE, "--speculative-algorithm", "EAGLE")  # SGLang's own numbers: 3, 1, 4
     assert set(flags_of(default)) == {"--speculative-algorithm", "--speculative-attention-mode"}
-    (own,) = planned(
-        *DECODE, *flags, "--speculative-num-draft-tokens", "4", "--speculative-attention-mode", "prefill"
-    )
+    (own,) = planned(*DECODE, *flags, "--speculative-num-draft-tokens", "4", "--speculative-attention-mode", "prefill")
     assert flags_of(own)["--speculative-num-draft-tokens"] == "4"
     assert flags_of(own)["--speculative-attention-mode"] == "prefill"  # refused at start, with the reason
     (plain,) = planned(*DECODE)

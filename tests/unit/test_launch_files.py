@@ -1,7 +1,5 @@
 """Every configuration in ``launch/``: planned by the launcher, and accepted by SGLang's own parsers."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys
@@ -114,9 +112,7 @@ def test_sglang_takes_every_flag(parsed: dict[str, list[dict[str, Any]]]) -> Non
     for name in ("quickstart.yaml", "one-machine-8-gpus.yaml", "kubernetes.yaml"):
         prefill, decode, router = parsed[name]
         assert (prefill["disaggregation_mode"], decode["disaggregation_mode"]) == ("prefill", "decode")
-        assert (
-            prefill["disaggregation_transfer_backend"] == decode["disaggregation_transfer_backend"] == "tpla"
-        )
+        assert prefill["disaggregation_transfer_backend"] == decode["disaggregation_transfer_backend"] == "tpla"
         assert router["pd_disaggregation"] is True
 
 
@@ -135,8 +131,5 @@ def test_prefill_and_decode_of_one_machine_share_no_gpu(parsed: dict[str, list[d
 
 def test_the_router_in_kubernetes_finds_its_servers_by_label(parsed: dict[str, list[dict[str, Any]]]) -> None:
     router = parsed["kubernetes.yaml"][2]
-    assert (router["prefill_selector"], router["decode_selector"]) == (
-        ["app=tpla-prefill"],
-        ["app=tpla-decode"],
-    )
+    assert (router["prefill_selector"], router["decode_selector"]) == (["app=tpla-prefill"], ["app=tpla-decode"])
     assert router["service_discovery"] is True

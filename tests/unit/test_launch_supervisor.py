@@ -1,7 +1,5 @@
 """The supervisor with small real servers: failures, and that nothing outlives it however it ends."""
 
-from __future__ import annotations
-
 import os
 import signal
 import socket
@@ -190,11 +188,7 @@ def test_nothing_outlives_a_signal(number: signal.Signals, when: str, tmp_path: 
     environ = {**os.environ, "TMPDIR": str(tmp_path)}
     segments = set(Path("/dev/shm").glob("test_supervisor_*"))
     supervisor = subprocess.Popen(
-        [sys.executable, "-c", SUPERVISED, SERVER, *ports],
-        cwd=ROOT,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environ,
+        [sys.executable, "-c", SUPERVISED, SERVER, *ports], cwd=ROOT, stderr=subprocess.PIPE, text=True, env=environ
     )
     assert supervisor.stderr is not None
     wanted = "up after" if when == "while starting" else "ready at"

@@ -1,7 +1,5 @@
 """`pip install` copies more than Python files, because a server that starts from an installed package needs more."""
 
-from __future__ import annotations
-
 import ast
 import re
 import shutil
@@ -13,16 +11,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 # What SGLang pins for its release and device; a second pin here could only disagree.
-WITH_SGLANG = {
-    "torch",
-    "triton",
-    "transformers",
-    "tokenizers",
-    "huggingface_hub",
-    "flashinfer",
-    "cuda",
-    "xgrammar",
-}
+WITH_SGLANG = {"torch", "triton", "transformers", "tokenizers", "huggingface_hub", "flashinfer", "cuda", "xgrammar"}
 IMPORTED_AS = {"pyzmq": "zmq", "pyyaml": "yaml", "prometheus-client": "prometheus_client"}
 
 
@@ -46,9 +35,7 @@ def test_the_wheel_carries_what_servers_read(tmp_path: Path) -> None:
     for name in ("pyproject.toml", "LICENSE", "README.md"):
         shutil.copy(ROOT / name, source)
     for name in ("sglang_tpla", "patches"):
-        shutil.copytree(
-            ROOT / name, source / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__")
-        )
+        shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation"]
     subprocess.run([*command, "-w", str(tmp_path), str(source)], check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")

@@ -1,8 +1,4 @@
-"""Pages name what exists: links and their anchors, this package's flags, its modules; and no result lies about that no
-page names.
-"""
-
-from __future__ import annotations
+"""Pages name what exists: links, anchors, flags and modules; and each result is named by a page or a module."""
 
 import re
 from dataclasses import fields

@@ -47,8 +47,7 @@ def test_break_even_is_where_the_modelled_times_cross() -> None:
     even = int(break_even_tokens(V3, tpla, BF16, 640))
     for tokens, wins in ((int(0.98 * even), False), (int(1.02 * even), True)):
         times = [
-            price(rank_work(V3, m, Load(1, tokens), BF16, (9, 0)), BYTES_ONLY, FREE_LINK).layer_s
-            for m in (tpla, plain)
+            price(rank_work(V3, m, Load(1, tokens), BF16, (9, 0)), BYTES_ONLY, FREE_LINK).layer_s for m in (tpla, plain)
         ]
         assert (times[0] < times[1]) is wins
 
@@ -80,9 +79,7 @@ def test_collectives_by_hand() -> None:
     assert seconds(Method("tp", 8)) == pytest.approx(reduce)
     assert seconds(Method("tpla", 8, 2)) == pytest.approx(reduce)
     head_out_bytes = 4 * 2 * 32 * 128
-    assert seconds(Method("tpla", 8, 2, scatter=True)) == pytest.approx(
-        reduce + 1e-5 + head_out_bytes / 2 / 1e9
-    )
+    assert seconds(Method("tpla", 8, 2, scatter=True)) == pytest.approx(reduce + 1e-5 + head_out_bytes / 2 / 1e9)
     query_bytes, out_bytes = 4 * 2 * 128 * 576, 4 * 2 * 128 * 514
     assert seconds(Method("dcp", 8)) == pytest.approx(reduce + 2e-5 + (query_bytes + out_bytes) * 7 / 8 / 1e9)
     assert seconds(Method("dp", 8)) == pytest.approx(1e-5 + hidden_bytes * 7 / 8 / 1e9)
@@ -112,9 +109,7 @@ def test_built_in_models_have_their_published_size(name: str, parameters: float)
 def test_what_fits_by_hand() -> None:
     """Half of 80 GB less the weights, over the cache bytes, for DeepSeek-V2-Lite on 2 ranks."""
     found = answer(
-        setting(
-            *["--model", "deepseek-v2-lite", "--gpu", "h100", "--ranks", "2", "--memory-fraction", "0.5"]
-        ),
+        setting(*["--model", "deepseek-v2-lite", "--gpu", "h100", "--ranks", "2", "--memory-fraction", "0.5"]),
         Load(1, 1000),
     )
     rows = {row.method.code: row for row in found.rows}
@@ -205,9 +200,7 @@ def test_sketched_rows_by_hand() -> None:
     attended = query + 288 + 64
     assert pieces["attention"].moved_bytes == 1000 * 544 + heads * attended * 2
     assert pieces["attention"].flops == 2 * 1000 * heads * attended
-    assert (
-        pieces["absorb"].flops == 2 * heads * 128 * query and pieces["value"].flops == 2 * heads * 128 * 288
-    )
+    assert pieces["absorb"].flops == 2 * heads * 128 * query and pieces["value"].flops == 2 * heads * 128 * 288
     assert pieces["norm, rope, cache write"].flops == 2 * 512 * (288 + 2 * 224)
 
 

@@ -1,7 +1,5 @@
 """Rooms and lanes of the prefill side alone: no threads, no sockets, and the time is what the test says."""
 
-from __future__ import annotations
-
 from collections import Counter
 from typing import Any
 
@@ -74,9 +72,7 @@ class Rank:
         while (job := self.lanes.next_job()) is not None:
             job.plan.digests[job.sequence] = bytes(8)
             job.slot.pending -= 1
-            found += [
-                (job.sequence, [taker.peer.hello.agent for taker in takers]) for _, takers in job.deliveries
-            ]
+            found += [(job.sequence, [taker.peer.hello.agent for taker in takers]) for _, takers in job.deliveries]
         return found
 
 
@@ -116,9 +112,7 @@ def test_the_time_is_what_the_caller_says() -> None:
     rank.rooms.expire(22.0)
     assert not rank.rooms.table[1].state.ended
     rank.rooms.expire(22.1)
-    assert rank.rooms.table[1].reason == (
-        "no progress for 20 s in BOOTSTRAPPING; 1 of 2 decode ranks had asked"
-    )
+    assert rank.rooms.table[1].reason == ("no progress for 20 s in BOOTSTRAPPING; 1 of 2 decode ranks had asked")
     assert [type(message) for message in rank.said("a")] == [messages.Abort]
 
 

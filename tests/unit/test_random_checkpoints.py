@@ -1,7 +1,5 @@
 """Tools that read checkpoints take every form that servers take: sharded, wrapped, with and without yarn."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Documents with planted facts: what is asked was said before, sizes keep to what was asked for, results add up."""
 
-from __future__ import annotations
-
 import random
 import re
 from pathlib import Path
@@ -61,12 +59,7 @@ def test_results_are_counted_against_what_plain_mla_answers(filler: list[str]) -
     document = make_document(load_tokenizer(NANO), filler, 1024, "needle", random.Random(1))
     found = {PLAIN: [[True, True], [True, False], [True]], "mine": [[True, False], [True, True], [True]]}
     rows = {row.method: row for row in tally([(document, found), (document, found)])}
-    assert (rows["mine"].questions, rows["mine"].answered, rows["mine"].plain, rows["mine"].kept) == (
-        6,
-        4,
-        4,
-        2,
-    )
+    assert (rows["mine"].questions, rows["mine"].answered, rows["mine"].plain, rows["mine"].kept) == (6, 4, 4, 2)
     assert (rows["mine"].tokens, rows["mine"].tokens_right) == (10, 8)
     assert (rows[PLAIN].answered, rows[PLAIN].kept) == (4, 4)
     table = recall_table(list(rows.values()))

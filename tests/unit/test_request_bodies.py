@@ -1,7 +1,5 @@
 """A body that breaks the code which reads it is answered 400; the same error anywhere else is the server's."""
 
-from __future__ import annotations
-
 import asyncio
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The valid fields of a request: rooms, hosts, ids and sampling parameters, and one room a sample."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 from typing import Any
 
@@ -178,6 +176,4 @@ def test_no_value_ends_in_anything_but_a_refusal(changes: dict[str, Any]) -> Non
     except RequestRefused:
         return
     rooms = request.bootstrap_room if isinstance(request.bootstrap_room, list) else [request.bootstrap_room]
-    assert len(rooms) == (
-        len(request.text or request.input_ids) if isinstance(request.text, list) else len(rooms)
-    )
+    assert len(rooms) == (len(request.text or request.input_ids) if isinstance(request.text, list) else len(rooms))

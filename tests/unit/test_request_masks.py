@@ -1,7 +1,5 @@
 """Rows of logits in which every token is forbidden: one that sampling can take, and the grammar has the last word."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 from typing import Any
 
@@ -34,9 +32,7 @@ def test_a_grammar_that_demands_the_end_goes_before_a_shortest_length() -> None:
 
 @pytest.mark.parametrize("penalized", [True, False])
 def test_a_shortest_length_that_holds_back_every_token(penalized: bool) -> None:
-    info = SimpleNamespace(
-        acc_additive_penalties=None, penalizer_orchestrator=SimpleNamespace(is_required=penalized)
-    )
+    info = SimpleNamespace(acc_additive_penalties=None, penalizer_orchestrator=SimpleNamespace(is_required=penalized))
     logits = torch.tensor([[1.0, NEVER, NEVER, 2], [NEVER] * 4])
     leave_one(None, info, logits)
     assert logits[0].tolist() == [1, NEVER, NEVER, 2]
@@ -53,9 +49,7 @@ def test_a_shortest_length_that_holds_back_every_token(penalized: bool) -> None:
         (None, None, None),
     ],
 )
-def test_what_is_the_requests_fault_is_answered_so(
-    message: str | None, given: int | None, kept: int | None
-) -> None:
+def test_what_is_the_requests_fault_is_answered_so(message: str | None, given: int | None, kept: int | None) -> None:
     reason = SimpleNamespace(status_code=given)
     blame_request(None, reason, message, given)
     assert reason.status_code == kept

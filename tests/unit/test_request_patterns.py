@@ -1,7 +1,5 @@
 """Patterns and grammars that would hold up a server are refused by their form, and those that people write are not."""
 
-from __future__ import annotations
-
 import json
 from typing import Any
 
@@ -78,8 +76,6 @@ def test_the_largest_that_go() -> None:
     check_grammar({"regex": "a{100000}", "ebnf": 'root ::= "a"{100000}', "json_schema": nested(100)})
 
 
-@pytest.mark.parametrize(
-    "params", [{"regex": "["}, {"regex": r"\p{L}+"}, {"json_schema": "{"}, {"stop_regex": 5}]
-)
+@pytest.mark.parametrize("params", [{"regex": "["}, {"regex": r"\p{L}+"}, {"json_schema": "{"}, {"stop_regex": 5}])
 def test_what_cannot_be_read_is_left_to_those_who_compile_it(params: dict[str, Any]) -> None:
     check(params)

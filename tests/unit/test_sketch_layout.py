@@ -1,7 +1,5 @@
 """Sizes of sketched rows that nobody gave: what rounding costs, and what comes of it."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 
@@ -64,8 +62,7 @@ def test_costs_are_those_of_scores_and_values_that_rounding_moves(bits: int) -> 
     codes, scales = quantise_sketch(columns, bits)
     rounding = (sketch_values(codes, scales, bits) - columns).unflatten(-1, (2, rows.own))
     found = [
-        (absorbed @ (rounding[:, 1 - group] @ maps.a[group][rows.w :]).T).square().mean().item()
-        for group in range(2)
+        (absorbed @ (rounding[:, 1 - group] @ maps.a[group][rows.w :]).T).square().mean().item() for group in range(2)
     ]
     assert sum(found) / 2 == pytest.approx(costs.sketch(rows), rel=0.1)
     # of columns at 8 bits: errors of values count as those of scores do whose keys differ by a quarter of their spread

@@ -1,7 +1,5 @@
 """Maps of sketched rows: exact but for rounding, the same for all columns shared as for one group, and in the file."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import msgspec
@@ -31,12 +29,7 @@ def make_layer(rows: SketchedRows) -> tuple[SketchedMaps, torch.Tensor, LayerMom
     moments.update(latent, queries)
     absorbed = torch.einsum("thn,hnd->thd", queries, w_uk)
     weights = LayerWeights(w_uk, torch.randn(H, N, D, generator=generator), N**-0.5)
-    return (
-        layer_sketched_maps(LayerCosts.of(moments, weights), rows),
-        latent.double(),
-        moments,
-        absorbed.double(),
-    )
+    return (layer_sketched_maps(LayerCosts.of(moments, weights), rows), latent.double(), moments, absorbed.double())
 
 
 SHAPES = [
@@ -67,13 +60,7 @@ def test_maps_are_exact_but_for_rounding(rows: SketchedRows) -> None:
 def test_the_reference_sees_what_packed_rows_stand_for(rows: SketchedRows) -> None:
     maps, latent, _, _ = make_layer(rows)
     latent, k_rope = latent[:50].float(), torch.randn(50, ROPE, generator=torch.Generator().manual_seed(2))
-    maps = SketchedMaps(
-        rows,
-        [z.float() for z in maps.z],
-        maps.sketch.float(),
-        [a.float() for a in maps.a],
-        [b.float() for b in maps.b],
-    )
+    maps = maps.to(latent.device, torch.float32)
     for group, view in enumerate(maps.views(latent[None], k_rope[None])):
         shared, own = (latent @ maps.z[group]).split([rows.shared, rows.own], -1)
         packed = pack_rows(rows, group, shared, own, latent @ maps.sketch, k_rope)
@@ -154,9 +141,7 @@ def test_contradictions_of_version_2_are_refused() -> None:
         Artifact(artifact.meta, tensors)
 
 
-def test_the_page_on_artifacts_checks_one(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_page_on_artifacts_checks_one(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     page = (ROOT / "docs" / "artifact.md").read_text(encoding="utf-8")
     program = page.split("```python\n")[1].split("```")[0]
     monkeypatch.chdir(ROOT)

@@ -1,7 +1,5 @@
 """Sketched cache rows against a formula written independently, bit by bit in plain Python, and golden bytes."""
 
-from __future__ import annotations
-
 import itertools
 import math
 import struct
@@ -88,11 +86,7 @@ def _row(rows: SketchedRows, group: int, shared, own, sketch, rope) -> bytes:
             stream = 0
             for k, x in enumerate(sketch[j * n : (j + 1) * n]):
                 levels = sketched.LEVELS[b]
-                found = (
-                    min(range(len(levels)), key=lambda i: (abs(abs(x) - scale * levels[i]), -i))
-                    if scale
-                    else 0
-                )
+                found = min(range(len(levels)), key=lambda i: (abs(abs(x) - scale * levels[i]), -i)) if scale else 0
                 stream |= (found | (x < 0) << (b - 1)) << (k * b)
             if j != group:
                 blocks += stream.to_bytes(n * b // 8, "little")
@@ -125,9 +119,7 @@ SHAPES = [
 def test_rows_equal_the_definition_byte_for_byte(rows: SketchedRows) -> None:
     generator = torch.Generator().manual_seed(7)
     tokens = 12
-    shared, own, rope = (
-        torch.randn(tokens, n, generator=generator) for n in (rows.shared, rows.own, rows.rope_dim)
-    )
+    shared, own, rope = (torch.randn(tokens, n, generator=generator) for n in (rows.shared, rows.own, rows.rope_dim))
     sketch = torch.randn(tokens, rows.groups * rows.own, generator=generator)
     spread = torch.logspace(-4, 4, tokens)[:, None]
     shared, own, sketch, rope = shared * spread, own * spread, sketch * spread, rope * spread
@@ -163,9 +155,7 @@ def test_golden_bytes() -> None:
 @pytest.mark.parametrize("rows", SHAPES)
 def test_unpacked_rows_are_near_what_was_packed(rows: SketchedRows) -> None:
     generator = torch.Generator().manual_seed(3)
-    shared, own, rope = (
-        torch.randn(64, n, generator=generator) for n in (rows.shared, rows.own, rows.rope_dim)
-    )
+    shared, own, rope = (torch.randn(64, n, generator=generator) for n in (rows.shared, rows.own, rows.rope_dim))
     sketch = torch.randn(64, rows.groups, rows.own, generator=generator)
     for group in range(rows.groups):
         packed = sketched.pack_rows(rows, group, shared, own, sketch.flatten(1), rope)
@@ -203,9 +193,7 @@ def test_parts_are_put_together_as_the_row() -> None:
         written = sorted((to, to + size) for _, to, size in (*rows.common_copies(group), *rows.own_copies()))
         # the pieces do not overlap, and with the padding they fill the row
         assert all(a[1] <= b[0] for a, b in itertools.pairwise(written))
-        assert (
-            sum(stop - start for start, stop in written) == rows.w + rows.rope_bytes + rows.sketch_bytes + 8
-        )
+        assert sum(stop - start for start, stop in written) == rows.w + rows.rope_bytes + rows.sketch_bytes + 8
         # a group's own block, and nothing else of the common part, is left out
         taken = sum(size for _, _, size in rows.common_copies(group))
         assert taken == rows.common_bytes - rows.block_bytes

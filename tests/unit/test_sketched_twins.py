@@ -3,8 +3,6 @@
 The kernel that writes such rows runs against its twin in Triton's interpreter.
 """
 
-from __future__ import annotations
-
 import pytest
 import torch
 from write_case import random_write
@@ -53,9 +51,7 @@ def test_new_tokens_are_rounded_from_the_float32_projection(kind: GroupRows, dty
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize("query_len", [1, 2, 3, 4])
 @pytest.mark.parametrize("heads", [1, 5])
-def test_attention_is_the_equation_over_rows_read_byte_by_byte(
-    kind: GroupRows, query_len: int, heads: int
-) -> None:
+def test_attention_is_the_equation_over_rows_read_byte_by_byte(kind: GroupRows, query_len: int, heads: int) -> None:
     rows, scale, page = kind.rows, 0.2, 2
     shape = DecodeShape.of_rows(kind, heads, query_len=query_len, page_size=page, dtype=torch.float32)
     generator = torch.Generator().manual_seed(query_len)
@@ -98,9 +94,7 @@ def test_what_is_not_finite_is_seen_by_whoever_reads_the_row(where: str) -> None
     kind = GroupRows(SketchedRows.of(24, 2, 8, 6, rope_bits=8), 0)
     rows, shape = kind.rows, DecodeShape.of_rows(kind, 2, dtype=torch.float32)
     z, key = torch.randn(3, kind.columns), torch.randn(3, rows.rope_dim)
-    column = {"shared": 2, "own": rows.shared + 1, "another group's sketch": rows.w + rows.own + 3, "key": 0}[
-        where
-    ]
+    column = {"shared": 2, "own": rows.shared + 1, "another group's sketch": rows.w + rows.own + 3, "key": 0}[where]
     (key if where == "key" else z)[1, column] = float("nan")
     cache = torch.zeros(3, rows.row_bytes, dtype=torch.uint8)
     reference.write(CacheWrite(z, key, torch.arange(3), cache, sketched=kind))

@@ -1,7 +1,5 @@
 """A bootstrap server with keys takes sound registrations and refuses others with the reason."""
 
-from __future__ import annotations
-
 import hashlib
 import hmac
 import threading
@@ -39,10 +37,7 @@ def headers(gate: Gate, secret: bytes = SECRET, body: bytes = BODY, **changes: s
     """A registration's headers as a prefill rank would make them, with some changed."""
     challenge = changes.get("challenge", gate.challenge())
     method, path = changes.get("method", "PUT"), changes.get("path", "/route")
-    return {
-        CHALLENGE_HEADER: challenge,
-        SIGNATURE_HEADER: sign(signing_key(secret), method, path, body, challenge),
-    }
+    return {CHALLENGE_HEADER: challenge, SIGNATURE_HEADER: sign(signing_key(secret), method, path, body, challenge)}
 
 
 def test_signature_is_an_hmac_with_a_derived_key() -> None:
@@ -86,9 +81,7 @@ def test_what_was_not_signed_so_is_refused() -> None:
             assert gate.wrong("PUT", "/route", BODY, attempt) == reason, attempt
 
 
-@pytest.mark.parametrize(
-    "body", [b"", b"[]", b"{", b"\xff", b"[" * 60000, b'{"x": "' + b"x" * MAX_BODY_BYTES + b'"}']
-)
+@pytest.mark.parametrize("body", [b"", b"[]", b"{", b"\xff", b"[" * 60000, b'{"x": "' + b"x" * MAX_BODY_BYTES + b'"}'])
 @pytest.mark.parametrize("secret", [None, SECRET], ids=["open", "signed"])  # the key is another one each time
 def test_what_is_no_registration(body: bytes, secret: bytes | None) -> None:
     gate = Gate(secret)
@@ -120,17 +113,14 @@ def test_without_keys_everyone_registers() -> None:
 
 
 @pytest.mark.parametrize(
-    "answer",
-    [{}, [], "gone", {"rank_ip": "127.0.0.1", "rank_port": None}, {"rank_ip": "127.0.0.1", "rank_port": 8}],
+    "answer", [{}, [], "gone", {"rank_ip": "127.0.0.1", "rank_port": None}, {"rank_ip": "127.0.0.1", "rank_port": 8}]
 )
 def test_a_rank_goes_on_looking_whoever_answers(
     answer: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Another service may have taken the bootstrap server's port; the rank says so once, and registers when it can."""
     looks = iter([answer, answer, {"rank_ip": "127.0.0.1", "rank_port": 7}])
-    registrar = Registrar(
-        "http://bootstrap", {"rank_ip": "127.0.0.1", "rank_port": 7}, {}, None, period_s=0.001
-    )
+    registrar = Registrar("http://bootstrap", {"rank_ip": "127.0.0.1", "rank_port": 7}, {}, None, period_s=0.001)
     seen = threading.Event()
 
     def respond(request: httpx.Request) -> httpx.Response:

@@ -1,7 +1,5 @@
 """The data channel's two ends on a socket pair: any cut of the stream, and what is not of the protocol."""
 
-from __future__ import annotations
-
 import socket
 import struct
 from collections.abc import Iterator
@@ -64,9 +62,7 @@ def test_chunks_arrive_as_they_were_sent(pair: Pair, budget_bytes: int) -> None:
     came = []
     while len(came) < len(sent):
         queue.flush()
-        came += [
-            (bytes(header), bytes(payload), tail) for header, payload, tail in reader.receive(budget_bytes)
-        ]
+        came += [(bytes(header), bytes(payload), tail) for header, payload, tail in reader.receive(budget_bytes)]
     assert came == [(header, payload, checksum(payload)) for header, payload in sent]
     assert log == [len(payload) for _, payload in sent]
     assert not queue
@@ -74,9 +70,7 @@ def test_chunks_arrive_as_they_were_sent(pair: Pair, budget_bytes: int) -> None:
     assert queue.sent_bytes == reader.received_bytes == total
 
 
-def test_unwanted_chunks_are_left_out_and_begun_ones_finished(
-    pair: Pair,
-) -> None:
+def test_unwanted_chunks_are_left_out_and_begun_ones_finished(pair: Pair) -> None:
     log: list[int] = []
     queue, reader = SendQueue(pair[0]), chunk_reader(pair[1])
     begun = chunk(HEADER, b"a" * 100_000, log)

@@ -1,7 +1,5 @@
 """Chunk plans cover every value once; rows move as a loop over single values would move them."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch
@@ -23,9 +21,7 @@ from sglang_tpla.transfer.room import TransferError
     first=st.tuples(st.integers(0, 5), st.integers(0, 1000)),
     room=st.integers(80, 2000),
 )
-def test_rectangles_cover_every_value_once(
-    widths: list[int], tokens: int, first: tuple[int, int], room: int
-) -> None:
+def test_rectangles_cover_every_value_once(widths: list[int], tokens: int, first: tuple[int, int], room: int) -> None:
     seen = np.zeros((len(widths), tokens), dtype=int)
     for item in cut(first[0], widths, first[1], tokens, 2, room):
         layers = slice(item.first_layer - first[0], item.first_layer - first[0] + item.layers)
@@ -76,9 +72,7 @@ def _items(rows: LayerRows, part: Part) -> list[int]:
 def test_read_then_write_equals_a_loop(dtype: torch.dtype, scattered: bool, part: Part) -> None:
     d, rope, width, shared, tokens = 24, 6, 10, 4, 33
     generator = torch.Generator().manual_seed(3)
-    source = CachePool(
-        [torch.randn(80, d + rope, generator=generator).to(dtype) for _ in range(3)], d, rope, 1
-    )
+    source = CachePool([torch.randn(80, d + rope, generator=generator).to(dtype) for _ in range(3)], d, rope, 1)
     target = CachePool([torch.zeros(90, width + rope, dtype=dtype) for _ in range(3)], d, rope, 1)
     z = Projection([torch.randn(d, width, generator=generator) for _ in range(3)], [shared] * 3)
     pick = np.random.default_rng(4)

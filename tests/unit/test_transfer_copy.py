@@ -1,7 +1,5 @@
 """Copies, checksums, sends and reads of pieces: C and Python agree with each other and with xxHash's own library."""
 
-from __future__ import annotations
-
 import contextlib
 import socket
 from pathlib import Path
@@ -66,16 +64,7 @@ def test_checksums_at_the_formula_s_edges(size: int) -> None:
 
 @pytest.mark.parametrize("offset", [0, 16, 5])
 @pytest.mark.parametrize(
-    "sizes",
-    [
-        [5000],
-        [64, 5000],
-        [64, 1100],
-        [1000, 4096, 24],
-        [1024, 1025, 3072],
-        [960, 64, 2048, 1],
-        [5000, 7, 9000],
-    ],
+    "sizes", [[5000], [64, 5000], [64, 1100], [1000, 4096, 24], [1024, 1025, 3072], [960, 64, 2048, 1], [5000, 7, 9000]]
 )
 def test_blocks_are_copied_and_checked_wherever_they_begin(sizes: list[int], offset: int) -> None:
     source, room = pieces(sizes, 8), np.zeros(sum(sizes) + 128, dtype=np.uint8)

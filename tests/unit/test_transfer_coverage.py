@@ -1,7 +1,5 @@
 """The proof of coverage against a list of cells, for shares and cuts of any kind."""
 
-from __future__ import annotations
-
 import itertools
 from collections import Counter
 

@@ -1,7 +1,5 @@
 """Rows as extents: all of them, in order, and the arithmetic on pieces of memory."""
 
-from __future__ import annotations
-
 import itertools
 
 import numpy as np
@@ -17,7 +15,7 @@ SLOTS = st.lists(st.tuples(st.integers(0, 50), st.integers(1, 9)), min_size=1, m
 
 @settings(deadline=None)
 @given(slots=SLOTS, most=st.integers(1, 9))
-def test_runs_are_the_slots_in_order(slots: np.ndarray, most: int) -> None:
+def test_extents_are_the_slots_in_order(slots: np.ndarray, most: int) -> None:
     found = iovec.list_extents(slots, most)
     flat = [(slot + step, row + step) for slot, row, count in found for step in range(count)]
     assert flat == [(int(slot), row) for row, slot in enumerate(slots)]
@@ -26,13 +24,13 @@ def test_runs_are_the_slots_in_order(slots: np.ndarray, most: int) -> None:
 
 @settings(deadline=None)
 @given(slots=SLOTS)
-def test_spans_are_the_longest_runs(slots: np.ndarray) -> None:
+def test_extents_are_as_long_as_can_be(slots: np.ndarray) -> None:
     extents = iovec.find_extents(slots)
     assert [slot + step for slot, rows in extents.tolist() for step in range(rows)] == slots.tolist()
     assert all(first + rows != second for (first, rows), (second, _) in itertools.pairwise(extents.tolist()))
 
 
-def test_nothing_has_no_runs() -> None:
+def test_nothing_has_no_extents() -> None:
     nothing = np.empty(0, dtype=np.int64)
     assert iovec.list_extents(nothing, 5) == []
     assert iovec.find_extents(nothing).shape == (0, 2)
@@ -73,10 +71,8 @@ def test_pieces_of_a_pool_are_its_rows(slots: np.ndarray, data: st.DataObject) -
     assert cursor.ahead(10, 4) == []
 
 
-def test_slots_find_the_runs_of_each_part_once() -> None:
-    numbers = np.concatenate(
-        [np.arange(start, start + 7) for start in np.random.default_rng(2).permutation(40) * 9]
-    )
+def test_slots_find_the_extents_of_each_part_once() -> None:
+    numbers = np.concatenate([np.arange(start, start + 7) for start in np.random.default_rng(2).permutation(40) * 9])
     slots = iovec.Slots(numbers)
     assert len(slots) == 280
     for first in range(0, 280, 3):

@@ -1,7 +1,5 @@
 """The wire format to the byte, and the refusal of other bytes."""
 
-from __future__ import annotations
-
 import msgspec
 import pytest
 import xxhash
@@ -55,10 +53,7 @@ GOLDEN = [
         "c420000102030405060708090a0b0c0d0e0f101112131415161718191a1b1c1d1e1fcd03e8cd1000ce00010000",
     ),
     (messages.Refused(reason="no"), "9203a26e6f"),
-    (
-        messages.ProjectionLayer(projection="p1", index=60, checksum=DIGEST),
-        "9404a270313cc4080001020304050607",
-    ),
+    (messages.ProjectionLayer(projection="p1", index=60, checksum=DIGEST), "9404a270313cc4080001020304050607"),
     (messages.Ping(number=1), "920501"),
     (messages.Pong(number=1099511627776), "9206cf0000010000000000"),
     (messages.Unregistered(), "9107"),
@@ -94,20 +89,14 @@ GOLDEN = [
     ),
     (messages.Ack(room=1, generation=2, part=0, sequence=4), "950c01020004"),
     (messages.Nack(room=1, generation=2, part=1, sequence=3), "950d01020103"),
-    (
-        messages.Finish(room=1, generation=2, chunks=3, tokens=4, checksum=DIGEST),
-        "960e01020304c4080001020304050607",
-    ),
+    (messages.Finish(room=1, generation=2, chunks=3, tokens=4, checksum=DIGEST), "960e01020304c4080001020304050607"),
     (messages.Done(room=1, generation=2), "930f0102"),
     (messages.Abort(room=1, generation=2, reason="why"), "94100102a3776879"),
     (messages.Registered(projection="p1"), "9211a27031"),
     (messages.Goodbye(reason="bye"), "9212a3627965"),
     (
         messages.Colocated(
-            number=3,
-            segments=(
-                messages.Segment(agent="a3", pid=78, descriptor=6, size_bytes=268435456, token=DIGEST),
-            ),
+            number=3, segments=(messages.Segment(agent="a3", pid=78, descriptor=6, size_bytes=268435456, token=DIGEST),)
         ),
         "9313039195a261334e06ce10000000c4080001020304050607",
     ),

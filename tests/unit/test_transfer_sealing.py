@@ -1,7 +1,5 @@
 """Sealed channels on a socket pair: what goes over the wire, and that nothing else than what was sealed opens."""
 
-from __future__ import annotations
-
 import hashlib
 import hmac
 import socket
@@ -144,15 +142,7 @@ def test_what_nobody_wants_any_more_does_not_open(pair: Pair) -> None:
 @pytest.mark.parametrize(
     "order",
     [[0, 0], [0, 1, 1], [1], [0, 2, 1], [0, 2], [0, 1, 2, 0], [0, 1, 2, 3, 3]],
-    ids=[
-        "repeated",
-        "repeated later",
-        "first left out",
-        "changed places",
-        "left out",
-        "replayed",
-        "under a new key",
-    ],
+    ids=["repeated", "repeated later", "first left out", "changed places", "left out", "replayed", "under a new key"],
 )
 def test_chunks_open_once_and_in_order(order: list[int], pair: Pair) -> None:
     said = sealed(CHUNKS)

@@ -1,7 +1,5 @@
 """The memory that staging uses."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from sglang_tpla.transfer.memory.staging import Staging

@@ -4,8 +4,6 @@ It says ``ready PORT`` and then obeys one command a line: ``ask ROOM``, ``open R
 last|part``, ``state ROOM``, each answered with one line.
 """
 
-from __future__ import annotations
-
 import sys
 
 import torch

@@ -1,7 +1,5 @@
 """Fixtures of the wire tests. Their pools are so small that rows would never be moved in extents."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Peers that speak the protocol by hand, to send what no agent would."""
 
-from __future__ import annotations
-
 import socket
 import time
 
@@ -123,9 +121,7 @@ class FakePrefill:
         """Send a message. A chunk goes on the data channel, with the checksum that it names."""
         header = messages.encode(message)
         if isinstance(message, messages.Chunk) and payload is not None:
-            self.channel().sendall(
-                SIZES.pack(len(header), len(payload)) + header + payload + message.checksum
-            )
+            self.channel().sendall(SIZES.pack(len(header), len(payload)) + header + payload + message.checksum)
             return
         self.send(header, *([] if payload is None else [payload]))
 

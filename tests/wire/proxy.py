@@ -1,7 +1,5 @@
 """A TCP proxy between decode and prefill that does to their bytes what networks do."""
 
-from __future__ import annotations
-
 import contextlib
 import random
 import socket

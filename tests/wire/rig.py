@@ -121,9 +121,7 @@ def prefill_rank(
 ) -> PrefillRank:
     """Make a prefill rank with random rows; equal seeds give equal rows."""
     generator = torch.Generator().manual_seed(seed)
-    layers = [
-        torch.randn(PAGES * PAGE, LATENT + ROPE, generator=generator).to(device, dtype) for _ in range(LAYERS)
-    ]
+    layers = [torch.randn(PAGES * PAGE, LATENT + ROPE, generator=generator).to(device, dtype) for _ in range(LAYERS)]
     pool = CachePool(layers, LATENT, ROPE, PAGE)
     rows = np.random.default_rng(seed)
     metadata = MetadataRows([rows.integers(0, 256, (8, size_), dtype=np.uint8) for size_ in ITEM_BYTES])
@@ -161,11 +159,7 @@ def projection(group: int, width: int = 40, shared: int = 16) -> Projection:
     own = torch.Generator().manual_seed(2000 + group)
     matrices = [
         torch.cat(
-            (
-                torch.randn(LATENT, shared, generator=common),
-                torch.randn(LATENT, width - shared, generator=own),
-            ),
-            dim=1,
+            (torch.randn(LATENT, shared, generator=common), torch.randn(LATENT, width - shared, generator=own)), dim=1
         )
         for _ in range(LAYERS)
     ]
@@ -178,8 +172,7 @@ def sketched_projection(
     """Make a random projection to sketched rows; groups have the shared and the sketch columns in common."""
     common, own = (torch.Generator().manual_seed(seed) for seed in (3000, 4000 + group))
     rows = [
-        SketchedRows.of(LATENT, groups, shared, ROPE, sketch_bits=bits, rope_bits=rope_bits)
-        for bits in sketch_bits
+        SketchedRows.of(LATENT, groups, shared, ROPE, sketch_bits=bits, rope_bits=rope_bits) for bits in sketch_bits
     ]
     matrices = [
         torch.cat(
@@ -213,9 +206,7 @@ def decode_rank(
     rows: RowFormat | None = None,
     **changes: float,
 ) -> DecodeRank:
-    """Make a decode rank with zeroed rows (``rows``, or plain ones of ``dtype``, FP8 rows, or those of ``z``), on this
-    host or on one of another name.
-    """
+    """Make a decode rank with zeroed rows: ``rows``, or plain ones of ``dtype``, FP8 ones, or those of ``z``."""
     if z is None and not fp8 and ROWS == "sketched":
         z = sketched_projection(0)
     widths = z.widths if z is not None else (LATENT,) * LAYERS
@@ -229,14 +220,7 @@ def decode_rank(
     pool = CachePool(layers, LATENT, ROPE, page_size, encoding=rows)
     metadata = MetadataRows([np.zeros((8, size_), dtype=np.uint8) for size_ in ITEM_BYTES])
     agent = DecodeAgent(
-        pool,
-        metadata,
-        z,
-        model_hash=model_hash,
-        settings=settings(**changes),
-        rank=rank,
-        size=size,
-        host_id=host,
+        pool, metadata, z, model_hash=model_hash, settings=settings(**changes), rank=rank, size=size, host_id=host
     )
     return DecodeRank(agent, pool, metadata, z)
 
@@ -259,9 +243,7 @@ def ask(
     decode.agent.open_room(room, prefills)
     wait(lambda: decode.agent.poll(room) != RoomState.BOOTSTRAPPING, f"registration for room {room}")
     assert decode.agent.poll(room) == RoomState.WAITING, decode.agent.failure(room)
-    decode.agent.request(
-        room, destination, metadata_row=metadata_row, expected_ranks=expected, prefix_tokens=prefix
-    )
+    decode.agent.request(room, destination, metadata_row=metadata_row, expected_ranks=expected, prefix_tokens=prefix)
 
 
 def ended(agent: PrefillAgent | DecodeAgent, room: int) -> RoomState:
@@ -395,6 +377,4 @@ def _check_sketched_rows(rows: torch.Tensor, got: torch.Tensor, z: torch.Tensor,
         row = bytes(got[token].tolist())
         if not kind.rows.own:  # an own part that there is none of brings no scale
             row = row[:-6] + b"\x80\x3f" + row[-4:]
-        sketched_reference.assert_row(
-            row, kind.rows, kind.group, columns[token].numpy(), key[token].double().numpy()
-        )
+        sketched_reference.assert_row(row, kind.rows, kind.group, columns[token].numpy(), key[token].double().numpy())

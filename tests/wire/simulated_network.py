@@ -110,9 +110,7 @@ class Loop:
         self.thread = mock.Mock()
         self.thread.is_alive = lambda: True
         self.handlers: dict[Socket, Callable[[Socket], None]] = {}
-        self.streams: dict[
-            Any, tuple[Callable[[], None], bool]
-        ] = {}  # plain sockets; True: also when one can write
+        self.streams: dict[Any, tuple[Callable[[], None], bool]] = {}  # plain sockets; True: also when one can write
 
     def post(self, function: Callable[..., None], *args: Any) -> None:
         self.posted.append((function, args))

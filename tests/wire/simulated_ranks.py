@@ -1,7 +1,5 @@
 """The decode ranks of `simulation`: agents that work only when they are told to, and what their pools must hold."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, cast
@@ -22,12 +20,7 @@ from tests.wire.simulated_network import Loop
 LAYERS, LATENT, ROPE, PAGE, PAGES = 3, 56, 8, 4, 24
 ROOMS = 3
 SETTINGS = Settings(
-    role="prefill",
-    chunk_bytes=4096,
-    staging_bytes=16384,
-    heartbeat_s=1.0,
-    peer_timeout_s=5.0,
-    transfer_timeout_s=20.0,
+    role="prefill", chunk_bytes=4096, staging_bytes=16384, heartbeat_s=1.0, peer_timeout_s=5.0, transfer_timeout_s=20.0
 )
 
 

@@ -1,7 +1,5 @@
 """The steps that the ranks of `simulation` and their network can take, and what must hold after each."""
 
-from __future__ import annotations
-
 import enum
 from collections.abc import Sequence
 from dataclasses import replace
@@ -297,11 +295,7 @@ class Steps(Strange):
                     raise Failure(f"honest ranks accuse each other: {room.reason}")
         for decode in self.decodes:
             for room_id, room in list(decode.agent.rooms.table.items()):
-                if (
-                    room.state is RoomState.SUCCESS
-                    and room_id in decode.owned
-                    and room_id not in self.doubtful
-                ):
+                if room.state is RoomState.SUCCESS and room_id in decode.owned and room_id not in self.doubtful:
                     self._check_rows(decode, room_id)
                 if room.state.ended:
                     decode.free(room_id)
@@ -336,9 +330,7 @@ def _projection(group: int, columns: Sequence[int]) -> Projection:
     """Make the projection of one group, with so many own columns in each layer."""
     common, own = torch.Generator().manual_seed(1), torch.Generator().manual_seed(10 + group)
     matrices = [
-        torch.cat(
-            (torch.randn(LATENT, 8, generator=common), torch.randn(LATENT, count, generator=own)), dim=1
-        )
+        torch.cat((torch.randn(LATENT, 8, generator=common), torch.randn(LATENT, count, generator=own)), dim=1)
         for count in columns
     ]
     return Projection(matrices, [8] * LAYERS)

@@ -1,7 +1,5 @@
 """Steps of `simulation` that no honest agent takes: damaged bytes, invented messages, strangers."""
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from collections import deque
 from typing import Any
@@ -70,17 +68,16 @@ class Strange:
             payload = bytes([self.choices.below(256)]) * size
             if self.choices.below(4):
                 values["checksum"] = messages.checksum(payload)
-                parts = [
-                    messages.seal(msgspec.msgpack.encode([kind.__struct_config__.tag, *values.values()]))
-                ]
+                parts = [messages.seal(msgspec.msgpack.encode([kind.__struct_config__.tag, *values.values()]))]
             parts.append(payload)
         self._inject(upwards, parts)
 
     def _value(self, name: str) -> Any:
         pick = self.choices.below
-        generations = [
-            room.generation for decode in self.decodes for room in decode.agent.rooms.table.values()
-        ] + [0, 2**62]
+        generations = [room.generation for decode in self.decodes for room in decode.agent.rooms.table.values()] + [
+            0,
+            2**62,
+        ]
         agents = [threads(agent).agent_id for agent in self.agents] + ["stranger"]
         hello = self.decodes[pick(len(self.decodes))].agent.connections._hello
         special = {

@@ -13,8 +13,6 @@ Two prefill ranks (identical copies) serve two or four decode ranks. What must h
 - after all rooms are closed nothing is held, and the next request is right.
 """
 
-from __future__ import annotations
-
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -70,9 +68,7 @@ class Simulation(Steps):
         for agent in self.agents:
             for room_id, room in rooms(agent).items():
                 if not (room.state.ended or (agent.role == "prefill" and room.state is RoomState.WAITING)):
-                    raise Failure(
-                        f"room {room_id} goes on for ever on {agent.role} {agent.rank}: {room.state.name}"
-                    )
+                    raise Failure(f"room {room_id} goes on for ever on {agent.role} {agent.rank}: {room.state.name}")
 
     def rest(self) -> None:
         """Close every room, let all come to rest, and check that nothing is held and the next requests are right."""
@@ -93,17 +89,13 @@ class Simulation(Steps):
                 if peer.early_requests or peer.slots_held:
                     raise Failure(f"at rest, {peer.name} holds {peer.early_requests}, {peer.slots_held}")
             if agent.lanes.ready:
-                raise Failure(
-                    f"at rest, prefill {agent.rank} has lanes with chunks to send: {agent.lanes.ready}"
-                )
+                raise Failure(f"at rest, prefill {agent.rank} has lanes with chunks to send: {agent.lanes.ready}")
         for decode in self.decodes:
             if decode.agent.rooms.retained or decode.agent.credits.waiters:
                 raise Failure(f"at rest, decode {decode.agent.rank} keeps {decode.agent.rooms.retained}")
         self._check_streams()
         first = 0
-        if (
-            self.doubtful
-        ):  # a peer may have lied about itself: what it says anew, on new connections, must be right
+        if self.doubtful:  # a peer may have lied about itself: what it says anew, on new connections, must be right
             self.doubtful.clear()
             first = ROOMS
             self.cut_all()
@@ -113,15 +105,9 @@ class Simulation(Steps):
 
     def _check_streams(self) -> None:
         """Check that every open end is a channel of a live connection, and that what was closed is forgotten."""
-        used = {
-            id(channel.stream)
-            for agent in self.prefills
-            for channel in agent.router.listener._channels.values()
-        }
+        used = {id(channel.stream) for agent in self.prefills for channel in agent.router.listener._channels.values()}
         for decode in self.decodes:
-            used |= {
-                id(c.reader.stream) for c in decode.agent.connections.table.values() if c.reader is not None
-            }
+            used |= {id(c.reader.stream) for c in decode.agent.connections.table.values() if c.reader is not None}
         left = [end for end in self.streams.ends if id(end) not in used and not end.is_stranger]
         if left:
             raise Failure(f"at rest, {len(left)} data channels are open that nobody uses")
@@ -136,21 +122,14 @@ class Simulation(Steps):
     def _settle(self) -> None:
         """Deliver and work until nothing is left to do."""
         for _ in range(400):
-            before = sum(
-                len(queue) for table in (self.network.up, self.network.down) for queue in table.values()
-            )
+            before = sum(len(queue) for table in (self.network.up, self.network.down) for queue in table.values())
             self.deliver_all()
             for agent in self.agents:
                 for _ in range(4):
                     threads(agent).work_once()
             self._post()
             flowed = self._flow_once()
-            if (
-                not before
-                and not flowed
-                and not any(self.network.up.values())
-                and not any(self.network.down.values())
-            ):
+            if not before and not flowed and not any(self.network.up.values()) and not any(self.network.down.values()):
                 return
         raise Failure("messages without end")
 
@@ -162,11 +141,7 @@ class Simulation(Steps):
                 self._step(agent, room_id)
 
         self._each(step, room_ids)
-        self._until(
-            lambda: all(
-                d.agent.poll(r) is not RoomState.BOOTSTRAPPING for d in self.decodes for r in room_ids
-            )
-        )
+        self._until(lambda: all(d.agent.poll(r) is not RoomState.BOOTSTRAPPING for d in self.decodes for r in room_ids))
         for _ in range(2):
             self._each(self._step, room_ids)
         self._until(lambda: all(agent.poll(room_id).ended for agent in self.agents for room_id in room_ids))
@@ -189,9 +164,7 @@ class Simulation(Steps):
                 return
             self.clock.now += 0.3
             self._tick()
-        states = [
-            (a.role, a.rank, {r: (e.state.name, e.reason) for r, e in rooms(a).items()}) for a in self.agents
-        ]
+        states = [(a.role, a.rank, {r: (e.state.name, e.reason) for r, e in rooms(a).items()}) for a in self.agents]
         raise Failure(f"a request does not get on: {states}")
 
 

@@ -1,7 +1,5 @@
 """Aborts, reused rooms and late requests: no write after an abort, and the next request is right."""
 
-from __future__ import annotations
-
 import contextlib
 import random
 
@@ -49,9 +47,7 @@ def test_no_write_after_an_abort_with_several_threads(checkers: int, monkeypatch
         monkeypatch.setattr(rows.RowReader, "read", lambda *given: read(*given) and None)
         monkeypatch.setattr(rows.RowWriter, "write", lambda *given: write(*given) and b"")
         for module in (sender, receiver):
-            monkeypatch.setattr(
-                module, "check_pieces", lambda it: checked.append(it) or copy.check_pieces(it)
-            )
+            monkeypatch.setattr(module, "check_pieces", lambda it: checked.append(it) or copy.check_pieces(it))
     prefill, decode = rig.prefill_rank(), rig.decode_rank()
     with rig.serving(prefill, decode):
         threads = 5 + checkers
@@ -59,16 +55,12 @@ def test_no_write_after_an_abort_with_several_threads(checkers: int, monkeypatch
         assert abort_at_random_moments(prefill, decode, times=100) > 10
     assert bool(checked) == bool(checkers)
     assert not any(
-        thread.is_alive()
-        for side in (prefill, decode)
-        for thread in simulated_ranks.threads(side.agent)._checkers
+        thread.is_alive() for side in (prefill, decode) for thread in simulated_ranks.threads(side.agent)._checkers
     )
 
 
 def abort_at_random_moments(prefill: rig.PrefillRank, decode: rig.DecodeRank, times: int) -> int:
-    """Abort rooms whose pages are reused at once and must keep what the next owner wrote. Return how many were aborted
-    in time.
-    """
+    """Abort rooms whose reused pages must keep what their next owner wrote; return how many were aborted in time."""
     moments = random.Random(5)
     aborted = 0
     for room in range(times):
@@ -78,9 +70,7 @@ def abort_at_random_moments(prefill: rig.PrefillRank, decode: rig.DecodeRank, ti
             decode.agent.poll(room)
         decode.agent.abort(room, "the user went away")
         slots = torch.from_numpy(decode.pool.slots(destination))
-        marks = [
-            torch.full((slots.numel(), layer.shape[1]), float(room % 100)) for layer in decode.pool.layers
-        ]
+        marks = [torch.full((slots.numel(), layer.shape[1]), float(room % 100)) for layer in decode.pool.layers]
         for layer, mark in zip(decode.pool.layers, marks, strict=True):
             layer[slots] = mark.to(layer.dtype)
         rig.ended(prefill.agent, room)  # its chunks are on their way or dropped

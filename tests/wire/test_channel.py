@@ -1,7 +1,5 @@
 """The data channel: chunks take it and nothing else, no stranger gets in, and a rank without one is told why."""
 
-from __future__ import annotations
-
 import contextlib
 import socket
 
@@ -34,9 +32,7 @@ def knock(prefill: rig.PrefillRank, *said: bytes) -> socket.socket:
     return stream
 
 
-def test_chunks_travel_on_the_channel_alone(
-    prefill: rig.PrefillRank, far: rig.DecodeRank, data: FaultProxy
-) -> None:
+def test_chunks_travel_on_the_channel_alone(prefill: rig.PrefillRank, far: rig.DecodeRank, data: FaultProxy) -> None:
     with contextlib.closing(FaultProxy(prefill.agent.address[1])) as control:
         far.agent.connect("127.0.0.1", control.port)
         rig.wait(lambda: prefill.agent.router.listener._channels, "the channel")
@@ -54,10 +50,7 @@ def test_the_channel_comes_to_the_port_after_the_advertised_one() -> None:
     """Behind address translation: two neighbouring ports a rank, inside and outside."""
     inside, outside = neighbouring_ports(2), neighbouring_ports(2)
     prefill, decode = rig.prefill_rank(port=inside, advertised_port=outside), rig.decode_rank(host="far")
-    with (
-        rig.serving(prefill, decode),
-        contextlib.closing(FaultProxy(inside, inside + 1, outside)) as translation,
-    ):
+    with rig.serving(prefill, decode), contextlib.closing(FaultProxy(inside, inside + 1, outside)) as translation:
         decode.agent.connect("127.0.0.1", outside)
         rig.wait(lambda: prefill.agent.router.listener._channels, "the channel")
         prefill.agent.open_room(1)
@@ -116,9 +109,7 @@ def test_a_data_port_that_is_taken_is_no_start() -> None:
     port = neighbouring_ports(2)
     with (
         socket.create_server(("127.0.0.1", port + 1)),
-        pytest.raises(
-            TransferError, match=f"cannot listen on 127.0.0.1:{port + 1}, .*free the port after {port}"
-        ),
+        pytest.raises(TransferError, match=f"cannot listen on 127.0.0.1:{port + 1}, .*free the port after {port}"),
     ):
         rig.prefill_rank(port=port)
 
@@ -128,9 +119,7 @@ def test_a_data_port_that_is_taken_is_no_start() -> None:
     [b"GET / HTTP/1.1\r\n", PREAMBLE + bytes(16), PREAMBLE[:4] + b"\xff" + bytes(16), b"T" + bytes(3)],
     ids=["another protocol", "a token of nobody", "another version", "damaged"],
 )
-def test_strangers_are_turned_away_and_counted(
-    prefill: rig.PrefillRank, far: rig.DecodeRank, said: bytes
-) -> None:
+def test_strangers_are_turned_away_and_counted(prefill: rig.PrefillRank, far: rig.DecodeRank, said: bytes) -> None:
     before = prefill.agent.stats().refused
     with knock(prefill, said) as stream:
         with contextlib.suppress(ConnectionResetError):

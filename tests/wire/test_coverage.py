@@ -1,7 +1,5 @@
 """Prefill ranks of one server that differ in what they may send: every page, poisoned before, holds what was sent."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -89,9 +87,7 @@ def two(**changes: Any) -> list[rig.PrefillRank]:
     return [rig.prefill_rank(rank=0), rig.prefill_rank(rank=1, **changes)]
 
 
-def groups(
-    count: int = 2, widths: Sequence[int] = (40,) * rig.LAYERS, **changes: Any
-) -> list[rig.DecodeRank]:
+def groups(count: int = 2, widths: Sequence[int] = (40,) * rig.LAYERS, **changes: Any) -> list[rig.DecodeRank]:
     """Make decode ranks of latent groups, 16 of whose columns are shared."""
     ranks = []
     for group in range(count):
@@ -102,9 +98,7 @@ def groups(
 
 
 @pytest.mark.parametrize("host", [None, "far"])
-@pytest.mark.parametrize(
-    "changes", [{}, {"chunk_bytes": 4096}, {"staging_bytes": 12 << 10}, {"shared_memory": 0}]
-)
+@pytest.mark.parametrize("changes", [{}, {"chunk_bytes": 4096}, {"staging_bytes": 12 << 10}, {"shared_memory": 0}])
 @pytest.mark.parametrize("make", [lambda host: [rig.decode_rank(host=host)], lambda host: groups(host=host)])
 def test_ranks_with_other_settings(
     make: Callable[[str | None], list[rig.DecodeRank]], changes: dict[str, int], host: str | None

@@ -1,7 +1,5 @@
 """Rows that arrive are those that were sent: raw to the bit, projected by the formula, for every T and P."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch
@@ -39,9 +37,7 @@ def test_raw_rows_arrive_to_the_bit(dtype: torch.dtype, tokens: int, host: str |
 def test_every_rank_gets_its_slice(prefills: int, ranks: int, groups: int, host: str | None) -> None:
     senders = [rig.prefill_rank(rank=rank) for rank in range(prefills)]
     receivers = [
-        rig.decode_rank(
-            rig.projection(rank % groups) if groups > 1 else None, rank=rank, size=ranks, host=host
-        )
+        rig.decode_rank(rig.projection(rank % groups) if groups > 1 else None, rank=rank, size=ranks, host=host)
         for rank in range(ranks)
     ]
     with rig.serving(*senders, *receivers):
@@ -88,9 +84,7 @@ def test_every_byte_travels_once_to_a_host(groups: int, shared: int, host: str |
         apart = 8 * ((rig.LATENT if groups == 1 else width) + rig.ROPE)
         assert per_token == (apart if host == "" else once)
         assert metric.shared_memory_bytes == (metric.wire_bytes if host is None else 0)
-        rig.wait(
-            lambda: all(rank.agent.stats().staging_used_bytes == 0 for rank in ranks), "segments to be free"
-        )
+        rig.wait(lambda: all(rank.agent.stats().staging_used_bytes == 0 for rank in ranks), "segments to be free")
 
 
 @pytest.mark.parametrize("host", rig.HOSTS)
@@ -116,9 +110,7 @@ def test_cached_prefix_is_announced_and_not_sent(prefill: rig.PrefillRank, decod
     rig.check_rows(prefill, decode, source, destination, 24)
 
 
-def test_everything_cached_sends_the_metadata_row_alone(
-    prefill: rig.PrefillRank, decode: rig.DecodeRank
-) -> None:
+def test_everything_cached_sends_the_metadata_row_alone(prefill: rig.PrefillRank, decode: rig.DecodeRank) -> None:
     nothing = np.empty(0, dtype=np.int32)
     prefill.agent.open_room(2)
     rig.ask(decode, [prefill.peer], 2, nothing, prefix=32)

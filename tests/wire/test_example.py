@@ -1,7 +1,5 @@
 """The example of two agents runs as its page says; it checks every row itself."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Dead, stopped, restarted and lying peers: rooms fail with a reason, survivors serve on."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import signal
@@ -102,9 +100,7 @@ def test_decode_rank_dies_or_stops_in_mid_transfer(
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
-def test_prefill_rank_dies_and_comes_back_on_the_same_address(
-    how: signal.Signals, decode: rig.DecodeRank
-) -> None:
+def test_prefill_rank_dies_and_comes_back_on_the_same_address(how: signal.Signals, decode: rig.DecodeRank) -> None:
     lost: list[tuple[str, int]] = []
     decode.agent.connections._on_peer_lost = lambda host, port: lost.append((host, port))
     child = Child("prefill", neighbouring_ports(2))  # nobody else takes them before it is back
@@ -148,9 +144,7 @@ def test_nobody_listens(decode: rig.DecodeRank) -> None:
         ({"chunk_bytes": 4096.0, "staging_bytes": 4096.0}, ""),
     ],
 )
-def test_refusals_say_what_is_wrong(
-    changes: dict, said: str, prefill: rig.PrefillRank, rows_kind: str
-) -> None:
+def test_refusals_say_what_is_wrong(changes: dict, said: str, prefill: rig.PrefillRank, rows_kind: str) -> None:
     if rows_kind == "sketched" and "dtype" in changes:
         said = ""  # prefill makes these rows, whatever dtype it has
     if "chunk_bytes" in changes:

@@ -1,7 +1,5 @@
 """FP8 rows: the sender quantises its float32 projection into exactly the receiver's bytes, and only these travel."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 
@@ -57,6 +55,4 @@ def test_pools_that_hold_no_fp8_rows() -> None:
     with pytest.raises(TransferError, match="holds bytes"):
         CachePool([torch.zeros(4, 96)], 64, 16, 1, encoding=RowFormat.fp8([48], [48], 16))
     with pytest.raises(TransferError, match="multiple of 16 values, got width 40"):
-        CachePool(
-            [torch.zeros(4, 40 + 48, dtype=torch.uint8)], 64, 16, 1, encoding=RowFormat.fp8([40], [40], 16)
-        )
+        CachePool([torch.zeros(4, 40 + 48, dtype=torch.uint8)], 64, 16, 1, encoding=RowFormat.fp8([40], [40], 16))

@@ -1,23 +1,16 @@
 """Pools on a GPU: the same transfers, to and from device memory."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 
 from tests.wire import rig
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 
 @pytest.mark.parametrize("host", rig.HOSTS)
 @pytest.mark.parametrize("rows", ["raw", "slices", "sketched"])
-@pytest.mark.parametrize(
-    ("source_device", "target_device"), [("cuda", "cuda"), ("cuda", "cpu"), ("cpu", "cuda")]
-)
+@pytest.mark.parametrize(("source_device", "target_device"), [("cuda", "cuda"), ("cuda", "cpu"), ("cpu", "cuda")])
 def test_rows_in_device_memory(source_device: str, target_device: str, rows: str, host: str | None) -> None:
     prefill = rig.prefill_rank(device=source_device)
     ranks = [

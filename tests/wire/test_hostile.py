@@ -1,7 +1,5 @@
 """Frames that no agent would send: each is counted and answered or dropped, and nothing else happens."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 
@@ -197,12 +195,6 @@ def test_oversized_message_ends_its_own_connection_only(prefill: rig.PrefillRank
     still_serves(prefill)
 
 
-def test_version_mismatch_is_refused_with_both_numbers(fake: FakeDecode) -> None:
-    fake.say(hello(versions=(7, 9)))
-    message, _ = fake.expect(messages.Refused)
-    assert "prefill speaks 3 to 3, decode 7 to 9" in message.reason
-
-
 def test_half_a_pair_that_speculates_is_refused(fake: FakeDecode) -> None:
     """A draft model brings a layer and wider metadata rows; two reasons, of which one says what to do."""
     plain = hello().layout
@@ -236,12 +228,7 @@ def test_replays_and_late_messages_are_counted(prefill: rig.PrefillRank, fake: F
     fake.say(messages.Request(1, 5, 1, 0, -1, False, 0, 1))
     fake.say(messages.Request(1, 5, 1, 0, -1, False, 0, 1))
     fake.say(messages.Request(1, 4, 1, 0, -1, False, 0, 1))
-    for message in (
-        messages.Ack(1, 5, 0, 0),
-        messages.Credit(9, 9, 9),
-        messages.Done(1, 4),
-        messages.Nack(2, 2, 0, 2),
-    ):
+    for message in (messages.Ack(1, 5, 0, 0), messages.Credit(9, 9, 9), messages.Done(1, 4), messages.Nack(2, 2, 0, 2)):
         fake.say(message)
     fake.say(messages.Ping(1))
     fake.expect(messages.Pong)
@@ -343,28 +330,16 @@ ALL = {"layers": rig.LAYERS}
 @pytest.mark.parametrize(
     ("chunks", "announced", "said"),
     [
-        (
-            [(4, ALL)],
-            1,
-            "12 of 24 rows were not among the chunks that the prefill ranks announced (first: row of",
-        ),
+        ([(4, ALL)], 1, "12 of 24 rows were not among the chunks that the prefill ranks announced (first: row of"),
         ([(4, ALL)], 1, "row of layer 0, token 4)"),
         ([(4, ALL), (4, {"layers": 2, "first_token": 4})], 2, "4 of 24 rows were not among"),
-        (
-            [(8, ALL), (1, {"first_token": 7})],
-            2,
-            "covers the row of layer 0, token 7, which another chunk had",
-        ),
+        ([(8, ALL), (1, {"first_token": 7})], 2, "covers the row of layer 0, token 7, which another chunk had"),
         ([(4, ALL), (8, ALL)], 2, "covers the row of layer 0, token 0, which another chunk had"),
         ([], 0, "24 of 24 rows were not among the chunks"),
     ],
 )
 def test_chunks_that_are_not_the_request_once_fail_its_room(
-    chunks: list[tuple[int, dict[str, int]]],
-    announced: int,
-    said: str,
-    decode: rig.DecodeRank,
-    server: FakePrefill,
+    chunks: list[tuple[int, dict[str, int]]], announced: int, said: str, decode: rig.DecodeRank, server: FakePrefill
 ) -> None:
     """Each chunk is sound for itself, and there are as many as Finish says."""
     row = bytes(sum(rig.ITEM_BYTES))
@@ -387,36 +362,31 @@ def test_a_damaged_chunk_that_comes_again_for_other_rows_fails_its_room(
     rig.fail(1, "anew for other rows", decode)
 
 
-def test_a_metadata_row_must_come(decode: rig.DecodeRank, server: FakePrefill) -> None:
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        (b"", f"a metadata row of 0 bytes where {sum(rig.ITEM_BYTES)} were due"),
+        (bytes(sum(rig.ITEM_BYTES)), "metadata that does not match its checksum"),
+    ],
+)
+def test_metadata_that_is_not_whole_and_sound_fails_its_room(
+    row: bytes, said: str, decode: rig.DecodeRank, server: FakePrefill
+) -> None:
     request = serve(server, decode, 1, 4 * decode.row_bytes)
-    server.say(messages.Finish(1, request.generation, 0, 8, messages.checksum(b"")), b"")
-    rig.fail(1, f"a metadata row of 0 bytes where {sum(rig.ITEM_BYTES)} were due", decode)
-
-
-def test_metadata_that_does_not_match_fails_its_room(decode: rig.DecodeRank, server: FakePrefill) -> None:
-    request = serve(server, decode, 1, 4 * decode.row_bytes)
-    row = bytes(sum(rig.ITEM_BYTES))
     server.say(messages.Finish(1, request.generation, 0, 8, DIGEST), row)
-    rig.fail(1, "metadata that does not match its checksum", decode)
+    rig.fail(1, said, decode)
 
 
 numbers = st.integers(0, 2**31 - 1) | st.integers(0, 3)
 words = st.text(max_size=8)
 anything = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers(-(2**63), 2**64 - 1)
-    | st.floats()
-    | st.binary(max_size=16)
-    | words,
+    st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats() | st.binary(max_size=16) | words,
     lambda inner: st.lists(inner, max_size=12) | st.dictionaries(words, inner, max_size=4),
     max_leaves=20,
 )
 
 
-@hypothesis_settings(
-    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@hypothesis_settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     header=st.binary(max_size=200)
     | st.builds(messages.seal, st.binary(max_size=200))

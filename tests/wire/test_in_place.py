@@ -1,7 +1,5 @@
 """Chunks that are received in place, and sent from the pool: what stops in the middle, what comes damaged."""
 
-from __future__ import annotations
-
 import contextlib
 import socket
 from collections.abc import Iterator
@@ -85,9 +83,7 @@ class Sender:
 
 
 @pytest.fixture(params=["checked on the way", "checked by a worker"])
-def sender(
-    request: pytest.FixtureRequest, rows_kind: str, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Sender]:
+def sender(request: pytest.FixtureRequest, rows_kind: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Sender]:
     monkeypatch.setattr(workers, "SPARE_CORES", 1 if "worker" in request.param else 1 << 20)
     with contextlib.ExitStack() as stack:
         yield Sender(stack)
@@ -150,9 +146,7 @@ def test_a_chunk_that_ends_half_way_comes_again_within_the_same_credit(sender: S
 
 
 @pytest.mark.usefixtures("rows_kind")
-@pytest.mark.parametrize(
-    "way", ["in extents", "row by row", "in extents, without C", "in extents, by workers"]
-)
+@pytest.mark.parametrize("way", ["in extents", "row by row", "in extents, without C", "in extents, by workers"])
 def test_every_way_is_right_to_the_last_bit(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The rows come in another order than that in which they lie in the pool."""
     if "without C" in way:

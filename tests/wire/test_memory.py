@@ -1,7 +1,5 @@
 """Shared memory that cannot be had, or runs out: transfers stay right, through sockets or with less staging."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import os

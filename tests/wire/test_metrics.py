@@ -1,7 +1,5 @@
 """The series say what happened, also with several ranks."""
 
-from __future__ import annotations
-
 import contextlib
 from pathlib import Path
 

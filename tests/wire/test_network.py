@@ -1,7 +1,5 @@
 """A bad network: what was begun is finished to the last bit or fails with a reason, and the next request is right."""
 
-from __future__ import annotations
-
 import contextlib
 import random
 from collections.abc import Iterator
@@ -100,9 +98,7 @@ def test_network_away_for_longer_than_the_timeout(
     at_rest(prefill, decode)
 
 
-def test_flipped_bit_in_the_greeting(
-    prefill: rig.PrefillRank, proxy: FaultProxy, decode: rig.DecodeRank
-) -> None:
+def test_flipped_bit_in_the_greeting(prefill: rig.PrefillRank, proxy: FaultProxy, decode: rig.DecodeRank) -> None:
     """Damage while a connection is taken up again harms no later request: a spoiled name once looked like a restart."""
     for round_, position in enumerate(range(100, 180, 5)):
         begin(prefill, proxy, decode, 2 * round_)
@@ -145,9 +141,7 @@ def test_spoiled_streams(prefill: rig.PrefillRank, proxy: FaultProxy, decode: ri
         prefill.agent.send(room, rig.pages(room + 1, PAGES)[40:], last=True, metadata_row=2)
         if rig.ended(decode.agent, room) == RoomState.SUCCESS:  # else it failed in time: never a wrong row
             right += 1
-            rig.check_rows(
-                prefill, decode, rig.pages(room + 1, PAGES), rig.pages(room, PAGES), PAGES * rig.PAGE
-            )
+            rig.check_rows(prefill, decode, rig.pages(room + 1, PAGES), rig.pages(room, PAGES), PAGES * rig.PAGE)
             assert decode.metadata.read(3) == prefill.metadata.read(2)
         proxy.tamper = proxy.tamper_up = None
         proxy.cut()  # a spoiled greeting would be waited for until the timeout

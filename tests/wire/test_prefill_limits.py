@@ -1,7 +1,5 @@
 """What one prefill rank holds for its decode ranks is bounded: who comes beyond the bound is told, or given up."""
 
-from __future__ import annotations
-
 import contextlib
 
 import pytest
@@ -17,9 +15,7 @@ from tests.wire.fakes import FakeDecode, hello
 def test_more_decode_ranks_than_one_prefill_rank_serves(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peers, "MAX_PEERS", 1)
     with contextlib.closing(rig.prefill_rank().agent) as agent, contextlib.ExitStack() as stack:
-        first, second = (
-            stack.enter_context(contextlib.closing(FakeDecode(agent.address[1]))) for _ in range(2)
-        )
+        first, second = (stack.enter_context(contextlib.closing(FakeDecode(agent.address[1]))) for _ in range(2))
         first.register(agent="first")
         second.say(hello(agent="second"))
         assert "serves at most 1; close unused decode servers" in second.expect(messages.Refused)[0].reason
@@ -44,9 +40,7 @@ def test_more_projections_than_one_prefill_rank_keeps(monkeypatch: pytest.Monkey
             fake.say(messages.ProjectionLayer(z.content_hash, index, messages.checksum(data)), data)
 
     with contextlib.closing(rig.prefill_rank().agent) as agent, contextlib.ExitStack() as stack:
-        first, second = (
-            stack.enter_context(contextlib.closing(FakeDecode(agent.address[1]))) for _ in range(2)
-        )
+        first, second = (stack.enter_context(contextlib.closing(FakeDecode(agent.address[1]))) for _ in range(2))
         begin(first, 0)
         first.expect(messages.Registered)
         begin(second, 1)

@@ -2,8 +2,6 @@
 What it needs and the page does not say is a hole in the page.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import secrets
@@ -29,7 +27,7 @@ ROOM, GENERATION, TOKENS, WIDTH, SHARED = 77, 5, 9 * rig.PAGE, 40, 16
 CHUNK_BYTES = rig.SETTINGS.chunk_bytes
 MATRIX = np.random.default_rng(0).standard_normal((rig.LATENT, WIDTH), dtype=np.float32)
 HELLO, WELCOME, LAYER, PING, PONG, REQUEST, WANT, CREDIT = 1, 2, 4, 5, 6, 8, 9, 10
-CHUNK, ACK, NACK, FINISH, DONE, REGISTERED, NEIGHBOURS, MAPPED = 11, 12, 13, 14, 15, 17, 19, 20
+CHUNK, ACK, NACK, FINISH, DONE, REGISTERED, COLOCATED, MAPPED = 11, 12, 13, 14, 15, 17, 19, 20
 CAPACITY = 26
 
 
@@ -106,7 +104,7 @@ def test_a_decode_rank_from_the_page(sealed: bool, tmp_path: Path, monkeypatch: 
                     return message[1:], payload
                 if message[0] == PING:
                     say(header(PONG, message[1]))
-                if message[0] == NEIGHBOURS:
+                if message[0] == COLOCATED:
                     say(header(MAPPED, message[1], ()))
 
         dealer.connect(f"tcp://127.0.0.1:{prefill.agent.address[1]}")

@@ -1,7 +1,5 @@
 """Transfers with keys through a network that reads, changes, repeats and breaks: rows stay secret and right."""
 
-from __future__ import annotations
-
 import contextlib
 from pathlib import Path
 

@@ -1,11 +1,11 @@
 """Keys: allowed ones transfer as without, all others are refused and counted; plain TCP only on loopback."""
 
-from __future__ import annotations
-
 import contextlib
 from pathlib import Path
+from typing import Any
 
 import pytest
+import zmq
 
 from sglang_tpla.transfer import keys
 from sglang_tpla.transfer.decode.agent import DecodeAgent
@@ -34,7 +34,21 @@ def test_allowed_keys_transfer(key_folder: Path) -> None:
         rig.check_rows(prefill, decode, rig.pages(2, 9), rig.pages(1, 9), 9 * rig.PAGE)
 
 
-def test_other_keys_and_no_keys_are_refused(key_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def hello_after_refusal(decode: rig.DecodeRank) -> None:
+    """Have a decode rank say Hello when its connection has ended already, as on a busy machine."""
+    connections: Any = decode.agent.connections
+    send = connections._send_now
+
+    def send_late(connection: Any, message: Any, payload: bytes | None) -> None:
+        if connection.socket is not None:
+            rig.wait(lambda: not connection.socket.getsockopt(zmq.EVENTS) & zmq.POLLOUT, "the connection's end")
+        send(connection, message, payload)
+
+    connections._send_now = send_late
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["hello first", "refusal first"])
+def test_other_keys_and_no_keys_are_refused(key_folder: Path, monkeypatch: pytest.MonkeyPatch, late: bool) -> None:
     prefill = rig.prefill_rank()
     with contextlib.closing(prefill.agent):
         (key_folder / "decode.secret").unlink()
@@ -46,12 +60,12 @@ def test_other_keys_and_no_keys_are_refused(key_folder: Path, monkeypatch: pytes
         monkeypatch.delenv(KEYS_VARIABLE)
         bare = rig.decode_rank()
         for decode in (stranger, bare):
+            if late and decode is stranger:  # the other mechanism has ZeroMQ connect again by itself
+                hello_after_refusal(decode)
             with contextlib.closing(decode.agent):
                 before = prefill.agent.stats().refused
                 assert fetch(prefill, decode, 1) == RoomState.FAILED
-                rig.wait(
-                    lambda before=before: prefill.agent.stats().refused > before, "the refusal to be counted"
-                )
+                rig.wait(lambda before=before: prefill.agent.stats().refused > before, "the refusal to be counted")
                 assert "--tpla-keys" in decode.agent.failure(1)
                 prefill.agent.close_room(1)
         assert prefill.agent.stats().peers == 0

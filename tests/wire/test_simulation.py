@@ -1,8 +1,4 @@
-"""Interleavings of whole agents: some thousand random ones in all the runs of CI together, and every one that failed
-once. ``make fuzz`` looks for more.
-"""
-
-from __future__ import annotations
+"""Interleavings of whole agents: random ones (``make fuzz`` runs more), and every one that failed once."""
 
 import contextlib
 from collections import deque
@@ -48,10 +44,7 @@ FINDS: list[tuple[Kind, str]] = [
         "b171720e2b5fb2b1b068c90a5dae0414d440dd4c375361",
     ),
     # a first rank of its host was done, what it had said of a chunk was lost, and nobody passed the chunk on
-    (
-        Kind.CUTS,
-        "010181887328cd1c4d26257f6927eeb994d68bae5ee6ac5caa4dd683d0c95cc82743de1e43996a8615dc19bcfc5c8efa",
-    ),
+    (Kind.CUTS, "010181887328cd1c4d26257f6927eeb994d68bae5ee6ac5caa4dd683d0c95cc82743de1e43996a8615dc19bcfc5c8efa"),
     # a dial that nobody answered, long before any room wanted the channel, failed the first one that did
     (
         Kind.FAULTS,
@@ -82,9 +75,7 @@ def test_a_room_that_only_begins_anew_ends_in_time() -> None:
             for _ in range(4):  # Hello, Welcome, Resume, credit; nobody works, so no chunk is made
                 simulation.deliver_all()
         simulation.cut_all()
-        assert all("no progress for 20 s" in room.reason for room in entries), [
-            room.reason for room in entries
-        ]
+        assert all("no progress for 20 s" in room.reason for room in entries), [room.reason for room in entries]
         assert all(agent.stats().resumed > 50 for agent in simulation.agents)
         simulation.rest()
 
@@ -106,9 +97,7 @@ def test_a_connection_that_never_lasts_until_an_answer_is_given_up() -> None:
         for _ in range(MAX_UNANSWERED):
             simulation.cut_all()
         for decode in simulation.decodes:
-            assert (
-                "broke 3 times before it answered; check that both sides have keys" in decode.agent.failure(0)
-            )
+            assert "broke 3 times before it answered; check that both sides have keys" in decode.agent.failure(0)
         simulation.rest()
 
 

@@ -1,7 +1,5 @@
 """Sketched rows: the sender encodes exactly the receiver's bytes; the common part travels once to a host."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch
@@ -28,17 +26,14 @@ def test_rows_are_the_senders_bytes(
     count, pages = 8, 20
     prefill = rig.prefill_rank(dtype)
     projections = [rig.sketched_projection(group, groups, shared, bits, rope_bits) for group in range(groups)]
-    ranks = [
-        rig.decode_rank(projections[rank % groups], rank=rank, size=count, host=host) for rank in range(count)
-    ]
+    ranks = [rig.decode_rank(projections[rank % groups], rank=rank, size=count, host=host) for rank in range(count)]
     with rig.serving(prefill, *ranks):
         rig.transfer(prefill, ranks, count=pages, cuts=(pages // 2,))
         per_token = prefill.agent.metric(1).wire_bytes / (pages * rig.PAGE)
         whole = sum(rows.row_items for rows in ranks[0].pool.row_format.layers)
         n = (rig.LATENT - shared) // groups
         parts = sum(
-            shared + rig.ROPE * rope_bits // 8 + groups * n * b // 8 + 6 + groups * (n + 2 if n else 0)
-            for b in bits
+            shared + rig.ROPE * rope_bits // 8 + groups * n * b // 8 + 6 + groups * (n + 2 if n else 0) for b in bits
         )
         assert per_token == (count * whole if host == "" else whole if groups == 1 else parts)
 
@@ -114,9 +109,7 @@ def test_projections_and_pools_that_do_not_go_with_the_rows() -> None:
     with pytest.raises(TransferError, match="sketch of all groups"):
         Projection(list(z.matrices[:2]), z.shared[:2], sketched=z.sketched)
     with pytest.raises(TransferError, match="holds bytes"):
-        CachePool(
-            [torch.zeros(4, rows.row_items) for rows in z.sketched.layers], 64, 16, 1, encoding=z.sketched
-        )
+        CachePool([torch.zeros(4, rows.row_items) for rows in z.sketched.layers], 64, 16, 1, encoding=z.sketched)
     layers = [torch.zeros(4, rows.row_items + 1, dtype=torch.uint8) for rows in z.sketched.layers]
     with pytest.raises(TransferError, match=r"must be \[slots, "):
         CachePool(layers, 64, 16, 1, encoding=z.sketched)

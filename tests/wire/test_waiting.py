@@ -1,7 +1,5 @@
 """Nobody waits without a reason: what cannot be served fails soon, on both sides, and says why."""
 
-from __future__ import annotations
-
 import contextlib
 import time
 
@@ -74,10 +72,7 @@ def test_a_prompt_that_no_registered_decode_server_takes_fails_at_once() -> None
 @pytest.mark.parametrize(
     ("limits", "said"),
     [
-        (
-            Limits(context_tokens=99),
-            "a prompt of 100 tokens does not fit in its context length, which takes 99",
-        ),
+        (Limits(context_tokens=99), "a prompt of 100 tokens does not fit in its context length, which takes 99"),
         (Limits(200, 50), "a prompt of 100 tokens does not fit in its cache, which takes 50"),
     ],
 )

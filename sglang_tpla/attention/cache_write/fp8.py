@@ -4,8 +4,6 @@ The kernel quantises the slice straight from the float32 projection and keeps th
 that a transfer would have brought (`cache_rows.fp8`). `plain` describes the other steps.
 """
 
-from __future__ import annotations
-
 import torch
 
 from sglang_tpla.attention.cache_write.inputs import CacheWrite

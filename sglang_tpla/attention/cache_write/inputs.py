@@ -5,8 +5,6 @@
 (docs/design.md, section 2). One `CacheWrite` serves every row format, the Triton kernels and their PyTorch twin.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch
@@ -77,13 +75,9 @@ class CacheWrite:
             if table is not None and not table.is_contiguous():
                 raise AttentionInputError(f"{name} must be contiguous; got strides {table.stride()}")
         if self.rope_dim % 2:
-            raise AttentionInputError(
-                f"k_rope must hold pairs, an even number of values; got {self.rope_dim}"
-            )
+            raise AttentionInputError(f"k_rope must hold pairs, an even number of values; got {self.rope_dim}")
         if (self.cos_sin is None) != (self.positions is None):
-            raise AttentionInputError(
-                "cos_sin and positions come together, or neither where k_rope is rotated"
-            )
+            raise AttentionInputError("cos_sin and positions come together, or neither where k_rope is rotated")
         for name, index in (("slots", self.slots), ("positions", self.positions)):
             if index is not None and (
                 index.shape != (self.tokens,)
@@ -91,12 +85,11 @@ class CacheWrite:
                 or not index.is_contiguous()
             ):
                 raise AttentionInputError(
-                    f"{name} must be contiguous int32 or int64 [{self.tokens}]; got {index.dtype} "
-                    f"{list(index.shape)}"
+                    f"{name} must be contiguous int32 or int64 [{self.tokens}]; got {index.dtype} {list(index.shape)}"
                 )
 
     def _expected(self) -> list[tuple[str, torch.Tensor, tuple[int, ...], torch.dtype]]:
-        """Each tensor with its name and with the shape and dtype that it must have."""
+        """Return each tensor with its name and with the shape and dtype that it must have."""
         tokens, d, rope, rows = self.tokens, self.latent.shape[1], self.rope_dim, self.rows
         plain = self.plain
         dtype = self.cache.dtype if plain else self.latent.dtype

@@ -9,8 +9,6 @@ The norm covers the whole latent and is rounded to the cache's dtype before the 
 The rotation is that of SGLang's ``DeepseekScalingRotaryEmbedding``.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch
@@ -30,7 +28,7 @@ class Tile(NamedTuple):
 
 
 def tile_of(tokens: int, whole: int, columns: int | None) -> Tile:
-    """The tile that was fastest on an H100 at widths 192, 256 and 320.
+    """Return the tile that was fastest on an H100 at widths 192, 256 and 320.
 
     Args:
         whole: latent values of a token, rounded up to a power of two.
@@ -42,7 +40,7 @@ def tile_of(tokens: int, whole: int, columns: int | None) -> Tile:
 
 
 def operands(new: CacheWrite) -> tuple[torch.Tensor, ...]:
-    """The tensors that every kernel reads, in its order; another tensor stands in for each that is None."""
+    """Return the tensors that every kernel reads, in its order; another tensor stands in for each that is None."""
     return (
         new.latent,
         new.k_rope,
@@ -56,7 +54,7 @@ def operands(new: CacheWrite) -> tuple[torch.Tensor, ...]:
 
 
 def strides(new: CacheWrite) -> tuple[int, ...]:
-    """The strides of latent, key, query tokens, query heads and cache rows, as every kernel takes them."""
+    """Return the strides of latent, key, query tokens, query heads and cache rows, as every kernel takes them."""
     query = new.latent if new.q_rope is None else new.q_rope
     return (new.latent.stride(0), new.k_rope.stride(0), *query.stride()[:2], new.rows.stride(0))
 

@@ -17,11 +17,8 @@ import triton.language as tl
 from sglang_tpla.attention.cache_write.inputs import CacheWrite
 
 ROTATE_NOT, ROTATE_PAIRS, ROTATE_HALVES = 0, 1, 2
-GIVEN, NORMED, PROJECTED = (
-    0,
-    1,
-    2,
-)  # a slice is the latent as it comes, its norm, or the projection of its norm
+# a slice is the latent as it comes, its norm, or the projection of its norm
+GIVEN, NORMED, PROJECTED = 0, 1, 2
 
 
 def rotation(new: CacheWrite) -> int:
@@ -198,9 +195,7 @@ def latent_write_kernel(
         if block < COLUMN_BLOCKS:
             column = block * BLOCK_W + tl.arange(0, BLOCK_W)
             raw = latent + token * latent_stride
-            value = slice_columns(
-                raw, weight, z, live, column, eps, D, W, MODE, BLOCK_TOKENS, BLOCK_W, BLOCK_D
-            )
+            value = slice_columns(raw, weight, z, live, column, eps, D, W, MODE, BLOCK_TOKENS, BLOCK_W, BLOCK_D)
             there = live[:, None] & (column < W)[None, :]
             tl.store(row[:, None] + column[None, :], value.to(row.dtype.element_ty), mask=there)
         else:

@@ -1,7 +1,5 @@
 """Cache writes in plain PyTorch, on any device: the twin of every kernel in this folder."""
 
-from __future__ import annotations
-
 import torch
 
 from sglang_tpla.attention.cache_write.inputs import CacheWrite
@@ -12,9 +10,7 @@ from sglang_tpla.cache_rows.parts import Part
 def write(new: CacheWrite) -> None:
     """Norm, project, rotate, encode and write the new tokens' rows."""
     kept, rows = _slices(new), new.rows  # [tokens, w]
-    key = (
-        new.k_rope if new.cos_sin is None else rotate_pairs(new.k_rope, new.cos_sin[new.positions], new.neox)
-    )
+    key = new.k_rope if new.cos_sin is None else rotate_pairs(new.k_rope, new.cos_sin[new.positions], new.neox)
     if new.sketched is not None:
         encoded = rows.new_empty(new.tokens, new.row_items)
         new.sketched.encode(kept, key, Part.FULL, encoded)
@@ -29,7 +25,7 @@ def write(new: CacheWrite) -> None:
 
 
 def _slices(new: CacheWrite) -> torch.Tensor:
-    """The slices [tokens, w] in float32; the norm is rounded to the model's dtype, as a separate norm kernel would."""
+    """Return float32 slices [tokens, w]; the norm is rounded to the model's dtype, as a kernel of its own would."""
     raw = new.latent.to(torch.float32)
     if new.weight is None:
         return raw

@@ -4,8 +4,6 @@ The kernel quantises every field straight from the float32 projection: these are
 brought (`cache_rows.sketched`). `plain` describes the other steps.
 """
 
-from __future__ import annotations
-
 import functools
 
 import torch
@@ -24,7 +22,7 @@ def serves(rows: rows_format.SketchedRows) -> bool:
 
 @functools.cache
 def _counters(device: torch.device) -> torch.Tensor:
-    """Counters that are zero between launches; launches of one device follow each other in one stream."""
+    """Return counters that are zero between launches; launches of one device follow each other in one stream."""
     return torch.zeros(MOST_BLOCKS, dtype=torch.int32, device=device)
 
 
@@ -40,9 +38,7 @@ def launch(new: CacheWrite) -> None:
     if tokens == 0:
         return
     sizes, cache, columns = new.sketched.rows, new.rows, new.sketched.columns
-    tile = tile_of(
-        tokens, triton.next_power_of_2(d), triton.next_power_of_2(columns) if new.z is None else None
-    )
+    tile = tile_of(tokens, triton.next_power_of_2(d), triton.next_power_of_2(columns) if new.z is None else None)
     programs = triton.cdiv(columns, tile.columns) + triton.cdiv(new.heads, tile.heads)
     bits = sizes.sketch_bits
     kernels.sketched_write_kernel[(triton.cdiv(tokens, tile.tokens), programs)](

@@ -129,26 +129,15 @@ def write_row(
     if OWN:
         own_scale = quantised_field(row, columns, SHARED, OWN, BLOCK_OWN)
         sketch_scale = write_sketch(
-            row + SKETCH,
-            columns + SHARED + OWN,
-            midpoints,
-            factor,
-            OWN,
-            GROUPS,
-            GROUP,
-            BITS,
-            BLOCK_SKETCH,
-            BLOCK_OWN,
-        )
+            row + SKETCH, columns + SHARED + OWN, midpoints, factor, OWN, GROUPS, GROUP, BITS, BLOCK_SKETCH, BLOCK_OWN
+        )  # fmt: skip
     few = tl.arange(0, 16)
     tl.store(row + SHARED + OWN + few, tl.zeros([16], tl.uint8), mask=few < W_PAD - SHARED - OWN)
     behind = SKETCH + SKETCH_BYTES
     tl.store(row + behind + few, tl.zeros([16], tl.uint8), mask=few < SCALES - behind)
     if ROPE:
         one = tl.zeros([1], tl.int64)
-        even, odd, a, b, whole = rotated_pairs(
-            key + one, cos_sin, positions, token + one, one == 0, ROPE, ROTATE, HALF
-        )
+        even, odd, a, b, whole = rotated_pairs(key + one, cos_sin, positions, token + one, one == 0, ROPE, ROTATE, HALF)
         if ROPE_BITS == 8:
             even, odd = tl.where(whole, even.to(tl.float32), 0.0), tl.where(whole, odd.to(tl.float32), 0.0)
             rope_scale = int8_scale(tl.maximum(tl.max(tl.abs(even)), tl.max(tl.abs(odd))))
@@ -217,20 +206,8 @@ def sketched_write_kernel(
         live = token < tokens
         token = token.to(tl.int64)
         column = block * BLOCK_W + tl.arange(0, BLOCK_W)
-        value = slice_columns(
-            latent + token * latent_stride,
-            weight,
-            z,
-            live,
-            column,
-            eps,
-            D,
-            COLUMNS,
-            MODE,
-            BLOCK_TOKENS,
-            BLOCK_W,
-            BLOCK_D,
-        )
+        raw = latent + token * latent_stride
+        value = slice_columns(raw, weight, z, live, column, eps, D, COLUMNS, MODE, BLOCK_TOKENS, BLOCK_W, BLOCK_D)
         there = live[:, None] & (column < COLUMNS)[None, :]
         tl.store(work + token[:, None] * COLUMNS + column[None, :], value, mask=there)
         tl.debug_barrier()  # every thread must have stored before one of them counts
@@ -243,30 +220,10 @@ def sketched_write_kernel(
                 if one < tokens:
                     at = tl.load(slots + one).to(tl.int64) * cache_stride
                     write_row(
-                        cache + at,
-                        cache16 + at // 2,
-                        work + one * COLUMNS,
-                        k_rope + one * rope_stride,
-                        cos_sin,
-                        positions,
-                        midpoints,
-                        one,
-                        factor,
-                        SHARED,
-                        OWN,
-                        GROUPS,
-                        GROUP,
-                        BITS,
-                        ROPE,
-                        ROPE_BITS,
-                        W_PAD,
-                        SCALES,
-                        ROTATE,
-                        HALF,
-                        BLOCK_SHARED,
-                        BLOCK_OWN,
-                        BLOCK_SKETCH,
-                    )
+                        cache + at, cache16 + at // 2, work + one * COLUMNS, k_rope + one * rope_stride, cos_sin,
+                        positions, midpoints, one, factor, SHARED, OWN, GROUPS, GROUP, BITS, ROPE, ROPE_BITS, W_PAD,
+                        SCALES, ROTATE, HALF, BLOCK_SHARED, BLOCK_OWN, BLOCK_SKETCH,
+                    )  # fmt: skip
     elif HEADS:
         rotate_queries(
             q_rope, cos_sin, positions, block - COLUMN_BLOCKS, tokens, q_token_stride, q_head_stride,

@@ -1,7 +1,5 @@
 """Choose the cache write of a row format on a device: a kernel on a GPU, the PyTorch twin otherwise."""
 
-from __future__ import annotations
-
 from sglang_tpla.attention.cache_write import fp8, plain, reference, sketched
 from sglang_tpla.attention.cache_write.inputs import CacheWrite
 

@@ -7,19 +7,11 @@ the device, and a CUDA graph of ``run`` stays right when lengths, page table and
 is `reference.ReferenceDecode`.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch
 
-from sglang_tpla.attention.interface import (
-    AttentionInputError,
-    DecodeShape,
-    PageTable,
-    checked_inputs,
-    checked_plan,
-)
+from sglang_tpla.attention.interface import AttentionInputError, DecodeShape, PageTable, checked_inputs, checked_plan
 from sglang_tpla.cache_rows import fp8 as fp8_rows
 
 MAX_SPLITS = 128  # of one request
@@ -45,7 +37,7 @@ class Tiling:
 
 
 def tiling_for(shape: DecodeShape) -> Tiling:
-    """The fastest tiling for ``shape`` among those measured."""
+    """Return the fastest tiling for ``shape`` among those measured."""
     rows = shape.heads * shape.query_len
     if rows <= 32 or shape.latent_dim > 256:
         return Tiling(16 if rows <= 16 else 32, 64, 4, 3)
@@ -55,7 +47,7 @@ def tiling_for(shape: DecodeShape) -> Tiling:
 
 
 def column_blocks(shared: int, w: int) -> tuple[int, int, int, int]:
-    """The widths of the blocks in which columns are loaded: two of shared, two of own columns; 0 is no block.
+    """Return the widths of the blocks in which columns are loaded: two of shared, two of own columns; 0 is no block.
 
     The first block of a part is the largest power of two in it; the second block is the rest.
     """
@@ -87,12 +79,7 @@ class Fp8Decode:
     """
 
     def __init__(
-        self,
-        shape: DecodeShape,
-        scale: float,
-        max_batch: int,
-        device: torch.device,
-        tiling: Tiling | None = None,
+        self, shape: DecodeShape, scale: float, max_batch: int, device: torch.device, tiling: Tiling | None = None
     ) -> None:
         self.shape, self.scale, self.max_batch = shape, scale, max_batch
         self.device = torch.device(device)
@@ -108,15 +95,13 @@ class Fp8Decode:
         self._row_blocks = -(-self._rows // self.tiling.rows)
         self._target = processors * self.tiling.programs
         most = max(batch * self._splits(batch) for batch in range(1, max_batch + 1))
-        self._partial_out = torch.empty(
-            most * self._rows * shape.latent_dim, dtype=torch.float32, device=device
-        )
+        self._partial_out = torch.empty(most * self._rows * shape.latent_dim, dtype=torch.float32, device=device)
         self._partial_lse = torch.empty(most * self._rows, dtype=torch.float32, device=device)
         self._table: PageTable | None = None
         self._lengths: torch.Tensor | None = None
 
     def _splits(self, batch: int) -> int:
-        """The most stretches of a request: four times an even share, for requests longer than the others."""
+        """Return the most stretches of a request: four times an even share, for requests longer than the others."""
         return max(1, min(MAX_SPLITS, 4 * self._target // (batch * self._row_blocks)))
 
     def plan(self, table: PageTable, lengths: torch.Tensor) -> None:
@@ -125,11 +110,7 @@ class Fp8Decode:
         self._table, self._lengths = table, lengths
 
     def run(
-        self,
-        q_latent: torch.Tensor,
-        q_rope: torch.Tensor,
-        kv_cache: torch.Tensor,
-        out: torch.Tensor | None = None,
+        self, q_latent: torch.Tensor, q_rope: torch.Tensor, kv_cache: torch.Tensor, out: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Attend over the planned step; see ``interface.py``.
 

@@ -67,8 +67,7 @@ def load_values(
     # Triton would move a plain cast behind shared memory, where products gather operands byte by byte. An "impure"
     # conversion stays in front, so matrix loads gather its results.
     return tl.inline_asm_elementwise(
-        "{ .reg .b16 low, high; mov.b32 {low, high}, $2;"
-        " cvt.rn.f16x2.e4m3x2 $0, low; cvt.rn.f16x2.e4m3x2 $1, high; }",
+        "{ .reg .b16 low, high; mov.b32 {low, high}, $2; cvt.rn.f16x2.e4m3x2 $0, low; cvt.rn.f16x2.e4m3x2 $1, high; }",
         "=r,=r,r",
         [code],
         dtype=tl.float16,

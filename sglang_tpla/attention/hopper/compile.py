@@ -45,9 +45,7 @@ def compile_cubin(source: str, defines: dict[str, int], name: str) -> tuple[byte
 
     options = [f"--gpu-architecture={ARCHITECTURE}", "--std=c++17", "-lineinfo", "--ptxas-options=-v"]
     options += [f"-D{key}={value}" for key, value in sorted(defines.items())]
-    program = _nvrtc(
-        nvrtc.nvrtcCreateProgram(source.encode(), name.encode(), 0, [], []), "nvrtcCreateProgram"
-    )
+    program = _nvrtc(nvrtc.nvrtcCreateProgram(source.encode(), name.encode(), 0, [], []), "nvrtcCreateProgram")
     outcome = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])[0]
     log = b" " * _nvrtc(nvrtc.nvrtcGetProgramLogSize(program), "nvrtcGetProgramLogSize")
     _nvrtc(nvrtc.nvrtcGetProgramLog(program, log), "nvrtcGetProgramLog")
@@ -64,9 +62,7 @@ def cached_cubin(source: str, defines: dict[str, int], name: str) -> bytes:
     from cuda.bindings import nvrtc
 
     version = nvrtc.nvrtcVersion()[1:]
-    digest = hashlib.sha256(
-        repr((source, sorted(defines.items()), ARCHITECTURE, version)).encode()
-    ).hexdigest()[:32]
+    digest = hashlib.sha256(repr((source, sorted(defines.items()), ARCHITECTURE, version)).encode()).hexdigest()[:32]
     path = cache_folder() / f"{digest}.cubin"
     if path.exists():
         return path.read_bytes()
@@ -96,9 +92,7 @@ class KernelModule:
     def kernel(self, name: str, shared_bytes: int = 0) -> Any:
         """The kernel called ``name``, with ``shared_bytes`` of dynamic shared memory allowed."""
         driver = self._driver
-        function = _driver(
-            driver.cuModuleGetFunction(self._module, name.encode()), f"cuModuleGetFunction({name})"
-        )
+        function = _driver(driver.cuModuleGetFunction(self._module, name.encode()), f"cuModuleGetFunction({name})")
         if shared_bytes > 48 * 1024:
             attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             _driver(driver.cuFuncSetAttribute(function, attribute, shared_bytes), "cuFuncSetAttribute")

@@ -268,10 +268,7 @@ class HopperDecode:
                     f"got strides {tensor.stride()}; pass a contiguous tensor"
                 )
         params = _Params(
-            *(
-                tensor.data_ptr()
-                for tensor in (q_latent, q_rope, cache, out, self._partial_out, self._partial_sums)
-            ),
+            *(tensor.data_ptr() for tensor in (q_latent, q_rope, cache, out, self._partial_out, self._partial_sums)),
             *(tensor.data_ptr() for tensor in (lengths, table.indices, table.starts)),
             self._part_begin.data_ptr(),
             self._split_start.data_ptr(),

@@ -51,9 +51,7 @@ def unsupported_reason(rows: SketchedRows) -> str | None:
     if not 64 <= rows.w_pad <= 512:
         return f"w_pad {rows.w_pad} lies outside of 64 to 512"
     if rows.shared % 4 or rows.sketch_columns % 8:
-        return (
-            f"expected r a multiple of 4 and (g - 1) n one of 8; got {rows.shared} and {rows.sketch_columns}"
-        )
+        return f"expected r a multiple of 4 and (g - 1) n one of 8; got {rows.shared} and {rows.sketch_columns}"
     return None
 
 
@@ -119,9 +117,7 @@ class SketchedVariant:
         levels = level_table(rows.sketch_bits)[: 1 << rows.sketch_bits - 1].to(torch.float16)
         words = levels.view(torch.int16).tolist() + [0] * (8 - len(levels))
         tables = {
-            f"LEVELS_{name}_{i}": sum(
-                (word >> shift & 255) << 8 * k for k, word in enumerate(words[4 * i : 4 * i + 4])
-            )
+            f"LEVELS_{name}_{i}": sum((word >> shift & 255) << 8 * k for k, word in enumerate(words[4 * i : 4 * i + 4]))
             for name, shift in (("LOW", 0), ("HIGH", 8))
             for i in (0, 1)
         }
@@ -139,9 +135,7 @@ class SketchedVariant:
             "ROW_VALUES": int(self.row_values),
             "FIXED_BYTES": self.fixed_bytes,
             "SHARED_BYTES": self.shared_bytes,
-            **dict(
-                zip(("PRODUCER_REGISTERS", "SCORE_REGISTERS", "VALUE_REGISTERS"), self.registers, strict=True)
-            ),
+            **dict(zip(("PRODUCER_REGISTERS", "SCORE_REGISTERS", "VALUE_REGISTERS"), self.registers, strict=True)),
             "MAX_PARTS": MAX_PARTS,
             "SEGMENT_COST": SEGMENT_COST,
             "PLAN_BATCH": 2048,

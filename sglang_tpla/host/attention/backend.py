@@ -42,7 +42,7 @@ class Queries:
 
     @classmethod
     def of_runner(cls, runner: Any) -> Queries:
-        """The queries of a model runner's own backend.
+        """Return the queries of a model runner's own backend.
 
         SGLang's ``seq_lens`` leave the drafts out when the target verifies them, and include them all when verified
         tokens extend the draft layer.
@@ -79,22 +79,20 @@ class TplaDecodeBackend(AttentionBackend):
         self._shapes = self._layer_shapes(config, runner.kv_cache_dtype == FP8)
         slots = self.req_to_token_pool.req_to_token  # [requests, max_context] int32
         # This checks once that the table is contiguous int32 and that positions fit 32 bits, as every step requires.
-        self._table = PageTable.from_req_to_token(
-            slots, torch.zeros(0, dtype=torch.int32, device=self._device)
-        )
+        self._table = PageTable.from_req_to_token(slots, torch.zeros(0, dtype=torch.int32, device=self._device))
         self._row_tokens = slots.shape[1]
         self.max_context_len: int = slots.shape[1]
         self._make_buffers(self.req_to_token_pool.size)
 
     def shared_read_ends(self, forward_mode: Any) -> Any:
-        """The end of reads of SGLang's page table: the last layer, because every layer's kernel reads the table.
+        """Return the end of reads of SGLang's page table: the last layer, because every layer's kernel reads the table.
 
         SGLang from 0.5.18 on asks for it; its default is that reads end before the first layer.
         """
         return compat.reads_until_replay_ends()
 
     def _layer_shapes(self, config: Any, fp8: bool) -> list[DecodeShape]:
-        """The shape of each layer; a draft model keeps the whole latent."""
+        """Return the shape of each layer; a draft model keeps the whole latent."""
         text = config.hf_text_config
         model = text.kv_lora_rank, self._rope_dim
         if self._is_draft:
@@ -155,7 +153,7 @@ class TplaDecodeBackend(AttentionBackend):
             self._make_buffers(max_bs)
 
     def get_cuda_graph_seq_len_fill_value(self) -> int:
-        """The length of the requests that fill up a graph's batch; positions are lengths minus one."""
+        """Return the length of the requests that fill up a graph's batch; positions are lengths minus one."""
         return 1
 
     def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> None:

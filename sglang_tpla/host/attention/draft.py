@@ -6,8 +6,6 @@ closed and lack ``tpla`` and ``torch_native``. It also names its choice to nobod
 target's backend for its own and hand over keys in the wrong form.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 
@@ -97,7 +95,7 @@ def capture_graphs(original: Callable[[Any], None], self: Any) -> None:
 
 
 def chosen(factory: Any, mode: str) -> str:
-    """The backend that the factory would choose, for "prefill" or for "decode"."""
+    """Return the backend that the factory would choose, for "prefill" or for "decode"."""
     return factory.draft_attn_backend or compat.factory_backends(factory)[mode]
 
 

@@ -5,8 +5,6 @@ the FlashAttention-3 of sgl_kernel, which takes value widths of 256 and more, an
 (``host/attention/backend.py``). Needs no SGLang and no GPU.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -33,7 +31,7 @@ def triton_serves(latent_dim: int, rope_dim: int) -> bool:
 
 
 def engine_unsupported_reason(name: str, shape: DecodeShape, capability: Capability) -> str | None:
-    """The reason for which an attention backend of the engine must not decode this shape there; None if it may.
+    """Return the reason for which an attention backend of the engine must not decode this shape there; None if it may.
 
     Args:
         name: value of ``--attention-backend`` (or ``--decode-attention-backend``).
@@ -90,16 +88,12 @@ def require_engine_backend(name: str, shape: DecodeShape, capability: Capability
         raise BackendRefusal(
             f"--attention-backend {name} cannot decode a latent slice of width {shape.latent_dim} with rope "
             f"{shape.rope_dim} and {shape.heads} heads here: {reason}; "
-            + (
-                f"use --attention-backend {' or '.join(able)}, or an artifact of another width"
-                if able
-                else remedy
-            )
+            + (f"use --attention-backend {' or '.join(able)}, or an artifact of another width" if able else remedy)
         )
 
 
 def preferred_backend(shapes: Sequence[DecodeShape], capability: Capability, stock: str) -> str:
-    """The backend of a decode server whose flags name none: SGLang's own choice where that is right.
+    """Return the backend of a decode server whose flags name none: SGLang's own choice where that is right.
 
     Args:
         shapes: one for each width among the layers.

@@ -6,8 +6,6 @@ latent, are rows of one matrix product. The hook follows ``TorchNativeAttnBacken
 ``sglang/srt/layers/attention/torch_native_backend.py``.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 
@@ -47,11 +45,7 @@ def extend(
     heads, step = query.shape[1], max(1, ROWS // query.shape[1])
     start = 0
     for row, length, prefix, count in zip(
-        req_pool_indices.tolist(),
-        seq_lens.tolist(),
-        extend_prefix_lens.tolist(),
-        extend_seq_lens.tolist(),
-        strict=True,
+        req_pool_indices.tolist(), seq_lens.tolist(), extend_prefix_lens.tolist(), extend_seq_lens.tolist(), strict=True
     ):
         slots = req_to_token[row, :length]
         keys, values = k_cache[slots, 0].to(query.dtype), v_cache[slots, 0].to(query.dtype)  # [length, ...]

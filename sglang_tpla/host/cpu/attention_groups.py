@@ -5,17 +5,13 @@ choose that way here. They follow ``sglang/srt/layers/dp_attention.py`` and
 ``sglang/srt/model_executor/forward_batch_info.py``.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
 
-def copy_rows(
-    target: torch.Tensor, source: torch.Tensor, dim: int, offset: Any, rows: Any, from_offset: bool
-) -> None:
+def copy_rows(target: torch.Tensor, source: torch.Tensor, dim: int, offset: Any, rows: Any, from_offset: bool) -> None:
     """Replace ``memcpy``: copy ``rows`` rows from ``offset`` of the source, or to ``offset`` of the target."""
     from sglang.srt.layers import dp_attention
 

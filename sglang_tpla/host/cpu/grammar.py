@@ -3,8 +3,6 @@
 The hooks follow ``sglang/srt/constrained/xgrammar_backend.py``. xgrammar itself masks logits on a CPU.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

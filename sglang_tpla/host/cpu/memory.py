@@ -6,8 +6,6 @@ that the process held when it first asked. The hook follows ``get_available_gpu_
 ``sglang/srt/utils/common.py``.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable
 from functools import cache
@@ -21,7 +19,7 @@ SHARE = 12
 
 
 def budget_bytes() -> int:
-    """The bytes that one rank may use."""
+    """Return the bytes that one rank may use."""
     return int(os.environ.get(VARIABLE, 0)) or psutil.virtual_memory().total // SHARE
 
 

@@ -7,8 +7,6 @@ backend, PyTorch sampling, and the absorbed MLA path. The class follows ``sglang
 import everything else of SGLang.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import psutil
@@ -44,7 +42,7 @@ class CpuReferencePlatform(SRTPlatform):
         return "torch_native"
 
     def get_kv_pool_cls(self, *, kind: str) -> type | None:
-        """The pool for one kind of model, for which SGLang asks from 0.5.22 on; older releases have a method a kind."""
+        """Return the pool of one kind of model (from 0.5.22 on; older releases have a method a kind)."""
         return self.get_mla_kv_pool_cls() if kind == "mla" else None
 
     def get_mha_kv_pool_cls(self) -> type:
@@ -88,9 +86,7 @@ class CpuReferencePlatform(SRTPlatform):
 
     def init_backend(self) -> None:
         from sglang.srt.models.deepseek_common.attention_backend_handler import AttentionBackendRegistry
-        from sglang.srt.models.deepseek_common.attention_forward_methods.forward_methods import (
-            AttnForwardMethod,
-        )
+        from sglang.srt.models.deepseek_common.attention_forward_methods.forward_methods import AttnForwardMethod
 
         # torch_native reads keys from the pool, which holds latents, so only the absorbed path is right.
         AttentionBackendRegistry.register("torch_native", lambda attn, forward_batch: AttnForwardMethod.MLA)

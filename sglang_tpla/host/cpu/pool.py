@@ -3,8 +3,6 @@
 The pool follows ``MLATokenToKVPool`` of ``sglang/srt/mem_cache/memory_pool.py``.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -5,8 +5,6 @@ import all of SGLang again: some ten seconds of processor time and 700 MB each. 
 ``_set_envs_and_config`` of ``sglang/srt/entrypoints/engine.py``, which runs before any thread starts.
 """
 
-from __future__ import annotations
-
 import multiprocessing
 from typing import Any
 

@@ -7,8 +7,6 @@
   ``adjust_config_with_unaligned_cpu_tp`` of ``sglang/srt/configs/update_config.py``.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 
@@ -26,16 +24,7 @@ def rope(
     device: str | None = None,
 ) -> Any:
     """Hook around ``get_rope_cpu``: make the plain embedding where there is no scaling."""
-    common = (
-        head_size,
-        rotary_dim,
-        max_position,
-        base,
-        is_neox_style,
-        rope_scaling,
-        dtype,
-        partial_rotary_factor,
-    )
+    common = (head_size, rotary_dim, max_position, base, is_neox_style, rope_scaling, dtype, partial_rotary_factor)
     if rope_scaling is not None:
         return original(*common, device)
     from sglang.srt.layers.rotary_embedding.factory import get_rope

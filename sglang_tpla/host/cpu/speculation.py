@@ -5,8 +5,6 @@ hooks the one of the same purpose in ``sglang/srt/speculative/eagle_utils.py``, 
 or ``sglang/kernels/ops/speculative/``.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 
@@ -185,7 +183,7 @@ def last_accepted(
 def _slots_from(
     req_to_token: torch.Tensor, req_pool_indices: torch.Tensor, starts: torch.Tensor, count: int
 ) -> torch.Tensor:
-    """The slots of ``count`` tokens of each request from ``starts`` on, flat."""
+    """Return the slots of ``count`` tokens of each request from ``starts`` on, flat."""
     columns = starts.long()[:, None] + torch.arange(count)
     return req_to_token[req_pool_indices.long()[:, None], columns].flatten().to(torch.int64)
 
@@ -236,9 +234,7 @@ def reserve_slots(
 ) -> None:
     """Hook around ``assign_req_to_token_pool_func``: take slots for tokens ``start_offset`` up to ``end_offset``."""
     taken = 0
-    for row, start, stop in zip(
-        req_pool_indices.tolist(), start_offset.tolist(), end_offset.tolist(), strict=True
-    ):
+    for row, start, stop in zip(req_pool_indices.tolist(), start_offset.tolist(), end_offset.tolist(), strict=True):
         req_to_token[row, start:stop] = out_cache_loc[taken : taken + stop - start].to(req_to_token.dtype)
         taken += stop - start
 

@@ -6,8 +6,6 @@ without telling its sender, which leaves the room open on the prefill rank for g
 the transfer's deadline.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -45,11 +43,7 @@ def abort(original: Callable[..., Any], self: Any, recv_req: Any) -> Any:
 def live_requests(scheduler: Any) -> Iterator[Any]:
     """Every request that a scheduler holds, once."""
     queues = [scheduler.waiting_queue, scheduler.grammar_manager.grammar_queue]
-    for name in (
-        "disagg_prefill_bootstrap_queue",
-        "disagg_decode_prealloc_queue",
-        "disagg_decode_transfer_queue",
-    ):
+    for name in ("disagg_prefill_bootstrap_queue", "disagg_decode_prealloc_queue", "disagg_decode_transfer_queue"):
         holder = getattr(scheduler, name, None)
         queues += [getattr(holder, part, None) or () for part in ("queue", "retracted_queue")]
     queues.append(getattr(scheduler, "disagg_prefill_inflight_queue", None) or ())

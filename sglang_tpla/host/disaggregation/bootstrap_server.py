@@ -5,8 +5,6 @@ server, because another server's would be found in their place. Besides SGLang's
 ``GET /registrations`` (the number accepted, and refused for each reason), the latter also as Prometheus series.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import logging
@@ -68,9 +66,7 @@ class TplaKVBootstrapServer(CommonKVBootstrapServer):
             if registered.get("server") == server_identity():
                 return await stock(checked)
             logger.error("a rank of another server wanted to register here: %s", registered)
-            return web.Response(
-                text=f"this is the bootstrap server of another prefill server; {OWN_PORT}", status=409
-            )
+            return web.Response(text=f"this is the bootstrap server of another prefill server; {OWN_PORT}", status=409)
 
         response = await self._checked(request, take)
         # A rank that registers again is still one rank.
@@ -126,14 +122,12 @@ def listening(host: str, port: int) -> socket.socket:
     Raises:
         OSError: an address that is taken, or not this machine's.
     """
-    family, _, _, _, address = socket.getaddrinfo(
-        host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-    )[0]
+    family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
     return socket.create_server((address[0], port), family=family, backlog=128)
 
 
 def port_taken(host: str, port: int, error: OSError) -> str:
-    """The reason for which a prefill server with this bootstrap port does not start."""
+    """Return the reason for which a prefill server with this bootstrap port does not start."""
     return f"the bootstrap server cannot listen on {host}:{port}: {error.strerror or error}; {OWN_PORT}"
 
 
@@ -153,7 +147,7 @@ def check_registration(data: dict[str, Any], known: CommonKVBootstrapServer) -> 
 
 
 def registration(manager: Any) -> Registrar:
-    """The registration of a prefill rank, with the payload of ``CommonKVManager.register_to_bootstrap``.
+    """Return the registration of a prefill rank, with the payload of ``CommonKVManager.register_to_bootstrap``.
 
     Args:
         manager: a `TplaKVManager`, to whose ``local_ip`` and ``rank_port`` decode servers shall connect.
@@ -173,8 +167,7 @@ def registration(manager: Any) -> Registrar:
         "pp_size": manager.pp_size,
         "pp_rank": manager.pp_rank,
         "system_dp_size": manager.system_dp_size,
-        "system_dp_rank": manager.system_dp_rank
-        % manager.system_dp_size,  # SGLang's may be an attention group's
+        "system_dp_rank": manager.system_dp_rank % manager.system_dp_size,  # SGLang's may be an attention group's
         "rank_ip": manager.local_ip,
         "rank_port": manager.rank_port,
         "page_size": manager.kv_args.page_size,
@@ -200,7 +193,7 @@ def registration(manager: Any) -> Registrar:
 
 
 def _series() -> Any:
-    """The counter of registrations, if this process publishes metrics, for which SGLang then names a folder."""
+    """Return the counter of registrations, if this process publishes metrics, for which SGLang then names a folder."""
     if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
         return None
     from prometheus_client import REGISTRY, Counter

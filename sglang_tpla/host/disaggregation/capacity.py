@@ -6,8 +6,6 @@ decode compares the prompt with its whole cache. A prompt that fits there, but n
 for decoding, would wait at the head of the queue for ever, and so would every request behind it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any
@@ -38,7 +36,7 @@ def exceeds(original: Callable[..., bool], self: Any, req: Any) -> bool:
 
 
 def never_fits(queue: Any, tokens: int) -> str:
-    """The reason for which a prompt would wait for ever; empty if it would not."""
+    """Return the reason for which a prompt would wait for ever; empty if it would not."""
     most = queue.max_total_num_tokens - queue.num_reserved_decode_tokens
     if tokens <= most:
         return ""

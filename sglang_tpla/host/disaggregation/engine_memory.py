@@ -5,8 +5,6 @@
 metadata buffer, to ``[rows, ...]``.
 """
 
-from __future__ import annotations
-
 import ctypes
 from typing import Any
 
@@ -22,47 +20,35 @@ from sglang_tpla.transfer.room import NO_LIMITS, Limits
 
 FP8_CACHE = "fp8_e4m3"  # --kv-cache-dtype of a decode server with FP8 rows
 RESERVED_INPUT_TOKENS = 5  # SGLang refuses a prompt that leaves fewer tokens
-CACHE_DTYPES = {
-    "bf16": torch.bfloat16,
-    "bfloat16": torch.bfloat16,
-    FP8_CACHE: FP8,
-    "fp8_e5m2": torch.float8_e5m2,
-}
+CACHE_DTYPES = {"bf16": torch.bfloat16, "bfloat16": torch.bfloat16, FP8_CACHE: FP8, "fp8_e5m2": torch.float8_e5m2}
 
 
 class _CudaBytes:
     """Raw device memory, in the description that torch imports."""
 
     def __init__(self, pointer: int, nbytes: int) -> None:
-        self.__cuda_array_interface__ = {
-            "shape": (nbytes,),
-            "typestr": "|u1",
-            "data": (pointer, False),
-            "version": 2,
-        }
+        self.__cuda_array_interface__ = {"shape": (nbytes,), "typestr": "|u1", "data": (pointer, False), "version": 2}
 
 
 def bytes_at(pointer: int, nbytes: int, device: torch.device) -> torch.Tensor:
-    """A view uint8 ``[nbytes]`` of memory that another owner keeps alive."""
+    """Return a view uint8 ``[nbytes]`` of memory that another owner keeps alive."""
     if device.type == "cuda":
         return torch.as_tensor(_CudaBytes(pointer, nbytes), device=device)
     return torch.frombuffer((ctypes.c_uint8 * nbytes).from_address(pointer), dtype=torch.uint8)
 
 
 def cache_dtype(kv_args: Any, server_args: Any) -> torch.dtype:
-    """The element type of the pool."""
+    """Return the element type of the pool."""
     name = kv_args.kv_cache_dtype_str
     if name == "auto":
         return compat.model_config(server_args).dtype
     if name not in CACHE_DTYPES:
-        raise ConfigError(
-            f"--kv-cache-dtype {name} is not transferred; use auto or one of {sorted(CACHE_DTYPES)}"
-        )
+        raise ConfigError(f"--kv-cache-dtype {name} is not transferred; use auto or one of {sorted(CACHE_DTYPES)}")
     return CACHE_DTYPES[name]
 
 
 def cache_pool(kv_args: Any, server_args: Any, rows: RowFormat | None = None) -> CachePool:
-    """The rank's latent pool, with one ``[slots, items]`` tensor for each layer.
+    """Return the rank's latent pool, with one ``[slots, items]`` tensor for each layer.
 
     Args:
         rows: formats of each layer's rows; None stands for plain rows.
@@ -79,22 +65,18 @@ def cache_pool(kv_args: Any, server_args: Any, rows: RowFormat | None = None) ->
     if rows is not None and rows.encoded:
         dtype = torch.uint8
     device = (
-        torch.device("cuda", kv_args.gpu_id)
-        if compat.resolved(server_args).device == "cuda"
-        else torch.device("cpu")
+        torch.device("cuda", kv_args.gpu_id) if compat.resolved(server_args).device == "cuda" else torch.device("cpu")
     )
     layers = [
         bytes_at(pointer, nbytes, device).view(dtype).view(-1, item // kv_args.page_size // dtype.itemsize)
-        for pointer, nbytes, item in zip(
-            kv_args.kv_data_ptrs, kv_args.kv_data_lens, kv_args.kv_item_lens, strict=True
-        )
+        for pointer, nbytes, item in zip(kv_args.kv_data_ptrs, kv_args.kv_data_lens, kv_args.kv_item_lens, strict=True)
     ]
     text = compat.model_config(server_args).hf_text_config
     return CachePool(layers, text.kv_lora_rank, text.qk_rope_head_dim, kv_args.page_size, encoding=rows)
 
 
 def prompt_limits(kv_args: Any, server_args: Any) -> Limits:
-    """The longest prompt that the scheduler of this rank takes.
+    """Return the longest prompt that the scheduler of this rank takes.
 
     It follows ``get_worker_info`` in ``managers/tp_worker.py`` and, on decode, ``_check_if_req_exceed_kv_capacity``
     with the tokens that a request must find free beside its prompt.
@@ -104,10 +86,7 @@ def prompt_limits(kv_args: Any, server_args: Any) -> Limits:
         return NO_LIMITS
     page = kv_args.page_size
     pool_tokens = (
-        min(
-            nbytes // item * page
-            for nbytes, item in zip(kv_args.kv_data_lens, kv_args.kv_item_lens, strict=True)
-        )
+        min(nbytes // item * page for nbytes, item in zip(kv_args.kv_data_lens, kv_args.kv_item_lens, strict=True))
         - page
     )  # the first page belongs to no request
     longest = pool_tokens - 1 - RESERVED_INPUT_TOKENS - 1
@@ -118,7 +97,7 @@ def prompt_limits(kv_args: Any, server_args: Any) -> Limits:
 
 
 def metadata_rows(kv_args: Any) -> MetadataRows:
-    """SGLang's metadata buffers (first token, logprobs, hidden states ...) as byte rows."""
+    """Return SGLang's metadata buffers (first token, logprobs, hidden states ...) as byte rows."""
     return MetadataRows(
         [
             np.ctypeslib.as_array((ctypes.c_uint8 * nbytes).from_address(pointer)).reshape(-1, item)

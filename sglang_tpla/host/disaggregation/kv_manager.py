@@ -6,12 +6,10 @@ alone decide who is alive, so a bootstrap server that is away fails no transfer.
 change: every decode rank asks every tensor-parallel prefill rank.
 """
 
-from __future__ import annotations
-
 import logging
 import sys
 import time
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Iterable
 from typing import Any
 
@@ -24,15 +22,11 @@ from sglang.srt.utils.network import NetworkAddress
 from sglang_tpla.cache_rows.fp8 import FP8
 from sglang_tpla.host import compat
 from sglang_tpla.host.disaggregation.bootstrap_server import registration
-from sglang_tpla.host.disaggregation.engine_memory import (
-    cache_dtype,
-    cache_pool,
-    metadata_rows,
-    prompt_limits,
-)
+from sglang_tpla.host.disaggregation.engine_memory import cache_dtype, cache_pool, metadata_rows, prompt_limits
 from sglang_tpla.host.disaggregation.prefill_lookup import (
     Lookups,
     Place,
+    Unanswered,
     rank_addresses,
     require_resolvable,
     why_unanswered,
@@ -42,7 +36,7 @@ from sglang_tpla.host.process import current_slice, model_identity, settings
 from sglang_tpla.transfer.decode.agent import DecodeAgent
 from sglang_tpla.transfer.memory.projection import Projection
 from sglang_tpla.transfer.prefill.agent import PrefillAgent
-from sglang_tpla.transfer.room import TransferError, remember
+from sglang_tpla.transfer.room import TransferError
 
 logger = logging.getLogger(__name__)
 SWITCH_INTERVAL_S = 0.0002
@@ -52,7 +46,7 @@ _agents: list[Any] = []
 
 
 def agents() -> tuple[Any, ...]:
-    """The agents of this process, one for each rank."""
+    """Return the agents of this process, one for each rank."""
     return tuple(_agents)
 
 
@@ -62,11 +56,7 @@ class TplaKVManager(CommonKVManager):
     local_ip: str
 
     def __init__(
-        self,
-        args: Any,
-        disaggregation_mode: DisaggregationMode,
-        server_args: Any,
-        is_mla_backend: bool = False,
+        self, args: Any, disaggregation_mode: DisaggregationMode, server_args: Any, is_mla_backend: bool = False
     ) -> None:
         self.agent: Any  # a PrefillAgent or a DecodeAgent, by the server's role
         self._lost_peers: deque[tuple[str, int]] = deque()
@@ -74,9 +64,8 @@ class TplaKVManager(CommonKVManager):
         self.rooms_taken: set[int] = set()  # from a request's opening of its room to the end of the request
         self.prompts: dict[int, int] = {}  # tokens of requests whose rooms are about to be opened, by room
         self._lookups = Lookups(self._look_up)
-        # Both are by bootstrap server: the reason for which it was not found at the last try; its ranks' addresses.
-        self.unanswered: OrderedDict[str, str] = OrderedDict()
-        self.rank_addresses: dict[str, dict[Place, dict[str, Any]]] = {}
+        self.unanswered = Unanswered()
+        self.rank_addresses: dict[str, dict[Place, dict[str, Any]]] = {}  # by bootstrap server
         # The scheduler's loop polls without rest during a transfer. At Python's default switch interval of 5 ms, each
         # of the agent's threads would wait that long for the interpreter after every call into ZMQ or torch.
         sys.setswitchinterval(SWITCH_INTERVAL_S)
@@ -94,9 +83,7 @@ class TplaKVManager(CommonKVManager):
     def register_to_bootstrap(self) -> None:
         """Start the prefill agent and register its address instead of the common manager's socket."""
         # A server that listens only on loopback keeps its transfers there as well.
-        host = (
-            self.bootstrap_host if self.bootstrap_host in ("127.0.0.1", "localhost", "::1") else self.local_ip
-        )
+        host = self.bootstrap_host if self.bootstrap_host in ("127.0.0.1", "localhost", "::1") else self.local_ip
         self.agent = PrefillAgent(
             cache_pool(self.kv_args, self.server_args),
             metadata_rows(self.kv_args),
@@ -238,12 +225,12 @@ class TplaKVManager(CommonKVManager):
         """Ask for a prefill server's layout and the addresses of its ranks, on a thread that may wait."""
         require_resolvable(bootstrap_addr)
         if not super().try_ensure_parallel_info(bootstrap_addr):
-            remember(self.unanswered, bootstrap_addr, why_unanswered(bootstrap_addr))
+            self.unanswered.note(bootstrap_addr, why_unanswered(bootstrap_addr))
             return False
         info = self.prefill_info_table.pop(bootstrap_addr, None)
         found = info and rank_addresses(bootstrap_addr, info)
         if not found:
-            remember(self.unanswered, bootstrap_addr, "it does not say where its ranks are")
+            self.unanswered.note(bootstrap_addr, "it does not say where its ranks are")
             return False
         self.rank_addresses[bootstrap_addr], self.prefill_info_table[bootstrap_addr] = found, info
         return True

@@ -5,25 +5,27 @@ SGLang's decode scheduler asks bootstrap servers (`try_ensure_parallel_info`, `_
 a machine that lost its power would delay the requests of all other prefill servers for over a minute.
 """
 
-from __future__ import annotations
-
 import concurrent.futures
 import itertools
 import logging
 import math
 import socket
 import threading
+import time
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 from urllib.parse import urlsplit
 
 import requests
 
-from sglang_tpla.transfer.room import TransferError
+from sglang_tpla.transfer.room import TransferError, remember
 
 WAIT_S = 0.05  # the scheduler's wait for an answer, which most often comes at once
 ASK_S = 5.0
 MAX_RANKS = 4096
+NOBODY = "nobody listens there"
+REFUSED_TWICE_S = 5.0  # SGLang asks once a second
 PLACE = ("prefill_dp_rank", "prefill_cp_rank", "target_tp_rank", "target_pp_rank")
 
 logger = logging.getLogger(__name__)
@@ -43,13 +45,11 @@ class Lookups:
         self._asked: dict[str, concurrent.futures.Future[bool]] = {}
 
     def known(self, address: str) -> bool:
-        """The answer of ``ask`` about a bootstrap server, or False before there is one. One thread calls this."""
+        """Return what ``ask`` said of a bootstrap server, or False before it has. One thread calls this."""
         answer = self._asked.get(address)
         if answer is None:
             answer = self._asked[address] = concurrent.futures.Future()
-            threading.Thread(
-                target=self._run, args=(address, answer), name="tpla-prefill-lookup", daemon=True
-            ).start()
+            threading.Thread(target=self._run, args=(address, answer), name="tpla-prefill-lookup", daemon=True).start()
         try:
             result = answer.result(self._wait_s)
         except concurrent.futures.TimeoutError:
@@ -70,6 +70,36 @@ class Lookups:
             answer.set_exception(error)
 
 
+class Unanswered:
+    """The bootstrap servers that were not found at the last try, with the reasons.
+
+    Args:
+        clock: seconds that only grow.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._found: OrderedDict[str, tuple[str, float]] = OrderedDict()
+
+    def note(self, address: str, why: str) -> None:
+        """Note why a bootstrap server did not answer.
+
+        Raises:
+            TransferError: nobody listened there the time before either. A prefill server's HTTP port opens after its
+                bootstrap server's, so that no prefill server has the other half of a request that still waits.
+        """
+        before, then = self._found.get(address, ("", 0.0))
+        now = self._clock()
+        remember(self._found, address, (why, now))
+        if why == before == NOBODY and now - then < REFUSED_TWICE_S:
+            raise TransferError(self.reason(address))
+
+    def reason(self, address: str) -> str:
+        """Return the reason for the client; empty where none was noted."""
+        why, _ = self._found.get(address, ("", 0.0))
+        return why and f"no answer from the bootstrap server at {address}: {why}"
+
+
 def require_resolvable(address: str) -> None:
     """Look up a bootstrap server's name.
 
@@ -85,19 +115,24 @@ def require_resolvable(address: str) -> None:
 
 
 def why_unanswered(address: str) -> str:
-    """The result of asking a bootstrap server for its layout, for the client who waits for it."""
+    """Return the result of asking a bootstrap server for its layout, for the client who waits for it."""
     query = dict.fromkeys(PLACE, -1)
     try:
         response = requests.get(f"http://{address}/route", params=query, timeout=ASK_S)
-    except requests.ConnectionError:
-        return "nobody listens there"
     except requests.RequestException as error:
-        return type(error).__name__
+        return NOBODY if was_refused(error) else type(error).__name__
     return f"status {response.status_code}: {response.text[:200]}"
 
 
+def was_refused(error: BaseException | None) -> bool:
+    """Whether an error comes from a connection that was refused, which a machine without a listener does at once."""
+    while error is not None and not isinstance(error, ConnectionRefusedError):
+        error = error.__cause__ or error.__context__
+    return error is not None
+
+
 def rank_addresses(address: str, info: Any) -> dict[Place, dict[str, Any]]:
-    """The addresses of the prefill ranks that a decode rank may need, from ``GET /route``.
+    """Return the addresses of the prefill ranks that a decode rank may need, from ``GET /route``.
 
     It is empty, with a line in the log, where the bootstrap server does not answer.
 

@@ -1,7 +1,5 @@
 """Make ``tpla`` one of SGLang's transfer backends, whose enumeration and class table are both closed."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from enum import Enum
 from typing import Any
@@ -20,12 +18,12 @@ def kv_class(original: Callable[..., Any], transfer_backend: Any, class_type: KV
     """Hook around ``get_kv_class``: return this package's classes for ``tpla``."""
     if getattr(transfer_backend, "value", None) != "tpla":
         return original(transfer_backend, class_type)
-    from sglang_tpla.host.disaggregation import bootstrap_server, kv_manager, request_ends
+    from sglang_tpla.host.disaggregation import bootstrap_server, kv_manager, kv_sender_receiver
 
     return {
         KVClassType.KVARGS: KVArgs,
         KVClassType.MANAGER: kv_manager.TplaKVManager,
-        KVClassType.SENDER: request_ends.TplaKVSender,
-        KVClassType.RECEIVER: request_ends.TplaKVReceiver,
+        KVClassType.SENDER: kv_sender_receiver.TplaKVSender,
+        KVClassType.RECEIVER: kv_sender_receiver.TplaKVReceiver,
         KVClassType.BOOTSTRAP_SERVER: bootstrap_server.TplaKVBootstrapServer,
     }[class_type]

@@ -6,8 +6,6 @@ the transfer shows it. So prefill leaves a digest of the tokens in the request's
 of ``cached_tokens`` (``MetadataBuffers`` in ``sglang/srt/disaggregation/utils.py``), and decode compares it.
 """
 
-from __future__ import annotations
-
 import logging
 import zlib
 from array import array
@@ -24,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 def digest(tokens: Sequence[int]) -> int:
-    """A digest of a prompt in 31 bits; it is never 0, which marks a row without one."""
+    """Return a digest of a prompt in 31 bits; it is never 0, which marks a row without one."""
     return (zlib.crc32(array("q", tokens).tobytes()) & 0x7FFFFFFF) | 1
 
 

@@ -5,8 +5,6 @@ the cache that no transfer moves. So the list is closed: any other model is refu
 refused with their own reason. The names are those of ``architectures`` in a model's ``config.json``.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 from sglang_tpla.config import ConfigError

@@ -11,8 +11,6 @@ so the layer runs SGLang's own absorbed path with w in the place of d. Sketched 
 (`head_reduce_scatter`). The hooks follow ``DeepseekV2AttentionMLA`` of ``sglang/srt/models/deepseek_v2.py``.
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -147,14 +145,10 @@ def absorbed_only(original: Callable[..., Any], self: Any, forward_batch: Any) -
 def fold_weights(original: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -> None:
     """Hook around ``post_load_weights``: fold the maps into SGLang's ``w_kc`` and ``w_vc`` [.., d, ..]."""
     sliced = [
-        module
-        for module in self.modules()
-        if getattr(module, "tpla", None) is not None and hasattr(module, "w_kc")
+        module for module in self.modules() if getattr(module, "tpla", None) is not None and hasattr(module, "w_kc")
     ]
     folded = [(module.w_kc, module.w_vc) for module in sliced]
-    for (
-        module
-    ) in sliced:  # SGLang would copy into the present tensors, which a first load gave the slice's shape
+    for module in sliced:  # SGLang would copy into the present tensors, which a first load gave the slice's shape
         module.w_kc = module.w_vc = None
     original(self, *args, **kwargs)
     for module, (old_kc, old_vc) in zip(sliced, folded, strict=True):
@@ -170,7 +164,7 @@ def fold_weights(original: Callable[..., None], self: Any, *args: Any, **kwargs:
 
 
 def _keep_storage(old: torch.Tensor | None, new: torch.Tensor) -> torch.Tensor:
-    """Reload in place, because captured graphs hold the old tensor's address."""
+    """Return reload in place, because captured graphs hold the old tensor's address."""
     return new if old is None else old.copy_(new)
 
 

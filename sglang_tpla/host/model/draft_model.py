@@ -7,8 +7,6 @@ carries the mark from the runner to the layers and cache that it builds. The hoo
 ``ModelRunner.alloc_memory_pool`` of ``sglang/srt/model_executor/model_runner.py``.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
@@ -41,14 +39,14 @@ def building_draft() -> bool:
 
 
 def draft_layers(model_config: Any, server_args: Any) -> int:
-    """Layers of the draft model of this server, whose rows share the target's slots; 0 without speculation."""
+    """Return how many draft layers' rows share the target's slots on this server; 0 without speculation."""
     if not compat.speculates(server_args):
         return 0
     return int(getattr(model_config.hf_text_config, "num_nextn_predict_layers", None) or 1)
 
 
 def draft_row_bytes(model_config: Any) -> int:
-    """Bytes of one token in one layer of the draft's cache: the whole latent and the rope in the model's precision."""
+    """Return the bytes of one token in one layer of the draft's cache: latent and key in the model's precision."""
     text, dtype = model_config.hf_text_config, model_config.dtype
     assert isinstance(dtype, torch.dtype)
     return (text.kv_lora_rank + text.qk_rope_head_dim) * dtype.itemsize

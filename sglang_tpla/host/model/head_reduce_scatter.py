@@ -6,8 +6,6 @@ of shard s are neighbours, and part i of the shard's heads is the t-th part of a
 stays. The sum costs a collective a layer and saves g - 1 parts of ``o_proj`` in memory and in reading.
 """
 
-from __future__ import annotations
-
 from functools import cache
 from typing import Any
 
@@ -17,7 +15,7 @@ from sglang.srt.distributed.parallel_state import get_world_group, init_model_pa
 
 @cache
 def head_shard_ranks(groups: int) -> Any:
-    """The ranks that hold this rank's heads. Every rank of the server must call this, and does so with its layers."""
+    """Return the ranks that hold this rank's heads. Every rank of the server must call this, and does by its layers."""
     world = get_world_group()
     size = torch.distributed.get_world_size()
     return init_model_parallel_group(

@@ -7,8 +7,6 @@ nothing. They follow ``MLATokenToKVPool`` of ``sglang/srt/mem_cache/memory_pool.
 ``calculate_mla_kv_cache_dim`` of ``.../kv_cache_configurator.py``.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +19,7 @@ from sglang_tpla.host.process import artifact
 
 
 def layer_items(dtype: torch.dtype, latent_dim: int, rope_dim: int, layers: int) -> list[int] | None:
-    """The items of a row in every layer, or None where SGLang's own pool has the right number.
+    """Return the items of a row in every layer, or None where SGLang's own pool has the right number.
 
     Args:
         dtype: the pool's type.

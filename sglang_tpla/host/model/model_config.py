@@ -5,8 +5,6 @@ tp``; the model itself reads its own config, which stays as it is. With H*g head
 that a rank of g groups computes. The hook follows ``sglang/srt/configs/model_config.py``.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from sglang_tpla.host.process import artifact, settings

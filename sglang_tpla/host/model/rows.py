@@ -5,8 +5,6 @@ plain MLA with an 8-bit cache, whose one map is the rotation that spreads a toke
 ``--kv-cache-dtype fp8_e4m3`` asks for FP8 rows. All other rows are plain.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -39,10 +37,8 @@ def sketched() -> bool:
     return found
 
 
-def row_format(
-    latent_dim: int, rope_dim: int, layers: int, *, fp8: bool = False, group: int = 0
-) -> RowFormat:
-    """The rows of every layer on a rank of ``group``; their sizes are the same in every group.
+def row_format(latent_dim: int, rope_dim: int, layers: int, *, fp8: bool = False, group: int = 0) -> RowFormat:
+    """Return the rows of every layer on a rank of ``group``; their sizes are the same in every group.
 
     Args:
         latent_dim, rope_dim: the model's widths. layers: the number of layers.
@@ -50,16 +46,14 @@ def row_format(
     """
     loaded = artifact()
     if sketched():
-        return RowFormat.sketched(
-            [sketched_rows(layer, latent_dim, rope_dim) for layer in range(layers)], group
-        )
+        return RowFormat.sketched([sketched_rows(layer, latent_dim, rope_dim) for layer in range(layers)], group)
     widths = loaded.meta.widths if loaded is not None else (latent_dim,) * layers
     shared = loaded.meta.shared_dims if loaded is not None else widths
     return (RowFormat.fp8 if fp8 else RowFormat.plain)(widths, shared, rope_dim)
 
 
 def sketched_rows(layer: int, latent_dim: int, rope_dim: int) -> SketchedRows:
-    """The sizes of one layer's rows on a server of sketched rows."""
+    """Return the sizes of one layer's rows on a server of sketched rows."""
     loaded = artifact()
     return SketchedRows.of(latent_dim, 1, latent_dim, rope_dim) if loaded is None else loaded.meta.rows(layer)
 
@@ -102,5 +96,5 @@ def layer_maps(part: Slice, layer: int, latent_dim: int, rope_dim: int) -> Layer
 
 
 def projections(part: Slice, layers: int, latent_dim: int, rope_dim: int) -> Sequence[torch.Tensor]:
-    """The projections that a rank hands to prefill ranks: one matrix ``[d, columns]`` for each layer."""
+    """Return the projections that a rank hands to prefill ranks: one matrix ``[d, columns]`` for each layer."""
     return [layer_maps(part, layer, latent_dim, rope_dim).projection for layer in range(layers)]

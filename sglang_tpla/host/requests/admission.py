@@ -4,8 +4,6 @@ SGLang marks such a request and lets one token of it run, so that its caches are
 that would mean a transfer of which the other side knows nothing, and a wait for its deadline.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable
 from http import HTTPStatus
@@ -39,9 +37,7 @@ def admit(original: Callable[..., None], self: Any, req: Any, is_retracted: bool
         original(self, req)
         return
     logger.error("%s, %s", reason, req.rid)
-    if hasattr(
-        self, "_release_aborted_request"
-    ):  # later releases hold inputs and cache handles for a request
+    if hasattr(self, "_release_aborted_request"):  # later releases hold inputs and cache handles for a request
         self._release_aborted_request(req)
     prepare_abort(req, reason, status_code=status)
     self.output_streamer.stream_output([req], req.return_logprob)
@@ -52,7 +48,7 @@ def admit(original: Callable[..., None], self: Any, req: Any, is_retracted: bool
 
 
 def no_such_rank(queue: Any, req: Any) -> str | None:
-    """The reason for which the request's data-parallel rank of prefill cannot have its cache; None if none is known."""
+    """Return why the request's data-parallel rank of prefill cannot have its cache; None if no reason is known."""
     rank, host = req.disagg_prefill_dp_rank, req.bootstrap_host
     if rank is None or host is None:
         return None
@@ -64,7 +60,7 @@ def no_such_rank(queue: Any, req: Any) -> str | None:
 
 
 def no_token_allowed(req: Any) -> str | None:
-    """The reason for which a ready grammar has no answer, because it masks every token (``root ::= root``), or None."""
+    """Return why a ready grammar has no answer, because it masks every token (``root ::= root``), or None."""
     if req.grammar is None:
         return None
     mask = req.grammar.allocate_vocab_mask(req.vocab_size, 1, "cpu")
@@ -85,9 +81,7 @@ def handle(original: Callable[..., None], self: Any, recv_req: Any, **kwargs: An
             "status_code": HTTPStatus.BAD_REQUEST,
             "message": f"this server cannot read the request: {type(error).__name__}: {error}",
         }
-        self.ipc_channels.send_to_tokenizer.send_output(
-            AbortReq(rid=recv_req.rid, finished_reason=reason), recv_req
-        )
+        self.ipc_channels.send_to_tokenizer.send_output(AbortReq(rid=recv_req.rid, finished_reason=reason), recv_req)
 
 
 def note_idle(self: Any) -> None:

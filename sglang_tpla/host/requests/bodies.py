@@ -4,8 +4,6 @@ SGLang's OpenAI protocol reads fields before pydantic has checked their types, a
 (``"response_format": true``). Routers try again after a 500, and count it against the server.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from starlette.responses import JSONResponse
@@ -31,8 +29,7 @@ async def refuse(request: Any, error: Exception) -> JSONResponse:
     if not happened_in(error, READS_BODIES):
         raise error
     return JSONResponse(
-        {"error": {"message": f"a field of the request has a wrong value: {error}", "code": 400}},
-        status_code=400,
+        {"error": {"message": f"a field of the request has a wrong value: {error}", "code": 400}}, status_code=400
     )
 
 

@@ -4,8 +4,6 @@ The edge has no agent. It sends its schedulers a message of SGLang's, an abort o
 each rank's agent tells the other server, which then answers its half of the request at once and with the reason.
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 from typing import Any
@@ -50,7 +48,7 @@ def declined(obj: Any, role: str, error: Exception) -> AbortReq | None:
 
 
 def checked_place(room: Any, host: Any, port: Any) -> tuple[int, str, int | None] | None:
-    """Room, and host and port of the bootstrap server, if the other server may wait there."""
+    """Return the room, and host and port of the bootstrap server, if the other server may wait there."""
     if not is_integer(room) or not FIRST_ROOM <= room <= LAST_ROOM or host == FAKE_BOOTSTRAP_HOST:
         return None
     if port is not None and (not is_integer(port) or not 1 <= port <= 65535):

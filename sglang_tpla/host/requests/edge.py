@@ -4,8 +4,6 @@ A mistake in a request becomes a `RequestRefused` here, which SGLang answers wit
 and no circuit breaker opens. A 500 would be tried again and again, and then close the service to everyone.
 """
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import re
@@ -41,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 
 def limits(manager: Any) -> Limits:
-    """The limits of the server behind a tokenizer manager."""
+    """Return the limits of the server behind a tokenizer manager."""
     # A decode server learns a prefill server's number of ranks later (`admission.py`).
     ranks = MAX_RANKS if serves_decode() else compat.data_parallel_ranks(manager.server_args)
     return Limits(manager.model_config.vocab_size, TOP_LOGPROBS, ranks, FAKE_BOOTSTRAP_HOST)
@@ -87,7 +85,7 @@ async def generate(
 
 
 def explained(error: Exception) -> Exception:
-    """An error over a value of the wrong type as a refusal, which is answered with status 400; others as they are."""
+    """Return an error over a value of the wrong type as a refusal with status 400, and others as they are."""
     if not isinstance(error, WRONG_VALUE):
         return error
     logger.error("a request that cannot be read", exc_info=error)
@@ -133,9 +131,7 @@ def check_normalized(self: Any, obj: Any, *args: Any, **kwargs: Any) -> None:
         check_item(item, bounds)
         check_stops(item.sampling_params)
         check_grammar(item.sampling_params)
-        params = self.sampling_params_class(
-            **{**(self.preferred_sampling_params or {}), **item.sampling_params}
-        )
+        params = self.sampling_params_class(**{**(self.preferred_sampling_params or {}), **item.sampling_params})
         # the scheduler does the same
         msgspec.msgpack.decode(msgspec.msgpack.encode(params), type=type(params))
         params.normalize(self.tokenizer)

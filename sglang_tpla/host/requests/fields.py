@@ -5,8 +5,6 @@ client. Every check raises `RequestRefused`, which names the field, its range an
 SGLang; requests are read through the attributes of ``GenerateReqInput``.
 """
 
-from __future__ import annotations
-
 import ipaddress
 import math
 import re
@@ -20,9 +18,7 @@ from sglang_tpla.errors import SglangTplaError
 FIRST_ROOM, LAST_ROOM = 1, 2**63 - 1
 INT32_MAX, INT64_MAX = 2**31 - 1, 2**63 - 1
 MAX_SAMPLES = 1024  # prompts times n of one request
-LARGEST_BIAS = (
-    1e9  # a larger value over a small temperature is infinite, and sampling then ends the scheduler
-)
+LARGEST_BIAS = 1e9  # a larger value over a small temperature is infinite, and sampling then ends the scheduler
 HOST_NAME = re.compile(r"[a-z0-9_]([a-z0-9_.-]{0,251}[a-z0-9_])?")
 # SGLang's own processes fill these in; a client's value would send the answer elsewhere.
 INTERNAL_FIELDS = ("http_worker_ipc", "mm_data_mooncake", "num_items_assigned", "encoder_urls", "lora_id")
@@ -68,10 +64,8 @@ def is_integer(value: Any) -> bool:
 
 
 def shown(value: Any) -> str:
-    """The short form of a value for a message."""
-    text = (
-        repr(value) if not isinstance(value, (list, dict, str)) or len(value) < 100 else f"{value!r:.80}..."
-    )
+    """Return the short form of a value for a message."""
+    text = repr(value) if not isinstance(value, (list, dict, str)) or len(value) < 100 else f"{value!r:.80}..."
     return text[:120]
 
 
@@ -151,9 +145,7 @@ def check_token_ids(name: str, ids: Any, vocab: int) -> None:
     except TypeError:
         pass
     wrong = next(i for i in ids if not is_integer(i) or not 0 <= i < vocab)
-    raise RequestRefused(
-        f"{name} must hold whole numbers from 0 to {vocab - 1} (the vocabulary); got {shown(wrong)}"
-    )
+    raise RequestRefused(f"{name} must hold whole numbers from 0 to {vocab - 1} (the vocabulary); got {shown(wrong)}")
 
 
 def check_logprobs(item: Any, limits: Limits) -> None:
@@ -191,9 +183,7 @@ def check_sampling(params: Any, limits: Limits) -> None:
     if bias is None:
         return
     if not isinstance(bias, Mapping):
-        raise RequestRefused(
-            f"sampling_params.logit_bias must be an object of token id and bias; got {shown(bias)}"
-        )
+        raise RequestRefused(f"sampling_params.logit_bias must be an object of token id and bias; got {shown(bias)}")
     for token, value in bias.items():
         number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
         if not number or abs(value) > LARGEST_BIAS:
@@ -217,7 +207,5 @@ def check_rooms_differ(items: list[Any]) -> None:
     seen: set[int] = set()
     for item in items:
         if item.bootstrap_room in seen:
-            raise RequestRefused(
-                f"bootstrap_room must differ within a batch; {item.bootstrap_room} comes twice"
-            )
+            raise RequestRefused(f"bootstrap_room must differ within a batch; {item.bootstrap_room} comes twice")
         seen.add(item.bootstrap_room)

@@ -7,19 +7,13 @@ Prefill sends no such values for the first token. Up to 0.5.19 decode leaves no 
 answers by the number of tokens: each part of a streamed answer, and each fifty tokens of another, then loses a value.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
 
 
 def all_tensors(
-    result: tuple[list[Any], list[Any]],
-    logprobs: torch.Tensor,
-    *args: Any,
-    no_copy_to_cpu: bool = False,
-    **kwargs: Any,
+    result: tuple[list[Any], list[Any]], logprobs: torch.Tensor, *args: Any, no_copy_to_cpu: bool = False, **kwargs: Any
 ) -> tuple[list[Any], list[Any]]:
     """Hook after ``get_token_ids_logprobs_raw``: make tensors of entries without values too, which are copied."""
     values, tokens = result

@@ -4,8 +4,6 @@ A grammar masks tokens, ``min_new_tokens`` masks the end of the answer, and ``lo
 where a grammar has no way on, they may leave no token; probabilities are then NaN, and sampling ends the server.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from http import HTTPStatus

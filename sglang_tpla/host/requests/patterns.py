@@ -6,8 +6,6 @@ longer than anyone waits; so does a grammar of great length, depth or count. The
 may refuse a pattern that would happen to be quick. Every check raises `RequestRefused`.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import re
@@ -36,9 +34,7 @@ def check_stops(params: Any) -> None:
     for name in ("stop", "stop_regex"):
         value = params.get(name)
         if isinstance(value, list) and len(value) > MAX_STOPS:
-            raise RequestRefused(
-                f"sampling_params.{name} may hold {MAX_STOPS} entries at most; got {len(value)}"
-            )
+            raise RequestRefused(f"sampling_params.{name} may hold {MAX_STOPS} entries at most; got {len(value)}")
     value = params.get("stop_regex")
     for pattern in value if isinstance(value, list) else [value]:
         if isinstance(pattern, str):
@@ -84,9 +80,7 @@ def check_schema(name: str, text: str) -> None:
         if "\0" in key or (isinstance(value, str) and "\0" in value):
             raise nul(name)
         if key in JSON_COUNTS and isinstance(value, (int, float)) and value > MAX_COUNT:
-            raise RequestRefused(
-                f"sampling_params.{name}: {key} may be {MAX_COUNT} at most; got {shown(value)}"
-            )
+            raise RequestRefused(f"sampling_params.{name}: {key} may be {MAX_COUNT} at most; got {shown(value)}")
         if key == "pattern" and isinstance(value, str):
             check_pattern(name, value, MAX_GRAMMAR_CHARACTERS)
 
@@ -133,7 +127,7 @@ def check_pattern(name: str, pattern: str, most: int, backtracks: bool = False) 
 
 
 def effort(items: Any, backtracks: bool) -> float:
-    """The highest cost of the repetitions of a parsed pattern.
+    """Return the highest cost of the repetitions of a parsed pattern.
 
     Args:
         backtracks: for Python's ``re``, which tries w ways of a body n times over: w to the power of n. A grammar
@@ -155,7 +149,7 @@ def effort(items: Any, backtracks: bool) -> float:
 
 
 def choices(items: Any, backtracks: bool) -> float:
-    """The number of lengths or forms in which the body of a repetition can match."""
+    """Return the number of lengths or forms in which the body of a repetition can match."""
     found = 1.0
     for op, value in items:
         if op in REPEATS and (backtracks or value[1] is not UNBOUNDED):
@@ -215,7 +209,7 @@ def _holds(op: Any, value: Any, character: int) -> bool:
 
 
 def parts(op: Any, value: Any) -> list[Any]:
-    """The patterns inside an item of a parsed pattern."""
+    """Return the patterns inside an item of a parsed pattern."""
     if op is _constants.BRANCH:
         return list(value[1])
     if op is _constants.SUBPATTERN:

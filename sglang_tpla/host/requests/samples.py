@@ -6,8 +6,6 @@ same request and must arrive at the same rooms, so the rooms follow from the req
 raise `RequestRefused`.
 """
 
-from __future__ import annotations
-
 import hashlib
 from typing import Any
 
@@ -20,7 +18,7 @@ PER_PROMPT = ("return_logprob", "logprob_start_len", "top_logprobs_num", "return
 
 
 def room_of(room: int, sample: int) -> int:
-    """The room of a sample; the first sample keeps the request's room.
+    """Return the room of a sample; the first sample keeps the request's room.
 
     A hash draws the others from the whole range, so that they miss rooms that clients or routers choose.
 
@@ -34,7 +32,7 @@ def room_of(room: int, sample: int) -> int:
 
 
 def samples_of(obj: Any) -> int:
-    """The ``n`` of a request, which SGLang wants equal for all prompts of a batch."""
+    """Return the ``n`` of a request, which SGLang wants equal for all prompts of a batch."""
     params = obj.sampling_params
     each = params if isinstance(params, list) else [params]
     found = set()
@@ -44,14 +42,12 @@ def samples_of(obj: Any) -> int:
         n = (one or {}).get("n")
         found.add(1 if n is None else within("sampling_params.n", n, 1, MAX_SAMPLES))
     if len(found) > 1:
-        raise RequestRefused(
-            f"sampling_params.n must be the same for all prompts of a batch; got {sorted(found)}"
-        )
+        raise RequestRefused(f"sampling_params.n must be the same for all prompts of a batch; got {sorted(found)}")
     return found.pop() if found else 1
 
 
 def prompts_of(obj: Any) -> int | None:
-    """The number of prompts of a batch, or None for a single prompt."""
+    """Return the number of prompts of a batch, or None for a single prompt."""
     for name in ("text", "input_ids"):
         value = getattr(obj, name)
         if value is None:
@@ -59,9 +55,7 @@ def prompts_of(obj: Any) -> int | None:
         if isinstance(value, str) or (name == "input_ids" and value and is_integer(value[0])):
             return None
         if not isinstance(value, list) or not value:
-            raise RequestRefused(
-                f"{name} must be a prompt or a list of prompts, not empty; got {shown(value)}"
-            )
+            raise RequestRefused(f"{name} must be a prompt or a list of prompts, not empty; got {shown(value)}")
         return len(value)
     if obj.input_embeds is not None:
         raise RequestRefused("input_embeds: embeddings are not carried to decode: send text or input_ids")
@@ -69,7 +63,7 @@ def prompts_of(obj: Any) -> int | None:
 
 
 def rooms_of(room: Any, prompts: int | None, samples: int) -> Any:
-    """The rooms of a request's samples, all samples of a prompt one after another.
+    """Return the rooms of a request's samples, all samples of a prompt one after another.
 
     Args:
         room: one number is a single prompt's room, or the first of a batch's successive rooms; a list has one for each
@@ -82,9 +76,7 @@ def rooms_of(room: Any, prompts: int | None, samples: int) -> Any:
         return None
     if not isinstance(room, list):
         if not is_integer(room):
-            raise RequestRefused(
-                f"bootstrap_room must be a whole number or a list of them; got {shown(room)}"
-            )
+            raise RequestRefused(f"bootstrap_room must be a whole number or a list of them; got {shown(room)}")
         room = [room + i for i in range(count)]
     if len(room) == count * samples:
         return room
@@ -99,7 +91,7 @@ def rooms_of(room: Any, prompts: int | None, samples: int) -> Any:
 
 
 def spread(value: Any, prompts: int | None, samples: int, name: str) -> Any:
-    """Spread a field of a batch to one entry for each sample; a value for all stays one value."""
+    """Return spread a field of a batch to one entry for each sample; a value for all stays one value."""
     if not isinstance(value, list):
         return value
     count = prompts or 1
@@ -150,7 +142,5 @@ def _expand(obj: Any, prompts: int | None, samples: int) -> None:
     obj.sampling_params = [{**one, "n": 1} for one in params]
     if isinstance(obj.rid, list):
         if len(obj.rid) != len(values):
-            raise RequestRefused(
-                f"rid must have one id for each of {len(values)} prompts; got {len(obj.rid)}"
-            )
+            raise RequestRefused(f"rid must have one id for each of {len(values)} prompts; got {len(obj.rid)}")
         obj.rid = [f"{rid}_{sample}" for rid in obj.rid for sample in range(samples)]

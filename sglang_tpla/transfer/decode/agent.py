@@ -9,8 +9,6 @@ The scheduler opens rooms and hands over pages; prefill ranks send what credit a
     Credits      who may send how much
 """
 
-from __future__ import annotations
-
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -137,11 +135,7 @@ class DecodeAgent:
             self.connections.connection((host, port))
 
     def open_room(
-        self,
-        room_id: int,
-        peers: Sequence[tuple[str, int, bool]],
-        born: float | None = None,
-        prompt_tokens: int = 0,
+        self, room_id: int, peers: Sequence[tuple[str, int, bool]], born: float | None = None, prompt_tokens: int = 0
     ) -> None:
         """Begin a new generation of a room with prefill ranks ``(host, port, is_dummy)``, connecting where needed.
 
@@ -159,19 +153,12 @@ class DecodeAgent:
                 raise TransferError(f"room {room_id} needs a prefill rank that sends; got {list(peers)}")
             check_closed(self.rooms.table, room_id, self.role, self.rank)
             sources = {
-                (host, port): Source(self.connections.connection((host, port)), dummy)
-                for host, port, dummy in peers
+                (host, port): Source(self.connections.connection((host, port)), dummy) for host, port, dummy in peers
             }
             self.rooms.open(room_id, sources, now if born is None else born, prompt_tokens, now)
 
     def request(
-        self,
-        room_id: int,
-        pages: np.ndarray,
-        *,
-        metadata_row: int,
-        expected_ranks: int,
-        prefix_tokens: int = 0,
+        self, room_id: int, pages: np.ndarray, *, metadata_row: int, expected_ranks: int, prefix_tokens: int = 0
     ) -> None:
         """Ask for a room's rows.
 
@@ -194,9 +181,7 @@ class DecodeAgent:
             if room.request is not None:
                 raise TransferError(f"room {room_id} was asked for already on decode rank {self.rank}")
             unknown = -1  # how full the last page is, prefill says
-            request = messages.Request(
-                room_id, room.generation, expected_ranks, prefix_tokens, unknown, False, 0, 1
-            )
+            request = messages.Request(room_id, room.generation, expected_ranks, prefix_tokens, unknown, False, 0, 1)
             self.rooms.request(room, Slots(slots), metadata_row, request, now)
 
     def poll(self, room_id: int) -> RoomState:

@@ -1,7 +1,5 @@
 """Inside the decode agent: a DEALER socket for each prefill rank, registration there, and the segments it can read."""
 
-from __future__ import annotations
-
 import uuid
 from collections.abc import Callable
 from functools import partial
@@ -223,9 +221,7 @@ class Connections:
         connection.began = min(connection.began, began) if connection.agent == message.agent else began
         connection.limits = Limits(message.context_tokens, message.pool_tokens)
         connection.agent = message.agent
-        self._send_now(
-            connection, messages.Capacity(self._limits.context_tokens, self._limits.pool_tokens), None
-        )
+        self._send_now(connection, messages.Capacity(self._limits.context_tokens, self._limits.pool_tokens), None)
         connection.layers = (message.first_layer, message.layers)
         near = message.segment is not None and message.host == self._hello.host
         self._map_all(connection, 0, (message.segment,) if near and message.segment is not None else ())
@@ -262,9 +258,7 @@ class Connections:
     def _forget_maps(self) -> None:
         """Unmap the segments that no connection uses any more."""
         used = {id(view) for other in self.table.values() for view in other.segments.values()}
-        self._maps = {
-            token: view for token, view in self._maps.items() if view is not None and id(view) in used
-        }
+        self._maps = {token: view for token, view in self._maps.items() if view is not None and id(view) in used}
 
     # Time, sending (I/O thread)
 
@@ -278,9 +272,7 @@ class Connections:
                 continue
             if connection.broken_since is not None:
                 if now - connection.broken_since > limit:
-                    text = (
-                        f"the connection to the {connection.name} broke and did not come back for {limit:g} s"
-                    )
+                    text = f"the connection to the {connection.name} broke and did not come back for {limit:g} s"
                     self.give_up(connection, text)
                 elif connection.socket is None:
                     connection.identity = uuid.uuid4().bytes
@@ -310,7 +302,9 @@ class Connections:
         try:
             connection.socket.send_multipart(parts, zmq.NOBLOCK)
         except zmq.Again:
-            self.give_up(connection, f"the {connection.name} does not read; its queue is full")
+            # a connection that has just ended takes nothing either: its monitor says so next, and it is dialled anew
+            if connection.monitor is None or not connection.monitor.poll(0):
+                self.give_up(connection, f"the {connection.name} does not read; its queue is full")
 
     def say_goodbye(self) -> None:
         """Tell every prefill rank that this one closes."""

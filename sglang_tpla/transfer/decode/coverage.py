@@ -4,8 +4,6 @@ Prefill ranks decide for themselves how they cut and share a request, so that co
 A cell is one layer of one token of the request, in two parts: the common and the own columns (`cache_rows.parts`).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import numpy as np
@@ -26,14 +24,9 @@ class Coverage:
         first_layer: of the model, for messages.
     """
 
-    def __init__(
-        self, layers: int, tokens: int, items: Callable[[int, Part], int], first_layer: int = 0
-    ) -> None:
+    def __init__(self, layers: int, tokens: int, items: Callable[[int, Part], int], first_layer: int = 0) -> None:
         self._first_layer = first_layer
-        needed = [
-            sum(BITS[part] for part in (Part.COMMON, Part.OWN) if items(layer, part))
-            for layer in range(layers)
-        ]
+        needed = [sum(BITS[part] for part in (Part.COMMON, Part.OWN) if items(layer, part)) for layer in range(layers)]
         self._needed = np.array(needed, dtype=np.uint8)[:, None]  # [layers, 1]
         self._claimed = np.zeros((layers, tokens), dtype=np.uint8)
 
@@ -45,11 +38,7 @@ class Coverage:
         if twice.any():
             row, token = np.argwhere(twice)[0]
             layer = self._first_layer + layers.start + row
-            what = (
-                "row"
-                if twice[row, token] == self._needed[layers.start + row, 0]
-                else NAMES[int(twice[row, token])]
-            )
+            what = "row" if twice[row, token] == self._needed[layers.start + row, 0] else NAMES[int(twice[row, token])]
             return f"that covers the {what} of layer {layer}, token {first_token + token}, which another chunk had"
         cells |= bits
         return ""

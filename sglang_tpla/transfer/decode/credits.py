@@ -3,8 +3,6 @@
 Everything runs under the agent's lock.
 """
 
-from __future__ import annotations
-
 from collections import OrderedDict
 
 from sglang_tpla.transfer.decode.state import Room, Source

@@ -1,7 +1,5 @@
 """The data channel of each connection: how it is dialled, read and ended."""
 
-from __future__ import annotations
-
 import errno
 import os
 from functools import partial

@@ -4,8 +4,6 @@ Nothing late is written, as with staging: each call writes at most `PIECE_BYTES`
 it, and the bytes of a room that has ended go to memory that nobody reads.
 """
 
-from __future__ import annotations
-
 import socket
 
 from cryptography.hazmat.primitives.ciphers import AEADDecryptionContext
@@ -28,9 +26,7 @@ class InPlaceChunk:
         aside: its checksum is taken by `digest`, of what lies in the pool then, and not on the way.
     """
 
-    def __init__(
-        self, room: Room, source: Source, chunk: messages.Chunk, pieces: IoVec, aside: bool = False
-    ) -> None:
+    def __init__(self, room: Room, source: Source, chunk: messages.Chunk, pieces: IoVec, aside: bool = False) -> None:
         self.room, self.source, self.chunk, self.aside = room, source, chunk, aside
         self.size_bytes = self.credit_bytes = pieces.size_bytes
         self._pieces = pieces

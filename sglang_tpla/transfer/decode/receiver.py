@@ -7,8 +7,6 @@ chunk does not count and is written over when it comes again, and one in shared 
 meanwhile fails the check.
 """
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,15 +18,7 @@ from sglang_tpla.cache_rows.parts import Part
 from sglang_tpla.transfer import messages
 from sglang_tpla.transfer.decode.in_place import InPlaceChunk
 from sglang_tpla.transfer.decode.rooms import Rooms, nack
-from sglang_tpla.transfer.decode.state import (
-    AnyChunk,
-    Connection,
-    RetainedChunk,
-    Room,
-    Source,
-    StagedChunk,
-    chunk_id,
-)
+from sglang_tpla.transfer.decode.state import AnyChunk, Connection, RetainedChunk, Room, Source, StagedChunk, chunk_id
 from sglang_tpla.transfer.memory.copy import check_pieces
 from sglang_tpla.transfer.memory.iovec import one_piece
 from sglang_tpla.transfer.memory.pool import CachePool, MetadataRows
@@ -153,9 +143,7 @@ class Receiver:
                     else:
                         self._take_chunk(room, source, message, segment[message.offset : end], 0)
 
-    def _take_chunk(
-        self, room: Room, source: Source, chunk: AnyChunk, payload: memoryview, credit_bytes: int
-    ) -> None:
+    def _take_chunk(self, room: Room, source: Source, chunk: AnyChunk, payload: memoryview, credit_bytes: int) -> None:
         with self.turn() as now:
             if room.state.ended:
                 self._counts["late_dropped"] += 1
@@ -229,9 +217,7 @@ class Receiver:
             self.fail(room, f"internal error {doing}: {error!r}")
 
     def _write(self, chunk: StagedChunk | InPlaceChunk) -> None:
-        """Write a staged chunk into the pool, unless its room has ended, and have it checked. A chunk that has come to
-        its place is only checked.
-        """
+        """Write a staged chunk into the pool and check it, unless its room has ended; in place, it is only checked."""
         with self._failing(chunk.room):
             if isinstance(chunk, InPlaceChunk):
                 self._written(chunk, chunk.digest())
@@ -262,9 +248,7 @@ class Receiver:
             sound = self._rooms.written(room, source, rows, chunk.credit_bytes, digest, retained)
         if not sound:
             text = "decode rank %d: chunk %d of room %d came damaged from the %s; asking for it again"
-            self._workers.log.warning(
-                text, self._workers.rank, rows.sequence, room.room_id, source.connection.name
-            )
+            self._workers.log.warning(text, self._workers.rank, rows.sequence, room.room_id, source.connection.name)
         if isinstance(chunk, StagedChunk):
             self._buffers.give_back(chunk.payload)
         self._complete(room)

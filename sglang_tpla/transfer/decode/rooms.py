@@ -2,8 +2,6 @@
 ``now`` where they need the time, and leave messages in `Rooms.out` and rooms that may be complete in `Rooms.finishing`.
 """
 
-from __future__ import annotations
-
 from collections import Counter, deque
 from collections.abc import Callable, Collection
 from typing import Any
@@ -15,16 +13,7 @@ from sglang_tpla.config import Settings
 from sglang_tpla.transfer import messages
 from sglang_tpla.transfer.decode.coverage import Coverage
 from sglang_tpla.transfer.decode.credits import Credits
-from sglang_tpla.transfer.decode.state import (
-    Address,
-    AnyChunk,
-    Connection,
-    Link,
-    RetainedChunk,
-    Room,
-    Source,
-    chunk_id,
-)
+from sglang_tpla.transfer.decode.state import Address, AnyChunk, Connection, Link, RetainedChunk, Room, Source, chunk_id
 from sglang_tpla.transfer.memory.iovec import Slots
 from sglang_tpla.transfer.memory.pool import CachePool
 from sglang_tpla.transfer.room import REFUSED, RoomState
@@ -61,17 +50,13 @@ class Rooms:
 
     # Calls of the scheduler
 
-    def open(
-        self, room_id: int, sources: dict[Address, Source], born: float, prompt_tokens: int, now: float
-    ) -> None:
+    def open(self, room_id: int, sources: dict[Address, Source], born: float, prompt_tokens: int, now: float) -> None:
         """Begin a new generation of a room."""
         self._generation += 1
         room = self.table[room_id] = Room(room_id, self._generation, sources, born, prompt_tokens, now)
         self.advance(room, now)
 
-    def request(
-        self, room: Room, slots: Slots, metadata_row: int, request: messages.Request, now: float
-    ) -> None:
+    def request(self, room: Room, slots: Slots, metadata_row: int, request: messages.Request, now: float) -> None:
         """Ask for a room's rows as soon as its prefill ranks have registered this one."""
         room.slots, room.metadata_row, room.request = slots, metadata_row, request
         pool = self._pool
@@ -194,9 +179,7 @@ class Rooms:
         first = chunk.first_layer - self._pool.first_layer
         return range(first, first + chunk.layers)
 
-    def wrong_chunk(
-        self, room: Room, source: Source, chunk: AnyChunk, size_bytes: int, credit_bytes: int
-    ) -> str:
+    def wrong_chunk(self, room: Room, source: Source, chunk: AnyChunk, size_bytes: int, credit_bytes: int) -> str:
         """Return what is wrong with a chunk. If nothing is, the chunk owns its rows from now on."""
         layers = self.layers_of(chunk)
         if source.dummy or room.coverage is None:
@@ -291,17 +274,11 @@ class Rooms:
         self.grant()
         return digest is None or sound
 
-    def finish(
-        self, room: Room, source: Source, message: messages.Finish, metadata: bytes, now: float
-    ) -> str:
+    def finish(self, room: Room, source: Source, message: messages.Finish, metadata: bytes, now: float) -> str:
         """Take a prefill rank's number of chunks and its metadata row. Return what is wrong with them."""
         page_size = self._pool.page_size
         pages = -(-message.tokens // page_size)
-        told = [
-            other
-            for other in room.sources.values()
-            if other.chunks is not None and other.tokens != message.tokens
-        ]
+        told = [other for other in room.sources.values() if other.chunks is not None and other.tokens != message.tokens]
         if room.request is None:
             return "rows that were not asked for"
         if messages.checksum(metadata) != message.checksum:
@@ -309,9 +286,7 @@ class Rooms:
         if len(metadata) != self._metadata_bytes:
             return f"a metadata row of {len(metadata)} bytes where {self._metadata_bytes} were due"
         if pages * page_size != len(room.slots):
-            return (
-                f"{message.tokens} tokens where {len(room.slots)} or a part of the last page were asked for"
-            )
+            return f"{message.tokens} tokens where {len(room.slots)} or a part of the last page were asked for"
         if len(source.claims) > message.chunks:
             return f"{message.chunks} chunks after {len(source.claims)} had come"
         if told:
@@ -377,15 +352,11 @@ class Rooms:
     # Time
 
     def expire(self, now: float) -> list[Room]:
-        """Return the rooms whose time is up, and free chunks that were retained for too long. Their Release may have
-        been lost; a rank that still reads one asks again.
-        """
+        """Return the rooms whose time is up, and free chunks retained so long that their Release may be lost."""
         patience = self._settings.transfer_timeout_s
         self._free_retained(lambda kept: now - kept.since > patience)
         self._name_expected(now)
-        return [
-            room for room in self.table.values() if not room.state.ended and now - room.progress > patience
-        ]
+        return [room for room in self.table.values() if not room.state.ended and now - room.progress > patience]
 
     def _name_expected(self, now: float) -> None:
         """Tell prefill ranks which rooms wait for pages here, so that they give up others sooner."""

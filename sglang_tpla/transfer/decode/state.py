@@ -3,8 +3,6 @@
 Any part of the agent may read an attribute, under the agent's lock; the one module that writes it is named beside it.
 """
 
-from __future__ import annotations
-
 import enum
 from collections import deque
 from dataclasses import dataclass, field

@@ -1,16 +1,12 @@
 """A gate that keeps anything from being written into a room's pages once the room has ended."""
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 
 class WriteGate:
-    """Admits writes into the pages and the metadata row of one room: several at a time, none after the end. Any thread
-    may call it.
-    """
+    """Admits any thread's writes to one room's pages and metadata row: several at a time, none after the end."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()

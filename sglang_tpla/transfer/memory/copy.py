@@ -1,8 +1,4 @@
-"""Copies, checksums, sends and reads of payloads in pieces (`iovec.IoVec`): in C (`native`) where that is compiled,
-else the same in Python.
-"""
-
-from __future__ import annotations
+"""Copy, check, send and read payloads in pieces (`iovec.IoVec`): in C where `native` is compiled, else in Python."""
 
 import ctypes
 import os

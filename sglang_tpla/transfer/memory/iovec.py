@@ -5,8 +5,6 @@ A payload is then a few long pieces of the pool's own memory. Where slots are sc
 pieces gains nothing and rows are gathered instead (`rows`).
 """
 
-from __future__ import annotations
-
 import ctypes
 from bisect import bisect_right
 from collections.abc import Sequence

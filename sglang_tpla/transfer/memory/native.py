@@ -6,8 +6,6 @@ once. The library is kept under ``$SGLANG_TPLA_CACHE`` (default ``~/.cache/sglan
 compiler and the machine's kind.
 """
 
-from __future__ import annotations
-
 import ctypes
 import functools
 import hashlib

@@ -125,9 +125,7 @@ class CachePool:
         """
         pages = np.asarray(pages, dtype=np.int64).reshape(-1)
         if pages.size and (pages.min() < 0 or pages.max() >= self.num_pages):
-            raise TransferError(
-                f"pages must lie in 0...{self.num_pages - 1}; got {pages.min()}...{pages.max()}"
-            )
+            raise TransferError(f"pages must lie in 0...{self.num_pages - 1}; got {pages.min()}...{pages.max()}")
         capacity = pages.size * self.page_size
         tokens = capacity if num_tokens is None else num_tokens
         if not (0 <= tokens <= capacity and capacity - tokens < self.page_size):

@@ -8,8 +8,6 @@ the *common* part of a row, the other columns are a group's *own* part. Each par
 sender sees which ranks want the same bytes.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
@@ -61,8 +59,7 @@ class Projection:
         d = self.matrices[0].shape[0]
         if self.sketched is not None and (
             tuple(self.sketched.shared) != tuple(self.shared)
-            or [rows.columns for rows in self.sketched.layers]
-            != [matrix.shape[-1] for matrix in self.matrices]
+            or [rows.columns for rows in self.sketched.layers] != [matrix.shape[-1] for matrix in self.matrices]
         ):
             raise TransferError(
                 "a projection of sketched rows has the columns [shared | own | sketch of all groups]; got widths "
@@ -138,9 +135,7 @@ def projection_digest(first_layer: int, latent_dim: int, rows: RowFormat) -> Any
 
 
 def stack_layers(matrices: Sequence[torch.Tensor], kinds: Sequence[Hashable]) -> tuple[torch.Tensor, ...]:
-    """Stack ``[d, columns]`` matrices of successive layers of one shape and kind, in order, to ``[layers, d,
-    columns]``: each stack is applied in one batched product.
-    """
+    """Stack successive layers' ``[d, columns]`` matrices of one shape and kind, each stack for one batched product."""
     pairs = zip(matrices, kinds, strict=True)
     runs = groupby(pairs, key=lambda pair: (pair[0].shape[1], pair[1]))
     return tuple(torch.stack([matrix for matrix, _ in run]) for _, run in runs)

@@ -6,8 +6,6 @@ pinned memory and the scatter; a call returns when the device is done, and sever
 projection is applied to all layers of a chunk in one batched product.
 """
 
-from __future__ import annotations
-
 import ctypes
 import threading
 from collections.abc import Sequence
@@ -23,15 +21,7 @@ from sglang_tpla.cache_rows.row_format import RowFormat
 from sglang_tpla.transfer import messages
 from sglang_tpla.transfer.chunks import Rectangle
 from sglang_tpla.transfer.memory.copy import copy_pieces
-from sglang_tpla.transfer.memory.iovec import (
-    Block,
-    IoVec,
-    Layers,
-    cut_blocks,
-    find_extents,
-    one_piece,
-    worth_it,
-)
+from sglang_tpla.transfer.memory.iovec import Block, IoVec, Layers, cut_blocks, find_extents, one_piece, worth_it
 from sglang_tpla.transfer.memory.pool import CachePool
 from sglang_tpla.transfer.memory.projection import cut_stacks
 from sglang_tpla.transfer.room import TransferError
@@ -96,12 +86,7 @@ def _all_finite(rows: torch.Tensor) -> torch.Tensor:
 
 
 def project_stack(
-    rows: torch.Tensor,
-    stack: torch.Tensor,
-    latent_dim: int,
-    part: Part,
-    out: torch.Tensor,
-    layer_rows: LayerRows,
+    rows: torch.Tensor, stack: torch.Tensor, latent_dim: int, part: Part, out: torch.Tensor, layer_rows: LayerRows
 ) -> None:
     """Project a batch of layers and encode one part of the result.
 
@@ -128,9 +113,7 @@ class RowReader:
         self._dense = _dense(self._rows)
 
     def ready_events(self, after: Any) -> tuple[Any, ...]:
-        """Return the events before which rows must not be read: on a GPU one after all that the calling thread has
-        queued so far, and ``after``, if there is one.
-        """
+        """Return events before which rows must not be read: ``after``, and the work that this thread has queued."""
         events: tuple[Any, ...] = () if after is None else (after,)
         if self._stream is not None:
             event = torch.cuda.Event()
@@ -145,16 +128,12 @@ class RowReader:
                 event.synchronize()
 
     def in_place(self, slots: np.ndarray) -> bool:
-        """Return whether raw rows of ``slots`` can be sent from where they lie: whether their `pieces` are few and
-        long.
-        """
+        """Return whether raw rows of ``slots`` can be sent from where they lie: as few, long `pieces`."""
         row_bytes = self.pool.layers[0].shape[1] * self.pool.dtype.itemsize
         return self._dense is not None and worth_it(find_extents(slots), slots.size, row_bytes)
 
     def pieces(self, rectangle: Rectangle, extents: np.ndarray) -> IoVec:
-        """Return the raw rows of a rectangle where they lie in the pool, in the payload's order; ``extents`` are its
-        tokens' slots (`iovec.find_extents`).
-        """
+        """Return a rectangle's raw rows where they lie in the pool, in the payload's order, given `find_extents`."""
         assert self._dense is not None
         first = rectangle.first_layer - self.pool.first_layer
         return self._dense.pieces(range(first, first + rectangle.layers), extents)
@@ -302,9 +281,7 @@ class RowWriter:
         """
         if self._rows is None or self._dense is None or part is not Part.FULL:
             return None
-        if not worth_it(
-            extents, int(extents[:, 1].sum()), min(self._rows[layer].shape[1] for layer in layers)
-        ):
+        if not worth_it(extents, int(extents[:, 1].sum()), min(self._rows[layer].shape[1] for layer in layers)):
             return None
         return self._dense.pieces(layers, extents)
 
@@ -360,9 +337,7 @@ class RowWriter:
         done.synchronize()  # what another process may write over is checked when it has been read, not before
         return digest
 
-    def _scatter(
-        self, layer: int, index: torch.Tensor, fields: tuple[Field, ...], values: torch.Tensor
-    ) -> None:
+    def _scatter(self, layer: int, index: torch.Tensor, fields: tuple[Field, ...], values: torch.Tensor) -> None:
         """Write ``[tokens, items]`` of a payload to the fields of one layer's rows."""
         if len(fields) <= 2:
             for field in fields:
@@ -380,9 +355,7 @@ class RowWriter:
         return self._places[fields]
 
     def _column_view(self, layer: int, first: int, stop: int) -> torch.Tensor:
-        """Return columns of a pool layer. The view is made once, because each call into torch waits for the
-        interpreter.
-        """
+        """Return columns of a pool layer; the view is made once, because each call into torch waits for the GIL."""
         key = (layer, first, stop)
         if key not in self._views:
             self._views[key] = self.pool.layers[layer][:, first:stop]
@@ -392,8 +365,6 @@ class RowWriter:
         """Return memory that the device can read by itself; it is good until this thread's next payload."""
         pinned: torch.Tensor | None = getattr(self._own, "pinned", None)
         if pinned is None or pinned.numel() < size_bytes:
-            with torch.cuda.device(
-                self.pool.device
-            ):  # a thread's own is GPU 0, and pinning would wake that one
+            with torch.cuda.device(self.pool.device):  # a thread's own is GPU 0, and pinning would wake that one
                 pinned = self._own.pinned = torch.empty(size_bytes, dtype=torch.uint8, pin_memory=True)
         return pinned[:size_bytes]

@@ -6,8 +6,6 @@ random token in the first bytes tells a mapped segment from another that happens
 descriptor numbers (a different process-id namespace, a process id used again).
 """
 
-from __future__ import annotations
-
 import fcntl
 import logging
 import mmap
@@ -43,9 +41,7 @@ class SharedSegment:
         self._file = os.memfd_create("sglang-tpla", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         os.ftruncate(self._file, HEADER_BYTES + size_bytes)
         # a reader must not be killed by memory that went away under it
-        fcntl.fcntl(
-            self._file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
-        )
+        fcntl.fcntl(self._file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
         self._map = mmap.mmap(self._file, HEADER_BYTES + size_bytes)
         token = secrets.token_bytes(TOKEN_BYTES)
         self._map[:TOKEN_BYTES] = token
@@ -67,9 +63,7 @@ class SharedSegment:
             self._file = -1
 
 
-def make_segment(
-    agent: str, size_bytes: int, reserved_bytes: int, logger: logging.Logger
-) -> SharedSegment | None:
+def make_segment(agent: str, size_bytes: int, reserved_bytes: int, logger: logging.Logger) -> SharedSegment | None:
     """Make a segment whose first bytes are reserved; None where the system has none to give: payloads travel inline."""
     segment = None
     try:
@@ -108,9 +102,7 @@ def map_segment(segment: messages.Segment) -> np.ndarray | None:
     return np.frombuffer(memory, dtype=np.uint8, offset=HEADER_BYTES)
 
 
-def map_for(
-    device: torch.device | None, segment: messages.Segment, logger: logging.Logger
-) -> memoryview | None:
+def map_for(device: torch.device | None, segment: messages.Segment, logger: logging.Logger) -> memoryview | None:
     """Map a segment as `map_segment` does, and pin it for a GPU, which then reads it without another copy."""
     data = map_segment(segment)
     if data is None:

@@ -5,8 +5,6 @@ taken it yet, and each rank of this host that has not yet acknowledged the chunk
 slots; nothing is allocated beyond it. A chunk that is sent from where it lies in the pool has a slot without memory.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable
 
@@ -63,9 +61,7 @@ class Staging:
         return self.slots * self.slot_bytes
 
     def take(self) -> Slot | None:
-        """Take a free slot; None where there is none. It is the slot that came free last, so that no more memory is
-        touched than is in use.
-        """
+        """Take the free slot that was used last, so that no more memory is touched than is in use, or return None."""
         if not self._free:
             self.reap()
         if not self._free or not self._has_memory(self._free[-1]):

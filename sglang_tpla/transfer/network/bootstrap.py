@@ -10,8 +10,6 @@ another bootstrap server, are all refused; machines need no common clock, and th
     POST /register_dp_rank     the same
 """
 
-from __future__ import annotations
-
 import hashlib
 import hmac
 import json
@@ -83,9 +81,7 @@ class Gate:
         return (content + self._mark(content)).hex()
 
     def wrong(self, method: str, path: str, body: bytes, headers: Mapping[str, str]) -> str | None:
-        """Return which of REASONS speaks against a registration, or None where it is good (its challenge is then used
-        up).
-        """
+        """Return which of REASONS refuses a registration, or None where it is good, and use its challenge up."""
         try:
             if len(body) > MAX_BODY_BYTES or not isinstance(json.loads(body), dict):
                 return "malformed"
@@ -128,12 +124,7 @@ class Gate:
 
 
 def submit(
-    base_url: str,
-    method: str,
-    path: str,
-    payload: Mapping[str, Any],
-    secret: bytes | None,
-    timeout_s: float = 5.0,
+    base_url: str, method: str, path: str, payload: Mapping[str, Any], secret: bytes | None, timeout_s: float = 5.0
 ) -> None:
     """Send one registration, signed where there is a secret.
 
@@ -153,9 +144,7 @@ def submit(
     except httpx.HTTPError as error:
         raise TransferError(f"the bootstrap server at {base_url} cannot be asked: {error!r}") from error
     if 400 <= response.status_code < 500:
-        raise RegistrationRefused(
-            f"the bootstrap server at {base_url} refused a registration: {response.text[:500]}"
-        )
+        raise RegistrationRefused(f"the bootstrap server at {base_url} refused a registration: {response.text[:500]}")
     if response.status_code != 200:
         raise TransferError(
             f"the bootstrap server at {base_url} answered {response.status_code}: {response.text[:500]}"
@@ -235,9 +224,7 @@ class Registrar:
         if response.status_code in (404, 503):
             self._register()
             self.renewed += 1
-            logger.warning(
-                "the bootstrap server at %s had forgotten this rank: registered anew", self._base_url
-            )
+            logger.warning("the bootstrap server at %s had forgotten this rank: registered anew", self._base_url)
             return
         found = response.raise_for_status().json()
         ours = (str(self._payload["rank_ip"]), int(self._payload["rank_port"]))

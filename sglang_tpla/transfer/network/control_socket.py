@@ -1,7 +1,5 @@
 """The control socket: limits, heartbeats and addresses of the ZMQ connection that carries messages."""
 
-from __future__ import annotations
-
 import zmq
 
 from sglang_tpla.config import Settings

@@ -14,8 +14,6 @@ The checksum or tag comes last so that either end takes it of what it moves, ste
 caches.
 """
 
-from __future__ import annotations
-
 import os
 import socket
 import struct
@@ -38,14 +36,7 @@ from sglang_tpla.transfer.messages import (
     OPENED,
     FrameError,
 )
-from sglang_tpla.transfer.network.sealing import (
-    STEP_BYTES,
-    TAG_BYTES,
-    Seal,
-    SealedIntake,
-    SealedOutgoing,
-    is_proved,
-)
+from sglang_tpla.transfer.network.sealing import STEP_BYTES, TAG_BYTES, Seal, SealedIntake, SealedOutgoing, is_proved
 
 PREAMBLE = b"TPLD\x03"
 PREAMBLE_BYTES = len(PREAMBLE) + CHANNEL_TOKEN_BYTES
@@ -61,9 +52,7 @@ class ChannelError(SglangTplaError, ConnectionError):
 
 
 def set_up(stream: socket.socket, timeout_s: float) -> None:
-    """Set the options of either end: never block, send at once, and give a silent network up after ``timeout_s`` even
-    if nothing is sent.
-    """
+    """Set either end's options: never block, send at once, and give a silent network up after ``timeout_s``."""
     stream.setblocking(False)
     stream.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for option in (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL):
@@ -95,12 +84,7 @@ class OutgoingChunk:
     __slots__ = ("digest", "done", "head", "header", "known", "payload", "pieces", "tail", "wanted")
 
     def __init__(
-        self,
-        header: bytes,
-        pieces: IoVec,
-        digest: bytes,
-        wanted: Callable[[], bool],
-        done: Callable[[bytes], None],
+        self, header: bytes, pieces: IoVec, digest: bytes, wanted: Callable[[], bool], done: Callable[[bytes], None]
     ) -> None:
         self.header, self.pieces, self.known = header, pieces, digest
         self.head = memoryview(b"")
@@ -335,9 +319,7 @@ class ChunkReader(Generic[HeaderT]):
         self._target, self._filled, self._due_bytes = target, 0, size_bytes
 
     def _wait_for(self, size_bytes: int) -> None:
-        """Have the socket called readable when so many bytes (or very many) are there, because each wake-up has a
-        price.
-        """
+        """Have the socket called readable when so many bytes (or very many) are there: each wake-up has a price."""
         size_bytes = min(size_bytes, WAKE_BYTES)
         if size_bytes != self._low_water:
             self._low_water = size_bytes

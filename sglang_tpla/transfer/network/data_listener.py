@@ -4,21 +4,13 @@ A channel is bound to a registered connection by the token that its Welcome name
 Welcome, if there is one. Everything here runs on the agent's I/O thread.
 """
 
-from __future__ import annotations
-
 import secrets
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from sglang_tpla.transfer.messages import CHANNEL_TOKEN_BYTES, DataChannel
-from sglang_tpla.transfer.network.data_channel import (
-    PREAMBLE,
-    PREAMBLE_BYTES,
-    OutgoingChunk,
-    SendQueue,
-    set_up,
-)
+from sglang_tpla.transfer.network.data_channel import PREAMBLE, PREAMBLE_BYTES, OutgoingChunk, SendQueue, set_up
 from sglang_tpla.transfer.network.event_loop import IoLoop
 from sglang_tpla.transfer.network.sealing import Seal, new_key
 

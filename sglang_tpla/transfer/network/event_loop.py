@@ -4,8 +4,6 @@ An exception in a handler is the agent's to report (`on_error`) and the loop goe
 cannot go on, `on_death` is told why: nothing ends silently.
 """
 
-from __future__ import annotations
-
 import os
 import socket
 import threading
@@ -41,9 +39,7 @@ class IoLoop:
         on_error: Callable[[str, BaseException], None],
         on_death: Callable[[BaseException], None],
     ) -> None:
-        """Start the thread. It calls ``on_tick`` every ``tick_s``, and says which exception of a handler it outlived,
-        or which ended it.
-        """
+        """Start the thread; ``on_error`` hears of exceptions that it outlives, ``on_death`` of the one that ends it."""
         self._tick_s, self._on_tick, self._on_error, self._on_death = tick_s, on_tick, on_error, on_death
         self.thread.start()
 

@@ -6,8 +6,6 @@ where it lies, step by step while it is in a core's caches: rows that have not b
 that cannot succeed before they are.
 """
 
-from __future__ import annotations
-
 import secrets
 import socket
 

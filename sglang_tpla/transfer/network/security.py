@@ -80,9 +80,7 @@ class Security:
             TransferError: no keys, no loopback, and not declared insecure.
         """
         if self.secret is None and not self.insecure and not is_loopback(host):
-            raise TransferError(
-                f"{what} {host} without keys would let anyone read and write caches; {REMEDY}"
-            )
+            raise TransferError(f"{what} {host} without keys would let anyone read and write caches; {REMEDY}")
 
     def apply_server(self, socket: zmq.Socket) -> None:
         """Make a prefill socket demand an allowed key."""

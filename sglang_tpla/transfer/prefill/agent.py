@@ -13,8 +13,6 @@ Public calls return at once, from any thread, and raise `TransferError` for misu
 ended.
 """
 
-from __future__ import annotations
-
 import logging
 from typing import Any
 

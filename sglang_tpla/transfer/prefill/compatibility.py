@@ -1,7 +1,5 @@
 """What a prefill rank demands of a decode rank before it serves it: one sentence for each mismatch."""
 
-from __future__ import annotations
-
 from sglang_tpla.cache_rows.parts import Part
 from sglang_tpla.cache_rows.row_format import SENDER_DTYPES, RowFormat
 from sglang_tpla.transfer.memory.pool import CachePool, MetadataRows
@@ -41,12 +39,7 @@ def mismatch(hello: Hello, pool: CachePool, metadata: MetadataRows, model_hash: 
         )
     pairs = (
         ("model", model_hash, hello.model_hash, "serve the same checkpoint on both sides"),
-        (
-            "latent width (kv_lora_rank)",
-            pool.latent_dim,
-            layout.latent_dim,
-            "serve the same model on both sides",
-        ),
+        ("latent width (kv_lora_rank)", pool.latent_dim, layout.latent_dim, "serve the same model on both sides"),
         ("rope width", pool.rope_dim, layout.rope_dim, "serve the same model on both sides"),
         (
             "cache dtype",
@@ -75,8 +68,7 @@ def mismatch(hello: Hello, pool: CachePool, metadata: MetadataRows, model_hash: 
         )
     d = pool.latent_dim
     if len(layout.shared) != len(layout.widths) or any(
-        not 1 <= width <= d or shared > width
-        for width, shared in zip(layout.widths, layout.shared, strict=False)
+        not 1 <= width <= d or shared > width for width, shared in zip(layout.widths, layout.shared, strict=False)
     ):
         return (
             f"projection: expected one width in 1...{d} and one shared width below it a layer, got widths "

@@ -3,8 +3,6 @@
 Nothing waits and nothing is sent here. Everything runs under the agent's lock.
 """
 
-from __future__ import annotations
-
 from collections import OrderedDict
 
 from sglang_tpla.transfer.room import remember

@@ -4,8 +4,6 @@ Nothing waits and nothing is sent here: messages to decode ranks are put into `O
 Everything runs under the agent's lock.
 """
 
-from __future__ import annotations
-
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Mapping
 
@@ -71,11 +69,7 @@ class Lanes:
         room.formed = True
 
         def make_plan(
-            projection: SenderProjection,
-            part: Part,
-            limit: int,
-            row_format: RowFormat,
-            share: tuple[int, int],
+            projection: SenderProjection, part: Part, limit: int, row_format: RowFormat, share: tuple[int, int]
         ) -> ChunkPlan:
             wanted = (projection, part, limit, row_format, share_of(len(self._pool.layers), *share))
             for plan in room.plans:
@@ -152,9 +146,7 @@ class Lanes:
         if destination.wanted_bytes > destination.announced_bytes:
             destination.announced_bytes = destination.wanted_bytes
             room_id, generation = destination.room.room_id, destination.generation
-            self._out.put(
-                destination.peer.identity, messages.Want(room_id, generation, destination.wanted_bytes)
-            )
+            self._out.put(destination.peer.identity, messages.Want(room_id, generation, destination.wanted_bytes))
 
     def _finish(self, destination: Destination) -> None:
         room = destination.room
@@ -181,9 +173,7 @@ class Lanes:
                 self._has(lane, sequence, destination)
         destination.acked, destination.confirmed = destination.due, True
 
-    def receipt(
-        self, destination: Destination, message: messages.Ack | messages.Nack | messages.Stored
-    ) -> str:
+    def receipt(self, destination: Destination, message: messages.Ack | messages.Nack | messages.Stored) -> str:
         """Handle an Ack, a Stored or a Nack of one chunk. Return why the room must fail, or nothing."""
         lane, sequence = destination.lane(message.part), message.sequence
         stored = message.offset if isinstance(message, messages.Stored) else None
@@ -340,10 +330,7 @@ class Lanes:
             return False
         if lane.route is Route.LOCAL:
             return all(len(taker.unacked) < self._local_chunks for taker in takers)
-        if any(
-            taker.peer.queued >= CHUNKS_AHEAD or not self._has_channel(taker.peer.identity)
-            for taker in takers
-        ):
+        if any(taker.peer.queued >= CHUNKS_AHEAD or not self._has_channel(taker.peer.identity) for taker in takers):
             return False
         size = lane.plan.size(sequence)
         enough = all(taker.credit_bytes - taker.sent_bytes >= size for taker in takers)
@@ -381,7 +368,7 @@ class Lanes:
         job.deliveries.append((lane, list(takers)))
 
     def _deliver_elsewhere(self, job: ChunkJob, cap: int) -> None:
-        """Return the deliveries of the same chunk to other hosts whose lanes can take it now."""
+        """Mark the same chunk as under way to ranks of other hosts whose lanes can take it now."""
         first = job.deliveries[0][0]
         for other in first.room.lanes:
             if other is first or other.plan is not first.plan or other.repeat:

@@ -4,8 +4,6 @@ Nothing waits and nothing is sent here: messages to decode ranks are put into `O
 agent's lock, and on the I/O thread.
 """
 
-from __future__ import annotations
-
 import logging
 
 from sglang_tpla.transfer import messages
@@ -38,22 +36,14 @@ class Peers:
         pool: CachePool, metadata: MetadataRows, *,
         name: str, model_hash: str, host: str, limits: Limits, segment: messages.Segment | None,
     ) -> None:  # fmt: skip
-        self.table, self._rooms, self._workers, self._listener, self._out = (
-            table,
-            rooms,
-            workers,
-            listener,
-            out,
-        )
+        self.table, self._rooms, self._workers, self._listener, self._out = (table, rooms, workers, listener, out)
         self._pool, self._metadata, self._projections = pool, metadata, Projections(pool)
         self._name, self._model_hash, self._host, self._segment = name, model_hash, host, segment
         self.limits, self._began = limits, workers.io.now()
 
     # What connections bring
 
-    def message(
-        self, identity: bytes, message: messages.Message, payload: memoryview | None, now: float
-    ) -> None:
+    def message(self, identity: bytes, message: messages.Message, payload: memoryview | None, now: float) -> None:
         """Handle one message."""
         if isinstance(message, messages.Hello):
             self._greet(identity, message, now)
@@ -90,9 +80,7 @@ class Peers:
             self._out.put(identity, messages.Unregistered())
 
     def channel_lost(self, identity: bytes, why: str) -> None:
-        """Have a rank connect anew when its data channel has ended: chunks on their way are lost, and none goes without
-        one.
-        """
+        """Have a rank connect anew whose data channel has ended: chunks on their way are lost, and none can follow."""
         peer = self.table.get(identity)
         if peer is not None:
             level = logging.WARNING if self._rooms.uses(peer) else logging.DEBUG  # who closes hangs up too
@@ -153,9 +141,7 @@ class Peers:
         self._out.put(identity, welcome)
         self._introduce(hello.host, now)
 
-    def _take_layer(
-        self, peer: Peer, message: messages.ProjectionLayer, payload: memoryview, now: float
-    ) -> None:
+    def _take_layer(self, peer: Peer, message: messages.ProjectionLayer, payload: memoryview, now: float) -> None:
         if not self._projections.awaits(peer, message):
             why = f"projection layer {message.index} of {peer.name} was not expected"
             self._workers.drop("malformed_dropped", why)
@@ -201,9 +187,7 @@ class Peers:
     # Time
 
     def expire(self, now: float) -> None:
-        """Give up ranks that say nothing. No room of a rank starts before it has said what it can read; since the
-        question or its answer may be lost, it is asked again.
-        """
+        """Give up silent ranks, and ask anew what each can read: no room starts before that, and answers get lost."""
         limit = self._workers.settings.peer_timeout_s
         self._listener.expire(now)
         for peer in list(self.table.values()):

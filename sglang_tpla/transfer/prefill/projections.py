@@ -3,8 +3,6 @@
 Everything runs under the agent's lock.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection
 
 import numpy as np
@@ -36,14 +34,9 @@ class Projections:
     def awaits(self, peer: Peer, message: messages.ProjectionLayer) -> bool:
         """Return whether a layer is the next one that a rank has to send."""
         upload = peer.upload
-        return upload is not None and (message.projection, message.index) == (
-            peer.hello.projection,
-            upload.next_index,
-        )
+        return upload is not None and (message.projection, message.index) == (peer.hello.projection, upload.next_index)
 
-    def take(
-        self, peer: Peer, message: messages.ProjectionLayer, data: memoryview, peers: Collection[Peer]
-    ) -> str:
+    def take(self, peer: Peer, message: messages.ProjectionLayer, data: memoryview, peers: Collection[Peer]) -> str:
         """Take the next layer of a rank's projection. The last layer registers it.
 
         Args:

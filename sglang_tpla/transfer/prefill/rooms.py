@@ -5,8 +5,6 @@ Nothing waits and nothing is sent here: methods take ``now``, and messages to de
 Everything runs under the agent's lock.
 """
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -140,9 +138,7 @@ class Rooms:
             if request is not None and not (request.destination and request.destination.confirmed):
                 self.fail(room, f"{peer.name} was lost: {reason}", now)
 
-    def failed(
-        self, identity: bytes, room_id: int, message: messages.Message, error: Exception, now: float
-    ) -> None:
+    def failed(self, identity: bytes, room_id: int, message: messages.Message, error: Exception, now: float) -> None:
         """Fail the room of a message whose handling raised an exception."""
         room = self.table.get(room_id)
         if room is not None and identity in room.requests:
@@ -176,9 +172,7 @@ class Rooms:
             self._answer_abort(message, peer, reason)
             return
         if peer.early_requests >= MAX_EARLY_REQUESTS:
-            why = (
-                f"{peer.name} has {MAX_EARLY_REQUESTS} requests for rooms that no prefill request has opened"
-            )
+            why = f"{peer.name} has {MAX_EARLY_REQUESTS} requests for rooms that no prefill request has opened"
             self._answer_abort(message, peer, why)
             return
         early = self.early_requests.setdefault(message.room, {})
@@ -190,9 +184,7 @@ class Rooms:
         early[peer.identity] = request
 
     def _answer_abort(self, message: messages.Request, peer: Peer, reason: str) -> None:
-        self._out.put(
-            peer.identity, messages.Abort(message.room, message.generation, messages.sentence(reason))
-        )
+        self._out.put(peer.identity, messages.Abort(message.room, message.generation, messages.sentence(reason)))
 
     def _take_abort(self, peer: Peer, message: messages.Abort, now: float) -> None:
         room_id, agent, generation = message.room, peer.hello.agent, message.generation
@@ -246,9 +238,7 @@ class Rooms:
     def _destination(self, peer: Peer, room_id: int, generation: int) -> Destination | None:
         room = self.table.get(room_id)
         request = room.requests.get(peer.identity) if room is not None and not room.state.ended else None
-        return (
-            request.destination if request is not None and request.message.generation == generation else None
-        )
+        return request.destination if request is not None and request.message.generation == generation else None
 
     def _bind(self, room: Room, request: RoomRequest, now: float) -> None:
         """Give a room a decode rank's request."""

@@ -1,7 +1,5 @@
 """Inside the prefill agent: the ROUTER socket that decode ranks connect to, and the port of their data channels."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial

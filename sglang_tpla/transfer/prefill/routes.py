@@ -1,7 +1,5 @@
 """Which lanes a room's chunks take: every byte once to each host, where its ranks share memory."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Callable
 

@@ -1,7 +1,5 @@
 """Inside the prefill agent: the next chunk is gathered, projected, checksummed and sent off."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -70,9 +68,7 @@ class Sender:
         return not (self._router.listener.sealed and direct)
 
     def _make(self, job: ChunkJob) -> tuple[IoVec, bytes]:
-        """Fill the job's slot, if it has memory. Return where the payload is, and its checksum where that is known by
-        now.
-        """
+        """Fill the job's slot, if it has memory; return where the payload lies, and its checksum if known by now."""
         plan = job.plan
         rectangle, span = plan.rectangles[job.sequence], plan.spans[job.sequence]
         first = rectangle.first_layer - self._first_layer
@@ -111,9 +107,7 @@ class Sender:
                     self._send(job, lane, takers, pieces, digest)
             job.slot.pending -= 1
 
-    def _send(
-        self, job: ChunkJob, lane: Lane, takers: list[Destination], pieces: IoVec, digest: bytes
-    ) -> None:
+    def _send(self, job: ChunkJob, lane: Lane, takers: list[Destination], pieces: IoVec, digest: bytes) -> None:
         rectangle = lane.plan.rectangles[job.sequence]
         self._workers.counts["chunks"] += 1
         if lane.route is Route.LOCAL:
@@ -148,9 +142,7 @@ class Sender:
     def _send_chunk(
         self, peer: Peer, job: ChunkJob, lane: Lane, message: messages.Chunk, pieces: IoVec, digest: bytes
     ) -> None:
-        """Hand a chunk to the rank's data channel. If the channel has ended, the rank asks for the chunk when it is
-        back.
-        """
+        """Hand a chunk to the rank's data channel; where that has ended, the rank asks again when it is back."""
 
         def done(digest: bytes) -> None:
             with self._workers.lock:

@@ -233,9 +233,7 @@ class Lane:
         return sum(self.plan.size(sequence) for sequence in left)
 
     def heads(self) -> list[tuple[int, list[Destination]]]:
-        """Return the chunks that may go next, with the ranks to which each goes at once. Each rank has a chunk of its
-        own, so that no rank waits for another one's credit.
-        """
+        """Return chunks that may go next, with their ranks; each rank has a chunk of its own, so that none waits."""
         again: dict[Destination, int] = {}
         for sequence, destination in self.repeat:
             again.setdefault(destination, sequence)

@@ -1,7 +1,5 @@
 """The servers of all tests in this folder; started once."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,11 +17,6 @@ def statistics_folder(logs: Path) -> Path:
 @pytest.fixture(scope="package")
 def faulty(nano_mla: str, nano_artifact: str, logs: Path, statistics_folder: Path) -> Iterator[Faulty]:
     """Prefill with two ranks, decode with two, decode with one, and a network of ours between them."""
-    statistics = (
-        "--tpla-statistics-folder",
-        str(statistics_folder),
-        "--tpla-statistics-every-tokens",
-        "1000",
-    )
+    statistics = ("--tpla-statistics-folder", str(statistics_folder), "--tpla-statistics-every-tokens", "1000")
     with Faulty.start(nano_mla, nano_artifact, logs, *statistics) as item:
         yield item

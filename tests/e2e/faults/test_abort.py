@@ -1,7 +1,5 @@
 """Aborts on real servers: pages and rooms reused at once, on one side or both, one at a time or in a storm."""
 
-from __future__ import annotations
-
 import concurrent.futures
 import random
 import time
@@ -29,12 +27,8 @@ def heir(faulty: Faulty) -> Iterator[Answer]:
     faulty.at_rest(before)
 
 
-@pytest.mark.parametrize(
-    "times", [25, pytest.param(500, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])]
-)
-def test_pages_reused_at_once_after_an_abort_in_mid_transfer(
-    faulty: Faulty, heir: Answer, times: int
-) -> None:
+@pytest.mark.parametrize("times", [25, pytest.param(500, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])])
+def test_pages_reused_at_once_after_an_abort_in_mid_transfer(faulty: Faulty, heir: Answer, times: int) -> None:
     """The next request takes the pages while chunks of the aborted one are under way, and is right: no late write.
 
     Prefill has both prompts in its cache, so that a request is all transfer; the network is slow, so that aborts come
@@ -54,10 +48,7 @@ def test_pages_reused_at_once_after_an_abort_in_mid_transfer(
             assert faulty.route.ask(HEIR, TOKENS).same_text(heir, NEARLY), number
             in_the_middle += bool(call.result().failure)
     assert in_the_middle > times // 2
-    grown = [
-        counters(s)["late_dropped"] - old
-        for s, old in zip((faulty.prefill, faulty.decode), late, strict=True)
-    ]
+    grown = [counters(s)["late_dropped"] - old for s, old in zip((faulty.prefill, faulty.decode), late, strict=True)]
     assert all(grown), grown  # chunks of aborted rooms did come, and receipts of them
 
 
@@ -77,9 +68,7 @@ def test_each_rank_ends_its_own_part_of_an_aborted_room(faulty: Faulty, heir: An
         assert sorted(line["rank"] for line in new) == [0, 1], new
         assert all(line["result"] != "success" for line in new), new
         deadline = time.monotonic() + 10
-        while any(
-            series(server)["rooms_failed_total"][rank] != failed[server.name][rank] + 1 for rank in (0, 1)
-        ):
+        while any(series(server)["rooms_failed_total"][rank] != failed[server.name][rank] + 1 for rank in (0, 1)):
             assert time.monotonic() < deadline, (failed, series(server)["rooms_failed_total"])
 
 

@@ -1,8 +1,4 @@
-"""A bad network between real servers. After each fault the servers hold nothing, all their threads live, and the next
-answer is the one from before, to the last bit.
-"""
-
-from __future__ import annotations
+"""A bad network between real servers: afterwards they hold nothing, all threads live, and answers are the same bits."""
 
 import concurrent.futures
 import time
@@ -37,9 +33,7 @@ def test_network_gone_for_longer_than_the_heartbeat_and_back(faulty: Faulty) -> 
     with concurrent.futures.ThreadPoolExecutor(1) as pool, faulty.network("throttle", bytes_per_s=SLOW):
         call = pool.submit(faulty.ask_all)
         deadline = time.monotonic() + 60
-        while counters(faulty.decode)["rooms"] < len(PROMPTS) or counters(faulty.prefill)["rooms"] < len(
-            PROMPTS
-        ):
+        while counters(faulty.decode)["rooms"] < len(PROMPTS) or counters(faulty.prefill)["rooms"] < len(PROMPTS):
             assert time.monotonic() < deadline
         with faulty.network_gone():
             answers = call.result()  # each ends by itself, while nothing comes through

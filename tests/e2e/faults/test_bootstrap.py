@@ -1,7 +1,5 @@
 """Bootstrap servers that are silent, or lie: requests that name them fail, and all others are served."""
 
-from __future__ import annotations
-
 import concurrent.futures
 import json
 import socket
@@ -71,20 +69,13 @@ def test_what_a_bootstrap_server_says_wrong_fails_one_request(
 ) -> None:
     """A client may choose any bootstrap server, which must not end the decode server."""
     liar.server, liar.rank = server, rank
-    earlier = len(faulty.decode.log.read_text())
-    answer = ask_decode(faulty, liar.server_address[1])
-    # the rank that answers may learn from the other one that the request failed, before it knows why
-    assert said in answer or (
-        "that rank's log says why" in answer and said in faulty.decode.log.read_text()[earlier:]
-    )
+    assert said in ask_decode(faulty, liar.server_address[1])
     answer = faulty.route.ask(PROMPTS[0], TOKENS)
     assert answer.same_text(faulty.expected["decode"][0]), answer
 
 
 def test_a_silent_bootstrap_server_delays_no_other_request(faulty: Faulty) -> None:
-    """The bootstrap server takes connections and says nothing. Other requests go on, and the one that waits for it
-    fails.
-    """
+    """The bootstrap server takes connections and says nothing: other requests go on, and the one that waits fails."""
     with (
         socket.create_server(("127.0.0.1", 0), backlog=128) as silent,
         concurrent.futures.ThreadPoolExecutor(1) as pool,

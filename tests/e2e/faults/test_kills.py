@@ -1,7 +1,5 @@
 """kill -9 of one side under load: the survivors are well, fail what was in flight, and serve when it is back."""
 
-from __future__ import annotations
-
 import concurrent.futures
 import time
 from pathlib import Path
@@ -86,9 +84,7 @@ def test_decode_killed_at_every_stage_under_load(faulty: Faulty) -> None:
 
 
 def test_prefill_killed_in_mid_chunk_under_load(faulty: Faulty) -> None:
-    """Every request of the prefill server fails with a reason. Started anew on the same address, it serves both
-    servers.
-    """
+    """Every request of the prefill server fails with a reason; started anew, it serves both servers."""
     survivors, before = (faulty.decode, faulty.single), faulty.held()
     pids = [server.process.pid for server in survivors if server.process is not None]
     with Load([faulty.route, faulty.side], PROMPTS, faulty.expected, TOKENS) as load:

@@ -1,7 +1,5 @@
 """What an operator sees of real servers: series and log lines that agree, and answers to the dashboard's questions."""
 
-from __future__ import annotations
-
 import re
 import time
 
@@ -47,15 +45,8 @@ def test_series_of_every_rank_are_what_its_log_lines_add_up_to(faulty: Faulty) -
         deadline = time.monotonic() + 20
         while True:
             now = series(server)
-            grown = {
-                rank: {what: now[name][rank] - old[name][rank] for what, name in NAMES.items()}
-                for rank in said
-            }
-            if all(
-                abs(grown[rank][what] - said[rank][what]) < 0.01 * len(PROMPTS)
-                for rank in said
-                for what in NAMES
-            ):
+            grown = {rank: {what: now[name][rank] - old[name][rank] for what, name in NAMES.items()} for rank in said}
+            if all(abs(grown[rank][what] - said[rank][what]) < 0.01 * len(PROMPTS) for rank in said for what in NAMES):
                 break
             assert time.monotonic() < deadline, (server.name, said, grown)
             time.sleep(0.2)

@@ -1,7 +1,5 @@
 """A rank stopped with SIGSTOP: its own requests fail with a reason, all others are served, and it is taken up again."""
 
-from __future__ import annotations
-
 import concurrent.futures
 import time
 
@@ -13,9 +11,7 @@ from tests.e2e.servers import Server
 from tests.e2e.traffic import Load, Route
 
 
-def serve_meanwhile(
-    faulty: Faulty, halted: psutil.Process, stuck: Route, others: Route, seconds: float
-) -> None:
+def serve_meanwhile(faulty: Faulty, halted: psutil.Process, stuck: Route, others: Route, seconds: float) -> None:
     """Stop a process for so long. Requests of ``others`` are all right, one of ``stuck`` ends, and all is as before."""
     before = faulty.held()
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
@@ -33,10 +29,7 @@ def serve_meanwhile(
 
 @pytest.mark.parametrize(
     "seconds",
-    [
-        pytest.param(2 * PEER_TIMEOUT_S, id="longer than the heartbeat"),
-        pytest.param(60, marks=pytest.mark.slow),
-    ],
+    [pytest.param(2 * PEER_TIMEOUT_S, id="longer than the heartbeat"), pytest.param(60, marks=pytest.mark.slow)],
 )
 @pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_decode_rank_stopped(faulty: Faulty, rank: int, seconds: float) -> None:
@@ -69,8 +62,7 @@ def test_prefill_rank_stopped(faulty: Faulty) -> None:
         calls = [pool.submit(route.ask, PROMPTS[1], TOKENS) for route in (faulty.route, faulty.side)]
         deadline = time.monotonic() + 90
         while any(
-            series(server)["peers_lost_total"][rank] == old
-            for (server, rank), old in zip(watched, lost, strict=True)
+            series(server)["peers_lost_total"][rank] == old for (server, rank), old in zip(watched, lost, strict=True)
         ):
             assert time.monotonic() < deadline
     for call, route in zip(calls, (faulty.route, faulty.side), strict=True):

@@ -5,8 +5,6 @@ not in CUDA graphs; each rank is a "node" of its own (``--nnodes T --node-rank t
 folder is put on PYTHONPATH, where its ``dist-info`` shows the plug-in.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable
 from typing import Any

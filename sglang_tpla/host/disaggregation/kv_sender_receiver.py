@@ -3,8 +3,6 @@
 They are those of ``sglang/srt/disaggregation/common/conn.py``, with this rank's transfer agent behind them.
 """
 
-from __future__ import annotations
-
 import logging
 import time
 from collections.abc import Callable
@@ -20,6 +18,7 @@ from sglang_tpla.transfer.prefill.agent import PrefillAgent
 from sglang_tpla.transfer.room import RoomState, TransferError, TransferMetric
 
 HOLD_BACK_S = 0.2
+LOOKUP_HOLD_BACK_S = 3.0  # ranks ask bootstrap servers each for itself, once a second
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +67,7 @@ class _Request:
         logger.error("room %s: %s", self.bootstrap_room, reason)
 
     def _state(self) -> Any:
-        """The KVPoll of the room; a failure known to SGLang's side counts before the agent's view."""
+        """Return the KVPoll of the room; a failure known to SGLang's side counts before the agent's view."""
         if self.conclude_state is not None:
             return self.conclude_state
         state = self.kv_mgr.request_status.get(self.bootstrap_room, KVPoll.Bootstrapping)
@@ -95,7 +94,11 @@ class _Request:
             return False
         now = time.monotonic()
         self._failed_at = self._failed_at or now
-        return now - self._failed_at < HOLD_BACK_S
+        return now - self._failed_at < (HOLD_BACK_S if self._opened else LOOKUP_HOLD_BACK_S)
+
+    def _not_found(self) -> str:
+        """Return the reason for which the request's bootstrap server is not known; empty where there is none."""
+        return ""
 
     def _end(self, reason: str) -> None:
         """Close the room; abort it first if it still moves, so that its peers hear the reason."""
@@ -124,6 +127,8 @@ class _Request:
         # this rank would have failed the request a moment later
         if reason is None and self._opened and isinstance(agent, PrefillAgent):
             reason = agent.suspicion(self.bootstrap_room) or None
+        if reason is None:
+            reason = self._not_found() or None
         elsewhere = (
             f"another tensor-parallel rank of this {settings().role} server failed the transfer; "
             "that rank's log says why"
@@ -137,15 +142,13 @@ class TplaKVSender(_Request, CommonKVSender):
 
     _early_send_wait_event: Any = None
 
-    def __init__(
-        self, mgr: TplaKVManager, bootstrap_addr: str, bootstrap_room: int, *args: Any, **kwargs: Any
-    ) -> None:
+    def __init__(self, mgr: TplaKVManager, bootstrap_addr: str, bootstrap_room: int, *args: Any, **kwargs: Any) -> None:
         super().__init__(mgr, bootstrap_addr, bootstrap_room, *args, **kwargs)
         self.init_time = time.time()
         self._open(mgr.prompts.pop(bootstrap_room, 0))
 
     def pop_decode_prefix_len(self) -> int:
-        """The number of tokens that the decode side has already."""
+        """Return the number of tokens that the decode side has already."""
         return self.kv_mgr.agent.prefix_tokens(self.bootstrap_room)
 
     def send(self, kv_indices: Any, state_indices: Any = None, num_kv_tokens: int | None = None) -> None:
@@ -167,14 +170,14 @@ class TplaKVSender(_Request, CommonKVSender):
         )
 
     def poll(self) -> Any:
-        """The KVPoll of the request."""
+        """Return the KVPoll of the request."""
         state = self._state()
         if state == KVPoll.Bootstrapping:
             return self._check_bootstrap_timeout() or state
         return state
 
     def get_transfer_metric(self) -> KVTransferMetric:
-        """The bytes on the wire, and the seconds from the first send to the last confirmation."""
+        """Return the bytes on the wire, and the seconds from the first send to the last confirmation."""
         metric = self.kv_mgr.agent.metric(self.bootstrap_room) if self._opened else self._metric
         return KVTransferMetric(transfer_latency_s=metric.seconds, transfer_total_bytes=metric.wire_bytes)
 
@@ -215,15 +218,13 @@ class TplaKVReceiver(_Request, CommonKVReceiver):
         """Open the room, now that the prefill ranks are known, so that they hear that this request waits for pages."""
         super().init(prefill_dp_rank)
         if self.conclude_state is None and self.bootstrap_infos is not None:
-            peers = [
-                (info["rank_ip"], info["rank_port"], bool(info["is_dummy"])) for info in self.bootstrap_infos
-            ]
+            peers = [(info["rank_ip"], info["rank_port"], bool(info["is_dummy"])) for info in self.bootstrap_infos]
             self._open(peers, self._born, self._prompt_tokens)
 
     def _get_bootstrap_info_from_server(
         self, prefill_dp_rank: int, prefill_cp_rank: int, target_tp_rank: int, target_pp_rank: int
     ) -> Any:
-        """The result of the look-up; None fails the request."""
+        """Return the result of the look-up; None fails the request."""
         place = (prefill_dp_rank, prefill_cp_rank, target_tp_rank, target_pp_rank)
         found = self.kv_mgr.rank_addresses.get(self.bootstrap_addr, {}).get(place)
         return None if found is None else dict(found)  # a copy, because SGLang adds to it
@@ -272,8 +273,13 @@ class TplaKVReceiver(_Request, CommonKVReceiver):
             )
 
     def poll(self) -> Any:
-        """The KVPoll of the request."""
+        """Return the KVPoll of the request."""
         return self._state()
+
+    def _not_found(self) -> str:
+        if self.bootstrap_addr in self.kv_mgr.prefill_info_table:
+            return ""
+        return self.kv_mgr.unanswered.reason(self.bootstrap_addr)
 
     def clear(self) -> None:
         """Forget the request, after which none of its frames is written."""
@@ -285,12 +291,12 @@ class TplaKVReceiver(_Request, CommonKVReceiver):
 
     def abort(self) -> None:
         """Fail the request, because the client gave up, or SGLang did after asking the bootstrap server in vain."""
-        reason = "Aborted by AbortReq."
-        unknown = self.bootstrap_addr not in self.kv_mgr.prefill_info_table
-        if unknown and (why := self.kv_mgr.unanswered.get(self.bootstrap_addr)):
-            reason = f"no answer from the bootstrap server at {self.bootstrap_addr}: {why}"
+        not_found = self._not_found()
+        reason = not_found or "Aborted by AbortReq."
         if self._owner:
             self.kv_mgr.record_failure(self.bootstrap_room, reason)
             self.kv_mgr.update_status(self.bootstrap_room, KVPoll.Failed)
-        self.conclude_state = KVPoll.Failed
+        if not not_found or self.kv_mgr.request_status.get(self.bootstrap_room) != KVPoll.Failed:
+            # `_state` holds back the other reason, which each rank finds at a time of its own
+            self.conclude_state = KVPoll.Failed
         self._end(reason)
