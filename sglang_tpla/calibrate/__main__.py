@@ -200,6 +200,10 @@ def make(arguments: argparse.Namespace) -> Artifact:
         raise TransformError("--max-kl chooses g among the divisors of --ranks: give --ranks T as well")
     if arguments.from_stats and arguments.max_kl is not None:
         raise TransformError("--max-kl measures on text and needs the model: leave out --from-stats")
+    for path in filter(None, (arguments.out, arguments.save_stats)):
+        if path.is_dir():
+            raise ArtifactError(f"expected a file to write, got the folder {path}; give a file name in it")
+    wanted = None if arguments.max_kl is None else _wanted(arguments, rows)
     if arguments.from_stats:
         if transform == "learned" or arguments.refit_values:
             raise TransformError(
@@ -226,9 +230,11 @@ def make(arguments: argparse.Namespace) -> Artifact:
     statistics = collect_statistics(model, text, plan.seed, show_progress=show)
     if arguments.save_stats is not None:
         statistics.save(arguments.save_stats)
-    if arguments.max_kl is not None:
+    if wanted is not None:
         pick = choose_sketched if rows == "sketched" else choose
-        artifact = pick(arguments, model, statistics, text.calibration, text.held_out, plan.prompt_tokens)
+        artifact = pick(
+            arguments, wanted, model, statistics, text.calibration, text.held_out, plan.prompt_tokens
+        )
     elif rows == "sketched":
         artifact = sketched()
     else:
@@ -266,18 +272,31 @@ def row_choice(arguments: argparse.Namespace) -> str:
     simple = (
         arguments.transform == "shared" and arguments.key_map == "regression" and not arguments.refit_values
     )
-    if arguments.rows is None:
-        return "sketched" if simple and arguments.groups > 1 else "plain"
-    if arguments.rows == "sketched" and not simple:
+    rows = arguments.rows
+    if rows is None:
+        rows = "sketched" if simple and arguments.groups > 1 else "plain"
+    if rows != "sketched" and (arguments.sketch_bits or arguments.rope_bits):
+        raise TransformError(
+            f"--sketch-bits and --rope-bits are those of sketched rows, got {rows} rows: leave them out, or take "
+            "--rows sketched with --transform shared"
+        )
+    if rows == "sketched" and not simple:
         raise TransformError(
             "--rows sketched takes --transform shared with neither --key-map scalar nor --refit-values (its error is "
             "that of rounding, which they do not lower); leave them out, or take --rows plain"
         )
-    return str(arguments.rows)
+    return str(rows)
+
+
+def _wanted(arguments: argparse.Namespace, rows: str) -> Search:
+    backend = next(entry for entry in BACKENDS if entry.name == arguments.attention_backend)
+    any_width = rows == "sketched"  # their widths are no slices' of a backend
+    return Search(arguments.ranks, arguments.max_kl, lambda width: any_width or backend.has_width(width))
 
 
 def choose(
     arguments: argparse.Namespace,
+    wanted: Search,
     model: PlainModel,
     statistics: Statistics,
     tokens: torch.Tensor,
@@ -285,8 +304,6 @@ def choose(
     prompt_tokens: int,
 ) -> Artifact:
     """Make the cheapest layout within the bound, and print what was looked at; TransformError where none keeps it."""
-    backend = next(entry for entry in BACKENDS if entry.name == arguments.attention_backend)
-    wanted = Search(arguments.ranks or 0, arguments.max_kl, backend.has_width)
 
     def tell(line: str) -> None:
         if not arguments.quiet:
@@ -303,6 +320,7 @@ def choose(
 
 def choose_sketched(
     arguments: argparse.Namespace,
+    wanted: Search,
     model: PlainModel,
     statistics: Statistics,
     tokens: torch.Tensor,
@@ -310,7 +328,6 @@ def choose_sketched(
     prompt_tokens: int,
 ) -> Artifact:
     """Do the same as `choose` for sketched rows."""
-    wanted = Search(arguments.ranks or 0, arguments.max_kl, lambda width: True)
     bits = SKETCH_BITS if arguments.sketch_bits is None else (arguments.sketch_bits,)
     keys = ROPE_BITS if arguments.rope_bits is None else (arguments.rope_bits,)
     looked_at = SketchedSearch(bits, keys, arguments.shared_dims)
