@@ -177,6 +177,10 @@ def make(arguments: argparse.Namespace) -> Artifact:
         raise TransformError("--max-kl chooses g among the divisors of --ranks: give --ranks T as well")
     if arguments.from_stats and arguments.max_kl is not None:
         raise TransformError("--max-kl measures on text and needs the model: leave out --from-stats")
+    for path in filter(None, (arguments.out, arguments.save_stats)):
+        if path.is_dir():
+            raise ArtifactError(f"expected a file to write, got the folder {path}; give a file name in it")
+    wanted = None if arguments.max_kl is None else _wanted(arguments, rows)
     if arguments.from_stats:
         if transform == "learned" or arguments.refit_values:
             raise TransformError(
@@ -203,8 +207,10 @@ def make(arguments: argparse.Namespace) -> Artifact:
     statistics = collect_statistics(model, text, plan.seed, show_progress=show)
     if arguments.save_stats is not None:
         statistics.save(arguments.save_stats)
-    if arguments.max_kl is not None:
-        artifact = choose(arguments, model, statistics, text.calibration, text.held_out, plan.prompt_tokens, rows)
+    if wanted is not None:
+        artifact = choose(
+            arguments, wanted, model, statistics, text.calibration, text.held_out, plan.prompt_tokens, rows
+        )
     elif rows == "sketched":
         artifact = sketched()
     else:
@@ -240,18 +246,31 @@ def make(arguments: argparse.Namespace) -> Artifact:
 def row_choice(arguments: argparse.Namespace) -> str:
     """Return the row format that was asked for, or the default: sketched wherever its maps are those of ``shared``."""
     simple = arguments.transform == "shared" and arguments.key_map == "regression" and not arguments.refit_values
-    if arguments.rows is None:
-        return "sketched" if simple and arguments.groups > 1 else "plain"
-    if arguments.rows == "sketched" and not simple:
+    rows = arguments.rows
+    if rows is None:
+        rows = "sketched" if simple and arguments.groups > 1 else "plain"
+    if rows != "sketched" and (arguments.sketch_bits or arguments.rope_bits):
+        raise TransformError(
+            f"--sketch-bits and --rope-bits are those of sketched rows, got {rows} rows: leave them out, or take "
+            "--rows sketched with --transform shared"
+        )
+    if rows == "sketched" and not simple:
         raise TransformError(
             "--rows sketched takes --transform shared with neither --key-map scalar nor --refit-values (its error is "
             "that of rounding, which they do not lower); leave them out, or take --rows plain"
         )
-    return str(arguments.rows)
+    return str(rows)
+
+
+def _wanted(arguments: argparse.Namespace, rows: str) -> Search:
+    backend = next(entry for entry in BACKENDS if entry.name == arguments.attention_backend)
+    any_width = rows == "sketched"  # their widths are no slices' of a backend
+    return Search(arguments.ranks, arguments.max_kl, lambda width: any_width or backend.has_width(width))
 
 
 def choose(
     arguments: argparse.Namespace,
+    wanted: Search,
     model: PlainModel,
     statistics: Statistics,
     tokens: torch.Tensor,
@@ -266,7 +285,6 @@ def choose(
             print(line, file=sys.stderr)
 
     if rows == "sketched":
-        wanted = Search(arguments.ranks or 0, arguments.max_kl, lambda width: True)
         bits = SKETCH_BITS if arguments.sketch_bits is None else (arguments.sketch_bits,)
         keys = ROPE_BITS if arguments.rope_bits is None else (arguments.rope_bits,)
         looked_at = SketchedSearch(bits, keys, arguments.shared_dims)
@@ -274,8 +292,6 @@ def choose(
         some = tokens[:_SKETCHED_CHOICE_SEQUENCES]
         points = search_sketched(model, costs, some, prompt_tokens, wanted, looked_at, tell)
     else:
-        backend = next(entry for entry in BACKENDS if entry.name == arguments.attention_backend)
-        wanted = Search(arguments.ranks or 0, arguments.max_kl, backend.has_width)
         points = search(model, statistics, tokens[:_CHOICE_SEQUENCES], prompt_tokens, wanted, tell)
 
     def artifact_of(point: Point) -> Artifact:

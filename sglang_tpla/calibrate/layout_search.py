@@ -7,6 +7,7 @@ value. Uniform layouts and the walk's layouts are then measured whole, and the c
 Choices are made on calibration text; the artifact's report is on held-out text as always.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -71,9 +72,9 @@ class Search:
     shares: tuple[float, ...] = (0.0, 0.125, 0.25, 0.375, 0.5, 0.75)
 
     def __post_init__(self) -> None:
-        if self.ranks < 2 or self.max_kl <= 0:
+        if self.ranks < 2 or not 0 < self.max_kl < math.inf:
             raise TransformError(
-                f"expected --ranks of at least 2 and --max-kl above 0, got {self.ranks} and {self.max_kl}"
+                f"expected --ranks of at least 2 and a finite --max-kl above 0, got {self.ranks} and {self.max_kl}"
             )
 
     def group_counts(self) -> list[int]:

@@ -118,8 +118,10 @@ def _by_layer(costs: Sequence[LayerCosts], usual: SketchedRows) -> list[Sketched
     layers = [usual] * len(costs)
     if usual.groups == 1:
         return layers
-    weighted = [(len(costs) - index, layer) for index, layer in enumerate(costs)]
     choices = _even_rows(usual)
+    if not choices:
+        return layers
+    weighted = [(len(costs) - index, layer) for index, layer in enumerate(costs)]
     sizes = sorted({rows.row_bytes for rows in choices})
     columns = {rows.shared: [layer.columns(rows) for layer in costs] for rows in choices}  # the same at any bits
 

@@ -123,6 +123,7 @@ class Statistics:
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file (float64)."""
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
         tensors: dict[str, torch.Tensor] = {}
         for index, layer in enumerate(self.layers):
             for name in _NAMES:

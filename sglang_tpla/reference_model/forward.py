@@ -20,7 +20,7 @@ from typing import overload
 import torch
 import torch.nn.functional as F
 
-from sglang_tpla.reference_model.checkpoint import Checkpoint
+from sglang_tpla.reference_model.checkpoint import Checkpoint, CheckpointError
 from sglang_tpla.reference_model.feed_forward import FeedForward, load_feed_forward
 from sglang_tpla.reference_model.rotary import Rotary, rotate
 from sglang_tpla.reference_model.sketched_layer import SketchedMaps
@@ -240,6 +240,20 @@ class _LastLayer(Sequence[Layer]):
         return self._layer
 
 
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (
+        RuntimeError,
+        AssertionError,
+        NotImplementedError,
+    ) as error:  # the last where torch lacks the backend
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f"expected a torch device that is here, got {name!r}: {reason}") from error
+    return device
+
+
 class PlainModel:
     """A whole model in memory.
 
@@ -250,7 +264,7 @@ class PlainModel:
         resident: keep every layer's weights in memory; otherwise only those of the layer used last.
 
     Raises:
-        CheckpointError: a missing tensor, or a configuration of another family.
+        CheckpointError: a missing tensor, a configuration of another family, or no such device.
     """
 
     layers: Sequence[Layer]
@@ -265,7 +279,7 @@ class PlainModel:
     ) -> None:
         self.checkpoint = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint(checkpoint)
         self.spec = ModelSpec.from_config(self.checkpoint.config)
-        self.dtype, self.device = dtype, torch.device(device)
+        self.dtype, self.device = dtype, _device(device)
         self.rotary = Rotary(self.spec, self.device)
         self.embedding = self._tensor(f"{self.checkpoint.prefix}embed_tokens.weight")
         self.final_norm = self._tensor(f"{self.checkpoint.prefix}norm.weight")

@@ -100,6 +100,11 @@ def test_padding_is_put_to_use() -> None:
     assert alike(even, 64, 4) == SketchedRows.of(512, 4, 64, 64)
 
 
+def test_a_quiet_model_of_many_groups_or_odd_width_has_rows() -> None:
+    for width, groups in ((128, 128), (72, 8), (97, 3)):  # none with blocks of eight columns
+        assert alike(layers(torch.full((width,), 0.01)), 32, groups).groups == groups
+
+
 @pytest.mark.parametrize("groups", [2, 4, 8])
 def test_bytes_go_where_rounding_costs_most(groups: int) -> None:
     steep = [layers(0.1 * decay ** torch.arange(256))[0] for decay in (0.9, 0.93, 0.97)]
