@@ -14,7 +14,7 @@ struct PlanBuffers {
     }
 };
 
-// Lays the requests into parts of `capacity`, as the twin in plan.py does. With `keep` the lanes of the warp store the plan
+// Lays the requests into parts of `capacity`, as tests/gpu/plan_twin.py does. With `keep` the lanes of the warp store the plan
 // together. Returns whether `parts` parts suffice.
 __device__ __forceinline__ bool lay_parts(const PlanBuffers& plan, int capacity, bool keep, int lane) {
     const int most = capacity - SEGMENT_COST;                    // tiles of a part that holds one segment
@@ -45,7 +45,7 @@ __device__ __forceinline__ bool lay_parts(const PlanBuffers& plan, int capacity,
 }
 
 // Lays parts that do not cross requests: each request gets as many parts as `most` tiles a part ask for. Returns their number;
-// with `keep` stores the plan. The twin is in plan.py.
+// with `keep` stores the plan. The twin is in tests/gpu/plan_twin.py.
 __device__ __forceinline__ int lay_whole(const PlanBuffers& plan, int most, bool keep, int lane) {
     int used = 0;
     for (int base = 0; base < plan.batch; base += 32) {
