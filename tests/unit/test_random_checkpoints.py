@@ -51,7 +51,7 @@ def test_commands_read_a_wrapped_model_of_a_later_transformers(
     identity = config_hash(Checkpoint(folder).config)
     whole = json.loads((folder / "config.json").read_text())
     inner = whole["text_config"]
-    yarn = inner["rope_scaling"] | {"rope_theta": inner["rope_theta"]}
+    yarn = {"rope_theta": inner["rope_theta"]} | inner["rope_scaling"]  # a base beside the stretch replaces the other
     inner |= {"rope_theta": None, "rope_scaling": None, "rope_parameters": yarn}
     (folder / "config.json").write_text(json.dumps(whole))
     artifact, few = tmp_path / "a.safetensors", ["--prompt-tokens", "64", "--continuation-tokens", "32"]
