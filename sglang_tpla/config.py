@@ -88,6 +88,11 @@ ROWS = ("plain", "sketched")
 DEFAULT_BYTES = {"cpu": (16 << 20, 256 << 20), "cuda": (16 << 20, 512 << 20)}
 
 
+def without_brackets(host: str) -> str:
+    """Return an IPv6 address as it stands outside a URL; other hosts as they are."""
+    return host[1:-1] if host.startswith("[") and host.endswith("]") else host
+
+
 def is_host(text: str) -> bool:
     """Whether a text is an IP address, or may be a host name: neither a URL nor a name with a port."""
     try:
@@ -233,7 +238,7 @@ class Settings:
         host, colon, port = self.advertise.rpartition(":")
         if not colon or self.advertise.endswith("]") or (host.count(":") and not host.startswith("[")):
             host, port = self.advertise, ""
-        host = host.removeprefix("[").removesuffix("]")
+        host = without_brackets(host)
         if not is_host(host) or (port and not (port.isdigit() and 0 < int(port) + 2 * rank + 1 < 65536)):
             raise ConfigError(
                 f"--tpla-advertise must be HOST or HOST:PORT, an IPv6 address with a port in brackets; got "

@@ -8,7 +8,7 @@ import socket
 from collections.abc import Mapping, Sequence
 from urllib.parse import urlsplit
 
-from sglang_tpla.config import ConfigError, Settings, is_host
+from sglang_tpla.config import ConfigError, Settings, is_host, without_brackets
 from sglang_tpla.launch.flags import Argument, has, integer, value_of
 
 # Both servers read the prompt and both sample, so these flags must have one value.
@@ -45,11 +45,6 @@ def check_hosts(role: str, arguments: Sequence[Argument]) -> None:
                 f"{role}: --{argument.name} must be a host name or an IP address, without a port (that is --port); "
                 f"got {value!r}"
             )
-
-
-def without_brackets(host: str) -> str:
-    """Return an IPv6 address as it stands outside a URL; other hosts as they are."""
-    return host[1:-1] if host.startswith("[") and host.endswith("]") else host
 
 
 def check_first_port(port: int) -> None:

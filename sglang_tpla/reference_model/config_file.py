@@ -92,8 +92,8 @@ def check_query_scaling(config: Mapping[str, Any]) -> None:
 def rope_theta(config: Mapping[str, Any]) -> float:
     """Return the rotary embedding's base; one beside the stretch replaces the config's own, as in transformers 5."""
     parts = (config.get("rope_scaling"), config.get("rope_parameters"), config)
-    found = [part["rope_theta"] for part in parts if isinstance(part, Mapping) and part.get("rope_theta") is not None]
-    theta = found[0] if found else DEFAULT_ROPE_THETA
+    given = (part.get("rope_theta") for part in parts if isinstance(part, Mapping))
+    theta = next((base for base in given if base is not None), DEFAULT_ROPE_THETA)
     if isinstance(theta, bool) or not isinstance(theta, (int, float)) or not theta > 0:
         raise CheckpointError(f"expected rope_theta to be a number above 0, got {theta!r}")
     return float(theta)

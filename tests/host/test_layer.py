@@ -4,7 +4,6 @@ Every rank of T is built from SGLang's own ``DeepseekV2AttentionMLA`` with the s
 sum over ranks stands for the all-reduce after the block.
 """
 
-import math
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +11,7 @@ import torch
 
 from sglang_tpla.calibrate.transforms import layer_maps
 from sglang_tpla.measure.statistics import LayerMoments
+from tests.host.layer_artifacts import OneGroup, random_maps, views_of
 from tests.host.layer_ranks import (
     HEADS,
     HIDDEN,
@@ -29,13 +29,6 @@ from tests.host.layer_ranks import (
 )
 
 
-def random_maps(groups: int, width: int, generator: torch.Generator):
-    return [
-        tuple(torch.randn(*shape, generator=generator) / math.sqrt(D) for shape in ((D, width), (width, D), (width, D)))
-        for _ in range(groups)
-    ]
-
-
 def calibrated_maps(transform: str, groups: int, weights, generator: torch.Generator):
     moments = LayerMoments.zeros(D, HEADS, NOPE)
     moments.update(torch.randn(500, D, generator=generator), torch.randn(500, HEADS, NOPE, generator=generator))
@@ -44,22 +37,6 @@ def calibrated_maps(transform: str, groups: int, weights, generator: torch.Gener
     return [
         tuple(part.float() for part in maps) for maps in layer_maps(transform, moments, w_uk, groups, shared, seed=0)
     ]
-
-
-class OneGroup:
-    """Stands for an artifact, with the maps of one layer."""
-
-    def __init__(self, maps) -> None:
-        self._maps = maps
-        self.meta = SimpleNamespace(sketched=False)
-
-    def maps(self, layer: int, group: int):
-        return self._maps[group]
-
-
-def views_of(maps):
-    """The `formula`'s views of plain rows, whose keys and values are z A and z B."""
-    return lambda keys, ropes: [(keys @ z @ a, keys @ z @ b, ropes) for z, a, b in maps]
 
 
 def run_rank(attention, x, lengths, past, z_map, dtype, **options):

@@ -16,6 +16,7 @@ from sglang_tpla.cache_rows.row_format import RowFormat
 from sglang_tpla.cache_rows.sketched import SketchedRows
 from sglang_tpla.reference_model.sketched_layer import SketchedMaps
 from tests.host.engine_parts import stub_runner
+from tests.host.layer_artifacts import SketchedArtifact, exact_maps
 from tests.host.layer_ranks import (
     HEADS,
     Q_RANK,
@@ -28,37 +29,6 @@ from tests.host.layer_ranks import (
     page_table,
     random_step,
 )
-
-
-class SketchedArtifact:
-    """Stands for an artifact, with the maps of one layer."""
-
-    def __init__(self, maps: SketchedMaps) -> None:
-        self._maps = maps
-        self.meta = SimpleNamespace(sketched=True, rows=lambda layer: maps.rows)
-
-    def maps(self, layer: int, group: int) -> tuple[torch.Tensor, ...]:
-        return self._maps.z[group], self._maps.a[group], self._maps.b[group]
-
-    def sketch(self, layer: int) -> torch.Tensor:
-        return self._maps.sketch
-
-
-def exact_maps(rows: SketchedRows, generator: torch.Generator) -> SketchedMaps:
-    """Make maps of a random basis that lose nothing but rounding; the sketch has scales of its own."""
-    basis = torch.linalg.qr(torch.randn(D, D, generator=generator))[0]
-    r, n, g = rows.shared, rows.own, rows.groups
-    shared, own = basis[:, :r], [basis[:, r + i * n : r + (i + 1) * n] for i in range(g)]
-    scales = 0.5 + torch.rand(g * n, generator=generator)
-    sketch = torch.cat(own, 1) * scales
-    back = torch.cat(own, 1) / scales  # [d, g n]
-    z = [torch.cat([shared, part], 1) for part in own]
-    a = []
-    for i in range(g):
-        others = [back[:, j * n : (j + 1) * n] for j in range(g) if j != i]
-        a.append(torch.cat([shared, own[i], *others], 1).T.contiguous())
-    b = [torch.cat([shared / g, part], 1).T.contiguous() for part in own]
-    return SketchedMaps(rows, z, sketch, a, b)
 
 
 @pytest.mark.parametrize("groups", [1, 2])

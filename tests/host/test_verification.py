@@ -17,6 +17,7 @@ from sglang_tpla.cache_rows.parts import Part
 from sglang_tpla.cache_rows.row_format import RowFormat
 from sglang_tpla.cache_rows.sketched import SketchedRows
 from tests.host.engine_parts import stub_runner
+from tests.host.layer_artifacts import OneGroup, SketchedArtifact, exact_maps, random_maps, views_of
 from tests.host.layer_ranks import (
     Q_RANK,
     ROPE,
@@ -28,8 +29,6 @@ from tests.host.layer_ranks import (
     page_table,
     random_step,
 )
-from tests.host.test_layer import OneGroup, random_maps, views_of
-from tests.host.test_sketched_layer import SketchedArtifact, exact_maps
 
 WIDTH = 11  # of plain rows
 LENGTHS = [31, 4, 6, 17]  # with the new tokens

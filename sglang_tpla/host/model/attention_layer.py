@@ -164,7 +164,7 @@ def fold_weights(original: Callable[..., None], self: Any, *args: Any, **kwargs:
 
 
 def _keep_storage(old: torch.Tensor | None, new: torch.Tensor) -> torch.Tensor:
-    """Return reload in place, because captured graphs hold the old tensor's address."""
+    """Return ``old`` with the values of ``new``, because captured graphs hold its address; at first, ``new`` itself."""
     return new if old is None else old.copy_(new)
 
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from sglang_tpla.config import without_brackets
 from sglang_tpla.errors import SglangTplaError
 
 # The metadata row has 0 where there was no room, and the wire carries a room as a signed number of 64 bits.
@@ -80,9 +81,8 @@ def checked_host(value: Any) -> str:
     """Return a bootstrap server's host in one spelling: lower case, no brackets, no dot at the end."""
     if isinstance(value, str):
         host = value.strip().lower()
-        bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
         try:
-            return str(ipaddress.ip_address(bare))
+            return str(ipaddress.ip_address(without_brackets(host)))
         except ValueError:
             name = host.removesuffix(".")
             if HOST_NAME.fullmatch(name):
