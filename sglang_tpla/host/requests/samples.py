@@ -91,7 +91,7 @@ def rooms_of(room: Any, prompts: int | None, samples: int) -> Any:
 
 
 def spread(value: Any, prompts: int | None, samples: int, name: str) -> Any:
-    """Return spread a field of a batch to one entry for each sample; a value for all stays one value."""
+    """Return a field of a batch with one entry for each sample; a value for all stays one value."""
     if not isinstance(value, list):
         return value
     count = prompts or 1
