@@ -107,6 +107,26 @@ def series(server: Server) -> dict[str, dict[int, float]]:
     return found
 
 
+def until_in_flight(
+    server: Server, call: concurrent.futures.Future[Any], arrived: int | None = None, rooms: int = 1
+) -> None:
+    """Wait until the server has that many rooms open while ``call`` is under way.
+
+    The network has to be slow enough that no room can end between two looks at it.
+
+    Args:
+        arrived: if given, the chunks that had come before ``call`` was made: another must have come since.
+
+    """
+    deadline = time.monotonic() + 120
+    while True:
+        agent = counters(server)
+        if agent["rooms"] >= rooms and (arrived is None or agent["chunks"] > arrived):
+            return
+        assert not call.done(), f"it ended before {server.name} was seen with {rooms} rooms: {call.result()}"
+        assert time.monotonic() < deadline, (server.name, agent)
+
+
 @contextlib.contextmanager
 def stopped(*processes: psutil.Process) -> Iterator[None]:
     """Stop a process with SIGSTOP, and continue it at the end."""

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.e2e.faulty import PROMPTS, SLOW, TOKENS, Faulty, counters, series
+from tests.e2e.faulty import PROMPTS, SLOW, TOKENS, Faulty, counters, series, until_in_flight
 from tests.e2e.prompts import source
 from tests.e2e.servers import transfer_lines, wait_idle
 from tests.e2e.traffic import Answer
@@ -41,7 +41,8 @@ def test_pages_reused_at_once_after_an_abort_in_mid_transfer(faulty: Faulty, hei
         for number in range(times):
             rid = f"victim-{times}-{number}"
             call = pool.submit(faulty.route.ask, VICTIM, TOKENS, rid=rid)
-            until_rooms(faulty, 1)
+            while not counters(faulty.decode)["rooms"] and not call.done():
+                pass
             time.sleep(chooser.uniform(0, 0.5))
             where = chooser.choice(((faulty.decode,), (faulty.prefill,), (faulty.prefill, faulty.decode)))
             faulty.route.abort(rid, *where)
@@ -59,7 +60,7 @@ def test_each_rank_ends_its_own_part_of_an_aborted_room(faulty: Faulty, heir: An
     failed = {server.name: series(server)["rooms_failed_total"] for server in (faulty.prefill, faulty.decode)}
     with faulty.network("throttle", bytes_per_s=SLOW), concurrent.futures.ThreadPoolExecutor(1) as pool:
         call = pool.submit(faulty.route.ask, VICTIM, TOKENS, rid=f"fan-out-{side}")
-        until_rooms(faulty, 1)
+        until_in_flight(faulty.decode, call)
         faulty.route.abort(f"fan-out-{side}", getattr(faulty, side))
         assert call.result().failure
     wait_idle(*faulty.servers)
@@ -81,7 +82,7 @@ def test_storm_of_aborts(faulty: Faulty, heir: Answer) -> None:
         for number in range(20):
             route = (faulty.route, faulty.side)[number % 2]
             calls.append((route, pool.submit(route.ask, prompts[number % 5], 200, rid=f"storm-{number}")))
-        until_rooms(faulty, 1)
+        until_in_flight(faulty.decode, calls[-1][1])
         for number, (route, _) in enumerate(calls):
             time.sleep(chooser.uniform(0, 0.1))
             route.abort(f"storm-{number}", route.decode, route.prefill)
@@ -97,15 +98,8 @@ def test_room_reused_with_chunks_of_the_old_one_in_flight(faulty: Faulty, heir: 
         for number in range(times):
             room, rid = 7_000_000 + 100 * times + number, f"reuse-{times}-{number}"
             call = pool.submit(faulty.route.ask, VICTIM, TOKENS, rid=rid, room=room)
-            until_rooms(faulty, 1)
+            until_in_flight(faulty.decode, call)
             faulty.route.abort(rid, faulty.prefill, faulty.decode)
             assert call.result().failure
             answer = faulty.route.ask(HEIR, TOKENS, room=room)
             assert answer.same_text(heir, NEARLY), answer
-
-
-def until_rooms(faulty: Faulty, count: int) -> None:
-    """Wait until the decode server has that many rooms open."""
-    deadline = time.monotonic() + 60
-    while counters(faulty.decode)["rooms"] < count:
-        assert time.monotonic() < deadline

@@ -6,7 +6,7 @@ import time
 import pytest
 
 from sglang_tpla.transfer import messages
-from tests.e2e.faulty import FAULTS, PEER_TIMEOUT_S, PROMPTS, SLOW, TOKENS, Faulty, counters
+from tests.e2e.faulty import FAULTS, PEER_TIMEOUT_S, PROMPTS, SLOW, TOKENS, Faulty, counters, until_in_flight
 from tests.wire.fakes import FakeDecode, hello
 from tests.wire.test_hostile import MALFORMED
 
@@ -32,9 +32,8 @@ def test_network_gone_for_longer_than_the_heartbeat_and_back(faulty: Faulty) -> 
     lost = [counters(server)["peers_lost"] for server in faulty.servers]
     with concurrent.futures.ThreadPoolExecutor(1) as pool, faulty.network("throttle", bytes_per_s=SLOW):
         call = pool.submit(faulty.ask_all)
-        deadline = time.monotonic() + 60
-        while counters(faulty.decode)["rooms"] < len(PROMPTS) or counters(faulty.prefill)["rooms"] < len(PROMPTS):
-            assert time.monotonic() < deadline
+        for server in (faulty.decode, faulty.prefill):
+            until_in_flight(server, call, rooms=len(PROMPTS))
         with faulty.network_gone():
             answers = call.result()  # each ends by itself, while nothing comes through
             deadline = time.monotonic() + 60  # servers without a request under way notice in their own time

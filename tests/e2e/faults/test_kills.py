@@ -1,12 +1,13 @@
 """kill -9 of one side under load: the survivors are well, fail what was in flight, and serve when it is back."""
 
 import concurrent.futures
+import contextlib
 import time
 from pathlib import Path
 
 import torch
 
-from tests.e2e.faulty import PROMPTS, SLOW, TOKENS, Faulty, counters, stopped
+from tests.e2e.faulty import PROMPTS, SLOW, TOKENS, Faulty, counters, stopped, until_in_flight
 from tests.e2e.prompts import source
 from tests.e2e.servers import Server, idle, wait_idle
 from tests.e2e.traffic import Answer, Load
@@ -14,17 +15,6 @@ from tests.e2e.traffic import Answer, Load
 # some 1,500 tokens: many chunks, no common prefix
 LONG = [source(seed=9 + n, characters=5_000) for n in range(2)]
 FAIL_WITHIN_S = 100.0
-
-
-def until_in_flight(server: Server, more_rooms_than: int = 0) -> None:
-    """Wait until the server has that many rooms open and chunks of them have moved."""
-    start = counters(server)["chunks"]
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        agent = counters(server)
-        if agent["rooms"] > more_rooms_than and agent["chunks"] > start:
-            return
-    raise AssertionError(f"nothing moved on {server.name}: {idle(server)}")
 
 
 def until_running(server: Server) -> None:
@@ -64,14 +54,16 @@ def test_decode_killed_at_every_stage_under_load(faulty: Faulty) -> None:
     ):
         calls = [pool.submit(route.ask, PROMPTS[0], 1500, stream=True)]
         until_running(faulty.decode)
-        with faulty.network("throttle"):
-            calls.append(pool.submit(route.ask, LONG[0], TOKENS))
-            until_in_flight(faulty.decode)
-            with stopped(*faulty.decode.schedulers()):
-                calls.append(pool.submit(route.ask, PROMPTS[2], TOKENS))
-                # Prefill takes requests in their order: it has this one when two later ones were answered.
-                until_answered(load, load.right["single"] + 2)
-                faulty.decode.kill()
+        with contextlib.ExitStack() as halt:
+            with faulty.network("throttle", bytes_per_s=SLOW / 6):  # until the ranks stop: the load is not to wait
+                arrived = counters(faulty.decode)["chunks"]
+                calls.append(pool.submit(route.ask, LONG[0], TOKENS))
+                until_in_flight(faulty.decode, calls[-1], arrived)
+                halt.enter_context(stopped(*faulty.decode.schedulers()))
+            calls.append(pool.submit(route.ask, PROMPTS[2], TOKENS))
+            # Prefill takes requests in their order: it has this one when two later ones were answered.
+            until_answered(load, load.right["single"] + 2)
+            faulty.decode.kill()
         for call in calls:
             failed(call)
         served = load.right["single"]
@@ -92,9 +84,10 @@ def test_prefill_killed_in_mid_chunk_under_load(faulty: Faulty) -> None:
             concurrent.futures.ThreadPoolExecutor(2) as pool,
             faulty.network("throttle", bytes_per_s=SLOW / 6),  # neither is there before the other has begun
         ):
+            arrived = [counters(server)["chunks"] for server in survivors]
             calls = [pool.submit(route.ask, LONG[1], TOKENS) for route in (faulty.route, faulty.side)]
-            for server in survivors:
-                until_in_flight(server, more_rooms_than=1)  # beside one of the load
+            for server, call, chunks in zip(survivors, calls, arrived, strict=True):
+                until_in_flight(server, call, chunks, rooms=2)  # beside one of the load
             faulty.prefill.kill()
             answers = [call.result(FAIL_WITHIN_S) for call in calls]
         served = dict(load.right)

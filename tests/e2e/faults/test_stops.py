@@ -6,7 +6,7 @@ import time
 import psutil
 import pytest
 
-from tests.e2e.faulty import PEER_TIMEOUT_S, PROMPTS, TOKENS, Faulty, counters, series, stopped
+from tests.e2e.faulty import PEER_TIMEOUT_S, PROMPTS, SLOW, TOKENS, Faulty, series, stopped, until_in_flight
 from tests.e2e.servers import Server
 from tests.e2e.traffic import Load, Route
 
@@ -42,10 +42,9 @@ def test_decode_rank_stopped(faulty: Faulty, rank: int, seconds: float) -> None:
 def test_decode_rank_stopped_for_a_moment(faulty: Faulty) -> None:
     """The rank stops for less than the heartbeat's patience: nothing fails, not even what was under way."""
     before = faulty.held()
-    with concurrent.futures.ThreadPoolExecutor(1) as pool, faulty.network("throttle"):
+    with concurrent.futures.ThreadPoolExecutor(1) as pool, faulty.network("throttle", bytes_per_s=SLOW):
         call = pool.submit(faulty.ask_all)
-        while not counters(faulty.decode)["rooms"]:
-            pass
+        until_in_flight(faulty.decode, call)
         with stopped(_rank(faulty.decode, 1)):
             time.sleep(PEER_TIMEOUT_S / 3)
         answers = call.result()
