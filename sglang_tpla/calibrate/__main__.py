@@ -33,6 +33,7 @@ from sglang_tpla.reference_model.checkpoint import Checkpoint, CheckpointError
 from sglang_tpla.reference_model.forward import PlainModel
 from sglang_tpla.reference_model.spec import ModelSpec
 
+_GROUPS = 2
 _CHOICE_SEQUENCES = 8  # of calibration text, on which layouts are compared
 _SKETCHED_CHOICE_SEQUENCES = 4  # the same for sketched rows, of which there are more to compare
 ERRORS = (ArtifactError, CheckpointError, CorpusError, StatisticsError, TransformError, OSError)
@@ -43,7 +44,7 @@ def parser() -> argparse.ArgumentParser:
     text = argparse.ArgumentParser(prog="python -m sglang_tpla.calibrate", description=__doc__)
     text.add_argument("--model-path", required=True, help="checkpoint directory with config.json and safetensors")
     text.add_argument("--out", required=True, type=Path, help="artifact file to write")
-    text.add_argument("--groups", type=int, default=2, help="latent groups g (default 2)")
+    text.add_argument("--groups", type=int, help="latent groups g (default 2, or as --max-kl chooses)")
     text.add_argument(
         "--transform",
         default="shared",
@@ -155,8 +156,12 @@ def make(arguments: argparse.Namespace) -> Artifact:
     """Make the artifact, without writing it."""
     checkpoint = Checkpoint(arguments.model_path)
     spec = ModelSpec.from_config(checkpoint.config)
-    transform, groups = arguments.transform, arguments.groups
-    rows = row_choice(arguments)
+    if arguments.max_kl is not None and arguments.groups is not None:
+        raise TransformError(
+            f"--max-kl chooses g among the divisors of --ranks, got --groups {arguments.groups} as well: leave one out"
+        )
+    transform, groups = arguments.transform, _GROUPS if arguments.groups is None else arguments.groups
+    rows = row_choice(arguments, groups)
     shared_dims = arguments.shared_dims
     if shared_dims is None:
         shared_dims = pipeline.default_shared_dims(transform, spec.latent_dim, groups)
@@ -243,12 +248,12 @@ def make(arguments: argparse.Namespace) -> Artifact:
     return artifact
 
 
-def row_choice(arguments: argparse.Namespace) -> str:
+def row_choice(arguments: argparse.Namespace, groups: int) -> str:
     """Return the row format that was asked for, or the default: sketched wherever its maps are those of ``shared``."""
     simple = arguments.transform == "shared" and arguments.key_map == "regression" and not arguments.refit_values
     rows = arguments.rows
     if rows is None:
-        rows = "sketched" if simple and arguments.groups > 1 else "plain"
+        rows = "sketched" if simple and groups > 1 else "plain"
     if rows != "sketched" and (arguments.sketch_bits or arguments.rope_bits):
         raise TransformError(
             f"--sketch-bits and --rope-bits are those of sketched rows, got {rows} rows: leave them out, or take "

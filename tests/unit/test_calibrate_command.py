@@ -54,6 +54,7 @@ def test_makes_an_artifact_with_provenance_twice_the_same(tmp_path: Path) -> Non
         (["--sketch-bits", "5"], "--sketch-bits"),
         (["--rows", "plain", "--sketch-bits", "3"], "those of sketched rows"),
         (["--max-kl", "nan", "--ranks", "2"], "a finite --max-kl above 0"),
+        (["--max-kl", "0.1", "--ranks", "2", "--groups", "4"], "got --groups 4 as well: leave one out"),
         (["--device", "cuda:77"], "a torch device that is here, got 'cuda:77'"),
         (["--out", "/tmp"], "got the folder /tmp"),
         (["--own-bits", "4"], "--own-bits"),
