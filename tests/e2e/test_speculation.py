@@ -194,6 +194,11 @@ def test_stops_grammars_prefixes_and_samples(servers: Servers, prompts: list[lis
                 right["meta_info"]["finish_reason"],
             )
             assert "regex" not in ends or re.fullmatch(ends["regex"], answer["text"]), answer
+    ignored = Route(pair.prefill, pair.bootstrap, pair.decode).body(prompts[0], 4, room=9500)
+    ignored["sampling_params"] |= {"temperature": 1.0, "min_p": 0.1}
+    for server in (pair.prefill, pair.decode):  # SGLang would drop it without a word
+        answer = server.post("/generate", ignored, 60)
+        assert answer.status_code == 400 and "min_p is not applied" in answer.text, answer.text
     hot = {"max_new_tokens": TOKENS, "temperature": 1.5, "regex": "[0-9]{3}-[ab]{2}"}
     for _ in range(4):
         assert re.fullmatch(hot["regex"], pair.generate(prompts[0], TOKENS, sampling_params=hot)[1]["text"])

@@ -1,0 +1,168 @@
+"""Tokens sampled by TPLA decode servers with speculation, against the distribution that the PyTorch model gives them.
+
+    python benchmarks/speculation_sampling.py --out FILE [--model DIR --artifact FILE] [--draws 20000]
+
+Runs on the CPU reference platform in float32: a prefill server and a decode server of two groups on two ranks, first
+with speculation and then without. The draft is a copy of the target's last layer, so that some guesses are kept and
+most are not. At each of three prompts many answers are sampled at temperature 1. Every token but an answer's first
+(which prefill draws) is one draw of the next token, behind the prompt and the tokens before it.
+
+The PyTorch model computes the whole distribution of each draw, over the same slices. The draw then becomes a number
+between 0 and 1: the probability of all likelier tokens, and a random share of the token's own. These numbers are
+uniform for any right sampler, whatever the distributions are, and a chi-squared test over 40 equal cells says whether
+they are. A second one compares the cells with and without speculation. To show what the tests can see, the same draws
+are also tested against the distributions at temperature 1.1, which must be refuted.
+"""
+
+import argparse
+import contextlib
+import json
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.speculation_requests import same_source
+from sglang_tpla.artifact.artifact import Artifact
+from sglang_tpla.measure.decode_error import model_maps
+from sglang_tpla.reference_model.forward import LayerMaps, PlainModel
+from tests.e2e.servers import Pair, launcher
+from tests.ports import free_ports
+from tests.speculating_model import artifact_for, copied_layer, with_nextn
+
+ROOT = Path(__file__).resolve().parents[1]
+CELLS, SEED, AT_ONCE, OTHER_TEMPERATURE = 40, 17, 32, 1.1
+PROMPTS = (
+    "import os\nimport json\n\n\ndef read_config(path):\n    with open(path) as file:\n        ",
+    "class Point:\n    def __init__(self, x, y):\n        self.x = x\n        self.y = y\n\n    def distance(self, ",
+    "for index, item in enumerate(items):\n    if item is None:\n        continue\n    ",
+)
+
+
+def numbers(
+    answers: Sequence[Sequence[int]], prompt: list[int], model: PlainModel, maps: Sequence[LayerMaps],
+    generator: torch.Generator,
+) -> dict[float, torch.Tensor]:  # fmt: skip
+    """Return one number in [0, 1] for each draw, by the distributions at temperature 1 and at another one."""
+    found: dict[float, list[torch.Tensor]] = {1.0: [], OTHER_TEMPERATURE: []}
+    share = torch.rand(len(answers), len(answers[0]) - 1, generator=generator, dtype=torch.float64)
+    for first in range(0, len(answers), AT_ONCE):
+        tokens = torch.tensor([[*prompt, *answer] for answer in answers[first : first + AT_ONCE]])
+        with torch.no_grad():
+            logits = model.forward(tokens[:, :-1], maps=maps, prompt_tokens=len(prompt))[:, len(prompt) :].double()
+        drawn = tokens[:, len(prompt) + 1 :, None]  # [answers, draws of each, 1]
+        for temperature, rows in found.items():
+            chances = (logits / temperature).softmax(-1)
+            own = chances.gather(2, drawn)
+            likelier = (chances * (chances > own)).sum(-1)
+            rows.append((likelier + own[..., 0] * share[first : first + AT_ONCE]).flatten())
+    return {temperature: torch.cat(rows) for temperature, rows in found.items()}
+
+
+def uniform(drawn: torch.Tensor) -> dict[str, float]:
+    """Test the hypothesis that numbers of [0, 1] are uniform."""
+    seen, expected = torch.histc(drawn, CELLS, 0, 1), len(drawn) / CELLS
+    chi = ((seen - expected) ** 2 / expected).sum()
+    chance = torch.special.gammaincc(torch.tensor((CELLS - 1) / 2, dtype=torch.float64), chi / 2)
+    return {"draws": len(drawn), "cells": CELLS, "chi_squared": float(chi), "p": float(chance)}
+
+
+def cells(drawn: torch.Tensor) -> Counter[int]:
+    """Count the numbers of each cell."""
+    return Counter((drawn * CELLS).long().clamp(max=CELLS - 1).tolist())
+
+
+def sampled(pair: Pair, prompt: list[int], tokens: int, draws: int) -> list[dict[str, Any]]:
+    """Return answers with so many draws in them at least."""
+    params = {"max_new_tokens": tokens, "temperature": 1.0, "ignore_eos": True}
+    answers: list[dict[str, Any]] = []
+    while len(answers) * (tokens - 1) < draws:
+        answers += pair.generate([prompt] * AT_ONCE, tokens, timeout_s=600, sampling_params=params)[1]
+    return answers
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=ROOT / "examples" / "nano-mla")
+    parser.add_argument("--artifact", type=Path, default=ROOT / "examples" / "artifacts" / "nano-mla-g2.safetensors")
+    parser.add_argument("--draws", type=int, default=20_000, help="at each prompt")
+    parser.add_argument("--tokens", type=int, default=128, help="of an answer")
+    parser.add_argument("--guesses", type=int, default=3, help="a step")
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    began = time.monotonic()
+    generator = torch.Generator().manual_seed(SEED)
+    prompts = [Tokenizer.from_file(str(args.model / "tokenizer.json")).encode(text).ids for text in PROMPTS]
+    kinds = {
+        "with speculation": ("--speculative-algorithm", "EAGLE", "--speculative-num-steps", str(args.guesses)),
+        "without": (),
+    }
+    answers: dict[str, list[list[dict[str, Any]]]] = {}
+    with TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        model = with_nextn(args.model, copied_layer(args.model, folder / "layer"), folder / "model")
+        artifact = artifact_for(model, str(args.artifact), folder / "artifact.safetensors")
+        layout = ("--tp", "2", "--tpla-groups", "2", "--tpla-artifact", str(artifact))
+        for number, (kind, flags) in enumerate(kinds.items()):
+            port, bootstrap, other = free_ports(3)
+            common = ("--skip-server-warmup", "--max-running-requests", str(AT_ONCE), "--random-seed")
+            prefill = launcher(
+                "prefill", str(model), port, folder / f"prefill-{number}.log", "--disaggregation-bootstrap-port",
+                str(bootstrap), *common, str(SEED + 2 * number), *flags,
+            )  # fmt: skip
+            decode = launcher(
+                "decode", str(model), other, folder / f"decode-{number}.log", *layout, *common,
+                str(SEED + 2 * number + 1), *flags,
+            )  # fmt: skip
+            with contextlib.ExitStack() as stack:
+                for server in (prefill, decode):
+                    stack.callback(server.stop)
+                    server.start()
+                pair = Pair(prefill.wait(), bootstrap, decode.wait())
+                answers[kind] = [sampled(pair, prompt, args.tokens, args.draws) for prompt in prompts]
+            print(f"{kind}: sampled, {time.monotonic() - began:.0f} s", flush=True)
+        reference = PlainModel(str(args.model))
+        maps = model_maps(Artifact.load(str(args.artifact)), reference)
+        rows = []
+        for index, (text, prompt) in enumerate(zip(PROMPTS, prompts, strict=True)):
+            row: dict[str, Any] = {"prompt": text, "tokens": len(prompt)}
+            counts = []
+            for kind, said in answers.items():
+                ids = [answer["output_ids"] for answer in said[index]]
+                found = numbers(ids, prompt, reference, maps, generator)
+                steps = [answer["meta_info"].get("spec_verify_ct") or args.tokens - 1 for answer in said[index]]
+                row[kind] = {
+                    **uniform(found[1.0]),
+                    "tokens_a_step": len(found[1.0]) / sum(steps),
+                    f"p_at_temperature_{OTHER_TEMPERATURE}": uniform(found[OTHER_TEMPERATURE])["p"],
+                }
+                counts.append(cells(found[1.0]))
+            row["with beside without"] = same_source(*counts)
+            rows.append(row)
+            print(json.dumps(row), flush=True)
+    result = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "device": "cpu",
+        "sglang": version("sglang"),
+        "torch": torch.__version__,
+        "model": args.model.name,
+        "groups": 2,
+        "guesses": args.guesses,
+        "seed": SEED,
+        "prompts": rows,
+    }
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()
