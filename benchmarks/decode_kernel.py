@@ -25,8 +25,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from flashinfer_decode import FlashInferDecode
-
+from sglang_tpla.attention.flashinfer import FlashInferDecode
 from sglang_tpla.attention.hopper.decode import HopperDecode
 from sglang_tpla.attention.interface import DecodeAttention, DecodeShape, PageTable
 from sglang_tpla.attention.reference import latent_attention

@@ -16,10 +16,10 @@ from functools import partial
 
 import layer_kernels as small
 import torch
-from flashinfer_decode import FlashInferDecode
 
 from sglang_tpla.attention.cache_write.inputs import CacheWrite
 from sglang_tpla.attention.cache_write.write import write
+from sglang_tpla.attention.flashinfer import FlashInferDecode
 from sglang_tpla.attention.hopper.decode import HopperDecode
 from sglang_tpla.attention.interface import DecodeAttention, DecodeShape, PageTable
 from sglang_tpla.plan.cost import Load, Method, Precision, rank_work

@@ -22,9 +22,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(1, str(Path(__file__).parents[1] / "tests" / "gpu"))
 from decode_case import random_case, relative_error
-from flashinfer_decode import FlashInferDecode
 
 from benchmarks.decode_kernel import MLA_DIM, ROPE_DIM, SCALE, Step, capture, environment, prepare
+from sglang_tpla.attention.flashinfer import FlashInferDecode
 from sglang_tpla.attention.hopper.decode import HopperDecode
 from sglang_tpla.attention.interface import DecodeShape
 from sglang_tpla.cache_rows.sketched import SketchedRows

@@ -72,7 +72,7 @@ def differences(release: str) -> list[str]:
 
 def main() -> None:
     """Print the table of the wheels on the command line, oldest release first."""
-    if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
+    if len(sys.argv) < 2:
         raise SystemExit("usage: python -m sglang_tpla.host.source_table WHEEL... > patches/targets.json")
     paths = sorted(map(Path, sys.argv[1:]), key=lambda path: ledger.version_key(path.name.split("-")[1]))
     print(json.dumps({path.name.split("-")[1]: release_row(path) for path in paths}, indent=1))

@@ -119,7 +119,7 @@ def test_misaligned_rows_are_refused() -> None:
 @pytest.mark.parametrize("page_size", [1, 64])
 def test_flashinfer_at_full_width(page_size: int) -> None:
     pytest.importorskip("flashinfer")
-    from flashinfer_decode import FlashInferDecode
+    from sglang_tpla.attention.flashinfer import FlashInferDecode
 
     case = random_case(DecodeShape(512, 16, page_size=page_size), [1000, 77, 4096], 2)
     assert choose(case.shape, (9, 0)) == "flashinfer_fa3"
