@@ -335,8 +335,7 @@ def main() -> None:
             layouts = {name: layouts[name] for name in args.only if name in layouts}
             for name, (ranks, flags) in layouts.items():
                 engines["drafting"].decode(name, ranks, *REQUESTS, *sampler(), *flags, *speculation)
-                if name != "eager":  # answers without speculation are those with graphs
-                    engines["plain"].decode(name, ranks, *REQUESTS, *sampler(), *flags)
+                engines["plain"].decode(name, ranks, *REQUESTS, *sampler(), *flags)
             if "stock" in args.only and DEVICE == "cuda":
                 padded = pad_latent(args.model, Path(scratch) / "padded", STOCK_LATENT)
                 for kind, extra in (("drafting", (*speculation, *chains)), ("plain", ())):
@@ -349,8 +348,7 @@ def main() -> None:
                 """The two servers of a layout, up."""
                 if name not in opened:
                     source = stocks if name == "stock" else engines
-                    layout_of = {kind: "g1" if (name, kind) == ("eager", "plain") else name for kind in source}
-                    opened[name] = {kind: Decoder(source[kind], layout) for kind, layout in layout_of.items()}
+                    opened[name] = {kind: Decoder(one, name) for kind, one in source.items()}
                     for decoder in opened[name].values():
                         decoder.open()
                 return opened[name]
@@ -381,15 +379,14 @@ def main() -> None:
                 """One question about one layout."""
                 if question == "right":
                     keep(f"{name}: right", lambda: right(name))
-                elif question == "requests" and name in ("g1", "q1"):
+                elif question == "requests" and name not in ("eager", "stock"):
                     keep(f"{name}: requests", lambda: every_kind(both(name)["drafting"].pair, asked[12]))
                 elif question == "fast":
                     for kind in ("plain", "drafting"):
-                        if (name, kind) != ("eager", "plain"):
-                            work = functools.partial(
-                                lambda kind: speed(both(name)[kind], short, args.tokens, args.batches), kind
-                            )
-                            keep(f"{name}: fast, {kind}", work)
+                        work = functools.partial(
+                            lambda kind: speed(both(name)[kind], short, args.tokens, args.batches), kind
+                        )
+                        keep(f"{name}: fast, {kind}", work)
                 elif question == "documents" and args.documents:
                     keep(f"{name}: documents", lambda: documents(name))
                 elif question == "sampled" and name in ("g1", "q1"):
