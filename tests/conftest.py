@@ -1,9 +1,13 @@
 """The fixtures of all tests, and the tests that must share a process when several processes share the work."""
 
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # before anyone imports torch: threads that spin starve the other workers
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -6,8 +6,9 @@ With either, ``--task-tokens 1024 2048`` also counts the questions that are answ
 """
 
 import argparse
+import contextlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,13 +18,14 @@ from tqdm import tqdm
 
 from sglang_tpla.artifact.artifact import Artifact, ArtifactError, ArtifactMeta
 from sglang_tpla.artifact.model_identity import weights_hash
-from sglang_tpla.cache_rows.fp8 import row_bytes as fp8_row_bytes
+from sglang_tpla.cache_rows.row_format import RowFormat
 from sglang_tpla.evaluate.endpoints import EndpointError, compare_endpoints
 from sglang_tpla.evaluate.generate import long_answers
 from sglang_tpla.evaluate.layers import kl_alone, layer_errors
 from sglang_tpla.evaluate.recall import PLAIN, RecallRow, documents, recall, recall_endpoints, recall_table
+from sglang_tpla.evaluate.recall_tasks import TaskDocument
 from sglang_tpla.evaluate.report import Bin, Evaluation, LayerRow, LongRow, summary, write
-from sglang_tpla.evaluate.retrieval import NeedleRow, retrieval
+from sglang_tpla.evaluate.retrieval import Needle, NeedleRow, needles, retrieval
 from sglang_tpla.measure.corpus import Corpus, CorpusError, load_tokenizer
 from sglang_tpla.measure.decode_error import DecodeErrors, measure, model_maps, quantile
 from sglang_tpla.measure.paper import paper_layers
@@ -38,10 +40,22 @@ ERRORS = (ArtifactError, CheckpointError, CorpusError, StatisticsError, Endpoint
 PAPER_TOKENS = 16384  # of calibration text, for the principal components of the paper's recipe
 
 
+def _at_least(least: int) -> Callable[[str], int]:
+    """Return the type of a flag: a whole number that is not below ``least``."""
+
+    def number(text: str) -> int:
+        with contextlib.suppress(ValueError):
+            if int(text) >= least:
+                return int(text)
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least {least}, got {text!r}")
+
+    return number
+
+
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     text = argparse.ArgumentParser(prog="python -m sglang_tpla.evaluate", description=__doc__)
-    text.add_argument("--model-path", help="checkpoint directory")
+    text.add_argument("--model-path", type=Path, help="checkpoint directory")
     text.add_argument("--artifact", type=Path, help="artifact to measure")
     text.add_argument("--corpus", nargs="+", default=[], metavar="PATH", help="default: Python's library")
     text.add_argument("--seed", type=int, help="split of the text (default: the artifact's, so it was held out)")
@@ -51,21 +65,21 @@ def parser() -> argparse.ArgumentParser:
     text.add_argument("--prompt-tokens", type=int, default=512)
     text.add_argument("--continuation-tokens", type=int, default=512)
     text.add_argument(
-        "--long-tokens", type=int, default=128, help="follow the model's own answers this far, up to 4096; 0: not"
+        "--long-tokens", type=_at_least(0), default=128, help="follow the model's own answers this far; 0: not"
     )
-    text.add_argument("--long-answers", type=int, default=4, help="how many of them (default 4)")
-    text.add_argument("--needle-tokens", type=int, nargs="*", default=[], help="retrieval prompts: 1024 2048 ...")
-    text.add_argument("--needle-cases", type=int, default=4, help="needles for each length and depth")
+    text.add_argument("--long-answers", type=_at_least(1), default=4, help="how many of them (default 4)")
+    text.add_argument("--needle-tokens", type=_at_least(1), nargs="*", default=[], help="retrieval prompts: 1024 ...")
+    text.add_argument("--needle-cases", type=_at_least(1), default=4, help="needles for each length and depth")
     text.add_argument(
         "--task-tokens",
-        type=int,
+        type=_at_least(1),
         nargs="*",
         default=[],
         metavar="TOKENS",
         help="lengths of documents with planted facts and questions: 1024 2048 4096 ...",
     )
     text.add_argument(
-        "--task-documents", type=int, default=8, help="such documents of each length, kinds in turn (default 8)"
+        "--task-documents", type=_at_least(1), default=8, help="documents of each length, kinds in turn (default 8)"
     )
     text.add_argument(
         "--no-paper", action="store_true", help="leave out the paper's recipe, which is measured side by side"
@@ -81,8 +95,8 @@ def parser() -> argparse.ArgumentParser:
     text.add_argument("--quiet", action="store_true", help="no progress bars")
     text.add_argument("--stock-url", help="a stock server (or its router)")
     text.add_argument("--tpla-url", help="a TPLA deployment's router")
-    text.add_argument("--prompts", type=int, default=16, help="prompts sent to both servers (default 16)")
-    text.add_argument("--new-tokens", type=int, default=128, help="answer length there (default 128)")
+    text.add_argument("--prompts", type=_at_least(1), default=16, help="prompts sent to both servers (default 16)")
+    text.add_argument("--new-tokens", type=_at_least(1), default=128, help="answer length there (default 128)")
     return text
 
 
@@ -90,6 +104,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command, and return 0 on success or 2 on bad input."""
     arguments = parser().parse_args(argv)
     try:
+        if arguments.out.exists() and not arguments.out.is_dir():
+            raise ArtifactError(f"expected a folder to write to at --out {arguments.out}, found a file")
         if arguments.stock_url or arguments.tpla_url:
             return _endpoints(arguments)
         if not arguments.model_path or not arguments.artifact:
@@ -97,10 +113,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "expected --model-path and --artifact, or --stock-url and --tpla-url for two live servers"
             )
         evaluation = evaluate(arguments)
+        data, page = write(evaluation, arguments.out)
     except ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    data, page = write(evaluation, arguments.out)
     print(summary(evaluation))
     print(f"wrote {data} and {page}")
     return 0
@@ -127,6 +143,8 @@ def evaluate(arguments: argparse.Namespace) -> Evaluation:
     text = read_text(plan, checkpoint)
     if not len(text.held_out):
         raise CorpusError("expected --tokens to be at least 1, got 0")
+    # documents are made before anything is measured, so that lengths that hold none are said at once
+    hidden, tasks = _needles(checkpoint.path, plan, arguments), _tasks(checkpoint.path, plan, arguments)
     model = PlainModel(checkpoint, torch.float32, arguments.device)
     sliced = model_maps(artifact, model)
     maps = cached_maps(sliced, arguments.cache_dtype, artifact.meta.shared_dims)
@@ -157,18 +175,19 @@ def evaluate(arguments: argparse.Namespace) -> Evaluation:
         by_position=positions(errors),
         layers=_layers(model, sliced, text.held_out, artifact, plan.prompt_tokens, quiet),
         long_answers=_long(model, maps, text.held_out, arguments),
-        needles=_needles(model, maps, plan, arguments),
-        recall=_recall(model, maps, paper, plan, arguments),
+        needles=_retrieval(model, maps, hidden, arguments.quiet),
+        recall=_recall(model, maps, paper, tasks, arguments.quiet),
     )
 
 
 def cache_bytes(meta: ArtifactMeta, cache_dtype: str) -> int:
     """Return the bytes that a rank caches of a token in all layers: in sketched or FP8 rows, or at 16 bits a value."""
     if meta.sketched:
-        return sum(meta.rows(layer).row_bytes for layer in range(meta.num_layers))
-    if cache_dtype == "fp8":
-        return sum(fp8_row_bytes(width, meta.rope_dim) for width in meta.widths)
-    return sum(2 * (width + meta.rope_dim) for width in meta.widths)
+        rows = RowFormat.sketched([meta.rows(layer) for layer in range(meta.num_layers)], group=0)
+    else:
+        made = RowFormat.fp8 if cache_dtype == "fp8" else RowFormat.plain
+        rows = made(meta.widths, meta.shared_dims, meta.rope_dim)
+    return sum(rows.row_bytes(torch.bfloat16))
 
 
 def _paper(model: PlainModel, plan: TextPlan, groups: int, quiet: bool) -> list[LayerMaps]:
@@ -184,19 +203,22 @@ def _filler_lines(plan: TextPlan) -> list[str]:
     ]
 
 
+def _tasks(model_path: Path, plan: TextPlan, arguments: argparse.Namespace) -> list[TaskDocument]:
+    if not arguments.task_tokens:
+        return []
+    tokenizer = load_tokenizer(model_path)
+    return documents(tokenizer, _filler_lines(plan), arguments.task_tokens, arguments.task_documents, plan.seed)
+
+
 def _recall(
     model: PlainModel,
     maps: list[LayerMaps],
     paper: list[LayerMaps] | None,
-    plan: TextPlan,
-    arguments: argparse.Namespace,
+    cases: list[TaskDocument],
+    quiet: bool,
 ) -> tuple[RecallRow, ...]:
-    if not arguments.task_tokens:
-        return ()
-    tokenizer = load_tokenizer(model.checkpoint.path)
-    cases = documents(tokenizer, _filler_lines(plan), arguments.task_tokens, arguments.task_documents, plan.seed)
     methods = {"the artifact": maps} if paper is None else {"the paper's recipe": paper, "the artifact": maps}
-    with tqdm(total=len(cases), desc="tasks", unit="document", disable=arguments.quiet) as bar:
+    with tqdm(total=len(cases), desc="tasks", unit="document", disable=quiet or not cases) as bar:
         return tuple(recall(model, methods, cases, bar.update))
 
 
@@ -252,25 +274,23 @@ def _long(
     return tuple(rows)
 
 
-def _needles(
-    model: PlainModel, maps: list[LayerMaps], plan: TextPlan, arguments: argparse.Namespace
-) -> tuple[NeedleRow, ...]:
+def _needles(model_path: Path, plan: TextPlan, arguments: argparse.Namespace) -> list[list[Needle]]:
     if not arguments.needle_tokens:
-        return ()
-    tokenizer = load_tokenizer(model.checkpoint.path)
+        return []
+    tokenizer = load_tokenizer(model_path)
     filler: list[int] = []
     for document in Corpus.from_paths(plan.corpus).split(plan.seed)[1]:
         filler += tokenizer(document.text)
         if len(filler) > 4 * max(arguments.needle_tokens):
             break
-    depths = (0.1, 0.5, 0.9)
-    total = len(arguments.needle_tokens) * len(depths) * arguments.needle_cases
-    with tqdm(total=total, desc="needles", unit="case", disable=arguments.quiet) as bar:
-        found = retrieval(
-            model, maps, tokenizer, filler, lengths=arguments.needle_tokens, depths=depths,
-            cases=arguments.needle_cases, seed=plan.seed, progress=bar.update,
-        )  # fmt: skip
-    return tuple(found)
+    return needles(tokenizer, filler, arguments.needle_tokens, arguments.needle_cases, plan.seed)
+
+
+def _retrieval(
+    model: PlainModel, maps: list[LayerMaps], made: list[list[Needle]], quiet: bool
+) -> tuple[NeedleRow, ...]:
+    with tqdm(total=sum(map(len, made)), desc="needles", unit="case", disable=quiet or not made) as bar:
+        return tuple(retrieval(model, maps, made, bar.update))
 
 
 def _endpoint_recall(arguments: argparse.Namespace) -> list[RecallRow]:
@@ -279,13 +299,7 @@ def _endpoint_recall(arguments: argparse.Namespace) -> list[RecallRow]:
     if not arguments.model_path:
         raise EndpointError("--task-tokens cuts documents to length: give --model-path for its tokenizer")
     plan = TextPlan(corpus=tuple(arguments.corpus), seed=arguments.seed or 0)
-    cases = documents(
-        load_tokenizer(arguments.model_path),
-        _filler_lines(plan),
-        arguments.task_tokens,
-        arguments.task_documents,
-        plan.seed,
-    )
+    cases = _tasks(arguments.model_path, plan, arguments)
     urls = {PLAIN: arguments.stock_url, "TPLA": arguments.tpla_url}
     with tqdm(total=len(cases), desc="tasks", unit="document", disable=arguments.quiet) as bar:
         return recall_endpoints(urls, cases, progress=bar.update)

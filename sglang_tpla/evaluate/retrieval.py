@@ -13,11 +13,12 @@ from dataclasses import dataclass
 import msgspec
 import torch
 
-from sglang_tpla.measure.corpus import Tokenizer
+from sglang_tpla.measure.corpus import CorpusError, Tokenizer
 from sglang_tpla.measure.decode_error import measure
 from sglang_tpla.reference_model.forward import LayerMaps, PlainModel
 
 _LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
+_DEPTHS = (0.1, 0.5, 0.9)
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,11 @@ class NeedleRow(msgspec.Struct, frozen=True):
 
 
 def make_needle(tokenizer: Tokenizer, filler: Sequence[int], length: int, depth: float, seed: int) -> Needle:
-    """Make a prompt of ``length`` filler tokens with one planted assignment, and its answer."""
+    """Make a prompt of ``length`` filler tokens with one planted assignment, and its answer.
+
+    Raises:
+        CorpusError: too little filler, or a length that holds no needle.
+    """
     rng = random.Random(seed)
     name = "token_" + "".join(rng.choices(_LETTERS, k=4))
     value = "".join(rng.choices(_LETTERS, k=8))
@@ -50,8 +55,10 @@ def make_needle(tokenizer: Tokenizer, filler: Sequence[int], length: int, depth:
     question = tokenizer(f'\nassert {name} == "')
     answer = tokenizer(value + '"')
     room = length - len(needle) - len(question)
-    if room < 2 or len(filler) < room:
-        raise ValueError(f"expected at least {length} filler tokens and length, got {len(filler)}")
+    if room < 2:
+        raise CorpusError(f"a prompt of {length} tokens has no room for a needle; take 64 or more")
+    if len(filler) < room:
+        raise CorpusError(f"expected {room} tokens of filler text, got {len(filler)}; give more to --corpus")
     start = rng.randrange(len(filler) - room + 1)
     body = list(filler[start : start + room])
     cut = int(depth * room)
@@ -59,48 +66,51 @@ def make_needle(tokenizer: Tokenizer, filler: Sequence[int], length: int, depth:
     return Needle(depth, length, torch.tensor(tokens, dtype=torch.long))
 
 
+def needles(
+    tokenizer: Tokenizer, filler: Sequence[int], lengths: Sequence[int], cases: int, seed: int
+) -> list[list[Needle]]:
+    """Make ``cases`` needles for each length and depth; CorpusError where a length does not allow them."""
+    return [
+        [make_needle(tokenizer, filler, length, depth, seed * 7919 + case) for case in range(cases)]
+        for length in lengths
+        for depth in _DEPTHS
+    ]
+
+
 def retrieval(
     model: PlainModel,
     maps: Sequence[LayerMaps],
-    tokenizer: Tokenizer,
-    filler: Sequence[int],
-    *,
-    lengths: Sequence[int],
-    depths: Sequence[float],
-    cases: int,
-    seed: int,
+    made: Sequence[Sequence[Needle]],
     progress: Callable[[int], object] = lambda done: None,
 ) -> list[NeedleRow]:
-    """Return the results for every length and depth, over ``cases`` needles each."""
+    """Return the results for every length and depth, over the needles of each."""
     results = []
-    for length in lengths:
-        for depth in depths:
-            right = {"mla": 0, "tpla": 0}
-            kl: list[torch.Tensor] = []
-            same: list[torch.Tensor] = []
-            for case in range(cases):
-                needle = make_needle(tokenizer, filler, length, depth, seed * 7919 + case)
-                prompt = length - 1  # the question's last token asks for the answer's first
-                whole = needle.tokens[None, :-1]
-                expected = needle.tokens[length:]
-                (errors,) = measure(model, whole, [list(maps)], prompt)
-                kl.append(errors.kl[0])
-                same.append(errors.same_top[0].float())
-                tops = answers(model, maps, whole, prompt)
-                right["mla"] += bool((tops[0] == expected).all())
-                right["tpla"] += bool((tops[1] == expected).all())
-                progress(1)
-            results.append(
-                NeedleRow(
-                    prompt_tokens=length,
-                    depth=depth,
-                    cases=cases,
-                    right_mla=right["mla"] / cases,
-                    right_tpla=right["tpla"] / cases,
-                    same_top=torch.cat(same).mean().item(),
-                    kl_mean=torch.cat(kl).double().mean().item(),
-                )
+    for same_place in made:
+        right = {"mla": 0, "tpla": 0}
+        kl: list[torch.Tensor] = []
+        same: list[torch.Tensor] = []
+        for needle in same_place:
+            prompt = needle.prompt_tokens - 1  # the question's last token asks for the answer's first
+            whole = needle.tokens[None, :-1]
+            expected = needle.tokens[prompt + 1 :]
+            (errors,) = measure(model, whole, [list(maps)], prompt)
+            kl.append(errors.kl[0])
+            same.append(errors.same_top[0].float())
+            tops = answers(model, maps, whole, prompt)
+            right["mla"] += bool((tops[0] == expected).all())
+            right["tpla"] += bool((tops[1] == expected).all())
+            progress(1)
+        results.append(
+            NeedleRow(
+                prompt_tokens=same_place[0].prompt_tokens,
+                depth=same_place[0].depth,
+                cases=len(same_place),
+                right_mla=right["mla"] / len(same_place),
+                right_tpla=right["tpla"] / len(same_place),
+                same_top=torch.cat(same).mean().item(),
+                kl_mean=torch.cat(kl).double().mean().item(),
             )
+        )
     return results
 
 

@@ -17,9 +17,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
 from sglang_tpla.attention.backends import BackendRefusal, choose
 from sglang_tpla.attention.interface import MAX_QUERY_LEN, DecodeShape
-from sglang_tpla.cache_rows.layer_rows import Fp8Rows, LayerRows, PlainRows
+from sglang_tpla.cache_rows.row_format import RowFormat
 from sglang_tpla.cache_rows.sketched import SketchedRows
 from sglang_tpla.config import ConfigError, Layout, slice_width
 from sglang_tpla.plan.hardware import Gpu, Link
@@ -268,20 +270,26 @@ def served_rows(model: PlanModel, method: Method, heads: int, capability: tuple[
             rows = SketchedRows.of(model.latent_dim, method.groups, method.shared_dims, model.rope_dim)
         except ValueError as error:
             raise ConfigError(str(error)) from error
-        shape = DecodeShape.of_sketched(rows, heads)
-        columns = rows.w + rows.groups * rows.own
-        return ServedRows(rows.w_pad, rows.score_columns, rows.row_bytes, columns, choose(shape, capability))
+        with contextlib.suppress(BackendRefusal):
+            kernel = choose(DecodeShape.of_sketched(rows, heads), capability)
+            columns = rows.w + rows.groups * rows.own
+            return ServedRows(rows.w_pad, rows.score_columns, rows.row_bytes, columns, kernel)
+        raise _unread(f"sketched rows of {rows.row_bytes} bytes, width {rows.w},", model, heads, capability)
     width = slice_width(model.latent_dim, method.groups, method.shared_dims)
     first = -(-width // WIDTH_STEP) * WIDTH_STEP
+    made = RowFormat.fp8 if method.rows == "fp8" else RowFormat.plain
     for wider in range(max(first, 2 * WIDTH_STEP), model.latent_dim, WIDTH_STEP):
-        kept: LayerRows = (Fp8Rows if method.rows == "fp8" else PlainRows)(wider, 0, model.rope_dim)
+        kept = made([wider], [0], model.rope_dim)
         with contextlib.suppress(BackendRefusal):
-            kernel = choose(DecodeShape.of_rows(kept, heads), capability)
-            row_bytes = kept.row_items * (1 if kept.encoded else _BF16_BYTES)
-            return ServedRows(wider, wider, row_bytes, wider, kernel)
-    raise BackendRefusal(
-        f"no attention kernel reads {method.rows} rows of width {width} or wider with {heads} heads and rope "
-        f"{model.rope_dim} on compute capability {capability[0]}.{capability[1]}"
+            kernel = choose(DecodeShape.of_rows(kept.layers[0], heads), capability)
+            return ServedRows(wider, wider, kept.row_bytes(torch.bfloat16)[0], wider, kernel)
+    raise _unread(f"{method.rows} rows of width {width} or wider", model, heads, capability)
+
+
+def _unread(rows: str, model: PlanModel, heads: int, capability: tuple[int, int]) -> BackendRefusal:
+    return BackendRefusal(
+        f"no attention kernel reads {rows} with {heads} heads and rope {model.rope_dim} on compute capability "
+        f"{capability[0]}.{capability[1]}"
     )
 
 

@@ -30,6 +30,7 @@ from accuracy import END, START, write_into  # noqa: E402
 NANO = ROOT / "examples" / "nano-mla"
 SKETCHED = ROOT / "examples" / "artifacts" / "nano-mla-g2-sketched.safetensors"
 SHIPPED = ROOT / "examples" / "artifacts" / "nano-mla-g2.safetensors"
+ONE = ("--model-path", NANO, "--artifact", SHIPPED, "--tokens", "64")
 
 
 @pytest.fixture(scope="module")
@@ -119,8 +120,8 @@ def test_agreement_is_where_a_greedy_tpla_answer_departs(model: PlainModel, maps
 
 
 def evaluate(folder: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """Run the command with ``--out folder``."""
-    command = [sys.executable, "-m", "sglang_tpla.evaluate", *map(str, arguments), "--out", str(folder)]
+    """Run the command with ``--out folder``, unless another is given."""
+    command = [sys.executable, "-m", "sglang_tpla.evaluate", "--out", str(folder), *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=500)
 
@@ -154,6 +155,12 @@ def test_command_writes_json_and_a_page_with_plots(tmp_path: Path) -> None:
         (["--model-path", NANO, "--artifact", SKETCHED, "--cache-dtype", "fp8"], "leave out --cache-dtype"),
         (["--stock-url", "http://a", "--tpla-url", "http://b", "--task-tokens", "512"], "give --model-path"),
         (["--stock-url", "http://127.0.0.1:9", "--tpla-url", "http://127.0.0.1:9"], "did not answer"),
+        (["--task-documents", "0"], "--task-documents: expected a whole number of at least 1, got '0'"),
+        (["--long-tokens", "many"], "--long-tokens: expected a whole number of at least 0, got 'many'"),
+        ([*ONE, "--task-tokens", "40"], "a document of 40 tokens has no room"),
+        ([*ONE, "--needle-tokens", "20"], "a prompt of 20 tokens has no room for a needle"),
+        ([*ONE, "--needle-tokens", "10000000"], "tokens of filler text"),
+        ([*ONE, "--out", SHIPPED], "expected a folder to write to at --out"),
     ],
 )
 def test_bad_input_is_one_clear_error(arguments, says: str, tmp_path: Path) -> None:

@@ -221,7 +221,7 @@ def test_killed_command_goes_on(tmp_path: Path) -> None:
     out = tmp_path / "learned.safetensors"
     command = [
         *(sys.executable, "-m", "sglang_tpla.calibrate", "--model-path", NANO, "--transform", "learned"),
-        *("--learn-steps", "8", "--tokens", "1024", "--held-out-tokens", "0"),
+        *("--learn-steps", "3", "--tokens", "512", "--held-out-tokens", "0"),
         *("--prompt-tokens", "128", "--continuation-tokens", "128", "--quiet"),
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
