@@ -119,6 +119,11 @@ def check_backends(
             f"{OURS} with --speculative-algorithm {args.speculative_algorithm}"
         )
     chosen = args.speculative_draft_attention_backend or backend
+    if chosen == "torch_native":
+        raise ConfigError(
+            f"--speculative-draft-attention-backend {chosen} cannot guess, since SGLang has no draft steps for it; use "
+            f"--speculative-draft-attention-backend {OURS}"
+        )
     if chosen == OURS and (why := engine_unsupported_reason(OURS, draft, capability)) is not None:
         others = ("fa3", "flashinfer", "triton")
         able = [name for name in others if engine_unsupported_reason(name, draft, capability) is None]

@@ -153,7 +153,15 @@ def test_sampling_streaming_and_aborts(servers: Servers, prompts: list[list[int]
     sampling = {"max_new_tokens": TOKENS, "temperature": 1.0, "top_p": 0.9, "ignore_eos": True}
     sampled = pair.generate(prompts[0], TOKENS, sampling_params=sampling)[1]
     assert sampled["meta_info"]["completion_tokens"] == TOKENS
-    right = servers.plain.generate(prompts[0], TOKENS, return_logprob=True)[1]
+    named = {"return_logprob": True, "token_ids_logprob": [5, 6]}
+    right = servers.plain.generate(prompts[0], TOKENS, **named)[1]
+    mixed = [sampling | {"temperature": value} for value in (0, 1.0, 0, 1.0)]
+    answers = pair.generate([prompts[0]] * 4, TOKENS, sampling_params=mixed, **named)[1]
+    for answer in answers[::2]:  # greedy beside others that are sampled
+        assert answer["output_ids"] == right["output_ids"]
+        values = (one["meta_info"]["output_token_ids_logprobs"][1:] for one in (answer, right))
+        apart = [abs(a[0] - b[0]) for places in zip(*values, strict=True) for a, b in zip(*places, strict=True)]
+        assert len(apart) == 2 * (TOKENS - 1) and max(apart) < 1e-3, apart
     streamed = servers.route.ask(prompts[0], TOKENS, stream=True)
     assert list(streamed.tokens) == [token for token, _ in said(right)]
     servers.route.leave(prompts[1], 500, after_s=20)  # hangs up after a few tokens

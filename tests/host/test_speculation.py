@@ -382,6 +382,10 @@ def test_backends_that_cannot_are_refused(engine: None) -> None:
     check_backends(arguments(), "tpla", [DecodeShape(320, 32)], draft, hopper)
     check_backends(arguments(), "fa3", [], draft, hopper)  # plain MLA: nothing of ours
     check_backends(arguments(speculative_draft_attention_backend="fa3"), "tpla", [], few, hopper)
+    with pytest.raises(ConfigError, match="torch_native cannot guess"):
+        check_backends(arguments(), "torch_native", [], draft, hopper)
+    with pytest.raises(ConfigError, match="torch_native cannot guess"):
+        check_backends(arguments(speculative_draft_attention_backend="torch_native"), "tpla", [], draft, hopper)
     with pytest.raises(ConfigError, match="--attention-backend tpla"):
         check_backends(arguments(), "fa3", [DecodeShape(256, 32)], draft, hopper)
     with pytest.raises(ConfigError, match="outside of 8 to 128; use fa3 or flashinfer"):
