@@ -10,7 +10,8 @@ are started at once; each question below is answered as soon as its servers are 
 - useful: tokens accepted a step (``spec_accept_length``), beside stock SGLang's own with plain MLA, whose kernels need
   a latent of 512: it serves the same model with zeros added.
 - fast: tokens a second at batch 1, 4 and 16, with and without speculation, with and without CUDA graphs, and stock.
-- sampled: tokens drawn with and without speculation come from one distribution, and from the target's own.
+- sampled: tokens drawn with and without speculation come from one distribution.
+- along: tokens drawn along whole answers have the target's own distribution.
 - requests: stops, grammars, streaming, shared prefixes, samples and aborts of a server that speculates.
 
 Layouts: ``g1`` plain MLA on this package's kernel, ``q1`` the same with 8-bit rows, ``g2`` and ``q2`` two groups of
@@ -20,6 +21,7 @@ plain and of sketched rows (each needs its artifact; on one GPU the ranks speak 
 import argparse
 import concurrent.futures
 import functools
+import itertools
 import json
 import os
 import statistics
@@ -37,7 +39,7 @@ import torch
 from tokenizers import Tokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks.speculation_requests import chances, compare_draws, draw, every_kind
+from benchmarks.speculation_requests import Draws, chances, compare_draws, draw, every_kind
 from tests.e2e.servers import Pair, Server
 from tests.gpu.engine import DEVICE, EAGER, ENV, GPUS, SHARED_FLAGS, Engines
 from tests.ports import free_ports
@@ -45,9 +47,10 @@ from tests.speculating_model import pad_latent
 
 ROOT = Path(__file__).resolve().parents[1]
 GUESSES = 3
-PARTS = ["right", "requests", "fast", "documents", "sampled", "control"]
-REQUESTS = ("--max-running-requests", "32")
-SEED = ("--random-seed", "17", "--grammar-backend", os.environ.get("TEST_GRAMMAR_BACKEND", "xgrammar"))
+PARTS = ["right", "requests", "fast", "documents", "sampled", "along", "control"]
+REQUESTS = ("--max-running-requests", "64")
+SEED = 17  # of the first server's sampler; the next server has the next seed, here and in a run that adds to draws
+GRAMMARS = ("--grammar-backend", os.environ.get("TEST_GRAMMAR_BACKEND", "xgrammar"))
 # One graph a batch that is measured, and one between: each takes a second to capture.
 BATCHES = ("--cuda-graph-bs-decode", "1", "2", "4", "8", "16")
 OURS = ("--attention-backend", "tpla") if DEVICE == "cuda" else ()
@@ -193,14 +196,30 @@ def speed(decoder: Decoder, asked: list[list[int]], tokens: int, batches: list[i
     return rows
 
 
-def draws_at(prompt: list[int], decoders: dict[str, Decoder], draws: int, limit_s: float) -> dict[str, Any]:
+def draws_at(
+    prompt: list[int], decoders: dict[str, Decoder], draws: int, limit_s: float, made: Draws
+) -> dict[str, Any]:
     """Draws of a few tokens at one prompt from a server with speculation and from one without it."""
+    missing = {kind: max(0, draws - len(made.at(prompt, kind))) for kind in decoders}
     with concurrent.futures.ThreadPoolExecutor(len(decoders)) as pool:
-        jobs = {kind: pool.submit(draw, decoder.ask, prompt, 3, draws, limit_s) for kind, decoder in decoders.items()}
-        drawn = {kind: job.result() for kind, job in jobs.items()}
+        jobs = {
+            kind: pool.submit(draw, decoder.ask, prompt, 3, missing[kind], limit_s)
+            for kind, decoder in decoders.items()
+        }
+        for kind, job in jobs.items():
+            made.at(prompt, kind).extend(job.result())
     for decoder in decoders.values():
         _ = decoder.pair  # further rooms
-    return {"tokens": len(prompt), "tests": compare_draws(drawn["plain"], drawn["drafting"])}
+    made.keep()
+    # Token 0 is prefill's. One step gives tokens 1 and 2 where it keeps the first guess.
+    params = {"max_new_tokens": 3, "temperature": 1.0, "ignore_eos": True, "n": 100}
+    steps = [one["meta_info"]["spec_verify_ct"] for one in decoders["drafting"].ask(prompt, 3, sampling_params=params)]
+    return {
+        "tokens": len(prompt),
+        "runs": made.runs + 1,
+        "first_guess_kept": sum(count == 1 for count in steps) / len(steps),
+        "tests": compare_draws(made.at(prompt, "plain"), made.at(prompt, "drafting")),
+    }
 
 
 def along_answers(asked: list[list[int]], decoder: Decoder, tokens: int) -> dict[str, Any]:
@@ -233,6 +252,7 @@ def main() -> None:
     parser.add_argument("--documents", type=Path, help="JSON of prompts that ask for what stands in them, as token ids")
     parser.add_argument("--draws", type=int, default=20_000, help="samples at each of three prompts")
     parser.add_argument("--draw-s", type=float, default=35, help="those at one prompt take no longer")
+    parser.add_argument("--draws-file", type=Path, help="keeps the samples, so that the next run adds to them")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--guesses", type=int, default=GUESSES, help="a step")
     parser.add_argument("--prompts", type=int, default=32)
@@ -249,6 +269,13 @@ def main() -> None:
     chains = ("--speculative-eagle-topk", "1", "--speculative-num-draft-tokens", str(args.guesses + 1))
     args.out.parent.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
+    made = Draws(args.draws_file)
+    seeds = itertools.count(SEED + 100 * made.runs)
+
+    def sampler() -> tuple[str, ...]:
+        """Servers of one seed could draw alike."""
+        return (*GRAMMARS, "--random-seed", str(next(seeds)))
+
     parts: dict[str, Any] = {}
     result = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -292,8 +319,8 @@ def main() -> None:
                 one.log.mkdir(parents=True, exist_ok=True)
             # The prompts' backend computes prompts alone: SGLang's own tables have none for the draft's guesses.
             draft = ("--speculative-draft-attention-backend", "triton") if DEVICE == "cuda" else ()
-            engines["drafting"].start_prefill(*REQUESTS, *SEED, *speculation, *draft)
-            engines["plain"].start_prefill(*REQUESTS, *SEED)
+            engines["drafting"].start_prefill(*REQUESTS, *sampler(), *speculation, *draft)
+            engines["plain"].start_prefill(*REQUESTS, *sampler())
             two = ("--tpla-groups", "2", *OURS, *(GRAPHS if GPUS > 1 else ()), "--tpla-artifact")
             layouts: dict[str, tuple[int, tuple[str, ...]]] = {
                 "g1": (1, (*OURS, *GRAPHS)),
@@ -307,9 +334,8 @@ def main() -> None:
                     del layouts[name]
             layouts = {name: layouts[name] for name in args.only if name in layouts}
             for name, (ranks, flags) in layouts.items():
-                engines["drafting"].decode(name, ranks, *REQUESTS, *SEED, *flags, *speculation)
-                if name != "eager":  # answers without speculation are those with graphs
-                    engines["plain"].decode(name, ranks, *REQUESTS, *SEED, *flags)
+                engines["drafting"].decode(name, ranks, *REQUESTS, *sampler(), *flags, *speculation)
+                engines["plain"].decode(name, ranks, *REQUESTS, *sampler(), *flags)
             if "stock" in args.only and DEVICE == "cuda":
                 padded = pad_latent(args.model, Path(scratch) / "padded", STOCK_LATENT)
                 for kind, extra in (("drafting", (*speculation, *chains)), ("plain", ())):
@@ -322,8 +348,7 @@ def main() -> None:
                 """The two servers of a layout, up."""
                 if name not in opened:
                     source = stocks if name == "stock" else engines
-                    layout_of = {kind: "g1" if (name, kind) == ("eager", "plain") else name for kind in source}
-                    opened[name] = {kind: Decoder(source[kind], layout) for kind, layout in layout_of.items()}
+                    opened[name] = {kind: Decoder(one, name) for kind, one in source.items()}
                     for decoder in opened[name].values():
                         decoder.open()
                 return opened[name]
@@ -354,23 +379,23 @@ def main() -> None:
                 """One question about one layout."""
                 if question == "right":
                     keep(f"{name}: right", lambda: right(name))
-                elif question == "requests" and name in ("g1", "q1"):
+                elif question == "requests" and name not in ("eager", "stock"):
                     keep(f"{name}: requests", lambda: every_kind(both(name)["drafting"].pair, asked[12]))
                 elif question == "fast":
                     for kind in ("plain", "drafting"):
-                        if (name, kind) != ("eager", "plain"):
-                            work = functools.partial(
-                                lambda kind: speed(both(name)[kind], short, args.tokens, args.batches), kind
-                            )
-                            keep(f"{name}: fast, {kind}", work)
+                        work = functools.partial(
+                            lambda kind: speed(both(name)[kind], short, args.tokens, args.batches), kind
+                        )
+                        keep(f"{name}: fast, {kind}", work)
                 elif question == "documents" and args.documents:
                     keep(f"{name}: documents", lambda: documents(name))
                 elif question == "sampled" and name in ("g1", "q1"):
                     for prompt in asked[8:17:4]:
                         work = functools.partial(
-                            lambda prompt: draws_at(prompt, both(name), args.draws, args.draw_s), prompt
+                            lambda prompt: draws_at(prompt, both(name), args.draws, args.draw_s, made), prompt
                         )
                         keep(f"{name}: sampled at {len(prompt)} tokens", work)
+                elif question == "along" and name in ("g1", "q1"):
                     for kind in ("plain", "drafting"):
                         work = functools.partial(
                             lambda kind: along_answers(asked[8:13:4], both(name)[kind], args.tokens), kind

@@ -1,10 +1,12 @@
 """What `speculation_gpu.py` asks of a decode server besides greedy answers: samples, and requests of every kind."""
 
 import concurrent.futures
+import json
 import re
 import time
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -61,6 +63,28 @@ def draw(
 
     with concurrent.futures.ThreadPoolExecutor(at_once) as pool:
         return [row for rows in pool.map(some, range(-(-draws // each))) for row in rows]
+
+
+class Draws:
+    """Draws at several prompts by servers of both kinds, which a further run adds to where they are kept in a file."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        found = json.loads(path.read_text()) if path is not None and path.is_file() else {}
+        self.runs: int = found.get("runs", 0)
+        self._rows: dict[str, dict[str, list[tuple[int, ...]]]] = {
+            prompt: {kind: [tuple(row) for row in rows] for kind, rows in kinds.items()}
+            for prompt, kinds in found.get("draws", {}).items()
+        }
+
+    def at(self, prompt: list[int], kind: str) -> list[tuple[int, ...]]:
+        """The draws at a prompt by servers of a kind, to be added to."""
+        return self._rows.setdefault(" ".join(map(str, prompt)), {}).setdefault(kind, [])
+
+    def keep(self) -> None:
+        """Write the file, with this run counted."""
+        if self._path is not None:
+            self._path.write_text(json.dumps({"runs": self.runs + 1, "draws": self._rows}))
 
 
 def same_source(one: Counter[Any], other: Counter[Any]) -> dict[str, Any]:

@@ -88,6 +88,14 @@ ROWS = ("plain", "sketched")
 DEFAULT_BYTES = {"cpu": (16 << 20, 256 << 20), "cuda": (16 << 20, 512 << 20)}
 
 
+def parsed(text: str, kind: str, origin: str) -> Any:
+    """Return a setting's value, of the type that its field names; ``origin`` is where the text stood, for the error."""
+    try:
+        return {"int": int, "float": float}.get(kind, str)(text)
+    except ValueError as error:
+        raise ConfigError(f"{origin} must be of type {kind}; got {text!r}") from error
+
+
 def without_brackets(host: str) -> str:
     """Return an IPv6 address as it stands outside a URL; other hosts as they are."""
     return host[1:-1] if host.startswith("[") and host.endswith("]") else host
@@ -263,14 +271,6 @@ class Settings:
         """
         if ENV_PREFIX + "ROLE" not in environ:
             return None
-        values: dict[str, Any] = {}
-        for field in fields(cls):
-            name = ENV_PREFIX + field.name.upper()
-            if name not in environ:
-                continue
-            kind = {"int": int, "float": float}.get(str(field.type), str)
-            try:
-                values[field.name] = kind(environ[name])
-            except ValueError as error:
-                raise ConfigError(f"{name} must be of type {field.type}; got {environ[name]!r}") from error
-        return cls(**values)
+        names = {ENV_PREFIX + field.name.upper(): field for field in fields(cls)}
+        given = {name: field for name, field in names.items() if name in environ}
+        return cls(**{field.name: parsed(environ[name], str(field.type), name) for name, field in given.items()})

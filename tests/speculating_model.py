@@ -10,6 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from sglang_tpla.artifact.artifact import Artifact
 from sglang_tpla.artifact.model_identity import config_hash, weights_hash
+from sglang_tpla.measure.text import TextPlan, read_text
+from sglang_tpla.reference_model.forward import PlainModel, rms_norm
 
 NEXTN_FILE = "nextn.safetensors"
 
@@ -106,6 +108,35 @@ def copied_layer(model: Path, out: Path) -> Path:
     out.mkdir(parents=True, exist_ok=True)
     copied = {name: weight.clone() for name, weight in tensors.items()}
     save_file(copied, out / NEXTN_FILE, metadata={"format": "pt"})
+    return out
+
+
+def fitted_layer(model: Path, out: Path, text_tokens: int = 65536) -> Path:
+    """A NextN layer that guesses well without training: the linear map of least squares, in a layer that adds nothing.
+
+    It leads from the next token's embedding and the hidden state to the next hidden state. Of nano-mla's tokens it
+    guesses two in five.
+    """
+    copied_layer(model, out)
+    plain = PlainModel(str(model))
+    rows = read_text(TextPlan((), 0, text_tokens, 0, 128, 128), plain.checkpoint).calibration  # [sequences, 256]
+    hidden, eps = plain.spec.hidden, plain.spec.eps
+    moments, products = torch.zeros(2 * hidden, 2 * hidden), torch.zeros(2 * hidden, hidden)
+    one = torch.ones(hidden)
+    for tokens in rows.split(16):
+        states = plain.hidden_states(tokens)
+        given = (plain.embedding[tokens[:, 1:]], states[:, :-1])
+        inputs = torch.cat([rms_norm(part, one, eps) for part in given], dim=-1).flatten(0, 1)
+        moments += inputs.T @ inputs
+        products += inputs.T @ (states[:, 1:] / plain.final_norm).flatten(0, 1)
+    fitted = torch.linalg.solve(moments + 1e-3 * len(rows) * torch.eye(2 * hidden), products)
+    tensors = load_file(out / NEXTN_FILE)
+    for name, tensor in tensors.items():
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            tensors[name] = torch.zeros_like(tensor)
+        elif name.endswith("eh_proj.weight"):
+            tensors[name] = fitted.T.to(tensor.dtype).contiguous()
+    save_file(tensors, out / NEXTN_FILE, metadata={"format": "pt"})
     return out
 
 

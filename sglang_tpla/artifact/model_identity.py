@@ -28,6 +28,7 @@ _KEYS = (
 # These keys of rope_scaling change the model's arithmetic; the rest are spelling (type, rope_type).
 _ROPE_KEYS = ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
 _DEFAULTS = {"rms_norm_eps": 1e-6, "q_lora_rank": None}
+_WEIGHTS = ("self_attn.kv_a_layernorm.weight", "self_attn.kv_b_proj.weight")
 HEAD_BYTES = 65536
 
 
@@ -56,17 +57,23 @@ def config_hash(config: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def weights_hash(model_path: str | Path) -> str:
+def weights_hash(model_path: str | Path, draft: bool = False) -> str:
     """Return the sha256 (hex) of each layer's ``kv_a_layernorm.weight`` and first 64 KiB of ``kv_b_proj.weight``.
 
     It covers stored bytes, in layer order, so that quantised and unquantised copies differ.
+
+    Args:
+        draft: count the NextN layer behind the others as well, and of that layer ``eh_proj.weight`` first.
 
     Raises:
         CheckpointError: a directory that is no readable checkpoint of this family.
     """
     checkpoint = Checkpoint(model_path)
+    layers = int(checkpoint.config["num_hidden_layers"])
+    names = [(layer, tail) for layer in range(layers) for tail in _WEIGHTS]
+    if draft:
+        names += [(layers, tail) for tail in ("eh_proj.weight", *_WEIGHTS)]
     digest = hashlib.sha256()
-    for layer in range(int(checkpoint.config["num_hidden_layers"])):
-        for tail in ("self_attn.kv_a_layernorm.weight", "self_attn.kv_b_proj.weight"):
-            digest.update(checkpoint.stored_head(checkpoint.layer_name(layer, tail), HEAD_BYTES))
+    for layer, tail in names:
+        digest.update(checkpoint.stored_head(checkpoint.layer_name(layer, tail), HEAD_BYTES))
     return digest.hexdigest()

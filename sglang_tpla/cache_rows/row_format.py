@@ -179,6 +179,10 @@ class RowFormat:
         """Return the type of one item of a row, where the sender's pool has dtype ``sender``."""
         return torch.uint8 if self.encoded else sender
 
+    def row_bytes(self, sender: torch.dtype) -> list[int]:
+        """Return the bytes of a token's row in each layer, where the sender's pool has dtype ``sender``."""
+        return [rows.row_items * self.item_dtype(sender).itemsize for rows in self.layers]
+
     def part_items(self, part: Part) -> list[int]:
         """Return the items that one part's payload has of a token, one entry a layer."""
         return [rows.part_items(part) for rows in self.layers]

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from sglang_tpla.artifact.artifact import Artifact, ArtifactError, ArtifactMeta
 from sglang_tpla.artifact.model_identity import weights_hash
-from sglang_tpla.cache_rows.fp8 import row_bytes as fp8_row_bytes
+from sglang_tpla.cache_rows.row_format import RowFormat
 from sglang_tpla.evaluate.endpoints import EndpointError, compare_endpoints
 from sglang_tpla.evaluate.generate import long_answers
 from sglang_tpla.evaluate.layers import kl_alone, layer_errors
@@ -183,10 +183,11 @@ def evaluate(arguments: argparse.Namespace) -> Evaluation:
 def cache_bytes(meta: ArtifactMeta, cache_dtype: str) -> int:
     """Return the bytes that a rank caches of a token in all layers: in sketched or FP8 rows, or at 16 bits a value."""
     if meta.sketched:
-        return sum(meta.rows(layer).row_bytes for layer in range(meta.num_layers))
-    if cache_dtype == "fp8":
-        return sum(fp8_row_bytes(width, meta.rope_dim) for width in meta.widths)
-    return sum(2 * (width + meta.rope_dim) for width in meta.widths)
+        rows = RowFormat.sketched([meta.rows(layer) for layer in range(meta.num_layers)], group=0)
+    else:
+        made = RowFormat.fp8 if cache_dtype == "fp8" else RowFormat.plain
+        rows = made(meta.widths, meta.shared_dims, meta.rope_dim)
+    return sum(rows.row_bytes(torch.bfloat16))
 
 
 def _paper(model: PlainModel, plan: TextPlan, groups: int, quiet: bool) -> list[LayerMaps]:

@@ -209,11 +209,6 @@ def _parsed(text: str) -> ast.Module:
     return ast.parse(text)
 
 
-def host_hash(target: str) -> str:
-    """Return `target_hash` in the installed SGLang."""
-    return target_hash(target, Installed())
-
-
 def check(hook: Hook, source: Source | None = None) -> str | None:
     """Say what is wrong with the target of one hook in the installed SGLang (or another source), or return None.
 
@@ -254,7 +249,7 @@ def main() -> None:
             print(f"{target}\n    # not hooked in this release")
             continue
         words = check(hook) or "as known"
-        print(f'{target}\n    "{release}" = "{host_hash(target) if not missing(hook) else ""}"  # {words}')
+        print(f'{target}\n    "{release}" = "{"" if missing(hook) else target_hash(target, Installed())}"  # {words}')
 
 
 if __name__ == "__main__":

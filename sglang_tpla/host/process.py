@@ -99,10 +99,10 @@ def current_slice(server_args: Any, rank: int, tp_size: int) -> Slice | None:
 
 
 def model_identity(server_args: Any) -> str:
-    """Return the hashes of config and weights, on which a prefill and a decode server must agree."""
+    """Return the hashes of config and weights, those of a draft included, on which both servers must agree."""
     from sglang_tpla.artifact.model_identity import config_hash, weights_hash
     from sglang_tpla.reference_model.checkpoint import Checkpoint, local_checkpoint
 
     args = compat.resolved(server_args)
     folder = local_checkpoint(args.model_path, args.revision)
-    return f"{config_hash(Checkpoint(folder).config)}:{weights_hash(folder)}"
+    return f"{config_hash(Checkpoint(folder).config)}:{weights_hash(folder, draft=compat.speculates(args))}"

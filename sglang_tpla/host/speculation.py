@@ -14,6 +14,7 @@ from sglang_tpla.host import compat
 from sglang_tpla.host.attention.supported import OURS, engine_unsupported_reason
 from sglang_tpla.host.disaggregation.engine_memory import FP8_CACHE
 from sglang_tpla.host.model.rows import sketched
+from sglang_tpla.reference_model.checkpoint import Checkpoint, local_checkpoint
 
 ALGORITHMS = ("EAGLE", "NEXTN")
 NEXTN_LAYERS = "num_nextn_predict_layers"
@@ -28,23 +29,34 @@ def unsupported_reasons(args: Any, role: str) -> list[str]:
         args.speculative_num_draft_tokens, args.speculative_eagle_topk, args.speculative_num_steps,
     )  # fmt: skip
     draft_path = args.speculative_draft_model_path
+    known = args.speculative_algorithm.upper() in ALGORITHMS
+    too_many = (drafts or 1) > MAX_QUERY_LEN or (steps or 1) >= MAX_QUERY_LEN
+    none = steps is not None and steps < 1
+    chain = not (too_many or none) and (topk or 1) == 1
+    thresholds = args.speculative_accept_threshold_single, args.speculative_accept_threshold_acc
     cases = [
-        (args.speculative_algorithm.upper() not in ALGORITHMS, "--speculative-algorithm", args.speculative_algorithm,
+        (not known, "--speculative-algorithm", args.speculative_algorithm,
          f"the draft must be the checkpoint's own NextN layer; use {' or '.join(ALGORITHMS)}"),
-        (draft_path not in (None, args.model_path), "--speculative-draft-model-path", draft_path,
+        (known and draft_path not in (None, args.model_path), "--speculative-draft-model-path", draft_path,
          "the draft must be the checkpoint's own NextN layer; drop the flag"),
         ((topk or 1) > 1, "--speculative-eagle-topk", topk,
          "trees of guesses need a mask that the kernels do not read; use --speculative-eagle-topk 1"),
-        ((drafts or 1) > MAX_QUERY_LEN or (steps or 1) >= MAX_QUERY_LEN, "--speculative-num-draft-tokens",
+        (too_many, "--speculative-num-draft-tokens",
          drafts or (steps or 0) + 1, f"the kernels verify {MAX_QUERY_LEN} tokens a request at most; use "
          f"--speculative-num-steps {MAX_QUERY_LEN - 1}"),
-        (steps == 0, "--speculative-num-steps", 0, "without a guess there is nothing to verify; use 1 to 3"),
+        (none, "--speculative-num-steps", steps, "without a guess there is nothing to verify; use 1 to 3"),
+        (chain and None not in (drafts, steps) and drafts != steps + 1, "--speculative-num-draft-tokens", drafts,
+         f"a step verifies its {steps} guesses and the token before them; use {(steps or 0) + 1}, or drop the flag"),
         (args.speculative_adaptive, "--speculative-adaptive", "on",
          "attention is planned for one number of guesses; drop the flag"),
         (args.enable_multi_layer_eagle, "--enable-multi-layer-eagle", "on",
          "the draft is one layer; drop the flag"),
         (args.speculative_use_rejection_sampling, "--speculative-use-rejection-sampling", "on",
          "the first guess's probabilities do not travel from prefill to decode; drop the flag"),
+        (bool(args.enable_custom_logit_processor), "--enable-custom-logit-processor", guesses,
+         "SGLang applies a processor to no token that it verifies; drop one of them"),
+        (args.device == "cpu" and min(thresholds) < 1, "--speculative-accept-threshold-single and -acc", thresholds,
+         "the CPU reference platform keeps guesses by the target's probability alone; drop the flags"),
         (compat.attention_groups(args) > 1, compat.attention_groups_flag(args), guesses,
          "the two were never tested together; drop one of them"),
         (role == "decode" and args.kv_cache_dtype == FP8_CACHE and not sketched(), f"--kv-cache-dtype {FP8_CACHE}",
@@ -59,13 +71,13 @@ def unsupported_reasons(args: Any, role: str) -> list[str]:
 
 
 def check_draft(args: Any, text: Any) -> None:
-    """Refuse a checkpoint without the layer that guesses.
+    """Refuse a checkpoint without the layer that guesses, for which SGLang would take random weights.
 
     Args:
         text: the config of the model's text part.
 
     Raises:
-        ConfigError: quoting the config.
+        ConfigError: quoting the config, or naming what is missing.
     """
     if args.speculative_algorithm is None:
         return
@@ -74,6 +86,14 @@ def check_draft(args: Any, text: Any) -> None:
         raise ConfigError(
             f"--speculative-algorithm {args.speculative_algorithm} needs a checkpoint with one NextN layer; "
             f"{args.model_path} has {NEXTN_LAYERS}={layers}; drop the flag, or serve a checkpoint that has the layer"
+        )
+    checkpoint = Checkpoint(local_checkpoint(args.model_path, args.revision))
+    name = checkpoint.layer_name(text.num_hidden_layers, "eh_proj.weight")
+    if name not in checkpoint:
+        raise ConfigError(
+            f"--speculative-algorithm {args.speculative_algorithm} needs the weights of the NextN layer; "
+            f"{args.model_path} has no {name}, although its config has {NEXTN_LAYERS}={layers}; drop the flag, or "
+            "serve a checkpoint that has the layer"
         )
 
 
@@ -99,6 +119,11 @@ def check_backends(
             f"{OURS} with --speculative-algorithm {args.speculative_algorithm}"
         )
     chosen = args.speculative_draft_attention_backend or backend
+    if chosen == "torch_native":
+        raise ConfigError(
+            f"--speculative-draft-attention-backend {chosen} cannot guess, since SGLang has no draft steps for it; use "
+            f"--speculative-draft-attention-backend {OURS}"
+        )
     if chosen == OURS and (why := engine_unsupported_reason(OURS, draft, capability)) is not None:
         others = ("fa3", "flashinfer", "triton")
         able = [name for name in others if engine_unsupported_reason(name, draft, capability) is None]

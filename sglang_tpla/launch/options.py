@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from sglang_tpla.config import ENV_PREFIX, ConfigError, Settings
+from sglang_tpla.config import ENV_PREFIX, ConfigError, Settings, parsed
 from sglang_tpla.launch.flags import (
     ROLE_SECTIONS,
     Argument,
@@ -42,7 +42,6 @@ OF_THE_OTHER_ROLE = {
     "prefill": ("groups", "artifact", "rows", "o_proj"),
     "decode": ("statistics_folder", "listen_port", "advertise"),
 }
-KINDS = {"int": int, "float": float, "str": str, "str | None": str}
 
 
 @dataclass(frozen=True)
@@ -155,10 +154,7 @@ def convert(value: Any, kind: str, origin: str) -> Any:
     """Convert a setting's value to its type."""
     if value is None or isinstance(value, (list, dict, bool)):
         raise ConfigError(f"{origin} needs one value of type {kind.removesuffix(' | None')}; got {value!r}")
-    try:
-        return KINDS[kind](str(value))
-    except ValueError as error:
-        raise ConfigError(f"{origin} must be of type {kind}; got {value!r}") from error
+    return parsed(str(value), kind, origin)
 
 
 def read_file(path: str) -> FileSource:

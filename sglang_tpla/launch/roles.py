@@ -30,6 +30,7 @@ TRANSFER_BACKEND = "tpla"
 DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 30000
 DEFAULT_BOOTSTRAP_PORT = 8998
+DEFAULT_GUESSES = 3  # SGLang's own for these models
 PLUGIN_GROUP, PLUGIN_NAME = "sglang.srt.plugins", "sglang_tpla"
 
 
@@ -162,13 +163,18 @@ def _server(role: str, arguments: list[Argument], options: Options) -> Process:
 def _with_speculation(role: str, arguments: list[Argument]) -> list[Argument]:
     """Add the flags that ``--speculative-algorithm`` implies: chains of guesses, verified by decode's own kernels.
 
-    SGLang takes ``--speculative-num-steps`` only together with two more flags, whose values a chain decides.
+    SGLang takes the numbers of guesses, of branches and of verified tokens only together, and in a chain each decides
+    the others.
     """
     if not has(arguments, "speculative-algorithm"):
         return arguments
-    if has(arguments, "speculative-num-steps"):
-        steps = integer(arguments, "speculative-num-steps", 0)
-        arguments = _with_defaults(arguments, speculative_eagle_topk=1, speculative_num_draft_tokens=steps + 1)
+    numbers = ("speculative-num-steps", "speculative-num-draft-tokens", "speculative-eagle-topk")
+    if any(has(arguments, name) for name in numbers):
+        verified = integer(arguments, "speculative-num-draft-tokens", DEFAULT_GUESSES + 1)
+        steps = integer(arguments, "speculative-num-steps", verified - 1)
+        arguments = _with_defaults(
+            arguments, speculative_num_steps=steps, speculative_eagle_topk=1, speculative_num_draft_tokens=steps + 1
+        )
     return _with_defaults(arguments, speculative_attention_mode="decode") if role == "decode" else arguments
 
 

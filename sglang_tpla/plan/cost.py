@@ -17,9 +17,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
 from sglang_tpla.attention.backends import BackendRefusal, choose
 from sglang_tpla.attention.interface import MAX_QUERY_LEN, DecodeShape
-from sglang_tpla.cache_rows.layer_rows import Fp8Rows, LayerRows, PlainRows
+from sglang_tpla.cache_rows.row_format import RowFormat
 from sglang_tpla.cache_rows.sketched import SketchedRows
 from sglang_tpla.config import ConfigError, Layout, slice_width
 from sglang_tpla.plan.hardware import Gpu, Link
@@ -275,12 +277,12 @@ def served_rows(model: PlanModel, method: Method, heads: int, capability: tuple[
         raise _unread(f"sketched rows of {rows.row_bytes} bytes, width {rows.w},", model, heads, capability)
     width = slice_width(model.latent_dim, method.groups, method.shared_dims)
     first = -(-width // WIDTH_STEP) * WIDTH_STEP
+    made = RowFormat.fp8 if method.rows == "fp8" else RowFormat.plain
     for wider in range(max(first, 2 * WIDTH_STEP), model.latent_dim, WIDTH_STEP):
-        kept: LayerRows = (Fp8Rows if method.rows == "fp8" else PlainRows)(wider, 0, model.rope_dim)
+        kept = made([wider], [0], model.rope_dim)
         with contextlib.suppress(BackendRefusal):
-            kernel = choose(DecodeShape.of_rows(kept, heads), capability)
-            row_bytes = kept.row_items * (1 if kept.encoded else _BF16_BYTES)
-            return ServedRows(wider, wider, row_bytes, wider, kernel)
+            kernel = choose(DecodeShape.of_rows(kept.layers[0], heads), capability)
+            return ServedRows(wider, wider, kept.row_bytes(torch.bfloat16)[0], wider, kernel)
     raise _unread(f"{method.rows} rows of width {width} or wider", model, heads, capability)
 
 

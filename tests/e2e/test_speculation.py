@@ -153,7 +153,15 @@ def test_sampling_streaming_and_aborts(servers: Servers, prompts: list[list[int]
     sampling = {"max_new_tokens": TOKENS, "temperature": 1.0, "top_p": 0.9, "ignore_eos": True}
     sampled = pair.generate(prompts[0], TOKENS, sampling_params=sampling)[1]
     assert sampled["meta_info"]["completion_tokens"] == TOKENS
-    right = servers.plain.generate(prompts[0], TOKENS, return_logprob=True)[1]
+    named = {"return_logprob": True, "token_ids_logprob": [5, 6]}
+    right = servers.plain.generate(prompts[0], TOKENS, **named)[1]
+    mixed = [sampling | {"temperature": value} for value in (0, 1.0, 0, 1.0)]
+    answers = pair.generate([prompts[0]] * 4, TOKENS, sampling_params=mixed, **named)[1]
+    for answer in answers[::2]:  # greedy beside others that are sampled
+        assert answer["output_ids"] == right["output_ids"]
+        values = (one["meta_info"]["output_token_ids_logprobs"][1:] for one in (answer, right))
+        apart = [abs(a[0] - b[0]) for places in zip(*values, strict=True) for a, b in zip(*places, strict=True)]
+        assert len(apart) == 2 * (TOKENS - 1) and max(apart) < 1e-3, apart
     streamed = servers.route.ask(prompts[0], TOKENS, stream=True)
     assert list(streamed.tokens) == [token for token, _ in said(right)]
     servers.route.leave(prompts[1], 500, after_s=20)  # hangs up after a few tokens
@@ -194,6 +202,11 @@ def test_stops_grammars_prefixes_and_samples(servers: Servers, prompts: list[lis
                 right["meta_info"]["finish_reason"],
             )
             assert "regex" not in ends or re.fullmatch(ends["regex"], answer["text"]), answer
+    ignored = Route(pair.prefill, pair.bootstrap, pair.decode).body(prompts[0], 4, room=9500)
+    ignored["sampling_params"] |= {"temperature": 1.0, "min_p": 0.1}
+    for server in (pair.prefill, pair.decode):  # SGLang would drop it without a word
+        answer = server.post("/generate", ignored, 60)
+        assert answer.status_code == 400 and "min_p is not applied" in answer.text, answer.text
     hot = {"max_new_tokens": TOKENS, "temperature": 1.5, "regex": "[0-9]{3}-[ab]{2}"}
     for _ in range(4):
         assert re.fullmatch(hot["regex"], pair.generate(prompts[0], TOKENS, sampling_params=hot)[1]["text"])

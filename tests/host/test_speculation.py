@@ -3,16 +3,20 @@
 The reference for attention is a formula over SGLang's page table that knows neither backends nor plans.
 """
 
+import shutil
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from sglang_tpla.attention.interface import DecodeShape
 from sglang_tpla.cache_rows.row_format import RowFormat
 from sglang_tpla.config import ConfigError
+from tests.speculating_model import NEXTN_FILE, copied_layer, with_nextn
 
 HEADS, ROPE, LATENT, WIDTH, CONTEXT, REQUESTS, SLOTS, SCALE = 4, 8, 32, 20, 40, 6, 300, 0.3
 GUESSES = 3
@@ -273,7 +277,9 @@ def arguments(**changes: Any) -> Any:
         "speculative_num_steps": 3, "speculative_draft_model_path": None, "speculative_adaptive": False,
         "enable_multi_layer_eagle": False, "speculative_use_rejection_sampling": False, "enable_dp_attention": False,
         "kv_cache_dtype": "auto", "disaggregation_decode_enable_radix_cache": False, "model_path": "m", "dp_size": 2,
-        "speculative_attention_mode": "decode", "speculative_draft_attention_backend": None,
+        "speculative_attention_mode": "decode", "speculative_draft_attention_backend": None, "device": "cpu",
+        "enable_custom_logit_processor": False, "speculative_accept_threshold_single": 1.0,
+        "speculative_accept_threshold_acc": 1.0, "revision": None,
     }  # fmt: skip
     return SimpleNamespace(**{**given, **changes})
 
@@ -283,11 +289,18 @@ def arguments(**changes: Any) -> Any:
     [
         ({"speculative_algorithm": "EAGLE3"}, "NextN layer"),
         ({"speculative_algorithm": "NGRAM"}, "use EAGLE or NEXTN"),
+        ({"speculative_algorithm": "EAGLE3", "speculative_draft_model_path": "other"}, "use EAGLE or NEXTN"),
         ({"speculative_draft_model_path": "other"}, "drop the flag"),
         ({"speculative_eagle_topk": 4}, "--speculative-eagle-topk 1"),
         ({"speculative_num_draft_tokens": 5}, "--speculative-num-steps 3"),
         ({"speculative_num_steps": 4, "speculative_num_draft_tokens": None}, "4 tokens a request at most"),
         ({"speculative_num_steps": 0}, "nothing to verify"),
+        ({"speculative_num_steps": -1}, "-1 cannot be served: without a guess"),
+        ({"speculative_num_steps": 1}, "--speculative-num-draft-tokens 4 cannot be served: a step verifies its 1"),
+        ({"speculative_num_draft_tokens": 2}, "use 4, or drop the flag"),
+        ({"speculative_num_steps": 2, "speculative_eagle_topk": 2}, "trees of guesses"),
+        ({"enable_custom_logit_processor": True}, "to no token that it verifies"),
+        ({"speculative_accept_threshold_acc": 0.5}, "by the target's probability alone"),
         ({"speculative_adaptive": True}, "one number of guesses"),
         ({"enable_multi_layer_eagle": True}, "one layer"),
         ({"speculative_use_rejection_sampling": True}, "do not travel"),
@@ -307,20 +320,58 @@ def test_what_does_not_work_is_refused(engine: None, changes: dict[str, Any], sa
     assert not unsupported_reasons(arguments(**changes | {"speculative_algorithm": None}), "decode")
 
 
+@pytest.mark.parametrize(("steps", "drafts"), [(1, 2), (2, 3), (3, 4), (None, None), (2, None)])
+def test_every_number_of_guesses_is_served(engine: None, steps: int | None, drafts: int | None) -> None:
+    from sglang_tpla.host.speculation import unsupported_reasons
+
+    given = arguments(speculative_num_steps=steps, speculative_num_draft_tokens=drafts)
+    assert not unsupported_reasons(given, "decode")
+
+
 def test_prefill_servers_verify_nothing(engine: None) -> None:
     from sglang_tpla.host.speculation import unsupported_reasons
 
     assert not unsupported_reasons(arguments(speculative_attention_mode="prefill"), "prefill")
 
 
-def test_a_checkpoint_without_the_layer_is_refused(engine: None) -> None:
+@pytest.fixture(scope="module")
+def nextn(nano_mla: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint with its NextN layer."""
+    folder = tmp_path_factory.mktemp("nextn")
+    return with_nextn(Path(nano_mla), copied_layer(Path(nano_mla), folder / "layer"), folder / "model")
+
+
+def test_a_checkpoint_without_the_layer_is_refused(engine: None, nano_mla: str, nextn: Path) -> None:
     from sglang_tpla.host.speculation import check_draft
 
-    check_draft(arguments(), SimpleNamespace(num_nextn_predict_layers=1))
-    check_draft(arguments(speculative_algorithm=None), SimpleNamespace())
+    def check(layers: int | None, model: str = str(nextn), **changes: Any) -> None:
+        text = SimpleNamespace(num_nextn_predict_layers=layers, num_hidden_layers=4)
+        check_draft(arguments(model_path=model, **changes), text)
+
+    check(1)
+    check(None, speculative_algorithm=None)
     for layers in (None, 0, 2):
         with pytest.raises(ConfigError, match="one NextN layer"):
-            check_draft(arguments(), SimpleNamespace(num_nextn_predict_layers=layers))
+            check(layers)
+    with pytest.raises(ConfigError, match=r"has no model\.layers\.4\.eh_proj\.weight, although its config"):
+        check(1, nano_mla)  # copies in another precision often lack the layer that their config names
+
+
+def test_servers_with_other_drafts_are_not_of_one_model(engine: None, nextn: Path, tmp_path: Path) -> None:
+    """Either weight of the draft counts where it is used, and registration compares the whole identity."""
+    from sglang_tpla.host.process import model_identity
+
+    def identity(model: Path, algorithm: str | None) -> str:
+        return model_identity(resolved_arguments(model_path=str(model), revision=None, speculative_algorithm=algorithm))
+
+    whole = load_file(nextn / NEXTN_FILE)
+    for number, tail in enumerate(("eh_proj", "self_attn.kv_b_proj", "self_attn.kv_a_layernorm")):
+        other = shutil.copytree(nextn, tmp_path / str(number))
+        name = f"model.layers.4.{tail}.weight"
+        save_file({**whole, name: whole[name] + 1}, other / NEXTN_FILE)
+        assert identity(other, None) == identity(nextn, None)
+        assert identity(other, "EAGLE") != identity(nextn, "EAGLE")
+    assert identity(nextn, "EAGLE") == identity(nextn, "NEXTN") != identity(nextn, None)
 
 
 def test_backends_that_cannot_are_refused(engine: None) -> None:
@@ -331,6 +382,10 @@ def test_backends_that_cannot_are_refused(engine: None) -> None:
     check_backends(arguments(), "tpla", [DecodeShape(320, 32)], draft, hopper)
     check_backends(arguments(), "fa3", [], draft, hopper)  # plain MLA: nothing of ours
     check_backends(arguments(speculative_draft_attention_backend="fa3"), "tpla", [], few, hopper)
+    with pytest.raises(ConfigError, match="torch_native cannot guess"):
+        check_backends(arguments(), "torch_native", [], draft, hopper)
+    with pytest.raises(ConfigError, match="torch_native cannot guess"):
+        check_backends(arguments(speculative_draft_attention_backend="torch_native"), "tpla", [], draft, hopper)
     with pytest.raises(ConfigError, match="--attention-backend tpla"):
         check_backends(arguments(), "fa3", [DecodeShape(256, 32)], draft, hopper)
     with pytest.raises(ConfigError, match="outside of 8 to 128; use fa3 or flashinfer"):

@@ -311,5 +311,9 @@ def test_speculation_says_what_follows_from_it() -> None:
     (own,) = planned(*DECODE, *flags, "--speculative-num-draft-tokens", "4", "--speculative-attention-mode", "prefill")
     assert flags_of(own)["--speculative-num-draft-tokens"] == "4"
     assert flags_of(own)["--speculative-attention-mode"] == "prefill"  # refused at start, with the reason
+    whole = ("--speculative-num-steps", "--speculative-num-draft-tokens", "--speculative-eagle-topk")
+    for flag, value, expected in ((whole[1], "3", "2 3 1"), (whole[2], "1", "3 4 1"), (whole[0], "1", "1 2 1")):
+        (decode,) = planned(*DECODE, "--speculative-algorithm", "EAGLE", flag, value)  # SGLang needs all three
+        assert [flags_of(decode)[name] for name in whole] == expected.split()
     (plain,) = planned(*DECODE)
     assert not flags_of(plain)

@@ -1,4 +1,4 @@
-"""Pages name what exists: links, anchors, flags and modules; and each result is named by a page or a module."""
+"""Pages name what exists (links, anchors, flags, modules), and each benchmark and each result is named by a page."""
 
 import re
 from dataclasses import fields
@@ -41,6 +41,12 @@ def test_flags_and_modules_exist(page: Path) -> None:
     for module in re.findall(r"python -m (sglang_tpla[\w.]*\w)", text):
         path = ROOT / module.replace(".", "/")
         assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file(), module
+
+
+def test_every_benchmark_is_named_by_its_page() -> None:
+    text = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    scripts = [path.stem for path in (ROOT / "benchmarks").glob("*.py")]
+    assert scripts and [name for name in scripts if not re.search(rf"`{name}(\.py)?\b", text)] == []
 
 
 def test_every_result_is_named_by_a_page_or_a_module() -> None:

@@ -6,12 +6,18 @@ from pathlib import Path
 from types import MappingProxyType
 
 import pytest
+import torch
 
+from sglang_tpla.attention.interface import DecodeShape
+from sglang_tpla.cache_rows.parts import Part
+from sglang_tpla.cache_rows.row_format import RowFormat
+from sglang_tpla.cache_rows.sketched import SketchedRows
 from sglang_tpla.plan.__main__ import main, parser, setting_of
 from sglang_tpla.plan.choice import Setting, answer, overall
 from sglang_tpla.plan.cost import Load, Method, Precision, break_even_tokens, methods, price, rank_work
 from sglang_tpla.plan.hardware import GPUS, H100, H200, LINKS, Gpu, Link, Rate
 from sglang_tpla.plan.model import BUILT_IN, PlanModel, find
+from sglang_tpla.transfer.memory.pool import CachePool
 
 V3 = find("deepseek-v3")
 FREE_LINK = Link("free", 0.0, 1e18)
@@ -188,6 +194,26 @@ def test_bytes_of_every_format() -> None:
     assert (rows["T2"], rows["T4"], rows["T8"]) == tuple(2 * (w + 64) for w in (320, 224, 192))
     assert rows["T2.f"] == 320 + 128 + 16
     assert all(rows[f"T2{kind}"] == rows[f"T2{kind}s"] for kind in ("", ".8", ".f"))
+
+
+@pytest.mark.parametrize(
+    ("code", "rows", "size"),
+    [
+        ("T2", RowFormat.plain([320], [0], 64), 2 * 384),
+        ("T2.f", RowFormat.fp8([320], [0], 64), 464),
+        ("T2.8", RowFormat.sketched([SketchedRows.of(512, 2, 64, 64)], 1), 544),
+    ],
+)
+def test_a_row_has_one_size_for_planner_kernel_pool_and_wire(code: str, rows: RowFormat, size: int) -> None:
+    found = answer(setting(), Load(16, 32768))
+    planned = {row.method.code: row.cache_bytes_per_token_and_rank / 61 for row in found.rows}[code]
+    (layer,) = rows.layers
+    shape = DecodeShape.of_rows(layer, heads=32)
+    pool = CachePool([torch.empty(64, shape.cache_dim, dtype=shape.cache_dtype)], 512, 64, 64, encoding=rows)
+    assert planned == size
+    assert rows.row_bytes(torch.bfloat16) == [size]
+    assert shape.cache_dim * shape.cache_dtype.itemsize == size
+    assert pool.layers[0][0].nbytes == pool.payload_bytes(range(1), 1, Part.FULL) == size
 
 
 def test_sketched_rows_by_hand() -> None:

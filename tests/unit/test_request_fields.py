@@ -1,5 +1,6 @@
 """The valid fields of a request: rooms, hosts, ids and sampling parameters, and one room a sample."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +15,7 @@ from sglang_tpla.host.requests.fields import (
     RequestRefused,
     check_item,
     check_rooms_differ,
+    check_verified,
     checked_host,
 )
 from sglang_tpla.host.requests.samples import PER_PROMPT, give_each_its_room, room_of
@@ -30,6 +32,14 @@ def item(**changes: Any) -> SimpleNamespace:
     fields |= {"input_ids": [1, 2, 3], "sampling_params": {}, "top_logprobs_num": 0, "logprob_start_len": -1}
     fields |= {"bootstrap_room": 5, "bootstrap_host": "127.0.0.1", "bootstrap_port": 8998}
     return SimpleNamespace(**fields | changes)
+
+
+def test_what_verification_ignores_is_refused_where_guesses_are_verified() -> None:
+    check_verified(0.1, LIMITS)
+    verifies = replace(LIMITS, speculates=True)
+    check_verified(0.0, verifies)
+    with pytest.raises(RequestRefused, match="min_p is not applied by a server with speculative decoding"):
+        check_verified(0.1, verifies)
 
 
 @pytest.mark.parametrize(

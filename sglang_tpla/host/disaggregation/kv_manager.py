@@ -96,8 +96,8 @@ class TplaKVManager(CommonKVManager):
             limits=prompt_limits(self.kv_args, self.server_args),
         )
         self.local_ip, self.rank_port = settings().advertised(self._place, self.agent.address)
-        self._registrar = registration(self)
-        self._registrar.start()
+        self.registrar = registration(self)
+        self.registrar.start()
 
     @property
     def data_parallel_group(self) -> int:

@@ -184,7 +184,7 @@ class TplaKVSender(_Request, CommonKVSender):
     def _register_prefill_dp_rank(self) -> None:
         """Register as SGLang does, with a signature."""
         payload = {"bootstrap_room": self.bootstrap_room, "dp_rank": self.kv_mgr.attn_dp_rank}
-        self._ask(self.kv_mgr._registrar.submit, "POST", "/register_dp_rank", payload)
+        self._ask(self.kv_mgr.registrar.submit, "POST", "/register_dp_rank", payload)
 
     def clear(self) -> None:
         """Forget the request."""

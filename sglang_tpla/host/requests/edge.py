@@ -22,7 +22,7 @@ from sglang_tpla.host.disaggregation.prefill_lookup import MAX_RANKS
 from sglang_tpla.host.process import serves_decode
 from sglang_tpla.host.requests.bodies import happened_in
 from sglang_tpla.host.requests.declined import RESERVED, declined
-from sglang_tpla.host.requests.fields import Limits, RequestRefused, check_item, check_rooms_differ
+from sglang_tpla.host.requests.fields import Limits, RequestRefused, check_item, check_rooms_differ, check_verified
 from sglang_tpla.host.requests.patterns import check_grammar, check_stops
 from sglang_tpla.host.requests.samples import give_each_its_room
 
@@ -42,7 +42,10 @@ def limits(manager: Any) -> Limits:
     """Return the limits of the server behind a tokenizer manager."""
     # A decode server learns a prefill server's number of ranks later (`admission.py`).
     ranks = MAX_RANKS if serves_decode() else compat.data_parallel_ranks(manager.server_args)
-    return Limits(manager.model_config.vocab_size, TOP_LOGPROBS, ranks, FAKE_BOOTSTRAP_HOST)
+    return Limits(
+        manager.model_config.vocab_size, TOP_LOGPROBS, ranks, FAKE_BOOTSTRAP_HOST,
+        speculates=compat.speculates(manager.server_args),
+    )  # fmt: skip
 
 
 def is_own(manager: Any, obj: Any) -> bool:
@@ -136,6 +139,7 @@ def check_normalized(self: Any, obj: Any, *args: Any, **kwargs: Any) -> None:
         msgspec.msgpack.decode(msgspec.msgpack.encode(params), type=type(params))
         params.normalize(self.tokenizer)
         params.verify(bounds.vocab)
+        check_verified(params.min_p, bounds)
     check_rooms_differ(items)
 
 

@@ -47,12 +47,14 @@ class Limits:
         top_logprobs: number of alternatives of one token in the metadata row.
         data_parallel: number of its prefill server's ranks that a request may name.
         own_host: host with which a server marks the requests that it sends to itself.
+        speculates: whether it guesses tokens and verifies them.
     """
 
     vocab: int
     top_logprobs: int
     data_parallel: int
     own_host: str
+    speculates: bool = False
 
     def __post_init__(self) -> None:
         if self.vocab < 1 or self.top_logprobs < 0:
@@ -191,6 +193,15 @@ def check_sampling(params: Any, limits: Limits) -> None:
                 f"sampling_params.logit_bias of {shown(token)} must be a number up to {LARGEST_BIAS:g} either way; "
                 f"got {shown(value)}"
             )
+
+
+def check_verified(min_p: float, limits: Limits) -> None:
+    """Refuse what SGLang ignores where it verifies guesses; the answer would not have the distribution asked for."""
+    if limits.speculates and min_p > 0:
+        raise RequestRefused(
+            f"sampling_params.min_p is not applied by a server with speculative decoding; got {shown(min_p)}: leave it "
+            "out (top_p and top_k are applied), or ask a server without --speculative-algorithm"
+        )
 
 
 def check_item(item: Any, limits: Limits) -> None:

@@ -1,4 +1,7 @@
-"""Copy, check, send and read payloads in pieces (`iovec.IoVec`): in C where `native` is compiled, else in Python."""
+"""Copy, check, send and read payloads in pieces (`iovec.IoVec`): in C where `native` is compiled, else in Python.
+
+An object here belongs to one payload, and to the one thread at a time that moves or checks it.
+"""
 
 import ctypes
 import os

@@ -3,7 +3,7 @@
 Both ends count the chunks of their channel, and the nonces with them. A chunk that was changed, left out, repeated,
 moved, or sealed for another channel does not open. The header opens before anybody acts on it. The payload is opened
 where it lies, step by step while it is in a core's caches: rows that have not been proved yet lie in pages of a room
-that cannot succeed before they are.
+that cannot succeed before they are. Everything here runs on the I/O thread of the channel's agent.
 """
 
 import secrets

@@ -1,6 +1,5 @@
 """What a prefill rank demands of a decode rank before it serves it: one sentence for each mismatch."""
 
-from sglang_tpla.cache_rows.parts import Part
 from sglang_tpla.cache_rows.row_format import SENDER_DTYPES, RowFormat
 from sglang_tpla.transfer.memory.pool import CachePool, MetadataRows
 from sglang_tpla.transfer.messages import PROTOCOL_VERSIONS, CacheLayout, Hello
@@ -92,7 +91,7 @@ def mismatch(hello: Hello, pool: CachePool, metadata: MetadataRows, model_hash: 
             f"projection: {layout.dtype} of widths {layout.widths[:4]}... need a projection and none was announced; "
             "start decode with --tpla-artifact"
         )
-    row_bytes = max(rows.part_items(Part.FULL)) * rows.item_dtype(pool.dtype).itemsize
+    row_bytes = max(rows.row_bytes(pool.dtype))
     if row_bytes > hello.max_chunk_bytes:
         return (
             f"chunk size: one row has {row_bytes} bytes, the decode rank takes {hello.max_chunk_bytes}; raise "
