@@ -15,7 +15,7 @@ from tests.e2e.faulty import PROMPTS, TOKENS, Faulty
 from tests.e2e.traffic import Load, Route, client
 
 SERVER = {
-    "attn_tp_size": 1, "attn_cp_size": 1, "dp_size": 1, "pp_size": 1, "page_size": 1, "kv_cache_dtype": "auto",
+    "attn_tp_size": 1, "attn_cp_size": 1, "dp_size": 1, "pp_size": 1, "page_size": 1, "kv_cache_dtype": None,
     "follow_bootstrap_room": True,
 }  # fmt: skip
 RANK = {"rank_ip": "127.0.0.1", "rank_port": 9}
