@@ -200,14 +200,14 @@ def draws_at(
     prompt: list[int], decoders: dict[str, Decoder], draws: int, limit_s: float, made: Draws
 ) -> dict[str, Any]:
     """Draws of a few tokens at one prompt from a server with speculation and from one without it."""
-    missing = {kind: max(0, draws - len(made.at(prompt, kind))) for kind in decoders}
+    rows = {kind: made.at(prompt, f"{decoder.name}, {kind}") for kind, decoder in decoders.items()}
     with concurrent.futures.ThreadPoolExecutor(len(decoders)) as pool:
         jobs = {
-            kind: pool.submit(draw, decoder.ask, prompt, 3, missing[kind], limit_s)
+            kind: pool.submit(draw, decoder.ask, prompt, 3, max(0, draws - len(rows[kind])), limit_s)
             for kind, decoder in decoders.items()
         }
         for kind, job in jobs.items():
-            made.at(prompt, kind).extend(job.result())
+            rows[kind].extend(job.result())
     for decoder in decoders.values():
         _ = decoder.pair  # further rooms
     made.keep()
@@ -218,7 +218,7 @@ def draws_at(
         "tokens": len(prompt),
         "runs": made.runs + 1,
         "first_guess_kept": sum(count == 1 for count in steps) / len(steps),
-        "tests": compare_draws(made.at(prompt, "plain"), made.at(prompt, "drafting")),
+        "tests": compare_draws(rows["plain"], rows["drafting"]),
     }
 
 

@@ -66,18 +66,18 @@ def draw(
 
 
 class Draws:
-    """Draws at several prompts by servers of both kinds, which a further run adds to where they are kept in a file."""
+    """Draws at several prompts by servers of every kind, which a further run adds to where they are kept in a file."""
 
     def __init__(self, path: Path | None) -> None:
         self._path = path
         found = json.loads(path.read_text()) if path is not None and path.is_file() else {}
         self.runs: int = found.get("runs", 0)
-        self._rows: dict[str, dict[str, list[tuple[int, ...]]]] = {
+        self._rows: dict[str, dict[str, list[tuple[Any, ...]]]] = {
             prompt: {kind: [tuple(row) for row in rows] for kind, rows in kinds.items()}
             for prompt, kinds in found.get("draws", {}).items()
         }
 
-    def at(self, prompt: list[int], kind: str) -> list[tuple[int, ...]]:
+    def at(self, prompt: list[int], kind: str) -> list[tuple[Any, ...]]:
         """The draws at a prompt by servers of a kind, to be added to."""
         return self._rows.setdefault(" ".join(map(str, prompt)), {}).setdefault(kind, [])
 

@@ -34,7 +34,7 @@ import torch
 from tokenizers import Tokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks.speculation_requests import same_source
+from benchmarks.speculation_requests import Draws, same_source
 from sglang_tpla.artifact.artifact import Artifact
 from sglang_tpla.measure.decode_error import model_maps
 from sglang_tpla.reference_model.forward import LayerMaps, PlainModel
@@ -84,25 +84,6 @@ def cells(drawn: torch.Tensor) -> Counter[int]:
     return Counter((drawn * CELLS).long().clamp(max=CELLS - 1).tolist())
 
 
-class Answers:
-    """Sampled answers of every kind of server at every prompt, kept in a file where there is one."""
-
-    def __init__(self, path: Path | None) -> None:
-        self._path = path
-        found = json.loads(path.read_text()) if path is not None and path.is_file() else {}
-        self.runs: int = found.get("runs", 0)
-        self._rows: dict[str, list[list[Any]]] = found.get("answers", {})
-
-    def at(self, kind: str, prompt: int) -> list[Any]:
-        """Return the answers so far: token ids, and the number of steps that they took."""
-        return self._rows.setdefault(kind, [[] for _ in PROMPTS])[prompt]
-
-    def keep(self) -> None:
-        """Write the file, with this run counted."""
-        if self._path is not None:
-            self._path.write_text(json.dumps({"runs": self.runs + 1, "answers": self._rows}))
-
-
 def deploy(model: Path, artifact: Path, seed: int, flags: Sequence[str], stack: contextlib.ExitStack) -> Pair:
     """Start a prefill server and a decode server of two groups; servers of one seed could draw alike."""
     port, bootstrap, other = free_ports(3)
@@ -118,7 +99,7 @@ def deploy(model: Path, artifact: Path, seed: int, flags: Sequence[str], stack: 
 
 
 def report(
-    answers: Answers, kinds: Sequence[str], prompts: list[list[int]], model: PlainModel, maps: Sequence[LayerMaps]
+    answers: Draws, kinds: Sequence[str], prompts: list[list[int]], model: PlainModel, maps: Sequence[LayerMaps]
 ) -> list[dict[str, Any]]:
     """Test the draws at every prompt."""
     generator = torch.Generator().manual_seed(SEED)
@@ -127,7 +108,7 @@ def report(
         row: dict[str, Any] = {"prompt": PROMPTS[index], "tokens": len(prompt)}
         counts = []
         for kind in kinds:
-            ids, steps = zip(*answers.at(kind, index), strict=True)
+            ids, steps = zip(*answers.at(prompt, kind), strict=True)
             found = numbers(ids, prompt, model, maps, generator)
             row[kind] = uniform(found[1.0]) | {
                 "tokens_a_step": len(found[1.0]) / sum(steps),
@@ -158,7 +139,7 @@ def main() -> None:
         "with speculation": ("--speculative-algorithm", "EAGLE", "--speculative-num-steps", str(args.guesses)),
         "without": (),
     }
-    answers, needed = Answers(args.answers_file), -(-args.draws // (args.tokens - 1))
+    answers, needed = Draws(args.answers_file), -(-args.draws // (args.tokens - 1))
     params = {"max_new_tokens": args.tokens, "temperature": 1.0, "ignore_eos": True}
     with TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -166,13 +147,13 @@ def main() -> None:
         model = with_nextn(args.model, layer, folder / "model")
         artifact = artifact_for(model, str(args.artifact), folder / "artifact.safetensors")
         for number, (kind, flags) in enumerate(kinds.items()):
-            missing = [index for index in range(len(prompts)) if len(answers.at(kind, index)) < needed]
+            missing = [index for index, prompt in enumerate(prompts) if len(answers.at(prompt, kind)) < needed]
             if not missing:
                 continue
             with contextlib.ExitStack() as stack:
                 pair = deploy(model, artifact, SEED + 100 * answers.runs + 10 * number, flags, stack)
                 for index in missing:
-                    made = answers.at(kind, index)
+                    made = answers.at(prompts[index], kind)
                     while len(made) < needed:
                         if time.monotonic() - began > args.limit_s:
                             answers.keep()
@@ -181,7 +162,7 @@ def main() -> None:
                         asked = [prompts[index]] * min(AT_ONCE, needed - len(made))
                         said = pair.generate(asked, args.tokens, timeout_s=600, sampling_params=params)[1]
                         steps = (one["meta_info"].get("spec_verify_ct") or args.tokens - 1 for one in said)
-                        made += [[one["output_ids"], count] for one, count in zip(said, steps, strict=True)]
+                        made += [(one["output_ids"], count) for one, count in zip(said, steps, strict=True)]
                         print(f"{kind}, {index}: {len(made)}, {time.monotonic() - began:.0f} s", flush=True)
         answers.keep()
     reference = PlainModel(str(args.model))
