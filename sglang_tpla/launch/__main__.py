@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 from sglang_tpla.config import ConfigError
 from sglang_tpla.launch import options as launch_options
+from sglang_tpla.launch.rendezvous import with_port
 from sglang_tpla.launch.roles import check_installation, plan
 
 
@@ -34,7 +35,7 @@ def main(tokens: Sequence[str] | None = None) -> int:  # noqa: RET503 (execve do
 
         return supervise(processes, options.log_dir, options.startup_timeout_s)
     process = processes[0]
-    os.execve(process.command[0], process.command, process.full_environment(os.environ))
+    os.execve(process.command[0], with_port(process.command), process.full_environment(os.environ))
 
 
 if __name__ == "__main__":

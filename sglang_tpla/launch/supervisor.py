@@ -28,6 +28,7 @@ from rich.console import Console
 
 from sglang_tpla.errors import SglangTplaError
 from sglang_tpla.launch.reaper import GONE, segments
+from sglang_tpla.launch.rendezvous import with_port
 from sglang_tpla.launch.roles import Process
 
 PR_SET_PDEATHSIG = 1
@@ -186,7 +187,7 @@ class Supervisor:
         environment.setdefault("PYTHONUNBUFFERED", "1")
         with signals_held(), self.log_of(name).open("ab") as log:
             child = subprocess.Popen(
-                process.command,
+                with_port(process.command),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

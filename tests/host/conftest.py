@@ -2,11 +2,12 @@
 
 import inspect
 import os
-import socket
 import warnings
 from collections.abc import Iterator
 
 import pytest
+
+from tests.ports import free_ports
 
 os.environ.setdefault("SGLANG_PLATFORM", "sglang_tpla_cpu")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
@@ -59,9 +60,7 @@ def engine(imported: None, nano_mla: str) -> Iterator[None]:
         publish(args, role="test", ranks=runtime_context.SpawnRanks(world_rank=0))
     else:
         publish(args, role="test")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    (port,) = free_ports(1)
     init_distributed_environment(
         backend="gloo", world_size=1, rank=0, local_rank=0, distributed_init_method=f"tcp://127.0.0.1:{port}"
     )

@@ -3,7 +3,6 @@
 import contextlib
 import inspect
 import re
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from sglang_tpla.transfer.network.bootstrap import (
 )
 from sglang_tpla.transfer.network.security import KEYS_VARIABLE, Security
 from sglang_tpla.transfer.room import TransferError
+from tests.ports import free_ports
 from tests.wire import rig
 
 PLACE = {"prefill_dp_rank": 0, "prefill_cp_rank": 0, "target_tp_rank": 0, "target_pp_rank": 0}
@@ -51,9 +51,7 @@ pytestmark = pytest.mark.usefixtures("imported")
 
 @pytest.fixture
 def port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    return free_ports(1)[0]
 
 
 @contextlib.contextmanager

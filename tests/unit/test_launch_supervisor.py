@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import textwrap
@@ -13,6 +12,7 @@ import pytest
 
 from sglang_tpla.launch.roles import Process
 from sglang_tpla.launch.supervisor import ChildDied, StartTimeout, Supervisor
+from tests.ports import free_ports
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -62,12 +62,6 @@ SUPERVISED = textwrap.dedent(
 )
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def server(role: str, port: int, program: str = SERVER) -> Process:
     return Process(role, (sys.executable, "-c", program, str(port)), {}, f"http://127.0.0.1:{port}")
 
@@ -93,7 +87,7 @@ def quiet(names: str, waited_s: float) -> None:
 def test_everything_is_gone_after_an_orderly_end(tmp_path: Path) -> None:
     with Supervisor(str(tmp_path)) as supervisor:
         for role in ("prefill", "decode"):
-            process = server(role, free_port())
+            process = server(role, free_ports(1)[0])
             supervisor.start(process)
             supervisor.wait_healthy({role: process.url}, 60, quiet)
         supervisor.check()
@@ -108,13 +102,13 @@ def test_a_dead_child_is_named_with_its_last_words(tmp_path: Path) -> None:
     with Supervisor(str(tmp_path)) as supervisor:
         supervisor.start(server("decode", 1, "print('no memory for the pool'); raise SystemExit(7)"))
         with pytest.raises(ChildDied, match=r"the decode process ended with 7; .*\nno memory for the pool"):
-            supervisor.wait_healthy({"decode": f"http://127.0.0.1:{free_port()}"}, 60, quiet)
+            supervisor.wait_healthy({"decode": f"http://127.0.0.1:{free_ports(1)[0]}"}, 60, quiet)
 
 
 def test_a_crash_leaves_no_shared_memory(tmp_path: Path) -> None:
     """The reaper has seen the segment of a server that is gone at the end, and removes it as well."""
     with Supervisor(str(tmp_path)) as supervisor:
-        process = server("prefill", free_port())
+        process = server("prefill", free_ports(1)[0])
         supervisor.start(process)
         supervisor.wait_healthy({"prefill": process.url}, 60, quiet)
         log = tmp_path / "prefill.log"
@@ -149,11 +143,11 @@ def wait_until_seen(supervisor: Supervisor) -> None:
 
 def test_a_server_that_is_never_healthy_is_named(tmp_path: Path) -> None:
     with Supervisor(str(tmp_path)) as supervisor:
-        process = server("decode", free_port())
+        process = server("decode", free_ports(1)[0])
         supervisor.start(process)
         supervisor.wait_healthy({"decode": process.url}, 60, quiet)
         with pytest.raises(StartTimeout, match="decode not healthy after 0 s"):
-            supervisor.wait_healthy({"decode": f"http://127.0.0.1:{free_port()}"}, 0.2, quiet)
+            supervisor.wait_healthy({"decode": f"http://127.0.0.1:{free_ports(1)[0]}"}, 0.2, quiet)
     assert not remains(tmp_path / "decode.log")
 
 
@@ -161,7 +155,7 @@ def test_a_reaper_that_comes_up_late_finds_all(tmp_path: Path) -> None:
     with Supervisor(str(tmp_path)) as supervisor:
         assert supervisor._reaper is not None
         supervisor._reaper.send_signal(signal.SIGSTOP)
-        process = server("decode", free_port())
+        process = server("decode", free_ports(1)[0])
         supervisor.start(process)
         supervisor.wait_healthy({"decode": process.url}, 60, quiet)
         supervisor._reaper.send_signal(signal.SIGCONT)
@@ -184,7 +178,7 @@ def test_logs_are_kept_when_asked(tmp_path: Path) -> None:
 @pytest.mark.parametrize("when", ["while starting", "when ready"])
 def test_nothing_outlives_a_signal(number: signal.Signals, when: str, tmp_path: Path) -> None:
     """Processes, files and shared memory are gone after any end of the supervisor, at the start or later."""
-    ports = [str(free_port()) for _ in range(3)]
+    ports = [str(port) for port in free_ports(3)]
     environ = {**os.environ, "TMPDIR": str(tmp_path)}
     segments = set(Path("/dev/shm").glob("test_supervisor_*"))
     supervisor = subprocess.Popen(

@@ -95,9 +95,7 @@ def fails(prefill: rig.PrefillRank, decode: rig.DecodeRank, room: int, why: str)
 def test_a_port_that_nobody_reaches_fails_rooms_with_the_reason(
     prefill: rig.PrefillRank, far: rig.DecodeRank, decode: rig.DecodeRank
 ) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as gone:
-        port = gone.getsockname()[1]
-    real = rig.data_port(prefill, port)
+    real = rig.data_port(prefill, neighbouring_ports(1))
     fails(prefill, far, 1, "Connection refused")
     rig.transfer(prefill, decode, 2)  # by shared memory
     assert decode.agent.stats().resumed == 0

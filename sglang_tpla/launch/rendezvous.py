@@ -1,0 +1,57 @@
+"""The port at which a server's ranks meet, chosen by the launcher where nobody has chosen it.
+
+SGLang before 0.5.23 takes one that the system would give to any connection (``get_free_port``), seconds before rank 0
+listens there: whoever connects in between may have it, and the server ends with EADDRINUSE. The launcher takes a free
+one below those.
+"""
+
+import random
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+
+from sglang_tpla.launch.flags import has, integer, split_tokens
+
+SERVER = ("-m", "sglang.launch_server")
+FIRST_PORT = 10_000
+TRIES = 100
+SYSTEM_PORTS = Path("/proc/sys/net/ipv4/ip_local_port_range")
+PORT_FLAG = "nccl-port"
+# With these flags the ranks meet elsewhere, or each replica takes a port of its own.
+ELSEWHERE = ("dist-init-addr", "nccl-init-addr", "nnodes")
+
+
+def with_port(command: Sequence[str]) -> tuple[str, ...]:
+    """Return a command, with a port for its ranks' rendezvous where it starts a server that would take any."""
+    if tuple(command[1:3]) != SERVER:
+        return tuple(command)
+    arguments = split_tokens(command[3:])
+    replicas = integer(arguments, "dp-size", 1) > 1 and not has(arguments, "enable-dp-attention")
+    chosen = replicas or any(has(arguments, name) for name in (PORT_FLAG, *ELSEWHERE))
+    port = None if chosen else free_port()
+    return (*command, *(() if port is None else (f"--{PORT_FLAG}", str(port))))
+
+
+def free_port() -> int | None:
+    """Return a port at which nobody listens and which the system gives to nobody; None where there is none."""
+    ports = range(FIRST_PORT, _first_system_port())
+    chosen = random.SystemRandom()  # two launchers of one machine choose differently
+    for port in (chosen.choice(ports) for _ in range(TRIES if ports else 0)):
+        if _is_free(port):
+            return port
+    return None
+
+
+def _first_system_port() -> int:
+    try:
+        return int(SYSTEM_PORTS.read_text().split()[0])
+    except OSError:
+        return 32_768
+
+
+def _is_free(port: int) -> bool:
+    try:
+        socket.create_server(("", port)).close()
+    except OSError:
+        return False
+    return True
