@@ -1,6 +1,12 @@
-"""The fixtures of all tests, and the tests that must share a process when several processes share the work."""
+"""The fixtures of all tests, the tests that must share a process when several processes share the work, and the last
+stacks of a process that crashed.
+"""
 
+import faulthandler
 import os
+import re
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +16,38 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # before anyone imports torch: threads 
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ROOT = Path(__file__).resolve().parent.parent
+RUNNER = re.compile(r"/site-packages/(_pytest|pluggy|xdist|execnet)/")  # frames that say nothing of a test
+STACKS = pytest.StashKey[Path]()  # the folder of the processes' last stacks
+
+
+@pytest.hookimpl(trylast=True)  # pytest's own handler writes among the dots of the others
+def pytest_configure(config: pytest.Config) -> None:
+    """Have a fatal signal's stacks written to a file, from where the summary takes them."""
+    if hasattr(config, "workerinput"):
+        file = open(Path(config.workerinput["stacks"]) / str(os.getpid()), "w")  # noqa: SIM115 (for the whole run)
+        faulthandler.enable(file)
+    else:
+        config.stash[STACKS] = Path(tempfile.mkdtemp())
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """Tell a process where its stacks belong."""
+    node.workerinput["stacks"] = str(node.config.stash[STACKS])
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Show the stacks of the processes that crashed."""
+    for file in sorted(config.stash[STACKS].iterdir()):
+        if stacks := file.read_text().partition("Extension modules")[0].strip():
+            terminalreporter.section(f"last stacks of process {file.name}")
+            terminalreporter.write_line("\n".join(line for line in stacks.splitlines() if not RUNNER.search(line)))
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Remove the stacks."""
+    if STACKS in config.stash:
+        shutil.rmtree(config.stash[STACKS], ignore_errors=True)
 
 
 @pytest.hookimpl(optionalhook=True)  # a GPU machine may lack pytest-xdist
