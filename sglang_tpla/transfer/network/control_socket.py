@@ -1,8 +1,14 @@
-"""The control socket: limits, heartbeats and addresses of the ZMQ connection that carries messages."""
+"""The control socket: limits, patience and addresses of the ZMQ connection that carries messages.
+
+ZMQ's own heartbeats stay off. In libzmq 4.3.5 their timer ends the process (``Assertion failed: !_io_error``) where a
+socket closes and its peer hangs up at that moment. The agents have heartbeats of their own (Ping), and the system tells
+of a silent network.
+"""
 
 import zmq
 
 from sglang_tpla.config import Settings
+from sglang_tpla.transfer.network.data_channel import KEEPALIVES
 
 QUEUE_FRAMES = 16384  # high-water mark of a socket, in messages; credits bound the bytes
 SOCKET_BUFFER_BYTES = 4 << 20  # the system may give less
@@ -10,16 +16,18 @@ MAX_PARTS = 3
 
 
 def configure(socket: zmq.Socket, settings: Settings, max_message_bytes: int) -> None:
-    """Set the limits and heartbeats of a ZMQ socket."""
-    timeout_ms = int(settings.peer_timeout_s * 1000)
+    """Set the limits of a ZMQ socket, and how long it bears a silent network."""
     socket.setsockopt(zmq.LINGER, 0)
     socket.setsockopt(zmq.SNDHWM, QUEUE_FRAMES)
     socket.setsockopt(zmq.RCVHWM, QUEUE_FRAMES)
     socket.setsockopt(zmq.SNDBUF, SOCKET_BUFFER_BYTES)
     socket.setsockopt(zmq.RCVBUF, SOCKET_BUFFER_BYTES)
     socket.setsockopt(zmq.MAXMSGSIZE, max_message_bytes)
-    socket.setsockopt(zmq.HEARTBEAT_IVL, max(1, int(settings.heartbeat_s * 1000)))
-    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, timeout_ms)
+    socket.setsockopt(zmq.TCP_KEEPALIVE, 1)
+    socket.setsockopt(zmq.TCP_KEEPALIVE_CNT, KEEPALIVES)
+    for option in (zmq.TCP_KEEPALIVE_IDLE, zmq.TCP_KEEPALIVE_INTVL):
+        socket.setsockopt(option, max(1, int(settings.peer_timeout_s / KEEPALIVES)))
+    socket.setsockopt(zmq.TCP_MAXRT, max(1, int(settings.peer_timeout_s * 1000)))
 
 
 def receive_parts(socket: zmq.Socket) -> list[zmq.Frame] | None:
