@@ -17,8 +17,9 @@ Widths may differ between layers; the groups of one layer share one width (short
 The first ``shared_dims[l]`` columns of Z are the same, bit for bit, in every group of layer l, so the transfer agent
 sends them once. A layer with w = r = d is exact, except for the rounding of its rows.
 
-Metadata is safetensors' string-to-string map, in which every value is JSON. Loading checks everything and fails with
-one ``ArtifactError``; a file that loads is safe to serve.
+Metadata is safetensors' string-to-string map, in which every value is JSON. They hold the hash of all content, so that
+a flipped bit is noticed. Loading checks everything and fails with one ``ArtifactError``; a file that loads is safe to
+serve.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ from sglang_tpla.errors import SglangTplaError
 FORMAT_VERSION = 1  # of plain and FP8 rows
 SKETCHED_VERSION = 2  # of sketched rows
 MAP_NAMES = ("Z", "A", "B")
+HASH_KEY = "content_hash"  # in the file's metadata alone; files that others made may lack it
 
 
 class ArtifactError(SglangTplaError, ValueError):
@@ -168,6 +170,7 @@ class Artifact:
         try:
             with safe_open(path, framework="pt") as handle:
                 raw = dict(handle.metadata() or {})
+                written = raw.pop(HASH_KEY, None)
                 meta = _decode_meta(raw, str(path))
                 tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
@@ -175,7 +178,13 @@ class Artifact:
                 f"{path} is not a readable safetensors file ({error}); copy it again or make it anew with "
                 "`python -m sglang_tpla.calibrate`"
             ) from error
-        return cls(meta=meta, tensors=tensors, source=str(path))
+        artifact = cls(meta=meta, tensors=tensors, source=str(path))
+        if written not in (None, found := msgspec.json.encode(artifact.content_hash).decode()):
+            raise ArtifactError(
+                f"{path} was damaged after it was written: expected content with sha256 {written}, found {found}; copy it "
+                "again or make it anew with `python -m sglang_tpla.calibrate`"
+            )
+        return artifact
 
     def save(self, path: str | Path) -> None:
         """Write the whole file or nothing, through a temporary file in the same folder."""
@@ -183,7 +192,8 @@ class Artifact:
         path.parent.mkdir(parents=True, exist_ok=True)
         tensors = {name: tensor.contiguous() for name, tensor in self.tensors.items()}
         with replace_into(path) as temporary:
-            save_file(tensors, temporary, metadata=_encode_meta(self.meta))
+            written = {HASH_KEY: msgspec.json.encode(self.content_hash).decode()}
+            save_file(tensors, temporary, metadata=_encode_meta(self.meta) | written)
 
     def maps(self, layer: int, group: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return the maps Z [d, w], A [w, d], B [w, d] of one layer and group, float32."""
