@@ -181,8 +181,8 @@ class Artifact:
         artifact = cls(meta=meta, tensors=tensors, source=str(path))
         if written not in (None, found := msgspec.json.encode(artifact.content_hash).decode()):
             raise ArtifactError(
-                f"{path} was damaged after it was written: expected content with sha256 {written}, found {found}; copy it "
-                "again or make it anew with `python -m sglang_tpla.calibrate`"
+                f"{path} was damaged after it was written: expected content with sha256 {written}, found {found}; "
+                "copy it again or make it anew with `python -m sglang_tpla.calibrate`"
             )
         return artifact
 

@@ -140,6 +140,33 @@ def test_without_keys_on_loopback_as_stock(port: int, monkeypatch: pytest.Monkey
         TplaKVBootstrapServer("0.0.0.0", port)
 
 
+@pytest.mark.parametrize(
+    ("method", "path", "sent"),
+    [
+        ("GET", "/route", {"params": PLACE | {"prefill_dp_rank": "x"}}),
+        ("GET", "/route", {"params": PLACE | {"target_tp_rank": "9" * 5000}}),
+        ("POST", "/query_dp_ranks", {"json": {"bootstrap_rooms": ["a"]}}),
+        ("POST", "/query_dp_ranks", {"json": {"bootstrap_rooms": None}}),
+        ("POST", "/query_dp_ranks", {"json": {}}),
+        ("POST", "/query_dp_ranks", {"json": []}),
+        ("POST", "/query_dp_ranks", {"content": b"[" * 100_000}),
+        ("POST", "/register_dp_rank", {"json": {"bootstrap_room": {}, "dp_rank": 1}}),
+        ("POST", "/register_dp_rank", {"content": b"\xff"}),
+        ("PUT", "/route", {"json": [1]}),
+        ("PUT", "/route", {"content": b"[" * 100_000}),
+    ],
+)
+def test_what_is_malformed_is_the_clients_error(
+    method: str, path: str, sent: dict[str, Any], port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(KEYS_VARIABLE, raising=False)
+    with serving(port) as url:
+        submit(url, "PUT", "/route", payload(), None)
+        answer = httpx.request(method, url + path, **sent)
+        assert (answer.status_code, answer.text[:10]) == (400, "malformed ")
+        assert httpx.get(url + "/route", params=WHOLE).status_code == 200
+
+
 def test_a_rank_that_registers_twice_is_one_rank(port: int) -> None:
     with serving(port) as url:
         for _ in range(2):

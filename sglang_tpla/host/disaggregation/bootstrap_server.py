@@ -25,6 +25,7 @@ from sglang_tpla.transfer.network.security import Security
 
 logger = logging.getLogger(__name__)
 OWN_PORT = "give each prefill server of a machine its own --disaggregation-bootstrap-port"
+MALFORMED = (KeyError, TypeError, ValueError, RecursionError, AttributeError)  # what a wrong body or query raises
 Handler = Callable[[web.Request], Awaitable[web.Response]]
 
 
@@ -98,22 +99,37 @@ class TplaKVBootstrapServer(CommonKVBootstrapServer):
     async def _handle_register_dp_rank(self, request: web.Request) -> web.Response:
         return await self._checked(request, super()._handle_register_dp_rank)
 
+    async def _handle_route_get(self, request: web.Request) -> web.Response:
+        return await self._answered(request, super()._handle_route_get)
+
+    async def _handle_query_dp_ranks(self, request: web.Request) -> web.Response:
+        return await self._answered(request, super()._handle_query_dp_ranks)
+
+    async def _answered(self, request: web.Request, answer: Handler) -> web.Response:
+        try:
+            return await answer(request)
+        except MALFORMED as error:
+            return web.Response(text=f"malformed question to {request.path}: {error!r}", status=400)
+
     async def _checked(self, request: web.Request, take: Handler) -> web.Response:
         body = await request.read()
         reason, text = self._gate.wrong(request.method, request.path, body, request.headers), ""
         if reason is None:
             try:
                 response = await take(request)
-            except (KeyError, TypeError, ValueError) as error:
+            except MALFORMED as error:
                 reason, text = "malformed", f"malformed registration: {error!r}"
         self._gate.counts[reason or "accepted"] += 1
         if self._series is not None:
             self._series.labels(reason or "accepted").inc()
         if reason is None:
             return response
-        logger.warning("registration from %s refused: %s", request.remote, text or reason)
-        remedy = f"{reason}; register with the prefill.secret of this server's key folder (--tpla-keys)"
-        return web.Response(text=text or remedy, status=400 if reason == "malformed" else 401)
+        if reason == "malformed":
+            text = text or "malformed registration: expected an object in JSON"
+        else:
+            text = f"{reason}; register with the prefill.secret of this server's key folder (--tpla-keys)"
+        logger.warning("registration from %s refused: %s", request.remote, text)
+        return web.Response(text=text, status=400 if reason == "malformed" else 401)
 
 
 def listening(host: str, port: int) -> socket.socket:
