@@ -1,5 +1,6 @@
 """A bootstrap server that does not answer delays nobody, because the scheduler hears of an answer when it is there."""
 
+import concurrent.futures
 import threading
 from collections import deque
 from collections.abc import Iterator
@@ -40,6 +41,22 @@ def test_other_servers_are_asked_while_one_does_not_answer() -> None:
     while not lookups.known("lost"):
         pass
     assert not lookups.under_way("lost") and asked.count("lost") == 1
+
+
+def test_a_step_waits_once_for_a_server_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or a few addresses of nobody would slow every neighbour's step for as long as they are asked for."""
+    waited, wait = list[float](), concurrent.futures.wait
+
+    def waiting(answers: list[concurrent.futures.Future[bool]], timeout: float) -> object:
+        waited.append(timeout)
+        return wait(answers, timeout)
+
+    monkeypatch.setattr(concurrent.futures, "wait", waiting)
+    silent = threading.Event()
+    lookups = Lookups(lambda address: silent.wait(60), wait_s=0.001)
+    assert not any(lookups.known("lost") for _ in range(3))
+    silent.set()
+    assert waited == [0.001, 0, 0]
 
 
 def test_what_was_wrong_is_told_once_and_then_asked_anew() -> None:

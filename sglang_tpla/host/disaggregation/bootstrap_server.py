@@ -20,7 +20,7 @@ from sglang.srt.utils.network import NetworkAddress
 
 from sglang_tpla.host.ledger import refuse
 from sglang_tpla.host.process import server_identity
-from sglang_tpla.transfer.network.bootstrap import CHALLENGE_PATH, Gate, Registrar
+from sglang_tpla.transfer.network.bootstrap import CHALLENGE_PATH, MAX_BODY_BYTES, Gate, Registrar
 from sglang_tpla.transfer.network.security import Security
 
 logger = logging.getLogger(__name__)
@@ -125,7 +125,7 @@ class TplaKVBootstrapServer(CommonKVBootstrapServer):
         if reason is None:
             return response
         if reason == "malformed":
-            text = text or "malformed registration: expected an object in JSON"
+            text = text or f"malformed registration: expected an object in JSON of at most {MAX_BODY_BYTES} bytes"
         else:
             text = f"{reason}; register with the prefill.secret of this server's key folder (--tpla-keys)"
         logger.warning("registration from %s refused: %s", request.remote, text)

@@ -21,7 +21,7 @@ import requests
 
 from sglang_tpla.transfer.room import TransferError, remember
 
-WAIT_S = 0.05  # the scheduler's wait for an answer, which most often comes at once
+WAIT_S = 0.05  # the scheduler's one wait for an answer, which most often comes at once
 ASK_S = 5.0
 MAX_RANKS = 4096
 NOBODY = "nobody listens there"
@@ -37,7 +37,7 @@ class Lookups:
 
     Args:
         ask: may wait; it returns True when all is known, False to be asked again later, or raises for the asker.
-        wait_s: longest wait of `known`.
+        wait_s: how long `known` waits for an answer to a question that it has just asked.
     """
 
     def __init__(self, ask: Callable[[str], bool], wait_s: float = WAIT_S) -> None:
@@ -46,18 +46,15 @@ class Lookups:
 
     def known(self, address: str) -> bool:
         """Return what ``ask`` said of a bootstrap server, or False before it has. One thread calls this."""
-        answer = self._asked.get(address)
+        answer, wait_s = self._asked.get(address), 0.0
         if answer is None:
+            wait_s = self._wait_s  # once: many addresses that do not answer must not hold up every step
             answer = self._asked[address] = concurrent.futures.Future()
             threading.Thread(target=self._run, args=(address, answer), name="tpla-prefill-lookup", daemon=True).start()
-        try:
-            result = answer.result(self._wait_s)
-        except concurrent.futures.TimeoutError:
+        if not concurrent.futures.wait([answer], wait_s).done:
             return False
-        finally:
-            if answer.done():
-                del self._asked[address]
-        return result
+        del self._asked[address]
+        return answer.result()
 
     def under_way(self, address: str) -> bool:
         """Whether a question waits for its answer, or an answer for its asker."""
