@@ -26,6 +26,7 @@ from rich.text import Text
 from sglang_tpla.artifact.artifact import Artifact
 from sglang_tpla.launch import cpu
 from sglang_tpla.launch import options as launch_options
+from sglang_tpla.launch.options_file import read_file
 from sglang_tpla.launch.reaper import Reaper
 from sglang_tpla.launch.roles import Process, check_installation, plan
 from sglang_tpla.launch.supervisor import (
@@ -86,7 +87,7 @@ def free_base_port() -> int:
 
 def stock_server(prefill: Process, port: int) -> Process:
     """Plain MLA: the prefill server's own flags, without disaggregation and without this package's role."""
-    config = launch_options.read_file(CONFIG).common
+    config = read_file(CONFIG).common
     flags = [f"--{name}={config[name]}" for name in ("model-path", "device", "dtype", "max-total-tokens")]
     command = (sys.executable, "-m", "sglang.launch_server", *flags, f"--port={port}", "--host=127.0.0.1")
     return Process("plain MLA", command, dict(cpu.environment(1, os.environ)), f"http://127.0.0.1:{port}")

@@ -162,6 +162,8 @@ class Artifact:
             ArtifactError: a file that is missing, damaged, of another format version, or inconsistent.
         """
         path = Path(path)
+        if path.is_dir():
+            raise ArtifactError(f"expected an artifact file at {path}, found a folder; name the file in it")
         if not path.is_file():
             raise ArtifactError(
                 f"expected an artifact file at {path}, found none; make one with "

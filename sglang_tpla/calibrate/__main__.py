@@ -19,6 +19,7 @@ from sglang_tpla.calibrate.sketch_search import SketchedSearch, search_sketched
 from sglang_tpla.calibrate.transforms import TRANSFORMS, TransformError
 from sglang_tpla.measure.corpus import CorpusError
 from sglang_tpla.measure.decode_error import measure, model_maps
+from sglang_tpla.measure.outputs import Output, OutputError, check_outputs, is_artifact, is_statistics
 from sglang_tpla.measure.statistics import Statistics, StatisticsError, combine
 from sglang_tpla.measure.text import (
     CALIBRATION_TOKENS,
@@ -36,7 +37,7 @@ from sglang_tpla.reference_model.spec import ModelSpec
 _GROUPS = 2
 _CHOICE_SEQUENCES = 8  # of calibration text, on which layouts are compared
 _SKETCHED_CHOICE_SEQUENCES = 4  # the same for sketched rows, of which there are more to compare
-ERRORS = (ArtifactError, CheckpointError, CorpusError, StatisticsError, TransformError, OSError)
+ERRORS = (ArtifactError, CheckpointError, CorpusError, OutputError, StatisticsError, TransformError, OSError)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -182,9 +183,13 @@ def make(arguments: argparse.Namespace) -> Artifact:
         raise TransformError("--max-kl chooses g among the divisors of --ranks: give --ranks T as well")
     if arguments.from_stats and arguments.max_kl is not None:
         raise TransformError("--max-kl measures on text and needs the model: leave out --from-stats")
-    for path in filter(None, (arguments.out, arguments.save_stats)):
-        if path.is_dir():
-            raise ArtifactError(f"expected a file to write, got the folder {path}; give a file name in it")
+    # no text is an artifact or statistics, so a corpus needs no mention
+    outputs = [Output("--out", arguments.out, "an artifact", is_artifact)]
+    if arguments.save_stats is not None:
+        outputs.append(Output("--save-stats", arguments.save_stats, "statistics", is_statistics))
+    check_outputs(outputs, {"--from-stats": arguments.from_stats or ()}, arguments.model_path)
+    if arguments.from_stats and arguments.save_stats is not None:
+        raise TransformError("--save-stats keeps second moments of text; with --from-stats none is read: leave one out")
     wanted = None if arguments.max_kl is None else _wanted(arguments, rows)
     if arguments.from_stats:
         if transform == "learned" or arguments.refit_values:

@@ -24,10 +24,21 @@ from sglang_tpla.evaluate.generate import long_answers
 from sglang_tpla.evaluate.layers import kl_alone, layer_errors
 from sglang_tpla.evaluate.recall import PLAIN, RecallRow, documents, recall, recall_endpoints, recall_table
 from sglang_tpla.evaluate.recall_tasks import TaskDocument
-from sglang_tpla.evaluate.report import Bin, Evaluation, LayerRow, LongRow, summary, write
+from sglang_tpla.evaluate.report import (
+    ENDPOINTS,
+    Bin,
+    Evaluation,
+    LayerRow,
+    LongRow,
+    outputs,
+    summary,
+    write,
+    write_json,
+)
 from sglang_tpla.evaluate.retrieval import Needle, NeedleRow, needles, retrieval
 from sglang_tpla.measure.corpus import Corpus, CorpusError, load_tokenizer
 from sglang_tpla.measure.decode_error import DecodeErrors, measure, model_maps, quantile
+from sglang_tpla.measure.outputs import OutputError, check_outputs
 from sglang_tpla.measure.paper import paper_layers
 from sglang_tpla.measure.statistics import StatisticsError
 from sglang_tpla.measure.text import HELD_OUT_TOKENS, TextPlan, collect_statistics, read_text
@@ -35,7 +46,7 @@ from sglang_tpla.reference_model.cached_maps import CACHE_DTYPES, cached_maps
 from sglang_tpla.reference_model.checkpoint import Checkpoint, CheckpointError
 from sglang_tpla.reference_model.forward import LayerMaps, PlainModel
 
-ERRORS = (ArtifactError, CheckpointError, CorpusError, StatisticsError, EndpointError, OSError)
+ERRORS = (ArtifactError, CheckpointError, CorpusError, StatisticsError, EndpointError, OutputError, OSError)
 
 PAPER_TOKENS = 16384  # of calibration text, for the principal components of the paper's recipe
 
@@ -106,7 +117,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if arguments.out.exists() and not arguments.out.is_dir():
             raise ArtifactError(f"expected a folder to write to at --out {arguments.out}, found a file")
-        if arguments.stock_url or arguments.tpla_url:
+        live = bool(arguments.stock_url or arguments.tpla_url)
+        inputs = {"--artifact": [arguments.artifact] if arguments.artifact else [], "--corpus": arguments.corpus}
+        check_outputs(outputs(arguments.out, live=live), inputs, arguments.model_path)
+        if live:
             return _endpoints(arguments)
         if not arguments.model_path or not arguments.artifact:
             raise ArtifactError(
@@ -334,8 +348,8 @@ def _endpoints(arguments: argparse.Namespace) -> int:
         "recall": msgspec.to_builtins(tasks),
     }
     arguments.out.mkdir(parents=True, exist_ok=True)
-    path = arguments.out / "endpoints.json"
-    path.write_bytes(msgspec.json.format(msgspec.json.encode(result), indent=1))
+    path = arguments.out / ENDPOINTS
+    write_json(result, path)
     print(
         f"{result['tokens_compared']} tokens of {len(found)} prompts: KL {result['kl_mean']:.5f} a token "
         f"(99% {result['kl_p99']:.4f}), answers parted on {result['departed']} prompts; wrote {path}"

@@ -7,9 +7,14 @@ from pathlib import Path
 
 import msgspec
 
-from sglang_tpla.artifact.artifact import ErrorReport
+from sglang_tpla.artifact.artifact import ErrorReport, replace_into
 from sglang_tpla.evaluate.recall import RecallRow, recall_table
 from sglang_tpla.evaluate.retrieval import NeedleRow
+from sglang_tpla.measure.outputs import Output, begins_with
+
+DATA, PAGE, ENDPOINTS = "evaluation.json", "evaluation.html", "endpoints.json"
+TITLE = "TPLA against plain MLA"
+PAGE_HEAD = "<!doctype html><html lang=en><meta charset=utf-8><title>"
 
 
 class Bin(msgspec.Struct, frozen=True):
@@ -65,13 +70,31 @@ class Evaluation(msgspec.Struct, frozen=True):
     recall: tuple[RecallRow, ...]
 
 
+def outputs(folder: Path, *, live: bool) -> list[Output]:
+    """Return the files that the command will write: of two live servers, or of an artifact."""
+
+    def named(name: str, begin: str) -> Output:
+        return Output("--out", folder / name, "an earlier result of this command", begins_with(begin))
+
+    if live:
+        return [named(ENDPOINTS, '{\n "stock_url":')]
+    return [named(DATA, '{\n "model_name":'), named(PAGE, PAGE_HEAD + TITLE)]
+
+
 def write(evaluation: Evaluation, folder: Path) -> tuple[Path, Path]:
     """Write ``evaluation.json`` and ``evaluation.html``, and return their paths."""
     folder.mkdir(parents=True, exist_ok=True)
-    data, page = folder / "evaluation.json", folder / "evaluation.html"
-    data.write_bytes(msgspec.json.format(msgspec.json.encode(evaluation), indent=1))
-    page.write_text(_page(evaluation), encoding="utf-8")
+    data, page = folder / DATA, folder / PAGE
+    write_json(evaluation, data)
+    with replace_into(page) as temporary:
+        Path(temporary).write_text(_page(evaluation), encoding="utf-8")
     return data, page
+
+
+def write_json(result: object, path: Path) -> None:
+    """Write a result to be read by people, too."""
+    with replace_into(path) as temporary:
+        Path(temporary).write_bytes(msgspec.json.format(msgspec.json.encode(result), indent=1))
 
 
 def summary(evaluation: Evaluation) -> str:
@@ -112,7 +135,7 @@ def summary(evaluation: Evaluation) -> str:
 
 
 def _page(evaluation: Evaluation) -> str:
-    title = html.escape(f"TPLA against plain MLA: {evaluation.model_name}")
+    title = f"{TITLE}: {html.escape(evaluation.model_name)}"
     text = html.escape(summary(evaluation))
     images = "\n".join(
         f'<figure><img alt="{html.escape(name)}" src="data:image/png;base64,{png}">'
@@ -120,7 +143,7 @@ def _page(evaluation: Evaluation) -> str:
         for name, png in _plots(evaluation)
     )
     return (
-        f"<!doctype html><html lang=en><meta charset=utf-8><title>{title}</title>"
+        f"{PAGE_HEAD}{title}</title>"
         "<style>body{font:16px sans-serif;max-width:60em;margin:2em auto}pre{white-space:pre-wrap}"
         "img{max-width:100%}</style>"
         f"<h1>{title}</h1><pre>{text}</pre>{images}</html>\n"

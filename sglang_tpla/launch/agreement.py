@@ -114,8 +114,7 @@ def for_router(arguments: Sequence[Argument]) -> list[Argument]:
         if argument.name in HOSTS:
             argument = Argument(argument.name, (f"--{argument.name}", router_address(argument.name, value)))
         if argument.name in ("prefill", "decode"):
-            check_server_url(argument.name, value)
-            check_bootstrap_ports(argument)
+            check_router_server(argument)
         result.append(argument)
     return result
 
@@ -150,13 +149,24 @@ def check_server_url(name: str, url: str) -> None:
         )
 
 
-def check_bootstrap_ports(argument: Argument) -> None:
-    """Check the port after a prefill server's URL, where one is given: with a wrong one every request is refused."""
-    for port in argument.tokens[1:]:
-        if re.fullmatch(r"-?\d+", port) and not 1 <= int(port) <= LAST_PORT:
+def check_router_server(argument: Argument) -> None:
+    """Check one server of the router's: a URL, which a bootstrap port may follow where it is a prefill server's.
+
+    With a wrong port every request is refused, and the router drops what stands behind it.
+    """
+    head, *rest = argument.tokens
+    url, *more = head.split("=", 1)[1:] + rest or [""]
+    check_server_url(argument.name, url)
+    if len(more) > (argument.name == "prefill"):
+        form = "URL [BOOTSTRAP_PORT]" if argument.name == "prefill" else "URL"
+        raise ConfigError(
+            f"--{argument.name} must be {form}, once for every {argument.name} server; got {' '.join([url, *more])}"
+        )
+    for port in more:
+        if port.lower() != "none" and not (re.fullmatch(r"[0-9]{1,5}", port) and 1 <= int(port) <= LAST_PORT):
             raise ConfigError(
-                f"--{argument.name} {argument.value} must be followed by a bootstrap port from 1 to {LAST_PORT}, the "
-                f"prefill server's --disaggregation-bootstrap-port; got {port}"
+                f"--{argument.name} {url} must be followed by a bootstrap port from 1 to {LAST_PORT}, the prefill "
+                f"server's --disaggregation-bootstrap-port, or none; got {port}"
             )
 
 

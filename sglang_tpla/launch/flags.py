@@ -69,6 +69,8 @@ def split_tokens(tokens: Iterable[str]) -> list[Argument]:
     for token in tokens:
         if is_flag(token):
             grouped.append([token])
+        elif token.startswith("--"):
+            raise ConfigError(f"expected a flag's name after the dashes, such as --role; got {token!r}")
         elif grouped:
             grouped[-1].append(token)
         else:
@@ -116,16 +118,19 @@ def from_mapping(values: dict[str, Any], origin: str) -> list[Argument]:
         if value is True:
             arguments.append(Argument(name, (flag,)))
         elif isinstance(value, list) and name in REPEATED:
-            arguments += [Argument(name, (flag, *_words(item))) for item in value]
+            arguments += [Argument(name, (flag, *_words(item, f"{origin}: {key}"))) for item in value]
         else:
-            arguments.append(Argument(name, (flag, *_words(value))))
+            arguments.append(Argument(name, (flag, *_words(value, f"{origin}: {key}"))))
     return arguments
 
 
-def _words(value: Any) -> list[str]:
+def _words(value: Any, origin: str) -> list[str]:
     if isinstance(value, list):
-        return [word for item in value for word in _words(item)]
-    return [json.dumps(value) if isinstance(value, dict) else str(value)]
+        return [word for item in value for word in _words(item, origin)]
+    word = json.dumps(value) if isinstance(value, dict) else str(value)
+    if is_flag(word) or word.startswith("--"):
+        raise ConfigError(f"{origin}: expected a value; {word!r} would be read as a flag: give flags as keys")
+    return [word]
 
 
 def layered(*layers: Sequence[Argument]) -> list[Argument]:

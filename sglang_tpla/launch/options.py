@@ -1,26 +1,19 @@
 """The launcher's own options, each from the first that has it: command line, file, environment, default.
 
-The ``--tpla-*`` flags are the fields of `sglang_tpla.config.Settings`, so a new setting is one line there. A
-configuration file is YAML: it holds the launcher's keys and SGLang's flags by name, those of one role under
-``prefill:``, ``decode:`` and ``router:``. ``environment:`` sets variables that the shell does not set. A mistake
+The ``--tpla-*`` flags are the fields of `sglang_tpla.config.Settings`, so a new setting is one line there. A mistake
 raises `ConfigError`, which names the value's origin.
 """
 
 import argparse
-import difflib
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields
-from pathlib import Path
+from dataclasses import MISSING, dataclass
 from typing import Any
-
-import yaml
 
 from sglang_tpla.config import ENV_PREFIX, ConfigError, Settings, parsed
 from sglang_tpla.launch.flags import (
     ROLE_SECTIONS,
     Argument,
-    canonical,
     for_section,
     from_mapping,
     layered,
@@ -28,46 +21,23 @@ from sglang_tpla.launch.flags import (
     split_tokens,
     to_tokens,
 )
+from sglang_tpla.launch.options_file import (
+    OWN_PREFIX,
+    SETTING_FIELDS,
+    FileSource,
+    check_own_names,
+    check_section_name,
+    check_text,
+    read_file,
+)
 
 ROLES = ("prefill", "decode", "router", "all")
-OWN_PREFIX = "tpla-"
-# The launcher's own keys stand at the top of a file.
-LAUNCHER_KEYS = ("role", "log-dir", "startup-timeout-s", "environment")
 ADDRESS = ("host", "port")
-SETTING_FIELDS = {
-    OWN_PREFIX + entry.name.replace("_", "-"): entry for entry in fields(Settings) if entry.name != "role"
-}
 # Each role's own settings: the decode ranks' way of sharing the latent, and a prefill server's statistics.
 OF_THE_OTHER_ROLE = {
     "prefill": ("groups", "artifact", "rows", "o_proj"),
     "decode": ("statistics_folder", "listen_port", "advertise"),
 }
-
-
-@dataclass(frozen=True)
-class FileSource:
-    """The contents of a configuration file.
-
-    Args:
-        path: the file, for messages.
-        common: keys outside the sections.
-        sections: keys of each role.
-    """
-
-    path: str = ""
-    common: dict[str, Any] = field(default_factory=dict)
-    sections: dict[str, dict[str, Any]] = field(default_factory=dict)
-
-    def keys_for(self, section: str) -> dict[str, Any]:
-        """Return the flags of a role: its section over the common keys; a router beside sections has only its own."""
-        common = {} if section == "router" and self.sections else self.common
-        merged = {**common, **self.sections.get(section, {})}
-        return {name: value for name, value in merged.items() if name not in LAUNCHER_KEYS}
-
-    def environment_for(self, section: str) -> dict[str, Any]:
-        """Return the variables of a role: its section over the common ones."""
-        own = self.sections.get(section, {})
-        return {**(self.common.get("environment") or {}), **(own.get("environment") or {})}
 
 
 @dataclass(frozen=True)
@@ -140,16 +110,6 @@ class Options:
         return Settings(role=role, **chosen)
 
 
-def check_own_names(names: Sequence[str], origin: str) -> None:
-    """Refuse ``tpla-`` names that do not exist, with the nearest one that does."""
-    for name in names:
-        if name.startswith(OWN_PREFIX) and name not in SETTING_FIELDS:
-            near = difflib.get_close_matches(name, SETTING_FIELDS, n=1)
-            hint = f"; did you mean --{near[0]}?" if near else ""
-            known = ", ".join("--" + known for known in SETTING_FIELDS)
-            raise ConfigError(f"{origin}: there is no --{name}{hint} The settings are {known}")
-
-
 def convert(value: Any, kind: str, origin: str) -> Any:
     """Convert a setting's value to its type."""
     if value is None or isinstance(value, (list, dict, bool)):
@@ -157,36 +117,15 @@ def convert(value: Any, kind: str, origin: str) -> Any:
     return parsed(str(value), kind, origin)
 
 
-def read_file(path: str) -> FileSource:
-    """Read a configuration file."""
-    try:
-        loaded = yaml.safe_load(Path(path).read_text())
-    except OSError as error:
-        raise ConfigError(f"--config {path}: cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--config {path}: expected YAML; {error}") from error
-    if loaded is None:
-        loaded = {}
-    if not isinstance(loaded, dict):
-        raise ConfigError(f"--config {path}: expected a mapping of flags at the top; got {type(loaded).__name__}")
-    sections = {
-        name: _checked_keys(value, path)
-        for name, value in loaded.items()
-        if name in ROLE_SECTIONS and isinstance(value, dict)
-    }
-    common = {name: value for name, value in loaded.items() if name not in sections}
-    return FileSource(path, _checked_keys(common, path), sections)
-
-
-def _checked_keys(values: dict[Any, Any], path: str) -> dict[str, Any]:
-    """Return the mapping with its keys in one spelling."""
-    for key in values:
-        if not isinstance(key, str):
-            raise ConfigError(f"--config {path}: expected flag names as keys, such as tp-size; got {key!r}")
-    if not isinstance(values.get("environment") or {}, dict):
-        raise ConfigError(f"--config {path}: environment must be a mapping of variables to values")
-    check_own_names([canonical(key) for key in values], f"--config {path}")
-    return {canonical(key): value for key, value in values.items()}
+def check_command_line(arguments: Sequence[Argument]) -> None:
+    """Refuse flags that cannot be meant, before any of them is passed on."""
+    check_own_names([argument.name.rpartition(".")[2] for argument in arguments], "command line")
+    for argument in arguments:
+        for token in argument.tokens:
+            check_text(token, f"--{argument.name}")
+        section, dot, name = argument.name.partition(".")
+        if dot and section in ROLE_SECTIONS:
+            check_section_name(name, section, argument.tokens[0].split("=", 1)[0])
 
 
 def parser() -> argparse.ArgumentParser:
@@ -230,7 +169,7 @@ def read(tokens: Sequence[str], environ: Mapping[str, str]) -> Options:
         SystemExit: ``--help``, or a command line that argparse refuses.
     """
     arguments = split_tokens(tokens)
-    check_own_names([argument.name.rpartition(".")[2] for argument in arguments], "command line")
+    check_command_line(arguments)
     # --log-dir is also a flag of the router; it is the launcher's only under "all".
     ours = ("role", "config", "dry-run", "startup-timeout-s", "help", "h")
     own = parser().parse_args(to_tokens([a for a in arguments if a.name in ours]))
@@ -241,7 +180,9 @@ def read(tokens: Sequence[str], environ: Mapping[str, str]) -> Options:
     rest = [argument for argument in arguments if argument.name not in ours]
     log_dir = None
     if role == "all":
-        log_dir = next((a.value for a in rest if a.name == "log-dir"), None) or file.common.get("log-dir")
+        log_dir = next((a.value for a in rest if a.name == "log-dir"), None)
+        if log_dir is None and (named := file.common.get("log-dir")):
+            log_dir = convert(named, "str", f"log-dir in {file.path}")
         rest = [argument for argument in rest if argument.name != "log-dir"]
     timeout = own.startup_timeout_s or file.common.get("startup-timeout-s") or 1800.0
     return Options(

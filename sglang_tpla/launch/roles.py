@@ -220,12 +220,14 @@ def _check_layout(settings: Settings, arguments: Sequence[Argument]) -> None:
 
 def _check_artifact(settings: Settings, arguments: Sequence[Argument]) -> None:
     """Refuse a missing artifact, with the command that makes one."""
-    if settings.artifact and not Path(settings.artifact).is_file():
-        raise ConfigError(
-            f"--tpla-artifact {settings.artifact}: no such file; make one with `python -m "
-            f"sglang_tpla.calibrate --model-path {value_of(arguments, 'model-path')} "
-            f"--groups {settings.groups} --transform shared --out {settings.artifact}`"
-        )
+    if not settings.artifact or (path := Path(settings.artifact)).is_file():
+        return
+    if path.is_dir():
+        raise ConfigError(f"--tpla-artifact {path}: expected a file; got a folder: name the artifact in it")
+    raise ConfigError(
+        f"--tpla-artifact {path}: no such file; make one with `python -m sglang_tpla.calibrate "
+        f"--model-path {value_of(arguments, 'model-path')} --groups {settings.groups} --out {path}`"
+    )
 
 
 def check_installation(environ: Mapping[str, str] = os.environ) -> None:

@@ -25,6 +25,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from sglang_tpla.artifact.artifact import replace_into
 from sglang_tpla.errors import SglangTplaError
 from sglang_tpla.measure.layer_inputs import walk
 from sglang_tpla.reference_model.forward import AttentionInputs, PlainModel
@@ -122,15 +123,17 @@ class Statistics:
         return int(min(layer.latent_count for layer in self.layers))
 
     def save(self, path: str | Path) -> None:
-        """Write one safetensors file (float64)."""
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        """Write one safetensors file (float64), the whole of it or nothing."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
         tensors: dict[str, torch.Tensor] = {}
         for index, layer in enumerate(self.layers):
             for name in _NAMES:
                 value = getattr(layer, name)
                 tensor = value if isinstance(value, torch.Tensor) else torch.tensor(value, dtype=torch.float64)
                 tensors[f"layers.{index}.{name}"] = tensor.cpu().contiguous()
-        save_file(tensors, str(path), metadata={"meta": msgspec.json.encode(self.meta).decode()})
+        with replace_into(path) as temporary:
+            save_file(tensors, temporary, metadata={"meta": msgspec.json.encode(self.meta).decode()})
 
     @classmethod
     def load(cls, path: str | Path) -> Statistics:

@@ -20,8 +20,10 @@ from sglang_tpla.evaluate.generate import generate, long_answers
 from sglang_tpla.evaluate.layers import kl_alone, layer_errors
 from sglang_tpla.evaluate.recall import PLAIN, recall_endpoints
 from sglang_tpla.evaluate.recall_tasks import TaskDocument
+from sglang_tpla.evaluate.report import outputs
 from sglang_tpla.measure.corpus import CorpusError
 from sglang_tpla.measure.decode_error import compare, model_maps
+from sglang_tpla.measure.outputs import check_outputs
 from sglang_tpla.reference_model.forward import PlainModel
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -144,6 +146,7 @@ def test_command_writes_json_and_a_page_with_plots(tmp_path: Path) -> None:
     assert sum(b["last"] - b["first"] + 1 for b in found["by_position"]) == 64
     page = (tmp_path / "evaluation.html").read_text()
     assert page.count("data:image/png;base64,") == 3
+    check_outputs(outputs(tmp_path, live=False), {})  # both may be written again
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import torch
 
 from sglang_tpla.artifact.artifact import Artifact
 from sglang_tpla.artifact.model_identity import weights_hash
+from sglang_tpla.measure.outputs import is_artifact, is_statistics
 from sglang_tpla.reference_model.checkpoint import Checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -81,6 +82,7 @@ def test_rows_are_sketched_unless_another_transform_or_format_is_asked_for(tmp_p
     assert "140 bytes a token and layer (43.8% of plain MLA's in bf16)" in done.stdout
     meta = Artifact.load(tmp_path / "a").meta
     assert (meta.format_version, meta.sketch_bits, meta.rope_bits) == (2, (2,) * 4, 8)
+    assert is_artifact(tmp_path / "a") and is_statistics(tmp_path / "stats")  # so both may be written again
     again = ("--model-path", NANO, "--from-stats", tmp_path / "stats", "--out")
     done = calibrate(*again, tmp_path / "b", "--sketch-bits", "2", "--rope-bits", "8")
     assert done.returncode == 0, done.stderr

@@ -112,7 +112,20 @@ def test_a_prefill_server_and_its_bootstrap_server_on_one_port(flags: tuple[str,
         planned("--role", "prefill", "--model-path", "examples/nano-mla", *flags)
 
 
-@pytest.mark.parametrize("port", ["0", "70000"])
+@pytest.mark.parametrize("port", ["0", "70000", "x", "-1", "1_0", ""])
 def test_the_router_is_told_a_bootstrap_port_that_can_be(port: str) -> None:
     with pytest.raises(ConfigError, match=f"bootstrap port from 1 to 65535.*; got {port}"):
         planned("--role", "router", "--prefill", "http://a:1", port, "--decode", "http://a:3")
+
+
+def test_the_router_takes_none_for_a_bootstrap_port() -> None:
+    (router,) = planned("--role", "router", "--prefill", "http://a:1", "None", "--decode", "http://a:3")
+    assert value(router, "--prefill") == "http://a:1"
+
+
+@pytest.mark.parametrize("flag", ["prefill", "decode"])
+def test_the_router_drops_no_second_server_of_one_flag(flag: str) -> None:
+    servers = {"prefill": ["http://a:1", "2"], "decode": ["http://a:3"]}
+    servers[flag] += ["http://b:4", "5"]
+    with pytest.raises(ConfigError, match=f"--{flag} must be URL.*, once for every {flag} server; got http://a:"):
+        planned("--role", "router", "--prefill", *servers["prefill"], "--decode", *servers["decode"])

@@ -13,6 +13,7 @@ import yaml
 from sglang_tpla.config import ConfigError, Settings
 from sglang_tpla.launch import cpu
 from sglang_tpla.launch import options as launch_options
+from sglang_tpla.launch.options_file import SETTING_FIELDS
 from sglang_tpla.launch.roles import Process, check_installation, plan
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -190,6 +191,14 @@ def test_cpu_servers_get_their_platform() -> None:
         (["--role", "router", "--prefill", "http://a", "1"], "the router needs --decode URL"),
         (["--role", "router", "--tpla-groups", "2"], "the router has no settings of its own"),
         (["--config", "none.yaml"], "--config none.yaml: cannot be read: No such file"),
+        ([*DECODE[:-1], "examples"], "--tpla-artifact examples: expected a file; got a folder"),
+        ([*DECODE, "--decode.", "x"], "--decode.: expected a flag's name after decode, as in --decode.tp-size; got ''"),
+        ([*DECODE, "--decode.=x"], "--decode.: expected a flag's name after decode"),
+        ([*DECODE, "--decode.decode.tp-size", "1"], "decode.tp-size stands inside decode"),
+        ([*DECODE, "--prefill.config", "c.yaml"], "config is the launcher's own and is given once, outside prefill"),
+        ([*DECODE, "--"], "expected a flag's name after the dashes, such as --role; got '--'"),
+        ([*DECODE, "--chat-template", "a\0b"], "--chat-template: expected text without NUL bytes"),
+        ([*DECODE, "--chat-template", "a\ud800"], "--chat-template: expected text without NUL bytes and half char"),
     ],
 )
 def test_refusals(tokens: list[str], message: str) -> None:
@@ -209,6 +218,32 @@ def test_refusals(tokens: list[str], message: str) -> None:
         ("decode: {tpla_artefact: f}", "there is no --tpla-artefact; did you mean --tpla-artifact?"),
         ("{role: decode, model-path: m, tpla-groups: [2]}", "tpla-groups in FILE needs one value of type int"),
         ("{role: decode, model-path: m, tpla-groups: x}", "tpla-groups in FILE must be of type int; got 'x'"),
+        ("x: &a [*a]", "--config FILE: x: expected a value; got one that contains itself"),
+        ("x: &a {b: {c: *a}}", "FILE: x: expected a value; got one that contains itself"),
+        pytest.param("x: " + "[" * 3000, "FILE: expected flags by name; got values nested too deeply", id="nested"),
+        ("x: !!timestamp y", "FILE: expected YAML"),
+        ("x: !!binary YQ==", "FILE: x: expected text, a number, a list or a mapping; got a bytes"),
+        ('x: "a\\0b"', "FILE: x: expected text without NUL bytes and half characters; got 'a\\x00b'"),
+        ('decode: {y: [{z: "\\ud800"}]}', "FILE: decode: expected text without NUL bytes and half characters"),
+        ('environment: {"A=B": 1}', "environment: expected a variable's name, such as NCCL_DEBUG; got 'A=B'"),
+        ('environment: {"A;rm": x}', "environment: expected a variable's name, such as NCCL_DEBUG; got 'A;rm'"),
+        ('prefill: {environment: {"": 2}}', "environment: expected a variable's name, such as NCCL_DEBUG; got ''"),
+        ("environment: {A: {b: 1}}", "environment: A needs one value (\"\" for an empty one); got {'b': 1}"),
+        ("environment: {A: }", 'environment: A needs one value ("" for an empty one); got None'),
+        ("prefill: {decode: {tp-size: 1}}", "decode stands inside prefill; sections hold flags, not other sections"),
+        ("router: {decode: {tp-size: 1}}", "decode stands inside router; sections hold flags, not other sections"),
+        ("decode: {role: prefill}", "role is the launcher's own and is given once, outside decode"),
+        ("config: other.yaml", "config is of the command line alone; give --config there"),
+        ("decode: {config: other.yaml}", "config is the launcher's own and is given once, outside decode"),
+        ("dry_run: maybe", "dry_run is of the command line alone; give --dry-run there"),
+        ("{model-path: a, model_path: b}", "model-path and model_path are one flag; give it once"),
+        ("decode: {tp: 1, tp-size: 2}", "tp and tp-size are one flag; give it once"),
+        ("{port: 1, port: 2}", "the key 'port' stands twice in one mapping"),
+        ("x: {y: {z: 1, z: 2}}", "the key 'z' stands twice in one mapping"),
+        ("--tp: 2", "expected flag names as keys, such as tp-size; got '--tp'"),
+        ("tp=3: 2", "expected flag names as keys, such as tp-size; got 'tp=3'"),
+        ("{role: prefill, model-path: m, x: --log-level}", "FILE: x: expected a value; '--log-level' would be read as"),
+        ("{role: all, model-path: m, log-dir: [a]}", "log-dir in FILE needs one value of type str"),
         ("{role: boss}", "--role must be one of prefill, decode, router, all; got 'boss'"),
     ],
 )
@@ -218,6 +253,28 @@ def test_refused_files(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         planned("--config", str(file))
     assert message.replace("FILE", str(file)) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_a_file_may_hold(tmp_path: Path) -> None:
+    """Merged mappings, the router's lists beside sections, dates as written, and variables of any scalar."""
+    file = tmp_path / "c.yaml"
+    file.write_text(
+        f"model-path: {NANO}\nserved-model-name: 2026-01-01\n"
+        "prefill: &p {page-size: 1, log-level: info}\ndecode: {<<: *p, page-size: 2}\n"
+        "router: {prefill: [[http://a:1, 2]], decode: [http://b:3]}\nenvironment: {A: 1, B: '', _c: x y}\n"
+    )
+    (decode,) = planned("--config", str(file), "--role", "decode")
+    assert flags(decode)["--page-size"] == ["2"] and flags(decode)["--log-level"] == ["info"]
+    assert flags(decode)["--served-model-name"] == ["2026-01-01"]
+    assert {name: decode.environment[name] for name in ("A", "B", "_c")} == {"A": "1", "B": "", "_c": "x y"}
+    assert flags(planned("--config", str(file), "--role", "router")[0])["--prefill"] == ["http://a:1", "2"]
+
+
+def test_the_hint_for_a_missing_artifact_is_the_documented_command() -> None:
+    with pytest.raises(ConfigError) as caught:
+        planned(*DECODE[:-1], "none.safetensors")
+    assert f"calibrate --model-path {NANO} --groups 2 --out none.safetensors`" in str(caught.value)
 
 
 def test_a_mistake_is_one_line_and_exit_code_2() -> None:
@@ -255,7 +312,7 @@ def test_nothing_is_compiled_while_a_request_waits() -> None:
 def test_help_lists_every_setting() -> None:
     done = launch("--help")
     assert done.returncode == 0
-    for flag in launch_options.SETTING_FIELDS:
+    for flag in SETTING_FIELDS:
         assert f"--{flag} " in done.stdout
 
 

@@ -1,0 +1,181 @@
+"""The launcher's configuration file: YAML with the launcher's keys and SGLang's flags by name.
+
+Those of one role stand under ``prefill:``, ``decode:`` and ``router:``. ``environment:`` sets variables that the shell
+does not set. What cannot be meant raises `ConfigError`, which names the file and the key.
+"""
+
+import difflib
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sglang_tpla.config import ConfigError, Settings
+from sglang_tpla.launch.flags import REPEATED, ROLE_SECTIONS, canonical
+
+OWN_PREFIX = "tpla-"
+# The launcher's own keys stand at the top of a file; a section may have variables of its own.
+LAUNCHER_KEYS = ("role", "log-dir", "startup-timeout-s", "environment")
+# SGLang would read flags from the file that its own --config names, and no check here would see them.
+COMMAND_LINE_ONLY = ("config", "dry-run", "help", "h")
+SETTING_FIELDS = {
+    OWN_PREFIX + entry.name.replace("_", "-"): entry for entry in fields(Settings) if entry.name != "role"
+}
+VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+FLAG_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
+
+
+@dataclass(frozen=True)
+class FileSource:
+    """The contents of a configuration file.
+
+    Args:
+        path: the file, for messages.
+        common: keys outside the sections.
+        sections: keys of each role.
+    """
+
+    path: str = ""
+    common: dict[str, Any] = field(default_factory=dict)
+    sections: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def keys_for(self, section: str) -> dict[str, Any]:
+        """Return the flags of a role: its section over the common keys; a router beside sections has only its own."""
+        common = {} if section == "router" and self.sections else self.common
+        merged = {**common, **self.sections.get(section, {})}
+        return {name: value for name, value in merged.items() if name not in LAUNCHER_KEYS}
+
+    def environment_for(self, section: str) -> dict[str, Any]:
+        """Return the variables of a role: its section over the common ones."""
+        own = self.sections.get(section, {})
+        return {**(self.common.get("environment") or {}), **(own.get("environment") or {})}
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which a key stands once, where the last would win silently, and a date is the text that it was."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 (as in yaml's own classes)
+        first: [(tag, pattern) for tag, pattern in pairs if not tag.endswith(":timestamp")]
+        for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.composer.ComposerError(
+                    None, None, f"the key {key.value!r} stands twice in one mapping", key.start_mark
+                )
+            seen.add(str(key.value))
+        return node
+
+
+def read_file(path: str) -> FileSource:
+    """Read a configuration file."""
+    origin = f"--config {path}"
+    try:
+        loaded = yaml.load(Path(path).read_text(), _Loader)
+    except OSError as error:
+        raise ConfigError(f"{origin}: cannot be read: {error.strerror}") from error
+    except RecursionError as error:
+        raise ConfigError(f"{origin}: expected flags by name; got values nested too deeply") from error
+    # a tag that does not fit its value, such as !!timestamp x, raises one of the last two
+    except (yaml.YAMLError, ValueError, AttributeError) as error:
+        raise ConfigError(f"{origin}: expected YAML; {' '.join(str(error).split())}") from error
+    if loaded is None:
+        loaded = {}
+    if not isinstance(loaded, dict):
+        raise ConfigError(f"{origin}: expected a mapping of flags at the top; got {type(loaded).__name__}")
+    check_value(loaded, origin)
+    sections = {
+        name: _checked_keys(value, path, name)
+        for name, value in loaded.items()
+        if name in ROLE_SECTIONS and isinstance(value, dict)
+    }
+    common = {name: value for name, value in loaded.items() if name not in sections}
+    return FileSource(path, _checked_keys(common, path), sections)
+
+
+def check_value(value: Any, origin: str, around: tuple[int, ...] = ()) -> None:
+    """Refuse values that no command line or environment holds; ``around`` are the lists and mappings it lies in."""
+    if id(value) in around:
+        raise ConfigError(f"{origin}: expected a value; got one that contains itself (a YAML anchor in its own value)")
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            check_value(key, origin, (*around, id(value)))
+            check_value(inner, f"{origin}: {key}" if not around else origin, (*around, id(value)))
+    elif isinstance(value, list):
+        for inner in value:
+            check_value(inner, origin, (*around, id(value)))
+    elif isinstance(value, str):
+        check_text(value, origin)
+    elif value is not None and not isinstance(value, (bool, int, float)):
+        raise ConfigError(f"{origin}: expected text, a number, a list or a mapping; got a {type(value).__name__}")
+
+
+def check_text(text: str, origin: str) -> None:
+    """Refuse text that the system takes neither in a command nor in a variable."""
+    try:
+        good = b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        good = False
+    if not good:
+        raise ConfigError(f"{origin}: expected text without NUL bytes and half characters; got {text!r}")
+
+
+def check_own_names(names: Iterable[str], origin: str) -> None:
+    """Refuse ``tpla-`` names that do not exist, with the nearest one that does."""
+    for name in names:
+        if name.startswith(OWN_PREFIX) and name not in SETTING_FIELDS:
+            near = difflib.get_close_matches(name, SETTING_FIELDS, n=1)
+            hint = f"; did you mean --{near[0]}?" if near else ""
+            known = ", ".join("--" + known for known in SETTING_FIELDS)
+            raise ConfigError(f"{origin}: there is no --{name}{hint} The settings are {known}")
+
+
+def check_section_name(name: str, section: str, origin: str, *, is_mapping: bool = False) -> None:
+    """Refuse what is no flag of a role's own: other sections, and what is said once for all roles."""
+    head = name.partition(".")[0]
+    if head in ROLE_SECTIONS and (section != "router" or head not in REPEATED or head != name or is_mapping):
+        raise ConfigError(f"{origin}: {name} stands inside {section}; sections hold flags, not other sections")
+    once = name in COMMAND_LINE_ONLY or (name in LAUNCHER_KEYS and name not in ("environment", "log-dir"))
+    if once:
+        raise ConfigError(f"{origin}: {name} is the launcher's own and is given once, outside {section}")
+    if not FLAG_NAME.fullmatch(name):
+        raise ConfigError(f"{origin}: expected a flag's name after {section}, as in --{section}.tp-size; got {name!r}")
+
+
+def _checked_keys(values: dict[Any, Any], path: str, section: str = "") -> dict[str, Any]:
+    """Return the mapping with its keys in one spelling."""
+    origin = f"--config {path}"
+    result: dict[str, Any] = {}
+    spelled: dict[str, str] = {}
+    for key, value in values.items():
+        if not isinstance(key, str) or not FLAG_NAME.fullmatch(key):
+            raise ConfigError(f"{origin}: expected flag names as keys, such as tp-size; got {key!r}")
+        name = canonical(key)
+        if name in result:
+            raise ConfigError(f"{origin}: {spelled[name]} and {key} are one flag; give it once")
+        if section:
+            check_section_name(name, section, origin, is_mapping=isinstance(value, dict))
+        elif name in COMMAND_LINE_ONLY:
+            raise ConfigError(f"{origin}: {key} is of the command line alone; give --{name} there")
+        result[name], spelled[name] = value, key
+    _check_environment(result.get("environment"), origin)
+    check_own_names(result, origin)
+    return result
+
+
+def _check_environment(variables: Any, origin: str) -> None:
+    if variables is not None and not isinstance(variables, dict):
+        raise ConfigError(f"{origin}: environment must be a mapping of variables to values")
+    for name, value in (variables or {}).items():
+        if not isinstance(name, str) or not VARIABLE.fullmatch(name):
+            raise ConfigError(f"{origin}: environment: expected a variable's name, such as NCCL_DEBUG; got {name!r}")
+        if value is None or isinstance(value, (list, dict)):
+            raise ConfigError(f'{origin}: environment: {name} needs one value ("" for an empty one); got {value!r}')
