@@ -5,6 +5,7 @@ import inspect
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -138,6 +139,30 @@ def test_without_keys_on_loopback_as_stock(port: int, monkeypatch: pytest.Monkey
         assert counts(url) == {"accepted": 1, "malformed": 1}
     with pytest.raises(TransferError, match=r"taking registrations on 0\.0\.0\.0 without keys"):
         TplaKVBootstrapServer("0.0.0.0", port)
+
+
+def test_a_layout_is_known_no_sooner_than_its_ranks(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SGLang opens a request with any layout that it finds, on another thread than the look-up's."""
+    from sglang_tpla.host.disaggregation.kv_manager import TplaKVManager
+
+    class Layouts(dict[str, Any]):
+        def __setitem__(self, server: str, info: Any) -> None:
+            assert manager.rank_addresses[server] == {(0, 0, 0, 0): {"rank_ip": "127.0.0.1", "rank_port": 7000}}
+            super().__setitem__(server, info)
+
+    def resolve(info: Any) -> None:
+        info.target_cp_ranks, info.target_tp_ranks, info.target_pp_ranks = [0], [0], [0]
+
+    monkeypatch.delenv(KEYS_VARIABLE, raising=False)
+    manager = TplaKVManager.__new__(TplaKVManager)
+    manager.kv_args, manager.kv_cache_dtype_str, manager.dcp_size = SimpleNamespace(page_size=1), "auto", 1
+    manager.attn_tp_size = 1
+    manager.rank_addresses, manager.prefill_info_table = {}, Layouts()
+    monkeypatch.setattr(manager, "_resolve_rank_mapping", resolve)
+    with serving(port) as url:
+        submit(url, "PUT", "/route", payload(), None)
+        server = url.removeprefix("http://")
+        assert manager._look_up(server) and manager.prefill_info_table[server].attn_tp_size == 1
 
 
 @pytest.mark.parametrize(

@@ -224,13 +224,26 @@ class TplaKVManager(CommonKVManager):
     def _look_up(self, bootstrap_addr: str) -> bool:
         """Ask for a prefill server's layout and the addresses of its ranks, on a thread that may wait."""
         require_resolvable(bootstrap_addr)
-        if not super().try_ensure_parallel_info(bootstrap_addr):
+        aside = _Aside(self)
+        if not CommonKVManager.try_ensure_parallel_info(aside, bootstrap_addr):
             self.unanswered.note(bootstrap_addr, why_unanswered(bootstrap_addr))
             return False
-        info = self.prefill_info_table.pop(bootstrap_addr, None)
-        found = info and rank_addresses(bootstrap_addr, info)
+        info = aside.prefill_info_table[bootstrap_addr]
+        found = rank_addresses(bootstrap_addr, info)
         if not found:
             self.unanswered.note(bootstrap_addr, "it does not say where its ranks are")
             return False
+        # in this order: SGLang opens a request with any layout that it finds
         self.rank_addresses[bootstrap_addr], self.prefill_info_table[bootstrap_addr] = found, info
         return True
+
+
+class _Aside:
+    """A manager whose table of layouts is not yet SGLang's, and which is otherwise the same."""
+
+    def __init__(self, manager: TplaKVManager) -> None:
+        self._manager = manager
+        self.prefill_info_table: dict[str, Any] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._manager, name)
