@@ -142,6 +142,7 @@ REFUSED: list[dict[str, Any]] = [
     {"text": PROMPT, "rid": "\0declined"},
     {"text": PROMPT, "sampling_params": {"regex": "["}}, {"text": PROMPT, "sampling_params": {"ebnf": "root ::= root"}},
     {"text": PROMPT, "sampling_params": {"regex": "([a-z]{1,20}){1,50}"}},
+    {"text": PROMPT, "sampling_params": {"ebnf": "root ::= Token(4096)"}},
 ]  # fmt: skip
 
 

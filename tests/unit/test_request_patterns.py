@@ -8,6 +8,7 @@ import pytest
 from sglang_tpla.host.requests.fields import RequestRefused
 from sglang_tpla.host.requests.patterns import check_grammar, check_stops
 
+VOCAB = 4096
 ORDINARY = [
     r"\d+\.\d+", r"(\d{1,3}\.){3}\d{1,3}", "(foo|bar)+", r"(\w+,)*\w+", "[^,]+(,[^,]+)*", r'"([^"\\]|\\.)*"',
     "(?:[0-9a-f]{2}:){5}[0-9a-f]{2}", r"\s*\w+\s*=", "(ab*c)*", "[a-z]{1,2000}", "(?P<q>['\"]).*(?P=q)",
@@ -22,7 +23,7 @@ SLOW_GRAMMARS = ["([a-z]{1,20}){1,50}", "([a-z]{0,1}){1,300}", r"([a-z]{2,20},?)
 @pytest.mark.parametrize("pattern", ORDINARY)
 def test_ordinary_patterns(pattern: str) -> None:
     check_stops({"stop_regex": [pattern]})
-    check_grammar({"regex": pattern, "json_schema": json.dumps({"type": "string", "pattern": pattern})})
+    check_grammar({"regex": pattern, "json_schema": json.dumps({"type": "string", "pattern": pattern})}, VOCAB)
 
 
 @pytest.mark.parametrize("pattern", BACKTRACKS)
@@ -38,12 +39,12 @@ def test_counted_repetitions_of_counted_repetitions(pattern: str) -> None:
         {"json_schema": json.dumps({"properties": {"a": {"type": "string", "pattern": pattern}}})},
     ):
         with pytest.raises(RequestRefused, match="could hold up the server"):
-            check_grammar(params)
+            check_grammar(params, VOCAB)
 
 
 def check(params: dict[str, Any]) -> None:
     check_stops(params)
-    check_grammar(params)
+    check_grammar(params, VOCAB)
 
 
 def nested(depth: int) -> str:
@@ -71,9 +72,47 @@ def test_size(params: dict[str, Any], said: str) -> None:
         check(params)
 
 
+def tag(**form: Any) -> dict[str, Any]:
+    return {"structural_tag": json.dumps({"type": "structural_tag", "format": form})}
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"ebnf": "root ::= Token(4096)"},
+        {"ebnf": "root ::= Token\n(5, 99999999)"},
+        {"ebnf": "root ::= ExcludeToken(" + "9" * 5000 + ")"},
+        {"ebnf": 'root ::= TokenTagDispatch((5, r), excludes=(99999999))\nr ::= "a"'},
+        tag(type="token", token=4096),
+        tag(type="token", token=99999999.0),
+        tag(type="any_tokens", exclude_tokens=[5, 4096]),
+        tag(type="token_dispatch", rules=[[99999999, {"type": "any_text"}]]),
+        tag(type="sequence", elements=[{"type": "grammar", "grammar": "root ::= Token(4096)"}]),
+    ],
+)
+def test_a_token_beyond_the_vocabulary(params: dict[str, Any]) -> None:
+    """For each of these xgrammar reads past its table and ends the process."""
+    with pytest.raises(RequestRefused, match=r"token ids must lie in 0\.\.\.4095; got"):
+        check(params)
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"ebnf": "root ::= Token(0, 4095)"},
+        {"ebnf": 'root ::= "99999" [0-9]{5000}'},
+        {"json_schema": '{"enum": [99999]}'},
+        tag(type="token", token=4095),
+        tag(type="json_schema", json_schema={"enum": [99999], "maxLength": 99999}),
+    ],
+)
+def test_other_numbers_go(params: dict[str, Any]) -> None:
+    check(params)
+
+
 def test_the_largest_that_go() -> None:
     check_stops({"stop": ["a"] * 64, "stop_regex": "a" * 1024})
-    check_grammar({"regex": "a{100000}", "ebnf": 'root ::= "a"{100000}', "json_schema": nested(100)})
+    check_grammar({"regex": "a{100000}", "ebnf": 'root ::= "a"{100000}', "json_schema": nested(100)}, VOCAB)
 
 
 @pytest.mark.parametrize("params", [{"regex": "["}, {"regex": r"\p{L}+"}, {"json_schema": "{"}, {"stop_regex": 5}])

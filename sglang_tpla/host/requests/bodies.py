@@ -9,7 +9,7 @@ from typing import Any
 from starlette.responses import JSONResponse
 
 READS_BODIES = "request_body_to_args"  # FastAPI's function that turns bodies into requests
-WRONG_VALUE = (AttributeError, TypeError, KeyError, IndexError, OverflowError, RecursionError)
+WRONG_VALUE = (AttributeError, TypeError, KeyError, IndexError, ArithmeticError, RecursionError)
 
 
 def answer_unreadable(state: Any) -> None:

@@ -28,7 +28,7 @@ from sglang_tpla.host.requests.samples import give_each_its_room
 
 TOP_LOGPROBS = 128  # MetadataBuffers(max_top_logprobs_num=128)
 # Python raises these over a value of the wrong type or form.
-WRONG_VALUE = (TypeError, KeyError, IndexError, AttributeError, OverflowError, AssertionError, re.error,
+WRONG_VALUE = (TypeError, KeyError, IndexError, AttributeError, ArithmeticError, AssertionError, re.error,
                msgspec.MsgspecError, RecursionError)  # fmt: skip
 # Functions of SGLang in which an error is the scheduler's answer.
 WAITS_FOR_SCHEDULER = ("_wait_one_response", "_stream_one_response")
@@ -133,7 +133,7 @@ def check_normalized(self: Any, obj: Any, *args: Any, **kwargs: Any) -> None:
     for item in items:
         check_item(item, bounds)
         check_stops(item.sampling_params)
-        check_grammar(item.sampling_params)
+        check_grammar(item.sampling_params, bounds.vocab)
         params = self.sampling_params_class(**{**(self.preferred_sampling_params or {}), **item.sampling_params})
         # the scheduler does the same
         msgspec.msgpack.decode(msgspec.msgpack.encode(params), type=type(params))
@@ -158,11 +158,21 @@ def check_wire(result: Any, self: Any, *args: Any, **kwargs: Any) -> None:
             raise RequestRefused(f"{field.name}: {error}; got {value!r:.80}") from error
 
 
+def check_template(request: Any) -> None:
+    """Refuse a chat template of the client's: a program, which may take all of the server's time or memory."""
+    if "chat_template" in (getattr(request, "chat_template_kwargs", None) or {}):
+        raise RequestRefused(
+            "chat_template_kwargs may not hold chat_template, because the template is the server's (--chat-template); "
+            "leave it out"
+        )
+
+
 def convert(original: Callable[..., Any], self: Any, request: Any, raw_request: Any = None) -> Any:
     """Hook around ``_convert_to_internal_request`` of the OpenAI endpoints: refuse what breaks it, like `generate`."""
     from jinja2 import TemplateError
 
     try:
+        check_template(request)
         return original(self, request, raw_request)
     except Exception as error:
         wrong_template = isinstance(error, TemplateError)

@@ -26,6 +26,8 @@ REPEATS = (_constants.MAX_REPEAT, _constants.MIN_REPEAT)
 UNBOUNDED = _constants.MAXREPEAT
 CATEGORIES = {"CATEGORY_DIGIT": r"\d", "CATEGORY_NOT_DIGIT": r"\D", "CATEGORY_SPACE": r"\s",
               "CATEGORY_NOT_SPACE": r"\S", "CATEGORY_WORD": r"\w", "CATEGORY_NOT_WORD": r"\W"}  # fmt: skip
+TOKEN_MACRO, NUMBERS = "Token", re.compile(r"[0-9]+")  # every macro of tokens has this in its name
+SCHEMAS = ("json_schema", "schema")  # of structural tags: numbers in these are no tokens
 JSON_COUNTS = ("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties")
 
 
@@ -41,8 +43,8 @@ def check_stops(params: Any) -> None:
             check_pattern("stop_regex", pattern, MAX_STOP_REGEX_CHARACTERS, backtracks=True)
 
 
-def check_grammar(params: Any) -> None:
-    """Check the grammar of a request's sampling parameters."""
+def check_grammar(params: Any, vocab: int) -> None:
+    """Check the grammar of a request's sampling parameters, for a vocabulary of so many tokens."""
     for name in ("regex", "ebnf", "json_schema", "structural_tag"):
         value = params.get(name)
         if not isinstance(value, str):
@@ -56,9 +58,9 @@ def check_grammar(params: Any) -> None:
         if name == "regex":
             check_pattern(name, value, MAX_GRAMMAR_CHARACTERS)
         elif name == "ebnf":
-            check_counts(name, value)
+            check_ebnf(name, value, vocab)
         else:
-            check_schema(name, value)
+            check_schema(name, value, vocab if name == "structural_tag" else 0)
 
 
 def nul(name: str) -> RequestRefused:
@@ -66,15 +68,30 @@ def nul(name: str) -> RequestRefused:
     return RequestRefused(f"sampling_params.{name} may not hold the character \\u0000")
 
 
-def check_schema(name: str, text: str) -> None:
-    """Check a JSON schema, or an object with several."""
+def check_ebnf(name: str, text: str, vocab: int) -> None:
+    """Check a grammar; one that names tokens (``Token(5)``, ``TokenTagDispatch``) has no larger number than theirs."""
+    check_counts(name, text)
+    for number in NUMBERS.findall(text) if TOKEN_MACRO in text else ():
+        check_token(name, number, int(number) if len(number) < 20 else math.inf, vocab)
+
+
+def check_token(name: str, said: str, token: float, vocab: int) -> None:
+    """Check a token's number, over which xgrammar ends the process."""
+    if token >= vocab:
+        raise RequestRefused(
+            f"sampling_params.{name}: token ids must lie in 0...{vocab - 1}; got {shown(said)} in a grammar of tokens"
+        )
+
+
+def check_schema(name: str, text: str, vocab: int = 0) -> None:
+    """Check a JSON schema, or an object with several: a structural tag, if there is a ``vocab`` for its tokens."""
     try:
         parsed = json.loads(text)
     except ValueError:
         return  # the grammar's compiler names the mistake
     except RecursionError:
         parsed = None
-    for depth, key, value in _entries(parsed):
+    for depth, key, value, in_schema in _entries(parsed):
         if depth > MAX_GRAMMAR_DEPTH or parsed is None:
             raise RequestRefused(f"sampling_params.{name} may be nested {MAX_GRAMMAR_DEPTH} deep at most")
         if "\0" in key or (isinstance(value, str) and "\0" in value):
@@ -83,18 +100,24 @@ def check_schema(name: str, text: str) -> None:
             raise RequestRefused(f"sampling_params.{name}: {key} may be {MAX_COUNT} at most; got {shown(value)}")
         if key == "pattern" and isinstance(value, str):
             check_pattern(name, value, MAX_GRAMMAR_CHARACTERS)
+        if vocab and not in_schema:
+            if isinstance(value, (int, float)):
+                check_token(name, str(value), value, vocab)
+            elif key == "grammar" and isinstance(value, str):
+                check_ebnf(name, value, vocab)
 
 
-def _entries(root: Any) -> Iterator[tuple[int, str, Any]]:
-    """Yield every value of a JSON document with its depth and its key, without recursion."""
-    stack: list[tuple[int, str, Any]] = [(0, "", root)]
+def _entries(root: Any) -> Iterator[tuple[int, str, Any, bool]]:
+    """Yield each value of a JSON document, without recursion, with its depth, its key and whether a schema holds it."""
+    stack: list[tuple[int, str, Any, bool]] = [(0, "", root, False)]
     while stack:
-        depth, key, value = stack.pop()
-        yield depth, key, value
+        depth, key, value, in_schema = stack.pop()
+        yield depth, key, value, in_schema
+        in_schema = in_schema or key in SCHEMAS
         if isinstance(value, dict):
-            stack += [(depth + 1, name, one) for name, one in value.items()]
+            stack += [(depth + 1, name, one, in_schema) for name, one in value.items()]
         elif isinstance(value, list):
-            stack += [(depth + 1, "", one) for one in value]
+            stack += [(depth + 1, "", one, in_schema) for one in value]
 
 
 def check_counts(name: str, text: str) -> None:
