@@ -14,6 +14,10 @@ class TransferError(SglangTplaError, RuntimeError):
 
 MAX_ROOM_ID = 2**63 - 1
 REFUSED = "refused the request: "  # in a reason: the request cannot be served as it is, which its client is told (400)
+OTHER_PROMPT = REFUSED + (
+    "the two servers have prompts of different lengths in one room; let every request have a room of its own, and both "
+    "servers the same tokenizer and chat template"
+)
 MAX_REMEMBERED = 65536  # in a table of what has ended
 
 

@@ -14,6 +14,7 @@ import httpx
 import pytest
 from hypothesis import HealthCheck, given, settings
 
+from sglang_tpla.transfer.room import OTHER_PROMPT
 from tests.e2e.odd_requests import native, openai
 from tests.e2e.servers import Server, request_body, wait_idle
 from tests.e2e.traffic import client
@@ -216,9 +217,12 @@ def test_where_a_request_goes_is_checked_on_both_servers(trio: Any, changes: dic
 
 @pytest.mark.parametrize(
     "changes",
-    [{"response_format": True}, {"messages": 5}, {"messages": [{"role": "user", "content": {"a": 1}}]}, {"n": {}}],
+    [
+        {"response_format": True}, {"messages": 5}, {"messages": [{"role": "user", "content": {"a": 1}}]}, {"n": {}},
+        {"chat_template_kwargs": {"chat_template": "{{ 1/0 }}"}}, {"chat_template_kwargs": {"tools": {"a": 1}}},
+    ],
     ids=repr,
-)
+)  # fmt: skip
 def test_a_chat_that_cannot_be_read(trio: Any, changes: dict[str, Any]) -> None:
     answers = ask_both(trio, "/v1/chat/completions", CHAT | place(trio) | changes)
     assert [a.status_code for a in answers] == [400, 400], [a.text[:300] for a in answers]
@@ -231,20 +235,25 @@ def test_the_spelling_of_a_host_does_not_matter(trio: Any) -> None:
         assert answers[1].json()["output_ids"] == expected, answers[1].text[:300]
 
 
-def test_a_room_with_two_prompts_is_never_answered_from_the_other_ones_cache(trio: Any) -> None:
-    """As long, and in the same room: two clients that chose it, or servers whose tokenizers differ."""
+@pytest.mark.parametrize(
+    ("length", "statuses", "said"),
+    [(20, [400], "prefill computed another prompt"), (17, [400, 400], OTHER_PROMPT), (25, [400, 400], OTHER_PROMPT)],
+)
+def test_a_room_with_two_prompts_is_never_answered_from_the_other_ones_cache(
+    trio: Any, length: int, statuses: list[int], said: str
+) -> None:
+    """Two clients chose it, or the servers' tokenizers differ: decode refuses, and prefill where lengths differ."""
     body = place(trio)
-    prompts = [list(range(40, 60)), list(range(50, 70))]
+    prompts = [list(range(40, 60)), list(range(50, 50 + length))]
 
     def ask(server: Server, prompt: list[int]) -> httpx.Response:
         return client.post(server.url + "/generate", json=request_body(prompt, TOKENS) | body, timeout=DEADLINE_S)
 
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         prefill = pool.submit(ask, trio.prefill, prompts[0])
-        answer = ask(trio.decode, prompts[1])
-        prefill.result()
-    assert answer.status_code == 400, answer.text[:300]
-    assert "prefill computed another prompt" in answer.text and "room of its own" in answer.text
+        answers = [ask(trio.decode, prompts[1]), prefill.result()][: len(statuses)]
+    assert [answer.status_code for answer in answers] == statuses, [answer.text[:300] for answer in answers]
+    assert all(said in answer.text and "room of its own" in answer.text for answer in answers)
     wait_idle(trio.prefill, trio.decode)
 
 

@@ -11,7 +11,7 @@ from sglang_tpla.transfer import workers
 from sglang_tpla.transfer.decode import receiver
 from sglang_tpla.transfer.memory import copy, rows
 from sglang_tpla.transfer.prefill import sender
-from sglang_tpla.transfer.room import RoomState, TransferError
+from sglang_tpla.transfer.room import OTHER_PROMPT, RoomState, TransferError
 from tests.wire import rig, simulated_ranks
 
 pytestmark = pytest.mark.usefixtures("rows_kind")  # each test with plain and with sketched rows
@@ -169,9 +169,14 @@ def test_held_request_and_idle_room_expire() -> None:
 
 
 def test_wrong_number_of_rows_fails_with_the_numbers(pair) -> None:
+    """Both ranks know that the request is to blame, whose prompts differ."""
     prefill, decode = pair
-    rig.begin([prefill], [decode], 7, rig.pages(2, 3), [rig.pages(1, 4)])
-    rig.fail(7, "12 tokens where 16 or a part of the last page were asked for", decode)
+    for room, sent, asked, said in (
+        (7, 3, 4, "12 tokens where 16 or a part of the last page were asked for"),
+        (8, 4, 3, ""),  # of the rows or of their number, as they come
+    ):
+        rig.begin([prefill], [decode], room, rig.pages(2, sent), [rig.pages(1, asked)])
+        rig.fail(room, f"{said}: {OTHER_PROMPT}", decode, prefill)
 
 
 def test_misuse_is_one_clear_error(pair) -> None:

@@ -16,7 +16,7 @@ from sglang_tpla.transfer.decode.credits import Credits
 from sglang_tpla.transfer.decode.state import Address, AnyChunk, Connection, Link, RetainedChunk, Room, Source, chunk_id
 from sglang_tpla.transfer.memory.iovec import Slots
 from sglang_tpla.transfer.memory.pool import CachePool
-from sglang_tpla.transfer.room import REFUSED, RoomState
+from sglang_tpla.transfer.room import OTHER_PROMPT, REFUSED, RoomState
 
 
 class Rooms:
@@ -189,7 +189,8 @@ class Rooms:
         if chunk.part not in tuple(Part):
             return f"with unknown part {chunk.part}"
         if chunk.first_token + chunk.tokens > len(room.slots):
-            return f"for tokens up to {chunk.first_token + chunk.tokens} where pages hold {len(room.slots)}"
+            end = chunk.first_token + chunk.tokens
+            return f"for tokens up to {end} where pages hold {len(room.slots)}: {OTHER_PROMPT}"
         part = Part(chunk.part)
         expected = self._pool.payload_bytes(layers, chunk.tokens, part)
         if size_bytes != expected:
@@ -286,7 +287,8 @@ class Rooms:
         if len(metadata) != self._metadata_bytes:
             return f"a metadata row of {len(metadata)} bytes where {self._metadata_bytes} were due"
         if pages * page_size != len(room.slots):
-            return f"{message.tokens} tokens where {len(room.slots)} or a part of the last page were asked for"
+            asked = f"{len(room.slots)} or a part of the last page were asked for"
+            return f"{message.tokens} tokens where {asked}: {OTHER_PROMPT}"
         if len(source.claims) > message.chunks:
             return f"{message.chunks} chunks after {len(source.claims)} had come"
         if told:
