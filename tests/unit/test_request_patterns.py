@@ -101,6 +101,7 @@ def test_a_token_beyond_the_vocabulary(params: dict[str, Any]) -> None:
     [
         {"ebnf": "root ::= Token(0, 4095)"},
         {"ebnf": 'root ::= "99999" [0-9]{5000}'},
+        {"ebnf": 'root ::= "accessToken: 20240101"'},
         {"json_schema": '{"enum": [99999]}'},
         tag(type="token", token=4095),
         tag(type="json_schema", json_schema={"enum": [99999], "maxLength": 99999}),

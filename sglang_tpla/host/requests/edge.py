@@ -30,6 +30,8 @@ TOP_LOGPROBS = 128  # MetadataBuffers(max_top_logprobs_num=128)
 # Python raises these over a value of the wrong type or form.
 WRONG_VALUE = (TypeError, KeyError, IndexError, AttributeError, ArithmeticError, AssertionError, re.error,
                msgspec.MsgspecError, RecursionError)  # fmt: skip
+NOT_OF_TEMPLATES = {"chat_template", "padding", "max_length", "truncation", "tokenize", "return_tensors", "return_dict",
+                    "return_assistant_tokens_mask", "tokenizer_kwargs"}  # fmt: skip
 # Functions of SGLang in which an error is the scheduler's answer.
 WAITS_FOR_SCHEDULER = ("_wait_one_response", "_stream_one_response")
 OPAQUE = ("input_ids", "mm_inputs", "mm_data_mooncake", "time_stats", "input_embeds", "positional_embed_overrides",
@@ -159,11 +161,14 @@ def check_wire(result: Any, self: Any, *args: Any, **kwargs: Any) -> None:
 
 
 def check_template(request: Any) -> None:
-    """Refuse a chat template of the client's: a program, which may take all of the server's time or memory."""
-    if "chat_template" in (getattr(request, "chat_template_kwargs", None) or {}):
+    """Refuse a chat template of the client's, a program that may take all of the server's time or memory.
+
+    The same goes for what tells the tokenizer, and not the template, what to do.
+    """
+    if wrong := sorted(NOT_OF_TEMPLATES.intersection(getattr(request, "chat_template_kwargs", None) or ())):
         raise RequestRefused(
-            "chat_template_kwargs may not hold chat_template, because the template is the server's (--chat-template); "
-            "leave it out"
+            f"chat_template_kwargs is for what the server's chat template reads (--chat-template); got {wrong[0]}, "
+            "which is not the client's to choose: leave it out"
         )
 
 

@@ -26,7 +26,8 @@ REPEATS = (_constants.MAX_REPEAT, _constants.MIN_REPEAT)
 UNBOUNDED = _constants.MAXREPEAT
 CATEGORIES = {"CATEGORY_DIGIT": r"\d", "CATEGORY_NOT_DIGIT": r"\D", "CATEGORY_SPACE": r"\s",
               "CATEGORY_NOT_SPACE": r"\S", "CATEGORY_WORD": r"\w", "CATEGORY_NOT_WORD": r"\W"}  # fmt: skip
-TOKEN_MACRO, NUMBERS = "Token", re.compile(r"[0-9]+")  # every macro of tokens has this in its name
+TOKEN_MACRO = re.compile(r"(?<!\w)(Token|ExcludeToken|TokenTagDispatch)(?!\w)")
+NUMBERS = re.compile(r"[0-9]+")
 SCHEMAS = ("json_schema", "schema")  # of structural tags: numbers in these are no tokens
 JSON_COUNTS = ("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties")
 
@@ -71,7 +72,7 @@ def nul(name: str) -> RequestRefused:
 def check_ebnf(name: str, text: str, vocab: int) -> None:
     """Check a grammar; one that names tokens (``Token(5)``, ``TokenTagDispatch``) has no larger number than theirs."""
     check_counts(name, text)
-    for number in NUMBERS.findall(text) if TOKEN_MACRO in text else ():
+    for number in NUMBERS.findall(text) if TOKEN_MACRO.search(text) else ():
         check_token(name, number, int(number) if len(number) < 20 else math.inf, vocab)
 
 
