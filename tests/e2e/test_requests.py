@@ -220,6 +220,7 @@ def test_where_a_request_goes_is_checked_on_both_servers(trio: Any, changes: dic
     [
         {"response_format": True}, {"messages": 5}, {"messages": [{"role": "user", "content": {"a": 1}}]}, {"n": {}},
         {"chat_template_kwargs": {"chat_template": "{{ 1/0 }}"}}, {"chat_template_kwargs": {"max_length": 10**9}},
+        {"chat_template_kwargs": {"tools": {"a": 1}}},
     ],
     ids=repr,
 )  # fmt: skip

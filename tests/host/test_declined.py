@@ -37,6 +37,33 @@ def test_the_rooms_in_which_the_other_server_may_wait(fields: Any, places: list[
     assert (json.loads(message.abort_message)["places"] if message else []) == places
 
 
+@pytest.mark.parametrize("aside", [True, False])
+def test_the_scheduler_is_told_by_the_thread_that_its_socket_belongs_to(aside: bool) -> None:
+    """Later releases of SGLang convert a request on another thread, which has no event loop."""
+    from sglang_tpla.host.requests.edge import tell_other_server
+
+    told = list[Any]()
+
+    async def refuse() -> None:
+        loop = asyncio.get_running_loop()
+        heard = loop.create_future()
+
+        def dispatch(message: Any) -> None:
+            told.append((asyncio.get_running_loop(), json.loads(message.abort_message)["places"]))
+            heard.set_result(None)
+
+        manager = SimpleNamespace(event_loop=loop, _dispatch_to_scheduler=dispatch)
+        arguments = manager, request(), ValueError("no such LoRA")
+        if aside:
+            await loop.run_in_executor(None, tell_other_server, *arguments)
+        else:
+            tell_other_server(*arguments)
+        await asyncio.wait_for(heard, 60)
+        assert told == [(loop, [[5, "p_1", 8998]])]
+
+    asyncio.run(refuse())
+
+
 @pytest.mark.parametrize("mode", ["prefill", "decode"])
 @pytest.mark.parametrize("blamed", [True, False])
 def test_a_scheduler_that_hears_of_it_tells_its_agent_and_aborts_nothing(mode: str, blamed: bool) -> None:
@@ -119,8 +146,12 @@ def test_messages_that_make_no_prompt_are_told_too() -> None:
 
     sent: list[Any] = []
     endpoint = SimpleNamespace(tokenizer_manager=SimpleNamespace(_dispatch_to_scheduler=sent.append))
-    with pytest.raises(edge.RequestRefused, match="wrong value"):
+
+    async def chat() -> None:
         edge.convert(Mock(side_effect=TypeError("no list")), endpoint, request(), None)
+
+    with pytest.raises(edge.RequestRefused, match="wrong value"):
+        asyncio.run(chat())
     assert "no list" in sent[0].abort_message
 
 

@@ -100,7 +100,14 @@ def explained(error: Exception) -> Exception:
 def tell_other_server(manager: Any, obj: Any, problem: Exception) -> None:
     """Let the schedulers tell the other server that a request will not come."""
     message = declined(obj, "decode" if serves_decode() else "prefill", problem)
-    if message is not None:
+    if message is None:
+        return
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:  # later releases convert requests on other threads than the socket's
+        if manager.event_loop is not None:
+            manager.event_loop.call_soon_threadsafe(manager._dispatch_to_scheduler, message)
+    else:
         manager._dispatch_to_scheduler(message)
 
 
