@@ -64,10 +64,7 @@ class Collector:
         if tokens - self._written < self._every_tokens:
             return
         self._written = tokens
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self._path.with_suffix(".tmp")
-        self.statistics.save(temporary)
-        os.replace(temporary, self._path)
+        self.statistics.save(self._path)
         logger.info("statistics of %d tokens in %s", int(tokens), self._path)
 
 

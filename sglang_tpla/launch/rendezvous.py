@@ -13,7 +13,9 @@ from pathlib import Path
 from sglang_tpla.launch.flags import has, integer, split_tokens
 
 SERVER = ("-m", "sglang.launch_server")
-FIRST_PORT = 10_000
+# Below these lie ports that tests and tools choose, from 30,000 on our servers' defaults and Kubernetes' node ports.
+FIRST_PORT, END_PORT = 24_000, 30_000
+NEAR = range(-16, 256)  # of a server's port: those that a deployment counts up from it, and SGLang derives
 TRIES = 100
 SYSTEM_PORTS = Path("/proc/sys/net/ipv4/ip_local_port_range")
 PORT_FLAG = "nccl-port"
@@ -28,13 +30,15 @@ def with_port(command: Sequence[str]) -> tuple[str, ...]:
     arguments = split_tokens(command[3:])
     replicas = integer(arguments, "dp-size", 1) > 1 and not has(arguments, "enable-dp-attention")
     chosen = replicas or any(has(arguments, name) for name in (PORT_FLAG, *ELSEWHERE))
-    port = None if chosen else free_port()
+    port = None if chosen else free_port(integer(arguments, "port", END_PORT))
     return (*command, *(() if port is None else (f"--{PORT_FLAG}", str(port))))
 
 
-def free_port() -> int | None:
-    """Return a port at which nobody listens and which the system gives to nobody; None where there is none."""
-    ports = range(FIRST_PORT, _first_system_port())
+def free_port(own: int = END_PORT) -> int | None:
+    """Return a port at which nobody listens, which the system gives to nobody, and which is not `NEAR` a server's
+    ``own``; None where there is none.
+    """
+    ports = [port for port in range(FIRST_PORT, min(END_PORT, _first_system_port())) if port - own not in NEAR]
     chosen = random.SystemRandom()  # two launchers of one machine choose differently
     for port in (chosen.choice(ports) for _ in range(TRIES if ports else 0)):
         if _is_free(port):

@@ -53,3 +53,14 @@ def test_a_taken_port_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
             assert {free_port() for _ in range(10)} == expected
     monkeypatch.setattr(rendezvous, "_first_system_port", lambda: taken)
     assert with_port(SERVER) == SERVER
+
+
+def test_ports_that_a_deployment_counts_up_are_left_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The servers of ``--role all`` start together, and the decode server's port is not bound when prefill chooses."""
+    first = free_port()
+    assert first is not None
+    monkeypatch.setattr(rendezvous, "FIRST_PORT", first)
+    monkeypatch.setattr(rendezvous, "END_PORT", first + 3)
+    server = (*SERVER, "--port", str(first - 1))
+    assert with_port(server) == server
+    assert with_port([*SERVER, "--port", "1000"]) != (*SERVER, "--port", "1000")

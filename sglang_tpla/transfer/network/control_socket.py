@@ -8,7 +8,7 @@ of a silent network.
 import zmq
 
 from sglang_tpla.config import Settings
-from sglang_tpla.transfer.network.data_channel import KEEPALIVES
+from sglang_tpla.transfer.network.data_channel import KEEPALIVES, keepalive_s
 
 QUEUE_FRAMES = 16384  # high-water mark of a socket, in messages; credits bound the bytes
 SOCKET_BUFFER_BYTES = 4 << 20  # the system may give less
@@ -26,7 +26,7 @@ def configure(socket: zmq.Socket, settings: Settings, max_message_bytes: int) ->
     socket.setsockopt(zmq.TCP_KEEPALIVE, 1)
     socket.setsockopt(zmq.TCP_KEEPALIVE_CNT, KEEPALIVES)
     for option in (zmq.TCP_KEEPALIVE_IDLE, zmq.TCP_KEEPALIVE_INTVL):
-        socket.setsockopt(option, max(1, int(settings.peer_timeout_s / KEEPALIVES)))
+        socket.setsockopt(option, keepalive_s(settings.peer_timeout_s))
     socket.setsockopt(zmq.TCP_MAXRT, max(1, int(settings.peer_timeout_s * 1000)))
 
 

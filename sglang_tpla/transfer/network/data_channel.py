@@ -51,12 +51,17 @@ class ChannelError(SglangTplaError, ConnectionError):
     """The data channel was closed, or could not be opened."""
 
 
+def keepalive_s(timeout_s: float) -> int:
+    """Return the seconds between keepalives of a network that is given up when it is silent for ``timeout_s``."""
+    return max(1, int(timeout_s / KEEPALIVES))
+
+
 def set_up(stream: socket.socket, timeout_s: float) -> None:
     """Set either end's options: never block, send at once, and give a silent network up after ``timeout_s``."""
     stream.setblocking(False)
     stream.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for option in (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL):
-        stream.setsockopt(socket.IPPROTO_TCP, option, max(1, int(timeout_s / KEEPALIVES)))
+        stream.setsockopt(socket.IPPROTO_TCP, option, keepalive_s(timeout_s))
     stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, max(1, int(timeout_s * 1000)))
     stream.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER_BYTES)
