@@ -21,6 +21,7 @@ SHAPES = [
     *(DecodeShape(w, heads, 64, n, page) for w, heads, n, page in ((256, 32, 1, 1), (96, 64, 2, 64), (320, 16, 1, 1))),
     DecodeShape.of_sketched(SketchedRows.of(512, 1, 0, 64), 16),
     DecodeShape.of_sketched(SketchedRows.of(512, 2, 64, 64), 32, 2, 64),
+    DecodeShape.of_sketched(SketchedRows.of(512, 2, 96, 64, sketch_bits=3), 64),
     DecodeShape.of_sketched(SketchedRows.of(424, 2, 40, 64, sketch_bits=3, rope_bits=8), 64),
 ]
 for shape in SHAPES:

@@ -17,7 +17,8 @@ from decode_case import (
     run_hopper,
 )
 
-from sglang_tpla.attention.hopper.decode import HopperDecode
+from sglang_tpla.attention.hopper.decode import HopperDecode, variant_for
+from sglang_tpla.attention.hopper.sketched_tiles import TiledVariant
 from sglang_tpla.attention.interface import AttentionInputError, DecodeShape
 from sglang_tpla.cache_rows.sketched import SketchedRows
 
@@ -28,6 +29,8 @@ LAYOUTS = (
     (512, 1, 0), (512, 2, 64), (512, 4, 64), (512, 8, 64), (512, 8, 0), (512, 2, 416), (256, 2, 32), (448, 1, 0),
     (512, 16, 128), (424, 2, 40), (456, 4, 8), (512, 2, 96), (512, 2, 384), (512, 4, 320),
 )  # fmt: skip
+# Of w_pad 256 to 320, which the form that unpacks tiles serves from 33 query rows on; sketches that end inside a piece
+TILED_LAYOUTS = ((512, 2, 0), (512, 2, 64), (512, 2, 96), (512, 3, 128), (448, 2, 112), (448, 2, 96))
 
 
 @pytest.mark.parametrize(("d", "groups", "shared"), LAYOUTS)
@@ -47,17 +50,34 @@ def test_right_for_every_layout(d: int, groups: int, shared: int) -> None:
                 assert error <= BAR, (rows, heads, query_len, page_size, lengths)
 
 
+@pytest.mark.parametrize(("d", "groups", "shared"), TILED_LAYOUTS)
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_tiles_are_right(d: int, groups: int, shared: int, bits: int) -> None:
+    """Every layout with keys of 8 and 16 bits, with 33 to 128 query rows."""
+    dice = random.Random(100 * shared + bits)
+    for rope_bits in (8, 16):
+        rows = SketchedRows.of(d, groups, shared, 64, sketch_bits=bits, rope_bits=rope_bits)
+        for heads, query_len in ((48, 1), (64, 1), (128, 1), (16, 4), (32, 3)):
+            page_size, lengths = dice.choice((1, 64)), dice.choice(LENGTHS)
+            shape = DecodeShape.of_sketched(rows, heads, query_len, page_size)
+            assert isinstance(variant_for(shape), TiledVariant)
+            case = random_case(shape, lengths, dice.randrange(2**31))
+            error = relative_error(run_hopper(case), case.reference())
+            assert error <= BAR, (rows, heads, query_len, page_size, lengths)
+
+
 @pytest.mark.parametrize("lengths", LENGTHS, ids=len)
-@pytest.mark.parametrize(("groups", "heads"), [(1, 16), (2, 32), (4, 64), (8, 128)])
+@pytest.mark.parametrize(("groups", "heads"), [(1, 16), (2, 32), (2, 64), (2, 128), (4, 64), (8, 128)])
 def test_bit_identical_on_repetition(groups: int, heads: int, lengths: list[int]) -> None:
     case = random_case(DecodeShape.of_sketched(SketchedRows.of(512, groups, 64, 64), heads), lengths, 7)
     assert_right_and_repeated(case)
 
 
-def test_scores_far_above_all_before() -> None:
+@pytest.mark.parametrize("heads", [16, 32])
+def test_scores_far_above_all_before(heads: int) -> None:
     """Keys that grow towards the end: the reference is raised again and again, in either warpgroup."""
     rows = SketchedRows.of(512, 2, 64, 64)
-    case = random_case(DecodeShape.of_sketched(rows, 32, 2), [900, 64, 2000], 3)
+    case = random_case(DecodeShape.of_sketched(rows, heads, 2), [900, 64, 2000], 3)
     scales = case.kv_cache[:, rows.scales_offset :].view(torch.bfloat16)
     for request, length in enumerate(case.lengths.tolist()):
         slots = case.table.indices[case.table.starts[request].item() :][:length].long()
@@ -66,11 +86,25 @@ def test_scores_far_above_all_before() -> None:
     assert relative_error(run_hopper(case), case.reference()) <= BAR
 
 
+@pytest.mark.parametrize("heads", [16, 64])
+def test_neighbours_of_very_different_size(heads: int) -> None:
+    """Of tokens that lie side by side one is up to 2^16 times as large as the other; all are wanted alike."""
+    rows = SketchedRows.of(512, 2, 64, 64)
+    case = random_case(DecodeShape.of_sketched(rows, heads), [900, 64], 8)
+    scales = case.kv_cache[:, rows.scales_offset :].view(torch.bfloat16)
+    powers = 2.0 ** torch.randint(-16, 1, (len(scales), 1), device=DEVICE)
+    scales[:, :3] = (scales[:, :3].float() * powers).to(torch.bfloat16)
+    # a query of zeros wants all alike, and of one request there is a small token alone
+    case = replace(case, q_latent=case.q_latent * 0.0, q_rope=case.q_rope * 0.0, lengths=case.lengths.clamp(max=1))
+    assert relative_error(run_hopper(case), case.reference()) <= BAR
+
+
+@pytest.mark.parametrize(("groups", "heads"), [(4, 16), (2, 64)])
 @pytest.mark.parametrize("factor", [2.0**-60, 2.0**60])
-def test_queries_of_any_size(factor: float) -> None:
+def test_queries_of_any_size(factor: float, groups: int, heads: int) -> None:
     """Queries beyond float16's range, against keys that bring the scores back."""
-    rows = SketchedRows.of(512, 4, 64, 64)
-    case = random_case(DecodeShape.of_sketched(rows, 16), [700, 130], 5)
+    rows = SketchedRows.of(512, groups, 64, 64)
+    case = random_case(DecodeShape.of_sketched(rows, heads), [700, 130], 5)
     scales = case.kv_cache[:, rows.scales_offset :].view(torch.bfloat16)
     scales[:, :3] = (scales[:, :3].float() / factor).to(torch.bfloat16)
     key = case.kv_cache[:, rows.rope_offset : rows.rope_offset + rows.rope_bytes].view(torch.bfloat16)
@@ -81,8 +115,9 @@ def test_queries_of_any_size(factor: float) -> None:
     assert relative_error(run_hopper(case) * factor, right * factor) <= BAR
 
 
-def test_cuda_graph_follows_refilled_lengths() -> None:
-    case = random_case(DecodeShape.of_sketched(SketchedRows.of(512, 2, 64, 64), 32), [3000] * 8, 11)
+@pytest.mark.parametrize("heads", [32, 64])
+def test_cuda_graph_follows_refilled_lengths(heads: int) -> None:
+    case = random_case(DecodeShape.of_sketched(SketchedRows.of(512, 2, 64, 64), heads), [3000] * 8, 11)
     for lengths, error in errors_of_replays(HopperDecode(case.shape, SCALE, 8, DEVICE), case, REFILLS):
         assert error <= BAR, lengths
 

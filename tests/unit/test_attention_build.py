@@ -8,6 +8,7 @@ import pytest
 from sglang_tpla.attention.hopper.compile import KernelCompileError, cached_cubin, compile_cubin
 from sglang_tpla.attention.hopper.decode import SHARED_LIMIT_BYTES, variant_for
 from sglang_tpla.attention.hopper.sketched import SketchedVariant, unsupported_reason
+from sglang_tpla.attention.hopper.sketched_tiles import TiledVariant
 from sglang_tpla.attention.interface import AttentionInputError, DecodeShape
 from sglang_tpla.cache_rows.sketched import SketchedRows
 
@@ -56,9 +57,9 @@ SKETCHED = [(1, 0, 16), (1, 0, 128), (2, 64, 32), (4, 64, 64), (8, 64, 128), (2,
 @pytest.mark.parametrize("query_len", [1, 4])
 def test_sketched_variant_fits(groups: int, shared: int, heads: int, query_len: int) -> None:
     variant = variant_for(DecodeShape.of_sketched(SketchedRows.of(512, groups, shared, 64), heads, query_len))
-    assert isinstance(variant, SketchedVariant)
+    assert isinstance(variant, SketchedVariant | TiledVariant)
     assert variant.fits
-    assert variant.stages >= 3
+    assert isinstance(variant, TiledVariant) == (shared == 64 and heads * query_len == 128 and groups == 2)
     blocks = -(-heads * query_len // variant.rows)
     assert blocks * variant.rows >= heads * query_len
 
@@ -73,7 +74,7 @@ def test_every_shape_has_a_form_that_fits(groups: int) -> None:
         for heads, query_len in itertools.product((8, 16, 48, 128), (1, 4)):
             if unsupported_reason(rows) is None:
                 variant = variant_for(DecodeShape.of_sketched(rows, heads, query_len))
-                assert isinstance(variant, SketchedVariant) and variant.fits, (rows, heads, query_len)
+                assert isinstance(variant, SketchedVariant | TiledVariant) and variant.fits, (rows, heads, query_len)
 
 
 def test_rows_that_fit_no_block_are_refused() -> None:
@@ -91,3 +92,14 @@ def test_sketched_kernel_compiles(groups: int, heads: int, row_values: bool) -> 
     assert cubin[:4] == b"\x7fELF"
     assert "C7510" not in log, "wgmma instructions were serialised"
     assert {int(count) for count in re.findall(r"(\d+) bytes spill stores", log)} == {0}
+
+
+@pytest.mark.parametrize(("groups", "shared", "bits", "rope_bits"), [(2, 64, 4, 16), (2, 96, 3, 16), (3, 128, 2, 8)])
+def test_tiled_kernel_compiles(groups: int, shared: int, bits: int, rope_bits: int) -> None:
+    rows = SketchedRows.of(512, groups, shared, 64, sketch_bits=bits, rope_bits=rope_bits)
+    variant = variant_for(DecodeShape.of_sketched(rows, 64))
+    assert isinstance(variant, TiledVariant)
+    cubin, log = compile_cubin(variant.source(), variant.defines, "sketched_tiles.cu")
+    assert cubin[:4] == b"\x7fELF"
+    assert "C7510" not in log and "C7520" not in log, "wgmma instructions were serialised"
+    assert max(int(count) for count in re.findall(r"(\d+) bytes spill stores", log)) < 256, "the loops spill, too"

@@ -43,7 +43,13 @@ def compile_cubin(source: str, defines: dict[str, int], name: str) -> tuple[byte
     """
     from cuda.bindings import nvrtc  # type: ignore[import-untyped]
 
-    options = [f"--gpu-architecture={ARCHITECTURE}", "--std=c++17", "-lineinfo", "--ptxas-options=-v"]
+    options = [
+        f"--gpu-architecture={ARCHITECTURE}",
+        "--std=c++17",
+        "-lineinfo",
+        "--ptxas-options=-v",
+        "-default-device",
+    ]
     options += [f"-D{key}={value}" for key, value in sorted(defines.items())]
     program = _nvrtc(nvrtc.nvrtcCreateProgram(source.encode(), name.encode(), 0, [], []), "nvrtcCreateProgram")
     outcome = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])[0]

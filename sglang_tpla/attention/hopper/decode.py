@@ -15,10 +15,11 @@ from pathlib import Path
 
 import torch
 
-from sglang_tpla.attention.hopper import sketched, wgmma
+from sglang_tpla.attention.hopper import sketched, sketched_tiles, wgmma
 from sglang_tpla.attention.hopper.compile import KernelModule, cached_cubin
 from sglang_tpla.attention.hopper.plan import MAX_PARTS, SEGMENT_COST, TILE_TOKENS
 from sglang_tpla.attention.hopper.sketched import SketchedVariant
+from sglang_tpla.attention.hopper.sketched_tiles import TiledVariant
 from sglang_tpla.attention.interface import (
     AttentionInputError,
     DecodeShape,
@@ -109,10 +110,13 @@ class Variant:
         )
 
 
-def variant_for(shape: DecodeShape) -> Variant | SketchedVariant:
+AnyVariant = Variant | SketchedVariant | TiledVariant
+
+
+def variant_for(shape: DecodeShape) -> AnyVariant:
     """The form of the kernel that serves ``shape`` best, with as many stages as shared memory holds."""
     if shape.sketched is not None:
-        return sketched.variant_for(shape)
+        return sketched_tiles.variant_for(shape) or sketched.variant_for(shape)
     rows = shape.heads * shape.query_len
     mode = "width" if shape.latent_dim > 256 else "tokens" if rows <= 64 else "rows"
     stages = MAX_STAGES
@@ -162,7 +166,7 @@ class _Params(ctypes.Structure):
 
 
 @functools.cache
-def _loaded(variant: Variant | SketchedVariant, device_index: int) -> tuple[KernelModule, dict[str, object]]:
+def _loaded(variant: AnyVariant, device_index: int) -> tuple[KernelModule, dict[str, object]]:
     with torch.cuda.device(device_index):
         torch.cuda.current_stream()  # PyTorch's context must be current before the driver loads into it
         module = KernelModule(cached_cubin(variant.source(), variant.defines, variant.name + ".cu"))
@@ -194,7 +198,7 @@ class HopperDecode:
         scale: float,
         max_batch: int,
         device: torch.device,
-        variant: Variant | SketchedVariant | None = None,
+        variant: AnyVariant | None = None,
     ) -> None:
         from sglang_tpla.attention.backends import require
 

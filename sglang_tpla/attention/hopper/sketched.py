@@ -21,10 +21,12 @@ from sglang_tpla.cache_rows.sketched import ALIGNMENT, SketchedRows, level_table
 SOURCES = tuple(
     str(Path(__file__).parent / "cuda" / name)
     for name in (
-        "sketched_shapes.cuh",  # explanation; constants of a variant, parameters
+        "sketched_params.cuh",  # parameters
+        "sketched_shapes.cuh",  # explanation; constants of a variant
         "hopper.cuh",  # barriers, asynchronous copies, wgmma
         "parts.cuh",  # a block's part of the plan
-        "sketched_unpack.cuh",  # from codes to wgmma's operands
+        "sketched_codes.cuh",  # from codes to float16
+        "sketched_unpack.cuh",  # from raw rows to wgmma's operands
         "sketched_gather.cuh",  # the producer, which copies raw rows; the query
         "merge_shared.cuh",  # the request that a block helps to merge
         "sketched_scores.cuh",  # scores, softmax
@@ -53,6 +55,31 @@ def unsupported_reason(rows: SketchedRows) -> str | None:
     if rows.shared % 4 or rows.sketch_columns % 8:
         return f"expected r a multiple of 4 and (g - 1) n one of 8; got {rows.shared} and {rows.sketch_columns}"
     return None
+
+
+def row_defines(rows: SketchedRows) -> dict[str, int]:
+    """The macros that say what a row is and how its levels are, and those of the plan."""
+    levels = level_table(rows.sketch_bits)[: 1 << rows.sketch_bits - 1].to(torch.float16)
+    words = levels.view(torch.int16).tolist() + [0] * (8 - len(levels))
+    tables = {
+        f"LEVELS_{name}_{i}": sum((word >> shift & 255) << 8 * k for k, word in enumerate(words[4 * i : 4 * i + 4]))
+        for name, shift in (("LOW", 0), ("HIGH", 8))
+        for i in (0, 1)
+    }
+    return {
+        "LATENT": rows.w_pad,
+        "SHARED": rows.shared,
+        "OWN": rows.own,
+        "SKETCH": rows.sketch_columns,
+        "BITS": rows.sketch_bits,
+        "ROPE": rows.rope_dim,
+        "ROPE_BITS": rows.rope_bits,
+        "ROW_BYTES": rows.row_bytes,
+        "MAX_PARTS": MAX_PARTS,
+        "SEGMENT_COST": SEGMENT_COST,
+        "PLAN_BATCH": 2048,
+        **tables,
+    }
 
 
 @dataclass(frozen=True)
@@ -113,33 +140,14 @@ class SketchedVariant:
     @property
     def defines(self) -> dict[str, int]:
         """The macros of the CUDA source."""
-        rows = self.cache
-        levels = level_table(rows.sketch_bits)[: 1 << rows.sketch_bits - 1].to(torch.float16)
-        words = levels.view(torch.int16).tolist() + [0] * (8 - len(levels))
-        tables = {
-            f"LEVELS_{name}_{i}": sum((word >> shift & 255) << 8 * k for k, word in enumerate(words[4 * i : 4 * i + 4]))
-            for name, shift in (("LOW", 0), ("HIGH", 8))
-            for i in (0, 1)
-        }
         return {
-            "LATENT": rows.w_pad,
-            "SHARED": rows.shared,
-            "OWN": rows.own,
-            "SKETCH": rows.sketch_columns,
-            "BITS": rows.sketch_bits,
-            "ROPE": rows.rope_dim,
-            "ROPE_BITS": rows.rope_bits,
-            "ROW_BYTES": rows.row_bytes,
+            **row_defines(self.cache),
             "ROWS": self.rows,
             "STAGES": self.stages,
             "ROW_VALUES": int(self.row_values),
             "FIXED_BYTES": self.fixed_bytes,
             "SHARED_BYTES": self.shared_bytes,
             **dict(zip(("PRODUCER_REGISTERS", "SCORE_REGISTERS", "VALUE_REGISTERS"), self.registers, strict=True)),
-            "MAX_PARTS": MAX_PARTS,
-            "SEGMENT_COST": SEGMENT_COST,
-            "PLAN_BATCH": 2048,
-            **tables,
         }
 
     def source(self) -> str:

@@ -80,6 +80,33 @@ __device__ __forceinline__ void {name}(float (&d)[{count}], u32 a0, u32 a1, u32 
     return function("wgmma_half", "f16") + function("wgmma_bf16", "bf16")
 
 
+def tile_scores_source() -> str:
+    """The source of the products of scores that read unpacked tiles.
+
+    ``wgmma_rows_half(d, a0..a3, b, accumulate)`` is d [64, 64] (+)= a [64, 16] in registers times b [64, 16]^T in
+    shared memory, ``wgmma_shared_half(d, a, b, accumulate)`` the same with a in shared memory; ``_bf16`` in bfloat16.
+    """
+    names, operands = _accumulators(32)
+
+    def function(name: str, kind: str, left: str, parameters: str, inputs: str, turned: str) -> str:
+        count = left.count("%")
+        return f"""
+__device__ __forceinline__ void {name}(float (&d)[32], {parameters}, u64 b, int accumulate) {{
+    asm volatile("{{\\n.reg .pred p;\\nsetp.ne.b32 p, %{33 + count}, 0;\\n"
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32.{kind}.{kind} {{{names}}}, "
+        "{left}, %{32 + count}, p, 1, 1, {turned};\\n}}"
+        : {operands} : {inputs}, "l"(b), "r"(accumulate));
+}}
+"""
+
+    text = ""
+    for suffix, kind in (("half", "f16"), ("bf16", "bf16")):
+        left, parameters = "{%32, %33, %34, %35}", "u32 a0, u32 a1, u32 a2, u32 a3"
+        text += function(f"wgmma_rows_{suffix}", kind, left, parameters, '"r"(a0), "r"(a1), "r"(a2), "r"(a3)', "0")
+        text += function(f"wgmma_shared_{suffix}", kind, "%32", "u64 a", '"l"(a)', "0, 0")
+    return text
+
+
 def row_values_source(columns: int) -> str:
     """The source of ``wgmma_values(d, a, b)``: d [64, columns] += a [64, 16] times b [16, columns].
 

@@ -64,10 +64,6 @@ __device__ __forceinline__ void produce(const Params& p, u32 ring, u32 full, u32
 __device__ __forceinline__ u32 query_address(u32 q_smem, int row, int step, int half) {
     return q_smem + step / 4 * kQPanelBytes + row * 128 + ((((step % 4) * 2 + half) ^ (row & 7)) << 4);
 }
-__device__ __forceinline__ void store_shared4(u32 address, u32 a, u32 b, u32 c, u32 d) {
-    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
-}
-__device__ __forceinline__ u32 largest_of(u32 largest, u32 pair) { return max(largest, max(pair & 0x7FFFu, pair >> 16 & 0x7FFFu)); }
 
 // Group g of 32 columns of query row `row`: which columns wgmma multiplies with each other follows from how ldmatrix hands
 // out codes, see unpack_group(): of the 16 columns of a step, 8-bit codes 4 i and 4 i + 1 come before 4 i + 2 and 4 i + 3;

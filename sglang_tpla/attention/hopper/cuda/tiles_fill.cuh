@@ -1,0 +1,316 @@
+// ---- scales -------------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ u32 multiply_add_half(u32 a, u32 b, u32 c) {
+    u32 d;
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+    return d;
+}
+// Int8 codes kFirst and kSecond of four, times `scale`, in float16. 1536 + code is 0x6600 | code, or 0x6500 | byte where the
+// code is negative: the sign-extended byte & 0x3FF ^ 0x6600. `bias` is -1536 scale, exact since a scale has eight bits.
+template <int kFirst, int kSecond> __device__ __forceinline__ u32 scaled_codes(u32 codes, u32 scale, u32 bias, u32 exponent) {
+    const u32 extended = permute(codes, codes, kFirst | (8 + kFirst) << 4 | kSecond << 8 | (8 + kSecond) << 12);
+    return multiply_add_half((extended & 0x03FF03FFu) ^ exponent, scale, bias);
+}
+
+// A token's scales relative to the power of its eight tokens, each twice in a register.
+struct Factors {
+    u32 shared, own, sketch, rope;                          // float16; rope: bfloat16 where the key is
+};
+
+// The largest of a row's four bfloat16 scales that multiply codes.
+__device__ __forceinline__ float largest_scale(uint2 raw) {
+    float largest = 0.f;
+    if (SHARED > 0) largest = fmaxf(largest, __uint_as_float(raw.x << 16));
+    if (OWN > 0) largest = fmaxf(largest, __uint_as_float(raw.x & 0xFFFF0000u));
+    if (SKETCH > 0) largest = fmaxf(largest, __uint_as_float(raw.y << 16));
+    if (ROPE_BITS == 8) largest = fmaxf(largest, __uint_as_float(raw.y & 0xFFFF0000u));
+    return largest;
+}
+
+// The bits of the power of two that makes 2^4 to 2^5 of the largest scale: 1536 times that is below 2^16.
+__device__ __forceinline__ u32 power_of(float largest) {
+    return min(max(__float_as_uint(largest) & 0x7F800000u, 0x06000000u), 0x7E000000u) - (4u << 23);
+}
+
+__device__ __forceinline__ Factors factors_of(uint2 raw, float inverse) {
+    const float shared = __uint_as_float(raw.x << 16) * inverse, own = __uint_as_float(raw.x & 0xFFFF0000u) * inverse;
+    const float sketch = __uint_as_float(raw.y << 16) * inverse, rope = __uint_as_float(raw.y & 0xFFFF0000u) * inverse;
+    return {pack_half(shared, shared), pack_half(own, own), pack_half(sketch, sketch),
+            ROPE_BITS == 8 ? pack_half(rope, rope) : pack_bf16(inverse, inverse)};
+}
+
+// ---- fill: raw rows to unpacked tiles -----------------------------------------------------------------------------
+//
+// A warp unpacks eight rows of each tile, two times four (a quad): of each row eight lanes take a piece each, so that a request to
+// memory covers up to 128 neighbouring bytes. Raw rows wait in shared memory of the warp's own: as soon as a tile's keys have been
+// unpacked, the next one's are copied in their place, and then its values. gather.cuh says when which rows may be read.
+
+constexpr int kQuads = 2, kWarpRows = kTile / kFillWarps;
+
+// Walks the tiles of all segments. The lanes of a warp look up the slots of its rows of kTogether tiles at once.
+struct Walk {
+    static constexpr int kTogether = 32 / kWarpRows;
+    Segments s;
+    int tile, end;                                               // the tiles that were looked up last begin with `tile`
+    int page, token;                                             // of the lane's row: -1 behind the last
+
+    __device__ __forceinline__ explicit Walk(const Params& p) : s(p), tile(s.first_tile), end(0) {
+        settle();
+    }
+    __device__ __forceinline__ void settle() {
+        for (; s.more(); s.next(), tile = 0) {
+            end = s.end_tile();
+            if (tile < end) break;
+        }
+    }
+    __device__ __forceinline__ void look_up(const Params& p, int warp, int lane) {
+        token = (tile + lane / kWarpRows) * kTile + warp * kWarpRows + lane % kWarpRows;
+        if (!s.more() || token >= s.length) token = -1;
+        // What a page becomes is worked out when it is needed, not here, where it is not there yet.
+        page = token < 0 ? 0 : __ldcg(p.page_indices + s.start + (token >> p.page_bits));
+    }
+    __device__ __forceinline__ int slot(const Params& p) const {
+        return token < 0 ? -1 : page << p.page_bits | (token & ((1 << p.page_bits) - 1));
+    }
+    // Tiles that were looked up: none at the end.
+    __device__ __forceinline__ int count() const { return s.more() ? min(end - tile, kTogether) : 0; }
+    // Whether they have rows of this step's own tokens.
+    __device__ __forceinline__ bool newest(const Params& p) const { return (tile + kTogether) * kTile > s.length - p.query_len; }
+    __device__ __forceinline__ void next() {
+        if ((tile += kTogether) < end) return;
+        s.next(), tile = 0;
+        settle();
+    }
+};
+
+__device__ __forceinline__ void copy_piece(u32 target, const u8* source) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(target), "l"(source) : "memory");
+}
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Until the older of this lane's two groups of copies has landed: a tile's keys and values.
+__device__ __forceinline__ void wait_for_oldest_copies() {
+    asm volatile("cp.async.wait_group 1;" ::: "memory");
+    __syncwarp();
+}
+// Copies pieces [kFirst, kEnd) of a row by eight lanes, whose first pieces are at `target` and `source`. A lane that has none left
+// copies what the first one does.
+template <int kFirst, int kEnd> __device__ __forceinline__ void copy_pieces(u32 target, const u8* source, int piece) {
+#pragma unroll
+    for (int i = kFirst; i < kEnd; i += 8) {
+        const int at = i + 8 <= kEnd || i + piece < kEnd ? i * 16 : (i - piece) * 16;
+        copy_piece(target + at, source + at);
+    }
+}
+// Where a lane stores. A chunk's place of its row in a panel is turned by the row, for wgmma's swizzle. A lane that has no piece
+// in a group stores what the first one does.
+struct Lane {
+    static constexpr int kKeys = OwnChunks::kCount % 8;          // the chunk of a panel that keys begin with
+    int piece, row;                                              // row: of the first quad, in a tile
+    u32 value, key;                                              // chunk `piece` of eight
+    u32 last_value[2], last_rope[2], last_sketch[4];             // of fewer: each chunk of the lane's piece
+
+    __device__ __forceinline__ u32 at(int chunk) const { return chunk / 8 * kPanelBytes + row * 128 + ((chunk % 8 ^ row % 8) << 4); }
+    // The piece that the lane takes of a group of `count`.
+    __device__ __forceinline__ int piece_of(int count) const { return piece < count ? piece : 0; }
+    template <typename Field> __device__ __forceinline__ u32 last(int field, int k) const {
+        constexpr int kGroup = Field::kGroups > 0 ? Field::kGroups - 1 : 0;
+        const int mine = piece_of(Field::pieces(kGroup));
+        if (mine == Field::whole(kGroup)) return at(field + Field::kWhole * 4 + k);
+        return at(field + Field::place(kGroup, k) + mine);
+    }
+    __device__ __forceinline__ Lane(int warp, int lane) : piece(lane % 8), row(warp * kWarpRows + lane / 8) {
+        value = at(piece), key = at(kKeys + piece);
+#pragma unroll
+        for (int k = 0; k < 2; ++k) last_value[k] = last<OwnChunks>(0, k);
+#pragma unroll
+        for (int k = 0; k < 16 / ROPE_BITS; ++k) last_rope[k] = last<RopeChunks>(OwnChunks::kCount, k);
+#pragma unroll
+        for (int k = 0; k < 4 && SKETCH > 0; ++k) last_sketch[k] = last<SketchChunks>(OwnChunks::kCount + RopeChunks::kCount, k);
+    }
+    // Of chunk `k` of the lane's piece of group `group` of a field whose first chunk is `field`.
+    template <typename Field>
+    __device__ __forceinline__ u32 place(u32 stage, int field, int group, int k, int quad, const u32* last) const {
+        const bool full = Field::whole(group) == 8;
+        const u32 address = full ? (field ? key : value) : last[k];
+        const u32 turned = quad ? address ^ 64 : address;        // four rows further on
+        return stage + turned + quad * 512 + (full ? (field + Field::place(group, k)) / 8 * kPanelBytes : 0);
+    }
+};
+
+// Eight int8 codes, four of a scale, as a chunk.
+__device__ __forceinline__ void store_codes(u32 address, u32 first, u32 second, u32 first_scale, u32 second_scale, u32 exponent) {
+    const u32 first_bias = multiply_half(first_scale, 0xE600E600u), second_bias = multiply_half(second_scale, 0xE600E600u);  // - 1536
+    store_shared4(address, scaled_codes<0, 1>(first, first_scale, first_bias, exponent),
+                  scaled_codes<2, 3>(first, first_scale, first_bias, exponent),
+                  scaled_codes<0, 1>(second, second_scale, second_bias, exponent),
+                  scaled_codes<2, 3>(second, second_scale, second_bias, exponent));
+}
+
+// The lane's pieces of a raw row's keys. A lane without a piece has the first one.
+struct RawKeys {
+    uint4 rope[RopeChunks::kGroups], sketch[SketchChunks::kGroups > 0 ? SketchChunks::kGroups : 1];
+
+    __device__ __forceinline__ void load(u32 row, const Lane& lane) {
+#pragma unroll
+        for (int group = 0; group < RopeChunks::kGroups; ++group)
+            rope[group] = load_shared4(row + kRopeOffset + (group * 8 + lane.piece_of(RopeChunks::pieces(group))) * 16);
+#pragma unroll
+        for (int group = 0; group < SketchChunks::kGroups; ++group) {
+            const u32 at = row + kSketchOffset + (group * 8 + lane.piece_of(SketchChunks::pieces(group))) * 4 * BITS;
+            if (BITS == 4) sketch[group] = load_shared4(at);
+            else sketch[group] = make_uint4(load_shared(at), load_shared(at + 4), BITS == 3 ? load_shared(at + 8) : 0, 0);
+        }
+    }
+    // Unpacks them to the tile at `stage`.
+    __device__ __forceinline__ void store(u32 stage, const Lane& lane, int quad, const Factors& f, const Constants& constants) const {
+#pragma unroll
+        for (int group = 0; group < RopeChunks::kGroups; ++group) {
+            const uint4& x = rope[group];
+            const auto place = [&](int k) { return lane.place<RopeChunks>(stage, OwnChunks::kCount, group, k, quad, lane.last_rope); };
+            if (ROPE_BITS == 16) {
+                store_shared4(place(0), multiply_bf16(x.x, f.rope), multiply_bf16(x.y, f.rope), multiply_bf16(x.z, f.rope),
+                              multiply_bf16(x.w, f.rope));
+            } else {
+                store_codes(place(0), x.x, x.y, f.rope, f.rope, constants.exponent);
+                store_codes(place(1), x.z, x.w, f.rope, f.rope, constants.exponent);
+            }
+        }
+#pragma unroll
+        for (int group = 0; group < SketchChunks::kGroups; ++group) {
+            constexpr int kField = OwnChunks::kCount + RopeChunks::kCount;
+            const u32 words[4] = {sketch[group].x, sketch[group].y, sketch[group].z, sketch[group].w};
+            const bool partial = SketchChunks::whole(group) < SketchChunks::pieces(group) && lane.piece == SketchChunks::whole(group);
+#pragma unroll
+            for (int k = 0; k < 4; ++k) {
+                const int bit = 8 * BITS * k;
+                u32 pair[4];
+                levels_of(nibbles<BITS>(__funnelshift_r(words[bit / 32], words[min(bit / 32 + 1, 3)], bit % 32)), constants.levels, pair);
+                if (k < 2 || !partial)
+                    store_shared4(lane.place<SketchChunks>(stage, kField, group, k, quad, lane.last_sketch), multiply_half(pair[0], f.sketch),
+                                  multiply_half(pair[1], f.sketch), multiply_half(pair[2], f.sketch), multiply_half(pair[3], f.sketch));
+            }
+        }
+    }
+};
+
+// The same of its values.
+struct RawValues {
+    uint4 codes[OwnChunks::kGroups];
+
+    __device__ __forceinline__ void load(u32 row, const Lane& lane) {
+#pragma unroll
+        for (int group = 0; group < OwnChunks::kGroups; ++group)
+            codes[group] = load_shared4(row + (group * 8 + lane.piece_of(OwnChunks::pieces(group))) * 16);
+    }
+    __device__ __forceinline__ void store(u32 stage, const Lane& lane, int quad, const Factors& f, const Constants& constants) const {
+#pragma unroll
+        for (int group = 0; group < OwnChunks::kGroups; ++group) {
+            const u32 x[4] = {codes[group].x, codes[group].y, codes[group].z, codes[group].w};
+            const int first = group * 128, column = first + lane.piece_of(OwnChunks::pieces(group)) * 16;
+            u32 scale[4];
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const bool shared = (SHARED % 16 ? column + 4 * i : column) < SHARED;
+                scale[i] = OWN == 0 || first + 128 <= SHARED ? f.shared : first >= SHARED ? f.own : shared ? f.shared : f.own;
+            }
+#pragma unroll
+            for (int k = 0; k < 2; ++k)
+                store_codes(lane.place<OwnChunks>(stage, 0, group, k, quad, lane.last_value), x[2 * k], x[2 * k + 1], scale[2 * k],
+                            scale[2 * k + 1], constants.exponent);
+        }
+    }
+};
+
+// A warp's part of every tile. `raw`: its raw rows; `warp`: its number among kFillWarps.
+__device__ __forceinline__ void fill(const Params& p, Fixed& fixed, u32 ring, u32 raw, int warp, int lane_number) {
+    const Lane lane(warp, lane_number);
+    const int sub = lane_number / 8;
+    // volatile loads: what is known to be the same in all lanes would have to be moved to their registers for every use
+    const Constants constants = {load_shared4(shared_address(&fixed.constants.levels)),
+                                 load_shared(shared_address(&fixed.constants.exponent))};
+    Walk walk(p);
+    walk.look_up(p, warp, lane_number);
+    // What is copied: the first of `left` tiles with `slots`, rows from `first_row` on. The walk is at the tiles behind them.
+    int slots = -1, left = 0, first_row = 0;
+    u32 beyond = 0;                                              // the quads that are copied: whether the lane's row is behind the last
+    const u8* rows[kQuads];
+    const auto move_on = [&]() {
+        if (left == 0) {
+            left = walk.count(), first_row = 0;
+            if (left == 0) return false;
+            slots = walk.slot(p);
+            if (walk.newest(p)) wait_for_predecessor();
+            walk.next();
+            walk.look_up(p, warp, lane_number);
+        }
+        beyond = 0;
+#pragma unroll
+        for (int quad = 0; quad < kQuads; ++quad) {
+            const int slot = __shfl_sync(0xffffffff, slots, first_row + quad * 4 + sub);
+            rows[quad] = p.kv + (long long)max(slot, 0) * p.kv_stride + lane.piece * 16;
+            beyond |= (u32)slot >> 31 << quad;
+        }
+        --left, first_row += kWarpRows;
+        return true;
+    };
+    const u32 row = raw + sub * ROW_BYTES, target = row + lane.piece * 16;
+    const auto copy_keys = [&]() {
+#pragma unroll
+        for (int quad = 0; quad < kQuads; ++quad)
+            copy_pieces<kRopeOffset / 16, ROW_BYTES / 16>(target + quad * 4 * ROW_BYTES, rows[quad], lane.piece);
+    };
+    const auto copy_values = [&]() {
+#pragma unroll
+        for (int quad = 0; quad < kQuads; ++quad)
+            copy_pieces<0, LATENT / 16>(target + quad * 4 * ROW_BYTES, rows[quad], lane.piece);
+    };
+    // The reader fences, not the writer, whose fence would wait for the rows on their way.
+    const auto arrive = [&](u64* full) {
+        __syncwarp();
+        if (lane_number == 0) barrier_arrive(shared_address(full));
+    };
+    bool more = move_on();
+    if (more) copy_keys();
+    commit_copies();
+    if (more) copy_values();
+    commit_copies();
+#pragma unroll 1
+    for (Stage at; more; at.next()) {
+        const u32 stage = ring + at.slot * kStageBytes;
+        RawKeys keys[kQuads];
+        RawValues values[kQuads];
+        wait_for_oldest_copies();
+        uint2 scales[kQuads] = {load_shared2(row + ROW_BYTES - 8), load_shared2(row + 5 * ROW_BYTES - 8)};
+#pragma unroll
+        for (int quad = 0; quad < kQuads; ++quad) keys[quad].load(row + quad * 4 * ROW_BYTES, lane);
+        // Behind the last token whatever lies in slot 0 is unpacked, with scales of 1: finite, and masked.
+#pragma unroll
+        for (int quad = 0; quad < kQuads; ++quad)
+            if (beyond >> quad & 1) scales[quad] = make_uint2(0x3F803F80u, 0x3F803F80u);
+        float largest = fmaxf(largest_scale(scales[0]), largest_scale(scales[1]));
+        largest = fmaxf(largest, __shfl_xor_sync(0xffffffff, largest, 8));
+        largest = fmaxf(largest, __shfl_xor_sync(0xffffffff, largest, 16));
+        const u32 power = power_of(largest);
+        const float inverse = __uint_as_float(0x7F000000u - power);
+        const Factors factors[kQuads] = {factors_of(scales[0], inverse), factors_of(scales[1], inverse)};
+        barrier_wait(shared_address(fixed.keys_empty + at.slot), at.phase ^ 1);
+#pragma unroll
+        for (int quad = 0; quad < kQuads; ++quad) keys[quad].store(stage, lane, quad, factors[quad], constants);
+        arrive(fixed.keys_full + at.slot);
+        more = move_on();
+        if (more) copy_keys();
+        commit_copies();
+        wait_for_oldest_copies();
+#pragma unroll
+        for (int quad = 0; quad < kQuads; ++quad) values[quad].load(row + quad * 4 * ROW_BYTES, lane);
+        barrier_wait(shared_address(fixed.values_empty + at.slot), at.phase ^ 1);
+        if (lane_number == 0)
+            fixed.eights[at.slot][warp] = {__uint_as_float(power), (float)((int)(power >> 23) - 127), inverse, 0.f};
+#pragma unroll
+        for (int quad = 0; quad < kQuads; ++quad) values[quad].store(stage, lane, quad, factors[quad], constants);
+        arrive(fixed.values_full + at.slot);
+        if (more) copy_values();
+        commit_copies();
+    }
+    asm volatile("cp.async.wait_all;" ::: "memory");
+}

@@ -1,0 +1,115 @@
+"""The form of the kernel for sketched rows that serves many query rows on wide values; `decode` compiles it.
+
+Every code is unpacked once, to shared memory, where both products read it: of 64 query rows and w_pad 256 to 320 that
+takes three quarters of the time that `sketched` needs. The head of ``cuda/tiles_shapes.cuh`` explains it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from sglang_tpla.attention.hopper import wgmma
+from sglang_tpla.attention.hopper.plan import TILE_TOKENS
+from sglang_tpla.attention.hopper.sketched import BLOCK_BYTES, PANEL_BYTES, row_defines
+from sglang_tpla.attention.interface import DecodeShape
+from sglang_tpla.cache_rows.sketched import SketchedRows
+
+# The files are compiled as one text, in this order.
+SOURCES = tuple(
+    Path(__file__).parent / "cuda" / name
+    for name in (
+        "sketched_params.cuh",  # parameters
+        "merge_shared.cuh",  # the request that a block helps to merge
+        "sketched_codes.cuh",  # from codes to float16
+        "tiles_shapes.cuh",  # explanation; constants of a variant, shared memory
+        "hopper.cuh",  # barriers, asynchronous copies, wgmma
+        "parts.cuh",  # a block's part of the plan
+        "tiles_fill.cuh",  # the warps that unpack tiles
+        "tiles_query.cuh",  # the query
+        "tiles_scores.cuh",  # scores, softmax
+        "tiles_values.cuh",  # values; partial results
+        "merge.cuh",  # adding up partial results
+        "tiles_decode.cu",  # the consumers' loop and the kernel
+        "latent_plan.cu",  # the planning kernel
+    )
+)
+FEWEST_QUERY_ROWS = 33
+FEWEST_COLUMNS, MOST_COLUMNS = 256, 320  # of values: narrower ones are faster unpacked by the warps that multiply
+FILL_WARPS = 8
+STAGES = 2  # unpacked tiles
+FEWEST_FILL_REGISTERS = 80
+
+
+@dataclass(frozen=True)
+class TiledVariant:
+    """One compiled form of the kernel.
+
+    Args:
+        cache: the rows that the kernel reads.
+        query_steps: steps of 16 columns whose query the warpgroup of scores holds in registers; the others' is in
+            shared memory.
+    """
+
+    cache: SketchedRows
+    query_steps: int
+
+    name = "sketched_tiles"
+    threads = 512
+    rows = 64  # query rows of a block
+
+    @property
+    def steps(self) -> int:
+        """Products of 16 columns for the scores: own columns, rotary key, sketch."""
+        return self.cache.w_pad // 16 + self.cache.rope_dim // 16 + -(-self.cache.sketch_columns // 16)
+
+    @property
+    def fixed_bytes(self) -> int:
+        """The shared memory behind the rings: barriers, constants, what the warpgroups tell each other."""
+        told = 2 * TILE_TOKENS * STAGES + 2 * 4 * self.rows + 2 * self.steps
+        return -(-(8 * (4 * STAGES + 2) + 32 + 16 + 4 + 16 + 12 + told) // 16) * 16
+
+    @property
+    def shared_bytes(self) -> int:
+        """The dynamic shared memory: query, probabilities, unpacked and raw rows, and what is fixed."""
+        query, tile = -(-(self.steps - self.query_steps) // 4), -(-self.steps // 4)
+        raw = FILL_WARPS * 8 * self.cache.row_bytes
+        return (query + 1 + STAGES * tile) * PANEL_BYTES + raw + self.fixed_bytes
+
+    @property
+    def registers(self) -> tuple[int, int, int]:
+        """The registers of a thread that unpacks, of scores and of values, 512 with those that unpack counted twice."""
+        values = -(-(self.cache.w_pad // 2 + 32) // 8) * 8
+        scores = 32 + 4 * self.query_steps + 64
+        return (512 - scores - values) // 16 * 8, scores, values
+
+    @property
+    def fits(self) -> bool:
+        """Whether a block has that much shared memory, and as many registers."""
+        return self.shared_bytes <= BLOCK_BYTES and self.registers[0] >= FEWEST_FILL_REGISTERS
+
+    @property
+    def defines(self) -> dict[str, int]:
+        """The macros of the CUDA source."""
+        names = ("FILL_REGISTERS", "SCORE_REGISTERS", "VALUE_REGISTERS")
+        return {
+            **row_defines(self.cache),
+            "QUERY_STEPS": self.query_steps,
+            "SHARED_BYTES": self.shared_bytes,
+            **dict(zip(names, self.registers, strict=True)),
+        }
+
+    def source(self) -> str:
+        """The whole CUDA source."""
+        instructions = wgmma.tile_scores_source() + wgmma.row_values_source(self.cache.w_pad)
+        return wgmma.PRELUDE + instructions + "\n".join(path.read_text() for path in SOURCES)
+
+
+def variant_for(shape: DecodeShape) -> TiledVariant | None:
+    """The form for ``shape``, or None where `sketched` serves it better."""
+    assert shape.sketched is not None
+    cache = shape.sketched
+    if shape.heads * shape.query_len < FEWEST_QUERY_ROWS or not FEWEST_COLUMNS <= cache.w_pad <= MOST_COLUMNS:
+        return None
+    variants = (TiledVariant(cache, query_steps) for query_steps in (16, 20, 12, 8))
+    return next((variant for variant in variants if variant.fits), None)
