@@ -1,7 +1,7 @@
 """The form of the kernel for sketched rows that serves many query rows on wide values; `decode` compiles it.
 
-Every code is unpacked once, to shared memory, where both products read it: of 64 query rows and w_pad 256 to 320 that
-takes three quarters of the time that `sketched` needs. The head of ``cuda/tiles_shapes.cuh`` explains it.
+Every code is unpacked once, to shared memory, where both products read it: of 64 query rows and w_pad 288 that takes
+three quarters of the time that `sketched` needs. The head of ``cuda/tiles_shapes.cuh`` explains it.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ SOURCES = tuple(
         "latent_plan.cu",  # the planning kernel
     )
 )
-FEWEST_QUERY_ROWS = 33
-FEWEST_COLUMNS, MOST_COLUMNS = 256, 320  # of values: narrower ones are faster unpacked by the warps that multiply
+FEWEST_QUERY_ROWS = 49
+FEWEST_COLUMNS, MOST_COLUMNS = 272, 320  # of values: narrower ones are faster unpacked by the warps that multiply
 FILL_WARPS = 8
 STAGES = 2  # unpacked tiles
-FEWEST_FILL_REGISTERS = 80
+FEWEST_FILL_REGISTERS = 72
 
 
 @dataclass(frozen=True)
@@ -79,8 +79,9 @@ class TiledVariant:
     @property
     def registers(self) -> tuple[int, int, int]:
         """The registers of a thread that unpacks, of scores and of values, 512 with those that unpack counted twice."""
-        values = -(-(self.cache.w_pad // 2 + 32) // 8) * 8
-        scores = 32 + 4 * self.query_steps + 64
+        held = self.cache.w_pad // 2  # a thread's sums of values
+        values = max(held + 32, min(held + 40, 184))
+        scores = 32 + 4 * self.query_steps + 72
         return (512 - scores - values) // 16 * 8, scores, values
 
     @property
