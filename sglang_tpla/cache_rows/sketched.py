@@ -8,10 +8,10 @@ bytes, without gaps (``SketchedRows`` has every size and offset):
       for every other group j, ascending | zeros up to the scales | 4 bfloat16 scales: shared, own, sketch, rope ]
 
 * ``value = scale * code``. An int8 scale is the largest magnitude over 127, rounded up to bfloat16; zeros have scale 1.
-* Groups round shared columns at two thresholds in turn (``turns``): column k of group i is ``value / scale`` plus 1/4
-  where i + k is even, minus 1/4 where it is odd, rounded. The groups' outputs add up, and with them the values of
-  shared columns, each group's by 1 / g: half of the groups err up where the other half err down, so that the sum has
-  half the step. Rows of groups without own columns are all the same, and are rounded to the nearest code.
+* Groups round shared columns in two ways in turn (``turns``): the code of column k in group i is ``value / scale``
+  plus 1/4 where i + k is even, minus 1/4 where it is odd, rounded. The groups' outputs add up, and each of them has 1/g
+  of the shared values, so that the sum has them with half the step. Without own columns all groups have one row, whose
+  codes are the nearest ones.
 * A sketch code's top bit is its sign (1: negative), its low bits choose a magnitude from ``LEVELS``: Lloyd and Max's
   best levels for a Gaussian. All g blocks of a token have one scale, so that the sketch is the same for every rank.
 * Code k of a block occupies bits k*b to k*b+b-1 of a little-endian bit stream.
@@ -33,7 +33,7 @@ ROPE_BITS = (8, 16)
 SCALES_BYTES = 8  # shared, own, sketch, rope
 SCALE_BYTES = 2
 INT8_LARGEST = 127
-TURN = 0.25  # of a step: how far the two roundings of shared columns lie from the nearest one
+TURN = 0.25  # of a step, added before rounding in one group and subtracted in the next
 ALIGNMENT = 16  # of fields and rows that a GPU's 16-byte loads read
 ALIGNED_FROM_BYTES = 256  # shorter rows are aligned to 4 bytes, where padding would cost more than it gains
 LARGEST_BFLOAT16 = torch.finfo(torch.bfloat16).max
