@@ -63,18 +63,18 @@ def read_row(row: bytes, rows: SketchedRows) -> ReadRow:
 def assert_row(row: bytes, rows: SketchedRows, group: int, z: np.ndarray, k_rope: np.ndarray) -> None:
     """A row is what projected columns [shared | own | sketch of all groups] (float64) and a key are to become.
 
-    int8 codes are the nearest ones but for float32's rounding, those of shared columns after the group's quarter of a
-    step in turn up and down; a sketch code is the nearest level, but for the same.
+    int8 codes are the nearest ones but for float32's rounding, those of shared columns and of the key after the
+    group's quarter of a step in turn up and down; a sketch code is the nearest level, but for the same.
     """
     got, r, n = read_row(row, rows), rows.shared, rows.own
     own, sketch = z[r : r + n], z[r + n :].reshape(rows.groups, n)
-    turned = z[:r] + got.scales[0] * ((-1.0) ** (np.arange(r) + group) / 4 if n else 0)
+    turns = (-1.0) ** (np.arange(max(r, rows.rope_dim)) + group) / 4 if n else np.zeros(max(r, rows.rope_dim))
     if r:
-        _assert_int8(z[:r], got.shared, got.scales[0], turned)
+        _assert_int8(z[:r], got.shared, got.scales[0], z[:r] + got.scales[0] * turns[:r])
     if n:
         _assert_int8(own, got.own, got.scales[1], own)
     if rows.rope_bits == 8:
-        _assert_int8(k_rope, got.key, got.scales[3], k_rope)
+        _assert_int8(k_rope, got.key, got.scales[3], k_rope + got.scales[3] * turns[: rows.rope_dim])
     else:
         assert np.array_equal(got.key, k_rope)
     if not sketch.size:

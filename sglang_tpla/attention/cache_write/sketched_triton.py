@@ -31,31 +31,22 @@ def nearest_bfloat16(value):
 
 
 @triton.jit
-def int8_codes(x, scale):
-    """Values over their scale, rounded to the nearest integer, ties to even."""
-    return nearest_codes(tl.div_rn(x, tl.zeros_like(x) + scale))
-
-
-@triton.jit
-def nearest_codes(ratio):
-    """The nearest integers, ties to even."""
+def int8_codes(x, scale, at, TURN: tl.constexpr):
+    """Values over their scale, plus ``TURN`` in even columns ``at`` and minus it in odd ones, rounded half to even."""
+    ratio = tl.div_rn(x, tl.zeros_like(x) + scale)
+    if TURN != 0.0:
+        ratio += tl.where(at % 2 == 0, TURN, -TURN)
     nearest = (ratio + 12582912.0) - 12582912.0  # adding 1.5 * 2^23 leaves no bits for a fraction
     return tl.minimum(tl.maximum(nearest, -127.0), 127.0).to(tl.int8).to(tl.uint8, bitcast=True)
 
 
 @triton.jit
 def quantised_field(row, columns, first, COUNT: tl.constexpr, BLOCK: tl.constexpr, TURN: tl.constexpr):
-    """Quantise ``COUNT`` columns from ``first`` on into the same place of the row, and return their scale.
-
-    ``TURN`` is added to the even columns in units of the scale, and taken from the odd ones.
-    """
+    """Quantise ``COUNT`` columns from ``first`` on into the same place of the row, and return their scale."""
     at = tl.arange(0, BLOCK)
     x = tl.load(columns + first + at, mask=at < COUNT, other=0.0, cache_modifier=".cg")
     scale = int8_scale(tl.max(tl.abs(x), 0))
-    ratio = tl.div_rn(x, tl.zeros_like(x) + scale)
-    if TURN != 0.0:
-        ratio += tl.where(at % 2 == 0, TURN, -TURN)
-    tl.store(row + first + at, nearest_codes(ratio), mask=at < COUNT)
+    tl.store(row + first + at, int8_codes(x, scale, at, TURN), mask=at < COUNT)
     return scale
 
 
@@ -153,8 +144,10 @@ def write_row(
         if ROPE_BITS == 8:
             even, odd = tl.where(whole, even.to(tl.float32), 0.0), tl.where(whole, odd.to(tl.float32), 0.0)
             rope_scale = int8_scale(tl.maximum(tl.max(tl.abs(even)), tl.max(tl.abs(odd))))
-            tl.store(row + W_PAD + a[None, :] + one[:, None], int8_codes(even, rope_scale), mask=whole)
-            tl.store(row + W_PAD + b[None, :] + one[:, None], int8_codes(odd, rope_scale), mask=whole)
+            tl.store(
+                row + W_PAD + a[None, :] + one[:, None], int8_codes(even, rope_scale, a[None, :], TURN), mask=whole
+            )
+            tl.store(row + W_PAD + b[None, :] + one[:, None], int8_codes(odd, rope_scale, b[None, :], TURN), mask=whole)
         else:
             tl.store(row16 + W_PAD // 2 + a[None, :] + one[:, None], even.to(tl.bfloat16), mask=whole)
             tl.store(row16 + W_PAD // 2 + b[None, :] + one[:, None], odd.to(tl.bfloat16), mask=whole)
