@@ -63,15 +63,18 @@ def read_row(row: bytes, rows: SketchedRows) -> ReadRow:
 def assert_row(row: bytes, rows: SketchedRows, group: int, z: np.ndarray, k_rope: np.ndarray) -> None:
     """A row is what projected columns [shared | own | sketch of all groups] (float64) and a key are to become.
 
-    int8 codes are the nearest ones but for float32's rounding; a sketch code is the nearest level, but for the same.
+    int8 codes are the nearest ones but for float32's rounding, those of shared columns and of the key after the
+    group's quarter of a step in turn up and down; a sketch code is the nearest level, but for the same.
     """
     got, r, n = read_row(row, rows), rows.shared, rows.own
     own, sketch = z[r : r + n], z[r + n :].reshape(rows.groups, n)
-    for values, codes, scale in ((z[:r], got.shared, got.scales[0]), (own, got.own, got.scales[1])):
-        if values.size:
-            _assert_int8(values, codes, scale)
+    turns = (-1.0) ** (np.arange(max(r, rows.rope_dim)) + group) / 4 if n else np.zeros(max(r, rows.rope_dim))
+    if r:
+        _assert_int8(z[:r], got.shared, got.scales[0], z[:r] + got.scales[0] * turns[:r])
+    if n:
+        _assert_int8(own, got.own, got.scales[1], own)
     if rows.rope_bits == 8:
-        _assert_int8(k_rope, got.key, got.scales[3])
+        _assert_int8(k_rope, got.key, got.scales[3], k_rope + got.scales[3] * turns[: rows.rope_dim])
     else:
         assert np.array_equal(got.key, k_rope)
     if not sketch.size:
@@ -84,11 +87,12 @@ def assert_row(row: bytes, rows: SketchedRows, group: int, z: np.ndarray, k_rope
     assert (np.abs(others - got.sketched) <= best + 1e-5 * rms).all()
 
 
-def _assert_int8(values: np.ndarray, codes: np.ndarray, scale: float) -> None:
+def _assert_int8(values: np.ndarray, codes: np.ndarray, scale: float, turned: np.ndarray) -> None:
+    """Codes are the nearest to ``turned``, their scale is that of ``values``."""
     largest = np.abs(values).max()
     if not largest:
         assert scale == 1 and not codes.any()
         return
     # rounded up to bfloat16, which has 8 bits of precision
     assert largest / 127 * (1 - 1e-6) <= scale <= largest / 127 * (1 + 2**-7 + 1e-6)
-    assert (np.abs(values - codes * scale) <= scale * (0.5 + 1e-4)).all()
+    assert (np.abs(turned - codes * scale) <= scale * (0.5 + 1e-4)).all()

@@ -8,6 +8,10 @@ bytes, without gaps (``SketchedRows`` has every size and offset):
       for every other group j, ascending | zeros up to the scales | 4 bfloat16 scales: shared, own, sketch, rope ]
 
 * ``value = scale * code``. An int8 scale is the largest magnitude over 127, rounded up to bfloat16; zeros have scale 1.
+* Groups round shared columns and an int8 rotary key in two ways in turn (``turns``): the code of column k in group i is
+  ``value / scale`` plus 1/4 where i + k is even, minus 1/4 where it is odd, rounded. The groups' outputs add up, and
+  each of them has 1/g of the shared values, so that the sum has them with half the step; errors of scores cancel
+  likewise. Without own columns all groups have one row, whose codes are the nearest ones.
 * A sketch code's top bit is its sign (1: negative), its low bits choose a magnitude from ``LEVELS``: Lloyd and Max's
   best levels for a Gaussian. All g blocks of a token have one scale, so that the sketch is the same for every rank.
 * Code k of a block occupies bits k*b to k*b+b-1 of a little-endian bit stream.
@@ -29,6 +33,7 @@ ROPE_BITS = (8, 16)
 SCALES_BYTES = 8  # shared, own, sketch, rope
 SCALE_BYTES = 2
 INT8_LARGEST = 127
+TURN = 0.25  # of a step, added before rounding in one group and subtracted in the next
 ALIGNMENT = 16  # of fields and rows that a GPU's 16-byte loads read
 ALIGNED_FROM_BYTES = 256  # shorter rows are aligned to 4 bytes, where padding would cost more than it gains
 LARGEST_BFLOAT16 = torch.finfo(torch.bfloat16).max
@@ -163,9 +168,24 @@ class SketchedRows:
         return self.row_bytes - SCALES_BYTES
 
     @property
+    def turns(self) -> int:
+        """In how many ways groups round the int8 columns that all have: 2, or 1 where all have the same row."""
+        return 2 if self.groups > 1 and self.own else 1
+
+    @property
+    def key_turns(self) -> int:
+        """In how many ways groups round the rotary key: as ``turns`` where it is int8."""
+        return self.turns if self.rope_bits == 8 else 1
+
+    def turn(self, group: int) -> float:
+        """Return what a group adds to the even ones of these columns before rounding, in steps; odd ones lose it."""
+        return 0.0 if self.turns == 1 else -TURN if group % self.turns else TURN
+
+    @property
     def common_bytes(self) -> int:
-        """Bytes on the wire that all groups have of a token: see ``encode_common``."""
-        return self.shared + self.rope_bytes + self.groups * self.block_bytes + 3 * SCALE_BYTES
+        """Bytes on the wire that all groups take their part of a token from: see ``encode_common``."""
+        twice = self.turns * self.shared + self.key_turns * self.rope_bytes
+        return twice + self.groups * self.block_bytes + 3 * SCALE_BYTES
 
     @property
     def own_bytes(self) -> int:
@@ -173,13 +193,17 @@ class SketchedRows:
         return self.own + SCALE_BYTES if self.own else 0
 
     def common_copies(self, group: int) -> tuple[tuple[int, int, int], ...]:
-        """Return (from, to, bytes) of each piece of the common part in a row of ``group``, without its own block."""
-        sketch = self.shared + self.rope_bytes
+        """Return (from, to, bytes) of each piece of the common part that a row of ``group`` has.
+
+        That is one of the roundings of shared columns and of an int8 key, and all blocks but the group's own.
+        """
+        key = self.turns * self.shared
+        sketch = key + self.key_turns * self.rope_bytes
         block, before = self.block_bytes, group * self.block_bytes
         scales = sketch + self.groups * block
         pieces = (
-            (0, 0, self.shared),
-            (self.shared, self.rope_offset, self.rope_bytes),
+            (group % self.turns * self.shared, 0, self.shared),
+            (key + group % self.key_turns * self.rope_bytes, self.rope_offset, self.rope_bytes),
             (sketch, self.sketch_offset, before),
             (sketch + before + block, self.sketch_offset + before, self.sketch_bytes - before),
             (scales, self.scales_offset, SCALE_BYTES),
@@ -218,18 +242,19 @@ def pack_rows(
 
 
 def encode_common(rows: SketchedRows, shared: torch.Tensor, sketch: torch.Tensor, k_rope: torch.Tensor) -> torch.Tensor:
-    """Return what all groups have of a token, ``[..., common_bytes]`` uint8; arguments as in ``pack_rows``.
+    """Return what groups share of a token, ``[..., common_bytes]`` uint8; arguments as in ``pack_rows``.
 
-    In order: shared codes, rotary key, the sketch blocks of all groups, the scales of shared, sketch and rope.
+    In order: shared codes of groups 0, 2, ..., of groups 1, 3, ..., rotary key (likewise, where it is int8), the sketch
+    blocks of all groups, the scales of shared, sketch and rope.
     """
-    shared_codes, shared_scale = quantise(shared)
+    shared_codes, shared_scale = quantise_in_turns(rows, shared)
     codes, sketch_scale = quantise_sketch(sketch, rows.sketch_bits)
     if rows.rope_bits == 8:
-        key, rope_scale = quantise(k_rope)
+        keys, rope_scale = quantise_in_turns(rows, k_rope)
     else:
-        key, rope_scale = k_rope.to(torch.bfloat16), torch.ones_like(shared_scale)
+        keys, rope_scale = [k_rope.to(torch.bfloat16)], torch.ones_like(shared_scale)
     blocks = pack_bits(codes, rows.sketch_bits)  # a block is whole bytes, so blocks lie one after another
-    return _bytes(shared_codes, key, blocks, shared_scale, sketch_scale, rope_scale)
+    return _bytes(*shared_codes, *keys, blocks, shared_scale, sketch_scale, rope_scale)
 
 
 def encode_own(rows: SketchedRows, own: torch.Tensor) -> torch.Tensor:
@@ -271,13 +296,37 @@ def unpack_rows(rows: SketchedRows, packed: torch.Tensor) -> Unpacked:
 
 def quantise(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return int8 codes ``[..., n]`` and a bfloat16 scale ``[..., 1]`` of ``[..., n]``; no columns have scale 1."""
+    steps, scale = _over_scale(values)
+    return _nearest(steps), scale
+
+
+def quantise_in_turns(rows: SketchedRows, values: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Return int8 codes of columns ``[..., n]`` for each of the ``turns``, and one scale as in ``quantise``."""
+    steps, scale = _over_scale(values)
+    signs = _alternating(steps.shape[-1], steps.device)
+    return [_nearest(steps + rows.turn(group) * signs) for group in range(rows.turns)], scale
+
+
+def _over_scale(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return values over their scale, float32, and that scale, bfloat16 ``[..., 1]``."""
     wide = values.to(torch.float32)
     if not wide.shape[-1]:
-        return wide.to(torch.int8), wide.new_ones(*wide.shape[:-1], 1, dtype=torch.bfloat16)
+        return wide, wide.new_ones(*wide.shape[:-1], 1, dtype=torch.bfloat16)
     scale = round_up_bfloat16(wide.abs().amax(-1, keepdim=True) / INT8_LARGEST)
     scale = torch.where(scale == 0, torch.ones_like(scale), scale)  # a row of zeros
-    codes = (wide / scale).round().clamp(-INT8_LARGEST, INT8_LARGEST)
-    return codes.to(torch.int8), scale.to(torch.bfloat16)
+    return wide / scale, scale.to(torch.bfloat16)
+
+
+def _nearest(steps: torch.Tensor) -> torch.Tensor:
+    return steps.round().clamp(-INT8_LARGEST, INT8_LARGEST).to(torch.int8)
+
+
+@functools.lru_cache(maxsize=64)
+def _alternating(columns: int, device: torch.device) -> torch.Tensor:
+    """Return 1, -1, 1, ..., float32 ``[columns]``."""
+    signs = torch.ones(columns, dtype=torch.float32, device="cpu")
+    signs[1::2] = -1
+    return signs.to(device)
 
 
 def round_up_bfloat16(values: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from sglang_tpla.cache_rows.sketched import SketchedRows, quantise, quantise_sketch, sketch_values
+from sglang_tpla.cache_rows.sketched import SketchedRows, quantise, quantise_in_turns, quantise_sketch, sketch_values
 
 
 @dataclass(frozen=True)
@@ -45,18 +45,26 @@ class SketchedMaps:
     def views(self, latent: torch.Tensor, k_rope: torch.Tensor) -> Iterator[GroupView]:
         """Yield each group's view of latents [B, S, d] and rotated keys [B, S, rope], in their dtype."""
         rows, dtype = self.rows, latent.dtype
-        # round shared columns, rotary key and sketch once, because they are the same for every group
-        shared = rounded(latent @ self.z[0][:, : rows.shared])
-        key = rounded(k_rope) if rows.rope_bits == 8 else k_rope.to(torch.bfloat16).to(dtype)
+        # round shared columns, rotary key and sketch once, because groups have them in common
+        shared = _in_turns(rows, latent @ self.z[0][:, : rows.shared])
+        keys = _in_turns(rows, k_rope) if rows.rope_bits == 8 else [k_rope.to(torch.bfloat16).to(dtype)]
         codes, scale = quantise_sketch(latent @ self.sketch, rows.sketch_bits)
         blocks = sketch_values(codes, scale, rows.sketch_bits).to(dtype).split(max(rows.own, 1), dim=-1)
         for group, (z, a, b) in enumerate(zip(self.z, self.a, self.b, strict=True)):
-            kept = torch.cat([shared, rounded(latent @ z[:, rows.shared :])], dim=-1)
+            kept = torch.cat([shared[group % rows.turns], rounded(latent @ z[:, rows.shared :])], dim=-1)
             others = [block for index, block in enumerate(blocks) if index != group] if rows.own else []
-            yield GroupView(torch.cat([kept, *others], dim=-1) @ a, kept @ b, key)
+            yield GroupView(torch.cat([kept, *others], dim=-1) @ a, kept @ b, keys[group % rows.key_turns])
 
 
 def rounded(values: torch.Tensor) -> torch.Tensor:
     """Round columns as an 8-bit row does, in their own dtype."""
-    codes, scale = quantise(values)
-    return (codes.to(torch.float32) * scale.to(torch.float32)).to(values.dtype)
+    return _times(*quantise(values), values.dtype)
+
+
+def _in_turns(rows: SketchedRows, values: torch.Tensor) -> list[torch.Tensor]:
+    codes, scale = quantise_in_turns(rows, values)
+    return [_times(turn, scale, values.dtype) for turn in codes]
+
+
+def _times(codes: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return (codes.to(torch.float32) * scale.to(torch.float32)).to(dtype)

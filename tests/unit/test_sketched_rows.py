@@ -65,10 +65,11 @@ def _f32(value: float) -> float:
     return struct.unpack("<f", struct.pack("<f", value))[0]
 
 
-def _int8(values: list[float]) -> tuple[bytes, bytes]:
+def _int8(values: list[float], turn: float = 0) -> tuple[bytes, bytes]:
     largest = max((abs(value) for value in values), default=0.0)
     scale_bytes, scale = _bfloat16(_f32(largest / 127), up=True) if largest else _bfloat16(1.0)
-    codes = [max(-127, min(127, round(_f32(value / scale)))) for value in values]
+    steps = [_f32(value / scale) + (-turn if k % 2 else turn) for k, value in enumerate(values)]
+    codes = [max(-127, min(127, round(_f32(step)))) for step in steps]
     return bytes(code & 0xFF for code in codes), scale_bytes
 
 
@@ -76,7 +77,8 @@ def _row(rows: SketchedRows, group: int, shared, own, sketch, rope) -> bytes:
     """One row written out by the definition: integers of Python instead of tensors."""
     d, g, n, b = rows.latent_dim, rows.groups, rows.own, rows.sketch_bits
     assert len(shared) + g * n == d
-    shared_codes, shared_scale = _int8(shared)
+    turn = (-1) ** group / 4 if n else 0
+    shared_codes, shared_scale = _int8(shared, turn)
     own_codes, own_scale = _int8(own)
     scale_bytes, blocks = _bfloat16(1.0)[0], b""
     if sketch:
@@ -91,7 +93,7 @@ def _row(rows: SketchedRows, group: int, shared, own, sketch, rope) -> bytes:
             if j != group:
                 blocks += stream.to_bytes(n * b // 8, "little")
     if rows.rope_bits == 8:
-        key, rope_scale = _int8(rope)
+        key, rope_scale = _int8(rope, turn)
     else:
         key, rope_scale = b"".join(_bfloat16(x)[0] for x in rope), _bfloat16(1.0)[0]
     w = len(shared) + n
@@ -136,13 +138,13 @@ def test_golden_bytes() -> None:
     packed = sketched.pack_rows(
         rows,
         0,
-        torch.tensor([1.0, -2.0, 127.0, 0.5]),
+        torch.tensor([1.25, -2.25, 127.0, 0.5]),
         torch.tensor([0.25, -0.25, 0.0, 0.125]),
         torch.tensor([9.0, 9.0, 9.0, 9.0, 0.1, -0.1, 9.0, -20.0]),
         torch.tensor([1.0, -1.5]),
     )
     pieces = (
-        "01fe7f00",  # shared: scale 1, halves round to even
+        "02fe7f00",  # shared: scale 1, 1.5, -2.5, 127.25 and 0.25 rounded half to even
         "7e82003f",  # own: 0.25 / 127 rounded up to bfloat16, so that 0.25 is 126
         "803fc0bf",  # rotary key in bfloat16
         "80e3",  # group 1's block, low nibble first: 0, sign and 0, 3, sign and 6
@@ -161,13 +163,28 @@ def test_unpacked_rows_are_near_what_was_packed(rows: SketchedRows) -> None:
         packed = sketched.pack_rows(rows, group, shared, own, sketch.flatten(1), rope)
         found = sketched.unpack_rows(rows, packed)
         latent = torch.cat([shared, own], -1)
-        assert torch.allclose(found.latent[:, : rows.w], latent, atol=0.02)
+        assert torch.allclose(found.latent[:, : rows.w], latent, atol=0.03)
         assert not found.latent[:, rows.w :].any()
-        assert torch.allclose(found.k_rope, rope, atol=0.02)
+        assert torch.allclose(found.k_rope, rope, atol=0.03)
         others = torch.cat([sketch[:, :group], sketch[:, group + 1 :]], 1).flatten(1)
         if others.numel():
             noise = (found.sketch - others).square().mean() / others.square().mean()
             assert noise < {2: 0.15, 3: 0.045, 4: 0.014}[rows.sketch_bits]
+
+
+@pytest.mark.parametrize("rows", [SketchedRows.of(512, 4, 64, 64), SketchedRows.of(24, 2, 8, 6)])
+def test_two_groups_together_have_half_the_step_of_shared_columns(rows: SketchedRows) -> None:
+    generator = torch.Generator().manual_seed(4)
+    parts = [torch.randn(200, n, generator=generator) for n in (rows.shared, rows.own, rows.latent_dim - rows.shared)]
+    packed = [sketched.pack_rows(rows, group, *parts, torch.zeros(200, rows.rope_dim)) for group in range(2)]
+    step = packed[0][:, rows.scales_offset :][:, :2].contiguous().view(torch.bfloat16).float()
+    errors = [sketched.unpack_rows(rows, row).latent[:, : rows.shared] - parts[0] for row in packed]
+    assert all((error.abs() <= step * 0.7501).all() for error in errors)
+    both = sum(errors) / 2
+    assert (both.abs() <= step * 0.2501).all()
+    assert (both / step).square().mean() == pytest.approx(1 / 48, rel=0.1)
+    # a group's own error has no side that it prefers, over columns and over tokens alike
+    assert max(abs((error / step).mean().item()) for error in errors) < 0.02
 
 
 def test_rows_of_zeros_are_zeros_and_one_huge_value_stays_finite() -> None:
@@ -194,9 +211,9 @@ def test_parts_are_put_together_as_the_row() -> None:
         # the pieces do not overlap, and with the padding they fill the row
         assert all(a[1] <= b[0] for a, b in itertools.pairwise(written))
         assert sum(stop - start for start, stop in written) == rows.w + rows.rope_bytes + rows.sketch_bytes + 8
-        # a group's own block, and nothing else of the common part, is left out
+        # a group's own block and the other rounding of shared columns and key, and nothing else, is left out
         taken = sum(size for _, _, size in rows.common_copies(group))
-        assert taken == rows.common_bytes - rows.block_bytes
+        assert taken == rows.common_bytes - rows.block_bytes - rows.shared - rows.rope_bytes
         assert found.shape == (5, rows.row_bytes)
 
 

@@ -22,7 +22,7 @@ from tests.wire import rig
 def test_rows_are_the_senders_bytes(
     dtype: torch.dtype, groups: int, shared: int, bits: tuple[int, ...], rope_bits: int, host: str | None
 ) -> None:
-    """Eight ranks of one host: shared columns, key and every sketch once, each group's own columns once."""
+    """Eight ranks of one host: sketches, key and shared columns (both roundings) once, own columns once a group."""
     count, pages = 8, 20
     prefill = rig.prefill_rank(dtype)
     projections = [rig.sketched_projection(group, groups, shared, bits, rope_bits) for group in range(groups)]
@@ -32,9 +32,9 @@ def test_rows_are_the_senders_bytes(
         per_token = prefill.agent.metric(1).wire_bytes / (pages * rig.PAGE)
         whole = sum(rows.row_items for rows in ranks[0].pool.row_format.layers)
         n = (rig.LATENT - shared) // groups
-        parts = sum(
-            shared + rig.ROPE * rope_bits // 8 + groups * n * b // 8 + 6 + groups * (n + 2 if n else 0) for b in bits
-        )
+        turns = 2 if n else 1  # shared columns and int8 keys as groups of even and of odd numbers round them
+        key = rig.ROPE * (turns if rope_bits == 8 else 2)
+        parts = sum(turns * shared + key + groups * n * b // 8 + 6 + groups * (n + 2 if n else 0) for b in bits)
         assert per_token == (count * whole if host == "" else whole if groups == 1 else parts)
 
 

@@ -63,6 +63,7 @@ def launch(new: CacheWrite) -> None:
         ROPE_BITS=sizes.rope_bits,
         W_PAD=sizes.w_pad,
         SCALES=sizes.scales_offset,
+        TURN=sizes.turn(new.sketched.group),
         HEADS=new.heads,
         MODE=mode(new),
         ROTATE=rotation(new),

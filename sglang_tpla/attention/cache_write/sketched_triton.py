@@ -31,20 +31,22 @@ def nearest_bfloat16(value):
 
 
 @triton.jit
-def int8_codes(x, scale):
-    """Values over their scale, rounded to the nearest integer, ties to even."""
+def int8_codes(x, scale, at, TURN: tl.constexpr):
+    """Values over their scale, plus ``TURN`` in even columns ``at`` and minus it in odd ones, rounded half to even."""
     ratio = tl.div_rn(x, tl.zeros_like(x) + scale)
+    if TURN != 0.0:
+        ratio += tl.where(at % 2 == 0, TURN, -TURN)
     nearest = (ratio + 12582912.0) - 12582912.0  # adding 1.5 * 2^23 leaves no bits for a fraction
     return tl.minimum(tl.maximum(nearest, -127.0), 127.0).to(tl.int8).to(tl.uint8, bitcast=True)
 
 
 @triton.jit
-def quantised_field(row, columns, first, COUNT: tl.constexpr, BLOCK: tl.constexpr):
+def quantised_field(row, columns, first, COUNT: tl.constexpr, BLOCK: tl.constexpr, TURN: tl.constexpr):
     """Quantise ``COUNT`` columns from ``first`` on into the same place of the row, and return their scale."""
     at = tl.arange(0, BLOCK)
     x = tl.load(columns + first + at, mask=at < COUNT, other=0.0, cache_modifier=".cg")
     scale = int8_scale(tl.max(tl.abs(x), 0))
-    tl.store(row + first + at, int8_codes(x, scale), mask=at < COUNT)
+    tl.store(row + first + at, int8_codes(x, scale, at, TURN), mask=at < COUNT)
     return scale
 
 
@@ -111,6 +113,7 @@ def write_row(
     ROPE_BITS: tl.constexpr,
     W_PAD: tl.constexpr,
     SCALES: tl.constexpr,
+    TURN: tl.constexpr,
     ROTATE: tl.constexpr,
     HALF: tl.constexpr,
     BLOCK_SHARED: tl.constexpr,
@@ -125,9 +128,9 @@ def write_row(
     sketch_scale = 1.0
     rope_scale = 1.0
     if SHARED:
-        shared_scale = quantised_field(row, columns, 0, SHARED, BLOCK_SHARED)
+        shared_scale = quantised_field(row, columns, 0, SHARED, BLOCK_SHARED, TURN)
     if OWN:
-        own_scale = quantised_field(row, columns, SHARED, OWN, BLOCK_OWN)
+        own_scale = quantised_field(row, columns, SHARED, OWN, BLOCK_OWN, 0.0)
         sketch_scale = write_sketch(
             row + SKETCH, columns + SHARED + OWN, midpoints, factor, OWN, GROUPS, GROUP, BITS, BLOCK_SKETCH, BLOCK_OWN
         )  # fmt: skip
@@ -141,8 +144,10 @@ def write_row(
         if ROPE_BITS == 8:
             even, odd = tl.where(whole, even.to(tl.float32), 0.0), tl.where(whole, odd.to(tl.float32), 0.0)
             rope_scale = int8_scale(tl.maximum(tl.max(tl.abs(even)), tl.max(tl.abs(odd))))
-            tl.store(row + W_PAD + a[None, :] + one[:, None], int8_codes(even, rope_scale), mask=whole)
-            tl.store(row + W_PAD + b[None, :] + one[:, None], int8_codes(odd, rope_scale), mask=whole)
+            tl.store(
+                row + W_PAD + a[None, :] + one[:, None], int8_codes(even, rope_scale, a[None, :], TURN), mask=whole
+            )
+            tl.store(row + W_PAD + b[None, :] + one[:, None], int8_codes(odd, rope_scale, b[None, :], TURN), mask=whole)
         else:
             tl.store(row16 + W_PAD // 2 + a[None, :] + one[:, None], even.to(tl.bfloat16), mask=whole)
             tl.store(row16 + W_PAD // 2 + b[None, :] + one[:, None], odd.to(tl.bfloat16), mask=whole)
@@ -186,6 +191,7 @@ def sketched_write_kernel(
     ROPE_BITS: tl.constexpr,
     W_PAD: tl.constexpr,
     SCALES: tl.constexpr,
+    TURN: tl.constexpr,
     HEADS: tl.constexpr,
     MODE: tl.constexpr,
     ROTATE: tl.constexpr,
@@ -222,7 +228,7 @@ def sketched_write_kernel(
                     write_row(
                         cache + at, cache16 + at // 2, work + one * COLUMNS, k_rope + one * rope_stride, cos_sin,
                         positions, midpoints, one, factor, SHARED, OWN, GROUPS, GROUP, BITS, ROPE, ROPE_BITS, W_PAD,
-                        SCALES, ROTATE, HALF, BLOCK_SHARED, BLOCK_OWN, BLOCK_SKETCH,
+                        SCALES, TURN, ROTATE, HALF, BLOCK_SHARED, BLOCK_OWN, BLOCK_SKETCH,
                     )  # fmt: skip
     elif HEADS:
         rotate_queries(
