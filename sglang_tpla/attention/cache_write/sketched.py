@@ -4,6 +4,7 @@ The second kernel quantises every field straight from the float32 projection: th
 have brought (`cache_rows.sketched`). `plain` describes the other steps.
 """
 
+import itertools
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,8 @@ from sglang_tpla.attention.cache_write.plain import operands, strides
 from sglang_tpla.cache_rows import sketched as rows_format
 
 HOPPER = (9, 0)  # the first GPU whose kernels begin while the one before still runs
+MOST_LATENT = 1024  # values of a latent that one program holds, and the weights of some columns beside them
+ROWS_WARPS = 4
 BLOCK_HEADS = 16  # query heads of a token, rotated by one program
 Z_PARTS = 3  # bfloat16 numbers that a float32 weight is cut into; all of its bits
 
@@ -26,20 +29,21 @@ class ProjectionTile(NamedTuple):
     warps: int
 
 
-def tile_of(tokens: int) -> ProjectionTile:
+def tile_of(tokens: int, latent_dim: int) -> ProjectionTile:
     """Return the tile of the projection."""
     if tokens == 1:
-        return ProjectionTile(1, 16, 4, 4)
-    return ProjectionTile(16, 16, 4, 4) if tokens <= 64 else ProjectionTile(32, 32, 8, 8)
+        return ProjectionTile(1, 16, 1, 4)
+    few = tokens <= 64 or latent_dim > 512  # a program holds all of its tokens' latents
+    return ProjectionTile(16, 16, 8, 8) if few else ProjectionTile(32, 32, 8, 8)
 
 
 def serves(rows: rows_format.SketchedRows) -> bool:
-    """Whether the kernel writes such rows: their fields start at even bytes."""
-    return rows.alignment == rows_format.ALIGNMENT
+    """Whether the kernels write such rows: their fields start at even bytes."""
+    return rows.alignment == rows_format.ALIGNMENT and rows.latent_dim <= MOST_LATENT
 
 
-def launch(new: CacheWrite, tile: ProjectionTile | None = None) -> None:
-    """Write sketched rows wherever Triton runs: on a GPU, or in its interpreter; ``tile``: None chooses one."""
+def launch(new: CacheWrite) -> None:
+    """Write sketched rows wherever Triton runs: on a GPU, or in its interpreter."""
     import triton
 
     from sglang_tpla.attention.cache_write import sketched_triton as kernels
@@ -55,7 +59,7 @@ def launch(new: CacheWrite, tile: ProjectionTile | None = None) -> None:
     if mode(new) == PROJECTED:
         follows = cache.is_cuda and torch.cuda.get_device_capability(cache.device) >= HOPPER
         work = torch.empty(new.tokens, columns, dtype=torch.float32, device=cache.device)
-        tile = tile or tile_of(new.tokens)
+        tile = tile_of(new.tokens, latent.shape[1])
         kernels.projection_kernel[(triton.cdiv(new.tokens, tile.tokens), triton.cdiv(columns, tile.columns))](
             latent, weight, z, work, latent_stride, new.tokens, new.eps,
             D=latent.shape[1],
@@ -97,7 +101,7 @@ def launch(new: CacheWrite, tile: ProjectionTile | None = None) -> None:
         BLOCK_SHARED=triton.next_power_of_2(max(16, sizes.shared)),
         BLOCK_OWN=triton.next_power_of_2(max(16, sizes.own)),
         BLOCK_SKETCH=triton.next_power_of_2(max(16, sizes.sketch_columns)),
-        num_warps=4,
+        num_warps=ROWS_WARPS,
         launch_pdl=follows,
     )  # fmt: skip
 
@@ -105,4 +109,4 @@ def launch(new: CacheWrite, tile: ProjectionTile | None = None) -> None:
 def _midpoints(bits: int) -> tuple[float, ...]:
     """Return `rows_format.midpoints` as numbers that a kernel is compiled with."""
     levels = rows_format.LEVELS[bits]
-    return tuple((a + b) / 2 for a, b in zip(levels, levels[1:], strict=False))
+    return tuple((a + b) / 2 for a, b in itertools.pairwise(levels))

@@ -68,24 +68,26 @@ def projection_kernel(
         gdc_launch_dependents()
     token = tl.program_id(0) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
     column = tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)
-    d = tl.arange(0, SPLITS)[:, None] * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
-    here = (token < tokens)[None, :, None] & (d < D)[:, None, :]
-    raw = latent + token.to(tl.int64)[None, :, None] * latent_stride + d[:, None, :]
-    # all loads come before the first use of a loaded value
-    x = tl.load(raw, mask=here, other=0.0).to(tl.float32)
-    scale = tl.load(weight + d, mask=d < D, other=0.0).to(tl.float32)
-    inside = (d < D)[:, :, None] & (column < COLUMNS)[None, None, :]
-    tile = tl.load(z + d[:, :, None] * COLUMNS + column[None, None, :], mask=inside, other=0.0)
-    inverse = tl.rsqrt(tl.sum(tl.sum(x * x, 2), 0) / D + eps)
+    d = tl.arange(0, SPLITS * BLOCK_D)
+    token = token.to(tl.int64)
+    # All loads come before the first use of a loaded value. Every token loads the norm's weight, as its latent lies:
+    # moved there from elsewhere, it would be waited for.
+    here = (token < tokens)[:, None] & (d < D)[None, :]
+    x = tl.load(latent + token[:, None] * latent_stride + d[None, :], mask=here, other=0.0).to(tl.float32)
+    scale = tl.load(weight + token[:, None] * 0 + d[None, :], mask=here, other=0.0).to(tl.float32)
+    inside = (d < D)[:, None] & (column < COLUMNS)[None, :]
+    tile = tl.load(z + d[:, None] * COLUMNS + column[None, :], mask=inside, other=0.0)
+    inverse = tl.rsqrt(tl.sum(x * x, 1) / D + eps)
     # a norm is rounded to the model's dtype, as where it is a kernel of its own
-    normed = (x * inverse[None, :, None] * scale[:, None, :]).to(latent.dtype.element_ty).to(tl.float32)
+    normed = (x * inverse[:, None] * scale).to(latent.dtype.element_ty).to(tl.float32)
     if BLOCK_TOKENS == 1:
-        split = tl.sum(tl.reshape(normed, [SPLITS, BLOCK_D, 1]) * tile, 1)
-        value = tl.reshape(tl.sum(split, 0), [1, BLOCK_W])
+        value = tl.sum(tl.reshape(normed, [SPLITS * BLOCK_D, 1]) * tile, 0)[None, :]
     else:
-        value = tl.sum(products(normed, tile, X_PARTS, Z_PARTS, OPERAND), 0)
+        split = tl.permute(tl.reshape(normed, [BLOCK_TOKENS, SPLITS, BLOCK_D]), (1, 0, 2))
+        value = products(split, tl.reshape(tile, [SPLITS, BLOCK_D, BLOCK_W]), X_PARTS, Z_PARTS, OPERAND)
+        value = tl.sum(value, 0)
     there = (token < tokens)[:, None] & (column < COLUMNS)[None, :]
-    tl.store(work + token.to(tl.int64)[:, None] * COLUMNS + column[None, :], value, mask=there)
+    tl.store(work + token[:, None] * COLUMNS + column[None, :], value, mask=there)
 
 
 @triton.jit
@@ -147,7 +149,6 @@ def write_sketch(
     BITS: tl.constexpr,
     MIDPOINTS: tl.constexpr,
     BLOCK_SKETCH: tl.constexpr,
-    BLOCK_OWN: tl.constexpr,
     NORMED: tl.constexpr,
 ):
     """Write the codes of the other groups' columns at ``row``, and return the scale that all groups share.
@@ -159,13 +160,13 @@ def write_sketch(
     kept = eight[:, None] * 8 + place[None, :]
     there = kept < (GROUPS - 1) * OWN
     x = load_columns(source, weight, FIRST + kept + tl.where(kept >= GROUP * OWN, OWN, 0), there, inverse, NORMED)
-    at = tl.arange(0, BLOCK_OWN)
-    mine = load_columns(source, weight, FIRST + GROUP * OWN + at, at < OWN, inverse, NORMED)
-    largest = tl.maximum(tl.max(tl.abs(x)), tl.max(tl.abs(mine)))
+    # as many as the others, so that they are summed together
+    mine = load_columns(source, weight, FIRST + GROUP * OWN + kept, kept < OWN, inverse, NORMED)
+    largest = tl.max(tl.maximum(tl.abs(x), tl.abs(mine)))
     unit = tl.where(largest > 0.0, largest, 1.0)
     a = tl.div_rn(x, tl.zeros_like(x) + unit)
     b = tl.div_rn(mine, tl.zeros_like(mine) + unit)
-    rms = largest * tl.sqrt_rn((tl.sum(a * a) + tl.sum(b * b)) / (GROUPS * OWN))
+    rms = largest * tl.sqrt_rn(tl.sum(a * a + b * b) / (GROUPS * OWN))
     scale = nearest_bfloat16(tl.minimum(rms * factor, 3.3895313892515355e38))
     divisor = tl.where(scale > 0.0, scale, 1.0)
     magnitude = tl.div_rn(tl.abs(x), tl.zeros_like(x) + divisor)
@@ -300,7 +301,7 @@ def rows_kernel(
         else:
             scale = write_sketch(
                 row + SKETCH, source, weight, inverse, factor, SHARED + OWN, OWN, GROUPS, GROUP, BITS, MIDPOINTS,
-                BLOCK_SKETCH, BLOCK_OWN, NORMED,
+                BLOCK_SKETCH, NORMED,
             )  # fmt: skip
             tl.store(scales + 2, scale.to(tl.bfloat16))
     elif HEADS:
