@@ -20,15 +20,22 @@ DEEPSEEK = [GroupRows(SketchedRows.of(512, g, 64, 64), g - 1) for g in (1, 2, 4,
 
 
 def difference(
-    kind: GroupRows, tokens: int, rotate: str | None, dtype: torch.dtype, device: str, few: float
+    kind: GroupRows,
+    tokens: int,
+    rotate: str | None,
+    dtype: torch.dtype,
+    device: str,
+    few: float,
+    projected: bool = True,
 ) -> str | None:
     """Say how kernel and twin differ beyond rounding, or return None.
 
-    A code on a border may fall on either side, in at most a share ``few`` of the bytes.
+    A code on a border may fall on either side, in at most a share ``few`` of the bytes. Rows of one group need not be
+    ``projected``: then their columns are the norm.
     """
-    rows = kind.rows
+    rows, width = kind.rows, kind.columns if projected else None
     cases = [
-        random_write(tokens, rows.latent_dim, kind.columns, rows.rope_dim, rotate is not None, dtype, 5, device, 5)
+        random_write(tokens, rows.latent_dim, width, rows.rope_dim, rotate is not None, dtype, 5, device, 5)
         for _ in "ab"
     ]
     caches = [torch.full((len(case.cache), 1, rows.row_bytes), 255, dtype=torch.uint8, device=device) for case in cases]

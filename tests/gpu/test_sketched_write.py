@@ -16,9 +16,16 @@ pytestmark = pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rotate", [None, "pairs", "halves"])
 def test_written_rows_are_the_twins(kind: GroupRows, dtype: torch.dtype, rotate: str | None) -> None:
-    for tokens in (1, 7, 19, 128):
+    for tokens in (1, 7, 19, 130):
         assert difference(kind, tokens, rotate, dtype, "cuda", few=0.005) is None
     assert difference_of_odd_values(kind, "cuda") is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", [KINDS[0], DEEPSEEK[0]], ids=str)
+def test_rows_of_one_group_are_the_norms(kind: GroupRows, dtype: torch.dtype) -> None:
+    for tokens in (1, 19, 128):
+        assert difference(kind, tokens, "pairs", dtype, "cuda", few=0.005, projected=False) is None
 
 
 def test_in_a_graph_new_slots_are_followed() -> None:

@@ -132,6 +132,9 @@ for kind in KINDS:
             sys.exit(wrong)
     if (wrong := difference_of_odd_values(kind, "cpu")) is not None:
         sys.exit(wrong)
+for kind, tokens, projected in ((KINDS[0], 3, False), (KINDS[3], 67, True)):
+    if (wrong := difference(kind, tokens, "pairs", torch.float32, "cpu", few=0.002, projected=projected)) is not None:
+        sys.exit(wrong)
 """
 
 

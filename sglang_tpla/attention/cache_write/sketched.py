@@ -1,29 +1,45 @@
-"""Write one decode step's new sketched rows in one launch: norm, projection, rotation, quantisation, packing, write.
+"""Write one decode step's new sketched rows in two launches: norm and projection; then rotation, quantisation, packing.
 
-The kernel quantises every field straight from the float32 projection: these are the bytes that a transfer would have
-brought (`cache_rows.sketched`). `plain` describes the other steps.
+The second kernel quantises every field straight from the float32 projection: these are the bytes that a transfer would
+have brought (`cache_rows.sketched`). `plain` describes the other steps.
 """
 
-import functools
+import itertools
+from typing import NamedTuple
 
 import torch
 
 from sglang_tpla.attention.cache_write.inputs import CacheWrite
-from sglang_tpla.attention.cache_write.plain import operands, strides, tile_of
+from sglang_tpla.attention.cache_write.plain import operands, strides
 from sglang_tpla.cache_rows import sketched as rows_format
 
-MOST_BLOCKS = 1 << 16  # of tokens, in one launch
+HOPPER = (9, 0)  # the first GPU whose kernels begin while the one before still runs
+MOST_LATENT = 1024  # values of a latent that one program holds, and the weights of some columns beside them
+ROWS_WARPS = 4
+BLOCK_HEADS = 16  # query heads of a token, rotated by one program
+Z_PARTS = 3  # bfloat16 numbers that a float32 weight is cut into; all of its bits
+
+
+class ProjectionTile(NamedTuple):
+    """One program's share of the projection: tokens, columns, parts of the sum over the latent, warps."""
+
+    tokens: int
+    columns: int
+    splits: int
+    warps: int
+
+
+def tile_of(tokens: int, latent_dim: int) -> ProjectionTile:
+    """Return the tile of the projection."""
+    if tokens == 1:
+        return ProjectionTile(1, 16, 1, 4)
+    few = tokens <= 64 or latent_dim > 512  # a program holds all of its tokens' latents
+    return ProjectionTile(16, 16, 8, 8) if few else ProjectionTile(32, 32, 8, 8)
 
 
 def serves(rows: rows_format.SketchedRows) -> bool:
-    """Whether the kernel writes such rows: their fields start at even bytes."""
-    return rows.alignment == rows_format.ALIGNMENT
-
-
-@functools.cache
-def _counters(device: torch.device) -> torch.Tensor:
-    """Return counters that are zero between launches; launches of one device follow each other in one stream."""
-    return torch.zeros(MOST_BLOCKS, dtype=torch.int32, device=device)
+    """Whether the kernels write such rows: their fields start at even bytes."""
+    return rows.alignment == rows_format.ALIGNMENT and rows.latent_dim <= MOST_LATENT
 
 
 def launch(new: CacheWrite) -> None:
@@ -31,49 +47,67 @@ def launch(new: CacheWrite) -> None:
     import triton
 
     from sglang_tpla.attention.cache_write import sketched_triton as kernels
-    from sglang_tpla.attention.cache_write.plain_triton import mode, rotation
+    from sglang_tpla.attention.cache_write.plain_triton import NORMED, PROJECTED, mode, rotation
 
     assert new.sketched is not None and serves(new.sketched.rows)
-    tokens, d = new.latent.shape
-    if tokens == 0:
+    if new.tokens == 0:
         return
     sizes, cache, columns = new.sketched.rows, new.rows, new.sketched.columns
-    tile = tile_of(tokens, triton.next_power_of_2(d), triton.next_power_of_2(columns) if new.z is None else None)
-    programs = triton.cdiv(columns, tile.columns) + triton.cdiv(new.heads, tile.heads)
-    bits = sizes.sketch_bits
-    kernels.sketched_write_kernel[(triton.cdiv(tokens, tile.tokens), programs)](
-        *operands(new),
-        cache,
-        cache.view(torch.bfloat16),
-        torch.empty(tokens, columns, dtype=torch.float32, device=cache.device),
-        _counters(cache.device),
-        rows_format.midpoints(bits, cache.device),
-        *strides(new),
-        tokens,
-        new.eps,
-        rows_format.LARGEST_DEVIATION[bits] / rows_format.INT8_LARGEST,
-        D=d,
+    latent, k_rope, q_rope, weight, z, cos_sin, positions, slots = operands(new)
+    latent_stride, *other_strides = strides(new)
+    follows = False
+    if mode(new) == PROJECTED:
+        follows = cache.is_cuda and torch.cuda.get_device_capability(cache.device) >= HOPPER
+        work = torch.empty(new.tokens, columns, dtype=torch.float32, device=cache.device)
+        tile = tile_of(new.tokens, latent.shape[1])
+        kernels.projection_kernel[(triton.cdiv(new.tokens, tile.tokens), triton.cdiv(columns, tile.columns))](
+            latent, weight, z, work, latent_stride, new.tokens, new.eps,
+            D=latent.shape[1],
+            COLUMNS=columns,
+            X_PARTS={torch.bfloat16: 1, torch.float16: 2}.get(latent.dtype, Z_PARTS),
+            Z_PARTS=Z_PARTS,
+            OPERAND=triton.language.bfloat16 if cache.is_cuda else triton.language.float32,
+            FOLLOWED=follows,
+            BLOCK_TOKENS=tile.tokens,
+            BLOCK_W=tile.columns,
+            SPLITS=tile.splits,
+            BLOCK_D=triton.next_power_of_2(max(16, triton.cdiv(latent.shape[1], tile.splits))),
+            num_warps=tile.warps,
+        )  # fmt: skip
+        latent, latent_stride = work, columns
+    fields = 3 if sizes.own else 1
+    kernels.rows_kernel[(new.tokens, fields + 1 + triton.cdiv(new.heads, BLOCK_HEADS))](
+        latent, k_rope, q_rope, weight, cos_sin, positions, slots, cache, cache.view(torch.bfloat16),
+        latent_stride, *other_strides, new.eps,
+        rows_format.LARGEST_DEVIATION[sizes.sketch_bits] / rows_format.INT8_LARGEST,
         COLUMNS=columns,
         SHARED=sizes.shared,
         OWN=sizes.own,
         GROUPS=sizes.groups,
         GROUP=new.sketched.group,
-        BITS=bits,
+        BITS=sizes.sketch_bits,
+        MIDPOINTS=_midpoints(sizes.sketch_bits),
         ROPE=sizes.rope_dim,
         ROPE_BITS=sizes.rope_bits,
         W_PAD=sizes.w_pad,
         SCALES=sizes.scales_offset,
         TURN=sizes.turn(new.sketched.group),
         HEADS=new.heads,
-        MODE=mode(new),
+        NORMED=mode(new) == NORMED,
         ROTATE=rotation(new),
-        BLOCK_TOKENS=tile.tokens,
-        BLOCK_W=tile.columns,
-        BLOCK_D=tile.latent,
-        BLOCK_HEADS=tile.heads,
+        FOLLOWS=follows,
+        BLOCK_COLUMNS=triton.next_power_of_2(columns),
+        BLOCK_HEADS=BLOCK_HEADS,
         HALF=triton.next_power_of_2(max(1, sizes.rope_dim // 2)),
         BLOCK_SHARED=triton.next_power_of_2(max(16, sizes.shared)),
         BLOCK_OWN=triton.next_power_of_2(max(16, sizes.own)),
         BLOCK_SKETCH=triton.next_power_of_2(max(16, sizes.sketch_columns)),
-        num_warps=4,
-    )
+        num_warps=ROWS_WARPS,
+        launch_pdl=follows,
+    )  # fmt: skip
+
+
+def _midpoints(bits: int) -> tuple[float, ...]:
+    """Return `rows_format.midpoints` as numbers that a kernel is compiled with."""
+    levels = rows_format.LEVELS[bits]
+    return tuple((a + b) / 2 for a, b in itertools.pairwise(levels))

@@ -1,8 +1,7 @@
-"""The Triton kernel behind `cache_write.sketched`. Import it only where Triton runs: on a GPU, or in its interpreter.
+"""The Triton kernels behind `cache_write.sketched`. Import it only where Triton runs: on a GPU, or in its interpreter.
 
-Grid: [blocks of tokens, blocks of projected columns, blocks of query heads]. A program of columns writes its part of
-the projection to a workspace and counts itself; the last one for its tokens finds the scales and writes the rows. So
-many programs share the projection although a scale belongs to a whole row.
+The first kernel projects, the second one makes rows of the projected columns: a scale belongs to a whole field, which
+many programs project. Where nothing is projected the second one norms, and runs alone.
 """
 
 from __future__ import annotations
@@ -11,8 +10,84 @@ from __future__ import annotations
 # Triton's own language: its types are not Python's.
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from sglang_tpla.attention.cache_write.plain_triton import rotate_queries, rotated_pairs, slice_columns
+from sglang_tpla.attention.cache_write.plain_triton import rotate_queries, rotated_pairs
+
+
+@triton.jit
+def upper_half(value):
+    """Cut float32 off to what bfloat16 holds: three times, each time of what is left, and nothing is left."""
+    return (value.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def products(x, z, X_PARTS: tl.constexpr, Z_PARTS: tl.constexpr, OPERAND: tl.constexpr):
+    """Multiply float32 [splits, tokens, d] by [splits, d, columns] on tensor cores, in parts that bfloat16 holds.
+
+    Products of two small parts are left out.
+    """
+    value = tl.zeros([x.shape[0], x.shape[1], z.shape[2]], tl.float32)
+    for i in tl.static_range(X_PARTS):
+        a = upper_half(x)
+        x -= a
+        rest = z
+        for _ in tl.static_range(Z_PARTS - i):
+            b = upper_half(rest)
+            rest -= b
+            # sums of their own: a tensor core's next product waits for the sum that it adds to
+            value += tl.dot(a.to(OPERAND), b.to(OPERAND))
+    return value
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def projection_kernel(
+    latent,  # [tokens, D], rows latent_stride apart
+    weight,  # [D]
+    z,  # [D, COLUMNS] float32, contiguous
+    work,  # [tokens, COLUMNS] float32, written
+    latent_stride,
+    tokens,
+    eps,
+    D: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    X_PARTS: tl.constexpr,
+    Z_PARTS: tl.constexpr,
+    OPERAND: tl.constexpr,  # bfloat16; float32 in the interpreter, which takes bfloat16 for integers there
+    FOLLOWED: tl.constexpr,  # whether the next kernel waits for this one's end itself
+    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_D: tl.constexpr,  # of one split; all splits hold D values
+):
+    """Norm and project. Grid: [blocks of tokens, blocks of columns].
+
+    The sum over D is split among the warps of a program: one warp's sums would follow each other.
+    """
+    if FOLLOWED:
+        gdc_launch_dependents()
+    token = tl.program_id(0) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
+    column = tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)
+    d = tl.arange(0, SPLITS * BLOCK_D)
+    token = token.to(tl.int64)
+    # All loads come before the first use of a loaded value. Every token loads the norm's weight, as its latent lies:
+    # moved there from elsewhere, it would be waited for.
+    here = (token < tokens)[:, None] & (d < D)[None, :]
+    x = tl.load(latent + token[:, None] * latent_stride + d[None, :], mask=here, other=0.0).to(tl.float32)
+    scale = tl.load(weight + token[:, None] * 0 + d[None, :], mask=here, other=0.0).to(tl.float32)
+    inside = (d < D)[:, None] & (column < COLUMNS)[None, :]
+    tile = tl.load(z + d[:, None] * COLUMNS + column[None, :], mask=inside, other=0.0)
+    inverse = tl.rsqrt(tl.sum(x * x, 1) / D + eps)
+    # a norm is rounded to the model's dtype, as where it is a kernel of its own
+    normed = (x * inverse[:, None] * scale).to(latent.dtype.element_ty).to(tl.float32)
+    if BLOCK_TOKENS == 1:
+        value = tl.sum(tl.reshape(normed, [SPLITS * BLOCK_D, 1]) * tile, 0)[None, :]
+    else:
+        split = tl.permute(tl.reshape(normed, [BLOCK_TOKENS, SPLITS, BLOCK_D]), (1, 0, 2))
+        value = products(split, tl.reshape(tile, [SPLITS, BLOCK_D, BLOCK_W]), X_PARTS, Z_PARTS, OPERAND)
+        value = tl.sum(value, 0)
+    there = (token < tokens)[:, None] & (column < COLUMNS)[None, :]
+    tl.store(work + token[:, None] * COLUMNS + column[None, :], value, mask=there)
 
 
 @triton.jit
@@ -41,197 +116,208 @@ def int8_codes(x, scale, at, TURN: tl.constexpr):
 
 
 @triton.jit
-def quantised_field(row, columns, first, COUNT: tl.constexpr, BLOCK: tl.constexpr, TURN: tl.constexpr):
-    """Quantise ``COUNT`` columns from ``first`` on into the same place of the row, and return their scale."""
+def load_columns(source, weight, column, there, inverse, NORMED: tl.constexpr):
+    """Some columns of one token as float32, normed where ``NORMED``."""
+    x = tl.load(source + column, mask=there, other=0.0, cache_modifier=".cg").to(tl.float32)
+    if NORMED:
+        scale = tl.load(weight + column, mask=there, other=0.0).to(tl.float32)
+        x = (x * inverse * scale).to(source.dtype.element_ty).to(tl.float32)
+    return x
+
+
+@triton.jit
+def write_field(
+    row,
+    source,
+    weight,
+    inverse,
+    FIRST: tl.constexpr,
+    COUNT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    NORMED: tl.constexpr,
+    TURN: tl.constexpr,
+):
+    """Quantise ``COUNT`` columns from ``FIRST`` on into the same place of the row, and return their scale."""
     at = tl.arange(0, BLOCK)
-    x = tl.load(columns + first + at, mask=at < COUNT, other=0.0, cache_modifier=".cg")
+    x = load_columns(source, weight, FIRST + at, at < COUNT, inverse, NORMED)
     scale = int8_scale(tl.max(tl.abs(x), 0))
-    tl.store(row + first + at, int8_codes(x, scale, at, TURN), mask=at < COUNT)
+    tl.store(row + FIRST + at, int8_codes(x, scale, at, TURN), mask=at < COUNT)
     return scale
 
 
 @triton.jit
 def write_sketch(
     row,
-    columns,
-    midpoints,
+    source,
+    weight,
+    inverse,
     factor,
+    FIRST: tl.constexpr,
     OWN: tl.constexpr,
     GROUPS: tl.constexpr,
     GROUP: tl.constexpr,
     BITS: tl.constexpr,
+    MIDPOINTS: tl.constexpr,
     BLOCK_SKETCH: tl.constexpr,
-    BLOCK_OWN: tl.constexpr,
+    NORMED: tl.constexpr,
 ):
-    """Write the codes of the other groups' columns at ``row``, and return the scale that all groups share."""
-    kept = tl.arange(0, BLOCK_SKETCH)
+    """Write the codes of the other groups' columns at ``row``, and return the scale that all groups share.
+
+    The groups' columns begin at ``FIRST``.
+    """
+    eight = tl.arange(0, BLOCK_SKETCH // 8)
+    place = tl.arange(0, 8)
+    kept = eight[:, None] * 8 + place[None, :]
     there = kept < (GROUPS - 1) * OWN
-    source = kept + tl.where(kept >= GROUP * OWN, OWN, 0)
-    x = tl.load(columns + source, mask=there, other=0.0, cache_modifier=".cg")
-    at = tl.arange(0, BLOCK_OWN)
-    mine = tl.load(columns + GROUP * OWN + at, mask=at < OWN, other=0.0, cache_modifier=".cg")
-    largest = tl.maximum(tl.max(tl.abs(x), 0), tl.max(tl.abs(mine), 0))
+    x = load_columns(source, weight, FIRST + kept + tl.where(kept >= GROUP * OWN, OWN, 0), there, inverse, NORMED)
+    # as many as the others, so that they are summed together
+    mine = load_columns(source, weight, FIRST + GROUP * OWN + kept, kept < OWN, inverse, NORMED)
+    largest = tl.max(tl.maximum(tl.abs(x), tl.abs(mine)))
     unit = tl.where(largest > 0.0, largest, 1.0)
     a = tl.div_rn(x, tl.zeros_like(x) + unit)
     b = tl.div_rn(mine, tl.zeros_like(mine) + unit)
-    rms = largest * tl.sqrt_rn((tl.sum(a * a, 0) + tl.sum(b * b, 0)) / (GROUPS * OWN))
+    rms = largest * tl.sqrt_rn(tl.sum(a * a + b * b) / (GROUPS * OWN))
     scale = nearest_bfloat16(tl.minimum(rms * factor, 3.3895313892515355e38))
     divisor = tl.where(scale > 0.0, scale, 1.0)
     magnitude = tl.div_rn(tl.abs(x), tl.zeros_like(x) + divisor)
     code = tl.where(x < 0.0, 1 << (BITS - 1), 0)
     for level in tl.static_range((1 << (BITS - 1)) - 1):
-        code += (magnitude >= tl.load(midpoints + level)).to(tl.int32)
+        code += (magnitude >= MIDPOINTS[level]).to(tl.int32)
     code = tl.where(there, code, 0)
-    eights = tl.reshape(code, [BLOCK_SKETCH // 8, 8])
-    place = tl.arange(0, 8)
-    words = tl.sum(eights << (place * BITS)[None, :], 1)  # eight codes are BITS bytes
-    group = tl.arange(0, BLOCK_SKETCH // 8)
+    words = tl.sum(code << (place * BITS)[None, :], 1)  # eight codes are BITS bytes
     for byte in tl.static_range(BITS):
-        position = group * BITS + byte
+        position = eight * BITS + byte
         value = ((words >> (8 * byte)) & 255).to(tl.uint8)
         tl.store(row + position, value, mask=position < (GROUPS - 1) * OWN * BITS // 8)
     return scale
 
 
 @triton.jit
-def write_row(
+def write_key(
     row,
     row16,
-    columns,
     key,
     cos_sin,
     positions,
-    midpoints,
     token,
-    factor,
-    SHARED: tl.constexpr,
-    OWN: tl.constexpr,
-    GROUPS: tl.constexpr,
-    GROUP: tl.constexpr,
-    BITS: tl.constexpr,
     ROPE: tl.constexpr,
     ROPE_BITS: tl.constexpr,
     W_PAD: tl.constexpr,
-    SCALES: tl.constexpr,
     TURN: tl.constexpr,
     ROTATE: tl.constexpr,
     HALF: tl.constexpr,
-    BLOCK_SHARED: tl.constexpr,
-    BLOCK_OWN: tl.constexpr,
-    BLOCK_SKETCH: tl.constexpr,
 ):
-    """Write one token's row from its projected ``columns``; ``row16`` is the row in units of bfloat16."""
-    SKETCH: tl.constexpr = W_PAD + ROPE * ROPE_BITS // 8
-    SKETCH_BYTES: tl.constexpr = (GROUPS - 1) * OWN * BITS // 8
-    shared_scale = 1.0
-    own_scale = 1.0
-    sketch_scale = 1.0
-    rope_scale = 1.0
-    if SHARED:
-        shared_scale = quantised_field(row, columns, 0, SHARED, BLOCK_SHARED, TURN)
-    if OWN:
-        own_scale = quantised_field(row, columns, SHARED, OWN, BLOCK_OWN, 0.0)
-        sketch_scale = write_sketch(
-            row + SKETCH, columns + SHARED + OWN, midpoints, factor, OWN, GROUPS, GROUP, BITS, BLOCK_SKETCH, BLOCK_OWN
-        )  # fmt: skip
-    few = tl.arange(0, 16)
-    tl.store(row + SHARED + OWN + few, tl.zeros([16], tl.uint8), mask=few < W_PAD - SHARED - OWN)
-    behind = SKETCH + SKETCH_BYTES
-    tl.store(row + behind + few, tl.zeros([16], tl.uint8), mask=few < SCALES - behind)
-    if ROPE:
-        one = tl.zeros([1], tl.int64)
-        even, odd, a, b, whole = rotated_pairs(key + one, cos_sin, positions, token + one, one == 0, ROPE, ROTATE, HALF)
-        if ROPE_BITS == 8:
-            even, odd = tl.where(whole, even.to(tl.float32), 0.0), tl.where(whole, odd.to(tl.float32), 0.0)
-            rope_scale = int8_scale(tl.maximum(tl.max(tl.abs(even)), tl.max(tl.abs(odd))))
-            tl.store(
-                row + W_PAD + a[None, :] + one[:, None], int8_codes(even, rope_scale, a[None, :], TURN), mask=whole
-            )
-            tl.store(row + W_PAD + b[None, :] + one[:, None], int8_codes(odd, rope_scale, b[None, :], TURN), mask=whole)
-        else:
-            tl.store(row16 + W_PAD // 2 + a[None, :] + one[:, None], even.to(tl.bfloat16), mask=whole)
-            tl.store(row16 + W_PAD // 2 + b[None, :] + one[:, None], odd.to(tl.bfloat16), mask=whole)
-    tl.store(row16 + SCALES // 2, shared_scale.to(tl.bfloat16))
-    tl.store(row16 + SCALES // 2 + 1, own_scale.to(tl.bfloat16))
-    tl.store(row16 + SCALES // 2 + 2, sketch_scale.to(tl.bfloat16))
-    tl.store(row16 + SCALES // 2 + 3, rope_scale.to(tl.bfloat16))
+    """Rotate and write one token's key, and return its scale."""
+    one = tl.zeros([1], tl.int64)
+    even, odd, a, b, whole = rotated_pairs(key + one, cos_sin, positions, token + one, one == 0, ROPE, ROTATE, HALF)
+    scale = 1.0
+    if ROPE_BITS == 8:
+        even, odd = tl.where(whole, even.to(tl.float32), 0.0), tl.where(whole, odd.to(tl.float32), 0.0)
+        scale = int8_scale(tl.maximum(tl.max(tl.abs(even)), tl.max(tl.abs(odd))))
+        tl.store(row + W_PAD + a[None, :] + one[:, None], int8_codes(even, scale, a[None, :], TURN), mask=whole)
+        tl.store(row + W_PAD + b[None, :] + one[:, None], int8_codes(odd, scale, b[None, :], TURN), mask=whole)
+    else:
+        tl.store(row16 + W_PAD // 2 + a[None, :] + one[:, None], even.to(tl.bfloat16), mask=whole)
+        tl.store(row16 + W_PAD // 2 + b[None, :] + one[:, None], odd.to(tl.bfloat16), mask=whole)
+    return scale
 
 
-@triton.jit(do_not_specialize=["tokens"])
-def sketched_write_kernel(
-    latent,  # [tokens, D], rows latent_stride apart
+@triton.jit
+def rows_kernel(
+    source,  # [tokens, COLUMNS], rows source_stride apart: finished columns, or latents to be normed
     k_rope,  # [tokens, ROPE], rows rope_stride apart
     q_rope,  # [tokens, HEADS, ROPE], rotated in place; unread where HEADS is 0
-    weight,  # [D]
-    z,  # [D, COLUMNS] float32, contiguous
+    weight,  # [COLUMNS]; unread unless NORMED
     cos_sin,  # [positions, ROPE] float32: cosines, then sines
     positions,  # [tokens]
     slots,  # [tokens]
     cache,  # [slots, row bytes] uint8, rows cache_stride apart
     cache16,  # the same in units of bfloat16
-    work,  # [tokens, COLUMNS] float32
-    arrived,  # [blocks of tokens] int32, zeros before and after
-    midpoints,  # [2^(BITS-1) - 1] float32
-    latent_stride,
+    source_stride,
     rope_stride,
     q_token_stride,
     q_head_stride,
     cache_stride,
-    tokens,
     eps,
     factor,
-    D: tl.constexpr,
     COLUMNS: tl.constexpr,
     SHARED: tl.constexpr,
     OWN: tl.constexpr,
     GROUPS: tl.constexpr,
     GROUP: tl.constexpr,
     BITS: tl.constexpr,
+    MIDPOINTS: tl.constexpr,  # 2^(BITS-1) - 1 numbers
     ROPE: tl.constexpr,
     ROPE_BITS: tl.constexpr,
     W_PAD: tl.constexpr,
     SCALES: tl.constexpr,
     TURN: tl.constexpr,
     HEADS: tl.constexpr,
-    MODE: tl.constexpr,
+    NORMED: tl.constexpr,
     ROTATE: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr,
-    BLOCK_W: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    FOLLOWS: tl.constexpr,  # whether the kernel before makes ``source`` and may still run
+    BLOCK_COLUMNS: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
     HALF: tl.constexpr,
     BLOCK_SHARED: tl.constexpr,
     BLOCK_OWN: tl.constexpr,
     BLOCK_SKETCH: tl.constexpr,
 ):
-    COLUMN_BLOCKS: tl.constexpr = (COLUMNS + BLOCK_W - 1) // BLOCK_W
+    """Grid: [tokens, fields of columns + one for the key + blocks of query heads].
+
+    The first field is the shared columns; their program also writes what no column fills. Own columns and sketch follow
+    where there are any.
+    """
+    FIELDS: tl.constexpr = 3 if OWN else 1
+    SKETCH: tl.constexpr = W_PAD + ROPE * ROPE_BITS // 8
+    SKETCH_BYTES: tl.constexpr = (GROUPS - 1) * OWN * BITS // 8
     block = tl.program_id(1)
-    first = tl.program_id(0) * BLOCK_TOKENS
-    if block < COLUMN_BLOCKS:
-        token = first + tl.arange(0, BLOCK_TOKENS)
-        live = token < tokens
-        token = token.to(tl.int64)
-        column = block * BLOCK_W + tl.arange(0, BLOCK_W)
-        raw = latent + token * latent_stride
-        value = slice_columns(raw, weight, z, live, column, eps, D, COLUMNS, MODE, BLOCK_TOKENS, BLOCK_W, BLOCK_D)
-        there = live[:, None] & (column < COLUMNS)[None, :]
-        tl.store(work + token[:, None] * COLUMNS + column[None, :], value, mask=there)
-        tl.debug_barrier()  # every thread must have stored before one of them counts
-        before = tl.atomic_add(arrived + tl.program_id(0), 1, sem="acq_rel")
-        if before == COLUMN_BLOCKS - 1:
-            tl.debug_barrier()
-            tl.store(arrived + tl.program_id(0), 0)
-            for index in range(BLOCK_TOKENS):
-                one = (first + index).to(tl.int64)
-                if one < tokens:
-                    at = tl.load(slots + one).to(tl.int64) * cache_stride
-                    write_row(
-                        cache + at, cache16 + at // 2, work + one * COLUMNS, k_rope + one * rope_stride, cos_sin,
-                        positions, midpoints, one, factor, SHARED, OWN, GROUPS, GROUP, BITS, ROPE, ROPE_BITS, W_PAD,
-                        SCALES, TURN, ROTATE, HALF, BLOCK_SHARED, BLOCK_OWN, BLOCK_SKETCH,
-                    )  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    if block <= FIELDS:
+        at = tl.load(slots + token).to(tl.int64) * cache_stride
+        row = cache + at
+        row16 = cache16 + at // 2
+        scales = row16 + SCALES // 2
+        source += token * source_stride
+        inverse = 1.0
+        if block < FIELDS:
+            if FOLLOWS:
+                gdc_wait()
+            if NORMED:
+                column = tl.arange(0, BLOCK_COLUMNS)
+                x = tl.load(source + column, mask=column < COLUMNS, other=0.0).to(tl.float32)
+                inverse = tl.rsqrt(tl.sum(x * x, 0) / COLUMNS + eps)
+        if block == 0:
+            scale = 1.0
+            if SHARED:
+                scale = write_field(row, source, weight, inverse, 0, SHARED, BLOCK_SHARED, NORMED, TURN)
+            tl.store(scales, scale.to(tl.bfloat16))
+            if OWN == 0:
+                tl.store(scales + 1, 1.0)
+                tl.store(scales + 2, 1.0)
+            few = tl.arange(0, 16)
+            nothing = tl.zeros([16], tl.uint8)
+            tl.store(row + SHARED + OWN + few, nothing, mask=few < W_PAD - SHARED - OWN)
+            tl.store(row + SKETCH + SKETCH_BYTES + few, nothing, mask=few < SCALES - SKETCH - SKETCH_BYTES)
+        elif block == FIELDS:
+            scale = 1.0
+            if ROPE:
+                key = k_rope + token * rope_stride
+                scale = write_key(
+                    row, row16, key, cos_sin, positions, token, ROPE, ROPE_BITS, W_PAD, TURN, ROTATE, HALF
+                )  # fmt: skip
+            tl.store(scales + 3, scale.to(tl.bfloat16))
+        elif block == 1:
+            scale = write_field(row, source, weight, inverse, SHARED, OWN, BLOCK_OWN, NORMED, 0.0)
+            tl.store(scales + 1, scale.to(tl.bfloat16))
+        else:
+            scale = write_sketch(
+                row + SKETCH, source, weight, inverse, factor, SHARED + OWN, OWN, GROUPS, GROUP, BITS, MIDPOINTS,
+                BLOCK_SKETCH, NORMED,
+            )  # fmt: skip
+            tl.store(scales + 2, scale.to(tl.bfloat16))
     elif HEADS:
         rotate_queries(
-            q_rope, cos_sin, positions, block - COLUMN_BLOCKS, tokens, q_token_stride, q_head_stride,
-            HEADS, ROPE, ROTATE, HALF, BLOCK_TOKENS, BLOCK_HEADS,
+            q_rope, cos_sin, positions, block - FIELDS - 1, tl.num_programs(0), q_token_stride, q_head_stride,
+            HEADS, ROPE, ROTATE, HALF, 1, BLOCK_HEADS,
         )  # fmt: skip
