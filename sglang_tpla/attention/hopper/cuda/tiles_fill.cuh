@@ -92,17 +92,14 @@ __device__ __forceinline__ void wait_for_oldest_copies() {
     asm volatile("cp.async.wait_group 1;" ::: "memory");
     __syncwarp();
 }
-// Copies pieces [kFirst, kEnd) of a row by eight lanes, whose first pieces are at `target` and `source`. A lane that has none left
-// copies what the first one does.
+// Copies pieces [kFirst, kEnd) of a row by eight lanes, whose first pieces are at `target` and `source`.
 template <int kFirst, int kEnd> __device__ __forceinline__ void copy_pieces(u32 target, const u8* source, int piece) {
 #pragma unroll
-    for (int i = kFirst; i < kEnd; i += 8) {
-        const int at = i + 8 <= kEnd || i + piece < kEnd ? i * 16 : (i - piece) * 16;
-        copy_piece(target + at, source + at);
-    }
+    for (int i = kFirst; i < kEnd; i += 8)
+        if (i + 8 <= kEnd || i + piece < kEnd) copy_piece(target + i * 16, source + i * 16);
 }
 // Where a lane stores. A chunk's place of its row in a panel is turned by the row, for wgmma's swizzle. A lane that has no piece
-// in a group stores what the first one does.
+// in a group reads the first one, and stores nothing.
 struct Lane {
     static constexpr int kKeys = OwnChunks::kCount % 8;          // the chunk of a panel that keys begin with
     int piece, row;                                              // row: of the first quad, in a tile
@@ -166,6 +163,7 @@ struct RawKeys {
 #pragma unroll
         for (int group = 0; group < RopeChunks::kGroups; ++group) {
             const uint4& x = rope[group];
+            if (lane.piece >= RopeChunks::pieces(group)) continue;
             const auto place = [&](int k) { return lane.place<RopeChunks>(stage, OwnChunks::kCount, group, k, quad, lane.last_rope); };
             if (ROPE_BITS == 16) {
                 store_shared4(place(0), multiply_bf16(x.x, f.rope), multiply_bf16(x.y, f.rope), multiply_bf16(x.z, f.rope),
@@ -185,7 +183,7 @@ struct RawKeys {
                 const int bit = 8 * BITS * k;
                 u32 pair[4];
                 levels_of(nibbles<BITS>(__funnelshift_r(words[bit / 32], words[min(bit / 32 + 1, 3)], bit % 32)), constants.levels, pair);
-                if (k < 2 || !partial)
+                if (lane.piece < SketchChunks::pieces(group) && (k < 2 || !partial))
                     store_shared4(lane.place<SketchChunks>(stage, kField, group, k, quad, lane.last_sketch), multiply_half(pair[0], f.sketch),
                                   multiply_half(pair[1], f.sketch), multiply_half(pair[2], f.sketch), multiply_half(pair[3], f.sketch));
             }
@@ -214,7 +212,7 @@ struct RawValues {
                 scale[i] = OWN == 0 || first + 128 <= SHARED ? f.shared : first >= SHARED ? f.own : shared ? f.shared : f.own;
             }
 #pragma unroll
-            for (int k = 0; k < 2; ++k)
+            for (int k = 0; k < 2 && lane.piece < OwnChunks::pieces(group); ++k)
                 store_codes(lane.place<OwnChunks>(stage, 0, group, k, quad, lane.last_value), x[2 * k], x[2 * k + 1], scale[2 * k],
                             scale[2 * k + 1], constants.exponent);
         }
@@ -283,10 +281,10 @@ __device__ __forceinline__ void fill(const Params& p, Fixed& fixed, u32 ring, u3
         uint2 scales[kQuads] = {load_shared2(row + ROW_BYTES - 8), load_shared2(row + 5 * ROW_BYTES - 8)};
 #pragma unroll
         for (int quad = 0; quad < kQuads; ++quad) keys[quad].load(row + quad * 4 * ROW_BYTES, lane);
-        // Behind the last token whatever lies in slot 0 is unpacked, with scales of 1: finite, and masked.
+        // Behind the last token whatever lies in slot 0 is unpacked, with scales of 0: finite values, and scores that are masked.
 #pragma unroll
         for (int quad = 0; quad < kQuads; ++quad)
-            if (beyond >> quad & 1) scales[quad] = make_uint2(0x3F803F80u, 0x3F803F80u);
+            if (beyond >> quad & 1) scales[quad] = make_uint2(0, 0);
         float largest = fmaxf(largest_scale(scales[0]), largest_scale(scales[1]));
         largest = fmaxf(largest, __shfl_xor_sync(0xffffffff, largest, 8));
         largest = fmaxf(largest, __shfl_xor_sync(0xffffffff, largest, 16));
