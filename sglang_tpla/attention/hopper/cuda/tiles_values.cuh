@@ -42,6 +42,7 @@ __device__ __forceinline__ void gather_values(Fixed& fixed, const Segment& c, co
         wgmma_commit();
         wgmma_wait<0>();
         pin(v.o);
+        __syncwarp();                                            // all lanes have read what was published
         if (c.lane == 0) {
             barrier_arrive(shared_address(&fixed.used));
             barrier_arrive(shared_address(fixed.values_empty + at.slot));
