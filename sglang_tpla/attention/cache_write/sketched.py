@@ -15,7 +15,8 @@ from sglang_tpla.cache_rows import sketched as rows_format
 
 HOPPER = (9, 0)  # the first GPU whose kernels begin while the one before still runs
 MOST_LATENT = 1024  # values of a latent that one program holds, and the weights of some columns beside them
-ROWS_WARPS = 4
+ROWS_WARPS, ROWS_WARPS_OF_FEW = 4, 8  # of the second kernel; of few tokens, which do not fill the GPU
+FEW_TOKENS = 32
 BLOCK_HEADS = 16  # query heads of a token, rotated by one program
 Z_PARTS = 3  # bfloat16 numbers that a float32 weight is cut into; all of its bits
 
@@ -30,11 +31,13 @@ class ProjectionTile(NamedTuple):
 
 
 def tile_of(tokens: int, latent_dim: int) -> ProjectionTile:
-    """Return the tile of the projection."""
-    if tokens == 1:
+    """Return the tile of the projection; measured on an H200 (benchmarks/results/h200/SKETCHED_NOTES.md)."""
+    if tokens <= 8:
         return ProjectionTile(1, 16, 1, 4)
     few = tokens <= 64 or latent_dim > 512  # a program holds all of its tokens' latents
-    return ProjectionTile(16, 16, 8, 8) if few else ProjectionTile(32, 32, 8, 8)
+    if few:
+        return ProjectionTile(16, 16, 8, 4 if tokens <= FEW_TOKENS else 8)
+    return ProjectionTile(32, 32, 8, 8)
 
 
 def serves(rows: rows_format.SketchedRows) -> bool:
@@ -102,7 +105,7 @@ def launch(new: CacheWrite) -> None:
         BLOCK_SHARED=triton.next_power_of_2(max(16, sizes.shared)),
         BLOCK_OWN=triton.next_power_of_2(max(16, sizes.own)),
         BLOCK_SKETCH=triton.next_power_of_2(max(16, sizes.sketch_columns)),
-        num_warps=ROWS_WARPS,
+        num_warps=ROWS_WARPS_OF_FEW if new.tokens <= FEW_TOKENS else ROWS_WARPS,
         launch_pdl=follows,
     )  # fmt: skip
 
