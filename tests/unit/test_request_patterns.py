@@ -11,7 +11,8 @@ from sglang_tpla.host.requests.patterns import check_grammar, check_stops
 VOCAB = 4096
 ORDINARY = [
     r"\d+\.\d+", r"(\d{1,3}\.){3}\d{1,3}", "(foo|bar)+", r"(\w+,)*\w+", "[^,]+(,[^,]+)*", r'"([^"\\]|\\.)*"',
-    "(?:[0-9a-f]{2}:){5}[0-9a-f]{2}", r"\s*\w+\s*=", "(ab*c)*", "[a-z]{1,2000}", "(?P<q>['\"]).*(?P=q)",
+    "(?:[0-9a-f]{2}:){5}[0-9a-f]{2}", r"\s*\w+\s*=", "Question:.*Answer:.*", r"<a[^>]*>[^<]*</a>\s*<b[^>]*>[^<]*</b>",
+    "(ab*c)*", "[a-z]{1,2000}", "(?P<q>['\"]).*(?P=q)",
 ]  # fmt: skip
 # Python searches each of these in a text of some thirty letters for longer than a request lives.
 BACKTRACKS = ["(a+)+$", "(a|aa)+b", "(.|a)*b", "(a?){50}b", r"(\w+\s?)*b", "((a{0,9}){0,9}){0,9}b", "(?:x|y|xy)*z",
@@ -30,6 +31,19 @@ def test_ordinary_patterns(pattern: str) -> None:
 def test_what_backtracks_without_end(pattern: str) -> None:
     with pytest.raises(RequestRefused, match=r"stop_regex: .* could hold up the server"):
         check_stops({"stop_regex": pattern})
+
+
+@pytest.mark.parametrize(
+    "pattern", [".*.*.*z", r"\w*[a-z]*(?:x|[^,]*)z", "(.*a)(.*b)(.*c)", ".{0,99}.{0,99}.{0,99}z", ".*a" * 8]
+)
+def test_repetitions_in_a_row_of_the_same_characters(pattern: str) -> None:
+    with pytest.raises(RequestRefused, match=r"stop_regex: .* in a row that match the same characters"):
+        check_stops({"stop_regex": pattern})
+
+
+def test_a_long_row_is_seen_at_once() -> None:
+    """The check itself is quick: as many repetitions as fit, of sets that exclude each other."""
+    check_stops({"stop_regex": ["[a-m]*[n-z]*" * 85] * 64})
 
 
 @pytest.mark.parametrize("pattern", SLOW_GRAMMARS)

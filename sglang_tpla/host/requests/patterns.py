@@ -2,8 +2,9 @@
 
 Python searches ``stop_regex`` after each token, a grammar masks the vocabulary before each, and neither can be
 interrupted. A repetition of a body that itself matches in several ways, ``(a+)+`` or ``([a-z]{1,20}){1,50}``, takes
-longer than anyone waits; so does a grammar of great length, depth or count. The check looks at the form alone, so it
-may refuse a pattern that would happen to be quick. Every check raises `RequestRefused`.
+longer than anyone waits; so do several repetitions of the same characters in a row, ``.*.*.*x``, and a grammar of great
+length, depth or count. The check looks at the form alone, so it may refuse a pattern that would happen to be quick.
+Every check raises `RequestRefused`.
 """
 
 import json
@@ -21,6 +22,8 @@ MAX_GRAMMAR_CHARACTERS = 65536
 MAX_GRAMMAR_DEPTH = 128
 MAX_COUNT = 100_000  # largest number in {n}, minLength and the like
 MAX_EFFORT = 100  # largest `effort` of one repetition
+MAX_ROW = 2  # repetitions in a row that may share a text among them: n of them try its length to the power of n + 1
+LONG = 64  # lengths from which a repetition counts among these
 COUNTS = re.compile(r"\{\s*(\d+)\s*(?:,\s*(\d*)\s*)?\}")
 REPEATS = (_constants.MAX_REPEAT, _constants.MIN_REPEAT)
 UNBOUNDED = _constants.MAXREPEAT
@@ -137,7 +140,14 @@ def check_pattern(name: str, pattern: str, most: int, backtracks: bool = False) 
         raise RequestRefused(f"sampling_params.{name} may have {most} characters at most; got {len(pattern)}")
     check_counts(name, pattern)
     try:
-        found = effort(_parser.parse(pattern), backtracks)
+        parsed = _parser.parse(pattern)
+        found = effort(parsed, backtracks)
+        if backtracks and longest_row(parsed) > MAX_ROW:
+            raise RequestRefused(
+                f"sampling_params.{name}: {shown(pattern)} has more than {MAX_ROW} repetitions in a row that match "
+                "the same characters, such as .*a.*b.*, which could hold up the server; leave some out, or put a "
+                "character between them that the one before does not match, such as [^a]*a"
+            )
     except (re.error, OverflowError):
         return  # the compiler names the mistake, or knows the pattern's dialect
     except RecursionError:
@@ -170,6 +180,57 @@ def effort(items: Any, backtracks: bool) -> float:
                 found = max(found, math.inf if most is UNBOUNDED else cost)
         found = max([found, *(effort(part, backtracks) for part in parts(op, value))])
     return found
+
+
+def longest_row(items: Any) -> int:
+    r"""Return how many long repetitions follow one another at the most that may match the same characters.
+
+    What cannot be shared ends a row: a character that the repetition before does not match, or repetitions of others.
+
+    >>> longest_row(_parser.parse(".*a.*b.*")), longest_row(_parser.parse(r"\s*\w+\s*=[^;]*;.*"))
+    (3, 1)
+    """
+    longest = row = 0
+    before: Any = None
+    stack = [iter(items)]
+    while stack:
+        item = next(stack[-1], None)
+        if item is None:
+            stack.pop()
+            continue
+        op, value = item
+        if op is _constants.SUBPATTERN:
+            stack.append(iter(value[3]))
+        elif op in REPEATS and value[1] - value[0] >= LONG:
+            row = row + 1 if before is not None and overlap(before, value[2]) else 1
+            before = value[2]
+            longest = max(longest, row, longest_row(value[2]))
+        elif op is _constants.LITERAL and before is not None and not takes(before, value):
+            row, before = 0, None
+        else:
+            inside = max(map(longest_row, parts(op, value)), default=0)
+            row += inside if op is _constants.BRANCH else 0
+            longest = max(longest, row, inside)
+    return longest
+
+
+def overlap(first: Any, second: Any) -> bool:
+    """Whether some character may be part of a text of either body: then one at an end of a range of theirs is."""
+    tried = {*map(ord, "a0_ -\n"), *edges(first), *edges(second)}
+    return any(takes(first, c) and takes(second, c) for c in tried)
+
+
+def edges(items: Any) -> Iterator[int]:
+    """Yield the characters and the ends of ranges that a parsed pattern names."""
+    for op, value in items:
+        if op in (_constants.LITERAL, _constants.NOT_LITERAL):
+            yield value
+        elif op is _constants.RANGE:
+            yield from value
+        elif op is _constants.IN:
+            yield from edges(value)
+        for part in parts(op, value):
+            yield from edges(part)
 
 
 def choices(items: Any, backtracks: bool) -> float:
