@@ -1,21 +1,23 @@
-"""The paper's headline on two GPUs: decode throughput and latency of one model, method beside method, in one run.
+"""The paper's headline on two, four or eight GPUs: decode throughput and latency, method beside method, in one run.
 
-    python benchmarks/headline.py --out FILE [--models v3 k2] [--methods ...] [--loads throughput latency] [--limit 150]
+    python benchmarks/headline.py --out FILE [--ranks 2] [--models v3 k2] [--methods ...] [--loads throughput latency]
+        [--intermediate 512] [--limit 150]
 
-DeepSeek-V3's and Kimi-K2's attention, 61 layers, experts left out (a dense feed-forward part of 512), random bfloat16
-weights; SGLang's own model runner on T = 2 GPUs of one host, real collectives, CUDA graphs. A load is B requests of S
-cached tokens in random slots; "throughput" is 32,768 tokens and among others the largest batch that fits, "latency" 1,
-4 and 16 requests of 32,768 and 131,072 tokens. The methods:
+DeepSeek-V3's and Kimi-K2's attention, 61 layers, experts left out (a dense feed-forward part of ``--intermediate``
+values; 18,432 is a dense layer of V3's), random bfloat16 weights; SGLang's own model runner on T GPUs of one host, real
+collectives, CUDA graphs. A load is B requests of S cached tokens in random slots; "throughput" is 32,768 tokens and
+among others the largest batch that fits, "latency" 1, 4 and 16 requests of 32,768 and 131,072 tokens, with T > 2 also
+64 requests, and 8,192 tokens. The methods:
 
     mla          plain TP in bfloat16 (FlashInfer)         mla-fp8  the same with SGLang's own FP8 cache
-    dp           data-parallel attention at its best: each GPU alone holds all heads and half of the requests, and no
-                 collective is in its time                 dcp2     decode context parallelism of 2 (FlashInfer)
-    g1-8bit      plain MLA with this package's 8-bit rows  g2, g2-scatter    TPLA, slices of 256 in bfloat16
-    g2-sketched, g2-sketched-scatter                       TPLA on sketched rows (64 shared columns, 4 bits)
+    dp           data-parallel attention at its best: each GPU alone holds all heads and its share of the requests, and
+                 no collective is in its time              dcpN     decode context parallelism of N (FlashInfer)
+    g1-8bit      plain MLA with this package's 8-bit rows  gN, gN-scatter    TPLA, slices of 512 / N in bfloat16
+    gN-sketched, gN-sketched-scatter                       TPLA on sketched rows (64 shared columns, 4 bits)
 
 "scatter" sums head outputs before ``o_proj``; otherwise it is held twice. A method that fails or does not fit is noted
-and the next one comes. Step times are medians over replays of the step's graph on rank 0. Without GPUs it runs two tiny
-ranks on the CPU, to try this file.
+and the next one comes. Step times are medians over replays of the step's graph on rank 0. Without GPUs it runs tiny
+ranks on the CPU, to try this file. More than two GPUs were never had: T = 4 and 8 have run on a CPU alone.
 """
 
 import argparse
@@ -38,10 +40,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import engine_rank
 import v3_shaped
 
+from sglang_tpla.cache_rows.sketched import SketchedRows
 from sglang_tpla.config import Settings
 
 GPU = torch.cuda.is_available()
-RANKS, LAYERS, CONTEXT, LONG = 2, 61, 32768, 131072
+LAYERS, SHORT, CONTEXT, LONG = 61, 8192, 32768, 131072
 HEADS = {"v3": 128, "k2": 64}
 RESERVE_BYTES = 6.0e9  # of a GPU for CUDA, NCCL, graphs and activations
 PORT = 29600
@@ -61,47 +64,56 @@ class Method:
     groups: int = 0
     rows: str | None = None
     o_proj: str = "replicate"
-    ranks: int = RANKS
+    ranks: int = 2
     flags: dict[str, Any] = field(default_factory=dict)
 
-    def weight_bytes(self, heads: int) -> float:
+    def weight_bytes(self, heads: int, intermediate: int) -> float:
         """A rank holds of one layer, in bfloat16."""
         share = max(1, self.groups) / self.ranks
         queries, keys, output = 1536 * heads * 192, 512 * heads * 256, heads * 128 * 7168
-        rest = 7168 * (1536 + 576) + 3 * 7168 * 512 / self.ranks
+        rest = 7168 * (1536 + 576) + 3 * 7168 * intermediate / self.ranks
         held = share if self.o_proj == "replicate" else 1 / self.ranks
         return 2 * (queries * share + keys * max(1, self.groups) + output * held + rest)
 
-    def most_requests(self, heads: int, memory_bytes: float) -> int:
+    def most_requests(self, heads: int, intermediate: int, memory_bytes: float) -> int:
         """Of 32,768 tokens that fit on a GPU."""
-        left = 0.985 * memory_bytes - RESERVE_BYTES - LAYERS * self.weight_bytes(heads)
+        left = 0.985 * memory_bytes - RESERVE_BYTES - LAYERS * self.weight_bytes(heads, intermediate)
         return max(0, int(left // (self.row_bytes * LAYERS * CONTEXT)))
 
 
-METHODS = {
-    "mla": Method(1152),
-    "mla-fp8": Method(576, flags={"kv_cache_dtype": "fp8_e4m3"}),
-    "dp": Method(1152, ranks=1),
-    "dcp2": Method(576, flags={"dcp_size": 2}),
-    "g1-8bit": Method(656, 1, "sketched"),
-    "g2": Method(640, 2),
-    "g2-scatter": Method(640, 2, o_proj="scatter"),
-    "g2-sketched": Method(544, 2, "sketched"),
-    "g2-sketched-scatter": Method(544, 2, "sketched", "scatter"),
-}
+def methods_of(ranks: int) -> dict[str, Method]:
+    """Every method that T ranks can run."""
+    found = {
+        "mla": Method(1152, ranks=ranks),
+        "mla-fp8": Method(576, ranks=ranks, flags={"kv_cache_dtype": "fp8_e4m3"}),
+        "dp": Method(1152, ranks=1),
+        "g1-8bit": Method(SketchedRows.of(512, 1, 512, 64).row_bytes, 1, "sketched", ranks=ranks),
+    }
+    for n in (2, 4, 8):
+        if n > ranks:
+            break
+        sketched = SketchedRows.of(512, n, 64, 64).row_bytes
+        found[f"dcp{n}"] = Method(1152 // n, ranks=ranks, flags={"dcp_size": n})
+        for suffix, o_proj in (("", "replicate"), ("-scatter", "scatter")):
+            found[f"g{n}{suffix}"] = Method(1024 // n + 128, n, o_proj=o_proj, ranks=ranks)
+            found[f"g{n}-sketched{suffix}"] = Method(sketched, n, "sketched", o_proj, ranks)
+    return found
 
 
-def loads_of(method: Method, heads: int, memory_bytes: float, kinds: list[str]) -> list[tuple[int, int]]:
+def loads_of(method: Method, args: argparse.Namespace, heads: int, memory_bytes: float) -> list[tuple[int, int]]:
     """(requests on a rank, cached tokens each) that fit, for the kinds asked for."""
     if not GPU:
         return [(1, 64), (2, 64)]
-    most = method.most_requests(heads, memory_bytes)
-    halves = RANKS // method.ranks  # requests of a load that each rank has
+    most = method.most_requests(heads, args.intermediate, memory_bytes)
+    parts = args.ranks // method.ranks  # of a load, of which each rank or group of ranks has one
     found = set()
-    if "throughput" in kinds:
-        found |= {(batch // halves, CONTEXT) for batch in (16, 48) if batch // halves < most} | {(most, CONTEXT)}
-    if "latency" in kinds:
-        found |= {(max(1, batch // halves), tokens) for batch in (1, 4, 16) for tokens in (CONTEXT, LONG)}
+    if "throughput" in args.loads:
+        found |= {(batch // parts, CONTEXT) for batch in (16, 48) if batch // parts < most} | {(most, CONTEXT)}
+    if "latency" in args.loads:
+        batches, contexts = (
+            ((1, 4, 16), (CONTEXT, LONG)) if args.ranks == 2 else ((1, 4, 16, 64), (SHORT, CONTEXT, LONG))
+        )
+        found |= {(max(1, batch // parts), tokens) for batch in batches for tokens in contexts}
     fits = most * CONTEXT
     return sorted((batch, tokens) for batch, tokens in found if batch and batch * tokens <= fits)
 
@@ -277,7 +289,7 @@ class Job:
 
 def requests_of(job: dict[str, Any], row: dict[str, Any]) -> int:
     """Requests that all GPUs together serve in a step."""
-    return int(row["batch"]) * (RANKS // job["ranks"])
+    return int(row["batch"]) * int(job["parts"])
 
 
 def print_row(job: dict[str, Any], row: dict[str, Any]) -> None:
@@ -289,28 +301,30 @@ def print_row(job: dict[str, Any], row: dict[str, Any]) -> None:
     )
 
 
-def jobs_of(model: str, names: list[str], kinds: list[str], folder: Path, memory_bytes: float) -> list[dict[str, Any]]:
+def jobs_of(model: str, args: argparse.Namespace, folder: Path, memory_bytes: float) -> list[dict[str, Any]]:
     """One for each method that fits, with checkpoint and artifacts written."""
     heads = HEADS[model] if GPU else 16
     path = folder / model
-    sizes = {"hidden": 7168, "query_latent": 1536, "intermediate": 512} if GPU else engine_rank.SMALL
+    sizes = {"hidden": 7168, "query_latent": 1536, "intermediate": args.intermediate} if GPU else engine_rank.SMALL
     shape = v3_shaped.Shape(LAYERS if GPU else 2, 2 * LONG, **(sizes | {"heads": heads}))
     v3_shaped.write_checkpoint(path, shape, only_identity=True)
-    artifacts = {None: folder / f"{model}-g2.safetensors", "sketched": folder / f"{model}-g2-sketched.safetensors"}
-    v3_shaped.write_artifact(artifacts[None], path, 2)
-    v3_shaped.write_sketched_artifact(artifacts["sketched"], path, 2)
-    found = []
-    for name in names:
-        method = METHODS[name]
-        loads = loads_of(method, heads, memory_bytes, kinds)
+    methods, found = methods_of(args.ranks), []
+    for name in args.methods:
+        method = methods[name]
+        loads = loads_of(method, args, heads, memory_bytes)
         if not loads:
             continue
+        artifact = folder / f"{model}-g{method.groups}-{method.rows or 'plain'}.safetensors"
+        if method.groups > 1 and not artifact.exists():
+            write = v3_shaped.write_sketched_artifact if method.rows else v3_shaped.write_artifact
+            write(artifact, path, method.groups)
         found.append(
             asdict(method)
             | {
                 "name": f"{model}-{name}",
                 "model": str(path),
-                "artifact": str(artifacts[method.rows]) if method.groups > 1 else None,
+                "artifact": str(artifact) if method.groups > 1 else None,
+                "parts": args.ranks // method.ranks,
                 "attention": "tpla" if method.groups else "flashinfer" if GPU else "torch_native",
                 "loads": loads,
                 "tokens": max(batch * context for batch, context in loads) // method.flags.get("dcp_size", 1) + 256,
@@ -324,7 +338,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "out" / "headline.json")
     parser.add_argument("--models", nargs="+", choices=HEADS, default=list(HEADS))
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--ranks", type=int, choices=(2, 4, 8), default=2, help="T, GPUs of this host")
+    parser.add_argument("--methods", nargs="+", help="by default all that so many ranks can run")
+    parser.add_argument("--intermediate", type=int, default=512, help="of the feed-forward part, all ranks together")
     parser.add_argument("--loads", nargs="+", choices=("throughput", "latency"), default=["throughput", "latency"])
     parser.add_argument("--limit", type=float, default=150.0, help="seconds a method may take on a model")
     parser.add_argument("--child", help=argparse.SUPPRESS)
@@ -332,19 +348,27 @@ def main() -> None:
     args = parser.parse_args()
     if args.child:
         return child(json.loads(args.child), args.rank)
+    methods = methods_of(args.ranks)
+    args.methods = args.methods or list(methods)
+    if unknown := set(args.methods) - set(methods):
+        parser.error(f"--methods: {', '.join(sorted(unknown))} is none of {', '.join(methods)} on {args.ranks} ranks")
+    if GPU and torch.cuda.device_count() < args.ranks:
+        parser.error(f"--ranks {args.ranks} needs as many GPUs; this host has {torch.cuda.device_count()}")
     memory_bytes = torch.cuda.get_device_properties(0).total_memory if GPU else 0.0
     report: dict[str, Any] = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "device": torch.cuda.get_device_name(0) if GPU else "a CPU: to try this file",
         "torch": torch.__version__,
-        "methods": {name: asdict(METHODS[name]) for name in args.methods},
+        "ranks": args.ranks,
+        "intermediate": args.intermediate,
+        "methods": {name: asdict(methods[name]) for name in args.methods},
         "rows": [],
         "failed": {},
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory() as folder:
         for model in args.models:
-            described = jobs_of(model, args.methods, args.loads, Path(folder), memory_bytes)
+            described = jobs_of(model, args, Path(folder), memory_bytes)
             jobs = [Job(job, args.out.parent) for job in described] if GPU else []
             for job in jobs:  # all import at once, then they take turns at the GPUs
                 job.wait_until_imported()
