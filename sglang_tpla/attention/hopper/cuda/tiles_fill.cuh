@@ -54,9 +54,7 @@ struct Walk {
     int tile, end;                                               // the tiles that were looked up last begin with `tile`
     int page, token;                                             // of the lane's row: -1 behind the last
 
-    __device__ __forceinline__ explicit Walk(const Params& p) : s(p), tile(s.first_tile), end(0) {
-        settle();
-    }
+    __device__ __forceinline__ explicit Walk(const Params& p) : s(p), tile(s.first_tile), end(0) { settle(); }
     __device__ __forceinline__ void settle() {
         for (; s.more(); s.next(), tile = 0) {
             end = s.end_tile();
@@ -98,6 +96,7 @@ template <int kFirst, int kEnd> __device__ __forceinline__ void copy_pieces(u32 
     for (int i = kFirst; i < kEnd; i += 8)
         if (i + 8 <= kEnd || i + piece < kEnd) copy_piece(target + i * 16, source + i * 16);
 }
+
 // Where a lane stores. A chunk's place of its row in a panel is turned by the row, for wgmma's swizzle. A lane that has no piece
 // in a group reads the first one, and stores nothing.
 struct Lane {
@@ -106,7 +105,9 @@ struct Lane {
     u32 value, key;                                              // chunk `piece` of eight
     u32 last_value[2], last_rope[2], last_sketch[4];             // of fewer: each chunk of the lane's piece
 
-    __device__ __forceinline__ u32 at(int chunk) const { return chunk / 8 * kPanelBytes + row * 128 + ((chunk % 8 ^ row % 8) << 4); }
+    __device__ __forceinline__ u32 at(int chunk) const {
+        return chunk / 8 * kPanelBytes + row * 128 + ((chunk % 8 ^ row % 8) << 4);
+    }
     // The piece that the lane takes of a group of `count`.
     __device__ __forceinline__ int piece_of(int count) const { return piece < count ? piece : 0; }
     template <typename Field> __device__ __forceinline__ u32 last(int field, int k) const {
@@ -136,7 +137,8 @@ struct Lane {
 
 // Eight int8 codes, four of a scale, as a chunk.
 __device__ __forceinline__ void store_codes(u32 address, u32 first, u32 second, u32 first_scale, u32 second_scale, u32 exponent) {
-    const u32 first_bias = multiply_half(first_scale, 0xE600E600u), second_bias = multiply_half(second_scale, 0xE600E600u);  // - 1536
+    const u32 minus = 0xE600E600u;                               // -1536
+    const u32 first_bias = multiply_half(first_scale, minus), second_bias = multiply_half(second_scale, minus);
     store_shared4(address, scaled_codes<0, 1>(first, first_scale, first_bias, exponent),
                   scaled_codes<2, 3>(first, first_scale, first_bias, exponent),
                   scaled_codes<0, 1>(second, second_scale, second_bias, exponent),
@@ -159,12 +161,15 @@ struct RawKeys {
         }
     }
     // Unpacks them to the tile at `stage`.
-    __device__ __forceinline__ void store(u32 stage, const Lane& lane, int quad, const Factors& f, const Constants& constants) const {
+    __device__ __forceinline__ void store(u32 stage, const Lane& lane, int quad, const Factors& f,
+                                          const Constants& constants) const {
 #pragma unroll
         for (int group = 0; group < RopeChunks::kGroups; ++group) {
             const uint4& x = rope[group];
             if (lane.piece >= RopeChunks::pieces(group)) continue;
-            const auto place = [&](int k) { return lane.place<RopeChunks>(stage, OwnChunks::kCount, group, k, quad, lane.last_rope); };
+            const auto place = [&](int k) {
+                return lane.place<RopeChunks>(stage, OwnChunks::kCount, group, k, quad, lane.last_rope);
+            };
             if (ROPE_BITS == 16) {
                 store_shared4(place(0), multiply_bf16(x.x, f.rope), multiply_bf16(x.y, f.rope), multiply_bf16(x.z, f.rope),
                               multiply_bf16(x.w, f.rope));
@@ -177,15 +182,18 @@ struct RawKeys {
         for (int group = 0; group < SketchChunks::kGroups; ++group) {
             constexpr int kField = OwnChunks::kCount + RopeChunks::kCount;
             const u32 words[4] = {sketch[group].x, sketch[group].y, sketch[group].z, sketch[group].w};
-            const bool partial = SketchChunks::whole(group) < SketchChunks::pieces(group) && lane.piece == SketchChunks::whole(group);
+            const int whole = SketchChunks::whole(group), pieces = SketchChunks::pieces(group);
+            const bool partial = whole < pieces && lane.piece == whole;
 #pragma unroll
             for (int k = 0; k < 4; ++k) {
                 const int bit = 8 * BITS * k;
+                const u32 codes = __funnelshift_r(words[bit / 32], words[min(bit / 32 + 1, 3)], bit % 32);
+                const u32 target = lane.place<SketchChunks>(stage, kField, group, k, quad, lane.last_sketch);
                 u32 pair[4];
-                levels_of(nibbles<BITS>(__funnelshift_r(words[bit / 32], words[min(bit / 32 + 1, 3)], bit % 32)), constants.levels, pair);
-                if (lane.piece < SketchChunks::pieces(group) && (k < 2 || !partial))
-                    store_shared4(lane.place<SketchChunks>(stage, kField, group, k, quad, lane.last_sketch), multiply_half(pair[0], f.sketch),
-                                  multiply_half(pair[1], f.sketch), multiply_half(pair[2], f.sketch), multiply_half(pair[3], f.sketch));
+                levels_of(nibbles<BITS>(codes), constants.levels, pair);
+                if (lane.piece < pieces && (k < 2 || !partial))
+                    store_shared4(target, multiply_half(pair[0], f.sketch), multiply_half(pair[1], f.sketch),
+                                  multiply_half(pair[2], f.sketch), multiply_half(pair[3], f.sketch));
             }
         }
     }
@@ -200,7 +208,8 @@ struct RawValues {
         for (int group = 0; group < OwnChunks::kGroups; ++group)
             codes[group] = load_shared4(row + (group * 8 + lane.piece_of(OwnChunks::pieces(group))) * 16);
     }
-    __device__ __forceinline__ void store(u32 stage, const Lane& lane, int quad, const Factors& f, const Constants& constants) const {
+    __device__ __forceinline__ void store(u32 stage, const Lane& lane, int quad, const Factors& f,
+                                          const Constants& constants) const {
 #pragma unroll
         for (int group = 0; group < OwnChunks::kGroups; ++group) {
             const u32 x[4] = {codes[group].x, codes[group].y, codes[group].z, codes[group].w};
@@ -230,7 +239,7 @@ __device__ __forceinline__ void fill(const Params& p, Fixed& fixed, u32 ring, u3
     walk.look_up(p, warp, lane_number);
     // What is copied: the first of `left` tiles with `slots`, rows from `first_row` on. The walk is at the tiles behind them.
     int slots = -1, left = 0, first_row = 0;
-    u32 beyond = 0;                                              // the quads that are copied: whether the lane's row is behind the last
+    u32 beyond = 0;                                              // a bit a quad: the lane's row is behind the last
     const u8* rows[kQuads];
     const auto move_on = [&]() {
         if (left == 0) {

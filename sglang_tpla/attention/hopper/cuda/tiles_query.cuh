@@ -62,7 +62,10 @@ __device__ __forceinline__ float load_query(const Params& p, u32 q_smem, int req
         const int first = consumer / 32 * 16 + consumer % 32 / 4, column = 2 * (consumer % 4);
         const QueryRow rows[2] = {QueryRow(p, request, first), QueryRow(p, request, first + 8)};
 #pragma unroll
-        for (int i = 0; i < 4 * QUERY_STEPS; ++i) q[i] = __ldcg(reinterpret_cast<const u32*>(rows[i % 2].chunk(i / 2, query_column(i / 2)) + column));
+        for (int i = 0; i < 4 * QUERY_STEPS; ++i) {
+            const u16* chunk = rows[i % 2].chunk(i / 2, query_column(i / 2));
+            q[i] = __ldcg(reinterpret_cast<const u32*>(chunk + column));
+        }
 #pragma unroll
         for (int i = 0; i < 4 * QUERY_STEPS; ++i) {
             if (!rows[i % 2].valid || meets_nothing(i / 2, query_column(i / 2))) q[i] = 0;

@@ -74,8 +74,8 @@ struct Rows {
     u32 stamp = 0;
 
     // Probabilities of tile `j` of a segment to shared memory, relative to the rows' reference and weighted by the tokens' power.
-    __device__ __forceinline__ void soften(const Params& p, Fixed& fixed, const Segment& c, const Memory& memory, float (&s)[32], int j,
-                                           const Stage& at, u32 used_phase) {
+    __device__ __forceinline__ void soften(const Params& p, Fixed& fixed, const Segment& c, const Memory& memory, float (&s)[32],
+                                           int j, const Stage& at, u32 used_phase) {
         const int column = 2 * (c.lane % 4), row = c.warp * 16 + c.lane / 4;
         const Eight* eights = fixed.eights[at.slot];
         const int first_token = c.first_token + j * kTile;

@@ -15,7 +15,8 @@ struct Values {
 };
 
 // All tiles of a segment. `done` counts tiles.
-__device__ __forceinline__ void gather_values(Fixed& fixed, const Segment& c, const Memory& memory, Stage& at, u32& done, Values& v) {
+__device__ __forceinline__ void gather_values(Fixed& fixed, const Segment& c, const Memory& memory, Stage& at, u32& done,
+                                              Values& v) {
     u32 stamp = 0;                                               // of no tile: the first tile sets the values' reference
 #pragma unroll 1
     for (int j = 0; j < c.tiles; ++j) {
@@ -38,7 +39,8 @@ __device__ __forceinline__ void gather_values(Fixed& fixed, const Segment& c, co
         pin(v.o);
         wgmma_fence();
 #pragma unroll
-        for (int step = 0; step < kTile / 16; ++step) wgmma_values(v.o, weights + (step * 32 >> 4), columns + (step * 16 * 128 >> 4));
+        for (int step = 0; step < kTile / 16; ++step)
+            wgmma_values(v.o, weights + (step * 32 >> 4), columns + (step * 16 * 128 >> 4));
         wgmma_commit();
         wgmma_wait<0>();
         pin(v.o);
@@ -60,7 +62,8 @@ __device__ __forceinline__ void store(const Params& p, const Fixed& fixed, const
     for (int i = 0; i < 2; ++i) {
         float largest = 0.f;
 #pragma unroll
-        for (int j = 0; j < LATENT / 8; ++j) largest = fmaxf(largest, fmaxf(fabsf(v.o[4 * j + 2 * i]), fabsf(v.o[4 * j + 2 * i + 1])));
+        for (int j = 0; j < LATENT / 8; ++j)
+            largest = fmaxf(largest, fmaxf(fabsf(v.o[4 * j + 2 * i]), fabsf(v.o[4 * j + 2 * i + 1])));
         largest = fmaxf(largest, __shfl_xor_sync(0xffffffff, largest, 1));
         largest = fmaxf(largest, __shfl_xor_sync(0xffffffff, largest, 2));
         const int my_row = c.warp * 16 + c.lane / 4 + 8 * i, row = blockIdx.y * kRows + my_row;
@@ -83,8 +86,8 @@ __device__ __forceinline__ void store(const Params& p, const Fixed& fixed, const
         for (int j = 0; j < LATENT / 8; ++j) {
             const float x = v.o[4 * j + 2 * i] * scale, y = v.o[4 * j + 2 * i + 1] * scale;
             // volatile: in order, so that few results need registers at once
-            asm volatile("st.global.u32 [%0], %1;" ::"l"(target + OwnChunks::column(j)), "r"(whole ? pack_bf16(x, y) : pack_half(x, y))
-                         : "memory");
+            const u32 pair = whole ? pack_bf16(x, y) : pack_half(x, y);
+            asm volatile("st.global.u32 [%0], %1;" ::"l"(target + OwnChunks::column(j)), "r"(pair) : "memory");
         }
     }
 }
