@@ -14,6 +14,7 @@ from sglang_tpla.attention.interface import AttentionInputError, DecodeShape, Pa
 from sglang_tpla.attention.reference import ReferenceDecode
 from sglang_tpla.cache_rows.layer_rows import GroupRows
 from sglang_tpla.cache_rows.sketched import SketchedRows
+from sglang_tpla.reference_model.rotary import rotate
 from tests.sketched_reference import assert_row, read_row
 from tests.triton_interpreter import interpret
 
@@ -86,6 +87,14 @@ def test_attention_is_the_equation_over_rows_read_byte_by_byte(kind: GroupRows, 
             expected = (scale * score).softmax(-1) @ latent
             torch.testing.assert_close(out[token, :, : rows.w].double(), expected, rtol=1e-4, atol=1e-5)
             assert not out[token, :, rows.w :].any()
+
+
+def test_the_reference_models_keys_have_their_columns_where_a_cache_has_them() -> None:
+    """An 8-bit key is rounded by the number of its column, so that another order would be other rows."""
+    key, angles = torch.randn(5, 12), torch.randn(5, 6)
+    turned = rotate(key, angles.cos(), angles.sin())
+    cached = reference.rotate_pairs(key, torch.cat([angles.cos(), angles.sin()], -1), neox=False)
+    torch.testing.assert_close(turned, cached)
 
 
 @pytest.mark.parametrize("where", ["shared", "own", "another group's sketch", "key"])
