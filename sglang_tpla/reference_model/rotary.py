@@ -1,7 +1,7 @@
 """Rotary embedding with DeepSeek's interleaved pairs and yarn, as in SGLang's ``DeepseekScalingRotaryEmbedding``.
 
-A rotated vector keeps its pairs side by side, as in SGLang's cache. Exact scores depend only on query and key having the
-same layout (transformers' has all first halves first), but an 8-bit key is rounded by the number of its column.
+A rotated vector keeps its pairs side by side, as in SGLang's cache. Exact scores depend only on query and key having
+the same layout (transformers' has all first halves first), but an 8-bit key is rounded by the number of its column.
 """
 
 import math
