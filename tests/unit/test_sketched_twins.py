@@ -134,12 +134,12 @@ def test_what_does_not_fit_is_refused() -> None:
 
 INTERPRETED = """
 import sys, torch
-from sketched_case import KINDS, difference, difference_of_odd_values
+from sketched_case import KINDS, difference, difference_of_odd_values, unseen
 for kind in KINDS:
     for tokens, rotate in ((1, "pairs"), (3, None), (19, "halves")):
         if (wrong := difference(kind, tokens, rotate, torch.float32, "cpu", few=0.002)) is not None:
             sys.exit(wrong)
-    if (wrong := difference_of_odd_values(kind, "cpu")) is not None:
+    if (wrong := difference_of_odd_values(kind, "cpu") or unseen(kind, "cpu")) is not None:
         sys.exit(wrong)
 for kind, tokens, projected in ((KINDS[0], 3, False), (KINDS[3], 67, True)):
     if (wrong := difference(kind, tokens, "pairs", torch.float32, "cpu", few=0.002, projected=projected)) is not None:
