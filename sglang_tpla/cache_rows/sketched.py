@@ -330,9 +330,10 @@ def _alternating(columns: int, device: torch.device) -> torch.Tensor:
 
 
 def round_up_bfloat16(values: torch.Tensor) -> torch.Tensor:
-    """Return the least bfloat16 values, as float32, that are not below positive float32 ``values``."""
+    """Return the least bfloat16 values, as float32, that are not below positive float32 ``values``; NaN stays NaN."""
     bits = values.contiguous().view(torch.int32)
-    return ((bits + 0xFFFF) & ~0xFFFF).view(torch.float32)
+    # a GPU's NaN has all bits set, and would be rounded up to -0
+    return torch.where(values.isnan(), values, ((bits + 0xFFFF) & ~0xFFFF).view(torch.float32))
 
 
 def quantise_sketch(values: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:

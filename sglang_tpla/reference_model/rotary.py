@@ -1,7 +1,7 @@
 """Rotary embedding with DeepSeek's interleaved pairs and yarn, as in SGLang's ``DeepseekScalingRotaryEmbedding``.
 
-A rotated vector holds all first halves of the pairs, then all second halves, as in transformers; scores depend only on
-query and key having the same layout.
+A rotated vector keeps its pairs side by side, as in SGLang's cache. Exact scores depend only on query and key having
+the same layout (transformers' has all first halves first), but an 8-bit key is rounded by the number of its column.
 """
 
 import math
@@ -30,9 +30,9 @@ class Rotary:
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate interleaved pairs of x [..., S, e] by tables [S, e/2]; the result has all first halves first."""
+    """Rotate interleaved pairs of x [..., S, e] by tables [S, e/2]; the order of values stays."""
     even, odd = x[..., 0::2], x[..., 1::2]
-    return torch.cat([even * cos - odd * sin, odd * cos + even * sin], -1)
+    return torch.stack([even * cos - odd * sin, odd * cos + even * sin], -1).flatten(-2)
 
 
 def inverse_frequencies(spec: ModelSpec) -> torch.Tensor:

@@ -99,24 +99,37 @@ def test_plain_mla_with_an_8_bit_cache(trio: Any, nano_mla: str, logs: Path) -> 
         check(trio, decode, 110_000, model, whole_latent(model), LAYERS * row_bytes)
 
 
-@pytest.fixture(scope="module")
-def rows_by_layer(nano_mla: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Return an artifact of two groups whose layers differ in shared columns, sketch bits and bytes."""
-    model = PlainModel(nano_mla)
+def by_layer(folder: str, path: Path, rope_bits: int) -> str:
+    """Make an artifact of two groups whose layers differ in shared columns, sketch bits and bytes."""
+    model = PlainModel(folder)
     text = read_text(TextPlan(calibration_tokens=4096, held_out_tokens=0), model.checkpoint)
     statistics = collect_statistics(model, text, 0, show_progress=False)
     rows = [
-        SketchedRows.of(LATENT, 2, shared, ROPE, sketch_bits=bits)
+        SketchedRows.of(LATENT, 2, shared, ROPE, sketch_bits=bits, rope_bits=rope_bits)
         for shared, bits in ((64, 2), (16, 4), (LATENT, 4), (96, 3))
     ]
     costs = layer_costs(statistics, model.checkpoint)
-    path = tmp_path_factory.mktemp("by-layer") / "artifact.safetensors"
     sketched_form(statistics, model.spec, costs, rows).save(path)
     return str(path)
 
 
+@pytest.fixture(scope="module")
+def rows_by_layer(nano_mla: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    return by_layer(nano_mla, tmp_path_factory.mktemp("by-layer") / "artifact.safetensors", 16)
+
+
+@pytest.fixture(scope="module")
+def rows_with_8_bit_keys(nano_mla: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    return by_layer(nano_mla, tmp_path_factory.mktemp("8-bit-keys") / "artifact.safetensors", 8)
+
+
 @pytest.mark.parametrize(
-    ("layers", "ranks"), [("rows_by_layer", 2), pytest.param("sketched_artifact", 4, marks=pytest.mark.slow)]
+    ("layers", "ranks"),
+    [
+        ("rows_by_layer", 2),
+        pytest.param("rows_with_8_bit_keys", 2, marks=pytest.mark.slow),
+        pytest.param("sketched_artifact", 4, marks=pytest.mark.slow),
+    ],
 )
 def test_two_groups(
     trio: Any, request: pytest.FixtureRequest, nano_mla: str, logs: Path, layers: str, ranks: int
@@ -124,11 +137,12 @@ def test_two_groups(
     path = request.getfixturevalue(layers)
     artifact, model = Artifact.load(path), PlainModel(nano_mla)
     flags = ["--tp", str(ranks), "--tpla-groups", "2", "--tpla-artifact", path]
-    with decode_server(nano_mla, logs / f"decode-sketched-{ranks}.log", *flags) as decode:
+    with decode_server(nano_mla, logs / f"decode-{layers}-{ranks}.log", *flags) as decode:
         tpla = decode.get("/server_info")["tpla"]
         rows = [artifact.meta.rows(layer) for layer in range(LAYERS)]
         assert tpla["rows"] == "sketched"
         assert tpla["sketch_bits"] == [kind.sketch_bits for kind in rows if kind.own]
         assert tpla["cache_bytes_per_token_and_rank"] == sum(kind.row_bytes for kind in rows)
         wire = sum(kind.common_bytes + 2 * kind.own_bytes for kind in rows)
-        check(trio, decode, 120_000 + 1000 * ranks, model, model_maps(artifact, model), wire)
+        room = 120_000 + 1000 * (ranks + rows[0].rope_bits)
+        check(trio, decode, room, model, model_maps(artifact, model), wire)

@@ -67,3 +67,25 @@ def difference_of_odd_values(kind: GroupRows, device: str) -> str | None:
     if torch.equal(*caches):
         return None
     return f"odd values of {rows}: {(caches[0] != caches[1]).nonzero()[:20].tolist()}"
+
+
+def unseen(kind: GroupRows, device: str) -> str | None:
+    """Say which field of a row has a finite scale though a value of it is not finite, or return None."""
+    rows = kind.rows
+    block = ((kind.group + 1) % rows.groups) * rows.own  # of another group
+    columns = {0: 1 if rows.shared > 1 else None, 1: rows.shared + 1, 2: rows.w + block + 1} if rows.own else {0: 1}
+    if rows.rope_bits == 8:
+        columns[3] = 1
+    for bits in (0x7FC00000, 0x7FFFFFFF, 0x7F800000):  # NaN, NaN as a GPU makes it, infinity
+        odd = torch.tensor(bits, dtype=torch.int32, device=device).view(torch.float32)
+        for field, column in columns.items():
+            if column is None:
+                continue
+            z, key = torch.randn(2, kind.columns, device=device), torch.randn(2, rows.rope_dim, device=device)
+            (key if field == 3 else z)[1, column] = odd
+            cache = torch.zeros(2, rows.row_bytes, dtype=torch.uint8, device=device)
+            sketched.launch(CacheWrite(z, key, torch.arange(2, device=device), cache, sketched=kind))
+            scales = cache[:, rows.scales_offset :].contiguous().view(torch.bfloat16)
+            if bool(scales[1, field].isfinite()) or not bool(scales[0].isfinite().all()):
+                return f"field {field} of {rows}, a value {bits:#x}: scales {scales.tolist()}"
+    return None

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from sketched_case import DEEPSEEK, KINDS, difference, difference_of_odd_values
+from sketched_case import DEEPSEEK, KINDS, difference, difference_of_odd_values, unseen
 from write_case import random_write
 
 from sglang_tpla.attention.cache_write import reference
@@ -19,6 +19,7 @@ def test_written_rows_are_the_twins(kind: GroupRows, dtype: torch.dtype, rotate:
     for tokens in (1, 7, 19, 130):
         assert difference(kind, tokens, rotate, dtype, "cuda", few=0.005) is None
     assert difference_of_odd_values(kind, "cuda") is None
+    assert unseen(kind, "cuda") is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

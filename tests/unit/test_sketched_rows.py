@@ -187,6 +187,13 @@ def test_two_groups_together_have_half_the_step_of_shared_columns(rows: Sketched
     assert max(abs((error / step).mean().item()) for error in errors) < 0.02
 
 
+@pytest.mark.parametrize("bits", [0x7FC00000, 0x7FFFFFFF])  # as a CPU makes it, and as a GPU does
+def test_a_value_that_is_no_number_has_a_scale_that_is_none(bits: int) -> None:
+    value = torch.tensor([[bits]], dtype=torch.int32).view(torch.float32)
+    assert sketched.round_up_bfloat16(value).isnan().all()
+    assert sketched.quantise(value)[1].isnan().all()
+
+
 def test_rows_of_zeros_are_zeros_and_one_huge_value_stays_finite() -> None:
     rows = SketchedRows.of(32, 2, 16, 4)
     zeros = [torch.zeros(1, n) for n in (16, 8, 16, 4)]

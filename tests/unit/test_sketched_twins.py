@@ -14,6 +14,7 @@ from sglang_tpla.attention.interface import AttentionInputError, DecodeShape, Pa
 from sglang_tpla.attention.reference import ReferenceDecode
 from sglang_tpla.cache_rows.layer_rows import GroupRows
 from sglang_tpla.cache_rows.sketched import SketchedRows
+from sglang_tpla.reference_model.rotary import rotate
 from tests.sketched_reference import assert_row, read_row
 from tests.triton_interpreter import interpret
 
@@ -88,6 +89,14 @@ def test_attention_is_the_equation_over_rows_read_byte_by_byte(kind: GroupRows, 
             assert not out[token, :, rows.w :].any()
 
 
+def test_the_reference_models_keys_have_their_columns_where_a_cache_has_them() -> None:
+    """An 8-bit key is rounded by the number of its column, so that another order would be other rows."""
+    key, angles = torch.randn(5, 12), torch.randn(5, 6)
+    turned = rotate(key, angles.cos(), angles.sin())
+    cached = reference.rotate_pairs(key, torch.cat([angles.cos(), angles.sin()], -1), neox=False)
+    torch.testing.assert_close(turned, cached)
+
+
 @pytest.mark.parametrize("where", ["shared", "own", "another group's sketch", "key"])
 def test_what_is_not_finite_is_seen_by_whoever_reads_the_row(where: str) -> None:
     """A decode step cannot refuse: the answer must not look sound."""
@@ -125,12 +134,12 @@ def test_what_does_not_fit_is_refused() -> None:
 
 INTERPRETED = """
 import sys, torch
-from sketched_case import KINDS, difference, difference_of_odd_values
+from sketched_case import KINDS, difference, difference_of_odd_values, unseen
 for kind in KINDS:
     for tokens, rotate in ((1, "pairs"), (3, None), (19, "halves")):
         if (wrong := difference(kind, tokens, rotate, torch.float32, "cpu", few=0.002)) is not None:
             sys.exit(wrong)
-    if (wrong := difference_of_odd_values(kind, "cpu")) is not None:
+    if (wrong := difference_of_odd_values(kind, "cpu") or unseen(kind, "cpu")) is not None:
         sys.exit(wrong)
 for kind, tokens, projected in ((KINDS[0], 3, False), (KINDS[3], 67, True)):
     if (wrong := difference(kind, tokens, "pairs", torch.float32, "cpu", few=0.002, projected=projected)) is not None:

@@ -77,6 +77,8 @@ class FakeDecode:
         """Say Hello as a raw-latent rank, read the welcome, and open the data channel that it offers."""
         self.say(hello(**changes))
         offer = self.expect(messages.Welcome)[0].data
+        if self.stream is not None:  # of an earlier registration
+            self.stream.close()
         self.stream = socket.create_connection(("127.0.0.1", offer.port))
         self.stream.settimeout(10)
         self.stream.sendall(PREAMBLE + offer.token)

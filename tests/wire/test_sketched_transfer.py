@@ -1,15 +1,21 @@
 """Sketched rows: the sender encodes exactly the receiver's bytes; the common part travels once to a host."""
 
+import msgspec
 import numpy as np
 import pytest
 import torch
 
+from sglang_tpla.attention.cache_write import reference
+from sglang_tpla.attention.cache_write.inputs import CacheWrite
+from sglang_tpla.cache_rows.layer_rows import GroupRows
 from sglang_tpla.cache_rows.row_format import RowFormat
 from sglang_tpla.cache_rows.sketched import SketchedRows
 from sglang_tpla.transfer.memory.pool import CachePool
 from sglang_tpla.transfer.memory.projection import Projection
+from sglang_tpla.transfer.prefill.compatibility import mismatch
 from sglang_tpla.transfer.room import TransferError
 from tests.wire import rig
+from tests.wire.fakes import hello
 
 
 @pytest.mark.parametrize("host", rig.HOSTS)
@@ -36,6 +42,46 @@ def test_rows_are_the_senders_bytes(
         key = rig.ROPE * (turns if rope_bits == 8 else 2)
         parts = sum(turns * shared + key + groups * n * b // 8 + 6 + groups * (n + 2 if n else 0) for b in bits)
         assert per_token == (count * whole if host == "" else whole if groups == 1 else parts)
+
+
+@pytest.mark.parametrize("host", rig.HOSTS)
+@pytest.mark.parametrize("rope_bits", [16, 8])
+@pytest.mark.parametrize(("groups", "shared"), [(2, 16), (3, 16), (4, 32), (2, 64)])
+def test_decode_writes_a_new_token_as_prefill_sends_it(
+    groups: int, shared: int, rope_bits: int, host: str | None
+) -> None:
+    """Bit by bit for each group, whether its row came whole or in two parts.
+
+    Sums of small whole numbers are exact in float32 in any order, so that a projection has one result.
+    """
+    prefill, count = rig.prefill_rank(torch.float32), 8
+    whole = torch.Generator().manual_seed(groups)
+    for layer in prefill.pool.layers:
+        layer[:, : rig.LATENT] = torch.randint(-40, 41, (len(layer), rig.LATENT), generator=whole)
+    ranks = []
+    for rank in range(2 * groups):
+        z = rig.sketched_projection(rank % groups, groups, shared, (4, 2, 4), rope_bits)
+        matrices = [(8 * matrix).round() for matrix in z.matrices]
+        z = Projection(matrices, list(z.shared), sketched=z.sketched)
+        ranks.append(rig.decode_rank(z, rank=rank, size=2 * groups, host=host))
+    source, targets = rig.pages(50, count), [rig.pages(rank, count) for rank in range(len(ranks))]
+    with rig.serving(prefill, *ranks):
+        rig.begin([prefill], ranks, 1, source, targets, (3,))
+        rig.succeed(1, prefill, *ranks)
+        sent_from = torch.from_numpy(prefill.pool.slots(source))
+        for rank, target in zip(ranks, targets, strict=True):
+            assert rank.projection is not None
+            slots = torch.from_numpy(rank.pool.slots(target))
+            for index, (cache, kind) in enumerate(zip(rank.pool.layers, rank.pool.row_format.layers, strict=True)):
+                assert isinstance(kind, GroupRows)
+                latent, key = prefill.pool.layers[index][sent_from].split([rig.LATENT, rig.ROPE], dim=-1)
+                written = torch.zeros_like(cache)
+                columns = latent @ rank.projection.matrices[index]
+                reference.write(CacheWrite(columns, key, slots, written, sketched=kind))
+                if not kind.rows.own:  # nothing reads the scale of no columns, and no part brings it
+                    place = kind.rows.scales_offset + 2
+                    written[:, place : place + 2] = cache[:, place : place + 2]
+                assert torch.equal(cache[slots], written[slots]), (index, kind)
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4, 8, 16])
@@ -94,6 +140,23 @@ def test_what_is_announced_is_read_back_and_what_is_not_sound_is_refused() -> No
         with pytest.raises(ValueError, match=r".") as raised:
             RowFormat.announced(bad, rig.LATENT, z.widths, z.shared, rig.ROPE)
         assert str(raised.value)
+
+
+def test_a_rank_that_takes_a_row_and_not_what_groups_have_in_common_is_refused() -> None:
+    """Both roundings of many shared columns are longer than a row."""
+    rows = SketchedRows.of(rig.LATENT, 2, 48, rig.ROPE)
+    assert rows.common_bytes > rows.row_bytes
+    kinds = RowFormat.sketched([rows] * rig.LAYERS, 0)
+    layout = msgspec.structs.replace(
+        hello().layout, dtype=kinds.name(torch.uint8), widths=kinds.widths, shared=kinds.shared
+    )
+    prefill = rig.prefill_rank()
+    for most, refused in ((rows.common_bytes - 1, True), (rows.common_bytes, False)):
+        asks = hello(layout=layout, projection="0" * 64, max_chunk_bytes=most)
+        said = mismatch(asks, prefill.pool, prefill.metadata, "model")
+        assert (said is not None) == refused
+        assert said is None or f"has {rows.common_bytes} bytes, the decode rank takes {most}; raise chunk_bytes" in said
+    prefill.agent.close()
 
 
 def test_a_prefill_rank_with_rows_in_bytes_of_its_own_is_refused() -> None:

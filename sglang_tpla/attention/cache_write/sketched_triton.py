@@ -92,10 +92,17 @@ def projection_kernel(
 
 @triton.jit
 def int8_scale(largest):
-    """The largest magnitude over 127, rounded up to bfloat16; 1 for zeros."""
+    """The largest magnitude over 127, rounded up to bfloat16; 1 for zeros, NaN for NaN."""
     bits = tl.div_rn(largest, 127.0).to(tl.int32, bitcast=True)
     scale = ((bits + 0xFFFF) & -65536).to(tl.float32, bitcast=True)
-    return tl.where(scale == 0.0, 1.0, scale)
+    scale = tl.where(scale == 0.0, 1.0, scale)
+    return tl.where(largest == largest, scale, largest)  # a NaN with all bits set is rounded up to -0
+
+
+@triton.jit
+def largest_magnitude(x):
+    """The largest magnitude of float32 values, compared as integers: NaN, which a maximum drops, is above all."""
+    return tl.max(tl.abs(x).to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -140,7 +147,7 @@ def write_field(
     """Quantise ``COUNT`` columns from ``FIRST`` on into the same place of the row, and return their scale."""
     at = tl.arange(0, BLOCK)
     x = load_columns(source, weight, FIRST + at, at < COUNT, inverse, NORMED)
-    scale = int8_scale(tl.max(tl.abs(x), 0))
+    scale = int8_scale(largest_magnitude(x))
     tl.store(row + FIRST + at, int8_codes(x, scale, at, TURN), mask=at < COUNT)
     return scale
 
@@ -177,7 +184,9 @@ def write_sketch(
     a = tl.div_rn(x, tl.zeros_like(x) + unit)
     b = tl.div_rn(mine, tl.zeros_like(mine) + unit)
     rms = largest * tl.sqrt_rn(tl.sum(a * a + b * b) / (GROUPS * OWN))
-    scale = nearest_bfloat16(tl.minimum(rms * factor, 3.3895313892515355e38))
+    exact = rms * factor
+    scale = nearest_bfloat16(tl.minimum(exact, 3.3895313892515355e38))
+    scale = tl.where(exact == exact, scale, exact)
     divisor = tl.where(scale > 0.0, scale, 1.0)
     magnitude = tl.div_rn(tl.abs(x), tl.zeros_like(x) + divisor)
     code = tl.where(x < 0.0, 1 << (BITS - 1), 0)
@@ -213,7 +222,8 @@ def write_key(
     scale = 1.0
     if ROPE_BITS == 8:
         even, odd = tl.where(whole, even.to(tl.float32), 0.0), tl.where(whole, odd.to(tl.float32), 0.0)
-        scale = int8_scale(tl.maximum(tl.max(tl.abs(even)), tl.max(tl.abs(odd))))
+        both = tl.maximum(tl.abs(even).to(tl.int32, bitcast=True), tl.abs(odd).to(tl.int32, bitcast=True))
+        scale = int8_scale(tl.max(both).to(tl.float32, bitcast=True))
         tl.store(row + W_PAD + a[None, :] + one[:, None], int8_codes(even, scale, a[None, :], TURN), mask=whole)
         tl.store(row + W_PAD + b[None, :] + one[:, None], int8_codes(odd, scale, b[None, :], TURN), mask=whole)
     else:

@@ -1,5 +1,6 @@
 """What a prefill rank demands of a decode rank before it serves it: one sentence for each mismatch."""
 
+from sglang_tpla.cache_rows.parts import Part
 from sglang_tpla.cache_rows.row_format import SENDER_DTYPES, RowFormat
 from sglang_tpla.transfer.memory.pool import CachePool, MetadataRows
 from sglang_tpla.transfer.messages import PROTOCOL_VERSIONS, CacheLayout, Hello
@@ -91,10 +92,11 @@ def mismatch(hello: Hello, pool: CachePool, metadata: MetadataRows, model_hash: 
             f"projection: {layout.dtype} of widths {layout.widths[:4]}... need a projection and none was announced; "
             "start decode with --tpla-artifact"
         )
-    row_bytes = max(rows.row_bytes(pool.dtype))
+    # what groups have in common may be longer than a row: it has two roundings of shared columns
+    row_bytes = max(max(rows.part_items(part)) for part in Part) * rows.item_dtype(pool.dtype).itemsize
     if row_bytes > hello.max_chunk_bytes:
         return (
-            f"chunk size: one row has {row_bytes} bytes, the decode rank takes {hello.max_chunk_bytes}; raise "
-            "chunk_bytes there"
+            f"chunk size: one row or part of it has {row_bytes} bytes, the decode rank takes {hello.max_chunk_bytes}; "
+            "raise chunk_bytes there"
         )
     return None
