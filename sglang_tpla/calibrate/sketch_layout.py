@@ -56,11 +56,11 @@ def default_shared(latent_dim: int, groups: int, sketch_bits: int = 4) -> int:
 
 
 def nearest_shared(latent_dim: int, groups: int, wanted: int, sketch_bits: int = 4) -> int:
-    """Return the r nearest to the one wanted that the format holds.
+    """Return the r nearest to the one wanted that the format holds, and at least half of it: too few cost much more.
 
     Whole bytes at every number of bits are preferred: blocks of a multiple of eight columns.
     """
-    choices = shared_choices(latent_dim, groups, sketch_bits)
+    choices = [choice for choice in shared_choices(latent_dim, groups, sketch_bits) if 2 * choice >= wanted]
     even = [choice for choice in choices if (latent_dim - choice) // groups % 8 == 0 and choice < latent_dim]
     near = [choice for choice in even if abs(choice - wanted) <= wanted // 4] or choices
     return min(near, key=lambda choice: (abs(choice - wanted), -choice))
