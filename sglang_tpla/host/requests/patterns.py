@@ -24,6 +24,7 @@ MAX_COUNT = 100_000  # largest number in {n}, minLength and the like
 MAX_EFFORT = 100  # largest `effort` of one repetition
 MAX_ROW = 2  # repetitions in a row that may share a text among them: n of them try its length to the power of n + 1
 LONG = 64  # lengths from which a repetition counts among these
+MOST_KINDS = 16  # of repetitions in one row, each of which is compared with all others
 COUNTS = re.compile(r"\{\s*(\d+)\s*(?:,\s*(\d*)\s*)?\}")
 REPEATS = (_constants.MAX_REPEAT, _constants.MIN_REPEAT)
 UNBOUNDED = _constants.MAXREPEAT
@@ -183,17 +184,18 @@ def effort(items: Any, backtracks: bool) -> float:
 
 
 def longest_row(items: Any) -> int:
-    r"""Return how many long repetitions follow one another at the most that may match the same characters.
+    r"""Return how many long repetitions follow one another at the most that may share a text among them.
 
-    What cannot be shared ends a row: a character that the repetition before does not match, or repetitions of others.
+    A character that none of those before matches ends a row, and so does a repetition of such characters, if it matches
+    at least one. Where it may match none, ``a*b*a*``, those before and behind it share the text.
 
     >>> longest_row(_parser.parse(".*a.*b.*")), longest_row(_parser.parse(r"\s*\w+\s*=[^;]*;.*"))
     (3, 1)
     """
-    longest = row = 0
-    before: Any = None
+    longest = 0
+    row: list[tuple[Any, int]] = []  # each repetition, and how many of the row share its text up to it
     stack = [iter(items)]
-    while stack:
+    while stack and longest <= MAX_ROW:
         item = next(stack[-1], None)
         if item is None:
             stack.pop()
@@ -201,16 +203,20 @@ def longest_row(items: Any) -> int:
         op, value = item
         if op is _constants.SUBPATTERN:
             stack.append(iter(value[3]))
-        elif op in REPEATS and value[1] - value[0] >= LONG:
-            row = row + 1 if before is not None and overlap(before, value[2]) else 1
-            before = value[2]
-            longest = max(longest, row, longest_row(value[2]))
-        elif op is _constants.LITERAL and before is not None and not takes(before, value):
-            row, before = 0, None
-        else:
-            inside = max(map(longest_row, parts(op, value)), default=0)
-            row += inside if op is _constants.BRANCH else 0
-            longest = max(longest, row, inside)
+            continue
+        repeats = op in REPEATS and value[1] - value[0] >= LONG
+        inside = max(map(longest_row, parts(op, value)), default=0)
+        longest = max(longest, inside)
+        body = value[2] if repeats else [item]
+        count = 1 if repeats else inside if op is _constants.BRANCH else 0
+        if count == 0 and op not in (_constants.LITERAL, _constants.NOT_LITERAL, _constants.IN):
+            continue
+        before = [shared for other, shared in row if overlap(other, body)]
+        if not before and not (repeats and value[0] == 0) and op is not _constants.BRANCH:
+            row = []
+        if count:
+            row.append((body, count + max(before, default=0)))
+            longest = max(longest, row[-1][1] if len(row) <= MOST_KINDS else MAX_ROW + 1)
     return longest
 
 
