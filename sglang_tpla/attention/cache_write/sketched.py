@@ -4,7 +4,7 @@ The second kernel quantises every field straight from the float32 projection: th
 have brought (`cache_rows.sketched`). `plain` describes the other steps.
 """
 
-import itertools
+import functools
 from typing import NamedTuple
 
 import torch
@@ -110,7 +110,7 @@ def launch(new: CacheWrite) -> None:
     )  # fmt: skip
 
 
+@functools.cache
 def _midpoints(bits: int) -> tuple[float, ...]:
     """Return `rows_format.midpoints` as numbers that a kernel is compiled with."""
-    levels = rows_format.LEVELS[bits]
-    return tuple((a + b) / 2 for a, b in itertools.pairwise(levels))
+    return tuple(rows_format.midpoints(bits, torch.device("cpu")).tolist())

@@ -25,6 +25,7 @@ SOURCES = tuple(
         "sketched_shapes.cuh",  # explanation; constants of a variant
         "hopper.cuh",  # barriers, asynchronous copies, wgmma
         "parts.cuh",  # a block's part of the plan
+        "sketched_common.cuh",  # what both forms share
         "sketched_codes.cuh",  # from codes to float16
         "sketched_unpack.cuh",  # from raw rows to wgmma's operands
         "sketched_gather.cuh",  # the producer, which copies raw rows; the query

@@ -25,6 +25,7 @@ SOURCES = tuple(
         "tiles_shapes.cuh",  # explanation; constants of a variant, shared memory
         "hopper.cuh",  # barriers, asynchronous copies, wgmma
         "parts.cuh",  # a block's part of the plan
+        "sketched_common.cuh",  # what both forms share
         "tiles_fill.cuh",  # the warps that unpack tiles
         "tiles_query.cuh",  # the query
         "tiles_scores.cuh",  # scores, softmax

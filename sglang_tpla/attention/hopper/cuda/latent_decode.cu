@@ -75,14 +75,7 @@ __device__ __forceinline__ void consume(const Params& p, Fixed& fixed, u32 q_sme
             if (lane == 0) barrier_arrive(q_empty);
             store<kOut / 2, kOut / 2>(p, o, state, seg.request, split, whole, 0, 0, 1, thread);
         }
-        if (!whole) {
-            const u32 target = announce(p, seg.request, splits, consumer);
-            // The last of a request's parts, when it goes on to another request, leaves the merge to the others.
-            const int4 last = part_row(p, blockIdx.x - seg.before + splits);
-            const bool goes_on = last.x > seg.request + 1 || last.y > 0;
-            if (consumer == 0 && !(goes_on && seg.before == splits - 1))
-                fixed.merge = {seg.request, seg.before, splits - (goes_on ? 1 : 0), target};
-        }
+        if (!whole) hand_over(p, fixed.merge, seg.request, seg.before, splits, consumer);
     }
     sync_consumers();                                            // now the query's memory is free and fixed.merge is written
     if (fixed.merge.request >= 0) merge(p, fixed.merge, q_buffer, consumer);

@@ -10,6 +10,15 @@ __device__ __forceinline__ u32 announce(const Params& p, int request, int splits
     return (before / splits + 1) * splits;                       // the counter runs on over the layers of a step
 }
 
+// Announces the partial result, and notes in `shared` which share of the request's merge the block has. The last of a request's
+// parts, when it goes on to another request, leaves the merge to the others. All consumers call it.
+__device__ __forceinline__ void hand_over(const Params& p, Shared& shared, int request, int before, int splits, int consumer) {
+    const u32 target = announce(p, request, splits, consumer);
+    const int4 last = part_row(p, blockIdx.x - before + splits);
+    const bool goes_on = last.x > request + 1 || last.y > 0;
+    if (consumer == 0 && !(goes_on && before == splits - 1)) shared = {request, before, splits - (goes_on ? 1 : 0), target};
+}
+
 // A running sum of 8 columns over splits: values scaled to 2^-top, and the sum of weights.
 struct Sum {
     float value[8];

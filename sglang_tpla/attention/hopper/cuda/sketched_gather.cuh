@@ -123,7 +123,7 @@ __device__ __forceinline__ float load_query(const Params& p, u32 q_smem, int req
     if (consumer % 32 == 0) atomicMax(shared_largest, largest);
     sync_all();
     largest = *reinterpret_cast<volatile u32*>(shared_largest);
-    const u32 exponent = largest ? min(268 - (int)(largest >> 7), 250) : 127;   // the largest becomes 2^14 to 2^15
+    const u32 exponent = query_exponent(largest);
     const float factor = __uint_as_float(exponent << 23);
 #pragma unroll 1
     for (int item = consumer; item < kRows * kSteps * 2; item += kAllThreads) {

@@ -5,16 +5,7 @@
 // 16 s + c and 16 s + 8 + c are 16 s + 2 c and 16 s + 2 c + 2 for even c, see load_query_group(): a thread has four
 // neighbours of each step.
 
-struct Values {
-    float o[LATENT / 2];
-    float applied[2];                                            // the rows' reference
-
-    __device__ __forceinline__ void clear() {
-#pragma unroll
-        for (int i = 0; i < LATENT / 2; ++i) o[i] = 0.f;
-        applied[0] = applied[1] = negative_infinity();
-    }
-};
+using Values = RowSums;
 
 // The warpgroup of values: every tile. `done`: tiles of each warpgroup of scores before.
 __device__ __forceinline__ void gather_values(Fixed& fixed, const Segment& c, u32 (&done)[2], Values& v) {

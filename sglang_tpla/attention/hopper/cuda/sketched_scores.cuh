@@ -36,13 +36,6 @@ struct Stage {
     __device__ __forceinline__ Stage(u32 tile, u32 half) : slot((2 * tile + half) % STAGES), phase((2 * tile + half) / STAGES & 1) {}
 };
 
-// Tokens that query row `row` of the block may see.
-__device__ __forceinline__ int limit_of(const Params& p, int length, int row) {
-    const int at = blockIdx.y * kRows + row;
-    const int token = (at >= p.heads) + (at >= 2 * p.heads) + (at >= 3 * p.heads);
-    return length - p.query_len + 1 + min(token, p.query_len - 1);
-}
-
 // Scores of a warp's 16 tokens, whose raw rows begin at `tokens`, times scale_log2. With ROW_VALUES the warp also stores their
 // 8-bit columns, as they are multiplied, once `used` says that those before are not needed any more: row r of a panel is
 // token r, and its column 16 s + c of step s is as wgmma's left operand has it.

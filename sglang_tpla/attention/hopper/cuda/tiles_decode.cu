@@ -28,13 +28,7 @@ __device__ __forceinline__ void consume(const Params& p, Fixed& fixed, const Mem
             sync_consumers();
             store(p, fixed, v, seg.request, first_split + seg.before, whole, c);
         }
-        if (whole) continue;
-        const u32 target = announce(p, seg.request, splits, consumer);
-        // The last of a request's parts, when it goes on to another request, leaves the merge to the others.
-        const int4 last = part_row(p, blockIdx.x - seg.before + splits);
-        const bool goes_on = last.x > seg.request + 1 || last.y > 0;
-        if (consumer == 0 && !(goes_on && seg.before == splits - 1))
-            fixed.merge = {seg.request, seg.before, splits - (goes_on ? 1 : 0), target};
+        if (!whole) hand_over(p, fixed.merge, seg.request, seg.before, splits, consumer);
     }
     sync_consumers();                                            // now the query's memory is free and fixed.merge is written
     if (fixed.merge.request >= 0) merge(p, fixed.merge, buffer, consumer);

@@ -15,13 +15,6 @@ struct Memory {
     u32 query, probability, ring;
 };
 
-// Tokens that query row `row` of the block may see.
-__device__ __forceinline__ int limit_of(const Params& p, int length, int row) {
-    const int at = blockIdx.y * kRows + row;
-    const int token = (at >= p.heads) + (at >= 2 * p.heads) + (at >= 3 * p.heads);
-    return length - p.query_len + 1 + min(token, p.query_len - 1);
-}
-
 // The products of a tile.
 __device__ __forceinline__ void scores(float (&s)[32], const u32 (&q)[4 * QUERY_STEPS], Fixed& fixed, const Memory& memory,
                                        const Stage& at) {

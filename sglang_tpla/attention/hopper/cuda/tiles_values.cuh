@@ -3,16 +3,7 @@
 // One warpgroup. A thread holds of O [64 query rows, LATENT] rows 16 warp + lane / 4 and 8 further on: element 4 j + 2 i + e is
 // row i, column 2 (lane % 4) + e of chunk j.
 
-struct Values {
-    float o[LATENT / 2];
-    float applied[2];                                            // the rows' reference
-
-    __device__ __forceinline__ void clear() {
-#pragma unroll
-        for (int i = 0; i < LATENT / 2; ++i) o[i] = 0.f;
-        applied[0] = applied[1] = negative_infinity();
-    }
-};
+using Values = RowSums;
 
 // All tiles of a segment. `done` counts tiles.
 __device__ __forceinline__ void gather_values(Fixed& fixed, const Segment& c, const Memory& memory, Stage& at, u32& done,
