@@ -62,7 +62,7 @@ extern "C" __global__ void __launch_bounds__(kAllThreads + 128, 1) sketched_deco
             barrier_init(shared_address(fixed.used + i), 4);
             fixed.flag[i][0] = fixed.flag[i][1] = 0;
         }
-        fixed.constants = {make_uint4(LEVELS_LOW_0, LEVELS_LOW_1, LEVELS_HIGH_0, LEVELS_HIGH_1), 0x64646464u};
+        fixed.constants = Constants::of<BITS>();
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
         fence_async_proxy();
     }

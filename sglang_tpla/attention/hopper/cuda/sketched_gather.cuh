@@ -66,8 +66,8 @@ __device__ __forceinline__ u32 query_address(u32 q_smem, int row, int step, int 
 }
 
 // Group g of 32 columns of query row `row`: which columns wgmma multiplies with each other follows from how ldmatrix hands
-// out codes, see unpack_group(): of the 16 columns of a step, 8-bit codes 4 i and 4 i + 1 come before 4 i + 2 and 4 i + 3;
-// of 32 sketch codes, the first step has 8 i to 8 i + 3. Returns the largest magnitude's bits.
+// out codes, see unpack_group(): of the 16 columns of a step, bytes 4 i and 4 i + 1 come before 4 i + 2 and 4 i + 3; of 32
+// sketch codes, the first step has 8 i, 8 i + 4, 8 i + 1 and 8 i + 5, the second the others. Returns the largest magnitude's bits.
 __device__ __forceinline__ u32 load_query_group(const Params& p, u32 q_smem, int request, int row, int g) {
     const int global_row = blockIdx.y * kRows + row;
     const bool valid = global_row < p.query_len * p.heads;
@@ -94,8 +94,14 @@ __device__ __forceinline__ u32 load_query_group(const Params& p, u32 q_smem, int
         if (step + i >= kSteps) break;
         const u32 before = query_address(q_smem, row, step + i, 0), behind = query_address(q_smem, row, step + i, 1);
         if (sketch) {
-            store_shared4(before, w[2 * i], w[2 * i + 4], w[2 * i + 8], w[2 * i + 12]);
-            store_shared4(behind, w[2 * i + 1], w[2 * i + 5], w[2 * i + 9], w[2 * i + 13]);
+            u32 x[2][4];
+#pragma unroll
+            for (int k = 0; k < 4; ++k) {
+                const uint4 eight = in_order_of_levels(make_uint4(w[4 * k], w[4 * k + 1], w[4 * k + 2], w[4 * k + 3]));
+                x[0][k] = i ? eight.z : eight.x, x[1][k] = i ? eight.w : eight.y;
+            }
+            store_shared4(before, x[0][0], x[0][1], x[0][2], x[0][3]);
+            store_shared4(behind, x[1][0], x[1][1], x[1][2], x[1][3]);
         } else if (own || ROPE_BITS == 8) {
             store_shared4(before, w[8 * i], w[8 * i + 2], w[8 * i + 4], w[8 * i + 6]);
             store_shared4(behind, w[8 * i + 1], w[8 * i + 3], w[8 * i + 5], w[8 * i + 7]);

@@ -44,8 +44,7 @@ __device__ __forceinline__ void scores(float (&s)[kPart], u32 tokens, const Toke
     const u32 rows = tokens + c.lane % 16 * kStride + c.lane / 16 * 16, row = tokens + c.lane / 4 * kStride;
     const u32 target = c.values + (c.warp * 16 + c.lane % 16) * 128, chunk = (c.lane / 16 ^ c.lane % 8) << 4;
     const u64 q = descriptor(c.q_smem, 16);
-    const Constants constants = {load_shared4(shared_address(&shared_constants.levels)),
-                                 load_shared(shared_address(&shared_constants.exponent))};
+    const Constants constants = shared_constants.loaded();
     u32 raw[3][8], a[2][8] = {};
     float sketch[kPart] = {}, rope[kPart] = {}, own[kPart] = {};  // rope: kSplit; own: kApart
     load_group(0, rows, row, c.lane, raw[0]);

@@ -19,11 +19,6 @@ __device__ __forceinline__ void store_turned4(u32 address, u32 a, u32 b, u32 c, 
                  ::"r"(address), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
 }
 
-// Bytes kFirst and kSecond of four int8 codes with 128 added, as float16: 1024 + byte is 0x6400 | byte.
-template <int kFirst, int kSecond> __device__ __forceinline__ u32 half_of_codes(u32 biased, u32 exponent) {
-    return add_half(permute(biased, exponent, 0x4040 | kFirst | kSecond << 8), 0xE480E480u);      // - 1152
-}
-
 // Factors of a lane's two tokens (rows lane / 4 and 8 further on).
 struct TokenScales {
     u32 shared[2], own[2];                       // kScaleCodes: relative to `power`, the same float16 twice in a register
@@ -103,12 +98,11 @@ __device__ __forceinline__ void load_group(int g, u32 rows, u32 row, int lane, u
     }
 }
 
-// Four int8 codes of both rows as a step's operand, multiplied by `scale` where `kScale`.
+// Four bytes of both rows as a step's operand, multiplied by `scale` where `kScale`.
 template <bool kScale>
-__device__ __forceinline__ void unpack_codes(u32 first, u32 second, const u32 (&scale)[2], u32 exponent, u32* a) {
-    first ^= 0x80808080u, second ^= 0x80808080u;
-    a[0] = half_of_codes<0, 1>(first, exponent), a[1] = half_of_codes<0, 1>(second, exponent);
-    a[2] = half_of_codes<2, 3>(first, exponent), a[3] = half_of_codes<2, 3>(second, exponent);
+__device__ __forceinline__ void unpack_bytes(u32 first, u32 second, const u32 (&scale)[2], u32 power, u32* a) {
+    a[0] = half_of_bytes<0, 1>(first, power), a[1] = half_of_bytes<0, 1>(second, power);
+    a[2] = half_of_bytes<2, 3>(first, power), a[3] = half_of_bytes<2, 3>(second, power);
     if (!kScale) return;
 #pragma unroll
     for (int i = 0; i < 4; ++i) a[i] = multiply_half(a[i], scale[i % 2]);
@@ -121,14 +115,14 @@ __device__ __forceinline__ void unpack_group(int g, const u32 (&raw)[8], const T
 #pragma unroll
         for (int row = 0; row < 2; ++row) {
             u32 pair[4];
-            levels_of(nibbles<BITS>(raw[row]), constants.levels, pair);
+            levels_of<BITS>(raw[row], constants.powers, pair);
 #pragma unroll
             for (int i = 0; i < 4; ++i) a[i / 2 * 4 + i % 2 * 2 + row] = pair[i];
         }
     } else if (g < kOwnGroup) {
         if (ROPE_BITS == 8) {
-            unpack_codes<!kSplit>(raw[0], raw[1], t.rope, constants.exponent, a);
-            unpack_codes<!kSplit>(raw[2], raw[3], t.rope, constants.exponent, a + 4);
+            unpack_bytes<!kSplit>(raw[0], raw[1], t.rope, constants.power, a);
+            unpack_bytes<!kSplit>(raw[2], raw[3], t.rope, constants.power, a + 4);
         } else {
 #pragma unroll
             for (int i = 0; i < 8; ++i) a[i] = kSplit ? raw[i] : multiply_bf16(raw[i], t.rope[i % 2]);
@@ -140,9 +134,9 @@ __device__ __forceinline__ void unpack_group(int g, const u32 (&raw)[8], const T
             if (step >= kOwnSteps) break;
             const bool shared = 16 * step + 4 * (lane % 4) < SHARED;        // a compile-time constant in all steps but one
             const u32 scale[2] = {shared ? t.shared[0] : t.own[0], shared ? t.shared[1] : t.own[1]};
-            unpack_codes<kScaleCodes>(raw[2 * i], raw[2 * i + 1],
+            unpack_bytes<kScaleCodes>(raw[2 * i], raw[2 * i + 1],
                                       16 * step + 16 <= SHARED ? t.shared : 16 * step >= SHARED ? t.own : scale,
-                                      constants.exponent, a + 4 * i);
+                                      constants.power, a + 4 * i);
         }
     }
 }
