@@ -1,32 +1,21 @@
 // ---- scales -------------------------------------------------------------------------------------------------------
 
-__device__ __forceinline__ u32 multiply_add_half(u32 a, u32 b, u32 c) {
-    u32 d;
-    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
-    return d;
-}
-// Bytes kFirst and kSecond of four codes with 128 added, times `scale`, in float16: 1024 + byte is 0x6400 | byte. `bias` is
-// -1152 scale, exact since a scale has eight bits.
-template <int kFirst, int kSecond> __device__ __forceinline__ u32 scaled_bytes(u32 bytes, u32 scale, u32 bias, u32 power) {
-    return multiply_add_half(permute(bytes, power, 0x4040 | kFirst | kSecond << 8), scale, bias);
-}
-
 // A token's scales relative to the power of its eight tokens, each twice in a register.
 struct Factors {
     u32 shared, own, sketch, rope;                          // float16; rope: bfloat16 where the key is
 };
 
-// The largest of a row's four bfloat16 scales that multiply codes.
+// The largest of a row's four bfloat16 scales that multiply bytes, or 1/16 of that of levels, which are smaller.
 __device__ __forceinline__ float largest_scale(uint2 raw) {
     float largest = 0.f;
     if (SHARED > 0) largest = fmaxf(largest, __uint_as_float(raw.x << 16));
     if (OWN > 0) largest = fmaxf(largest, __uint_as_float(raw.x & 0xFFFF0000u));
-    if (SKETCH > 0) largest = fmaxf(largest, __uint_as_float(raw.y << 16));
+    if (SKETCH > 0) largest = fmaxf(largest, __uint_as_float(raw.y << 16) * 0.0625f);
     if (ROPE_BITS == 8) largest = fmaxf(largest, __uint_as_float(raw.y & 0xFFFF0000u));
     return largest;
 }
 
-// The bits of the power of two that makes 2^4 to 2^5 of the largest scale: 1152 times that is below 2^16.
+// The bits of the power of two that makes 2^4 to 2^5 of the largest scale: 127 times that is below 2^16.
 __device__ __forceinline__ u32 power_of(float largest) {
     return min(max(__float_as_uint(largest) & 0x7F800000u, 0x06000000u), 0x7E000000u) - (4u << 23);
 }
@@ -136,12 +125,10 @@ struct Lane {
 
 // Eight bytes, four of a scale, as a chunk.
 __device__ __forceinline__ void store_bytes(u32 address, u32 first, u32 second, u32 first_scale, u32 second_scale, u32 power) {
-    const u32 minus = 0xE480E480u;                               // -1152
-    const u32 first_bias = multiply_half(first_scale, minus), second_bias = multiply_half(second_scale, minus);
-    store_shared4(address, scaled_bytes<0, 1>(first, first_scale, first_bias, power),
-                  scaled_bytes<2, 3>(first, first_scale, first_bias, power),
-                  scaled_bytes<0, 1>(second, second_scale, second_bias, power),
-                  scaled_bytes<2, 3>(second, second_scale, second_bias, power));
+    store_shared4(address, multiply_half(half_of_bytes<0, 1>(first, power), first_scale),
+                  multiply_half(half_of_bytes<2, 3>(first, power), first_scale),
+                  multiply_half(half_of_bytes<0, 1>(second, power), second_scale),
+                  multiply_half(half_of_bytes<2, 3>(second, power), second_scale));
 }
 
 // The lane's pieces of a raw row's keys. A lane without a piece has the first one.
