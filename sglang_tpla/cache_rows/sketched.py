@@ -9,7 +9,7 @@ bytes, without gaps (``SketchedRows`` has every size and offset):
       rope ]
 
 * A byte is a code of 1 to 255, ``value = scale * (code - 128)``. Its scale is the largest magnitude over 127, rounded
-  up to bfloat16; zeros have scale 1.
+  up to a bfloat16 whose last bit is zero: 1152 times such a scale is exact in float16. Zeros have scale 1.
 * Groups round shared columns and a rotary key of bytes in two ways in turn (``turns``): the code of column k in group i
   is ``value / scale + 128`` plus 1/4 where i + k is even, minus 1/4 where it is odd, rounded. The groups' outputs add
   up, and each of them has 1/g of the shared values, so that the sum has them with half the step; errors of scores
@@ -322,7 +322,7 @@ def _over_scale(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     wide = values.to(torch.float32)
     if not wide.shape[-1]:
         return wide, wide.new_ones(*wide.shape[:-1], 1, dtype=torch.bfloat16)
-    scale = round_up_bfloat16(wide.abs().amax(-1, keepdim=True) / LARGEST_CODE)
+    scale = round_up_scale(wide.abs().amax(-1, keepdim=True) / LARGEST_CODE)
     scale = torch.where(scale == 0, torch.ones_like(scale), scale)  # a row of zeros
     return wide / scale, scale.to(torch.bfloat16)
 
@@ -339,11 +339,11 @@ def _alternating(columns: int, device: torch.device) -> torch.Tensor:
     return signs.to(device)
 
 
-def round_up_bfloat16(values: torch.Tensor) -> torch.Tensor:
-    """Return the least bfloat16 values, as float32, that are not below positive float32 ``values``; NaN stays NaN."""
+def round_up_scale(values: torch.Tensor) -> torch.Tensor:
+    """Return the least even bfloat16 values, as float32, not below positive float32 ``values``; NaN stays NaN."""
     bits = values.contiguous().view(torch.int32)
     # a GPU's NaN has all bits set, and would be rounded up to -0
-    return torch.where(values.isnan(), values, ((bits + 0xFFFF) & ~0xFFFF).view(torch.float32))
+    return torch.where(values.isnan(), values, ((bits + 0x1FFFF) & ~0x1FFFF).view(torch.float32))
 
 
 def quantise_sketch(values: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:

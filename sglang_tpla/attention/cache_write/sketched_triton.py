@@ -92,9 +92,9 @@ def projection_kernel(
 
 @triton.jit
 def int8_scale(largest):
-    """The largest magnitude over 127, rounded up to bfloat16; 1 for zeros, NaN for NaN."""
+    """The largest magnitude over 127, rounded up to an even bfloat16; 1 for zeros, NaN for NaN."""
     bits = tl.div_rn(largest, 127.0).to(tl.int32, bitcast=True)
-    scale = ((bits + 0xFFFF) & -65536).to(tl.float32, bitcast=True)
+    scale = ((bits + 0x1FFFF) & -131072).to(tl.float32, bitcast=True)
     scale = tl.where(scale == 0.0, 1.0, scale)
     return tl.where(largest == largest, scale, largest)  # a NaN with all bits set is rounded up to -0
 

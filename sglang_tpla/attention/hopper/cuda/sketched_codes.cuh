@@ -15,6 +15,11 @@ __device__ __forceinline__ u32 multiply_half(u32 a, u32 b) {
     asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(c) : "r"(a), "r"(b));
     return c;
 }
+__device__ __forceinline__ u32 multiply_add_half(u32 a, u32 b, u32 c) {
+    u32 d;
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+    return d;
+}
 __device__ __forceinline__ u32 multiply_bf16(u32 a, u32 b) {
     u32 c;
     asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(c) : "r"(a), "r"(b));
@@ -80,6 +85,12 @@ struct Constants {
 template <int kFirst, int kSecond> __device__ __forceinline__ u32 half_of_bytes(u32 bytes, u32 power) {
     return add_half(permute(bytes, power, 0x4040 | kFirst | kSecond << 8), 0xE480E480u);           // - 1152
 }
+
+// The same times `scale`. `bias` is -1152 scale: exact, since a scale of bytes has seven bits, as 1152 has four.
+template <int kFirst, int kSecond> __device__ __forceinline__ u32 scaled_bytes(u32 bytes, u32 scale, u32 bias, u32 power) {
+    return multiply_add_half(permute(bytes, power, 0x4040 | kFirst | kSecond << 8), scale, bias);
+}
+__device__ __forceinline__ u32 bias_of(u32 scale) { return multiply_half(scale, 0xE480E480u); }
 
 // A pair of sketch codes at bit kBit of both halves of x as their levels, c - (2^kBits - 1) / 2.
 template <int kBits, int kBit> __device__ __forceinline__ u32 levels_at(u32 x, u32 power) {

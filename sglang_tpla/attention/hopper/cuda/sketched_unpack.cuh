@@ -26,7 +26,7 @@ struct TokenScales {
     float power[2];                              // of the scores; kSplit: of those of 8-bit codes; kApart: of shared ones
     float own_scale[2], sketch_scale[2], rope_scale[2];          // own: kApart; rope: kSplit
     float weight_log2[2], inverse_weight[2];     // of the factor that weights the probability
-    u32 shared_ratio[2], own_ratio[2];           // not ROW_VALUES: of the two 8-bit scales to it, float16
+    u32 shared_ratio[2], own_ratio[2];           // not ROW_VALUES: of the two scales of bytes to it, float16
 };
 
 __device__ __forceinline__ float reciprocal(float x) {
@@ -46,19 +46,21 @@ __device__ __forceinline__ TokenScales load_scales(u32 trailer, const bool (&bey
         const float sketch = __uint_as_float(raw.y << 16), rope = __uint_as_float(raw.y & 0xFFFF0000u);
         const float largest_code = fmaxf(SHARED > 0 ? shared : 0.f, OWN > 0 ? own : 0.f);
         t.power[i] = kApart ? shared : largest_code;
-        if (kScaleCodes) {
+        float weight = largest_code, inverse_weight = reciprocal(weight);
+        if (kScaleCodes || kTwoScales) {
             float largest = largest_code;
             if (!kSplit && ROPE_BITS == 8) largest = fmaxf(largest, rope);
             u32 bits = (__float_as_uint(largest) & 0x7F800000u) + 0x00800000u;
             bits = min(max(bits, 0x02000000u), 0x7D000000u);
-            t.power[i] = __uint_as_float(bits);
-            const float inverse = __uint_as_float(0x7F000000u - bits);
-            t.shared[i] = pack_half(shared * inverse, shared * inverse);
-            t.own[i] = pack_half(own * inverse, own * inverse);
-            t.rope[i] = ROPE_BITS == 8 ? pack_half(rope * inverse, rope * inverse) : pack_bf16(inverse, inverse);
+            weight = __uint_as_float(bits), inverse_weight = __uint_as_float(0x7F000000u - bits);
+        }
+        if (kScaleCodes) {
+            t.power[i] = weight;
+            t.shared[i] = pack_half(shared * inverse_weight, shared * inverse_weight);
+            t.own[i] = pack_half(own * inverse_weight, own * inverse_weight);
+            t.rope[i] = ROPE_BITS == 8 ? pack_half(rope * inverse_weight, rope * inverse_weight) : pack_bf16(inverse_weight, inverse_weight);
         }
         t.own_scale[i] = own, t.sketch_scale[i] = sketch, t.rope_scale[i] = ROPE_BITS == 8 ? rope : 1.f;
-        const float weight = ROW_VALUES ? t.power[i] : largest_code, inverse_weight = reciprocal(weight);
         t.weight_log2[i] = log2_fast(weight);
         t.inverse_weight[i] = beyond[i] ? 0.f : inverse_weight;
         t.shared_ratio[i] = pack_half(shared * inverse_weight, 0.f);
@@ -101,11 +103,14 @@ __device__ __forceinline__ void load_group(int g, u32 rows, u32 row, int lane, u
 // Four bytes of both rows as a step's operand, multiplied by `scale` where `kScale`.
 template <bool kScale>
 __device__ __forceinline__ void unpack_bytes(u32 first, u32 second, const u32 (&scale)[2], u32 power, u32* a) {
-    a[0] = half_of_bytes<0, 1>(first, power), a[1] = half_of_bytes<0, 1>(second, power);
-    a[2] = half_of_bytes<2, 3>(first, power), a[3] = half_of_bytes<2, 3>(second, power);
-    if (!kScale) return;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) a[i] = multiply_half(a[i], scale[i % 2]);
+    if (kScale) {
+        const u32 bias[2] = {bias_of(scale[0]), bias_of(scale[1])};
+        a[0] = scaled_bytes<0, 1>(first, scale[0], bias[0], power), a[1] = scaled_bytes<0, 1>(second, scale[1], bias[1], power);
+        a[2] = scaled_bytes<2, 3>(first, scale[0], bias[0], power), a[3] = scaled_bytes<2, 3>(second, scale[1], bias[1], power);
+    } else {
+        a[0] = half_of_bytes<0, 1>(first, power), a[1] = half_of_bytes<0, 1>(second, power);
+        a[2] = half_of_bytes<2, 3>(first, power), a[3] = half_of_bytes<2, 3>(second, power);
+    }
 }
 
 // The two steps of group g: registers 0 to 3 and 4 to 7.
