@@ -9,6 +9,18 @@ __device__ __forceinline__ int slot_of(const Params& p, int start, int length, i
     return (__ldcg(p.page_indices + start + (token >> p.page_bits)) << p.page_bits) | (token & mask);
 }
 
+// a b + c. In assembly, because the compiler works out a row's addresses twice otherwise.
+__device__ __forceinline__ unsigned long long multiply_add_wide(u32 a, u32 b, unsigned long long c) {
+    unsigned long long d;
+    asm("mad.wide.u32 %0, %1, %2, %3;" : "=l"(d) : "r"(a), "r"(b), "l"(c));
+    return d;
+}
+__device__ __forceinline__ unsigned long long multiply_add_wide_signed(int a, int b, unsigned long long c) {
+    unsigned long long d;
+    asm("mad.wide.s32 %0, %1, %2, %3;" : "=l"(d) : "r"(a), "r"(b), "l"(c));
+    return d;
+}
+
 // A warp copies 16 rows of a half tile; eight lanes copy a row, each time the 16-byte pieces of one line of 128 bytes: rows
 // begin anywhere in a line, and a request that crosses lines counts twice. No prefetch into the L2: what lies beside a row is
 // another token. Lane `first + row` knows the slot of a row.
@@ -18,16 +30,15 @@ __device__ __forceinline__ void load_rows(const Params& p, u32 stage, u32 full, 
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
         const int row = i * 4 + lane / 8, slot = __shfl_sync(0xffffffff, slots, first + row);
-        const u8* source = p.kv + slot * p.kv_stride;
-        const int begin = lane % 8 - (int)((unsigned long long)source >> 4 & 7);       // the lane's piece of the first line
-        source += begin * 16;
+        const unsigned long long row_start = multiply_add_wide(slot, (u32)p.kv_stride, (unsigned long long)p.kv);
+        const int begin = lane % 8 - (int)((u32)row_start >> 4 & 7);                   // the lane's piece of the first line
+        const unsigned long long source = multiply_add_wide_signed(begin, 16, row_start);
         const u32 target = stage + row * kStride + begin * 16;
 #pragma unroll
         for (int line = 0; line < kPieces + 7; line += 8) {
-            bool here = line > 0 || begin >= 0;
-            if (line + 7 >= kPieces) here = here && begin < kPieces - line;
-            if (here)
-                asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(target + line * 16), "l"(source + line * 16) : "memory");
+            const bool here = (line > 0 || begin >= 0) && (line + 7 < kPieces || begin < kPieces - line);
+            asm volatile("{\n.reg .pred p;\nsetp.ne.u32 p, %2, 0;\n@p cp.async.cg.shared.global [%0], [%1], 16;\n}"
+                         ::"r"(target + line * 16), "l"(source + line * 16), "r"((u32)here) : "memory");
         }
     }
     barrier_arrive_when_copied(full);
