@@ -66,6 +66,12 @@ __host__ __device__ constexpr u32 twice(u32 half) { return half | half << 16; }
 constexpr int kCodeBits[3][4] = {{1, 3, 5, 7}, {1, 4, 7, 1}, {1, 5, 1, 5}};
 template <int kBits, int i> constexpr int code_bit() { return kCodeBits[kBits - 2][i]; }
 
+// What has to be added to pair i, and to bytes, as halves.
+template <int kBits, int i> constexpr u32 minus_levels() {
+    return twice(0x8000 | power_above(code_bit<kBits, i>()) | ((1 << kBits) - 1) << (code_bit<kBits, i>() - 1));
+}
+constexpr u32 kMinusBytes = 0xE480E480u;                         // - 1152
+
 // Constants that unpacking needs in registers. They come from shared memory: an immediate would take the place of permute()'s
 // selector, or of a mask, which the compiler then moves to a register anew for every use.
 struct Constants {
@@ -81,33 +87,34 @@ struct Constants {
     }
 };
 
-// Bytes kFirst and kSecond of four codes with 128 added, as float16: 1024 + byte is 0x6400 | byte.
-template <int kFirst, int kSecond> __device__ __forceinline__ u32 half_of_bytes(u32 bytes, u32 power) {
-    return add_half(permute(bytes, power, 0x4040 | kFirst | kSecond << 8), 0xE480E480u);           // - 1152
+// Bytes kFirst and kSecond of four codes with 128 added, as float16: 1024 + byte is 0x6400 | byte. With kAbove 1152 is left.
+template <int kFirst, int kSecond, bool kAbove = false> __device__ __forceinline__ u32 half_of_bytes(u32 bytes, u32 power) {
+    const u32 pair = permute(bytes, power, 0x4040 | kFirst | kSecond << 8);
+    return kAbove ? pair : add_half(pair, kMinusBytes);
 }
 
 // The same times `scale`. `bias` is -1152 scale: exact, since a scale of bytes has seven bits, as 1152 has four.
 template <int kFirst, int kSecond> __device__ __forceinline__ u32 scaled_bytes(u32 bytes, u32 scale, u32 bias, u32 power) {
     return multiply_add_half(permute(bytes, power, 0x4040 | kFirst | kSecond << 8), scale, bias);
 }
-__device__ __forceinline__ u32 bias_of(u32 scale) { return multiply_half(scale, 0xE480E480u); }
+__device__ __forceinline__ u32 bias_of(u32 scale) { return multiply_half(scale, kMinusBytes); }
 
-// A pair of sketch codes at bit kBit of both halves of x as their levels, c - (2^kBits - 1) / 2.
-template <int kBits, int kBit> __device__ __forceinline__ u32 levels_at(u32 x, u32 power) {
-    constexpr u32 mask = twice(((1 << kBits) - 1) << kBit), middle = ((1 << kBits) - 1) << (kBit - 1);
-    return add_half((x & mask) | power, twice(0x8000 | power_above(kBit) | middle));
+// Pair i of sketch codes, which stands in x, as levels: c - (2^kBits - 1) / 2. With kAbove what has to be added is left out.
+template <int kBits, int i, bool kAbove> __device__ __forceinline__ u32 level_pair(u32 x, u32 power) {
+    const u32 pair = (x & twice(((1 << kBits) - 1) << code_bit<kBits, i>())) | power;
+    return kAbove ? pair : add_half(pair, minus_levels<kBits, i>());
 }
 
 // Eight sketch codes of kBits bits, low bits of x first, as their levels in float16: pair i has codes i and i + 4.
-template <int kBits> __device__ __forceinline__ void levels_of(u32 x, const uint4& powers, u32 (&pair)[4]) {
+template <int kBits, bool kAbove = false> __device__ __forceinline__ void levels_of(u32 x, const uint4& powers, u32 (&pair)[4]) {
     // Codes 4 to 7 go to the upper half, if they are not there.
     if (kBits == 3) x = (x << 4 & 0xFFFF0000u) | (x & 0x0000FFFFu);
     if (kBits == 2) x = (x << 8 & 0xFFFF0000u) | (x & 0x0000FFFFu);
     const u32 first = x << 1, last = kBits == 4 ? x >> 7 : kBits == 3 ? x >> 8 : first;
-    pair[0] = levels_at<kBits, code_bit<kBits, 0>()>(first, powers.x);
-    pair[1] = levels_at<kBits, code_bit<kBits, 1>()>(first, powers.y);
-    pair[2] = levels_at<kBits, code_bit<kBits, 2>()>(kBits == 4 ? last : first, powers.z);
-    pair[3] = levels_at<kBits, code_bit<kBits, 3>()>(last, powers.w);
+    pair[0] = level_pair<kBits, 0, kAbove>(first, powers.x);
+    pair[1] = level_pair<kBits, 1, kAbove>(first, powers.y);
+    pair[2] = level_pair<kBits, 2, kAbove>(kBits == 4 ? last : first, powers.z);
+    pair[3] = level_pair<kBits, 3, kAbove>(last, powers.w);
 }
 
 // Eight columns of a query, in the order in which levels_of() has the codes that they meet.

@@ -108,8 +108,8 @@ __device__ __forceinline__ void unpack_bytes(u32 first, u32 second, const u32 (&
         a[0] = scaled_bytes<0, 1>(first, scale[0], bias[0], power), a[1] = scaled_bytes<0, 1>(second, scale[1], bias[1], power);
         a[2] = scaled_bytes<2, 3>(first, scale[0], bias[0], power), a[3] = scaled_bytes<2, 3>(second, scale[1], bias[1], power);
     } else {
-        a[0] = half_of_bytes<0, 1>(first, power), a[1] = half_of_bytes<0, 1>(second, power);
-        a[2] = half_of_bytes<2, 3>(first, power), a[3] = half_of_bytes<2, 3>(second, power);
+        a[0] = half_of_bytes<0, 1, kAbove>(first, power), a[1] = half_of_bytes<0, 1, kAbove>(second, power);
+        a[2] = half_of_bytes<2, 3, kAbove>(first, power), a[3] = half_of_bytes<2, 3, kAbove>(second, power);
     }
 }
 
@@ -120,7 +120,7 @@ __device__ __forceinline__ void unpack_group(int g, const u32 (&raw)[8], const T
 #pragma unroll
         for (int row = 0; row < 2; ++row) {
             u32 pair[4];
-            levels_of<BITS>(raw[row], constants.powers, pair);
+            levels_of<BITS, kAbove>(raw[row], constants.powers, pair);
 #pragma unroll
             for (int i = 0; i < 4; ++i) a[i / 2 * 4 + i % 2 * 2 + row] = pair[i];
         }
