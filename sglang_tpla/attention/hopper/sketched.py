@@ -102,7 +102,7 @@ class SketchedVariant:
     def fixed_bytes(self) -> int:
         """The shared memory behind the ring: barriers, constants, and what warps tell each other about query rows."""
         bare = 16 * self.stages + 32 + 32 + 16 + 32 + 4 * self.rows * (8 + 8 + 2)
-        return -(-(bare + (32 if self.row_values else 4 * 5 * self.rows + 512)) // 16) * 16
+        return -(-(bare + (32 + 4 * self.rows if self.row_values else 4 * 5 * self.rows + 512)) // 16) * 16
 
     @property
     def shared_bytes(self) -> int:

@@ -26,7 +26,7 @@ __device__ __forceinline__ void consume(const Params& p, Fixed& fixed, u32 q_sme
             for (int i = 0; i < kRows / 4; ++i) total[i] = 0.f;
             for (int row = lane; row < kRows; row += 32) fixed.reference[role][warp][row] = negative_infinity();
             __syncwarp();
-            if (kAbove) find_starts(fixed, q_smem, group, warp, lane);
+            if (kSketchAbove || kRopeAbove || kBytesAbove) find_starts(fixed, q_smem, group, warp, lane);
             attend(p, fixed, c, tries, done, total);
             sync_all();
         } else {

@@ -14,7 +14,7 @@ struct alignas(16) Fixed {
     alignas(16) float exchange[2][4][kRows];                     // between warps
     float reference[2][4][kRows];                                // of each warp: the reference of its probabilities
     float published[2][kRows];                                   // the reference of the tile that is ready
-    float start[ROW_VALUES ? 1 : 4][ROW_VALUES ? 1 : kRows];     // what sums begin with: sketch, key, and two kinds of bytes
+    float start[ROW_VALUES ? 1 : 4][kRows];             // what sums begin with: sketch, key, and two kinds of bytes
     float applied[ROW_VALUES ? 1 : kRows];                       // the reference of the values
 
     // A warp of values tells its rows' largest values here once no tile is under way.
@@ -63,9 +63,9 @@ __device__ __forceinline__ void find_start(Fixed& fixed, u32 q_smem, Field field
 __device__ __forceinline__ void find_starts(Fixed& fixed, u32 q_smem, int group, int warp, int lane) {
     constexpr int kSecondStep = kApart ? kOwnStep + SHARED / 16 : kSteps;
     if (group == 0) {
-        if (SKETCH > 0) find_start(fixed, q_smem, kOfSketch, 0, kRopeStep, warp, lane);
-        if (ROPE_BITS == 8) find_start(fixed, q_smem, kOfRope, kRopeStep, kOwnStep, warp, lane);
-    } else if (kBytesAbove) {
+        if (kSketchAbove) find_start(fixed, q_smem, kOfSketch, 0, kRopeStep, warp, lane);
+        if (kRopeAbove) find_start(fixed, q_smem, kOfRope, kRopeStep, kOwnStep, warp, lane);
+    } else if constexpr (kBytesAbove) {
         find_start(fixed, q_smem, kOfFirst, kOwnStep, kSecondStep, warp, lane);
         if (kApart) find_start(fixed, q_smem, kOfSecond, kSecondStep, kSteps, warp, lane);
     }
@@ -94,12 +94,10 @@ __device__ __forceinline__ void scores(const Fixed& fixed, float (&s)[kPart], u3
     float sketch[kPart] = {}, rope[kPart] = {}, own[kPart] = {};  // rope: kSplit; own: kApart
     load_group(0, rows, row, c.lane, raw[0]);
     load_group(1, rows, row, c.lane, raw[1]);
-    if constexpr (kAbove) {
-        if (kBytesAbove) begin_sum(fixed.start[kOfFirst], s, c.lane);
-        if (SKETCH > 0) begin_sum(fixed.start[kOfSketch], sketch, c.lane);
-        if (ROPE_BITS == 8) begin_sum(fixed.start[kOfRope], rope, c.lane);
-        if (kBytesAbove && kApart) begin_sum(fixed.start[kOfSecond], own, c.lane);
-    }
+    if (kSketchAbove) begin_sum(fixed.start[kOfSketch], sketch, c.lane);
+    if constexpr (kRopeAbove) begin_sum(fixed.start[kOfRope], rope, c.lane);
+    if constexpr (kBytesAbove) begin_sum(fixed.start[kOfFirst], s, c.lane);
+    if constexpr (kBytesAbove && kApart) begin_sum(fixed.start[kOfSecond], own, c.lane);
     pin(s);
 #pragma unroll
     for (int g = 0; g < kGroups; ++g) {
@@ -118,11 +116,11 @@ __device__ __forceinline__ void scores(const Fixed& fixed, float (&s)[kPart], u3
             const u64 columns = q + ((step / 4 * kQPanelBytes + step % 4 * 32) >> 4);
             const u32* r = a[g % 2] + 4 * i;
             const bool of_rope = step >= kRopeStep && step < kOwnStep, first = step == kRopeStep || step == kOwnStep;
-            if (step < kRopeStep) wgmma_half(sketch, r[0], r[1], r[2], r[3], columns, kAbove || step > 0);
+            if (step < kRopeStep) wgmma_half(sketch, r[0], r[1], r[2], r[3], columns, kSketchAbove || step > 0);
             else if (kApart && step >= kOwnStep + SHARED / 16)
                 wgmma_half(own, r[0], r[1], r[2], r[3], columns, kBytesAbove || step > kOwnStep + SHARED / 16);
             else if (of_rope && kSplit && ROPE_BITS == 16) wgmma_bf16(rope, r[0], r[1], r[2], r[3], columns, !first);
-            else if (of_rope && kSplit) wgmma_half(rope, r[0], r[1], r[2], r[3], columns, kAbove || !first);
+            else if (of_rope && kSplit) wgmma_half(rope, r[0], r[1], r[2], r[3], columns, kRopeAbove || !first);
             else if (of_rope && ROPE_BITS == 16) wgmma_bf16(s, r[0], r[1], r[2], r[3], columns, !first);
             else wgmma_half(s, r[0], r[1], r[2], r[3], columns, kBytesAbove || (kSplit ? !first : step > kRopeStep));
             if (ROW_VALUES && step >= kOwnStep)

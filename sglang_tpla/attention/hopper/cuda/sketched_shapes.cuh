@@ -33,9 +33,9 @@ constexpr bool kTwoScales = SHARED > 0 && OWN > 0;
 // Shared and own columns have a sum each where a step holds one kind and the values need no scaled codes.
 constexpr bool kApart = kSplit && kTwoScales && !ROW_VALUES && SHARED % 16 == 0;
 constexpr bool kScaleCodes = !kSplit || (kTwoScales && !kApart);               // whether codes are multiplied by their scale's factor
-// Codes of a sum that they alone have keep what makes float16 of them: the sum begins with the query times that, negative.
-constexpr bool kAbove = kSplit && !ROW_VALUES;
-constexpr bool kBytesAbove = kAbove && !kScaleCodes;
+// Whose codes keep what makes float16 of them: their sums begin with the query times that, negative.
+constexpr bool kSketchAbove = SKETCH > 0, kRopeAbove = kSplit && ROPE_BITS == 8;
+constexpr bool kBytesAbove = kSplit && !ROW_VALUES && !kScaleCodes;             // values by query rows take what scores unpacked
 // Columns are unpacked 32 at a time (a group), and multiplied 16 at a time (a step): sketch, rotary key, 8-bit codes.
 constexpr int kOwnSteps = LATENT / 16, kOwnGroups = (kOwnSteps + 1) / 2;
 constexpr int kSketchGroups = (SKETCH + 31) / 32;           // codes behind the last meet a query of zeros

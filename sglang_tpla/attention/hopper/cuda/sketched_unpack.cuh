@@ -101,7 +101,7 @@ __device__ __forceinline__ void load_group(int g, u32 rows, u32 row, int lane, u
 }
 
 // Four bytes of both rows as a step's operand, multiplied by `scale` where `kScale`.
-template <bool kScale>
+template <bool kScale, bool kAbove>
 __device__ __forceinline__ void unpack_bytes(u32 first, u32 second, const u32 (&scale)[2], u32 power, u32* a) {
     if (kScale) {
         const u32 bias[2] = {bias_of(scale[0]), bias_of(scale[1])};
@@ -120,14 +120,14 @@ __device__ __forceinline__ void unpack_group(int g, const u32 (&raw)[8], const T
 #pragma unroll
         for (int row = 0; row < 2; ++row) {
             u32 pair[4];
-            levels_of<BITS, kAbove>(raw[row], constants.powers, pair);
+            levels_of<BITS, kSketchAbove>(raw[row], constants.powers, pair);
 #pragma unroll
             for (int i = 0; i < 4; ++i) a[i / 2 * 4 + i % 2 * 2 + row] = pair[i];
         }
     } else if (g < kOwnGroup) {
         if (ROPE_BITS == 8) {
-            unpack_bytes<!kSplit>(raw[0], raw[1], t.rope, constants.power, a);
-            unpack_bytes<!kSplit>(raw[2], raw[3], t.rope, constants.power, a + 4);
+            unpack_bytes<!kSplit, kRopeAbove>(raw[0], raw[1], t.rope, constants.power, a);
+            unpack_bytes<!kSplit, kRopeAbove>(raw[2], raw[3], t.rope, constants.power, a + 4);
         } else {
 #pragma unroll
             for (int i = 0; i < 8; ++i) a[i] = kSplit ? raw[i] : multiply_bf16(raw[i], t.rope[i % 2]);
@@ -139,7 +139,7 @@ __device__ __forceinline__ void unpack_group(int g, const u32 (&raw)[8], const T
             if (step >= kOwnSteps) break;
             const bool shared = 16 * step + 4 * (lane % 4) < SHARED;        // a compile-time constant in all steps but one
             const u32 scale[2] = {shared ? t.shared[0] : t.own[0], shared ? t.shared[1] : t.own[1]};
-            unpack_bytes<kScaleCodes>(raw[2 * i], raw[2 * i + 1],
+            unpack_bytes<kScaleCodes, kBytesAbove>(raw[2 * i], raw[2 * i + 1],
                                       16 * step + 16 <= SHARED ? t.shared : 16 * step >= SHARED ? t.own : scale,
                                       constants.power, a + 4 * i);
         }
