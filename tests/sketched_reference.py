@@ -7,7 +7,7 @@ import numpy as np
 from sglang_tpla.cache_rows.sketched import SketchedRows
 from tests.fp8_reference import bfloat16
 
-# the step of the best uniform quantiser of a Gaussian (`test_sketched_rows` computes it), in standard deviations, by bits
+# the step of the best uniform quantiser of a Gaussian, in standard deviations, by bits (`test_sketched_rows` finds it)
 STEP = {2: 0.9957, 3: 0.5860, 4: 0.3352}
 
 

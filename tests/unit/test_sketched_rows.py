@@ -40,7 +40,7 @@ def test_the_bytes_of_a_row(rows: SketchedRows, row_bytes: int, w_pad: int) -> N
 
 
 def _squared_error(step: float, levels: int) -> float:
-    """The mean square error of a standard Gaussian rounded to ``levels`` levels, a step apart and half of one from 0."""
+    """The mean square error of a standard Gaussian on ``levels`` levels, a step apart and half of one from 0."""
 
     def density(x: float) -> float:
         return math.exp(-x * x / 2) / math.sqrt(2 * math.pi)
