@@ -3,7 +3,7 @@
     PlainRows   items of the pool's dtype   [w latent | rope]
     Fp8Rows     bytes                       [w e4m3 | rope bfloat16 | scale of the shared, of the own columns | zeros]
                                             (`cache_rows.fp8`)
-    GroupRows   bytes                       [w int8 | rope | sketch of the other groups' columns | scales]
+    GroupRows   bytes                       [w bytes | rope | sketch of the other groups' columns | scales]
                                             (`cache_rows.sketched`)
     WholeRows   bytes                       [d latent | rope] of the model's dtype: a draft's layers behind one of the
                                             two above

@@ -248,8 +248,8 @@ def pack_rows(
 def encode_common(rows: SketchedRows, shared: torch.Tensor, sketch: torch.Tensor, k_rope: torch.Tensor) -> torch.Tensor:
     """Return what groups share of a token, ``[..., common_bytes]`` uint8; arguments as in ``pack_rows``.
 
-    In order: shared codes of groups 0, 2, ..., of groups 1, 3, ..., rotary key (likewise, where it has bytes), the sketch
-    blocks of all groups, the scales of shared, sketch and rope.
+    In order: shared codes of groups 0, 2, ..., of groups 1, 3, ..., rotary key (likewise, where it has bytes), the
+    sketch blocks of all groups, the scales of shared, sketch and rope.
     """
     shared_codes, shared_scale = quantise_in_turns(rows, shared)
     codes, sketch_scale = quantise_sketch(sketch, rows.sketch_bits)

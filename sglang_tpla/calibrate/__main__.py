@@ -67,7 +67,7 @@ def parser() -> argparse.ArgumentParser:
         "the sketch would be noisy)",
     )
     text.add_argument(
-        "--own-bits", type=int, default=8, choices=(8,), help="bits of a rank's own columns in sketched rows (int8)"
+        "--own-bits", type=int, default=8, choices=(8,), help="bits of a rank's own columns in sketched rows"
     )
     text.add_argument(
         "--sketch-bits",

@@ -16,8 +16,8 @@ from sglang_tpla.calibrate.transforms import Basis, score_basis
 from sglang_tpla.measure.statistics import LayerMoments
 
 ATTENDED_SPREAD = 0.25
-# mean square rounding error as a share of the mean square: the best uniform levels of a Gaussian by bits, and bytes where
-# the largest of some hundred values is 2.8 times their root mean square
+# mean square rounding error as a share of the mean square: the best uniform levels of a Gaussian by bits, and bytes
+# where the largest of some hundred values is 2.8 times their root mean square
 DISTORTION = {2: 0.1188, 3: 0.03744, 4: 0.01154}
 BYTE_DISTORTION = 2.8**2 / (12 * LARGEST_CODE**2)
 TINY = 1e-30

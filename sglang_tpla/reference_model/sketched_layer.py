@@ -7,7 +7,14 @@ from dataclasses import dataclass
 
 import torch
 
-from sglang_tpla.cache_rows.sketched import SketchedRows, byte_values, quantise, quantise_in_turns, quantise_sketch, sketch_values
+from sglang_tpla.cache_rows.sketched import (
+    SketchedRows,
+    byte_values,
+    quantise,
+    quantise_in_turns,
+    quantise_sketch,
+    sketch_values,
+)
 
 
 @dataclass(frozen=True)

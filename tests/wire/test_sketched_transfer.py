@@ -38,10 +38,23 @@ def test_rows_are_the_senders_bytes(
         per_token = prefill.agent.metric(1).wire_bytes / (pages * rig.PAGE)
         whole = sum(rows.row_items for rows in ranks[0].pool.row_format.layers)
         n = (rig.LATENT - shared) // groups
-        turns = 2 if n else 1  # shared columns and int8 keys as groups of even and of odd numbers round them
+        turns = 2 if n else 1  # shared columns and keys of bytes as groups of even and of odd numbers round them
         key = rig.ROPE * (turns if rope_bits == 8 else 2)
         parts = sum(turns * shared + key + groups * n * b // 8 + 6 + groups * (n + 2 if n else 0) for b in bits)
         assert per_token == (count * whole if host == "" else whole if groups == 1 else parts)
+
+
+@pytest.mark.parametrize("host", rig.HOSTS)
+def test_padding_is_there_however_a_row_came(host: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No part brings it; rows that come whole have it."""
+    monkeypatch.setattr(rig, "LATENT", 336)
+    z = [rig.sketched_projection(group, 2, 64, (4, 3, 4), 8) for group in range(2)]
+    assert z[0].sketched is not None
+    assert all(isinstance(kind, GroupRows) and kind.rows.w_pad == kind.rows.w + 8 for kind in z[0].sketched.layers)
+    prefill = rig.prefill_rank(torch.float32)
+    ranks = [rig.decode_rank(z[rank % 2], rank=rank, size=4, host=host) for rank in range(4)]
+    with rig.serving(prefill, *ranks):
+        rig.transfer(prefill, ranks, count=4, cuts=(2,))  # which reads the rows byte by byte
 
 
 @pytest.mark.parametrize("host", rig.HOSTS)
