@@ -39,7 +39,8 @@ struct Stage {
 
 // Where the sums of scores of a field begin: the query times what the field's codes have above their values, negative.
 enum Field { kOfSketch, kOfRope, kOfFirst, kOfSecond };
-__device__ __forceinline__ void find_start(Fixed& fixed, u32 q_smem, Field field, int first_step, int end_step, int warp, int lane) {
+__device__ __forceinline__ void find_start(Fixed& fixed, u32 q_smem, Field field, int first_step, int end_step, int warp,
+                                           int lane) {
     const u64 q = descriptor(q_smem, 16);
     float x[kPart];
     pin(x);
@@ -96,8 +97,6 @@ __device__ __forceinline__ void scores(const Fixed& fixed, float (&s)[kPart], u3
     load_group(1, rows, row, c.lane, raw[1]);
     if (kSketchAbove) begin_sum(fixed.start[kOfSketch], sketch, c.lane);
     if constexpr (kRopeAbove) begin_sum(fixed.start[kOfRope], rope, c.lane);
-    if constexpr (kBytesAbove) begin_sum(fixed.start[kOfFirst], s, c.lane);
-    if constexpr (kBytesAbove && kApart) begin_sum(fixed.start[kOfSecond], own, c.lane);
     pin(s);
 #pragma unroll
     for (int g = 0; g < kGroups; ++g) {
@@ -105,6 +104,10 @@ __device__ __forceinline__ void scores(const Fixed& fixed, float (&s)[kPart], u3
         if (g >= 2) {                                            // the registers of an earlier group are free
             wgmma_wait<1>();
             pin(a[g % 2]);
+        }
+        if constexpr (kBytesAbove) {
+            if (g == kOwnGroup) begin_sum(fixed.start[kOfFirst], s, c.lane);
+            if (kApart && g == kOwnGroup + SHARED / 32) begin_sum(fixed.start[kOfSecond], own, c.lane);
         }
         unpack_group(g, raw[g % 3], t, constants, c.lane, a[g % 2]);
         if (ROW_VALUES && g == kOwnGroup) barrier_wait(used, used_phase);

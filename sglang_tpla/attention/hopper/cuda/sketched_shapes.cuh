@@ -14,8 +14,8 @@
 //     values  O [64 columns, ROWS] += V^T [64, 64 tokens] P        left: codes, turned by ldmatrix.trans, from registers
 //
 // A code becomes float16 by standing in the mantissa of a power of two, which has to be subtracted: from the codes, or, where a
-// sum has codes of one kind, from the sum. Every code is exact in float16. The sketch has a sum of its own, which its scale multiplies in float32; with up to 32 query
-// rows (kSplit) so has the rotary key. Where 8-bit codes of two scales, or codes and key, share a sum, their scales come in as
+// sum has codes of one kind, from the sum. Every code is exact in float16. The sketch has a sum of its own, which its scale
+// multiplies in float32; with up to 32 query rows (kSplit) so has the rotary key. Where 8-bit codes of two scales, or codes and key, share a sum, their scales come in as
 // factors of at most 1 relative to a power of two that the sum is multiplied by. Probabilities are weighted by the factor that
 // is left to the values: that power of two, or the scale.
 //

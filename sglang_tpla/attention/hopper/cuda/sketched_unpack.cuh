@@ -58,7 +58,8 @@ __device__ __forceinline__ TokenScales load_scales(u32 trailer, const bool (&bey
             t.power[i] = weight;
             t.shared[i] = pack_half(shared * inverse_weight, shared * inverse_weight);
             t.own[i] = pack_half(own * inverse_weight, own * inverse_weight);
-            t.rope[i] = ROPE_BITS == 8 ? pack_half(rope * inverse_weight, rope * inverse_weight) : pack_bf16(inverse_weight, inverse_weight);
+            t.rope[i] = ROPE_BITS == 8 ? pack_half(rope * inverse_weight, rope * inverse_weight)
+                                       : pack_bf16(inverse_weight, inverse_weight);
         }
         t.own_scale[i] = own, t.sketch_scale[i] = sketch, t.rope_scale[i] = ROPE_BITS == 8 ? rope : 1.f;
         t.weight_log2[i] = log2_fast(weight);
