@@ -48,8 +48,8 @@ class Client:
 
     def stop(self) -> None:
         """End the process."""
-        self._process.kill()
-        self._process.wait()
+        with contextlib.suppress(BrokenPipeError), self._process:  # which closes its pipes
+            self._process.kill()
 
 
 def main() -> None:
