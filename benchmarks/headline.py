@@ -17,7 +17,8 @@ among others the largest batch that fits, "latency" 1, 4 and 16 requests of 32,7
     gN-sketched, gN-sketched-scatter                       TPLA on sketched rows (64 shared columns, 4 bits)
 
 "scatter" sums head outputs before ``o_proj``; otherwise it is held twice. The methods come in the order given, each for
-every model. One that fails or does not fit is noted, and the next one comes; the file is written after each. Step times
+every model. One that fails or does not fit is noted, and the next one comes; the file is written after each. On a fresh
+machine the first one takes two minutes: SGLang's kernels are compiled, and FlashInfer's before its first. Step times
 are medians over replays of the step's graph on rank 0. Without GPUs it runs tiny ranks on the CPU, to try this file.
 More than two GPUs were never had: T = 4 and 8 have run on a CPU alone.
 """
