@@ -5,7 +5,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from sglang_tpla.cache_rows.sketched import LARGEST_DEVIATION, LEVELS, SketchedRows
-from tests.fp8_reference import bfloat16
+
+
+def bfloat16(data: bytes) -> np.ndarray:
+    """bfloat16 numbers: the upper halves of float32 ones."""
+    return (np.frombuffer(data, dtype="<u2").astype(np.uint32) << 16).view(np.float32)
 
 
 @dataclass(frozen=True)

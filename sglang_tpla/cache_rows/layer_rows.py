@@ -1,12 +1,9 @@
 """How one layer's rows are encoded, apart from how rows move: what their items are, and which make up each part.
 
     PlainRows   items of the pool's dtype   [w latent | rope]
-    Fp8Rows     bytes                       [w e4m3 | rope bfloat16 | scale of the shared, of the own columns | zeros]
-                                            (`cache_rows.fp8`)
     GroupRows   bytes                       [w int8 | rope | sketch of the other groups' columns | scales]
                                             (`cache_rows.sketched`)
-    WholeRows   bytes                       [d latent | rope] of the model's dtype: a draft's layers behind one of the
-                                            two above
+    WholeRows   bytes                       [d latent | rope] of the model's dtype: a draft's layers behind GroupRows
 
 The sender projects in float32 and encodes straight from that, so values are rounded once, and rows of a format of their
 own are bytes from the sender's gather on.
@@ -18,7 +15,6 @@ from typing import Protocol
 
 import torch
 
-from sglang_tpla.cache_rows import fp8 as fp8_rows
 from sglang_tpla.cache_rows import sketched
 from sglang_tpla.cache_rows.parts import Field, Part, side_by_side
 from sglang_tpla.cache_rows.sketched import SketchedRows
@@ -118,46 +114,6 @@ class PlainRows(_SharedFirst):
         out[..., :width] = z
         if part is not Part.OWN:
             out[..., width:] = k_rope
-
-
-@dataclass(frozen=True)
-class Fp8Rows(_SharedFirst):
-    """The bytes of `cache_rows.fp8`."""
-
-    width: int
-    shared: int
-    rope_dim: int
-
-    encoded = True
-
-    @property
-    def row_items(self) -> int:
-        return fp8_rows.row_bytes(self.width, self.rope_dim)
-
-    def unsupported_reason(self) -> str | None:
-        return fp8_rows.unsupported_reason(self.width, self.rope_dim)
-
-    def fields(self, part: Part) -> tuple[Field, ...]:
-        scales = self.width + 2 * self.rope_dim
-        middle = scales + fp8_rows.SCALE_BYTES
-        match part:
-            case Part.FULL:
-                return side_by_side((0, self.row_items))
-            case Part.COMMON:
-                return side_by_side((0, self.shared), (self.width, middle))
-            case Part.OWN if self.shared < self.width:
-                return side_by_side((self.shared, self.width), (middle, middle + fp8_rows.SCALE_BYTES))
-            case _:
-                return ()
-
-    def encode(self, z: torch.Tensor, k_rope: torch.Tensor, part: Part, out: torch.Tensor) -> None:
-        match part:
-            case Part.FULL:
-                out.copy_(fp8_rows.pack_rows(z, k_rope, self.shared))
-            case Part.COMMON:
-                out.copy_(fp8_rows.pack_common(z, k_rope))
-            case Part.OWN:
-                out.copy_(fp8_rows.pack_own(z))
 
 
 @dataclass(frozen=True)

@@ -95,7 +95,7 @@ def test_sum_over_ranks_is_the_formula(
     for rank in range(size):
         kind = GroupRows(rows, rank % rows.groups)
         of_rank = RowFormat((kind,))
-        monkeypatch.setattr(backend, "row_format", lambda *model, fp8, found=of_rank: found)
+        monkeypatch.setattr(backend, "row_format", lambda *model, found=of_rank: found)
         attention = build_rank(
             rank, size, rows.groups, SketchedArtifact(maps), weights, Q_RANK, True, torch.float32, monkeypatch
         )

@@ -123,7 +123,7 @@ def test_every_new_token_is_the_formulas(
     parts, projections = [], []
     for rank in range(size):
         of_rank = rows.format(rank % groups)
-        monkeypatch.setattr(backend, "row_format", lambda *model, fp8, found=of_rank: found)
+        monkeypatch.setattr(backend, "row_format", lambda *model, found=of_rank: found)
         attention = build_rank(
             rank, size, groups, rows.artifact, weights, Q_RANK, True, torch.float32, monkeypatch, heads
         )
