@@ -45,9 +45,6 @@ class LayerRows(Hashable, Protocol):
     @property
     def columns(self) -> int: ...
 
-    def unsupported_reason(self) -> str | None:
-        """Return why there are no such rows, or None."""
-
     def fields(self, part: Part) -> tuple[Field, ...]:
         """Return the items of the row that a part fills; what else the payload holds is not this rank's."""
 
@@ -73,9 +70,6 @@ class _SharedFirst:
     @property
     def columns(self: LayerRows) -> int:
         return self.width
-
-    def unsupported_reason(self) -> str | None:
-        return None
 
     def part_items(self: LayerRows, part: Part) -> int:
         return sum(field.size for field in self.fields(part))
@@ -118,12 +112,20 @@ class PlainRows(_SharedFirst):
 
 @dataclass(frozen=True)
 class GroupRows:
-    """The bytes of `cache_rows.sketched`, on a rank of one latent group."""
+    """The bytes of `cache_rows.sketched`, on a rank of one latent group.
+
+    Raises:
+        ValueError: there is no such group.
+    """
 
     rows: SketchedRows
     group: int
 
     encoded = True
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.group < self.rows.groups:
+            raise ValueError(f"sketched rows of {self.rows.groups} groups have none of number {self.group}")
 
     @property
     def width(self) -> int:
@@ -146,11 +148,6 @@ class GroupRows:
     def columns(self) -> int:
         """Columns of the projection: shared, own, and the sketch of all groups."""
         return self.rows.w + self.rows.groups * self.rows.own
-
-    def unsupported_reason(self) -> str | None:
-        if not 0 <= self.group < self.rows.groups:
-            return f"sketched rows of {self.rows.groups} groups have none of number {self.group}"
-        return None
 
     def fields(self, part: Part) -> tuple[Field, ...]:
         match part:  # the common part brings every group's sketch, and a row has those of the others

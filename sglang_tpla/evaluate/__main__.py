@@ -49,6 +49,7 @@ from sglang_tpla.reference_model.forward import LayerMaps, PlainModel
 
 ERRORS = (ArtifactError, CheckpointError, CorpusError, StatisticsError, EndpointError, OutputError, OSError)
 
+POSITIONS = 16
 PAPER_TOKENS = 16384  # of calibration text, for the principal components of the paper's recipe
 
 
@@ -237,10 +238,10 @@ def _recall(
         return tuple(recall(model, methods, cases, bar.update))
 
 
-def positions(errors: DecodeErrors, bins: int = 16) -> tuple[Bin, ...]:
-    """Return the KL against the position after the prompt, in at most ``bins`` equal ranges."""
+def positions(errors: DecodeErrors) -> tuple[Bin, ...]:
+    """Return the KL against the position after the prompt, in at most `POSITIONS` equal ranges."""
     length = errors.kl.shape[1]
-    step = -(-length // bins)
+    step = -(-length // POSITIONS)
     return tuple(
         Bin(
             start,

@@ -83,12 +83,8 @@ def mismatch(hello: Hello, pool: CachePool, metadata: MetadataRows, model_hash: 
         )
     try:
         rows = announced_rows(layout)
-        reasons = (layer.unsupported_reason() for layer in rows.layers)
-        why = next((reason for reason in reasons if reason is not None), None)
     except ValueError as error:
-        why = str(error)
-    if why is not None:
-        return f"row format: {why}; use the model's own cache dtype or an artifact of other widths"
+        return f"row format: {error}; use the model's own cache dtype or an artifact of other widths"
     if rows.encoded and not hello.projection and any(layer.columns != d for layer in rows.layers):
         return (
             f"projection: {layout.dtype} of widths {layout.widths[:4]}... need a projection and none was announced; "
