@@ -5,7 +5,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from sglang_tpla.cache_rows.sketched import SketchedRows
-from tests.fp8_reference import bfloat16
+
+
+def bfloat16(data: bytes) -> np.ndarray:
+    """bfloat16 numbers: the upper halves of float32 ones."""
+    return (np.frombuffer(data, dtype="<u2").astype(np.uint32) << 16).view(np.float32)
+
 
 # the step of the best uniform quantiser of a Gaussian, in standard deviations, by bits (`test_sketched_rows` finds it)
 STEP = {2: 0.9957, 3: 0.5860, 4: 0.3352}

@@ -48,6 +48,8 @@ def test_flags(nano_mla: str, nano_artifact: str) -> None:
         "--tokenizer-worker-num",
         "2",
         "--grpc-mode",
+        "--kv-cache-dtype",
+        "fp8_e4m3",
     )
     output = start(*decode(nano_mla, nano_artifact, *wrong))
     for words in (
@@ -56,6 +58,7 @@ def test_flags(nano_mla: str, nano_artifact: str) -> None:
         ("use --page-size 1",),
         ("drop --tokenizer-worker-num 2", "loads no plug-in"),
         ("drop --grpc-mode",),
+        ("FP8 rows, which were retired", "use --tpla-rows sketched", "drop --kv-cache-dtype fp8_e4m3"),
         ("--speculative-algorithm", "NextN layer"),
     ):
         assert all(word in output for word in words), output[-2000:]

@@ -192,15 +192,13 @@ def test_bytes_of_every_format() -> None:
     assert rows["MLA8"] == 512 + 128 + 16
     assert (rows["T2.8"], rows["T4.8"], rows["T8.8"]) == (544, 480, 464)
     assert (rows["T2"], rows["T4"], rows["T8"]) == tuple(2 * (w + 64) for w in (320, 224, 192))
-    assert rows["T2.f"] == 320 + 128 + 16
-    assert all(rows[f"T2{kind}"] == rows[f"T2{kind}s"] for kind in ("", ".8", ".f"))
+    assert all(rows[f"T2{kind}"] == rows[f"T2{kind}s"] for kind in ("", ".8"))
 
 
 @pytest.mark.parametrize(
     ("code", "rows", "size"),
     [
         ("T2", RowFormat.plain([320], [0], 64), 2 * 384),
-        ("T2.f", RowFormat.fp8([320], [0], 64), 464),
         ("T2.8", RowFormat.sketched([SketchedRows.of(512, 2, 64, 64)], 1), 544),
     ],
 )
@@ -318,7 +316,7 @@ def test_json_and_text_say_what_was_measured(capsys: pytest.CaptureFixture[str])
     assert report["provenance"]["measured"] and not report["provenance"]["from_data_sheets"]
     (load,) = report["loads"]
     labels = [row["method"] for row in load["methods"]]
-    assert len(labels) == len(set(labels)) == 4 + 3 * 6
+    assert len(labels) == len(set(labels)) == 4 + 2 * 6
     for row in load["methods"]:
         if row["refused"]:
             continue
@@ -367,6 +365,7 @@ def test_config_file(tmp_path: Path) -> None:
         ("--batch many", "invalid int value"),
         ("--weights-dtype int4", "must be one of bf16, fp8"),
         ("--cache-dtype int8", "must be one of bf16, fp8"),
+        ("--rows plain fp8", "--rows: fp8 asks for FP8 rows, which were retired"),
         ("--gpu-memory-gb -1", "must be positive"),
         ("--link-gb-s 0", "positive bandwidth"),
         ("--memory-fraction 2", "must lie in (0, 1]"),

@@ -60,8 +60,6 @@ class CachePool:
             name = self.row_format.name(head.dtype)
             raise TransferError(f"a pool of {name} holds bytes (uint8); got {head.dtype}")
         for index, (layer, rows) in enumerate(zip(self.layers, self.row_format.layers, strict=True)):
-            if (why := rows.unsupported_reason()) is not None:
-                raise TransferError(f"layer {index} of the pool: {why}")
             if (
                 layer.ndim != 2
                 or layer.shape[1] != rows.row_items
