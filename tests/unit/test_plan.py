@@ -141,8 +141,11 @@ def test_links_decide_between_dcp_and_tpla() -> None:
     load = Load(8, 65536)
     fast = answer(setting("--weights-dtype", "fp8", "--link-latency-us", "1", "--without", "dp"), load)
     assert fast.recommended is not None and fast.recommended.kind == "dcp"
-    slow = answer(setting("--weights-dtype", "fp8", "--link-latency-us", "200", "--without", "dp"), load)
-    assert slow.recommended is not None and slow.recommended.kind == "tpla"
+    arguments = ("--weights-dtype", "fp8", "--link-latency-us", "200", "--without", "dp")
+    slow = answer(setting(*arguments), load)
+    assert slow.recommended == Method("tpla", 8, 1, 512, rows="sketched")  # within the margin of the fastest
+    slow = answer(setting(*arguments, "--margin", "0"), load)
+    assert slow.recommended is not None and slow.recommended.kind == "tpla" and slow.recommended.groups > 1
     assert any("approximate" in reason for reason in slow.reasons)
 
 
