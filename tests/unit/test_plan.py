@@ -146,7 +146,7 @@ def test_links_decide_between_dcp_and_tpla() -> None:
     assert slow.recommended == Method("tpla", 8, 1, 512, rows="sketched")  # within the margin of the fastest
     slow = answer(setting(*arguments, "--margin", "0"), load)
     assert slow.recommended is not None and slow.recommended.kind == "tpla" and slow.recommended.groups > 1
-    assert any("approximate" in reason for reason in slow.reasons)
+    assert any("rounds the cache" in reason for reason in slow.reasons)
 
 
 def test_an_approximation_must_gain_the_margin() -> None:
