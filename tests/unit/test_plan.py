@@ -147,6 +147,9 @@ def test_links_decide_between_dcp_and_tpla() -> None:
     slow = answer(setting(*arguments, "--margin", "0"), load)
     assert slow.recommended is not None and slow.recommended.kind == "tpla" and slow.recommended.groups > 1
     assert any("rounds the cache" in reason for reason in slow.reasons)
+    slices = answer(setting(*arguments, "--margin", "0", "--rows", "plain"), load)
+    assert slices.recommended is not None and slices.recommended.groups > 1
+    assert any("approximate" in reason for reason in slices.reasons)
 
 
 def test_an_approximation_must_gain_the_margin() -> None:
