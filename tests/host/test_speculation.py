@@ -22,13 +22,7 @@ HEADS, ROPE, LATENT, WIDTH, CONTEXT, REQUESTS, SLOTS, SCALE = 4, 8, 32, 20, 40, 
 GUESSES = 3
 TOKENS = GUESSES + 1  # verified at once
 
-
-@pytest.fixture(autouse=True)
-def rows_of_values(engine: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No settings of a server in this process: its rows are plain."""
-    from sglang_tpla.host import speculation
-
-    monkeypatch.setattr(speculation, "sketched", lambda: False)
+pytestmark = pytest.mark.usefixtures("engine")
 
 
 class Pool:
