@@ -1,7 +1,7 @@
 """The paper's headline on two, four or eight GPUs: decode throughput and latency, method beside method, in one run.
 
     python benchmarks/headline.py --out FILE [--ranks 2] [--models v3 k2] [--methods ...] [--loads throughput latency]
-        [--intermediate 512] [--limit 150]
+        [--intermediate 512] [--limit 150] [--until 500]
 
 DeepSeek-V3's and Kimi-K2's attention, 61 layers, experts left out (a dense feed-forward part of ``--intermediate``
 values; 18,432 is a dense layer of V3's), random bfloat16 weights; SGLang's own model runner on T GPUs of one host, real
@@ -10,19 +10,23 @@ among others the largest batch that fits, "latency" 1, 4 and 16 requests of 32,7
 64 requests, and 8,192 tokens. The methods:
 
     mla          plain TP in bfloat16 (FlashInfer)         mla-fp8  the same with SGLang's own FP8 cache
+    mla-fp8-triton                                         that cache under SGLang's Triton kernel
     dp           data-parallel attention at its best: each GPU alone holds all heads and its share of the requests, and
                  no collective is in its time              dcpN     decode context parallelism of N (FlashInfer)
     g1-8bit      plain MLA with this package's 8-bit rows  gN, gN-scatter    TPLA, slices of 512 / N in bfloat16
     gN-sketched, gN-sketched-scatter                       TPLA on sketched rows (64 shared columns, 4 bits)
 
-"scatter" sums head outputs before ``o_proj``; otherwise it is held twice. A method that fails or does not fit is noted
-and the next one comes. Step times are medians over replays of the step's graph on rank 0. Without GPUs it runs tiny
-ranks on the CPU, to try this file. More than two GPUs were never had: T = 4 and 8 have run on a CPU alone.
+"scatter" sums head outputs before ``o_proj``; otherwise it is held twice. The methods come in the order given, each for
+every model. One that fails or does not fit is noted, and the next one comes; the file is written after each. On a fresh
+machine the first one takes two minutes: SGLang's kernels are compiled, and FlashInfer's before its first. Step times
+are medians over replays of the step's graph on rank 0. Without GPUs it runs tiny ranks on the CPU, to try this file.
+More than two GPUs were never had: T = 4 and 8 have run on a CPU alone.
 """
 
 import argparse
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -30,6 +34,7 @@ import threading
 import time
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -39,6 +44,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import engine_rank
 import v3_shaped
+from alone import alone
 
 from sglang_tpla.cache_rows.sketched import SketchedRows
 from sglang_tpla.config import Settings
@@ -48,6 +54,8 @@ LAYERS, SHORT, CONTEXT, LONG = 61, 8192, 32768, 131072
 HEADS = {"v3": 128, "k2": 64}
 RESERVE_BYTES = 6.0e9  # of a GPU for CUDA, NCCL, graphs and activations
 PORT = 29600
+ERROR = re.compile(r"[\w.]*(Error|Exception|Interrupt)\b")  # the last line of a traceback
+AHEAD = 6  # jobs whose ranks import SGLang while another one measures
 
 
 @dataclass(frozen=True)
@@ -57,7 +65,7 @@ class Method:
     Args:
         row_bytes: a cached token takes on a rank, a layer.
         groups: g; 0 is stock SGLang. rows: of the cache. o_proj: as in `Settings`.
-        ranks: of the process group. flags: of SGLang, besides the common ones.
+        ranks: of the process group. flags: of SGLang, besides the common ones. kernel: of attention in stock SGLang.
     """
 
     row_bytes: int
@@ -66,6 +74,7 @@ class Method:
     o_proj: str = "replicate"
     ranks: int = 2
     flags: dict[str, Any] = field(default_factory=dict)
+    kernel: str = "flashinfer"
 
     def weight_bytes(self, heads: int, intermediate: int) -> float:
         """A rank holds of one layer, in bfloat16."""
@@ -86,6 +95,7 @@ def methods_of(ranks: int) -> dict[str, Method]:
     found = {
         "mla": Method(1152, ranks=ranks),
         "mla-fp8": Method(576, ranks=ranks, flags={"kv_cache_dtype": "fp8_e4m3"}),
+        "mla-fp8-triton": Method(576, ranks=ranks, flags={"kv_cache_dtype": "fp8_e4m3"}, kernel="triton"),
         "dp": Method(1152, ranks=1),
         "g1-8bit": Method(SketchedRows.of(512, 1, 512, 64).row_bytes, 1, "sketched", ranks=ranks),
     }
@@ -233,6 +243,7 @@ class Job:
 
     def __init__(self, job: dict[str, Any], logs: Path) -> None:
         self.job = job
+        self.log = logs / f"{job['name']}-0.log"
         self.processes = []
         for rank in range(job["ranks"]):
             with (logs / f"{job['name']}-{rank}.log").open("w") as errors:
@@ -279,12 +290,20 @@ class Job:
         self.end()
         if len(rows) == len(self.job["loads"]):
             return rows, None
-        return rows, f"stopped after {limit_s:.0f} s" if late.is_set() else "ended early: see its log"
+        return rows, f"stopped after {limit_s:.0f} s" if late.is_set() else self.last_error()
+
+    def last_error(self) -> str:
+        """Why rank 0 ended, from its log."""
+        lines = self.log.read_text(errors="replace").splitlines()
+        named = [line.strip() for line in lines if ERROR.match(line.strip())]
+        return f"ended early: {(named or lines or ['it said nothing'])[-1][:300]}"
 
     def end(self) -> None:
-        """Kill what still runs."""
+        """Kill what still runs, and wait until the GPUs have its memory back."""
         for process in self.processes:
             process.kill()
+        for process in self.processes:
+            process.wait()
 
 
 def requests_of(job: dict[str, Any], row: dict[str, Any]) -> int:
@@ -325,10 +344,10 @@ def jobs_of(model: str, args: argparse.Namespace, folder: Path, memory_bytes: fl
                 "model": str(path),
                 "artifact": str(artifact) if method.groups > 1 else None,
                 "parts": args.ranks // method.ranks,
-                "attention": "tpla" if method.groups else "flashinfer" if GPU else "torch_native",
+                "attention": "tpla" if method.groups else method.kernel if GPU else "torch_native",
                 "loads": loads,
                 "tokens": max(batch * context for batch, context in loads) // method.flags.get("dcp_size", 1) + 256,
-                "port": PORT + len(found),
+                "port": PORT + 100 * list(HEADS).index(model) + len(found),
             }
         )
     return found
@@ -343,6 +362,7 @@ def main() -> None:
     parser.add_argument("--intermediate", type=int, default=512, help="of the feed-forward part, all ranks together")
     parser.add_argument("--loads", nargs="+", choices=("throughput", "latency"), default=["throughput", "latency"])
     parser.add_argument("--limit", type=float, default=150.0, help="seconds a method may take on a model")
+    parser.add_argument("--until", type=float, default=float("inf"), help="no method is begun after so many seconds")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -355,9 +375,11 @@ def main() -> None:
     if GPU and torch.cuda.device_count() < args.ranks:
         parser.error(f"--ranks {args.ranks} needs as many GPUs; this host has {torch.cuda.device_count()}")
     memory_bytes = torch.cuda.get_device_properties(0).total_memory if GPU else 0.0
+    began = time.monotonic()
     report: dict[str, Any] = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "device": torch.cuda.get_device_name(0) if GPU else "a CPU: to try this file",
+        "sglang": version("sglang"),
         "torch": torch.__version__,
         "ranks": args.ranks,
         "intermediate": args.intermediate,
@@ -367,24 +389,37 @@ def main() -> None:
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory() as folder:
-        for model in args.models:
-            described = jobs_of(model, args, Path(folder), memory_bytes)
-            jobs = [Job(job, args.out.parent) for job in described] if GPU else []
-            for job in jobs:  # all import at once, then they take turns at the GPUs
-                job.wait_until_imported()
-            for index, job in enumerate(described):
-                running = jobs[index] if GPU else Job(job, args.out.parent)
-                start = time.monotonic()
-                rows, why = running.run(args.limit)
-                seconds = round(time.monotonic() - start, 1)
-                report["rows"] += [
-                    row | {"job": job["name"], "requests": requests_of(job, row), "seconds": seconds} for row in rows
-                ]
-                if why:
-                    report["failed"][job["name"]] = why
-                    print(f"{job['name']:>24}  {why}", flush=True)
-                print(f"{job['name']:>24}  took {seconds} s", flush=True)
-                args.out.write_text(json.dumps(report, indent=1) + "\n")
+        described = {model: jobs_of(model, args, Path(folder), memory_bytes) for model in args.models}
+        named = {job["name"]: job for jobs in described.values() for job in jobs}
+        queue = [
+            named[f"{model}-{name}"] for name in args.methods for model in args.models if f"{model}-{name}" in named
+        ]
+        ahead = AHEAD if GPU else 1
+        started = [Job(job, args.out.parent) for job in queue[:ahead]]
+        try:
+            with alone():
+                for index, job in enumerate(queue):
+                    if time.monotonic() - began > args.until:
+                        report["failed"][job["name"]] = f"not reached within {args.until:.0f} s"
+                        continue
+                    started += [Job(later, args.out.parent) for later in queue[len(started) : index + ahead]]
+                    running = started[index]
+                    running.wait_until_imported()
+                    start = time.monotonic()
+                    rows, why = running.run(args.limit)
+                    seconds = {"seconds": round(time.monotonic() - start, 1)}
+                    report["rows"] += [
+                        row | {"job": job["name"], "requests": requests_of(job, row)} | seconds for row in rows
+                    ]
+                    if why:
+                        report["failed"][job["name"]] = why
+                        print(f"{job['name']:>24}  {why}", flush=True)
+                    print(f"{job['name']:>24}  took {seconds['seconds']} s", flush=True)
+                    args.out.write_text(json.dumps(report, indent=1) + "\n")
+        finally:
+            for one in started:
+                one.end()
+    args.out.write_text(json.dumps(report, indent=1) + "\n")
     for model in args.models:  # the largest batches beside plain TP's
         best = {}
         for row in report["rows"]:

@@ -1,12 +1,15 @@
-"""Served, not only stepped: plain TP and TPLA behind prefill and router, under ``sglang.bench_serving``.
+"""Served, not only stepped: plain TP and TPLA behind prefill and router, under ``sglang.benchmark.serving``.
 
     python benchmarks/serving.py --out FILE [--methods tp g1-8bit g2 g2-sketched] [--rates 0.5 2 inf] [--input 8192]
+        [--seconds 96] [--first-step 1024 8192 32768] [--together]
 
 DeepSeek-V3's attention with random bfloat16 weights, experts left out (a dense feed-forward part of 512), as many
-layers as are asked for. One prefill server on the last GPU, one decode server of two ranks at a time and a router, on
-one host; requests of random tokens arrive at each rate in turn, end-of-sequence is ignored. For every method and rate:
-output tokens a second of all requests together, milliseconds between output tokens (median and 99th percentile, the
-first excluded) and to the first one (median). The methods:
+layers as are asked for. One prefill server on the last GPU, one decode server of two ranks at a time (``--together``:
+all of them, where they fit on the GPUs beside each other) and a router, on one host; requests of random tokens arrive
+at each rate in turn, for so many seconds, end-of-sequence is ignored. For every method and rate: output tokens a second
+of all requests together, milliseconds between output tokens (median and 99th percentile, the first excluded) and to
+the first one (median). Then, for each length of a prompt, the time from the end of prefill to the first decode step as
+`engine_gpu.py` has it, without the router. The methods:
 
     tp      plain MLA on every rank, SGLang's own kernel     g2            TPLA, slices of 256 in bfloat16
     g1-8bit plain MLA in this package's 8-bit rows           g2-sketched   TPLA on sketched rows
@@ -16,9 +19,10 @@ Without GPUs tiny servers run on the CPU, to try this file.
 
 import argparse
 import json
-import shutil
-import subprocess
+import random
 import sys
+import time
+import traceback
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -27,46 +31,90 @@ from typing import Any
 
 import torch
 from alone import alone
+from engine_gpu import measure
 from engine_rank import SMALL
-from v3_shaped import Shape, write_artifact, write_checkpoint, write_sketched_artifact
+from serving_client import Client
+from v3_shaped import VOCABULARY, Shape, write_artifact, write_checkpoint, write_sketched_artifact
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from tests.gpu.engine import DEVICE, OUR_KERNEL, Engines
+from tests.e2e.servers import Pair
+from tests.gpu.engine import DEVICE, Engines
 
-ROOT = Path(__file__).resolve().parents[1]
 GPU = DEVICE == "cuda"
 STOCK_KERNEL = ("--attention-backend", "flashinfer") if GPU else ()
+OUR_KERNEL = ("--attention-backend", "tpla") if GPU else ()
+CHUNK = 8192  # tokens that prefill computes at a time
 FIGURES = ("output_throughput", "median_tpot_ms", "p99_tpot_ms", "median_ttft_ms", "completed", "duration")
 
 
-def decode_flags(method: str, artifacts: dict[str, Path]) -> tuple[str, ...]:
-    """The decode server's flags of a method."""
+def decode_flags(method: str, artifacts: dict[str, Path], most_requests: int) -> tuple[str, ...]:
+    """The decode server's flags of a method; all methods have CUDA graphs of the same batches."""
+    graphs = ("--cuda-graph-bs-decode", *map(str, graph_batches(most_requests))) if GPU else ()
     if method == "tp":
-        return ("--tpla-groups", "1", *STOCK_KERNEL)
+        return ("--tpla-groups", "1", *STOCK_KERNEL, *graphs)
     if method == "g1-8bit":
-        return ("--tpla-groups", "1", "--tpla-rows", "sketched", *OUR_KERNEL)
-    return ("--tpla-groups", "2", "--tpla-artifact", str(artifacts[method]), *OUR_KERNEL)
+        return ("--tpla-groups", "1", "--tpla-rows", "sketched", *OUR_KERNEL, *graphs)
+    return ("--tpla-groups", "2", "--tpla-artifact", str(artifacts[method]), *OUR_KERNEL, *graphs)
 
 
-def arrivals(url: str, model: Path, rate: str, args: argparse.Namespace, out: Path) -> dict[str, Any]:
-    """What ``sglang.bench_serving`` says of one rate.
+def prefill_flags(kernel: str) -> tuple[str, ...]:
+    """The prefill server's flags besides the common ones; it decodes nothing."""
+    if not GPU:
+        return ()
+    kernels = ("--attention-backend", kernel, "--decode-attention-backend", kernel)
+    return ("--chunked-prefill-size", str(CHUNK), *kernels)
 
-    Raises:
-        CalledProcessError: it failed; its output is printed.
-    """
-    command = [
-        sys.executable, "-m", "sglang.bench_serving", "--backend", "sglang", "--base-url", url,
+
+def graph_batches(most_requests: int) -> list[int]:
+    """Sizes of CUDA graphs: close enough that a batch is padded by no more than a third."""
+    found = [1, 2, 3, 4, 6]
+    while found[-1] < most_requests:
+        found.append(found[-1] + max(2, found[-1] // 12 * 4))
+    return found
+
+
+def requests_at(rate: str, args: argparse.Namespace) -> int:
+    """How many requests arrive."""
+    return args.prompts if rate == "inf" else max(2, min(args.prompts, round(float(rate) * args.seconds)))
+
+
+def arrivals(client: Client, url: str, model: Path, rate: str, args: argparse.Namespace, out: Path) -> dict[str, Any]:
+    """What ``sglang.benchmark.serving`` says of one rate."""
+    flags = [
+        "--backend", "sglang", "--base-url", url,
         "--model", str(model), "--tokenizer", str(model), "--dataset-name", "random-ids", "--tokenize-prompt",
         "--random-input-len", str(args.input), "--random-output-len", str(args.output), "--random-range-ratio", "1",
-        "--num-prompts", str(args.prompts), "--request-rate", rate, "--seed", "1", "--disable-tqdm",
-        "--warmup-requests", "1", "--output-file", str(out),
+        "--num-prompts", str(requests_at(rate, args)), "--request-rate", rate, "--seed", "1", "--disable-tqdm",
+        "--warmup-requests", "0",
     ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        print(done.stdout[-2000:], done.stderr[-2000:], sep="\n", file=sys.stderr)
-        done.check_returncode()
-    found = json.loads(out.read_text().splitlines()[-1])
-    return {"rate": rate, **{name: round(found[name], 3) for name in FIGURES}}
+    found = client.run(flags, out)
+    row = {"rate": rate, "requests": requests_at(rate, args), **{name: round(found[name], 3) for name in FIGURES}}
+    if row["completed"] != row["requests"]:
+        print(f"only {row['completed']} of {row['requests']} requests were answered: see the servers' logs")
+    return row
+
+
+def warm_up(pair: Pair, args: argparse.Namespace) -> None:
+    """Two requests, so that kernels are compiled; their prompts are nobody else's."""
+    dice = random.Random(args.input)
+    for _ in range(2):
+        pair.generate([dice.randrange(100, VOCABULARY) for _ in range(args.input)], 8)
+
+
+def forget_prompts(pair: Pair) -> None:
+    """Empty prefill's cache: the same prompts come at every rate and for every method."""
+    deadline = time.monotonic() + 30
+    while pair.prefill.post("/flush_cache", {}).status_code != 200:  # while a request is not quite over
+        if time.monotonic() > deadline:
+            raise TimeoutError("the prefill server did not flush its cache within 30 s: a request still holds it")
+        time.sleep(0.2)
+
+
+def first_step(pair: Pair, tokens: int, repeats: int) -> dict[str, Any]:
+    """From the end of prefill to the first decode step; medians, and every run's figure."""
+    row = measure(pair, tokens, repeats, CHUNK)
+    runs = row.pop("runs")
+    return row | {"each_first_step_ms": [round(1e3 * run["first_step_seconds"], 2) for run in runs]}
 
 
 def main() -> None:
@@ -79,8 +127,15 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=128 if GPU else 16)
     parser.add_argument("--input", type=int, default=8192 if GPU else 64, help="tokens of a prompt")
     parser.add_argument("--output", type=int, default=256 if GPU else 8, help="tokens of an answer")
-    parser.add_argument("--prompts", type=int, default=48 if GPU else 4, help="requests at each rate")
+    parser.add_argument("--prompts", type=int, default=48 if GPU else 4, help="requests at rate inf, most at any")
+    parser.add_argument(
+        "--seconds", type=float, default=96.0 if GPU else 2.0, help="that requests arrive for at a rate"
+    )
+    parser.add_argument("--first-step", nargs="*", type=int, default=[1024, 8192, 32768] if GPU else [16, 64])
+    parser.add_argument("--repeats", type=int, default=5 if GPU else 2, help="of each of those, after a warm-up")
     parser.add_argument("--tokens", type=int, default=450_000 if GPU else 2000, help="tokens that decode's pool holds")
+    parser.add_argument("--prefill-kernel", default="flashinfer", help="of attention, on GPUs")
+    parser.add_argument("--together", action="store_true", help="start all decode servers at once")
     args = parser.parse_args()
     args.out.parent.mkdir(parents=True, exist_ok=True)
     result: dict[str, Any] = {
@@ -88,37 +143,68 @@ def main() -> None:
         "device": torch.cuda.get_device_name() if GPU else "a CPU: to try this file",
         "sglang": version("sglang"),
         "torch": torch.__version__,
-        **{name: getattr(args, name) for name in ("layers", "heads", "input", "output", "prompts")},
+        **{name: getattr(args, name) for name in ("layers", "heads", "input", "output", "prompts", "seconds")},
         "rows": [],
+        "first_step": [],
+        "failed": {},
     }
     with TemporaryDirectory() as scratch:
         model = Path(scratch) / "model"
         sizes = {"hidden": 7168, "query_latent": 1536, "intermediate": 512} if GPU else SMALL
-        write_checkpoint(
-            model, Shape(args.layers, 2 * args.input, **(sizes | {"heads": args.heads})), only_identity=True
-        )
-        for name in ("tokenizer.json", "tokenizer_config.json"):
-            shutil.copy(ROOT / "examples" / "nano-mla" / name, model)
+        context = 2 * max(args.input + args.output, *args.first_step, 0)
+        write_checkpoint(model, Shape(args.layers, context, **(sizes | {"heads": args.heads})), only_identity=True)
         artifacts = {name: Path(scratch) / f"{name}.safetensors" for name in ("g2", "g2-sketched")}
         write_artifact(artifacts["g2"], model, 2)
         write_sketched_artifact(artifacts["g2-sketched"], model, 2)
         common = ("--load-format", "dummy", "--max-total-tokens", str(args.tokens))
         engines = Engines(str(model), args.out.parent)
+        client = Client(args.out.parent / "client.log")
+
+        def keep() -> None:
+            args.out.write_text(json.dumps(result, indent=1) + "\n")
+
+        def start(method: str) -> None:
+            engines.decode(method, 2, *common, *decode_flags(method, artifacts, args.prompts))
+
+        def measure_method(method: str) -> None:
+            """All rates, then all lengths."""
+            pair = engines.pair(method)
+            router = engines.start_router(method)
+            with alone():
+                warm_up(pair, args)
+                for rate in args.rates:
+                    forget_prompts(pair)
+                    row = arrivals(client, router.url, model, rate, args, Path(scratch) / f"{method}-{rate}.json")
+                    result["rows"].append({"method": method, **row})
+                    keep()
+                    print(f"{method:>12} at {rate:>4}/s " + "  ".join(f"{k} {row[k]}" for k in FIGURES), flush=True)
+                for tokens in args.first_step:
+                    row = first_step(pair, tokens, args.repeats)
+                    result["first_step"].append({"method": method, **row})
+                    keep()
+                    print(
+                        f"{method:>12}, {tokens} tokens: first step {row['first_step_ms']:.1f} ms after prefill, "
+                        f"{row['bytes'] / 1e6:.0f} MB",
+                        flush=True,
+                    )
+            router.stop()
+
         try:
-            engines.start_prefill(*common, *STOCK_KERNEL)
+            engines.start_prefill(*common, *prefill_flags(args.prefill_kernel))
+            for method in args.methods if args.together else ():
+                start(method)
             for method in args.methods:
-                engines.decode(method, 2, *common, *decode_flags(method, artifacts))
-                pair = engines.pair(method)
-                router = engines.start_router(method)
-                with alone():
-                    for rate in args.rates:
-                        row = arrivals(router.url, model, rate, args, Path(scratch) / f"{method}-{rate}.json")
-                        result["rows"].append({"method": method, **row})
-                        args.out.write_text(json.dumps(result, indent=1) + "\n")
-                        print(f"{method:>12} at {rate:>4}/s " + "  ".join(f"{k} {row[k]}" for k in FIGURES), flush=True)
-                router.stop()
-                pair.decode.stop()  # the next one takes its place on the GPUs
+                if not args.together:
+                    start(method)
+                try:
+                    measure_method(method)
+                except Exception as error:  # the other methods' figures stand
+                    result["failed"][method] = f"{type(error).__name__}: {error}"[:1500]
+                    traceback.print_exc()
+                keep()
+                engines.decodes[method].front.stop()  # the next one takes its place on the GPUs
         finally:
+            client.stop()
             engines.stop()
 
 

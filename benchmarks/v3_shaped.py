@@ -40,8 +40,8 @@ def write_checkpoint(folder: Path, shape: Shape, only_identity: bool = False) ->
     """Config, tokenizer and bf16 weights.
 
     Args:
-        only_identity: just the weights that name a checkpoint (`weights_hash`), for servers that make up the others
-            (``--load-format dummy``).
+        only_identity: just the weights that name a checkpoint (`weights_hash`), the same in every layer, for servers
+            that make up all of them (``--load-format dummy``).
     """
     config = json.loads((NANO / "config.json").read_text())
     config |= {
@@ -64,10 +64,11 @@ def write_checkpoint(folder: Path, shape: Shape, only_identity: bool = False) ->
         return torch.ones(size, dtype=torch.bfloat16)
 
     tensors = {}
+    common = draw(shape.heads * (NOPE + VALUE), LATENT) if only_identity else None
     for layer in range(shape.layers):
         identity = {
             "self_attn.kv_a_layernorm": norm(LATENT),
-            "self_attn.kv_b_proj": draw(shape.heads * (NOPE + VALUE), LATENT),
+            "self_attn.kv_b_proj": draw(shape.heads * (NOPE + VALUE), LATENT) if common is None else common.clone(),
         }
         rest = {} if only_identity else {
             "input_layernorm": norm(shape.hidden),

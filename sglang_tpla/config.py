@@ -7,10 +7,11 @@ group's slice of the latent. The replicated rotary key travels beside every slic
 
 from __future__ import annotations
 
+import argparse
 import ipaddress
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -84,8 +85,40 @@ SERVER_VARIABLE = ENV_PREFIX + "SERVER"  # a server sets it for its own processe
 ROLES = ("prefill", "decode")
 O_PROJ = ("replicate", "scatter")
 ROWS = ("plain", "sketched")
+RETIRED = ("fp8", "fp8_triton", "fp8_reference")  # names of a row format of older versions, and of its kernels
 # Bytes of a chunk and of staging. A chunk of any size costs some 0.2 ms of messages (on a GPU also of launches).
 DEFAULT_BYTES = {"cpu": (16 << 20, 256 << 20), "cuda": (16 << 20, 512 << 20)}
+
+
+def fp8_rows_retired(origin: str, instead: str) -> str:
+    """Return the answer to whoever asks for FP8 rows, which older versions had; ``origin`` is what asked and where."""
+    return (
+        f"{origin} asks for FP8 rows, which were retired: sketched rows hold 8-bit caches with a smaller error; "
+        f"use {instead}"
+    )
+
+
+def check_rows(rows: str, origin: str) -> None:
+    """Refuse a row format that servers do not know.
+
+    Raises:
+        ConfigError: naming those that they know.
+    """
+    if rows in RETIRED:
+        raise ConfigError(fp8_rows_retired(f"{origin} {rows}", "--tpla-rows sketched"))
+    if rows not in ROWS:
+        raise ConfigError(f"{origin} must be one of {', '.join(ROWS)}; got {rows!r}")
+
+
+def not_retired(instead: str) -> Callable[[str], str]:
+    """Return the argparse type of a flag that named FP8 rows or a kernel of theirs: it says what to use instead."""
+
+    def known(text: str) -> str:
+        if text in RETIRED:
+            raise argparse.ArgumentTypeError(fp8_rows_retired(text, instead))
+        return text
+
+    return known
 
 
 def parsed(text: str, kind: str, origin: str) -> Any:
@@ -181,8 +214,8 @@ class Settings:
                 f"--tpla-groups {self.groups} needs --tpla-artifact; make one with `python -m sglang_tpla.calibrate "
                 f"--model-path MODEL --groups {self.groups} --rows sketched --out FILE`"
             )
-        if self.rows not in (None, *ROWS):
-            raise ConfigError(f"--tpla-rows must be one of {', '.join(ROWS)}; got {self.rows!r}")
+        if self.rows is not None:
+            check_rows(self.rows, "--tpla-rows")
         if self.o_proj not in O_PROJ:
             raise ConfigError(f"--tpla-o-proj must be one of {', '.join(O_PROJ)}; got {self.o_proj!r}")
         if self.o_proj == "scatter" and self.groups == 1:

@@ -43,7 +43,7 @@ from sglang_tpla.artifact.model_identity import config_hash
 from sglang_tpla.cache_rows.sketched import SketchedRows
 from sglang_tpla.errors import SglangTplaError
 
-FORMAT_VERSION = 1  # of plain and FP8 rows
+FORMAT_VERSION = 1  # of plain rows
 SKETCHED_VERSION = 2  # of sketched rows
 MAP_NAMES = ("Z", "A", "B")
 HASH_KEY = "content_hash"  # in the file's metadata alone; files that others made may lack it

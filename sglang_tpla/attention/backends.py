@@ -126,18 +126,6 @@ BACKENDS: tuple[Backend, ...] = (
         why_not="FlashInfer's fa2 template silently computes wrong numbers at 64, 192 and 320, "
         "and no other was measured",
     ),
-    Backend(
-        name="fp8_triton",
-        widths="multiples of 32 from 64 to 512",
-        has_width=lambda w: 64 <= w <= 512 and w % 32 == 0,
-        dtypes=(torch.bfloat16,),
-        page_sizes=None,
-        heads=(1, 128),
-        device="compute capability 8.9 or higher",
-        has_device=lambda capability: capability is not None and capability >= (8, 9),
-        why_not="its tiles are multiples of 32 columns; pad the slice (zero columns) to the next multiple",
-        rows="fp8",
-    ),
     _reference("reference", "plain", torch.float64),
     Backend(
         name="hopper_sketched",
@@ -153,7 +141,6 @@ BACKENDS: tuple[Backend, ...] = (
         other=_hopper_sketched,
     ),
     _reference("sketched_reference", "sketched"),
-    _reference("fp8_reference", "fp8"),
 )
 _BY_NAME = {backend.name: backend for backend in BACKENDS}
 

@@ -9,7 +9,6 @@ Names and shapes, the same for every backend:
     q_latent  [batch * query_len, heads, w]     absorbed queries, tokens of one request side by side
     q_rope    [batch * query_len, heads, rope]
     kv_cache  [slots, w + rope]                 slots = pages * page_size (or [slots, 1, w + rope]);
-                                                or FP8 rows, uint8 [slots, row_bytes] (`cache_rows.fp8`)
     lengths   [batch] int32                     cached tokens of a request, its query tokens included
     out       [batch * query_len, heads, w]
 
@@ -29,8 +28,7 @@ from typing import Any, Protocol
 
 import torch
 
-from sglang_tpla.cache_rows import fp8 as fp8_rows
-from sglang_tpla.cache_rows.layer_rows import Fp8Rows, GroupRows, LayerRows
+from sglang_tpla.cache_rows.layer_rows import GroupRows, LayerRows
 from sglang_tpla.cache_rows.sketched import SketchedRows
 from sglang_tpla.errors import SglangTplaError
 
@@ -52,8 +50,7 @@ class DecodeShape:
         query_len: query tokens of a request in one step, 1 to 4; more than 1 verify speculative tokens.
         page_size: tokens of a page, a power of two.
         dtype: of queries and output, and of a plain cache.
-        fp8_shared: r, columns under the first of an FP8 row's two scales; None where the cache holds other rows.
-        sketched: sizes of sketched rows; None where the cache holds other rows.
+        sketched: sizes of sketched rows; None where the cache holds plain ones.
 
     Raises:
         AttentionInputError: a value outside of these ranges.
@@ -65,7 +62,6 @@ class DecodeShape:
     query_len: int = 1
     page_size: int = 1
     dtype: torch.dtype = torch.bfloat16
-    fp8_shared: int | None = None
     sketched: SketchedRows | None = None
 
     def __post_init__(self) -> None:
@@ -79,21 +75,8 @@ class DecodeShape:
             )
         if self.page_size & (self.page_size - 1):
             raise AttentionInputError(f"DecodeShape.page_size must be a power of two; got {self.page_size}")
-        if self.sketched is not None:
-            self._check_sketched(self.sketched)
-        if self.fp8_shared is None:
-            return
-        if not 0 <= self.fp8_shared <= self.latent_dim:
-            raise AttentionInputError(
-                f"DecodeShape.fp8_shared must lie in 0...{self.latent_dim}; got {self.fp8_shared}"
-            )
-        if (why := fp8_rows.unsupported_reason(self.latent_dim, self.rope_dim)) is not None:
-            raise AttentionInputError(f"{why}; use --kv-cache-dtype auto, or an artifact of other widths")
-
-    def _check_sketched(self, rows: SketchedRows) -> None:
-        if self.fp8_shared is not None:
-            raise AttentionInputError("DecodeShape has rows of one format: expected fp8_shared or sketched, got both")
-        if (self.latent_dim, self.rope_dim) != (rows.w_pad, rows.rope_dim):
+        rows = self.sketched
+        if rows is not None and (self.latent_dim, self.rope_dim) != (rows.w_pad, rows.rope_dim):
             raise AttentionInputError(
                 f"DecodeShape of sketched rows must have latent_dim {rows.w_pad} (w_pad) and rope_dim {rows.rope_dim}; "
                 f"got {self.latent_dim} and {self.rope_dim}; use DecodeShape.of_sketched"
@@ -111,13 +94,12 @@ class DecodeShape:
         """Return the shape of a layer that caches such rows; ``others`` are the remaining fields."""
         if isinstance(rows, GroupRows):
             return cls.of_sketched(rows.rows, heads, **others)
-        fp8_shared = rows.shared if isinstance(rows, Fp8Rows) else None
-        return cls(rows.width, heads, rows.rope_dim, fp8_shared=fp8_shared, **others)
+        return cls(rows.width, heads, rows.rope_dim, **others)
 
     @property
     def kind(self) -> str:
-        """The kind of rows that the cache holds: "plain", "fp8" or "sketched"."""
-        return "sketched" if self.sketched is not None else "plain" if self.fp8_shared is None else "fp8"
+        """The kind of rows that the cache holds: "plain" or "sketched"."""
+        return "plain" if self.sketched is None else "sketched"
 
     @property
     def query_dim(self) -> int:
@@ -126,12 +108,8 @@ class DecodeShape:
 
     @property
     def cache_dim(self) -> int:
-        """Items of one cache row: w + rope values, or the bytes of an FP8 or a sketched row."""
-        if self.sketched is not None:
-            return self.sketched.row_bytes
-        if self.fp8_shared is not None:
-            return fp8_rows.row_bytes(self.latent_dim, self.rope_dim)
-        return self.latent_dim + self.rope_dim
+        """Items of one cache row: w + rope values, or the bytes of a sketched row."""
+        return self.latent_dim + self.rope_dim if self.sketched is None else self.sketched.row_bytes
 
     @property
     def cache_dtype(self) -> torch.dtype:

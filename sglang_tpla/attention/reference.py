@@ -11,7 +11,6 @@ import torch
 
 from sglang_tpla.attention.interface import DecodeShape, PageTable, checked_inputs
 from sglang_tpla.cache_rows import sketched
-from sglang_tpla.cache_rows.fp8 import unpack_rows
 
 
 def token_slots(table: PageTable, request: int, length: int) -> torch.Tensor:
@@ -60,24 +59,15 @@ def latent_attention(
     return out
 
 
-def read_fp8(rows: torch.Tensor, shape: DecodeShape) -> torch.Tensor:
-    """Decode FP8 rows [rows, row_bytes] to [rows, w + rope] float32."""
-    assert shape.fp8_shared is not None
-    return torch.cat(unpack_rows(rows, shape.rope_dim, shape.fp8_shared), dim=-1)
-
-
-def read_sketched(rows: torch.Tensor, shape: DecodeShape) -> torch.Tensor:
+def read_sketched(rows: sketched.SketchedRows, packed: torch.Tensor) -> torch.Tensor:
     """Decode sketched rows [rows, row_bytes] to [rows, w_pad + sketch + rope] float32."""
-    assert shape.sketched is not None
-    unpacked = sketched.unpack_rows(shape.sketched, rows)
+    unpacked = sketched.unpack_rows(rows, packed)
     return torch.cat([unpacked.latent, unpacked.sketch, unpacked.k_rope], dim=-1)
 
 
 def reader_of(shape: DecodeShape) -> Callable[[torch.Tensor], torch.Tensor] | None:
     """Return the ``read`` of ``latent_attention`` for the cache of ``shape``."""
-    if shape.sketched is not None:
-        return partial(read_sketched, shape=shape)
-    return None if shape.fp8_shared is None else partial(read_fp8, shape=shape)
+    return None if shape.sketched is None else partial(read_sketched, shape.sketched)
 
 
 class ReferenceDecode:

@@ -1,12 +1,9 @@
 """How one layer's rows are encoded, apart from how rows move: what their items are, and which make up each part.
 
     PlainRows   items of the pool's dtype   [w latent | rope]
-    Fp8Rows     bytes                       [w e4m3 | rope bfloat16 | scale of the shared, of the own columns | zeros]
-                                            (`cache_rows.fp8`)
-    GroupRows   bytes                       [w int8 | rope | sketch of the other groups' columns | scales]
+    GroupRows   bytes                       [w bytes | rope | sketch of the other groups' columns | scales]
                                             (`cache_rows.sketched`)
-    WholeRows   bytes                       [d latent | rope] of the model's dtype: a draft's layers behind one of the
-                                            two above
+    WholeRows   bytes                       [d latent | rope] of the model's dtype: a draft's layers behind GroupRows
 
 The sender projects in float32 and encodes straight from that, so values are rounded once, and rows of a format of their
 own are bytes from the sender's gather on.
@@ -18,7 +15,6 @@ from typing import Protocol
 
 import torch
 
-from sglang_tpla.cache_rows import fp8 as fp8_rows
 from sglang_tpla.cache_rows import sketched
 from sglang_tpla.cache_rows.parts import Field, Part, side_by_side
 from sglang_tpla.cache_rows.sketched import SketchedRows
@@ -49,9 +45,6 @@ class LayerRows(Hashable, Protocol):
     @property
     def columns(self) -> int: ...
 
-    def unsupported_reason(self) -> str | None:
-        """Return why there are no such rows, or None."""
-
     def fields(self, part: Part) -> tuple[Field, ...]:
         """Return the items of the row that a part fills; what else the payload holds is not this rank's."""
 
@@ -77,9 +70,6 @@ class _SharedFirst:
     @property
     def columns(self: LayerRows) -> int:
         return self.width
-
-    def unsupported_reason(self) -> str | None:
-        return None
 
     def part_items(self: LayerRows, part: Part) -> int:
         return sum(field.size for field in self.fields(part))
@@ -121,53 +111,21 @@ class PlainRows(_SharedFirst):
 
 
 @dataclass(frozen=True)
-class Fp8Rows(_SharedFirst):
-    """The bytes of `cache_rows.fp8`."""
-
-    width: int
-    shared: int
-    rope_dim: int
-
-    encoded = True
-
-    @property
-    def row_items(self) -> int:
-        return fp8_rows.row_bytes(self.width, self.rope_dim)
-
-    def unsupported_reason(self) -> str | None:
-        return fp8_rows.unsupported_reason(self.width, self.rope_dim)
-
-    def fields(self, part: Part) -> tuple[Field, ...]:
-        scales = self.width + 2 * self.rope_dim
-        middle = scales + fp8_rows.SCALE_BYTES
-        match part:
-            case Part.FULL:
-                return side_by_side((0, self.row_items))
-            case Part.COMMON:
-                return side_by_side((0, self.shared), (self.width, middle))
-            case Part.OWN if self.shared < self.width:
-                return side_by_side((self.shared, self.width), (middle, middle + fp8_rows.SCALE_BYTES))
-            case _:
-                return ()
-
-    def encode(self, z: torch.Tensor, k_rope: torch.Tensor, part: Part, out: torch.Tensor) -> None:
-        match part:
-            case Part.FULL:
-                out.copy_(fp8_rows.pack_rows(z, k_rope, self.shared))
-            case Part.COMMON:
-                out.copy_(fp8_rows.pack_common(z, k_rope))
-            case Part.OWN:
-                out.copy_(fp8_rows.pack_own(z))
-
-
-@dataclass(frozen=True)
 class GroupRows:
-    """The bytes of `cache_rows.sketched`, on a rank of one latent group."""
+    """The bytes of `cache_rows.sketched`, on a rank of one latent group.
+
+    Raises:
+        ValueError: there is no such group.
+    """
 
     rows: SketchedRows
     group: int
 
     encoded = True
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.group < self.rows.groups:
+            raise ValueError(f"sketched rows of {self.rows.groups} groups have none of number {self.group}")
 
     @property
     def width(self) -> int:
@@ -190,11 +148,6 @@ class GroupRows:
     def columns(self) -> int:
         """Columns of the projection: shared, own, and the sketch of all groups."""
         return self.rows.w + self.rows.groups * self.rows.own
-
-    def unsupported_reason(self) -> str | None:
-        if not 0 <= self.group < self.rows.groups:
-            return f"sketched rows of {self.rows.groups} groups have none of number {self.group}"
-        return None
 
     def fields(self, part: Part) -> tuple[Field, ...]:
         match part:  # the common part brings every group's sketch, and a row has those of the others

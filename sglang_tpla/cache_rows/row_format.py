@@ -10,13 +10,13 @@ from itertools import groupby
 
 import torch
 
-from sglang_tpla.cache_rows.layer_rows import Fp8Rows, GroupRows, LayerRows, PlainRows, WholeRows
+from sglang_tpla.cache_rows.layer_rows import GroupRows, LayerRows, PlainRows, WholeRows
 from sglang_tpla.cache_rows.parts import Part
 from sglang_tpla.cache_rows.sketched import SketchedRows
 
 # in the place of a dtype's name, where formats are announced
-FP8_NAME = "fp8_rows"
 SKETCHED_NAME = "sketched_rows"
+RETIRED_NAME = "fp8_rows"  # older receivers' FP8 rows
 ANNOUNCED = re.compile(SKETCHED_NAME + r" groups=(\d{1,4}) group=(\d{1,4}) sketch_bits=([\d*,]+) rope_bits=([\d*,]+)")
 # behind it, where the last layers are a draft model's
 WHOLE = re.compile(r"(.+) whole_layers=([1-9]\d?) whole_dtype=(bfloat16|float16|float32)")
@@ -33,11 +33,6 @@ class RowFormat:
     def plain(cls, widths: Sequence[int], shared: Sequence[int], rope_dim: int) -> RowFormat:
         """Return plain rows."""
         return cls(tuple(PlainRows(w, r, rope_dim) for w, r in zip(widths, shared, strict=True)))
-
-    @classmethod
-    def fp8(cls, widths: Sequence[int], shared: Sequence[int], rope_dim: int) -> RowFormat:
-        """Return FP8 rows."""
-        return cls(tuple(Fp8Rows(w, r, rope_dim) for w, r in zip(widths, shared, strict=True)))
 
     @classmethod
     def sketched(cls, layers: Sequence[SketchedRows], group: int) -> RowFormat:
@@ -66,7 +61,7 @@ class RowFormat:
         if not name.startswith(SKETCHED_NAME):
             if " " in name:
                 raise ValueError(f"expected the name of a dtype or of rows, got {name!r}")
-            return (cls.fp8 if name == FP8_NAME else cls.plain)(widths, shared, rope_dim)
+            return cls.plain(widths, shared, rope_dim)
         found = ANNOUNCED.fullmatch(name)
         if found is None:
             raise ValueError(f"expected a description of sketched rows, got {name!r}")
@@ -83,13 +78,11 @@ class RowFormat:
     @staticmethod
     def is_encoded(name: str) -> bool:
         """Return whether a receiver announced rows that the sender makes."""
-        return name.partition(" ")[0] in (FP8_NAME, SKETCHED_NAME)
+        return name.partition(" ")[0] == SKETCHED_NAME
 
     def name(self, dtype: torch.dtype) -> str:
         """Return the name that a receiver with a pool of this dtype announces."""
         head = self.layers[0]
-        if isinstance(head, Fp8Rows):
-            return FP8_NAME + self._whole
         if isinstance(head, GroupRows):
             return f"{SKETCHED_NAME} groups={head.rows.groups} group={head.group}{self._bits}{self._whole}"
         return str(dtype).removeprefix("torch.")
@@ -128,8 +121,8 @@ class RowFormat:
 
     @property
     def kind(self) -> str:
-        """ "plain", "fp8" or "sketched"."""
-        return {PlainRows: "plain", Fp8Rows: "fp8", GroupRows: "sketched"}[type(self.layers[0])]
+        """ "plain" or "sketched"."""
+        return "sketched" if self.encoded else "plain"
 
     @property
     def sketch_bits(self) -> list[int]:

@@ -4,17 +4,22 @@ Every rank keeps the columns of its own latent group at 8 bits, for scores and v
 groups' columns at b bits, which takes part in scores alone. The row of one token and layer on a rank of group i, in
 bytes, without gaps (``SketchedRows`` has every size and offset):
 
-    [ shared: r int8 | own: n int8 | zeros up to w_pad | rope: bfloat16 or int8 | sketch: block j of n codes of b bits
-      for every other group j, ascending | zeros up to the scales | 4 bfloat16 scales: shared, own, sketch, rope ]
+    [ shared: r bytes | own: n bytes | bytes of 128 up to w_pad | rope: bfloat16 or bytes | sketch: block j of n codes
+      of b bits for every other group j, ascending | zeros up to the scales | 4 bfloat16 scales: shared, own, sketch,
+      rope ]
 
-* ``value = scale * code``. An int8 scale is the largest magnitude over 127, rounded up to bfloat16; zeros have scale 1.
-* Groups round shared columns and an int8 rotary key in two ways in turn (``turns``): the code of column k in group i is
-  ``value / scale`` plus 1/4 where i + k is even, minus 1/4 where it is odd, rounded. The groups' outputs add up, and
-  each of them has 1/g of the shared values, so that the sum has them with half the step; errors of scores cancel
-  likewise. Without own columns all groups have one row, whose codes are the nearest ones.
-* A sketch code's top bit is its sign (1: negative), its low bits choose a magnitude from ``LEVELS``: Lloyd and Max's
-  best levels for a Gaussian. All g blocks of a token have one scale, so that the sketch is the same for every rank.
+* A byte is a code of 1 to 255, ``value = scale * (code - 128)``. Its scale is the largest magnitude over 127, rounded
+  up to a bfloat16 whose last bit is zero: 1152 times such a scale is exact in float16. Zeros have scale 1.
+* Groups round shared columns and a rotary key of bytes in two ways in turn (``turns``): the code of column k in group i
+  is ``value / scale + 128`` plus 1/4 where i + k is even, minus 1/4 where it is odd, rounded. The groups' outputs add
+  up, and each of them has 1/g of the shared values, so that the sum has them with half the step; errors of scores
+  cancel likewise. Without own columns all groups have one row, whose codes are the nearest ones.
+* A sketch code c of b bits is ``value = scale * (c - (2^b - 1) / 2)``, the nearest one. The scale is ``STEP`` times the
+  root mean square of the sketch: the best step for a Gaussian. All g blocks of a token have one scale, so that the
+  sketch is the same for every rank.
 * Code k of a block occupies bits k*b to k*b+b-1 of a little-endian bit stream.
+* Codes count upwards from the least value, so that a kernel makes float16 of one by writing it into the mantissa of
+  1024, and a subtraction.
 * A field that a row does not have keeps its scale's place, with 1. A sketch of zeros has scale 0.
 * A part with a value that is not finite has a scale that is not finite, so that whatever reads it sees that.
 
@@ -32,16 +37,15 @@ SKETCH_BITS = (2, 3, 4)
 ROPE_BITS = (8, 16)
 SCALES_BYTES = 8  # shared, own, sketch, rope
 SCALE_BYTES = 2
-INT8_LARGEST = 127
+ZERO_CODE = 128  # of a byte
+LARGEST_CODE = 127  # from there
 TURN = 0.25  # of a step, added before rounding in one group and subtracted in the next
 ALIGNMENT = 16  # of fields and rows that a GPU's 16-byte loads read
 ALIGNED_FROM_BYTES = 256  # shorter rows are aligned to 4 bytes, where padding would cost more than it gains
 LARGEST_BFLOAT16 = torch.finfo(torch.bfloat16).max
 
-# Magnitudes of the Lloyd-Max quantiser for a Gaussian, as int8, the largest 127; and that largest magnitude in
-# standard deviations, which turns the root mean square of a sketch into its scale.
-LEVELS: dict[int, tuple[int, ...]] = {2: (38, 127), 3: (14, 45, 79, 127), 4: (6, 18, 31, 44, 58, 75, 96, 127)}
-LARGEST_DEVIATION: dict[int, float] = {2: 1.5104, 3: 2.1519, 4: 2.7326}
+# The step of the best uniform quantiser of a Gaussian by bits, in standard deviations.
+STEP: dict[int, float] = {2: 0.9957, 3: 0.5860, 4: 0.3352}
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,7 @@ class SketchedRows:
         own: n, columns that only one group keeps, so that d = r + g n.
         rope_dim: values of the rotary key.
         sketch_bits: b, bits of a sketch code.
-        rope_bits: 16 (bfloat16) or 8 (int8 with a scale).
+        rope_bits: 16 (bfloat16) or 8 (bytes with a scale).
 
     Raises:
         ValueError: the sizes contradict each other or the format, with the reason.
@@ -169,12 +173,12 @@ class SketchedRows:
 
     @property
     def turns(self) -> int:
-        """In how many ways groups round the int8 columns that all have: 2, or 1 where all have the same row."""
+        """In how many ways groups round the bytes that all have: 2, or 1 where all have the same row."""
         return 2 if self.groups > 1 and self.own else 1
 
     @property
     def key_turns(self) -> int:
-        """In how many ways groups round the rotary key: as ``turns`` where it is int8."""
+        """In how many ways groups round the rotary key: as ``turns`` where it has bytes."""
         return self.turns if self.rope_bits == 8 else 1
 
     def turn(self, group: int) -> float:
@@ -195,7 +199,7 @@ class SketchedRows:
     def common_copies(self, group: int) -> tuple[tuple[int, int, int], ...]:
         """Return (from, to, bytes) of each piece of the common part that a row of ``group`` has.
 
-        That is one of the roundings of shared columns and of an int8 key, and all blocks but the group's own.
+        That is one of the roundings of shared columns and of a key of bytes, and all blocks but the group's own.
         """
         key = self.turns * self.shared
         sketch = key + self.key_turns * self.rope_bytes
@@ -244,8 +248,8 @@ def pack_rows(
 def encode_common(rows: SketchedRows, shared: torch.Tensor, sketch: torch.Tensor, k_rope: torch.Tensor) -> torch.Tensor:
     """Return what groups share of a token, ``[..., common_bytes]`` uint8; arguments as in ``pack_rows``.
 
-    In order: shared codes of groups 0, 2, ..., of groups 1, 3, ..., rotary key (likewise, where it is int8), the sketch
-    blocks of all groups, the scales of shared, sketch and rope.
+    In order: shared codes of groups 0, 2, ..., of groups 1, 3, ..., rotary key (likewise, where it has bytes), the
+    sketch blocks of all groups, the scales of shared, sketch and rope.
     """
     shared_codes, shared_scale = quantise_in_turns(rows, shared)
     codes, sketch_scale = quantise_sketch(sketch, rows.sketch_bits)
@@ -269,6 +273,7 @@ def assemble(rows: SketchedRows, group: int, common: torch.Tensor, own: torch.Te
     if not 0 <= group < rows.groups:
         raise ValueError(f"expected a group from 0 to {rows.groups - 1}, got {group}")
     out = common.new_zeros(*common.shape[:-1], rows.row_bytes)
+    out[..., rows.w : rows.w_pad] = ZERO_CODE
     if not rows.own:  # the scale's place is kept
         at = rows.scales_offset + SCALE_BYTES
         out[..., at : at + SCALE_BYTES] = _constant((0x80, 0x3F), out.device)  # 1 in bfloat16
@@ -282,12 +287,12 @@ def unpack_rows(rows: SketchedRows, packed: torch.Tensor) -> Unpacked:
     """Return what rows ``[..., row_bytes]`` uint8 stand for; padded latent columns are zeros."""
     scales = packed[..., rows.scales_offset :].contiguous().view(torch.bfloat16).to(torch.float32)
     shared, own, sketch, rope = scales.split(1, dim=-1)
-    codes = packed[..., : rows.w_pad].contiguous().view(torch.int8).to(torch.float32)
-    latent = torch.cat([codes[..., : rows.shared] * shared, codes[..., rows.shared :] * own], dim=-1)
+    parts = packed[..., : rows.shared], packed[..., rows.shared : rows.w_pad]
+    latent = torch.cat([byte_values(parts[0], shared), byte_values(parts[1], own)], dim=-1)
     # a copy even of a single row, since a view as another type starts at whole items of it
     key = packed[..., rows.rope_offset : rows.rope_offset + rows.rope_bytes].clone()
     if rows.rope_bits == 8:
-        k_rope = key.view(torch.int8).to(torch.float32) * rope
+        k_rope = byte_values(key, rope)
     else:
         k_rope = key.view(torch.bfloat16).to(torch.float32)
     bits = packed[..., rows.sketch_offset : rows.sketch_offset + rows.sketch_bytes]
@@ -295,13 +300,18 @@ def unpack_rows(rows: SketchedRows, packed: torch.Tensor) -> Unpacked:
 
 
 def quantise(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return int8 codes ``[..., n]`` and a bfloat16 scale ``[..., 1]`` of ``[..., n]``; no columns have scale 1."""
+    """Return bytes ``[..., n]`` and a bfloat16 scale ``[..., 1]`` of ``[..., n]``; no columns have scale 1."""
     steps, scale = _over_scale(values)
     return _nearest(steps), scale
 
 
+def byte_values(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Return what bytes ``[..., n]`` with scales ``[..., 1]`` stand for, float32."""
+    return (codes.to(torch.float32) - ZERO_CODE) * scale.to(torch.float32)
+
+
 def quantise_in_turns(rows: SketchedRows, values: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """Return int8 codes of columns ``[..., n]`` for each of the ``turns``, and one scale as in ``quantise``."""
+    """Return bytes of columns ``[..., n]`` for each of the ``turns``, and one scale as in ``quantise``."""
     steps, scale = _over_scale(values)
     signs = _alternating(steps.shape[-1], steps.device)
     return [_nearest(steps + rows.turn(group) * signs) for group in range(rows.turns)], scale
@@ -312,13 +322,13 @@ def _over_scale(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     wide = values.to(torch.float32)
     if not wide.shape[-1]:
         return wide, wide.new_ones(*wide.shape[:-1], 1, dtype=torch.bfloat16)
-    scale = round_up_bfloat16(wide.abs().amax(-1, keepdim=True) / INT8_LARGEST)
+    scale = round_up_scale(wide.abs().amax(-1, keepdim=True) / LARGEST_CODE)
     scale = torch.where(scale == 0, torch.ones_like(scale), scale)  # a row of zeros
     return wide / scale, scale.to(torch.bfloat16)
 
 
 def _nearest(steps: torch.Tensor) -> torch.Tensor:
-    return steps.round().clamp(-INT8_LARGEST, INT8_LARGEST).to(torch.int8)
+    return (steps.round().clamp(-LARGEST_CODE, LARGEST_CODE) + ZERO_CODE).to(torch.uint8)
 
 
 @functools.lru_cache(maxsize=64)
@@ -329,11 +339,11 @@ def _alternating(columns: int, device: torch.device) -> torch.Tensor:
     return signs.to(device)
 
 
-def round_up_bfloat16(values: torch.Tensor) -> torch.Tensor:
-    """Return the least bfloat16 values, as float32, that are not below positive float32 ``values``; NaN stays NaN."""
+def round_up_scale(values: torch.Tensor) -> torch.Tensor:
+    """Return the least even bfloat16 values, as float32, not below positive float32 ``values``; NaN stays NaN."""
     bits = values.contiguous().view(torch.int32)
     # a GPU's NaN has all bits set, and would be rounded up to -0
-    return torch.where(values.isnan(), values, ((bits + 0xFFFF) & ~0xFFFF).view(torch.float32))
+    return torch.where(values.isnan(), values, ((bits + 0x1FFFF) & ~0x1FFFF).view(torch.float32))
 
 
 def quantise_sketch(values: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -345,31 +355,16 @@ def quantise_sketch(values: torch.Tensor, bits: int) -> tuple[torch.Tensor, torc
     # relative to the largest, so that squares neither overflow nor vanish
     relative = wide / torch.where(largest > 0, largest, torch.ones_like(largest))
     rms = largest * relative.square().mean(-1, keepdim=True).sqrt()
-    factor = LARGEST_DEVIATION[bits] / INT8_LARGEST
-    scale = (rms * factor).clamp(max=LARGEST_BFLOAT16).to(torch.bfloat16)
+    scale = (rms * STEP[bits]).clamp(max=LARGEST_BFLOAT16).to(torch.bfloat16)
     divisor = scale.to(torch.float32)
-    magnitudes = wide.abs() / torch.where(divisor > 0, divisor, torch.ones_like(divisor))
-    index = torch.bucketize(magnitudes, midpoints(bits, wide.device), right=True)
-    return (index + (wide < 0) * (1 << (bits - 1))).to(torch.uint8), scale
+    steps = wide / torch.where(divisor > 0, divisor, torch.ones_like(divisor))
+    half = 1 << (bits - 1)
+    return (steps.floor().clamp(-half, half - 1) + half).to(torch.uint8), scale
 
 
 def sketch_values(codes: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:
     """Return what sketch codes ``[..., m]`` with scales ``[..., 1]`` stand for, float32."""
-    return level_table(bits).to(codes.device, torch.float32)[codes.to(torch.int64)] * scale.to(torch.float32)
-
-
-@functools.lru_cache(maxsize=8)
-def level_table(bits: int) -> torch.Tensor:
-    """Return the int8 level of every code, ``[2 ** bits]``: what a kernel looks codes up in."""
-    positive = torch.tensor(LEVELS[bits], dtype=torch.int8, device="cpu")
-    return torch.cat([positive, -positive])
-
-
-@functools.lru_cache(maxsize=64)
-def midpoints(bits: int, device: torch.device) -> torch.Tensor:
-    """Return where one magnitude ends and the larger one begins, which has the midpoint, in units of the scale."""
-    levels = torch.tensor(LEVELS[bits], dtype=torch.float32, device="cpu")
-    return ((levels[1:] + levels[:-1]) / 2).to(device)
+    return (codes.to(torch.float32) - ((1 << bits) - 1) / 2) * scale.to(torch.float32)
 
 
 @functools.lru_cache(maxsize=64)

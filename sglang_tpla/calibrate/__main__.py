@@ -17,6 +17,7 @@ from sglang_tpla.calibrate.learn_model import learn_model
 from sglang_tpla.calibrate.sketch_layout import sketched_rows, usual_rows
 from sglang_tpla.calibrate.sketch_search import SketchedSearch, search_sketched
 from sglang_tpla.calibrate.transforms import TRANSFORMS, TransformError
+from sglang_tpla.config import not_retired
 from sglang_tpla.measure.corpus import CorpusError
 from sglang_tpla.measure.decode_error import measure, model_maps
 from sglang_tpla.measure.outputs import Output, OutputError, check_outputs, is_artifact, is_statistics
@@ -29,7 +30,6 @@ from sglang_tpla.measure.text import (
     collect_statistics,
     read_text,
 )
-from sglang_tpla.reference_model.cached_maps import cached_maps
 from sglang_tpla.reference_model.checkpoint import Checkpoint, CheckpointError
 from sglang_tpla.reference_model.forward import PlainModel
 from sglang_tpla.reference_model.spec import ModelSpec
@@ -50,15 +50,16 @@ def parser() -> argparse.ArgumentParser:
         "--transform",
         default="shared",
         choices=(*TRANSFORMS, "learned"),
-        help="default: shared. learned lowers the KL of plain and FP8 rows by a quarter to a half, in minutes a "
+        help="default: shared. learned lowers the KL of plain rows by a quarter to a half, in minutes a "
         "layer; sketched rows lose nothing but rounding and have no use for it",
     )
     text.add_argument("--key-map", default="regression", choices=("regression", "scalar"), help="scalar: the paper's")
     text.add_argument(
         "--rows",
-        choices=("sketched", "plain", "fp8"),
+        type=not_retired("--rows sketched"),
+        choices=("sketched", "plain"),
         help="what a rank caches of a token: its columns at 8 bits and a sketch of the others (the default with "
-        "--transform shared), its columns in the model's precision, or its columns in FP8",
+        "--transform shared), or its columns in the model's precision",
     )
     text.add_argument(
         "--shared-dims",
@@ -67,7 +68,7 @@ def parser() -> argparse.ArgumentParser:
         "the sketch would be noisy)",
     )
     text.add_argument(
-        "--own-bits", type=int, default=8, choices=(8,), help="bits of a rank's own columns in sketched rows (int8)"
+        "--own-bits", type=int, default=8, choices=(8,), help="bits of a rank's own columns in sketched rows"
     )
     text.add_argument(
         "--sketch-bits",
@@ -118,6 +119,7 @@ def parser() -> argparse.ArgumentParser:
         "--attention-backend",
         metavar="NAME",
         default="reference",
+        type=not_retired("--rows sketched"),
         choices=[backend.name for backend in BACKENDS],
         help="whose widths --max-kl may choose (default: reference, any)",
     )
@@ -244,12 +246,7 @@ def make(arguments: argparse.Namespace) -> Artifact:
             show_progress=show,
         )
     if len(text.held_out):
-        maps = model_maps(artifact, model)
-        if rows == "fp8":
-            maps = cached_maps(maps, "fp8", artifact.meta.shared_dims)
-        artifact, _ = pipeline.with_report(
-            artifact, model, text.held_out, plan.prompt_tokens, show_progress=show, maps=maps
-        )
+        artifact = pipeline.with_report(artifact, model, text.held_out, plan.prompt_tokens, show_progress=show)
     return artifact
 
 

@@ -21,6 +21,8 @@ from sglang_tpla.measure.decode_error import measure
 from sglang_tpla.measure.statistics import Statistics
 from sglang_tpla.reference_model.forward import LayerMaps, PlainModel
 
+MOST_LAYOUTS = 12  # of one number of groups, measured whole
+
 
 def each(values: Sequence[int]) -> str:
     """Return each layer's number, or the one number of all layers."""
@@ -129,24 +131,11 @@ def _search_groups(
 ) -> list[Point]:
     spec = model.spec
     choices = wanted.shared_choices(spec.latent_dim, groups)
-    maps = {shared: point_maps(model, statistics, groups, [shared] * spec.layers) for shared in choices}
+    maps = [point_maps(model, statistics, groups, [shared] * spec.layers) for shared in choices]
     widths = [slice_width(spec.latent_dim, groups, shared) for shared in choices]
-
-    def kl_of(candidates: Sequence[Sequence[LayerMaps | None]]) -> list[float]:
-        found = measure(model, tokens, candidates, prompt_tokens)
-        return [errors.kl.double().mean().item() for errors in found]
-
-    # each layer by itself, at every width but the exact one
-    alone: list[list[float]] = []
-    for layer in range(spec.layers):
-        progress(f"g = {groups}: layer {layer + 1} of {spec.layers}")
-        others: list[LayerMaps | None] = [None] * spec.layers
-        alone.append(kl_of([[*others[:layer], maps[shared][layer], *others[layer + 1 :]] for shared in choices]))
-    picks = [[c] * spec.layers for c in range(len(choices))]
-    picks += [pick for pick in widening_walk(alone, widths) if pick not in picks]
-    picks = near_the_bound(picks, alone, wanted.max_kl)
-    progress(f"g = {groups}: {len(picks)} layouts")
-    found = kl_of([[maps[choices[c]][layer] for layer, c in enumerate(pick)] for pick in picks])
+    found = measured_layouts(
+        model, tokens, prompt_tokens, maps, widths, wanted.max_kl, lambda line: progress(f"g = {groups}: {line}")
+    )
     return [
         Point(
             groups,
@@ -155,8 +144,44 @@ def _search_groups(
             2 * sum(widths[c] + spec.rope_dim for c in pick),
             kl,
         )
-        for pick, kl in zip(picks, found, strict=True)
+        for pick, kl in found
     ]
+
+
+def measured_layouts(
+    model: PlainModel,
+    tokens: torch.Tensor,
+    prompt_tokens: int,
+    maps: Sequence[Sequence[LayerMaps]],
+    sizes: Sequence[int],
+    max_kl: float,
+    progress: Callable[[str], None],
+) -> list[tuple[list[int], float]]:
+    """Measure each layer by itself at every choice, then uniform layouts and the walk's near the bound whole.
+
+    Return these layouts (a choice per layer) with their KL.
+
+    Args:
+        maps: [choices][layers].
+        sizes: of a row at each choice, ascending.
+    """
+
+    def kl_of(candidates: Sequence[Sequence[LayerMaps | None]]) -> list[float]:
+        return [errors.kl.double().mean().item() for errors in measure(model, tokens, candidates, prompt_tokens)]
+
+    layers = len(maps[0])
+    picks = [[choice] * layers for choice in range(len(maps))]
+    if len(picks) > 1:
+        alone: list[list[float]] = []
+        for layer in range(layers):
+            progress(f"layer {layer + 1} of {layers}")
+            exact: list[LayerMaps | None] = [None] * layers
+            alone.append(kl_of([[*exact[:layer], made[layer], *exact[layer + 1 :]] for made in maps]))
+        picks += [pick for pick in widening_walk(alone, sizes) if pick not in picks]
+        picks = near_the_bound(picks, alone, max_kl)
+    progress(f"{len(picks)} layouts")
+    found = kl_of([[maps[choice][layer] for layer, choice in enumerate(pick)] for pick in picks])
+    return list(zip(picks, found, strict=True))
 
 
 def widening_walk(alone: Sequence[Sequence[float]], widths: Sequence[int]) -> list[list[int]]:
@@ -182,9 +207,7 @@ def widening_walk(alone: Sequence[Sequence[float]], widths: Sequence[int]) -> li
         walk.append(list(current))
 
 
-def near_the_bound(
-    picks: list[list[int]], alone: Sequence[Sequence[float]], max_kl: float, most: int = 12
-) -> list[list[int]]:
+def near_the_bound(picks: list[list[int]], alone: Sequence[Sequence[float]], max_kl: float) -> list[list[int]]:
     """Return the uniform layouts, and of the others those whose layers' KL adds up to about the bound."""
 
     def distance(pick: list[int]) -> float:
@@ -193,7 +216,7 @@ def near_the_bound(
 
     uniform = [pick for pick in picks if len(set(pick)) == 1]
     mixed = sorted((pick for pick in picks if len(set(pick)) > 1), key=distance)
-    return uniform + mixed[: max(most - len(uniform), 4)]
+    return uniform + mixed[: max(MOST_LAYOUTS - len(uniform), 4)]
 
 
 def point_maps(model: PlainModel, statistics: Statistics, groups: int, shared_dims: Sequence[int]) -> list[Maps]:

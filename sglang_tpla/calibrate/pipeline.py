@@ -14,10 +14,10 @@ from sglang_tpla.cache_rows.sketched import SketchedRows
 from sglang_tpla.calibrate.rounding_cost import LayerCosts, LayerWeights
 from sglang_tpla.calibrate.sketch_maps import layer_sketched_maps
 from sglang_tpla.calibrate.transforms import TRANSFORMS, Maps, TransformError, layer_maps
-from sglang_tpla.measure.decode_error import DecodeErrors, measure, model_maps
+from sglang_tpla.measure.decode_error import measure, model_maps
 from sglang_tpla.measure.statistics import Statistics, StatisticsError
 from sglang_tpla.reference_model.checkpoint import Checkpoint
-from sglang_tpla.reference_model.forward import LayerMaps, PlainModel
+from sglang_tpla.reference_model.forward import PlainModel
 from sglang_tpla.reference_model.spec import ModelSpec
 
 
@@ -186,18 +186,12 @@ def with_report(
     prompt_tokens: int,
     *,
     show_progress: bool,
-    maps: Sequence[LayerMaps] | None = None,
-) -> tuple[Artifact, DecodeErrors]:
-    """Return the artifact with its decode error on held-out text [sequences, length], and the errors themselves.
-
-    Args:
-        maps: what is measured where that is not the artifact's maps as they are (rows of another precision).
-    """
-    candidate = model_maps(artifact, model) if maps is None else maps
+) -> Artifact:
+    """Return the artifact with its decode error on held-out text [sequences, length]."""
     with tqdm(total=held_out.numel(), desc="held-out error", unit="tok", disable=not show_progress) as bar:
-        (errors,) = measure(model, held_out, [candidate], prompt_tokens, progress=bar.update)
+        (errors,) = measure(model, held_out, [model_maps(artifact, model)], prompt_tokens, progress=bar.update)
     meta = msgspec.structs.replace(artifact.meta, error_report=errors.report())
-    return replace(artifact, meta=meta), errors
+    return replace(artifact, meta=meta)
 
 
 def default_shared_dims(transform: str, latent_dim: int, groups: int) -> int:

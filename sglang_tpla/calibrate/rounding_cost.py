@@ -11,15 +11,15 @@ from dataclasses import dataclass
 
 import torch
 
-from sglang_tpla.cache_rows.sketched import INT8_LARGEST, SketchedRows
+from sglang_tpla.cache_rows.sketched import LARGEST_CODE, SketchedRows
 from sglang_tpla.calibrate.transforms import Basis, score_basis
 from sglang_tpla.measure.statistics import LayerMoments
 
 ATTENDED_SPREAD = 0.25
-# mean square rounding error as a share of the mean square: Lloyd and Max's levels of a Gaussian by bits, and int8 where
-# the largest of some hundred values is 2.8 times their root mean square
-DISTORTION = {2: 0.1175, 3: 0.03454, 4: 0.009497}
-INT8_DISTORTION = 2.8**2 / (12 * INT8_LARGEST**2)
+# mean square rounding error as a share of the mean square: the best uniform levels of a Gaussian by bits, and bytes
+# where the largest of some hundred values is 2.8 times their root mean square
+DISTORTION = {2: 0.1188, 3: 0.03744, 4: 0.01154}
+BYTE_DISTORTION = 2.8**2 / (12 * LARGEST_CODE**2)
 TINY = 1e-30
 
 
@@ -68,7 +68,7 @@ class LayerCosts:
     def columns(self, rows: SketchedRows) -> float:
         """Return what the rounding of shared and own columns to 8 bits costs."""
         parts = [list(range(rows.shared)), *own_columns(rows)]
-        return INT8_DISTORTION * sum(self._part(picked) for picked in parts if picked)
+        return BYTE_DISTORTION * sum(self._part(picked) for picked in parts if picked)
 
     def _part(self, picked: Sequence[int]) -> float:
         roots = torch.linalg.eigvalsh(self.in_both[picked][:, picked]).clamp_min(0).sqrt()

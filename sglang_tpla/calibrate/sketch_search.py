@@ -14,13 +14,12 @@ from dataclasses import dataclass
 import torch
 
 from sglang_tpla.cache_rows.sketched import ROPE_BITS, SKETCH_BITS, SketchedRows
-from sglang_tpla.calibrate.layout_search import Point, Search, near_the_bound, widening_walk
+from sglang_tpla.calibrate.layout_search import Point, Search, measured_layouts
 from sglang_tpla.calibrate.rounding_cost import LayerCosts
 from sglang_tpla.calibrate.sketch_layout import shared_choices
 from sglang_tpla.calibrate.sketch_maps import layer_sketched_maps
 from sglang_tpla.calibrate.transforms import TransformError
-from sglang_tpla.measure.decode_error import measure
-from sglang_tpla.reference_model.forward import LayerMaps, PlainModel
+from sglang_tpla.reference_model.forward import PlainModel
 
 # r as shares of d that are looked at, by the rotary key's bits: the bytes that 8 bits save may go to shared columns
 _SHARES = {16: (0.125, 0.25, 0.375), 8: (0.25, 0.5, 0.75)}
@@ -99,23 +98,11 @@ def _search_groups(
     if not choices:
         return []
     maps = [[layer_sketched_maps(layer, rows).to(model.device, model.dtype) for layer in costs] for rows in choices]
-
-    def kl_of(candidates: Sequence[Sequence[LayerMaps | None]]) -> list[float]:
-        found = measure(model, tokens, candidates, prompt_tokens)
-        return [errors.kl.double().mean().item() for errors in found]
-
-    picks = [[choice] * spec.layers for choice in range(len(choices))]
-    if len(choices) > 1:
-        alone: list[list[float]] = []
-        for layer in range(spec.layers):
-            progress(f"g = {groups}, key of {rope_bits} bits: layer {layer + 1} of {spec.layers}")
-            one: list[LayerMaps | None] = [None] * spec.layers
-            alone.append(kl_of([[*one[:layer], made[layer], *one[layer + 1 :]] for made in maps]))
-        sizes = [rows.row_bytes for rows in choices]
-        picks += [pick for pick in widening_walk(alone, sizes) if pick not in picks]
-        picks = near_the_bound(picks, alone, wanted.max_kl)
-    progress(f"g = {groups}, key of {rope_bits} bits: {len(picks)} layouts")
-    found = kl_of([[maps[choice][layer] for layer, choice in enumerate(pick)] for pick in picks])
+    name = f"g = {groups}, key of {rope_bits} bits"
+    sizes = [rows.row_bytes for rows in choices]
+    found = measured_layouts(
+        model, tokens, prompt_tokens, maps, sizes, wanted.max_kl, lambda line: progress(f"{name}: {line}")
+    )
     return [
         Point(
             groups=groups,
@@ -125,5 +112,5 @@ def _search_groups(
             kl=kl,
             rows=tuple(choices[choice] for choice in pick),
         )
-        for pick, kl in zip(picks, found, strict=True)
+        for pick, kl in found
     ]

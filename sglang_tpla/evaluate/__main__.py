@@ -19,6 +19,7 @@ from tqdm import tqdm
 from sglang_tpla.artifact.artifact import Artifact, ArtifactError, ArtifactMeta
 from sglang_tpla.artifact.model_identity import weights_hash
 from sglang_tpla.cache_rows.row_format import RowFormat
+from sglang_tpla.config import not_retired
 from sglang_tpla.evaluate.endpoints import EndpointError, compare_endpoints
 from sglang_tpla.evaluate.generate import long_answers
 from sglang_tpla.evaluate.layers import kl_alone, layer_errors
@@ -48,6 +49,7 @@ from sglang_tpla.reference_model.forward import LayerMaps, PlainModel
 
 ERRORS = (ArtifactError, CheckpointError, CorpusError, StatisticsError, EndpointError, OutputError, OSError)
 
+POSITIONS = 16
 PAPER_TOKENS = 16384  # of calibration text, for the principal components of the paper's recipe
 
 
@@ -98,6 +100,7 @@ def parser() -> argparse.ArgumentParser:
     text.add_argument(
         "--cache-dtype",
         default="exact",
+        type=not_retired("an artifact of `python -m sglang_tpla.calibrate --rows sketched`"),
         choices=CACHE_DTYPES,
         help="precision that slices are cached in, here for its error alone (default exact: fp32)",
     )
@@ -161,7 +164,7 @@ def evaluate(arguments: argparse.Namespace) -> Evaluation:
     hidden, tasks = _needles(checkpoint.path, plan, arguments), _tasks(checkpoint.path, plan, arguments)
     model = PlainModel(checkpoint, torch.float32, arguments.device)
     sliced = model_maps(artifact, model)
-    maps = cached_maps(sliced, arguments.cache_dtype, artifact.meta.shared_dims)
+    maps = cached_maps(sliced, arguments.cache_dtype)
     quiet = arguments.quiet
     with tqdm(total=text.held_out.numel(), desc="held-out error", unit="tok", disable=quiet) as bar:
         (errors,) = measure(model, text.held_out, [maps], plan.prompt_tokens, progress=bar.update)
@@ -184,7 +187,7 @@ def evaluate(arguments: argparse.Namespace) -> Evaluation:
         cache_dtype=arguments.cache_dtype,
         report=errors.report(),
         paper=paper_report,
-        bytes_per_token=cache_bytes(artifact.meta, arguments.cache_dtype),
+        bytes_per_token=cache_bytes(artifact.meta),
         bytes_mla=2 * model.spec.layers * (model.spec.latent_dim + model.spec.rope_dim),
         by_position=positions(errors),
         layers=_layers(model, sliced, text.held_out, artifact, plan.prompt_tokens, quiet),
@@ -194,13 +197,12 @@ def evaluate(arguments: argparse.Namespace) -> Evaluation:
     )
 
 
-def cache_bytes(meta: ArtifactMeta, cache_dtype: str) -> int:
-    """Return the bytes that a rank caches of a token in all layers: in sketched or FP8 rows, or at 16 bits a value."""
+def cache_bytes(meta: ArtifactMeta) -> int:
+    """Return the bytes that a rank caches of a token in all layers: in sketched rows, or at 16 bits a value."""
     if meta.sketched:
         rows = RowFormat.sketched([meta.rows(layer) for layer in range(meta.num_layers)], group=0)
     else:
-        made = RowFormat.fp8 if cache_dtype == "fp8" else RowFormat.plain
-        rows = made(meta.widths, meta.shared_dims, meta.rope_dim)
+        rows = RowFormat.plain(meta.widths, meta.shared_dims, meta.rope_dim)
     return sum(rows.row_bytes(torch.bfloat16))
 
 
@@ -236,10 +238,10 @@ def _recall(
         return tuple(recall(model, methods, cases, bar.update))
 
 
-def positions(errors: DecodeErrors, bins: int = 16) -> tuple[Bin, ...]:
-    """Return the KL against the position after the prompt, in at most ``bins`` equal ranges."""
+def positions(errors: DecodeErrors) -> tuple[Bin, ...]:
+    """Return the KL against the position after the prompt, in at most `POSITIONS` equal ranges."""
     length = errors.kl.shape[1]
-    step = -(-length // bins)
+    step = -(-length // POSITIONS)
     return tuple(
         Bin(
             start,

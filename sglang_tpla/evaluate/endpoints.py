@@ -3,7 +3,7 @@
 Each prompt is continued greedily by both with the top log-probabilities of every token. While the answers are
 the same, the distributions at one position have the same context and are compared; the first different token
 ends the comparison of that prompt. KL is estimated over the stock server's top tokens that both list, with
-what is left over as one more outcome, so it is a lower bound that more ``top_tokens`` tighten.
+what is left over as one more outcome, so it is a lower bound that more `TOP_TOKENS` would tighten.
 """
 
 import math
@@ -14,6 +14,9 @@ from typing import Any
 import httpx
 
 from sglang_tpla.errors import SglangTplaError
+
+TIMEOUT_S = 300.0  # of one answer
+TOP_TOKENS = 20
 
 
 class EndpointError(SglangTplaError, RuntimeError):
@@ -47,8 +50,6 @@ def compare_endpoints(
     prompts: Sequence[str],
     *,
     new_tokens: int = 128,
-    top_tokens: int = 20,
-    timeout_s: float = 300.0,
     progress: Callable[[int], object] = lambda done: None,
 ) -> list[PromptComparison]:
     """Continue every prompt on both servers and compare.
@@ -57,9 +58,9 @@ def compare_endpoints(
         EndpointError: a server is not there, refuses, or answers without log-probabilities.
     """
     results = []
-    with httpx.Client(timeout=timeout_s) as client:
+    with httpx.Client(timeout=TIMEOUT_S) as client:
         for prompt in prompts:
-            stock, tpla = (_steps(client, url, prompt, new_tokens, top_tokens) for url in (stock_url, tpla_url))
+            stock, tpla = (_steps(client, url, prompt, new_tokens) for url in (stock_url, tpla_url))
             results.append(compare_steps(stock, tpla))
             progress(1)
     return results
@@ -116,8 +117,8 @@ def unusable(url: str, error: Exception) -> EndpointError:
     return EndpointError(f"{url} answered without usable log-probabilities ({error!r}); expected SGLang's /generate")
 
 
-def _steps(client: httpx.Client, url: str, prompt: str, new_tokens: int, top_tokens: int) -> list[Step]:
-    meta = ask(client, url, {"text": prompt, "top_logprobs_num": top_tokens}, new_tokens)
+def _steps(client: httpx.Client, url: str, prompt: str, new_tokens: int) -> list[Step]:
+    meta = ask(client, url, {"text": prompt, "top_logprobs_num": TOP_TOKENS}, new_tokens)
     try:
         chosen, tops = meta["output_token_logprobs"], meta["output_top_logprobs"]
         # every entry is [log-probability, token id, text or null]

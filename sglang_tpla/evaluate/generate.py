@@ -65,11 +65,10 @@ def long_answers(
     new_tokens: int,
     *,
     temperature: float = 0.0,
-    seed: int = 0,
     progress: Callable[[int], object] = lambda done: None,
 ) -> LongAnswer:
     """Measure along plain MLA's continuations of prompts [B, P]."""
-    text = generate(model, prompts, new_tokens, temperature=temperature, seed=seed, progress=progress)
+    text = generate(model, prompts, new_tokens, temperature=temperature, progress=progress)
     (errors,) = measure(model, text, [list(maps)], prompts.shape[1])
     agreement = []
     for row in errors.same_top:

@@ -12,7 +12,7 @@ import httpx
 import msgspec
 import torch
 
-from sglang_tpla.evaluate.endpoints import ask, unusable
+from sglang_tpla.evaluate.endpoints import TIMEOUT_S, ask, unusable
 from sglang_tpla.evaluate.recall_tasks import KINDS, TaskDocument, make_document
 from sglang_tpla.measure.corpus import Tokenizer
 from sglang_tpla.reference_model.forward import LayerCache, LayerMaps, PlainModel
@@ -113,7 +113,6 @@ def recall_endpoints(
     urls: Mapping[str, str],
     cases: Sequence[TaskDocument],
     *,
-    timeout_s: float = 300.0,
     progress: Callable[[int], object] = lambda done: None,
 ) -> list[RecallRow]:
     """Return the results of live servers by name; PLAIN is one of them.
@@ -122,7 +121,7 @@ def recall_endpoints(
         EndpointError: a server is not there, refuses, or answers without token ids.
     """
     results = []
-    with httpx.Client(timeout=timeout_s) as client:
+    with httpx.Client(timeout=TIMEOUT_S) as client:
         for document in cases:
             found: dict[str, list[list[bool]]] = {name: [] for name in urls}
             context = list(document.prompt)

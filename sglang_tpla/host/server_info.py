@@ -51,7 +51,7 @@ def startup_info(result: dict[str, Any], self: Any) -> dict[str, Any]:
     pool = self.token_to_kv_pool_allocator.get_kvcache()
     text = self.model_config.hf_text_config
     layout = Layout(get_parallel().attn_tp_size, settings().groups, text.num_attention_heads)
-    rows = row_format(text.kv_lora_rank, text.qk_rope_head_dim, pool.layer_num, fp8=pool.dtype.itemsize == 1)
+    rows = row_format(text.kv_lora_rank, text.qk_rope_head_dim, pool.layer_num)
     row_bytes = [buffer[0].nbytes for buffer in pool.kv_buffer]
     value_bytes = self.model_config.dtype.itemsize
     result["tpla"] = describe(layout, text.kv_lora_rank, text.qk_rope_head_dim, rows, row_bytes, value_bytes)

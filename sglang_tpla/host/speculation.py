@@ -12,8 +12,6 @@ from sglang_tpla.attention.interface import MAX_QUERY_LEN, DecodeShape
 from sglang_tpla.config import ConfigError
 from sglang_tpla.host import compat
 from sglang_tpla.host.attention.supported import OURS, engine_unsupported_reason
-from sglang_tpla.host.disaggregation.engine_memory import FP8_CACHE
-from sglang_tpla.host.model.rows import sketched
 from sglang_tpla.reference_model.checkpoint import Checkpoint, local_checkpoint
 
 ALGORITHMS = ("EAGLE", "NEXTN")
@@ -59,8 +57,6 @@ def unsupported_reasons(args: Any, role: str) -> list[str]:
          "the CPU reference platform keeps guesses by the target's probability alone; drop the flags"),
         (compat.attention_groups(args) > 1, compat.attention_groups_flag(args), guesses,
          "the two were never tested together; drop one of them"),
-        (role == "decode" and args.kv_cache_dtype == FP8_CACHE and not sketched(), f"--kv-cache-dtype {FP8_CACHE}",
-         guesses, "the two were never tested together; use --kv-cache-dtype auto, or an artifact for sketched rows"),
         (role == "decode" and args.disaggregation_decode_enable_radix_cache,
          "--disaggregation-decode-enable-radix-cache", guesses, "the two were never tested together; drop one"),
         (role == "decode" and args.speculative_attention_mode != "decode", "--speculative-attention-mode",

@@ -16,10 +16,10 @@ from sglang_tpla.artifact.artifact import ArtifactError
 from sglang_tpla.artifact.model_identity import weights_hash
 from sglang_tpla.attention.backends import device_capability
 from sglang_tpla.attention.interface import AttentionInputError, DecodeShape
-from sglang_tpla.config import ConfigError, Layout
+from sglang_tpla.config import ConfigError, Layout, fp8_rows_retired
 from sglang_tpla.host import compat, speculation
 from sglang_tpla.host.attention.supported import OURS, preferred_backend, require_engine_backend
-from sglang_tpla.host.disaggregation.engine_memory import CACHE_DTYPES, FP8_CACHE
+from sglang_tpla.host.disaggregation.engine_memory import BYTES_CACHE, CACHE_DTYPES
 from sglang_tpla.host.ledger import refuse
 from sglang_tpla.host.model.architectures import check_architectures
 from sglang_tpla.host.model.rows import row_format, sketched
@@ -41,7 +41,7 @@ def check_server_args(original: Callable[..., None], self: Any, *args: Any, **kw
     try:
         check_flags(self)
         if settings().role == "decode" and sketched():
-            self.kv_cache_dtype = FP8_CACHE  # SGLang's name for a pool of bytes, as these rows need
+            self.kv_cache_dtype = BYTES_CACHE
         check_address(self)
         name_server(self.dist_init_addr, self.nnodes)
         check_config(self.model_path, local_config(self.model_path))
@@ -79,10 +79,11 @@ def check_flags(args: Any) -> None:
          "it leaves the absorbed weights in FP8 blocks, which the maps cannot be folded into"),
         (sliced and bool(args.enable_lora), "--enable-lora", "adapters on kv_b_proj correct the unfolded weights"),
         (role == "prefill" and args.kv_cache_dtype.startswith("fp8"), f"--kv-cache-dtype {args.kv_cache_dtype}",
-         "prompts stay exact, and a decode server with --kv-cache-dtype fp8_e4m3 gets FP8 rows from any cache"),
-        (role == "decode" and args.kv_cache_dtype == "fp8_e5m2", "--kv-cache-dtype fp8_e5m2", "FP8 rows are e4m3: "
-         "--kv-cache-dtype fp8_e4m3"),
-        (role == "decode" and args.kv_cache_dtype not in ("auto", FP8_CACHE) and sketched(),
+         "prompts stay exact, and a decode server with --tpla-rows sketched gets 8-bit rows from any cache"),
+        (role == "decode" and args.kv_cache_dtype.startswith("fp8") and not sketched(),
+         f"--kv-cache-dtype {args.kv_cache_dtype}", fp8_rows_retired("it", "--tpla-rows sketched (which with "
+         "--tpla-groups above 1 takes an artifact of `python -m sglang_tpla.calibrate --rows sketched`)")),
+        (role == "decode" and args.kv_cache_dtype not in ("auto", BYTES_CACHE) and sketched(),
          f"--kv-cache-dtype {args.kv_cache_dtype}", "sketched rows are bytes of their own, whatever the model's dtype"),
     ]  # fmt: skip
     found = [f"{flag} does not go with sglang_tpla: {why}; drop {flag}" for bad, flag, why in refusals if bad]
@@ -223,7 +224,7 @@ def check_model(args: Any) -> None:
     capability = device_capability(torch.device(args.device))
     own = loaded is not None or sketched()
     speculation.check_backends(args, backend, shapes if own else [], draft, capability)
-    if loaded is None and backend != OURS and args.kv_cache_dtype != FP8_CACHE:
+    if not own and backend != OURS:
         return  # plain MLA on a stock backend
     if len(shapes) > 1 and backend == "flashinfer":
         raise ConfigError(
@@ -266,9 +267,7 @@ def slice_shapes(args: Any, config: Any) -> list[DecodeShape]:
     """
     attention_ranks = args.tp_size // compat.attention_groups(args)
     text = config.hf_text_config
-    rows = row_format(
-        text.kv_lora_rank, text.qk_rope_head_dim, text.num_hidden_layers, fp8=args.kv_cache_dtype == FP8_CACHE
-    )
+    rows = row_format(text.kv_lora_rank, text.qk_rope_head_dim, text.num_hidden_layers)
     kept = CACHE_DTYPES.get(args.kv_cache_dtype, config.dtype)
     shapes = {
         DecodeShape.of_rows(
@@ -286,7 +285,7 @@ def default_backend(original: Callable[..., str], self: Any, use_mla_backend: bo
     """Hook around ``ServerArgs._get_default_attn_backend``, which chooses for the whole latent."""
     stock = original(self, use_mla_backend, model_config)
     args = compat.resolved(self)
-    if artifact() is None and args.kv_cache_dtype != FP8_CACHE:
+    if artifact() is None and not sketched():
         return stock
     if args.speculative_algorithm is not None:
         return OURS  # only it verifies guesses on a slice; it refuses at start what it does not serve

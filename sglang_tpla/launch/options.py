@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass
 from typing import Any
 
-from sglang_tpla.config import ENV_PREFIX, ConfigError, Settings, parsed
+from sglang_tpla.config import ENV_PREFIX, ConfigError, Settings, check_rows, parsed
 from sglang_tpla.launch.flags import (
     ROLE_SECTIONS,
     Argument,
@@ -107,6 +107,8 @@ class Options:
             else:
                 continue
             chosen[entry.name] = convert(found, str(entry.type), origin)
+            if entry.name == "rows":
+                check_rows(chosen["rows"], origin)
         return Settings(role=role, **chosen)
 
 

@@ -60,14 +60,14 @@ class LayerData:
         return Batch(self.latent[picked], self.k_rope[picked], absorbed, q_rope, positions)
 
 
-def walk(model: PlainModel, tokens: torch.Tensor, batch: int = 4) -> Iterator[tuple[int, LayerData]]:
+def walk(model: PlainModel, tokens: torch.Tensor) -> Iterator[tuple[int, LayerData]]:
     """Yield the exact attention inputs of one layer after the other for tokens [N, S].
 
     It holds the hidden states of the text and the inputs of one layer; a model that reads layers on request then needs
     the weights of one.
     """
     with torch.no_grad():
-        hidden = [model.embedding[part.to(model.device)] for part in tokens.split(batch)]
+        hidden = [model.embedding[part.to(model.device)] for part in tokens.split(4)]
     for index in range(model.spec.layers):
         with torch.no_grad():
             seen = [model.attention_inputs(index, part) for part in hidden]

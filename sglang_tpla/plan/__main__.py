@@ -16,6 +16,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 
+from sglang_tpla.config import not_retired
 from sglang_tpla.plan import text
 from sglang_tpla.plan.choice import Setting, answer
 from sglang_tpla.plan.cost import ROWS, Load, Precision, methods
@@ -48,7 +49,14 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--link-gb-s", type=float, help="a rank, each way, instead of the table's")
     p.add_argument("--weights-dtype", default="bf16", help="bf16 or fp8 (DeepSeek's blocks; default bf16)")
     p.add_argument("--cache-dtype", default="bf16", help="of SGLang's own cache: bf16 or fp8 (default bf16)")
-    p.add_argument("--rows", nargs="+", default=list(ROWS), choices=ROWS, help="formats of TPLA's cache (default: all)")
+    p.add_argument(
+        "--rows",
+        nargs="+",
+        type=not_retired("--rows sketched"),
+        default=list(ROWS),
+        choices=ROWS,
+        help="formats of TPLA's cache (default: all)",
+    )
     p.add_argument("--batch", type=int, nargs="+", help="requests that decode together (default 16)")
     p.add_argument("--context", type=int, nargs="+", help="cached tokens of each (default 32768)")
     p.add_argument(

@@ -2,7 +2,7 @@
 
 A method that changes the model's answers is recommended only where it pays. Plain MLA with an 8-bit cache only rounds:
 it must beat the best exact method by a margin, unless nothing exact fits. TPLA on several groups also replicates head
-weights: it must beat the better of those two by the margin. Slices in plain or FP8 rows see only part of the latent:
+weights: it must beat the better of those two by the margin. Slices in plain rows see only part of the latent:
 they must beat all of these by the margin.
 """
 

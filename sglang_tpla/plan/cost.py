@@ -17,18 +17,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-
 from sglang_tpla.attention.backends import BackendRefusal, choose
 from sglang_tpla.attention.interface import MAX_QUERY_LEN, DecodeShape
-from sglang_tpla.cache_rows.row_format import RowFormat
 from sglang_tpla.cache_rows.sketched import SketchedRows
 from sglang_tpla.config import ConfigError, Layout, slice_width
 from sglang_tpla.plan.hardware import Gpu, Link
 from sglang_tpla.plan.model import PlanError, PlanModel
 
 CACHE_DTYPES = ("bf16", "fp8")
-ROWS = ("sketched", "plain", "fp8")  # TPLA's formats; calibrate makes the first by default
+ROWS = ("sketched", "plain")  # TPLA's formats; calibrate makes the first by default
 SKETCHED_SHARED = 64  # r of sketched rows, as calibrate chooses for a latent of 512
 WEIGHT_DTYPES = ("bf16", "fp8")
 WIDTH_STEP = 32
@@ -115,11 +112,11 @@ class Method:
 
     @property
     def code(self) -> str:
-        """The name in the map: TP, DCP, DP, T2 (g = 2), T2s (reduce-scatter), T2.8 (sketched), T2.f (FP8), MLA8."""
+        """The name in the map: TP, DCP, DP, T2 (g = 2), T2s (reduce-scatter), T2.8 (sketched), MLA8."""
         if self.kind == "tpla" and self.groups == 1 and self.rows == "sketched":
             return "MLA8"
         if self.kind == "tpla":
-            kind = {"plain": "", "sketched": ".8", "fp8": ".f"}[self.rows]
+            kind = {"plain": "", "sketched": ".8"}[self.rows]
             return f"T{self.groups}{kind}" + ("s" if self.scatter else "")
         return self.kind.upper()
 
@@ -212,7 +209,7 @@ def methods(
 
     Args:
         groups: values of g; by default every divisor of the ranks from 2 on.
-        shared_dims: of plain and FP8 rows. sketched_shared: of sketched ones.
+        shared_dims: of plain rows. sketched_shared: of sketched ones.
         rows: formats of TPLA's cache to price.
     """
     for g in groups or []:
@@ -260,7 +257,7 @@ def whole_rows(model: PlanModel, precision: Precision, capability: tuple[int, in
 
 
 def served_rows(model: PlanModel, method: Method, heads: int, capability: tuple[int, int]) -> ServedRows:
-    """Return TPLA's rows, of which plain and FP8 slices are widened to the next width that a kernel on this GPU serves.
+    """Return TPLA's rows, of which plain slices are widened to the next width that a kernel on this GPU serves.
 
     Raises:
         BackendRefusal: no kernel reads such rows on this GPU. ConfigError: there are no such rows.
@@ -277,13 +274,11 @@ def served_rows(model: PlanModel, method: Method, heads: int, capability: tuple[
         raise _unread(f"sketched rows of {rows.row_bytes} bytes, width {rows.w},", model, heads, capability)
     width = slice_width(model.latent_dim, method.groups, method.shared_dims)
     first = -(-width // WIDTH_STEP) * WIDTH_STEP
-    made = RowFormat.fp8 if method.rows == "fp8" else RowFormat.plain
     for wider in range(max(first, 2 * WIDTH_STEP), model.latent_dim, WIDTH_STEP):
-        kept = made([wider], [0], model.rope_dim)
         with contextlib.suppress(BackendRefusal):
-            kernel = choose(DecodeShape.of_rows(kept.layers[0], heads), capability)
-            return ServedRows(wider, wider, kept.row_bytes(torch.bfloat16)[0], wider, kernel)
-    raise _unread(f"{method.rows} rows of width {width} or wider", model, heads, capability)
+            kernel = choose(DecodeShape(wider, heads, model.rope_dim), capability)
+            return ServedRows(wider, wider, _BF16_BYTES * (wider + model.rope_dim), wider, kernel)
+    raise _unread(f"plain rows of width {width} or wider", model, heads, capability)
 
 
 def _unread(rows: str, model: PlanModel, heads: int, capability: tuple[int, int]) -> BackendRefusal:

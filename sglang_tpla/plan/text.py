@@ -89,7 +89,7 @@ def fastest_map(answers: Sequence[Answer]) -> str:
     cells = {(a.load.batch, a.load.context_tokens): a.fastest.code if a.fastest is not None else "-" for a in answers}
     lines = [
         "fastest method that fits, modelled (TP, DCP, DP attention; MLA8: plain MLA with an 8-bit cache; Tg: TPLA with",
-        "g groups, Tg.8 in sketched and Tg.f in FP8 rows, s: with the reduce-scatter before o_proj; -: nothing fits)",
+        "g groups, Tg.8 in sketched rows, s: with the reduce-scatter before o_proj; -: nothing fits)",
         "batch \\ context" + "".join(f"{context:>9,}" for context in contexts),
     ]
     for batch in batches:

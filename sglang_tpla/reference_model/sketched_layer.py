@@ -7,7 +7,14 @@ from dataclasses import dataclass
 
 import torch
 
-from sglang_tpla.cache_rows.sketched import SketchedRows, quantise, quantise_in_turns, quantise_sketch, sketch_values
+from sglang_tpla.cache_rows.sketched import (
+    SketchedRows,
+    byte_values,
+    quantise,
+    quantise_in_turns,
+    quantise_sketch,
+    sketch_values,
+)
 
 
 @dataclass(frozen=True)
@@ -67,4 +74,4 @@ def _in_turns(rows: SketchedRows, values: torch.Tensor) -> list[torch.Tensor]:
 
 
 def _times(codes: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return (codes.to(torch.float32) * scale.to(torch.float32)).to(dtype)
+    return byte_values(codes, scale).to(dtype)

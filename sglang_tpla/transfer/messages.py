@@ -15,7 +15,7 @@ from msgspec import Meta
 from sglang_tpla.errors import SglangTplaError
 
 FRAMING_VERSION = 2
-PROTOCOL_VERSIONS = (4, 4)  # lowest and highest protocol version this release speaks
+PROTOCOL_VERSIONS = (5, 5)  # lowest and highest protocol version this release speaks
 PREFIX = b"TPLA" + bytes([FRAMING_VERSION])
 HEAD_BYTES = len(PREFIX) + 8  # and the digest
 MAX_HEADER_BYTES = 64 << 10

@@ -9,7 +9,6 @@ from sglang_tpla.attention.hopper.decode import HopperDecode
 from sglang_tpla.attention.interface import DecodeAttention, DecodeShape, PageTable
 from sglang_tpla.attention.reference import latent_attention, reader_of
 from sglang_tpla.cache_rows import sketched
-from sglang_tpla.cache_rows.fp8 import pack_rows
 
 SCALE = 192**-0.5
 BAR = 3e-3  # of the relative error
@@ -59,7 +58,7 @@ def random_case(shape: DecodeShape, lengths: list[int], seed: int, device: str =
     total = sum(pages)
     order = torch.randperm(total + 5, generator=generator, device=device)[:total].to(torch.int32)
     slots = (total + 5) * shape.page_size
-    # bytes of 255 are NaN as e4m3, bfloat16 and float32 alike
+    # bytes of 255 are NaN as bfloat16
     poison = float("nan") if shape.cache_dtype != torch.uint8 else 255
     cache = torch.full((slots, shape.cache_dim), poison, dtype=shape.cache_dtype, device=device)
     for request, length in enumerate(lengths):
@@ -70,9 +69,6 @@ def random_case(shape: DecodeShape, lengths: list[int], seed: int, device: str =
             cache[page * shape.page_size + token % shape.page_size] = rows
             continue
         rows = torch.randn(length, shape.latent_dim + shape.rope_dim, generator=generator, device=device)
-        if shape.fp8_shared is not None:
-            rows[:, : shape.fp8_shared] *= 3  # so that the two scales differ
-            rows = pack_rows(*rows.split((shape.latent_dim, shape.rope_dim), dim=-1), shape.fp8_shared)
         cache[page * shape.page_size + token % shape.page_size] = rows.to(shape.cache_dtype)
     tokens = len(lengths) * shape.query_len
 

@@ -1,12 +1,11 @@
 """Random inputs of a cache write, for CPU and GPU tests: strided rows, slots in random order, a poisoned cache."""
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 
 from sglang_tpla.attention.cache_write.inputs import CacheWrite
-from sglang_tpla.cache_rows.fp8 import row_bytes, slice_width
 
 
 @dataclass(frozen=True)
@@ -65,48 +64,3 @@ def random_write(
         cache=torch.full((tokens + 20, 1, width), float("nan"), dtype=dtype, device=device),
         q_rope=queries[..., 12:] if heads else None,
     )
-
-
-def fp8_write_case(
-    tokens: int,
-    d: int,
-    w: int | None,
-    rope: int,
-    rotated: bool,
-    dtype: torch.dtype,
-    seed: int,
-    device: str = "cpu",
-    heads: int = 3,
-) -> WriteCase:
-    """`random_write` into FP8 rows of bytes 255."""
-    case = random_write(tokens, d, w, rope, rotated, dtype, seed, device, heads)
-    size = row_bytes(d if w is None else w, rope)
-    cache = torch.full((len(case.cache), 1, size), 255, dtype=torch.uint8, device=device)
-    return replace(case, cache=cache)
-
-
-def same_rows(case: WriteCase, twin: WriteCase, rope: int, interpreted: bool = False) -> str | None:
-    """Say how two writes of the same inputs differ beyond float32's rounding, or return None.
-
-    A few values that lie between two e4m3 numbers may fall on either, and no further.
-
-    Args:
-        interpreted: whether Triton's interpreter wrote the rows. It forgets to carry into the exponent where it rounds
-            to e4m3, and rounds subnormals its own way, so values an octave apart pass.
-    """
-    w = slice_width(case.cache.shape[-1], rope)
-    mine, other = case.cache.squeeze(1), twin.cache.squeeze(1)
-    scales, others = (rows[:, w + 2 * rope :].contiguous().view(torch.float32) for rows in (mine, other))
-    if not torch.allclose(scales, others, rtol=1e-5, equal_nan=True):
-        return f"scales or the row's end: {scales} and {others}"
-    keys, turned = (rows[:, w : w + 2 * rope].contiguous().view(torch.bfloat16).float() for rows in (mine, other))
-    if not torch.allclose(keys, turned, rtol=2**-7, atol=2**-7, equal_nan=True):
-        return f"keys: {keys} and {turned}"
-    queries = [torch.empty(0) if one.q_rope is None else one.q_rope.float() for one in (case, twin)]
-    if not torch.allclose(*queries, rtol=2**-7, atol=2**-7):
-        return "queries"
-    apart = (mine[:, :w].int() - other[:, :w].int()).abs()
-    octave = (apart == 8) & torch.tensor(interpreted, device=apart.device)
-    if apart[~octave].max() > 1 or apart.bool().float().mean() > (0.1 if interpreted else 0.01):
-        return f"values: {int(apart.bool().sum())} of {apart.numel()} bytes differ, by up to {int(apart.max())}"
-    return None

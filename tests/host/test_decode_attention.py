@@ -12,14 +12,11 @@ import torch
 
 from sglang_tpla.attention.interface import AttentionInputError, PageTable
 from sglang_tpla.attention.reference import ReferenceDecode
-from sglang_tpla.cache_rows.fp8 import row_bytes
 from sglang_tpla.cache_rows.row_format import RowFormat
-from tests.fp8_reference import assert_row, read_row
 from tests.host.engine_parts import stub_runner
 
 HEADS, ROPE, CONTEXT, REQUESTS, SLOTS, SCALE = 4, 8, 24, 6, 200, 0.3
 WIDTHS = (16, 24)  # of layers 0 and 1
-FP8_WIDTHS, FP8_SHARED = (16, 32), (16, 20)
 
 
 class Twin(ReferenceDecode):
@@ -68,7 +65,7 @@ def backend(engine: None, monkeypatch: pytest.MonkeyPatch) -> Any:
         lambda self, shape: Twin(shape, self._scale, self._max_batch, self._device),
     )
     rows = RowFormat.plain(WIDTHS, WIDTHS, ROPE)
-    monkeypatch.setattr(decode_attention, "row_format", lambda *model, fp8: rows)
+    monkeypatch.setattr(decode_attention, "row_format", lambda *model: rows)
     torch.manual_seed(5)
     slots = torch.randperm(SLOTS - 1)[: REQUESTS * CONTEXT].view(REQUESTS, CONTEXT).to(torch.int32) + 1
     requests = SimpleNamespace(req_to_token=slots, size=REQUESTS)
@@ -145,49 +142,3 @@ def test_prompts_are_refused(backend: Any) -> None:
 
     with pytest.raises(AttentionInputError, match="--prefill-attention-backend"):
         backend.forward_extend(None, None, None, None, SimpleNamespace(forward_mode=ForwardMode.EXTEND))
-
-
-class Fp8Pool:
-    """FP8 rows as SGLang's pool keeps and shows them: bytes, seen as e4m3."""
-
-    def __init__(self) -> None:
-        self.rows = [torch.zeros(SLOTS, 1, row_bytes(width, ROPE), dtype=torch.uint8) for width in FP8_WIDTHS]
-
-    def get_key_buffer(self, layer_id: int) -> torch.Tensor:
-        return self.rows[layer_id].view(torch.float8_e4m3fn)
-
-
-@pytest.mark.parametrize("split", [True, False], ids=["q-and-rope", "one-query"])
-@pytest.mark.parametrize("layer_id", [0, 1])
-def test_fp8_rows_are_written_and_read(
-    backend: Any, monkeypatch: pytest.MonkeyPatch, layer_id: int, split: bool
-) -> None:
-    from sglang_tpla.host.attention import backend as decode_attention
-
-    rows = RowFormat.fp8(FP8_WIDTHS, FP8_SHARED, ROPE)
-    monkeypatch.setattr(decode_attention, "row_format", lambda *model, fp8: rows)
-    pool = Fp8Pool()
-    runner = runner_of(backend.req_to_token_pool, pool, torch.float8_e4m3fn, FP8_WIDTHS)
-    fp8 = decode_attention.TplaDecodeBackend(runner)
-    width, shared = FP8_WIDTHS[layer_id], FP8_SHARED[layer_id]
-    layer = SimpleNamespace(
-        layer_id=layer_id, v_head_dim=width, head_dim=width + ROPE, tp_q_head_num=HEADS, scaling=SCALE
-    )
-    slots, length = fp8.req_to_token_pool.req_to_token[3], 5
-    keys = []
-    for n in range(1, length + 1):  # a request that grows by a token a step
-        batch = batch_of(fp8, [3], [n])
-        fp8.init_forward_metadata(batch)
-        query, key = torch.randn(1, HEADS, width + ROPE), torch.randn(1, 1, width + ROPE)
-        keys.append(key[0, 0])
-        z, turned = key.split((width, ROPE), dim=-1)
-        if split:
-            out = fp8.forward_decode(query[..., :width], z, z, layer, batch, q_rope=query[..., width:], k_rope=turned)
-        else:
-            out = fp8.forward_decode(query, key, z, layer, batch)
-        row = bytes(pool.rows[layer_id][int(slots[n - 1]), 0].tolist())
-        assert_row(row, z[0, 0].double().numpy(), turned[0, 0].bfloat16().float().numpy(), shared)
-        read = [read_row(bytes(pool.rows[layer_id][int(slot), 0].tolist()), width, ROPE, shared) for slot in slots[:n]]
-        past = torch.tensor([[*value, *k_rope] for value, k_rope in read])
-        weights = (SCALE * (query[0].double() @ past.T)).softmax(-1)
-        torch.testing.assert_close(out.double(), (weights @ past[:, :width]).flatten()[None], rtol=1e-5, atol=1e-5)

@@ -14,7 +14,7 @@ LAYERS, LATENT, ROPE, SLOTS = 3, 128, 32, 40
 
 
 @pytest.fixture
-def fp8_hooks(engine: None, monkeypatch: pytest.MonkeyPatch) -> Any:
+def hooks(engine: None, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The pool's hooks around SGLang's functions, with an artifact of mixed widths (or none: ``artifact`` is None)."""
     from sglang.srt.mem_cache import kv_cache_configurator
     from sglang.srt.mem_cache.memory_pool import MLATokenToKVPool
@@ -66,52 +66,16 @@ def accounted(state: Any, dtype: torch.dtype, latent: int) -> float:
     return dim * LAYERS * dtype.itemsize
 
 
-@pytest.mark.parametrize("widths", [None, (80, 80, 80), (112, 96, 128)])
-def test_rows_and_accounting(fp8_hooks: Any, widths: tuple[int, ...] | None) -> None:
-    from sglang_tpla.host.disaggregation.engine_memory import cache_pool
-    from sglang_tpla.host.model.rows import row_format
-
-    kept = widths or (LATENT,) * LAYERS
-    if widths:
-        fp8_hooks.artifact = artifact_of(widths)
-    dtype = torch.float8_e4m3fn
-    pool = make_pool(dtype, max(kept))
-    rows = [w + 2 * ROPE + 16 for w in kept]
-    assert [tuple(buffer.shape) for buffer in pool.kv_buffer] == [(SLOTS + 1, 1, row) for row in rows]
-    assert accounted(fp8_hooks, dtype, max(kept)) == sum(rows)
-    assert pool.get_kv_size_bytes() == sum(rows) * (SLOTS + 1)
-    with pytest.raises(TypeError, match="--attention-backend tpla"):
-        pool.get_value_buffer(0)
-    pointers, sizes, items = pool.get_contiguous_buf_infos()
-    text = SimpleNamespace(kv_lora_rank=LATENT, qk_rope_head_dim=ROPE)
-    seen = cache_pool(
-        SimpleNamespace(
-            state_types=[], kv_cache_dtype_str="fp8_e4m3", gpu_id=0, page_size=1,
-            kv_data_ptrs=pointers, kv_data_lens=sizes, kv_item_lens=items,
-        ),
-        SimpleNamespace(device="cpu", get_model_config=lambda: SimpleNamespace(hf_text_config=text)),
-        row_format(LATENT, ROPE, LAYERS, fp8=True),
-    )  # fmt: skip
-    assert seen.row_format.name(torch.uint8) == "fp8_rows" and seen.widths == kept
-    seen.layers[1][7] = torch.arange(rows[1], dtype=torch.uint8)
-    assert pool.get_key_buffer(1).view(torch.uint8)[7, 0].tolist() == [n % 256 for n in range(rows[1])]
-
-
-def test_more_tokens_fit(fp8_hooks: Any) -> None:
-    """DeepSeek's 512 + 64 at g = 2 with r = 128: FP8 rows against bfloat16 ones."""
-    fp8_hooks.artifact = artifact_of((320,) * LAYERS)
-    rows = [accounted(fp8_hooks, dtype, 320) for dtype in (torch.bfloat16, torch.float8_e4m3fn)]
-    assert [row / LAYERS for row in rows] == [2 * (320 + ROPE), 320 + 2 * ROPE + 16]
-
-
-def test_plain_rows_stay_sglangs(fp8_hooks: Any) -> None:
+def test_plain_rows_stay_sglangs(hooks: Any) -> None:
     pool = make_pool(torch.float32, LATENT)
     assert [tuple(buffer.shape) for buffer in pool.kv_buffer] == [(SLOTS + 1, 1, LATENT + ROPE)] * LAYERS
-    assert accounted(fp8_hooks, torch.float32, LATENT) == LAYERS * 4 * (LATENT + ROPE)
+    assert accounted(hooks, torch.float32, LATENT) == LAYERS * 4 * (LATENT + ROPE)
 
 
 @pytest.mark.parametrize("with_artifact", [False, True], ids=["one group", "two groups, layers of two kinds"])
-def test_sketched_rows_and_accounting(fp8_hooks: Any, with_artifact: bool) -> None:
+def test_rows_and_accounting(hooks: Any, with_artifact: bool) -> None:
+    """SGLang's pool, its memory accounting and the transfer agent's pool have rows of the same bytes."""
+    from sglang_tpla.host.disaggregation.engine_memory import cache_pool
     from sglang_tpla.host.model.rows import row_format
 
     kinds = [SketchedRows.of(LATENT, 1, LATENT, ROPE)] * LAYERS
@@ -119,21 +83,47 @@ def test_sketched_rows_and_accounting(fp8_hooks: Any, with_artifact: bool) -> No
     if with_artifact:
         kinds = [SketchedRows.of(LATENT, 2, 32, ROPE, sketch_bits=bits) for bits in (4, 2, 4)]
         # 80 + 64 + 24 or 12 + 8
-        fp8_hooks.artifact, sizes = (artifact_of((80,) * LAYERS, kinds), [176, 164, 176])
+        hooks.artifact, sizes = (artifact_of((80,) * LAYERS, kinds), [176, 164, 176])
     else:
-        fp8_hooks.rows = "sketched"
+        hooks.rows = "sketched"
     dtype = torch.float8_e4m3fn
     pool = make_pool(dtype, LATENT)
     assert [tuple(buffer.shape) for buffer in pool.kv_buffer] == [(SLOTS + 1, 1, size) for size in sizes]
-    assert accounted(fp8_hooks, dtype, LATENT) == sum(sizes)
-    found = row_format(LATENT, ROPE, LAYERS, fp8=True, group=int(with_artifact))
+    assert accounted(hooks, dtype, LATENT) == sum(sizes)
+    assert pool.get_kv_size_bytes() == sum(sizes) * (SLOTS + 1)
+    with pytest.raises(TypeError, match="--attention-backend tpla"):
+        pool.get_value_buffer(0)
+    found = row_format(LATENT, ROPE, LAYERS, int(with_artifact))
     assert [rows.rows for rows in found.layers] == kinds  # type: ignore[attr-defined]
+    pointers, nbytes, items = pool.get_contiguous_buf_infos()
+    text = SimpleNamespace(kv_lora_rank=LATENT, qk_rope_head_dim=ROPE)
+    seen = cache_pool(
+        SimpleNamespace(
+            state_types=[], kv_cache_dtype_str="fp8_e4m3", gpu_id=0, page_size=1,
+            kv_data_ptrs=pointers, kv_data_lens=nbytes, kv_item_lens=items,
+        ),
+        SimpleNamespace(device="cpu", get_model_config=lambda: SimpleNamespace(hf_text_config=text)),
+        found,
+    )  # fmt: skip
+    assert seen.row_format == found
+    seen.layers[1][7] = torch.arange(sizes[1], dtype=torch.uint8)
+    assert pool.get_key_buffer(1).view(torch.uint8)[7, 0].tolist() == list(range(sizes[1]))
 
 
-def test_rows_that_contradict_the_artifact(fp8_hooks: Any) -> None:
+@pytest.mark.parametrize("name", ["fp8_e4m3", "fp8_e5m2"])
+def test_a_cache_of_one_byte_values_is_not_transferred(imported: None, name: str) -> None:
+    """A checkpoint can ask SGLang for one, which no flag has shown."""
+    from sglang_tpla.config import ConfigError
+    from sglang_tpla.host.disaggregation.engine_memory import cache_dtype
+
+    with pytest.raises(ConfigError, match=f"a cache of {name} is not transferred.*--tpla-rows sketched on decode"):
+        cache_dtype(SimpleNamespace(kv_cache_dtype_str=name), None)
+
+
+def test_rows_that_contradict_the_artifact(hooks: Any) -> None:
     from sglang_tpla.config import ConfigError
     from sglang_tpla.host.model.rows import sketched
 
-    fp8_hooks.artifact, fp8_hooks.rows = artifact_of((80,) * LAYERS), "sketched"
+    hooks.artifact, hooks.rows = artifact_of((80,) * LAYERS), "sketched"
     with pytest.raises(ConfigError, match="sketched does not go with a file, which was made for plain rows"):
         sketched()

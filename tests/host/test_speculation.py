@@ -22,13 +22,7 @@ HEADS, ROPE, LATENT, WIDTH, CONTEXT, REQUESTS, SLOTS, SCALE = 4, 8, 32, 20, 40, 
 GUESSES = 3
 TOKENS = GUESSES + 1  # verified at once
 
-
-@pytest.fixture(autouse=True)
-def rows_of_values(engine: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No settings of a server in this process: its rows are plain."""
-    from sglang_tpla.host import speculation
-
-    monkeypatch.setattr(speculation, "sketched", lambda: False)
+pytestmark = pytest.mark.usefixtures("engine")
 
 
 class Pool:
@@ -53,7 +47,7 @@ def runners(engine: None, monkeypatch: pytest.MonkeyPatch) -> dict[bool, Any]:
     from sglang_tpla.host.attention import backend
 
     rows = RowFormat.plain((WIDTH,), (WIDTH,), ROPE)
-    monkeypatch.setattr(backend, "row_format", lambda *model, fp8: rows)
+    monkeypatch.setattr(backend, "row_format", lambda *model: rows)
     torch.manual_seed(7)
     slots = torch.randperm(SLOTS - 1)[: REQUESTS * CONTEXT].view(REQUESTS, CONTEXT).to(torch.int32) + 1
     requests = SimpleNamespace(req_to_token=slots, size=REQUESTS)
@@ -219,7 +213,7 @@ def test_the_draft_keeps_whole_rows_and_memory_is_counted(engine: None, monkeypa
     widths = (20, 24, 28)
     rows = RowFormat.plain(widths, widths, ROPE)
     monkeypatch.setattr(kv_pool, "artifact", lambda: SimpleNamespace(meta=SimpleNamespace(widths=widths)))
-    monkeypatch.setattr(kv_pool, "row_format", lambda *model, fp8: rows)
+    monkeypatch.setattr(kv_pool, "row_format", lambda *model: rows)
     create, value = MLATokenToKVPool._create_buffers, MLATokenToKVPool.get_value_buffer
     monkeypatch.setattr(MLATokenToKVPool, "_create_buffers", lambda self: kv_pool.create_buffers(create, self))
     monkeypatch.setattr(
@@ -257,7 +251,7 @@ def test_memory_of_a_draft_beside_rows_of_bytes(engine: None, monkeypatch: pytes
     from sglang_tpla.host.model import kv_pool
 
     kinds = [SketchedRows.of(LATENT, 2, shared, ROPE) for shared in (8, 12, 16)]
-    monkeypatch.setattr(kv_pool, "row_format", lambda *model, fp8: RowFormat.sketched(kinds, 0))
+    monkeypatch.setattr(kv_pool, "row_format", lambda *model: RowFormat.sketched(kinds, 0))
     text = SimpleNamespace(kv_lora_rank=LATENT, qk_rope_head_dim=ROPE, num_nextn_predict_layers=1)
     config = SimpleNamespace(
         hf_text_config=text, is_draft_model=False, kv_lora_rank=LATENT, qk_rope_head_dim=ROPE,
@@ -306,7 +300,6 @@ def arguments(**changes: Any) -> Any:
         ({"speculative_use_rejection_sampling": True}, "do not travel"),
         ({"enable_dp_attention": True}, "--enable-dp-attention with EAGLE cannot be served"),
         ({"attn_dp_size": 2}, "--attn-dp-size with EAGLE cannot be served"),
-        ({"kv_cache_dtype": "fp8_e4m3"}, "--kv-cache-dtype auto"),
         ({"disaggregation_decode_enable_radix_cache": True}, "together"),
         ({"speculative_attention_mode": "prefill"}, "--speculative-attention-mode decode"),
     ],
@@ -404,12 +397,3 @@ def test_a_drafts_cache_keeps_the_models_precision(engine: None, draft: bool) ->
     keep_precision(None, runner)
     kept = (torch.bfloat16, "auto") if draft else (torch.float8_e4m3fn, "fp8_e4m3")
     assert (runner.kv_cache_dtype, runner.kv_cache_dtype_str) == kept
-
-
-@pytest.mark.parametrize("given", ["auto", "fp8_e4m3"])
-def test_sketched_rows_are_served(monkeypatch: pytest.MonkeyPatch, given: str) -> None:
-    """Their pool of bytes has a name of SGLang's, which the user may give or not."""
-    from sglang_tpla.host import speculation
-
-    monkeypatch.setattr(speculation, "sketched", lambda: True)
-    assert not speculation.unsupported_reasons(arguments(kv_cache_dtype=given), "decode")

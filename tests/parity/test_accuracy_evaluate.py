@@ -131,7 +131,7 @@ def evaluate(folder: Path, *arguments: object) -> subprocess.CompletedProcess[st
 def test_command_writes_json_and_a_page_with_plots(tmp_path: Path) -> None:
     done = evaluate(
         tmp_path,
-        *("--model-path", NANO, "--artifact", SHIPPED, "--cache-dtype", "fp8"),
+        *("--model-path", NANO, "--artifact", SHIPPED, "--cache-dtype", "bf16"),
         *("--tokens", 128, "--prompt-tokens", 64, "--continuation-tokens", 64, "--long-tokens", 16),
         *("--long-answers", 2, "--needle-tokens", 128, "--needle-cases", 1),
     )
@@ -139,7 +139,7 @@ def test_command_writes_json_and_a_page_with_plots(tmp_path: Path) -> None:
     found = json.loads((tmp_path / "evaluation.json").read_text())
     assert found["report"]["tokens"] == 128
     assert found["report"]["kl_mean"] > 0
-    assert found["cache_dtype"] == "fp8" and "cached in fp8" in done.stdout
+    assert found["cache_dtype"] == "bf16" and "cached in bf16" in done.stdout
     assert [row["layer"] for row in found["layers"]] == [0, 1, 2, 3]
     assert [row["temperature"] for row in found["long_answers"]] == [0.0, 1.0]
     assert [row["depth"] for row in found["needles"]] == [0.1, 0.5, 0.9]
@@ -155,7 +155,8 @@ def test_command_writes_json_and_a_page_with_plots(tmp_path: Path) -> None:
         ([], "--model-path and --artifact"),
         (["--stock-url", "http://127.0.0.1:9"], "both --stock-url and --tpla-url"),
         (["--model-path", NANO, "--artifact", "/nonexistent"], "expected an artifact file"),
-        (["--model-path", NANO, "--artifact", SKETCHED, "--cache-dtype", "fp8"], "leave out --cache-dtype"),
+        (["--model-path", NANO, "--artifact", SKETCHED, "--cache-dtype", "bf16"], "leave out --cache-dtype"),
+        ([*ONE, "--cache-dtype", "fp8"], "fp8 asks for FP8 rows, which were retired"),
         (["--stock-url", "http://a", "--tpla-url", "http://b", "--task-tokens", "512"], "give --model-path"),
         (["--stock-url", "http://127.0.0.1:9", "--tpla-url", "http://127.0.0.1:9"], "did not answer"),
         (["--task-documents", "0"], "--task-documents: expected a whole number of at least 1, got '0'"),

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from sglang_tpla.reference_model.cached_maps import cached_maps
 from sglang_tpla.reference_model.checkpoint import Checkpoint, CheckpointError, dequantise_blocks
 from sglang_tpla.reference_model.forward import PlainModel
 from tests.block_fp8 import quantise_blocks
@@ -234,3 +235,14 @@ def test_fp8_shards_are_read_as_shipped(tmp_path: Path) -> None:
     index_path.write_text(json.dumps(index))
     with pytest.raises(CheckpointError, match="weight_scale_inv"):
         PlainModel(str(tmp_path / "fp8"))
+
+
+def test_maps_through_a_cache_of_lower_precision() -> None:
+    latent, z_map, other = torch.randn(2, 3, 8), torch.randn(8, 4), torch.randn(4, 8)
+    maps = [[(z_map, other, other)]]
+    assert cached_maps(maps, "exact") == maps
+    ((rounded, _, b_map),) = cached_maps(maps, "bf16")[0]
+    assert not isinstance(rounded, torch.Tensor) and b_map is other
+    assert torch.equal(rounded(latent), (latent @ z_map).bfloat16().float())
+    with pytest.raises(ValueError, match="int4"):
+        cached_maps(maps, "int4")

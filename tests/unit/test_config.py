@@ -95,6 +95,7 @@ def test_settings_survive_the_environment() -> None:
         ({"role": "decode", "groups": 2, "artifact": "a", "o_proj": "gather"}, "--tpla-o-proj"),
         ({"role": "decode", "o_proj": "scatter"}, "--tpla-groups is 1"),
         ({"role": "decode", "rows": "int8"}, "--tpla-rows must be one of plain, sketched; got 'int8'"),
+        ({"role": "decode", "rows": "fp8"}, "--tpla-rows fp8 asks for FP8 rows, which were retired"),
         ({"role": "prefill", "rows": "sketched"}, "nor --tpla-rows"),
         ({"role": "decode", "groups": 2, "rows": "sketched"}, "needs --tpla-artifact"),
         ({"role": "decode", "chunk_bytes": 1}, "chunk_bytes"),

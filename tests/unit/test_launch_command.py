@@ -256,6 +256,23 @@ def test_refused_files(tmp_path: Path, text: str, message: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("role", ["decode", "all"])
+def test_retired_rows_are_refused_wherever_they_are_named(role: str, tmp_path: Path) -> None:
+    """The answer says where they were named, and what to give instead."""
+    path = tmp_path / "settings.yaml"
+    path.write_text("decode:\n  tpla-rows: fp8\n")
+    for origin, tokens, environ in (
+        ("--tpla-rows", ("--tpla-rows", "fp8"), {}),
+        ("--decode.tpla-rows", ("--decode.tpla-rows", "fp8"), {}),
+        (f"tpla-rows in {path}", ("--config", str(path)), {}),
+        ("SGLANG_TPLA_ROWS", (), {"SGLANG_TPLA_ROWS": "fp8"}),
+    ):
+        with pytest.raises(ConfigError) as refusal:
+            planned("--role", role, "--model-path", NANO, *tokens, environ=environ)
+        assert str(refusal.value).startswith(f"{origin} fp8 asks for FP8 rows, which were retired")
+        assert str(refusal.value).endswith("use --tpla-rows sketched")
+
+
 def test_what_a_file_may_hold(tmp_path: Path) -> None:
     """Merged mappings, the router's lists beside sections, dates as written, and variables of any scalar."""
     file = tmp_path / "c.yaml"

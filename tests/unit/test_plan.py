@@ -141,9 +141,15 @@ def test_links_decide_between_dcp_and_tpla() -> None:
     load = Load(8, 65536)
     fast = answer(setting("--weights-dtype", "fp8", "--link-latency-us", "1", "--without", "dp"), load)
     assert fast.recommended is not None and fast.recommended.kind == "dcp"
-    slow = answer(setting("--weights-dtype", "fp8", "--link-latency-us", "200", "--without", "dp"), load)
-    assert slow.recommended is not None and slow.recommended.kind == "tpla"
-    assert any("approximate" in reason for reason in slow.reasons)
+    arguments = ("--weights-dtype", "fp8", "--link-latency-us", "200", "--without", "dp")
+    slow = answer(setting(*arguments), load)
+    assert slow.recommended == Method("tpla", 8, 1, 512, rows="sketched")  # within the margin of the fastest
+    slow = answer(setting(*arguments, "--margin", "0"), load)
+    assert slow.recommended is not None and slow.recommended.kind == "tpla" and slow.recommended.groups > 1
+    assert any("rounds the cache" in reason for reason in slow.reasons)
+    slices = answer(setting(*arguments, "--margin", "0", "--rows", "plain"), load)
+    assert slices.recommended is not None and slices.recommended.groups > 1
+    assert any("approximate" in reason for reason in slices.reasons)
 
 
 def test_an_approximation_must_gain_the_margin() -> None:
@@ -192,15 +198,13 @@ def test_bytes_of_every_format() -> None:
     assert rows["MLA8"] == 512 + 128 + 16
     assert (rows["T2.8"], rows["T4.8"], rows["T8.8"]) == (544, 480, 464)
     assert (rows["T2"], rows["T4"], rows["T8"]) == tuple(2 * (w + 64) for w in (320, 224, 192))
-    assert rows["T2.f"] == 320 + 128 + 16
-    assert all(rows[f"T2{kind}"] == rows[f"T2{kind}s"] for kind in ("", ".8", ".f"))
+    assert all(rows[f"T2{kind}"] == rows[f"T2{kind}s"] for kind in ("", ".8"))
 
 
 @pytest.mark.parametrize(
     ("code", "rows", "size"),
     [
         ("T2", RowFormat.plain([320], [0], 64), 2 * 384),
-        ("T2.f", RowFormat.fp8([320], [0], 64), 464),
         ("T2.8", RowFormat.sketched([SketchedRows.of(512, 2, 64, 64)], 1), 544),
     ],
 )
@@ -318,7 +322,7 @@ def test_json_and_text_say_what_was_measured(capsys: pytest.CaptureFixture[str])
     assert report["provenance"]["measured"] and not report["provenance"]["from_data_sheets"]
     (load,) = report["loads"]
     labels = [row["method"] for row in load["methods"]]
-    assert len(labels) == len(set(labels)) == 4 + 3 * 6
+    assert len(labels) == len(set(labels)) == 4 + 2 * 6
     for row in load["methods"]:
         if row["refused"]:
             continue
@@ -367,6 +371,7 @@ def test_config_file(tmp_path: Path) -> None:
         ("--batch many", "invalid int value"),
         ("--weights-dtype int4", "must be one of bf16, fp8"),
         ("--cache-dtype int8", "must be one of bf16, fp8"),
+        ("--rows plain fp8", "--rows: fp8 asks for FP8 rows, which were retired"),
         ("--gpu-memory-gb -1", "must be positive"),
         ("--link-gb-s 0", "positive bandwidth"),
         ("--memory-fraction 2", "must lie in (0, 1]"),

@@ -27,7 +27,6 @@ def layers(energies: torch.Tensor) -> list[LayerCosts]:
 
 
 LOUD = layers(torch.linspace(0.8, 0.05, 128))
-QUIET_COSTS = layers(torch.full((128,), 0.01))
 
 
 def test_the_choice_of_shared_columns() -> None:

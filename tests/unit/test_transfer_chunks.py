@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sglang_tpla.cache_rows.layer_rows import Fp8Rows, LayerRows, PlainRows
+from sglang_tpla.cache_rows.layer_rows import LayerRows, PlainRows
 from sglang_tpla.cache_rows.parts import Part
 from sglang_tpla.transfer.chunks import Rectangle, cut
 from sglang_tpla.transfer.memory.pool import CachePool, MetadataRows
@@ -47,19 +47,6 @@ def test_parts_make_up_a_row(width: int, rope: int, data: st.DataObject) -> None
     assert sorted(common + own) == list(range(width + rope))
     assert rows.part_items(Part.FULL) == rows.row_items == width + rope
     assert rows.part_items(Part.COMMON) == shared + rope
-
-
-@given(width=st.integers(1, 8), rope=st.integers(0, 4), data=st.data())
-def test_parts_make_up_an_fp8_row_but_for_its_padding(width: int, rope: int, data: st.DataObject) -> None:
-    width, rope = 16 * width, 8 * rope
-    shared = data.draw(st.integers(0, width))
-    rows = Fp8Rows(width, shared, rope)
-    common, own = (_items(rows, part) for part in (Part.COMMON, Part.OWN))
-    scales = width + 2 * rope
-    own_scale = range(scales + 4, scales + 8)
-    assert sorted(common + own) == [*range(scales + 4), *(own_scale if shared < width else ())]
-    assert not set(common) & set(own_scale)
-    assert rows.part_items(Part.FULL) == rows.row_items == scales + 16
 
 
 def _items(rows: LayerRows, part: Part) -> list[int]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from sglang_tpla.cache_rows.layer_rows import Fp8Rows, GroupRows
+from sglang_tpla.cache_rows.layer_rows import GroupRows
 from sglang_tpla.cache_rows.row_format import RowFormat
 from sglang_tpla.cache_rows.sketched import SketchedRows
 from sglang_tpla.config import Settings
@@ -22,7 +22,6 @@ from sglang_tpla.transfer.memory.projection import Projection
 from sglang_tpla.transfer.prefill.agent import PrefillAgent
 from sglang_tpla.transfer.room import RoomState
 from tests import sketched_reference
-from tests.fp8_reference import assert_row
 from tests.wire.proxy import FaultProxy
 
 LAYERS, LATENT, ROPE, PAGE, PAGES = 3, 64, 16, 4, 96
@@ -202,19 +201,18 @@ def decode_rank(
     page_size: int = PAGE,
     host: str | None = None,
     device: str = "cpu",
-    fp8: bool = False,
     rows: RowFormat | None = None,
     **changes: float,
 ) -> DecodeRank:
-    """Make a decode rank with zeroed rows: ``rows``, or plain ones of ``dtype``, FP8 ones, or those of ``z``."""
-    if z is None and not fp8 and ROWS == "sketched":
+    """Make a decode rank with zeroed rows: ``rows``, or plain ones of ``dtype``, or those of ``z``."""
+    if z is None and ROWS == "sketched":
         z = sketched_projection(0)
     widths = z.widths if z is not None else (LATENT,) * LAYERS
     shared = z.shared if z is not None else widths
     if z is not None and z.sketched is not None:
         rows = z.sketched
     if rows is None:
-        rows = (RowFormat.fp8 if fp8 else RowFormat.plain)(widths, shared, ROPE)
+        rows = RowFormat.plain(widths, shared, ROPE)
     dtype = rows.item_dtype(dtype)
     layers = [torch.zeros(PAGES * PAGE, layer.row_items, dtype=dtype, device=device) for layer in rows.layers]
     pool = CachePool(layers, LATENT, ROPE, page_size, encoding=rows)
@@ -342,9 +340,6 @@ def check_rows(
         rows = prefill.pool.layers[layer].cpu()[torch.from_numpy(from_slots)]
         got = decode.pool.layers[layer].cpu()[torch.from_numpy(to_slots)]
         kind = decode.pool.row_format.layers[layer]
-        if isinstance(kind, Fp8Rows):
-            _check_fp8_rows(rows, got, decode.projection, layer)
-            continue
         if isinstance(kind, GroupRows):
             assert decode.projection is not None
             _check_sketched_rows(rows, got, decode.projection.matrices[layer], kind)
@@ -358,15 +353,6 @@ def check_rows(
         scale = {torch.bfloat16: 2**-8, torch.float32: 2**-20}[rows.dtype]
         torch.testing.assert_close(got[:, :width].double(), want, rtol=scale, atol=scale)
         assert torch.equal(rows[:, LATENT:], got[:, width:]), f"rope of layer {layer} differs"
-
-
-def _check_fp8_rows(rows: torch.Tensor, got: torch.Tensor, z: Projection | None, layer: int) -> None:
-    """Compare prefill's ``rows`` with the FP8 rows that arrived, for every seventh token."""
-    latent, key = rows[:, :LATENT].double(), rows[:, LATENT:].bfloat16().float()
-    kept = latent if z is None else latent @ z.matrices[layer].double()
-    shared = LATENT if z is None else z.shared[layer]
-    for token in range(0, len(rows), 7):
-        assert_row(bytes(got[token].tolist()), kept[token].numpy(), key[token].numpy(), shared)
 
 
 def _check_sketched_rows(rows: torch.Tensor, got: torch.Tensor, z: torch.Tensor, kind: GroupRows) -> None:

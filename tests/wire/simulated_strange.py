@@ -83,7 +83,7 @@ class Strange:
         special = {
             "room": lambda: pick(ROOMS),
             "generation": lambda: generations[pick(len(generations))],
-            "versions": lambda: [(1, 1), (0, 9), (4, 4)][pick(3)],
+            "versions": lambda: [(1, 1), (0, 9), (5, 5)][pick(3)],
             "version": lambda: pick(3),
             "agent": lambda: agents[pick(len(agents))],
             "agents": lambda: [agents[pick(len(agents))] for _ in range(pick(3))],

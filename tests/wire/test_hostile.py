@@ -132,7 +132,7 @@ def test_another_framing_version_is_refused_at_decode(decode: rig.DecodeRank, se
     assert decode.agent.stats().refused == 1
 
 
-@pytest.mark.parametrize("versions", [(8, 9), (1, 2)])
+@pytest.mark.parametrize("versions", [(8, 9), (1, 2), (4, 4)])
 def test_protocol_versions_without_a_common_one(
     versions: tuple[int, int], prefill: rig.PrefillRank, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -140,7 +140,7 @@ def test_protocol_versions_without_a_common_one(
     with monkeypatch.context() as patch:
         patch.setattr(messages, "PROTOCOL_VERSIONS", versions)
         decode = rig.decode_rank()
-    said = f"prefill speaks 4 to 4, decode {versions[0]} to {versions[1]}; run the same release on both sides"
+    said = f"prefill speaks 5 to 5, decode {versions[0]} to {versions[1]}; run the same release on both sides"
     with contextlib.closing(decode.agent):
         before = prefill.agent.stats().refused
         decode.agent.open_room(1, [prefill.peer])

@@ -34,8 +34,9 @@ def no_file_above(size_bytes: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def transfers(prefill: rig.PrefillRank, decodes: list[rig.DecodeRank], rooms: int = 6) -> None:
+def transfers(prefill: rig.PrefillRank, decodes: list[rig.DecodeRank]) -> None:
     """Move several rooms at once to all ranks; all are right, and nothing of them is left."""
+    rooms = 6
     at = np.split(rig.pages(7, 12 * rooms), rooms)
     for room in range(rooms):
         prefill.agent.open_room(room)

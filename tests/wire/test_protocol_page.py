@@ -115,9 +115,9 @@ def test_a_decode_rank_from_the_page(sealed: bool, tmp_path: Path, monkeypatch: 
         common = hashlib.sha256(f"common 0 {shared}".encode() + columns * rig.LAYERS).hexdigest()
         layout = (0, rig.LATENT, rig.ROPE, "bfloat16", rig.PAGE, widths, shared, rig.ITEM_BYTES)
         names = ("an agent", "model", 0, 1, "a host of its own")
-        say(header(HELLO, (4, 4), *names, CHUNK_BYTES, layout, projection, common, None))
+        say(header(HELLO, (5, 5), *names, CHUNK_BYTES, layout, projection, common, None))
         (version, _, _, first, layers, need, _, (port, token, key), *_), _ = hear(WELCOME)
-        assert (version, first, layers, need) == (4, 0, rig.LAYERS, True) and (key is not None) == sealed
+        assert (version, first, layers, need) == (5, 0, rig.LAYERS, True) and (key is not None) == sealed
         say(header(CAPACITY, 0, 0))
         say(header(MAPPED, 0, ()))
         for index in range(rig.LAYERS):

@@ -1,6 +1,7 @@
 """Transfers with keys through a network that reads, changes, repeats and breaks: rows stay secret and right."""
 
 import contextlib
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 import zmq
 
 from sglang_tpla.transfer import messages
+from sglang_tpla.transfer.memory.projection import Projection
 from sglang_tpla.transfer.network import data_listener, sealing
 from sglang_tpla.transfer.network.security import Security
 from tests.wire import rig
@@ -137,15 +139,12 @@ def test_a_decode_rank_with_keys_takes_no_channel_without_one(
 
 
 @pytest.mark.parametrize("hosts", [("far",) * 4, ("far", "far", "away", "away"), (None, None, "far", "far")])
-@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize("make", [lambda group: rig.projection(group, 48), rig.sketched_projection])
 def test_ranks_of_two_groups_get_their_slices(
-    hosts: tuple[str | None, ...], fp8: bool, prefill: rig.PrefillRank
+    hosts: tuple[str | None, ...], make: Callable[[int], Projection], prefill: rig.PrefillRank
 ) -> None:
     """Chunks travel once to a host, and its other ranks read them there, by checksum."""
-    decodes = [
-        rig.decode_rank(rig.projection(rank % 2, 48), rank=rank, size=4, host=host, fp8=fp8)
-        for rank, host in enumerate(hosts)
-    ]
+    decodes = [rig.decode_rank(make(rank % 2), rank=rank, size=4, host=host) for rank, host in enumerate(hosts)]
     with rig.serving(*decodes):
         for room in (1, 2):
             rig.transfer(prefill, decodes, room, count=20)

@@ -38,10 +38,23 @@ def test_rows_are_the_senders_bytes(
         per_token = prefill.agent.metric(1).wire_bytes / (pages * rig.PAGE)
         whole = sum(rows.row_items for rows in ranks[0].pool.row_format.layers)
         n = (rig.LATENT - shared) // groups
-        turns = 2 if n else 1  # shared columns and int8 keys as groups of even and of odd numbers round them
+        turns = 2 if n else 1  # shared columns and keys of bytes as groups of even and of odd numbers round them
         key = rig.ROPE * (turns if rope_bits == 8 else 2)
         parts = sum(turns * shared + key + groups * n * b // 8 + 6 + groups * (n + 2 if n else 0) for b in bits)
         assert per_token == (count * whole if host == "" else whole if groups == 1 else parts)
+
+
+@pytest.mark.parametrize("host", rig.HOSTS)
+def test_padding_is_there_however_a_row_came(host: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No part brings it; rows that come whole have it."""
+    monkeypatch.setattr(rig, "LATENT", 336)
+    z = [rig.sketched_projection(group, 2, 64, (4, 3, 4), 8) for group in range(2)]
+    assert z[0].sketched is not None
+    assert all(isinstance(kind, GroupRows) and kind.rows.w_pad == kind.rows.w + 8 for kind in z[0].sketched.layers)
+    prefill = rig.prefill_rank(torch.float32)
+    ranks = [rig.decode_rank(z[rank % 2], rank=rank, size=4, host=host) for rank in range(4)]
+    with rig.serving(prefill, *ranks):
+        rig.transfer(prefill, ranks, count=4, cuts=(2,))  # which reads the rows byte by byte
 
 
 @pytest.mark.parametrize("host", rig.HOSTS)
@@ -94,7 +107,7 @@ def test_all_ranks_of_a_host_get_no_more_than_plain_mla(groups: int) -> None:
 def test_plain_and_sketched_servers_are_served_side_by_side() -> None:
     prefill = rig.prefill_rank()
     kinds = [rig.projection(0, 48, 16), rig.sketched_projection(0), rig.sketched_projection(1), None]
-    ranks = [rig.decode_rank(z, rank=rank, size=len(kinds), fp8=z is None) for rank, z in enumerate(kinds)]
+    ranks = [rig.decode_rank(z, rank=rank, size=len(kinds)) for rank, z in enumerate(kinds)]
     with rig.serving(prefill, *ranks):
         rig.transfer(prefill, ranks, count=9, cuts=(4,))
 
@@ -111,10 +124,8 @@ def test_rows_of_zeros_and_of_one_huge_value(value: float) -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("column", [3, rig.LATENT + 1])
-@pytest.mark.parametrize("fp8", [False, True])
-def test_a_value_that_is_not_finite_fails_its_request_alone(value: float, column: int, fp8: bool) -> None:
-    z = rig.projection(0, 48) if fp8 else rig.sketched_projection(0)
-    prefill, decode = rig.prefill_rank(), rig.decode_rank(z, fp8=fp8)
+def test_a_value_that_is_not_finite_fails_its_request_alone(value: float, column: int) -> None:
+    prefill, decode = rig.prefill_rank(), rig.decode_rank(rig.sketched_projection(0))
     with rig.serving(prefill, decode):
         source = rig.pages(50, 4)
         slot = int(prefill.pool.slots(source)[5])
@@ -188,20 +199,16 @@ def test_groups_have_one_common_part_and_different_projections() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("encoding", ["sketched", "fp8"])
-def test_a_drafts_layer_travels_whole_behind_rows_in_bytes(dtype: torch.dtype, encoding: str) -> None:
+def test_a_drafts_layer_travels_whole_behind_rows_in_bytes(dtype: torch.dtype) -> None:
     """Bit by bit, into a pool of bytes, once a host; the layers before it are what they are without it."""
     prefill = rig.prefill_rank(dtype)
     ranks = []
     for rank in range(2):
-        z = rig.sketched_projection(rank) if encoding == "sketched" else rig.projection(rank, 48, 16)
-        kept = rig.LAYERS - 1
-        target = RowFormat.fp8(z.widths[:kept], z.shared[:kept], rig.ROPE)
-        if z.sketched is not None:
-            target = RowFormat(z.sketched.layers[:kept])
-        rows = target.with_whole_latents(1, rig.LATENT, rig.ROPE, dtype)
+        z, kept = rig.sketched_projection(rank), rig.LAYERS - 1
+        assert z.sketched is not None
+        rows = z.sketched.part(0, kept).with_whole_latents(1, rig.LATENT, rig.ROPE, dtype)
         matrices = [*z.matrices[:kept], torch.eye(rig.LATENT)]
-        projection = Projection(matrices, rows.shared, sketched=rows if z.sketched is not None else None)
+        projection = Projection(matrices, rows.shared, sketched=rows)
         name = rows.name(torch.uint8)
         assert RowFormat.announced(name, rig.LATENT, rows.widths, rows.shared, rig.ROPE) == rows
         ranks.append(rig.decode_rank(projection, rank=rank, size=2, rows=rows))
@@ -216,12 +223,25 @@ def test_a_drafts_layer_travels_whole_behind_rows_in_bytes(dtype: torch.dtype, e
 
 
 def test_whole_layers_that_are_announced_wrong_are_refused() -> None:
-    whole = RowFormat.fp8((48, 48), (16, 16), 16).with_whole_latents(1, 64, 16, torch.bfloat16)
+    kept = RowFormat.sketched([SketchedRows.of(64, 2, 16, 16)] * 2, 1)
+    whole = kept.with_whole_latents(1, 64, 16, torch.bfloat16)
     name = whole.name(torch.uint8)
-    assert name == "fp8_rows whole_layers=1 whole_dtype=bfloat16"
+    sketched = "sketched_rows groups=2 group=1 sketch_bits=4*2 rope_bits=16*2"
+    assert name == f"{sketched} whole_layers=1 whole_dtype=bfloat16"
     assert RowFormat.announced(name, 64, whole.widths, whole.shared, 16) == whole
-    changes = {"=1": ("=3", "=0"), "bfloat16": ("int8",), "fp8_rows": ("bfloat16", "fp8_rows x")}
+    changes = {"=1": ("=3", "=0"), "bfloat16": ("int8",), sketched: ("bfloat16", f"{sketched} x")}
     bad_names = [name.replace(old, new) for old, news in changes.items() for new in news]
     for bad, widths in [(name, (48, 48, 48)), *((bad, whole.widths) for bad in bad_names)]:
         with pytest.raises(ValueError, match=r"."):
             RowFormat.announced(bad, 64, widths, whole.shared, 16)
+
+
+def test_a_decode_rank_that_announces_retired_rows_is_told_what_to_use() -> None:
+    """Under whatever else it announces, and before anything of it is registered."""
+    prefill = rig.prefill_rank()
+    for name in ("fp8_rows", "fp8_rows whole_layers=1 whole_dtype=bfloat16"):
+        asks = hello(layout=msgspec.structs.replace(hello().layout, dtype=name, metadata_bytes=(1,)))
+        said = mismatch(asks, prefill.pool, prefill.metadata, "another model")
+        assert said is not None and said.startswith(f"row format: decode announces {name}, which asks for FP8 rows")
+        assert "were retired" in said and said.endswith("use --tpla-rows sketched on decode")
+    prefill.agent.close()

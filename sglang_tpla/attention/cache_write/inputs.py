@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import torch
 
 from sglang_tpla.attention.interface import AttentionInputError
-from sglang_tpla.cache_rows import fp8 as fp8_rows
 from sglang_tpla.cache_rows.layer_rows import GroupRows
 
 
@@ -22,8 +21,8 @@ class CacheWrite:
         latent: [tokens, d] before the norm; without ``weight`` the finished slice [tokens, w]. Rows may be strided.
         k_rope: [tokens, rope]; rows may be strided.
         slots: [tokens] integer, rows of ``cache``; either token may win a slot that two name.
-        cache: [slots, items] or [slots, 1, items], rows may be strided: w + rope values, or the bytes of a row of
-            another format.
+        cache: [slots, items] or [slots, 1, items], rows may be strided: w + rope values, or the bytes of a sketched
+            row.
         weight: [d], of the norm; None: norm and projection have been done. eps: of the norm.
         z: [d, w] float32, contiguous; None keeps the whole latent (w = d).
         cos_sin: [positions, rope] float32, cosines then sines; None: ``k_rope`` has been rotated.
@@ -31,9 +30,8 @@ class CacheWrite:
         q_rope: [tokens, heads, rope], the queries' rope part, rotated in place where ``cos_sin`` is given; tokens and
             heads may be strided. None: rotate no queries.
         neox: rotate halves; otherwise neighbours. The result keeps the vector's own order.
-        fp8_shared: r, columns under the first of an FP8 row's two scales; None: write no FP8 rows.
         sketched: the sketched rows and the group that they belong to: the slice is then
-            ``[shared | own | sketch of all groups]``, and ``z`` is [d, w + g n]. None: write no sketched rows.
+            ``[shared | own | sketch of all groups]``, and ``z`` is [d, w + g n]. None: write plain rows.
 
     Raises:
         AttentionInputError: shapes or dtypes that do not fit.
@@ -50,7 +48,6 @@ class CacheWrite:
     positions: torch.Tensor | None = None
     q_rope: torch.Tensor | None = None
     neox: bool = False
-    fp8_shared: int | None = None
     sketched: GroupRows | None = None
 
     def __post_init__(self) -> None:
@@ -60,9 +57,7 @@ class CacheWrite:
                 f"{list(self.k_rope.shape)}"
             )
         if self.weight is None and (self.z is not None or self.plain):
-            raise AttentionInputError(
-                "weight must be given: only rows of a format of their own are written from finished slices"
-            )
+            raise AttentionInputError("weight must be given: only sketched rows are written from finished slices")
         for name, tensor, dims, dtype in self._expected():
             if tuple(tensor.shape) != dims or tensor.dtype != dtype:
                 raise AttentionInputError(
@@ -119,7 +114,7 @@ class CacheWrite:
     @property
     def plain(self) -> bool:
         """Whether rows are values of the cache's dtype."""
-        return self.fp8_shared is None and self.sketched is None
+        return self.sketched is None
 
     @property
     def rows(self) -> torch.Tensor:
@@ -145,11 +140,7 @@ class CacheWrite:
     @property
     def row_items(self) -> int:
         """Number of items that a row of the cache must have."""
-        if self.sketched is not None:
-            return self.sketched.row_items
-        if self.fp8_shared is not None:
-            return fp8_rows.row_bytes(self.width, self.rope_dim)
-        return self.width + self.rope_dim
+        return self.width + self.rope_dim if self.sketched is None else self.sketched.row_items
 
     @property
     def heads(self) -> int:

@@ -3,7 +3,6 @@
 import torch
 
 from sglang_tpla.attention.cache_write.inputs import CacheWrite
-from sglang_tpla.cache_rows.fp8 import pack_rows
 from sglang_tpla.cache_rows.parts import Part
 
 
@@ -14,8 +13,6 @@ def write(new: CacheWrite) -> None:
     if new.sketched is not None:
         encoded = rows.new_empty(new.tokens, new.row_items)
         new.sketched.encode(kept, key, Part.FULL, encoded)
-    elif new.fp8_shared is not None:
-        encoded = pack_rows(kept, key, new.fp8_shared)
     else:
         encoded = torch.cat([kept.to(rows.dtype), key], dim=-1)
     rows[new.slots.long()] = encoded

@@ -4,7 +4,6 @@ The second kernel quantises every field straight from the float32 projection: th
 have brought (`cache_rows.sketched`). `plain` describes the other steps.
 """
 
-import functools
 from typing import NamedTuple
 
 import torch
@@ -82,14 +81,13 @@ def launch(new: CacheWrite) -> None:
     kernels.rows_kernel[(new.tokens, fields + 1 + triton.cdiv(new.heads, BLOCK_HEADS))](
         latent, k_rope, q_rope, weight, cos_sin, positions, slots, cache, cache.view(torch.bfloat16),
         latent_stride, *other_strides, new.eps,
-        rows_format.LARGEST_DEVIATION[sizes.sketch_bits] / rows_format.INT8_LARGEST,
+        rows_format.STEP[sizes.sketch_bits],
         COLUMNS=columns,
         SHARED=sizes.shared,
         OWN=sizes.own,
         GROUPS=sizes.groups,
         GROUP=new.sketched.group,
         BITS=sizes.sketch_bits,
-        MIDPOINTS=_midpoints(sizes.sketch_bits),
         ROPE=sizes.rope_dim,
         ROPE_BITS=sizes.rope_bits,
         W_PAD=sizes.w_pad,
@@ -108,9 +106,3 @@ def launch(new: CacheWrite) -> None:
         num_warps=ROWS_WARPS_OF_FEW if new.tokens <= FEW_TOKENS else ROWS_WARPS,
         launch_pdl=follows,
     )  # fmt: skip
-
-
-@functools.cache
-def _midpoints(bits: int) -> tuple[float, ...]:
-    """Return `rows_format.midpoints` as numbers that a kernel is compiled with."""
-    return tuple(rows_format.midpoints(bits, torch.device("cpu")).tolist())

@@ -91,10 +91,10 @@ def projection_kernel(
 
 
 @triton.jit
-def int8_scale(largest):
-    """The largest magnitude over 127, rounded up to bfloat16; 1 for zeros, NaN for NaN."""
+def byte_scale(largest):
+    """The largest magnitude over 127, rounded up to an even bfloat16; 1 for zeros, NaN for NaN."""
     bits = tl.div_rn(largest, 127.0).to(tl.int32, bitcast=True)
-    scale = ((bits + 0xFFFF) & -65536).to(tl.float32, bitcast=True)
+    scale = ((bits + 0x1FFFF) & -131072).to(tl.float32, bitcast=True)
     scale = tl.where(scale == 0.0, 1.0, scale)
     return tl.where(largest == largest, scale, largest)  # a NaN with all bits set is rounded up to -0
 
@@ -113,13 +113,16 @@ def nearest_bfloat16(value):
 
 
 @triton.jit
-def int8_codes(x, scale, at, TURN: tl.constexpr):
-    """Values over their scale, plus ``TURN`` in even columns ``at`` and minus it in odd ones, rounded half to even."""
+def byte_codes(x, scale, at, TURN: tl.constexpr):
+    """Values over their scale, plus ``TURN`` in even columns ``at`` and minus it in odd ones, rounded half to even.
+
+    The code of zero is 128.
+    """
     ratio = tl.div_rn(x, tl.zeros_like(x) + scale)
     if TURN != 0.0:
         ratio += tl.where(at % 2 == 0, TURN, -TURN)
     nearest = (ratio + 12582912.0) - 12582912.0  # adding 1.5 * 2^23 leaves no bits for a fraction
-    return tl.minimum(tl.maximum(nearest, -127.0), 127.0).to(tl.int8).to(tl.uint8, bitcast=True)
+    return (tl.minimum(tl.maximum(nearest, -127.0), 127.0) + 128.0).to(tl.int32).to(tl.uint8)
 
 
 @triton.jit
@@ -147,8 +150,8 @@ def write_field(
     """Quantise ``COUNT`` columns from ``FIRST`` on into the same place of the row, and return their scale."""
     at = tl.arange(0, BLOCK)
     x = load_columns(source, weight, FIRST + at, at < COUNT, inverse, NORMED)
-    scale = int8_scale(largest_magnitude(x))
-    tl.store(row + FIRST + at, int8_codes(x, scale, at, TURN), mask=at < COUNT)
+    scale = byte_scale(largest_magnitude(x))
+    tl.store(row + FIRST + at, byte_codes(x, scale, at, TURN), mask=at < COUNT)
     return scale
 
 
@@ -164,7 +167,6 @@ def write_sketch(
     GROUPS: tl.constexpr,
     GROUP: tl.constexpr,
     BITS: tl.constexpr,
-    MIDPOINTS: tl.constexpr,
     BLOCK_SKETCH: tl.constexpr,
     NORMED: tl.constexpr,
 ):
@@ -188,10 +190,9 @@ def write_sketch(
     scale = nearest_bfloat16(tl.minimum(exact, 3.3895313892515355e38))
     scale = tl.where(exact == exact, scale, exact)
     divisor = tl.where(scale > 0.0, scale, 1.0)
-    magnitude = tl.div_rn(tl.abs(x), tl.zeros_like(x) + divisor)
-    code = tl.where(x < 0.0, 1 << (BITS - 1), 0)
-    for level in tl.static_range((1 << (BITS - 1)) - 1):
-        code += (magnitude >= MIDPOINTS[level]).to(tl.int32)
+    below = tl.floor(tl.div_rn(x, tl.zeros_like(x) + divisor))  # a level lies in the middle of its step
+    HALF_LEVELS: tl.constexpr = 1 << (BITS - 1)
+    code = tl.minimum(tl.maximum(below, -HALF_LEVELS), HALF_LEVELS - 1).to(tl.int32) + HALF_LEVELS
     code = tl.where(there, code, 0)
     words = tl.sum(code << (place * BITS)[None, :], 1)  # eight codes are BITS bytes
     for byte in tl.static_range(BITS):
@@ -223,9 +224,9 @@ def write_key(
     if ROPE_BITS == 8:
         even, odd = tl.where(whole, even.to(tl.float32), 0.0), tl.where(whole, odd.to(tl.float32), 0.0)
         both = tl.maximum(tl.abs(even).to(tl.int32, bitcast=True), tl.abs(odd).to(tl.int32, bitcast=True))
-        scale = int8_scale(tl.max(both).to(tl.float32, bitcast=True))
-        tl.store(row + W_PAD + a[None, :] + one[:, None], int8_codes(even, scale, a[None, :], TURN), mask=whole)
-        tl.store(row + W_PAD + b[None, :] + one[:, None], int8_codes(odd, scale, b[None, :], TURN), mask=whole)
+        scale = byte_scale(tl.max(both).to(tl.float32, bitcast=True))
+        tl.store(row + W_PAD + a[None, :] + one[:, None], byte_codes(even, scale, a[None, :], TURN), mask=whole)
+        tl.store(row + W_PAD + b[None, :] + one[:, None], byte_codes(odd, scale, b[None, :], TURN), mask=whole)
     else:
         tl.store(row16 + W_PAD // 2 + a[None, :] + one[:, None], even.to(tl.bfloat16), mask=whole)
         tl.store(row16 + W_PAD // 2 + b[None, :] + one[:, None], odd.to(tl.bfloat16), mask=whole)
@@ -256,7 +257,6 @@ def rows_kernel(
     GROUPS: tl.constexpr,
     GROUP: tl.constexpr,
     BITS: tl.constexpr,
-    MIDPOINTS: tl.constexpr,  # 2^(BITS-1) - 1 numbers
     ROPE: tl.constexpr,
     ROPE_BITS: tl.constexpr,
     W_PAD: tl.constexpr,
@@ -307,7 +307,7 @@ def rows_kernel(
                 tl.store(scales + 2, 1.0)
             few = tl.arange(0, 16)
             nothing = tl.zeros([16], tl.uint8)
-            tl.store(row + SHARED + OWN + few, nothing, mask=few < W_PAD - SHARED - OWN)
+            tl.store(row + SHARED + OWN + few, nothing + 128, mask=few < W_PAD - SHARED - OWN)
             tl.store(row + SKETCH + SKETCH_BYTES + few, nothing, mask=few < SCALES - SKETCH - SKETCH_BYTES)
         elif block == FIELDS:
             scale = 1.0
@@ -322,7 +322,7 @@ def rows_kernel(
             tl.store(scales + 1, scale.to(tl.bfloat16))
         else:
             scale = write_sketch(
-                row + SKETCH, source, weight, inverse, factor, SHARED + OWN, OWN, GROUPS, GROUP, BITS, MIDPOINTS,
+                row + SKETCH, source, weight, inverse, factor, SHARED + OWN, OWN, GROUPS, GROUP, BITS,
                 BLOCK_SKETCH, NORMED,
             )  # fmt: skip
             tl.store(scales + 2, scale.to(tl.bfloat16))

@@ -1,6 +1,6 @@
 """Choose the cache write of a row format on a device: a kernel on a GPU, the PyTorch twin otherwise."""
 
-from sglang_tpla.attention.cache_write import fp8, plain, reference, sketched
+from sglang_tpla.attention.cache_write import plain, reference, sketched
 from sglang_tpla.attention.cache_write.inputs import CacheWrite
 
 
@@ -10,7 +10,5 @@ def write(new: CacheWrite) -> None:
         reference.write(new)
     elif new.sketched is not None:
         sketched.launch(new)
-    elif new.fp8_shared is not None:
-        fp8.launch(new)
     else:
         plain.launch(new)

@@ -10,20 +10,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from sglang_tpla.attention.hopper import wgmma
 from sglang_tpla.attention.hopper.plan import MAX_PARTS, SEGMENT_COST, TILE_TOKENS
 from sglang_tpla.attention.interface import AttentionInputError, DecodeShape
-from sglang_tpla.cache_rows.sketched import ALIGNMENT, SketchedRows, level_table
+from sglang_tpla.cache_rows.sketched import ALIGNMENT, SketchedRows
 
 # The files are compiled as one text, in this order.
 SOURCES = tuple(
     str(Path(__file__).parent / "cuda" / name)
     for name in (
         "sketched_params.cuh",  # parameters
-        "sketched_shapes.cuh",  # explanation; constants of a variant
         "hopper.cuh",  # barriers, asynchronous copies, wgmma
+        "sketched_shapes.cuh",  # explanation; constants of a variant
         "parts.cuh",  # a block's part of the plan
         "sketched_common.cuh",  # what both forms share
         "sketched_codes.cuh",  # from codes to float16
@@ -59,14 +57,7 @@ def unsupported_reason(rows: SketchedRows) -> str | None:
 
 
 def row_defines(rows: SketchedRows) -> dict[str, int]:
-    """The macros that say what a row is and how its levels are, and those of the plan."""
-    levels = level_table(rows.sketch_bits)[: 1 << rows.sketch_bits - 1].to(torch.float16)
-    words = levels.view(torch.int16).tolist() + [0] * (8 - len(levels))
-    tables = {
-        f"LEVELS_{name}_{i}": sum((word >> shift & 255) << 8 * k for k, word in enumerate(words[4 * i : 4 * i + 4]))
-        for name, shift in (("LOW", 0), ("HIGH", 8))
-        for i in (0, 1)
-    }
+    """The macros that say what a row is, and those of the plan."""
     return {
         "LATENT": rows.w_pad,
         "SHARED": rows.shared,
@@ -79,7 +70,6 @@ def row_defines(rows: SketchedRows) -> dict[str, int]:
         "MAX_PARTS": MAX_PARTS,
         "SEGMENT_COST": SEGMENT_COST,
         "PLAN_BATCH": 2048,
-        **tables,
     }
 
 
@@ -112,7 +102,7 @@ class SketchedVariant:
     def fixed_bytes(self) -> int:
         """The shared memory behind the ring: barriers, constants, and what warps tell each other about query rows."""
         bare = 16 * self.stages + 32 + 32 + 16 + 32 + 4 * self.rows * (8 + 8 + 2)
-        return -(-(bare + (32 if self.row_values else 4 * self.rows + 512)) // 16) * 16
+        return -(-(bare + (32 + 4 * self.rows if self.row_values else 4 * 5 * self.rows + 512)) // 16) * 16
 
     @property
     def shared_bytes(self) -> int:

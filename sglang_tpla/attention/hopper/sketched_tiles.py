@@ -20,10 +20,10 @@ SOURCES = tuple(
     Path(__file__).parent / "cuda" / name
     for name in (
         "sketched_params.cuh",  # parameters
+        "hopper.cuh",  # barriers, asynchronous copies, wgmma
         "merge_shared.cuh",  # the request that a block helps to merge
         "sketched_codes.cuh",  # from codes to float16
         "tiles_shapes.cuh",  # explanation; constants of a variant, shared memory
-        "hopper.cuh",  # barriers, asynchronous copies, wgmma
         "parts.cuh",  # a block's part of the plan
         "sketched_common.cuh",  # what both forms share
         "tiles_fill.cuh",  # the warps that unpack tiles

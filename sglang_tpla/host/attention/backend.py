@@ -2,10 +2,9 @@
 
 It serves the decode steps of a decode server, with CUDA graphs: it refills page table and lengths in fixed buffers and
 plans on the device before each step, for every kind of layer, and reads nothing back. A speculating server verifies a
-chain of guesses as several query tokens of a request, and runs its draft layer here as well. The Hopper kernel reads
-plain rows, kernels of their own read FP8 rows (``--kv-cache-dtype fp8_e4m3``) and sketched rows, and on a CPU the twin
-reads all. A decode server computes no prompts, so there is no other extend. The class implements ``AttentionBackend``
-of ``sglang/srt/layers/attention/base_attn_backend.py``.
+chain of guesses as several query tokens of a request, and runs its draft layer here as well. Kernels for Hopper read
+plain and sketched rows; on a CPU the twin does. A decode server computes no prompts, so there is no other extend. The
+class implements ``AttentionBackend`` of ``sglang/srt/layers/attention/base_attn_backend.py``.
 """
 
 from __future__ import annotations
@@ -17,12 +16,9 @@ import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.runtime_context import get_parallel
 
-from sglang_tpla.attention.cache_write.inputs import CacheWrite
-from sglang_tpla.attention.cache_write.write import write
 from sglang_tpla.attention.hopper.decode import HopperDecode
 from sglang_tpla.attention.interface import AttentionInputError, DecodeAttention, DecodeShape, PageTable
 from sglang_tpla.attention.reference import ReferenceDecode
-from sglang_tpla.cache_rows.fp8 import FP8
 from sglang_tpla.cache_rows.row_format import RowFormat
 from sglang_tpla.host import compat
 from sglang_tpla.host.model.rows import row_format
@@ -76,7 +72,7 @@ class TplaDecodeBackend(AttentionBackend):
         self._heads: int = config.num_attention_heads // get_parallel().attn_tp_size
         self._rope_dim: int = config.qk_rope_head_dim
         self._dtype: torch.dtype = config.dtype
-        self._shapes = self._layer_shapes(config, runner.kv_cache_dtype == FP8)
+        self._shapes = self._layer_shapes(config)
         slots = self.req_to_token_pool.req_to_token  # [requests, max_context] int32
         # This checks once that the table is contiguous int32 and that positions fit 32 bits, as every step requires.
         self._table = PageTable.from_req_to_token(slots, torch.zeros(0, dtype=torch.int32, device=self._device))
@@ -91,25 +87,21 @@ class TplaDecodeBackend(AttentionBackend):
         """
         return compat.reads_until_replay_ends()
 
-    def _layer_shapes(self, config: Any, fp8: bool) -> list[DecodeShape]:
+    def _layer_shapes(self, config: Any) -> list[DecodeShape]:
         """Return the shape of each layer; a draft model keeps the whole latent."""
         text = config.hf_text_config
         model = text.kv_lora_rank, self._rope_dim
         if self._is_draft:
             rows = RowFormat.plain(model[:1], model[:1], self._rope_dim)
         else:
-            rows = row_format(*model, text.num_hidden_layers, fp8=fp8)
+            rows = row_format(*model, text.num_hidden_layers)
         others = {"query_len": self._queries.per_request, "dtype": self._dtype}
         return [DecodeShape.of_rows(layer, self._heads, **others) for layer in rows.layers]
 
     def _kernel(self, shape: DecodeShape) -> DecodeAttention:
         if self._device.type != "cuda":
             return ReferenceDecode(shape, self._scale)
-        if shape.kind != "fp8":
-            return HopperDecode(shape, self._scale, self._max_batch, self._device)
-        from sglang_tpla.attention.fp8.decode import Fp8Decode
-
-        return Fp8Decode(shape, self._scale, self._max_batch, self._device)
+        return HopperDecode(shape, self._scale, self._max_batch, self._device)
 
     def _make_buffers(self, max_batch: int) -> None:
         """Make fixed buffers for at most ``max_batch`` requests, and one kernel for each kind of layer."""
@@ -197,7 +189,7 @@ class TplaDecodeBackend(AttentionBackend):
         if shape.kind != "plain":
             cache = cache.view(torch.uint8)
         if k is not None and save_kv_cache:
-            self._write(layer, shape, cache, forward_batch.out_cache_loc, k, v, k_rope)
+            self._write(layer, forward_batch.out_cache_loc, k, v, k_rope)
         if q_rope is None:
             q, q_rope = q.view(-1, layer.tp_q_head_num, layer.head_dim).split((width, rope), dim=-1)
         out = q.new_empty(q.shape[0], layer.tp_q_head_num, shape.latent_dim)
@@ -209,23 +201,16 @@ class TplaDecodeBackend(AttentionBackend):
     def _write(
         self,
         layer: Any,
-        shape: DecodeShape,
-        cache: torch.Tensor,  # [slots, 1, items]
         place: torch.Tensor,  # [tokens]
         k: torch.Tensor,
         v: torch.Tensor | None,
         k_rope: torch.Tensor | None,
     ) -> None:
-        """Write plain or FP8 rows of the new tokens; the layer has written sketched ones."""
-        if shape.fp8_shared is None and k_rope is not None:
+        """Write plain rows of the new tokens; the layer has written sketched ones."""
+        if k_rope is not None:
             self.token_to_kv_pool.set_mla_kv_buffer(layer, place, k, k_rope)
-        elif shape.fp8_shared is None:
-            self.token_to_kv_pool.set_kv_buffer(layer, place, k, v)
         else:
-            if k_rope is None:
-                k, k_rope = k.split((shape.latent_dim, shape.rope_dim), dim=-1)
-            k, k_rope = k.reshape(-1, shape.latent_dim), k_rope.reshape(-1, shape.rope_dim)
-            write(CacheWrite(k, k_rope, place, cache, fp8_shared=shape.fp8_shared))
+            self.token_to_kv_pool.set_kv_buffer(layer, place, k, v)
 
     def forward_extend(
         self,

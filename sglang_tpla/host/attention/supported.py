@@ -41,8 +41,7 @@ def engine_unsupported_reason(name: str, shape: DecodeShape, capability: Capabil
     kernels = {backend.name: backend for backend in BACKENDS}
     if shape.kind != "plain":
         if name != OURS:
-            asked = {"fp8": "--kv-cache-dtype fp8_e4m3", "sketched": "--tpla-rows sketched"}[shape.kind]
-            return f"it does not read the rows of {asked}"
+            return "it does not read the rows of --tpla-rows sketched"
         readers = [backend for backend in BACKENDS if backend.rows == shape.kind]
         reasons = [backend.unsupported_reason(replace(shape, page_size=1), capability) for backend in readers]
         return None if None in reasons else reasons[0]

@@ -24,13 +24,13 @@ class CpuReferencePlatform(SRTPlatform):
 
     def apply_server_args_defaults(self, server_args: Any) -> None:
         from sglang_tpla.host.attention.supported import OURS
-        from sglang_tpla.host.disaggregation.engine_memory import FP8_CACHE
+        from sglang_tpla.host.disaggregation.engine_memory import BYTES_CACHE
         from sglang_tpla.host.process import serves_decode
 
         # By now SGLang has chosen intel_amx for "cpu", whose kernels need AMX.
         if server_args.attention_backend in (None, "intel_amx"):
             # Only our own twin reads rows in bytes and takes several query tokens of a request.
-            ours = server_args.kv_cache_dtype == FP8_CACHE or server_args.speculative_algorithm is not None
+            ours = server_args.kv_cache_dtype == BYTES_CACHE or server_args.speculative_algorithm is not None
             server_args.attention_backend = OURS if ours and serves_decode() else "torch_native"
         server_args.sampling_backend = "pytorch"
         # Overlap scheduling hides CPU work behind a device; here both are the same cores.

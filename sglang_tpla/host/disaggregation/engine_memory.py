@@ -11,16 +11,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from sglang_tpla.cache_rows.fp8 import FP8
 from sglang_tpla.cache_rows.row_format import RowFormat
 from sglang_tpla.config import ConfigError
 from sglang_tpla.host import compat
 from sglang_tpla.transfer.memory.pool import CachePool, MetadataRows
 from sglang_tpla.transfer.room import NO_LIMITS, Limits
 
-FP8_CACHE = "fp8_e4m3"  # --kv-cache-dtype of a decode server with FP8 rows
+BYTES_CACHE = "fp8_e4m3"  # SGLang's name for a pool of bytes, which sketched rows are kept in
 RESERVED_INPUT_TOKENS = 5  # SGLang refuses a prompt that leaves fewer tokens
-CACHE_DTYPES = {"bf16": torch.bfloat16, "bfloat16": torch.bfloat16, FP8_CACHE: FP8, "fp8_e5m2": torch.float8_e5m2}
+CACHE_DTYPES = {"bf16": torch.bfloat16, "bfloat16": torch.bfloat16}
 
 
 class _CudaBytes:
@@ -43,7 +42,10 @@ def cache_dtype(kv_args: Any, server_args: Any) -> torch.dtype:
     if name == "auto":
         return compat.model_config(server_args).dtype
     if name not in CACHE_DTYPES:
-        raise ConfigError(f"--kv-cache-dtype {name} is not transferred; use auto or one of {sorted(CACHE_DTYPES)}")
+        raise ConfigError(
+            f"a cache of {name} is not transferred: expected the model's dtype; use --kv-cache-dtype auto or "
+            f"{' or '.join(CACHE_DTYPES)}, or --tpla-rows sketched on decode for an 8-bit cache"
+        )
     return CACHE_DTYPES[name]
 
 
@@ -61,9 +63,8 @@ def cache_pool(kv_args: Any, server_args: Any, rows: RowFormat | None = None) ->
             f"the engine's cache also holds {[str(state) for state in kv_args.state_types]}, which sglang_tpla does "
             "not transfer; serve this model with another transfer backend"
         )
-    dtype = cache_dtype(kv_args, server_args)
-    if rows is not None and rows.encoded:
-        dtype = torch.uint8
+    encoded = rows is not None and rows.encoded
+    dtype = torch.uint8 if encoded else cache_dtype(kv_args, server_args)
     device = (
         torch.device("cuda", kv_args.gpu_id) if compat.resolved(server_args).device == "cuda" else torch.device("cpu")
     )

@@ -19,10 +19,9 @@ from sglang.srt.disaggregation.common.conn import CommonKVManager
 from sglang.srt.disaggregation.utils import DisaggregationMode
 from sglang.srt.utils.network import NetworkAddress
 
-from sglang_tpla.cache_rows.fp8 import FP8
 from sglang_tpla.host import compat
 from sglang_tpla.host.disaggregation.bootstrap_server import registration
-from sglang_tpla.host.disaggregation.engine_memory import cache_dtype, cache_pool, metadata_rows, prompt_limits
+from sglang_tpla.host.disaggregation.engine_memory import cache_pool, metadata_rows, prompt_limits
 from sglang_tpla.host.disaggregation.prefill_lookup import (
     Lookups,
     Place,
@@ -115,12 +114,7 @@ class TplaKVManager(CommonKVManager):
         text = compat.model_config(self.server_args).hf_text_config
         model = text.kv_lora_rank, text.qk_rope_head_dim
         layers = text.num_hidden_layers
-        rows = row_format(
-            *model,
-            layers,
-            fp8=cache_dtype(self.kv_args, self.server_args) == FP8,
-            group=part.group if part is not None else 0,
-        )
+        rows = row_format(*model, layers, part.group if part is not None else 0)
         draft_dtype = compat.model_config(self.server_args).dtype
         rows = rows.with_whole_latents(len(self.kv_args.kv_data_ptrs) - layers, *model, draft_dtype)
         projection = None

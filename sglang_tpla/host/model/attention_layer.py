@@ -29,7 +29,6 @@ from sglang_tpla.attention.cache_write.inputs import CacheWrite
 from sglang_tpla.attention.cache_write.write import write
 from sglang_tpla.host.attention.supported import OURS
 from sglang_tpla.host.compat import attention_rank, attention_share
-from sglang_tpla.host.disaggregation.engine_memory import FP8_CACHE
 from sglang_tpla.host.model.draft_model import building_draft
 from sglang_tpla.host.model.head_reduce_scatter import head_shard_ranks, sum_over_groups
 from sglang_tpla.host.model.rows import layer_maps
@@ -118,10 +117,7 @@ def build_attention(original: Callable[..., None], self: Any, *args: Any, **kwar
             prefix=f"{given['prefix']}.o_proj",
             **attention_share(),
         )
-    fp8 = maps.rows is None and self.kv_cache_dtype == FP8_CACHE
-    self.tpla_shared = part.artifact.meta.shared_dims[self.layer_id] if fp8 and part.artifact else None
-    wide = fp8 or maps.rows is not None
-    self.kv_a_layernorm = SlicedNorm(self.kv_a_layernorm, maps.projection, wide=wide)
+    self.kv_a_layernorm = SlicedNorm(self.kv_a_layernorm, maps.projection, wide=maps.rows is not None)
     if self.rotary_emb is not None:
         self.rotary_emb = DeferredRotation(self.rotary_emb)
     self.attn_mqa = RadixAttention(
@@ -186,7 +182,7 @@ def write_rows(
     """
     norm, rotary = self.kv_a_layernorm, self.rotary_emb
     cache = get_token_to_kv_pool().get_key_buffer(self.layer_id)
-    plain = self.tpla_shared is None and self.tpla.rows is None
+    plain = self.tpla.rows is None
     same = latent.dtype == norm.weight.dtype and (not plain or latent.dtype == cache.dtype)
     mode = forward_batch.forward_mode
     if not (mode.is_decode() or mode.is_target_verify()) or not same:
@@ -206,7 +202,6 @@ def write_rows(
             positions=None if rotary is None else positions,
             q_rope=q_rope,
             neox=rotary is not None and rotary.rotary.is_neox_style,
-            fp8_shared=self.tpla_shared,
             sketched=self.tpla.rows,
         )
     )

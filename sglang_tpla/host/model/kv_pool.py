@@ -1,7 +1,7 @@
 """Layers of different width and rows in bytes in SGLang's latent pool, and memory accounting that follows them.
 
 An artifact with a per-layer policy gives layer l its own w_l; the pool's layer l is then ``[slots, 1, w_l + rope]``.
-FP8 and sketched rows (``cache_rows/``) are bytes, ``[slots, 1, row_bytes]`` in a pool of SGLang's one-byte type, and
+Sketched rows (``cache_rows/``) are bytes, ``[slots, 1, row_bytes]`` in a pool of SGLang's one-byte type, and
 ``host/attention/backend.py`` alone writes and reads them. Where all layers have one width and plain rows these hooks do
 nothing. They follow ``MLATokenToKVPool`` of ``sglang/srt/mem_cache/memory_pool.py`` and
 ``calculate_mla_kv_cache_dim`` of ``.../kv_cache_configurator.py``.
@@ -12,20 +12,18 @@ from typing import Any
 
 import torch
 
-from sglang_tpla.cache_rows.fp8 import FP8
 from sglang_tpla.host.model.draft_model import building_draft, draft_layers, draft_row_bytes
-from sglang_tpla.host.model.rows import row_format
+from sglang_tpla.host.model.rows import row_format, sketched
 from sglang_tpla.host.process import artifact
 
 
-def layer_items(dtype: torch.dtype, latent_dim: int, rope_dim: int, layers: int) -> list[int] | None:
+def layer_items(latent_dim: int, rope_dim: int, layers: int) -> list[int] | None:
     """Return the items of a row in every layer, or None where SGLang's own pool has the right number.
 
     Args:
-        dtype: the pool's type.
         latent_dim: the engine's latent width. layers: the number of layers.
     """
-    rows = row_format(latent_dim, rope_dim, layers, fp8=dtype == FP8)
+    rows = row_format(latent_dim, rope_dim, layers)
     items = [layer.row_items for layer in rows.layers]
     return items if rows.encoded or len(set(items)) > 1 else None
 
@@ -40,7 +38,7 @@ def create_buffers(original: Callable[[Any], None], self: Any) -> None:
         original(self)
         return
     layers, width = self.layer_num, self.kv_cache_dim
-    items = layer_items(self.dtype, self.kv_lora_rank, self.qk_rope_head_dim, self.start_layer + layers)
+    items = layer_items(self.kv_lora_rank, self.qk_rope_head_dim, self.start_layer + layers)
     if items is None:
         original(self)
         return
@@ -64,7 +62,7 @@ def value_buffer(original: Callable[..., torch.Tensor], self: Any, layer_id: int
     """
     if self.tpla_draft:
         return original(self, layer_id)
-    if self.dtype == FP8:
+    if sketched():
         raise TypeError("rows in bytes are read by --attention-backend tpla alone; ask for that backend")
     loaded = artifact()
     if loaded is None or len(set(loaded.meta.widths)) == 1:
@@ -83,7 +81,7 @@ def mean_cache_dim(
     if getattr(model_config, "is_draft_model", False):
         return original(model_config=model_config, kv_cache_dtype=kv_cache_dtype, **kwargs)
     layers = model_config.num_hidden_layers
-    items = layer_items(kv_cache_dtype, model_config.kv_lora_rank, model_config.qk_rope_head_dim, layers)
+    items = layer_items(model_config.kv_lora_rank, model_config.qk_rope_head_dim, layers)
     drafts = draft_layers(model_config, kwargs.get("server_args"))
     if items is None and (drafts == 0 or artifact() is None):
         return original(model_config=model_config, kv_cache_dtype=kv_cache_dtype, **kwargs)

@@ -2,7 +2,7 @@
 
 Sketched rows come from an artifact made for them or, with one group and no artifact, from ``--tpla-rows sketched``:
 plain MLA with an 8-bit cache, whose one map is the rotation that spreads a token's values evenly before rounding.
-``--kv-cache-dtype fp8_e4m3`` asks for FP8 rows. All other rows are plain.
+All other rows are plain.
 """
 
 from collections.abc import Sequence
@@ -37,19 +37,18 @@ def sketched() -> bool:
     return found
 
 
-def row_format(latent_dim: int, rope_dim: int, layers: int, *, fp8: bool = False, group: int = 0) -> RowFormat:
+def row_format(latent_dim: int, rope_dim: int, layers: int, group: int = 0) -> RowFormat:
     """Return the rows of every layer on a rank of ``group``; their sizes are the same in every group.
 
     Args:
         latent_dim, rope_dim: the model's widths. layers: the number of layers.
-        fp8: the pool holds single bytes, which are not sketched rows.
     """
     loaded = artifact()
     if sketched():
         return RowFormat.sketched([sketched_rows(layer, latent_dim, rope_dim) for layer in range(layers)], group)
     widths = loaded.meta.widths if loaded is not None else (latent_dim,) * layers
     shared = loaded.meta.shared_dims if loaded is not None else widths
-    return (RowFormat.fp8 if fp8 else RowFormat.plain)(widths, shared, rope_dim)
+    return RowFormat.plain(widths, shared, rope_dim)
 
 
 def sketched_rows(layer: int, latent_dim: int, rope_dim: int) -> SketchedRows:

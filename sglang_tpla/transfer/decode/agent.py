@@ -76,6 +76,7 @@ class DecodeAgent:
         if projection is not None and len(projection.shared) == len(pool.layers):
             pool = pool.sharing(projection.shared)
         _check_projection(pool, projection)
+        pool.write_constants()
         self._pool, self._metadata = pool, metadata
         workers = workers or Workers(self.role, settings, rank, logger, pool.device.type)
         self.workers = workers

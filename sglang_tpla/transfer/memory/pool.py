@@ -13,8 +13,10 @@ from functools import cached_property
 import numpy as np
 import torch
 
+from sglang_tpla.cache_rows.layer_rows import GroupRows
 from sglang_tpla.cache_rows.parts import Part
 from sglang_tpla.cache_rows.row_format import RowFormat
+from sglang_tpla.cache_rows.sketched import ZERO_CODE
 from sglang_tpla.transfer.room import TransferError
 
 
@@ -58,8 +60,6 @@ class CachePool:
             name = self.row_format.name(head.dtype)
             raise TransferError(f"a pool of {name} holds bytes (uint8); got {head.dtype}")
         for index, (layer, rows) in enumerate(zip(self.layers, self.row_format.layers, strict=True)):
-            if (why := rows.unsupported_reason()) is not None:
-                raise TransferError(f"layer {index} of the pool: {why}")
             if (
                 layer.ndim != 2
                 or layer.shape[1] != rows.row_items
@@ -116,6 +116,12 @@ class CachePool:
     def num_pages(self) -> int:
         """The number of whole pages in the pool."""
         return self.layers[0].shape[0] // self.page_size
+
+    def write_constants(self) -> None:
+        """Write what rows have and no part brings, before any is received: the padding of sketched rows."""
+        for layer, rows in zip(self.layers, self.row_format.layers, strict=True):
+            if isinstance(rows, GroupRows) and rows.rows.w < rows.rows.w_pad:
+                layer[:, rows.rows.w : rows.rows.w_pad] = ZERO_CODE
 
     def slots(self, pages: np.ndarray, num_tokens: int | None = None) -> np.ndarray:
         """Return the slots of the tokens in ``pages``, in order: int64 ``[num_tokens]``.

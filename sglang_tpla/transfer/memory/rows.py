@@ -108,7 +108,8 @@ class RowReader:
 
     def __init__(self, pool: CachePool) -> None:
         self.pool = pool
-        self._stream = torch.cuda.Stream(pool.device) if pool.device.type == "cuda" else None
+        # a chunk's few small kernels go before the next prompt's large ones, behind which each would wait
+        self._stream = torch.cuda.Stream(pool.device, priority=-1) if pool.device.type == "cuda" else None
         self._rows = None if self._stream else [byte_rows(layer) for layer in pool.layers]
         self._dense = _dense(self._rows)
 

@@ -1,7 +1,8 @@
 """What a prefill rank demands of a decode rank before it serves it: one sentence for each mismatch."""
 
 from sglang_tpla.cache_rows.parts import Part
-from sglang_tpla.cache_rows.row_format import SENDER_DTYPES, RowFormat
+from sglang_tpla.cache_rows.row_format import RETIRED_NAME, SENDER_DTYPES, RowFormat
+from sglang_tpla.config import fp8_rows_retired
 from sglang_tpla.transfer.memory.pool import CachePool, MetadataRows
 from sglang_tpla.transfer.messages import PROTOCOL_VERSIONS, CacheLayout, Hello
 
@@ -31,6 +32,8 @@ def mismatch(hello: Hello, pool: CachePool, metadata: MetadataRows, model_hash: 
             f"protocol version: prefill speaks {PROTOCOL_VERSIONS[0]} to {PROTOCOL_VERSIONS[1]}, decode "
             f"{hello.versions[0]} to {hello.versions[1]}; run the same release on both sides"
         )
+    if layout.dtype.partition(" ")[0] == RETIRED_NAME:
+        return fp8_rows_retired(f"row format: decode announces {layout.dtype}, which", "--tpla-rows sketched on decode")
     if metadata.item_bytes != layout.metadata_bytes and len(pool.layers) != len(layout.widths):
         return (
             f"speculative decoding: prefill holds {len(pool.layers)} layers, decode {len(layout.widths)}, and their "
@@ -45,8 +48,7 @@ def mismatch(hello: Hello, pool: CachePool, metadata: MetadataRows, model_hash: 
             "cache dtype",
             layout.dtype if encoded else pool.row_format.name(pool.dtype),
             layout.dtype,
-            "set the same --kv-cache-dtype and --dtype on both sides, or --tpla-rows sketched or --kv-cache-dtype "
-            "fp8_e4m3 on decode alone",
+            "set the same --kv-cache-dtype and --dtype on both sides, or --tpla-rows sketched on decode alone",
         ),
         ("page size", pool.page_size, layout.page_size, "set the same --page-size on both sides"),
         (
@@ -81,12 +83,8 @@ def mismatch(hello: Hello, pool: CachePool, metadata: MetadataRows, model_hash: 
         )
     try:
         rows = announced_rows(layout)
-        reasons = (layer.unsupported_reason() for layer in rows.layers)
-        why = next((reason for reason in reasons if reason is not None), None)
     except ValueError as error:
-        why = str(error)
-    if why is not None:
-        return f"row format: {why}; use the model's own cache dtype or an artifact of other widths"
+        return f"row format: {error}; use the model's own cache dtype or an artifact of other widths"
     if rows.encoded and not hello.projection and any(layer.columns != d for layer in rows.layers):
         return (
             f"projection: {layout.dtype} of widths {layout.widths[:4]}... need a projection and none was announced; "

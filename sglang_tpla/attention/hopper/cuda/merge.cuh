@@ -48,76 +48,71 @@ struct Sum {
     }
 };
 
-// Adds up items [begin, end), 8 values of a row each, in the order of the splits. With `together` (many splits, few items)
-// eight warps share an item's splits. A thread keeps kItems * kBatch loads of values in flight.
-template <int kItems, int kBatch>
+// An item of one split: 8 values of a row, their scale and what they are relative to.
+struct Item {
+    uint4 values;
+    float scale, lse;
+};
+
+// Adds up items [begin, end) in the order of the splits. With `together` (many splits, few items) eight warps share an item's
+// splits. A thread has up to two batches of loads in flight. The loop is short on purpose: a block runs it once, and most of its
+// time would go to fetching instructions.
 __device__ __forceinline__ void merge_items(const Params& p, int request, int first, int splits, int begin, int end,
                                             bool together, Sum* sums, int consumer) {
-    constexpr int kItemsPerRow = LATENT / 8;
+    constexpr int kItemsPerRow = LATENT / 8, kBatch = 4;
     const int rows = p.query_len * p.heads, first_row = blockIdx.y * kRows, warp = consumer / 32, lane = consumer % 32;
     const int step = together ? 8 : 1, offset = together ? warp : 0, stride = together ? 32 : kConsumerThreads;
-    for (int base = begin + (together ? lane : consumer); base - (together ? lane : consumer) < end; base += stride * kItems) {
-        Sum sum[kItems];
+#pragma unroll 1
+    for (int base = begin + (together ? lane : consumer); base - (together ? lane : consumer) < end; base += stride) {
+        const int row = first_row + base / kItemsPerRow, piece = base % kItemsPerRow;
+        const int last = base < end ? splits : 0, to_scale = (piece * 8 < kScaleColumn ? 1 : 2) * rows;
+        const auto load = [&](Item (&batch)[kBatch], int i) {
 #pragma unroll
-        for (int q = 0; q < kItems; ++q) sum[q] = {{0.f, 0.f, 0.f, 0.f, 0.f, 0.f, 0.f, 0.f}, negative_infinity(), 0.f};
-        for (int i = offset; i < splits; i += step * kBatch) {
-            uint4 x[kItems][kBatch];
-            float lse[kItems][kBatch], scale[kItems][kBatch];
-#pragma unroll
-            for (int q = 0; q < kItems; ++q) {
-                const int item = base + q * stride, row = first_row + item / kItemsPerRow, piece = item % kItemsPerRow;
-                const int left = item < end ? (splits - i + step - 1) / step : 0;
+            for (int j = 0; j < kBatch; ++j, i += step) {
+                batch[j] = {make_uint4(0, 0, 0, 0), 0.f, negative_infinity()};
+                if (i >= last) continue;
                 const long long split_row = (long long)(first + i) * rows + row;
-                const uint4* values = reinterpret_cast<const uint4*>(p.partial_out) + split_row * kItemsPerRow + piece;
                 const float* row_sums = p.partial_sums + 3 * split_row - 2 * row;
-                const int values_step = step * rows * kItemsPerRow, sums_step = 3 * step * rows;
-                const int to_scale = (piece * 8 < kScaleColumn ? 1 : 2) * rows;
-#pragma unroll
-                for (int j = 0; j < kBatch; ++j) {
-                    x[q][j] = make_uint4(0, 0, 0, 0), lse[q][j] = negative_infinity(), scale[q][j] = 0.f;
-                    if (j < left) {
-                        lse[q][j] = __ldcg(row_sums);
-                        scale[q][j] = __ldcg(row_sums + to_scale);
-                        x[q][j] = __ldcg(values);
-                    }
-                    values += values_step, row_sums += sums_step;
-                }
+                batch[j].lse = __ldcg(row_sums), batch[j].scale = __ldcg(row_sums + to_scale);
+                batch[j].values = __ldcg(reinterpret_cast<const uint4*>(p.partial_out) + split_row * kItemsPerRow + piece);
             }
+        };
+        Sum sum = {{0.f, 0.f, 0.f, 0.f, 0.f, 0.f, 0.f, 0.f}, negative_infinity(), 0.f};
+        Item batch[kBatch], next[kBatch];
+        load(batch, offset);
+#pragma unroll 1
+        for (int i = offset; i < splits; i += step * kBatch) {
+            load(next, i + step * kBatch);
+            float top = sum.top;
 #pragma unroll
-            for (int q = 0; q < kItems; ++q) {
-                float top = sum[q].top;
+            for (int j = 0; j < kBatch; ++j) top = fmaxf(top, batch[j].lse);
+            sum.rescale_to(top);
 #pragma unroll
-                for (int j = 0; j < kBatch; ++j) top = fmaxf(top, lse[q][j]);
-                sum[q].rescale_to(top);
+            for (int j = 0; j < kBatch; ++j) sum.add(batch[j].values, batch[j].scale, batch[j].lse);
 #pragma unroll
-                for (int j = 0; j < kBatch; ++j) sum[q].add(x[q][j], scale[q][j], lse[q][j]);
-            }
+            for (int j = 0; j < kBatch; ++j) batch[j] = next[j];
         }
         if (together) {
-            sums[consumer] = sum[0];
+            sums[consumer] = sum;
             sync_consumers();
             if (warp == 0) {
-#pragma unroll
+#pragma unroll 1
                 for (int i = 1; i < 8; ++i) {
                     const Sum other = sums[i * 32 + lane];
-                    sum[0].rescale_to(fmaxf(sum[0].top, other.top));
-                    sum[0].add(other);
+                    sum.rescale_to(fmaxf(sum.top, other.top));
+                    sum.add(other);
                 }
             }
             sync_consumers();
         }
+        if (base >= end || (together && warp > 0)) continue;
+        const int token = row / p.heads, head = row - token * p.heads;
+        const float inverse = sum.total > 0.f ? 1.f / sum.total : 0.f;
+        u16* out = p.out + ((long long)request * p.query_len + token) * p.out_token_stride + head * p.out_head_stride;
 #pragma unroll
-        for (int q = 0; q < kItems; ++q) {
-            const int item = base + q * stride, row = first_row + item / kItemsPerRow, piece = item % kItemsPerRow;
-            if (item >= end || (together && warp > 0)) continue;
-            const int token = row / p.heads, head = row - token * p.heads;
-            const float inverse = sum[q].total > 0.f ? 1.f / sum[q].total : 0.f;
-            u16* out = p.out + ((long long)request * p.query_len + token) * p.out_token_stride + head * p.out_head_stride;
-#pragma unroll
-            for (int k = 0; k < 4; ++k)
-                *reinterpret_cast<u32*>(out + item_column(piece, k)) =
-                    pack_bf16(sum[q].value[2 * k] * inverse, sum[q].value[2 * k + 1] * inverse);
-        }
+        for (int k = 0; k < 4; ++k)
+            *reinterpret_cast<u32*>(out + item_column(piece, k)) =
+                pack_bf16(sum.value[2 * k] * inverse, sum.value[2 * k + 1] * inverse);
     }
 }
 
@@ -135,9 +130,7 @@ __device__ __forceinline__ void merge(const Params& p, const Shared shared, floa
     }
     sync_consumers();
     Sum* sums = reinterpret_cast<Sum*>(buffer);
-    if (splits <= 4) merge_items<2, 4>(p, shared.request, first, splits, begin, end, false, sums, consumer);
-    else if (splits <= 8) merge_items<2, 8>(p, shared.request, first, splits, begin, end, false, sums, consumer);
-    else merge_items<1, 16>(p, shared.request, first, splits, begin, end, splits > 32, sums, consumer);
+    merge_items(p, shared.request, first, splits, begin, end, splits > 32, sums, consumer);
 }
 
 // An empty request's output.

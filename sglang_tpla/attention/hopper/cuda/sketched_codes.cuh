@@ -1,6 +1,5 @@
 // ---- from codes to float16 ----------------------------------------------------------------------------------------
 
-// Bit 3 of a selector's nibble asks for the byte's sign instead, which __byte_perm does not promise.
 __device__ __forceinline__ u32 permute(u32 a, u32 b, u32 selector) {
     u32 c;
     asm("prmt.b32 %0, %1, %2, %3;" : "=r"(c) : "r"(a), "r"(b), "r"(selector));
@@ -15,6 +14,11 @@ __device__ __forceinline__ u32 multiply_half(u32 a, u32 b) {
     u32 c;
     asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(c) : "r"(a), "r"(b));
     return c;
+}
+__device__ __forceinline__ u32 multiply_add_half(u32 a, u32 b, u32 c) {
+    u32 d;
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+    return d;
 }
 __device__ __forceinline__ u32 multiply_bf16(u32 a, u32 b) {
     u32 c;
@@ -52,41 +56,68 @@ __device__ __forceinline__ void store_matrices4(u32 address, const u32* r) {
 // The larger of `largest` and the bits of the magnitudes of a pair of 16-bit floating-point numbers.
 __device__ __forceinline__ u32 largest_of(u32 largest, u32 pair) { return max(largest, max(pair & 0x7FFFu, pair >> 16 & 0x7FFFu)); }
 
+// A code becomes float16 by standing in the mantissa of a power of two: with its lowest bit at bit s of a half, the code c of
+// 2^(10 - s) is 2^(10 - s) + c.
+__host__ __device__ constexpr u32 power_above(int s) { return (25 - s) << 10; }
+__host__ __device__ constexpr u32 twice(u32 half) { return half | half << 16; }
+
+// Where the sketch codes i and i + 4 of eight stand as halves, for i = 0 to 3. Bit 0 would not hold a level, which lies half way
+// between two codes.
+constexpr int kCodeBits[3][4] = {{1, 3, 5, 7}, {1, 4, 7, 1}, {1, 5, 1, 5}};
+template <int kBits, int i> constexpr int code_bit() { return kCodeBits[kBits - 2][i]; }
+
+// What has to be added to pair i, and to bytes, as halves.
+template <int kBits, int i> constexpr u32 minus_levels() {
+    return twice(0x8000 | power_above(code_bit<kBits, i>()) | ((1 << kBits) - 1) << (code_bit<kBits, i>() - 1));
+}
+constexpr u32 kMinusBytes = 0xE480E480u;                         // - 1152
+
 // Constants that unpacking needs in registers. They come from shared memory: an immediate would take the place of permute()'s
-// selector, which the compiler then moves to a register anew for every use.
+// selector, or of a mask, which the compiler then moves to a register anew for every use.
 struct Constants {
-    uint4 levels;                                // magnitudes of sketch codes, see levels_of()
-    u32 exponent;                                // 0x64646464
+    uint4 powers;                                // of the four pairs of eight sketch codes
+    u32 power;                                   // of bytes
+
+    template <int kBits> static __device__ __forceinline__ Constants of() {
+        return {make_uint4(twice(power_above(code_bit<kBits, 0>())), twice(power_above(code_bit<kBits, 1>())),
+                           twice(power_above(code_bit<kBits, 2>())), twice(power_above(code_bit<kBits, 3>()))), 0x64646464u};
+    }
+    __device__ __forceinline__ Constants loaded() const {
+        return {load_shared4(shared_address(&powers)), load_shared(shared_address(&power))};
+    }
 };
 
-// Eight sketch codes of kBits bits, low bits of x first, as nibbles [sign, magnitude index].
-template <int kBits> __device__ __forceinline__ u32 nibbles(u32 x) {
-    if (kBits == 4) return x;
-    if (kBits == 3) {
-        x = (x & 0xFFF) | (x & 0xFFF000) << 4;
-        x = (x & 0x003F003F) | (x & 0x0FC00FC0) << 2;
-        x = (x & 0x07070707) | (x & 0x38383838) << 1;
-        return (x & 0x33333333) | (x & 0x44444444) << 1;
-    }
-    x = (x & 0xFF) | (x & 0xFF00) << 8;
-    x = (x & 0x000F000F) | (x & 0x00F000F0) << 4;
-    x = (x & 0x03030303) | (x & 0x0C0C0C0C) << 2;
-    return (x & 0x11111111) | (x & 0x22222222) << 2;
+// Bytes kFirst and kSecond of four codes with 128 added, as float16: 1024 + byte is 0x6400 | byte. With kAbove 1152 is left.
+template <int kFirst, int kSecond, bool kAbove = false> __device__ __forceinline__ u32 half_of_bytes(u32 bytes, u32 power) {
+    const u32 pair = permute(bytes, power, 0x4040 | kFirst | kSecond << 8);
+    return kAbove ? pair : add_half(pair, kMinusBytes);
 }
 
-// Eight such nibbles as their levels in float16, in pairs: magnitudes' low and high bytes come out of tables of eight bytes,
-// `table`: low bytes, high bytes.
-__device__ __forceinline__ void levels_of(u32 x, const uint4& table, u32 (&pair)[4]) {
-    const u32 index = x & 0x77777777u, even = x << 4;            // even: signs of codes 0, 2, 4, 6 end their bytes
-    u32 low[2], high[2];
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-        const u32 four = i ? index >> 16 : index;
-        low[i] = permute(table.x, table.y, four);
-        high[i] = permute(table.z, table.w, four);
-        const u32 signs = permute(even, x, i ? 0xFBEA : 0xD9C8);  // each sign bit over a byte of its own
-        high[i] ^= signs & 0x80808080u;
-        pair[2 * i] = permute(low[i], high[i], 0x5140);
-        pair[2 * i + 1] = permute(low[i], high[i], 0x7362);
-    }
+// The same times `scale`. `bias` is -1152 scale: exact, since a scale of bytes has seven bits, as 1152 has four.
+template <int kFirst, int kSecond> __device__ __forceinline__ u32 scaled_bytes(u32 bytes, u32 scale, u32 bias, u32 power) {
+    return multiply_add_half(permute(bytes, power, 0x4040 | kFirst | kSecond << 8), scale, bias);
+}
+__device__ __forceinline__ u32 bias_of(u32 scale) { return multiply_half(scale, kMinusBytes); }
+
+// Pair i of sketch codes, which stands in x, as levels: c - (2^kBits - 1) / 2. With kAbove what has to be added is left out.
+template <int kBits, int i, bool kAbove> __device__ __forceinline__ u32 level_pair(u32 x, u32 power) {
+    const u32 pair = (x & twice(((1 << kBits) - 1) << code_bit<kBits, i>())) | power;
+    return kAbove ? pair : add_half(pair, minus_levels<kBits, i>());
+}
+
+// Eight sketch codes of kBits bits, low bits of x first, as their levels in float16: pair i has codes i and i + 4.
+template <int kBits, bool kAbove = false> __device__ __forceinline__ void levels_of(u32 x, const uint4& powers, u32 (&pair)[4]) {
+    // Codes 4 to 7 go to the upper half, if they are not there.
+    if (kBits == 3) x = (x << 4 & 0xFFFF0000u) | (x & 0x0000FFFFu);
+    if (kBits == 2) x = (x << 8 & 0xFFFF0000u) | (x & 0x0000FFFFu);
+    const u32 first = x << 1, last = kBits == 4 ? x >> 7 : kBits == 3 ? x >> 8 : first;
+    pair[0] = level_pair<kBits, 0, kAbove>(first, powers.x);
+    pair[1] = level_pair<kBits, 1, kAbove>(first, powers.y);
+    pair[2] = level_pair<kBits, 2, kAbove>(kBits == 4 ? last : first, powers.z);
+    pair[3] = level_pair<kBits, 3, kAbove>(last, powers.w);
+}
+
+// Eight columns of a query, in the order in which levels_of() has the codes that they meet.
+__device__ __forceinline__ uint4 in_order_of_levels(uint4 x) {
+    return make_uint4(permute(x.x, x.z, 0x5410), permute(x.x, x.z, 0x7632), permute(x.y, x.w, 0x5410), permute(x.y, x.w, 0x7632));
 }

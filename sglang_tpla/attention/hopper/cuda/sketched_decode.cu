@@ -26,6 +26,7 @@ __device__ __forceinline__ void consume(const Params& p, Fixed& fixed, u32 q_sme
             for (int i = 0; i < kRows / 4; ++i) total[i] = 0.f;
             for (int row = lane; row < kRows; row += 32) fixed.reference[role][warp][row] = negative_infinity();
             __syncwarp();
+            if (kSketchAbove || kRopeAbove || kBytesAbove) find_starts(fixed, q_smem, group, warp, lane);
             attend(p, fixed, c, tries, done, total);
             sync_all();
         } else {
@@ -62,7 +63,7 @@ extern "C" __global__ void __launch_bounds__(kAllThreads + 128, 1) sketched_deco
             barrier_init(shared_address(fixed.used + i), 4);
             fixed.flag[i][0] = fixed.flag[i][1] = 0;
         }
-        fixed.constants = {make_uint4(LEVELS_LOW_0, LEVELS_LOW_1, LEVELS_HIGH_0, LEVELS_HIGH_1), 0x64646464u};
+        fixed.constants = Constants::of<BITS>();
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
         fence_async_proxy();
     }

@@ -9,6 +9,18 @@ __device__ __forceinline__ int slot_of(const Params& p, int start, int length, i
     return (__ldcg(p.page_indices + start + (token >> p.page_bits)) << p.page_bits) | (token & mask);
 }
 
+// a b + c. In assembly, because the compiler works out a row's addresses twice otherwise.
+__device__ __forceinline__ unsigned long long multiply_add_wide(u32 a, u32 b, unsigned long long c) {
+    unsigned long long d;
+    asm("mad.wide.u32 %0, %1, %2, %3;" : "=l"(d) : "r"(a), "r"(b), "l"(c));
+    return d;
+}
+__device__ __forceinline__ unsigned long long multiply_add_wide_signed(int a, int b, unsigned long long c) {
+    unsigned long long d;
+    asm("mad.wide.s32 %0, %1, %2, %3;" : "=l"(d) : "r"(a), "r"(b), "l"(c));
+    return d;
+}
+
 // A warp copies 16 rows of a half tile; eight lanes copy a row, each time the 16-byte pieces of one line of 128 bytes: rows
 // begin anywhere in a line, and a request that crosses lines counts twice. No prefetch into the L2: what lies beside a row is
 // another token. Lane `first + row` knows the slot of a row.
@@ -18,16 +30,15 @@ __device__ __forceinline__ void load_rows(const Params& p, u32 stage, u32 full, 
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
         const int row = i * 4 + lane / 8, slot = __shfl_sync(0xffffffff, slots, first + row);
-        const u8* source = p.kv + slot * p.kv_stride;
-        const int begin = lane % 8 - (int)((unsigned long long)source >> 4 & 7);       // the lane's piece of the first line
-        source += begin * 16;
+        const unsigned long long row_start = multiply_add_wide(slot, (u32)p.kv_stride, (unsigned long long)p.kv);
+        const int begin = lane % 8 - (int)((u32)row_start >> 4 & 7);                   // the lane's piece of the first line
+        const unsigned long long source = multiply_add_wide_signed(begin, 16, row_start);
         const u32 target = stage + row * kStride + begin * 16;
 #pragma unroll
         for (int line = 0; line < kPieces + 7; line += 8) {
-            bool here = line > 0 || begin >= 0;
-            if (line + 7 >= kPieces) here = here && begin < kPieces - line;
-            if (here)
-                asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(target + line * 16), "l"(source + line * 16) : "memory");
+            const bool here = (line > 0 || begin >= 0) && (line + 7 < kPieces || begin < kPieces - line);
+            asm volatile("{\n.reg .pred p;\nsetp.ne.u32 p, %2, 0;\n@p cp.async.cg.shared.global [%0], [%1], 16;\n}"
+                         ::"r"(target + line * 16), "l"(source + line * 16), "r"((u32)here) : "memory");
         }
     }
     barrier_arrive_when_copied(full);
@@ -66,8 +77,8 @@ __device__ __forceinline__ u32 query_address(u32 q_smem, int row, int step, int 
 }
 
 // Group g of 32 columns of query row `row`: which columns wgmma multiplies with each other follows from how ldmatrix hands
-// out codes, see unpack_group(): of the 16 columns of a step, 8-bit codes 4 i and 4 i + 1 come before 4 i + 2 and 4 i + 3;
-// of 32 sketch codes, the first step has 8 i to 8 i + 3. Returns the largest magnitude's bits.
+// out codes, see unpack_group(): of the 16 columns of a step, bytes 4 i and 4 i + 1 come before 4 i + 2 and 4 i + 3; of 32
+// sketch codes, the first step has 8 i, 8 i + 4, 8 i + 1 and 8 i + 5, the second the others. Returns the largest magnitude's bits.
 __device__ __forceinline__ u32 load_query_group(const Params& p, u32 q_smem, int request, int row, int g) {
     const int global_row = blockIdx.y * kRows + row;
     const bool valid = global_row < p.query_len * p.heads;
@@ -94,8 +105,14 @@ __device__ __forceinline__ u32 load_query_group(const Params& p, u32 q_smem, int
         if (step + i >= kSteps) break;
         const u32 before = query_address(q_smem, row, step + i, 0), behind = query_address(q_smem, row, step + i, 1);
         if (sketch) {
-            store_shared4(before, w[2 * i], w[2 * i + 4], w[2 * i + 8], w[2 * i + 12]);
-            store_shared4(behind, w[2 * i + 1], w[2 * i + 5], w[2 * i + 9], w[2 * i + 13]);
+            u32 x[2][4];
+#pragma unroll
+            for (int k = 0; k < 4; ++k) {
+                const uint4 eight = in_order_of_levels(make_uint4(w[4 * k], w[4 * k + 1], w[4 * k + 2], w[4 * k + 3]));
+                x[0][k] = i ? eight.z : eight.x, x[1][k] = i ? eight.w : eight.y;
+            }
+            store_shared4(before, x[0][0], x[0][1], x[0][2], x[0][3]);
+            store_shared4(behind, x[1][0], x[1][1], x[1][2], x[1][3]);
         } else if (own || ROPE_BITS == 8) {
             store_shared4(before, w[8 * i], w[8 * i + 2], w[8 * i + 4], w[8 * i + 6]);
             store_shared4(behind, w[8 * i + 1], w[8 * i + 3], w[8 * i + 5], w[8 * i + 7]);

@@ -14,6 +14,7 @@ struct alignas(16) Fixed {
     alignas(16) float exchange[2][4][kRows];                     // between warps
     float reference[2][4][kRows];                                // of each warp: the reference of its probabilities
     float published[2][kRows];                                   // the reference of the tile that is ready
+    float start[ROW_VALUES ? 1 : 4][kRows];             // what sums begin with: sketch, key, and two kinds of bytes
     float applied[ROW_VALUES ? 1 : kRows];                       // the reference of the values
 
     // A warp of values tells its rows' largest values here once no tile is under way.
@@ -36,20 +37,66 @@ struct Stage {
     __device__ __forceinline__ Stage(u32 tile, u32 half) : slot((2 * tile + half) % STAGES), phase((2 * tile + half) / STAGES & 1) {}
 };
 
+// Where the sums of scores of a field begin: the query times what the field's codes have above their values, negative.
+enum Field { kOfSketch, kOfRope, kOfFirst, kOfSecond };
+__device__ __forceinline__ void find_start(Fixed& fixed, u32 q_smem, Field field, int first_step, int end_step, int warp,
+                                           int lane) {
+    const u64 q = descriptor(q_smem, 16);
+    float x[kPart];
+    pin(x);
+    wgmma_fence();
+#pragma unroll 1
+    for (int step = first_step; step < end_step; ++step) {
+        const bool odd = step % 2;                               // a group's second step
+        const u32 low = field != kOfSketch ? kMinusBytes : odd ? minus_levels<BITS, 2>() : minus_levels<BITS, 0>();
+        const u32 high = field != kOfSketch ? kMinusBytes : odd ? minus_levels<BITS, 3>() : minus_levels<BITS, 1>();
+        wgmma_half(x, low, low, high, high, q + ((step / 4 * kQPanelBytes + step % 4 * 32) >> 4), step > first_step);
+    }
+    wgmma_commit();
+    wgmma_wait<0>();
+    pin(x);
+#pragma unroll
+    for (int i = 0; i < kRows / 4; ++i)
+        if (warp == 0 && lane < 4) fixed.start[field][i / 2 * 8 + 2 * lane + i % 2] = x[i / 2 * 4 + i % 2];
+}
+
+// All of them, by both warpgroups of scores.
+__device__ __forceinline__ void find_starts(Fixed& fixed, u32 q_smem, int group, int warp, int lane) {
+    constexpr int kSecondStep = kApart ? kOwnStep + SHARED / 16 : kSteps;
+    if (group == 0) {
+        if (kSketchAbove) find_start(fixed, q_smem, kOfSketch, 0, kRopeStep, warp, lane);
+        if (kRopeAbove) find_start(fixed, q_smem, kOfRope, kRopeStep, kOwnStep, warp, lane);
+    } else if constexpr (kBytesAbove) {
+        find_start(fixed, q_smem, kOfFirst, kOwnStep, kSecondStep, warp, lane);
+        if (kApart) find_start(fixed, q_smem, kOfSecond, kSecondStep, kSteps, warp, lane);
+    }
+    sync_consumers();
+}
+
+// Begins a sum of scores.
+__device__ __forceinline__ void begin_sum(const float* start, float (&sum)[kPart], int lane) {
+#pragma unroll
+    for (int j = 0; j < kRows / 8; ++j) {
+        const float2 pair = *reinterpret_cast<const float2*>(start + 8 * j + 2 * (lane % 4));
+        sum[4 * j] = sum[4 * j + 2] = pair.x, sum[4 * j + 1] = sum[4 * j + 3] = pair.y;
+    }
+}
+
 // Scores of a warp's 16 tokens, whose raw rows begin at `tokens`, times scale_log2. With ROW_VALUES the warp also stores their
 // 8-bit columns, as they are multiplied, once `used` says that those before are not needed any more: row r of a panel is
 // token r, and its column 16 s + c of step s is as wgmma's left operand has it.
-__device__ __forceinline__ void scores(float (&s)[kPart], u32 tokens, const TokenScales& t, const Segment& c,
-                                       const Constants& shared_constants, u32 used, u32 used_phase) {
+__device__ __forceinline__ void scores(const Fixed& fixed, float (&s)[kPart], u32 tokens, const TokenScales& t, const Segment& c,
+                                       u32 used, u32 used_phase) {
     const u32 rows = tokens + c.lane % 16 * kStride + c.lane / 16 * 16, row = tokens + c.lane / 4 * kStride;
     const u32 target = c.values + (c.warp * 16 + c.lane % 16) * 128, chunk = (c.lane / 16 ^ c.lane % 8) << 4;
     const u64 q = descriptor(c.q_smem, 16);
-    const Constants constants = {load_shared4(shared_address(&shared_constants.levels)),
-                                 load_shared(shared_address(&shared_constants.exponent))};
+    const Constants constants = fixed.constants.loaded();
     u32 raw[3][8], a[2][8] = {};
     float sketch[kPart] = {}, rope[kPart] = {}, own[kPart] = {};  // rope: kSplit; own: kApart
     load_group(0, rows, row, c.lane, raw[0]);
     load_group(1, rows, row, c.lane, raw[1]);
+    if (kSketchAbove) begin_sum(fixed.start[kOfSketch], sketch, c.lane);
+    if constexpr (kRopeAbove) begin_sum(fixed.start[kOfRope], rope, c.lane);
     pin(s);
 #pragma unroll
     for (int g = 0; g < kGroups; ++g) {
@@ -57,6 +104,10 @@ __device__ __forceinline__ void scores(float (&s)[kPart], u32 tokens, const Toke
         if (g >= 2) {                                            // the registers of an earlier group are free
             wgmma_wait<1>();
             pin(a[g % 2]);
+        }
+        if constexpr (kBytesAbove) {
+            if (g == kOwnGroup) begin_sum(fixed.start[kOfFirst], s, c.lane);
+            if (kApart && g == kOwnGroup + SHARED / 32) begin_sum(fixed.start[kOfSecond], own, c.lane);
         }
         unpack_group(g, raw[g % 3], t, constants, c.lane, a[g % 2]);
         if (ROW_VALUES && g == kOwnGroup) barrier_wait(used, used_phase);
@@ -68,13 +119,13 @@ __device__ __forceinline__ void scores(float (&s)[kPart], u32 tokens, const Toke
             const u64 columns = q + ((step / 4 * kQPanelBytes + step % 4 * 32) >> 4);
             const u32* r = a[g % 2] + 4 * i;
             const bool of_rope = step >= kRopeStep && step < kOwnStep, first = step == kRopeStep || step == kOwnStep;
-            if (step < kRopeStep) wgmma_half(sketch, r[0], r[1], r[2], r[3], columns, step > 0);
+            if (step < kRopeStep) wgmma_half(sketch, r[0], r[1], r[2], r[3], columns, kSketchAbove || step > 0);
             else if (kApart && step >= kOwnStep + SHARED / 16)
-                wgmma_half(own, r[0], r[1], r[2], r[3], columns, step > kOwnStep + SHARED / 16);
+                wgmma_half(own, r[0], r[1], r[2], r[3], columns, kBytesAbove || step > kOwnStep + SHARED / 16);
             else if (of_rope && kSplit && ROPE_BITS == 16) wgmma_bf16(rope, r[0], r[1], r[2], r[3], columns, !first);
-            else if (of_rope && kSplit) wgmma_half(rope, r[0], r[1], r[2], r[3], columns, !first);
+            else if (of_rope && kSplit) wgmma_half(rope, r[0], r[1], r[2], r[3], columns, kRopeAbove || !first);
             else if (of_rope && ROPE_BITS == 16) wgmma_bf16(s, r[0], r[1], r[2], r[3], columns, !first);
-            else wgmma_half(s, r[0], r[1], r[2], r[3], columns, kSplit ? !first : step > kRopeStep);
+            else wgmma_half(s, r[0], r[1], r[2], r[3], columns, kBytesAbove || (kSplit ? !first : step > kRopeStep));
             if (ROW_VALUES && step >= kOwnStep)
                 store_matrices4(target + (step - kOwnStep) / 4 * kPanelBytes + (chunk ^ (step - kOwnStep) % 4 << 5), r);
         }
@@ -201,7 +252,7 @@ __device__ __forceinline__ void attend(const Params& p, Fixed& fixed, const Segm
         bool fresh = j == c.group;                               // the first tile sets the reference
         barrier_wait(full + 8 * stage.slot, stage.phase);
         const TokenScales t = load_scales(tokens + c.lane / 4 * kStride + ROW_BYTES - 8, beyond);
-        scores(s, tokens, t, c, fixed.constants, used, (done & 1) ^ 1);
+        scores(fixed, s, tokens, t, c, used, (done & 1) ^ 1);
         if (ROW_VALUES) {                                        // the raw rows have been read
             __syncwarp();
             if (c.lane == 0) barrier_arrive(empty + 8 * stage.slot);

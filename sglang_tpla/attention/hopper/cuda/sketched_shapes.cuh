@@ -1,5 +1,5 @@
 // Paged decode attention over sketched rows for Hopper (sm_90a). A row, see cache_rows/sketched.py, is
-//     [ shared int8 | own int8 | zeros to LATENT | rotary key | sketch of the other groups' columns | 4 scales ]
+//     [ shared bytes | own bytes | 128 to LATENT | rotary key | sketch of the other groups' columns | 4 scales ]
 // whose fields all take part in the scores, and whose [shared | own] are also the values:
 //     p = softmax(scale * (q_latent . [own, sketch] + q_rope . k_rope)),  out = p [own]
 //
@@ -13,10 +13,11 @@
 // Wider sums do not fit that warpgroup's registers; there it unpacks the raw rows again, turned, for
 //     values  O [64 columns, ROWS] += V^T [64, 64 tokens] P        left: codes, turned by ldmatrix.trans, from registers
 //
-// Every code is exact in float16. The sketch has a sum of its own, which its scale multiplies in float32; with up to 32 query
-// rows (kSplit) so has the rotary key. Where 8-bit codes of two scales, or codes and key, share a sum, their scales come in as
-// factors of at most 1 relative to a power of two that the sum is multiplied by. Probabilities are weighted by the factor that
-// is left to the values: that power of two, or the scale.
+// A code becomes float16 by standing in the mantissa of a power of two, which has to be subtracted: from the codes, or, where a
+// sum has codes of one kind, from the sum. Every code is exact in float16. The sketch has a sum of its own, which its scale
+// multiplies in float32; with up to 32 query rows (kSplit) so has the rotary key. Where bytes of two scales, or bytes and key,
+// share a sum, their scales come in as factors of at most 1 relative to a power of two that the sum is multiplied by.
+// Probabilities are weighted by the factor that is left to the values: such a power of two, or the only scale.
 //
 // A block is a warpgroup that copies raw rows into a ring of half tiles, two that compute scores and probabilities of alternate
 // tiles, and one that adds up values of all tiles. Plan, parts and merging are those of latent_decode.cu.
@@ -32,6 +33,9 @@ constexpr bool kTwoScales = SHARED > 0 && OWN > 0;
 // Shared and own columns have a sum each where a step holds one kind and the values need no scaled codes.
 constexpr bool kApart = kSplit && kTwoScales && !ROW_VALUES && SHARED % 16 == 0;
 constexpr bool kScaleCodes = !kSplit || (kTwoScales && !kApart);               // whether codes are multiplied by their scale's factor
+// Whose codes keep what makes float16 of them: their sums begin with the query times that, negative.
+constexpr bool kSketchAbove = SKETCH > 0, kRopeAbove = kSplit && ROPE_BITS == 8;
+constexpr bool kBytesAbove = kSplit && !ROW_VALUES && !kScaleCodes;             // values by query rows take what scores unpacked
 // Columns are unpacked 32 at a time (a group), and multiplied 16 at a time (a step): sketch, rotary key, 8-bit codes.
 constexpr int kOwnSteps = LATENT / 16, kOwnGroups = (kOwnSteps + 1) / 2;
 constexpr int kSketchGroups = (SKETCH + 31) / 32;           // codes behind the last meet a query of zeros

@@ -15,10 +15,10 @@ struct Values {
 
 // O += V^T P of a tile, by blocks of 64 columns of which each warp has 16, tokens 32 at a time. Gives the raw rows back.
 __device__ __forceinline__ void add_values(const u16 (&ratios)[2][kTile], float (&o)[kBlocks][kPart], const u32 (&stages)[2],
-                                           const u32 (&empty)[2], u32 probability, u32 exponent, int warp, int lane) {
+                                           const u32 (&empty)[2], u32 probability, u32 power, int warp, int lane) {
     const u32 rows[2] = {stages[0] + lane * kStride + warp * 16, stages[1] + lane * kStride + warp * 16};
     const u64 weights = descriptor(probability, 16);
-    u32 raw[3][4], a[2][8] = {}, ratio[2][4];
+    u32 raw[3][4], a[2][8] = {}, ratio[2][4], bias[2][4];
     load_turned4(raw[0], rows[0]);
     load_turned4(raw[1], rows[1 / kBlocks] + 1 % kBlocks * 64);
 #pragma unroll
@@ -30,8 +30,10 @@ __device__ __forceinline__ void add_values(const u16 (&ratios)[2][kTile], float 
 #pragma unroll
             for (int which = 0; which < 2; ++which)
 #pragma unroll
-                for (int i = 0; i < 4; ++i)
+                for (int i = 0; i < 4; ++i) {
                     ratio[which][i] = *reinterpret_cast<const u32*>(&ratios[which][32 * half + 8 * i + 2 * (lane % 4)]);
+                    bias[which][i] = bias_of(ratio[which][i]);
+                }
         }
         if (next < 2 * kBlocks) load_turned4(raw[next % 3], rows[next / kBlocks] + next % kBlocks * 64);
         if (at >= 2) {
@@ -41,12 +43,14 @@ __device__ __forceinline__ void add_values(const u16 (&ratios)[2][kTile], float 
         const bool shared = block * 64 + warp * 16 + lane / 4 * 2 < SHARED;
 #pragma unroll
         for (int i = 0; i < 4; ++i) {                            // 8 tokens each
-            const u32 codes = raw[at % 3][i] ^ 0x80808080u;
-            u32 first = half_of_codes<0, 2>(codes, exponent), second = half_of_codes<1, 3>(codes, exponent);
+            const u32 bytes = raw[at % 3][i];
+            u32 first, second;
             if (kTwoScales) {
-                const u32 scale = block * 64 + 64 <= SHARED ? ratio[0][i] : block * 64 >= SHARED ? ratio[1][i]
-                                : shared ? ratio[0][i] : ratio[1][i];
-                first = multiply_half(first, scale), second = multiply_half(second, scale);
+                const bool of_shared = block * 64 + 64 <= SHARED || (block * 64 < SHARED && shared);
+                const u32 scale = of_shared ? ratio[0][i] : ratio[1][i], minus = of_shared ? bias[0][i] : bias[1][i];
+                first = scaled_bytes<0, 2>(bytes, scale, minus, power), second = scaled_bytes<1, 3>(bytes, scale, minus, power);
+            } else {
+                first = half_of_bytes<0, 2>(bytes, power), second = half_of_bytes<1, 3>(bytes, power);
             }
             a[at % 2][i / 2 * 4 + i % 2 * 2] = first, a[at % 2][i / 2 * 4 + i % 2 * 2 + 1] = second;
         }
@@ -72,7 +76,7 @@ __device__ __forceinline__ void add_values(const u16 (&ratios)[2][kTile], float 
 // The warpgroup of values: every tile. `done`: tiles of each warpgroup of scores before.
 __device__ __forceinline__ void gather_values(Fixed& fixed, const Segment& c, u32 (&done)[2], Values& v) {
     const u32 empty = shared_address(fixed.empty), used = shared_address(fixed.used);
-    const u32 exponent = load_shared(shared_address(&fixed.constants.exponent));
+    const u32 power = load_shared(shared_address(&fixed.constants.power));
     const int column = 2 * (c.lane % 4);
     u32 stamp = 0xffffffffu;                                     // of no tile: the first tile sets the values' reference
     for (int row = c.warp * 32 + c.lane; row < kRows; row += 128) fixed.applied[row] = negative_infinity();
@@ -98,7 +102,7 @@ __device__ __forceinline__ void gather_values(Fixed& fixed, const Segment& c, u3
         }
         const u32 stages[2] = {c.ring + first.slot * kStageBytes, c.ring + second.slot * kStageBytes};
         const u32 empties[2] = {empty + 8 * first.slot, empty + 8 * second.slot};
-        add_values(fixed.ratio[from], v.o, stages, empties, c.probability + from * kProbabilityBytes, exponent, c.warp, c.lane);
+        add_values(fixed.ratio[from], v.o, stages, empties, c.probability + from * kProbabilityBytes, power, c.warp, c.lane);
         if (c.lane == 0) barrier_arrive(used + 8 * from);
     }
 }

@@ -19,11 +19,6 @@ __device__ __forceinline__ void store_turned4(u32 address, u32 a, u32 b, u32 c, 
                  ::"r"(address), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
 }
 
-// Bytes kFirst and kSecond of four int8 codes with 128 added, as float16: 1024 + byte is 0x6400 | byte.
-template <int kFirst, int kSecond> __device__ __forceinline__ u32 half_of_codes(u32 biased, u32 exponent) {
-    return add_half(permute(biased, exponent, 0x4040 | kFirst | kSecond << 8), 0xE480E480u);      // - 1152
-}
-
 // Factors of a lane's two tokens (rows lane / 4 and 8 further on).
 struct TokenScales {
     u32 shared[2], own[2];                       // kScaleCodes: relative to `power`, the same float16 twice in a register
@@ -31,7 +26,7 @@ struct TokenScales {
     float power[2];                              // of the scores; kSplit: of those of 8-bit codes; kApart: of shared ones
     float own_scale[2], sketch_scale[2], rope_scale[2];          // own: kApart; rope: kSplit
     float weight_log2[2], inverse_weight[2];     // of the factor that weights the probability
-    u32 shared_ratio[2], own_ratio[2];           // not ROW_VALUES: of the two 8-bit scales to it, float16
+    u32 shared_ratio[2], own_ratio[2];           // not ROW_VALUES: of the two scales of bytes to it, float16
 };
 
 __device__ __forceinline__ float reciprocal(float x) {
@@ -51,19 +46,22 @@ __device__ __forceinline__ TokenScales load_scales(u32 trailer, const bool (&bey
         const float sketch = __uint_as_float(raw.y << 16), rope = __uint_as_float(raw.y & 0xFFFF0000u);
         const float largest_code = fmaxf(SHARED > 0 ? shared : 0.f, OWN > 0 ? own : 0.f);
         t.power[i] = kApart ? shared : largest_code;
-        if (kScaleCodes) {
+        float weight = largest_code, inverse_weight = reciprocal(weight);
+        if (kScaleCodes || kTwoScales) {
             float largest = largest_code;
             if (!kSplit && ROPE_BITS == 8) largest = fmaxf(largest, rope);
             u32 bits = (__float_as_uint(largest) & 0x7F800000u) + 0x00800000u;
             bits = min(max(bits, 0x02000000u), 0x7D000000u);
-            t.power[i] = __uint_as_float(bits);
-            const float inverse = __uint_as_float(0x7F000000u - bits);
-            t.shared[i] = pack_half(shared * inverse, shared * inverse);
-            t.own[i] = pack_half(own * inverse, own * inverse);
-            t.rope[i] = ROPE_BITS == 8 ? pack_half(rope * inverse, rope * inverse) : pack_bf16(inverse, inverse);
+            weight = __uint_as_float(bits), inverse_weight = __uint_as_float(0x7F000000u - bits);
+        }
+        if (kScaleCodes) {
+            t.power[i] = weight;
+            t.shared[i] = pack_half(shared * inverse_weight, shared * inverse_weight);
+            t.own[i] = pack_half(own * inverse_weight, own * inverse_weight);
+            t.rope[i] = ROPE_BITS == 8 ? pack_half(rope * inverse_weight, rope * inverse_weight)
+                                       : pack_bf16(inverse_weight, inverse_weight);
         }
         t.own_scale[i] = own, t.sketch_scale[i] = sketch, t.rope_scale[i] = ROPE_BITS == 8 ? rope : 1.f;
-        const float weight = ROW_VALUES ? t.power[i] : largest_code, inverse_weight = reciprocal(weight);
         t.weight_log2[i] = log2_fast(weight);
         t.inverse_weight[i] = beyond[i] ? 0.f : inverse_weight;
         t.shared_ratio[i] = pack_half(shared * inverse_weight, 0.f);
@@ -103,15 +101,17 @@ __device__ __forceinline__ void load_group(int g, u32 rows, u32 row, int lane, u
     }
 }
 
-// Four int8 codes of both rows as a step's operand, multiplied by `scale` where `kScale`.
-template <bool kScale>
-__device__ __forceinline__ void unpack_codes(u32 first, u32 second, const u32 (&scale)[2], u32 exponent, u32* a) {
-    first ^= 0x80808080u, second ^= 0x80808080u;
-    a[0] = half_of_codes<0, 1>(first, exponent), a[1] = half_of_codes<0, 1>(second, exponent);
-    a[2] = half_of_codes<2, 3>(first, exponent), a[3] = half_of_codes<2, 3>(second, exponent);
-    if (!kScale) return;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) a[i] = multiply_half(a[i], scale[i % 2]);
+// Four bytes of both rows as a step's operand, multiplied by `scale` where `kScale`.
+template <bool kScale, bool kAbove>
+__device__ __forceinline__ void unpack_bytes(u32 first, u32 second, const u32 (&scale)[2], u32 power, u32* a) {
+    if (kScale) {
+        const u32 bias[2] = {bias_of(scale[0]), bias_of(scale[1])};
+        a[0] = scaled_bytes<0, 1>(first, scale[0], bias[0], power), a[1] = scaled_bytes<0, 1>(second, scale[1], bias[1], power);
+        a[2] = scaled_bytes<2, 3>(first, scale[0], bias[0], power), a[3] = scaled_bytes<2, 3>(second, scale[1], bias[1], power);
+    } else {
+        a[0] = half_of_bytes<0, 1, kAbove>(first, power), a[1] = half_of_bytes<0, 1, kAbove>(second, power);
+        a[2] = half_of_bytes<2, 3, kAbove>(first, power), a[3] = half_of_bytes<2, 3, kAbove>(second, power);
+    }
 }
 
 // The two steps of group g: registers 0 to 3 and 4 to 7.
@@ -121,14 +121,14 @@ __device__ __forceinline__ void unpack_group(int g, const u32 (&raw)[8], const T
 #pragma unroll
         for (int row = 0; row < 2; ++row) {
             u32 pair[4];
-            levels_of(nibbles<BITS>(raw[row]), constants.levels, pair);
+            levels_of<BITS, kSketchAbove>(raw[row], constants.powers, pair);
 #pragma unroll
             for (int i = 0; i < 4; ++i) a[i / 2 * 4 + i % 2 * 2 + row] = pair[i];
         }
     } else if (g < kOwnGroup) {
         if (ROPE_BITS == 8) {
-            unpack_codes<!kSplit>(raw[0], raw[1], t.rope, constants.exponent, a);
-            unpack_codes<!kSplit>(raw[2], raw[3], t.rope, constants.exponent, a + 4);
+            unpack_bytes<!kSplit, kRopeAbove>(raw[0], raw[1], t.rope, constants.power, a);
+            unpack_bytes<!kSplit, kRopeAbove>(raw[2], raw[3], t.rope, constants.power, a + 4);
         } else {
 #pragma unroll
             for (int i = 0; i < 8; ++i) a[i] = kSplit ? raw[i] : multiply_bf16(raw[i], t.rope[i % 2]);
@@ -140,9 +140,9 @@ __device__ __forceinline__ void unpack_group(int g, const u32 (&raw)[8], const T
             if (step >= kOwnSteps) break;
             const bool shared = 16 * step + 4 * (lane % 4) < SHARED;        // a compile-time constant in all steps but one
             const u32 scale[2] = {shared ? t.shared[0] : t.own[0], shared ? t.shared[1] : t.own[1]};
-            unpack_codes<kScaleCodes>(raw[2 * i], raw[2 * i + 1],
+            unpack_bytes<kScaleCodes, kBytesAbove>(raw[2 * i], raw[2 * i + 1],
                                       16 * step + 16 <= SHARED ? t.shared : 16 * step >= SHARED ? t.own : scale,
-                                      constants.exponent, a + 4 * i);
+                                      constants.power, a + 4 * i);
         }
     }
 }

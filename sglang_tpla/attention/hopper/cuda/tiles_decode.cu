@@ -51,7 +51,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) sketched_tiles(const _
         }
         barrier_init(shared_address(&fixed.ready), 4);
         barrier_init(shared_address(&fixed.used), 4);
-        fixed.constants = {make_uint4(LEVELS_LOW_0, LEVELS_LOW_1, LEVELS_HIGH_0, LEVELS_HIGH_1), 0x66006600u};
+        fixed.constants = Constants::of<BITS>();
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
         fence_async_proxy();
     }

@@ -1,33 +1,21 @@
 // ---- scales -------------------------------------------------------------------------------------------------------
 
-__device__ __forceinline__ u32 multiply_add_half(u32 a, u32 b, u32 c) {
-    u32 d;
-    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
-    return d;
-}
-// Int8 codes kFirst and kSecond of four, times `scale`, in float16. 1536 + code is 0x6600 | code, or 0x6500 | byte where the
-// code is negative: the sign-extended byte & 0x3FF ^ 0x6600. `bias` is -1536 scale, exact since a scale has eight bits.
-template <int kFirst, int kSecond> __device__ __forceinline__ u32 scaled_codes(u32 codes, u32 scale, u32 bias, u32 exponent) {
-    const u32 extended = permute(codes, codes, kFirst | (8 + kFirst) << 4 | kSecond << 8 | (8 + kSecond) << 12);
-    return multiply_add_half((extended & 0x03FF03FFu) ^ exponent, scale, bias);
-}
-
 // A token's scales relative to the power of its eight tokens, each twice in a register.
 struct Factors {
     u32 shared, own, sketch, rope;                          // float16; rope: bfloat16 where the key is
 };
 
-// The largest of a row's four bfloat16 scales that multiply codes.
+// The largest of a row's four bfloat16 scales that multiply bytes, or 1/16 of that of levels, which are smaller.
 __device__ __forceinline__ float largest_scale(uint2 raw) {
     float largest = 0.f;
     if (SHARED > 0) largest = fmaxf(largest, __uint_as_float(raw.x << 16));
     if (OWN > 0) largest = fmaxf(largest, __uint_as_float(raw.x & 0xFFFF0000u));
-    if (SKETCH > 0) largest = fmaxf(largest, __uint_as_float(raw.y << 16));
+    if (SKETCH > 0) largest = fmaxf(largest, __uint_as_float(raw.y << 16) * 0.0625f);
     if (ROPE_BITS == 8) largest = fmaxf(largest, __uint_as_float(raw.y & 0xFFFF0000u));
     return largest;
 }
 
-// The bits of the power of two that makes 2^4 to 2^5 of the largest scale: 1536 times that is below 2^16.
+// The bits of the power of two that makes 2^4 to 2^5 of the largest scale: 1152 times that is below 2^16.
 __device__ __forceinline__ u32 power_of(float largest) {
     return min(max(__float_as_uint(largest) & 0x7F800000u, 0x06000000u), 0x7E000000u) - (4u << 23);
 }
@@ -135,14 +123,13 @@ struct Lane {
     }
 };
 
-// Eight int8 codes, four of a scale, as a chunk.
-__device__ __forceinline__ void store_codes(u32 address, u32 first, u32 second, u32 first_scale, u32 second_scale, u32 exponent) {
-    const u32 minus = 0xE600E600u;                               // -1536
-    const u32 first_bias = multiply_half(first_scale, minus), second_bias = multiply_half(second_scale, minus);
-    store_shared4(address, scaled_codes<0, 1>(first, first_scale, first_bias, exponent),
-                  scaled_codes<2, 3>(first, first_scale, first_bias, exponent),
-                  scaled_codes<0, 1>(second, second_scale, second_bias, exponent),
-                  scaled_codes<2, 3>(second, second_scale, second_bias, exponent));
+// Eight bytes, four of a scale, as a chunk.
+__device__ __forceinline__ void store_bytes(u32 address, u32 first, u32 second, u32 first_scale, u32 second_scale, u32 power) {
+    const u32 first_bias = bias_of(first_scale), second_bias = bias_of(second_scale);
+    store_shared4(address, scaled_bytes<0, 1>(first, first_scale, first_bias, power),
+                  scaled_bytes<2, 3>(first, first_scale, first_bias, power),
+                  scaled_bytes<0, 1>(second, second_scale, second_bias, power),
+                  scaled_bytes<2, 3>(second, second_scale, second_bias, power));
 }
 
 // The lane's pieces of a raw row's keys. A lane without a piece has the first one.
@@ -174,8 +161,8 @@ struct RawKeys {
                 store_shared4(place(0), multiply_bf16(x.x, f.rope), multiply_bf16(x.y, f.rope), multiply_bf16(x.z, f.rope),
                               multiply_bf16(x.w, f.rope));
             } else {
-                store_codes(place(0), x.x, x.y, f.rope, f.rope, constants.exponent);
-                store_codes(place(1), x.z, x.w, f.rope, f.rope, constants.exponent);
+                store_bytes(place(0), x.x, x.y, f.rope, f.rope, constants.power);
+                store_bytes(place(1), x.z, x.w, f.rope, f.rope, constants.power);
             }
         }
 #pragma unroll
@@ -190,7 +177,7 @@ struct RawKeys {
                 const u32 codes = __funnelshift_r(words[bit / 32], words[min(bit / 32 + 1, 3)], bit % 32);
                 const u32 target = lane.place<SketchChunks>(stage, kField, group, k, quad, lane.last_sketch);
                 u32 pair[4];
-                levels_of(nibbles<BITS>(codes), constants.levels, pair);
+                levels_of<BITS>(codes, constants.powers, pair);
                 if (lane.piece < pieces && (k < 2 || !partial))
                     store_shared4(target, multiply_half(pair[0], f.sketch), multiply_half(pair[1], f.sketch),
                                   multiply_half(pair[2], f.sketch), multiply_half(pair[3], f.sketch));
@@ -222,8 +209,8 @@ struct RawValues {
             }
 #pragma unroll
             for (int k = 0; k < 2 && lane.piece < OwnChunks::pieces(group); ++k)
-                store_codes(lane.place<OwnChunks>(stage, 0, group, k, quad, lane.last_value), x[2 * k], x[2 * k + 1], scale[2 * k],
-                            scale[2 * k + 1], constants.exponent);
+                store_bytes(lane.place<OwnChunks>(stage, 0, group, k, quad, lane.last_value), x[2 * k], x[2 * k + 1], scale[2 * k],
+                            scale[2 * k + 1], constants.power);
         }
     }
 };
@@ -233,8 +220,7 @@ __device__ __forceinline__ void fill(const Params& p, Fixed& fixed, u32 ring, u3
     const Lane lane(warp, lane_number);
     const int sub = lane_number / 8;
     // volatile loads: what is known to be the same in all lanes would have to be moved to their registers for every use
-    const Constants constants = {load_shared4(shared_address(&fixed.constants.levels)),
-                                 load_shared(shared_address(&fixed.constants.exponent))};
+    const Constants constants = fixed.constants.loaded();
     Walk walk(p);
     walk.look_up(p, warp, lane_number);
     // What is copied: the first of `left` tiles with `slots`, rows from `first_row` on. The walk is at the tiles behind them.

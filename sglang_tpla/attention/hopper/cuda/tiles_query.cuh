@@ -27,6 +27,7 @@ __host__ __device__ constexpr int query_column(int place) {
     const int column = SketchChunks::column(place - RopeChunks::kCount);
     return LATENT + (column < SKETCH ? column : 0);
 }
+__device__ __forceinline__ bool is_of_sketch(int place) { return place >= RopeChunks::kCount && place < kKeyChunks; }
 __device__ __forceinline__ bool meets_nothing(int place, int column) {
     return SKETCH % 32 && place > RopeChunks::kCount && place < kKeyChunks && column == LATENT;
 }
@@ -54,6 +55,7 @@ __device__ __forceinline__ float load_query(const Params& p, u32 q_smem, int req
         const int of_all = place + 2 * QUERY_STEPS, column = columns[of_all] * 8;
         uint4 x = __ldcg(reinterpret_cast<const uint4*>(mine.chunk(of_all, column)));
         if (!mine.valid || meets_nothing(of_all, column)) x = make_uint4(0, 0, 0, 0);
+        if (is_of_sketch(of_all)) x = in_order_of_levels(x);
         store_shared4(address(place), x.x, x.y, x.z, x.w);
         largest = largest_of(largest_of(largest_of(largest_of(largest, x.x), x.y), x.z), x.w);
     }
@@ -64,7 +66,8 @@ __device__ __forceinline__ float load_query(const Params& p, u32 q_smem, int req
 #pragma unroll
         for (int i = 0; i < 4 * QUERY_STEPS; ++i) {
             const u16* chunk = rows[i % 2].chunk(i / 2, query_column(i / 2));
-            q[i] = __ldcg(reinterpret_cast<const u32*>(chunk + column));
+            if (is_of_sketch(i / 2)) q[i] = __ldcg(chunk + column / 2) | (u32)__ldcg(chunk + column / 2 + 4) << 16;
+            else q[i] = __ldcg(reinterpret_cast<const u32*>(chunk + column));
         }
 #pragma unroll
         for (int i = 0; i < 4 * QUERY_STEPS; ++i) {

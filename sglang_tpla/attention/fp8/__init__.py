@@ -1,1 +1,0 @@
-"""Decode attention over FP8 latent rows."""
