@@ -15,8 +15,9 @@ bytes, without gaps (``SketchedRows`` has every size and offset):
   up, and each of them has 1/g of the shared values, so that the sum has them with half the step; errors of scores
   cancel likewise. Without own columns all groups have one row, whose codes are the nearest ones.
 * A sketch code c of b bits is ``value = scale * (c - (2^b - 1) / 2)``, the nearest one. The scale is ``STEP`` times the
-  root mean square of the sketch: the best step for a Gaussian. All g blocks of a token have one scale, so that the
-  sketch is the same for every rank.
+  root mean square of the sketch, the best step for a Gaussian, or a ``REACH``-th of the largest magnitude if that is
+  more: no value lies far beyond the last level. All g blocks of a token have one scale, so that the sketch is the
+  same for every rank.
 * Code k of a block occupies bits k*b to k*b+b-1 of a little-endian bit stream.
 * Codes count upwards from the least value, so that a kernel makes float16 of one by writing it into the mantissa of
   1024, and a subtraction.
@@ -46,6 +47,8 @@ LARGEST_BFLOAT16 = torch.finfo(torch.bfloat16).max
 
 # The step of the best uniform quantiser of a Gaussian by bits, in standard deviations.
 STEP: dict[int, float] = {2: 0.9957, 3: 0.5860, 4: 0.3352}
+# How many steps from zero the largest value lies at most; the last level is at 1.5, 3.5 and 7.5.
+REACH: dict[int, float] = {2: 3.5, 3: 5.0, 4: 8.5}
 
 
 @dataclass(frozen=True)
@@ -355,7 +358,8 @@ def quantise_sketch(values: torch.Tensor, bits: int) -> tuple[torch.Tensor, torc
     # relative to the largest, so that squares neither overflow nor vanish
     relative = wide / torch.where(largest > 0, largest, torch.ones_like(largest))
     rms = largest * relative.square().mean(-1, keepdim=True).sqrt()
-    scale = (rms * STEP[bits]).clamp(max=LARGEST_BFLOAT16).to(torch.bfloat16)
+    step = torch.maximum(rms * STEP[bits], largest / REACH[bits])
+    scale = step.clamp(max=LARGEST_BFLOAT16).to(torch.bfloat16)
     divisor = scale.to(torch.float32)
     steps = wide / torch.where(divisor > 0, divisor, torch.ones_like(divisor))
     half = 1 << (bits - 1)

@@ -64,7 +64,7 @@ def test_costs_are_those_of_scores_and_values_that_rounding_moves(bits: int) -> 
     found = [
         (absorbed @ (rounding[:, 1 - group] @ maps.a[group][rows.w :]).T).square().mean().item() for group in range(2)
     ]
-    assert sum(found) / 2 == pytest.approx(costs.sketch(rows), rel=0.1)
+    assert sum(found) / 2 == pytest.approx(costs.sketch(rows), rel=0.15)
     # of columns at 8 bits: errors of values count as those of scores do whose keys differ by a quarter of their spread
     values = torch.einsum("td,hvd->thv", latent, w_uv.double())
     apart = (values - values.mean(0)).square().sum(-1).mean() / 4

@@ -81,7 +81,7 @@ def launch(new: CacheWrite) -> None:
     kernels.rows_kernel[(new.tokens, fields + 1 + triton.cdiv(new.heads, BLOCK_HEADS))](
         latent, k_rope, q_rope, weight, cos_sin, positions, slots, cache, cache.view(torch.bfloat16),
         latent_stride, *other_strides, new.eps,
-        rows_format.STEP[sizes.sketch_bits],
+        rows_format.STEP[sizes.sketch_bits], rows_format.REACH[sizes.sketch_bits],
         COLUMNS=columns,
         SHARED=sizes.shared,
         OWN=sizes.own,

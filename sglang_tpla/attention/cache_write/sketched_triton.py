@@ -161,7 +161,8 @@ def write_sketch(
     source,
     weight,
     inverse,
-    factor,
+    step,
+    reach,
     FIRST: tl.constexpr,
     OWN: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -186,7 +187,8 @@ def write_sketch(
     a = tl.div_rn(x, tl.zeros_like(x) + unit)
     b = tl.div_rn(mine, tl.zeros_like(mine) + unit)
     rms = largest * tl.sqrt_rn(tl.sum(a * a + b * b) / (GROUPS * OWN))
-    exact = rms * factor
+    exact = tl.maximum(rms * step, tl.div_rn(largest, reach))
+    exact = tl.where(rms == rms, exact, rms)  # a maximum drops NaN
     scale = nearest_bfloat16(tl.minimum(exact, 3.3895313892515355e38))
     scale = tl.where(exact == exact, scale, exact)
     divisor = tl.where(scale > 0.0, scale, 1.0)
@@ -250,7 +252,8 @@ def rows_kernel(
     q_head_stride,
     cache_stride,
     eps,
-    factor,
+    step,
+    reach,
     COLUMNS: tl.constexpr,
     SHARED: tl.constexpr,
     OWN: tl.constexpr,
@@ -322,7 +325,7 @@ def rows_kernel(
             tl.store(scales + 1, scale.to(tl.bfloat16))
         else:
             scale = write_sketch(
-                row + SKETCH, source, weight, inverse, factor, SHARED + OWN, OWN, GROUPS, GROUP, BITS,
+                row + SKETCH, source, weight, inverse, step, reach, SHARED + OWN, OWN, GROUPS, GROUP, BITS,
                 BLOCK_SKETCH, NORMED,
             )  # fmt: skip
             tl.store(scales + 2, scale.to(tl.bfloat16))
