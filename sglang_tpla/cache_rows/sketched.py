@@ -43,7 +43,6 @@ LARGEST_CODE = 127  # from there
 TURN = 0.25  # of a step, added before rounding in one group and subtracted in the next
 ALIGNMENT = 16  # of fields and rows that a GPU's 16-byte loads read
 ALIGNED_FROM_BYTES = 256  # shorter rows are aligned to 4 bytes, where padding would cost more than it gains
-LARGEST_BFLOAT16 = torch.finfo(torch.bfloat16).max
 
 # The step of the best uniform quantiser of a Gaussian by bits, in standard deviations.
 STEP: dict[int, float] = {2: 0.9957, 3: 0.5860, 4: 0.3352}
@@ -358,8 +357,7 @@ def quantise_sketch(values: torch.Tensor, bits: int) -> tuple[torch.Tensor, torc
     # relative to the largest, so that squares neither overflow nor vanish
     relative = wide / torch.where(largest > 0, largest, torch.ones_like(largest))
     rms = largest * relative.square().mean(-1, keepdim=True).sqrt()
-    step = torch.maximum(rms * STEP[bits], largest / REACH[bits])
-    scale = step.clamp(max=LARGEST_BFLOAT16).to(torch.bfloat16)
+    scale = torch.maximum(rms * STEP[bits], largest / REACH[bits]).to(torch.bfloat16)
     divisor = scale.to(torch.float32)
     steps = wide / torch.where(divisor > 0, divisor, torch.ones_like(divisor))
     half = 1 << (bits - 1)

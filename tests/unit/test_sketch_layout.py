@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sglang_tpla.cache_rows.sketched import SketchedRows, quantise_sketch, sketch_values
-from sglang_tpla.calibrate.rounding_cost import LayerCosts, LayerWeights
+from sglang_tpla.calibrate.rounding_cost import DISTORTION, LayerCosts, LayerWeights
 from sglang_tpla.calibrate.sketch_layout import (
     QUIET,
     default_shared,
@@ -64,7 +64,10 @@ def test_costs_are_those_of_scores_and_values_that_rounding_moves(bits: int) -> 
     found = [
         (absorbed @ (rounding[:, 1 - group] @ maps.a[group][rows.w :]).T).square().mean().item() for group in range(2)
     ]
-    assert sum(found) / 2 == pytest.approx(costs.sketch(rows), rel=0.15)
+    # few columns have smaller largest values, and so less error, than the many that the costs count with
+    few = torch.randn(tokens, columns.shape[1], generator=generator)
+    share = (sketch_values(*quantise_sketch(few, bits), bits) - few).square().mean().item() / DISTORTION[bits]
+    assert sum(found) / 2 == pytest.approx(costs.sketch(rows) * share, rel=0.1)
     # of columns at 8 bits: errors of values count as those of scores do whose keys differ by a quarter of their spread
     values = torch.einsum("td,hvd->thv", latent, w_uv.double())
     apart = (values - values.mean(0)).square().sum(-1).mean() / 4

@@ -189,7 +189,7 @@ def write_sketch(
     rms = largest * tl.sqrt_rn(tl.sum(a * a + b * b) / (GROUPS * OWN))
     exact = tl.maximum(rms * step, tl.div_rn(largest, reach))
     exact = tl.where(rms == rms, exact, rms)  # a maximum drops NaN
-    scale = nearest_bfloat16(tl.minimum(exact, 3.3895313892515355e38))
+    scale = nearest_bfloat16(exact)
     scale = tl.where(exact == exact, scale, exact)
     divisor = tl.where(scale > 0.0, scale, 1.0)
     below = tl.floor(tl.div_rn(x, tl.zeros_like(x) + divisor))  # a level lies in the middle of its step

@@ -95,7 +95,7 @@ template <int kFirst, int kSecond, bool kAbove = false> __device__ __forceinline
 
 // The same times `scale`. `bias` is -1152 scale: exact, since a scale of bytes has seven bits, as 1152 has four.
 template <int kFirst, int kSecond> __device__ __forceinline__ u32 scaled_bytes(u32 bytes, u32 scale, u32 bias, u32 power) {
-    return multiply_add_half(permute(bytes, power, 0x4040 | kFirst | kSecond << 8), scale, bias);
+    return multiply_add_half(half_of_bytes<kFirst, kSecond, true>(bytes, power), scale, bias);
 }
 __device__ __forceinline__ u32 bias_of(u32 scale) { return multiply_half(scale, kMinusBytes); }
 
