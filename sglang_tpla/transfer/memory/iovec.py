@@ -7,7 +7,7 @@ pieces gains nothing and rows are gathered instead (`rows`).
 
 import ctypes
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -16,22 +16,15 @@ import numpy as np
 
 MIN_EXTENT_BYTES = 8 << 10  # on average; with shorter ones the calls cost more than the copy they spare
 BLOCK_BYTES = 256 << 10  # what stays in a core's cache from its copy to its checksum
-Extent = tuple[int, int, int]  # first slot, first row of the payload, rows
-
-
-def _cut(slots: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the rows of ``slots`` (not empty) at which extents begin, and each extent's number of rows."""
-    starts = np.concatenate(([0], np.flatnonzero(slots[1:] != slots[:-1] + 1) + 1))
-    return starts, np.diff(starts, append=slots.size)
 
 
 def find_extents(slots: np.ndarray) -> np.ndarray:
     """Return ``slots`` as extents, in order: uint64 ``[extents, first slot and rows]``."""
     extents = np.zeros((0, 2), dtype=np.uint64)
     if slots.size:
-        starts, counts = _cut(slots)
+        starts = np.concatenate(([0], np.flatnonzero(slots[1:] != slots[:-1] + 1) + 1))
         extents = np.empty((starts.size, 2), dtype=np.uint64)
-        extents[:, 0], extents[:, 1] = slots[starts], counts
+        extents[:, 0], extents[:, 1] = slots[starts], np.diff(starts, append=slots.size)
     return extents
 
 
@@ -65,48 +58,15 @@ class Slots:
         return extents
 
 
-def list_extents(slots: np.ndarray, max_rows: int) -> list[Extent]:
-    """Return the same as `Extent`s, none longer than ``max_rows``."""
-    if not slots.size:
-        return []
-    starts, counts = _cut(slots)
-    extents = zip(slots[starts].tolist(), starts.tolist(), counts.tolist(), strict=True)
-    return [
-        (slot + done, row + done, min(max_rows, count - done))
-        for slot, row, count in extents
-        for done in range(0, count, max_rows)
-    ]
-
-
-def worth_it(extents: np.ndarray | Sequence[Extent], rows: int, row_bytes: int) -> bool:
+def worth_it(extents: np.ndarray, rows: int, row_bytes: int) -> bool:
     """Return whether extents are long enough to be moved one by one."""
     return len(extents) * MIN_EXTENT_BYTES <= rows * row_bytes
 
 
-@dataclass(frozen=True)
-class Block:
-    """Some consecutive rows of a payload, and the extents they are; no extents where they are scattered."""
-
-    rows: slice
-    extents: Sequence[Extent] = ()
-
-
-def cut_blocks(slots: np.ndarray, row_bytes: int) -> list[Block]:
-    """Cut a payload's rows into blocks of some `BLOCK_BYTES`."""
+def blocks(rows: int, row_bytes: int) -> Iterator[slice]:
+    """Yield a payload's rows in blocks of some `BLOCK_BYTES`."""
     step = max(1, BLOCK_BYTES // max(1, row_bytes))
-    extents = list_extents(slots, step)
-    if not worth_it(extents, slots.size, row_bytes):
-        return [Block(slice(start, min(start + step, slots.size))) for start in range(0, slots.size, step)]
-    blocks: list[Block] = []
-    taken: list[Extent] = []
-    start = 0
-    for extent in extents:
-        end = extent[1] + extent[2]
-        if taken and end - start > step:
-            blocks.append(Block(slice(start, extent[1]), taken))
-            taken, start = [], extent[1]
-        taken.append(extent)
-    return [*blocks, Block(slice(start, slots.size), taken)]
+    return (slice(start, start + step) for start in range(0, rows, step))
 
 
 @dataclass(frozen=True)

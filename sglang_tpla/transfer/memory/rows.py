@@ -21,7 +21,7 @@ from sglang_tpla.cache_rows.row_format import RowFormat
 from sglang_tpla.transfer import messages
 from sglang_tpla.transfer.chunks import Rectangle
 from sglang_tpla.transfer.memory.copy import copy_pieces
-from sglang_tpla.transfer.memory.iovec import Block, IoVec, Layers, cut_blocks, find_extents, one_piece, worth_it
+from sglang_tpla.transfer.memory.iovec import IoVec, Layers, blocks, find_extents, one_piece, worth_it
 from sglang_tpla.transfer.memory.pool import CachePool
 from sglang_tpla.transfer.memory.projection import cut_stacks
 from sglang_tpla.transfer.room import TransferError
@@ -51,26 +51,11 @@ def scatter_rows(rows: np.ndarray, slots: np.ndarray, packed: np.ndarray) -> Non
         _items(rows)[slots] = _items(packed)
 
 
-def gather_block(rows: np.ndarray, slots: np.ndarray, block: Block, packed: np.ndarray) -> None:
-    """Gather one block of a payload, as `gather_rows` does or extent by extent."""
-    if not block.extents:
-        gather_rows(rows, slots[block.rows], packed[block.rows])
-    for slot, row, count in block.extents:
-        packed[row : row + count] = rows[slot : slot + count]
-
-
-def scatter_block(rows: np.ndarray, slots: np.ndarray, block: Block, packed: np.ndarray) -> None:
-    """Scatter one block of a payload, as `scatter_rows` does or extent by extent."""
-    if not block.extents:
-        scatter_rows(rows, slots[block.rows], packed[block.rows])
-    for slot, row, count in block.extents:
-        rows[slot : slot + count] = packed[row : row + count]
-
-
 def _dense(layers: Sequence[np.ndarray] | None) -> Layers | None:
     """Look up the layers of a CPU pool whose successive slots lie side by side; None where they do not."""
-    dense = layers is not None and all(rows.flags.c_contiguous for rows in layers)
-    return Layers(layers) if layers is not None and dense else None
+    if layers is None or not all(rows.flags.c_contiguous for rows in layers):
+        return None
+    return Layers(layers)
 
 
 def as_tensor(data: np.ndarray) -> torch.Tensor:
@@ -174,11 +159,10 @@ class RowReader:
                 return copy_pieces(self.pieces(rectangle, find_extents(slots)), one_piece(out))
             packed = out.reshape(len(layers), slots.size, -1)
             checksum = messages.running_checksum()
-            blocks = cut_blocks(slots, packed.shape[2])
             for position, layer in enumerate(layers):
-                for block in blocks:
-                    gather_block(self._rows[layer], slots, block, packed[position])
-                    checksum.update(packed[position, block.rows].data)
+                for block in blocks(slots.size, packed.shape[2]):
+                    gather_rows(self._rows[layer], slots[block], packed[position, block])
+                    checksum.update(packed[position, block].data)
             return checksum.digest()
         rows = torch.empty(len(layers), slots.size, self.pool.layers[first].shape[1], dtype=self.pool.dtype)
         for position, layer in enumerate(layers):
@@ -300,20 +284,17 @@ class RowWriter:
             return copy_pieces(one_piece(data), pieces)
         start = 0
         checksum = messages.running_checksum()
-        blocks: dict[int, list[Block]] = {}  # by the bytes of a row
         for layer in layers:
             layer_rows = self.pool.row_format.layers[layer]
             width = layer_rows.part_items(part) * item
             packed = data[start : start + slots.size * width].reshape(slots.size, width)
             start += packed.size
-            if width not in blocks:
-                blocks[width] = cut_blocks(slots, width)
-            for block in blocks[width]:
+            for block in blocks(slots.size, width):
                 for field in layer_rows.fields(part):
                     target = self._rows[layer][:, field.start * item : field.stop * item]
                     source = packed[:, field.payload * item : (field.payload + field.size) * item]
-                    scatter_block(target, slots, block, source)
-                checksum.update(packed[block.rows].data)
+                    scatter_rows(target, slots[block], source[block])
+                checksum.update(packed[block].data)
         return checksum.digest()
 
     def _write_cuda(self, layers: range, slots: np.ndarray, part: Part, data: np.ndarray) -> bytes:
