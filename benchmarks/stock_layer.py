@@ -12,6 +12,7 @@ of a replay are listed too, as the profiler saw them. Needs SGLang.
 import argparse
 import json
 import os
+import pkgutil
 import socket
 import statistics
 import sys
@@ -57,7 +58,7 @@ def start_engine() -> None:
     from sglang.srt.runtime_context import publish
     from sglang.srt.server_args import ServerArgs
 
-    from sglang_tpla.host import hooks, ledger
+    from sglang_tpla.host import ledger
 
     folder = tempfile.mkdtemp(prefix="stock_layer_")
     example = json.loads((Path(__file__).parents[1] / "examples/nano-mla/config.json").read_text())
@@ -82,7 +83,7 @@ def start_engine() -> None:
     initialize_dp_attention(args, args.get_model_config())
     for hook in ledger.load():
         if hook.implementation.startswith("sglang_tpla.host.model.attention_layer:"):
-            HookRegistry.register(hook.target, hooks.implementation(hook), HookType(hook.kind))
+            HookRegistry.register(hook.target, pkgutil.resolve_name(hook.implementation), HookType(hook.kind))
     HookRegistry.apply_hooks()
 
 

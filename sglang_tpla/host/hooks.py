@@ -5,11 +5,10 @@ each target up again, and ends the process if one is missing, with the ``SystemE
 through.
 """
 
-import importlib
 import logging
 import os
 import pkgutil
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from typing import Any
 
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
@@ -19,12 +18,6 @@ from sglang_tpla.host import ledger, process
 from sglang_tpla.host.attention.supported import OURS
 
 logger = logging.getLogger(__name__)
-
-
-def implementation(hook: ledger.Hook) -> Callable[..., Any]:
-    """Return the function of this package that a ledger entry names."""
-    module, _, name = hook.implementation.partition(":")
-    return getattr(importlib.import_module(module), name)
 
 
 def is_in_place(hook: ledger.Hook, function: Callable[..., Any]) -> bool:
@@ -40,8 +33,8 @@ def is_in_place(hook: ledger.Hook, function: Callable[..., Any]) -> bool:
     return False
 
 
-def install(roles: Collection[str], environ: Mapping[str, str] = os.environ) -> tuple[str, ...]:
-    """Check, apply and verify every hook of the process's roles, and return the targets.
+def install(roles: Collection[str]) -> None:
+    """Check, apply and verify every hook of the process's roles.
 
     Raises:
         SystemExit: an unknown host, or a hook that is not in place.
@@ -56,7 +49,7 @@ def install(roles: Collection[str], environ: Mapping[str, str] = os.environ) -> 
             f"the installed SGLang lacks what has to be hooked, so that {ledger.UNCHECKED}=1 cannot help: "
             f"{'; '.join(gone)}. Install one of SGLang {', '.join(supported)}"
         )
-    if problems and environ.get(ledger.UNCHECKED) == "1":
+    if problems and os.environ.get(ledger.UNCHECKED) == "1":
         logger.warning("%s=1: going on although %s", ledger.UNCHECKED, "; ".join(problems))
     elif problems:
         raise ledger.refuse(
@@ -64,14 +57,14 @@ def install(roles: Collection[str], environ: Mapping[str, str] = os.environ) -> 
             + "; ".join(problems)
             + f". Install a supported release, or set {ledger.UNCHECKED}=1 to go on at your own risk"
         )
-    functions = [implementation(hook) for hook in hooks]
+    functions = [pkgutil.resolve_name(hook.implementation) for hook in hooks]
     for hook, function in zip(hooks, functions, strict=True):
         HookRegistry.register(hook.target_in(release), function, HookType(hook.kind))
     HookRegistry.apply_hooks()
     missing = [h.target_in(release) for h, f in zip(hooks, functions, strict=True) if not is_in_place(h, f)]
     if missing:
         raise ledger.refuse(f"these hooks did not apply: {', '.join(missing)} (SGLang's log above says why)")
-    return process.record_hooks(hook.target for hook in hooks)
+    process.HOOKED[:] = [hook.target for hook in hooks]
 
 
 def register() -> None:

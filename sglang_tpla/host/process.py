@@ -2,7 +2,6 @@
 
 import os
 import secrets
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -11,18 +10,7 @@ from sglang_tpla.artifact.artifact import Artifact
 from sglang_tpla.config import SERVER_VARIABLE, ConfigError, Layout, Settings
 from sglang_tpla.host import compat
 
-_hooked: list[str] = []
-
-
-def record_hooks(targets: Iterable[str]) -> tuple[str, ...]:
-    """Record the targets in SGLang that are hooked in this process, and return them."""
-    _hooked[:] = targets
-    return hooked()
-
-
-def hooked() -> tuple[str, ...]:
-    """Return the targets in SGLang that are hooked in this process."""
-    return tuple(_hooked)
+HOOKED: list[str] = []  # the targets in SGLang that are hooked in this process
 
 
 @cache

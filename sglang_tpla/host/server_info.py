@@ -4,46 +4,14 @@ The hooks follow ``Scheduler.get_init_info`` and ``Scheduler.get_internal_state`
 ``sglang/srt/managers/scheduler.py``.
 """
 
-from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 from sglang.srt.runtime_context import get_parallel
 
-from sglang_tpla.cache_rows.row_format import RowFormat
 from sglang_tpla.config import Layout
 from sglang_tpla.host.model.rows import row_format
-from sglang_tpla.host.process import artifact, hooked, settings
-
-
-def describe(
-    layout: Layout, latent_dim: int, rope_dim: int, rows: RowFormat, row_bytes: Sequence[int], value_bytes: int
-) -> dict[str, Any]:
-    """Return the ``tpla`` section of ``/server_info``: layout, widths, and cache bytes per token and rank.
-
-    Args:
-        rows: format of every layer's rows.
-        row_bytes: bytes of a token's row in each layer's cache.
-        value_bytes: bytes of a value in the cache of plain MLA, in the model's own precision.
-    """
-    loaded = artifact()
-    return {
-        "role": settings().role,
-        "groups": layout.groups,
-        "head_shards": layout.head_shards,
-        "o_proj": settings().o_proj,
-        "latent_dim": latent_dim,
-        "rope_dim": rope_dim,
-        "rows": rows.kind,
-        "widths": list(rows.widths),
-        "sketch_bits": rows.sketch_bits,
-        "artifact": settings().artifact,
-        "artifact_sha256": loaded.content_hash if loaded else None,
-        "transform": loaded.meta.transform if loaded else "none",
-        "cache_bytes_per_token_and_rank": sum(row_bytes),
-        "mla_cache_bytes_per_token_and_rank": value_bytes * len(rows.layers) * (latent_dim + rope_dim),
-        "hooks": list(hooked()),
-    }
+from sglang_tpla.host.process import HOOKED, artifact, settings
 
 
 def startup_info(result: dict[str, Any], self: Any) -> dict[str, Any]:
@@ -52,9 +20,25 @@ def startup_info(result: dict[str, Any], self: Any) -> dict[str, Any]:
     text = self.model_config.hf_text_config
     layout = Layout(get_parallel().attn_tp_size, settings().groups, text.num_attention_heads)
     rows = row_format(text.kv_lora_rank, text.qk_rope_head_dim, pool.layer_num)
-    row_bytes = [buffer[0].nbytes for buffer in pool.kv_buffer]
-    value_bytes = self.model_config.dtype.itemsize
-    result["tpla"] = describe(layout, text.kv_lora_rank, text.qk_rope_head_dim, rows, row_bytes, value_bytes)
+    plain_bytes = self.model_config.dtype.itemsize * (text.kv_lora_rank + text.qk_rope_head_dim)  # of a layer's row
+    loaded = artifact()
+    result["tpla"] = {
+        "role": settings().role,
+        "groups": layout.groups,
+        "head_shards": layout.head_shards,
+        "o_proj": settings().o_proj,
+        "latent_dim": text.kv_lora_rank,
+        "rope_dim": text.qk_rope_head_dim,
+        "rows": rows.kind,
+        "widths": list(rows.widths),
+        "sketch_bits": rows.sketch_bits,
+        "artifact": settings().artifact,
+        "artifact_sha256": loaded.content_hash if loaded else None,
+        "transform": loaded.meta.transform if loaded else "none",
+        "cache_bytes_per_token_and_rank": sum(buffer[0].nbytes for buffer in pool.kv_buffer),
+        "mla_cache_bytes_per_token_and_rank": len(rows.layers) * plain_bytes,
+        "hooks": list(HOOKED),
+    }
     return result
 
 

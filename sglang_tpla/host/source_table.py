@@ -58,18 +58,6 @@ def recorded() -> dict[str, Any]:
     return table
 
 
-def differences(release: str) -> list[str]:
-    """Return the hooked targets that differ in this release from the nearest older supported one."""
-    table, supported = recorded(), ledger.supported_releases()
-    before = ledger.nearest(release, supported)
-    return [
-        hook.target_in(release)
-        for hook in ledger.load()
-        if hook.applies_in(release, supported)
-        and table[release]["targets"][hook.target_in(release)] != hook.ast_sha256[before]
-    ]
-
-
 def main() -> None:
     """Print the table of the wheels on the command line, oldest release first."""
     if len(sys.argv) < 2:

@@ -109,8 +109,6 @@ def from_mapping(values: dict[str, Any], origin: str) -> list[Argument]:
     """
     arguments = []
     for key, value in values.items():
-        if not isinstance(key, str) or not re.fullmatch(r"[A-Za-z][\w-]*", key):
-            raise ConfigError(f"{origin}: expected flag names as keys, such as tp-size; got {key!r}")
         name = canonical(key)
         flag = "--" + key.replace("_", "-")
         if value is None or value is False:

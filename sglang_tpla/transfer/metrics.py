@@ -7,13 +7,12 @@ sum over ``role="prefill"`` for what was sent, over ``role="decode"`` for what e
 """
 
 import threading
-from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Protocol
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 
-from sglang_tpla.transfer.room import AgentStats
+from sglang_tpla.transfer.decode.agent import DecodeAgent
+from sglang_tpla.transfer.prefill.agent import PrefillAgent
 
 GAUGES = {
     "rooms": "Rooms alive or held",
@@ -48,18 +47,6 @@ LATENCY_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30
 LABELS = ("role", "rank")
 
 
-class Agent(Protocol):
-    """What is read of an agent."""
-
-    role: str
-    rank: int
-    durations: deque[float]
-
-    def stats(self) -> AgentStats:
-        """Return counters and gauges."""
-        ...
-
-
 class AgentPublisher:
     """Copies agents' statistics into ordinary series every ``period_s`` seconds, for multiprocess mode.
 
@@ -67,11 +54,11 @@ class AgentPublisher:
     """
 
     def __init__(
-        self, agents: Callable[[], Sequence[Agent]], registry: CollectorRegistry | None = None, period_s: float = 1.0
+        self,
+        agents: Callable[[], Sequence[PrefillAgent | DecodeAgent]],
+        where: CollectorRegistry = REGISTRY,
+        period_s: float = 1.0,
     ) -> None:
-        from prometheus_client import REGISTRY
-
-        where = registry or REGISTRY
         self._agents, self._period_s = agents, period_s
         self._gauges = {
             name: Gauge(f"sglang_tpla:{name}", text, LABELS, registry=where, multiprocess_mode="livemostrecent")

@@ -2,6 +2,7 @@
 
 import inspect
 import os
+import pkgutil
 import warnings
 from collections.abc import Iterator
 
@@ -46,7 +47,7 @@ def engine(imported: None, nano_mla: str) -> Iterator[None]:
     from sglang.srt.runtime_context import publish
     from sglang.srt.server_args import ServerArgs
 
-    from sglang_tpla.host import compat, hooks, ledger
+    from sglang_tpla.host import compat, ledger
 
     torch.set_num_threads(1)
     args = ServerArgs(
@@ -69,9 +70,8 @@ def engine(imported: None, nano_mla: str) -> Iterator[None]:
     initialize_dp_attention(args, *([compat.model_config(args)] if older else []))
     for hook in ledger.load():
         if hook.implementation.startswith(("sglang_tpla.host.model.attention_layer:", "sglang_tpla.host.cpu.rope:")):
-            HookRegistry.register(
-                hook.target_in(ledger.host_version()), hooks.implementation(hook), HookType(hook.kind)
-            )
+            function = pkgutil.resolve_name(hook.implementation)
+            HookRegistry.register(hook.target_in(ledger.host_version()), function, HookType(hook.kind))
     HookRegistry.apply_hooks()
     yield
     destroy_model_parallel()

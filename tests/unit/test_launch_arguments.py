@@ -88,11 +88,6 @@ def test_yaml_values() -> None:
     ]
 
 
-def test_yaml_keys_must_be_names() -> None:
-    with pytest.raises(ConfigError, match=r"file: expected flag names as keys.*got '--tp'"):
-        from_mapping({"--tp": 2}, "file")
-
-
 @pytest.mark.parametrize(
     ("cores", "ranks", "expected"),
     [

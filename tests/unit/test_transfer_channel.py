@@ -28,7 +28,7 @@ def pair() -> Iterator[Pair]:
         yield ends
 
 
-def chunk_reader(stream: socket.socket, limit: int = 1 << 20) -> ChunkReader[bytes]:
+def chunk_reader(stream: socket.socket, limit: int = 1 << 20) -> ChunkReader:
     reader = ChunkReader(stream, TOKEN, limit, BufferPool(), lambda header, _: (bytes(header), None))
     assert not reader.greeted
     assert reader.greet() and reader.greeted

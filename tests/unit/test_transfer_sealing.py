@@ -50,7 +50,7 @@ class InPlace:
 
 def chunk_reader(
     stream: socket.socket, key: bytes = KEY, chunks_per_key: int = 3, in_place: bool = False
-) -> ChunkReader[bytes]:
+) -> ChunkReader:
     def announce(header: memoryview, size: int) -> tuple[bytes, InPlace | None]:
         return bytes(header), InPlace(size) if in_place else None
 

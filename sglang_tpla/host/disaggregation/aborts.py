@@ -12,7 +12,6 @@ from typing import Any
 
 from sglang_tpla.host.requests.declined import DECLINED, RESERVED, decline
 
-SHIELD = RESERVED  # no client's id begins with it
 SAMPLE = re.compile(r"_[0-9a-f]{32}")  # SGLang's suffix for the samples of one request
 
 
@@ -28,16 +27,15 @@ def abort(original: Callable[..., Any], self: Any, recv_req: Any) -> Any:
         for req in live_requests(self):
             if req.rid.startswith(named) and req.rid != named and not SAMPLE.fullmatch(req.rid[len(named) :]):
                 others.append(req)
-                req.rid = SHIELD + req.rid
+                req.rid = RESERVED + req.rid  # no client's id begins so
     try:
-        if not hasattr(
-            self, "release_aborted_prefill_waiting_req"
-        ):  # later releases abort the sender in their own code
+        # later releases abort the sender in their own code
+        if not hasattr(self, "release_aborted_prefill_waiting_req"):
             drop_waiting(self, recv_req)
         return original(self, recv_req)
     finally:
         for req in others:
-            req.rid = req.rid.removeprefix(SHIELD)
+            req.rid = req.rid.removeprefix(RESERVED)
 
 
 def live_requests(scheduler: Any) -> Iterator[Any]:

@@ -56,10 +56,6 @@ class Limits:
     own_host: str
     speculates: bool = False
 
-    def __post_init__(self) -> None:
-        if self.vocab < 1 or self.top_logprobs < 0:
-            raise ValueError(f"expected a vocabulary of at least one token; got {self}")
-
 
 def is_integer(value: Any) -> bool:
     """Whether a value is a whole number; JSON's true and false are not."""

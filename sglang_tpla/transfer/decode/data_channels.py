@@ -105,7 +105,7 @@ class DataChannels:
             raise messages.FrameError(f"{type(message).__name__} does not come on a data channel")
         return message, self._receiver.place(connection, message, size_bytes)
 
-    def _lose(self, connection: Connection, reader: ChunkReader[messages.Chunk], error: Exception) -> None:
+    def _lose(self, connection: Connection, reader: ChunkReader, error: Exception) -> None:
         """Handle the end of a channel, or a channel that could not be opened."""
         if connection.reader is reader:
             self._control.receive(connection)  # the last words may be a Goodbye

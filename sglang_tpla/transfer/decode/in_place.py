@@ -26,7 +26,7 @@ class InPlaceChunk:
         aside: its checksum is taken by `digest`, of what lies in the pool then, and not on the way.
     """
 
-    def __init__(self, room: Room, source: Source, chunk: messages.Chunk, pieces: IoVec, aside: bool = False) -> None:
+    def __init__(self, room: Room, source: Source, chunk: messages.Chunk, pieces: IoVec, aside: bool) -> None:
         self.room, self.source, self.chunk, self.aside = room, source, chunk, aside
         self.size_bytes = self.credit_bytes = pieces.size_bytes
         self._pieces = pieces

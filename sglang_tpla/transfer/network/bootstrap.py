@@ -173,7 +173,6 @@ class Registrar:
         self._base_url, self._payload, self._place, self._secret = base_url, payload, place, secret
         self._period_s = period_s
         self._stop = threading.Event()
-        self._said = ""
         self.renewed = 0
         self._thread = threading.Thread(target=self._keep_up, name="tpla-bootstrap", daemon=True)
 
@@ -210,12 +209,16 @@ class Registrar:
         self.submit("PUT", "/route", self._payload)
 
     def _keep_up(self) -> None:
+        said = ""
         while not self._stop.wait(self._period_s):
+            wrong = ""
             try:
                 self._look()
-                self._say(logging.INFO, "")
             except Exception as error:  # whoever answers there now, this rank goes on looking
-                self._say(logging.WARNING, f"registration of this prefill rank: {error!r}")
+                wrong = f"registration of this prefill rank: {error!r}"
+            if wrong and wrong != said:
+                logger.warning("%s", wrong)
+            said = wrong
 
     def _look(self) -> None:
         """Ask as a decode server would, and register anew where the answer names nobody."""
@@ -233,9 +236,3 @@ class Registrar:
                 f"the bootstrap server at {self._base_url} names {there[0]}:{there[1]} where this rank listens on "
                 f"{ours[0]}:{ours[1]}; let each prefill server have a bootstrap port of its own"
             )
-
-    def _say(self, level: int, text: str) -> None:
-        """Log what is new."""
-        if text and text != self._said:
-            logger.log(level, "%s", text)
-        self._said = text

@@ -19,7 +19,8 @@ import socket
 import struct
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import Generic, Protocol, TypeVar
+from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 from cryptography.hazmat.primitives.ciphers import AEADDecryptionContext
@@ -34,6 +35,7 @@ from sglang_tpla.transfer.messages import (
     HEAD_BYTES,
     MAX_HEADER_BYTES,
     OPENED,
+    Chunk,
     FrameError,
 )
 from sglang_tpla.transfer.network.sealing import STEP_BYTES, TAG_BYTES, Seal, SealedIntake, SealedOutgoing, is_proved
@@ -73,31 +75,29 @@ def wrong(digest: bytes) -> bytes:
     return bytes(byte ^ 0xFF for byte in digest)
 
 
+@dataclass(eq=False, slots=True)
 class OutgoingChunk:
     """One chunk on its way into a socket.
 
     Args:
         header: copied when it is sent.
         pieces: the payload, left as it is until ``done``, or until nobody wants it any more.
-        digest: its checksum, where that is known already.
+        known: its checksum, where that is known already.
         wanted: asked before it is begun, and after the last byte: what nobody wants any more may have changed on its
             way, and goes with a wrong checksum or tag.
         done: called once, when the socket has taken all of it, with the checksum where that is known; with nothing, if
             it was left out.
     """
 
-    __slots__ = ("digest", "done", "head", "header", "known", "payload", "pieces", "tail", "wanted")
-
-    def __init__(
-        self, header: bytes, pieces: IoVec, digest: bytes, wanted: Callable[[], bool], done: Callable[[bytes], None]
-    ) -> None:
-        self.header, self.pieces, self.known = header, pieces, digest
-        self.head = memoryview(b"")
-        self.payload: SocketCopy | SealedOutgoing | None = None  # once it has begun
-        self.tail: memoryview | None = None  # once all of the payload has gone
-        self.digest = b""
-        self.wanted = wanted
-        self.done = done
+    header: bytes
+    pieces: IoVec
+    known: bytes
+    wanted: Callable[[], bool]
+    done: Callable[[bytes], None]
+    head: memoryview = field(init=False)  # once it has begun
+    payload: SocketCopy | SealedOutgoing | None = None
+    tail: memoryview | None = None  # once all of the payload has gone
+    digest: bytes = b""
 
 
 class SendQueue:
@@ -188,9 +188,6 @@ class InPlace(Protocol):
         ...
 
 
-HeaderT = TypeVar("HeaderT")
-
-
 class BufferPool:
     """Payload buffers, the one used last first: its memory is mapped and may still be cached. Thread-safe."""
 
@@ -213,7 +210,7 @@ class BufferPool:
             self._free.append(view.obj)
 
 
-class ChunkReader(Generic[HeaderT]):
+class ChunkReader:
     """The receiving end: cuts the stream into headers and payloads.
 
     Args:
@@ -232,7 +229,7 @@ class ChunkReader(Generic[HeaderT]):
         token: bytes,
         max_payload_bytes: int,
         buffers: BufferPool,
-        announce: Callable[[memoryview, int], tuple[HeaderT, InPlace | None]],
+        announce: Callable[[memoryview, int], tuple[Chunk, InPlace | None]],
         seal: Seal | None = None,
     ) -> None:
         self.stream = stream
@@ -243,7 +240,7 @@ class ChunkReader(Generic[HeaderT]):
         self._limit, self._buffers, self._announce, self._seal = max_payload_bytes, buffers, announce, seal
         self._sizes = bytearray(SIZES.size)
         self._header: memoryview | None = None  # of the chunk that is coming, once its sizes are known
-        self._said: HeaderT | None = None  # and what it says, once it is whole
+        self._said: Chunk | None = None  # and what it says, once it is whole
         self._payload_bytes = 0
         self._payload: memoryview | InPlace | None = None  # come whole, but for its checksum
         self._opening: AEADDecryptionContext | None = None  # of a sealed payload
@@ -270,7 +267,7 @@ class ChunkReader(Generic[HeaderT]):
             self._greeting = self._greeting[sent:]
         return self.greeted
 
-    def receive(self, budget_bytes: int) -> Iterator[tuple[HeaderT, memoryview | InPlace, bytes]]:
+    def receive(self, budget_bytes: int) -> Iterator[tuple[Chunk, memoryview | InPlace, bytes]]:
         """Yield each complete chunk until the socket has no more or some ``budget_bytes`` were read: what its header
         says, its payload or the payload's place, and the checksum that was sent. Of a sealed chunk OPENED or DAMAGED
         takes the checksum's place.
@@ -312,12 +309,9 @@ class ChunkReader(Generic[HeaderT]):
 
     def _take(self) -> int:
         """Take some of what is due. Return the bytes, 0 at the end of the stream. Raises BlockingIOError, OSError."""
-        if self._said is None or self._tail is not None:
-            return self.stream.recv_into(self._target[self._filled :])
-        if self.in_place is not None:
-            return self.in_place.receive(self.stream)
-        if self._intake is not None:
-            return self._intake.receive(self.stream)
+        payload = self.in_place or self._intake
+        if payload is not None and self._said is not None and self._tail is None:
+            return payload.receive(self.stream)
         return self.stream.recv_into(self._target[self._filled :])
 
     def _expect(self, target: memoryview, size_bytes: int) -> None:

@@ -87,12 +87,12 @@ class IoLoop:
         if self._streams.pop(stream.fileno(), None) is not None:
             self._poller.unregister(stream.fileno())
 
-    def stop(self, timeout_s: float = 5.0) -> None:
+    def stop(self) -> None:
         """End the thread, close every socket, free the context. From another thread."""
         self._stopping = True
         self.post(lambda: None)
         if self.thread.is_alive() and threading.current_thread() is not self.thread:
-            self.thread.join(timeout_s)
+            self.thread.join(5.0)
 
     def _run(self) -> None:
         try:
