@@ -112,7 +112,6 @@ def _file() -> dict[str, Any]:
 
 @cache
 def load() -> tuple[Hook, ...]:
-    """Load all hooks, in the order of the file."""
     hooks = tuple(Hook(**{**entry, "roles": tuple(entry["roles"])}) for entry in _file()["hook"])
     for hook in hooks:  # a release without a hash would silently be a release without the hook
         expected = {
@@ -136,7 +135,6 @@ def supported_releases() -> tuple[str, ...]:
 
 
 def host_version() -> str:
-    """Return the installed SGLang release."""
     return version("sglang")
 
 

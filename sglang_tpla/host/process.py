@@ -68,7 +68,6 @@ class Slice:
 
     @property
     def group(self) -> int:
-        """This rank's latent group."""
         return self.layout.group_of(self.rank)
 
 

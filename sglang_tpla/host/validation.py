@@ -52,7 +52,6 @@ def check_server_args(original: Callable[..., None], self: Any, *args: Any, **kw
 
 
 def check_flags(args: Any) -> None:
-    """Check the flags alone."""
     role = settings().role
     if args.disaggregation_mode != role or args.disaggregation_transfer_backend != "tpla":
         raise ConfigError(

@@ -149,12 +149,10 @@ def value_of(arguments: Sequence[Argument], name: str) -> str | None:
 
 
 def has(arguments: Sequence[Argument], name: str) -> bool:
-    """Whether the arguments contain a flag."""
     return any(argument.name == name for argument in arguments)
 
 
 def integer(arguments: Sequence[Argument], name: str, default: int) -> int:
-    """Return a flag's value as a number."""
     value = value_of(arguments, name)
     if value is None:
         return default
@@ -165,5 +163,4 @@ def integer(arguments: Sequence[Argument], name: str, default: int) -> int:
 
 
 def to_tokens(arguments: Sequence[Argument]) -> list[str]:
-    """Return the command line again."""
     return [token for argument in arguments for token in argument.tokens]

@@ -86,7 +86,6 @@ class Options:
         return {str(name): str(value) for name, value in wanted.items() if name not in self.environ}
 
     def settings(self, role: str) -> Settings:
-        """Return the settings of a prefill or decode server."""
         chosen: dict[str, Any] = {}
         file_keys = self.file.keys_for(role)
         section_keys = self.file.sections.get(role, {})
@@ -113,7 +112,6 @@ class Options:
 
 
 def convert(value: Any, kind: str, origin: str) -> Any:
-    """Convert a setting's value to its type."""
     if value is None or isinstance(value, (list, dict, bool)):
         raise ConfigError(f"{origin} needs one value of type {kind.removesuffix(' | None')}; got {value!r}")
     return parsed(str(value), kind, origin)

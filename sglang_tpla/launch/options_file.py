@@ -76,7 +76,6 @@ class _Loader(yaml.SafeLoader):
 
 
 def read_file(path: str) -> FileSource:
-    """Read a configuration file."""
     origin = f"--config {path}"
     try:
         loaded = yaml.load(Path(path).read_text(), _Loader)

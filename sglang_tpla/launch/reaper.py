@@ -55,7 +55,6 @@ def held_segments(pid: int) -> set[int]:
 
 
 def leads_session(pid: int) -> bool:
-    """Whether the process leads a session."""
     with contextlib.suppress(*GONE):
         return os.getsid(pid) == pid
     return False

@@ -120,7 +120,6 @@ def _with_defaults(arguments: list[Argument], **defaults: object) -> list[Argume
 
 
 def _server(role: str, arguments: list[Argument], options: Options) -> Process:
-    """Plan a prefill or decode server."""
     settings = options.settings(role)
     check_hosts(role, arguments)
     check_ports(role, arguments)
@@ -179,7 +178,6 @@ def _with_speculation(role: str, arguments: list[Argument]) -> list[Argument]:
 
 
 def _router(arguments: list[Argument], options: Options) -> Process:
-    """Plan the router in prefill/decode mode."""
     settings = [argument.name for argument in options.command_line if argument.name.startswith("tpla-")]
     if options.role == "router" and settings:
         raise ConfigError(f"the router has no settings of its own; got --{settings[0]}: give it to the decode server")

@@ -174,7 +174,6 @@ class Supervisor:
         self._reaper.stdin.flush()
 
     def log_of(self, name: str) -> Path:
-        """Return the log file of a child."""
         assert self.log_dir is not None
         return self.log_dir / f"{name}.log"
 

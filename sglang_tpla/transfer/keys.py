@@ -27,7 +27,6 @@ def make_pair(folder: Path, name: str) -> tuple[str, bool]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Command line."""
     parser = argparse.ArgumentParser(prog="python -m sglang_tpla.transfer.keys", description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--decode", nargs="+", default=[], metavar="NAME", help="further decode servers")

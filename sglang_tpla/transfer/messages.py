@@ -159,8 +159,6 @@ class Ping(_Message, frozen=True, tag=5):
 
 
 class Pong(_Message, frozen=True, tag=6):
-    """The answer to Ping."""
-
     number: Count
 
 

@@ -80,7 +80,6 @@ class AgentPublisher:
         self._thread.start()
 
     def publish(self) -> None:
-        """Copy now."""
         for agent in self._agents():
             stats, labels = agent.stats(), (agent.role, str(agent.rank))
             for name, gauge in self._gauges.items():

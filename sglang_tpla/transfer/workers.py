@@ -127,7 +127,6 @@ class Workers:
 
     @property
     def alive(self) -> int:
-        """Return how many threads are alive."""
         return sum(thread.is_alive() for thread in (self.io.thread, *self._workers, *self._checkers))
 
     def _run(self, run: Callable[[], None]) -> None:

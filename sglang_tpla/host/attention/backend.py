@@ -133,7 +133,6 @@ class TplaDecodeBackend(AttentionBackend):
 
     @property
     def verify_mask(self) -> Any:
-        """The buffer that `_make_verify_mask` made."""
         return self._verify_mask
 
     def update_verify_buffers_to_fill_after_draft(self, spec_info: Any, cuda_graph_bs: int | None) -> None:
@@ -149,7 +148,6 @@ class TplaDecodeBackend(AttentionBackend):
         return 1
 
     def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> None:
-        """Plan an eager step, a capture or a replay."""
         if self._serves(forward_batch.forward_mode):
             self.plan(forward_batch)
 

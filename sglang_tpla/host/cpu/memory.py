@@ -19,7 +19,6 @@ SHARE = 12
 
 
 def budget_bytes() -> int:
-    """Return the bytes that one rank may use."""
     return int(os.environ.get(VARIABLE, 0)) or psutil.virtual_memory().total // SHARE
 
 

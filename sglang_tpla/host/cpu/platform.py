@@ -16,8 +16,6 @@ from sglang.srt.platforms.interface import SRTPlatform
 
 
 class CpuReferencePlatform(SRTPlatform):
-    """The platform of the module's text."""
-
     _enum = PlatformEnum.OOT
     device_name = "cpu"
     device_type = "cpu"

@@ -61,7 +61,6 @@ class _Request:
         self._owner = self._opened
 
     def _refuse(self, reason: str) -> None:
-        """Fail this request."""
         self._reason = reason
         self.conclude_state = KVPoll.Failed
         logger.error("room %s: %s", self.bootstrap_room, reason)
@@ -170,7 +169,6 @@ class TplaKVSender(_Request, CommonKVSender):
         )
 
     def poll(self) -> Any:
-        """Return the KVPoll of the request."""
         state = self._state()
         if state == KVPoll.Bootstrapping:
             return self._check_bootstrap_timeout() or state
@@ -187,7 +185,6 @@ class TplaKVSender(_Request, CommonKVSender):
         self._ask(self.kv_mgr.registrar.submit, "POST", "/register_dp_rank", payload)
 
     def clear(self) -> None:
-        """Forget the request."""
         self._end("the prefill server dropped the request")
         if self._owner:
             super().clear()
@@ -273,7 +270,6 @@ class TplaKVReceiver(_Request, CommonKVReceiver):
             )
 
     def poll(self) -> Any:
-        """Return the KVPoll of the request."""
         return self._state()
 
     def _not_found(self) -> str:

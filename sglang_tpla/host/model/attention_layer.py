@@ -61,7 +61,6 @@ class SlicedNorm(nn.Module):
         return latent if defers(latent) else self.project(latent)
 
     def project(self, latent: torch.Tensor) -> torch.Tensor:
-        """Norm and project the latent."""
         normed = self._norm[0](latent)
         if self._wide:
             normed = normed.to(torch.float32)

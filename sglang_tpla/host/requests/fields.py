@@ -147,7 +147,6 @@ def check_token_ids(name: str, ids: Any, vocab: int) -> None:
 
 
 def check_logprobs(item: Any, limits: Limits) -> None:
-    """Check the fields about log-probabilities."""
     within("top_logprobs_num", item.top_logprobs_num, 0, min(limits.top_logprobs, limits.vocab))
     within("logprob_start_len", item.logprob_start_len, -1, INT32_MAX)
     if item.token_ids_logprob:

@@ -136,7 +136,6 @@ def check_counts(name: str, text: str) -> None:
 
 
 def check_pattern(name: str, pattern: str, most: int, backtracks: bool = False) -> None:
-    """Check a regular expression."""
     if len(pattern) > most:
         raise RequestRefused(f"sampling_params.{name} may have {most} characters at most; got {len(pattern)}")
     check_counts(name, pattern)

@@ -226,7 +226,6 @@ class DecodeAgent:
             self.rooms.table.pop(room_id, None)
 
     def stats(self) -> AgentStats:
-        """Return the counters and the gauges of now."""
         with self.workers.lock:
             lines = list(self.connections.table.values())
             readers = [line.reader for line in lines if line.reader is not None and line.reader.greeted]

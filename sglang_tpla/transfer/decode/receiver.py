@@ -103,7 +103,6 @@ class Receiver:
             return self._rooms.starved(connection)
 
     def message(self, connection: Connection, message: messages.Message, payload: memoryview | None) -> None:
-        """Handle one message about a room."""
         if isinstance(message, messages.Release):
             with self.turn():
                 self._rooms.release(connection, message.offsets)

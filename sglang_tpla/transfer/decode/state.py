@@ -28,8 +28,6 @@ def chunk_id(chunk: AnyChunk) -> ChunkId:
 
 
 class Link(enum.Enum):
-    """State of a connection."""
-
     CONNECTING = "connecting"
     REGISTERED = "registered"
     REFUSED = "refused"
@@ -73,7 +71,6 @@ class Connection:
 
     @property
     def name(self) -> str:
-        """For messages and logs."""
         return f"prefill rank at {self.address[0]}:{self.address[1]}"
 
 

@@ -31,7 +31,6 @@ class Checksum:
         library.checksum_start(self.pointer, size_bytes)
 
     def digest(self) -> bytes:
-        """Return the checksum of all that was added."""
         return int(self._library.checksum_end(self.pointer)).to_bytes(8, "big")
 
 
@@ -40,12 +39,10 @@ def _library(size_bytes: int) -> ctypes.CDLL | None:
 
 
 def _listed(pieces: IoVec) -> np.ndarray:
-    """Return the pieces' table with its end."""
     return np.concatenate((pieces.table, END))
 
 
 def check_pieces(pieces: IoVec) -> bytes:
-    """Return the checksum of a payload."""
     library = _library(pieces.size_bytes)
     if library is not None:
         checksum, table = Checksum(library, pieces.size_bytes), _listed(pieces)

@@ -45,11 +45,9 @@ class Slots:
         return self._slots.size
 
     def part(self, first: int, count: int) -> np.ndarray:
-        """Return ``count`` slots from the ``first`` on."""
         return self._slots[first : first + count]
 
     def extents(self, first: int, count: int) -> np.ndarray:
-        """Return the extents of these slots."""
         extents = self._found.get((first, count))
         if extents is None:
             if len(self._found) >= self.MOST:
@@ -83,7 +81,6 @@ class IoVec:
 
     @cached_property
     def size_bytes(self) -> int:
-        """The bytes of all pieces."""
         return int(self.table[:, 1].sum())
 
     @cached_property
@@ -136,6 +133,5 @@ class Cursor:
         return found
 
     def advance(self, size_bytes: int) -> None:
-        """Move on by so many bytes."""
         self._done_bytes += size_bytes
         self._index = bisect_right(self._ends, self._done_bytes, self._index)

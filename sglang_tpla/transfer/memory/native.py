@@ -26,7 +26,6 @@ logger = logging.getLogger(__name__)
 
 
 def cache_folder() -> Path:
-    """Return the folder of compiled libraries."""
     return Path(os.environ.get("SGLANG_TPLA_CACHE", Path.home() / ".cache" / "sglang_tpla")) / "native"
 
 

@@ -79,7 +79,6 @@ class CachePool:
 
     @cached_property
     def row_format(self) -> RowFormat:
-        """The rows of each layer."""
         if self.encoding is not None:
             return self.encoding
         widths = [layer.shape[-1] - self.rope_dim for layer in self.layers]
@@ -104,17 +103,14 @@ class CachePool:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The element type of every layer."""
         return self.layers[0].dtype
 
     @property
     def device(self) -> torch.device:
-        """The device on which the pool lives."""
         return self.layers[0].device
 
     @property
     def num_pages(self) -> int:
-        """The number of whole pages in the pool."""
         return self.layers[0].shape[0] // self.page_size
 
     def write_constants(self) -> None:

@@ -57,7 +57,6 @@ class Staging:
 
     @property
     def limit_bytes(self) -> int:
-        """The bytes of all slots."""
         return self.slots * self.slot_bytes
 
     def take(self) -> Slot | None:

@@ -196,13 +196,11 @@ class Registrar:
         self._thread.start()
 
     def close(self) -> None:
-        """End the thread."""
         self._stop.set()
         if self._thread.is_alive():
             self._thread.join(10.0)
 
     def submit(self, method: str, path: str, payload: Mapping[str, Any]) -> None:
-        """Send a registration to this rank's bootstrap server."""
         submit(self._base_url, method, path, payload, self._secret)
 
     def _register(self) -> None:

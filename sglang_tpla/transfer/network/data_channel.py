@@ -353,5 +353,4 @@ class ChunkReader:
         self._wait_for(self._payload_bytes)
 
     def close(self) -> None:
-        """Close the socket."""
         self.stream.close()

@@ -235,7 +235,6 @@ class PrefillAgent:
                 self.rooms.fail(room, "closed by the prefill scheduler before it ended", now)
 
     def stats(self) -> AgentStats:
-        """Return the counters and the gauges of now."""
         with self.workers.lock:
             staging = self.lanes.staging
             staging.reap()

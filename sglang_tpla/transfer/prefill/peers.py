@@ -44,7 +44,6 @@ class Peers:
     # What connections bring
 
     def message(self, identity: bytes, message: messages.Message, payload: memoryview | None, now: float) -> None:
-        """Handle one message."""
         if isinstance(message, messages.Hello):
             self._greet(identity, message, now)
             return

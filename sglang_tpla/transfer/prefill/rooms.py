@@ -80,7 +80,6 @@ class Rooms:
     # What peers do
 
     def message(self, peer: Peer, message: messages.Message, now: float) -> None:
-        """Handle one message about rooms."""
         match message:
             case messages.Request():
                 self._take_request(peer, message, now)

@@ -77,7 +77,6 @@ class Router:
 
     @property
     def name(self) -> str:
-        """Return the name of this rank, for messages to decode ranks."""
         return f"prefill rank {self._workers.rank} at {self.address[0]}:{self.address[1]}"
 
     def serve(self, peers: Peers, rooms: Rooms) -> None:
@@ -144,7 +143,6 @@ class Router:
             self._out.put(identity, messages.Refused(messages.sentence(text)))
 
     def send(self, identity: bytes, message: messages.Message, payload: bytes | None = None) -> None:
-        """Send a message now."""
         parts = [identity, messages.encode(message)] + ([] if payload is None else [payload])
         try:
             self._socket.send_multipart(parts, zmq.NOBLOCK)

@@ -36,8 +36,6 @@ ChunkId = tuple[int, int]  # part, sequence
 
 
 class Route(enum.Enum):
-    """How a lane's chunks travel."""
-
     LOCAL = "local"
     DIRECT = "direct"
     RELAY = "relay"
@@ -50,7 +48,6 @@ class Outgoing:
         self._messages: list[tuple[bytes, Message, bytes | None]] = []
 
     def put(self, identity: bytes, message: Message, payload: bytes | None = None) -> None:
-        """Add a message."""
         self._messages.append((identity, message, payload))
 
     def take(self) -> list[tuple[bytes, Message, bytes | None]]:
@@ -106,7 +103,6 @@ class Peer:
 
     @property
     def name(self) -> str:
-        """Return the name of the rank, for messages and logs."""
         return f"decode rank {self.hello.rank} of {self.hello.size} ({self.hello.agent[:8]})"
 
 
@@ -148,7 +144,6 @@ class ChunkPlan:
         self.spans += [span] * len(new)
 
     def size(self, sequence: int) -> int:
-        """Return the payload bytes of a chunk."""
         return self.rectangles[sequence].payload_bytes
 
 
@@ -261,7 +256,6 @@ class ChunkJob:
 
     @property
     def plan(self) -> ChunkPlan:
-        """The plan of all its lanes."""
         return self.deliveries[0][0].plan
 
 
@@ -312,7 +306,6 @@ class Room:
 
     @property
     def messages(self) -> list[Request]:
-        """The requests of all ranks."""
         return [request.message for request in self.requests.values()]
 
     @property
