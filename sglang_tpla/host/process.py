@@ -79,12 +79,6 @@ def make_slice(heads: int, rank: int, tp_size: int) -> Slice | None:
     return Slice(Layout(tp_size, settings().groups, heads), rank, loaded)
 
 
-def current_slice(server_args: Any, rank: int, tp_size: int) -> Slice | None:
-    """Return `make_slice` for the model of a server."""
-    text = compat.model_config(server_args).hf_text_config
-    return make_slice(text.num_attention_heads, rank, tp_size)
-
-
 def model_identity(server_args: Any) -> str:
     """Return the hashes of config and weights, those of a draft included, on which both servers must agree."""
     from sglang_tpla.artifact.model_identity import config_hash, weights_hash

@@ -150,20 +150,18 @@ def newer_refusals(args: Any) -> list[tuple[bool, str, str]]:
 def check_address(args: Any) -> None:
     """Check that keys can be read, that no plain TCP leaves loopback and that the bootstrap port is free."""
     security = Security.from_environment(settings().role)
-    if settings().role == "prefill":
-        security.check(args.host, "a prefill server on")
-        if args.node_rank == 0:
-            check_bootstrap_port(args.host, args.disaggregation_bootstrap_port)
+    if settings().role != "prefill":
+        return
+    security.check(args.host, "a prefill server on")
+    if args.node_rank == 0:
+        from sglang_tpla.host.disaggregation.bootstrap_server import listening, port_taken
 
-
-def check_bootstrap_port(host: str, port: int) -> None:
-    """Refuse a taken port, with which the server would be healthy while its requests go to another server."""
-    from sglang_tpla.host.disaggregation.bootstrap_server import listening, port_taken
-
-    try:
-        listening(host, port).close()
-    except OSError as error:
-        raise ConfigError(port_taken(host, port, error)) from error
+        # with a taken port the server would be healthy while its requests go to another server
+        place = args.host, args.disaggregation_bootstrap_port
+        try:
+            listening(*place).close()
+        except OSError as error:
+            raise ConfigError(port_taken(*place, error)) from error
 
 
 def local_config(model_path: str) -> dict[str, Any]:

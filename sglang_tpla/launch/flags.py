@@ -82,14 +82,13 @@ def for_section(arguments: Sequence[Argument], section: str) -> list[Argument]:
     """Return the flags written ``--prefill.NAME``, ``--decode.NAME`` or ``--router.NAME``, without that prefix."""
     prefix = section + "."
     return [
-        Argument(canonical(argument.name[len(prefix) :]), (_unprefixed(argument.tokens[0]), *argument.tokens[1:]))
+        Argument(
+            canonical(argument.name[len(prefix) :]),
+            ("--" + argument.tokens[0].lstrip("-").split(".", 1)[1], *argument.tokens[1:]),
+        )
         for argument in arguments
         if argument.name.startswith(prefix)
     ]
-
-
-def _unprefixed(token: str) -> str:
-    return "--" + token.lstrip("-").split(".", 1)[1]
 
 
 def outside_sections(arguments: Sequence[Argument]) -> list[Argument]:

@@ -81,9 +81,14 @@ class Options:
         return [argument for argument in merged if not argument.name.startswith(OWN_PREFIX)]
 
     def file_environment(self, section: str) -> dict[str, str]:
-        """Return the variables that the file sets for a role and that the shell does not set."""
-        wanted = self.file.environment_for(section)
-        return {str(name): str(value) for name, value in wanted.items() if name not in self.environ}
+        """Return the variables that the file sets for a role, its section over all, and that the shell does not."""
+        scopes = (self.file.common, self.file.sections.get(section, {}))
+        return {
+            name: str(value)
+            for scope in scopes
+            for name, value in (scope.get("environment") or {}).items()
+            if name not in self.environ
+        }
 
     def settings(self, role: str) -> Settings:
         chosen: dict[str, Any] = {}

@@ -49,11 +49,6 @@ class FileSource:
         merged = {**common, **self.sections.get(section, {})}
         return {name: value for name, value in merged.items() if name not in LAUNCHER_KEYS}
 
-    def environment_for(self, section: str) -> dict[str, Any]:
-        """Return the variables of a role: its section over the common ones."""
-        own = self.sections.get(section, {})
-        return {**(self.common.get("environment") or {}), **(own.get("environment") or {})}
-
 
 class _Loader(yaml.SafeLoader):
     """YAML in which a key stands once, where the last would win silently, and a date is the text that it was."""

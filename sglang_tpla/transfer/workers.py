@@ -41,17 +41,9 @@ class Workers:
         io: the loop of the I/O thread; a simulation hands in its own.
     """
 
-    def __init__(
-        self,
-        role: str,
-        settings: Settings,
-        rank: int,
-        logger: logging.Logger | None,
-        device: str,
-        io: IoLoop | None = None,
-    ) -> None:
+    def __init__(self, role: str, settings: Settings, rank: int, device: str, io: IoLoop | None = None) -> None:
         self.role, self.rank, self.settings = role, rank, settings.on(device)
-        self.log = logger or logging.getLogger("sglang_tpla.transfer")
+        self.log = logging.getLogger("sglang_tpla.transfer")
         self.agent_id = uuid.uuid4().hex
         self.chunk_bytes = min(self.settings.chunk_bytes, self.settings.staging_bytes // 2)
         self.lock = threading.RLock()
@@ -81,10 +73,8 @@ class Workers:
         reserved_bytes = min(slots, FIRST_SLOTS) * self.chunk_bytes
         return make_segment(self.agent_id, slots * self.chunk_bytes, reserved_bytes, self.log)
 
-    def host_identity(self, given: str | None) -> str:
+    def host_identity(self) -> str:
         """Return a text that tells hosts apart; it is unlike all others where shared memory is not wanted."""
-        if given is not None:
-            return given
         return host_identity() if self.settings.shared_memory else self.agent_id
 
     def start(

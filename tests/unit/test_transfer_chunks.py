@@ -71,7 +71,7 @@ def test_read_then_write_equals_a_loop(dtype: torch.dtype, scattered: bool, part
     rectangle = Rectangle(1, 2, 0, tokens, size)
     stacks = cut_stacks(stack_layers(z.matrices, z.shared), 1, 2)
     rows = writer.pool.row_format.part(1, 2)
-    RowReader(source).read(rectangle, slots, stacks, part, out, row_format=rows)
+    RowReader(source).read(rectangle, slots, stacks, part, out, rows)
     writer.write(range(1, 3), places, part, memoryview(out))
     filled = {
         Part.FULL: range(width + rope),

@@ -187,7 +187,11 @@ class TplaDecodeBackend(AttentionBackend):
         if shape.kind != "plain":
             cache = cache.view(torch.uint8)
         if k is not None and save_kv_cache:
-            self._write(layer, forward_batch.out_cache_loc, k, v, k_rope)
+            # plain rows: the layer has written sketched ones
+            if k_rope is not None:
+                self.token_to_kv_pool.set_mla_kv_buffer(layer, forward_batch.out_cache_loc, k, k_rope)
+            else:
+                self.token_to_kv_pool.set_kv_buffer(layer, forward_batch.out_cache_loc, k, v)
         if q_rope is None:
             q, q_rope = q.view(-1, layer.tp_q_head_num, layer.head_dim).split((width, rope), dim=-1)
         out = q.new_empty(q.shape[0], layer.tp_q_head_num, shape.latent_dim)
@@ -195,20 +199,6 @@ class TplaDecodeBackend(AttentionBackend):
             q.view(-1, layer.tp_q_head_num, width), q_rope.view(-1, layer.tp_q_head_num, rope), cache, out
         )
         return out.flatten(1)
-
-    def _write(
-        self,
-        layer: Any,
-        place: torch.Tensor,  # [tokens]
-        k: torch.Tensor,
-        v: torch.Tensor | None,
-        k_rope: torch.Tensor | None,
-    ) -> None:
-        """Write plain rows of the new tokens; the layer has written sketched ones."""
-        if k_rope is not None:
-            self.token_to_kv_pool.set_mla_kv_buffer(layer, place, k, k_rope)
-        else:
-            self.token_to_kv_pool.set_kv_buffer(layer, place, k, v)
 
     def forward_extend(
         self,

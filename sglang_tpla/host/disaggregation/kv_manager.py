@@ -30,8 +30,8 @@ from sglang_tpla.host.disaggregation.prefill_lookup import (
     require_resolvable,
     why_unanswered,
 )
-from sglang_tpla.host.model.rows import projections, row_format, sketched
-from sglang_tpla.host.process import current_slice, model_identity, settings
+from sglang_tpla.host.model.rows import layer_maps, row_format, sketched
+from sglang_tpla.host.process import make_slice, model_identity, settings
 from sglang_tpla.transfer.decode.agent import DecodeAgent
 from sglang_tpla.transfer.memory.projection import Projection
 from sglang_tpla.transfer.prefill.agent import PrefillAgent
@@ -110,19 +110,20 @@ class TplaKVManager(CommonKVManager):
         return group * self.attn_tp_size + self.attn_tp_rank
 
     def _decode_agent(self) -> DecodeAgent:
-        part = current_slice(self.server_args, self.attn_tp_rank, self.attn_tp_size)
-        text = compat.model_config(self.server_args).hf_text_config
+        config = compat.model_config(self.server_args)
+        text = config.hf_text_config
+        part = make_slice(text.num_attention_heads, self.attn_tp_rank, self.attn_tp_size)
         model = text.kv_lora_rank, text.qk_rope_head_dim
         layers = text.num_hidden_layers
         rows = row_format(*model, layers, part.group if part is not None else 0)
-        draft_dtype = compat.model_config(self.server_args).dtype
-        rows = rows.with_whole_latents(len(self.kv_args.kv_data_ptrs) - layers, *model, draft_dtype)
+        rows = rows.with_whole_latents(len(self.kv_args.kv_data_ptrs) - layers, *model, config.dtype)
         projection = None
         pool = cache_pool(self.kv_args, self.server_args, rows)
         if part is not None:
             # A draft model's layers follow the target's, and every rank keeps them whole.
             drafts = len(pool.layers) - layers
-            matrices = [*projections(part, layers, *model), *[torch.eye(pool.latent_dim)] * drafts]
+            matrices = [layer_maps(part, layer, *model).projection for layer in range(layers)]
+            matrices += [torch.eye(pool.latent_dim)] * drafts
             projection = Projection(matrices, rows.shared, sketched=rows if sketched() else None)
         return DecodeAgent(
             pool,

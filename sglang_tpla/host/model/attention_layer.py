@@ -46,7 +46,7 @@ class SlicedNorm(nn.Module):
 
     z: torch.Tensor | None  # [d, w] float32; None where it is the identity (g = 1) and needs no product
 
-    def __init__(self, norm: Any, z: torch.Tensor, wide: bool = False) -> None:
+    def __init__(self, norm: Any, z: torch.Tensor, wide: bool) -> None:
         """Wrap SGLang's norm; ``wide`` makes float32 slices, for a cache with a rounding of its own."""
         super().__init__()
         self._wide = wide
@@ -207,17 +207,6 @@ def write_rows(
     return True
 
 
-def write_sketched(self: Any, key: torch.Tensor, k_rope: torch.Tensor, forward_batch: Any) -> None:
-    """Write sketched rows from projected columns and a rotated key; SGLang passes on no key of such a width.
-
-    Args:
-        key: [tokens, 1, columns]. k_rope: [tokens, 1, rope].
-    """
-    cache = get_token_to_kv_pool().get_key_buffer(self.layer_id).view(torch.uint8)
-    place = forward_batch.out_cache_loc
-    write(CacheWrite(key.squeeze(1), k_rope.squeeze(1), place, cache, sketched=self.tpla.rows))
-
-
 def absorbed_core(
     original: Callable[..., Any],
     self: Any,
@@ -247,7 +236,9 @@ def absorbed_core(
             if self.rotary_emb is not None:
                 q_pe, k_pe = self.rotary_emb.rotary(positions, q_pe, k_pe)
     if key is not None and self.tpla.rows is not None:
-        write_sketched(self, key, k_pe, forward_batch)
+        # SGLang passes on no key of such a width
+        cache = get_token_to_kv_pool().get_key_buffer(self.layer_id).view(torch.uint8)
+        write(CacheWrite(key.squeeze(1), k_pe.squeeze(1), forward_batch.out_cache_loc, cache, sketched=self.tpla.rows))
         key = None
     if llama_4_scaling is not None:  # a temperature by position scales the whole query
         q_nope_out, q_pe = q_nope_out * llama_4_scaling, q_pe * llama_4_scaling

@@ -11,8 +11,6 @@ from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
 
-import torch
-
 from sglang_tpla.host import compat
 
 _building_draft: ContextVar[bool] = ContextVar("sglang_tpla_building_draft", default=False)
@@ -43,10 +41,3 @@ def draft_layers(model_config: Any, server_args: Any) -> int:
     if not compat.speculates(server_args):
         return 0
     return int(getattr(model_config.hf_text_config, "num_nextn_predict_layers", None) or 1)
-
-
-def draft_row_bytes(model_config: Any) -> int:
-    """Return the bytes of one token in one layer of the draft's cache: latent and key in the model's precision."""
-    text, dtype = model_config.hf_text_config, model_config.dtype
-    assert isinstance(dtype, torch.dtype)
-    return (text.kv_lora_rank + text.qk_rope_head_dim) * dtype.itemsize

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from sglang_tpla.host.model.draft_model import building_draft, draft_layers, draft_row_bytes
+from sglang_tpla.host.model.draft_model import building_draft, draft_layers
 from sglang_tpla.host.model.rows import row_format, sketched
 from sglang_tpla.host.process import artifact
 
@@ -88,6 +88,8 @@ def mean_cache_dim(
     if items is None:
         items = [original(model_config=model_config, kv_cache_dtype=kv_cache_dtype, **kwargs)] * layers
     total = float(sum(items))
-    if drafts:
-        total += drafts * draft_row_bytes(model_config) / kv_cache_dtype.itemsize
+    if drafts:  # latent and key in the model's precision
+        text = model_config.hf_text_config
+        row_bytes = (text.kv_lora_rank + text.qk_rope_head_dim) * model_config.dtype.itemsize
+        total += drafts * row_bytes / kv_cache_dtype.itemsize
     return total / (len(items) + drafts)

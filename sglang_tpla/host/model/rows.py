@@ -5,7 +5,6 @@ plain MLA with an 8-bit cache, whose one map is the rotation that spreads a toke
 All other rows are plain.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -92,8 +91,3 @@ def layer_maps(part: Slice, layer: int, latent_dim: int, rope_dim: int) -> Layer
         value_map=torch.cat([b, padding]),
         rows=GroupRows(rows, part.group),
     )
-
-
-def projections(part: Slice, layers: int, latent_dim: int, rope_dim: int) -> Sequence[torch.Tensor]:
-    """Return the projections that a rank hands to prefill ranks: one matrix ``[d, columns]`` for each layer."""
-    return [layer_maps(part, layer, latent_dim, rope_dim).projection for layer in range(layers)]

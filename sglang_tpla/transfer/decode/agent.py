@@ -9,7 +9,6 @@ The scheduler opens rooms and hands over pages; prefill ranks send what credit a
     Credits      who may send how much
 """
 
-import logging
 import time
 from collections.abc import Callable, Sequence
 
@@ -67,18 +66,16 @@ class DecodeAgent:
         size: int,
         host_id: str | None = None,
         limits: Limits = NO_LIMITS,
-        security: Security | None = None,
         on_peer_lost: Callable[[str, int], None] = lambda host, port: None,
-        logger: logging.Logger | None = None,
         workers: Workers | None = None,
     ) -> None:
-        security = security if security is not None else Security.from_environment(self.role)
+        security = Security.from_environment(self.role)
         if projection is not None and len(projection.shared) == len(pool.layers):
             pool = pool.sharing(projection.shared)
         _check_projection(pool, projection)
         pool.write_constants()
         self._pool, self._metadata = pool, metadata
-        workers = workers or Workers(self.role, settings, rank, logger, pool.device.type)
+        workers = workers or Workers(self.role, settings, rank, pool.device.type)
         self.workers = workers
         self.segment = workers.make_segment()
         slots = None
@@ -90,7 +87,7 @@ class DecodeAgent:
             model_hash=model_hash,
             rank=rank,
             size=size,
-            host=workers.host_identity(host_id),
+            host=workers.host_identity() if host_id is None else host_id,
             max_chunk_bytes=workers.chunk_bytes,
             layout=messages.CacheLayout(
                 first_layer=pool.first_layer,

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from sglang_tpla.cache_rows.layer_rows import LayerRows
 from sglang_tpla.cache_rows.parts import Field, Part
 from sglang_tpla.cache_rows.row_format import RowFormat
 from sglang_tpla.transfer import messages
@@ -23,7 +22,6 @@ from sglang_tpla.transfer.chunks import Rectangle
 from sglang_tpla.transfer.memory.copy import copy_pieces
 from sglang_tpla.transfer.memory.iovec import IoVec, Layers, blocks, find_extents, one_piece, worth_it
 from sglang_tpla.transfer.memory.pool import CachePool
-from sglang_tpla.transfer.memory.projection import cut_stacks
 from sglang_tpla.transfer.room import TransferError
 
 
@@ -70,24 +68,6 @@ def _all_finite(rows: torch.Tensor) -> torch.Tensor:
     return torch.isfinite(rows.sum(dim=(1, 2), dtype=torch.float64)).all()
 
 
-def project_stack(
-    rows: torch.Tensor, stack: torch.Tensor, latent_dim: int, part: Part, out: torch.Tensor, layer_rows: LayerRows
-) -> None:
-    """Project a batch of layers and encode one part of the result.
-
-    Args:
-        rows: ``[layers, tokens, d + rope]``.
-        stack: their matrices ``[layers, d, columns]``; the product is float32.
-        part: which columns.
-        out: ``[layers, tokens, part's items]`` in the receiver's format: rounded once.
-        layer_rows: the receiver's, the same for all of them.
-    """
-    pieces = [stack[:, :, columns] for columns in layer_rows.part_columns(part)]
-    z = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)  # [layers, d, columns of the part]
-    latent, k_rope = rows[..., :latent_dim].to(torch.float32), rows[..., latent_dim:]
-    layer_rows.encode(torch.bmm(latent, z), k_rope, part, out)
-
-
 class RowReader:
     """Gathers (and projects) rectangles of a prefill pool into packed payloads."""
 
@@ -131,8 +111,8 @@ class RowReader:
         stacks: Sequence[torch.Tensor] | None,
         part: Part,
         out: np.ndarray,
+        row_format: RowFormat,
         ready: tuple[Any, ...] = (),
-        row_format: RowFormat | None = None,
     ) -> bytes | None:
         """Fill ``out`` (uint8 ``[payload_bytes]``, pinned where the pool is on a GPU) with a rectangle. Return the
         checksum of ``out``, where it was taken on the way.
@@ -141,15 +121,13 @@ class RowReader:
             slots: pool slots of the rectangle's tokens.
             stacks: the projection of the rectangle's layers on the pool's device, or None for the raw latent.
             part: which columns.
+            row_format: the receiver's rows of the rectangle's layers.
             ready: `ready_events` of the rows.
-            row_format: the receiver's rows of the rectangle's layers; None: those of this pool.
         """
         first = rectangle.first_layer - self.pool.first_layer
         layers = range(first, first + rectangle.layers)
         if stacks is None and part is Part.OWN:
             return None  # the raw latent is common to all ranks
-        if row_format is None:
-            row_format = self.pool.row_format.part(first, rectangle.layers)
         if self._stream is not None:
             self._read_cuda(layers, slots, stacks, part, out, ready, row_format)
             return None
@@ -230,19 +208,20 @@ class RowReader:
         """Fill ``packed`` (flat) with rows ``[layers, tokens, d + rope]``, projected where there are stacks."""
         d = self.pool.latent_dim
         position = start = 0
-        kinds = [len(list(run)) for _, run in groupby(row_format.layers)]
-        for count in kinds if stacks is None else [stack.shape[0] for stack in stacks]:
+        alike = [(len(list(run)), None) for _, run in groupby(row_format.layers)]
+        for count, stack in alike if stacks is None else [(len(stack), stack) for stack in stacks]:
             layer_rows = row_format.layers[position]
             items = layer_rows.part_items(part)
             size = count * rows.shape[1] * items
             if items:
-                out = packed[start : start + size].view(count, rows.shape[1], items)
                 batch = rows[position : position + count]
-                if stacks is None:
-                    layer_rows.encode(batch[..., :d], batch[..., d:], part, out)
-                else:
-                    stack = next(iter(cut_stacks(stacks, position, count)))
-                    project_stack(batch, stack, d, part, out, layer_rows)
+                latent = batch[..., :d]
+                if stack is not None:
+                    pieces = [stack[:, :, columns] for columns in layer_rows.part_columns(part)]
+                    z = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)  # [layers, d, columns of the part]
+                    latent = torch.bmm(latent.to(torch.float32), z)
+                out = packed[start : start + size].view(count, rows.shape[1], items)  # rounded once
+                layer_rows.encode(latent, batch[..., d:], part, out)
             position += count
             start += size
 

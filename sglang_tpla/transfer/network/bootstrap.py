@@ -31,6 +31,7 @@ CHALLENGE_PATH = "/challenge"
 CHALLENGE_HEADER = "X-Sglang-Tpla-Challenge"
 SIGNATURE_HEADER = "X-Sglang-Tpla-Signature"
 CHALLENGE_S = 30.0
+ASK_S = 5.0
 KEEP_UP_S = 5.0
 START_S = 120.0
 MAX_BODY_BYTES = 64 << 10
@@ -123,9 +124,7 @@ class Gate:
         return hmac.new(self._own, content, hashlib.sha256).digest()
 
 
-def submit(
-    base_url: str, method: str, path: str, payload: Mapping[str, Any], secret: bytes | None, timeout_s: float = 5.0
-) -> None:
+def submit(base_url: str, method: str, path: str, payload: Mapping[str, Any], secret: bytes | None) -> None:
     """Send one registration, signed where there is a secret.
 
     Raises:
@@ -135,7 +134,7 @@ def submit(
     body = json.dumps(payload).encode()
     headers = {"Content-Type": "application/json"}
     try:
-        with httpx.Client(base_url=base_url, timeout=timeout_s, trust_env=False) as client:
+        with httpx.Client(base_url=base_url, timeout=ASK_S, trust_env=False) as client:
             if secret is not None:
                 challenge = client.get(CHALLENGE_PATH).raise_for_status().text
                 signature = sign(signing_key(secret), method, path, body, challenge)
@@ -220,7 +219,7 @@ class Registrar:
 
     def _look(self) -> None:
         """Ask as a decode server would, and register anew where the answer names nobody."""
-        with httpx.Client(base_url=self._base_url, timeout=5.0, trust_env=False) as client:
+        with httpx.Client(base_url=self._base_url, timeout=ASK_S, trust_env=False) as client:
             response = client.get("/route", params=dict(self._place))
         if response.status_code in (404, 503):
             self._register()

@@ -13,7 +13,6 @@ Public calls return at once, from any thread, and raise `TransferError` for misu
 ended.
 """
 
-import logging
 from typing import Any
 
 import numpy as np
@@ -49,7 +48,6 @@ class PrefillAgent:
     Args:
         bind_port: 0 takes one that the system chooses.
         advertised_port: decode ranks reach it there, and data channels at the port after it, if that is given.
-        host_id: overrides what tells hosts apart.
         limits: how long a prompt this server takes.
     """
 
@@ -66,15 +64,12 @@ class PrefillAgent:
         rank: int,
         bind_port: int = 0,
         advertised_port: int = 0,
-        host_id: str | None = None,
         limits: Limits = NO_LIMITS,
-        security: Security | None = None,
-        logger: logging.Logger | None = None,
         workers: Workers | None = None,
     ) -> None:
-        security = security if security is not None else Security.from_environment(self.role)
+        security = Security.from_environment(self.role)
         security.check(bind_host, "listening on")
-        workers = workers or Workers(self.role, settings, rank, logger, pool.device.type)
+        workers = workers or Workers(self.role, settings, rank, pool.device.type)
         self.workers, self.rank, self.durations = workers, rank, workers.durations
         _check_pool(pool, workers.chunk_bytes)
         self._pool, self._metadata = pool, metadata
@@ -95,7 +90,7 @@ class PrefillAgent:
                     self.segment.close()
                 raise
         reserve = [] if self.segment is None else [self.segment.reserve]
-        host, wake = workers.host_identity(host_id), workers.work.notify
+        host, wake = workers.host_identity(), workers.work.notify
         self.lanes = Lanes(
             pool, Staging(memory, workers.chunk_bytes, *reserve), table, out, workers.counts,
             agent=workers.agent_id, host=host, chunk_bytes=workers.chunk_bytes, makers=workers.size,

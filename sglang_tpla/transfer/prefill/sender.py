@@ -89,8 +89,8 @@ class Sender:
             None if stacks is None else cut_stacks(stacks, first, rectangle.layers),
             plan.part,
             payload,
-            span.ready,
             plan.row_format.part(first, rectangle.layers),
+            span.ready,
         )
         return one_piece(payload), digest or b""
 
