@@ -66,6 +66,17 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     return ByServers(config, log)
 
 
+@pytest.fixture
+def key_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Keys, named by the environment."""
+    from sglang_tpla.transfer import keys
+    from sglang_tpla.transfer.network.security import KEYS_VARIABLE
+
+    keys.main([str(tmp_path / "keys")])
+    monkeypatch.setenv(KEYS_VARIABLE, str(tmp_path / "keys"))
+    return tmp_path / "keys"
+
+
 @pytest.fixture(scope="session")
 def nano_mla() -> str:
     """Folder of the shipped checkpoint."""

@@ -140,12 +140,6 @@ def stopped(*processes: psutil.Process) -> Iterator[None]:
                 process.send_signal(signal.SIGCONT)
 
 
-def rank_process(server: Server, rank: int) -> psutil.Process:
-    """Return the process of one rank, found by its name."""
-    (found,) = [p for p in server.schedulers() if f"TP{rank}" in " ".join(p.cmdline())]
-    return found
-
-
 @dataclass
 class Faulty:
     """The servers, and the proxies in front of the prefill ranks and of the bootstrap server."""

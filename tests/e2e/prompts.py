@@ -11,7 +11,6 @@ import difflib
 import fractions
 import heapq
 import inspect
-import inspect as _inspect
 import json.decoder
 import pprint
 import queue
@@ -27,7 +26,7 @@ import zipfile
 from types import ModuleType
 
 MODULES: tuple[ModuleType, ...] = (
-    argparse, ast, bisect, calendar, collections, csv, dataclasses, difflib, fractions, heapq, _inspect, json.decoder,
+    argparse, ast, bisect, calendar, collections, csv, dataclasses, difflib, fractions, heapq, inspect, json.decoder,
     pprint, queue, shlex, statistics, string, tarfile, tempfile, threading, zipfile,
 )  # fmt: skip
 

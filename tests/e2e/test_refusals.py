@@ -7,8 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from tests.e2e.servers import COMMON, ROOT
 
 
@@ -70,24 +68,9 @@ def test_artifact_of_another_model(tmp_path: Path, nano_mla: str, nano_artifact:
     refused(*decode(model, nano_artifact), said=("nano-mla-g2", "calibrate"))
 
 
-@pytest.mark.parametrize(
-    ("groups", "said"),
-    [
-        pytest.param("3", ("--tpla-groups", "[1, 2, 4]"), id="do not divide the ranks"),
-        pytest.param("4", ("groups", "calibrate"), id="not the artifact's"),
-    ],
-)
-def test_groups(nano_mla: str, nano_artifact: str, groups: str, said: tuple[str, ...]) -> None:
-    refused(
-        "--role", "decode", "--model-path", nano_mla, *COMMON, "--tp", "4", "--tpla-groups", groups,
-        "--tpla-artifact", nano_artifact, said=said,
-    )  # fmt: skip
-
-
-def test_missing_artifact_names_the_command(tmp_path: Path, nano_mla: str) -> None:
-    asked = ("--role", "decode", "--model-path", nano_mla, *COMMON, "--tp", "2", "--tpla-groups", "2")
-    for extra in ((), ("--tpla-artifact", str(tmp_path / "none.safetensors"))):
-        refused(*asked, *extra, said=("python -m sglang_tpla.calibrate",))
+def test_groups_of_another_artifact(nano_mla: str, nano_artifact: str) -> None:
+    asked = decode(nano_mla, nano_artifact, "--tp", "4", "--tpla-groups", "4")
+    refused(*asked, said=("groups", "calibrate"))
 
 
 def test_damaged_artifact(tmp_path: Path, nano_mla: str, nano_artifact: str) -> None:

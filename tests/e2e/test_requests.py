@@ -198,13 +198,8 @@ def test_a_grammar_that_has_no_way_on_ends_its_request_alone(trio: Any, temperat
     ("changes", "said"),
     [
         ({"bootstrap_room": 2**63}, "from 1 to 9223372036854775807; got 9223372036854775808"),
-        ({"bootstrap_room": -1}, "from 1 to 9223372036854775807; got -1"),
-        ({"bootstrap_room": 0}, "got 0"),
         ({"bootstrap_room": None}, "send requests to the router"),
         ({"bootstrap_host": "2.2.2.2"}, "name a prefill server"),
-        ({"bootstrap_host": "a/b"}, "host name or an IP address"),
-        ({"bootstrap_host": None}, "bootstrap_host is missing"),
-        ({"bootstrap_port": 70000}, "1 to 65535"),
         ({"text": [PROMPT, PROMPT], "bootstrap_room": [2, 2]}, "2 comes twice"),
         ({"text": [PROMPT, PROMPT], "bootstrap_room": [2]}, "one room for each of 2 prompts"),
     ],

@@ -74,13 +74,6 @@ def answers(url: str) -> bool:
     return False
 
 
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    keys.main([str(tmp_path / "keys")])
-    monkeypatch.setenv(KEYS_VARIABLE, str(tmp_path / "keys"))
-    return tmp_path / "keys"
-
-
 def secret() -> bytes | None:
     return Security.from_environment("prefill").secret
 
@@ -89,7 +82,7 @@ def counts(url: str) -> dict[str, int]:
     return {k: v for k, v in httpx.get(url + "/registrations").json().items() if v and k != "signed"}
 
 
-def test_with_keys_only_signed_registrations_are_taken(folder: Path, port: int, tmp_path: Path) -> None:
+def test_with_keys_only_signed_registrations_are_taken(key_folder: Path, port: int, tmp_path: Path) -> None:
     keys.main([str(tmp_path / "others")])
     stranger = Security.from_environment("prefill", {KEYS_VARIABLE: str(tmp_path / "others")}).secret
     with serving(port) as url:
@@ -115,7 +108,7 @@ def test_with_keys_only_signed_registrations_are_taken(folder: Path, port: int, 
         assert httpx.get(url + "/registrations").json()["signed"] is True
 
 
-def test_a_registration_captured_elsewhere_is_refused(folder: Path, port: int) -> None:
+def test_a_registration_captured_elsewhere_is_refused(key_folder: Path, port: int) -> None:
     """Another server with the same keys refuses it, and so does the same server after its restart."""
     body = b"{}"
     with serving(port) as url:
@@ -201,7 +194,7 @@ def test_a_rank_that_registers_twice_is_one_rank(port: int) -> None:
         assert httpx.get(url + "/route", params=WHOLE).status_code == 200
 
 
-def test_ranks_outlive_the_bootstrap_server(folder: Path, port: int) -> None:
+def test_ranks_outlive_the_bootstrap_server(key_folder: Path, port: int) -> None:
     ranks = [
         Registrar(f"http://127.0.0.1:{port}", payload(rank, 2, 7000 + rank), PLACE | {"target_tp_rank": rank},
                   secret(), period_s=0.05)

@@ -14,7 +14,6 @@ from sglang_tpla.measure.statistics import LayerMoments
 from tests.host.layer_artifacts import OneGroup, random_maps, views_of
 from tests.host.layer_ranks import (
     HEADS,
-    HIDDEN,
     NOPE,
     Q_RANK,
     ROPE,
@@ -123,41 +122,3 @@ def test_a_temperature_by_position_is_stocks(engine, monkeypatch, one_write, gro
     )  # fmt: skip
     assert (stock - plain).norm() / plain.norm() > 1e-3
     assert (ours - stock).norm() / stock.norm() < 2e-5
-
-
-@pytest.mark.parametrize(("size", "groups"), [(2, 2), (4, 2), (4, 4), (8, 4)])
-def test_head_outputs_summed_before_o_proj(engine, monkeypatch, size, groups) -> None:
-    """`--tpla-o-proj scatter`: ranks hold plain TP's part of ``o_proj``, and the sum over ranks is the formula.
-
-    The ranks run one after another; the test keeps what each would send and does the reduce-scatter.
-    """
-    from sglang_tpla.host.model import attention_layer as layer
-
-    generator = torch.Generator().manual_seed(size + groups)
-    weights = make_weights(Q_RANK, generator)
-    maps = random_maps(groups, 11, generator)
-    lengths = [9, 4, 1]
-    x, past = random_step(lengths, generator)
-    expected = formula(x, lengths, past, weights, views_of(maps))
-
-    sent: list[torch.Tensor] = []  # [h, tokens, v] of each rank
-
-    def keep(values: torch.Tensor, among: int) -> torch.Tensor:
-        assert among == groups
-        sent.append(values)
-        return values[: len(values) // groups]
-
-    monkeypatch.setattr(layer, "sum_over_groups", keep)
-    projections = []
-    for rank in range(size):
-        args = (rank, size, groups, OneGroup(maps), weights, Q_RANK, True, torch.float32, monkeypatch, "scatter")
-        attention = build_rank(*args)
-        assert attention.o_proj.weight.shape == (HIDDEN, HEADS * V // size)
-        run_rank(attention, x, lengths, past, maps[rank % groups][0], torch.float32)
-        projections.append(attention.o_proj)
-    total = torch.zeros_like(expected)
-    for rank, o_proj in enumerate(projections):
-        first = rank - rank % groups
-        summed = torch.stack(sent[first : first + groups]).sum(0).chunk(groups)[rank % groups]
-        total += o_proj(summed.transpose(0, 1).flatten(1))[0]
-    assert (total - expected).norm() / expected.norm() < 2e-5

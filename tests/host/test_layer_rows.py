@@ -20,9 +20,11 @@ from tests.host.engine_parts import stub_runner
 from tests.host.layer_artifacts import OneGroup, SketchedArtifact, exact_maps, random_maps, views_of
 from tests.host.layer_ranks import (
     HEADS,
+    HIDDEN,
     Q_RANK,
     ROPE,
     D,
+    V,
     build_rank,
     decode_step,
     formula,
@@ -149,6 +151,8 @@ def test_every_new_token_is_the_formulas(
             rank, size, groups, kind.artifact, weights, Q_RANK, True, torch.float32, monkeypatch, heads
         )
         assert attention.num_local_heads == HEADS * groups // size
+        # with "scatter" a rank holds plain TP's part: that of the heads it has after the sum
+        assert attention.o_proj.weight.shape == (HIDDEN, HEADS * V // size * (1 if heads == "scatter" else groups))
         parts.append(run_rank(attention, kind, rank % groups, x, lengths, past))
         projections.append(attention.o_proj)
     if sent:  # the reduce-scatter

@@ -17,13 +17,13 @@ def buffers(imported: None) -> Any:
     return MetadataBuffers(4, 8, torch.float32, max_sampling_mask_tokens=64)
 
 
-def computed(buffers: Any, tokens: list[int], row: int = 2) -> None:
+def computed(buffers: Any, tokens: list[int]) -> None:
     """Leave a request in the buffers as prefill does."""
     from sglang_tpla.host.disaggregation.same_prompt import leave_digest
 
     counts = dict.fromkeys(("cached_tokens", "cached_tokens_device", "cached_tokens_host", "cached_tokens_storage"), 7)
     req = SimpleNamespace(
-        metadata_buffer_index=row, output_ids=[5], multimodal_inputs=None, return_logprob=False,
+        metadata_buffer_index=2, output_ids=[5], multimodal_inputs=None, return_logprob=False,
         return_sampling_mask=False, hidden_states_tensor=None, bootstrap_room=9, output_topk_p=None,
         origin_input_ids=array("q", tokens), get_mm_token_counts=lambda: (0, 0, 0), **counts,
     )  # fmt: skip

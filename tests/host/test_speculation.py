@@ -155,8 +155,8 @@ def test_the_draft_layer_is_extended_by_what_was_verified(
     attend(backend, runners[True], batch, LATENT, lengths, TOKENS)
 
 
-def factory(runner: Any, draft: str | None, attention: str, steps: int = GUESSES) -> Any:
-    args = SimpleNamespace(prefill_attention_backend=None, decode_attention_backend=None, attention_backend=attention)
+def factory(runner: Any, draft: str | None, steps: int = GUESSES) -> Any:
+    args = SimpleNamespace(prefill_attention_backend=None, decode_attention_backend=None, attention_backend="tpla")
     return SimpleNamespace(
         server_args=args, draft_attn_backend=draft, draft_model_runner=runner, speculative_num_steps=steps
     )
@@ -168,19 +168,19 @@ def test_the_factory_knows_our_backend_and_names_the_others(runners: dict[bool, 
 
     runner = runners[True]
     runner.attn_backend = TplaDecodeBackend(runner)
-    ours = factory(runner, None, "tpla")
+    ours = factory(runner, None)
     assert isinstance(draft.guessing_backend(pytest.fail, ours), draft.DraftSteps)
     assert draft.extending_backend(pytest.fail, ours) is runner.attn_backend
     runner.attn_backend = object()  # of a server that computes prompts with another backend
     assert isinstance(draft.extending_backend(pytest.fail, ours), TplaDecodeBackend)
 
     stock = SimpleNamespace(attn_backends=[SimpleNamespace(), SimpleNamespace()])
-    other = factory(runner, "fa3", "tpla")
+    other = factory(runner, "fa3")
     assert draft.guessing_backend(lambda self: stock, other) is stock
     assert [one.decode_attention_backend_str for one in stock.attn_backends] == ["fa3", "fa3"]
     extend = draft.extending_backend(lambda self: SimpleNamespace(), other)
     assert (extend.prefill_attention_backend_str, extend.decode_attention_backend_str) == ("fa3", "fa3")
-    assert draft.guessing_backend(lambda self: None, factory(runner, None, "tpla", steps=1)) is None
+    assert draft.guessing_backend(lambda self: None, factory(runner, None, steps=1)) is None
 
 
 def test_where_a_later_factory_has_its_backends_from(engine: None, monkeypatch: pytest.MonkeyPatch) -> None:

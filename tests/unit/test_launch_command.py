@@ -366,28 +366,27 @@ def test_an_interpreter_without_the_plugin_is_refused() -> None:
     check_installation({"SGLANG_PLUGINS": "other, sglang_tpla"})
 
 
-def flags_of(process: Process) -> dict[str, str]:
+def speculative_flags(process: Process) -> dict[str, str]:
     """Values of the flags of speculation on a server's command line."""
-    command = process.command
-    return {flag: command[place + 1] for place, flag in enumerate(command) if flag.startswith("--speculative-")}
+    return {flag: values[-1] for flag, values in flags(process).items() if flag.startswith("--speculative-")}
 
 
 def test_speculation_says_what_follows_from_it() -> None:
     chain = {"--speculative-eagle-topk": "1", "--speculative-num-draft-tokens": "3"}
     given = {"--speculative-algorithm": "NEXTN", "--speculative-num-steps": "2"}
-    flags = [token for pair in given.items() for token in pair]
-    (decode,) = planned(*DECODE, *flags)
-    assert flags_of(decode) == given | chain | {"--speculative-attention-mode": "decode"}
-    (prefill,) = planned("--role", "prefill", "--model-path", NANO, *flags)
-    assert flags_of(prefill) == given | chain
+    tokens = [token for pair in given.items() for token in pair]
+    (decode,) = planned(*DECODE, *tokens)
+    assert speculative_flags(decode) == given | chain | {"--speculative-attention-mode": "decode"}
+    (prefill,) = planned("--role", "prefill", "--model-path", NANO, *tokens)
+    assert speculative_flags(prefill) == given | chain
     (default,) = planned(*DECODE, "--speculative-algorithm", "EAGLE")  # SGLang's own numbers: 3, 1, 4
-    assert set(flags_of(default)) == {"--speculative-algorithm", "--speculative-attention-mode"}
-    (own,) = planned(*DECODE, *flags, "--speculative-num-draft-tokens", "4", "--speculative-attention-mode", "prefill")
-    assert flags_of(own)["--speculative-num-draft-tokens"] == "4"
-    assert flags_of(own)["--speculative-attention-mode"] == "prefill"  # refused at start, with the reason
+    assert set(speculative_flags(default)) == {"--speculative-algorithm", "--speculative-attention-mode"}
+    (own,) = planned(*DECODE, *tokens, "--speculative-num-draft-tokens", "4", "--speculative-attention-mode", "prefill")
+    assert speculative_flags(own)["--speculative-num-draft-tokens"] == "4"
+    assert speculative_flags(own)["--speculative-attention-mode"] == "prefill"  # refused at start, with the reason
     whole = ("--speculative-num-steps", "--speculative-num-draft-tokens", "--speculative-eagle-topk")
     for flag, value, expected in ((whole[1], "3", "2 3 1"), (whole[2], "1", "3 4 1"), (whole[0], "1", "1 2 1")):
         (decode,) = planned(*DECODE, "--speculative-algorithm", "EAGLE", flag, value)  # SGLang needs all three
-        assert [flags_of(decode)[name] for name in whole] == expected.split()
+        assert [speculative_flags(decode)[name] for name in whole] == expected.split()
     (plain,) = planned(*DECODE)
-    assert not flags_of(plain)
+    assert not speculative_flags(plain)

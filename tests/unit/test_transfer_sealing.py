@@ -48,24 +48,22 @@ class InPlace:
         return self.intake.receive(stream)
 
 
-def chunk_reader(
-    stream: socket.socket, key: bytes = KEY, chunks_per_key: int = 3, in_place: bool = False
-) -> ChunkReader:
+def chunk_reader(stream: socket.socket, key: bytes = KEY, in_place: bool = False) -> ChunkReader:
     def announce(header: memoryview, size: int) -> tuple[bytes, InPlace | None]:
         return bytes(header), InPlace(size) if in_place else None
 
-    reader = ChunkReader(stream, bytes(16), 1 << 20, BufferPool(), announce, Seal(key, chunks_per_key))
+    reader = ChunkReader(stream, bytes(16), 1 << 20, BufferPool(), announce, Seal(key, 3))
     assert reader.greet()
     return reader
 
 
-def sealed(chunks: list[tuple[bytes, bytes]], key: bytes = KEY) -> list[bytes]:
+def sealed(chunks: list[tuple[bytes, bytes]]) -> list[bytes]:
     """What the sending end says of each chunk, as bytes."""
     said = []
     near, far = socket.socketpair()
     with near, far:
         near.setblocking(False)
-        queue = SendQueue(near, Seal(key, 3))
+        queue = SendQueue(near, Seal(KEY, 3))
         for header, payload in chunks:
             queue.push(chunk(header, payload))
             queue.flush()

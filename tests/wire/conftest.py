@@ -2,13 +2,10 @@
 
 import contextlib
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
-from sglang_tpla.transfer import keys
 from sglang_tpla.transfer.memory import iovec
-from sglang_tpla.transfer.network.security import KEYS_VARIABLE
 from tests.wire import rig
 from tests.wire.proxy import FaultProxy
 
@@ -40,14 +37,6 @@ def decode(request: pytest.FixtureRequest) -> Iterator[rig.DecodeRank]:
     rank = rig.decode_rank(host=request.param)
     with rig.serving(rank):
         yield rank
-
-
-@pytest.fixture
-def key_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Keys, named by the environment."""
-    keys.main([str(tmp_path / "keys")])
-    monkeypatch.setenv(KEYS_VARIABLE, str(tmp_path / "keys"))
-    return tmp_path / "keys"
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ def exactly(stream: socket.socket, size: int) -> bytes:
     return data
 
 
+TIMEOUT_S = 10
 TOKEN = bytes(range(messages.CHANNEL_TOKEN_BYTES))
 
 
@@ -44,19 +45,19 @@ class FakeDecode:
         """Send a message."""
         self.send(messages.encode(message), *([] if payload is None else [payload]))
 
-    def read(self, timeout_s: float = 10.0) -> tuple[messages.Message, bytes | None]:
+    def read(self) -> tuple[messages.Message, bytes | None]:
         """Return the next message, or the next chunk of the data channel."""
         poller = zmq.Poller()
         poller.register(self.socket, zmq.POLLIN)
         if self.stream is not None:
             poller.register(self.stream, zmq.POLLIN)
-        ready = dict(poller.poll(int(timeout_s * 1000)))
+        ready = dict(poller.poll(TIMEOUT_S * 1000))
         assert ready, "no answer"
         if self.socket not in ready and self.stream is not None:
             if not self.stream.recv(1, socket.MSG_PEEK):  # it was ended
                 self.stream.close()
                 self.stream = None
-                return self.read(timeout_s)
+                return self.read()
             header_bytes, payload_bytes = SIZES.unpack(exactly(self.stream, SIZES.size))
             header, payload = exactly(self.stream, header_bytes), exactly(self.stream, payload_bytes)
             assert exactly(self.stream, messages.CHECKSUM_BYTES) == messages.checksum(payload)
@@ -64,11 +65,11 @@ class FakeDecode:
         parts = self.socket.recv_multipart()
         return messages.decode(parts[0], len(parts) > 1), parts[1] if len(parts) > 1 else None
 
-    def expect(self, kind: type, timeout_s: float = 10.0) -> tuple[messages.Message, bytes | None]:
+    def expect(self, kind: type) -> tuple[messages.Message, bytes | None]:
         """Return the next message of a kind."""
-        end = time.monotonic() + timeout_s
+        end = time.monotonic() + TIMEOUT_S
         while time.monotonic() < end:
-            message, payload = self.read(timeout_s)
+            message, payload = self.read()
             if isinstance(message, kind):
                 return message, payload
         raise AssertionError(f"no {kind.__name__}")
@@ -135,11 +136,11 @@ class FakePrefill:
             assert exactly(self.stream, PREAMBLE_BYTES) == PREAMBLE + TOKEN
         return self.stream
 
-    def expect(self, kind: type, timeout_s: float = 10.0) -> messages.Message:
+    def expect(self, kind: type) -> messages.Message:
         """Return the next message of a kind, and answer pings on the way."""
-        end = time.monotonic() + timeout_s
+        end = time.monotonic() + TIMEOUT_S
         while time.monotonic() < end:
-            assert self.socket.poll(int(timeout_s * 1000)), f"no {kind.__name__}"
+            assert self.socket.poll(TIMEOUT_S * 1000), f"no {kind.__name__}"
             self.identity, header, *payload = self.socket.recv_multipart()
             message = messages.decode(header, bool(payload))
             if isinstance(message, kind):

@@ -42,12 +42,6 @@ class Frame:
         return "127.0.0.1"
 
 
-class Sent:
-    """A tracker of a message that ZMQ has let go of."""
-
-    done = True
-
-
 class Socket:
     """Stands in for a ZMQ socket: what is sent goes to the network, what has arrived can be received."""
 
@@ -84,7 +78,7 @@ class Socket:
             raise zmq.Again
         return self.arrived.popleft()
 
-    def send_multipart(self, parts: Any, flags: int = 0, copy: bool = True, track: bool = False) -> Sent:
+    def send_multipart(self, parts: Any, flags: int = 0, copy: bool = True, track: bool = False) -> None:
         whole = [bytes(part) for part in parts]
         if self.identity:
             self.network.up.setdefault(self.identity, deque()).append(whole)
@@ -92,7 +86,6 @@ class Socket:
             self.network.down.setdefault(whole[0], deque()).append(whole[1:])
         else:
             raise zmq.ZMQError(zmq.EHOSTUNREACH)
-        return Sent()
 
     def close(self, linger: int = 0) -> None:
         if self.identity:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import cast
 from unittest import mock
 
 import numpy as np
@@ -59,16 +59,6 @@ class IdleWorkers(Workers):
             work = self.next_work()
         if work is not None:
             work()
-
-
-def threads(agent: Any) -> Any:
-    """Return the threads of an agent."""
-    return agent.workers
-
-
-def rooms(agent: Any) -> dict[int, Any]:
-    """Return an agent's rooms, by id."""
-    return agent.rooms.table
 
 
 class Decode:

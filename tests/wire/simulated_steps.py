@@ -26,8 +26,6 @@ from tests.wire.simulated_ranks import (
     Decode,
     Failure,
     IdleWorkers,
-    rooms,
-    threads,
 )
 from tests.wire.simulated_strange import Strange
 from tests.wire.simulated_streams import Streams
@@ -97,7 +95,7 @@ class Steps(Strange):
         staging_bytes = self._odd(SETTINGS.staging_bytes, 6000, 4096)
         return replace(SETTINGS, staging_bytes=staging_bytes)
 
-    def _workers(self, role: str, rank: int, settings: Settings, refused: bool = False) -> IdleWorkers:
+    def _workers(self, role: str, rank: int, settings: Settings, refused: bool) -> IdleWorkers:
         """Make threads that wait for the simulation. Where ``refused``, the system has no shared memory left."""
         return IdleWorkers(role, settings, rank, Loop(self.network, self.streams, self.clock), not refused)
 
@@ -105,7 +103,7 @@ class Steps(Strange):
 
     def _post(self) -> None:
         for agent in self.agents:
-            threads(agent).io.run()
+            agent.workers.io.run()
 
     def deliver(self) -> None:
         """Deliver one message on one connection."""
@@ -119,8 +117,8 @@ class Steps(Strange):
         if socket is None:
             return False
         for agent in self.agents:
-            if socket in threads(agent).io.handlers:
-                threads(agent).io.handlers[socket](socket)
+            if socket in agent.workers.io.handlers:
+                agent.workers.io.handlers[socket](socket)
         self._post()
         return True
 
@@ -135,15 +133,15 @@ class Steps(Strange):
 
     def flow(self) -> None:
         """Move a piece of what is under way on one data channel."""
-        ready = [handler for agent in self.agents for handler in threads(agent).io.ready()]
+        ready = [handler for agent in self.agents for handler in agent.workers.io.ready()]
         if ready:
             ready[self.choices.below(len(ready))]()
             self._post()
 
     def _flow_once(self) -> bool:
-        ready = [(agent, handler) for agent in self.agents for handler in threads(agent).io.ready()]
+        ready = [(agent, handler) for agent in self.agents for handler in agent.workers.io.ready()]
         for agent, handler in ready:
-            if handler in threads(agent).io.ready():  # the ones before it may have closed it
+            if handler in agent.workers.io.ready():  # the ones before it may have closed it
                 handler()
                 self._post()
         return bool(ready)
@@ -151,7 +149,7 @@ class Steps(Strange):
     def work(self) -> None:
         """Do a piece of one rank's work, or of everyone's."""
         for agent in self._some():
-            threads(agent).work_once()
+            agent.workers.work_once()
         self._post()
 
     def advance(self) -> None:
@@ -166,7 +164,7 @@ class Steps(Strange):
     def _step(self, agent: Any, room_id: int) -> None:
         if agent.role == "decode":
             self._ask(self.decodes[agent.rank], room_id)
-        elif room_id not in rooms(agent):
+        elif room_id not in agent.rooms.table:
             agent.open_room(room_id)
         else:
             self._send(agent, room_id)
@@ -182,7 +180,7 @@ class Steps(Strange):
         for agent in self._some():
             if agent.role == "decode":
                 self._ask(self.decodes[agent.rank], room_id)
-            elif room_id not in rooms(agent):
+            elif room_id not in agent.rooms.table:
                 agent.open_room(room_id)
         self._post()
 
@@ -207,7 +205,7 @@ class Steps(Strange):
 
     def _send(self, agent: PrefillAgent, room_id: int) -> None:
         """Hand over some pages first, then the others: the first rank takes two steps."""
-        room = rooms(agent).get(room_id)
+        room = agent.rooms.table.get(room_id)
         if room is None or room.state.ended or room.last:
             return
         pages, first = _pages(room_id, 0), self.steps[agent.rank]
@@ -279,7 +277,7 @@ class Steps(Strange):
 
     def _tick(self) -> None:
         for agent in self.agents:
-            threads(agent).tick()
+            agent.workers.tick()
         self._post()
 
     # What must hold
@@ -290,7 +288,7 @@ class Steps(Strange):
             stats = agent.stats()
             if not 0 <= stats.staging_used_bytes <= stats.staging_limit_bytes:
                 raise Failure(f"staging of {agent.role} {agent.rank}: {stats.staging_used_bytes} bytes")
-            for room in rooms(agent).values():
+            for room in agent.rooms.table.values():
                 if self.kind is not Kind.STRANGE and any(word in room.reason for word in ACCUSATIONS):
                     raise Failure(f"honest ranks accuse each other: {room.reason}")
         for decode in self.decodes:

@@ -8,7 +8,7 @@ import msgspec
 
 from sglang_tpla.transfer import messages
 from tests.wire.simulated_network import Choices, Network
-from tests.wire.simulated_ranks import ROOMS, Decode, threads
+from tests.wire.simulated_ranks import ROOMS, Decode
 from tests.wire.simulated_streams import Streams
 
 
@@ -78,7 +78,7 @@ class Strange:
             0,
             2**62,
         ]
-        agents = [threads(agent).agent_id for agent in self.agents] + ["stranger"]
+        agents = [agent.workers.agent_id for agent in self.agents] + ["stranger"]
         hello = self.decodes[pick(len(self.decodes))].agent.connections._hello
         special = {
             "room": lambda: pick(ROOMS),

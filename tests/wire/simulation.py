@@ -22,7 +22,7 @@ from unittest import mock
 from sglang_tpla.transfer.decode.state import Link
 from sglang_tpla.transfer.room import RoomState
 from tests.wire.simulated_network import Choices, Clock
-from tests.wire.simulated_ranks import ROOMS, SETTINGS, Failure, rooms, threads
+from tests.wire.simulated_ranks import ROOMS, SETTINGS, Failure
 from tests.wire.simulated_steps import Kind, Steps
 from tests.wire.simulated_streams import Streams
 
@@ -66,7 +66,7 @@ class Simulation(Steps):
             self._tick()
             self._settle()
         for agent in self.agents:
-            for room_id, room in rooms(agent).items():
+            for room_id, room in agent.rooms.table.items():
                 if not (room.state.ended or (agent.role == "prefill" and room.state is RoomState.WAITING)):
                     raise Failure(f"room {room_id} goes on for ever on {agent.role} {agent.rank}: {room.state.name}")
 
@@ -112,7 +112,7 @@ class Simulation(Steps):
         if left:
             raise Failure(f"at rest, {len(left)} data channels are open that nobody uses")
         for agent in self.agents:
-            if any(stream.closed for stream in threads(agent).io.streams if hasattr(stream, "closed")):
+            if any(stream.closed for stream in agent.workers.io.streams if hasattr(stream, "closed")):
                 raise Failure(f"at rest, {agent.role} {agent.rank} polls a closed socket")
 
     def _linked(self) -> bool:
@@ -126,7 +126,7 @@ class Simulation(Steps):
             self.deliver_all()
             for agent in self.agents:
                 for _ in range(4):
-                    threads(agent).work_once()
+                    agent.workers.work_once()
             self._post()
             flowed = self._flow_once()
             if not before and not flowed and not any(self.network.up.values()) and not any(self.network.down.values()):
@@ -137,7 +137,7 @@ class Simulation(Steps):
         """Do all that rooms still need, and check that they succeed."""
 
         def step(agent: Any, room_id: int) -> None:
-            if room_id not in rooms(agent) or agent.role == "decode":
+            if room_id not in agent.rooms.table or agent.role == "decode":
                 self._step(agent, room_id)
 
         self._each(step, room_ids)
@@ -164,7 +164,9 @@ class Simulation(Steps):
                 return
             self.clock.now += 0.3
             self._tick()
-        states = [(a.role, a.rank, {r: (e.state.name, e.reason) for r, e in rooms(a).items()}) for a in self.agents]
+        states = [
+            (a.role, a.rank, {r: (e.state.name, e.reason) for r, e in a.rooms.table.items()}) for a in self.agents
+        ]
         raise Failure(f"a request does not get on: {states}")
 
 

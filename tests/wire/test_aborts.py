@@ -12,7 +12,7 @@ from sglang_tpla.transfer.decode import receiver
 from sglang_tpla.transfer.memory import copy, rows
 from sglang_tpla.transfer.prefill import sender
 from sglang_tpla.transfer.room import OTHER_PROMPT, RoomState, TransferError
-from tests.wire import rig, simulated_ranks
+from tests.wire import rig
 
 pytestmark = pytest.mark.usefixtures("rows_kind")  # each test with plain and with sketched rows
 
@@ -54,9 +54,7 @@ def test_no_write_after_an_abort_with_several_threads(checkers: int, monkeypatch
         assert prefill.agent.stats().threads_alive == decode.agent.stats().threads_alive == threads
         assert abort_at_random_moments(prefill, decode, times=100) > 10
     assert bool(checked) == bool(checkers)
-    assert not any(
-        thread.is_alive() for side in (prefill, decode) for thread in simulated_ranks.threads(side.agent)._checkers
-    )
+    assert not any(thread.is_alive() for side in (prefill, decode) for thread in side.agent.workers._checkers)
 
 
 def abort_at_random_moments(prefill: rig.PrefillRank, decode: rig.DecodeRank, times: int) -> int:

@@ -84,13 +84,13 @@ def two(**changes: Any) -> list[rig.PrefillRank]:
     return [rig.prefill_rank(rank=0), rig.prefill_rank(rank=1, **changes)]
 
 
-def groups(count: int = 2, widths: Sequence[int] = (40,) * rig.LAYERS, **changes: Any) -> list[rig.DecodeRank]:
-    """Make decode ranks of latent groups, 16 of whose columns are shared."""
+def groups(widths: Sequence[int] = (40,) * rig.LAYERS, **changes: Any) -> list[rig.DecodeRank]:
+    """Make decode ranks of two latent groups, 16 of whose columns are shared."""
     ranks = []
-    for group in range(count):
+    for group in range(2):
         parts = [rig.projection(group, width) for width in widths]
         z = Projection([part.matrices[i] for i, part in enumerate(parts)], [16] * rig.LAYERS)
-        ranks.append(rig.decode_rank(z, rank=group, size=count, **changes))
+        ranks.append(rig.decode_rank(z, rank=group, size=2, **changes))
     return ranks
 
 

@@ -7,7 +7,6 @@ import hashlib
 import secrets
 import socket
 import struct
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -18,8 +17,6 @@ import xxhash
 import zmq
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-from sglang_tpla.transfer import keys
-from sglang_tpla.transfer.network.security import KEYS_VARIABLE
 from sglang_tpla.transfer.room import RoomState
 from tests.wire import rig
 
@@ -71,10 +68,8 @@ def next_chunk(stream: socket.socket, key: bytes | None, number: int) -> tuple[l
 
 
 @pytest.mark.parametrize("sealed", [False, True])
-def test_a_decode_rank_from_the_page(sealed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if sealed:
-        keys.main([str(tmp_path / "keys")])
-        monkeypatch.setenv(KEYS_VARIABLE, str(tmp_path / "keys"))
+def test_a_decode_rank_from_the_page(sealed: bool, request: pytest.FixtureRequest) -> None:
+    folder = request.getfixturevalue("key_folder") if sealed else None  # before the rank, which reads them
     prefill = rig.prefill_rank(peer_timeout_s=20.0)
     context = zmq.Context()
     dealer = context.socket(zmq.DEALER)
@@ -82,10 +77,10 @@ def test_a_decode_rank_from_the_page(sealed: bool, tmp_path: Path, monkeypatch: 
     dealer.setsockopt(zmq.RCVTIMEO, 10_000)
     dealer.setsockopt(zmq.IDENTITY, secrets.token_bytes(16))
     if sealed:
-        secret = (tmp_path / "keys" / "decode.secret").read_text().split()[0].encode()
+        secret = (folder / "decode.secret").read_text().split()[0].encode()
         dealer.setsockopt(zmq.CURVE_SECRETKEY, secret)
         dealer.setsockopt(zmq.CURVE_PUBLICKEY, zmq.curve_public(secret))
-        server = (tmp_path / "keys" / "prefill.public").read_text().split()[0].encode()
+        server = (folder / "prefill.public").read_text().split()[0].encode()
         dealer.setsockopt(zmq.CURVE_SERVERKEY, server)
     with contextlib.closing(prefill.agent), context, dealer:
         source = rig.pages(1, TOKENS // rig.PAGE)

@@ -36,8 +36,8 @@ def given(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
 class Once:
     """Spoils one piece of bytes, some pieces after the first."""
 
-    def __init__(self, spoil: object, after: int = 5) -> None:
-        self.spoil, self.left = spoil, after
+    def __init__(self, spoil: object) -> None:
+        self.spoil, self.left = spoil, 5
         self.done = 0
 
     def __call__(self, piece: bytes) -> bytes:

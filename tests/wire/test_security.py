@@ -15,22 +15,22 @@ from sglang_tpla.transfer.room import RoomState, TransferError
 from tests.wire import rig
 
 
-def fetch(prefill: rig.PrefillRank, decode: rig.DecodeRank, room: int) -> RoomState:
+def fetch(prefill: rig.PrefillRank, decode: rig.DecodeRank) -> RoomState:
     """Try one transfer."""
-    prefill.agent.open_room(room)
-    decode.agent.open_room(room, [prefill.peer])
-    rig.wait(lambda: decode.agent.poll(room) != RoomState.BOOTSTRAPPING, "registration")
-    if decode.agent.poll(room) == RoomState.FAILED:
+    prefill.agent.open_room(1)
+    decode.agent.open_room(1, [prefill.peer])
+    rig.wait(lambda: decode.agent.poll(1) != RoomState.BOOTSTRAPPING, "registration")
+    if decode.agent.poll(1) == RoomState.FAILED:
         return RoomState.FAILED
-    decode.agent.request(room, rig.pages(1, 9), metadata_row=0, expected_ranks=1)
-    prefill.agent.send(room, rig.pages(2, 9), last=True, metadata_row=0)
-    return rig.ended(decode.agent, room)
+    decode.agent.request(1, rig.pages(1, 9), metadata_row=0, expected_ranks=1)
+    prefill.agent.send(1, rig.pages(2, 9), last=True, metadata_row=0)
+    return rig.ended(decode.agent, 1)
 
 
 def test_allowed_keys_transfer(key_folder: Path) -> None:
     prefill, decode = rig.prefill_rank(), rig.decode_rank(host="far")
     with rig.serving(prefill, decode):
-        assert fetch(prefill, decode, 1) == RoomState.SUCCESS, decode.agent.failure(1)
+        assert fetch(prefill, decode) == RoomState.SUCCESS, decode.agent.failure(1)
         rig.check_rows(prefill, decode, rig.pages(2, 9), rig.pages(1, 9), 9 * rig.PAGE)
 
 
@@ -64,7 +64,7 @@ def test_other_keys_and_no_keys_are_refused(key_folder: Path, monkeypatch: pytes
                 hello_after_refusal(decode)
             with contextlib.closing(decode.agent):
                 before = prefill.agent.stats().refused
-                assert fetch(prefill, decode, 1) == RoomState.FAILED
+                assert fetch(prefill, decode) == RoomState.FAILED
                 rig.wait(lambda before=before: prefill.agent.stats().refused > before, "the refusal to be counted")
                 assert "--tpla-keys" in decode.agent.failure(1)
                 prefill.agent.close_room(1)
@@ -79,7 +79,7 @@ def test_decode_refuses_a_prefill_rank_with_another_key(key_folder: Path, tmp_pa
     (key_folder / "prefill.secret").chmod(0o600)
     prefill = rig.prefill_rank()
     with rig.serving(prefill, decode):
-        assert fetch(prefill, decode, 1) == RoomState.FAILED
+        assert fetch(prefill, decode) == RoomState.FAILED
 
 
 def test_plain_tcp_beyond_loopback_needs_the_word(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from sglang_tpla.transfer import messages
 from sglang_tpla.transfer.decode.connections import MAX_UNANSWERED
-from tests.wire.simulated_ranks import SETTINGS, rooms
+from tests.wire.simulated_ranks import SETTINGS
 from tests.wire.simulated_steps import HOSTS
 from tests.wire.simulation import Kind, Simulation, begun, simulate
 
@@ -67,7 +67,7 @@ def test_a_room_that_only_begins_anew_ends_in_time() -> None:
         for _ in range(4):
             simulation.advance()
         begin = simulation.clock.now
-        entries = [rooms(agent)[0] for agent in simulation.agents]
+        entries = [agent.rooms.table[0] for agent in simulation.agents]
         assert not any(room.state.ended for room in entries)
         while simulation.clock.now <= begin + SETTINGS.transfer_timeout_s:
             simulation.clock.now += 0.3
