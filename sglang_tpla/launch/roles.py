@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from sglang_tpla.config import ENV_PREFIX, SERVER_VARIABLE, ConfigError, Layout, Settings
+from sglang_tpla.config import ENV_PREFIX, SERVER_VARIABLE, ConfigError, Layout, Settings, without_brackets
 from sglang_tpla.launch import cpu
 from sglang_tpla.launch.agreement import (
     check_alike,
@@ -52,13 +52,7 @@ class Process:
 
     def full_environment(self, environ: Mapping[str, str]) -> dict[str, str]:
         """Return `environ` with this process's changes."""
-        result = dict(environ)
-        for name, value in self.environment.items():
-            if value is None:
-                result.pop(name, None)
-            else:
-                result[name] = value
-        return result
+        return {name: value for name, value in {**environ, **self.environment}.items() if value is not None}
 
     def shell(self) -> str:
         """Return the command to paste into a shell, one flag a line."""
@@ -126,12 +120,8 @@ def _server(role: str, arguments: list[Argument], options: Options) -> Process:
     arguments = for_server(arguments)
     if role == "prefill":
         bootstrap = integer(arguments, "disaggregation-bootstrap-port", DEFAULT_BOOTSTRAP_PORT)
-        check_distinct(
-            {
-                "the prefill server": integer(arguments, "port", DEFAULT_PORT),
-                "its bootstrap server": bootstrap,
-            }
-        )
+        port = integer(arguments, "port", DEFAULT_PORT)
+        check_distinct({"the prefill server": port, "its bootstrap server": bootstrap})
     if not has(arguments, "model-path"):
         raise ConfigError(f"a {role} server needs --model-path MODEL (a folder or a model's name)")
     if role == "decode":
@@ -195,8 +185,7 @@ def _router(arguments: list[Argument], options: Options) -> Process:
 
 
 def _url(arguments: Sequence[Argument]) -> str:
-    host = value_of(arguments, "host") or DEFAULT_HOST
-    host = host.removeprefix("[").removesuffix("]")
+    host = without_brackets(value_of(arguments, "host") or DEFAULT_HOST)
     host = {"0.0.0.0": DEFAULT_HOST, "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
     return f"http://{host}:{integer(arguments, 'port', DEFAULT_PORT)}"
 

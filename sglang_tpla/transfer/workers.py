@@ -21,7 +21,7 @@ import zmq
 
 from sglang_tpla.config import Settings
 from sglang_tpla.transfer import messages
-from sglang_tpla.transfer.memory.shared_memory import SharedSegment, host_identity, make_segment
+from sglang_tpla.transfer.memory.shared_memory import SharedSegment, host_identity
 from sglang_tpla.transfer.network.event_loop import IoLoop
 from sglang_tpla.transfer.room import RoomState, TransferError, TransferMetric
 
@@ -32,6 +32,16 @@ WORKERS = {"cpu": 1, "cuda": 2}
 CHECKERS = {"cpu": 0, "cuda": 2}
 SPARE_CORES = 4  # with as many, workers check what lies in a CPU pool, beside the I/O thread that moves it
 MAX_DURATIONS = 16384  # kept for whoever publishes them
+
+
+class AnyRoom(Protocol):
+    """The attributes that rooms of both agents have."""
+
+    state: RoomState
+    reason: str
+
+
+RoomT = TypeVar("RoomT", bound=AnyRoom)
 
 
 class Workers:
@@ -70,8 +80,21 @@ class Workers:
         if not self.settings.shared_memory:
             return None
         slots = self.settings.staging_bytes // self.chunk_bytes
-        reserved_bytes = min(slots, FIRST_SLOTS) * self.chunk_bytes
-        return make_segment(self.agent_id, slots * self.chunk_bytes, reserved_bytes, self.log)
+        size_bytes, segment = slots * self.chunk_bytes, None
+        try:
+            segment = SharedSegment(self.agent_id, size_bytes)
+            segment.reserve(0, min(slots, FIRST_SLOTS) * self.chunk_bytes)
+        except (OSError, AttributeError) as error:
+            if segment is not None:
+                segment.close()
+            self.log.warning(
+                "no shared memory of %d bytes (%s): payloads go through sockets; raise the limit on memory or file "
+                "sizes",
+                size_bytes,
+                error,
+            )
+            return None
+        return segment
 
     def host_identity(self) -> str:
         """Return a text that tells hosts apart; it is unlike all others where shared memory is not wanted."""
@@ -173,6 +196,29 @@ class Workers:
         if self.closing:
             raise TransferError(f"the {self.role} agent of rank {self.rank} was closed")
 
+    def opened(self, rooms: Mapping[int, RoomT], room_id: int) -> RoomT:
+        """Return a room that a scheduler has opened.
+
+        Raises:
+            TransferError: it has not.
+        """
+        room = rooms.get(room_id)
+        if room is None:
+            raise TransferError(f"room {room_id} is not open on {self.role} rank {self.rank}; call open_room first")
+        return room
+
+    def check_closed(self, rooms: Mapping[int, AnyRoom], room_id: int) -> None:
+        """Refuse to open a room that is open and has not ended.
+
+        Raises:
+            TransferError: it is.
+        """
+        room = rooms.get(room_id)
+        if room is not None and not room.state.ended:
+            raise TransferError(
+                f"room {room_id} is open on {self.role} rank {self.rank}; close it before opening it anew"
+            )
+
     def drop(self, counter: str, why: str) -> None:
         """Count and log a message that is dropped."""
         with self.lock:
@@ -220,39 +266,6 @@ class Workers:
             "resent": metric.resent,
         }
         self.log.info("transfer %s", json.dumps(line))
-
-
-class AnyRoom(Protocol):
-    """The attributes that rooms of both agents have."""
-
-    state: RoomState
-    reason: str
-
-
-RoomT = TypeVar("RoomT", bound=AnyRoom)
-
-
-def opened(rooms: Mapping[int, RoomT], room_id: int, role: str, rank: int) -> RoomT:
-    """Return a room that a scheduler has opened.
-
-    Raises:
-        TransferError: it has not.
-    """
-    room = rooms.get(room_id)
-    if room is None:
-        raise TransferError(f"room {room_id} is not open on {role} rank {rank}; call open_room first")
-    return room
-
-
-def check_closed(rooms: Mapping[int, AnyRoom], room_id: int, role: str, rank: int) -> None:
-    """Refuse to open a room that is open and has not ended.
-
-    Raises:
-        TransferError: it is.
-    """
-    room = rooms.get(room_id)
-    if room is not None and not room.state.ended:
-        raise TransferError(f"room {room_id} is open on {role} rank {rank}; close it before opening it anew")
 
 
 def seconds_since(start: float | None, end: float) -> float:

@@ -92,7 +92,6 @@ class Server:
         raise ServerFailed(f"{self.name} did not answer {path} within {timeout_s} s:\n{self.tail()}")
 
     def tree(self) -> list[psutil.Process]:
-        """Return the process and its descendants."""
         assert self.process is not None
         with contextlib.suppress(psutil.NoSuchProcess):
             root = psutil.Process(self.process.pid)
@@ -100,7 +99,6 @@ class Server:
         return []
 
     def schedulers(self) -> list[psutil.Process]:
-        """Return the rank processes."""
         return [p for p in self.tree() if "scheduler" in " ".join([p.name(), *p.cmdline()]).lower()]
 
     def kill(self) -> None:

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from sglang_tpla.attention.interface import DecodeShape
 from sglang_tpla.cache_rows.row_format import RowFormat
 from sglang_tpla.config import ConfigError
+from tests.host.engine_parts import stub_runner
 from tests.speculating_model import NEXTN_FILE, copied_layer, with_nextn
 
 HEADS, ROPE, LATENT, WIDTH, CONTEXT, REQUESTS, SLOTS, SCALE = 4, 8, 32, 20, 40, 6, 300, 0.3
@@ -51,19 +52,14 @@ def runners(engine: None, monkeypatch: pytest.MonkeyPatch) -> dict[bool, Any]:
     torch.manual_seed(7)
     slots = torch.randperm(SLOTS - 1)[: REQUESTS * CONTEXT].view(REQUESTS, CONTEXT).to(torch.int32) + 1
     requests = SimpleNamespace(req_to_token=slots, size=REQUESTS)
-    args = resolved_arguments(speculative_algorithm="EAGLE", speculative_num_draft_tokens=TOKENS)
-    return {
-        draft: SimpleNamespace(
-            device="cpu", gpu_id=0, req_to_token_pool=requests, token_to_kv_pool=Pool(LATENT if draft else WIDTH),
-            kv_cache_dtype=torch.float32, is_draft_worker=draft, server_args=args,
-            model_config=SimpleNamespace(
-                scaling=SCALE, num_attention_heads=HEADS, kv_lora_rank=LATENT if draft else WIDTH,
-                qk_rope_head_dim=ROPE, dtype=torch.float32,
-                hf_text_config=SimpleNamespace(kv_lora_rank=LATENT, num_hidden_layers=1),
-            ),
-        )
-        for draft in (False, True)
-    }  # fmt: skip
+    found = {}
+    for draft, width in ((False, WIDTH), (True, LATENT)):
+        found[draft] = stub_runner(
+            requests, Pool(width), torch.float32, TOKENS, scaling=SCALE, num_attention_heads=HEADS, kv_lora_rank=width,
+            qk_rope_head_dim=ROPE, hf_text_config=SimpleNamespace(kv_lora_rank=LATENT, num_hidden_layers=1),
+        )  # fmt: skip
+        found[draft].is_draft_worker = draft
+    return found
 
 
 def attend(backend: Any, runner: Any, batch: Any, width: int, starts: list[int], tokens: int) -> None:

@@ -11,23 +11,11 @@ import pytest
 import torch
 
 from sglang_tpla.artifact.fold import fold_key_map, fold_value_map
+from tests.host.layer_artifacts import OneGroup
 from tests.random_checkpoint import CONFIGS, draw_weights
 
 WIDTH = 24
 TINY_VISION = {"num_attention_heads": 2, "num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 32}
-
-
-class Maps:
-    """Stands for an artifact of one group, with the same random maps for every layer."""
-
-    def __init__(self) -> None:
-        generator = torch.Generator().manual_seed(0)
-        shapes = ((64, WIDTH), (WIDTH, 64), (WIDTH, 64))
-        self.triple = tuple(torch.randn(*shape, generator=generator) / 8 for shape in shapes)
-        self.meta = SimpleNamespace(sketched=False)
-
-    def maps(self, layer: int, group: int) -> Any:
-        return self.triple
 
 
 def kimi_vl() -> tuple[torch.nn.Module, str, dict[str, Any]]:
@@ -80,13 +68,15 @@ def test_the_language_model_is_hooked(engine: None, make: Any, monkeypatch: pyte
     from sglang_tpla.host.model import attention_layer as layer
     from sglang_tpla.host.process import Slice
 
-    part = Slice(Layout(1, 1, 4), 0, Maps())  # type: ignore[arg-type]
+    generator = torch.Generator().manual_seed(0)
+    maps = [torch.randn(*shape, generator=generator) / 8 for shape in ((64, WIDTH), (WIDTH, 64), (WIDTH, 64))]
+    part = Slice(Layout(1, 1, 4), 0, OneGroup([maps]))  # type: ignore[arg-type]
     monkeypatch.setattr(layer, "make_slice", lambda heads, rank, size: part)
     monkeypatch.setattr(layer, "settings", lambda: SimpleNamespace(o_proj="replicate"))
     model, prefix, inner = make()
     weights = draw_weights(inner)
     model.load_weights((prefix + name, tensor) for name, tensor in weights.items())
-    _, a, b = Maps().triple
+    _, a, b = maps
     for index, block in enumerate(model.language_model.model.layers):
         attention = block.self_attn
         whole = weights[f"model.layers.{index}.self_attn.kv_b_proj.weight"].float().view(4, 64, 64)

@@ -11,7 +11,6 @@ from tests.wire import rig
 
 
 def exactly(stream: socket.socket, size: int) -> bytes:
-    """Read so many bytes of a socket."""
     data = b""
     while len(data) < size:
         piece = stream.recv(size - len(data))
@@ -42,7 +41,6 @@ class FakeDecode:
         self.socket.send_multipart(parts)
 
     def say(self, message: messages.Message, payload: bytes | None = None) -> None:
-        """Send a message."""
         self.send(messages.encode(message), *([] if payload is None else [payload]))
 
     def read(self) -> tuple[messages.Message, bytes | None]:
@@ -66,7 +64,6 @@ class FakeDecode:
         return messages.decode(parts[0], len(parts) > 1), parts[1] if len(parts) > 1 else None
 
     def expect(self, kind: type) -> tuple[messages.Message, bytes | None]:
-        """Return the next message of a kind."""
         end = time.monotonic() + TIMEOUT_S
         while time.monotonic() < end:
             message, payload = self.read()
@@ -85,7 +82,6 @@ class FakeDecode:
         self.stream.sendall(PREAMBLE + offer.token)
 
     def close(self) -> None:
-        """Free the sockets."""
         if self.stream is not None:
             self.stream.close()
         self.socket.close()
@@ -159,7 +155,6 @@ class FakePrefill:
         self.say(welcome(offer))
 
     def close(self) -> None:
-        """Free the sockets."""
         self.server.close()
         if self.stream is not None:
             self.stream.close()

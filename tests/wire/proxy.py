@@ -95,7 +95,6 @@ class FaultProxy:
         return ("127.0.0.1", self.port, False)
 
     def cut(self) -> None:
-        """Break every connection."""
         with self._guard:
             pairs, self._pairs = self._pairs, []
         for pair in pairs:
@@ -105,7 +104,6 @@ class FaultProxy:
                 end.close()
 
     def close(self) -> None:
-        """End the proxy."""
         self.refusing = True
         self.flowing.set()
         for server in self._servers:

@@ -48,7 +48,6 @@ class WrittenLater:
             layer.zero_()
 
     def synchronize(self) -> None:
-        """Write the rows."""
         self.waited = True
         for layer, rows in self._rows:
             layer.copy_(rows)
@@ -264,7 +263,6 @@ def fail(room: int, said: str, *ranks: Rank) -> None:
 
 
 def close(room: int, *ranks: Rank) -> None:
-    """Close a room on each rank."""
     for rank in ranks:
         rank.agent.close_room(room)
 

@@ -134,7 +134,6 @@ class Loop:
         ]
 
     def run(self) -> None:
-        """Run all that is posted."""
         while self.posted:
             function, args = self.posted.popleft()
             function(*args)

@@ -106,7 +106,6 @@ class Steps(Strange):
             agent.workers.io.run()
 
     def deliver(self) -> None:
-        """Deliver one message on one connection."""
         identities = list(self.network.dealers)
         if identities:
             which, upwards = self.choices.below(len(identities)), bool(self.choices.below(2))
@@ -123,7 +122,6 @@ class Steps(Strange):
         return True
 
     def deliver_all(self) -> None:
-        """Deliver what is under way now."""
         for identity in list(self.network.dealers):
             for upwards in (True, False):
                 for _ in range(len((self.network.up if upwards else self.network.down).get(identity, ()))):

@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ POISON = 0xFF  # no number in any floating-point format here
 def refused() -> Iterator[None]:
     """Have the system give no shared memory, as with a full /dev/shm."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(workers, "make_segment", lambda *_: None)
+        patch.setattr(workers, "SharedSegment", mock.Mock(side_effect=OSError("no space")))
         yield
 
 

@@ -40,14 +40,12 @@ class Child:
         self.port = int(self.readline().split()[1])
 
     def readline(self) -> str:
-        """Read one answer."""
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         assert line, "the child has ended"
         return line.strip()
 
     def say(self, command: str) -> str:
-        """Send a command and read its answer."""
         assert self.process.stdin is not None
         self.process.stdin.write(command + "\n")
         self.process.stdin.flush()

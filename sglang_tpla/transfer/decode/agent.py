@@ -36,7 +36,7 @@ from sglang_tpla.transfer.room import (
     TransferMetric,
     check_room_id,
 )
-from sglang_tpla.transfer.workers import Workers, check_closed, opened, seconds_since
+from sglang_tpla.transfer.workers import Workers, seconds_since
 
 
 class DecodeAgent:
@@ -149,7 +149,7 @@ class DecodeAgent:
             self.workers.check_alive()
             if all(dummy for _, _, dummy in peers):
                 raise TransferError(f"room {room_id} needs a prefill rank that sends; got {list(peers)}")
-            check_closed(self.rooms.table, room_id, self.role, self.rank)
+            self.workers.check_closed(self.rooms.table, room_id)
             sources = {
                 (host, port): Source(self.connections.connection((host, port)), dummy) for host, port, dummy in peers
             }
@@ -248,7 +248,7 @@ class DecodeAgent:
             )
 
     def _open(self, room_id: int) -> Room:
-        return opened(self.rooms.table, room_id, self.role, self.rank)
+        return self.workers.opened(self.rooms.table, room_id)
 
     def _fail_all(self, reason: str) -> None:
         for room in list(self.rooms.table.values()):

@@ -63,24 +63,6 @@ class SharedSegment:
             self._file = -1
 
 
-def make_segment(agent: str, size_bytes: int, reserved_bytes: int, logger: logging.Logger) -> SharedSegment | None:
-    """Make a segment whose first bytes are reserved; None where the system has none to give: payloads travel inline."""
-    segment = None
-    try:
-        segment = SharedSegment(agent, size_bytes)
-        segment.reserve(0, reserved_bytes)
-    except (OSError, AttributeError) as error:
-        if segment is not None:
-            segment.close()
-        logger.warning(
-            "no shared memory of %d bytes (%s): payloads go through sockets; raise the limit on memory or file sizes",
-            size_bytes,
-            error,
-        )
-        return None
-    return segment
-
-
 def map_segment(segment: messages.Segment) -> np.ndarray | None:
     """Map another process's segment for reading (uint8, without its header); None where it cannot be had."""
     try:

@@ -37,7 +37,7 @@ from sglang_tpla.transfer.room import (
     TransferMetric,
     check_room_id,
 )
-from sglang_tpla.transfer.workers import Workers, check_closed, opened, seconds_since
+from sglang_tpla.transfer.workers import Workers, seconds_since
 
 
 class PrefillAgent:
@@ -128,7 +128,7 @@ class PrefillAgent:
         check_room_id(room_id)
         with self.router.turn() as now:
             self.workers.check_alive()
-            check_closed(self.rooms.table, room_id, self.role, self.rank)
+            self.workers.check_closed(self.rooms.table, room_id)
             self.rooms.open(room_id, prompt_tokens, now)
 
     def note_idle(self) -> None:
@@ -246,7 +246,7 @@ class PrefillAgent:
             )
 
     def _open(self, room_id: int) -> Room:
-        return opened(self.rooms.table, room_id, self.role, self.rank)
+        return self.workers.opened(self.rooms.table, room_id)
 
     def _tick(self) -> None:
         with self.router.turn() as now:
