@@ -7,9 +7,10 @@ DeepSeek-V3's attention with random bfloat16 weights, experts left out (a dense 
 layers as are asked for. One prefill server on the last GPU, one decode server of two ranks at a time (``--together``:
 all of them, where they fit on the GPUs beside each other) and a router, on one host; requests of random tokens arrive
 at each rate in turn, for so many seconds, end-of-sequence is ignored. For every method and rate: output tokens a second
-of all requests together, milliseconds between output tokens (median and 99th percentile, the first excluded) and to
-the first one (median). Then, for each length of a prompt, the time from the end of prefill to the first decode step as
-`engine_gpu.py` has it, without the router. The methods:
+of all requests together, milliseconds between output tokens (median and 99th percentile, the first excluded), to the
+first one (median), and from the end of a prompt's prefill until every decode rank has confirmed its cache. Then, for
+each length of a prompt, the time from the end of prefill to the first decode step as `engine_gpu.py` has it, without
+the router. The methods:
 
     tp      plain MLA on every rank, SGLang's own kernel     g2            TPLA, slices of 256 in bfloat16
     g1-8bit plain MLA in this package's 8-bit rows           g2-sketched   TPLA on sketched rows
@@ -20,6 +21,7 @@ Without GPUs tiny servers run on the CPU, to try this file.
 import argparse
 import json
 import random
+import statistics
 import sys
 import time
 import traceback
@@ -37,7 +39,7 @@ from serving_client import Client
 from v3_shaped import VOCABULARY, Shape, write_artifact, write_checkpoint, write_sketched_artifact
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from tests.e2e.servers import Pair
+from tests.e2e.servers import Pair, Server, transfer_lines
 from tests.gpu.engine import DEVICE, Engines
 
 GPU = DEVICE == "cuda"
@@ -78,8 +80,10 @@ def requests_at(rate: str, args: argparse.Namespace) -> int:
     return args.prompts if rate == "inf" else max(2, min(args.prompts, round(float(rate) * args.seconds)))
 
 
-def arrivals(client: Client, url: str, model: Path, rate: str, args: argparse.Namespace, out: Path) -> dict[str, Any]:
-    """What ``sglang.benchmark.serving`` says of one rate."""
+def arrivals(
+    client: Client, url: str, prefill: Server, model: Path, rate: str, args: argparse.Namespace, out: Path
+) -> dict[str, Any]:
+    """What ``sglang.benchmark.serving`` says of one rate, and prefill's log of its transfers."""
     flags = [
         "--backend", "sglang", "--base-url", url,
         "--model", str(model), "--tokenizer", str(model), "--dataset-name", "random-ids", "--tokenize-prompt",
@@ -87,8 +91,13 @@ def arrivals(client: Client, url: str, model: Path, rate: str, args: argparse.Na
         "--num-prompts", str(requests_at(rate, args)), "--request-rate", rate, "--seed", "1", "--disable-tqdm",
         "--warmup-requests", "0",
     ]  # fmt: skip
+    before = len(transfer_lines(prefill))
     found = client.run(flags, out)
-    row = {"rate": rate, "requests": requests_at(rate, args), **{name: round(found[name], 3) for name in FIGURES}}
+    waits = [round(1e3 * line["after_prefill_seconds"]) for line in transfer_lines(prefill)[before:]]
+    row = {
+        "rate": rate, "requests": requests_at(rate, args), **{name: round(found[name], 3) for name in FIGURES},
+        "median_sent_ms": statistics.median(waits), "sent_ms": waits,
+    }  # fmt: skip
     if row["completed"] != row["requests"]:
         print(f"only {row['completed']} of {row['requests']} requests were answered: see the servers' logs")
     return row
@@ -174,10 +183,14 @@ def main() -> None:
                 warm_up(pair, args)
                 for rate in args.rates:
                     forget_prompts(pair)
-                    row = arrivals(client, router.url, model, rate, args, Path(scratch) / f"{method}-{rate}.json")
+                    out = Path(scratch) / f"{method}-{rate}.json"
+                    row = arrivals(client, router.url, pair.prefill, model, rate, args, out)
                     result["rows"].append({"method": method, **row})
                     keep()
-                    print(f"{method:>12} at {rate:>4}/s " + "  ".join(f"{k} {row[k]}" for k in FIGURES), flush=True)
+                    print(
+                        f"{method:>12} at {rate:>4}/s " + "  ".join(f"{k} {row[k]}" for k in (*FIGURES, "sent_ms")),
+                        flush=True,
+                    )
                 for tokens in args.first_step:
                     row = first_step(pair, tokens, args.repeats)
                     result["first_step"].append({"method": method, **row})

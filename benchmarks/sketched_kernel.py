@@ -1,10 +1,10 @@
 """The decode kernel of sketched rows against MLA on FlashInfer fa3, on one GPU.
 
-    python benchmarks/sketched_kernel.py [--out FILE]
+    python benchmarks/sketched_kernel.py [--out FILE] [--page-size 64]
 
 Each row is one attention layer of one decode step, as in ``decode_kernel.py``: MLA with the heads of a rank under plain
 tensor parallelism, sketched rows with ``groups`` times as many, both timed in turns. fa3 is also timed alone with as
-many heads as the sketched rows have: what MLA costs a rank that keeps them all.
+many heads as the sketched rows have: what MLA costs a rank that keeps them all. Pages lie in random order.
 """
 
 from __future__ import annotations
@@ -47,17 +47,17 @@ ROWS = (
 )  # fmt: skip
 
 
-def mla(heads: int, row: Row) -> Step:
+def mla(heads: int, row: Row, page_size: int) -> Step:
     """FlashInfer fa3 on plain MLA's rows."""
     device = torch.device("cuda:0")
-    shape = DecodeShape(MLA_DIM, heads, ROPE_DIM)
+    shape = DecodeShape(MLA_DIM, heads, ROPE_DIM, page_size=page_size)
     return prepare(shape, row.batch, row.tokens, "random", lambda s: FlashInferDecode(s, SCALE, device, "fa3"))
 
 
-def sketched(row: Row) -> Step:
+def sketched(row: Row, page_size: int) -> Step:
     """This package's kernel; the error is that of two short requests, whose reference fits."""
     rows = SketchedRows.of(MLA_DIM, row.groups, row.shared, ROPE_DIM)
-    shape = DecodeShape.of_sketched(rows, MLA_HEADS * row.groups)
+    shape = DecodeShape.of_sketched(rows, MLA_HEADS * row.groups, page_size=page_size)
     for lengths in ([1000, 5], [row.tokens] * row.batch):
         case = random_case(shape, lengths, seed=7)
         kernel = HopperDecode(shape, SCALE, len(lengths), torch.device("cuda:0"))
@@ -73,12 +73,12 @@ def sketched(row: Row) -> Step:
     )
 
 
-def measure(row: Row, rounds: int, calls: int) -> dict[str, Any]:
+def measure(row: Row, page_size: int, rounds: int, calls: int) -> dict[str, Any]:
     """Median microseconds of fa3 with few and with all heads, and of sketched rows."""
     steps = {
-        "mla": mla(MLA_HEADS, row),
-        "mla, all heads": mla(MLA_HEADS * row.groups, row),
-        "sketched": sketched(row),
+        "mla": mla(MLA_HEADS, row, page_size),
+        "mla, all heads": mla(MLA_HEADS * row.groups, row, page_size),
+        "sketched": sketched(row, page_size),
     }
     timers = [capture(step.run, calls) for step in steps.values()]
     samples = [[1000 * timer() for timer in timers] for _ in range(rounds)]
@@ -98,13 +98,14 @@ def measure(row: Row, rounds: int, calls: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "out" / "sketched_kernel.json")
+    parser.add_argument("--page-size", type=int, default=1, choices=(1, 64))
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--calls", type=int, default=10, help="calls in one CUDA graph")
     args = parser.parse_args()
     args.out.parent.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
     for row in ROWS:
-        result = measure(row, args.rounds, args.calls)
+        result = measure(row, args.page_size, args.rounds, args.calls)
         rows.append(result)
         times = ", ".join(f"{name} {us:.1f}" for name, us in result["us"].items())
         print(
@@ -114,7 +115,8 @@ def main() -> None:
             flush=True,
         )
         torch.cuda.empty_cache()
-        args.out.write_text(json.dumps({"environment": environment(), "rows": rows}, indent=1) + "\n")
+        report = {"environment": environment(), "page_size": args.page_size, "rows": rows}
+        args.out.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

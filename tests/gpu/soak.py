@@ -2,9 +2,9 @@
 
 python tests/gpu/soak.py SECONDS [SEED]
 
-A step is a random shape, batch, lengths, page size and order of pages; a few layers run back to back on fresh
-queries, with outputs poisoned and nothing waited for in between. Ends with code 1 at the first wrong request, and says
-which it was.
+A step is a random shape of plain or sketched rows, batch, lengths, page size and order of pages; a few layers run back
+to back on fresh queries, with outputs poisoned and nothing waited for in between. Ends with code 1 at the first wrong
+request, and says which it was.
 """
 
 import random
@@ -21,10 +21,13 @@ from decode_case import SCALE, random_case, relative_error
 
 from sglang_tpla.attention.hopper.decode import HopperDecode
 from sglang_tpla.attention.interface import DecodeShape
+from sglang_tpla.cache_rows.sketched import SketchedRows
 
 BAR = 3e-3
 MAX_BATCH = 64
 WIDTHS = (64, 96, 128, 192, 256, 320)  # every mode, few enough to compile in a minute
+# (groups, shared columns, bits of the sketch, bits of the key): every form of the kernel
+SKETCHED = ((1, 0, 4, 16), (2, 64, 4, 16), (2, 96, 4, 8), (4, 64, 3, 16), (8, 64, 4, 16), (8, 64, 2, 8))
 DEVICE = "cuda:0"
 
 
@@ -35,6 +38,16 @@ def random_lengths(dice: random.Random) -> list[int]:
     if dice.random() < 0.3:
         return [dice.randint(1, longest)] * batch
     return [dice.choice((0, 1, 63, 64, 65, dice.randint(1, longest))) for _ in range(batch)]
+
+
+def random_shape(dice: random.Random) -> DecodeShape:
+    """A layer's shape, of plain rows one time in three."""
+    heads, query_len, page_size = dice.choice((8, 16, 32, 64, 128)), dice.randint(1, 4), dice.choice((1, 64))
+    if dice.random() < 1 / 3:
+        return DecodeShape(dice.choice(WIDTHS), heads, 64, query_len, page_size)
+    groups, shared, bits, rope_bits = dice.choice(SKETCHED)
+    rows = SketchedRows.of(512, groups, shared, 64, sketch_bits=bits, rope_bits=rope_bits)
+    return DecodeShape.of_sketched(rows, heads, query_len, page_size)
 
 
 def error_of(out: torch.Tensor, right: torch.Tensor) -> float:
@@ -56,9 +69,7 @@ def main() -> int:
     kernels: dict[DecodeShape, HopperDecode] = {}
     end, steps, launches, worst = time.monotonic() + seconds, 0, 0, 0.0
     while time.monotonic() < end:
-        shape = DecodeShape(
-            dice.choice(WIDTHS), dice.choice((8, 16, 64, 128)), 64, dice.randint(1, 4), dice.choice((1, 64))
-        )
+        shape = random_shape(dice)
         if shape not in kernels:
             kernels[shape] = HopperDecode(shape, SCALE, MAX_BATCH, torch.device(DEVICE))
         lengths = random_lengths(dice)
@@ -71,7 +82,8 @@ def main() -> int:
             )
             for _ in range(dice.randint(1, 6))
         ]
-        outs = [torch.full_like(first.q_latent, float("nan")) for _ in layers]
+        empty = first.q_latent.new_empty(*first.q_latent.shape[:2], shape.latent_dim)
+        outs = [torch.full_like(empty, float("nan")) for _ in layers]
         kernels[shape].plan(first.table, first.lengths)
         for layer, out in zip(layers, outs, strict=True):
             kernels[shape].run(layer.q_latent, layer.q_rope, layer.kv_cache, out)

@@ -186,7 +186,9 @@ class RowReader:
             for layer, target_rows in zip(layers, rows.unbind(), strict=True):
                 torch.index_select(self.pool.layers[layer], 0, index, out=target_rows)
             packed = rows.view(-1)
-            finite = _all_finite(rows) if row_format.encoded else None
+            finite = None
+            if row_format.encoded:  # to the host on this stream: the thread's own waits for whoever else uses it
+                finite = _all_finite(rows).to("cpu", non_blocking=True)
             if stacks is not None or row_format.encoded:
                 packed = torch.empty(target.numel(), dtype=target.dtype, device=self.pool.device)
                 self._encode(rows, stacks, part, packed, row_format)
