@@ -27,7 +27,8 @@ from sglang_tpla.transfer.room import RoomState, TransferError, TransferMetric
 
 FIRST_SLOTS = 2  # of staging, reserved at the start
 # Threads that make or write chunks. More are slower: each call into torch gives the interpreter away, all wait for it
-# (benchmarks/results/h200/NOTES.md). What a GPU copied is checked by others, which need no interpreter for that.
+# (benchmarks/results/h200/NOTES.md). What a GPU copies is waited for and checked by others, which need no interpreter
+# for that.
 WORKERS = {"cpu": 1, "cuda": 2}
 CHECKERS = {"cpu": 0, "cuda": 2}
 SPARE_CORES = 4  # with as many, workers check what lies in a CPU pool, beside the I/O thread that moves it
@@ -129,14 +130,20 @@ class Workers:
             self.work.notify_all()
         if not already:
             self.io.post(self._say_goodbye)
-            for _ in self._checkers:
+        self._join(self._workers)
+        if not already:
+            for _ in self._checkers:  # after the last chunk that a worker has left to them
                 self._checks.put(None)
-        for thread in (*self._workers, *self._checkers):
-            if thread.is_alive() and threading.current_thread() is not thread:
-                thread.join(5.0)
+        self._join(self._checkers)
         self.io.stop()
         with self.lock:
             self._fail_all(f"the {self.role} agent was closed")
+
+    @staticmethod
+    def _join(threads: list[threading.Thread]) -> None:
+        for thread in threads:
+            if thread.is_alive() and threading.current_thread() is not thread:
+                thread.join(5.0)
 
     @property
     def alive(self) -> int:

@@ -38,13 +38,13 @@ def test_no_write_after_an_abort(pair) -> None:
 
 @pytest.mark.parametrize("checkers", [0, 2])
 def test_no_write_after_an_abort_with_several_threads(checkers: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With several threads, as on a GPU. Where there are checkers, no other thread checks a chunk."""
+    """With several threads, as on a GPU. Where there are checkers, they alone wait for rows and check them."""
     monkeypatch.setitem(workers.WORKERS, "cpu", 4)
     monkeypatch.setitem(workers.CHECKERS, "cpu", checkers)
     checked = []
     if checkers:
         read, write = rows.RowReader.read, rows.RowWriter.write
-        monkeypatch.setattr(rows.RowReader, "read", lambda *given: read(*given) and None)
+        monkeypatch.setattr(rows.RowReader, "read", lambda *given: lambda: read(*given)() and None)
         monkeypatch.setattr(rows.RowWriter, "write", lambda *given: write(*given) and b"")
         for module in (sender, receiver):
             monkeypatch.setattr(module, "check_pieces", lambda it: checked.append(it) or copy.check_pieces(it))

@@ -187,7 +187,7 @@ def test_an_error_while_checking_fails_the_room_alone(monkeypatch: pytest.Monkey
     """The threads that check for a GPU raise an error: prefill's in one room, decode's in the next."""
     monkeypatch.setitem(workers.CHECKERS, "cpu", 1)
     read, write = rows.RowReader.read, rows.RowWriter.write
-    monkeypatch.setattr(rows.RowReader, "read", lambda *given: read(*given) and None)
+    monkeypatch.setattr(rows.RowReader, "read", lambda *given: lambda: read(*given)() and None)
     monkeypatch.setattr(rows.RowWriter, "write", lambda *given: write(*given) and b"")
     prefill, decode = rig.prefill_rank(), rig.decode_rank()
     with rig.serving(prefill, decode):

@@ -1,14 +1,17 @@
 """Moving rows between a paged pool and a packed payload.
 
 On the CPU rows are moved as opaque items, so every dtype is copied bit by bit. On a GPU gather, projection and the
-copy to pinned memory run on a stream of their own, ordered after the engine's by an event, and so do the copy from
-pinned memory and the scatter; a call returns when the device is done, and several threads may call at a time. A
-projection is applied to all layers of a chunk in one batched product.
+copy to pinned memory run on streams of their own, ordered after the engine's by an event, and so do the copy from
+pinned memory and the scatter; several threads may call at a time. A reading call returns when its work is queued, and
+another one waits for it: a prompt's kernels leave a multiprocessor free now and then, and chunks wait for that moment
+together, one on each stream. A writing call returns when the device is done. A projection is applied to all layers of
+a chunk in one batched product.
 """
 
 import ctypes
+import itertools
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -68,28 +71,36 @@ def _all_finite(rows: torch.Tensor) -> torch.Tensor:
     return torch.isfinite(rows.sum(dim=(1, 2), dtype=torch.float64)).all()
 
 
+STREAMS = 3  # that chunks are read on; each keeps the memory of its largest projection, some 400 MB
+Reading = Callable[[], bytes | None]  # waits for a chunk; returns its checksum, where it was taken on the way
+
+
 class RowReader:
     """Gathers (and projects) rectangles of a prefill pool into packed payloads."""
 
     def __init__(self, pool: CachePool) -> None:
         self.pool = pool
-        # a chunk's few small kernels go before the next prompt's large ones, behind which each would wait
-        self._stream = torch.cuda.Stream(pool.device, priority=-1) if pool.device.type == "cuda" else None
-        self._rows = None if self._stream else [byte_rows(layer) for layer in pool.layers]
+        # a chunk's few small kernels go before the next prompt's large ones
+        self._streams = (
+            itertools.cycle([torch.cuda.Stream(pool.device, priority=-1) for _ in range(STREAMS)])
+            if pool.device.type == "cuda"
+            else None
+        )
+        self._rows = None if self._streams else [byte_rows(layer) for layer in pool.layers]
         self._dense = _dense(self._rows)
 
     def ready_events(self, after: Any) -> tuple[Any, ...]:
         """Return events before which rows must not be read: ``after``, and the work that this thread has queued."""
         events: tuple[Any, ...] = () if after is None else (after,)
-        if self._stream is not None:
+        if self._streams is not None:
             event = torch.cuda.Event()
             event.record(torch.cuda.current_stream(self.pool.device))
             events += (event,)
         return events
 
     def wait(self, ready: tuple[Any, ...]) -> None:
-        """Return when rows in memory of this host may be read; on a GPU `read` waits on its own stream."""
-        if self._stream is None:
+        """Return when rows in memory of this host may be read; on a GPU `read` has its streams wait."""
+        if self._streams is None:
             for event in ready:
                 event.synchronize()
 
@@ -113,9 +124,8 @@ class RowReader:
         out: np.ndarray,
         row_format: RowFormat,
         ready: tuple[Any, ...] = (),
-    ) -> bytes | None:
-        """Fill ``out`` (uint8 ``[payload_bytes]``, pinned where the pool is on a GPU) with a rectangle. Return the
-        checksum of ``out``, where it was taken on the way.
+    ) -> Reading:
+        """Fill ``out`` (uint8 ``[payload_bytes]``, pinned where the pool is on a GPU) with a rectangle, or queue that.
 
         Args:
             slots: pool slots of the rectangle's tokens.
@@ -123,18 +133,32 @@ class RowReader:
             part: which columns.
             row_format: the receiver's rows of the rectangle's layers.
             ready: `ready_events` of the rows.
+
+        Raises:
+            TransferError: as well as from the function that it returns: a value that these rows cannot hold.
         """
         first = rectangle.first_layer - self.pool.first_layer
         layers = range(first, first + rectangle.layers)
         if stacks is None and part is Part.OWN:
-            return None  # the raw latent is common to all ranks
-        if self._stream is not None:
-            self._read_cuda(layers, slots, stacks, part, out, ready, row_format)
-            return None
+            return lambda: None  # the raw latent is common to all ranks
+        if self._streams is not None:
+            return self._read_cuda(layers, slots, stacks, part, out, row_format, ready)
+        digest = self._read_host(layers, slots, stacks, part, out, row_format)
+        return lambda: digest
+
+    def _read_host(
+        self,
+        layers: range,
+        slots: np.ndarray,
+        stacks: Sequence[torch.Tensor] | None,
+        part: Part,
+        out: np.ndarray,
+        row_format: RowFormat,
+    ) -> bytes | None:
         assert self._rows is not None
         if stacks is None and not row_format.encoded:
-            if self.in_place(slots):
-                return copy_pieces(self.pieces(rectangle, find_extents(slots)), one_piece(out))
+            if self._dense is not None and self.in_place(slots):
+                return copy_pieces(self._dense.pieces(layers, find_extents(slots)), one_piece(out))
             packed = out.reshape(len(layers), slots.size, -1)
             checksum = messages.running_checksum()
             for position, layer in enumerate(layers):
@@ -142,7 +166,7 @@ class RowReader:
                     gather_rows(self._rows[layer], slots[block], packed[position, block])
                     checksum.update(packed[position, block].data)
             return checksum.digest()
-        rows = torch.empty(len(layers), slots.size, self.pool.layers[first].shape[1], dtype=self.pool.dtype)
+        rows = torch.empty(len(layers), slots.size, self.pool.layers[layers.start].shape[1], dtype=self.pool.dtype)
         for position, layer in enumerate(layers):
             gather_rows(self._rows[layer], slots, byte_rows(rows[position]))
         packed_rows = torch.from_numpy(out).view(row_format.item_dtype(self.pool.dtype))
@@ -171,14 +195,15 @@ class RowReader:
         stacks: Sequence[torch.Tensor] | None,
         part: Part,
         out: np.ndarray,
-        ready: tuple[Any, ...],
         row_format: RowFormat,
-    ) -> None:
-        assert self._stream is not None
+        ready: tuple[Any, ...],
+    ) -> Reading:
+        assert self._streams is not None
+        stream = next(self._streams)
         target = torch.from_numpy(out).view(row_format.item_dtype(self.pool.dtype))
-        with torch.cuda.stream(self._stream):
+        with torch.cuda.stream(stream):
             for event in ready:
-                self._stream.wait_event(event)
+                stream.wait_event(event)
             # pinned: a copy from pageable memory would wait for all that was queued before it
             index = torch.from_numpy(slots).pin_memory().to(self.pool.device, non_blocking=True)
             width = self.pool.layers[layers.start].shape[1]
@@ -194,10 +219,14 @@ class RowReader:
                 self._encode(rows, stacks, part, packed, row_format)
             target.copy_(packed, non_blocking=True)
             done = torch.cuda.Event(blocking=True)
-            done.record(self._stream)
-        done.synchronize()
-        if finite is not None:
-            self._require_finite(finite, layers)
+            done.record(stream)
+
+        def wait() -> None:
+            done.synchronize()
+            if finite is not None:
+                self._require_finite(finite, layers)
+
+        return wait
 
     def _encode(
         self,

@@ -9,7 +9,7 @@ from sglang_tpla.transfer.memory.copy import check_pieces
 from sglang_tpla.transfer.memory.iovec import IoVec, one_piece
 from sglang_tpla.transfer.memory.pool import CachePool
 from sglang_tpla.transfer.memory.projection import cut_stacks
-from sglang_tpla.transfer.memory.rows import RowReader
+from sglang_tpla.transfer.memory.rows import Reading, RowReader
 from sglang_tpla.transfer.network.data_channel import OutgoingChunk
 from sglang_tpla.transfer.prefill.lanes import Lanes
 from sglang_tpla.transfer.prefill.rooms import Rooms
@@ -37,15 +37,17 @@ class Sender:
 
     def _work_on(self, job: ChunkJob) -> None:
         with self._failing(job):
-            pieces, digest = self._make(job)
-            if job.slot.buffer.size and not digest and self._needs_digest(job):
-                self._workers.aside(partial(self._check, job, pieces))
+            pieces, reading = self._make(job)
+            if job.slot.buffer.size:
+                self._workers.aside(partial(self._finish, job, pieces, reading))
             else:
-                self._deliver(job, pieces, digest)
+                self._deliver(job, pieces, reading() or b"")
 
-    def _check(self, job: ChunkJob, pieces: IoVec) -> None:
+    def _finish(self, job: ChunkJob, pieces: IoVec, reading: Reading) -> None:
+        """Wait until a job's slot is filled, take the checksum if it was not taken on the way, and send the chunk."""
         with self._failing(job):
-            self._deliver(job, pieces, check_pieces(pieces))
+            digest = reading() or (check_pieces(pieces) if self._needs_digest(job) else b"")
+            self._deliver(job, pieces, digest)
 
     @contextmanager
     def _failing(self, job: ChunkJob) -> Iterator[None]:
@@ -67,8 +69,8 @@ class Sender:
         direct = all(lane.route is Route.DIRECT for lane, _ in job.deliveries)
         return not (self._router.listener.sealed and direct)
 
-    def _make(self, job: ChunkJob) -> tuple[IoVec, bytes]:
-        """Fill the job's slot, if it has memory; return where the payload lies, and its checksum if known by now."""
+    def _make(self, job: ChunkJob) -> tuple[IoVec, Reading]:
+        """Begin to fill the job's slot, if it has memory; return where the payload lies, and what waits for it."""
         plan = job.plan
         rectangle, span = plan.rectangles[job.sequence], plan.spans[job.sequence]
         first = rectangle.first_layer - self._first_layer
@@ -78,12 +80,13 @@ class Sender:
         if not job.slot.buffer.size:
             pieces = self.reader.pieces(rectangle, span.slots.extents(start, rectangle.tokens))
             if self._router.listener.sealed:
-                return pieces, check_pieces(pieces) if self._needs_digest(job) else b""
-            # checked on its way (`data_channel`), unless it would only wait there
-            waits = any(taker.peer.queued for _, takers in job.deliveries for taker in takers)
-            return pieces, check_pieces(pieces) if waits and self._workers.checks_aside else b""
+                checks = self._needs_digest(job)
+            else:  # checked on its way (`data_channel`), unless it would only wait there
+                waits = any(taker.peer.queued for _, takers in job.deliveries for taker in takers)
+                checks = waits and self._workers.checks_aside
+            return pieces, partial(check_pieces, pieces) if checks else lambda: None
         payload = job.slot.buffer[: rectangle.payload_bytes]
-        digest = self.reader.read(
+        reading = self.reader.read(
             rectangle,
             span.slots.part(start, rectangle.tokens),
             None if stacks is None else cut_stacks(stacks, first, rectangle.layers),
@@ -92,7 +95,7 @@ class Sender:
             plan.row_format.part(first, rectangle.layers),
             span.ready,
         )
-        return one_piece(payload), digest or b""
+        return one_piece(payload), reading
 
     def _deliver(self, job: ChunkJob, pieces: IoVec, digest: bytes) -> None:
         with self._router.turn():
