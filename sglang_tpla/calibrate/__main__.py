@@ -229,7 +229,7 @@ def make(arguments: argparse.Namespace) -> Artifact:
         artifact = pipeline.closed_form(statistics, checkpoint, closed, groups, shared_dims, arguments.key_map)
     if transform == "learned" or arguments.refit_values:
         steps = arguments.learn_steps if transform == "learned" else 0
-        artifact, _ = learn_model(
+        artifact = learn_model(
             model,
             artifact,
             statistics,

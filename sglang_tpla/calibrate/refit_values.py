@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from sglang_tpla.calibrate.transforms import Maps
-from sglang_tpla.measure.layer_inputs import Batch, exact_context, sliced_slices
+from sglang_tpla.measure.layer_inputs import Batch, exact_context, head_outputs, sliced_slices
 from sglang_tpla.reference_model.forward import Attention
 
 
@@ -40,7 +40,7 @@ class _Problem:
 
 @torch.inference_mode()
 def refit_values(
-    attention: Attention, batches: Sequence[Batch], maps: Maps, *, iterations: int = 20
+    attention: Attention, batches: Sequence[Batch], maps: Maps, *, iterations: int
 ) -> tuple[Maps, float, float]:
     """Refit B. Return the maps, and the relative squared output error on the batches before and after.
 
@@ -79,6 +79,5 @@ def _set_up(attention: Attention, batches: Sequence[Batch], maps: Maps) -> _Prob
         parts = [sliced_slices(batch, rope, spec.scale, z, a) for z, a, _ in maps]
         slices.append(torch.cat(parts, -1).transpose(1, 2).flatten(0, 1))  # [B * Q, H, g * w]
         exact = exact_context(batch, rope, spec.scale)
-        values = torch.einsum("bhqd,hvd->bqhv", exact, attention.w_uv)
-        targets.append(values.flatten(2).flatten(0, 1) @ attention.o.T)
+        targets.append(head_outputs(exact, attention).flatten(0, 1) @ attention.o.T)
     return _Problem(torch.cat(slices), torch.cat(targets), attention.w_uv, o)

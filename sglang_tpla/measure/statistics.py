@@ -223,8 +223,8 @@ def collect(
 
     if not model.resident:
         whole = torch.cat(list(batches))
-        for layer, data in walk(model, whole):
-            for latent, q_nope in zip(data.latent, data.q_nope, strict=True):
+        for layer, inputs in walk(model, whole):
+            for latent, q_nope in zip(inputs.latent, inputs.q_nope, strict=True):
                 moments[layer].update(latent, q_nope.transpose(0, 1))
             progress(whole.numel() // spec.layers)
         return [part.on_cpu() for part in moments]

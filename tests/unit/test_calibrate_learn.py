@@ -19,10 +19,10 @@ from sglang_tpla.calibrate.learn_layer import LearnPlan, learn_layer, output_err
 from sglang_tpla.calibrate.learn_model import learn_model
 from sglang_tpla.calibrate.refit_values import refit_values
 from sglang_tpla.calibrate.transforms import TransformError
-from sglang_tpla.measure.layer_inputs import LayerData, walk
+from sglang_tpla.measure.layer_inputs import batch_of, sample, walk
 from sglang_tpla.measure.statistics import LayerMoments, Statistics, StatisticsError, combine
 from sglang_tpla.measure.text import Text, TextPlan, collect_statistics, read_text
-from sglang_tpla.reference_model.forward import PlainModel
+from sglang_tpla.reference_model.forward import AttentionInputs, PlainModel
 
 ROOT = Path(__file__).resolve().parents[2]
 NANO = ROOT / "examples" / "nano-mla"
@@ -51,38 +51,30 @@ def start(model: PlainModel, statistics: Statistics) -> Artifact:
 
 
 @pytest.fixture(scope="module")
-def last_layer(model: PlainModel, text: Text) -> LayerData:
-    *_, (layer, data) = walk(model, text.calibration)
+def last_layer(model: PlainModel, text: Text) -> AttentionInputs:
+    *_, (layer, inputs) = walk(model, text.calibration)
     assert layer == 3
-    return data
+    return inputs
 
 
 def test_sampled_output_error_equals_the_model_s_own_attention(
-    model: PlainModel, start: Artifact, last_layer: LayerData
+    model: PlainModel, start: Artifact, last_layer: AttentionInputs
 ) -> None:
     attention = model.layers[3].attention
     maps = [start.maps(3, group) for group in range(2)]
     positions = torch.tensor([[70, 127, 200]])
-    batch = last_layer.batch(attention, torch.tensor([5]), positions)
+    batch = batch_of(attention, last_layer, torch.tensor([5]), positions)
     found = output_error(attention, batch, maps)
     # the same from the forward's own attention over the whole sequence
-    inputs = next(_inputs for layer, _inputs in _attention_inputs(model, last_layer) if layer == 5)
+    inputs = AttentionInputs(*(values[5:6] for values in vars(last_layer).values()))
     exact = attention(inputs, None, 0)[0, positions[0]]
     sliced = attention(inputs, maps, 0)[0, positions[0]]
     expected = (sliced - exact).pow(2).sum() / exact.pow(2).sum()
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-8)
 
 
-def _attention_inputs(model: PlainModel, data: LayerData):
-    from sglang_tpla.reference_model.forward import AttentionInputs
-
-    for row in range(data.latent.shape[0]):
-        part = slice(row, row + 1)
-        yield row, AttentionInputs(data.latent[part], data.q_nope[part], data.q_rope[part], data.k_rope[part])
-
-
 def test_learning_lowers_the_layer_s_error_and_keeps_shared_bits(
-    model: PlainModel, statistics: Statistics, start: Artifact, last_layer: LayerData
+    model: PlainModel, statistics: Statistics, start: Artifact, last_layer: AttentionInputs
 ) -> None:
     maps = [start.maps(3, group) for group in range(2)]
     plan = replace(PLAN, steps=60, highest_rate=4e-4, queries=96, sequences=2, warmup_steps=5)
@@ -94,7 +86,7 @@ def test_learning_lowers_the_layer_s_error_and_keeps_shared_bits(
 
 
 def test_a_layer_that_would_get_worse_or_is_exact_stays(
-    model: PlainModel, statistics: Statistics, start: Artifact, last_layer: LayerData
+    model: PlainModel, statistics: Statistics, start: Artifact, last_layer: AttentionInputs
 ) -> None:
     attention, covariance = model.layers[3].attention, statistics.layers[3].covariance
     maps = [start.maps(3, group) for group in range(2)]
@@ -109,7 +101,7 @@ def test_a_layer_that_would_get_worse_or_is_exact_stays(
 
 
 def test_the_step_size_that_a_layer_bears_is_taken(
-    model: PlainModel, statistics: Statistics, start: Artifact, last_layer: LayerData
+    model: PlainModel, statistics: Statistics, start: Artifact, last_layer: AttentionInputs
 ) -> None:
     attention, covariance = model.layers[3].attention, statistics.layers[3].covariance
     maps = [start.maps(3, group) for group in range(2)]
@@ -133,11 +125,11 @@ def test_a_plan_out_of_range_is_refused(field: str, value: object) -> None:
         replace(PLAN, **{field: value})
 
 
-def test_refit_is_least_squares(model: PlainModel, start: Artifact, last_layer: LayerData) -> None:
+def test_refit_is_least_squares(model: PlainModel, start: Artifact, last_layer: AttentionInputs) -> None:
     attention = model.layers[3].attention
     maps = [start.maps(3, group) for group in range(2)]
     generator = torch.Generator().manual_seed(0)
-    batches = [last_layer.sample(attention, generator, sequences=2, queries=32, first_query=64) for _ in range(6)]
+    batches = [sample(attention, last_layer, generator, sequences=2, queries=32, first_query=64) for _ in range(6)]
     refitted, before, after = refit_values(attention, batches, maps, iterations=15)
     assert after < before
     direct = sum(_squares(attention, batch, refitted)[0] for batch in batches)
@@ -176,7 +168,7 @@ def test_resumed_run_ends_with_the_same_bits(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def learn(folder: Path, plan: LearnPlan = PLAN) -> Artifact:
-        return learn_model(model, start, statistics, text.calibration, plan, folder)[0]
+        return learn_model(model, start, statistics, text.calibration, plan, folder)
 
     whole = learn(tmp_path / "whole")
     assert not (tmp_path / "whole").exists()
