@@ -127,7 +127,7 @@ class RankLayer:
         self.work = work = rank_work(model, method, load, precision, (9, 0))
         self.model, self.method, self.precision, self.buffers = model, method, precision, buffers
         self._used = 0
-        batch, heads, w = work.batch, work.heads, work.width
+        batch, heads, w = work.batch, work.heads, work.rows.width
         latent, rope, nope, value = model.latent_dim, model.rope_dim, model.nope_dim, model.value_dim
         rank = model.q_lora_rank or 0
         torch.manual_seed(batch)
@@ -189,7 +189,7 @@ class RankLayer:
             add(prepare, lambda _: partial(small.rotate, q_rope, key, *turn))
             add(prepare, lambda i: partial(small.write_rows, normed_c, key, slots, rows(i)))
 
-        backend = buffers.backend(work.kernel, DecodeShape(w, work.read_heads, rope))
+        backend = buffers.backend(work.rows.kernel, DecodeShape(w, work.read_heads, rope))
         backend.plan(table, lengths)
         asked = (q_latent.transpose(0, 1), q_rope)
         if method.kind == "dcp":  # what the gather brings: every rank's queries

@@ -33,7 +33,6 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parser() -> argparse.ArgumentParser:
-    """Return the parser of the command line."""
     p = _Parser(
         prog="python -m sglang_tpla.plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -88,7 +87,6 @@ def parser() -> argparse.ArgumentParser:
 
 
 def setting_of(a: argparse.Namespace) -> Setting:
-    """Return the setting that the command line describes."""
     model = find(a.model)
     if a.ranks < 1 or (a.gpus is not None and a.gpus < a.ranks):
         raise PlanError(f"--ranks must be at least 1 and --gpus at least --ranks, got {a.ranks} and {a.gpus}")
@@ -101,8 +99,7 @@ def setting_of(a: argparse.Namespace) -> Setting:
         None if a.gpu_bandwidth_gb_s is None else a.gpu_bandwidth_gb_s * 1e9,
         None if a.gpu_tflops is None else a.gpu_tflops * 1e12,
     )
-    shared = model.latent_dim // 4 if a.shared_dims is None else a.shared_dims
-    every = methods(a.ranks, model, a.groups, shared, a.rows, a.shared_dims)
+    every = methods(a.ranks, model, a.groups, a.shared_dims, a.rows)
     found = [m for m in every if m.kind not in a.without]
     if not found:
         raise PlanError(f"--without {' '.join(a.without)} leaves no method on {a.ranks} ranks")
