@@ -5,7 +5,6 @@ It takes any device and any width, and computes in float32 (float64 for float64 
 """
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
 
@@ -59,15 +58,17 @@ def latent_attention(
     return out
 
 
-def read_sketched(rows: sketched.SketchedRows, packed: torch.Tensor) -> torch.Tensor:
-    """Decode sketched rows [rows, row_bytes] to [rows, w_pad + sketch + rope] float32."""
-    unpacked = sketched.unpack_rows(rows, packed)
-    return torch.cat([unpacked.latent, unpacked.sketch, unpacked.k_rope], dim=-1)
-
-
 def reader_of(shape: DecodeShape) -> Callable[[torch.Tensor], torch.Tensor] | None:
     """Return the ``read`` of ``latent_attention`` for the cache of ``shape``."""
-    return None if shape.sketched is None else partial(read_sketched, shape.sketched)
+    rows = shape.sketched
+    if rows is None:
+        return None
+
+    def read(packed: torch.Tensor) -> torch.Tensor:
+        unpacked = sketched.unpack_rows(rows, packed)
+        return torch.cat([unpacked.latent, unpacked.sketch, unpacked.k_rope], dim=-1)
+
+    return read
 
 
 class ReferenceDecode:

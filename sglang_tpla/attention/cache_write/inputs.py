@@ -124,12 +124,10 @@ class CacheWrite:
 
     @property
     def tokens(self) -> int:
-        """Number of new tokens."""
         return self.latent.shape[0]
 
     @property
     def rope_dim(self) -> int:
-        """Number of values of a rotary key."""
         return self.k_rope.shape[1]
 
     @property
