@@ -43,9 +43,9 @@ from sglang_tpla.measure.outputs import OutputError, check_outputs
 from sglang_tpla.measure.paper import paper_layers
 from sglang_tpla.measure.statistics import StatisticsError
 from sglang_tpla.measure.text import HELD_OUT_TOKENS, TextPlan, collect_statistics, read_text
-from sglang_tpla.reference_model.cached_maps import CACHE_DTYPES, cached_maps
 from sglang_tpla.reference_model.checkpoint import Checkpoint, CheckpointError
-from sglang_tpla.reference_model.forward import LayerMaps, PlainModel
+from sglang_tpla.reference_model.forward import Bf16Maps, LayerMaps, PlainModel
+from sglang_tpla.reference_model.sketched_layer import SketchedMaps
 
 ERRORS = (ArtifactError, CheckpointError, CorpusError, StatisticsError, EndpointError, OutputError, OSError)
 
@@ -66,7 +66,6 @@ def _at_least(least: int) -> Callable[[str], int]:
 
 
 def parser() -> argparse.ArgumentParser:
-    """Return the parser of the command line."""
     text = argparse.ArgumentParser(prog="python -m sglang_tpla.evaluate", description=__doc__)
     text.add_argument("--model-path", type=Path, help="checkpoint directory")
     text.add_argument("--artifact", type=Path, help="artifact to measure")
@@ -101,7 +100,7 @@ def parser() -> argparse.ArgumentParser:
         "--cache-dtype",
         default="exact",
         type=not_retired("an artifact of `python -m sglang_tpla.calibrate --rows sketched`"),
-        choices=CACHE_DTYPES,
+        choices=("exact", "bf16"),
         help="precision that slices are cached in, here for its error alone (default exact: fp32)",
     )
     text.add_argument("--device", default="cpu")
@@ -164,7 +163,9 @@ def evaluate(arguments: argparse.Namespace) -> Evaluation:
     hidden, tasks = _needles(checkpoint.path, plan, arguments), _tasks(checkpoint.path, plan, arguments)
     model = PlainModel(checkpoint, torch.float32, arguments.device)
     sliced = model_maps(artifact, model)
-    maps = cached_maps(sliced, arguments.cache_dtype)
+    maps: list[LayerMaps] = sliced
+    if arguments.cache_dtype == "bf16":
+        maps = [Bf16Maps(layer) for layer in sliced if not isinstance(layer, SketchedMaps)]
     quiet = arguments.quiet
     with tqdm(total=text.held_out.numel(), desc="held-out error", unit="tok", disable=quiet) as bar:
         (errors,) = measure(model, text.held_out, [maps], plan.prompt_tokens, progress=bar.update)
@@ -260,8 +261,8 @@ def _layers(
     with tqdm(total=some.numel(), desc="layer by layer", unit="tok", disable=quiet) as bar:
         alone = kl_alone(model, maps, some, prompt_tokens, bar.update)
     return tuple(
-        LayerRow(error.layer, artifact.meta.widths[error.layer], error.output, error.heads, alone[error.layer])
-        for error in layer_errors(model, maps, some, prompt_tokens)
+        LayerRow(layer, artifact.meta.widths[layer], output, heads, alone[layer])
+        for layer, (output, heads) in enumerate(layer_errors(model, maps, some, prompt_tokens))
     )
 
 
@@ -275,18 +276,10 @@ def _long(
     for temperature in (0.0, 1.0):
         total = arguments.long_tokens * len(prompts)
         with tqdm(total=total, desc="long answers", unit="tok", disable=arguments.quiet) as bar:
-            answer = long_answers(
+            errors, agreement = long_answers(
                 model, maps, prompts, arguments.long_tokens, temperature=temperature, progress=bar.update
             )
-        rows.append(
-            LongRow(
-                temperature,
-                arguments.long_tokens,
-                answer.errors.report(),
-                answer.agreement_tokens,
-                positions(answer.errors),
-            )
-        )
+        rows.append(LongRow(temperature, arguments.long_tokens, errors.report(), agreement, positions(errors)))
     return tuple(rows)
 
 

@@ -6,7 +6,7 @@ sum over layers is close to the whole, so it says where width would be best spen
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
@@ -16,20 +16,14 @@ from sglang_tpla.reference_model.forward import Attention, AttentionInputs, Laye
 from sglang_tpla.reference_model.sketched_layer import SketchedMaps
 
 
-@dataclass(frozen=True)
-class LayerError:
-    """Relative squared errors of one layer: of its output, and of each head's share of it [H]."""
-
-    layer: int
-    output: float
-    heads: tuple[float, ...]
-
-
 @torch.no_grad()
 def layer_errors(
     model: PlainModel, maps: Sequence[LayerMaps], tokens: torch.Tensor, first_query: int, *, queries: int = 64
-) -> list[LayerError]:
-    """Measure the errors of every layer at ``queries`` sampled positions of each sequence of tokens [N, S]."""
+) -> list[tuple[float, tuple[float, ...]]]:
+    """Measure every layer at ``queries`` sampled positions of each sequence of tokens [N, S].
+
+    Return its relative squared error, of its output and of each head's share of it [H].
+    """
     return [
         _layer_error(layer, model.layers[layer].attention, inputs, maps[layer], first_query, queries)
         for layer, inputs in walk(model, tokens)
@@ -38,7 +32,7 @@ def layer_errors(
 
 def _layer_error(
     layer: int, attention: Attention, inputs: AttentionInputs, maps: LayerMaps, first_query: int, queries: int
-) -> LayerError:
+) -> tuple[float, tuple[float, ...]]:
     spec = attention.spec
     generator = torch.Generator().manual_seed(layer)
     device = inputs.latent.device
@@ -61,7 +55,7 @@ def _layer_error(
             gram = torch.einsum("ohv,ohu->hvu", per_head, per_head)
             heads[place] += torch.einsum("bqhv,hvu,bqhu->h", split, gram, split).double().cpu()
     ratio = heads[0] / heads[1].clamp_min(1e-30)
-    return LayerError(layer, (whole[0] / whole[1]).item(), tuple(ratio.tolist()))
+    return (whole[0] / whole[1]).item(), tuple(ratio.tolist())
 
 
 def _sliced_context(batch: Batch, maps: LayerMaps, rope: torch.Tensor, scale: float) -> torch.Tensor:

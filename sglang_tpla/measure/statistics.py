@@ -50,8 +50,6 @@ class LayerMoments:
 
     @classmethod
     def zeros(cls, latent_dim: int, heads: int, nope_dim: int, device: str = "cpu") -> LayerMoments:
-        """Return the moments of no token."""
-
         def zeros(*shape: int) -> torch.Tensor:
             return torch.zeros(*shape, dtype=torch.float64, device=device)
 
@@ -68,7 +66,6 @@ class LayerMoments:
         self.query_count += q_nope.shape[0]
 
     def merge(self, other: LayerMoments) -> None:
-        """Add the sums of another."""
         for name in _NAMES:
             setattr(self, name, getattr(self, name) + getattr(other, name))
 
@@ -137,7 +134,6 @@ class Statistics:
 
     @classmethod
     def load(cls, path: str | Path) -> Statistics:
-        """Read a file written by ``save``."""
         if not Path(path).is_file():
             raise StatisticsError(f"expected a statistics file at {path}, found none")
         try:
