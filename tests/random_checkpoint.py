@@ -121,9 +121,9 @@ class TextProcessor(ProcessorMixin):
 '''
 
 
-def draw_weights(config: dict[str, Any], seed: int = 0) -> dict[str, torch.Tensor]:
+def draw_weights(config: dict[str, Any]) -> dict[str, torch.Tensor]:
     """Random weights of a whole model under their published names, bfloat16 but for the routers' biases."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     hidden, heads, d, rope = (
         config[name] for name in ("hidden_size", "num_attention_heads", "kv_lora_rank", "qk_rope_head_dim")
     )

@@ -337,7 +337,6 @@ def summary(artifact: Artifact) -> str:
 
 
 def sketched_summary(artifact: Artifact) -> str:
-    """Describe the layout of sketched rows in one line."""
     meta = artifact.meta
     rows = [meta.rows(layer) for layer in range(meta.num_layers)]
     mean = sum(layer.row_bytes for layer in rows) / len(rows)
@@ -351,7 +350,6 @@ def sketched_summary(artifact: Artifact) -> str:
 
 
 def plain_summary(artifact: Artifact) -> str:
-    """Describe the layout of plain rows in one line."""
     meta = artifact.meta
     widths = sorted(set(meta.widths))
     kept = sum(meta.widths) / meta.num_layers + meta.rope_dim

@@ -25,6 +25,7 @@ from sglang_tpla.reference_model.forward import LayerMaps, PlainModel
 Rows = PlainRows | SketchedRows
 # What it is called, its groups, and the rows that a layer of it may have, by size, ascending.
 LookedAt = tuple[str, int, Sequence[Rows]]
+_SHARES = (0.0, 0.125, 0.25, 0.375, 0.5, 0.75)  # r as shares of d that are looked at
 MOST_LAYOUTS = 12  # of one number of groups, measured whole
 
 
@@ -72,13 +73,11 @@ class Search:
         ranks: T; g runs over its divisors above 1.
         max_kl: the bound, nats a token.
         has_width: which slice widths the attention backend serves.
-        shares: r as shares of d that are looked at.
     """
 
     ranks: int
     max_kl: float
     has_width: Callable[[int], bool]
-    shares: tuple[float, ...] = (0.0, 0.125, 0.25, 0.375, 0.5, 0.75)
 
     def __post_init__(self) -> None:
         if self.ranks < 2 or not 0 < self.max_kl < math.inf:
@@ -93,7 +92,7 @@ class Search:
     def shared_choices(self, latent_dim: int, groups: int) -> list[int]:
         """Return every r whose slice width the backend serves, ascending; d (an exact layer) is the last."""
         found: dict[int, int] = {}
-        for share in self.shares:
+        for share in _SHARES:
             start = round(share * latent_dim)
             # the nearest r above whose width is served
             for shared in range(start, latent_dim):

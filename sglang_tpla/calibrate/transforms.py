@@ -94,7 +94,6 @@ def layer_maps(
 
 
 def make_basis(transform: str, moments: LayerMoments, w_uk: torch.Tensor, seed: int) -> Basis:
-    """Make the basis of a transform, float64."""
     covariance = moments.covariance
     latent_dim = covariance.shape[0]
     if transform == "identity":

@@ -167,14 +167,13 @@ def evaluate(arguments: argparse.Namespace) -> Evaluation:
     if arguments.cache_dtype == "bf16":
         maps = [Bf16Maps(layer) for layer in sliced if not isinstance(layer, SketchedMaps)]
     quiet = arguments.quiet
-    with tqdm(total=text.held_out.numel(), desc="held-out error", unit="tok", disable=quiet) as bar:
-        (errors,) = measure(model, text.held_out, [maps], plan.prompt_tokens, progress=bar.update)
-    paper, paper_report = None, None
-    if not arguments.no_paper:
-        paper = _paper(model, plan, artifact.meta.groups, quiet)
-        with tqdm(total=text.held_out.numel(), desc="the paper's recipe", unit="tok", disable=quiet) as bar:
-            (found,) = measure(model, text.held_out, [paper], plan.prompt_tokens, progress=bar.update)
-        paper_report = found.report()
+
+    def errors_of(candidate: list[LayerMaps], what: str) -> DecodeErrors:
+        with tqdm(total=text.held_out.numel(), desc=what, unit="tok", disable=quiet) as bar:
+            return measure(model, text.held_out, [candidate], plan.prompt_tokens, progress=bar.update)[0]
+
+    errors = errors_of(maps, "held-out error")
+    paper = None if arguments.no_paper else _paper(model, plan, artifact.meta.groups, quiet)
     return Evaluation(
         model_name=artifact.meta.model_name,
         artifact_hash=artifact.content_hash,
@@ -187,7 +186,7 @@ def evaluate(arguments: argparse.Namespace) -> Evaluation:
         seed=seed,
         cache_dtype=arguments.cache_dtype,
         report=errors.report(),
-        paper=paper_report,
+        paper=None if paper is None else errors_of(paper, "the paper's recipe").report(),
         bytes_per_token=cache_bytes(artifact.meta),
         bytes_mla=2 * model.spec.layers * (model.spec.latent_dim + model.spec.rope_dim),
         by_position=positions(errors),
@@ -214,17 +213,12 @@ def _paper(model: PlainModel, plan: TextPlan, groups: int, quiet: bool) -> list[
     return paper_layers(model, collect_statistics(model, text, plan.seed, show_progress=not quiet), groups)
 
 
-def _filler_lines(plan: TextPlan) -> list[str]:
-    return [
-        line for document in Corpus.from_paths(plan.corpus).split(plan.seed)[1] for line in document.text.splitlines()
-    ]
-
-
 def _tasks(model_path: Path, plan: TextPlan, arguments: argparse.Namespace) -> list[TaskDocument]:
     if not arguments.task_tokens:
         return []
-    tokenizer = load_tokenizer(model_path)
-    return documents(tokenizer, _filler_lines(plan), arguments.task_tokens, arguments.task_documents, plan.seed)
+    held_out = Corpus.from_paths(plan.corpus).split(plan.seed)[1]
+    lines = [line for document in held_out for line in document.text.splitlines()]
+    return documents(load_tokenizer(model_path), lines, arguments.task_tokens, arguments.task_documents, plan.seed)
 
 
 def _recall(
@@ -320,8 +314,7 @@ def _endpoints(arguments: argparse.Namespace) -> int:
     tasks = _endpoint_recall(arguments)
     _, held_out = Corpus.from_paths(arguments.corpus).split(arguments.seed or 0)
     # some 2,000 characters of text are some 500 tokens
-    prompts = [document.text[:2000] for document in held_out if len(document.text) >= 2000]
-    prompts = prompts[: arguments.prompts]
+    prompts = [document.text[:2000] for document in held_out if len(document.text) >= 2000][: arguments.prompts]
     if not prompts:
         raise CorpusError("expected held-out documents of 2,000 characters or more, found none")
     with tqdm(total=len(prompts), desc="prompts", disable=arguments.quiet) as bar:

@@ -34,8 +34,6 @@ class CorpusError(SglangTplaError, ValueError):
 
 @dataclass(frozen=True)
 class Document:
-    """One unit of the split."""
-
     name: str
     text: str
 

@@ -18,7 +18,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import torch
@@ -30,7 +29,8 @@ from sglang_tpla.errors import SglangTplaError
 from sglang_tpla.measure.layer_inputs import walk
 from sglang_tpla.reference_model.forward import AttentionInputs, PlainModel
 
-_NAMES = ("latent_count", "latent_sum", "latent_outer", "query_count", "query_outer")
+_SUMS, _COUNTS = ("latent_sum", "latent_outer", "query_outer"), ("latent_count", "query_count")
+_NAMES = _SUMS + _COUNTS
 FORMAT_VERSION = 1
 
 
@@ -40,8 +40,6 @@ class StatisticsError(SglangTplaError, ValueError):
 
 @dataclass
 class LayerMoments:
-    """The running sums of one layer."""
-
     latent_sum: torch.Tensor
     latent_outer: torch.Tensor
     query_outer: torch.Tensor
@@ -71,8 +69,7 @@ class LayerMoments:
 
     def on_cpu(self) -> LayerMoments:
         """Return the same sums on the CPU, which makes the maps."""
-        sums = {name: getattr(self, name).cpu() for name in ("latent_sum", "latent_outer", "query_outer")}
-        return replace(self, **sums)
+        return replace(self, **{name: getattr(self, name).cpu() for name in _SUMS})
 
     @property
     def mean(self) -> torch.Tensor:
@@ -109,8 +106,6 @@ class StatisticsMeta(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 @dataclass
 class Statistics:
-    """The moments of every layer."""
-
     meta: StatisticsMeta
     layers: list[LayerMoments] = field(default_factory=list)
 
@@ -126,8 +121,7 @@ class Statistics:
         tensors: dict[str, torch.Tensor] = {}
         for index, layer in enumerate(self.layers):
             for name in _NAMES:
-                value = getattr(layer, name)
-                tensor = value if isinstance(value, torch.Tensor) else torch.tensor(value, dtype=torch.float64)
+                tensor = torch.as_tensor(getattr(layer, name), dtype=torch.float64)
                 tensors[f"layers.{index}.{name}"] = tensor.cpu().contiguous()
         with replace_into(path) as temporary:
             save_file(tensors, temporary, metadata={"meta": msgspec.json.encode(self.meta).decode()})
@@ -154,9 +148,9 @@ class Statistics:
                 raise StatisticsError(f"{path}: expected {name} finite and float64, got {tensor.dtype}")
         layers = []
         for index in range(count):
-            get = {name: tensors[f"layers.{index}.{name}"] for name in _NAMES}
-            counts: dict[str, Any] = {name: float(get.pop(name)) for name in ("latent_count", "query_count")}
-            layers.append(LayerMoments(**get, **counts))
+            sums = (tensors[f"layers.{index}.{name}"] for name in _SUMS)
+            counts = (float(tensors[f"layers.{index}.{name}"]) for name in _COUNTS)
+            layers.append(LayerMoments(*sums, *counts))
         return cls(meta, layers)
 
 

@@ -17,10 +17,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from sglang_tpla.config import not_retired
-from sglang_tpla.plan import text
+from sglang_tpla.plan import hardware, text
 from sglang_tpla.plan.choice import Setting, answer
 from sglang_tpla.plan.cost import ROWS, Load, Precision, methods
-from sglang_tpla.plan.hardware import GPUS, LINKS, Link, find_gpu, find_link
+from sglang_tpla.plan.hardware import GPUS, LINKS, Link
 from sglang_tpla.plan.model import BUILT_IN, PlanError, find
 
 MAP_BATCHES = (1, 4, 16, 64, 128, 256)
@@ -94,10 +94,11 @@ def setting_of(a: argparse.Namespace) -> Setting:
         raise PlanError(
             f"--memory-fraction must lie in (0, 1] and --margin in [0, 1), got {a.memory_fraction} and {a.margin}"
         )
-    gpu = find_gpu(a.gpu).with_numbers(
-        None if a.gpu_memory_gb is None else a.gpu_memory_gb * 1e9,
-        None if a.gpu_bandwidth_gb_s is None else a.gpu_bandwidth_gb_s * 1e9,
-        None if a.gpu_tflops is None else a.gpu_tflops * 1e12,
+    listed = hardware.find("--gpu", GPUS, a.gpu, "--gpu-memory-gb, --gpu-bandwidth-gb-s and --gpu-tflops")
+    gpu = listed.with_numbers(
+        memory_bytes=None if a.gpu_memory_gb is None else a.gpu_memory_gb * 1e9,
+        sheet_bytes_per_s=None if a.gpu_bandwidth_gb_s is None else a.gpu_bandwidth_gb_s * 1e9,
+        sheet_flops_per_s=None if a.gpu_tflops is None else a.gpu_tflops * 1e12,
     )
     every = methods(a.ranks, model, a.groups, a.shared_dims, a.rows)
     found = [m for m in every if m.kind not in a.without]
@@ -116,7 +117,7 @@ def setting_of(a: argparse.Namespace) -> Setting:
 
 
 def _link(a: argparse.Namespace) -> Link:
-    link = find_link(a.link)
+    link = hardware.find("--link", LINKS, a.link, "--link-latency-us and --link-gb-s")
     if a.link_latency_us is None and a.link_gb_s is None:
         return link
     return replace(

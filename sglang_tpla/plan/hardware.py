@@ -11,7 +11,7 @@ answer says which is which.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, TypeVar
 
@@ -69,24 +69,13 @@ class Gpu:
     from_data_sheets: tuple[str, ...] = ()
     assumed: tuple[str, ...] = ()
 
-    def with_numbers(
-        self,
-        memory_bytes: float | None = None,
-        sheet_bytes_per_s: float | None = None,
-        sheet_flops_per_s: float | None = None,
-    ) -> Gpu:
-        """Return this GPU with other numbers; its rates scale with bandwidth and arithmetic."""
-        changes: dict[str, Any] = {}
-        for field_name, name, value in (
-            ("memory_bytes", "memory", memory_bytes),
-            ("sheet_bytes_per_s", "bandwidth", sheet_bytes_per_s),
-            ("sheet_flops_per_s", "arithmetic rate", sheet_flops_per_s),
-        ):
-            if value is None:
-                continue
+    def with_numbers(self, **numbers: float | None) -> Gpu:
+        """Return this GPU with other numbers, where they are not None; rates scale with bandwidth and arithmetic."""
+        names = {"memory_bytes": "memory", "sheet_bytes_per_s": "bandwidth", "sheet_flops_per_s": "arithmetic rate"}
+        changes: dict[str, Any] = {key: value for key, value in numbers.items() if value is not None}
+        for key, value in changes.items():
             if not value > 0:
-                raise PlanError(f"a GPU's {name} must be positive, got {value}")
-            changes[field_name] = value
+                raise PlanError(f"a GPU's {names[key]} must be positive, got {value}")
         if changes.keys() <= {"memory_bytes"}:
             return replace(self, **changes)
         return _scaled(self, "the table's rates, scaled to the numbers given on the command line", **changes)
@@ -121,7 +110,7 @@ class Link:
     name: str
     latency_s: float
     bytes_per_s: float
-    source: str = field(default="assumed; not measured here")
+    source: str = "assumed; not measured here"
 
     def __post_init__(self) -> None:
         if not (self.latency_s >= 0 and self.bytes_per_s > 0):
@@ -212,20 +201,18 @@ LINKS = {
 }
 
 
-def find_gpu(name: str) -> Gpu:
-    """Return a GPU by name. Raises PlanError where the table has none."""
-    return _find("gpu", GPUS, name, "--gpu-memory-gb, --gpu-bandwidth-gb-s and --gpu-tflops")
+def find(flag: str, table: Mapping[str, Entry], name: str, numbers: str) -> Entry:
+    """Return a GPU or a link by name.
 
+    Args:
+        flag: the flag that names it. numbers: those that describe another one.
 
-def find_link(name: str) -> Link:
-    """Return a link by name. Raises PlanError where the table has none."""
-    return _find("link", LINKS, name, "--link-latency-us and --link-gb-s")
-
-
-def _find(flag: str, table: Mapping[str, Entry], name: str, numbers: str) -> Entry:
+    Raises:
+        PlanError: the table has none of that name.
+    """
     if name.lower() not in table:
         raise PlanError(
-            f"--{flag} must be one of {', '.join(table)}, got {name!r}; for another one name the most similar and give "
+            f"{flag} must be one of {', '.join(table)}, got {name!r}; for another one name the most similar and give "
             f"{numbers}"
         )
     return table[name.lower()]

@@ -110,12 +110,8 @@ def variant_for(shape: DecodeShape) -> AnyVariant:
         return sketched_tiles.variant_for(shape) or sketched.variant_for(shape)
     rows = shape.heads * shape.query_len
     mode = "width" if shape.latent_dim > 256 else "tokens" if rows <= 64 else "rows"
-    stages = MAX_STAGES
-    while True:
-        variant = Variant(shape.latent_dim, shape.rope_dim, mode, stages)
-        if variant.shared_bytes <= SHARED_LIMIT_BYTES:
-            return variant
-        stages -= 1
+    variants = (Variant(shape.latent_dim, shape.rope_dim, mode, stages) for stages in range(MAX_STAGES, 0, -1))
+    return next(variant for variant in variants if variant.shared_bytes <= SHARED_LIMIT_BYTES)
 
 
 class _Params(ctypes.Structure):
