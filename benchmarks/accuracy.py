@@ -100,8 +100,9 @@ def measure_rows(path: Path, rows: Sequence[Row], settings: Settings) -> list[Ro
 
 
 def _measure(row: Row, model: PlainModel, statistics: Statistics, text: Text, settings: Settings) -> RowResult:
-    shared = pipeline.closed_form(statistics, model.checkpoint, "shared", row.groups, row.shared_dims)
-    learned, _ = learn_model(
+    shared_dims = [row.shared_dims] * model.spec.layers
+    shared = pipeline.closed_form(statistics, model.checkpoint, "shared", row.groups, shared_dims)
+    learned = learn_model(
         model, shared, statistics, text.calibration, settings.learn, settings.cache / "work", show_progress=True
     )
     candidates = [model_maps(artifact, model) for artifact in (shared, learned)]

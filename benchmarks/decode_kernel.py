@@ -86,7 +86,7 @@ def prepare(
     backend.run(q_latent, q_rope, cache, out)
     some = torch.tensor(sorted({0, batch - 1}), device=device)
     part = PageTable(table.indices, table.starts[some].contiguous(), shape.page_size)
-    right = latent_attention(q_latent[some], q_rope[some], cache, part, lengths[some], scale=SCALE)
+    right = latent_attention(shape, q_latent[some], q_rope[some], cache, part, lengths[some], SCALE)
     error = ((out[some].float() - right).norm() / right.norm()).item()
     cache_bytes = batch * tokens * shape.cache_dim * cache.element_size()
     return Step(lambda: backend.run(q_latent, q_rope, cache, out), cache_bytes, error)

@@ -126,7 +126,7 @@ def block(
                 if not arguments.kernels:
                     continue
                 for piece in layer.work.pieces:
-                    key = (piece, layer.work.batch, layer.work.width)
+                    key = (piece, layer.work.batch, layer.work.rows.width)
                     if key in seen:
                         continue
                     seen.add(key)
@@ -138,7 +138,7 @@ def block(
                         {"name": piece.name, "rate": piece.rate, "bytes": piece.moved_bytes}
                         | {"flops": piece.flops, "launches": piece.launches, "batch": layer.work.batch}
                         | ({"one_request_bytes": o} if (o := piece.one_request_bytes) else {})
-                        | {"width": layer.work.width, "heads": layer.work.read_heads}
+                        | {"width": layer.work.rows.width, "heads": layer.work.read_heads}
                         | {"us": round(seconds * 1e6, 2)}
                     )
 

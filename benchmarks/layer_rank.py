@@ -16,6 +16,7 @@ from functools import partial
 
 import layer_kernels as small
 import torch
+from decode_kernel import capture
 
 from sglang_tpla.attention.cache_write.inputs import CacheWrite
 from sglang_tpla.attention.cache_write.write import write
@@ -39,23 +40,13 @@ def time_graph(run: Callable[[], None], calls: int, repeats: int = 9, longest_s:
 
     ``repeats`` replays after two that are not counted, fewer (but three) where they take longer than ``longest_s``.
     """
-    run()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    graph.replay()
-    graph.replay()
-    torch.cuda.synchronize()
+    replay_ms = capture(run, 1)
+    replay_ms()
+    replay_ms()
     started, samples = time.monotonic(), []
     while len(samples) < 3 or (len(samples) < repeats and time.monotonic() - started < longest_s):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        samples.append(begin.elapsed_time(end) / 1e3)
-    return statistics.median(samples) / calls
+        samples.append(replay_ms())
+    return statistics.median(samples) / 1e3 / calls
 
 
 @dataclass
@@ -127,7 +118,7 @@ class RankLayer:
         self.work = work = rank_work(model, method, load, precision, (9, 0))
         self.model, self.method, self.precision, self.buffers = model, method, precision, buffers
         self._used = 0
-        batch, heads, w = work.batch, work.heads, work.width
+        batch, heads, w = work.batch, work.heads, work.rows.width
         latent, rope, nope, value = model.latent_dim, model.rope_dim, model.nope_dim, model.value_dim
         rank = model.q_lora_rank or 0
         torch.manual_seed(batch)
@@ -189,7 +180,7 @@ class RankLayer:
             add(prepare, lambda _: partial(small.rotate, q_rope, key, *turn))
             add(prepare, lambda i: partial(small.write_rows, normed_c, key, slots, rows(i)))
 
-        backend = buffers.backend(work.kernel, DecodeShape(w, work.read_heads, rope))
+        backend = buffers.backend(work.rows.kernel, DecodeShape(w, work.read_heads, rope))
         backend.plan(table, lengths)
         asked = (q_latent.transpose(0, 1), q_rope)
         if method.kind == "dcp":  # what the gather brings: every rank's queries

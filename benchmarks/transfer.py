@@ -312,25 +312,20 @@ class Bench:
                 stream.sendall(view[start : min(size, start + PIECE)])
             assert stream.recv(1) == b"k"
 
-        def measure(tokens: int) -> tuple[float, float]:
-            child.pipe.send(self.bytes(tokens))
-            seconds, cpu = self.timed(lambda: send(self.bytes(tokens)))
-            return seconds, cpu + child.pipe.recv()
+        return lambda tokens: self.sent(child, send, tokens)
 
-        return measure
+    def sent(self, child: Child, send: Callable[[int], object], tokens: int) -> tuple[float, float]:
+        """What it takes to send a length to a child, which answers with the CPU seconds that it took itself."""
+        child.pipe.send(self.bytes(tokens))
+        seconds, cpu = self.timed(lambda: send(self.bytes(tokens)))
+        return seconds, cpu + child.pipe.recv()
 
     def zmq(self, source: np.ndarray, with_keys: bool) -> Measure:
         """Chunks as they went before."""
         child = self.child(zmq_child, self.size, with_keys)
         where, send = encrypted.zmq_sender(source, with_keys)
         child.pipe.send(where)
-
-        def measure(tokens: int) -> tuple[float, float]:
-            child.pipe.send(self.bytes(tokens))
-            seconds, cpu = self.timed(lambda: send(self.bytes(tokens)))
-            return seconds, cpu + child.pipe.recv()
-
-        return measure
+        return lambda tokens: self.sent(child, send, tokens)
 
     def shared_copy(self, source: np.ndarray) -> Measure:
         """Into an anonymous shared file, then out of it elsewhere."""

@@ -15,8 +15,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch.overrides import TorchFunctionMode
 
 from sglang_tpla.reference_model.feed_forward import Dense
@@ -69,8 +68,7 @@ def convert(source: Path, target: Path, expert_width: int) -> None:
     (target / "config.json").write_text(json.dumps(config))
     tensors: dict[str, torch.Tensor] = {}
     for file in sorted(source.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as handle:
-            tensors |= {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+        tensors |= load_file(file)
     for name in [name for name in tensors if QUANTISED.search(name)]:
         if expert := EXPERT.search(name):
             width = shared if expert[1] == "shared_experts" else expert_width

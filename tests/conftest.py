@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 
+from tests import shipped
+
 if "PYTEST_XDIST_WORKER" in os.environ:  # before anyone imports torch: threads that spin starve the other workers
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-ROOT = Path(__file__).resolve().parent.parent
 RUNNER = re.compile(r"/site-packages/(_pytest|pluggy|xdist|execnet)/")  # frames that say nothing of a test
 STACKS = pytest.StashKey[Path]()  # the folder of the processes' last stacks
 
@@ -80,16 +81,24 @@ def key_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture(scope="session")
 def nano_mla() -> str:
     """Folder of the shipped checkpoint."""
-    return str(ROOT / "examples" / "nano-mla")
+    return str(shipped.NANO)
+
+
+@pytest.fixture(scope="session")
+def nano_model() -> Any:
+    """The shipped checkpoint in plain PyTorch, float32."""
+    from sglang_tpla.reference_model.forward import PlainModel
+
+    return PlainModel(shipped.NANO)
 
 
 @pytest.fixture(scope="session")
 def sketched_artifact() -> str:
     """The shipped artifact of sketched rows: g 2."""
-    return str(ROOT / "examples" / "artifacts" / "nano-mla-g2-sketched.safetensors")
+    return str(shipped.SKETCHED_ARTIFACT)
 
 
 @pytest.fixture(scope="session")
 def nano_artifact() -> str:
     """The shipped artifact for it: g 2, transform ``learned``."""
-    return str(ROOT / "examples" / "artifacts" / "nano-mla-g2.safetensors")
+    return str(shipped.ARTIFACT)

@@ -218,7 +218,7 @@ class Artifact:
         digest = hashlib.sha256()
         for key, value in sorted(_encode_meta(self.meta).items()):
             digest.update(f"{key}={value}\n".encode())
-        for name in expected_names(self.meta):
+        for name in expected_shapes(self.meta):
             digest.update(name.encode())
             digest.update(self.tensors[name].contiguous().numpy().tobytes())
         return digest.hexdigest()
@@ -261,14 +261,17 @@ def replace_into(path: Path) -> Iterator[str]:
         Path(temporary).unlink(missing_ok=True)
 
 
-def expected_names(meta: ArtifactMeta) -> list[str]:
-    """Return the tensor names of an artifact in canonical order: each layer's sketch, then its groups' maps."""
-    names: list[str] = []
-    for layer in range(meta.num_layers):
-        if meta.sketched and meta.widths[layer] > meta.shared_dims[layer]:
-            names.append(sketch_name(layer))
-        names += [tensor_name(layer, group, which) for group in range(meta.groups) for which in MAP_NAMES]
-    return names
+def expected_shapes(meta: ArtifactMeta) -> dict[str, tuple[int, int]]:
+    """Return the shape of each tensor by name, in canonical order: each layer's sketch, then its groups' maps."""
+    d, shapes = meta.latent_dim, {}
+    for layer, (width, shared) in enumerate(zip(meta.widths, meta.shared_dims, strict=True)):
+        if meta.sketched and width > shared:
+            shapes[sketch_name(layer)] = (d, meta.groups * (width - shared))
+        keys = width + (meta.rows(layer).sketch_columns if meta.sketched else 0)
+        for group in range(meta.groups):
+            for which, shape in zip(MAP_NAMES, ((d, width), (keys, d), (width, d)), strict=True):
+                shapes[tensor_name(layer, group, which)] = shape
+    return shapes
 
 
 def build(
@@ -345,36 +348,29 @@ def _check_meta(meta: ArtifactMeta, source: str) -> None:
 
 
 def _check_tensors(meta: ArtifactMeta, tensors: Mapping[str, torch.Tensor], source: str) -> None:
-    names = expected_names(meta)
-    missing = [name for name in names if name not in tensors]
-    extra = sorted(set(tensors) - set(names))
+    shapes = expected_shapes(meta)
+    missing = [name for name in shapes if name not in tensors]
+    extra = sorted(set(tensors) - set(shapes))
     if missing or extra:
         raise ArtifactError(
-            f"{source}: expected the {len(names)} tensors of {meta.num_layers} layers x {meta.groups} groups; missing "
+            f"{source}: expected the {len(shapes)} tensors of {meta.num_layers} layers x {meta.groups} groups; missing "
             f"{missing[:3]} ({len(missing)} in all), not known {extra[:3]} ({len(extra)} in all)"
         )
-    for layer in range(meta.num_layers):
-        width, shared = meta.widths[layer], meta.shared_dims[layer]
-        keys = width + (meta.rows(layer).sketch_columns if meta.sketched else 0)
-        shapes = {"Z": (meta.latent_dim, width), "A": (keys, meta.latent_dim), "B": (width, meta.latent_dim)}
-        if sketch_name(layer) in tensors:
-            sketch_shape = (meta.latent_dim, meta.groups * (width - shared))
-            _check_tensor(sketch_name(layer), tensors[sketch_name(layer)], sketch_shape, source)
-        for group in range(meta.groups):
-            for which, shape in shapes.items():
-                name = tensor_name(layer, group, which)
-                _check_tensor(name, tensors[name], shape, source)
-        first = tensors[tensor_name(layer, 0, "Z")][:, :shared].contiguous().view(torch.int32)
-        for group in range(1, meta.groups):
-            other = tensors[tensor_name(layer, group, "Z")][:, :shared].contiguous().view(torch.int32)
+    for name, shape in shapes.items():
+        tensor = tensors[name]
+        if tensor.dtype != torch.float32 or tuple(tensor.shape) != shape:
+            raise ArtifactError(
+                f"{source}: expected {name} as float32 {shape}, got {tensor.dtype} {tuple(tensor.shape)}"
+            )
+        if not bool(torch.isfinite(tensor).all()):
+            raise ArtifactError(f"{source}: {name} has values that are not finite; make the artifact anew")
+    for layer, shared in enumerate(meta.shared_dims):
+        first, *others = (
+            tensors[tensor_name(layer, group, "Z")][:, :shared].contiguous().view(torch.int32)
+            for group in range(meta.groups)
+        )
+        for group, other in enumerate(others, start=1):
             if not torch.equal(first, other):
                 raise ArtifactError(
                     f"{source}: the {shared} shared columns of layer {layer} differ between groups 0 and {group}"
                 )
-
-
-def _check_tensor(name: str, tensor: torch.Tensor, shape: tuple[int, int], source: str) -> None:
-    if tensor.dtype != torch.float32 or tuple(tensor.shape) != shape:
-        raise ArtifactError(f"{source}: expected {name} as float32 {shape}, got {tensor.dtype} {tuple(tensor.shape)}")
-    if not bool(torch.isfinite(tensor).all()):
-        raise ArtifactError(f"{source}: {name} has values that are not finite; make the artifact anew")

@@ -12,6 +12,7 @@ import torch
 
 from sglang_tpla.attention.hopper import sketched
 from sglang_tpla.attention.interface import AttentionInputError, DecodeShape
+from sglang_tpla.cache_rows.sketched import SketchedRows
 
 Capability = tuple[int, int] | None  # CUDA compute capability; None is a CPU
 
@@ -31,7 +32,7 @@ class Backend:
         device: text for messages. has_device: whether the backend serves a capability.
         why_not: the reason for which other widths are refused.
         rows: the kind of rows that the backend reads (`DecodeShape.kind`).
-        other: a further check of a shape, with the reason for refusing it or None.
+        other: a further check of sketched rows, with the reason for refusing them or None.
     """
 
     name: str
@@ -45,7 +46,7 @@ class Backend:
     why_not: str
     rope_dims: tuple[int, ...] | None = (64,)
     rows: str = "plain"
-    other: Callable[[DecodeShape], str | None] | None = None
+    other: Callable[[SketchedRows], str | None] = lambda rows: None
 
     def unsupported_reason(self, shape: DecodeShape, capability: Capability) -> str | None:
         """Return why this backend must not serve ``shape`` there, or None if it may."""
@@ -63,11 +64,7 @@ class Backend:
             return f"page size {shape.page_size} is not among {list(self.page_sizes)}"
         if not self.heads[0] <= shape.heads <= self.heads[1]:
             return f"{shape.heads} heads are outside of {self.heads[0]} to {self.heads[1]}"
-        return None if self.other is None else self.other(shape)
-
-
-def _hopper_sketched(shape: DecodeShape) -> str | None:
-    return None if shape.sketched is None else sketched.unsupported_reason(shape.sketched)
+        return None if shape.sketched is None else self.other(shape.sketched)
 
 
 def _device_text(capability: Capability) -> str:
@@ -138,7 +135,7 @@ BACKENDS: tuple[Backend, ...] = (
         has_device=lambda capability: capability == (9, 0),
         why_not="its tiles are multiples of 16 columns",
         rows="sketched",
-        other=_hopper_sketched,
+        other=sketched.unsupported_reason,
     ),
     _reference("sketched_reference", "sketched"),
 )

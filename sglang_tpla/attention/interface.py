@@ -113,7 +113,6 @@ class DecodeShape:
 
     @property
     def cache_dtype(self) -> torch.dtype:
-        """Type of one item of a cache row."""
         return self.dtype if self.kind == "plain" else torch.uint8
 
 
@@ -142,7 +141,6 @@ class PageTable:
 
     @property
     def batch(self) -> int:
-        """Requests in the table."""
         return self.starts.shape[0]
 
     @classmethod
@@ -192,20 +190,6 @@ class DecodeAttention(Protocol):
         self, q_latent: torch.Tensor, q_rope: torch.Tensor, kv_cache: torch.Tensor, out: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Attend, and return ``out`` [batch * query_len, heads, latent_dim], a new tensor where None is given."""
-
-
-def checked_plan(table: PageTable, lengths: torch.Tensor, max_batch: int) -> None:
-    """Check what ``plan`` needs where a kernel reads the lengths on the device.
-
-    Raises:
-        AttentionInputError: lengths that are not contiguous int32 [batch], or more requests than ``max_batch``.
-    """
-    if lengths.dtype != torch.int32 or lengths.shape != table.starts.shape or not lengths.is_contiguous():
-        raise AttentionInputError(
-            f"lengths must be contiguous int32 [{table.batch}]; got {lengths.dtype} {list(lengths.shape)}"
-        )
-    if table.batch > max_batch:
-        raise AttentionInputError(f"at most {max_batch} requests were announced; got {table.batch}")
 
 
 def checked_inputs(

@@ -27,7 +27,6 @@ class Field:
 
     @property
     def size(self) -> int:
-        """Items."""
         return self.stop - self.start
 
 

@@ -31,7 +31,6 @@ class RowFormat:
 
     @classmethod
     def plain(cls, widths: Sequence[int], shared: Sequence[int], rope_dim: int) -> RowFormat:
-        """Return plain rows."""
         return cls(tuple(PlainRows(w, r, rope_dim) for w, r in zip(widths, shared, strict=True)))
 
     @classmethod
@@ -108,11 +107,9 @@ class RowFormat:
     def common_suffix(self) -> str:
         """What the hash of the common part says of them: the same for every group."""
         head = self.layers[0]
-        return (
-            f" {SKETCHED_NAME} groups={head.rows.groups}{self._bits}{self._whole}"
-            if isinstance(head, GroupRows)
-            else ""
-        )
+        if not isinstance(head, GroupRows):
+            return ""
+        return f" {SKETCHED_NAME} groups={head.rows.groups}{self._bits}{self._whole}"
 
     @property
     def encoded(self) -> bool:

@@ -4,6 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -11,12 +12,12 @@ from sglang_tpla.artifact.artifact import Artifact, ArtifactError
 from sglang_tpla.attention.backends import BACKENDS
 from sglang_tpla.cache_rows.sketched import ROPE_BITS, SKETCH_BITS
 from sglang_tpla.calibrate import pipeline
-from sglang_tpla.calibrate.layout_search import Point, Search, each, point_maps, search, table
+from sglang_tpla.calibrate.layout_search import Search, each, search, table
 from sglang_tpla.calibrate.learn_layer import LearnPlan
 from sglang_tpla.calibrate.learn_model import learn_model
 from sglang_tpla.calibrate.sketch_layout import sketched_rows, usual_rows
-from sglang_tpla.calibrate.sketch_search import SketchedSearch, search_sketched
-from sglang_tpla.calibrate.transforms import TRANSFORMS, TransformError
+from sglang_tpla.calibrate.sketch_search import SketchedSearch
+from sglang_tpla.calibrate.transforms import TRANSFORMS, TransformError, check_settings
 from sglang_tpla.config import not_retired
 from sglang_tpla.measure.corpus import CorpusError
 from sglang_tpla.measure.decode_error import measure, model_maps
@@ -26,6 +27,7 @@ from sglang_tpla.measure.text import (
     CALIBRATION_TOKENS,
     HELD_OUT_TOKENS,
     SKETCHED_CALIBRATION_TOKENS,
+    Text,
     TextPlan,
     collect_statistics,
     read_text,
@@ -41,7 +43,6 @@ ERRORS = (ArtifactError, CheckpointError, CorpusError, OutputError, StatisticsEr
 
 
 def parser() -> argparse.ArgumentParser:
-    """Return the parser of the command line."""
     text = argparse.ArgumentParser(prog="python -m sglang_tpla.calibrate", description=__doc__)
     text.add_argument("--model-path", required=True, help="checkpoint directory with config.json and safetensors")
     text.add_argument("--out", required=True, type=Path, help="artifact file to write")
@@ -167,20 +168,23 @@ def make(arguments: argparse.Namespace) -> Artifact:
     rows = row_choice(arguments, groups)
     shared_dims = arguments.shared_dims
     if shared_dims is None:
-        shared_dims = pipeline.default_shared_dims(transform, spec.latent_dim, groups)
-    pipeline.check_settings(transform, groups, shared_dims, spec)
-    bits = arguments.sketch_bits or 4
+        shared_dims = spec.latent_dim // 4 if transform in ("shared", "learned") and groups > 1 else 0
+    check_settings(transform, groups, shared_dims, spec.latent_dim)
     if rows == "sketched" and arguments.shared_dims is not None:
         # refused before any text is read
-        sketched_rows(spec.latent_dim, spec.rope_dim, groups, shared_dims, bits, arguments.rope_bits or 16)
+        bits = arguments.sketch_bits or 4, arguments.rope_bits or 16
+        sketched_rows(spec.latent_dim, spec.rope_dim, groups, shared_dims, *bits)
 
-    def sketched() -> Artifact:
-        costs = pipeline.layer_costs(statistics, checkpoint)
-        asked = arguments.sketch_bits, arguments.rope_bits, arguments.shared_dims
-        layout = usual_rows(costs, spec.rope_dim, groups, *asked)
-        return pipeline.sketched_form(statistics, spec, costs, layout)
+    def closed_form() -> Artifact:
+        if rows == "sketched":
+            costs = pipeline.layer_costs(statistics, checkpoint)
+            asked = arguments.sketch_bits, arguments.rope_bits, arguments.shared_dims
+            layout = usual_rows(costs, spec.rope_dim, groups, *asked)
+            return pipeline.sketched_form(statistics, spec, costs, layout)
+        first = "shared" if transform == "learned" else transform
+        shared = [shared_dims] * spec.layers
+        return pipeline.closed_form(statistics, checkpoint, first, groups, shared, arguments.key_map)
 
-    closed = "shared" if transform == "learned" else transform
     if arguments.max_kl is not None and arguments.ranks is None:
         raise TransformError("--max-kl chooses g among the divisors of --ranks: give --ranks T as well")
     if arguments.from_stats and arguments.max_kl is not None:
@@ -200,9 +204,7 @@ def make(arguments: argparse.Namespace) -> Artifact:
                 "--from-stats, or take --transform shared"
             )
         statistics = combine([Statistics.load(path) for path in arguments.from_stats])
-        if rows == "sketched":
-            return sketched()
-        return pipeline.closed_form(statistics, checkpoint, closed, groups, shared_dims, arguments.key_map)
+        return closed_form()
     plan = TextPlan(
         corpus=tuple(arguments.corpus),
         seed=arguments.seed,
@@ -219,17 +221,10 @@ def make(arguments: argparse.Namespace) -> Artifact:
     statistics = collect_statistics(model, text, plan.seed, show_progress=show)
     if arguments.save_stats is not None:
         statistics.save(arguments.save_stats)
-    if wanted is not None:
-        artifact = choose(
-            arguments, wanted, model, statistics, text.calibration, text.held_out, plan.prompt_tokens, rows
-        )
-    elif rows == "sketched":
-        artifact = sketched()
-    else:
-        artifact = pipeline.closed_form(statistics, checkpoint, closed, groups, shared_dims, arguments.key_map)
+    artifact = closed_form() if wanted is None else choose(arguments, wanted, model, statistics, text, rows)
     if transform == "learned" or arguments.refit_values:
         steps = arguments.learn_steps if transform == "learned" else 0
-        artifact, _ = learn_model(
+        artifact = learn_model(
             model,
             artifact,
             statistics,
@@ -280,9 +275,7 @@ def choose(
     wanted: Search,
     model: PlainModel,
     statistics: Statistics,
-    tokens: torch.Tensor,
-    held_out: torch.Tensor,
-    prompt_tokens: int,
+    text: Text,
     rows: str,
 ) -> Artifact:
     """Make the cheapest layout within the bound, and print what was looked at; TransformError where none keeps it."""
@@ -291,28 +284,28 @@ def choose(
         if not arguments.quiet:
             print(line, file=sys.stderr)
 
+    spec, prompt_tokens = model.spec, arguments.prompt_tokens
     if rows == "sketched":
         bits = SKETCH_BITS if arguments.sketch_bits is None else (arguments.sketch_bits,)
         keys = ROPE_BITS if arguments.rope_bits is None else (arguments.rope_bits,)
-        looked_at = SketchedSearch(bits, keys, arguments.shared_dims)
-        costs = pipeline.layer_costs(statistics, model.checkpoint)
-        some = tokens[:_SKETCHED_CHOICE_SEQUENCES]
-        points = search_sketched(model, costs, some, prompt_tokens, wanted, looked_at, tell)
+        sketched = SketchedSearch(bits, keys, arguments.shared_dims)
+        looked_at = sketched.looked_at(spec.latent_dim, spec.rope_dim, wanted.group_counts())
+        costs, sequences = pipeline.layer_costs(statistics, model.checkpoint), _SKETCHED_CHOICE_SEQUENCES
     else:
-        points = search(model, statistics, tokens[:_CHOICE_SEQUENCES], prompt_tokens, wanted, tell)
+        looked_at, sequences = wanted.looked_at(spec.latent_dim, spec.rope_dim), _CHOICE_SEQUENCES
 
-    def artifact_of(point: Point) -> Artifact:
-        if point.rows:
-            return pipeline.sketched_form(statistics, model.spec, costs, point.rows)
-        maps = point_maps(model, statistics, point.groups, point.shared_dims)
-        return pipeline.package(maps, list(point.shared_dims), statistics, model.spec, "shared")
+    def made(groups: int, layers: Sequence[Any]) -> Artifact:
+        if rows == "sketched":
+            return pipeline.sketched_form(statistics, spec, costs, layers)
+        return pipeline.closed_form(statistics, model.checkpoint, "shared", groups, [layer.shared for layer in layers])
 
-    bytes_mla = 2 * model.spec.layers * (model.spec.latent_dim + model.spec.rope_dim)
+    points = search(model, text.calibration[:sequences], prompt_tokens, wanted.max_kl, looked_at, made, tell)
+    bytes_mla = 2 * spec.layers * (spec.latent_dim + spec.rope_dim)
     within = [point for point in points if point.groups > 1 and point.kl <= wanted.max_kl]
     for point in within:
-        artifact = artifact_of(point)
+        artifact = made(point.groups, point.rows)
         # the bound is promised on text that neither the maps nor the choice have seen
-        if not len(held_out) or _held_out_kl(artifact, model, held_out, prompt_tokens) <= wanted.max_kl:
+        if not len(text.held_out) or _held_out_kl(artifact, model, text.held_out, prompt_tokens) <= wanted.max_kl:
             print(table(points, point, bytes_mla))
             return artifact
     print(table(points, within[0] if within else None, bytes_mla))
@@ -344,7 +337,6 @@ def summary(artifact: Artifact) -> str:
 
 
 def sketched_summary(artifact: Artifact) -> str:
-    """Describe the layout of sketched rows in one line."""
     meta = artifact.meta
     rows = [meta.rows(layer) for layer in range(meta.num_layers)]
     mean = sum(layer.row_bytes for layer in rows) / len(rows)
@@ -358,7 +350,6 @@ def sketched_summary(artifact: Artifact) -> str:
 
 
 def plain_summary(artifact: Artifact) -> str:
-    """Describe the layout of plain rows in one line."""
     meta = artifact.meta
     widths = sorted(set(meta.widths))
     kept = sum(meta.widths) / meta.num_layers + meta.rope_dim

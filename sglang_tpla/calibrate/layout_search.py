@@ -1,26 +1,31 @@
-"""Choose a layout: the fewest cached values a token and rank that keep KL under a bound.
+"""Choose a layout: the fewest cached bytes a token and rank that keep KL under a bound.
 
-The search makes ``shared`` maps for every g that divides the ranks and for a grid of r, and measures each layer's KL
-with only that layer sliced. The layers' KL nearly add up, so a greedy walk gives layouts with a width for each layer,
-exact layers (w = d) among them: it starts at the narrowest widths, and each step widens the layer that buys most KL a
-value. Uniform layouts and the walk's layouts are then measured whole, and the cheapest within the bound is taken.
-Choices are made on calibration text; the artifact's report is on held-out text as always.
+`search` measures each layer's KL with only that layer in rows of its own, at every size that is looked at. The layers'
+KL nearly add up, so a greedy walk gives layouts with a size for each layer, exact layers (w = d) among them: it starts
+at the smallest rows, and each step enlarges the layer that buys most KL a byte. Uniform layouts and the walk's layouts
+near the bound are then measured whole, and the cheapest within the bound is taken. Choices are made on calibration
+text; the artifact's report is on held-out text as always. `Search` has the sizes of plain rows, `sketch_search` those
+of sketched ones.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from sglang_tpla.artifact.artifact import Artifact
+from sglang_tpla.cache_rows.layer_rows import PlainRows
 from sglang_tpla.cache_rows.sketched import SketchedRows
-from sglang_tpla.calibrate.pipeline import key_weights
-from sglang_tpla.calibrate.transforms import Maps, TransformError, layer_maps
+from sglang_tpla.calibrate.transforms import TransformError
 from sglang_tpla.config import slice_width
-from sglang_tpla.measure.decode_error import measure
-from sglang_tpla.measure.statistics import Statistics
+from sglang_tpla.measure.decode_error import measure, model_maps
 from sglang_tpla.reference_model.forward import LayerMaps, PlainModel
 
+Rows = PlainRows | SketchedRows
+# What it is called, its groups, and the rows that a layer of it may have, by size, ascending.
+LookedAt = tuple[str, int, Sequence[Rows]]
+_SHARES = (0.0, 0.125, 0.25, 0.375, 0.5, 0.75)  # r as shares of d that are looked at
 MOST_LAYOUTS = 12  # of one number of groups, measured whole
 
 
@@ -29,32 +34,35 @@ def each(values: Sequence[int]) -> str:
     return "/".join(map(str, values if len(set(values)) > 1 else values[:1]))
 
 
+def size_bytes(rows: Rows) -> int:
+    """Return the bytes of a layer's row, in bf16 where it is plain."""
+    return rows.row_bytes if isinstance(rows, SketchedRows) else 2 * rows.row_items
+
+
 @dataclass(frozen=True)
 class Point:
-    """A layout that was measured whole.
-
-    ``bytes_per_token``: a rank's, all layers, with rope, in bf16 or in the sketched ``rows`` of each layer.
-    """
+    """A layout that was measured whole: its groups, the rows of each layer, and its KL."""
 
     groups: int
-    shared_dims: tuple[int, ...]
-    widths: tuple[int, ...]
-    bytes_per_token: int
+    rows: tuple[Rows, ...]
     kl: float
-    rows: tuple[SketchedRows, ...] = ()
+
+    @property
+    def bytes_per_token(self) -> int:
+        """A rank's bytes, all layers, with rope."""
+        return sum(map(size_bytes, self.rows))
 
     @property
     def label(self) -> str:
         """The layers' differences in words: widths, or shared columns and sketch bits."""
-        if not self.rows:
-            return each(self.widths)
+        sketched = [rows for rows in self.rows if isinstance(rows, SketchedRows)]
+        if not sketched:
+            return each([rows.width for rows in self.rows if isinstance(rows, PlainRows)])
+        key = ", rotary key at 8 bits" if sketched[0].rope_bits == 8 else ""
         if self.groups == 1:
-            return f"plain MLA in 8-bit rows (no artifact needed){self._key}"
-        return f"r {each(self.shared_dims)}, bits {each([layer.sketch_bits for layer in self.rows])}{self._key}"
-
-    @property
-    def _key(self) -> str:
-        return ", rotary key at 8 bits" if self.rows[0].rope_bits == 8 else ""
+            return f"plain MLA in 8-bit rows (no artifact needed){key}"
+        bits = each([rows.sketch_bits for rows in sketched])
+        return f"r {each([rows.shared for rows in sketched])}, bits {bits}{key}"
 
 
 @dataclass(frozen=True)
@@ -65,13 +73,11 @@ class Search:
         ranks: T; g runs over its divisors above 1.
         max_kl: the bound, nats a token.
         has_width: which slice widths the attention backend serves.
-        shares: r as shares of d that are looked at.
     """
 
     ranks: int
     max_kl: float
     has_width: Callable[[int], bool]
-    shares: tuple[float, ...] = (0.0, 0.125, 0.25, 0.375, 0.5, 0.75)
 
     def __post_init__(self) -> None:
         if self.ranks < 2 or not 0 < self.max_kl < math.inf:
@@ -86,7 +92,7 @@ class Search:
     def shared_choices(self, latent_dim: int, groups: int) -> list[int]:
         """Return every r whose slice width the backend serves, ascending; d (an exact layer) is the last."""
         found: dict[int, int] = {}
-        for share in self.shares:
+        for share in _SHARES:
             start = round(share * latent_dim)
             # the nearest r above whose width is served
             for shared in range(start, latent_dim):
@@ -104,92 +110,54 @@ class Search:
             )
         return choices
 
+    def looked_at(self, latent_dim: int, rope_dim: int) -> Iterable[LookedAt]:
+        """Yield the plain rows of every g."""
+        for groups in self.group_counts():
+            shared = self.shared_choices(latent_dim, groups)
+            yield f"g = {groups}", groups, [PlainRows(slice_width(latent_dim, groups, r), r, rope_dim) for r in shared]
+
 
 def search(
     model: PlainModel,
-    statistics: Statistics,
     tokens: torch.Tensor,
     prompt_tokens: int,
-    wanted: Search,
-    progress: Callable[[str], None] = lambda _: None,
-) -> list[Point]:
-    """Return every layout that was measured, the cheapest first."""
-    points: list[Point] = []
-    for groups in wanted.group_counts():
-        points += _search_groups(model, statistics, tokens, prompt_tokens, wanted, groups, progress)
-    return sorted(points, key=lambda point: (point.bytes_per_token, point.kl))
-
-
-def _search_groups(
-    model: PlainModel,
-    statistics: Statistics,
-    tokens: torch.Tensor,
-    prompt_tokens: int,
-    wanted: Search,
-    groups: int,
-    progress: Callable[[str], None],
-) -> list[Point]:
-    spec = model.spec
-    choices = wanted.shared_choices(spec.latent_dim, groups)
-    maps = [point_maps(model, statistics, groups, [shared] * spec.layers) for shared in choices]
-    widths = [slice_width(spec.latent_dim, groups, shared) for shared in choices]
-    found = measured_layouts(
-        model, tokens, prompt_tokens, maps, widths, wanted.max_kl, lambda line: progress(f"g = {groups}: {line}")
-    )
-    return [
-        Point(
-            groups,
-            tuple(choices[c] for c in pick),
-            tuple(widths[c] for c in pick),
-            2 * sum(widths[c] + spec.rope_dim for c in pick),
-            kl,
-        )
-        for pick, kl in found
-    ]
-
-
-def measured_layouts(
-    model: PlainModel,
-    tokens: torch.Tensor,
-    prompt_tokens: int,
-    maps: Sequence[Sequence[LayerMaps]],
-    sizes: Sequence[int],
     max_kl: float,
+    looked_at: Iterable[LookedAt],
+    made: Callable[[int, Sequence[Rows]], Artifact],
     progress: Callable[[str], None],
-) -> list[tuple[list[int], float]]:
-    """Measure each layer by itself at every choice, then uniform layouts and the walk's near the bound whole.
-
-    Return these layouts (a choice per layer) with their KL.
-
-    Args:
-        maps: [choices][layers].
-        sizes: of a row at each choice, ascending.
-    """
+) -> list[Point]:
+    """Return every layout that was measured, the cheapest first; ``made`` gives the artifact of groups and rows."""
 
     def kl_of(candidates: Sequence[Sequence[LayerMaps | None]]) -> list[float]:
         return [errors.kl.double().mean().item() for errors in measure(model, tokens, candidates, prompt_tokens)]
 
-    layers = len(maps[0])
-    picks = [[choice] * layers for choice in range(len(maps))]
-    if len(picks) > 1:
-        alone: list[list[float]] = []
-        for layer in range(layers):
-            progress(f"layer {layer + 1} of {layers}")
-            exact: list[LayerMaps | None] = [None] * layers
-            alone.append(kl_of([[*exact[:layer], made[layer], *exact[layer + 1 :]] for made in maps]))
-        picks += [pick for pick in widening_walk(alone, sizes) if pick not in picks]
-        picks = near_the_bound(picks, alone, max_kl)
-    progress(f"{len(picks)} layouts")
-    found = kl_of([[maps[choice][layer] for layer, choice in enumerate(pick)] for pick in picks])
-    return list(zip(picks, found, strict=True))
+    layers = model.spec.layers
+    points: list[Point] = []
+    for name, groups, choices in looked_at:
+        maps = [model_maps(made(groups, [rows] * layers), model) for rows in choices]
+        picks = [[choice] * layers for choice in range(len(choices))]  # a choice per layer
+        if len(picks) > 1:
+            alone: list[list[float]] = []
+            for layer in range(layers):
+                progress(f"{name}: layer {layer + 1} of {layers}")
+                exact: list[LayerMaps | None] = [None] * layers
+                alone.append(kl_of([[*exact[:layer], one[layer], *exact[layer + 1 :]] for one in maps]))
+            walk = widening_walk(alone, [size_bytes(rows) for rows in choices])
+            picks += [pick for pick in walk if pick not in picks]
+            picks = near_the_bound(picks, alone, max_kl)
+        progress(f"{name}: {len(picks)} layouts")
+        found = kl_of([[maps[choice][layer] for layer, choice in enumerate(pick)] for pick in picks])
+        for pick, kl in zip(picks, found, strict=True):
+            points.append(Point(groups, tuple(choices[choice] for choice in pick), kl))
+    return sorted(points, key=lambda point: (point.bytes_per_token, point.kl))
 
 
-def widening_walk(alone: Sequence[Sequence[float]], widths: Sequence[int]) -> list[list[int]]:
-    """Return layouts (a choice per layer) from the narrowest on; each widens the layer that buys most per value.
+def widening_walk(alone: Sequence[Sequence[float]], sizes: Sequence[int]) -> list[list[int]]:
+    """Return layouts (a choice per layer) from the smallest on; each enlarges the layer that buys most for its size.
 
     Args:
         alone: KL of each layer by itself at each choice, [layers][choices].
-        widths: slice width of each choice, ascending.
+        sizes: of a row at each choice, ascending.
     """
     current = [0] * len(alone)
     walk = [list(current)]
@@ -197,8 +165,8 @@ def widening_walk(alone: Sequence[Sequence[float]], widths: Sequence[int]) -> li
         best: tuple[float, int, int] | None = None
         for layer, choice in enumerate(current):
             # a step may skip choices that buy nothing by themselves
-            for wider in range(choice + 1, len(widths)):
-                gain = (alone[layer][choice] - alone[layer][wider]) / (widths[wider] - widths[choice])
+            for wider in range(choice + 1, len(sizes)):
+                gain = (alone[layer][choice] - alone[layer][wider]) / (sizes[wider] - sizes[choice])
                 if best is None or gain > best[0]:
                     best = (gain, layer, wider)
         if best is None:
@@ -217,17 +185,6 @@ def near_the_bound(picks: list[list[int]], alone: Sequence[Sequence[float]], max
     uniform = [pick for pick in picks if len(set(pick)) == 1]
     mixed = sorted((pick for pick in picks if len(set(pick)) > 1), key=distance)
     return uniform + mixed[: max(MOST_LAYOUTS - len(uniform), 4)]
-
-
-def point_maps(model: PlainModel, statistics: Statistics, groups: int, shared_dims: Sequence[int]) -> list[Maps]:
-    """Make ``shared`` maps (float32, on the model's device) with an r per layer."""
-    layers: list[Maps] = []
-    for layer, shared in enumerate(shared_dims):
-        w_uk = key_weights(model.checkpoint, layer)
-        made = layer_maps("shared", statistics.layers[layer], w_uk, groups, shared, statistics.meta.seed)
-        where = model.device, model.dtype
-        layers.append([(z.to(*where), a.to(*where), b.to(*where)) for z, a, b in made])
-    return layers
 
 
 def table(points: Sequence[Point], chosen: Point | None, bytes_mla: int) -> str:

@@ -14,13 +14,14 @@ resumes.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 import torch.nn.functional as F
 
 from sglang_tpla.calibrate.transforms import Maps, TransformError
-from sglang_tpla.measure.layer_inputs import Batch, LayerData, exact_context, head_outputs, sliced_slices
-from sglang_tpla.reference_model.forward import Attention
+from sglang_tpla.measure.layer_inputs import Batch, exact_context, head_outputs, sample, sliced_slices
+from sglang_tpla.reference_model.forward import Attention, AttentionInputs
 
 _VARIANCE_FLOOR = 1e-8
 
@@ -122,19 +123,14 @@ def output_error(attention: Attention, batch: Batch, maps: Maps) -> torch.Tensor
     with torch.no_grad():
         exact = exact_context(batch, rope, scale)
         target = F.linear(head_outputs(exact, attention), attention.o)
-    context: torch.Tensor | None = None
-    for z_map, a_map, b_map in maps:
-        part = sliced_slices(batch, rope, scale, z_map, a_map) @ b_map
-        context = part if context is None else context + part
-    if context is None:
-        raise ValueError("expected maps for at least one group, got none")
+    context = reduce(torch.add, (sliced_slices(batch, rope, scale, z, a) @ b for z, a, b in maps))
     found = F.linear(head_outputs(context, attention), attention.o)
     return (found - target).pow(2).sum() / target.pow(2).sum()
 
 
 def learn_layer(
     attention: Attention,
-    data: LayerData,
+    inputs: AttentionInputs,
     maps: Maps,
     shared_dims: int,
     covariance: torch.Tensor,
@@ -147,7 +143,7 @@ def learn_layer(
 
     Args:
         attention: the layer's exact attention.
-        data: its inputs on calibration text.
+        inputs: of that attention on calibration text.
         maps: where to start, (Z, A, B) of each group.
         shared_dims: leading columns of Z that all groups share.
         covariance: of the latent [d, d], for the coordinates.
@@ -155,17 +151,12 @@ def learn_layer(
         layer: number of the layer; with the seed it decides the batches.
         progress: told the steps done.
     """
-    device = data.latent.device
+    device = inputs.latent.device
     generator = torch.Generator().manual_seed(plan.seed * 1000003 + layer)
+    size = {"sequences": plan.sequences, "queries": plan.queries, "first_query": plan.first_query}
 
     def draw() -> Batch:
-        return data.sample(
-            attention,
-            generator,
-            sequences=plan.sequences,
-            queries=plan.queries,
-            first_query=min(plan.first_query, data.latent.shape[1] - 1),
-        )
+        return sample(attention, inputs, generator, **size)
 
     # both ends are measured on the same queries, which the steps do not draw on purpose
     probes = [draw() for _ in range(8)]

@@ -7,7 +7,7 @@ artifact is made.
 
 import hashlib
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import msgspec
@@ -17,23 +17,14 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from sglang_tpla.artifact.artifact import Artifact, ArtifactError, build, replace_into
-from sglang_tpla.calibrate.learn_layer import LearnPlan, learn_layer
+from sglang_tpla.calibrate.learn_layer import LearnedLayer, LearnPlan, learn_layer
 from sglang_tpla.calibrate.refit_values import refit_values
 from sglang_tpla.calibrate.transforms import Maps
-from sglang_tpla.measure.layer_inputs import LayerData, walk
+from sglang_tpla.measure.layer_inputs import sample, walk
 from sglang_tpla.measure.statistics import Statistics
-from sglang_tpla.reference_model.forward import Attention, PlainModel
+from sglang_tpla.reference_model.forward import Attention, AttentionInputs, PlainModel
 
 _REFIT_SEED = 7919  # queries of the refit are not those of the steps
-
-
-@dataclass(frozen=True)
-class LayerNote:
-    """Relative squared output error of one layer before and after, on the same sampled queries."""
-
-    layer: int
-    error_before: float
-    error_after: float
 
 
 def learn_model(
@@ -46,7 +37,7 @@ def learn_model(
     *,
     refit: bool = False,
     show_progress: bool = False,
-) -> tuple[Artifact, list[LayerNote]]:
+) -> Artifact:
     """Make an artifact with transform ``learned`` from a starting one.
 
     Args:
@@ -66,43 +57,37 @@ def learn_model(
     folder = work_folder / f"layers-{key[:12]}"
     folder.mkdir(parents=True, exist_ok=True)
     all_maps: list[Maps] = []
-    notes: list[LayerNote] = []
     total = plan.total_steps * model.spec.layers
     with tqdm(total=total, desc="learning", unit="step", disable=not show_progress) as bar:
-        for layer, data in walk(model, tokens):
+        for layer, inputs in walk(model, tokens):
             file = folder / f"layer-{layer}.safetensors"
             if file.exists():
-                maps, note = _load(file, layer, start.meta.groups)
+                learned = _load(file, layer, start.meta.groups)
                 bar.update(plan.total_steps)
             else:
                 attention = model.layers[layer].attention
                 initial = [start.maps(layer, group) for group in range(start.meta.groups)]
                 shared = start.meta.shared_dims[layer]
                 covariance = statistics.layers[layer].covariance
-                learned = learn_layer(attention, data, initial, shared, covariance, plan, layer, progress=bar.update)
-                maps = learned.maps
+                learned = learn_layer(attention, inputs, initial, shared, covariance, plan, layer, progress=bar.update)
                 if refit:
-                    maps = _refit(attention, data, maps, plan, layer)
-                note = LayerNote(layer, learned.error_before, learned.error_after)
-                _save(file, maps, note)
-            bar.set_postfix_str(f"layer {layer}: {note.error_before:.2e} -> {note.error_after:.2e}")
-            all_maps.append(maps)
-            notes.append(note)
+                    learned = replace(learned, maps=_refit(attention, inputs, learned.maps, plan, layer))
+                _save(file, learned)
+            bar.set_postfix_str(f"layer {layer}: {learned.error_before:.2e} -> {learned.error_after:.2e}")
+            all_maps.append(learned.maps)
     name = "learned" if plan.steps else f"{start.meta.transform}+refit"
     meta = msgspec.structs.replace(start.meta, transform=name, error_report=None)
     artifact = build(meta, all_maps)
     shutil.rmtree(folder)
     if not any(work_folder.iterdir()):
         work_folder.rmdir()
-    return artifact, notes
+    return artifact
 
 
-def _refit(attention: Attention, data: LayerData, maps: Maps, plan: LearnPlan, layer: int) -> Maps:
+def _refit(attention: Attention, inputs: AttentionInputs, maps: Maps, plan: LearnPlan, layer: int) -> Maps:
     generator = torch.Generator().manual_seed((plan.seed + _REFIT_SEED) * 1000003 + layer)
-    first = min(plan.first_query, data.latent.shape[1] - 1)
-    batches = [
-        data.sample(attention, generator, sequences=2, queries=plan.queries, first_query=first) for _ in range(32)
-    ]
+    size = {"sequences": 2, "queries": plan.queries, "first_query": plan.first_query}
+    batches = [sample(attention, inputs, generator, **size) for _ in range(32)]
     return refit_values(attention, batches, maps, iterations=10)[0]
 
 
@@ -114,26 +99,27 @@ def _key(start: Artifact, tokens: torch.Tensor, plan: LearnPlan, refit: bool, mo
     return digest.hexdigest()
 
 
-def _save(path: Path, maps: Maps, note: LayerNote) -> None:
+def _save(path: Path, learned: LearnedLayer) -> None:
     tensors = {
         f"{group}.{which}": part.detach().cpu().float().contiguous().clone()
-        for group, triple in enumerate(maps)
+        for group, triple in enumerate(learned.maps)
         for which, part in zip("ZAB", triple, strict=True)
     }
+    note = {"error_before": learned.error_before, "error_after": learned.error_after}
     with replace_into(path) as temporary:
         save_file(tensors, temporary, metadata={"note": msgspec.json.encode(note).decode()})
 
 
-def _load(path: Path, layer: int, groups: int) -> tuple[Maps, LayerNote]:
+def _load(path: Path, layer: int, groups: int) -> LearnedLayer:
     try:
         with safe_open(path, framework="pt") as handle:
-            note = msgspec.json.decode((handle.metadata() or {}).get("note", ""), type=LayerNote)
+            note = msgspec.json.decode((handle.metadata() or {}).get("note", ""), type=dict[str, float])
             maps: Maps = [
                 (handle.get_tensor(f"{group}.Z"), handle.get_tensor(f"{group}.A"), handle.get_tensor(f"{group}.B"))
                 for group in range(groups)
             ]
-    except (SafetensorError, OSError, msgspec.MsgspecError) as error:
+        return LearnedLayer(maps, note["error_before"], note["error_after"])
+    except (SafetensorError, OSError, KeyError, msgspec.MsgspecError) as error:
         raise ArtifactError(
             f"the finished layer {layer} at {path} is not readable ({error}); delete that file and run again"
         ) from error
-    return maps, note

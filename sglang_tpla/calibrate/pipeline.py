@@ -11,27 +11,14 @@ import sglang_tpla
 from sglang_tpla.artifact.artifact import FORMAT_VERSION, SKETCHED_VERSION, Artifact, ArtifactMeta, build
 from sglang_tpla.artifact.model_identity import config_hash, weights_hash
 from sglang_tpla.cache_rows.sketched import SketchedRows
-from sglang_tpla.calibrate.rounding_cost import LayerCosts, LayerWeights
+from sglang_tpla.calibrate.rounding_cost import LayerCosts
 from sglang_tpla.calibrate.sketch_maps import layer_sketched_maps
-from sglang_tpla.calibrate.transforms import TRANSFORMS, Maps, TransformError, layer_maps
+from sglang_tpla.calibrate.transforms import TransformError, layer_maps
 from sglang_tpla.measure.decode_error import measure, model_maps
 from sglang_tpla.measure.statistics import Statistics, StatisticsError
 from sglang_tpla.reference_model.checkpoint import Checkpoint
-from sglang_tpla.reference_model.forward import PlainModel
+from sglang_tpla.reference_model.forward import PlainModel, absorbed_weights
 from sglang_tpla.reference_model.spec import ModelSpec
-
-
-def key_weights(checkpoint: Checkpoint, layer: int) -> torch.Tensor:
-    """Return the key half of a layer's kv_b_proj, [H, n, d] float32, reading no other weight."""
-    return layer_weights(checkpoint, layer).key
-
-
-def layer_weights(checkpoint: Checkpoint, layer: int) -> LayerWeights:
-    """Return both halves of a layer's kv_b_proj, float32, reading no other weight."""
-    spec = ModelSpec.from_config(checkpoint.config)
-    kv_b = checkpoint.tensor(checkpoint.layer_name(layer, "self_attn.kv_b_proj.weight"))
-    heads = kv_b.view(spec.heads, spec.nope_dim + spec.value_dim, spec.latent_dim)
-    return LayerWeights(heads[:, : spec.nope_dim], heads[:, spec.nope_dim :], spec.scale)
 
 
 def closed_form(
@@ -39,23 +26,26 @@ def closed_form(
     checkpoint: Checkpoint,
     transform: str,
     groups: int,
-    shared_dims: int,
+    shared_dims: Sequence[int],
     key_map: str = "regression",
 ) -> Artifact:
-    """Return an artifact from second moments and kv_b_proj alone.
+    """Return an artifact of plain rows, with an r per layer, from second moments and kv_b_proj alone.
 
     Raises:
-        TransformError: settings that give no transform.
+        TransformError: settings that give no transform. StatisticsError: moments of another model.
     """
-    spec = ModelSpec.from_config(checkpoint.config)
-    check_settings(transform, groups, shared_dims, spec)
     check_statistics(statistics, checkpoint)
-    seed = statistics.meta.seed
-    maps = [
-        layer_maps(transform, moments, key_weights(checkpoint, layer), groups, shared_dims, seed, key_map)
-        for layer, moments in enumerate(statistics.layers)
-    ]
-    return package(maps, [shared_dims] * spec.layers, statistics, spec, transform)
+    spec, seed = ModelSpec.from_config(checkpoint.config), statistics.meta.seed
+    maps = []
+    for layer, (moments, shared) in enumerate(zip(statistics.layers, shared_dims, strict=True)):
+        w_uk, _ = absorbed_weights(checkpoint, spec, layer)
+        maps.append(layer_maps(transform, moments, w_uk, groups, shared, seed, key_map))
+    meta = msgspec.structs.replace(
+        _provenance(statistics, spec, transform, groups),
+        shared_dims=tuple(shared_dims),
+        widths=tuple(layer[0][0].shape[1] for layer in maps),
+    )
+    return build(meta, maps)
 
 
 def layer_costs(statistics: Statistics, checkpoint: Checkpoint) -> list[LayerCosts]:
@@ -65,7 +55,11 @@ def layer_costs(statistics: Statistics, checkpoint: Checkpoint) -> list[LayerCos
         StatisticsError: moments of another model.
     """
     check_statistics(statistics, checkpoint)
-    return [LayerCosts.of(moments, layer_weights(checkpoint, layer)) for layer, moments in enumerate(statistics.layers)]
+    spec = ModelSpec.from_config(checkpoint.config)
+    return [
+        LayerCosts.of(moments, *absorbed_weights(checkpoint, spec, layer), spec.scale)
+        for layer, moments in enumerate(statistics.layers)
+    ]
 
 
 def sketched_form(
@@ -127,18 +121,6 @@ def check_statistics(statistics: Statistics, checkpoint: Checkpoint) -> None:
         )
 
 
-def package(
-    maps: list[Maps], shared_dims: list[int], statistics: Statistics, spec: ModelSpec, transform: str
-) -> Artifact:
-    """Return maps of every layer with their provenance, without an error report yet."""
-    meta = msgspec.structs.replace(
-        _provenance(statistics, spec, transform, len(maps[0])),
-        shared_dims=tuple(shared_dims),
-        widths=tuple(layer[0][0].shape[1] for layer in maps),
-    )
-    return build(meta, maps)
-
-
 def _provenance(statistics: Statistics, spec: ModelSpec, transform: str, groups: int) -> ArtifactMeta:
     """Return metadata of plain rows whose layers have no widths yet."""
     source = statistics.meta
@@ -162,23 +144,6 @@ def _provenance(statistics: Statistics, spec: ModelSpec, transform: str, groups:
     )
 
 
-def check_settings(transform: str, groups: int, shared_dims: int, spec: ModelSpec) -> None:
-    """Refuse settings before any work.
-
-    Raises:
-        TransformError: unknown transform, groups or shared dims out of range.
-    """
-    known = (*TRANSFORMS, "learned")
-    if transform not in known:
-        raise TransformError(f"expected --transform to be one of {', '.join(known)}, got {transform!r}")
-    if not 1 <= groups <= spec.latent_dim:
-        raise TransformError(f"expected 1 <= --groups <= {spec.latent_dim}, got {groups}")
-    if not 0 <= shared_dims <= spec.latent_dim:
-        raise TransformError(f"expected 0 <= --shared-dims <= {spec.latent_dim}, got {shared_dims}")
-    if shared_dims and transform not in ("shared", "learned"):
-        raise TransformError(f"--shared-dims {shared_dims} needs --transform shared, got {transform!r}")
-
-
 def with_report(
     artifact: Artifact,
     model: PlainModel,
@@ -192,8 +157,3 @@ def with_report(
         (errors,) = measure(model, held_out, [model_maps(artifact, model)], prompt_tokens, progress=bar.update)
     meta = msgspec.structs.replace(artifact.meta, error_report=errors.report())
     return replace(artifact, meta=meta)
-
-
-def default_shared_dims(transform: str, latent_dim: int, groups: int) -> int:
-    """Return r when none is given: a quarter of the latent where dims are shared at all, else none."""
-    return latent_dim // 4 if transform in ("shared", "learned") and groups > 1 else 0

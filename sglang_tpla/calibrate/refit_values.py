@@ -10,57 +10,56 @@ latent dims.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 
 from sglang_tpla.calibrate.transforms import Maps
-from sglang_tpla.measure.layer_inputs import Batch, exact_context, sliced_slices
+from sglang_tpla.measure.layer_inputs import Batch, exact_context, head_outputs, sliced_slices
 from sglang_tpla.reference_model.forward import Attention
-
-
-@dataclass(frozen=True)
-class _Problem:
-    """``slices`` [M, H, g * w] -> output [M, hidden] through B [g * w, d]; ``target`` [M, hidden]."""
-
-    slices: torch.Tensor
-    target: torch.Tensor
-    w_uv: torch.Tensor  # [H, v, d]
-    o: torch.Tensor  # [hidden, H, v]
-
-    def forward(self, b: torch.Tensor) -> torch.Tensor:
-        values = torch.einsum("mhd,hvd->mhv", self.slices @ b, self.w_uv)
-        return values.flatten(1) @ self.o.flatten(1).T
-
-    def backward(self, residual: torch.Tensor) -> torch.Tensor:
-        values = (residual @ self.o.flatten(1)).view(len(residual), *self.o.shape[1:])
-        context = torch.einsum("mhv,hvd->mhd", values, self.w_uv)
-        return self.slices.flatten(0, 1).T @ context.flatten(0, 1)
 
 
 @torch.inference_mode()
 def refit_values(
-    attention: Attention, batches: Sequence[Batch], maps: Maps, *, iterations: int = 20
+    attention: Attention, batches: Sequence[Batch], maps: Maps, *, iterations: int
 ) -> tuple[Maps, float, float]:
     """Refit B. Return the maps, and the relative squared output error on the batches before and after.
 
     The error never grows: conjugate gradients lower it at every step.
     """
-    problem = _set_up(attention, batches, maps)
+    scale, spec = attention.spec.scale, attention.spec
+    parts, targets = [], []
+    for batch in batches:
+        rope = batch.rope_scores(scale)
+        sliced = [sliced_slices(batch, rope, scale, z, a) for z, a, _ in maps]
+        parts.append(torch.cat(sliced, -1).transpose(1, 2).flatten(0, 1))
+        exact = exact_context(batch, rope, scale)
+        targets.append(head_outputs(exact, attention).flatten(0, 1) @ attention.o.T)
+    slices, target = torch.cat(parts), torch.cat(targets)  # [M, H, g * w], [M, hidden]
+
+    def output(b: torch.Tensor) -> torch.Tensor:
+        """Return [M, hidden] of B [g * w, d]."""
+        values = torch.einsum("mhd,hvd->mhv", slices @ b, attention.w_uv)
+        return values.flatten(1) @ attention.o.T
+
+    def gradient_of(residual: torch.Tensor) -> torch.Tensor:
+        values = (residual @ attention.o).view(len(residual), spec.heads, spec.value_dim)
+        context = torch.einsum("mhv,hvd->mhd", values, attention.w_uv)
+        return slices.flatten(0, 1).T @ context.flatten(0, 1)
+
     start = torch.cat([b for _, _, b in maps])
-    residual = problem.target - problem.forward(start)
-    energy = problem.target.pow(2).sum()
+    residual = target - output(start)
+    energy = target.pow(2).sum()
     before = (residual.pow(2).sum() / energy).item()
-    solution, gradient = start.clone(), problem.backward(residual)
+    solution, gradient = start.clone(), gradient_of(residual)
     direction, norm = gradient.clone(), gradient.pow(2).sum()
     for _ in range(iterations):
         if norm <= 0:
             break
-        moved = problem.forward(direction)
+        moved = output(direction)
         step = norm / moved.pow(2).sum()
         solution += step * direction
         residual -= step * moved
-        gradient = problem.backward(residual)
+        gradient = gradient_of(residual)
         new_norm = gradient.pow(2).sum()
         direction = gradient + (new_norm / norm) * direction
         norm = new_norm
@@ -68,17 +67,3 @@ def refit_values(
     width = maps[0][0].shape[1]
     refitted = [(z, a, b.clone()) for (z, a, _), b in zip(maps, solution.split(width), strict=True)]
     return refitted, before, after
-
-
-def _set_up(attention: Attention, batches: Sequence[Batch], maps: Maps) -> _Problem:
-    spec = attention.spec
-    o = attention.o.view(-1, spec.heads, spec.value_dim)
-    slices, targets = [], []
-    for batch in batches:
-        rope = batch.rope_scores(spec.scale)
-        parts = [sliced_slices(batch, rope, spec.scale, z, a) for z, a, _ in maps]
-        slices.append(torch.cat(parts, -1).transpose(1, 2).flatten(0, 1))  # [B * Q, H, g * w]
-        exact = exact_context(batch, rope, spec.scale)
-        values = torch.einsum("bhqd,hvd->bqhv", exact, attention.w_uv)
-        targets.append(values.flatten(2).flatten(0, 1) @ attention.o.T)
-    return _Problem(torch.cat(slices), torch.cat(targets), attention.w_uv, o)

@@ -24,15 +24,6 @@ TINY = 1e-30
 
 
 @dataclass(frozen=True)
-class LayerWeights:
-    """The halves of a layer's kv_b_proj, ``key`` [H, n, d] and ``value`` [H, v, d], and the softmax scale."""
-
-    key: torch.Tensor
-    value: torch.Tensor
-    scale: float
-
-
-@dataclass(frozen=True)
 class LayerCosts:
     """The costs of errors of a layer's columns, in squared nats of a score.
 
@@ -47,11 +38,11 @@ class LayerCosts:
     in_both: torch.Tensor
 
     @classmethod
-    def of(cls, moments: LayerMoments, weights: LayerWeights) -> LayerCosts:
-        """Return the costs from a layer's statistics, float64."""
-        queries = moments.absorbed_queries(weights.key) * weights.scale**2
+    def of(cls, moments: LayerMoments, w_uk: torch.Tensor, w_uv: torch.Tensor, scale: float) -> LayerCosts:
+        """Return the costs, float64, from a layer's statistics, its kv_b_proj's halves and the softmax scale."""
+        queries = moments.absorbed_queries(w_uk) * scale**2
         basis = score_basis(moments.latent_outer / max(moments.latent_count, 1), queries)
-        value = weights.value.double()
+        value = w_uv.double()
         values = torch.einsum("hvd,hve->de", value, value) / len(value)
         spread = ATTENDED_SPREAD * (values * moments.covariance).sum().clamp_min(TINY)
         in_scores, in_values = (basis.inverse @ cost @ basis.inverse.T for cost in (queries, values / spread))

@@ -11,6 +11,7 @@ show both, because they give the cost of each part's rounding (`rounding_cost`),
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 from sglang_tpla.cache_rows.sketched import SKETCH_BITS, SketchedRows
 from sglang_tpla.calibrate.layout_search import widening_walk
@@ -116,33 +117,25 @@ def _by_layer(costs: Sequence[LayerCosts], usual: SketchedRows) -> list[Sketched
     An early layer's error passes the experts' routing of every later layer, so it counts once for each of them.
     """
     layers = [usual] * len(costs)
-    if usual.groups == 1:
-        return layers
-    choices = _even_rows(usual)
+    choices = [] if usual.groups == 1 else _even_rows(usual)
     if not choices:
         return layers
-    weighted = [(len(costs) - index, layer) for index, layer in enumerate(costs)]
+    columns = {rows.shared: [layer.columns(rows) for layer in costs] for rows in (*choices, usual)}  # at any bits
+
+    def cost(index: int, rows: SketchedRows) -> float:
+        return (len(costs) - index) * (columns[rows.shared][index] + costs[index].sketch(rows))
+
     sizes = sorted({rows.row_bytes for rows in choices})
-    columns = {rows.shared: [layer.columns(rows) for layer in costs] for rows in choices}  # the same at any bits
-
-    def best(index: int, size: int) -> tuple[float, SketchedRows]:
-        weight, layer = weighted[index]
-        found = [
-            (weight * (columns[rows.shared][index] + layer.sketch(rows)), rows)
-            for rows in choices
-            if rows.row_bytes == size
-        ]
-        return min(found, key=lambda choice: choice[0])
-
-    table = [[best(index, size) for size in sizes] for index in range(len(costs))]
-    walk = widening_walk([[cost for cost, _ in layer] for layer in table], sizes)
+    of_size = [[rows for rows in choices if rows.row_bytes == size] for size in sizes]
+    best = [[min(alike, key=partial(cost, index)) for alike in of_size] for index in range(len(costs))]
+    walk = widening_walk([[cost(index, rows) for rows in layer] for index, layer in enumerate(best)], sizes)
     bound = len(costs) * _most_bytes(usual)
     held = [pick for pick in walk if sum(sizes[choice] for choice in pick) <= bound]
     if not held:
         return layers
-    picked = [table[index][choice] for index, choice in enumerate(held[-1])]
-    now = sum(weight * (layer.columns(usual) + layer.sketch(usual)) for weight, layer in weighted)
-    return [rows for _, rows in picked] if sum(cost for cost, _ in picked) < _WORTH_LAYERS * now else layers
+    picked = [best[index][choice] for index, choice in enumerate(held[-1])]
+    now, then = (sum(cost(index, rows) for index, rows in enumerate(rows_of)) for rows_of in (layers, picked))
+    return picked if then < _WORTH_LAYERS * now else layers
 
 
 def _even_rows(usual: SketchedRows) -> list[SketchedRows]:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 import torch
 
+from sglang_tpla.cache_rows.rotation import rotation
 from sglang_tpla.errors import SglangTplaError
 from sglang_tpla.measure.statistics import LayerMoments
 
@@ -42,6 +43,20 @@ class Basis:
     inverse: torch.Tensor
 
 
+def check_settings(transform: str, groups: int, shared_dims: int, latent_dim: int) -> None:
+    """Refuse settings before any work.
+
+    Raises:
+        TransformError: groups or shared dims out of range, or shared dims of a transform that shares none.
+    """
+    if not 1 <= groups <= latent_dim:
+        raise TransformError(f"expected 1 <= --groups <= {latent_dim}, got {groups}")
+    if not 0 <= shared_dims <= latent_dim:
+        raise TransformError(f"expected 0 <= --shared-dims <= {latent_dim}, got {shared_dims}")
+    if shared_dims and transform not in ("shared", "learned"):
+        raise TransformError(f"--shared-dims {shared_dims} needs --transform shared, got {transform!r}")
+
+
 def layer_maps(
     transform: str,
     moments: LayerMoments,
@@ -64,10 +79,7 @@ def layer_maps(
             inverse basis, times g for Hadamard, whose slices each hold 1/g of the energy.
     """
     latent_dim = moments.latent_sum.shape[0]
-    if not 0 <= shared_dims <= latent_dim:
-        raise TransformError(f"expected 0 <= --shared-dims <= {latent_dim}, got {shared_dims}")
-    if shared_dims and transform not in ("shared",) and groups > 1:
-        raise TransformError(f"--shared-dims {shared_dims} needs --transform shared, got {transform!r}")
+    check_settings(transform, groups, shared_dims, latent_dim)
     basis = make_basis(transform, moments, w_uk, seed)
     columns = deal(latent_dim, groups, shared_dims)
     maps = maps_from_basis(basis, moments.covariance, columns, shared_dims)
@@ -82,15 +94,14 @@ def layer_maps(
 
 
 def make_basis(transform: str, moments: LayerMoments, w_uk: torch.Tensor, seed: int) -> Basis:
-    """Make the basis of a transform, float64."""
     covariance = moments.covariance
     latent_dim = covariance.shape[0]
     if transform == "identity":
         eye = torch.eye(latent_dim, dtype=torch.float64)
         return Basis(eye, eye)
     if transform == "hadamard":
-        rotation = hadamard(latent_dim, seed)
-        return Basis(rotation, rotation.T)
+        turned = hadamard(latent_dim, seed)
+        return Basis(turned, turned.T)
     if transform == "pca":
         vectors = torch.linalg.eigh(covariance)[1].flip(1)
         return Basis(vectors, vectors.T)
@@ -106,19 +117,16 @@ def score_basis(covariance: torch.Tensor, query_moment: torch.Tensor) -> Basis:
     root = (vectors * values.sqrt()) @ vectors.T
     root_inverse = (vectors / values.sqrt()) @ vectors.T
     energy = root @ query_moment @ root
-    rotation = torch.linalg.eigh((energy + energy.T) / 2)[1].flip(1)
-    return Basis(root_inverse @ rotation, rotation.T @ root)
+    vectors = torch.linalg.eigh((energy + energy.T) / 2)[1].flip(1)
+    return Basis(root_inverse @ vectors, vectors.T @ root)
 
 
 def hadamard(size: int, seed: int) -> torch.Tensor:
-    """Make an orthogonal [size, size]: Sylvester's matrix with seeded column signs."""
+    """Make an orthogonal [size, size]: Hadamard's matrix with seeded signs of its rows."""
     if size & (size - 1):
         raise TransformError(f"hadamard needs a latent dimension that is a power of two, got {size}; use pca")
-    matrix = torch.ones(1, 1, dtype=torch.float64)
-    while matrix.shape[0] < size:
-        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
     signs = torch.randint(0, 2, (size,), generator=torch.Generator().manual_seed(seed)) * 2 - 1
-    return signs.double()[:, None] * matrix / size**0.5
+    return signs.double()[:, None] * rotation(size)
 
 
 def deal(latent_dim: int, groups: int, shared_dims: int) -> list[list[int]]:

@@ -43,9 +43,9 @@ from sglang_tpla.measure.outputs import OutputError, check_outputs
 from sglang_tpla.measure.paper import paper_layers
 from sglang_tpla.measure.statistics import StatisticsError
 from sglang_tpla.measure.text import HELD_OUT_TOKENS, TextPlan, collect_statistics, read_text
-from sglang_tpla.reference_model.cached_maps import CACHE_DTYPES, cached_maps
 from sglang_tpla.reference_model.checkpoint import Checkpoint, CheckpointError
-from sglang_tpla.reference_model.forward import LayerMaps, PlainModel
+from sglang_tpla.reference_model.forward import Bf16Maps, LayerMaps, PlainModel
+from sglang_tpla.reference_model.sketched_layer import SketchedMaps
 
 ERRORS = (ArtifactError, CheckpointError, CorpusError, StatisticsError, EndpointError, OutputError, OSError)
 
@@ -66,7 +66,6 @@ def _at_least(least: int) -> Callable[[str], int]:
 
 
 def parser() -> argparse.ArgumentParser:
-    """Return the parser of the command line."""
     text = argparse.ArgumentParser(prog="python -m sglang_tpla.evaluate", description=__doc__)
     text.add_argument("--model-path", type=Path, help="checkpoint directory")
     text.add_argument("--artifact", type=Path, help="artifact to measure")
@@ -101,7 +100,7 @@ def parser() -> argparse.ArgumentParser:
         "--cache-dtype",
         default="exact",
         type=not_retired("an artifact of `python -m sglang_tpla.calibrate --rows sketched`"),
-        choices=CACHE_DTYPES,
+        choices=("exact", "bf16"),
         help="precision that slices are cached in, here for its error alone (default exact: fp32)",
     )
     text.add_argument("--device", default="cpu")
@@ -164,16 +163,17 @@ def evaluate(arguments: argparse.Namespace) -> Evaluation:
     hidden, tasks = _needles(checkpoint.path, plan, arguments), _tasks(checkpoint.path, plan, arguments)
     model = PlainModel(checkpoint, torch.float32, arguments.device)
     sliced = model_maps(artifact, model)
-    maps = cached_maps(sliced, arguments.cache_dtype)
+    maps: list[LayerMaps] = sliced
+    if arguments.cache_dtype == "bf16":
+        maps = [Bf16Maps(layer) for layer in sliced if not isinstance(layer, SketchedMaps)]
     quiet = arguments.quiet
-    with tqdm(total=text.held_out.numel(), desc="held-out error", unit="tok", disable=quiet) as bar:
-        (errors,) = measure(model, text.held_out, [maps], plan.prompt_tokens, progress=bar.update)
-    paper, paper_report = None, None
-    if not arguments.no_paper:
-        paper = _paper(model, plan, artifact.meta.groups, quiet)
-        with tqdm(total=text.held_out.numel(), desc="the paper's recipe", unit="tok", disable=quiet) as bar:
-            (found,) = measure(model, text.held_out, [paper], plan.prompt_tokens, progress=bar.update)
-        paper_report = found.report()
+
+    def errors_of(candidate: list[LayerMaps], what: str) -> DecodeErrors:
+        with tqdm(total=text.held_out.numel(), desc=what, unit="tok", disable=quiet) as bar:
+            return measure(model, text.held_out, [candidate], plan.prompt_tokens, progress=bar.update)[0]
+
+    errors = errors_of(maps, "held-out error")
+    paper = None if arguments.no_paper else _paper(model, plan, artifact.meta.groups, quiet)
     return Evaluation(
         model_name=artifact.meta.model_name,
         artifact_hash=artifact.content_hash,
@@ -186,7 +186,7 @@ def evaluate(arguments: argparse.Namespace) -> Evaluation:
         seed=seed,
         cache_dtype=arguments.cache_dtype,
         report=errors.report(),
-        paper=paper_report,
+        paper=None if paper is None else errors_of(paper, "the paper's recipe").report(),
         bytes_per_token=cache_bytes(artifact.meta),
         bytes_mla=2 * model.spec.layers * (model.spec.latent_dim + model.spec.rope_dim),
         by_position=positions(errors),
@@ -213,17 +213,12 @@ def _paper(model: PlainModel, plan: TextPlan, groups: int, quiet: bool) -> list[
     return paper_layers(model, collect_statistics(model, text, plan.seed, show_progress=not quiet), groups)
 
 
-def _filler_lines(plan: TextPlan) -> list[str]:
-    return [
-        line for document in Corpus.from_paths(plan.corpus).split(plan.seed)[1] for line in document.text.splitlines()
-    ]
-
-
 def _tasks(model_path: Path, plan: TextPlan, arguments: argparse.Namespace) -> list[TaskDocument]:
     if not arguments.task_tokens:
         return []
-    tokenizer = load_tokenizer(model_path)
-    return documents(tokenizer, _filler_lines(plan), arguments.task_tokens, arguments.task_documents, plan.seed)
+    held_out = Corpus.from_paths(plan.corpus).split(plan.seed)[1]
+    lines = [line for document in held_out for line in document.text.splitlines()]
+    return documents(load_tokenizer(model_path), lines, arguments.task_tokens, arguments.task_documents, plan.seed)
 
 
 def _recall(
@@ -260,8 +255,8 @@ def _layers(
     with tqdm(total=some.numel(), desc="layer by layer", unit="tok", disable=quiet) as bar:
         alone = kl_alone(model, maps, some, prompt_tokens, bar.update)
     return tuple(
-        LayerRow(error.layer, artifact.meta.widths[error.layer], error.output, error.heads, alone[error.layer])
-        for error in layer_errors(model, maps, some, prompt_tokens)
+        LayerRow(layer, artifact.meta.widths[layer], output, heads, alone[layer])
+        for layer, (output, heads) in enumerate(layer_errors(model, maps, some, prompt_tokens))
     )
 
 
@@ -275,18 +270,10 @@ def _long(
     for temperature in (0.0, 1.0):
         total = arguments.long_tokens * len(prompts)
         with tqdm(total=total, desc="long answers", unit="tok", disable=arguments.quiet) as bar:
-            answer = long_answers(
+            errors, agreement = long_answers(
                 model, maps, prompts, arguments.long_tokens, temperature=temperature, progress=bar.update
             )
-        rows.append(
-            LongRow(
-                temperature,
-                arguments.long_tokens,
-                answer.errors.report(),
-                answer.agreement_tokens,
-                positions(answer.errors),
-            )
-        )
+        rows.append(LongRow(temperature, arguments.long_tokens, errors.report(), agreement, positions(errors)))
     return tuple(rows)
 
 
@@ -327,8 +314,7 @@ def _endpoints(arguments: argparse.Namespace) -> int:
     tasks = _endpoint_recall(arguments)
     _, held_out = Corpus.from_paths(arguments.corpus).split(arguments.seed or 0)
     # some 2,000 characters of text are some 500 tokens
-    prompts = [document.text[:2000] for document in held_out if len(document.text) >= 2000]
-    prompts = prompts[: arguments.prompts]
+    prompts = [document.text[:2000] for document in held_out if len(document.text) >= 2000][: arguments.prompts]
     if not prompts:
         raise CorpusError("expected held-out documents of 2,000 characters or more, found none")
     with tqdm(total=len(prompts), desc="prompts", disable=arguments.quiet) as bar:

@@ -67,7 +67,6 @@ def compare_endpoints(
 
 
 def compare_steps(stock: Sequence[Step], tpla: Sequence[Step]) -> PromptComparison:
-    """Compare two answers to the same prompt."""
     kl: list[float] = []
     largest = 0.0
     agreement, departed = 0, False

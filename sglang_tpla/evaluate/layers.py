@@ -6,49 +6,43 @@ sum over layers is close to the whole, so it says where width would be best spen
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
 from sglang_tpla.measure.decode_error import measure
-from sglang_tpla.measure.layer_inputs import Batch, LayerData, exact_context, head_outputs, sliced_slices, walk
-from sglang_tpla.reference_model.forward import Attention, LayerMaps, PlainModel
+from sglang_tpla.measure.layer_inputs import Batch, batch_of, exact_context, head_outputs, sliced_slices, walk
+from sglang_tpla.reference_model.forward import Attention, AttentionInputs, LayerMaps, PlainModel
 from sglang_tpla.reference_model.sketched_layer import SketchedMaps
-
-
-@dataclass(frozen=True)
-class LayerError:
-    """Relative squared errors of one layer: of its output, and of each head's share of it [H]."""
-
-    layer: int
-    output: float
-    heads: tuple[float, ...]
 
 
 @torch.no_grad()
 def layer_errors(
     model: PlainModel, maps: Sequence[LayerMaps], tokens: torch.Tensor, first_query: int, *, queries: int = 64
-) -> list[LayerError]:
-    """Measure the errors of every layer at ``queries`` sampled positions of each sequence of tokens [N, S]."""
+) -> list[tuple[float, tuple[float, ...]]]:
+    """Measure every layer at ``queries`` sampled positions of each sequence of tokens [N, S].
+
+    Return its relative squared error, of its output and of each head's share of it [H].
+    """
     return [
-        _layer_error(layer, model.layers[layer].attention, data, maps[layer], first_query, queries)
-        for layer, data in walk(model, tokens)
+        _layer_error(layer, model.layers[layer].attention, inputs, maps[layer], first_query, queries)
+        for layer, inputs in walk(model, tokens)
     ]
 
 
 def _layer_error(
-    layer: int, attention: Attention, data: LayerData, maps: LayerMaps, first_query: int, queries: int
-) -> LayerError:
+    layer: int, attention: Attention, inputs: AttentionInputs, maps: LayerMaps, first_query: int, queries: int
+) -> tuple[float, tuple[float, ...]]:
     spec = attention.spec
     generator = torch.Generator().manual_seed(layer)
-    device = data.latent.device
+    device = inputs.latent.device
     whole = torch.zeros(2, dtype=torch.float64)
     heads = torch.zeros(2, spec.heads, dtype=torch.float64)
     per_head = attention.o.view(-1, spec.heads, spec.value_dim)
-    for sequence in range(data.latent.shape[0]):
-        span = data.latent.shape[1] - first_query
+    for sequence in range(inputs.latent.shape[0]):
+        span = inputs.latent.shape[1] - first_query
         positions = torch.randperm(span, generator=generator)[:queries][None].to(device) + first_query
-        batch = data.batch(attention, torch.tensor([sequence], device=device), positions)
+        batch = batch_of(attention, inputs, torch.tensor([sequence], device=device), positions)
         rope = batch.rope_scores(spec.scale)
         exact = exact_context(batch, rope, spec.scale)
         found = _sliced_context(batch, maps, rope, spec.scale)
@@ -61,7 +55,7 @@ def _layer_error(
             gram = torch.einsum("ohv,ohu->hvu", per_head, per_head)
             heads[place] += torch.einsum("bqhv,hvu,bqhu->h", split, gram, split).double().cpu()
     ratio = heads[0] / heads[1].clamp_min(1e-30)
-    return LayerError(layer, (whole[0] / whole[1]).item(), tuple(ratio.tolist()))
+    return (whole[0] / whole[1]).item(), tuple(ratio.tolist())
 
 
 def _sliced_context(batch: Batch, maps: LayerMaps, rope: torch.Tensor, scale: float) -> torch.Tensor:

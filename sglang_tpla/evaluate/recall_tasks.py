@@ -14,6 +14,7 @@ questions and answers are decoded, so that every look-up happens in decode.
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from string import ascii_lowercase, digits
 
 import torch
 
@@ -34,8 +35,6 @@ _SECOND = """
     road rose sail seed shadow shell ship shore snow spring star stone storm stream sun temple thunder tiger torch
     tower valley wolf
 """.split()  # noqa: SIM905
-_LETTERS = "abcdefghijklmnopqrstuvwxyz"
-_DIGITS = "0123456789"
 _MOST_QUESTIONS = 24
 # (facts at least, at most) of a document that has room for them, and tokens of filler that each is given at least
 _FACTS = {"needle": (2, 12), "table": (8, 60), "calls": (4, 40), "many": (10, 60)}
@@ -93,7 +92,8 @@ def make_document(
     if room < 0:
         raise CorpusError(f"a document of {length} tokens has no room for {count} facts; take 512 or more")
     lines = _filler(tokenizer, filler, room, rng)
-    places = [rng.randrange(len(lines) + 1)] * len(facts) if kind == "table" else _spread(rng, lines, facts)
+    ends = len(lines) + 1
+    places = [rng.randrange(ends)] * len(facts) if kind == "table" else [rng.randrange(ends) for _ in facts]
     for place, fact in sorted(zip(places, range(len(facts)), strict=True), reverse=True):
         lines.insert(place, facts[fact])
     # joined text may tokenise into a few tokens more than its lines did
@@ -131,8 +131,8 @@ def _names(rng: random.Random, count: int) -> list[str]:
 
 def _value(rng: random.Random) -> str:
     if rng.random() < 0.5:
-        return "".join(rng.choices(_DIGITS, k=rng.randint(4, 8)))
-    return "".join(rng.choices(_LETTERS + _DIGITS, k=rng.randint(5, 8)))
+        return "".join(rng.choices(digits, k=rng.randint(4, 8)))
+    return "".join(rng.choices(ascii_lowercase + digits, k=rng.randint(5, 8)))
 
 
 def _filler(tokenizer: Tokenizer, filler: Sequence[str], room: int, rng: random.Random) -> list[str]:
@@ -146,7 +146,3 @@ def _filler(tokenizer: Tokenizer, filler: Sequence[str], room: int, rng: random.
         lines.append(filler[at])
         at += 1
     raise CorpusError(f"expected more than {room} tokens of filler text, got {used}; give more to --corpus")
-
-
-def _spread(rng: random.Random, lines: Sequence[str], facts: Sequence[str]) -> list[int]:
-    return [rng.randrange(len(lines) + 1) for _ in facts]

@@ -3,7 +3,10 @@
 import base64
 import html
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -156,33 +159,29 @@ def _plots(evaluation: Evaluation) -> list[tuple[str, str]]:
 
     plots: list[tuple[str, str]] = []
 
-    def finish(name: str, figure: Figure) -> None:
-        target = io.BytesIO()
+    @contextmanager
+    def plot(name: str) -> Iterator[Any]:
+        figure, target = Figure(figsize=(8, 3.5), layout="constrained"), io.BytesIO()
+        yield figure.add_subplot()
         FigureCanvasAgg(figure).print_png(target)
         plots.append((name, base64.b64encode(target.getvalue()).decode()))
 
-    figure = Figure(figsize=(8, 3.5), layout="constrained")
-    axes = figure.add_subplot()
     series = [("held-out text", evaluation.by_position)]
     series += [
         ("greedy" if row.temperature == 0 else f"sampled, {row.temperature}", row.by_position)
         for row in evaluation.long_answers
     ]
-    for label, bins in series:
-        axes.plot([(b.first + b.last) / 2 for b in bins], [b.kl_mean for b in bins], label=label)
-    axes.set(xlabel="tokens after the prompt", ylabel="KL a token (nats)", ylim=(0, None))
-    axes.legend()
-    finish("KL a token against position", figure)
+    with plot("KL a token against position") as axes:
+        for label, bins in series:
+            axes.plot([(b.first + b.last) / 2 for b in bins], [b.kl_mean for b in bins], label=label)
+        axes.set(xlabel="tokens after the prompt", ylabel="KL a token (nats)", ylim=(0, None))
+        axes.legend()
     if evaluation.layers:
-        figure = Figure(figsize=(8, 3.5), layout="constrained")
-        axes = figure.add_subplot()
-        axes.bar([row.layer for row in evaluation.layers], [row.kl_alone for row in evaluation.layers])
-        axes.set(xlabel="layer", ylabel="KL with only this layer sliced")
-        finish("Which layers cost", figure)
-        figure = Figure(figsize=(8, 3.5), layout="constrained")
-        axes = figure.add_subplot()
-        image = axes.imshow([row.head_errors for row in evaluation.layers], aspect="auto")
-        axes.set(xlabel="head", ylabel="layer")
-        figure.colorbar(image, label="relative squared error")
-        finish("Output error by layer and head", figure)
+        with plot("Which layers cost") as axes:
+            axes.bar([row.layer for row in evaluation.layers], [row.kl_alone for row in evaluation.layers])
+            axes.set(xlabel="layer", ylabel="KL with only this layer sliced")
+        with plot("Output error by layer and head") as axes:
+            image = axes.imshow([row.head_errors for row in evaluation.layers], aspect="auto")
+            axes.set(xlabel="head", ylabel="layer")
+            axes.figure.colorbar(image, label="relative squared error")
     return plots

@@ -9,6 +9,7 @@ needle. Plain MLA's own success is reported beside, since a small model may not 
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from string import ascii_lowercase, digits
 
 import msgspec
 import torch
@@ -17,7 +18,7 @@ from sglang_tpla.measure.corpus import CorpusError, Tokenizer
 from sglang_tpla.measure.decode_error import measure
 from sglang_tpla.reference_model.forward import LayerMaps, PlainModel
 
-_LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
+_LETTERS = ascii_lowercase + digits
 _DEPTHS = (0.1, 0.5, 0.9)
 
 

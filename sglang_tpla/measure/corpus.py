@@ -10,15 +10,16 @@ from __future__ import annotations
 import hashlib
 import sys
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from sglang_tpla.errors import SglangTplaError
 
+Tokenizer = Callable[[str], list[int]]
 HELD_OUT_SHARE = 0.25
 _PIECE_CHARS = 32768
 _FEW_FILES = 16
@@ -31,16 +32,8 @@ class CorpusError(SglangTplaError, ValueError):
     """Text that cannot be used; the message says what was expected, what came, where, and what to do."""
 
 
-class Tokenizer(Protocol):
-    """A tokenizer, as the corpus needs it."""
-
-    def __call__(self, text: str) -> list[int]: ...
-
-
 @dataclass(frozen=True)
 class Document:
-    """One unit of the split."""
-
     name: str
     text: str
 
@@ -86,7 +79,7 @@ class Corpus:
 
     def split(self, seed: int) -> tuple[list[Document], list[Document]]:
         """Split into disjoint (calibration, held-out) documents, in an order that the seed decides."""
-        ranked = sorted(self.documents, key=lambda document: _rank(seed, document.name))
+        ranked = sorted(self.documents, key=lambda one: hashlib.sha256(f"{seed}\0{one.name}".encode()).digest())
         cut = round(len(ranked) * HELD_OUT_SHARE)
         held_out, calibration = ranked[:cut], ranked[cut:]
         if not held_out or not calibration:
@@ -144,10 +137,6 @@ def load_tokenizer(model_path: str | Path) -> Tokenizer:
     except (OSError, ValueError) as error:
         raise CorpusError(f"expected a tokenizer in {model_path}, could not load one: {error}") from error
     return lambda text: list(slow.encode(text, add_special_tokens=False))
-
-
-def _rank(seed: int, name: str) -> bytes:
-    return hashlib.sha256(f"{seed}\0{name}".encode()).digest()
 
 
 def _read(files: Sequence[tuple[Path, Path]]) -> Iterator[Document]:

@@ -30,11 +30,9 @@ class DecodeErrors:
 
     @property
     def tokens(self) -> int:
-        """The number of measured tokens."""
         return self.kl.numel()
 
     def report(self) -> ErrorReport:
-        """Return the summary for an artifact."""
         flat = self.kl.flatten().double()
         mla = self.nll_mla.double().nanmean().exp().item()
         tpla = self.nll_tpla.double().nanmean().exp().item()

@@ -1,15 +1,15 @@
 """The inputs for learning a layer's maps: exact latents and queries on calibration text, and sliced attention.
 
 Sliced attention takes a few sampled queries and is absorbed, as in the decode kernels.
-Shapes: N sequences, S tokens, H heads, d latent, n nope, e rope, g groups, w slice width, Q sampled queries.
+Shapes: S tokens, H heads, d latent, n nope, e rope, g groups, w slice width, Q sampled queries of B sequences.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 
-from sglang_tpla.reference_model.forward import Attention, PlainModel
+from sglang_tpla.reference_model.forward import Attention, AttentionInputs, PlainModel
 
 
 @dataclass(frozen=True)
@@ -34,33 +34,36 @@ class Batch:
         return scores.masked_fill(hidden[:, None], float("-inf"))
 
 
-class LayerData:
-    """The exact latents and queries of one layer over all the calibration text."""
-
-    def __init__(self, latent: torch.Tensor, q_nope: torch.Tensor, q_rope: torch.Tensor, k_rope: torch.Tensor):
-        self.latent, self.q_nope, self.q_rope, self.k_rope = latent, q_nope, q_rope, k_rope
-
-    def sample(
-        self, attention: Attention, generator: torch.Generator, *, sequences: int, queries: int, first_query: int
-    ) -> Batch:
-        """Draw sequences and query positions from ``first_query`` on at random."""
-        count, tokens = self.latent.shape[:2]
-        device = self.latent.device
-        picked = torch.randint(count, (sequences,), generator=generator).to(device)
-        positions = torch.randint(first_query, tokens, (sequences, queries), generator=generator).to(device)
-        return self.batch(attention, picked, positions)
-
-    def batch(self, attention: Attention, picked: torch.Tensor, positions: torch.Tensor) -> Batch:
-        """Return the sequences ``picked`` [B] and the queries at ``positions`` [B, Q]."""
-        rows = picked[:, None]
-        # [B, Q, H, .] -> [B, H, Q, .]
-        q_nope = self.q_nope.transpose(1, 2)[rows, positions].transpose(1, 2)
-        q_rope = self.q_rope.transpose(1, 2)[rows, positions].transpose(1, 2)
-        absorbed = torch.einsum("bhqn,hnd->bhqd", q_nope, attention.w_uk)
-        return Batch(self.latent[picked], self.k_rope[picked], absorbed, q_rope, positions)
+def sample(
+    attention: Attention,
+    inputs: AttentionInputs,
+    generator: torch.Generator,
+    *,
+    sequences: int,
+    queries: int,
+    first_query: int,
+) -> Batch:
+    """Draw sequences, and positions of their queries from ``first_query`` (or the last token) on, at random."""
+    count, tokens = inputs.latent.shape[:2]
+    device = inputs.latent.device
+    picked = torch.randint(count, (sequences,), generator=generator).to(device)
+    first = min(first_query, tokens - 1)
+    positions = torch.randint(first, tokens, (sequences, queries), generator=generator).to(device)
+    return batch_of(attention, inputs, picked, positions)
 
 
-def walk(model: PlainModel, tokens: torch.Tensor) -> Iterator[tuple[int, LayerData]]:
+def batch_of(attention: Attention, inputs: AttentionInputs, picked: torch.Tensor, positions: torch.Tensor) -> Batch:
+    """Return the sequences ``picked`` [B] and the queries at ``positions`` [B, Q]."""
+    rows = picked[:, None]
+    # [B, Q, H, .] -> [B, H, Q, .]
+    q_nope, q_rope = (
+        queries.transpose(1, 2)[rows, positions].transpose(1, 2) for queries in (inputs.q_nope, inputs.q_rope)
+    )
+    absorbed = torch.einsum("bhqn,hnd->bhqd", q_nope, attention.w_uk)
+    return Batch(inputs.latent[picked], inputs.k_rope[picked], absorbed, q_rope, positions)
+
+
+def walk(model: PlainModel, tokens: torch.Tensor) -> Iterator[tuple[int, AttentionInputs]]:
     """Yield the exact attention inputs of one layer after the other for tokens [N, S].
 
     It holds the hidden states of the text and the inputs of one layer; a model that reads layers on request then needs
@@ -71,12 +74,9 @@ def walk(model: PlainModel, tokens: torch.Tensor) -> Iterator[tuple[int, LayerDa
     for index in range(model.spec.layers):
         with torch.no_grad():
             seen = [model.attention_inputs(index, part) for part in hidden]
-            columns = (
-                torch.cat([getattr(inputs, name) for inputs in seen])
-                for name in ("latent", "q_nope", "q_rope", "k_rope")
-            )
-            data = LayerData(*columns)
-        yield index, data
+            names = [field.name for field in fields(AttentionInputs)]
+            columns = {name: torch.cat([getattr(inputs, name) for inputs in seen]) for name in names}
+        yield index, AttentionInputs(**columns)
         with torch.no_grad():
             for place, inputs in enumerate(seen):
                 out = model.layers[index].attention(inputs, None, 0)

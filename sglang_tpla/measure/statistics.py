@@ -18,7 +18,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import torch
@@ -30,7 +29,8 @@ from sglang_tpla.errors import SglangTplaError
 from sglang_tpla.measure.layer_inputs import walk
 from sglang_tpla.reference_model.forward import AttentionInputs, PlainModel
 
-_NAMES = ("latent_count", "latent_sum", "latent_outer", "query_count", "query_outer")
+_SUMS, _COUNTS = ("latent_sum", "latent_outer", "query_outer"), ("latent_count", "query_count")
+_NAMES = _SUMS + _COUNTS
 FORMAT_VERSION = 1
 
 
@@ -40,8 +40,6 @@ class StatisticsError(SglangTplaError, ValueError):
 
 @dataclass
 class LayerMoments:
-    """The running sums of one layer."""
-
     latent_sum: torch.Tensor
     latent_outer: torch.Tensor
     query_outer: torch.Tensor
@@ -50,8 +48,6 @@ class LayerMoments:
 
     @classmethod
     def zeros(cls, latent_dim: int, heads: int, nope_dim: int, device: str = "cpu") -> LayerMoments:
-        """Return the moments of no token."""
-
         def zeros(*shape: int) -> torch.Tensor:
             return torch.zeros(*shape, dtype=torch.float64, device=device)
 
@@ -68,14 +64,12 @@ class LayerMoments:
         self.query_count += q_nope.shape[0]
 
     def merge(self, other: LayerMoments) -> None:
-        """Add the sums of another."""
         for name in _NAMES:
             setattr(self, name, getattr(self, name) + getattr(other, name))
 
     def on_cpu(self) -> LayerMoments:
         """Return the same sums on the CPU, which makes the maps."""
-        sums = {name: getattr(self, name).cpu() for name in ("latent_sum", "latent_outer", "query_outer")}
-        return replace(self, **sums)
+        return replace(self, **{name: getattr(self, name).cpu() for name in _SUMS})
 
     @property
     def mean(self) -> torch.Tensor:
@@ -112,8 +106,6 @@ class StatisticsMeta(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 @dataclass
 class Statistics:
-    """The moments of every layer."""
-
     meta: StatisticsMeta
     layers: list[LayerMoments] = field(default_factory=list)
 
@@ -129,15 +121,13 @@ class Statistics:
         tensors: dict[str, torch.Tensor] = {}
         for index, layer in enumerate(self.layers):
             for name in _NAMES:
-                value = getattr(layer, name)
-                tensor = value if isinstance(value, torch.Tensor) else torch.tensor(value, dtype=torch.float64)
+                tensor = torch.as_tensor(getattr(layer, name), dtype=torch.float64)
                 tensors[f"layers.{index}.{name}"] = tensor.cpu().contiguous()
         with replace_into(path) as temporary:
             save_file(tensors, temporary, metadata={"meta": msgspec.json.encode(self.meta).decode()})
 
     @classmethod
     def load(cls, path: str | Path) -> Statistics:
-        """Read a file written by ``save``."""
         if not Path(path).is_file():
             raise StatisticsError(f"expected a statistics file at {path}, found none")
         try:
@@ -158,9 +148,9 @@ class Statistics:
                 raise StatisticsError(f"{path}: expected {name} finite and float64, got {tensor.dtype}")
         layers = []
         for index in range(count):
-            get = {name: tensors[f"layers.{index}.{name}"] for name in _NAMES}
-            counts: dict[str, Any] = {name: float(get.pop(name)) for name in ("latent_count", "query_count")}
-            layers.append(LayerMoments(**get, **counts))
+            sums = (tensors[f"layers.{index}.{name}"] for name in _SUMS)
+            counts = (float(tensors[f"layers.{index}.{name}"]) for name in _COUNTS)
+            layers.append(LayerMoments(*sums, *counts))
         return cls(meta, layers)
 
 
@@ -223,8 +213,8 @@ def collect(
 
     if not model.resident:
         whole = torch.cat(list(batches))
-        for layer, data in walk(model, whole):
-            for latent, q_nope in zip(data.latent, data.q_nope, strict=True):
+        for layer, inputs in walk(model, whole):
+            for latent, q_nope in zip(inputs.latent, inputs.q_nope, strict=True):
                 moments[layer].update(latent, q_nope.transpose(0, 1))
             progress(whole.numel() // spec.layers)
         return [part.on_cpu() for part in moments]

@@ -17,10 +17,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from sglang_tpla.config import not_retired
-from sglang_tpla.plan import text
+from sglang_tpla.plan import hardware, text
 from sglang_tpla.plan.choice import Setting, answer
 from sglang_tpla.plan.cost import ROWS, Load, Precision, methods
-from sglang_tpla.plan.hardware import GPUS, LINKS, Link, find_gpu, find_link
+from sglang_tpla.plan.hardware import GPUS, LINKS, Link
 from sglang_tpla.plan.model import BUILT_IN, PlanError, find
 
 MAP_BATCHES = (1, 4, 16, 64, 128, 256)
@@ -33,7 +33,6 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parser() -> argparse.ArgumentParser:
-    """Return the parser of the command line."""
     p = _Parser(
         prog="python -m sglang_tpla.plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -88,7 +87,6 @@ def parser() -> argparse.ArgumentParser:
 
 
 def setting_of(a: argparse.Namespace) -> Setting:
-    """Return the setting that the command line describes."""
     model = find(a.model)
     if a.ranks < 1 or (a.gpus is not None and a.gpus < a.ranks):
         raise PlanError(f"--ranks must be at least 1 and --gpus at least --ranks, got {a.ranks} and {a.gpus}")
@@ -96,13 +94,13 @@ def setting_of(a: argparse.Namespace) -> Setting:
         raise PlanError(
             f"--memory-fraction must lie in (0, 1] and --margin in [0, 1), got {a.memory_fraction} and {a.margin}"
         )
-    gpu = find_gpu(a.gpu).with_numbers(
-        None if a.gpu_memory_gb is None else a.gpu_memory_gb * 1e9,
-        None if a.gpu_bandwidth_gb_s is None else a.gpu_bandwidth_gb_s * 1e9,
-        None if a.gpu_tflops is None else a.gpu_tflops * 1e12,
+    listed = hardware.find("--gpu", GPUS, a.gpu, "--gpu-memory-gb, --gpu-bandwidth-gb-s and --gpu-tflops")
+    gpu = listed.with_numbers(
+        memory_bytes=None if a.gpu_memory_gb is None else a.gpu_memory_gb * 1e9,
+        sheet_bytes_per_s=None if a.gpu_bandwidth_gb_s is None else a.gpu_bandwidth_gb_s * 1e9,
+        sheet_flops_per_s=None if a.gpu_tflops is None else a.gpu_tflops * 1e12,
     )
-    shared = model.latent_dim // 4 if a.shared_dims is None else a.shared_dims
-    every = methods(a.ranks, model, a.groups, shared, a.rows, a.shared_dims)
+    every = methods(a.ranks, model, a.groups, a.shared_dims, a.rows)
     found = [m for m in every if m.kind not in a.without]
     if not found:
         raise PlanError(f"--without {' '.join(a.without)} leaves no method on {a.ranks} ranks")
@@ -119,7 +117,7 @@ def setting_of(a: argparse.Namespace) -> Setting:
 
 
 def _link(a: argparse.Namespace) -> Link:
-    link = find_link(a.link)
+    link = hardware.find("--link", LINKS, a.link, "--link-latency-us and --link-gb-s")
     if a.link_latency_us is None and a.link_gb_s is None:
         return link
     return replace(

@@ -80,7 +80,6 @@ class Answer:
 
 
 def row(setting: Setting, method: Method, load: Load) -> Row:
-    """Price one method at one load."""
     model, precision = setting.model, setting.precision
     try:
         work = rank_work(model, method, load, precision, setting.gpu.capability)
@@ -93,14 +92,14 @@ def row(setting: Setting, method: Method, load: Load) -> Row:
     weights = weight_bytes(model, work, precision, setting.gpus)
     tokens = tokens_that_fit(model, method, work, weights, setting.gpu, setting.memory_fraction)
     sliced = method.kind == "tpla" and method.groups > 1
-    even = break_even_tokens(model, method, precision, work.cache_row_bytes) if sliced else math.nan
+    even = break_even_tokens(model, method, precision, work.rows.row_bytes) if sliced else math.nan
     return Row(
         method=method,
         refused=refused,
         price=price(work, setting.gpu, setting.link),
-        width=work.width,
+        width=work.rows.width,
         heads=work.heads,
-        cache_bytes_per_token_and_rank=work.cache_row_bytes * model.layers / method.cache_ranks,
+        cache_bytes_per_token_and_rank=work.rows.row_bytes * model.layers / method.cache_ranks,
         weight_bytes_per_rank=weights,
         tokens_that_fit=tokens,
         fits=refused is None and load.tokens <= tokens,
@@ -109,7 +108,6 @@ def row(setting: Setting, method: Method, load: Load) -> Row:
 
 
 def answer(setting: Setting, load: Load) -> Answer:
-    """Price every method and choose."""
     rows = tuple(row(setting, method, load) for method in setting.methods)
     best = min(rows, key=lambda r: r.layer_s)
     if not best.fits:

@@ -59,7 +59,6 @@ class Load:
 
     @property
     def tokens(self) -> int:
-        """The cached tokens of all requests."""
         return self.batch * self.context_tokens
 
 
@@ -102,7 +101,6 @@ class Method:
 
     @property
     def label(self) -> str:
-        """The method's name for people."""
         if self.kind == "tpla" and self.groups == 1 and self.rows == "sketched":
             return "8-bit MLA"
         if self.kind == "tpla":
@@ -174,67 +172,6 @@ class Collective:
 
 
 @dataclass(frozen=True)
-class RankWork:
-    """All work of a rank, with the sizes from which it was counted.
-
-    Args:
-        width: latent columns that the rank attends to as values. absorbed_columns: of a head's absorbed query.
-        heads: heads whose weights the rank holds; out_heads: those in ``o_proj``.
-        read_heads: heads that attend (all of them under DCP). batch, context_tokens: requests and tokens attended to.
-        kernel: the attention kernel.
-    """
-
-    pieces: tuple[Piece, ...]
-    collectives: tuple[Collective, ...]
-    width: int
-    absorbed_columns: int
-    heads: int
-    out_heads: int
-    read_heads: int
-    batch: int
-    context_tokens: int
-    kernel: str
-    cache_row_bytes: int
-
-
-def methods(
-    ranks: int,
-    model: PlanModel,
-    groups: list[int] | None,
-    shared_dims: int,
-    rows: Sequence[str] = ROWS,
-    sketched_shared: int | None = None,
-) -> list[Method]:
-    """Return every method on ``ranks`` GPUs.
-
-    Args:
-        groups: values of g; by default every divisor of the ranks from 2 on.
-        shared_dims: of plain rows. sketched_shared: of sketched ones.
-        rows: formats of TPLA's cache to price.
-    """
-    for g in groups or []:
-        if g < 2 or ranks % g:
-            raise PlanError(f"--groups must be 2 or more and divide --ranks {ranks}, got {g}")
-    if not 0 <= shared_dims < model.latent_dim:
-        raise PlanError(
-            f"--shared-dims must lie between 0 and {model.latent_dim - 1} for this model, got {shared_dims}"
-        )
-    sizes = groups or [g for g in range(2, ranks + 1) if ranks % g == 0]
-    small = min(SKETCHED_SHARED, model.latent_dim // 4) if sketched_shared is None else sketched_shared
-    shared = {kind: small if kind == "sketched" else shared_dims for kind in rows}
-    sliced = [
-        Method("tpla", ranks, g, shared[kind], scatter, kind)
-        for kind in rows
-        for g in sizes
-        for scatter in (False, True)
-    ]
-    alone = [Method("tp", ranks)]
-    if "sketched" in rows:
-        alone.append(Method("tpla", ranks, 1, model.latent_dim, rows="sketched"))
-    return alone if ranks == 1 else [*alone, *sliced, Method("dcp", ranks), Method("dp", ranks)]
-
-
-@dataclass(frozen=True)
 class ServedRows:
     """The rows of a method on a GPU, and the kernel that reads them.
 
@@ -248,6 +185,62 @@ class ServedRows:
     row_bytes: int
     projected: int
     kernel: str
+
+
+@dataclass(frozen=True)
+class RankWork:
+    """All work of a rank, with the sizes from which it was counted.
+
+    Args:
+        rows: the cache's, and the attention kernel.
+        heads: heads whose weights the rank holds; out_heads: those in ``o_proj``.
+        read_heads: heads that attend (all of them under DCP). batch, context_tokens: requests and tokens attended to.
+    """
+
+    pieces: tuple[Piece, ...]
+    collectives: tuple[Collective, ...]
+    rows: ServedRows
+    heads: int
+    out_heads: int
+    read_heads: int
+    batch: int
+    context_tokens: int
+
+
+def methods(
+    ranks: int,
+    model: PlanModel,
+    groups: list[int] | None = None,
+    shared_dims: int | None = None,
+    rows: Sequence[str] = ROWS,
+) -> list[Method]:
+    """Return every method on ``ranks`` GPUs.
+
+    Args:
+        groups: values of g; by default every divisor of the ranks from 2 on.
+        shared_dims: r; by default what calibrate chooses.
+        rows: formats of TPLA's cache to price.
+    """
+    quarter = model.latent_dim // 4
+    for g in groups or []:
+        if g < 2 or ranks % g:
+            raise PlanError(f"--groups must be 2 or more and divide --ranks {ranks}, got {g}")
+    if shared_dims is not None and not 0 <= shared_dims < model.latent_dim:
+        raise PlanError(
+            f"--shared-dims must lie between 0 and {model.latent_dim - 1} for this model, got {shared_dims}"
+        )
+    sizes = groups or [g for g in range(2, ranks + 1) if ranks % g == 0]
+    usual = {"sketched": min(SKETCHED_SHARED, quarter), "plain": quarter}
+    sliced = [
+        Method("tpla", ranks, g, usual[kind] if shared_dims is None else shared_dims, scatter, kind)
+        for kind in rows
+        for g in sizes
+        for scatter in (False, True)
+    ]
+    alone = [Method("tp", ranks)]
+    if "sketched" in rows:
+        alone.append(Method("tpla", ranks, 1, model.latent_dim, rows="sketched"))
+    return alone if ranks == 1 else [*alone, *sliced, Method("dcp", ranks), Method("dp", ranks)]
 
 
 def whole_rows(model: PlanModel, precision: Precision, capability: tuple[int, int]) -> ServedRows:
@@ -302,7 +295,7 @@ def rank_work(
     # one group of plain rows is plain MLA
     ours = method.kind == "tpla" and (groups > 1 or method.rows != "plain")
     kept = served_rows(model, method, heads, capability) if ours else whole_rows(model, precision, capability)
-    width, kernel, row_bytes = kept.width, kept.kernel, kept.row_bytes
+    width = kept.width
     read_heads = model.heads if method.kind == "dcp" else heads
     context = math.ceil(load.context_tokens / (ranks if method.kind == "dcp" else 1))
     tokens = batch * context
@@ -330,10 +323,10 @@ def rank_work(
         absorbed("absorb", model.nope_dim, kept.query_columns),
         Piece(
             "attention",
-            WIDE if kernel == "hopper" and width > WIDE_FROM else kernel,
-            tokens * row_bytes + rows * read_heads * attended * _BF16_BYTES,
+            WIDE if kept.kernel == "hopper" and width > WIDE_FROM else kept.kernel,
+            tokens * kept.row_bytes + rows * read_heads * attended * _BF16_BYTES,
             2 * tokens * load.verified * read_heads * attended,
-            one_request_bytes=context * row_bytes,
+            one_request_bytes=context * kept.row_bytes,
         ),
         absorbed("value", model.value_dim, width),
         gemm("output", out_heads * model.output_parameters_a_head, model.hidden + out_heads * model.value_dim),
@@ -353,15 +346,12 @@ def rank_work(
     return RankWork(
         pieces=tuple(pieces),
         collectives=tuple(joins),
-        width=width,
-        absorbed_columns=kept.query_columns,
+        rows=kept,
         heads=heads,
         out_heads=out_heads,
         read_heads=read_heads,
         batch=batch,
         context_tokens=context,
-        kernel=kernel,
-        cache_row_bytes=row_bytes,
     )
 
 
@@ -425,7 +415,7 @@ def weight_bytes(model: PlanModel, work: RankWork, precision: Precision, gpus: i
     quantised += heads * model.query_parameters_a_head + work.out_heads * model.output_parameters_a_head
     per_head = model.nope_dim + model.value_dim
     quantised += heads * per_head * model.latent_dim  # kv_b_proj, the source of the absorbed weights
-    absorbed = heads * (model.nope_dim * work.absorbed_columns + model.value_dim * work.width)
+    absorbed = heads * (model.nope_dim * work.rows.query_columns + model.value_dim * work.rows.width)
     attention = model.layers * (quantised * precision.weight_bytes + absorbed * _BF16_BYTES)
     others = model.other_parameters * precision.weight_bytes + model.table_parameters * _BF16_BYTES
     return attention + others / gpus
@@ -434,4 +424,4 @@ def weight_bytes(model: PlanModel, work: RankWork, precision: Precision, gpus: i
 def tokens_that_fit(model: PlanModel, method: Method, work: RankWork, weights: float, gpu: Gpu, fraction: float) -> int:
     """Return the cached tokens that fit on all ranks together; 0 where the weights alone do not fit."""
     free = gpu.memory_bytes * fraction - weights
-    return max(0, int(free // (work.cache_row_bytes * model.layers))) * method.cache_ranks
+    return max(0, int(free // (work.rows.row_bytes * model.layers))) * method.cache_ranks

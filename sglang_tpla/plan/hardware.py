@@ -11,9 +11,9 @@ answer says which is which.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from sglang_tpla.plan.model import PlanError
 
@@ -69,38 +69,23 @@ class Gpu:
     from_data_sheets: tuple[str, ...] = ()
     assumed: tuple[str, ...] = ()
 
-    def with_numbers(
-        self,
-        memory_bytes: float | None = None,
-        sheet_bytes_per_s: float | None = None,
-        sheet_flops_per_s: float | None = None,
-    ) -> Gpu:
-        """Return this GPU with other numbers; its rates scale with bandwidth and arithmetic."""
-        for name, value in (
-            ("memory", memory_bytes),
-            ("bandwidth", sheet_bytes_per_s),
-            ("arithmetic rate", sheet_flops_per_s),
-        ):
-            if value is not None and not value > 0:
-                raise PlanError(f"a GPU's {name} must be positive, got {value}")
-        changed = replace(self, memory_bytes=memory_bytes or self.memory_bytes)
-        if sheet_bytes_per_s is None and sheet_flops_per_s is None:
-            return changed
-        return _scaled(
-            changed,
-            self.name,
-            changed.memory_bytes,
-            self.capability,
-            sheet_bytes_per_s or self.sheet_bytes_per_s,
-            sheet_flops_per_s or self.sheet_flops_per_s,
-            "the table's rates, scaled to the numbers given on the command line",
-        )
+    def with_numbers(self, **numbers: float | None) -> Gpu:
+        """Return this GPU with other numbers, where they are not None; rates scale with bandwidth and arithmetic."""
+        names = {"memory_bytes": "memory", "sheet_bytes_per_s": "bandwidth", "sheet_flops_per_s": "arithmetic rate"}
+        changes: dict[str, Any] = {key: value for key, value in numbers.items() if value is not None}
+        for key, value in changes.items():
+            if not value > 0:
+                raise PlanError(f"a GPU's {names[key]} must be positive, got {value}")
+        if changes.keys() <= {"memory_bytes"}:
+            return replace(self, **changes)
+        return _scaled(self, "the table's rates, scaled to the numbers given on the command line", **changes)
 
 
-def _scaled(
-    base: Gpu, name: str, memory_bytes: float, capability: tuple[int, int], bandwidth: float, flops: float, source: str
-) -> Gpu:
-    wider, faster = bandwidth / base.sheet_bytes_per_s, flops / base.sheet_flops_per_s
+def _scaled(base: Gpu, source: str, **changes: Any) -> Gpu:
+    """Return ``base`` with other numbers, and with rates that follow those of the data sheets."""
+    gpu = replace(base, **changes, measured=(), from_data_sheets=(source,), assumed=())
+    wider = gpu.sheet_bytes_per_s / base.sheet_bytes_per_s
+    faster = gpu.sheet_flops_per_s / base.sheet_flops_per_s
     rates = {
         kind: replace(
             rate,
@@ -110,8 +95,7 @@ def _scaled(
         )
         for kind, rate in base.rates.items()
     }
-    shown = MappingProxyType(rates)
-    return Gpu(name, memory_bytes, capability, bandwidth, flops, shown, from_data_sheets=(source,))
+    return replace(gpu, rates=MappingProxyType(rates))
 
 
 @dataclass(frozen=True)
@@ -126,7 +110,7 @@ class Link:
     name: str
     latency_s: float
     bytes_per_s: float
-    source: str = field(default="assumed; not measured here")
+    source: str = "assumed; not measured here"
 
     def __post_init__(self) -> None:
         if not (self.latency_s >= 0 and self.bytes_per_s > 0):
@@ -196,21 +180,20 @@ H100 = Gpu(
 )
 _SHEET = "the H100's rates, measured and assumed, scaled by the data sheets' bandwidth and bf16 rate"
 H200 = replace(
-    _scaled(H100, "h200", 141e9, (9, 0), 4.8e12, 989e12, _SHEET),
+    _scaled(H100, _SHEET, name="h200", memory_bytes=141e9, sheet_bytes_per_s=4.8e12),
     measured=(
         "attention at 512 + 64 and on slices, 131,072 and 524,288 cached tokens, one H200: agrees with the scaled "
         "rates, at 128 heads 14% faster (benchmarks/results/h200/decode_kernel_apart_2026-11-25.json)",
     ),
 )
-GPUS = {
-    gpu.name: gpu
-    for gpu in (
-        H100,
-        H200,
-        _scaled(H100, "h20", 96e9, (9, 0), 4.0e12, 148e12, _SHEET),
-        _scaled(H100, "a100", 80e9, (8, 0), 2.04e12, 312e12, _SHEET),
-        _scaled(H100, "b200", 180e9, (10, 0), 8.0e12, 2250e12, _SHEET),
-    )
+_OTHERS = (  # name, memory, capability, bandwidth, bf16 rate
+    ("h20", 96e9, (9, 0), 4.0e12, 148e12),
+    ("a100", 80e9, (8, 0), 2.04e12, 312e12),
+    ("b200", 180e9, (10, 0), 8.0e12, 2250e12),
+)
+_NUMBERS = ("name", "memory_bytes", "capability", "sheet_bytes_per_s", "sheet_flops_per_s")
+GPUS = {"h100": H100, "h200": H200} | {
+    row[0]: _scaled(H100, _SHEET, **dict(zip(_NUMBERS, row, strict=True))) for row in _OTHERS
 }
 LINKS = {
     link.name: link
@@ -218,20 +201,18 @@ LINKS = {
 }
 
 
-def find_gpu(name: str) -> Gpu:
-    """Return a GPU by name. Raises PlanError where the table has none."""
-    return _find("gpu", GPUS, name, "--gpu-memory-gb, --gpu-bandwidth-gb-s and --gpu-tflops")
+def find(flag: str, table: Mapping[str, Entry], name: str, numbers: str) -> Entry:
+    """Return a GPU or a link by name.
 
+    Args:
+        flag: the flag that names it. numbers: those that describe another one.
 
-def find_link(name: str) -> Link:
-    """Return a link by name. Raises PlanError where the table has none."""
-    return _find("link", LINKS, name, "--link-latency-us and --link-gb-s")
-
-
-def _find(flag: str, table: Mapping[str, Entry], name: str, numbers: str) -> Entry:
+    Raises:
+        PlanError: the table has none of that name.
+    """
     if name.lower() not in table:
         raise PlanError(
-            f"--{flag} must be one of {', '.join(table)}, got {name!r}; for another one name the most similar and give "
+            f"{flag} must be one of {', '.join(table)}, got {name!r}; for another one name the most similar and give "
             f"{numbers}"
         )
     return table[name.lower()]

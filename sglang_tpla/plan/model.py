@@ -63,7 +63,6 @@ class PlanModel:
 
 
 def from_config(config: Mapping[str, Any], name: str) -> PlanModel:
-    """Read a config."""
     try:
         return _read(language_config(config), name)
     except KeyError as error:

@@ -31,7 +31,6 @@ def provenance(setting: Setting) -> dict[str, list[str]]:
 
 
 def heading(setting: Setting) -> str:
-    """Return the setting and the sources of its numbers."""
     model, gpu = setting.model, setting.gpu
     ranks = setting.methods[0].ranks
     lines = [

@@ -79,8 +79,6 @@ def route(
 def load_feed_forward(
     checkpoint: Checkpoint, spec: ModelSpec, index: int, dtype: torch.dtype, device: torch.device
 ) -> FeedForward:
-    """Read one layer's feed-forward weights."""
-
     def get(tail: str) -> torch.Tensor:
         return checkpoint.tensor(checkpoint.layer_name(index, f"mlp.{tail}"), dtype).to(device)
 

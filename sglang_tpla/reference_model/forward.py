@@ -13,9 +13,10 @@ Shapes: B batch, S tokens, H heads, d latent dims, n nope, e rope, v value dims 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import overload
+from functools import reduce
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -33,12 +34,8 @@ GroupMaps = tuple[Slicer, torch.Tensor, torch.Tensor]
 LayerMaps = Sequence[GroupMaps] | SketchedMaps
 
 
-class CachedMaps(list[GroupMaps]):
-    """The maps of a layer whose cache rounds rotary keys by ``round_key``."""
-
-    def __init__(self, maps: Sequence[GroupMaps], round_key: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        super().__init__(maps)
-        self.round_key = round_key
+class Bf16Maps(list[GroupMaps]):
+    """The maps of a layer whose cache rounds its rows to bfloat16, for the error of that alone."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +86,10 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
     return weight * normed.to(x.dtype)
+
+
+def _through_bf16(values: torch.Tensor) -> torch.Tensor:
+    return values.to(torch.bfloat16).to(values.dtype)
 
 
 @dataclass(frozen=True)
@@ -157,23 +158,20 @@ class Attention:
 
     def tpla_heads_out(self, inputs: AttentionInputs, maps: LayerMaps) -> torch.Tensor:
         """Attend through the slices, and return the sum over the groups, [B, H, Q, v]."""
-        total: torch.Tensor | None = None
+        parts = []
         if isinstance(maps, SketchedMaps):
             for view in maps.views(inputs.latent, inputs.k_rope):
-                part = self.heads_out(replace(inputs, k_rope=view.k_rope), view.key, view.value)
-                total = part if total is None else total + part
-            assert total is not None  # rows have at least one group
-            return total
-        if isinstance(maps, CachedMaps):
-            inputs = replace(inputs, k_rope=maps.round_key(inputs.k_rope))
+                parts.append(self.heads_out(replace(inputs, k_rope=view.k_rope), view.key, view.value))
+            return reduce(torch.add, parts)
+        rounds = isinstance(maps, Bf16Maps)
+        if rounds:
+            inputs = replace(inputs, k_rope=_through_bf16(inputs.k_rope))
         for z_map, a_map, b_map in maps:
             # [B, S, w]
             z = inputs.latent @ z_map if isinstance(z_map, torch.Tensor) else z_map(inputs.latent)
-            part = self.heads_out(inputs, z @ a_map, z @ b_map)
-            total = part if total is None else total + part
-        if total is None:
-            raise ValueError("expected maps for at least one group, got none")
-        return total
+            z = _through_bf16(z) if rounds else z
+            parts.append(self.heads_out(inputs, z @ a_map, z @ b_map))
+        return reduce(torch.add, parts)
 
     def __call__(self, inputs: AttentionInputs, maps: LayerMaps | None, prompt_tokens: int) -> torch.Tensor:
         """Attend exactly before ``prompt_tokens`` and through ``maps``, if any, after them; return [B, Q, hidden]."""
@@ -206,15 +204,13 @@ def causal_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
 
 @dataclass(frozen=True)
 class Layer:
-    """One decoder layer."""
-
     attention: Attention
     feed_forward: FeedForward
     input_norm: torch.Tensor
     post_norm: torch.Tensor
 
 
-class _LastLayer(Sequence[Layer]):
+class _LastLayer:
     """Layers that are read on request, of which only the last one stays in memory."""
 
     def __init__(self, model: PlainModel) -> None:
@@ -222,18 +218,10 @@ class _LastLayer(Sequence[Layer]):
         self._index: int | None = None
         self._layer: Layer | None = None
 
-    def __len__(self) -> int:
-        return self._model.spec.layers
+    def __iter__(self) -> Iterator[Layer]:
+        return (self[index] for index in range(self._model.spec.layers))
 
-    @overload
-    def __getitem__(self, index: int) -> Layer: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Layer]: ...
-    def __getitem__(self, index: int | slice) -> Layer | Sequence[Layer]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        if not 0 <= index < len(self):
-            raise IndexError(index)
+    def __getitem__(self, index: int) -> Layer:
         if self._layer is None or self._index != index:
             self._layer = None  # release the old weights before the new ones come
             self._layer, self._index = self._model.load_layer(index), index
@@ -263,11 +251,11 @@ class PlainModel:
         CheckpointError: a missing tensor, a configuration of another family, or no such device.
     """
 
-    layers: Sequence[Layer]
+    layers: list[Layer] | _LastLayer
 
     def __init__(
         self,
-        checkpoint: Checkpoint | str,
+        checkpoint: Checkpoint | str | Path,
         dtype: torch.dtype = torch.float32,
         device: str = "cpu",
         *,
@@ -288,8 +276,6 @@ class PlainModel:
         return self.checkpoint.tensor(name, self.dtype).to(self.device)
 
     def load_layer(self, index: int) -> Layer:
-        """Read one layer's weights."""
-
         def get(tail: str) -> torch.Tensor:
             return self._tensor(self.checkpoint.layer_name(index, tail))
 
@@ -345,14 +331,16 @@ class PlainModel:
             hidden = self.finish_layer(index, hidden, out)
         return rms_norm(hidden, self.final_norm, self.spec.eps)
 
-    def prefill(self, tokens: torch.Tensor) -> tuple[torch.Tensor, list[LayerCache]]:
-        """Compute exact normed hidden states [B, S, hidden] of tokens [B, S], and the cache that they leave."""
+    def prefill(
+        self, tokens: torch.Tensor, past: Sequence[LayerCache] | None = None
+    ) -> tuple[torch.Tensor, list[LayerCache]]:
+        """Compute exact normed hidden states [B, S, hidden] of tokens [B, S] behind ``past``, and the whole cache."""
         cache: list[LayerCache] = []
 
         def keep(_layer: int, inputs: AttentionInputs, _out: torch.Tensor) -> None:
             cache.append(LayerCache(inputs.latent, inputs.k_rope))
 
-        return self.hidden_states(tokens, observer=keep), cache
+        return self.hidden_states(tokens, past=past, observer=keep), cache
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Compute logits [..., vocab] of normed hidden states [..., hidden]."""
@@ -365,18 +353,25 @@ class PlainModel:
         return self.logits(self.hidden_states(tokens, maps=maps, prompt_tokens=prompt_tokens))
 
 
+def absorbed_weights(
+    checkpoint: Checkpoint, spec: ModelSpec, layer: int, dtype: torch.dtype = torch.float32
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return both halves of a layer's kv_b_proj, [H, n, d] and [H, v, d], reading no other weight."""
+    kv_b = checkpoint.tensor(checkpoint.layer_name(layer, "self_attn.kv_b_proj.weight"), dtype)
+    w_uk, w_uv = kv_b.view(spec.heads, -1, spec.latent_dim).split([spec.nope_dim, spec.value_dim], 1)
+    return w_uk, w_uv
+
+
 def load_attention(
     checkpoint: Checkpoint, spec: ModelSpec, index: int, dtype: torch.dtype, device: torch.device
 ) -> Attention:
-    """Read one layer's attention weights."""
-
     def get(tail: str) -> torch.Tensor:
         return checkpoint.tensor(checkpoint.layer_name(index, f"self_attn.{tail}"), dtype).to(device)
 
     def maybe(tail: str) -> torch.Tensor | None:
         return get(tail) if checkpoint.layer_name(index, f"self_attn.{tail}") in checkpoint else None
 
-    kv_b = get("kv_b_proj.weight").view(spec.heads, spec.nope_dim + spec.value_dim, spec.latent_dim)
+    w_uk, w_uv = absorbed_weights(checkpoint, spec, index, dtype)
     low_rank = spec.q_lora_rank is not None
     return Attention(
         spec=spec,
@@ -387,8 +382,8 @@ def load_attention(
         kv_a_bias=maybe("kv_a_proj_with_mqa.bias"),
         q_a_bias=maybe("q_a_proj.bias"),
         kv_norm=get("kv_a_layernorm.weight"),
-        w_uk=kv_b[:, : spec.nope_dim].contiguous(),
-        w_uv=kv_b[:, spec.nope_dim :].contiguous(),
+        w_uk=w_uk.to(device).contiguous(),
+        w_uv=w_uv.to(device).contiguous(),
         o=get("o_proj.weight"),
         o_bias=maybe("o_proj.bias"),
     )

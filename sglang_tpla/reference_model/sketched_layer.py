@@ -45,7 +45,6 @@ class SketchedMaps:
     b: Sequence[torch.Tensor]
 
     def to(self, device: torch.device, dtype: torch.dtype) -> SketchedMaps:
-        """Return the same maps there, in that precision."""
         z, a, b = ([part.to(device, dtype) for part in parts] for parts in (self.z, self.a, self.b))
         return SketchedMaps(self.rows, z, self.sketch.to(device, dtype), a, b)
 

@@ -69,7 +69,6 @@ class ModelSpec:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> ModelSpec:
-        """Read a config."""
         try:
             return cls._read(language_config(config))
         except KeyError as error:

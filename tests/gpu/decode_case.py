@@ -7,7 +7,7 @@ import torch
 
 from sglang_tpla.attention.hopper.decode import HopperDecode
 from sglang_tpla.attention.interface import DecodeAttention, DecodeShape, PageTable
-from sglang_tpla.attention.reference import latent_attention, reader_of
+from sglang_tpla.attention.reference import latent_attention
 from sglang_tpla.cache_rows import sketched
 
 SCALE = 192**-0.5
@@ -37,17 +37,8 @@ class Case:
 
     def reference(self) -> torch.Tensor:
         """The float32 answer."""
-        return latent_attention(
-            self.q_latent,
-            self.q_rope,
-            self.kv_cache,
-            self.table,
-            self.lengths,
-            scale=SCALE,
-            query_len=self.shape.query_len,
-            read=reader_of(self.shape),
-            value_dim=self.shape.latent_dim,
-        )
+        inputs = self.q_latent, self.q_rope, self.kv_cache, self.table, self.lengths
+        return latent_attention(self.shape, *inputs, SCALE)
 
 
 def random_case(shape: DecodeShape, lengths: list[int], seed: int, device: str = "cuda") -> Case:

@@ -312,6 +312,6 @@ def assert_good(bench: Bench, layout: str, answers: list[dict[str, Any]]) -> Non
     """Whole answers that follow the layout's reference."""
     errors, twin = bench.errors(answers, LAYOUTS[layout])
     assert errors.numel() == len(bench.prompts) * TOKENS
-    assert_usual(errors, bench.usual(twin), LAYOUTS[layout])
+    assert_usual(errors, bench.usual(twin))
     if LAYOUTS[layout].groups > 1:
         assert bench.pull(answers, LAYOUTS[layout]) < MOSTLY_MLA

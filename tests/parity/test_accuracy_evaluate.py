@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import subprocess
-import sys
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
 import torch
+from accuracy import END, START, write_into
 
 from sglang_tpla.artifact.artifact import Artifact
 from sglang_tpla.evaluate.endpoints import EndpointError, compare_endpoints, partial_kl
@@ -25,24 +24,14 @@ from sglang_tpla.measure.corpus import CorpusError
 from sglang_tpla.measure.decode_error import compare, model_maps
 from sglang_tpla.measure.outputs import check_outputs
 from sglang_tpla.reference_model.forward import PlainModel
+from tests.shipped import ARTIFACT, NANO, SKETCHED_ARTIFACT, run_command
 
-ROOT = Path(__file__).resolve().parents[2]
-from accuracy import END, START, write_into  # noqa: E402
-
-NANO = ROOT / "examples" / "nano-mla"
-SKETCHED = ROOT / "examples" / "artifacts" / "nano-mla-g2-sketched.safetensors"
-SHIPPED = ROOT / "examples" / "artifacts" / "nano-mla-g2.safetensors"
-ONE = ("--model-path", NANO, "--artifact", SHIPPED, "--tokens", "64")
+ONE = ("--model-path", NANO, "--artifact", ARTIFACT, "--tokens", "64")
 
 
 @pytest.fixture(scope="module")
-def model() -> PlainModel:
-    return PlainModel(str(NANO))
-
-
-@pytest.fixture(scope="module")
-def maps(model: PlainModel):
-    return model_maps(Artifact.load(SHIPPED), model)
+def maps(nano_model: PlainModel):
+    return model_maps(Artifact.load(ARTIFACT), nano_model)
 
 
 @pytest.fixture(scope="module")
@@ -64,74 +53,72 @@ def test_figures_equal_torch_s_own(tokens: torch.Tensor) -> None:
     assert torch.equal(same, exact.argmax(-1) == found.argmax(-1))
 
 
-def test_layer_errors_are_of_the_layer_s_attention(model: PlainModel, maps, tokens: torch.Tensor) -> None:
+def test_layer_errors_are_of_the_layer_s_attention(nano_model: PlainModel, maps, tokens: torch.Tensor) -> None:
     seen = {}
 
     def observe(layer, inputs, out) -> None:
         seen[layer] = (inputs, out)
 
-    model.hidden_states(tokens[:1], observer=observe)
-    errors = layer_errors(model, maps, tokens[:1], 40, queries=40)
-    for error in errors:
-        inputs, exact = seen[error.layer]
-        sliced = model.layers[error.layer].attention(inputs, maps[error.layer], 40)
+    nano_model.hidden_states(tokens[:1], observer=observe)
+    errors = layer_errors(nano_model, maps, tokens[:1], 40, queries=40)
+    for layer, (output, heads) in enumerate(errors):
+        inputs, exact = seen[layer]
+        sliced = nano_model.layers[layer].attention(inputs, maps[layer], 40)
         wrong = (sliced - exact)[0, 40:].pow(2).sum() / exact[0, 40:].pow(2).sum()
-        assert error.output == pytest.approx(wrong.item(), rel=1e-3)
-        assert len(error.heads) == 8
+        assert output == pytest.approx(wrong.item(), rel=1e-3)
+        assert len(heads) == 8
 
 
-def test_layers_alone_and_together(model: PlainModel, maps, tokens: torch.Tensor) -> None:
-    alone = kl_alone(model, maps, tokens, 40)
-    hidden = model.hidden_states(tokens, maps=[None, None, maps[2], None], prompt_tokens=40)
-    exact = model.forward(tokens)[:, 40:].log_softmax(-1)
-    found = model.logits(hidden)[:, 40:].log_softmax(-1)
+def test_layers_alone_and_together(nano_model: PlainModel, maps, tokens: torch.Tensor) -> None:
+    alone = kl_alone(nano_model, maps, tokens, 40)
+    hidden = nano_model.hidden_states(tokens, maps=[None, None, maps[2], None], prompt_tokens=40)
+    exact = nano_model.forward(tokens)[:, 40:].log_softmax(-1)
+    found = nano_model.logits(hidden)[:, 40:].log_softmax(-1)
     expected = (exact.exp() * (exact - found)).sum(-1).mean().item()
     assert alone[2] == pytest.approx(expected, rel=1e-3, abs=1e-7)
 
 
-def test_generation_is_greedy_and_sampling_is_seeded(model: PlainModel, tokens: torch.Tensor) -> None:
+def test_generation_is_greedy_and_sampling_is_seeded(nano_model: PlainModel, tokens: torch.Tensor) -> None:
     prompts = tokens[:, :20]
-    text = generate(model, prompts, 12)
+    text = generate(nano_model, prompts, 12)
     assert torch.equal(text[:, :20], prompts)
     # each token is what a whole forward of the text before it would choose
-    assert torch.equal(model.forward(text).argmax(-1)[:, 19:-1], text[:, 20:])
-    one, two = (generate(model, prompts, 12, temperature=1.0, seed=seed) for seed in (1, 2))
-    assert torch.equal(one, generate(model, prompts, 12, temperature=1.0, seed=1))
+    assert torch.equal(nano_model.forward(text).argmax(-1)[:, 19:-1], text[:, 20:])
+    one, two = (generate(nano_model, prompts, 12, temperature=1.0, seed=seed) for seed in (1, 2))
+    assert torch.equal(one, generate(nano_model, prompts, 12, temperature=1.0, seed=1))
     assert not torch.equal(one, two)
 
 
-def test_agreement_is_where_a_greedy_tpla_answer_departs(model: PlainModel, maps, tokens) -> None:
-    answer = long_answers(model, maps, tokens[:, :30], 24)
+def test_agreement_is_where_a_greedy_tpla_answer_departs(nano_model: PlainModel, maps, tokens) -> None:
+    _, agreement = long_answers(nano_model, maps, tokens[:, :30], 24)
     for row in range(2):
         # decode greedily through the slices, one whole pass a token
         mla, tpla = tokens[row : row + 1, :30], tokens[row : row + 1, :30]
-        mla = generate(model, mla, 24)
+        mla = generate(nano_model, mla, 24)
         agreed = 0
         for step in range(24):
-            hidden = model.hidden_states(
+            hidden = nano_model.hidden_states(
                 torch.cat([tpla, mla[:, 30 + step : 31 + step]], 1), maps=maps, prompt_tokens=30
             )
             # the token after position 30 + step is the first that decoding chose
-            chosen = model.logits(hidden[:, -1]).argmax(-1, keepdim=True)
+            chosen = nano_model.logits(hidden[:, -1]).argmax(-1, keepdim=True)
             tpla = torch.cat([tpla, mla[:, 30 + step : 31 + step]], 1)
-            exact = model.forward(mla[:, : 31 + step])[:, -1].argmax(-1, keepdim=True)
+            exact = nano_model.forward(mla[:, : 31 + step])[:, -1].argmax(-1, keepdim=True)
             if not torch.equal(chosen, exact):
                 break
             agreed += 1
-        assert answer.agreement_tokens[row] == agreed
+        assert agreement[row] == agreed
 
 
 def evaluate(folder: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
     """Run the command with ``--out folder``, unless another is given."""
-    command = [sys.executable, "-m", "sglang_tpla.evaluate", "--out", str(folder), *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=500)
+    return run_command("evaluate", "--out", folder, *arguments)
 
 
 def test_command_writes_json_and_a_page_with_plots(tmp_path: Path) -> None:
     done = evaluate(
         tmp_path,
-        *("--model-path", NANO, "--artifact", SHIPPED, "--cache-dtype", "bf16"),
+        *("--model-path", NANO, "--artifact", ARTIFACT, "--cache-dtype", "bf16"),
         *("--tokens", 128, "--prompt-tokens", 64, "--continuation-tokens", 64, "--long-tokens", 16),
         *("--long-answers", 2, "--needle-tokens", 128, "--needle-cases", 1),
     )
@@ -155,7 +142,7 @@ def test_command_writes_json_and_a_page_with_plots(tmp_path: Path) -> None:
         ([], "--model-path and --artifact"),
         (["--stock-url", "http://127.0.0.1:9"], "both --stock-url and --tpla-url"),
         (["--model-path", NANO, "--artifact", "/nonexistent"], "expected an artifact file"),
-        (["--model-path", NANO, "--artifact", SKETCHED, "--cache-dtype", "bf16"], "leave out --cache-dtype"),
+        (["--model-path", NANO, "--artifact", SKETCHED_ARTIFACT, "--cache-dtype", "bf16"], "leave out --cache-dtype"),
         ([*ONE, "--cache-dtype", "fp8"], "fp8 asks for FP8 rows, which were retired"),
         (["--stock-url", "http://a", "--tpla-url", "http://b", "--task-tokens", "512"], "give --model-path"),
         (["--stock-url", "http://127.0.0.1:9", "--tpla-url", "http://127.0.0.1:9"], "did not answer"),
@@ -164,7 +151,7 @@ def test_command_writes_json_and_a_page_with_plots(tmp_path: Path) -> None:
         ([*ONE, "--task-tokens", "40"], "a document of 40 tokens has no room"),
         ([*ONE, "--needle-tokens", "20"], "a prompt of 20 tokens has no room for a needle"),
         ([*ONE, "--needle-tokens", "10000000"], "tokens of filler text"),
-        ([*ONE, "--out", SHIPPED], "expected a folder to write to at --out"),
+        ([*ONE, "--out", ARTIFACT], "expected a folder to write to at --out"),
     ],
 )
 def test_bad_input_is_one_clear_error(arguments, says: str, tmp_path: Path) -> None:
@@ -177,7 +164,7 @@ def test_bad_input_is_one_clear_error(arguments, says: str, tmp_path: Path) -> N
 def test_sketched_rows_beside_the_paper_s_recipe_and_plain_mla(tmp_path: Path) -> None:
     done = evaluate(
         tmp_path,
-        *("--model-path", NANO, "--artifact", SKETCHED, "--tokens", 256, "--long-tokens", 0, "--quiet"),
+        *("--model-path", NANO, "--artifact", SKETCHED_ARTIFACT, "--tokens", 256, "--long-tokens", 0, "--quiet"),
         *("--task-tokens", 512, "--task-documents", 4),
     )
     assert done.returncode == 0, done.stderr

@@ -1,7 +1,5 @@
 """Decode-phase accuracy of the shipped artifact on held-out text, beside the transforms it replaces."""
 
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -11,26 +9,19 @@ from sglang_tpla.calibrate.sketch_layout import sketched_rows
 from sglang_tpla.measure.decode_error import measure, model_maps
 from sglang_tpla.measure.text import TextPlan, collect_statistics, read_text
 from sglang_tpla.reference_model.forward import PlainModel
-
-ROOT = Path(__file__).resolve().parents[2]
-NANO = ROOT / "examples" / "nano-mla"
+from tests.shipped import ARTIFACT
 
 
-@pytest.fixture(scope="module")
-def model() -> PlainModel:
-    return PlainModel(str(NANO))
-
-
-def test_shipped_artifact_is_within_its_bar(model: PlainModel, capsys: pytest.CaptureFixture[str]) -> None:
+def test_shipped_artifact_is_within_its_bar(nano_model: PlainModel, capsys: pytest.CaptureFixture[str]) -> None:
     """The KL of a token is at most 0.02 over 8,192 decoded tokens, and far below the paper's transforms."""
-    text = read_text(TextPlan(calibration_tokens=16384, held_out_tokens=8192), model.checkpoint)
-    shipped = Artifact.load(ROOT / "examples" / "artifacts" / "nano-mla-g2.safetensors")
+    text = read_text(TextPlan(calibration_tokens=16384, held_out_tokens=8192), nano_model.checkpoint)
+    shipped = Artifact.load(ARTIFACT)
     assert shipped.meta.seed == 0  # so that this text was held out from it
-    statistics = collect_statistics(model, text, 0, show_progress=False)
+    statistics = collect_statistics(nano_model, text, 0, show_progress=False)
     artifacts = {"shipped": shipped}
     for transform in ("pca", "hadamard", "identity"):
-        artifacts[transform] = pipeline.closed_form(statistics, model.checkpoint, transform, 2, 0, "scalar")
-    found = measure(model, text.held_out, [model_maps(a, model) for a in artifacts.values()], 512)
+        artifacts[transform] = pipeline.closed_form(statistics, nano_model.checkpoint, transform, 2, [0] * 4, "scalar")
+    found = measure(nano_model, text.held_out, [model_maps(a, nano_model) for a in artifacts.values()], 512)
     kl = {name: errors.report().kl_mean for name, errors in zip(artifacts, found, strict=True)}
     with capsys.disabled():
         print("\nKL a token, prompt exact:", {name: round(value, 4) for name, value in kl.items()})
@@ -39,36 +30,36 @@ def test_shipped_artifact_is_within_its_bar(model: PlainModel, capsys: pytest.Ca
     assert kl["shipped"] < 0.2 * kl["pca"] < kl["hadamard"] < kl["identity"]
 
 
-def test_sketched_rows_are_near_exact_at_half_the_bytes(model: PlainModel) -> None:
+def test_sketched_rows_are_near_exact_at_half_the_bytes(nano_model: PlainModel) -> None:
     """Two and four groups, and one: plain MLA with an 8-bit cache. Bounds leave room for 4,096 tokens of text."""
-    text = read_text(TextPlan(calibration_tokens=16384, held_out_tokens=4096), model.checkpoint)
-    statistics = collect_statistics(model, text, 0, show_progress=False)
-    spec = model.spec
+    text = read_text(TextPlan(calibration_tokens=16384, held_out_tokens=4096), nano_model.checkpoint)
+    statistics = collect_statistics(nano_model, text, 0, show_progress=False)
+    spec = nano_model.spec
     rows = [sketched_rows(128, 32, groups, shared, 4, 16) for groups, shared in ((1, 128), (2, 32), (4, 32))]
-    costs = pipeline.layer_costs(statistics, model.checkpoint)
+    costs = pipeline.layer_costs(statistics, nano_model.checkpoint)
     artifacts = [pipeline.sketched_form(statistics, spec, costs, [layer] * spec.layers) for layer in rows]
-    found = measure(model, text.held_out, [model_maps(artifact, model) for artifact in artifacts], 512)
+    found = measure(nano_model, text.held_out, [model_maps(artifact, nano_model) for artifact in artifacts], 512)
     assert [layer.row_bytes / 320 for layer in rows] == [0.625, 0.55, 0.5125]
     for errors, bound in zip(found, (0.0003, 0.0006, 0.0006), strict=True):
         report = errors.report()
         assert report.kl_mean < bound and report.top1_agreement > 0.98
 
 
-def test_error_report_is_reproduced(model: PlainModel) -> None:
-    shipped = Artifact.load(ROOT / "examples" / "artifacts" / "nano-mla-g2.safetensors")
+def test_error_report_is_reproduced(nano_model: PlainModel) -> None:
+    shipped = Artifact.load(ARTIFACT)
     report = shipped.meta.error_report
     assert report is not None
     assert report.tokens >= 8000
-    text = read_text(TextPlan(calibration_tokens=1, held_out_tokens=1024), model.checkpoint)
-    (errors,) = measure(model, text.held_out, [model_maps(shipped, model)], 512)
+    text = read_text(TextPlan(calibration_tokens=1, held_out_tokens=1024), nano_model.checkpoint)
+    (errors,) = measure(nano_model, text.held_out, [model_maps(shipped, nano_model)], 512)
     assert errors.report().kl_mean == pytest.approx(report.kl_mean, rel=0.6)
 
 
-def test_exact_maps_measure_no_error(model: PlainModel) -> None:
-    eye = torch.eye(model.spec.latent_dim)
-    maps = [[(eye, eye, eye / 2)] * 2] * model.spec.layers
+def test_exact_maps_measure_no_error(nano_model: PlainModel) -> None:
+    eye = torch.eye(nano_model.spec.latent_dim)
+    maps = [[(eye, eye, eye / 2)] * 2] * nano_model.spec.layers
     tokens = torch.randint(3, 4096, (1, 96), generator=torch.Generator().manual_seed(0))
-    (errors,) = measure(model, tokens, [maps], 48)
+    (errors,) = measure(nano_model, tokens, [maps], 48)
     report = errors.report()
     assert report.kl_mean < 1e-6
     assert report.top1_agreement == 1

@@ -2,20 +2,21 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 
-from sglang_tpla.reference_model.cached_maps import cached_maps
 from sglang_tpla.reference_model.checkpoint import Checkpoint, CheckpointError, dequantise_blocks
-from sglang_tpla.reference_model.forward import PlainModel
+from sglang_tpla.reference_model.forward import Bf16Maps, PlainModel
 from tests.block_fp8 import quantise_blocks
+from tests.random_checkpoint import save
+from tests.shipped import NANO
 
 transformers = pytest.importorskip("transformers")
-ROOT = Path(__file__).resolve().parents[2]
-NANO = ROOT / "examples" / "nano-mla"
 
 SMALL = {
     "vocab_size": 97,
@@ -95,17 +96,17 @@ def test_random_models_equal_transformers(kind: str, changes: dict, tmp_path: Pa
     tokens = torch.randint(0, 97, (2, 61), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         expected = reference(tokens).logits
-    found = PlainModel(str(tmp_path)).forward(tokens)
+    found = PlainModel(tmp_path).forward(tokens)
     assert expected.std() > 0.5
     torch.testing.assert_close(found, expected, atol=2e-4, rtol=1e-4)
 
 
-def test_nano_equals_transformers() -> None:
+def test_nano_equals_transformers(nano_model: PlainModel) -> None:
     reference = transformers.DeepseekV3ForCausalLM.from_pretrained(NANO, dtype=torch.float32).eval()
     tokens = torch.randint(3, 4096, (2, 130), generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         expected = reference(tokens).logits
-    torch.testing.assert_close(PlainModel(str(NANO)).forward(tokens), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(nano_model.forward(tokens), expected, atol=1e-4, rtol=1e-4)
 
 
 def random_maps(layers: int, groups: int, latent: int, width: int, seed: int):
@@ -153,7 +154,7 @@ def decode_by_the_book(model: PlainModel, tokens: torch.Tensor, maps, prompt: in
 @pytest.mark.parametrize("groups", [1, 2, 4])
 def test_teacher_forced_tpla_equals_token_by_token(groups: int, tmp_path: Path) -> None:
     save_random("v3", tmp_path, rope_parameters=YARN)
-    model = PlainModel(str(tmp_path), torch.float32)
+    model = PlainModel(tmp_path, torch.float32)
     tokens = torch.randint(0, 97, (23,), generator=torch.Generator().manual_seed(3))
     maps = random_maps(3, groups, 16, 7, seed=4)
     expected = decode_by_the_book(model, tokens, maps, prompt=9)
@@ -183,66 +184,41 @@ def test_block_fp8_is_dequantised() -> None:
 def test_a_model_without_latent_attention_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"config\.json"):
         Checkpoint(tmp_path)
-    from safetensors.torch import save_file
-
     (tmp_path / "config.json").write_text("{}")
     save_file({"model.layers.0.self_attn.k_proj.weight": torch.zeros(2, 2)}, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match="multi-head latent attention"):
         Checkpoint(tmp_path)
 
 
-def test_fp8_shards_are_read_as_shipped(tmp_path: Path) -> None:
+def test_fp8_shards_are_read_as_shipped(nano_model: PlainModel, tmp_path: Path) -> None:
     """nano-mla in 128 x 128 blocks over two shards computes the same as its dequantised weights."""
-    from safetensors import safe_open
-    from safetensors.torch import save_file
-
-    with safe_open(NANO / "model.safetensors", framework="pt") as handle:
-        tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
-    stored, plain = {}, {}
-    for name, tensor in tensors.items():
-        stored[name], plain[name] = tensor, tensor
+    stored, plain = load_file(NANO / "model.safetensors"), load_file(NANO / "model.safetensors")
+    for name in plain:
         if name.endswith("_proj.weight") and ".self_attn." in name:
-            stored[name], scale = quantise_blocks(tensor)
-            stored[f"{name}_scale_inv"] = scale
-            rows, columns = scale.shape
-            back = stored[name].float()
-            for row in range(rows):
-                for column in range(columns):
-                    part = (slice(row * 128, row * 128 + 128), slice(column * 128, column * 128 + 128))
-                    back[part] *= scale[row, column]
-            plain[name] = back
-    folders = {"fp8": stored, "plain": plain}
-    for folder, weights in folders.items():
-        (tmp_path / folder).mkdir()
-        (tmp_path / folder / "config.json").write_text((NANO / "config.json").read_text())
-        names = sorted(weights)
-        weight_map = {}
-        for shard in range(2):
-            part = names[shard::2]
-            file = f"model-{shard}.safetensors"
-            save_file({name: weights[name].contiguous() for name in part}, tmp_path / folder / file)
-            weight_map.update(dict.fromkeys(part, file))
-        index = json.dumps({"weight_map": weight_map})
-        (tmp_path / folder / "model.safetensors.index.json").write_text(index)
+            stored[name], stored[f"{name}_scale_inv"] = quantise_blocks(plain[name])
+            plain[name] = dequantise_blocks(stored[name], stored[f"{name}_scale_inv"], (128, 128))
+    for folder, weights in (("fp8", stored), ("plain", plain)):
+        save(tmp_path / folder, nano_model.checkpoint.config, weights, str(NANO))
     tokens = torch.randint(3, 4096, (1, 40), generator=torch.Generator().manual_seed(5))
-    found = PlainModel(str(tmp_path / "fp8"), resident=False).forward(tokens)
-    torch.testing.assert_close(found, PlainModel(str(tmp_path / "plain")).forward(tokens), atol=1e-4, rtol=1e-4)
-    assert (found - PlainModel(str(NANO)).forward(tokens)).abs().max() > 1e-2
+    found = PlainModel(tmp_path / "fp8", resident=False).forward(tokens)
+    torch.testing.assert_close(found, PlainModel(tmp_path / "plain").forward(tokens), atol=1e-4, rtol=1e-4)
+    assert (found - nano_model.forward(tokens)).abs().max() > 1e-2
 
     index_path = tmp_path / "fp8" / "model.safetensors.index.json"
     index = json.loads(index_path.read_text())
     del index["weight_map"]["model.layers.0.self_attn.kv_b_proj.weight_scale_inv"]
     index_path.write_text(json.dumps(index))
     with pytest.raises(CheckpointError, match="weight_scale_inv"):
-        PlainModel(str(tmp_path / "fp8"))
+        PlainModel(tmp_path / "fp8")
 
 
-def test_maps_through_a_cache_of_lower_precision() -> None:
-    latent, z_map, other = torch.randn(2, 3, 8), torch.randn(8, 4), torch.randn(4, 8)
-    maps = [[(z_map, other, other)]]
-    assert cached_maps(maps, "exact") == maps
-    ((rounded, _, b_map),) = cached_maps(maps, "bf16")[0]
-    assert not isinstance(rounded, torch.Tensor) and b_map is other
-    assert torch.equal(rounded(latent), (latent @ z_map).bfloat16().float())
-    with pytest.raises(ValueError, match="int4"):
-        cached_maps(maps, "int4")
+@torch.no_grad()
+def test_maps_through_a_cache_of_lower_precision(nano_model: PlainModel) -> None:
+    attention = nano_model.layers[0].attention
+    inputs = nano_model.attention_inputs(0, nano_model.embedding[torch.arange(3, 30)[None]])
+    (maps,) = random_maps(1, 2, 128, 48, seed=6)
+    found = attention.tpla_heads_out(inputs, Bf16Maps(maps))
+    rounded = replace(inputs, k_rope=inputs.k_rope.bfloat16().float())
+    by_hand = [(lambda latent, z=z: (latent @ z).bfloat16().float(), a, b) for z, a, b in maps]
+    assert torch.equal(found, attention.tpla_heads_out(rounded, by_hand))
+    assert not torch.equal(found, attention.tpla_heads_out(inputs, maps))

@@ -8,14 +8,14 @@ import msgspec
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from sglang_tpla.artifact.artifact import FORMAT_VERSION, Artifact, ArtifactError, ArtifactMeta, ErrorReport, build
 from sglang_tpla.artifact.fold import fold_key_map, fold_value_map
 from sglang_tpla.artifact.model_identity import config_hash, weights_hash
+from tests.random_checkpoint import save
+from tests.shipped import NANO
 
-ROOT = Path(__file__).resolve().parents[2]
-NANO = ROOT / "examples" / "nano-mla"
 D, W, R = 8, 5, 2
 CONFIG = {
     "hidden_size": 32,
@@ -82,7 +82,7 @@ def rewrite(path: Path, change) -> None:
     """Store the file again after ``change(tensors, metadata)``."""
     with safe_open(path, framework="pt") as handle:
         metadata = dict(handle.metadata())
-        tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+    tensors = load_file(path)
     change(tensors, metadata)
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata=metadata)
 
@@ -212,27 +212,15 @@ def test_config_hash_sees_attention_and_nothing_else() -> None:
 
 
 def test_weights_hash_reads_what_it_says(tmp_path: Path) -> None:
-    base = weights_hash(NANO)
-    with safe_open(NANO / "model.safetensors", framework="pt") as handle:
-        tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
-    (tmp_path / "config.json").write_text((NANO / "config.json").read_text())
-    # the same weights in two shards have the same hash
-    names = sorted(tensors)
-    halves = {"one.safetensors": names[::2], "two.safetensors": names[1::2]}
-    for file, part in halves.items():
-        save_file({name: tensors[name] for name in part}, tmp_path / file)
-    weight_map = {name: file for file, part in halves.items() for name in part}
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    assert weights_hash(tmp_path) == base
+    base, weights = weights_hash(NANO), load_file(NANO / "model.safetensors")
+    config = json.loads((NANO / "config.json").read_text())
+    assert weights_hash(save(tmp_path / "two shards", config, weights, str(NANO))) == base
+    name = "model.layers.3.self_attn.kv_b_proj.weight"
     # 64 KiB of [512, 128] bf16 are its first 256 rows
     for row, same in ((300, True), (255, False)):
-        changed = tensors["model.layers.3.self_attn.kv_b_proj.weight"].clone()
-        changed[row, 0] += 1
-        file = weight_map["model.layers.3.self_attn.kv_b_proj.weight"]
-        part = {name: tensors[name] for name in halves[file]}
-        part["model.layers.3.self_attn.kv_b_proj.weight"] = changed
-        save_file(part, tmp_path / file)
-        assert (weights_hash(tmp_path) == base) is same
+        weights[name] = load_file(NANO / "model.safetensors")[name]
+        weights[name][row, 0] += 1
+        assert (weights_hash(save(tmp_path / str(row), config, weights, str(NANO))) == base) is same
 
 
 @pytest.mark.parametrize(("heads", "nope", "d", "w", "v"), [(3, 5, 17, 7, 4), (1, 1, 2, 1, 1), (8, 32, 128, 80, 32)])

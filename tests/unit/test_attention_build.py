@@ -6,7 +6,7 @@ import re
 import pytest
 
 from sglang_tpla.attention.hopper.compile import KernelCompileError, cached_cubin, compile_cubin
-from sglang_tpla.attention.hopper.decode import SHARED_LIMIT_BYTES, variant_for
+from sglang_tpla.attention.hopper.decode import SHARED_LIMIT_BYTES, AnyVariant, variant_for
 from sglang_tpla.attention.hopper.sketched import SketchedVariant, unsupported_reason
 from sglang_tpla.attention.hopper.sketched_tiles import TiledVariant
 from sglang_tpla.attention.interface import AttentionInputError, DecodeShape
@@ -25,13 +25,18 @@ def test_variant_fits(latent_dim: int, heads: int, query_len: int) -> None:
     assert covered >= latent_dim
 
 
+def spilled_bytes(variant: AnyVariant) -> int:
+    """Compile the kernel, whose wgmma instructions must not be serialised; the most that one of its kernels spills."""
+    cubin, log = compile_cubin(variant.source(), variant.defines, f"{variant.name}.cu")
+    assert cubin[:4] == b"\x7fELF"
+    assert "C7510" not in log and "C7520" not in log, "wgmma instructions were serialised"
+    return max(int(count) for count in re.findall(r"(\d+) bytes spill stores", log))
+
+
 @pytest.mark.parametrize(("latent_dim", "heads"), [(256, 32), (192, 128), (320, 16)])
 def test_compiles_without_spills(latent_dim: int, heads: int) -> None:
     variant = variant_for(DecodeShape(latent_dim, heads))
-    cubin, log = compile_cubin(variant.source(), variant.defines, "latent_decode.cu")
-    assert cubin[:4] == b"\x7fELF"
-    assert "C7510" not in log, "wgmma instructions were serialised"
-    assert {int(count) for count in re.findall(r"(\d+) bytes spill stores", log)} == {0}
+    assert spilled_bytes(variant) == 0
 
 
 def test_a_wrong_kernel_says_where(tmp_path, monkeypatch) -> None:
@@ -88,10 +93,7 @@ def test_sketched_kernel_compiles(groups: int, heads: int, row_values: bool) -> 
     variant = variant_for(DecodeShape.of_sketched(SketchedRows.of(512, groups, 64, 64), heads))
     assert isinstance(variant, SketchedVariant)
     assert variant.row_values == row_values
-    cubin, log = compile_cubin(variant.source(), variant.defines, "sketched_decode.cu")
-    assert cubin[:4] == b"\x7fELF"
-    assert "C7510" not in log, "wgmma instructions were serialised"
-    assert {int(count) for count in re.findall(r"(\d+) bytes spill stores", log)} == {0}
+    assert spilled_bytes(variant) == 0
 
 
 @pytest.mark.parametrize(("groups", "shared", "bits", "rope_bits"), [(2, 64, 4, 16), (2, 96, 3, 16), (2, 128, 4, 8)])
@@ -99,7 +101,4 @@ def test_tiled_kernel_compiles(groups: int, shared: int, bits: int, rope_bits: i
     rows = SketchedRows.of(512, groups, shared, 64, sketch_bits=bits, rope_bits=rope_bits)
     variant = variant_for(DecodeShape.of_sketched(rows, 64))
     assert isinstance(variant, TiledVariant)
-    cubin, log = compile_cubin(variant.source(), variant.defines, "sketched_tiles.cu")
-    assert cubin[:4] == b"\x7fELF"
-    assert "C7510" not in log and "C7520" not in log, "wgmma instructions were serialised"
-    assert max(int(count) for count in re.findall(r"(\d+) bytes spill stores", log)) < 256, "the loops spill, too"
+    assert spilled_bytes(variant) < 256, "the loops spill, too"

@@ -30,15 +30,9 @@ def test_reference_is_the_definition(page_size: int, query_len: int) -> None:
     cache = torch.randn((sum(pages) + 2) * page_size, width + rope, dtype=torch.float64)
     q_latent = torch.randn(len(lengths) * query_len, heads, width, dtype=torch.float64)
     q_rope = torch.randn(len(lengths) * query_len, heads, rope, dtype=torch.float64)
-    out = latent_attention(
-        q_latent,
-        q_rope,
-        cache,
-        PageTable.from_csr(indptr, order, page_size),
-        torch.tensor(lengths, dtype=torch.int32),
-        scale=0.3,
-        query_len=query_len,
-    )
+    shape = DecodeShape(width, heads, rope, query_len, page_size, torch.float64)
+    table = PageTable.from_csr(indptr, order, page_size)
+    out = latent_attention(shape, q_latent, q_rope, cache, table, torch.tensor(lengths, dtype=torch.int32), 0.3)
     for request, length in enumerate(lengths):
         pages_of = order[indptr[request] : indptr[request + 1]].tolist()
         rows = [cache[pages_of[t // page_size] * page_size + t % page_size].tolist() for t in range(length)]
@@ -97,7 +91,7 @@ def test_scrambling_pages_changes_nothing() -> None:
     """The same tokens at other slots give the same answer."""
     dice = random.Random(1)
     torch.manual_seed(1)
-    rows = torch.randn(20, 24)
+    shape, rows = DecodeShape(16, 3, 8, dtype=torch.float32), torch.randn(20, 24)
     q_latent, q_rope = torch.randn(1, 3, 16), torch.randn(1, 3, 8)
     answers = []
     for _ in range(3):
@@ -105,6 +99,6 @@ def test_scrambling_pages_changes_nothing() -> None:
         cache = torch.full((50, 24), float("nan"))
         cache[torch.tensor(slots)] = rows
         table = PageTable(torch.tensor(slots, dtype=torch.int32), torch.zeros(1, dtype=torch.int32))
-        answers.append(latent_attention(q_latent, q_rope, cache, table, torch.tensor([20]), scale=0.25))
+        answers.append(latent_attention(shape, q_latent, q_rope, cache, table, torch.tensor([20]), 0.25))
     assert torch.equal(answers[0], answers[1])
     assert torch.equal(answers[1], answers[2])

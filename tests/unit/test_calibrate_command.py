@@ -1,8 +1,6 @@
 """The calibration command as a user runs it."""
 
-import os
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,16 +10,12 @@ from sglang_tpla.artifact.artifact import Artifact
 from sglang_tpla.artifact.model_identity import weights_hash
 from sglang_tpla.measure.outputs import is_artifact, is_statistics
 from sglang_tpla.reference_model.checkpoint import Checkpoint
+from tests.shipped import ARTIFACT, NANO, SKETCHED_ARTIFACT, run_command
 
-ROOT = Path(__file__).resolve().parents[2]
-NANO = ROOT / "examples" / "nano-mla"
 SMALL = ["--tokens", "2048", "--held-out-tokens", "128", "--prompt-tokens", "64", "--continuation-tokens", "64"]
 
 
-def calibrate(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "sglang_tpla.calibrate", *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=300)
+calibrate = partial(run_command, "calibrate")
 
 
 def test_makes_an_artifact_with_provenance_twice_the_same(tmp_path: Path) -> None:
@@ -96,12 +90,12 @@ def test_rows_are_sketched_unless_another_transform_or_format_is_asked_for(tmp_p
 
 
 def test_the_shipped_artifact_is_of_the_shipped_model() -> None:
-    sketched = Artifact.load(ROOT / "examples" / "artifacts" / "nano-mla-g2-sketched.safetensors")
+    sketched = Artifact.load(SKETCHED_ARTIFACT)
     sketched.check_model(Checkpoint(NANO).config, weights_hash(NANO), 2)
     assert sketched.meta.error_report is not None
     assert sketched.meta.error_report.kl_mean <= 0.0005
     assert sketched.meta.rows(0).row_bytes <= 0.56 * 2 * (128 + 32)
-    artifact = Artifact.load(ROOT / "examples" / "artifacts" / "nano-mla-g2.safetensors")
+    artifact = Artifact.load(ARTIFACT)
     artifact.check_model(Checkpoint(NANO).config, weights_hash(NANO), 2)
     assert artifact.meta.widths == (80,) * 4
     for layer in range(4):

@@ -1,22 +1,19 @@
 """Choosing a layout under a bound: the walk over per-layer widths, what a backend serves, and the command."""
 
 import itertools
-import os
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 from sglang_tpla.artifact.artifact import Artifact
+from sglang_tpla.cache_rows.layer_rows import PlainRows
 from sglang_tpla.calibrate.layout_search import Point, Search, table, widening_walk
 from sglang_tpla.calibrate.sketch_search import SketchedSearch
 from sglang_tpla.calibrate.transforms import TransformError
 from sglang_tpla.config import slice_width
-
-ROOT = Path(__file__).resolve().parents[2]
-NANO = ROOT / "examples" / "nano-mla"
+from tests.shipped import NANO, run_command
 
 
 def test_walk_is_as_good_as_trying_everything() -> None:
@@ -53,7 +50,8 @@ def test_only_served_widths_are_looked_at(latent: int, groups: int) -> None:
 
 
 def test_table_leaves_out_what_is_beaten_on_both_counts() -> None:
-    points = [Point(4, (0,), (32,), 100, 0.5), Point(2, (0,), (64,), 120, 0.6), Point(2, (32,), (80,), 140, 0.01)]
+    sizes = ((4, 46, 0.5), (2, 56, 0.6), (2, 66, 0.01))
+    points = [Point(groups, (PlainRows(width, 0, 4),), kl) for groups, width, kl in sizes]
     text = table(points, points[2], 200)
     assert "0.60000" not in text
     assert text.count("<- chosen") == 1
@@ -73,17 +71,9 @@ def test_choices_of_sketched_rows_are_what_the_format_holds_in_order_of_size() -
 
 
 def test_command_keeps_the_bound_on_held_out_text(tmp_path: Path) -> None:
-    sizes = [*("--tokens", "8192", "--held-out-tokens", "1024"), *("--prompt-tokens", "64")]
-    command = [
-        *(sys.executable, "-m", "sglang_tpla.calibrate", "--model-path", NANO, "--out", tmp_path / "a"),
-        *("--max-kl", "0.02", "--ranks", "2", "--continuation-tokens", "64", *sizes),
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-
-    def calibrate(*more: str) -> subprocess.CompletedProcess[str]:
-        everything = [*map(str, command), *more]
-        return subprocess.run(everything, capture_output=True, text=True, env=environment, timeout=500)
-
+    sizes = ("--tokens", 8192, "--held-out-tokens", 1024, "--prompt-tokens", 64, "--continuation-tokens", 64)
+    asked = ("--model-path", NANO, "--out", tmp_path / "a", "--max-kl", 0.02, "--ranks", 2, *sizes)
+    calibrate = partial(run_command, "calibrate", *asked)
     sketched = calibrate()
     assert sketched.returncode == 0, sketched.stderr
     assert "<- chosen" in sketched.stdout and "plain MLA in 8-bit rows" in sketched.stdout

@@ -1,12 +1,11 @@
 """Learned maps, the closed-form refit, resumption after a kill, and statistics from elsewhere."""
 
-import os
 import signal
 import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import msgspec
 import pytest
@@ -15,112 +14,91 @@ import torch.nn.functional as F
 
 from sglang_tpla.artifact.artifact import Artifact, ArtifactError
 from sglang_tpla.calibrate import pipeline
-from sglang_tpla.calibrate.learn_layer import LearnPlan, learn_layer, output_error
+from sglang_tpla.calibrate.learn_layer import LearnedLayer, LearnPlan, learn_layer, output_error
 from sglang_tpla.calibrate.learn_model import learn_model
 from sglang_tpla.calibrate.refit_values import refit_values
-from sglang_tpla.calibrate.transforms import TransformError
-from sglang_tpla.measure.layer_inputs import LayerData, walk
+from sglang_tpla.calibrate.transforms import Maps, TransformError
+from sglang_tpla.measure.layer_inputs import batch_of, sample, walk
 from sglang_tpla.measure.statistics import LayerMoments, Statistics, StatisticsError, combine
 from sglang_tpla.measure.text import Text, TextPlan, collect_statistics, read_text
-from sglang_tpla.reference_model.forward import PlainModel
+from sglang_tpla.reference_model.forward import Attention, AttentionInputs, PlainModel
+from tests.shipped import ENVIRONMENT, NANO, command
 
-ROOT = Path(__file__).resolve().parents[2]
-NANO = ROOT / "examples" / "nano-mla"
 PLAN = LearnPlan(steps=12, highest_rate=2e-4, sequences=2, queries=64, first_query=64, warmup_steps=2)
 
 
 @pytest.fixture(scope="module")
-def model() -> PlainModel:
-    return PlainModel(str(NANO))
-
-
-@pytest.fixture(scope="module")
-def text(model: PlainModel) -> Text:
+def text(nano_model: PlainModel) -> Text:
     plan = TextPlan(calibration_tokens=4096, held_out_tokens=128, prompt_tokens=128, continuation_tokens=128)
-    return read_text(plan, model.checkpoint)
+    return read_text(plan, nano_model.checkpoint)
 
 
 @pytest.fixture(scope="module")
-def statistics(model: PlainModel, text: Text) -> Statistics:
-    return collect_statistics(model, text, 0, show_progress=False)
+def statistics(nano_model: PlainModel, text: Text) -> Statistics:
+    return collect_statistics(nano_model, text, 0, show_progress=False)
 
 
 @pytest.fixture(scope="module")
-def start(model: PlainModel, statistics: Statistics) -> Artifact:
-    return pipeline.closed_form(statistics, model.checkpoint, "shared", 2, 32)
+def start(nano_model: PlainModel, statistics: Statistics) -> Artifact:
+    return pipeline.closed_form(statistics, nano_model.checkpoint, "shared", 2, [32] * 4)
+
+
+class LastLayer(NamedTuple):
+    """The last layer's attention, its inputs, the maps to start from, and the latents' covariance."""
+
+    attention: Attention
+    inputs: AttentionInputs
+    maps: Maps
+    covariance: torch.Tensor
+
+    def learn(self, plan: LearnPlan, maps: Maps | None = None, shared: int = 32, **more: Any) -> LearnedLayer:
+        start = self.maps if maps is None else maps
+        return learn_layer(self.attention, self.inputs, start, shared, self.covariance, plan, 3, **more)
 
 
 @pytest.fixture(scope="module")
-def last_layer(model: PlainModel, text: Text) -> LayerData:
-    *_, (layer, data) = walk(model, text.calibration)
+def last(nano_model: PlainModel, text: Text, start: Artifact, statistics: Statistics) -> LastLayer:
+    *_, (layer, inputs) = walk(nano_model, text.calibration)
     assert layer == 3
-    return data
-
-
-def test_sampled_output_error_equals_the_model_s_own_attention(
-    model: PlainModel, start: Artifact, last_layer: LayerData
-) -> None:
-    attention = model.layers[3].attention
     maps = [start.maps(3, group) for group in range(2)]
+    return LastLayer(nano_model.layers[3].attention, inputs, maps, statistics.layers[3].covariance)
+
+
+def test_sampled_output_error_equals_the_model_s_own_attention(last: LastLayer) -> None:
     positions = torch.tensor([[70, 127, 200]])
-    batch = last_layer.batch(attention, torch.tensor([5]), positions)
-    found = output_error(attention, batch, maps)
+    batch = batch_of(last.attention, last.inputs, torch.tensor([5]), positions)
+    found = output_error(last.attention, batch, last.maps)
     # the same from the forward's own attention over the whole sequence
-    inputs = next(_inputs for layer, _inputs in _attention_inputs(model, last_layer) if layer == 5)
-    exact = attention(inputs, None, 0)[0, positions[0]]
-    sliced = attention(inputs, maps, 0)[0, positions[0]]
+    inputs = AttentionInputs(*(values[5:6] for values in vars(last.inputs).values()))
+    exact = last.attention(inputs, None, 0)[0, positions[0]]
+    sliced = last.attention(inputs, last.maps, 0)[0, positions[0]]
     expected = (sliced - exact).pow(2).sum() / exact.pow(2).sum()
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-8)
 
 
-def _attention_inputs(model: PlainModel, data: LayerData):
-    from sglang_tpla.reference_model.forward import AttentionInputs
-
-    for row in range(data.latent.shape[0]):
-        part = slice(row, row + 1)
-        yield row, AttentionInputs(data.latent[part], data.q_nope[part], data.q_rope[part], data.k_rope[part])
-
-
-def test_learning_lowers_the_layer_s_error_and_keeps_shared_bits(
-    model: PlainModel, statistics: Statistics, start: Artifact, last_layer: LayerData
-) -> None:
-    maps = [start.maps(3, group) for group in range(2)]
-    plan = replace(PLAN, steps=60, highest_rate=4e-4, queries=96, sequences=2, warmup_steps=5)
-    learned = learn_layer(model.layers[3].attention, last_layer, maps, 32, statistics.layers[3].covariance, plan, 3)
+def test_learning_lowers_the_layer_s_error_and_keeps_shared_bits(last: LastLayer) -> None:
+    learned = last.learn(replace(PLAN, steps=60, highest_rate=4e-4, queries=96, warmup_steps=5))
     assert learned.error_after < 0.97 * learned.error_before
     (first, _, _), (second, _, _) = learned.maps
     assert torch.equal(first[:, :32], second[:, :32])
     assert not torch.equal(first[:, 32:], second[:, 32:])
 
 
-def test_a_layer_that_would_get_worse_or_is_exact_stays(
-    model: PlainModel, statistics: Statistics, start: Artifact, last_layer: LayerData
-) -> None:
-    attention, covariance = model.layers[3].attention, statistics.layers[3].covariance
-    maps = [start.maps(3, group) for group in range(2)]
-    wild = replace(PLAN, rate=50.0, highest_rate=50.0)
-    kept = learn_layer(attention, last_layer, maps, 32, covariance, wild, 3)
+def test_a_layer_that_would_get_worse_or_is_exact_stays(last: LastLayer) -> None:
+    kept = last.learn(replace(PLAN, rate=50.0, highest_rate=50.0))
     assert kept.error_after == kept.error_before
-    for ours, theirs in zip(kept.maps, maps, strict=True):
+    for ours, theirs in zip(kept.maps, last.maps, strict=True):
         assert all(torch.equal(x, y) for x, y in zip(ours, theirs, strict=True))
     eye = torch.eye(128)
-    exact = learn_layer(attention, last_layer, [(eye, eye, eye / 2)] * 2, 128, covariance, PLAN, 3)
-    assert exact.error_before < 1e-8
+    assert last.learn(PLAN, [(eye, eye, eye / 2)] * 2, 128).error_before < 1e-8
 
 
-def test_the_step_size_that_a_layer_bears_is_taken(
-    model: PlainModel, statistics: Statistics, start: Artifact, last_layer: LayerData
-) -> None:
-    attention, covariance = model.layers[3].attention, statistics.layers[3].covariance
-    maps = [start.maps(3, group) for group in range(2)]
+def test_the_step_size_that_a_layer_bears_is_taken(last: LastLayer) -> None:
     plan = replace(PLAN, steps=40, queries=96, trial_steps=10)
-    wild = learn_layer(attention, last_layer, maps, 32, covariance, replace(plan, trial_scales=(1000.0,)), 3)
+    wild = last.learn(replace(plan, trial_scales=(1000.0,)))
     assert wild.error_after == wild.error_before
     tried: list[int] = []
-    tame = learn_layer(
-        attention, last_layer, maps, 32, covariance, replace(plan, trial_scales=(1000.0, 1.0)), 3,
-        progress=tried.append,
-    )  # fmt: skip
+    tame = last.learn(replace(plan, trial_scales=(1000.0, 1.0)), progress=tried.append)
     assert tame.error_after < 0.99 * tame.error_before
     assert sum(tried) == 2 * 10 + 40
 
@@ -133,11 +111,11 @@ def test_a_plan_out_of_range_is_refused(field: str, value: object) -> None:
         replace(PLAN, **{field: value})
 
 
-def test_refit_is_least_squares(model: PlainModel, start: Artifact, last_layer: LayerData) -> None:
-    attention = model.layers[3].attention
-    maps = [start.maps(3, group) for group in range(2)]
+def test_refit_is_least_squares(last: LastLayer) -> None:
+    attention, maps = last.attention, last.maps
     generator = torch.Generator().manual_seed(0)
-    batches = [last_layer.sample(attention, generator, sequences=2, queries=32, first_query=64) for _ in range(6)]
+    size = {"sequences": 2, "queries": 32, "first_query": 64}
+    batches = [sample(attention, last.inputs, generator, **size) for _ in range(6)]
     refitted, before, after = refit_values(attention, batches, maps, iterations=15)
     assert after < before
     direct = sum(_squares(attention, batch, refitted)[0] for batch in batches)
@@ -168,7 +146,7 @@ def _squares(attention, batch, maps) -> tuple[float, float]:
 
 
 def test_resumed_run_ends_with_the_same_bits(
-    model: PlainModel,
+    nano_model: PlainModel,
     statistics: Statistics,
     start: Artifact,
     text: Text,
@@ -176,7 +154,7 @@ def test_resumed_run_ends_with_the_same_bits(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def learn(folder: Path, plan: LearnPlan = PLAN) -> Artifact:
-        return learn_model(model, start, statistics, text.calibration, plan, folder)[0]
+        return learn_model(nano_model, start, statistics, text.calibration, plan, folder)
 
     whole = learn(tmp_path / "whole")
     assert not (tmp_path / "whole").exists()
@@ -219,13 +197,11 @@ def test_resumed_run_ends_with_the_same_bits(
 
 def test_killed_command_goes_on(tmp_path: Path) -> None:
     out = tmp_path / "learned.safetensors"
-    command = [
-        *(sys.executable, "-m", "sglang_tpla.calibrate", "--model-path", NANO, "--transform", "learned"),
-        *("--learn-steps", "3", "--tokens", "512", "--held-out-tokens", "0"),
-        *("--prompt-tokens", "128", "--continuation-tokens", "128", "--quiet"),
+    learn = [
+        *command("calibrate", "--model-path", NANO, "--transform", "learned", "--learn-steps", 3, "--tokens", 512),
+        *("--held-out-tokens", "0", "--prompt-tokens", "128", "--continuation-tokens", "128", "--quiet", "--out"),
     ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen([*map(str, command), "--out", str(out)], env=environment)
+    process = subprocess.Popen([*learn, out], env=ENVIRONMENT)
     work = tmp_path / "learned.safetensors.work"
     try:
         while process.poll() is None and not list(work.glob("*/layer-1.safetensors")):
@@ -236,18 +212,18 @@ def test_killed_command_goes_on(tmp_path: Path) -> None:
         process.wait()
     assert not out.exists()
     for target in (out, tmp_path / "again.safetensors"):
-        subprocess.run([*map(str, command), "--out", str(target)], env=environment, check=True)
+        subprocess.run([*learn, target], env=ENVIRONMENT, check=True)
     assert Artifact.load(out).content_hash == Artifact.load(tmp_path / "again.safetensors").content_hash
     assert Artifact.load(out).meta.transform == "learned"
     assert not work.exists()
 
 
 def test_from_statistics_alone_gives_the_same_maps(
-    model: PlainModel, statistics: Statistics, start: Artifact, tmp_path: Path
+    nano_model: PlainModel, statistics: Statistics, start: Artifact, tmp_path: Path
 ) -> None:
     statistics.save(tmp_path / "stats")
     loaded = combine([Statistics.load(tmp_path / "stats")])
-    again = pipeline.closed_form(loaded, model.checkpoint, "shared", 2, 32)
+    again = pipeline.closed_form(loaded, nano_model.checkpoint, "shared", 2, [32] * 4)
     assert again.content_hash == start.content_hash
 
 
@@ -276,14 +252,14 @@ def test_statistics_of_ranks_and_servers_are_put_together(statistics: Statistics
         combine([statistics, other])
 
 
-def test_statistics_of_another_model_are_refused(model: PlainModel, statistics: Statistics) -> None:
+def test_statistics_of_another_model_are_refused(nano_model: PlainModel, statistics: Statistics) -> None:
     other = Statistics(msgspec.structs.replace(statistics.meta, weights_hash="x" * 64), statistics.layers)
     with pytest.raises(StatisticsError, match="collect them from this model"):
-        pipeline.closed_form(other, model.checkpoint, "shared", 2, 32)
+        pipeline.closed_form(other, nano_model.checkpoint, "shared", 2, [32] * 4)
 
 
 def test_one_layer_at_a_time_gives_the_same_statistics(text: Text, statistics: Statistics) -> None:
-    frugal = PlainModel(str(NANO), resident=False)
+    frugal = PlainModel(NANO, resident=False)
     found = collect_statistics(frugal, text, 0, show_progress=False)
     for ours, theirs in zip(found.layers, statistics.layers, strict=True):
         torch.testing.assert_close(ours.covariance, theirs.covariance, rtol=1e-4, atol=1e-6)

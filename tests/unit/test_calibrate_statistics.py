@@ -13,8 +13,7 @@ from sglang_tpla.measure.statistics import LayerMoments, Statistics, StatisticsE
 from sglang_tpla.measure.text import Text as CalibrationText
 from sglang_tpla.measure.text import collect_statistics
 from sglang_tpla.reference_model.forward import PlainModel
-
-NANO = Path(__file__).resolve().parents[2] / "examples" / "nano-mla"
+from tests.shipped import NANO
 
 
 @settings(max_examples=25, deadline=None)
@@ -38,18 +37,17 @@ def test_streamed_equals_batch(cuts: list[int], seed: int) -> None:
     torch.testing.assert_close(streamed.absorbed_queries(w_uk), expected)
 
 
-def test_collection_is_deterministic_and_does_not_grow(tmp_path: Path) -> None:
-    model = PlainModel(str(NANO))
+def test_collection_is_deterministic_and_does_not_grow(nano_model: PlainModel, tmp_path: Path) -> None:
     tokens = torch.randint(3, 4096, (3, 40), generator=torch.Generator().manual_seed(0))
     text = CalibrationText("toy", "hash", tokens, tokens[:0])
-    first = collect_statistics(model, text, 0, show_progress=False)
-    again = collect_statistics(model, text, 0, show_progress=False)
+    first = collect_statistics(nano_model, text, 0, show_progress=False)
+    again = collect_statistics(nano_model, text, 0, show_progress=False)
     assert first.tokens == 120
     first.save(tmp_path / "one")
     again.save(tmp_path / "two")
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
     longer = CalibrationText("toy", "hash", tokens.repeat(4, 1), tokens[:0])
-    collect_statistics(model, longer, 0, show_progress=False).save(tmp_path / "three")
+    collect_statistics(nano_model, longer, 0, show_progress=False).save(tmp_path / "three")
     assert (tmp_path / "three").stat().st_size == (tmp_path / "one").stat().st_size
 
     loaded = Statistics.load(tmp_path / "one")

@@ -9,9 +9,9 @@ from sglang_tpla.measure.statistics import LayerMoments
 D, H, N = 16, 3, 6
 
 
-def make_moments(tokens: int = 4000, seed: int = 0) -> tuple[LayerMoments, torch.Tensor, torch.Tensor]:
+def make_moments() -> tuple[LayerMoments, torch.Tensor, torch.Tensor]:
     """Moments, the key weights [H, n, d] and the latents [tokens, d] they are of."""
-    generator = torch.Generator().manual_seed(seed)
+    tokens, generator = 4000, torch.Generator().manual_seed(0)
     spread = torch.randn(D, D, generator=generator) * torch.linspace(2, 0.05, D)[:, None]
     latent = torch.randn(tokens, D, generator=generator) @ spread + torch.randn(D, generator=generator)
     queries = torch.randn(tokens, H, N, generator=generator) * torch.linspace(1, 0.1, N)

@@ -12,10 +12,7 @@ from sglang_tpla.calibrate.__main__ import main as calibrate
 from sglang_tpla.evaluate.__main__ import main as evaluate
 from sglang_tpla.evaluate.report import PAGE_HEAD, outputs
 from sglang_tpla.measure.outputs import Output, OutputError, check_outputs, is_artifact, is_statistics
-
-ROOT = Path(__file__).resolve().parents[2]
-NANO = ROOT / "examples" / "nano-mla"
-SHIPPED = ROOT / "examples" / "artifacts" / "nano-mla-g2.safetensors"
+from tests.shipped import ARTIFACT, NANO
 
 
 def tree(folder: Path) -> dict[str, bytes]:
@@ -87,7 +84,7 @@ def test_two_outputs_are_two_files(tmp_path: Path, capsys: pytest.CaptureFixture
 def test_what_the_command_did_not_make_stays(flag: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Also a device, which a finished file would take the place of."""
     (tmp_path / "text").write_text("print(1)")
-    (tmp_path / "note.safetensors").write_bytes(SHIPPED.read_bytes()[:100])
+    (tmp_path / "note.safetensors").write_bytes(ARTIFACT.read_bytes()[:100])
     save_file({"x": torch.zeros(1)}, tmp_path / "weights", metadata={"format": "pt"})
     os.mkfifo(tmp_path / "pipe")
     kind = "an artifact" if flag == "--out" else "statistics"
@@ -98,7 +95,7 @@ def test_what_the_command_did_not_make_stays(flag: str, tmp_path: Path, capsys: 
 
 
 def test_what_the_command_made_may_be_made_again(tmp_path: Path) -> None:
-    (tmp_path / "artifact").write_bytes(SHIPPED.read_bytes())
+    (tmp_path / "artifact").write_bytes(ARTIFACT.read_bytes())
     (tmp_path / "empty").touch()
     sums = statistics(tmp_path / "sums")
     before = tree(tmp_path)
@@ -125,7 +122,7 @@ def test_where_no_file_can_be_made_is_said_at_once(
 
 
 def test_results_of_an_evaluation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    base = ["--model-path", str(NANO), "--artifact", str(SHIPPED), "--out"]
+    base = ["--model-path", str(NANO), "--artifact", str(ARTIFACT), "--out"]
     assert evaluate([*base, "/proc/x"]) == 2
     assert "--out /proc/x/evaluation.json: no file can be made there" in capsys.readouterr().err
     (tmp_path / "evaluation.html").write_text("<!doctype html><title>mine</title>")

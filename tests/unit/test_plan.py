@@ -181,7 +181,7 @@ def test_slices_are_widened_to_what_a_kernel_serves() -> None:
     load = Load(1, 1000)
     widths = {
         capability: [
-            rank_work(V3, Method("tpla", 8, g, r), load, BF16, capability).width
+            rank_work(V3, Method("tpla", 8, g, r), load, BF16, capability).rows.width
             for g, r in ((2, 0), (4, 128), (8, 64), (4, 100))
         ]
         for capability in ((9, 0), (8, 0))
@@ -226,7 +226,7 @@ def test_sketched_rows_by_hand() -> None:
     work = rank_work(V3, method, Load(1, 1000), BF16, (9, 0))
     pieces = {piece.name: piece for piece in work.pieces}
     heads, query = 32, 288 + 224
-    assert (work.width, work.absorbed_columns, work.cache_row_bytes) == (288, query, 544)
+    assert (work.rows.width, work.rows.query_columns, work.rows.row_bytes) == (288, query, 544)
     attended = query + 288 + 64
     assert pieces["attention"].moved_bytes == 1000 * 544 + heads * attended * 2
     assert pieces["attention"].flops == 2 * 1000 * heads * attended
@@ -260,7 +260,7 @@ def test_what_is_not_there_is_said_in_its_row() -> None:
 
 def test_one_rank_is_plain_or_8_bit_mla() -> None:
     model = find("deepseek-v2-lite")
-    assert [method.code for method in methods(1, model, None, 128)] == ["TP", "MLA8"]
+    assert [method.code for method in methods(1, model)] == ["TP", "MLA8"]
     found = answer(setting(*["--model", "deepseek-v2-lite", "--ranks", "1"]), Load(1, 100))
     assert found.rows[0].price is not None and found.rows[0].price.collectives_s == 0
 

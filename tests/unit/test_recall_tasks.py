@@ -2,15 +2,13 @@
 
 import random
 import re
-from pathlib import Path
 
 import pytest
 
 from sglang_tpla.evaluate.recall import PLAIN, recall_table, tally
 from sglang_tpla.evaluate.recall_tasks import KINDS, make_document
 from sglang_tpla.measure.corpus import Corpus, CorpusError, load_tokenizer
-
-NANO = Path(__file__).resolve().parents[2] / "examples" / "nano-mla"
+from tests.shipped import NANO
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sglang_tpla.cache_rows.sketched import SketchedRows, quantise_sketch, sketch_values
-from sglang_tpla.calibrate.rounding_cost import DISTORTION, LayerCosts, LayerWeights
+from sglang_tpla.calibrate.rounding_cost import DISTORTION, LayerCosts
 from sglang_tpla.calibrate.sketch_layout import (
     QUIET,
     default_shared,
@@ -53,7 +53,7 @@ def test_costs_are_those_of_scores_and_values_that_rounding_moves(bits: int) -> 
     w_uv = torch.randn(heads, nope, d, generator=generator)
     moments = LayerMoments.zeros(d, heads, nope)
     moments.update(latent, queries)
-    costs = LayerCosts.of(moments, LayerWeights(w_uk, w_uv, 1.0))
+    costs = LayerCosts.of(moments, w_uk, w_uv, 1.0)
     rows = SketchedRows.of(d, 2, 64, 8, sketch_bits=bits)
     maps = layer_sketched_maps(costs, rows)
     absorbed = torch.einsum("thn,hnd->thd", queries[:200], w_uk).flatten(0, 1).double()

@@ -8,7 +8,7 @@ import torch
 
 from sglang_tpla.artifact.artifact import SKETCHED_VERSION, Artifact, ArtifactError, build
 from sglang_tpla.cache_rows.sketched import SketchedRows, pack_rows, unpack_rows
-from sglang_tpla.calibrate.rounding_cost import LayerCosts, LayerWeights
+from sglang_tpla.calibrate.rounding_cost import LayerCosts
 from sglang_tpla.calibrate.sketch_maps import layer_sketched_maps
 from sglang_tpla.measure.statistics import LayerMoments
 from sglang_tpla.reference_model.sketched_layer import SketchedMaps
@@ -18,8 +18,8 @@ ROOT = Path(__file__).resolve().parents[2]
 D, H, N, ROPE = 32, 3, 6, 8
 
 
-def make_layer(rows: SketchedRows) -> tuple[SketchedMaps, torch.Tensor, LayerMoments, torch.Tensor]:
-    """Maps of a layer with an uneven spectrum, latents [tokens, D] of it, its moments and absorbed queries."""
+def make_layer(rows: SketchedRows) -> tuple[SketchedMaps, torch.Tensor, torch.Tensor]:
+    """Maps of a layer with an uneven spectrum, latents [tokens, D] of it, and absorbed queries."""
     generator = torch.Generator().manual_seed(1)
     spread = torch.randn(D, D, generator=generator) * torch.linspace(2, 0.05, D)[:, None]
     latent = torch.randn(2000, D, generator=generator) @ spread + torch.randn(D, generator=generator)
@@ -28,8 +28,9 @@ def make_layer(rows: SketchedRows) -> tuple[SketchedMaps, torch.Tensor, LayerMom
     moments = LayerMoments.zeros(D, H, N)
     moments.update(latent, queries)
     absorbed = torch.einsum("thn,hnd->thd", queries, w_uk)
-    weights = LayerWeights(w_uk, torch.randn(H, N, D, generator=generator), N**-0.5)
-    return (layer_sketched_maps(LayerCosts.of(moments, weights), rows), latent.double(), moments, absorbed.double())
+    w_uv = torch.randn(H, N, D, generator=generator)
+    maps = layer_sketched_maps(LayerCosts.of(moments, w_uk, w_uv, N**-0.5), rows)
+    return maps, latent.double(), absorbed.double()
 
 
 SHAPES = [
@@ -43,7 +44,7 @@ SHAPES = [
 
 @pytest.mark.parametrize("rows", SHAPES)
 def test_maps_are_exact_but_for_rounding(rows: SketchedRows) -> None:
-    maps, latent, _, _ = make_layer(rows)
+    maps, latent, _ = make_layer(rows)
     blocks = (latent @ maps.sketch).unflatten(-1, (rows.groups, rows.own))
     total = torch.zeros_like(latent)
     for group in range(rows.groups):
@@ -58,7 +59,7 @@ def test_maps_are_exact_but_for_rounding(rows: SketchedRows) -> None:
 
 @pytest.mark.parametrize("rows", SHAPES)
 def test_the_reference_sees_what_packed_rows_stand_for(rows: SketchedRows) -> None:
-    maps, latent, _, _ = make_layer(rows)
+    maps, latent, _ = make_layer(rows)
     latent, k_rope = latent[:50].float(), torch.randn(50, ROPE, generator=torch.Generator().manual_seed(2))
     maps = maps.to(latent.device, torch.float32)
     for group, view in enumerate(maps.views(latent[None], k_rope[None])):
@@ -74,7 +75,7 @@ def test_the_reference_sees_what_packed_rows_stand_for(rows: SketchedRows) -> No
 
 
 def test_groups_that_share_all_columns_equal_one_group() -> None:
-    one, latent, _, _ = make_layer(SketchedRows.of(D, 1, 0, ROPE))
+    one, latent, _ = make_layer(SketchedRows.of(D, 1, 0, ROPE))
     four, *_ = make_layer(SketchedRows.of(D, 4, D, ROPE))
     k_rope = torch.randn(1, 2000, ROPE)
     (alone,) = one.views(latent[None], k_rope)
@@ -85,7 +86,7 @@ def test_groups_that_share_all_columns_equal_one_group() -> None:
 
 def test_sketched_columns_cost_scores_alike() -> None:
     rows = SketchedRows.of(D, 2, 8, ROPE, sketch_bits=2)
-    maps, latent, _, absorbed = make_layer(rows)
+    maps, latent, absorbed = make_layer(rows)
     exact = absorbed.flatten(0, 1)[:500] @ latent.T
     noise = []
     for view in maps.views(latent[None], torch.zeros(1, len(latent), ROPE)):

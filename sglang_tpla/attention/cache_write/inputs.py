@@ -56,7 +56,7 @@ class CacheWrite:
                 f"latent must be [tokens, d] and k_rope [tokens, rope]; got {list(self.latent.shape)} and "
                 f"{list(self.k_rope.shape)}"
             )
-        if self.weight is None and (self.z is not None or self.plain):
+        if self.weight is None and (self.z is not None or self.sketched is None):
             raise AttentionInputError("weight must be given: only sketched rows are written from finished slices")
         for name, tensor, dims, dtype in self._expected():
             if tuple(tensor.shape) != dims or tensor.dtype != dtype:
@@ -84,37 +84,23 @@ class CacheWrite:
                 )
 
     def _expected(self) -> list[tuple[str, torch.Tensor, tuple[int, ...], torch.dtype]]:
-        """Return each tensor with its name and with the shape and dtype that it must have."""
-        tokens, d, rope, rows = self.tokens, self.latent.shape[1], self.rope_dim, self.rows
-        plain = self.plain
-        dtype = self.cache.dtype if plain else self.latent.dtype
-        given = self.weight is None
-        expected: list[tuple[str, torch.Tensor, tuple[int, ...], torch.dtype]] = [
-            ("latent", self.latent, (tokens, d), dtype),
-            ("k_rope", self.k_rope, (tokens, rope), self.k_rope.dtype if given else dtype),
-            ("cache", rows, (rows.shape[0], self.row_items), dtype if plain else torch.uint8),
-        ]
-        if self.weight is not None:
-            expected.insert(2, ("weight", self.weight, (d,), dtype))
-        if self.sketched is not None:
-            columns = self.sketched.columns
-            if self.z is None:
-                expected.append(("latent", self.latent, (tokens, columns), self.latent.dtype))
-            else:
-                expected.append(("z", self.z, (d, columns), torch.float32))
-        elif self.z is not None:
-            expected.append(("z", self.z, (d, self.z.shape[-1]), torch.float32))
-        if self.q_rope is not None:
-            heads = self.q_rope.shape[1] if self.q_rope.dim() == 3 else 1
-            expected.append(("q_rope", self.q_rope, (tokens, heads, rope), dtype))
-        if self.cos_sin is not None:
-            expected.append(("cos_sin", self.cos_sin, (self.cos_sin.shape[0], rope), torch.float32))
-        return expected
-
-    @property
-    def plain(self) -> bool:
-        """Whether rows are values of the cache's dtype."""
-        return self.sketched is None
+        """Return each tensor that is given with its name and with the shape and dtype that it must have."""
+        tokens, d, rope, rows, made = self.tokens, self.latent.shape[1], self.rope_dim, self.rows, self.sketched
+        columns = self.width if made is None else made.columns
+        dtype = self.cache.dtype if made is None else self.latent.dtype
+        key_dtype = dtype if self.weight is not None else self.k_rope.dtype
+        heads = self.q_rope.shape[1] if self.q_rope is not None and self.q_rope.dim() == 3 else 1
+        positions = 0 if self.cos_sin is None else self.cos_sin.shape[0]
+        expected = (
+            ("latent", self.latent, (tokens, columns if self.z is None else d), dtype),
+            ("k_rope", self.k_rope, (tokens, rope), key_dtype),
+            ("weight", self.weight, (d,), dtype),
+            ("cache", rows, (rows.shape[0], self.row_items), dtype if made is None else torch.uint8),
+            ("z", self.z, (d, columns), torch.float32),
+            ("q_rope", self.q_rope, (tokens, heads, rope), dtype),
+            ("cos_sin", self.cos_sin, (positions, rope), torch.float32),
+        )
+        return [(name, tensor, dims, dtype) for name, tensor, dims, dtype in expected if tensor is not None]
 
     @property
     def rows(self) -> torch.Tensor:
@@ -124,12 +110,10 @@ class CacheWrite:
 
     @property
     def tokens(self) -> int:
-        """Number of new tokens."""
         return self.latent.shape[0]
 
     @property
     def rope_dim(self) -> int:
-        """Number of values of a rotary key."""
         return self.k_rope.shape[1]
 
     @property

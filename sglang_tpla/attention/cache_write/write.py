@@ -5,7 +5,6 @@ from sglang_tpla.attention.cache_write.inputs import CacheWrite
 
 
 def write(new: CacheWrite) -> None:
-    """Write the new tokens' rows."""
     if not new.cache.is_cuda or (new.sketched is not None and not sketched.serves(new.sketched.rows)):
         reference.write(new)
     elif new.sketched is not None:

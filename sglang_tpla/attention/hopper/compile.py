@@ -12,6 +12,7 @@ import hashlib
 import os
 import tempfile
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +26,17 @@ class KernelCompileError(SglangTplaError, RuntimeError):
 
 
 def cache_folder() -> Path:
-    """The folder of compiled kernels."""
     return Path(os.environ.get("SGLANG_TPLA_CACHE", Path.home() / ".cache" / "sglang_tpla")) / "cubin"
 
 
-def _nvrtc(result: tuple[Any, ...], what: str) -> Any:
+def _checked(who: str, result: tuple[Any, ...], what: str) -> Any:
+    """Return what a call returns besides its status."""
     if int(result[0]) != 0:
-        raise KernelCompileError(f"NVRTC failed in {what}: {result[0]!r}")
+        raise KernelCompileError(f"{who} failed in {what}: {result[0]!r}")
     return result[1] if len(result) > 1 else None
+
+
+_nvrtc, _driver = partial(_checked, "NVRTC"), partial(_checked, "the CUDA driver")
 
 
 def compile_cubin(source: str, defines: dict[str, int], name: str) -> tuple[bytes, str]:
@@ -78,12 +82,6 @@ def cached_cubin(source: str, defines: dict[str, int], name: str) -> bytes:
         file.write(cubin)
     os.replace(file.name, path)  # atomic, so that another process sees the whole file or none
     return cubin
-
-
-def _driver(result: tuple[Any, ...], what: str) -> Any:
-    if int(result[0]) != 0:
-        raise KernelCompileError(f"the CUDA driver failed in {what}: {result[0]!r}")
-    return result[1] if len(result) > 1 else None
 
 
 class KernelModule:

@@ -20,13 +20,7 @@ from sglang_tpla.attention.hopper.compile import KernelModule, cached_cubin
 from sglang_tpla.attention.hopper.plan import MAX_PARTS, SEGMENT_COST, TILE_TOKENS
 from sglang_tpla.attention.hopper.sketched import SketchedVariant
 from sglang_tpla.attention.hopper.sketched_tiles import TiledVariant
-from sglang_tpla.attention.interface import (
-    AttentionInputError,
-    DecodeShape,
-    PageTable,
-    checked_inputs,
-    checked_plan,
-)
+from sglang_tpla.attention.interface import AttentionInputError, DecodeShape, PageTable, checked_inputs
 
 # The files are compiled as one text, in this order.
 SOURCES = tuple(
@@ -66,7 +60,6 @@ class Variant:
 
     @property
     def rows(self) -> int:
-        """The query rows of a block."""
         return 128 if self.mode == "rows" else 64
 
     @property
@@ -85,7 +78,6 @@ class Variant:
 
     @property
     def defines(self) -> dict[str, int]:
-        """The macros of the CUDA source."""
         return {
             "LATENT": self.latent_dim,
             "ROPE": self.rope_dim,
@@ -101,7 +93,6 @@ class Variant:
     threads = 384
 
     def source(self) -> str:
-        """The whole CUDA source."""
         return (
             wgmma.PRELUDE
             + wgmma.scores_source()
@@ -119,49 +110,25 @@ def variant_for(shape: DecodeShape) -> AnyVariant:
         return sketched_tiles.variant_for(shape) or sketched.variant_for(shape)
     rows = shape.heads * shape.query_len
     mode = "width" if shape.latent_dim > 256 else "tokens" if rows <= 64 else "rows"
-    stages = MAX_STAGES
-    while True:
-        variant = Variant(shape.latent_dim, shape.rope_dim, mode, stages)
-        if variant.shared_bytes <= SHARED_LIMIT_BYTES:
-            return variant
-        stages -= 1
+    variants = (Variant(shape.latent_dim, shape.rope_dim, mode, stages) for stages in range(MAX_STAGES, 0, -1))
+    return next(variant for variant in variants if variant.shared_bytes <= SHARED_LIMIT_BYTES)
 
 
 class _Params(ctypes.Structure):
     """The CUDA source's ``struct Params``."""
 
     _fields_ = (
-        [
-            (name, ctypes.c_void_p)
-            for name in [
-                "q_latent",
-                "q_rope",
-                "kv",
-                "out",
-                "partial_out",
-                "partial_sums",
-                "lengths",
-                "page_indices",
-                "page_starts",
-                "part_begin",
-                "split_start",
-                "arrived",
-            ]
-        ]
-        + [
-            (name, ctypes.c_longlong)
-            for name in [
-                "q_latent_token_stride",
-                "q_latent_head_stride",
-                "q_rope_token_stride",
-                "q_rope_head_stride",
-                "out_token_stride",
-                "out_head_stride",
-                "kv_stride",
-            ]
-        ]
-        + [(name, ctypes.c_int) for name in ("heads", "query_len", "page_bits", "batch")]
-        + [("scale_log2", ctypes.c_float)]
+        *((name, ctypes.c_void_p) for name in ("q_latent", "q_rope", "kv", "out", "partial_out", "partial_sums")),
+        *((name, ctypes.c_void_p) for name in ("lengths", "page_indices", "page_starts")),
+        *((name, ctypes.c_void_p) for name in ("part_begin", "split_start", "arrived")),
+        *(
+            (f"{name}_{of}_stride", ctypes.c_longlong)
+            for name in ("q_latent", "q_rope", "out")
+            for of in ("token", "head")
+        ),
+        ("kv_stride", ctypes.c_longlong),
+        *((name, ctypes.c_int) for name in ("heads", "query_len", "page_bits", "batch")),
+        ("scale_log2", ctypes.c_float),
     )
 
 
@@ -170,10 +137,7 @@ def _loaded(variant: AnyVariant, device_index: int) -> tuple[KernelModule, dict[
     with torch.cuda.device(device_index):
         torch.cuda.current_stream()  # PyTorch's context must be current before the driver loads into it
         module = KernelModule(cached_cubin(variant.source(), variant.defines, variant.name + ".cu"))
-        kernels = {
-            "decode": module.kernel(variant.name, variant.shared_bytes),
-            "plan": module.kernel("latent_plan"),
-        }
+        kernels = {"decode": module.kernel(variant.name, variant.shared_bytes), "plan": module.kernel("latent_plan")}
     return module, kernels
 
 
@@ -185,33 +149,22 @@ class HopperDecode:
         scale: softmax scale.
         max_batch: most requests of a step.
         device: a Hopper GPU.
-        variant: a form other than ``variant_for(shape)``, for measuring.
 
     Raises:
         AttentionInputError: a shape that the kernel does not serve.
         KernelCompileError: a kernel that the compiler or the driver refused.
     """
 
-    def __init__(
-        self,
-        shape: DecodeShape,
-        scale: float,
-        max_batch: int,
-        device: torch.device,
-        variant: AnyVariant | None = None,
-    ) -> None:
+    def __init__(self, shape: DecodeShape, scale: float, max_batch: int, device: torch.device) -> None:
         from sglang_tpla.attention.backends import require
 
-        require(
-            "hopper" if shape.sketched is None else "hopper_sketched",
-            shape,
-            torch.cuda.get_device_capability(device),
-        )
+        name = "hopper" if shape.sketched is None else "hopper_sketched"
+        require(name, shape, torch.cuda.get_device_capability(device))
         self.shape = shape
         self.scale = scale
         self.max_batch = max_batch
         self.device = torch.device(device)
-        self.variant = variant or variant_for(shape)
+        self.variant = variant_for(shape)
         self._module, self._kernels = _loaded(self.variant, self.device.index or 0)
         rows = shape.heads * shape.query_len
         self._row_blocks = -(-rows // self.variant.rows)
@@ -229,8 +182,17 @@ class HopperDecode:
         self._after_plan = False
 
     def plan(self, table: PageTable, lengths: torch.Tensor) -> None:
-        """Lay out a step on the device, from lengths on the device that pass `checked_plan`; read nothing back."""
-        checked_plan(table, lengths, self.max_batch)
+        """Lay out a step on the device, from lengths on the device; read nothing back.
+
+        Raises:
+            AttentionInputError: lengths that are not contiguous int32 [batch], or more requests than ``max_batch``.
+        """
+        if lengths.dtype != torch.int32 or lengths.shape != table.starts.shape or not lengths.is_contiguous():
+            raise AttentionInputError(
+                f"lengths must be contiguous int32 [{table.batch}]; got {lengths.dtype} {list(lengths.shape)}"
+            )
+        if table.batch > self.max_batch:
+            raise AttentionInputError(f"at most {self.max_batch} requests were announced; got {table.batch}")
         self._table, self._lengths = table, lengths
         self._after_plan = False
         arguments = (
@@ -246,11 +208,7 @@ class HopperDecode:
         self._module.launch(self._kernels["plan"], (1, 1), 32, arguments, self._stream())
 
     def run(
-        self,
-        q_latent: torch.Tensor,
-        q_rope: torch.Tensor,
-        kv_cache: torch.Tensor,
-        out: torch.Tensor | None = None,
+        self, q_latent: torch.Tensor, q_rope: torch.Tensor, kv_cache: torch.Tensor, out: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Attend over the planned step; see ``interface.py``.
 
@@ -274,9 +232,7 @@ class HopperDecode:
         params = _Params(
             *(tensor.data_ptr() for tensor in (q_latent, q_rope, cache, out, self._partial_out, self._partial_sums)),
             *(tensor.data_ptr() for tensor in (lengths, table.indices, table.starts)),
-            self._part_begin.data_ptr(),
-            self._split_start.data_ptr(),
-            self._arrived.data_ptr(),
+            *(tensor.data_ptr() for tensor in (self._part_begin, self._split_start, self._arrived)),
             *(*q_latent.stride()[:2], *q_rope.stride()[:2], *out.stride()[:2], cache.stride(0)),
             shape.heads,
             shape.query_len,

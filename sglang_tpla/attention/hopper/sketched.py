@@ -130,7 +130,6 @@ class SketchedVariant:
 
     @property
     def defines(self) -> dict[str, int]:
-        """The macros of the CUDA source."""
         return {
             **row_defines(self.cache),
             "ROWS": self.rows,
@@ -142,7 +141,6 @@ class SketchedVariant:
         }
 
     def source(self) -> str:
-        """The whole CUDA source."""
         form = "row" if self.row_values else "turned"
         text = "\n".join(Path(path.format(values=form)).read_text() for path in SOURCES)
         instructions = wgmma.rows_source(self.rows)

@@ -92,7 +92,6 @@ class TiledVariant:
 
     @property
     def defines(self) -> dict[str, int]:
-        """The macros of the CUDA source."""
         names = ("FILL_REGISTERS", "SCORE_REGISTERS", "VALUE_REGISTERS")
         return {
             **row_defines(self.cache),
@@ -102,7 +101,6 @@ class TiledVariant:
         }
 
     def source(self) -> str:
-        """The whole CUDA source."""
         instructions = wgmma.tile_scores_source() + wgmma.row_values_source(self.cache.w_pad)
         return wgmma.PRELUDE + instructions + "\n".join(path.read_text() for path in SOURCES)
 

@@ -16,10 +16,40 @@ typedef unsigned long long u64;
 """
 
 
-def _accumulators(count: int) -> tuple[str, str]:
+def _function(
+    name: str, columns: int, kind: str, *, a_in_registers: bool, accumulate: bool = True, b_turned: str = "0"
+) -> str:
+    """The source of d [64, columns] (+)= a [64, 16] times b, whose ``kind`` is bf16 or f16.
+
+    Args:
+        a_in_registers: a as a0..a3; otherwise in shared memory, like b.
+        accumulate: the function's last parameter says whether to add; otherwise it always adds.
+        b_turned: "0" where b is [columns, 16] and is taken transposed, "1" where it is [16, columns].
+    """
+    count = columns // 2
     names = ", ".join(f"%{i}" for i in range(count))
     operands = ", ".join(f'"+f"(d[{i}])' for i in range(count))
-    return names, operands
+    if a_in_registers:
+        parameters, inputs = "u32 a0, u32 a1, u32 a2, u32 a3", '"r"(a0), "r"(a1), "r"(a2), "r"(a3)'
+        left, turned, after = "{" + ", ".join(f"%{count + i}" for i in range(4)) + "}", b_turned, count + 4
+    else:
+        parameters, inputs, left, turned, after = "u64 a", '"l"(a)', f"%{count}", f"0, {b_turned}", count + 1
+    parameters, inputs = f"{parameters}, u64 b", f'{inputs}, "l"(b)'
+    adds = "eq.b32 p, 0, 0"
+    if accumulate:
+        parameters, inputs, adds = (
+            f"{parameters}, int accumulate",
+            f'{inputs}, "r"(accumulate)',
+            f"ne.b32 p, %{after + 1}, 0",
+        )
+    return f"""
+__device__ __forceinline__ void {name}(float (&d)[{count}], {parameters}) {{
+    asm volatile("{{\\n.reg .pred p;\\nsetp.{adds};\\n"
+        "wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.{kind}.{kind} {{{names}}}, "
+        "{left}, %{after}, p, 1, 1, {turned};\\n}}"
+        : {operands} : {inputs});
+}}
+"""
 
 
 def scores_source() -> str:
@@ -28,34 +58,13 @@ def scores_source() -> str:
     ``wgmma_ss_64(d, a, b, accumulate)`` is d [64, 64] (+)= a [64, 16] b [64, 16]^T, both in shared memory;
     ``wgmma_rs_64(d, a0..a3, b, accumulate)`` is the same with a in registers.
     """
-    names, operands = _accumulators(32)
-    return f"""
-__device__ __forceinline__ void wgmma_ss_64(float (&d)[32], u64 a, u64 b, int accumulate) {{
-    asm volatile("{{\\n.reg .pred p;\\nsetp.ne.b32 p, %34, 0;\\n"
-        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {{{names}}}, %32, %33, p, 1, 1, 0, 0;\\n}}"
-        : {operands} : "l"(a), "l"(b), "r"(accumulate));
-}}
-__device__ __forceinline__ void wgmma_rs_64(float (&d)[32], u32 a0, u32 a1, u32 a2, u32 a3, u64 b, int accumulate) {{
-    asm volatile("{{\\n.reg .pred p;\\nsetp.ne.b32 p, %37, 0;\\n"
-        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {{{names}}}, "
-        "{{%32, %33, %34, %35}}, %36, p, 1, 1, 0;\\n}}"
-        : {operands} : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b), "r"(accumulate));
-}}
-"""
+    shared = _function("wgmma_ss_64", 64, "bf16", a_in_registers=False)
+    return shared + _function("wgmma_rs_64", 64, "bf16", a_in_registers=True)
 
 
 def values_source(columns: int) -> str:
     """The source of ``wgmma_rs(d, a0..a3, b)``: d [64, columns] += a [64, 16] in registers times b [16, columns]."""
-    count = columns // 2
-    names, operands = _accumulators(count)
-    return f"""
-__device__ __forceinline__ void wgmma_rs(float (&d)[{count}], u32 a0, u32 a1, u32 a2, u32 a3, u64 b) {{
-    asm volatile("{{\\n.reg .pred p;\\nsetp.eq.b32 p, 0, 0;\\n"
-        "wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.bf16.bf16 {{{names}}}, "
-        "{{%{count}, %{count + 1}, %{count + 2}, %{count + 3}}}, %{count + 4}, p, 1, 1, 1;\\n}}"
-        : {operands} : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b));
-}}
-"""
+    return _function("wgmma_rs", columns, "bf16", a_in_registers=True, accumulate=False, b_turned="1")
 
 
 def rows_source(columns: int) -> str:
@@ -63,21 +72,8 @@ def rows_source(columns: int) -> str:
 
     Each is d [64, columns] (+)= a [64, 16] in registers times b [columns, 16]^T in shared memory.
     """
-    count = columns // 2
-    names, operands = _accumulators(count)
-    a = ", ".join(f"%{count + i}" for i in range(4))
-
-    def function(name: str, kind: str) -> str:
-        return f"""
-__device__ __forceinline__ void {name}(float (&d)[{count}], u32 a0, u32 a1, u32 a2, u32 a3, u64 b, int accumulate) {{
-    asm volatile("{{\\n.reg .pred p;\\nsetp.ne.b32 p, %{count + 5}, 0;\\n"
-        "wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.{kind}.{kind} {{{names}}}, "
-        "{{{a}}}, %{count + 4}, p, 1, 1, 0;\\n}}"
-        : {operands} : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b), "r"(accumulate));
-}}
-"""
-
-    return function("wgmma_half", "f16") + function("wgmma_bf16", "bf16")
+    half = _function("wgmma_half", columns, "f16", a_in_registers=True)
+    return half + _function("wgmma_bf16", columns, "bf16", a_in_registers=True)
 
 
 def tile_scores_source() -> str:
@@ -86,25 +82,11 @@ def tile_scores_source() -> str:
     ``wgmma_rows_half(d, a0..a3, b, accumulate)`` is d [64, 64] (+)= a [64, 16] in registers times b [64, 16]^T in
     shared memory, ``wgmma_shared_half(d, a, b, accumulate)`` the same with a in shared memory; ``_bf16`` in bfloat16.
     """
-    names, operands = _accumulators(32)
-
-    def function(name: str, kind: str, left: str, parameters: str, inputs: str, turned: str) -> str:
-        count = left.count("%")
-        return f"""
-__device__ __forceinline__ void {name}(float (&d)[32], {parameters}, u64 b, int accumulate) {{
-    asm volatile("{{\\n.reg .pred p;\\nsetp.ne.b32 p, %{33 + count}, 0;\\n"
-        "wgmma.mma_async.sync.aligned.m64n64k16.f32.{kind}.{kind} {{{names}}}, "
-        "{left}, %{32 + count}, p, 1, 1, {turned};\\n}}"
-        : {operands} : {inputs}, "l"(b), "r"(accumulate));
-}}
-"""
-
-    text = ""
-    for suffix, kind in (("half", "f16"), ("bf16", "bf16")):
-        left, parameters = "{%32, %33, %34, %35}", "u32 a0, u32 a1, u32 a2, u32 a3"
-        text += function(f"wgmma_rows_{suffix}", kind, left, parameters, '"r"(a0), "r"(a1), "r"(a2), "r"(a3)', "0")
-        text += function(f"wgmma_shared_{suffix}", kind, "%32", "u64 a", '"l"(a)', "0, 0")
-    return text
+    return "".join(
+        _function(f"wgmma_{where}_{suffix}", 64, kind, a_in_registers=where == "rows")
+        for suffix, kind in (("half", "f16"), ("bf16", "bf16"))
+        for where in ("rows", "shared")
+    )
 
 
 def row_values_source(columns: int) -> str:
