@@ -15,7 +15,7 @@ from sglang_tpla.transfer import workers
 from sglang_tpla.transfer.decode import receiver
 from sglang_tpla.transfer.memory import rows
 from sglang_tpla.transfer.prefill import sender
-from sglang_tpla.transfer.room import RoomState
+from sglang_tpla.transfer.room import RoomState, TransferError
 from tests.ports import neighbouring_ports
 from tests.wire import rig
 
@@ -181,6 +181,24 @@ def test_an_error_while_gathering_fails_the_room_alone(
             rig.fail(room, "division by zero", other)
     assert prefill.agent.stats().internal_errors == decode.agent.stats().internal_errors == 1
     transfer(prefill, decode, 3)
+
+
+def test_rows_refused_after_they_were_queued_fail_the_room_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU says that rows cannot be sent when it has read them: the threads that wait for it pass that on."""
+
+    def refuse() -> None:
+        raise TransferError("values that are not finite")
+
+    monkeypatch.setitem(workers.CHECKERS, "cpu", 1)
+    prefill, decode = rig.prefill_rank(), rig.decode_rank()
+    with rig.serving(prefill, decode):
+        with monkeypatch.context() as patch:
+            patch.setattr(rows.RowReader, "read", lambda *given: refuse)
+            rig.begin([prefill], [decode], 1, rig.pages(2, 3), [rig.pages(1, 3)])
+            rig.fail(1, "values that are not finite", prefill, decode)
+        rig.wait(lambda: prefill.agent.stats().staging_used_bytes == 0, "staging to be free")
+        assert prefill.agent.stats().internal_errors == 0
+        transfer(prefill, decode, 2)
 
 
 def test_an_error_while_checking_fails_the_room_alone(monkeypatch: pytest.MonkeyPatch) -> None:

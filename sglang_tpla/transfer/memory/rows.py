@@ -27,6 +27,9 @@ from sglang_tpla.transfer.memory.iovec import IoVec, Layers, blocks, find_extent
 from sglang_tpla.transfer.memory.pool import CachePool
 from sglang_tpla.transfer.room import TransferError
 
+STREAMS = 3  # that chunks are read on; each keeps the memory of its largest projection, some 400 MB
+Reading = Callable[[], bytes | None]  # waits for a chunk; returns its checksum, where it was taken on the way
+
 
 def byte_rows(layer: torch.Tensor) -> np.ndarray:
     """View a CPU layer as uint8 ``[slots, row_bytes]``, sharing its memory."""
@@ -69,10 +72,6 @@ def as_tensor(data: np.ndarray) -> torch.Tensor:
 def _all_finite(rows: torch.Tensor) -> torch.Tensor:
     """Return whether all of ``[layers, tokens, items]`` are finite: a value that is not makes its sum so as well."""
     return torch.isfinite(rows.sum(dim=(1, 2), dtype=torch.float64)).all()
-
-
-STREAMS = 3  # that chunks are read on; each keeps the memory of its largest projection, some 400 MB
-Reading = Callable[[], bytes | None]  # waits for a chunk; returns its checksum, where it was taken on the way
 
 
 class RowReader:
