@@ -13,12 +13,13 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from sglang_tpla.attention.cache_write.plain_triton import rotate_queries, rotated_pairs
-
-
-@triton.jit
-def upper_half(value):
-    """Cut float32 off to what bfloat16 holds: three times, each time of what is left, and nothing is left."""
-    return (value.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
+from sglang_tpla.cache_rows.rounding_triton import (
+    byte_codes,
+    byte_scale,
+    upper_half,
+    write_field,
+    write_sketch,
+)
 
 
 @triton.jit
@@ -88,120 +89,6 @@ def projection_kernel(
         value = tl.sum(value, 0)
     there = (token < tokens)[:, None] & (column < COLUMNS)[None, :]
     tl.store(work + token[:, None] * COLUMNS + column[None, :], value, mask=there)
-
-
-@triton.jit
-def byte_scale(largest):
-    """The largest magnitude over 127, rounded up to an even bfloat16; 1 for zeros, NaN for NaN."""
-    bits = tl.div_rn(largest, 127.0).to(tl.int32, bitcast=True)
-    scale = ((bits + 0x1FFFF) & -131072).to(tl.float32, bitcast=True)
-    scale = tl.where(scale == 0.0, 1.0, scale)
-    return tl.where(largest == largest, scale, largest)  # a NaN with all bits set is rounded up to -0
-
-
-@triton.jit
-def largest_magnitude(x):
-    """The largest magnitude of float32 values, compared as integers: NaN, which a maximum drops, is above all."""
-    return tl.max(tl.abs(x).to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def nearest_bfloat16(value):
-    """Round float32 to bfloat16, ties to even; in integers, because the interpreter's cast truncates."""
-    bits = value.to(tl.int32, bitcast=True)
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def byte_codes(x, scale, at, TURN: tl.constexpr):
-    """Values over their scale, plus ``TURN`` in even columns ``at`` and minus it in odd ones, rounded half to even.
-
-    The code of zero is 128.
-    """
-    ratio = tl.div_rn(x, tl.zeros_like(x) + scale)
-    if TURN != 0.0:
-        ratio += tl.where(at % 2 == 0, TURN, -TURN)
-    nearest = (ratio + 12582912.0) - 12582912.0  # adding 1.5 * 2^23 leaves no bits for a fraction
-    return (tl.minimum(tl.maximum(nearest, -127.0), 127.0) + 128.0).to(tl.int32).to(tl.uint8)
-
-
-@triton.jit
-def load_columns(source, weight, column, there, inverse, NORMED: tl.constexpr):
-    """Some columns of one token as float32, normed where ``NORMED``."""
-    x = tl.load(source + column, mask=there, other=0.0, cache_modifier=".cg").to(tl.float32)
-    if NORMED:
-        scale = tl.load(weight + column, mask=there, other=0.0).to(tl.float32)
-        x = (x * inverse * scale).to(source.dtype.element_ty).to(tl.float32)
-    return x
-
-
-@triton.jit
-def write_field(
-    row,
-    source,
-    weight,
-    inverse,
-    FIRST: tl.constexpr,
-    COUNT: tl.constexpr,
-    BLOCK: tl.constexpr,
-    NORMED: tl.constexpr,
-    TURN: tl.constexpr,
-):
-    """Quantise ``COUNT`` columns from ``FIRST`` on into the same place of the row, and return their scale."""
-    at = tl.arange(0, BLOCK)
-    x = load_columns(source, weight, FIRST + at, at < COUNT, inverse, NORMED)
-    scale = byte_scale(largest_magnitude(x))
-    tl.store(row + FIRST + at, byte_codes(x, scale, at, TURN), mask=at < COUNT)
-    return scale
-
-
-@triton.jit
-def write_sketch(
-    row,
-    source,
-    weight,
-    inverse,
-    step,
-    reach,
-    FIRST: tl.constexpr,
-    OWN: tl.constexpr,
-    GROUPS: tl.constexpr,
-    GROUP: tl.constexpr,
-    BITS: tl.constexpr,
-    BLOCK_SKETCH: tl.constexpr,
-    NORMED: tl.constexpr,
-):
-    """Write the codes of the other groups' columns at ``row``, and return the scale that all groups share.
-
-    The groups' columns begin at ``FIRST``.
-    """
-    eight = tl.arange(0, BLOCK_SKETCH // 8)
-    place = tl.arange(0, 8)
-    kept = eight[:, None] * 8 + place[None, :]
-    there = kept < (GROUPS - 1) * OWN
-    x = load_columns(source, weight, FIRST + kept + tl.where(kept >= GROUP * OWN, OWN, 0), there, inverse, NORMED)
-    # as many as the others, so that they are summed together
-    mine = load_columns(source, weight, FIRST + GROUP * OWN + kept, kept < OWN, inverse, NORMED)
-    largest = tl.max(tl.maximum(tl.abs(x), tl.abs(mine)))
-    unit = tl.where(largest > 0.0, largest, 1.0)
-    a = tl.div_rn(x, tl.zeros_like(x) + unit)
-    b = tl.div_rn(mine, tl.zeros_like(mine) + unit)
-    rms = largest * tl.sqrt_rn(tl.sum(a * a + b * b) / (GROUPS * OWN))
-    exact = tl.maximum(rms * step, tl.div_rn(largest, reach))
-    exact = tl.where(rms == rms, exact, rms)  # a maximum drops NaN
-    scale = nearest_bfloat16(exact)
-    scale = tl.where(exact == exact, scale, exact)
-    divisor = tl.where(scale > 0.0, scale, 1.0)
-    below = tl.floor(tl.div_rn(x, tl.zeros_like(x) + divisor))  # a level lies in the middle of its step
-    HALF_LEVELS: tl.constexpr = 1 << (BITS - 1)
-    code = tl.minimum(tl.maximum(below, -HALF_LEVELS), HALF_LEVELS - 1).to(tl.int32) + HALF_LEVELS
-    code = tl.where(there, code, 0)
-    words = tl.sum(code << (place * BITS)[None, :], 1)  # eight codes are BITS bytes
-    for byte in tl.static_range(BITS):
-        position = eight * BITS + byte
-        value = ((words >> (8 * byte)) & 255).to(tl.uint8)
-        tl.store(row + position, value, mask=position < (GROUPS - 1) * OWN * BITS // 8)
-    return scale
 
 
 @triton.jit
@@ -321,12 +208,12 @@ def rows_kernel(
                 )  # fmt: skip
             tl.store(scales + 3, scale.to(tl.bfloat16))
         elif block == 1:
-            scale = write_field(row, source, weight, inverse, SHARED, OWN, BLOCK_OWN, NORMED, 0.0)
+            scale = write_field(row + SHARED, source, weight, inverse, SHARED, OWN, BLOCK_OWN, NORMED, 0.0)
             tl.store(scales + 1, scale.to(tl.bfloat16))
         else:
             scale = write_sketch(
-                row + SKETCH, source, weight, inverse, step, reach, SHARED + OWN, OWN, GROUPS, GROUP, BITS,
-                BLOCK_SKETCH, NORMED,
+                row + SKETCH, source + SHARED + OWN, weight + SHARED + OWN, inverse, step, reach, GROUPS * OWN,
+                GROUP * OWN, OWN, BITS, BLOCK_SKETCH, NORMED,
             )  # fmt: skip
             tl.store(scales + 2, scale.to(tl.bfloat16))
     elif HEADS:

@@ -99,12 +99,12 @@ class PrefillAgent:
         self.rooms = Rooms(
             workers.settings, self.lanes, table, out, workers.counts, drop=workers.drop, wake=wake, ended=self._log_end
         )  # fmt: skip
+        self.sender = Sender(workers, self.router, self.rooms, self.lanes, pool)
         self.peers = Peers(
             table, self.rooms, workers, self.router.listener, out, pool, metadata, name=self.router.name,
-            model_hash=model_hash, host=host, limits=limits,
+            model_hash=model_hash, host=host, limits=limits, prepare=self.sender.prepare,
             segment=self.segment.announcement if self.segment is not None else None,
         )  # fmt: skip
-        self.sender = Sender(workers, self.router, self.rooms, self.lanes, pool)
         self.router.serve(self.peers, self.rooms)
         workers.start(self.sender.next_work, self._tick, self.router.say_goodbye, self._fail_all)
 

@@ -5,6 +5,7 @@ agent's lock, and on the I/O thread.
 """
 
 import logging
+from collections.abc import Callable
 
 from sglang_tpla.transfer import messages
 from sglang_tpla.transfer.memory.pool import CachePool, MetadataRows
@@ -28,18 +29,20 @@ class Peers:
         listener: of their data channels.
         name: of this rank, for messages.
         limits: how long a prompt this server takes.
+        prepare: told of each rank whose projection has come.
         segment: the shared segment of this agent, if it has one.
     """
 
     def __init__(
         self, table: dict[bytes, Peer], rooms: Rooms, workers: Workers, listener: DataListener, out: Outgoing,
         pool: CachePool, metadata: MetadataRows, *,
-        name: str, model_hash: str, host: str, limits: Limits, segment: messages.Segment | None,
+        name: str, model_hash: str, host: str, limits: Limits, prepare: Callable[[Peer], None],
+        segment: messages.Segment | None,
     ) -> None:  # fmt: skip
         self.table, self._rooms, self._workers, self._listener, self._out = (table, rooms, workers, listener, out)
         self._pool, self._metadata, self._projections = pool, metadata, Projections(pool)
         self._name, self._model_hash, self._host, self._segment = name, model_hash, host, segment
-        self.limits, self._began = limits, workers.io.now()
+        self.limits, self._prepare, self._began = limits, prepare, workers.io.now()
 
     # What connections bring
 
@@ -138,6 +141,8 @@ class Peers:
             pool_tokens=self.limits.pool_tokens,
         )
         self._out.put(identity, welcome)
+        if peer.projection is not None:
+            self._prepare(peer)
         self._introduce(hello.host, now)
 
     def _take_layer(self, peer: Peer, message: messages.ProjectionLayer, payload: memoryview, now: float) -> None:
@@ -153,6 +158,7 @@ class Peers:
             self.lose(peer, wrong, now)
         elif peer.projection is not None:
             self._out.put(peer.identity, messages.Registered(peer.hello.projection))
+            self._prepare(peer)
 
     def lose(self, peer: Peer, reason: str, now: float) -> None:
         """Forget a connection and fail its rooms."""

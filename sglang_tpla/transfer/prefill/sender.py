@@ -27,6 +27,17 @@ class Sender:
         self._first_layer = pool.first_layer
         self.reader = RowReader(pool)
 
+    def prepare(self, peer: Peer) -> None:
+        """Have a checker do what the first chunk for a rank would wait for; its projection has come."""
+        self._workers.aside(partial(self._prepare, peer))
+
+    def _prepare(self, peer: Peer) -> None:
+        try:
+            if peer.projection is not None:
+                self.reader.prepare(peer.row_format, peer.projection.stacks)
+        except Exception as error:
+            self._workers.handler_failed("preparation", error)
+
     def next_work(self) -> Callable[[], None] | None:
         """Take a chunk to make. The caller holds the lock."""
         job = self._lanes.next_job()

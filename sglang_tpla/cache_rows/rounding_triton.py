@@ -1,0 +1,137 @@
+"""How kernels round: float32 cut into bfloat16 numbers, the bytes and the sketch codes of `sketched`, their twin.
+
+Import this file only where Triton runs: on a GPU, or in its interpreter.
+"""
+
+from __future__ import annotations
+
+# mypy: ignore-errors
+# Triton's own language: its types are not Python's.
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def upper_half(value):
+    """Cut float32 off to what bfloat16 holds: three times, each time of what is left, and nothing is left."""
+    return (value.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def byte_scale(largest):
+    """The largest magnitude over 127, rounded up to an even bfloat16; 1 for zeros, NaN for NaN."""
+    bits = tl.div_rn(largest, 127.0).to(tl.int32, bitcast=True)
+    scale = ((bits + 0x1FFFF) & -131072).to(tl.float32, bitcast=True)
+    scale = tl.where(scale == 0.0, 1.0, scale)
+    return tl.where(largest == largest, scale, largest)  # a NaN with all bits set is rounded up to -0
+
+
+@triton.jit
+def largest_magnitude(x):
+    """The largest magnitude of float32 values, compared as integers: NaN, which a maximum drops, is above all."""
+    return tl.max(tl.abs(x).to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def nearest_bfloat16(value):
+    """Round float32 to bfloat16, ties to even; in integers, because the interpreter's cast truncates."""
+    bits = value.to(tl.int32, bitcast=True)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def byte_codes(x, scale, at, TURN: tl.constexpr):
+    """Values over their scale, plus ``TURN`` in even columns ``at`` and minus it in odd ones, rounded half to even.
+
+    The code of zero is 128.
+    """
+    ratio = tl.div_rn(x, tl.zeros_like(x) + scale)
+    if TURN != 0.0:
+        ratio += tl.where(at % 2 == 0, TURN, -TURN)
+    nearest = (ratio + 12582912.0) - 12582912.0  # adding 1.5 * 2^23 leaves no bits for a fraction
+    return (tl.minimum(tl.maximum(nearest, -127.0), 127.0) + 128.0).to(tl.int32).to(tl.uint8)
+
+
+@triton.jit
+def load_columns(source, weight, column, there, inverse, NORMED: tl.constexpr):
+    """Some columns of one token as float32, normed where ``NORMED``."""
+    x = tl.load(source + column, mask=there, other=0.0, cache_modifier=".cg").to(tl.float32)
+    if NORMED:
+        scale = tl.load(weight + column, mask=there, other=0.0).to(tl.float32)
+        x = (x * inverse * scale).to(source.dtype.element_ty).to(tl.float32)
+    return x
+
+
+@triton.jit
+def write_field(
+    target,
+    source,
+    weight,
+    inverse,
+    FIRST: tl.constexpr,
+    COUNT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    NORMED: tl.constexpr,
+    TURN: tl.constexpr,
+    TWICE: tl.constexpr = False,
+):
+    """Write ``COUNT`` columns from ``FIRST`` on as bytes at ``target``, and return their scale.
+
+    Where ``TWICE``, the bytes of the opposite turn follow.
+    """
+    at = tl.arange(0, BLOCK)
+    x = load_columns(source, weight, FIRST + at, at < COUNT, inverse, NORMED)
+    scale = byte_scale(largest_magnitude(x))
+    tl.store(target + at, byte_codes(x, scale, at, TURN), mask=at < COUNT)
+    if TWICE:
+        tl.store(target + COUNT + at, byte_codes(x, scale, at, -TURN), mask=at < COUNT)
+    return scale
+
+
+@triton.jit
+def write_sketch(
+    target,
+    source,
+    weight,
+    inverse,
+    step,
+    reach,
+    COLUMNS: tl.constexpr,
+    SKIP: tl.constexpr,
+    SKIPPED: tl.constexpr,
+    BITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    NORMED: tl.constexpr,
+):
+    """Write ``COLUMNS`` columns as sketch codes at ``target``, and return their scale.
+
+    The ``SKIPPED`` columns from ``SKIP`` on are a row's own ones: they count towards the scale and are not written.
+    """
+    WRITTEN: tl.constexpr = COLUMNS - SKIPPED
+    eight = tl.arange(0, BLOCK // 8)
+    place = tl.arange(0, 8)
+    kept = eight[:, None] * 8 + place[None, :]
+    there = kept < WRITTEN
+    x = load_columns(source, weight, kept + tl.where(kept >= SKIP, SKIPPED, 0), there, inverse, NORMED)
+    # of the same shape, so that they are summed together
+    skipped = load_columns(source, weight, SKIP + kept, kept < SKIPPED, inverse, NORMED)
+    largest = tl.max(tl.maximum(tl.abs(x), tl.abs(skipped)))
+    unit = tl.where(largest > 0.0, largest, 1.0)
+    a = tl.div_rn(x, tl.zeros_like(x) + unit)
+    b = tl.div_rn(skipped, tl.zeros_like(skipped) + unit)
+    rms = largest * tl.sqrt_rn(tl.sum(a * a + b * b) / COLUMNS)
+    exact = tl.maximum(rms * step, tl.div_rn(largest, reach))
+    exact = tl.where(rms == rms, exact, rms)  # a maximum drops NaN
+    scale = nearest_bfloat16(exact)
+    scale = tl.where(exact == exact, scale, exact)
+    divisor = tl.where(scale > 0.0, scale, 1.0)
+    below = tl.floor(tl.div_rn(x, tl.zeros_like(x) + divisor))  # a level lies in the middle of its step
+    HALF_LEVELS: tl.constexpr = 1 << (BITS - 1)
+    code = tl.minimum(tl.maximum(below, -HALF_LEVELS), HALF_LEVELS - 1).to(tl.int32) + HALF_LEVELS
+    code = tl.where(there, code, 0)
+    words = tl.sum(code << (place * BITS)[None, :], 1)  # eight codes are BITS bytes
+    for byte in tl.static_range(BITS):
+        position = eight * BITS + byte
+        value = ((words >> (8 * byte)) & 255).to(tl.uint8)
+        tl.store(target + position, value, mask=position < WRITTEN * BITS // 8)
+    return scale

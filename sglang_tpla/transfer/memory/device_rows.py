@@ -1,0 +1,166 @@
+"""Moving rows between a pool on a GPU and a packed payload in memory of the host.
+
+Kernels and copies run on streams of their own, ordered after the engine's by an event; several threads may call at a
+time. A reading call returns when its work is queued, and another one waits for it: a prompt's kernels leave a
+multiprocessor free now and then, and chunks wait for that moment together, one on each stream. A writing call returns
+when the device is done.
+"""
+
+import ctypes
+import itertools
+import threading
+from collections.abc import Callable, Sequence
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+import torch
+
+from sglang_tpla.cache_rows.parts import Part
+from sglang_tpla.cache_rows.row_format import RowFormat
+from sglang_tpla.transfer.memory import row_kernels
+from sglang_tpla.transfer.memory.copy import copy_pieces
+from sglang_tpla.transfer.memory.iovec import one_piece
+from sglang_tpla.transfer.memory.layer_table import LayerTable
+from sglang_tpla.transfer.memory.part_of_rows import make_part
+from sglang_tpla.transfer.memory.pool import CachePool
+
+STREAMS = 3  # that chunks are read on; each keeps the memory of its largest projection, some 70 MB
+
+
+def _on_device(slots: np.ndarray, device: torch.device) -> torch.Tensor:
+    """Copy slots to the device from pinned memory: a copy from other memory would wait for all that was queued."""
+    return torch.from_numpy(slots).pin_memory().to(device, non_blocking=True)
+
+
+def _only_read(data: np.ndarray) -> torch.Tensor:
+    """View ``data``, which the caller keeps alive, as a uint8 tensor ``[n]``, which nobody may write: torch has no such
+    tensors, and warns of such arrays.
+    """
+    return torch.frombuffer((ctypes.c_uint8 * data.size).from_address(data.ctypes.data), dtype=torch.uint8)
+
+
+class DeviceReader:
+    """Makes chunks of a prefill pool's rows."""
+
+    def __init__(self, pool: CachePool) -> None:
+        self.pool = pool
+        self._table = LayerTable(pool.layers)
+        # a chunk's few small kernels go before the next prompt's large ones
+        streams = [torch.cuda.Stream(pool.device, priority=-1) for _ in range(STREAMS)]
+        self._streams = itertools.cycle(streams)
+
+    def now(self) -> Any:
+        """Return an event behind the work that this thread has queued."""
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self.pool.device))
+        return event
+
+    def prepare(self, row_format: RowFormat, stacks: Sequence[torch.Tensor] | None) -> None:
+        """Have the kernels compiled that chunks of these rows take, so that the first request need not wait."""
+        with torch.cuda.stream(next(self._streams)):
+            for tokens, part in itertools.product((1, row_kernels.FEW_TOKENS + 1), Part):
+                slots = torch.zeros(tokens, dtype=torch.int64, device=self.pool.device)
+                items = tokens * sum(rows.part_items(part) for rows in row_format.layers)
+                packed = torch.empty(items, dtype=row_format.item_dtype(self.pool.dtype), device=self.pool.device)
+                self._make(range(len(self.pool.layers)), slots, stacks, part, packed, row_format)
+
+    def _make(
+        self,
+        layers: range,
+        slots: torch.Tensor,
+        stacks: Sequence[torch.Tensor] | None,
+        part: Part,
+        packed: torch.Tensor,
+        row_format: RowFormat,
+    ) -> list[torch.Tensor]:
+        d = self.pool.latent_dim
+        return make_part(row_kernels, self._table, layers, slots, stacks, part, packed, row_format, d)
+
+    def read(
+        self,
+        layers: range,
+        slots: np.ndarray,
+        stacks: Sequence[torch.Tensor] | None,
+        part: Part,
+        out: np.ndarray,
+        row_format: RowFormat,
+        ready: tuple[Any, ...],
+    ) -> Callable[[], bool]:
+        """Queue what fills pinned ``out`` (`rows.RowReader.read`).
+
+        Returns:
+            What waits until it is filled, and returns whether all values were finite that have to be.
+        """
+        stream = next(self._streams)
+        target = torch.from_numpy(out).view(row_format.item_dtype(self.pool.dtype))
+        with torch.cuda.stream(stream):
+            for event in ready:
+                stream.wait_event(event)
+            packed = torch.empty(target.numel(), dtype=target.dtype, device=self.pool.device)
+            wrong = self._make(layers, _on_device(slots, self.pool.device), stacks, part, packed, row_format)
+            # to the host on this stream: the thread's own waits for whoever else uses it
+            found = [numbers.to("cpu", non_blocking=True) for numbers in wrong]
+            target.copy_(packed, non_blocking=True)
+            done = torch.cuda.Event(blocking=True)
+            done.record(stream)
+
+        def wait(_kept: object = stacks) -> bool:  # the projection must not be freed while kernels read it
+            done.synchronize()
+            return not any(numbers.any() for numbers in found)
+
+        return wait
+
+
+class DeviceWriter:
+    """Puts payloads into a decode pool."""
+
+    def __init__(self, pool: CachePool) -> None:
+        self.pool = pool
+        self._table = LayerTable(pool.layers)
+        self._stream = torch.cuda.Stream(pool.device)
+        self._own = threading.local()  # ``pinned``: grows to the largest payload of a thread
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """Have the kernels compiled, on rows that are nobody's."""
+        with torch.cuda.stream(self._stream):
+            slots = torch.zeros(1, dtype=torch.int64, device=self.pool.device)
+            for rows, part in itertools.product(set(self.pool.row_format.layers), Part):
+                nobodys = torch.empty(1, rows.row_items, dtype=self.pool.dtype, device=self.pool.device)
+                payload = nobodys.new_empty(1, 1, rows.part_items(part))
+                if fields := rows.fields(part):
+                    row_kernels.scatter(LayerTable([nobodys]), range(1), slots, fields, payload)
+        self._stream.synchronize()
+
+    def write(self, layers: range, slots: np.ndarray, part: Part, data: np.ndarray) -> bytes:
+        """Write a payload (`rows.RowWriter.write`). Return the checksum of what was written, or nothing if that was
+        not taken on the way.
+        """
+        host, digest = _only_read(data), b""
+        if not host.is_pinned():
+            host = self._pinned(data.size)
+            digest = copy_pieces(one_piece(data), one_piece(host.numpy()))
+        with torch.cuda.stream(self._stream):
+            payload = host.to(self.pool.device, non_blocking=True).view(self.pool.dtype)
+            index = _on_device(slots, self.pool.device)
+            start = 0
+            for rows, run in groupby(layers, self.pool.row_format.layers.__getitem__):
+                alike = list(run)
+                size = len(alike) * slots.size * rows.part_items(part)
+                if size and (fields := rows.fields(part)):
+                    values = payload[start : start + size].view(len(alike), slots.size, -1)
+                    row_kernels.scatter(self._table, range(alike[0], alike[-1] + 1), index, fields, values)
+                start += size
+            done = torch.cuda.Event(blocking=True)
+            done.record(self._stream)
+        done.synchronize()  # what another process may write over is checked when it has been read, not before
+        return digest
+
+    def _pinned(self, size_bytes: int) -> torch.Tensor:
+        """Return memory that the device can read by itself; it is good until this thread's next payload."""
+        pinned: torch.Tensor | None = getattr(self._own, "pinned", None)
+        if pinned is None or pinned.numel() < size_bytes:
+            with torch.cuda.device(self.pool.device):  # a thread's own is GPU 0, and pinning would wake that one
+                pinned = self._own.pinned = torch.empty(size_bytes, dtype=torch.uint8, pin_memory=True)
+        return pinned[:size_bytes]

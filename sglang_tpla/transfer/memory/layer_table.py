@@ -1,0 +1,43 @@
+"""Where the layers of a pool lie, for kernels that take several of them at once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes: what moves as it is
+ALIGNED_BYTES = 16  # of a GPU's longest load
+
+
+class LayerTable:
+    """Layers, and what a kernel needs to find their rows.
+
+    Args:
+        layers: ``[slots, items]`` each, rows contiguous, of one dtype and on one device.
+
+    Attributes:
+        places: int64 ``[layers, 2]`` on the device: where a layer begins, counted from the first one, and how far its
+            rows are apart, in items.
+        aligned: what divides all of these and the items of a row; a power of two of at most 16 bytes.
+    """
+
+    def __init__(self, layers: Sequence[torch.Tensor]) -> None:
+        self.layers = layers
+        self.device, self.dtype = layers[0].device, layers[0].dtype
+        begin, item = layers[0].data_ptr(), layers[0].element_size()
+        places = [((layer.data_ptr() - begin) // item, layer.stride(0)) for layer in layers]
+        numbers = [number for place in places for number in place] + [layer.shape[1] for layer in layers]
+        self.places = torch.tensor(places, dtype=torch.int64, device=self.device)
+        self.aligned = math.gcd(ALIGNED_BYTES // item, *numbers)
+        self._as_integers = {item: self} if layers[0].dtype == INTEGERS[item] else {}
+
+    def __getitem__(self, layer: int) -> torch.Tensor:
+        return self.layers[layer]
+
+    def as_integers(self, size_bytes: int) -> LayerTable:
+        """Return the same memory as integers of so many bytes, which divide a row and what lies between two."""
+        if size_bytes not in self._as_integers:
+            self._as_integers[size_bytes] = LayerTable([layer.view(INTEGERS[size_bytes]) for layer in self.layers])
+        return self._as_integers[size_bytes]

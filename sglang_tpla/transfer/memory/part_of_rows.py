@@ -1,0 +1,64 @@
+"""One part of a chunk's rows, made layer by layer with whatever kernels the pool's device has."""
+
+from collections.abc import Sequence
+from itertools import groupby
+from types import ModuleType
+
+import torch
+
+from sglang_tpla.cache_rows.layer_rows import WholeRows
+from sglang_tpla.cache_rows.parts import Part
+from sglang_tpla.cache_rows.row_format import RowFormat
+from sglang_tpla.transfer.memory.layer_table import LayerTable
+
+
+def make_part(
+    kernels: ModuleType,
+    pool: LayerTable,
+    layers: range,
+    slots: torch.Tensor,
+    stacks: Sequence[torch.Tensor] | None,
+    part: Part,
+    packed: torch.Tensor,
+    row_format: RowFormat,
+    latent_dim: int,
+) -> list[torch.Tensor]:
+    """Fill ``packed`` (flat, of the receiver's items) with one part of the rows of some layers.
+
+    Args:
+        kernels: `row_kernels`, or their twins in `row_kernels_reference`.
+        pool: ``[slots, d + rope]`` of each layer.
+        layers: those of the chunk, by index.
+        slots: int64 ``[tokens]``.
+        stacks: the projection of these layers (`projection.stack_layers`), or None for the raw latent.
+        row_format: the receiver's rows of these layers.
+        latent_dim: d.
+
+    Returns:
+        Numbers that are zero if and only if every value of rows that are encoded was finite.
+    """
+    wrong = []
+    position = start = 0
+    if stacks is None:
+        runs: list[tuple[int, torch.Tensor | None]] = [(len(list(run)), None) for _, run in groupby(row_format.layers)]
+    else:
+        runs = [(len(stack), stack) for stack in stacks]
+    for count, z in runs:
+        rows = row_format.layers[position]
+        run = range(layers.start + position, layers.start + position + count)
+        position += count
+        size = count * slots.numel() * rows.part_items(part)
+        if not size:
+            continue
+        out = packed[start : start + size].view(count, slots.numel(), -1)
+        start += size
+        columns, key = rows.part_columns(part), 0 if part is Part.OWN else rows.rope_dim
+        if not rows.encoded:
+            kernels.project(pool, run, slots, z, columns, latent_dim, key, out, False)
+            continue
+        width = latent_dim if z is None else sum(len(range(*picked.indices(z.shape[2]))) for picked in columns)
+        dtype = rows.dtype if isinstance(rows, WholeRows) else torch.float32
+        work = torch.empty(count, slots.numel(), width + key, dtype=dtype, device=out.device)
+        wrong.append(kernels.project(pool, run, slots, z, columns, latent_dim, key, work, True))
+        kernels.encode(rows, part, work, key, out)
+    return wrong

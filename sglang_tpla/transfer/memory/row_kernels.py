@@ -1,0 +1,176 @@
+"""The few kernels that make a chunk of a pool's rows on a GPU, and that put one into a pool.
+
+    project   pool rows of some layers -> [projected columns | rotary key], in float32 or as plain rows
+    encode    these in float32         -> the bytes of one part of sketched rows
+    scatter   a payload                -> pool rows of some layers
+
+One launch each for all layers of a chunk that have rows alike: a prompt that is computed meanwhile leaves a
+multiprocessor free now and then, and every launch waits for that. `row_kernels_reference` has their twins, which say
+what goes in and out. Whoever calls has chosen the stream.
+"""
+
+import functools
+import math
+
+import torch
+
+from sglang_tpla.cache_rows import sketched as rows_format
+from sglang_tpla.cache_rows.layer_rows import GroupRows, LayerRows
+from sglang_tpla.cache_rows.parts import Field, Part
+from sglang_tpla.transfer.memory.layer_table import INTEGERS, LayerTable
+
+Z_PARTS = 3  # bfloat16 numbers that a float32 weight is cut into; all of its bits
+X_PARTS = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}  # likewise a value of the pool
+FEW_TOKENS = 64  # up to here a program takes few tokens
+LONGEST_BYTES = 8  # of what `scatter` moves at a time
+
+
+def project(
+    pool: LayerTable,
+    layers: range,
+    slots: torch.Tensor,
+    z: torch.Tensor | None,
+    columns: tuple[slice, ...],
+    latent_dim: int,
+    key: int,
+    out: torch.Tensor,
+    checked: bool,
+) -> torch.Tensor | None:
+    import triton
+
+    from sglang_tpla.transfer.memory import row_kernels_triton as kernels
+
+    if z is None and out.dtype == pool.dtype and not checked:  # as integers, which no copy changes
+        pool = pool.as_integers(out.element_size())
+        out = out.view(pool.dtype)
+    width = out.shape[-1] - key
+    first, count, second = (0, width, 0) if z is None else _runs(columns, z.shape[2])
+    few = slots.numel() <= FEW_TOKENS
+    block_tokens, block_columns = (16, 64) if few else (128, 128)
+    if z is None:
+        block_tokens, block_columns = 16, triton.next_power_of_2(max(16, width))
+    blocks = triton.cdiv(slots.numel(), block_tokens)
+    odd = torch.empty(len(layers), blocks, 2, dtype=torch.int32, device=out.device) if checked else None
+    kernels.project_kernel[(blocks, triton.cdiv(width, block_columns) + (key > 0), len(layers))](
+        pool[0], pool.places, slots, pool[0] if z is None else z, out, slots if odd is None else odd,
+        layers.start, slots.numel(), 0 if z is None else z.stride(0),
+        D=latent_dim,
+        COLUMNS=width,
+        FIRST=first,
+        COUNT=count,
+        SECOND=second,
+        Z_COLUMNS=0 if z is None else z.stride(1),
+        KEY=key,
+        PROJECTED=z is not None,
+        CHECKED=checked,
+        X_PARTS=X_PARTS.get(pool.dtype, Z_PARTS),
+        Z_PARTS=Z_PARTS,
+        OPERAND=triton.language.bfloat16 if out.is_cuda else triton.language.float32,
+        ALIGNED=pool.aligned,
+        BLOCK_TOKENS=block_tokens,
+        BLOCK_W=block_columns,
+        BLOCK_D=64 if few else 32,
+        BLOCK_KEY=triton.next_power_of_2(max(16, key)),
+        num_warps=8 if block_tokens == 128 else 4,
+    )  # fmt: skip
+    return None if odd is None else odd[..., int(width == 0) : 1 + (key > 0)]
+
+
+def _runs(columns: tuple[slice, ...], width: int) -> tuple[int, int, int]:
+    """Return where the first of at most two runs of columns begins, its length, and where the second one begins."""
+    first, *second = (range(*run.indices(width)) for run in columns)
+    return first.start, len(first), second[0].start if second else 0
+
+
+def encode(rows: LayerRows, part: Part, work: torch.Tensor, key: int, out: torch.Tensor) -> None:
+    import triton
+
+    from sglang_tpla.transfer.memory import row_kernels_triton as kernels
+
+    if not isinstance(rows, GroupRows):
+        out.copy_(work.view(torch.uint8))
+        return
+    if not rows.rows.own or part is Part.FULL:  # there are bytes that no field fills
+        out.copy_(_row_of_zeros(rows, part, out.device))
+    sizes, scale = rows.rows, rows_format.SCALE_BYTES
+    common, own, whole = part is Part.COMMON, part is Part.OWN, part is Part.FULL
+    key_to = sizes.turns * sizes.shared if common else sizes.rope_offset
+    sketch_to = key_to + (sizes.key_turns if common else 1) * sizes.rope_bytes
+    scales = sketch_to + sizes.groups * sizes.block_bytes if common else sizes.scales_offset
+    shared, mine = 0 if own else sizes.shared, 0 if common else sizes.own
+    sketch = 0 if own else sizes.groups * sizes.own
+    kernels.encode_kernel[(out.numel() // out.shape[-1], 4)](
+        work, out, rows_format.STEP[sizes.sketch_bits], rows_format.REACH[sizes.sketch_bits],
+        WIDTH=work.shape[-1],
+        ROW_BYTES=out.shape[-1],
+        SHARED=shared,
+        SHARED_SCALE=-1 if own else scales,
+        TURN=sizes.turn(0 if common else rows.group),
+        TWICE=common and sizes.turns == 2,
+        OWN=mine,
+        OWN_TO=shared,
+        OWN_SCALE=mine if own else scales + scale,
+        SKETCH=sketch,
+        SKETCH_TO=sketch_to,
+        SKETCH_SCALE=scales + (2 if whole else 1) * scale,
+        SKIP=rows.group * sizes.own if whole else sketch,
+        SKIPPED=sizes.own if whole else 0,
+        BITS=sizes.sketch_bits,
+        KEY=key,
+        KEY_TO=key_to,
+        KEY_SCALE=-1 if own else scales + (3 if whole else 2) * scale,
+        KEY_BITS=sizes.rope_bits,
+        KEY_TWICE=common and sizes.key_turns == 2,
+        BLOCK_SHARED=triton.next_power_of_2(max(16, shared)),
+        BLOCK_OWN=triton.next_power_of_2(max(16, mine)),
+        BLOCK_SKETCH=triton.next_power_of_2(max(16, sketch)),
+        BLOCK_KEY=triton.next_power_of_2(max(16, key)),
+        num_warps=1,
+    )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=256)
+def _row_of_zeros(rows: GroupRows, part: Part, device: torch.device) -> torch.Tensor:
+    """Return uint8 ``[items of the part]``, made once a device."""
+    out = torch.empty(rows.part_items(part), dtype=torch.uint8, device="cpu")
+    columns = sum(len(range(*run.indices(rows.columns))) for run in rows.part_columns(part))
+    zeros = torch.zeros(columns + rows.rope_dim, device="cpu")
+    rows.encode(zeros[:columns], zeros[columns:], part, out)
+    return out.to(device)
+
+
+def scatter(
+    pool: LayerTable, layers: range, slots: torch.Tensor, fields: tuple[Field, ...], payload: torch.Tensor
+) -> None:
+    import triton
+
+    from sglang_tpla.transfer.memory import row_kernels_triton as kernels
+
+    # the longest items that everything is a whole number of
+    item = payload.element_size()
+    sizes = [number for field in fields for number in (field.start, field.stop, field.payload)]
+    sizes += [payload.shape[2], int(payload.storage_offset())]
+    unit = math.gcd(LONGEST_BYTES, item * math.gcd(*sizes), item * pool.aligned)
+    pool, payload = pool.as_integers(unit), payload.view(INTEGERS[unit])
+    moves = _moves(fields, unit // item if unit > item else 1, payload.device)
+    block = min(256, triton.next_power_of_2(moves.shape[0]))
+    kernels.scatter_kernel[
+        (triton.cdiv(slots.numel(), 16), triton.cdiv(moves.shape[0], block), len(layers))
+    ](
+        payload, moves, pool[0], pool.places, slots, layers.start, slots.numel(),
+        ITEMS=payload.shape[2],
+        COUNT=moves.shape[0],
+        BLOCK_TOKENS=16,
+        BLOCK=block,
+    )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=1024)
+def _moves(fields: tuple[Field, ...], unit_items: int, device: torch.device) -> torch.Tensor:
+    """Return from where in a payload to where in a row so many items move at a time, int32 ``[moves, 2]``."""
+    moves = [
+        ((field.payload + item) // unit_items, (field.start + item) // unit_items)
+        for field in fields
+        for item in range(0, field.size, unit_items)
+    ]
+    return torch.tensor(moves, dtype=torch.int32, device=device)
