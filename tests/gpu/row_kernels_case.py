@@ -73,7 +73,7 @@ def wrong_chunk(
             return f"{part.name} of {rows}: what was only copied differs"
         if row_format.encoded and (share := (made[0] != made[1]).float().mean() if items else 0) > few:
             return f"{part.name} of {rows}, {tokens} tokens: {share:.4f} of the bytes differ"
-        tolerance = 2**-7 if dtype == torch.bfloat16 else 1e-4
+        tolerance = {torch.bfloat16: 2**-7, torch.float16: 2**-10, torch.float32: 1e-4}[dtype]
         if not row_format.encoded and not torch.allclose(*made, rtol=tolerance, atol=tolerance):
             return f"{part.name} of {rows}, {tokens} tokens: {(made[0] - made[1]).abs().max()}"
         if (wrong := wrong_rows(rows, tokens, part, made[0])) is not None:
