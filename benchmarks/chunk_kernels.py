@@ -67,7 +67,7 @@ def measure(name: str, layers: int, tokens: int) -> dict[str, Any]:
     pool = LayerTable([torch.randn(2 * tokens, D + ROPE, device="cuda").bfloat16() for _ in range(layers)])
     slots = torch.randperm(2 * tokens, device="cuda")[:tokens]
     whole = rows.width == D and not rows.encoded
-    stacks = None if whole else [torch.randn(layers, D, rows.columns, device="cuda")]
+    z = None if whole else torch.randn(layers, D, rows.columns, device="cuda")
     row_format = RowFormat((rows,) * layers)
     items = row_format.item_dtype(pool.dtype)
     packed = torch.empty(layers * tokens * rows.part_items(part), dtype=items, device="cuda")
@@ -77,6 +77,7 @@ def measure(name: str, layers: int, tokens: int) -> dict[str, Any]:
     product = torch.empty_like(a)
 
     def read(kernels: ModuleType) -> Callable[[], object]:
+        stacks = None if z is None else [kernels.weights(z)]
         return lambda: make_part(kernels, pool, range(layers), slots, stacks, part, packed, row_format, D)
 
     def write(kernels: ModuleType) -> Callable[[], object]:

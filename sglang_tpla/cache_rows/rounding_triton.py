@@ -113,13 +113,18 @@ def write_sketch(
     kept = eight[:, None] * 8 + place[None, :]
     there = kept < WRITTEN
     x = load_columns(source, weight, kept + tl.where(kept >= SKIP, SKIPPED, 0), there, inverse, NORMED)
-    # of the same shape, so that they are summed together
-    skipped = load_columns(source, weight, SKIP + kept, kept < SKIPPED, inverse, NORMED)
-    largest = tl.max(tl.maximum(tl.abs(x), tl.abs(skipped)))
+    magnitude = tl.abs(x)
+    if SKIPPED:  # of the same shape, so that they are summed together
+        skipped = load_columns(source, weight, SKIP + kept, kept < SKIPPED, inverse, NORMED)
+        magnitude = tl.maximum(magnitude, tl.abs(skipped))
+    largest = tl.max(magnitude)
     unit = tl.where(largest > 0.0, largest, 1.0)
     a = tl.div_rn(x, tl.zeros_like(x) + unit)
-    b = tl.div_rn(skipped, tl.zeros_like(skipped) + unit)
-    rms = largest * tl.sqrt_rn(tl.sum(a * a + b * b) / COLUMNS)
+    squares = a * a
+    if SKIPPED:
+        b = tl.div_rn(skipped, tl.zeros_like(skipped) + unit)
+        squares += b * b
+    rms = largest * tl.sqrt_rn(tl.sum(squares) / COLUMNS)
     exact = tl.maximum(rms * step, tl.div_rn(largest, reach))
     exact = tl.where(rms == rms, exact, rms)  # a maximum drops NaN
     scale = nearest_bfloat16(exact)

@@ -63,12 +63,11 @@ def wrong_chunk(
             continue
         items = tokens * sum(row.part_items(part) for row in rows)
         made = [torch.full((items,), 0, dtype=row_format.item_dtype(dtype), device=device) for _ in "ab"]
-        found = [
-            make_part(kernels, table, layers, slots, stacks, part, packed, row_format, d)
-            for kernels, packed in zip((row_kernels_reference, row_kernels), made, strict=True)
-        ]
-        if any(numbers.any() for numbers in (*found[0], *found[1])):
-            return f"{part.name} of {rows}: values were not finite"
+        for kernels, packed in zip((row_kernels_reference, row_kernels), made, strict=True):
+            given = None if stacks is None else [kernels.weights(z) for z in stacks]
+            wrong = make_part(kernels, table, layers, slots, given, part, packed, row_format, d)
+            if wrong is not None and wrong.any():
+                return f"{part.name} of {rows}: {kernels.__name__} found values that are not finite"
         if not projected and not row_format.encoded and not torch.equal(*made):
             return f"{part.name} of {rows}: what was only copied differs"
         if row_format.encoded and (share := (made[0] != made[1]).float().mean() if items else 0) > few:
@@ -76,8 +75,8 @@ def wrong_chunk(
         tolerance = {torch.bfloat16: 2**-7, torch.float16: 2**-10, torch.float32: 1e-4}[dtype]
         if not row_format.encoded and not torch.allclose(*made, rtol=tolerance, atol=tolerance):
             return f"{part.name} of {rows}, {tokens} tokens: {(made[0] - made[1]).abs().max()}"
-        if (wrong := wrong_rows(rows, tokens, part, made[0])) is not None:
-            return wrong
+        if (different := wrong_rows(rows, tokens, part, made[0])) is not None:
+            return different
     return None
 
 
@@ -109,14 +108,16 @@ def wrong_rows(rows: list[LayerRows], tokens: int, part: Part, payload: torch.Te
 def unseen(tokens: int, dtype: torch.dtype, device: str) -> str | None:
     """Say which value that is not finite was overlooked, or return None."""
     row = GroupRows(SketchedRows.of(40, 4, 8, 4), 1)
-    z, slots = [torch.randn(2, 40, row.columns, device=device)], torch.arange(tokens, device=device)
+    z, slots = torch.randn(2, 40, row.columns, device=device), torch.arange(tokens, device=device)
     for odd, place in itertools.product((float("nan"), float("inf"), -float("inf")), (0, 17, 39, 40, 43)):
         pool = [torch.randn(tokens, 44, device=device).to(dtype) for _ in range(2)]
         pool[1][tokens - 1, place] = odd
         for part in (Part.FULL, Part.COMMON):
             packed = torch.empty(2 * tokens * row.part_items(part), dtype=torch.uint8, device=device)
             rows = RowFormat((row, row))
-            wrong = make_part(row_kernels, LayerTable(pool), range(2), slots, z, part, packed, rows, 40)
-            if not any(numbers.any() for numbers in wrong):
-                return f"{odd} at {place} of {tokens} tokens, {part.name}"
+            for kernels in (row_kernels_reference, row_kernels):
+                given = [kernels.weights(z)]
+                wrong = make_part(kernels, LayerTable(pool), range(2), slots, given, part, packed, rows, 40)
+                if wrong is None or not wrong.any():
+                    return f"{kernels.__name__}: {odd} at {place} of {tokens} tokens, {part.name}"
     return None

@@ -73,7 +73,7 @@ class DeviceReader:
         part: Part,
         packed: torch.Tensor,
         row_format: RowFormat,
-    ) -> list[torch.Tensor]:
+    ) -> torch.Tensor | None:
         d = self.pool.latent_dim
         return make_part(row_kernels, self._table, layers, slots, stacks, part, packed, row_format, d)
 
@@ -100,14 +100,14 @@ class DeviceReader:
             packed = torch.empty(target.numel(), dtype=target.dtype, device=self.pool.device)
             wrong = self._make(layers, _on_device(slots, self.pool.device), stacks, part, packed, row_format)
             # to the host on this stream: the thread's own waits for whoever else uses it
-            found = [numbers.to("cpu", non_blocking=True) for numbers in wrong]
+            found = None if wrong is None else wrong.to("cpu", non_blocking=True)
             target.copy_(packed, non_blocking=True)
             done = torch.cuda.Event(blocking=True)
             done.record(stream)
 
         def wait(_kept: object = stacks) -> bool:  # the projection must not be freed while kernels read it
             done.synchronize()
-            return not any(numbers.any() for numbers in found)
+            return found is None or not found.any()
 
         return wait
 
@@ -118,20 +118,29 @@ class DeviceWriter:
     def __init__(self, pool: CachePool) -> None:
         self.pool = pool
         self._table = LayerTable(pool.layers)
-        self._stream = torch.cuda.Stream(pool.device)
-        self._own = threading.local()  # ``pinned``: grows to the largest payload of a thread
+        # a thread's: ``stream``, and ``pinned``, which grows to its largest payload
+        self._own = threading.local()
         self._prepare()
+
+    def _stream(self) -> torch.cuda.Stream:
+        """Return this thread's own stream. Its few small kernels go before those of a decode step, behind whose whole
+        graph they would wait otherwise.
+        """
+        if getattr(self._own, "stream", None) is None:
+            self._own.stream = torch.cuda.Stream(self.pool.device, priority=-1)
+        stream: torch.cuda.Stream = self._own.stream
+        return stream
 
     def _prepare(self) -> None:
         """Have the kernels compiled, on rows that are nobody's."""
-        with torch.cuda.stream(self._stream):
+        with torch.cuda.stream(self._stream()):
             slots = torch.zeros(1, dtype=torch.int64, device=self.pool.device)
             for rows, part in itertools.product(set(self.pool.row_format.layers), Part):
                 nobodys = torch.empty(1, rows.row_items, dtype=self.pool.dtype, device=self.pool.device)
                 payload = nobodys.new_empty(1, 1, rows.part_items(part))
                 if fields := rows.fields(part):
                     row_kernels.scatter(LayerTable([nobodys]), range(1), slots, fields, payload)
-        self._stream.synchronize()
+        self._stream().synchronize()
 
     def write(self, layers: range, slots: np.ndarray, part: Part, data: np.ndarray) -> bytes:
         """Write a payload (`rows.RowWriter.write`). Return the checksum of what was written, or nothing if that was
@@ -141,7 +150,7 @@ class DeviceWriter:
         if not host.is_pinned():
             host = self._pinned(data.size)
             digest = copy_pieces(one_piece(data), one_piece(host.numpy()))
-        with torch.cuda.stream(self._stream):
+        with torch.cuda.stream(self._stream()):
             payload = host.to(self.pool.device, non_blocking=True).view(self.pool.dtype)
             index = _on_device(slots, self.pool.device)
             start = 0
@@ -153,7 +162,7 @@ class DeviceWriter:
                     row_kernels.scatter(self._table, range(alike[0], alike[-1] + 1), index, fields, values)
                 start += size
             done = torch.cuda.Event(blocking=True)
-            done.record(self._stream)
+            done.record(self._stream())
         done.synchronize()  # what another process may write over is checked when it has been read, not before
         return digest
 

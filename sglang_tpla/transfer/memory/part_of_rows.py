@@ -22,7 +22,7 @@ def make_part(
     packed: torch.Tensor,
     row_format: RowFormat,
     latent_dim: int,
-) -> list[torch.Tensor]:
+) -> torch.Tensor | None:
     """Fill ``packed`` (flat, of the receiver's items) with one part of the rows of some layers.
 
     Args:
@@ -30,35 +30,39 @@ def make_part(
         pool: ``[slots, d + rope]`` of each layer.
         layers: those of the chunk, by index.
         slots: int64 ``[tokens]``.
-        stacks: the projection of these layers (`projection.stack_layers`), or None for the raw latent.
+        stacks: the projection of these layers (`projection.stack_layers`), each as the kernels' `weights`, or None for
+            the raw latent.
         row_format: the receiver's rows of these layers.
         latent_dim: d.
 
     Returns:
-        Numbers that are zero if and only if every value of rows that are encoded was finite.
+        Numbers that are zero if and only if every value of sketched rows was finite; None where there are none.
     """
-    wrong = []
     position = start = 0
     if stacks is None:
         runs: list[tuple[int, torch.Tensor | None]] = [(len(list(run)), None) for _, run in groupby(row_format.layers)]
     else:
         runs = [(len(stack), stack) for stack in stacks]
-    for count, z in runs:
+    wrong = torch.empty(len(runs), dtype=torch.int32, device=packed.device) if row_format.encoded else None
+    for index, (count, z) in enumerate(runs):
         rows = row_format.layers[position]
         run = range(layers.start + position, layers.start + position + count)
         position += count
         size = count * slots.numel() * rows.part_items(part)
+        found = None if wrong is None else wrong[index : index + 1]
         if not size:
+            if found is not None:
+                found.zero_()
             continue
         out = packed[start : start + size].view(count, slots.numel(), -1)
         start += size
         columns, key = rows.part_columns(part), 0 if part is Part.OWN else rows.rope_dim
-        if not rows.encoded:
-            kernels.project(pool, run, slots, z, columns, latent_dim, key, out, False)
+        if found is None:
+            kernels.project(pool, run, slots, z, columns, latent_dim, key, out, None)
             continue
-        width = latent_dim if z is None else sum(len(range(*picked.indices(z.shape[2]))) for picked in columns)
+        width = latent_dim if z is None else sum(len(range(*picked.indices(z.shape[-1]))) for picked in columns)
         dtype = rows.dtype if isinstance(rows, WholeRows) else torch.float32
         work = torch.empty(count, slots.numel(), width + key, dtype=dtype, device=out.device)
-        wrong.append(kernels.project(pool, run, slots, z, columns, latent_dim, key, work, True))
-        kernels.encode(rows, part, work, key, out)
+        kernels.project(pool, run, slots, z, columns, latent_dim, key, work, found)
+        kernels.encode(rows, part, work, key, out, found)
     return wrong

@@ -11,6 +11,7 @@ what goes in and out. Whoever calls has chosen the stream.
 
 import functools
 import math
+from typing import NamedTuple
 
 import torch
 
@@ -21,8 +22,35 @@ from sglang_tpla.transfer.memory.layer_table import INTEGERS, LayerTable
 
 Z_PARTS = 3  # bfloat16 numbers that a float32 weight is cut into; all of its bits
 X_PARTS = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}  # likewise a value of the pool
-FEW_TOKENS = 64  # up to here a program takes few tokens
+FEW_TOKENS = 64  # up to here a program projects few of them
+ENCODE_WARPS = 1
 LONGEST_BYTES = 8  # of what `scatter` moves at a time
+
+
+class Tile(NamedTuple):
+    """One program's share of a projection: tokens, columns, latent values at a time, and its warps."""
+
+    tokens: int
+    columns: int
+    latent: int
+    warps: int
+
+
+def tile_of(tokens: int) -> Tile:
+    return Tile(16, 64, 64, 4) if tokens <= FEW_TOKENS else Tile(128, 128, 32, 8)
+
+
+def weights(z: torch.Tensor) -> torch.Tensor:
+    """Return a projection ``[layers, d, columns]`` as `project` takes it, bfloat16 ``[layers, Z_PARTS, d, columns]``.
+
+    The parts sum up to the float32 number: each is what the ones before leave, cut off.
+    """
+    parts = []
+    for _ in range(Z_PARTS):
+        part = (z.view(torch.int32) & -65536).view(torch.float32)
+        parts.append(part.to(torch.bfloat16))
+        z = z - part
+    return torch.stack(parts, dim=1)
 
 
 def project(
@@ -34,46 +62,46 @@ def project(
     latent_dim: int,
     key: int,
     out: torch.Tensor,
-    checked: bool,
-) -> torch.Tensor | None:
+    wrong: torch.Tensor | None,
+) -> None:
     import triton
 
     from sglang_tpla.transfer.memory import row_kernels_triton as kernels
 
-    if z is None and out.dtype == pool.dtype and not checked:  # as integers, which no copy changes
+    if z is None and out.dtype == pool.dtype:  # as integers, which no copy changes
         pool = pool.as_integers(out.element_size())
         out = out.view(pool.dtype)
-    width = out.shape[-1] - key
-    first, count, second = (0, width, 0) if z is None else _runs(columns, z.shape[2])
-    few = slots.numel() <= FEW_TOKENS
-    block_tokens, block_columns = (16, 64) if few else (128, 128)
+    width, tokens = out.shape[-1] - key, slots.numel()
     if z is None:
-        block_tokens, block_columns = 16, triton.next_power_of_2(max(16, width))
-    blocks = triton.cdiv(slots.numel(), block_tokens)
-    odd = torch.empty(len(layers), blocks, 2, dtype=torch.int32, device=out.device) if checked else None
-    kernels.project_kernel[(blocks, triton.cdiv(width, block_columns) + (key > 0), len(layers))](
-        pool[0], pool.places, slots, pool[0] if z is None else z, out, slots if odd is None else odd,
-        layers.start, slots.numel(), 0 if z is None else z.stride(0),
+        first, count, second = 0, width, 0
+        tile = Tile(16, triton.next_power_of_2(max(16, width)), 64, 4)
+    else:
+        first, count, second = _runs(columns, z.shape[-1])
+        tile = tile_of(tokens)
+    blocks = triton.cdiv(count, tile.columns) + triton.cdiv(width - count, tile.columns)
+    kernels.project_kernel[(triton.cdiv(tokens, tile.tokens), blocks + (key > 0), len(layers))](
+        pool[0], pool.places, slots, pool[0] if z is None else z, out, slots if wrong is None else wrong,
+        layers.start, tokens,
         D=latent_dim,
         COLUMNS=width,
         FIRST=first,
         COUNT=count,
         SECOND=second,
-        Z_COLUMNS=0 if z is None else z.stride(1),
+        Z_COLUMNS=0 if z is None else z.shape[-1],
         KEY=key,
         PROJECTED=z is not None,
-        CHECKED=checked,
+        CLEARED=wrong is not None,
         X_PARTS=X_PARTS.get(pool.dtype, Z_PARTS),
         Z_PARTS=Z_PARTS,
         OPERAND=triton.language.bfloat16 if out.is_cuda else triton.language.float32,
         ALIGNED=pool.aligned,
-        BLOCK_TOKENS=block_tokens,
-        BLOCK_W=block_columns,
-        BLOCK_D=64 if few else 32,
+        Z_ALIGNED=1 if z is None else math.gcd(8, first, second, z.shape[-1]),
+        BLOCK_TOKENS=tile.tokens,
+        BLOCK_W=tile.columns,
+        BLOCK_D=tile.latent,
         BLOCK_KEY=triton.next_power_of_2(max(16, key)),
-        num_warps=8 if block_tokens == 128 else 4,
+        num_warps=tile.warps,
     )  # fmt: skip
-    return None if odd is None else odd[..., int(width == 0) : 1 + (key > 0)]
 
 
 def _runs(columns: tuple[slice, ...], width: int) -> tuple[int, int, int]:
@@ -82,7 +110,7 @@ def _runs(columns: tuple[slice, ...], width: int) -> tuple[int, int, int]:
     return first.start, len(first), second[0].start if second else 0
 
 
-def encode(rows: LayerRows, part: Part, work: torch.Tensor, key: int, out: torch.Tensor) -> None:
+def encode(rows: LayerRows, part: Part, work: torch.Tensor, key: int, out: torch.Tensor, wrong: torch.Tensor) -> None:
     import triton
 
     from sglang_tpla.transfer.memory import row_kernels_triton as kernels
@@ -100,7 +128,7 @@ def encode(rows: LayerRows, part: Part, work: torch.Tensor, key: int, out: torch
     shared, mine = 0 if own else sizes.shared, 0 if common else sizes.own
     sketch = 0 if own else sizes.groups * sizes.own
     kernels.encode_kernel[(out.numel() // out.shape[-1], 4)](
-        work, out, rows_format.STEP[sizes.sketch_bits], rows_format.REACH[sizes.sketch_bits],
+        work, out, wrong, rows_format.STEP[sizes.sketch_bits], rows_format.REACH[sizes.sketch_bits],
         WIDTH=work.shape[-1],
         ROW_BYTES=out.shape[-1],
         SHARED=shared,
@@ -125,7 +153,7 @@ def encode(rows: LayerRows, part: Part, work: torch.Tensor, key: int, out: torch
         BLOCK_OWN=triton.next_power_of_2(max(16, mine)),
         BLOCK_SKETCH=triton.next_power_of_2(max(16, sketch)),
         BLOCK_KEY=triton.next_power_of_2(max(16, key)),
-        num_warps=1,
+        num_warps=ENCODE_WARPS,
     )  # fmt: skip
 
 

@@ -2,9 +2,14 @@
 
 import torch
 
-from sglang_tpla.cache_rows.layer_rows import LayerRows
+from sglang_tpla.cache_rows.layer_rows import GroupRows, LayerRows
 from sglang_tpla.cache_rows.parts import Field, Part
 from sglang_tpla.transfer.memory.layer_table import LayerTable
+
+
+def weights(z: torch.Tensor) -> torch.Tensor:
+    """Return a projection, float32 ``[layers, d, columns]``, as `project` takes it."""
+    return z
 
 
 def project(
@@ -16,23 +21,20 @@ def project(
     latent_dim: int,
     key: int,
     out: torch.Tensor,
-    checked: bool,
-) -> torch.Tensor | None:
+    wrong: torch.Tensor | None,
+) -> None:
     """Gather rows and project their latents.
 
     Args:
         pool: ``[slots, d + rope]`` of each layer.
         layers: those of the chunk, by index.
         slots: int64 ``[tokens]``.
-        z: float32 ``[layers, d, columns]``, or None for the latent itself.
+        z: `weights` of these layers, or None for the latent itself.
         columns: those of ``z`` that are wanted, in at most two runs; unread without one.
         latent_dim: d.
         key: how many values of the rotary key follow; 0 for none.
         out: ``[layers, tokens, columns + key]``, contiguous, written; float32, or rounded once.
-        checked: whether to look for values that are not finite.
-
-    Returns:
-        Numbers that are zero if and only if all values read are finite; None where nobody looked.
+        wrong: int32 ``[1]``, set to 0 for `encode`; or None.
     """
     rows = torch.stack([pool[layer].index_select(0, slots) for layer in layers])
     latent = rows[..., :latent_dim]
@@ -42,20 +44,24 @@ def project(
     width = out.shape[-1] - key
     out[..., :width] = latent
     out[..., width:] = rows[..., latent_dim : latent_dim + key]
-    # a value that is not finite makes its sum so as well
-    return ~torch.isfinite(rows.sum(dim=(1, 2), dtype=torch.float64)) if checked else None
+    if wrong is not None:
+        wrong.zero_()
 
 
-def encode(rows: LayerRows, part: Part, work: torch.Tensor, key: int, out: torch.Tensor) -> None:
+def encode(rows: LayerRows, part: Part, work: torch.Tensor, key: int, out: torch.Tensor, wrong: torch.Tensor) -> None:
     """Write one part of encoded rows.
 
     Args:
-        work: ``[..., columns + key]``, contiguous, as `project` leaves it, float32 for sketched rows.
+        work: ``[layers, tokens, columns + key]``, contiguous, as `project` leaves it: float32 for sketched rows.
         key: how many of them are the rotary key's.
-        out: uint8 ``[..., items of the part]``, contiguous, written.
+        out: uint8 ``[layers, tokens, items of the part]``, contiguous, written.
+        wrong: int32 ``[1]``, set to 1 where sketched rows have a value that is not finite.
     """
     columns = work.shape[-1] - key
     rows.encode(work[..., :columns], work[..., columns:], part, out)
+    if isinstance(rows, GroupRows):
+        # a value that is not finite makes its sum so as well
+        wrong |= ~torch.isfinite(work.sum(dtype=torch.float64))
 
 
 def scatter(

@@ -18,41 +18,16 @@ def layer_rows(pool, table, layer, slots, token, live, ALIGNED: tl.constexpr):
     return pool + start + tl.load(slots + token, mask=live, other=0) * step
 
 
-@triton.jit
-def product(x, z, value, X_PARTS: tl.constexpr, Z_PARTS: tl.constexpr, OPERAND: tl.constexpr):
-    """Add float32 [tokens, d] times [d, columns] to ``value`` on tensor cores, in parts that bfloat16 holds.
-
-    Products of two small parts are left out.
-    """
-    for i in tl.static_range(X_PARTS):
-        a = upper_half(x)
-        x -= a
-        rest = z
-        for _ in tl.static_range(Z_PARTS - i):
-            b = upper_half(rest)
-            rest -= b
-            value = tl.dot(a.to(OPERAND), b.to(OPERAND), value)
-    return value
-
-
-@triton.jit
-def not_finite(x):
-    """1 where a value is not finite, otherwise 0."""
-    wide = x.to(tl.float32)
-    return (wide - wide != 0.0).to(tl.int32)
-
-
-@triton.jit(do_not_specialize=["first_layer", "tokens", "z_stride"])
+@triton.jit(do_not_specialize=["first_layer", "tokens"])
 def project_kernel(
     pool,  # the first layer of the table
     table,  # [layers, 2] int64: where a layer begins, from the first one, and from row to row, in items
     slots,  # [tokens] int64
-    z,  # [layers, D, Z_COLUMNS] float32, layers z_stride apart; unread unless PROJECTED
+    z,  # [layers, Z_PARTS, D, Z_COLUMNS] bfloat16; unread unless PROJECTED
     out,  # [layers, tokens, COLUMNS + KEY], written
-    odd,  # [layers, blocks of tokens, 2] int32, written: how many values of latents and keys are not finite
+    wrong,  # [1] int32, cleared where CLEARED
     first_layer,
     tokens,
-    z_stride,
     D: tl.constexpr,
     COLUMNS: tl.constexpr,
     FIRST: tl.constexpr,  # the columns of z are COUNT from FIRST on, then those from SECOND on
@@ -61,63 +36,75 @@ def project_kernel(
     Z_COLUMNS: tl.constexpr,
     KEY: tl.constexpr,  # values of the rotary key; 0 where none is wanted
     PROJECTED: tl.constexpr,
-    CHECKED: tl.constexpr,  # whether ``odd`` is written
+    CLEARED: tl.constexpr,
     X_PARTS: tl.constexpr,
     Z_PARTS: tl.constexpr,
     OPERAND: tl.constexpr,  # bfloat16; float32 in the interpreter, which takes bfloat16 for integers there
     ALIGNED: tl.constexpr,
+    Z_ALIGNED: tl.constexpr,  # divides where the runs and the rows of z begin
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_W: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_KEY: tl.constexpr,
 ):
-    """Grid: [blocks of tokens, blocks of columns and one for the key, layers]."""
-    COLUMN_BLOCKS: tl.constexpr = (COLUMNS + BLOCK_W - 1) // BLOCK_W
+    """Grid: [blocks of tokens, blocks of columns of either run and one for the key, layers].
+
+    Products of two small parts are left out.
+    """
+    FIRST_BLOCKS: tl.constexpr = (COUNT + BLOCK_W - 1) // BLOCK_W
+    BLOCKS: tl.constexpr = FIRST_BLOCKS + (COLUMNS - COUNT + BLOCK_W - 1) // BLOCK_W
     block = tl.program_id(1)
     layer = tl.program_id(2)
     token = tl.program_id(0) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
     live = token < tokens
     row = layer_rows(pool, table, first_layer + layer, slots, token, live, ALIGNED)
     target = out + (layer.to(tl.int64) * tokens + token) * (COLUMNS + KEY)
-    found = odd + (layer * tl.num_programs(0) + tl.program_id(0)) * 2
-    if block < COLUMN_BLOCKS:
-        column = block * BLOCK_W + tl.arange(0, BLOCK_W)
-        there = live[:, None] & (column < COLUMNS)[None, :]
+    if CLEARED and (tl.program_id(0) + block + layer == 0):
+        tl.store(wrong, 0)
+    if block < BLOCKS:
+        # a block lies within one run, so that its columns lie together
+        later = block >= FIRST_BLOCKS
+        begin = (block - tl.where(later, FIRST_BLOCKS, 0)) * BLOCK_W
+        column = begin + tl.arange(0, BLOCK_W)
+        inside = column < tl.where(later, COLUMNS - COUNT, COUNT)
+        there = live[:, None] & inside[None, :]
         if PROJECTED:
             value = tl.zeros([BLOCK_TOKENS, BLOCK_W], tl.float32)
-            wrong = tl.zeros([BLOCK_TOKENS, BLOCK_D], tl.int32)
-            weights = z + layer.to(tl.int64) * z_stride
-            weights += tl.where(column < COUNT, FIRST + column, SECOND + column - COUNT)
+            weights = z + layer.to(tl.int64) * (Z_PARTS * D * Z_COLUMNS)
+            weights += tl.multiple_of(begin + tl.where(later, SECOND, FIRST), Z_ALIGNED) + tl.arange(0, BLOCK_W)
             for start in range(0, D, BLOCK_D):
                 d = start + tl.arange(0, BLOCK_D)
                 x = tl.load(row[:, None] + d[None, :], mask=live[:, None] & (d < D)[None, :], other=0.0)
-                inside = (d < D)[:, None] & (column < COLUMNS)[None, :]
-                tile = tl.load(weights[None, :] + d[:, None] * Z_COLUMNS, mask=inside, other=0.0)
-                if CHECKED:
-                    wrong += not_finite(x)
-                value = product(x.to(tl.float32), tile, value, X_PARTS, Z_PARTS, OPERAND)
+                for i in tl.static_range(X_PARTS):
+                    if X_PARTS == 1:
+                        a = x.to(OPERAND)
+                    else:
+                        x = x.to(tl.float32)
+                        a = upper_half(x)
+                        x -= a
+                        a = a.to(OPERAND)
+                    for part in tl.static_range(Z_PARTS - i):
+                        tile = weights[None, :] + (part * D + d)[:, None] * Z_COLUMNS
+                        b = tl.load(tile, mask=(d < D)[:, None] & inside[None, :], other=0.0)
+                        value = tl.dot(a, b.to(OPERAND), value)
         else:
             value = tl.load(row[:, None] + column[None, :], mask=there, other=0)
-            if CHECKED:
-                wrong = not_finite(value)
-        if CHECKED and block == 0:
-            tl.store(found, tl.sum(wrong))
-        tl.store(target[:, None] + column[None, :], value.to(out.dtype.element_ty), mask=there)
+        place = column + tl.where(later, COUNT, 0)
+        tl.store(target[:, None] + place[None, :], value.to(out.dtype.element_ty), mask=there)
     elif KEY:
-        place = tl.arange(0, BLOCK_KEY)
-        inside_key = live[:, None] & (place < KEY)[None, :]
-        key = tl.load(row[:, None] + D + place[None, :], mask=inside_key, other=0)
-        if CHECKED:
-            tl.store(found + 1, tl.sum(not_finite(key)))
-        tl.store(target[:, None] + COLUMNS + place[None, :], key.to(out.dtype.element_ty), mask=inside_key)
+        pair = tl.arange(0, BLOCK_KEY)
+        in_key = live[:, None] & (pair < KEY)[None, :]
+        key = tl.load(row[:, None] + D + pair[None, :], mask=in_key, other=0)
+        tl.store(target[:, None] + COLUMNS + pair[None, :], key.to(out.dtype.element_ty), mask=in_key)
 
 
 @triton.jit
-def store_scale(target, scale):
-    """Write a bfloat16 scale at any byte."""
-    bits = scale.to(tl.int32, bitcast=True) >> 16
-    tl.store(target, (bits & 255).to(tl.uint8))
-    tl.store(target + 1, ((bits >> 8) & 255).to(tl.uint8))
+def store_scale(target, scale, wrong):
+    """Write a bfloat16 scale at any byte. One that is not finite says that some value was not."""
+    bits = scale.to(tl.int32, bitcast=True)
+    tl.store(target, ((bits >> 16) & 255).to(tl.uint8))
+    tl.store(target + 1, ((bits >> 24) & 255).to(tl.uint8))
+    tl.store(wrong, 1, mask=(bits & 0x7F800000) == 0x7F800000)
 
 
 @triton.jit
@@ -131,6 +118,7 @@ def store_one(target):
 def encode_kernel(
     work,  # [rows, WIDTH] float32: shared and own columns, those of the sketch, the key, as far as there are any
     out,  # [rows, ROW_BYTES] uint8, written
+    wrong,  # [1] int32, set to 1 where a value is not finite
     step,
     reach,
     WIDTH: tl.constexpr,
@@ -167,28 +155,30 @@ def encode_kernel(
         if SHARED_SCALE >= 0:
             if SHARED:
                 scale = write_field(target, source, source, 1.0, 0, SHARED, BLOCK_SHARED, False, TURN, TWICE)
-                store_scale(target + SHARED_SCALE, scale)
+                store_scale(target + SHARED_SCALE, scale, wrong)
             else:
                 store_one(target + SHARED_SCALE)
     elif field == 1:
         if OWN:
             scale = write_field(target + OWN_TO, source, source, 1.0, SHARED, OWN, BLOCK_OWN, False, 0.0)
-            store_scale(target + OWN_SCALE, scale)
+            store_scale(target + OWN_SCALE, scale, wrong)
     elif field == 2:
         if SKETCH:
             scale = write_sketch(
                 target + SKETCH_TO, source + SHARED + OWN, source, 1.0, step, reach, SKETCH, SKIP, SKIPPED, BITS,
                 BLOCK_SKETCH, False,
             )  # fmt: skip
-            store_scale(target + SKETCH_SCALE, scale)
+            store_scale(target + SKETCH_SCALE, scale, wrong)
     elif KEY_SCALE >= 0:
         FROM: tl.constexpr = SHARED + OWN + SKETCH
         if KEY_BITS == 8 and KEY:
             scale = write_field(target + KEY_TO, source, source, 1.0, FROM, KEY, BLOCK_KEY, False, TURN, KEY_TWICE)
-            store_scale(target + KEY_SCALE, scale)
+            store_scale(target + KEY_SCALE, scale, wrong)
         else:
             at = tl.arange(0, BLOCK_KEY)
-            bits = nearest_bfloat16(tl.load(source + FROM + at, mask=at < KEY, other=0.0)).to(tl.int32, bitcast=True)
+            key = tl.load(source + FROM + at, mask=at < KEY, other=0.0)
+            tl.store(wrong, 1, mask=tl.sum((key - key != 0.0).to(tl.int32)) > 0)
+            bits = nearest_bfloat16(key).to(tl.int32, bitcast=True)
             tl.store(target + KEY_TO + 2 * at, ((bits >> 16) & 255).to(tl.uint8), mask=at < KEY)
             tl.store(target + KEY_TO + 2 * at + 1, ((bits >> 24) & 255).to(tl.uint8), mask=at < KEY)
             store_one(target + KEY_SCALE)

@@ -142,7 +142,7 @@ class RowReader:
                 row_kernels_reference, self._table, layers, index, stacks, part, packed, row_format,
                 self.pool.latent_dim,
             )  # fmt: skip
-            self._require_finite(not any(numbers.any() for numbers in wrong), layers)
+            self._require_finite(wrong is None or not wrong.any(), layers)
             return None
         if self._dense is not None and self.in_place(slots):
             return copy_pieces(self._dense.pieces(layers, find_extents(slots)), one_piece(out))

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from sglang_tpla.transfer import messages
+from sglang_tpla.transfer.memory import row_kernels, row_kernels_reference
 from sglang_tpla.transfer.memory.pool import CachePool
 from sglang_tpla.transfer.memory.projection import IDENTITY_HASH, projection_digest, stack_layers
 from sglang_tpla.transfer.prefill.state import Peer, SenderProjection, Upload
@@ -23,6 +24,7 @@ class Projections:
         self._table = {IDENTITY_HASH: SenderProjection(None)}
         self._layers = range(pool.first_layer, pool.first_layer + len(pool.layers))
         self._device = pool.device
+        self._weights = (row_kernels if pool.device.type == "cuda" else row_kernels_reference).weights
 
     def begin(self, peer: Peer) -> None:
         """Give a rank its projection, or await its layers."""
@@ -66,6 +68,7 @@ class Projections:
             self._table = {other: kept for other, kept in self._table.items() if other in used}
             if len(self._table) > MAX_PROJECTIONS:
                 return f"this rank keeps at most {MAX_PROJECTIONS} projections; close unused decode servers"
-            self._table[key] = SenderProjection(stack_layers(upload.kept, peer.row_format.layers))
+            stacks = stack_layers(upload.kept, peer.row_format.layers)
+            self._table[key] = SenderProjection(tuple(map(self._weights, stacks)))
         peer.projection = self._table[key]
         return ""
