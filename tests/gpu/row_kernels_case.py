@@ -72,9 +72,12 @@ def wrong_chunk(
             return f"{part.name} of {rows}: what was only copied differs"
         if row_format.encoded and (share := (made[0] != made[1]).float().mean() if items else 0) > few:
             return f"{part.name} of {rows}, {tokens} tokens: {share:.4f} of the bytes differ"
-        tolerance = {torch.bfloat16: 2**-7, torch.float16: 2**-10, torch.float32: 1e-4}[dtype]
-        if not row_format.encoded and not torch.allclose(*made, rtol=tolerance, atol=tolerance):
-            return f"{part.name} of {rows}, {tokens} tokens: {(made[0] - made[1]).abs().max()}"
+        # tensor cores add up with less care than float32 demands, in proportion to the largest sums
+        tolerance = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 2e-5}[dtype]
+        if not row_format.encoded and items:
+            largest, error = made[0].float().abs().max(), (made[0].float() - made[1].float()).abs().max()
+            if error > tolerance * largest:
+                return f"{part.name} of {rows}, {tokens} tokens: {error} of {largest}"
         if (different := wrong_rows(rows, tokens, part, made[0])) is not None:
             return different
     return None

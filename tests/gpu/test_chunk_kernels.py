@@ -13,7 +13,7 @@ pytestmark = pytest.mark.gpu
 @pytest.mark.parametrize(("rows", "projected"), [*SMALL, *DEEPSEEK], ids=str)
 def test_kernels_do_as_their_twins_do(rows: list[LayerRows], projected: bool, dtype: torch.dtype) -> None:
     for tokens in (1, 64, 65, 1000):
-        assert wrong_chunk(rows, projected, tokens, dtype, "cuda", few=0.002) is None
+        assert wrong_chunk(rows, projected, tokens, dtype, "cuda", few=0.005) is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
