@@ -8,10 +8,13 @@ from hypothesis import strategies as st
 
 from sglang_tpla.cache_rows.layer_rows import LayerRows, PlainRows
 from sglang_tpla.cache_rows.parts import Part
+from sglang_tpla.cache_rows.row_format import RowFormat
 from sglang_tpla.transfer.chunks import Rectangle, cut
+from sglang_tpla.transfer.memory.iovec import Slots
 from sglang_tpla.transfer.memory.pool import CachePool, MetadataRows
 from sglang_tpla.transfer.memory.projection import Projection, cut_stacks, stack_layers
 from sglang_tpla.transfer.memory.rows import RowReader, RowWriter
+from sglang_tpla.transfer.prefill.state import ChunkPlan, SenderProjection, Span
 from sglang_tpla.transfer.room import TransferError
 
 
@@ -37,6 +40,20 @@ def test_rectangles_cover_every_value_once(widths: list[int], tokens: int, first
 def test_a_row_larger_than_a_chunk_is_an_error() -> None:
     with pytest.raises(ValueError, match="one row of 200 bytes does not fit in a chunk of 100 bytes"):
         cut(0, [100], 0, 1, 2, 100)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "largest"),
+    [(100, 0.1), (1000, 1), (4000, 4), (8000, 4), (16000, 4), (24000, 6), (32000, 8), (64000, 16), (200000, 16)],
+)
+def test_short_prompts_have_a_chunk_for_each_stage(tokens: int, largest: float) -> None:
+    rows = RowFormat.plain([500] * 16, [500] * 16, 12)  # 1 KiB a layer in bfloat16
+    pool = CachePool([torch.zeros(1, 512, dtype=torch.bfloat16)] * 16, 500, 12, 1)
+    plan = ChunkPlan(SenderProjection(None), Part.FULL, 16 << 20, rows, range(2, 3))
+    plan.extend(pool, Span(0, Slots(np.zeros(tokens, dtype=np.int64)), (), in_place=False))
+    sizes = [rectangle.payload_bytes / 1e6 for rectangle in plan.rectangles]
+    assert max(sizes) == pytest.approx(largest, rel=0.1)
+    assert sum(sizes) == pytest.approx(tokens * 1024 / 1e6)
 
 
 @given(width=st.integers(1, 64), rope=st.integers(0, 16), data=st.data())

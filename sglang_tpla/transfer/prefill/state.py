@@ -33,6 +33,9 @@ from sglang_tpla.transfer.messages import Hello, Message, Request
 from sglang_tpla.transfer.room import NO_LIMITS, Limits, RoomState
 
 ChunkId = tuple[int, int]  # part, sequence
+# A chunk is made, checked, written and checked, one after the other. So a short prompt's rows are cut into as many
+# chunks as there are stages, unless these were so small that each one's messages would cost more.
+STAGES, LEAST_BYTES = 4, 4 << 20
 
 
 class Route(enum.Enum):
@@ -131,15 +134,11 @@ class ChunkPlan:
 
     def extend(self, pool: CachePool, span: Span) -> None:
         """Number the chunks of another span."""
-        items = self.row_format.part_items(self.part)
-        new = cut(
-            pool.first_layer + self.share.start,
-            items[self.share.start : self.share.stop],
-            span.first_token,
-            len(span.slots),
-            self.row_format.item_dtype(pool.dtype).itemsize,
-            self.max_bytes,
-        )
+        items = self.row_format.part_items(self.part)[self.share.start : self.share.stop]
+        item_bytes, tokens = self.row_format.item_dtype(pool.dtype).itemsize, len(span.slots)
+        quarter = -(-sum(items) * tokens * item_bytes // STAGES)
+        most = min(self.max_bytes, max(quarter, LEAST_BYTES))
+        new = cut(pool.first_layer + self.share.start, items, span.first_token, tokens, item_bytes, most)
         self.rectangles += new
         self.spans += [span] * len(new)
 
