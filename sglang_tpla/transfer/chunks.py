@@ -27,6 +27,17 @@ def share_of(layers: int, index: int, count: int) -> range:
     return range(layers * index // count, layers * (index + 1) // count)
 
 
+# A GPU's chunk is made, checked, written and checked, one after the other, by as many threads. So a short prompt's rows
+# are cut into as many chunks, unless these were so small that the messages of each would cost more. On a CPU one thread
+# does most of it, and smaller chunks gained nothing.
+STAGES, LEAST_BYTES = {"cpu": 1, "cuda": 4}, 4 << 20
+
+
+def enough_bytes(total_bytes: int, device: str) -> int:
+    """Return how large chunks of so many bytes in all need to be at most."""
+    return max(-(-total_bytes // STAGES[device]), LEAST_BYTES)
+
+
 def cut(
     first_layer: int, widths: Sequence[int], first_token: int, tokens: int, item_bytes: int, max_bytes: int
 ) -> list[Rectangle]:

@@ -8,13 +8,10 @@ from hypothesis import strategies as st
 
 from sglang_tpla.cache_rows.layer_rows import LayerRows, PlainRows
 from sglang_tpla.cache_rows.parts import Part
-from sglang_tpla.cache_rows.row_format import RowFormat
-from sglang_tpla.transfer.chunks import Rectangle, cut
-from sglang_tpla.transfer.memory.iovec import Slots
+from sglang_tpla.transfer.chunks import Rectangle, cut, enough_bytes
 from sglang_tpla.transfer.memory.pool import CachePool, MetadataRows
 from sglang_tpla.transfer.memory.projection import Projection, cut_stacks, stack_layers
 from sglang_tpla.transfer.memory.rows import RowReader, RowWriter
-from sglang_tpla.transfer.prefill.state import ChunkPlan, SenderProjection, Span
 from sglang_tpla.transfer.room import TransferError
 
 
@@ -43,17 +40,13 @@ def test_a_row_larger_than_a_chunk_is_an_error() -> None:
 
 
 @pytest.mark.parametrize(
-    ("tokens", "largest"),
-    [(100, 0.1), (1000, 1), (4000, 4), (8000, 4), (16000, 4), (24000, 6), (32000, 8), (64000, 16), (200000, 16)],
+    ("total_mib", "chunks"), [(0, 0), (1, 1), (4, 1), (10, 3), (16, 4), (60, 4), (64, 4), (100, 7)]
 )
-def test_short_prompts_have_a_chunk_for_each_stage(tokens: int, largest: float) -> None:
-    rows = RowFormat.plain([500] * 16, [500] * 16, 12)  # 1 KiB a layer in bfloat16
-    pool = CachePool([torch.zeros(1, 512, dtype=torch.bfloat16)] * 16, 500, 12, 1)
-    plan = ChunkPlan(SenderProjection(None), Part.FULL, 16 << 20, rows, range(2, 3))
-    plan.extend(pool, Span(0, Slots(np.zeros(tokens, dtype=np.int64)), (), in_place=False))
-    sizes = [rectangle.payload_bytes / 1e6 for rectangle in plan.rectangles]
-    assert max(sizes) == pytest.approx(largest, rel=0.1)
-    assert sum(sizes) == pytest.approx(tokens * 1024 / 1e6)
+def test_a_short_prompt_of_a_gpu_has_a_chunk_for_each_stage(total_mib: int, chunks: int) -> None:
+    tokens = total_mib << 10  # of 1 KiB
+    most = min(16 << 20, enough_bytes(tokens << 10, "cuda"))
+    assert len(cut(0, [512], 0, tokens, 2, most)) == chunks
+    assert len(cut(0, [512], 0, tokens, 2, min(16 << 20, enough_bytes(tokens << 10, "cpu")))) == -(-total_mib // 16)
 
 
 @given(width=st.integers(1, 64), rope=st.integers(0, 16), data=st.data())

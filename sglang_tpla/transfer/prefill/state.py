@@ -25,7 +25,7 @@ import torch
 
 from sglang_tpla.cache_rows.parts import Part
 from sglang_tpla.cache_rows.row_format import RowFormat
-from sglang_tpla.transfer.chunks import Rectangle, cut
+from sglang_tpla.transfer.chunks import Rectangle, cut, enough_bytes
 from sglang_tpla.transfer.memory.iovec import Slots
 from sglang_tpla.transfer.memory.pool import CachePool
 from sglang_tpla.transfer.memory.staging import Slot
@@ -33,9 +33,6 @@ from sglang_tpla.transfer.messages import Hello, Message, Request
 from sglang_tpla.transfer.room import NO_LIMITS, Limits, RoomState
 
 ChunkId = tuple[int, int]  # part, sequence
-# A chunk is made, checked, written and checked, one after the other. So a short prompt's rows are cut into as many
-# chunks as there are stages, unless these were so small that each one's messages would cost more.
-STAGES, LEAST_BYTES = 4, 4 << 20
 
 
 class Route(enum.Enum):
@@ -136,8 +133,7 @@ class ChunkPlan:
         """Number the chunks of another span."""
         items = self.row_format.part_items(self.part)[self.share.start : self.share.stop]
         item_bytes, tokens = self.row_format.item_dtype(pool.dtype).itemsize, len(span.slots)
-        quarter = -(-sum(items) * tokens * item_bytes // STAGES)
-        most = min(self.max_bytes, max(quarter, LEAST_BYTES))
+        most = min(self.max_bytes, enough_bytes(sum(items) * tokens * item_bytes, pool.device.type))
         new = cut(pool.first_layer + self.share.start, items, span.first_token, tokens, item_bytes, most)
         self.rectangles += new
         self.spans += [span] * len(new)
