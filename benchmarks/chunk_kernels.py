@@ -78,7 +78,7 @@ def measure(name: str, layers: int, tokens: int) -> dict[str, Any]:
 
     def read(kernels: ModuleType) -> Callable[[], object]:
         stacks = None if z is None else [kernels.weights(z)]
-        return lambda: make_part(kernels, pool, range(layers), slots, stacks, part, packed, row_format, D)
+        return lambda: make_part(kernels, pool, D, range(layers), slots, stacks, part, packed, row_format)
 
     def write(kernels: ModuleType) -> Callable[[], object]:
         return lambda: kernels.scatter(target, range(layers), slots, rows.fields(part), payload)

@@ -64,6 +64,11 @@ class LayerRows(Hashable, Protocol):
         """
 
 
+def part_width(rows: LayerRows, part: Part) -> int:
+    """Return how many columns of the projection a part is made from."""
+    return sum(len(range(rows.columns)[run]) for run in rows.part_columns(part))
+
+
 class _SharedFirst:
     """What rows have in common whose projection is the slice, the columns of every group first."""
 

@@ -6,6 +6,11 @@ A chunk's payload is layer by layer, token by token, without padding.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+# A GPU's chunk is made, checked, written and checked, one after the other, by as many threads. So a short prompt's rows
+# are cut into as many chunks, unless these were so small that the messages of each would cost more. On a CPU one thread
+# does most of it, and smaller chunks gained nothing.
+STAGES, LEAST_BYTES = {"cpu": 1, "cuda": 4}, 4 << 20
+
 
 @dataclass(frozen=True)
 class Rectangle:
@@ -25,12 +30,6 @@ def share_of(layers: int, index: int, count: int) -> range:
     shares are disjoint and whole whatever its chunk size, its memory and the steps in which its rows come.
     """
     return range(layers * index // count, layers * (index + 1) // count)
-
-
-# A GPU's chunk is made, checked, written and checked, one after the other, by as many threads. So a short prompt's rows
-# are cut into as many chunks, unless these were so small that the messages of each would cost more. On a CPU one thread
-# does most of it, and smaller chunks gained nothing.
-STAGES, LEAST_BYTES = {"cpu": 1, "cuda": 4}, 4 << 20
 
 
 def enough_bytes(total_bytes: int, device: str) -> int:

@@ -65,7 +65,7 @@ def wrong_chunk(
         made = [torch.full((items,), 0, dtype=row_format.item_dtype(dtype), device=device) for _ in "ab"]
         for kernels, packed in zip((row_kernels_reference, row_kernels), made, strict=True):
             given = None if stacks is None else [kernels.weights(z) for z in stacks]
-            wrong = make_part(kernels, table, layers, slots, given, part, packed, row_format, d)
+            wrong = make_part(kernels, table, d, layers, slots, given, part, packed, row_format)
             if wrong is not None and wrong.any():
                 return f"{part.name} of {rows}: {kernels.__name__} found values that are not finite"
         if not projected and not row_format.encoded and not torch.equal(*made):
@@ -120,7 +120,7 @@ def unseen(tokens: int, dtype: torch.dtype, device: str) -> str | None:
             rows = RowFormat((row, row))
             for kernels in (row_kernels_reference, row_kernels):
                 given = [kernels.weights(z)]
-                wrong = make_part(kernels, LayerTable(pool), range(2), slots, given, part, packed, rows, 40)
+                wrong = make_part(kernels, LayerTable(pool), 40, range(2), slots, given, part, packed, rows)
                 if wrong is None or not wrong.any():
                     return f"{kernels.__name__}: {odd} at {place} of {tokens} tokens, {part.name}"
     return None

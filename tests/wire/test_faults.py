@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from sglang_tpla.cache_rows.row_format import RowFormat
 from sglang_tpla.transfer import workers
 from sglang_tpla.transfer.decode import receiver
 from sglang_tpla.transfer.memory import rows
@@ -199,6 +200,26 @@ def test_rows_refused_after_they_were_queued_fail_the_room_alone(monkeypatch: py
         rig.wait(lambda: prefill.agent.stats().staging_used_bytes == 0, "staging to be free")
         assert prefill.agent.stats().internal_errors == 0
         transfer(prefill, decode, 2)
+
+
+def test_rows_that_could_not_be_prepared_travel_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checker has a GPU's kernels compiled for each rank that registers. An error of that ends neither."""
+    asked = []
+
+    def prepare(reader: rows.RowReader, row_format: RowFormat, stacks: object) -> None:
+        asked.append((row_format.widths, stacks is not None))
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setitem(workers.CHECKERS, "cpu", 1)
+    monkeypatch.setattr(rows.RowReader, "prepare", prepare)
+    prefill, plain, sliced = rig.prefill_rank(), rig.decode_rank(), rig.decode_rank(rig.projection(0))
+    with rig.serving(prefill, plain, sliced):
+        transfer(prefill, plain, 1)
+        transfer(prefill, sliced, 2)
+        rig.wait(lambda: prefill.agent.stats().internal_errors == 2, "both errors to be counted")
+        assert {widths for widths, _ in asked} == {plain.pool.widths, sliced.pool.widths}
+        assert (sliced.pool.widths, True) in asked
+        assert prefill.agent.stats().threads_alive == 3
 
 
 def test_an_error_while_checking_fails_the_room_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,8 +31,10 @@ class ProjectionTile(NamedTuple):
 
 def tile_of(tokens: int, latent_dim: int) -> ProjectionTile:
     """Return the tile of the projection; measured on an H200 (benchmarks/results/h200/SKETCHED_NOTES.md)."""
-    if tokens <= 16:
+    if tokens <= 16 and latent_dim <= 512:  # 32 columns of a longer latent are more than registers hold
         return ProjectionTile(1, 16 if tokens <= 2 else 32, 1, 4)
+    if tokens <= 8:
+        return ProjectionTile(1, 16, 1, 4)
     few = tokens <= 64 or latent_dim > 512  # a program holds all of its tokens' latents
     if few:
         return ProjectionTile(16, 16, 8, 4 if tokens <= FEW_TOKENS else 8)

@@ -10,6 +10,7 @@ import ctypes
 import itertools
 import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -45,7 +46,7 @@ class DeviceReader:
 
     def __init__(self, pool: CachePool) -> None:
         self.pool = pool
-        self._table = LayerTable(pool.layers)
+        self._make = partial(make_part, row_kernels, LayerTable(pool.layers), pool.latent_dim)
         # a chunk's few small kernels go before the next prompt's large ones
         streams = [torch.cuda.Stream(pool.device, priority=-1) for _ in range(STREAMS)]
         self._streams = itertools.cycle(streams)
@@ -64,18 +65,6 @@ class DeviceReader:
                 items = tokens * sum(rows.part_items(part) for rows in row_format.layers)
                 packed = torch.empty(items, dtype=row_format.item_dtype(self.pool.dtype), device=self.pool.device)
                 self._make(range(len(self.pool.layers)), slots, stacks, part, packed, row_format)
-
-    def _make(
-        self,
-        layers: range,
-        slots: torch.Tensor,
-        stacks: Sequence[torch.Tensor] | None,
-        part: Part,
-        packed: torch.Tensor,
-        row_format: RowFormat,
-    ) -> torch.Tensor | None:
-        d = self.pool.latent_dim
-        return make_part(row_kernels, self._table, layers, slots, stacks, part, packed, row_format, d)
 
     def read(
         self,

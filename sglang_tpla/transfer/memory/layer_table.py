@@ -20,16 +20,18 @@ class LayerTable:
     Attributes:
         places: int64 ``[layers, 2]`` on the device: where a layer begins, counted from the first one, and how far its
             rows are apart, in items.
-        aligned: what divides all of these and the items of a row; a power of two of at most 16 bytes.
+        aligned: what divides all of these, a row's items and where layers begin in their storage; a power of two of at
+            most 16 bytes.
     """
 
     def __init__(self, layers: Sequence[torch.Tensor]) -> None:
         self.layers = layers
-        self.device, self.dtype = layers[0].device, layers[0].dtype
+        self.dtype = layers[0].dtype
         begin, item = layers[0].data_ptr(), layers[0].element_size()
         places = [((layer.data_ptr() - begin) // item, layer.stride(0)) for layer in layers]
-        numbers = [number for place in places for number in place] + [layer.shape[1] for layer in layers]
-        self.places = torch.tensor(places, dtype=torch.int64, device=self.device)
+        numbers = [number for place in places for number in place]
+        numbers += [number for layer in layers for number in (layer.shape[1], int(layer.storage_offset()))]
+        self.places = torch.tensor(places, dtype=torch.int64, device=layers[0].device)
         self.aligned = math.gcd(ALIGNED_BYTES // item, *numbers)
         self._as_integers = {item: self} if layers[0].dtype == INTEGERS[item] else {}
 

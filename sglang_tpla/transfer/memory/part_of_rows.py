@@ -6,7 +6,7 @@ from types import ModuleType
 
 import torch
 
-from sglang_tpla.cache_rows.layer_rows import WholeRows
+from sglang_tpla.cache_rows.layer_rows import WholeRows, part_width
 from sglang_tpla.cache_rows.parts import Part
 from sglang_tpla.cache_rows.row_format import RowFormat
 from sglang_tpla.transfer.memory.layer_table import LayerTable
@@ -15,25 +15,25 @@ from sglang_tpla.transfer.memory.layer_table import LayerTable
 def make_part(
     kernels: ModuleType,
     pool: LayerTable,
+    latent_dim: int,
     layers: range,
     slots: torch.Tensor,
     stacks: Sequence[torch.Tensor] | None,
     part: Part,
     packed: torch.Tensor,
     row_format: RowFormat,
-    latent_dim: int,
 ) -> torch.Tensor | None:
     """Fill ``packed`` (flat, of the receiver's items) with one part of the rows of some layers.
 
     Args:
         kernels: `row_kernels`, or their twins in `row_kernels_reference`.
         pool: ``[slots, d + rope]`` of each layer.
+        latent_dim: d.
         layers: those of the chunk, by index.
         slots: int64 ``[tokens]``.
         stacks: the projection of these layers (`projection.stack_layers`), each as the kernels' `weights`, or None for
             the raw latent.
         row_format: the receiver's rows of these layers.
-        latent_dim: d.
 
     Returns:
         Numbers that are zero if and only if every value of sketched rows was finite; None where there are none.
@@ -60,9 +60,8 @@ def make_part(
         if found is None:
             kernels.project(pool, run, slots, z, columns, latent_dim, key, out, None)
             continue
-        width = latent_dim if z is None else sum(len(range(*picked.indices(z.shape[-1]))) for picked in columns)
         dtype = rows.dtype if isinstance(rows, WholeRows) else torch.float32
-        work = torch.empty(count, slots.numel(), width + key, dtype=dtype, device=out.device)
+        work = torch.empty(count, slots.numel(), part_width(rows, part) + key, dtype=dtype, device=out.device)
         kernels.project(pool, run, slots, z, columns, latent_dim, key, work, found)
         kernels.encode(rows, part, work, key, out, found)
     return wrong

@@ -16,14 +16,13 @@ from typing import NamedTuple
 import torch
 
 from sglang_tpla.cache_rows import sketched as rows_format
-from sglang_tpla.cache_rows.layer_rows import GroupRows, LayerRows
+from sglang_tpla.cache_rows.layer_rows import GroupRows, LayerRows, part_width
 from sglang_tpla.cache_rows.parts import Field, Part
 from sglang_tpla.transfer.memory.layer_table import INTEGERS, LayerTable
 
 Z_PARTS = 3  # bfloat16 numbers that a float32 weight is cut into; all of its bits
 X_PARTS = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}  # likewise a value of the pool
 FEW_TOKENS = 64  # up to here a program projects few of them
-ENCODE_WARPS = 1
 LONGEST_BYTES = 8  # of what `scatter` moves at a time
 
 
@@ -106,7 +105,7 @@ def project(
 
 def _runs(columns: tuple[slice, ...], width: int) -> tuple[int, int, int]:
     """Return where the first of at most two runs of columns begins, its length, and where the second one begins."""
-    first, *second = (range(*run.indices(width)) for run in columns)
+    first, *second = (range(width)[run] for run in columns)
     return first.start, len(first), second[0].start if second else 0
 
 
@@ -153,7 +152,7 @@ def encode(rows: LayerRows, part: Part, work: torch.Tensor, key: int, out: torch
         BLOCK_OWN=triton.next_power_of_2(max(16, mine)),
         BLOCK_SKETCH=triton.next_power_of_2(max(16, sketch)),
         BLOCK_KEY=triton.next_power_of_2(max(16, key)),
-        num_warps=ENCODE_WARPS,
+        num_warps=1,
     )  # fmt: skip
 
 
@@ -161,7 +160,7 @@ def encode(rows: LayerRows, part: Part, work: torch.Tensor, key: int, out: torch
 def _row_of_zeros(rows: GroupRows, part: Part, device: torch.device) -> torch.Tensor:
     """Return uint8 ``[items of the part]``, made once a device."""
     out = torch.empty(rows.part_items(part), dtype=torch.uint8, device="cpu")
-    columns = sum(len(range(*run.indices(rows.columns))) for run in rows.part_columns(part))
+    columns = part_width(rows, part)
     zeros = torch.zeros(columns + rows.rope_dim, device="cpu")
     rows.encode(zeros[:columns], zeros[columns:], part, out)
     return out.to(device)

@@ -5,6 +5,7 @@ GPU. Several threads may call at a time.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -64,7 +65,7 @@ class RowReader:
         self.pool = pool
         self._device = DeviceReader(pool) if pool.device.type == "cuda" else None
         self._rows = None if self._device else [byte_rows(layer) for layer in pool.layers]
-        self._table = None if self._device else LayerTable(pool.layers)
+        self._make = partial(make_part, row_kernels_reference, LayerTable(pool.layers), pool.latent_dim)
         self._dense = _dense(self._rows)
 
     def ready_events(self, after: Any) -> tuple[Any, ...]:
@@ -135,13 +136,10 @@ class RowReader:
         out: np.ndarray,
         row_format: RowFormat,
     ) -> bytes | None:
-        assert self._rows is not None and self._table is not None
+        assert self._rows is not None
         if stacks is not None or row_format.encoded:
-            packed, index = torch.from_numpy(out).view(row_format.item_dtype(self.pool.dtype)), torch.from_numpy(slots)
-            wrong = make_part(
-                row_kernels_reference, self._table, layers, index, stacks, part, packed, row_format,
-                self.pool.latent_dim,
-            )  # fmt: skip
+            packed = torch.from_numpy(out).view(row_format.item_dtype(self.pool.dtype))
+            wrong = self._make(layers, torch.from_numpy(slots), stacks, part, packed, row_format)
             self._require_finite(wrong is None or not wrong.any(), layers)
             return None
         if self._dense is not None and self.in_place(slots):

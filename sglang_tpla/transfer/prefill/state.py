@@ -60,7 +60,8 @@ class Outgoing:
 class SenderProjection:
     """A registered projection, cut to this rank's layers."""
 
-    stacks: tuple[torch.Tensor, ...] | None  # `projection.stack_layers`; None for the raw latent
+    # `projection.stack_layers`, each as the `weights` of the pool's kernels; None for the raw latent
+    stacks: tuple[torch.Tensor, ...] | None
 
 
 @dataclass(eq=False)
