@@ -12,11 +12,13 @@ __device__ __forceinline__ u32 announce(const Params& p, int request, int splits
 
 // Announces the partial result, and notes in `shared` which share of the request's merge the block has. The last of a request's
 // parts, when it goes on to another request, leaves the merge to the others. All consumers call it.
-__device__ __forceinline__ void hand_over(const Params& p, Shared& shared, int request, int before, int splits, int consumer) {
+__device__ __forceinline__ void hand_over(const Params& p, Shared& shared, int request, int before, int first_split, int splits,
+                                          int consumer) {
     const u32 target = announce(p, request, splits, consumer);
     const int4 last = part_row(p, blockIdx.x - before + splits);
     const bool goes_on = last.x > request + 1 || last.y > 0;
-    if (consumer == 0 && !(goes_on && before == splits - 1)) shared = {request, before, splits - (goes_on ? 1 : 0), target};
+    if (consumer == 0 && !(goes_on && before == splits - 1))
+        shared = {request, before, splits - (goes_on ? 1 : 0), first_split, splits, target};
 }
 
 // A running sum of 8 columns over splits: values scaled to 2^-top, and the sum of weights.
@@ -118,7 +120,6 @@ __device__ __forceinline__ void merge_items(const Params& p, int request, int fi
 
 // Waits until all partial results of the request are stored, and adds up this block's share of its rows.
 __device__ __forceinline__ void merge(const Params& p, const Shared shared, float* buffer, int consumer) {
-    const int first = __ldcg(p.split_start + shared.request), splits = __ldcg(p.split_start + shared.request + 1) - first;
     const int items = min(kRows, p.query_len * p.heads - (int)blockIdx.y * kRows) * (LATENT / 8);
     const int begin = items * shared.share / shared.shares, end = items * (shared.share + 1) / shared.shares;
     if (consumer == 0) {
@@ -130,7 +131,7 @@ __device__ __forceinline__ void merge(const Params& p, const Shared shared, floa
     }
     sync_consumers();
     Sum* sums = reinterpret_cast<Sum*>(buffer);
-    merge_items(p, shared.request, first, splits, begin, end, splits > 32, sums, consumer);
+    merge_items(p, shared.request, shared.first_split, shared.splits, begin, end, shared.splits > 32, sums, consumer);
 }
 
 // An empty request's output.

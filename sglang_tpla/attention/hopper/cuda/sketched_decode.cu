@@ -5,7 +5,10 @@ __device__ __forceinline__ void consume(const Params& p, Fixed& fixed, u32 q_sme
     const int consumer = role * 128 + thread, warp = thread / 32, lane = thread % 32;
     u32 base = 0, tries = 0, done = 0, done_of[2] = {0, 0};
     if (consumer == 0) fixed.merge.request = -1;
-    for (Segments seg(p); seg.more(); seg.next()) {
+    Segments seg(p);                                             // read early: the plan is older than the predecessor
+    wait_for_predecessor();
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+    for (; seg.more(); seg.next()) {
         const int length = seg.length, tiles = seg.end_tile() - seg.first_tile;
         if (tiles <= 0) {
             if (length <= 0) store_zeros(p, seg.request, consumer);
@@ -14,7 +17,7 @@ __device__ __forceinline__ void consume(const Params& p, Fixed& fixed, u32 q_sme
         const int first_split = __ldcg(p.split_start + seg.request);
         const int splits = __ldcg(p.split_start + seg.request + 1) - first_split;
         const bool whole = splits == 1;
-        const float inverse = load_query(p, q_smem, seg.request, &fixed.largest, consumer);
+        const float inverse = load_query(p, q_smem, seg.request, &fixed.largest, base == 0 ? shared_address(&fixed.query) : 0, consumer);
         const u32 group = kScores ? role : 0, probability = q_smem + kQBytes, values = probability + 2 * kProbabilityBytes;
         const Segment c = {length, length - p.query_len + 1, p.scale_log2 * inverse, ring, base, q_smem,
                            probability + group * kProbabilityBytes, values + group * kValueBytes, tiles, seg.first_tile * kTile,
@@ -26,7 +29,7 @@ __device__ __forceinline__ void consume(const Params& p, Fixed& fixed, u32 q_sme
             for (int i = 0; i < kRows / 4; ++i) total[i] = 0.f;
             for (int row = lane; row < kRows; row += 32) fixed.reference[role][warp][row] = negative_infinity();
             __syncwarp();
-            if (kSketchAbove || kRopeAbove || kBytesAbove) find_starts(fixed, q_smem, group, warp, lane);
+            if (kSketchAbove || kRopeAbove || kBytesAbove) find_starts(q_smem, group, warp, lane);
             attend(p, fixed, c, tries, done, total);
             sync_all();
         } else {
@@ -39,7 +42,7 @@ __device__ __forceinline__ void consume(const Params& p, Fixed& fixed, u32 q_sme
         if (whole) continue;
         sync_all();
         if (!kScores) continue;
-        hand_over(p, fixed.merge, seg.request, seg.before, splits, consumer);
+        hand_over(p, fixed.merge, seg.request, seg.before, first_split, splits, consumer);
     }
     if (!kScores) return;
     sync_consumers();                                            // now the query's memory is free and fixed.merge is written
@@ -58,10 +61,10 @@ extern "C" __global__ void __launch_bounds__(kAllThreads + 128, 1) sketched_deco
             barrier_init(shared_address(fixed.full + i), kFullArrivals);
             barrier_init(shared_address(fixed.empty + i), ROW_VALUES ? 2 : 4);  // warps that read a half
         }
+        barrier_init(shared_address(&fixed.query), 1);
         for (int i = 0; i < 2; ++i) {
             barrier_init(shared_address(fixed.ready + i), 1);
             barrier_init(shared_address(fixed.used + i), 4);
-            fixed.flag[i][0] = fixed.flag[i][1] = 0;
         }
         fixed.constants = Constants::of<BITS>();
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
@@ -73,17 +76,13 @@ extern "C" __global__ void __launch_bounds__(kAllThreads + 128, 1) sketched_deco
     float* buffer = reinterpret_cast<float*>(raw);
     if (group == 0) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(PRODUCER_REGISTERS));
-        produce(p, ring, shared_address(fixed.full), shared_address(fixed.empty), thread);
+        produce(p, ring, shared_address(fixed.full), shared_address(fixed.empty), shared_address(&fixed.query), thread);
     } else if (group <= 2) {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(SCORE_REGISTERS));
-        wait_for_predecessor();
-        asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
         consume<true>(p, fixed, q_smem, buffer, ring, group - 1, thread);
     } else {
         if (VALUE_REGISTERS > 128) asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(VALUE_REGISTERS));
         else asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(VALUE_REGISTERS));
-        wait_for_predecessor();
-        asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
         consume<false>(p, fixed, q_smem, buffer, ring, 2, thread);
     }
 }

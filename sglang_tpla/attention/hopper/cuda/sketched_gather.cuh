@@ -2,22 +2,15 @@
 //
 // gather.cuh says when the producer may read which rows.
 
-// Slot of a token; behind the last one slot 0, whose row is read and masked.
-__device__ __forceinline__ int slot_of(const Params& p, int start, int length, int token) {
-    if (token >= length) return 0;
-    const int mask = (1 << p.page_bits) - 1;
-    return (__ldcg(p.page_indices + start + (token >> p.page_bits)) << p.page_bits) | (token & mask);
+// The page of a token; behind the last one page 0, whose row is read and masked.
+__device__ __forceinline__ int page_of(const Params& p, int start, int length, int token) {
+    return token < length ? __ldcg(p.page_indices + start + (token >> p.page_bits)) : 0;
 }
 
-// a b + c. In assembly, because the compiler works out a row's addresses twice otherwise.
-__device__ __forceinline__ unsigned long long multiply_add_wide(u32 a, u32 b, unsigned long long c) {
-    unsigned long long d;
+// a b + c. In assembly, because the compiler works out a row's address twice otherwise.
+__device__ __forceinline__ u64 multiply_add_wide(u32 a, u32 b, u64 c) {
+    u64 d;
     asm("mad.wide.u32 %0, %1, %2, %3;" : "=l"(d) : "r"(a), "r"(b), "l"(c));
-    return d;
-}
-__device__ __forceinline__ unsigned long long multiply_add_wide_signed(int a, int b, unsigned long long c) {
-    unsigned long long d;
-    asm("mad.wide.s32 %0, %1, %2, %3;" : "=l"(d) : "r"(a), "r"(b), "l"(c));
     return d;
 }
 
@@ -25,44 +18,51 @@ __device__ __forceinline__ unsigned long long multiply_add_wide_signed(int a, in
 // begin anywhere in a line, and a request that crosses lines counts twice. No prefetch into the L2: what lies beside a row is
 // another token. Lane `first + row` knows the slot of a row.
 constexpr int kFullArrivals = 64;
-__device__ __forceinline__ void load_rows(const Params& p, u32 stage, u32 full, int slots, int first, int lane) {
-    constexpr int kPieces = ROW_BYTES / 16;
+__device__ __forceinline__ void load_rows(const Params& p, u32 stage, u32 full, int slots, int first, int lane, u64 policy) {
+    const int piece = lane % 8 * 16;                             // of a line
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
         const int row = i * 4 + lane / 8, slot = __shfl_sync(0xffffffff, slots, first + row);
-        const unsigned long long row_start = multiply_add_wide(slot, (u32)p.kv_stride, (unsigned long long)p.kv);
-        const int begin = lane % 8 - (int)((u32)row_start >> 4 & 7);                   // the lane's piece of the first line
-        const unsigned long long source = multiply_add_wide_signed(begin, 16, row_start);
-        const u32 target = stage + row * kStride + begin * 16;
+        const u64 begin = multiply_add_wide(slot, (u32)p.kv_stride, (u64)p.kv), source = (begin & ~127ull) | (u32)piece;
+        const int at = piece - (int)((u32)begin & 127);          // from the row's beginning
+        const u32 target = stage + row * kStride + at;
 #pragma unroll
-        for (int line = 0; line < kPieces + 7; line += 8) {
-            const bool here = (line > 0 || begin >= 0) && (line + 7 < kPieces || begin < kPieces - line);
-            asm volatile("{\n.reg .pred p;\nsetp.ne.u32 p, %2, 0;\n@p cp.async.cg.shared.global [%0], [%1], 16;\n}"
-                         ::"r"(target + line * 16), "l"(source + line * 16), "r"((u32)here) : "memory");
+        for (int line = 0; line < ROW_BYTES + 112; line += 128) {
+            const bool here = (line > 0 || at >= 0) && (line + 112 < ROW_BYTES || at < ROW_BYTES - line);
+            asm volatile("{\n.reg .pred p;\nsetp.ne.u32 p, %2, 0;\n"
+                         "@p cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %3;\n}"
+                         ::"r"(target + line), "l"(source + line), "r"((u32)here), "l"(policy) : "memory");
         }
     }
     barrier_arrive_when_copied(full);
 }
 
-// Each warp fills every second stage: warps 0 and 1 the first halves of the tiles. Slots are looked up two tiles ahead.
-__device__ __forceinline__ void produce(const Params& p, u32 ring, u32 full, u32 empty, int thread) {
+// Each warp fills every second stage: warps 0 and 1 the first halves of the tiles. Pages are looked up two tiles ahead, and waited
+// for where they are used. Beyond kEarly tiles the first query comes first, which would wait for whatever the memory has to do
+// before.
+constexpr int kEarly = 2;
+__device__ __forceinline__ void produce(const Params& p, u32 ring, u32 full, u32 empty, u32 query, int thread) {
     const int warp = thread / 32, lane = thread % 32, my_token = lane / 16 * kTile + warp * 16 + lane % 16;
+    const int page_mask = (1 << p.page_bits) - 1;
     const u32 rows = ring + warp % 2 * 16 * kStride;
-    u32 stage = warp / 2, phase = 0;
+    u32 stage = warp / 2, phase = 0, filled = 0;
+    u64 policy;                                                  // rows are read once: what else the L2 has is to stay
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
     for (Segments s(p); s.more(); s.next()) {
         const int length = s.length, start = s.start, end = s.end_tile();
         if (s.first_tile >= end) continue;
-        int ahead = slot_of(p, start, length, s.first_tile * kTile + my_token);
+        int ahead = page_of(p, start, length, s.first_tile * kTile + my_token);
 #pragma unroll 1
         for (int tile = s.first_tile; tile < end; tile += 2) {
-            const int now = ahead;
-            ahead = slot_of(p, start, length, (tile + 2) * kTile + my_token);
-#pragma unroll
+            const int slots = ahead << p.page_bits | ((tile * kTile + my_token) & page_mask);
+            ahead = page_of(p, start, length, (tile + 2) * kTile + my_token);
+#pragma unroll 1
             for (int k = 0; k < 2; ++k) {
                 if (tile + k >= end) break;
                 barrier_wait(empty + 8 * stage, phase ^ 1);
+                if (filled++ == kEarly) barrier_wait(query, 0);
                 if ((tile + k + 1) * kTile > length - p.query_len) wait_for_predecessor();
-                load_rows(p, rows + stage * kStageBytes, full + 8 * stage, now, 16 * k, lane);
+                load_rows(p, rows + stage * kStageBytes, full + 8 * stage, slots, 16 * k, lane, policy);
                 stage += 2;
                 if (stage >= STAGES) stage -= STAGES, phase ^= 1;
             }
@@ -76,84 +76,94 @@ __device__ __forceinline__ u32 query_address(u32 q_smem, int row, int step, int 
     return q_smem + step / 4 * kQPanelBytes + row * 128 + ((((step % 4) * 2 + half) ^ (row & 7)) << 4);
 }
 
-// Group g of 32 columns of query row `row`: which columns wgmma multiplies with each other follows from how ldmatrix hands
-// out codes, see unpack_group(): of the 16 columns of a step, bytes 4 i and 4 i + 1 come before 4 i + 2 and 4 i + 3; of 32
-// sketch codes, the first step has 8 i, 8 i + 4, 8 i + 1 and 8 i + 5, the second the others. Returns the largest magnitude's bits.
-__device__ __forceinline__ u32 load_query_group(const Params& p, u32 q_smem, int request, int row, int g) {
-    const int global_row = blockIdx.y * kRows + row;
-    const bool valid = global_row < p.query_len * p.heads;
-    const int token = valid ? global_row / p.heads : 0, head = valid ? global_row - token * p.heads : 0;
-    const long long query = (long long)request * p.query_len + token;
+__device__ __forceinline__ void sync_all() { asm volatile("bar.sync 2, %0;" ::"n"(kAllThreads) : "memory"); }
+
+// Group g of 32 columns of query row `row`, zeros where there is no such row or column.
+__device__ __forceinline__ void load_query_group(const Params& p, int request, int row, int g, u32 (&w)[16]) {
+    const int at = blockIdx.y * kRows + row;
+    const int token = (at >= p.heads) + (at >= 2 * p.heads) + (at >= 3 * p.heads), head = at - token * p.heads;
     const bool own = g >= kOwnGroup, sketch = g < kSketchGroups;
     const int group = own ? g - kOwnGroup : sketch ? g : g - kSketchGroups;
-    const int columns = own ? LATENT : sketch ? SKETCH : ROPE;
+    const int columns = at >= p.query_len * p.heads ? 0 : own ? LATENT : sketch ? SKETCH : ROPE;
+    const long long query = (long long)request * p.query_len + token;
     const u16* source = own || sketch
         ? p.q_latent + query * p.q_latent_token_stride + head * p.q_latent_head_stride + (sketch ? LATENT : 0)
         : p.q_rope + query * p.q_rope_token_stride + head * p.q_rope_head_stride;
-    u32 w[16], largest = 0;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
         uint4 x = make_uint4(0, 0, 0, 0);
-        if (valid && group * 32 + i * 8 < columns) x = __ldcg(reinterpret_cast<const uint4*>(source + group * 32 + i * 8));
+        if (group * 32 + i * 8 < columns) x = __ldcg(reinterpret_cast<const uint4*>(source + group * 32 + i * 8));
         w[4 * i] = x.x, w[4 * i + 1] = x.y, w[4 * i + 2] = x.z, w[4 * i + 3] = x.w;
     }
+}
+
+// Stores it times `factor`. Which columns wgmma multiplies with each other follows from how ldmatrix hands out codes, see
+// unpack_group(): of the 16 columns of a step, bytes 4 i and 4 i + 1 come before 4 i + 2 and 4 i + 3; of 32 sketch codes, the
+// first step has 8 i, 8 i + 4, 8 i + 1 and 8 i + 5, the second the others.
+__device__ __forceinline__ void store_query_group(u32 q_smem, int row, int g, u32 (&w)[16], float factor) {
+    const bool own = g >= kOwnGroup, sketch = g < kSketchGroups, bf16 = ROPE_BITS == 16 && !own && !sketch;
+    const int step = own ? kOwnStep + 2 * (g - kOwnGroup) : 2 * g;
 #pragma unroll
-    for (int i = 0; i < 16; ++i) largest = largest_of(largest, w[i]);
-    const int step = (own ? kOwnStep : sketch ? 0 : kRopeStep) + 2 * group;
+    for (int i = 0; i < 16; ++i) {
+        const float low = __uint_as_float(w[i] << 16) * factor, high = __uint_as_float(w[i] & 0xFFFF0000u) * factor;
+        w[i] = bf16 ? pack_bf16(low, high) : pack_half(low, high);
+    }
+    if (sketch) {
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-        if (step + i >= kSteps) break;
-        const u32 before = query_address(q_smem, row, step + i, 0), behind = query_address(q_smem, row, step + i, 1);
-        if (sketch) {
-            u32 x[2][4];
-#pragma unroll
-            for (int k = 0; k < 4; ++k) {
-                const uint4 eight = in_order_of_levels(make_uint4(w[4 * k], w[4 * k + 1], w[4 * k + 2], w[4 * k + 3]));
-                x[0][k] = i ? eight.z : eight.x, x[1][k] = i ? eight.w : eight.y;
-            }
-            store_shared4(before, x[0][0], x[0][1], x[0][2], x[0][3]);
-            store_shared4(behind, x[1][0], x[1][1], x[1][2], x[1][3]);
-        } else if (own || ROPE_BITS == 8) {
-            store_shared4(before, w[8 * i], w[8 * i + 2], w[8 * i + 4], w[8 * i + 6]);
-            store_shared4(behind, w[8 * i + 1], w[8 * i + 3], w[8 * i + 5], w[8 * i + 7]);
-        } else {
-            store_shared4(before, w[8 * i], w[8 * i + 1], w[8 * i + 2], w[8 * i + 3]);
-            store_shared4(behind, w[8 * i + 4], w[8 * i + 5], w[8 * i + 6], w[8 * i + 7]);
+        for (int k = 0; k < 4; ++k) {
+            const uint4 eight = in_order_of_levels(make_uint4(w[4 * k], w[4 * k + 1], w[4 * k + 2], w[4 * k + 3]));
+            w[4 * k] = eight.x, w[4 * k + 1] = eight.y, w[4 * k + 2] = eight.z, w[4 * k + 3] = eight.w;
         }
     }
+    // Whose word k a step's 16 bytes of half h have: sketch 4 k + 2 i + h; bytes 8 i + 2 k + h; else 8 i + 4 h + k.
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        if (own && step + i >= kSteps) break;
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            u32 x[4];
+#pragma unroll
+            for (int k = 0; k < 4; ++k) x[k] = sketch ? w[4 * k + 2 * i + h] : bf16 ? w[8 * i + 4 * h + k] : w[8 * i + 2 * k + h];
+            store_shared4(query_address(q_smem, row, step + i, h), x[0], x[1], x[2], x[3]);
+        }
+    }
+}
+
+// The larger of the halves' magnitudes, in each half.
+__device__ __forceinline__ u32 larger_magnitudes(u32 largest, u32 pair) {
+    asm("max.u16x2 %0, %0, %1;" : "+r"(largest) : "r"(pair & 0x7FFF7FFFu));
     return largest;
 }
 
-__device__ __forceinline__ void sync_all() { asm volatile("bar.sync 2, %0;" ::"n"(kAllThreads) : "memory"); }
-
 // Loads the segment's query into shared memory, in float16 (its rotary part in bfloat16 where the keys' is), multiplied by a
-// power of two that leaves no value too large; returns that power's inverse. All threads but the producer's call it.
-__device__ __forceinline__ float load_query(const Params& p, u32 q_smem, int request, u32* shared_largest, int consumer) {
+// power of two that leaves no value too large; returns that power's inverse. All threads but the producer's call it. A thread has
+// its share in registers until the largest value is known: all loads are under way at once. `came`: the barrier that says so, or 0.
+__device__ __forceinline__ float load_query(const Params& p, u32 q_smem, int request, u32* shared_largest, u32 came, int consumer) {
+    constexpr int kItems = kRows * kGroups, kShare = (kItems + kAllThreads - 1) / kAllThreads;
+    u32 w[kShare][16], pair = 0;
+    asm volatile("" : "+r"(consumer));                           // else registers keep all addresses from segment to segment
+#pragma unroll
+    for (int i = 0; i < kShare; ++i) {
+        const int item = min(consumer + i * kAllThreads, kItems - 1);
+        load_query_group(p, request, item / kGroups, item % kGroups, w[i]);
+    }
     if (consumer == 0) *shared_largest = 0;
     sync_all();                                                  // no thread reads the memory any more
-    u32 largest = 0;
-#pragma unroll 1
-    for (int item = consumer; item < kRows * kGroups; item += kAllThreads)
-        largest = max(largest, load_query_group(p, q_smem, request, item / kGroups, item % kGroups));
+    if (came && consumer == 0) barrier_arrive(came);
 #pragma unroll
-    for (int offset = 16; offset; offset /= 2) largest = max(largest, __shfl_xor_sync(0xffffffff, largest, offset));
+    for (int i = 0; i < kShare; ++i)
+#pragma unroll
+        for (int k = 0; k < 16; ++k) pair = larger_magnitudes(pair, w[i][k]);
+    u32 largest = __reduce_max_sync(0xffffffff, max(pair & 0xFFFFu, pair >> 16));
     if (consumer % 32 == 0) atomicMax(shared_largest, largest);
     sync_all();
     largest = *reinterpret_cast<volatile u32*>(shared_largest);
     const u32 exponent = query_exponent(largest);
     const float factor = __uint_as_float(exponent << 23);
-#pragma unroll 1
-    for (int item = consumer; item < kRows * kSteps * 2; item += kAllThreads) {
-        const int row = item / (kSteps * 2), step = item % (kSteps * 2) / 2;
-        const u32 address = query_address(q_smem, row, step, item % 2);
-        const uint4 x = load_shared4(address);
-        u32 w[4] = {x.x, x.y, x.z, x.w};
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const float low = __uint_as_float(w[i] << 16) * factor, high = __uint_as_float(w[i] & 0xFFFF0000u) * factor;
-            w[i] = ROPE_BITS == 16 && step >= kRopeStep && step < kOwnStep ? pack_bf16(low, high) : pack_half(low, high);
-        }
-        store_shared4(address, w[0], w[1], w[2], w[3]);
+    for (int i = 0; i < kShare; ++i) {
+        const int item = consumer + i * kAllThreads;
+        if (item < kItems) store_query_group(q_smem, item / kGroups, item % kGroups, w[i], factor);
     }
     fence_async_proxy();
     sync_all();

@@ -7,21 +7,29 @@
 // Shared memory behind the ring. The first index is the warpgroup of scores.
 struct alignas(16) Fixed {
     u64 full[STAGES], empty[STAGES], ready[2], used[2];          // ready, used: a tile's probabilities and values
+    u64 query;                                                   // the first query has come
     Constants constants;
     Shared merge;
-    u32 flag[2][2], stamp[2], largest;
+    u32 stamp[2], largest;
     u16 ratio[2][2][ROW_VALUES ? 1 : kTile];                     // of a tile's shared, of its own scale
     alignas(16) float exchange[2][4][kRows];                     // between warps
     float reference[2][4][kRows];                                // of each warp: the reference of its probabilities
     float published[2][kRows];                                   // the reference of the tile that is ready
-    float start[ROW_VALUES ? 1 : 4][kRows];             // what sums begin with: sketch, key, and two kinds of bytes
-    float applied[ROW_VALUES ? 1 : kRows];                       // the reference of the values
+    float applied[ROW_VALUES ? 1 : kRows];                       // the reference of the values; in the end their scale
+    u16* target[ROW_VALUES ? 1 : kRows];                         // where they go
 
     // A warp of values tells its rows' largest values here once no tile is under way.
     __device__ __forceinline__ float* largest_values(int warp) { return warp == 0 ? published[0] : reference[0][warp]; }
 };
 
 __device__ __forceinline__ void sync_group(int group) { asm volatile("bar.sync %0, 128;" ::"r"(3 + group) : "memory"); }
+// The same; whether `x` holds for one of the threads.
+__device__ __forceinline__ bool sync_any(int group, bool x) {
+    u32 any;
+    asm volatile("{\n.reg .pred p, q;\nsetp.ne.u32 p, %1, 0;\nbarrier.cta.red.or.pred q, %2, 128, p;\nselp.u32 %0, 1, 0, q;\n}"
+                 : "=r"(any) : "r"((u32)x), "r"(3 + group) : "memory");
+    return any;
+}
 
 // A warpgroup's view of the current segment.
 struct Segment {
@@ -31,59 +39,75 @@ struct Segment {
     int tiles, first_token, group, warp, lane;
 };
 
-// Stage and phase of half `half` of the tile that is number `tile` through the ring.
+// Stage and phase of the half tile that is number `number` through the ring.
 struct Stage {
     u32 slot, phase;
-    __device__ __forceinline__ Stage(u32 tile, u32 half) : slot((2 * tile + half) % STAGES), phase((2 * tile + half) / STAGES & 1) {}
+    __device__ __forceinline__ explicit Stage(u32 number) : slot(number % STAGES), phase(number / STAGES & 1) {}
+    template <u32 kCount> __device__ __forceinline__ void advance() {
+        slot += kCount % STAGES, phase ^= kCount / STAGES & 1;
+        if (slot >= STAGES) slot -= STAGES, phase ^= 1;
+    }
 };
 
-// Where the sums of scores of a field begin: the query times what the field's codes have above their values, negative.
-enum Field { kOfSketch, kOfRope, kOfFirst, kOfSecond };
-__device__ __forceinline__ void find_start(Fixed& fixed, u32 q_smem, Field field, int first_step, int end_step, int warp,
-                                           int lane) {
+// The descriptor of a step of the query.
+__device__ __forceinline__ u64 query_step(u64 q, int step) { return q + ((step / 4 * kQPanelBytes + step % 4 * 32) >> 4); }
+
+// The left operand that meets a step which holds a float32 number of each query row as three of float16: 2^18 the first, which
+// stands in eight columns, 2^15 the second, and the third.
+struct Start {
+    u32 a[4];
+    __device__ __forceinline__ explicit Start(int lane) {
+        a[0] = a[1] = twice(0x7800), a[2] = a[3] = lane % 4 ? 0 : 0x3C007800u;
+    }
+};
+
+// Writes step `to`, which the sum of steps kFirst to kEnd - 1 begins with: the query times what codes have above their values,
+// negative.
+template <bool kSketch, int kFirst, int kEnd>
+__device__ __forceinline__ void find_start(u32 q_smem, int to, int warp, int lane) {
     const u64 q = descriptor(q_smem, 16);
     float x[kPart];
     pin(x);
     wgmma_fence();
-#pragma unroll 1
-    for (int step = first_step; step < end_step; ++step) {
+#pragma unroll 2
+    for (int step = kFirst; step < kEnd; ++step) {
         const bool odd = step % 2;                               // a group's second step
-        const u32 low = field != kOfSketch ? kMinusBytes : odd ? minus_levels<BITS, 2>() : minus_levels<BITS, 0>();
-        const u32 high = field != kOfSketch ? kMinusBytes : odd ? minus_levels<BITS, 3>() : minus_levels<BITS, 1>();
-        wgmma_half(x, low, low, high, high, q + ((step / 4 * kQPanelBytes + step % 4 * 32) >> 4), step > first_step);
+        const u32 low = !kSketch ? kMinusBytes : odd ? minus_levels<BITS, 2>() : minus_levels<BITS, 0>();
+        const u32 high = !kSketch ? kMinusBytes : odd ? minus_levels<BITS, 3>() : minus_levels<BITS, 1>();
+        wgmma_half(x, low, low, high, high, query_step(q, step), step > kFirst);
     }
     wgmma_commit();
     wgmma_wait<0>();
     pin(x);
 #pragma unroll
-    for (int i = 0; i < kRows / 4; ++i)
-        if (warp == 0 && lane < 4) fixed.start[field][i / 2 * 8 + 2 * lane + i % 2] = x[i / 2 * 4 + i % 2];
+    for (int i = 0; i < kRows / 4; ++i) {                        // all rows of x are the same
+        if (i / 2 % 4 != warp || lane >= 4) continue;
+        const int row = i / 2 * 8 + 2 * lane + i % 2;
+        const float start = x[i / 2 * 4 + i % 2];
+        const u32 first = pack_half(start * 0x1p-18f, start * 0x1p-18f);
+        const float rest = fmaf(unpack_half(first).x, -0x1p18f, start);
+        const float second = unpack_half(pack_half(rest * 0x1p-15f, 0.f)).x;
+        store_shared4(query_address(q_smem, row, to, 0), first, first, first, first);
+        store_shared4(query_address(q_smem, row, to, 1), pack_half(second, fmaf(second, -0x1p15f, rest)), 0, 0, 0);
+    }
 }
 
 // All of them, by both warpgroups of scores.
-__device__ __forceinline__ void find_starts(Fixed& fixed, u32 q_smem, int group, int warp, int lane) {
-    constexpr int kSecondStep = kApart ? kOwnStep + SHARED / 16 : kSteps;
+__device__ __forceinline__ void find_starts(u32 q_smem, int group, int warp, int lane) {
+    constexpr int kSecond = kApart ? kOwnStep + SHARED / 16 : kSteps;
     if (group == 0) {
-        if (kSketchAbove) find_start(fixed, q_smem, kOfSketch, 0, kRopeStep, warp, lane);
-        if (kRopeAbove) find_start(fixed, q_smem, kOfRope, kRopeStep, kOwnStep, warp, lane);
+        if constexpr (kSketchAbove) find_start<true, 0, kRopeStep>(q_smem, kSketchStart, warp, lane);
+        if constexpr (kRopeAbove) find_start<false, kRopeStep, kOwnStep>(q_smem, kRopeStart, warp, lane);
     } else if constexpr (kBytesAbove) {
-        find_start(fixed, q_smem, kOfFirst, kOwnStep, kSecondStep, warp, lane);
-        if (kApart) find_start(fixed, q_smem, kOfSecond, kSecondStep, kSteps, warp, lane);
+        find_start<false, kOwnStep, kSecond>(q_smem, kBytesStart, warp, lane);
+        if constexpr (kApart) find_start<false, kSecond, kSteps>(q_smem, kOwnStart, warp, lane);
     }
+    fence_async_proxy();
     sync_consumers();
 }
 
-// Begins a sum of scores.
-__device__ __forceinline__ void begin_sum(const float* start, float (&sum)[kPart], int lane) {
-#pragma unroll
-    for (int j = 0; j < kRows / 8; ++j) {
-        const float2 pair = *reinterpret_cast<const float2*>(start + 8 * j + 2 * (lane % 4));
-        sum[4 * j] = sum[4 * j + 2] = pair.x, sum[4 * j + 1] = sum[4 * j + 3] = pair.y;
-    }
-}
-
-// Scores of a warp's 16 tokens, whose raw rows begin at `tokens`, times scale_log2. With ROW_VALUES the warp also stores their
-// 8-bit columns, as they are multiplied, once `used` says that those before are not needed any more: row r of a panel is
+// Exponents of a warp's 16 tokens, whose raw rows begin at `tokens`: scores times scale_log2, and the logarithm of what weights
+// the probabilities. With ROW_VALUES the warp also stores the tokens' 8-bit columns, as they are multiplied, once `used` says that those before are not needed any more: row r of a panel is
 // token r, and its column 16 s + c of step s is as wgmma's left operand has it.
 __device__ __forceinline__ void scores(const Fixed& fixed, float (&s)[kPart], u32 tokens, const TokenScales& t, const Segment& c,
                                        u32 used, u32 used_phase) {
@@ -91,12 +115,11 @@ __device__ __forceinline__ void scores(const Fixed& fixed, float (&s)[kPart], u3
     const u32 target = c.values + (c.warp * 16 + c.lane % 16) * 128, chunk = (c.lane / 16 ^ c.lane % 8) << 4;
     const u64 q = descriptor(c.q_smem, 16);
     const Constants constants = fixed.constants.loaded();
+    const Start start(c.lane);
     u32 raw[3][8], a[2][8] = {};
     float sketch[kPart] = {}, rope[kPart] = {}, own[kPart] = {};  // rope: kSplit; own: kApart
     load_group(0, rows, row, c.lane, raw[0]);
     load_group(1, rows, row, c.lane, raw[1]);
-    if (kSketchAbove) begin_sum(fixed.start[kOfSketch], sketch, c.lane);
-    if constexpr (kRopeAbove) begin_sum(fixed.start[kOfRope], rope, c.lane);
     pin(s);
 #pragma unroll
     for (int g = 0; g < kGroups; ++g) {
@@ -105,10 +128,6 @@ __device__ __forceinline__ void scores(const Fixed& fixed, float (&s)[kPart], u3
             wgmma_wait<1>();
             pin(a[g % 2]);
         }
-        if constexpr (kBytesAbove) {
-            if (g == kOwnGroup) begin_sum(fixed.start[kOfFirst], s, c.lane);
-            if (kApart && g == kOwnGroup + SHARED / 32) begin_sum(fixed.start[kOfSecond], own, c.lane);
-        }
         unpack_group(g, raw[g % 3], t, constants, c.lane, a[g % 2]);
         if (ROW_VALUES && g == kOwnGroup) barrier_wait(used, used_phase);
         wgmma_fence();
@@ -116,7 +135,14 @@ __device__ __forceinline__ void scores(const Fixed& fixed, float (&s)[kPart], u3
         for (int i = 0; i < 2; ++i) {
             const int step = 2 * g + i;
             if (step >= kSteps) break;
-            const u64 columns = q + ((step / 4 * kQPanelBytes + step % 4 * 32) >> 4);
+            const u64 columns = query_step(q, step);
+            const auto begin = [&](float (&sum)[kPart], int at) {
+                wgmma_half(sum, start.a[0], start.a[1], start.a[2], start.a[3], query_step(q, at), 0);
+            };
+            if (kSketchAbove && step == 0) begin(sketch, kSketchStart);
+            if (kRopeAbove && step == kRopeStep) begin(rope, kRopeStart);
+            if (kBytesAbove && step == kOwnStep) begin(s, kBytesStart);
+            if (kBytesAbove && kApart && step == kOwnStep + SHARED / 16) begin(own, kOwnStart);
             const u32* r = a[g % 2] + 4 * i;
             const bool of_rope = step >= kRopeStep && step < kOwnStep, first = step == kRopeStep || step == kOwnStep;
             if (step < kRopeStep) wgmma_half(sketch, r[0], r[1], r[2], r[3], columns, kSketchAbove || step > 0);
@@ -147,7 +173,7 @@ __device__ __forceinline__ void scores(const Fixed& fixed, float (&s)[kPart], u3
         for (int k = 2 * i; k < kPart; k += 4)
 #pragma unroll
             for (int e = k; e < k + 2; ++e) {
-                s[e] *= scale;
+                s[e] = fmaf(s[e], scale, t.weight_log2[i]);
                 if (kApart) s[e] = fmaf(own[e], of_own, s[e]);
                 if (SKETCH > 0) s[e] = fmaf(sketch[e], of_sketch, s[e]);
                 if (kSplit) s[e] = fmaf(rope[e], of_rope, s[e]);
@@ -155,9 +181,8 @@ __device__ __forceinline__ void scores(const Fixed& fixed, float (&s)[kPart], u3
     }
 }
 
-// The largest weighted exponents of a tile, for settle().
-__device__ __forceinline__ void offer(const Params& p, Fixed& fixed, const Segment& c, const float (&s)[kPart],
-                                      const TokenScales& t, int first_token) {
+// The largest exponents of a tile, for settle().
+__device__ __forceinline__ void offer(const Params& p, Fixed& fixed, const Segment& c, const float (&s)[kPart], int first_token) {
     const int column = 2 * (c.lane % 4), token = first_token + c.warp * 16 + c.lane / 4;
 #pragma unroll
     for (int j = 0; j < kRows / 8; ++j) {
@@ -167,7 +192,7 @@ __device__ __forceinline__ void offer(const Params& p, Fixed& fixed, const Segme
             float top = negative_infinity();
 #pragma unroll
             for (int i = 0; i < 2; ++i)
-                if (token + 8 * i < limit) top = fmaxf(top, s[4 * j + 2 * i + e] + t.weight_log2[i]);
+                if (token + 8 * i < limit) top = fmaxf(top, s[4 * j + 2 * i + e]);
             top = fmaxf(top, __shfl_xor_sync(0xffffffff, top, 4));
             top = fmaxf(top, __shfl_xor_sync(0xffffffff, top, 8));
             top = fmaxf(top, __shfl_xor_sync(0xffffffff, top, 16));
@@ -204,7 +229,7 @@ __device__ __forceinline__ void settle(Fixed& fixed, const Segment& c, bool star
     if (start) sync_consumers();                                 // both have read what was offered
 }
 
-// Turns scores into weighted probabilities relative to the reference, packed, and adds them up. Returns whether one is too large
+// Turns exponents into weighted probabilities relative to the reference, packed, and adds them up. Returns whether one is too large
 // for float16.
 template <bool kMasked>
 __device__ __forceinline__ bool soften(const Params& p, const Fixed& fixed, const Segment& c, const float (&s)[kPart],
@@ -220,7 +245,7 @@ __device__ __forceinline__ bool soften(const Params& p, const Fixed& fixed, cons
             float x[2];
 #pragma unroll
             for (int e = 0; e < 2; ++e) {
-                x[e] = s[4 * j + 2 * i + e] + (t.weight_log2[i] - (e ? r.y : r.x));
+                x[e] = s[4 * j + 2 * i + e] - (e ? r.y : r.x);
                 if (kMasked && token + 8 * i >= limit_of(p, c.length, 8 * j + column + e)) x[e] = negative_infinity();
                 x[e] = exp2_fast(x[e]);
                 total[2 * j + e] = fmaf(x[e], t.inverse_weight[i], total[2 * j + e]);
@@ -243,8 +268,8 @@ __device__ __forceinline__ void attend(const Params& p, Fixed& fixed, const Segm
         for (int row = c.lane; row < kRows; row += 32) fixed.exchange[c.group][c.warp][row] = negative_infinity();
         settle(fixed, c, true, total);
     }
-    for (int j = c.group; j < c.tiles; j += 2, ++done) {
-        const Stage stage(c.base + j, c.warp / 2);
+    Stage stage(2 * (c.base + c.group) + c.warp / 2);
+    for (int j = c.group; j < c.tiles; j += 2, ++done, stage.advance<4>()) {
         const u32 tokens = c.ring + stage.slot * kStageBytes + c.warp % 2 * 16 * kStride;
         const int first_token = c.first_token + j * kTile, token = first_token + c.warp * 16 + c.lane / 4;
         const bool masked = first_token + kTile > c.unmasked;
@@ -260,7 +285,7 @@ __device__ __forceinline__ void attend(const Params& p, Fixed& fixed, const Segm
 #pragma unroll 1
         while (true) {
             if (fresh) {
-                offer(p, fixed, c, s, t, first_token);
+                offer(p, fixed, c, s, first_token);
                 settle(fixed, c, j == c.group, total);
             }
             float before[kRows / 4];
@@ -270,7 +295,6 @@ __device__ __forceinline__ void attend(const Params& p, Fixed& fixed, const Segm
                                      : soften<false>(p, fixed, c, s, t, first_token, packed, total);
             if (!ROW_VALUES) barrier_wait(used, (done & 1) ^ 1);  // the probabilities before have been used
             ++tries;
-            if (__any_sync(0xffffffff, over) && c.lane == 0) fixed.flag[c.group][tries & 1] = tries;
 #pragma unroll
             for (int k = 0; k < kRows / 8; k += 2)
                 store_turned4(c.probability + (8 * k + c.lane / 16 * 8 + c.lane % 8) * 128
@@ -288,9 +312,8 @@ __device__ __forceinline__ void attend(const Params& p, Fixed& fixed, const Segm
                 if (c.lane == 0) fixed.stamp[c.group] = j == c.group ? 0 : 2 * tries + c.group;
             }
             fence_async_proxy();
-            sync_group(c.group);
-            // A score far above all before asks for a second try with a new reference. All four warps see the same flag.
-            if (fresh || *reinterpret_cast<volatile u32*>(&fixed.flag[c.group][tries & 1]) != tries) break;
+            // A score far above all before asks for a second try with a new reference.
+            if (!sync_any(c.group, over) || fresh) break;
             fresh = true;
 #pragma unroll
             for (int i = 0; i < kRows / 4; ++i) total[i] = before[i];

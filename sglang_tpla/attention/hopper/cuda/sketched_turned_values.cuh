@@ -80,9 +80,9 @@ __device__ __forceinline__ void gather_values(Fixed& fixed, const Segment& c, u3
     const int column = 2 * (c.lane % 4);
     u32 stamp = 0xffffffffu;                                     // of no tile: the first tile sets the values' reference
     for (int row = c.warp * 32 + c.lane; row < kRows; row += 128) fixed.applied[row] = negative_infinity();
-    for (int j = 0; j < c.tiles; ++j) {
+    Stage first(2 * c.base), second(2 * c.base + 1);
+    for (int j = 0; j < c.tiles; ++j, first.advance<2>(), second.advance<2>()) {
         const int from = j & 1;
-        const Stage first(c.base + j, 0), second(c.base + j, 1);
         const u32 now = wait_for_tile(fixed, from, done);
         if (now != stamp) {
             stamp = now;
@@ -108,54 +108,49 @@ __device__ __forceinline__ void gather_values(Fixed& fixed, const Segment& c, u3
 }
 
 // Writes a segment: to the output where it is the whole request, else as a partial result, in which each row is scaled by its
-// largest value.
+// largest value. A thread for each row says where it goes and by what it is scaled: in all threads that would be much code, which
+// a block runs once and would mostly wait for.
 __device__ __forceinline__ void store(const Params& p, Fixed& fixed, const Values& v, int request, int split, bool whole, int warp,
                                       int lane) {
-    const int rows = p.query_len * p.heads, first_column = warp * 16 + lane / 4 * 2;
-    float scale[kRows / 4];
-    if (!whole) {
-        float largest[kRows / 4];
-#pragma unroll
-        for (int i = 0; i < kRows / 4; ++i) {
-            float x = 0.f;
-#pragma unroll
-            for (int b = 0; b < kBlocks; ++b)
-                if (b * 64 + first_column < LATENT)
-                    x = fmaxf(x, fmaxf(fabsf(v.o[b][i / 2 * 4 + i % 2]), fabsf(v.o[b][i / 2 * 4 + 2 + i % 2])));
-            x = fmaxf(x, __shfl_xor_sync(0xffffffff, x, 4));
-            x = fmaxf(x, __shfl_xor_sync(0xffffffff, x, 8));
-            largest[i] = fmaxf(x, __shfl_xor_sync(0xffffffff, x, 16));
-        }
-#pragma unroll
-        for (int i = 0; i < kRows / 4; ++i)
-            if (lane < 4) fixed.largest_values(warp)[i / 2 * 8 + 2 * lane + i % 2] = largest[i];
-        sync_group(2);
-    }
+    const int first_column = warp * 16 + lane / 4 * 2;
 #pragma unroll
     for (int i = 0; i < kRows / 4; ++i) {
-        const int row = i / 2 * 8 + 2 * (lane % 4) + i % 2, global_row = blockIdx.y * kRows + row;
+        float x = 0.f;
+#pragma unroll
+        for (int b = 0; b < kBlocks; ++b)
+            if (b * 64 + first_column < LATENT)
+                x = fmaxf(x, fmaxf(fabsf(v.o[b][i / 2 * 4 + i % 2]), fabsf(v.o[b][i / 2 * 4 + 2 + i % 2])));
+        x = fmaxf(x, __shfl_xor_sync(0xffffffff, x, 4));
+        x = fmaxf(x, __shfl_xor_sync(0xffffffff, x, 8));
+        x = fmaxf(x, __shfl_xor_sync(0xffffffff, x, 16));
+        if (lane < 4) fixed.largest_values(warp)[i / 2 * 8 + 2 * lane + i % 2] = x;
+    }
+    sync_group(2);
+    for (int row = warp * 32 + lane; row < kRows; row += 128) {
+        const int global_row = blockIdx.y * kRows + row;
         const float top = fixed.applied[row], total = total_of(fixed, row, top);
-        if (whole) {
-            scale[i] = total > 0.f ? 1.f / total : 0.f;
-            continue;
-        }
         float largest = 0.f;
 #pragma unroll
         for (int k = 0; k < 4; ++k) largest = fmaxf(largest, fixed.largest_values(k)[row]);
-        scale[i] = largest > 1e-37f ? 1.f / largest : 0.f;
-        if (warp == 0 && lane < 4 && global_row < rows) store_sums(p, split, global_row, top, total, largest);
+        const bool there = global_row < p.query_len * p.heads;
+        if (!whole && there) store_sums(p, split, global_row, top, total, largest);
+        fixed.applied[row] = whole ? (total > 0.f ? 1.f / total : 0.f) : largest > 1e-37f ? 1.f / largest : 0.f;
+        fixed.target[row] = there ? target_of(p, request, split, global_row, whole) : nullptr;
     }
+    sync_group(2);
 #pragma unroll
     for (int i = 0; i < kRows / 4; ++i) {
-        const int row = blockIdx.y * kRows + i / 2 * 8 + 2 * (lane % 4) + i % 2;
-        if (row >= rows) continue;
-        u16* target = target_of(p, request, split, row, whole);
+        const int row = i / 2 * 8 + 2 * (lane % 4) + i % 2;
+        u16* target = fixed.target[row];
+        const float scale = fixed.applied[row];
+        if (!target) continue;
 #pragma unroll
         for (int b = 0; b < kBlocks; ++b) {
             const int at = b * 64 + first_column;
             if (at >= LATENT) continue;
-            const float low = v.o[b][i / 2 * 4 + i % 2] * scale[i], high = v.o[b][i / 2 * 4 + 2 + i % 2] * scale[i];
-            *reinterpret_cast<u32*>(target + at) = whole ? pack_bf16(low, high) : pack_half(low, high);
+            const float low = v.o[b][i / 2 * 4 + i % 2] * scale, high = v.o[b][i / 2 * 4 + 2 + i % 2] * scale;
+            const u32 as_bf16 = pack_bf16(low, high), as_half = pack_half(low, high);
+            *reinterpret_cast<u32*>(target + at) = whole ? as_bf16 : as_half;
         }
     }
 }
