@@ -41,7 +41,7 @@ __device__ __forceinline__ void load_slots(const Params& p, int start, int lengt
     }
 }
 
-__device__ __forceinline__ void load_tile(const Params& p, u32 stage, int thread, const int* slots) {
+__device__ __forceinline__ void load_tile(const Params& p, u32 stage, int thread, const int* slots, u64 policy) {
     const int column = thread % 8;
 #pragma unroll
     for (int i = 0; i < kRowsPerThread; ++i) {
@@ -52,12 +52,13 @@ __device__ __forceinline__ void load_tile(const Params& p, u32 stage, int thread
 #pragma unroll
         for (int panel = 0; panel < kPanels; ++panel)
             if (panel * 64 + 64 <= kWidth || panel * 64 + column * 8 < kWidth)
-                copy16(target + panel * kPanelBytes, source + panel * 64, valid);
+                copy_row16(target + panel * kPanelBytes, source + panel * 64, valid, policy);
     }
 }
 
 __device__ __forceinline__ void produce(const Params& p, u32 q_smem, int* slot_buffer, u32 ring, u32 full, u32 empty,
                                         u32 q_full, u32 q_empty, int thread) {
+    const u64 policy = read_once();
     u32 stage = 0, phase = 0, q_phase = 0, chunk = 0;
     bool first_segment = true;
     for (Segments s(p); s.more(); s.next()) {
@@ -81,7 +82,7 @@ __device__ __forceinline__ void produce(const Params& p, u32 q_smem, int* slot_b
             for (int tile = first; tile < min(first + kChunkTiles, end); ++tile) {
                 barrier_wait(empty + 8 * stage, phase ^ 1);
                 if ((tile + 1) * kTile > length - p.query_len) wait_for_predecessor();
-                load_tile(p, ring + stage * kStageBytes, thread, slots + (tile - first) * kTile);
+                load_tile(p, ring + stage * kStageBytes, thread, slots + (tile - first) * kTile, policy);
                 barrier_arrive_when_copied(full + 8 * stage);
                 if (++stage == STAGES) stage = 0, phase ^= 1;
             }

@@ -45,9 +45,8 @@ __device__ __forceinline__ void produce(const Params& p, u32 ring, u32 full, u32
     const int warp = thread / 32, lane = thread % 32, my_token = lane / 16 * kTile + warp * 16 + lane % 16;
     const int page_mask = (1 << p.page_bits) - 1;
     const u32 rows = ring + warp % 2 * 16 * kStride;
+    const u64 policy = read_once();
     u32 stage = warp / 2, phase = 0, filled = 0;
-    u64 policy;                                                  // rows are read once: what else the L2 has is to stay
-    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
     for (Segments s(p); s.more(); s.next()) {
         const int length = s.length, start = s.start, end = s.end_tile();
         if (s.first_tile >= end) continue;

@@ -69,8 +69,8 @@ struct Walk {
     }
 };
 
-__device__ __forceinline__ void copy_piece(u32 target, const u8* source) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(target), "l"(source) : "memory");
+__device__ __forceinline__ void copy_piece(u32 target, const u8* source, u64 policy) {
+    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(target), "l"(source), "l"(policy) : "memory");
 }
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Until the older of this lane's two groups of copies has landed: a tile's keys and values.
@@ -79,10 +79,10 @@ __device__ __forceinline__ void wait_for_oldest_copies() {
     __syncwarp();
 }
 // Copies pieces [kFirst, kEnd) of a row by eight lanes, whose first pieces are at `target` and `source`.
-template <int kFirst, int kEnd> __device__ __forceinline__ void copy_pieces(u32 target, const u8* source, int piece) {
+template <int kFirst, int kEnd> __device__ __forceinline__ void copy_pieces(u32 target, const u8* source, int piece, u64 policy) {
 #pragma unroll
     for (int i = kFirst; i < kEnd; i += 8)
-        if (i + 8 <= kEnd || i + piece < kEnd) copy_piece(target + i * 16, source + i * 16);
+        if (i + 8 <= kEnd || i + piece < kEnd) copy_piece(target + i * 16, source + i * 16, policy);
 }
 
 // Where a lane stores. A chunk's place of its row in a panel is turned by the row, for wgmma's swizzle. A lane that has no piece
@@ -218,6 +218,7 @@ struct RawValues {
 // A warp's part of every tile. `raw`: its raw rows; `warp`: its number among kFillWarps.
 __device__ __forceinline__ void fill(const Params& p, Fixed& fixed, u32 ring, u32 raw, int warp, int lane_number) {
     const Lane lane(warp, lane_number);
+    const u64 policy = read_once();
     const int sub = lane_number / 8;
     // volatile loads: what is known to be the same in all lanes would have to be moved to their registers for every use
     const Constants constants = fixed.constants.loaded();
@@ -250,12 +251,12 @@ __device__ __forceinline__ void fill(const Params& p, Fixed& fixed, u32 ring, u3
     const auto copy_keys = [&]() {
 #pragma unroll
         for (int quad = 0; quad < kQuads; ++quad)
-            copy_pieces<kRopeOffset / 16, ROW_BYTES / 16>(target + quad * 4 * ROW_BYTES, rows[quad], lane.piece);
+            copy_pieces<kRopeOffset / 16, ROW_BYTES / 16>(target + quad * 4 * ROW_BYTES, rows[quad], lane.piece, policy);
     };
     const auto copy_values = [&]() {
 #pragma unroll
         for (int quad = 0; quad < kQuads; ++quad)
-            copy_pieces<0, LATENT / 16>(target + quad * 4 * ROW_BYTES, rows[quad], lane.piece);
+            copy_pieces<0, LATENT / 16>(target + quad * 4 * ROW_BYTES, rows[quad], lane.piece, policy);
     };
     // The reader fences, not the writer, whose fence would wait for the rows on their way.
     const auto arrive = [&](u64* full) {
