@@ -357,7 +357,8 @@ def absorbed_weights(
     checkpoint: Checkpoint, spec: ModelSpec, layer: int, dtype: torch.dtype = torch.float32
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return both halves of a layer's kv_b_proj, [H, n, d] and [H, v, d], reading no other weight."""
-    kv_b = checkpoint.tensor(checkpoint.layer_name(layer, "self_attn.kv_b_proj.weight"), dtype)
+    shape = (spec.heads * (spec.nope_dim + spec.value_dim), spec.latent_dim)
+    kv_b = checkpoint.tensor(checkpoint.layer_name(layer, "self_attn.kv_b_proj.weight"), dtype, shape)
     w_uk, w_uv = kv_b.view(spec.heads, -1, spec.latent_dim).split([spec.nope_dim, spec.value_dim], 1)
     return w_uk, w_uv
 
@@ -365,25 +366,26 @@ def absorbed_weights(
 def load_attention(
     checkpoint: Checkpoint, spec: ModelSpec, index: int, dtype: torch.dtype, device: torch.device
 ) -> Attention:
-    def get(tail: str) -> torch.Tensor:
-        return checkpoint.tensor(checkpoint.layer_name(index, f"self_attn.{tail}"), dtype).to(device)
+    def get(tail: str, *shape: int) -> torch.Tensor:
+        return checkpoint.tensor(checkpoint.layer_name(index, f"self_attn.{tail}"), dtype, shape or None).to(device)
 
     def maybe(tail: str) -> torch.Tensor | None:
         return get(tail) if checkpoint.layer_name(index, f"self_attn.{tail}") in checkpoint else None
 
     w_uk, w_uv = absorbed_weights(checkpoint, spec, index, dtype)
     low_rank = spec.q_lora_rank is not None
+    query_rows, query_in = spec.heads * (spec.nope_dim + spec.rope_dim), spec.q_lora_rank or spec.hidden
     return Attention(
         spec=spec,
-        q_a=get("q_a_proj.weight") if low_rank else None,
+        q_a=get("q_a_proj.weight", query_in, spec.hidden) if low_rank else None,
         q_a_norm=get("q_a_layernorm.weight") if low_rank else None,
-        q_b=get("q_b_proj.weight" if low_rank else "q_proj.weight"),
-        kv_a=get("kv_a_proj_with_mqa.weight"),
+        q_b=get("q_b_proj.weight" if low_rank else "q_proj.weight", query_rows, query_in),
+        kv_a=get("kv_a_proj_with_mqa.weight", spec.latent_dim + spec.rope_dim, spec.hidden),
         kv_a_bias=maybe("kv_a_proj_with_mqa.bias"),
         q_a_bias=maybe("q_a_proj.bias"),
         kv_norm=get("kv_a_layernorm.weight"),
         w_uk=w_uk.to(device).contiguous(),
         w_uv=w_uv.to(device).contiguous(),
-        o=get("o_proj.weight"),
+        o=get("o_proj.weight", spec.hidden, spec.heads * spec.value_dim),
         o_bias=maybe("o_proj.bias"),
     )
