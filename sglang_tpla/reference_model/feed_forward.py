@@ -83,7 +83,11 @@ def load_feed_forward(
         return checkpoint.tensor(checkpoint.layer_name(index, f"mlp.{tail}"), dtype, shape or None).to(device)
 
     def dense(stem: str) -> Dense:
-        return Dense(get(f"{stem}gate_proj.weight"), get(f"{stem}up_proj.weight"), get(f"{stem}down_proj.weight"))
+        down = get(f"{stem}down_proj.weight")
+        inner = down.shape[-1]
+        return Dense(
+            get(f"{stem}gate_proj.weight", inner, spec.hidden), get(f"{stem}up_proj.weight", inner, spec.hidden), down
+        )
 
     if spec.routing is None or not spec.is_moe(index):
         return dense("")

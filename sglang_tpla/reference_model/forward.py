@@ -235,6 +235,8 @@ def _device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:  # a name or number that is not; CUDA that torch was built without
         reason = str(error).splitlines()[0]
         raise CheckpointError(f"expected a torch device that is here, got {name!r}: {reason}") from error
+    if device.type == "meta":
+        raise CheckpointError("expected a torch device that computes, got 'meta', whose tensors hold no values")
     return device
 
 
@@ -265,25 +267,26 @@ class PlainModel:
         self.spec = ModelSpec.from_config(self.checkpoint.config)
         self.dtype, self.device = dtype, _device(device)
         self.rotary = Rotary(self.spec, self.device)
-        self.embedding = self._tensor(f"{self.checkpoint.prefix}embed_tokens.weight")
-        self.final_norm = self._tensor(f"{self.checkpoint.prefix}norm.weight")
+        table = self.spec.vocab, self.spec.hidden
+        self.embedding = self._tensor(f"{self.checkpoint.prefix}embed_tokens.weight", *table)
+        self.final_norm = self._tensor(f"{self.checkpoint.prefix}norm.weight", self.spec.hidden)
         head = f"{self.checkpoint.prefix.removesuffix('model.')}lm_head.weight"
-        self.lm_head = self._tensor(head) if head in self.checkpoint else self.embedding
+        self.lm_head = self._tensor(head, *table) if head in self.checkpoint else self.embedding
         self.resident = resident
         self.layers = [self.load_layer(index) for index in range(self.spec.layers)] if resident else _LastLayer(self)
 
-    def _tensor(self, name: str) -> torch.Tensor:
-        return self.checkpoint.tensor(name, self.dtype).to(self.device)
+    def _tensor(self, name: str, *shape: int) -> torch.Tensor:
+        return self.checkpoint.tensor(name, self.dtype, shape).to(self.device)
 
     def load_layer(self, index: int) -> Layer:
-        def get(tail: str) -> torch.Tensor:
-            return self._tensor(self.checkpoint.layer_name(index, tail))
+        def norm(tail: str) -> torch.Tensor:
+            return self._tensor(self.checkpoint.layer_name(index, tail), self.spec.hidden)
 
         return Layer(
             attention=load_attention(self.checkpoint, self.spec, index, self.dtype, self.device),
             feed_forward=load_feed_forward(self.checkpoint, self.spec, index, self.dtype, self.device),
-            input_norm=get("input_layernorm.weight"),
-            post_norm=get("post_attention_layernorm.weight"),
+            input_norm=norm("input_layernorm.weight"),
+            post_norm=norm("post_attention_layernorm.weight"),
         )
 
     def attention_inputs(self, index: int, hidden: torch.Tensor, first_position: int = 0) -> AttentionInputs:
@@ -378,12 +381,12 @@ def load_attention(
     return Attention(
         spec=spec,
         q_a=get("q_a_proj.weight", query_in, spec.hidden) if low_rank else None,
-        q_a_norm=get("q_a_layernorm.weight") if low_rank else None,
+        q_a_norm=get("q_a_layernorm.weight", query_in) if low_rank else None,
         q_b=get("q_b_proj.weight" if low_rank else "q_proj.weight", query_rows, query_in),
         kv_a=get("kv_a_proj_with_mqa.weight", spec.latent_dim + spec.rope_dim, spec.hidden),
         kv_a_bias=maybe("kv_a_proj_with_mqa.bias"),
         q_a_bias=maybe("q_a_proj.bias"),
-        kv_norm=get("kv_a_layernorm.weight"),
+        kv_norm=get("kv_a_layernorm.weight", spec.latent_dim),
         w_uk=w_uk.to(device).contiguous(),
         w_uv=w_uv.to(device).contiguous(),
         o=get("o_proj.weight", spec.hidden, spec.heads * spec.value_dim),

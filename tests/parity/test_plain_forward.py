@@ -200,6 +200,7 @@ def test_a_model_without_latent_attention_is_refused(tmp_path: Path) -> None:
         {"q_lora_rank": 64},
         {"hidden_size": 128},
         {"n_routed_experts": 4},
+        {"vocab_size": 4095},
     ],
 )
 def test_a_config_of_another_model_is_refused(sizes: dict[str, int], nano_model: PlainModel, tmp_path: Path) -> None:
@@ -207,6 +208,20 @@ def test_a_config_of_another_model_is_refused(sizes: dict[str, int], nano_model:
     (tmp_path / "model.safetensors").symlink_to((NANO / "model.safetensors").resolve())
     with pytest.raises(CheckpointError, match=r"as its config\.json implies, got .*: the two are not of one model"):
         PlainModel(tmp_path)
+
+
+@pytest.mark.parametrize("tail", ["self_attn.kv_a_layernorm.weight", "mlp.gate_proj.weight", "input_layernorm.weight"])
+def test_a_tensor_cut_short_is_named(tail: str, nano_model: PlainModel, tmp_path: Path) -> None:
+    weights = load_file(NANO / "model.safetensors")
+    name = f"model.layers.0.{tail}"
+    weights[name] = weights[name][:64].clone()
+    with pytest.raises(CheckpointError, match=f"expected {name!r} in .* to be "):
+        PlainModel(save(tmp_path / "model", nano_model.checkpoint.config, weights, str(NANO)))
+
+
+def test_a_device_computes() -> None:
+    with pytest.raises(CheckpointError, match="expected a torch device that computes, got 'meta'"):
+        PlainModel(NANO, device="meta")
 
 
 def test_a_shard_or_an_index_that_cannot_be_read_is_named(nano_model: PlainModel, tmp_path: Path) -> None:
