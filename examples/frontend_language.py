@@ -62,12 +62,15 @@ def check(condition: bool, expected: str, came: object) -> None:
 
 
 def main() -> int:
-    """Returns the exit code; an error of the server is raised by the frontend."""
+    """Returns the exit code; an error of a request is raised by the frontend."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--url", default="http://127.0.0.1:30000", help="the router, or any SGLang server")
     url = parser.parse_args().url.rstrip("/")
     console = Console(highlight=False)
-    sgl.set_default_backend(RouterEndpoint(url))
+    try:
+        sgl.set_default_backend(RouterEndpoint(url))  # it asks for the model
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"error: expected a deployment at {url}; {error}") from error
 
     state = complete.run(signature="def fibonacci(n):\n")
     check(bool(state["body"].strip()), "a function's body", state["body"])

@@ -6,7 +6,7 @@ python examples/openai_client.py --url http://127.0.0.1:30000
 import argparse
 import sys
 
-from openai import OpenAI
+from openai import OpenAI, OpenAIError
 from rich.console import Console
 
 
@@ -17,11 +17,20 @@ def check(condition: bool, expected: str, came: object) -> None:
 
 
 def main() -> int:
-    """Returns the exit code; an error of the server is raised by the client."""
+    """Returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--url", default="http://127.0.0.1:30000", help="the router, or any SGLang server")
-    console = Console(highlight=False)
-    with OpenAI(base_url=parser.parse_args().url.rstrip("/") + "/v1", api_key="none", timeout=120) as client:
+    url = parser.parse_args().url.rstrip("/")
+    try:
+        ask(url, Console(highlight=False))
+    except OpenAIError as error:
+        raise SystemExit(f"error: expected a deployment at {url}; {error}") from error
+    return 0
+
+
+def ask(url: str, console: Console) -> None:
+    """Ask for everything once, and print it."""
+    with OpenAI(base_url=f"{url}/v1", api_key="none", timeout=120) as client:
         model = client.models.list().data[0].id
         console.print(f"model {model}", markup=False)
 
@@ -57,7 +66,6 @@ def main() -> int:
             console.print(pieces[-1], end="", markup=False)
         console.print()
         check("".join(pieces) == said, f"the same text, {said!r}", "".join(pieces))
-    return 0
 
 
 if __name__ == "__main__":

@@ -78,6 +78,10 @@ def main() -> None:
     parser.add_argument("--groups", type=int, default=2, help="latent groups, one decode rank each")
     parser.add_argument("--tokens", type=int, default=4096, help=f"a multiple of {PAGE_TOKENS}")
     options = parser.parse_args()
+    if options.groups < 1 or LATENT % options.groups:
+        parser.error(f"--groups must divide the latent's {LATENT} columns; got {options.groups}")
+    if options.tokens < 1 or options.tokens % PAGE_TOKENS:
+        parser.error(f"--tokens must be a multiple of {PAGE_TOKENS}; got {options.tokens}")
     pool = CachePool(rows(options.tokens, LATENT), LATENT, ROPE, PAGE_TOKENS)
     metadata = MetadataRows([np.zeros((1, 64), dtype=np.uint8)])
     agent = PrefillAgent(

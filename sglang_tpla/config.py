@@ -243,18 +243,22 @@ class Settings:
             chunk_bytes, staging_bytes = self._sizes(device)
             if not 4096 <= chunk_bytes <= staging_bytes:
                 raise ConfigError(
-                    f"chunk_bytes must lie between 4096 and staging_bytes={staging_bytes}; got {chunk_bytes}"
+                    f"--tpla-chunk-bytes must lie between 4096 and --tpla-staging-bytes, {staging_bytes}; got "
+                    f"{chunk_bytes}"
                 )
         for name in ("heartbeat_s", "peer_timeout_s", "transfer_timeout_s", "room_timeout_s"):
             if not 0 < getattr(self, name) < math.inf:
-                raise ConfigError(f"{name} must be positive and finite; got {getattr(self, name)}")
+                flag = f"--tpla-{name.replace('_', '-')}"
+                raise ConfigError(f"{flag} must be positive and finite; got {getattr(self, name)}")
         if self.room_timeout_s <= 2 * self.heartbeat_s:
             raise ConfigError(
-                f"room_timeout_s must exceed two heartbeats of heartbeat_s={self.heartbeat_s}, in which decode servers "
-                f"name the requests that wait there; got {self.room_timeout_s}"
+                f"--tpla-room-timeout-s must exceed two heartbeats of --tpla-heartbeat-s, {self.heartbeat_s}, in which "
+                f"decode servers name the requests that wait there; got {self.room_timeout_s}"
             )
         if self.peer_timeout_s <= self.heartbeat_s:
-            raise ConfigError(f"peer_timeout_s must exceed heartbeat_s={self.heartbeat_s}; got {self.peer_timeout_s}")
+            raise ConfigError(
+                f"--tpla-peer-timeout-s must exceed --tpla-heartbeat-s, {self.heartbeat_s}; got {self.peer_timeout_s}"
+            )
 
     def _sizes(self, device: str) -> tuple[int, int]:
         chunk_bytes, staging_bytes = DEFAULT_BYTES[device]

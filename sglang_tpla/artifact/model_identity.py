@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sglang_tpla.reference_model.checkpoint import Checkpoint
-from sglang_tpla.reference_model.config_file import CheckpointError, language_config, rope_scaling, rope_theta
+from sglang_tpla.reference_model.config_file import language_config, real, rope_scaling, rope_theta, whole
 
 _KEYS = (
     "hidden_size",
@@ -27,7 +27,7 @@ _KEYS = (
 )
 # These keys of rope_scaling change the model's arithmetic; the rest are spelling (type, rope_type).
 _ROPE_KEYS = ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
-_DEFAULTS = {"rms_norm_eps": 1e-6, "q_lora_rank": None}
+_DEFAULTS = {"rms_norm_eps": 1e-6}
 _WEIGHTS = ("self_attn.kv_a_layernorm.weight", "self_attn.kv_b_proj.weight")
 HEAD_BYTES = 65536
 
@@ -39,20 +39,18 @@ def config_hash(config: Mapping[str, Any]) -> str:
     (transformers 5) and ``rope_theta`` + ``rope_scaling`` (older) give the same hash.
 
     Raises:
-        CheckpointError: a missing key.
+        CheckpointError: a key that is missing or holds no number.
     """
     config = language_config(config)
     rope = rope_scaling(config)
     config |= {"rope_theta": rope_theta(config)}
     canonical: dict[str, Any] = {}
     for key in _KEYS:
-        value = config.get(key, _DEFAULTS.get(key))
-        if value is None and key != "q_lora_rank":
-            raise CheckpointError(f"the model's config has no {key!r}: not a DeepSeek V2/V3 or Kimi K2 shaped model")
-        canonical[key] = value if value is None else float(value)
+        absent = key == "q_lora_rank" and key not in config
+        canonical[key] = None if absent else real(config, key, _DEFAULTS.get(key))
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default":
-        canonical["rope_scaling"] = {key: float(rope[key]) for key in _ROPE_KEYS if rope.get(key) is not None}
+        canonical["rope_scaling"] = {key: real(rope, key) for key in _ROPE_KEYS if rope.get(key) is not None}
     text = json.dumps(canonical, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -69,7 +67,7 @@ def weights_hash(model_path: str | Path, draft: bool = False) -> str:
         CheckpointError: a directory that is no readable checkpoint of this family.
     """
     checkpoint = Checkpoint(model_path)
-    layers = int(checkpoint.config["num_hidden_layers"])
+    layers = whole(checkpoint.config, "num_hidden_layers")
     names = [(layer, tail) for layer in range(layers) for tail in _WEIGHTS]
     if draft:
         names += [(layers, tail) for tail in ("eh_proj.weight", *_WEIGHTS)]

@@ -7,6 +7,7 @@ changed target or an unsupported release stops the start. ``source_table.py`` ma
 releases from their wheels.
 """
 
+import argparse
 import ast
 import hashlib
 import importlib.util
@@ -239,6 +240,7 @@ def missing(hook: Hook, source: Source | None = None) -> str | None:
 
 def main() -> None:
     """Print every target of the installed SGLang with its hash, as the ledger needs them for a new release."""
+    argparse.ArgumentParser(prog="python -m sglang_tpla.host.ledger", description=main.__doc__).parse_args()
     release = host_version()
     print(f"# SGLang {release}; supported: {', '.join(supported_releases())}")
     for hook in load():

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from sglang_tpla.config import ConfigError
 from sglang_tpla.launch import options as launch_options
 from sglang_tpla.launch.rendezvous import with_port
-from sglang_tpla.launch.roles import check_installation, plan
+from sglang_tpla.launch.roles import check_installation, check_log_dir, plan
 
 
 def main(tokens: Sequence[str] | None = None) -> int:  # noqa: RET503 (execve does not return)
@@ -27,6 +27,7 @@ def main(tokens: Sequence[str] | None = None) -> int:  # noqa: RET503 (execve do
             print("\n\n".join(f"# {process.role}\n{process.shell()}" for process in processes))
             return 0
         check_installation()
+        check_log_dir(options.log_dir)
     except ConfigError as error:
         print(f"sglang_tpla.launch: error: {error}", file=sys.stderr)
         return 2

@@ -5,6 +5,7 @@ raises `ConfigError`, which names the value's origin.
 """
 
 import argparse
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass
@@ -33,6 +34,7 @@ from sglang_tpla.launch.options_file import (
 
 ROLES = ("prefill", "decode", "router", "all")
 ADDRESS = ("host", "port")
+DEFAULT_STARTUP_TIMEOUT_S = 1800.0
 # Each role's own settings: the decode ranks' way of sharing the latent, and a prefill server's statistics.
 OF_THE_OTHER_ROLE = {
     "prefill": ("groups", "artifact", "rows", "o_proj"),
@@ -150,7 +152,11 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--role", choices=ROLES, help="what to start; may also stand in the file")
     result.add_argument("--config", metavar="FILE.yaml", help="flags by name, with sections per role")
     result.add_argument("--dry-run", action="store_true", help="print environment and command, start nothing")
-    result.add_argument("--startup-timeout-s", type=float, help="--role all: wait this long for health (1800)")
+    result.add_argument(
+        "--startup-timeout-s",
+        type=float,
+        help=f"--role all: wait this long for health ({DEFAULT_STARTUP_TIMEOUT_S:.0f})",
+    )
     result.add_argument("--log-dir", help="--role all: keep the servers' logs here; otherwise the router's own flag")
     group = result.add_argument_group("settings", "see sglang_tpla.config.Settings")
     for flag, entry in SETTING_FIELDS.items():
@@ -181,7 +187,7 @@ def read(tokens: Sequence[str], environ: Mapping[str, str]) -> Options:
     file = read_file(own.config) if own.config else FileSource()
     role = own.role or file.common.get("role") or environ.get(ENV_PREFIX + "ROLE")
     if role not in ROLES:
-        raise ConfigError(f"--role must be one of {', '.join(ROLES)}; got {role!r}")
+        raise ConfigError(f"--role must be one of {', '.join(ROLES)}; got {'nothing' if role is None else repr(role)}")
     rest = [argument for argument in arguments if argument.name not in ours]
     log_dir = None
     if role == "all":
@@ -189,13 +195,25 @@ def read(tokens: Sequence[str], environ: Mapping[str, str]) -> Options:
         if log_dir is None and (named := file.common.get("log-dir")):
             log_dir = convert(named, "str", f"log-dir in {file.path}")
         rest = [argument for argument in rest if argument.name != "log-dir"]
-    timeout = own.startup_timeout_s or file.common.get("startup-timeout-s") or 1800.0
     return Options(
         role=role,
         dry_run=own.dry_run,
         log_dir=log_dir,
-        startup_timeout_s=convert(timeout, "float", "--startup-timeout-s"),
+        startup_timeout_s=_startup_timeout_s(own.startup_timeout_s, file),
         command_line=rest,
         file=file,
         environ=environ,
     )
+
+
+def _startup_timeout_s(given: float | None, file: FileSource) -> float:
+    value, origin = given, "--startup-timeout-s"
+    if given is None:
+        value, origin = (
+            file.common.get("startup-timeout-s", DEFAULT_STARTUP_TIMEOUT_S),
+            f"startup-timeout-s in {file.path}",
+        )
+    found: float = convert(value, "float", origin)
+    if not 0 < found < math.inf:
+        raise ConfigError(f"{origin} must be positive and finite; got {found}")
+    return found

@@ -24,7 +24,7 @@ from sglang_tpla.launch.agreement import (
 )
 from sglang_tpla.launch.flags import Argument, from_mapping, has, integer, split_tokens, to_tokens, value_of
 from sglang_tpla.launch.options import Options
-from sglang_tpla.reference_model.config_file import read_config
+from sglang_tpla.reference_model.config_file import CheckpointError, read_config, whole
 
 TRANSFER_BACKEND = "tpla"
 DEFAULT_HOST = "127.0.0.1"
@@ -196,11 +196,11 @@ def _check_layout(settings: Settings, arguments: Sequence[Argument]) -> None:
     older = has(arguments, "enable-dp-attention")
     tp_size //= max(1, integer(arguments, "dp-size" if older else "attn-dp-size", 1))
     model_config = Path(value_of(arguments, "model-path") or "") / "config.json"
-    heads = tp_size
+    heads = tp_size  # any number of ranks divides it
     if model_config.is_file():
         try:
-            heads = int(read_config(model_config).get("num_attention_heads", tp_size))
-        except (ValueError, TypeError) as error:
+            heads = whole(read_config(model_config), "num_attention_heads", default=tp_size)
+        except CheckpointError as error:
             raise ConfigError(f"{model_config}: expected a model's configuration in JSON; {error}") from error
     Layout(tp_size=tp_size, groups=settings.groups, heads=heads)
 
@@ -233,3 +233,17 @@ def check_installation(environ: Mapping[str, str] = os.environ) -> None:
     allowed = environ.get("SGLANG_PLUGINS", "")
     if allowed and PLUGIN_NAME not in [name.strip() for name in allowed.split(",")]:
         raise ConfigError(f"SGLANG_PLUGINS={allowed} keeps SGLang from loading {PLUGIN_NAME}; add it or unset that")
+
+
+def check_log_dir(log_dir: str | None) -> None:
+    """Make the folder of the servers' logs, and check that files can be written there."""
+    if log_dir is None:
+        return
+    try:
+        Path(log_dir).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"--log-dir {log_dir}: expected a folder, or a place to make one; {error.strerror}"
+        ) from error
+    if not os.access(log_dir, os.W_OK | os.X_OK):
+        raise ConfigError(f"--log-dir {log_dir}: expected a folder to write to; this user may not")

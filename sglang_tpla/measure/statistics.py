@@ -72,6 +72,11 @@ class LayerMoments:
         return replace(self, **{name: getattr(self, name).cpu() for name in _SUMS})
 
     @property
+    def finite(self) -> bool:
+        """Whether every sum is finite; one NaN in the model is enough that none is."""
+        return all(bool(torch.isfinite(getattr(self, name)).all()) for name in _SUMS)
+
+    @property
     def mean(self) -> torch.Tensor:
         """The mean latent [d]."""
         return self.latent_sum / max(self.latent_count, 1)

@@ -7,8 +7,9 @@ from tqdm import tqdm
 
 from sglang_tpla.artifact.model_identity import config_hash, weights_hash
 from sglang_tpla.measure.corpus import Corpus, CorpusError, load_tokenizer, sequences
-from sglang_tpla.measure.statistics import FORMAT_VERSION, Statistics, StatisticsMeta, collect
+from sglang_tpla.measure.statistics import FORMAT_VERSION, Statistics, StatisticsError, StatisticsMeta, collect
 from sglang_tpla.reference_model.checkpoint import Checkpoint
+from sglang_tpla.reference_model.config_file import whole
 from sglang_tpla.reference_model.forward import PlainModel
 
 CALIBRATION_TOKENS, HELD_OUT_TOKENS = 131072, 8192
@@ -80,12 +81,20 @@ def read_text(plan: TextPlan, checkpoint: Checkpoint) -> Text:
             documents, tokenizer, length=plan.length, count=count, separator=separator, fewer=tokens is None
         )
 
-    return Text(
+    text = Text(
         corpus.name,
         corpus.content_hash,
         cut(calibration, plan.calibration_tokens, plan.usual_calibration_tokens, plan.length),
         cut(held_out, plan.held_out_tokens, HELD_OUT_TOKENS, plan.continuation_tokens),
     )
+    vocab = whole(checkpoint.config, "vocab_size")
+    largest = max(int(tokens.max()) for tokens in (text.calibration, text.held_out) if tokens.numel())
+    if largest >= vocab:
+        raise CorpusError(
+            f"the tokenizer in {checkpoint.path} made the token {largest}, and the model knows {vocab} (vocab_size): "
+            "expected the tokenizer that the model was trained with"
+        )
+    return text
 
 
 def collect_statistics(model: PlainModel, text: Text, seed: int, *, show_progress: bool) -> Statistics:
@@ -104,4 +113,10 @@ def collect_statistics(model: PlainModel, text: Text, seed: int, *, show_progres
         tqdm(total=text.calibration.numel(), desc="statistics", unit="tok", disable=not show_progress) as bar,
     ):
         layers = collect(model, text.calibration.split(1), bar.update)
+    for index, layer in enumerate(layers):
+        if not layer.finite:
+            raise StatisticsError(
+                f"layer {index} of {meta.model_name} gets queries or latents that are not finite on this text: "
+                "expected a checkpoint without NaN and infinity, whose layers stay within float32"
+            )
     return Statistics(meta, layers)

@@ -23,6 +23,7 @@ from sglang_tpla.plan.cost import ROWS, Load, Precision, methods
 from sglang_tpla.plan.hardware import GPUS, LINKS, Link
 from sglang_tpla.plan.model import BUILT_IN, PlanError, find
 
+MOST_GPUS = 100_000
 MAP_BATCHES = (1, 4, 16, 64, 128, 256)
 MAP_CONTEXTS = (2048, 8192, 32768, 131072)
 
@@ -88,8 +89,11 @@ def parser() -> argparse.ArgumentParser:
 
 def setting_of(a: argparse.Namespace) -> Setting:
     model = find(a.model)
-    if a.ranks < 1 or (a.gpus is not None and a.gpus < a.ranks):
-        raise PlanError(f"--ranks must be at least 1 and --gpus at least --ranks, got {a.ranks} and {a.gpus}")
+    gpus = a.ranks if a.gpus is None else a.gpus
+    if not 1 <= a.ranks <= gpus <= MOST_GPUS:
+        raise PlanError(
+            f"--ranks must be at least 1 and --gpus at least --ranks, at most {MOST_GPUS}, got {a.ranks} and {gpus}"
+        )
     if not 0 < a.memory_fraction <= 1 or not 0 <= a.margin < 1:
         raise PlanError(
             f"--memory-fraction must lie in (0, 1] and --margin in [0, 1), got {a.memory_fraction} and {a.margin}"
@@ -110,7 +114,7 @@ def setting_of(a: argparse.Namespace) -> Setting:
         link=_link(a),
         precision=Precision(a.weights_dtype, a.cache_dtype),
         methods=found,
-        gpus=a.gpus or a.ranks,
+        gpus=gpus,
         memory_fraction=a.memory_fraction,
         margin=a.margin,
     )

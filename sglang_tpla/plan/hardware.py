@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 from sglang_tpla.plan.model import PlanError
 
 Entry = TypeVar("Entry")
+LARGEST = 1e30  # bytes, rates, seconds: what is larger is a slip of the hand, and would end as NaN
 
 
 @dataclass(frozen=True)
@@ -74,8 +75,8 @@ class Gpu:
         names = {"memory_bytes": "memory", "sheet_bytes_per_s": "bandwidth", "sheet_flops_per_s": "arithmetic rate"}
         changes: dict[str, Any] = {key: value for key, value in numbers.items() if value is not None}
         for key, value in changes.items():
-            if not value > 0:
-                raise PlanError(f"a GPU's {names[key]} must be positive, got {value}")
+            if not 0 < value < LARGEST:
+                raise PlanError(f"a GPU's {names[key]} must be positive and below {LARGEST:.0e}, got {value}")
         if changes.keys() <= {"memory_bytes"}:
             return replace(self, **changes)
         return _scaled(self, "the table's rates, scaled to the numbers given on the command line", **changes)
@@ -113,10 +114,10 @@ class Link:
     source: str = "assumed; not measured here"
 
     def __post_init__(self) -> None:
-        if not (self.latency_s >= 0 and self.bytes_per_s > 0):
+        if not (0 <= self.latency_s < LARGEST and 0 < self.bytes_per_s < LARGEST):
             raise PlanError(
-                f"link {self.name}: expected a latency of at least 0 and a positive bandwidth, got "
-                f"{self.latency_s} s and {self.bytes_per_s} bytes/s"
+                f"link {self.name}: expected a latency of at least 0 and a positive bandwidth, below {LARGEST:.0e}, "
+                f"got {self.latency_s} s and {self.bytes_per_s} bytes/s"
             )
 
     def seconds(self, kind: str, size_bytes: float, ranks: int) -> float:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sglang_tpla.errors import SglangTplaError
-from sglang_tpla.reference_model.config_file import CheckpointError, language_config, read_config
+from sglang_tpla.reference_model.config_file import CheckpointError, language_config, read_config, whole
 
 
 class PlanError(SglangTplaError, ValueError):
@@ -40,12 +40,6 @@ class PlanModel:
     other_parameters: int
     table_parameters: int
 
-    def __post_init__(self) -> None:
-        for name in ("layers", "hidden", "heads", "latent_dim", "rope_dim", "nope_dim", "value_dim"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise PlanError(f"{self.name}: {name} must be a positive integer, got {value!r}")
-
     @property
     def query_parameters_a_head(self) -> int:
         """The parameters of one head in ``q_b_proj`` (or ``q_proj``)."""
@@ -65,32 +59,28 @@ class PlanModel:
 def from_config(config: Mapping[str, Any], name: str) -> PlanModel:
     try:
         return _read(language_config(config), name)
-    except KeyError as error:
-        raise PlanError(
-            f"{name} has no {error}: expected the config.json of a DeepSeek V2, V3 or Kimi K2 shaped model"
-        ) from error
-    except TypeError as error:
-        raise PlanError(f"{name} has a size that is not a number ({error}); expected integers") from error
+    except CheckpointError as error:
+        raise PlanError(f"{name}: {error}") from error
 
 
 def _read(config: Mapping[str, Any], name: str) -> PlanModel:
-    hidden, layers = config["hidden_size"], config["num_hidden_layers"]
-    experts = config.get("n_routed_experts") or 0
-    dense = min(layers, config.get("first_k_dense_replace", 0)) if experts else layers
-    expert_parameters = 3 * hidden * config["moe_intermediate_size"] if experts else 0
-    moe_layer = expert_parameters * (experts + (config.get("n_shared_experts") or 0)) + hidden * experts
+    hidden, layers = whole(config, "hidden_size"), whole(config, "num_hidden_layers")
+    experts = whole(config, "n_routed_experts", 0, 0)
+    dense = min(layers, whole(config, "first_k_dense_replace", 0, 0)) if experts else layers
+    expert_parameters = 3 * hidden * whole(config, "moe_intermediate_size") if experts else 0
+    moe_layer = expert_parameters * (experts + whole(config, "n_shared_experts", 0, 0)) + hidden * experts
     return PlanModel(
         name=name,
         layers=layers,
         hidden=hidden,
-        heads=config["num_attention_heads"],
-        latent_dim=config["kv_lora_rank"],
-        rope_dim=config["qk_rope_head_dim"],
-        nope_dim=config["qk_nope_head_dim"],
-        value_dim=config["v_head_dim"],
-        q_lora_rank=config.get("q_lora_rank"),
-        other_parameters=(layers - dense) * moe_layer + dense * 3 * hidden * config["intermediate_size"],
-        table_parameters=(1 if config.get("tie_word_embeddings") else 2) * hidden * config["vocab_size"],
+        heads=whole(config, "num_attention_heads"),
+        latent_dim=whole(config, "kv_lora_rank"),
+        rope_dim=whole(config, "qk_rope_head_dim"),
+        nope_dim=whole(config, "qk_nope_head_dim"),
+        value_dim=whole(config, "v_head_dim"),
+        q_lora_rank=whole(config, "q_lora_rank") if "q_lora_rank" in config else None,
+        other_parameters=(layers - dense) * moe_layer + dense * 3 * hidden * whole(config, "intermediate_size"),
+        table_parameters=(1 if config.get("tie_word_embeddings") else 2) * hidden * whole(config, "vocab_size"),
     )
 
 

@@ -8,6 +8,8 @@ scale, and a model without multi-head latent attention raise `CheckpointError`.
 
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +39,13 @@ class Checkpoint:
         index_path = self.path / "model.safetensors.index.json"
         if index_path.is_file():
             try:
-                weight_map: dict[str, str] = json.loads(index_path.read_text(encoding="utf-8"))["weight_map"]
-            except (json.JSONDecodeError, KeyError) as error:
+                weight_map = json.loads(index_path.read_text(encoding="utf-8"))["weight_map"]
+            except (ValueError, KeyError, TypeError, OSError) as error:
                 raise CheckpointError(f"{index_path} has no readable weight_map: {error!r}") from error
+            if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+                raise CheckpointError(
+                    f"expected weight_map in {index_path} to name each tensor's file, found no such map"
+                )
             return weight_map
         files = sorted(self.path.glob("*.safetensors"))
         if not files:
@@ -48,11 +54,8 @@ class Checkpoint:
             )
         names: dict[str, str] = {}
         for file in files:
-            try:
-                with safe_open(file, framework="pt") as handle:
-                    names.update(dict.fromkeys(handle.keys(), file.name))
-            except (SafetensorError, OSError) as error:
-                raise CheckpointError(f"{file} is not a readable safetensors file: {error}") from error
+            with _opened(file) as handle:
+                names.update(dict.fromkeys(handle.keys(), file.name))
         return names
 
     def _find_prefix(self) -> str:
@@ -81,13 +84,13 @@ class Checkpoint:
 
     def stored(self, name: str) -> torch.Tensor:
         """Return the tensor as stored, in its stored dtype."""
-        with safe_open(self._file_of(name), framework="pt") as handle:
+        with _opened(self._file_of(name)) as handle:
             tensor: torch.Tensor = handle.get_tensor(name)
         return tensor
 
     def stored_head(self, name: str, limit_bytes: int) -> bytes:
         """Return the first ``limit_bytes`` of a tensor's stored bytes, row-major; it reads no more rows than needed."""
-        with safe_open(self._file_of(name), framework="pt") as handle:
+        with _opened(self._file_of(name)) as handle:
             rows = handle.get_slice(name)
             shape = rows.get_shape()
             row_values = math.prod(shape[1:])
@@ -96,9 +99,20 @@ class Checkpoint:
         raw: bytes = tensor.contiguous().view(torch.uint8).numpy().tobytes()
         return raw[:limit_bytes]
 
-    def tensor(self, name: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """Return the tensor's values in ``dtype``; block-FP8 is dequantised."""
+    def tensor(
+        self, name: str, dtype: torch.dtype = torch.float32, shape: tuple[int, ...] | None = None
+    ) -> torch.Tensor:
+        """Return the tensor's values in ``dtype``; block-FP8 is dequantised.
+
+        Args:
+            shape: what the config implies, where it does.
+        """
         stored = self.stored(name)
+        if shape is not None and tuple(stored.shape) != shape:
+            raise CheckpointError(
+                f"expected {name!r} in {self.path} to be {shape}, as its config.json implies, got "
+                f"{tuple(stored.shape)}: the two are not of one model"
+            )
         if stored.dtype not in (torch.float8_e4m3fn, torch.float8_e5m2):
             return stored.to(dtype)
         scale_name = f"{name}_scale_inv"
@@ -106,6 +120,16 @@ class Checkpoint:
             raise CheckpointError(f"{name!r} is stored as {stored.dtype} and needs {scale_name!r}, which is missing")
         block = (self.config.get("quantization_config") or {}).get("weight_block_size") or [128, 128]
         return dequantise_blocks(stored, self.stored(scale_name), (int(block[0]), int(block[1]))).to(dtype)
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    """Open a file of tensors, and say which one it is that cannot be read."""
+    try:
+        with safe_open(file, framework="pt") as handle:
+            yield handle
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file} is not a readable safetensors file: {error}") from error
 
 
 def dequantise_blocks(weight: torch.Tensor, scale: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:

@@ -18,6 +18,8 @@ from sglang_tpla.errors import SglangTplaError
 
 NESTED = ("text_config", "language_config")  # wrappers keep the language model's configuration there
 DEFAULT_ROPE_THETA = 10000.0
+LARGEST = 1 << 20  # no size of any model comes near
+LARGEST_REAL = 1e300  # a JSON number may be larger than any float
 
 
 class CheckpointError(SglangTplaError, ValueError):
@@ -61,6 +63,45 @@ def language_config(config: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in config.items() if value is not None}
 
 
+def whole(config: Mapping[str, Any], key: str, least: int = 1, default: int | None = None) -> int:
+    """Return a size of the model, a whole number from ``least`` on; without a default the key must be there.
+
+    Raises:
+        CheckpointError: naming the key and what it holds.
+    """
+    value = config.get(key)
+    if value is None:
+        value = _given(key, default)
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= LARGEST:
+        raise CheckpointError(f"expected {key} to be a whole number from {least} to {LARGEST}, got {_short(value)}")
+    return value
+
+
+def real(config: Mapping[str, Any], key: str, default: float | None = None) -> float:
+    """Return a finite number of the model; without a default the key must be there.
+
+    Raises:
+        CheckpointError: naming the key and what it holds.
+    """
+    value = config.get(key)
+    if value is None:
+        value = _given(key, default)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < LARGEST_REAL:
+        raise CheckpointError(f"expected {key} to be a number, got {_short(value)}")
+    return float(value)
+
+
+def _given(key: str, default: Any) -> Any:
+    if default is None:
+        raise CheckpointError(f"the model's config has no {key!r}: expected a DeepSeek V2, V3 or Kimi K2 shaped model")
+    return default
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:40]}..."
+
+
 def rope_scaling(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the stretch of the rotary embedding, ``rope_scaling`` or ``rope_parameters``, without null keys."""
     found = config.get("rope_scaling") or config.get("rope_parameters") or {}
@@ -94,6 +135,6 @@ def rope_theta(config: Mapping[str, Any]) -> float:
     parts = (config.get("rope_scaling"), config.get("rope_parameters"), config)
     given = (part.get("rope_theta") for part in parts if isinstance(part, Mapping))
     theta = next((base for base in given if base is not None), DEFAULT_ROPE_THETA)
-    if isinstance(theta, bool) or not isinstance(theta, (int, float)) or not theta > 0:
-        raise CheckpointError(f"expected rope_theta to be a number above 0, got {theta!r}")
+    if isinstance(theta, bool) or not isinstance(theta, (int, float)) or not 0 < theta < LARGEST_REAL:
+        raise CheckpointError(f"expected rope_theta to be a number above 0, got {_short(theta)}")
     return float(theta)

@@ -79,18 +79,22 @@ def route(
 def load_feed_forward(
     checkpoint: Checkpoint, spec: ModelSpec, index: int, dtype: torch.dtype, device: torch.device
 ) -> FeedForward:
-    def get(tail: str) -> torch.Tensor:
-        return checkpoint.tensor(checkpoint.layer_name(index, f"mlp.{tail}"), dtype).to(device)
+    def get(tail: str, *shape: int) -> torch.Tensor:
+        return checkpoint.tensor(checkpoint.layer_name(index, f"mlp.{tail}"), dtype, shape or None).to(device)
 
     def dense(stem: str) -> Dense:
-        return Dense(get(f"{stem}gate_proj.weight"), get(f"{stem}up_proj.weight"), get(f"{stem}down_proj.weight"))
+        down = get(f"{stem}down_proj.weight")
+        inner = down.shape[-1]
+        return Dense(
+            get(f"{stem}gate_proj.weight", inner, spec.hidden), get(f"{stem}up_proj.weight", inner, spec.hidden), down
+        )
 
     if spec.routing is None or not spec.is_moe(index):
         return dense("")
     bias = checkpoint.layer_name(index, "mlp.gate.e_score_correction_bias")
     return Mixture(
         routing=spec.routing,
-        router=get("gate.weight"),
+        router=get("gate.weight", spec.routing.experts, spec.hidden),
         bias=checkpoint.tensor(bias, torch.float32).to(device) if bias in checkpoint else None,
         experts=tuple(dense(f"experts.{expert}.") for expert in range(spec.routing.experts)),
         shared=dense("shared_experts.") if spec.routing.shared_experts else None,

@@ -235,6 +235,8 @@ def _device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:  # a name or number that is not; CUDA that torch was built without
         reason = str(error).splitlines()[0]
         raise CheckpointError(f"expected a torch device that is here, got {name!r}: {reason}") from error
+    if device.type == "meta":
+        raise CheckpointError("expected a torch device that computes, got 'meta', whose tensors hold no values")
     return device
 
 
@@ -265,25 +267,26 @@ class PlainModel:
         self.spec = ModelSpec.from_config(self.checkpoint.config)
         self.dtype, self.device = dtype, _device(device)
         self.rotary = Rotary(self.spec, self.device)
-        self.embedding = self._tensor(f"{self.checkpoint.prefix}embed_tokens.weight")
-        self.final_norm = self._tensor(f"{self.checkpoint.prefix}norm.weight")
+        table = self.spec.vocab, self.spec.hidden
+        self.embedding = self._tensor(f"{self.checkpoint.prefix}embed_tokens.weight", *table)
+        self.final_norm = self._tensor(f"{self.checkpoint.prefix}norm.weight", self.spec.hidden)
         head = f"{self.checkpoint.prefix.removesuffix('model.')}lm_head.weight"
-        self.lm_head = self._tensor(head) if head in self.checkpoint else self.embedding
+        self.lm_head = self._tensor(head, *table) if head in self.checkpoint else self.embedding
         self.resident = resident
         self.layers = [self.load_layer(index) for index in range(self.spec.layers)] if resident else _LastLayer(self)
 
-    def _tensor(self, name: str) -> torch.Tensor:
-        return self.checkpoint.tensor(name, self.dtype).to(self.device)
+    def _tensor(self, name: str, *shape: int) -> torch.Tensor:
+        return self.checkpoint.tensor(name, self.dtype, shape).to(self.device)
 
     def load_layer(self, index: int) -> Layer:
-        def get(tail: str) -> torch.Tensor:
-            return self._tensor(self.checkpoint.layer_name(index, tail))
+        def norm(tail: str) -> torch.Tensor:
+            return self._tensor(self.checkpoint.layer_name(index, tail), self.spec.hidden)
 
         return Layer(
             attention=load_attention(self.checkpoint, self.spec, index, self.dtype, self.device),
             feed_forward=load_feed_forward(self.checkpoint, self.spec, index, self.dtype, self.device),
-            input_norm=get("input_layernorm.weight"),
-            post_norm=get("post_attention_layernorm.weight"),
+            input_norm=norm("input_layernorm.weight"),
+            post_norm=norm("post_attention_layernorm.weight"),
         )
 
     def attention_inputs(self, index: int, hidden: torch.Tensor, first_position: int = 0) -> AttentionInputs:
@@ -357,7 +360,8 @@ def absorbed_weights(
     checkpoint: Checkpoint, spec: ModelSpec, layer: int, dtype: torch.dtype = torch.float32
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return both halves of a layer's kv_b_proj, [H, n, d] and [H, v, d], reading no other weight."""
-    kv_b = checkpoint.tensor(checkpoint.layer_name(layer, "self_attn.kv_b_proj.weight"), dtype)
+    shape = (spec.heads * (spec.nope_dim + spec.value_dim), spec.latent_dim)
+    kv_b = checkpoint.tensor(checkpoint.layer_name(layer, "self_attn.kv_b_proj.weight"), dtype, shape)
     w_uk, w_uv = kv_b.view(spec.heads, -1, spec.latent_dim).split([spec.nope_dim, spec.value_dim], 1)
     return w_uk, w_uv
 
@@ -365,25 +369,26 @@ def absorbed_weights(
 def load_attention(
     checkpoint: Checkpoint, spec: ModelSpec, index: int, dtype: torch.dtype, device: torch.device
 ) -> Attention:
-    def get(tail: str) -> torch.Tensor:
-        return checkpoint.tensor(checkpoint.layer_name(index, f"self_attn.{tail}"), dtype).to(device)
+    def get(tail: str, *shape: int) -> torch.Tensor:
+        return checkpoint.tensor(checkpoint.layer_name(index, f"self_attn.{tail}"), dtype, shape or None).to(device)
 
     def maybe(tail: str) -> torch.Tensor | None:
         return get(tail) if checkpoint.layer_name(index, f"self_attn.{tail}") in checkpoint else None
 
     w_uk, w_uv = absorbed_weights(checkpoint, spec, index, dtype)
     low_rank = spec.q_lora_rank is not None
+    query_rows, query_in = spec.heads * (spec.nope_dim + spec.rope_dim), spec.q_lora_rank or spec.hidden
     return Attention(
         spec=spec,
-        q_a=get("q_a_proj.weight") if low_rank else None,
-        q_a_norm=get("q_a_layernorm.weight") if low_rank else None,
-        q_b=get("q_b_proj.weight" if low_rank else "q_proj.weight"),
-        kv_a=get("kv_a_proj_with_mqa.weight"),
+        q_a=get("q_a_proj.weight", query_in, spec.hidden) if low_rank else None,
+        q_a_norm=get("q_a_layernorm.weight", query_in) if low_rank else None,
+        q_b=get("q_b_proj.weight" if low_rank else "q_proj.weight", query_rows, query_in),
+        kv_a=get("kv_a_proj_with_mqa.weight", spec.latent_dim + spec.rope_dim, spec.hidden),
         kv_a_bias=maybe("kv_a_proj_with_mqa.bias"),
         q_a_bias=maybe("q_a_proj.bias"),
-        kv_norm=get("kv_a_layernorm.weight"),
+        kv_norm=get("kv_a_layernorm.weight", spec.latent_dim),
         w_uk=w_uk.to(device).contiguous(),
         w_uv=w_uv.to(device).contiguous(),
-        o=get("o_proj.weight"),
+        o=get("o_proj.weight", spec.hidden, spec.heads * spec.value_dim),
         o_bias=maybe("o_proj.bias"),
     )

@@ -1,6 +1,7 @@
 """The sizes and constants of a DeepSeek V2/V3 or Kimi K2 shaped model, read once from its Hugging Face config.
 
-A missing key, or a rope scaling, query scaling or scoring that this family does not use, raises `CheckpointError`.
+A missing key, a value of another kind, or a rope scaling, query scaling or scoring that this family does not use,
+raises `CheckpointError`.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ from sglang_tpla.reference_model.config_file import (
     CheckpointError,
     check_query_scaling,
     language_config,
+    real,
     rope_scaling,
     rope_theta,
+    whole,
 )
 
 
@@ -69,37 +72,37 @@ class ModelSpec:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> ModelSpec:
-        try:
-            return cls._read(language_config(config))
-        except KeyError as error:
-            raise CheckpointError(
-                f"the model's config has no {error}: expected a DeepSeek V2/V3 or Kimi K2 shaped model"
-            ) from error
+        """Read a model's config.
 
-    @classmethod
-    def _read(cls, config: Mapping[str, Any]) -> ModelSpec:
+        Raises:
+            CheckpointError: a key that is missing or holds what this family does not use.
+        """
+        config = language_config(config)
         check_query_scaling(config)
         yarn = _read_yarn(rope_scaling(config), config)
-        scale = (config["qk_nope_head_dim"] + config["qk_rope_head_dim"]) ** -0.5
+        rope_dim, nope_dim = whole(config, "qk_rope_head_dim"), whole(config, "qk_nope_head_dim")
+        if rope_dim % 2:
+            raise CheckpointError(f"expected qk_rope_head_dim to be even, as its values are pairs, got {rope_dim}")
+        scale = (nope_dim + rope_dim) ** -0.5
         if yarn is not None:
             scale *= yarn_mscale(yarn.factor, yarn.mscale_all_dim) ** 2
         return cls(
-            hidden=config["hidden_size"],
-            layers=config["num_hidden_layers"],
-            heads=config["num_attention_heads"],
-            latent_dim=config["kv_lora_rank"],
-            rope_dim=config["qk_rope_head_dim"],
-            nope_dim=config["qk_nope_head_dim"],
-            value_dim=config["v_head_dim"],
-            q_lora_rank=config.get("q_lora_rank"),
-            vocab=config["vocab_size"],
-            eps=config.get("rms_norm_eps", 1e-6),
+            hidden=whole(config, "hidden_size"),
+            layers=whole(config, "num_hidden_layers"),
+            heads=whole(config, "num_attention_heads"),
+            latent_dim=whole(config, "kv_lora_rank"),
+            rope_dim=rope_dim,
+            nope_dim=nope_dim,
+            value_dim=whole(config, "v_head_dim"),
+            q_lora_rank=whole(config, "q_lora_rank") if "q_lora_rank" in config else None,
+            vocab=whole(config, "vocab_size"),
+            eps=real(config, "rms_norm_eps", 1e-6),
             rope_theta=rope_theta(config),
             yarn=yarn,
             scale=scale,
             routing=_read_routing(config),
-            first_dense=config.get("first_k_dense_replace", 0),
-            moe_every=config.get("moe_layer_freq", 1),
+            first_dense=whole(config, "first_k_dense_replace", 0, 0),
+            moe_every=whole(config, "moe_layer_freq", 1, 1),
         )
 
     def is_moe(self, layer: int) -> bool:
@@ -119,21 +122,28 @@ def _read_yarn(rope: Mapping[str, Any], config: Mapping[str, Any]) -> Yarn | Non
     if kind not in ("yarn", "deepseek_yarn"):
         raise CheckpointError(f"expected rope scaling 'yarn' or none, got {kind!r}: not a model of this family")
     return Yarn(
-        factor=float(rope["factor"]),
+        factor=real(rope, "factor"),
         original_positions=int(
-            rope.get("original_max_position_embeddings", config.get("max_position_embeddings", 4096))
+            real(rope, "original_max_position_embeddings", real(config, "max_position_embeddings", 4096))
         ),
-        beta_fast=float(rope.get("beta_fast") or 32),
-        beta_slow=float(rope.get("beta_slow") or 1),
-        mscale=float(rope.get("mscale") or 1),
-        mscale_all_dim=float(rope.get("mscale_all_dim") or 0),
+        beta_fast=real(rope, "beta_fast", 32) or 32,
+        beta_slow=real(rope, "beta_slow", 1) or 1,
+        mscale=real(rope, "mscale", 1) or 1,
+        mscale_all_dim=real(rope, "mscale_all_dim", 0),
     )
 
 
 def _read_routing(config: Mapping[str, Any]) -> Routing | None:
-    experts = config.get("n_routed_experts")
+    experts = whole(config, "n_routed_experts", 0, 0)
     if not experts:
         return None
+    per_token, groups = whole(config, "num_experts_per_tok"), whole(config, "n_group", 0, 1) or 1
+    groups_per_token = whole(config, "topk_group", 0, 1) or 1
+    if per_token > experts or experts % groups or groups_per_token > groups:
+        raise CheckpointError(
+            f"expected num_experts_per_tok to be at most n_routed_experts, n_group to divide it and topk_group to be "
+            f"at most n_group, got {per_token}, {experts}, {groups} and {groups_per_token}"
+        )
     # The biased choice of experts (noaux_tc) came with sigmoid scores, and GLM's configs name only the choice.
     biased = config.get("topk_method") == "noaux_tc" or config.get("model_type") == "deepseek_v3"
     scoring = config.get("scoring_func", "sigmoid" if biased else "softmax")
@@ -141,12 +151,12 @@ def _read_routing(config: Mapping[str, Any]) -> Routing | None:
         raise CheckpointError(f"expected scoring_func 'softmax' or 'sigmoid', got {scoring!r}")
     return Routing(
         experts=experts,
-        per_token=config["num_experts_per_tok"],
-        groups=config.get("n_group") or 1,
-        groups_per_token=config.get("topk_group") or 1,
+        per_token=per_token,
+        groups=groups,
+        groups_per_token=groups_per_token,
         scoring=scoring,
         method=config.get("topk_method", "noaux_tc" if scoring == "sigmoid" else "greedy"),
         normalise=bool(config.get("norm_topk_prob", False)),
-        scaling=float(config.get("routed_scaling_factor", 1.0)),
-        shared_experts=config.get("n_shared_experts") or 0,
+        scaling=real(config, "routed_scaling_factor", 1.0),
+        shared_experts=whole(config, "n_shared_experts", 0, 0),
     )

@@ -136,6 +136,7 @@ def test_grammars_hold_from_the_first_token(trio: Any) -> None:
 
 REFUSED: list[dict[str, Any]] = [
     {"input_ids": [1, 2, 999999]}, {"input_ids": [1, -1]}, {"input_ids": [[1], [4096]]},
+    {"text": PROMPT, "input_ids": []}, {"text": PROMPT, "input_ids": [1, 999999]}, {"text": ""},
     {"text": PROMPT, "session_params": {"id": "a"}}, {"text": PROMPT, "lora_path": "nobody"},
     {"text": PROMPT, "return_logprob": True, "top_logprobs_num": 500},
     {"text": PROMPT, "return_hidden_states": True}, {"text": "x " * 20000}, {},

@@ -190,6 +190,55 @@ def test_a_model_without_latent_attention_is_refused(tmp_path: Path) -> None:
         Checkpoint(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"num_attention_heads": 4},
+        {"qk_nope_head_dim": 16, "v_head_dim": 48},
+        {"kv_lora_rank": 64},
+        {"qk_rope_head_dim": 16},
+        {"q_lora_rank": 64},
+        {"hidden_size": 128},
+        {"n_routed_experts": 4},
+        {"vocab_size": 4095},
+    ],
+)
+def test_a_config_of_another_model_is_refused(sizes: dict[str, int], nano_model: PlainModel, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(nano_model.checkpoint.config | sizes))
+    (tmp_path / "model.safetensors").symlink_to((NANO / "model.safetensors").resolve())
+    with pytest.raises(CheckpointError, match=r"as its config\.json implies, got .*: the two are not of one model"):
+        PlainModel(tmp_path)
+
+
+@pytest.mark.parametrize("tail", ["self_attn.kv_a_layernorm.weight", "mlp.gate_proj.weight", "input_layernorm.weight"])
+def test_a_tensor_cut_short_is_named(tail: str, nano_model: PlainModel, tmp_path: Path) -> None:
+    weights = load_file(NANO / "model.safetensors")
+    name = f"model.layers.0.{tail}"
+    weights[name] = weights[name][:64].clone()
+    with pytest.raises(CheckpointError, match=f"expected {name!r} in .* to be "):
+        PlainModel(save(tmp_path / "model", nano_model.checkpoint.config, weights, str(NANO)))
+
+
+def test_a_device_computes() -> None:
+    with pytest.raises(CheckpointError, match="expected a torch device that computes, got 'meta'"):
+        PlainModel(NANO, device="meta")
+
+
+def test_a_shard_or_an_index_that_cannot_be_read_is_named(nano_model: PlainModel, tmp_path: Path) -> None:
+    save(tmp_path / "model", nano_model.checkpoint.config, load_file(NANO / "model.safetensors"), str(NANO))
+    shard = sorted((tmp_path / "model").glob("*.safetensors"))[0]
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(CheckpointError, match=f"{shard.name} is not a readable safetensors file"):
+        PlainModel(tmp_path / "model")
+    shard.write_bytes(whole)
+    index = tmp_path / "model" / "model.safetensors.index.json"
+    for content in (b"[1]", b"{}", b'{"weight_map": [1]}', b'{"weight_map": {"a": 1}}', b"\xff", b"{"):
+        index.write_bytes(content)
+        with pytest.raises(CheckpointError, match="weight_map"):
+            Checkpoint(tmp_path / "model")
+
+
 def test_fp8_shards_are_read_as_shipped(nano_model: PlainModel, tmp_path: Path) -> None:
     """nano-mla in 128 x 128 blocks over two shards computes the same as its dequantised weights."""
     stored, plain = load_file(NANO / "model.safetensors"), load_file(NANO / "model.safetensors")

@@ -5,11 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from sglang_tpla.artifact.artifact import Artifact
 from sglang_tpla.artifact.model_identity import weights_hash
 from sglang_tpla.measure.outputs import is_artifact, is_statistics
 from sglang_tpla.reference_model.checkpoint import Checkpoint
+from tests.random_checkpoint import save
 from tests.shipped import ARTIFACT, NANO, SKETCHED_ARTIFACT, run_command
 
 SMALL = ["--tokens", "2048", "--held-out-tokens", "128", "--prompt-tokens", "64", "--continuation-tokens", "64"]
@@ -101,3 +103,28 @@ def test_the_shipped_artifact_is_of_the_shipped_model() -> None:
     for layer in range(4):
         total = sum(z @ b for z, _, b in (artifact.maps(layer, group) for group in range(2)))
         assert (total - torch.eye(128)).norm() / 128**0.5 < 0.35
+
+
+@pytest.mark.parametrize(
+    ("broken", "says"),
+    [
+        ({"model.layers.1.self_attn.kv_b_proj.weight": float("nan")}, "layer 2 of model gets queries or latents"),
+        (
+            {"model.layers.2.mlp.shared_experts.down_proj.weight": float("inf")},
+            "layer 3 of model gets queries or latents",
+        ),
+        ({}, "the model knows 128 (vocab_size): expected the tokenizer that the model was trained with"),
+    ],
+)
+def test_a_broken_checkpoint_is_one_clear_error(broken: dict[str, float], says: str, tmp_path: Path) -> None:
+    config, weights = Checkpoint(NANO).config, load_file(Path(NANO) / "model.safetensors")
+    for name, value in broken.items():
+        weights[name][0, 0] = value
+    if not broken:
+        config = config | {"vocab_size": 128}
+        for name in ("model.embed_tokens.weight", "lm_head.weight"):
+            weights[name] = weights[name][:128].clone()
+    folder = save(tmp_path / "model", config, weights, str(NANO))
+    done = calibrate("--model-path", folder, "--groups", "2", "--out", tmp_path / "none", *SMALL)
+    assert done.returncode == 2 and not (tmp_path / "none").exists()
+    assert done.stderr.splitlines()[-1].startswith("error: ") and says in done.stderr and "Traceback" not in done.stderr

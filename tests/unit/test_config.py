@@ -68,8 +68,8 @@ def test_advertised_address(advertise: str | None, rank: int, expected: tuple[st
         ({"advertise": "host:70000"}, "must be HOST or HOST:PORT"),
         ({"advertise": "http://host:70"}, "must be HOST or HOST:PORT"),
         ({"advertise": "a host"}, "must be HOST or HOST:PORT"),
-        ({"room_timeout_s": math.inf}, "room_timeout_s must be positive and finite"),
-        ({"heartbeat_s": math.nan}, "heartbeat_s must be positive and finite"),
+        ({"room_timeout_s": math.inf}, "--tpla-room-timeout-s must be positive and finite"),
+        ({"heartbeat_s": math.nan}, "--tpla-heartbeat-s must be positive and finite"),
         ({"listen_port": 65535}, "must lie in 0...65534"),
         ({"role": "decode", "listen_port": 5000}, "are for prefill servers"),
         ({"role": "decode", "advertise": "host"}, "are for prefill servers"),
@@ -98,9 +98,9 @@ def test_settings_survive_the_environment() -> None:
         ({"role": "decode", "rows": "fp8"}, "--tpla-rows fp8 asks for FP8 rows, which were retired"),
         ({"role": "prefill", "rows": "sketched"}, "nor --tpla-rows"),
         ({"role": "decode", "groups": 2, "rows": "sketched"}, "needs --tpla-artifact"),
-        ({"role": "decode", "chunk_bytes": 1}, "chunk_bytes"),
-        ({"role": "decode", "peer_timeout_s": 0.5}, "heartbeat_s"),
-        ({"role": "decode", "transfer_timeout_s": float("nan")}, "transfer_timeout_s"),
+        ({"role": "decode", "chunk_bytes": 1}, "--tpla-chunk-bytes"),
+        ({"role": "decode", "peer_timeout_s": 0.5}, "--tpla-heartbeat-s"),
+        ({"role": "decode", "transfer_timeout_s": float("nan")}, "--tpla-transfer-timeout-s"),
     ],
 )
 def test_bad_settings(values: dict[str, object], word: str) -> None:

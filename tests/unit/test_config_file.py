@@ -89,3 +89,43 @@ def test_what_is_no_config(content: str, said: str, tmp_path: Path) -> None:
         read_config(tmp_path)
     with pytest.raises(CheckpointError, match="found none at"):
         read_config(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("value", ["x", -1, [1], {}, 1.5, float("inf"), True, 10**40])
+@pytest.mark.parametrize(
+    "key",
+    [
+        "hidden_size", "num_hidden_layers", "num_attention_heads", "kv_lora_rank", "q_lora_rank", "qk_nope_head_dim",
+        "qk_rope_head_dim", "v_head_dim", "vocab_size", "n_routed_experts", "num_experts_per_tok", "n_group",
+        "topk_group", "n_shared_experts", "first_k_dense_replace", "moe_layer_freq",
+    ],
+)  # fmt: skip
+def test_a_size_that_is_no_whole_number_is_named(key: str, value: Any, tmp_path: Path) -> None:
+    config = read_config(written(tmp_path, **{key: value}))
+    with pytest.raises(CheckpointError, match=f"expected {key} to be a whole number from [01] to 1048576, got "):
+        ModelSpec.from_config(config)
+
+
+@pytest.mark.parametrize("value", ["x", [1], {}, float("nan"), float("inf"), True, 10**400])
+def test_a_constant_that_is_no_number_is_named(value: Any, tmp_path: Path) -> None:
+    for key in ("rms_norm_eps", "routed_scaling_factor"):
+        with pytest.raises(CheckpointError, match=f"expected {key} to be a number, got "):
+            ModelSpec.from_config(read_config(written(tmp_path, **{key: value})))
+    for key in ("factor", "original_max_position_embeddings", "beta_fast", "mscale", "mscale_all_dim"):
+        config = read_config(written(tmp_path, rope_scaling=YARN | {key: value}))
+        for read in (ModelSpec.from_config, config_hash):
+            with pytest.raises(CheckpointError, match=f"expected {key} to be a number, got "):
+                read(config)
+    with pytest.raises(CheckpointError, match="expected rms_norm_eps to be a number, got "):
+        config_hash(read_config(written(tmp_path, rms_norm_eps=value)))
+
+
+@pytest.mark.parametrize("experts", [{"num_experts_per_tok": 9}, {"n_group": 3}, {"n_group": 2, "topk_group": 3}])
+def test_a_choice_of_experts_that_cannot_be_made(experts: dict[str, int], tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="expected num_experts_per_tok to be at most n_routed_experts"):
+        ModelSpec.from_config(read_config(written(tmp_path, **experts)))
+
+
+def test_values_of_the_rotary_key_are_pairs(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="expected qk_rope_head_dim to be even"):
+        ModelSpec.from_config(read_config(written(tmp_path, qk_rope_head_dim=31)))

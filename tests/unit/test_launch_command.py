@@ -1,5 +1,6 @@
 """The launcher's command line: precedence, refusals, and dry runs that a shell can execute."""
 
+import json
 import os
 import shlex
 import subprocess
@@ -14,7 +15,7 @@ from sglang_tpla.config import ConfigError, Settings
 from sglang_tpla.launch import cpu
 from sglang_tpla.launch import options as launch_options
 from sglang_tpla.launch.options_file import SETTING_FIELDS
-from sglang_tpla.launch.roles import Process, check_installation, plan
+from sglang_tpla.launch.roles import Process, check_installation, check_log_dir, plan
 
 ROOT = Path(__file__).resolve().parents[2]
 NANO = "examples/nano-mla"
@@ -173,7 +174,7 @@ def test_cpu_servers_get_their_platform() -> None:
 @pytest.mark.parametrize(
     ("tokens", "message"),
     [
-        (["--model-path", NANO], "--role must be one of prefill, decode, router, all; got None"),
+        (["--model-path", NANO], "--role must be one of prefill, decode, router, all; got nothing"),
         (["--role", "prefill"], "a prefill server needs --model-path"),
         (["--role", "prefill", "--model-path", NANO, "--tpla-groups", "2"], "stock MLA and takes neither"),
         (DECODE[:-2], "--tpla-groups 2 needs --tpla-artifact; make one with `python -m sglang_tpla.calibrate"),
@@ -184,7 +185,9 @@ def test_cpu_servers_get_their_platform() -> None:
         ([*DECODE, "--attn-dp-size", "2"], "got groups=2 with tp_size=1"),
         ([*DECODE, "--tpla-groups", "two"], "--tpla-groups must be of type int; got 'two'"),
         ([*DECODE, "--tpla-gruops", "2"], "there is no --tpla-gruops; did you mean --tpla-groups?"),
-        ([*DECODE, "--tpla-chunk-bytes", "1"], "chunk_bytes must lie between 4096"),
+        ([*DECODE, "--tpla-chunk-bytes", "1"], "--tpla-chunk-bytes must lie between 4096 and --tpla-staging-bytes"),
+        ([*DECODE, "--startup-timeout-s", "0"], "--startup-timeout-s must be positive and finite; got 0"),
+        ([*DECODE, "--startup-timeout-s", "nan"], "--startup-timeout-s must be positive and finite; got nan"),
         ([*DECODE, "--disaggregation-mode", "prefill"], "--role decode means --disaggregation-mode decode"),
         ([*DECODE, "--disaggregation-transfer-backend=nixl"], "means --disaggregation-transfer-backend tpla"),
         (["--role", "router", "--decode", "http://a"], "the router needs --prefill URL BOOTSTRAP_PORT"),
@@ -205,6 +208,23 @@ def test_refusals(tokens: list[str], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         planned(*tokens)
     assert message in str(caught.value)
+
+
+def test_a_model_of_no_number_of_heads(tmp_path: Path) -> None:
+    for heads in ("x", 0, [8], 1e400):
+        (tmp_path / "config.json").write_text(json.dumps({"num_attention_heads": heads}))
+        with pytest.raises(ConfigError, match="expected num_attention_heads to be a whole number"):
+            planned(*DECODE, "--model-path", str(tmp_path))
+
+
+def test_logs_need_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for place in ("file", "file/inside"):
+        with pytest.raises(ConfigError, match=r"--log-dir .*: expected a folder, or a place to make one"):
+            check_log_dir(str(tmp_path / place))
+    check_log_dir(None)
+    check_log_dir(str(tmp_path / "a" / "b"))
+    assert (tmp_path / "a" / "b").is_dir()
 
 
 @pytest.mark.parametrize(
@@ -244,6 +264,11 @@ def test_refusals(tokens: list[str], message: str) -> None:
         ("tp=3: 2", "expected flag names as keys, such as tp-size; got 'tp=3'"),
         ("{role: prefill, model-path: m, x: --log-level}", "FILE: x: expected a value; '--log-level' would be read as"),
         ("{role: all, model-path: m, log-dir: [a]}", "log-dir in FILE needs one value of type str"),
+        ("{role: all, model-path: m, startup-timeout-s: -1}", "startup-timeout-s in FILE must be positive and finite"),
+        (
+            "{role: all, model-path: m, startup-timeout-s: null}",
+            "startup-timeout-s in FILE needs one value of type float",
+        ),
         ("{role: boss}", "--role must be one of prefill, decode, router, all; got 'boss'"),
     ],
 )

@@ -373,6 +373,9 @@ def test_config_file(tmp_path: Path) -> None:
         ("--cache-dtype int8", "must be one of bf16, fp8"),
         ("--rows plain fp8", "--rows: fp8 asks for FP8 rows, which were retired"),
         ("--gpu-memory-gb -1", "must be positive"),
+        ("--gpu-memory-gb inf", "must be positive and below"),
+        ("--link-latency-us inf", "positive bandwidth, below"),
+        ("--ranks 1000000000000", "at most 100000"),
         ("--link-gb-s 0", "positive bandwidth"),
         ("--memory-fraction 2", "must lie in (0, 1]"),
         ("--ranks 1 --without tp tpla", "leaves no method"),
@@ -390,9 +393,16 @@ def test_mistakes_are_one_line(arguments: str, said: str, capsys: pytest.Capture
         ("{", "is not valid JSON"),
         ("[]", "JSON object"),
         ('{"hidden_size": 8}', "has no 'num_hidden_layers'"),
-        (json.dumps(BUILT_IN["deepseek-v3"] | {"kv_lora_rank": "512"}), "positive integer"),
+        (json.dumps(BUILT_IN["deepseek-v3"] | {"kv_lora_rank": "512"}), "kv_lora_rank to be a whole number from 1"),
         (json.dumps(BUILT_IN["deepseek-v3"] | {"vocab_size": None}), "has no 'vocab_size'"),
-        (json.dumps(BUILT_IN["deepseek-v3"] | {"intermediate_size": [1]}), "not a number"),
+        (json.dumps(BUILT_IN["deepseek-v3"] | {"intermediate_size": [1]}), "intermediate_size to be a whole number"),
+        (
+            json.dumps(BUILT_IN["deepseek-v3"] | {"first_k_dense_replace": "x"}),
+            "first_k_dense_replace to be a whole number",
+        ),
+        (json.dumps(BUILT_IN["deepseek-v3"] | {"q_lora_rank": {}}), "q_lora_rank to be a whole number"),
+        (json.dumps(BUILT_IN["deepseek-v3"] | {"n_shared_experts": 1.5}), "n_shared_experts to be a whole number"),
+        (json.dumps(BUILT_IN["deepseek-v3"] | {"kv_lora_rank": 10**40}), "kv_lora_rank to be a whole number"),
     ],
 )
 def test_bad_configs(content: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -86,6 +86,14 @@ def test_what_cannot_be_served_is_refused_with_its_range(field: str, value: Any,
         check_item(item(**{field: value}), LIMITS)
 
 
+@pytest.mark.parametrize("ids", [[], [1, 999999], ["a"], [[1]]])
+def test_ids_beside_a_text_are_read_as_the_server_reads_them(ids: list[Any]) -> None:
+    """SGLang takes the ids of a request that has both, and ids that it cannot embed end its scheduler."""
+    with pytest.raises(RequestRefused, match="input_ids must"):
+        check_item(item(text="x", input_ids=ids), LIMITS)
+    check_item(item(text="x", input_ids=[1]), LIMITS)
+
+
 def test_what_can_be_served_is_let_through() -> None:
     check_item(item(), LIMITS)
     check_item(item(input_ids=None, text="x", bootstrap_room=LAST_ROOM, bootstrap_port=None), LIMITS)

@@ -51,7 +51,6 @@ def hello_after_refusal(decode: rig.DecodeRank) -> None:
 def test_other_keys_and_no_keys_are_refused(key_folder: Path, monkeypatch: pytest.MonkeyPatch, late: bool) -> None:
     prefill = rig.prefill_rank()
     with contextlib.closing(prefill.agent):
-        (key_folder / "decode.secret").unlink()
         keys.main([str(key_folder), "--decode", "stranger"])
         text = (key_folder / "stranger.secret").read_text()
         (key_folder / "decode.secret").write_text(text)  # a key made after prefill read its allow-list
@@ -109,3 +108,33 @@ def test_key_files_are_checked(key_folder: Path) -> None:
     (key_folder / "allowed").unlink()
     with pytest.raises(TransferError, match="expected the decode keys to serve"):
         Security.from_environment("prefill")
+
+
+def test_a_folder_that_cannot_take_keys_is_one_clear_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Half of a pair is what a server's own folder has: making the other half anew would part it from its peers."""
+    (tmp_path / "file").touch()
+    for halves in (("prefill.public", "decode.secret"), ("decode.secret",)):
+        folder = tmp_path / "-".join(halves)
+        assert keys.main([str(folder)]) == 0
+        kept = {half: (folder / half).read_bytes() for half in halves}
+        for file in folder.iterdir():
+            if file.name not in halves:
+                file.unlink()
+        assert keys.main([str(folder)]) == 2
+        assert {half: (folder / half).read_bytes() for half in halves} == kept
+        assert "found none: make keys where both halves are\n" in capsys.readouterr().err
+    (tmp_path / "whole").mkdir()
+    assert keys.main([str(tmp_path / "whole")]) == 0
+    (tmp_path / "whole" / "decode.public").write_text("\n")
+    for folder, said in (("file", "File exists"), ("file/inside", "Not a directory"), ("whole", "40 characters")):
+        capsys.readouterr()
+        assert keys.main([str(tmp_path / folder)]) == 2
+        err = capsys.readouterr().err
+        assert said in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["prefill", "allowed", "../x", "a/b", "", "."])
+def test_names_of_decode_servers_become_files(name: str, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit):
+        keys.main([str(tmp_path / "keys"), "--decode", name])
+    assert not (tmp_path / "keys").exists()

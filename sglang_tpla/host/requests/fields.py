@@ -124,10 +124,10 @@ def check_carried(item: Any) -> None:
 
 
 def check_prompt(item: Any, limits: Limits) -> None:
-    """Check that the prompt is text, or token ids of the vocabulary."""
+    """Check that the prompt is text, or token ids of the vocabulary; of both SGLang takes the ids."""
     if item.text is not None and not isinstance(item.text, str):
         raise RequestRefused(f"text must be a string or a list of strings; got {shown(item.text)}")
-    if item.text is None and item.input_ids is not None:
+    if item.input_ids is not None:
         check_token_ids("input_ids", item.input_ids, limits.vocab)
         if not len(item.input_ids):
             raise RequestRefused("input_ids must not be empty")

@@ -1,0 +1,36 @@
+"""The examples' own mistakes: one line says what was expected. tests/e2e/test_trio.py runs them on servers."""
+
+import subprocess
+import sys
+
+import pytest
+
+from tests.ports import free_ports
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("example", ["openai_client.py", "frontend_language.py"])
+@pytest.mark.parametrize("url", ["http://127.0.0.1:{port}", "nonsense"])
+def test_no_deployment_is_one_clear_error(example: str, url: str) -> None:
+    url = url.format(port=free_ports(1)[0])
+    done = run(f"examples/{example}", "--url", url)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith(f"error: expected a deployment at {url}; ")
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--groups", "3"], "--groups must divide the latent's 512 columns; got 3"),
+        (["--groups", "0"], "--groups must divide the latent's 512 columns; got 0"),
+        (["--tokens", "100"], "--tokens must be a multiple of 64; got 100"),
+        (["--tokens", "-64"], "--tokens must be a multiple of 64; got -64"),
+    ],
+)
+def test_sizes_of_two_agents(arguments: list[str], said: str) -> None:
+    done = run("examples/two_agents.py", *arguments)
+    assert done.returncode == 2 and said in done.stderr
