@@ -201,7 +201,7 @@ def _check_layout(settings: Settings, arguments: Sequence[Argument]) -> None:
         try:
             heads = whole(read_config(model_config), "num_attention_heads", default=tp_size)
         except CheckpointError as error:
-            raise ConfigError(f"{model_config}: expected a model's configuration in JSON; {error}") from error
+            raise ConfigError(str(error)) from error
     Layout(tp_size=tp_size, groups=settings.groups, heads=heads)
 
 

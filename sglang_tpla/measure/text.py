@@ -9,7 +9,7 @@ from sglang_tpla.artifact.model_identity import config_hash, weights_hash
 from sglang_tpla.measure.corpus import Corpus, CorpusError, load_tokenizer, sequences
 from sglang_tpla.measure.statistics import FORMAT_VERSION, Statistics, StatisticsError, StatisticsMeta, collect
 from sglang_tpla.reference_model.checkpoint import Checkpoint
-from sglang_tpla.reference_model.config_file import whole
+from sglang_tpla.reference_model.config_file import separator, whole
 from sglang_tpla.reference_model.forward import PlainModel
 
 CALIBRATION_TOKENS, HELD_OUT_TOKENS = 131072, 8192
@@ -69,17 +69,13 @@ def read_text(plan: TextPlan, checkpoint: Checkpoint) -> Text:
     corpus = Corpus.from_paths(plan.corpus)
     calibration, held_out = corpus.split(plan.seed)
     tokenizer = load_tokenizer(checkpoint.path)
-    separator = checkpoint.config.get("eos_token_id")
-    if isinstance(separator, list):
-        separator = separator[0]
+    ends = separator(checkpoint.config)
 
     def cut(documents: list, tokens: int | None, usual: int, counted: int) -> torch.Tensor:
         count = -(-(usual if tokens is None else tokens) // counted)
         if count == 0:
             return torch.empty(0, plan.length, dtype=torch.long)
-        return sequences(
-            documents, tokenizer, length=plan.length, count=count, separator=separator, fewer=tokens is None
-        )
+        return sequences(documents, tokenizer, length=plan.length, count=count, separator=ends, fewer=tokens is None)
 
     text = Text(
         corpus.name,

@@ -56,13 +56,6 @@ class PlanModel:
         return self.hidden * ((self.q_lora_rank or 0) + self.latent_dim + self.rope_dim)
 
 
-def from_config(config: Mapping[str, Any], name: str) -> PlanModel:
-    try:
-        return _read(language_config(config), name)
-    except CheckpointError as error:
-        raise PlanError(f"{name}: {error}") from error
-
-
 def _read(config: Mapping[str, Any], name: str) -> PlanModel:
     hidden, layers = whole(config, "hidden_size"), whole(config, "num_hidden_layers")
     experts = whole(config, "n_routed_experts", 0, 0)
@@ -109,12 +102,12 @@ BUILT_IN: dict[str, dict[str, Any]] = {
 def find(model: str) -> PlanModel:
     """Find a built-in model by name, or read the config (file or folder) of another."""
     if model.lower() in BUILT_IN:
-        return from_config(BUILT_IN[model.lower()], model.lower())
+        return _read(language_config(BUILT_IN[model.lower()]), model.lower())
     path = Path(model)
     path = path / "config.json" if path.is_dir() else path
     if not path.is_file():
         raise PlanError(f"--model must be one of {', '.join(BUILT_IN)}, or a config.json or its folder; got {model!r}")
     try:
-        return from_config(read_config(path), str(path))
+        return _read(read_config(path), str(path))
     except CheckpointError as error:
         raise PlanError(str(error)) from error

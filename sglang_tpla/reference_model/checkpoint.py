@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from sglang_tpla.reference_model.config_file import CheckpointError as CheckpointError
-from sglang_tpla.reference_model.config_file import read_config
+from sglang_tpla.reference_model.config_file import Config, read_config, weight_block
 
 _ATTENTION_PROBE = "layers.0.self_attn.kv_b_proj.weight"
 
@@ -31,7 +31,7 @@ class Checkpoint:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self.config: dict[str, Any] = read_config(self.path / "config.json")
+        self.config: Config = read_config(self.path / "config.json")
         self._files = self._index()
         self.prefix = self._find_prefix()
 
@@ -118,8 +118,7 @@ class Checkpoint:
         scale_name = f"{name}_scale_inv"
         if scale_name not in self._files:
             raise CheckpointError(f"{name!r} is stored as {stored.dtype} and needs {scale_name!r}, which is missing")
-        block = (self.config.get("quantization_config") or {}).get("weight_block_size") or [128, 128]
-        return dequantise_blocks(stored, self.stored(scale_name), (int(block[0]), int(block[1]))).to(dtype)
+        return dequantise_blocks(stored, self.stored(scale_name), weight_block(self.config)).to(dtype)
 
 
 @contextmanager

@@ -5,11 +5,12 @@
 - The rotary embedding stands in ``rope_theta`` and ``rope_scaling`` (transformers 4) or in ``rope_parameters`` (5);
   a file may have both, one of them null.
 
-A file that is none, or a value of another type, raises `CheckpointError`. Nothing here imports torch, so that the
-launcher can read a config too.
+A file that is none, a value of another type, and a number that no model has raise `CheckpointError`, which names the
+key, the value and the file. Nothing here imports torch, so that the launcher can read a config too.
 """
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,19 +20,33 @@ from sglang_tpla.errors import SglangTplaError
 NESTED = ("text_config", "language_config")  # wrappers keep the language model's configuration there
 DEFAULT_ROPE_THETA = 10000.0
 LARGEST = 1 << 20  # no size of any model comes near
-LARGEST_REAL = 1e300  # a JSON number may be larger than any float
+LARGEST_REAL = 1e38  # a JSON number may be larger than any of float32
 
 
 class CheckpointError(SglangTplaError, ValueError):
     """A checkpoint that cannot be read; the message says what was expected, what came, where, and what to do."""
 
 
-def read_config(path: str | Path) -> dict[str, Any]:
+class Config(dict[str, Any]):
+    """A configuration, or a part of one, that knows its file for messages; "" where it came from none."""
+
+    def __init__(self, values: Mapping[str, Any], file: str = "") -> None:
+        super().__init__(values)
+        self.file = file
+
+
+def place(config: Mapping[str, Any]) -> str:
+    """Return the words that name a configuration's file behind what it holds."""
+    file = getattr(config, "file", "")
+    return f" in {file}" if file else ""
+
+
+def read_config(path: str | Path) -> Config:
     """Return the language model's configuration in a file, or in a checkpoint's folder, in one form."""
     return language_config(read_whole_config(path))
 
 
-def read_whole_config(path: str | Path) -> dict[str, Any]:
+def read_whole_config(path: str | Path) -> Config:
     """Return the configuration as the file has it, a wrapper's included."""
     path = Path(path)
     path = path / "config.json" if path.is_dir() else path
@@ -48,53 +63,86 @@ def read_whole_config(path: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(loaded, dict):
         raise CheckpointError(f"{path} must hold a JSON object, got a {type(loaded).__name__}")
-    return loaded
+    return Config(loaded, str(path))
 
 
-def language_config(config: Mapping[str, Any]) -> dict[str, Any]:
+def language_config(config: Mapping[str, Any]) -> Config:
     """Return the language model's own configuration, without null keys.
 
     The wrapper's quantisation applies where the inner configuration has none.
     """
+    file = getattr(config, "file", "")
     nested = [config[name] for name in NESTED if isinstance(config.get(name), Mapping)]
     if config.get("kv_lora_rank") is None and nested:
         outer = {name: config[name] for name in ("quantization_config",) if name in config}
         config = {**outer, **nested[0]}
-    return {name: value for name, value in config.items() if value is not None}
+    return _without_nulls(config, file)
+
+
+def _without_nulls(values: Mapping[str, Any], file: str) -> Config:
+    return Config({name: value for name, value in values.items() if value is not None}, file)
 
 
 def whole(config: Mapping[str, Any], key: str, least: int = 1, default: int | None = None) -> int:
     """Return a size of the model, a whole number from ``least`` on; without a default the key must be there.
 
     Raises:
-        CheckpointError: naming the key and what it holds.
+        CheckpointError: naming the key, what it holds and the file.
     """
-    value = config.get(key)
-    if value is None:
-        value = _given(key, default)
+    value = _given(config, key, default)
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= LARGEST:
-        raise CheckpointError(f"expected {key} to be a whole number from {least} to {LARGEST}, got {_short(value)}")
+        raise CheckpointError(
+            f"expected {key} to be a whole number from {least} to {LARGEST}, got {_short(value)}{place(config)}"
+        )
     return value
 
 
+# The numbers of a model that no arithmetic takes otherwise: (key, whether the bound itself will do, bound, largest).
+# A smaller one ends in roots and logarithms that are not finite, and an epsilon above 1 leaves nothing of the values.
+_ABOVE_ZERO = (0.0, False, LARGEST_REAL)
+_FROM_ZERO = (0.0, True, LARGEST_REAL)
+_RANGES = {
+    "rms_norm_eps": (0.0, True, 1.0),
+    "routed_scaling_factor": _ABOVE_ZERO,
+    "rope_theta": (1.0, False, LARGEST_REAL),  # yarn divides by its logarithm
+    "factor": _ABOVE_ZERO,
+    "original_max_position_embeddings": (1.0, True, LARGEST_REAL),
+    "max_position_embeddings": (1.0, True, LARGEST_REAL),
+    # null and 0 are the default for SGLang
+    "beta_fast": _FROM_ZERO,
+    "beta_slow": _FROM_ZERO,
+    "mscale": _FROM_ZERO,
+    "mscale_all_dim": _FROM_ZERO,
+}
+
+
 def real(config: Mapping[str, Any], key: str, default: float | None = None) -> float:
-    """Return a finite number of the model; without a default the key must be there.
+    """Return a number of the model that its arithmetic takes; without a default the key must be there.
 
     Raises:
-        CheckpointError: naming the key and what it holds.
+        CheckpointError: naming the key, what it holds and the file.
     """
-    value = config.get(key)
-    if value is None:
-        value = _given(key, default)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < LARGEST_REAL:
-        raise CheckpointError(f"expected {key} to be a number, got {_short(value)}")
+    return _in_range(_given(config, key, default), key, config)
+
+
+def _in_range(value: Any, key: str, config: Mapping[str, Any]) -> float:
+    least, itself, largest = _RANGES.get(key, (-math.inf, True, LARGEST_REAL))
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= LARGEST_REAL
+    if not number or value > largest or not (value >= least if itself else value > least):
+        words = f" {'from' if itself else 'above'} {least:g}" if least > -math.inf else ""
+        words += f" to {largest:g}" if largest < LARGEST_REAL else ""
+        raise CheckpointError(f"expected {key} to be a number{words}, got {_short(value)}{place(config)}")
     return float(value)
 
 
-def _given(key: str, default: Any) -> Any:
-    if default is None:
-        raise CheckpointError(f"the model's config has no {key!r}: expected a DeepSeek V2, V3 or Kimi K2 shaped model")
-    return default
+def _given(config: Mapping[str, Any], key: str, default: Any) -> Any:
+    value = config.get(key)
+    value = default if value is None else value
+    if value is None:
+        raise CheckpointError(
+            f"the model's config has no {key!r}{place(config)}: expected a DeepSeek V2, V3 or Kimi K2 shaped model"
+        )
+    return value
 
 
 def _short(value: Any) -> str:
@@ -102,12 +150,37 @@ def _short(value: Any) -> str:
     return text if len(text) <= 40 else f"{text[:40]}..."
 
 
-def rope_scaling(config: Mapping[str, Any]) -> dict[str, Any]:
+def rope_scaling(config: Mapping[str, Any]) -> Config:
     """Return the stretch of the rotary embedding, ``rope_scaling`` or ``rope_parameters``, without null keys."""
     found = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if not isinstance(found, Mapping):
-        raise CheckpointError(f"expected rope_scaling to be a mapping, got {found!r}")
-    return {name: value for name, value in found.items() if value is not None}
+        raise CheckpointError(f"expected rope_scaling to be a mapping, got {_short(found)}{place(config)}")
+    return _without_nulls(found, getattr(config, "file", ""))
+
+
+def weight_block(config: Mapping[str, Any]) -> tuple[int, int]:
+    """Return the rows and columns of a weight that share one scale in a block-quantised checkpoint."""
+    part = config.get("quantization_config") or {}
+    block = part.get("weight_block_size") if isinstance(part, Mapping) else part
+    block = [128, 128] if block is None else block
+    good = isinstance(block, (list, tuple)) and len(block) == 2
+    if not good or not all(type(size) is int and 1 <= size <= LARGEST for size in block):
+        raise CheckpointError(
+            f"expected weight_block_size of quantization_config to be two whole numbers from 1 on, got {_short(block)}"
+            f"{place(config)}"
+        )
+    return block[0], block[1]
+
+
+def separator(config: Mapping[str, Any]) -> int | None:
+    """Return the token that ends a text, the first where the model has several; None where it names none."""
+    token = config.get("eos_token_id")
+    token = token[0] if isinstance(token, list) and token else token
+    if token is None or (type(token) is int and 0 <= token <= LARGEST):
+        return token
+    raise CheckpointError(
+        f"expected eos_token_id to be a token's number, or a list of them, got {_short(token)}{place(config)}"
+    )
 
 
 def check_query_scaling(config: Mapping[str, Any]) -> None:
@@ -125,7 +198,8 @@ def check_query_scaling(config: Mapping[str, Any]) -> None:
     ):
         if isinstance(part, Mapping) and part.get(name) is not None:
             raise CheckpointError(
-                f"the model scales queries by their position (its config has {name} = {part[name]!r}), which "
+                f"the model scales queries by their position (its config{place(config)} has {name} = "
+                f"{_short(part[name])}), which "
                 "sglang_tpla does not compute: serve it with stock SGLang"
             )
 
@@ -135,6 +209,4 @@ def rope_theta(config: Mapping[str, Any]) -> float:
     parts = (config.get("rope_scaling"), config.get("rope_parameters"), config)
     given = (part.get("rope_theta") for part in parts if isinstance(part, Mapping))
     theta = next((base for base in given if base is not None), DEFAULT_ROPE_THETA)
-    if isinstance(theta, bool) or not isinstance(theta, (int, float)) or not 0 < theta < LARGEST_REAL:
-        raise CheckpointError(f"expected rope_theta to be a number above 0, got {_short(theta)}")
-    return float(theta)
+    return _in_range(theta, "rope_theta", config)

@@ -15,6 +15,7 @@ from sglang_tpla.reference_model.config_file import (
     CheckpointError,
     check_query_scaling,
     language_config,
+    place,
     real,
     rope_scaling,
     rope_theta,
@@ -82,7 +83,9 @@ class ModelSpec:
         yarn = _read_yarn(rope_scaling(config), config)
         rope_dim, nope_dim = whole(config, "qk_rope_head_dim"), whole(config, "qk_nope_head_dim")
         if rope_dim % 2:
-            raise CheckpointError(f"expected qk_rope_head_dim to be even, as its values are pairs, got {rope_dim}")
+            raise CheckpointError(
+                f"expected qk_rope_head_dim to be even, as its values are pairs, got {rope_dim}{place(config)}"
+            )
         scale = (nope_dim + rope_dim) ** -0.5
         if yarn is not None:
             scale *= yarn_mscale(yarn.factor, yarn.mscale_all_dim) ** 2
@@ -120,7 +123,9 @@ def _read_yarn(rope: Mapping[str, Any], config: Mapping[str, Any]) -> Yarn | Non
     if kind == "default":
         return None
     if kind not in ("yarn", "deepseek_yarn"):
-        raise CheckpointError(f"expected rope scaling 'yarn' or none, got {kind!r}: not a model of this family")
+        raise CheckpointError(
+            f"expected rope scaling 'yarn' or none, got {kind!r}{place(config)}: not a model of this family"
+        )
     return Yarn(
         factor=real(rope, "factor"),
         original_positions=int(
@@ -143,12 +148,13 @@ def _read_routing(config: Mapping[str, Any]) -> Routing | None:
         raise CheckpointError(
             f"expected num_experts_per_tok to be at most n_routed_experts, n_group to divide it and topk_group to be "
             f"at most n_group, got {per_token}, {experts}, {groups} and {groups_per_token}"
+            f"{place(config)}"
         )
     # The biased choice of experts (noaux_tc) came with sigmoid scores, and GLM's configs name only the choice.
     biased = config.get("topk_method") == "noaux_tc" or config.get("model_type") == "deepseek_v3"
     scoring = config.get("scoring_func", "sigmoid" if biased else "softmax")
     if scoring not in ("softmax", "sigmoid"):
-        raise CheckpointError(f"expected scoring_func 'softmax' or 'sigmoid', got {scoring!r}")
+        raise CheckpointError(f"expected scoring_func 'softmax' or 'sigmoid', got {scoring!r}{place(config)}")
     return Routing(
         experts=experts,
         per_token=per_token,

@@ -1,6 +1,7 @@
 """Every form of a config.json is one to all who read it."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 
 from sglang_tpla.artifact.model_identity import config_hash
 from sglang_tpla.plan.model import find
-from sglang_tpla.reference_model.config_file import CheckpointError, read_config, rope_theta
+from sglang_tpla.reference_model.config_file import CheckpointError, read_config, rope_theta, separator, weight_block
 from sglang_tpla.reference_model.spec import ModelSpec
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096, "mscale": 1.0}
@@ -51,9 +52,9 @@ def test_a_wrapper_keeps_the_language_model_one_level_down(tmp_path: Path) -> No
     assert config_hash(config) == config_hash(inner)
 
 
-@pytest.mark.parametrize("theta", ["x", -1, True, 0])
+@pytest.mark.parametrize("theta", ["x", -1, True, 0, 1])
 def test_a_base_that_is_no_number(theta: Any) -> None:
-    with pytest.raises(CheckpointError, match="rope_theta to be a number above 0"):
+    with pytest.raises(CheckpointError, match="rope_theta to be a number above 1"):
         rope_theta({"rope_theta": theta})
 
 
@@ -102,22 +103,69 @@ def test_what_is_no_config(content: str, said: str, tmp_path: Path) -> None:
 )  # fmt: skip
 def test_a_size_that_is_no_whole_number_is_named(key: str, value: Any, tmp_path: Path) -> None:
     config = read_config(written(tmp_path, **{key: value}))
-    with pytest.raises(CheckpointError, match=f"expected {key} to be a whole number from [01] to 1048576, got "):
+    with pytest.raises(
+        CheckpointError, match=f"expected {key} to be a whole number from [01] to 1048576, got .* in {tmp_path}"
+    ):
         ModelSpec.from_config(config)
 
 
 @pytest.mark.parametrize("value", ["x", [1], {}, float("nan"), float("inf"), True, 10**400])
 def test_a_constant_that_is_no_number_is_named(value: Any, tmp_path: Path) -> None:
     for key in ("rms_norm_eps", "routed_scaling_factor"):
-        with pytest.raises(CheckpointError, match=f"expected {key} to be a number, got "):
+        with pytest.raises(CheckpointError, match=f"expected {key} to be a number .*, got "):
             ModelSpec.from_config(read_config(written(tmp_path, **{key: value})))
     for key in ("factor", "original_max_position_embeddings", "beta_fast", "mscale", "mscale_all_dim"):
         config = read_config(written(tmp_path, rope_scaling=YARN | {key: value}))
         for read in (ModelSpec.from_config, config_hash):
-            with pytest.raises(CheckpointError, match=f"expected {key} to be a number, got "):
+            with pytest.raises(CheckpointError, match=f"expected {key} to be a number .*, got "):
                 read(config)
-    with pytest.raises(CheckpointError, match="expected rms_norm_eps to be a number, got "):
+    with pytest.raises(CheckpointError, match="expected rms_norm_eps to be a number from 0 to 1, got "):
         config_hash(read_config(written(tmp_path, rms_norm_eps=value)))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "range_"),
+    [
+        ("rms_norm_eps", -1e-6, "from 0 to 1"), ("rms_norm_eps", 1e30, "from 0 to 1"),
+        ("routed_scaling_factor", 0, "above 0"), ("routed_scaling_factor", -2.5, "above 0"),
+        ("rope_theta", 1, "above 1"),
+        ("rope_theta", 1e39, "above 1"), ("max_position_embeddings", 0, "from 1"), ("factor", 0, "above 0"),
+        ("factor", -4.0, "above 0"), ("original_max_position_embeddings", 0.5, "from 1"), ("beta_fast", -32, "from 0"),
+        ("beta_slow", -1, "from 0"), ("mscale", -1, "from 0"), ("mscale_all_dim", -0.1, "from 0"),
+    ],
+)  # fmt: skip
+def test_a_constant_that_no_model_has_is_named_with_its_file(
+    key: str, value: float, range_: str, tmp_path: Path
+) -> None:
+    changes = {"rope_scaling": YARN | {key: value}} if key in (*YARN, "beta_fast", "beta_slow", "mscale_all_dim") else {
+        "rope_scaling": YARN, key: value
+    }  # fmt: skip
+    said = re.escape(f"expected {key} to be a number {range_}, got {value!r} in {tmp_path / 'config.json'}")
+    with pytest.raises(CheckpointError, match=said):
+        ModelSpec.from_config(read_config(written(tmp_path, **changes)))
+
+
+def test_constants_at_the_ends_of_their_ranges(tmp_path: Path) -> None:
+    """0 is SGLang's default for some, and a normalisation without an epsilon is one."""
+    zeros = dict.fromkeys(("beta_fast", "beta_slow", "mscale", "mscale_all_dim"), 0)
+    spec = ModelSpec.from_config(read_config(written(tmp_path, rms_norm_eps=0, rope_scaling=YARN | zeros)))
+    assert spec.eps == 0 and spec.yarn is not None
+    assert (spec.yarn.beta_fast, spec.yarn.beta_slow, spec.yarn.mscale, spec.yarn.mscale_all_dim) == (32, 1, 1, 0)
+
+
+@pytest.mark.parametrize("block", ["x", [128], [0, 128], [1.5, 2], {}, True])
+def test_a_block_of_weights_that_is_none(block: Any, tmp_path: Path) -> None:
+    config = read_config(written(tmp_path, quantization_config={"weight_block_size": block}))
+    with pytest.raises(CheckpointError, match=rf"expected weight_block_size .* in {tmp_path}"):
+        weight_block(config)
+    assert weight_block({}) == weight_block({"quantization_config": {"weight_block_size": None}}) == (128, 128)
+
+
+@pytest.mark.parametrize("token", ["</s>", [], -1, 1.0, True, {"a": 1}])
+def test_an_end_of_text_that_is_no_token(token: Any, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=rf"expected eos_token_id .* in {tmp_path}"):
+        separator(read_config(written(tmp_path, eos_token_id=token)))
+    assert [separator({"eos_token_id": good}) for good in (7, [7, 8], None)] == [7, 7, None]
 
 
 @pytest.mark.parametrize("experts", [{"num_experts_per_tok": 9}, {"n_group": 3}, {"n_group": 2, "topk_group": 3}])
