@@ -8,11 +8,12 @@ group's slice of the latent. The replicated rotary key travels beside every slic
 from __future__ import annotations
 
 import argparse
+import difflib
 import ipaddress
 import math
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import Field, dataclass, fields, replace
 from typing import Any
 
 from sglang_tpla.errors import SglangTplaError
@@ -82,6 +83,12 @@ def slice_width(latent_dim: int, groups: int, shared_dims: int) -> int:
 
 ENV_PREFIX = "SGLANG_TPLA_"
 SERVER_VARIABLE = ENV_PREFIX + "SERVER"  # a server sets it for its own processes, see host/process.py
+CACHE_VARIABLE = ENV_PREFIX + "CACHE"  # the folder of compiled kernels and of the environment
+UNCHECKED_VARIABLE = ENV_PREFIX + "ALLOW_UNKNOWN_HOST"
+CPU_MEMORY_VARIABLE = ENV_PREFIX + "CPU_MEMORY_BYTES"
+# All variables that are no setting; docs/launcher.md says what they mean.
+OTHER_VARIABLES = (SERVER_VARIABLE, CACHE_VARIABLE, UNCHECKED_VARIABLE, CPU_MEMORY_VARIABLE)
+OF_TESTS = (ENV_PREFIX + "TEST_", ENV_PREFIX + "BENCH_")  # variables of the tests and benchmarks begin so
 ROLES = ("prefill", "decode")
 O_PROJ = ("replicate", "scatter")
 ROWS = ("plain", "sketched")
@@ -119,6 +126,26 @@ def not_retired(instead: str) -> Callable[[str], str]:
         return text
 
     return known
+
+
+def did_you_mean(name: str, known: Iterable[str], prefix: str = "", suffix: str = "") -> str:
+    """Return the words that name the nearest known name, between ``prefix`` and ``suffix``; a full stop without one."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {prefix}{near[0]}{suffix}?" if near else "."
+
+
+def check_variables(names: Iterable[str], origin: str) -> None:
+    """Refuse variables with our prefix that nothing reads, with the nearest one that is read.
+
+    Raises:
+        ConfigError: naming the variable.
+    """
+    known = [*Settings.variables(), *OTHER_VARIABLES]
+    for name in names:
+        if name.startswith(ENV_PREFIX) and name not in known and not name.startswith(OF_TESTS):
+            # what all names share says nothing about which is near
+            hint = did_you_mean(name.removeprefix(ENV_PREFIX), [k.removeprefix(ENV_PREFIX) for k in known], ENV_PREFIX)
+            raise ConfigError(f"{origin}: there is no {name}{hint} Unset it, or take one of {', '.join(known)}")
 
 
 def parsed(text: str, kind: str, origin: str) -> Any:
@@ -291,23 +318,25 @@ class Settings:
             )
         return host, int(port) + 2 * rank if port else own[1]
 
+    @classmethod
+    def variables(cls) -> dict[str, Field[Any]]:
+        """Return the fields by the names of their variables."""
+        return {ENV_PREFIX + entry.name.upper(): entry for entry in fields(cls)}
+
     def to_environment(self) -> dict[str, str]:
         """Return the variables that `from_environment` reads back."""
-        return {
-            ENV_PREFIX + field.name.upper(): str(value)
-            for field in fields(self)
-            if (value := getattr(self, field.name)) is not None
-        }
+        values = {variable: getattr(self, entry.name) for variable, entry in self.variables().items()}
+        return {variable: str(value) for variable, value in values.items() if value is not None}
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str]) -> Settings | None:
         """Return the settings of this process, or None where it is stock SGLang.
 
         Raises:
-            ConfigError: an unreadable or invalid value.
+            ConfigError: an unreadable or invalid value, or a variable with our prefix that does not exist.
         """
+        check_variables(environ, "environment")
         if ENV_PREFIX + "ROLE" not in environ:
             return None
-        names = {ENV_PREFIX + field.name.upper(): field for field in fields(cls)}
-        given = {name: field for name, field in names.items() if name in environ}
+        given = {name: field for name, field in cls.variables().items() if name in environ}
         return cls(**{field.name: parsed(environ[name], str(field.type), name) for name, field in given.items()})

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass
 from typing import Any
 
-from sglang_tpla.config import ENV_PREFIX, ConfigError, Settings, check_rows, parsed
+from sglang_tpla.config import ENV_PREFIX, ConfigError, Settings, check_rows, check_variables, did_you_mean, parsed
 from sglang_tpla.launch.flags import (
     ROLE_SECTIONS,
     Argument,
@@ -133,6 +133,10 @@ def check_command_line(arguments: Sequence[Argument]) -> None:
         section, dot, name = argument.name.partition(".")
         if dot and section in ROLE_SECTIONS:
             check_section_name(name, section, argument.tokens[0].split("=", 1)[0])
+        elif dot:  # SGLang has no such flags
+            hint = did_you_mean(section, ROLE_SECTIONS, "--", f".{name}")
+            known = ", ".join(f"--{known}.FLAG" for known in ROLE_SECTIONS)
+            raise ConfigError(f"command line: there is no --{argument.name}{hint} The flags of one role are {known}")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -179,6 +183,7 @@ def read(tokens: Sequence[str], environ: Mapping[str, str]) -> Options:
         ConfigError: a mistake in either.
         SystemExit: ``--help``, or a command line that argparse refuses.
     """
+    check_variables(environ, "environment")
     arguments = split_tokens(tokens)
     check_command_line(arguments)
     # --log-dir is also a flag of the router; it is the launcher's only under "all".

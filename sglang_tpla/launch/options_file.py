@@ -4,7 +4,6 @@ Those of one role stand under ``prefill:``, ``decode:`` and ``router:``. ``envir
 does not set. What cannot be meant raises `ConfigError`, which names the file and the key.
 """
 
-import difflib
 import os
 import re
 from collections.abc import Iterable
@@ -14,16 +13,22 @@ from typing import Any
 
 import yaml
 
-from sglang_tpla.config import ConfigError, Settings
+from sglang_tpla.config import SERVER_VARIABLE, ConfigError, Settings, check_variables, did_you_mean
 from sglang_tpla.launch.flags import REPEATED, ROLE_SECTIONS, canonical
 
 OWN_PREFIX = "tpla-"
 # The launcher's own keys stand at the top of a file; a section may have variables of its own.
 LAUNCHER_KEYS = ("role", "log-dir", "startup-timeout-s", "environment")
+MAPPINGS = (*ROLE_SECTIONS, "environment")
 # SGLang would read flags from the file that its own --config names, and no check here would see them.
 COMMAND_LINE_ONLY = ("config", "dry-run", "help", "h")
 SETTING_FIELDS = {
     OWN_PREFIX + entry.name.replace("_", "-"): entry for entry in fields(Settings) if entry.name != "role"
+}
+# The launcher sets these for its servers, and would pass over what the file's environment says.
+VARIABLES_OF_SETTINGS = {
+    variable: ("" if entry.name == "role" else OWN_PREFIX) + entry.name.replace("_", "-")
+    for variable, entry in Settings.variables().items()
 }
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 FLAG_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
@@ -92,6 +97,11 @@ def read_file(path: str) -> FileSource:
         if name in ROLE_SECTIONS and isinstance(value, dict)
     }
     common = {name: value for name, value in loaded.items() if name not in sections}
+    for name, value in common.items():
+        # a flag of SGLang may have a mapping, too, but none is called nearly as a section
+        hint = did_you_mean(str(name), MAPPINGS, suffix=":")
+        if isinstance(value, dict) and name not in MAPPINGS and hint != ".":
+            raise ConfigError(f"{origin}: there is no section {name}{hint} The sections are {', '.join(MAPPINGS)}")
     return FileSource(path, _checked_keys(common, path), sections)
 
 
@@ -126,8 +136,7 @@ def check_own_names(names: Iterable[str], origin: str) -> None:
     """Refuse ``tpla-`` names that do not exist, with the nearest one that does."""
     for name in names:
         if name.startswith(OWN_PREFIX) and name not in SETTING_FIELDS:
-            near = difflib.get_close_matches(name, SETTING_FIELDS, n=1)
-            hint = f"; did you mean --{near[0]}?" if near else ""
+            hint = did_you_mean(name, SETTING_FIELDS, "--")
             known = ", ".join("--" + known for known in SETTING_FIELDS)
             raise ConfigError(f"{origin}: there is no --{name}{hint} The settings are {known}")
 
@@ -173,3 +182,9 @@ def _check_environment(variables: Any, origin: str) -> None:
             raise ConfigError(f"{origin}: environment: expected a variable's name, such as NCCL_DEBUG; got {name!r}")
         if value is None or isinstance(value, (list, dict)):
             raise ConfigError(f'{origin}: environment: {name} needs one value ("" for an empty one); got {value!r}')
+        if name in VARIABLES_OF_SETTINGS:
+            flag = VARIABLES_OF_SETTINGS[name]
+            raise ConfigError(f"{origin}: environment: {name} is a setting; give it as a key of the file, {flag}")
+        if name == SERVER_VARIABLE:
+            raise ConfigError(f"{origin}: environment: {name} is named by each server for its own processes; drop it")
+    check_variables(variables or {}, f"{origin}: environment")

@@ -6,10 +6,10 @@ import os
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
-from sglang_tpla.config import ENV_PREFIX, SERVER_VARIABLE, ConfigError, Layout, Settings, without_brackets
+from sglang_tpla.config import SERVER_VARIABLE, ConfigError, Layout, Settings, without_brackets
 from sglang_tpla.launch import cpu
 from sglang_tpla.launch.agreement import (
     check_alike,
@@ -137,7 +137,7 @@ def _server(role: str, arguments: list[Argument], options: Options) -> Process:
                 "SGLang with `python -m sglang.launch_server`"
             )
     arguments = _with_speculation(role, arguments)
-    variables = {ENV_PREFIX + field.name.upper() for field in fields(Settings)} | {SERVER_VARIABLE}
+    variables = {*Settings.variables(), SERVER_VARIABLE}
     # A variable that the shell still holds for another role must not reach this one.
     environment: dict[str, str | None] = dict.fromkeys(variables.intersection(options.environ))
     environment |= options.file_environment(role)

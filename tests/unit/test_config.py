@@ -1,12 +1,15 @@
 """Ranks, groups and head shards; settings through the environment."""
 
 import math
+import re
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sglang_tpla.config import ConfigError, Layout, Settings, slice_width
+from sglang_tpla.config import OTHER_VARIABLES, ConfigError, Layout, Settings, slice_width
+from sglang_tpla.transfer.network.security import Security
+from sglang_tpla.transfer.room import TransferError
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4, 8])
@@ -111,3 +114,28 @@ def test_bad_settings(values: dict[str, object], word: str) -> None:
 def test_unreadable_variable_is_named() -> None:
     with pytest.raises(ConfigError, match=r"SGLANG_TPLA_CHUNK_BYTES.*'4MB'"):
         Settings.from_environment({"SGLANG_TPLA_ROLE": "decode", "SGLANG_TPLA_CHUNK_BYTES": "4MB"})
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("SGLANG_TPLA_GRUOPS", "; did you mean SGLANG_TPLA_GROUPS?"),
+        ("SGLANG_TPLA_ROEL", "; did you mean SGLANG_TPLA_ROLE?"),
+        ("SGLANG_TPLA_CPU_MEMORY", "; did you mean SGLANG_TPLA_CPU_MEMORY_BYTES?"),
+        ("SGLANG_TPLA_groups", "."),
+        ("SGLANG_TPLA_XYZ", "."),
+    ],
+)
+def test_a_variable_that_nothing_reads_is_refused(name: str, said: str) -> None:
+    """Also in a process that would be stock SGLang: the role itself may be what is mistyped."""
+    for others in ({}, {"SGLANG_TPLA_ROLE": "prefill"}):
+        words = rf"^environment: there is no {name}{re.escape(said)} Unset it, or take one of .*$"
+        with pytest.raises(ConfigError, match=words):
+            Settings.from_environment({**others, name: "1"})
+    with pytest.raises(TransferError, match=f"there is no {name}"):
+        Security.from_environment("decode", {name: "1"})
+
+
+def test_variables_of_others_pass() -> None:
+    own = {"SGLANG_TPLA_TEST_TINY": "x", "SGLANG_TPLA_BENCH_LOCK": "y", "SGLANG_TP": "z"}
+    assert Settings.from_environment(own | dict.fromkeys(OTHER_VARIABLES, "1")) is None

@@ -19,6 +19,7 @@ from sglang_tpla.launch.roles import Process, check_installation, check_log_dir,
 
 ROOT = Path(__file__).resolve().parents[2]
 NANO = "examples/nano-mla"
+HANGS_S = 300  # a process that imports SGLang takes seconds alone, and minutes on a busy machine
 ARTIFACT = "examples/artifacts/nano-mla-g2.safetensors"
 CLEAN = {name: value for name, value in os.environ.items() if not name.startswith(("SGLANG_", "OMP_", "CUDA_VISIBLE"))}
 DECODE = ["--role", "decode", "--model-path", NANO, "--tp", "2", "--tpla-groups", "2", "--tpla-artifact", ARTIFACT]
@@ -37,7 +38,7 @@ def launch(*tokens: str, environ: dict[str, str] | None = None) -> subprocess.Co
         text=True,
         env={**CLEAN, **(environ or {})},
         cwd=ROOT,
-        timeout=60,
+        timeout=HANGS_S,
     )
 
 
@@ -185,6 +186,12 @@ def test_cpu_servers_get_their_platform() -> None:
         ([*DECODE, "--attn-dp-size", "2"], "got groups=2 with tp_size=1"),
         ([*DECODE, "--tpla-groups", "two"], "--tpla-groups must be of type int; got 'two'"),
         ([*DECODE, "--tpla-gruops", "2"], "there is no --tpla-gruops; did you mean --tpla-groups?"),
+        (
+            [*DECODE, "--prefil.port", "1"],
+            "there is no --prefil.port; did you mean --prefill.port? The flags of one role",
+        ),
+        (["--role", "all", "--model-path", NANO, "--decoder.tp=2"], "no --decoder.tp; did you mean --decode.tp?"),
+        ([*DECODE, "--x.port", "1"], "there is no --x.port. The flags of one role are --prefill.FLAG, --decode.FLAG"),
         ([*DECODE, "--tpla-chunk-bytes", "1"], "--tpla-chunk-bytes must lie between 4096 and --tpla-staging-bytes"),
         ([*DECODE, "--startup-timeout-s", "0"], "--startup-timeout-s must be positive and finite; got 0"),
         ([*DECODE, "--startup-timeout-s", "nan"], "--startup-timeout-s must be positive and finite; got nan"),
@@ -249,6 +256,18 @@ def test_logs_need_a_folder(tmp_path: Path) -> None:
         ('environment: {"A;rm": x}', "environment: expected a variable's name, such as NCCL_DEBUG; got 'A;rm'"),
         ('prefill: {environment: {"": 2}}', "environment: expected a variable's name, such as NCCL_DEBUG; got ''"),
         ("environment: {A: {b: 1}}", "environment: A needs one value (\"\" for an empty one); got {'b': 1}"),
+        ("prefil: {port: 1}", "there is no section prefil; did you mean prefill:? The sections are prefill, decode"),
+        ("enviroment: {A: 1}", "there is no section enviroment; did you mean environment:?"),
+        (
+            "environment: {SGLANG_TPLA_CHACHE: x}",
+            "FILE: environment: there is no SGLANG_TPLA_CHACHE; did you mean SGLANG_TPLA_CACHE? Unset it",
+        ),
+        (
+            "decode: {environment: {SGLANG_TPLA_GROUPS: 2}}",
+            "SGLANG_TPLA_GROUPS is a setting; give it as a key of the file, tpla-groups",
+        ),
+        ("environment: {SGLANG_TPLA_ROLE: all}", "SGLANG_TPLA_ROLE is a setting; give it as a key of the file, role"),
+        ("environment: {SGLANG_TPLA_SERVER: a}", "SGLANG_TPLA_SERVER is named by each server for its own processes"),
         ("environment: {A: }", 'environment: A needs one value ("" for an empty one); got None'),
         ("prefill: {decode: {tp-size: 1}}", "decode stands inside prefill; sections hold flags, not other sections"),
         ("router: {decode: {tp-size: 1}}", "decode stands inside router; sections hold flags, not other sections"),
@@ -319,10 +338,21 @@ def test_the_hint_for_a_missing_artifact_is_the_documented_command() -> None:
     assert f"calibrate --model-path {NANO} --groups 2 --out none.safetensors`" in str(caught.value)
 
 
-def test_a_mistake_is_one_line_and_exit_code_2() -> None:
-    done = launch(*DECODE, "--tpla-groups", "3")
+@pytest.mark.parametrize(
+    ("more", "environ", "said"),
+    [
+        (["--tpla-groups", "3"], {}, "--tpla-groups must divide"),
+        (
+            ["--dry-run"],
+            {"SGLANG_TPLA_HEARTBEATS": "2"},
+            "environment: there is no SGLANG_TPLA_HEARTBEATS; did you mean SGLANG_TPLA_HEARTBEAT_S?",
+        ),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(more: list[str], environ: dict[str, str], said: str) -> None:
+    done = launch(*DECODE, *more, environ=environ)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("sglang_tpla.launch: error: --tpla-groups must divide")
+    assert done.stderr.startswith(f"sglang_tpla.launch: error: {said}")
     assert done.stderr.count("\n") == 1
 
 
@@ -369,7 +399,9 @@ def test_a_dry_run_is_what_a_shell_can_execute(tmp_path: Path) -> None:
     show.write_text(f"#!{sys.executable}\nimport os, sys, json\njson.dump([sys.argv, dict(os.environ)], sys.stdout)\n")
     show.chmod(0o755)
     text = done.stdout.replace(f"{sys.executable} -m sglang.launch_server", shlex.quote(str(show)))
-    shell = subprocess.run(["bash", "-c", text], capture_output=True, text=True, env={**CLEAN, **environ}, timeout=60)
+    shell = subprocess.run(
+        ["bash", "-c", text], capture_output=True, text=True, env={**CLEAN, **environ}, timeout=HANGS_S
+    )
     assert shell.returncode == 0, shell.stderr
     argv, seen = yaml.safe_load(shell.stdout)
     assert argv[1:] == list(process.command[3:])

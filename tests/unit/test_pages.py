@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from sglang_tpla.config import Settings
+from sglang_tpla.config import ENV_PREFIX, OF_TESTS, OTHER_VARIABLES, Settings
 
 ROOT = Path(__file__).resolve().parents[2]
 HIDDEN = {".git", ".pytest_cache", "node_modules", "out"}
@@ -41,6 +41,23 @@ def test_flags_and_modules_exist(page: Path) -> None:
     for module in re.findall(r"python -m (sglang_tpla[\w.]*\w)", text):
         path = ROOT / module.replace(".", "/")
         assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file(), module
+
+
+def test_the_variables_are_those_of_the_launchers_page_and_of_the_code() -> None:
+    """One list: the page has all that are no setting, and nothing in the repository reads or names another."""
+    page = (ROOT / "docs" / "launcher.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (`SGLANG_TPLA_.*?) \|", page, re.M)
+    named = [name for row in rows for name in re.findall(rf"`({ENV_PREFIX}[A-Z_]+)\*?`", row)]
+    assert sorted(named) == sorted((*OTHER_VARIABLES, *OF_TESTS))
+    known = {*OTHER_VARIABLES, *Settings.variables()}
+    for folder in ("sglang_tpla", "benchmarks", "examples", "docs", ".ci", "launch", "patches", "tests/gpu"):
+        for path in (ROOT / folder).rglob("*.*"):
+            if path.suffix not in (".py", ".md", ".sh", ".toml", ".yaml", ".cu", ".cuh", ".c") or "out" in path.parts:
+                continue
+            text = path.read_text(encoding="utf-8")
+            joined = [ENV_PREFIX + tail for tail in re.findall(r'ENV_PREFIX \+ "([A-Z_]+)"', text)]
+            for name in (*re.findall(rf"{ENV_PREFIX}[A-Z_]*[A-Z]_?", text), *joined):
+                assert name in known or name.startswith(OF_TESTS), f"{path} names {name}, which is in no list"
 
 
 def test_every_benchmark_is_named_by_its_page() -> None:

@@ -14,12 +14,23 @@ from typing import Any
 import psutil
 import torch
 
-VARIABLE = "SGLANG_TPLA_CPU_MEMORY_BYTES"
+from sglang_tpla.config import CPU_MEMORY_VARIABLE, ConfigError, parsed
+
 SHARE = 12
 
 
 def budget_bytes() -> int:
-    return int(os.environ.get(VARIABLE, 0)) or psutil.virtual_memory().total // SHARE
+    """Return the bytes of one rank.
+
+    Raises:
+        ConfigError: a variable that is no whole number.
+    """
+    given: int = parsed(os.environ.get(CPU_MEMORY_VARIABLE, "0"), "int", CPU_MEMORY_VARIABLE)
+    if given < 0:
+        raise ConfigError(
+            f"{CPU_MEMORY_VARIABLE} must be a number of bytes, or 0 for a share of the machine; got {given}"
+        )
+    return given or psutil.virtual_memory().total // SHARE
 
 
 @cache

@@ -16,6 +16,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+from sglang_tpla.config import CACHE_VARIABLE
 from sglang_tpla.errors import SglangTplaError
 
 SOURCE = Path(__file__).with_name("native.c")
@@ -26,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 def cache_folder() -> Path:
-    return Path(os.environ.get("SGLANG_TPLA_CACHE", Path.home() / ".cache" / "sglang_tpla")) / "native"
+    return Path(os.environ.get(CACHE_VARIABLE, Path.home() / ".cache" / "sglang_tpla")) / "native"
 
 
 class NativeError(SglangTplaError, RuntimeError):

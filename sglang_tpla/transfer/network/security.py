@@ -17,10 +17,11 @@ from pathlib import Path
 import zmq
 import zmq.utils.z85
 
+from sglang_tpla.config import ENV_PREFIX, ConfigError, check_variables
 from sglang_tpla.transfer.room import TransferError
 
-KEYS_VARIABLE = "SGLANG_TPLA_KEYS"
-INSECURE_VARIABLE = "SGLANG_TPLA_INSECURE"
+KEYS_VARIABLE = ENV_PREFIX + "KEYS"
+INSECURE_VARIABLE = ENV_PREFIX + "INSECURE"
 ZAP_ENDPOINT = "inproc://zeromq.zap.01"
 REMEDY = (
     f"make keys with `python -m sglang_tpla.transfer.keys FOLDER` and start with --tpla-keys FOLDER ({KEYS_VARIABLE}), "
@@ -61,8 +62,13 @@ class Security:
         """Read the keys of a ``prefill`` or ``decode`` agent as the environment names them.
 
         Raises:
-            TransferError: a key file is missing, readable by others, or not a key.
+            TransferError: a key file is missing, readable by others, or not a key; or a variable with our prefix that
+                nothing reads, behind which keys may have been meant.
         """
+        try:
+            check_variables(environ, "environment")
+        except ConfigError as error:
+            raise TransferError(str(error)) from error
         insecure = environ.get(INSECURE_VARIABLE, "") in ("1", "true", "yes")
         folder = environ.get(KEYS_VARIABLE)
         if not folder:
