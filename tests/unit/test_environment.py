@@ -183,7 +183,7 @@ def test_a_build_that_is_terminated_leaves_no_installer(tmp_path: Path) -> None:
     # Opening the pipe for writing succeeds once the installer reads it.
     with (tmp_path / "never").open("wb"):
         build.send_signal(signal.SIGTERM)
-        output, _ = build.communicate(timeout=60)
+        output, _ = build.communicate(timeout=300)
     assert build.returncode == 128 + signal.SIGTERM
     assert output == b""
     (folder,) = (path for path in cache.iterdir() if path.is_dir())

@@ -213,7 +213,7 @@ def test_the_exit_code_and_the_logs_of_a_failure(tmp_path: Path) -> None:
         capture_output=True,
         text=True,
         env={**os.environ, "TMPDIR": str(tmp_path)},
-        timeout=60,
+        timeout=300,
     )
     assert done.returncode == 1
     assert "ended with 5" in done.stderr
