@@ -42,6 +42,7 @@ from safetensors.torch import save_file
 from sglang_tpla.artifact.model_identity import config_hash
 from sglang_tpla.cache_rows.sketched import SketchedRows
 from sglang_tpla.errors import SglangTplaError
+from sglang_tpla.reference_model.config_file import language_config, place, whole
 
 FORMAT_VERSION = 1  # of plain rows
 SKETCHED_VERSION = 2  # of sketched rows
@@ -227,7 +228,7 @@ class Artifact:
         """Refuse another model or another number of groups.
 
         Raises:
-            ArtifactError: a config hash, a weights hash or ``groups`` that the artifact was not calibrated for.
+            ArtifactError: a config hash, sizes, a weights hash or ``groups`` that the artifact was not calibrated for.
         """
         again = "make one for this model with `python -m sglang_tpla.calibrate`"
         if groups != self.meta.groups:
@@ -241,10 +242,32 @@ class Artifact:
                 f"{self.source} was made for {self.meta.model_name!r} with attention configuration "
                 f"{self.meta.config_hash[:12]}, but this model's is {found[:12]}; {again}"
             )
+        self.check_sizes(config)
         if weights_hash != self.meta.weights_hash:
             raise ArtifactError(
                 f"{self.source} was made from weights {self.meta.weights_hash[:12]} of {self.meta.model_name!r}, but "
                 f"this checkpoint's are {weights_hash[:12]} (same configuration, other weights); {again}"
+            )
+
+    def check_sizes(self, config: Mapping[str, Any]) -> None:
+        """Refuse layers or widths that are not the model's, which a file with the model's hash may still have.
+
+        Raises:
+            ArtifactError: naming all that differ.
+        """
+        config = language_config(config)
+        sizes = {
+            "num_layers": whole(config, "num_hidden_layers"),
+            "latent_dim": whole(config, "kv_lora_rank"),
+            "rope_dim": whole(config, "qk_rope_head_dim"),
+        }
+        wrong = {name: size for name, size in sizes.items() if getattr(self.meta, name) != size}
+        if wrong:
+            expected = ", ".join(f"{name} {size}" for name, size in wrong.items())
+            got = ", ".join(f"{name} {getattr(self.meta, name)}" for name in wrong)
+            raise ArtifactError(
+                f"{self.source}: expected {expected}, as the model's config{place(config)} says, got {got}; take this "
+                "model's artifact, or make one with `python -m sglang_tpla.calibrate`"
             )
 
 

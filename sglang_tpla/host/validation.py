@@ -13,12 +13,13 @@ import torch
 from sglang.srt.environ import envs
 
 from sglang_tpla.artifact.artifact import ArtifactError
-from sglang_tpla.artifact.model_identity import weights_hash
+from sglang_tpla.artifact.model_identity import config_hash, weights_hash
 from sglang_tpla.attention.backends import device_capability
 from sglang_tpla.attention.interface import AttentionInputError, DecodeShape
 from sglang_tpla.config import ConfigError, Layout, fp8_rows_retired
 from sglang_tpla.host import compat, speculation
 from sglang_tpla.host.attention.supported import OURS, preferred_backend, require_engine_backend
+from sglang_tpla.host.cpu.memory import budget_bytes
 from sglang_tpla.host.disaggregation.engine_memory import BYTES_CACHE, CACHE_DTYPES
 from sglang_tpla.host.ledger import refuse
 from sglang_tpla.host.model.architectures import check_architectures
@@ -44,7 +45,8 @@ def check_server_args(original: Callable[..., None], self: Any, *args: Any, **kw
             self.kv_cache_dtype = BYTES_CACHE
         check_address(self)
         name_server(self.dist_init_addr, self.nnodes)
-        check_config(self.model_path, local_config(self.model_path))
+        check_config(self.model_path, found := local_config(self.model_path))
+        check_sizes(found)
         original(self, *args, **kwargs)
         check_model(compat.resolved(self))
     except REFUSALS as error:
@@ -91,6 +93,8 @@ def check_flags(args: Any) -> None:
             f"the CPU reference platform pages its cache by single tokens; got --page-size {args.page_size}, use "
             "--page-size 1"
         )
+    if args.device == "cpu":
+        budget_bytes()  # refuses a variable that is no number here, rather than in every rank
     found += speculation.unsupported_reasons(args, role)
     if found:  # all at once: each further start would cost the time to load SGLang
         raise ConfigError("; also, ".join(found))
@@ -188,6 +192,15 @@ def check_config(model_path: str, config: dict[str, Any]) -> None:
             f"{model_path} has no latent cache (no kv_lora_rank in its config); sglang_tpla serves DeepSeek V2, V3 and "
             "Kimi K2 shaped models"
         )
+
+
+def check_sizes(config: dict[str, Any]) -> None:
+    """Check a local model's constants and the artifact's sizes, before SGLang plans its layers by both."""
+    if not config:
+        return
+    config_hash(config)  # which every server tells the others; it refuses what no model has
+    if settings().role == "decode" and (loaded := artifact()) is not None:
+        loaded.check_sizes(config)
 
 
 def check_model(args: Any) -> None:

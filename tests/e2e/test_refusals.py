@@ -68,6 +68,19 @@ def test_artifact_of_another_model(tmp_path: Path, nano_mla: str, nano_artifact:
     refused(*decode(model, nano_artifact), said=("nano-mla-g2", "calibrate"))
 
 
+def test_an_artifact_of_fewer_layers(tmp_path: Path, nano_mla: str, nano_artifact: str, sketched_artifact: str) -> None:
+    """SGLang plans layers by the artifact while it resolves its flags, before hashes are compared."""
+    model = other_model(tmp_path / "more", nano_mla, num_hidden_layers=6)
+    for artifact in (nano_artifact, sketched_artifact):
+        said = (f"{artifact}: expected num_layers 6", f"{model}/config.json", "got num_layers 4")
+        refused(*decode(model, artifact), said=said)
+
+
+def test_constants_that_no_model_has(tmp_path: Path, nano_mla: str) -> None:
+    model = other_model(tmp_path / "below", nano_mla, rms_norm_eps=-1e-6)
+    refused(*prefill(model), said=(f"expected rms_norm_eps to be a number from 0 to 1, got -1e-06 in {model}",))
+
+
 def test_groups_of_another_artifact(nano_mla: str, nano_artifact: str) -> None:
     asked = decode(nano_mla, nano_artifact, "--tp", "4", "--tpla-groups", "4")
     refused(*asked, said=("groups", "calibrate"))

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from pathlib import Path
 
 import msgspec
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from sglang_tpla.artifact.artifact import FORMAT_VERSION, Artifact, ArtifactError, ArtifactMeta, ErrorReport, build
 from sglang_tpla.artifact.fold import fold_key_map, fold_value_map
 from sglang_tpla.artifact.model_identity import config_hash, weights_hash
+from sglang_tpla.reference_model.config_file import read_config
 from tests.random_checkpoint import save
 from tests.shipped import NANO
 
@@ -196,6 +198,34 @@ def test_another_model_is_refused() -> None:
         artifact.check_model({**CONFIG, "num_attention_heads": 8}, "w" * 64, 2)
     with pytest.raises(ArtifactError, match="other weights"):
         artifact.check_model(CONFIG, "v" * 64, 2)
+
+
+@pytest.mark.parametrize(
+    ("field", "key", "found"),
+    [("rope_dim", "qk_rope_head_dim", 8), ("latent_dim", "kv_lora_rank", 16), ("num_layers", "num_hidden_layers", 3)],
+)
+def test_sizes_that_are_not_the_models_are_refused(field: str, key: str, found: int, tmp_path: Path) -> None:
+    """The hash of the configuration is a word of the file's own: only the sizes themselves show what it holds."""
+    path = tmp_path / "a.safetensors"
+    other = CONFIG | {key: found}
+    make_artifact().save(path)
+
+    def forge(tensors, metadata):
+        del metadata["content_hash"]
+        metadata["config_hash"] = json.dumps(config_hash(other))
+
+    rewrite(path, forge)
+    (tmp_path / "config.json").write_text(json.dumps(other))
+    got = getattr(make_meta(), field)
+    said = re.escape(
+        f"{path}: expected {field} {found}, as the model's config in {tmp_path / 'config.json'} says, got {field} "
+        f"{got}; take this model's artifact"
+    )
+    artifact = Artifact.load(path)
+    for check in (lambda config: artifact.check_model(config, "w" * 64, 2), artifact.check_sizes):
+        with pytest.raises(ArtifactError, match=said):
+            check(read_config(tmp_path))
+    artifact.check_sizes(CONFIG)
 
 
 def test_config_hash_sees_attention_and_nothing_else() -> None:
