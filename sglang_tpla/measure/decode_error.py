@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from sglang_tpla.artifact.artifact import Artifact, ErrorReport
+from sglang_tpla.artifact.artifact import Artifact, ArtifactError, ErrorReport
 from sglang_tpla.reference_model.forward import LayerCache, LayerMaps, PlainModel
 from sglang_tpla.reference_model.sketched_layer import SketchedMaps
 
@@ -33,6 +33,16 @@ class DecodeErrors:
         return self.kl.numel()
 
     def report(self) -> ErrorReport:
+        """Return the figures.
+
+        Raises:
+            ArtifactError: figures that are not finite, which no artifact can hold.
+        """
+        if not bool(torch.isfinite(self.kl).all()):
+            raise ArtifactError(
+                "the log-probabilities on the held-out text are not finite: expected a checkpoint without NaN and "
+                "infinity, whose layers stay within float32"
+            )
         flat = self.kl.flatten().double()
         mla = self.nll_mla.double().nanmean().exp().item()
         tpla = self.nll_tpla.double().nanmean().exp().item()

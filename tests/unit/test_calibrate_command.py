@@ -58,6 +58,7 @@ def test_makes_an_artifact_with_provenance_twice_the_same(tmp_path: Path) -> Non
         (["--out", "/tmp"], "got the folder /tmp"),
         (["--own-bits", "4"], "--own-bits"),
         (["--tokens", "0"], "at least 1"),
+        (["--continuation-tokens", "1"], "expected --continuation-tokens to be at least 2 for an error report"),
         (["--tokens", "1000000000"], "fewer tokens"),
         (["--model-path", "/nonexistent/model"], "config.json"),
     ],
@@ -113,6 +114,7 @@ def test_the_shipped_artifact_is_of_the_shipped_model() -> None:
             {"model.layers.2.mlp.shared_experts.down_proj.weight": float("inf")},
             "layer 3 of model gets queries or latents",
         ),
+        ({"lm_head.weight": float("nan")}, "the log-probabilities on the held-out text are not finite"),
         ({}, "the model knows 128 (vocab_size): expected the tokenizer that the model was trained with"),
     ],
 )
