@@ -21,7 +21,7 @@ from sglang_tpla.transfer.decode.agent import DecodeAgent
 from sglang_tpla.transfer.memory.pool import CachePool, MetadataRows
 from sglang_tpla.transfer.memory.projection import Projection
 from sglang_tpla.transfer.prefill.agent import PrefillAgent
-from sglang_tpla.transfer.room import RoomState
+from sglang_tpla.transfer.room import RoomState, TransferError
 
 LAYERS, LATENT, ROPE, PAGE_TOKENS = 4, 512, 64, 64
 MODEL = "any text that both sides agree on: the hash of the checkpoint"
@@ -84,14 +84,17 @@ def main() -> None:
         parser.error(f"--tokens must be a multiple of {PAGE_TOKENS}; got {options.tokens}")
     pool = CachePool(rows(options.tokens, LATENT), LATENT, ROPE, PAGE_TOKENS)
     metadata = MetadataRows([np.zeros((1, 64), dtype=np.uint8)])
-    agent = PrefillAgent(
-        pool,
-        metadata,
-        model_hash=MODEL,
-        settings=Settings(role="prefill", room_timeout_s=120.0),  # a child imports torch before it asks
-        bind_host="127.0.0.1",
-        rank=0,
-    )
+    try:  # the environment names the keys
+        agent = PrefillAgent(
+            pool,
+            metadata,
+            model_hash=MODEL,
+            settings=Settings(role="prefill", room_timeout_s=120.0),  # a child imports torch before it asks
+            bind_host="127.0.0.1",
+            rank=0,
+        )
+    except TransferError as error:
+        parser.error(str(error))
     spawn = multiprocessing.get_context("spawn")
     with closing(agent):
         agent.open_room(ROOM)
