@@ -38,8 +38,8 @@ def wrong_chunk(
 ) -> str | None:
     """Say how the parts of a chunk differ between kernels and twins beyond rounding, or what is put into a pool.
 
-    A code on a border may fall on either side, in at most a share ``few`` of the bytes, and so may one row's scale, with all of
-    its codes. What is rounded to the pool's dtype may be one step of it apart.
+    A code on a border may fall on either side, in at most a share ``few`` of the bytes, and so may one row's scale,
+    with all of its codes. What is rounded to the pool's dtype may be one step of it apart.
     """
     generator = torch.Generator().manual_seed(tokens)
     d, rope, row_format = (
@@ -71,7 +71,8 @@ def wrong_chunk(
                 return f"{part.name} of {rows}: {kernels.__name__} found values that are not finite"
         if not projected and not row_format.encoded and not torch.equal(*made):
             return f"{part.name} of {rows}: what was only copied differs"
-        if row_format.encoded and (apart := int((made[0] != made[1]).sum())) > few * items + items / (tokens * len(rows)):
+        apart = int((made[0] != made[1]).sum())
+        if row_format.encoded and apart > few * items + items / (tokens * len(rows)):
             return f"{part.name} of {rows}, {tokens} tokens: {apart} of {items} bytes differ"
         # tensor cores add up with less care than float32 demands, in proportion to the largest sums
         tolerance = {torch.bfloat16: 2**-7, torch.float16: 2**-10, torch.float32: 2e-5}[dtype]

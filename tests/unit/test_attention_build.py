@@ -88,9 +88,13 @@ def test_rows_that_fit_no_block_are_refused() -> None:
         variant_for(DecodeShape.of_sketched(rows, 16))
 
 
-@pytest.mark.parametrize(("groups", "heads", "row_values"), [(2, 32, False), (8, 128, True)])
-def test_sketched_kernel_compiles(groups: int, heads: int, row_values: bool) -> None:
-    variant = variant_for(DecodeShape.of_sketched(SketchedRows.of(512, groups, 64, 64), heads))
+@pytest.mark.parametrize(
+    ("groups", "heads", "bits", "rope_bits", "row_values"),
+    [(2, 32, 4, 16, False), (4, 32, 3, 8, False), (8, 128, 4, 16, True)],  # the second begins four sums with a product
+)
+def test_sketched_kernel_compiles(groups: int, heads: int, bits: int, rope_bits: int, row_values: bool) -> None:
+    rows = SketchedRows.of(512, groups, 64, 64, sketch_bits=bits, rope_bits=rope_bits)
+    variant = variant_for(DecodeShape.of_sketched(rows, heads))
     assert isinstance(variant, SketchedVariant)
     assert variant.row_values == row_values
     assert spilled_bytes(variant) == 0

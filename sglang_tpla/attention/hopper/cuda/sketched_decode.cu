@@ -17,7 +17,8 @@ __device__ __forceinline__ void consume(const Params& p, Fixed& fixed, u32 q_sme
         const int first_split = __ldcg(p.split_start + seg.request);
         const int splits = __ldcg(p.split_start + seg.request + 1) - first_split;
         const bool whole = splits == 1;
-        const float inverse = load_query(p, q_smem, seg.request, &fixed.largest, base == 0 ? shared_address(&fixed.query) : 0, consumer);
+        const u32 came = base == 0 ? shared_address(&fixed.query) : 0;
+        const float inverse = load_query(p, q_smem, seg.request, &fixed.largest, came, consumer);
         const u32 group = kScores ? role : 0, probability = q_smem + kQBytes, values = probability + 2 * kProbabilityBytes;
         const Segment c = {length, length - p.query_len + 1, p.scale_log2 * inverse, ring, base, q_smem,
                            probability + group * kProbabilityBytes, values + group * kValueBytes, tiles, seg.first_tile * kTile,
@@ -52,7 +53,8 @@ __device__ __forceinline__ void consume(const Params& p, Fixed& fixed, u32 q_sme
 extern "C" __global__ void __launch_bounds__(kAllThreads + 128, 1) sketched_decode(const __grid_constant__ Params p) {
     extern __shared__ __align__(1024) char raw[];
     Fixed& fixed = *reinterpret_cast<Fixed*>(raw + kRingOffset + STAGES * kStageBytes);
-    static_assert(sizeof(Fixed) <= FIXED_BYTES && kRingOffset + STAGES * kStageBytes + FIXED_BYTES == SHARED_BYTES, "as decode.py counts");
+    static_assert(sizeof(Fixed) <= FIXED_BYTES, "as sketched.py counts");
+    static_assert(kRingOffset + STAGES * kStageBytes + FIXED_BYTES == SHARED_BYTES, "as sketched.py counts");
     const u32 q_smem = shared_address(raw), ring = q_smem + kRingOffset;
     const int group = __shfl_sync(0xffffffff, threadIdx.x / 128, 0), thread = threadIdx.x % 128;
     if (threadIdx.x == 0) {

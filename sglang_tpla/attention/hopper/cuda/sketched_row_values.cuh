@@ -31,7 +31,8 @@ __device__ __forceinline__ void gather_values(Fixed& fixed, const Segment& c, u3
         pin(v.o);
         wgmma_fence();
 #pragma unroll
-        for (int step = 0; step < kTile / 16; ++step) wgmma_values(v.o, weights + (step * 32 >> 4), columns + (step * 16 * 128 >> 4));
+        for (int step = 0; step < kTile / 16; ++step)
+            wgmma_values(v.o, weights + (step * 32 >> 4), columns + (step * 16 * 128 >> 4));
         wgmma_commit();
         wgmma_wait<0>();
         pin(v.o);

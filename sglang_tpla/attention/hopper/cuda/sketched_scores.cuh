@@ -107,8 +107,9 @@ __device__ __forceinline__ void find_starts(u32 q_smem, int group, int warp, int
 }
 
 // Exponents of a warp's 16 tokens, whose raw rows begin at `tokens`: scores times scale_log2, and the logarithm of what weights
-// the probabilities. With ROW_VALUES the warp also stores the tokens' 8-bit columns, as they are multiplied, once `used` says that those before are not needed any more: row r of a panel is
-// token r, and its column 16 s + c of step s is as wgmma's left operand has it.
+// the probabilities. With ROW_VALUES the warp also stores the tokens' 8-bit columns, as they are multiplied, once `used` says that
+// those before are not needed any more: row r of a panel is token r, and its column 16 s + c of step s is as wgmma's left operand
+// has it.
 __device__ __forceinline__ void scores(const Fixed& fixed, float (&s)[kPart], u32 tokens, const TokenScales& t, const Segment& c,
                                        u32 used, u32 used_phase) {
     const u32 rows = tokens + c.lane % 16 * kStride + c.lane / 16 * 16, row = tokens + c.lane / 4 * kStride;

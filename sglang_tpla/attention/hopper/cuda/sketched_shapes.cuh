@@ -32,7 +32,7 @@ constexpr bool kSplit = kRows <= 32;
 constexpr bool kTwoScales = SHARED > 0 && OWN > 0;
 // Shared and own columns have a sum each where a step holds one kind and the values need no scaled codes.
 constexpr bool kApart = kSplit && kTwoScales && !ROW_VALUES && SHARED % 16 == 0;
-constexpr bool kScaleCodes = !kSplit || (kTwoScales && !kApart);               // whether codes are multiplied by their scale's factor
+constexpr bool kScaleCodes = !kSplit || (kTwoScales && !kApart);             // whether codes are multiplied by their scale's factor
 // Whose codes keep what makes float16 of them: their sums begin with the query times that, negative.
 constexpr bool kSketchAbove = SKETCH > 0, kRopeAbove = kSplit && ROPE_BITS == 8;
 constexpr bool kBytesAbove = kSplit && !ROW_VALUES && !kScaleCodes;             // values by query rows take what scores unpacked
