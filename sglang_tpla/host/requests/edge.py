@@ -155,8 +155,11 @@ def check_normalized(self: Any, obj: Any, *args: Any, **kwargs: Any) -> None:
 def check_wire(result: Any, self: Any, *args: Any, **kwargs: Any) -> None:
     """Hook after ``TokenizerManager._create_tokenized_object``: check the types that the scheduler's decoder needs.
 
-    A field of another type would end the scheduler.
+    A field of another type would end the scheduler, as would a prompt of no tokens, which an empty text is where the
+    tokenizer puts nothing before it.
     """
+    if result.input_ids is not None and not len(result.input_ids):
+        raise RequestRefused("the prompt has no tokens: text or input_ids must not be empty")
     for field in msgspec.structs.fields(type(result)):
         value = getattr(result, field.name)
         if field.name in OPAQUE or value is None or value == field.default:
