@@ -324,7 +324,7 @@ def planned_s(row: dict[str, Any], gpu: Gpu) -> float:
     method = method_named(row["method"], row["ranks"])
     load = Load(row["batch"], row["context"])
     work = rank_work(find(row["model"]), method, load, Precision(row["weights"]), gpu.capability)
-    return price(work, gpu, Link("none", 0.0, 1e30)).layer_s
+    return price(work, gpu, Link("none", 0.0, 1e29)).layer_s
 
 
 def planner_ratios(report: dict[str, Any]) -> dict[str, list[float]]:
