@@ -13,7 +13,7 @@ from typing import Any
 
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-from sglang_tpla.config import ConfigError, Settings
+from sglang_tpla.config import UNCHECKED_VARIABLE, ConfigError, Settings
 from sglang_tpla.host import ledger, process
 from sglang_tpla.host.attention.supported import OURS
 
@@ -46,16 +46,16 @@ def install(roles: Collection[str]) -> None:
         problems.insert(0, f"SGLang {release} is not supported (these are: {', '.join(supported)})")
     if gone := [words for hook in hooks if (words := ledger.missing(hook))]:
         raise ledger.refuse(
-            f"the installed SGLang lacks what has to be hooked, so that {ledger.UNCHECKED}=1 cannot help: "
+            f"the installed SGLang lacks what has to be hooked, so that {UNCHECKED_VARIABLE}=1 cannot help: "
             f"{'; '.join(gone)}. Install one of SGLang {', '.join(supported)}"
         )
-    if problems and os.environ.get(ledger.UNCHECKED) == "1":
-        logger.warning("%s=1: going on although %s", ledger.UNCHECKED, "; ".join(problems))
+    if problems and os.environ.get(UNCHECKED_VARIABLE) == "1":
+        logger.warning("%s=1: going on although %s", UNCHECKED_VARIABLE, "; ".join(problems))
     elif problems:
         raise ledger.refuse(
             "the installed SGLang differs from what its hooks were written for: "
             + "; ".join(problems)
-            + f". Install a supported release, or set {ledger.UNCHECKED}=1 to go on at your own risk"
+            + f". Install a supported release, or set {UNCHECKED_VARIABLE}=1 to go on at your own risk"
         )
     functions = [pkgutil.resolve_name(hook.implementation) for hook in hooks]
     for hook, function in zip(hooks, functions, strict=True):

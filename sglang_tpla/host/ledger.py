@@ -21,11 +21,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import sglang_tpla
-from sglang_tpla.config import ROLES, UNCHECKED_VARIABLE
+from sglang_tpla.config import ROLES
 from sglang_tpla.errors import SglangTplaError
 
 CPU = "cpu"  # the CPU reference platform, in any role
-UNCHECKED = UNCHECKED_VARIABLE
 
 
 class LedgerError(SglangTplaError, RuntimeError):

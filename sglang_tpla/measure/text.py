@@ -84,7 +84,7 @@ def read_text(plan: TextPlan, checkpoint: Checkpoint) -> Text:
         cut(held_out, plan.held_out_tokens, HELD_OUT_TOKENS, plan.continuation_tokens),
     )
     vocab = whole(checkpoint.config, "vocab_size")
-    largest = max(int(tokens.max()) for tokens in (text.calibration, text.held_out) if tokens.numel())
+    largest = max((int(tokens.max()) for tokens in (text.calibration, text.held_out) if tokens.numel()), default=-1)
     if largest >= vocab:
         raise CorpusError(
             f"the tokenizer in {checkpoint.path} made the token {largest}, and the model knows {vocab} (vocab_size): "
