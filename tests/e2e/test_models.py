@@ -13,7 +13,7 @@ import torch
 from sglang_tpla.artifact.artifact import ArtifactMeta, build
 from sglang_tpla.artifact.model_identity import config_hash, weights_hash
 from sglang_tpla.measure.statistics import Statistics
-from sglang_tpla.plan.model import from_config
+from sglang_tpla.plan.model import find
 from sglang_tpla.reference_model.checkpoint import Checkpoint
 from sglang_tpla.reference_model.forward import PlainModel
 from tests.e2e.model_answers import said_and_due
@@ -50,7 +50,7 @@ def test_a_family_is_served(family: str, nano_mla: str, tmp_path: Path, monkeypa
     folder = random_checkpoint(tmp_path / family, family, nano_mla)
     wrapper = ("--trust-remote-code",) if family in WRAPPERS else ()
     monkeypatch.setenv("SGLANG_TPLA_CPU_MEMORY_BYTES", str(3 << 30))
-    assert from_config(Checkpoint(folder).config, family).latent_dim == 64
+    assert find(str(folder)).latent_dim == 64
     artifact = whole_latents(folder, tmp_path / "whole.safetensors")
     ports = free_ports(3)
     prefill = launcher(
