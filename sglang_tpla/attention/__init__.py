@@ -1,1 +1,1 @@
-"""Decode attention over a paged latent cache: one interface and its backends, ours and FlashInfer's."""
+"""Decode attention over a paged latent cache (one interface, our backends and FlashInfer's), and cache writes."""

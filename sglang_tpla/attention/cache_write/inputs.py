@@ -18,12 +18,13 @@ class CacheWrite:
     """The rows of some new tokens in one layer's cache.
 
     Args:
-        latent: [tokens, d] before the norm; without ``weight`` the finished slice [tokens, w]. Rows may be strided.
+        latent: [tokens, d] before the norm; without ``weight`` the finished columns [tokens, w + g n] of sketched rows.
+            Rows may be strided.
         k_rope: [tokens, rope]; rows may be strided.
         slots: [tokens] integer, rows of ``cache``; either token may win a slot that two name.
         cache: [slots, items] or [slots, 1, items], rows may be strided: w + rope values, or the bytes of a sketched
             row.
-        weight: [d], of the norm; None: norm and projection have been done. eps: of the norm.
+        weight: [d], of the norm; None: norm and projection have been done (for sketched rows alone). eps: of the norm.
         z: [d, w] float32, contiguous; None keeps the whole latent (w = d).
         cos_sin: [positions, rope] float32, cosines then sines; None: ``k_rope`` has been rotated.
         positions: [tokens] integer, rows of ``cos_sin``.

@@ -1,7 +1,7 @@
 """Write one decode step's new sketched rows in two launches: norm and projection; then rotation, quantisation, packing.
 
 The second kernel quantises every field straight from the float32 projection: these are the bytes that a transfer would
-have brought (`cache_rows.sketched`). `plain` describes the other steps.
+have brought (`cache_rows.sketched`). Where nothing is projected it runs alone. `plain` describes the other steps.
 """
 
 from typing import NamedTuple

@@ -1,9 +1,9 @@
 """Our paged latent decode kernel for Hopper (``cuda/``) behind the attention interface.
 
-The kernel serves every w that is a multiple of 32 from 64 to 512, with a rope part of 64, up to 128 heads, query
-lengths 1 to 4, every page size that is a power of two, in bfloat16; a kernel of their own reads sketched rows
-(`sketched`). ``plan`` and ``run`` launch fixed grids on fixed buffers and never wait for the device, so a CUDA graph of
-them stays right when lengths, page table and queries are refilled in place.
+The kernel serves every w that is a multiple of 32 from 64 to 512, with a rope part of 64, 8 to 128 heads, query lengths
+1 to 4 and pages of 1 or 64 tokens, in bfloat16 (`backends` has the table). Kernels of their own read sketched rows
+(`sketched`, `sketched_tiles`). ``plan`` and ``run`` launch fixed grids on fixed buffers and never wait for the device,
+so a CUDA graph of them stays right when lengths, page table and queries are refilled in place.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """The form of the Hopper decode kernel that reads sketched rows (`cache_rows.sketched`); `decode` compiles it.
 
-The kernel serves rows of at least 256 bytes (whose w_pad, rope and size are multiples of 16) with w_pad 64 to 512,
-sketch codes of 2, 3 and 4 bits, a rotary key of 64 values in 8 or 16 bits, up to 128 heads and query lengths 1 to 4.
+The kernel serves rows of at least 256 bytes (whose w_pad, rope and size are multiples of 16) with w_pad 64 to 512, r a
+multiple of 4, (g - 1) n a multiple of 8, sketch codes of 2, 3 and 4 bits, a rotary key of 64 values in 8 or 16 bits, up
+to 128 heads and query lengths 1 to 4. `sketched_tiles` serves many query rows on wide values better.
 The head of ``cuda/sketched_shapes.cuh`` explains it.
 """
 

@@ -1,7 +1,7 @@
 """The form of the kernel for sketched rows that serves many query rows on wide values; `decode` compiles it.
 
-Every code is unpacked once, to shared memory, where both products read it: of 64 query rows and w_pad 288 that takes
-three quarters of the time that `sketched` needs. The head of ``cuda/tiles_shapes.cuh`` explains it.
+Every code is unpacked once, to shared memory, where both products read it. With 64 query rows and w_pad 288 this form
+takes three quarters of the time that `sketched` takes. The head of ``cuda/tiles_shapes.cuh`` explains it.
 """
 
 from __future__ import annotations

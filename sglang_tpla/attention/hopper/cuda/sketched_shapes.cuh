@@ -22,7 +22,7 @@
 // A block is a warpgroup that copies raw rows into a ring of half tiles, two that compute scores and probabilities of alternate
 // tiles, and one that adds up values of all tiles. Plan, parts and merging are those of latent_decode.cu.
 //
-// Compiled with the macros of decode.py's SketchedVariant; wgmma_half and wgmma_bf16 come from wgmma.py.
+// Compiled with the macros of sketched.py's SketchedVariant; wgmma_half and wgmma_bf16 come from wgmma.py.
 
 constexpr int kTile = 64;                                   // tokens a tile
 constexpr int kHalf = kTile / 2;                            // tokens a stage of the ring
