@@ -30,7 +30,7 @@ quickstart:  ## prefill, TPLA decode and router on this CPU: answers, agreement,
 test:  ## the whole suite, but for what needs a GPU or an hour; two tests at a time. With SGLANG=0.5.23: what meets SGLang
 	@$(WITH_PYTHON) -m pytest -m "not gpu and not slow" -n 2 --no-loadscope-reorder $(TESTS) $(PYTEST_ARGS)
 
-test-fast:  ## what needs no server: unit, parity and wire tests
+test-fast:  ## unit and wire tests, which need no server
 	@$(WITH_PYTHON) -m pytest -m "not gpu and not slow" $(wildcard tests/unit tests/wire) $(PYTEST_ARGS)
 
 lint:  ## ruff (rules, format) and mypy
