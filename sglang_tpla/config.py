@@ -93,6 +93,7 @@ ROLES = ("prefill", "decode")
 O_PROJ = ("replicate", "scatter")
 ROWS = ("plain", "sketched")
 RETIRED = ("fp8", "fp8_triton", "fp8_reference")  # names of a row format of older versions, and of its kernels
+EVERY_TOKENS = 8192  # prefilled tokens between two writes of statistics
 # Bytes of a chunk and of staging. A chunk of any size costs some 0.2 ms of messages (on a GPU also of launches).
 DEFAULT_BYTES = {"cpu": (16 << 20, 256 << 20), "cuda": (16 << 20, 512 << 20)}
 
@@ -224,7 +225,7 @@ class Settings:
     listen_port: int = 0
     advertise: str | None = None
     statistics_folder: str | None = None
-    statistics_every_tokens: int = 8192
+    statistics_every_tokens: int = EVERY_TOKENS
 
     def __post_init__(self) -> None:
         if self.role not in ROLES:
@@ -249,9 +250,10 @@ class Settings:
             raise ConfigError("--tpla-o-proj scatter sums over latent groups, and --tpla-groups is 1; drop it")
         if self.insecure not in (0, 1):
             raise ConfigError(f"--tpla-insecure must be 0 or 1; got {self.insecure}")
-        if self.role == "decode" and self.statistics_folder:
+        if self.role == "decode" and (self.statistics_folder or self.statistics_every_tokens != EVERY_TOKENS):
             raise ConfigError(
-                "--tpla-statistics-folder is for prefill servers, which see the whole latent; drop it on decode"
+                "--tpla-statistics-folder and --tpla-statistics-every-tokens are for prefill servers, which see the "
+                "whole latent; drop them on decode"
             )
         if self.shared_memory not in (0, 1):
             raise ConfigError(f"--tpla-shared-memory must be 0 or 1; got {self.shared_memory}")

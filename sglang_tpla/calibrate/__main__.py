@@ -131,7 +131,7 @@ def parser() -> argparse.ArgumentParser:
         type=Path,
         metavar="FILE",
         help="second moments collected elsewhere (files of several ranks or servers are put together); "
-        "of the checkpoint only kv_b_proj is read, and there is no error report",
+        "of the checkpoint only kv_b_proj and the latent's norm are read, and there is no error report",
     )
     text.add_argument(
         "--one-layer-at-a-time", action="store_true", help="hold one layer's weights, for models that do not fit"

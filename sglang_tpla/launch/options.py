@@ -38,7 +38,7 @@ DEFAULT_STARTUP_TIMEOUT_S = 1800.0
 # Each role's own settings: the decode ranks' way of sharing the latent, and a prefill server's statistics.
 OF_THE_OTHER_ROLE = {
     "prefill": ("groups", "artifact", "rows", "o_proj"),
-    "decode": ("statistics_folder", "listen_port", "advertise"),
+    "decode": ("statistics_folder", "statistics_every_tokens", "listen_port", "advertise"),
 }
 
 

@@ -76,6 +76,7 @@ def test_advertised_address(advertise: str | None, rank: int, expected: tuple[st
         ({"listen_port": 65535}, "must lie in 0...65534"),
         ({"role": "decode", "listen_port": 5000}, "are for prefill servers"),
         ({"role": "decode", "advertise": "host"}, "are for prefill servers"),
+        ({"role": "decode", "statistics_every_tokens": 100}, "are for prefill servers"),
     ],
 )
 def test_addresses_that_cannot_work(fields: dict, said: str) -> None:

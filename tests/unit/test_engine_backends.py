@@ -5,6 +5,7 @@ import torch
 
 from sglang_tpla.attention.backends import BackendRefusal
 from sglang_tpla.attention.interface import DecodeShape
+from sglang_tpla.cache_rows.sketched import SketchedRows
 from sglang_tpla.host.attention.supported import (
     engine_unsupported_reason,
     preferred_backend,
@@ -13,6 +14,7 @@ from sglang_tpla.host.attention.supported import (
 )
 
 HOPPER, AMPERE, CPU = (9, 0), (8, 0), None
+SKETCHED = SketchedRows.of(512, 2, 64, 64)
 
 
 @pytest.mark.parametrize(
@@ -28,6 +30,7 @@ HOPPER, AMPERE, CPU = (9, 0), (8, 0), None
         ("triton", DecodeShape(128, 8, rope_dim=32), HOPPER, "same power of two.*torch_native"),
         ("triton", DecodeShape(80, 8), CPU, "use --attention-backend tpla or torch_native,"),
         ("cutlass_mla", DecodeShape(512, 16), HOPPER, "never measured"),
+        ("tpla", DecodeShape.of_sketched(SKETCHED, 16), AMPERE, r"; use plain rows \(an artifact of --rows plain\)$"),
     ],
 )
 def test_refused_with_what_to_use_instead(

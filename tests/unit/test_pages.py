@@ -11,7 +11,7 @@ from sglang_tpla.config import ENV_PREFIX, OF_TESTS, OTHER_VARIABLES, Settings
 ROOT = Path(__file__).resolve().parents[2]
 HIDDEN = {".git", ".pytest_cache", "node_modules", "out"}
 PAGES = sorted(path for path in ROOT.rglob("*.md") if not HIDDEN & set(path.relative_to(ROOT).parts))
-LAUNCHER = {"tpla-" + entry.name.replace("_", "-") for entry in fields(Settings)}
+LAUNCHER = {"tpla-" + entry.name.replace("_", "-") for entry in fields(Settings) if entry.name != "role"}
 EVALUATE = {"tpla-url"}
 
 

@@ -89,6 +89,9 @@ def test_plain_tcp_beyond_loopback_needs_the_word(monkeypatch: pytest.MonkeyPatc
             PrefillAgent(prefill.pool, prefill.metadata, bind_host="0.0.0.0", **fields)
         with pytest.raises(TransferError, match=r"connecting to 192\.0\.2\.1 without keys"):
             decode.agent.connect("192.0.2.1", 1)
+        monkeypatch.setenv(INSECURE_VARIABLE, "yes")  # as the settings of servers refuse it
+        with pytest.raises(TransferError, match="SGLANG_TPLA_INSECURE must be 0 or 1; got 'yes'"):
+            Security.from_environment("prefill")
         monkeypatch.setenv(INSECURE_VARIABLE, "1")
         open_to_all = PrefillAgent(prefill.pool, prefill.metadata, bind_host="0.0.0.0", **fields)
         open_to_all.close()
@@ -105,6 +108,10 @@ def test_key_files_are_checked(key_folder: Path) -> None:
     (key_folder / "prefill.public").write_text("short\n")
     with pytest.raises(TransferError, match=r"expected 40 characters \(z85\), got 5"):
         Security.from_environment("decode")
+    for name, role in (("prefill.public", "decode"), ("allowed", "prefill")):
+        (key_folder / name).write_bytes(b"\xff\xfe no text")
+        with pytest.raises(TransferError, match=rf"expected .* in .*{name}: 'utf-8' codec"):
+            Security.from_environment(role)
     (key_folder / "allowed").unlink()
     with pytest.raises(TransferError, match="expected the decode keys to serve"):
         Security.from_environment("prefill")

@@ -82,7 +82,7 @@ def launch(new: CacheWrite) -> None:
         W=new.width,
         ROPE=new.rope_dim,
         HEADS=new.heads,
-        MODE=kernels.mode(new),
+        PROJECT=new.z is not None,
         ROTATE=kernels.rotation(new),
         BLOCK_TOKENS=tile.tokens,
         BLOCK_W=tile.columns,

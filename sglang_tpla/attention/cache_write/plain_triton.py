@@ -17,8 +17,6 @@ import triton.language as tl
 from sglang_tpla.attention.cache_write.inputs import CacheWrite
 
 ROTATE_NOT, ROTATE_PAIRS, ROTATE_HALVES = 0, 1, 2
-# a slice is the latent as it comes, its norm, or the projection of its norm
-GIVEN, NORMED, PROJECTED = 0, 1, 2
 
 
 def rotation(new: CacheWrite) -> int:
@@ -26,11 +24,6 @@ def rotation(new: CacheWrite) -> int:
     if new.cos_sin is None:
         return ROTATE_NOT
     return ROTATE_HALVES if new.neox else ROTATE_PAIRS
-
-
-def mode(new: CacheWrite) -> int:
-    """The way in which the kernel makes slices out of latents."""
-    return GIVEN if new.weight is None else NORMED if new.z is None else PROJECTED
 
 
 @triton.jit
@@ -79,18 +72,16 @@ def slice_columns(
     eps,
     D: tl.constexpr,
     W: tl.constexpr,
-    MODE: tl.constexpr,
+    PROJECT: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_W: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Some columns of the slices, [tokens, columns] float32; ``latent`` points at each token's."""
+    """Some columns of a norm, or of its projection by ``z``, [tokens, columns] float32; ``latent`` points at tokens."""
     there = live[:, None] & (column < W)[None, :]
-    if MODE == 0:
-        return tl.load(latent[:, None] + column[None, :], mask=there, other=0.0).to(tl.float32)
     inverse = inverse_rms(latent, live, eps, D, BLOCK_TOKENS, BLOCK_D)
     # a norm is rounded to the model's dtype, as where it is a kernel of its own
-    if MODE == 1:
+    if not PROJECT:
         x = tl.load(latent[:, None] + column[None, :], mask=there, other=0.0).to(tl.float32)
         scale = tl.load(weight + column, mask=column < W, other=0.0).to(tl.float32)
         return (x * inverse[:, None] * scale[None, :]).to(latent.dtype.element_ty).to(tl.float32)
@@ -177,7 +168,7 @@ def latent_write_kernel(
     W: tl.constexpr,
     ROPE: tl.constexpr,
     HEADS: tl.constexpr,
-    MODE: tl.constexpr,
+    PROJECT: tl.constexpr,
     ROTATE: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_W: tl.constexpr,
@@ -195,7 +186,7 @@ def latent_write_kernel(
         if block < COLUMN_BLOCKS:
             column = block * BLOCK_W + tl.arange(0, BLOCK_W)
             raw = latent + token * latent_stride
-            value = slice_columns(raw, weight, z, live, column, eps, D, W, MODE, BLOCK_TOKENS, BLOCK_W, BLOCK_D)
+            value = slice_columns(raw, weight, z, live, column, eps, D, W, PROJECT, BLOCK_TOKENS, BLOCK_W, BLOCK_D)
             there = live[:, None] & (column < W)[None, :]
             tl.store(row[:, None] + column[None, :], value.to(row.dtype.element_ty), mask=there)
         else:

@@ -26,7 +26,7 @@ class KernelCompileError(SglangTplaError, RuntimeError):
 
 
 def cache_folder() -> Path:
-    return Path(os.environ.get("SGLANG_TPLA_CACHE", Path.home() / ".cache" / "sglang_tpla")) / "cubin"
+    return Path(os.environ.get("SGLANG_TPLA_CACHE") or "~/.cache/sglang_tpla").expanduser() / "cubin"
 
 
 def _checked(who: str, result: tuple[Any, ...], what: str) -> Any:

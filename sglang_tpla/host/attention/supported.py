@@ -79,15 +79,15 @@ def require_engine_backend(name: str, shape: DecodeShape, capability: Capability
     reason = engine_unsupported_reason(name, shape, capability)
     if reason is not None:
         able = [
-            other
-            for other in (OURS, "fa3", "flashinfer", "triton", "torch_native")
-            if engine_unsupported_reason(other, shape, capability) is None
+            backend
+            for backend in (OURS, "fa3", "flashinfer", "triton", "torch_native")
+            if engine_unsupported_reason(backend, shape, capability) is None
         ]
-        remedy = "use an artifact of another width, or --kv-cache-dtype auto"
+        other = "an artifact of another width" if shape.kind == "plain" else "plain rows (an artifact of --rows plain)"
         raise BackendRefusal(
             f"--attention-backend {name} cannot decode a latent slice of width {shape.latent_dim} with rope "
             f"{shape.rope_dim} and {shape.heads} heads here: {reason}; "
-            + (f"use --attention-backend {' or '.join(able)}, or an artifact of another width" if able else remedy)
+            + (f"use --attention-backend {' or '.join(able)}, or {other}" if able else f"use {other}")
         )
 
 

@@ -12,6 +12,7 @@ import hashlib
 import logging
 import os
 import platform
+import shutil
 import subprocess
 import tempfile
 from pathlib import Path
@@ -22,12 +23,13 @@ from sglang_tpla.errors import SglangTplaError
 SOURCE = Path(__file__).with_name("native.c")
 OPTIONS = ("-O3", "-shared", "-fPIC", "-std=gnu11")
 COMPILE_S = 60.0
+COMPILERS = ("cc", "gcc", "clang")
 
 logger = logging.getLogger(__name__)
 
 
 def cache_folder() -> Path:
-    return Path(os.environ.get(CACHE_VARIABLE, Path.home() / ".cache" / "sglang_tpla")) / "native"
+    return Path(os.environ.get(CACHE_VARIABLE) or "~/.cache/sglang_tpla").expanduser() / "native"
 
 
 class NativeError(SglangTplaError, RuntimeError):
@@ -90,9 +92,10 @@ def loaded(path: Path) -> ctypes.CDLL:
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """Return the compiled library; None, with a line in the log, where there is no compiler (``$CC``, or cc)."""
+    """Return the compiled library; None, and a line in the log, without ``$CC`` or a usual compiler."""
+    usual = next(filter(shutil.which, COMPILERS), COMPILERS[0])
     try:
-        return loaded(compiled(os.environ.get("CC") or "cc"))
+        return loaded(compiled(os.environ.get("CC") or usual))
     except NativeError as error:
         logger.warning("transfers take more processor time without a C compiler (install gcc): %s", error)
         return None

@@ -62,22 +62,24 @@ class Security:
         """Read the keys of a ``prefill`` or ``decode`` agent as the environment names them.
 
         Raises:
-            TransferError: a key file is missing, readable by others, or not a key; or a variable with our prefix that
-                nothing reads, behind which keys may have been meant.
+            TransferError: a key file is missing, readable by others, or not a key; `INSECURE_VARIABLE` is neither 0 nor
+                1; or a variable with our prefix that nothing reads, behind which keys may have been meant.
         """
         try:
             check_variables(environ, "environment")
         except ConfigError as error:
             raise TransferError(str(error)) from error
-        insecure = environ.get(INSECURE_VARIABLE, "") in ("1", "true", "yes")
+        insecure = environ.get(INSECURE_VARIABLE, "0")
+        if insecure not in ("0", "1"):
+            raise TransferError(f"{INSECURE_VARIABLE} must be 0 or 1; got {insecure!r}")
         folder = environ.get(KEYS_VARIABLE)
         if not folder:
-            return cls(insecure=insecure)
+            return cls(insecure=insecure == "1")
         base = Path(folder)
         secret = _read_key(base / f"{role}.secret", private=True)
         server = _read_key(base / "prefill.public") if role == "decode" else b""
         allowed = frozenset(_read_allowed(base / "allowed")) if role == "prefill" else frozenset()
-        return cls(secret, zmq.curve_public(secret), server, allowed, insecure)
+        return cls(secret, zmq.curve_public(secret), server, allowed, insecure == "1")
 
     def check(self, host: str, what: str) -> None:
         """Refuse plain TCP beyond loopback.
@@ -116,7 +118,7 @@ def _read_key(path: Path, private: bool = False) -> bytes:
         if private and path.stat().st_mode & 0o077:
             raise TransferError(f"{path} can be read by others; run `chmod 600 {path}`")
         key = path.read_text().split()[0].encode()
-    except (OSError, IndexError) as error:
+    except (OSError, IndexError, UnicodeError) as error:
         raise TransferError(
             f"expected a key in {path}: {error}; make one with `python -m sglang_tpla.transfer.keys {path.parent}`"
         ) from error
@@ -126,7 +128,7 @@ def _read_key(path: Path, private: bool = False) -> bytes:
 def _read_allowed(path: Path) -> list[bytes]:
     try:
         lines = path.read_text().splitlines()
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
         raise TransferError(
             f"expected the decode keys to serve in {path}: {error}; list one public key a line"
         ) from error
