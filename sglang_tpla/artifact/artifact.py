@@ -371,6 +371,8 @@ def _check_meta(meta: ArtifactMeta, source: str) -> None:
 
 
 def _check_tensors(meta: ArtifactMeta, tensors: Mapping[str, torch.Tensor], source: str) -> None:
+    if meta.groups > len(tensors):  # before a name is made for each
+        raise ArtifactError(f"{source}: expected tensors of {meta.groups} groups, got {len(tensors)} tensors in all")
     shapes = expected_shapes(meta)
     missing = [name for name in shapes if name not in tensors]
     extra = sorted(set(tensors) - set(shapes))

@@ -160,6 +160,7 @@ def multiplied(row: int, column: int, factor: float):
         ("colour", lambda absent: '"blue"', "colour"),
         ("groups", lambda groups: '"2"', "groups"),
         ("groups", lambda groups: "{", "damaged"),
+        ("groups", lambda groups: str(2**62), f"tensors of {2**62} groups, got"),  # a name each would fill the memory
         ("weights_hash", None, "weights_hash"),
         ("widths", lambda widths: json.dumps([W]), "one of widths a layer"),
     ],
