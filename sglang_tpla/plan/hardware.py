@@ -120,8 +120,8 @@ class Link:
     def __post_init__(self) -> None:
         if not (0 <= self.latency_s < LARGEST and SMALLEST < self.bytes_per_s < LARGEST):
             raise PlanError(
-                f"link {self.name}: expected a latency of at least 0 and a positive bandwidth, below {LARGEST:.0e} (and "
-                f"above {SMALLEST:.0e}), got {self.latency_s} s and {self.bytes_per_s} bytes/s"
+                f"link {self.name}: expected a latency of at least 0 and a positive bandwidth, below {LARGEST:.0e} "
+                f"(and above {SMALLEST:.0e}), got {self.latency_s} s and {self.bytes_per_s} bytes/s"
             )
 
     def seconds(self, kind: str, size_bytes: float, ranks: int) -> float:

@@ -74,7 +74,7 @@ def test_counted_repetitions_of_counted_repetitions(pattern: str) -> None:
 def test_a_dialect_that_is_not_checked_repeats_no_group_by_counts(before: str) -> None:
     """xgrammar reads all of these."""
     for pattern in SLOW_GRAMMARS:
-        with pytest.raises(RequestRefused, match="repeats a group by counts, .* and cannot be checked"):
+        with pytest.raises(RequestRefused, match=r"repeats a group by counts, .* and cannot be checked"):
             check_grammar({"regex": before + pattern}, VOCAB)
     check_grammar({"regex": before + "[a-z]{1,20}"}, VOCAB)
 

@@ -177,7 +177,7 @@ def check_pattern(name: str, pattern: str, most: int, backtracks: bool = False) 
                 "character between them that the one before does not match, such as [^a]*a"
             )
     except (re.error, OverflowError) as error:
-        # the compiler names the mistake, or knows the pattern's dialect, in which a group may be repeated by counts, too
+        # the compiler names the mistake, or knows the pattern's dialect, in which groups may be counted as well
         if not backtracks and COUNTED_GROUP.search(pattern):
             raise RequestRefused(
                 f"sampling_params.{name}: {shown(pattern)} repeats a group by counts, which could hold up the server, "
