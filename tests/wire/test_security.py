@@ -105,9 +105,25 @@ def test_key_files_are_checked(key_folder: Path) -> None:
     (key_folder / "prefill.public").write_text("short\n")
     with pytest.raises(TransferError, match=r"expected 40 characters \(z85\), got 5"):
         Security.from_environment("decode")
+    (key_folder / "prefill.public").write_bytes(b"\xff\xfe")
+    with pytest.raises(TransferError, match="expected a key in .* can't decode"):
+        Security.from_environment("decode")
+    (key_folder / "allowed").write_bytes(b"\xff\xfe")
+    with pytest.raises(TransferError, match="expected the decode keys to serve in .* can't decode"):
+        Security.from_environment("prefill")
     (key_folder / "allowed").unlink()
     with pytest.raises(TransferError, match="expected the decode keys to serve"):
         Security.from_environment("prefill")
+
+
+def test_a_key_that_was_listed_by_hand_keeps_its_line(key_folder: Path) -> None:
+    """The file may end without an end of line, behind which the next key would be lost."""
+    allowed = key_folder / "allowed"
+    allowed.write_text(allowed.read_text().rstrip("\n"))
+    before = Security.from_environment("prefill").allowed
+    assert keys.main([str(key_folder), "--decode", "second"]) == 0
+    second = (key_folder / "second.public").read_text().split()[0].encode()
+    assert Security.from_environment("prefill").allowed == before | {second}
 
 
 def test_a_folder_that_cannot_take_keys_is_one_clear_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
