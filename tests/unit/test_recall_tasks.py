@@ -70,5 +70,5 @@ def test_results_are_counted_against_what_plain_mla_answers(filler: list[str]) -
 )
 def test_a_damaged_tokenizer_is_named(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_bytes(content)
-    with pytest.raises(CorpusError, match="tokenizer.json is no tokenizer that can be read"):
+    with pytest.raises(CorpusError, match=r"tokenizer\.json is no tokenizer that can be read"):
         load_tokenizer(tmp_path)

@@ -106,10 +106,10 @@ def test_key_files_are_checked(key_folder: Path) -> None:
     with pytest.raises(TransferError, match=r"expected 40 characters \(z85\), got 5"):
         Security.from_environment("decode")
     (key_folder / "prefill.public").write_bytes(b"\xff\xfe")
-    with pytest.raises(TransferError, match="expected a key in .* can't decode"):
+    with pytest.raises(TransferError, match=r"expected a key in .* can't decode"):
         Security.from_environment("decode")
     (key_folder / "allowed").write_bytes(b"\xff\xfe")
-    with pytest.raises(TransferError, match="expected the decode keys to serve in .* can't decode"):
+    with pytest.raises(TransferError, match=r"expected the decode keys to serve in .* can't decode"):
         Security.from_environment("prefill")
     (key_folder / "allowed").unlink()
     with pytest.raises(TransferError, match="expected the decode keys to serve"):
