@@ -313,7 +313,7 @@ class Settings:
         if not colon or self.advertise.endswith("]") or (host.count(":") and not host.startswith("[")):
             host, port = self.advertise, ""
         host = without_brackets(host)
-        if not is_host(host) or (port and not (port.isdigit() and 0 < int(port) + 2 * rank + 1 < 65536)):
+        if not is_host(host) or (port and not (port.isdecimal() and 0 < int(port) + 2 * rank + 1 < 65536)):
             raise ConfigError(
                 f"--tpla-advertise must be HOST or HOST:PORT, an IPv6 address with a port in brackets; got "
                 f"{self.advertise!r}"

@@ -214,11 +214,8 @@ def make(arguments: argparse.Namespace) -> Artifact:
         continuation_tokens=arguments.continuation_tokens,
         usual_calibration_tokens=SKETCHED_CALIBRATION_TOKENS if rows == "sketched" else CALIBRATION_TOKENS,
     )
-    if plan.continuation_tokens < 2 and plan.held_out_tokens != 0:
-        raise CorpusError(
-            "expected --continuation-tokens to be at least 2 for an error report, as the last token has no next one to "
-            f"compare with, got {plan.continuation_tokens}; give more, or --held-out-tokens 0"
-        )
+    if plan.held_out_tokens != 0:
+        plan.check_report(", or --held-out-tokens 0")
     text = read_text(plan, checkpoint)
     resident = not arguments.one_layer_at_a_time
     model = PlainModel(checkpoint, torch.float32, arguments.device, resident=resident)

@@ -156,6 +156,12 @@ def evaluate(arguments: argparse.Namespace) -> Evaluation:
         prompt_tokens=arguments.prompt_tokens,
         continuation_tokens=arguments.continuation_tokens,
     )
+    plan.check_report()
+    if arguments.long_tokens == 1:
+        raise CorpusError(
+            "expected --long-tokens to be 0 (no long answers) or at least 2, as the last token has no next one to "
+            "compare with, got 1"
+        )
     text = read_text(plan, checkpoint)
     if not len(text.held_out):
         raise CorpusError("expected --tokens to be at least 1, got 0")
@@ -322,6 +328,10 @@ def _endpoints(arguments: argparse.Namespace) -> int:
             arguments.stock_url, arguments.tpla_url, prompts, new_tokens=arguments.new_tokens, progress=bar.update
         )
     kl = torch.tensor([value for comparison in found for value in comparison.kl], dtype=torch.float64)
+    if not kl.numel():
+        raise EndpointError(
+            f"{arguments.stock_url} or {arguments.tpla_url} answered every prompt with no token: nothing to compare"
+        )
     result = {
         "stock_url": arguments.stock_url,
         "tpla_url": arguments.tpla_url,

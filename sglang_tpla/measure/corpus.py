@@ -128,7 +128,10 @@ def load_tokenizer(model_path: str | Path) -> Tokenizer:
     if path.is_file():
         from tokenizers import Tokenizer as FastTokenizer  # type: ignore[import-untyped]
 
-        fast = FastTokenizer.from_file(str(path))
+        try:
+            fast = FastTokenizer.from_file(str(path))
+        except Exception as error:  # the library raises no other kind over a file that it cannot read
+            raise CorpusError(f"{path} is no tokenizer that can be read: {error}; copy it again") from error
         return lambda text: list(fast.encode(text, add_special_tokens=False).ids)
     from transformers import AutoTokenizer
 

@@ -42,6 +42,21 @@ class TextPlan:
         if self.held_out_tokens is not None and self.held_out_tokens < 0:
             raise CorpusError(f"expected held_out_tokens to be 0 (no report) or more, got {self.held_out_tokens}")
 
+    def check_report(self, instead: str = "") -> None:
+        """Check that errors can be measured on the text: the last token of a sequence has no next one to compare with.
+
+        Args:
+            instead: what else there is to do, for the message.
+
+        Raises:
+            CorpusError: continuations of one token.
+        """
+        if self.continuation_tokens < 2:
+            raise CorpusError(
+                "expected --continuation-tokens to be at least 2 for an error report, as the last token has no next "
+                f"one to compare with, got {self.continuation_tokens}; give more{instead}"
+            )
+
     @property
     def length(self) -> int:
         """The tokens of one sequence."""

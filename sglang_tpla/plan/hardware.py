@@ -18,7 +18,8 @@ from typing import Any, TypeVar
 from sglang_tpla.plan.model import PlanError
 
 Entry = TypeVar("Entry")
-LARGEST = 1e30  # bytes, rates, seconds: what is larger is a slip of the hand, and would end as NaN
+# bytes, rates, seconds: what is larger, and a rate that is smaller, is a slip of the hand, and would end as NaN
+LARGEST, SMALLEST = 1e30, 1e-30
 
 
 @dataclass(frozen=True)
@@ -75,8 +76,11 @@ class Gpu:
         names = {"memory_bytes": "memory", "sheet_bytes_per_s": "bandwidth", "sheet_flops_per_s": "arithmetic rate"}
         changes: dict[str, Any] = {key: value for key, value in numbers.items() if value is not None}
         for key, value in changes.items():
-            if not 0 < value < LARGEST:
-                raise PlanError(f"a GPU's {names[key]} must be positive and below {LARGEST:.0e}, got {value}")
+            if not SMALLEST < value < LARGEST:
+                raise PlanError(
+                    f"a GPU's {names[key]} must be positive and below {LARGEST:.0e} (and above {SMALLEST:.0e}), got "
+                    f"{value}"
+                )
         if changes.keys() <= {"memory_bytes"}:
             return replace(self, **changes)
         return _scaled(self, "the table's rates, scaled to the numbers given on the command line", **changes)
@@ -114,10 +118,10 @@ class Link:
     source: str = "assumed; not measured here"
 
     def __post_init__(self) -> None:
-        if not (0 <= self.latency_s < LARGEST and 0 < self.bytes_per_s < LARGEST):
+        if not (0 <= self.latency_s < LARGEST and SMALLEST < self.bytes_per_s < LARGEST):
             raise PlanError(
-                f"link {self.name}: expected a latency of at least 0 and a positive bandwidth, below {LARGEST:.0e}, "
-                f"got {self.latency_s} s and {self.bytes_per_s} bytes/s"
+                f"link {self.name}: expected a latency of at least 0 and a positive bandwidth, below {LARGEST:.0e} "
+                f"(and above {SMALLEST:.0e}), got {self.latency_s} s and {self.bytes_per_s} bytes/s"
             )
 
     def seconds(self, kind: str, size_bytes: float, ranks: int) -> float:

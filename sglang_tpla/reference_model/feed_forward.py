@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from sglang_tpla.reference_model.checkpoint import Checkpoint, CheckpointError
+from sglang_tpla.reference_model.checkpoint import Checkpoint
 from sglang_tpla.reference_model.spec import ModelSpec, Routing
 
 
@@ -67,8 +67,6 @@ def route(
         kept = group_scores.topk(routing.groups_per_token, -1)[1]
         mask = torch.zeros_like(group_scores, dtype=torch.bool).scatter_(1, kept, True)
         choice = grouped.masked_fill(~mask[..., None], float("-inf")).flatten(1)
-    elif routing.method != "greedy":
-        raise CheckpointError(f"expected topk_method greedy, group_limited_greedy or noaux_tc, got {routing.method!r}")
     chosen = choice.topk(routing.per_token, -1)[1]
     weights = scores.gather(1, chosen)
     if routing.normalise:

@@ -155,13 +155,18 @@ def _read_routing(config: Mapping[str, Any]) -> Routing | None:
     scoring = config.get("scoring_func", "sigmoid" if biased else "softmax")
     if scoring not in ("softmax", "sigmoid"):
         raise CheckpointError(f"expected scoring_func 'softmax' or 'sigmoid', got {scoring!r}{place(config)}")
+    method = config.get("topk_method", "noaux_tc" if scoring == "sigmoid" else "greedy")
+    if method not in ("greedy", "group_limited_greedy", "noaux_tc"):
+        raise CheckpointError(
+            f"expected topk_method 'greedy', 'group_limited_greedy' or 'noaux_tc', got {method!r}{place(config)}"
+        )
     return Routing(
         experts=experts,
         per_token=per_token,
         groups=groups,
         groups_per_token=groups_per_token,
         scoring=scoring,
-        method=config.get("topk_method", "noaux_tc" if scoring == "sigmoid" else "greedy"),
+        method=method,
         normalise=bool(config.get("norm_topk_prob", False)),
         scaling=real(config, "routed_scaling_factor", 1.0),
         shared_experts=whole(config, "n_shared_experts", 0, 0),

@@ -66,7 +66,8 @@ def make(folder: Path, others: list[str]) -> None:
         public, made = make_pair(folder, name)
         print(f"{name}: {public} ({'made' if made else 'kept'})")
         if name != "prefill" and public not in listed:
-            listed += f"{public} {name}\n"
+            end = "" if listed.endswith("\n") or not listed else "\n"  # of a line that was written by hand
+            listed += f"{end}{public} {name}\n"
     allowed.write_text(listed)
 
 

@@ -16,7 +16,8 @@ SAMPLING = (
     "frequency_penalty", "presence_penalty", "repetition_penalty", "n", "json_schema", "regex", "ebnf",
     "structural_tag", "ignore_eos", "skip_special_tokens", "spaces_between_special_tokens", "no_stop_trim",
     "stream_interval", "logit_bias", "sampling_seed", "custom_params", "is_normalized", "stop_strs", "unknown",
-    "max_new_tokens", "stop_regex_strs", "stop_str_max_len", "stop_regex_max_len",
+    "max_new_tokens", "stop_regex_strs", "stop_str_max_len", "stop_regex_max_len", "beam_width", "watermark",
+    "ebnf_full_assistant",
 )  # fmt: skip
 NATIVE = (
     "rid", "session_id", "text", "input_ids", "input_embeds", "image_data", "video_data", "audio_data", "mm_hashes",
@@ -31,6 +32,8 @@ NATIVE = (
     "num_items_assigned", "mm_data_mooncake", "encoder_urls", "max_dynamic_patch", "images_config",
     "multi_item_delimiter_indices", "sampling_params", "background", "bootstrap_host", "bootstrap_port",
     "image_max_dynamic_patch", "min_dynamic_patch", "use_audio_in_video", "video_max_dynamic_patch",
+    "mm_content_hashes", "video_config", "watermark", "sampling_logprobs_mode", "return_flat_raw_output_top_logprobs",
+    "data_parallel_rank", "mm_processor_kwargs", "token_indices_to_pool", "cache_salt", "kv_hints",
 )  # fmt: skip
 OPENAI = (
     "prompt", "echo", "logprobs", "n", "best_of", "stop", "suffix", "seed", "temperature", "top_p", "top_k", "min_p",
@@ -75,6 +78,10 @@ NEARLY: dict[str, list[Any]] = {
     "tools": [[{"type": "function", "function": {"name": "f"}}], [{}], [{"type": "function", "function": {"name": 5}}]],
     "tool_choice": ["required", "auto", {"type": "function", "function": {"name": "g"}}],
     "chat_template_kwargs": [{"a": 1}, {"tokenize": False}], "stream_options": [{"include_usage": True}],
+    "repetition_penalty": [1e-300, 1e-6, 2.0], "custom_labels": [{"a": "b"}, {"model_name": "x"}],
+    "received_time": [float("nan"), float("inf"), 0.0], "token_indices_to_pool": [[0], [100000], [-1], [2**63]],
+    "beam_width": [1, 2], "watermark": [{"enabled": True}, {"key": "a"}], "log_metrics": [False],
+    "kv_hints": [{}, {"protocol_version": "1", "message_id": "a", "actions": [{}]}], "cache_salt": ["a"],
 }  # fmt: skip
 LENGTHS = [0, -1, 2, 1.5, "5", [], [2], {}, True, 2**31, 2**63, 2**64]
 # Any other value of these is served: a length takes its time, and a place may be somebody's.

@@ -1,6 +1,7 @@
 """A request that is refused where it enters: both servers' clients get the reason, and nobody else's room ends."""
 
 import asyncio
+import dataclasses
 import json
 from types import SimpleNamespace
 from typing import Any
@@ -128,6 +129,82 @@ def test_no_client_has_a_reserved_id(rid: Any) -> None:
 
     with pytest.raises(edge.RequestRefused, match="rid must be a string"):
         edge.check_rid(rid)
+
+
+@pytest.mark.parametrize(
+    ("status", "method", "refused"),
+    [("Up", "GET", ""), ("Starting", "POST", ""), ("Up", "POST", "rid must be"), ("Up", None, "rid must be")],
+)
+def test_no_client_checks_health_in_the_servers_name(status: str, method: str | None, refused: str) -> None:
+    """Such a request has no transfer: decode would answer it from pages that hold somebody else's cache."""
+    from sglang.srt.disaggregation.utils import FAKE_BOOTSTRAP_HOST
+    from sglang.srt.managers.io_struct import GenerateReqInput
+    from sglang.srt.managers.tokenizer_manager import ServerStatus
+
+    from sglang_tpla.host.requests import edge
+
+    obj = GenerateReqInput(
+        rid="HEALTH_CHECK_1", input_ids=[0], sampling_params={}, log_metrics=False,
+        bootstrap_host=FAKE_BOOTSTRAP_HOST, bootstrap_room=0,
+    )  # fmt: skip
+
+    async def answer(self: Any, obj: Any, _request: Any) -> Any:
+        yield 1
+
+    async def ask() -> None:
+        manager = SimpleNamespace(server_status=ServerStatus(status), _dispatch_to_scheduler=Mock())
+        async for _ in edge.generate(answer, manager, obj, SimpleNamespace(method=method)):
+            pass
+
+    if not refused:
+        asyncio.run(ask())
+        return
+    with pytest.raises(edge.RequestRefused, match=refused):
+        asyncio.run(ask())
+
+
+def test_a_request_while_the_server_warms_up_is_checked_but_for_its_transfer() -> None:
+    """A client's looks the same as the server's own, and one token outside the vocabulary would end the server."""
+    from sglang.srt.disaggregation.utils import FAKE_BOOTSTRAP_HOST
+    from sglang.srt.managers.io_struct import GenerateReqInput
+    from sglang.srt.managers.tokenizer_manager import ServerStatus
+    from sglang.srt.sampling.sampling_params import SamplingParams
+
+    from sglang_tpla.host.requests import edge
+
+    manager = SimpleNamespace(
+        server_status=ServerStatus.Starting, model_config=SimpleNamespace(vocab_size=100), tokenizer=None,
+        preferred_sampling_params=None, sampling_params_class=SamplingParams,
+        server_args=SimpleNamespace(
+            dp_size=1, speculative_algorithm=None, tokenizer_metrics_allowed_custom_labels=["tenant"]
+        ),
+    )  # fmt: skip
+
+    def check(token: int, **changes: Any) -> None:
+        obj = GenerateReqInput(
+            input_ids=[10, token], bootstrap_host=FAKE_BOOTSTRAP_HOST, bootstrap_room=0,
+            sampling_params={"max_new_tokens": 8, "temperature": 0}, **changes,
+        )  # fmt: skip
+        obj.normalize_batch_and_arguments()
+        edge.check_normalized(manager, obj, SimpleNamespace(method="POST"))
+
+    check(99, custom_labels={"tenant": "a"})
+    with pytest.raises(edge.RequestRefused, match="0 to 99"):
+        check(100)
+    with pytest.raises(edge.RequestRefused, match="custom_labels"):
+        check(99, custom_labels={"other": "a"})
+
+
+def test_every_field_of_this_release_is_drawn_for_odd_requests() -> None:
+    """What a new release adds is tried on servers, too: `tests/e2e/test_requests.py` sends it to them."""
+    import msgspec
+    from sglang.srt.managers.io_struct import GenerateReqInput
+    from sglang.srt.sampling.sampling_params import SamplingParams
+
+    from tests.e2e.odd_requests import NATIVE, SAMPLING
+
+    assert not {field.name for field in dataclasses.fields(GenerateReqInput)} - set(NATIVE)
+    assert not {field.name for field in msgspec.structs.fields(SamplingParams)} - set(SAMPLING)
 
 
 def test_a_clients_abort_of_the_reserved_id_does_nothing() -> None:

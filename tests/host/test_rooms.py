@@ -42,6 +42,23 @@ def test_a_room_that_has_ended_is_its_requests_until_it_is_cleared() -> None:
         assert agent.stats().rooms == 0 and not manager.rooms_taken
 
 
+@pytest.mark.usefixtures("imported")
+def test_only_the_prompt_of_the_room_that_is_opened_next_is_noted() -> None:
+    """A retracted request is checked again, and its room is not opened again: nothing is kept for it."""
+    from sglang_tpla.host.disaggregation.capacity import exceeds
+    from sglang_tpla.host.disaggregation.kv_manager import TplaKVManager
+
+    manager = TplaKVManager.__new__(TplaKVManager)
+    manager.agent = SimpleNamespace(role="decode")
+    queue = SimpleNamespace(kv_manager=manager, max_total_num_tokens=100, num_reserved_decode_tokens=10)
+    for room in range(1, 100):
+        assert not exceeds(
+            lambda self, req: False, queue, SimpleNamespace(bootstrap_room=room, origin_input_ids=[1] * 5)
+        )
+    assert [manager.noted_prompt(room) for room in (1, 98, 99, None)] == [0, 0, 5, 0]
+    assert vars(manager) == {"agent": manager.agent, "_prompt": (99, 5)}
+
+
 @pytest.mark.usefixtures("engine")
 def test_a_prefix_sent_ahead_is_read_when_its_event_says_so() -> None:
     """SGLang leaves an event on the sender for pages that the step before may still write."""

@@ -148,6 +148,8 @@ def test_command_writes_json_and_a_page_with_plots(tmp_path: Path) -> None:
         (["--stock-url", "http://127.0.0.1:9", "--tpla-url", "http://127.0.0.1:9"], "did not answer"),
         (["--task-documents", "0"], "--task-documents: expected a whole number of at least 1, got '0'"),
         (["--long-tokens", "many"], "--long-tokens: expected a whole number of at least 0, got 'many'"),
+        ([*ONE, "--continuation-tokens", "1"], "expected --continuation-tokens to be at least 2 for an error report"),
+        ([*ONE, "--long-tokens", "1"], "expected --long-tokens to be 0 (no long answers) or at least 2"),
         ([*ONE, "--task-tokens", "40"], "a document of 40 tokens has no room"),
         ([*ONE, "--needle-tokens", "20"], "a prompt of 20 tokens has no room for a needle"),
         ([*ONE, "--needle-tokens", "10000000"], "tokens of filler text"),

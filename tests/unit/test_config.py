@@ -68,6 +68,7 @@ def test_advertised_address(advertise: str | None, rank: int, expected: tuple[st
     [
         ({"advertise": ":70"}, "must be HOST or HOST:PORT"),
         ({"advertise": "host:port"}, "must be HOST or HOST:PORT"),
+        ({"advertise": "host:\N{SUPERSCRIPT TWO}"}, "must be HOST or HOST:PORT"),
         ({"advertise": "host:70000"}, "must be HOST or HOST:PORT"),
         ({"advertise": "http://host:70"}, "must be HOST or HOST:PORT"),
         ({"advertise": "a host"}, "must be HOST or HOST:PORT"),

@@ -174,6 +174,20 @@ def test_a_choice_of_experts_that_cannot_be_made(experts: dict[str, int], tmp_pa
         ModelSpec.from_config(read_config(written(tmp_path, **experts)))
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "known"),
+    [
+        ("topk_method", "nothing", "'greedy', 'group_limited_greedy' or 'noaux_tc'"),
+        ("topk_method", ["greedy"], "'greedy', 'group_limited_greedy' or 'noaux_tc'"),
+        ("scoring_func", "nothing", "'softmax' or 'sigmoid'"),
+    ],
+)
+def test_another_choice_of_experts_is_named_with_its_file(key: str, value: Any, known: str, tmp_path: Path) -> None:
+    said = re.escape(f"expected {key} {known}, got {value!r} in {tmp_path / 'config.json'}")
+    with pytest.raises(CheckpointError, match=said):
+        ModelSpec.from_config(read_config(written(tmp_path, **{key: value})))
+
+
 def test_values_of_the_rotary_key_are_pairs(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="expected qk_rope_head_dim to be even"):
         ModelSpec.from_config(read_config(written(tmp_path, qk_rope_head_dim=31)))

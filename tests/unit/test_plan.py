@@ -374,6 +374,8 @@ def test_config_file(tmp_path: Path) -> None:
         ("--rows plain fp8", "--rows: fp8 asks for FP8 rows, which were retired"),
         ("--gpu-memory-gb -1", "must be positive"),
         ("--gpu-memory-gb inf", "must be positive and below"),
+        ("--gpu-tflops 1e-308", "must be positive and below"),
+        ("--link-gb-s 1e-308", "positive bandwidth, below"),
         ("--link-latency-us inf", "positive bandwidth, below"),
         ("--ranks 1000000000000", "at most 100000"),
         ("--link-gb-s 0", "positive bandwidth"),

@@ -2,6 +2,7 @@
 
 import random
 import re
+from pathlib import Path
 
 import pytest
 
@@ -62,3 +63,12 @@ def test_results_are_counted_against_what_plain_mla_answers(filler: list[str]) -
     assert (rows[PLAIN].answered, rows[PLAIN].kept) == (4, 4)
     table = recall_table(list(rows.values()))
     assert "4 of 6" in table and "2 of 4" in table
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"{}", b"\xff\xfe", b'{"version": "1.0", "model": {"type": "nothing"}}']
+)
+def test_a_damaged_tokenizer_is_named(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_bytes(content)
+    with pytest.raises(CorpusError, match=r"tokenizer\.json is no tokenizer that can be read"):
+        load_tokenizer(tmp_path)

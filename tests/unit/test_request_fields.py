@@ -20,7 +20,7 @@ from sglang_tpla.host.requests.fields import (
 )
 from sglang_tpla.host.requests.samples import PER_PROMPT, give_each_its_room, room_of
 
-LIMITS = Limits(vocab=1000, top_logprobs=128, data_parallel=2, own_host="2.2.2.2")
+LIMITS = Limits(vocab=1000, top_logprobs=128, data_parallel=2, own_host="2.2.2.2", labels=frozenset(["tenant"]))
 
 
 def item(**changes: Any) -> SimpleNamespace:
@@ -67,12 +67,18 @@ def test_what_verification_ignores_is_refused_where_guesses_are_verified() -> No
         ("input_embeds", [[0.5]], "not carried"),
         ("session_params", {"id": "x"}, "sessions are not carried"),
         ("http_worker_ipc", "ipc:///x", "set by the server itself"),
+        ("token_indices_to_pool", [100000], "scoring is not carried"),
+        ("custom_labels", {"tenant": "a", "other": "b"}, r"\['tenant'\]; got 'other'"),
+        ("received_time", "x", "a number of seconds; got 'x'"),
+        ("received_time", float("inf"), "a number of seconds; got inf"),
         ("top_logprobs_num", 129, "0 to 128"),
         ("logprob_start_len", -2, "-1 to"),
         ("token_ids_logprob", [1000], "0 to 999"),
+        ("token_ids_logprob", [5] * 1001, "each of 1000 tokens once; got 1001"),
         ("sampling_params", {"top_k": 2**31}, "top_k"),
         ("sampling_params", {"sampling_seed": 2**63}, "sampling_seed"),
         ("sampling_params", {"stream_interval": 0}, "stream_interval"),
+        ("sampling_params", {"repetition_penalty": 1e-300}, "repetition_penalty must be at least 1e-06"),
         ("sampling_params", {"logit_bias": {"1": float("inf")}}, "logit_bias"),
         ("sampling_params", {"logit_bias": [1]}, "logit_bias"),
         ("sampling_params", {"is_normalized": True}, "set by the server itself"),
@@ -98,6 +104,8 @@ def test_what_can_be_served_is_let_through() -> None:
     check_item(item(), LIMITS)
     check_item(item(input_ids=None, text="x", bootstrap_room=LAST_ROOM, bootstrap_port=None), LIMITS)
     check_item(item(sampling_params={"stop_token_ids": [2000], "logit_bias": {"5": -100}}), LIMITS)
+    check_item(item(custom_labels={"tenant": "a"}, received_time=12.5, token_ids_logprob=[5] * 1000), LIMITS)
+    check_item(item(sampling_params={"repetition_penalty": 0.5}), LIMITS)
 
 
 @pytest.mark.parametrize(

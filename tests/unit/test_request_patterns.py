@@ -64,9 +64,44 @@ def test_counted_repetitions_of_counted_repetitions(pattern: str) -> None:
     for params in (
         {"regex": pattern},
         {"json_schema": json.dumps({"properties": {"a": {"type": "string", "pattern": pattern}}})},
+        {"json_schema": json.dumps({"patternProperties": {pattern: {"type": "string"}}})},
     ):
         with pytest.raises(RequestRefused, match="could hold up the server"):
             check_grammar(params, VOCAB)
+
+
+@pytest.mark.parametrize("before", ["(?<n>a)", r"\i", r"\u{61}", "[^]"])
+def test_a_dialect_that_is_not_checked_repeats_no_group_by_counts(before: str) -> None:
+    """xgrammar reads all of these."""
+    for pattern in SLOW_GRAMMARS:
+        with pytest.raises(RequestRefused, match=r"repeats a group by counts, .* and cannot be checked"):
+            check_grammar({"regex": before + pattern}, VOCAB)
+    check_grammar({"regex": before + "[a-z]{1,20}"}, VOCAB)
+
+
+@pytest.mark.parametrize("schema", ["{", '{"type": "string"} x', '{"a": ' + "1" * 5000 + "}"])
+def test_what_is_no_json_is_refused_though_the_compiler_may_read_it(schema: str) -> None:
+    """xgrammar reads the second one, and no check here would see what stands in it."""
+    for name in ("json_schema", "structural_tag"):
+        with pytest.raises(RequestRefused, match=f"{name} is no JSON"):
+            check_grammar({name: schema}, VOCAB)
+    check_grammar({"json_schema": "$$ANY$$"}, VOCAB)
+
+
+def test_objects_that_count_their_properties() -> None:
+    """xgrammar takes memory without end for some hundred of them."""
+
+    def schema(count: int, **bounds: int) -> dict[str, Any]:
+        return {"type": "object", "properties": {f"a{i}": {} for i in range(count)}, **bounds}
+
+    for large in (schema(101, minProperties=1), schema(101, maxProperties=3)):
+        with pytest.raises(RequestRefused, match="beside 100 properties at most; got 101"):
+            check_grammar({"json_schema": json.dumps(large)}, VOCAB)
+    both = {"anyOf": [schema(60, minProperties=1), schema(60, maxProperties=3)]}
+    with pytest.raises(RequestRefused, match="beside 100 properties at most; got 120"):
+        check_grammar({"json_schema": json.dumps(both)}, VOCAB)
+    for good in (schema(1000), schema(1000, minProperties=0), schema(100, minProperties=1, maxProperties=50)):
+        check_grammar({"json_schema": json.dumps(good)}, VOCAB)
 
 
 def check(params: dict[str, Any]) -> None:
@@ -143,6 +178,6 @@ def test_the_largest_that_go() -> None:
     check_grammar({"regex": "a{100000}", "ebnf": 'root ::= "a"{100000}', "json_schema": nested(100)}, VOCAB)
 
 
-@pytest.mark.parametrize("params", [{"regex": "["}, {"regex": r"\p{L}+"}, {"json_schema": "{"}, {"stop_regex": 5}])
+@pytest.mark.parametrize("params", [{"regex": "["}, {"regex": r"\p{L}+"}, {"stop_regex": 5}])
 def test_what_cannot_be_read_is_left_to_those_who_compile_it(params: dict[str, Any]) -> None:
     check(params)

@@ -117,6 +117,16 @@ def test_key_files_are_checked(key_folder: Path) -> None:
         Security.from_environment("prefill")
 
 
+def test_a_key_that_was_listed_by_hand_keeps_its_line(key_folder: Path) -> None:
+    """The file may end without an end of line, behind which the next key would be lost."""
+    allowed = key_folder / "allowed"
+    allowed.write_text(allowed.read_text().rstrip("\n"))
+    before = Security.from_environment("prefill").allowed
+    assert keys.main([str(key_folder), "--decode", "second"]) == 0
+    second = (key_folder / "second.public").read_text().split()[0].encode()
+    assert Security.from_environment("prefill").allowed == before | {second}
+
+
 def test_a_folder_that_cannot_take_keys_is_one_clear_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Half of a pair is what a server's own folder has: making the other half anew would part it from its peers."""
     (tmp_path / "file").touch()

@@ -31,7 +31,7 @@ def exceeds(original: Callable[..., bool], self: Any, req: Any) -> bool:
         reason = f"the {manager.agent.role} server {REFUSED}a prompt of {tokens} tokens does not fit"
         manager.decline(req.bootstrap_room, req.bootstrap_host, req.bootstrap_port, reason)
     elif req.bootstrap_room is not None:
-        manager.prompts[req.bootstrap_room] = tokens
+        manager.note_prompt(req.bootstrap_room, tokens)
     return refused
 
 

@@ -61,7 +61,7 @@ class TplaKVManager(CommonKVManager):
         self._lost_peers: deque[tuple[str, int]] = deque()
         self._watched: tuple[int, float] = (-1, 0.0)  # the last room asked for, and the time
         self.rooms_taken: set[int] = set()  # from a request's opening of its room to the end of the request
-        self.prompts: dict[int, int] = {}  # tokens of requests whose rooms are about to be opened, by room
+        self._prompt = (0, 0)  # room and tokens of the request whose room is opened next
         self._lookups = Lookups(self._look_up)
         self.unanswered = Unanswered()
         self.rank_addresses: dict[str, dict[Place, dict[str, Any]]] = {}  # by bootstrap server
@@ -137,6 +137,15 @@ class TplaKVManager(CommonKVManager):
             # The agent's thread calls this while the scheduler may be between two reads of the same tables.
             on_peer_lost=lambda host, port: self._lost_peers.append((host, port)),
         )
+
+    def note_prompt(self, room: int, tokens: int) -> None:
+        """Note the length of a request's prompt. SGLang opens the request's room next, or none (a retracted one)."""
+        self._prompt = room, tokens
+
+    def noted_prompt(self, room: int | None) -> int:
+        """Return the length of the prompt that was noted for a room; 0: not known."""
+        noted, tokens = self._prompt
+        return tokens if noted == room else 0
 
     def nap_if_idle(self, room: int) -> None:
         """Give the agent's threads the interpreter if the scheduler, which polls a room, only waits.

@@ -144,7 +144,7 @@ class TplaKVSender(_Request, CommonKVSender):
     def __init__(self, mgr: TplaKVManager, bootstrap_addr: str, bootstrap_room: int, *args: Any, **kwargs: Any) -> None:
         super().__init__(mgr, bootstrap_addr, bootstrap_room, *args, **kwargs)
         self.init_time = time.time()
-        self._open(mgr.prompts.pop(bootstrap_room, 0))
+        self._open(mgr.noted_prompt(bootstrap_room))
 
     def pop_decode_prefix_len(self) -> int:
         """Return the number of tokens that the decode side has already."""
@@ -207,7 +207,7 @@ class TplaKVReceiver(_Request, CommonKVReceiver):
 
     def __init__(self, mgr: TplaKVManager, bootstrap_addr: str, bootstrap_room: int | None = None) -> None:
         self.bootstrap_infos = None
-        self._born, self._prompt_tokens = time.monotonic(), mgr.prompts.pop(bootstrap_room or 0, 0)
+        self._born, self._prompt_tokens = time.monotonic(), mgr.noted_prompt(bootstrap_room)
         mgr.forget_lost_peers()
         super().__init__(mgr, bootstrap_addr, bootstrap_room)
 

@@ -47,19 +47,25 @@ def limits(manager: Any) -> Limits:
     return Limits(
         manager.model_config.vocab_size, TOP_LOGPROBS, ranks, FAKE_BOOTSTRAP_HOST,
         speculates=compat.speculates(manager.server_args),
+        labels=frozenset(manager.server_args.tokenizer_metrics_allowed_custom_labels or ()),
     )  # fmt: skip
 
 
-def is_own(manager: Any, obj: Any) -> bool:
+def is_own(manager: Any, obj: Any, request: Any) -> bool:
     """Whether the server sends the request to itself, to warm up or to check its health, without a transfer.
 
     SGLang marks such requests with a special host, and would serve any client that names it from unwritten pages.
+
+    Args:
+        request: the HTTP request. Health is asked for by GET, and by GET no client can ask for anything else; all that
+            is in ``obj`` a client could write as well.
     """
     if obj.bootstrap_host != FAKE_BOOTSTRAP_HOST and obj.bootstrap_host != [FAKE_BOOTSTRAP_HOST]:
         return False
     if manager.server_status == ServerStatus.Starting:
         return True
-    return isinstance(obj.rid, str) and obj.rid.startswith(HEALTH_CHECK_RID_PREFIX) and not obj.log_metrics
+    checks_health = isinstance(obj.rid, str) and obj.rid.startswith(HEALTH_CHECK_RID_PREFIX) and not obj.log_metrics
+    return checks_health and getattr(request, "method", None) == "GET"
 
 
 async def generate(
@@ -68,7 +74,7 @@ async def generate(
     """Hook around ``TokenizerManager.generate_request``: check the request, and tell the other server of a refusal."""
     answered = False
     try:
-        if isinstance(obj, GenerateReqInput) and not is_own(self, obj):
+        if isinstance(obj, GenerateReqInput) and not is_own(self, obj, request):
             check_rid(obj.rid)
             give_each_its_room(obj)
         async with aclosing(original(self, obj, request)) as outputs:  # type: ignore[type-var]
@@ -133,14 +139,19 @@ def check_rid(rid: Any) -> None:
             )
 
 
-def check_normalized(self: Any, obj: Any, *args: Any, **kwargs: Any) -> None:
-    """Hook before ``TokenizerManager._init_req_state``: check the whole batch before its first request leaves."""
-    if not isinstance(obj, GenerateReqInput) or is_own(self, obj):
+def check_normalized(self: Any, obj: Any, request: Any = None, *args: Any, **kwargs: Any) -> None:
+    """Hook before ``TokenizerManager._init_req_state``: check the whole batch before its first request leaves.
+
+    A request of the server's own has no transfer. The rest of it is checked too: while a server warms up, a client's
+    request looks the same.
+    """
+    if not isinstance(obj, GenerateReqInput):
         return
+    transferred = not is_own(self, obj, request)
     items = [obj] if obj.is_single else [obj[i] for i in range(obj.batch_size)]
     bounds = limits(self)
     for item in items:
-        check_item(item, bounds)
+        check_item(item, bounds, transferred)
         check_stops(item.sampling_params)
         check_grammar(item.sampling_params, bounds.vocab)
         params = self.sampling_params_class(**{**(self.preferred_sampling_params or {}), **item.sampling_params})
@@ -149,7 +160,8 @@ def check_normalized(self: Any, obj: Any, *args: Any, **kwargs: Any) -> None:
         params.normalize(self.tokenizer)
         params.verify(bounds.vocab)
         check_verified(params.min_p, bounds)
-    check_rooms_differ(items)
+    if transferred:
+        check_rooms_differ(items)
 
 
 def check_wire(result: Any, self: Any, *args: Any, **kwargs: Any) -> None:

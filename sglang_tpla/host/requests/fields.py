@@ -20,6 +20,7 @@ FIRST_ROOM, LAST_ROOM = 1, 2**63 - 1
 INT32_MAX, INT64_MAX = 2**31 - 1, 2**63 - 1
 MAX_SAMPLES = 1024  # prompts times n of one request
 LARGEST_BIAS = 1e9  # a larger value over a small temperature is infinite, and sampling then ends the scheduler
+SMALLEST_PENALTY = 1e-6  # so is a logit over a smaller one, which in float32 may be 0
 HOST_NAME = re.compile(r"[a-z0-9_]([a-z0-9_.-]{0,251}[a-z0-9_])?")
 # SGLang's own processes fill these in; a client's value would send the answer elsewhere.
 INTERNAL_FIELDS = ("http_worker_ipc", "mm_data_mooncake", "num_items_assigned", "encoder_urls", "lora_id")
@@ -31,6 +32,8 @@ NOT_CARRIED = {
     "positional_embed_overrides": "embeddings are not carried to decode: send text or input_ids",
     "session_params": "sessions are not carried to decode: send the whole prompt, prefill's cache finds what it knows",
     "multi_item_delimiter_indices": "scoring is not carried to decode: ask a server without disaggregation",
+    # from 0.5.23 on: prefill reads its own rows at these places, and ends over a place that is not there
+    "token_indices_to_pool": "scoring is not carried to decode: ask a server without disaggregation",
 }
 
 
@@ -48,6 +51,7 @@ class Limits:
         data_parallel: number of its prefill server's ranks that a request may name.
         own_host: host with which a server marks the requests that it sends to itself.
         speculates: whether it guesses tokens and verifies them.
+        labels: metric labels that a request may give (``--tokenizer-metrics-allowed-custom-labels``).
     """
 
     vocab: int
@@ -55,6 +59,7 @@ class Limits:
     data_parallel: int
     own_host: str
     speculates: bool = False
+    labels: frozenset[str] = frozenset()
 
 
 def is_integer(value: Any) -> bool:
@@ -113,14 +118,26 @@ def check_transfer(item: Any, limits: Limits) -> None:
         )
 
 
-def check_carried(item: Any) -> None:
-    """Refuse fields that would not reach decode."""
+def check_carried(item: Any, limits: Limits) -> None:
+    """Refuse fields that would not reach decode, and what SGLang reads of a request when it has been served.
+
+    Its tokenizer, and with it the server, ends over a metric label that its metrics were not made with, and over a time
+    of arrival that is no number.
+    """
     for name, why in NOT_CARRIED.items():
         if getattr(item, name, None) is not None:
             raise RequestRefused(f"{name}: {why}")
     for name in INTERNAL_FIELDS:
         if getattr(item, name, None) is not None:
             raise RequestRefused(f"{name} is set by the server itself; leave it out")
+    if unknown := set(getattr(item, "custom_labels", None) or ()) - limits.labels:
+        raise RequestRefused(
+            f"custom_labels may hold what the server was started with (--tokenizer-metrics-allowed-custom-labels): "
+            f"{sorted(limits.labels)}; got {shown(min(unknown))}"
+        )
+    received = getattr(item, "received_time", None)  # SGLang's endpoints fill it in, so it is not refused
+    if received is not None and not (isinstance(received, (int, float)) and math.isfinite(received)):
+        raise RequestRefused(f"received_time must be a number of seconds; got {shown(received)}: leave it out")
 
 
 def check_prompt(item: Any, limits: Limits) -> None:
@@ -151,6 +168,10 @@ def check_logprobs(item: Any, limits: Limits) -> None:
     within("logprob_start_len", item.logprob_start_len, -1, INT32_MAX)
     if item.token_ids_logprob:
         check_token_ids("token_ids_logprob", item.token_ids_logprob, limits.vocab)
+        if len(item.token_ids_logprob) > limits.vocab:  # each is read after every token
+            raise RequestRefused(
+                f"token_ids_logprob may name each of {limits.vocab} tokens once; got {len(item.token_ids_logprob)}"
+            )
 
 
 def check_sampling(params: Any, limits: Limits) -> None:
@@ -169,6 +190,9 @@ def check_sampling(params: Any, limits: Limits) -> None:
     for name, (first, last) in ranges.items():
         if params.get(name) is not None:
             within(f"sampling_params.{name}", params[name], first, last)
+    penalty = params.get("repetition_penalty")
+    if isinstance(penalty, float) and 0 < penalty < SMALLEST_PENALTY:  # SGLang refuses what is not positive
+        raise RequestRefused(f"sampling_params.repetition_penalty must be at least {SMALLEST_PENALTY:g}; got {penalty}")
     stops = params.get("stop_token_ids")
     if stops is not None:
         # min_new_tokens masks these by their place in the vocabulary
@@ -199,10 +223,15 @@ def check_verified(min_p: float, limits: Limits) -> None:
         )
 
 
-def check_item(item: Any, limits: Limits) -> None:
-    """Check one request, single or of a batch, after SGLang has filled in missing fields."""
-    check_carried(item)
-    check_transfer(item, limits)
+def check_item(item: Any, limits: Limits, transferred: bool = True) -> None:
+    """Check one request, single or of a batch, after SGLang has filled in missing fields.
+
+    Args:
+        transferred: whether its cache crosses from prefill to decode, which that of a server's own request does not.
+    """
+    check_carried(item, limits)
+    if transferred:
+        check_transfer(item, limits)
     check_prompt(item, limits)
     check_logprobs(item, limits)
     check_sampling(item.sampling_params, limits)

@@ -21,11 +21,16 @@ MAX_STOP_REGEX_CHARACTERS = 1024
 MAX_GRAMMAR_CHARACTERS = 65536
 MAX_GRAMMAR_DEPTH = 128
 MAX_COUNT = 100_000  # largest number in {n}, minLength and the like
+# Properties of all objects with minProperties or maxProperties: xgrammar takes 22 MB for 100 of one object, 0.6 GB for
+# 200, and for 500 more than there is.
+MAX_COUNTED = 100
 MAX_EFFORT = 100  # largest `effort` of one repetition
 MAX_ROW = 2  # repetitions in a row that may share a text among them: n of them try its length to the power of n + 1
 LONG = 64  # lengths from which a repetition counts among these
 MOST_KINDS = 16  # of repetitions in one row, each of which is compared with all others
 COUNTS = re.compile(r"\{\s*(\d+)\s*(?:,\s*(\d*)\s*)?\}")
+COUNTED_GROUP = re.compile(r"\)\s*\{")
+ANY_JSON = "$$ANY$$"  # SGLang's own name for any JSON
 REPEATS = (_constants.MAX_REPEAT, _constants.MIN_REPEAT)
 UNBOUNDED = _constants.MAXREPEAT
 CATEGORIES = {"CATEGORY_DIGIT": r"\d", "CATEGORY_NOT_DIGIT": r"\D", "CATEGORY_SPACE": r"\s",
@@ -89,27 +94,50 @@ def check_token(name: str, said: str, token: float, vocab: int) -> None:
 
 
 def check_schema(name: str, text: str, vocab: int = 0) -> None:
-    """Check a JSON schema, or an object with several: a structural tag, if there is a ``vocab`` for its tokens."""
+    """Check a JSON schema, or an object with several: a structural tag, if there is a ``vocab`` for its tokens.
+
+    The grammar's compiler reads more than Python does, such as a schema with anything behind it, so that what cannot be
+    read here is refused.
+    """
+    if text == ANY_JSON:
+        return
     try:
         parsed = json.loads(text)
-    except ValueError:
-        return  # the grammar's compiler names the mistake
+    except ValueError as error:
+        raise RequestRefused(f"sampling_params.{name} is no JSON: {error}; got {shown(text)}") from error
     except RecursionError:
         parsed = None
+    counted = 0
     for depth, key, value, in_schema in _entries(parsed):
+        counted += _counted(value)
+        if counted > MAX_COUNTED:
+            raise RequestRefused(
+                f"sampling_params.{name}: minProperties and maxProperties may stand beside {MAX_COUNTED} properties at "
+                f"most; got {counted}: leave them out, or name what is required"
+            )
         if depth > MAX_GRAMMAR_DEPTH or parsed is None:
             raise RequestRefused(f"sampling_params.{name} may be nested {MAX_GRAMMAR_DEPTH} deep at most")
         if "\0" in key or (isinstance(value, str) and "\0" in value):
             raise nul(name)
         if key in JSON_COUNTS and isinstance(value, (int, float)) and value > MAX_COUNT:
             raise RequestRefused(f"sampling_params.{name}: {key} may be {MAX_COUNT} at most; got {shown(value)}")
-        if key == "pattern" and isinstance(value, str):
-            check_pattern(name, value, MAX_GRAMMAR_CHARACTERS)
+        patterns = [value] if key == "pattern" else value if key == "patternProperties" else ()
+        for pattern in patterns if isinstance(patterns, (list, dict)) else ():
+            if isinstance(pattern, str):
+                check_pattern(name, pattern, MAX_GRAMMAR_CHARACTERS)
         if vocab and not in_schema:
             if isinstance(value, (int, float)):
                 check_token(name, str(value), value, vocab)
             elif key == "grammar" and isinstance(value, str):
                 check_ebnf(name, value, vocab)
+
+
+def _counted(value: Any) -> int:
+    """Return how many properties an object of a schema has, if it bounds the number of those that an answer has."""
+    if not isinstance(value, dict) or not (value.get("minProperties") or "maxProperties" in value):
+        return 0
+    properties = value.get("properties")
+    return len(properties) if isinstance(properties, dict) else 0
 
 
 def _entries(root: Any) -> Iterator[tuple[int, str, Any, bool]]:
@@ -148,8 +176,14 @@ def check_pattern(name: str, pattern: str, most: int, backtracks: bool = False) 
                 "the same characters, such as .*a.*b.*, which could hold up the server; leave some out, or put a "
                 "character between them that the one before does not match, such as [^a]*a"
             )
-    except (re.error, OverflowError):
-        return  # the compiler names the mistake, or knows the pattern's dialect
+    except (re.error, OverflowError) as error:
+        # the compiler names the mistake, or knows the pattern's dialect, in which groups may be counted as well
+        if not backtracks and COUNTED_GROUP.search(pattern):
+            raise RequestRefused(
+                f"sampling_params.{name}: {shown(pattern)} repeats a group by counts, which could hold up the server, "
+                f"and cannot be checked ({error}): write it as Python's re reads it"
+            ) from error
+        return
     except RecursionError:
         found = math.inf
     if found > MAX_EFFORT:

@@ -118,7 +118,7 @@ def _read_key(path: Path, private: bool = False) -> bytes:
         if private and path.stat().st_mode & 0o077:
             raise TransferError(f"{path} can be read by others; run `chmod 600 {path}`")
         key = path.read_text().split()[0].encode()
-    except (OSError, IndexError, UnicodeError) as error:
+    except (OSError, IndexError, UnicodeDecodeError) as error:
         raise TransferError(
             f"expected a key in {path}: {error}; make one with `python -m sglang_tpla.transfer.keys {path.parent}`"
         ) from error
@@ -128,7 +128,7 @@ def _read_key(path: Path, private: bool = False) -> bytes:
 def _read_allowed(path: Path) -> list[bytes]:
     try:
         lines = path.read_text().splitlines()
-    except (OSError, UnicodeError) as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise TransferError(
             f"expected the decode keys to serve in {path}: {error}; list one public key a line"
         ) from error
