@@ -229,8 +229,7 @@ def test_a_chat_that_cannot_be_read(trio: Any, changes: dict[str, Any]) -> None:
     "changes",
     [
         {"rid": "HEALTH_CHECK_1", "log_metrics": False, "bootstrap_host": "2.2.2.2", "input_ids": [999999]},
-        {"token_indices_to_pool": [999999], "sampling_params": {"max_new_tokens": 0}},
-        {"sampling_params": {"repetition_penalty": 1e-300, "temperature": 1.0, "max_new_tokens": TOKENS}},
+        {"sampling_params": {"repetition_penalty": 1e-300, "temperature": 1.0, "max_new_tokens": 300}},
         {"custom_labels": {"tenant": "a"}},
     ],
     ids=repr,
@@ -238,8 +237,7 @@ def test_a_chat_that_cannot_be_read(trio: Any, changes: dict[str, Any]) -> None:
 def test_what_would_end_a_server_once_it_is_let_in(trio: Any, changes: dict[str, Any]) -> None:
     body = {**({} if "input_ids" in changes else {"text": PROMPT}), **place(trio), **changes}
     answers = ask_both(trio, "/generate", body)
-    if "token_indices_to_pool" not in changes:  # which older releases do not read
-        assert [a.status_code for a in answers] == [400, 400], [a.text[:300] for a in answers]
+    assert [a.status_code for a in answers] == [400, 400], [a.text[:300] for a in answers]
     plain(trio)
 
 

@@ -20,7 +20,7 @@ FIRST_ROOM, LAST_ROOM = 1, 2**63 - 1
 INT32_MAX, INT64_MAX = 2**31 - 1, 2**63 - 1
 MAX_SAMPLES = 1024  # prompts times n of one request
 LARGEST_BIAS = 1e9  # a larger value over a small temperature is infinite, and sampling then ends the scheduler
-SMALLEST_PENALTY = 1e-6  # so is a logit over a smaller one, which in float32 may be 0
+SMALLEST_PENALTY = 1e-6  # a logit over a smaller one, which in float32 may be 0, is infinite as well
 HOST_NAME = re.compile(r"[a-z0-9_]([a-z0-9_.-]{0,251}[a-z0-9_])?")
 # SGLang's own processes fill these in; a client's value would send the answer elsewhere.
 INTERNAL_FIELDS = ("http_worker_ipc", "mm_data_mooncake", "num_items_assigned", "encoder_urls", "lora_id")
@@ -32,7 +32,6 @@ NOT_CARRIED = {
     "positional_embed_overrides": "embeddings are not carried to decode: send text or input_ids",
     "session_params": "sessions are not carried to decode: send the whole prompt, prefill's cache finds what it knows",
     "multi_item_delimiter_indices": "scoring is not carried to decode: ask a server without disaggregation",
-    # from 0.5.23 on: prefill reads its own rows at these places, and ends over a place that is not there
     "token_indices_to_pool": "scoring is not carried to decode: ask a server without disaggregation",
 }
 
