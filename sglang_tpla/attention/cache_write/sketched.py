@@ -60,7 +60,7 @@ def launch(new: CacheWrite) -> None:
     latent, k_rope, q_rope, weight, z, cos_sin, positions, slots = operands(new)
     latent_stride, *other_strides = strides(new)
     follows = False
-    if z is not None:
+    if new.z is not None:
         follows = cache.is_cuda and torch.cuda.get_device_capability(cache.device) >= HOPPER
         work = torch.empty(new.tokens, columns, dtype=torch.float32, device=cache.device)
         tile = tile_of(new.tokens, latent.shape[1])
@@ -96,7 +96,7 @@ def launch(new: CacheWrite) -> None:
         SCALES=sizes.scales_offset,
         TURN=sizes.turn(new.sketched.group),
         HEADS=new.heads,
-        NORMED=weight is not None and z is None,
+        NORMED=new.weight is not None and new.z is None,
         ROTATE=rotation(new),
         FOLLOWS=follows,
         BLOCK_COLUMNS=triton.next_power_of_2(columns),
