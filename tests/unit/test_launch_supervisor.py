@@ -163,6 +163,27 @@ def test_a_reaper_that_comes_up_late_finds_all(tmp_path: Path) -> None:
     assert not remains(tmp_path / "decode.log")
 
 
+@pytest.mark.parametrize("when", ["while starting", "when ready"])
+def test_a_reaper_that_was_killed_is_replaced(when: str, tmp_path: Path) -> None:
+    """The supervisor names it and ends everything all the same, where it would wait for children that nobody ends."""
+    with Supervisor(str(tmp_path)) as supervisor:
+        assert supervisor._reaper is not None
+        folder, process = supervisor.folder, server("decode", free_ports(1)[0])
+        if when == "when ready":
+            supervisor.start(process)
+            supervisor.wait_healthy({"decode": process.url}, 60, quiet)
+        supervisor._reaper.kill()
+        supervisor._reaper.wait(60)
+        if when == "while starting":
+            supervisor.start(process)
+        with pytest.raises(ChildDied, match="the reaper process was ended by SIGKILL"):
+            supervisor.check()
+        child = supervisor.children["decode"]
+    assert child.poll() is not None
+    assert not folder.exists()
+    assert when == "while starting" or not remains(tmp_path / "decode.log")
+
+
 def test_logs_are_kept_when_asked(tmp_path: Path) -> None:
     with Supervisor() as supervisor:
         supervisor.start(server("decode", 1, "print('last words')"))
