@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,8 @@ from sglang_tpla.config import ConfigError, Settings
 from sglang_tpla.launch import cpu
 from sglang_tpla.launch import options as launch_options
 from sglang_tpla.launch.options_file import SETTING_FIELDS
-from sglang_tpla.launch.roles import Process, check_installation, check_log_dir, plan
+from sglang_tpla.launch.roles import Process, check_free, check_installation, check_log_dir, plan
+from tests.ports import free_ports
 
 ROOT = Path(__file__).resolve().parents[2]
 NANO = "examples/nano-mla"
@@ -447,3 +449,26 @@ def test_speculation_says_what_follows_from_it() -> None:
         assert [speculative_flags(decode)[name] for name in whole] == expected.split()
     (plain,) = planned(*DECODE)
     assert not speculative_flags(plain)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "0.0.0.0"])
+def test_ports_at_which_somebody_listens_are_refused(host: str) -> None:
+    """Before anything starts: a server would find out when its weights are loaded."""
+    trio = ["--role", "all", "--model-path", NANO, "--host", host, "--prefill.host", host]
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        for flag, role in (("--port", "router"), ("--prefill.port", "prefill"), ("--router.prometheus-port", "router")):
+            own = [] if flag == "--port" else ["--port", str(free_ports(1)[0])]
+            (process,) = [one for one in planned(*trio, *own, flag, str(port)) if one.role == role]
+            name = flag.rpartition(".")[2].removeprefix("--")
+            with pytest.raises(ConfigError, match=f"{role}: --{name} {port}: another process listens there already"):
+                check_free(process)
+    check_free(planned("--role", "prefill", "--model-path", NANO, "--host", host, "--port", str(port))[0])
+
+
+def test_the_command_refuses_a_port_at_which_somebody_listens() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        done = launch("--role", "prefill", "--model-path", NANO, "--device", "cpu", "--port", str(port))
+    assert done.returncode == 2
+    assert f"prefill: --port {port}: another process listens there already" in done.stderr
