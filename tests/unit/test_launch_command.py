@@ -334,6 +334,25 @@ def test_what_a_file_may_hold(tmp_path: Path) -> None:
     assert flags(planned("--config", str(file), "--role", "router")[0])["--prefill"] == ["http://a:1", "2"]
 
 
+def test_numbers_of_a_file_are_passed_on_as_they_were_written(tmp_path: Path) -> None:
+    """YAML takes 0612345 for 202,981, 10:30 for 630 and 1.10 for 1.1; inside of JSON a number is one."""
+    file = tmp_path / "c.yaml"
+    file.write_text(
+        f"model-path: {NANO}\nrevision: 0612345\napi-key: 1.10\ndist-init-addr: 10:30\nport: 03_000\n"
+        "served-model-name: [1_0, 1e3]\njson-model-override-args: {a: 1, b: 0.50}\nenvironment: {A: 007, B: 1.0}\n"
+        "tpla-heartbeat-s: 0.50\ntp-size: 2\n"
+    )
+    (decode,) = planned("--config", str(file), "--role", "decode")
+    found = flags(decode)
+    assert {name: found[f"--{name}"] for name in ("revision", "api-key", "dist-init-addr", "port")} == {
+        "revision": ["0612345"], "api-key": ["1.10"], "dist-init-addr": ["10:30"], "port": ["03_000"]
+    }  # fmt: skip
+    assert found["--served-model-name"] == ["1_0", "1e3"] and found["--tp-size"] == ["2"]
+    assert json.loads(found["--json-model-override-args"][0]) == {"a": 1, "b": 0.5}
+    assert {name: decode.environment[name] for name in ("A", "B")} == {"A": "007", "B": "1.0"}
+    assert float(decode.environment["SGLANG_TPLA_HEARTBEAT_S"] or 0) == 0.5
+
+
 def test_the_hint_for_a_missing_artifact_is_the_documented_command() -> None:
     with pytest.raises(ConfigError) as caught:
         planned(*DECODE[:-1], "none.safetensors")
