@@ -191,6 +191,7 @@ class Supervisor:
         environment["TMPDIR"] = str(self.folder)
         # When a child dies, its last lines must be in the log.
         environment.setdefault("PYTHONUNBUFFERED", "1")
+        self.log_of(name).parent.mkdir(parents=True, exist_ok=True)  # somebody may have tidied up meanwhile
         with signals_held(), self.log_of(name).open("ab") as log:
             child = subprocess.Popen(
                 with_port(process.command),
@@ -318,9 +319,12 @@ def supervise(processes: Sequence[Process], log_dir: str | None, startup_timeout
                 start_all(supervisor, processes, startup_timeout_s, console)
                 console.print(f"ready at {processes[-1].url}; logs in {supervisor.log_dir}; Ctrl-C ends it")
                 supervisor.watch()
-            except (ChildDied, StartTimeout) as error:
+            except (ChildDied, StartTimeout, OSError) as error:  # the last where a log has no place
                 console.print(f"error: {error}", markup=False, style="red")
-                console.print(f"all logs are in {supervisor.save_logs()}")
+                try:
+                    console.print(f"all logs are in {supervisor.save_logs()}")
+                except OSError as lost:  # somebody removed them, or the disk is full
+                    console.print(f"error: the logs could not be kept: {lost}", markup=False, style="red")
                 return 1
     except StopRequested as stop:
         console.print("stopped; nothing is left running")
