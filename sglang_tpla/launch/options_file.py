@@ -55,13 +55,44 @@ class FileSource:
         return {name: value for name, value in merged.items() if name not in LAUNCHER_KEYS}
 
 
+class _Int(int):
+    """A whole number that is passed on as it was written: YAML reads 0612 as 394, 10:30 as 630 and 1_0 as 10."""
+
+    text = ""
+
+    def __str__(self) -> str:
+        return self.text
+
+
+class _Float(float):
+    """A number that is passed on as it was written: 1.10 is also a name or a key, and not 1.1."""
+
+    text = ""
+
+    def __str__(self) -> str:
+        return self.text
+
+
 class _Loader(yaml.SafeLoader):
-    """YAML in which a key stands once, where the last would win silently, and a date is the text that it was."""
+    """YAML in which a key stands once, where the last would win silently.
+
+    A number and a date that become a flag or a variable are the text that they were; inside of JSON a number is one.
+    """
 
     yaml_implicit_resolvers = {  # noqa: RUF012 (as in yaml's own classes)
         first: [(tag, pattern) for tag, pattern in pairs if not tag.endswith(":timestamp")]
         for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> _Int:
+        result = _Int(super().construct_yaml_int(node))
+        result.text = str(node.value)
+        return result
+
+    def construct_yaml_float(self, node: yaml.ScalarNode) -> _Float:
+        result = _Float(super().construct_yaml_float(node))
+        result.text = str(node.value)
+        return result
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
@@ -73,6 +104,10 @@ class _Loader(yaml.SafeLoader):
                 )
             seen.add(str(key.value))
         return node
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
+_Loader.add_constructor("tag:yaml.org,2002:float", _Loader.construct_yaml_float)
 
 
 def read_file(path: str) -> FileSource:

@@ -1,9 +1,11 @@
 """Turn options into processes: the command and the environment of every role."""
 
+import errno
 import importlib.metadata
 import importlib.util
 import os
 import shlex
+import socket
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -247,3 +249,26 @@ def check_log_dir(log_dir: str | None) -> None:
         ) from error
     if not os.access(log_dir, os.W_OK | os.X_OK):
         raise ConfigError(f"--log-dir {log_dir}: expected a folder to write to; this user may not")
+
+
+def check_free(process: Process) -> None:
+    """Refuse ports at which another process listens.
+
+    A server would find out when its weights are loaded, and ``--role all`` would take the other process for it.
+    """
+    arguments = split_tokens(process.command[3:])
+    for name, host_name in (("port", "host"), ("prometheus-port", "prometheus-host")):
+        if name != "port" and not has(arguments, name):
+            continue
+        host, port = value_of(arguments, host_name) or DEFAULT_HOST, integer(arguments, name, DEFAULT_PORT)
+        try:
+            family, _, _, _, address = socket.getaddrinfo(
+                without_brackets(host), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            )[0]
+            socket.create_server(address, family=family).close()
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:  # the server itself says what else is wrong
+                raise ConfigError(
+                    f"{process.role}: --{name} {port}: another process listens there already; end it, or choose "
+                    "another port"
+                ) from error

@@ -129,6 +129,7 @@ class Supervisor:
         self.log_dir = Path(log_dir) if log_dir else None
         self.children: dict[str, subprocess.Popen[bytes]] = {}
         self._reaper: subprocess.Popen[str] | None = None
+        self._told: list[str] = []  # all that a reaper must know
         self.folder = Path()
 
     def __enter__(self) -> Supervisor:
@@ -146,12 +147,7 @@ class Supervisor:
         with signals_held():
             # Grandchildren that lose their parent become children of this process, which then buries them (`_bury`).
             _prctl(PR_SET_CHILD_SUBREAPER, 1)
-            self._reaper = subprocess.Popen(
-                [sys.executable, "-m", "sglang_tpla.launch.reaper"],
-                stdin=subprocess.PIPE,
-                text=True,
-                start_new_session=True,
-            )
+            self._reaper = self._new_reaper()
             self._tell(" ".join(["foreign", *map(str, segments())]))
             short = tempfile.gettempdir()
             parent = short if len(short) < LONGEST_FOLDER else "/tmp"
@@ -167,11 +163,22 @@ class Supervisor:
         with signals_held():
             self.stop()
 
+    @staticmethod
+    def _new_reaper() -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-m", "sglang_tpla.launch.reaper"],
+            stdin=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
     def _tell(self, line: str) -> None:
         assert self._reaper is not None, "use the supervisor in a with statement"
         assert self._reaper.stdin is not None
-        self._reaper.stdin.write(line + "\n")
-        self._reaper.stdin.flush()
+        self._told.append(line)
+        with contextlib.suppress(BrokenPipeError):  # a reaper that ended, which `check` reports
+            self._reaper.stdin.write(line + "\n")
+            self._reaper.stdin.flush()
 
     def log_of(self, name: str) -> Path:
         assert self.log_dir is not None
@@ -184,6 +191,7 @@ class Supervisor:
         environment["TMPDIR"] = str(self.folder)
         # When a child dies, its last lines must be in the log.
         environment.setdefault("PYTHONUNBUFFERED", "1")
+        self.log_of(name).parent.mkdir(parents=True, exist_ok=True)  # somebody may have tidied up meanwhile
         with signals_held(), self.log_of(name).open("ab") as log:
             child = subprocess.Popen(
                 with_port(process.command),
@@ -271,14 +279,26 @@ class Supervisor:
         """End every child; nothing of theirs is left when this returns."""
         if self._reaper is None:
             return
-        assert self._reaper.stdin is not None
-        self._reaper.stdin.close()
+        if self._end_with(self._reaper) != 0:
+            # Somebody ended the reaper. Another one must end the children, which are waited for without an end here.
+            self._reaper, lines, self._told = self._new_reaper(), self._told, []
+            for line in lines:
+                self._tell(line)
+            self._end_with(self._reaper)
         for child in self.children.values():
             child.wait()
-        self._reaper.wait()
         self._bury()
         self._reaper = None
+        self._told.clear()
         self.children.clear()
+
+    @staticmethod
+    def _end_with(reaper: subprocess.Popen[str]) -> int:
+        """Have a reaper end all children, and return its exit code."""
+        assert reaper.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            reaper.stdin.close()
+        return reaper.wait()
 
     def _bury(self) -> None:
         """Collect the exit codes of grandchildren that outlived their parents, because not every init does."""
@@ -299,9 +319,12 @@ def supervise(processes: Sequence[Process], log_dir: str | None, startup_timeout
                 start_all(supervisor, processes, startup_timeout_s, console)
                 console.print(f"ready at {processes[-1].url}; logs in {supervisor.log_dir}; Ctrl-C ends it")
                 supervisor.watch()
-            except (ChildDied, StartTimeout) as error:
+            except (ChildDied, StartTimeout, OSError) as error:  # the last where a log has no place
                 console.print(f"error: {error}", markup=False, style="red")
-                console.print(f"all logs are in {supervisor.save_logs()}")
+                try:
+                    console.print(f"all logs are in {supervisor.save_logs()}")
+                except OSError as lost:  # somebody removed them, or the disk is full
+                    console.print(f"error: the logs could not be kept: {lost}", markup=False, style="red")
                 return 1
     except StopRequested as stop:
         console.print("stopped; nothing is left running")

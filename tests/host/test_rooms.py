@@ -1,6 +1,7 @@
 """Requests of SGLang's that come with the same room number: one has the room until SGLang has cleared it."""
 
 import contextlib
+import itertools
 from types import SimpleNamespace
 from typing import Any
 
@@ -50,13 +51,41 @@ def test_only_the_prompt_of_the_room_that_is_opened_next_is_noted() -> None:
 
     manager = TplaKVManager.__new__(TplaKVManager)
     manager.agent = SimpleNamespace(role="decode")
-    queue = SimpleNamespace(kv_manager=manager, max_total_num_tokens=100, num_reserved_decode_tokens=10)
+    plain = SimpleNamespace(spec_algorithm=SimpleNamespace(is_none=lambda: True))
+    queue = SimpleNamespace(
+        kv_manager=manager, max_total_num_tokens=100, num_reserved_decode_tokens=10, scheduler=plain
+    )
     for room in range(1, 100):
         assert not exceeds(
             lambda self, req: False, queue, SimpleNamespace(bootstrap_room=room, origin_input_ids=[1] * 5)
         )
     assert [manager.noted_prompt(room) for room in (1, 98, 99, None)] == [0, 0, 5, 0]
     assert vars(manager) == {"agent": manager.agent, "_prompt": (99, 5)}
+
+
+@pytest.mark.usefixtures("imported")
+@pytest.mark.parametrize("page", [1, 4, 64])
+def test_an_answer_of_guesses_ends_before_the_cache_is_full(page: int) -> None:
+    """However many guesses are kept, each step finds free slots for two steps, in whole pages, as SGLang takes them."""
+    from sglang_tpla.host.disaggregation.capacity import exceeds
+    from sglang_tpla.host.disaggregation.kv_manager import TplaKVManager
+
+    manager = TplaKVManager.__new__(TplaKVManager)
+    manager.agent = SimpleNamespace(role="decode")
+    slots, guessing = 50 * page, SimpleNamespace(spec_algorithm=SimpleNamespace(is_none=lambda: False))
+    queue = SimpleNamespace(
+        kv_manager=manager, max_total_num_tokens=slots, num_reserved_decode_tokens=20, scheduler=guessing,
+        token_to_kv_pool_allocator=SimpleNamespace(page_size=page),
+    )  # fmt: skip
+    for prompt, asked in itertools.product(range(1, slots - 20, 7), (0, 1, 5, 10**6)):
+        params = SimpleNamespace(max_new_tokens=asked)
+        req = SimpleNamespace(bootstrap_room=1, origin_input_ids=[1] * prompt, sampling_params=params)
+        assert not exceeds(lambda self, req: False, queue, req)
+        if prompt + asked + 8 + page <= slots:
+            assert params.max_new_tokens == asked
+        last_step = prompt + params.max_new_tokens - 2  # tokens in the cache before it, at most
+        assert params.max_new_tokens < 2 or -(-(last_step + 8) // page) * page <= slots
+        assert params.max_new_tokens >= min(asked, 1)
 
 
 @pytest.mark.usefixtures("engine")

@@ -140,7 +140,7 @@ def test_the_draft_takes_the_targets_embedding() -> None:
 def sampled_answer(**changes: Any) -> list[int]:
     """The answer to one sampling request of two guesses, by `sample_or_verify`."""
     logits = torch.tensor([[2.0, -1.0, 4.0, 0.5]] * 3)  # [drafted tokens, vocabulary]
-    nothing = dict.fromkeys(("acc_additive_penalties", "acc_scaling_penalties", "logit_bias", "top_ks", "top_ps"))
+    nothing = dict.fromkeys(("logit_bias", "top_ks", "top_ps"))
     info = {**nothing, "need_top_k_sampling": False, "need_top_p_sampling": False, "is_all_greedy": False}
     info |= {"temperatures": torch.ones(1, 1), **{key: value for key, value in changes.items() if key != "mask"}}
     batch = SimpleNamespace(
@@ -163,11 +163,3 @@ def test_a_grammar_beside_sampled_guesses_is_obeyed() -> None:
     for seed in range(20):
         torch.manual_seed(seed)
         assert sampled_answer(mask=SimpleNamespace(apply=forbid)) == [1, 1, 1]
-
-
-def test_repetition_penalties_beside_sampled_guesses_are_applied() -> None:
-    """A penalty of 1000 takes positive logits to 0 and negative ones far down; 3 alone is not penalised."""
-    factors = torch.tensor([[1000.0, 1000.0, 1000.0, 0.001]])
-    for seed in range(20):
-        torch.manual_seed(seed)
-        assert sampled_answer(acc_scaling_penalties=factors) == [3]

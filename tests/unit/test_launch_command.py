@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,8 @@ from sglang_tpla.config import ConfigError, Settings
 from sglang_tpla.launch import cpu
 from sglang_tpla.launch import options as launch_options
 from sglang_tpla.launch.options_file import SETTING_FIELDS
-from sglang_tpla.launch.roles import Process, check_installation, check_log_dir, plan
+from sglang_tpla.launch.roles import Process, check_free, check_installation, check_log_dir, plan
+from tests.ports import free_ports
 
 ROOT = Path(__file__).resolve().parents[2]
 NANO = "examples/nano-mla"
@@ -332,6 +334,25 @@ def test_what_a_file_may_hold(tmp_path: Path) -> None:
     assert flags(planned("--config", str(file), "--role", "router")[0])["--prefill"] == ["http://a:1", "2"]
 
 
+def test_numbers_of_a_file_are_passed_on_as_they_were_written(tmp_path: Path) -> None:
+    """YAML takes 0612345 for 202,981, 10:30 for 630 and 1.10 for 1.1; inside of JSON a number is one."""
+    file = tmp_path / "c.yaml"
+    file.write_text(
+        f"model-path: {NANO}\nrevision: 0612345\napi-key: 1.10\ndist-init-addr: 10:30\nport: 03_000\n"
+        "served-model-name: [1_0, 1e3]\njson-model-override-args: {a: 1, b: 0.50}\nenvironment: {A: 007, B: 1.0}\n"
+        "tpla-heartbeat-s: 0.50\ntp-size: 2\n"
+    )
+    (decode,) = planned("--config", str(file), "--role", "decode")
+    found = flags(decode)
+    assert {name: found[f"--{name}"] for name in ("revision", "api-key", "dist-init-addr", "port")} == {
+        "revision": ["0612345"], "api-key": ["1.10"], "dist-init-addr": ["10:30"], "port": ["03_000"]
+    }  # fmt: skip
+    assert found["--served-model-name"] == ["1_0", "1e3"] and found["--tp-size"] == ["2"]
+    assert json.loads(found["--json-model-override-args"][0]) == {"a": 1, "b": 0.5}
+    assert {name: decode.environment[name] for name in ("A", "B")} == {"A": "007", "B": "1.0"}
+    assert float(decode.environment["SGLANG_TPLA_HEARTBEAT_S"] or 0) == 0.5
+
+
 def test_the_hint_for_a_missing_artifact_is_the_documented_command() -> None:
     with pytest.raises(ConfigError) as caught:
         planned(*DECODE[:-1], "none.safetensors")
@@ -447,3 +468,26 @@ def test_speculation_says_what_follows_from_it() -> None:
         assert [speculative_flags(decode)[name] for name in whole] == expected.split()
     (plain,) = planned(*DECODE)
     assert not speculative_flags(plain)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "0.0.0.0"])
+def test_ports_at_which_somebody_listens_are_refused(host: str) -> None:
+    """Before anything starts: a server would find out when its weights are loaded."""
+    trio = ["--role", "all", "--model-path", NANO, "--host", host, "--prefill.host", host]
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        for flag, role in (("--port", "router"), ("--prefill.port", "prefill"), ("--router.prometheus-port", "router")):
+            own = [] if flag == "--port" else ["--port", str(free_ports(1)[0])]
+            (process,) = [one for one in planned(*trio, *own, flag, str(port)) if one.role == role]
+            name = flag.rpartition(".")[2].removeprefix("--")
+            with pytest.raises(ConfigError, match=f"{role}: --{name} {port}: another process listens there already"):
+                check_free(process)
+    check_free(planned("--role", "prefill", "--model-path", NANO, "--host", host, "--port", str(port))[0])
+
+
+def test_the_command_refuses_a_port_at_which_somebody_listens() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        done = launch("--role", "prefill", "--model-path", NANO, "--device", "cpu", "--port", str(port))
+    assert done.returncode == 2
+    assert f"prefill: --port {port}: another process listens there already" in done.stderr

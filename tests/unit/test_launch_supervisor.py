@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import uuid
 from pathlib import Path
 
 import psutil
@@ -30,7 +31,7 @@ SERVER = textwrap.dedent(
     tempfile.NamedTemporaryFile(delete=False)
     unix = socket.socket(socket.AF_UNIX)
     unix.bind(tempfile.gettempdir() + "/socket-" + uuid.uuid4().hex[:8])
-    path = "/dev/shm/test_supervisor_" + uuid.uuid4().hex
+    path = "/dev/shm/test_supervisor_" + os.environ.get("TEST_SEGMENTS", "") + uuid.uuid4().hex
     with open(path + "_first_name", "wb+") as file:
         file.truncate(4096)
         shared = mmap.mmap(file.fileno(), 4096)
@@ -163,6 +164,27 @@ def test_a_reaper_that_comes_up_late_finds_all(tmp_path: Path) -> None:
     assert not remains(tmp_path / "decode.log")
 
 
+@pytest.mark.parametrize("when", ["while starting", "when ready"])
+def test_a_reaper_that_was_killed_is_replaced(when: str, tmp_path: Path) -> None:
+    """The supervisor names it and ends everything all the same, where it would wait for children that nobody ends."""
+    with Supervisor(str(tmp_path)) as supervisor:
+        assert supervisor._reaper is not None
+        folder, process = supervisor.folder, server("decode", free_ports(1)[0])
+        if when == "when ready":
+            supervisor.start(process)
+            supervisor.wait_healthy({"decode": process.url}, 60, quiet)
+        supervisor._reaper.kill()
+        supervisor._reaper.wait(60)
+        if when == "while starting":
+            supervisor.start(process)
+        with pytest.raises(ChildDied, match="the reaper process was ended by SIGKILL"):
+            supervisor.check()
+        child = supervisor.children["decode"]
+    assert child.poll() is not None
+    assert not folder.exists()
+    assert when == "while starting" or not remains(tmp_path / "decode.log")
+
+
 def test_logs_are_kept_when_asked(tmp_path: Path) -> None:
     with Supervisor() as supervisor:
         supervisor.start(server("decode", 1, "print('last words')"))
@@ -180,8 +202,8 @@ def test_logs_are_kept_when_asked(tmp_path: Path) -> None:
 def test_nothing_outlives_a_signal(number: signal.Signals, when: str, tmp_path: Path) -> None:
     """Processes, files and shared memory are gone after any end of the supervisor, at the start or later."""
     ports = [str(port) for port in free_ports(3)]
-    environ = {**os.environ, "TMPDIR": str(tmp_path)}
-    segments = set(Path("/dev/shm").glob("test_supervisor_*"))
+    own = uuid.uuid4().hex + "_"  # other tests have servers of the same kind meanwhile
+    environ = {**os.environ, "TMPDIR": str(tmp_path), "TEST_SEGMENTS": own}
     supervisor = subprocess.Popen(
         [sys.executable, "-c", SUPERVISED, SERVER, *ports], cwd=ROOT, stderr=subprocess.PIPE, text=True, env=environ
     )
@@ -202,7 +224,7 @@ def test_nothing_outlives_a_signal(number: signal.Signals, when: str, tmp_path: 
         assert not Path(words[2]).exists()
         assert not alive(int(words[4]))
     assert not list(tmp_path.iterdir())
-    assert set(Path("/dev/shm").glob("test_supervisor_*")) <= segments
+    assert not list(Path("/dev/shm").glob(f"test_supervisor_{own}*"))
 
 
 def test_the_exit_code_and_the_logs_of_a_failure(tmp_path: Path) -> None:
@@ -223,3 +245,26 @@ def test_the_exit_code_and_the_logs_of_a_failure(tmp_path: Path) -> None:
     # the first of the three to end is named, and may have had the others stopped before they said anything
     (role,) = re.findall(r"the (\w+) process ended with 5", done.stderr)
     assert (kept / f"{role}.log").read_text() == "cannot bind\n"
+
+
+def test_logs_that_somebody_removed_are_named(tmp_path: Path) -> None:
+    """A failure is told as ever, a process that starts later has a log, and no traceback hides either."""
+    program = (
+        "import os, shutil, sys, tempfile; shutil.rmtree(tempfile.gettempdir() + '/log', ignore_errors=True); "
+        "print('last words'); sys.exit(5)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", SUPERVISED, program, "1", "2", "3"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+        timeout=300,
+    )
+    assert done.returncode == 1
+    assert "process ended with 5" in done.stderr and "Traceback" not in done.stderr
+    with Supervisor(str(tmp_path / "gone")) as supervisor:
+        (tmp_path / "gone").rmdir()
+        supervisor.start(server("router", 1, "print('here')"))
+        supervisor.children["router"].wait(60)
+        assert (tmp_path / "gone" / "router.log").read_text() == "here\n"

@@ -112,18 +112,17 @@ def sample_or_verify(
     *rest: Any,
     **named: Any,
 ) -> Any:
-    """Hook around ``eagle_sample``: verify requests that sample, for which SGLang has only a GPU's kernels."""
+    """Stand for ``eagle_sample``: verify requests that sample, for which SGLang has only a GPU's kernels.
+
+    Penalties are in the logits (``host/penalties.py``).
+    """
     info = batch.sampling_info
     if batch.forward_mode.is_idle() or info.is_all_greedy:
         return original(verify_input, batch, logits_output, grammar_mask, *rest, **named)
     drafts = verify_input.draft_token_num
     logits = logits_output.next_token_logits.float()
-    for extra in (info.acc_additive_penalties, info.logit_bias):
-        if extra is not None:
-            logits = logits + extra.repeat_interleave(drafts, dim=0)
-    if info.acc_scaling_penalties is not None:
-        factors = info.acc_scaling_penalties.repeat_interleave(drafts, dim=0)
-        logits = torch.where(logits < 0, logits * factors, logits / factors)
+    if info.logit_bias is not None:
+        logits = logits + info.logit_bias.repeat_interleave(drafts, dim=0)
     if grammar_mask is not None:
         grammar_mask.apply(logits)
     probabilities = limited(

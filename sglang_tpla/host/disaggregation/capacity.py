@@ -4,6 +4,10 @@ The hook is around ``_check_if_req_exceed_kv_capacity`` of ``PrefillBootstrapQue
 ``sglang/srt/disaggregation/{prefill,decode}.py``, which check a request before its sender or receiver is made. SGLang's
 decode compares the prompt with its whole cache. A prompt that fits there, but not with the tokens that SGLang reserves
 for decoding, would wait at the head of the queue for ever, and so would every request behind it.
+
+An answer that fills decode's cache ends there (``init_req_max_new_tokens`` of ``sglang/srt/managers/scheduler.py``).
+SGLang does not count there what a request that guesses must find free before each step, and aborts it as out of memory
+with status 500, which routers try again; so such an answer ends some tokens earlier.
 """
 
 from collections.abc import Callable
@@ -12,6 +16,7 @@ from typing import Any
 
 from sglang.srt.disaggregation.utils import prepare_abort
 
+from sglang_tpla.attention.interface import MAX_QUERY_LEN
 from sglang_tpla.host.disaggregation.kv_manager import TplaKVManager
 from sglang_tpla.transfer.room import REFUSED
 
@@ -30,9 +35,20 @@ def exceeds(original: Callable[..., bool], self: Any, req: Any) -> bool:
     if refused:
         reason = f"the {manager.agent.role} server {REFUSED}a prompt of {tokens} tokens does not fit"
         manager.decline(req.bootstrap_room, req.bootstrap_host, req.bootstrap_port, reason)
-    elif req.bootstrap_room is not None:
+        return True
+    if manager.agent.role == "decode" and not self.scheduler.spec_algorithm.is_none():
+        leave_slots_for_guesses(self, req)
+    if req.bootstrap_room is not None:
         manager.note_prompt(req.bootstrap_room, tokens)
-    return refused
+    return False
+
+
+def leave_slots_for_guesses(queue: Any, req: Any) -> None:
+    """Shorten an answer that would end only where the cache is full: a step takes slots for two steps' tokens."""
+    pages = queue.token_to_kv_pool_allocator.page_size
+    most = queue.max_total_num_tokens - len(req.origin_input_ids) - 2 * MAX_QUERY_LEN - pages
+    if req.sampling_params.max_new_tokens > most:
+        req.sampling_params.max_new_tokens = max(1, most)
 
 
 def never_fits(queue: Any, tokens: int) -> str:

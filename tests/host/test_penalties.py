@@ -1,0 +1,132 @@
+"""Penalties of tokens that are verified, against SGLang's own penalizers that are told of one token after another."""
+
+import dataclasses
+import itertools
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+VOCAB, GUESSES, PROMPT = 12, 3, 5
+TOKENS = GUESSES + 1
+NOTHING = {"frequency_penalty": 0.0, "presence_penalty": 0.0, "repetition_penalty": 1.0, "min_new_tokens": 0}
+# what each request of the batch asks for; the last one's least length passes within the chain, whatever was said before
+ASKED: list[dict[str, float]] = [
+    {},
+    {"frequency_penalty": 0.7},
+    {"presence_penalty": -0.4, "repetition_penalty": 1.6},
+    {"frequency_penalty": 0.2, "presence_penalty": 0.3, "repetition_penalty": 0.5, "min_new_tokens": 100},
+    {"min_new_tokens": 5},
+]
+
+pytestmark = pytest.mark.usefixtures("engine")
+
+
+class Request:
+    """What penalizers read of a request."""
+
+    def __init__(self, said: list[int], asked: dict[str, float]) -> None:
+        self.origin_input_ids, self.output_ids = [0] * PROMPT, said
+        self.eos_token_ids = {4}  # 0.5.17 holds back no other ones
+        self.sampling_params = SimpleNamespace(**{**NOTHING, **asked}, stop_token_ids={3})
+        self.tokenizer = SimpleNamespace(additional_stop_token_ids=None, eos_token_id=4)
+
+
+@dataclasses.dataclass
+class Info:
+    """What a batch knows of its requests' sampling."""
+
+    acc_additive_penalties: torch.Tensor | None
+    acc_scaling_penalties: torch.Tensor | None = None
+    is_all_greedy: bool = True
+
+
+class Batch(SimpleNamespace):
+    """A batch of one step, with the requests' lengths in the cache, which lacks each one's last token."""
+
+    def __init__(self, reqs: list[Request], said: int) -> None:
+        lengths = torch.full((len(reqs),), PROMPT + said - 1)
+        mode = SimpleNamespace(is_idle=lambda: False)
+        info = Info(torch.zeros(len(reqs), VOCAB))
+        super().__init__(reqs=reqs, device="cpu", seq_lens=lengths, forward_mode=mode, sampling_info=info)
+
+
+def one_by_one(req: Request, said: list[int], logits: torch.Tensor) -> torch.Tensor:
+    """SGLang's penalties of one row of logits after an answer that grew token by token."""
+    from sglang.srt.sampling import penaltylib
+    from sglang.srt.sampling.penaltylib.orchestrator import BatchedPenalizerOrchestrator
+    from sglang.srt.sampling.penaltylib.repetition_penalty import apply_scaling_penalties
+
+    class Alone:
+        reqs, device = (req,), "cpu"
+
+    kinds = ("FrequencyPenalizer", "PresencePenalizer", "RepetitionPenalizer", "MinNewTokensPenalizer")
+    alone: Any = Alone()
+    penalizers = BatchedPenalizerOrchestrator(VOCAB, alone, {getattr(penaltylib, "Batched" + kind) for kind in kinds})
+    for token in said:
+        penalizers.cumulate_output_tokens(torch.tensor([token]))
+    result = logits[None].clone()
+    penalizers.accumulate_additive_penalties(result)
+    factors = penalizers.accumulate_scaling_penalties()
+    if factors is not None:
+        apply_scaling_penalties(result, factors)
+    return result[0]
+
+
+def penalised(batch: Batch, chains: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """The logits that SGLang's verification gets."""
+    from sglang_tpla.host import penalties
+
+    info, output = batch.sampling_info, SimpleNamespace(next_token_logits=logits.clone().flatten(0, 1))
+    seen = []
+
+    def original(verify_input: Any, batch: Any, logits_output: Any, mask: Any) -> str:
+        assert batch.sampling_info.acc_additive_penalties is None  # else they would count twice
+        assert batch.sampling_info.acc_scaling_penalties is None
+        seen.append(logits_output.next_token_logits)
+        return "verified"
+
+    verify_input = SimpleNamespace(draft_token=chains.flatten())
+    assert penalties.verify(original, verify_input, batch, output, None) == "verified"
+    assert batch.sampling_info is info
+    return seen[0].view_as(logits)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_each_verified_token_is_penalised_for_all_before_it(seed: int) -> None:
+    """Over three steps that keep one, four and two tokens."""
+    torch.manual_seed(seed)
+    reqs = [Request([int(torch.randint(VOCAB, ()))], asked) for asked in ASKED]
+    for kept in (1, 4, 2):
+        logits = torch.randn(len(reqs), TOKENS, VOCAB) * 3
+        guesses = torch.randint(VOCAB, (len(reqs), GUESSES))
+        chains = torch.cat((torch.tensor([[req.output_ids[-1]] for req in reqs]), guesses), dim=1)
+        found = penalised(Batch(reqs, len(reqs[0].output_ids)), chains, logits)
+        for i, place in itertools.product(range(len(reqs)), range(TOKENS)):
+            said = [*reqs[i].output_ids, *chains[i, 1 : place + 1].tolist()]
+            torch.testing.assert_close(found[i, place], one_by_one(reqs[i], said, logits[i, place]))
+        for req, row in zip(reqs, guesses.tolist(), strict=True):
+            req.output_ids += [*row, 1][:kept]
+
+
+def test_a_step_that_was_not_read_yet_counts_with_its_last_token() -> None:
+    """With overlap scheduling a request's answer lacks the tokens of the step before; its length does not."""
+    torch.manual_seed(5)
+    req, logits = Request([6], {"frequency_penalty": 1.0, "min_new_tokens": 5}), torch.randn(1, TOKENS, VOCAB)
+    found = penalised(Batch([req], 4), torch.tensor([[7, 8, 9, 10]]), logits)
+    for place in range(TOKENS):
+        said = [6, 7, *[8, 9, 10][:place]]
+        without_end = logits[0, place].clone()
+        for token in said:
+            without_end[token] -= 1
+        if 4 + place < 5:
+            without_end[[3, 4]] = -torch.inf
+        torch.testing.assert_close(found[0, place], without_end)
+
+
+def test_a_request_that_may_say_nothing_is_left_a_token() -> None:
+    req = Request([1], {"min_new_tokens": 9})
+    req.sampling_params.stop_token_ids = set(range(VOCAB))
+    found = penalised(Batch([req], 1), torch.tensor([[1, 2, 3, 4]]), torch.randn(1, TOKENS, VOCAB))
+    assert torch.isfinite(found).all()
