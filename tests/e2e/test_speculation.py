@@ -216,6 +216,27 @@ def test_stops_grammars_prefixes_and_samples(servers: Servers, prompts: list[lis
 
 
 @plain_rows
+def test_penalties_and_least_lengths_hold_for_every_token(servers: Servers, prompts: list[list[int]]) -> None:
+    """SGLang would count one token of each step, and hold the answer's end back for up to four times its length."""
+    told = {"return_logprob": True, "top_logprobs_num": 2}
+    whole = servers.plain.generate(prompts[-1], TOKENS)[1]["output_ids"]
+    for asked in (
+        {"min_new_tokens": 15, "stop_token_ids": [whole[0]], "ignore_eos": False},
+        {"frequency_penalty": 1.5},
+        {"presence_penalty": 1.2},
+        {"repetition_penalty": 1.6},
+        {"frequency_penalty": 1.5, "temperature": 1.3, "top_k": 1},  # greedy, by way of sampling
+    ):
+        params = {"max_new_tokens": TOKENS, "temperature": 0, "ignore_eos": True} | asked
+        right, answer = (
+            pair.generate(prompts[-1], TOKENS, sampling_params=params, **told)[1]
+            for pair in (servers.plain, servers.speculating)
+        )
+        agree(answer, right, 1e-3)
+        assert answer["meta_info"]["finish_reason"] == right["meta_info"]["finish_reason"]
+
+
+@plain_rows
 def test_half_a_pair_that_speculates_is_refused(servers: Servers, prompts: list[list[int]]) -> None:
     """One server with the draft and one without it: the request fails with the reason, whichever has it."""
     pairs = servers.speculating, servers.plain
