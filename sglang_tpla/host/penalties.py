@@ -20,8 +20,23 @@ import torch
 from sglang_tpla.host.cpu.speculation import sample_or_verify
 from sglang_tpla.host.requests.masks import open_closed_rows
 
-# How often each token stands in a request's answer, float32 [vocabulary], and how many of its tokens were counted.
-_counted: WeakKeyDictionary[Any, tuple[torch.Tensor, int]] = WeakKeyDictionary()
+
+@dataclasses.dataclass
+class Answer:
+    """A request's answer so far.
+
+    Args:
+        ends: mask [vocabulary] of the tokens that end it.
+        counts: how often each token stands in it, float32 [vocabulary].
+        counted: number of its tokens that were counted.
+    """
+
+    ends: torch.Tensor
+    counts: torch.Tensor
+    counted: int = 0
+
+
+_answers: WeakKeyDictionary[Any, Answer] = WeakKeyDictionary()
 
 
 def verify(
@@ -66,8 +81,9 @@ def penalise(
     least = of([one.min_new_tokens for one in params])
     # The cache holds all tokens but the last one.
     length = batch.seq_lens[rows].float()[:, None] + 1 - of([len(req.origin_input_ids) for req in reqs])
-    ends = torch.stack([ending(req, logits[0, 0]) for req in reqs])
-    counts = torch.stack([count(req, logits[0, 0]) for req in reqs])  # [penalised requests, vocabulary]
+    answers = [answer_of(req, logits[0, 0]) for req in reqs]
+    ends = torch.stack([answer.ends for answer in answers])
+    counts = torch.stack([answer.counts for answer in answers])  # [penalised requests, vocabulary]
     unread = length > of([len(req.output_ids) for req in reqs])
     counts.scatter_add_(1, chains[:, :1], unread.float())
     for place in range(chains.shape[1]):
@@ -91,13 +107,15 @@ def is_penalised(params: Any) -> bool:
     )
 
 
-def count(req: Any, like: torch.Tensor) -> torch.Tensor:
-    """Return how often each token stands in a request's answer so far."""
-    found, number = _counted.get(req, (torch.zeros_like(like, dtype=torch.float32), 0))
-    new = torch.tensor(list(req.output_ids[number:]), dtype=torch.int64).to(like.device)
-    found.index_add_(0, new, torch.ones_like(new, dtype=torch.float32))
-    _counted[req] = found, number + len(new)
-    return found
+def answer_of(req: Any, like: torch.Tensor) -> Answer:
+    """Return a request's answer, with the tokens counted that came since the step before; ``like``: a row of logits."""
+    answer = _answers.get(req)
+    if answer is None:
+        answer = _answers[req] = Answer(ending(req, like), torch.zeros_like(like, dtype=torch.float32))
+    new = torch.tensor(list(req.output_ids[answer.counted :]), dtype=torch.int64).to(like.device)
+    answer.counts.index_add_(0, new, torch.ones_like(new, dtype=torch.float32))
+    answer.counted += len(new)
+    return answer
 
 
 def ending(req: Any, like: torch.Tensor) -> torch.Tensor:

@@ -227,16 +227,21 @@ def test_nothing_outlives_a_signal(number: signal.Signals, when: str, tmp_path: 
     assert not list(Path("/dev/shm").glob(f"test_supervisor_{own}*"))
 
 
-def test_the_exit_code_and_the_logs_of_a_failure(tmp_path: Path) -> None:
-    program = "import sys; print('cannot bind'); sys.exit(5)"
-    done = subprocess.run(
+def supervised(program: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run three processes of a program under a supervisor whose temporary files are in ``folder``, to their end."""
+    return subprocess.run(
         [sys.executable, "-c", SUPERVISED, program, "1", "2", "3"],
         cwd=ROOT,
         capture_output=True,
         text=True,
-        env={**os.environ, "TMPDIR": str(tmp_path)},
+        env={**os.environ, "TMPDIR": str(folder)},
         timeout=300,
     )
+
+
+def test_the_exit_code_and_the_logs_of_a_failure(tmp_path: Path) -> None:
+    program = "import sys; print('cannot bind'); sys.exit(5)"
+    done = supervised(program, tmp_path)
     assert done.returncode == 1
     assert "ended with 5" in done.stderr
     assert "cannot bind" in done.stderr
@@ -253,14 +258,7 @@ def test_logs_that_somebody_removed_are_named(tmp_path: Path) -> None:
         "import os, shutil, sys, tempfile; shutil.rmtree(tempfile.gettempdir() + '/log', ignore_errors=True); "
         "print('last words'); sys.exit(5)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", SUPERVISED, program, "1", "2", "3"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "TMPDIR": str(tmp_path)},
-        timeout=300,
-    )
+    done = supervised(program, tmp_path)
     assert done.returncode == 1
     assert "process ended with 5" in done.stderr and "Traceback" not in done.stderr
     with Supervisor(str(tmp_path / "gone")) as supervisor:

@@ -78,7 +78,7 @@ def missing(path: Path) -> Iterator[str]:
     for node in ast.walk(tree_of(path)):
         if not (isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)) or node.value.id in rebound:
             continue
-        home = found(modules.get(node.value.id, "")) if node.value.id in modules else None
+        home = found(modules[node.value.id]) if node.value.id in modules else None
         if home is not None and isinstance(node.ctx, ast.Load) and node.attr not in bound(home):
             yield f"{node.lineno}: {modules[node.value.id]}.{node.attr}"
 

@@ -69,17 +69,18 @@ class Security:
             check_variables(environ, "environment")
         except ConfigError as error:
             raise TransferError(str(error)) from error
-        insecure = environ.get(INSECURE_VARIABLE, "0")
-        if insecure not in ("0", "1"):
-            raise TransferError(f"{INSECURE_VARIABLE} must be 0 or 1; got {insecure!r}")
+        word = environ.get(INSECURE_VARIABLE, "0")
+        if word not in ("0", "1"):
+            raise TransferError(f"{INSECURE_VARIABLE} must be 0 or 1; got {word!r}")
+        insecure = word == "1"
         folder = environ.get(KEYS_VARIABLE)
         if not folder:
-            return cls(insecure=insecure == "1")
+            return cls(insecure=insecure)
         base = Path(folder)
         secret = _read_key(base / f"{role}.secret", private=True)
         server = _read_key(base / "prefill.public") if role == "decode" else b""
         allowed = frozenset(_read_allowed(base / "allowed")) if role == "prefill" else frozenset()
-        return cls(secret, zmq.curve_public(secret), server, allowed, insecure == "1")
+        return cls(secret, zmq.curve_public(secret), server, allowed, insecure)
 
     def check(self, host: str, what: str) -> None:
         """Refuse plain TCP beyond loopback.
