@@ -96,12 +96,12 @@ class SketchedVariant:
     @property
     def _query_bytes(self) -> int:
         pairs = [-(-columns // 32) for columns in (self.cache.sketch_columns, self.cache.rope_dim)]
-        steps = self.cache.w_pad // 16 + 2 * sum(pairs) + self._starts
+        steps = self.cache.w_pad // 16 + 2 * sum(pairs)
         return max(-(-steps // 4) * self.rows * 128, SMALLEST_QUERY_BYTES)
 
     @property
     def _starts(self) -> int:
-        """The steps that sums of scores begin with, as ``cuda/sketched_shapes.cuh`` counts them."""
+        """The sums of scores that begin with a number, as ``cuda/sketched_shapes.cuh`` counts them."""
         cache, split = self.cache, self.rows <= 32
         two = cache.shared > 0 and cache.own > 0
         apart = split and two and not self.row_values and cache.shared % 16 == 0
@@ -111,7 +111,7 @@ class SketchedVariant:
     @property
     def fixed_bytes(self) -> int:
         """The shared memory behind the ring: barriers, constants, and what warps tell each other about query rows."""
-        bare = 16 * self.stages + 40 + 40 + 24 + 32 + 4 * self.rows * (8 + 8 + 2)
+        bare = 16 * self.stages + 40 + 40 + 24 + 32 + 4 * self.rows * (8 + 8 + 2 + max(self._starts, 1))
         return -(-(bare + (32 if self.row_values else 12 * self.rows + 512)) // 16) * 16
 
     @property

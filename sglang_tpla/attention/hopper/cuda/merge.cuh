@@ -42,11 +42,20 @@ struct Sum {
         }
         total += weight;
     }
-    __device__ __forceinline__ void add(const Sum& other) {                             // top >= other.top
+    __device__ __forceinline__ void add(const Sum& other) {
+        rescale_to(fmaxf(top, other.top));
         const float weight = other.top == negative_infinity() ? 0.f : exp2_fast(other.top - top);
 #pragma unroll
         for (int i = 0; i < 8; ++i) value[i] += weight * other.value[i];
         total += weight * other.total;
+    }
+    // That of the lane whose number differs in the bits of `bits`.
+    __device__ __forceinline__ Sum across(int bits) const {
+        Sum other;
+#pragma unroll
+        for (int i = 0; i < 8; ++i) other.value[i] = __shfl_xor_sync(0xffffffff, value[i], bits);
+        other.top = __shfl_xor_sync(0xffffffff, top, bits), other.total = __shfl_xor_sync(0xffffffff, total, bits);
+        return other;
     }
 };
 
@@ -56,16 +65,17 @@ struct Item {
     float scale, lse;
 };
 
-// Adds up items [begin, end) in the order of the splits. With `together` (many splits, few items) eight warps share an item's
-// splits. A thread has up to two batches of loads in flight. The loop is short on purpose: a block runs it once, and most of its
-// time would go to fetching instructions.
-__device__ __forceinline__ void merge_items(const Params& p, int request, int first, int splits, int begin, int end,
-                                            bool together, Sum* sums, int consumer) {
+// Adds up items [begin, end). Threads beyond the number of items share the splits: of `width` items, a power of two, thread i takes
+// item i % width and every (256 / width)-th split. A thread has up to two batches of loads in flight. The loops are short on
+// purpose: a block runs them once, and most of their time would go to fetching instructions.
+__device__ __forceinline__ void merge_items(const Params& p, int request, int first, int splits, int begin, int end, Sum* sums,
+                                            int consumer) {
     constexpr int kItemsPerRow = LATENT / 8, kBatch = 4;
-    const int rows = p.query_len * p.heads, first_row = blockIdx.y * kRows, warp = consumer / 32, lane = consumer % 32;
-    const int step = together ? 8 : 1, offset = together ? warp : 0, stride = together ? 32 : kConsumerThreads;
+    const int rows = p.query_len * p.heads, first_row = blockIdx.y * kRows;
+    const int width = min(max(1 << (32 - __clz(end - begin - 1)), 8), kConsumerThreads), step = kConsumerThreads / width;
+    const int item = consumer % width, offset = consumer / width;
 #pragma unroll 1
-    for (int base = begin + (together ? lane : consumer); base - (together ? lane : consumer) < end; base += stride) {
+    for (int base = begin + item; base - item < end; base += width) {
         const int row = first_row + base / kItemsPerRow, piece = base % kItemsPerRow;
         const int last = base < end ? splits : 0, to_scale = (piece * 8 < kScaleColumn ? 1 : 2) * rows;
         const auto load = [&](Item (&batch)[kBatch], int i) {
@@ -94,20 +104,15 @@ __device__ __forceinline__ void merge_items(const Params& p, int request, int fi
 #pragma unroll
             for (int j = 0; j < kBatch; ++j) batch[j] = next[j];
         }
-        if (together) {
+        if (step > 1) {                                          // then this was the only round
+#pragma unroll 1
+            for (int bits = 16; bits >= width; bits /= 2) sum.add(sum.across(bits));
             sums[consumer] = sum;
             sync_consumers();
-            if (warp == 0) {
 #pragma unroll 1
-                for (int i = 1; i < 8; ++i) {
-                    const Sum other = sums[i * 32 + lane];
-                    sum.rescale_to(fmaxf(sum.top, other.top));
-                    sum.add(other);
-                }
-            }
-            sync_consumers();
+            for (int i = consumer + max(width, 32); consumer < width && i < kConsumerThreads; i += max(width, 32)) sum.add(sums[i]);
         }
-        if (base >= end || (together && warp > 0)) continue;
+        if (base >= end || offset > 0) continue;
         const int token = row / p.heads, head = row - token * p.heads;
         const float inverse = sum.total > 0.f ? 1.f / sum.total : 0.f;
         u16* out = p.out + ((long long)request * p.query_len + token) * p.out_token_stride + head * p.out_head_stride;
@@ -131,7 +136,7 @@ __device__ __forceinline__ void merge(const Params& p, const Shared shared, floa
     }
     sync_consumers();
     Sum* sums = reinterpret_cast<Sum*>(buffer);
-    merge_items(p, shared.request, shared.first_split, shared.splits, begin, end, shared.splits > 32, sums, consumer);
+    merge_items(p, shared.request, shared.first_split, shared.splits, begin, end, sums, consumer);
 }
 
 // An empty request's output.

@@ -30,7 +30,7 @@ __device__ __forceinline__ void consume(const Params& p, Fixed& fixed, u32 q_sme
             for (int i = 0; i < kRows / 4; ++i) total[i] = 0.f;
             for (int row = lane; row < kRows; row += 32) fixed.reference[role][warp][row] = negative_infinity();
             __syncwarp();
-            if (kSketchAbove || kRopeAbove || kBytesAbove) find_starts(q_smem, group, warp, lane);
+            if (kSketchAbove || kRopeAbove || kBytesAbove) find_starts(fixed, q_smem, group, warp, lane);
             attend(p, fixed, c, tries, done, total);
             sync_all();
         } else {
@@ -63,7 +63,7 @@ extern "C" __global__ void __launch_bounds__(kAllThreads + 128, 1) sketched_deco
             barrier_init(shared_address(fixed.full + i), kFullArrivals);
             barrier_init(shared_address(fixed.empty + i), ROW_VALUES ? 2 : 4);  // warps that read a half
         }
-        barrier_init(shared_address(&fixed.query), 1);
+        barrier_init(shared_address(&fixed.query), kAllThreads / 32);
         for (int i = 0; i < 2; ++i) {
             barrier_init(shared_address(fixed.ready + i), 1);
             barrier_init(shared_address(fixed.used + i), 4);

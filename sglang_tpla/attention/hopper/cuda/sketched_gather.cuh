@@ -40,7 +40,7 @@ __device__ __forceinline__ void load_rows(const Params& p, u32 stage, u32 full, 
 // Each warp fills every second stage: warps 0 and 1 the first halves of the tiles. Pages are looked up two tiles ahead, and waited
 // for where they are used. Beyond kEarly tiles the first query comes first, which would wait for whatever the memory has to do
 // before.
-constexpr int kEarly = 2;
+constexpr int kEarly = 1;
 __device__ __forceinline__ void produce(const Params& p, u32 ring, u32 full, u32 empty, u32 query, int thread) {
     const int warp = thread / 32, lane = thread % 32, my_token = lane / 16 * kTile + warp * 16 + lane % 16;
     const int page_mask = (1 << p.page_bits) - 1;
@@ -77,31 +77,35 @@ __device__ __forceinline__ u32 query_address(u32 q_smem, int row, int step, int 
 
 __device__ __forceinline__ void sync_all() { asm volatile("bar.sync 2, %0;" ::"n"(kAllThreads) : "memory"); }
 
-// Group g of 32 columns of query row `row`, zeros where there is no such row or column.
-__device__ __forceinline__ void load_query_group(const Params& p, int request, int row, int g, u32 (&w)[16]) {
+// Where piece i (16 bytes, 8 columns) of group g of query row `row` stands: at first as it came, in the end as half i % 2 of step
+// 2 g + i / 2.
+__device__ __forceinline__ u32 query_piece(u32 q_smem, int row, int g, int i) { return query_address(q_smem, row, 2 * g + i / 2, i % 2); }
+
+// Begins to copy it there; zeros where there is no such row or column.
+__device__ __forceinline__ void copy_query_piece(const Params& p, u32 q_smem, int request, int row, int g, int i) {
     const int at = blockIdx.y * kRows + row;
     const int token = (at >= p.heads) + (at >= 2 * p.heads) + (at >= 3 * p.heads), head = at - token * p.heads;
     const bool own = g >= kOwnGroup, sketch = g < kSketchGroups;
-    const int group = own ? g - kOwnGroup : sketch ? g : g - kSketchGroups;
-    const int columns = at >= p.query_len * p.heads ? 0 : own ? LATENT : sketch ? SKETCH : ROPE;
+    const int column = (own ? g - kOwnGroup : sketch ? g : g - kSketchGroups) * 32 + i * 8;
+    const bool there = at < p.query_len * p.heads && column < (own ? LATENT : sketch ? SKETCH : ROPE);
     const long long query = (long long)request * p.query_len + token;
     const u16* source = own || sketch
         ? p.q_latent + query * p.q_latent_token_stride + head * p.q_latent_head_stride + (sketch ? LATENT : 0)
         : p.q_rope + query * p.q_rope_token_stride + head * p.q_rope_head_stride;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        uint4 x = make_uint4(0, 0, 0, 0);
-        if (group * 32 + i * 8 < columns) x = __ldcg(reinterpret_cast<const uint4*>(source + group * 32 + i * 8));
-        w[4 * i] = x.x, w[4 * i + 1] = x.y, w[4 * i + 2] = x.z, w[4 * i + 3] = x.w;
-    }
+    copy16(query_piece(q_smem, row, g, i), there ? source + column : p.q_latent, there);
 }
 
-// Stores it times `factor`. Which columns wgmma multiplies with each other follows from how ldmatrix hands out codes, see
-// unpack_group(): of the 16 columns of a step, bytes 4 i and 4 i + 1 come before 4 i + 2 and 4 i + 3; of 32 sketch codes, the
-// first step has 8 i, 8 i + 4, 8 i + 1 and 8 i + 5, the second the others.
-__device__ __forceinline__ void store_query_group(u32 q_smem, int row, int g, u32 (&w)[16], float factor) {
+// Multiplies group g of a row by `factor` and puts it into order. Which columns wgmma multiplies with each other follows from how
+// ldmatrix hands out codes, see unpack_group(): of the 16 columns of a step, bytes 4 i and 4 i + 1 come before 4 i + 2 and 4 i + 3;
+// of 32 sketch codes, the first step has 8 i, 8 i + 4, 8 i + 1 and 8 i + 5, the second the others.
+__device__ __forceinline__ void order_query_group(u32 q_smem, int row, int g, float factor) {
     const bool own = g >= kOwnGroup, sketch = g < kSketchGroups, bf16 = ROPE_BITS == 16 && !own && !sketch;
-    const int step = own ? kOwnStep + 2 * (g - kOwnGroup) : 2 * g;
+    u32 w[16];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const uint4 x = load_shared4(query_piece(q_smem, row, g, i));
+        w[4 * i] = x.x, w[4 * i + 1] = x.y, w[4 * i + 2] = x.z, w[4 * i + 3] = x.w;
+    }
 #pragma unroll
     for (int i = 0; i < 16; ++i) {
         const float low = __uint_as_float(w[i] << 16) * factor, high = __uint_as_float(w[i] & 0xFFFF0000u) * factor;
@@ -114,16 +118,15 @@ __device__ __forceinline__ void store_query_group(u32 q_smem, int row, int g, u3
             w[4 * k] = eight.x, w[4 * k + 1] = eight.y, w[4 * k + 2] = eight.z, w[4 * k + 3] = eight.w;
         }
     }
-    // Whose word k a step's 16 bytes of half h have: sketch 4 k + 2 i + h; bytes 8 i + 2 k + h; else 8 i + 4 h + k.
+    // Whose word k half h of step i has: sketch 4 k + 2 i + h; bytes 8 i + 2 k + h; else 8 i + 4 h + k.
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-        if (own && step + i >= kSteps) break;
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
             u32 x[4];
 #pragma unroll
             for (int k = 0; k < 4; ++k) x[k] = sketch ? w[4 * k + 2 * i + h] : bf16 ? w[8 * i + 4 * h + k] : w[8 * i + 2 * k + h];
-            store_shared4(query_address(q_smem, row, step + i, h), x[0], x[1], x[2], x[3]);
+            store_shared4(query_piece(q_smem, row, g, 2 * i + h), x[0], x[1], x[2], x[3]);
         }
     }
 }
@@ -135,35 +138,32 @@ __device__ __forceinline__ u32 larger_magnitudes(u32 largest, u32 pair) {
 }
 
 // Loads the segment's query into shared memory, in float16 (its rotary part in bfloat16 where the keys' is), multiplied by a
-// power of two that leaves no value too large; returns that power's inverse. All threads but the producer's call it. A thread has
-// its share in registers until the largest value is known: all loads are under way at once. `came`: the barrier that says so, or 0.
+// power of two that leaves no value too large; returns that power's inverse. All threads but the producer's call it. `came`: the
+// barrier that says so, or 0. The loops are short on purpose: a block mostly runs them once, and would wait for their instructions.
 __device__ __forceinline__ float load_query(const Params& p, u32 q_smem, int request, u32* shared_largest, u32 came, int consumer) {
-    constexpr int kItems = kRows * kGroups, kShare = (kItems + kAllThreads - 1) / kAllThreads;
-    u32 w[kShare][16], pair = 0;
-    asm volatile("" : "+r"(consumer));                           // else registers keep all addresses from segment to segment
-#pragma unroll
-    for (int i = 0; i < kShare; ++i) {
-        const int item = min(consumer + i * kAllThreads, kItems - 1);
-        load_query_group(p, request, item / kGroups, item % kGroups, w[i]);
-    }
+    constexpr int kPieces = 4 * kGroups;                         // of a row; eight lanes copy a line
     if (consumer == 0) *shared_largest = 0;
     sync_all();                                                  // no thread reads the memory any more
-    if (came && consumer == 0) barrier_arrive(came);
-#pragma unroll
-    for (int i = 0; i < kShare; ++i)
-#pragma unroll
-        for (int k = 0; k < 16; ++k) pair = larger_magnitudes(pair, w[i][k]);
+#pragma unroll 1
+    for (int item = consumer; item < kRows * kPieces; item += kAllThreads)
+        copy_query_piece(p, q_smem, request, item / kPieces, item % kPieces / 4, item % 4);
+    wait_for_copies();
+    if (came && consumer % 32 == 0) barrier_arrive(came);
+    u32 pair = 0;
+#pragma unroll 1
+    for (int item = consumer; item < kRows * kPieces; item += kAllThreads) {          // what this thread copied
+        const uint4 x = load_shared4(query_piece(q_smem, item / kPieces, item % kPieces / 4, item % 4));
+        pair = larger_magnitudes(larger_magnitudes(larger_magnitudes(larger_magnitudes(pair, x.x), x.y), x.z), x.w);
+    }
     u32 largest = __reduce_max_sync(0xffffffff, max(pair & 0xFFFFu, pair >> 16));
     if (consumer % 32 == 0) atomicMax(shared_largest, largest);
-    sync_all();
+    sync_all();                                                  // all has been copied
     largest = *reinterpret_cast<volatile u32*>(shared_largest);
     const u32 exponent = query_exponent(largest);
     const float factor = __uint_as_float(exponent << 23);
-#pragma unroll
-    for (int i = 0; i < kShare; ++i) {
-        const int item = consumer + i * kAllThreads;
-        if (item < kItems) store_query_group(q_smem, item / kGroups, item % kGroups, w[i], factor);
-    }
+#pragma unroll 1
+    for (int item = consumer; item < kRows * kGroups; item += kAllThreads)
+        order_query_group(q_smem, item % kRows, item / kRows, factor);
     fence_async_proxy();
     sync_all();
     return __uint_as_float((254 - exponent) << 23);

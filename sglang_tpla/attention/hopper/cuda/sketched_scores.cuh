@@ -12,6 +12,7 @@ struct alignas(16) Fixed {
     Shared merge;
     u32 stamp[2], largest;
     u16 ratio[2][2][ROW_VALUES ? 1 : kTile];                     // of a tile's shared, of its own scale
+    alignas(16) float start[kStarts > 0 ? kStarts : 1][kRows];   // what sums begin with
     alignas(16) float exchange[2][4][kRows];                     // between warps
     float reference[2][4][kRows];                                // of each warp: the reference of its probabilities
     float published[2][kRows];                                   // the reference of the tile that is ready
@@ -52,19 +53,9 @@ struct Stage {
 // The descriptor of a step of the query.
 __device__ __forceinline__ u64 query_step(u64 q, int step) { return q + ((step / 4 * kQPanelBytes + step % 4 * 32) >> 4); }
 
-// The left operand that meets a step which holds a float32 number of each query row as three of float16: 2^18 the first, which
-// stands in eight columns, 2^15 the second, and the third.
-struct Start {
-    u32 a[4];
-    __device__ __forceinline__ explicit Start(int lane) {
-        a[0] = a[1] = twice(0x7800), a[2] = a[3] = lane % 4 ? 0 : 0x3C007800u;
-    }
-};
-
-// Writes step `to`, which the sum of steps kFirst to kEnd - 1 begins with: the query times what codes have above their values,
-// negative.
+// Finds what the sum of steps kFirst to kEnd - 1 begins with: the query times what codes have above their values, negative.
 template <bool kSketch, int kFirst, int kEnd>
-__device__ __forceinline__ void find_start(u32 q_smem, int to, int warp, int lane) {
+__device__ __forceinline__ void find_start(u32 q_smem, float (&start)[kRows], int warp, int lane) {
     const u64 q = descriptor(q_smem, 16);
     float x[kPart];
     pin(x);
@@ -80,29 +71,29 @@ __device__ __forceinline__ void find_start(u32 q_smem, int to, int warp, int lan
     wgmma_wait<0>();
     pin(x);
 #pragma unroll
-    for (int i = 0; i < kRows / 4; ++i) {                        // all rows of x are the same
-        if (i / 2 % 4 != warp || lane >= 4) continue;
-        const int row = i / 2 * 8 + 2 * lane + i % 2;
-        const float start = x[i / 2 * 4 + i % 2];
-        const u32 first = pack_half(start * 0x1p-18f, start * 0x1p-18f);
-        const float rest = fmaf(unpack_half(first).x, -0x1p18f, start);
-        const float second = unpack_half(pack_half(rest * 0x1p-15f, 0.f)).x;
-        store_shared4(query_address(q_smem, row, to, 0), first, first, first, first);
-        store_shared4(query_address(q_smem, row, to, 1), pack_half(second, fmaf(second, -0x1p15f, rest)), 0, 0, 0);
+    for (int i = 0; i < kRows / 4; ++i)                          // all rows of x are the same
+        if (i / 2 % 4 == warp && lane < 4) start[i / 2 * 8 + 2 * lane + i % 2] = x[i / 2 * 4 + i % 2];
+}
+
+// Begins a sum.
+__device__ __forceinline__ void begin(float (&sum)[kPart], const float (&start)[kRows], int lane) {
+#pragma unroll
+    for (int j = 0; j < kRows / 8; ++j) {
+        const float2 x = *reinterpret_cast<const float2*>(start + 8 * j + 2 * (lane % 4));
+        sum[4 * j] = sum[4 * j + 2] = x.x, sum[4 * j + 1] = sum[4 * j + 3] = x.y;
     }
 }
 
 // All of them, by both warpgroups of scores.
-__device__ __forceinline__ void find_starts(u32 q_smem, int group, int warp, int lane) {
+__device__ __forceinline__ void find_starts(Fixed& fixed, u32 q_smem, int group, int warp, int lane) {
     constexpr int kSecond = kApart ? kOwnStep + SHARED / 16 : kSteps;
     if (group == 0) {
-        if constexpr (kSketchAbove) find_start<true, 0, kRopeStep>(q_smem, kSketchStart, warp, lane);
-        if constexpr (kRopeAbove) find_start<false, kRopeStep, kOwnStep>(q_smem, kRopeStart, warp, lane);
+        if constexpr (kSketchAbove) find_start<true, 0, kRopeStep>(q_smem, fixed.start[kSketchStart], warp, lane);
+        if constexpr (kRopeAbove) find_start<false, kRopeStep, kOwnStep>(q_smem, fixed.start[kRopeStart], warp, lane);
     } else if constexpr (kBytesAbove) {
-        find_start<false, kOwnStep, kSecond>(q_smem, kBytesStart, warp, lane);
-        if constexpr (kApart) find_start<false, kSecond, kSteps>(q_smem, kOwnStart, warp, lane);
+        find_start<false, kOwnStep, kSecond>(q_smem, fixed.start[kBytesStart], warp, lane);
+        if constexpr (kApart) find_start<false, kSecond, kSteps>(q_smem, fixed.start[kOwnStart], warp, lane);
     }
-    fence_async_proxy();
     sync_consumers();
 }
 
@@ -116,11 +107,14 @@ __device__ __forceinline__ void scores(const Fixed& fixed, float (&s)[kPart], u3
     const u32 target = c.values + (c.warp * 16 + c.lane % 16) * 128, chunk = (c.lane / 16 ^ c.lane % 8) << 4;
     const u64 q = descriptor(c.q_smem, 16);
     const Constants constants = fixed.constants.loaded();
-    const Start start(c.lane);
     u32 raw[3][8], a[2][8] = {};
     float sketch[kPart] = {}, rope[kPart] = {}, own[kPart] = {};  // rope: kSplit; own: kApart
     load_group(0, rows, row, c.lane, raw[0]);
     load_group(1, rows, row, c.lane, raw[1]);
+    if constexpr (kSketchAbove) begin(sketch, fixed.start[kSketchStart], c.lane);
+    if constexpr (kRopeAbove) begin(rope, fixed.start[kRopeStart], c.lane);
+    if constexpr (kBytesAbove) begin(s, fixed.start[kBytesStart], c.lane);
+    if constexpr (kBytesAbove && kApart) begin(own, fixed.start[kOwnStart], c.lane);
     pin(s);
 #pragma unroll
     for (int g = 0; g < kGroups; ++g) {
@@ -137,13 +131,6 @@ __device__ __forceinline__ void scores(const Fixed& fixed, float (&s)[kPart], u3
             const int step = 2 * g + i;
             if (step >= kSteps) break;
             const u64 columns = query_step(q, step);
-            const auto begin = [&](float (&sum)[kPart], int at) {
-                wgmma_half(sum, start.a[0], start.a[1], start.a[2], start.a[3], query_step(q, at), 0);
-            };
-            if (kSketchAbove && step == 0) begin(sketch, kSketchStart);
-            if (kRopeAbove && step == kRopeStep) begin(rope, kRopeStart);
-            if (kBytesAbove && step == kOwnStep) begin(s, kBytesStart);
-            if (kBytesAbove && kApart && step == kOwnStep + SHARED / 16) begin(own, kOwnStart);
             const u32* r = a[g % 2] + 4 * i;
             const bool of_rope = step >= kRopeStep && step < kOwnStep, first = step == kRopeStep || step == kOwnStep;
             if (step < kRopeStep) wgmma_half(sketch, r[0], r[1], r[2], r[3], columns, kSketchAbove || step > 0);

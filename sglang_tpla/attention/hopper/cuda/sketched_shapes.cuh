@@ -43,12 +43,12 @@ constexpr int kRopeGroups = ROPE / 32;
 constexpr int kOwnGroup = kSketchGroups + kRopeGroups;      // the first group of 8-bit codes
 constexpr int kGroups = kOwnGroup + kOwnGroups;
 constexpr int kRopeStep = 2 * kSketchGroups, kOwnStep = kRopeStep + 2 * kRopeGroups, kSteps = kOwnStep + kOwnSteps;
-// Behind the query's steps stand those that sums begin with: of sketch, rotary key, and one or two kinds of bytes.
-constexpr int kSketchStart = kSteps, kRopeStart = kSketchStart + kSketchAbove, kBytesStart = kRopeStart + kRopeAbove;
-constexpr int kOwnStart = kBytesStart + kBytesAbove, kQuerySteps = kOwnStart + (kBytesAbove && kApart);
+// What sums begin with: of sketch, rotary key, and one or two kinds of bytes.
+constexpr int kSketchStart = 0, kRopeStart = kSketchStart + kSketchAbove, kBytesStart = kRopeStart + kRopeAbove;
+constexpr int kOwnStart = kBytesStart + kBytesAbove, kStarts = kOwnStart + (kBytesAbove && kApart);
 constexpr int kPanelBytes = kTile * 128;                    // 64 columns of a tile's values
 constexpr int kQPanelBytes = kRows * 128;                   // 64 columns of the query
-constexpr int kQBytes = (kQuerySteps + 3) / 4 * kQPanelBytes > 10240 ? (kQuerySteps + 3) / 4 * kQPanelBytes : 10240;
+constexpr int kQBytes = (kSteps + 3) / 4 * kQPanelBytes > 10240 ? (kSteps + 3) / 4 * kQPanelBytes : 10240;
 // A tile's probabilities, [query row][token] in float16. As a left operand they have 64 rows.
 constexpr int kProbabilityBytes = (ROW_VALUES ? 64 : kRows) * 128;
 constexpr int kRopeOffset = LATENT, kSketchOffset = LATENT + ROPE * ROPE_BITS / 8;

@@ -41,8 +41,13 @@ __device__ __forceinline__ void add_values(const u16 (&ratios)[2][kTile], float 
             pin(a[at % 2]);
         }
         const bool shared = block * 64 + warp * 16 + lane / 4 * 2 < SHARED;
+        // Of the last block a warp may have no column: zeros take less power than what lies there.
+        const bool there = LATENT % 64 == 0 || block + 1 < kBlocks || block * 64 + warp * 16 < LATENT;
+#pragma unroll
+        for (int i = 0; i < 8; ++i) a[at % 2][i] = 0;
 #pragma unroll
         for (int i = 0; i < 4; ++i) {                            // 8 tokens each
+            if (!there) break;
             const u32 bytes = raw[at % 3][i];
             u32 first, second;
             if (kTwoScales) {
