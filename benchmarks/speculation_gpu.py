@@ -12,6 +12,7 @@ are started at once; each question below is answered as soon as its servers are 
 - fast: tokens a second at batch 1, 4 and 16, with and without speculation, with and without CUDA graphs, and stock.
 - sampled: tokens drawn with and without speculation come from one distribution.
 - along: tokens drawn along whole answers have the target's own distribution.
+- penalised: greedy answers under penalties and a least length, with speculation beside without it.
 - requests: stops, grammars, streaming, shared prefixes, samples and aborts of a server that speculates.
 
 Layouts: ``g1`` plain MLA on this package's kernel, ``q1`` the same with 8-bit rows, ``g2`` and ``q2`` two groups of
@@ -47,7 +48,7 @@ from tests.speculating_model import pad_latent
 
 ROOT = Path(__file__).resolve().parents[1]
 GUESSES = 3
-PARTS = ["right", "requests", "fast", "documents", "sampled", "along", "control"]
+PARTS = ["right", "penalised", "requests", "fast", "documents", "sampled", "along", "control"]
 REQUESTS = ("--max-running-requests", "64")
 SEED = 17  # of the first server's sampler; the next server has the next seed, here and in a run that adds to draws
 GRAMMARS = ("--grammar-backend", os.environ.get("TEST_GRAMMAR_BACKEND", "xgrammar"))
@@ -59,6 +60,7 @@ STOCK_LATENT = 512
 # Two candidates whose log-probabilities differ by less are a tie: logits of 16 to 32 are 0.125 apart in bfloat16.
 TIE = 0.26
 LOGPROBS = {"return_logprob": True, "top_logprobs_num": 4}
+PENALTIES = ({"frequency_penalty": 1.5}, {"presence_penalty": 1.2}, {"repetition_penalty": 1.6})
 
 
 def prompts(tokenizer: Tokenizer, count: int, longest: int) -> list[list[int]]:
@@ -139,13 +141,33 @@ def parted(plain: dict[str, Any], drafted: dict[str, Any]) -> dict[str, Any] | N
     return None
 
 
-def answer_all(decoder: Decoder, asked: list[list[int]], tokens: int, workers: int) -> list[dict[str, Any]]:
-    """Greedy answers with log-probabilities, so many at a time."""
+def answer_all(
+    decoder: Decoder, asked: list[list[int]], tokens: int, workers: int, **params: Any
+) -> list[dict[str, Any]]:
+    """Greedy answers with log-probabilities, so many at a time, under further sampling parameters."""
+    sampling = {"max_new_tokens": tokens, "temperature": 0, "ignore_eos": True} | params
     return [
         answer
         for first in range(0, len(asked), workers)
-        for answer in decoder.together(asked[first : first + workers], tokens, **LOGPROBS)
+        for answer in decoder.together(asked[first : first + workers], tokens, sampling_params=sampling, **LOGPROBS)
     ]
+
+
+def penalised(decoders: dict[str, Decoder], asked: list[list[int]], tokens: int) -> dict[str, Any]:
+    """Answers under each of SGLang's penalties; and the lengths of answers that may end at any token, but not soon."""
+    found: dict[str, Any] = {}
+    for params in PENALTIES:
+        said = {kind: answer_all(one, asked, tokens, 8, **params) for kind, one in decoders.items()}
+        found[" ".join(params)] = compare(said["plain"], said["drafting"])
+    ends = sorted({token for answer in said["plain"] for token in answer["output_ids"]})
+    lengths = {
+        kind: [
+            len(answer["output_ids"])
+            for answer in answer_all(one, asked, tokens, 8, min_new_tokens=15, stop_token_ids=ends, ignore_eos=False)
+        ]
+        for kind, one in decoders.items()
+    }
+    return found | {"min_new_tokens": lengths}
 
 
 def compare(plain: list[dict[str, Any]], drafted: list[dict[str, Any]]) -> dict[str, Any]:
@@ -379,6 +401,8 @@ def main() -> None:
                 """One question about one layout."""
                 if question == "right":
                     keep(f"{name}: right", lambda: right(name))
+                elif question == "penalised" and name != "stock":
+                    keep(f"{name}: penalised", lambda: penalised(both(name), asked[8:16], 48))
                 elif question == "requests" and name not in ("eager", "stock"):
                     keep(f"{name}: requests", lambda: every_kind(both(name)["drafting"].pair, asked[12]))
                 elif question == "fast":
