@@ -12,7 +12,8 @@ are started at once; each question below is answered as soon as its servers are 
 - fast: tokens a second at batch 1, 4 and 16, with and without speculation, with and without CUDA graphs, and stock.
 - sampled: tokens drawn with and without speculation come from one distribution.
 - along: tokens drawn along whole answers have the target's own distribution.
-- penalised: greedy answers under penalties and a least length, with speculation beside without it.
+- penalised: greedy answers under penalties and a least length, beside a server without speculation and without overlap
+  scheduling, which lets SGLang's penalties miss the last token.
 - requests: stops, grammars, streaming, shared prefixes, samples and aborts of a server that speculates.
 
 Layouts: ``g1`` plain MLA on this package's kernel, ``q1`` the same with 8-bit rows, ``g2`` and ``q2`` two groups of
@@ -54,6 +55,7 @@ SEED = 17  # of the first server's sampler; the next server has the next seed, h
 GRAMMARS = ("--grammar-backend", os.environ.get("TEST_GRAMMAR_BACKEND", "xgrammar"))
 # One graph a batch that is measured, and one between: each takes a second to capture.
 BATCHES = ("--cuda-graph-bs-decode", "1", "2", "4", "8", "16")
+IN_TURN = ("--disable-overlap-schedule",)
 OURS = ("--attention-backend", "tpla") if DEVICE == "cuda" else ()
 GRAPHS = BATCHES if DEVICE == "cuda" else ()
 STOCK_LATENT = 512
@@ -358,6 +360,8 @@ def main() -> None:
             for name, (ranks, flags) in layouts.items():
                 engines["drafting"].decode(name, ranks, *REQUESTS, *sampler(), *flags, *speculation)
                 engines["plain"].decode(name, ranks, *REQUESTS, *sampler(), *flags)
+                if "penalised" in args.parts:
+                    engines["plain"].decode(f"{name}-in-turn", ranks, *REQUESTS, *sampler(), *flags, *IN_TURN)
             if "stock" in args.only and DEVICE == "cuda":
                 padded = pad_latent(args.model, Path(scratch) / "padded", STOCK_LATENT)
                 for kind, extra in (("drafting", (*speculation, *chains)), ("plain", ())):
@@ -402,7 +406,10 @@ def main() -> None:
                 if question == "right":
                     keep(f"{name}: right", lambda: right(name))
                 elif question == "penalised" and name != "stock":
-                    keep(f"{name}: penalised", lambda: penalised(both(name), asked[8:16], 48))
+                    in_turn = Decoder(engines["plain"], f"{name}-in-turn")
+                    in_turn.open()
+                    decoders = {"plain": in_turn, "drafting": both(name)["drafting"]}
+                    keep(f"{name}: penalised", lambda: penalised(decoders, asked[8:16], 48))
                 elif question == "requests" and name not in ("eager", "stock"):
                     keep(f"{name}: requests", lambda: every_kind(both(name)["drafting"].pair, asked[12]))
                 elif question == "fast":

@@ -6,7 +6,8 @@ the last token of a step alone. So ``min_new_tokens`` would count steps, each of
 token has its own: that of the answer so far with the guesses before it. The hook is around ``eagle_sample`` of
 ``sglang/srt/speculative/eagle_utils.py``; the formulas follow ``sglang/srt/sampling/penaltylib/``.
 
-With overlap scheduling the step before may not be read yet. Then its last token counts, and the others a step later.
+With overlap scheduling SGLang launches a step before it reads the one before. Then the tokens count that the
+verification of that one kept, which are on the device; without speculation SGLang's penalties miss its token.
 """
 
 import dataclasses
@@ -29,11 +30,13 @@ class Answer:
         ends: mask [vocabulary] of the tokens that end it.
         counts: how often each token stands in it, float32 [vocabulary].
         counted: number of its tokens that were counted.
+        step: tokens of the last step [tokens], and a mask of those that its verification kept.
     """
 
     ends: torch.Tensor
     counts: torch.Tensor
     counted: int = 0
+    step: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
 _answers: WeakKeyDictionary[Any, Answer] = WeakKeyDictionary()
@@ -53,9 +56,15 @@ def verify(
     penalise(logits.view(requests, -1, logits.shape[-1]), verify_input.draft_token.view(requests, -1), batch)
     batch.sampling_info = dataclasses.replace(info, acc_additive_penalties=None, acc_scaling_penalties=None)
     try:
-        return call(verify_input, batch, logits_output, *rest, **named)
+        verified = call(verify_input, batch, logits_output, *rest, **named)
     finally:
         batch.sampling_info = info
+    predict, _, accept_index = verified  # [requests * tokens]; [requests, tokens], -1 behind the last one that is kept
+    tokens, kept = predict.long()[accept_index.long().clamp(min=0)], accept_index >= 0
+    for i, req in enumerate(batch.reqs):
+        if is_penalised(req.sampling_params):
+            _answers[req].step = tokens[i], kept[i]
+    return verified
 
 
 def penalise(
@@ -85,7 +94,10 @@ def penalise(
     ends = torch.stack([answer.ends for answer in answers])
     counts = torch.stack([answer.counts for answer in answers])  # [penalised requests, vocabulary]
     unread = length > of([len(req.output_ids) for req in reqs])
-    counts.scatter_add_(1, chains[:, :1], unread.float())
+    last_alone = torch.arange(chains.shape[1], device=logits.device) == 0
+    steps = [answer.step or (chain, last_alone) for answer, chain in zip(answers, chains, strict=True)]
+    tokens, kept = (torch.stack(part) for part in zip(*steps, strict=True))  # [penalised requests, tokens]
+    counts.scatter_add_(1, tokens, (kept & unread).float())
     for place in range(chains.shape[1]):
         if place:
             counts.scatter_add_(1, chains[:, place : place + 1], torch.ones_like(frequency))

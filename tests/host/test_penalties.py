@@ -74,21 +74,26 @@ def one_by_one(req: Request, said: list[int], logits: torch.Tensor) -> torch.Ten
     return result[0]
 
 
-def penalised(batch: Batch, chains: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-    """The logits that SGLang's verification gets."""
+def penalised(batch: Batch, chains: torch.Tensor, logits: torch.Tensor, kept: tuple[int, ...] = (1,)) -> torch.Tensor:
+    """The logits that SGLang's verification gets, which then keeps the tokens ``kept`` of the last request's chain."""
     from sglang_tpla.host import penalties
 
     info, output = batch.sampling_info, SimpleNamespace(next_token_logits=logits.clone().flatten(0, 1))
     seen = []
+    predict = torch.full((len(batch.reqs), TOKENS), 11, dtype=torch.int32)
+    index = torch.full((len(batch.reqs), TOKENS), -1, dtype=torch.int32)
+    predict[-1, : len(kept)] = torch.tensor(kept, dtype=torch.int32)
+    index[-1, : len(kept)] = torch.arange(len(kept)) + predict[:-1].numel()
+    verified = predict.flatten(), (index >= 0).sum(1), index
 
-    def original(verify_input: Any, batch: Any, logits_output: Any, mask: Any) -> str:
+    def original(verify_input: Any, batch: Any, logits_output: Any, mask: Any) -> Any:
         assert batch.sampling_info.acc_additive_penalties is None  # else they would count twice
         assert batch.sampling_info.acc_scaling_penalties is None
         seen.append(logits_output.next_token_logits)
-        return "verified"
+        return verified
 
     verify_input = SimpleNamespace(draft_token=chains.flatten())
-    assert penalties.verify(original, verify_input, batch, output, None) == "verified"
+    assert penalties.verify(original, verify_input, batch, output, None) is verified
     assert batch.sampling_info is info
     return seen[0].view_as(logits)
 
@@ -110,19 +115,29 @@ def test_each_verified_token_is_penalised_for_all_before_it(seed: int) -> None:
             req.output_ids += [*row, 1][:kept]
 
 
-def test_a_step_that_was_not_read_yet_counts_with_its_last_token() -> None:
+def test_a_step_that_was_not_read_yet_counts() -> None:
     """With overlap scheduling a request's answer lacks the tokens of the step before; its length does not."""
     torch.manual_seed(5)
-    req, logits = Request([6], {"frequency_penalty": 1.0, "min_new_tokens": 5}), torch.randn(1, TOKENS, VOCAB)
-    found = penalised(Batch([req], 4), torch.tensor([[7, 8, 9, 10]]), logits)
-    for place in range(TOKENS):
-        said = [6, 7, *[8, 9, 10][:place]]
-        without_end = logits[0, place].clone()
-        for token in said:
-            without_end[token] -= 1
-        if 4 + place < 5:
-            without_end[[3, 4]] = -torch.inf
-        torch.testing.assert_close(found[0, place], without_end)
+    req = Request([6], {"frequency_penalty": 1.0, "min_new_tokens": 7})
+
+    def check(length: int, before: list[int], chain: list[int], kept: tuple[int, ...]) -> None:
+        logits = torch.randn(1, TOKENS, VOCAB)
+        found = penalised(Batch([req], length), torch.tensor([chain]), logits, kept)
+        for place in range(TOKENS):
+            expected = logits[0, place].clone()
+            for token in [*before, *chain[1 : place + 1]]:
+                expected[token] -= 1
+            if length + place < 7:
+                expected[[3, 4]] = -torch.inf
+            torch.testing.assert_close(found[0, place], expected)
+
+    check(2, [6, 7], [7, 8, 9, 10], (8, 9, 2))  # decode's first step: only the chain tells of the token before
+    req.output_ids += [7]
+    check(5, [6, 7, 8, 9, 2], [2, 9, 0, 1], (9,))
+    req.output_ids += [8, 9, 2]
+    check(6, [6, 7, 8, 9, 2, 9], [9, 1, 1, 0], (1, 5))
+    req.output_ids += [9, 1, 5]  # nothing is unread
+    check(8, [6, 7, 8, 9, 2, 9, 1, 5], [5, 0, 0, 0], (2,))
 
 
 def test_a_request_that_may_say_nothing_is_left_a_token() -> None:
