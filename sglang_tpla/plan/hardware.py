@@ -162,7 +162,7 @@ H100 = Gpu(
             ),
             "hopper": Rate(12.4e-6, 2.83e12, 529e12),
             "hopper_wide": Rate(14.1e-6, 2.83e12, 381e12),
-            "hopper_sketched": Rate(20e-6, 2.6e12, 460e12),
+            "hopper_sketched": Rate(15e-6, 2.55e12, 460e12),
             "flashinfer_fa2": Rate(12.0e-6, 1.3e12, 250e12),
             "gemm_bf16": Rate(3.0e-6, 2.69e12, 989e12),
             "gemm_fp8": Rate(5.8e-6, 2.4e12, 1440e12),
@@ -179,8 +179,8 @@ H100 = Gpu(
     ),
     assumed=(
         "FlashInfer fa2 (older and newer GPUs): two thirds of fa3's bandwidth, as once seen on an H200",
-        "attention on sketched rows: our Hopper kernel's rates on an H200, 16 to 128 query rows, scaled by the data "
-        "sheets' bandwidth (benchmarks/results/h200/SKETCHED_NOTES.md)",
+        "attention on sketched rows: our Hopper kernel's rates on an H200, 16 to 128 query rows, 1 to 16 requests of "
+        "32,768 tokens, scaled by the data sheets' bandwidth (benchmarks/results/h200/SKETCHED_NOTES.md)",
     ),
 )
 _SHEET = "the H100's rates, measured and assumed, scaled by the data sheets' bandwidth and bf16 rate"
