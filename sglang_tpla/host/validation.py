@@ -162,6 +162,13 @@ def newer_refusals(args: Any) -> list[tuple[bool, str, str]]:
         (bool(given("enable_page_major_kv_layout")), "--enable-page-major-kv-layout", "the transfer reads one row a "
          "token"),
         (bool(given("enable_unified_memory")), "--enable-unified-memory", "the transfer reads the pool's own rows"),
+        (bool(given("enable_pd_role_switch")), "--enable-pd-role-switch", "layers, cache and agent are made for one "
+         "role"),
+        (given("disaggregation_decode_retraction_backup") == "host_pool",
+         "--disaggregation-decode-retraction-backup host_pool", "it copies rows of a size that SGLang reckons from the "
+         "latent's width, which is not that of sketched rows or of layers that differ"),
+        (bool(given("enable_unified_cache_external_linker")), "--enable-unified-cache-external-linker", "the store "
+         "takes the latent cache for the same on all ranks, and TPLA ranks hold different slices"),
     ]  # fmt: skip
 
 
