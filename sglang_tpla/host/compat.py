@@ -155,3 +155,10 @@ def reads_until_replay_ends() -> Any:
 
     ends = getattr(base_attn_backend, "SharedReadEnds", None)
     return None if ends is None else ends.POST_REPLAY
+
+
+def captures_graphs() -> bool:
+    """Whether SGLang is capturing CUDA graphs in this process, or running what it is about to capture."""
+    from sglang.srt.model_executor.runner_utils.capture_mode import get_is_capture_mode
+
+    return bool(get_is_capture_mode())

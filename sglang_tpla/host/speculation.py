@@ -31,6 +31,9 @@ def unsupported_reasons(args: Any, role: str) -> list[str]:
     too_many = (drafts or 1) > MAX_QUERY_LEN or (steps or 1) >= MAX_QUERY_LEN
     none = steps is not None and steps < 1
     chain = not (too_many or none) and (topk or 1) == 1
+    # 0.5.17 has neither
+    by_block = getattr(args, "speculative_use_block_verification", False)
+    draft_dtype = getattr(args, "speculative_draft_kv_cache_dtype", None) or "auto"
     thresholds = args.speculative_accept_threshold_single, args.speculative_accept_threshold_acc
     cases = [
         (not known, "--speculative-algorithm", args.speculative_algorithm,
@@ -51,6 +54,11 @@ def unsupported_reasons(args: Any, role: str) -> list[str]:
          "the draft is one layer; drop the flag"),
         (args.speculative_use_rejection_sampling, "--speculative-use-rejection-sampling", "on",
          "the first guess's probabilities do not travel from prefill to decode; drop the flag"),
+        (by_block, "--speculative-use-block-verification", "on",
+         "it turns on --speculative-use-rejection-sampling, and the first guess's probabilities do not travel from "
+         "prefill to decode; drop the flag"),
+        (draft_dtype.startswith("fp8"), "--speculative-draft-kv-cache-dtype", draft_dtype,
+         "the draft's rows travel in the model's precision; drop the flag"),
         (bool(args.enable_custom_logit_processor), "--enable-custom-logit-processor", guesses,
          "SGLang applies a processor to no token that it verifies; drop one of them"),
         (args.device == "cpu" and min(thresholds) < 1, "--speculative-accept-threshold-single and -acc", thresholds,

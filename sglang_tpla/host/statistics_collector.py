@@ -49,6 +49,8 @@ class Collector:
 
     def _observer(self, layer: int, name: str, pick: Callable[[Any], torch.Tensor]) -> Callable[..., None]:
         def observe(module: torch.nn.Module, inputs: Any, output: Any) -> None:
+            if compat.captures_graphs():  # of made-up decode steps: sums would enter the graph, and counts would not
+                return
             halves = self._halves[layer]
             halves[name] = pick(output).detach()
             if len(halves) == 2:  # [tokens, d] and [tokens, local heads, qk_nope] of the same tokens

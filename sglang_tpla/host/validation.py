@@ -43,6 +43,8 @@ def check_server_args(original: Callable[..., None], self: Any, *args: Any, **kw
         check_flags(self)
         if settings().role == "decode" and sketched():
             self.kv_cache_dtype = BYTES_CACHE
+        if settings().statistics_folder is not None:
+            self.disable_prefill_cuda_graph = True  # the collector's hooks are Python, which no replay runs
         check_address(self)
         name_server(self.dist_init_addr, self.nnodes)
         check_config(self.model_path, found := local_config(self.model_path))
@@ -62,6 +64,7 @@ def check_flags(args: Any) -> None:
             "launcher sets them"
         )
     sliced = settings().artifact is not None
+    graphs = prompt_graphs(args)
     refusals = [
         (sliced and args.dcp_size > 1, "--dcp-size", "decode context parallelism (DCP) gathers every rank's queries "
          "against one whole latent, and TPLA ranks hold different slices"),
@@ -79,6 +82,9 @@ def check_flags(args: Any) -> None:
         (sliced and compat.uses_deepgemm_bmm(), " and ".join(compat.DEEPGEMM_BMM),
          "it leaves the absorbed weights in FP8 blocks, which the maps cannot be folded into"),
         (sliced and bool(args.enable_lora), "--enable-lora", "adapters on kv_b_proj correct the unfolded weights"),
+        (settings().statistics_folder is not None and graphs not in (None, "disabled"),
+         f"--cuda-graph-backend-prefill {graphs}", "--tpla-statistics-folder adds prompts up in Python, which captured "
+         "graphs do not run"),
         (role == "prefill" and args.kv_cache_dtype.startswith("fp8"), f"--kv-cache-dtype {args.kv_cache_dtype}",
          "prompts stay exact, and a decode server with --tpla-rows sketched gets 8-bit rows from any cache"),
         (role == "decode" and args.kv_cache_dtype.startswith("fp8") and not sketched(),
@@ -108,6 +114,14 @@ def attention_groups_refusal(args: Any) -> tuple[bool, str, str]:
         compat.attention_groups_flag(args),
         "this SGLang release pins memory for its attention groups, which takes a GPU; 0.5.19 and later do not",
     )
+
+
+def prompt_graphs(args: Any) -> str | None:
+    """Return the kind of CUDA graphs that flags ask for prompts, whichever flag says it; None if none does."""
+    config = args.cuda_graph_config or {}  # --cuda-graph-config goes before the flag of its own
+    phases = config if isinstance(config, dict) else config.to_dict()
+    asked = phases.get("prefill", {}).get("backend", args.cuda_graph_backend_prefill)
+    return None if asked is None else str(asked)
 
 
 def unchecked_ways_in(args: Any) -> list[tuple[bool, str, str]]:
@@ -148,6 +162,13 @@ def newer_refusals(args: Any) -> list[tuple[bool, str, str]]:
         (bool(given("enable_page_major_kv_layout")), "--enable-page-major-kv-layout", "the transfer reads one row a "
          "token"),
         (bool(given("enable_unified_memory")), "--enable-unified-memory", "the transfer reads the pool's own rows"),
+        (bool(given("enable_pd_role_switch")), "--enable-pd-role-switch", "layers, cache and agent are made for one "
+         "role"),
+        (given("disaggregation_decode_retraction_backup") == "host_pool",
+         "--disaggregation-decode-retraction-backup host_pool", "it copies rows of a size that SGLang reckons from the "
+         "latent's width, which is not that of sketched rows or of layers that differ"),
+        (bool(given("enable_unified_cache_external_linker")), "--enable-unified-cache-external-linker", "the store "
+         "takes the latent cache for the same on all ranks, and TPLA ranks hold different slices"),
     ]  # fmt: skip
 
 

@@ -90,12 +90,16 @@ def test_the_page_table_is_read_to_the_end_of_the_replay(engine: None) -> None:
         ("disaggregation_enable_kv_checksum", True, "--disaggregation-enable-kv-checksum"),
         ("enable_page_major_kv_layout", True, "--enable-page-major-kv-layout"),
         ("enable_unified_memory", True, "--enable-unified-memory"),
+        ("enable_pd_role_switch", True, "--enable-pd-role-switch"),
+        ("disaggregation_decode_retraction_backup", "host_pool", "--disaggregation-decode-retraction-backup host_pool"),
+        ("enable_unified_cache_external_linker", True, "--enable-unified-cache-external-linker"),
     ],
 )
 def test_what_moves_rows_elsewhere_is_refused(field: str, value: Any, flag: str) -> None:
     from sglang_tpla.host.validation import newer_refusals
 
     args = make_dataclass("Args", [("speculative_algorithm", str, None)])()
+    args.disaggregation_decode_retraction_backup = "cpu_tensor"
     assert not any(bad for bad, _, _ in newer_refusals(args))
     setattr(args, field, value)
     (refused,) = [name for bad, name, _ in newer_refusals(args) if bad]

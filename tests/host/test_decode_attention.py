@@ -137,6 +137,17 @@ def test_replays_refill_the_buffers_that_a_graph_was_captured_with(backend: Any)
     assert all(len(addresses) == 1 for addresses in captured)
 
 
+def test_a_full_step_may_be_padded_beyond_the_pool(backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention groups of four ranks pad six requests to eight, where no graph takes the step."""
+    from sglang_tpla.host.attention import backend as decode_attention
+
+    monkeypatch.setattr(decode_attention, "get_parallel", lambda: SimpleNamespace(attn_tp_size=4))
+    pool = backend.req_to_token_pool, backend.token_to_kv_pool
+    padded = decode_attention.TplaDecodeBackend(runner_of(*pool, torch.float32, WIDTHS))
+    padded.init_forward_metadata_out_graph(batch_of(padded, list(range(REQUESTS)), [5] * REQUESTS, padding=2))
+    assert {kernel.max_batch for kernel in padded._kernels.values()} == {8}
+
+
 def test_prompts_are_refused(backend: Any) -> None:
     from sglang.srt.model_executor.forward_batch_info import ForwardMode
 

@@ -294,6 +294,8 @@ def arguments(**changes: Any) -> Any:
         ({"speculative_adaptive": True}, "one number of guesses"),
         ({"enable_multi_layer_eagle": True}, "one layer"),
         ({"speculative_use_rejection_sampling": True}, "do not travel"),
+        ({"speculative_use_block_verification": True}, "do not travel"),
+        ({"speculative_draft_kv_cache_dtype": "fp8_e4m3"}, "in the model's precision"),
         ({"enable_dp_attention": True}, "--enable-dp-attention with EAGLE cannot be served"),
         ({"attn_dp_size": 2}, "--attn-dp-size with EAGLE cannot be served"),
         ({"disaggregation_decode_enable_radix_cache": True}, "together"),

@@ -18,7 +18,7 @@ from sglang_tpla.host.requests.fields import (
     check_verified,
     checked_host,
 )
-from sglang_tpla.host.requests.samples import PER_PROMPT, give_each_its_room, room_of
+from sglang_tpla.host.requests.samples import MEDIA, PER_PROMPT, give_each_its_room, room_of
 
 LIMITS = Limits(vocab=1000, top_logprobs=128, data_parallel=2, own_host="2.2.2.2", labels=frozenset(["tenant"]))
 
@@ -141,6 +141,40 @@ def test_samples_become_a_batch_with_a_room_each() -> None:
     assert two.rid == ["x_0", "x_1", "y_0", "y_1"]
 
 
+def test_every_sample_has_all_of_its_prompts_images() -> None:
+    media = {"image_data": ["A", "B"], "video_data": "V", "audio_data": [], "modalities": ["image", "image"],
+             "mm_hashes": ["1", "2"]}  # fmt: skip
+    one = raw(sampling_params={"n": 2}, **media)
+    give_each_its_room(one)
+    assert (one.image_data, one.mm_hashes) == ([["A", "B"]] * 2, [["1", "2"]] * 2)  # not an image a sample
+    assert (one.video_data, one.audio_data) == ("V", [])  # one for all, and none
+
+    nested = raw(sampling_params={"n": 3}, image_data=[["A", "B"]])
+    give_each_its_room(nested)
+    assert nested.image_data == [["A", "B"]] * 3
+
+    two = raw(text=["a", "b"], sampling_params={"n": 2}, image_data=["A", ["B", "C"]])
+    give_each_its_room(two)
+    assert two.image_data == ["A", "A", ["B", "C"], ["B", "C"]]
+
+
+def test_samples_of_a_prompt_given_twice_have_both_forms() -> None:
+    """SGLang takes the ids of both, by the sample's place."""
+    one = raw(sampling_params={"n": 2}, input_ids=[1, 2, 3])
+    give_each_its_room(one)
+    assert (one.text, one.input_ids) == (["a"] * 2, [[1, 2, 3]] * 2)
+    two = raw(text=["a", "b"], sampling_params={"n": 2}, input_ids=[[1], [2]])
+    give_each_its_room(two)
+    assert two.input_ids == [[1], [1], [2], [2]]
+
+
+def test_fields_that_a_release_lacks_stay_away() -> None:
+    one = raw(sampling_params={"n": 2}, cache_salt=["s"])
+    del one.kv_hints
+    give_each_its_room(one)
+    assert one.cache_salt == ["s", "s"] and not hasattr(one, "kv_hints")
+
+
 def test_a_room_for_each_sample_is_kept() -> None:
     """Routers give one a sample to some endpoints, and one a prompt to others."""
     one = raw(sampling_params={"n": 2}, bootstrap_room=[5, 6], bootstrap_host=["h", "h"])
@@ -166,6 +200,7 @@ def test_one_prompt_is_left_as_it_is() -> None:
         ({"text": None}, "needs text or input_ids"),
         ({"text": ["a", "b"], "bootstrap_room": [5]}, "one room for each of 2 prompts"),
         ({"text": ["a", "b"], "top_logprobs_num": [1]}, "one entry for each of 2 prompts"),
+        ({"text": ["a", "b"], "sampling_params": {"n": 2}, "image_data": ["A"]}, "one entry for each of 2 prompts"),
         ({"bootstrap_room": "5"}, "whole number or a list"),
         ({"sampling_params": "x"}, "an object"),
     ],
@@ -187,7 +222,7 @@ anything = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=6,
 )
-FIELDS = [*PER_PROMPT, "text", "input_ids", "bootstrap_room", "sampling_params", "token_ids_logprob", "rid"]
+FIELDS = [*PER_PROMPT, *MEDIA, "text", "input_ids", "bootstrap_room", "sampling_params", "token_ids_logprob", "rid"]
 
 
 @settings(deadline=None)

@@ -69,7 +69,8 @@ class TplaDecodeBackend(AttentionBackend):
         self.token_to_kv_pool = runner.token_to_kv_pool
         self._device = torch.device(runner.device, runner.gpu_id)
         self._scale: float = config.scaling
-        self._heads: int = config.num_attention_heads // get_parallel().attn_tp_size
+        ranks = get_parallel().attn_tp_size
+        self._heads: int = config.num_attention_heads // ranks
         self._rope_dim: int = config.qk_rope_head_dim
         self._dtype: torch.dtype = config.dtype
         self._shapes = self._layer_shapes(config)
@@ -78,7 +79,8 @@ class TplaDecodeBackend(AttentionBackend):
         self._table = PageTable.from_req_to_token(slots, torch.zeros(0, dtype=torch.int32, device=self._device))
         self._row_tokens = slots.shape[1]
         self.max_context_len: int = slots.shape[1]
-        self._make_buffers(self.req_to_token_pool.size)
+        # Attention groups pad a step to a multiple of their ranks, which may be more requests than the pool holds.
+        self._make_buffers(-(-self.req_to_token_pool.size // ranks) * ranks)
 
     def shared_read_ends(self, forward_mode: Any) -> Any:
         """Return the end of reads of SGLang's page table: the last layer, because every layer's kernel reads the table.

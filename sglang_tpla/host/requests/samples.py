@@ -11,10 +11,13 @@ from typing import Any
 
 from sglang_tpla.host.requests.fields import LAST_ROOM, MAX_SAMPLES, RequestRefused, is_integer, shown, within
 
-# These fields have one value, or one for each prompt.
+# These fields have one value, or one for each prompt; the last four are those of later releases of SGLang.
 PER_PROMPT = ("return_logprob", "logprob_start_len", "top_logprobs_num", "return_sampling_mask", "return_hidden_states",
               "custom_logit_processor", "extra_key", "lora_path", "bootstrap_host", "bootstrap_port",
-              "bootstrap_pair_key", "decode_tp_size")  # fmt: skip
+              "bootstrap_pair_key", "decode_tp_size", "watermark", "sampling_logprobs_mode", "cache_salt",
+              "kv_hints")  # fmt: skip
+# A list in one of these is all of a single prompt's, or has one entry for each prompt of a batch.
+MEDIA = ("image_data", "video_data", "audio_data", "modalities", "mm_hashes", "mm_content_hashes")
 
 
 def room_of(room: int, sample: int) -> int:
@@ -122,7 +125,8 @@ def give_each_its_room(obj: Any) -> None:
                 setattr(obj, name, value[0])
         return
     for name in PER_PROMPT:
-        setattr(obj, name, spread(getattr(obj, name), prompts, samples, name))
+        if isinstance(value := getattr(obj, name, None), list):
+            setattr(obj, name, spread(value, prompts, samples, name))
     obj.sampling_params = spread(obj.sampling_params, prompts, samples, "sampling_params")
     ids = obj.token_ids_logprob  # a list for all prompts, or a list of lists
     if isinstance(ids, list) and ids and isinstance(ids[0], list):
@@ -132,15 +136,24 @@ def give_each_its_room(obj: Any) -> None:
 
 
 def _expand(obj: Any, prompts: int | None, samples: int) -> None:
-    name = "text" if obj.text is not None else "input_ids"
-    values = getattr(obj, name)
-    values = [values] if prompts is None else values
-    setattr(obj, name, [value for value in values for _ in range(samples)])
+    count = prompts or 1
+    for name in ("text", "input_ids"):  # of both SGLang takes the ids
+        if (value := getattr(obj, name)) is not None:
+            setattr(obj, name, [value] * samples if prompts is None else spread(value, prompts, samples, name))
+    for name in MEDIA:
+        value = getattr(obj, name, None)
+        if not isinstance(value, list) or not value:
+            continue  # one for all, or none
+        if prompts is None:
+            nested = len(value) == 1 and isinstance(value[0], list)  # SGLang takes this form where n is above 1
+            setattr(obj, name, [value[0] if nested else value] * samples)
+        else:
+            setattr(obj, name, spread(value, prompts, samples, name))
     params = obj.sampling_params
     if not isinstance(params, list):
-        params = [params] * (len(values) * samples)
+        params = [params] * (count * samples)
     obj.sampling_params = [{**one, "n": 1} for one in params]
     if isinstance(obj.rid, list):
-        if len(obj.rid) != len(values):
-            raise RequestRefused(f"rid must have one id for each of {len(values)} prompts; got {len(obj.rid)}")
+        if len(obj.rid) != count:
+            raise RequestRefused(f"rid must have one id for each of {count} prompts; got {len(obj.rid)}")
         obj.rid = [f"{rid}_{sample}" for rid in obj.rid for sample in range(samples)]
