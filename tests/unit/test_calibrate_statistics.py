@@ -1,6 +1,7 @@
 """Streamed statistics and the text they come from."""
 
 import itertools
+import os
 from pathlib import Path
 
 import pytest
@@ -93,6 +94,41 @@ def test_corpus_from_files(tmp_path: Path) -> None:
     (tmp_path / "a.txt").unlink()
     with pytest.raises(CorpusError, match="UTF-8"):
         Corpus.from_paths([tmp_path])
+
+
+def test_a_file_named_twice_is_not_held_out_of_its_own_text(tmp_path: Path) -> None:
+    (tmp_path / "part").mkdir()
+    for number in range(12):
+        (tmp_path / "part" / f"{number}.txt").write_text(f"text of number {number}\n" * 20)
+    (tmp_path / "again.txt").symlink_to(tmp_path / "part" / "3.txt")
+    for paths in ([tmp_path, tmp_path / "part"], [tmp_path / "part", tmp_path / "part" / "7.txt"]):
+        corpus = Corpus.from_paths(paths)
+        assert len(corpus.documents) == 12
+        for seed in range(5):
+            calibration, held_out = corpus.split(seed)
+            assert not {document.text for document in calibration} & {document.text for document in held_out}
+
+
+def test_large_files_are_left_out_only_beside_enough_small_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sglang_tpla.measure.corpus._LARGEST_FILE_BYTES", 1000)
+    for number in range(16):
+        (tmp_path / f"{number}.txt").write_text(f"large text {number}\n" * 100)
+    assert len(Corpus.from_paths([tmp_path]).documents) == 16
+    for number in range(16):
+        (tmp_path / f"small{number}.txt").write_text(f"small text {number}\n")
+    assert all("small" in document.name for document in Corpus.from_paths([tmp_path]).documents)
+
+
+def test_names_that_are_not_utf8_are_names(tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    folder.mkdir()
+    for number in range(16):
+        (folder / os.fsdecode(b"\xe9%d" % number)).write_text(f"text {number}\n")
+    corpus = Corpus.from_paths([folder])
+    assert (corpus.name, len(corpus.documents)) == ("caf\\udce9", 16)
+    assert corpus.name.encode()
 
 
 def test_sequences_join_documents_in_order() -> None:
