@@ -8,9 +8,9 @@ beside them, because g > 1 has to beat it.
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from sglang_tpla.cache_rows.shared_columns import shared_choices
 from sglang_tpla.cache_rows.sketched import ROPE_BITS, SKETCH_BITS, SketchedRows
 from sglang_tpla.calibrate.layout_search import LookedAt
-from sglang_tpla.calibrate.sketch_layout import shared_choices
 
 # r as shares of d that are looked at, by the rotary key's bits: the bytes that 8 bits save may go to shared columns
 _SHARES = {16: (0.125, 0.25, 0.375), 8: (0.25, 0.5, 0.75)}
