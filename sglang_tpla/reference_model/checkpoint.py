@@ -111,8 +111,8 @@ class Checkpoint:
         if not stored.is_floating_point():
             # integers count steps of a scale, or hold several values each: taken as they are, they are another model's
             raise CheckpointError(
-                f"{name!r} in {self.path} is stored as {stored.dtype}: expected bfloat16, float16, float32 or DeepSeek's "
-                "block-FP8; take a checkpoint whose weights are not quantised to integers"
+                f"{name!r} in {self.path} is stored as {stored.dtype}: expected bfloat16, float16, float32 or "
+                "DeepSeek's block-FP8; take a checkpoint whose weights are not quantised to integers"
             )
         if shape is not None and tuple(stored.shape) != shape:
             raise CheckpointError(

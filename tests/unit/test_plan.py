@@ -190,7 +190,7 @@ def test_data_parallel_splits_requests_not_a_request() -> None:
 
 
 def test_groups_of_any_number_are_priced_as_calibrate_makes_their_rows() -> None:
-    """Three groups do not divide what 64 shared columns leave of 512, so calibrate takes 56 of them, and six take 80."""
+    """Three groups do not divide what 64 shared columns leave of 512, so calibrate takes 56 of them; six take 80."""
     found = answer(setting("--model", "kimi-k2", "--ranks", "6", "--gpus", "32"), Load(1, 1000))
     rows = {row.method.code: row for row in found.rows}
     for code, groups, shared in (("T3.8", 3, 56), ("T6.8", 6, 80)):
@@ -201,7 +201,9 @@ def test_groups_of_any_number_are_priced_as_calibrate_makes_their_rows() -> None
 
 
 def test_where_every_method_is_impossible_no_weight_is_blamed() -> None:
-    found = answer(setting("--gpu", "a100", "--ranks", "2", "--without", "tp", "dp", "dcp", "--rows", "sketched"), SMALL)
+    found = answer(
+        setting("--gpu", "a100", "--ranks", "2", "--without", "tp", "dp", "dcp", "--rows", "sketched"), SMALL
+    )
     assert {row.refused is None for row in found.rows} == {False}
     assert found.reasons == ("nothing fits: every method is impossible here, for the reason beside it",)
 
