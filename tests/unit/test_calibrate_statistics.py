@@ -4,13 +4,15 @@ import itertools
 import os
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from sglang_tpla.measure.corpus import Corpus, CorpusError, Document, load_tokenizer, sequences
-from sglang_tpla.measure.statistics import LayerMoments, Statistics, StatisticsError
+from sglang_tpla.measure.statistics import LayerMoments, Statistics, StatisticsError, StatisticsMeta, combine
 from sglang_tpla.measure.text import Text as CalibrationText
 from sglang_tpla.measure.text import collect_statistics
 from sglang_tpla.reference_model.forward import PlainModel
@@ -66,6 +68,34 @@ def test_damaged_statistics_are_refused(tmp_path: Path) -> None:
     path.write_bytes(b"\0" * 50)
     with pytest.raises(StatisticsError, match="not a readable"):
         Statistics.load(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("layers.0.latent_sum", (6, 1)),
+        ("layers.0.query_outer", (2,)),
+        ("layers.1.latent_outer", (3, 3)),
+        ("layers.1.query_outer", (2, 4, 3)),
+        ("layers.1.latent_count", (2,)),
+        ("layers.0.query_count", ()),
+    ],
+)
+def test_sums_of_other_sizes_are_named(name: str, shape: tuple[int, ...], tmp_path: Path) -> None:
+    path, meta = tmp_path / "s", StatisticsMeta(1, "toy", "", "", "", "", 0)
+    Statistics(meta, [LayerMoments.zeros(6, 2, 4), LayerMoments.zeros(6, 2, 4)]).save(path)
+    assert len(Statistics.load(path).layers) == 2
+    tensors = load_file(path) | {name: torch.full(shape, -1.0, dtype=torch.float64)}
+    save_file(tensors, path, {"meta": msgspec.json.encode(meta).decode()})
+    with pytest.raises(StatisticsError, match=r"to have the shape .* of layer 0 and counts of at least 0"):
+        Statistics.load(path)
+
+
+def test_ranks_of_servers_that_divide_the_heads_differently_are_refused() -> None:
+    meta = StatisticsMeta(1, "toy", "", "", "", "", 0)
+    parts = [Statistics(meta, [LayerMoments.zeros(6, heads, 4)]) for heads in (2, 4)]
+    with pytest.raises(StatisticsError, match="of 2 and of 4 heads from 0 on cannot be put together"):
+        combine(parts)
 
 
 def test_split_is_disjoint_seeded_and_stable() -> None:
