@@ -183,6 +183,21 @@ def test_sketched_rows_beside_the_paper_s_recipe_and_plain_mla(tmp_path: Path) -
     assert "the paper's recipe" in done.stdout and "512 all" in done.stdout
 
 
+def test_a_corpus_that_calibrates_is_enough_to_evaluate(tmp_path: Path) -> None:
+    """The paper's recipe takes what calibration text there is: flags for fewer tokens are those of held-out text."""
+    (tmp_path / "corpus").mkdir()
+    for number in range(16):
+        words = " ".join(f"word {place * number}" for place in range(150))
+        (tmp_path / "corpus" / f"{number}.txt").write_text(words)
+    done = evaluate(
+        tmp_path / "out",
+        *("--model-path", NANO, "--artifact", ARTIFACT, "--corpus", tmp_path / "corpus", "--tokens", 32, "--quiet"),
+        *("--prompt-tokens", 32, "--continuation-tokens", 32, "--long-tokens", 0),
+    )
+    assert done.returncode == 0, done.stderr
+    assert "the paper's recipe at g = 2" in done.stdout
+
+
 def test_the_paper_s_recipe_takes_a_text_of_few_different_tokens(nano_model: PlainModel) -> None:
     """Rounding leaves less than nothing of directions that no token takes, and no map is complex for that."""
     moments = LayerMoments.zeros(128, 8, 32)
