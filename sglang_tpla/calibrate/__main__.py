@@ -218,6 +218,13 @@ def make(arguments: argparse.Namespace) -> Artifact:
     )
     if plan.held_out_tokens != 0:
         plan.check_report(", or --held-out-tokens 0")
+    learning = LearnPlan(
+        steps=arguments.learn_steps if transform == "learned" else 0,
+        sequences=arguments.learn_sequences,
+        queries=arguments.learn_queries,
+        seed=plan.seed,
+        first_query=plan.prompt_tokens // 2,
+    )
     text = read_text(plan, checkpoint)
     resident = not arguments.one_layer_at_a_time
     model = PlainModel(checkpoint, torch.float32, arguments.device, resident=resident)
@@ -227,19 +234,12 @@ def make(arguments: argparse.Namespace) -> Artifact:
         statistics.save(arguments.save_stats)
     artifact = closed_form() if wanted is None else choose(arguments, wanted, model, statistics, text, rows)
     if transform == "learned" or arguments.refit_values:
-        steps = arguments.learn_steps if transform == "learned" else 0
         artifact = learn_model(
             model,
             artifact,
             statistics,
             text.calibration,
-            LearnPlan(
-                steps=steps,
-                sequences=arguments.learn_sequences,
-                queries=arguments.learn_queries,
-                seed=plan.seed,
-                first_query=plan.prompt_tokens // 2,
-            ),
+            learning,
             arguments.out.parent / f"{arguments.out.name}.work",
             refit=arguments.refit_values,
             show_progress=show,
@@ -293,7 +293,9 @@ def _wanted(arguments: argparse.Namespace, rows: str, spec: ModelSpec) -> Search
     wanted = Search(
         arguments.ranks, arguments.max_kl, lambda width: any_width or backend.has_width(width), heads=spec.heads
     )
-    if rows == "sketched" and arguments.shared_dims is not None:
+    if rows == "plain":
+        list(wanted.looked_at(spec.latent_dim, spec.rope_dim))  # refused before any text is read
+    elif arguments.shared_dims is not None:
         counts = wanted.group_counts()
         held = _sketched_search(arguments).looked_at(spec.latent_dim, spec.rope_dim, counts)
         if not any(groups > 1 for _, groups, _ in held):
