@@ -164,13 +164,15 @@ def make(arguments: argparse.Namespace) -> Artifact:
         raise TransformError(
             f"--max-kl chooses g among the divisors of --ranks, got --groups {arguments.groups} as well: leave one out"
         )
+    if arguments.max_kl is not None:
+        _check_choice(arguments)
     transform, groups = arguments.transform, _GROUPS if arguments.groups is None else arguments.groups
     rows = row_choice(arguments, groups)
     shared_dims = arguments.shared_dims
     if shared_dims is None:
         shared_dims = spec.latent_dim // 4 if transform in ("shared", "learned") and groups > 1 else 0
     check_settings(transform, groups, shared_dims, spec.latent_dim)
-    if rows == "sketched" and arguments.shared_dims is not None:
+    if rows == "sketched" and arguments.shared_dims is not None and arguments.max_kl is None:
         # refused before any text is read
         bits = arguments.sketch_bits or 4, arguments.rope_bits or 16
         sketched_rows(spec.latent_dim, spec.rope_dim, groups, shared_dims, *bits)
@@ -196,7 +198,7 @@ def make(arguments: argparse.Namespace) -> Artifact:
     check_outputs(outputs, {"--from-stats": arguments.from_stats or ()}, arguments.model_path)
     if arguments.from_stats and arguments.save_stats is not None:
         raise TransformError("--save-stats keeps second moments of text; with --from-stats none is read: leave one out")
-    wanted = None if arguments.max_kl is None else _wanted(arguments, rows)
+    wanted = None if arguments.max_kl is None else _wanted(arguments, rows, spec)
     if arguments.from_stats:
         if transform == "learned" or arguments.refit_values:
             raise TransformError(
@@ -216,6 +218,13 @@ def make(arguments: argparse.Namespace) -> Artifact:
     )
     if plan.held_out_tokens != 0:
         plan.check_report(", or --held-out-tokens 0")
+    learning = LearnPlan(
+        steps=arguments.learn_steps if transform == "learned" else 0,
+        sequences=arguments.learn_sequences,
+        queries=arguments.learn_queries,
+        seed=plan.seed,
+        first_query=plan.prompt_tokens // 2,
+    )
     text = read_text(plan, checkpoint)
     resident = not arguments.one_layer_at_a_time
     model = PlainModel(checkpoint, torch.float32, arguments.device, resident=resident)
@@ -225,19 +234,12 @@ def make(arguments: argparse.Namespace) -> Artifact:
         statistics.save(arguments.save_stats)
     artifact = closed_form() if wanted is None else choose(arguments, wanted, model, statistics, text, rows)
     if transform == "learned" or arguments.refit_values:
-        steps = arguments.learn_steps if transform == "learned" else 0
         artifact = learn_model(
             model,
             artifact,
             statistics,
             text.calibration,
-            LearnPlan(
-                steps=steps,
-                sequences=arguments.learn_sequences,
-                queries=arguments.learn_queries,
-                seed=plan.seed,
-                first_query=plan.prompt_tokens // 2,
-            ),
+            learning,
             arguments.out.parent / f"{arguments.out.name}.work",
             refit=arguments.refit_values,
             show_progress=show,
@@ -266,10 +268,46 @@ def row_choice(arguments: argparse.Namespace, groups: int) -> str:
     return str(rows)
 
 
-def _wanted(arguments: argparse.Namespace, rows: str) -> Search:
+def _check_choice(arguments: argparse.Namespace) -> None:
+    """Refuse what the choice of a layout would not follow.
+
+    Raises:
+        TransformError: another transform or key map, or shared columns of plain rows, whose number is chosen.
+    """
+    asked = [
+        f"--transform {arguments.transform}" if arguments.transform not in ("shared", "learned") else "",
+        f"--key-map {arguments.key_map}" if arguments.key_map != "regression" else "",
+    ]
+    if row_choice(arguments, _GROUPS) == "plain" and arguments.shared_dims is not None:
+        asked.append(f"--shared-dims {arguments.shared_dims} in plain rows")
+    if any(asked):
+        raise TransformError(
+            "--max-kl chooses among layouts of --transform shared with --key-map regression, and the shared columns of "
+            f"plain rows, got {' and '.join(filter(None, asked))}: leave that out, or leave out --max-kl"
+        )
+
+
+def _wanted(arguments: argparse.Namespace, rows: str, spec: ModelSpec) -> Search:
     backend = next(entry for entry in BACKENDS if entry.name == arguments.attention_backend)
     any_width = rows == "sketched"  # their widths are no slices' of a backend
-    return Search(arguments.ranks, arguments.max_kl, lambda width: any_width or backend.has_width(width))
+    wanted = Search(
+        arguments.ranks, arguments.max_kl, lambda width: any_width or backend.has_width(width), heads=spec.heads
+    )
+    if rows == "plain":
+        list(wanted.looked_at(spec.latent_dim, spec.rope_dim))  # refused before any text is read
+    elif arguments.shared_dims is not None:
+        counts = wanted.group_counts()
+        held = _sketched_search(arguments).looked_at(spec.latent_dim, spec.rope_dim, counts)
+        if not any(groups > 1 for _, groups, _ in held):
+            bits = arguments.sketch_bits or 4, arguments.rope_bits or 16
+            sketched_rows(spec.latent_dim, spec.rope_dim, counts[0], arguments.shared_dims, *bits)
+    return wanted
+
+
+def _sketched_search(arguments: argparse.Namespace) -> SketchedSearch:
+    bits = SKETCH_BITS if arguments.sketch_bits is None else (arguments.sketch_bits,)
+    keys = ROPE_BITS if arguments.rope_bits is None else (arguments.rope_bits,)
+    return SketchedSearch(bits, keys, arguments.shared_dims)
 
 
 def choose(
@@ -288,10 +326,7 @@ def choose(
 
     spec, prompt_tokens = model.spec, arguments.prompt_tokens
     if rows == "sketched":
-        bits = SKETCH_BITS if arguments.sketch_bits is None else (arguments.sketch_bits,)
-        keys = ROPE_BITS if arguments.rope_bits is None else (arguments.rope_bits,)
-        sketched = SketchedSearch(bits, keys, arguments.shared_dims)
-        looked_at = sketched.looked_at(spec.latent_dim, spec.rope_dim, wanted.group_counts())
+        looked_at = _sketched_search(arguments).looked_at(spec.latent_dim, spec.rope_dim, wanted.group_counts())
         costs, sequences = pipeline.layer_costs(statistics, model.checkpoint), _SKETCHED_CHOICE_SEQUENCES
     else:
         looked_at, sequences = wanted.looked_at(spec.latent_dim, spec.rope_dim), _CHOICE_SEQUENCES
@@ -304,17 +339,22 @@ def choose(
     points = search(model, text.calibration[:sequences], prompt_tokens, wanted.max_kl, looked_at, made, tell)
     bytes_mla = 2 * spec.layers * (spec.latent_dim + spec.rope_dim)
     within = [point for point in points if point.groups > 1 and point.kl <= wanted.max_kl]
+    held_out: list[float] = []
     for point in within:
         artifact = made(point.groups, point.rows)
         # the bound is promised on text that neither the maps nor the choice have seen
-        if not len(text.held_out) or _held_out_kl(artifact, model, text.held_out, prompt_tokens) <= wanted.max_kl:
+        if len(text.held_out):
+            held_out.append(_held_out_kl(artifact, model, text.held_out, prompt_tokens))
+        if not held_out or held_out[-1] <= wanted.max_kl:
             print(table(points, point, bytes_mla))
             return artifact
-    print(table(points, within[0] if within else None, bytes_mla))
-    best = min(points, key=lambda point: point.kl)
+    print(table(points, None, bytes_mla))
+    best = f"{min(point.kl for point in points if point.groups > 1):.3g}"
+    if held_out:
+        best = f"{min(held_out):.3g} on held-out text ({len(held_out)} keep it on the calibration's)"
     raise TransformError(
-        f"no layout over {wanted.ranks} ranks keeps KL within {wanted.max_kl}; the best looked at has "
-        f"{best.kl:.5f}: raise --max-kl, or serve plain MLA"
+        f"no layout over {wanted.ranks} ranks keeps KL within {wanted.max_kl}; the best looked at has {best}: raise "
+        "--max-kl, or serve plain MLA"
     )
 
 

@@ -26,6 +26,7 @@ Rows = PlainRows | SketchedRows
 # What it is called, its groups, and the rows that a layer of it may have, by size, ascending.
 LookedAt = tuple[str, int, Sequence[Rows]]
 _SHARES = (0.0, 0.125, 0.25, 0.375, 0.5, 0.75)  # r as shares of d that are looked at
+_MOST_RANKS = 4096  # the divisors of a slip of the hand would be looked for all day
 MOST_LAYOUTS = 12  # of one number of groups, measured whole
 
 
@@ -73,21 +74,24 @@ class Search:
         ranks: T; g runs over its divisors above 1.
         max_kl: the bound, nats a token.
         has_width: which slice widths the attention backend serves.
+        heads: H, which the head shards T/g of a g divide; 0 looks at every g.
     """
 
     ranks: int
     max_kl: float
     has_width: Callable[[int], bool]
+    heads: int = 0
 
     def __post_init__(self) -> None:
-        if self.ranks < 2 or not 0 < self.max_kl < math.inf:
+        if not 2 <= self.ranks <= _MOST_RANKS or not 0 < self.max_kl < math.inf:
             raise TransformError(
-                f"expected --ranks of at least 2 and a finite --max-kl above 0, got {self.ranks} and {self.max_kl}"
+                f"expected --ranks of at least 2 and at most {_MOST_RANKS}, and a finite --max-kl above 0, got "
+                f"{self.ranks} and {self.max_kl}"
             )
 
     def group_counts(self) -> list[int]:
-        """Return the g to look at: the divisors of the ranks above 1."""
-        return [g for g in range(2, self.ranks + 1) if self.ranks % g == 0]
+        """Return the g to look at: the divisors of the ranks above 1 that a server can serve."""
+        return [g for g in range(2, self.ranks + 1) if self.ranks % g == 0 and self.heads % (self.ranks // g) == 0]
 
     def shared_choices(self, latent_dim: int, groups: int) -> list[int]:
         """Return every r whose slice width the backend serves, ascending; d (an exact layer) is the last."""

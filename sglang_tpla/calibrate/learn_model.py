@@ -75,7 +75,7 @@ def learn_model(
                 _save(file, learned)
             bar.set_postfix_str(f"layer {layer}: {learned.error_before:.2e} -> {learned.error_after:.2e}")
             all_maps.append(learned.maps)
-    name = "learned" if plan.steps else f"{start.meta.transform}+refit"
+    name = "learned" if plan.steps else f"{start.meta.transform}+refit" if refit else start.meta.transform
     meta = msgspec.structs.replace(start.meta, transform=name, error_report=None)
     artifact = build(meta, all_maps)
     shutil.rmtree(folder)

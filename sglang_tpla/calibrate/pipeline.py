@@ -114,6 +114,12 @@ def check_statistics(statistics: Statistics, checkpoint: Checkpoint) -> None:
             f"expected statistics of {spec.layers} layers and {spec.heads} heads, got {len(statistics.layers)} and "
             f"{heads}; give the files of every tensor-parallel rank"
         )
+    sizes = statistics.layers[0].latent_sum.shape[0], statistics.layers[0].query_outer.shape[1]
+    if sizes != (spec.latent_dim, spec.nope_dim):
+        raise StatisticsError(
+            f"expected statistics of latents of {spec.latent_dim} values and queries of {spec.nope_dim}, got "
+            f"{sizes[0]} and {sizes[1]}: the file is damaged; collect them again"
+        )
     if statistics.tokens < spec.latent_dim:
         raise StatisticsError(
             f"expected statistics over at least {spec.latent_dim} tokens, one a latent dimension, got "

@@ -8,9 +8,9 @@ beside them, because g > 1 has to beat it.
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from sglang_tpla.cache_rows.shared_columns import shared_choices
 from sglang_tpla.cache_rows.sketched import ROPE_BITS, SKETCH_BITS, SketchedRows
 from sglang_tpla.calibrate.layout_search import LookedAt
-from sglang_tpla.calibrate.sketch_layout import shared_choices
 
 # r as shares of d that are looked at, by the rotary key's bits: the bytes that 8 bits save may go to shared columns
 _SHARES = {16: (0.125, 0.25, 0.375), 8: (0.25, 0.5, 0.75)}
@@ -23,7 +23,7 @@ class SketchedSearch:
     Args:
         bits: sketch bits that are looked at.
         rope_bits: bits of the rotary key that are looked at, the same in every layer of a layout.
-        shared: the one r that is looked at, or None for a few shares of d.
+        shared: the one r that is looked at, where the format holds it, or None for a few shares of d.
     """
 
     bits: tuple[int, ...] = SKETCH_BITS
@@ -34,13 +34,16 @@ class SketchedSearch:
         """Yield the rows of one group and of every other g, for each of ``rope_bits``."""
         for groups in (1, *group_counts):
             for bits in self.rope_bits:
-                yield f"g = {groups}, key of {bits} bits", groups, self.choices(latent_dim, rope_dim, groups, bits)
+                if choices := self.choices(latent_dim, rope_dim, groups, bits):
+                    yield f"g = {groups}, key of {bits} bits", groups, choices
 
     def choices(self, latent_dim: int, rope_dim: int, groups: int, rope_bits: int) -> list[SketchedRows]:
         """Return rows by size, ascending; of one size, those with most bits, then with most shared columns."""
         found: dict[int, SketchedRows] = {}
         for bits in self.bits:
             held = shared_choices(latent_dim, groups, bits)
+            if groups > 1 and self.shared is not None and self.shared not in held:
+                continue
             for share in _SHARES[rope_bits] if self.shared is None else (self.shared / latent_dim,):
                 shared = min(held, key=lambda choice, share=share: abs(choice - share * latent_dim))  # type: ignore[misc]
                 rows = SketchedRows.of(latent_dim, groups, shared, rope_dim, sketch_bits=bits, rope_bits=rope_bits)

@@ -47,7 +47,8 @@ def check_settings(transform: str, groups: int, shared_dims: int, latent_dim: in
     """Refuse settings before any work.
 
     Raises:
-        TransformError: groups or shared dims out of range, or shared dims of a transform that shares none.
+        TransformError: groups or shared dims out of range, shared dims of a transform that shares none, or a latent
+            for which there is no such transform.
     """
     if not 1 <= groups <= latent_dim:
         raise TransformError(f"expected 1 <= --groups <= {latent_dim}, got {groups}")
@@ -55,6 +56,8 @@ def check_settings(transform: str, groups: int, shared_dims: int, latent_dim: in
         raise TransformError(f"expected 0 <= --shared-dims <= {latent_dim}, got {shared_dims}")
     if shared_dims and transform not in ("shared", "learned"):
         raise TransformError(f"--shared-dims {shared_dims} needs --transform shared, got {transform!r}")
+    if transform == "hadamard":
+        check_hadamard(latent_dim)
 
 
 def layer_maps(
@@ -121,10 +124,14 @@ def score_basis(covariance: torch.Tensor, query_moment: torch.Tensor) -> Basis:
     return Basis(root_inverse @ vectors, vectors.T @ root)
 
 
-def hadamard(size: int, seed: int) -> torch.Tensor:
-    """Make an orthogonal [size, size]: Hadamard's matrix with seeded signs of its rows."""
+def check_hadamard(size: int) -> None:
     if size & (size - 1):
         raise TransformError(f"hadamard needs a latent dimension that is a power of two, got {size}; use pca")
+
+
+def hadamard(size: int, seed: int) -> torch.Tensor:
+    """Make an orthogonal [size, size]: Hadamard's matrix with seeded signs of its rows."""
+    check_hadamard(size)
     signs = torch.randint(0, 2, (size,), generator=torch.Generator().manual_seed(seed)) * 2 - 1
     return signs.double()[:, None] * rotation(size)
 

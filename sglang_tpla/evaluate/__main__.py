@@ -50,7 +50,7 @@ from sglang_tpla.reference_model.sketched_layer import SketchedMaps
 ERRORS = (ArtifactError, CheckpointError, CorpusError, StatisticsError, EndpointError, OutputError, OSError)
 
 POSITIONS = 16
-PAPER_TOKENS = 16384  # of calibration text, for the principal components of the paper's recipe
+PAPER_TOKENS = 16384  # of calibration text, or what there is, for the principal components of the paper's recipe
 
 
 def _at_least(least: int) -> Callable[[str], int]:
@@ -214,8 +214,8 @@ def cache_bytes(meta: ArtifactMeta) -> int:
 
 def _paper(model: PlainModel, plan: TextPlan, groups: int, quiet: bool) -> list[LayerMaps]:
     """Make maps by the paper's recipe, from moments over a little calibration text."""
-    count = -(-PAPER_TOKENS // plan.length)
-    text = read_text(replace(plan, calibration_tokens=count * plan.length, held_out_tokens=0), model.checkpoint)
+    little = replace(plan, calibration_tokens=None, usual_calibration_tokens=PAPER_TOKENS, held_out_tokens=0)
+    text = read_text(little, model.checkpoint)
     return paper_layers(model, collect_statistics(model, text, plan.seed, show_progress=not quiet), groups)
 
 

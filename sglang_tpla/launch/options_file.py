@@ -73,10 +73,18 @@ class _Float(float):
         return self.text
 
 
+def _as_text(node: yaml.Node) -> yaml.Node:
+    """Return the node of a variable, in which true, yes and off are the text that they were, and not True and False."""
+    if not node.tag.endswith(":bool"):
+        return node
+    return yaml.ScalarNode("tag:yaml.org,2002:str", node.value, node.start_mark, node.end_mark)
+
+
 class _Loader(yaml.SafeLoader):
     """YAML in which a key stands once, where the last would win silently.
 
-    A number and a date that become a flag or a variable are the text that they were; inside of JSON a number is one.
+    A number and a date that become a flag or a variable are the text that they were, so is the truth of a variable;
+    inside of JSON a number is one.
     """
 
     yaml_implicit_resolvers = {  # noqa: RUF012 (as in yaml's own classes)
@@ -103,6 +111,9 @@ class _Loader(yaml.SafeLoader):
                     None, None, f"the key {key.value!r} stands twice in one mapping", key.start_mark
                 )
             seen.add(str(key.value))
+        for key, value in node.value:
+            if key.value == "environment" and isinstance(value, yaml.MappingNode):
+                value.value = [(name, _as_text(variable)) for name, variable in value.value]
         return node
 
 

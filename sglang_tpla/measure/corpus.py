@@ -65,7 +65,8 @@ class Corpus:
                 else:
                     inside = sorted(p for p in path.rglob("*") if p.is_file())
                     files += [(p, Path(path.name) / p.relative_to(path)) for p in inside]
-            name = "+".join(Path(p).name or str(p) for p in paths)
+            name = _utf8("+".join(Path(p).name or str(p) for p in paths))
+            files = _once(files)
         documents = list(_read(files))
         if not documents:
             raise CorpusError(f"expected UTF-8 text files in {name}, found none; give other --corpus paths")
@@ -142,16 +143,32 @@ def load_tokenizer(model_path: str | Path) -> Tokenizer:
     return lambda text: list(slow.encode(text, add_special_tokens=False))
 
 
-def _read(files: Sequence[tuple[Path, Path]]) -> Iterator[Document]:
+def _utf8(name: str) -> str:
+    """Return a name of bytes that are not UTF-8 with these bytes written out, so that it can be hashed and stored."""
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
+def _once(files: Sequence[tuple[Path, Path]]) -> list[tuple[Path, Path]]:
+    """Return each file once, under its first name: read twice, it could be in the calibration and held out of it."""
+    found: dict[tuple[int, int], tuple[Path, Path]] = {}
     for path, name in files:
-        if path.stat().st_size > _LARGEST_FILE_BYTES and len(files) >= _FEW_FILES:
-            continue
+        status = path.stat()
+        found.setdefault((status.st_dev, status.st_ino), (path, name))
+    return list(found.values())
+
+
+def _read(files: Sequence[tuple[Path, Path]]) -> Iterator[Document]:
+    small = [(path, name) for path, name in files if path.stat().st_size <= _LARGEST_FILE_BYTES]
+    for path, name in small if len(small) >= _FEW_FILES else files:
+        with path.open("rb") as file:
+            if b"\0" in file.read(_PIECE_CHARS):
+                continue  # weights beside a text may be larger than the memory
         try:
             text = path.read_text(encoding="utf-8")
         except UnicodeDecodeError:
             continue  # a binary file in a folder of text is no error
         if text.strip() and "\0" not in text:
-            yield Document(name.as_posix(), text)
+            yield Document(_utf8(name.as_posix()), text)
 
 
 def _pieces(document: Document) -> Iterator[Document]:

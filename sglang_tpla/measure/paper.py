@@ -30,7 +30,8 @@ def paper_layers(model: PlainModel, statistics: Statistics, groups: int) -> list
             share = (columns * (second @ columns)).sum() / columns.shape[1]
             back = (columns.T * gamma).to(model.device, model.dtype)
             forward = (columns / gamma[:, None]).to(model.device, model.dtype)
-            maps.append((_local_norm(forward, share.item() ** 0.5), back, back))
+            # of directions that the text never takes, rounding may leave less than nothing
+            maps.append((_local_norm(forward, max(share.item(), 0.0) ** 0.5), back, back))
         layers.append(maps)
     return layers
 

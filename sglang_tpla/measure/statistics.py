@@ -15,7 +15,7 @@ and missing heads raise `StatisticsError`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -151,12 +151,28 @@ class Statistics:
         for name, tensor in tensors.items():
             if tensor.dtype != torch.float64 or not bool(torch.isfinite(tensor).all()):
                 raise StatisticsError(f"{path}: expected {name} finite and float64, got {tensor.dtype}")
+        shapes = _shapes(tensors)
+        for name, tensor in tensors.items():
+            expected_shape = shapes[name.rpartition(".")[2]]
+            if tuple(tensor.shape) != expected_shape or (not expected_shape and tensor < 0):
+                raise StatisticsError(
+                    f"{path}: expected {name} to have the shape {expected_shape} of layer 0 and counts of at least 0, "
+                    f"got {tuple(tensor.shape)}; collect the statistics again"
+                )
         layers = []
         for index in range(count):
             sums = (tensors[f"layers.{index}.{name}"] for name in _SUMS)
             counts = (float(tensors[f"layers.{index}.{name}"]) for name in _COUNTS)
             layers.append(LayerMoments(*sums, *counts))
         return cls(meta, layers)
+
+
+def _shapes(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each sum and count, of which layer 0's sizes decide all."""
+    latent = tensors["layers.0.latent_sum"].numel()
+    heads, nope = (*tensors["layers.0.query_outer"].shape, 0, 0)[:2]
+    sums = dict(zip(_SUMS, ((latent,), (latent, latent), (heads, nope, nope)), strict=True))
+    return {**sums, **dict.fromkeys(_COUNTS, ())}
 
 
 def combine(parts: Sequence[Statistics]) -> Statistics:
@@ -181,6 +197,12 @@ def combine(parts: Sequence[Statistics]) -> Statistics:
     by_head: dict[int, Statistics] = {}
     for part in parts:
         if part.meta.first_head in by_head:
+            counts = [len(one.layers[0].query_outer) for one in (by_head[part.meta.first_head], part)]
+            if counts[0] != counts[1]:
+                raise StatisticsError(
+                    f"statistics of {counts[0]} and of {counts[1]} heads from {part.meta.first_head} on cannot be put "
+                    "together; give files of servers with one tensor-parallel size"
+                )
             for ours, theirs in zip(by_head[part.meta.first_head].layers, part.layers, strict=True):
                 ours.merge(theirs)
         else:

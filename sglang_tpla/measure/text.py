@@ -13,6 +13,7 @@ from sglang_tpla.reference_model.config_file import separator, whole
 from sglang_tpla.reference_model.forward import PlainModel
 
 CALIBRATION_TOKENS, HELD_OUT_TOKENS = 131072, 8192
+LARGEST_SEED = 2**32 - 1  # generators take 64 bits, and learning a seed for each layer that is a million times as large
 SKETCHED_CALIBRATION_TOKENS = 65536  # closed-form maps need no more
 
 
@@ -23,7 +24,7 @@ class TextPlan:
     The text must have a given number of tokens; None takes the usual number, or all tokens if there are fewer.
 
     Raises:
-        CorpusError: a count that is not positive.
+        CorpusError: a count that is not positive, or a seed out of range.
     """
 
     corpus: tuple[str, ...] = ()
@@ -35,6 +36,8 @@ class TextPlan:
     usual_calibration_tokens: int = CALIBRATION_TOKENS
 
     def __post_init__(self) -> None:
+        if abs(self.seed) > LARGEST_SEED:
+            raise CorpusError(f"expected --seed to lie between {-LARGEST_SEED} and {LARGEST_SEED}, got {self.seed}")
         for name in ("calibration_tokens", "prompt_tokens", "continuation_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -102,7 +102,8 @@ def row(setting: Setting, method: Method, load: Load) -> Row:
         cache_bytes_per_token_and_rank=work.rows.row_bytes * model.layers / method.cache_ranks,
         weight_bytes_per_rank=weights,
         tokens_that_fit=tokens,
-        fits=refused is None and load.tokens <= tokens,
+        # the busiest rank's tokens: DP attention keeps a request whole on one rank
+        fits=refused is None and work.batch * work.context_tokens <= tokens // method.cache_ranks,
         break_even_tokens=even,
     )
 
@@ -125,16 +126,27 @@ def answer(setting: Setting, load: Load) -> Answer:
 
 
 def _nothing(setting: Setting, rows: Sequence[Row], load: Load) -> str:
-    most = max(rows, key=lambda r: r.tokens_that_fit)
+    able = [r for r in rows if r.refused is None]
+    if not able:
+        return "nothing fits: every method is impossible here, for the reason beside it"
+    most = max(able, key=lambda r: r.tokens_that_fit)
     if not most.tokens_that_fit:
-        least = min((r.weight_bytes_per_rank for r in rows if r.price), default=math.nan)
+        least = min(r.weight_bytes_per_rank for r in able)
         return (
-            f"nothing fits: the weights alone take {least / 1e9:.0f} GB a rank of {setting.gpu.name}'s "
-            f"{setting.gpu.memory_bytes / 1e9:.0f} GB; use FP8 weights or spread them over more GPUs (--gpus)"
+            f"nothing fits: the weights alone take {least / 1e9:.0f} GB a rank, and --memory-fraction "
+            f"{setting.memory_fraction:g} leaves {setting.memory_fraction * setting.gpu.memory_bytes / 1e9:.0f} of "
+            f"{setting.gpu.name}'s {setting.gpu.memory_bytes / 1e9:.0f} GB; use FP8 weights or spread them over more "
+            "GPUs (--gpus)"
         )
-    return (
+    said = (
         f"nothing fits: the load has {load.tokens:,} cached tokens, and the most that fit are "
         f"{most.tokens_that_fit:,} ({most.method.label})"
+    )
+    if most.method.kind != "dp":
+        return said
+    return (
+        f"{said}, {most.tokens_that_fit // most.method.ranks:,} a rank, where the busiest would have "
+        f"{math.ceil(load.batch / most.method.ranks)} whole requests of {load.context_tokens:,}"
     )
 
 

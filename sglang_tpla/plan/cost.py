@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 from sglang_tpla.attention.backends import BackendRefusal, choose
 from sglang_tpla.attention.interface import MAX_QUERY_LEN, DecodeShape
+from sglang_tpla.cache_rows.shared_columns import default_shared
 from sglang_tpla.cache_rows.sketched import SketchedRows
 from sglang_tpla.config import ConfigError, Layout, slice_width
 from sglang_tpla.plan.hardware import Gpu, Link
@@ -26,12 +27,12 @@ from sglang_tpla.plan.model import PlanError, PlanModel
 
 CACHE_DTYPES = ("bf16", "fp8")
 ROWS = ("sketched", "plain")  # TPLA's formats; calibrate makes the first by default
-SKETCHED_SHARED = 64  # r of sketched rows, as calibrate chooses for a latent of 512
 WEIGHT_DTYPES = ("bf16", "fp8")
 WIDTH_STEP = 32
 # our kernel divides wider rows between its warpgroups in another way, at another rate
 WIDE, WIDE_FROM = "hopper_wide", 256
 _BF16_BYTES = 2
+LARGEST_LOAD = 10**12  # requests, or tokens of one: more is a slip of the hand, and no number of a float
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,11 @@ class Load:
                 f"--verified-tokens must lie in 1...{MAX_QUERY_LEN} and --accepted-length between 1 and that, got "
                 f"{self.verified} and {self.accepted:g}"
             )
-        if self.batch < 1 or self.context_tokens < 1:
-            raise PlanError(f"batch and context must be at least 1, got {self.batch} and {self.context_tokens}")
+        if not (1 <= self.batch <= LARGEST_LOAD and 1 <= self.context_tokens <= LARGEST_LOAD):
+            raise PlanError(
+                f"--batch and --context must be at least 1 and at most {LARGEST_LOAD:,}, got {self.batch} and "
+                f"{self.context_tokens}"
+            )
 
     @property
     def tokens(self) -> int:
@@ -230,9 +234,12 @@ def methods(
             f"--shared-dims must lie between 0 and {model.latent_dim - 1} for this model, got {shared_dims}"
         )
     sizes = groups or [g for g in range(2, ranks + 1) if ranks % g == 0]
-    usual = {"sketched": min(SKETCHED_SHARED, quarter), "plain": quarter}
+
+    def usual(g: int, kind: str) -> int:
+        return default_shared(model.latent_dim, g) if kind == "sketched" else quarter
+
     sliced = [
-        Method("tpla", ranks, g, usual[kind] if shared_dims is None else shared_dims, scatter, kind)
+        Method("tpla", ranks, g, usual(g, kind) if shared_dims is None else shared_dims, scatter, kind)
         for kind in rows
         for g in sizes
         for scatter in (False, True)

@@ -3,7 +3,7 @@
 A tensor is loaded only on request, so a 671-billion-parameter checkpoint costs one tensor at a time. DeepSeek ships
 block-FP8: ``X.weight`` in float8_e4m3fn [out, in] beside ``X.weight_scale_inv`` [ceil(out/128), ceil(in/128)] in
 float32; the value is the stored number times its block's scale. A missing or unreadable file, a missing tensor or
-scale, and a model without multi-head latent attention raise `CheckpointError`.
+scale, weights quantised in another way, and a model without multi-head latent attention raise `CheckpointError`.
 """
 
 import json
@@ -108,6 +108,12 @@ class Checkpoint:
             shape: what the config implies, where it does.
         """
         stored = self.stored(name)
+        if not stored.is_floating_point():
+            # integers count steps of a scale, or hold several values each: taken as they are, they are another model's
+            raise CheckpointError(
+                f"{name!r} in {self.path} is stored as {stored.dtype}: expected bfloat16, float16, float32 or "
+                "DeepSeek's block-FP8; take a checkpoint whose weights are not quantised to integers"
+            )
         if shape is not None and tuple(stored.shape) != shape:
             raise CheckpointError(
                 f"expected {name!r} in {self.path} to be {shape}, as its config.json implies, got "

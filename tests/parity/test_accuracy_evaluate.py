@@ -23,6 +23,8 @@ from sglang_tpla.evaluate.report import outputs
 from sglang_tpla.measure.corpus import CorpusError
 from sglang_tpla.measure.decode_error import compare, model_maps
 from sglang_tpla.measure.outputs import check_outputs
+from sglang_tpla.measure.paper import paper_layers
+from sglang_tpla.measure.statistics import LayerMoments, Statistics, StatisticsMeta
 from sglang_tpla.reference_model.forward import PlainModel
 from tests.shipped import ARTIFACT, NANO, SKETCHED_ARTIFACT, run_command
 
@@ -179,6 +181,36 @@ def test_sketched_rows_beside_the_paper_s_recipe_and_plain_mla(tmp_path: Path) -
     assert {row["kind"] for row in found["recall"]} == {"needle", "table", "calls", "many"}
     assert all(row["kept"] <= row["plain"] <= row["questions"] for row in found["recall"])
     assert "the paper's recipe" in done.stdout and "512 all" in done.stdout
+
+
+def test_a_corpus_that_calibrates_is_enough_to_evaluate(tmp_path: Path) -> None:
+    """The paper's recipe takes what calibration text there is: flags for fewer tokens are those of held-out text."""
+    (tmp_path / "corpus").mkdir()
+    for number in range(16):
+        words = " ".join(f"word {place * number}" for place in range(150))
+        (tmp_path / "corpus" / f"{number}.txt").write_text(words)
+    done = evaluate(
+        tmp_path / "out",
+        *("--model-path", NANO, "--artifact", ARTIFACT, "--corpus", tmp_path / "corpus", "--tokens", 32, "--quiet"),
+        *("--prompt-tokens", 32, "--continuation-tokens", 32, "--long-tokens", 0),
+    )
+    assert done.returncode == 0, done.stderr
+    assert "the paper's recipe at g = 2" in done.stdout
+
+
+def test_the_paper_s_recipe_takes_a_text_of_few_different_tokens(nano_model: PlainModel) -> None:
+    """Rounding leaves less than nothing of directions that no token takes, and no map is complex for that."""
+    moments = LayerMoments.zeros(128, 8, 32)
+    gamma = nano_model.layers[0].attention.kv_norm.double()
+    energies = torch.full((128,), -1e-17, dtype=torch.float64)
+    energies[:5] = 1
+    moments.latent_outer, moments.latent_count = torch.diag(energies * gamma**2) * 100, 100.0
+    meta = StatisticsMeta(1, "nano", "", "", "", "", 0)
+    latent = torch.randn(1, 9, 128, generator=torch.Generator().manual_seed(2))
+    for layer in paper_layers(nano_model, Statistics(meta, [moments] * 4), 3):
+        parts = [slicer(latent) for slicer, _, _ in layer]
+        assert all(part.isfinite().all() and not part.is_complex() for part in parts)
+        assert parts[0].abs().max() > 0 and parts[2].abs().max() == 0
 
 
 def test_questions_to_live_servers_are_counted_token_by_token() -> None:

@@ -219,6 +219,26 @@ def test_a_tensor_cut_short_is_named(tail: str, nano_model: PlainModel, tmp_path
         PlainModel(save(tmp_path / "model", nano_model.checkpoint.config, weights, str(NANO)))
 
 
+def test_weights_stored_as_integers_are_refused(nano_model: PlainModel, tmp_path: Path) -> None:
+    """8-bit integers have the shape of their weights, and would pass for weights a hundred times as large."""
+    weights = load_file(NANO / "model.safetensors")
+    name = "model.layers.1.self_attn.kv_b_proj.weight"
+    step = weights[name].float().abs().amax(1, keepdim=True) / 127
+    weights[name], weights[f"{name}_scale"] = (weights[name].float() / step).round().to(torch.int8), step
+    folder = save(tmp_path / "model", nano_model.checkpoint.config, weights, str(NANO))
+    with pytest.raises(CheckpointError, match=f"{name!r} in .* is stored as torch.int8: expected bfloat16"):
+        PlainModel(folder)
+
+
+def test_a_head_of_its_own_is_not_replaced_by_the_embedding(nano_model: PlainModel, tmp_path: Path) -> None:
+    config, weights = nano_model.checkpoint.config, load_file(NANO / "model.safetensors")
+    del weights["lm_head.weight"]
+    with pytest.raises(CheckpointError, match=r"expected a tensor 'lm_head\.weight' in "):
+        PlainModel(save(tmp_path / "lost", config | {"tie_word_embeddings": False}, weights, str(NANO)))
+    tied = PlainModel(save(tmp_path / "tied", config | {"tie_word_embeddings": True}, weights, str(NANO)))
+    assert torch.equal(tied.lm_head, tied.embedding)
+
+
 def test_a_device_computes() -> None:
     with pytest.raises(CheckpointError, match="expected a torch device that computes, got 'meta'"):
         PlainModel(NANO, device="meta")

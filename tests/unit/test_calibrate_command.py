@@ -17,6 +17,7 @@ from tests.shipped import ARTIFACT, NANO, SKETCHED_ARTIFACT, run_command
 SMALL = ["--tokens", "2048", "--held-out-tokens", "128", "--prompt-tokens", "64", "--continuation-tokens", "64"]
 
 
+NO_WIDTH = ("--attention-backend", "flashinfer_fa3")  # it serves 512 alone
 calibrate = partial(run_command, "calibrate")
 
 
@@ -54,6 +55,14 @@ def test_makes_an_artifact_with_provenance_twice_the_same(tmp_path: Path) -> Non
         (["--rows", "plain", "--sketch-bits", "3"], "those of sketched rows"),
         (["--max-kl", "nan", "--ranks", "2"], "a finite --max-kl above 0"),
         (["--max-kl", "0.1", "--ranks", "2", "--groups", "4"], "got --groups 4 as well: leave one out"),
+        (["--max-kl", "9", "--ranks", "2", "--transform", "pca"], "got --transform pca: leave that out"),
+        (["--max-kl", "9", "--ranks", "2", "--rows", "plain", "--key-map", "scalar"], "got --key-map scalar"),
+        (["--max-kl", "9", "--ranks", "2", "--rows", "plain", "--shared-dims", "5"], "--shared-dims 5 in plain rows"),
+        (["--max-kl", "9", "--ranks", "2", "--shared-dims", "33"], "nearest --shared-dims that 2 groups hold"),
+        (["--max-kl", "9", "--ranks", str(10**15)], "--ranks of at least 2 and at most 4096"),
+        (["--seed", str(10**15), "--transform", "learned"], "expected --seed to lie between"),
+        (["--transform", "learned", "--learn-steps", "-1"], "expected steps of learning to be at least 0"),
+        (["--max-kl", "9", "--ranks", "2", "--rows", "plain", *NO_WIDTH], "serves no slice width of a latent of 128"),
         (["--device", "cuda:77"], "a torch device that is here, got 'cuda:77'"),
         (["--out", "/tmp"], "got the folder /tmp"),
         (["--own-bits", "4"], "--own-bits"),
@@ -68,7 +77,17 @@ def test_bad_input_is_one_clear_error(arguments: list[str], says: str, tmp_path:
     assert done.returncode == 2
     assert says in done.stderr
     assert "Traceback" not in done.stderr
+    assert "statistics:" not in done.stderr  # no text was read for nothing
     assert not list(tmp_path.iterdir())
+
+
+def test_maps_that_were_neither_learned_nor_refitted_are_called_what_they_are(tmp_path: Path) -> None:
+    sizes = ("--tokens", 256, "--held-out-tokens", 0, "--prompt-tokens", 64, "--continuation-tokens", 64)
+    asked = ("--model-path", NANO, "--out", tmp_path / "a", "--transform", "learned", "--learn-steps", 0, *sizes)
+    for more, name in (((), "shared"), (("--refit-values",), "shared+refit")):
+        done = calibrate(*asked, *more)
+        assert done.returncode == 0, done.stderr
+        assert Artifact.load(tmp_path / "a").meta.transform == name
 
 
 def test_rows_are_sketched_unless_another_transform_or_format_is_asked_for(tmp_path: Path) -> None:

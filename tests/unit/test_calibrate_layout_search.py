@@ -70,6 +70,20 @@ def test_choices_of_sketched_rows_are_what_the_format_holds_in_order_of_size() -
     assert (only.shared, only.sketch_bits) == (64, 3)
 
 
+def test_shared_columns_that_were_given_are_kept_or_the_layout_is_left_out() -> None:
+    """Blocks of 150 columns are whole bytes at 4 bits alone, and three groups do not divide what 212 leave of 512."""
+    given = SketchedSearch(shared=212)
+    assert [rows.sketch_bits for rows in given.choices(512, 64, 2, 16)] == [4]
+    looked_at = {groups: rows for _, groups, rows in given.looked_at(512, 64, [2, 7])}
+    assert set(looked_at) == {1, 2} and {rows.shared for rows in looked_at[2]} == {212}
+
+
+def test_groups_are_those_that_divide_the_heads() -> None:
+    """Six ranks at g = 2 would have three shards of four heads, which no server starts with."""
+    assert Search(6, 0.1, lambda width: True, heads=4).group_counts() == [3, 6]
+    assert Search(6, 0.1, lambda width: True).group_counts() == [2, 3, 6]
+
+
 def test_command_keeps_the_bound_on_held_out_text(tmp_path: Path) -> None:
     sizes = ("--tokens", 8192, "--held-out-tokens", 1024, "--prompt-tokens", 64, "--continuation-tokens", 64)
     asked = ("--model-path", NANO, "--out", tmp_path / "a", "--max-kl", 0.02, "--ranks", 2, *sizes)

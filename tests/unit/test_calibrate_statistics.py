@@ -1,15 +1,18 @@
 """Streamed statistics and the text they come from."""
 
 import itertools
+import os
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from sglang_tpla.measure.corpus import Corpus, CorpusError, Document, load_tokenizer, sequences
-from sglang_tpla.measure.statistics import LayerMoments, Statistics, StatisticsError
+from sglang_tpla.measure.statistics import LayerMoments, Statistics, StatisticsError, StatisticsMeta, combine
 from sglang_tpla.measure.text import Text as CalibrationText
 from sglang_tpla.measure.text import collect_statistics
 from sglang_tpla.reference_model.forward import PlainModel
@@ -67,6 +70,34 @@ def test_damaged_statistics_are_refused(tmp_path: Path) -> None:
         Statistics.load(path)
 
 
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("layers.0.latent_sum", (6, 1)),
+        ("layers.0.query_outer", (2,)),
+        ("layers.1.latent_outer", (3, 3)),
+        ("layers.1.query_outer", (2, 4, 3)),
+        ("layers.1.latent_count", (2,)),
+        ("layers.0.query_count", ()),
+    ],
+)
+def test_sums_of_other_sizes_are_named(name: str, shape: tuple[int, ...], tmp_path: Path) -> None:
+    path, meta = tmp_path / "s", StatisticsMeta(1, "toy", "", "", "", "", 0)
+    Statistics(meta, [LayerMoments.zeros(6, 2, 4), LayerMoments.zeros(6, 2, 4)]).save(path)
+    assert len(Statistics.load(path).layers) == 2
+    tensors = load_file(path) | {name: torch.full(shape, -1.0, dtype=torch.float64)}
+    save_file(tensors, path, {"meta": msgspec.json.encode(meta).decode()})
+    with pytest.raises(StatisticsError, match=r"to have the shape .* of layer 0 and counts of at least 0"):
+        Statistics.load(path)
+
+
+def test_ranks_of_servers_that_divide_the_heads_differently_are_refused() -> None:
+    meta = StatisticsMeta(1, "toy", "", "", "", "", 0)
+    parts = [Statistics(meta, [LayerMoments.zeros(6, heads, 4)]) for heads in (2, 4)]
+    with pytest.raises(StatisticsError, match="of 2 and of 4 heads from 0 on cannot be put together"):
+        combine(parts)
+
+
 def test_split_is_disjoint_seeded_and_stable() -> None:
     corpus = Corpus.from_paths()
     calibration, held_out = corpus.split(1)
@@ -93,6 +124,41 @@ def test_corpus_from_files(tmp_path: Path) -> None:
     (tmp_path / "a.txt").unlink()
     with pytest.raises(CorpusError, match="UTF-8"):
         Corpus.from_paths([tmp_path])
+
+
+def test_a_file_named_twice_is_not_held_out_of_its_own_text(tmp_path: Path) -> None:
+    (tmp_path / "part").mkdir()
+    for number in range(12):
+        (tmp_path / "part" / f"{number}.txt").write_text(f"text of number {number}\n" * 20)
+    (tmp_path / "again.txt").symlink_to(tmp_path / "part" / "3.txt")
+    for paths in ([tmp_path, tmp_path / "part"], [tmp_path / "part", tmp_path / "part" / "7.txt"]):
+        corpus = Corpus.from_paths(paths)
+        assert len(corpus.documents) == 12
+        for seed in range(5):
+            calibration, held_out = corpus.split(seed)
+            assert not {document.text for document in calibration} & {document.text for document in held_out}
+
+
+def test_large_files_are_left_out_only_beside_enough_small_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sglang_tpla.measure.corpus._LARGEST_FILE_BYTES", 1000)
+    for number in range(16):
+        (tmp_path / f"{number}.txt").write_text(f"large text {number}\n" * 100)
+    assert len(Corpus.from_paths([tmp_path]).documents) == 16
+    for number in range(16):
+        (tmp_path / f"small{number}.txt").write_text(f"small text {number}\n")
+    assert all("small" in document.name for document in Corpus.from_paths([tmp_path]).documents)
+
+
+def test_names_that_are_not_utf8_are_names(tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    folder.mkdir()
+    for number in range(16):
+        (folder / os.fsdecode(b"\xe9%d" % number)).write_text(f"text {number}\n")
+    corpus = Corpus.from_paths([folder])
+    assert (corpus.name, len(corpus.documents)) == ("caf\\udce9", 16)
+    assert corpus.name.encode()
 
 
 def test_sequences_join_documents_in_order() -> None:

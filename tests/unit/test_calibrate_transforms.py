@@ -3,7 +3,15 @@
 import pytest
 import torch
 
-from sglang_tpla.calibrate.transforms import TRANSFORMS, TransformError, deal, hadamard, layer_maps, regression
+from sglang_tpla.calibrate.transforms import (
+    TRANSFORMS,
+    TransformError,
+    check_settings,
+    deal,
+    hadamard,
+    layer_maps,
+    regression,
+)
 from sglang_tpla.measure.statistics import LayerMoments
 
 D, H, N = 16, 3, 6
@@ -111,6 +119,8 @@ def test_hadamard_is_orthogonal_and_follows_its_seed() -> None:
     assert not torch.equal(matrix, hadamard(D, 4))
     with pytest.raises(TransformError, match="power of two"):
         hadamard(12, 0)
+    with pytest.raises(TransformError, match="power of two, got 96"):  # before any statistics are collected
+        check_settings("hadamard", 2, 0, 96)
 
 
 @pytest.mark.parametrize(("groups", "shared"), [(1, 0), (2, 3), (3, 4), (4, 16), (5, 1)])

@@ -335,12 +335,12 @@ def test_what_a_file_may_hold(tmp_path: Path) -> None:
 
 
 def test_numbers_of_a_file_are_passed_on_as_they_were_written(tmp_path: Path) -> None:
-    """YAML takes 0612345 for 202,981, 10:30 for 630 and 1.10 for 1.1; inside of JSON a number is one."""
+    """YAML takes 0612345 for 202,981, 10:30 for 630, 1.10 for 1.1 and off for False; inside of JSON a number is one."""
     file = tmp_path / "c.yaml"
     file.write_text(
         f"model-path: {NANO}\nrevision: 0612345\napi-key: 1.10\ndist-init-addr: 10:30\nport: 03_000\n"
-        "served-model-name: [1_0, 1e3]\njson-model-override-args: {a: 1, b: 0.50}\nenvironment: {A: 007, B: 1.0}\n"
-        "tpla-heartbeat-s: 0.50\ntp-size: 2\n"
+        "served-model-name: [1_0, 1e3]\njson-model-override-args: {a: 1, b: 0.50}\ndisable-radix-cache: &same yes\n"
+        "environment: {A: 007, B: 1.0, C: true, D: off, E: *same}\ntpla-heartbeat-s: 0.50\ntp-size: 2\n"
     )
     (decode,) = planned("--config", str(file), "--role", "decode")
     found = flags(decode)
@@ -349,7 +349,9 @@ def test_numbers_of_a_file_are_passed_on_as_they_were_written(tmp_path: Path) ->
     }  # fmt: skip
     assert found["--served-model-name"] == ["1_0", "1e3"] and found["--tp-size"] == ["2"]
     assert json.loads(found["--json-model-override-args"][0]) == {"a": 1, "b": 0.5}
-    assert {name: decode.environment[name] for name in ("A", "B")} == {"A": "007", "B": "1.0"}
+    assert found["--disable-radix-cache"] == []
+    variables = {"A": "007", "B": "1.0", "C": "true", "D": "off", "E": "yes"}
+    assert {name: decode.environment[name] for name in variables} == variables
     assert float(decode.environment["SGLANG_TPLA_HEARTBEAT_S"] or 0) == 0.5
 
 

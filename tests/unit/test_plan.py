@@ -12,6 +12,9 @@ from sglang_tpla.attention.interface import DecodeShape
 from sglang_tpla.cache_rows.parts import Part
 from sglang_tpla.cache_rows.row_format import RowFormat
 from sglang_tpla.cache_rows.sketched import SketchedRows
+from sglang_tpla.calibrate.rounding_cost import LayerCosts
+from sglang_tpla.calibrate.sketch_layout import usual_rows
+from sglang_tpla.calibrate.transforms import Basis
 from sglang_tpla.plan.__main__ import main, parser, setting_of
 from sglang_tpla.plan.choice import Setting, answer, overall
 from sglang_tpla.plan.cost import Load, Method, Precision, break_even_tokens, methods, price, rank_work
@@ -22,6 +25,8 @@ from sglang_tpla.transfer.memory.pool import CachePool
 V3 = find("deepseek-v3")
 FREE_LINK = Link("free", 0.0, 1e18)
 BF16, FP8 = Precision(), Precision(weights="fp8")
+EYE = torch.eye(512, dtype=torch.float64)
+SMALL = Load(1, 1000)
 # A GPU where only bytes cost: 1 TB/s, no overhead.
 BYTES_ONLY = Gpu(
     "bytes", 1e12, (9, 0), 1e12, 1e15, MappingProxyType({kind: Rate(0.0, 1e12, 1e30) for kind in H200.rates})
@@ -175,6 +180,32 @@ def test_data_parallel_splits_requests_not_a_request() -> None:
     method = Method("dp", 8)
     one, eight = (rank_work(V3, method, Load(batch, 1000), BF16, (9, 0)) for batch in (1, 8))
     assert one.pieces == eight.pieces
+    # on H200s, a rank of the eight has room for 397,224 tokens
+    exact = setting("--weights-dtype", "fp8", "--without", "dcp", "tpla")
+    for load, fits in ((Load(8, 380_000), True), (Load(9, 380_000), False), (Load(1, 380_000), True)):
+        assert [row.fits for row in answer(exact, load).rows if row.method.kind == "dp"] == [fits]
+    none = answer(exact, Load(1, 1_000_000))
+    assert none.recommended is None
+    assert "397,224 a rank, where the busiest would have 1 whole requests of 1,000,000" in none.reasons[0]
+
+
+def test_groups_of_any_number_are_priced_as_calibrate_makes_their_rows() -> None:
+    """Three groups do not divide what 64 shared columns leave of 512, so calibrate takes 56 of them; six take 80."""
+    found = answer(setting("--model", "kimi-k2", "--ranks", "6", "--gpus", "32"), Load(1, 1000))
+    rows = {row.method.code: row for row in found.rows}
+    for code, groups, shared in (("T3.8", 3, 56), ("T6.8", 6, 80)):
+        made = usual_rows([LayerCosts(Basis(EYE, EYE), 0 * EYE, 0 * EYE)], 64, groups, 4, 16)[0]
+        assert rows[code].refused is None and made.shared == rows[code].method.shared_dims == shared
+        assert rows[code].cache_bytes_per_token_and_rank == 61 * made.row_bytes
+    assert (made.shared, made.row_bytes) == (80, 480)
+
+
+def test_where_every_method_is_impossible_no_weight_is_blamed() -> None:
+    found = answer(
+        setting("--gpu", "a100", "--ranks", "2", "--without", "tp", "dp", "dcp", "--rows", "sketched"), SMALL
+    )
+    assert {row.refused is None for row in found.rows} == {False}
+    assert found.reasons == ("nothing fits: every method is impossible here, for the reason beside it",)
 
 
 def test_slices_are_widened_to_what_a_kernel_serves() -> None:
@@ -369,6 +400,8 @@ def test_config_file(tmp_path: Path) -> None:
         ("--shared-dims 512", "between 0 and 511"),
         ("--batch 0", "at least 1"),
         ("--batch many", "invalid int value"),
+        (f"--batch {10**320}", "at most 1,000,000,000,000"),
+        (f"--context 1 {10**400}", "at most 1,000,000,000,000"),
         ("--weights-dtype int4", "must be one of bf16, fp8"),
         ("--cache-dtype int8", "must be one of bf16, fp8"),
         ("--rows plain fp8", "--rows: fp8 asks for FP8 rows, which were retired"),

@@ -3,12 +3,11 @@
 import pytest
 import torch
 
+from sglang_tpla.cache_rows.shared_columns import default_shared, shared_choices
 from sglang_tpla.cache_rows.sketched import SketchedRows, quantise_sketch, sketch_values
 from sglang_tpla.calibrate.rounding_cost import DISTORTION, LayerCosts
 from sglang_tpla.calibrate.sketch_layout import (
     QUIET,
-    default_shared,
-    shared_choices,
     sketch_noise,
     sketched_rows,
     usual_rows,
