@@ -3,9 +3,9 @@
 import contextlib
 import itertools
 import threading
-from collections import defaultdict, deque
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 
@@ -127,16 +127,14 @@ def test_a_request_that_another_thread_aborts_fails_alone(monkeypatch: pytest.Mo
     from sglang.srt.disaggregation.common.conn import KVTransferError
 
     from sglang_tpla.host.disaggregation import kv_sender_receiver
-    from sglang_tpla.host.disaggregation.kv_manager import TplaKVManager
 
     monkeypatch.setattr(kv_sender_receiver, "settings", lambda: SimpleNamespace(role="decode"))
     prefill, decode = rig.prefill_rank(), rig.decode_rank()
-    manager: Any = TplaKVManager.__new__(TplaKVManager)
-    vars(manager).update(
-        agent=decode.agent, rooms_taken=set(), request_status={}, attn_tp_rank=0, _prompt=(0, 0), _lost_peers=deque(),
-        addr_to_rooms_tracker=defaultdict(set), failure_lock=threading.Lock(), failure_records={},
-        prefill_info_table={"server": None}, required_prefill_response_num_table={}, prefill_response_tracker={},
-    )  # fmt: skip
+    manager = MagicMock(agent=decode.agent, rooms_taken=set(), request_status={}, attn_tp_rank=0, failure_records={})
+    manager.prefill_info_table = {"server": None}
+    manager.noted_prompt.return_value = 0
+    manager.update_status.side_effect = manager.request_status.__setitem__
+    manager.record_failure.side_effect = manager.failure_records.__setitem__
     with rig.serving(prefill, decode):
         receiver: Any = kv_sender_receiver.TplaKVReceiver(manager, "server", 1)
         receiver._open([prefill.peer])
