@@ -326,7 +326,8 @@ def running_checksum() -> xxhash.xxh3_64:
 
 
 def sentence(text: str) -> str:
-    """Cut ``text`` to what a `Sentence` field takes."""
+    """Cut ``text`` to what a `Sentence` field takes, and spell out half characters, which a client's words may hold."""
+    text = text.encode("utf-8", "backslashreplace").decode()
     return text if len(text) <= 2048 else text[:2045] + "..."
 
 

@@ -74,6 +74,41 @@ def test_what_was_wrong_is_told_once_and_then_asked_anew() -> None:
     assert lookups.known("here")
 
 
+def test_an_answer_that_nobody_waited_for_is_not_the_next_requests() -> None:
+    """A client left while its server's name was looked up; an hour later that server is there."""
+    answers, answered, now = iter([TransferError("unknown name"), True]), threading.Event(), [0.0]
+
+    def ask(address: str) -> bool:
+        answered.wait(60)
+        answer = next(answers)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    lookups = Lookups(ask, wait_s=0.001, clock=lambda: now[0])
+    assert not lookups.known("here")
+    answered.set()
+    concurrent.futures.wait([lookups._asked["here"]])
+    now[0] = 3600
+    lookups._wait_s = 10
+    assert lookups.known("here")
+    assert not lookups.under_way("here")
+
+
+def test_answers_that_nobody_waits_for_do_not_pile_up() -> None:
+    silent, now = threading.Event(), [0.0]
+    lookups = Lookups(lambda address: silent.wait(60), wait_s=0, clock=lambda: now[0])
+    for number in range(20):
+        lookups.known(f"server-{number}")
+    now[0] = 3600
+    assert not lookups.known("another") and len(lookups._asked) == 21  # these may still be on their way
+    silent.set()
+    concurrent.futures.wait(lookups._asked.values())
+    now[0] = 7200
+    lookups.known("one more")
+    assert list(lookups._asked) in ([], ["one more"])
+
+
 class _Route(BaseHTTPRequestHandler):
     """Answers a right address for tensor-parallel rank 0, none for 1, and nonsense for 2 and 3."""
 

@@ -2,8 +2,10 @@
 
 import contextlib
 import itertools
+import threading
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 
@@ -116,3 +118,36 @@ def sender_of(manager: SimpleNamespace, room: int, pages: int) -> Any:
     made.curr_idx, made.num_kv_indices, made.aux_index = 0, pages, 0
     made._open(0)
     return made
+
+
+@pytest.mark.usefixtures("engine")
+def test_a_request_that_another_thread_aborts_fails_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SGLang asks prefill for a retracted request on a thread, which aborts the receiver where prefill refuses."""
+    from sglang.srt.disaggregation.base.conn import KVPoll
+    from sglang.srt.disaggregation.common.conn import KVTransferError
+
+    from sglang_tpla.host.disaggregation import kv_sender_receiver
+
+    monkeypatch.setattr(kv_sender_receiver, "settings", lambda: SimpleNamespace(role="decode"))
+    prefill, decode = rig.prefill_rank(), rig.decode_rank()
+    manager = MagicMock(agent=decode.agent, rooms_taken=set(), request_status={}, attn_tp_rank=0, failure_records={})
+    manager.prefill_info_table = {"server": None}
+    manager.noted_prompt.return_value = 0
+    manager.update_status.side_effect = manager.request_status.__setitem__
+    manager.record_failure.side_effect = manager.failure_records.__setitem__
+    with rig.serving(prefill, decode):
+        receiver: Any = kv_sender_receiver.TplaKVReceiver(manager, "server", 1)
+        receiver._open([prefill.peer])
+
+        def abort_meanwhile(room: int) -> None:
+            thread = threading.Thread(target=receiver.abort)
+            thread.start()
+            thread.join()
+
+        manager.nap_if_idle = abort_meanwhile
+        receiver.poll()  # the scheduler ends with an exception that leaves it
+        assert receiver.poll() == KVPoll.Failed
+        with pytest.raises(KVTransferError, match="Aborted by AbortReq"):
+            receiver.failure_exception()
+        receiver.clear()
+        assert decode.agent.stats().rooms == 0 and not manager.rooms_taken and not manager.request_status

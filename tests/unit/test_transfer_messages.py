@@ -178,6 +178,21 @@ def test_refused_is_read_in_any_framing_version() -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("no prompt", "no prompt"),
+        ("x" * 3000, "x" * 2045 + "..."),
+        ("a half character \ud800, which JSON has", "a half character \\ud800, which JSON has"),
+        ("\ud800" * 2048, "\\ud800" * 340 + "\\ud80..."),
+    ],
+)
+def test_any_reason_can_be_sent(text: str, said: str) -> None:
+    message = messages.Abort(1, 2, messages.sentence(text))
+    assert message.reason == said
+    assert messages.decode(messages.encode(message), False) == message
+
+
+@pytest.mark.parametrize(
     ("header", "payload", "said"),
     [
         (b"", False, "starts with"),

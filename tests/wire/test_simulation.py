@@ -150,6 +150,32 @@ def test_a_release_that_came_damaged_ends_with_its_connection(monkeypatch: pytes
         simulation._settle()
 
 
+@pytest.mark.parametrize("hosts", HOSTS)
+def test_a_chunk_in_the_making_while_its_connection_breaks_goes_once(hosts: tuple[str | None, ...]) -> None:
+    """A GPU may still compute rows when their rank is back, for which another thread then makes the same chunk."""
+    with begun(bytes([0, HOSTS.index(hosts)])) as simulation:
+        simulation._each(simulation._step, [0])
+        simulation._until(lambda: all(d.agent.poll(0).name == "WAITING" for d in simulation.decodes))
+        for agent in (*simulation.agents, *simulation.prefills):  # who hand over all rows in two steps
+            simulation._step(agent, 0)
+        simulation._post()
+        for _ in range(3):  # requests, wants and credit
+            simulation.deliver_all()
+        prefill = simulation.prefills[0]
+        with prefill.workers.lock:
+            first = prefill.sender.next_work()
+        assert first is not None
+        simulation.cut_all()
+        for _ in range(6):  # until the rank is back, with credit
+            simulation.deliver_all()
+        with prefill.workers.lock:
+            others = list(iter(prefill.sender.next_work, None))
+        for work in (first, *others):
+            work()
+        simulation.finish(0)
+        simulation.rest()
+
+
 @pytest.mark.parametrize("kind", Kind)
 @hypothesis_settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.binary(min_size=100, max_size=600))

@@ -86,12 +86,14 @@ def test_a_prompt_that_prefill_does_not_take_fails_at_once_at_decode(limits: Lim
         rig.wait(lambda: decode.agent.poll(2) is RoomState.WAITING, "one that fits")
 
 
-def test_a_request_that_prefill_refused_is_told_why() -> None:
+@pytest.mark.parametrize(("reason", "said"), [("it is too long", "it is too long"), ("no tool \ud800", "tool \\ud800")])
+def test_a_request_that_prefill_refused_is_told_why(reason: str, said: str) -> None:
+    """Whatever words of its client the reason holds."""
     prefill, decode = rig.prefill_rank(), rig.decode_rank()
     with rig.serving(prefill, decode):
-        prefill.agent.decline(1, "it is too long")
+        prefill.agent.decline(1, reason)
         rig.ask(decode, [prefill.peer], 1, rig.pages(0, 2))
-        rig.fail(1, "it is too long", decode)
+        rig.fail(1, said, decode)
 
 
 def test_a_request_that_came_while_no_prefill_lived_fails_when_one_is_there() -> None:

@@ -4,6 +4,7 @@ They are those of ``sglang/srt/disaggregation/common/conn.py``, with this rank's
 """
 
 import logging
+import threading
 import time
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -207,6 +208,7 @@ class TplaKVReceiver(_Request, CommonKVReceiver):
 
     def __init__(self, mgr: TplaKVManager, bootstrap_addr: str, bootstrap_room: int | None = None) -> None:
         self.bootstrap_infos = None
+        self._scheduler = threading.get_ident()
         self._born, self._prompt_tokens = time.monotonic(), mgr.noted_prompt(bootstrap_room)
         mgr.forget_lost_peers()
         super().__init__(mgr, bootstrap_addr, bootstrap_room)
@@ -286,12 +288,18 @@ class TplaKVReceiver(_Request, CommonKVReceiver):
         self.kv_mgr.addr_to_rooms_tracker.get(self.bootstrap_addr, set()).discard(self.bootstrap_room)
 
     def abort(self) -> None:
-        """Fail the request, because the client gave up, or SGLang did after asking the bootstrap server in vain."""
+        """Fail the request, because the client gave up, or SGLang did after asking the bootstrap server in vain.
+
+        A thread of SGLang's calls this, too: where prefill does not compute a retracted request anew
+        (``_run_prefill_recompute``). The scheduler, which may be about to ask for the room, finds the failure then.
+        """
         not_found = self._not_found()
         reason = not_found or "Aborted by AbortReq."
         if self._owner:
             self.kv_mgr.record_failure(self.bootstrap_room, reason)
             self.kv_mgr.update_status(self.bootstrap_room, KVPoll.Failed)
+        if threading.get_ident() != self._scheduler:
+            return
         if not not_found or self.kv_mgr.request_status.get(self.bootstrap_room) != KVPoll.Failed:
             # `_state` holds back the other reason, which each rank finds at a time of its own
             self.conclude_state = KVPoll.Failed

@@ -26,6 +26,7 @@ ASK_S = 5.0
 MAX_RANKS = 4096
 NOBODY = "nobody listens there"
 REFUSED_TWICE_S = 5.0  # SGLang asks once a second
+FORGOTTEN_S = 10.0  # for so long no request has asked for an answer: those that wanted it have left
 PLACE = ("prefill_dp_rank", "prefill_cp_rank", "target_tp_rank", "target_pp_rank")
 
 logger = logging.getLogger(__name__)
@@ -38,14 +39,21 @@ class Lookups:
     Args:
         ask: may wait; it returns True when all is known, False to be asked again later, or raises for the asker.
         wait_s: how long `known` waits for an answer to a question that it has just asked.
+        clock: seconds that only grow.
     """
 
-    def __init__(self, ask: Callable[[str], bool], wait_s: float = WAIT_S) -> None:
-        self._ask, self._wait_s = ask, wait_s
+    def __init__(
+        self, ask: Callable[[str], bool], wait_s: float = WAIT_S, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._ask, self._wait_s, self._clock = ask, wait_s, clock
         self._asked: dict[str, concurrent.futures.Future[bool]] = {}
+        self._wanted: dict[str, float] = {}  # when each answer was last asked for
 
     def known(self, address: str) -> bool:
         """Return what ``ask`` said of a bootstrap server, or False before it has. One thread calls this."""
+        now = self._clock()
+        self._forget(now)
+        self._wanted[address] = now
         answer, wait_s = self._asked.get(address), 0.0
         if answer is None:
             wait_s = self._wait_s  # once: many addresses that do not answer must not hold up every step
@@ -53,8 +61,14 @@ class Lookups:
             threading.Thread(target=self._run, args=(address, answer), name="tpla-prefill-lookup", daemon=True).start()
         if not concurrent.futures.wait([answer], wait_s).done:
             return False
-        del self._asked[address]
+        del self._asked[address], self._wanted[address]
         return answer.result()
+
+    def _forget(self, now: float) -> None:
+        """Forget the answers whose requests have left: a later request would be given what no longer holds."""
+        for address in [one for one, then in self._wanted.items() if now - then > FORGOTTEN_S]:
+            if self._asked[address].done():
+                del self._asked[address], self._wanted[address]
 
     def under_way(self, address: str) -> bool:
         """Whether a question waits for its answer, or an answer for its asker."""

@@ -72,18 +72,17 @@ class Connections:
     def _dial(self, connection: Connection) -> None:
         if self._workers.closing:
             return
-        dealer = self._io.context.socket(zmq.DEALER)
-        configure(dealer, self._settings, messages.MAX_METADATA_BYTES + messages.MAX_HEADER_BYTES)
-        dealer.setsockopt(zmq.IDENTITY, connection.identity)
-        dealer.setsockopt(zmq.IPV6, int(":" in connection.address[0]))
-        self._security.apply_client(dealer)
-        connection.socket = dealer
-        connection.monitor = dealer.get_monitor_socket(zmq.EVENT_DISCONNECTED)
-        self._io.add(connection.monitor, lambda monitor: self._disconnected(connection, monitor))
-        self._io.add(dealer, lambda _: self.receive(connection))
         try:
+            dealer = connection.socket = self._io.context.socket(zmq.DEALER)
+            configure(dealer, self._settings, messages.MAX_METADATA_BYTES + messages.MAX_HEADER_BYTES)
+            dealer.setsockopt(zmq.IDENTITY, connection.identity)
+            dealer.setsockopt(zmq.IPV6, int(":" in connection.address[0]))
+            self._security.apply_client(dealer)
+            connection.monitor = dealer.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+            self._io.add(connection.monitor, lambda monitor: self._disconnected(connection, monitor))
+            self._io.add(dealer, lambda _: self.receive(connection))
             dealer.connect(endpoint(*connection.address))
-        except zmq.ZMQError as error:
+        except zmq.ZMQError as error:  # an address that cannot be, or too many open files
             self.give_up(connection, f"the {connection.name} cannot be connected to: {error}")
             return
         connection.last_seen = self._io.now()

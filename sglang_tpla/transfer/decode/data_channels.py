@@ -53,8 +53,12 @@ class DataChannels:
             return
         host = str(came.get("Peer-Address"))
         self.end(connection)
-        stream = self._io.tcp_socket(host)
-        set_up(stream, self._patience_s)
+        try:
+            stream = self._io.tcp_socket(host)
+            set_up(stream, self._patience_s)
+        except OSError as full:  # too many open files
+            self._control.give_up(connection, f"no data channel to the {connection.name} can be had: {full}")
+            return
         seal = None if data.key is None else Seal(data.key)
         announce = partial(self._announced, connection)
         reader = connection.reader = ChunkReader(

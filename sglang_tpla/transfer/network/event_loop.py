@@ -14,12 +14,15 @@ from typing import Any
 
 import zmq
 
+MAX_SOCKETS = 65535  # the most that ZMQ allows; a connection takes three, and its default of 1,023 ends at 341
+
 
 class IoLoop:
     """One daemon thread around a poller; the sockets and the time of an agent come from here."""
 
     def __init__(self, name: str) -> None:
         self.context = zmq.Context()
+        self.context.set(zmq.MAX_SOCKETS, MAX_SOCKETS)
         self.now = time.monotonic
         self._posted: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)

@@ -356,6 +356,7 @@ class Lanes:
         lane.take(job.sequence, takers)
         chunk, slot = (int(lane.plan.part), job.sequence), job.slot
         for taker in takers:
+            job.peers[taker] = taker.peer
             taker.unacked[chunk] = None
             if slot.buffer.size:
                 taker.peer.slots_held += 1

@@ -114,9 +114,9 @@ class Sender:
                 job.plan.digests[job.sequence] = digest
             self._workers.counts["projections_computed"] += job.plan.projection.stacks is not None
             for lane, takers in job.deliveries:
-                # a rank whose connection broke meanwhile gets it again when it is back
+                # a rank whose connection broke meanwhile gets the chunk by another job, which its new credit is for
                 chunk = (int(lane.plan.part), job.sequence)
-                takers = [taker for taker in takers if chunk in taker.unacked and not taker.paused]
+                takers = [taker for taker in takers if chunk in taker.unacked and taker.peer is job.peers[taker]]
                 if takers and not lane.room.state.ended:
                     self._send(job, lane, takers, pieces, digest)
             job.slot.pending -= 1

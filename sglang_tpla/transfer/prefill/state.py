@@ -249,6 +249,8 @@ class ChunkJob:
     sequence: int
     slot: Slot  # without memory where the chunk is sent from the pool
     deliveries: list[tuple[Lane, list[Destination]]]
+    # the connection of each rank that the chunk was made for; on a later one the rank gets it by another job
+    peers: dict[Destination, Peer] = field(default_factory=dict)
 
     @property
     def plan(self) -> ChunkPlan:
