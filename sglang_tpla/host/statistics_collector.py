@@ -54,7 +54,8 @@ class Collector:
             halves = self._halves[layer]
             halves[name] = pick(output).detach()
             if len(halves) == 2:  # [tokens, d] and [tokens, local heads, qk_nope] of the same tokens
-                self.statistics.layers[layer].update(halves["latent"], halves["q_nope"])
+                if len(halves["latent"]) > 1:  # a health check is a prompt of one token, and routers send many
+                    self.statistics.layers[layer].update(halves["latent"], halves["q_nope"])
                 halves.clear()
                 if layer == len(self._halves) - 1:
                     self._write_if_due()

@@ -106,10 +106,10 @@ class Engines:
         flags = (*PROMPTS, *self._place(1), *extra)
         self.stock = Server("stock", (*command, *flags), port, self.log / "stock.log", env).start()
 
-    def start_prefill(self, *extra: str) -> None:
-        """Start a prefill server."""
+    def start_prefill(self, *extra: str, prompts: Sequence[str] = PROMPTS) -> None:
+        """Start a prefill server; ``prompts`` says how it computes them."""
         port, self.bootstrap = free_ports(2)
-        flags = ("--disaggregation-bootstrap-port", str(self.bootstrap), *PROMPTS, *self._place(1), *extra)
+        flags = ("--disaggregation-bootstrap-port", str(self.bootstrap), *prompts, *self._place(1), *extra)
         self.prefill = _ours("prefill", "prefill", self.model, port, self.log, *flags).start()
 
     def decode(self, name: str, ranks: int, *args: str) -> None:

@@ -1,4 +1,4 @@
-"""Statistics of a prefill server count what it serves: no captured graph hides prompts or brings made-up tokens."""
+"""Statistics of a prefill server count what it serves: no captured graph hides prompts, and no made-up token counts."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -54,7 +54,7 @@ def test_prompts_run_without_graphs_where_statistics_are_kept(monkeypatch: pytes
 
 
 @pytest.mark.usefixtures("engine")
-def test_tokens_of_a_capture_do_not_count(tmp_path: Path) -> None:
+def test_tokens_of_captures_and_health_checks_do_not_count(tmp_path: Path) -> None:
     from sglang.srt.model_executor.runner_utils.capture_mode import model_capture_mode
 
     from sglang_tpla.host.statistics_collector import Collector
@@ -76,6 +76,7 @@ def test_tokens_of_a_capture_do_not_count(tmp_path: Path) -> None:
     sums = moments.latent_outer.clone()
     with model_capture_mode():
         step(2000)
+    step(1)
     assert (moments.latent_count, moments.query_count) == (4, 4) and torch.equal(moments.latent_outer, sums)
     step(3)
     assert (moments.latent_count, moments.query_count) == (7, 7)
