@@ -43,8 +43,9 @@ def cache_dtype(kv_args: Any, server_args: Any) -> torch.dtype:
         return compat.model_config(server_args).dtype
     if name not in CACHE_DTYPES:
         raise ConfigError(
-            f"a cache of {name} is not transferred: expected the model's dtype; use --kv-cache-dtype auto or "
-            f"{' or '.join(CACHE_DTYPES)}, or --tpla-rows sketched on decode for an 8-bit cache"
+            f"a cache of {name} is not transferred: expected the model's dtype; use --kv-cache-dtype "
+            f"{' or '.join(CACHE_DTYPES)} (auto takes what a quantised checkpoint says), or --tpla-rows sketched on "
+            "decode for an 8-bit cache"
         )
     return CACHE_DTYPES[name]
 
