@@ -64,6 +64,7 @@ class Soak:
         end = time.monotonic() + seconds
         self.workers.resume()
         time.sleep(CALM_S * 2)
+        self.recover()  # every route has been taken, also on a busy machine
         self.rest()  # what the first load made each process hold is the baseline
         queue: list[str] = []
         while time.monotonic() < end:
