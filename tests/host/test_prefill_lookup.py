@@ -88,7 +88,7 @@ def test_an_answer_that_nobody_waited_for_is_not_the_next_requests() -> None:
     lookups = Lookups(ask, wait_s=0.001, clock=lambda: now[0])
     assert not lookups.known("here")
     answered.set()
-    concurrent.futures.wait([lookups._asked["here"]])
+    concurrent.futures.wait([lookups._asked["here"].answer])
     now[0] = 3600
     lookups._wait_s = 10
     assert lookups.known("here")
@@ -103,7 +103,7 @@ def test_answers_that_nobody_waits_for_do_not_pile_up() -> None:
     now[0] = 3600
     assert not lookups.known("another") and len(lookups._asked) == 21  # these may still be on their way
     silent.set()
-    concurrent.futures.wait(lookups._asked.values())
+    concurrent.futures.wait([question.answer for question in lookups._asked.values()])
     now[0] = 7200
     lookups.known("one more")
     assert list(lookups._asked) in ([], ["one more"])

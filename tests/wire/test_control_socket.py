@@ -11,7 +11,6 @@ import zmq
 
 from sglang_tpla.transfer.network.control_socket import configure
 from sglang_tpla.transfer.network.event_loop import IoLoop
-from sglang_tpla.transfer.prefill.peers import MAX_PEERS
 from tests.wire import rig
 from tests.wire.rig import settings
 
@@ -73,33 +72,27 @@ def test_a_silent_network_is_borne_as_long_as_a_silent_peer(timeout_s: float, id
         assert dealer.getsockopt(zmq.HEARTBEAT_IVL) == 0
 
 
+@pytest.mark.parametrize(
+    ("owner", "name", "error", "reason"),
+    [
+        (zmq.Context, "socket", zmq.ZMQError(errno.EMFILE), "cannot be connected to: Too many open files"),
+        (
+            IoLoop,
+            "tcp_socket",
+            OSError(errno.EMFILE, os.strerror(errno.EMFILE)),
+            "can be had: [Errno 24] Too many open",
+        ),
+    ],
+    ids=["control", "data"],
+)
 def test_no_socket_to_be_had_fails_a_request_with_the_reason_and_not_the_next_one(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, owner: type, name: str, error: Exception, reason: str
 ) -> None:
     prefill, decode = rig.prefill_rank(), rig.decode_rank()
     with rig.serving(prefill, decode):
         with monkeypatch.context() as patch:
-            patch.setattr(zmq.Context, "socket", Mock(side_effect=zmq.ZMQError(errno.EMFILE)))
+            patch.setattr(owner, name, Mock(side_effect=error))
             decode.agent.open_room(1, [prefill.peer])
-            rig.fail(1, "cannot be connected to: Too many open files", decode)
-        rig.transfer(prefill, decode, room=2)
-
-
-def test_no_data_channel_to_be_had_fails_a_request_with_the_reason_and_not_the_next_one(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    prefill, decode = rig.prefill_rank(), rig.decode_rank()
-    with rig.serving(prefill, decode):
-        with monkeypatch.context() as patch:
-            full = Mock(side_effect=OSError(errno.EMFILE, os.strerror(errno.EMFILE)))
-            patch.setattr(IoLoop, "tcp_socket", full)
-            decode.agent.open_room(1, [prefill.peer])
-            rig.fail(1, "can be had: [Errno 24] Too many open files", decode)
+            rig.fail(1, reason, decode)
         rig.transfer(prefill, decode, room=2)
     assert decode.agent.stats().internal_errors == 0
-
-
-def test_a_decode_rank_can_connect_to_as_many_prefill_ranks_as_there_may_be() -> None:
-    decode = rig.decode_rank()
-    with rig.serving(decode):
-        assert decode.agent.workers.io.context.get(zmq.MAX_SOCKETS) > 3 * MAX_PEERS

@@ -6,6 +6,7 @@ a machine that lost its power would delay the requests of all other prefill serv
 """
 
 import concurrent.futures
+import dataclasses
 import itertools
 import logging
 import math
@@ -33,6 +34,14 @@ logger = logging.getLogger(__name__)
 Place = tuple[int, int, int, int]  # data-parallel, context, tensor and pipeline rank
 
 
+@dataclasses.dataclass
+class Question:
+    """A question to a bootstrap server, and when its answer was last asked for."""
+
+    answer: concurrent.futures.Future[bool]
+    wanted_at_s: float
+
+
 class Lookups:
     """Questions under way, one for each bootstrap server.
 
@@ -46,29 +55,29 @@ class Lookups:
         self, ask: Callable[[str], bool], wait_s: float = WAIT_S, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._ask, self._wait_s, self._clock = ask, wait_s, clock
-        self._asked: dict[str, concurrent.futures.Future[bool]] = {}
-        self._wanted: dict[str, float] = {}  # when each answer was last asked for
+        self._asked: dict[str, Question] = {}
 
     def known(self, address: str) -> bool:
         """Return what ``ask`` said of a bootstrap server, or False before it has. One thread calls this."""
         now = self._clock()
         self._forget(now)
-        self._wanted[address] = now
-        answer, wait_s = self._asked.get(address), 0.0
-        if answer is None:
+        question, wait_s = self._asked.get(address), 0.0
+        if question is None:
             wait_s = self._wait_s  # once: many addresses that do not answer must not hold up every step
-            answer = self._asked[address] = concurrent.futures.Future()
-            threading.Thread(target=self._run, args=(address, answer), name="tpla-prefill-lookup", daemon=True).start()
-        if not concurrent.futures.wait([answer], wait_s).done:
+            question = self._asked[address] = Question(concurrent.futures.Future(), now)
+            asked = address, question.answer
+            threading.Thread(target=self._run, args=asked, name="tpla-prefill-lookup", daemon=True).start()
+        question.wanted_at_s = now
+        if not concurrent.futures.wait([question.answer], wait_s).done:
             return False
-        del self._asked[address], self._wanted[address]
-        return answer.result()
+        del self._asked[address]
+        return question.answer.result()
 
     def _forget(self, now: float) -> None:
         """Forget the answers whose requests have left: a later request would be given what no longer holds."""
-        for address in [one for one, then in self._wanted.items() if now - then > FORGOTTEN_S]:
-            if self._asked[address].done():
-                del self._asked[address], self._wanted[address]
+        for address, question in list(self._asked.items()):
+            if now - question.wanted_at_s > FORGOTTEN_S and question.answer.done():
+                del self._asked[address]
 
     def under_way(self, address: str) -> bool:
         """Whether a question waits for its answer, or an answer for its asker."""

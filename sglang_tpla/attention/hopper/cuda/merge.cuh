@@ -72,7 +72,7 @@ __device__ __forceinline__ void merge_items(const Params& p, int request, int fi
                                             int consumer) {
     constexpr int kItemsPerRow = LATENT / 8, kBatch = 4;
     const int rows = p.query_len * p.heads, first_row = blockIdx.y * kRows;
-    const int width = min(max(1 << (32 - __clz(end - begin - 1)), 8), kConsumerThreads), step = kConsumerThreads / width;
+    const int width = min(1 << (32 - __clz(max(end - begin - 1, 7))), kConsumerThreads), step = kConsumerThreads / width;
     const int item = consumer % width, offset = consumer / width;
 #pragma unroll 1
     for (int base = begin + item; base - item < end; base += width) {
