@@ -111,7 +111,7 @@ class SketchedVariant:
     @property
     def fixed_bytes(self) -> int:
         """The shared memory behind the ring: barriers, constants, and what warps tell each other about query rows."""
-        bare = 16 * self.stages + 40 + 40 + 24 + 32 + 4 * self.rows * (8 + 8 + 2 + max(self._starts, 1))
+        bare = 16 * self.stages + 40 + 40 + 24 + 32 + 32 + 4 * self.rows * (8 + 8 + 2 + max(self._starts, 1))
         return -(-(bare + (32 if self.row_values else 12 * self.rows + 512)) // 16) * 16
 
     @property

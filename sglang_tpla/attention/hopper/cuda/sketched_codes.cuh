@@ -53,8 +53,12 @@ __device__ __forceinline__ void store_matrices4(u32 address, const u32* r) {
     asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};"
                  ::"r"(address), "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3]) : "memory");
 }
-// The larger of `largest` and the bits of the magnitudes of a pair of 16-bit floating-point numbers.
-__device__ __forceinline__ u32 largest_of(u32 largest, u32 pair) { return max(largest, max(pair & 0x7FFFu, pair >> 16 & 0x7FFFu)); }
+// The larger magnitude of each half of a pair, as bits: those of 16-bit floating-point numbers are in order.
+__device__ __forceinline__ u32 larger_magnitudes(u32 largest, u32 pair) {
+    asm("max.u16x2 %0, %0, %1;" : "+r"(largest) : "r"(pair & 0x7FFF7FFFu));
+    return largest;
+}
+__device__ __forceinline__ u32 largest_of_warp(u32 pair) { return __reduce_max_sync(0xffffffff, max(pair & 0xFFFFu, pair >> 16)); }
 
 // A code becomes float16 by standing in the mantissa of a power of two: with its lowest bit at bit s of a half, the code c of
 // 2^(10 - s) is 2^(10 - s) + c.

@@ -131,12 +131,6 @@ __device__ __forceinline__ void order_query_group(u32 q_smem, int row, int g, fl
     }
 }
 
-// The larger of the halves' magnitudes, in each half.
-__device__ __forceinline__ u32 larger_magnitudes(u32 largest, u32 pair) {
-    asm("max.u16x2 %0, %0, %1;" : "+r"(largest) : "r"(pair & 0x7FFF7FFFu));
-    return largest;
-}
-
 // Loads the segment's query into shared memory, in float16 (its rotary part in bfloat16 where the keys' is), multiplied by a
 // power of two that leaves no value too large; returns that power's inverse. All threads but the producer's call it. `came`: the
 // barrier that says so, or 0. The loops are short on purpose: a block mostly runs them once, and would wait for their instructions.
@@ -155,7 +149,7 @@ __device__ __forceinline__ float load_query(const Params& p, u32 q_smem, int req
         const uint4 x = load_shared4(query_piece(q_smem, item / kPieces, item % kPieces / 4, item % 4));
         pair = larger_magnitudes(larger_magnitudes(larger_magnitudes(larger_magnitudes(pair, x.x), x.y), x.z), x.w);
     }
-    u32 largest = __reduce_max_sync(0xffffffff, max(pair & 0xFFFFu, pair >> 16));
+    u32 largest = largest_of_warp(pair);
     if (consumer % 32 == 0) atomicMax(shared_largest, largest);
     sync_all();                                                  // all has been copied
     largest = *reinterpret_cast<volatile u32*>(shared_largest);

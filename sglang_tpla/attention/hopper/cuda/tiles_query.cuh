@@ -48,7 +48,7 @@ __device__ __forceinline__ float load_query(const Params& p, u32 q_smem, int req
     const auto address = [&](int place) { return q_smem + place / 8 * kQPanelBytes + row * 128 + ((place % 8 ^ row % 8) << 4); };
     if (consumer == 0) *shared_largest = 0;
     sync_consumers();                                                  // no thread reads the memory any more
-    u32 largest = 0;
+    u32 pair = 0;
     const QueryRow mine(p, request, row);
 #pragma unroll 4
     for (int place = consumer / kRows; place < kPlaces; place += kTogether) {           // counted beyond the steps in registers
@@ -57,7 +57,7 @@ __device__ __forceinline__ float load_query(const Params& p, u32 q_smem, int req
         if (!mine.valid || meets_nothing(of_all, column)) x = make_uint4(0, 0, 0, 0);
         if (is_of_sketch(of_all)) x = in_order_of_levels(x);
         store_shared4(address(place), x.x, x.y, x.z, x.w);
-        largest = largest_of(largest_of(largest_of(largest_of(largest, x.x), x.y), x.z), x.w);
+        pair = larger_magnitudes(larger_magnitudes(larger_magnitudes(larger_magnitudes(pair, x.x), x.y), x.z), x.w);
     }
     if constexpr (kScores) {
         // wgmma's left operand: a thread has rows lane / 4 and 8 further on, columns 2 (lane % 4) and the next of both chunks.
@@ -72,11 +72,10 @@ __device__ __forceinline__ float load_query(const Params& p, u32 q_smem, int req
 #pragma unroll
         for (int i = 0; i < 4 * QUERY_STEPS; ++i) {
             if (!rows[i % 2].valid || meets_nothing(i / 2, query_column(i / 2))) q[i] = 0;
-            largest = largest_of(largest, q[i]);
+            pair = larger_magnitudes(pair, q[i]);
         }
     }
-#pragma unroll
-    for (int offset = 16; offset; offset /= 2) largest = max(largest, __shfl_xor_sync(0xffffffff, largest, offset));
+    u32 largest = largest_of_warp(pair);
     if (consumer % 32 == 0) atomicMax(shared_largest, largest);
     sync_consumers();
     largest = *reinterpret_cast<volatile u32*>(shared_largest);
