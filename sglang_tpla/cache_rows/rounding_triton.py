@@ -82,6 +82,7 @@ def write_field(
     at = tl.arange(0, BLOCK)
     x = load_columns(source, weight, FIRST + at, at < COUNT, inverse, NORMED)
     scale = byte_scale(largest_magnitude(x))
+    x = tl.where(at < COUNT, x, scale)  # a quotient of zero takes a division's slow way
     tl.store(target + at, byte_codes(x, scale, at, TURN), mask=at < COUNT)
     if TWICE:
         tl.store(target + COUNT + at, byte_codes(x, scale, at, -TURN), mask=at < COUNT)
@@ -101,42 +102,45 @@ def write_sketch(
     SKIPPED: tl.constexpr,
     BITS: tl.constexpr,
     BLOCK: tl.constexpr,
+    BLOCK_ALL: tl.constexpr,
     NORMED: tl.constexpr,
 ):
     """Write ``COLUMNS`` columns as sketch codes at ``target``, and return their scale.
 
     The ``SKIPPED`` columns from ``SKIP`` on are a row's own ones: they count towards the scale and are not written.
+    ``BLOCK`` holds the columns that are written, ``BLOCK_ALL`` all of them.
     """
     WRITTEN: tl.constexpr = COLUMNS - SKIPPED
-    eight = tl.arange(0, BLOCK // 8)
-    place = tl.arange(0, 8)
-    kept = eight[:, None] * 8 + place[None, :]
+    TOGETHER: tl.constexpr = 8 // BITS if 8 % BITS == 0 else 8  # codes that whole bytes hold
+    BYTES: tl.constexpr = TOGETHER * BITS // 8
+    part = tl.arange(0, BLOCK // TOGETHER)
+    place = tl.arange(0, TOGETHER)
+    kept = part[:, None] * TOGETHER + place[None, :]
     there = kept < WRITTEN
     x = load_columns(source, weight, kept + tl.where(kept >= SKIP, SKIPPED, 0), there, inverse, NORMED)
-    magnitude = tl.abs(x)
-    if SKIPPED:  # of the same shape, so that they are summed together
-        skipped = load_columns(source, weight, SKIP + kept, kept < SKIPPED, inverse, NORMED)
-        magnitude = tl.maximum(magnitude, tl.abs(skipped))
-    largest = tl.max(magnitude)
-    unit = tl.where(largest > 0.0, largest, 1.0)
-    a = tl.div_rn(x, tl.zeros_like(x) + unit)
-    squares = a * a
+    every = x
     if SKIPPED:
-        b = tl.div_rn(skipped, tl.zeros_like(skipped) + unit)
-        squares += b * b
-    rms = largest * tl.sqrt_rn(tl.sum(squares) / COLUMNS)
+        column = tl.arange(0, BLOCK_ALL)
+        every = load_columns(source, weight, column, column < COLUMNS, inverse, NORMED)
+    largest = largest_magnitude(every)
+    # Relative to the largest one's power of two, so that squares neither overflow nor vanish; NaN if that is infinite.
+    exponent = tl.minimum(tl.maximum(253 - (largest.to(tl.int32, bitcast=True) >> 23), 1), 252)
+    factor = tl.where(largest < float("inf"), (exponent << 23).to(tl.float32, bitcast=True), float("nan"))
+    relative = every * factor
+    rms = tl.sqrt_rn(tl.sum(relative * relative) / COLUMNS) * ((254 - exponent) << 23).to(tl.float32, bitcast=True)
     exact = tl.maximum(rms * step, tl.div_rn(largest, reach))
     exact = tl.where(rms == rms, exact, rms)  # a maximum drops NaN
     scale = nearest_bfloat16(exact)
     scale = tl.where(exact == exact, scale, exact)
     divisor = tl.where(scale > 0.0, scale, 1.0)
+    x = tl.where(there, x, divisor)  # as in `write_field`
     below = tl.floor(tl.div_rn(x, tl.zeros_like(x) + divisor))  # a level lies in the middle of its step
     HALF_LEVELS: tl.constexpr = 1 << (BITS - 1)
     code = tl.minimum(tl.maximum(below, -HALF_LEVELS), HALF_LEVELS - 1).to(tl.int32) + HALF_LEVELS
     code = tl.where(there, code, 0)
-    words = tl.sum(code << (place * BITS)[None, :], 1)  # eight codes are BITS bytes
-    for byte in tl.static_range(BITS):
-        position = eight * BITS + byte
+    words = tl.sum(code << (place * BITS)[None, :], 1)
+    for byte in tl.static_range(BYTES):
+        position = part * BYTES + byte
         value = ((words >> (8 * byte)) & 255).to(tl.uint8)
         tl.store(target + position, value, mask=position < WRITTEN * BITS // 8)
     return scale

@@ -14,25 +14,30 @@ from sglang_tpla.cache_rows import sketched as rows_format
 
 HOPPER = (9, 0)  # the first GPU whose kernels begin while the one before still runs
 MOST_LATENT = 1024  # values of a latent that one program holds, and the weights of some columns beside them
-ROWS_WARPS, ROWS_WARPS_OF_FEW = 4, 8  # of the second kernel; of few tokens, which do not fill the GPU
-FEW_TOKENS = 32
+FEW_TOKENS = 32  # do not fill the GPU
 BLOCK_HEADS = 16  # query heads of a token, rotated by one program
 Z_PARTS = 3  # bfloat16 numbers that a float32 weight is cut into; all of its bits
 
 
 class ProjectionTile(NamedTuple):
-    """One program's share of the projection: tokens, columns, parts of the sum over the latent, warps."""
+    """One program's share of the projection: tokens, columns, parts of the sum over the latent, warps.
+
+    ``late``: the next kernel begins after this one's loads, not before them.
+    """
 
     tokens: int
     columns: int
     splits: int
     warps: int
+    late: bool = False
 
 
-def tile_of(tokens: int, latent_dim: int) -> ProjectionTile:
+def tile_of(tokens: int, latent_dim: int, sketch: bool) -> ProjectionTile:
     """Return the tile of the projection; measured on an H200 (benchmarks/results/h200/SKETCHED_NOTES.md)."""
+    if tokens <= 2 and latent_dim <= 512:
+        return ProjectionTile(1, 16, 1, 4)
     if tokens <= 16 and latent_dim <= 512:  # 32 columns of a longer latent are more than registers hold
-        return ProjectionTile(1, 16 if tokens <= 2 else 32, 1, 4)
+        return ProjectionTile(1, 32, 1, 4, late=sketch)
     if tokens <= 8:
         return ProjectionTile(1, 16, 1, 4)
     few = tokens <= 64 or latent_dim > 512  # a program holds all of its tokens' latents
@@ -63,7 +68,7 @@ def launch(new: CacheWrite) -> None:
     if new.z is not None:
         follows = cache.is_cuda and torch.cuda.get_device_capability(cache.device) >= HOPPER
         work = torch.empty(new.tokens, columns, dtype=torch.float32, device=cache.device)
-        tile = tile_of(new.tokens, latent.shape[1])
+        tile = tile_of(new.tokens, latent.shape[1], sizes.own > 0)
         kernels.projection_kernel[(triton.cdiv(new.tokens, tile.tokens), triton.cdiv(columns, tile.columns))](
             latent, weight, z, work, latent_stride, new.tokens, new.eps,
             D=latent.shape[1],
@@ -72,6 +77,7 @@ def launch(new: CacheWrite) -> None:
             Z_PARTS=Z_PARTS,
             OPERAND=triton.language.bfloat16 if cache.is_cuda else triton.language.float32,
             FOLLOWED=follows,
+            LATE=tile.late,
             BLOCK_TOKENS=tile.tokens,
             BLOCK_W=tile.columns,
             SPLITS=tile.splits,
@@ -80,6 +86,9 @@ def launch(new: CacheWrite) -> None:
         )  # fmt: skip
         latent, latent_stride = work, columns
     fields = 3 if sizes.own else 1
+    block_shared, block_own, block_sketch = (
+        triton.next_power_of_2(max(16, field)) for field in (sizes.shared, sizes.own, sizes.sketch_columns)
+    )
     kernels.rows_kernel[(new.tokens, fields + 1 + triton.cdiv(new.heads, BLOCK_HEADS))](
         latent, k_rope, q_rope, weight, cos_sin, positions, slots, cache, cache.view(torch.bfloat16),
         latent_stride, *other_strides, new.eps,
@@ -102,9 +111,10 @@ def launch(new: CacheWrite) -> None:
         BLOCK_COLUMNS=triton.next_power_of_2(columns),
         BLOCK_HEADS=BLOCK_HEADS,
         HALF=triton.next_power_of_2(max(1, sizes.rope_dim // 2)),
-        BLOCK_SHARED=triton.next_power_of_2(max(16, sizes.shared)),
-        BLOCK_OWN=triton.next_power_of_2(max(16, sizes.own)),
-        BLOCK_SKETCH=triton.next_power_of_2(max(16, sizes.sketch_columns)),
-        num_warps=ROWS_WARPS_OF_FEW if new.tokens <= FEW_TOKENS else ROWS_WARPS,
+        BLOCK_SHARED=block_shared,
+        BLOCK_OWN=block_own,
+        BLOCK_SKETCH=block_sketch,
+        # few tokens do not fill the GPU: then a thread has two columns of the longest field
+        num_warps=8 if new.tokens <= FEW_TOKENS and max(block_shared, block_sketch) >= 512 else 4,
         launch_pdl=follows,
     )  # fmt: skip

@@ -56,6 +56,7 @@ def projection_kernel(
     Z_PARTS: tl.constexpr,
     OPERAND: tl.constexpr,  # bfloat16; float32 in the interpreter, which takes bfloat16 for integers there
     FOLLOWED: tl.constexpr,  # whether the next kernel waits for this one's end itself
+    LATE: tl.constexpr,  # whether it begins after this one's loads
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_W: tl.constexpr,
     SPLITS: tl.constexpr,
@@ -65,7 +66,7 @@ def projection_kernel(
 
     The sum over D is split among the warps of a program: one warp's sums would follow each other.
     """
-    if FOLLOWED:
+    if FOLLOWED and not LATE:
         gdc_launch_dependents()
     token = tl.program_id(0) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
     column = tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)
@@ -78,6 +79,8 @@ def projection_kernel(
     scale = tl.load(weight + token[:, None] * 0 + d[None, :], mask=here, other=0.0).to(tl.float32)
     inside = (d < D)[:, None] & (column < COLUMNS)[None, :]
     tile = tl.load(z + d[:, None] * COLUMNS + column[None, :], mask=inside, other=0.0)
+    if FOLLOWED and LATE:
+        gdc_launch_dependents()
     inverse = tl.rsqrt(tl.sum(x * x, 1) / D + eps)
     # a norm is rounded to the model's dtype, as where it is a kernel of its own
     normed = (x * inverse[:, None] * scale).to(latent.dtype.element_ty).to(tl.float32)
@@ -213,7 +216,7 @@ def rows_kernel(
         else:
             scale = write_sketch(
                 row + SKETCH, source + SHARED + OWN, weight + SHARED + OWN, inverse, step, reach, GROUPS * OWN,
-                GROUP * OWN, OWN, BITS, BLOCK_SKETCH, NORMED,
+                GROUP * OWN, OWN, BITS, BLOCK_SKETCH, BLOCK_COLUMNS, NORMED,
             )  # fmt: skip
             tl.store(scales + 2, scale.to(tl.bfloat16))
     elif HEADS:

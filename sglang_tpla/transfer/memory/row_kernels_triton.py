@@ -166,7 +166,7 @@ def encode_kernel(
         if SKETCH:
             scale = write_sketch(
                 target + SKETCH_TO, source + SHARED + OWN, source, 1.0, step, reach, SKETCH, SKIP, SKIPPED, BITS,
-                BLOCK_SKETCH, False,
+                BLOCK_SKETCH, BLOCK_SKETCH, False,
             )  # fmt: skip
             store_scale(target + SKETCH_SCALE, scale, wrong)
     elif KEY_SCALE >= 0:
