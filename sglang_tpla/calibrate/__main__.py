@@ -344,7 +344,8 @@ def choose(
         artifact = made(point.groups, point.rows)
         # the bound is promised on text that neither the maps nor the choice have seen
         if len(text.held_out):
-            held_out.append(_held_out_kl(artifact, model, text.held_out, prompt_tokens))
+            (errors,) = measure(model, text.held_out, [model_maps(artifact, model)], prompt_tokens)
+            held_out.append(errors.mean_kl)
         if not held_out or held_out[-1] <= wanted.max_kl:
             print(table(points, point, bytes_mla))
             return artifact
@@ -356,11 +357,6 @@ def choose(
         f"no layout over {wanted.ranks} ranks keeps KL within {wanted.max_kl}; the best looked at has {best}: raise "
         "--max-kl, or serve plain MLA"
     )
-
-
-def _held_out_kl(artifact: Artifact, model: PlainModel, held_out: torch.Tensor, prompt_tokens: int) -> float:
-    (errors,) = measure(model, held_out, [model_maps(artifact, model)], prompt_tokens)
-    return errors.kl.double().mean().item()
 
 
 def summary(artifact: Artifact) -> str:

@@ -133,7 +133,7 @@ def search(
     """Return every layout that was measured, the cheapest first; ``made`` gives the artifact of groups and rows."""
 
     def kl_of(candidates: Sequence[Sequence[LayerMaps | None]]) -> list[float]:
-        return [errors.kl.double().mean().item() for errors in measure(model, tokens, candidates, prompt_tokens)]
+        return [errors.mean_kl for errors in measure(model, tokens, candidates, prompt_tokens)]
 
     layers = model.spec.layers
     points: list[Point] = []

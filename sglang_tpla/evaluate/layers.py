@@ -84,5 +84,4 @@ def kl_alone(
     candidates: list[list[LayerMaps | None]] = [
         [maps[index] if index == layer else None for index in range(len(maps))] for layer in range(len(maps))
     ]
-    found = measure(model, tokens, candidates, prompt_tokens, progress=progress)
-    return [errors.kl.double().mean().item() for errors in found]
+    return [errors.mean_kl for errors in measure(model, tokens, candidates, prompt_tokens, progress=progress)]

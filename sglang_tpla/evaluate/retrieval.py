@@ -97,9 +97,8 @@ def retrieval(
             (errors,) = measure(model, whole, [list(maps)], prompt)
             kl.append(errors.kl[0])
             same.append(errors.same_top[0].float())
-            tops = answers(model, maps, whole, prompt)
-            right["mla"] += bool((tops[0] == expected).all())
-            right["tpla"] += bool((tops[1] == expected).all())
+            right["mla"] += torch.equal(errors.top_mla[0], expected)
+            right["tpla"] += torch.equal(errors.top_tpla[0], expected)
             progress(1)
         results.append(
             NeedleRow(
@@ -113,14 +112,3 @@ def retrieval(
             )
         )
     return results
-
-
-@torch.inference_mode()
-def answers(
-    model: PlainModel, maps: Sequence[LayerMaps], tokens: torch.Tensor, prompt_tokens: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the most likely next tokens of plain MLA and of TPLA from ``prompt_tokens`` on, each [answer]."""
-    tokens = tokens.to(model.device)
-    exact = model.logits(model.hidden_states(tokens)[0, prompt_tokens:]).argmax(-1)
-    sliced = model.hidden_states(tokens, maps=list(maps), prompt_tokens=prompt_tokens)
-    return exact.cpu(), model.logits(sliced[0, prompt_tokens:]).argmax(-1).cpu()

@@ -19,18 +19,24 @@ class DecodeErrors:
     """Per-token results [sequences, continuation], float32, and the text's protocol.
 
     ``kl`` is KL(MLA || TPLA) in nats; ``nll_*`` is the negative log-likelihood of the true next token (NaN at the last
-    position); ``same_top`` says whether both put the same token first.
+    position); ``top_*`` is the likeliest next token.
     """
 
     prompt_tokens: int
     kl: torch.Tensor
     nll_mla: torch.Tensor
     nll_tpla: torch.Tensor
-    same_top: torch.Tensor
+    top_mla: torch.Tensor
+    top_tpla: torch.Tensor
 
     @property
-    def tokens(self) -> int:
-        return self.kl.numel()
+    def same_top(self) -> torch.Tensor:
+        """Whether both put the same token first."""
+        return self.top_mla == self.top_tpla
+
+    @property
+    def mean_kl(self) -> float:
+        return self.kl.double().mean().item()
 
     def report(self) -> ErrorReport:
         """Return the figures.
@@ -47,10 +53,10 @@ class DecodeErrors:
         mla = self.nll_mla.double().nanmean().exp().item()
         tpla = self.nll_tpla.double().nanmean().exp().item()
         return ErrorReport(
-            tokens=self.tokens,
+            tokens=self.kl.numel(),
             prompt_tokens=self.prompt_tokens,
             continuation_tokens=self.kl.shape[1],
-            kl_mean=flat.mean().item(),
+            kl_mean=self.mean_kl,
             kl_p95=quantile(flat, 0.95),
             kl_p99=quantile(flat, 0.99),
             perplexity_mla=mla,
@@ -112,17 +118,11 @@ def measure(
             found = model.logits(hidden).float().log_softmax(-1)
             rows[index].append(tuple(value.cpu() for value in compare(reference, found, following)))
         progress(part.numel())
-    results = []
-    for parts in rows:
-        kl, nll_mla, nll_tpla, same = (torch.cat(column) for column in zip(*parts, strict=True))
-        results.append(DecodeErrors(prompt_tokens, kl, nll_mla, nll_tpla, same))
-    return results
+    return [DecodeErrors(prompt_tokens, *map(torch.cat, zip(*parts, strict=True))) for parts in rows]
 
 
-def compare(
-    reference: torch.Tensor, found: torch.Tensor, following: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Compute KL, both negative log-likelihoods and top agreement [B, C] of log-probabilities [B, C, vocab].
+def compare(reference: torch.Tensor, found: torch.Tensor, following: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Compute KL, both negative log-likelihoods and both top tokens [B, C] of log-probabilities [B, C, vocab].
 
     ``following`` [B, C-1] holds the true next tokens.
     """
@@ -133,4 +133,4 @@ def compare(
         picked = -logprobs[:, :-1].gather(-1, following[..., None])[..., 0]
         return torch.cat([picked, nan], 1)
 
-    return kl, nll(reference), nll(found), reference.argmax(-1) == found.argmax(-1)
+    return kl, nll(reference), nll(found), reference.argmax(-1), found.argmax(-1)

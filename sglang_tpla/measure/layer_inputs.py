@@ -79,7 +79,7 @@ def walk(model: PlainModel, tokens: torch.Tensor) -> Iterator[tuple[int, Attenti
         yield index, AttentionInputs(**columns)
         with torch.no_grad():
             for place, inputs in enumerate(seen):
-                out = model.layers[index].attention(inputs, None, 0)
+                out = model.layers[index].attention(inputs)
                 hidden[place] = model.finish_layer(index, hidden[place], out)
 
 

@@ -1,9 +1,9 @@
 """Plain PyTorch forward of DeepSeek V2/V3 and Kimi K2 shaped models, exact or with TPLA decoding.
 
 This reference for calibration and evaluation takes whole sequences, without cache or kernels, and computes every step
-as SGLang's ``srt/models/deepseek_v2.py`` and transformers' ``DeepseekV3ForCausalLM`` do. With maps, tokens before
-``prompt_tokens`` attend exactly, as plain MLA prefilled them, and every later token attends through the slices, over
-all tokens before it (docs/design.md, section 2):
+as SGLang's ``srt/models/deepseek_v2.py`` and transformers' ``DeepseekV3ForCausalLM`` do. A prompt attends exactly, as
+plain MLA prefills it. With maps, every token behind it attends through the slices, over all tokens before it
+(docs/design.md, section 2):
 
     p_i = softmax(scale (q_nope W_UK A_i^T z_i^T + q_rope k_rope^T)),   o = sum_i (p_i z_i) B_i W_UV W_O
 
@@ -50,18 +50,6 @@ class AttentionInputs:
     q_nope: torch.Tensor
     q_rope: torch.Tensor
     k_rope: torch.Tensor
-
-    def first(self, tokens: int) -> AttentionInputs:
-        """Return the first ``tokens`` tokens, with those queries of theirs that are present."""
-        kept = tokens - (self.latent.shape[1] - self.q_nope.shape[2])
-        return AttentionInputs(
-            self.latent[:, :tokens], self.q_nope[:, :, :kept], self.q_rope[:, :, :kept], self.k_rope[:, :tokens]
-        )
-
-    def last_queries(self, queries: int) -> AttentionInputs:
-        """Return all tokens, with only the last ``queries`` queries."""
-        skipped = self.q_nope.shape[2] - queries
-        return AttentionInputs(self.latent, self.q_nope[:, :, skipped:], self.q_rope[:, :, skipped:], self.k_rope)
 
     def after(self, past: LayerCache) -> AttentionInputs:
         """Return the same queries with earlier tokens' latents in front."""
@@ -173,18 +161,11 @@ class Attention:
             parts.append(self.heads_out(inputs, z @ a_map, z @ b_map))
         return reduce(torch.add, parts)
 
-    def __call__(self, inputs: AttentionInputs, maps: LayerMaps | None, prompt_tokens: int) -> torch.Tensor:
-        """Attend exactly before ``prompt_tokens`` and through ``maps``, if any, after them; return [B, Q, hidden]."""
-        tokens, queries = inputs.latent.shape[1], inputs.q_nope.shape[2]
-        if maps is None or prompt_tokens >= tokens:
+    def __call__(self, inputs: AttentionInputs, maps: LayerMaps | None = None) -> torch.Tensor:
+        """Attend through ``maps``, or exactly without them, and return [B, Q, hidden]."""
+        if maps is None:
             return self.project(self.heads_out(inputs, inputs.latent, inputs.latent))
-        exact_queries = max(prompt_tokens - (tokens - queries), 0)
-        decoded = self.tpla_heads_out(inputs.last_queries(queries - exact_queries), maps)
-        if exact_queries == 0:
-            return self.project(decoded)
-        prompt = inputs.first(prompt_tokens)
-        exact = self.heads_out(prompt, prompt.latent, prompt.latent)
-        return self.project(torch.cat([exact, decoded], 2))
+        return self.project(self.tpla_heads_out(inputs, maps))
 
 
 def causal_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
@@ -309,7 +290,6 @@ class PlainModel:
         tokens: torch.Tensor,
         *,
         maps: Sequence[LayerMaps | None] | None = None,
-        prompt_tokens: int = 0,
         past: Sequence[LayerCache] | None = None,
         observer: Observer | None = None,
     ) -> torch.Tensor:
@@ -318,7 +298,6 @@ class PlainModel:
         Args:
             tokens: token ids.
             maps: per layer, maps of every group, or None for an exact layer.
-            prompt_tokens: tokens from the start whose attention is exact although ``maps`` are given.
             past: per layer, the exact cache of earlier tokens.
             observer: called with (layer, attention inputs, attention output [B, Q, hidden]).
         """
@@ -330,7 +309,7 @@ class PlainModel:
             inputs = self.attention_inputs(index, hidden, first_position)
             if past is not None:
                 inputs = inputs.after(past[index])
-            out = layer.attention(inputs, maps[index] if maps is not None else None, prompt_tokens)
+            out = layer.attention(inputs, maps[index] if maps is not None else None)
             if observer is not None:
                 observer(index, inputs, out)
             hidden = self.finish_layer(index, hidden, out)
@@ -354,8 +333,12 @@ class PlainModel:
     def forward(
         self, tokens: torch.Tensor, *, maps: Sequence[LayerMaps | None] | None = None, prompt_tokens: int = 0
     ) -> torch.Tensor:
-        """Compute logits [B, S, vocab] of tokens [B, S]; the arguments are those of ``hidden_states``."""
-        return self.logits(self.hidden_states(tokens, maps=maps, prompt_tokens=prompt_tokens))
+        """Compute logits [B, S, vocab] of tokens [B, S], of an exact prompt and, through ``maps``, what follows it."""
+        if maps is None or prompt_tokens == 0:
+            return self.logits(self.hidden_states(tokens, maps=maps))
+        prompt, cache = self.prefill(tokens[:, :prompt_tokens])
+        decoded = self.hidden_states(tokens[:, prompt_tokens:], maps=maps, past=cache)
+        return self.logits(torch.cat([prompt, decoded], 1))
 
 
 def absorbed_weights(

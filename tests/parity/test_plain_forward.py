@@ -164,10 +164,6 @@ def test_teacher_forced_tpla_equals_token_by_token(groups: int, tmp_path: Path) 
     plain = model.forward(tokens[None])[0]
     torch.testing.assert_close(found[:9], plain[:9], atol=1e-4, rtol=1e-4)
     assert (found[9:] - plain[9:]).abs().max() > 0.1
-    # the same from a cache of the prompt
-    _, cache = model.prefill(tokens[None, :9])
-    continued = model.logits(model.hidden_states(tokens[None, 9:], maps=maps, past=cache))[0]
-    torch.testing.assert_close(continued, found[9:], atol=1e-4, rtol=1e-4)
 
 
 def test_block_fp8_is_dequantised() -> None:

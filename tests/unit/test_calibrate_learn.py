@@ -70,8 +70,8 @@ def test_sampled_output_error_equals_the_model_s_own_attention(last: LastLayer) 
     found = output_error(last.attention, batch, last.maps)
     # the same from the forward's own attention over the whole sequence
     inputs = AttentionInputs(*(values[5:6] for values in vars(last.inputs).values()))
-    exact = last.attention(inputs, None, 0)[0, positions[0]]
-    sliced = last.attention(inputs, last.maps, 0)[0, positions[0]]
+    exact = last.attention(inputs)[0, positions[0]]
+    sliced = last.attention(inputs, last.maps)[0, positions[0]]
     expected = (sliced - exact).pow(2).sum() / exact.pow(2).sum()
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-8)
 
