@@ -227,17 +227,9 @@ def _why_not_sliced(sliced: Row, chosen: Row, setting: Setting) -> str:
 
 def overall(answers: Sequence[Answer]) -> Method | None:
     """Return the method that is, on average over several loads, least behind each load's recommended one."""
-    able = [a for a in answers if a.recommended is not None]
-    if not able:
-        return None
-    wanted = {a.recommended for a in able}
+    able = [(a.recommended, {r.method: r.layer_s for r in a.rows}) for a in answers if a.recommended is not None]
 
     def behind(method: Method) -> float:
-        total = 0.0
-        for a in able:
-            times = {r.method: r.layer_s for r in a.rows}
-            assert a.recommended is not None
-            total += times[method] / times[a.recommended]
-        return total
+        return sum(times[method] / times[best] for best, times in able)
 
-    return min((m for m in wanted if m is not None), key=behind)
+    return min({best for best, _ in able}, key=behind, default=None)

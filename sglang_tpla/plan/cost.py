@@ -291,10 +291,8 @@ def _unread(rows: str, model: PlanModel, heads: int, capability: tuple[int, int]
 def rank_work(
     model: PlanModel, method: Method, load: Load, precision: Precision, capability: tuple[int, int]
 ) -> RankWork:
-    """Return the work of one layer of one decode step on the busiest rank.
-
-    Raises:
-        ConfigError: heads or a latent that cannot be divided so. BackendRefusal: no kernel for the rows on this GPU.
+    """Return the work of one layer of one decode step on the busiest rank; errors are those of `Layout` and
+    `served_rows`.
     """
     ranks, groups = method.ranks, method.groups
     heads = model.heads if method.kind == "dp" else Layout(ranks, groups, model.heads).local_heads
