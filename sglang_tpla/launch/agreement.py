@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from urllib.parse import urlsplit
 
 from sglang_tpla.config import ConfigError, Settings, is_host, without_brackets
-from sglang_tpla.launch.flags import Argument, has, integer, value_of
+from sglang_tpla.launch.flags import Argument, has, integer, last, value_of
 
 # Both servers read the prompt and both sample, so these flags must have one value.
 ALIKE = (
@@ -70,12 +70,8 @@ def check_alike(prefill: Sequence[Argument], decode: Sequence[Argument]) -> None
 
 def given(arguments: Sequence[Argument], name: str) -> str | None:
     """Return a flag's values as they were written, or None."""
-    found = None
-    for argument in arguments:
-        if argument.name == name:
-            head, *rest = argument.tokens
-            found = " ".join([head.split("=", 1)[1], *rest] if "=" in head else rest) or "the bare flag"
-    return found
+    found = last(arguments, name)
+    return None if found is None else " ".join(found.values) or "the bare flag"
 
 
 def check_settings_alike(prefill: Settings, decode: Settings) -> None:
@@ -154,8 +150,7 @@ def check_router_server(argument: Argument) -> None:
 
     With a wrong port every request is refused, and the router drops what stands behind it.
     """
-    head, *rest = argument.tokens
-    url, *more = head.split("=", 1)[1:] + rest or [""]
+    url, *more = argument.values or [""]
     check_server_url(argument.name, url)
     if len(more) > (argument.name == "prefill"):
         form = "URL [BOOTSTRAP_PORT]" if argument.name == "prefill" else "URL"

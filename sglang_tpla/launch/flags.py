@@ -40,12 +40,15 @@ class Argument:
     tokens: tuple[str, ...]
 
     @property
+    def values(self) -> list[str]:
+        """The flag's values as they were written; none of a bare flag."""
+        flag, *values = self.tokens
+        return [*flag.split("=", 1)[1:], *values]
+
+    @property
     def value(self) -> str | None:
         """The flag's only value, or None for a bare flag."""
-        first = self.tokens[0]
-        if "=" in first:
-            return first.split("=", 1)[1]
-        return self.tokens[1] if len(self.tokens) > 1 else None
+        return next(iter(self.values), None)
 
 
 def canonical(flag: str) -> str:
@@ -139,16 +142,19 @@ def layered(*layers: Sequence[Argument]) -> list[Argument]:
     return result
 
 
+def last(arguments: Sequence[Argument], name: str) -> Argument | None:
+    """Return the last of a flag's arguments, which counts, or None."""
+    return next((argument for argument in reversed(arguments) if argument.name == name), None)
+
+
 def value_of(arguments: Sequence[Argument], name: str) -> str | None:
-    """Return the last value given to a flag, or None."""
-    for argument in reversed(arguments):
-        if argument.name == name:
-            return argument.value
-    return None
+    """Return the value of a flag, or None."""
+    found = last(arguments, name)
+    return None if found is None else found.value
 
 
 def has(arguments: Sequence[Argument], name: str) -> bool:
-    return any(argument.name == name for argument in arguments)
+    return last(arguments, name) is not None
 
 
 def integer(arguments: Sequence[Argument], name: str, default: int) -> int:

@@ -55,8 +55,10 @@ class FileSource:
         return {name: value for name, value in merged.items() if name not in LAUNCHER_KEYS}
 
 
-class _Int(int):
-    """A whole number that is passed on as it was written: YAML reads 0612 as 394, 10:30 as 630 and 1_0 as 10."""
+class _Written:
+    """A number that is passed on as it was written: YAML reads 0612 as 394, 10:30 as 630 and 1_0 as 10; and 1.10 is
+    also a name or a key, and not 1.1.
+    """
 
     text = ""
 
@@ -64,13 +66,12 @@ class _Int(int):
         return self.text
 
 
-class _Float(float):
-    """A number that is passed on as it was written: 1.10 is also a name or a key, and not 1.1."""
+class _Int(_Written, int):
+    pass
 
-    text = ""
 
-    def __str__(self) -> str:
-        return self.text
+class _Float(_Written, float):
+    pass
 
 
 def _as_text(node: yaml.Node) -> yaml.Node:
