@@ -11,7 +11,7 @@ import ctypes
 import hashlib
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,16 @@ from typing import Any
 from sglang_tpla.errors import SglangTplaError
 
 ARCHITECTURE = "sm_90a"
+CUDA = Path(__file__).parent / "cuda"
 
 
 class KernelCompileError(SglangTplaError, RuntimeError):
     """A kernel that NVRTC or the driver refused; the message carries their log."""
+
+
+def joined(names: Iterable[str]) -> str:
+    """Return files of ``cuda/`` as one text."""
+    return "\n".join((CUDA / name).read_text() for name in names)
 
 
 def cache_folder() -> Path:

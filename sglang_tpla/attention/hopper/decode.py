@@ -11,32 +11,28 @@ from __future__ import annotations
 import ctypes
 import functools
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from sglang_tpla.attention.hopper import sketched, sketched_tiles, wgmma
-from sglang_tpla.attention.hopper.compile import KernelModule, cached_cubin
+from sglang_tpla.attention.hopper.compile import KernelModule, cached_cubin, joined
 from sglang_tpla.attention.hopper.plan import MAX_PARTS, SEGMENT_COST, TILE_TOKENS
 from sglang_tpla.attention.hopper.sketched import SketchedVariant
 from sglang_tpla.attention.hopper.sketched_tiles import TiledVariant
 from sglang_tpla.attention.interface import AttentionInputError, DecodeShape, PageTable, checked_inputs
 
 # The files are compiled as one text, in this order.
-SOURCES = tuple(
-    Path(__file__).parent / "cuda" / name
-    for name in (
-        "shapes.cuh",  # constants of a variant, parameters
-        "hopper.cuh",  # barriers, asynchronous copies, wgmma
-        "parts.cuh",  # a block's part of the plan
-        "gather.cuh",  # the producer, which gathers cache rows
-        "attend.cuh",  # scores, softmax, values, partial results
-        "turns.cuh",  # the consumers' loop over tiles for more than 64 rows
-        "merge_shared.cuh",  # the request that a block helps to merge
-        "merge.cuh",  # adding up partial results
-        "latent_decode.cu",  # the consumers' loop and the kernel
-        "latent_plan.cu",  # the planning kernel
-    )
+SOURCES = (
+    "shapes.cuh",  # constants of a variant, parameters
+    "hopper.cuh",  # barriers, asynchronous copies, wgmma
+    "parts.cuh",  # a block's part of the plan
+    "gather.cuh",  # the producer, which gathers cache rows
+    "attend.cuh",  # scores, softmax, values, partial results
+    "turns.cuh",  # the consumers' loop over tiles for more than 64 rows
+    "merge_shared.cuh",  # the request that a block helps to merge
+    "merge.cuh",  # adding up partial results
+    "latent_decode.cu",  # the consumers' loop and the kernel
+    "latent_plan.cu",  # the planning kernel
 )
 # Barriers take the first 1,024 bytes of a block's 227 KiB.
 SHARED_LIMIT_BYTES = 226 * 1024
@@ -93,12 +89,7 @@ class Variant:
     threads = 384
 
     def source(self) -> str:
-        return (
-            wgmma.PRELUDE
-            + wgmma.scores_source()
-            + wgmma.values_source(self.out_columns)
-            + "\n".join(path.read_text() for path in SOURCES)
-        )
+        return wgmma.PRELUDE + wgmma.scores_source() + wgmma.values_source(self.out_columns) + joined(SOURCES)
 
 
 AnyVariant = Variant | SketchedVariant | TiledVariant
@@ -145,8 +136,6 @@ class HopperDecode:
     """The kernel for one shape, with its plan and workspace buffers.
 
     Args:
-        shape: the shape to serve.
-        scale: softmax scale.
         max_batch: most requests of a step.
         device: a Hopper GPU.
 

@@ -9,33 +9,30 @@ The head of ``cuda/sketched_shapes.cuh`` explains it.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from sglang_tpla.attention.hopper import wgmma
+from sglang_tpla.attention.hopper.compile import joined
 from sglang_tpla.attention.hopper.plan import MAX_PARTS, SEGMENT_COST, TILE_TOKENS
 from sglang_tpla.attention.interface import AttentionInputError, DecodeShape
 from sglang_tpla.cache_rows.sketched import ALIGNMENT, SketchedRows
 
 # The files are compiled as one text, in this order.
-SOURCES = tuple(
-    str(Path(__file__).parent / "cuda" / name)
-    for name in (
-        "sketched_params.cuh",  # parameters
-        "hopper.cuh",  # barriers, asynchronous copies, wgmma
-        "sketched_shapes.cuh",  # explanation; constants of a variant
-        "parts.cuh",  # a block's part of the plan
-        "sketched_common.cuh",  # what both forms share
-        "sketched_codes.cuh",  # from codes to float16
-        "sketched_unpack.cuh",  # from raw rows to wgmma's operands
-        "sketched_gather.cuh",  # the producer, which copies raw rows; the query
-        "merge_shared.cuh",  # the request that a block helps to merge
-        "sketched_scores.cuh",  # scores, softmax
-        "sketched_results.cuh",  # what both forms of values share
-        "sketched_{values}_values.cuh",  # the values, by query rows or turned; partial results
-        "merge.cuh",  # adding up partial results
-        "sketched_decode.cu",  # the consumers' loop and the kernel
-        "latent_plan.cu",  # the planning kernel
-    )
+SOURCES = (
+    "sketched_params.cuh",  # parameters
+    "hopper.cuh",  # barriers, asynchronous copies, wgmma
+    "sketched_shapes.cuh",  # explanation; constants of a variant
+    "parts.cuh",  # a block's part of the plan
+    "sketched_common.cuh",  # what both forms share
+    "sketched_codes.cuh",  # from codes to float16
+    "sketched_unpack.cuh",  # from raw rows to wgmma's operands
+    "sketched_gather.cuh",  # the producer, which copies raw rows; the query
+    "merge_shared.cuh",  # the request that a block helps to merge
+    "sketched_scores.cuh",  # scores, softmax
+    "sketched_results.cuh",  # what both forms of values share
+    "sketched_{values}_values.cuh",  # the values, by query rows or turned; partial results
+    "merge.cuh",  # adding up partial results
+    "sketched_decode.cu",  # the consumers' loop and the kernel
+    "latent_plan.cu",  # the planning kernel
 )
 BLOCK_BYTES = 227 * 1024  # shared memory of a block
 HALF_TOKENS = TILE_TOKENS // 2  # a stage of the ring
@@ -152,7 +149,7 @@ class SketchedVariant:
 
     def source(self) -> str:
         form = "row" if self.row_values else "turned"
-        text = "\n".join(Path(path.format(values=form)).read_text() for path in SOURCES)
+        text = joined(name.format(values=form) for name in SOURCES)
         instructions = wgmma.rows_source(self.rows)
         if self.row_values:
             instructions += wgmma.row_values_source(self.cache.w_pad)

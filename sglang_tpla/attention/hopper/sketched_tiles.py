@@ -7,33 +7,30 @@ takes three quarters of the time that `sketched` takes. The head of ``cuda/tiles
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from sglang_tpla.attention.hopper import wgmma
+from sglang_tpla.attention.hopper.compile import joined
 from sglang_tpla.attention.hopper.plan import TILE_TOKENS
 from sglang_tpla.attention.hopper.sketched import BLOCK_BYTES, PANEL_BYTES, row_defines
 from sglang_tpla.attention.interface import DecodeShape
 from sglang_tpla.cache_rows.sketched import SketchedRows
 
 # The files are compiled as one text, in this order.
-SOURCES = tuple(
-    Path(__file__).parent / "cuda" / name
-    for name in (
-        "sketched_params.cuh",  # parameters
-        "hopper.cuh",  # barriers, asynchronous copies, wgmma
-        "merge_shared.cuh",  # the request that a block helps to merge
-        "sketched_codes.cuh",  # from codes to float16
-        "tiles_shapes.cuh",  # explanation; constants of a variant, shared memory
-        "parts.cuh",  # a block's part of the plan
-        "sketched_common.cuh",  # what both forms share
-        "tiles_fill.cuh",  # the warps that unpack tiles
-        "tiles_query.cuh",  # the query
-        "tiles_scores.cuh",  # scores, softmax
-        "tiles_values.cuh",  # values; partial results
-        "merge.cuh",  # adding up partial results
-        "tiles_decode.cu",  # the consumers' loop and the kernel
-        "latent_plan.cu",  # the planning kernel
-    )
+SOURCES = (
+    "sketched_params.cuh",  # parameters
+    "hopper.cuh",  # barriers, asynchronous copies, wgmma
+    "merge_shared.cuh",  # the request that a block helps to merge
+    "sketched_codes.cuh",  # from codes to float16
+    "tiles_shapes.cuh",  # explanation; constants of a variant, shared memory
+    "parts.cuh",  # a block's part of the plan
+    "sketched_common.cuh",  # what both forms share
+    "tiles_fill.cuh",  # the warps that unpack tiles
+    "tiles_query.cuh",  # the query
+    "tiles_scores.cuh",  # scores, softmax
+    "tiles_values.cuh",  # values; partial results
+    "merge.cuh",  # adding up partial results
+    "tiles_decode.cu",  # the consumers' loop and the kernel
+    "latent_plan.cu",  # the planning kernel
 )
 FEWEST_QUERY_ROWS = 49
 FEWEST_COLUMNS, MOST_COLUMNS = 272, 320  # of values: narrower ones are faster unpacked by the warps that multiply
@@ -102,7 +99,7 @@ class TiledVariant:
 
     def source(self) -> str:
         instructions = wgmma.tile_scores_source() + wgmma.row_values_source(self.cache.w_pad)
-        return wgmma.PRELUDE + instructions + "\n".join(path.read_text() for path in SOURCES)
+        return wgmma.PRELUDE + instructions + joined(SOURCES)
 
 
 def variant_for(shape: DecodeShape) -> TiledVariant | None:
