@@ -31,7 +31,6 @@ class SketchedMaps:
     """Maps of one layer in sketched rows.
 
     Args:
-        rows: sizes of the layer's rows.
         z: of each group, [d, w].
         sketch: [d, g n].
         a: key map of each group, [w + (g - 1) n, d].
@@ -64,13 +63,9 @@ class SketchedMaps:
 
 def rounded(values: torch.Tensor) -> torch.Tensor:
     """Round columns as an 8-bit row does, in their own dtype."""
-    return _times(*quantise(values), values.dtype)
+    return byte_values(*quantise(values)).to(values.dtype)
 
 
 def _in_turns(rows: SketchedRows, values: torch.Tensor) -> list[torch.Tensor]:
     codes, scale = quantise_in_turns(rows, values)
-    return [_times(turn, scale, values.dtype) for turn in codes]
-
-
-def _times(codes: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return byte_values(codes, scale).to(dtype)
+    return [byte_values(turn, scale).to(values.dtype) for turn in codes]

@@ -51,10 +51,8 @@ class IoLoop:
         return socket.socket(_family(host), socket.SOCK_STREAM)
 
     def tcp_listener(self, host: str, port: int) -> socket.socket:
-        """Return a plain socket that listens on a host's address, or on every address for "*".
-
-        Raises:
-            OSError: nothing can listen there.
+        """Return a plain socket that listens on a host's address, or on every one for "*"; OSError where that cannot
+        be.
         """
         return socket.create_server(("" if host == "*" else host, port), family=_family(host))
 
@@ -103,13 +101,10 @@ class IoLoop:
         except BaseException as error:
             self._on_death(error)
         finally:
-            self._free(linger_ms=100)
+            self.free(linger_ms=100)
 
-    def discard(self) -> None:
-        """Free what was opened for a loop that will not be started."""
-        self._free(linger_ms=0)
-
-    def _free(self, linger_ms: int) -> None:
+    def free(self, linger_ms: int = 0) -> None:
+        """Free what was opened, at the loop's end or where it will not be started."""
         for polled in list(self._handlers):
             polled.close(linger=linger_ms)
         self._handlers.clear()

@@ -85,7 +85,7 @@ class PrefillAgent:
             try:
                 pin(self._pinned)
             except RuntimeError:
-                workers.io.discard()
+                workers.io.free()
                 if self.segment is not None:
                     self.segment.close()
                 raise
@@ -269,11 +269,7 @@ class PrefillAgent:
 
 
 def _check_pool(pool: CachePool, chunk_bytes: int) -> None:
-    """Refuse a pool that a prefill rank cannot have.
-
-    Raises:
-        TransferError: naming its widths and bytes.
-    """
+    """Refuse a pool that a prefill rank cannot have with a TransferError."""
     row_bytes = (pool.latent_dim + pool.rope_dim) * pool.dtype.itemsize
     if any(width != pool.latent_dim for width in pool.widths) or row_bytes > chunk_bytes:
         raise TransferError(

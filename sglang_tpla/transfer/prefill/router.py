@@ -49,7 +49,7 @@ class Router:
         try:
             self._socket.bind(endpoint(bind_host, bind_port or "*"))
         except zmq.ZMQError as error:
-            workers.io.discard()
+            workers.io.free()
             raise TransferError(
                 f"cannot listen on {bind_host}:{bind_port or '*'}: {error}; set the host of this server"
             ) from error
@@ -67,7 +67,7 @@ class Router:
                 self._channel_lost,
             )
         except OSError as error:
-            workers.io.discard()
+            workers.io.free()
             raise TransferError(
                 f"cannot listen on {bind_host}:{bind_port + 1 if bind_port else '*'}, where decode ranks fetch rows: "
                 f"{error}; free the port after {bind_port or 'that of the transfers'} (--tpla-listen-port)"
