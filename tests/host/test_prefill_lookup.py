@@ -4,7 +4,6 @@ import concurrent.futures
 import threading
 from collections import deque
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 from urllib.parse import parse_qs, urlparse
 
@@ -18,6 +17,7 @@ from sglang_tpla.host.disaggregation.prefill_lookup import (
     why_unanswered,
 )
 from sglang_tpla.transfer.room import TransferError
+from tests.stub_server import answering
 
 
 def test_an_answer_that_comes_at_once_is_given_at_once() -> None:
@@ -109,31 +109,19 @@ def test_answers_that_nobody_waits_for_do_not_pile_up() -> None:
     assert list(lookups._asked) in ([], ["one more"])
 
 
-class _Route(BaseHTTPRequestHandler):
-    """Answers a right address for tensor-parallel rank 0, none for 1, and nonsense for 2 and 3."""
+@pytest.fixture
+def address() -> Iterator[str]:
+    """A bootstrap server with a right address for tensor-parallel rank 0, none for 1, and nonsense for 2 and 3."""
 
-    def do_GET(self) -> None:
-        place = {name: int(value[0]) for name, value in parse_qs(urlparse(self.path).query).items()}
+    def route(path: str, body: bytes) -> tuple[int, bytes]:
+        place = {name: int(value[0]) for name, value in parse_qs(urlparse(path).query).items()}
         port = 100 + place["prefill_dp_rank"]
         said = [b'{"rank_ip": "127.0.0.1", "rank_port": "%d"}' % port, b"", b'{"rank_port": 7}', b"[]"]
         answer = said[place["target_tp_rank"]]
-        self.send_response(200 if answer else 404)
-        self.end_headers()
-        self.wfile.write(answer)
+        return 200 if answer else 404, answer
 
-    def log_message(self, format: str, *args: object) -> None:
-        pass
-
-
-@pytest.fixture
-def address() -> Iterator[str]:
-    """A bootstrap server."""
-    with ThreadingHTTPServer(("127.0.0.1", 0), _Route) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        yield f"127.0.0.1:{server.server_address[1]}"
-        server.shutdown()
-        thread.join()
+    with answering(route) as address:
+        yield address
 
 
 def info(*target_tp_ranks: int, dp_size: int = 1) -> SimpleNamespace:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import math
 import subprocess
-import threading
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -27,6 +27,7 @@ from sglang_tpla.measure.paper import paper_layers
 from sglang_tpla.measure.statistics import LayerMoments, Statistics, StatisticsMeta
 from sglang_tpla.reference_model.forward import PlainModel
 from tests.shipped import ARTIFACT, NANO, SKETCHED_ARTIFACT, run_command
+from tests.stub_server import answering
 
 ONE = ("--model-path", NANO, "--artifact", ARTIFACT, "--tokens", "64")
 
@@ -212,56 +213,36 @@ def test_the_paper_s_recipe_takes_a_text_of_few_different_tokens(nano_model: Pla
 def test_questions_to_live_servers_are_counted_token_by_token() -> None:
     case = TaskDocument("needle", 512, (5, 6), (((7,), (1, 2)), ((8,), (1, 3))))
     top = [{1: -0.1}, {2: -0.1}]
-    with _Server([1, 2], top) as stock, _Server([1], top[:1]) as tpla:
-        rows = recall_endpoints({PLAIN: stock.url, "TPLA": tpla.url}, [case])
+    with saying([1, 2], top) as stock, saying([1], top[:1]) as tpla:
+        rows = recall_endpoints({PLAIN: stock, "TPLA": tpla}, [case])
     plain, sliced = rows
     assert (plain.questions, plain.answered, plain.tokens, plain.tokens_right) == (2, 1, 4, 3)
     assert (sliced.answered, sliced.plain, sliced.kept, sliced.tokens_right) == (0, 1, 0, 2)
 
 
-class _Server:
-    """A loopback server that answers /generate with a fixed list of tokens and alternatives."""
+@contextmanager
+def saying(tokens: list[int], tops: list[dict[int, float]]) -> Iterator[str]:
+    """Serve /generate with a fixed list of tokens and alternatives. Yields the URL."""
+    meta = {
+        "output_token_logprobs": [[tops[i][t], t, None] for i, t in enumerate(tokens)],
+        "output_top_logprobs": [[[lp, t, None] for t, lp in top.items()] for top in tops],
+    }
 
-    def __init__(self, tokens: list[int], tops: list[dict[int, float]]) -> None:
-        meta = {
-            "output_token_logprobs": [[tops[i][t], t, None] for i, t in enumerate(tokens)],
-            "output_top_logprobs": [[[lp, t, None] for t, lp in top.items()] for top in tops],
-        }
+    def generate(path: str, body: bytes) -> tuple[int, bytes]:
+        asked = json.loads(body)
+        good = asked["return_logprob"] and asked["sampling_params"]["temperature"] == 0
+        return 200, json.dumps({"text": "", "meta_info": meta if good else {}}).encode()
 
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                length = int(self.headers["Content-Length"])
-                asked = json.loads(self.rfile.read(length))
-                good = asked["return_logprob"] and asked["sampling_params"]["temperature"] == 0
-                body = json.dumps({"text": "", "meta_info": meta if good else {}}).encode()
-                self.send_response(200)
-                self.send_header("Content-Length", str(len(body)))
-                self.end_headers()
-                self.wfile.write(body)
-
-            def log_message(self, *_: object) -> None:
-                pass
-
-        self.server = HTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
-        self.thread = threading.Thread(target=self.server.serve_forever)
-
-    def __enter__(self) -> _Server:
-        self.thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.server.shutdown()
-        self.thread.join()
-        self.server.server_close()
+    with answering(generate) as address:
+        yield f"http://{address}"
 
 
 def test_endpoints_are_compared_until_they_part() -> None:
     stock = [{1: math.log(0.6), 2: math.log(0.3)}, {1: math.log(0.5), 2: math.log(0.4)}] * 2
     tpla = [{1: math.log(0.5), 2: math.log(0.4)}, {1: math.log(0.4), 2: math.log(0.5)}] * 2
-    with _Server([1, 1, 1, 1], stock) as ours, _Server([1, 2, 1, 1], tpla) as theirs:
-        (found,) = compare_endpoints(ours.url, theirs.url, ["x"])
-        (same,) = compare_endpoints(ours.url, ours.url, ["x"])
+    with saying([1, 1, 1, 1], stock) as ours, saying([1, 2, 1, 1], tpla) as theirs:
+        (found,) = compare_endpoints(ours, theirs, ["x"])
+        (same,) = compare_endpoints(ours, ours, ["x"])
     assert (found.agreement_tokens, found.departed, len(found.kl)) == (1, True, 2)
     expected = 0.6 * math.log(0.6 / 0.5) + 0.3 * math.log(0.3 / 0.4)
     assert found.kl[0] == pytest.approx(expected, abs=1e-9)
@@ -277,10 +258,8 @@ def test_partial_kl_is_a_lower_bound() -> None:
 
 
 def test_a_server_without_logprobs_is_named() -> None:
-    with _Server([], []) as server:
-        server.server.RequestHandlerClass.do_POST = lambda self: self.send_error(400)  # type: ignore[attr-defined]
-        with pytest.raises(EndpointError, match="answered 400"):
-            compare_endpoints(server.url, server.url, ["x"])
+    with answering(lambda path, body: (400, b"no")) as server, pytest.raises(EndpointError, match="answered 400"):
+        compare_endpoints(f"http://{server}", f"http://{server}", ["x"])
 
 
 def test_tables_replace_only_the_models_measured(tmp_path: Path) -> None:

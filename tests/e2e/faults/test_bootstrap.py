@@ -3,9 +3,6 @@
 import concurrent.futures
 import json
 import socket
-import threading
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, urlparse
 
@@ -13,35 +10,13 @@ import pytest
 
 from tests.e2e.faulty import PROMPTS, TOKENS, Faulty
 from tests.e2e.traffic import Load, Route, client
+from tests.stub_server import answering
 
 SERVER = {
     "attn_tp_size": 1, "attn_cp_size": 1, "dp_size": 1, "pp_size": 1, "page_size": 1, "kv_cache_dtype": None,
     "follow_bootstrap_room": True,
 }  # fmt: skip
 RANK = {"rank_ip": "127.0.0.1", "rank_port": 9}
-
-
-@pytest.fixture
-def liar() -> Iterator[ThreadingHTTPServer]:
-    """Start a bootstrap server that says whatever ``server`` and ``rank`` hold."""
-
-    class Answers(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            query = parse_qs(urlparse(self.path).query)
-            said = liar.server if query.get("target_tp_rank") == ["-1"] else liar.rank  # type: ignore[attr-defined]
-            self.send_response(200)
-            self.end_headers()
-            self.wfile.write(json.dumps(said).encode())
-
-        def log_message(self, format: str, *args: object) -> None:
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Answers) as liar:
-        thread = threading.Thread(target=liar.serve_forever)
-        thread.start()
-        yield liar
-        liar.shutdown()
-        thread.join()
 
 
 def ask_decode(faulty: Faulty, port: int) -> str:
@@ -65,11 +40,16 @@ def ask_decode(faulty: Faulty, port: int) -> str:
     ids=["far address", "no address", "no port", "no ranks", "too many ranks", "page size"],
 )
 def test_what_a_bootstrap_server_says_wrong_fails_one_request(
-    faulty: Faulty, liar: Any, server: Any, rank: Any, said: str
+    faulty: Faulty, server: Any, rank: Any, said: str
 ) -> None:
     """A client may choose any bootstrap server, which must not end the decode server."""
-    liar.server, liar.rank = server, rank
-    assert said in ask_decode(faulty, liar.server_address[1])
+
+    def lie(path: str, body: bytes) -> tuple[int, bytes]:
+        whole = parse_qs(urlparse(path).query).get("target_tp_rank") == ["-1"]
+        return 200, json.dumps(server if whole else rank).encode()
+
+    with answering(lie) as liar:
+        assert said in ask_decode(faulty, int(liar.rpartition(":")[2]))
     answer = faulty.route.ask(PROMPTS[0], TOKENS)
     assert answer.same_text(faulty.expected["decode"][0]), answer
 
