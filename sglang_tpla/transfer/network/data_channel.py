@@ -111,7 +111,6 @@ class SendQueue:
 
     def __init__(self, stream: socket.socket, seal: Seal | None = None) -> None:
         self.stream = stream
-        self.sent_bytes = 0
         self._seal = seal
         self._scratch = np.empty(STEP_BYTES if seal is not None else 0, dtype=np.uint8)
         self._chunks: deque[OutgoingChunk] = deque()
@@ -151,17 +150,15 @@ class SendQueue:
         try:
             while chunk.head:
                 sent = self.stream.send(chunk.head, socket.MSG_MORE)
-                self.sent_bytes += sent
                 chunk.head = chunk.head[sent:]
             while payload.left_bytes:
-                self.sent_bytes += payload.send(self.stream)
+                payload.send(self.stream)
             if chunk.tail is None:
                 digest = payload.digest()
                 chunk.digest = digest if self._seal is None else chunk.known
                 chunk.tail = memoryview(digest if chunk.wanted() else wrong(digest))
             while chunk.tail:
                 sent = self.stream.send(chunk.tail)
-                self.sent_bytes += sent
                 chunk.tail = chunk.tail[sent:]
         except BlockingIOError:
             return False
