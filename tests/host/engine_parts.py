@@ -15,6 +15,29 @@ def attention_boundary() -> ModuleType:
         return importlib.import_module("sglang.srt.layers.layer_boundary.adapters.attention")
 
 
+def cpu_pool(slots: int, latent: int, rope: int, layers: int, dtype: torch.dtype) -> Any:
+    """The latent pool of a server on a CPU."""
+    from sglang_tpla.host.cpu.pool import CpuLatentPool
+
+    return CpuLatentPool(
+        slots, page_size=1, dtype=dtype, kv_lora_rank=latent, qk_rope_head_dim=rope, layer_num=layers, device="cpu",
+        enable_memory_saver=False,
+    )  # fmt: skip
+
+
+def batch_of(mode: str, requests: list[int], lengths: list[int], **more: Any) -> Any:
+    """A batch of a forward as an attention backend reads it."""
+    from sglang.srt.model_executor.forward_batch_info import ForwardMode
+
+    return SimpleNamespace(
+        forward_mode=ForwardMode[mode],
+        batch_size=len(requests),
+        req_pool_indices=torch.tensor(requests),
+        seq_lens=torch.tensor(lengths),
+        **more,
+    )
+
+
 def stub_runner(requests: Any, pool: Any, cache_dtype: torch.dtype, verified: int = 1, **config: Any) -> Any:
     """A target's model runner as an attention backend reads it; ``config`` is the model's.
 

@@ -13,7 +13,7 @@ import torch
 from sglang_tpla.attention.interface import AttentionInputError, PageTable
 from sglang_tpla.attention.reference import ReferenceDecode
 from sglang_tpla.cache_rows.row_format import RowFormat
-from tests.host.engine_parts import stub_runner
+from tests.host.engine_parts import batch_of, stub_runner
 
 HEADS, ROPE, CONTEXT, REQUESTS, SLOTS, SCALE = 4, 8, 24, 6, 200, 0.3
 WIDTHS = (16, 24)  # of layers 0 and 1
@@ -72,20 +72,13 @@ def backend(engine: None, monkeypatch: pytest.MonkeyPatch) -> Any:
     return decode_attention.TplaDecodeBackend(runner_of(requests, Pool(), torch.float32, WIDTHS))
 
 
-def batch_of(backend: Any, requests: list[int], lengths: list[int], padding: int = 0) -> Any:
+def step_of(backend: Any, requests: list[int], lengths: list[int], padding: int = 0) -> Any:
     """Make a decode step, with SGLang's padding of a graph's batch: requests of row 0, length 1, slot 0."""
-    from sglang.srt.model_executor.forward_batch_info import ForwardMode
-
     slots = backend.req_to_token_pool.req_to_token
     place = [int(slots[r, n - 1]) for r, n in zip(requests, lengths, strict=True)] + [0] * padding
     fill = backend.get_cuda_graph_seq_len_fill_value()
-    return SimpleNamespace(
-        forward_mode=ForwardMode.DECODE,
-        batch_size=len(place),
-        req_pool_indices=torch.tensor(requests + [0] * padding),
-        seq_lens=torch.tensor(lengths + [fill] * padding),
-        out_cache_loc=torch.tensor(place),
-    )
+    requests, lengths = requests + [0] * padding, lengths + [fill] * padding
+    return batch_of("DECODE", requests, lengths, out_cache_loc=torch.tensor(place))
 
 
 def step(backend: Any, batch: Any, layer_id: int, split: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -117,7 +110,7 @@ def step(backend: Any, batch: Any, layer_id: int, split: bool) -> tuple[torch.Te
 @pytest.mark.parametrize("layer_id", [0, 1])
 def test_a_step_is_the_formula(backend: Any, layer_id: int, split: bool) -> None:
     for requests, lengths in (([3], [1]), ([5, 0, 2], [24, 7, 13]), ([1, 4], [2, 23])):
-        batch = batch_of(backend, requests, lengths)
+        batch = step_of(backend, requests, lengths)
         backend.init_forward_metadata(batch)
         out, expected = step(backend, batch, layer_id, split)
         torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
@@ -125,10 +118,10 @@ def test_a_step_is_the_formula(backend: Any, layer_id: int, split: bool) -> None
 
 def test_replays_refill_the_buffers_that_a_graph_was_captured_with(backend: Any) -> None:
     backend.init_cuda_graph_state(max_bs=8, max_num_tokens=8)  # more than the pool has requests
-    backend.init_forward_metadata_out_graph(batch_of(backend, [], [], padding=4), in_capture=True)
+    backend.init_forward_metadata_out_graph(step_of(backend, [], [], padding=4), in_capture=True)
     captured = [set(kernel.addresses) for kernel in backend._kernels.values()]
     for requests, lengths in (([0, 5], [9, 3]), ([2, 1, 4, 3], [24, 1, 8, 2])):
-        batch = batch_of(backend, requests, lengths, padding=4 - len(requests))
+        batch = step_of(backend, requests, lengths, padding=4 - len(requests))
         backend.init_forward_metadata_out_graph(batch)
         out, expected = step(backend, batch, 0, True)
         real = len(requests)
@@ -144,7 +137,7 @@ def test_a_full_step_may_be_padded_beyond_the_pool(backend: Any, monkeypatch: py
     monkeypatch.setattr(decode_attention, "get_parallel", lambda: SimpleNamespace(attn_tp_size=4))
     pool = backend.req_to_token_pool, backend.token_to_kv_pool
     padded = decode_attention.TplaDecodeBackend(runner_of(*pool, torch.float32, WIDTHS))
-    padded.init_forward_metadata_out_graph(batch_of(padded, list(range(REQUESTS)), [5] * REQUESTS, padding=2))
+    padded.init_forward_metadata_out_graph(step_of(padded, list(range(REQUESTS)), [5] * REQUESTS, padding=2))
     assert {kernel.max_batch for kernel in padded._kernels.values()} == {8}
 
 

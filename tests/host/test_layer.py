@@ -11,6 +11,7 @@ import torch
 
 from sglang_tpla.calibrate.transforms import layer_maps
 from sglang_tpla.measure.statistics import LayerMoments
+from tests.host.engine_parts import cpu_pool
 from tests.host.layer_artifacts import OneGroup, random_maps, views_of
 from tests.host.layer_ranks import (
     HEADS,
@@ -42,13 +43,8 @@ def run_rank(attention, x, lengths, past, z_map, dtype, **options):
     """Run one decode step of one rank over a pool that holds the projected past."""
     from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 
-    from sglang_tpla.host.cpu.pool import CpuLatentPool
-
     slots = page_table(lengths)
-    pool = CpuLatentPool(
-        slots.numel() + 8, page_size=1, dtype=dtype, kv_lora_rank=z_map.shape[1], qk_rope_head_dim=ROPE, layer_num=1,
-        device="cpu", enable_memory_saver=False,
-    )  # fmt: skip
+    pool = cpu_pool(slots.numel() + 8, z_map.shape[1], ROPE, 1, dtype)
     for b, (latent, rope) in enumerate(past):
         rows = torch.cat((latent @ z_map, rope), dim=-1).to(dtype)
         pool.kv_buffer[0][slots[b, : len(rows)], 0] = rows

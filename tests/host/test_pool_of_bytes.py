@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from sglang_tpla.cache_rows.sketched import SketchedRows
+from tests.host.engine_parts import cpu_pool
 
 LAYERS, LATENT, ROPE, SLOTS = 3, 128, 32, 40
 
@@ -47,15 +48,6 @@ def artifact_of(widths: tuple[int, ...], sketched: Sequence[SketchedRows] = ()) 
     )
 
 
-def make_pool(dtype: torch.dtype, latent: int) -> Any:
-    from sglang_tpla.host.cpu.pool import CpuLatentPool
-
-    return CpuLatentPool(
-        SLOTS, page_size=1, dtype=dtype, kv_lora_rank=latent, qk_rope_head_dim=ROPE, layer_num=LAYERS,
-        device="cpu", enable_memory_saver=False, start_layer=0, end_layer=LAYERS - 1,
-    )  # fmt: skip
-
-
 def accounted(state: Any, dtype: torch.dtype, latent: int) -> float:
     """The bytes of a token in all layers, in SGLang's memory accounting."""
     config = SimpleNamespace(
@@ -67,7 +59,7 @@ def accounted(state: Any, dtype: torch.dtype, latent: int) -> float:
 
 
 def test_plain_rows_stay_sglangs(hooks: Any) -> None:
-    pool = make_pool(torch.float32, LATENT)
+    pool = cpu_pool(SLOTS, LATENT, ROPE, LAYERS, torch.float32)
     assert [tuple(buffer.shape) for buffer in pool.kv_buffer] == [(SLOTS + 1, 1, LATENT + ROPE)] * LAYERS
     assert accounted(hooks, torch.float32, LATENT) == LAYERS * 4 * (LATENT + ROPE)
 
@@ -87,7 +79,7 @@ def test_rows_and_accounting(hooks: Any, with_artifact: bool) -> None:
     else:
         hooks.rows = "sketched"
     dtype = torch.float8_e4m3fn
-    pool = make_pool(dtype, LATENT)
+    pool = cpu_pool(SLOTS, LATENT, ROPE, LAYERS, dtype)
     assert [tuple(buffer.shape) for buffer in pool.kv_buffer] == [(SLOTS + 1, 1, size) for size in sizes]
     assert accounted(hooks, dtype, LATENT) == sum(sizes)
     assert pool.get_kv_size_bytes() == sum(sizes) * (SLOTS + 1)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from sglang_tpla.attention.interface import DecodeShape
 from sglang_tpla.cache_rows.row_format import RowFormat
 from sglang_tpla.config import ConfigError
-from tests.host.engine_parts import stub_runner
+from tests.host.engine_parts import batch_of, cpu_pool, stub_runner
 from tests.speculating_model import NEXTN_FILE, copied_layer, with_nextn
 
 HEADS, ROPE, LATENT, WIDTH, CONTEXT, REQUESTS, SLOTS, SCALE = 4, 8, 32, 20, 40, 6, 300, 0.3
@@ -81,17 +81,6 @@ def attend(backend: Any, runner: Any, batch: Any, width: int, starts: list[int],
             torch.testing.assert_close(
                 out[i * tokens + j].double(), (weights @ past[:, :width]).flatten(), rtol=1e-5, atol=1e-5
             )
-
-
-def batch_of(mode: str, requests: list[int], lengths: list[int]) -> Any:
-    from sglang.srt.model_executor.forward_batch_info import ForwardMode
-
-    return SimpleNamespace(
-        forward_mode=ForwardMode[mode],
-        batch_size=len(requests),
-        req_pool_indices=torch.tensor(requests),
-        seq_lens=torch.tensor(lengths),
-    )
 
 
 CASES = (([3], [1]), ([5, 0, 2], [36, 7, 13]))  # requests, and tokens they have before the guesses
@@ -191,15 +180,6 @@ def test_where_a_later_factory_has_its_backends_from(engine: None, monkeypatch: 
     assert chosen(SimpleNamespace(draft_attn_backend="fa3"), "decode") == "fa3"
 
 
-def make_pool(latent: int, layers: int) -> Any:
-    from sglang_tpla.host.cpu.pool import CpuLatentPool
-
-    return CpuLatentPool(
-        SLOTS, page_size=1, dtype=torch.float32, kv_lora_rank=latent, qk_rope_head_dim=ROPE, layer_num=layers,
-        device="cpu", enable_memory_saver=False, start_layer=0, end_layer=layers - 1,
-    )  # fmt: skip
-
-
 def test_the_draft_keeps_whole_rows_and_memory_is_counted(engine: None, monkeypatch: pytest.MonkeyPatch) -> None:
     from sglang.srt.mem_cache import kv_cache_configurator
     from sglang.srt.mem_cache.memory_pool import MLATokenToKVPool
@@ -217,7 +197,7 @@ def test_the_draft_keeps_whole_rows_and_memory_is_counted(engine: None, monkeypa
     )
 
     def built(runner: Any, latent: int, layers: int) -> Any:
-        return draft_model.mark_runner(lambda self: make_pool(latent, layers), runner)
+        return draft_model.mark_runner(lambda self: cpu_pool(SLOTS, latent, ROPE, layers, torch.float32), runner)
 
     target = built(SimpleNamespace(is_draft_worker=False), max(widths), len(widths))
     draft = built(SimpleNamespace(is_draft_worker=True), LATENT, 1)
