@@ -13,6 +13,7 @@ from typing import Any
 import httpx
 import pytest
 from hypothesis import HealthCheck, given, settings
+from hypothesis.strategies import SearchStrategy
 
 from sglang_tpla.transfer.room import OTHER_PROMPT
 from tests.e2e.odd_requests import native, openai
@@ -327,22 +328,12 @@ odd = settings(
 )  # fmt: skip
 
 
-def test_odd_values_in_native_requests(trio: Any) -> None:
+@pytest.mark.parametrize("drawn", [native(), openai()], ids=["native", "openai"])
+def test_odd_values(trio: Any, drawn: SearchStrategy[tuple[str, dict[str, Any]]]) -> None:
     """No process dies or hangs, no failure counts against the server, and a neighbour's answer stays the same."""
 
     @odd
-    @given(native())
-    def each(request: tuple[str, dict[str, Any]]) -> None:
-        check_odd(trio, *request)
-
-    with neighbour(trio):
-        each()
-    wait_idle(trio.prefill, trio.decode)
-
-
-def test_odd_values_in_openai_requests(trio: Any) -> None:
-    @odd
-    @given(openai())
+    @given(drawn)
     def each(request: tuple[str, dict[str, Any]]) -> None:
         check_odd(trio, *request)
 
