@@ -211,6 +211,9 @@ def find(flag: str, table: Mapping[str, Entry], name: str, numbers: str) -> Entr
 
     Args:
         flag: the flag that names it. numbers: those that describe another one.
+
+    Raises:
+        PlanError: the table has none of that name.
     """
     if name.lower() not in table:
         raise PlanError(

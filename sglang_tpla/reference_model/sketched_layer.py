@@ -31,6 +31,7 @@ class SketchedMaps:
     """Maps of one layer in sketched rows.
 
     Args:
+        rows: sizes of the layer's rows.
         z: of each group, [d, w].
         sketch: [d, g n].
         a: key map of each group, [w + (g - 1) n, d].

@@ -136,6 +136,8 @@ class HopperDecode:
     """The kernel for one shape, with its plan and workspace buffers.
 
     Args:
+        shape: the shape to serve.
+        scale: softmax scale.
         max_batch: most requests of a step.
         device: a Hopper GPU.
 
