@@ -90,6 +90,39 @@ def test_an_answer_of_guesses_ends_before_the_cache_is_full(page: int) -> None:
         assert params.max_new_tokens >= min(asked, 1)
 
 
+@pytest.mark.usefixtures("imported")
+@pytest.mark.parametrize(("prompt", "said", "fits"), [(30, 59, True), (30, 60, True), (30, 61, False)])
+def test_an_answer_that_is_computed_anew_counts_once(
+    monkeypatch: pytest.MonkeyPatch, prompt: int, said: int, fits: bool
+) -> None:
+    """SGLang waits until prompt, answer so far and ``max_new_tokens`` fit into the cache, and never counts less."""
+    from sglang_tpla.host.disaggregation.capacity import exceeds
+    from sglang_tpla.host.disaggregation.kv_manager import TplaKVManager
+    from sglang_tpla.host.disaggregation.same_prompt import compare_digest
+
+    manager = TplaKVManager.__new__(TplaKVManager)
+    manager.agent, manager.decline = SimpleNamespace(role="decode"), MagicMock()  # type: ignore[method-assign]
+    scheduler = SimpleNamespace(spec_algorithm=SimpleNamespace(is_none=lambda: True), output_streamer=MagicMock())
+    queue = SimpleNamespace(
+        kv_manager=manager, max_total_num_tokens=100, num_reserved_decode_tokens=10, scheduler=scheduler
+    )
+    params = SimpleNamespace(max_new_tokens=68)
+    req = SimpleNamespace(
+        bootstrap_room=1, bootstrap_host="p", bootstrap_port=1, origin_input_ids=[1] * prompt, output_ids=[2] * said,
+        sampling_params=params, pd_rebootstrap_in_progress=True, return_logprob=False, finished_reason=None,
+    )  # fmt: skip
+    assert exceeds(lambda self, req: False, queue, req) is not fits
+    if not fits:
+        message = req.finished_reason.message
+        assert message.startswith("the prompt has 91 tokens with those of its answer so far") and "most 90" in message
+        return
+    assert prompt + said + params.max_new_tokens <= queue.max_total_num_tokens
+    assert manager.noted_prompt(1) == prompt + said
+    row = MagicMock()
+    compare_digest(lambda self, one: None, row, SimpleNamespace(req=req, is_rebootstrap=True, metadata_buffer_index=0))
+    assert params.max_new_tokens == 68
+
+
 @pytest.mark.usefixtures("engine")
 def test_a_prefix_sent_ahead_is_read_when_its_event_says_so() -> None:
     """SGLang leaves an event on the sender for pages that the step before may still write."""
