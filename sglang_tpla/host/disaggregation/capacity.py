@@ -5,8 +5,8 @@ The hook is around ``_check_if_req_exceed_kv_capacity`` of ``PrefillBootstrapQue
 decode compares the prompt with its whole cache. A prompt that fits there, but not with the tokens that SGLang reserves
 for decoding, would wait at the head of the queue for ever, and so would every request behind it.
 
-After ``pause_generation`` with retraction prefill computes the prompt and the answer so far anew, as one prompt. SGLang
-then keeps as many tokens free beside it as the whole answer may have, so that a long answer would wait for ever as well.
+After ``pause_generation`` with retraction prefill computes the prompt and the answer so far anew, as one prompt. Beside
+it SGLang keeps as many tokens free as the whole answer may have, so that a long answer would wait for ever as well.
 
 An answer that fills decode's cache ends there (``init_req_max_new_tokens`` of ``sglang/srt/managers/scheduler.py``).
 SGLang does not count there what a request that guesses must find free before each step, and aborts it as out of memory

@@ -26,8 +26,8 @@ logger = logging.getLogger(__name__)
 class _Request:
     """The common part of sender and receiver: the state of one room, and the reason for its failure.
 
-    The scheduler calls all methods, but for `TplaKVReceiver.give_up`. A refusal of the agent (a room number in use, pages outside the pool) fails this
-    request alone, and the scheduler goes on.
+    The scheduler calls all methods, but for `TplaKVReceiver.give_up`. A refusal of the agent (a room number in use,
+    pages outside the pool) fails this request alone, and the scheduler goes on.
     """
 
     kv_mgr: TplaKVManager
