@@ -1,6 +1,7 @@
 """``python -m sglang_tpla.calibrate``: make the artifact that a TPLA decode server loads."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -205,7 +206,9 @@ def make(arguments: argparse.Namespace) -> Artifact:
                 "--from-stats has second moments only; learned maps and refits need the model and text: leave out "
                 "--from-stats, or take --transform shared"
             )
-        statistics = combine([Statistics.load(path) for path in arguments.from_stats])
+        # a file that two patterns name would count twice
+        files = {os.path.realpath(path): path for path in arguments.from_stats}.values()
+        statistics = combine([Statistics.load(path) for path in files])
         return closed_form()
     plan = TextPlan(
         corpus=tuple(arguments.corpus),

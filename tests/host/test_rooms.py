@@ -90,6 +90,39 @@ def test_an_answer_of_guesses_ends_before_the_cache_is_full(page: int) -> None:
         assert params.max_new_tokens >= min(asked, 1)
 
 
+@pytest.mark.usefixtures("imported")
+@pytest.mark.parametrize(("prompt", "said", "fits"), [(30, 59, True), (30, 60, True), (30, 61, False)])
+def test_an_answer_that_is_computed_anew_counts_once(
+    monkeypatch: pytest.MonkeyPatch, prompt: int, said: int, fits: bool
+) -> None:
+    """SGLang waits until prompt, answer so far and ``max_new_tokens`` fit into the cache, and never counts less."""
+    from sglang_tpla.host.disaggregation.capacity import exceeds
+    from sglang_tpla.host.disaggregation.kv_manager import TplaKVManager
+    from sglang_tpla.host.disaggregation.same_prompt import compare_digest
+
+    manager = TplaKVManager.__new__(TplaKVManager)
+    manager.agent, manager.decline = SimpleNamespace(role="decode"), MagicMock()  # type: ignore[method-assign]
+    scheduler = SimpleNamespace(spec_algorithm=SimpleNamespace(is_none=lambda: True), output_streamer=MagicMock())
+    queue = SimpleNamespace(
+        kv_manager=manager, max_total_num_tokens=100, num_reserved_decode_tokens=10, scheduler=scheduler
+    )
+    params = SimpleNamespace(max_new_tokens=68)
+    req = SimpleNamespace(
+        bootstrap_room=1, bootstrap_host="p", bootstrap_port=1, origin_input_ids=[1] * prompt, output_ids=[2] * said,
+        sampling_params=params, pd_rebootstrap_in_progress=True, return_logprob=False, finished_reason=None,
+    )  # fmt: skip
+    assert exceeds(lambda self, req: False, queue, req) is not fits
+    if not fits:
+        message = req.finished_reason.message
+        assert message.startswith("the prompt has 91 tokens with those of its answer so far") and "most 90" in message
+        return
+    assert prompt + said + params.max_new_tokens <= queue.max_total_num_tokens
+    assert manager.noted_prompt(1) == prompt + said
+    row = MagicMock()
+    compare_digest(lambda self, one: None, row, SimpleNamespace(req=req, is_rebootstrap=True, metadata_buffer_index=0))
+    assert params.max_new_tokens == 68
+
+
 @pytest.mark.usefixtures("engine")
 def test_a_prefix_sent_ahead_is_read_when_its_event_says_so() -> None:
     """SGLang leaves an event on the sender for pages that the step before may still write."""
@@ -120,34 +153,78 @@ def sender_of(manager: SimpleNamespace, room: int, pages: int) -> Any:
     return made
 
 
+def decode_manager(monkeypatch: pytest.MonkeyPatch, agent: Any) -> Any:
+    """A manager on decode with SGLang's tables, whose prefill server refuses to compute retracted requests anew."""
+    from sglang.srt.disaggregation.common.conn import CommonKVManager
+
+    from sglang_tpla.host.disaggregation import kv_sender_receiver
+    from sglang_tpla.host.disaggregation.kv_manager import TplaKVManager
+
+    monkeypatch.setattr(kv_sender_receiver, "settings", lambda: SimpleNamespace(role="decode"))
+    manager: Any = MagicMock(agent=agent, rooms_taken=set(), request_status={}, attn_tp_rank=0, failure_records={})
+    manager.prefill_info_table = {"server": None}
+    manager.noted_prompt.return_value = 0
+    manager._get_prefill_recompute_session().post.return_value = SimpleNamespace(status_code=400, text="no")
+    for owner, names in (
+        (CommonKVManager, ("update_status", "record_failure", "_run_prefill_recompute")),
+        (TplaKVManager, ("_fail_prefill_recompute",)),
+    ):
+        for name in names:
+            setattr(manager, name, getattr(owner, name).__get__(manager))
+    return manager
+
+
+def refuse_anew(receiver: Any) -> None:
+    """Let prefill refuse to compute a request anew, on a thread as in SGLang."""
+    payload = {"rid": "r", "bootstrap_room": receiver.bootstrap_room}
+    asked = threading.Thread(target=receiver.kv_mgr._run_prefill_recompute, args=(receiver, "http://p", payload))
+    asked.start()
+    asked.join()
+
+
 @pytest.mark.usefixtures("engine")
-def test_a_request_that_another_thread_aborts_fails_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """SGLang asks prefill for a retracted request on a thread, which aborts the receiver where prefill refuses."""
+def test_a_request_that_prefill_does_not_compute_anew_fails_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread that asks prefill finds the refusal while the scheduler is about to ask the agent for the room."""
     from sglang.srt.disaggregation.base.conn import KVPoll
     from sglang.srt.disaggregation.common.conn import KVTransferError
 
-    from sglang_tpla.host.disaggregation import kv_sender_receiver
+    from sglang_tpla.host.disaggregation.kv_sender_receiver import TplaKVReceiver
 
-    monkeypatch.setattr(kv_sender_receiver, "settings", lambda: SimpleNamespace(role="decode"))
     prefill, decode = rig.prefill_rank(), rig.decode_rank()
-    manager = MagicMock(agent=decode.agent, rooms_taken=set(), request_status={}, attn_tp_rank=0, failure_records={})
-    manager.prefill_info_table = {"server": None}
-    manager.noted_prompt.return_value = 0
-    manager.update_status.side_effect = manager.request_status.__setitem__
-    manager.record_failure.side_effect = manager.failure_records.__setitem__
+    manager = decode_manager(monkeypatch, decode.agent)
     with rig.serving(prefill, decode):
-        receiver: Any = kv_sender_receiver.TplaKVReceiver(manager, "server", 1)
+        receiver: Any = TplaKVReceiver(manager, "server", 1)
         receiver._open([prefill.peer])
-
-        def abort_meanwhile(room: int) -> None:
-            thread = threading.Thread(target=receiver.abort)
-            thread.start()
-            thread.join()
-
-        manager.nap_if_idle = abort_meanwhile
+        manager.nap_if_idle = lambda room: refuse_anew(receiver)
         receiver.poll()  # the scheduler ends with an exception that leaves it
         assert receiver.poll() == KVPoll.Failed
-        with pytest.raises(KVTransferError, match="Aborted by AbortReq"):
+        with pytest.raises(KVTransferError, match=r"/generate failed for rid=r \(status=400\)"):
             receiver.failure_exception()
         receiver.clear()
         assert decode.agent.stats().rooms == 0 and not manager.rooms_taken and not manager.request_status
+
+
+@pytest.mark.usefixtures("engine")
+def test_a_late_refusal_to_compute_anew_harms_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client's abort makes prefill refuse, too; by then the request has left, and another may have its room."""
+    from sglang.srt.disaggregation.base.conn import KVPoll
+
+    from sglang_tpla.host.disaggregation.kv_sender_receiver import TplaKVReceiver
+
+    prefill, decode = rig.prefill_rank(), rig.decode_rank()
+    manager = decode_manager(monkeypatch, decode.agent)
+    with rig.serving(prefill, decode):
+        first: Any = TplaKVReceiver(manager, "server", 1)
+        first._open([prefill.peer])
+        first.abort()
+        with contextlib.suppress(Exception):
+            first.failure_exception()
+        first.clear()
+        second: Any = TplaKVReceiver(manager, "server", 1)
+        second._open([prefill.peer])
+        refuse_anew(first)
+        assert second.poll() != KVPoll.Failed
+        second._end("over")
+        second.clear()
+        refuse_anew(second)
+        assert not manager.request_status and not manager.failure_records

@@ -37,7 +37,7 @@ def committed(buffers: Any, tokens: list[int], **changes: Any) -> tuple[bool, An
 
     req = SimpleNamespace(
         origin_input_ids=array("q", tokens), bootstrap_host="p", bootstrap_room=9, rid="a", return_logprob=False,
-        finished_reason=None,
+        finished_reason=None, output_ids=[], sampling_params=SimpleNamespace(max_new_tokens=5),
     )  # fmt: skip
     vars(req).update({k: v for k, v in changes.items() if k == "bootstrap_host"})
     decode_req = SimpleNamespace(

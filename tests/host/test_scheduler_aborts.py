@@ -59,6 +59,31 @@ def test_an_abort_reaches_no_request_whose_id_only_begins_alike(rid: str, abort_
     assert [req.rid for req in live] == ["a", "ab", "abc", SAMPLE]
 
 
+@pytest.mark.parametrize(
+    ("rid", "abort_all", "left"), [("a", False, ["ab"]), ("gone", False, ["a", "ab"]), ("", True, [])]
+)
+def test_requests_of_a_paused_server_are_answered(rid: str, abort_all: bool, left: list[str]) -> None:
+    """SGLang would compute them to their end once the server goes on."""
+    from sglang_tpla.host.disaggregation.aborts import abort
+
+    def taken_back(rid: str, last: int | None) -> SimpleNamespace:
+        forced = {"pd_rebootstrap_forced_output_id": last}
+        return SimpleNamespace(rid=rid, output_ids=[3], return_logprob=False, finished_reason=None, **forced)
+
+    held = [taken_back("a", 4), taken_back("ab", None)]
+    queue = SimpleNamespace(queue=[], retracted_queue=[], held_rebootstrap_reqs=list(held))
+    scheduler = SimpleNamespace(
+        waiting_queue=[], grammar_manager=SimpleNamespace(grammar_queue=[]), disagg_decode_prealloc_queue=queue,
+        running_batch=None, last_batch=None, chunked_req=None, output_streamer=Mock(),
+    )  # fmt: skip
+    abort(Mock(), scheduler, SimpleNamespace(rid=rid, abort_all=abort_all))
+    assert [req.rid for req in queue.held_rebootstrap_reqs] == left
+    answered = [call.args[0][0] for call in scheduler.output_streamer.stream_output.call_args_list]
+    assert [req.rid for req in answered] == [req.rid for req in held if req.rid not in left]
+    assert all(req.finished_reason.to_json()["type"] == "abort" for req in answered)
+    assert [req.output_ids for req in held] == [[3, 4] if "a" not in left else [3], [3]]
+
+
 @pytest.mark.parametrize("forgets", [True, False])
 @pytest.mark.parametrize("hangs_up", [True, False])
 def test_who_hangs_up_is_aborted_where_sglang_has_forgotten_it(engine: None, forgets: bool, hangs_up: bool) -> None:

@@ -105,6 +105,11 @@ def test_rows_are_sketched_unless_another_transform_or_format_is_asked_for(tmp_p
     done = calibrate(*again, tmp_path / "b", "--sketch-bits", "2", "--rope-bits", "8")
     assert done.returncode == 0, done.stderr
     assert Artifact.load(tmp_path / "b").content_hash == Artifact.load(tmp_path / "a").content_hash
+    (tmp_path / "link").symlink_to("stats")
+    twice = (*again[:-1], tmp_path / "stats", tmp_path / "link", "--sketch-bits", "2", "--rope-bits", "8")
+    done = calibrate(*twice, "--out", tmp_path / "d")
+    assert done.returncode == 0, done.stderr
+    assert Artifact.load(tmp_path / "d").content_hash == Artifact.load(tmp_path / "a").content_hash
     for more in (("--rows", "plain"), ("--transform", "pca"), ("--groups", "1")):
         done = calibrate(*again, tmp_path / "c", *more)
         assert done.returncode == 0, done.stderr

@@ -201,6 +201,7 @@ def test_one_prompt_is_left_as_it_is() -> None:
         ({"text": ["a", "b"], "bootstrap_room": [5]}, "one room for each of 2 prompts"),
         ({"text": ["a", "b"], "top_logprobs_num": [1]}, "one entry for each of 2 prompts"),
         ({"text": ["a", "b"], "sampling_params": {"n": 2}, "image_data": ["A"]}, "one entry for each of 2 prompts"),
+        ({"text": ["a"], "sampling_params": {"n": 2}, "image_data": ["A", "B"]}, "one entry for each of 1 prompts"),
         ({"bootstrap_room": "5"}, "whole number or a list"),
         ({"sampling_params": "x"}, "an object"),
     ],

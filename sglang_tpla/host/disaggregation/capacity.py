@@ -5,6 +5,9 @@ The hook is around ``_check_if_req_exceed_kv_capacity`` of ``PrefillBootstrapQue
 decode compares the prompt with its whole cache. A prompt that fits there, but not with the tokens that SGLang reserves
 for decoding, would wait at the head of the queue for ever, and so would every request behind it.
 
+After ``pause_generation`` with retraction prefill computes the prompt and the answer so far anew, as one prompt. Beside
+it SGLang keeps as many tokens free as the whole answer may have, so that a long answer would wait for ever as well.
+
 An answer that fills decode's cache ends there (``init_req_max_new_tokens`` of ``sglang/srt/managers/scheduler.py``).
 SGLang does not count there what a request that guesses must find free before each step, and aborts it as out of memory
 with status 500, which routers try again; so such an answer ends some tokens earlier.
@@ -26,9 +29,10 @@ def exceeds(original: Callable[..., bool], self: Any, req: Any) -> bool:
     manager = self.kv_manager
     if not isinstance(manager, TplaKVManager):
         return original(self, req)
-    tokens = len(req.origin_input_ids)
+    anew = recomputed_tokens(req)
+    tokens = len(req.origin_input_ids) + anew
     refused = original(self, req)
-    if not refused and manager.agent.role == "decode" and (why := never_fits(self, tokens)):
+    if not refused and manager.agent.role == "decode" and (why := never_fits(self, tokens, anew)):
         prepare_abort(req, why, status_code=HTTPStatus.BAD_REQUEST)
         self.scheduler.output_streamer.stream_output([req], req.return_logprob)
         refused = True
@@ -38,9 +42,16 @@ def exceeds(original: Callable[..., bool], self: Any, req: Any) -> bool:
         return True
     if manager.agent.role == "decode" and not self.scheduler.spec_algorithm.is_none():
         leave_slots_for_guesses(self, req)
+    if anew:
+        req.sampling_params.max_new_tokens -= anew  # only what is still to be said counts, until the rows have come
     if req.bootstrap_room is not None:
         manager.note_prompt(req.bootstrap_room, tokens)
     return False
+
+
+def recomputed_tokens(req: Any) -> int:
+    """Return how much of an answer prefill computes anew: all of it but the last token, after a retraction; else 0."""
+    return len(req.output_ids) if getattr(req, "pd_rebootstrap_in_progress", False) else 0
 
 
 def leave_slots_for_guesses(queue: Any, req: Any) -> None:
@@ -51,13 +62,20 @@ def leave_slots_for_guesses(queue: Any, req: Any) -> None:
         req.sampling_params.max_new_tokens = max(1, most)
 
 
-def never_fits(queue: Any, tokens: int) -> str:
-    """Return the reason for which a prompt would wait for ever; empty if it would not."""
+def never_fits(queue: Any, tokens: int, anew: int) -> str:
+    """Return the reason for which a prompt would wait for ever; empty if it would not.
+
+    Args:
+        tokens: of the prompt, of which ``anew`` are those of an answer that prefill computes anew.
+    """
     most = queue.max_total_num_tokens - queue.num_reserved_decode_tokens
     if tokens <= most:
         return ""
+    what = f"the prompt has {tokens} tokens"
+    if anew:
+        what += f" with those of its answer so far, which prefill computes anew after a retraction ({anew})"
     return (
-        f"the prompt has {tokens} tokens, and this decode server takes at most {most}: its cache has "
+        f"{what}, and this decode server takes at most {most}: its cache has "
         f"{queue.max_total_num_tokens}, of which {queue.num_reserved_decode_tokens} are kept free for decoding "
         "(--num-reserved-decode-tokens)"
     )

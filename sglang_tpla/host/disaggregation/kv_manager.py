@@ -182,6 +182,14 @@ class TplaKVManager(CommonKVManager):
         except TransferError as error:
             logger.error("room %s: %s", room, error)
 
+    def _fail_prefill_recompute(self, kv_receiver: Any, reason: str) -> None:
+        """Fail a retracted request that prefill does not compute anew. A thread of SGLang's calls this.
+
+        SGLang would write into its tables by the room's number. The request may have left by then, because a client's
+        abort makes prefill refuse it as well, and the number be another request's.
+        """
+        kv_receiver.give_up(reason)
+
     def forget_lost_peers(self) -> None:
         """Drop cached addresses of lost prefill ranks, so that the next request asks their bootstrap server anew."""
         while self._lost_peers:

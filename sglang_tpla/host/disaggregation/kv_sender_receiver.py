@@ -4,7 +4,6 @@ They are those of ``sglang/srt/disaggregation/common/conn.py``, with this rank's
 """
 
 import logging
-import threading
 import time
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -27,8 +26,8 @@ logger = logging.getLogger(__name__)
 class _Request:
     """The common part of sender and receiver: the state of one room, and the reason for its failure.
 
-    The scheduler calls all methods. A refusal of the agent (a room number in use, pages outside the pool) fails this
-    request alone, and the scheduler goes on.
+    The scheduler calls all methods, but for `TplaKVReceiver.give_up`. A refusal of the agent (a room number in use,
+    pages outside the pool) fails this request alone, and the scheduler goes on.
     """
 
     kv_mgr: TplaKVManager
@@ -37,6 +36,7 @@ class _Request:
     _opened = False  # this request's room is open in the agent
     _owner = True  # SGLang's tables under the room number are this request's
     _reason: str | None = None
+    _given_up: str | None = None  # the reason that another thread than the scheduler's has
     _highest = KVPoll.Bootstrapping
     _failed_at: float | None = None  # when this rank first saw its room failed
     _metric = TransferMetric()
@@ -74,6 +74,8 @@ class _Request:
         if state != KVPoll.Failed and self._opened:
             self.kv_mgr.nap_if_idle(self.bootstrap_room)
             state = int(self.kv_mgr.agent.poll(self.bootstrap_room))
+        if self._given_up is not None and state != KVPoll.Success:
+            state = KVPoll.Failed
         if state == KVPoll.Failed and self._holds_back():
             return self._highest
         if state in (KVPoll.Success, KVPoll.Failed):
@@ -124,6 +126,8 @@ class _Request:
                 reason = self.kv_mgr.failure_records.pop(self.bootstrap_room, None)
         if reason is None and self._opened and agent.poll(self.bootstrap_room) == RoomState.FAILED:
             reason = agent.failure(self.bootstrap_room)
+        if reason is None:
+            reason = self._given_up
         # this rank would have failed the request a moment later
         if reason is None and self._opened and isinstance(agent, PrefillAgent):
             reason = agent.suspicion(self.bootstrap_room) or None
@@ -208,7 +212,6 @@ class TplaKVReceiver(_Request, CommonKVReceiver):
 
     def __init__(self, mgr: TplaKVManager, bootstrap_addr: str, bootstrap_room: int | None = None) -> None:
         self.bootstrap_infos = None
-        self._scheduler = threading.get_ident()
         self._born, self._prompt_tokens = time.monotonic(), mgr.noted_prompt(bootstrap_room)
         mgr.forget_lost_peers()
         super().__init__(mgr, bootstrap_addr, bootstrap_room)
@@ -288,19 +291,19 @@ class TplaKVReceiver(_Request, CommonKVReceiver):
         self.kv_mgr.addr_to_rooms_tracker.get(self.bootstrap_addr, set()).discard(self.bootstrap_room)
 
     def abort(self) -> None:
-        """Fail the request, because the client gave up, or SGLang did after asking the bootstrap server in vain.
-
-        A thread of SGLang's calls this, too: where prefill does not compute a retracted request anew
-        (``_run_prefill_recompute``). The scheduler, which may be about to ask for the room, finds the failure then.
-        """
+        """Fail the request, because the client gave up, or SGLang did after asking the bootstrap server in vain."""
         not_found = self._not_found()
         reason = not_found or "Aborted by AbortReq."
         if self._owner:
             self.kv_mgr.record_failure(self.bootstrap_room, reason)
             self.kv_mgr.update_status(self.bootstrap_room, KVPoll.Failed)
-        if threading.get_ident() != self._scheduler:
-            return
         if not not_found or self.kv_mgr.request_status.get(self.bootstrap_room) != KVPoll.Failed:
             # `_state` holds back the other reason, which each rank finds at a time of its own
             self.conclude_state = KVPoll.Failed
         self._end(reason)
+
+    def give_up(self, reason: str) -> None:
+        """Fail the request, which the scheduler finds when it next asks. Any thread may call this, however late: the
+        request may have left, and another one have its room.
+        """
+        self._given_up = reason

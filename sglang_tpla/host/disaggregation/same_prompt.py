@@ -37,6 +37,8 @@ def compare_digest(original: Callable[..., None], self: Any, decode_req: Any) ->
     found = int(self.metadata_buffers.cached_tokens[decode_req.metadata_buffer_index][PLACE])
     own_request = req.bootstrap_host in (None, FAKE_BOOTSTRAP_HOST)  # such a request has no transfer
     replayed = getattr(decode_req, "is_rebootstrap", False)  # prefill computed the answer so far as well
+    if replayed:
+        req.sampling_params.max_new_tokens += len(req.output_ids)  # again that of the whole answer (`capacity.py`)
     if own_request or replayed or found in (0, digest(req.origin_input_ids)):
         original(self, decode_req)
         keep_first_place(req)

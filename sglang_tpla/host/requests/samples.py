@@ -147,8 +147,10 @@ def _expand(obj: Any, prompts: int | None, samples: int) -> None:
         if prompts is None:
             nested = len(value) == 1 and isinstance(value[0], list)  # SGLang takes this form where n is above 1
             setattr(obj, name, [value[0] if nested else value] * samples)
-        else:
-            setattr(obj, name, spread(value, prompts, samples, name))
+        elif len(value) == prompts:
+            setattr(obj, name, [entry for entry in value for _ in range(samples)])
+        else:  # SGLang refuses it, too: of as many as there are samples each would see one image
+            raise RequestRefused(f"{name} must have one entry for each of {prompts} prompts; got {len(value)}")
     params = obj.sampling_params
     if not isinstance(params, list):
         params = [params] * (count * samples)
