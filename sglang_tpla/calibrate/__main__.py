@@ -60,7 +60,7 @@ def parser() -> argparse.ArgumentParser:
         type=not_retired("--rows sketched"),
         choices=("sketched", "plain"),
         help="what a rank caches of a token: its columns at 8 bits and a sketch of the others (the default with "
-        "--transform shared), or its columns in the model's precision",
+        "--transform shared and several groups), or its columns in the model's precision",
     )
     text.add_argument(
         "--shared-dims",
