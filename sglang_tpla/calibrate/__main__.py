@@ -61,7 +61,7 @@ def parser() -> argparse.ArgumentParser:
         type=not_retired("--rows sketched"),
         choices=("sketched", "plain"),
         help="what a rank caches of a token: its columns at 8 bits and a sketch of the others (the default with "
-        "--transform shared), or its columns in the model's precision",
+        "--transform shared and several groups), or its columns in the model's precision",
     )
     text.add_argument(
         "--shared-dims",
@@ -209,6 +209,7 @@ def make(arguments: argparse.Namespace) -> Artifact:
         # a file that two patterns name would count twice
         files = {os.path.realpath(path): path for path in arguments.from_stats}.values()
         statistics = combine([Statistics.load(path) for path in files])
+        warn_of_gaps(statistics)
         return closed_form()
     plan = TextPlan(
         corpus=tuple(arguments.corpus),
@@ -235,6 +236,7 @@ def make(arguments: argparse.Namespace) -> Artifact:
     statistics = collect_statistics(model, text, plan.seed, show_progress=show)
     if arguments.save_stats is not None:
         statistics.save(arguments.save_stats)
+    warn_of_gaps(statistics)
     artifact = closed_form() if wanted is None else choose(arguments, wanted, model, statistics, text, rows)
     if transform == "learned" or arguments.refit_values:
         artifact = learn_model(
@@ -250,6 +252,22 @@ def make(arguments: argparse.Namespace) -> Artifact:
     if len(text.held_out):
         artifact = pipeline.with_report(artifact, model, text.held_out, plan.prompt_tokens, show_progress=show)
     return artifact
+
+
+def warn_of_gaps(statistics: Statistics) -> None:
+    """Say on stderr that the tokens left directions of a latent out, where they did: maps are a guess there.
+
+    Few requests, or many alike, do that to statistics of a server's traffic, for which there is no error report.
+    """
+    reached = [layer.reached for layer in statistics.layers]
+    least, latent_dim = min(reached), len(statistics.layers[0].latent_sum)
+    if least < latent_dim:
+        print(
+            f"warning: {statistics.tokens} tokens reach {least} of the latent's {latent_dim} directions in layer "
+            f"{reached.index(least)}, and the maps are a guess in the others: other text may cost many times as much; "
+            "give more text, and more kinds of it",
+            file=sys.stderr,
+        )
 
 
 def row_choice(arguments: argparse.Namespace, groups: int) -> str:

@@ -86,6 +86,11 @@ class LayerMoments:
         """The centred covariance of the latent [d, d]."""
         return self.latent_outer / max(self.latent_count, 1) - torch.outer(self.mean, self.mean)
 
+    @property
+    def reached(self) -> int:
+        """The number of the latent's directions that the tokens reached; of the others the moments say nothing."""
+        return int(torch.linalg.matrix_rank(self.latent_outer, hermitian=True))
+
     def absorbed_queries(self, w_uk: torch.Tensor) -> torch.Tensor:
         """Return the second moment of absorbed queries [d, d], a mean over heads and queries; ``w_uk`` is [H, n, d]."""
         w = w_uk.double()

@@ -134,6 +134,16 @@ def test_without_keys_on_loopback_as_stock(port: int, monkeypatch: pytest.Monkey
         TplaKVBootstrapServer("0.0.0.0", port)
 
 
+def test_a_layout_is_readable_by_every_release(port: int) -> None:
+    """SGLang 0.5.17's decode server ends a look-up over a field that it does not know, such as 0.5.23's policy."""
+    with serving(port) as url:
+        submit(url, "PUT", "/route", payload() | {"decode_allocation_policy": "early", "kv_layout": None}, None)
+        assert httpx.get(url + "/route", params=WHOLE).json() == {
+            "attn_tp_size": 1, "attn_cp_size": 1, "dp_size": 1, "pp_size": 1, "page_size": 1, "kv_cache_dtype": "auto",
+            "follow_bootstrap_room": True, "prefill_http_port": 30000,
+        }  # fmt: skip
+
+
 def test_a_layout_is_known_no_sooner_than_its_ranks(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """SGLang opens a request with any layout that it finds, on another thread than the look-up's."""
     from sglang_tpla.host.disaggregation.kv_manager import TplaKVManager

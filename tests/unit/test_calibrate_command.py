@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from sglang_tpla.artifact.artifact import Artifact
 from sglang_tpla.artifact.model_identity import weights_hash
 from sglang_tpla.measure.outputs import is_artifact, is_statistics
+from sglang_tpla.measure.statistics import Statistics
 from sglang_tpla.reference_model.checkpoint import Checkpoint
 from tests.random_checkpoint import save
 from tests.shipped import ARTIFACT, NANO, SKETCHED_ARTIFACT, run_command
@@ -114,6 +115,24 @@ def test_rows_are_sketched_unless_another_transform_or_format_is_asked_for(tmp_p
         done = calibrate(*again, tmp_path / "c", *more)
         assert done.returncode == 0, done.stderr
         assert Artifact.load(tmp_path / "c").meta.format_version == 1
+
+
+def test_statistics_that_leave_directions_of_the_latent_out_are_told(tmp_path: Path) -> None:
+    """The same few tokens over and over, as a server's statistics have them after a test of its answers."""
+    done = calibrate(
+        *("--model-path", NANO, "--out", tmp_path / "a", "--save-stats", tmp_path / "stats"),
+        *("--tokens", "2048", "--held-out-tokens", "0"),
+    )
+    assert done.returncode == 0 and "warning" not in done.stderr, done.stderr
+    statistics = Statistics.load(tmp_path / "stats")
+    layer = statistics.layers[2]
+    values, vectors = torch.linalg.eigh(layer.latent_outer)
+    values[:-50] = 0
+    layer.latent_outer = (vectors * values) @ vectors.T
+    statistics.save(tmp_path / "few")
+    done = calibrate("--model-path", NANO, "--from-stats", tmp_path / "few", "--out", tmp_path / "b")
+    assert done.returncode == 0, done.stderr
+    assert "warning: 2048 tokens reach 50 of the latent's 128 directions in layer 2" in done.stderr
 
 
 def test_the_shipped_artifact_is_of_the_shipped_model() -> None:

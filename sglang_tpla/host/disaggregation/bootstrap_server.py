@@ -7,6 +7,8 @@ server, because another server's would be found in their place. Besides SGLang's
 
 import asyncio
 import contextlib
+import dataclasses
+import json
 import logging
 import os
 import socket
@@ -14,7 +16,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from aiohttp import web
-from sglang.srt.disaggregation.common.conn import CommonKVBootstrapServer
+from sglang.srt.disaggregation.common.conn import CommonKVBootstrapServer, PrefillServerInfo
 from sglang.srt.runtime_context import get_parallel, get_serving
 from sglang.srt.utils.network import NetworkAddress
 
@@ -100,7 +102,7 @@ class TplaKVBootstrapServer(CommonKVBootstrapServer):
         return await self._checked(request, super()._handle_register_dp_rank)
 
     async def _handle_route_get(self, request: web.Request) -> web.Response:
-        return await self._answered(request, super()._handle_route_get)
+        return readable_by_all(await self._answered(request, super()._handle_route_get))
 
     async def _handle_query_dp_ranks(self, request: web.Request) -> web.Response:
         return await self._answered(request, super()._handle_query_dp_ranks)
@@ -145,6 +147,20 @@ def listening(host: str, port: int) -> socket.socket:
 def port_taken(host: str, port: int, error: OSError) -> str:
     """Return the reason for which a prefill server with this bootstrap port does not start."""
     return f"the bootstrap server cannot listen on {host}:{port}: {error.strerror or error}; {OWN_PORT}"
+
+
+def readable_by_all(answer: web.Response) -> web.Response:
+    """Leave out of a layout what every release takes for granted.
+
+    A decode server makes ``PrefillServerInfo`` of all that it is told, and an older release's has not all fields.
+    """
+    if answer.status != 200 or answer.content_type != "application/json":
+        return answer
+    said = json.loads(answer.text or "null")
+    if not isinstance(said, dict) or "attn_tp_size" not in said:  # the address of a rank
+        return answer
+    usual = {field.name: field.default for field in dataclasses.fields(PrefillServerInfo)}
+    return web.json_response({name: value for name, value in said.items() if usual.get(name, said) != value})
 
 
 def check_registration(data: dict[str, Any], known: CommonKVBootstrapServer) -> None:
