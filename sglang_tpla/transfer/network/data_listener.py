@@ -4,6 +4,7 @@ A channel is bound to a registered connection by the token that its Welcome name
 Welcome, if there is one. Everything here runs on the agent's I/O thread.
 """
 
+import errno
 import secrets
 import socket
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from sglang_tpla.transfer.network.event_loop import IoLoop
 from sglang_tpla.transfer.network.sealing import Seal, new_key
 
 MAX_PENDING = 256  # connections that have not said whose they are
+NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)  # for another connection, on this machine
 
 
 @dataclass(eq=False)
@@ -62,6 +64,7 @@ class DataListener:
         self._pending: list[PendingConnection] = []
         self._offers: dict[bytes, tuple[bytes, bytes | None]] = {}  # by token: whose it is, and its key
         self._channels: dict[bytes, SendQueue] = {}  # by identity
+        self._resting = False
         io.add_stream(self._listener, self._accept)
 
     def offer(self, identity: bytes) -> DataChannel:
@@ -99,15 +102,21 @@ class DataListener:
         return identity in self._channels
 
     def expire(self, now: float) -> None:
-        """Turn away the pending connections that said nothing in time."""
+        """Turn away the pending connections that said nothing in time; look for room again where there was none."""
+        if self._resting:
+            self._resting = False
+            self._io.watch(self._listener, writable=False)
         for pending in [item for item in self._pending if now - item.arrived > self._timeout_s]:
             self._turn_away(pending, "said nothing in time")
 
     def _accept(self) -> None:
         try:
             stream, _ = self._listener.accept()
-        except OSError:
-            return  # gone again, or no descriptors: the next one may do better
+        except OSError as error:
+            if error.errno in NO_ROOM:  # the connection waits, and the loop would ask for it again and again
+                self._resting = True
+                self._io.rest(self._listener)
+            return
         set_up(stream, self._timeout_s)
         pending = PendingConnection(stream, self._io.now())
         self._pending.append(pending)

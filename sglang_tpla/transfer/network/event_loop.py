@@ -83,6 +83,10 @@ class IoLoop:
         """Also call a plain socket's handler when it can be written, or no longer. In the thread."""
         self._poller.register(stream.fileno(), zmq.POLLIN | (zmq.POLLOUT if writable else 0))
 
+    def rest(self, stream: socket.socket) -> None:
+        """Do not ask a plain socket again until it is watched. In the thread."""
+        self._poller.register(stream.fileno(), 0)
+
     def remove_stream(self, stream: socket.socket) -> None:
         """Stop polling a plain socket, before it is closed. In the thread."""
         if self._streams.pop(stream.fileno(), None) is not None:
