@@ -53,7 +53,8 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(optionalhook=True)  # a GPU machine may lack pytest-xdist
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Tests of one file share fixtures, and those on real servers share the servers and the memory for them.
+    """Tests of one file share fixtures, and those on real servers share the servers and the memory for them; refusals
+    come before there is a server.
 
     Not with ``--dist loadgroup``: its groups are lost under pytest 9.
     """
@@ -62,7 +63,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     class ByServers(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.partition("::")[0]
-            return file.rpartition("/")[0] if file.startswith("tests/e2e/") else file
+            shared = file.startswith("tests/e2e/") and file != "tests/e2e/test_refusals.py"
+            return file.rpartition("/")[0] if shared else file
 
     return ByServers(config, log)
 

@@ -195,6 +195,7 @@ def test_resumed_run_ends_with_the_same_bits(
     assert learn(tmp_path / "cut", replace(PLAN, seed=1)).content_hash != whole.content_hash
 
 
+@pytest.mark.slow
 def test_killed_command_goes_on(tmp_path: Path) -> None:
     out = tmp_path / "learned.safetensors"
     learn = [
