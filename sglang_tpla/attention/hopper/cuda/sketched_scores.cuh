@@ -24,8 +24,8 @@ struct alignas(16) Fixed {
 };
 
 __device__ __forceinline__ void sync_group(int group) { asm volatile("bar.sync %0, 128;" ::"r"(3 + group) : "memory"); }
-// The same; whether `x` holds for one of the threads. Not by the barrier's own reduction (`barrier.red`): where both warpgroups had
-// one under way, some warps of a warpgroup now and then read another result than the others, and went on without them.
+// The same; whether `x` holds for one of the threads. Not by the barrier's own reduction: PTX does not let `barrier.red` and
+// `barrier.sync` use one barrier, and where a second try's sync came, warps of a warpgroup now and then read different answers.
 __device__ __forceinline__ bool sync_any(Fixed& fixed, int group, bool x) {
     const bool mine = __any_sync(0xffffffff, x);
     if (threadIdx.x % 32 == 0) fixed.votes[group][threadIdx.x / 32 % 4] = mine;
