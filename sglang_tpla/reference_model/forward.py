@@ -334,6 +334,8 @@ class PlainModel:
         self, tokens: torch.Tensor, *, maps: Sequence[LayerMaps | None] | None = None, prompt_tokens: int = 0
     ) -> torch.Tensor:
         """Compute logits [B, S, vocab] of tokens [B, S], of an exact prompt and, through ``maps``, what follows it."""
+        if prompt_tokens >= tokens.shape[1]:
+            maps = None  # nothing is behind the prompt
         if maps is None or prompt_tokens == 0:
             return self.logits(self.hidden_states(tokens, maps=maps))
         prompt, cache = self.prefill(tokens[:, :prompt_tokens])

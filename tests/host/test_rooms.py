@@ -174,6 +174,15 @@ def decode_manager(monkeypatch: pytest.MonkeyPatch, agent: Any) -> Any:
     return manager
 
 
+def opened(manager: Any, prefill: Any) -> Any:
+    """A receiver of room 1, open on the decode rank."""
+    from sglang_tpla.host.disaggregation.kv_sender_receiver import TplaKVReceiver
+
+    receiver: Any = TplaKVReceiver(manager, "server", 1)
+    receiver._open([prefill.peer])
+    return receiver
+
+
 def refuse_anew(receiver: Any) -> None:
     """Let prefill refuse to compute a request anew, on a thread as in SGLang."""
     payload = {"rid": "r", "bootstrap_room": receiver.bootstrap_room}
@@ -188,13 +197,10 @@ def test_a_request_that_prefill_does_not_compute_anew_fails_alone(monkeypatch: p
     from sglang.srt.disaggregation.base.conn import KVPoll
     from sglang.srt.disaggregation.common.conn import KVTransferError
 
-    from sglang_tpla.host.disaggregation.kv_sender_receiver import TplaKVReceiver
-
     prefill, decode = rig.prefill_rank(), rig.decode_rank()
     manager = decode_manager(monkeypatch, decode.agent)
     with rig.serving(prefill, decode):
-        receiver: Any = TplaKVReceiver(manager, "server", 1)
-        receiver._open([prefill.peer])
+        receiver = opened(manager, prefill)
         manager.nap_if_idle = lambda room: refuse_anew(receiver)
         receiver.poll()  # the scheduler ends with an exception that leaves it
         assert receiver.poll() == KVPoll.Failed
@@ -209,19 +215,15 @@ def test_a_late_refusal_to_compute_anew_harms_nobody(monkeypatch: pytest.MonkeyP
     """A client's abort makes prefill refuse, too; by then the request has left, and another may have its room."""
     from sglang.srt.disaggregation.base.conn import KVPoll
 
-    from sglang_tpla.host.disaggregation.kv_sender_receiver import TplaKVReceiver
-
     prefill, decode = rig.prefill_rank(), rig.decode_rank()
     manager = decode_manager(monkeypatch, decode.agent)
     with rig.serving(prefill, decode):
-        first: Any = TplaKVReceiver(manager, "server", 1)
-        first._open([prefill.peer])
+        first = opened(manager, prefill)
         first.abort()
         with contextlib.suppress(Exception):
             first.failure_exception()
         first.clear()
-        second: Any = TplaKVReceiver(manager, "server", 1)
-        second._open([prefill.peer])
+        second = opened(manager, prefill)
         refuse_anew(first)
         assert second.poll() != KVPoll.Failed
         second._end("over")

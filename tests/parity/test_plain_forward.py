@@ -10,11 +10,13 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
+from sglang_tpla.artifact.artifact import Artifact
+from sglang_tpla.measure.decode_error import model_maps
 from sglang_tpla.reference_model.checkpoint import Checkpoint, CheckpointError, dequantise_blocks
 from sglang_tpla.reference_model.forward import Bf16Maps, PlainModel
 from tests.block_fp8 import quantise_blocks
 from tests.random_checkpoint import save
-from tests.shipped import NANO
+from tests.shipped import ARTIFACT, NANO
 
 transformers = pytest.importorskip("transformers")
 
@@ -164,6 +166,14 @@ def test_teacher_forced_tpla_equals_token_by_token(groups: int, tmp_path: Path) 
     plain = model.forward(tokens[None])[0]
     torch.testing.assert_close(found[:9], plain[:9], atol=1e-4, rtol=1e-4)
     assert (found[9:] - plain[9:]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("prompt_tokens", [20, 30])
+def test_a_prompt_that_is_the_whole_text_is_exact(nano_model: PlainModel, prompt_tokens: int) -> None:
+    tokens, maps = torch.arange(5, 25)[None], model_maps(Artifact.load(ARTIFACT), nano_model)
+    with torch.inference_mode():
+        found = nano_model.forward(tokens, maps=maps, prompt_tokens=prompt_tokens)
+        assert torch.equal(found, nano_model.forward(tokens))
 
 
 def test_block_fp8_is_dequantised() -> None:

@@ -51,8 +51,10 @@ class IoLoop:
         return socket.socket(_family(host), socket.SOCK_STREAM)
 
     def tcp_listener(self, host: str, port: int) -> socket.socket:
-        """Return a plain socket that listens on a host's address, or on every one for "*"; OSError where that cannot
-        be.
+        """Return a plain socket that listens on a host's address, or on every address for "*".
+
+        Raises:
+            OSError: nothing can listen there.
         """
         return socket.create_server(("" if host == "*" else host, port), family=_family(host))
 

@@ -269,7 +269,11 @@ class PrefillAgent:
 
 
 def _check_pool(pool: CachePool, chunk_bytes: int) -> None:
-    """Refuse a pool that a prefill rank cannot have with a TransferError."""
+    """Refuse a pool that a prefill rank cannot have.
+
+    Raises:
+        TransferError: naming its widths and bytes.
+    """
     row_bytes = (pool.latent_dim + pool.rope_dim) * pool.dtype.itemsize
     if any(width != pool.latent_dim for width in pool.widths) or row_bytes > chunk_bytes:
         raise TransferError(
