@@ -18,6 +18,7 @@ from decode_case import (
 )
 
 from sglang_tpla.attention.hopper.decode import HopperDecode, variant_for
+from sglang_tpla.attention.hopper.sketched import SketchedVariant
 from sglang_tpla.attention.hopper.sketched_tiles import TiledVariant
 from sglang_tpla.attention.interface import AttentionInputError, DecodeShape
 from sglang_tpla.cache_rows.sketched import SketchedRows
@@ -36,6 +37,8 @@ LAYOUTS = (
     (512, 1, 0), (512, 2, 64), (512, 4, 64), (512, 8, 64), (512, 8, 0), (512, 2, 416), (256, 2, 32), (448, 1, 0),
     (512, 16, 128), (424, 2, 40), (456, 4, 8), (512, 2, 96), (512, 2, 384), (512, 4, 320),
 )  # fmt: skip
+# (g, r, heads) of every form: values turned, by query rows, and tiles
+FORMS = ((1, 0, 16), (2, 64, 32), (4, 64, 64), (8, 64, 128), (2, 64, 64))
 # Of w_pad 272 to 320, which the form that unpacks tiles serves from 49 query rows on; sketches that end inside a piece
 TILED_LAYOUTS = ((512, 2, 32), (512, 2, 64), (512, 2, 96), (448, 2, 112))
 
@@ -96,10 +99,24 @@ def test_scores_far_above_all_before(d: int, groups: int, shared: int, heads: in
     assert_right_and_repeated(case)
 
 
-def test_warps_agree_on_a_second_try() -> None:
-    """Among many requests a few scores are far above all before, while both warpgroups are at the same place."""
+def test_one_warpgroup_lags() -> None:
+    """A few scores are far above all before: a warpgroup of scores lags, and stages come free unevenly."""
     rows = SketchedRows.of(424, 2, 40, 64)
-    assert_right_and_repeated(random_case(DecodeShape.of_sketched(rows, 128, 3), LENGTHS[-1], 4242), more=100)
+    shape = DecodeShape.of_sketched(rows, 128, 3)
+    assert isinstance(variant_for(shape), SketchedVariant) and variant_for(shape).stages % 2  # a stage changes hands
+    assert_right_and_repeated(random_case(shape, LENGTHS[-1], 4242), more=400)
+
+
+@pytest.mark.parametrize("token", [70, 130, 899])
+@pytest.mark.parametrize(("groups", "shared", "heads"), FORMS)
+def test_one_score_outweighs_all(groups: int, shared: int, heads: int, token: int) -> None:
+    """A score hundreds above all others, for a third of the heads: the warpgroups' references lie far apart."""
+    rows = SketchedRows.of(512, groups, shared, 64)
+    case = random_case(DecodeShape.of_sketched(rows, heads), [900] * 64, 9)
+    scales = case.kv_cache[:, rows.scales_offset :].view(torch.bfloat16)
+    slots = case.table.indices[case.table.starts.long() + token].long()
+    scales[slots, :3] = scales[slots, :3] * 2.0**7
+    assert_right_and_repeated(case, more=3)
 
 
 @pytest.mark.parametrize("heads", [16, 64])

@@ -37,16 +37,25 @@ __device__ __forceinline__ void load_rows(const Params& p, u32 stage, u32 full, 
     barrier_arrive_when_copied(full);
 }
 
-// Each warp fills every second stage: warps 0 and 1 the first halves of the tiles. Pages are looked up two tiles ahead, and waited
-// for where they are used. Beyond kEarly tiles the first query comes first, which would wait for whatever the memory has to do
-// before.
+// Each warp fills every second half tile: warps 0 and 1 the first halves. Pages are looked up two tiles ahead, and waited for where
+// they are used. Beyond kEarly half tiles the first query comes first, which would wait for whatever the memory has to do before.
+//
+// With an odd number of stages a stage changes hands from round to round. A warp then waits for room for the halves of the others,
+// too: one that waited for its own alone could be a round ahead of them, and a barrier two phases behind looks like one that has
+// done what it waits for.
 constexpr int kEarly = 1;
+constexpr bool kChangesHands = STAGES % 2;
 __device__ __forceinline__ void produce(const Params& p, u32 ring, u32 full, u32 empty, u32 query, int thread) {
     const int warp = thread / 32, lane = thread % 32, my_token = lane / 16 * kTile + warp * 16 + lane % 16;
     const int page_mask = (1 << p.page_bits) - 1;
     const u32 rows = ring + warp % 2 * 16 * kStride;
     const u64 policy = read_once();
-    u32 stage = warp / 2, phase = 0, filled = 0;
+    u32 stage = kChangesHands ? 0 : warp / 2, phase = 0, filled = 0;
+    const auto wait_for_room = [&]() { barrier_wait(empty + 8 * stage, phase ^ 1); };
+    const auto advance = [&]() {
+        stage += kChangesHands ? 1 : 2;
+        if (stage >= STAGES) stage -= STAGES, phase ^= 1;
+    };
     for (Segments s(p); s.more(); s.next()) {
         const int length = s.length, start = s.start, end = s.end_tile();
         if (s.first_tile >= end) continue;
@@ -58,12 +67,13 @@ __device__ __forceinline__ void produce(const Params& p, u32 ring, u32 full, u32
 #pragma unroll 1
             for (int k = 0; k < 2; ++k) {
                 if (tile + k >= end) break;
-                barrier_wait(empty + 8 * stage, phase ^ 1);
+                if (kChangesHands && warp / 2 == 1) wait_for_room(), advance();
+                wait_for_room();
                 if (filled++ == kEarly) barrier_wait(query, 0);
                 if ((tile + k + 1) * kTile > length - p.query_len) wait_for_predecessor();
                 load_rows(p, rows + stage * kStageBytes, full + 8 * stage, slots, 16 * k, lane, policy);
-                stage += 2;
-                if (stage >= STAGES) stage -= STAGES, phase ^= 1;
+                advance();
+                if (kChangesHands && warp / 2 == 0) wait_for_room(), advance();
             }
         }
     }

@@ -8,6 +8,11 @@ __device__ __forceinline__ u32 wait_for_tile(Fixed& fixed, int from, u32 (&done)
     return *reinterpret_cast<volatile u32*>(&fixed.stamp[from]);
 }
 
+// The reference that values go on with which are relative to `applied`, for a tile whose probabilities are relative to `published`.
+// That may be far below, since each warpgroup of scores has a reference of its own: then the tile weighs next to nothing, at most
+// 2^(14 - 64) of what there is, and the values need not grow beyond float32 to say so.
+__device__ __forceinline__ float next_reference(float applied, float published) { return fmaxf(published, applied - 64.f); }
+
 // The first of the two columns that value pair k of item `piece` of a partial result holds.
 __device__ __forceinline__ int item_column(int piece, int k) { return piece * 8 + k * 2; }
 

@@ -19,7 +19,7 @@ __device__ __forceinline__ void gather_values(Fixed& fixed, const Segment& c, u3
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
                 const int row = c.warp * 16 + c.lane / 4 + 8 * i;
-                const float top = row < kRows ? fixed.published[from][row] : negative_infinity();
+                const float top = row < kRows ? next_reference(v.applied[i], fixed.published[from][row]) : negative_infinity();
                 const float factor = v.applied[i] == negative_infinity() ? 0.f : exp2_fast(v.applied[i] - top);
                 v.applied[i] = top;
 #pragma unroll

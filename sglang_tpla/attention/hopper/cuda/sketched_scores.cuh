@@ -10,7 +10,8 @@ struct alignas(16) Fixed {
     u64 query;                                                   // the first query has come
     Constants constants;
     Shared merge;
-    u32 stamp[2], largest, votes[2][4];                          // votes: see sync_any()
+    u32 stamp[2], largest;
+    u32 votes[2][2];                                             // in turn; a byte is a warp's: see sync_any()
     u16 ratio[2][2][ROW_VALUES ? 1 : kTile];                     // of a tile's shared, of its own scale
     alignas(16) float start[kStarts > 0 ? kStarts : 1][kRows];   // what sums begin with
     alignas(16) float exchange[2][4][kRows];                     // between warps
@@ -24,16 +25,14 @@ struct alignas(16) Fixed {
 };
 
 __device__ __forceinline__ void sync_group(int group) { asm volatile("bar.sync %0, 128;" ::"r"(3 + group) : "memory"); }
-// The same; whether `x` holds for one of the threads. Not by the barrier's own reduction: PTX does not let `barrier.red` and
-// `barrier.sync` use one barrier, and where a second try's sync came, warps of a warpgroup now and then read different answers.
-__device__ __forceinline__ bool sync_any(Fixed& fixed, int group, bool x) {
+// The same; whether `x` holds for one of the threads. `turn` alternates from call to call, so that nobody overwrites votes that a
+// warp has yet to read. Not by the barrier's own reduction: PTX does not let `barrier.red` and `barrier.sync` use one barrier.
+__device__ __forceinline__ bool sync_any(Fixed& fixed, int group, u32 turn, bool x) {
+    volatile u32& votes = fixed.votes[group][turn];
     const bool mine = __any_sync(0xffffffff, x);
-    if (threadIdx.x % 32 == 0) fixed.votes[group][threadIdx.x / 32 % 4] = mine;
+    if (threadIdx.x % 32 == 0) reinterpret_cast<volatile u8*>(&votes)[threadIdx.x / 32 % 4] = mine;
     sync_group(group);
-    const volatile u32* votes = fixed.votes[group];
-    const bool any = votes[0] | votes[1] | votes[2] | votes[3];
-    sync_group(group);                                           // all have read them
-    return any;
+    return votes != 0;
 }
 
 // A warpgroup's view of the current segment.
@@ -305,7 +304,7 @@ __device__ __forceinline__ void attend(const Params& p, Fixed& fixed, const Segm
             }
             fence_async_proxy();
             // A score far above all before asks for a second try with a new reference.
-            if (!sync_any(fixed, c.group, over) || fresh) break;
+            if (!sync_any(fixed, c.group, tries & 1, over) || fresh) break;
             fresh = true;
 #pragma unroll
             for (int i = 0; i < kRows / 4; ++i) total[i] = before[i];

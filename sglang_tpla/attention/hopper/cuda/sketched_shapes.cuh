@@ -62,4 +62,4 @@ constexpr int kScaleColumn = kBlocks * 64;                  // all columns of a 
 constexpr int kConsumerThreads = 256;                       // the threads that compute scores, and merge
 constexpr int kAllThreads = kConsumerThreads + 128;
 static_assert(LATENT % 16 == 0 && ROPE % 32 == 0 && ROW_BYTES % 16 == 0 && SKETCH % 8 == 0, "pieces of 16 bytes");
-static_assert(SHARED % 4 == 0 && kRows % 16 == 0 && kRows <= 64 && STAGES >= 3, "sizes the registers allow");
+static_assert(SHARED % 4 == 0 && kRows % 16 == 0 && kRows <= 64 && STAGES >= 4, "sizes the registers allow");

@@ -95,7 +95,7 @@ __device__ __forceinline__ void gather_values(Fixed& fixed, const Segment& c, u3
 #pragma unroll
             for (int i = 0; i < kRows / 4; ++i) {
                 const int row = i / 2 * 8 + column + i % 2;
-                const float before = fixed.applied[row], top = fixed.published[from][row];
+                const float before = fixed.applied[row], top = next_reference(before, fixed.published[from][row]);
                 const float factor = before == negative_infinity() ? 0.f : exp2_fast(before - top);
 #pragma unroll
                 for (int b = 0; b < kBlocks; ++b)
@@ -103,7 +103,8 @@ __device__ __forceinline__ void gather_values(Fixed& fixed, const Segment& c, u3
                     for (int k = 0; k < 2; ++k) v.o[b][i / 2 * 4 + 2 * k + i % 2] *= factor;
             }
             sync_group(2);                                       // it has been read
-            for (int row = c.warp * 32 + c.lane; row < kRows; row += 128) fixed.applied[row] = fixed.published[from][row];
+            for (int row = c.warp * 32 + c.lane; row < kRows; row += 128)
+                fixed.applied[row] = next_reference(fixed.applied[row], fixed.published[from][row]);
         }
         const u32 stages[2] = {c.ring + first.slot * kStageBytes, c.ring + second.slot * kStageBytes};
         const u32 empties[2] = {empty + 8 * first.slot, empty + 8 * second.slot};
