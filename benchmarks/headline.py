@@ -1,7 +1,7 @@
 """The paper's headline on two, four or eight GPUs: decode throughput and latency, method beside method, in one run.
 
-    python benchmarks/headline.py --out FILE [--ranks 2] [--models v3 k2] [--methods ...] [--loads throughput latency]
-        [--intermediate 512] [--limit 150] [--until 500]
+    python benchmarks/headline.py --out FILE [--ranks 2] [--alone] [--models v3 k2] [--methods ...]
+        [--loads throughput latency] [--intermediate 512] [--limit 150] [--until 500]
 
 DeepSeek-V3's and Kimi-K2's attention, 61 layers, experts left out (a dense feed-forward part of ``--intermediate``
 values; 18,432 is a dense layer of V3's), random bfloat16 weights; SGLang's own model runner on T GPUs of one host, real
@@ -20,14 +20,16 @@ among others the largest batch that fits, "latency" 1, 4 and 16 requests of 32,7
 every model. One that fails or does not fit is noted, and the next one comes; the file is written after each. On a fresh
 machine the first one takes two minutes: SGLang's kernels are compiled, and FlashInfer's before its first. Step times
 are medians over replays of the step's graph on rank 0. Without GPUs it runs tiny ranks on the CPU, to try this file.
-More than two GPUs were never had: T = 4 and 8 have run on a CPU alone.
+
+With ``--alone`` one GPU is rank 0 of T, all process groups are PyTorch's "fake" ones, and a collective returns at once
+with the rank's own part: what it computes has no meaning, what all-reduces cost is not in the times, and every method
+is so much faster than with them. More than two GPUs were never had: all ranks of T = 4 and 8 have run on a CPU alone.
 """
 
 import argparse
 import json
 import os
 import re
-import statistics
 import subprocess
 import sys
 import threading
@@ -42,9 +44,9 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import engine_rank
 import v3_shaped
 from alone import alone
+from headline_rank import child
 
 from sglang_tpla.cache_rows.sketched import SketchedRows
 from sglang_tpla.config import Settings
@@ -128,92 +130,6 @@ def loads_of(method: Method, args: argparse.Namespace, heads: int, memory_bytes:
     return sorted((batch, tokens) for batch, tokens in found if batch and batch * tokens <= fits)
 
 
-def child(job: dict[str, Any], rank: int) -> None:
-    """One rank: SGLang's model runner, then every load; rank 0 prints a line of JSON each."""
-    from sglang.srt.plugins import load_plugins
-
-    load_plugins()
-    from sglang.benchmark.one_batch import load_model
-    from sglang.srt.entrypoints.engine import _set_envs_and_config
-    from sglang.srt.server_args import PortArgs, ServerArgs, set_global_server_args_for_scheduler
-
-    print("ready", flush=True)
-    sys.stdin.readline()
-    flags: dict[str, Any] = dict(job["flags"])
-    if job["groups"]:
-        flags |= {"disaggregation_mode": "decode", "disaggregation_transfer_backend": "tpla"}
-    if GPU:
-        torch.cuda.set_device(rank)
-    else:
-        flags |= {"device": "cpu"}
-    arguments = ServerArgs(
-        model_path=job["model"],
-        load_format="dummy",
-        tp_size=job["ranks"],
-        dtype="bfloat16",
-        attention_backend=job["attention"],
-        random_seed=0,
-        max_total_tokens=job["tokens"],
-        max_running_requests=max(batch for batch, _ in job["loads"]),
-        context_length=max(context for _, context in job["loads"]) + 64,
-        mem_fraction_static=0.97,
-        enforce_disable_flashinfer_allreduce_fusion=True,
-        disable_prefill_cuda_graph=True,
-        cuda_graph_bs_decode=sorted({batch for batch, _ in job["loads"]}),
-        grammar_backend="none",
-        sampling_backend="pytorch",
-        skip_server_warmup=True,
-        **flags,
-    )
-    set_global_server_args_for_scheduler(arguments)
-    _set_envs_and_config(arguments)
-    ports = PortArgs.init_new(arguments)
-    ports.nccl_port = job["port"]
-    runner, _ = load_model(arguments, ports, gpu_id=rank if GPU else 0, tp_rank=rank)
-    for batch, context in job["loads"]:
-        row = time_step(runner.torch_runner, batch, context)
-        if rank == 0:
-            print(json.dumps(row), flush=True)
-
-
-@torch.no_grad()
-def time_step(runner: Any, batch: int, context: int) -> dict[str, Any]:
-    """One load: replays of the step's graph, all ranks at once; on a CPU the whole forward."""
-    forward_batch = engine_rank.decode_batch(runner, batch, context)
-    replayed: list[torch.cuda.CUDAGraph] = []
-    replay = torch.cuda.CUDAGraph.replay
-
-    def noted(graph: torch.cuda.CUDAGraph) -> None:
-        replayed.append(graph)
-        replay(graph)
-
-    torch.cuda.CUDAGraph.replay = noted
-    host = []
-    for _ in range(12 if GPU else 2):
-        start = time.perf_counter()
-        runner.forward(forward_batch)
-        if GPU:
-            torch.cuda.synchronize()
-        host.append(1e3 * (time.perf_counter() - start))
-    torch.cuda.CUDAGraph.replay = replay
-    row: dict[str, Any] = {"batch": batch, "context": context, "host_ms": statistics.median(host[len(host) // 4 :])}
-    if not GPU:
-        return row | {"step_ms": row["host_ms"]}
-    (graph,) = set(replayed)  # one step is one graph
-    torch.distributed.barrier()
-    torch.cuda.synchronize()
-    events = []
-    for _ in range(25):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        graph.replay()
-        end.record()
-        events.append((begin, end))
-    torch.cuda.synchronize()
-    times = [begin.elapsed_time(end) for begin, end in events][5:]
-    return row | {"step_ms": statistics.median(times), "step_ms_range": [min(times), max(times)]}
-
-
 def environment(job: dict[str, Any]) -> dict[str, str]:
     """Of a job's ranks."""
     found = {
@@ -232,6 +148,8 @@ def environment(job: dict[str, Any]) -> dict[str, str]:
             "SGLANG_CPU_OMP_THREADS_BIND": "|".join("0" * job["ranks"]),
             "SGLANG_NCCL_SO_PATH": "no-nccl-on-a-cpu",
         }
+    if job["alone"]:
+        found |= {"SGLANG_NCCL_SO_PATH": "collectives-are-left-out"}
     if not job["groups"]:
         return found | ({"SGLANG_PLUGINS": "none"} if GPU else {})
     settings = Settings("decode", job["groups"], job["artifact"], rows=job["rows"], o_proj=job["o_proj"])
@@ -245,7 +163,7 @@ class Job:
         self.job = job
         self.log = logs / f"{job['name']}-0.log"
         self.processes = []
-        for rank in range(job["ranks"]):
+        for rank in range(1 if job["alone"] else job["ranks"]):
             with (logs / f"{job['name']}-{rank}.log").open("w") as errors:
                 command = [sys.executable, __file__, "--child", json.dumps(job), "--rank", str(rank)]
                 process = subprocess.Popen(
@@ -324,7 +242,7 @@ def jobs_of(model: str, args: argparse.Namespace, folder: Path, memory_bytes: fl
     """One for each method that fits, with checkpoint and artifacts written."""
     heads = HEADS[model] if GPU else 16
     path = folder / model
-    sizes = {"hidden": 7168, "query_latent": 1536, "intermediate": args.intermediate} if GPU else engine_rank.SMALL
+    sizes = {"hidden": 7168, "query_latent": 1536, "intermediate": args.intermediate} if GPU else v3_shaped.SMALL
     shape = v3_shaped.Shape(LAYERS if GPU else 2, 2 * LONG, **(sizes | {"heads": heads}))
     v3_shaped.write_checkpoint(path, shape, only_identity=True)
     methods, found = methods_of(args.ranks), []
@@ -344,6 +262,7 @@ def jobs_of(model: str, args: argparse.Namespace, folder: Path, memory_bytes: fl
                 "model": str(path),
                 "artifact": str(artifact) if method.groups > 1 else None,
                 "parts": args.ranks // method.ranks,
+                "alone": args.alone and method.ranks > 1,
                 "attention": "tpla" if method.groups else method.kernel if GPU else "torch_native",
                 "loads": loads,
                 "tokens": max(batch * context for batch, context in loads) // method.flags.get("dcp_size", 1) + 256,
@@ -359,6 +278,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=HEADS, default=list(HEADS))
     parser.add_argument("--ranks", type=int, choices=(2, 4, 8), default=2, help="T, GPUs of this host")
     parser.add_argument("--methods", nargs="+", help="by default all that so many ranks can run")
+    parser.add_argument("--alone", action="store_true", help="rank 0 of T on one GPU; collectives return at once")
     parser.add_argument("--intermediate", type=int, default=512, help="of the feed-forward part, all ranks together")
     parser.add_argument("--loads", nargs="+", choices=("throughput", "latency"), default=["throughput", "latency"])
     parser.add_argument("--limit", type=float, default=150.0, help="seconds a method may take on a model")
@@ -372,8 +292,9 @@ def main() -> None:
     args.methods = args.methods or list(methods)
     if unknown := set(args.methods) - set(methods):
         parser.error(f"--methods: {', '.join(sorted(unknown))} is none of {', '.join(methods)} on {args.ranks} ranks")
-    if GPU and torch.cuda.device_count() < args.ranks:
-        parser.error(f"--ranks {args.ranks} needs as many GPUs; this host has {torch.cuda.device_count()}")
+    if GPU and torch.cuda.device_count() < args.ranks and not args.alone:
+        found = torch.cuda.device_count()
+        parser.error(f"--ranks {args.ranks} needs as many GPUs; this host has {found}: --alone times one rank of them")
     memory_bytes = torch.cuda.get_device_properties(0).total_memory if GPU else 0.0
     began = time.monotonic()
     report: dict[str, Any] = {
@@ -382,6 +303,7 @@ def main() -> None:
         "sglang": version("sglang"),
         "torch": torch.__version__,
         "ranks": args.ranks,
+        "alone": args.alone,
         "intermediate": args.intermediate,
         "methods": {name: asdict(methods[name]) for name in args.methods},
         "rows": [],

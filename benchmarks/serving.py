@@ -34,9 +34,8 @@ from typing import Any
 import torch
 from alone import alone
 from engine_gpu import measure
-from engine_rank import SMALL
 from serving_client import Client
-from v3_shaped import VOCABULARY, Shape, write_artifact, write_checkpoint, write_sketched_artifact
+from v3_shaped import SMALL, VOCABULARY, Shape, write_artifact, write_checkpoint, write_sketched_artifact
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from tests.e2e.servers import Pair, Server, transfer_lines

@@ -17,6 +17,7 @@ from sglang_tpla.artifact.model_identity import config_hash, weights_hash
 
 NANO = Path(__file__).parents[1] / "examples" / "nano-mla"
 LATENT, ROPE, NOPE, VALUE, VOCABULARY = 512, 64, 128, 128, 4096
+SMALL = {"heads": 16, "hidden": 256, "query_latent": 128, "intermediate": 512}  # to try a benchmark on a CPU
 
 
 @dataclass(frozen=True)
