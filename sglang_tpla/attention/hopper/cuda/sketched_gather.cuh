@@ -40,22 +40,19 @@ __device__ __forceinline__ void load_rows(const Params& p, u32 stage, u32 full, 
 // Each warp fills every second half tile: warps 0 and 1 the first halves. Pages are looked up two tiles ahead, and waited for where
 // they are used. Beyond kEarly half tiles the first query comes first, which would wait for whatever the memory has to do before.
 //
-// With an odd number of stages a stage changes hands from round to round. A warp then waits for room for the halves of the others,
-// too: one that waited for its own alone could be a round ahead of them, and a barrier two phases behind looks like one that has
-// done what it waits for.
+// A warp waits for room for its own half tiles alone. With an odd number of stages a stage changes hands from round to round. Then
+// the warps meet every two tiles: a warp a round ahead of the others could take a barrier two phases behind for one that has done
+// what it waits for. Waiting for room for the others' halves would keep them together, too, but could hang: where the others fill
+// a half and see it given back before this warp looks, this warp finds the parity that it waits to see change.
 constexpr int kEarly = 1;
-constexpr bool kChangesHands = STAGES % 2;
+__device__ __forceinline__ void meet_producers() { asm volatile("bar.sync 6, 128;" ::: "memory"); }
+
 __device__ __forceinline__ void produce(const Params& p, u32 ring, u32 full, u32 empty, u32 query, int thread) {
     const int warp = thread / 32, lane = thread % 32, my_token = lane / 16 * kTile + warp * 16 + lane % 16;
     const int page_mask = (1 << p.page_bits) - 1;
     const u32 rows = ring + warp % 2 * 16 * kStride;
     const u64 policy = read_once();
-    u32 stage = kChangesHands ? 0 : warp / 2, phase = 0, filled = 0;
-    const auto wait_for_room = [&]() { barrier_wait(empty + 8 * stage, phase ^ 1); };
-    const auto advance = [&]() {
-        stage += kChangesHands ? 1 : 2;
-        if (stage >= STAGES) stage -= STAGES, phase ^= 1;
-    };
+    u32 stage = warp / 2, phase = 0, filled = 0;
     for (Segments s(p); s.more(); s.next()) {
         const int length = s.length, start = s.start, end = s.end_tile();
         if (s.first_tile >= end) continue;
@@ -64,16 +61,16 @@ __device__ __forceinline__ void produce(const Params& p, u32 ring, u32 full, u32
         for (int tile = s.first_tile; tile < end; tile += 2) {
             const int slots = ahead << p.page_bits | ((tile * kTile + my_token) & page_mask);
             ahead = page_of(p, start, length, (tile + 2) * kTile + my_token);
+            if (STAGES % 2) meet_producers();
 #pragma unroll 1
             for (int k = 0; k < 2; ++k) {
                 if (tile + k >= end) break;
-                if (kChangesHands && warp / 2 == 1) wait_for_room(), advance();
-                wait_for_room();
+                barrier_wait(empty + 8 * stage, phase ^ 1);
                 if (filled++ == kEarly) barrier_wait(query, 0);
                 if ((tile + k + 1) * kTile > length - p.query_len) wait_for_predecessor();
                 load_rows(p, rows + stage * kStageBytes, full + 8 * stage, slots, 16 * k, lane, policy);
-                advance();
-                if (kChangesHands && warp / 2 == 0) wait_for_room(), advance();
+                stage += 2;
+                if (stage >= STAGES) stage -= STAGES, phase ^= 1;
             }
         }
     }

@@ -1,0 +1,51 @@
+"""What the blocks of all three kernels have: a part of the plan (``parts.cuh``), a share of a merge (``merge.cuh``)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ring_machine import Block, Memory, Steps
+
+WARPS = range(4)  # of a warpgroup
+CONSUMERS = range(8)  # warps that merge
+
+
+@dataclass(frozen=True)
+class Work:
+    """A block's part of the plan.
+
+    Args:
+        tiles: the tiles of each segment; an empty request has none. whole: whether a segment is all of its request.
+        over: each (segment, tile, attempt, warp) with a score so far above all before that it asks for a second try.
+    """
+
+    tiles: Sequence[int]
+    whole: Sequence[bool]
+    over: frozenset[tuple[int, int, int, int]] = frozenset()
+
+
+class MergingBlock(Block):
+    """A block with the memory that the merge uses.
+
+    Args:
+        work: the block's part of the plan. trusting: see `Barrier`.
+    """
+
+    def __init__(self, seed: int, work: Work, trusting: bool = False) -> None:
+        super().__init__(seed, trusting)
+        self.work = work
+        self.consumers = self.named_barrier("sync_consumers", 8)
+        self.query = Memory("query")
+        self.shared = Memory("merge")  # the last segment that is a part of its request
+
+    def hand_over(self, segment: int, consumer: int) -> Steps:
+        """``hand_over()`` and ``announce()``."""
+        yield from self.consumers.sync(consumer)
+        if consumer == 0:
+            yield from self.shared.write("segment", segment)
+
+    def merge(self, consumer: int) -> Steps:
+        """``merge()``, which adds up in the query's memory, with the barrier before it."""
+        parts = [segment for segment, whole in enumerate(self.work.whole) if not whole and self.work.tiles[segment]]
+        yield from self.consumers.sync(consumer)
+        yield from self.shared.read(["segment"], parts[-1] if parts else None)
+        yield from self.query.write(consumer, "sums of the merge")
