@@ -7,11 +7,14 @@ of up to three tokens. Both servers run it, since the draft layer's cache and fi
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from sglang_tpla.attention.backends import Capability
 from sglang_tpla.attention.interface import MAX_QUERY_LEN, DecodeShape
 from sglang_tpla.config import ConfigError
 from sglang_tpla.host import compat
 from sglang_tpla.host.attention.supported import OURS, engine_unsupported_reason
+from sglang_tpla.host.disaggregation.engine_memory import CACHE_DTYPES
 from sglang_tpla.reference_model.checkpoint import Checkpoint, local_checkpoint
 
 ALGORITHMS = ("EAGLE", "NEXTN")
@@ -74,17 +77,27 @@ def unsupported_reasons(args: Any, role: str) -> list[str]:
     return [f"{flag} {value} cannot be served: {why}" for bad, flag, value, why in cases if bad]
 
 
-def check_draft(args: Any, text: Any) -> None:
-    """Refuse a checkpoint without the layer that guesses, for which SGLang would take random weights.
+def check_draft(args: Any, text: Any, dtype: torch.dtype) -> None:
+    """Refuse a checkpoint without the layer that guesses, for which SGLang would take random weights, and a cache of
+    that layer whose rows would be read as those of another dtype.
 
     Args:
         text: the config of the model's text part.
+        dtype: the model's.
 
     Raises:
         ConfigError: quoting the config, or naming what is missing.
     """
     if args.speculative_algorithm is None:
         return
+    # one agent's rows have one dtype, and a draft's beside sketched rows are the model's
+    rows_dtype = CACHE_DTYPES.get(args.kv_cache_dtype, dtype)
+    given = getattr(args, "speculative_draft_kv_cache_dtype", None)  # not in 0.5.17
+    if given is not None and (drafts := CACHE_DTYPES.get(given, dtype)) != rows_dtype:
+        raise ConfigError(
+            f"--speculative-draft-kv-cache-dtype {given} cannot be served: the draft's rows would be {drafts}, and "
+            f"travel as {rows_dtype}, by the model's dtype and --kv-cache-dtype; drop the flag"
+        )
     layers = getattr(text, NEXTN_LAYERS, None) or 0
     if layers != 1:
         raise ConfigError(

@@ -54,7 +54,9 @@ class Collector:
             halves = self._halves[layer]
             halves[name] = pick(output).detach()
             if len(halves) == 2:  # [tokens, d] and [tokens, local heads, qk_nope] of the same tokens
-                if len(halves["latent"]) > 1:  # a health check is a prompt of one token, and routers send many
+                # A health check is a prompt of one token, and routers send many. SGLang computes it on an idle server
+                # alone, so that few share a batch; those cost one token each and are counted.
+                if len(halves["latent"]) > 1:
                     self.statistics.layers[layer].update(halves["latent"], halves["q_nope"])
                 halves.clear()
                 if layer == len(self._halves) - 1:

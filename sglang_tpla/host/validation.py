@@ -229,7 +229,7 @@ def check_model(args: Any) -> None:
     config = compat.model_config(args)
     text = config.hf_text_config
     check_config(args.model_path, {**text.to_dict(), "architectures": config.hf_config.architectures})
-    speculation.check_draft(args, text)
+    speculation.check_draft(args, text, config.dtype)
     if settings().role == "prefill":
         return
     attention_ranks = args.tp_size // compat.attention_groups(args)

@@ -127,6 +127,10 @@ def from_mapping(values: dict[str, Any], origin: str) -> list[Argument]:
 def _words(value: Any, origin: str) -> list[str]:
     if isinstance(value, list):
         return [word for item in value for word in _words(item, origin)]
+    if value is None or isinstance(value, bool):  # yes, on and true are one to YAML, and not to a flag
+        raise ConfigError(
+            f"{origin}: expected text or numbers in the list; got {value}: put what the flag takes in quotes"
+        )
     word = json.dumps(value) if isinstance(value, dict) else str(value)
     if is_flag(word) or word.startswith("--"):
         raise ConfigError(f"{origin}: expected a value; {word!r} would be read as a flag: give flags as keys")

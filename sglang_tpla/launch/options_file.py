@@ -31,6 +31,7 @@ VARIABLES_OF_SETTINGS = {
     for variable, entry in Settings.variables().items()
 }
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+EXPONENT = re.compile(r"[-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+)[eE][-+]?[0-9]+\Z")
 FLAG_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
 
 
@@ -112,14 +113,35 @@ class _Loader(yaml.SafeLoader):
                     None, None, f"the key {key.value!r} stands twice in one mapping", key.start_mark
                 )
             seen.add(str(key.value))
-        for key, value in node.value:
-            if key.value == "environment" and isinstance(value, yaml.MappingNode):
-                value.value = [(name, _as_text(variable)) for name, variable in value.value]
         return node
+
+    def construct_document(self, node: yaml.Node) -> Any:
+        return super().construct_document(self._with_text_variables(node, ROLE_SECTIONS))
+
+    def _with_text_variables(self, scope: yaml.Node, sections: tuple[str, ...] = ()) -> yaml.Node:
+        """Return a mapping of flags whose ``environment``, and that of its sections, holds text.
+
+        The nodes are copies, since an anchor may give the same mapping to a flag, in whose JSON true is no text.
+        """
+        if not isinstance(scope, yaml.MappingNode):
+            return scope
+        self.flatten_mapping(scope)  # what << brings is a variable as well
+        pairs = []
+        for key, value in scope.value:
+            if key.value in sections:
+                value = self._with_text_variables(value)
+            elif key.value == "environment" and isinstance(value, yaml.MappingNode):
+                self.flatten_mapping(value)
+                texts = [(name, _as_text(variable)) for name, variable in value.value]
+                value = yaml.MappingNode(value.tag, texts, value.start_mark, value.end_mark)
+            pairs.append((key, value))
+        return yaml.MappingNode(scope.tag, pairs, scope.start_mark, scope.end_mark)
 
 
 _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 _Loader.add_constructor("tag:yaml.org,2002:float", _Loader.construct_yaml_float)
+# To YAML 1.1, and so to PyYAML, 1e6 is text, which JSON would then quote.
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", EXPONENT, list("-+.0123456789"))
 
 
 def read_file(path: str) -> FileSource:

@@ -67,6 +67,11 @@ class Row:
         """The time of a layer; infinite where the method is refused or the load does not fit."""
         return self.price.layer_s if self.price and self.fits else math.inf
 
+    @property
+    def order(self) -> tuple[float, int, float]:
+        """The order of preference, least first: time, then closeness to the model's answers, then bytes."""
+        return self.layer_s, self.method.closeness, self.cache_bytes_per_token_and_rank
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -110,18 +115,18 @@ def row(setting: Setting, method: Method, load: Load) -> Row:
 
 def answer(setting: Setting, load: Load) -> Answer:
     rows = tuple(row(setting, method, load) for method in setting.methods)
-    best = min(rows, key=lambda r: r.layer_s)
+    best = min(rows, key=lambda r: r.order)
     if not best.fits:
         return Answer(load, rows, None, None, (_nothing(setting, rows, load),))
     tiers = [[r for r in rows if r.method.closeness == tier] for tier in range(4)]
-    fastest = [min(tier, key=lambda r: r.layer_s) for tier in tiers if tier]
+    fastest = [min(tier, key=lambda r: r.order) for tier in tiers if tier]
     base = chosen = fastest[0]
     for found in fastest[1:]:
         if found.layer_s < chosen.layer_s * (1 - setting.margin):
             base, chosen = chosen, found
     # the rival is the method that the chosen one displaced, or the fastest of those that it was preferred to
     others = [r for r in fastest if r is not chosen]
-    rival = base if base is not chosen else min(others, key=lambda r: r.layer_s, default=None)
+    rival = base if base is not chosen else min(others, key=lambda r: r.order, default=None)
     return Answer(load, rows, best.method, chosen.method, reasons(setting, load, rows, chosen, rival))
 
 
@@ -189,7 +194,7 @@ def reasons(setting: Setting, load: Load, rows: Sequence[Row], chosen: Row, riva
     else:
         said.append(_why_ours(chosen, rival))
     ours = [r for r in rows if r.method.kind == "tpla" and r.method.groups > 1 and r.fits and r.price]
-    sliced = min(ours, key=lambda r: r.layer_s, default=None)
+    sliced = min(ours, key=lambda r: r.order, default=None)
     if sliced is not None and sliced is not chosen and chosen.method.groups == 1:
         said.append(_why_not_sliced(sliced, chosen, setting))
     if load.verified > 1:
@@ -226,10 +231,17 @@ def _why_not_sliced(sliced: Row, chosen: Row, setting: Setting) -> str:
 
 
 def overall(answers: Sequence[Answer]) -> Method | None:
-    """Return the method that is, on average over several loads, least behind each load's recommended one."""
-    able = [(a.recommended, {r.method: r.layer_s for r in a.rows}) for a in answers if a.recommended is not None]
+    """Return the method that is, on average over several loads, least behind each load's recommended one.
 
-    def behind(method: Method) -> float:
-        return sum(times[method] / times[best] for best, times in able)
+    It fits as many of the loads as one of the recommended can. The order of a row decides between equals.
+    """
+    able = [a for a in answers if a.recommended is not None]
+    candidates = {a.recommended for a in able}
+    times = [{r.method: r.layer_s for r in a.rows} for a in able]
 
-    return min({best for best, _ in able}, key=behind, default=None)
+    def order(row: Row) -> tuple[float, ...]:
+        behind = [at[row.method] / at[a.recommended] for a, at in zip(able, times, strict=True) if a.recommended]
+        return behind.count(math.inf), sum(ratio for ratio in behind if math.isfinite(ratio)), *row.order[1:]
+
+    rows = [row for row in able[0].rows if row.method in candidates] if able else []
+    return min(rows, key=order).method if rows else None

@@ -14,7 +14,7 @@ STAGES, LEAST_BYTES = {"cpu": 1, "cuda": 4}, 4 << 20
 
 @dataclass(frozen=True)
 class Rectangle:
-    """Layers ``first_layer...`` (model layers) of tokens ``first_token...`` (after the cached prefix)."""
+    """Layers ``first_layer...`` of tokens ``first_token...`` (after the cached prefix)."""
 
     first_layer: int
     layers: int

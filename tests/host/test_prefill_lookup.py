@@ -5,6 +5,7 @@ import threading
 from collections import deque
 from collections.abc import Iterator
 from types import SimpleNamespace
+from typing import Any
 from urllib.parse import parse_qs, urlparse
 
 import pytest
@@ -187,6 +188,43 @@ def test_where_nobody_listens_is_asked_twice() -> None:
     unanswered.note("gone:1", "nobody listens there")  # long after
     unanswered.note("gone:1", "ReadTimeout")  # somebody listens, and may answer yet
     unanswered.note("gone:1", "nobody listens there")
+
+
+def test_a_request_hears_of_the_last_try_alone(imported: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that was found, or whose answer was refused, is no longer one that did not answer."""
+    from sglang_tpla.host.disaggregation import kv_manager
+
+    class Asked:
+        def __init__(self, answer: Any) -> None:
+            self.answer = answer
+
+        def __call__(self, aside: Any, address: str) -> bool:
+            if isinstance(self.answer, Exception):
+                raise self.answer
+            aside.prefill_info_table[address] = self.answer
+            return self.answer is not None
+
+    def look_up(answer: Any) -> bool:
+        monkeypatch.setattr(kv_manager.CommonKVManager, "try_ensure_parallel_info", Asked(answer))
+        return manager._look_up("prefill:1")
+
+    monkeypatch.setattr(kv_manager, "require_resolvable", lambda address: None)
+    monkeypatch.setattr(kv_manager, "why_unanswered", lambda address: "nobody listens there")
+    monkeypatch.setattr(kv_manager, "rank_addresses", lambda address, info: info)
+    manager = kv_manager.TplaKVManager.__new__(kv_manager.TplaKVManager)
+    manager.unanswered, manager.rank_addresses, manager.prefill_info_table = Unanswered(lambda: 0.0), {}, {}
+    nobody = "no answer from the bootstrap server at prefill:1: nobody listens there"
+    assert not look_up(None) and manager.unanswered.reason("prefill:1") == nobody
+    assert look_up({"a": "rank"}) and manager.unanswered.reason("prefill:1") == ""
+    assert not look_up(None) and manager.unanswered.reason("prefill:1") == nobody  # refused once since it was found
+    with pytest.raises(ValueError, match="another page size"):
+        look_up(ValueError("another page size"))
+    assert manager.unanswered.reason("prefill:1") == ""
+    assert not look_up({}) and manager.unanswered.reason("prefill:1").endswith("does not say where its ranks are")
+    assert not look_up(None)
+    with pytest.raises(TransferError, match=nobody):
+        look_up(None)
+    assert manager.unanswered.reason("prefill:1") == nobody
 
 
 @pytest.mark.parametrize("host", ["prefill1", "prefill_1", "PREFILL_1.example", "[fe80::1_2]", "[::1]", "a_b_c"])

@@ -317,7 +317,7 @@ def test_a_checkpoint_without_the_layer_is_refused(engine: None, nano_mla: str, 
 
     def check(layers: int | None, model: str = str(nextn), **changes: Any) -> None:
         text = SimpleNamespace(num_nextn_predict_layers=layers, num_hidden_layers=4)
-        check_draft(arguments(model_path=model, **changes), text)
+        check_draft(arguments(model_path=model, **changes), text, torch.bfloat16)
 
     check(1)
     check(None, speculative_algorithm=None)
@@ -326,6 +326,29 @@ def test_a_checkpoint_without_the_layer_is_refused(engine: None, nano_mla: str, 
             check(layers)
     with pytest.raises(ConfigError, match=r"has no model\.layers\.4\.eh_proj\.weight, although its config"):
         check(1, nano_mla)  # copies in another precision often lack the layer that their config names
+
+
+@pytest.mark.parametrize("cache", ["auto", "bf16", "fp8_e4m3"])
+@pytest.mark.parametrize("given", [None, "auto", "bf16", "bfloat16"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_drafts_rows_have_the_dtype_in_which_they_travel(
+    engine: None, nextn: Path, cache: str, given: str | None, dtype: torch.dtype
+) -> None:
+    """All rows of an agent are read as one dtype, and a draft's beside sketched rows (fp8_e4m3) as the model's."""
+    from sglang_tpla.host.speculation import check_draft
+
+    args = arguments(model_path=str(nextn), kv_cache_dtype=cache, speculative_draft_kv_cache_dtype=given)
+    text = SimpleNamespace(num_nextn_predict_layers=1, num_hidden_layers=4)
+    # by ``configure_kv_cache_dtype`` of ``sglang/srt/mem_cache/kv_cache_dtype.py``, and `keep_precision`
+    draft = {None: torch.bfloat16 if cache == "bf16" else dtype, "auto": dtype}.get(given, torch.bfloat16)
+    travels = torch.bfloat16 if cache == "bf16" else dtype
+    if draft == travels:
+        check_draft(args, text, dtype)
+        return
+    said = f"--speculative-draft-kv-cache-dtype {given} .* would be {draft}, and travel as {travels}, .*; drop the flag"
+    with pytest.raises(ConfigError, match=said):
+        check_draft(args, text, dtype)
+    check_draft(arguments(**vars(args) | {"speculative_algorithm": None}), text, dtype)
 
 
 def test_servers_with_other_drafts_are_not_of_one_model(engine: None, nextn: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from sglang_tpla.calibrate.rounding_cost import LayerCosts
 from sglang_tpla.calibrate.sketch_layout import usual_rows
 from sglang_tpla.calibrate.transforms import Basis
 from sglang_tpla.plan.__main__ import main, parser, setting_of
-from sglang_tpla.plan.choice import Setting, answer, overall
+from sglang_tpla.plan.choice import Setting, answer
 from sglang_tpla.plan.cost import Load, Method, Precision, break_even_tokens, methods, price, rank_work
 from sglang_tpla.plan.hardware import GPUS, H100, H200, LINKS, Gpu, Link, Rate
 from sglang_tpla.plan.model import BUILT_IN, PlanModel, find
@@ -337,14 +337,6 @@ def test_h200_attention_agrees_with_the_recorded_run() -> None:
     off = sorted(abs(math.log(ratio)) for ratio in ratios)
     assert off[-1] < math.log(1.15) and off[-2] < math.log(1.08)
     assert off[len(off) // 2] < math.log(1.04)
-
-
-def test_overall_is_least_behind() -> None:
-    s = setting("--weights-dtype", "fp8")
-    long = [answer(s, Load(16, 32768)), answer(s, Load(16, 32767))]
-    short = answer(s, Load(1, 2048))
-    assert overall([*long, short]) == long[0].recommended
-    assert overall([short]) == short.recommended
 
 
 def test_json_and_text_say_what_was_measured(capsys: pytest.CaptureFixture[str]) -> None:

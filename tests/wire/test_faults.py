@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -182,6 +183,24 @@ def test_an_error_while_gathering_fails_the_room_alone(
             rig.fail(room, "division by zero", other)
     assert prefill.agent.stats().internal_errors == decode.agent.stats().internal_errors == 1
     transfer(prefill, decode, 3)
+
+
+def test_more_stopped_ranks_than_slots_hold_the_others_up_until_they_are_given_up() -> None:
+    prefill, well = rig.prefill_rank(staging_bytes=2 * rig.SETTINGS.chunk_bytes), rig.decode_rank()
+    stopped = [rig.decode_rank() for _ in range(3)]
+    going_on = threading.Event()
+    with rig.serving(prefill, well, *stopped), contextlib.ExitStack() as stack:
+        stack.callback(going_on.set)
+        for room, decode in enumerate(stopped, 1):
+            prefill.agent.open_room(room)
+            rig.ask(decode, [prefill.peer], room, rig.pages(room, 90))
+            decode.agent.workers.io.post(going_on.wait)
+            prefill.agent.send(room, rig.pages(room, 90), last=False)
+        stats = prefill.agent.stats
+        rig.wait(lambda: stats().staging_used_bytes == stats().staging_limit_bytes, "all slots to be taken")
+        transfer(prefill, well, 9)
+        for room in range(1, 4):
+            rig.fail(room, "was lost: no sign of life", prefill)
 
 
 def test_rows_refused_after_they_were_queued_fail_the_room_alone(monkeypatch: pytest.MonkeyPatch) -> None:

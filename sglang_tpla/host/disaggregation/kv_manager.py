@@ -235,19 +235,26 @@ class TplaKVManager(CommonKVManager):
 
     def _look_up(self, bootstrap_addr: str) -> bool:
         """Ask for a prefill server's layout and the addresses of its ranks, on a thread that may wait."""
+        why = ""  # also of an answer that is refused: the requests that wait for it get the refusal
+        try:
+            why = self._why_not_found(bootstrap_addr)
+        finally:
+            self.unanswered.note(bootstrap_addr, why)
+        return not why
+
+    def _why_not_found(self, bootstrap_addr: str) -> str:
+        """Keep a prefill server's layout and the addresses of its ranks, or return why it did not give them."""
         require_resolvable(bootstrap_addr)
         aside = _Aside(self)
         if not CommonKVManager.try_ensure_parallel_info(aside, bootstrap_addr):
-            self.unanswered.note(bootstrap_addr, why_unanswered(bootstrap_addr))
-            return False
+            return why_unanswered(bootstrap_addr)
         info = aside.prefill_info_table[bootstrap_addr]
         found = rank_addresses(bootstrap_addr, info)
         if not found:
-            self.unanswered.note(bootstrap_addr, "it does not say where its ranks are")
-            return False
+            return "it does not say where its ranks are"
         # in this order: SGLang opens a request with any layout that it finds
         self.rank_addresses[bootstrap_addr], self.prefill_info_table[bootstrap_addr] = found, info
-        return True
+        return ""
 
 
 class _Aside:

@@ -102,7 +102,7 @@ class Unanswered:
         self._found: OrderedDict[str, tuple[str, float]] = OrderedDict()
 
     def note(self, address: str, why: str) -> None:
-        """Note why a bootstrap server did not answer.
+        """Note why a bootstrap server did not answer, which is empty where it did.
 
         Raises:
             TransferError: nobody listened there the time before either. A prefill server's HTTP port opens after its

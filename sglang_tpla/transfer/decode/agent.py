@@ -90,7 +90,7 @@ class DecodeAgent:
             host=workers.host_identity() if host_id is None else host_id,
             max_chunk_bytes=workers.chunk_bytes,
             layout=messages.CacheLayout(
-                first_layer=pool.first_layer,
+                first_layer=0,
                 latent_dim=pool.latent_dim,
                 rope_dim=pool.rope_dim,
                 dtype=pool.row_format.name(pool.dtype),
@@ -268,11 +268,11 @@ def _check_projection(pool: CachePool, projection: Projection | None) -> None:
     """
     if projection is None:
         return
-    theirs = (projection.first_layer, projection.latent_dim, projection.widths)
-    ours = (pool.first_layer, pool.latent_dim, pool.widths)
+    theirs = (projection.latent_dim, projection.widths)
+    ours = (pool.latent_dim, pool.widths)
     if theirs != ours or projection.sketched not in (None, pool.row_format):
         raise TransferError(
-            f"the projection is for layers from {projection.first_layer} on with d={projection.latent_dim} and widths "
-            f"{projection.widths[:4]}..., the pool holds layers from {pool.first_layer} on with d={pool.latent_dim} "
-            f"and widths {pool.widths[:4]}...; use the artifact this server was started with"
+            f"the projection is for {len(projection.widths)} layers with d={projection.latent_dim} and widths "
+            f"{projection.widths[:4]}..., the pool holds {len(pool.layers)} with d={pool.latent_dim} and widths "
+            f"{pool.widths[:4]}...; use the artifact this server was started with"
         )

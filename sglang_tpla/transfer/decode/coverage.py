@@ -21,11 +21,9 @@ class Coverage:
         layers: of the pool.
         tokens: that the pages of the request hold.
         items: how many items one part of a row has in a layer (by index); a part without any needs no chunk.
-        first_layer: of the model, for messages.
     """
 
-    def __init__(self, layers: int, tokens: int, items: Callable[[int, Part], int], first_layer: int = 0) -> None:
-        self._first_layer = first_layer
+    def __init__(self, layers: int, tokens: int, items: Callable[[int, Part], int]) -> None:
         needed = [sum(BITS[part] for part in (Part.COMMON, Part.OWN) if items(layer, part)) for layer in range(layers)]
         self._needed = np.array(needed, dtype=np.uint8)[:, None]  # [layers, 1]
         self._claimed = np.zeros((layers, tokens), dtype=np.uint8)
@@ -37,7 +35,7 @@ class Coverage:
         twice = cells & bits
         if twice.any():
             row, token = np.argwhere(twice)[0]
-            layer = self._first_layer + layers.start + row
+            layer = layers.start + row
             what = "row" if twice[row, token] == self._needed[layers.start + row, 0] else NAMES[int(twice[row, token])]
             return f"that covers the {what} of layer {layer}, token {first_token + token}, which another chunk had"
         cells |= bits
@@ -52,7 +50,7 @@ class Coverage:
             what = "row" if bits == self._needed[layer, 0] else NAMES[bits]
             return (
                 f"{int(holes.sum())} of {holes.size} rows were not among the chunks that the prefill ranks announced "
-                f"(first: {what} of layer {self._first_layer + layer}, token {token})"
+                f"(first: {what} of layer {layer}, token {token})"
             )
         if self._claimed[:, tokens:].any():
             token = tokens + int(np.argwhere(self._claimed[:, tokens:].any(axis=0))[0, 0])

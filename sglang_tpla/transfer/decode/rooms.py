@@ -60,7 +60,7 @@ class Rooms:
         """Ask for a room's rows as soon as its prefill ranks have registered this one."""
         room.slots, room.metadata_row, room.request = slots, metadata_row, request
         pool = self._pool
-        room.coverage = Coverage(len(pool.layers), len(slots), pool.part_items, pool.first_layer)
+        room.coverage = Coverage(len(pool.layers), len(slots), pool.part_items)
         room.requested = room.progress = now
         self.advance(room, now)
 
@@ -176,7 +176,7 @@ class Rooms:
 
     def layers_of(self, chunk: AnyChunk) -> range:
         """Return the layers of a chunk, by index in the pool."""
-        first = chunk.first_layer - self._pool.first_layer
+        first = chunk.first_layer
         return range(first, first + chunk.layers)
 
     def wrong_chunk(self, room: Room, source: Source, chunk: AnyChunk, size_bytes: int, credit_bytes: int) -> str:
@@ -184,7 +184,7 @@ class Rooms:
         layers = self.layers_of(chunk)
         if source.dummy or room.coverage is None:
             return "that was not asked for"
-        if layers.start < 0 or layers.stop > len(self._pool.layers):
+        if layers.stop > len(self._pool.layers):
             return f"for layers {layers.start}...{layers.stop - 1} of {len(self._pool.layers)}"
         if chunk.part not in tuple(Part):
             return f"with unknown part {chunk.part}"

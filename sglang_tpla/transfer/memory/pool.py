@@ -29,7 +29,6 @@ class CachePool:
         latent_dim: d of the model; on prefill every ``width_l`` equals it.
         rope_dim: rotary values at the end of each row.
         page_size: tokens a page.
-        first_layer: model layer of ``layers[0]`` (pipeline stages).
         encoding: how each layer's rows are encoded; None are plain rows of the layers' own widths.
 
     Raises:
@@ -40,16 +39,15 @@ class CachePool:
     latent_dim: int
     rope_dim: int
     page_size: int
-    first_layer: int = 0
     encoding: RowFormat | None = None
 
     def __post_init__(self) -> None:
         if not self.layers:
             raise TransferError("a cache pool needs at least one layer; got none")
-        if self.latent_dim < 1 or self.rope_dim < 0 or self.page_size < 1 or self.first_layer < 0:
+        if self.latent_dim < 1 or self.rope_dim < 0 or self.page_size < 1:
             raise TransferError(
-                "a cache pool needs latent_dim >= 1, rope_dim >= 0, page_size >= 1, first_layer >= 0; got "
-                f"{self.latent_dim}, {self.rope_dim}, {self.page_size}, {self.first_layer}"
+                "a cache pool needs latent_dim >= 1, rope_dim >= 0, page_size >= 1; got "
+                f"{self.latent_dim}, {self.rope_dim}, {self.page_size}"
             )
         head = self.layers[0]
         if len(self.row_format.layers) != len(self.layers):

@@ -32,12 +32,11 @@ def project_latent(latent: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Projection:
-    """Z of one rank for a run of layers.
+    """Z of one rank for its layers.
 
     Args:
         matrices: ``[d, columns]`` float32 on the CPU, one a layer.
         shared: how many leading columns of each are the same in every group.
-        first_layer: model layer of ``matrices[0]``.
         sketched: the rows they are for, where those are sketched: columns are ``[shared | own | sketch of all
             groups]``; otherwise each matrix has the ``w`` columns of the slice.
 
@@ -47,7 +46,6 @@ class Projection:
 
     matrices: Sequence[torch.Tensor]
     shared: Sequence[int]
-    first_layer: int = 0
     sketched: RowFormat | None = None
 
     def __post_init__(self) -> None:
@@ -77,14 +75,13 @@ class Projection:
                 or not 0 <= shared <= matrix.shape[1]
             ):
                 raise TransferError(
-                    f"layer {self.first_layer + index} of a projection must be float32 [{d}, w] on the CPU with 0 <= "
+                    f"layer {index} of a projection must be float32 [{d}, w] on the CPU with 0 <= "
                     f"shared <= w <= {most}; got {matrix.dtype} {tuple(matrix.shape)} on {matrix.device}, "
                     f"shared={shared}"
                 )
             if not bool(torch.isfinite(matrix).all()):
                 raise TransferError(
-                    f"layer {self.first_layer + index} of the projection has values that are not finite; make the "
-                    "artifact anew"
+                    f"layer {index} of the projection has values that are not finite; make the artifact anew"
                 )
 
     @property
@@ -108,7 +105,7 @@ class Projection:
     def content_hash(self) -> str:
         """The sha256 (hex) of layout and values."""
         rows = self.sketched or RowFormat.plain(self.widths, self.shared, 0)
-        digest = projection_digest(self.first_layer, self.latent_dim, rows)
+        digest = projection_digest(self.latent_dim, rows)
         for data in self.layer_bytes:
             digest.update(data)
         return str(digest.hexdigest())
@@ -117,7 +114,7 @@ class Projection:
     def common_hash(self) -> str:
         """The sha256 (hex) of the columns of the common part, which is equal in every group of a server."""
         rows = self.sketched or RowFormat.plain(self.widths, self.shared, 0)
-        head = f"common {self.first_layer} {tuple(self.shared)}{rows.common_suffix}"
+        head = f"common 0 {tuple(self.shared)}{rows.common_suffix}"
         digest = hashlib.sha256(head.encode())
         for matrix, layer in zip(self.matrices, rows.layers, strict=True):
             for columns in layer.part_columns(Part.COMMON):
@@ -125,12 +122,12 @@ class Projection:
         return digest.hexdigest()
 
 
-def projection_digest(first_layer: int, latent_dim: int, rows: RowFormat) -> Any:
+def projection_digest(latent_dim: int, rows: RowFormat) -> Any:
     """Begin the hash under which a projection is registered: sha256 over its layout.
 
-    Each layer's little-endian float32 values follow, in order.
+    The 0 is the number of the first layer. Each layer's little-endian float32 values follow, in order.
     """
-    head = f"projection {first_layer} {latent_dim} {rows.widths} {rows.shared}{rows.suffix}"
+    head = f"projection 0 {latent_dim} {rows.widths} {rows.shared}{rows.suffix}"
     return hashlib.sha256(head.encode())
 
 

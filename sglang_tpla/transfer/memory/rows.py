@@ -92,7 +92,7 @@ class RowReader:
     def pieces(self, rectangle: Rectangle, extents: np.ndarray) -> IoVec:
         """Return a rectangle's raw rows where they lie in the pool, in the payload's order, given `find_extents`."""
         assert self._dense is not None
-        first = rectangle.first_layer - self.pool.first_layer
+        first = rectangle.first_layer
         return self._dense.pieces(range(first, first + rectangle.layers), extents)
 
     def read(
@@ -117,7 +117,7 @@ class RowReader:
         Raises:
             TransferError: as well as from the function that it returns: a value that these rows cannot hold.
         """
-        first = rectangle.first_layer - self.pool.first_layer
+        first = rectangle.first_layer
         layers = range(first, first + rectangle.layers)
         if stacks is None and part is Part.OWN:
             return lambda: None  # the raw latent is common to all ranks
@@ -159,9 +159,8 @@ class RowReader:
             TransferError: a value is not finite.
         """
         if not finite:
-            first = self.pool.first_layer + layers.start
             raise TransferError(
-                f"the prompt's cache has values that are not finite among layers {first}...{first + len(layers) - 1}, "
+                f"the prompt's cache has values that are not finite among layers {layers.start}...{layers.stop - 1}, "
                 "which no rounded row can hold; look for what made them in the prefill server's log"
             )
 

@@ -61,7 +61,7 @@ def mismatch(hello: Hello, pool: CachePool, metadata: MetadataRows, model_hash: 
     for what, ours, theirs, remedy in pairs:
         if ours != theirs:
             return f"{what}: prefill has {ours}, decode has {theirs}; {remedy}"
-    ours_range = range(pool.first_layer, pool.first_layer + len(pool.layers))
+    ours_range = range(len(pool.layers))
     theirs_range = range(layout.first_layer, layout.first_layer + len(layout.widths))
     if ours_range.start < theirs_range.start or ours_range.stop > theirs_range.stop:
         return (

@@ -115,7 +115,7 @@ class Peers:
             self.lose(old, "registered anew", now)
         layout = hello.layout
         announced = announced_rows(layout)
-        sent = announced.part(self._pool.first_layer - layout.first_layer, len(self._pool.layers))
+        sent = announced.part(0, len(self._pool.layers))
         peer = Peer(identity, hello, now, announced, sent)
         self._projections.begin(peer)
         before = next((other for other in self.table.values() if other.hello.agent == hello.agent), None)
@@ -131,7 +131,7 @@ class Peers:
             version=version,
             agent=self._workers.agent_id,
             host=self._host,
-            first_layer=self._pool.first_layer,
+            first_layer=0,
             layers=len(self._pool.layers),
             need_projection=peer.projection is None,
             segment=self._segment,

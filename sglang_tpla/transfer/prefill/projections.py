@@ -22,7 +22,7 @@ class Projections:
 
     def __init__(self, pool: CachePool) -> None:
         self._table = {IDENTITY_HASH: SenderProjection(None)}
-        self._layers = range(pool.first_layer, pool.first_layer + len(pool.layers))
+        self._layers = len(pool.layers)
         self._device = pool.device
         self._weights = (row_kernels if pool.device.type == "cuda" else row_kernels_reference).weights
 
@@ -31,7 +31,7 @@ class Projections:
         layout = peer.hello.layout
         peer.projection = self._table.get(peer.hello.projection or IDENTITY_HASH)
         if peer.projection is None:
-            peer.upload = Upload(projection_digest(layout.first_layer, layout.latent_dim, peer.announced))
+            peer.upload = Upload(projection_digest(layout.latent_dim, peer.announced))
 
     def awaits(self, peer: Peer, message: messages.ProjectionLayer) -> bool:
         """Return whether a layer is the next one that a rank has to send."""
@@ -54,7 +54,7 @@ class Projections:
             return f"projection layer {message.index} came damaged or cut; connect again"
         upload.digest.update(data)
         upload.next_index += 1
-        if layout.first_layer + message.index in self._layers:
+        if message.index < self._layers:
             values = np.frombuffer(data, dtype="<f4").astype(np.float32).reshape(layout.latent_dim, width)
             upload.kept.append(torch.from_numpy(values).to(self._device))
         if upload.next_index < len(layout.widths):

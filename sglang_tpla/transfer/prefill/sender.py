@@ -24,7 +24,6 @@ class Sender:
 
     def __init__(self, workers: Workers, router: Router, rooms: Rooms, lanes: Lanes, pool: CachePool) -> None:
         self._workers, self._router, self._rooms, self._lanes = workers, router, rooms, lanes
-        self._first_layer = pool.first_layer
         self.reader = RowReader(pool)
 
     def prepare(self, peer: Peer) -> None:
@@ -84,7 +83,7 @@ class Sender:
         """Begin to fill the job's slot, if it has memory; return where the payload lies, and what waits for it."""
         plan = job.plan
         rectangle, span = plan.rectangles[job.sequence], plan.spans[job.sequence]
-        first = rectangle.first_layer - self._first_layer
+        first = rectangle.first_layer
         stacks = plan.projection.stacks
         start = rectangle.first_token - span.first_token
         self.reader.wait(span.ready)

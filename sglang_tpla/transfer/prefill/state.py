@@ -135,7 +135,7 @@ class ChunkPlan:
         items = self.row_format.part_items(self.part)[self.share.start : self.share.stop]
         item_bytes, tokens = self.row_format.item_dtype(pool.dtype).itemsize, len(span.slots)
         most = min(self.max_bytes, enough_bytes(sum(items) * tokens * item_bytes, pool.device.type))
-        new = cut(pool.first_layer + self.share.start, items, span.first_token, tokens, item_bytes, most)
+        new = cut(self.share.start, items, span.first_token, tokens, item_bytes, most)
         self.rectangles += new
         self.spans += [span] * len(new)
 
