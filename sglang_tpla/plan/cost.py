@@ -33,6 +33,7 @@ WIDTH_STEP = 32
 # our kernel's products are most of the work of many heads at this width, and it divides wider rows between its
 # warpgroups in another way: each at a rate of its own
 FULL, WIDE, FULL_WIDTH = "hopper_256", "hopper_wide", 256
+TRITON_HEADS = 16  # of a block of SGLang's Triton kernel; each block reads the cache for itself
 _BF16_BYTES = 2
 LARGEST_LOAD = 10**12  # requests, or tokens of one: more is a slip of the hand, and no number of a float
 
@@ -326,6 +327,7 @@ def rank_work(
     head_dim = model.nope_dim + model.rope_dim
     query_in = model.q_lora_rank or model.hidden
     attended = kept.query_columns + width + model.rope_dim
+    reads = math.ceil(read_heads / TRITON_HEADS) if kept.kernel == "triton_fp8" else 1
     projected = 2 * rows * model.latent_dim * kept.projected
     pieces = [
         gemm("down", model.down_parameters, model.hidden + model.down_parameters // model.hidden, "down"),
@@ -335,7 +337,7 @@ def rank_work(
         Piece(
             "attention",
             attention_rate(kept),
-            tokens * kept.row_bytes + rows * read_heads * attended * _BF16_BYTES,
+            reads * tokens * kept.row_bytes + rows * read_heads * attended * _BF16_BYTES,
             2 * tokens * load.verified * read_heads * attended,
             one_request_bytes=context * kept.row_bytes,
             requests=Requests(batch, context, read_heads * load.verified)

@@ -174,8 +174,7 @@ H100 = Gpu(
             "hopper_256": Rate(12.4e-6, 2.83e12, 646e12),
             "hopper_wide": Rate(14.1e-6, 2.83e12, 381e12),
             "hopper_sketched": Rate(21e-6, 2.61e12, 496e12),
-            # A block has 16 heads and reads the cache for itself, so the operations of 16 heads take as long as bytes.
-            "triton_fp8": Rate(40e-6, 0.326e12, 28e12),
+            "triton_fp8": Rate(40e-6, 0.326e12, 989e12),
             "flashinfer_fa2": Rate(12.0e-6, 1.3e12, 250e12),
             "gemm_bf16": Rate(3.0e-6, 2.69e12, 989e12),
             "gemm_fp8": Rate(5.8e-6, 2.4e12, 1440e12),
