@@ -3,7 +3,8 @@
     python benchmarks/fit_plan.py benchmarks/results/CARD/decode_layer_DATE.json
 
 A kernel is modelled as ``overhead + max(bytes / bandwidth, operations / rate)`` a launch; the fit minimises the mean
-absolute logarithm of modelled over measured time. FlashInfer's attention over single requests is taken as points.
+absolute logarithm of modelled over measured time. FlashInfer's attention over single requests is taken as points, and
+what its split costs (`sglang_tpla/plan/flashinfer_split.py`) is divided out.
 Prints `Rate` lines for `sglang_tpla/plan/hardware.py`.
 """
 
@@ -19,7 +20,10 @@ import numpy as np
 from scipy.optimize import minimize
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from sglang_tpla.plan.hardware import H100, Rate
+from sglang_tpla.plan.flashinfer_split import Requests, uneven
+from sglang_tpla.plan.hardware import H100, LONE_SHARE, Rate
+
+ROPE = 64  # of both models that decode_layer.py runs
 
 
 def fit(kernels: list[dict[str, Any]], start: Rate) -> Rate:
@@ -43,6 +47,15 @@ def fit(kernels: list[dict[str, Any]], start: Rate) -> Rate:
     return Rate(*np.exp(found.x))
 
 
+def evened(kernel: dict[str, Any]) -> dict[str, Any]:
+    """The kernel with the bytes and operations that take as long where FlashInfer splits requests evenly."""
+    if not kernel["rate"].startswith("flashinfer"):
+        return kernel
+    tokens = round(kernel["one_request_bytes"] / (2 * (kernel["width"] + ROPE)))
+    split = uneven(Requests(kernel["batch"], tokens, kernel["heads"]), H100.multiprocessors, LONE_SHARE)
+    return kernel | {"bytes": kernel["bytes"] * split.bytes, "flops": kernel["flops"] * split.products}
+
+
 def single_requests(kernels: list[dict[str, Any]]) -> tuple[tuple[float, float], ...]:
     """(bytes, median seconds) of attention over one request, never less for more."""
     sizes = defaultdict(list)
@@ -58,7 +71,7 @@ def main() -> None:
     report = json.loads(Path(sys.argv[1]).read_text())
     kinds = defaultdict(list)
     for kernel in report["kernels"]:
-        kinds[kernel["rate"]].append(kernel)
+        kinds[kernel["rate"]].append(evened(kernel))
     for kind, kernels in kinds.items():
         alone = [k for k in kernels if kind.startswith("flashinfer") and k["batch"] == 1]
         rate = fit([k for k in kernels if k not in alone], H100.rates[kind])

@@ -22,15 +22,18 @@ from sglang_tpla.attention.interface import MAX_QUERY_LEN, DecodeShape
 from sglang_tpla.cache_rows.shared_columns import default_shared
 from sglang_tpla.cache_rows.sketched import SketchedRows
 from sglang_tpla.config import ConfigError, Layout, slice_width
-from sglang_tpla.plan.hardware import Gpu, Link
+from sglang_tpla.plan.flashinfer_split import Requests, Uneven, uneven
+from sglang_tpla.plan.hardware import LONE_SHARE, Gpu, Link
 from sglang_tpla.plan.model import PlanError, PlanModel
 
 CACHE_DTYPES = ("bf16", "fp8")
 ROWS = ("sketched", "plain")  # TPLA's formats; calibrate makes the first by default
 WEIGHT_DTYPES = ("bf16", "fp8")
 WIDTH_STEP = 32
-# our kernel divides wider rows between its warpgroups in another way, at another rate
-WIDE, WIDE_FROM = "hopper_wide", 256
+# our kernel's products are most of the work of many heads at this width, and it divides wider rows between its
+# warpgroups in another way: each at a rate of its own
+FULL, WIDE, FULL_WIDTH = "hopper_256", "hopper_wide", 256
+TRITON_HEADS = 16  # of a block of SGLang's Triton kernel; each block reads the cache for itself
 _BF16_BYTES = 2
 LARGEST_LOAD = 10**12  # requests, or tokens of one: more is a slip of the hand, and no number of a float
 
@@ -156,6 +159,7 @@ class Piece:
 
     Args:
         one_request_bytes: the longest request's cache, for attention.
+        requests: what FlashInfer deals out over the multiprocessors; None for other kernels.
     """
 
     name: str
@@ -164,6 +168,7 @@ class Piece:
     flops: float
     launches: int = 1
     one_request_bytes: float = 0.0
+    requests: Requests | None = None
 
 
 @dataclass(frozen=True)
@@ -251,8 +256,10 @@ def methods(
 
 
 def whole_rows(model: PlanModel, precision: Precision, capability: tuple[int, int]) -> ServedRows:
-    """Return SGLang's own cache, read by its own kernels."""
-    kernel = "flashinfer_fa3" if capability == (9, 0) else "flashinfer_fa2"
+    """Return SGLang's own cache, read by its own kernels: FP8 on Hopper by Triton's, as FlashInfer's refuses it."""
+    kernel = "flashinfer_fa2"
+    if capability == (9, 0):
+        kernel = "triton_fp8" if precision.cache == "fp8" else "flashinfer_fa3"
     return ServedRows(model.latent_dim, model.latent_dim, precision.whole_row_bytes(model), 0, kernel)
 
 
@@ -320,6 +327,7 @@ def rank_work(
     head_dim = model.nope_dim + model.rope_dim
     query_in = model.q_lora_rank or model.hidden
     attended = kept.query_columns + width + model.rope_dim
+    reads = math.ceil(read_heads / TRITON_HEADS) if kept.kernel == "triton_fp8" else 1
     projected = 2 * rows * model.latent_dim * kept.projected
     pieces = [
         gemm("down", model.down_parameters, model.hidden + model.down_parameters // model.hidden, "down"),
@@ -328,10 +336,13 @@ def rank_work(
         absorbed("absorb", model.nope_dim, kept.query_columns),
         Piece(
             "attention",
-            WIDE if kept.kernel == "hopper" and width > WIDE_FROM else kept.kernel,
-            tokens * kept.row_bytes + rows * read_heads * attended * _BF16_BYTES,
+            attention_rate(kept),
+            reads * tokens * kept.row_bytes + rows * read_heads * attended * _BF16_BYTES,
             2 * tokens * load.verified * read_heads * attended,
             one_request_bytes=context * kept.row_bytes,
+            requests=Requests(batch, context, read_heads * load.verified)
+            if kept.kernel.startswith("flashinfer")
+            else None,
         ),
         absorbed("value", model.value_dim, width),
         gemm("output", out_heads * model.output_parameters_a_head, model.hidden + out_heads * model.value_dim),
@@ -358,6 +369,13 @@ def rank_work(
         batch=batch,
         context_tokens=context,
     )
+
+
+def attention_rate(rows: ServedRows) -> str:
+    """Return the kind of rate of the kernel that reads these rows."""
+    if rows.kernel != "hopper" or rows.width < FULL_WIDTH:
+        return rows.kernel
+    return FULL if rows.width == FULL_WIDTH else WIDE
 
 
 def small_launches(model: PlanModel, method: Method) -> int:
@@ -406,7 +424,8 @@ def price(work: RankWork, gpu: Gpu, link: Link) -> Price:
     kernels: dict[str, float] = {}
     for piece in work.pieces:
         rate = gpu.rates[piece.rate]
-        moved, flops = piece.moved_bytes / piece.launches, piece.flops / piece.launches
+        split = uneven(piece.requests, gpu.multiprocessors, LONE_SHARE) if piece.requests else Uneven()
+        moved, flops = split.bytes * piece.moved_bytes / piece.launches, split.products * piece.flops / piece.launches
         once = rate.seconds(moved, flops, piece.one_request_bytes)
         kernels[piece.name] = kernels.get(piece.name, 0.0) + piece.launches * once
     joins = sum(link.seconds(join.kind, join.size_bytes, join.ranks) for join in work.collectives)

@@ -2,10 +2,14 @@
 
 A kernel takes ``overhead + max(bytes / bandwidth, operations / arithmetic rate)``. The H100's constants are fitted by
 ``benchmarks/fit_plan.py`` to the kernels of a first run of ``benchmarks/decode_layer.py``; tests hold the planner's
-answers against a later run on another card, ``benchmarks/results/h100/decode_layer_2026-11-25.json``. Other GPUs are
-the H100 scaled by the ratio of their data sheets' bandwidth and bf16 rate; for the H200 that gives the attention times
-of ``benchmarks/results/h200/decode_kernel_apart_2026-11-25.json`` (a test compares them). Links are assumptions. Every
-answer says which is which.
+answers against a later run on another card, ``benchmarks/results/h100/decode_layer_2026-11-25.json``, from which come
+the products of FlashInfer and of slices of width 256. Other GPUs are the H100 scaled by the ratio of their data sheets'
+bandwidth and bf16 rate. Measured on an H200 instead: attention on sketched rows, the products of slices of width 256
+and SGLang's FP8 cache under Triton. Tests compare the H200 with ``decode_kernel_apart_2026-11-25.json`` and with the
+steps of ``headline_*.json`` in ``benchmarks/results/h200``. Links are assumptions. Every answer says which is which.
+
+Products are as fast as on random data. ``headline.py`` has a cache of zeros, with which a GPU draws less power and may
+clock higher: probably for that, the planner's time of its steps that products bound is up to 1.16 times the measured.
 """
 
 from __future__ import annotations
@@ -56,6 +60,7 @@ class Gpu:
 
     Args:
         memory_bytes: the device's memory. capability: CUDA compute capability, which decides the kernels.
+        multiprocessors: over which FlashInfer deals out requests.
         sheet_bytes_per_s, sheet_flops_per_s: from the data sheet, dense bf16.
         rates: by kind of kernel, see `cost`.
         measured, from_data_sheets, assumed: sources of the rates, for people.
@@ -64,6 +69,7 @@ class Gpu:
     name: str
     memory_bytes: float
     capability: tuple[int, int]
+    multiprocessors: int
     sheet_bytes_per_s: float
     sheet_flops_per_s: float
     rates: Mapping[str, Rate]
@@ -137,11 +143,15 @@ class Link:
         return self.latency_s + passes * size_bytes * (ranks - 1) / ranks / self.bytes_per_s
 
 
+# of the memory's bandwidth, over an even share: what a multiprocessor reads where few of them still read, by plain TP's
+# steps of 48 and 56 requests of 32,768 tokens on an H200
+LONE_SHARE = 1.3
 _RUN = "benchmarks/results/h100/decode_layer_2026-11-25.json"
 H100 = Gpu(
     name="h100",
     memory_bytes=80e9,
     capability=(9, 0),
+    multiprocessors=132,
     sheet_bytes_per_s=3.35e12,
     sheet_flops_per_s=989e12,
     rates=MappingProxyType(
@@ -149,7 +159,7 @@ H100 = Gpu(
             "flashinfer_fa3": Rate(
                 15.9e-6,
                 2.8e12,
-                508e12,
+                532e12,
                 (
                     (0.295e6, 12.4e-6),
                     (1.18e6, 13.7e-6),
@@ -161,8 +171,10 @@ H100 = Gpu(
                 ),
             ),
             "hopper": Rate(12.4e-6, 2.83e12, 529e12),
+            "hopper_256": Rate(12.4e-6, 2.83e12, 646e12),
             "hopper_wide": Rate(14.1e-6, 2.83e12, 381e12),
-            "hopper_sketched": Rate(15e-6, 2.55e12, 460e12),
+            "hopper_sketched": Rate(21e-6, 2.61e12, 496e12),
+            "triton_fp8": Rate(40e-6, 0.326e12, 989e12),
             "flashinfer_fa2": Rate(12.0e-6, 1.3e12, 250e12),
             "gemm_bf16": Rate(3.0e-6, 2.69e12, 989e12),
             "gemm_fp8": Rate(5.8e-6, 2.4e12, 1440e12),
@@ -175,28 +187,37 @@ H100 = Gpu(
     measured=(
         "matrix products in bf16 and block FP8 (cuBLASLt), attention at 512 + 64 (FlashInfer fa3) and on slices (our "
         f"Hopper kernel), small kernels: one H100 80GB HBM3, 1 to 128 requests of 2,048 to 131,072 tokens "
-        f"(fitted to one run, checked against another: {_RUN})",
+        f"(fitted to one run, checked against another: {_RUN}; from the latter are products of fa3 and of width 256)",
     ),
     assumed=(
         "FlashInfer fa2 (older and newer GPUs): two thirds of fa3's bandwidth, as once seen on an H200",
-        "attention on sketched rows: our Hopper kernel's rates on an H200, 16 to 128 query rows, 1 to 16 requests of "
-        "32,768 tokens, scaled by the data sheets' bandwidth (benchmarks/results/h200/SKETCHED_NOTES.md)",
+        "attention on sketched rows, and SGLang's own FP8 cache under its Triton kernel: rates on an H200, scaled by "
+        "the data sheets' bandwidth",
     ),
 )
 _SHEET = "the H100's rates, measured and assumed, scaled by the data sheets' bandwidth and bf16 rate"
+_SCALED_H200 = _scaled(H100, _SHEET, name="h200", memory_bytes=141e9, sheet_bytes_per_s=4.8e12)
 H200 = replace(
-    _scaled(H100, _SHEET, name="h200", memory_bytes=141e9, sheet_bytes_per_s=4.8e12),
+    _SCALED_H200,
+    rates=MappingProxyType(
+        {**_SCALED_H200.rates, "hopper_256": replace(_SCALED_H200.rates["hopper_256"], flops_per_s=739e12)}
+    ),
     measured=(
         "attention at 512 + 64 and on slices, 131,072 and 524,288 cached tokens, one H200: agrees with the scaled "
-        "rates, at 128 heads 14% faster (benchmarks/results/h200/decode_kernel_apart_2026-11-25.json)",
+        "rates (benchmarks/results/h200/decode_kernel_apart_2026-11-25.json); slices of width 256 with 128 heads "
+        "(benchmarks/results/h200/decode_kernel_2026-11-29.json)",
+        "attention on sketched rows, 16 to 128 heads (benchmarks/results/h200/sketched_kernel_2026-11-30.json), what a "
+        "call of it costs at least in a step, how unevenly FlashInfer splits requests, and SGLang's own FP8 cache "
+        "under its Triton kernel (no other), 16 heads, within 31% "
+        "(benchmarks/results/h200/headline_alone_2026-11-30.json)",
     ),
 )
-_OTHERS = (  # name, memory, capability, bandwidth, bf16 rate
-    ("h20", 96e9, (9, 0), 4.0e12, 148e12),
-    ("a100", 80e9, (8, 0), 2.04e12, 312e12),
-    ("b200", 180e9, (10, 0), 8.0e12, 2250e12),
+_OTHERS = (  # name, memory, capability, multiprocessors, bandwidth, bf16 rate
+    ("h20", 96e9, (9, 0), 78, 4.0e12, 148e12),
+    ("a100", 80e9, (8, 0), 108, 2.04e12, 312e12),
+    ("b200", 180e9, (10, 0), 148, 8.0e12, 2250e12),
 )
-_NUMBERS = ("name", "memory_bytes", "capability", "sheet_bytes_per_s", "sheet_flops_per_s")
+_NUMBERS = ("name", "memory_bytes", "capability", "multiprocessors", "sheet_bytes_per_s", "sheet_flops_per_s")
 GPUS = {"h100": H100, "h200": H200} | {
     row[0]: _scaled(H100, _SHEET, **dict(zip(_NUMBERS, row, strict=True))) for row in _OTHERS
 }
