@@ -4,10 +4,10 @@
         [--loads throughput latency] [--intermediate 512] [--limit 150] [--until 500]
 
 DeepSeek-V3's and Kimi-K2's attention, 61 layers, experts left out (a dense feed-forward part of ``--intermediate``
-values; 18,432 is a dense layer of V3's), random bfloat16 weights; SGLang's own model runner on T GPUs of one host, real
-collectives, CUDA graphs. A load is B requests of S cached tokens in random slots; "throughput" is 32,768 tokens and
-among others the largest batch that fits, "latency" 1, 4 and 16 requests of 32,768 and 131,072 tokens, with T > 2 also
-64 requests, and 8,192 tokens. The methods:
+values; 18,432 is a dense layer of V3's), random bfloat16 weights and random caches; SGLang's own model runner on T GPUs
+of one host, real collectives, CUDA graphs. A load is B requests of S cached tokens in random slots; "throughput" is
+32,768 tokens and among others the largest batch that fits, "latency" 1, 4 and 16 requests of 32,768 and 131,072 tokens,
+with T > 2 also 64 requests, and 8,192 tokens. The methods:
 
     mla          plain TP in bfloat16 (FlashInfer)         mla-fp8  the same with SGLang's own FP8 cache
     mla-fp8-triton                                         that cache under SGLang's Triton kernel
@@ -46,9 +46,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import v3_shaped
 from alone import alone
-from headline_rank import child
+from headline_rank import child, sketched_rows
 
-from sglang_tpla.cache_rows.sketched import SketchedRows
 from sglang_tpla.config import Settings
 
 GPU = torch.cuda.is_available()
@@ -99,12 +98,12 @@ def methods_of(ranks: int) -> dict[str, Method]:
         "mla-fp8": Method(576, ranks=ranks, flags={"kv_cache_dtype": "fp8_e4m3"}),
         "mla-fp8-triton": Method(576, ranks=ranks, flags={"kv_cache_dtype": "fp8_e4m3"}, kernel="triton"),
         "dp": Method(1152, ranks=1),
-        "g1-8bit": Method(SketchedRows.of(512, 1, 512, 64).row_bytes, 1, "sketched", ranks=ranks),
+        "g1-8bit": Method(sketched_rows(1).row_bytes, 1, "sketched", ranks=ranks),
     }
     for n in (2, 4, 8):
         if n > ranks:
             break
-        sketched = SketchedRows.of(512, n, 64, 64).row_bytes
+        sketched = sketched_rows(n).row_bytes
         found[f"dcp{n}"] = Method(1152 // n, ranks=ranks, flags={"dcp_size": n})
         for suffix, o_proj in (("", "replicate"), ("-scatter", "scatter")):
             found[f"g{n}{suffix}"] = Method(1024 // n + 128, n, o_proj=o_proj, ranks=ranks)

@@ -4,10 +4,17 @@ import json
 import statistics
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
 import v3_shaped
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(1, str(Path(__file__).parents[1] / "tests" / "gpu"))
+from decode_case import random_sketched
+
+from sglang_tpla.cache_rows.sketched import SketchedRows
 
 GPU = torch.cuda.is_available()
 
@@ -32,6 +39,25 @@ def leave_collectives_out() -> None:
 
     for name in ("all_reduce", "all_gather", "reduce_scatter", "broadcast"):
         setattr(PyNcclCommunicator, name, lambda *_, **__: None)
+
+
+def sketched_rows(groups: int) -> SketchedRows:
+    """64 columns that every rank has and 4 bits of the rest; of one group 8 bits of everything."""
+    return SketchedRows.of(v3_shaped.LATENT, groups, 64 if groups > 1 else v3_shaped.LATENT, v3_shaped.ROPE)
+
+
+def fill_cache(runner: Any, sketched: SketchedRows | None) -> None:
+    """Random rows in every layer, the same thousands again and again: over zeros a GPU draws less power."""
+    generator = torch.Generator(runner.device).manual_seed(0)
+    for cache in runner.token_to_kv_pool.kv_buffer:  # [slots, 1, columns]
+        slots, count = cache[:, 0], min(65536 if GPU else 64, len(cache))
+        if sketched:
+            rows = random_sketched(sketched, count, generator)
+        else:
+            rows = torch.randn(count, slots.shape[1], generator=generator, device=runner.device)
+            rows = rows.to(torch.float8_e4m3fn if slots.element_size() == 1 else slots.dtype).view(slots.dtype)
+        for part in slots.split(count):
+            part.copy_(rows[: len(part)])
 
 
 def decode_batch(runner: Any, batch: int, context: int) -> Any:
@@ -147,6 +173,7 @@ def child(job: dict[str, Any], rank: int) -> None:
     ports = PortArgs.init_new(arguments)
     ports.nccl_port = job["port"]
     runner, _ = load_model(arguments, ports, gpu_id=rank if GPU else 0, tp_rank=rank)
+    fill_cache(runner.torch_runner, sketched_rows(job["groups"]) if job["rows"] else None)
     for batch, context in job["loads"]:
         row = time_step(runner.torch_runner, batch, context)
         if rank == 0:

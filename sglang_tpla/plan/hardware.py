@@ -8,8 +8,8 @@ bandwidth and bf16 rate. Measured on an H200 instead: attention on sketched rows
 and SGLang's FP8 cache under Triton. Tests compare the H200 with ``decode_kernel_apart_2026-11-25.json`` and with the
 steps of ``headline_*.json`` in ``benchmarks/results/h200``. Links are assumptions. Every answer says which is which.
 
-Products are as fast as on random data. ``headline.py`` has a cache of zeros, with which a GPU draws less power and may
-clock higher: probably for that, the planner's time of its steps that products bound is up to 1.16 times the measured.
+Products are as fast as on random data. Those steps had a cache of zeros, with which a GPU draws less power and may
+clock higher: probably for that, the planner's time of steps that products bound is up to 1.16 times the measured.
 """
 
 from __future__ import annotations
