@@ -86,6 +86,25 @@ def alike(costs: list[LayerCosts], *settings: int | None, **more: int) -> Sketch
     return rows
 
 
+def test_a_layer_without_latents_has_maps_and_costs_nothing_beside_others() -> None:
+    d, heads, nope, tokens = 64, 2, 16, 1000
+    generator = torch.Generator().manual_seed(3)
+    w_uk, w_uv = (torch.randn(heads, nope, d, generator=generator) for _ in range(2))
+
+    def costs(latent: torch.Tensor) -> LayerCosts:
+        moments = LayerMoments.zeros(d, heads, nope)
+        moments.update(latent, torch.randn(tokens, heads, nope, generator=generator))
+        return LayerCosts.of(moments, w_uk, w_uv, 0.1)
+
+    dead, live = costs(torch.zeros(tokens, d)), costs(torch.randn(tokens, d, generator=generator))
+    rows = SketchedRows.of(d, 2, 16, 8)
+    maps = layer_sketched_maps(dead, rows)
+    total = sum(z @ b for z, b in zip(maps.z, maps.b, strict=True))
+    torch.testing.assert_close(total, torch.eye(d, dtype=torch.float64), atol=1e-9, rtol=0)
+    assert dead.sketch(rows) < 1e-6 * live.sketch(rows)
+    assert dead.columns(rows) < 1e-6 * live.columns(rows)
+
+
 def test_a_quiet_model_shares_a_quarter_and_keeps_the_key() -> None:
     gentle = layers(0.02 * 0.99 ** torch.arange(128))
     for groups in (2, 4, 8):
