@@ -173,14 +173,15 @@ def maps_from_basis(basis: Basis, covariance: torch.Tensor, columns: list[list[i
 def regression(z: torch.Tensor, covariance: torch.Tensor) -> torch.Tensor:
     """Return the linear map [w, d] that best predicts the centred latent from the slice z = c Z; Z is [d, w].
 
-    A slice that never varies predicts nothing: its map is zero.
+    A column that never varies predicts nothing: its row is close to zero.
     """
     cross = z.T @ covariance  # [w, d]
     gram = cross @ z
     gram = (gram + gram.T) / 2
-    variance = gram.diagonal().mean()
-    # what rounding may leave of no variance, with either sign: the equations would have no solution, or any
-    if variance <= torch.finfo(gram.dtype).eps * covariance.diagonal().abs().sum() * z.square().sum(0).mean():
+    # What rounding leaves of no variance, with either sign, must not count: a column that never varied would get a row
+    # of any size, and that is what text with a little of it would be served with.
+    rounding = torch.finfo(gram.dtype).eps * covariance.diagonal().abs().sum() * z.square().sum(0).max()
+    ridge = torch.maximum(gram.diagonal().mean() * _RELATIVE_FLOOR, rounding)
+    if ridge == 0:  # no latent varies at all
         return torch.zeros_like(cross)
-    ridge = variance * _RELATIVE_FLOOR
     return torch.linalg.solve(gram + ridge * torch.eye(gram.shape[0], dtype=gram.dtype), cross)
