@@ -44,8 +44,11 @@ class LayerCosts:
         basis = score_basis(moments.latent_outer / max(moments.latent_count, 1), queries)
         value = w_uv.double()
         values = torch.einsum("hvd,hve->de", value, value) / len(value)
-        spread = ATTENDED_SPREAD * (values * moments.covariance).sum().clamp_min(TINY)
-        in_scores, in_values = (basis.inverse @ cost @ basis.inverse.T for cost in (queries, values / spread))
+        spread = ATTENDED_SPREAD * (values * moments.covariance).sum()
+        # Values that are all alike give no unit to count their errors by; scores decide then. A tiny unit would make
+        # this layer's cost outweigh that of all others where layouts are chosen.
+        values = values / spread if spread > TINY else torch.zeros_like(values)
+        in_scores, in_values = (basis.inverse @ cost @ basis.inverse.T for cost in (queries, values))
         return cls(basis, in_scores, in_scores + in_values)
 
     def sketch(self, rows: SketchedRows) -> float:

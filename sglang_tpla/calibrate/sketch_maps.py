@@ -23,11 +23,12 @@ import torch
 
 from sglang_tpla.cache_rows.rotation import rotation
 from sglang_tpla.cache_rows.sketched import SketchedRows
-from sglang_tpla.calibrate.rounding_cost import TINY, LayerCosts, own_columns
+from sglang_tpla.calibrate.rounding_cost import LayerCosts, own_columns
 from sglang_tpla.calibrate.transforms import Basis
 from sglang_tpla.reference_model.sketched_layer import SketchedMaps
 
 _LEAST_COST = 1e-12  # of the largest: a direction that costs nothing keeps a finite weight
+_NO_COST = 1e-16  # square nats: below, directions are alike, and key maps stay within float16 even without any query
 
 
 def layer_sketched_maps(costs: LayerCosts, rows: SketchedRows) -> SketchedMaps:
@@ -61,5 +62,5 @@ def _fourth_root(cost: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     if not len(cost):
         return cost, cost
     values, vectors = torch.linalg.eigh((cost + cost.T) / 2)
-    roots = values.clamp_min(max(values[-1].item() * _LEAST_COST, TINY)).pow(0.25)
+    roots = values.clamp_min(max(values[-1].item() * _LEAST_COST, _NO_COST)).pow(0.25)
     return (vectors * roots) @ vectors.T, (vectors / roots) @ vectors.T

@@ -116,7 +116,8 @@ def make_basis(transform: str, moments: LayerMoments, w_uk: torch.Tensor, seed: 
 def score_basis(covariance: torch.Tensor, query_moment: torch.Tensor) -> Basis:
     """Order whitened directions by score energy; both arguments and both results are [d, d]."""
     values, vectors = torch.linalg.eigh(covariance)
-    values = values.clamp_min(values[-1] * _RELATIVE_FLOOR)
+    # latents that are all zero have no largest variance; a small one keeps their errors cheap beside other layers'
+    values = values.clamp_min(_RELATIVE_FLOOR * (values[-1] if values[-1] > 0 else 1))
     root = (vectors * values.sqrt()) @ vectors.T
     root_inverse = (vectors / values.sqrt()) @ vectors.T
     energy = root @ query_moment @ root
@@ -170,9 +171,17 @@ def maps_from_basis(basis: Basis, covariance: torch.Tensor, columns: list[list[i
 
 
 def regression(z: torch.Tensor, covariance: torch.Tensor) -> torch.Tensor:
-    """Return the linear map [w, d] that best predicts the centred latent from the slice z = c Z; Z is [d, w]."""
+    """Return the linear map [w, d] that best predicts the centred latent from the slice z = c Z; Z is [d, w].
+
+    A column that never varies predicts nothing: its row is close to zero.
+    """
     cross = z.T @ covariance  # [w, d]
     gram = cross @ z
     gram = (gram + gram.T) / 2
-    ridge = gram.diagonal().mean() * _RELATIVE_FLOOR
+    # What rounding leaves of no variance, with either sign, must not count: a column that never varied would get a row
+    # of any size, and that is what text with a little of it would be served with.
+    rounding = torch.finfo(gram.dtype).eps * covariance.diagonal().abs().sum() * z.square().sum(0).max()
+    ridge = torch.maximum(gram.diagonal().mean() * _RELATIVE_FLOOR, rounding)
+    if ridge == 0:  # no latent varies at all
+        return torch.zeros_like(cross)
     return torch.linalg.solve(gram + ridge * torch.eye(gram.shape[0], dtype=gram.dtype), cross)

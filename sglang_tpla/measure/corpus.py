@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import sys
 import sysconfig
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,14 @@ class Corpus:
 
     @classmethod
     def from_paths(cls, paths: Sequence[str | Path] = ()) -> Corpus:
-        """Read files and folders, or the standard library where none are given."""
+        """Read files and folders, or the standard library where none are given.
+
+        What is no text is left out of a folder. A file that is given itself is read whatever its size.
+
+        Raises:
+            CorpusError: a path that is not there, a given file that is no text, or no text at all.
+        """
+        given: set[Path] = set()
         if not paths:
             root = Path(sysconfig.get_paths()["stdlib"])
             version = ".".join(map(str, sys.version_info[:3]))
@@ -61,13 +68,14 @@ class Corpus:
                 if not path.exists():
                     raise CorpusError(f"expected a file or folder at --corpus {path}, found none")
                 if path.is_file():
+                    given.add(path)
                     files.append((path, Path(path.name)))
                 else:
                     inside = sorted(p for p in path.rglob("*") if p.is_file())
                     files += [(p, Path(path.name) / p.relative_to(path)) for p in inside]
             name = _utf8("+".join(Path(p).name or str(p) for p in paths))
             files = _once(files)
-        documents = list(_read(files))
+        documents = list(_read(files, given))
         if not documents:
             raise CorpusError(f"expected UTF-8 text files in {name}, found none; give other --corpus paths")
         if len(documents) < _FEW_FILES:
@@ -157,23 +165,36 @@ def _once(files: Sequence[tuple[Path, Path]]) -> list[tuple[Path, Path]]:
     return list(found.values())
 
 
-def _read(files: Sequence[tuple[Path, Path]]) -> Iterator[Document]:
-    small = [(path, name) for path, name in files if path.stat().st_size <= _LARGEST_FILE_BYTES]
+def _read(files: Sequence[tuple[Path, Path]], given: Set[Path]) -> Iterator[Document]:
+    small = [one for one in files if one[0] in given or one[0].stat().st_size <= _LARGEST_FILE_BYTES]
     for path, name in small if len(small) >= _FEW_FILES else files:
-        with path.open("rb") as file:
-            if b"\0" in file.read(_PIECE_CHARS):
-                continue  # weights beside a text may be larger than the memory
-        try:
-            text = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError:
-            continue  # a binary file in a folder of text is no error
-        if text.strip() and "\0" not in text:
+        text = _text(path)
+        if text is None and path in given:
+            raise CorpusError(
+                f"expected UTF-8 text in --corpus {_utf8(str(path))}, found other bytes; convert the file, or leave it "
+                "out"
+            )
+        if text is not None and text.strip():  # a binary file in a folder of text is no error
             yield Document(_utf8(name.as_posix()), text)
+
+
+def _text(path: Path) -> str | None:
+    """Return a file's text, or None where it is none."""
+    with path.open("rb") as file:
+        if b"\0" in file.read(_PIECE_CHARS):
+            return None  # weights beside a text may be larger than the memory
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        return None
+    return None if "\0" in text else text
 
 
 def _pieces(document: Document) -> Iterator[Document]:
     lines, size, number = [], 0, 0
-    for line in document.text.splitlines(keepends=True):
+    whole = document.text.splitlines(keepends=True)
+    # text without line ends is divided as well
+    for line in (long[at : at + _PIECE_CHARS] for long in whole for at in range(0, len(long), _PIECE_CHARS)):
         lines.append(line)
         size += len(line)
         if size >= _PIECE_CHARS:

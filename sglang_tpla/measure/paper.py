@@ -5,7 +5,8 @@ whole latent's through a constant share. With u = c / rms(c) the latent before R
 
     z_i = u U_i * sqrt(E[mean_i]) / sqrt(mean_i),   mean_i = mean square of u U_i,   maps back: U_i^T diag(gamma)
 
-U is the PCA of u, dealt out in blocks. No serving code uses this: the map is not linear and the norm is inexact.
+U is the PCA of u, dealt out in blocks. A channel whose gamma is zero takes no part, as it reaches neither scores nor
+values. No serving code uses this: the map is not linear and the norm is inexact.
 """
 
 from collections.abc import Callable
@@ -22,14 +23,15 @@ def paper_layers(model: PlainModel, statistics: Statistics, groups: int) -> list
     for layer, moments in zip(model.layers, statistics.layers, strict=True):
         gamma = layer.attention.kv_norm.double().cpu()
         second = moments.latent_outer.cpu() / max(moments.latent_count, 1)
-        second = second / gamma[:, None] / gamma[None, :]  # of u
+        undone = torch.where(gamma == 0, 0, 1 / gamma)
+        second = second * undone[:, None] * undone[None, :]  # of u
         basis = torch.linalg.eigh(second)[1].flip(1)
         width = -(-gamma.shape[0] // groups)
         maps = []
         for columns in basis.split(width, 1):
             share = (columns * (second @ columns)).sum() / columns.shape[1]
             back = (columns.T * gamma).to(model.device, model.dtype)
-            forward = (columns / gamma[:, None]).to(model.device, model.dtype)
+            forward = (columns * undone[:, None]).to(model.device, model.dtype)
             # of directions that the text never takes, rounding may leave less than nothing
             maps.append((_local_norm(forward, max(share.item(), 0.0) ** 0.5), back, back))
         layers.append(maps)

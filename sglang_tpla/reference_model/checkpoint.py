@@ -59,9 +59,16 @@ class Checkpoint:
         return names
 
     def _find_prefix(self) -> str:
-        for name in self._files:
-            if name.endswith(_ATTENTION_PROBE):
-                return name[: -len(_ATTENTION_PROBE)]
+        found = sorted(name[: -len(_ATTENTION_PROBE)] for name in self._files if name.endswith(_ATTENTION_PROBE))
+        # a draft or an encoder may have such a layer as well, and no embedding beside it
+        found = [prefix for prefix in found if f"{prefix}embed_tokens.weight" in self._files] or found
+        if len(found) == 1:
+            return found[0]
+        if found:
+            raise CheckpointError(
+                f"{self.path} has tensors of several models, {', '.join(f'{prefix}*' for prefix in found)}: expected "
+                "one with multi-head latent attention; leave the files of the others out of the folder"
+            )
         raise CheckpointError(
             f"{self.path} has no tensor named *{_ATTENTION_PROBE}: not a model with multi-head latent attention "
             "(expected a DeepSeek V2/V3 or Kimi K2 shaped checkpoint)"

@@ -252,8 +252,10 @@ class PlainModel:
         self.embedding = self._tensor(f"{self.checkpoint.prefix}embed_tokens.weight", *table)
         self.final_norm = self._tensor(f"{self.checkpoint.prefix}norm.weight", self.spec.hidden)
         head = f"{self.checkpoint.prefix.removesuffix('model.')}lm_head.weight"
-        # a model that has a head of its own may have lost the file with it
-        own_head = head in self.checkpoint or self.checkpoint.config.get("tie_word_embeddings") is False
+        # A model that has a head of its own may have lost the file with it. One that shares the embedding may have a
+        # head in its files, which SGLang leaves out.
+        tied = self.checkpoint.config.get("tie_word_embeddings")
+        own_head = tied is False or (tied is not True and head in self.checkpoint)
         self.lm_head = self._tensor(head, *table) if own_head else self.embedding
         self.resident = resident
         self.layers = [self.load_layer(index) for index in range(self.spec.layers)] if resident else _LastLayer(self)

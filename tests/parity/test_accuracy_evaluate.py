@@ -7,7 +7,9 @@ import math
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -208,6 +210,23 @@ def test_the_paper_s_recipe_takes_a_text_of_few_different_tokens(nano_model: Pla
         parts = [slicer(latent) for slicer, _, _ in layer]
         assert all(part.isfinite().all() and not part.is_complex() for part in parts)
         assert parts[0].abs().max() > 0 and parts[2].abs().max() == 0
+
+
+def test_the_paper_s_recipe_takes_a_norm_with_a_zero(nano_model: PlainModel) -> None:
+    """What such a channel was before the norm cannot be known, and nobody needs to."""
+    layer = nano_model.layers[0]
+    gamma = layer.attention.kv_norm.clone()
+    gamma[7] = 0
+    dead = replace(layer, attention=replace(layer.attention, kv_norm=gamma))
+    latent = torch.randn(1, 400, 128, generator=torch.Generator().manual_seed(2)) * gamma
+    moments = LayerMoments.zeros(128, 8, 32)
+    moments.update(latent[0], torch.zeros(400, 8, 32))
+    statistics = Statistics(StatisticsMeta(1, "nano", "", "", "", "", 0), [moments])
+    model = SimpleNamespace(layers=[dead], device=nano_model.device, dtype=nano_model.dtype)
+    ((slicer, _, back),) = paper_layers(model, statistics, 1)[0]  # type: ignore[arg-type]
+    found = slicer(latent) @ back
+    angle = torch.nn.functional.cosine_similarity(found, latent, dim=-1)  # one group differs in length alone
+    assert found.isfinite().all() and found[..., 7].abs().max() == 0 and angle.min() > 0.9999
 
 
 def test_questions_to_live_servers_are_counted_token_by_token() -> None:

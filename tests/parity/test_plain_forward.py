@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from sglang_tpla.artifact.artifact import Artifact
+from sglang_tpla.artifact.model_identity import weights_hash
 from sglang_tpla.measure.decode_error import model_maps
 from sglang_tpla.reference_model.checkpoint import Checkpoint, CheckpointError, dequantise_blocks
 from sglang_tpla.reference_model.forward import Bf16Maps, PlainModel
@@ -243,6 +244,21 @@ def test_a_head_of_its_own_is_not_replaced_by_the_embedding(nano_model: PlainMod
         PlainModel(save(tmp_path / "lost", config | {"tie_word_embeddings": False}, weights, str(NANO)))
     tied = PlainModel(save(tmp_path / "tied", config | {"tie_word_embeddings": True}, weights, str(NANO)))
     assert torch.equal(tied.lm_head, tied.embedding)
+    weights["lm_head.weight"] = torch.zeros_like(weights["model.embed_tokens.weight"])  # SGLang leaves it out, too
+    tied = PlainModel(save(tmp_path / "stale", config | {"tie_word_embeddings": True}, weights, str(NANO)))
+    assert torch.equal(tied.lm_head, tied.embedding)
+
+
+def test_tensors_of_another_model_are_left_out(nano_model: PlainModel, tmp_path: Path) -> None:
+    """SGLang loads the names that it knows and warns of others, such as those of a draft head beside the model."""
+    config, weights = nano_model.checkpoint.config, load_file(NANO / "model.safetensors")
+    name = "layers.0.self_attn.kv_b_proj.weight"
+    weights[f"draft.{name}"] = torch.zeros_like(weights[f"model.{name}"])
+    folder = save(tmp_path / "draft", config, weights, str(NANO))
+    assert Checkpoint(folder).prefix == "model." and weights_hash(folder) == weights_hash(NANO)
+    weights["draft.embed_tokens.weight"] = torch.zeros(1)
+    with pytest.raises(CheckpointError, match=r"tensors of several models, draft\.\*, model\.\*"):
+        Checkpoint(save(tmp_path / "two", config, weights, str(NANO)))
 
 
 def test_a_device_computes() -> None:

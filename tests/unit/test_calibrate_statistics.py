@@ -151,6 +151,32 @@ def test_large_files_are_left_out_only_beside_enough_small_ones(
     assert all("small" in document.name for document in Corpus.from_paths([tmp_path]).documents)
 
 
+def test_a_file_that_is_given_is_read_or_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a folder it may be left out; nobody would notice that of a text whose name stands in the command."""
+    monkeypatch.setattr("sglang_tpla.measure.corpus._LARGEST_FILE_BYTES", 1000)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for number in range(16):
+        (folder / f"{number}.txt").write_text(f"small text {number}\n")
+    large, latin, binary = tmp_path / "large.txt", folder / "latin.txt", folder / "weights.bin"
+    large.write_text("large text\n" * 100)
+    latin.write_bytes("Grüße\n".encode("latin-1"))
+    binary.write_bytes(b"\0" * 10)
+    assert [document.name for document in Corpus.from_paths([large, folder]).documents].count("large.txt") == 1
+    for path in (latin, binary):
+        with pytest.raises(CorpusError, match=f"UTF-8 text in --corpus {path}"):
+            Corpus.from_paths([large, path])
+
+
+def test_one_long_line_is_divided(tmp_path: Path) -> None:
+    text = "".join(f"word {number} of a text without line ends " for number in range(20000))
+    (tmp_path / "line.txt").write_text(text)
+    corpus = Corpus.from_paths([tmp_path / "line.txt"])
+    assert "".join(document.text for document in corpus.documents) == text
+    assert len(corpus.documents) == -(-len(text) // 32768)
+    assert all(corpus.split(0))
+
+
 def test_names_that_are_not_utf8_are_names(tmp_path: Path) -> None:
     folder = tmp_path / os.fsdecode(b"caf\xe9")
     folder.mkdir()

@@ -141,6 +141,42 @@ def test_maps_are_deterministic() -> None:
             assert all(torch.equal(x, y) for x, y in zip(ours, theirs, strict=True))
 
 
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("rank", [0, 1, 3])
+def test_latents_that_leave_a_group_without_variance_have_maps(transform: str, rank: int) -> None:
+    """A dead layer has no latent at all; one whose latents lie on a line leaves later groups rounding alone."""
+    tokens, generator = 4000, torch.Generator().manual_seed(1)
+    latent = torch.randn(tokens, rank, generator=generator) @ torch.randn(rank, D, generator=generator)
+    moments = LayerMoments.zeros(D, H, N)
+    moments.update(latent, torch.randn(tokens, H, N, generator=generator))
+    w_uk = torch.randn(H, N, D, generator=generator)
+    for groups in (1, 2, 4):
+        maps = layer_maps(transform, moments, w_uk, groups, min(shared_dims(transform), 3), seed=0)
+        assert all(part.isfinite().all() for triple in maps for part in triple)
+        total = sum(z @ b for z, _, b in maps)
+        torch.testing.assert_close(total, torch.eye(D, dtype=torch.float64), atol=1e-6, rtol=0)
+        if transform in ("pca", "shared"):  # the first group has all that varies
+            z, a, _ = maps[0]
+            centred = latent.double() - latent.double().mean(0)
+            torch.testing.assert_close(centred @ z @ a, centred, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["a dead channel", "channels twice"])
+def test_noise_of_the_arithmetic_makes_no_keys(kind: str) -> None:
+    """A column without variance had a row of tens of thousands: float16 overflowed, and other text drowned in it."""
+    generator = torch.Generator().manual_seed(1)
+    half = torch.randn(4000, D // 2, generator=generator)
+    latent = torch.cat([half, half], 1)
+    if kind == "a dead channel":
+        latent = torch.randn(4000, D, generator=generator)
+        latent[:, 5] = 0
+    moments = LayerMoments.zeros(D, H, N)
+    moments.update(latent, torch.randn(4000, H, N, generator=generator))
+    w_uk = torch.randn(H, N, D, generator=generator)
+    for _, a, _ in layer_maps("shared", moments, w_uk, 2, 5, seed=0):
+        assert a.abs().max() < 2
+
+
 def test_bad_settings_are_refused() -> None:
     moments, w_uk, _ = make_moments()
     with pytest.raises(TransformError, match="one of identity, hadamard, pca, shared"):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from sglang_tpla.artifact.fold import fold_key_map
 from sglang_tpla.cache_rows.shared_columns import default_shared, shared_choices
 from sglang_tpla.cache_rows.sketched import SketchedRows, quantise_sketch, sketch_values
 from sglang_tpla.calibrate.rounding_cost import DISTORTION, LayerCosts
@@ -84,6 +85,39 @@ def alike(costs: list[LayerCosts], *settings: int | None, **more: int) -> Sketch
     """The rows of all layers, where they are the same."""
     (rows,) = set(usual_rows(costs, *settings, **more))
     return rows
+
+
+def test_a_layer_without_latents_has_maps_and_costs_nothing_beside_others() -> None:
+    d, heads, nope, tokens = 64, 2, 16, 1000
+    generator = torch.Generator().manual_seed(3)
+    w_uk, w_uv = (torch.randn(heads, nope, d, generator=generator) for _ in range(2))
+
+    def costs(latent: torch.Tensor) -> LayerCosts:
+        moments = LayerMoments.zeros(d, heads, nope)
+        moments.update(latent, torch.randn(tokens, heads, nope, generator=generator))
+        return LayerCosts.of(moments, w_uk, w_uv, 0.1)
+
+    dead, live = costs(torch.zeros(tokens, d)), costs(torch.randn(tokens, d, generator=generator))
+    rows = SketchedRows.of(d, 2, 16, 8)
+    maps = layer_sketched_maps(dead, rows)
+    total = sum(z @ b for z, b in zip(maps.z, maps.b, strict=True))
+    torch.testing.assert_close(total, torch.eye(d, dtype=torch.float64), atol=1e-9, rtol=0)
+    assert dead.sketch(rows) < 1e-6 * live.sketch(rows)
+    assert dead.columns(rows) < 1e-6 * live.columns(rows)
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-12])
+def test_key_maps_of_a_layer_without_queries_stay_within_float16(size: float) -> None:
+    """Servers fold them into weights of the model's dtype: infinity times a query of zero is no number."""
+    d, heads, nope, tokens = 64, 2, 16, 1000
+    generator = torch.Generator().manual_seed(3)
+    moments = LayerMoments.zeros(d, heads, nope)
+    queries = size * torch.randn(tokens, heads, nope, generator=generator)
+    moments.update(torch.randn(tokens, d, generator=generator), queries)
+    w_uk, w_uv = (torch.randn(heads, nope, d, generator=generator) for _ in range(2))
+    maps = layer_sketched_maps(LayerCosts.of(moments, w_uk, w_uv, 0.1), SketchedRows.of(d, 2, 16, 8))
+    for a in maps.a:
+        assert fold_key_map(w_uk, a.float()).half().isfinite().all()
 
 
 def test_a_quiet_model_shares_a_quarter_and_keeps_the_key() -> None:
