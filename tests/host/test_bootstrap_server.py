@@ -147,6 +147,7 @@ def test_a_layout_is_readable_by_every_release(port: int) -> None:
 def test_a_layout_is_known_no_sooner_than_its_ranks(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """SGLang opens a request with any layout that it finds, on another thread than the look-up's."""
     from sglang_tpla.host.disaggregation.kv_manager import TplaKVManager
+    from sglang_tpla.host.disaggregation.prefill_lookup import Unanswered
 
     class Layouts(dict[str, Any]):
         def __setitem__(self, server: str, info: Any) -> None:
@@ -159,7 +160,7 @@ def test_a_layout_is_known_no_sooner_than_its_ranks(port: int, monkeypatch: pyte
     monkeypatch.delenv(KEYS_VARIABLE, raising=False)
     manager = TplaKVManager.__new__(TplaKVManager)
     manager.kv_args, manager.kv_cache_dtype_str, manager.dcp_size = SimpleNamespace(page_size=1), "auto", 1
-    manager.attn_tp_size = 1
+    manager.attn_tp_size, manager.unanswered = 1, Unanswered()
     manager.rank_addresses, manager.prefill_info_table = {}, Layouts()
     monkeypatch.setattr(manager, "_resolve_rank_mapping", resolve)
     with serving(port) as url:
