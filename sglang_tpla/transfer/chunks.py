@@ -6,6 +6,8 @@ A chunk's payload is layer by layer, token by token, without padding.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from sglang_tpla.transfer import messages
+
 # A GPU's chunk is made, checked, written and checked, one after the other, by as many threads. So a short prompt's rows
 # are cut into as many chunks, unless these were so small that the messages of each would cost more. On a CPU one thread
 # does most of it, and smaller chunks gained nothing.
@@ -21,6 +23,11 @@ class Rectangle:
     first_token: int
     tokens: int
     payload_bytes: int
+
+
+def layers_of(chunk: Rectangle | messages.Chunk | messages.Share) -> range:
+    """Return the layers of a chunk, planned or on the wire."""
+    return range(chunk.first_layer, chunk.first_layer + chunk.layers)
 
 
 def share_of(layers: int, index: int, count: int) -> range:

@@ -39,7 +39,7 @@ class SketchedBlock(MergingBlock):
         self.query_came = self.barrier("query", 12)
         self.ready = self.barriers("ready", 2, 1)
         self.used = self.barriers("used", 2, 4)
-        self.producers = self.named_barrier("meet_producers", 4)
+        self.producers = self.named_barrier("sync_producers", 4)
         self.all = self.named_barrier("sync_all", 12)
         self.groups = [self.named_barrier(f"sync_group {group}", 4) for group in range(3)]
         self.ring = Memory("ring")  # (stage, producer warp of the half): (segment, tile, half)
@@ -65,7 +65,7 @@ class SketchedBlock(MergingBlock):
         for segment, tiles in enumerate(self.work.tiles):
             for tile in range(tiles):
                 if tile % 2 == 0:
-                    yield from self.meet_producers(warp)
+                    yield from self.sync_producers(warp)
                 yield from self.empty[at.slot].wait(at.round - 1)
                 if filled == EARLY:
                     yield from self.query_came.wait(0)
@@ -74,8 +74,8 @@ class SketchedBlock(MergingBlock):
                 yield from copies.arrive(self.full[at.slot])
                 at.advance(2)
 
-    def meet_producers(self, warp: int) -> Steps:
-        """``meet_producers()``: with an odd number of stages a stage changes hands from round to round."""
+    def sync_producers(self, warp: int) -> Steps:
+        """``sync_producers()``: with an odd number of stages a stage changes hands from round to round."""
         if self.stages % 2:
             yield from self.producers.sync(warp)
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from sglang_tpla.cache_rows.parts import Part
 from sglang_tpla.transfer import messages
+from sglang_tpla.transfer.chunks import layers_of
 from sglang_tpla.transfer.decode.in_place import InPlaceChunk
 from sglang_tpla.transfer.decode.rooms import Rooms, nack
 from sglang_tpla.transfer.decode.state import AnyChunk, Connection, RetainedChunk, Room, Source, StagedChunk, chunk_id
@@ -174,7 +175,7 @@ class Receiver:
             if self._rooms.wrong_chunk(room, source, chunk, size_bytes, size_bytes):
                 return None
             extents = room.slots.extents(chunk.first_token, chunk.tokens)
-            pieces = self._writer.pieces(self._rooms.layers_of(chunk), extents, Part(chunk.part))
+            pieces = self._writer.pieces(layers_of(chunk), extents, Part(chunk.part))
             if pieces is None:
                 return None
             self._rooms.begin(source, chunk, size_bytes)
@@ -222,7 +223,7 @@ class Receiver:
                 self._written(chunk, chunk.digest())
                 return
             room, rows = chunk.room, chunk.chunk
-            slots, layers = room.slots.part(rows.first_token, rows.tokens), self._rooms.layers_of(rows)
+            slots, layers = room.slots.part(rows.first_token, rows.tokens), layers_of(rows)
             digest = None  # of the written payload
             with room.writes.one() as allowed:
                 if allowed:

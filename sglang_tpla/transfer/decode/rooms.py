@@ -11,6 +11,7 @@ import msgspec
 from sglang_tpla.cache_rows.parts import Part
 from sglang_tpla.config import Settings
 from sglang_tpla.transfer import messages
+from sglang_tpla.transfer.chunks import layers_of
 from sglang_tpla.transfer.decode.coverage import Coverage
 from sglang_tpla.transfer.decode.credits import Credits
 from sglang_tpla.transfer.decode.state import Address, AnyChunk, Connection, Link, RetainedChunk, Room, Source, chunk_id
@@ -174,14 +175,9 @@ class Rooms:
 
     # Events of chunks
 
-    def layers_of(self, chunk: AnyChunk) -> range:
-        """Return the layers of a chunk, by index in the pool."""
-        first = chunk.first_layer
-        return range(first, first + chunk.layers)
-
     def wrong_chunk(self, room: Room, source: Source, chunk: AnyChunk, size_bytes: int, credit_bytes: int) -> str:
         """Return what is wrong with a chunk. If nothing is, the chunk owns its rows from now on."""
-        layers = self.layers_of(chunk)
+        layers = layers_of(chunk)
         if source.dummy or room.coverage is None:
             return "that was not asked for"
         if layers.stop > len(self._pool.layers):

@@ -14,7 +14,7 @@ import torch
 from sglang_tpla.cache_rows.parts import Part
 from sglang_tpla.cache_rows.row_format import RowFormat
 from sglang_tpla.transfer import messages
-from sglang_tpla.transfer.chunks import Rectangle
+from sglang_tpla.transfer.chunks import Rectangle, layers_of
 from sglang_tpla.transfer.memory import row_kernels_reference
 from sglang_tpla.transfer.memory.copy import copy_pieces
 from sglang_tpla.transfer.memory.device_rows import DeviceReader, DeviceWriter
@@ -92,8 +92,7 @@ class RowReader:
     def pieces(self, rectangle: Rectangle, extents: np.ndarray) -> IoVec:
         """Return a rectangle's raw rows where they lie in the pool, in the payload's order, given `find_extents`."""
         assert self._dense is not None
-        first = rectangle.first_layer
-        return self._dense.pieces(range(first, first + rectangle.layers), extents)
+        return self._dense.pieces(layers_of(rectangle), extents)
 
     def read(
         self,
@@ -117,8 +116,7 @@ class RowReader:
         Raises:
             TransferError: as well as from the function that it returns: a value that these rows cannot hold.
         """
-        first = rectangle.first_layer
-        layers = range(first, first + rectangle.layers)
+        layers = layers_of(rectangle)
         if stacks is None and part is Part.OWN:
             return lambda: None  # the raw latent is common to all ranks
         if self._device is not None:

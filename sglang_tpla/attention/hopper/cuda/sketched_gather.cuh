@@ -45,8 +45,6 @@ __device__ __forceinline__ void load_rows(const Params& p, u32 stage, u32 full, 
 // what it waits for. Waiting for room for the others' halves would keep them together, too, but could hang: where the others fill
 // a half and see it given back before this warp looks, this warp finds the parity that it waits to see change.
 constexpr int kEarly = 1;
-__device__ __forceinline__ void meet_producers() { asm volatile("bar.sync 6, 128;" ::: "memory"); }
-
 __device__ __forceinline__ void produce(const Params& p, u32 ring, u32 full, u32 empty, u32 query, int thread) {
     const int warp = thread / 32, lane = thread % 32, my_token = lane / 16 * kTile + warp * 16 + lane % 16;
     const int page_mask = (1 << p.page_bits) - 1;
@@ -61,7 +59,7 @@ __device__ __forceinline__ void produce(const Params& p, u32 ring, u32 full, u32
         for (int tile = s.first_tile; tile < end; tile += 2) {
             const int slots = ahead << p.page_bits | ((tile * kTile + my_token) & page_mask);
             ahead = page_of(p, start, length, (tile + 2) * kTile + my_token);
-            if (STAGES % 2) meet_producers();
+            if (STAGES % 2) sync_producers();
 #pragma unroll 1
             for (int k = 0; k < 2; ++k) {
                 if (tile + k >= end) break;
@@ -82,7 +80,7 @@ __device__ __forceinline__ u32 query_address(u32 q_smem, int row, int step, int 
     return q_smem + step / 4 * kQPanelBytes + row * 128 + ((((step % 4) * 2 + half) ^ (row & 7)) << 4);
 }
 
-__device__ __forceinline__ void sync_all() { asm volatile("bar.sync 2, %0;" ::"n"(kAllThreads) : "memory"); }
+__device__ __forceinline__ void sync_all() { asm volatile("bar.sync 6, %0;" ::"n"(kAllThreads) : "memory"); }
 
 // Where piece i (16 bytes, 8 columns) of group g of query row `row` stands: at first as it came, in the end as half i % 2 of step
 // 2 g + i / 2.
