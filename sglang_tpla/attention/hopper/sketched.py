@@ -25,7 +25,8 @@ SOURCES = (
     "sketched_common.cuh",  # what both forms share
     "sketched_codes.cuh",  # from codes to float16
     "sketched_unpack.cuh",  # from raw rows to wgmma's operands
-    "sketched_gather.cuh",  # the producer, which copies raw rows; the query
+    "sketched_gather.cuh",  # the producer, which copies raw rows
+    "sketched_query.cuh",  # the query
     "merge_shared.cuh",  # the request that a block helps to merge
     "sketched_scores.cuh",  # scores, softmax
     "sketched_results.cuh",  # what both forms of values share
@@ -108,7 +109,7 @@ class SketchedVariant:
     @property
     def fixed_bytes(self) -> int:
         """The shared memory behind the ring: barriers, constants, and what warps tell each other about query rows."""
-        bare = 16 * self.stages + 40 + 40 + 24 + 32 + 32 + 4 * self.rows * (8 + 8 + 2 + max(self._starts, 1))
+        bare = 16 * self.stages + 40 + 40 + 24 + 32 + 76 + 4 * self.rows * (8 + 8 + 2 + max(self._starts, 1))
         return -(-(bare + (32 if self.row_values else 12 * self.rows + 512)) // 16) * 16
 
     @property

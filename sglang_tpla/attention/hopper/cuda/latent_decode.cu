@@ -75,7 +75,10 @@ __device__ __forceinline__ void consume(const Params& p, Fixed& fixed, u32 q_sme
             if (lane == 0) barrier_arrive(q_empty);
             store<kOut / 2, kOut / 2>(p, o, state, seg.request, split, whole, 0, 0, 1, thread);
         }
-        if (!whole) hand_over(p, fixed.merge, seg.request, seg.before, first_split, splits, consumer);
+        if (whole) continue;
+        sync_consumers();
+        if (consumer == 0)
+            hand_over(p, fixed.merge, seg.request, seg.before, first_split, splits, last_goes_on(p, seg.request, seg.before, splits));
     }
     sync_consumers();                                            // now the query's memory is free and fixed.merge is written
     if (fixed.merge.request >= 0) merge(p, fixed.merge, q_buffer, consumer);

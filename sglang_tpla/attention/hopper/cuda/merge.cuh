@@ -1,23 +1,25 @@
 // ---- merge --------------------------------------------------------------------------------------------------------
 
-// Announces that this block has stored its partial result of `request`. All consumers call it.
-__device__ __forceinline__ u32 announce(const Params& p, int request, int splits, int consumer) {
-    sync_consumers();
-    if (consumer != 0) return 0;
+// Announces that this block has stored its partial result of `request`.
+__device__ __forceinline__ u32 announce(const Params& p, int request, int splits) {
     u32 before;                                                  // taken after the barrier: releases the stores of all consumers
     asm volatile("atom.add.release.gpu.global.u32 %0, [%1], 1;"
                  : "=r"(before) : "l"(p.arrived + blockIdx.y * p.batch + request) : "memory");
     return (before / splits + 1) * splits;                       // the counter runs on over the layers of a step
 }
 
-// Announces the partial result, and notes in `shared` which share of the request's merge the block has. The last of a request's
-// parts, when it goes on to another request, leaves the merge to the others. All consumers call it.
+// Whether the last of a request's parts goes on to another request. Then it leaves the merge to the others.
+__device__ __forceinline__ bool last_goes_on(const Params& p, int request, int before, int splits) {
+    const int4 end = part_row(p, blockIdx.x - before + splits);
+    return end.x > request + 1 || end.y > 0;
+}
+
+// Announces the partial result, and notes in `shared` which share of the request's merge the block has. One thread calls it, after a
+// barrier of all that stored.
 __device__ __forceinline__ void hand_over(const Params& p, Shared& shared, int request, int before, int first_split, int splits,
-                                          int consumer) {
-    const u32 target = announce(p, request, splits, consumer);
-    const int4 last = part_row(p, blockIdx.x - before + splits);
-    const bool goes_on = last.x > request + 1 || last.y > 0;
-    if (consumer == 0 && !(goes_on && before == splits - 1))
+                                          bool goes_on) {
+    const u32 target = announce(p, request, splits);
+    if (!(goes_on && before == splits - 1))
         shared = {request, before, splits - (goes_on ? 1 : 0), first_split, splits, target};
 }
 
@@ -142,6 +144,7 @@ __device__ __forceinline__ void merge(const Params& p, const Shared shared, floa
 // An empty request's output.
 __device__ __forceinline__ void store_zeros(const Params& p, int request, int consumer) {
     const int rows = p.query_len * p.heads;
+#pragma unroll 1
     for (int i = consumer; i < kRows * (LATENT / 8); i += 256) {
         const int row = blockIdx.y * kRows + i / (LATENT / 8), token = row / p.heads, head = row - token * p.heads;
         u16* out = p.out + ((long long)request * p.query_len + token) * p.out_token_stride + head * p.out_head_stride;

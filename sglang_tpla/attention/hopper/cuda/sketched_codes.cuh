@@ -45,6 +45,12 @@ __device__ __forceinline__ uint4 load_shared4(u32 address) {
     asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "r"(address) : "memory");
     return x;
 }
+__device__ __forceinline__ void store_shared(u32 address, u32 x) {
+    asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(x) : "memory");
+}
+__device__ __forceinline__ void store_shared2(u32 address, u32 a, u32 b) {
+    asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(address), "r"(a), "r"(b) : "memory");
+}
 __device__ __forceinline__ void store_shared4(u32 address, u32 a, u32 b, u32 c, u32 d) {
     asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
 }
@@ -75,6 +81,10 @@ template <int kBits, int i> constexpr u32 minus_levels() {
     return twice(0x8000 | power_above(code_bit<kBits, i>()) | ((1 << kBits) - 1) << (code_bit<kBits, i>() - 1));
 }
 constexpr u32 kMinusBytes = 0xE480E480u;                         // - 1152
+
+// The same as numbers.
+template <int kBits, int i> constexpr float level_above() { return -((1 << 10 - code_bit<kBits, i>()) + ((1 << kBits) - 1) / 2.f); }
+constexpr float kBytesLevel = -1152.f;
 
 // Constants that unpacking needs in registers. They come from shared memory: an immediate would take the place of permute()'s
 // selector, or of a mask, which the compiler then moves to a register anew for every use.

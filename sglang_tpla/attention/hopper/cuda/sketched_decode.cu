@@ -3,22 +3,27 @@
 template <bool kScores>
 __device__ __forceinline__ void consume(const Params& p, Fixed& fixed, u32 q_smem, float* buffer, u32 ring, int role, int thread) {
     const int consumer = role * 128 + thread, warp = thread / 32, lane = thread % 32;
+    float* above = buffer + kQBytes / 4;                         // the probabilities' memory, which is free when a segment begins
     u32 base = 0, tries = 0, done = 0, done_of[2] = {0, 0};
     if (consumer == 0) fixed.merge.request = -1;
     Segments seg(p);                                             // read early: the plan is older than the predecessor
+    int first_split = 0, splits = 0;
+    const auto read_splits = [&]() {
+        if (seg.more()) first_split = __ldcg(p.split_start + seg.request), splits = __ldcg(p.split_start + seg.request + 1) - first_split;
+    };
+    read_splits();
     wait_for_predecessor();
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-    for (; seg.more(); seg.next()) {
+    for (; seg.more(); seg.next(), read_splits()) {
         const int length = seg.length, tiles = seg.end_tile() - seg.first_tile;
         if (tiles <= 0) {
             if (length <= 0) store_zeros(p, seg.request, consumer);
             continue;
         }
-        const int first_split = __ldcg(p.split_start + seg.request);
-        const int splits = __ldcg(p.split_start + seg.request + 1) - first_split;
         const bool whole = splits == 1;
+        bool goes_on = false;
         const u32 came = base == 0 ? shared_address(&fixed.query) : 0;
-        const float inverse = load_query(p, q_smem, seg.request, &fixed.largest, came, consumer);
+        const float inverse = load_query(p, q_smem, above, seg.request, fixed.largest, came, role * 4 + warp, lane);
         const u32 group = kScores ? role : 0, probability = q_smem + kQBytes, values = probability + 2 * kProbabilityBytes;
         const Segment c = {length, length - p.query_len + 1, p.scale_log2 * inverse, ring, base, q_smem,
                            probability + group * kProbabilityBytes, values + group * kValueBytes, tiles, seg.first_tile * kTile,
@@ -30,8 +35,9 @@ __device__ __forceinline__ void consume(const Params& p, Fixed& fixed, u32 q_sme
             for (int i = 0; i < kRows / 4; ++i) total[i] = 0.f;
             for (int row = lane; row < kRows; row += 32) fixed.reference[role][warp][row] = negative_infinity();
             __syncwarp();
-            if (kSketchAbove || kRopeAbove || kBytesAbove) find_starts(fixed, q_smem, group, warp, lane);
+            if (kSketchAbove || kRopeAbove || kBytesAbove) find_starts(fixed, above, consumer);
             attend(p, fixed, c, tries, done, total);
+            if (!whole && consumer == 0) goes_on = last_goes_on(p, seg.request, seg.before, splits);
             sync_all();
         } else {
             Values v;
@@ -42,8 +48,7 @@ __device__ __forceinline__ void consume(const Params& p, Fixed& fixed, u32 q_sme
         }
         if (whole) continue;
         sync_all();
-        if (!kScores) continue;
-        hand_over(p, fixed.merge, seg.request, seg.before, first_split, splits, consumer);
+        if (kScores && consumer == 0) hand_over(p, fixed.merge, seg.request, seg.before, first_split, splits, goes_on);
     }
     if (!kScores) return;
     sync_consumers();                                            // now the query's memory is free and fixed.merge is written

@@ -60,12 +60,15 @@ __device__ __forceinline__ void store(const Params& p, Fixed& fixed, const Value
             if (lane % 4 == 0) store_sums(p, split, global_row, v.applied[i], total, largest);
         }
         u16* target = target_of(p, request, split, global_row, whole) + 4 * (lane % 4);
+        const auto store_columns = [&](const auto& pack) {
 #pragma unroll
-        for (int step = 0; step < LATENT / 16; ++step) {
-            const float* o = v.o + 8 * step + 2 * i;
-            const float x[4] = {o[0] * scale, o[1] * scale, o[4] * scale, o[5] * scale};
-            *reinterpret_cast<uint2*>(target + 16 * step) = whole ? make_uint2(pack_bf16(x[0], x[1]), pack_bf16(x[2], x[3]))
-                                                                  : make_uint2(pack_half(x[0], x[1]), pack_half(x[2], x[3]));
-        }
+            for (int step = 0; step < LATENT / 16; ++step) {
+                const float* o = v.o + 8 * step + 2 * i;
+                *reinterpret_cast<uint2*>(target + 16 * step) =
+                    make_uint2(pack(o[0] * scale, o[1] * scale), pack(o[4] * scale, o[5] * scale));
+            }
+        };
+        if (whole) store_columns(pack_bf16);
+        else store_columns(pack_half);
     }
 }

@@ -10,7 +10,7 @@ struct alignas(16) Fixed {
     u64 query;                                                   // the first query has come
     Constants constants;
     Shared merge;
-    u32 stamp[2], largest;
+    u32 stamp[2], largest[kLoaders];                             // largest: of each warp's part of the query
     u32 votes[2][2];                                             // in turn; a byte is a warp's: see sync_any()
     u16 ratio[2][2][ROW_VALUES ? 1 : kTile];                     // of a tile's shared, of its own scale
     alignas(16) float start[kStarts > 0 ? kStarts : 1][kRows];   // what sums begin with
@@ -56,28 +56,6 @@ struct Stage {
 // The descriptor of a step of the query.
 __device__ __forceinline__ u64 query_step(u64 q, int step) { return q + ((step / 4 * kQPanelBytes + step % 4 * 32) >> 4); }
 
-// Finds what the sum of steps kFirst to kEnd - 1 begins with: the query times what codes have above their values, negative.
-template <bool kSketch, int kFirst, int kEnd>
-__device__ __forceinline__ void find_start(u32 q_smem, float (&start)[kRows], int warp, int lane) {
-    const u64 q = descriptor(q_smem, 16);
-    float x[kPart];
-    pin(x);
-    wgmma_fence();
-#pragma unroll 2
-    for (int step = kFirst; step < kEnd; ++step) {
-        const bool odd = step % 2;                               // a group's second step
-        const u32 low = !kSketch ? kMinusBytes : odd ? minus_levels<BITS, 2>() : minus_levels<BITS, 0>();
-        const u32 high = !kSketch ? kMinusBytes : odd ? minus_levels<BITS, 3>() : minus_levels<BITS, 1>();
-        wgmma_half(x, low, low, high, high, query_step(q, step), step > kFirst);
-    }
-    wgmma_commit();
-    wgmma_wait<0>();
-    pin(x);
-#pragma unroll
-    for (int i = 0; i < kRows / 4; ++i)                          // all rows of x are the same
-        if (i / 2 % 4 == warp && lane < 4) start[i / 2 * 8 + 2 * lane + i % 2] = x[i / 2 * 4 + i % 2];
-}
-
 // Begins a sum.
 __device__ __forceinline__ void begin(float (&sum)[kPart], const float (&start)[kRows], int lane) {
 #pragma unroll
@@ -87,15 +65,20 @@ __device__ __forceinline__ void begin(float (&sum)[kPart], const float (&start)[
     }
 }
 
-// All of them, by both warpgroups of scores.
-__device__ __forceinline__ void find_starts(Fixed& fixed, u32 q_smem, int group, int warp, int lane) {
+// Adds up `above`, the query times the excess of codes over their values, negative, for each of the sums that begin with it. Both
+// warpgroups of scores call it.
+__device__ __forceinline__ void find_starts(Fixed& fixed, const float* above, int consumer) {
     constexpr int kSecond = kApart ? kOwnStep + SHARED / 16 : kSteps;
-    if (group == 0) {
-        if constexpr (kSketchAbove) find_start<true, 0, kRopeStep>(q_smem, fixed.start[kSketchStart], warp, lane);
-        if constexpr (kRopeAbove) find_start<false, kRopeStep, kOwnStep>(q_smem, fixed.start[kRopeStart], warp, lane);
-    } else if constexpr (kBytesAbove) {
-        find_start<false, kOwnStep, kSecond>(q_smem, fixed.start[kBytesStart], warp, lane);
-        if constexpr (kApart) find_start<false, kSecond, kSteps>(q_smem, fixed.start[kOwnStart], warp, lane);
+    if (consumer < kStarts * kRows) {
+        const int kind = consumer / kRows, row = consumer % kRows;
+        const bool sketch = kSketchAbove && kind == kSketchStart, rope = kRopeAbove && kind == kRopeStart;
+        const bool apart = kApart && kind == kOwnStart;
+        const int first = sketch ? 0 : rope ? kRopeStep : apart ? kSecond : kOwnStep;
+        const int end = sketch ? kRopeStep : rope ? kOwnStep : apart ? kSteps : kSecond;
+        float sum = 0.f;
+#pragma unroll 4
+        for (int step = first; step < end; ++step) sum += above[step * kRows + row];
+        fixed.start[kind][row] = sum;
     }
     sync_consumers();
 }
@@ -172,18 +155,28 @@ __device__ __forceinline__ void scores(const Fixed& fixed, float (&s)[kPart], u3
     }
 }
 
-// The largest exponents of a tile, for settle().
-__device__ __forceinline__ void offer(const Params& p, Fixed& fixed, const Segment& c, const float (&s)[kPart], int first_token) {
-    const int column = 2 * (c.lane % 4), token = first_token + c.warp * 16 + c.lane / 4;
+// Takes away the tokens that a query row may not see.
+__device__ __forceinline__ void mask(const Params& p, const Segment& c, float (&s)[kPart], int token) {
 #pragma unroll
     for (int j = 0; j < kRows / 8; ++j) {
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-            const int limit = limit_of(p, c.length, 8 * j + column + e);
-            float top = negative_infinity();
+            const int limit = limit_of(p, c.length, 8 * j + 2 * (c.lane % 4) + e);
 #pragma unroll
             for (int i = 0; i < 2; ++i)
-                if (token + 8 * i < limit) top = fmaxf(top, s[4 * j + 2 * i + e]);
+                if (token + 8 * i >= limit) s[4 * j + 2 * i + e] = negative_infinity();
+        }
+    }
+}
+
+// The largest exponents of a tile, for settle().
+__device__ __forceinline__ void offer(Fixed& fixed, const Segment& c, const float (&s)[kPart]) {
+    const int column = 2 * (c.lane % 4);
+#pragma unroll
+    for (int j = 0; j < kRows / 8; ++j) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+            float top = fmaxf(s[4 * j + e], s[4 * j + 2 + e]);
             top = fmaxf(top, __shfl_xor_sync(0xffffffff, top, 4));
             top = fmaxf(top, __shfl_xor_sync(0xffffffff, top, 8));
             top = fmaxf(top, __shfl_xor_sync(0xffffffff, top, 16));
@@ -193,40 +186,39 @@ __device__ __forceinline__ void offer(const Params& p, Fixed& fixed, const Segme
 }
 
 // Raises a warpgroup's reference to what was offered: at the start of a segment by both warpgroups, so that they agree, later
-// by its own; and scales its sums.
+// by its own; and scales its sums. The reference of a row that sees no token yet is finite: a score of minus infinity has to be
+// infinitely far below it.
 __device__ __forceinline__ void settle(Fixed& fixed, const Segment& c, bool start, float (&total)[kRows / 4]) {
-    const int column = 2 * (c.lane % 4);
     float(&mine)[kRows] = fixed.reference[c.group][c.warp];
+    float2 before[kRows / 8];
+#pragma unroll
+    for (int j = 0; j < kRows / 8; ++j) before[j] = *reinterpret_cast<const float2*>(mine + 8 * j + 2 * (c.lane % 4));
     if (start) sync_consumers();
     else sync_group(c.group);
+#pragma unroll 1
+    for (int row = c.lane; row < kRows; row += 32) {
+        float top = fmaxf(mine[row], -1e30f);
 #pragma unroll
-    for (int j = 0; j < kRows / 8; ++j) {
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-            const int row = 8 * j + column + e;
-            const float before = mine[row];
-            float top = before;
-#pragma unroll
-            for (int warp = 0; warp < 4; ++warp) {
-                top = fmaxf(top, fixed.exchange[c.group][warp][row]);
-                if (start) top = fmaxf(top, fixed.exchange[1 - c.group][warp][row]);
-            }
-            __syncwarp();
-            if (c.lane < 4) mine[row] = top;
-            total[2 * j + e] *= before == negative_infinity() ? 0.f : exp2_fast(before - top);
+        for (int warp = 0; warp < 4; ++warp) {
+            top = fmaxf(top, fixed.exchange[c.group][warp][row]);
+            if (start) top = fmaxf(top, fixed.exchange[1 - c.group][warp][row]);
         }
+        mine[row] = top;
     }
     __syncwarp();
+#pragma unroll
+    for (int j = 0; j < kRows / 8; ++j) {
+        const float2 now = *reinterpret_cast<const float2*>(mine + 8 * j + 2 * (c.lane % 4));
+        total[2 * j] *= exp2_fast(before[j].x - now.x), total[2 * j + 1] *= exp2_fast(before[j].y - now.y);
+    }
     if (start) sync_consumers();                                 // both have read what was offered
 }
 
 // Turns exponents into weighted probabilities relative to the reference, packed, and adds them up. Returns whether one is too large
 // for float16.
-template <bool kMasked>
-__device__ __forceinline__ bool soften(const Params& p, const Fixed& fixed, const Segment& c, const float (&s)[kPart],
-                                       const TokenScales& t, int first_token, u32 (&packed)[kPart / 2], float (&total)[kRows / 4]) {
-    const int column = 2 * (c.lane % 4), token = first_token + c.warp * 16 + c.lane / 4;
-    const float* reference = fixed.reference[c.group][c.warp] + column;
+__device__ __forceinline__ bool soften(const Fixed& fixed, const Segment& c, const float (&s)[kPart], const TokenScales& t,
+                                       u32 (&packed)[kPart / 2], float (&total)[kRows / 4]) {
+    const float* reference = fixed.reference[c.group][c.warp] + 2 * (c.lane % 4);
     u32 largest = 0;
 #pragma unroll
     for (int j = 0; j < kRows / 8; ++j) {
@@ -236,9 +228,7 @@ __device__ __forceinline__ bool soften(const Params& p, const Fixed& fixed, cons
             float x[2];
 #pragma unroll
             for (int e = 0; e < 2; ++e) {
-                x[e] = s[4 * j + 2 * i + e] - (e ? r.y : r.x);
-                if (kMasked && token + 8 * i >= limit_of(p, c.length, 8 * j + column + e)) x[e] = negative_infinity();
-                x[e] = exp2_fast(x[e]);
+                x[e] = exp2_fast(s[4 * j + 2 * i + e] - (e ? r.y : r.x));
                 total[2 * j + e] = fmaf(x[e], t.inverse_weight[i], total[2 * j + e]);
             }
             packed[2 * j + i] = pack_half(x[0], x[1]);
@@ -263,7 +253,6 @@ __device__ __forceinline__ void attend(const Params& p, Fixed& fixed, const Segm
     for (int j = c.group; j < c.tiles; j += 2, ++done, stage.advance<4>()) {
         const u32 tokens = c.ring + stage.slot * kStageBytes + c.warp % 2 * 16 * kStride;
         const int first_token = c.first_token + j * kTile, token = first_token + c.warp * 16 + c.lane / 4;
-        const bool masked = first_token + kTile > c.unmasked;
         const bool beyond[2] = {token >= c.length, token + 8 >= c.length};
         bool fresh = j == c.group;                               // the first tile sets the reference
         barrier_wait(full + 8 * stage.slot, stage.phase);
@@ -273,17 +262,17 @@ __device__ __forceinline__ void attend(const Params& p, Fixed& fixed, const Segm
             __syncwarp();
             if (c.lane == 0) barrier_arrive(empty + 8 * stage.slot);
         }
+        if (first_token + kTile > c.unmasked) mask(p, c, s, token);
 #pragma unroll 1
         while (true) {
             if (fresh) {
-                offer(p, fixed, c, s, first_token);
+                offer(fixed, c, s);
                 settle(fixed, c, j == c.group, total);
             }
             float before[kRows / 4];
 #pragma unroll
             for (int i = 0; i < kRows / 4; ++i) before[i] = total[i];
-            const bool over = masked ? soften<true>(p, fixed, c, s, t, first_token, packed, total)
-                                     : soften<false>(p, fixed, c, s, t, first_token, packed, total);
+            const bool over = soften(fixed, c, s, t, packed, total);
             if (!ROW_VALUES) barrier_wait(used, (done & 1) ^ 1);  // the probabilities before have been used
             ++tries;
 #pragma unroll

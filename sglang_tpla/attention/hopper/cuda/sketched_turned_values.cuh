@@ -150,13 +150,15 @@ __device__ __forceinline__ void store(const Params& p, Fixed& fixed, const Value
         u16* target = fixed.target[row];
         const float scale = fixed.applied[row];
         if (!target) continue;
+        const auto store_columns = [&](const auto& pack) {
 #pragma unroll
-        for (int b = 0; b < kBlocks; ++b) {
-            const int at = b * 64 + first_column;
-            if (at >= LATENT) continue;
-            const float low = v.o[b][i / 2 * 4 + i % 2] * scale, high = v.o[b][i / 2 * 4 + 2 + i % 2] * scale;
-            const u32 as_bf16 = pack_bf16(low, high), as_half = pack_half(low, high);
-            *reinterpret_cast<u32*>(target + at) = whole ? as_bf16 : as_half;
-        }
+            for (int b = 0; b < kBlocks; ++b) {
+                const int at = b * 64 + first_column;
+                if (at >= LATENT) continue;
+                *reinterpret_cast<u32*>(target + at) = pack(v.o[b][i / 2 * 4 + i % 2] * scale, v.o[b][i / 2 * 4 + 2 + i % 2] * scale);
+            }
+        };
+        if (whole) store_columns(pack_bf16);
+        else store_columns(pack_half);
     }
 }

@@ -28,7 +28,10 @@ __device__ __forceinline__ void consume(const Params& p, Fixed& fixed, const Mem
             sync_consumers();
             store(p, fixed, v, seg.request, first_split + seg.before, whole, c);
         }
-        if (!whole) hand_over(p, fixed.merge, seg.request, seg.before, first_split, splits, consumer);
+        if (whole) continue;
+        sync_consumers();
+        if (consumer == 0)
+            hand_over(p, fixed.merge, seg.request, seg.before, first_split, splits, last_goes_on(p, seg.request, seg.before, splits));
     }
     sync_consumers();                                            // now the query's memory is free and fixed.merge is written
     if (fixed.merge.request >= 0) merge(p, fixed.merge, buffer, consumer);
