@@ -1,6 +1,9 @@
+template <int kFrom, int kTo> __device__ __forceinline__ void set_registers() {
+    if constexpr (kTo > kFrom) asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kTo));
+    else if constexpr (kTo < kFrom) asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kTo));
+}
 // A warpgroup of scores (role 0, 1) or of values (2) walks the segments of its block's part. All warpgroups meet when a
 // segment begins, when its sums are there and when its result is stored.
-template <bool kScores>
 __device__ __forceinline__ void consume(const Params& p, Fixed& fixed, u32 q_smem, float* buffer, u32 ring, int role, int thread) {
     const int consumer = role * 128 + thread, warp = thread / 32, lane = thread % 32;
     float* above = buffer + kQBytes / 4;                         // the probabilities' memory, which is free when a segment begins
@@ -24,12 +27,13 @@ __device__ __forceinline__ void consume(const Params& p, Fixed& fixed, u32 q_sme
         bool goes_on = false;
         const u32 came = base == 0 ? shared_address(&fixed.query) : 0;
         const float inverse = load_query(p, q_smem, above, seg.request, fixed.largest, came, role * 4 + warp, lane);
-        const u32 group = kScores ? role : 0, probability = q_smem + kQBytes, values = probability + 2 * kProbabilityBytes;
+        const u32 group = role < 2 ? role : 0, probability = q_smem + kQBytes, values = probability + 2 * kProbabilityBytes;
         const Segment c = {length, length - p.query_len + 1, p.scale_log2 * inverse, ring, base, q_smem,
                            probability + group * kProbabilityBytes, values + group * kValueBytes, tiles, seg.first_tile * kTile,
                            (int)group, warp, lane};
         base += tiles;
-        if constexpr (kScores) {
+        if (role < 2) {
+            set_registers<128, SCORE_REGISTERS>();
             float total[kRows / 4];
 #pragma unroll
             for (int i = 0; i < kRows / 4; ++i) total[i] = 0.f;
@@ -39,18 +43,21 @@ __device__ __forceinline__ void consume(const Params& p, Fixed& fixed, u32 q_sme
             attend(p, fixed, c, tries, done, total);
             if (!whole && consumer == 0) goes_on = last_goes_on(p, seg.request, seg.before, splits);
             sync_all();
+            set_registers<SCORE_REGISTERS, 128>();
         } else {
+            set_registers<128, VALUE_REGISTERS>();
             Values v;
             v.clear();
             gather_values(fixed, c, done_of, v);
             sync_all();
             store(p, fixed, v, seg.request, first_split + seg.before, whole, warp, lane);
+            set_registers<VALUE_REGISTERS, 128>();
         }
         if (whole) continue;
         sync_all();
-        if (kScores && consumer == 0) hand_over(p, fixed.merge, seg.request, seg.before, first_split, splits, goes_on);
+        if (consumer == 0) hand_over(p, fixed.merge, seg.request, seg.before, first_split, splits, goes_on);
     }
-    if (!kScores) return;
+    if (role == 2) return;
     sync_consumers();                                            // now the query's memory is free and fixed.merge is written
     if (fixed.merge.request >= 0) merge(p, fixed.merge, buffer, consumer);
 }
@@ -84,12 +91,7 @@ extern "C" __global__ void __launch_bounds__(kAllThreads + 128, 1) sketched_deco
     if (group == 0) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(PRODUCER_REGISTERS));
         produce(p, ring, shared_address(fixed.full), shared_address(fixed.empty), shared_address(&fixed.query), thread);
-    } else if (group <= 2) {
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(SCORE_REGISTERS));
-        consume<true>(p, fixed, q_smem, buffer, ring, group - 1, thread);
     } else {
-        if (VALUE_REGISTERS > 128) asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(VALUE_REGISTERS));
-        else asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(VALUE_REGISTERS));
-        consume<false>(p, fixed, q_smem, buffer, ring, 2, thread);
+        consume(p, fixed, q_smem, buffer, ring, group - 1, thread);
     }
 }
