@@ -1,77 +1,63 @@
 // ---- query --------------------------------------------------------------------------------------------------------
 //
 // All warps but the producer's load a segment's query [kRows, SKETCH | ROPE | LATENT] into shared memory, in the order in which wgmma
-// meets the codes. Most blocks run this code once and wait for each of its instructions, so the loops stay rolled. A warp takes 64
-// columns (a panel) of 4 rows at a time and a lane 8 columns; only the four lanes that share 32 columns exchange values.
+// meets the codes. A warp takes 8 rows of 32 columns (a group) at a time and a lane 8 columns of a row, which stay in registers until
+// the scale of the whole query is known.
 
-constexpr int kLoaders = kAllThreads / 32, kPassRows = 16;
-constexpr int kPanels = (kGroups + 1) / 2, kPanelsAtOnce = kLoaders / (kPassRows / 4);
-static_assert(kPanels * kQPanelBytes <= kQBytes && kRows % kPassRows == 0, "room for whole panels and passes");
+constexpr int kLoaders = kAllThreads / 32;
+constexpr int kRowBlocks = kRows / 8, kPasses = kRowBlocks > 6 ? 2 : 1, kBlocksAtOnce = kRowBlocks / kPasses;
+constexpr int kGroupsAtOnce = kLoaders / kBlocksAtOnce, kLoads = (kGroups + kGroupsAtOnce - 1) / kGroupsAtOnce * kPasses;
+static_assert(kLoaders % kBlocksAtOnce == 0, "a warp keeps its rows");
 
 __device__ __forceinline__ void sync_all() { asm volatile("bar.sync 6, %0;" ::"n"(kAllThreads) : "memory"); }
 
-// The address of 16-byte piece `piece` of 8 of a row's panel.
-__device__ __forceinline__ u32 query_piece(u32 q_smem, u32 row, u32 panel, u32 piece) {
-    return q_smem + panel * kQPanelBytes + row * 128 + ((piece ^ row % 8) << 4);
+// The address of 16-byte piece `i` of 4 of group `g` of a row: half i % 2 of step 2 g + i / 2.
+__device__ __forceinline__ u32 query_piece(u32 q_smem, u32 row, u32 g, u32 i) {
+    return q_smem + g / 2 * kQPanelBytes + row * 128 + ((g % 2 * 4 + i ^ row % 8) << 4);
 }
 
-// The loops over a warp's part: rows, and the panels of each. A lane has columns of group 2 panel + lane / 4 % 2.
-__device__ __forceinline__ u32 first_row(u32 warp, u32 lane) { return warp % 4 * 4 + lane / 8; }
-template <class Body> __device__ __forceinline__ void for_panels(u32 warp, const Body& body) {
-#pragma unroll 1
-    for (u32 panel = warp / 4; panel < kPanels; panel += kPanelsAtOnce) body(panel);
-}
-
-// Begins to copy a row's columns to shared memory; zeros where there is no such row or column.
-__device__ __forceinline__ void copy_query_row(const Params& p, u32 q_smem, int request, u32 row, u32 warp, u32 lane) {
-    const int at = blockIdx.y * kRows + row;
-    const int token = (at >= p.heads) + (at >= 2 * p.heads) + (at >= 3 * p.heads), head = at - token * p.heads;
-    const long long query = (long long)request * p.query_len + token;
-    const u16* latent = p.q_latent + query * p.q_latent_token_stride + head * p.q_latent_head_stride + lane % 4 * 8;
-    const u16* rope = p.q_rope + query * p.q_rope_token_stride + head * p.q_rope_head_stride + lane % 4 * 8;
-    const int columns = at < p.query_len * p.heads ? -(int)(lane % 4 * 8) : -65536;
-    for_panels(warp, [&](u32 panel) {
-        const u32 g = 2 * panel + lane / 4 % 2;
-        const bool own = g >= kOwnGroup, sketch = g < kSketchGroups;
-        const int first = (g - (own ? kOwnGroup : sketch ? 0 : kSketchGroups)) * 32;
-        const u16* source = (own || sketch ? latent : rope) + (first + (sketch ? LATENT : 0));
-        copy16(query_piece(q_smem, row, panel, lane % 8), source, first < (own ? LATENT : sketch ? SKETCH : ROPE) + columns);
-    });
+// The eight columns that a lane has of group g of its row.
+__device__ __forceinline__ uint4 query_columns(const u16* latent, const u16* rope, bool there, u32 g) {
+    const bool own = g >= kOwnGroup, sketch = g < kSketchGroups;
+    const int column = (g - (own ? kOwnGroup : sketch ? 0 : kSketchGroups)) * 32 + threadIdx.x % 4 * 8;
+    if (!there || g >= kGroups || column >= (own ? LATENT : sketch ? SKETCH : ROPE)) return make_uint4(0, 0, 0, 0);
+    const u16* source = (own || sketch ? latent : rope) + (column + (sketch ? LATENT : 0));
+    return __ldcg(reinterpret_cast<const uint4*>(source));
 }
 
 // Multiplies a lane's columns by `factor` and stores them where wgmma reads them. ldmatrix hands out codes so that, of the 16
 // columns of a step, bytes 4 i and 4 i + 1 come before 4 i + 2 and 4 i + 3; of 32 sketch codes, the first step has 8 i, 8 i + 4,
 // 8 i + 1 and 8 i + 5, the second step the others. `above` has the sums that find_starts() adds up, two for each group of a row.
-__device__ __forceinline__ void order_query(u32 q_smem, float* above, u32 row, u32 panel, u32 lane, float factor) {
-    const u32 g = 2 * panel + lane / 4 % 2, four = lane % 4, first = lane % 8 - four;
-    const uint4 columns = load_shared4(query_piece(q_smem, row, panel, lane % 8));
+__device__ __forceinline__ void store_query_columns(u32 q_smem, float* above, u32 row, u32 g, u32 lane, const uint4& columns,
+                                                    float factor) {
+    const bool own = g >= kOwnGroup, sketch = g < kSketchGroups;
     const u32 words[4] = {columns.x, columns.y, columns.z, columns.w};
+    const u32 four = lane % 4;
     float x[8], sum = 0.f;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
         x[2 * i] = __uint_as_float(words[i] << 16) * factor, x[2 * i + 1] = __uint_as_float(words[i] & 0xFFFF0000u) * factor;
     }
-    __syncwarp();                                                // all lanes have read what others overwrite
-    if (g < kSketchGroups) {
+    if (sketch) {
         constexpr float kLevels[4] = {level_above<BITS, 0>(), level_above<BITS, 1>(), level_above<BITS, 2>(), level_above<BITS, 3>()};
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            store_shared(query_piece(q_smem, row, panel, first + i) + 4 * four, pack_half(x[i], x[i + 4]));
+            store_shared(query_piece(q_smem, row, g, i) + 4 * four, pack_half(x[i], x[i + 4]));
             sum = fmaf(x[i] + x[i + 4], kLevels[i], sum);
         }
-    } else if (ROPE_BITS == 16 && g < kOwnGroup) {
-        store_shared4(query_piece(q_smem, row, panel, lane % 8), pack_bf16(x[0], x[1]), pack_bf16(x[2], x[3]), pack_bf16(x[4], x[5]),
+    } else if (ROPE_BITS == 16 && !own) {
+        store_shared4(query_piece(q_smem, row, g, four), pack_bf16(x[0], x[1]), pack_bf16(x[2], x[3]), pack_bf16(x[4], x[5]),
                       pack_bf16(x[6], x[7]));
     } else {
 #pragma unroll
         for (int h = 0; h < 2; ++h)
-            store_shared2(query_piece(q_smem, row, panel, first + four / 2 * 2 + h) + four % 2 * 8,
-                          pack_half(x[2 * h], x[2 * h + 1]), pack_half(x[2 * h + 4], x[2 * h + 5]));
-        if (kBytesAbove || kRopeAbove) sum = ((x[0] + x[1]) + (x[2] + x[3]) + ((x[4] + x[5]) + (x[6] + x[7]))) * kBytesLevel;
+            store_shared2(query_piece(q_smem, row, g, four / 2 * 2 + h) + four % 2 * 8, pack_half(x[2 * h], x[2 * h + 1]),
+                          pack_half(x[2 * h + 4], x[2 * h + 5]));
+        if (own ? kBytesAbove : kRopeAbove) sum = ((x[0] + x[1]) + (x[2] + x[3]) + ((x[4] + x[5]) + (x[6] + x[7]))) * kBytesLevel;
     }
-    if (kStarts > 0) {
+    if (own ? kBytesAbove : sketch ? kSketchAbove : kRopeAbove) {
         sum += __shfl_xor_sync(0xffffffff, sum, 1);
-        if (lane % 2 == 0) above[(4 * panel + lane % 8 / 2) * kRows + row] = sum;
+        if (lane % 2 == 0) above[(2 * g + four / 2) * kRows + row] = sum;
     }
 }
 
@@ -80,27 +66,42 @@ __device__ __forceinline__ void order_query(u32 q_smem, float* above, u32 row, u
 // the barrier that says that the query has come, or 0.
 __device__ __forceinline__ float load_query(const Params& p, u32 q_smem, float* above, int request, u32 (&largest)[kLoaders], u32 came,
                                             u32 warp, u32 lane) {
-#pragma unroll 1
-    for (u32 row = first_row(warp, lane); row < kRows; row += kPassRows) copy_query_row(p, q_smem, request, row, warp, lane);
+    __builtin_assume(warp < kLoaders);
+    const u32 first_row = warp % kBlocksAtOnce * 8 + lane / 4, first_group = warp / kBlocksAtOnce;
+    uint4 columns[kLoads];
+    u32 pair = 0;
+#pragma unroll
+    for (int pass = 0; pass < kPasses; ++pass) {
+        const int at = blockIdx.y * kRows + first_row + pass * kBlocksAtOnce * 8;
+        const int token = (at >= p.heads) + (at >= 2 * p.heads) + (at >= 3 * p.heads), head = at - token * p.heads;
+        const long long query = (long long)request * p.query_len + token;
+        const u16* latent = p.q_latent + query * p.q_latent_token_stride + head * p.q_latent_head_stride;
+        const u16* rope = p.q_rope + query * p.q_rope_token_stride + head * p.q_rope_head_stride;
+#pragma unroll
+        for (int i = pass; i < kLoads; i += kPasses)
+            columns[i] = query_columns(latent, rope, at < p.query_len * p.heads, first_group + i / kPasses * kGroupsAtOnce);
+    }
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+        pair = larger_magnitudes(larger_magnitudes(pair, columns[i].x), columns[i].y);
+        pair = larger_magnitudes(larger_magnitudes(pair, columns[i].z), columns[i].w);
+    }
+    const u32 mine = largest_of_warp(pair);
     wait_for_copies();
     if (came && lane == 0) barrier_arrive(came);
-    u32 pair = 0;
-#pragma unroll 1
-    for (u32 row = first_row(warp, lane); row < kRows; row += kPassRows)
-        for_panels(warp, [&](u32 panel) {                        // what this lane has copied
-            const uint4 x = load_shared4(query_piece(q_smem, row, panel, lane % 8));
-            pair = larger_magnitudes(larger_magnitudes(larger_magnitudes(larger_magnitudes(pair, x.x), x.y), x.z), x.w);
-        });
-    const u32 mine = largest_of_warp(pair);
     if (lane == 0) largest[warp] = mine;
     sync_all();
     u32 top = 0;
 #pragma unroll
     for (int i = 0; i < kLoaders; ++i) top = max(top, reinterpret_cast<volatile u32&>(largest[i]));
     const u32 exponent = query_exponent(top);
-#pragma unroll 1
-    for (u32 row = first_row(warp, lane); row < kRows; row += kPassRows)
-        for_panels(warp, [&](u32 panel) { order_query(q_smem, above, row, panel, lane, __uint_as_float(exponent << 23)); });
+    const float factor = __uint_as_float(exponent << 23);
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+        const u32 g = first_group + i / kPasses * kGroupsAtOnce;
+        if (g >= kGroups) continue;
+        store_query_columns(q_smem, above, first_row + i % kPasses * kBlocksAtOnce * 8, g, lane, columns[i], factor);
+    }
     fence_async_proxy();
     sync_all();
     return __uint_as_float((254 - exponent) << 23);
