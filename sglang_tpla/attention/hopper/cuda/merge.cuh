@@ -93,9 +93,10 @@ __device__ __forceinline__ void merge_items(const Params& p, int request, int fi
         };
         Sum sum = {{0.f, 0.f, 0.f, 0.f, 0.f, 0.f, 0.f, 0.f}, negative_infinity(), 0.f};
         Item batch[kBatch], next[kBatch];
-        load(batch, offset);
+#pragma unroll
+        for (int j = 0; j < kBatch; ++j) batch[j] = {make_uint4(0, 0, 0, 0), 0.f, negative_infinity()};
 #pragma unroll 1
-        for (int i = offset; i < splits; i += step * kBatch) {
+        for (int i = offset - step * kBatch; i < splits; i += step * kBatch) {   // the first round adds nothing
             load(next, i + step * kBatch);
             float top = sum.top;
 #pragma unroll
