@@ -93,10 +93,9 @@ __device__ __forceinline__ void merge_items(const Params& p, int request, int fi
         };
         Sum sum = {{0.f, 0.f, 0.f, 0.f, 0.f, 0.f, 0.f, 0.f}, negative_infinity(), 0.f};
         Item batch[kBatch], next[kBatch];
-#pragma unroll
-        for (int j = 0; j < kBatch; ++j) batch[j] = {make_uint4(0, 0, 0, 0), 0.f, negative_infinity()};
+        load(batch, offset);
 #pragma unroll 1
-        for (int i = offset - step * kBatch; i < splits; i += step * kBatch) {   // the first round adds nothing
+        for (int i = offset; i < splits; i += step * kBatch) {
             load(next, i + step * kBatch);
             float top = sum.top;
 #pragma unroll
@@ -116,8 +115,8 @@ __device__ __forceinline__ void merge_items(const Params& p, int request, int fi
             for (int i = consumer + max(width, 32); consumer < width && i < kConsumerThreads; i += max(width, 32)) sum.add(sums[i]);
         }
         if (base >= end || offset > 0) continue;
-        const int token = row / p.heads, head = row - token * p.heads;
-        const float inverse = sum.total > 0.f ? 1.f / sum.total : 0.f;
+        const int token = (row >= p.heads) + (row >= 2 * p.heads) + (row >= 3 * p.heads), head = row - token * p.heads;
+        const float inverse = sum.total > 0.f ? reciprocal(sum.total) : 0.f;
         u16* out = p.out + ((long long)request * p.query_len + token) * p.out_token_stride + head * p.out_head_stride;
 #pragma unroll
         for (int k = 0; k < 4; ++k)

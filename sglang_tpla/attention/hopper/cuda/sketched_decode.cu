@@ -6,7 +6,7 @@ template <int kFrom, int kTo> __device__ __forceinline__ void set_registers() {
 // segment begins, when its sums are there and when its result is stored.
 __device__ __forceinline__ void consume(const Params& p, Fixed& fixed, u32 q_smem, float* buffer, u32 ring, int role, int thread) {
     const int consumer = role * 128 + thread, warp = thread / 32, lane = thread % 32;
-    float* above = buffer + kQBytes / 4;                         // the probabilities' memory, which is free when a segment begins
+    float* start_parts = buffer + kQBytes / 4;                   // the probabilities' memory, which is free when a segment begins
     u32 base = 0, tries = 0, done = 0, done_of[2] = {0, 0};
     if (consumer == 0) fixed.merge.request = -1;
     Segments seg(p);                                             // read early: the plan is older than the predecessor
@@ -26,7 +26,7 @@ __device__ __forceinline__ void consume(const Params& p, Fixed& fixed, u32 q_sme
         const bool whole = splits == 1;
         bool goes_on = false;
         const u32 came = base == 0 ? shared_address(&fixed.query) : 0;
-        const float inverse = load_query(p, q_smem, above, seg.request, fixed.largest, came, role * 4 + warp, lane);
+        const float inverse = load_query(p, q_smem, start_parts, seg.request, fixed.largest, came, role * 4 + warp, lane);
         const u32 group = role < 2 ? role : 0, probability = q_smem + kQBytes, values = probability + 2 * kProbabilityBytes;
         const Segment c = {length, length - p.query_len + 1, p.scale_log2 * inverse, ring, base, q_smem,
                            probability + group * kProbabilityBytes, values + group * kValueBytes, tiles, seg.first_tile * kTile,
@@ -39,7 +39,7 @@ __device__ __forceinline__ void consume(const Params& p, Fixed& fixed, u32 q_sme
             for (int i = 0; i < kRows / 4; ++i) total[i] = 0.f;
             for (int row = lane; row < kRows; row += 32) fixed.reference[role][warp][row] = negative_infinity();
             __syncwarp();
-            if (kSketchAbove || kRopeAbove || kBytesAbove) find_starts(fixed, above, consumer);
+            if (kSketchAbove || kRopeAbove || kBytesAbove) find_starts(fixed, start_parts, consumer);
             attend(p, fixed, c, tries, done, total);
             if (!whole && consumer == 0) goes_on = last_goes_on(p, seg.request, seg.before, splits);
             sync_all();

@@ -27,13 +27,13 @@ __device__ __forceinline__ uint4 query_columns(const u16* latent, const u16* rop
 
 // Multiplies a lane's columns by `factor` and stores them where wgmma reads them. ldmatrix hands out codes so that, of the 16
 // columns of a step, bytes 4 i and 4 i + 1 come before 4 i + 2 and 4 i + 3; of 32 sketch codes, the first step has 8 i, 8 i + 4,
-// 8 i + 1 and 8 i + 5, the second step the others. `above` has the sums that find_starts() adds up, two for each group of a row.
-__device__ __forceinline__ void store_query_columns(u32 q_smem, float* above, u32 row, u32 g, u32 lane, const uint4& columns,
-                                                    float factor) {
+// 8 i + 1 and 8 i + 5, the second step the others. Adds what the row's sums of scores have to begin with to `start`.
+__device__ __forceinline__ void store_query_columns(u32 q_smem, float (&start)[kStarts + 1], u32 row, u32 g, u32 lane,
+                                                    const uint4& columns, float factor) {
     const bool own = g >= kOwnGroup, sketch = g < kSketchGroups;
     const u32 words[4] = {columns.x, columns.y, columns.z, columns.w};
     const u32 four = lane % 4;
-    float x[8], sum = 0.f;
+    float x[8];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
         x[2 * i] = __uint_as_float(words[i] << 16) * factor, x[2 * i + 1] = __uint_as_float(words[i] & 0xFFFF0000u) * factor;
@@ -43,7 +43,7 @@ __device__ __forceinline__ void store_query_columns(u32 q_smem, float* above, u3
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             store_shared(query_piece(q_smem, row, g, i) + 4 * four, pack_half(x[i], x[i + 4]));
-            sum = fmaf(x[i] + x[i + 4], kLevels[i], sum);
+            start[kSketchStart] = fmaf(x[i] + x[i + 4], kLevels[i], start[kSketchStart]);
         }
     } else if (ROPE_BITS == 16 && !own) {
         store_shared4(query_piece(q_smem, row, g, four), pack_bf16(x[0], x[1]), pack_bf16(x[2], x[3]), pack_bf16(x[4], x[5]),
@@ -53,18 +53,18 @@ __device__ __forceinline__ void store_query_columns(u32 q_smem, float* above, u3
         for (int h = 0; h < 2; ++h)
             store_shared2(query_piece(q_smem, row, g, four / 2 * 2 + h) + four % 2 * 8, pack_half(x[2 * h], x[2 * h + 1]),
                           pack_half(x[2 * h + 4], x[2 * h + 5]));
-        if (own ? kBytesAbove : kRopeAbove) sum = ((x[0] + x[1]) + (x[2] + x[3]) + ((x[4] + x[5]) + (x[6] + x[7]))) * kBytesLevel;
-    }
-    if (own ? kBytesAbove : sketch ? kSketchAbove : kRopeAbove) {
-        sum += __shfl_xor_sync(0xffffffff, sum, 1);
-        if (lane % 2 == 0) above[(2 * g + four / 2) * kRows + row] = sum;
+        const float sum = ((x[0] + x[1]) + (x[2] + x[3]) + ((x[4] + x[5]) + (x[6] + x[7]))) * kBytesLevel;
+        const bool apart = kApart && 32 * (g - kOwnGroup) + 8 * four >= SHARED;
+        if (!own) start[kRopeStart] += kRopeAbove ? sum : 0.f;
+        else if (apart) start[kOwnStart] += kBytesAbove ? sum : 0.f;
+        else start[kBytesStart] += kBytesAbove ? sum : 0.f;
     }
 }
 
 // Loads the segment's query, in float16 (its rotary part in bfloat16 where the keys' is), multiplied by a power of two that leaves no
-// value too large; returns that power's inverse. All threads but the producer's call it. `largest`: a number for each warp. `came`:
-// the barrier that says that the query has come, or 0.
-__device__ __forceinline__ float load_query(const Params& p, u32 q_smem, float* above, int request, u32 (&largest)[kLoaders], u32 came,
+// value too large; returns that power's inverse. All threads but the producer's call it. `parts`: where it leaves the parts that
+// find_starts() adds up. `largest`: a number for each warp. `came`: the barrier that says that the query has come, or 0.
+__device__ __forceinline__ float load_query(const Params& p, u32 q_smem, float* parts, int request, u32 (&largest)[kLoaders], u32 came,
                                             u32 warp, u32 lane) {
     __builtin_assume(warp < kLoaders);
     const u32 first_row = warp % kBlocksAtOnce * 8 + lane / 4, first_group = warp / kBlocksAtOnce;
@@ -96,11 +96,21 @@ __device__ __forceinline__ float load_query(const Params& p, u32 q_smem, float* 
     for (int i = 0; i < kLoaders; ++i) top = max(top, reinterpret_cast<volatile u32&>(largest[i]));
     const u32 exponent = query_exponent(top);
     const float factor = __uint_as_float(exponent << 23);
+    float start[kPasses][kStarts + 1] = {};                      // one more, since an array of none would be no array
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
-        const u32 g = first_group + i / kPasses * kGroupsAtOnce;
-        if (g >= kGroups) continue;
-        store_query_columns(q_smem, above, first_row + i % kPasses * kBlocksAtOnce * 8, g, lane, columns[i], factor);
+        const u32 g = first_group + i / kPasses * kGroupsAtOnce, row = first_row + i % kPasses * kBlocksAtOnce * 8;
+        if (g < kGroups) store_query_columns(q_smem, start[i % kPasses], row, g, lane, columns[i], factor);
+    }
+#pragma unroll
+    for (int pass = 0; pass < kPasses; ++pass) {
+#pragma unroll
+        for (int kind = 0; kind < kStarts; ++kind) {
+            float sum = start[pass][kind];
+            sum += __shfl_xor_sync(0xffffffff, sum, 1);
+            sum += __shfl_xor_sync(0xffffffff, sum, 2);
+            if (lane % 4 == 0) parts[(kind * kGroupsAtOnce + first_group) * kRows + first_row + pass * kBlocksAtOnce * 8] = sum;
+        }
     }
     fence_async_proxy();
     sync_all();

@@ -34,12 +34,12 @@ __device__ __forceinline__ void store_sums(const Params& p, int split, int row, 
     const int rows = p.query_len * p.heads;
     float* sums = p.partial_sums + 3ll * split * rows + row;
     sums[0] = total > 0.f ? top + log2_fast(total) : negative_infinity();
-    sums[rows] = total > 0.f ? largest / total : 0.f;
+    sums[rows] = total > 0.f ? largest * reciprocal(total) : 0.f;
 }
 
 // Where a row's columns go: the output, or the partial result of the split.
 __device__ __forceinline__ u16* target_of(const Params& p, int request, int split, int row, bool whole) {
-    const int token = row / p.heads, head = row - token * p.heads;
+    const int token = (row >= p.heads) + (row >= 2 * p.heads) + (row >= 3 * p.heads), head = row - token * p.heads;
     return whole ? p.out + ((long long)request * p.query_len + token) * p.out_token_stride + head * p.out_head_stride
                  : p.partial_out + ((long long)split * p.query_len * p.heads + row) * LATENT;
 }

@@ -54,9 +54,9 @@ __device__ __forceinline__ void store(const Params& p, Fixed& fixed, const Value
         const int row = warp * 16 + lane / 4 + 8 * i, global_row = blockIdx.y * kRows + row;
         if (row >= kRows || global_row >= p.query_len * p.heads) continue;
         const float total = total_of(fixed, row, v.applied[i]);
-        float scale = total > 0.f ? 1.f / total : 0.f;
+        float scale = total > 0.f ? reciprocal(total) : 0.f;
         if (!whole) {
-            scale = largest > 1e-37f ? 1.f / largest : 0.f;
+            scale = largest > 1e-37f ? reciprocal(largest) : 0.f;
             if (lane % 4 == 0) store_sums(p, split, global_row, v.applied[i], total, largest);
         }
         u16* target = target_of(p, request, split, global_row, whole) + 4 * (lane % 4);

@@ -65,19 +65,14 @@ __device__ __forceinline__ void begin(float (&sum)[kPart], const float (&start)[
     }
 }
 
-// Adds up `above`, the query times the excess of codes over their values, negative, for each of the sums that begin with it. Both
-// warpgroups of scores call it.
-__device__ __forceinline__ void find_starts(Fixed& fixed, const float* above, int consumer) {
-    constexpr int kSecond = kApart ? kOwnStep + SHARED / 16 : kSteps;
+// Adds up what each of the sums begins with that codes leave above their values, from the parts of load_query(). Both warpgroups of
+// scores call it.
+__device__ __forceinline__ void find_starts(Fixed& fixed, const float* parts, int consumer) {
     if (consumer < kStarts * kRows) {
         const int kind = consumer / kRows, row = consumer % kRows;
-        const bool sketch = kSketchAbove && kind == kSketchStart, rope = kRopeAbove && kind == kRopeStart;
-        const bool apart = kApart && kind == kOwnStart;
-        const int first = sketch ? 0 : rope ? kRopeStep : apart ? kSecond : kOwnStep;
-        const int end = sketch ? kRopeStep : rope ? kOwnStep : apart ? kSteps : kSecond;
         float sum = 0.f;
-#pragma unroll 4
-        for (int step = first; step < end; ++step) sum += above[step * kRows + row];
+#pragma unroll
+        for (int i = 0; i < kGroupsAtOnce; ++i) sum += parts[(kind * kGroupsAtOnce + i) * kRows + row];
         fixed.start[kind][row] = sum;
     }
     sync_consumers();

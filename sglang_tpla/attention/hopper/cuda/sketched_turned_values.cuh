@@ -140,7 +140,7 @@ __device__ __forceinline__ void store(const Params& p, Fixed& fixed, const Value
         for (int k = 0; k < 4; ++k) largest = fmaxf(largest, fixed.largest_values(k)[row]);
         const bool there = global_row < p.query_len * p.heads;
         if (!whole && there) store_sums(p, split, global_row, top, total, largest);
-        fixed.applied[row] = whole ? (total > 0.f ? 1.f / total : 0.f) : largest > 1e-37f ? 1.f / largest : 0.f;
+        fixed.applied[row] = whole ? (total > 0.f ? reciprocal(total) : 0.f) : largest > 1e-37f ? reciprocal(largest) : 0.f;
         fixed.target[row] = there ? target_of(p, request, split, global_row, whole) : nullptr;
     }
     sync_group(2);

@@ -29,12 +29,6 @@ struct TokenScales {
     u32 shared_ratio[2], own_ratio[2];           // not ROW_VALUES: of the two scales of bytes to it, float16
 };
 
-__device__ __forceinline__ float reciprocal(float x) {
-    float y;
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
 // `trailer`: where the scales of the first row are; `beyond[i]`: a token behind the last, whose row is whatever lay there.
 __device__ __forceinline__ TokenScales load_scales(u32 trailer, const bool (&beyond)[2]) {
     TokenScales t;
