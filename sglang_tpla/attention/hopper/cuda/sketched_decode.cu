@@ -1,11 +1,22 @@
+// Moves a warpgroup from kFrom to kTo registers a thread. Segments begin and end with 128, since all warpgroups share that code: one
+// copy of it is half as long to fetch.
 template <int kFrom, int kTo> __device__ __forceinline__ void set_registers() {
     if constexpr (kTo > kFrom) asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kTo));
     else if constexpr (kTo < kFrom) asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kTo));
 }
+
+// The thread's number in its warpgroup. It is read from the hardware each time; kept in a register it was spilled, and the reload from
+// local memory took a thousand cycles.
+__device__ __forceinline__ int thread_of_group() {
+    u32 thread;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+    return thread % 128;
+}
+
 // A warpgroup of scores (role 0, 1) or of values (2) walks the segments of its block's part. All warpgroups meet when a
 // segment begins, when its sums are there and when its result is stored.
-__device__ __forceinline__ void consume(const Params& p, Fixed& fixed, u32 q_smem, float* buffer, u32 ring, int role, int thread) {
-    const int consumer = role * 128 + thread, warp = thread / 32, lane = thread % 32;
+__device__ __forceinline__ void consume(const Params& p, Fixed& fixed, u32 q_smem, float* buffer, u32 ring, int role) {
+    const int consumer = role * 128 + thread_of_group();
     float* start_parts = buffer + kQBytes / 4;                   // the probabilities' memory, which is free when a segment begins
     u32 base = 0, tries = 0, done = 0, done_of[2] = {0, 0};
     if (consumer == 0) fixed.merge.request = -1;
@@ -26,7 +37,8 @@ __device__ __forceinline__ void consume(const Params& p, Fixed& fixed, u32 q_sme
         const bool whole = splits == 1;
         bool goes_on = false;
         const u32 came = base == 0 ? shared_address(&fixed.query) : 0;
-        const float inverse = load_query(p, q_smem, start_parts, seg.request, fixed.largest, came, role * 4 + warp, lane);
+        const float inverse = load_query(p, q_smem, start_parts, seg.request, fixed.largest, came, consumer / 32, consumer % 32);
+        const int thread = thread_of_group(), warp = thread / 32, lane = thread % 32;
         const u32 group = role < 2 ? role : 0, probability = q_smem + kQBytes, values = probability + 2 * kProbabilityBytes;
         const Segment c = {length, length - p.query_len + 1, p.scale_log2 * inverse, ring, base, q_smem,
                            probability + group * kProbabilityBytes, values + group * kValueBytes, tiles, seg.first_tile * kTile,
@@ -68,7 +80,7 @@ extern "C" __global__ void __launch_bounds__(kAllThreads + 128, 1) sketched_deco
     static_assert(sizeof(Fixed) <= FIXED_BYTES, "as sketched.py counts");
     static_assert(kRingOffset + STAGES * kStageBytes + FIXED_BYTES == SHARED_BYTES, "as sketched.py counts");
     const u32 q_smem = shared_address(raw), ring = q_smem + kRingOffset;
-    const int group = __shfl_sync(0xffffffff, threadIdx.x / 128, 0), thread = threadIdx.x % 128;
+    const int group = __shfl_sync(0xffffffff, threadIdx.x / 128, 0);
     if (threadIdx.x == 0) {
         if (q_smem % 1024) __trap();                             // the swizzle repeats every 1,024 bytes
         for (int i = 0; i < STAGES; ++i) {
@@ -85,13 +97,14 @@ extern "C" __global__ void __launch_bounds__(kAllThreads + 128, 1) sketched_deco
         fence_async_proxy();
     }
     __syncthreads();
-    // No more registers than the block starts with, as in latent_decode.cu.
+    // The warpgroups never hold more registers than the block starts with, as in latent_decode.cu. A warpgroup of scores that asks for
+    // more waits until the values' warpgroup has gone from 128 to its own number, which waits for nobody.
     static_assert(PRODUCER_REGISTERS + 2 * SCORE_REGISTERS + VALUE_REGISTERS <= 4 * 128, "registers");
     float* buffer = reinterpret_cast<float*>(raw);
     if (group == 0) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(PRODUCER_REGISTERS));
-        produce(p, ring, shared_address(fixed.full), shared_address(fixed.empty), shared_address(&fixed.query), thread);
+        produce(p, ring, shared_address(fixed.full), shared_address(fixed.empty), shared_address(&fixed.query), thread_of_group());
     } else {
-        consume(p, fixed, q_smem, buffer, ring, group - 1, thread);
+        consume(p, fixed, q_smem, buffer, ring, group - 1);
     }
 }

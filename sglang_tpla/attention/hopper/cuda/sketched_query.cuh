@@ -1,8 +1,9 @@
 // ---- query --------------------------------------------------------------------------------------------------------
 //
-// All warps but the producer's load a segment's query [kRows, SKETCH | ROPE | LATENT] into shared memory, in the order in which wgmma
-// meets the codes. A warp takes 8 rows of 32 columns (a group) at a time and a lane 8 columns of a row, which stay in registers until
-// the scale of the whole query is known.
+// Every warp except the producer's loads its part of a segment's query, [kRows, SKETCH | ROPE | LATENT], and stores it to shared memory
+// in the order in which wgmma meets the codes. A warp takes 8 rows of a group of 32 columns at a time, and a lane 8 columns of a row.
+// The columns stay in registers until the scale of the whole query is known. A trip through shared memory instead, in rolled loops, is
+// less code but takes 1,500 cycles longer.
 
 constexpr int kLoaders = kAllThreads / 32;
 constexpr int kRowBlocks = kRows / 8, kPasses = kRowBlocks > 6 ? 2 : 1, kBlocksAtOnce = kRowBlocks / kPasses;
@@ -61,9 +62,9 @@ __device__ __forceinline__ void store_query_columns(u32 q_smem, float (&start)[k
     }
 }
 
-// Loads the segment's query, in float16 (its rotary part in bfloat16 where the keys' is), multiplied by a power of two that leaves no
-// value too large; returns that power's inverse. All threads but the producer's call it. `parts`: where it leaves the parts that
-// find_starts() adds up. `largest`: a number for each warp. `came`: the barrier that says that the query has come, or 0.
+// Loads the segment's query in float16, with its rotary part in bfloat16 where the keys are, multiplied by a power of two that keeps
+// every value in range. Returns the power's inverse. All threads except the producer's call it. `parts` receives what find_starts() adds
+// up, `largest` one number a warp. `came` is the barrier to arrive at when the query is in registers, or 0.
 __device__ __forceinline__ float load_query(const Params& p, u32 q_smem, float* parts, int request, u32 (&largest)[kLoaders], u32 came,
                                             u32 warp, u32 lane) {
     __builtin_assume(warp < kLoaders);
@@ -87,16 +88,17 @@ __device__ __forceinline__ float load_query(const Params& p, u32 q_smem, float* 
         pair = larger_magnitudes(larger_magnitudes(pair, columns[i].z), columns[i].w);
     }
     const u32 mine = largest_of_warp(pair);
-    wait_for_copies();
-    if (came && lane == 0) barrier_arrive(came);
-    if (lane == 0) largest[warp] = mine;
+    if (lane == 0) {
+        if (came) barrier_arrive(came);
+        largest[warp] = mine;
+    }
     sync_all();
     u32 top = 0;
 #pragma unroll
     for (int i = 0; i < kLoaders; ++i) top = max(top, reinterpret_cast<volatile u32&>(largest[i]));
     const u32 exponent = query_exponent(top);
     const float factor = __uint_as_float(exponent << 23);
-    float start[kPasses][kStarts + 1] = {};                      // one more, since an array of none would be no array
+    float start[kPasses][kStarts + 1] = {};                      // kStarts may be 0, and an array may not
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
         const u32 g = first_group + i / kPasses * kGroupsAtOnce, row = first_row + i % kPasses * kBlocksAtOnce * 8;
