@@ -13,7 +13,7 @@ Pair = tuple[socket.socket, socket.socket]
 
 @contextlib.contextmanager
 def socket_pair() -> Iterator[Pair]:
-    """Two connected sockets that do not block, with small buffers."""
+    """Yield two connected sockets that do not block, with small buffers."""
     near, far = socket.socketpair()
     with near, far:
         for end in (near, far):
@@ -30,7 +30,7 @@ def in_pieces(payload: bytes | np.ndarray, count: int) -> IoVec:
 
 
 def random_chunks(count: int) -> list[tuple[bytes, bytes]]:
-    """Headers and payloads of random sizes."""
+    """Return headers and payloads of random sizes."""
     random = np.random.default_rng(0)
     sizes = [(int(random.integers(14, 300)), int(random.integers(1, 60000))) for _ in range(count)]
     return [(random.bytes(header), random.bytes(payload)) for header, payload in sizes]

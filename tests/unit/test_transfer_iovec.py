@@ -1,4 +1,4 @@
-"""Rows as extents: all of them, in order, and the arithmetic on pieces of memory."""
+"""Extents have all rows in order; the arithmetic on pieces of memory."""
 
 import itertools
 
