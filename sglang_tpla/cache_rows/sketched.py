@@ -259,7 +259,7 @@ def encode_common(rows: SketchedRows, shared: torch.Tensor, sketch: torch.Tensor
         keys, rope_scale = quantise_in_turns(rows, k_rope)
     else:
         keys, rope_scale = [k_rope.to(torch.bfloat16)], torch.ones_like(shared_scale)
-    blocks = pack_bits(codes, rows.sketch_bits)  # a block is whole bytes, so blocks lie one after another
+    blocks = pack_bits(codes, rows.sketch_bits)  # a block fills whole bytes, so blocks can be packed together
     return _bytes(*shared_codes, *keys, blocks, shared_scale, sketch_scale, rope_scale)
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Run every GPU test on a machine with one Hopper GPU, PyTorch and nvcc, in some minutes, without access to a registry.
+# Run every GPU test on a machine with one Hopper GPU, PyTorch and nvcc, in some minutes. Nothing is downloaded.
 #
 #   tests/gpu/run_all.sh [PARTS] [pytest arguments]
 #

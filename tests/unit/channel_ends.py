@@ -23,7 +23,7 @@ def socket_pair() -> Iterator[Pair]:
 
 
 def in_pieces(payload: bytes | np.ndarray, count: int) -> IoVec:
-    """Cut a payload into ``count`` pieces, none of which ends where a page does."""
+    """Cut a payload into ``count`` pieces, whose ends are not at page boundaries."""
     memory = np.frombuffer(payload, dtype=np.uint8) if isinstance(payload, bytes) else payload
     parts = [one_piece(part) for part in np.array_split(memory, count) if part.size]
     return IoVec(np.concatenate([part.table for part in parts]), memory)

@@ -1,4 +1,4 @@
-"""What all three kernels' blocks share: a part of the plan (``parts.cuh``) and a share of a merge (``merge.cuh``)."""
+"""The model's code for all three kernels: a block's part of the plan (``parts.cuh``) and of a merge (``merge.cuh``)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -206,7 +206,7 @@ def test_another_model_is_refused() -> None:
     [("rope_dim", "qk_rope_head_dim", 8), ("latent_dim", "kv_lora_rank", 16), ("num_layers", "num_hidden_layers", 3)],
 )
 def test_sizes_that_are_not_the_models_are_refused(field: str, key: str, found: int, tmp_path: Path) -> None:
-    """The file may claim any configuration hash; only the sizes of its tensors show what it holds."""
+    """The file may claim any configuration hash; only its sizes can be checked against the model."""
     path = tmp_path / "a.safetensors"
     other = CONFIG | {key: found}
     make_artifact().save(path)

@@ -17,7 +17,7 @@ def options(text: str, folder: Path) -> Options:
 
 
 def in_json(text: str, folder: Path) -> object:
-    """Return the only flag's value, which is JSON."""
+    """Return the value of the only flag, which is JSON."""
     _, value = to_tokens(options(text, folder).engine_arguments("prefill"))
     return json.loads(value)
 

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("sglang_tpla", "tests", "benchmarks", "examples")
 BESIDE = ("tests/gpu", "benchmarks")  # folders whose files are imported by their bare names
 FILES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
-KEPT = {"__doc__", "__file__", "__name__", "__path__"}  # what every module has
+KEPT = {"__doc__", "__file__", "__name__", "__path__"}  # every module has these names
 
 
 @cache
@@ -52,7 +52,7 @@ def bound(path: Path) -> set[str]:
 
 def missing(path: Path) -> Iterator[str]:
     """Yield ``line: module.name`` for every name that a file takes from this project's modules and that is missing."""
-    modules: dict[str, str] = {}  # a name in this file -> the module of ours that it stands for
+    modules: dict[str, str] = {}  # a name in this file -> the module of ours that it means
     for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.Import):
             for alias in node.names:

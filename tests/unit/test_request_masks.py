@@ -12,7 +12,7 @@ NEVER = float("-inf")
 
 
 def allow(*rows: list[int]) -> Any:
-    """Return a grammar's mask, which allows ``rows`` of the four tokens."""
+    """Return a grammar's mask over four tokens; ``rows`` are the tokens that each row allows."""
     forbidden = torch.tensor([[token not in row for token in range(4)] for row in rows])
     return lambda self, logits: logits.masked_fill_(forbidden, NEVER)
 

@@ -82,7 +82,7 @@ def test_what_was_not_signed_so_is_refused() -> None:
 
 
 @pytest.mark.parametrize("body", [b"", b"[]", b"{", b"\xff", b"[" * 60000, b'{"x": "' + b"x" * MAX_BODY_BYTES + b'"}'])
-@pytest.mark.parametrize("secret", [None, SECRET], ids=["open", "signed"])  # each Gate has a different key
+@pytest.mark.parametrize("secret", [None, SECRET], ids=["open", "signed"])  # the key is random, and an id must not be
 def test_what_is_no_registration(body: bytes, secret: bytes | None) -> None:
     gate = Gate(secret)
     assert gate.wrong("PUT", "/route", body, headers(gate, body=body)) == "malformed"

@@ -84,7 +84,7 @@ def test_unwanted_chunks_are_left_out_and_begun_ones_finished(pair: Pair) -> Non
     while len(came) < 2:
         queue.flush()
         came += [(bytes(payload), tail == checksum(payload)) for _, payload, tail in reader.receive(1 << 20)]
-    # A chunk that was cancelled before it had gone does not count.
+    # A chunk that is no longer wanted before its end gets a wrong checksum.
     assert came == [(b"a" * 100_000, False), (b"c" * 70, True)]
     assert log == [100_000, -50, 70]
 

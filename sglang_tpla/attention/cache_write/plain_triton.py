@@ -36,7 +36,7 @@ def rotated_pairs(
     """
     pair = tl.arange(0, HALF)
     whole = live[:, None] & (pair < ROPE // 2)[None, :]
-    # a pair's members lie side by side, or half a vector apart
+    # A pair's members are adjacent, or half a vector apart.
     a = pair if ROTATE == 2 else 2 * pair
     b = pair + ROPE // 2 if ROTATE == 2 else 2 * pair + 1
     even = tl.load(vector[:, None] + a[None, :], mask=whole, other=0.0)

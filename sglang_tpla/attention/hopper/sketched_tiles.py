@@ -23,7 +23,7 @@ SOURCES = (
     "sketched_codes.cuh",  # from codes to float16
     "tiles_shapes.cuh",  # explanation; constants of a variant, shared memory
     "parts.cuh",  # a block's part of the plan
-    "sketched_common.cuh",  # what both forms share
+    "sketched_common.cuh",  # the common code of both forms
     "tiles_fill.cuh",  # the warps that unpack tiles
     "tiles_query.cuh",  # the query
     "tiles_scores.cuh",  # scores, softmax
@@ -63,7 +63,7 @@ class TiledVariant:
 
     @property
     def fixed_bytes(self) -> int:
-        """The bytes of shared memory behind the rings: barriers, constants, and what the warpgroups exchange."""
+        """The bytes of shared memory behind the rings: barriers, constants, and the data that warpgroups exchange."""
         told = 2 * TILE_TOKENS * STAGES + 2 * 4 * self.rows + 2 * self.steps
         return -(-(8 * (4 * STAGES + 2) + 32 + 16 + 4 + 16 + 12 + told) // 16) * 16
 
