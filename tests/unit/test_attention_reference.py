@@ -1,4 +1,4 @@
-"""The reference is compared with the definition, computed token by token with Python numbers; its refusals."""
+"""The reference against the definition, computed token by token with Python numbers, and the reference's refusals."""
 
 import math
 import random

@@ -1,4 +1,4 @@
-"""The block-FP8 checkpoints that the engine's tests serve: their tensors, and the values of these."""
+"""The block-FP8 checkpoints that the engine's tests serve: their stored tensors, and the values that these encode."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Extents have all rows in order; the arithmetic on pieces of memory."""
+"""Extents hold all rows in order, and the arithmetic on pieces of memory is right."""
 
 import itertools
 

@@ -115,7 +115,7 @@ def launch(new: CacheWrite) -> None:
         BLOCK_SHARED=block_shared,
         BLOCK_OWN=block_own,
         BLOCK_SKETCH=block_sketch,
-        # Few tokens do not fill the GPU, so 8 warps share a row: a thread has two columns of the longest field.
+        # Few tokens do not fill the GPU, so 8 warps work on a field: a thread has two columns of the longest field.
         num_warps=8 if new.tokens <= FEW_TOKENS and max(block_shared, block_sketch) >= 512 else 4,
         launch_pdl=follows,
     )  # fmt: skip
